@@ -1,1 +1,61 @@
-//! udpack
+//! Reliable UDP sessions with msgpack event channels, over QUIC.
+#![warn(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)]
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod auth;
+mod channel;
+mod client;
+mod code;
+mod config;
+mod control;
+mod endpoint;
+mod extensions;
+mod fingerprint;
+mod frame;
+mod handlers;
+mod identity;
+mod inbox;
+mod message;
+mod msgpack;
+mod outbox;
+mod secret_file;
+mod server;
+mod session;
+mod socket;
+mod speed;
+mod tls;
+mod tokens;
+mod url;
+
+pub use auth::{Authenticate, Deny, Hello, Peer};
+pub use channel::{Channel, Closed, RecvError, Request, RequestError, SendError};
+pub use client::{Client, ClientBuilder, ConnectError};
+pub use code::{CloseCode, CloseReason, Fault, Side};
+pub use config::{CongestionControl, Drain, Limits, Timeouts};
+pub use control::GoAway;
+pub use endpoint::InvalidSetting;
+pub use extensions::Extensions;
+pub use fingerprint::{Fingerprint, FingerprintError};
+pub use handlers::{Context, Handlers, IntoAnswer};
+pub use identity::{Identity, IdentityError};
+pub use message::{DecodeError, EncodeError, Encoded, Message, NameError};
+pub use msgpack::{FieldError, Fields, Values};
+pub use secret_file::SecretFileError;
+pub use server::{BindError, Server, ServerBuilder, ServerError};
+pub use socket::{IntoOutcome, OpenError, Socket};
+pub use speed::{Speed, SpeedMeter, Stats};
+pub use tokens::{TokenEntry, TokenFile, TokenFileError, TokenLineError, generate_token};
+pub use url::{ConnectUrl, ConnectUrlError, DEFAULT_PORT};
+
+/// The pieces of the wire format, for programs that look at it from outside: proxies, test tools, fuzzers.
+///
+/// Pure functions over bytes; see `docs/PROTOCOL.md`.
+pub mod wire {
+    pub use crate::control::{
+        ControlError, HelloMessage, Open, Welcome, decode_close, decode_goaway, decode_hello,
+        decode_open, decode_welcome,
+    };
+    pub use crate::frame::{FrameDecoder, FrameError, PREFIX};
+    pub use crate::message::{Message, MessageError};
+    pub use crate::msgpack::{MAX_DEPTH, MAX_ELEMENTS, MsgpackError, validate};
+}

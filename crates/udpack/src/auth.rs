@@ -1,0 +1,258 @@
+//! Who may come in: the verifier's interface, what it sees and what it answers, and the penalty for guessing.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::future::Future;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use futures_util::future::BoxFuture;
+
+use crate::code::CloseCode;
+use crate::control::HelloMessage;
+use crate::session::lock;
+
+/// What a client presents when it wants to come in. Cheap to clone.
+#[derive(Clone)]
+pub struct Hello {
+    inner: Arc<(HelloMessage, SocketAddr)>,
+}
+
+impl Hello {
+    pub(crate) fn new(message: HelloMessage, remote: SocketAddr) -> Self {
+        Self {
+            inner: Arc::new((message, remote)),
+        }
+    }
+
+    /// The token. Never log it.
+    pub fn token(&self) -> &str {
+        &self.inner.0.token
+    }
+
+    /// Name and version of the client program, as it calls itself; printable, at most 128 bytes.
+    pub fn agent(&self) -> &str {
+        &self.inner.0.agent
+    }
+
+    /// Where the client connects from. QUIC has validated the address.
+    pub fn remote(&self) -> SocketAddr {
+        self.inner.1
+    }
+}
+
+impl fmt::Debug for Hello {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Hello")
+            .field("agent", &self.agent())
+            .field("remote", &self.remote())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Who the other side is, as the verifier found it. Cheap to clone.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct Peer {
+    id: Arc<str>,
+    claims: Arc<[(String, String)]>,
+}
+
+impl Peer {
+    /// A peer known by this id.
+    pub fn new(id: impl AsRef<str>) -> Self {
+        Self {
+            id: id.as_ref().into(),
+            claims: Arc::new([]),
+        }
+    }
+
+    /// The same peer with what else the verifier knows of it, as `key=value` pairs.
+    #[must_use]
+    pub fn with_claims(mut self, claims: Vec<(String, String)>) -> Self {
+        self.claims = claims.into();
+        self
+    }
+
+    /// The id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The first claim of that name.
+    pub fn claim(&self, key: &str) -> Option<&str> {
+        self.claims
+            .iter()
+            .find(|(name, _)| name == key)
+            .map(|(_, value)| value.as_str())
+    }
+}
+
+impl fmt::Debug for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Peer").field(&self.id()).finish()
+    }
+}
+
+/// The verifier's refusal.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Deny {
+    pub(crate) code: CloseCode,
+    pub(crate) text: String,
+}
+
+impl Deny {
+    /// The token is not accepted. Says nothing about why: all such refusals look alike to the client.
+    pub fn auth_failed() -> Self {
+        Self {
+            code: CloseCode::AUTH_FAILED,
+            text: "the token was not accepted".to_owned(),
+        }
+    }
+
+    /// A refusal with a code and text of your choice. The client sees both.
+    pub fn new(code: CloseCode, text: impl Into<String>) -> Self {
+        Self {
+            code,
+            text: text.into(),
+        }
+    }
+}
+
+/// Decides who may come in.
+///
+/// Implemented for async closures that take a [`Hello`] and return `Result<Peer, Deny>`, and for
+/// [`TokenFile`](crate::TokenFile). A verifier that panics or does not answer within `Timeouts::auth` admits
+/// nobody.
+pub trait Authenticate: Send + Sync + 'static {
+    /// Looks at `hello` and says who this is, or refuses.
+    fn authenticate(&self, hello: Hello) -> BoxFuture<'static, Result<Peer, Deny>>;
+}
+
+impl<F, Fut> Authenticate for F
+where
+    F: Fn(Hello) -> Fut + Send + Sync + 'static,
+    Fut: Future<Output = Result<Peer, Deny>> + Send + 'static,
+{
+    fn authenticate(&self, hello: Hello) -> BoxFuture<'static, Result<Peer, Deny>> {
+        Box::pin(self(hello))
+    }
+}
+
+impl Authenticate for crate::tokens::TokenFile {
+    fn authenticate(&self, hello: Hello) -> BoxFuture<'static, Result<Peer, Deny>> {
+        let verdict = self.verify(hello.token()).map_or_else(
+            || Err(Deny::auth_failed()),
+            |entry| Ok(Peer::new(entry.id()).with_claims(entry.fields().to_vec())),
+        );
+        Box::pin(std::future::ready(verdict))
+    }
+}
+
+/// An address as far as one customer usually holds it: an IPv4 address or an IPv6 /64.
+pub(crate) fn source(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(v6) => {
+            let mut segments = v6.segments();
+            segments[4..].fill(0);
+            IpAddr::V6(Ipv6Addr::from(segments))
+        }
+        v4 @ IpAddr::V4(_) => v4,
+    }
+}
+
+/// Remembers who failed to authenticate, and for how long to refuse them.
+///
+/// Each failure adds 5 s to a sentence that runs down with time; from `failures` × 5 s on the source is
+/// refused until it has run down, at most 600 s (after OpenSSH's `PerSourcePenalties`). Only addresses that
+/// QUIC has validated get here, so nobody can have somebody else refused.
+#[derive(Debug)]
+pub(crate) struct Penalties {
+    until: Mutex<HashMap<IpAddr, Instant>>,
+    threshold: Duration,
+}
+
+const SENTENCE: Duration = Duration::from_secs(5);
+const LONGEST: Duration = Duration::from_secs(600);
+const SOURCES: usize = 65_536;
+
+impl Penalties {
+    pub(crate) fn new(failures: u32) -> Self {
+        Self {
+            until: Mutex::default(),
+            threshold: SENTENCE * failures.max(1),
+        }
+    }
+
+    /// How long this source is refused from now on, if it is.
+    pub(crate) fn refused(&self, address: IpAddr, now: Instant) -> Option<Duration> {
+        let until = *lock(&self.until).get(&source(address))?;
+        let left = until.checked_duration_since(now)?;
+        (left > self.threshold - SENTENCE).then_some(left)
+    }
+
+    pub(crate) fn failed(&self, address: IpAddr, now: Instant) {
+        let mut table = lock(&self.until);
+        if table.len() >= SOURCES {
+            table.retain(|_, until| *until > now);
+            if table.len() >= SOURCES {
+                return;
+            }
+        }
+        let until = table.entry(source(address)).or_insert(now);
+        *until = ((*until).max(now) + SENTENCE).min(now + LONGEST);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_third_failure_shuts_the_door_for_a_while() {
+        let penalties = Penalties::new(3);
+        let bad: IpAddr = "192.0.2.7".parse().expect("an address");
+        let good: IpAddr = "192.0.2.8".parse().expect("an address");
+        let start = Instant::now();
+        for _ in 0..2 {
+            penalties.failed(bad, start);
+            assert_eq!(penalties.refused(bad, start), None);
+        }
+        penalties.failed(bad, start);
+        assert_eq!(penalties.refused(bad, start), Some(SENTENCE * 3));
+        assert_eq!(penalties.refused(good, start), None);
+        assert_eq!(
+            penalties.refused(bad, start + SENTENCE),
+            None,
+            "the sentence has run down below the threshold"
+        );
+        for _ in 0..1000 {
+            penalties.failed(bad, start);
+        }
+        assert_eq!(penalties.refused(bad, start), Some(LONGEST));
+    }
+
+    #[test]
+    fn an_ipv6_customer_is_one_source() {
+        let a: IpAddr = "2001:db8:1:2::1".parse().expect("an address");
+        let b: IpAddr = "2001:db8:1:2:ffff::9".parse().expect("an address");
+        let c: IpAddr = "2001:db8:1:3::1".parse().expect("an address");
+        assert_eq!(source(a), source(b));
+        assert_ne!(source(a), source(c));
+        let mapped: IpAddr = "::ffff:192.0.2.7".parse().expect("an address");
+        assert_eq!(
+            source(mapped),
+            "192.0.2.7".parse::<IpAddr>().expect("an address")
+        );
+    }
+
+    #[test]
+    fn the_table_of_failures_is_bounded() {
+        let penalties = Penalties::new(3);
+        let now = Instant::now();
+        for i in 0..70_000_u32 {
+            penalties.failed(IpAddr::V4(i.into()), now);
+        }
+        assert!(lock(&penalties.until).len() <= SOURCES);
+    }
+}

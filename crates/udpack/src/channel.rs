@@ -1,0 +1,684 @@
+//! [`Channel`]: ordered messages both ways on one bidirectional QUIC stream.
+
+use std::fmt;
+use std::future::{Future, IntoFuture, poll_fn};
+use std::marker::PhantomData;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::code::{CloseCode, CloseReason, Fault};
+use crate::control::{self, CANCEL, FAULT, REPLY};
+use crate::inbox::{Ending, Inbox, NoReply};
+use crate::message::{DecodeError, EncodeError, Encoded, Message};
+use crate::outbox::{self, Outbox, PushError};
+use crate::session::{End, Lease, Session};
+use crate::speed::{Counters, SpeedMeter, Stats};
+
+/// A named, ordered, bidirectional exchange of `[event, data]` messages with one peer.
+///
+/// A handle: clones share one channel. Messages arrive in the order they were sent, without gaps and
+/// without duplicates, for as long as the connection lives. Channels do not hold each other up.
+///
+/// # Drop
+/// When the last clone is dropped, what is queued still goes out, then the sending direction ends cleanly
+/// (the peer's `recv` returns `Ok(None)`), and anything still arriving is refused. To know that everything
+/// arrived, call [`finish`](Self::finish) first.
+#[derive(Clone)]
+pub struct Channel {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    session: Arc<Session>,
+    id: u64,
+    name: String,
+    meta: Option<Bytes>,
+    outbox: Arc<Outbox>,
+    inbox: Inbox,
+    counters: Arc<Counters>,
+    end: Arc<End>,
+    next_request: AtomicU64,
+    _lease: Option<Arc<Lease>>,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.outbox.finish(None);
+        let end = Ending::Closed(CloseReason::local(
+            CloseCode::NORMAL,
+            "the channel was dropped",
+        ));
+        self.inbox.stop(CloseCode::NORMAL, end);
+    }
+}
+
+impl Channel {
+    /// Puts a channel over a stream; its writer runs until the channel or the connection ends.
+    pub(crate) fn start(
+        session: Arc<Session>,
+        id: u64,
+        name: String,
+        meta: Option<Bytes>,
+        send: quinn::SendStream,
+        inbox: Inbox,
+        counters: Arc<Counters>,
+    ) -> Self {
+        let outbox = Outbox::new(
+            session.limits.outbound_bytes,
+            session.limits.outbound_messages,
+        );
+        let end = Arc::new(End::default());
+        let key = session.register(&outbox);
+        let writer = {
+            let (outbox, session, counters, end) = (
+                outbox.clone(),
+                session.clone(),
+                counters.clone(),
+                end.clone(),
+            );
+            async move {
+                if let Err(reason) =
+                    outbox::write_loop(outbox, send, session.clone(), counters).await
+                    && !reason.is_normal()
+                {
+                    end.set(reason);
+                }
+                session.unregister(key);
+            }
+        };
+        session.tasks.spawn(writer);
+        let lease = session.lease();
+        Self {
+            inner: Arc::new(Inner {
+                session,
+                id,
+                name,
+                meta,
+                outbox,
+                inbox,
+                counters,
+                end,
+                next_request: AtomicU64::new(1),
+                _lease: lease,
+            }),
+        }
+    }
+
+    /// The name it was opened with.
+    pub fn name(&self) -> &str {
+        &self.inner.name
+    }
+
+    /// The opener's number for it.
+    pub fn id(&self) -> u64 {
+        self.inner.id
+    }
+
+    /// What the opener said when opening, if anything.
+    ///
+    /// # Errors
+    /// When it does not fit `T`.
+    pub fn meta<T: DeserializeOwned>(&self) -> Result<Option<T>, DecodeError> {
+        self.inner
+            .meta
+            .as_deref()
+            .map(crate::message::decode_data)
+            .transpose()
+    }
+
+    pub(crate) fn session(&self) -> &Arc<Session> {
+        &self.inner.session
+    }
+
+    pub(crate) fn queue_open(&self, frame: &Bytes) -> Result<(), SendError> {
+        self.inner
+            .outbox
+            .force(frame)
+            .map_err(|error| self.send_error(error))
+    }
+
+    /// Sends one message. Structs travel as maps.
+    ///
+    /// Returns when the message is queued; waits while the queue is full (`Limits::outbound_bytes`,
+    /// `Limits::outbound_messages`) because the peer or the link is slow.
+    ///
+    /// # Errors
+    /// When the channel is over, or the message cannot be sent at all: reserved or unsound event name, too
+    /// large for the peer's frame limit, data that cannot be encoded.
+    ///
+    /// # Cancel safety
+    /// A dropped future has either queued the whole message or nothing.
+    pub async fn send<T: Serialize + Sync + ?Sized>(
+        &self,
+        event: &str,
+        data: &T,
+    ) -> Result<(), SendError> {
+        while !self.try_send(event, data)? {
+            self.inner.outbox.room().await;
+        }
+        Ok(())
+    }
+
+    /// Sends one message if the queue has room now; `Ok(false)` says that it has none.
+    ///
+    /// # Errors
+    /// As [`send`](Self::send).
+    pub fn try_send<T: Serialize + ?Sized>(
+        &self,
+        event: &str,
+        data: &T,
+    ) -> Result<bool, SendError> {
+        application_event(event)?;
+        let limit = self.inner.session.frame_limit();
+        self.inner
+            .outbox
+            .try_message(event, data, None, limit)
+            .map_err(|error| self.send_error(error))
+    }
+
+    /// Sends a message that was encoded once for many channels.
+    ///
+    /// # Errors
+    /// When the channel is over or the message is too large for this peer.
+    ///
+    /// # Cancel safety
+    /// As [`send`](Self::send).
+    pub async fn send_encoded(&self, message: &Encoded) -> Result<(), SendError> {
+        while !self.try_send_encoded(message)? {
+            self.inner.outbox.room().await;
+        }
+        Ok(())
+    }
+
+    /// Sends an encoded message if the queue has room now; `Ok(false)` says that it has none.
+    ///
+    /// # Errors
+    /// As [`send_encoded`](Self::send_encoded).
+    pub fn try_send_encoded(&self, message: &Encoded) -> Result<bool, SendError> {
+        let limit = self.inner.session.frame_limit();
+        self.inner
+            .outbox
+            .try_encoded(message, limit)
+            .map_err(|error| self.send_error(error))
+    }
+
+    /// Sends `header` with `payload` added as a binary value under `key`, without serde and without a copy of
+    /// the payload. The peer reads it with [`Message::bulk`].
+    ///
+    /// # Errors
+    /// As [`send`](Self::send); `header` must encode to a map.
+    ///
+    /// # Cancel safety
+    /// As [`send`](Self::send).
+    pub async fn send_bulk<T: Serialize + Sync + ?Sized>(
+        &self,
+        event: &str,
+        header: &T,
+        key: &str,
+        payload: Bytes,
+    ) -> Result<(), SendError> {
+        application_event(event)?;
+        let limit = self.inner.session.frame_limit();
+        loop {
+            let queued = self
+                .inner
+                .outbox
+                .try_bulk(event, header, key, &payload, limit);
+            if queued.map_err(|error| self.send_error(error))? {
+                return Ok(());
+            }
+            self.inner.outbox.room().await;
+        }
+    }
+
+    /// The next message; `Ok(None)` after the peer has finished or closed with `normal`.
+    ///
+    /// Several clones may wait at once; each message goes to one of them. Replies never show up here.
+    ///
+    /// # Errors
+    /// When the channel ended in any other way: closed with a code, reset, connection lost, or the peer broke
+    /// the protocol (then the channel is closed with the code that says so).
+    ///
+    /// # Cancel safety
+    /// Cancel safe: a dropped future loses no byte and no message.
+    pub async fn recv(&self) -> Result<Option<Message>, RecvError> {
+        let inner = &*self.inner;
+        match poll_fn(|cx| inner.inbox.poll_recv(cx, &inner.session, &inner.counters)).await {
+            Ok(message) => Ok(Some(message)),
+            Err(ending) => self.ended(ending),
+        }
+    }
+
+    /// Asks the peer and waits for its answer: awaiting the returned builder gives the reply.
+    ///
+    /// The request is queued when the builder is first polled. Events that arrive before the reply wait for
+    /// `recv`, in a backlog bounded by `Limits::backlog_messages`; when that is full the request fails with
+    /// [`RequestError::Backlog`] instead of waiting for ever.
+    ///
+    /// # Cancel safety
+    /// Dropping it tells the peer that the answer is no longer wanted.
+    pub fn request<T: Serialize + ?Sized, R: DeserializeOwned>(
+        &self,
+        event: &str,
+        data: &T,
+    ) -> Request<R> {
+        let id = self.inner.next_request.fetch_add(1, Ordering::Relaxed);
+        let limit = self.inner.session.frame_limit();
+        let frame = application_event(event).and_then(|()| {
+            control::protocol_within(event, data, Some(id), limit).map_err(SendError::Encode)
+        });
+        Request {
+            channel: self.clone(),
+            id,
+            frame,
+            timeout: self.inner.session.timeouts.request,
+            reply: PhantomData,
+        }
+    }
+
+    /// Answers a request received with [`recv`](Self::recv). For a message that is no request: does nothing.
+    ///
+    /// # Errors
+    /// As [`send`](Self::send). When the answer itself cannot be encoded, the peer gets a fault.
+    pub async fn reply<T: Serialize + Sync + ?Sized>(
+        &self,
+        request: &Message,
+        data: &T,
+    ) -> Result<(), SendError> {
+        match request.id() {
+            Some(id) => self.answer(id, data).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses a request received with [`recv`](Self::recv). For a message that is no request: does nothing.
+    ///
+    /// # Errors
+    /// As [`send`](Self::send).
+    pub async fn fault(&self, request: &Message, fault: &Fault) -> Result<(), SendError> {
+        match request.id() {
+            Some(id) => self.send_protocol(FAULT, fault, id).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn answer<T: Serialize + Sync + ?Sized>(
+        &self,
+        id: u64,
+        data: &T,
+    ) -> Result<(), SendError> {
+        match self.send_protocol(REPLY, data, id).await {
+            Err(SendError::Encode(error)) => {
+                let fault = Fault::new(Fault::INTERNAL, "the reply could not be encoded");
+                self.send_protocol(FAULT, &fault, id).await?;
+                Err(SendError::Encode(error))
+            }
+            other => other,
+        }
+    }
+
+    async fn send_protocol<T: Serialize + Sync + ?Sized>(
+        &self,
+        event: &str,
+        data: &T,
+        id: u64,
+    ) -> Result<(), SendError> {
+        let limit = self.inner.session.frame_limit();
+        loop {
+            let queued = self.inner.outbox.try_message(event, data, Some(id), limit);
+            if queued.map_err(|error| self.send_error(error))? {
+                return Ok(());
+            }
+            self.inner.outbox.room().await;
+        }
+    }
+
+    /// Ends the sending direction and waits until the peer's transport has acknowledged everything sent.
+    ///
+    /// That the bytes arrived does not mean that the peer's program has handled them; for that use a request.
+    ///
+    /// # Errors
+    /// When the channel ended before everything was acknowledged.
+    ///
+    /// # Cancel safety
+    /// The end is announced at once; dropping the future only stops the waiting.
+    pub async fn finish(&self) -> Result<(), SendError> {
+        self.inner.outbox.finish(None);
+        self.inner
+            .outbox
+            .wait_ended()
+            .await
+            .map_err(SendError::Closed)
+    }
+
+    /// Closes both directions: what is queued still goes out, then the peer is told code and text.
+    ///
+    /// Acts at once; awaiting the result waits until the writer has ended. Calling it again, or on a channel
+    /// that is already over, changes nothing: the first reason stays.
+    pub fn close(&self, code: CloseCode, text: impl Into<String>) -> Closed {
+        self.close_with(CloseReason::local(code, text));
+        let channel = self.clone();
+        Closed {
+            future: Box::pin(async move {
+                let _ = channel.inner.outbox.wait_ended().await;
+                channel.closed().await
+            }),
+        }
+    }
+
+    pub(crate) fn close_with(&self, reason: CloseReason) {
+        let last = control::encode_close(reason.code, &reason.text);
+        self.inner.outbox.finish(last);
+        self.inner
+            .inbox
+            .stop(reason.code, Ending::Closed(reason.clone()));
+        self.inner.end.set(reason);
+    }
+
+    /// Waits until the channel is over and says how: closed by either side, or broken.
+    ///
+    /// A channel whose two directions were merely finished is over when both are: then the code is `normal`.
+    pub async fn closed(&self) -> CloseReason {
+        let both_done = async {
+            let _ = self.inner.outbox.wait_ended().await;
+            // The other direction's end is seen by whoever reads; the connection's end by everybody.
+            self.inner.session.conn.closed().await
+        };
+        tokio::select! {
+            biased;
+            reason = self.inner.end.wait() => reason,
+            error = both_done => {
+                let reason = self.inner.session.reason_for(&error);
+                self.inner.end.set(reason);
+                self.inner.end.wait().await
+            }
+        }
+    }
+
+    /// How the channel ended, if it has.
+    pub fn close_reason(&self) -> Option<CloseReason> {
+        self.inner.end.get().cloned()
+    }
+
+    /// Bytes queued here and not yet taken over by QUIC.
+    pub fn queued_bytes(&self) -> usize {
+        self.inner.outbox.queued()
+    }
+
+    /// What moves on this channel, each second. Round-trip time, loss and window are the socket's.
+    pub fn speed(&self) -> SpeedMeter {
+        let session = self.inner.session.clone();
+        let counters = self.inner.counters.clone();
+        let end = self.inner.end.clone();
+        SpeedMeter::new(Box::new(move || {
+            (end.get().is_none()).then(|| Stats::of(&session.conn, &counters))
+        }))
+    }
+
+    fn ended(&self, ending: Ending) -> Result<Option<Message>, RecvError> {
+        match ending {
+            Ending::Finished => {
+                if self.inner.outbox.is_ended() {
+                    self.inner
+                        .end
+                        .set(CloseReason::local(CloseCode::NORMAL, "both sides finished"));
+                }
+                Ok(None)
+            }
+            Ending::Closed(reason) => {
+                self.inner.end.set(reason.clone());
+                self.inner.outbox.finish(None);
+                if reason.is_normal() {
+                    Ok(None)
+                } else {
+                    Err(RecvError::Closed(reason))
+                }
+            }
+            Ending::Violation(reason) => {
+                self.close_with(reason.clone());
+                Err(RecvError::Protocol(reason))
+            }
+        }
+    }
+
+    fn send_error(&self, error: PushError) -> SendError {
+        match error {
+            PushError::Encode(error) => SendError::Encode(error),
+            PushError::Finished => SendError::Finished,
+            PushError::Ended(reason) => {
+                SendError::Closed(self.inner.end.get().cloned().unwrap_or(reason))
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Channel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Channel")
+            .field("id", &self.inner.id)
+            .field("name", &self.inner.name)
+            .field("session", &self.inner.session.id())
+            .finish_non_exhaustive()
+    }
+}
+
+fn application_event(event: &str) -> Result<(), SendError> {
+    if event.starts_with('$') {
+        return Err(SendError::Encode(EncodeError::Reserved(event.to_owned())));
+    }
+    Ok(())
+}
+
+/// Waits until a close that has begun is done; gives the reason that counted. Dropping it changes nothing.
+pub struct Closed {
+    pub(crate) future: BoxFuture<'static, CloseReason>,
+}
+
+impl Future for Closed {
+    type Output = CloseReason;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<CloseReason> {
+        self.future.as_mut().poll(cx)
+    }
+}
+
+impl fmt::Debug for Closed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Closed").finish_non_exhaustive()
+    }
+}
+
+/// A request to be sent: await it for the reply. Made by [`Channel::request`].
+#[must_use = "a request is sent when it is awaited"]
+pub struct Request<R> {
+    channel: Channel,
+    id: u64,
+    frame: Result<Bytes, SendError>,
+    timeout: Duration,
+    reply: PhantomData<fn() -> R>,
+}
+
+impl<R> Request<R> {
+    /// Gives up after this long with [`RequestError::Timeout`]. Default `Timeouts::request`.
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+}
+
+impl<R: DeserializeOwned> Request<R> {
+    async fn run(self) -> Result<R, RequestError> {
+        let frame = self.frame.map_err(RequestError::Send)?;
+        let inner = &*self.channel.inner;
+        inner.inbox.expect_reply(self.id);
+        // From here on dropping this future tells the peer.
+        let pending = Pending {
+            channel: &self.channel,
+            id: self.id,
+        };
+        let encoded = Encoded::from_frame(frame);
+        let exchange = async {
+            self.channel
+                .send_encoded(&encoded)
+                .await
+                .map_err(RequestError::Send)?;
+            poll_fn(|cx| {
+                inner
+                    .inbox
+                    .poll_reply(cx, self.id, &inner.session, &inner.counters)
+            })
+            .await
+            .map_err(|error| match error {
+                NoReply::Backlog => RequestError::Backlog,
+                NoReply::End(ending) => RequestError::Closed(self.channel.no_reply(ending)),
+            })
+        };
+        let reply = tokio::time::timeout(self.timeout, exchange)
+            .await
+            .map_err(|_| RequestError::Timeout(self.timeout))??;
+        drop(pending);
+        if reply.event() == FAULT {
+            return Err(match control::decode_fault(&reply) {
+                Ok(fault) if fault.code == Fault::NO_HANDLER => RequestError::NoHandler,
+                Ok(fault) => RequestError::Fault(fault),
+                Err(_) => RequestError::Fault(Fault::new(
+                    Fault::INTERNAL,
+                    "the peer sent a fault without sense",
+                )),
+            });
+        }
+        reply.data().map_err(RequestError::Decode)
+    }
+}
+
+impl Channel {
+    fn no_reply(&self, ending: Ending) -> CloseReason {
+        match self.ended(ending) {
+            Err(RecvError::Closed(reason) | RecvError::Protocol(reason)) => reason,
+            Ok(_) => self.inner.end.get().cloned().unwrap_or_else(|| {
+                CloseReason::peer(CloseCode::NORMAL, "the peer finished without an answer")
+            }),
+        }
+    }
+}
+
+impl<R: DeserializeOwned + 'static> IntoFuture for Request<R> {
+    type Output = Result<R, RequestError>;
+    type IntoFuture = BoxFuture<'static, Self::Output>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        Box::pin(self.run())
+    }
+}
+
+impl<R> fmt::Debug for Request<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Request")
+            .field("id", &self.id)
+            .field("timeout", &self.timeout)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Forgets a reply that is no longer awaited and tells the peer, if it has not come.
+struct Pending<'a> {
+    channel: &'a Channel,
+    id: u64,
+}
+
+impl Drop for Pending<'_> {
+    fn drop(&mut self) {
+        let inner = &self.channel.inner;
+        if inner.inbox.forget_reply(self.id)
+            && let Ok(cancel) = control::protocol(CANCEL, &(), Some(self.id))
+        {
+            let _ = inner.outbox.force(&cancel);
+        }
+    }
+}
+
+/// Why a message could not be sent.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SendError {
+    /// The message itself cannot be sent; the channel is unharmed.
+    #[error(transparent)]
+    Encode(#[from] EncodeError),
+    /// This side has already finished or closed the channel.
+    #[error("this side has finished the channel")]
+    Finished,
+    /// The channel is over.
+    #[error("channel closed: {0}")]
+    Closed(CloseReason),
+}
+
+impl SendError {
+    /// Whether the channel is over, as opposed to one message being unfit.
+    pub fn is_closed(&self) -> bool {
+        !matches!(self, Self::Encode(_))
+    }
+}
+
+/// Why there will be no more messages.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RecvError {
+    /// The peer broke the protocol; the channel was closed with this reason.
+    #[error("the peer broke the protocol: {}: {}", .0.code, .0.text)]
+    Protocol(CloseReason),
+    /// The channel or the connection ended, other than by an orderly finish.
+    #[error("channel closed: {0}")]
+    Closed(CloseReason),
+}
+
+impl RecvError {
+    /// How the channel ended.
+    pub fn reason(&self) -> &CloseReason {
+        match self {
+            Self::Protocol(reason) | Self::Closed(reason) => reason,
+        }
+    }
+}
+
+/// Why a request has no reply.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RequestError {
+    /// The peer has no handler for the event.
+    #[error("the peer has no handler for this event")]
+    NoHandler,
+    /// The peer's handler refused or failed.
+    #[error("the peer refused: {0}")]
+    Fault(Fault),
+    /// The reply does not fit the type asked for.
+    #[error(transparent)]
+    Decode(DecodeError),
+    /// No reply in time.
+    #[error("no reply within {0:?}")]
+    Timeout(Duration),
+    /// More unread messages stand before the reply than `Limits::backlog_messages` or
+    /// `Limits::backlog_bytes` allow: read them with `recv` first.
+    #[error("too many unread messages stand before the reply")]
+    Backlog,
+    /// The request could not be sent.
+    #[error(transparent)]
+    Send(SendError),
+    /// The channel ended before the reply came.
+    #[error("channel closed: {0}")]
+    Closed(CloseReason),
+}
+
+impl RequestError {
+    /// Whether the deadline passed.
+    pub fn is_timeout(&self) -> bool {
+        matches!(self, Self::Timeout(_))
+    }
+}

@@ -1,0 +1,166 @@
+//! Every bound and every deadline, with its default and the reason for it.
+//!
+//! Two plain structs: [`Limits`] (how much) and [`Timeouts`] (how long). Both sides enforce their own; the
+//! server announces its own in `$welcome`.
+
+use std::time::Duration;
+
+/// How much of everything a peer may use. All bounds are enforced; a breach has its own close code.
+///
+/// Start from `Limits::default()` and change what you must:
+/// `Limits { channels: 8, ..Limits::default() }`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// Largest frame, in bytes without its 4-byte prefix. Default 1 MiB + 64 KiB: a 1 MiB chunk and its header.
+    pub frame: usize,
+    /// Channels open at once on one socket, counted for each opener. Default 64. quinn keeps state for each
+    /// permitted stream, so raise it only when needed.
+    pub channels: u32,
+    /// Sockets in all. Default 4,096.
+    pub sockets: usize,
+    /// Sockets from one address (IPv4 address or IPv6 /64). Default 64.
+    pub sockets_per_address: usize,
+    /// Handshakes and unauthenticated peers at once. Default 256; more are refused.
+    pub handshakes: usize,
+    /// From this many handshakes in flight on, new addresses must prove themselves with a QUIC Retry first.
+    /// Default 64; 0 demands it always.
+    pub retry_from: usize,
+    /// Channels a peer may open each second, with a burst of twice as many. Default 100.
+    pub channel_rate: u32,
+    /// Bytes queued for sending on one channel before `send` waits. Default 1 MiB.
+    pub outbound_bytes: usize,
+    /// Messages queued for sending on one channel before `send` waits. Default 1,024.
+    pub outbound_messages: usize,
+    /// Messages that may wait unread while a request on the same channel waits for its reply. Default 1,024.
+    pub backlog_messages: usize,
+    /// Bytes of such messages. Default 1 MiB.
+    pub backlog_bytes: usize,
+    /// QUIC flow-control window of one stream, in bytes. Default 16 MiB: 1 Gbit/s at 130 ms.
+    pub stream_window: u32,
+    /// QUIC flow-control window of one admitted connection, in bytes. Default 16 MiB; shrinks when
+    /// `receive_budget` is shared by many.
+    pub connection_window: u32,
+    /// Bytes quinn may hold unacknowledged for sending, a connection. Default 16 MiB.
+    pub send_window: u64,
+    /// Sum of the connection windows of all admitted sockets, in bytes. Default 512 MiB. Each socket gets an
+    /// equal share, at most `connection_window` and at least 64 KiB.
+    pub receive_budget: u64,
+    /// Failed authentications by one address before it is refused for a while. Default 3.
+    pub auth_failures: u32,
+    /// Kernel buffer asked for on each UDP socket, in bytes, each direction. Default 8 MiB.
+    pub socket_buffer: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            frame: (1 << 20) + (64 << 10),
+            channels: 64,
+            sockets: 4096,
+            sockets_per_address: 64,
+            handshakes: 256,
+            retry_from: 64,
+            channel_rate: 100,
+            outbound_bytes: 1 << 20,
+            outbound_messages: 1024,
+            backlog_messages: 1024,
+            backlog_bytes: 1 << 20,
+            stream_window: 16 << 20,
+            connection_window: 16 << 20,
+            send_window: 16 << 20,
+            receive_budget: 512 << 20,
+            auth_failures: 3,
+            socket_buffer: 8 << 20,
+        }
+    }
+}
+
+/// How long anything may take.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Timeouts {
+    /// QUIC handshake. Default 10 s (quinn itself has none).
+    pub handshake: Duration,
+    /// From the end of the handshake to a verified `$hello`. Default 5 s, one try.
+    pub auth: Duration,
+    /// A failed authentication is answered no sooner than this, so that failures look alike. Default 100 ms.
+    pub auth_failure: Duration,
+    /// An unfinished frame must be completed, or move on by at least 1 KiB for each second of this, each time
+    /// this has passed. Default 30 s.
+    pub frame: Duration,
+    /// A peer that is alive but takes nothing off a channel with queued messages for this long loses the
+    /// channel. Default 10 s.
+    pub slow_peer: Duration,
+    /// Nothing heard from the peer at all. Default 30 s.
+    pub idle: Duration,
+    /// QUIC keep-alive interval; must be well below `idle`. Default 10 s.
+    pub keep_alive: Duration,
+    /// A graceful close waits this long for queued messages and for the peer. Default 5 s.
+    pub close: Duration,
+    /// Default deadline of a request. Default 30 s.
+    pub request: Duration,
+    /// A handler that answers a request must do so within this. Default 30 s.
+    pub handler: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            handshake: Duration::from_secs(10),
+            auth: Duration::from_secs(5),
+            auth_failure: Duration::from_millis(100),
+            frame: Duration::from_secs(30),
+            slow_peer: Duration::from_secs(10),
+            idle: Duration::from_secs(30),
+            keep_alive: Duration::from_secs(10),
+            close: Duration::from_secs(5),
+            request: Duration::from_secs(30),
+            handler: Duration::from_secs(30),
+        }
+    }
+}
+
+/// The congestion controller of this side's sending direction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum CongestionControl {
+    /// What this library thinks best; at present CUBIC.
+    #[default]
+    Auto,
+    /// CUBIC (RFC 9438): fair, slow on links that lose packets at random.
+    Cubic,
+    /// quinn's BBR, marked experimental there: fast on lossy links, sends far more than the link takes.
+    Bbr,
+    /// NewReno (RFC 9002, section 7).
+    NewReno,
+}
+
+/// How a server goes down: see `Server::run_until`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Drain {
+    pub(crate) within: Duration,
+}
+
+impl Drain {
+    /// Refuse new sockets and channels, let running channels finish for at most `within`, then close.
+    pub fn within(within: Duration) -> Self {
+        Self { within }
+    }
+}
+
+impl Default for Drain {
+    /// 10 seconds.
+    fn default() -> Self {
+        Self::within(Duration::from_secs(10))
+    }
+}
+
+/// Bytes an unauthenticated peer may send in all (also its largest frame).
+pub(crate) const PREAUTH_BYTES: u32 = 16 << 10;
+/// Streams an unauthenticated peer may open: control, and a few channels pipelined behind it.
+pub(crate) const PREAUTH_STREAMS: u32 = 4;
+/// Longest token, in bytes.
+pub(crate) const TOKEN_BYTES: usize = 512;
+/// Smallest connection window of an admitted socket.
+pub(crate) const MIN_WINDOW: u64 = 64 << 10;
+/// Slowest acceptable progress of an unfinished frame, in bytes a second.
+pub(crate) const MIN_FRAME_RATE: u64 = 1024;

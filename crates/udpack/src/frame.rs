@@ -1,0 +1,210 @@
+//! Frames: a length, then exactly that many bytes.
+//!
+//! QUIC streams carry bytes, not messages; the prefix is where one message ends and the next
+//! begins. A length is a peer's claim, so it is checked before any memory depends on it, and memory
+//! then follows the bytes that really came. What a frame holds is `message`'s business.
+
+use crate::code::CloseCode;
+use bytes::{Buf, Bytes, BytesMut};
+
+/// Bytes of the length prefix: an unsigned 32-bit integer, most significant byte first.
+pub const PREFIX: usize = 4;
+
+/// Why a stream of bytes is not a stream of frames.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum FrameError {
+    /// A frame of no bytes.
+    #[error("frame length is 0")]
+    Empty,
+    /// A frame above the limit; none of it was read.
+    #[error("frame of {len} bytes is above the limit: {limit}")]
+    TooLarge {
+        /// What the prefix claims.
+        len: u64,
+        /// The most that is accepted.
+        limit: u64,
+    },
+    /// The stream ended inside a frame.
+    #[error("stream ended inside a frame: {got} of {need} bytes")]
+    Truncated {
+        /// Bytes of the frame that came, prefix included.
+        got: usize,
+        /// Bytes that it needs, prefix included; just the prefix if that was not complete.
+        need: usize,
+    },
+}
+
+impl FrameError {
+    /// The close code that tells the peer.
+    pub fn close_code(&self) -> CloseCode {
+        match self {
+            Self::Empty => CloseCode::BAD_FRAME,
+            Self::TooLarge { .. } => CloseCode::FRAME_TOO_LARGE,
+            Self::Truncated { .. } => CloseCode::TRUNCATED,
+        }
+    }
+}
+
+/// Cuts a stream of bytes, however it is split into chunks, into frames.
+///
+/// A frame whose body lies inside one chunk is a slice of that chunk; any other is copied once.
+/// After an error the decoder stays at the frame that caused it.
+#[derive(Debug)]
+pub struct FrameDecoder {
+    limit: usize,
+    /// Pushed and not looked at yet.
+    chunk: Bytes,
+    prefix: [u8; PREFIX],
+    prefix_len: usize,
+    /// Length of the frame under way, once its prefix is complete and accepted.
+    need: Option<usize>,
+    /// What came of that frame in earlier chunks.
+    body: BytesMut,
+}
+
+impl FrameDecoder {
+    /// Starts between frames. A frame's body may have `limit` bytes.
+    pub fn new(limit: usize) -> Self {
+        Self {
+            limit,
+            chunk: Bytes::new(),
+            prefix: [0; PREFIX],
+            prefix_len: 0,
+            need: None,
+            body: BytesMut::new(),
+        }
+    }
+
+    /// Changes the limit for every frame whose prefix was not accepted yet.
+    pub fn set_limit(&mut self, limit: usize) {
+        self.limit = limit;
+    }
+
+    /// Adds the next bytes of the stream.
+    ///
+    /// Meant to be called when [`next_frame`](Self::next_frame) has nothing left; before that it
+    /// is correct too, but copies.
+    pub fn push(&mut self, chunk: Bytes) {
+        if self.chunk.is_empty() {
+            self.chunk = chunk;
+            return;
+        }
+        let mut joined = BytesMut::with_capacity(self.chunk.len() + chunk.len());
+        joined.extend_from_slice(&self.chunk);
+        joined.extend_from_slice(&chunk);
+        self.chunk = joined.freeze();
+    }
+
+    /// Returns the body of the next frame, or `None` if more bytes are needed first.
+    ///
+    /// # Errors
+    ///
+    /// [`FrameError::Empty`] and [`FrameError::TooLarge`], as soon as the prefix is complete.
+    pub fn next_frame(&mut self) -> Result<Option<Bytes>, FrameError> {
+        let need = match self.need {
+            Some(need) => need,
+            None => {
+                let Some(need) = self.read_prefix()? else {
+                    return Ok(None);
+                };
+                *self.need.insert(need)
+            }
+        };
+        if self.body.is_empty() && self.chunk.len() >= need {
+            let body = self.chunk.split_to(need);
+            self.start_over();
+            return Ok(Some(body));
+        }
+        let came = self.chunk.len().min(need - self.body.len());
+        self.reserve(came, need);
+        self.body.extend_from_slice(&self.chunk[..came]);
+        self.consume(came);
+        if self.body.len() < need {
+            return Ok(None);
+        }
+        let body = std::mem::take(&mut self.body).freeze();
+        self.start_over();
+        Ok(Some(body))
+    }
+
+    /// Bytes that were pushed and not returned. After [`next_frame`](Self::next_frame) returned
+    /// `None` that is what came of the unfinished frame, prefix included: 0 means between frames.
+    pub fn held(&self) -> usize {
+        self.prefix_len + self.body.len() + self.chunk.len()
+    }
+
+    /// Says that the stream ends here.
+    ///
+    /// # Errors
+    ///
+    /// [`FrameError::Truncated`] unless it ends between frames.
+    pub fn finish(&self) -> Result<(), FrameError> {
+        match self.held() {
+            0 => Ok(()),
+            got => Err(FrameError::Truncated {
+                got,
+                need: PREFIX + self.need.unwrap_or(0),
+            }),
+        }
+    }
+
+    fn read_prefix(&mut self) -> Result<Option<usize>, FrameError> {
+        let came = self.chunk.len().min(PREFIX - self.prefix_len);
+        self.prefix[self.prefix_len..self.prefix_len + came].copy_from_slice(&self.chunk[..came]);
+        self.prefix_len += came;
+        self.consume(came);
+        if self.prefix_len < PREFIX {
+            return Ok(None);
+        }
+        let len = u64::from(u32::from_be_bytes(self.prefix));
+        if len == 0 {
+            return Err(FrameError::Empty);
+        }
+        match usize::try_from(len) {
+            Ok(need) if need <= self.limit => Ok(Some(need)),
+            _ => Err(FrameError::TooLarge {
+                len,
+                limit: self.limit as u64,
+            }),
+        }
+    }
+
+    /// Makes room for `came` more bytes of a frame of `need`.
+    ///
+    /// Until an eighth of the frame is here, room only doubles with what came, so that a prefix
+    /// that lies costs its sender more than us; then all the rest is made at once.
+    fn reserve(&mut self, came: usize, need: usize) {
+        let have = self.body.len() + came;
+        if have == 0 {
+            return;
+        }
+        let room = if have >= need / 8 {
+            need
+        } else {
+            need.min(FIRST_ROOM.max(have * 2))
+        };
+        if have > self.body.capacity() {
+            self.body.reserve(room - self.body.len());
+        }
+    }
+
+    fn consume(&mut self, len: usize) {
+        self.chunk.advance(len);
+        if self.chunk.is_empty() {
+            // An empty slice would keep the whole chunk that it is a slice of.
+            self.chunk = Bytes::new();
+        }
+    }
+
+    fn start_over(&mut self) {
+        self.prefix_len = 0;
+        self.need = None;
+    }
+}
+
+/// Room made for the first bytes of a frame that comes in pieces.
+const FIRST_ROOM: usize = 4096;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,434 @@
+//! The receiving half of a channel: bytes from QUIC to messages, driven by whoever waits for one.
+//!
+//! There is no reader task: `recv` and `request` pull on the same state, so unread bytes stay in QUIC's
+//! window and slow the peer down. All progress (a half-received frame, messages that arrived while a reply
+//! was awaited) lives here and not in any future, so dropping a future loses nothing.
+
+use std::collections::{HashMap, VecDeque};
+use std::future::Future;
+use std::pin::{Pin, pin};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Wake, Waker};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::time::{Instant, Sleep};
+
+use crate::code::{CloseCode, CloseReason};
+use crate::config::MIN_FRAME_RATE;
+use crate::control::{self, CANCEL, CLOSE, FAULT, REPLY};
+use crate::frame::FrameDecoder;
+use crate::message::Message;
+use crate::session::{Session, lock, lost};
+use crate::speed::Counters;
+
+/// QUIC chunks taken in one call.
+const CHUNKS: usize = 32;
+
+pub(crate) struct Inbox {
+    state: Mutex<State>,
+    waiters: Arc<Waiters>,
+}
+
+struct State {
+    stream: quinn::RecvStream,
+    decoder: FrameDecoder,
+    /// Chunks taken from QUIC and not yet decoded.
+    chunks: VecDeque<Bytes>,
+    backlog: VecDeque<Message>,
+    backlog_bytes: usize,
+    /// Requests that wait for a reply, and the replies that came.
+    replies: HashMap<u64, Option<Message>>,
+    end: Option<Ending>,
+    timer: Option<Pin<Box<Sleep>>>,
+    /// Bytes received in all, and how many there were when the timer was set.
+    received: u64,
+    mark: u64,
+    /// A frame was completed since the timer was last looked at.
+    completed: bool,
+    waker: Waker,
+}
+
+/// How the receiving direction ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// FIN after whole frames.
+    Finished,
+    /// `$close`, a reset, or the end of the connection.
+    Closed(CloseReason),
+    /// The peer broke the protocol; the channel must be closed with this.
+    Violation(CloseReason),
+}
+
+enum Step {
+    Message(Message),
+    /// A reply was filed; whoever waits for it should look.
+    Filed,
+    End(Ending),
+}
+
+/// Why a reply will not come.
+#[derive(Debug)]
+pub(crate) enum NoReply {
+    End(Ending),
+    /// Too many unread messages stand before it.
+    Backlog,
+}
+
+impl Inbox {
+    pub(crate) fn new(stream: quinn::RecvStream, frame_limit: usize) -> Self {
+        let waiters = Arc::new(Waiters::default());
+        let waker = Waker::from(waiters.clone());
+        let state = State {
+            stream,
+            decoder: FrameDecoder::new(frame_limit),
+            chunks: VecDeque::new(),
+            backlog: VecDeque::new(),
+            backlog_bytes: 0,
+            replies: HashMap::new(),
+            end: None,
+            timer: None,
+            received: 0,
+            mark: 0,
+            completed: false,
+            waker,
+        };
+        Self {
+            state: Mutex::new(state),
+            waiters,
+        }
+    }
+
+    /// Raises or lowers the frame limit for frames not yet begun.
+    pub(crate) fn set_frame_limit(&self, limit: usize) {
+        lock(&self.state).decoder.set_limit(limit);
+    }
+
+    /// The next application message, or the end.
+    pub(crate) fn poll_recv(
+        &self,
+        cx: &mut Context<'_>,
+        session: &Session,
+        counters: &Counters,
+    ) -> Poll<Result<Message, Ending>> {
+        let mut state = lock(&self.state);
+        if let Some(message) = state.backlog.pop_front() {
+            state.backlog_bytes -= message.len();
+            return Poll::Ready(Ok(message));
+        }
+        loop {
+            match std::task::ready!(self.poll_step(cx, &mut state, session, counters)) {
+                Step::Message(message) => return Poll::Ready(Ok(message)),
+                Step::Filed => self.waiters.wake_by_ref(),
+                Step::End(end) => {
+                    self.waiters.wake_by_ref();
+                    return Poll::Ready(Err(end));
+                }
+            }
+        }
+    }
+
+    /// Expects a reply with this id; without this it would be dropped as unknown.
+    pub(crate) fn expect_reply(&self, id: u64) {
+        lock(&self.state).replies.insert(id, None);
+    }
+
+    /// No longer expects it; says whether it had not arrived.
+    pub(crate) fn forget_reply(&self, id: u64) -> bool {
+        matches!(lock(&self.state).replies.remove(&id), Some(None))
+    }
+
+    /// The reply with this id. Messages that come before it wait in the backlog, which is bounded.
+    pub(crate) fn poll_reply(
+        &self,
+        cx: &mut Context<'_>,
+        id: u64,
+        session: &Session,
+        counters: &Counters,
+    ) -> Poll<Result<Message, NoReply>> {
+        let mut state = lock(&self.state);
+        loop {
+            if let Some(reply) = state.replies.get_mut(&id).and_then(Option::take) {
+                return Poll::Ready(Ok(reply));
+            }
+            if state.backlog.len() >= session.limits.backlog_messages
+                || state.backlog_bytes >= session.limits.backlog_bytes
+            {
+                return Poll::Ready(Err(NoReply::Backlog));
+            }
+            match std::task::ready!(self.poll_step(cx, &mut state, session, counters)) {
+                Step::Message(message) => {
+                    state.backlog_bytes += message.len();
+                    state.backlog.push_back(message);
+                    self.waiters.wake_by_ref();
+                }
+                Step::Filed => self.waiters.wake_by_ref(),
+                Step::End(end) => {
+                    self.waiters.wake_by_ref();
+                    return Poll::Ready(Err(NoReply::End(end)));
+                }
+            }
+        }
+    }
+
+    /// One step; when there is nothing to do yet, the caller is among those to be woken.
+    fn poll_step(
+        &self,
+        cx: &mut Context<'_>,
+        state: &mut State,
+        session: &Session,
+        counters: &Counters,
+    ) -> Poll<Step> {
+        if let Poll::Ready(step) = state.poll_step(session, counters) {
+            return Poll::Ready(step);
+        }
+        // A wake-up between the look above and this line would be lost: look again.
+        self.waiters.add(cx.waker());
+        state.poll_step(session, counters)
+    }
+
+    /// The first frame of a stream, whatever it is.
+    pub(crate) fn poll_first(
+        &self,
+        cx: &mut Context<'_>,
+        session: &Session,
+        counters: &Counters,
+    ) -> Poll<Result<Message, Ending>> {
+        let mut state = lock(&self.state);
+        self.waiters.add(cx.waker());
+        state.poll_decoded(session, counters)
+    }
+
+    /// Refuses everything that may still come.
+    pub(crate) fn stop(&self, code: CloseCode, ending: Ending) {
+        let mut state = lock(&self.state);
+        if state.end.is_none() {
+            let _ = state.stream.stop(code.varint());
+            state.end = Some(ending);
+            state.chunks = VecDeque::new();
+            state.decoder = FrameDecoder::new(0);
+            state.timer = None;
+            drop(state);
+            self.waiters.wake_by_ref();
+        }
+    }
+
+    pub(crate) fn ending(&self) -> Option<Ending> {
+        lock(&self.state).end.clone()
+    }
+}
+
+impl State {
+    /// Decodes the next message and files what belongs to the protocol.
+    fn poll_step(&mut self, session: &Session, counters: &Counters) -> Poll<Step> {
+        loop {
+            let message = match std::task::ready!(self.poll_decoded(session, counters)) {
+                Ok(message) => message,
+                Err(end) => return Poll::Ready(Step::End(end)),
+            };
+            if !message.is_reserved() {
+                return Poll::Ready(Step::Message(message));
+            }
+            match (message.event(), message.id()) {
+                (REPLY | FAULT, Some(id)) => {
+                    // A reply to a request that was given up finds no entry and is dropped.
+                    if let Some(slot) = self.replies.get_mut(&id) {
+                        *slot = Some(message);
+                        return Poll::Ready(Step::Filed);
+                    }
+                }
+                (CANCEL, Some(id)) => {
+                    if let Some(at) = self
+                        .backlog
+                        .iter()
+                        .position(|message| message.id() == Some(id))
+                    {
+                        self.backlog_bytes -= self.backlog[at].len();
+                        self.backlog.remove(at);
+                    }
+                }
+                (CLOSE, _) => {
+                    let end = match control::decode_close(&message) {
+                        Ok(reason) => Ending::Closed(reason),
+                        Err(error) => violation(error.close_code(), &error),
+                    };
+                    return Poll::Ready(Step::End(self.ended(end)));
+                }
+                _ => {
+                    let end = violation(
+                        CloseCode::BAD_MESSAGE,
+                        &"an event of the protocol that has no place on a channel",
+                    );
+                    return Poll::Ready(Step::End(self.ended(end)));
+                }
+            }
+        }
+    }
+
+    fn poll_decoded(
+        &mut self,
+        session: &Session,
+        counters: &Counters,
+    ) -> Poll<Result<Message, Ending>> {
+        loop {
+            if let Some(end) = &self.end {
+                return Poll::Ready(Err(end.clone()));
+            }
+            match self.decoder.next_frame() {
+                Ok(Some(body)) => {
+                    self.completed = true;
+                    let message = Message::decode(body)
+                        .map_err(|error| self.ended(violation(error.close_code(), &error)));
+                    return Poll::Ready(message);
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    return Poll::Ready(Err(self.ended(violation(error.close_code(), &error))));
+                }
+            }
+            if let Some(chunk) = self.chunks.pop_front() {
+                self.decoder.push(chunk);
+                continue;
+            }
+            match self.poll_read(session) {
+                Poll::Ready(Ok(0)) => {
+                    let end = match self.decoder.finish() {
+                        Ok(()) => Ending::Finished,
+                        Err(error) => violation(error.close_code(), &error),
+                    };
+                    return Poll::Ready(Err(self.ended(end)));
+                }
+                Poll::Ready(Ok(bytes)) => {
+                    self.received += bytes as u64;
+                    counters.received(bytes as u64);
+                }
+                Poll::Ready(Err(end)) => return Poll::Ready(Err(self.ended(end))),
+                Poll::Pending => {
+                    std::task::ready!(self.poll_timer(session.timeouts.frame));
+                    let end = violation(
+                        CloseCode::FRAME_TIMEOUT,
+                        &format_args!(
+                            "an unfinished frame grew by less than {MIN_FRAME_RATE} bytes a second for {:?}",
+                            session.timeouts.frame
+                        ),
+                    );
+                    return Poll::Ready(Err(self.ended(end)));
+                }
+            }
+        }
+    }
+
+    /// Takes what QUIC has; 0 at the end of the stream.
+    fn poll_read(&mut self, session: &Session) -> Poll<Result<usize, Ending>> {
+        let waker = self.waker.clone();
+        let mut cx = Context::from_waker(&waker);
+        let mut chunks: [Bytes; CHUNKS] = std::array::from_fn(|_| Bytes::new());
+        // `read_chunks` is cancel safe: a future that is not ready has taken nothing.
+        let read = pin!(self.stream.read_chunks(&mut chunks)).poll(&mut cx);
+        match std::task::ready!(read) {
+            Ok(Some(count)) => {
+                let mut bytes = 0;
+                for chunk in chunks.into_iter().take(count) {
+                    bytes += chunk.len();
+                    self.chunks.push_back(chunk);
+                }
+                Poll::Ready(Ok(bytes))
+            }
+            Ok(None) => Poll::Ready(Ok(0)),
+            Err(error) => Poll::Ready(Err(Ending::Closed(read_reason(session, error)))),
+        }
+    }
+
+    /// Ready when an unfinished frame has made too little progress for `period`.
+    fn poll_timer(&mut self, period: Duration) -> Poll<()> {
+        if self.decoder.held() == 0 {
+            self.timer = None;
+            return Poll::Pending;
+        }
+        let waker = self.waker.clone();
+        let mut cx = Context::from_waker(&waker);
+        if std::mem::take(&mut self.completed) {
+            self.mark = self.received;
+            if let Some(timer) = &mut self.timer {
+                timer.as_mut().reset(Instant::now() + period);
+            }
+        }
+        loop {
+            let timer = match &mut self.timer {
+                Some(timer) => timer,
+                None => {
+                    self.mark = self.received;
+                    self.timer.insert(Box::pin(tokio::time::sleep(period)))
+                }
+            };
+            std::task::ready!(timer.as_mut().poll(&mut cx));
+            if (self.received - self.mark) < MIN_FRAME_RATE.saturating_mul(period.as_secs().max(1))
+            {
+                return Poll::Ready(());
+            }
+            self.mark = self.received;
+            timer.as_mut().reset(Instant::now() + period);
+        }
+    }
+
+    fn ended(&mut self, end: Ending) -> Ending {
+        if let Ending::Violation(reason) = &end {
+            let _ = self.stream.stop(reason.code.varint());
+        }
+        self.timer = None;
+        self.end.get_or_insert(end).clone()
+    }
+}
+
+impl std::fmt::Debug for Inbox {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Inbox")
+            .field("end", &self.ending())
+            .finish_non_exhaustive()
+    }
+}
+
+fn violation(code: CloseCode, text: &dyn std::fmt::Display) -> Ending {
+    Ending::Violation(CloseReason::local(code, text.to_string()))
+}
+
+fn read_reason(session: &Session, error: quinn::ReadError) -> CloseReason {
+    match error {
+        quinn::ReadError::Reset(code) => CloseReason::peer(
+            CloseCode::new(code.into_inner()),
+            "the peer gave the channel up",
+        ),
+        quinn::ReadError::ConnectionLost(error) => session.reason_for(&error),
+        quinn::ReadError::ClosedStream
+        | quinn::ReadError::IllegalOrderedRead
+        | quinn::ReadError::ZeroRttRejected => lost("the stream is closed"),
+    }
+}
+
+/// Everybody who waits on this inbox. QUIC knows one waker per stream; this one wakes them all.
+#[derive(Default)]
+struct Waiters {
+    list: Mutex<Vec<Waker>>,
+}
+
+impl Waiters {
+    fn add(&self, waker: &Waker) {
+        let mut list = lock(&self.list);
+        if !list.iter().any(|known| known.will_wake(waker)) {
+            list.push(waker.clone());
+        }
+    }
+
+    fn wake_by_ref(&self) {
+        let list = std::mem::take(&mut *lock(&self.list));
+        for waker in list {
+            waker.wake();
+        }
+    }
+}
+
+impl Wake for Waiters {
+    fn wake(self: Arc<Self>) {
+        Self::wake_by_ref(&self);
+    }
+}

@@ -1,0 +1,549 @@
+//! Messages: `[event, data]` and `[event, data, id]` in MessagePack.
+//!
+//! Decoding checks a whole message in one pass and keeps where its parts lie; the data stays the
+//! bytes that came until someone asks for a type. Encoding appends one whole frame to a buffer or
+//! leaves the buffer as it was, and refuses what the peer would refuse. Which events there are,
+//! and who may send them when, is decided elsewhere.
+
+use std::fmt;
+use std::io;
+use std::ops::Range;
+use std::str;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use serde::{Deserialize, Serialize};
+
+use crate::code::CloseCode;
+use crate::frame::PREFIX;
+use crate::msgpack::{
+    FieldError, Fields, Head, MsgpackError, Reader, Shape, Walk, validate_within,
+};
+
+/// One received message.
+///
+/// Cheap to clone: clones share the frame that the message came in, and keep it alive. `Debug`
+/// prints the event, the id and the length of the data, never the data.
+#[derive(Clone)]
+pub struct Message {
+    body: Bytes,
+    event: Range<usize>,
+    data: Range<usize>,
+    id: Option<u64>,
+}
+
+/// Why the body of a frame is not a message.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum MessageError {
+    /// It is not one acceptable MessagePack value.
+    #[error(transparent)]
+    Msgpack(#[from] MsgpackError),
+    /// The value is not an array of 2 or 3.
+    #[error("message is not an array of 2 or 3 values: {}", Found(*.arity))]
+    Shape {
+        /// How many values the array has; `None` if it is no array.
+        arity: Option<usize>,
+    },
+    /// The event is not a string.
+    #[error("event is not a string")]
+    EventNotString,
+    /// The event is not a proper name.
+    #[error("event {0}")]
+    Event(NameError),
+    /// The id is not an integer from 0 to 2^64 - 1.
+    #[error("id is not an unsigned 64-bit integer")]
+    Id,
+}
+
+/// Why a message's data is not of the type asked for.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DecodeError {
+    /// The data is something else.
+    #[error("data does not have the expected type")]
+    Data(#[source] rmp_serde::decode::Error),
+    /// The type left a part of the data unread.
+    #[error("data is longer than the expected type")]
+    Unread,
+}
+
+impl Message {
+    /// Reads the body of one frame.
+    ///
+    /// # Errors
+    ///
+    /// [`MessageError::Msgpack`] if the body is no acceptable MessagePack at all, otherwise what
+    /// makes it something else than a message.
+    pub fn decode(body: Bytes) -> Result<Self, MessageError> {
+        Self::decode_within(body, Shape::default())
+    }
+
+    /// Reads the body of one frame within the limits of `shape`.
+    ///
+    /// # Errors
+    ///
+    /// As [`decode`](Self::decode).
+    pub fn decode_within(body: Bytes, shape: Shape) -> Result<Self, MessageError> {
+        let mut walk = Walk::new(&body, shape)?;
+        let arity = match walk.enter()? {
+            Head::Array(arity) => Some(arity),
+            _ => None,
+        };
+        if !matches!(arity, Some(2 | 3)) {
+            // Bytes that are not even MessagePack are the graver fault: look for that first.
+            validate_within(&body, shape)?;
+            return Err(MessageError::Shape { arity });
+        }
+        let event = walk.value()?;
+        let data_start = body.len() - walk.left();
+        walk.value()?;
+        let data = data_start..body.len() - walk.left();
+        let id = match arity {
+            Some(3) => Some(walk.value()?),
+            _ => None,
+        };
+        walk.end()?;
+
+        let Head::Str(name) = Reader::new(event).head()? else {
+            return Err(MessageError::EventNotString);
+        };
+        check_name(str::from_utf8(name).map_err(|_| MsgpackError::Utf8)?)
+            .map_err(MessageError::Event)?;
+        let event = data.start - name.len()..data.start;
+        let id = match id {
+            None => None,
+            Some(id) => match Reader::new(id).head()? {
+                Head::Uint(id) => Some(id),
+                _ => return Err(MessageError::Id),
+            },
+        };
+        Ok(Self {
+            body,
+            event,
+            data,
+            id,
+        })
+    }
+
+    /// Names what happened.
+    pub fn event(&self) -> &str {
+        str::from_utf8(&self.body[self.event.clone()]).expect("decode checked the event")
+    }
+
+    /// The number that an answer must carry, if this is a request or an answer.
+    pub fn id(&self) -> Option<u64> {
+        self.id
+    }
+
+    /// Whether the event belongs to the protocol, not to the application.
+    pub fn is_reserved(&self) -> bool {
+        self.body[self.event.clone()].first() == Some(&RESERVED)
+    }
+
+    /// The data as the MessagePack that came: a slice of the frame, not a copy.
+    pub fn raw(&self) -> Bytes {
+        self.body.slice(self.data.clone())
+    }
+
+    /// Reads the data as a `T`, which may borrow from the message.
+    ///
+    /// serde decides what fits: a struct takes a map or an array, text takes binary, and of two
+    /// equal keys the type may take either. For exact types see [`fields`](Self::fields).
+    ///
+    /// # Errors
+    ///
+    /// [`DecodeError`] if the data is not exactly one `T`.
+    pub fn data<'a, T: Deserialize<'a>>(&'a self) -> Result<T, DecodeError> {
+        decode_data(&self.body[self.data.clone()])
+    }
+
+    /// Reads the data as a map with exact types, as the protocol's own messages are read.
+    ///
+    /// # Errors
+    ///
+    /// What [`Fields::parse`] refuses.
+    pub fn fields(&self) -> Result<Fields<'_>, FieldError> {
+        Fields::parse(&self.body[self.data.clone()])
+    }
+
+    /// Takes a binary field of the data as a slice of the frame, not a copy.
+    ///
+    /// # Errors
+    ///
+    /// What [`fields`](Self::fields) and [`Fields::bin`] refuse.
+    pub fn bulk(&self, key: &'static str) -> Result<Bytes, FieldError> {
+        Ok(self.body.slice_ref(self.fields()?.bin(key)?))
+    }
+
+    /// How many bytes the message took on the stream, its frame's prefix included.
+    #[expect(clippy::len_without_is_empty, reason = "a message is never empty")]
+    pub fn len(&self) -> usize {
+        PREFIX + self.body.len()
+    }
+}
+
+impl fmt::Debug for Message {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Message")
+            .field("event", &self.event())
+            .field("id", &self.id)
+            .field("data_len", &self.data.len())
+            .finish()
+    }
+}
+
+impl MessageError {
+    /// The close code that tells the peer.
+    pub fn close_code(&self) -> CloseCode {
+        match self {
+            Self::Msgpack(_) => CloseCode::BAD_MSGPACK,
+            _ => CloseCode::BAD_MESSAGE,
+        }
+    }
+}
+
+/// Decodes one validated value, all of it, into the receiver's type.
+pub(crate) fn decode_data<'a, T: Deserialize<'a>>(data: &'a [u8]) -> Result<T, DecodeError> {
+    let mut reader = rmp_serde::Deserializer::from_read_ref(data);
+    reader.set_max_depth(SERDE_DEPTH);
+    let data = T::deserialize(&mut reader).map_err(DecodeError::Data)?;
+    // The reader does not say where it stands, but it does say that it is at the end.
+    match <()>::deserialize(&mut reader) {
+        Err(rmp_serde::decode::Error::InvalidMarkerRead(end))
+            if end.kind() == io::ErrorKind::UnexpectedEof =>
+        {
+            Ok(data)
+        }
+        _ => Err(DecodeError::Unread),
+    }
+}
+
+/// Why a name is no name for an event or a channel.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum NameError {
+    /// It has no bytes.
+    #[error("name is empty")]
+    Empty,
+    /// It has too many bytes.
+    #[error("name of {0} bytes is above the limit: {MAX_NAME}")]
+    TooLong(usize),
+    /// It holds a control character.
+    #[error("name holds a control character: {0:?}")]
+    Control(char),
+}
+
+/// Checks the name of an event or a channel: 1 to 128 bytes, no control characters.
+///
+/// # Errors
+///
+/// The first rule that the name breaks.
+pub fn check_name(name: &str) -> Result<(), NameError> {
+    match name.len() {
+        0 => return Err(NameError::Empty),
+        1..=MAX_NAME => {}
+        len => return Err(NameError::TooLong(len)),
+    }
+    if name.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
+        return Ok(());
+    }
+    match name.chars().find(|char| char.is_control()) {
+        None => Ok(()),
+        Some(char) => Err(NameError::Control(char)),
+    }
+}
+
+/// Why a message cannot be sent as it is.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EncodeError {
+    /// The event is not a proper name.
+    #[error("event {0}")]
+    Name(NameError),
+    /// The event is one of the protocol's own.
+    #[error("event names that start with $ are reserved: {0:?}")]
+    Reserved(String),
+    /// The message is too large for one frame.
+    #[error("message of {size} bytes is above the limit: {limit}")]
+    TooLarge {
+        /// Bytes of the message, without its frame's prefix.
+        size: usize,
+        /// The most that a frame may hold.
+        limit: usize,
+    },
+    /// The peer would refuse the data: too deep, too many elements, an extension type.
+    #[error("data that no peer accepts: {0}")]
+    Refused(MsgpackError),
+    /// The type's own `Serialize` failed.
+    #[error("data cannot be serialized")]
+    Serialize(#[source] rmp_serde::encode::Error),
+    /// The header of a bulk message is neither a struct nor a map.
+    #[error("bulk header is not a map")]
+    NotAMap,
+    /// The header of a bulk message already has the key of the bulk bytes.
+    #[error("bulk header already has the key: {0:?}")]
+    Duplicate(String),
+}
+
+/// Appends one message to `buf` as a whole frame and returns the frame's length, prefix included.
+///
+/// Structs become maps. `limit` is the most bytes that the frame may hold without its prefix.
+/// Reserved events pass. If this fails or `T` panics, `buf` is as it was.
+///
+/// # Errors
+///
+/// What makes the message unfit to be sent.
+pub fn encode<T: Serialize + ?Sized>(
+    buf: &mut BytesMut,
+    event: &str,
+    data: &T,
+    id: Option<u64>,
+    limit: usize,
+) -> Result<usize, EncodeError> {
+    let mut draft = Draft::new(buf, event, if id.is_some() { 3 } else { 2 }, limit)?;
+    draft.data(data)?;
+    if let Some(id) = id {
+        rmp::encode::write_uint(&mut draft, id).map_err(write_failed)?;
+    }
+    draft.fits(0)?;
+    validate_within(draft.body(), Shape::default()).map_err(EncodeError::Refused)?;
+    draft.seal(0)
+}
+
+/// Appends one message up to its last field, whose `len` bytes the caller sends right after `buf`.
+///
+/// The data is the map that `header` serializes to, and in it, as the last entry, `key` with a
+/// binary value of `len` bytes: they go from their owner to the stream without being copied here.
+/// Returns the length of the whole frame, the prefix and those bytes included. `limit` and failure
+/// are as in [`encode`].
+///
+/// # Errors
+///
+/// What makes the message unfit to be sent.
+pub fn encode_bulk<T: Serialize + ?Sized>(
+    buf: &mut BytesMut,
+    event: &str,
+    header: &T,
+    key: &str,
+    len: usize,
+    limit: usize,
+) -> Result<usize, EncodeError> {
+    let mut draft = Draft::new(buf, event, 2, limit)?;
+    let start = draft.body().len();
+    draft.data(header)?;
+    draft.fits(len)?;
+    draft.widen(start, key)?;
+    rmp::encode::write_str(&mut draft, key).map_err(write_failed)?;
+    let bin = u32::try_from(len).map_err(|_| draft.too_large(len))?;
+    rmp::encode::write_bin_len(&mut draft, bin).map_err(write_failed)?;
+    draft.fits(len)?;
+    draft.seal(len)
+}
+
+/// One message encoded for many receivers.
+///
+/// Cheap to clone: clones share the bytes. `Debug` prints the length, never the data.
+#[derive(Clone)]
+pub struct Encoded(Bytes);
+
+impl Encoded {
+    /// Encodes `[event, data]`. No receiver's limit is known yet: that is checked where it is sent.
+    ///
+    /// # Errors
+    ///
+    /// What makes the message unfit to be sent to anyone; reserved events.
+    pub fn new<T: Serialize + ?Sized>(event: &str, data: &T) -> Result<Self, EncodeError> {
+        if event.as_bytes().first() == Some(&RESERVED) {
+            check_name(event).map_err(EncodeError::Name)?;
+            return Err(EncodeError::Reserved(event.to_owned()));
+        }
+        let mut buf = BytesMut::new();
+        encode(&mut buf, event, data, None, usize::MAX)?;
+        Ok(Self(buf.freeze()))
+    }
+
+    /// A frame that was encoded elsewhere in this crate.
+    pub(crate) fn from_frame(frame: Bytes) -> Self {
+        Self(frame)
+    }
+
+    /// The whole frame, prefix included.
+    pub fn bytes(&self) -> &Bytes {
+        &self.0
+    }
+
+    /// How many bytes the whole frame has, prefix included.
+    #[expect(clippy::len_without_is_empty, reason = "a frame is never empty")]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+}
+
+impl fmt::Debug for Encoded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Encoded").field("len", &self.len()).finish()
+    }
+}
+
+/// A frame being written at the end of a buffer; what was written goes away again unless it is
+/// sealed, also when a `Serialize` panics.
+struct Draft<'a> {
+    buf: &'a mut BytesMut,
+    /// Where the frame begins.
+    start: usize,
+    /// Bytes of the body so far, those above the limit included: they are counted, not kept.
+    size: usize,
+    limit: usize,
+    sealed: bool,
+}
+
+impl<'a> Draft<'a> {
+    /// Begins a message of `arity` values with its prefix, array head and event.
+    fn new(
+        buf: &'a mut BytesMut,
+        event: &str,
+        arity: u32,
+        limit: usize,
+    ) -> Result<Self, EncodeError> {
+        check_name(event).map_err(EncodeError::Name)?;
+        let start = buf.len();
+        buf.put_bytes(0, PREFIX);
+        let mut draft = Self {
+            buf,
+            start,
+            size: 0,
+            limit: limit.min(u32::MAX as usize),
+            sealed: false,
+        };
+        rmp::encode::write_array_len(&mut draft, arity).map_err(write_failed)?;
+        rmp::encode::write_str(&mut draft, event).map_err(write_failed)?;
+        Ok(draft)
+    }
+
+    fn data<T: Serialize + ?Sized>(&mut self, data: &T) -> Result<(), EncodeError> {
+        rmp_serde::encode::write_named(self, data).map_err(EncodeError::Serialize)
+    }
+
+    fn body(&self) -> &[u8] {
+        &self.buf[self.start + PREFIX..]
+    }
+
+    /// Checks that the body so far and `more` bytes are within the limit.
+    fn fits(&self, more: usize) -> Result<(), EncodeError> {
+        match self.size.checked_add(more) {
+            Some(size) if size <= self.limit => Ok(()),
+            _ => Err(self.too_large(more)),
+        }
+    }
+
+    fn too_large(&self, more: usize) -> EncodeError {
+        EncodeError::TooLarge {
+            size: self.size.saturating_add(more),
+            limit: self.limit,
+        }
+    }
+
+    /// Checks that the body from `start` on is a map without `key`, and makes its head announce
+    /// one more pair.
+    fn widen(&mut self, start: usize, key: &str) -> Result<(), EncodeError> {
+        // The whole body is walked, so that depth and elements count as they will for the peer.
+        let mut walk = Walk::new(self.body(), Shape::default()).map_err(EncodeError::Refused)?;
+        walk.enter().map_err(EncodeError::Refused)?;
+        walk.value().map_err(EncodeError::Refused)?;
+        let Head::Map(pairs) = walk.enter().map_err(EncodeError::Refused)? else {
+            return Err(EncodeError::NotAMap);
+        };
+        for _ in 0..pairs {
+            let known = walk.value().map_err(EncodeError::Refused)?;
+            if Reader::new(known).head() == Ok(Head::Str(key.as_bytes())) {
+                return Err(EncodeError::Duplicate(key.to_owned()));
+            }
+            walk.value().map_err(EncodeError::Refused)?;
+        }
+        walk.end().map_err(EncodeError::Refused)?;
+        walk.announce(2).map_err(EncodeError::Refused)?;
+
+        // Only the lengths that rmp writes for this many pairs: the shortest.
+        let at = self.start + PREFIX + start;
+        match pairs {
+            0..=14 => self.buf[at] += 1,
+            15 => {
+                let end = self.buf.len();
+                self.buf.put_bytes(0, 2);
+                self.buf.copy_within(at + 1..end, at + 3);
+                self.buf[at..at + 3].copy_from_slice(&[MAP16, 0, 16]);
+                self.size += 2;
+            }
+            // `announce` has just refused anything near 65,535 pairs.
+            _ => {
+                let pairs = u16::try_from(pairs + 1)
+                    .map_err(|_| EncodeError::Refused(MsgpackError::TooManyElements))?;
+                self.buf[at + 1..at + 3].copy_from_slice(&pairs.to_be_bytes());
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills in the prefix of a frame of which `more` bytes follow the buffer; returns the whole
+    /// frame's length.
+    fn seal(mut self, more: usize) -> Result<usize, EncodeError> {
+        let len = self.size + more;
+        let prefix = u32::try_from(len).map_err(|_| self.too_large(more))?;
+        self.buf[self.start..self.start + PREFIX].copy_from_slice(&prefix.to_be_bytes());
+        self.sealed = true;
+        Ok(PREFIX + len)
+    }
+}
+
+impl io::Write for Draft<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.size = self.size.saturating_add(bytes.len());
+        if self.size <= self.limit {
+            self.buf.extend_from_slice(bytes);
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Drop for Draft<'_> {
+    fn drop(&mut self) {
+        if !self.sealed {
+            self.buf.truncate(self.start);
+        }
+    }
+}
+
+/// A draft takes every byte, so this is for the type checker.
+fn write_failed(error: rmp::encode::ValueWriteError) -> EncodeError {
+    EncodeError::Serialize(error.into())
+}
+
+/// How [`MessageError::Shape`] prints what it found.
+struct Found(Option<usize>);
+
+impl fmt::Display for Found {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            None => f.write_str("no array"),
+            Some(arity) => write!(f, "{arity}"),
+        }
+    }
+}
+
+/// The most bytes that the name of an event or a channel may have.
+pub(crate) const MAX_NAME: usize = 128;
+
+/// The first byte of the protocol's own events.
+const RESERVED: u8 = b'$';
+
+/// Depth that serde may use up: the validator refuses far less, so this is a second wall.
+const SERDE_DEPTH: usize = 64;
+
+const MAP16: u8 = 0xde;
+
+#[cfg(test)]
+mod tests;

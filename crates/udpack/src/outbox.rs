@@ -1,0 +1,455 @@
+//! The sending half of a channel: a bounded queue of frames and the one task that writes them.
+//!
+//! A message is encoded straight into the queue, so it is either queued whole or not at all, whatever
+//! happens to the future that queued it. The writer takes what has gathered and hands it to QUIC in one go:
+//! many small sends share packets without any timer.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use serde::Serialize;
+use tokio::sync::Notify;
+
+use crate::code::{CloseCode, CloseReason};
+use crate::message::{self, EncodeError, Encoded};
+use crate::session::{Session, lock, lost};
+use crate::speed::Counters;
+
+/// Small messages gather up to about this size before a new buffer is begun.
+const SEGMENT: usize = 32 << 10;
+/// Buffers handed to QUIC in one call.
+const BATCH: usize = 16;
+/// Ready-made bytes up to this size are copied into the gathering buffer; larger ones go as they are.
+const COPY_LIMIT: usize = 4 << 10;
+
+#[derive(Debug)]
+pub(crate) struct Outbox {
+    state: Mutex<State>,
+    /// The writer has something to do.
+    work: Notify,
+    /// The queue has shrunk.
+    room: Notify,
+    /// The writer has ended.
+    ended: Notify,
+    max_bytes: usize,
+    max_messages: usize,
+}
+
+#[derive(Debug)]
+struct State {
+    segments: VecDeque<Segment>,
+    tail: BytesMut,
+    tail_messages: usize,
+    queued_bytes: usize,
+    queued_messages: usize,
+    waiting: usize,
+    /// The writer sleeps and wants to be woken.
+    idle: bool,
+    phase: Phase,
+}
+
+#[derive(Debug)]
+struct Segment {
+    bytes: Bytes,
+    messages: usize,
+}
+
+#[derive(Debug)]
+enum Phase {
+    Open,
+    /// Send what is queued, then this last frame if any, then FIN.
+    Finishing(Option<Bytes>),
+    /// Over: `Ok` when the peer's transport acknowledged everything.
+    Ended(Result<(), CloseReason>),
+}
+
+/// Why a message could not be queued.
+#[derive(Debug)]
+pub(crate) enum PushError {
+    Encode(EncodeError),
+    /// This side has already finished the channel.
+    Finished,
+    Ended(CloseReason),
+}
+
+enum Work {
+    Idle,
+    Batch { bytes: usize, messages: usize },
+    Finish(Option<Bytes>),
+}
+
+impl Outbox {
+    pub(crate) fn new(max_bytes: usize, max_messages: usize) -> Arc<Self> {
+        Arc::new(Self {
+            state: Mutex::new(State {
+                segments: VecDeque::new(),
+                tail: BytesMut::new(),
+                tail_messages: 0,
+                queued_bytes: 0,
+                queued_messages: 0,
+                waiting: 0,
+                idle: false,
+                phase: Phase::Open,
+            }),
+            work: Notify::new(),
+            room: Notify::new(),
+            ended: Notify::new(),
+            max_bytes,
+            max_messages,
+        })
+    }
+
+    /// Queues one message if there is room; `Ok(false)` when there is none.
+    pub(crate) fn try_message<T: Serialize + ?Sized>(
+        &self,
+        event: &str,
+        data: &T,
+        id: Option<u64>,
+        limit: usize,
+    ) -> Result<bool, PushError> {
+        self.with_room(|state| {
+            let size = message::encode(&mut state.tail, event, data, id, limit)?;
+            state.grew(size);
+            Ok(())
+        })
+    }
+
+    /// Queues a bulk message: header now, payload behind it without a copy.
+    pub(crate) fn try_bulk<T: Serialize + ?Sized>(
+        &self,
+        event: &str,
+        header: &T,
+        key: &str,
+        payload: &Bytes,
+        limit: usize,
+    ) -> Result<bool, PushError> {
+        self.with_room(|state| {
+            let size =
+                message::encode_bulk(&mut state.tail, event, header, key, payload.len(), limit)?;
+            state.grew(size.saturating_sub(payload.len()));
+            state.cut_tail();
+            state.queued_bytes += payload.len();
+            state.segments.push_back(Segment {
+                bytes: payload.clone(),
+                messages: 0,
+            });
+            Ok(())
+        })
+    }
+
+    /// Queues a frame that was encoded before.
+    pub(crate) fn try_encoded(&self, encoded: &Encoded, limit: usize) -> Result<bool, PushError> {
+        let bytes = encoded.bytes();
+        let size = bytes.len().saturating_sub(crate::frame::PREFIX);
+        if size > limit {
+            return Err(PushError::Encode(EncodeError::TooLarge { size, limit }));
+        }
+        self.with_room(|state| {
+            state.append(bytes);
+            Ok(())
+        })
+    }
+
+    /// Queues a frame of the protocol itself whatever the queue's length: replies and faults are bounded by
+    /// the requests that were accepted, `$open` comes first.
+    pub(crate) fn force(&self, frame: &Bytes) -> Result<(), PushError> {
+        let mut state = lock(&self.state);
+        state.check_open()?;
+        state.append(frame);
+        self.wake(&mut state);
+        Ok(())
+    }
+
+    fn with_room(
+        &self,
+        push: impl FnOnce(&mut State) -> Result<(), EncodeError>,
+    ) -> Result<bool, PushError> {
+        let mut state = lock(&self.state);
+        state.check_open()?;
+        if state.queued_bytes >= self.max_bytes || state.queued_messages >= self.max_messages {
+            return Ok(false);
+        }
+        push(&mut state).map_err(PushError::Encode)?;
+        self.wake(&mut state);
+        Ok(true)
+    }
+
+    fn wake(&self, state: &mut State) {
+        if state.idle {
+            state.idle = false;
+            self.work.notify_one();
+        }
+    }
+
+    /// Waits until the queue has room or the channel is over. Dropping the future is harmless.
+    pub(crate) async fn room(&self) {
+        let mut room = std::pin::pin!(self.room.notified());
+        room.as_mut().enable();
+        let _waiting = {
+            let mut state = lock(&self.state);
+            if !matches!(state.phase, Phase::Open)
+                || (state.queued_bytes < self.max_bytes
+                    && state.queued_messages < self.max_messages)
+            {
+                return;
+            }
+            state.waiting += 1;
+            Waiting(self)
+        };
+        room.await;
+    }
+
+    /// Bytes queued and not yet taken by QUIC.
+    pub(crate) fn queued(&self) -> usize {
+        lock(&self.state).queued_bytes
+    }
+
+    /// Lets what is queued go out, then `last`, then ends the stream. The first call counts.
+    pub(crate) fn finish(&self, last: Option<Bytes>) {
+        let mut state = lock(&self.state);
+        if matches!(state.phase, Phase::Open) {
+            state.phase = Phase::Finishing(last);
+            self.wake(&mut state);
+            self.room.notify_waiters();
+        }
+    }
+
+    /// Waits until the writer has ended: `Ok` when the peer's transport acknowledged every byte.
+    pub(crate) async fn wait_ended(&self) -> Result<(), CloseReason> {
+        loop {
+            let mut ended = std::pin::pin!(self.ended.notified());
+            ended.as_mut().enable();
+            if let Phase::Ended(result) = &lock(&self.state).phase {
+                return result.clone();
+            }
+            ended.await;
+        }
+    }
+
+    /// Whether the writer has ended with everything acknowledged.
+    pub(crate) fn is_ended(&self) -> bool {
+        matches!(lock(&self.state).phase, Phase::Ended(Ok(())))
+    }
+
+    fn end(&self, result: Result<(), CloseReason>) {
+        let mut state = lock(&self.state);
+        state.segments = VecDeque::new();
+        state.tail = BytesMut::new();
+        state.queued_bytes = 0;
+        state.queued_messages = 0;
+        state.phase = Phase::Ended(result);
+        drop(state);
+        self.room.notify_waiters();
+        self.ended.notify_waiters();
+    }
+
+    fn take(&self, batch: &mut Vec<Bytes>) -> Work {
+        let mut state = lock(&self.state);
+        let (mut bytes, mut messages) = (0, 0);
+        while batch.len() < BATCH {
+            if state.segments.is_empty() {
+                state.cut_tail();
+            }
+            let Some(segment) = state.segments.pop_front() else {
+                break;
+            };
+            bytes += segment.bytes.len();
+            messages += segment.messages;
+            batch.push(segment.bytes);
+        }
+        if !batch.is_empty() {
+            return Work::Batch { bytes, messages };
+        }
+        // A quiet channel keeps no buffer.
+        state.tail = BytesMut::new();
+        match &mut state.phase {
+            Phase::Finishing(last) => Work::Finish(last.take()),
+            Phase::Open | Phase::Ended(_) => {
+                state.idle = true;
+                Work::Idle
+            }
+        }
+    }
+
+    fn written(&self, bytes: usize, messages: usize) {
+        let mut state = lock(&self.state);
+        state.queued_bytes = state.queued_bytes.saturating_sub(bytes);
+        state.queued_messages = state.queued_messages.saturating_sub(messages);
+        if state.waiting > 0 {
+            self.room.notify_waiters();
+        }
+    }
+}
+
+impl State {
+    fn check_open(&self) -> Result<(), PushError> {
+        match &self.phase {
+            Phase::Open => Ok(()),
+            Phase::Finishing(_) | Phase::Ended(Ok(())) => Err(PushError::Finished),
+            Phase::Ended(Err(reason)) => Err(PushError::Ended(reason.clone())),
+        }
+    }
+
+    /// One more message of `size` bytes stands in the tail.
+    fn grew(&mut self, size: usize) {
+        self.queued_bytes += size;
+        self.queued_messages += 1;
+        self.tail_messages += 1;
+        if self.tail.len() >= SEGMENT {
+            self.cut_tail();
+        }
+    }
+
+    fn append(&mut self, bytes: &Bytes) {
+        if bytes.len() <= COPY_LIMIT {
+            self.tail.extend_from_slice(bytes);
+            self.grew(bytes.len());
+        } else {
+            self.cut_tail();
+            self.queued_bytes += bytes.len();
+            self.queued_messages += 1;
+            self.segments.push_back(Segment {
+                bytes: bytes.clone(),
+                messages: 1,
+            });
+        }
+    }
+
+    fn cut_tail(&mut self) {
+        if !self.tail.is_empty() {
+            let bytes = self.tail.split().freeze();
+            self.segments.push_back(Segment {
+                bytes,
+                messages: self.tail_messages,
+            });
+            self.tail_messages = 0;
+        }
+    }
+}
+
+/// Counts one waiter for as long as it waits.
+struct Waiting<'a>(&'a Outbox);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.state).waiting -= 1;
+    }
+}
+
+/// Writes the queue to the stream until the channel is over, and returns how it ended.
+pub(crate) async fn write_loop(
+    outbox: Arc<Outbox>,
+    stream: quinn::SendStream,
+    session: Arc<Session>,
+    counters: Arc<Counters>,
+) -> Result<(), CloseReason> {
+    let result = drive(&outbox, stream, &session, &counters).await;
+    outbox.end(result.clone());
+    result
+}
+
+async fn drive(
+    outbox: &Outbox,
+    mut stream: quinn::SendStream,
+    session: &Session,
+    counters: &Counters,
+) -> Result<(), CloseReason> {
+    let mut stopped = std::pin::pin!(stream.stopped());
+    let mut batch = Vec::with_capacity(BATCH);
+    loop {
+        match outbox.take(&mut batch) {
+            Work::Batch { bytes, messages } => {
+                write(&mut stream, &mut batch, session, counters).await?;
+                outbox.written(bytes, messages);
+                batch.clear();
+            }
+            Work::Idle => tokio::select! {
+                () = outbox.work.notified() => {}
+                end = &mut stopped => return Err(stop_reason(session, end)),
+            },
+            Work::Finish(last) => {
+                if let Some(last) = last {
+                    batch.push(last);
+                    write(&mut stream, &mut batch, session, counters).await?;
+                }
+                // Fails only when the peer has stopped the stream, which `stopped` then reports.
+                let _ = stream.finish();
+                return match stopped.await {
+                    Ok(None) => Ok(()),
+                    end => Err(stop_reason(session, end)),
+                };
+            }
+        }
+    }
+}
+
+async fn write(
+    stream: &mut quinn::SendStream,
+    batch: &mut [Bytes],
+    session: &Session,
+    counters: &Counters,
+) -> Result<(), CloseReason> {
+    let mut rest = batch;
+    while !rest.is_empty() {
+        let written = progress(stream, rest, session).await?;
+        counters.sent(written.bytes as u64);
+        rest = &mut rest[written.chunks..];
+    }
+    Ok(())
+}
+
+/// Writes some of `rest`. A peer that is alive but grants nothing for the slow-peer time loses the channel; a
+/// silent path is the idle timer's business.
+async fn progress(
+    stream: &mut quinn::SendStream,
+    rest: &mut [Bytes],
+    session: &Session,
+) -> Result<quinn::Written, CloseReason> {
+    let patience: Duration = session.timeouts.slow_peer;
+    loop {
+        let heard = session.conn.stats().udp_rx.datagrams;
+        match tokio::time::timeout(patience, stream.write_chunks(rest)).await {
+            Ok(Ok(written)) => return Ok(written),
+            Ok(Err(error)) => return Err(write_reason(session, error)),
+            Err(_) if session.conn.stats().udp_rx.datagrams == heard => {}
+            Err(_) => {
+                let _ = stream.reset(CloseCode::SLOW_PEER.varint());
+                return Err(CloseReason::local(
+                    CloseCode::SLOW_PEER,
+                    format!("the peer took nothing off the channel for {patience:?}"),
+                ));
+            }
+        }
+    }
+}
+
+fn write_reason(session: &Session, error: quinn::WriteError) -> CloseReason {
+    match error {
+        quinn::WriteError::Stopped(code) => stopped_by_peer(code),
+        quinn::WriteError::ConnectionLost(error) => session.reason_for(&error),
+        quinn::WriteError::ClosedStream | quinn::WriteError::ZeroRttRejected => {
+            lost("the stream is closed")
+        }
+    }
+}
+
+fn stop_reason(
+    session: &Session,
+    end: Result<Option<quinn::VarInt>, quinn::StoppedError>,
+) -> CloseReason {
+    match end {
+        Ok(Some(code)) => stopped_by_peer(code),
+        Ok(None) => lost("the stream is closed"),
+        Err(quinn::StoppedError::ConnectionLost(error)) => session.reason_for(&error),
+        Err(quinn::StoppedError::ZeroRttRejected) => lost("early data was rejected"),
+    }
+}
+
+fn stopped_by_peer(code: quinn::VarInt) -> CloseReason {
+    CloseReason::peer(
+        CloseCode::new(code.into_inner()),
+        "the peer reads no more from this channel",
+    )
+}

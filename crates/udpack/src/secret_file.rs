@@ -1,0 +1,334 @@
+//! Files that hold a secret: read only when nobody else can, created once and never overwritten.
+//!
+//! Both rules are about the moments when things go wrong: a key copied with the wrong mode is
+//! refused instead of used, and of two processes that start for the first time together one wins
+//! and the other reads what the winner wrote.
+
+use std::fs::{File, Metadata};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags};
+
+/// Why a secret file was not used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SecretFileError {
+    /// The system refused to read it.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The system refused to create it.
+    #[error("cannot create {}", path.display())]
+    Create {
+        /// The file or its directory.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// It is a directory, a pipe or a device.
+    #[error("not a regular file: {}", path.display())]
+    NotRegular {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Its mode gives others access.
+    #[error(
+        "{} has mode {mode:04o}, so others on this machine can use the secret in it: run chmod 600 {}",
+        path.display(), path.display()
+    )]
+    Mode {
+        /// The file.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// It belongs to somebody else.
+    #[error(
+        "{} belongs to user {owner}, who could change the secret in it: run chown {user} {}",
+        path.display(), path.display()
+    )]
+    Owner {
+        /// The file.
+        path: PathBuf,
+        /// The user id it belongs to.
+        owner: u32,
+        /// The user id of this process.
+        user: u32,
+    },
+    /// It is larger than such a file can sensibly be.
+    #[error("{} is larger than {limit} bytes", path.display())]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+        /// The limit.
+        limit: u64,
+    },
+}
+
+impl SecretFileError {
+    /// Whether the file does not exist, as opposed to being unfit.
+    pub fn is_missing(&self) -> bool {
+        matches!(self, Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
+}
+
+/// Reads the secret file at `path`, and says which version of it was read.
+///
+/// The version is taken before the first byte is read, so a file that changes meanwhile looks
+/// changed afterwards.
+pub(crate) fn read(path: &Path, limit: u64) -> Result<(Vec<u8>, Version), SecretFileError> {
+    let failed = |source| SecretFileError::Read {
+        path: path.to_owned(),
+        source,
+    };
+    // Without NONBLOCK a named pipe in the file's place would hold the start up for ever.
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let file =
+        rustix::fs::open(path, flags, Mode::empty()).map_err(|errno| failed(errno.into()))?;
+    let file = File::from(file);
+    let metadata = file.metadata().map_err(failed)?;
+    check(path, &metadata, rustix::process::geteuid().as_raw())?;
+
+    let mut bytes = Vec::new();
+    file.take(limit + 1)
+        .read_to_end(&mut bytes)
+        .map_err(failed)?;
+    if bytes.len() as u64 > limit {
+        return Err(SecretFileError::TooLarge {
+            path: path.to_owned(),
+            limit,
+        });
+    }
+    Ok((bytes, Version::of(&metadata)))
+}
+
+/// Publishes `bytes` at `path` with mode 0600, unless something has that name already.
+///
+/// Returns whether this call created the file. The file is on disk, whole, before the name
+/// appears. A missing directory is created for its owner alone.
+pub(crate) fn create(path: &Path, bytes: &[u8]) -> Result<bool, SecretFileError> {
+    publish(path, bytes).map_err(|source| SecretFileError::Create {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Creates `dir` and what is missing above it, for its owner alone.
+pub(crate) fn create_dir(dir: &Path) -> Result<(), SecretFileError> {
+    let create = || {
+        if dir.is_dir() {
+            return Ok(());
+        }
+        let mut builder = std::fs::DirBuilder::new();
+        builder.recursive(true).mode(0o700).create(dir)?;
+        // The directory must outlast a power cut as surely as the files in it.
+        match dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+            Some(parent) => File::open(parent)?.sync_all(),
+            None => File::open(".")?.sync_all(),
+        }
+    };
+    create().map_err(|source| SecretFileError::Create {
+        path: dir.to_owned(),
+        source,
+    })
+}
+
+/// One version of a file's content, as far as its metadata can tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Version {
+    device: u64,
+    inode: u64,
+    length: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Version {
+    pub(crate) fn of(metadata: &Metadata) -> Self {
+        Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            length: metadata.len(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        }
+    }
+
+    /// The time of the last change of content or metadata: seconds and nanoseconds.
+    pub(crate) fn changed(&self) -> (i64, i64) {
+        self.changed
+    }
+}
+
+fn check(path: &Path, metadata: &Metadata, user: u32) -> Result<(), SecretFileError> {
+    let path = || path.to_owned();
+    if !metadata.is_file() {
+        return Err(SecretFileError::NotRegular { path: path() });
+    }
+    let owner = metadata.uid();
+    if owner != user && owner != 0 {
+        return Err(SecretFileError::Owner {
+            path: path(),
+            owner,
+            user,
+        });
+    }
+    let mode = metadata.mode() & 0o7777;
+    if mode & 0o077 != 0 {
+        return Err(SecretFileError::Mode { path: path(), mode });
+    }
+    Ok(())
+}
+
+fn publish(path: &Path, bytes: &[u8]) -> io::Result<bool> {
+    let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::Error::from(io::ErrorKind::InvalidFilename));
+    };
+    let dir = if dir.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        dir
+    };
+    let mut suffix = [0; 8];
+    aws_lc_rs::rand::fill(&mut suffix).map_err(|_| io::Error::other("no random bytes"))?;
+    let suffix = u64::from_be_bytes(suffix);
+    let temporary = dir.join(format!(".{}.{suffix:016x}.tmp", name.display()));
+
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let owner_only = Mode::RUSR | Mode::WUSR;
+    let file = rustix::fs::open(&temporary, flags, owner_only)?;
+    let cleanup = Unlink(&temporary);
+    // The umask may have taken bits away that the owner needs.
+    rustix::fs::fchmod(&file, owner_only)?;
+    let mut file = File::from(file);
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    drop(file);
+
+    // A link, not a rename: it fails when the name is taken.
+    let created = match std::fs::hard_link(&temporary, path) {
+        Ok(()) => true,
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
+        Err(error) => return Err(error),
+    };
+    drop(cleanup);
+    File::open(dir)?.sync_all()?;
+    Ok(created)
+}
+
+struct Unlink<'a>(&'a Path);
+
+impl Drop for Unlink<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(self.0) {
+            tracing::warn!(path = %self.0.display(), %error, "temporary file left behind");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn creates_once_for_the_owner_alone_and_leaves_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("secret");
+        assert!(create(&path, b"one").unwrap());
+        assert!(!create(&path, b"two").unwrap());
+        assert_eq!(read(&path, 100).unwrap().0, b"one");
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o7777, 0o600);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn does_not_follow_or_replace_a_dangling_link() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("secret");
+        std::os::unix::fs::symlink(dir.path().join("elsewhere"), &path).unwrap();
+        assert!(!create(&path, b"one").unwrap());
+        assert!(!dir.path().join("elsewhere").exists());
+        assert!(read(&path, 100).unwrap_err().is_missing());
+    }
+
+    #[test]
+    fn refuses_a_mode_that_lets_others_in() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("secret");
+        create(&path, b"one").unwrap();
+        for mode in [0o604, 0o640, 0o601, 0o660, 0o666, 0o777] {
+            std::fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
+            let text = read(&path, 100).unwrap_err().to_string();
+            assert!(text.contains(&format!("mode {mode:04o}")), "{text}");
+            assert!(
+                text.contains(&format!("chmod 600 {}", path.display())),
+                "{text}"
+            );
+        }
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o400)).unwrap();
+        read(&path, 100).unwrap();
+    }
+
+    #[test]
+    fn refuses_a_strangers_file_but_not_roots() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("secret");
+        create(&path, b"one").unwrap();
+        let metadata = std::fs::metadata(&path).unwrap();
+        check(&path, &metadata, metadata.uid()).unwrap();
+        if metadata.uid() == 0 {
+            check(&path, &metadata, 1).unwrap();
+            std::os::unix::fs::chown(&path, Some(1), None).unwrap();
+        }
+        let metadata = std::fs::metadata(&path).unwrap();
+        let text = check(&path, &metadata, metadata.uid() + 1)
+            .unwrap_err()
+            .to_string();
+        assert!(text.contains("chown"), "{text}");
+    }
+
+    #[test]
+    fn refuses_what_is_no_file_without_waiting_for_it() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(matches!(
+            read(dir.path(), 100),
+            Err(SecretFileError::NotRegular { .. })
+        ));
+        let pipe = dir.path().join("pipe");
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &pipe,
+            rustix::fs::FileType::Fifo,
+            Mode::RUSR | Mode::WUSR,
+            0,
+        )
+        .unwrap();
+        assert!(matches!(
+            read(&pipe, 100),
+            Err(SecretFileError::NotRegular { .. })
+        ));
+    }
+
+    #[test]
+    fn refuses_a_file_over_the_limit() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("secret");
+        create(&path, &[b'x'; 101]).unwrap();
+        assert!(matches!(
+            read(&path, 100),
+            Err(SecretFileError::TooLarge { limit: 100, .. })
+        ));
+        assert_eq!(read(&path, 101).unwrap().0.len(), 101);
+    }
+}

@@ -1,0 +1,766 @@
+//! [`Server`]: one UDP port, one identity, many sockets.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::future::Future;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use tokio::net::ToSocketAddrs;
+use tokio::sync::{Notify, mpsc};
+use tokio::task::JoinHandle;
+use tokio_util::task::TaskTracker;
+use tracing::Instrument;
+
+use crate::auth::{Authenticate, Deny, Hello, Penalties, source};
+use crate::channel::Channel;
+use crate::code::{CloseCode, CloseReason};
+use crate::config::{CongestionControl, Drain, Limits, MIN_WINDOW, PREAUTH_BYTES, Timeouts};
+use crate::control::{self, GoAway, Welcome};
+use crate::endpoint::{self, InvalidSetting, varint};
+use crate::fingerprint::Fingerprint;
+use crate::identity::{Identity, IdentityError};
+use crate::inbox::{Ending, Inbox};
+use crate::session::{Session, lock};
+use crate::socket::{Control, IntoOutcome, Registry, Socket, drive};
+use crate::speed::{Counters, SpeedMeter, Stats};
+
+/// Sockets that may wait for `accept`.
+const ACCEPT_QUEUE: usize = 128;
+/// Channels that may wait for `accept_channel`, a socket.
+pub(crate) const CHANNEL_QUEUE: usize = 64;
+
+/// A bound server. A handle: clones share one server; when the last is dropped, the server closes at once.
+///
+/// Serve by handlers (registered on the [builder](ServerBuilder)) or by [`accept`](Self::accept), or both.
+#[derive(Clone)]
+pub struct Server {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    shared: Arc<Shared>,
+    accepting: Mutex<Option<JoinHandle<()>>>,
+    accepted: tokio::sync::Mutex<mpsc::Receiver<Socket>>,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.shared
+            .endpoint
+            .close(CloseCode::SHUTTING_DOWN.varint(), b"the server is gone");
+        if let Some(task) = lock(&self.accepting).take() {
+            task.abort();
+        }
+    }
+}
+
+/// What the accept loop and the connection tasks share.
+struct Shared {
+    endpoint: quinn::Endpoint,
+    fingerprint: Fingerprint,
+    auth: Arc<dyn Authenticate>,
+    registry: Arc<Registry>,
+    on_socket: Option<SocketHandler>,
+    limits: Arc<Limits>,
+    timeouts: Arc<Timeouts>,
+    agent: String,
+    counters: Arc<Counters>,
+    /// Wire numbers of the sockets that are gone.
+    past: Mutex<Stats>,
+    sockets: Mutex<Sockets>,
+    socket_ended: Notify,
+    handshakes: AtomicUsize,
+    penalties: Penalties,
+    refused: AtomicU64,
+    draining: AtomicBool,
+    pull: AtomicBool,
+    accept_queue: mpsc::Sender<Socket>,
+    tasks: TaskTracker,
+}
+
+type SocketHandler = Arc<dyn Fn(Socket) -> BoxFuture<'static, ()> + Send + Sync>;
+
+#[derive(Default)]
+struct Sockets {
+    admitted: HashMap<u64, Socket>,
+    by_source: HashMap<IpAddr, usize>,
+    next: u64,
+    /// The window each socket was last given.
+    window: u64,
+}
+
+impl Server {
+    /// Begins a server: an identity and a verifier are needed, the rest has defaults.
+    pub fn builder() -> ServerBuilder {
+        ServerBuilder {
+            identity: None,
+            auth: None,
+            registry: Registry::default(),
+            on_socket: None,
+            limits: Limits::default(),
+            timeouts: Timeouts::default(),
+            congestion: CongestionControl::default(),
+            agent: default_agent(),
+        }
+    }
+
+    /// The address it listens on, with the real port.
+    pub fn local_addr(&self) -> SocketAddr {
+        // Cannot fail on a bound socket; the unspecified address is the honest fallback.
+        self.inner
+            .shared
+            .endpoint
+            .local_addr()
+            .unwrap_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0)))
+    }
+
+    /// What clients pin.
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.inner.shared.fingerprint
+    }
+
+    /// The next admitted socket; `None` once the server is closed.
+    ///
+    /// Sockets queue here only when no handler is registered, or from the first call on. At most 128 wait;
+    /// further clients are told `server_busy`.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn accept(&self) -> Option<Socket> {
+        self.inner.shared.pull.store(true, Ordering::Relaxed);
+        let mut accepted = self.inner.accepted.lock().await;
+        tokio::select! {
+            socket = accepted.recv() => socket,
+            () = self.inner.shared.tasks.wait() => None,
+        }
+    }
+
+    /// The admitted sockets of this moment.
+    pub fn sockets(&self) -> Vec<Socket> {
+        lock(&self.inner.shared.sockets)
+            .admitted
+            .values()
+            .cloned()
+            .collect()
+    }
+
+    /// Connections and channels refused so far, for whatever reason.
+    pub fn refused(&self) -> u64 {
+        self.inner.shared.refused.load(Ordering::Relaxed)
+    }
+
+    /// What moves through this server, each second, all sockets together.
+    pub fn speed(&self) -> SpeedMeter {
+        let shared = self.inner.shared.clone();
+        SpeedMeter::new(Box::new(move || {
+            (!shared.tasks.is_closed()).then(|| shared.stats())
+        }))
+    }
+
+    /// The numbers so far, all sockets together, past ones included.
+    pub fn stats(&self) -> Stats {
+        self.inner.shared.stats()
+    }
+
+    /// Serves until `signal` is ready, then drains: refuses new sockets, tells the clients to go away, lets
+    /// running channels finish within the drain time, then closes every socket with `shutting_down`.
+    ///
+    /// # Errors
+    /// When the server stopped by itself: its accept loop failed. A process should exit then.
+    ///
+    /// # Cancel safety
+    /// Dropping the future leaves the server as it is: serving, or with the drain begun.
+    pub async fn run_until<S: Future>(&self, signal: S, drain: Drain) -> Result<(), ServerError> {
+        let task = lock(&self.inner.accepting).take();
+        let Some(mut task) = task else {
+            return Err(ServerError::Stopped);
+        };
+        tokio::select! {
+            _ = signal => {}
+            _ = &mut task => return Err(ServerError::Stopped),
+        }
+        let shared = &self.inner.shared;
+        shared.draining.store(true, Ordering::Relaxed);
+        let goaway = GoAway {
+            code: CloseCode::SHUTTING_DOWN,
+            text: "the server is shutting down".to_owned(),
+            retry_after: Duration::from_secs(1),
+            window: drain.within,
+        };
+        for socket in self.sockets() {
+            socket.send_goaway(goaway.clone());
+        }
+        let idle = async {
+            for socket in self.sockets() {
+                socket.session().channels_done(drain.within).await;
+            }
+        };
+        let _ = tokio::time::timeout(drain.within, idle).await;
+        for socket in self.sockets() {
+            drop(socket.close(CloseCode::SHUTTING_DOWN, "the server is shutting down"));
+        }
+        let gone = async {
+            loop {
+                let mut ended = std::pin::pin!(shared.socket_ended.notified());
+                ended.as_mut().enable();
+                if lock(&shared.sockets).admitted.is_empty() {
+                    break;
+                }
+                ended.await;
+            }
+        };
+        let _ = tokio::time::timeout(shared.timeouts.close + Duration::from_secs(1), gone).await;
+        shared.endpoint.close(
+            CloseCode::SHUTTING_DOWN.varint(),
+            b"the server is shutting down",
+        );
+        let _ = tokio::time::timeout(Duration::from_secs(1), shared.endpoint.wait_idle()).await;
+        task.abort();
+        shared.tasks.close();
+        let _ = tokio::time::timeout(Duration::from_secs(1), shared.tasks.wait()).await;
+        Ok(())
+    }
+
+    /// Closes every socket at once and stops listening. What is queued is lost; see
+    /// [`run_until`](Self::run_until) for the graceful way.
+    pub async fn close(&self, code: CloseCode, text: &str) {
+        let shared = &self.inner.shared;
+        shared.draining.store(true, Ordering::Relaxed);
+        for socket in self.sockets() {
+            socket.abort(code, text);
+        }
+        shared.endpoint.close(code.varint(), text.as_bytes());
+        shared.tasks.close();
+        let _ = tokio::time::timeout(Duration::from_secs(1), shared.endpoint.wait_idle()).await;
+    }
+}
+
+impl fmt::Debug for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Server")
+            .field("local_addr", &self.local_addr())
+            .field("fingerprint", &self.fingerprint())
+            .finish_non_exhaustive()
+    }
+}
+
+/// A server in the making; see [`Server::builder`].
+#[must_use = "a builder does nothing until `bind` is awaited"]
+pub struct ServerBuilder {
+    identity: Option<Identity>,
+    auth: Option<Arc<dyn Authenticate>>,
+    registry: Registry,
+    on_socket: Option<SocketHandler>,
+    limits: Limits,
+    timeouts: Timeouts,
+    congestion: CongestionControl,
+    agent: String,
+}
+
+impl ServerBuilder {
+    /// The key this server proves to have. Needed.
+    pub fn identity(mut self, identity: Identity) -> Self {
+        self.identity = Some(identity);
+        self
+    }
+
+    /// Decides who may come in. Needed: there is no default, and no way to let everybody in by omission.
+    pub fn auth(mut self, auth: impl Authenticate) -> Self {
+        self.auth = Some(Arc::new(auth));
+        self
+    }
+
+    /// Serves the channels of this name: `handler` runs as a task of its own for each, and the channel is
+    /// finished when it returns and no clone is left. An error closes the channel with `handler_failed`, a
+    /// panic with `internal`; neither reaches any other channel.
+    pub fn channel<F, Fut, O>(mut self, name: impl Into<String>, handler: F) -> Self
+    where
+        F: Fn(Channel) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = O> + Send + 'static,
+        O: IntoOutcome + 'static,
+    {
+        self.registry.insert(name.into(), handler);
+        self
+    }
+
+    /// Calls `handler` with each admitted socket, as a task of its own that ends with the socket.
+    pub fn connection<F, Fut>(mut self, handler: F) -> Self
+    where
+        F: Fn(Socket) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = ()> + Send + 'static,
+    {
+        self.on_socket = Some(Arc::new(move |socket| Box::pin(handler(socket))));
+        self
+    }
+
+    /// Hands channels whose name nobody is registered for to `Socket::accept_channel` instead of refusing
+    /// them. So by default when no channel handler is registered.
+    pub fn accept_channels(mut self) -> Self {
+        self.registry.pull = true;
+        self
+    }
+
+    /// How much of everything a peer may use. Defaults to `Limits::default()`.
+    pub fn limits(mut self, limits: Limits) -> Self {
+        self.limits = limits;
+        self
+    }
+
+    /// How long anything may take. Defaults to `Timeouts::default()`.
+    pub fn timeouts(mut self, timeouts: Timeouts) -> Self {
+        self.timeouts = timeouts;
+        self
+    }
+
+    /// The congestion controller for what this server sends. Defaults to `CongestionControl::Auto`.
+    pub fn congestion(mut self, congestion: CongestionControl) -> Self {
+        self.congestion = congestion;
+        self
+    }
+
+    /// What the server calls itself in `$welcome`. Defaults to this library's name and version.
+    pub fn agent(mut self, agent: impl Into<String>) -> Self {
+        self.agent = agent.into();
+        self
+    }
+
+    /// Binds the UDP port and starts serving.
+    ///
+    /// # Errors
+    /// When something needed is missing, a setting makes no sense, the address cannot be resolved or bound,
+    /// or the identity cannot be used.
+    pub async fn bind(self, address: impl ToSocketAddrs) -> Result<Server, BindError> {
+        let identity = self.identity.ok_or(BindError::NoIdentity)?;
+        let auth = self.auth.ok_or(BindError::NoAuth)?;
+        let address = tokio::net::lookup_host(address)
+            .await
+            .map_err(BindError::Address)?
+            .next()
+            .ok_or_else(|| BindError::Address(io::Error::other("the name has no address")))?;
+        let transport = endpoint::transport(&self.limits, &self.timeouts, self.congestion, true)?;
+        let mut config = quinn::ServerConfig::with_crypto(Arc::new(identity.server_tls()?));
+        config
+            .transport_config(transport)
+            .token_key(identity.token_key())
+            .max_incoming(self.limits.handshakes.saturating_mul(4).max(1))
+            .incoming_buffer_size(64 << 10)
+            .incoming_buffer_size_total(16 << 20);
+        // Keys that come from the identity let a restarted server tell its old clients at once that their
+        // connections are gone (RFC 9000, section 10.3), instead of leaving them to their idle time.
+        let mut settings = quinn::EndpointConfig::new(identity.reset_key());
+        let cid_key = identity.cid_key();
+        settings.cid_generator(move || {
+            Box::new(quinn_proto::HashedConnectionIdGenerator::from_key(cid_key))
+        });
+        let socket = endpoint::bind(address, self.limits.socket_buffer)
+            .map_err(|source| BindError::Bind { address, source })?;
+        let endpoint = quinn::Endpoint::new(
+            settings,
+            Some(config),
+            socket,
+            Arc::new(quinn::TokioRuntime),
+        )
+        .map_err(|source| BindError::Bind { address, source })?;
+        let mut registry = self.registry;
+        let handlers = !registry.is_empty() || self.on_socket.is_some();
+        registry.pull |= registry.is_empty();
+        let (accept_queue, accepted) = mpsc::channel(ACCEPT_QUEUE);
+        let shared = Arc::new(Shared {
+            endpoint,
+            fingerprint: identity.fingerprint(),
+            auth,
+            registry: Arc::new(registry),
+            on_socket: self.on_socket,
+            penalties: Penalties::new(self.limits.auth_failures),
+            limits: Arc::new(self.limits),
+            timeouts: Arc::new(self.timeouts),
+            agent: self.agent,
+            counters: Counters::root(),
+            past: Mutex::default(),
+            sockets: Mutex::default(),
+            socket_ended: Notify::new(),
+            handshakes: AtomicUsize::new(0),
+            refused: AtomicU64::new(0),
+            draining: AtomicBool::new(false),
+            pull: AtomicBool::new(!handlers),
+            accept_queue,
+            tasks: TaskTracker::new(),
+        });
+        let accepting = tokio::spawn(accept_loop(shared.clone()));
+        Ok(Server {
+            inner: Arc::new(Inner {
+                shared,
+                accepting: Mutex::new(Some(accepting)),
+                accepted: tokio::sync::Mutex::new(accepted),
+            }),
+        })
+    }
+}
+
+impl fmt::Debug for ServerBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ServerBuilder")
+            .field("channels", &self.registry)
+            .finish_non_exhaustive()
+    }
+}
+
+async fn accept_loop(shared: Arc<Shared>) {
+    while let Some(incoming) = shared.endpoint.accept().await {
+        let address = incoming.remote_address();
+        let in_flight = shared.handshakes.load(Ordering::Relaxed);
+        let penalty = || {
+            shared
+                .penalties
+                .refused(address.ip(), std::time::Instant::now())
+        };
+        if shared.draining.load(Ordering::Relaxed) || in_flight >= shared.limits.handshakes {
+            shared.refused.fetch_add(1, Ordering::Relaxed);
+            incoming.refuse();
+        } else if !incoming.remote_address_validated()
+            && in_flight >= shared.limits.retry_from
+            && incoming.may_retry()
+        {
+            let _ = incoming.retry();
+        } else if let Some(left) = penalty() {
+            tracing::debug!(%address, ?left, "refused after failed authentications");
+            shared.refused.fetch_add(1, Ordering::Relaxed);
+            incoming.refuse();
+        } else {
+            let handshake = Handshake::begin(shared.clone());
+            let span = tracing::info_span!("conn", peer = %address);
+            shared
+                .tasks
+                .spawn(serve(shared.clone(), incoming, handshake).instrument(span));
+        }
+    }
+}
+
+/// One handshake in flight, from the first packet to admission or refusal.
+struct Handshake(Arc<Shared>);
+
+impl Handshake {
+    fn begin(shared: Arc<Shared>) -> Self {
+        shared.handshakes.fetch_add(1, Ordering::Relaxed);
+        Self(shared)
+    }
+}
+
+impl Drop for Handshake {
+    fn drop(&mut self) {
+        self.0.handshakes.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// One connection from its first packet to its end.
+async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handshake) {
+    let connecting = match incoming.accept() {
+        Ok(connecting) => connecting,
+        Err(error) => {
+            tracing::debug!(%error, "handshake not begun");
+            return;
+        }
+    };
+    let conn = match tokio::time::timeout(shared.timeouts.handshake, connecting).await {
+        Ok(Ok(conn)) => conn,
+        Ok(Err(error)) => {
+            tracing::debug!(%error, "handshake failed");
+            return;
+        }
+        Err(_) => {
+            tracing::debug!("handshake took too long");
+            return;
+        }
+    };
+    let session = Session::new(
+        conn.clone(),
+        false,
+        shared.limits.clone(),
+        shared.timeouts.clone(),
+        shared.counters.clone(),
+        None,
+    );
+    let place = match Place::take(&shared, conn.remote_address().ip()) {
+        Ok(place) => place,
+        Err(text) => {
+            refuse(
+                &shared,
+                &session,
+                CloseReason::local(CloseCode::SERVER_BUSY, text),
+            )
+            .await;
+            return;
+        }
+    };
+    let admission = tokio::time::timeout(shared.timeouts.auth, admit(&shared, &session)).await;
+    let control = match admission {
+        Ok(Ok(control)) => control,
+        Ok(Err(reason)) => {
+            refuse(&shared, &session, reason).await;
+            return;
+        }
+        Err(_) => {
+            let text = format!("not authenticated within {:?}", shared.timeouts.auth);
+            refuse(
+                &shared,
+                &session,
+                CloseReason::local(CloseCode::AUTH_TIMEOUT, text),
+            )
+            .await;
+            return;
+        }
+    };
+    drop(handshake);
+    let (queue, incoming) = mpsc::channel(CHANNEL_QUEUE);
+    let socket = Socket::new(session.clone(), incoming);
+    let key = place.enter(socket.clone());
+    tracing::info!(session = session.id(), id = ?socket.peer(), agent = socket.agent(), "connected");
+    if shared.pull.load(Ordering::Relaxed) && shared.accept_queue.try_send(socket.clone()).is_err()
+    {
+        let text = "too many sockets wait to be accepted";
+        session.abort(CloseReason::local(CloseCode::SERVER_BUSY, text));
+    }
+    let handler = shared.on_socket.as_ref().map(|handler| {
+        let handler = std::panic::AssertUnwindSafe(handler(socket)).catch_unwind();
+        let gone = session.conn.clone();
+        shared.tasks.spawn(
+            async move {
+                tokio::select! {
+                    outcome = handler => if outcome.is_err() {
+                        tracing::error!("the socket's handler panicked");
+                    },
+                    _ = gone.closed() => {}
+                }
+            }
+            .in_current_span(),
+        )
+    });
+    let reason = drive(session.clone(), control, shared.registry.clone(), queue).await;
+    tracing::info!(session = session.id(), %reason, "disconnected");
+    drop(handler);
+    place.leave(key, &session);
+}
+
+/// Reads `$hello`, asks the verifier, grants the windows and sends `$welcome`.
+async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Control, CloseReason> {
+    let conn = &session.conn;
+    let (send, recv) = conn
+        .accept_bi()
+        .await
+        .map_err(|error| session.reason_for(&error))?;
+    let inbox = Inbox::new(recv, PREAUTH_BYTES as usize);
+    let first = std::future::poll_fn(|cx| inbox.poll_first(cx, session, &session.counters)).await;
+    let hello = match first {
+        Ok(message) => control::decode_hello(&message)
+            .map_err(|error| CloseReason::local(error.close_code(), error.to_string()))?,
+        Err(Ending::Violation(reason) | Ending::Closed(reason)) => return Err(reason),
+        Err(Ending::Finished) => {
+            return Err(CloseReason::local(
+                CloseCode::TRUNCATED,
+                "the control stream ended before $hello",
+            ));
+        }
+    };
+    let frame = hello.frame;
+    let hello = Hello::new(hello, conn.remote_address());
+    let agent = hello.agent().to_owned();
+    let begun = tokio::time::Instant::now();
+    let verdict = std::panic::AssertUnwindSafe(shared.auth.authenticate(hello))
+        .catch_unwind()
+        .await;
+    let peer = match verdict {
+        Ok(Ok(peer)) => peer,
+        Ok(Err(Deny { code, text })) => {
+            if code == CloseCode::AUTH_FAILED {
+                shared
+                    .penalties
+                    .failed(conn.remote_address().ip(), std::time::Instant::now());
+            }
+            // All refusals take the same time, whatever was wrong.
+            tokio::time::sleep_until(begun + shared.timeouts.auth_failure).await;
+            return Err(CloseReason::local(code, text));
+        }
+        Err(_) => {
+            tracing::error!("the verifier panicked");
+            return Err(CloseReason::local(
+                CloseCode::INTERNAL,
+                "the verifier failed",
+            ));
+        }
+    };
+    let mut id = [0_u8; 16];
+    aws_lc_rs::rand::fill(&mut id)
+        .map_err(|_| CloseReason::local(CloseCode::INTERNAL, "no random numbers"))?;
+    let welcome = Welcome {
+        session: id.iter().map(|byte| format!("{byte:02x}")).collect(),
+        agent: shared.agent.clone(),
+        frame: shared.limits.frame as u64,
+        channels: u64::from(shared.limits.channels),
+    };
+    let bytes = control::encode_welcome(&welcome, &shared.limits, &shared.timeouts)
+        .map_err(|error| CloseReason::local(CloseCode::INTERNAL, error.to_string()))?;
+    if let Some(frame) = frame.filter(|frame| *frame > 0) {
+        session
+            .peer_frame
+            .store(frame.min(u64::from(u32::MAX)), Ordering::Relaxed);
+    }
+    let _ = session.peer.set(peer);
+    let _ = session.agent.set(agent);
+    let _ = session.welcome.set(welcome);
+    inbox.set_frame_limit(shared.limits.frame);
+    // The control stream takes one of the slots.
+    conn.set_max_concurrent_bi_streams((shared.limits.channels.saturating_add(1)).into());
+    let mut control = Control { send, inbox };
+    let _ = control.send.set_priority(i32::MAX);
+    control
+        .send
+        .write_chunk(bytes)
+        .await
+        .map_err(|_| crate::session::lost("the connection ended before it was admitted"))?;
+    Ok(control)
+}
+
+async fn refuse(shared: &Shared, session: &Session, reason: CloseReason) {
+    shared.refused.fetch_add(1, Ordering::Relaxed);
+    tracing::warn!(%reason, "refused");
+    session.abort(reason);
+    session.conn.closed().await;
+}
+
+/// A place among the sockets, counted from before authentication so that the caps cannot be overrun.
+struct Place {
+    shared: Arc<Shared>,
+    source: IpAddr,
+}
+
+impl Place {
+    fn take(shared: &Arc<Shared>, address: IpAddr) -> Result<Self, String> {
+        let source = source(address);
+        let mut sockets = lock(&shared.sockets);
+        if sockets.by_source.values().sum::<usize>() >= shared.limits.sockets {
+            return Err(format!("all {} sockets are in use", shared.limits.sockets));
+        }
+        let mine = sockets.by_source.entry(source).or_default();
+        if *mine >= shared.limits.sockets_per_address {
+            return Err(format!(
+                "all {} sockets of one address are in use",
+                shared.limits.sockets_per_address
+            ));
+        }
+        *mine += 1;
+        Ok(Self {
+            shared: shared.clone(),
+            source,
+        })
+    }
+
+    fn enter(&self, socket: Socket) -> u64 {
+        let mut sockets = lock(&self.shared.sockets);
+        let key = sockets.next;
+        sockets.next += 1;
+        sockets.admitted.insert(key, socket.clone());
+        let window = sockets.share(&self.shared.limits);
+        socket.session().conn.set_receive_window(varint(window));
+        key
+    }
+
+    fn leave(&self, key: u64, session: &Session) {
+        let last = Stats::of(&session.conn, &session.counters);
+        lock(&self.shared.past).add_wire(&Stats { cwnd: 0, ..last });
+        let mut sockets = lock(&self.shared.sockets);
+        sockets.admitted.remove(&key);
+        sockets.share(&self.shared.limits);
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut sockets = lock(&self.shared.sockets);
+        if let Some(mine) = sockets.by_source.get_mut(&self.source) {
+            *mine -= 1;
+            if *mine == 0 {
+                sockets.by_source.remove(&self.source);
+            }
+        }
+        drop(sockets);
+        self.shared.socket_ended.notify_waiters();
+    }
+}
+
+impl Sockets {
+    /// Each socket's share of the receive budget. It changes in powers of two, so that it rarely does.
+    fn share(&mut self, limits: &Limits) -> u64 {
+        let sockets = self.admitted.len().max(1).next_power_of_two() as u64;
+        let most = u64::from(limits.connection_window);
+        let window = (limits.receive_budget / sockets).clamp(MIN_WINDOW.min(most), most);
+        if window != self.window {
+            self.window = window;
+            for socket in self.admitted.values() {
+                socket.session().conn.set_receive_window(varint(window));
+            }
+        }
+        window
+    }
+}
+
+impl Shared {
+    fn stats(&self) -> Stats {
+        let (sent, received) = self.counters.totals();
+        let mut stats = *lock(&self.past);
+        stats.sent = sent;
+        stats.received = received;
+        let sockets: Vec<Socket> = lock(&self.sockets).admitted.values().cloned().collect();
+        for socket in sockets {
+            stats.add_wire(&socket.stats());
+        }
+        stats
+    }
+}
+
+pub(crate) fn default_agent() -> String {
+    concat!("udpack/", env!("CARGO_PKG_VERSION")).to_owned()
+}
+
+/// Why a server could not start.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BindError {
+    /// No identity was given.
+    #[error("a server needs an identity")]
+    NoIdentity,
+    /// No verifier was given.
+    #[error("a server needs a verifier")]
+    NoAuth,
+    /// A setting makes no sense.
+    #[error(transparent)]
+    Setting(#[from] InvalidSetting),
+    /// The address could not be resolved.
+    #[error("cannot resolve the address to listen on")]
+    Address(#[source] io::Error),
+    /// The address could not be bound.
+    #[error("cannot listen on {address}")]
+    Bind {
+        /// The address.
+        address: SocketAddr,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// The identity cannot be used.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+}
+
+/// Why a server ended by itself.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ServerError {
+    /// The accept loop is gone; the server serves nobody any more.
+    #[error("the server has stopped accepting")]
+    Stopped,
+}

@@ -1,0 +1,591 @@
+//! The TLS 1.3 configurations of both sides: who a server proves to be, and what a client believes.
+//!
+//! A server signs with its lasting key under a short-lived certificate that is replaced while the
+//! server runs. A client believes one pinned key or the platform's certificate authorities; there
+//! is no third way, and none that skips the check. 0-RTT is off on both sides: early data can be
+//! replayed, and the first thing a client sends is its token.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
+
+use quinn::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig, QuicServerConfig};
+use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, KeyPair, KeyUsagePurpose};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls13_signature};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::server::{ClientHello, ParsedCertificate, ResolvesServerCert};
+use rustls::sign::{CertifiedKey, SigningKey};
+use rustls::{
+    CertificateError, DigitallySignedStruct, OtherError, PeerIncompatible, SignatureScheme,
+};
+use rustls_platform_verifier::Verifier;
+use time::OffsetDateTime;
+
+use crate::fingerprint::Fingerprint;
+
+/// The application protocol, with its version, that both sides must agree on.
+pub(crate) const ALPN: &[u8] = b"udpack/1";
+
+/// What a client takes as proof of who the server is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Trust {
+    /// This key, under whatever certificate, name and date.
+    Pin(Fingerprint),
+    /// A certificate for the server's name from an authority that the platform trusts.
+    PlatformRoots,
+}
+
+/// Makes the client side of TLS, and the place where a refused key is noted.
+///
+/// One configuration serves any number of connections and should be kept: it remembers sessions,
+/// which makes reconnecting cheaper.
+pub(crate) fn client_tls(trust: Trust) -> Result<(QuicClientConfig, PinCheck), TlsError> {
+    let (config, check) = client_config(trust)?;
+    Ok((QuicClientConfig::try_from(config)?, check))
+}
+
+/// Makes the server side of TLS.
+pub(crate) fn server_tls(
+    certificates: Arc<CertificateSource>,
+) -> Result<QuicServerConfig, TlsError> {
+    Ok(QuicServerConfig::try_from(server_config(certificates)?)?)
+}
+
+/// Why no TLS configuration could be made.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum TlsError {
+    /// The library refused the key, the protocol version or the platform's authorities.
+    #[error("TLS setup failed")]
+    Setup(#[from] rustls::Error),
+    /// The certificate could not be made.
+    #[error("cannot issue a certificate")]
+    Issue(#[from] rcgen::Error),
+    /// The clock shows a time that certificates cannot express.
+    #[error("the clock shows a year that no certificate can hold")]
+    Clock(#[from] time::error::ComponentRange),
+    /// The provider lacks the cipher that QUIC begins with.
+    #[error("no cipher suite for the first packets")]
+    Suite(#[from] NoInitialCipherSuite),
+}
+
+/// The server's key was not the pinned one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("pin mismatch: expected {expected}, the server presented {presented}")]
+pub(crate) struct PinMismatch {
+    /// The pinned key.
+    pub(crate) expected: Fingerprint,
+    /// The key the server presented, without proof that it holds it.
+    pub(crate) presented: Fingerprint,
+}
+
+/// Remembers why the pin refused a server.
+///
+/// The transport reduces a verifier's error to a line of text; this keeps the typed one.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct PinCheck(Arc<Mutex<Option<PinMismatch>>>);
+
+impl PinCheck {
+    /// Returns the mismatch that ended a connection attempt, if that is what `error` says.
+    pub(crate) fn mismatch(&self, error: &quinn::ConnectionError) -> Option<PinMismatch> {
+        let quinn::ConnectionError::TransportError(error) = error else {
+            return None;
+        };
+        let mismatch = (*self.lock())?;
+        // An older attempt's mismatch says nothing about this one's end. The text is rustls' own,
+        // but it quotes the error that the verifier gave.
+        error
+            .reason
+            .contains(&mismatch.presented.to_string())
+            .then_some(mismatch)
+    }
+
+    fn note(&self, mismatch: Option<PinMismatch>) {
+        *self.lock() = mismatch;
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<PinMismatch>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Where a server's certificate comes from.
+pub(crate) struct CertificateSource {
+    key: Arc<dyn SigningKey>,
+    mode: Mode,
+}
+
+enum Mode {
+    /// Issued from the key itself, again and again.
+    Issued {
+        issuer: Arc<KeyPair>,
+        current: Mutex<Issued>,
+        clock: Clock,
+    },
+    /// Given from outside and served unchanged.
+    Given(Arc<CertifiedKey>),
+}
+
+/// A certificate and the seconds since 1970 between which it is valid.
+struct Issued {
+    certificate: Arc<CertifiedKey>,
+    not_before: i64,
+    not_after: i64,
+}
+
+type Clock = Box<dyn Fn() -> i64 + Send + Sync>;
+
+impl CertificateSource {
+    /// Issues certificates from `key`, and a new one whenever the current one grows old.
+    pub(crate) fn issuing(key: Arc<KeyPair>) -> Result<Self, TlsError> {
+        Self::issuing_by(key, Box::new(unix_now))
+    }
+
+    /// Serves `chain` as it is.
+    pub(crate) fn given(
+        key: Arc<KeyPair>,
+        chain: Vec<CertificateDer<'static>>,
+    ) -> Result<Self, TlsError> {
+        let key = signing_key(&key)?;
+        Ok(Self {
+            mode: Mode::Given(Arc::new(CertifiedKey::new(chain, key.clone()))),
+            key,
+        })
+    }
+
+    fn issuing_by(issuer: Arc<KeyPair>, clock: Clock) -> Result<Self, TlsError> {
+        let key = signing_key(&issuer)?;
+        let first = Issued::new(&issuer, &key, clock())?;
+        Ok(Self {
+            key,
+            mode: Mode::Issued {
+                issuer,
+                current: Mutex::new(first),
+                clock,
+            },
+        })
+    }
+
+    /// Returns the certificate to serve now.
+    ///
+    /// Renewal happens here, on a handshake, so that it needs no task and no shutdown.
+    fn current(&self) -> Arc<CertifiedKey> {
+        let (issuer, current, clock) = match &self.mode {
+            Mode::Given(certificate) => return certificate.clone(),
+            Mode::Issued {
+                issuer,
+                current,
+                clock,
+            } => (issuer, current, clock),
+        };
+        let now = clock();
+        let mut current = current.lock().unwrap_or_else(PoisonError::into_inner);
+        if current.is_stale(now) {
+            match Issued::new(issuer, &self.key, now) {
+                Ok(issued) => *current = issued,
+                // Clients that pin the key do not look at the dates, so the old one still serves.
+                Err(error) => tracing::error!(%error, "certificate not renewed"),
+            }
+        }
+        current.certificate.clone()
+    }
+}
+
+impl fmt::Debug for CertificateSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CertificateSource").finish_non_exhaustive()
+    }
+}
+
+impl ResolvesServerCert for CertificateSource {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.current())
+    }
+}
+
+impl Issued {
+    fn new(issuer: &KeyPair, key: &Arc<dyn SigningKey>, now: i64) -> Result<Self, TlsError> {
+        let not_before = now.saturating_sub(BACKDATE);
+        let not_after = not_before.saturating_add(VALIDITY);
+
+        let mut params = CertificateParams::new(SUBJECT_NAMES.map(str::to_owned))?;
+        params.not_before = OffsetDateTime::from_unix_timestamp(not_before)?;
+        params.not_after = OffsetDateTime::from_unix_timestamp(not_after)?;
+        params
+            .distinguished_name
+            .push(DnType::CommonName, SUBJECT_NAMES[0]);
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        let certificate = params.self_signed(issuer)?;
+        Ok(Self {
+            certificate: Arc::new(CertifiedKey::new(vec![certificate.into()], key.clone())),
+            not_before,
+            not_after,
+        })
+    }
+
+    fn is_stale(&self, now: i64) -> bool {
+        now < self.not_before || self.not_after.saturating_sub(now) < VALIDITY / 2
+    }
+}
+
+/// Believes one key and nothing else.
+///
+/// Names, dates and authorities do not matter: the key is the identity. Only the end-entity's key
+/// counts, so the pinned certificate is worthless as an intermediate behind another one; and the
+/// signature over the handshake is checked, so it is worthless without the private key.
+#[derive(Debug)]
+struct PinVerifier {
+    expected: Fingerprint,
+    provider: Arc<CryptoProvider>,
+    check: PinCheck,
+}
+
+impl ServerCertVerifier for PinVerifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let spki = ParsedCertificate::try_from(end_entity)?.subject_public_key_info();
+        let presented = Fingerprint::of_spki(&spki);
+        if presented == self.expected {
+            self.check.note(None);
+            return Ok(ServerCertVerified::assertion());
+        }
+        let mismatch = PinMismatch {
+            expected: self.expected,
+            presented,
+        };
+        self.check.note(Some(mismatch));
+        Err(CertificateError::Other(OtherError(Arc::new(mismatch))).into())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(PeerIncompatible::ServerTlsVersionIsDisabledByOurConfig.into())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        verify_tls13_signature(message, cert, dss, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider
+            .signature_verification_algorithms
+            .supported_schemes()
+    }
+}
+
+fn client_config(trust: Trust) -> Result<(rustls::ClientConfig, PinCheck), TlsError> {
+    let check = PinCheck::default();
+    let verifier: Arc<dyn ServerCertVerifier> = match trust {
+        Trust::Pin(expected) => Arc::new(PinVerifier {
+            expected,
+            provider: provider(),
+            check: check.clone(),
+        }),
+        Trust::PlatformRoots => Arc::new(Verifier::new(provider())?),
+    };
+    let mut config = rustls::ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(verifier)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.enable_early_data = false;
+    Ok((config, check))
+}
+
+fn server_config(certificates: Arc<CertificateSource>) -> Result<rustls::ServerConfig, TlsError> {
+    let mut config = rustls::ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_no_client_auth()
+        .with_cert_resolver(certificates);
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.max_early_data_size = 0;
+    Ok(config)
+}
+
+/// Named, because rustls' own choice panics as soon as any dependency enables a second one.
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(aws_lc_rs::default_provider())
+}
+
+fn signing_key(key: &KeyPair) -> Result<Arc<dyn SigningKey>, TlsError> {
+    let der = PrivateKeyDer::try_from(key.serialized_der().to_vec())
+        .map_err(|reason| rustls::Error::General(reason.to_owned()))?;
+    Ok(provider().key_provider.load_private_key(der)?)
+}
+
+fn unix_now() -> i64 {
+    let seconds = |duration: std::time::Duration| i64::try_from(duration.as_secs());
+    match SystemTime::now().duration_since(SystemTime::UNIX_EPOCH) {
+        Ok(since) => seconds(since).unwrap_or(i64::MAX),
+        Err(before) => seconds(before.duration()).map_or(i64::MIN, |seconds| -seconds),
+    }
+}
+
+/// Browsers pin certificates that live at most 14 days; this stays well inside.
+const VALIDITY: i64 = 13 * 24 * 60 * 60;
+/// How far behind a client's clock may be.
+const BACKDATE: i64 = 60 * 60;
+const SUBJECT_NAMES: [&str; 2] = ["udpack", "localhost"];
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, SocketAddr};
+    use std::sync::atomic::{AtomicI64, Ordering};
+    use std::time::Duration;
+
+    use quinn::crypto::rustls::HandshakeData;
+    use quinn::{ClientConfig, ConnectionError, Endpoint, ServerConfig, TransportErrorCode};
+
+    use super::*;
+
+    const NOW: i64 = 1_800_000_000;
+
+    fn key() -> Arc<KeyPair> {
+        Arc::new(KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap())
+    }
+
+    fn fingerprint(key: &KeyPair) -> Fingerprint {
+        Fingerprint::of_public_key_pem(&key.public_key_pem()).unwrap()
+    }
+
+    fn certificate(key: &KeyPair) -> CertificateDer<'static> {
+        let signer = signing_key(key).unwrap();
+        let issued = Issued::new(key, &signer, unix_now()).unwrap();
+        issued
+            .certificate
+            .end_entity_cert()
+            .unwrap()
+            .clone()
+            .into_owned()
+    }
+
+    /// A server that serves `chain` and signs with `key`, whether they belong together or not.
+    fn forged(chain: Vec<CertificateDer<'static>>, key: &Arc<KeyPair>) -> Arc<CertificateSource> {
+        Arc::new(CertificateSource::given(key.clone(), chain).unwrap())
+    }
+
+    fn issuing(key: &Arc<KeyPair>) -> Arc<CertificateSource> {
+        Arc::new(CertificateSource::issuing(key.clone()).unwrap())
+    }
+
+    fn pinned(fingerprint: Fingerprint) -> (QuicClientConfig, PinCheck) {
+        client_tls(Trust::Pin(fingerprint)).unwrap()
+    }
+
+    /// Shakes hands over loopback and returns the protocol that was agreed on.
+    async fn handshake(
+        server: QuicServerConfig,
+        client: QuicClientConfig,
+    ) -> Result<Vec<u8>, ConnectionError> {
+        let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let server = ServerConfig::with_crypto(Arc::new(server));
+        let server = Endpoint::server(server, loopback).unwrap();
+        let dialer = Endpoint::client(loopback).unwrap();
+        let config = ClientConfig::new(Arc::new(client));
+        let address = server.local_addr().unwrap();
+        let dialing = dialer.connect_with(config, address, "any.name").unwrap();
+        let accepting = async { server.accept().await.unwrap().await };
+        let both = async { tokio::join!(dialing, accepting) };
+        let (dialed, accepted) = tokio::time::timeout(Duration::from_secs(10), both)
+            .await
+            .unwrap();
+        let connection = dialed?;
+        accepted.unwrap();
+        let data = connection.handshake_data().unwrap();
+        Ok(data.downcast::<HandshakeData>().unwrap().protocol.unwrap())
+    }
+
+    #[tokio::test]
+    async fn the_pinned_key_is_believed() {
+        let key = key();
+        let (client, check) = pinned(fingerprint(&key));
+        let protocol = handshake(server_tls(issuing(&key)).unwrap(), client).await;
+        assert_eq!(protocol.unwrap(), b"udpack/1");
+        assert!(check.lock().is_none());
+    }
+
+    #[tokio::test]
+    async fn a_new_certificate_of_the_pinned_key_is_believed() {
+        let key = key();
+        let (first, second) = (certificate(&key), certificate(&key));
+        assert_ne!(first, second);
+        for chain in [first, second] {
+            let (client, _) = pinned(fingerprint(&key));
+            let server = server_tls(forged(vec![chain], &key)).unwrap();
+            handshake(server, client).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn neither_dates_nor_names_matter_to_a_pin() {
+        let key = key();
+        let signer = signing_key(&key).unwrap();
+        let expired = Issued::new(&key, &signer, 0).unwrap();
+        let chain = expired.certificate.cert.clone();
+        let (client, _) = pinned(fingerprint(&key));
+        let server = server_tls(forged(chain, &key)).unwrap();
+        handshake(server, client).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn another_key_is_refused_and_both_fingerprints_are_known() {
+        let (pinned_key, actual) = (key(), key());
+        let (client, check) = pinned(fingerprint(&pinned_key));
+        let server = server_tls(issuing(&actual)).unwrap();
+        let error = handshake(server, client).await.unwrap_err();
+        let mismatch = check.mismatch(&error).unwrap();
+        assert_eq!(mismatch.expected, fingerprint(&pinned_key));
+        assert_eq!(mismatch.presented, fingerprint(&actual));
+        let text = mismatch.to_string();
+        assert!(text.contains(&mismatch.expected.to_string()), "{text}");
+        assert!(text.contains(&mismatch.presented.to_string()), "{text}");
+        assert!(check.mismatch(&ConnectionError::TimedOut).is_none());
+    }
+
+    #[tokio::test]
+    async fn the_pinned_certificate_without_its_key_is_refused() {
+        let (owner, thief) = (key(), key());
+        let (client, check) = pinned(fingerprint(&owner));
+        let server = server_tls(forged(vec![certificate(&owner)], &thief)).unwrap();
+        let error = handshake(server, client).await.unwrap_err();
+        assert!(
+            matches!(error, ConnectionError::TransportError(_)),
+            "{error}"
+        );
+        assert!(check.mismatch(&error).is_none());
+    }
+
+    #[tokio::test]
+    async fn the_pinned_certificate_behind_another_leaf_is_refused() {
+        let (owner, thief) = (key(), key());
+        let (client, check) = pinned(fingerprint(&owner));
+        let chain = vec![certificate(&thief), certificate(&owner)];
+        let server = server_tls(forged(chain, &thief)).unwrap();
+        let error = handshake(server, client).await.unwrap_err();
+        assert_eq!(
+            check.mismatch(&error).unwrap().presented,
+            fingerprint(&thief)
+        );
+    }
+
+    #[tokio::test]
+    async fn a_self_signed_server_is_refused_without_a_pin() {
+        // A machine may have no authorities at all; then there is no configuration either.
+        if let Ok((client, _)) = client_tls(Trust::PlatformRoots) {
+            let server = server_tls(issuing(&key())).unwrap();
+            handshake(server, client).await.unwrap_err();
+        }
+    }
+
+    #[tokio::test]
+    async fn both_sides_insist_on_the_protocol() {
+        let key = key();
+        for protocols in [vec![], vec![b"h3".to_vec()], vec![b"udpack/2".to_vec()]] {
+            let mut server = server_config(issuing(&key)).unwrap();
+            server.alpn_protocols.clone_from(&protocols);
+            let server = QuicServerConfig::try_from(server).unwrap();
+            let (client, _) = pinned(fingerprint(&key));
+            assert_no_protocol(handshake(server, client).await);
+
+            let (mut client, _) = client_config(Trust::Pin(fingerprint(&key))).unwrap();
+            client.alpn_protocols = protocols;
+            let client = QuicClientConfig::try_from(client).unwrap();
+            let server = server_tls(issuing(&key)).unwrap();
+            assert_no_protocol(handshake(server, client).await);
+        }
+    }
+
+    fn assert_no_protocol(result: Result<Vec<u8>, ConnectionError>) {
+        // The TLS alert no_application_protocol, seen by whichever side raised it.
+        let expected = TransportErrorCode::crypto(120);
+        match result.unwrap_err() {
+            ConnectionError::TransportError(error) => assert_eq!(error.code, expected),
+            ConnectionError::ConnectionClosed(close) => assert_eq!(close.error_code, expected),
+            other => panic!("{other}"),
+        }
+    }
+
+    #[test]
+    fn early_data_is_off_on_both_sides() {
+        let key = key();
+        assert_eq!(server_config(issuing(&key)).unwrap().max_early_data_size, 0);
+        let (client, _) = client_config(Trust::Pin(fingerprint(&key))).unwrap();
+        assert!(!client.enable_early_data);
+    }
+
+    #[test]
+    fn renews_at_half_life_and_when_the_clock_goes_back() {
+        let now = Arc::new(AtomicI64::new(NOW));
+        let clock = {
+            let now = now.clone();
+            Box::new(move || now.load(Ordering::Relaxed))
+        };
+        let source = CertificateSource::issuing_by(key(), clock).unwrap();
+        let at = |time: i64| {
+            now.store(time, Ordering::Relaxed);
+            source
+                .current()
+                .end_entity_cert()
+                .unwrap()
+                .clone()
+                .into_owned()
+        };
+        let first = at(NOW);
+        let half = NOW - BACKDATE + VALIDITY / 2;
+        assert_eq!(at(half), first);
+        assert_eq!(at(NOW - BACKDATE), first);
+        let second = at(half + 1);
+        assert_ne!(second, first);
+        assert_eq!(at(half + 2), second);
+        let third = at(NOW - 10);
+        assert_ne!(third, second);
+        // A time no certificate can hold: the last one still serves.
+        assert_eq!(at(i64::MAX), third);
+        assert_eq!(at(i64::MIN), third);
+        at(0);
+        at(NOW * 3);
+    }
+
+    #[test]
+    fn a_certificate_lives_at_most_13_days() {
+        let key = key();
+        let signer = signing_key(&key).unwrap();
+        let issued = Issued::new(&key, &signer, NOW).unwrap();
+        assert_eq!(issued.not_before, NOW - 3600);
+        assert_eq!(issued.not_after - issued.not_before, 13 * 24 * 3600);
+        issued.certificate.keys_match().unwrap();
+    }
+
+    #[test]
+    fn every_kind_of_key_that_can_be_read_can_sign() {
+        for kind in [
+            &rcgen::PKCS_ECDSA_P256_SHA256,
+            &rcgen::PKCS_ECDSA_P384_SHA384,
+            &rcgen::PKCS_ED25519,
+            &rcgen::PKCS_RSA_SHA256,
+        ] {
+            let key = KeyPair::generate_for(kind).unwrap();
+            let signer = signing_key(&key).unwrap();
+            let issued = Issued::new(&key, &signer, NOW).unwrap();
+            issued.certificate.keys_match().unwrap();
+        }
+    }
+}

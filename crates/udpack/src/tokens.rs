@@ -1,0 +1,878 @@
+//! The file of tokens that let clients in.
+//!
+//! One entry a line: `TOKEN`, `ID TOKEN` or `ID sha256:HEX`, then `key=value` fields if any.
+//! Blank lines and everything from a word that starts with `#` are ignored. Edits take effect on
+//! the next login. Tokens are random, not passwords: they are hashed once, without stretching,
+//! which would only hand unknown peers a lever on the processor.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use subtle::{Choice, ConstantTimeEq};
+
+use crate::fingerprint::{decode_hex, sha256};
+use crate::secret_file::{self, SecretFileError, Version};
+
+/// The tokens a server accepts, read from a file that may change while the server runs.
+///
+/// Clones share one set. Only digests are kept in memory.
+#[derive(Clone)]
+pub struct TokenFile {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    path: PathBuf,
+    state: Mutex<State>,
+}
+
+impl TokenFile {
+    /// Reads the token file at `path`.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be read, gives others access, belongs to somebody else, or holds no
+    /// entry or a bad one; the error names the line.
+    pub fn open(path: impl Into<PathBuf>) -> Result<Self, TokenFileError> {
+        let path = path.into();
+        let (content, version) = secret_file::read(&path, MAX_FILE)?;
+        let state = State {
+            set: Arc::new(TokenSet::parse(&path, &content)?),
+            version: settled(version, since_1970()),
+            content: sha256(&content),
+            complaint: None,
+        };
+        Ok(Self {
+            inner: Arc::new(Inner {
+                path,
+                state: Mutex::new(state),
+            }),
+        })
+    }
+
+    /// Reads the token file at `path`, or creates it with one new token named `default`.
+    ///
+    /// The file is created with mode 0600, a missing directory with 0700. When several processes
+    /// do so together, all of them end up with the token of the first.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open), and when the file cannot be created. An existing file is never
+    /// changed.
+    pub fn load_or_create(path: impl Into<PathBuf>) -> Result<Self, TokenFileError> {
+        let path = path.into();
+        match Self::open(&path) {
+            Err(TokenFileError::File(error)) if error.is_missing() => {}
+            result => return result,
+        }
+        if let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) {
+            secret_file::create_dir(dir)?;
+        }
+        let line = format!("{DEFAULT_ID} {}\n", generate_token());
+        if secret_file::create(&path, line.as_bytes())? {
+            tracing::info!(path = %path.display(), "new token file");
+        }
+        Self::open(path)
+    }
+
+    /// Returns the entry that `token` belongs to, if there is one.
+    ///
+    /// The file is read again first if it changed. If it is gone or no longer acceptable, the last
+    /// good set stays in force and the log says so. An unknown token and a wrong one take the same
+    /// path and the same time.
+    pub fn verify(&self, token: &str) -> Option<TokenEntry> {
+        self.current().verify(token)
+    }
+
+    /// Whether `entry` is still in the file, with the same token.
+    ///
+    /// For closing the connections of a token that was taken away.
+    pub fn contains(&self, entry: &TokenEntry) -> bool {
+        let set = self.current();
+        set.index
+            .get(&entry.digest)
+            .and_then(|index| set.entries.get(*index))
+            .is_some_and(|found| found.id == entry.id)
+    }
+
+    /// Returns the first token that the file holds in plain, for a client on the same machine.
+    ///
+    /// The file is read for it: the plain token is not kept.
+    pub fn first_token(&self) -> Option<String> {
+        let (content, _) = secret_file::read(&self.inner.path, MAX_FILE).ok()?;
+        lines(std::str::from_utf8(&content).ok()?)
+            .filter_map(|(_, line)| match parse_line(line).ok()?.secret {
+                Secret::Plain(token) => Some(token.to_owned()),
+                Secret::Digest(_) => None,
+            })
+            .next()
+    }
+
+    /// Returns how many entries are in force.
+    #[expect(clippy::len_without_is_empty, reason = "a token file is never empty")]
+    pub fn len(&self) -> usize {
+        self.current().entries.len()
+    }
+
+    /// Returns the path of the file.
+    pub fn path(&self) -> &Path {
+        &self.inner.path
+    }
+
+    fn current(&self) -> Arc<TokenSet> {
+        let mut state = self
+            .inner
+            .state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        state.refresh(&self.inner.path);
+        state.set.clone()
+    }
+}
+
+impl fmt::Debug for TokenFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TokenFile")
+            .field("path", &self.inner.path)
+            .finish_non_exhaustive()
+    }
+}
+
+/// One line of a token file: who the token stands for.
+#[derive(Clone, PartialEq, Eq)]
+pub struct TokenEntry {
+    id: String,
+    fields: Vec<(String, String)>,
+    digest: Digest,
+}
+
+impl TokenEntry {
+    /// Returns the id on the line, or one made from the token's digest if there is none.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Returns the `key=value` fields in the order of the line.
+    pub fn fields(&self) -> &[(String, String)] {
+        &self.fields
+    }
+
+    /// Returns the value of the field `key`.
+    pub fn field(&self, key: &str) -> Option<&str> {
+        let (_, value) = self.fields.iter().find(|(name, _)| name == key)?;
+        Some(value)
+    }
+}
+
+impl fmt::Debug for TokenEntry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TokenEntry")
+            .field("id", &self.id)
+            .field("fields", &self.fields)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why a token file was not accepted. No text here ever quotes a line.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TokenFileError {
+    /// The file could not be read or created, or is not private.
+    #[error(transparent)]
+    File(#[from] SecretFileError),
+    /// A line is not an entry.
+    #[error("{} line {line}: {problem}", path.display())]
+    Line {
+        /// The file.
+        path: PathBuf,
+        /// The line, counted from 1.
+        line: usize,
+        /// What is wrong with it.
+        problem: TokenLineError,
+    },
+    /// There is no entry.
+    #[error("no token in {}: at least one line must hold one", path.display())]
+    Empty {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The file is not text.
+    #[error("not UTF-8 text: {}", path.display())]
+    NotText {
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+/// What is wrong with a line of a token file.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum TokenLineError {
+    /// The words are not those of an entry.
+    #[error("expected TOKEN, ID TOKEN or ID sha256:HEX, then key=value fields")]
+    Form,
+    /// The id is too long or has other characters.
+    #[error("an id is 1 to 64 characters from A-Z a-z 0-9 . _ @ -")]
+    Id,
+    /// The token is too short to be safe, or too long for the protocol.
+    #[error("the token has {length} characters: 22 (128 random bits) to 512 are allowed")]
+    TokenLength {
+        /// How many it has.
+        length: usize,
+    },
+    /// The token has other characters.
+    #[error("a token has only characters from A-Z a-z 0-9 . _ ~ -")]
+    TokenCharacters,
+    /// The digest is not 64 hex digits.
+    #[error("a digest is sha256: and 64 hex digits")]
+    Digest,
+    /// A field is not `key=value`, or its key came before.
+    #[error("a field is key=value, each key once, its characters from a-z 0-9 _ -")]
+    Field,
+    /// Another line has the same id.
+    #[error("the id is already on line {first}")]
+    DuplicateId {
+        /// The other line.
+        first: usize,
+    },
+    /// Another line has the same token.
+    #[error("the token is already on line {first}")]
+    DuplicateToken {
+        /// The other line.
+        first: usize,
+    },
+}
+
+/// Makes a token of 256 random bits: 43 characters that need no escaping in a URL or a shell.
+pub fn generate_token() -> String {
+    let mut bytes = [0; 32];
+    aws_lc_rs::rand::fill(&mut bytes)
+        .expect("the system's random source is seeded before any process starts");
+    base64url(&bytes)
+}
+
+type Digest = [u8; 32];
+
+/// What is in force, and which version of the file was looked at last.
+struct State {
+    set: Arc<TokenSet>,
+    /// None means that the file must be read again whatever it looks like.
+    version: Option<Version>,
+    /// The content that was looked at last, good or bad.
+    content: Digest,
+    /// What was logged last, so that one change is logged once.
+    complaint: Option<(Option<Version>, String)>,
+}
+
+impl State {
+    fn refresh(&mut self, path: &Path) {
+        let version = std::fs::metadata(path).map(|metadata| Version::of(&metadata));
+        if let Ok(version) = version
+            && self.version == Some(version)
+        {
+            return;
+        }
+        let seen = version.ok();
+        match self.reload(path) {
+            Ok(false) => {}
+            Ok(true) => {
+                tracing::info!(path = %path.display(), tokens = self.set.entries.len(), "token file read again");
+            }
+            Err(error) => self.complain(path, seen, &error),
+        }
+    }
+
+    /// Reads the file. Returns whether it held something new.
+    fn reload(&mut self, path: &Path) -> Result<bool, TokenFileError> {
+        let (content, version) = match secret_file::read(path, MAX_FILE) {
+            Ok(read) => read,
+            Err(error) => {
+                self.version = None;
+                self.content = Digest::default();
+                return Err(error.into());
+            }
+        };
+        self.version = settled(version, since_1970());
+        let digest = sha256(&content);
+        if digest == self.content {
+            return Ok(false);
+        }
+        self.content = digest;
+        self.set = Arc::new(TokenSet::parse(path, &content)?);
+        self.complaint = None;
+        Ok(true)
+    }
+
+    fn complain(&mut self, path: &Path, version: Option<Version>, error: &TokenFileError) {
+        let complaint = Some((version, error.to_string()));
+        if self.complaint == complaint {
+            return;
+        }
+        self.complaint = complaint;
+        let path = path.display();
+        match error {
+            TokenFileError::File(missing) if missing.is_missing() => {
+                tracing::warn!(%path, "token file is gone: the last tokens stay in force");
+            }
+            _ => {
+                tracing::error!(%path, %error, "token file refused: the last tokens stay in force")
+            }
+        }
+    }
+}
+
+/// The entries of one version of the file.
+struct TokenSet {
+    entries: Vec<TokenEntry>,
+    index: HashMap<Digest, usize>,
+}
+
+impl TokenSet {
+    fn parse(path: &Path, content: &[u8]) -> Result<Self, TokenFileError> {
+        let path = || path.to_owned();
+        let text =
+            std::str::from_utf8(content).map_err(|_| TokenFileError::NotText { path: path() })?;
+        let mut entries: Vec<TokenEntry> = Vec::new();
+        let mut index = HashMap::new();
+        let mut ids = HashMap::new();
+        let mut numbers = Vec::new();
+        for (line, text) in lines(text) {
+            let failed = |problem| TokenFileError::Line {
+                path: path(),
+                line,
+                problem,
+            };
+            let entry = parse_line(text).map_err(failed)?.into_entry();
+            let next = entries.len();
+            if let Some(first) = index.insert(entry.digest, next) {
+                let first = numbers[first];
+                return Err(failed(TokenLineError::DuplicateToken { first }));
+            }
+            if let Some(first) = ids.insert(entry.id.clone(), line) {
+                return Err(failed(TokenLineError::DuplicateId { first }));
+            }
+            entries.push(entry);
+            numbers.push(line);
+        }
+        if entries.is_empty() {
+            return Err(TokenFileError::Empty { path: path() });
+        }
+        Ok(Self { entries, index })
+    }
+
+    fn verify(&self, token: &str) -> Option<TokenEntry> {
+        let digest = sha256(token.as_bytes());
+        // Where in the table a digest falls tells nothing about a token that was not guessed
+        // whole. The comparison that decides always runs, against a digest of nothing if need be.
+        let found = self.index.get(&digest).map(|index| &self.entries[*index]);
+        let (candidate, known) = found.map_or((&NO_DIGEST, 0), |entry| (&entry.digest, 1));
+        let equal = candidate.ct_eq(&digest) & Choice::from(known);
+        found.filter(|_| bool::from(equal)).cloned()
+    }
+}
+
+/// A line's content, checked.
+struct Line<'a> {
+    id: Option<&'a str>,
+    secret: Secret<'a>,
+    fields: Vec<(String, String)>,
+}
+
+enum Secret<'a> {
+    Plain(&'a str),
+    Digest(Digest),
+}
+
+impl Line<'_> {
+    fn into_entry(self) -> TokenEntry {
+        let digest = match self.secret {
+            Secret::Plain(token) => sha256(token.as_bytes()),
+            Secret::Digest(digest) => digest,
+        };
+        let id = self.id.map_or_else(
+            || {
+                let [a, b, c, d, ..] = digest;
+                format!("token-{a:02x}{b:02x}{c:02x}{d:02x}")
+            },
+            str::to_owned,
+        );
+        TokenEntry {
+            id,
+            fields: self.fields,
+            digest,
+        }
+    }
+}
+
+/// Returns the lines that hold something, each with its number.
+fn lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    (1..).zip(text.lines()).filter(|(_, line)| {
+        let content = line.trim_ascii_start();
+        !content.is_empty() && !content.starts_with('#')
+    })
+}
+
+fn parse_line(line: &str) -> Result<Line<'_>, TokenLineError> {
+    let words: Vec<&str> = line
+        .split_ascii_whitespace()
+        .take_while(|word| !word.starts_with('#'))
+        .collect();
+    let names = words.iter().take_while(|word| !word.contains('=')).count();
+    let (names, fields) = words.split_at(names);
+    let (id, secret) = match names {
+        [secret] => (None, *secret),
+        [id, secret] => (Some(*id), *secret),
+        _ => return Err(TokenLineError::Form),
+    };
+    if id.is_some_and(|id| !is_id(id)) {
+        return Err(TokenLineError::Id);
+    }
+    let secret = match secret.strip_prefix("sha256:") {
+        Some(_) if id.is_none() => return Err(TokenLineError::Form),
+        Some(hex) => Secret::Digest(decode_hex(hex.as_bytes()).ok_or(TokenLineError::Digest)?),
+        None => Secret::Plain(checked_token(secret)?),
+    };
+    Ok(Line {
+        id,
+        secret,
+        fields: parse_fields(fields)?,
+    })
+}
+
+fn parse_fields(words: &[&str]) -> Result<Vec<(String, String)>, TokenLineError> {
+    let mut fields: Vec<(String, String)> = Vec::with_capacity(words.len());
+    for word in words {
+        let (key, value) = word.split_once('=').ok_or(TokenLineError::Field)?;
+        let good = |byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_' | b'-');
+        let repeated = fields.iter().any(|(other, _)| other == key);
+        if key.is_empty() || !key.bytes().all(good) || value.is_empty() || repeated {
+            return Err(TokenLineError::Field);
+        }
+        fields.push((key.to_owned(), value.to_owned()));
+    }
+    Ok(fields)
+}
+
+fn checked_token(token: &str) -> Result<&str, TokenLineError> {
+    if !token.bytes().all(is_token_byte) {
+        return Err(TokenLineError::TokenCharacters);
+    }
+    let length = token.len();
+    if !(MIN_TOKEN..=MAX_TOKEN).contains(&length) {
+        return Err(TokenLineError::TokenLength { length });
+    }
+    Ok(token)
+}
+
+/// Whether `byte` may stand in a token: the characters that a URL never escapes.
+pub(crate) fn is_token_byte(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"._~-".contains(&byte)
+}
+
+fn is_id(id: &str) -> bool {
+    let good = |byte: u8| byte.is_ascii_alphanumeric() || b"._@-".contains(&byte);
+    (1..=MAX_ID).contains(&id.len()) && id.bytes().all(good)
+}
+
+/// Returns the version if the file can no longer change without looking changed.
+///
+/// File systems tell time in ticks. A second write within the tick of the first leaves the same
+/// metadata, so a file that has only just changed must be looked at again.
+fn settled(version: Version, now: Duration) -> Option<Version> {
+    let (seconds, nanoseconds) = version.changed();
+    let seconds = Duration::from_secs(u64::try_from(seconds).ok()?);
+    let nanoseconds = Duration::from_nanos(u64::try_from(nanoseconds).ok()?);
+    // A change in the future means that a clock was set back: nothing to wait for.
+    match now.checked_sub(seconds + nanoseconds) {
+        Some(age) if age < TICK => None,
+        _ => Some(version),
+    }
+}
+
+fn since_1970() -> Duration {
+    SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default()
+}
+
+fn base64url(bytes: &[u8]) -> String {
+    let mut out = String::with_capacity(bytes.len().div_ceil(3) * 4);
+    for group in bytes.chunks(3) {
+        let bits = (0..3).fold(0, |bits, i| {
+            bits << 8 | usize::from(group.get(i).copied().unwrap_or(0))
+        });
+        for i in 0..=group.len() {
+            out.push(char::from(BASE64URL[bits >> (18 - 6 * i) & 0x3f]));
+        }
+    }
+    out
+}
+
+const DEFAULT_ID: &str = "default";
+const MIN_TOKEN: usize = 22;
+pub(crate) const MAX_TOKEN: usize = 512;
+const MAX_ID: usize = 64;
+/// A million entries with room to spare.
+const MAX_FILE: u64 = 256 * 1024 * 1024;
+const TICK: Duration = Duration::from_millis(100);
+const NO_DIGEST: Digest = [0; 32];
+const BASE64URL: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+
+    use super::*;
+
+    const TOKEN: &str = "abcdefghijklmnopqrstuv";
+    const OTHER: &str = "ABCDEFGHIJKLMNOPQRSTUV";
+
+    fn put(path: &Path, content: impl AsRef<[u8]>) {
+        // As an editor does it: a new file under the old name.
+        let new = path.with_extension("new");
+        let mut options = std::fs::OpenOptions::new();
+        let mut file = options
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&new)
+            .unwrap();
+        file.write_all(content.as_ref()).unwrap();
+        std::fs::rename(new, path).unwrap();
+    }
+
+    fn file(content: impl AsRef<[u8]>) -> (tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("token");
+        put(&path, content);
+        (dir, path)
+    }
+
+    fn parse(content: &str) -> Result<TokenSet, TokenFileError> {
+        TokenSet::parse(Path::new("tokens"), content.as_bytes())
+    }
+
+    fn hex(bytes: &[u8]) -> String {
+        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    #[test]
+    fn generated_tokens_are_43_url_safe_characters_and_differ() {
+        let token = generate_token();
+        assert_eq!(token.len(), 43);
+        assert!(token.bytes().all(is_token_byte));
+        checked_token(&token).unwrap();
+        assert_ne!(token, generate_token());
+    }
+
+    #[test]
+    fn base64url_agrees_with_rfc_4648() {
+        for (bytes, text) in [
+            (&b""[..], ""),
+            (b"f", "Zg"),
+            (b"fo", "Zm8"),
+            (b"foo", "Zm9v"),
+            (b"foob", "Zm9vYg"),
+            (b"\xfb\xff\xfe", "-__-"),
+        ] {
+            assert_eq!(base64url(bytes), text);
+        }
+    }
+
+    #[test]
+    fn creates_one_default_token_and_keeps_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("keys/token");
+        let tokens = TokenFile::load_or_create(&path).unwrap();
+        let token = tokens.first_token().unwrap();
+        assert_eq!(
+            std::fs::read_to_string(&path).unwrap(),
+            format!("default {token}\n")
+        );
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o7777, 0o600);
+        let again = TokenFile::load_or_create(&path).unwrap();
+        assert_eq!(again.verify(&token).unwrap().id(), "default");
+        assert_eq!(again.len(), 1);
+    }
+
+    #[test]
+    fn racing_first_starts_agree_on_one_token() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("keys/token");
+        let barrier = std::sync::Barrier::new(8);
+        let tokens: Vec<String> = std::thread::scope(|scope| {
+            let start = || {
+                barrier.wait();
+                TokenFile::load_or_create(&path)
+                    .unwrap()
+                    .first_token()
+                    .unwrap()
+            };
+            let threads: Vec<_> = (0..8).map(|_| scope.spawn(start)).collect();
+            threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap())
+                .collect()
+        });
+        assert!(tokens.iter().all(|token| *token == tokens[0]));
+        assert_eq!(
+            std::fs::read_dir(dir.path().join("keys")).unwrap().count(),
+            1
+        );
+    }
+
+    #[test]
+    fn accepts_every_form_of_line() {
+        let digest = hex(&sha256(b"hashed-token-hashed-token"));
+        let text = format!(
+            "\u{feff}# who may come in\r\n\r\n  {TOKEN}\r\nalice {OTHER} scope=put dir=in/a=b # hers\n\
+             \tbob@x.org\tsha256:{}\n",
+            digest.to_uppercase()
+        );
+        let set = parse(&text).unwrap();
+        let anonymous = set.verify(TOKEN).unwrap();
+        assert_eq!(
+            anonymous.id(),
+            format!("token-{}", &hex(&sha256(TOKEN.as_bytes()))[..8])
+        );
+        assert!(anonymous.fields().is_empty());
+        let alice = set.verify(OTHER).unwrap();
+        assert_eq!(alice.id(), "alice");
+        assert_eq!(alice.field("scope"), Some("put"));
+        assert_eq!(alice.field("dir"), Some("in/a=b"));
+        assert_eq!(alice.field("none"), None);
+        assert_eq!(
+            set.verify("hashed-token-hashed-token").unwrap().id(),
+            "bob@x.org"
+        );
+        assert_eq!(set.entries.len(), 3);
+    }
+
+    #[test]
+    fn lets_nobody_else_in() {
+        let set = parse(&format!("alice {TOKEN}\n")).unwrap();
+        let digest = format!("sha256:{}", hex(&sha256(TOKEN.as_bytes())));
+        for wrong in [
+            "",
+            "alice",
+            OTHER,
+            &TOKEN[1..],
+            &format!("{TOKEN}\n"),
+            &format!("{TOKEN}\0"),
+            &format!("alice {TOKEN}"),
+            &TOKEN.to_uppercase(),
+            &digest,
+            &"x".repeat(1 << 20),
+        ] {
+            assert!(set.verify(wrong).is_none());
+        }
+    }
+
+    #[test]
+    fn names_the_line_and_what_is_wrong_with_it() {
+        use TokenLineError as Problem;
+
+        let long = "t".repeat(513);
+        let long_id = format!("{} {TOKEN}", "i".repeat(65));
+        let digest = hex(&sha256(TOKEN.as_bytes()));
+        for (line, expected) in [
+            ("a b c", Problem::Form),
+            ("key=value", Problem::Form),
+            (&format!("sha256:{digest}"), Problem::Form),
+            (&format!("a/b {TOKEN}"), Problem::Id),
+            (&long_id, Problem::Id),
+            ("alice", Problem::TokenLength { length: 5 }),
+            ("abcdefghijklmnopqrstu", Problem::TokenLength { length: 21 }),
+            (&long, Problem::TokenLength { length: 513 }),
+            ("bob abcdefghijklmnop+rstuv", Problem::TokenCharacters),
+            ("bob sha256:00", Problem::Digest),
+            (&format!("bob {OTHER} x="), Problem::Field),
+            (&format!("bob {OTHER} x=1 x=2"), Problem::Field),
+            (&format!("bob {OTHER} X=1"), Problem::Field),
+            (&format!("bob {OTHER} =1"), Problem::Field),
+            (&format!("bob {OTHER} x=1 y"), Problem::Field),
+            (&format!("alice {OTHER}"), Problem::DuplicateId { first: 2 }),
+            (
+                &format!("bob {TOKEN}"),
+                Problem::DuplicateToken { first: 2 },
+            ),
+            (
+                &format!("bob sha256:{digest}"),
+                Problem::DuplicateToken { first: 2 },
+            ),
+        ] {
+            match parse(&format!("# first\nalice {TOKEN}\n\n{line}\n")).map(|_| ()) {
+                Err(TokenFileError::Line {
+                    line: 4, problem, ..
+                }) => {
+                    assert_eq!(problem, expected, "{line}");
+                }
+                other => panic!("{line}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn refuses_a_file_without_entries_and_one_that_is_no_text() {
+        for empty in ["", "\u{feff}", "# nothing\n\n"] {
+            assert!(matches!(parse(empty), Err(TokenFileError::Empty { .. })));
+        }
+        let (_dir, path) = file([0xff, 0xfe]);
+        assert!(matches!(
+            TokenFile::open(path),
+            Err(TokenFileError::NotText { .. })
+        ));
+    }
+
+    #[test]
+    fn refuses_a_file_that_others_can_read() {
+        let (_dir, path) = file(format!("{TOKEN}\n"));
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o644)).unwrap();
+        let error = TokenFile::open(&path).unwrap_err();
+        assert!(error.to_string().contains("chmod 600"), "{error}");
+        let error = TokenFile::load_or_create(&path).unwrap_err();
+        assert!(error.to_string().contains("mode 0644"), "{error}");
+    }
+
+    #[test]
+    fn edits_take_effect_at_once() {
+        let (_dir, path) = file(format!("alice {TOKEN}\n"));
+        let tokens = TokenFile::open(&path).unwrap();
+        let alice = tokens.verify(TOKEN).unwrap();
+        assert!(tokens.contains(&alice));
+        for _ in 0..20 {
+            put(&path, format!("alice {OTHER}\n"));
+            assert!(tokens.verify(TOKEN).is_none());
+            assert_eq!(tokens.clone().verify(OTHER).unwrap().id(), "alice");
+            assert!(!tokens.contains(&alice));
+            // In place, of the same length, within one tick of the clock.
+            std::fs::write(&path, format!("alice {TOKEN}\n")).unwrap();
+            assert!(tokens.verify(OTHER).is_none());
+            assert!(tokens.contains(&alice));
+        }
+    }
+
+    #[test]
+    fn an_entry_under_another_id_is_another_entry() {
+        let (_dir, path) = file(format!("alice {TOKEN}\n"));
+        let tokens = TokenFile::open(&path).unwrap();
+        let alice = tokens.verify(TOKEN).unwrap();
+        put(&path, format!("bob {TOKEN}\n"));
+        assert!(!tokens.contains(&alice));
+    }
+
+    #[test]
+    fn a_bad_edit_keeps_the_last_tokens_and_is_logged_once() {
+        let (_dir, path) = file(format!("alice {TOKEN}\n"));
+        let tokens = TokenFile::open(&path).unwrap();
+        let log = Log::default();
+        let admitted = |times: usize| {
+            let subscriber = tracing_subscriber::fmt()
+                .with_writer(log.clone())
+                .with_ansi(false)
+                .finish();
+            tracing::subscriber::with_default(subscriber, || {
+                (0..times).all(|_| tokens.verify(TOKEN).is_some())
+            })
+        };
+
+        put(&path, format!("alice {OTHER}\nalice {TOKEN}\n"));
+        assert!(admitted(3));
+        assert_eq!(log.count("ERROR"), 1);
+        put(&path, "short\n");
+        assert!(admitted(3));
+        assert_eq!(log.count("ERROR"), 2);
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o644)).unwrap();
+        assert!(admitted(3));
+        assert_eq!(log.count("ERROR"), 3);
+        std::fs::remove_file(&path).unwrap();
+        assert!(admitted(3));
+        assert_eq!(log.count("WARN"), 1);
+        assert_eq!(tokens.len(), 1);
+
+        put(&path, format!("bob {OTHER}\n"));
+        assert!(!admitted(1));
+        assert_eq!(tokens.verify(OTHER).unwrap().id(), "bob");
+        for secret in [TOKEN, OTHER, "short"] {
+            assert_eq!(log.count(secret), 0);
+        }
+    }
+
+    #[test]
+    fn debug_shows_no_secret() {
+        let (_dir, path) = file(format!("alice {TOKEN} scope=put\n"));
+        let tokens = TokenFile::open(&path).unwrap();
+        let entry = tokens.verify(TOKEN).unwrap();
+        let text = format!("{tokens:?} {entry:?}");
+        assert!(!text.contains(TOKEN) && !text.contains("digest"), "{text}");
+        assert!(text.contains("alice"));
+    }
+
+    #[test]
+    fn the_first_plain_token_is_for_clients() {
+        let digest = hex(&sha256(TOKEN.as_bytes()));
+        let (_dir, path) = file(format!("hashed sha256:{digest}\n"));
+        let tokens = TokenFile::open(&path).unwrap();
+        assert_eq!(tokens.first_token(), None);
+        put(
+            &path,
+            format!("# x\nhashed sha256:{digest}\nplain {OTHER}\n"),
+        );
+        assert_eq!(tokens.first_token().as_deref(), Some(OTHER));
+    }
+
+    #[test]
+    fn a_file_that_just_changed_is_looked_at_again() {
+        let (_dir, path) = file(format!("{TOKEN}\n"));
+        let version = Version::of(&std::fs::metadata(&path).unwrap());
+        let (seconds, nanoseconds) = version.changed();
+        let changed = Duration::new(seconds.try_into().unwrap(), nanoseconds.try_into().unwrap());
+        assert_eq!(settled(version, changed), None);
+        assert_eq!(settled(version, changed + TICK / 2), None);
+        assert_eq!(settled(version, changed + TICK), Some(version));
+        assert_eq!(settled(version, changed - TICK), Some(version));
+    }
+
+    /// Collects what is logged.
+    #[derive(Clone, Default)]
+    struct Log(Arc<Mutex<Vec<u8>>>);
+
+    impl Log {
+        fn count(&self, text: &str) -> usize {
+            let log = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
+            log.matches(text).count()
+        }
+    }
+
+    impl Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl tracing_subscriber::fmt::MakeWriter<'_> for Log {
+        type Writer = Self;
+
+        fn make_writer(&self) -> Self {
+            self.clone()
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_content_makes_the_parser_panic(content: Vec<u8>, text: String) {
+            let _ = TokenSet::parse(Path::new("tokens"), &content);
+            let _ = parse(&text);
+        }
+    }
+}

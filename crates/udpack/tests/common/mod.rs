@@ -1,0 +1,54 @@
+//! What the tests share: a server on a free port, a client that is let in, and a bound on everything.
+#![allow(dead_code, reason = "each test binary uses its own part")]
+
+use std::future::Future;
+use std::time::Duration;
+
+use udpack::{Client, ClientBuilder, Deny, Hello, Identity, Peer, Server, ServerBuilder, Socket};
+
+/// The token that the test server accepts.
+pub const TOKEN: &str = "a-token-that-only-tests-know";
+
+/// Nothing in a test takes longer than this.
+pub async fn bounded<F: Future>(future: F) -> F::Output {
+    match tokio::time::timeout(Duration::from_secs(30), future).await {
+        Ok(output) => output,
+        Err(_) => panic!("the test took longer than 30 s"),
+    }
+}
+
+/// A builder with a fresh identity and a verifier that knows one token.
+pub fn server() -> ServerBuilder {
+    Server::builder()
+        .identity(Identity::generate().expect("a fresh key"))
+        .auth(verify)
+}
+
+async fn verify(hello: Hello) -> Result<Peer, Deny> {
+    if hello.token() == TOKEN {
+        Ok(Peer::new("tester"))
+    } else {
+        Err(Deny::auth_failed())
+    }
+}
+
+/// A client builder that trusts this server and presents the right token.
+pub fn client(server: &Server) -> ClientBuilder {
+    Client::builder().pin(server.fingerprint()).token(TOKEN)
+}
+
+/// Connects a client that is let in.
+pub async fn connect(server: &Server) -> Socket {
+    client(server)
+        .connect(&server.local_addr().to_string())
+        .await
+        .expect("the server lets us in")
+}
+
+/// Binds on a free loopback port.
+pub async fn bind(builder: ServerBuilder) -> Server {
+    builder
+        .bind("127.0.0.1:0")
+        .await
+        .expect("a free loopback port")
+}
