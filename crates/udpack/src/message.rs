@@ -83,7 +83,7 @@ impl Message {
     /// # Errors
     ///
     /// As [`decode`](Self::decode).
-    pub fn decode_within(body: Bytes, shape: Shape) -> Result<Self, MessageError> {
+    pub(crate) fn decode_within(body: Bytes, shape: Shape) -> Result<Self, MessageError> {
         let mut walk = Walk::new(&body, shape)?;
         let arity = match walk.enter()? {
             Head::Array(arity) => Some(arity),
@@ -238,7 +238,7 @@ pub enum NameError {
 /// # Errors
 ///
 /// The first rule that the name breaks.
-pub fn check_name(name: &str) -> Result<(), NameError> {
+pub(crate) fn check_name(name: &str) -> Result<(), NameError> {
     match name.len() {
         0 => return Err(NameError::Empty),
         1..=MAX_NAME => {}
@@ -293,7 +293,7 @@ pub enum EncodeError {
 /// # Errors
 ///
 /// What makes the message unfit to be sent.
-pub fn encode<T: Serialize + ?Sized>(
+pub(crate) fn encode<T: Serialize + ?Sized>(
     buf: &mut BytesMut,
     event: &str,
     data: &T,
@@ -320,7 +320,7 @@ pub fn encode<T: Serialize + ?Sized>(
 /// # Errors
 ///
 /// What makes the message unfit to be sent.
-pub fn encode_bulk<T: Serialize + ?Sized>(
+pub(crate) fn encode_bulk<T: Serialize + ?Sized>(
     buf: &mut BytesMut,
     event: &str,
     header: &T,

@@ -52,7 +52,7 @@ pub enum MsgpackError {
 /// The limits that [`validate_within`] holds a value to. Defaults to [`MAX_DEPTH`] and
 /// [`MAX_ELEMENTS`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shape {
+pub(crate) struct Shape {
     /// How deep arrays and maps may nest; more than [`MAX_DEPTH`] means [`MAX_DEPTH`].
     pub depth: usize,
     /// How many values there may be, keys, arrays and maps included.
@@ -84,7 +84,7 @@ pub fn validate(bytes: &[u8]) -> Result<(), MsgpackError> {
 /// # Errors
 ///
 /// As [`validate`].
-pub fn validate_within(bytes: &[u8], shape: Shape) -> Result<(), MsgpackError> {
+pub(crate) fn validate_within(bytes: &[u8], shape: Shape) -> Result<(), MsgpackError> {
     let mut walk = Walk::new(bytes, shape)?;
     walk.value()?;
     walk.end()
@@ -491,6 +491,7 @@ fn required<T>(key: &'static str, value: Result<Option<T>, FieldError>) -> Resul
     value?.ok_or(FieldError::Missing(key))
 }
 
+#[inline]
 fn text(bytes: &[u8]) -> Result<&str, MsgpackError> {
     str::from_utf8(bytes).map_err(|_| MsgpackError::Utf8)
 }
@@ -537,12 +538,14 @@ impl<'a> Walk<'a> {
     }
 
     /// Reads one head; the values inside an array or a map are then the next ones walked.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn enter(&mut self) -> Result<Head<'a>, MsgpackError> {
         let head = self.reader.head()?;
         let inside = match head {
             Head::Array(len) => len,
             Head::Map(len) => len * 2,
+            // Most text is ASCII, and for short text that is the cheaper question.
+            Head::Str(bytes) if bytes.is_ascii() => return Ok(head),
             Head::Str(bytes) => {
                 text(bytes)?;
                 return Ok(head);
@@ -650,7 +653,7 @@ impl<'a> Reader<'a> {
     }
 
     /// Reads the head of the next value.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn head(&mut self) -> Result<Head<'a>, MsgpackError> {
         let [marker] = self.array()?;
         Ok(match marker {
