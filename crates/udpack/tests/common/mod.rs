@@ -7,10 +7,10 @@ use std::time::Duration;
 use udpack::{Client, ClientBuilder, Deny, Hello, Identity, Peer, Server, ServerBuilder, Socket};
 
 /// The token that the test server accepts.
-pub const TOKEN: &str = "a-token-that-only-tests-know";
+pub(crate) const TOKEN: &str = "a-token-that-only-tests-know";
 
 /// Nothing in a test takes longer than this.
-pub async fn bounded<F: Future>(future: F) -> F::Output {
+pub(crate) async fn bounded<F: Future>(future: F) -> F::Output {
     match tokio::time::timeout(Duration::from_secs(30), future).await {
         Ok(output) => output,
         Err(_) => panic!("the test took longer than 30 s"),
@@ -18,7 +18,7 @@ pub async fn bounded<F: Future>(future: F) -> F::Output {
 }
 
 /// A builder with a fresh identity and a verifier that knows one token.
-pub fn server() -> ServerBuilder {
+pub(crate) fn server() -> ServerBuilder {
     Server::builder()
         .identity(Identity::generate().expect("a fresh key"))
         .auth(verify)
@@ -33,12 +33,12 @@ async fn verify(hello: Hello) -> Result<Peer, Deny> {
 }
 
 /// A client builder that trusts this server and presents the right token.
-pub fn client(server: &Server) -> ClientBuilder {
+pub(crate) fn client(server: &Server) -> ClientBuilder {
     Client::builder().pin(server.fingerprint()).token(TOKEN)
 }
 
 /// Connects a client that is let in.
-pub async fn connect(server: &Server) -> Socket {
+pub(crate) async fn connect(server: &Server) -> Socket {
     client(server)
         .connect(&server.local_addr().to_string())
         .await
@@ -46,7 +46,7 @@ pub async fn connect(server: &Server) -> Socket {
 }
 
 /// Binds on a free loopback port.
-pub async fn bind(builder: ServerBuilder) -> Server {
+pub(crate) async fn bind(builder: ServerBuilder) -> Server {
     builder
         .bind("127.0.0.1:0")
         .await

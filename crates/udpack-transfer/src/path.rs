@@ -1,0 +1,633 @@
+//! The only type through which a peer's name becomes a path.
+//!
+//! A name is accepted word for word or refused with the rule it breaks: nothing is decoded,
+//! trimmed, folded or repaired, so two sides can never disagree on what a name means. The rules
+//! hold on every operating system, whatever it would allow itself: a tree sent from one machine can
+//! be fetched to any other. Names are case-sensitive.
+//!
+//! This module knows no file system. That no symbolic link leads out of a root is the store's part.
+
+use std::fmt;
+use std::str::FromStr;
+
+use unicode_normalization::{UnicodeNormalization, is_nfc};
+
+/// A relative path, `/` between its components, that cannot leave the directory it is resolved in.
+///
+/// ```text
+/// holiday/2024/beach.jpg        accepted
+/// ../x   /x   a\b   .hidden     refused
+/// ```
+///
+/// There is no way to build one but by parsing, so holding a `RelPath` is the proof that the rules
+/// were checked.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RelPath(Box<str>);
+
+impl RelPath {
+    /// Longest path, in bytes of UTF-8.
+    pub const MAX_BYTES: usize = 1024;
+    /// Longest component, in bytes of UTF-8; leaves room below the 255 of common file systems.
+    pub const MAX_COMPONENT_BYTES: usize = 200;
+    /// Most components in a path.
+    pub const MAX_COMPONENTS: usize = 32;
+
+    /// The path as it was received.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The components from the root down: at least one, none empty, none `.` or `..`.
+    pub fn components(&self) -> impl DoubleEndedIterator<Item = &str> + Clone {
+        self.0.split('/')
+    }
+
+    /// The last component.
+    pub fn file_name(&self) -> &str {
+        self.split().1
+    }
+
+    /// The components above the last; empty when the path is a bare name.
+    pub fn parents(&self) -> impl DoubleEndedIterator<Item = &str> + Clone {
+        self.split()
+            .0
+            .split('/')
+            .filter(|component| !component.is_empty())
+    }
+
+    fn split(&self) -> (&str, &str) {
+        self.0.rsplit_once('/').unwrap_or(("", &self.0))
+    }
+}
+
+impl FromStr for RelPath {
+    type Err = PathError;
+
+    fn from_str(path: &str) -> Result<Self, PathError> {
+        check(path).map_err(|rule| PathError::new(rule, path))?;
+        Ok(Self(path.into()))
+    }
+}
+
+impl TryFrom<&str> for RelPath {
+    type Error = PathError;
+
+    fn try_from(path: &str) -> Result<Self, PathError> {
+        path.parse()
+    }
+}
+
+impl AsRef<str> for RelPath {
+    fn as_ref(&self) -> &str {
+        self.as_str()
+    }
+}
+
+impl fmt::Display for RelPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for RelPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", self.0)
+    }
+}
+
+/// A path was refused: which rule it breaks, and its beginning, safe to print.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("bad name \"{shown}\": {rule}")]
+pub struct PathError {
+    rule: PathRule,
+    shown: String,
+}
+
+impl PathError {
+    /// The rule the path breaks; the first one found when there are several.
+    pub fn rule(&self) -> PathRule {
+        self.rule
+    }
+
+    fn new(rule: PathRule, path: &str) -> Self {
+        Self {
+            rule,
+            shown: printable(path),
+        }
+    }
+}
+
+/// What a path must not be or hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+#[non_exhaustive]
+pub enum PathRule {
+    /// The path is empty.
+    #[error("it is empty")]
+    Empty,
+    /// The path begins with `/`.
+    #[error("it begins with a slash")]
+    Absolute,
+    /// Two slashes in a row, or one at the end.
+    #[error("a component is empty")]
+    EmptyComponent,
+    /// A component is `.` or `..`, or would be after compatibility normalisation (NFKC).
+    #[error("a component is `.` or `..`")]
+    DotComponent,
+    /// A component is made of dots and spaces alone, or would be after NFKC.
+    #[error("a component holds nothing but dots and spaces")]
+    OnlyDotsAndSpaces,
+    /// A component holds `\`.
+    #[error("it holds a backslash")]
+    Backslash,
+    /// A component holds `:` (drive letters, alternate streams).
+    #[error("it holds a colon")]
+    Colon,
+    /// A component holds a C0 or C1 control character or DEL.
+    #[error("it holds a control character")]
+    Control,
+    /// A component holds a bidirectional control, a zero-width or another character that cannot be
+    /// seen.
+    #[error("it holds an invisible character")]
+    Invisible,
+    /// A component begins with `.`.
+    #[error("a component begins with a dot")]
+    LeadingDot,
+    /// A component begins with `-`, which commands would take for an option.
+    #[error("a component begins with a hyphen")]
+    LeadingHyphen,
+    /// A component begins or ends with a space of any kind.
+    #[error("a component begins or ends with a space")]
+    OuterSpace,
+    /// A component ends with `.`, which Windows drops.
+    #[error("a component ends with a dot")]
+    TrailingDot,
+    /// A component is the name of a Windows device, alone or before an extension, as it stands or
+    /// after NFKC.
+    #[error("a component is a reserved device name")]
+    Reserved,
+    /// A component has more than [`RelPath::MAX_COMPONENT_BYTES`] bytes.
+    #[error("a component is longer than {} bytes", RelPath::MAX_COMPONENT_BYTES)]
+    ComponentTooLong,
+    /// The path has more than [`RelPath::MAX_BYTES`] bytes.
+    #[error("it is longer than {} bytes", RelPath::MAX_BYTES)]
+    TooLong,
+    /// The path has more than [`RelPath::MAX_COMPONENTS`] components.
+    #[error("it has more than {} components", RelPath::MAX_COMPONENTS)]
+    TooDeep,
+    /// The path is not in Unicode normalisation form C.
+    #[error("it is not in unicode normalisation form c")]
+    NotNfc,
+    /// A character becomes `/`, `\` or `:` after NFKC.
+    #[error("it holds a character that stands for a separator")]
+    SeparatorLookalike,
+}
+
+/// The beginning of a peer's text, escaped so that it can change neither a terminal nor a log.
+pub(crate) fn printable(text: &str) -> String {
+    const LIMIT: usize = 128;
+    const MORE: &str = "…";
+    let mut shown = String::new();
+    for c in text.chars() {
+        let escaped = c.escape_debug();
+        let len = escaped.clone().map(char::len_utf8).sum::<usize>();
+        if shown.len() + len > LIMIT - MORE.len() {
+            shown.push_str(MORE);
+            break;
+        }
+        shown.extend(escaped);
+    }
+    shown
+}
+
+fn check(path: &str) -> Result<(), PathRule> {
+    if path.is_empty() {
+        return Err(PathRule::Empty);
+    }
+    if path.len() > RelPath::MAX_BYTES {
+        return Err(PathRule::TooLong);
+    }
+    if path.starts_with('/') {
+        return Err(PathRule::Absolute);
+    }
+    if path.split('/').count() > RelPath::MAX_COMPONENTS {
+        return Err(PathRule::TooDeep);
+    }
+    path.split('/').try_for_each(check_component)
+}
+
+fn check_component(name: &str) -> Result<(), PathRule> {
+    if name.is_empty() {
+        return Err(PathRule::EmptyComponent);
+    }
+    if name.len() > RelPath::MAX_COMPONENT_BYTES {
+        return Err(PathRule::ComponentTooLong);
+    }
+    for c in name.chars() {
+        match c {
+            '\\' => return Err(PathRule::Backslash),
+            ':' => return Err(PathRule::Colon),
+            c if c.is_control() => return Err(PathRule::Control),
+            c if is_invisible(c) => return Err(PathRule::Invisible),
+            _ => {}
+        }
+    }
+    check_special(name)?;
+    if name.starts_with(char::is_whitespace) || name.ends_with(char::is_whitespace) {
+        return Err(PathRule::OuterSpace);
+    }
+    if name.starts_with('.') {
+        return Err(PathRule::LeadingDot);
+    }
+    if name.starts_with('-') {
+        return Err(PathRule::LeadingHyphen);
+    }
+    if name.ends_with('.') {
+        return Err(PathRule::TrailingDot);
+    }
+    if name.is_ascii() {
+        return Ok(());
+    }
+    if !is_nfc(name) {
+        return Err(PathRule::NotNfc);
+    }
+    // What another program may fold the name into must be as harmless as the name.
+    let folded: String = name.nfkc().collect();
+    if folded.contains(['/', '\\', ':']) {
+        return Err(PathRule::SeparatorLookalike);
+    }
+    check_special(&folded)
+}
+
+/// The names that mean something other than a file of that name.
+fn check_special(name: &str) -> Result<(), PathRule> {
+    if name == "." || name == ".." {
+        return Err(PathRule::DotComponent);
+    }
+    if name.chars().all(|c| c == '.' || c.is_whitespace()) {
+        return Err(PathRule::OnlyDotsAndSpaces);
+    }
+    if is_reserved(name) {
+        return Err(PathRule::Reserved);
+    }
+    Ok(())
+}
+
+/// Whether Windows takes the name for a device. Superscript digits are digits after NFKC, so they
+/// need no case of their own.
+fn is_reserved(name: &str) -> bool {
+    let stem = name.split_once('.').map_or(name, |(stem, _)| stem).trim();
+    if RESERVED
+        .iter()
+        .any(|reserved| stem.eq_ignore_ascii_case(reserved))
+    {
+        return true;
+    }
+    let Some((port, digit)) = stem.split_at_checked(3) else {
+        return false;
+    };
+    (port.eq_ignore_ascii_case("com") || port.eq_ignore_ascii_case("lpt"))
+        && matches!(
+            digit,
+            "1" | "2" | "3" | "4" | "5" | "6" | "7" | "8" | "9" | "¹" | "²" | "³"
+        )
+}
+
+/// Whether a character shows nothing, or changes how its neighbours are shown.
+///
+/// Variation selectors stay allowed: ordinary emoji and Japanese names carry them.
+fn is_invisible(c: char) -> bool {
+    matches!(
+        c,
+        '\u{ad}' | '\u{34f}' | '\u{61c}' | '\u{115f}' | '\u{1160}' | '\u{17b4}' | '\u{17b5}'
+            | '\u{180b}'..='\u{180f}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
+            | '\u{2060}'..='\u{206f}' | '\u{2800}' | '\u{3164}' | '\u{feff}' | '\u{ffa0}'
+            | '\u{fff0}'..='\u{fffb}' | '\u{1bca0}'..='\u{1bca3}' | '\u{1d173}'..='\u{1d17a}'
+            | '\u{e0000}'..='\u{e00ff}'
+    ) || is_noncharacter(c)
+}
+
+fn is_noncharacter(c: char) -> bool {
+    matches!(u32::from(c), 0xfdd0..=0xfdef) || u32::from(c) & 0xfffe == 0xfffe
+}
+
+const RESERVED: [&str; 6] = ["con", "prn", "aux", "nul", "conin$", "conout$"];
+
+#[cfg(test)]
+mod tests {
+    use super::PathRule::*;
+    use super::*;
+    use proptest::prelude::*;
+    use std::path::{Component, Path};
+
+    #[test]
+    fn accepts_names_word_for_word() {
+        let accepted = [
+            "a",
+            "a.txt",
+            "A.TXT",
+            "a b.txt",
+            "a/b",
+            "holiday/2024/beach.jpg",
+            "a.b.c",
+            "tar.gz",
+            "a-",
+            "a-b",
+            "_a",
+            "~a",
+            "a~",
+            "#a",
+            "@",
+            "$HOME",
+            "`id`",
+            "a;b",
+            "a|b",
+            "a*",
+            "a?b",
+            "<a>",
+            "a\"b",
+            "a'b",
+            "a%00b",
+            "%2e%2e%2fx",
+            "%252e%252e%252fx",
+            "&#46;&#46;",
+            "a..b",
+            "a...b",
+            "console",
+            "con1",
+            "com",
+            "com10",
+            "com0",
+            "lpt",
+            "xcon",
+            "con-a",
+            "nul_",
+            "auxiliary.txt",
+            "a.con",
+            "a.nul.txt",
+            "é.txt",
+            "Å.txt",
+            "日本語.txt",
+            "한국어",
+            "\u{2764}\u{fe0f}.txt",
+            "😀",
+            "Привет",
+            "مرحبا",
+            "שלום",
+            "a\u{2215}b",
+            "1\u{2044}2",
+            "½",
+            "a\u{2026}",
+            "a\u{2026}b",
+            "ﬁle",
+            "a\u{a0}b",
+            "x.part",
+            "x.meta",
+            "0123456789abcdef0123456789abcdef.part",
+            "à",
+            "K",
+            "k",
+        ];
+        for name in accepted {
+            let path = RelPath::try_from(name).unwrap_or_else(|error| panic!("{error}"));
+            assert_eq!(path.as_str(), name);
+            assert_eq!(path.to_string(), name);
+        }
+    }
+
+    #[test]
+    fn refuses_names_by_rule() {
+        let long = "a".repeat(201);
+        let emoji = "😀".repeat(100);
+        let huge = "a".repeat(4096);
+        let long_path = ["a".repeat(100).as_str(); 11].join("/");
+        let deep = ["a"; 33].join("/");
+        let refused: &[(&str, PathRule)] = &[
+            ("", Empty),
+            (".", DotComponent),
+            ("..", DotComponent),
+            ("...", OnlyDotsAndSpaces),
+            ("....", OnlyDotsAndSpaces),
+            (". ", OnlyDotsAndSpaces),
+            (" .", OnlyDotsAndSpaces),
+            (" ", OnlyDotsAndSpaces),
+            ("\u{a0}", OnlyDotsAndSpaces),
+            ("\u{3000}", OnlyDotsAndSpaces),
+            ("../x", DotComponent),
+            ("a/../../x", DotComponent),
+            ("a/..", DotComponent),
+            ("a/.", DotComponent),
+            ("./x", DotComponent),
+            ("/", Absolute),
+            ("/x", Absolute),
+            ("/etc/passwd", Absolute),
+            ("//x", Absolute),
+            ("a/", EmptyComponent),
+            ("a//b", EmptyComponent),
+            ("....//x", OnlyDotsAndSpaces),
+            ("..\\x", Backslash),
+            ("\\", Backslash),
+            ("a\\b", Backslash),
+            ("\\\\host\\share", Backslash),
+            ("\\\\?\\C:\\x", Backslash),
+            ("C:\\x", Colon),
+            ("C:x", Colon),
+            ("x:stream", Colon),
+            ("x::$DATA", Colon),
+            (":", Colon),
+            ("a/b:c", Colon),
+            ("a\0b", Control),
+            ("\0", Control),
+            ("a\nb", Control),
+            ("a\r", Control),
+            ("a\tb", Control),
+            ("\u{1b}[2J", Control),
+            ("a\u{7f}", Control),
+            ("a\u{80}", Control),
+            ("a\u{85}b", Control),
+            ("a\u{9b}b", Control),
+            ("a\u{9f}", Control),
+            ("a\u{202e}gpj.exe", Invisible),
+            ("a\u{202a}", Invisible),
+            ("a\u{2066}b", Invisible),
+            ("a\u{2069}", Invisible),
+            ("a\u{200e}", Invisible),
+            ("a\u{200f}", Invisible),
+            ("a\u{61c}b", Invisible),
+            ("a\u{200b}b", Invisible),
+            ("a\u{200c}b", Invisible),
+            ("a\u{200d}b", Invisible),
+            ("\u{feff}a", Invisible),
+            ("a\u{2060}b", Invisible),
+            ("a\u{ad}b", Invisible),
+            ("a\u{2028}b", Invisible),
+            ("a\u{2029}b", Invisible),
+            ("a\u{180e}b", Invisible),
+            ("\u{3164}", Invisible),
+            ("a\u{e0041}", Invisible),
+            ("a\u{fff9}b", Invisible),
+            ("a\u{ffff}", Invisible),
+            ("a\u{10fffe}", Invisible),
+            ("a\u{fdd0}", Invisible),
+            (".a", LeadingDot),
+            (".udpack", LeadingDot),
+            (".udpack/lock", LeadingDot),
+            (".ssh/authorized_keys", LeadingDot),
+            ("a/.b", LeadingDot),
+            ("..a", LeadingDot),
+            ("-a", LeadingHyphen),
+            ("-", LeadingHyphen),
+            ("--help", LeadingHyphen),
+            ("a/-rf", LeadingHyphen),
+            (" a", OuterSpace),
+            ("a ", OuterSpace),
+            ("a/ b", OuterSpace),
+            ("a /b", OuterSpace),
+            ("a\u{a0}", OuterSpace),
+            ("\u{3000}a", OuterSpace),
+            ("a.", TrailingDot),
+            ("a..", TrailingDot),
+            ("a./b", TrailingDot),
+            ("a.txt.", TrailingDot),
+            ("CON", Reserved),
+            ("con", Reserved),
+            ("Prn", Reserved),
+            ("AUX", Reserved),
+            ("NUL", Reserved),
+            ("COM1", Reserved),
+            ("com9", Reserved),
+            ("LPT1", Reserved),
+            ("lpt9", Reserved),
+            ("con.txt", Reserved),
+            ("nul.tar.gz", Reserved),
+            ("con .txt", Reserved),
+            ("a/nul", Reserved),
+            ("aux/a", Reserved),
+            ("COM¹", Reserved),
+            ("COM².txt", Reserved),
+            ("LPT³", Reserved),
+            ("CON ", Reserved),
+            ("CON.", Reserved),
+            ("CONIN$", Reserved),
+            ("conout$", Reserved),
+            ("ｃｏｎ", Reserved),
+            ("ｎul.txt", Reserved),
+            (&long, ComponentTooLong),
+            (&emoji, ComponentTooLong),
+            (&huge, TooLong),
+            (&long_path, TooLong),
+            (&deep, TooDeep),
+            ("e\u{301}.txt", NotNfc),
+            ("\u{212a}", NotNfc),
+            ("\u{2126}", NotNfc),
+            ("a\u{30a}", NotNfc),
+            ("a/e\u{301}", NotNfc),
+            ("\u{ff0e}\u{ff0e}", DotComponent),
+            ("\u{ff0e}", DotComponent),
+            ("\u{2024}", DotComponent),
+            ("\u{2025}", DotComponent),
+            ("\u{2024}\u{2024}", DotComponent),
+            ("\u{2026}", OnlyDotsAndSpaces),
+            ("a\u{ff0f}b", SeparatorLookalike),
+            ("a\u{ff3c}b", SeparatorLookalike),
+            ("a\u{ff1a}b", SeparatorLookalike),
+            ("\u{ff0e}\u{ff0e}\u{ff0f}x", SeparatorLookalike),
+            ("a\u{fe68}b", SeparatorLookalike),
+            ("\u{2100}", SeparatorLookalike),
+        ];
+        for (name, rule) in refused {
+            match RelPath::try_from(*name) {
+                Ok(path) => panic!("accepted {path:?}, expected: {rule}"),
+                Err(error) => assert_eq!(error.rule(), *rule, "{error}"),
+            }
+        }
+    }
+
+    #[test]
+    fn limits_are_inclusive() {
+        assert!(RelPath::try_from("a".repeat(200).as_str()).is_ok());
+        assert!(RelPath::try_from("😀".repeat(50).as_str()).is_ok());
+        assert!(RelPath::try_from(["a"; 32].join("/").as_str()).is_ok());
+        let full = format!(
+            "{}/{}",
+            ["a".repeat(200).as_str(); 5].join("/"),
+            "a".repeat(19)
+        );
+        assert_eq!(full.len(), 1024);
+        assert!(RelPath::try_from(full.as_str()).is_ok());
+        assert_eq!(
+            RelPath::try_from(format!("{full}a").as_str())
+                .unwrap_err()
+                .rule(),
+            TooLong
+        );
+    }
+
+    #[test]
+    fn error_text_is_printable_and_short() {
+        for name in [
+            "a\u{1b}[31m\n\u{202e}b",
+            &"\0".repeat(1000),
+            &"é".repeat(1000),
+            &"\u{10ffff}".repeat(255),
+        ] {
+            let text = RelPath::try_from(name).unwrap_err().to_string();
+            assert!(
+                !text.chars().any(|c| c.is_control() || is_invisible(c)),
+                "{text}"
+            );
+            assert!(printable(name).len() <= 128, "{text}");
+        }
+        assert_eq!(
+            RelPath::try_from("a\nb").unwrap_err().to_string(),
+            "bad name \"a\\nb\": it holds a control character"
+        );
+    }
+
+    #[test]
+    fn splits_into_parents_and_name() {
+        let path: RelPath = "a/b/c.txt".parse().unwrap();
+        assert_eq!(path.components().collect::<Vec<_>>(), ["a", "b", "c.txt"]);
+        assert_eq!(path.parents().collect::<Vec<_>>(), ["a", "b"]);
+        assert_eq!(path.file_name(), "c.txt");
+        let bare: RelPath = "c.txt".parse().unwrap();
+        assert_eq!((bare.parents().count(), bare.file_name()), (0, "c.txt"));
+    }
+
+    fn hostile() -> impl Strategy<Value = String> {
+        let piece = prop_oneof![
+            4 => "[a-z]{1,4}",
+            2 => Just("/".to_owned()),
+            3 => prop::sample::select(vec!["..", ".", "\\", " ", "-", "con"]).prop_map(String::from),
+            2 => any::<char>().prop_map(String::from),
+            1 => "[\u{2024}-\u{2026}\u{ff0e}\u{ff0f}\u{ff3c}]",
+        ];
+        prop::collection::vec(piece, 0..12).prop_map(|pieces| pieces.concat())
+    }
+
+    proptest! {
+        #[test]
+        fn what_parses_stays_below_its_root(name in hostile()) {
+            if let Ok(path) = RelPath::try_from(name.as_str()) {
+                prop_assert_eq!(path.as_str(), &name);
+                prop_assert_eq!(&path.to_string().parse::<RelPath>().unwrap(), &path);
+                let root = Path::new("/root/of/it");
+                let joined = root.join(path.as_str());
+                prop_assert!(joined.starts_with(root));
+                let below = joined.components().skip(root.components().count());
+                prop_assert!(below.clone().all(|part| matches!(part, Component::Normal(_))));
+                prop_assert_eq!(below.count(), path.components().count());
+                prop_assert_eq!(path.components().collect::<Vec<_>>().join("/"), name.as_str());
+                let folded: String = name.nfkc().collect();
+                prop_assert!(folded.split('/').all(|part| !["", ".", ".."].contains(&part)));
+                prop_assert_eq!(folded.split('/').count(), path.components().count());
+            }
+        }
+
+        #[test]
+        fn never_panics(name in any::<String>()) {
+            if let Err(error) = RelPath::try_from(name.as_str()) {
+                prop_assert!(!error.to_string().chars().any(char::is_control));
+            }
+        }
+    }
+}

@@ -1,0 +1,503 @@
+//! Where received files lie: staged in private, visible only when complete, verified and on disk.
+//!
+//! A file is written under a random name in `<root>/.udpack/staging` and gets its own name in one
+//! atomic step that never replaces another file unless the server grants it. Of several uploads of
+//! one name exactly one wins. All work is done below directory handles held since [`Store::open`],
+//! following no symbolic link.
+//!
+//! Everything here blocks: call it from a thread that may. Whose upload it is, and what a message
+//! means, is not decided here.
+
+mod disk;
+mod error;
+mod partial;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use cap_std::fs::Dir;
+
+use crate::path::RelPath;
+use disk::Disk;
+
+pub use error::StoreError;
+pub use partial::{Partial, Published};
+
+/// What a store takes, and how much of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoreConfig {
+    /// Largest file, in bytes. Defaults to 1 GiB; `None` leaves it to the quota and the disk.
+    pub max_file: Option<u64>,
+    /// Most bytes of all files below the root together, uploads under way included. Defaults to
+    /// `None`: the disk is the limit.
+    ///
+    /// Counted when the store is opened and again, at most every half minute, before an upload is
+    /// refused for it.
+    pub quota: Option<u64>,
+    /// Bytes of the file system that uploads leave free. Defaults to `None`: a twentieth of the
+    /// file system, or 1 GiB if that is less.
+    pub min_free: Option<u64>,
+    /// What a client may ask for, at most, when the name is taken. Defaults to
+    /// [`Overwrite::Never`].
+    pub overwrite: Overwrite,
+    /// Most uploads open at a time. Defaults to 256; each holds one file descriptor.
+    pub max_open: usize,
+}
+
+impl Default for StoreConfig {
+    fn default() -> Self {
+        Self {
+            max_file: Some(GIB),
+            quota: None,
+            min_free: None,
+            overwrite: Overwrite::Never,
+            max_open: 256,
+        }
+    }
+}
+
+/// What a server grants to clients whose file's name is taken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Overwrite {
+    /// What is there stays, and the upload is refused.
+    #[default]
+    Never,
+    /// What is there stays, and the upload may get another name.
+    Rename,
+    /// A client may also replace a file.
+    Always,
+}
+
+impl fmt::Display for Overwrite {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Never => "never",
+            Self::Rename => "rename",
+            Self::Always => "always",
+        })
+    }
+}
+
+/// What a client wants when its file's name is taken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum IfExists {
+    /// Success if the file there has the same bytes, an error otherwise.
+    #[default]
+    Same,
+    /// An error.
+    Error,
+    /// Leave the file there and do not upload.
+    Skip,
+    /// Replace the file there. Only a regular file is ever replaced.
+    Overwrite,
+    /// Store under `name (1).ext`, or the first such number that is free.
+    Rename,
+}
+
+impl IfExists {
+    /// What a server must grant for this.
+    fn needs(self) -> Overwrite {
+        match self {
+            Self::Same | Self::Error | Self::Skip => Overwrite::Never,
+            Self::Rename => Overwrite::Rename,
+            Self::Overwrite => Overwrite::Always,
+        }
+    }
+}
+
+impl fmt::Display for IfExists {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Same => "same",
+            Self::Error => "error",
+            Self::Skip => "skip",
+            Self::Overwrite => "overwrite",
+            Self::Rename => "rename",
+        })
+    }
+}
+
+/// A directory that takes uploads. A cheap clone of one handle.
+///
+/// The directory is locked until the last clone and the last [`Partial`] are dropped.
+#[derive(Clone, Debug)]
+pub struct Store {
+    inner: Arc<Inner>,
+}
+
+/// What beginning an upload led to.
+#[derive(Debug)]
+pub enum Begin {
+    /// The name can be taken: write the bytes.
+    New(Partial),
+    /// A regular file has the name, and the client asked for [`IfExists::Same`] or
+    /// [`IfExists::Skip`].
+    Exists(Existing),
+}
+
+/// How full a store is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Bytes of published files. Counts what was there before only where a quota is set.
+    pub used: u64,
+    /// Bytes promised to open uploads, written or not.
+    pub reserved: u64,
+    /// Uploads open.
+    pub open: usize,
+}
+
+impl Store {
+    /// Opens a directory for uploads, making it if it is missing, and removes what uploads cut off
+    /// by a crash left in its staging area.
+    ///
+    /// Fails with [`StoreError::Locked`] when another store uses the directory, and with
+    /// [`StoreError::NoAtomicPublish`] or [`StoreError::OtherDevice`] when a trial shows that its
+    /// file system cannot keep what a store promises.
+    pub fn open(root: impl AsRef<Path>, config: StoreConfig) -> Result<Self, StoreError> {
+        let root = root.as_ref();
+        let disk = Disk::open(root)?;
+        let setup = |action| move |e| StoreError::io(action, None, e, || 0);
+        let min_free = match config.min_free {
+            Some(bytes) => bytes,
+            None => GIB.min(
+                disk.capacity()
+                    .map_err(setup("read the size of the file system"))?
+                    / 20,
+            ),
+        };
+        let used = match config.quota {
+            Some(_) => disk.used().map_err(setup("count the files"))?,
+            None => 0,
+        };
+        let state = Mutex::new(State {
+            used,
+            reserved: 0,
+            unwritten: 0,
+            open: 0,
+            published: 0,
+            counted: Instant::now(),
+        });
+        Ok(Self {
+            inner: Arc::new(Inner {
+                disk,
+                config,
+                min_free,
+                root: root.to_owned(),
+                state,
+            }),
+        })
+    }
+
+    /// The directory as it was given to [`Store::open`], for showing. It may since have been moved;
+    /// the store stays with it.
+    pub fn root(&self) -> &Path {
+        &self.inner.root
+    }
+
+    /// Checks that a file may be stored and opens its staging file. Nothing is written before every
+    /// check has passed.
+    ///
+    /// `size` is the declared size, which is reserved at once; `None` reserves while bytes arrive.
+    /// The checks, in this order: the server grants `if_exists`; the size is within the limit; not
+    /// too many uploads are open; the name is free, or the policy says what then; the quota and the
+    /// disk have room.
+    pub fn begin(
+        &self,
+        path: &RelPath,
+        size: Option<u64>,
+        if_exists: IfExists,
+    ) -> Result<Begin, StoreError> {
+        let inner = &self.inner;
+        if if_exists.needs() > inner.config.overwrite {
+            return Err(StoreError::Forbidden {
+                asked: if_exists,
+                granted: inner.config.overwrite,
+            });
+        }
+        let limit = inner.max_file();
+        if let Some(size) = size.filter(|size| *size > limit) {
+            return Err(StoreError::TooLarge { size, limit });
+        }
+        let mut reservation = Reservation::open(inner)?;
+        if let Some(existing) = inner.occupant(path, if_exists)? {
+            return Ok(Begin::Exists(existing));
+        }
+        reservation.reserve(size.unwrap_or(0), 0)?;
+        let (file, staged) = inner
+            .disk
+            .stage()
+            .map_err(|e| inner.disk.error("create a staging file", path, e))?;
+        Ok(Begin::New(Partial::new(
+            path.clone(),
+            size,
+            if_exists,
+            reservation,
+            file,
+            staged,
+        )))
+    }
+
+    /// How full the store is now.
+    pub fn usage(&self) -> Usage {
+        let state = self.inner.state();
+        Usage {
+            used: state.used,
+            reserved: state.reserved,
+            open: state.open,
+        }
+    }
+}
+
+/// A published file that has the name an upload asked for, held open: what happens to the name does
+/// not change what is read.
+#[derive(Debug)]
+pub struct Existing {
+    inner: Arc<Inner>,
+    path: RelPath,
+    dir: Dir,
+    file: File,
+    len: u64,
+}
+
+impl Existing {
+    /// Its name.
+    pub fn path(&self) -> &RelPath {
+        &self.path
+    }
+
+    /// Its size in bytes, when it was opened.
+    #[expect(
+        clippy::len_without_is_empty,
+        reason = "a file's size, not a collection's"
+    )]
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// BLAKE3 of its bytes. Calls `progress` with the bytes read so far, after every read.
+    ///
+    /// When this returns, the file and its name are on disk, also if whoever put it there did not
+    /// see to that: an equal file may be reported as stored.
+    pub fn hash(&self, progress: &mut dyn FnMut(u64)) -> Result<[u8; 32], StoreError> {
+        let failed = |action| move |e| self.inner.disk.error(action, &self.path, e);
+        let hash = hash_file(&self.file, progress).map_err(failed("read an existing file"))?;
+        self.file
+            .sync_all()
+            .map_err(failed("sync an existing file"))?;
+        disk::sync_dir(&self.dir).map_err(failed("sync a directory"))?;
+        Ok(hash)
+    }
+}
+
+/// What all clones and open uploads share.
+#[derive(Debug)]
+struct Inner {
+    disk: Disk,
+    config: StoreConfig,
+    min_free: u64,
+    root: PathBuf,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    used: u64,
+    reserved: u64,
+    /// The part of `reserved` that the file system does not yet count as taken.
+    unwritten: u64,
+    open: usize,
+    /// Bytes published since the store was opened: tells a count under way what it may have missed.
+    published: u64,
+    /// When `used` was last counted.
+    counted: Instant,
+}
+
+impl Inner {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // No code panics while it holds the lock, and each change leaves the numbers consistent.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn max_file(&self) -> u64 {
+        const OFFSET_MAX: u64 = i64::MAX.unsigned_abs();
+        self.config.max_file.unwrap_or(OFFSET_MAX).min(OFFSET_MAX)
+    }
+
+    /// What stands in the way of an upload: `None` when nothing does, or nothing the policy cannot
+    /// deal with at the end.
+    fn occupant(
+        self: &Arc<Self>,
+        path: &RelPath,
+        if_exists: IfExists,
+    ) -> Result<Option<Existing>, StoreError> {
+        let Some(dir) = self.disk.parent(path)? else {
+            return Ok(None);
+        };
+        let Some(metadata) = disk::look(&dir, path.file_name())
+            .map_err(|e| self.disk.error("look up a name", path, e))?
+        else {
+            return Ok(None);
+        };
+        match if_exists {
+            IfExists::Rename => return Ok(None),
+            IfExists::Overwrite if metadata.is_file() => return Ok(None),
+            IfExists::Same | IfExists::Skip if metadata.is_file() => {}
+            IfExists::Same | IfExists::Skip | IfExists::Overwrite | IfExists::Error => {
+                return Err(StoreError::Exists { path: path.clone() });
+            }
+        }
+        self.open_existing(path, &dir)
+    }
+
+    /// Opens the regular file that has the name; `None` when it is gone by now.
+    fn open_existing(
+        self: &Arc<Self>,
+        path: &RelPath,
+        dir: &Dir,
+    ) -> Result<Option<Existing>, StoreError> {
+        let failed = |e| self.disk.error("open an existing file", path, e);
+        match disk::open_file(dir, path.file_name()) {
+            Ok(Some((file, len))) => {
+                let dir = dir.try_clone().map_err(failed)?;
+                Ok(Some(Existing {
+                    inner: Arc::clone(self),
+                    path: path.clone(),
+                    dir,
+                    file,
+                    len,
+                }))
+            }
+            Ok(None) => Err(StoreError::Exists { path: path.clone() }),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            // It cannot be compared, yet it is there.
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+                Err(StoreError::Exists { path: path.clone() })
+            }
+            Err(e) => Err(failed(e)),
+        }
+    }
+}
+
+/// One upload's share of the store's room and of its places. Gives both back on drop.
+#[derive(Debug)]
+struct Reservation {
+    inner: Arc<Inner>,
+    bytes: u64,
+    unwritten: u64,
+}
+
+impl Reservation {
+    fn open(inner: &Arc<Inner>) -> Result<Self, StoreError> {
+        let limit = inner.config.max_open;
+        let mut state = inner.state();
+        if state.open >= limit {
+            return Err(StoreError::TooManyUploads { limit });
+        }
+        state.open += 1;
+        Ok(Self {
+            inner: Arc::clone(inner),
+            bytes: 0,
+            unwritten: 0,
+        })
+    }
+
+    /// Reserves `need` more bytes, and `spare` beyond them if there is room.
+    fn reserve(&mut self, need: u64, spare: u64) -> Result<(), StoreError> {
+        let inner = &self.inner;
+        let mut state = inner.state();
+        let mut room = u64::MAX;
+        if let Some(quota) = inner.config.quota {
+            let left = |state: &State| {
+                quota
+                    .saturating_sub(state.used)
+                    .saturating_sub(state.reserved)
+            };
+            if left(&state) < need && state.counted.elapsed() >= RECOUNT_AFTER {
+                // Files may have been removed behind our back. The walk takes its time, so others
+                // go on meanwhile.
+                state.counted = Instant::now();
+                let before = state.published;
+                drop(state);
+                let counted = inner
+                    .disk
+                    .used()
+                    .map_err(|e| StoreError::io("count the files", None, e, || 0))?;
+                state = inner.state();
+                state.used = counted.saturating_add(state.published - before);
+            }
+            let left = left(&state);
+            if left < need {
+                return Err(StoreError::Quota { need, left, quota });
+            }
+            room = left;
+        }
+        let available = inner
+            .disk
+            .available()
+            .map_err(|e| StoreError::io("read the free space", None, e, || 0))?;
+        let free = available.saturating_sub(state.unwritten);
+        let keep = inner.min_free;
+        if free < keep.saturating_add(need) {
+            return Err(StoreError::NoSpace { free, keep, need });
+        }
+        room = room.min(free - keep);
+        let taken = need.saturating_add(spare).min(room);
+        state.reserved = state.reserved.saturating_add(taken);
+        state.unwritten = state.unwritten.saturating_add(taken);
+        self.bytes += taken;
+        self.unwritten += taken;
+        Ok(())
+    }
+
+    /// `len` of the reserved bytes are on the file system now.
+    fn wrote(&mut self, len: u64) {
+        self.unwritten = self.unwritten.saturating_sub(len);
+        let mut state = self.inner.state();
+        state.unwritten = state.unwritten.saturating_sub(len);
+    }
+
+    /// The upload's `size` bytes are published; `replaced` bytes went for it.
+    fn commit(&self, size: u64, replaced: u64) {
+        let mut state = self.inner.state();
+        state.used = state.used.saturating_add(size).saturating_sub(replaced);
+        state.published = state.published.saturating_add(size);
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        let mut state = self.inner.state();
+        state.open = state.open.saturating_sub(1);
+        state.reserved = state.reserved.saturating_sub(self.bytes);
+        state.unwritten = state.unwritten.saturating_sub(self.unwritten);
+    }
+}
+
+fn hash_file(file: &File, progress: &mut dyn FnMut(u64)) -> io::Result<[u8; 32]> {
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; 256 * 1024];
+    let mut offset = 0;
+    loop {
+        match file.read_at(&mut buffer, offset) {
+            Ok(0) => return Ok(hasher.finalize().into()),
+            Ok(len) => {
+                hasher.update(buffer.get(..len).unwrap_or_default());
+                offset += len as u64;
+                progress(offset);
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+const GIB: u64 = 1 << 30;
+/// Shortest time between two counts of the files, a walk that may be long.
+const RECOUNT_AFTER: Duration = Duration::from_secs(30);

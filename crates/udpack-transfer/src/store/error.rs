@@ -1,0 +1,290 @@
+//! What the store refuses and what fails below it, with the code a client is told.
+//!
+//! Every text is fit to be sent to a peer: it holds the peer's own relative name and numbers, never
+//! a path of the server.
+
+use std::fmt;
+use std::io;
+
+use rustix::io::Errno;
+
+use super::{IfExists, Overwrite};
+use crate::path::{PathError, RelPath};
+
+/// Why the store did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreError {
+    /// The name breaks a rule of [`RelPath`].
+    #[error(transparent)]
+    Name(#[from] PathError),
+    /// The name is valid, but the server's file system has no place for it.
+    #[error("bad name \"{path}\": the server's file system cannot hold it")]
+    Unstorable {
+        /// The name asked for.
+        path: RelPath,
+    },
+    /// Something of that name is there and is left as it is.
+    #[error("exists: {path}")]
+    Exists {
+        /// The name asked for.
+        path: RelPath,
+    },
+    /// What should be a directory on the way to the name is a file, a symbolic link or something
+    /// else.
+    #[error("exists: {parent} is in the way of {path} and is not a directory")]
+    Blocked {
+        /// The name asked for.
+        path: RelPath,
+        /// The part of it that is no directory.
+        parent: String,
+    },
+    /// The client asked for a way to treat existing files that the server does not grant.
+    #[error(
+        "forbidden: if_exists {asked} is not allowed here, the server grants at most: {granted}"
+    )]
+    Forbidden {
+        /// What the client asked for.
+        asked: IfExists,
+        /// What the server grants.
+        granted: Overwrite,
+    },
+    /// The file is larger than one file may be.
+    #[error("too large: {size} bytes, limit {limit}")]
+    TooLarge {
+        /// Declared size, or the bytes that would have been stored.
+        size: u64,
+        /// [`StoreConfig::max_file`](super::StoreConfig::max_file), or what a file can hold at all.
+        limit: u64,
+    },
+    /// The store's quota has no room for it.
+    #[error("quota: needs {}, {} of {} left", Bytes(*need), Bytes(*left), Bytes(*quota))]
+    Quota {
+        /// Bytes asked for.
+        need: u64,
+        /// Bytes neither used nor reserved.
+        left: u64,
+        /// [`StoreConfig::quota`](super::StoreConfig::quota).
+        quota: u64,
+    },
+    /// The file system has no room for it beside what must stay free.
+    #[error(
+        "no space: server has {} free, keeps {} of it, and this needs {}",
+        Bytes(*free), Bytes(*keep), Bytes(*need)
+    )]
+    NoSpace {
+        /// Bytes available and not promised to other uploads.
+        free: u64,
+        /// Bytes the server keeps free.
+        keep: u64,
+        /// Bytes asked for.
+        need: u64,
+    },
+    /// The file system ran full in the middle of an operation.
+    #[error("no space: server ran out of space, {} free", Bytes(*free))]
+    DiskFull {
+        /// Bytes available when it happened.
+        free: u64,
+    },
+    /// The operating system's quota for the server's account is used up.
+    #[error(
+        "no space: the disk quota of the server's account is used up, the disk has {} free",
+        Bytes(*free)
+    )]
+    DiskQuota {
+        /// Bytes available when it happened.
+        free: u64,
+    },
+    /// Too many uploads are open on this store.
+    #[error("too many uploads: limit {limit}")]
+    TooManyUploads {
+        /// [`StoreConfig::max_open`](super::StoreConfig::max_open).
+        limit: usize,
+    },
+    /// The bytes received are more or fewer than announced.
+    #[error("size mismatch: expected {expected} bytes, got {got}")]
+    SizeMismatch {
+        /// Bytes announced.
+        expected: u64,
+        /// Bytes received, counting those just refused.
+        got: u64,
+    },
+    /// The bytes received are not the bytes sent.
+    #[error("hash mismatch: expected {}, got {}", Hex(expected), Hex(got))]
+    HashMismatch {
+        /// BLAKE3 as told by the sender.
+        expected: [u8; 32],
+        /// BLAKE3 of what was received.
+        got: [u8; 32],
+    },
+    /// An earlier write of this upload failed, so that it can only be dropped.
+    #[error("an earlier write of this upload failed")]
+    Broken,
+    /// The directory is in use by another store.
+    #[error("another server uses this directory")]
+    Locked,
+    /// A directory lies on another file system than the staging area, so that publishing could not
+    /// be atomic.
+    #[error("a directory on the way is on another file system than the staging area")]
+    OtherDevice,
+    /// The file system can neither rename without replacing nor make hard links.
+    #[error("this file system cannot publish a file without risk of replacing another")]
+    NoAtomicPublish,
+    /// The operating system refused.
+    #[error("cannot {action}: {cause}")]
+    Io {
+        /// What was being done.
+        action: &'static str,
+        /// What the operating system said; part of the text, hence not its source.
+        cause: io::Error,
+    },
+}
+
+impl StoreError {
+    /// The error's code on the wire.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Name(_) | Self::Unstorable { .. } => "bad_name",
+            Self::Exists { .. } | Self::Blocked { .. } => "exists",
+            Self::Forbidden { .. } => "forbidden",
+            Self::TooLarge { .. } => "too_large",
+            Self::Quota { .. } => "quota",
+            Self::NoSpace { .. } | Self::DiskFull { .. } | Self::DiskQuota { .. } => "no_space",
+            Self::TooManyUploads { .. } => "too_many_uploads",
+            Self::SizeMismatch { .. } => "size_mismatch",
+            Self::HashMismatch { .. } => "hash_mismatch",
+            Self::OtherDevice | Self::Io { .. } => "io",
+            Self::Broken | Self::Locked | Self::NoAtomicPublish => "internal",
+        }
+    }
+
+    /// Whether the same request may succeed later, or when the bytes are sent again.
+    pub fn retry(&self) -> bool {
+        match self {
+            Self::Quota { .. }
+            | Self::NoSpace { .. }
+            | Self::DiskFull { .. }
+            | Self::DiskQuota { .. }
+            | Self::TooManyUploads { .. }
+            | Self::HashMismatch { .. }
+            | Self::Broken
+            | Self::Locked => true,
+            Self::Io { cause, .. } => matches!(
+                Errno::from_io_error(cause),
+                Some(
+                    Errno::MFILE
+                        | Errno::NFILE
+                        | Errno::NOMEM
+                        | Errno::AGAIN
+                        | Errno::INTR
+                        | Errno::BUSY
+                )
+            ),
+            Self::Name(_)
+            | Self::Unstorable { .. }
+            | Self::Exists { .. }
+            | Self::Blocked { .. }
+            | Self::Forbidden { .. }
+            | Self::TooLarge { .. }
+            | Self::SizeMismatch { .. }
+            | Self::OtherDevice
+            | Self::NoAtomicPublish => false,
+        }
+    }
+
+    /// Turns an error of the operating system into ours and logs it, the only place where that is
+    /// done.
+    ///
+    /// `free` is asked only when the disk is full.
+    pub(super) fn io(
+        action: &'static str,
+        path: Option<&RelPath>,
+        cause: io::Error,
+        free: impl FnOnce() -> u64,
+    ) -> Self {
+        let errno = Errno::from_io_error(&cause);
+        tracing::warn!(
+            action,
+            path = path.map(tracing::field::display),
+            errno = cause.raw_os_error(),
+            error = %cause,
+            "store operation failed"
+        );
+        match (errno, path) {
+            (Some(Errno::NOSPC), _) => Self::DiskFull { free: free() },
+            (Some(Errno::DQUOT), _) => Self::DiskQuota { free: free() },
+            (Some(Errno::XDEV), _) => Self::OtherDevice,
+            (Some(Errno::NAMETOOLONG | Errno::ILSEQ), Some(path)) => {
+                Self::Unstorable { path: path.clone() }
+            }
+            _ => Self::Io { action, cause },
+        }
+    }
+}
+
+/// A size for people: decimal units, one digit after the point.
+struct Bytes(u64);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const UNITS: [(u64, &str); 4] = [
+            (1_000_000_000_000, "TB"),
+            (1_000_000_000, "GB"),
+            (1_000_000, "MB"),
+            (1_000, "kB"),
+        ];
+        for (unit, name) in UNITS {
+            if self.0 >= unit {
+                // Rounded down, so that what is said to be free is free.
+                return write!(
+                    f,
+                    "{}.{} {name}",
+                    self.0 / unit,
+                    self.0 % unit / (unit / 10)
+                );
+            }
+        }
+        write!(f, "{} bytes", self.0)
+    }
+}
+
+struct Hex<'a>(&'a [u8; 32]);
+
+impl fmt::Display for Hex<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(blake3::Hash::from_bytes(*self.0).to_hex().as_str())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_read_well() {
+        for (size, text) in [
+            (0, "0 bytes"),
+            (999, "999 bytes"),
+            (1000, "1.0 kB"),
+            (3_199_999_999, "3.1 GB"),
+            (u64::MAX, "18446744.0 TB"),
+        ] {
+            assert_eq!(Bytes(size).to_string(), text);
+        }
+    }
+
+    #[test]
+    fn full_disk_and_names_have_their_own_codes() {
+        let path: RelPath = "a".parse().unwrap();
+        let code = |errno: Errno| StoreError::io("write", Some(&path), errno.into(), || 7).code();
+        assert_eq!(code(Errno::NOSPC), "no_space");
+        assert_eq!(code(Errno::DQUOT), "no_space");
+        assert_eq!(code(Errno::NAMETOOLONG), "bad_name");
+        assert_eq!(code(Errno::IO), "io");
+        assert_eq!(code(Errno::ROFS), "io");
+        assert_eq!(
+            StoreError::io("write", None, Errno::NOSPC.into(), || 7_000).to_string(),
+            "no space: server ran out of space, 7.0 kB free"
+        );
+    }
+}
