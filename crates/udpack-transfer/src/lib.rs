@@ -1,1 +1,43 @@
-//! transfer
+//! Verified file transfer on [`udpack`] channels.
+//!
+//! A [`Receiver`] takes uploads into a [`Store`]; an [`Uploader`] sends files over a `Socket`. Both use the
+//! public interface of `udpack` only. The messages are in `docs/PROTOCOL.md`, section 11.
+//!
+//! ```text
+//! C> file      S> ready (only if asked)      C> chunk …      S> ack …      C> finish      S> done | error
+//! ```
+//!
+//! # Guarantees
+//! After `done` the file is whole (size and BLAKE3 agree on both sides), durable (file and directories are
+//! synced) and replaced nothing, unless that was asked for and granted. Before `done`, nothing of it is
+//! visible under its name, whatever happens to either side.
+//!
+//! # Non-goals
+//! Resuming an interrupted file, downloads and deltas are not in this version.
+#![cfg_attr(
+    not(test),
+    warn(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)
+)]
+
+mod error;
+mod lane;
+mod path;
+mod receiver;
+mod source;
+mod store;
+mod uploader;
+pub mod wire;
+mod worker;
+
+pub use error::{ErrorKind, TransferError};
+pub use lane::{Action, Lane, Refusal};
+pub use path::{PathError, PathRule, RelPath};
+pub use receiver::{Receiver, ReceiverConfig};
+pub use source::Source;
+pub use store::{
+    Begin, Existing, IfExists, Overwrite, Partial, Published, Store, StoreConfig, StoreError, Usage,
+};
+pub use uploader::{Event, Outcome, Progress, Upload, Uploader};
+
+/// The name of the channels that are lanes.
+pub const CHANNEL: &str = "transfer";

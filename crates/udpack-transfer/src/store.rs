@@ -33,7 +33,7 @@ pub use partial::{Partial, Published};
 /// What a store takes, and how much of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoreConfig {
-    /// Largest file, in bytes. Defaults to 1 GiB; `None` leaves it to the quota and the disk.
+    /// Largest file, in bytes. Defaults to `None`: the quota and the disk are the limit.
     pub max_file: Option<u64>,
     /// Most bytes of all files below the root together, uploads under way included. Defaults to
     /// `None`: the disk is the limit.
@@ -54,7 +54,7 @@ pub struct StoreConfig {
 impl Default for StoreConfig {
     fn default() -> Self {
         Self {
-            max_file: Some(GIB),
+            max_file: None,
             quota: None,
             min_free: None,
             overwrite: Overwrite::Never,
@@ -102,6 +102,19 @@ pub enum IfExists {
 }
 
 impl IfExists {
+    /// The policy with this name on the wire and the command line.
+    pub fn from_word(word: &str) -> Option<Self> {
+        [
+            Self::Same,
+            Self::Error,
+            Self::Skip,
+            Self::Overwrite,
+            Self::Rename,
+        ]
+        .into_iter()
+        .find(|policy| policy.to_string() == word)
+    }
+
     /// What a server must grant for this.
     fn needs(self) -> Overwrite {
         match self {

@@ -1,0 +1,135 @@
+//! Why a file did not arrive, sorted by whose business it is.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use udpack::{CloseCode, CloseReason, OpenError, RecvError, Side};
+
+/// Why one file was not transferred.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TransferError {
+    /// The local file cannot be read.
+    #[error("cannot read {}", path.display())]
+    Source {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// The local path is no regular file.
+    #[error("not a regular file: {}", path.display())]
+    NotAFile {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The local file changed while it was being sent; nothing of it was stored.
+    #[error("file changed while it was being sent: {}", path.display())]
+    SourceChanged {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The server refused the file, or failed to store it.
+    #[error("{message}")]
+    Refused {
+        /// The code of `docs/PROTOCOL.md` §11.
+        code: String,
+        /// The server's sentence.
+        message: String,
+        /// Whether the same again, later, makes sense.
+        retry: bool,
+    },
+    /// The server's hash is not ours, although it said `done`.
+    #[error("the server stored other bytes than were sent")]
+    Mismatch,
+    /// The connection or the lane ended first: whether the file was stored is unknown. Asking again with
+    /// [`IfExists::Same`](crate::IfExists::Same) settles it.
+    #[error("the connection ended before the server confirmed the file: {0}")]
+    Closed(CloseReason),
+    /// The server was silent although it owed an answer.
+    #[error("the server said nothing for {0:?}")]
+    Silent(Duration),
+    /// The server does not keep to the protocol.
+    #[error("the server broke the protocol: {0}")]
+    Protocol(String),
+}
+
+/// What kind of trouble a [`TransferError`] is: what a program's exit code or a user's next step depends on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The local file.
+    LocalFile,
+    /// The connection.
+    Network,
+    /// The server's rules: name taken, quota, size, name.
+    Policy,
+    /// Bytes that are not those that were sent.
+    Integrity,
+    /// The server's disk.
+    RemoteStorage,
+    /// Anything else.
+    Other,
+}
+
+impl TransferError {
+    /// The kind.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Source { .. } | Self::NotAFile { .. } => ErrorKind::LocalFile,
+            Self::SourceChanged { .. } | Self::Mismatch => ErrorKind::Integrity,
+            Self::Closed(_) | Self::Silent(_) => ErrorKind::Network,
+            Self::Protocol(_) => ErrorKind::Other,
+            Self::Refused { code, .. } => match code.as_str() {
+                "bad_name" | "exists" | "too_large" | "quota" | "forbidden"
+                | "too_many_uploads" | "unsupported" => ErrorKind::Policy,
+                "size_mismatch" | "hash_mismatch" | "bad_offset" | "source_changed" => {
+                    ErrorKind::Integrity
+                }
+                "no_space" | "io" => ErrorKind::RemoteStorage,
+                "upload_stalled" => ErrorKind::Network,
+                _ => ErrorKind::Other,
+            },
+        }
+    }
+
+    /// Whether the same again, later, makes sense.
+    pub fn retry(&self) -> bool {
+        match self {
+            Self::Refused { retry, .. } => *retry,
+            Self::Closed(reason) => reason.retry,
+            Self::Silent(_) | Self::SourceChanged { .. } | Self::Mismatch => true,
+            Self::Source { .. } | Self::NotAFile { .. } | Self::Protocol(_) => false,
+        }
+    }
+}
+
+impl From<RecvError> for TransferError {
+    fn from(error: RecvError) -> Self {
+        Self::Closed(error.reason().clone())
+    }
+}
+
+impl From<OpenError> for TransferError {
+    fn from(error: OpenError) -> Self {
+        let reason = |code, text: String| Self::Closed(CloseReason::new(code, text, Side::Peer));
+        match error {
+            OpenError::Closed(reason) => Self::Closed(reason),
+            OpenError::GoingAway(goaway) => reason(goaway.code, goaway.text),
+            OpenError::TooManyChannels => reason(CloseCode::SERVER_BUSY, error.to_string()),
+            other => Self::Protocol(other.to_string()),
+        }
+    }
+}
+
+impl TransferError {
+    /// The same error once more, for the next file that shares a failed lane.
+    pub(crate) fn again(&self) -> Self {
+        match self {
+            Self::Closed(reason) => Self::Closed(reason.clone()),
+            Self::Silent(time) => Self::Silent(*time),
+            other => Self::Protocol(other.to_string()),
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! What the tests share: a server with a store in a temporary directory, and clients that are let in.
+#![allow(dead_code, reason = "each test binary uses its own part")]
+
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tempfile::TempDir;
+use udpack::{Client, Deny, Hello, Identity, Peer, Server, Socket};
+use udpack_transfer::{
+    Event, Outcome, Receiver, ReceiverConfig, RelPath, Source, Store, StoreConfig, Upload,
+};
+
+/// The token that the test server accepts.
+pub(crate) const TOKEN: &str = "a-token-that-only-tests-know";
+
+/// Nothing in a test takes longer than this.
+pub(crate) async fn bounded<F: Future>(future: F) -> F::Output {
+    match tokio::time::timeout(Duration::from_secs(60), future).await {
+        Ok(output) => output,
+        Err(_) => panic!("the test took longer than 60 s"),
+    }
+}
+
+/// A server that takes uploads.
+pub(crate) struct Fixture {
+    pub(crate) server: Server,
+    pub(crate) store: Store,
+    pub(crate) dir: TempDir,
+}
+
+impl Fixture {
+    pub(crate) async fn new() -> Self {
+        Self::with(StoreConfig::default(), ReceiverConfig::default()).await
+    }
+
+    pub(crate) async fn with(store: StoreConfig, receiver: ReceiverConfig) -> Self {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let store = Store::open(dir.path().join("up"), store).expect("a store");
+        let server = Server::builder()
+            .identity(Identity::generate().expect("a key"))
+            .auth(|hello: Hello| async move {
+                if hello.token() == TOKEN {
+                    Ok(Peer::new("tester"))
+                } else {
+                    Err(Deny::auth_failed())
+                }
+            });
+        let receiver = Receiver::new(store.clone(), receiver);
+        let server = receiver
+            .attach(server)
+            .bind("127.0.0.1:0")
+            .await
+            .expect("a free port");
+        Self { server, store, dir }
+    }
+
+    pub(crate) async fn connect(&self) -> Socket {
+        Client::builder()
+            .pin(self.server.fingerprint())
+            .token(TOKEN)
+            .connect(&self.server.local_addr().to_string())
+            .await
+            .expect("the server lets us in")
+    }
+
+    pub(crate) fn root(&self) -> PathBuf {
+        self.dir.path().join("up")
+    }
+
+    pub(crate) fn stored(&self, path: &str) -> Vec<u8> {
+        std::fs::read(self.root().join(path)).expect("the file is there")
+    }
+
+    /// Names visible in the root, sorted; directories end with `/`.
+    pub(crate) fn visible(&self) -> Vec<String> {
+        let mut names = Vec::new();
+        walk(&self.root(), &self.root(), &mut names);
+        names.sort();
+        names
+    }
+
+    /// Files in staging.
+    pub(crate) fn staged(&self) -> usize {
+        std::fs::read_dir(self.root().join(".udpack/staging"))
+            .expect("the staging directory")
+            .count()
+    }
+
+    /// Waits until staging is empty and no space is reserved.
+    pub(crate) async fn settled(&self) {
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
+        while self.staged() > 0 || self.store.usage().open > 0 {
+            assert!(
+                tokio::time::Instant::now() < deadline,
+                "staging is not cleaned up"
+            );
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+fn walk(root: &Path, dir: &Path, names: &mut Vec<String>) {
+    for entry in std::fs::read_dir(dir).expect("a directory") {
+        let entry = entry.expect("an entry");
+        let path = entry.path();
+        let name = path
+            .strip_prefix(root)
+            .expect("below the root")
+            .to_string_lossy()
+            .into_owned();
+        if name == ".udpack" {
+            continue;
+        }
+        if entry.file_type().expect("a type").is_dir() {
+            names.push(format!("{name}/"));
+            walk(root, &path, names);
+        } else {
+            names.push(name);
+        }
+    }
+}
+
+/// Bytes that look random and depend on `seed` only.
+pub(crate) fn noise(seed: u64, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    let mut reader = blake3::Hasher::new()
+        .update(&seed.to_le_bytes())
+        .finalize_xof();
+    reader.fill(&mut bytes);
+    bytes
+}
+
+pub(crate) fn rel(path: &str) -> RelPath {
+    path.parse().expect("a sound path")
+}
+
+pub(crate) fn memory(path: &str, bytes: Vec<u8>) -> Source {
+    Source::bytes(bytes, rel(path))
+}
+
+/// Runs an upload to its end: what arrived, and what failed.
+pub(crate) async fn drain(
+    mut upload: Upload,
+) -> (Vec<Outcome>, Vec<(String, udpack_transfer::TransferError)>) {
+    let (mut done, mut failed) = (Vec::new(), Vec::new());
+    let mut last = 0;
+    while let Some(event) = upload.next().await {
+        match event {
+            Event::Done(outcome) => done.push(outcome),
+            Event::Failed { path, error, .. } => failed.push((path, error)),
+            Event::Progress(progress) => {
+                assert!(progress.acked >= last, "progress went down");
+                assert!(progress.acked <= progress.total);
+                last = progress.acked;
+            }
+            _ => {}
+        }
+    }
+    let progress = upload.progress();
+    assert_eq!(progress.acked, progress.total, "100 % at the end");
+    assert_eq!(progress.files_done, progress.files);
+    done.sort_by_key(|outcome| outcome.index);
+    (done, failed)
+}
