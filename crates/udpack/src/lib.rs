@@ -1,4 +1,36 @@
 //! Reliable UDP sessions with msgpack event channels, over QUIC.
+//!
+//! A QUIC connection is a [`Socket`], a bidirectional QUIC stream is a [`Channel`] that carries msgpack
+//! `[event, data]` messages. A [`Server`] lets in clients whose token its verifier accepts; a [`Client`]
+//! trusts a server by its pinned public key or by the platform's CAs.
+//!
+//! ```no_run
+//! # async fn run() -> Result<(), Box<dyn std::error::Error>> {
+//! use udpack::{Channel, Client, Context, Fault, Identity, Server, TokenFile};
+//!
+//! let tokens = TokenFile::load_or_create("keys/token")?;
+//! let token = tokens.first_token().ok_or("no plain token in the file")?;
+//! let server = Server::builder()
+//!     .identity(Identity::load_or_create("keys")?)
+//!     .auth(tokens)
+//!     .channel("math", |channel: Channel| async move {
+//!         channel.on("double", |n: u64, _: Context| async move { Ok::<_, Fault>(n * 2) }).run().await
+//!     })
+//!     .bind("127.0.0.1:0")
+//!     .await?;
+//!
+//! let socket = Client::builder()
+//!     .pin(server.fingerprint())
+//!     .token(token)
+//!     .connect(&server.local_addr().to_string())
+//!     .await?;
+//! let math = socket.open("math").await?;
+//! let doubled: u64 = math.request("double", &21).await?;
+//! # Ok(()) }
+//! ```
+//!
+//! Every async method says what dropping its future does. The wire is in `docs/PROTOCOL.md`; every bound is in
+//! [`Limits`], every deadline in [`Timeouts`].
 #![warn(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
@@ -59,3 +91,7 @@ pub mod wire {
     pub use crate::message::{Message, MessageError};
     pub use crate::msgpack::{MAX_DEPTH, MAX_ELEMENTS, MsgpackError, validate};
 }
+
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;
