@@ -468,7 +468,7 @@ impl Serving<'_> {
     }
 
     async fn refuse(&mut self, Refusal { id, code, message }: Refusal) -> Result<(), SendError> {
-        tracing::info!(code, "upload refused: {message}");
+        tracing::debug!(code, "upload refused: {message}");
         self.error(id, code, &message, false).await
     }
 

@@ -171,11 +171,10 @@ impl Handlers {
             match verdict {
                 Verdict::Done => {}
                 Verdict::Fault(fault) => {
-                    tracing::warn!(
-                        event = %crate::code::printable(message.event(), 128),
-                        code = %fault.code,
-                        "message not handled: {}", fault.message
-                    );
+                    if let Some(left_out) = self.channel.session().quiet.line() {
+                        let event = crate::code::printable(message.event(), 128);
+                        tracing::warn!(%event, code = %fault.code, left_out, "message not handled: {}", fault.message);
+                    }
                     let _ = self.channel.fault(&message, &fault).await;
                 }
                 Verdict::Gone(error) => tracing::debug!(%error, "the answer could not be sent"),

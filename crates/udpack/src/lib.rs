@@ -50,6 +50,7 @@ mod inbox;
 mod message;
 mod msgpack;
 mod outbox;
+mod quiet;
 mod secret_file;
 mod server;
 mod session;

@@ -26,6 +26,7 @@ use crate::endpoint::{self, InvalidSetting, varint};
 use crate::fingerprint::Fingerprint;
 use crate::identity::{Identity, IdentityError};
 use crate::inbox::{Ending, Inbox};
+use crate::quiet::Quiet;
 use crate::session::{Session, lock};
 use crate::socket::{Control, IntoOutcome, Registry, Socket, drive};
 use crate::speed::{Counters, SpeedMeter, Stats};
@@ -78,6 +79,7 @@ struct Shared {
     handshakes: AtomicUsize,
     penalties: Penalties,
     refused: AtomicU64,
+    quiet: Quiet,
     draining: AtomicBool,
     pull: AtomicBool,
     accept_queue: mpsc::Sender<Socket>,
@@ -387,6 +389,7 @@ impl ServerBuilder {
             socket_ended: Notify::new(),
             handshakes: AtomicUsize::new(0),
             refused: AtomicU64::new(0),
+            quiet: Quiet::default(),
             draining: AtomicBool::new(false),
             pull: AtomicBool::new(!handlers),
             accept_queue,
@@ -628,7 +631,9 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Control, Close
 
 async fn refuse(shared: &Shared, session: &Session, reason: CloseReason) {
     shared.refused.fetch_add(1, Ordering::Relaxed);
-    tracing::warn!(%reason, "refused");
+    if let Some(left_out) = shared.quiet.line() {
+        tracing::warn!(%reason, left_out, "refused");
+    }
     session.abort(reason);
     session.conn.closed().await;
 }

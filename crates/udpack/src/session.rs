@@ -17,6 +17,7 @@ use crate::config::{Limits, Timeouts};
 use crate::control::{GoAway, Welcome};
 use crate::extensions::Extensions;
 use crate::outbox::Outbox;
+use crate::quiet::Quiet;
 use crate::speed::Counters;
 
 /// Locks a mutex whose data stays sound when a holder panics.
@@ -84,6 +85,8 @@ pub(crate) struct Session {
     /// Largest frame the peer takes.
     pub(crate) peer_frame: AtomicU64,
     pub(crate) end: End,
+    /// Bounds what this peer's misbehaviour puts into the log.
+    pub(crate) quiet: Quiet,
     pub(crate) wishes: Mutex<Wishes>,
     pub(crate) wished: Notify,
     pub(crate) received_goaway: OnceLock<GoAway>,
@@ -133,6 +136,7 @@ impl Session {
             admitted: Notify::new(),
             agent: OnceLock::new(),
             end: End::default(),
+            quiet: Quiet::default(),
             wishes: Mutex::default(),
             wished: Notify::new(),
             received_goaway: OnceLock::new(),

@@ -571,7 +571,9 @@ async fn serve_stream(
         counters,
     );
     if let Some(reason) = refusal {
-        tracing::warn!(%reason, "channel refused");
+        if let Some(left_out) = session.quiet.line() {
+            tracing::warn!(%reason, left_out, "channel refused");
+        }
         channel.close_with(reason);
         return;
     }

@@ -1,0 +1,66 @@
+//! Keeps a peer from filling the log: so many lines a second, then a count of what was left out.
+
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use crate::session::lock;
+
+/// Lines in one second that one source may cause.
+const LINES: u32 = 5;
+
+/// Lets through a few lines a second.
+#[derive(Debug, Default)]
+pub(crate) struct Quiet {
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    since: Option<Instant>,
+    lines: u32,
+    left_out: u64,
+}
+
+impl Quiet {
+    /// Whether a line may be written now: then with the number of lines left out since the last one.
+    pub(crate) fn line(&self) -> Option<u64> {
+        self.line_at(Instant::now())
+    }
+
+    fn line_at(&self, now: Instant) -> Option<u64> {
+        let mut state = lock(&self.state);
+        if state
+            .since
+            .is_none_or(|since| now - since >= Duration::from_secs(1))
+        {
+            state.since = Some(now);
+            state.lines = 0;
+        }
+        if state.lines >= LINES {
+            state.left_out += 1;
+            return None;
+        }
+        state.lines += 1;
+        Some(std::mem::take(&mut state.left_out))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_becomes_a_few_lines_and_a_count() {
+        let quiet = Quiet::default();
+        let now = Instant::now();
+        let written = (0..1000)
+            .filter_map(|_| quiet.line_at(now))
+            .collect::<Vec<_>>();
+        assert_eq!(written, vec![0; LINES as usize]);
+        assert_eq!(
+            quiet.line_at(now + Duration::from_secs(1)),
+            Some(1000 - u64::from(LINES))
+        );
+        assert_eq!(quiet.line_at(now + Duration::from_secs(1)), Some(0));
+    }
+}
