@@ -1,1 +1,73 @@
-//! cli
+//! The programs `udpack-server` and `udpack-client`: arguments in, exit code out.
+//!
+//! Standard output carries results, standard error everything else. What the programs do is in the
+//! libraries; here is only how they are asked and how they tell.
+
+mod args;
+mod client;
+mod exit;
+mod hub;
+mod json;
+mod logging;
+mod output;
+mod pages;
+mod progress;
+mod server;
+mod signals;
+mod target;
+mod value;
+
+use std::ffi::OsString;
+use std::future::Future;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::Parser;
+
+use args::{ClientArgs, ServerArgs};
+use exit::Explained;
+use logging::Console;
+
+/// Runs `udpack-server` with these arguments, the first of which is the program's name.
+pub fn server_main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    run::<ServerArgs, _>(args, server::run)
+}
+
+/// Runs `udpack-client` with these arguments, the first of which is the program's name.
+pub fn client_main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    run::<ClientArgs, _>(args, client::run)
+}
+
+fn run<A: Parser, F: Future<Output = anyhow::Result<()>>>(
+    args: impl IntoIterator<Item = OsString>,
+    main: impl FnOnce(A, Console) -> F,
+) -> ExitCode {
+    let args = match A::try_parse_from(args) {
+        Ok(args) => args,
+        Err(error) => {
+            // Help and version are no errors, and go to standard output. Nobody may be reading either.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    let console = Console::default();
+    let result = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")
+        .and_then(|runtime| {
+            let result = runtime.block_on(main(args, console.clone()));
+            // A blocking read of a slow disk must not hold up the end.
+            runtime.shutdown_timeout(Duration::from_millis(500));
+            result
+        });
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let explained = Explained::of(&error);
+            explained.print(&console);
+            explained.exit_code()
+        }
+    }
+}

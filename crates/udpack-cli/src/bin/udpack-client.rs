@@ -1,2 +1,7 @@
-//! bin
-fn main() {}
+//! `udpack-client`: sends files and events to a server.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    udpack_cli::client_main(std::env::args_os())
+}

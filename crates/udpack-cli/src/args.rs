@@ -1,0 +1,514 @@
+//! The command lines of both binaries.
+//!
+//! Secrets never have to be in an argument: a token comes from a file or the environment. Those variables
+//! are read in `target`, not here, so that no help text and no usage error can show their values.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+use udpack::{CongestionControl, Fingerprint};
+use udpack_transfer::{IfExists, Overwrite};
+
+const SIZES: &str = "\
+SIZE is a number of bytes, with K, M, G or T for powers of 1024: 512K, 10M, 1.5G.";
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 ok, 1 other, 2 usage, 3 local file, 4 token or key not accepted, 5 network (run it again), \
+6 refused by the server's rules, 7 integrity, 8 the server's storage, 10 some of several files failed, \
+130 interrupted.";
+
+const ENVIRONMENT: &str = "\
+Environment:
+  UDPACK_URL    the server, as its `send` line gives it: udpack://TOKEN@HOST:PORT#sha256:HEX
+  UDPACK_TOKEN  the token, where neither the URL nor --token-file gives one
+  RUST_LOG      what to log, in place of -q and -v";
+
+/// Takes uploads over reliable UDP and relays events between clients.
+#[derive(Debug, Parser)]
+#[command(
+    name = "udpack-server",
+    version,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    after_help = SIZES
+)]
+pub(crate) struct ServerArgs {
+    #[command(subcommand)]
+    pub(crate) command: Option<ServerCommand>,
+
+    /// Address and UDP port to listen on; port 0 picks a free one.
+    #[arg(
+        long,
+        value_name = "ADDR:PORT",
+        default_value = "0.0.0.0:45456",
+        env = "UDPACK_LISTEN"
+    )]
+    pub(crate) listen: String,
+
+    /// Where received files go; made if it is missing.
+    #[arg(long, default_value = "./uploads", env = "UDPACK_DIR")]
+    pub(crate) dir: PathBuf,
+
+    /// Where the server's key and token live; made at the first start, readable by the owner alone.
+    #[arg(long, default_value = "./keys", env = "UDPACK_KEYS")]
+    pub(crate) keys: PathBuf,
+
+    /// The tokens that let clients in, one a line; must exist. Default: KEYS/token, made at the first start.
+    #[arg(long, value_name = "FILE", env = "UDPACK_TOKEN_FILE")]
+    pub(crate) token_file: Option<PathBuf>,
+
+    /// The host name or address to show in the `send` line. Default: the best guess.
+    #[arg(long, value_name = "NAME", env = "UDPACK_PUBLIC_HOST")]
+    pub(crate) public_host: Option<String>,
+
+    /// What clients may ask for, at most, when a name is taken.
+    #[arg(long, value_enum, default_value_t = OverwriteArg::Never)]
+    pub(crate) overwrite: OverwriteArg,
+
+    /// Largest file; `none` leaves it to the quota and the disk.
+    #[arg(long, value_name = "SIZE", default_value = "1G")]
+    pub(crate) max_file: Size,
+
+    /// Most bytes of all files together; `none` leaves it to the disk.
+    #[arg(long, value_name = "SIZE", default_value = "none")]
+    pub(crate) quota: Size,
+
+    /// What uploads leave free on the disk. Default: a twentieth of it, at most 1G.
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) min_free: Option<Size>,
+
+    /// Congestion control for what the server sends.
+    #[arg(long, value_enum, default_value_t = CcArg::Auto)]
+    pub(crate) cc: CcArg,
+
+    /// Print the first lines as JSON, one object a line.
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
+}
+
+/// What the server does besides serving.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ServerCommand {
+    /// Print a shell's completion script.
+    Completions {
+        /// The shell.
+        #[arg(value_enum)]
+        shell: Shell,
+    },
+    /// Print the manual page.
+    Man,
+}
+
+/// Sends files and events over reliable UDP.
+#[derive(Debug, Parser)]
+#[command(name = "udpack-client", version, after_help = format!("{ENVIRONMENT}\n\n{EXIT_CODES}"))]
+pub(crate) struct ClientArgs {
+    #[command(subcommand)]
+    pub(crate) command: ClientCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ClientCommand {
+    /// Upload files; each is verified and on the server's disk when it is reported.
+    #[command(after_help = format!("{ENVIRONMENT}\n\n{EXIT_CODES}"))]
+    Put(PutArgs),
+    /// Show it work: a server and a client in this process upload a file over loopback and verify it.
+    Demo(DemoArgs),
+    /// Send one event and wait until the server has handled it; prints the reply as JSON.
+    #[command(after_help = ENVIRONMENT)]
+    Send(SendArgs),
+    /// Print each event that other clients send, one JSON object a line.
+    #[command(after_help = ENVIRONMENT)]
+    Listen(ListenArgs),
+    /// Measure the round-trip time through the server's event loop.
+    #[command(after_help = ENVIRONMENT)]
+    Ping(PingArgs),
+    /// Print a shell's completion script.
+    Completions {
+        /// The shell.
+        #[arg(value_enum)]
+        shell: Shell,
+    },
+    /// Print the manual pages.
+    Man,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PutArgs {
+    /// The files to send.
+    #[arg(value_name = "PATH", required = true)]
+    pub(crate) paths: Vec<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) connect: ConnectArgs,
+
+    /// Name at the server, for a single file; with a `/` at the end, the directory for all of them.
+    #[arg(long = "as", value_name = "NAME|DIR/")]
+    pub(crate) name: Option<String>,
+
+    /// How many files to send side by side.
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
+    pub(crate) jobs: Option<u8>,
+
+    /// What to do when the name is taken: `same` succeeds if the content is equal. The last two must be
+    /// allowed by the server.
+    #[arg(long, value_enum, default_value_t = IfExistsArg::Same)]
+    pub(crate) if_exists: IfExistsArg,
+
+    /// Show what would be sent, and send nothing.
+    #[arg(short = 'n', long)]
+    pub(crate) dry_run: bool,
+
+    #[command(flatten)]
+    pub(crate) show: ShowArgs,
+
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DemoArgs {
+    /// The file to send. Default: 64 MiB made for the purpose.
+    pub(crate) file: Option<PathBuf>,
+
+    /// Congestion control of both sides.
+    #[arg(long, value_enum, default_value_t = CcArg::Auto)]
+    pub(crate) cc: CcArg,
+
+    #[command(flatten)]
+    pub(crate) show: ShowArgs,
+
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SendArgs {
+    /// The event's name.
+    pub(crate) event: String,
+
+    /// Its data. `{"$bin":"<hex>"}` stands for bytes.
+    pub(crate) json: String,
+
+    /// The channel to send on.
+    #[arg(long, default_value = crate::hub::EVENTS)]
+    pub(crate) channel: String,
+
+    #[command(flatten)]
+    pub(crate) connect: ConnectArgs,
+
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ListenArgs {
+    /// The channel to listen on.
+    #[arg(long, default_value = crate::hub::EVENTS)]
+    pub(crate) channel: String,
+
+    /// Stop after so many events.
+    #[arg(short, long, value_name = "COUNT")]
+    pub(crate) count: Option<u64>,
+
+    #[command(flatten)]
+    pub(crate) connect: ConnectArgs,
+
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PingArgs {
+    /// How many pings; 0 goes on until interrupted.
+    #[arg(short, long, value_name = "N", default_value_t = 5)]
+    pub(crate) count: u64,
+
+    /// Seconds between two pings.
+    #[arg(long, value_name = "SECS", default_value = "1")]
+    pub(crate) interval: Seconds,
+
+    /// Print JSON, one object a line.
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    #[command(flatten)]
+    pub(crate) connect: ConnectArgs,
+
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
+}
+
+/// Which server, and how to be let in.
+#[derive(Debug, Args)]
+pub(crate) struct ConnectArgs {
+    /// The server: HOST, HOST:PORT, or a whole udpack:// URL. Default: UDPACK_URL, else this machine.
+    #[arg(long, value_name = "HOST[:PORT]|URL")]
+    pub(crate) to: Option<String>,
+
+    /// Where to look for the server's public key and the token.
+    #[arg(long, default_value = "./keys", env = "UDPACK_KEYS")]
+    pub(crate) keys: PathBuf,
+
+    /// A file that holds the token. Default: UDPACK_TOKEN, else KEYS/token.
+    #[arg(long, value_name = "FILE", env = "UDPACK_TOKEN_FILE")]
+    pub(crate) token_file: Option<PathBuf>,
+
+    /// The fingerprint of the key the server must have. Default: the URL's, else that of KEYS/pubkey.pem, else
+    /// a certificate of an authority this system trusts.
+    #[arg(long, value_name = "HEX")]
+    pub(crate) fingerprint: Option<Fingerprint>,
+
+    /// Congestion control for what the client sends.
+    #[arg(long, value_enum, default_value_t = CcArg::Auto)]
+    pub(crate) cc: CcArg,
+
+    /// Seconds to wait for the server to answer.
+    #[arg(long, value_name = "SECS", default_value = "10")]
+    pub(crate) connect_timeout: Seconds,
+}
+
+/// How progress and results are shown.
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct ShowArgs {
+    /// Progress on standard error: `plain` is a line every 5 s; `auto` is a bar on a terminal, else plain.
+    #[arg(long, value_enum, default_value_t = ProgressArg::Auto, value_name = "STYLE")]
+    pub(crate) progress: ProgressArg,
+
+    /// Print results as JSON, one object a line, the last one `result`.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// How much is logged, and where to.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct LogArgs {
+    /// Only errors.
+    #[arg(short, long, conflicts_with = "verbose")]
+    pub(crate) quiet: bool,
+
+    /// More of the log on standard error; twice for everything.
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
+
+    /// Also write a log file here, a new one each day.
+    #[arg(long, value_name = "DIR", env = "UDPACK_LOG_DIR")]
+    pub(crate) log_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ProgressArg {
+    Auto,
+    Bar,
+    Plain,
+    None,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum CcArg {
+    Auto,
+    Cubic,
+    Bbr,
+    Newreno,
+}
+
+impl From<CcArg> for CongestionControl {
+    fn from(arg: CcArg) -> Self {
+        match arg {
+            CcArg::Auto => Self::Auto,
+            CcArg::Cubic => Self::Cubic,
+            CcArg::Bbr => Self::Bbr,
+            CcArg::Newreno => Self::NewReno,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum OverwriteArg {
+    Never,
+    Rename,
+    Always,
+}
+
+impl From<OverwriteArg> for Overwrite {
+    fn from(arg: OverwriteArg) -> Self {
+        match arg {
+            OverwriteArg::Never => Self::Never,
+            OverwriteArg::Rename => Self::Rename,
+            OverwriteArg::Always => Self::Always,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum IfExistsArg {
+    Same,
+    Error,
+    Skip,
+    Overwrite,
+    Rename,
+}
+
+impl From<IfExistsArg> for IfExists {
+    fn from(arg: IfExistsArg) -> Self {
+        match arg {
+            IfExistsArg::Same => Self::Same,
+            IfExistsArg::Error => Self::Error,
+            IfExistsArg::Skip => Self::Skip,
+            IfExistsArg::Overwrite => Self::Overwrite,
+            IfExistsArg::Rename => Self::Rename,
+        }
+    }
+}
+
+/// A number of bytes, or `none`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Size(pub(crate) Option<u64>);
+
+impl FromStr for Size {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        const FORM: &str =
+            "expected a number of bytes, with K, M, G or T for powers of 1024, or none";
+        const LARGE: &str = "more bytes than can be counted";
+        if text.eq_ignore_ascii_case("none") {
+            return Ok(Self(None));
+        }
+        let digits = text
+            .find(|c: char| !c.is_ascii_digit() && c != '.')
+            .unwrap_or(text.len());
+        let (number, unit) = text.split_at(digits);
+        let unit = unit.to_ascii_uppercase();
+        let shift = match unit
+            .strip_suffix("IB")
+            .or_else(|| unit.strip_suffix('B'))
+            .unwrap_or(&unit)
+        {
+            "" if unit != "IB" => 0,
+            "K" => 10,
+            "M" => 20,
+            "G" => 30,
+            "T" => 40,
+            _ => return Err(FORM),
+        };
+        let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+        if whole.is_empty()
+            || fraction.contains('.')
+            || (number.contains('.') && fraction.is_empty())
+        {
+            return Err(FORM);
+        }
+        if (!fraction.is_empty() && shift == 0) || fraction.len() > 9 {
+            return Err(FORM);
+        }
+        let whole = whole.parse::<u64>().map_err(|_| LARGE)?;
+        let whole = whole.checked_mul(1 << shift).ok_or(LARGE)?;
+        let part = match fraction {
+            "" => 0,
+            digits => {
+                let value = digits.parse::<u64>().map_err(|_| FORM)?;
+                let scale = 10_u128.pow(u32::try_from(digits.len()).map_err(|_| FORM)?);
+                u64::try_from((u128::from(value) << shift) / scale).map_err(|_| LARGE)?
+            }
+        };
+        whole
+            .checked_add(part)
+            .map(|bytes| Self(Some(bytes)))
+            .ok_or(LARGE)
+    }
+}
+
+/// A time in seconds, fractions allowed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Seconds(pub(crate) Duration);
+
+impl FromStr for Seconds {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        const DAY: f64 = 86_400.0;
+        let secs: f64 = text.parse().map_err(|_| "expected a number of seconds")?;
+        if !(0.01..=DAY).contains(&secs) {
+            return Err("expected 0.01 to 86400 seconds");
+        }
+        Ok(Self(Duration::from_secs_f64(secs)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_lines_are_sound() {
+        ServerArgs::command().debug_assert();
+        ClientArgs::command().debug_assert();
+    }
+
+    #[test]
+    fn every_flag_has_a_help_text() {
+        fn check(command: &clap::Command) {
+            for arg in command.get_arguments() {
+                assert!(arg.get_help().is_some(), "{} {arg}", command.get_name());
+            }
+            command.get_subcommands().for_each(check);
+        }
+        check(&ServerArgs::command());
+        check(&ClientArgs::command());
+    }
+
+    #[test]
+    fn sizes_are_powers_of_1024() {
+        for (text, bytes) in [
+            ("0", 0),
+            ("123", 123),
+            ("512K", 512 << 10),
+            ("10M", 10 << 20),
+            ("10m", 10 << 20),
+            ("1G", 1 << 30),
+            ("1.5G", 3 << 29),
+            ("2T", 2 << 40),
+            ("1KiB", 1024),
+            ("1kb", 1024),
+            ("7B", 7),
+            ("0.001M", 1048),
+        ] {
+            assert_eq!(text.parse(), Ok(Size(Some(bytes))), "{text}");
+        }
+        assert_eq!("none".parse(), Ok(Size(None)));
+        for bad in [
+            "",
+            "G",
+            "1.G",
+            ".5G",
+            "1.5",
+            "-1",
+            "1 G",
+            "1X",
+            "1.2.3M",
+            "1iB",
+            "99999999999T",
+            "1e3",
+            "1GG",
+        ] {
+            assert!(bad.parse::<Size>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn times_are_seconds() {
+        assert_eq!("0.25".parse(), Ok(Seconds(Duration::from_millis(250))));
+        for bad in ["", "x", "-1", "0", "inf", "NaN", "1e9"] {
+            assert!(bad.parse::<Seconds>().is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,36 @@
+//! `udpack-client`: one module for each command that talks to a server.
+
+mod demo;
+mod events;
+mod ping;
+mod put;
+mod report;
+
+use crate::args::{ClientArgs, ClientCommand};
+use crate::logging::{self, Console, Role};
+use crate::pages;
+use crate::signals::Interrupts;
+
+pub(crate) async fn run(args: ClientArgs, console: Console) -> anyhow::Result<()> {
+    let log = match &args.command {
+        ClientCommand::Put(args) => &args.log,
+        ClientCommand::Demo(args) => &args.log,
+        ClientCommand::Send(args) => &args.log,
+        ClientCommand::Listen(args) => &args.log,
+        ClientCommand::Ping(args) => &args.log,
+        ClientCommand::Completions { shell } => return pages::completions::<ClientArgs>(*shell),
+        ClientCommand::Man => return pages::man::<ClientArgs>(),
+    };
+    let _log = logging::start(Role::Client, log, &console)?;
+    let interrupts = Interrupts::catch()?;
+    let result = match args.command {
+        ClientCommand::Put(args) => put::run(args, &console, interrupts).await,
+        ClientCommand::Demo(args) => demo::run(args, &console, interrupts).await,
+        ClientCommand::Send(args) => events::send(args, interrupts).await,
+        ClientCommand::Listen(args) => events::listen(args, &console, interrupts).await,
+        ClientCommand::Ping(args) => ping::run(args, interrupts).await,
+        ClientCommand::Completions { .. } | ClientCommand::Man => Ok(()),
+    };
+    logging::keep(&result);
+    result
+}

@@ -1,0 +1,77 @@
+//! `ping`: round trips through both event loops, not only through the network.
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::events::finish;
+use crate::args::PingArgs;
+use crate::hub::PING;
+use crate::output;
+use crate::signals::Interrupts;
+use crate::target::Target;
+use crate::value::Value;
+
+#[derive(Debug, Default)]
+struct Times {
+    count: u32,
+    sum: Duration,
+    min: Option<Duration>,
+    max: Duration,
+}
+
+impl Times {
+    fn add(&mut self, time: Duration) {
+        self.count += 1;
+        self.sum += time;
+        self.min = Some(self.min.map_or(time, |min| min.min(time)));
+        self.max = self.max.max(time);
+    }
+}
+
+pub(super) async fn run(args: PingArgs, mut interrupts: Interrupts) -> anyhow::Result<()> {
+    let target = Target::find(&args.connect)?;
+    let mut times = Times::default();
+    let result = target
+        .run(&mut interrupts, async |socket| {
+            let channel = socket.open(PING).await?;
+            let mut ticks = tokio::time::interval(args.interval.0);
+            ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            let mut number: u64 = 0;
+            while args.count == 0 || number < args.count {
+                ticks.tick().await;
+                number += 1;
+                let began = Instant::now();
+                let _: Value = channel.request("ping", &number).await?;
+                let time = began.elapsed();
+                times.add(time);
+                let written = if args.json {
+                    output::json(&json!({ "event": "pong", "number": number, "ms": ms(time) }))
+                } else {
+                    output::line(&format!("pong {number}  {:.3} ms", ms(time)))
+                };
+                match written {
+                    Err(error) if output::is_gone(&error) => break,
+                    other => output::unless_gone(other)?,
+                }
+            }
+            finish(&channel).await;
+            Ok(())
+        })
+        .await;
+    if let Some(min) = times.min {
+        let (min, avg, max) = (ms(min), ms(times.sum / times.count), ms(times.max));
+        output::unless_gone(if args.json {
+            output::json(
+                &json!({ "event": "result", "count": times.count, "min": min, "avg": avg, "max": max }),
+            )
+        } else {
+            output::line(&format!("min/avg/max  {min:.3}/{avg:.3}/{max:.3} ms"))
+        })?;
+    }
+    result
+}
+
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}

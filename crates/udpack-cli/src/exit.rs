@@ -1,0 +1,495 @@
+//! How a run ends: every error becomes an exit code, one sentence, and a hint what to do next.
+//!
+//! The one place that knows which error means what to a user. Codes are a contract with scripts.
+
+use std::fmt;
+use std::process::ExitCode;
+
+use udpack::{
+    BindError, CloseCode, CloseReason, ConnectError, EncodeError, FingerprintError, IdentityError,
+    OpenError, RecvError, RequestError, SecretFileError, SendError, TokenFileError,
+};
+use udpack_transfer::{ErrorKind, StoreError, TransferError};
+
+use crate::logging::Console;
+use crate::output::printable;
+
+/// The exit code after SIGINT or SIGTERM, by the shells' convention for SIGINT.
+pub(crate) const INTERRUPTED: u8 = 130;
+
+/// Why a run did not succeed, as scripts see it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Other,
+    Usage,
+    LocalFile,
+    Auth,
+    Network,
+    Policy,
+    Integrity,
+    RemoteStorage,
+    Partial,
+    Interrupted,
+}
+
+impl Kind {
+    /// The exit code.
+    pub(crate) fn code(self) -> u8 {
+        match self {
+            Self::Other => 1,
+            Self::Usage => 2,
+            Self::LocalFile => 3,
+            Self::Auth => 4,
+            Self::Network => 5,
+            Self::Policy => 6,
+            Self::Integrity => 7,
+            Self::RemoteStorage => 8,
+            Self::Partial => 10,
+            Self::Interrupted => INTERRUPTED,
+        }
+    }
+
+    /// The name in JSON.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Other => "other",
+            Self::Usage => "usage",
+            Self::LocalFile => "local_file",
+            Self::Auth => "auth",
+            Self::Network => "network",
+            Self::Policy => "policy",
+            Self::Integrity => "integrity",
+            Self::RemoteStorage => "remote_storage",
+            Self::Partial => "partial",
+            Self::Interrupted => "interrupted",
+        }
+    }
+}
+
+/// An error that knows its exit code, for what no library reports.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    kind: Kind,
+    text: String,
+    hint: Option<String>,
+}
+
+impl Failure {
+    pub(crate) fn new(kind: Kind, text: impl Into<String>) -> Self {
+        Self {
+            kind,
+            text: text.into(),
+            hint: None,
+        }
+    }
+
+    pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// Ctrl-C, or being told to stop.
+    pub(crate) fn interrupted() -> Self {
+        Self::new(Kind::Interrupted, "interrupted")
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl std::error::Error for Failure {}
+
+/// What a user is told about an error.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Explained {
+    pub(crate) kind: Kind,
+    pub(crate) text: String,
+    pub(crate) hint: Option<String>,
+}
+
+impl Explained {
+    /// Finds out what `error` means to a user.
+    pub(crate) fn of(error: &anyhow::Error) -> Self {
+        let secret = secret_file(error);
+        let (kind, hint) = match secret {
+            Some(secret) => (Kind::LocalFile, Some(secret_hint(secret))),
+            None => error
+                .chain()
+                .find_map(meaning)
+                .unwrap_or((Kind::Other, None)),
+        };
+        let text = printable(&match secret {
+            // The advice in its text is the hint's part.
+            Some(secret) if secret.to_string().contains(ADVICE) => {
+                let text = secret.to_string();
+                text.split(ADVICE).next().unwrap_or_default().to_owned()
+            }
+            _ => match error.downcast_ref() {
+                Some(TransferError::Refused { code, message, .. }) => refused(code, message),
+                _ => format!("{error:#}"),
+            },
+        });
+        let hint = hint.or_else(|| usual_hint(kind));
+        Self { kind, text, hint }
+    }
+
+    /// Prints the sentence and the hint.
+    pub(crate) fn print(&self, console: &Console) {
+        console.line(&format!("error: {}", self.text));
+        if let Some(hint) = &self.hint {
+            console.line(&format!("hint: {hint}"));
+        }
+    }
+
+    pub(crate) fn exit_code(&self) -> ExitCode {
+        ExitCode::from(self.kind.code())
+    }
+}
+
+fn usual_hint(kind: Kind) -> Option<String> {
+    match kind {
+        Kind::Interrupted => None,
+        Kind::Usage => hint("see --help"),
+        _ => hint("run it again with -v to see more"),
+    }
+}
+
+type Meaning = (Kind, Option<String>);
+
+fn meaning(error: &(dyn std::error::Error + 'static)) -> Option<Meaning> {
+    if let Some(error) = error.downcast_ref::<Failure>() {
+        return Some((error.kind, error.hint.clone()));
+    }
+    if let Some(error) = error.downcast_ref() {
+        return Some(connecting(error));
+    }
+    if let Some(error) = error.downcast_ref() {
+        return Some(transferring(error));
+    }
+    if let Some(error) = error.downcast_ref() {
+        return Some(binding(error));
+    }
+    if let Some(error) = error.downcast_ref() {
+        return Some(storing(error));
+    }
+    if error.is::<IdentityError>() {
+        let restore = "restore the file, or choose another directory with --keys";
+        return Some((Kind::LocalFile, hint(restore)));
+    }
+    if error.is::<TokenFileError>() {
+        let correct = "correct the file, or choose another one with --token-file";
+        return Some((Kind::LocalFile, hint(correct)));
+    }
+    if error.is::<FingerprintError>() {
+        return Some((
+            Kind::LocalFile,
+            hint(
+                "copy pubkey.pem from the server again, or give its fingerprint with --fingerprint",
+            ),
+        ));
+    }
+    if let Some(error) = error.downcast_ref() {
+        return Some(match error {
+            RequestError::NoHandler | RequestError::Fault(_) => (
+                Kind::Other,
+                hint("the server got the message and refused it; see its log"),
+            ),
+            RequestError::Timeout(_) => (
+                Kind::Network,
+                hint("try again, and check that the server is well"),
+            ),
+            RequestError::Send(SendError::Closed(reason)) | RequestError::Closed(reason) => {
+                closed(reason)
+            }
+            RequestError::Send(SendError::Encode(error)) => (Kind::Usage, encoding(error)),
+            _ => (Kind::Other, None),
+        });
+    }
+    if let Some(error) = error.downcast_ref::<RecvError>() {
+        return Some(closed(error.reason()));
+    }
+    if let Some(error) = error.downcast_ref() {
+        return Some(match error {
+            OpenError::Encode(error) => (Kind::Usage, encoding(error)),
+            OpenError::Closed(reason) => closed(reason),
+            _ => (Kind::Network, hint("try again in a moment")),
+        });
+    }
+    None
+}
+
+fn connecting(error: &ConnectError) -> Meaning {
+    match error {
+        ConnectError::PinMismatch { .. } => (
+            Kind::Auth,
+            hint(
+                "if the server has a new key on purpose, use its new `send` line or copy its pubkey.pem again",
+            ),
+        ),
+        ConnectError::Denied(reason) => closed(reason),
+        ConnectError::Address(_) => (
+            Kind::Usage,
+            hint("use HOST:PORT, with an IPv6 address in brackets"),
+        ),
+        ConnectError::Setting(_) => (Kind::Usage, None),
+        ConnectError::Resolve { .. } => {
+            (Kind::Network, hint("check the host name and the network"))
+        }
+        ConnectError::Unreachable { .. } | ConnectError::Dial { .. } => (
+            Kind::Network,
+            hint(
+                "check that udpack-server runs there, that host and port are right, and that UDP is let through",
+            ),
+        ),
+        ConnectError::Handshake { text, .. } if text.contains("certificate") => (
+            Kind::Auth,
+            hint(
+                "give the server's key: its `send` line in UDPACK_URL, --fingerprint, or a copy of its pubkey.pem in --keys",
+            ),
+        ),
+        ConnectError::Handshake { .. } => (
+            Kind::Network,
+            hint("check that it is a udpack server, and of the same version"),
+        ),
+        ConnectError::Local(_) => (
+            Kind::Network,
+            hint("check the limits on open files and sockets"),
+        ),
+        _ => (Kind::Other, None),
+    }
+}
+
+fn closed(reason: &CloseReason) -> Meaning {
+    match reason.code {
+        CloseCode::AUTH_FAILED
+        | CloseCode::AUTH_REQUIRED
+        | CloseCode::AUTH_REVOKED
+        | CloseCode::AUTH_TIMEOUT
+        | CloseCode::FORBIDDEN => (
+            Kind::Auth,
+            hint(
+                "use the token of the server's `send` line: in UDPACK_URL, UDPACK_TOKEN or --token-file",
+            ),
+        ),
+        CloseCode::NO_SUCH_CHANNEL => (
+            Kind::Other,
+            hint("choose a channel the server serves with --channel"),
+        ),
+        CloseCode::REFUSED => (Kind::Policy, None),
+        CloseCode::HANDLER_FAILED | CloseCode::INTERNAL => {
+            (Kind::Other, hint("the server failed; its log says more"))
+        }
+        code if code.retry() || code == CloseCode::TRANSPORT_ERROR => {
+            (Kind::Network, hint("run the same command again"))
+        }
+        _ => (Kind::Other, None),
+    }
+}
+
+fn encoding(error: &EncodeError) -> Option<String> {
+    match error {
+        EncodeError::Name(_) | EncodeError::Reserved(_) => {
+            hint("names of events and channels have 1 to 128 bytes and do not begin with $")
+        }
+        _ => hint("send something smaller or less deep"),
+    }
+}
+
+fn transferring(error: &TransferError) -> Meaning {
+    let hints = match error {
+        TransferError::Refused { code, .. } => refusal(code),
+        TransferError::Closed(reason) => {
+            return match closed(reason) {
+                // However orderly it ended: the file's fate is unknown, and asking again settles it.
+                (Kind::Other, None) => (Kind::Network, hint("run the same command again")),
+                known => known,
+            };
+        }
+        TransferError::Source { .. } => hint("check the path and its permissions"),
+        TransferError::Mismatch | TransferError::Silent(_) => hint("run the same command again"),
+        TransferError::SourceChanged { .. } => hint("send it again when nothing writes to it"),
+        _ => None,
+    };
+    (kind_of(error.kind()), hints)
+}
+
+fn kind_of(kind: ErrorKind) -> Kind {
+    match kind {
+        ErrorKind::LocalFile => Kind::LocalFile,
+        ErrorKind::Network => Kind::Network,
+        ErrorKind::Policy => Kind::Policy,
+        ErrorKind::Integrity => Kind::Integrity,
+        ErrorKind::RemoteStorage => Kind::RemoteStorage,
+        _ => Kind::Other,
+    }
+}
+
+/// The server's sentence, made into one that tells who says so.
+fn refused(code: &str, message: &str) -> String {
+    match message.strip_prefix("exists: ") {
+        Some(what) if code == "exists" => format!("the name is taken at the server: {what}"),
+        _ => format!("the server refused it: {message}"),
+    }
+}
+
+/// What to do about the server's error codes.
+fn refusal(code: &str) -> Option<String> {
+    hint(match code {
+        "exists" => {
+            "choose another name with --as, leave the file there with --if-exists skip, or, where the server \
+             allows it, use --if-exists rename or overwrite"
+        }
+        "bad_name" => "choose another name with --as",
+        "too_large" => "ask for a larger --max-file at the server",
+        "quota" => "remove files at the server, or ask for a larger --quota",
+        "no_space" => "free space at the server, then run the same command again",
+        "io" => {
+            "the server's storage failed and its log says more; then run the same command again"
+        }
+        "forbidden" => "ask for another --overwrite at the server, or use another --if-exists",
+        "too_many_uploads" | "upload_stalled" => "run the same command again in a moment",
+        "hash_mismatch" | "size_mismatch" | "bad_offset" => "run the same command again",
+        "source_changed" => "send it again when nothing writes to it",
+        _ => return None,
+    })
+}
+
+fn binding(error: &BindError) -> Meaning {
+    use std::io::ErrorKind::{AddrInUse, AddrNotAvailable, PermissionDenied};
+    match error {
+        BindError::Bind { source, .. } => (
+            Kind::Other,
+            match source.kind() {
+                AddrInUse => hint(
+                    "stop the program that uses the port, or choose another port with --listen",
+                ),
+                AddrNotAvailable => {
+                    hint("choose an address of this machine, or 0.0.0.0 for all, with --listen")
+                }
+                PermissionDenied => hint("choose a port above 1023 with --listen"),
+                _ => None,
+            },
+        ),
+        BindError::Address(_) => (
+            Kind::Usage,
+            hint("use ADDR:PORT with --listen, such as 0.0.0.0:45456"),
+        ),
+        BindError::Setting(_) => (Kind::Usage, None),
+        _ => (Kind::Other, None),
+    }
+}
+
+fn storing(error: &StoreError) -> Meaning {
+    match error {
+        StoreError::Locked => (
+            Kind::LocalFile,
+            hint("stop the other server, or choose another directory with --dir"),
+        ),
+        StoreError::NoAtomicPublish | StoreError::OtherDevice => (
+            Kind::LocalFile,
+            hint("choose a directory on another file system with --dir"),
+        ),
+        _ => (
+            Kind::LocalFile,
+            hint("check the directory and its permissions, or choose another one with --dir"),
+        ),
+    }
+}
+
+/// The secret file that is at the bottom of it, if one is.
+fn secret_file(error: &anyhow::Error) -> Option<&SecretFileError> {
+    if let Some(error) = error.downcast_ref::<SecretFileError>() {
+        return Some(error);
+    }
+    if let Some(IdentityError::File(error)) = error.downcast_ref() {
+        return Some(error);
+    }
+    match error.downcast_ref() {
+        Some(TokenFileError::File(error)) => Some(error),
+        _ => None,
+    }
+}
+
+fn secret_hint(error: &SecretFileError) -> String {
+    match error {
+        SecretFileError::Mode { path, .. } => format!("run chmod 600 {}", path.display()),
+        SecretFileError::Owner { path, user, .. } => format!("run chown {user} {}", path.display()),
+        SecretFileError::Create { .. } => "check the directory and its permissions".to_owned(),
+        _ => "check the file and its permissions".to_owned(),
+    }
+}
+
+fn hint(text: &str) -> Option<String> {
+    Some(text.to_owned())
+}
+
+/// What stands before the advice in the text of a [`SecretFileError`].
+const ADVICE: &str = ": run ";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_refusal_has_its_code_a_sentence_and_a_hint() {
+        for (code, exit) in [
+            ("exists", 6),
+            ("bad_name", 6),
+            ("too_large", 6),
+            ("quota", 6),
+            ("forbidden", 6),
+            ("too_many_uploads", 6),
+            ("no_space", 8),
+            ("io", 8),
+            ("hash_mismatch", 7),
+            ("size_mismatch", 7),
+            ("source_changed", 7),
+            ("upload_stalled", 5),
+        ] {
+            let error = TransferError::Refused {
+                code: code.to_owned(),
+                message: "because\u{1b}[2J".to_owned(),
+                retry: false,
+            };
+            let explained = Explained::of(&error.into());
+            assert_eq!(explained.kind.code(), exit, "{code}");
+            assert!(explained.hint.is_some(), "{code}");
+            assert!(!explained.text.contains('\u{1b}'), "{}", explained.text);
+        }
+    }
+
+    #[test]
+    fn how_a_connection_ended_decides_the_code() {
+        let exit = |code: CloseCode| {
+            let reason = CloseReason::new(code, "", udpack::Side::Peer);
+            let denied = Explained::of(&ConnectError::Denied(reason.clone()).into());
+            let lost = Explained::of(&TransferError::Closed(reason).into());
+            if denied.kind != Kind::Other {
+                assert_eq!(denied.kind, lost.kind);
+            }
+            lost.kind.code()
+        };
+        assert_eq!(exit(CloseCode::AUTH_FAILED), 4);
+        assert_eq!(exit(CloseCode::AUTH_REVOKED), 4);
+        assert_eq!(exit(CloseCode::SHUTTING_DOWN), 5);
+        assert_eq!(exit(CloseCode::SERVER_BUSY), 5);
+        assert_eq!(exit(CloseCode::TIMED_OUT), 5);
+        assert_eq!(exit(CloseCode::PEER_RESTARTED), 5);
+        assert_eq!(exit(CloseCode::NORMAL), 5);
+        assert_eq!(exit(CloseCode::HANDLER_FAILED), 1);
+    }
+
+    #[test]
+    fn context_does_not_hide_what_is_below_it() {
+        let error = anyhow::Error::new(StoreError::Locked).context("cannot use ./uploads");
+        let explained = Explained::of(&error);
+        assert_eq!(explained.kind, Kind::LocalFile);
+        assert_eq!(
+            explained.text,
+            "cannot use ./uploads: another server uses this directory"
+        );
+    }
+}

@@ -1,0 +1,163 @@
+//! Logs: on standard error around a live progress bar, and in files if asked.
+
+use std::io::{self, Write};
+use std::path::Path;
+
+use anyhow::Context as _;
+use indicatif::MultiProgress;
+use tracing_appender::non_blocking::WorkerGuard;
+use tracing_appender::rolling::{RollingFileAppender, Rotation};
+use tracing_subscriber::filter::{EnvFilter, LevelFilter};
+use tracing_subscriber::fmt::{self, MakeWriter};
+use tracing_subscriber::layer::{Layer as _, SubscriberExt as _};
+use tracing_subscriber::util::SubscriberInitExt as _;
+
+use crate::args::LogArgs;
+
+/// Standard error, shared by bars and lines: a line clears the bar, and the bar is drawn again below it.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Console {
+    pub(crate) bars: MultiProgress,
+}
+
+impl Console {
+    /// Writes one line. A closed standard error is nobody's failure.
+    pub(crate) fn line(&self, text: &str) {
+        self.write(format!("{text}\n").as_bytes());
+    }
+
+    /// Does something that may write to the terminal that shows the bars.
+    pub(crate) fn around_bars<T>(&self, write: impl FnOnce() -> T) -> T {
+        self.bars.suspend(write)
+    }
+
+    fn write(&self, bytes: &[u8]) {
+        self.around_bars(|| {
+            let _ = io::stderr().lock().write_all(bytes);
+        });
+    }
+}
+
+impl Write for Console {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        Self::write(self, bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<'a> MakeWriter<'a> for Console {
+    type Writer = Self;
+
+    fn make_writer(&'a self) -> Self {
+        self.clone()
+    }
+}
+
+/// Which binary logs: its usual level, and the name of its files.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Role {
+    Server,
+    Client,
+}
+
+/// Installs the subscriber. The guard writes out what the log file still lacks when it is dropped.
+pub(crate) fn start(
+    role: Role,
+    args: &LogArgs,
+    console: &Console,
+) -> anyhow::Result<Option<WorkerGuard>> {
+    let usual = match role {
+        Role::Server => LevelFilter::INFO,
+        Role::Client => LevelFilter::WARN,
+    };
+    let level = match (args.quiet, args.verbose) {
+        (true, _) => LevelFilter::ERROR,
+        (false, 0) => usual,
+        (false, 1) => usual.max(LevelFilter::DEBUG),
+        (false, _) => LevelFilter::TRACE,
+    };
+    let on_stderr = match EnvFilter::try_from_default_env() {
+        Ok(filter) => filter,
+        Err(_) => ours(role, level),
+    };
+    let stderr = fmt::layer()
+        .with_writer(console.clone())
+        .with_ansi(false)
+        .with_target(args.verbose > 0)
+        .log_internal_errors(false)
+        .with_filter(on_stderr);
+    let (file, guard) = match &args.log_dir {
+        Some(dir) => {
+            let (writer, guard) = tracing_appender::non_blocking(rolling(role, dir)?);
+            let layer = fmt::layer()
+                .with_writer(writer)
+                .with_ansi(false)
+                .log_internal_errors(false)
+                .with_filter(ours(role, level.max(LevelFilter::DEBUG)));
+            (Some(layer), Some(guard))
+        }
+        None => (None, None),
+    };
+    // Fails only when a subscriber is there already, which is then as good.
+    let _ = tracing_subscriber::registry()
+        .with(stderr)
+        .with(file)
+        .try_init();
+    Ok(guard)
+}
+
+/// Puts an error that ends the program into the log file; on standard error it is told in its own form.
+pub(crate) fn keep<T>(result: &anyhow::Result<T>) {
+    if let Err(error) = result {
+        tracing::debug!(error = format!("{error:#}"), "failed");
+    }
+}
+
+/// This level for our own crates; of the others only what should worry somebody.
+fn ours(role: Role, level: LevelFilter) -> EnvFilter {
+    let others = match level {
+        LevelFilter::TRACE => LevelFilter::DEBUG,
+        level => level.min(LevelFilter::WARN),
+    };
+    let mut directives = others.to_string();
+    if level < LevelFilter::DEBUG {
+        // Logs as an error what becomes the error of the connection, and is told there.
+        directives.push_str(",rustls_platform_verifier=off");
+    }
+    for target in ["udpack", "udpack_transfer", "udpack_cli"] {
+        directives.push_str(&format!(",{target}={level}"));
+    }
+    if matches!(role, Role::Client) && level < LevelFilter::DEBUG {
+        // That UDP buffers are small is the server's word; before every command it would be noise.
+        directives.push_str(",udpack::endpoint=error");
+    }
+    EnvFilter::new(directives)
+}
+
+fn rolling(role: Role, dir: &Path) -> anyhow::Result<RollingFileAppender> {
+    let name = match role {
+        Role::Server => "server",
+        Role::Client => "client",
+    };
+    std::fs::create_dir_all(dir)
+        // The link beside the files holds the path as it is given here.
+        .and_then(|()| dir.canonicalize())
+        .and_then(|dir| {
+            RollingFileAppender::builder()
+                .rotation(Rotation::DAILY)
+                .filename_prefix(name)
+                .filename_suffix("log")
+                .latest_symlink(format!("{name}.log"))
+                .max_log_files(FILES)
+                .build(dir)
+                .map_err(io::Error::other)
+        })
+        .with_context(|| format!("cannot write logs in {}", dir.display()))
+}
+
+/// Days whose log files are kept.
+const FILES: usize = 14;

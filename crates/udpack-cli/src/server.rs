@@ -1,0 +1,139 @@
+//! `udpack-server`: one store, one token file, one port.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, UdpSocket};
+use std::time::Duration;
+
+use serde_json::json;
+use udpack::{ConnectUrl, Drain, Identity, Server, TokenFile};
+use udpack_transfer::{Receiver, ReceiverConfig, Store, StoreConfig};
+
+use crate::args::{ServerArgs, ServerCommand};
+use crate::exit::{Failure, Kind};
+use crate::hub::Hub;
+use crate::logging::{self, Console, Role};
+use crate::output;
+use crate::pages;
+use crate::signals::Interrupts;
+
+pub(crate) async fn run(args: ServerArgs, console: Console) -> anyhow::Result<()> {
+    match args.command {
+        Some(ServerCommand::Completions { shell }) => {
+            return pages::completions::<ServerArgs>(shell);
+        }
+        Some(ServerCommand::Man) => return pages::man::<ServerArgs>(),
+        None => {}
+    }
+    let _log = logging::start(Role::Server, &args.log, &console)?;
+    let result = serve(&args).await;
+    logging::keep(&result);
+    result
+}
+
+async fn serve(args: &ServerArgs) -> anyhow::Result<()> {
+    let mut interrupts = Interrupts::catch_with_hangup()?;
+
+    let identity = Identity::load_or_create(&args.keys)?;
+    let tokens = match &args.token_file {
+        Some(path) => TokenFile::open(path)?,
+        None => TokenFile::load_or_create(args.keys.join("token"))?,
+    };
+    let config = StoreConfig {
+        max_file: args.max_file.0,
+        quota: args.quota.0,
+        min_free: args.min_free.map(|size| size.0.unwrap_or(0)),
+        overwrite: args.overwrite.into(),
+        ..StoreConfig::default()
+    };
+    let store = Store::open(&args.dir, config).map_err(|error| {
+        anyhow::Error::new(error).context(format!("cannot use {}", args.dir.display()))
+    })?;
+    let receiver = Receiver::new(store, ReceiverConfig::default());
+    let hub = Hub::new();
+    let server = Server::builder()
+        .identity(identity)
+        .auth(tokens.clone())
+        .agent(concat!("udpack-server/", env!("CARGO_PKG_VERSION")))
+        .congestion(args.cc.into());
+    let server = hub
+        .attach(receiver.attach(server))
+        .bind(&args.listen)
+        .await?;
+
+    announce(args, &server, &tokens)?;
+    let stop = async {
+        interrupts.first().await;
+        tracing::info!(within = ?DRAIN, "shutting down; a second signal ends it at once");
+        hub.close();
+    };
+    server.run_until(stop, Drain::within(DRAIN)).await?;
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// Tells where the server is and how to reach it, on standard output: a label and a value a line.
+fn announce(args: &ServerArgs, server: &Server, tokens: &TokenFile) -> anyhow::Result<()> {
+    let address = server.local_addr();
+    let fingerprint = server.fingerprint();
+    let token = tokens.first_token().unwrap_or_else(|| {
+        tracing::warn!(
+            "the token file holds digests only: put a token in place of TOKEN in the `send` line"
+        );
+        "TOKEN".to_owned()
+    });
+    let host = match &args.public_host {
+        Some(host) => host.clone(),
+        None => reachable(address.ip()).to_string(),
+    };
+    let url = ConnectUrl::new(&host, address.port())
+        .map_err(|error| Failure::new(Kind::Usage, format!("--public-host: {error}")))?
+        .with_token(token)?
+        .with_pin(fingerprint);
+    let lines = [
+        ("listening", address.to_string()),
+        ("fingerprint", fingerprint.to_string()),
+        ("uploads", args.dir.display().to_string()),
+        ("send", format!("UDPACK_URL='{url}' udpack-client put FILE")),
+    ];
+    let print = || -> io::Result<()> {
+        for (label, value) in &lines {
+            if args.json {
+                output::json(&json!({ *label: value }))?;
+            } else {
+                output::line(&format!("{label} {value}"))?;
+            }
+        }
+        Ok(())
+    };
+    // The lines are a service; a server without anybody to read them still serves.
+    if let Err(error) = print() {
+        tracing::warn!(%error, "cannot write to standard output");
+    }
+    Ok(())
+}
+
+/// The address to dial for a server bound to `bound`: if that is any address, the one this machine has
+/// towards the rest of the world, as far as it knows.
+fn reachable(bound: IpAddr) -> IpAddr {
+    if !bound.is_unspecified() {
+        return bound;
+    }
+    // Connecting a UDP socket sends nothing; it asks the routing table. The addresses are for documentation.
+    let towards = |local: &str, remote: &str| -> io::Result<IpAddr> {
+        let socket = UdpSocket::bind(local)?;
+        socket.connect(remote)?;
+        socket.local_addr().map(|address| address.ip())
+    };
+    let v4 = towards("0.0.0.0:0", "192.0.2.1:9");
+    let found = match v4 {
+        Err(_) if bound.is_ipv6() => towards("[::]:0", "[2001:db8::1]:9"),
+        v4 => v4,
+    };
+    match found {
+        Ok(address) if !address.is_unspecified() => address,
+        _ => IpAddr::V4(Ipv4Addr::LOCALHOST),
+    }
+}
+
+/// How long running uploads may go on after the first signal.
+const DRAIN: Duration = Duration::from_secs(10);

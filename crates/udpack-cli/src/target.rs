@@ -1,0 +1,164 @@
+//! Which server to talk to, which key to expect there, and which token to present.
+
+use std::env;
+use std::path::Path;
+use std::time::Duration;
+
+use udpack::{
+    Client, CloseCode, ConnectUrl, DEFAULT_PORT, Fingerprint, FingerprintError, Socket, Timeouts,
+    TokenFile, TokenFileError,
+};
+
+use crate::args::ConnectArgs;
+use crate::exit::{Failure, Kind};
+use crate::signals::Interrupts;
+
+/// A server, and what it takes to be let in.
+#[derive(Debug)]
+pub(crate) struct Target {
+    url: ConnectUrl,
+    client: Client,
+}
+
+impl Target {
+    /// Puts it together from flags, environment and files; the first that says something counts.
+    ///
+    /// Server: `--to`, `UDPACK_URL`, this machine. Key: `--fingerprint`, the URL, `pubkey.pem`, the system's
+    /// authorities. Token: the URL, `--token-file`, `UDPACK_TOKEN`, the file `token` beside the key.
+    pub(crate) fn find(args: &ConnectArgs) -> anyhow::Result<Self> {
+        let url = server(args)?;
+        let pin = match args.fingerprint.or_else(|| url.pin()) {
+            Some(pin) => Some(pin),
+            None => public_key(&args.keys)?,
+        };
+        let token = match url.token() {
+            Some(token) => token.to_owned(),
+            None => token(args)?,
+        };
+        let timeouts = Timeouts {
+            handshake: args.connect_timeout.0,
+            ..Timeouts::default()
+        };
+        let mut client = Client::builder()
+            .token(token)
+            .agent(concat!("udpack-client/", env!("CARGO_PKG_VERSION")))
+            .timeouts(timeouts)
+            .congestion(args.cc.into());
+        if let Some(pin) = pin {
+            client = client.pin(pin);
+        }
+        let client = client.build()?;
+        Ok(Self { url, client })
+    }
+
+    /// `HOST:PORT`, for showing.
+    pub(crate) fn address(&self) -> String {
+        address(&self.url)
+    }
+
+    /// Connects, does `work`, and closes. An interrupt closes at once, and what `work` had begun is dropped.
+    pub(crate) async fn run<T>(
+        &self,
+        interrupts: &mut Interrupts,
+        work: impl AsyncFnOnce(Socket) -> anyhow::Result<T>,
+    ) -> anyhow::Result<T> {
+        let address = self.address();
+        let socket = tokio::select! {
+            socket = self.client.connect(&address) => socket?,
+            () = interrupts.first() => return Err(Failure::interrupted().into()),
+        };
+        tracing::info!(server = address, session = socket.id(), "connected");
+        let result = tokio::select! {
+            result = work(socket.clone()) => result,
+            () = interrupts.first() => {
+                socket.abort(CloseCode::CANCELLED, "interrupted");
+                let _ = tokio::time::timeout(PARTING, socket.closed()).await;
+                return Err(Failure::interrupted().into());
+            }
+        };
+        let _ = tokio::time::timeout(PARTING, socket.close(CloseCode::NORMAL, "done")).await;
+        result
+    }
+}
+
+fn server(args: &ConnectArgs) -> anyhow::Result<ConnectUrl> {
+    if let Some(to) = &args.to {
+        let url: ConnectUrl = to.parse().map_err(|error| unfit("--to", &error))?;
+        if url.token().is_some() {
+            tracing::warn!(
+                "the token in --to shows in the list of processes: UDPACK_URL keeps it out"
+            );
+        }
+        return Ok(url);
+    }
+    match env::var("UDPACK_URL") {
+        Ok(url) if !url.is_empty() => {
+            Ok(url.parse().map_err(|error| unfit("UDPACK_URL", &error))?)
+        }
+        Err(env::VarError::NotUnicode(_)) => {
+            Err(Failure::new(Kind::Usage, "UDPACK_URL is not UTF-8 text").into())
+        }
+        _ => Ok(ConnectUrl::new("127.0.0.1", DEFAULT_PORT)?),
+    }
+}
+
+/// The text may hold a token: only the reason is shown.
+fn unfit(what: &str, error: &udpack::ConnectUrlError) -> Failure {
+    Failure::new(Kind::Usage, format!("{what} is not a server: {error}"))
+        .hint("use HOST[:PORT], or the whole line that the server printed: udpack://TOKEN@HOST:PORT#sha256:HEX")
+}
+
+fn public_key(keys: &Path) -> anyhow::Result<Option<Fingerprint>> {
+    match Fingerprint::from_public_key_file(keys.join("pubkey.pem")) {
+        Ok(pin) => Ok(Some(pin)),
+        Err(FingerprintError::Read { source, .. }) if is_absent(&source) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn token(args: &ConnectArgs) -> anyhow::Result<String> {
+    let (path, asked) = match &args.token_file {
+        Some(path) => (path.clone(), true),
+        None => {
+            if let Some(token) = env::var("UDPACK_TOKEN")
+                .ok()
+                .filter(|token| !token.is_empty())
+            {
+                return Ok(token.trim().to_owned());
+            }
+            (args.keys.join("token"), false)
+        }
+    };
+    match TokenFile::open(&path) {
+        Ok(file) => file.first_token().ok_or_else(|| {
+            Failure::new(
+                Kind::LocalFile,
+                format!("no token in plain in {}", path.display()),
+            )
+            .hint("ask the server's owner for the token; a digest cannot let a client in")
+            .into()
+        }),
+        Err(TokenFileError::File(error)) if !asked && error.is_missing() => {
+            tracing::debug!("no token found");
+            Ok(String::new())
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn is_absent(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{NotADirectory, NotFound};
+    matches!(error.kind(), NotFound | NotADirectory)
+}
+
+/// `HOST:PORT`, an IPv6 address in brackets.
+pub(crate) fn address(url: &ConnectUrl) -> String {
+    if url.host().contains(':') {
+        format!("[{}]:{}", url.host(), url.port())
+    } else {
+        format!("{}:{}", url.host(), url.port())
+    }
+}
+
+/// How long to wait for the server to hear that we leave.
+const PARTING: Duration = Duration::from_secs(2);

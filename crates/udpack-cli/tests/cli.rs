@@ -1,0 +1,895 @@
+//! The real binaries, as a user and a script see them: output lines, files, exit codes.
+
+mod common;
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::UdpSocket;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::path::Path;
+use std::process::Stdio;
+
+use common::{Running, Server, client, exited, server, skipped, until, workdir};
+use serde_json::Value;
+
+/// Bytes that repeat nowhere, so that a misplaced chunk shows.
+fn bytes(len: usize, seed: u8) -> Vec<u8> {
+    let mut out = vec![0; len];
+    blake3::Hasher::new()
+        .update(&[seed])
+        .finalize_xof()
+        .fill(&mut out);
+    out
+}
+
+fn events(stdout: &str) -> Vec<Value> {
+    stdout
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
+        .collect()
+}
+
+fn named<'a>(events: &'a [Value], name: &str) -> Vec<&'a Value> {
+    events
+        .iter()
+        .filter(|event| event["event"] == name)
+        .collect()
+}
+
+fn result(stdout: &str) -> Value {
+    let events = events(stdout);
+    let results = named(&events, "result");
+    assert_eq!(results.len(), 1, "exactly one result: {stdout}");
+    assert_eq!(events.last(), Some(results[0]), "the result comes last");
+    results[0].clone()
+}
+
+fn mode(path: &Path) -> u32 {
+    fs::metadata(path).expect("metadata").mode() & 0o777
+}
+
+fn is_root(dir: &Path) -> bool {
+    fs::metadata(dir).expect("metadata").uid() == 0
+}
+
+/// Files below a directory, without the server's own.
+fn visible(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).expect("uploads");
+    entries
+        .map(|entry| {
+            entry
+                .expect("entry")
+                .file_name()
+                .to_string_lossy()
+                .into_owned()
+        })
+        .filter(|name| !name.starts_with('.'))
+        .collect()
+}
+
+fn staged(uploads: &Path) -> usize {
+    fs::read_dir(uploads.join(".udpack/staging")).map_or(0, Iterator::count)
+}
+
+#[test]
+fn first_start_makes_private_keys_and_prints_four_lines() {
+    let server = Server::start();
+    let labels: Vec<&str> = server
+        .lines
+        .iter()
+        .map(|(label, _)| label.as_str())
+        .collect();
+    assert_eq!(labels, ["listening", "fingerprint", "uploads", "send"]);
+    assert!(!server.value("listening").ends_with(":0"), "the real port");
+    assert_eq!(server.value("fingerprint").len(), "sha256:".len() + 64);
+    for file in ["prikey.pem", "token"] {
+        assert_eq!(
+            mode(&server.dir.path().join("keys").join(file)),
+            0o600,
+            "{file}"
+        );
+    }
+    let url = server.url();
+    assert!(
+        url.starts_with("udpack://") && url.ends_with(server.value("fingerprint")),
+        "{url}"
+    );
+    assert!(server.value("send").ends_with("' udpack-client put FILE"));
+}
+
+#[test]
+fn a_restart_keeps_key_and_token() {
+    let first = Server::start();
+    let (before, url) = (first.value("fingerprint").to_owned(), first.url());
+    let dir = first.stop();
+    let second = Server::start_in(dir, &[]);
+    assert_eq!(second.value("fingerprint"), before);
+    let token = |url: &str| url.split('@').next().map(str::to_owned);
+    assert_eq!(token(&second.url()), token(&url));
+}
+
+#[test]
+fn first_lines_as_json() {
+    let dir = workdir();
+    let mut running =
+        Running::spawn(server(dir.path()).args(["--listen", "127.0.0.1:0", "--json"]));
+    let mut keys = Vec::new();
+    for _ in 0..4 {
+        let line: Value = serde_json::from_str(&running.line()).expect("json");
+        keys.extend(line.as_object().expect("an object").keys().cloned());
+    }
+    assert_eq!(keys, ["listening", "fingerprint", "uploads", "send"]);
+}
+
+#[test]
+fn stored_bytes_are_the_bytes_sent_and_stdout_holds_only_results() {
+    let server = Server::start();
+    let dir = workdir();
+    let files = [("empty", 0), ("one", 1), ("five.bin", 5 << 20)];
+    for (name, len) in files {
+        let content = bytes(len, 1);
+        fs::write(dir.path().join(name), &content).expect("write");
+        let out = exited(
+            client(dir.path())
+                .env("UDPACK_URL", server.url())
+                .args(["put", name]),
+        );
+        assert_eq!(out.code, 0, "{out:?}");
+        let hash = blake3::hash(&content);
+        assert_eq!(out.stdout, format!("{name}  {len}  {hash}\n"));
+        assert_eq!(
+            fs::read(server.uploads().join(name)).expect("stored"),
+            content
+        );
+        assert_eq!(mode(&server.uploads().join(name)), 0o600);
+    }
+    let names: Vec<String> = (0..20).map(|i| format!("many{i}")).collect();
+    for (i, name) in names.iter().enumerate() {
+        fs::write(dir.path().join(name), bytes(i * 10_000, 2)).expect("write");
+    }
+    let out = exited(
+        client(dir.path())
+            .env("UDPACK_URL", server.url())
+            .args(["put", "-j", "3", "--as", "sub/dir/"])
+            .args(&names),
+    );
+    assert_eq!(out.code, 0, "{out:?}");
+    assert_eq!(out.stdout.lines().count(), names.len());
+    for name in &names {
+        let sent = fs::read(dir.path().join(name)).expect("local");
+        assert_eq!(
+            fs::read(server.uploads().join("sub/dir").join(name)).expect("stored"),
+            sent
+        );
+    }
+    assert_eq!(staged(&server.uploads()), 0);
+}
+
+#[test]
+fn json_progress_never_goes_back_and_is_complete_only_after_done() {
+    let server = Server::start();
+    let dir = workdir();
+    for (name, len) in [("a", 9 << 20), ("b", 3 << 20), ("c", 0)] {
+        fs::write(dir.path().join(name), bytes(len, 3)).expect("write");
+    }
+    let total = 12 << 20;
+    let out = exited(
+        client(dir.path())
+            .env("UDPACK_URL", server.url())
+            .args(["put", "--json", "a", "b", "c"]),
+    );
+    assert_eq!(out.code, 0, "{out:?}");
+    let events = events(&out.stdout);
+    assert_eq!(events[0]["event"], "start");
+    assert_eq!(events[0]["bytes"], total);
+    let files = named(&events, "file");
+    assert_eq!(files.len(), 3);
+    assert!(
+        files
+            .iter()
+            .all(|file| file["status"] == "ok" && file["same"] == false)
+    );
+    let mut last = 0;
+    let mut done = 0;
+    for event in &events {
+        if event["event"] == "file" {
+            done += 1;
+        }
+        if event["event"] == "progress" {
+            let now = event["bytes"].as_u64().expect("bytes");
+            assert!(now >= last, "{}", out.stdout);
+            assert!(
+                now < total || done == 3,
+                "complete before done: {}",
+                out.stdout
+            );
+            last = now;
+        }
+    }
+    assert_eq!(last, total, "ends at the total");
+    let result = result(&out.stdout);
+    assert_eq!(result["status"], "ok");
+    assert_eq!(result["exit"], 0);
+    assert_eq!(result["bytes"], total);
+    assert_eq!(result["error_kind"], Value::Null);
+}
+
+#[test]
+fn the_checkout_needs_no_flags_but_the_address() {
+    let server = Server::start();
+    let dir = server.dir.path();
+    fs::write(dir.join("file"), "content").expect("write");
+    let out = exited(client(dir).args(["put", "file", "--to", server.value("listening")]));
+    assert_eq!(out.code, 0, "{out:?}");
+}
+
+#[test]
+fn the_pasted_url_works_elsewhere_and_a_token_in_an_argument_is_warned_of() {
+    let server = Server::start();
+    let dir = workdir();
+    fs::write(dir.path().join("file"), "content").expect("write");
+    let pasted = server
+        .value("send")
+        .replace("udpack-client put FILE", "\"$CLIENT\" put file");
+    let out = exited(
+        common::quiet(std::process::Command::new("sh"), dir.path())
+            .env("CLIENT", env!("CARGO_BIN_EXE_udpack-client"))
+            .args(["-c", &pasted]),
+    );
+    assert_eq!(out.code, 0, "{out:?}");
+    assert!(!out.stderr.contains("UDPACK_URL"), "{out:?}");
+    let out = exited(client(dir.path()).args(["put", "file", "--to", &server.url()]));
+    assert_eq!(out.code, 0, "{out:?}");
+    assert!(out.stderr.contains("UDPACK_URL"), "{out:?}");
+    let token = server
+        .url()
+        .split(['/', '@'])
+        .nth(2)
+        .expect("a token")
+        .to_owned();
+    assert!(!out.stderr.contains(&token), "no token in a log");
+}
+
+#[test]
+fn token_comes_from_file_or_environment() {
+    let server = Server::start();
+    let dir = workdir();
+    fs::write(dir.path().join("file"), "content").expect("write");
+    let url = server.url();
+    let (token, rest) = url
+        .strip_prefix("udpack://")
+        .and_then(|url| url.split_once('@'))
+        .expect("a url");
+    let pin = server.value("fingerprint");
+    let address = rest.split('#').next().expect("an address");
+    let args = ["put", "file", "--to", address, "--fingerprint", pin];
+    let out = exited(client(dir.path()).env("UDPACK_TOKEN", token).args(args));
+    assert_eq!(out.code, 0, "{out:?}");
+    let file = server.dir.path().join("keys/token");
+    let out = exited(client(dir.path()).args(args).arg("--token-file").arg(file));
+    assert_eq!(out.code, 0, "{out:?}");
+    let out = exited(client(dir.path()).args(args));
+    assert_eq!(out.code, 4, "no token at all: {out:?}");
+    let digest = dir.path().join("digest");
+    fs::write(&digest, format!("me sha256:{}\n", "0".repeat(64))).expect("write");
+    fs::set_permissions(&digest, fs::Permissions::from_mode(0o600)).expect("chmod");
+    let out = exited(
+        client(dir.path())
+            .args(args)
+            .arg("--token-file")
+            .arg(digest),
+    );
+    assert_eq!(out.code, 3, "a digest lets nobody in: {out:?}");
+    assert_error(&out.stderr);
+}
+
+#[test]
+fn wrong_token_wrong_key_and_unknown_authority_are_4() {
+    let server = Server::start();
+    let dir = workdir();
+    fs::write(dir.path().join("file"), "content").expect("write");
+    let address = server.value("listening");
+    let pin = server.value("fingerprint");
+    let wrong = "x".repeat(43);
+    let other = format!("sha256:{}", "0".repeat(64));
+    for (what, args) in [
+        ("token", vec!["--to", address, "--fingerprint", pin]),
+        ("key", vec!["--to", address, "--fingerprint", &other]),
+        ("authority", vec!["--to", address]),
+    ] {
+        let out = exited(
+            client(dir.path())
+                .env("UDPACK_TOKEN", &wrong)
+                .args(["put", "file", "--json"])
+                .args(args),
+        );
+        assert_eq!(out.code, 4, "{what}: {out:?}");
+        assert_eq!(result(&out.stdout)["error_kind"], "auth", "{what}");
+        assert_error(&out.stderr);
+    }
+    assert!(visible(&server.uploads()).is_empty());
+    server.still_works();
+}
+
+/// One sentence and one hint, no trace of the program's insides.
+fn assert_error(stderr: &str) {
+    let errors = stderr
+        .lines()
+        .filter(|line| line.starts_with("error: "))
+        .count();
+    let hints = stderr
+        .lines()
+        .filter(|line| line.starts_with("hint: "))
+        .count();
+    assert_eq!((errors, hints), (1, 1), "{stderr}");
+    assert!(
+        !stderr.contains("backtrace") && !stderr.contains("panicked"),
+        "{stderr}"
+    );
+}
+
+#[test]
+fn no_server_is_5() {
+    let dir = workdir();
+    fs::write(dir.path().join("file"), "content").expect("write");
+    // Bound and silent, so that nobody else can be there.
+    let silent = UdpSocket::bind("127.0.0.1:0").expect("a port");
+    let address = silent.local_addr().expect("an address").to_string();
+    let out = exited(client(dir.path()).args([
+        "put",
+        "file",
+        "--connect-timeout",
+        "0.5",
+        "--to",
+        &address,
+    ]));
+    assert_eq!(out.code, 5, "{out:?}");
+    assert_error(&out.stderr);
+    assert_eq!(out.stdout, "");
+}
+
+#[test]
+fn a_taken_name_is_6_unless_the_content_is_the_same() {
+    let server = Server::start();
+    let dir = workdir();
+    let file = dir.path().join("file");
+    let put = |args: &[&str]| {
+        exited(
+            client(dir.path())
+                .env("UDPACK_URL", server.url())
+                .args(["put", "file", "--json"])
+                .args(args),
+        )
+    };
+    fs::write(&file, bytes(3_000_000, 4)).expect("write");
+    assert_eq!(put(&[]).code, 0);
+    let again = put(&[]);
+    assert_eq!(again.code, 0, "{again:?}");
+    assert_eq!(result(&again.stdout)["sent"], 0, "nothing is sent twice");
+    fs::write(&file, bytes(3_000_000, 5)).expect("write");
+    for args in [
+        &[][..],
+        &["--if-exists", "error"],
+        &["--if-exists", "overwrite"],
+    ] {
+        let out = put(args);
+        assert_eq!(out.code, 6, "{args:?} {out:?}");
+        assert_eq!(result(&out.stdout)["error_kind"], "policy");
+        assert_error(&out.stderr);
+    }
+    assert_eq!(put(&["--if-exists", "skip"]).code, 0);
+    assert_eq!(
+        fs::read(server.uploads().join("file")).expect("stored"),
+        bytes(3_000_000, 4)
+    );
+    assert_eq!(put(&["--as", "other"]).code, 0);
+    server.still_works();
+}
+
+#[test]
+fn overwriting_needs_the_servers_consent() {
+    let server = Server::start_in(workdir(), &["--overwrite", "always"]);
+    let dir = workdir();
+    for content in ["first", "second"] {
+        fs::write(dir.path().join("file"), content).expect("write");
+        let out = exited(client(dir.path()).env("UDPACK_URL", server.url()).args([
+            "put",
+            "file",
+            "--if-exists",
+            "overwrite",
+        ]));
+        assert_eq!(out.code, 0, "{out:?}");
+        assert_eq!(
+            fs::read_to_string(server.uploads().join("file")).expect("stored"),
+            content
+        );
+    }
+}
+
+#[test]
+fn too_large_and_over_quota_are_6() {
+    let server = Server::start_in(workdir(), &["--max-file", "100K", "--quota", "150K"]);
+    let dir = workdir();
+    fs::write(dir.path().join("large"), bytes(100 * 1024 + 1, 6)).expect("write");
+    fs::write(dir.path().join("fits"), bytes(100 * 1024, 6)).expect("write");
+    fs::write(dir.path().join("over"), bytes(60 * 1024, 7)).expect("write");
+    for (name, code) in [("large", 6), ("fits", 0), ("over", 6)] {
+        let out = exited(
+            client(dir.path())
+                .env("UDPACK_URL", server.url())
+                .args(["put", name]),
+        );
+        assert_eq!(out.code, code, "{name}: {out:?}");
+    }
+    assert_eq!(visible(&server.uploads()), ["fits"]);
+    server.still_works();
+}
+
+#[test]
+fn a_bad_name_is_6_and_as_helps() {
+    let server = Server::start();
+    let dir = workdir();
+    fs::write(dir.path().join(".hidden"), "content").expect("write");
+    let put = |args: &[&str]| {
+        exited(
+            client(dir.path())
+                .env("UDPACK_URL", server.url())
+                .args(["put", ".hidden"])
+                .args(args),
+        )
+    };
+    for args in [
+        &[][..],
+        &["--as", "../up"],
+        &["--as", "/etc/passwd"],
+        &["--as", "a/../../b"],
+    ] {
+        let out = put(args);
+        assert_eq!(out.code, 6, "{args:?}: {out:?}");
+        assert_error(&out.stderr);
+    }
+    assert_eq!(put(&["--as", "shown"]).code, 0);
+    assert_eq!(visible(&server.uploads()), ["shown"]);
+}
+
+#[test]
+fn local_files_that_cannot_be_sent_are_3() {
+    let server = Server::start();
+    let dir = workdir();
+    fs::create_dir(dir.path().join("folder")).expect("mkdir");
+    let put = |names: &[&str]| {
+        exited(
+            client(dir.path())
+                .env("UDPACK_URL", server.url())
+                .args(["put", "--json"])
+                .args(names),
+        )
+    };
+    for name in ["missing", "folder", "/dev/null"] {
+        let out = put(&[name]);
+        assert_eq!(out.code, 3, "{name}: {out:?}");
+        assert_eq!(result(&out.stdout)["error_kind"], "local_file");
+        assert_error(&out.stderr);
+    }
+    if is_root(dir.path()) {
+        skipped("an unreadable file: root can read everything");
+    } else {
+        fs::write(dir.path().join("secret"), "x").expect("write");
+        fs::set_permissions(dir.path().join("secret"), fs::Permissions::from_mode(0o000))
+            .expect("chmod");
+        assert_eq!(put(&["secret"]).code, 3);
+    }
+    assert_eq!(
+        put(&["missing", "folder"]).code,
+        3,
+        "all for the same reason"
+    );
+    fs::write(dir.path().join("good"), "content").expect("write");
+    let out = put(&["missing", "good"]);
+    assert_eq!(out.code, 10, "some of several: {out:?}");
+    let result = result(&out.stdout);
+    assert_eq!(
+        (&result["status"], &result["files"], &result["failed"]),
+        (&"partial".into(), &1.into(), &1.into())
+    );
+    assert_eq!(visible(&server.uploads()), ["good"]);
+}
+
+#[test]
+fn usage_errors_are_2() {
+    let dir = workdir();
+    for name in ["a", "sub"] {
+        fs::create_dir(dir.path().join(name)).expect("mkdir");
+        fs::write(dir.path().join(name).join("same"), "x").expect("write");
+    }
+    for args in [
+        &[][..],
+        &["nonsense"],
+        &["put"],
+        &["put", "a/same", "-j", "0"],
+        &["put", "a/same", "-q", "-v"],
+        &["put", "a/same", "--fingerprint", "12"],
+        &["put", "a/same", "sub/same"],
+        &["put", "a/same", "sub/same", "--as", "name"],
+        &["put", "a/same", "--to", "http://host"],
+        &["put", "a/same", "--to", "token@host"],
+        &["send", "event", "{not json"],
+        &["send", "event", "{\"$bin\":\"zz\"}"],
+        &["ping", "--interval", "never"],
+    ] {
+        let out = exited(client(dir.path()).args(args));
+        assert_eq!(out.code, 2, "{args:?}: {out:?}");
+        assert_eq!(out.stdout, "", "{args:?}");
+        assert_ne!(out.stderr, "", "{args:?}");
+    }
+    for args in [
+        &["--max-file", "1X"][..],
+        &["--cc", "fast"],
+        &["extra"],
+        &["--listen", "nowhere"],
+    ] {
+        let out = exited(server(dir.path()).args(args));
+        assert_eq!(out.code, 2, "{args:?}: {out:?}");
+    }
+    let out = exited(
+        client(dir.path())
+            .env("UDPACK_URL", "udpack://sEcReT@@x")
+            .args(["ping"]),
+    );
+    assert_eq!(out.code, 2);
+    assert!(!out.stderr.contains("sEcReT"), "{out:?}");
+}
+
+#[test]
+fn a_dry_run_sends_nothing() {
+    let dir = workdir();
+    fs::write(dir.path().join("file"), "content").expect("write");
+    let out = exited(client(dir.path()).args(["put", "-n", "file", "--as", "to/"]));
+    assert_eq!(
+        (out.code, out.stdout.as_str()),
+        (0, "to/file  7  -\n"),
+        "{}",
+        out.stderr
+    );
+}
+
+#[test]
+fn a_full_disk_is_8_and_the_server_goes_on() {
+    let dir = workdir();
+    let Some(disk) = common::Tmpfs::mount(&dir.path().join("disk"), "8m") else {
+        skipped("a full disk: mounting a tmpfs needs root");
+        return;
+    };
+    let uploads = disk.path().join("uploads");
+    let uploads = uploads.to_str().expect("utf-8");
+    let server = Server::start_in(workdir(), &["--dir", uploads, "--min-free", "0"]);
+    let dir = workdir();
+    fs::write(dir.path().join("large"), bytes(12 << 20, 8)).expect("write");
+    fs::write(dir.path().join("small"), bytes(1 << 20, 9)).expect("write");
+    for (name, code) in [("large", 8), ("small", 0)] {
+        let out = exited(
+            client(dir.path())
+                .env("UDPACK_URL", server.url())
+                .args(["put", name]),
+        );
+        assert_eq!(out.code, code, "{name}: {out:?}");
+        if code != 0 {
+            assert_error(&out.stderr);
+        }
+    }
+    assert_eq!(visible(Path::new(uploads)), ["small"]);
+    assert_eq!(staged(Path::new(uploads)), 0);
+}
+
+#[test]
+fn a_second_server_on_the_same_directory_or_port_is_refused() {
+    let first = Server::start();
+    let dir = first.dir.path();
+    let out = exited(server(dir).args(["--listen", "127.0.0.1:0"]));
+    assert_eq!(out.code, 3, "{out:?}");
+    assert_error(&out.stderr);
+    let out = exited(server(dir).args(["--dir", "other", "--listen", first.value("listening")]));
+    assert_eq!(out.code, 1, "{out:?}");
+    assert_error(&out.stderr);
+    assert_eq!(out.stdout, "", "nothing is announced that does not work");
+    first.still_works();
+}
+
+#[test]
+fn secret_files_that_others_can_read_are_refused() {
+    let server_dir = Server::start().stop();
+    for name in ["prikey.pem", "token"] {
+        let file = server_dir.path().join("keys").join(name);
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).expect("chmod");
+        let out = exited(server(server_dir.path()).args(["--listen", "127.0.0.1:0"]));
+        assert_eq!(out.code, 3, "{name}: {out:?}");
+        assert!(out.stderr.contains("hint: run chmod 600"), "{out:?}");
+        assert_error(&out.stderr);
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).expect("chmod");
+    }
+    let missing =
+        exited(server(server_dir.path()).args(["--token-file", "none", "--listen", "127.0.0.1:0"]));
+    assert_eq!(
+        missing.code, 3,
+        "a named token file is never made: {missing:?}"
+    );
+}
+
+#[test]
+fn interrupting_an_upload_leaves_nothing_behind() {
+    let server = Server::start_in(workdir(), &["--max-file", "none", "--min-free", "0"]);
+    let dir = workdir();
+    let mut running = upload_for_long(&server, dir.path());
+    running.signal("INT");
+    let out = running.exited();
+    assert_eq!(out.code, 130, "{out:?}");
+    let last = out.stdout.lines().last().expect("a result");
+    assert!(last.contains("\"status\":\"interrupted\""), "{last}");
+    assert_error(&out.stderr);
+    until("the staging area is empty", || {
+        staged(&server.uploads()) == 0
+    });
+    assert!(visible(&server.uploads()).is_empty());
+    server.still_works();
+}
+
+#[test]
+fn the_server_drains_on_sigterm_although_somebody_listens() {
+    let server = Server::start();
+    let dir = workdir();
+    let mut listening = Running::spawn(
+        client(dir.path())
+            .env("UDPACK_URL", server.url())
+            .arg("listen"),
+    );
+    until("somebody listens", || delivered(&server) == 1);
+    let (code, dir_back) = server.terminate("TERM");
+    assert_eq!(code, 0);
+    let out = listening.exited();
+    assert_eq!(out.code, 5, "the listener is told: {out:?}");
+    assert_eq!(Server::start_in(dir_back, &[]).terminate("INT").0, 0);
+}
+
+#[test]
+fn a_second_signal_ends_the_server_at_once() {
+    let mut server = Server::start_in(workdir(), &["--max-file", "none", "--min-free", "0"]);
+    let dir = workdir();
+    let mut running = upload_for_long(&server, dir.path());
+    until("the server has ended", || {
+        server.running.signal("TERM");
+        server.running.has_ended()
+    });
+    assert_eq!(server.running.exited().code, 130);
+    running.signal("INT");
+    assert_eq!(running.exited().code, 130);
+}
+
+/// An upload that is well under way and far from done.
+fn upload_for_long(server: &Server, dir: &Path) -> Running {
+    let file = fs::File::create(dir.join("huge")).expect("create");
+    file.set_len(8 << 30).expect("a sparse file");
+    let mut running = Running::spawn(
+        client(dir)
+            .env("UDPACK_URL", server.url())
+            .args(["put", "--json", "huge"]),
+    );
+    until("bytes are acknowledged", || {
+        let line: Value = serde_json::from_str(&running.line()).expect("json");
+        line["event"] == "progress" && line["bytes"].as_u64().is_some_and(|bytes| bytes > 0)
+    });
+    running
+}
+
+fn delivered(server: &Server) -> u64 {
+    let out = exited(
+        client(server.dir.path())
+            .env("UDPACK_URL", server.url())
+            .args([
+                "send",
+                "hello",
+                "{\"n\":[1,null,-2.5],\"raw\":{\"$bin\":\"00ff\"}}",
+            ]),
+    );
+    assert_eq!(out.code, 0, "{out:?}");
+    let reply: Value = serde_json::from_str(&out.stdout).expect("json");
+    reply["delivered"].as_u64().expect("a number")
+}
+
+#[test]
+fn events_reach_every_other_client_as_they_were_sent() {
+    let server = Server::start();
+    let dir = workdir();
+    let listen = || {
+        Running::spawn(
+            client(dir.path())
+                .env("UDPACK_URL", server.url())
+                .args(["listen", "-c", "1"]),
+        )
+    };
+    let mut listeners = [listen(), listen()];
+    // One that was there early stops after its event; the other hears a later copy.
+    until("both have heard one", || {
+        delivered(&server);
+        listeners.iter_mut().all(Running::has_ended)
+    });
+    for listener in &mut listeners {
+        let out = listener.exited();
+        assert_eq!(out.code, 0, "{out:?}");
+        let expected =
+            "{\"event\":\"hello\",\"data\":{\"n\":[1,null,-2.5],\"raw\":{\"$bin\":\"00ff\"}}}\n";
+        assert_eq!(out.stdout, expected);
+    }
+}
+
+#[test]
+fn ping_shows_each_round_trip_and_a_summary() {
+    let server = Server::start();
+    let dir = workdir();
+    let ping = |args: &[&str]| {
+        let out = exited(
+            client(dir.path())
+                .env("UDPACK_URL", server.url())
+                .args(["ping", "-c", "3", "--interval", "0.01"])
+                .args(args),
+        );
+        assert_eq!(out.code, 0, "{out:?}");
+        out.stdout
+    };
+    let plain = ping(&[]);
+    let lines: Vec<&str> = plain.lines().collect();
+    assert_eq!(lines.len(), 4, "{plain}");
+    assert!(lines[3].starts_with("min/avg/max  "), "{plain}");
+    let events = events(&ping(&["--json"]));
+    assert_eq!(named(&events, "pong").len(), 3);
+    assert_eq!(events[3]["count"], 3);
+}
+
+#[test]
+fn an_unknown_channel_is_told() {
+    let server = Server::start();
+    let out = exited(
+        client(server.dir.path())
+            .env("UDPACK_URL", server.url())
+            .args(["send", "hello", "1", "--channel", "nobody"]),
+    );
+    assert_eq!(out.code, 1, "{out:?}");
+    assert_error(&out.stderr);
+}
+
+#[test]
+fn demo_uploads_and_verifies() {
+    let dir = workdir();
+    let out = exited(client(dir.path()).arg("demo"));
+    assert_eq!(out.code, 0, "{out:?}");
+    assert!(out.stdout.starts_with("demo.bin  67108864  "), "{out:?}");
+    let content = bytes(1_000_001, 10);
+    fs::write(dir.path().join("mine"), &content).expect("write");
+    let out = exited(client(dir.path()).args(["demo", "mine"]));
+    assert_eq!(out.code, 0, "{out:?}");
+    let hash = blake3::hash(&content);
+    let lines: Vec<&str> = out.stdout.lines().collect();
+    assert_eq!(lines[0], format!("mine  1000001  {hash}"));
+    assert!(
+        lines[1].starts_with(&format!("verified  {hash}")),
+        "{out:?}"
+    );
+    assert_eq!(exited(client(dir.path()).args(["demo", "missing"])).code, 3);
+    let json = exited(client(dir.path()).args(["demo", "mine", "--json"]));
+    assert_eq!(result(&json.stdout)["status"], "ok");
+    let left = fs::read_dir(dir.path()).expect("dir").count();
+    assert_eq!(left, 1, "nothing is left behind");
+}
+
+#[test]
+fn completions_and_man_pages() {
+    let dir = workdir();
+    for (what, mut command) in [
+        ("udpack-server", server(dir.path())),
+        ("udpack-client", client(dir.path())),
+    ] {
+        let script = exited(command.args(["completions", "bash"]));
+        assert_eq!(script.code, 0);
+        assert!(script.stdout.contains(what), "{what}");
+    }
+    for mut command in [server(dir.path()), client(dir.path())] {
+        let page = exited(command.arg("man"));
+        assert_eq!(page.code, 0);
+        assert!(page.stdout.contains(".SH NAME"));
+    }
+    assert_eq!(
+        fs::read_dir(dir.path()).expect("dir").count(),
+        0,
+        "no keys are made for it"
+    );
+}
+
+#[test]
+fn a_closed_stdout_is_no_panic() {
+    let server_one = Server::start();
+    let dir = workdir();
+    fs::write(dir.path().join("file"), "content").expect("write");
+    let url = server_one.url();
+    for args in [
+        &["put", "file"][..],
+        &["put", "file", "--json"],
+        &["ping", "-c", "2", "--interval", "0.01"],
+        &["send", "hello", "1"],
+        &["man"],
+        &["completions", "zsh"],
+        &["--help"],
+    ] {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let mut command = client(dir.path());
+        command
+            .env("UDPACK_URL", &url)
+            .args(args)
+            .stdout(Stdio::from(writer));
+        let out = Running::spawn_with(&mut command).exited();
+        assert_eq!(out.code, 0, "{args:?}: {out:?}");
+        assert!(!out.stderr.contains("panicked"), "{args:?}: {out:?}");
+    }
+    assert_eq!(
+        visible(&server_one.uploads()),
+        ["file"],
+        "the work is done all the same"
+    );
+}
+
+#[test]
+fn log_files_are_written_and_hold_no_token() {
+    let server = Server::start_in(workdir(), &["--log-dir", "logs", "-q"]);
+    let dir = workdir();
+    fs::write(dir.path().join("file"), "content").expect("write");
+    let out = exited(client(dir.path()).env("UDPACK_URL", server.url()).args([
+        "put",
+        "file",
+        "--log-dir",
+        "logs",
+        "-vv",
+    ]));
+    assert_eq!(out.code, 0, "{out:?}");
+    let token = server
+        .url()
+        .split(['/', '@'])
+        .nth(2)
+        .expect("a token")
+        .to_owned();
+    assert!(!out.stderr.contains(&token));
+    let (code, server_dir) = server.terminate("TERM");
+    assert_eq!(code, 0);
+    for (dir, name) in [(&server_dir, "server.log"), (&dir, "client.log")] {
+        let mut text = String::new();
+        let mut file = fs::File::open(dir.path().join("logs").join(name)).expect(name);
+        file.read_to_string(&mut text).expect("text");
+        assert!(!text.is_empty() && !text.contains(&token), "{name}");
+    }
+}
+
+#[test]
+fn plain_progress_off_a_terminal_stays_on_stderr() {
+    let server = Server::start();
+    let dir = workdir();
+    let mut file = fs::File::create(dir.path().join("file")).expect("create");
+    file.write_all(&bytes(1 << 20, 11)).expect("write");
+    for style in ["auto", "plain", "none", "bar"] {
+        let out = exited(client(dir.path()).env("UDPACK_URL", server.url()).args([
+            "put",
+            "file",
+            "--progress",
+            style,
+        ]));
+        assert_eq!(out.code, 0, "{out:?}");
+        assert_eq!(out.stdout.lines().count(), 1, "{out:?}");
+        assert!(
+            !out.stderr.contains('\u{1b}'),
+            "no control sequences: {out:?}"
+        );
+    }
+    let out = exited(
+        client(dir.path())
+            .env("UDPACK_URL", server.url())
+            .args(["put", "file", "-q"]),
+    );
+    assert_eq!((out.code, out.stderr.as_str()), (0, ""));
+}

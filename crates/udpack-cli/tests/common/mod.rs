@@ -1,0 +1,272 @@
+//! Runs the binaries in directories of their own: every wait is bounded, every process ends with its handle.
+
+use std::io::{BufRead as _, BufReader, Read, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+/// The longest that anything here may take.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+pub(crate) fn workdir() -> TempDir {
+    tempfile::tempdir().expect("a temporary directory")
+}
+
+/// Without the caller's settings, which would decide what is tested.
+pub(crate) fn quiet(mut command: Command, dir: &Path) -> Command {
+    for (name, _) in std::env::vars_os() {
+        let ours = name.to_string_lossy();
+        if ours.starts_with("UDPACK_") || ours == "RUST_LOG" {
+            command.env_remove(&name);
+        }
+    }
+    command.current_dir(dir).stdin(Stdio::null());
+    command
+}
+
+pub(crate) fn client(dir: &Path) -> Command {
+    quiet(Command::new(env!("CARGO_BIN_EXE_udpack-client")), dir)
+}
+
+pub(crate) fn server(dir: &Path) -> Command {
+    quiet(Command::new(env!("CARGO_BIN_EXE_udpack-server")), dir)
+}
+
+/// Says that something was not tested, past the test harness, which would swallow it.
+pub(crate) fn skipped(what: &str) {
+    let _ = writeln!(std::io::stderr(), "skipped: {what}");
+}
+
+/// Waits for something that comes about by itself.
+pub(crate) fn until(what: &str, mut come: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !come() {
+        assert!(Instant::now() < deadline, "not in time: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// How a process ended.
+#[derive(Debug)]
+pub(crate) struct Exited {
+    pub(crate) code: i32,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+/// Runs a command to its end.
+pub(crate) fn exited(command: &mut Command) -> Exited {
+    Running::spawn(command).exited()
+}
+
+/// A process, killed when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Running {
+    child: Child,
+    lines: Receiver<String>,
+    stdout: String,
+    stderr: Option<JoinHandle<String>>,
+}
+
+impl Running {
+    pub(crate) fn spawn(command: &mut Command) -> Self {
+        Self::spawn_with(command.stdout(Stdio::piped()))
+    }
+
+    /// With the standard output that the command has been given.
+    pub(crate) fn spawn_with(command: &mut Command) -> Self {
+        let mut child = command
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the binary starts");
+        let (sender, lines) = channel();
+        if let Some(stdout) = child.stdout.take() {
+            std::thread::spawn(move || {
+                for line in BufReader::new(stdout).lines() {
+                    if line.is_ok_and(|line| sender.send(line).is_err()) {
+                        break;
+                    }
+                }
+            });
+        }
+        let stderr = child.stderr.take().map(|mut stderr| {
+            std::thread::spawn(move || {
+                let mut text = String::new();
+                let _ = stderr.read_to_string(&mut text);
+                text
+            })
+        });
+        Self {
+            child,
+            lines,
+            stdout: String::new(),
+            stderr,
+        }
+    }
+
+    /// The next line on standard output.
+    pub(crate) fn line(&mut self) -> String {
+        match self.lines.recv_timeout(PATIENCE) {
+            Ok(line) => {
+                self.stdout.push_str(&line);
+                self.stdout.push('\n');
+                line
+            }
+            Err(RecvTimeoutError::Timeout) => panic!("no line in time after: {}", self.stdout),
+            Err(RecvTimeoutError::Disconnected) => {
+                let out = self.exited();
+                panic!("ended: {out:?}");
+            }
+        }
+    }
+
+    pub(crate) fn signal(&self, signal: &str) {
+        let sent = Command::new("kill")
+            .args([&format!("-{signal}"), &self.child.id().to_string()])
+            .status();
+        assert!(sent.is_ok_and(|status| status.success()), "kill -{signal}");
+    }
+
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.child.try_wait().expect("a child").is_some()
+    }
+
+    /// Waits for the end; everything it wrote is in the answer.
+    pub(crate) fn exited(&mut self) -> Exited {
+        let deadline = Instant::now() + PATIENCE;
+        let status = loop {
+            if let Some(status) = self.child.try_wait().expect("a child") {
+                break status;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "did not end after: {}",
+                self.stdout
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        for line in self.lines.iter() {
+            self.stdout.push_str(&line);
+            self.stdout.push('\n');
+        }
+        let stderr = self.stderr.take().map(JoinHandle::join);
+        Exited {
+            code: status.code().unwrap_or(-1),
+            stdout: std::mem::take(&mut self.stdout),
+            stderr: stderr.and_then(Result::ok).unwrap_or_default(),
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A server on a free loopback port, in a directory of its own.
+#[derive(Debug)]
+pub(crate) struct Server {
+    pub(crate) running: Running,
+    pub(crate) dir: TempDir,
+    pub(crate) lines: Vec<(String, String)>,
+}
+
+impl Server {
+    pub(crate) fn start() -> Self {
+        Self::start_in(workdir(), &[])
+    }
+
+    pub(crate) fn start_in(dir: TempDir, args: &[&str]) -> Self {
+        let mut running = Running::spawn(
+            server(dir.path())
+                .args(["--listen", "127.0.0.1:0"])
+                .args(args),
+        );
+        let mut lines = Vec::new();
+        for _ in 0..4 {
+            let line = running.line();
+            let (label, value) = line.split_once(' ').expect("a label and a value");
+            lines.push((label.to_owned(), value.to_owned()));
+        }
+        Self {
+            running,
+            dir,
+            lines,
+        }
+    }
+
+    pub(crate) fn value(&self, label: &str) -> &str {
+        let line = self.lines.iter().find(|(known, _)| known == label);
+        &line.expect("the label is printed").1
+    }
+
+    pub(crate) fn url(&self) -> String {
+        self.value("send")
+            .split('\'')
+            .nth(1)
+            .expect("a quoted url")
+            .to_owned()
+    }
+
+    pub(crate) fn uploads(&self) -> PathBuf {
+        self.dir.path().join(self.value("uploads"))
+    }
+
+    /// A fresh client is served.
+    pub(crate) fn still_works(&self) {
+        let args = ["ping", "-c", "1"];
+        let out = exited(
+            client(self.dir.path())
+                .env("UDPACK_URL", self.url())
+                .args(args),
+        );
+        assert_eq!(out.code, 0, "{out:?}");
+    }
+
+    /// Kills it.
+    pub(crate) fn stop(self) -> TempDir {
+        drop(self.running);
+        self.dir
+    }
+
+    /// Asks it to end; gives its exit code.
+    pub(crate) fn terminate(mut self, signal: &str) -> (i32, TempDir) {
+        self.running.signal(signal);
+        (self.running.exited().code, self.dir)
+    }
+}
+
+/// A small file system, for filling it.
+#[derive(Debug)]
+pub(crate) struct Tmpfs(PathBuf);
+
+impl Tmpfs {
+    /// None where this user may not mount.
+    pub(crate) fn mount(at: &Path, size: &str) -> Option<Self> {
+        std::fs::create_dir(at).expect("mkdir");
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={size}"), "udpack-test"])
+            .arg(at)
+            .stderr(Stdio::null())
+            .status();
+        mounted
+            .is_ok_and(|status| status.success())
+            .then(|| Self(at.to_owned()))
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
