@@ -79,14 +79,13 @@ impl Hub {
     async fn relay(&self, channel: Channel) -> Result<(), RecvError> {
         let seat = self.join(&channel);
         while let Some(message) = self.recv(&channel).await? {
-            match encoded(&message) {
-                Ok(encoded) => {
-                    let delivered = self.send_to_others(&channel, &encoded);
+            // Passed on as it came: the server need not understand it.
+            match Encoded::relay(&message) {
+                Ok(relayed) => {
+                    let delivered = self.send_to_others(&channel, &relayed);
                     let _ = channel.reply(&message, &Delivered { delivered }).await;
                 }
-                Err(fault) => {
-                    let _ = channel.fault(&message, &fault).await;
-                }
+                Err(error) => tracing::debug!(%error, "event not passed on"),
             }
         }
         drop(seat);
@@ -191,14 +190,6 @@ impl Drop for Seat {
             }
         }
     }
-}
-
-fn encoded(message: &Message) -> Result<Encoded, Fault> {
-    let data = message
-        .data::<Value>()
-        .map_err(|error| Fault::new(Fault::BAD_PAYLOAD, error.to_string()))?;
-    Encoded::new(message.event(), &data)
-        .map_err(|error| Fault::new(Fault::BAD_PAYLOAD, error.to_string()))
 }
 
 #[cfg(test)]

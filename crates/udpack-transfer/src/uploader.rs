@@ -383,7 +383,7 @@ async fn lane(uploader: Uploader, few: bool, shared: Arc<Shared>, events: mpsc::
         flight.changed.notify_waiters();
         result
     };
-    let receiving = receive(&channel, &shared, &flight, &events);
+    let receiving = receive(&uploader.socket, &channel, &shared, &flight, &events);
     // The receiving half ends last, or first when the lane breaks: then sending must not wait for it.
     let error = {
         let mut sending = std::pin::pin!(sending);
@@ -603,6 +603,7 @@ async fn prove(
 
 /// Takes the server's answers until every file of this lane has its outcome.
 async fn receive(
+    socket: &Socket,
     channel: &Channel,
     shared: &Shared,
     flight: &InFlight,
@@ -619,7 +620,7 @@ async fn receive(
                 // Nothing is owed: only the end of the lane may come now.
                 tokio::select! {
                     () = changed => {}
-                    message = channel.recv() => take(message, shared, flight, events).await?,
+                    message = channel.recv() => take(message, socket, shared, flight, events).await?,
                 }
                 continue;
             }
@@ -627,23 +628,19 @@ async fn receive(
         let message = tokio::time::timeout(SILENCE, channel.recv())
             .await
             .map_err(|_| TransferError::Silent(SILENCE))?;
-        take(message, shared, flight, events).await?;
+        take(message, socket, shared, flight, events).await?;
     }
 }
 
 async fn take(
     message: Result<Option<udpack::Message>, udpack::RecvError>,
+    socket: &Socket,
     shared: &Shared,
     flight: &InFlight,
     events: &mpsc::Sender<Event>,
 ) -> Result<(), TransferError> {
     let Some(message) = message? else {
-        let text = "the server ended the lane with files unanswered";
-        return Err(TransferError::Closed(CloseReason::new(
-            CloseCode::NORMAL,
-            text,
-            Side::Peer,
-        )));
+        return Err(TransferError::Closed(lane_end(socket)));
     };
     let reply =
         wire::decode_reply(&message).map_err(|error| TransferError::Protocol(error.to_string()))?;
@@ -720,6 +717,21 @@ async fn take(
         }
     }
     Ok(())
+}
+
+/// Why the server ended a lane in order although files on it have no outcome.
+fn lane_end(socket: &Socket) -> CloseReason {
+    if let Some(reason) = socket.close_reason() {
+        return reason;
+    }
+    let (code, text) = match socket.goaway() {
+        Some(goaway) => (goaway.code, goaway.text),
+        None => (
+            CloseCode::CONNECTION_LOST,
+            "the server ended the lane with files unanswered".to_owned(),
+        ),
+    };
+    CloseReason::new(code, text, Side::Peer)
 }
 
 /// Reports a file that was in flight and did not arrive; one that has its outcome already is left alone.

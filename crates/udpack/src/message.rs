@@ -367,6 +367,32 @@ impl Encoded {
         Self(frame)
     }
 
+    /// A received message to be passed on: its event and data as they are, without its id, and without
+    /// decoding the data.
+    ///
+    /// # Errors
+    ///
+    /// Reserved events, which `recv` never hands out.
+    pub fn relay(message: &Message) -> Result<Self, EncodeError> {
+        if message.is_reserved() {
+            return Err(EncodeError::Reserved(message.event().to_owned()));
+        }
+        let mut head = vec![0x92];
+        // Writing to a vector cannot fail.
+        let _ = rmp::encode::write_str(&mut head, message.event());
+        let data = message.raw();
+        let size = head.len() + data.len();
+        let prefix = u32::try_from(size).map_err(|_| EncodeError::TooLarge {
+            size,
+            limit: u32::MAX as usize,
+        })?;
+        let mut frame = BytesMut::with_capacity(PREFIX + size);
+        frame.put_u32(prefix);
+        frame.put_slice(&head);
+        frame.put_slice(&data);
+        Ok(Self(frame.freeze()))
+    }
+
     /// The whole frame, prefix included.
     pub fn bytes(&self) -> &Bytes {
         &self.0

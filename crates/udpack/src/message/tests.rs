@@ -499,3 +499,20 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_relayed_message_has_the_same_event_and_data_and_no_id() {
+    // `["say", {"a": [1, nil]}, 7]`, the array in its long form.
+    let body = Bytes::from_static(b"\xdc\x00\x03\xa3say\x81\xa1a\x92\x01\xc0\x07");
+    let message = Message::decode(body).unwrap();
+    let relayed = Encoded::relay(&message).unwrap();
+    assert_eq!(
+        relayed.bytes().as_ref(),
+        b"\x00\x00\x00\x0b\x92\xa3say\x81\xa1a\x92\x01\xc0"
+    );
+    let reserved = Message::decode(Bytes::from_static(b"\x92\xa6$reply\xc0")).unwrap();
+    assert!(matches!(
+        Encoded::relay(&reserved),
+        Err(EncodeError::Reserved(_))
+    ));
+}
