@@ -14,7 +14,7 @@ use futures_util::future::BoxFuture;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::code::{CloseCode, CloseReason, Fault};
+use crate::code::{CloseCode, CloseReason, Fault, Side};
 use crate::control::{self, CANCEL, FAULT, REPLY};
 use crate::inbox::{Ending, Inbox, NoReply};
 use crate::message::{DecodeError, EncodeError, Encoded, Message};
@@ -42,7 +42,7 @@ struct Inner {
     name: String,
     meta: Option<Bytes>,
     outbox: Arc<Outbox>,
-    inbox: Inbox,
+    inbox: Arc<Inbox>,
     counters: Arc<Counters>,
     end: Arc<End>,
     next_request: AtomicU64,
@@ -77,19 +77,27 @@ impl Channel {
         );
         let end = Arc::new(End::default());
         let key = session.register(&outbox);
+        let inbox = Arc::new(inbox);
         let writer = {
-            let (outbox, session, counters, end) = (
+            let (outbox, session, counters, end, inbox) = (
                 outbox.clone(),
                 session.clone(),
                 counters.clone(),
                 end.clone(),
+                inbox.clone(),
             );
             async move {
-                if let Err(reason) =
-                    outbox::write_loop(outbox, send, session.clone(), counters).await
-                    && !reason.is_normal()
-                {
-                    end.set(reason);
+                let written =
+                    outbox::write_loop(outbox, send, session.clone(), counters.clone()).await;
+                if let Err(mut reason) = written {
+                    if reason.by == Side::Peer && session.conn.close_reason().is_none() {
+                        reason = closing_words(&inbox, &session, &counters)
+                            .await
+                            .unwrap_or(reason);
+                    }
+                    if !reason.is_normal() {
+                        end.set(reason);
+                    }
                 }
                 session.unregister(key);
             }
@@ -467,6 +475,19 @@ impl fmt::Debug for Channel {
             .field("name", &self.inner.name)
             .field("session", &self.inner.session.id())
             .finish_non_exhaustive()
+    }
+}
+
+/// The peer has stopped our stream: its `$close`, which says why, may be on the way or unread.
+async fn closing_words(
+    inbox: &Inbox,
+    session: &Session,
+    counters: &Counters,
+) -> Option<CloseReason> {
+    let end = poll_fn(|cx| inbox.poll_end(cx, session, counters));
+    match tokio::time::timeout(Duration::from_secs(1), end).await {
+        Ok(Some(Ending::Closed(reason))) => Some(reason),
+        Ok(Some(Ending::Finished | Ending::Violation(_)) | None) | Err(_) => None,
     }
 }
 

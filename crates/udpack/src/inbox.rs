@@ -151,15 +151,12 @@ impl Inbox {
             if let Some(reply) = state.replies.get_mut(&id).and_then(Option::take) {
                 return Poll::Ready(Ok(reply));
             }
-            if state.backlog.len() >= session.limits.backlog_messages
-                || state.backlog_bytes >= session.limits.backlog_bytes
-            {
+            if state.backlog_full(session) {
                 return Poll::Ready(Err(NoReply::Backlog));
             }
             match std::task::ready!(self.poll_step(cx, &mut state, session, counters)) {
                 Step::Message(message) => {
-                    state.backlog_bytes += message.len();
-                    state.backlog.push_back(message);
+                    state.put_back(message);
                     self.waiters.wake_by_ref();
                 }
                 Step::Filed => self.waiters.wake_by_ref(),
@@ -199,6 +196,33 @@ impl Inbox {
         state.poll_decoded(session, counters)
     }
 
+    /// The end of the receiving direction, for somebody who does not read: messages before it wait in the
+    /// backlog. `None` when that is full first.
+    pub(crate) fn poll_end(
+        &self,
+        cx: &mut Context<'_>,
+        session: &Session,
+        counters: &Counters,
+    ) -> Poll<Option<Ending>> {
+        let mut state = lock(&self.state);
+        loop {
+            if state.backlog_full(session) {
+                return Poll::Ready(None);
+            }
+            match std::task::ready!(self.poll_step(cx, &mut state, session, counters)) {
+                Step::Message(message) => {
+                    state.put_back(message);
+                    self.waiters.wake_by_ref();
+                }
+                Step::Filed => self.waiters.wake_by_ref(),
+                Step::End(end) => {
+                    self.waiters.wake_by_ref();
+                    return Poll::Ready(Some(end));
+                }
+            }
+        }
+    }
+
     /// Refuses everything that may still come.
     pub(crate) fn stop(&self, code: CloseCode, ending: Ending) {
         let mut state = lock(&self.state);
@@ -219,6 +243,17 @@ impl Inbox {
 }
 
 impl State {
+    fn backlog_full(&self, session: &Session) -> bool {
+        self.backlog.len() >= session.limits.backlog_messages
+            || self.backlog_bytes >= session.limits.backlog_bytes
+    }
+
+    /// Keeps a message for whoever calls `recv` next.
+    fn put_back(&mut self, message: Message) {
+        self.backlog_bytes += message.len();
+        self.backlog.push_back(message);
+    }
+
     /// Decodes the next message and files what belongs to the protocol.
     fn poll_step(&mut self, session: &Session, counters: &Counters) -> Poll<Step> {
         loop {

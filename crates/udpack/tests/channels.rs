@@ -764,3 +764,36 @@ async fn speed_is_measured_for_channel_socket_and_server() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn whoever_does_not_read_still_learns_why_the_peer_closed() {
+    bounded(async {
+        let server = bind(server()).await;
+        let dialled = connect(&server).await;
+        let accepted = server.accept().await.expect("one socket");
+        for round in 0..20 {
+            let ours = dialled.open("x").await.expect("a channel");
+            ours.send("hello", &()).await.expect("queued");
+            let theirs = accepted.accept_channel().await.expect("the channel");
+            for n in 0..round {
+                theirs.send("event", &n).await.expect("queued");
+            }
+            theirs.close(CloseCode::new(0x1234), "enough");
+            let reason = ours.closed().await;
+            assert_eq!(
+                (reason.code.value(), reason.text.as_str()),
+                (0x1234, "enough")
+            );
+            for n in 0..round {
+                let event = ours
+                    .recv()
+                    .await
+                    .expect("what came before")
+                    .expect("an event");
+                assert_eq!(event.data::<u64>().expect("a number"), n);
+            }
+            assert_eq!(ours.recv().await.expect_err("closed").reason(), &reason);
+        }
+    })
+    .await;
+}
