@@ -610,25 +610,18 @@ async fn receive(
     events: &mpsc::Sender<Event>,
 ) -> Result<(), TransferError> {
     loop {
-        {
-            let mut changed = std::pin::pin!(flight.changed.notified());
-            changed.as_mut().enable();
-            if flight.len() == 0 {
-                if flight.complete.load(Ordering::Relaxed) {
-                    return Ok(());
-                }
-                // Nothing is owed: only the end of the lane may come now.
-                tokio::select! {
-                    () = changed => {}
-                    message = channel.recv() => take(message, socket, shared, flight, events).await?,
-                }
-                continue;
-            }
+        let mut changed = std::pin::pin!(flight.changed.notified());
+        changed.as_mut().enable();
+        let owed = flight.len() > 0;
+        if !owed && flight.complete.load(Ordering::Relaxed) {
+            return Ok(());
         }
-        let message = tokio::time::timeout(SILENCE, channel.recv())
-            .await
-            .map_err(|_| TransferError::Silent(SILENCE))?;
-        take(message, socket, shared, flight, events).await?;
+        // While nothing is owed, only the end of the lane may come, and silence means nothing.
+        tokio::select! {
+            message = channel.recv() => take(message, socket, shared, flight, events).await?,
+            () = changed => {}
+            () = tokio::time::sleep(SILENCE), if owed => return Err(TransferError::Silent(SILENCE)),
+        }
     }
 }
 
