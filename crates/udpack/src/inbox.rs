@@ -16,7 +16,7 @@ use tokio::time::{Instant, Sleep};
 
 use crate::code::{CloseCode, CloseReason};
 use crate::config::MIN_FRAME_RATE;
-use crate::control::{self, CANCEL, CLOSE, FAULT, REPLY};
+use crate::control::{self, CANCEL, CLOSE, FAULT, GOAWAY, HELLO, OPEN, REPLY, WELCOME};
 use crate::frame::FrameDecoder;
 use crate::message::Message;
 use crate::session::{Session, lock, lost};
@@ -264,6 +264,12 @@ impl State {
             if !message.is_reserved() {
                 return Poll::Ready(Step::Message(message));
             }
+            if message.event() == FAULT
+                && let Err(error) = control::decode_fault(&message)
+            {
+                let end = violation(error.close_code(), &error);
+                return Poll::Ready(Step::End(self.ended(end)));
+            }
             match (message.event(), message.id()) {
                 (REPLY | FAULT, Some(id)) => {
                     // A reply to a request that was given up finds no entry and is dropped.
@@ -287,6 +293,13 @@ impl State {
                         Ok(reason) => Ending::Closed(reason),
                         Err(error) => violation(error.close_code(), &error),
                     };
+                    return Poll::Ready(Step::End(self.ended(end)));
+                }
+                (HELLO | WELCOME | OPEN | GOAWAY, _) => {
+                    let end = violation(
+                        CloseCode::PROTOCOL_ORDER,
+                        &"a message that has no place on a channel now",
+                    );
                     return Poll::Ready(Step::End(self.ended(end)));
                 }
                 _ => {

@@ -530,7 +530,10 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
         session.abort(CloseReason::local(CloseCode::SERVER_BUSY, text));
     }
     let handler = shared.on_socket.as_ref().map(|handler| {
-        let handler = std::panic::AssertUnwindSafe(handler(socket)).catch_unwind();
+        let handler = handler.clone();
+        // Inside the block, because a handler may panic before it gives a future.
+        let handler =
+            std::panic::AssertUnwindSafe(async move { handler(socket).await }).catch_unwind();
         let gone = session.conn.clone();
         shared.tasks.spawn(
             async move {
@@ -562,8 +565,10 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Control, Close
     let hello = match first {
         Ok(message) => control::decode_hello(&message)
             .map_err(|error| CloseReason::local(error.close_code(), error.to_string()))?,
-        Err(Ending::Violation(reason) | Ending::Closed(reason)) => return Err(reason),
-        Err(Ending::Finished) => {
+        Err(Ending::Violation(reason)) => return Err(reason),
+        Err(Ending::Closed(reason)) if conn.close_reason().is_some() => return Err(reason),
+        // The code of a reset is the peer's word, not ours to repeat.
+        Err(Ending::Finished | Ending::Closed(_)) => {
             return Err(CloseReason::local(
                 CloseCode::TRUNCATED,
                 "the control stream ended before $hello",
@@ -574,7 +579,8 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Control, Close
     let hello = Hello::new(hello, conn.remote_address());
     let agent = hello.agent().to_owned();
     let begun = tokio::time::Instant::now();
-    let verdict = std::panic::AssertUnwindSafe(shared.auth.authenticate(hello))
+    // Inside the block, because a verifier may panic before it gives a future.
+    let verdict = std::panic::AssertUnwindSafe(async { shared.auth.authenticate(hello).await })
         .catch_unwind()
         .await;
     let peer = match verdict {
@@ -625,7 +631,13 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Control, Close
         .send
         .write_chunk(bytes)
         .await
-        .map_err(|_| crate::session::lost("the connection ended before it was admitted"))?;
+        .map_err(|error| match error {
+            quinn::WriteError::ConnectionLost(error) => session.reason_for(&error),
+            _ => CloseReason::local(
+                CloseCode::PROTOCOL_ORDER,
+                "the control stream was stopped before $welcome",
+            ),
+        })?;
     Ok(control)
 }
 
