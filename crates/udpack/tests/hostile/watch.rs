@@ -19,7 +19,7 @@ use crate::common::{self, TOKEN};
 /// Every wrong token of these tests contains this, so that a log line with any token can be told.
 pub(crate) const MARK: &str = "s3cret";
 
-/// RSS, descriptors and tasks belong to the process: one test at a time.
+/// The heap, descriptors and tasks belong to the process: one test at a time.
 pub(crate) static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 /// How far the process may grow over its baseline, in KiB.
@@ -128,7 +128,7 @@ pub(crate) struct Site {
 
 #[derive(Debug, Clone, Copy)]
 struct Usage {
-    rss: u64,
+    heap: u64,
     descriptors: usize,
     tasks: usize,
 }
@@ -147,7 +147,7 @@ impl Site {
             ping,
             peers,
             before: Usage {
-                rss: u64::MAX >> 1,
+                heap: u64::MAX >> 1,
                 descriptors: usize::MAX,
                 tasks: usize::MAX,
             },
@@ -174,7 +174,7 @@ impl Site {
         })
         .await;
         site.before = Usage {
-            rss: rss(),
+            heap: heap(),
             descriptors: last.0,
             tasks: last.1,
         };
@@ -208,7 +208,7 @@ impl Site {
 
     /// What the process has grown by, in KiB.
     pub(crate) fn grown(&self) -> u64 {
-        rss().saturating_sub(self.before.rss)
+        heap().saturating_sub(self.before.heap)
     }
 
     /// The behaving client is served, on the connection it has had all along.
@@ -294,13 +294,13 @@ pub(crate) async fn until(what: &str, mut is: impl FnMut() -> bool) {
     }
 }
 
-/// Resident memory in KiB.
-pub(crate) fn rss() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").expect("Linux says so");
-    let line = status.lines().find(|line| line.starts_with("VmRSS:"));
-    line.and_then(|line| line.split_whitespace().nth(1))
-        .and_then(|size| size.parse().ok())
-        .expect("VmRSS in KiB")
+/// Counts what is allocated: unlike resident memory, it does not depend on what the allocator keeps.
+#[global_allocator]
+static HEAP: peak_alloc::PeakAlloc = peak_alloc::PeakAlloc;
+
+/// What the process has allocated, in KiB.
+pub(crate) fn heap() -> u64 {
+    HEAP.current_usage() as u64 >> 10
 }
 
 fn descriptors() -> usize {
