@@ -37,6 +37,8 @@ impl Target {
         };
         let timeouts = Timeouts {
             handshake: args.connect_timeout.0,
+            // A server whose disk is busy stops reading for a while; that is no reason to give up.
+            slow_peer: Duration::from_secs(60),
             ..Timeouts::default()
         };
         let mut client = Client::builder()

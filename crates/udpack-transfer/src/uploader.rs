@@ -618,7 +618,7 @@ async fn receive(
         }
         // While nothing is owed, only the end of the lane may come, and silence means nothing.
         tokio::select! {
-            message = channel.recv() => take(message, socket, shared, flight, events).await?,
+            message = channel.recv() => take(message, channel, socket, shared, flight, events).await?,
             () = changed => {}
             () = tokio::time::sleep(SILENCE), if owed => return Err(TransferError::Silent(SILENCE)),
         }
@@ -627,13 +627,14 @@ async fn receive(
 
 async fn take(
     message: Result<Option<udpack::Message>, udpack::RecvError>,
+    channel: &Channel,
     socket: &Socket,
     shared: &Shared,
     flight: &InFlight,
     events: &mpsc::Sender<Event>,
 ) -> Result<(), TransferError> {
     let Some(message) = message? else {
-        return Err(TransferError::Closed(lane_end(socket)));
+        return Err(TransferError::Closed(lane_end(channel, socket)));
     };
     let reply =
         wire::decode_reply(&message).map_err(|error| TransferError::Protocol(error.to_string()))?;
@@ -713,8 +714,8 @@ async fn take(
 }
 
 /// Why the server ended a lane in order although files on it have no outcome.
-fn lane_end(socket: &Socket) -> CloseReason {
-    if let Some(reason) = socket.close_reason() {
+fn lane_end(channel: &Channel, socket: &Socket) -> CloseReason {
+    if let Some(reason) = channel.close_reason().or_else(|| socket.close_reason()) {
         return reason;
     }
     let (code, text) = match socket.goaway() {

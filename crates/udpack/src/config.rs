@@ -35,9 +35,11 @@ pub struct Limits {
     pub backlog_messages: usize,
     /// Bytes of such messages. Default 1 MiB.
     pub backlog_bytes: usize,
-    /// QUIC flow-control window of one stream, in bytes. Default 16 MiB: 1 Gbit/s at 130 ms.
+    /// QUIC flow-control window of one stream, in bytes. Default 8 MiB: 1 Gbit/s at 64 ms. Below
+    /// `connection_window`, so that one channel that nobody reads leaves room for the others. For a reader that
+    /// cannot keep up quinn holds that much, at about three times its size.
     pub stream_window: u32,
-    /// QUIC flow-control window of one admitted connection, in bytes. Default 16 MiB; shrinks when
+    /// QUIC flow-control window of one admitted connection, in bytes. Default 12 MiB; shrinks when
     /// `receive_budget` is shared by many.
     pub connection_window: u32,
     /// Bytes quinn may hold unacknowledged for sending, a connection. Default 16 MiB.
@@ -65,8 +67,8 @@ impl Default for Limits {
             outbound_messages: 1024,
             backlog_messages: 1024,
             backlog_bytes: 1 << 20,
-            stream_window: 16 << 20,
-            connection_window: 16 << 20,
+            stream_window: 8 << 20,
+            connection_window: 12 << 20,
             send_window: 16 << 20,
             receive_budget: 512 << 20,
             auth_failures: 3,

@@ -5,7 +5,10 @@
 //! many small sends share packets without any timer.
 
 use std::collections::VecDeque;
+use std::future::Future;
+use std::pin::pin;
 use std::sync::{Arc, Mutex};
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -410,19 +413,48 @@ async fn progress(
     let patience: Duration = session.timeouts.slow_peer;
     loop {
         let heard = session.conn.stats().udp_rx.datagrams;
-        match tokio::time::timeout(patience, stream.write_chunks(rest)).await {
+        match tokio::time::timeout(patience, write_some(stream, rest, session)).await {
             Ok(Ok(written)) => return Ok(written),
             Ok(Err(error)) => return Err(write_reason(session, error)),
             Err(_) if session.conn.stats().udp_rx.datagrams == heard => {}
             Err(_) => {
                 let _ = stream.reset(CloseCode::SLOW_PEER.varint());
-                return Err(CloseReason::local(
-                    CloseCode::SLOW_PEER,
-                    format!("the peer took nothing off the channel for {patience:?}"),
-                ));
+                let text = format!("the peer took nothing off the channel for {patience:?}");
+                if let Some(left_out) = session.quiet.line() {
+                    tracing::warn!(left_out, "channel closed: {text}");
+                }
+                return Err(CloseReason::local(CloseCode::SLOW_PEER, text));
             }
         }
     }
+}
+
+/// Writes as much as QUIC takes now, or waits.
+///
+/// All channels of a connection share its flow-control and send window. When some of that becomes free, quinn
+/// wakes every blocked stream, always in nearly the same order (last in, first out), and who writes first
+/// takes it all: left to that, some streams would starve. So those who have waited let a drawn number of
+/// others go first.
+async fn write_some(
+    stream: &mut quinn::SendStream,
+    rest: &mut [Bytes],
+    session: &Session,
+) -> Result<quinn::Written, quinn::WriteError> {
+    let mut let_pass = 0;
+    std::future::poll_fn(|cx| {
+        if let_pass > 0 {
+            let_pass -= 1;
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        // `write_chunks` is cancel safe: a future that is not ready has written nothing.
+        let written = pin!(stream.write_chunks(rest)).poll(cx);
+        if written.is_pending() && session.live_channels() > 1 {
+            let_pass = session.draw() % 4;
+        }
+        written
+    })
+    .await
 }
 
 fn write_reason(session: &Session, error: quinn::WriteError) -> CloseReason {

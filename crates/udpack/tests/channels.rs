@@ -797,3 +797,52 @@ async fn whoever_does_not_read_still_learns_why_the_peer_closed() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn channels_that_share_a_full_window_all_get_their_turn() {
+    bounded(async {
+        let limits = Limits {
+            connection_window: 256 << 10,
+            stream_window: 256 << 10,
+            ..Limits::default()
+        };
+        let server = bind(
+            server()
+                .limits(limits)
+                .channel("sink", |channel: Channel| async move {
+                    while let Some(message) = channel.recv().await? {
+                        channel.reply(&message, &()).await.expect("queued");
+                    }
+                    Ok::<_, RecvError>(())
+                }),
+        )
+        .await;
+        // Whoever waits that long for a turn loses the channel.
+        let timeouts = Timeouts {
+            slow_peer: Duration::from_millis(500),
+            ..Timeouts::default()
+        };
+        let socket = client(&server)
+            .timeouts(timeouts)
+            .connect(&server.local_addr().to_string())
+            .await
+            .expect("in");
+        let mut senders = tokio::task::JoinSet::new();
+        for _ in 0..6 {
+            let sink = socket.open("sink").await.expect("a channel");
+            senders.spawn(async move {
+                let block = Bytes::from(vec![7; 256 << 10]);
+                for n in 0..100 {
+                    sink.send_bulk("block", &Numbered { n }, "block", block.clone())
+                        .await?;
+                }
+                sink.request::<_, ()>("end", &()).await.expect("a reply");
+                Ok::<_, SendError>(())
+            });
+        }
+        while let Some(sender) = senders.join_next().await {
+            sender.expect("no panic").expect("nobody starves");
+        }
+    })
+    .await;
+}
