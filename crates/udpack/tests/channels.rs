@@ -801,6 +801,7 @@ async fn whoever_does_not_read_still_learns_why_the_peer_closed() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn channels_that_share_a_full_window_all_get_their_turn() {
     bounded(async {
+        const BLOCKS: usize = 300;
         let limits = Limits {
             connection_window: 256 << 10,
             stream_window: 256 << 10,
@@ -810,39 +811,37 @@ async fn channels_that_share_a_full_window_all_get_their_turn() {
             server()
                 .limits(limits)
                 .channel("sink", |channel: Channel| async move {
-                    while let Some(message) = channel.recv().await? {
-                        channel.reply(&message, &()).await.expect("queued");
-                    }
+                    while channel.recv().await?.is_some() {}
                     Ok::<_, RecvError>(())
                 }),
         )
         .await;
-        // Whoever waits that long for a turn loses the channel.
-        let timeouts = Timeouts {
-            slow_peer: Duration::from_millis(500),
-            ..Timeouts::default()
-        };
-        let socket = client(&server)
-            .timeouts(timeouts)
-            .connect(&server.local_addr().to_string())
-            .await
-            .expect("in");
+        let socket = connect(&server).await;
+        let sent: Arc<[AtomicUsize; 6]> = Arc::default();
         let mut senders = tokio::task::JoinSet::new();
-        for _ in 0..6 {
+        for number in 0..sent.len() {
             let sink = socket.open("sink").await.expect("a channel");
+            let sent = sent.clone();
             senders.spawn(async move {
                 let block = Bytes::from(vec![7; 256 << 10]);
-                for n in 0..100 {
-                    sink.send_bulk("block", &Numbered { n }, "block", block.clone())
-                        .await?;
+                for _ in 0..BLOCKS {
+                    sink.send_bulk("block", &Numbered { n: 0 }, "block", block.clone())
+                        .await
+                        .expect("queued");
+                    sent[number].fetch_add(1, Ordering::Relaxed);
                 }
-                sink.request::<_, ()>("end", &()).await.expect("a reply");
-                Ok::<_, SendError>(())
             });
         }
-        while let Some(sender) = senders.join_next().await {
-            sender.expect("no panic").expect("nobody starves");
-        }
+        senders
+            .join_next()
+            .await
+            .expect("six senders")
+            .expect("no panic");
+        let sent = sent.each_ref().map(|sent| sent.load(Ordering::Relaxed));
+        assert!(
+            sent.iter().all(|blocks| *blocks >= BLOCKS / 4),
+            "when the first was through, the six had sent {sent:?}"
+        );
     })
     .await;
 }
