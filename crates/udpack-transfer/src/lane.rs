@@ -75,6 +75,14 @@ impl Lane {
         }
     }
 
+    /// The id of the file whose messages are dropped: it has its outcome already.
+    pub fn dropping(&self) -> Option<u64> {
+        match &self.state {
+            State::Dropping { id } => Some(*id),
+            State::Idle | State::Open(_) => None,
+        }
+    }
+
     /// Takes one message and says what to do.
     pub fn on(&mut self, request: &Request) -> Action {
         match request {

@@ -200,6 +200,11 @@ impl Serving<'_> {
 
     async fn message(&mut self, message: &Message) -> Result<(), SendError> {
         let request = match wire::decode(message) {
+            // What a lane takes are events; whoever asks gets an answer, so that no request is left without.
+            _ if message.id().is_some() => {
+                let fault = Fault::new(Fault::NO_HANDLER, "a transfer channel takes no requests");
+                return self.channel.fault(message, &fault).await;
+            }
             Ok(Some(request)) => request,
             Ok(None) => {
                 let fault = Fault::new(Fault::NO_HANDLER, "no such event on a transfer channel");
@@ -210,6 +215,10 @@ impl Serving<'_> {
                 event,
                 text,
             }) => {
+                if self.lane.dropping() == Some(id) {
+                    // It has its error: it was on its way, sound or not.
+                    return Ok(());
+                }
                 if self.lane.malformed(id) {
                     self.forget(id);
                 }

@@ -609,18 +609,28 @@ async fn receive(
     flight: &InFlight,
     events: &mpsc::Sender<Event>,
 ) -> Result<(), TransferError> {
+    // Since when the server has owed an answer and said nothing.
+    let mut since = Instant::now();
     loop {
         let mut changed = std::pin::pin!(flight.changed.notified());
         changed.as_mut().enable();
         let owed = flight.len() > 0;
-        if !owed && flight.complete.load(Ordering::Relaxed) {
-            return Ok(());
+        if !owed {
+            if flight.complete.load(Ordering::Relaxed) {
+                return Ok(());
+            }
+            since = Instant::now();
         }
-        // While nothing is owed, only the end of the lane may come, and silence means nothing.
         tokio::select! {
-            message = channel.recv() => take(message, channel, socket, shared, flight, events).await?,
+            // A file may have failed on this side: then nothing is owed for it any more.
             () = changed => {}
-            () = tokio::time::sleep(SILENCE), if owed => return Err(TransferError::Silent(SILENCE)),
+            message = channel.recv() => {
+                take(message, channel, socket, shared, flight, events).await?;
+                since = Instant::now();
+            }
+            () = tokio::time::sleep_until(since + SILENCE), if owed => {
+                return Err(TransferError::Silent(SILENCE));
+            }
         }
     }
 }

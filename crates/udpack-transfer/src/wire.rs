@@ -126,7 +126,12 @@ fn file(message: &Message) -> Result<Request, BadMessage> {
             ("path", "size")
         };
         let offer = Offer {
-            id: if short { 0 } else { fields.u64("id")? },
+            // An id beside `filename` is an offence; it still says who waits for the answer.
+            id: if short {
+                fields.opt_u64("id")?.unwrap_or(0)
+            } else {
+                fields.u64("id")?
+            },
             path: fields.str(path)?.to_owned(),
             size: fields.opt_u64(size)?,
             mtime: fields.opt_i64("mtime")?,
@@ -150,7 +155,7 @@ fn file(message: &Message) -> Result<Request, BadMessage> {
     if mixed {
         return Err(bad("filename stands together with id or path"));
     }
-    let if_exists = match word.as_deref() {
+    let if_exists = match word.as_deref().filter(|_| !offer.short) {
         None => IfExists::default(),
         Some(word) => IfExists::from_word(word)
             .ok_or_else(|| bad("if_exists is none of same, error, skip, overwrite, rename"))?,

@@ -254,7 +254,13 @@ impl Worker {
             (Step::Chunk(bytes, _room), Stage::Comparing(mut comparing)) => {
                 comparing.received.update(&bytes);
                 received.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-                Ok(Stage::Comparing(comparing))
+                if comparing.received.count() > comparing.existing.len() {
+                    // It cannot be equal any more, and what was not declared has no other end.
+                    let path = comparing.existing.path().clone();
+                    Err(StoreError::Exists { path })
+                } else {
+                    Ok(Stage::Comparing(comparing))
+                }
             }
             (Step::Finish(finish), Stage::Writing(partial)) => {
                 if let Some(mtime) = self.offer.mtime {
@@ -335,12 +341,14 @@ impl Worker {
         // Nothing sent, but the hash told in `ready` given back: the client has compared for itself.
         let proved = count == 0 && hash.is_some() && finish.hash == hash && size == existing.len();
         if !proved {
-            let expected = finish.size.or(self.offer.size).unwrap_or(count);
-            if expected != count && (count > 0 || hash.is_none()) {
-                return Err(StoreError::SizeMismatch {
-                    expected,
-                    got: count,
-                });
+            if count > 0 || hash.is_none() {
+                let mut told = [self.offer.size, finish.size].into_iter().flatten();
+                if let Some(expected) = told.find(|expected| *expected != count) {
+                    return Err(StoreError::SizeMismatch {
+                        expected,
+                        got: count,
+                    });
+                }
             }
             let got = *received.finalize().as_bytes();
             if let Some(expected) = finish.hash
