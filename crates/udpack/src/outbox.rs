@@ -24,6 +24,8 @@ use crate::speed::Counters;
 const SEGMENT: usize = 32 << 10;
 /// Buffers handed to QUIC in one call.
 const BATCH: usize = 16;
+/// Bytes that one channel hands over before the others of its connection get their turn.
+const TURN: usize = 64 << 10;
 /// Ready-made bytes up to this size are copied into the gathering buffer; larger ones go as they are.
 const COPY_LIMIT: usize = 4 << 10;
 
@@ -255,9 +257,18 @@ impl Outbox {
             if state.segments.is_empty() {
                 state.cut_tail();
             }
-            let Some(segment) = state.segments.pop_front() else {
+            let Some(mut segment) = state.segments.pop_front() else {
                 break;
             };
+            if segment.bytes.len() > TURN {
+                let rest = segment.bytes.split_off(TURN);
+                // The messages in it count as sent with its last piece.
+                let messages = std::mem::take(&mut segment.messages);
+                state.segments.push_front(Segment {
+                    bytes: rest,
+                    messages,
+                });
+            }
             bytes += segment.bytes.len();
             messages += segment.messages;
             batch.push(segment.bytes);
@@ -396,9 +407,18 @@ async fn write(
 ) -> Result<(), CloseReason> {
     let mut rest = batch;
     while !rest.is_empty() {
-        let written = progress(stream, rest, session).await?;
+        let mut turn = 0;
+        let count = rest.iter().take_while(|bytes| {
+            turn += bytes.len();
+            turn <= TURN
+        });
+        let count = count.count().max(1);
+        let written = progress(stream, &mut rest[..count], session).await?;
         counters.sent(written.bytes as u64);
         rest = &mut rest[written.chunks..];
+        if session.live_channels() > 1 {
+            tokio::task::yield_now().await;
+        }
     }
     Ok(())
 }

@@ -4,8 +4,8 @@ mod common;
 
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{TOKEN, bind, bounded, client, connect, server};
@@ -703,6 +703,56 @@ async fn what_is_said_with_a_wrong_token_is_never_looked_at() {
         log.send("line", &"here").await.expect("queued");
         assert!(log.recv().await.expect("an orderly end").is_none());
         assert_eq!(runs.load(Ordering::Relaxed), 1, "for the right token only");
+    })
+    .await;
+}
+
+/// Passes datagrams between one client and `server`, and keeps the first byte of the server's first answer.
+async fn relay(server: SocketAddr) -> (SocketAddr, Arc<Mutex<Option<u8>>>) {
+    let socket = tokio::net::UdpSocket::bind("127.0.0.1:0")
+        .await
+        .expect("a free port");
+    let address = socket.local_addr().expect("bound");
+    let first = Arc::new(Mutex::new(None));
+    let seen = first.clone();
+    tokio::spawn(async move {
+        let mut client = None;
+        let mut buffer = vec![0; 65_536];
+        while let Ok((len, from)) = socket.recv_from(&mut buffer).await {
+            let to = if from == server {
+                seen.lock().expect("no panic").get_or_insert(buffer[0]);
+                client
+            } else {
+                client = Some(from);
+                Some(server)
+            };
+            if let Some(to) = to {
+                let _ = socket.send_to(&buffer[..len], to).await;
+            }
+        }
+    });
+    (address, first)
+}
+
+#[tokio::test]
+async fn under_load_an_address_must_prove_itself_first() {
+    bounded(async {
+        // Bits 4 and 5 of a long header say what it is (RFC 9000, section 17.2): 3 is Retry, 0 Initial.
+        for (retry_from, packet) in [(0, 3), (64, 0)] {
+            let limits = Limits {
+                retry_from,
+                ..Limits::default()
+            };
+            let server = bind(server().limits(limits)).await;
+            let (through, first) = relay(server.local_addr()).await;
+            let socket = common::client(&server)
+                .connect(&through.to_string())
+                .await
+                .expect("the client takes the extra round trip");
+            let byte = first.lock().expect("no panic").expect("an answer");
+            assert_eq!((byte >> 4) & 3, packet, "first byte {byte:#x}");
+            drop(socket);
+        }
     })
     .await;
 }
