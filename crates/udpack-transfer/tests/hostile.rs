@@ -38,8 +38,7 @@ const MIB: usize = 1 << 20;
 
 /// Runs this test in a process of its own, and says so; false when this is that process.
 ///
-/// The tests measure memory and descriptors: nobody else may use any meanwhile, and the allocator must give back
-/// what is freed instead of keeping it, which the GNU one does only if told so from outside.
+/// The tests measure memory and descriptors: nobody else may use any meanwhile.
 async fn elsewhere(test: &'static str) -> bool {
     if std::env::var_os(CHILD).is_some() {
         return false;
@@ -49,9 +48,6 @@ async fn elsewhere(test: &'static str) -> bool {
         Command::new(std::env::current_exe()?)
             .args(["--exact", test, "--nocapture"])
             .env(CHILD, "1")
-            .env("MALLOC_ARENA_MAX", "1")
-            .env("MALLOC_MMAP_THRESHOLD_", "65536")
-            .env("MALLOC_TRIM_THRESHOLD_", "65536")
             .output()
     };
     let output = tokio::task::spawn_blocking(run).await.expect("no panic");
@@ -1797,7 +1793,7 @@ async fn the_quota_counts_what_is_promised_and_is_given_back() {
         ];
         play_all(&mut world, &scripts).await;
 
-        // The first time takes what the allocator needs; after that nothing may be added.
+        // The first time may take what is kept for good; after that nothing may be added.
         for round in 0..3 {
             a_promise(&world, quota).await;
             if round == 0 {
