@@ -745,7 +745,7 @@ async fn under_load_an_address_must_prove_itself_first() {
             };
             let server = bind(server().limits(limits)).await;
             let (through, first) = relay(server.local_addr()).await;
-            let socket = common::client(&server)
+            let socket = client(&server)
                 .connect(&through.to_string())
                 .await
                 .expect("the client takes the extra round trip");
