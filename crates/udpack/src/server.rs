@@ -152,7 +152,7 @@ impl Server {
             .collect()
     }
 
-    /// Connections and channels refused so far, for whatever reason.
+    /// Connections refused so far, for whatever reason.
     pub fn refused(&self) -> u64 {
         self.inner.shared.refused.load(Ordering::Relaxed)
     }
