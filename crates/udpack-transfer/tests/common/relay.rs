@@ -26,6 +26,8 @@ pub(crate) struct Way {
     pub(crate) delay: Duration,
     /// By how much that varies, both ways. Datagrams keep their order all the same.
     pub(crate) jitter: Duration,
+    /// Bytes a second that it carries; 0 for as many as come. What would wait longer than a second is lost.
+    pub(crate) rate: u64,
     /// How many of 1 come twice.
     pub(crate) duplicate: f64,
     /// How many of 1 are held back for another `delay`, so that later ones overtake them.
@@ -61,6 +63,8 @@ pub(crate) struct Tally {
     pub(crate) passed: u64,
     /// Lost by chance.
     pub(crate) lost: u64,
+    /// Lost because the way was full.
+    pub(crate) crowded: u64,
     /// Lost in a blackhole.
     pub(crate) swallowed: u64,
     /// Delivered twice.
@@ -89,6 +93,7 @@ impl Relay {
             clients: Mutex::default(),
             passed: AtomicU64::new(0),
             lost: AtomicU64::new(0),
+            crowded: AtomicU64::new(0),
             swallowed: AtomicU64::new(0),
             repeated: AtomicU64::new(0),
             held: AtomicU64::new(0),
@@ -139,6 +144,7 @@ impl Relay {
         Tally {
             passed: read(&self.link.passed),
             lost: read(&self.link.lost),
+            crowded: read(&self.link.crowded),
             swallowed: read(&self.link.swallowed),
             repeated: read(&self.link.repeated),
             held: read(&self.link.held),
@@ -161,6 +167,7 @@ struct Link {
     clients: Mutex<HashMap<SocketAddr, Flow>>,
     passed: AtomicU64,
     lost: AtomicU64,
+    crowded: AtomicU64,
     swallowed: AtomicU64,
     repeated: AtomicU64,
     held: AtomicU64,
@@ -220,6 +227,8 @@ struct InFlight {
     next: u64,
     /// When the last one that keeps its order is due.
     last: Instant,
+    /// When the way has carried what has come so far.
+    free: Instant,
 }
 
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
@@ -236,6 +245,7 @@ impl InFlight {
             packets: BinaryHeap::new(),
             next: 0,
             last: Instant::now(),
+            free: Instant::now(),
         }
     }
 
@@ -331,7 +341,16 @@ impl Link {
             count(&self.lost);
             return;
         }
-        let now = Instant::now();
+        let mut now = Instant::now();
+        if way.rate > 0 {
+            let free = flight.free.max(now);
+            if free > now + Duration::from_secs(1) {
+                count(&self.crowded);
+                return;
+            }
+            flight.free = free + Duration::from_secs_f64(bytes.len() as f64 / way.rate as f64);
+            now = flight.free;
+        }
         let late = (way.delay + way.jitter.mul_f64(2.0 * late)).saturating_sub(way.jitter);
         let due = if held < way.reorder {
             count(&self.held);
