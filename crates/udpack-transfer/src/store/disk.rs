@@ -203,6 +203,13 @@ impl Disk {
         self.publish = Publish::LinkThenUnlink;
     }
 
+    /// Whether the entry of the directory with this device and inode is known to be on disk.
+    #[cfg(test)]
+    pub(super) fn is_durable(&self, id: (u64, u64)) -> bool {
+        let durable = self.durable.lock().unwrap_or_else(PoisonError::into_inner);
+        durable.contains(&id)
+    }
+
     fn walk(&self, path: &RelPath, create: bool) -> Result<Option<Dir>, StoreError> {
         let failed = |action, cause| self.error(action, path, cause);
         let mut dir = self

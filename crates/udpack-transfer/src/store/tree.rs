@@ -534,20 +534,18 @@ impl Lister<'_> {
                 }
                 Err(e) => return Err(StoreError::io("look at a file", self.query.path, e, || 0)),
             };
-            let entry = found.filter(|entry| {
-                bytes += entry.path.len() + entry.target.as_ref().map_or(0, String::len);
-                passed || page.entries.is_empty() || bytes <= MAX_NAME_BYTES || {
-                    page.more = true;
-                    false
-                }
-            });
-            if page.more {
-                break;
-            }
-            self.remember(&name);
-            let Some(entry) = entry else {
+            let Some(entry) = found else {
+                self.remember(&name);
                 continue;
             };
+            if !passed {
+                bytes += entry.path.len() + entry.target.as_ref().map_or(0, String::len);
+                if bytes > MAX_NAME_BYTES && !page.entries.is_empty() {
+                    page.more = true;
+                    break;
+                }
+            }
+            self.remember(&name);
             let is_dir = entry.kind == Kind::Dir;
             if !passed {
                 page.entries.push(entry);
@@ -821,6 +819,9 @@ fn batch(dir: &Dir) -> io::Result<Vec<OsString>> {
     }
     Ok(names)
 }
+
+#[cfg(test)]
+mod tests;
 
 /// Most entries in a page.
 const MAX_ENTRIES: usize = 4_000;
