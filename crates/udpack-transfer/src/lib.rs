@@ -48,9 +48,9 @@ pub use scope::{Scope, ScopeError};
 pub use size::parse_size;
 pub use source::Source;
 pub use store::{
-    Begin, Checkpoint, Complete, Existing, IfExists, Meta, NewFile, Overwrite, Partial, Published,
-    Range, Store, StoreConfig, StoreError, Suspended, SyncPolicy, Synced, Tenant, Time, Usage,
-    purge, uploads,
+    Begin, Checkpoint, Complete, Entry, Existing, IfExists, Kind, List, Meta, NewFile, Overwrite,
+    Page, Partial, Published, Range, Removed, Store, StoreConfig, StoreError, Suspended,
+    SyncPolicy, Synced, Tenant, Time, Usage, check_target, purge, uploads,
 };
 pub use uploader::{Event, Outcome, Progress, Upload, Uploader};
 
