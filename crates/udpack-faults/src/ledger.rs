@@ -11,7 +11,7 @@ use anyhow::Context as _;
 use crate::rng::Rng;
 
 /// A file to send.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Source {
     pub(crate) path: PathBuf,
     pub(crate) size: u64,
@@ -155,12 +155,15 @@ impl Ledger {
             }
             self.judge(root, name, *stamp)?;
         }
-        for name in self.acked.keys() {
-            if !there.contains_key(name) {
-                self.tally.lost += 1;
+        let tally = &mut self.tally;
+        self.acked.retain(|name, _| {
+            let kept = there.contains_key(name);
+            if !kept {
+                tally.lost += 1;
                 println!("LOST: {name} was reported as stored and is not there");
             }
-        }
+            kept
+        });
         Ok(())
     }
 

@@ -11,6 +11,7 @@ mod power;
 mod rig;
 mod rng;
 mod syscalls;
+mod trace;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

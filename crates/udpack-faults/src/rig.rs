@@ -85,16 +85,17 @@ impl Rig {
         })
     }
 
-    /// Adds arguments to every `put`, if the client knows the first of them.
-    pub(crate) fn put_args_if_known(&mut self, args: &[&str]) -> anyhow::Result<()> {
+    /// Adds arguments to every `put`, if the client knows the first of them; whether it does.
+    pub(crate) fn put_args_if_known(&mut self, args: &[&str]) -> anyhow::Result<bool> {
         let help = Command::new(self.bins.join(CLIENT))
             .args(["put", "--help"])
             .output()?;
         let help = String::from_utf8_lossy(&help.stdout);
-        if args.first().is_some_and(|flag| help.contains(flag)) {
+        let known = args.first().is_some_and(|flag| help.contains(flag));
+        if known {
             self.put_args.extend(args.iter().map(|&arg| arg.to_owned()));
         }
-        Ok(())
+        Ok(known)
     }
 
     /// Starts a server and waits until it listens.
@@ -256,6 +257,11 @@ impl Put {
     /// SIGKILL.
     pub(crate) fn kill(&mut self) {
         let _ = self.child.kill();
+    }
+
+    /// Whether it ended.
+    pub(crate) fn ended(&mut self) -> anyhow::Result<bool> {
+        Ok(self.child.try_wait()?.is_some())
     }
 
     /// Files it said are stored, so far.

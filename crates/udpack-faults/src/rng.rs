@@ -37,11 +37,6 @@ impl Rng {
         usize::try_from(self.next() >> 1).unwrap_or(0) % len.max(1)
     }
 
-    /// One of them; `None` when there is none.
-    pub(crate) fn pick<'a, T>(&mut self, from: &'a [T]) -> Option<&'a T> {
-        from.get(self.index(from.len()))
-    }
-
     /// Any order.
     pub(crate) fn shuffle<T>(&mut self, items: &mut [T]) {
         for last in (1..items.len()).rev() {
@@ -72,6 +67,5 @@ mod tests {
             assert!((5..=300).contains(&rng.range(5, 300)));
             assert!(rng.index(3) < 3);
         }
-        assert_eq!(rng.pick::<u8>(&[]), None);
     }
 }
