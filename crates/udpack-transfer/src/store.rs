@@ -5,16 +5,27 @@
 //! one name exactly one wins. All work is done below directory handles held since [`Store::open`],
 //! following no symbolic link.
 //!
+//! An upload that may be resumed is written under a name made from its owner and path, so that it is found
+//! again, and has a journal of what is durable in `<root>/.udpack/journal`. One upload at a time may write such
+//! a file: it holds a lock on it. Nothing is ever written to a file that has another name beside.
+//!
+//! The order that makes a promise hold: the bytes are synced, then the journal says so and is synced, then they
+//! are reported as safe; a whole file is synced, then gets its name, then its directory is synced, then it is
+//! reported as stored, then its journal is removed. A sync that fails is never tried again: the upload fails.
+//!
 //! Everything here blocks: call it from a thread that may. Whose upload it is, and what a message
 //! means, is not decided here.
 
 mod disk;
 mod error;
+mod journal;
 mod partial;
+mod publish;
 mod suspended;
 #[cfg(test)]
 mod tests;
 
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -27,9 +38,12 @@ use cap_std::fs::Dir;
 
 use crate::path::RelPath;
 use disk::Disk;
+use journal::Key;
+use rustix::fs::Stat;
 
 pub use error::StoreError;
-pub use partial::{Checkpoint, Complete, Partial, Published, Range, Synced};
+pub use partial::{Checkpoint, Partial, Range};
+pub use publish::{Complete, Published, Synced};
 pub use suspended::{Suspended, purge, uploads};
 
 /// A moment of a file's clock, as seconds and nanoseconds since 1970; before that, `secs` is negative and
@@ -255,18 +269,20 @@ pub struct Usage {
     pub reserved: u64,
     /// Uploads open.
     pub open: usize,
+    /// Bytes of interrupted uploads that are kept to be resumed.
+    pub suspended: u64,
 }
 
 impl Store {
     /// Opens a directory for uploads, making it if it is missing, and removes what uploads cut off
-    /// by a crash left in its staging area.
+    /// by a crash left in its staging area, but for what can be resumed.
     ///
     /// Fails with [`StoreError::Locked`] when another store uses the directory, and with
     /// [`StoreError::NoAtomicPublish`] or [`StoreError::OtherDevice`] when a trial shows that its
     /// file system cannot keep what a store promises.
     pub fn open(root: impl AsRef<Path>, config: StoreConfig) -> Result<Self, StoreError> {
         let root = root.as_ref();
-        let disk = Disk::open(root)?;
+        let (disk, found) = Disk::open(root, &config)?;
         let setup = |action| move |e| StoreError::io(action, None, e, || 0);
         let min_free = match config.min_free {
             Some(bytes) => bytes,
@@ -285,6 +301,8 @@ impl Store {
             reserved: 0,
             unwritten: 0,
             open: 0,
+            live: HashSet::new(),
+            suspended: found.suspended.into_iter().collect(),
             published: 0,
             counted: Instant::now(),
         });
@@ -310,32 +328,34 @@ impl Store {
         &self.inner.config
     }
 
-    /// Gives complete files their names, in this order, and puts them on disk together.
-    ///
-    /// Success means that file, name and directories survive a power cut, as far as
-    /// [`StoreConfig::sync`] asks for that.
-    pub fn publish(&self, batch: Vec<Complete>) -> Vec<Result<Published, StoreError>> {
-        batch.into_iter().map(Complete::publish).collect()
-    }
-
     /// Removes interrupted uploads that were not resumed in [`StoreConfig::expire`], and says how many.
+    ///
+    /// Call it every now and then; opening the store does the same once.
     pub fn sweep(&self) -> io::Result<u64> {
-        Ok(0)
+        let swept = self.inner.disk.sweep(self.inner.config.expire, false)?;
+        if swept.expired > 0 {
+            tracing::info!(
+                files = swept.expired,
+                "removed interrupted uploads that expired"
+            );
+        }
+        self.inner.recount_suspended();
+        Ok(swept.expired)
     }
 
-    /// Checks that a file may be stored and opens its staging file. Nothing is written before every
-    /// check has passed.
+    /// Checks that a file may be stored and opens its staging file, or takes up the one that an interrupted
+    /// upload of the same owner and path left. Nothing is written before every check has passed.
     ///
-    /// `size` is the declared size, which is reserved at once; `None` reserves while bytes arrive.
     /// The checks, in this order: the server grants `if_exists`; the size is within the limit; not
-    /// too many uploads are open; the name is free, or the policy says what then; the quota and the
-    /// disk have room.
+    /// too many uploads are open; the name is free, or the policy says what then; no other upload of this owner
+    /// writes the file ([`StoreError::Busy`]); the quota and the disk have room.
     pub fn begin(&self, new: &NewFile<'_>) -> Result<Begin, StoreError> {
         let inner = &self.inner;
         let NewFile {
             path,
             size,
             if_exists,
+            owner,
             ..
         } = *new;
         if if_exists.needs() > inner.config.overwrite {
@@ -352,19 +372,26 @@ impl Store {
         if let Some(existing) = inner.occupant(path, if_exists)? {
             return Ok(Begin::Exists(existing));
         }
-        reservation.reserve(size.unwrap_or(0), 0)?;
-        let (file, staged) = inner
-            .disk
-            .stage()
-            .map_err(|e| inner.disk.error("create a staging file", path, e))?;
-        Ok(Begin::New(Partial::new(
-            path.clone(),
-            size,
-            if_exists,
-            reservation,
-            file,
-            staged,
-        )))
+        let key = owner.map(|owner| Key::new(owner, path));
+        if let Some(key) = &key
+            && !reservation.adopt(key)
+        {
+            return Err(StoreError::Busy { path: path.clone() });
+        }
+        Ok(Begin::New(Partial::begin(new, key, reservation)?))
+    }
+
+    /// Gives whole files their names and puts them on disk together: the outcomes in the order of `batch`.
+    ///
+    /// Success means that file, name and directories survive a power cut, as far as
+    /// [`StoreConfig::sync`] asks for that. On an error nothing is visible under the name, but for one case:
+    /// when the very last step, syncing the directory, fails, the complete file may be there.
+    ///
+    /// Where the name was taken meanwhile, the policy given at the start decides;
+    /// [`IfExists::Skip`] is then an error like [`IfExists::Error`]. Comparing with an existing
+    /// file reads all of it.
+    pub fn publish(&self, batch: Vec<Complete>) -> Vec<Result<Published, StoreError>> {
+        publish::publish(&self.inner, batch)
     }
 
     /// How full the store is now.
@@ -374,6 +401,7 @@ impl Store {
             used: state.used,
             reserved: state.reserved,
             open: state.open,
+            suspended: state.suspended.values().sum(),
         }
     }
 }
@@ -387,6 +415,7 @@ pub struct Existing {
     dir: Dir,
     file: File,
     len: u64,
+    meta: Meta,
 }
 
 impl Existing {
@@ -406,7 +435,7 @@ impl Existing {
 
     /// Its modification time and mode, when it was opened.
     pub fn meta(&self) -> Meta {
-        Meta::default()
+        self.meta
     }
 
     /// BLAKE3 of its bytes, which are only read. Calls `progress` with the bytes read so far, after every
@@ -424,9 +453,10 @@ impl Existing {
         self.file.read_at(buf, offset)
     }
 
-    /// Whether size and modification time are still those it was opened with.
+    /// Whether size, modification time and mode are still those it was opened with.
     pub fn unchanged(&self) -> bool {
-        true
+        rustix::fs::fstat(&self.file)
+            .is_ok_and(|stat| size(&stat) == self.len && meta(&stat) == self.meta)
     }
 
     /// BLAKE3 of its bytes. Calls `progress` with the bytes read so far, after every read.
@@ -436,10 +466,12 @@ impl Existing {
     pub fn hash(&self, progress: &mut dyn FnMut(u64)) -> Result<[u8; 32], StoreError> {
         let failed = |action| move |e| self.inner.disk.error(action, &self.path, e);
         let hash = hash_file(&self.file, progress).map_err(failed("read an existing file"))?;
-        self.file
-            .sync_all()
-            .map_err(failed("sync an existing file"))?;
-        disk::sync_dir(&self.dir).map_err(failed("sync a directory"))?;
+        if self.inner.config.sync != SyncPolicy::Never {
+            self.file
+                .sync_all()
+                .map_err(failed("sync an existing file"))?;
+            disk::sync_dir(&self.dir).map_err(failed("sync a directory"))?;
+        }
         Ok(hash)
     }
 }
@@ -461,6 +493,10 @@ struct State {
     /// The part of `reserved` that the file system does not yet count as taken.
     unwritten: u64,
     open: usize,
+    /// Resumable uploads under way, which nobody else may begin.
+    live: HashSet<Key>,
+    /// Interrupted uploads, and the bytes each holds.
+    suspended: HashMap<Key, u64>,
     /// Bytes published since the store was opened: tells a count under way what it may have missed.
     published: u64,
     /// When `used` was last counted.
@@ -478,6 +514,27 @@ impl Inner {
         self.config.max_file.unwrap_or(OFFSET_MAX).min(OFFSET_MAX)
     }
 
+    /// The upload of this key could not be taken up: what it holds stays as it was.
+    fn abandon(&self, key: &Key, held: u64) {
+        let mut state = self.state();
+        state.live.remove(key);
+        if held > 0 {
+            state.suspended.insert(key.clone(), held);
+        }
+    }
+
+    /// Forgets interrupted uploads that somebody else removed.
+    fn recount_suspended(&self) {
+        let known: Vec<Key> = self.state().suspended.keys().cloned().collect();
+        let gone = known.iter().filter(|key| !self.disk.is_staged(key));
+        let gone: Vec<&Key> = gone.collect();
+        let mut state = self.state();
+        for key in gone {
+            // One that came back meanwhile is counted when it is interrupted again.
+            state.suspended.remove(key);
+        }
+    }
+
     /// What stands in the way of an upload: `None` when nothing does, or nothing the policy cannot
     /// deal with at the end.
     fn occupant(
@@ -485,6 +542,9 @@ impl Inner {
         path: &RelPath,
         if_exists: IfExists,
     ) -> Result<Option<Existing>, StoreError> {
+        if self.disk.is_vacant(path) {
+            return Ok(None);
+        }
         let Some(dir) = self.disk.parent(path)? else {
             return Ok(None);
         };
@@ -512,14 +572,15 @@ impl Inner {
     ) -> Result<Option<Existing>, StoreError> {
         let failed = |e| self.disk.error("open an existing file", path, e);
         match disk::open_file(dir, path.file_name()) {
-            Ok(Some((file, len))) => {
+            Ok(Some((file, stat))) => {
                 let dir = dir.try_clone().map_err(failed)?;
                 Ok(Some(Existing {
                     inner: Arc::clone(self),
                     path: path.clone(),
                     dir,
                     file,
-                    len,
+                    len: size(&stat),
+                    meta: meta(&stat),
                 }))
             }
             Ok(None) => Err(StoreError::Exists { path: path.clone() }),
@@ -539,6 +600,10 @@ struct Reservation {
     inner: Arc<Inner>,
     bytes: u64,
     unwritten: u64,
+    /// It counts as open.
+    open: bool,
+    /// Bytes that an interrupted upload held, which this one takes up: they are on disk already.
+    held: u64,
 }
 
 impl Reservation {
@@ -553,7 +618,32 @@ impl Reservation {
             inner: Arc::clone(inner),
             bytes: 0,
             unwritten: 0,
+            open: true,
+            held: 0,
         })
+    }
+
+    /// Takes over what an interrupted upload holds; false when one of this key is under way.
+    fn adopt(&mut self, key: &Key) -> bool {
+        let mut state = self.inner.state();
+        let free = state.live.insert(key.clone());
+        if free {
+            self.held = state.suspended.remove(key).unwrap_or(0);
+        }
+        free
+    }
+
+    /// The upload is interrupted: what it holds counts as that from now on.
+    fn suspend(self, key: Key, held: u64) {
+        self.inner.state().suspended.insert(key, held);
+    }
+
+    /// Gives the place among the open uploads back before the bytes.
+    fn leave(&mut self) {
+        if std::mem::take(&mut self.open) {
+            let mut state = self.inner.state();
+            state.open = state.open.saturating_sub(1);
+        }
     }
 
     /// Reserves `need` more bytes, and `spare` beyond them if there is room.
@@ -566,6 +656,7 @@ impl Reservation {
                 quota
                     .saturating_sub(state.used)
                     .saturating_sub(state.reserved)
+                    .saturating_sub(state.suspended.values().sum())
             };
             if left(&state) < need && state.counted.elapsed() >= RECOUNT_AFTER {
                 // Files may have been removed behind our back. The walk takes its time, so others
@@ -577,6 +668,7 @@ impl Reservation {
                     .disk
                     .used()
                     .map_err(|e| StoreError::io("count the files", None, e, || 0))?;
+                inner.recount_suspended();
                 state = inner.state();
                 state.used = counted.saturating_add(state.published - before);
             }
@@ -592,10 +684,16 @@ impl Reservation {
             .map_err(|e| StoreError::io("read the free space", None, e, || 0))?;
         let free = available.saturating_sub(state.unwritten);
         let keep = inner.min_free;
-        if free < keep.saturating_add(need) {
-            return Err(StoreError::NoSpace { free, keep, need });
+        let held = std::mem::take(&mut self.held).min(need);
+        let need_free = need - held;
+        if free < keep.saturating_add(need_free) {
+            return Err(StoreError::NoSpace {
+                free,
+                keep,
+                need: need_free,
+            });
         }
-        room = room.min(free - keep);
+        room = room.min((free - keep).saturating_add(held));
         let taken = need.saturating_add(spare).min(room);
         state.reserved = state.reserved.saturating_add(taken);
         state.unwritten = state.unwritten.saturating_add(taken);
@@ -604,9 +702,21 @@ impl Reservation {
         Ok(())
     }
 
+    /// `held` of the reserved bytes are on the file system already.
+    fn is_on_disk(&mut self, held: u64) {
+        let mut state = self.inner.state();
+        let unwritten = self.bytes.saturating_sub(held);
+        state.unwritten = state
+            .unwritten
+            .saturating_sub(self.unwritten)
+            .saturating_add(unwritten);
+        self.unwritten = unwritten;
+    }
+
     /// `len` of the reserved bytes are on the file system now.
     fn wrote(&mut self, len: u64) {
-        self.unwritten = self.unwritten.saturating_sub(len);
+        let len = len.min(self.unwritten);
+        self.unwritten -= len;
         let mut state = self.inner.state();
         state.unwritten = state.unwritten.saturating_sub(len);
     }
@@ -621,10 +731,24 @@ impl Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
+        self.leave();
         let mut state = self.inner.state();
-        state.open = state.open.saturating_sub(1);
         state.reserved = state.reserved.saturating_sub(self.bytes);
         state.unwritten = state.unwritten.saturating_sub(self.unwritten);
+    }
+}
+
+fn size(stat: &Stat) -> u64 {
+    u64::try_from(stat.st_size).unwrap_or(0)
+}
+
+fn meta(stat: &Stat) -> Meta {
+    Meta {
+        mtime: Some(Time {
+            secs: stat.st_mtime,
+            nanos: u32::try_from(stat.st_mtime_nsec).unwrap_or(0),
+        }),
+        mode: Some(stat.st_mode & 0o777),
     }
 }
 

@@ -28,7 +28,7 @@ fn publishes_the_bytes_under_the_name() {
         for chunk in bytes.chunks(100_000) {
             partial.write(chunk).unwrap();
         }
-        assert_eq!(partial.written(), bytes.len() as u64);
+        assert_eq!(partial.position(), bytes.len() as u64);
         let published = partial
             .finish(Some(hash), Some(bytes.len() as u64))
             .unwrap();
@@ -138,7 +138,7 @@ fn sizes_must_match() {
         (error.code(), error.to_string().as_str()),
         ("size_mismatch", "size mismatch: expected 4 bytes, got 5")
     );
-    assert_eq!(partial.written(), 3);
+    assert_eq!(partial.position(), 3);
     let error = partial.finish(None, None).unwrap_err();
     assert_eq!(error.to_string(), "size mismatch: expected 4 bytes, got 3");
     let mut partial = begin(&store, "a", None, IfExists::Same).unwrap();
