@@ -1,6 +1,7 @@
 //! Verified file transfer on [`udpack`] channels.
 //!
-//! A [`Receiver`] takes uploads into a [`Store`]; an [`Uploader`] sends files over a `Socket`. Both use the
+//! A [`Receiver`] takes uploads into a [`Store`]; an [`Uploader`] sends files over a `Socket`, or over a
+//! [`Link`] that survives the loss of one. Both use the
 //! public interface of `udpack` only. The messages are in `docs/PROTOCOL.md`, section 11.
 //!
 //! ```text
@@ -21,7 +22,10 @@
 
 mod error;
 mod lane;
+mod limiter;
+mod link;
 mod path;
+mod queue;
 mod receiver;
 mod source;
 mod store;
@@ -31,6 +35,8 @@ mod worker;
 
 pub use error::{ErrorKind, TransferError};
 pub use lane::{Action, Lane, Refusal};
+pub use limiter::Limiter;
+pub use link::{Link, LinkEvent, LinkEvents, Retry};
 pub use path::{PathError, PathRule, RelPath};
 pub use receiver::{Receiver, ReceiverConfig};
 pub use source::Source;

@@ -6,7 +6,6 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use rustix::fs::OFlags;
@@ -14,6 +13,7 @@ use tokio::sync::mpsc;
 
 use crate::error::TransferError;
 use crate::path::RelPath;
+use crate::store::{Meta, Time};
 use crate::wire::{Have, MetaFields};
 
 /// Chunks read ahead of the network.
@@ -34,7 +34,7 @@ pub(crate) enum Origin {
     File(PathBuf),
     Memory(Bytes),
     Reader(Reader),
-    Dir(MetaFields),
+    Dir(Meta),
     Link(String),
     Failed(Arc<TransferError>),
 }
@@ -59,8 +59,8 @@ impl Source {
 
     /// A directory. It is made, and given its times and mode when these are preserved, after everything in it
     /// that came before it is done: what is stored in a directory changes its time. The others go on meanwhile.
-    pub fn dir(remote: RelPath, meta: impl Into<MetaFields>) -> Self {
-        Self::new(remote.as_str(), Origin::Dir(meta.into()))
+    pub fn dir(remote: RelPath, meta: Meta) -> Self {
+        Self::new(remote.as_str(), Origin::Dir(meta))
     }
 
     /// A symbolic link to `target`, which is relative and stays within the server's root.
@@ -154,8 +154,8 @@ impl Source {
             }
         };
         let (size, meta) = match &from {
-            OpenedFrom::Memory(bytes) => (Some(bytes.len() as u64), MetaFields::default()),
-            OpenedFrom::Reader(_) => (None, MetaFields::default()),
+            OpenedFrom::Memory(bytes) => (Some(bytes.len() as u64), Meta::default()),
+            OpenedFrom::Reader(_) => (None, Meta::default()),
             OpenedFrom::File { metadata, .. } => (Some(metadata.len()), meta(metadata)),
         };
         Ok(Opened {
@@ -188,7 +188,7 @@ pub(crate) struct Opened {
     path: PathBuf,
     /// `None` for a reader.
     pub(crate) size: Option<u64>,
-    pub(crate) meta: MetaFields,
+    pub(crate) meta: Meta,
     from: OpenedFrom,
 }
 
@@ -479,30 +479,20 @@ fn read_full(from: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
     Ok(filled)
 }
 
-/// Times and mode of a local file as they travel.
-pub(crate) fn meta(metadata: &Metadata) -> MetaFields {
-    let (mtime, mtime_ns) = match metadata.modified().ok().and_then(unix_time) {
-        Some((secs, nanos)) => (Some(secs), nanos),
-        None => (None, 0),
-    };
-    MetaFields {
-        mtime,
-        mtime_ns,
+/// Time and mode of a local file.
+fn meta(metadata: &Metadata) -> Meta {
+    Meta {
+        mtime: metadata.modified().ok().map(Time::from),
         mode: Some(metadata.permissions().mode() & 0o777),
     }
 }
 
-/// Seconds since 1970, rounded down, and the nanoseconds beyond.
-fn unix_time(time: SystemTime) -> Option<(i64, u32)> {
-    match time.duration_since(UNIX_EPOCH) {
-        Ok(since) => Some((i64::try_from(since.as_secs()).ok()?, since.subsec_nanos())),
-        Err(before) => {
-            let before = before.duration();
-            let secs = i64::try_from(before.as_secs()).ok()?.checked_neg()?;
-            match before.subsec_nanos() {
-                0 => Some((secs, 0)),
-                nanos => Some((secs.checked_sub(1)?, 1_000_000_000 - nanos)),
-            }
+impl From<Meta> for MetaFields {
+    fn from(meta: Meta) -> Self {
+        Self {
+            mtime: meta.mtime.map(|time| time.secs),
+            mtime_ns: meta.mtime.map_or(0, |time| time.nanos),
+            mode: meta.mode,
         }
     }
 }
@@ -510,7 +500,6 @@ fn unix_time(time: SystemTime) -> Option<(i64, u32)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     fn rel(path: &str) -> RelPath {
         path.parse().unwrap()
@@ -574,7 +563,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let local = dir.path().join("x");
         std::fs::write(&local, &bytes).unwrap();
-        let range = |from: usize, to: usize| (from as u64, (to - from) as u64, hash(&bytes[from..to]));
+        let range =
+            |from: usize, to: usize| (from as u64, (to - from) as u64, hash(&bytes[from..to]));
         let wrong = |from: usize, to: usize| (from as u64, (to - from) as u64, [7; 32]);
         let all = bytes.len();
         type Case = (Have, Vec<(usize, usize)>);
@@ -583,13 +573,20 @@ mod tests {
             (vec![range(0, all)], vec![]),
             (vec![wrong(0, all)], vec![(0, all)]),
             (vec![range(0, 1_500_001)], vec![(1_500_001, all)]),
-            (vec![range(0, 10), range(10, 1_200_000)], vec![(1_200_000, all)]),
+            (
+                vec![range(0, 10), range(10, 1_200_000)],
+                vec![(1_200_000, all)],
+            ),
             (
                 vec![range(5, 100), range(2_000_000, all)],
                 vec![(0, 5), (100, 2_000_000)],
             ),
             (
-                vec![range(0, 10), wrong(10, 1_100_000), range(1_100_000, 1_100_001)],
+                vec![
+                    range(0, 10),
+                    wrong(10, 1_100_000),
+                    range(1_100_000, 1_100_001),
+                ],
                 vec![(10, 1_100_000), (1_100_001, all)],
             ),
             (vec![range(0, 10), (20, u64::MAX, [0; 32])], vec![(10, all)]),
@@ -626,7 +623,10 @@ mod tests {
         let source = Source::reader(Dribble(io::Cursor::new(bytes.clone())), rel("x"));
         assert_eq!(source.size().unwrap(), None);
         let opened = source.open().unwrap();
-        assert!(!source.is_spent(), "opened and not read: it can be offered again");
+        assert!(
+            !source.is_spent(),
+            "opened and not read: it can be offered again"
+        );
         drop(opened);
         let (sent, _, end) = run(&source, &Have::new(), 4096);
         assert!(sent == [(0, bytes.clone())]);
@@ -652,16 +652,5 @@ mod tests {
         std::fs::write(&local, noise(4097)).unwrap();
         let source = Source::file(&local, rel("x"));
         assert!(source.open().unwrap().whole(4096).unwrap().is_none());
-    }
-
-    #[test]
-    fn times_before_1970_round_down() {
-        let at = |secs, nanos| UNIX_EPOCH.checked_sub(Duration::new(secs, nanos));
-        assert_eq!(unix_time(UNIX_EPOCH), Some((0, 0)));
-        assert_eq!(unix_time(at(1, 0).unwrap()), Some((-1, 0)));
-        assert_eq!(unix_time(at(1, 1).unwrap()), Some((-2, 999_999_999)));
-        assert_eq!(unix_time(at(0, 1).unwrap()), Some((-1, 999_999_999)));
-        let after = UNIX_EPOCH + Duration::new(5, 7);
-        assert_eq!(unix_time(after), Some((5, 7)));
     }
 }
