@@ -13,8 +13,8 @@ use tokio::sync::mpsc;
 
 use crate::error::TransferError;
 use crate::path::RelPath;
-use crate::store::{Meta, Time};
-use crate::wire::{Have, MetaFields};
+use crate::store::{Existing, Meta, Time};
+use crate::wire::Have;
 
 /// Chunks read ahead of the network.
 const AHEAD: usize = 4;
@@ -219,6 +219,19 @@ pub(crate) enum Piece {
 }
 
 impl Opened {
+    /// A file of a store, to be sent as it was when it was opened.
+    pub(crate) fn stored(existing: Existing) -> io::Result<Self> {
+        let path = existing.path().as_str().into();
+        let file = existing.into_file();
+        let metadata = file.metadata()?;
+        Ok(Self {
+            path,
+            size: Some(metadata.len()),
+            meta: meta(&metadata),
+            from: OpenedFrom::File { file, metadata },
+        })
+    }
+
     /// Reads on the blocking pool, hashing on the way, at most a few chunks ahead of whoever takes them.
     /// Dropping the receiver ends it.
     ///
@@ -484,16 +497,6 @@ fn meta(metadata: &Metadata) -> Meta {
     Meta {
         mtime: metadata.modified().ok().map(Time::from),
         mode: Some(metadata.permissions().mode() & 0o777),
-    }
-}
-
-impl From<Meta> for MetaFields {
-    fn from(meta: Meta) -> Self {
-        Self {
-            mtime: meta.mtime.map(|time| time.secs),
-            mtime_ns: meta.mtime.map_or(0, |time| time.nanos),
-            mode: meta.mode,
-        }
     }
 }
 
