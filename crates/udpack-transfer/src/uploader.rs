@@ -659,7 +659,7 @@ impl Lane<'_> {
     /// Sends entry after entry; one that fails here has its event sent here.
     async fn send_all(self, first: Next) -> Result<(), LaneOver> {
         let mut next = Some(first);
-        let mut ids = 0..;
+        let mut ids = 1..;
         loop {
             let batch = match next.take() {
                 Some(Next::Batch(batch)) => batch,
