@@ -234,7 +234,7 @@ pub fn apply_entry(
         }
         (Kind::File, _) => return Ok(false),
     };
-    made.map_err(|error| TransferError::Store(Box::new(error)))
+    made.map_err(|error| TransferError::Store(Arc::new(error)))
 }
 
 /// What all parts of a download share.
@@ -543,7 +543,7 @@ async fn publish(
         .map(|result| {
             result
                 .map(Arrived::from)
-                .map_err(|error| TransferError::Store(Box::new(error)))
+                .map_err(|error| TransferError::Store(Arc::new(error)))
         })
         .collect();
     results.resize_with(files, || {

@@ -347,7 +347,7 @@ impl Worker {
         match next {
             Ok(Next::Stage(stage)) => self.stage = stage,
             Ok(Next::End(end)) => self.ended(end),
-            Err(error) => self.ended(End::Failed(TransferError::Store(Box::new(error)))),
+            Err(error) => self.ended(End::Failed(TransferError::Store(Arc::new(error)))),
         }
     }
 

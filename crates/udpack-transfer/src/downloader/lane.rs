@@ -19,8 +19,9 @@ use crate::wire::{
     self, AckFields, CancelFields, Finish, GetFields, IdField, MetaFields, Reply,
 };
 
-/// Files that may be asked for and not stored yet.
-const WINDOW: usize = 64;
+/// Files that may be asked for and not stored yet. The server lets 64 wait, and may learn late that one of
+/// them does so no more.
+const WINDOW: usize = 48;
 /// Silence of the server while it owes an answer.
 const SILENCE: Duration = Duration::from_secs(60);
 /// What a server surely hashes in a second: while it compares what is here with what it has, it is silent.
@@ -393,10 +394,9 @@ impl Lane<'_> {
                 incoming: Some(incoming),
                 asked: true,
                 begun: begun @ false,
-                have,
+                ..
             }) => {
                 *begun = true;
-                *have = 0;
                 let mtime = meta.mtime.map(|secs| Time {
                     secs,
                     nanos: meta.mtime_ns,
