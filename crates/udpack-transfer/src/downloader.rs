@@ -15,12 +15,12 @@ use tokio::time::{Instant, Interval, MissedTickBehavior};
 
 use crate::error::TransferError;
 use crate::limiter::Limiter;
-use crate::link::Link;
+use crate::link::{Link, LinkEvent, LinkEvents};
 use crate::path::RelPath;
 use crate::store::{
-    Complete, Entry, IfExists, Kind, Meta, Published, Store, StoreError,
+    Complete, Entry, IfExists, Kind, Meta, Published, Store, StoreError, Synced,
 };
-use crate::uploader::{Event, Outcome, Progress, REPORT};
+use crate::uploader::{Event, Outcome, Progress, REPORT, link_event};
 use incoming::{End, Ended, Note};
 
 /// Files taken from the iterator ahead of the lanes.
@@ -106,6 +106,7 @@ impl Downloader {
         I::IntoIter: Send + 'static,
     {
         let places = self.store.config().max_open.clamp(1, Semaphore::MAX_PERMITS);
+        let link_events = self.link.events();
         let context = Arc::new(Context {
             link: self.link,
             store: self.store,
@@ -135,6 +136,7 @@ impl Downloader {
             tasks,
             context,
             happened,
+            link_events: Some(link_events),
             ticker,
             reported: None,
         }
@@ -151,6 +153,8 @@ pub struct Download {
     tasks: JoinSet<()>,
     context: Arc<Context>,
     happened: mpsc::Receiver<Event>,
+    /// `None` when nothing more will come.
+    link_events: Option<LinkEvents>,
     ticker: Interval,
     reported: Option<Progress>,
 }
@@ -167,6 +171,13 @@ impl Download {
         loop {
             tokio::select! {
                 biased;
+                event = link_event(&mut self.link_events) => match event {
+                    Some(LinkEvent::Reconnecting { attempt, delay, reason }) => {
+                        return Some(Event::Reconnecting { attempt, delay, reason });
+                    }
+                    Some(LinkEvent::Connected) => return Some(Event::Connected),
+                    None => self.link_events = None,
+                },
                 event = self.happened.recv() => return match event {
                     Some(event) => Some(event),
                     None => self.changed().map(Event::Progress),
@@ -284,6 +295,7 @@ impl Context {
             total,
             files_done,
             files: self.files.load(Ordering::Relaxed),
+            listed: self.queue.fed.load(Ordering::Relaxed),
         }
     }
 
@@ -298,7 +310,9 @@ impl Context {
             size: arrived.size,
             hash: arrived.hash,
             sent: job.received,
+            resumed: job.resumed,
             same: arrived.same,
+            sync: arrived.sync,
             elapsed: job.since.map_or_else(Default::default, |since| since.elapsed()),
         };
         let _ = events.send(Event::Done(outcome)).await;
@@ -322,6 +336,7 @@ struct Arrived {
     size: u64,
     hash: [u8; 32],
     same: bool,
+    sync: Option<Synced>,
 }
 
 impl From<Published> for Arrived {
@@ -331,6 +346,7 @@ impl From<Published> for Arrived {
             size: published.size,
             hash: published.hash,
             same: published.same,
+            sync: Some(published.sync),
         }
     }
 }
@@ -343,8 +359,9 @@ struct Job {
     /// What it adds to the total, and what of that is counted. `counted` is never above `size`.
     size: u64,
     counted: u64,
-    /// Bytes that came over the network for it.
+    /// Bytes that came over the network for it, and that did not need to.
     received: u64,
+    resumed: u64,
     since: Option<Instant>,
     started: bool,
     /// Its bytes were not what the server said: this is the second try.
@@ -470,6 +487,7 @@ fn feed(context: Arc<Context>, wanted: impl Iterator<Item = Wanted> + Send + 'st
                 size,
                 counted: 0,
                 received: 0,
+                resumed: 0,
                 since: None,
                 started: false,
                 again: false,
@@ -493,6 +511,20 @@ async fn settle_all(
                 Note::Started { index, path, size } => {
                     let path = path.to_string();
                     let _ = events.send(Event::Started { index, path, size }).await;
+                }
+                Note::Resumed {
+                    index,
+                    path,
+                    bytes,
+                    size,
+                } => {
+                    let resumed = Event::Resumed {
+                        index,
+                        path: path.to_string(),
+                        bytes,
+                        size,
+                    };
+                    let _ = events.send(resumed).await;
                 }
                 Note::Ended(ended) => {
                     let Ended {
@@ -566,12 +598,12 @@ async fn settle(
         End::Complete(_) => {}
         End::Same { path, size, hash } => {
             asked.stored();
-            let same = true;
             let arrived = Arrived {
                 path,
                 size,
                 hash,
-                same,
+                same: true,
+                sync: None,
             };
             context.done(events, job, arrived).await;
         }

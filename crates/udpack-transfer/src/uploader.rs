@@ -300,7 +300,7 @@ impl Drop for Upload {
     }
 }
 
-async fn link_event(events: &mut Option<LinkEvents>) -> Option<LinkEvent> {
+pub(crate) async fn link_event(events: &mut Option<LinkEvents>) -> Option<LinkEvent> {
     match events {
         Some(events) => events.next().await,
         None => std::future::pending().await,

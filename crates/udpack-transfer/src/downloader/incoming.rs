@@ -6,7 +6,6 @@
 
 use std::collections::VecDeque;
 use std::panic::AssertUnwindSafe;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::Bytes;
@@ -16,9 +15,7 @@ use super::lane::Asked;
 use super::{Context, Job, lock};
 use crate::error::TransferError;
 use crate::path::RelPath;
-use crate::store::{
-    Begin, Complete, IfExists, Meta, NewFile, Partial, Store, StoreError,
-};
+use crate::store::{Begin, Complete, IfExists, Meta, NewFile, Partial, StoreError};
 use crate::wire::{Have, RANGES};
 
 /// Chunks of one file that may wait for the disk.
@@ -35,6 +32,13 @@ pub(super) enum Note {
     Started {
         index: usize,
         path: RelPath,
+        size: u64,
+    },
+    /// Something of it was there, and is the server's.
+    Resumed {
+        index: usize,
+        path: RelPath,
+        bytes: u64,
         size: u64,
     },
     /// Nothing more happens here.
@@ -314,13 +318,17 @@ impl Worker {
                     size,
                     meta,
                 },
-            ) => write(&self.context, job, partial, size, offset, &bytes).map(|partial| {
-                Next::Stage(Stage::Writing {
-                    partial,
-                    size,
-                    meta,
+            ) => {
+                let skipped = offset.saturating_sub(partial.position());
+                write(&self.context, job, partial, size, offset, &bytes).map(|partial| {
+                    skip(&self.notes, job, skipped, size);
+                    Next::Stage(Stage::Writing {
+                        partial,
+                        size,
+                        meta,
+                    })
                 })
-            }),
+            }
             // It would have come without bytes if it were the same.
             (Step::Chunk { .. }, Stage::Proving { .. }) => Err(exists(job)),
             (
@@ -330,7 +338,12 @@ impl Worker {
                     size,
                     meta,
                 },
-            ) => complete(partial, size, told, hash, meta),
+            ) => {
+                let skipped = size.saturating_sub(partial.position());
+                complete(partial, size, told, hash, meta).inspect(|_| {
+                    skip(&self.notes, job, skipped, size);
+                })
+            }
             (Step::Finish { hash: theirs, .. }, Stage::Proving { path, len, hash }) => {
                 if theirs == hash {
                     let size = len;
@@ -362,6 +375,19 @@ impl Worker {
             })));
         }
     }
+}
+
+/// The server has left out what is here.
+fn skip(notes: &mpsc::UnboundedSender<Note>, job: &mut Job, bytes: u64, size: u64) {
+    if bytes > 0 && job.resumed == 0 {
+        let _ = notes.send(Note::Resumed {
+            index: job.index,
+            path: job.wanted.local.clone(),
+            bytes,
+            size,
+        });
+    }
+    job.resumed = job.resumed.saturating_add(bytes);
 }
 
 enum Next {

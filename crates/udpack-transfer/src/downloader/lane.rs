@@ -218,6 +218,7 @@ impl Lane<'_> {
             flight: &flight,
             said,
         };
+        let channel = self.channel;
         let error = {
             let mut asking = std::pin::pin!(asking.run());
             let mut receiving = std::pin::pin!(self.receive(&flight));
@@ -227,7 +228,7 @@ impl Lane<'_> {
                 asked = &mut asking => match asked {
                     // Every file of the download has its outcome.
                     Ok(()) => {
-                        drop(self.channel.close(CloseCode::NORMAL, ""));
+                        drop(channel.close(CloseCode::NORMAL, ""));
                         return Ended::Orderly;
                     }
                     // The receiving half knows why.
@@ -235,7 +236,7 @@ impl Lane<'_> {
                 },
             }
         };
-        drop(self.channel.close(CloseCode::CANCELLED, "the lane failed"));
+        drop(channel.close(CloseCode::CANCELLED, "the lane failed"));
         let mends = self.context.link.mends(&error);
         let left = std::mem::take(&mut *lock(&flight.files));
         for incoming in left.into_values().filter_map(|file| file.incoming) {
