@@ -281,7 +281,7 @@ impl Store {
             ),
         };
         let used = match config.quota {
-            Some(_) => Some(disk.used(None).map_err(setup("count the files"))?),
+            Some(_) => Some(disk.used_below(None).map_err(setup("count the files"))?),
             None => None,
         };
         let state = Mutex::new(State {
@@ -500,7 +500,7 @@ impl Inner {
             // on meanwhile.
             let counted = self
                 .disk
-                .used(prefix.as_ref())
+                .used_below(prefix.as_ref())
                 .map_err(|e| StoreError::io("count the files", None, e, || 0))?;
             self.state().accounts.end_count(prefix, before, counted);
         }
