@@ -24,6 +24,14 @@ pub enum TransferError {
         /// The path.
         path: PathBuf,
     },
+    /// The local file's name cannot be one at the server.
+    #[error("cannot send {}: {reason}", path.display())]
+    Name {
+        /// The file.
+        path: PathBuf,
+        /// The rule it breaks, as a sentence without a capital.
+        reason: String,
+    },
     /// The local file changed while it was being sent; nothing of it was stored.
     #[error("file changed while it was being sent: {}", path.display())]
     SourceChanged {
@@ -78,6 +86,7 @@ impl TransferError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Source { .. } | Self::NotAFile { .. } => ErrorKind::LocalFile,
+            Self::Name { .. } => ErrorKind::Policy,
             Self::SourceChanged { .. } | Self::Mismatch => ErrorKind::Integrity,
             Self::Closed(_) | Self::Silent(_) => ErrorKind::Network,
             Self::Protocol(_) => ErrorKind::Other,
@@ -100,7 +109,9 @@ impl TransferError {
             Self::Refused { retry, .. } => *retry,
             Self::Closed(reason) => reason.retry,
             Self::Silent(_) | Self::SourceChanged { .. } | Self::Mismatch => true,
-            Self::Source { .. } | Self::NotAFile { .. } | Self::Protocol(_) => false,
+            Self::Source { .. } | Self::NotAFile { .. } | Self::Name { .. } | Self::Protocol(_) => {
+                false
+            }
         }
     }
 }

@@ -20,16 +20,19 @@
 )]
 
 mod error;
+mod glob;
 mod lane;
 mod path;
 mod receiver;
 mod source;
 mod store;
 mod uploader;
+mod walk;
 pub mod wire;
 mod worker;
 
 pub use error::{ErrorKind, TransferError};
+pub use glob::{Exclude, Pattern, PatternError};
 pub use lane::{Action, Lane, Refusal};
 pub use path::{PathError, PathRule, RelPath};
 pub use receiver::{Receiver, ReceiverConfig};
@@ -38,6 +41,7 @@ pub use store::{
     Begin, Existing, IfExists, Overwrite, Partial, Published, Store, StoreConfig, StoreError, Usage,
 };
 pub use uploader::{Event, Outcome, Progress, Upload, Uploader};
+pub use walk::{Found, Walk, What};
 
 /// The name of the channels that are lanes.
 pub const CHANNEL: &str = "transfer";
