@@ -3,7 +3,9 @@
 //! No I/O, no time, no bytes: the caller carries out the [`Action`] and reports back with
 //! [`Lane::ended`]. The table is `docs/PROTOCOL.md` §11, "States of one file".
 
-use crate::wire::{Finish, Offer, Request};
+use std::collections::HashSet;
+
+use crate::wire::{DirOffer, Finish, Have, LinkOffer, Offer, Request, Wish};
 
 /// Where a lane stands.
 #[derive(Debug, Default)]
@@ -11,6 +13,8 @@ pub struct Lane {
     state: State,
     /// The highest id of the long form so far: ids only go up.
     last: Option<u64>,
+    /// Downloads the client has asked for and not confirmed.
+    gets: HashSet<u64>,
 }
 
 #[derive(Debug, Default)]
@@ -30,6 +34,22 @@ struct Open {
     short: bool,
     size: Option<u64>,
     next: u64,
+    /// What the client was told that we have, as (offset, end): it may pass over that.
+    have: Vec<(u64, u64)>,
+}
+
+impl Open {
+    /// Whether everything from `next` to `offset` may be passed over.
+    fn covered(&self, offset: u64) -> bool {
+        let mut at = self.next;
+        for (from, to) in &self.have {
+            if at >= offset || *from > at {
+                break;
+            }
+            at = at.max(*to);
+        }
+        at >= offset
+    }
 }
 
 /// What the caller must do.
@@ -38,12 +58,27 @@ struct Open {
 pub enum Action {
     /// Begin this file; it is now the open one.
     Begin(Offer),
+    /// Make this directory.
+    Dir(DirOffer),
+    /// Make this link.
+    Link(LinkOffer),
+    /// Send this file.
+    Send(Wish),
+    /// The client has what was sent to it under this id, or gives it up.
+    Sent {
+        /// The download.
+        id: u64,
+        /// It is stored there.
+        stored: bool,
+    },
     /// Append the chunk's bytes to the open file.
     Write,
     /// Check and publish the open file; the lane takes the next one.
     Finish(Finish),
     /// Drop the open file and tell the client.
     Abort(Refusal),
+    /// Put the open file aside for a later resume, and tell the client.
+    Suspend(Refusal),
     /// Tell the client; nothing else changes.
     Refuse(Refusal),
     /// Nothing.
@@ -89,8 +124,79 @@ impl Lane {
             Request::File(offer) => self.file(offer),
             Request::Chunk { id, offset, bytes } => self.chunk(*id, *offset, bytes.len() as u64),
             Request::Finish(finish) => self.finish(*finish),
-            Request::Cancel { id } => self.cancel(*id),
-            Request::Done => Action::Ignore,
+            Request::Cancel { id, keep } => self.cancel(*id, *keep),
+            Request::Dir(offer) => match self.between(offer.id) {
+                Ok(()) => Action::Dir(offer.clone()),
+                Err(refusal) => Action::Refuse(refusal),
+            },
+            Request::Link(offer) => match self.between(offer.id) {
+                Ok(()) => Action::Link(offer.clone()),
+                Err(refusal) => Action::Refuse(refusal),
+            },
+            Request::Get(wish) => match self.number(wish.id) {
+                Ok(()) => {
+                    self.gets.insert(wish.id);
+                    Action::Send(wish.clone())
+                }
+                Err(refusal) => Action::Refuse(refusal),
+            },
+            Request::Done { id } if self.gets.remove(id) => Action::Sent {
+                id: *id,
+                stored: true,
+            },
+            Request::Done { .. } | Request::Ack { .. } => Action::Ignore,
+        }
+    }
+
+    /// The client was told that we have these ranges of the open file.
+    pub fn told(&mut self, id: u64, have: &Have) {
+        if let State::Open(open) = &mut self.state
+            && open.id == id
+        {
+            open.have = have
+                .iter()
+                .map(|(off, len, _)| (*off, off.saturating_add(*len)))
+                .collect();
+        }
+    }
+
+    /// A download failed on our side, and the client was told.
+    pub fn unsent(&mut self, id: u64) {
+        self.gets.remove(&id);
+    }
+
+    /// Downloads that the client has not confirmed yet.
+    pub fn gets(&self) -> usize {
+        self.gets.len()
+    }
+
+    /// Takes a new id of the long form.
+    fn number(&mut self, id: u64) -> Result<(), Refusal> {
+        if self.last.is_some_and(|last| id <= last) {
+            return Err(Refusal {
+                id,
+                code: "protocol_order",
+                message: "ids on a lane only go up".to_owned(),
+            });
+        }
+        self.last = Some(id);
+        Ok(())
+    }
+
+    /// Takes a new id for something that may not come while a file is open.
+    fn between(&mut self, id: u64) -> Result<(), Refusal> {
+        let open = self.open();
+        self.number(id)?;
+        match open {
+            Some(open) => Err(Refusal {
+                id,
+                code: "protocol_order",
+                message: format!("file {open} is still open on this lane"),
+            }),
+            None => {
+                self.state = State::Idle;
+                Ok(())
+            }
         }
     }
 
@@ -109,25 +215,20 @@ impl Lane {
     }
 
     fn file(&mut self, offer: &Offer) -> Action {
-        if let State::Open(open) = &self.state {
-            let message = format!("file {} is still open on this lane", open.id);
-            if !offer.short && self.last < Some(offer.id) {
-                self.last = Some(offer.id);
-            }
-            return refuse(offer.id, "protocol_order", message);
-        }
-        if !offer.short {
-            if self.last.is_some_and(|last| offer.id <= last) {
-                let message = "ids on a lane only go up".to_owned();
+        if offer.short {
+            if let Some(open) = self.open() {
+                let message = format!("file {open} is still open on this lane");
                 return refuse(offer.id, "protocol_order", message);
             }
-            self.last = Some(offer.id);
+        } else if let Err(refusal) = self.between(offer.id) {
+            return Action::Refuse(refusal);
         }
         self.state = State::Open(Open {
             id: offer.id,
             short: offer.short,
             size: offer.size,
             next: 0,
+            have: Vec::new(),
         });
         Action::Begin(offer.clone())
     }
@@ -146,14 +247,15 @@ impl Lane {
             );
         }
         let expected = open.next;
-        if offset.is_some_and(|offset| offset != expected) {
+        let offset = offset.unwrap_or(expected);
+        if offset < expected || !open.covered(offset) {
             return self.abort(
                 id,
                 "bad_offset",
                 format!("chunk out of place, expected offset {expected}"),
             );
         }
-        let Some(next) = expected.checked_add(len) else {
+        let Some(next) = offset.checked_add(len) else {
             return self.abort(
                 id,
                 "size_mismatch",
@@ -193,15 +295,23 @@ impl Lane {
         }
     }
 
-    fn cancel(&mut self, id: u64) -> Action {
+    fn cancel(&mut self, id: u64, keep: bool) -> Action {
+        if self.gets.remove(&id) {
+            return Action::Sent { id, stored: false };
+        }
         match &self.state {
             State::Open(open) if open.id == id => {
                 self.state = State::Idle;
-                Action::Abort(Refusal {
+                let refusal = Refusal {
                     id,
                     code: "cancelled",
                     message: "given up by the client".to_owned(),
-                })
+                };
+                if keep {
+                    Action::Suspend(refusal)
+                } else {
+                    Action::Abort(refusal)
+                }
             }
             State::Dropping { id: dropped } if *dropped == id => {
                 self.state = State::Idle;
@@ -226,6 +336,7 @@ fn refuse(id: u64, code: &'static str, message: String) -> Action {
 mod tests {
     use super::*;
     use crate::store::IfExists;
+    use crate::wire::MetaFields;
     use bytes::Bytes;
 
     fn offer(id: u64, size: Option<u64>) -> Request {
@@ -233,9 +344,10 @@ mod tests {
             id,
             path: "x".into(),
             size,
-            mtime: None,
+            meta: MetaFields::default(),
             if_exists: IfExists::Same,
             resume: false,
+            run: None,
             short: false,
         })
     }
@@ -258,7 +370,13 @@ mod tests {
 
     fn code(action: &Action) -> &'static str {
         match action {
-            Action::Abort(refusal) | Action::Refuse(refusal) => refusal.code,
+            Action::Abort(refusal) | Action::Suspend(refusal) | Action::Refuse(refusal) => {
+                refusal.code
+            }
+            Action::Dir(_) => "dir",
+            Action::Link(_) => "link",
+            Action::Send(_) => "send",
+            Action::Sent { .. } => "sent",
             Action::Begin(_) => "begin",
             Action::Write => "write",
             Action::Finish(_) => "finish",
@@ -296,7 +414,7 @@ mod tests {
         let script = [
             chunk(1, 0, 1),
             finish(1),
-            Request::Cancel { id: 1 },
+            Request::Cancel { id: 1, keep: false },
             offer(5, None),
             offer(6, None),
             chunk(5, 0, 1),
@@ -304,7 +422,7 @@ mod tests {
             finish(5),
             finish(5),
             chunk(5, 1, 1),
-            Request::Cancel { id: 5 },
+            Request::Cancel { id: 5, keep: false },
             offer(5, None),
             offer(6, None),
             offer(7, None),
@@ -343,7 +461,7 @@ mod tests {
             offer(1, Some(2)),
             chunk(1, 0, 2),
             chunk(1, 2, 1),
-            Request::Cancel { id: 1 },
+            Request::Cancel { id: 1, keep: false },
             offer(2, None),
         ];
         assert_eq!(
@@ -353,10 +471,78 @@ mod tests {
     }
 
     #[test]
+    fn what_the_server_has_may_be_passed_over_and_nothing_else() {
+        let have = vec![(0, 10, [0; 32]), (10, 5, [0; 32]), (20, 5, [0; 32])];
+        let after = |told: bool, script: &[Request]| {
+            let mut lane = Lane::new();
+            lane.on(&offer(1, Some(30)));
+            if told {
+                lane.told(1, &have);
+            }
+            script
+                .iter()
+                .map(|request| code(&lane.on(request)))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(after(true, &[chunk(1, 15, 1)]), ["write"]);
+        assert_eq!(
+            after(true, &[chunk(1, 0, 4), chunk(1, 12, 3), chunk(1, 15, 5)]),
+            ["write", "write", "write"]
+        );
+        assert_eq!(
+            after(true, &[chunk(1, 15, 5), chunk(1, 25, 5), chunk(1, 24, 1)]),
+            ["write", "write", "bad_offset"]
+        );
+        assert_eq!(after(true, &[chunk(1, 16, 1)]), ["bad_offset"]);
+        assert_eq!(after(true, &[chunk(1, 20, 1)]), ["bad_offset"]);
+        assert_eq!(after(false, &[chunk(1, 10, 1)]), ["bad_offset"]);
+    }
+
+    #[test]
+    fn directories_links_and_downloads_come_between_files() {
+        let dir = |id| {
+            Request::Dir(DirOffer {
+                id,
+                path: "d".into(),
+                meta: MetaFields::default(),
+            })
+        };
+        let get = |id| {
+            Request::Get(Wish {
+                id,
+                path: "x".into(),
+                have: Have::new(),
+            })
+        };
+        let cancel = |id| Request::Cancel { id, keep: false };
+        let script = [
+            dir(1),
+            dir(1),
+            offer(2, None),
+            dir(3),
+            get(4),
+            finish(2),
+            Request::Done { id: 4 },
+            Request::Done { id: 4 },
+            get(5),
+            cancel(5),
+            cancel(5),
+        ];
+        let order = "protocol_order";
+        assert_eq!(
+            run(&script),
+            [
+                "dir", order, "begin", order, "send", "finish", "sent", "ignore", "send", "sent",
+                "ignore"
+            ]
+        );
+    }
+
+    #[test]
     fn cancel_ends_the_open_file() {
         let script = [
             offer(1, None),
-            Request::Cancel { id: 1 },
+            Request::Cancel { id: 1, keep: false },
             chunk(1, 0, 1),
             offer(2, None),
         ];
@@ -389,9 +575,10 @@ mod tests {
                 id: 0,
                 path: "x".into(),
                 size,
-                mtime: None,
+                meta: MetaFields::default(),
                 if_exists: IfExists::Same,
                 resume: false,
+                run: None,
                 short: true,
             })
         };

@@ -38,7 +38,8 @@ pub use path::{PathError, PathRule, RelPath};
 pub use receiver::{Receiver, ReceiverConfig};
 pub use source::Source;
 pub use store::{
-    Begin, Existing, IfExists, Overwrite, Partial, Published, Store, StoreConfig, StoreError, Usage,
+    Begin, Existing, IfExists, Overwrite, Partial, Published, Store, StoreConfig, StoreError,
+    Synced, Usage,
 };
 pub use uploader::{Event, Outcome, Progress, Upload, Uploader};
 pub use walk::{Found, Walk, What};

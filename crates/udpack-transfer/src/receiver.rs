@@ -256,7 +256,8 @@ impl Serving<'_> {
                 self.forget(refusal.id);
                 self.refuse(refusal).await
             }
-            Action::Refuse(refusal) => self.refuse(refusal).await,
+            Action::Refuse(refusal) | Action::Suspend(refusal) => self.refuse(refusal).await,
+            Action::Dir(_) | Action::Link(_) | Action::Send(_) | Action::Sent { .. } => Ok(()),
             Action::Ignore => Ok(()),
         }
     }
@@ -395,6 +396,7 @@ impl Serving<'_> {
                     size,
                     hash: Hash(hash),
                     same,
+                    sync: None,
                 };
                 self.channel.send("done", &fields).await
             }

@@ -137,6 +137,35 @@ impl fmt::Display for IfExists {
     }
 }
 
+/// How a stored file was put on disk before it was reported.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Synced {
+    /// By a sync of its own.
+    File,
+    /// By one sync for several files.
+    Batch,
+    /// Not at all: a power cut may take it.
+    None,
+}
+
+impl Synced {
+    /// The way with this name on the wire.
+    pub fn from_word(word: &str) -> Option<Self> {
+        [Self::File, Self::Batch, Self::None]
+            .into_iter()
+            .find(|way| way.word() == word)
+    }
+
+    /// Its name on the wire.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::File => "file",
+            Self::Batch => "batch",
+            Self::None => "none",
+        }
+    }
+}
+
 /// A directory that takes uploads. A cheap clone of one handle.
 ///
 /// The directory is locked until the last clone and the last [`Partial`] are dropped.

@@ -513,8 +513,11 @@ impl Sending {
             path: &path,
             size: Some(size),
             mtime: opened.mtime.filter(|_| uploader.keep_mtime),
-            if_exists: &uploader.if_exists.to_string(),
+            mtime_ns: 0,
+            mode: None,
+            if_exists: Some(&uploader.if_exists.to_string()),
             resume,
+            run: None,
         };
         channel.send("file", &fields).await.map_err(|_| LaneOver)?;
         if resume {
@@ -649,8 +652,8 @@ async fn take(
     let reply =
         wire::decode_reply(&message).map_err(|error| TransferError::Protocol(error.to_string()))?;
     match reply {
-        // An event of a later version.
-        None => {}
+        // An event of a later version, or what only a download gets.
+        None | Some(Reply::File { .. } | Reply::Chunk { .. } | Reply::Finish(_)) => {}
         Some(Reply::Ready { id, have }) => {
             if let Some(tell) = lock(&flight.files)
                 .get_mut(&id)
@@ -678,6 +681,7 @@ async fn take(
             size,
             hash,
             same,
+            ..
         }) => {
             let Some(sent) = flight.take(id) else {
                 return Ok(());

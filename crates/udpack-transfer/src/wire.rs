@@ -6,10 +6,16 @@ use bytes::Bytes;
 use serde::Serialize;
 use udpack::{FieldError, Fields, Message};
 
-use crate::store::IfExists;
+use crate::store::{IfExists, Synced};
 
 /// Bytes of file in one `chunk` that this library sends and likes to get.
 pub const CHUNK: usize = 256 << 10;
+
+/// Longest list of ranges in one message.
+pub const RANGES: usize = 8_192;
+
+/// Bytes that one side has: offset, length, BLAKE3 of exactly these.
+pub type Have = Vec<(u64, u64, [u8; 32])>;
 
 /// What a client says on a lane.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,6 +23,12 @@ pub const CHUNK: usize = 256 << 10;
 pub enum Request {
     /// A file is offered.
     File(Offer),
+    /// A directory shall be there.
+    Dir(DirOffer),
+    /// A symbolic link shall be there.
+    Link(LinkOffer),
+    /// A file is asked for.
+    Get(Wish),
     /// Bytes of the open file.
     Chunk {
         /// The file.
@@ -32,9 +44,21 @@ pub enum Request {
     Cancel {
         /// The file.
         id: u64,
+        /// What the server has of it shall stay, for a later resume.
+        keep: bool,
     },
-    /// The client has seen `done`.
-    Done,
+    /// The client has seen `done`, or has stored what it got.
+    Done {
+        /// The file.
+        id: u64,
+    },
+    /// How far a download is; a courtesy.
+    Ack {
+        /// The file.
+        id: u64,
+        /// Bytes received.
+        recv: u64,
+    },
 }
 
 /// A `file` message.
@@ -46,14 +70,63 @@ pub struct Offer {
     pub path: String,
     /// Its size in bytes, if known.
     pub size: Option<u64>,
-    /// Modification time, in seconds since 1970.
-    pub mtime: Option<i64>,
+    /// Modification time and permission bits, as far as told.
+    pub meta: MetaFields,
     /// What to do when the name is taken.
     pub if_exists: IfExists,
-    /// Whether the client waits for `ready`.
+    /// Whether the client waits for `ready`, and what it has sent shall outlive the connection.
     pub resume: bool,
+    /// The run of the client's program that this offer belongs to: an offer of the same file by the same run
+    /// is the same upload, taken up again.
+    pub run: Option<[u8; 16]>,
     /// Whether this is the ancestor's short form: no id, no offsets, no hash.
     pub short: bool,
+}
+
+/// Modification time and permission bits as they travel.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct MetaFields {
+    /// Seconds since 1970.
+    pub mtime: Option<i64>,
+    /// Nanoseconds beyond, below 10⁹.
+    pub mtime_ns: u32,
+    /// Permission bits.
+    pub mode: Option<u32>,
+}
+
+/// A `dir` message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DirOffer {
+    /// The client's number for it on this lane.
+    pub id: u64,
+    /// Where it shall be; not yet checked.
+    pub path: String,
+    /// Modification time and permission bits, as far as told.
+    pub meta: MetaFields,
+}
+
+/// A `link` message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinkOffer {
+    /// The client's number for it on this lane.
+    pub id: u64,
+    /// Where it shall be; not yet checked.
+    pub path: String,
+    /// What it points to; not yet checked.
+    pub target: String,
+    /// What to do when the name is taken.
+    pub if_exists: IfExists,
+}
+
+/// A `get` message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wish {
+    /// The client's number for it on this lane.
+    pub id: u64,
+    /// Which file; not yet checked.
+    pub path: String,
+    /// What the client has of it.
+    pub have: Have,
 }
 
 /// A `finish` message.
@@ -91,12 +164,113 @@ pub fn decode(message: &Message) -> Result<Option<Request>, BadMessage> {
         "cancel" => read("cancel", message, |fields| {
             Ok(Request::Cancel {
                 id: fields.u64("id")?,
+                keep: fields.opt_bool("keep")?.unwrap_or(false),
             })
         }),
-        "done" => Ok(Request::Done),
+        "dir" => read("dir", message, |fields| {
+            Ok(Request::Dir(DirOffer {
+                id: fields.u64("id")?,
+                path: fields.str("path")?.to_owned(),
+                meta: meta(fields)?,
+            }))
+        }),
+        "link" => link(message),
+        "get" => read("get", message, |fields| {
+            Ok(Request::Get(Wish {
+                id: fields.u64("id")?,
+                path: fields.str("path")?.to_owned(),
+                have: have(fields)?,
+            }))
+        }),
+        // Without an id it is a courtesy of the short form.
+        "done" => Ok(Request::Done {
+            id: read("done", message, |fields| fields.opt_u64("id"))
+                .ok()
+                .flatten()
+                .unwrap_or(0),
+        }),
+        "ack" => read("ack", message, |fields| {
+            Ok(Request::Ack {
+                id: fields.u64("id")?,
+                recv: fields.u64("recv")?,
+            })
+        }),
         _ => return Ok(None),
     };
     request.map(Some)
+}
+
+/// Reads `mtime`, `mtime_ns` and `mode`.
+fn meta(fields: &Fields<'_>) -> Result<MetaFields, FieldError> {
+    let wrong = |key, expected| FieldError::WrongType { key, expected };
+    let mtime_ns = fields.opt_u64("mtime_ns")?.unwrap_or(0);
+    let mode = fields.opt_u64("mode")?.map(|mode| mode & 0o7777);
+    Ok(MetaFields {
+        mtime: fields.opt_i64("mtime")?,
+        mtime_ns: u32::try_from(mtime_ns)
+            .ok()
+            .filter(|nanos| *nanos < 1_000_000_000)
+            .ok_or(wrong("mtime_ns", "u64 below 1000000000"))?,
+        mode: mode.and_then(|mode| u32::try_from(mode).ok()),
+    })
+}
+
+/// Reads `have`: at most [`RANGES`], in order, none empty, none overlapping; absent is none.
+fn have(fields: &Fields<'_>) -> Result<Have, FieldError> {
+    let wrong = FieldError::WrongType {
+        key: "have",
+        expected: "array of [off, len, hash], in order, without overlap",
+    };
+    let Some(mut ranges) = fields.opt_array("have")? else {
+        return Ok(Have::new());
+    };
+    let mut have = Have::new();
+    let mut end = 0;
+    while ranges.remaining() > 0 {
+        let mut range = ranges.next_array()?;
+        let (off, len) = (range.next_u64()?, range.next_u64()?);
+        let hash = hash("have", range.next_bin()?)?;
+        range.finish()?;
+        // The whole of an empty file is one empty range.
+        if off < end || have.len() >= RANGES || (len == 0 && off > 0) {
+            return Err(wrong);
+        }
+        end = off.checked_add(len).ok_or_else(|| wrong.clone())?;
+        have.push((off, len, hash));
+    }
+    Ok(have)
+}
+
+fn hash(key: &'static str, bytes: &[u8]) -> Result<[u8; 32], FieldError> {
+    bytes.try_into().map_err(|_| FieldError::WrongType {
+        key,
+        expected: "bin of 32 bytes",
+    })
+}
+
+fn link(message: &Message) -> Result<Request, BadMessage> {
+    let (offer, word) = read("link", message, |fields| {
+        let offer = LinkOffer {
+            id: fields.u64("id")?,
+            path: fields.str("path")?.to_owned(),
+            target: fields.str("target")?.to_owned(),
+            if_exists: IfExists::default(),
+        };
+        Ok((offer, fields.opt_str("if_exists")?.map(str::to_owned)))
+    })?;
+    let if_exists = policy("link", offer.id, word.as_deref())?;
+    Ok(Request::Link(LinkOffer { if_exists, ..offer }))
+}
+
+fn policy(event: &'static str, id: u64, word: Option<&str>) -> Result<IfExists, BadMessage> {
+    let Some(word) = word else {
+        return Ok(IfExists::default());
+    };
+    IfExists::from_word(word).ok_or_else(|| BadMessage {
+        event,
+        id: Some(id),
+        text: "if_exists is none of same, error, skip, overwrite, rename".to_owned(),
+    })
 }
 
 /// Parses the data as a map and reads it; on failure tells the id if that much can be read.
@@ -134,12 +308,18 @@ fn file(message: &Message) -> Result<Request, BadMessage> {
             },
             path: fields.str(path)?.to_owned(),
             size: fields.opt_u64(size)?,
-            mtime: fields.opt_i64("mtime")?,
+            meta: meta(fields)?,
             if_exists: IfExists::default(),
             resume: fields.opt_bool("resume")?.unwrap_or(false),
+            run: match fields.opt_bin("run")? {
+                None => None,
+                Some(run) => Some(run.try_into().map_err(|_| FieldError::WrongType {
+                    key: "run",
+                    expected: "bin of 16 bytes",
+                })?),
+            },
             short,
         };
-        fields.opt_u64("mode")?;
         let mixed = short && ["id", "path"].iter().any(|key| fields.raw(key).is_some());
         Ok((
             offer,
@@ -155,11 +335,7 @@ fn file(message: &Message) -> Result<Request, BadMessage> {
     if mixed {
         return Err(bad("filename stands together with id or path"));
     }
-    let if_exists = match word.as_deref().filter(|_| !offer.short) {
-        None => IfExists::default(),
-        Some(word) => IfExists::from_word(word)
-            .ok_or_else(|| bad("if_exists is none of same, error, skip, overwrite, rename"))?,
-    };
+    let if_exists = policy("file", offer.id, word.as_deref().filter(|_| !offer.short))?;
     let resume = offer.resume && !offer.short;
     Ok(Request::File(Offer {
         if_exists,
@@ -212,11 +388,7 @@ fn finish(message: &Message) -> Result<Request, BadMessage> {
                 hash: None,
             }));
         }
-        let hash = fields.bin("hash")?;
-        let hash = hash.try_into().map_err(|_| FieldError::WrongType {
-            key: "hash",
-            expected: "bin of 32 bytes",
-        })?;
+        let hash = hash("hash", fields.bin("hash")?)?;
         Ok(Request::Finish(Finish {
             id: fields.u64("id")?,
             size: Some(fields.u64("size")?),
@@ -233,8 +405,8 @@ pub enum Reply {
     Ready {
         /// The file.
         id: u64,
-        /// What it holds already: offset, length, BLAKE3.
-        have: Vec<(u64, u64, [u8; 32])>,
+        /// What it holds already.
+        have: Have,
     },
     /// How far the server is.
     Ack {
@@ -257,7 +429,31 @@ pub enum Reply {
         hash: [u8; 32],
         /// It was there already.
         same: bool,
+        /// How it was put on disk.
+        sync: Option<Synced>,
     },
+    /// A file that was asked for begins.
+    File {
+        /// The file.
+        id: u64,
+        /// Its name at the server.
+        path: String,
+        /// Its size in bytes.
+        size: u64,
+        /// Modification time and permission bits.
+        meta: MetaFields,
+    },
+    /// Bytes of it.
+    Chunk {
+        /// The file.
+        id: u64,
+        /// Offset of the first byte.
+        offset: u64,
+        /// The bytes: a slice of the frame they came in.
+        bytes: Bytes,
+    },
+    /// All of it was sent.
+    Finish(Finish),
     /// The file is refused or failed.
     Error {
         /// The file.
@@ -276,28 +472,13 @@ pub enum Reply {
 /// # Errors
 /// When a field is missing or of the wrong type.
 pub fn decode_reply(message: &Message) -> Result<Option<Reply>, BadMessage> {
-    let hash = |bytes: &[u8]| {
-        <[u8; 32]>::try_from(bytes).map_err(|_| FieldError::WrongType {
-            key: "hash",
-            expected: "bin of 32 bytes",
-        })
-    };
     let reply = match message.event() {
         "ready" => read("ready", message, |fields| {
-            let mut ranges = fields.array("have")?;
-            let mut have = Vec::new();
-            while ranges.remaining() > 0 {
-                let mut range = ranges.next_array()?;
-                have.push((
-                    range.next_u64()?,
-                    range.next_u64()?,
-                    hash(range.next_bin()?)?,
-                ));
-                range.finish()?;
-            }
+            // Its absence would mean something else than "nothing".
+            fields.array("have")?;
             Ok(Reply::Ready {
                 id: fields.u64("id")?,
-                have,
+                have: have(fields)?,
             })
         }),
         "ack" => read("ack", message, |fields| {
@@ -312,10 +493,31 @@ pub fn decode_reply(message: &Message) -> Result<Option<Reply>, BadMessage> {
                 id: fields.u64("id")?,
                 path: fields.str("path")?.to_owned(),
                 size: fields.u64("size")?,
-                hash: hash(fields.bin("hash")?)?,
+                hash: hash("hash", fields.bin("hash")?)?,
                 same: fields.opt_bool("same")?.unwrap_or(false),
+                sync: fields.opt_str("sync")?.and_then(Synced::from_word),
             })
         }),
+        "file" => read("file", message, |fields| {
+            Ok(Reply::File {
+                id: fields.u64("id")?,
+                path: fields.str("path")?.to_owned(),
+                size: fields.u64("size")?,
+                meta: meta(fields)?,
+            })
+        }),
+        "chunk" => match chunk(message)? {
+            Request::Chunk {
+                id,
+                offset: Some(offset),
+                bytes,
+            } => Ok(Reply::Chunk { id, offset, bytes }),
+            _ => Err(without("chunk", "off")),
+        },
+        "finish" => match finish(message)? {
+            Request::Finish(finish) if finish.hash.is_some() => Ok(Reply::Finish(finish)),
+            _ => Err(without("finish", "hash")),
+        },
         "error" => read("error", message, |fields| {
             Ok(Reply::Error {
                 id: fields.u64("id")?,
@@ -327,6 +529,15 @@ pub fn decode_reply(message: &Message) -> Result<Option<Reply>, BadMessage> {
         _ => return Ok(None),
     };
     reply.map(Some)
+}
+
+/// The short form is for clients.
+fn without(event: &'static str, key: &'static str) -> BadMessage {
+    BadMessage {
+        event,
+        id: None,
+        text: FieldError::Missing(key).to_string(),
+    }
 }
 
 /// A sentence of the peer's, safe to print.
@@ -344,9 +555,57 @@ pub(crate) struct FileFields<'a> {
     pub(crate) size: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) mtime: Option<i64>,
-    pub(crate) if_exists: &'a str,
+    #[serde(skip_serializing_if = "is_zero")]
+    pub(crate) mtime_ns: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) mode: Option<u32>,
+    /// `None` in what a server sends.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) if_exists: Option<&'a str>,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub(crate) resume: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) run: Option<Run>,
+}
+
+#[derive(Serialize)]
+pub(crate) struct DirFields<'a> {
+    pub(crate) id: u64,
+    pub(crate) path: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) mtime: Option<i64>,
+    #[serde(skip_serializing_if = "is_zero")]
+    pub(crate) mtime_ns: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) mode: Option<u32>,
+}
+
+#[derive(Serialize)]
+pub(crate) struct LinkFields<'a> {
+    pub(crate) id: u64,
+    pub(crate) path: &'a str,
+    pub(crate) target: &'a str,
+    pub(crate) if_exists: &'a str,
+}
+
+#[derive(Serialize)]
+pub(crate) struct GetFields<'a> {
+    pub(crate) id: u64,
+    pub(crate) path: &'a str,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) have: Vec<(u64, u64, Hash)>,
+}
+
+#[derive(Serialize)]
+pub(crate) struct CancelFields {
+    pub(crate) id: u64,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) keep: bool,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 #[derive(Serialize)]
@@ -389,6 +648,8 @@ pub(crate) struct DoneFields<'a> {
     pub(crate) hash: Hash,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub(crate) same: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) sync: Option<&'a str>,
 }
 
 #[derive(Serialize)]
@@ -407,6 +668,23 @@ impl Serialize for Hash {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_bytes(&self.0)
     }
+}
+
+/// 16 bytes that travel as msgpack `bin`: one run of a client's program.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Run(pub(crate) [u8; 16]);
+
+impl Serialize for Run {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_bytes(&self.0)
+    }
+}
+
+/// Ranges as they travel.
+pub(crate) fn ranges(have: &Have) -> Vec<(u64, u64, Hash)> {
+    have.iter()
+        .map(|(off, len, hash)| (*off, *len, Hash(*hash)))
+        .collect()
 }
 
 #[cfg(test)]
@@ -432,8 +710,11 @@ mod tests {
             path: "a/b",
             size: Some(3),
             mtime: Some(-1),
-            if_exists: "rename",
+            mtime_ns: 5,
+            mode: Some(0o644),
+            if_exists: Some("rename"),
             resume: true,
+            run: Some(Run([3; 16])),
         };
         assert_eq!(
             decode(&message("file", &file)).unwrap(),
@@ -441,9 +722,14 @@ mod tests {
                 id: 7,
                 path: "a/b".into(),
                 size: Some(3),
-                mtime: Some(-1),
+                meta: MetaFields {
+                    mtime: Some(-1),
+                    mtime_ns: 5,
+                    mode: Some(0o644),
+                },
                 if_exists: IfExists::Rename,
                 resume: true,
+                run: Some([3; 16]),
                 short: false,
             }))
         );
@@ -478,6 +764,7 @@ mod tests {
             size: 3,
             hash: Hash([9; 32]),
             same: true,
+            sync: Some("batch"),
         };
         assert_eq!(
             decode_reply(&message("done", &done)).unwrap(),
@@ -486,7 +773,8 @@ mod tests {
                 path: "a/b".into(),
                 size: 3,
                 hash: [9; 32],
-                same: true
+                same: true,
+                sync: Some(Synced::Batch),
             })
         );
         assert_eq!(decode(&message("other", &())).unwrap(), None);

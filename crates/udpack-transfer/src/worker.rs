@@ -263,7 +263,7 @@ impl Worker {
                 }
             }
             (Step::Finish(finish), Stage::Writing(partial)) => {
-                if let Some(mtime) = self.offer.mtime {
+                if let Some(mtime) = self.offer.meta.mtime {
                     partial.set_modified(mtime);
                 }
                 partial

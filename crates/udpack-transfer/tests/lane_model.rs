@@ -13,7 +13,7 @@ use bytes::Bytes;
 use common::{Fixture, bounded, noise};
 use proptest::prelude::*;
 use raw::{RawLane, cancel, chunk, file, finish, with};
-use udpack_transfer::wire::{Finish, Offer, Request};
+use udpack_transfer::wire::{Finish, MetaFields, Offer, Request};
 use udpack_transfer::{Action, IfExists, Lane, Refusal};
 
 // ---------------------------------------------------------------------------------------- the pure machine
@@ -187,7 +187,7 @@ impl Model {
                     "finish"
                 }
             }
-            Request::Cancel { id } => match self.fate(*id) {
+            Request::Cancel { id, .. } => match self.fate(*id) {
                 Some(Fate::Open { .. }) => {
                     self.fates.insert(*id, Fate::Over);
                     "cancelled"
@@ -235,7 +235,7 @@ fn word(action: &Action) -> &'static str {
 fn names_the_right_file(action: &Action, request: &Request, open: Option<u64>) -> bool {
     let about = match request {
         Request::File(offer) => offer.id,
-        Request::Chunk { id, .. } | Request::Cancel { id } => *id,
+        Request::Chunk { id, .. } | Request::Cancel { id, .. } => *id,
         Request::Finish(finish) => finish.id,
         _ => return matches!(action, Action::Ignore),
     };
@@ -279,9 +279,10 @@ proptest! {
                     id,
                     path: "x".to_owned(),
                     size,
-                    mtime: None,
+                    meta: MetaFields::default(),
                     if_exists: IfExists::Same,
                     resume: false,
+                    run: None,
                     short,
                 }),
                 Happens::Chunk { id, off, len } => {
@@ -301,8 +302,8 @@ proptest! {
                     size: (!short).then_some(0),
                     hash: (!short).then_some([0; 32]),
                 }),
-                Happens::Cancel { id } => Request::Cancel { id },
-                Happens::Done => Request::Done,
+                Happens::Cancel { id } => Request::Cancel { id, keep: false },
+                Happens::Done => Request::Done { id: 0 },
             };
             let open = lane.open();
             let action = lane.on(&request);

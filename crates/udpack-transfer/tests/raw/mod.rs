@@ -292,6 +292,7 @@ impl RawLane {
                 size,
                 hash,
                 same,
+                ..
             } => Heard {
                 line: format!("done {id} {path} {size}{}", if same { " same" } else { "" }),
                 text: String::new(),
