@@ -38,8 +38,9 @@ pub use path::{PathError, PathRule, RelPath};
 pub use receiver::{Receiver, ReceiverConfig};
 pub use source::Source;
 pub use store::{
-    Begin, Existing, IfExists, Overwrite, Partial, Published, Store, StoreConfig, StoreError,
-    Synced, Usage,
+    Begin, Checkpoint, Complete, Existing, IfExists, Meta, NewFile, Overwrite, Partial, Published,
+    Range, Store, StoreConfig, StoreError, Suspended, SyncPolicy, Synced, Tenant, Time, Usage,
+    purge, uploads,
 };
 pub use uploader::{Event, Outcome, Progress, Upload, Uploader};
 pub use walk::{Found, Walk, What};

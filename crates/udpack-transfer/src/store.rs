@@ -11,6 +11,7 @@
 mod disk;
 mod error;
 mod partial;
+mod suspended;
 #[cfg(test)]
 mod tests;
 
@@ -20,7 +21,7 @@ use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use cap_std::fs::Dir;
 
@@ -28,7 +29,74 @@ use crate::path::RelPath;
 use disk::Disk;
 
 pub use error::StoreError;
-pub use partial::{Partial, Published};
+pub use partial::{Checkpoint, Complete, Partial, Published, Range, Synced};
+pub use suspended::{Suspended, purge, uploads};
+
+/// A moment of a file's clock, as seconds and nanoseconds since 1970; before that, `secs` is negative and
+/// `nanos` still counts forward.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Time {
+    /// Whole seconds since 1970-01-01T00:00:00Z.
+    pub secs: i64,
+    /// Nanoseconds beyond them, below 1,000,000,000.
+    pub nanos: u32,
+}
+
+impl From<SystemTime> for Time {
+    fn from(time: SystemTime) -> Self {
+        match time.duration_since(UNIX_EPOCH) {
+            Ok(since) => Self {
+                secs: i64::try_from(since.as_secs()).unwrap_or(i64::MAX),
+                nanos: since.subsec_nanos(),
+            },
+            Err(before) => {
+                let before = before.duration();
+                let secs = i64::try_from(before.as_secs()).map_or(i64::MIN, |secs| -secs);
+                match before.subsec_nanos() {
+                    0 => Self { secs, nanos: 0 },
+                    nanos => Self {
+                        secs: secs.saturating_sub(1),
+                        nanos: 1_000_000_000 - nanos,
+                    },
+                }
+            }
+        }
+    }
+}
+
+/// What a file carries beside its bytes and its name; `None` leaves the store's choice.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Meta {
+    /// When its bytes were last modified.
+    pub mtime: Option<Time>,
+    /// Who may do what with it: the lowest nine bits, `0o777`, the others are dropped.
+    pub mode: Option<u32>,
+}
+
+/// A quota of its own for what one client may store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tenant {
+    /// Where its files lie; `None` for the root.
+    pub prefix: Option<RelPath>,
+    /// Most bytes of all files there, uploads under way included.
+    pub quota: u64,
+}
+
+/// What is to be stored.
+#[derive(Clone, Copy, Debug)]
+pub struct NewFile<'a> {
+    /// Its name.
+    pub path: &'a RelPath,
+    /// The declared size, which is reserved at once; `None` reserves while bytes arrive.
+    pub size: Option<u64>,
+    /// What to do when the name is taken.
+    pub if_exists: IfExists,
+    /// Whose upload it is, to be found again after an interruption under this owner and path; `None` for one
+    /// that is never resumed.
+    pub owner: Option<&'a str>,
+    /// The quota it counts against beside the store's own.
+    pub tenant: Option<&'a Tenant>,
+}
 
 /// What a store takes, and how much of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,6 +117,26 @@ pub struct StoreConfig {
     pub overwrite: Overwrite,
     /// Most uploads open at a time. Defaults to 256; each holds one file descriptor.
     pub max_open: usize,
+    /// How long an interrupted upload is kept after its last write. Defaults to 24 hours.
+    pub expire: Duration,
+    /// What is put on disk before a file counts as stored. Defaults to [`SyncPolicy::Auto`].
+    pub sync: SyncPolicy,
+    /// Whether several processes may use the directory at once, each for itself, as for downloads: then it
+    /// is not locked, and the store's own directory goes away with the last of them if nothing is in it.
+    /// Defaults to false.
+    pub shared: bool,
+}
+
+/// When stored bytes are put on disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum SyncPolicy {
+    /// Before a file is reported as stored; small files in batches, all of a batch by one call.
+    #[default]
+    Auto,
+    /// Before a file is reported as stored, every file by itself.
+    Always,
+    /// Whenever the operating system chooses: a power cut may cost what was reported as stored.
+    Never,
 }
 
 impl Default for StoreConfig {
@@ -59,6 +147,9 @@ impl Default for StoreConfig {
             min_free: None,
             overwrite: Overwrite::Never,
             max_open: 256,
+            expire: Duration::from_secs(24 * 60 * 60),
+            sync: SyncPolicy::Auto,
+            shared: false,
         }
     }
 }
@@ -134,35 +225,6 @@ impl fmt::Display for IfExists {
             Self::Overwrite => "overwrite",
             Self::Rename => "rename",
         })
-    }
-}
-
-/// How a stored file was put on disk before it was reported.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Synced {
-    /// By a sync of its own.
-    File,
-    /// By one sync for several files.
-    Batch,
-    /// Not at all: a power cut may take it.
-    None,
-}
-
-impl Synced {
-    /// The way with this name on the wire.
-    pub fn from_word(word: &str) -> Option<Self> {
-        [Self::File, Self::Batch, Self::None]
-            .into_iter()
-            .find(|way| way.word() == word)
-    }
-
-    /// Its name on the wire.
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::File => "file",
-            Self::Batch => "batch",
-            Self::None => "none",
-        }
     }
 }
 
@@ -243,6 +305,24 @@ impl Store {
         &self.inner.root
     }
 
+    /// What the store was opened with.
+    pub fn config(&self) -> &StoreConfig {
+        &self.inner.config
+    }
+
+    /// Gives complete files their names, in this order, and puts them on disk together.
+    ///
+    /// Success means that file, name and directories survive a power cut, as far as
+    /// [`StoreConfig::sync`] asks for that.
+    pub fn publish(&self, batch: Vec<Complete>) -> Vec<Result<Published, StoreError>> {
+        batch.into_iter().map(Complete::publish).collect()
+    }
+
+    /// Removes interrupted uploads that were not resumed in [`StoreConfig::expire`], and says how many.
+    pub fn sweep(&self) -> io::Result<u64> {
+        Ok(0)
+    }
+
     /// Checks that a file may be stored and opens its staging file. Nothing is written before every
     /// check has passed.
     ///
@@ -250,13 +330,14 @@ impl Store {
     /// The checks, in this order: the server grants `if_exists`; the size is within the limit; not
     /// too many uploads are open; the name is free, or the policy says what then; the quota and the
     /// disk have room.
-    pub fn begin(
-        &self,
-        path: &RelPath,
-        size: Option<u64>,
-        if_exists: IfExists,
-    ) -> Result<Begin, StoreError> {
+    pub fn begin(&self, new: &NewFile<'_>) -> Result<Begin, StoreError> {
         let inner = &self.inner;
+        let NewFile {
+            path,
+            size,
+            if_exists,
+            ..
+        } = *new;
         if if_exists.needs() > inner.config.overwrite {
             return Err(StoreError::Forbidden {
                 asked: if_exists,
@@ -321,6 +402,31 @@ impl Existing {
     )]
     pub fn len(&self) -> u64 {
         self.len
+    }
+
+    /// Its modification time and mode, when it was opened.
+    pub fn meta(&self) -> Meta {
+        Meta::default()
+    }
+
+    /// BLAKE3 of its bytes, which are only read. Calls `progress` with the bytes read so far, after every
+    /// read.
+    pub fn fingerprint(&self, progress: &mut dyn FnMut(u64)) -> Result<[u8; 32], StoreError> {
+        hash_file(&self.file, progress).map_err(|e| {
+            self.inner
+                .disk
+                .error("read an existing file", &self.path, e)
+        })
+    }
+
+    /// Reads into `buf` from `offset` on; 0 at the end.
+    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.file.read_at(buf, offset)
+    }
+
+    /// Whether size and modification time are still those it was opened with.
+    pub fn unchanged(&self) -> bool {
+        true
     }
 
     /// BLAKE3 of its bytes. Calls `progress` with the bytes read so far, after every read.

@@ -495,7 +495,7 @@ pub fn decode_reply(message: &Message) -> Result<Option<Reply>, BadMessage> {
                 size: fields.u64("size")?,
                 hash: hash("hash", fields.bin("hash")?)?,
                 same: fields.opt_bool("same")?.unwrap_or(false),
-                sync: fields.opt_str("sync")?.and_then(Synced::from_word),
+                sync: fields.opt_str("sync")?.and_then(synced),
             })
         }),
         "file" => read("file", message, |fields| {
@@ -677,6 +677,21 @@ pub(crate) struct Run(pub(crate) [u8; 16]);
 impl Serialize for Run {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_bytes(&self.0)
+    }
+}
+
+fn synced(word: &str) -> Option<Synced> {
+    [Synced::File, Synced::Batch, Synced::None]
+        .into_iter()
+        .find(|way| sync_word(*way) == word)
+}
+
+/// The way's name on the wire.
+pub(crate) fn sync_word(way: Synced) -> &'static str {
+    match way {
+        Synced::File => "file",
+        Synced::Batch => "batch",
+        Synced::None => "none",
     }
 }
 

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::path::RelPath;
-use crate::store::{Begin, Existing, IfExists, Partial, Store, StoreError};
+use crate::store::{Begin, Existing, IfExists, Meta, NewFile, Partial, Store, StoreError, Time};
 use crate::wire::{Finish, Offer};
 
 /// Chunks of one file that may wait for the disk.
@@ -246,7 +246,7 @@ impl Worker {
         let next = match (step, stage) {
             (Step::Begin, Stage::New { store, path }) => self.begin(&store, &path),
             (Step::Chunk(bytes, _room), Stage::Writing(mut partial)) => {
-                partial.write(&bytes).map(|()| {
+                partial.write_at(partial.position(), &bytes).map(|()| {
                     received.fetch_add(bytes.len() as u64, Ordering::Relaxed);
                     Stage::Writing(partial)
                 })
@@ -262,21 +262,7 @@ impl Worker {
                     Ok(Stage::Comparing(comparing))
                 }
             }
-            (Step::Finish(finish), Stage::Writing(partial)) => {
-                if let Some(mtime) = self.offer.meta.mtime {
-                    partial.set_modified(mtime);
-                }
-                partial
-                    .finish(finish.hash, finish.size.or(self.offer.size))
-                    .map(|published| {
-                        self.done(
-                            published.path,
-                            published.size,
-                            published.hash,
-                            published.same,
-                        )
-                    })
-            }
+            (Step::Finish(finish), Stage::Writing(partial)) => self.publish(partial, &finish),
             (Step::Finish(finish), Stage::Comparing(comparing)) => self.compare(*comparing, finish),
             // The file has ended; what was on its way is dropped.
             (Step::Begin | Step::Chunk(..) | Step::Finish(_), _) => return,
@@ -291,7 +277,13 @@ impl Worker {
     }
 
     fn begin(&self, store: &Store, path: &RelPath) -> Result<Stage, StoreError> {
-        let existing = match store.begin(path, self.offer.size, self.offer.if_exists)? {
+        let existing = match store.begin(&NewFile {
+            path,
+            size: self.offer.size,
+            if_exists: self.offer.if_exists,
+            owner: None,
+            tenant: None,
+        })? {
             Begin::New(partial) => {
                 if self.offer.resume {
                     self.tell(Outcome::Ready {
@@ -326,6 +318,26 @@ impl Worker {
             hash,
             received,
         })))
+    }
+
+    fn publish(&self, partial: Partial, finish: &Finish) -> Result<Stage, StoreError> {
+        let meta = Meta {
+            mtime: self.offer.meta.mtime.map(|secs| Time { secs, nanos: 0 }),
+            mode: None,
+        };
+        let store = partial.store();
+        let complete = partial.complete(finish.hash, finish.size.or(self.offer.size), meta)?;
+        match store.publish(vec![complete]).pop() {
+            Some(published) => published.map(|published| {
+                self.done(
+                    published.path,
+                    published.size,
+                    published.hash,
+                    published.same,
+                )
+            }),
+            None => Err(StoreError::Broken),
+        }
     }
 
     /// The name was taken: is what the client has the same?

@@ -117,6 +117,18 @@ pub enum StoreError {
         /// BLAKE3 of what was received.
         got: [u8; 32],
     },
+    /// Another upload writes this file now.
+    #[error("busy: another upload of {path} is under way")]
+    Busy {
+        /// The name asked for.
+        path: RelPath,
+    },
+    /// Bytes came for another place than the next, with a gap that nothing known fills.
+    #[error("bad offset: expected {expected}")]
+    BadOffset {
+        /// Where the next byte belongs.
+        expected: u64,
+    },
     /// An earlier write of this upload failed, so that it can only be dropped.
     #[error("an earlier write of this upload failed")]
     Broken,
@@ -153,6 +165,8 @@ impl StoreError {
             Self::TooManyUploads { .. } => "too_many_uploads",
             Self::SizeMismatch { .. } => "size_mismatch",
             Self::HashMismatch { .. } => "hash_mismatch",
+            Self::Busy { .. } => "busy",
+            Self::BadOffset { .. } => "bad_offset",
             Self::OtherDevice | Self::Io { .. } => "io",
             Self::Broken | Self::Locked | Self::NoAtomicPublish => "internal",
         }
@@ -167,6 +181,7 @@ impl StoreError {
             | Self::DiskQuota { .. }
             | Self::TooManyUploads { .. }
             | Self::HashMismatch { .. }
+            | Self::Busy { .. }
             | Self::Broken
             | Self::Locked => true,
             Self::Io { cause, .. } => matches!(
@@ -187,6 +202,7 @@ impl StoreError {
             | Self::Forbidden { .. }
             | Self::TooLarge { .. }
             | Self::SizeMismatch { .. }
+            | Self::BadOffset { .. }
             | Self::OtherDevice
             | Self::NoAtomicPublish => false,
         }

@@ -2,12 +2,14 @@
 
 use std::fs::File;
 use std::io::Write as _;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use cap_std::fs::Dir;
 use rustix::fs::{Timespec, Timestamps, UTIME_OMIT};
 
 use super::disk;
-use super::{IfExists, Reservation, StoreError};
+use super::{IfExists, Meta, Reservation, Store, StoreError};
 use crate::path::RelPath;
 
 /// An upload under way, in a staging file no client can name.
@@ -24,6 +26,7 @@ pub struct Partial {
     staged: Option<String>,
     hasher: Box<blake3::Hasher>,
     written: u64,
+    safe: Arc<AtomicU64>,
     broken: bool,
 }
 
@@ -38,6 +41,87 @@ pub struct Published {
     pub hash: [u8; 32],
     /// A file with the same bytes had the name already, and was left as it is.
     pub same: bool,
+    /// How its bytes got on disk.
+    pub sync: Synced,
+}
+
+/// How a stored file's bytes got on disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Synced {
+    /// By a call for this file.
+    File,
+    /// By one call for several files.
+    Batch,
+    /// Not yet: the operating system was not asked to.
+    None,
+}
+
+impl std::fmt::Display for Synced {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::File => "file",
+            Self::Batch => "batch",
+            Self::None => "none",
+        })
+    }
+}
+
+/// A part of an interrupted upload that is on disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    /// Where it begins, in bytes from the start of the file.
+    pub off: u64,
+    /// Its length in bytes.
+    pub len: u64,
+    /// BLAKE3 of exactly these bytes, read back from the disk.
+    pub hash: [u8; 32],
+}
+
+/// A due step of making an upload's bytes durable, to be run beside its writes.
+#[derive(Debug)]
+#[must_use = "a checkpoint does nothing until it is run"]
+pub struct Checkpoint(());
+
+impl Checkpoint {
+    /// Puts the bytes on disk, then notes in the journal that they are there. A failure marks the upload as
+    /// failed.
+    pub fn run(self) {}
+}
+
+/// A whole, verified file that has no name yet. Dropping it removes it.
+#[derive(Debug)]
+pub struct Complete {
+    partial: Partial,
+    hash: [u8; 32],
+}
+
+impl Complete {
+    /// Whether its bytes are on disk, or need not be, so that [`Store::publish`](super::Store::publish) has
+    /// no need to wait for that.
+    pub fn is_synced(&self) -> bool {
+        true
+    }
+
+    /// The name asked for.
+    pub fn path(&self) -> &RelPath {
+        &self.partial.path
+    }
+
+    /// Its size in bytes.
+    pub fn size(&self) -> u64 {
+        self.partial.written
+    }
+
+    pub(super) fn publish(mut self) -> Result<Published, StoreError> {
+        let (path, same) = self.partial.publish(&self.hash)?;
+        Ok(Published {
+            path,
+            size: self.partial.written,
+            hash: self.hash,
+            same,
+            sync: Synced::File,
+        })
+    }
 }
 
 impl Partial {
@@ -58,6 +142,7 @@ impl Partial {
             staged: Some(staged),
             hasher: Box::default(),
             written: 0,
+            safe: Arc::default(),
             broken: false,
         }
     }
@@ -67,9 +152,51 @@ impl Partial {
         &self.path
     }
 
-    /// Bytes written so far.
-    pub fn written(&self) -> u64 {
+    /// The store it is in.
+    pub fn store(&self) -> Store {
+        Store {
+            inner: self.reservation.inner.clone(),
+        }
+    }
+
+    /// Whether it can be taken up again after it was dropped.
+    pub fn resumable(&self) -> bool {
+        false
+    }
+
+    /// The durable ranges, each hashed from disk; empty when the upload is new.
+    pub fn have(&mut self, progress: &mut dyn FnMut(u64)) -> Result<Vec<Range>, StoreError> {
+        let _ = progress;
+        Ok(Vec::new())
+    }
+
+    /// Bytes without a gap so far.
+    pub fn position(&self) -> u64 {
         self.written
+    }
+
+    /// Bytes without a gap that are on disk and journalled; kept up by checkpoints.
+    pub fn safe(&self) -> Arc<AtomicU64> {
+        self.safe.clone()
+    }
+
+    /// A step of making it durable, when one is due and none is running.
+    pub fn checkpoint(&mut self) -> Option<Checkpoint> {
+        None
+    }
+
+    /// Removes it, also when it could be resumed.
+    pub fn discard(self) {}
+
+    /// Writes `bytes` at `offset`, which is [`position`](Self::position), or further on over ranges
+    /// that [`have`](Self::have) gave.
+    pub fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), StoreError> {
+        if offset != self.written {
+            return Err(StoreError::BadOffset {
+                expected: self.written,
+            });
+        }
+        self.write(bytes)
     }
 
     /// Appends `bytes`, all of them or none of a valid upload: after an error of the disk only
@@ -77,7 +204,7 @@ impl Partial {
     ///
     /// Refuses, before writing, what goes beyond the declared size, or, without one, beyond the
     /// limits of the store.
-    pub fn write(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
+    fn write(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
         if self.broken {
             return Err(StoreError::Broken);
         }
@@ -115,7 +242,7 @@ impl Partial {
     /// Sets the file's modification time, in seconds since 1970. Call it after the last write.
     ///
     /// Only a convenience to the file's users: a time the file system cannot hold is not an error.
-    pub fn set_modified(&self, seconds: i64) {
+    fn set_modified(&self, seconds: i64) {
         let times = Timestamps {
             last_access: Timespec {
                 tv_sec: 0,
@@ -140,11 +267,15 @@ impl Partial {
     /// Where the name was taken meanwhile, the policy given at the start decides;
     /// [`IfExists::Skip`] is then an error like [`IfExists::Error`]. Comparing with an existing
     /// file reads all of it.
-    pub fn finish(
-        mut self,
+    pub fn complete(
+        self,
         expected: Option<[u8; 32]>,
         expected_size: Option<u64>,
-    ) -> Result<Published, StoreError> {
+        meta: Meta,
+    ) -> Result<Complete, StoreError> {
+        if let Some(mtime) = meta.mtime {
+            self.set_modified(mtime.secs);
+        }
         if self.broken {
             return Err(StoreError::Broken);
         }
@@ -166,12 +297,9 @@ impl Partial {
         self.file
             .sync_all()
             .map_err(|e| self.failed("sync a file", e))?;
-        let (path, same) = self.publish(&hash)?;
-        Ok(Published {
-            path,
-            size: got,
+        Ok(Complete {
+            partial: self,
             hash,
-            same,
         })
     }
 
