@@ -1,5 +1,9 @@
 //! `udpack-server`: one store, one token file, one port.
 
+mod hook;
+mod tokens;
+mod uploads;
+
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::time::Duration;
@@ -22,6 +26,8 @@ pub(crate) async fn run(args: ServerArgs, console: Console) -> anyhow::Result<()
             return pages::completions::<ServerArgs>(shell);
         }
         Some(ServerCommand::Man) => return pages::man::<ServerArgs>(),
+        Some(ServerCommand::Token(command)) => return tokens::run(&command),
+        Some(ServerCommand::Uploads(command)) => return uploads::run(&command),
         None => {}
     }
     let _log = logging::start(Role::Server, &args.log, &console)?;
@@ -43,6 +49,8 @@ async fn serve(args: &ServerArgs) -> anyhow::Result<()> {
         quota: args.quota.0,
         min_free: args.min_free.map(|size| size.0.unwrap_or(0)),
         overwrite: args.overwrite.into(),
+        expire: args.expire.0,
+        sync: args.fsync.into(),
         ..StoreConfig::default()
     };
     let store = Store::open(&args.dir, config).map_err(|error| {
