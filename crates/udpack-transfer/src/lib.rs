@@ -21,29 +21,45 @@
 
 mod error;
 mod glob;
+mod hook;
+mod jobs;
 mod lane;
+mod limiter;
+mod outgoing;
 mod path;
+mod queries;
 mod receiver;
+mod scope;
+mod serving;
+mod size;
 mod source;
 mod store;
 mod uploader;
 mod walk;
 pub mod wire;
 mod worker;
+mod writers;
 
 pub use error::{ErrorKind, TransferError};
 pub use glob::{Exclude, Pattern, PatternError};
+pub use hook::{Accepted, Hook, HookOffer, HookStored};
 pub use lane::{Action, Lane, Refusal};
+pub use limiter::Limiter;
 pub use path::{PathError, PathRule, RelPath};
 pub use receiver::{Receiver, ReceiverConfig};
+pub use scope::{Scope, ScopeError};
+pub use size::parse_size;
 pub use source::Source;
 pub use store::{
-    Begin, Checkpoint, Complete, Existing, IfExists, Meta, NewFile, Overwrite, Partial, Published,
-    Range, Store, StoreConfig, StoreError, Suspended, SyncPolicy, Synced, Tenant, Time, Usage,
-    purge, uploads,
+    Begin, Checkpoint, Complete, Entry, Existing, IfExists, Kind, List, Meta, NewFile, Overwrite,
+    Page, Partial, Published, Range, Removed, Store, StoreConfig, StoreError, Suspended,
+    SyncPolicy, Synced, Tenant, Time, Usage, check_target, purge, uploads,
 };
 pub use uploader::{Event, Outcome, Progress, Upload, Uploader};
 pub use walk::{Found, Walk, What};
 
 /// The name of the channels that are lanes.
 pub const CHANNEL: &str = "transfer";
+
+/// The name of the channels on which a server's transfers are watched.
+pub const JOBS_CHANNEL: &str = "transfers";

@@ -199,6 +199,11 @@ pub(crate) fn printable(text: &str) -> String {
     shown
 }
 
+/// Whether `name`, which holds no `/`, can be a component of a [`RelPath`].
+pub(crate) fn is_component(name: &str) -> bool {
+    check_component(name).is_ok()
+}
+
 fn check(path: &str) -> Result<(), PathRule> {
     if path.is_empty() {
         return Err(PathRule::Empty);

@@ -11,9 +11,11 @@
 mod disk;
 mod error;
 mod partial;
+mod quota;
 mod suspended;
 #[cfg(test)]
 mod tests;
+mod tree;
 
 use std::fmt;
 use std::fs::File;
@@ -21,16 +23,18 @@ use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use cap_std::fs::Dir;
 
 use crate::path::RelPath;
 use disk::Disk;
+use quota::Accounts;
 
 pub use error::StoreError;
 pub use partial::{Checkpoint, Complete, Partial, Published, Range, Synced};
 pub use suspended::{Suspended, purge, uploads};
+pub use tree::{Entry, Kind, List, Page, Removed, check_target};
 
 /// A moment of a file's clock, as seconds and nanoseconds since 1970; before that, `secs` is negative and
 /// `nanos` still counts forward.
@@ -277,16 +281,13 @@ impl Store {
             ),
         };
         let used = match config.quota {
-            Some(_) => disk.used().map_err(setup("count the files"))?,
-            None => 0,
+            Some(_) => Some(disk.used(None).map_err(setup("count the files"))?),
+            None => None,
         };
         let state = Mutex::new(State {
-            used,
-            reserved: 0,
+            accounts: Accounts::new(used),
             unwritten: 0,
             open: 0,
-            published: 0,
-            counted: Instant::now(),
         });
         Ok(Self {
             inner: Arc::new(Inner {
@@ -336,19 +337,15 @@ impl Store {
             path,
             size,
             if_exists,
+            tenant,
             ..
         } = *new;
-        if if_exists.needs() > inner.config.overwrite {
-            return Err(StoreError::Forbidden {
-                asked: if_exists,
-                granted: inner.config.overwrite,
-            });
-        }
+        inner.check_policy(if_exists)?;
         let limit = inner.max_file();
         if let Some(size) = size.filter(|size| *size > limit) {
             return Err(StoreError::TooLarge { size, limit });
         }
-        let mut reservation = Reservation::open(inner)?;
+        let mut reservation = Reservation::open(inner, path, tenant)?;
         if let Some(existing) = inner.occupant(path, if_exists)? {
             return Ok(Begin::Exists(existing));
         }
@@ -371,8 +368,8 @@ impl Store {
     pub fn usage(&self) -> Usage {
         let state = self.inner.state();
         Usage {
-            used: state.used,
-            reserved: state.reserved,
+            used: state.accounts.used(&None),
+            reserved: state.accounts.reserved(&None),
             open: state.open,
         }
     }
@@ -456,15 +453,10 @@ struct Inner {
 
 #[derive(Debug)]
 struct State {
-    used: u64,
-    reserved: u64,
-    /// The part of `reserved` that the file system does not yet count as taken.
+    accounts: Accounts,
+    /// The part of what is promised to uploads that the file system does not yet count as taken.
     unwritten: u64,
     open: usize,
-    /// Bytes published since the store was opened: tells a count under way what it may have missed.
-    published: u64,
-    /// When `used` was last counted.
-    counted: Instant,
 }
 
 impl Inner {
@@ -476,6 +468,61 @@ impl Inner {
     fn max_file(&self) -> u64 {
         const OFFSET_MAX: u64 = i64::MAX.unsigned_abs();
         self.config.max_file.unwrap_or(OFFSET_MAX).min(OFFSET_MAX)
+    }
+
+    fn check_policy(&self, asked: IfExists) -> Result<(), StoreError> {
+        let granted = self.config.overwrite;
+        if asked.needs() > granted {
+            return Err(StoreError::Forbidden { asked, granted });
+        }
+        Ok(())
+    }
+
+    /// Checks that `need` more bytes may be stored, and says how many may be, with the lock held so
+    /// that they can be taken.
+    fn room(
+        &self,
+        need: u64,
+        tenant: Option<&Tenant>,
+    ) -> Result<(MutexGuard<'_, State>, u64), StoreError> {
+        let quota = self.config.quota.map(|quota| (&None, quota));
+        let own = tenant.map(|tenant| (&tenant.prefix, tenant.quota));
+        for (prefix, quota) in quota.into_iter().chain(own) {
+            let Some(before) = self.state().accounts.begin_count(prefix, quota, need) else {
+                continue;
+            };
+            // Files may have been removed behind our back. The walk takes its time, so others go
+            // on meanwhile.
+            let counted = self
+                .disk
+                .used(prefix.as_ref())
+                .map_err(|e| StoreError::io("count the files", None, e, || 0))?;
+            self.state().accounts.end_count(prefix, before, counted);
+        }
+        let state = self.state();
+        let mut room = u64::MAX;
+        for (prefix, quota) in quota.into_iter().chain(own) {
+            let left = state.accounts.left(prefix, quota);
+            if left < need {
+                return Err(StoreError::Quota { need, left, quota });
+            }
+            room = room.min(left);
+        }
+        let available = self
+            .disk
+            .available()
+            .map_err(|e| StoreError::io("read the free space", None, e, || 0))?;
+        let free = available.saturating_sub(state.unwritten);
+        let keep = self.min_free;
+        if free < keep.saturating_add(need) {
+            return Err(StoreError::NoSpace { free, keep, need });
+        }
+        Ok((state, room.min(free - keep)))
+    }
+
+    /// What had this name is gone, `bytes` in all.
+    fn removed(&self, path: &RelPath, bytes: u64) {
+        self.state().accounts.removed(path, bytes);
     }
 
     /// What stands in the way of an upload: `None` when nothing does, or nothing the policy cannot
@@ -537,12 +584,19 @@ impl Inner {
 #[derive(Debug)]
 struct Reservation {
     inner: Arc<Inner>,
+    tenant: Option<Tenant>,
+    /// Its number in the accounts.
+    upload: u64,
     bytes: u64,
     unwritten: u64,
 }
 
 impl Reservation {
-    fn open(inner: &Arc<Inner>) -> Result<Self, StoreError> {
+    fn open(
+        inner: &Arc<Inner>,
+        path: &RelPath,
+        tenant: Option<&Tenant>,
+    ) -> Result<Self, StoreError> {
         let limit = inner.config.max_open;
         let mut state = inner.state();
         if state.open >= limit {
@@ -551,6 +605,8 @@ impl Reservation {
         state.open += 1;
         Ok(Self {
             inner: Arc::clone(inner),
+            tenant: tenant.cloned(),
+            upload: state.accounts.open(path),
             bytes: 0,
             unwritten: 0,
         })
@@ -558,46 +614,9 @@ impl Reservation {
 
     /// Reserves `need` more bytes, and `spare` beyond them if there is room.
     fn reserve(&mut self, need: u64, spare: u64) -> Result<(), StoreError> {
-        let inner = &self.inner;
-        let mut state = inner.state();
-        let mut room = u64::MAX;
-        if let Some(quota) = inner.config.quota {
-            let left = |state: &State| {
-                quota
-                    .saturating_sub(state.used)
-                    .saturating_sub(state.reserved)
-            };
-            if left(&state) < need && state.counted.elapsed() >= RECOUNT_AFTER {
-                // Files may have been removed behind our back. The walk takes its time, so others
-                // go on meanwhile.
-                state.counted = Instant::now();
-                let before = state.published;
-                drop(state);
-                let counted = inner
-                    .disk
-                    .used()
-                    .map_err(|e| StoreError::io("count the files", None, e, || 0))?;
-                state = inner.state();
-                state.used = counted.saturating_add(state.published - before);
-            }
-            let left = left(&state);
-            if left < need {
-                return Err(StoreError::Quota { need, left, quota });
-            }
-            room = left;
-        }
-        let available = inner
-            .disk
-            .available()
-            .map_err(|e| StoreError::io("read the free space", None, e, || 0))?;
-        let free = available.saturating_sub(state.unwritten);
-        let keep = inner.min_free;
-        if free < keep.saturating_add(need) {
-            return Err(StoreError::NoSpace { free, keep, need });
-        }
-        room = room.min(free - keep);
+        let (mut state, room) = self.inner.room(need, self.tenant.as_ref())?;
         let taken = need.saturating_add(spare).min(room);
-        state.reserved = state.reserved.saturating_add(taken);
+        state.accounts.promise(self.upload, taken);
         state.unwritten = state.unwritten.saturating_add(taken);
         self.bytes += taken;
         self.unwritten += taken;
@@ -614,8 +633,7 @@ impl Reservation {
     /// The upload's `size` bytes are published; `replaced` bytes went for it.
     fn commit(&self, size: u64, replaced: u64) {
         let mut state = self.inner.state();
-        state.used = state.used.saturating_add(size).saturating_sub(replaced);
-        state.published = state.published.saturating_add(size);
+        state.accounts.published(self.upload, size, replaced);
     }
 }
 
@@ -623,7 +641,7 @@ impl Drop for Reservation {
     fn drop(&mut self) {
         let mut state = self.inner.state();
         state.open = state.open.saturating_sub(1);
-        state.reserved = state.reserved.saturating_sub(self.bytes);
+        state.accounts.close(self.upload);
         state.unwritten = state.unwritten.saturating_sub(self.unwritten);
     }
 }
@@ -647,5 +665,3 @@ fn hash_file(file: &File, progress: &mut dyn FnMut(u64)) -> io::Result<[u8; 32]>
 }
 
 const GIB: u64 = 1 << 30;
-/// Shortest time between two counts of the files, a walk that may be long.
-const RECOUNT_AFTER: Duration = Duration::from_secs(30);

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use serde::Serialize;
 use udpack::{FieldError, Fields, Message};
 
-use crate::store::{IfExists, Synced};
+use crate::store::{IfExists, Meta, Synced, Time};
 
 /// Bytes of file in one `chunk` that this library sends and likes to get.
 pub const CHUNK: usize = 256 << 10;
@@ -92,6 +92,28 @@ pub struct MetaFields {
     pub mtime_ns: u32,
     /// Permission bits.
     pub mode: Option<u32>,
+}
+
+impl From<MetaFields> for Meta {
+    fn from(fields: MetaFields) -> Self {
+        Self {
+            mtime: fields.mtime.map(|secs| Time {
+                secs,
+                nanos: fields.mtime_ns,
+            }),
+            mode: fields.mode,
+        }
+    }
+}
+
+impl From<Meta> for MetaFields {
+    fn from(meta: Meta) -> Self {
+        Self {
+            mtime: meta.mtime.map(|time| time.secs),
+            mtime_ns: meta.mtime.map_or(0, |time| time.nanos),
+            mode: meta.mode,
+        }
+    }
 }
 
 /// A `dir` message.

@@ -1,43 +1,56 @@
 //! One incoming file on the blocking pool: what the disk must do, in order, off the async threads.
 //!
 //! A file owns no thread. Its steps queue here, bounded; a blocking job runs while there are steps and ends
-//! when there are none, so a thousand slow uploads cost a thousand small queues and no idle threads.
+//! when there are none, so a thousand slow uploads cost a thousand small queues and no idle threads. Small
+//! files that are complete go on to the [`Publisher`], which puts many of them on disk at once.
 
 use std::collections::VecDeque;
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::path::RelPath;
-use crate::store::{Begin, Existing, IfExists, Meta, NewFile, Partial, Store, StoreError, Time};
-use crate::wire::{Finish, Offer};
+use crate::store::{
+    Begin, Complete, Existing, IfExists, NewFile, Partial, Published, Store, StoreError, Synced,
+    Tenant,
+};
+use crate::wire::{Finish, Have, Offer};
+use crate::writers::{UploadKey, Writer, Writers};
 
 /// Chunks of one file that may wait for the disk.
 const QUEUE: usize = 8;
+/// Most files that are published together.
+const BATCH: usize = 1024;
 
 /// What the disk found, for the lane to tell the client.
 #[derive(Debug)]
 pub(crate) enum Outcome {
     Ready {
         id: u64,
-        have: Vec<(u64, u64, [u8; 32])>,
+        have: Have,
     },
     Done {
         id: u64,
-        path: String,
-        size: u64,
-        hash: [u8; 32],
-        same: bool,
+        published: Published,
     },
     Error {
         id: u64,
         code: &'static str,
         message: String,
         retry: bool,
+    },
+    /// Somebody with the right to do so has cancelled it.
+    Cancelled {
+        id: u64,
+    },
+    /// A download is on its way, or has failed and the client was told.
+    Sent {
+        id: u64,
+        failed: Option<&'static str>,
     },
 }
 
@@ -50,9 +63,37 @@ impl Outcome {
             retry: error.retry(),
         }
     }
+
+    fn broken(id: u64) -> Self {
+        Self::Error {
+            id,
+            code: "internal",
+            message: "the server failed to store the file".to_owned(),
+            retry: true,
+        }
+    }
 }
 
-/// A lane's handle on one file. Dropping it before [`finish`](Self::finish) drops the file.
+/// Where the outcomes of a lane's files go.
+pub(crate) type Outcomes = mpsc::UnboundedSender<Outcome>;
+
+/// What a file is to become.
+#[derive(Debug)]
+pub(crate) struct Task {
+    pub(crate) offer: Offer,
+    /// The name in the store.
+    pub(crate) path: RelPath,
+    /// Whose it is.
+    pub(crate) owner: Arc<str>,
+    pub(crate) tenant: Option<Tenant>,
+    /// Names the upload within its client's run.
+    pub(crate) key: Option<UploadKey>,
+    /// The right to write it, where it can be resumed.
+    pub(crate) writer: Option<Writer>,
+}
+
+/// A lane's handle on one file. Dropping it before [`finish`](Self::finish) ends the file: what can be
+/// resumed is put aside, the rest is removed.
 #[derive(Debug)]
 pub(crate) struct Incoming {
     shared: Arc<Shared>,
@@ -64,6 +105,7 @@ struct Shared {
     queue: Mutex<Queue>,
     room: Arc<Semaphore>,
     received: AtomicU64,
+    safe: OnceLock<Arc<AtomicU64>>,
 }
 
 #[derive(Debug)]
@@ -72,29 +114,37 @@ struct Queue {
     /// A blocking job is at work, and has the worker.
     running: bool,
     worker: Option<Worker>,
-    dropped: bool,
+    end: Option<End>,
+}
+
+/// How a file ends that gets no `finish`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    Suspend,
+    Discard,
 }
 
 #[derive(Debug)]
 enum Step {
     Begin,
-    Chunk(Bytes, OwnedSemaphorePermit),
+    Chunk(Option<u64>, Bytes, OwnedSemaphorePermit),
+    /// Some time has passed: a checkpoint may be due.
+    Pause,
     Finish(Finish),
 }
 
 impl Incoming {
     /// Begins a file: the first step looks at the name and the space.
     pub(crate) fn begin(
-        store: Store,
-        offer: Offer,
-        path: RelPath,
+        publisher: &Publisher,
+        task: Task,
         slot: OwnedSemaphorePermit,
-        outcomes: mpsc::UnboundedSender<Outcome>,
+        outcomes: Outcomes,
     ) -> Self {
         let worker = Worker {
-            id: offer.id,
-            stage: Stage::New { store, path },
-            offer,
+            stage: Stage::New,
+            task,
+            publisher: publisher.clone(),
             outcomes,
             since: Instant::now(),
             _slot: slot,
@@ -104,10 +154,11 @@ impl Incoming {
                 steps: VecDeque::new(),
                 running: false,
                 worker: Some(worker),
-                dropped: false,
+                end: None,
             }),
             room: Arc::new(Semaphore::new(QUEUE)),
             received: AtomicU64::new(0),
+            safe: OnceLock::new(),
         });
         let incoming = Self {
             shared,
@@ -122,8 +173,9 @@ impl Incoming {
         self.shared.room.clone()
     }
 
-    pub(crate) fn write(&self, bytes: Bytes, room: OwnedSemaphorePermit) {
-        self.push(Step::Chunk(bytes, room));
+    /// The next chunk; without an offset it follows the one before.
+    pub(crate) fn write(&self, offset: Option<u64>, bytes: Bytes, room: OwnedSemaphorePermit) {
+        self.push(Step::Chunk(offset, bytes, room));
     }
 
     /// Lets the file run to its end by itself; the outcome comes on the channel.
@@ -132,9 +184,29 @@ impl Incoming {
         self.push(Step::Finish(finish));
     }
 
-    /// Bytes received and written so far.
+    /// Ends the file and removes what is there of it, also where it could be resumed.
+    pub(crate) fn discard(mut self) {
+        self.finished = true;
+        self.end(End::Discard);
+    }
+
+    /// Bytes received and written so far, without a gap.
     pub(crate) fn received(&self) -> u64 {
         self.shared.received.load(Ordering::Relaxed)
+    }
+
+    /// Of those, bytes that a power cut would not take.
+    pub(crate) fn safe(&self) -> u64 {
+        let safe = self.shared.safe.get();
+        safe.map_or(0, |safe| safe.load(Ordering::Relaxed))
+            .min(self.received())
+    }
+
+    /// Looks whether something should be made durable, in case nothing comes any more.
+    pub(crate) fn pause(&self) {
+        if self.safe() < self.received() && self.shared.lock().steps.is_empty() {
+            self.push(Step::Pause);
+        }
     }
 
     fn push(&self, step: Step) {
@@ -148,24 +220,27 @@ impl Incoming {
             tokio::task::spawn_blocking(move || shared.run(worker));
         }
     }
+
+    fn end(&self, end: End) {
+        let worker = {
+            let mut queue = self.shared.lock();
+            queue.end = Some(end);
+            queue.steps.clear();
+            queue.worker.take()
+        };
+        // Syncing or removing a large staging file takes time: not on this thread, where there is a choice.
+        if let Some(worker) = worker
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            runtime.spawn_blocking(move || worker.end(end));
+        }
+    }
 }
 
 impl Drop for Incoming {
     fn drop(&mut self) {
-        if self.finished {
-            return;
-        }
-        let worker = {
-            let mut queue = self.shared.lock();
-            queue.dropped = true;
-            queue.steps.clear();
-            queue.worker.take()
-        };
-        // Removing a large staging file takes time: not on this thread, where there is a choice.
-        if let Some(worker) = worker
-            && let Ok(runtime) = tokio::runtime::Handle::try_current()
-        {
-            runtime.spawn_blocking(move || drop(worker));
+        if !self.finished {
+            self.end(End::Suspend);
         }
     }
 }
@@ -179,8 +254,10 @@ impl Shared {
         loop {
             let step = {
                 let mut queue = self.lock();
-                if queue.dropped {
-                    break;
+                if let Some(end) = queue.end {
+                    drop(queue);
+                    worker.end(end);
+                    return;
                 }
                 match queue.steps.pop_front() {
                     Some(step) => step,
@@ -191,18 +268,11 @@ impl Shared {
                     }
                 }
             };
-            let (id, outcomes) = (worker.id, worker.outcomes.clone());
-            let done =
-                std::panic::catch_unwind(AssertUnwindSafe(|| worker.step(step, &self.received)));
+            let (id, outcomes) = (worker.task.offer.id, worker.outcomes.clone());
+            let done = std::panic::catch_unwind(AssertUnwindSafe(|| worker.step(step, self)));
             if done.is_err() {
                 tracing::error!("storing a file panicked");
-                let message = "the server failed to store the file".to_owned();
-                let _ = outcomes.send(Outcome::Error {
-                    id,
-                    code: "internal",
-                    message,
-                    retry: true,
-                });
+                let _ = outcomes.send(Outcome::broken(id));
                 worker.stage = Stage::Ended;
             }
         }
@@ -212,20 +282,18 @@ impl Shared {
 /// What one file needs, wherever it runs.
 #[derive(Debug)]
 struct Worker {
-    id: u64,
-    offer: Offer,
+    // Before the task: its writer lets go only after the staging file has been let go of.
     stage: Stage,
-    outcomes: mpsc::UnboundedSender<Outcome>,
+    task: Task,
+    publisher: Publisher,
+    outcomes: Outcomes,
     since: Instant,
     _slot: OwnedSemaphorePermit,
 }
 
 #[derive(Debug)]
 enum Stage {
-    New {
-        store: Store,
-        path: RelPath,
-    },
+    New,
     Writing(Partial),
     /// A file of that name and size is there: compare instead of write.
     Comparing(Box<Comparing>),
@@ -241,20 +309,41 @@ struct Comparing {
 }
 
 impl Worker {
-    fn step(&mut self, step: Step, received: &AtomicU64) {
+    fn end(self, end: End) {
+        if let (End::Discard, Stage::Writing(partial)) = (end, self.stage) {
+            partial.discard();
+        }
+    }
+
+    fn step(&mut self, step: Step, shared: &Shared) {
         let stage = std::mem::replace(&mut self.stage, Stage::Ended);
         let next = match (step, stage) {
-            (Step::Begin, Stage::New { store, path }) => self.begin(&store, &path),
-            (Step::Chunk(bytes, _room), Stage::Writing(mut partial)) => {
-                partial.write_at(partial.position(), &bytes).map(|()| {
-                    received.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-                    Stage::Writing(partial)
-                })
+            (Step::Begin, Stage::New) => self.begin(shared),
+            (Step::Chunk(offset, bytes, _room), Stage::Writing(mut partial)) => {
+                let offset = offset.unwrap_or_else(|| partial.position());
+                match partial.write_at(offset, &bytes) {
+                    Ok(()) => {
+                        let position = partial.position();
+                        shared.received.store(position, Ordering::Relaxed);
+                        checkpoint(&mut partial);
+                        Ok(Stage::Writing(partial))
+                    }
+                    Err(error) => {
+                        partial.discard();
+                        Err(error)
+                    }
+                }
             }
-            (Step::Chunk(bytes, _room), Stage::Comparing(mut comparing)) => {
+            (Step::Pause, Stage::Writing(mut partial)) => {
+                checkpoint(&mut partial);
+                Ok(Stage::Writing(partial))
+            }
+            (Step::Pause, stage) => Ok(stage),
+            (Step::Chunk(_, bytes, _room), Stage::Comparing(mut comparing)) => {
                 comparing.received.update(&bytes);
-                received.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-                if comparing.received.count() > comparing.existing.len() {
+                let count = comparing.received.count();
+                shared.received.store(count, Ordering::Relaxed);
+                if count > comparing.existing.len() {
                     // It cannot be equal any more, and what was not declared has no other end.
                     let path = comparing.existing.path().clone();
                     Err(StoreError::Exists { path })
@@ -262,7 +351,7 @@ impl Worker {
                     Ok(Stage::Comparing(comparing))
                 }
             }
-            (Step::Finish(finish), Stage::Writing(partial)) => self.publish(partial, &finish),
+            (Step::Finish(finish), Stage::Writing(partial)) => self.complete(partial, &finish),
             (Step::Finish(finish), Stage::Comparing(comparing)) => self.compare(*comparing, finish),
             // The file has ended; what was on its way is dropped.
             (Step::Begin | Step::Chunk(..) | Step::Finish(_), _) => return,
@@ -271,44 +360,57 @@ impl Worker {
             Ok(stage) => self.stage = stage,
             Err(error) => {
                 tracing::info!(code = error.code(), "upload refused: {error}");
-                self.tell(Outcome::failed(self.id, &error));
+                self.tell(Outcome::failed(self.task.offer.id, &error));
             }
         }
     }
 
-    fn begin(&self, store: &Store, path: &RelPath) -> Result<Stage, StoreError> {
-        let existing = match store.begin(&NewFile {
+    fn begin(&self, shared: &Shared) -> Result<Stage, StoreError> {
+        let Task {
+            offer,
             path,
-            size: self.offer.size,
-            if_exists: self.offer.if_exists,
-            owner: None,
-            tenant: None,
-        })? {
-            Begin::New(partial) => {
-                if self.offer.resume {
-                    self.tell(Outcome::Ready {
-                        id: self.id,
-                        have: Vec::new(),
-                    });
+            owner,
+            tenant,
+            ..
+        } = &self.task;
+        let id = offer.id;
+        let new = NewFile {
+            path,
+            size: offer.size,
+            if_exists: offer.if_exists,
+            owner: offer.resume.then_some(&**owner),
+            tenant: tenant.as_ref(),
+        };
+        let store = &self.publisher.store;
+        let existing = match store.begin(&new)? {
+            Begin::New(mut partial) => {
+                let _ = shared.safe.set(partial.safe());
+                if offer.resume {
+                    let have = partial.have(&mut |_| {})?;
+                    let have = have
+                        .into_iter()
+                        .map(|range| (range.off, range.len, range.hash))
+                        .collect();
+                    self.tell(Outcome::Ready { id, have });
                 }
                 return Ok(Stage::Writing(partial));
             }
             Begin::Exists(existing) => existing,
         };
         let len = existing.len();
-        if self.offer.if_exists == IfExists::Skip {
+        if offer.if_exists == IfExists::Skip {
             let hash = existing.hash(&mut |_| {})?;
-            return Ok(self.done(existing.path().to_string(), len, hash, true));
+            return Ok(self.was_there(existing.path().to_string(), len, hash));
         }
-        if self.offer.size.is_some_and(|size| size != len) {
+        if offer.size.is_some_and(|size| size != len) {
             return Err(StoreError::Exists { path: path.clone() });
         }
         let mut hash = None;
-        if self.offer.resume {
+        if offer.resume {
             let known = existing.hash(&mut |_| {})?;
             hash = Some(known);
             self.tell(Outcome::Ready {
-                id: self.id,
+                id,
                 have: vec![(0, len, known)],
             });
         }
@@ -320,24 +422,20 @@ impl Worker {
         })))
     }
 
-    fn publish(&self, partial: Partial, finish: &Finish) -> Result<Stage, StoreError> {
-        let meta = Meta {
-            mtime: self.offer.meta.mtime.map(|secs| Time { secs, nanos: 0 }),
-            mode: None,
+    /// All bytes are here: are they right?
+    fn complete(&mut self, partial: Partial, finish: &Finish) -> Result<Stage, StoreError> {
+        let size = finish.size.or(self.task.offer.size);
+        let complete = partial.complete(finish.hash, size, self.task.offer.meta.into())?;
+        let publication = Publication {
+            complete,
+            id: self.task.offer.id,
+            key: self.task.key,
+            since: self.since,
+            outcomes: self.outcomes.clone(),
+            writer: self.task.writer.take(),
         };
-        let store = partial.store();
-        let complete = partial.complete(finish.hash, finish.size.or(self.offer.size), meta)?;
-        match store.publish(vec![complete]).pop() {
-            Some(published) => published.map(|published| {
-                self.done(
-                    published.path,
-                    published.size,
-                    published.hash,
-                    published.same,
-                )
-            }),
-            None => Err(StoreError::Broken),
-        }
+        self.publisher.publish(publication);
+        Ok(Stage::Ended)
     }
 
     /// The name was taken: is what the client has the same?
@@ -354,7 +452,7 @@ impl Worker {
         let proved = count == 0 && hash.is_some() && finish.hash == hash && size == existing.len();
         if !proved {
             if count > 0 || hash.is_none() {
-                let mut told = [self.offer.size, finish.size].into_iter().flatten();
+                let mut told = [self.task.offer.size, finish.size].into_iter().flatten();
                 if let Some(expected) = told.find(|expected| *expected != count) {
                     return Err(StoreError::SizeMismatch {
                         expected,
@@ -381,18 +479,20 @@ impl Worker {
             (Some(hash), _) | (None, Some(hash)) => hash,
             (None, None) => *received.finalize().as_bytes(),
         };
-        Ok(self.done(path.to_string(), size, hash, true))
+        Ok(self.was_there(path.to_string(), size, hash))
     }
 
-    fn done(&self, path: String, size: u64, hash: [u8; 32], same: bool) -> Stage {
-        let secs = self.since.elapsed().as_secs_f64();
-        tracing::info!(%path, bytes = size, secs, same, "stored");
+    fn was_there(&self, path: String, size: u64, hash: [u8; 32]) -> Stage {
+        tracing::info!(%path, bytes = size, "was there already");
         self.tell(Outcome::Done {
-            id: self.id,
-            path,
-            size,
-            hash,
-            same,
+            id: self.task.offer.id,
+            published: Published {
+                path,
+                size,
+                hash,
+                same: true,
+                sync: Synced::File,
+            },
         });
         Stage::Ended
     }
@@ -400,5 +500,136 @@ impl Worker {
     fn tell(&self, outcome: Outcome) {
         // Nobody listens any more once the lane is gone; the file is stored all the same.
         let _ = self.outcomes.send(outcome);
+    }
+}
+
+/// Makes durable what is due, beside the writes that follow.
+fn checkpoint(partial: &mut Partial) {
+    if let Some(checkpoint) = partial.checkpoint() {
+        tokio::task::spawn_blocking(move || checkpoint.run());
+    }
+}
+
+/// Gives complete files their names. What has to be synced first waits for the others of its kind, so that
+/// one sync serves all that came while the one before was running.
+#[derive(Debug, Clone)]
+pub(crate) struct Publisher {
+    store: Store,
+    writers: Writers,
+    waiting: Arc<Mutex<Waiting>>,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    publications: Vec<Publication>,
+    /// A thread is at work and will take what is added.
+    busy: bool,
+}
+
+#[derive(Debug)]
+struct Publication {
+    // Before the writer, which lets go only after the file has its name.
+    complete: Complete,
+    id: u64,
+    key: Option<UploadKey>,
+    since: Instant,
+    outcomes: Outcomes,
+    writer: Option<Writer>,
+}
+
+impl Publisher {
+    pub(crate) fn new(store: Store, writers: Writers) -> Self {
+        Self {
+            store,
+            writers,
+            waiting: Arc::default(),
+        }
+    }
+
+    pub(crate) fn store(&self) -> &Store {
+        &self.store
+    }
+
+    pub(crate) fn writers(&self) -> &Writers {
+        &self.writers
+    }
+
+    /// Blocks, unless another thread is publishing already: then that one takes it along.
+    fn publish(&self, publication: Publication) {
+        if publication.complete.is_synced() {
+            return self.run(vec![publication]);
+        }
+        let mut waiting = self.waiting();
+        waiting.publications.push(publication);
+        if std::mem::replace(&mut waiting.busy, true) {
+            return;
+        }
+        loop {
+            let count = waiting.publications.len().min(BATCH);
+            let batch: Vec<_> = waiting.publications.drain(..count).collect();
+            if batch.is_empty() {
+                waiting.busy = false;
+                return;
+            }
+            drop(waiting);
+            let owed: Vec<_> = batch
+                .iter()
+                .map(|publication| (publication.id, publication.outcomes.clone()))
+                .collect();
+            let done = std::panic::catch_unwind(AssertUnwindSafe(|| self.run(batch)));
+            if done.is_err() {
+                tracing::error!("publishing files panicked");
+                for (id, outcomes) in owed {
+                    let _ = outcomes.send(Outcome::broken(id));
+                }
+            }
+            waiting = self.waiting();
+        }
+    }
+
+    fn run(&self, batch: Vec<Publication>) {
+        let mut owed = Vec::with_capacity(batch.len());
+        let mut files = Vec::with_capacity(batch.len());
+        for Publication {
+            complete,
+            id,
+            key,
+            since,
+            outcomes,
+            writer,
+        } in batch
+        {
+            files.push(complete);
+            owed.push((id, key, since, outcomes, writer));
+        }
+        let published = self.store.publish(files);
+        for ((id, key, since, outcomes, writer), published) in owed.into_iter().zip(published) {
+            let outcome = match published {
+                Ok(published) => {
+                    tracing::info!(
+                        path = published.path,
+                        bytes = published.size,
+                        secs = since.elapsed().as_secs_f64(),
+                        same = published.same,
+                        "stored"
+                    );
+                    if let Some(key) = key {
+                        self.writers.ended(key, &published);
+                    }
+                    Outcome::Done { id, published }
+                }
+                Err(error) => {
+                    tracing::info!(code = error.code(), "upload refused: {error}");
+                    Outcome::failed(id, &error)
+                }
+            };
+            // Who waits to write it must find the outcome.
+            drop(writer);
+            let _ = outcomes.send(outcome);
+        }
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -5,6 +5,7 @@
 //! directories held as descriptors this leaves nothing for a link planted at run time to redirect.
 
 use std::collections::HashSet;
+use std::ffi::OsStr;
 use std::fs::File;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
@@ -17,7 +18,7 @@ use cap_std::fs::{
     Dir, DirBuilder, DirBuilderExt as _, Metadata, MetadataExt as _, OpenOptions,
     OpenOptionsExt as _,
 };
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::StoreError;
@@ -106,9 +107,51 @@ impl Disk {
         Ok(stat.f_blocks.saturating_mul(stat.f_frsize))
     }
 
-    /// Bytes of all regular files below the root, the store's own directory left out.
-    pub(super) fn used(&self) -> io::Result<u64> {
-        count(&self.root, COUNT_DEPTH)
+    /// Bytes of all regular files below a directory, or the root, the store's own directory left
+    /// out; 0 where no such directory is.
+    pub(super) fn used(&self, below: Option<&RelPath>) -> io::Result<u64> {
+        let mut dir = self.root()?;
+        for component in below.iter().flat_map(|below| below.components()) {
+            dir = match open_dir(&dir, component) {
+                Ok(dir) => dir,
+                Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::MLINK) => return Ok(0),
+                Err(errno) => return Err(errno.into()),
+            };
+        }
+        count(&dir, COUNT_DEPTH)
+    }
+
+    /// The root.
+    pub(super) fn root(&self) -> io::Result<Dir> {
+        self.root.try_clone()
+    }
+
+    /// A new symbolic link in the staging directory: its name.
+    pub(super) fn stage_link(&self, target: &str) -> io::Result<String> {
+        let name = self.names.next() + PART;
+        rustix::fs::symlinkat(target, &self.staging, &name)?;
+        Ok(name)
+    }
+
+    /// Removes an empty directory and forgets that its entry is on disk: the next one may get its
+    /// inode.
+    pub(super) fn remove_dir(&self, dir: &Dir, name: &OsStr, child: &Dir) -> Result<(), Errno> {
+        let metadata = child.dir_metadata().map_err(errno)?;
+        let mut durable = self.durable.lock().unwrap_or_else(PoisonError::into_inner);
+        rustix::fs::unlinkat(dir, name, AtFlags::REMOVEDIR)?;
+        durable.remove(&(metadata.dev(), metadata.ino()));
+        Ok(())
+    }
+
+    /// Fails where a directory is on another file system than the staging area.
+    pub(super) fn check_device(&self, dir: &Dir, path: &RelPath) -> Result<(), StoreError> {
+        let metadata = dir
+            .dir_metadata()
+            .map_err(|e| self.error("read a directory", path, e))?;
+        if metadata.dev() != self.device {
+            return Err(StoreError::OtherDevice);
+        }
+        Ok(())
     }
 
     /// A new staging file, open for reading and writing, and its name.
@@ -160,6 +203,13 @@ impl Disk {
         self.publish = Publish::LinkThenUnlink;
     }
 
+    /// Whether the entry of the directory with this device and inode is known to be on disk.
+    #[cfg(test)]
+    pub(super) fn is_durable(&self, id: (u64, u64)) -> bool {
+        let durable = self.durable.lock().unwrap_or_else(PoisonError::into_inner);
+        durable.contains(&id)
+    }
+
     fn walk(&self, path: &RelPath, create: bool) -> Result<Option<Dir>, StoreError> {
         let failed = |action, cause| self.error(action, path, cause);
         let mut dir = self
@@ -207,19 +257,13 @@ impl Disk {
             }
             dir = child;
         }
-        let device = dir
-            .dir_metadata()
-            .map_err(|e| failed("read a directory", e))?
-            .dev();
-        if device != self.device {
-            return Err(StoreError::OtherDevice);
-        }
+        self.check_device(&dir, path)?;
         Ok(Some(dir))
     }
 
     /// Sees to it that `child`'s entry in `dir` survives a power cut, also when another upload, or
     /// an earlier run, made it an instant ago.
-    fn make_durable(&self, dir: &Dir, child: &Dir) -> io::Result<()> {
+    pub(super) fn make_durable(&self, dir: &Dir, child: &Dir) -> io::Result<()> {
         let metadata = child.dir_metadata()?;
         let id = (metadata.dev(), metadata.ino());
         let durable = || self.durable.lock().unwrap_or_else(PoisonError::into_inner);
@@ -228,6 +272,10 @@ impl Disk {
         }
         sync_dir(dir)?;
         let mut durable = durable();
+        if child.dir_metadata()?.nlink() == 0 {
+            // Removed meanwhile: another directory may get its number.
+            return Ok(());
+        }
         if durable.len() >= DURABLE_LIMIT {
             durable.clear();
         }
@@ -329,7 +377,7 @@ impl Publish {
         match self {
             Self::Rename => Ok(rename_new(staging, staged, dir, name)?),
             Self::LinkThenUnlink => {
-                rustix::fs::linkat(staging, staged, dir, name, rustix::fs::AtFlags::empty())?;
+                rustix::fs::linkat(staging, staged, dir, name, AtFlags::empty())?;
                 // The file is published; a second name for it in the staging directory is swept at
                 // the next start.
                 if let Err(error) = staging.remove_file(staged) {
@@ -376,7 +424,7 @@ impl Names {
 }
 
 /// What stands at `name`, not following it; `None` when nothing does.
-pub(super) fn look(dir: &Dir, name: &str) -> io::Result<Option<Metadata>> {
+pub(super) fn look(dir: &Dir, name: impl AsRef<Path>) -> io::Result<Option<Metadata>> {
     match dir.symlink_metadata(name) {
         Ok(metadata) => Ok(Some(metadata)),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -478,14 +526,15 @@ fn create_lock(private: &Dir) -> Result<File, StoreError> {
     }
 }
 
-fn open_dir(dir: &Dir, name: &str) -> Result<Dir, Errno> {
+/// Opens a directory; `NOTDIR`, or on some systems `LOOP`, when it is a symbolic link.
+pub(super) fn open_dir(dir: &Dir, name: impl rustix::path::Arg) -> Result<Dir, Errno> {
     let dir = rustix::fs::openat(dir, name, DIRECTORY | OFlags::NOFOLLOW, Mode::empty())?;
     Ok(Dir::from_std_file(File::from(dir)))
 }
 
 /// Makes a directory that only we can enter, whatever the umask; one that is there already stays as
 /// it is.
-fn create_dir(dir: &Dir, name: &str) -> Result<(), Errno> {
+pub(super) fn create_dir(dir: &Dir, name: &str) -> Result<(), Errno> {
     let mut builder = DirBuilder::new();
     builder.mode(DIR_MODE);
     match dir.create_dir_with(name, &builder) {
@@ -495,6 +544,10 @@ fn create_dir(dir: &Dir, name: &str) -> Result<(), Errno> {
             errno => Err(errno.unwrap_or(Errno::IO)),
         },
     }
+}
+
+fn errno(error: io::Error) -> Errno {
+    Errno::from_io_error(&error).unwrap_or(Errno::IO)
 }
 
 fn create_new(dir: &Dir, name: &str) -> io::Result<File> {
@@ -523,14 +576,9 @@ fn count(dir: &Dir, depth: usize) -> io::Result<u64> {
             sum = sum.saturating_add(metadata.len());
         } else if metadata.is_dir()
             && !(depth + 1 == COUNT_DEPTH && name == PRIVATE)
-            && let Ok(child) = rustix::fs::openat(
-                dir,
-                Path::new(&name),
-                DIRECTORY | OFlags::NOFOLLOW,
-                Mode::empty(),
-            )
+            && let Ok(child) = open_dir(dir, &*name)
         {
-            sum = sum.saturating_add(count(&Dir::from_std_file(File::from(child)), depth)?);
+            sum = sum.saturating_add(count(&child, depth)?);
         }
     }
     Ok(sum)

@@ -57,14 +57,14 @@ pub enum StoreError {
         /// [`StoreConfig::max_file`](super::StoreConfig::max_file), or what a file can hold at all.
         limit: u64,
     },
-    /// The store's quota has no room for it.
+    /// The store's quota, or the client's own, has no room for it.
     #[error("quota: needs {}, {} of {} left", Bytes(*need), Bytes(*left), Bytes(*quota))]
     Quota {
         /// Bytes asked for.
         need: u64,
         /// Bytes neither used nor reserved.
         left: u64,
-        /// [`StoreConfig::quota`](super::StoreConfig::quota).
+        /// [`StoreConfig::quota`](super::StoreConfig::quota) or [`Tenant::quota`](super::Tenant::quota).
         quota: u64,
     },
     /// The file system has no room for it beside what must stay free.
@@ -117,6 +117,38 @@ pub enum StoreError {
         /// BLAKE3 of what was received.
         got: [u8; 32],
     },
+    /// Nothing has the name, or what should be a directory on the way to it is none.
+    #[error("not found: {path}")]
+    NotFound {
+        /// The name asked for.
+        path: RelPath,
+    },
+    /// A directory has the name, where a file was asked for.
+    #[error("is a directory: {path}")]
+    IsDirectory {
+        /// The name asked for.
+        path: RelPath,
+    },
+    /// What has the name is neither a regular file nor a directory.
+    #[error("not a file: {path}")]
+    NotAFile {
+        /// The name asked for.
+        path: RelPath,
+    },
+    /// The directory, or one below it, is not empty.
+    #[error("not empty: {path}")]
+    NotEmpty {
+        /// The name asked for.
+        path: RelPath,
+    },
+    /// A link must not lead there.
+    #[error("forbidden: the target of the link {path} {why}")]
+    BadTarget {
+        /// The name asked for.
+        path: RelPath,
+        /// What is wrong with the target.
+        why: &'static str,
+    },
     /// Another upload writes this file now.
     #[error("busy: another upload of {path} is under way")]
     Busy {
@@ -158,7 +190,11 @@ impl StoreError {
         match self {
             Self::Name(_) | Self::Unstorable { .. } => "bad_name",
             Self::Exists { .. } | Self::Blocked { .. } => "exists",
-            Self::Forbidden { .. } => "forbidden",
+            Self::Forbidden { .. } | Self::BadTarget { .. } => "forbidden",
+            Self::NotFound { .. } => "not_found",
+            Self::IsDirectory { .. } => "is_directory",
+            Self::NotAFile { .. } => "not_a_file",
+            Self::NotEmpty { .. } => "not_empty",
             Self::TooLarge { .. } => "too_large",
             Self::Quota { .. } => "quota",
             Self::NoSpace { .. } | Self::DiskFull { .. } | Self::DiskQuota { .. } => "no_space",
@@ -200,6 +236,11 @@ impl StoreError {
             | Self::Exists { .. }
             | Self::Blocked { .. }
             | Self::Forbidden { .. }
+            | Self::NotFound { .. }
+            | Self::IsDirectory { .. }
+            | Self::NotAFile { .. }
+            | Self::NotEmpty { .. }
+            | Self::BadTarget { .. }
             | Self::TooLarge { .. }
             | Self::SizeMismatch { .. }
             | Self::BadOffset { .. }

@@ -1,0 +1,384 @@
+//! The transfers of a server as others may watch them: the channel `transfers`.
+//!
+//! A watcher gets the list, then each change, coalesced: of several states of one job within a quarter of a
+//! second the latest. The end of a job is always told. Nobody waits for a watcher.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use tokio::time::MissedTickBehavior;
+use udpack::{Channel, CloseCode, Fault, Message, RecvError, SendError};
+
+use crate::scope::Scope;
+
+/// How often a job's progress is told at most.
+const TICK: Duration = Duration::from_millis(250);
+/// Ended jobs that may wait for one watcher; one that is further behind is closed.
+const BACKLOG: usize = 16_384;
+/// Jobs in the first list.
+const LIST: usize = 512;
+
+/// Whether a job brings a file or takes one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum JobKind {
+    Put,
+    Get,
+}
+
+/// How a job ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum JobEnd {
+    Done,
+    Failed(&'static str),
+    Cancelled,
+    /// What is there of it waits to be resumed.
+    Suspended,
+}
+
+/// All jobs of a server. A handle.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Jobs {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    next: AtomicU64,
+    running: Mutex<BTreeMap<u64, Arc<Running>>>,
+    watchers: Mutex<HashMap<u64, Arc<Watcher>>>,
+}
+
+struct Running {
+    id: u64,
+    kind: JobKind,
+    /// The name in the store.
+    path: String,
+    peer: String,
+    size: Option<u64>,
+    since: Instant,
+    bytes: AtomicU64,
+    safe: AtomicU64,
+    cancel: Box<dyn Fn() + Send + Sync>,
+}
+
+impl std::fmt::Debug for Running {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Running")
+            .field("id", &self.id)
+            .field("path", &self.path)
+            .finish_non_exhaustive()
+    }
+}
+
+/// One job, owned by what runs it. Dropping it without [`end`](Self::end) suspends it.
+#[derive(Debug)]
+pub(crate) struct Job {
+    jobs: Jobs,
+    running: Arc<Running>,
+    ended: bool,
+}
+
+#[derive(Debug)]
+struct Watcher {
+    peer: String,
+    admin: bool,
+    ended: Mutex<Ended>,
+}
+
+#[derive(Debug, Default)]
+struct Ended {
+    jobs: VecDeque<(Arc<Running>, JobEnd)>,
+    /// More ended than the backlog holds.
+    lost: bool,
+}
+
+impl Jobs {
+    /// A job begins. `cancel` is called when somebody cancels it, from any thread, perhaps more than once.
+    pub(crate) fn start(
+        &self,
+        kind: JobKind,
+        path: &str,
+        peer: &str,
+        size: Option<u64>,
+        cancel: impl Fn() + Send + Sync + 'static,
+    ) -> Job {
+        let id = self.inner.next.fetch_add(1, Ordering::Relaxed) + 1;
+        let running = Arc::new(Running {
+            id,
+            kind,
+            path: path.to_owned(),
+            peer: peer.to_owned(),
+            size,
+            since: Instant::now(),
+            bytes: AtomicU64::new(0),
+            safe: AtomicU64::new(0),
+            cancel: Box::new(cancel),
+        });
+        lock(&self.inner.running).insert(id, running.clone());
+        Job {
+            jobs: self.clone(),
+            running,
+            ended: false,
+        }
+    }
+
+    /// Serves one watcher until it leaves.
+    pub(crate) async fn watch(
+        &self,
+        channel: Channel,
+        default: &Scope,
+    ) -> Result<(), RecvError> {
+        let scope = match Scope::of(channel.peer(), default) {
+            Ok(scope) => scope,
+            Err(error) => {
+                tracing::error!(%error, "the token's entry is unusable");
+                channel.close(CloseCode::REFUSED, "forbidden");
+                return Ok(());
+            }
+        };
+        let watcher = Arc::new(Watcher {
+            peer: channel.peer().map_or("", |peer| peer.id()).to_owned(),
+            admin: scope.admin,
+            ended: Mutex::default(),
+        });
+        let _seat = self.seat(&watcher);
+        let mut told = HashMap::new();
+        let mut list = Vec::new();
+        let running = self.running(&watcher);
+        // What does not fit into one message follows as changes.
+        for job in running.iter().take(LIST) {
+            told.insert(job.id, job.now());
+            list.push(fields(job, None, &scope, &watcher));
+        }
+        if channel.send("jobs", &ListFields { jobs: list }).await.is_err() {
+            return Ok(());
+        }
+        let mut ticker = tokio::time::interval(TICK);
+        ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                message = channel.recv() => match message? {
+                    Some(message) => {
+                        if self.asked(&channel, &message, &watcher).await.is_err() {
+                            return Ok(());
+                        }
+                    }
+                    None => return Ok(()),
+                },
+                _ = ticker.tick() => match self.tell(&channel, &watcher, &scope, &mut told).await {
+                    Ok(true) => {}
+                    Ok(false) => {
+                        channel.close(CloseCode::SLOW_PEER, "too many jobs ended unheard");
+                        return Ok(());
+                    }
+                    Err(_) => return Ok(()),
+                },
+            }
+        }
+    }
+
+    /// Tells what changed; false when the watcher has missed the end of a job.
+    async fn tell(
+        &self,
+        channel: &Channel,
+        watcher: &Watcher,
+        scope: &Scope,
+        told: &mut HashMap<u64, (u64, u64)>,
+    ) -> Result<bool, SendError> {
+        for job in self.running(watcher) {
+            let now = job.now();
+            if told.insert(job.id, now) != Some(now) {
+                channel
+                    .send("job", &fields(&job, None, scope, watcher))
+                    .await?;
+            }
+        }
+        loop {
+            let next = {
+                let mut ended = lock(&watcher.ended);
+                if ended.lost {
+                    return Ok(false);
+                }
+                ended.jobs.pop_front()
+            };
+            let Some((job, end)) = next else {
+                return Ok(true);
+            };
+            told.remove(&job.id);
+            channel
+                .send("job", &fields(&job, Some(end), scope, watcher))
+                .await?;
+        }
+    }
+
+    async fn asked(
+        &self,
+        channel: &Channel,
+        message: &Message,
+        watcher: &Watcher,
+    ) -> Result<(), SendError> {
+        if message.event() != "cancel" {
+            let fault = Fault::new(Fault::NO_HANDLER, "no such event on a channel of jobs");
+            return channel.fault(message, &fault).await;
+        }
+        let id = match message.fields().and_then(|fields| fields.u64("job")) {
+            Ok(id) => id,
+            Err(error) => {
+                let fault = Fault::new(Fault::BAD_PAYLOAD, error.to_string());
+                return channel.fault(message, &fault).await;
+            }
+        };
+        let job = lock(&self.inner.running).get(&id).cloned();
+        let fault = match job {
+            // What one may not see is not there.
+            Some(job) if !watcher.sees(&job) => Fault::new("forbidden", "not a job of yours"),
+            Some(job) => {
+                (job.cancel)();
+                return channel.reply(message, &()).await;
+            }
+            None => Fault::new("not_found", "no such job is running"),
+        };
+        channel.fault(message, &fault).await
+    }
+
+    fn running(&self, watcher: &Watcher) -> Vec<Arc<Running>> {
+        lock(&self.inner.running)
+            .values()
+            .filter(|job| watcher.sees(job))
+            .cloned()
+            .collect()
+    }
+
+    fn seat(&self, watcher: &Arc<Watcher>) -> Seat {
+        let key = self.inner.next.fetch_add(1, Ordering::Relaxed);
+        lock(&self.inner.watchers).insert(key, watcher.clone());
+        Seat {
+            jobs: self.clone(),
+            key,
+        }
+    }
+}
+
+impl Watcher {
+    fn sees(&self, job: &Running) -> bool {
+        self.admin || self.peer == job.peer
+    }
+}
+
+impl Running {
+    fn now(&self) -> (u64, u64) {
+        (
+            self.bytes.load(Ordering::Relaxed),
+            self.safe.load(Ordering::Relaxed),
+        )
+    }
+}
+
+impl Job {
+    /// How far it is, in bytes.
+    pub(crate) fn update(&self, bytes: u64, safe: u64) {
+        self.running.bytes.store(bytes, Ordering::Relaxed);
+        self.running.safe.store(safe, Ordering::Relaxed);
+    }
+
+    /// It is over.
+    pub(crate) fn end(mut self, end: JobEnd) {
+        self.over(end);
+    }
+
+    fn over(&mut self, end: JobEnd) {
+        if std::mem::replace(&mut self.ended, true) {
+            return;
+        }
+        let inner = &self.jobs.inner;
+        lock(&inner.running).remove(&self.running.id);
+        for watcher in lock(&inner.watchers).values() {
+            if watcher.sees(&self.running) {
+                let mut ended = lock(&watcher.ended);
+                if ended.jobs.len() < BACKLOG {
+                    ended.jobs.push_back((self.running.clone(), end));
+                } else {
+                    ended.lost = true;
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        self.over(JobEnd::Suspended);
+    }
+}
+
+/// One watcher's place, given up on drop.
+struct Seat {
+    jobs: Jobs,
+    key: u64,
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        lock(&self.jobs.inner.watchers).remove(&self.key);
+    }
+}
+
+#[derive(Serialize)]
+struct ListFields<'a> {
+    jobs: Vec<JobFields<'a>>,
+}
+
+#[derive(Serialize)]
+struct JobFields<'a> {
+    id: u64,
+    kind: &'static str,
+    path: &'a str,
+    peer: &'a str,
+    size: Option<u64>,
+    bytes: u64,
+    safe: u64,
+    state: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    code: Option<&'static str>,
+    secs: f64,
+}
+
+fn fields<'a>(
+    job: &'a Running,
+    end: Option<JobEnd>,
+    scope: &Scope,
+    watcher: &Watcher,
+) -> JobFields<'a> {
+    let (bytes, safe) = job.now();
+    let (state, code) = match end {
+        None => ("running", None),
+        Some(JobEnd::Done) => ("done", None),
+        Some(JobEnd::Failed(code)) => ("failed", Some(code)),
+        Some(JobEnd::Cancelled) => ("cancelled", None),
+        Some(JobEnd::Suspended) => ("suspended", None),
+    };
+    let own = watcher.peer == job.peer;
+    JobFields {
+        id: job.id,
+        kind: match job.kind {
+            JobKind::Put => "put",
+            JobKind::Get => "get",
+        },
+        path: if own { scope.outside(&job.path) } else { &job.path },
+        peer: &job.peer,
+        size: job.size,
+        bytes,
+        safe,
+        state,
+        code,
+        secs: job.since.elapsed().as_secs_f64(),
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing panics while it is held.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,193 @@
+//! [`Limiter`]: how many bytes a second may go out, all lanes together.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Mutex;
+use tokio::time::Instant;
+
+use crate::wire::CHUNK;
+
+/// The smallest chunk that a low rate leads to.
+const SMALLEST: usize = 4 << 10;
+/// What may go out at once after a pause, as a part of a second.
+const BURST: u64 = 8;
+
+/// A bucket of bytes that fills at a steady rate. Clones share one bucket, those who wait are served in the
+/// order in which they came: lanes that share a limiter get equal turns.
+#[derive(Debug, Clone)]
+pub struct Limiter {
+    inner: Option<Arc<Inner>>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    /// Bytes a second, at least 1.
+    rate: u64,
+    bucket: Mutex<Bucket>,
+}
+
+#[derive(Debug)]
+struct Bucket {
+    /// Bytes that may go out now; negative after more than a burst was taken at once.
+    level: f64,
+    at: Instant,
+}
+
+impl Limiter {
+    /// At most this many bytes a second, 0 as 1; bursts of at most an eighth of that or one chunk.
+    pub fn new(bytes_per_second: u64) -> Self {
+        let rate = bytes_per_second.max(1);
+        let bucket = Mutex::new(Bucket {
+            level: burst(rate),
+            at: Instant::now(),
+        });
+        Self {
+            inner: Some(Arc::new(Inner { rate, bucket })),
+        }
+    }
+
+    /// No limit.
+    pub fn unlimited() -> Self {
+        Self { inner: None }
+    }
+
+    /// Waits until this many bytes may go out, and counts them as gone.
+    ///
+    /// # Cancel safety
+    /// A dropped future has taken nothing and loses its place.
+    pub async fn take(&self, bytes: u64) {
+        let Some(inner) = self.inner.as_deref().filter(|_| bytes > 0) else {
+            return;
+        };
+        let (rate, burst) = (inner.rate as f64, burst(inner.rate));
+        // Those behind wait for the lock, which is handed on in order.
+        let mut bucket = inner.bucket.lock().await;
+        bucket.fill(rate, burst);
+        let missing = (bytes as f64).min(burst) - bucket.level;
+        if missing > 0.0 {
+            // A day at most: nobody asks for so little that this matters, and times stay representable.
+            let wait = (missing / rate).min(86_400.0);
+            tokio::time::sleep(Duration::from_secs_f64(wait)).await;
+            bucket.fill(rate, burst);
+        }
+        bucket.level -= bytes as f64;
+    }
+
+    /// The best size of a chunk, in bytes: a power of two, the smaller the lower the rate.
+    pub fn chunk(&self) -> usize {
+        self.inner.as_ref().map_or(CHUNK, |inner| chunk(inner.rate))
+    }
+}
+
+impl Default for Limiter {
+    /// No limit.
+    fn default() -> Self {
+        Self::unlimited()
+    }
+}
+
+impl Bucket {
+    fn fill(&mut self, rate: f64, burst: f64) {
+        let now = Instant::now();
+        let gained = (now - self.at).as_secs_f64() * rate;
+        self.level = (self.level + gained).min(burst);
+        self.at = now;
+    }
+}
+
+fn chunk(rate: u64) -> usize {
+    let mut chunk = CHUNK;
+    while chunk > SMALLEST && chunk as u64 > rate / BURST {
+        chunk /= 2;
+    }
+    chunk
+}
+
+fn burst(rate: u64) -> f64 {
+    (rate / BURST).max(chunk(rate) as u64) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn the_rate_is_kept_and_a_burst_is_small() {
+        let limiter = Limiter::new(1 << 20);
+        let since = Instant::now();
+        limiter.take(128 << 10).await;
+        assert_eq!(since.elapsed(), Duration::ZERO, "the burst");
+        for _ in 0..80 {
+            limiter.take(128 << 10).await;
+        }
+        let took = since.elapsed().as_secs_f64();
+        assert!((9.9..10.2).contains(&took), "{took}");
+        // A long pause gives no more than one burst.
+        tokio::time::sleep(Duration::from_secs(100)).await;
+        let since = Instant::now();
+        limiter.take(128 << 10).await;
+        limiter.take(128 << 10).await;
+        let took = since.elapsed().as_secs_f64();
+        assert!((0.12..0.13).contains(&took), "{took}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn more_than_a_burst_is_paid_for_by_the_next() {
+        let limiter = Limiter::new(80_000);
+        let since = Instant::now();
+        limiter.take(80_000).await;
+        limiter.take(10_000).await;
+        let took = since.elapsed().as_secs_f64();
+        assert!((0.9..1.1).contains(&took), "{took}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn clones_share_and_wait_in_turn() {
+        let limiter = Limiter::new(1 << 20);
+        let mut tasks = tokio::task::JoinSet::new();
+        let order = Arc::new(std::sync::Mutex::new(Vec::new()));
+        for lane in 0..4 {
+            let (limiter, order) = (limiter.clone(), order.clone());
+            tasks.spawn(async move {
+                for _ in 0..10 {
+                    limiter.take(128 << 10).await;
+                    order.lock().unwrap().push(lane);
+                }
+            });
+        }
+        while tasks.join_next().await.is_some() {}
+        for turn in order.lock().unwrap().chunks(4) {
+            let mut turn = turn.to_vec();
+            turn.sort_unstable();
+            assert_eq!(turn, [0, 1, 2, 3], "each its turn");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_gives_up_waiting_takes_nothing() {
+        let limiter = Limiter::new(1 << 20);
+        limiter.take(128 << 10).await;
+        for _ in 0..100 {
+            let taking = limiter.take(128 << 10);
+            let given_up = tokio::time::timeout(Duration::from_millis(1), taking).await;
+            assert!(given_up.is_err());
+            // The bucket fills by 1 ms each time; stop before it is enough.
+            if limiter.inner.as_ref().unwrap().bucket.lock().await.level > 100_000.0 {
+                break;
+            }
+        }
+        let since = Instant::now();
+        limiter.take(128 << 10).await;
+        assert!(since.elapsed() < Duration::from_millis(125));
+    }
+
+    #[test]
+    fn chunks_get_smaller_with_the_rate() {
+        assert_eq!(Limiter::unlimited().chunk(), CHUNK);
+        assert_eq!(Limiter::new(1 << 30).chunk(), CHUNK);
+        assert_eq!(Limiter::new(1 << 20).chunk(), 128 << 10);
+        assert_eq!(Limiter::new(100_000).chunk(), 8 << 10);
+        assert_eq!(Limiter::new(0).chunk(), SMALLEST);
+    }
+}

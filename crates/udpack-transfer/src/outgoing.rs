@@ -1,0 +1,168 @@
+//! The downloads of one lane: files read from the store and sent, one after the other, in the order asked.
+
+use tokio::sync::mpsc;
+use udpack::{Channel, SendError};
+
+use crate::jobs::{Job, JobEnd};
+use crate::limiter::Limiter;
+use crate::path::RelPath;
+use crate::source::{Opened, Piece};
+use crate::store::{Store, StoreError};
+use crate::wire::{ChunkFields, ErrorFields, FileFields, FinishFields, Hash, Have};
+use crate::worker::{Outcome, Outcomes};
+
+/// A file to send.
+#[derive(Debug)]
+pub(crate) struct Wanted {
+    pub(crate) id: u64,
+    /// The name in the store.
+    pub(crate) path: RelPath,
+    /// The name as the client knows it.
+    pub(crate) shown: String,
+    /// What the client has of it.
+    pub(crate) have: Have,
+    pub(crate) job: Job,
+    /// Dropped or true when nobody wants it any more.
+    pub(crate) unwanted: tokio_util::sync::CancellationToken,
+}
+
+/// Sends what is wanted until the queue is closed or the channel takes no more.
+pub(crate) async fn send_files(
+    store: Store,
+    channel: Channel,
+    limit: Limiter,
+    mut queue: mpsc::Receiver<Wanted>,
+    outcomes: Outcomes,
+) {
+    while let Some(wanted) = queue.recv().await {
+        let id = wanted.id;
+        let failed = match send(&store, &channel, &limit, wanted).await {
+            Ok(failed) => failed,
+            // The lane ends; its other half finds out why.
+            Err(_) => return,
+        };
+        let _ = outcomes.send(Outcome::Sent { id, failed });
+    }
+}
+
+/// Sends one file; the code if it failed.
+async fn send(
+    store: &Store,
+    channel: &Channel,
+    limit: &Limiter,
+    wanted: Wanted,
+) -> Result<Option<&'static str>, SendError> {
+    let Wanted {
+        id,
+        path,
+        shown,
+        have,
+        job,
+        unwanted,
+    } = wanted;
+    if unwanted.is_cancelled() {
+        job.end(JobEnd::Cancelled);
+        return refuse(channel, id, "cancelled", "given up by the client", false).await;
+    }
+    let opening = {
+        let store = store.clone();
+        tokio::task::spawn_blocking(move || Opened::stored(store.read(&path)?))
+    };
+    let opened = match opening.await {
+        Ok(Ok(opened)) => opened,
+        Ok(Err(error)) => {
+            job.end(JobEnd::Failed(error.code()));
+            return refuse(channel, id, error.code(), &error.to_string(), error.retry()).await;
+        }
+        Err(_) => {
+            job.end(JobEnd::Failed("internal"));
+            return refuse(channel, id, "internal", "the server failed to read", true).await;
+        }
+    };
+    let meta = opened.meta;
+    let size = opened.size;
+    let fields = FileFields {
+        id,
+        path: &shown,
+        size,
+        mtime: meta.mtime,
+        mtime_ns: meta.mtime_ns,
+        mode: meta.mode,
+        if_exists: None,
+        resume: false,
+        run: None,
+    };
+    channel.send("file", &fields).await?;
+    let mut pieces = opened.read(have, limit.chunk());
+    loop {
+        let piece = tokio::select! {
+            piece = pieces.recv() => piece,
+            () = unwanted.cancelled() => {
+                job.end(JobEnd::Cancelled);
+                return refuse(channel, id, "cancelled", "given up by the client", false).await;
+            }
+        };
+        match piece {
+            Some(Piece::Chunk { offset, bytes }) => {
+                let end = offset + bytes.len() as u64;
+                limit.take(bytes.len() as u64).await;
+                channel
+                    .send_bulk("chunk", &ChunkFields { id, off: offset }, "chunk", bytes)
+                    .await?;
+                job.update(end, 0);
+            }
+            Some(Piece::Same { offset, len }) => job.update(offset + len, 0),
+            Some(Piece::End { size, hash }) => {
+                let fields = FinishFields {
+                    id,
+                    size,
+                    hash: Hash(hash),
+                };
+                channel.send("finish", &fields).await?;
+                job.end(JobEnd::Done);
+                return Ok(None);
+            }
+            Some(Piece::Failed(error)) => {
+                tracing::warn!(path = shown, %error, "cannot send a file");
+                let changed = matches!(error, crate::error::TransferError::SourceChanged { .. });
+                let (code, text) = if changed {
+                    ("source_changed", "the file changed while it was being sent")
+                } else {
+                    ("io", "the server cannot read the file")
+                };
+                job.end(JobEnd::Failed(code));
+                return refuse(channel, id, code, text, changed).await;
+            }
+            None => {
+                job.end(JobEnd::Failed("internal"));
+                return refuse(channel, id, "internal", "the server failed to read", true).await;
+            }
+        }
+    }
+}
+
+async fn refuse(
+    channel: &Channel,
+    id: u64,
+    code: &'static str,
+    message: &str,
+    retry: bool,
+) -> Result<Option<&'static str>, SendError> {
+    let fields = ErrorFields {
+        id,
+        code,
+        message,
+        retry,
+    };
+    channel.send("error", &fields).await?;
+    Ok(Some(code))
+}
+
+impl Opened {
+    /// A file of the store, to be sent.
+    fn stored(existing: crate::store::Existing) -> Result<Self, StoreError> {
+        let path = existing.path().as_str().into();
+        Self::of(existing.into_file(), path)
+            .map_err(|error| StoreError::io_of("read a file", error))
+    }
+}

@@ -1,0 +1,232 @@
+//! The requests of a lane: what is there, what it hashes to, and its removal.
+
+use std::sync::Arc;
+
+use serde::Serialize;
+use tokio::sync::Semaphore;
+use udpack::{Channel, FieldError, Fault, Message, SendError};
+
+use crate::scope::Scope;
+use crate::store::{Entry, Kind, List, Store, StoreError};
+use crate::wire::Hash;
+
+/// Entries of one page where the client does not say.
+const PAGE: u64 = 1_000;
+
+/// Answers requests from a store.
+#[derive(Debug, Clone)]
+pub(crate) struct Queries {
+    pub(crate) store: Store,
+    /// Files read for their hash at once, on the whole server.
+    pub(crate) readers: Arc<Semaphore>,
+}
+
+/// What is asked.
+enum Query {
+    Stat(String),
+    List {
+        path: String,
+        recursive: bool,
+        after: Option<String>,
+        limit: u64,
+    },
+    Remove {
+        path: String,
+        recursive: bool,
+    },
+    Hash(String),
+}
+
+impl Query {
+    fn read(message: &Message) -> Result<Option<Self>, FieldError> {
+        let fields = message.fields()?;
+        let path = || Ok(fields.str("path")?.to_owned());
+        let path_or_root = || Ok(fields.opt_str("path")?.unwrap_or("").to_owned());
+        let recursive = || Ok(fields.opt_bool("recursive")?.unwrap_or(false));
+        Ok(Some(match message.event() {
+            "stat" => Self::Stat(path_or_root()?),
+            "list" => Self::List {
+                path: path_or_root()?,
+                recursive: recursive()?,
+                after: fields.opt_str("after")?.map(str::to_owned),
+                limit: fields.opt_u64("limit")?.unwrap_or(PAGE),
+            },
+            "remove" => Self::Remove {
+                path: path()?,
+                recursive: recursive()?,
+            },
+            "hash" => Self::Hash(path()?),
+            _ => return Ok(None),
+        }))
+    }
+}
+
+impl Queries {
+    /// Answers one request, whatever it is. Cancel safe in that a removal that has begun goes on.
+    pub(crate) async fn answer(
+        &self,
+        channel: &Channel,
+        message: &Message,
+        scope: &Scope,
+    ) -> Result<(), SendError> {
+        if !matches!(message.event(), "stat" | "list" | "remove" | "hash") {
+            let fault = Fault::new(Fault::NO_HANDLER, "no such request on a transfer channel");
+            return channel.fault(message, &fault).await;
+        }
+        let query = match Query::read(message) {
+            Ok(Some(query)) => query,
+            Ok(None) => return Ok(()),
+            Err(error) => {
+                let fault = Fault::new(Fault::BAD_PAYLOAD, error.to_string());
+                return channel.fault(message, &fault).await;
+            }
+        };
+        let permit = match &query {
+            Query::Hash(_) => self.readers.clone().acquire_owned().await.ok(),
+            _ => None,
+        };
+        let (store, rights) = (self.store.clone(), scope.clone());
+        let found = tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            find(&store, &rights, query)
+        })
+        .await;
+        match found {
+            Ok(Ok(Found::Entry(entry))) => {
+                channel.reply(message, &EntryFields::new(&entry, scope)).await
+            }
+            Ok(Ok(Found::Page { entries, more })) => {
+                let entries = entries
+                    .iter()
+                    .map(|entry| EntryFields::new(entry, scope))
+                    .collect();
+                channel.reply(message, &PageFields { entries, more }).await
+            }
+            Ok(Ok(Found::Removed { files, bytes })) => {
+                channel
+                    .reply(message, &RemovedFields { files, bytes })
+                    .await
+            }
+            Ok(Ok(Found::Hash { size, hash })) => {
+                channel.reply(message, &HashFields { size, hash }).await
+            }
+            Ok(Err(error)) => {
+                let fault = Fault::new(error.code(), error.to_string());
+                channel.fault(message, &fault).await
+            }
+            Err(_) => {
+                let fault = Fault::new(Fault::INTERNAL, "the server failed to answer");
+                channel.fault(message, &fault).await
+            }
+        }
+    }
+}
+
+enum Found {
+    Entry(Entry),
+    Page { entries: Vec<Entry>, more: bool },
+    Removed { files: u64, bytes: u64 },
+    Hash { size: u64, hash: Hash },
+}
+
+fn find(store: &Store, scope: &Scope, query: Query) -> Result<Found, StoreError> {
+    let (right, allowed) = match &query {
+        Query::Remove { .. } => ("delete", scope.delete),
+        _ => ("read", scope.read),
+    };
+    if !allowed {
+        return Err(StoreError::NoRight { right });
+    }
+    match query {
+        Query::Stat(path) => {
+            let path = scope.inside_or_root(&path)?;
+            Ok(Found::Entry(store.stat(path.as_ref())?))
+        }
+        Query::List {
+            path,
+            recursive,
+            after,
+            limit,
+        } => {
+            let path = scope.inside_or_root(&path)?;
+            let after = match &after {
+                None => None,
+                Some(after) => Some(scope.inside(after)?),
+            };
+            let page = store.list(&List {
+                path: path.as_ref(),
+                recursive,
+                after: after.as_ref().map(|after| after.as_str()),
+                limit: usize::try_from(limit).unwrap_or(usize::MAX),
+            })?;
+            Ok(Found::Page {
+                entries: page.entries,
+                more: page.more,
+            })
+        }
+        Query::Remove { path, recursive } => {
+            let removed = store.remove(&scope.inside(&path)?, recursive)?;
+            tracing::info!(path, files = removed.files, bytes = removed.bytes, "removed");
+            Ok(Found::Removed {
+                files: removed.files,
+                bytes: removed.bytes,
+            })
+        }
+        Query::Hash(path) => {
+            let file = store.read(&scope.inside(&path)?)?;
+            let hash = file.fingerprint(&mut |_| {})?;
+            Ok(Found::Hash {
+                size: file.len(),
+                hash: Hash(hash),
+            })
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct EntryFields<'a> {
+    path: &'a str,
+    kind: &'static str,
+    size: u64,
+    mtime: i64,
+    mtime_ns: u32,
+    mode: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    target: Option<&'a str>,
+}
+
+impl<'a> EntryFields<'a> {
+    fn new(entry: &'a Entry, scope: &Scope) -> Self {
+        Self {
+            path: scope.outside(&entry.path),
+            kind: match entry.kind {
+                Kind::File => "file",
+                Kind::Dir => "dir",
+                Kind::Link => "link",
+            },
+            size: entry.size,
+            mtime: entry.mtime.secs,
+            mtime_ns: entry.mtime.nanos,
+            mode: entry.mode,
+            target: entry.target.as_deref(),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct PageFields<'a> {
+    entries: Vec<EntryFields<'a>>,
+    more: bool,
+}
+
+#[derive(Serialize)]
+struct RemovedFields {
+    files: u64,
+    bytes: u64,
+}
+
+#[derive(Serialize)]
+struct HashFields {
+    size: u64,
+    hash: Hash,
+}

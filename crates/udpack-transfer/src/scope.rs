@@ -1,0 +1,189 @@
+//! What one token may do: the fields of its entry as rules for lanes.
+
+use udpack::Peer;
+
+use crate::path::{PathError, RelPath};
+use crate::size::parse_size;
+use crate::store::Tenant;
+
+/// The rights of one client.
+///
+/// They stand in the fields of its token's entry: `scope=read,write,delete,admin`, `prefix=a/b`, `quota=10G`.
+/// A prefix is the client's root: all it names lies below, and it is told names without it, so that it
+/// cannot even find out what lies beside.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Scope {
+    /// May fetch, list and compare.
+    pub read: bool,
+    /// May upload.
+    pub write: bool,
+    /// May remove, and replace where the server grants it.
+    pub delete: bool,
+    /// May watch and cancel the transfers of others.
+    pub admin: bool,
+    /// The directory that is its root.
+    pub prefix: Option<RelPath>,
+    /// Most bytes of all files below its root.
+    pub quota: Option<u64>,
+}
+
+impl Default for Scope {
+    /// To upload, and nothing else.
+    fn default() -> Self {
+        Self {
+            read: false,
+            write: true,
+            delete: false,
+            admin: false,
+            prefix: None,
+            quota: None,
+        }
+    }
+}
+
+/// A token's entry has rules that cannot be understood; its owner may do nothing until that is mended.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ScopeError {
+    /// A word of `scope` that is no right.
+    #[error("unknown right {0:?} in scope, expected read, write, delete or admin")]
+    Right(String),
+    /// `prefix` is no path.
+    #[error("prefix: {0}")]
+    Prefix(#[from] PathError),
+    /// `quota` is no size.
+    #[error("quota: {0}")]
+    Quota(&'static str),
+}
+
+impl Scope {
+    /// The rights of an admitted peer; `default` where its token says nothing of rights.
+    ///
+    /// # Errors
+    /// When a field cannot be understood.
+    pub fn of(peer: Option<&Peer>, default: &Self) -> Result<Self, ScopeError> {
+        let claim = |key| peer.and_then(|peer| peer.claim(key));
+        let mut scope = default.clone();
+        if let Some(rights) = claim("scope") {
+            (scope.read, scope.write, scope.delete, scope.admin) = (false, false, false, false);
+            for right in rights.split(',') {
+                match right {
+                    "read" => scope.read = true,
+                    "write" => scope.write = true,
+                    "delete" => scope.delete = true,
+                    "admin" => scope.admin = true,
+                    other => return Err(ScopeError::Right(crate::path::printable(other))),
+                }
+            }
+        }
+        if let Some(prefix) = claim("prefix") {
+            scope.prefix = Some(prefix.trim_end_matches('/').parse()?);
+        }
+        if let Some(quota) = claim("quota") {
+            scope.quota = Some(parse_size(quota).map_err(ScopeError::Quota)?);
+        }
+        Ok(scope)
+    }
+
+    /// The file that the client calls `path`.
+    ///
+    /// # Errors
+    /// When it is no path, or too long below the prefix.
+    pub fn inside(&self, path: &str) -> Result<RelPath, PathError> {
+        // Judged as it was sent first: a prefix must not make good what is bad.
+        let path: RelPath = path.parse()?;
+        match &self.prefix {
+            None => Ok(path),
+            Some(prefix) => format!("{prefix}/{path}").parse(),
+        }
+    }
+
+    /// As [`inside`](Self::inside), and `None` for the store's own root when the path is empty.
+    ///
+    /// # Errors
+    /// As [`inside`](Self::inside).
+    pub fn inside_or_root(&self, path: &str) -> Result<Option<RelPath>, PathError> {
+        if path.is_empty() {
+            return Ok(self.prefix.clone());
+        }
+        self.inside(path).map(Some)
+    }
+
+    /// What the client calls the file that is `path` in the store.
+    pub fn outside<'a>(&self, path: &'a str) -> &'a str {
+        let Some(prefix) = &self.prefix else {
+            return path;
+        };
+        match path.strip_prefix(prefix.as_str()) {
+            Some("") => "",
+            Some(rest) => rest.strip_prefix('/').unwrap_or(path),
+            None => path,
+        }
+    }
+
+    /// The quota as the store counts it.
+    pub fn tenant(&self) -> Option<Tenant> {
+        self.quota.map(|quota| Tenant {
+            prefix: self.prefix.clone(),
+            quota,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scope(claims: &[(&str, &str)]) -> Result<Scope, ScopeError> {
+        let claims = claims
+            .iter()
+            .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+            .collect();
+        Scope::of(
+            Some(&Peer::new("somebody").with_claims(claims)),
+            &Scope::default(),
+        )
+    }
+
+    #[test]
+    fn rights_are_exactly_those_named() {
+        let default = scope(&[]).unwrap();
+        assert_eq!(default, Scope::default());
+        let reader = scope(&[("scope", "read")]).unwrap();
+        assert!(reader.read && !reader.write && !reader.delete && !reader.admin);
+        let all = scope(&[("scope", "read,write,delete,admin"), ("quota", "2K")]).unwrap();
+        assert!(all.read && all.write && all.delete && all.admin);
+        assert_eq!(all.quota, Some(2048));
+        for bad in ["", "read,", "Read", "write read", "all"] {
+            assert!(
+                matches!(scope(&[("scope", bad)]), Err(ScopeError::Right(_))),
+                "{bad:?}"
+            );
+        }
+        assert!(matches!(
+            scope(&[("quota", "lots")]),
+            Err(ScopeError::Quota(_))
+        ));
+        assert!(matches!(
+            scope(&[("prefix", "../x")]),
+            Err(ScopeError::Prefix(_))
+        ));
+    }
+
+    #[test]
+    fn a_prefix_is_a_root() {
+        let scope = scope(&[("prefix", "teams/a/")]).unwrap();
+        assert_eq!(scope.inside("x/y").unwrap().as_str(), "teams/a/x/y");
+        assert_eq!(scope.outside("teams/a/x/y"), "x/y");
+        assert_eq!(scope.outside("teams/a"), "");
+        assert_eq!(scope.outside("teams/ab"), "teams/ab");
+        assert_eq!(
+            scope.inside_or_root("").unwrap().unwrap().as_str(),
+            "teams/a"
+        );
+        for bad in ["../b", "/x", "", "a/../../b", ".."] {
+            assert!(scope.inside(bad).is_err(), "{bad:?}");
+        }
+        let long = ["x"; 31].join("/");
+        assert!(scope.inside(&long).is_err(), "too deep below the prefix");
+    }
+}

@@ -1,0 +1,841 @@
+//! One lane, served: carries out what [`Lane`] decides, and tells the client what became of it.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
+use udpack::{Channel, CloseCode, Fault, Message, RecvError, SendError};
+
+use crate::hook::HookOffer;
+use crate::jobs::{Job, JobEnd, JobKind};
+use crate::lane::{Action, Lane, Refusal};
+use crate::outgoing::{self, Wanted};
+use crate::path::RelPath;
+use crate::receiver::Receiver;
+use crate::scope::Scope;
+use crate::store::{IfExists, Published, StoreError, Synced};
+use crate::wire::{
+    self, AckFields, BadMessage, CHUNK, DirOffer, DoneFields, ErrorFields, Hash, LinkOffer, Offer,
+    ReadyFields, Request, Wish,
+};
+use crate::worker::{Incoming, Outcome, Outcomes, Task};
+use crate::writers::{Claim, Pulse, UploadKey, Writer};
+
+/// How often the lane looks after its files.
+const TICK: Duration = Duration::from_millis(250);
+/// A file that waits is heard of this often at least.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+/// How long a new writer waits for the old one to let go.
+const HANDOVER: Duration = Duration::from_secs(15);
+/// Downloads that may wait on one lane.
+const GETS: usize = 64;
+/// Downloads that the client may leave unconfirmed.
+const UNCONFIRMED: usize = 1024;
+
+/// One lane being served.
+pub(crate) struct Serving<'a> {
+    receiver: &'a Receiver,
+    channel: Channel,
+    scope: Scope,
+    owner: Arc<str>,
+    lane: Lane,
+    /// Files that still owe the client an outcome.
+    files: HashMap<u64, Tracked>,
+    pending: Option<Pending>,
+    outcomes: Outcomes,
+    found: mpsc::UnboundedReceiver<Outcome>,
+    /// When the client last did something about the open file.
+    active: Instant,
+    /// Downloads: the queue of the task that sends them, and what stops each.
+    sending: Option<mpsc::Sender<Wanted>>,
+    gets: HashMap<u64, CancellationToken>,
+    /// Requests being answered, and the task that sends; they end with the lane.
+    tasks: JoinSet<()>,
+    sender: JoinSet<()>,
+}
+
+struct Tracked {
+    /// `None` while the file waits for its turn.
+    incoming: Option<Incoming>,
+    /// The client waits for our `ready`, not we for its chunks.
+    our_turn: bool,
+    acked: u64,
+    safe: u64,
+    told: Instant,
+    job: Option<Job>,
+    /// Where it can be resumed: shows that the writer lives, and hears that it was replaced.
+    writer: Option<(Pulse, watch::Receiver<bool>)>,
+}
+
+/// What must happen before the next message is read.
+enum Pending {
+    Start {
+        id: u64,
+        start: Wait<Start>,
+    },
+    Room {
+        id: u64,
+        offset: Option<u64>,
+        bytes: Bytes,
+        room: Wait<Option<OwnedSemaphorePermit>>,
+    },
+}
+
+impl Pending {
+    fn id(&self) -> u64 {
+        match self {
+            Self::Start { id, .. } | Self::Room { id, .. } => *id,
+        }
+    }
+}
+
+/// What an offer leads to.
+enum Start {
+    Begin(Box<Task>, OwnedSemaphorePermit),
+    /// It was stored before; the answer got lost.
+    Known(Published),
+    Refused(&'static str, String, bool),
+}
+
+/// What was waited for.
+enum Waited {
+    Start(Start),
+    Room(Option<OwnedSemaphorePermit>),
+}
+
+type Wait<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+
+impl<'a> Serving<'a> {
+    pub(crate) fn new(receiver: &'a Receiver, channel: Channel, scope: Scope) -> Self {
+        let (outcomes, found) = mpsc::unbounded_channel();
+        Self {
+            owner: channel.peer().map_or("", |peer| peer.id()).into(),
+            receiver,
+            channel,
+            scope,
+            lane: Lane::new(),
+            files: HashMap::new(),
+            pending: None,
+            outcomes,
+            found,
+            active: Instant::now(),
+            sending: None,
+            gets: HashMap::new(),
+            tasks: JoinSet::new(),
+            sender: JoinSet::new(),
+        }
+    }
+
+    pub(crate) async fn run(mut self) -> Result<(), RecvError> {
+        let mut ticker = tokio::time::interval(TICK);
+        ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut finished = false;
+        let result = loop {
+            if finished && self.files.is_empty() && self.gets.is_empty() && self.tasks.is_empty() {
+                break Ok(());
+            }
+            let reading = !finished
+                && self.pending.is_none()
+                && self.files.len() <= self.receiver.config.pipeline
+                && self.tasks.len() < self.receiver.config.requests;
+            let told = tokio::select! {
+                Some(outcome) = self.found.recv() => self.outcome(outcome).await,
+                waited = wait(&mut self.pending), if self.pending.is_some() => self.waited(waited).await,
+                _ = ticker.tick(), if !self.files.is_empty() => self.tick().await,
+                Some(_) = self.tasks.join_next() => Ok(()),
+                message = self.channel.recv(), if reading => match message {
+                    Ok(Some(message)) => self.message(message).await,
+                    Ok(None) => {
+                        finished = true;
+                        self.suspend_open();
+                        Ok(())
+                    }
+                    Err(error) => break Err(error),
+                },
+            };
+            match told {
+                Ok(()) => {}
+                // The client no longer listens. Files in checking are stored all the same.
+                Err(error) if error.is_closed() => break Ok(()),
+                Err(error) => tracing::warn!(%error, "an answer could not be sent"),
+            }
+        };
+        self.suspend_open();
+        result
+    }
+
+    async fn message(&mut self, message: Message) -> Result<(), SendError> {
+        if message.id().is_some() {
+            let (queries, channel) = (self.receiver.queries.clone(), self.channel.clone());
+            let scope = self.scope.clone();
+            self.tasks.spawn(async move {
+                if let Err(error) = queries.answer(&channel, &message, &scope).await {
+                    tracing::debug!(%error, "a request was not answered");
+                }
+            });
+            return Ok(());
+        }
+        let request = match wire::decode(&message) {
+            Ok(Some(request)) => request,
+            Ok(None) => {
+                let fault = Fault::new(Fault::NO_HANDLER, "no such event on a transfer channel");
+                return self.channel.fault(&message, &fault).await;
+            }
+            Err(BadMessage {
+                id: Some(id),
+                event,
+                text,
+            }) => {
+                if self.lane.dropping() == Some(id) {
+                    // It has its error: it was on its way, sound or not.
+                    return Ok(());
+                }
+                if self.lane.malformed(id) {
+                    self.discard(id, JobEnd::Failed("bad_message"));
+                }
+                return self
+                    .refuse(Refusal {
+                        id,
+                        code: "bad_message",
+                        message: format!("{event}: {text}"),
+                    })
+                    .await;
+            }
+            Err(error) => {
+                self.channel
+                    .close(CloseCode::BAD_MESSAGE, error.to_string());
+                return Ok(());
+            }
+        };
+        self.active = Instant::now();
+        match self.lane.on(&request) {
+            Action::Begin(offer) => self.begin(offer).await,
+            Action::Write => {
+                if let Request::Chunk { id, offset, bytes } = request {
+                    self.chunk(id, offset, bytes);
+                }
+                Ok(())
+            }
+            Action::Finish(finish) => {
+                if let Some(incoming) = self.incoming(finish.id) {
+                    incoming.finish(finish);
+                }
+                Ok(())
+            }
+            Action::Abort(refusal) => {
+                let end = match refusal.code {
+                    "cancelled" => JobEnd::Cancelled,
+                    code => JobEnd::Failed(code),
+                };
+                self.discard(refusal.id, end);
+                self.refuse(refusal).await
+            }
+            Action::Suspend(refusal) => {
+                self.suspend(refusal.id);
+                self.refuse(refusal).await
+            }
+            Action::Refuse(refusal) => self.refuse(refusal).await,
+            Action::Dir(offer) => self.dir(offer).await,
+            Action::Link(offer) => self.link(offer).await,
+            Action::Send(wish) => self.wish(wish).await,
+            Action::Sent { id, stored: _ } => {
+                if let Some(get) = self.gets.get(&id) {
+                    get.cancel();
+                }
+                Ok(())
+            }
+            Action::Ignore => Ok(()),
+        }
+    }
+
+    /// The name an offer asks for, if this client may write there.
+    fn writable(&self, id: u64, path: &str) -> Result<RelPath, Refusal> {
+        if !self.scope.write {
+            let error = StoreError::NoRight { right: "write" };
+            return Err(Refusal {
+                id,
+                code: error.code(),
+                message: error.to_string(),
+            });
+        }
+        self.scope.inside(path).map_err(|error| Refusal {
+            id,
+            code: "bad_name",
+            message: format!("bad name: {error}"),
+        })
+    }
+
+    async fn begin(&mut self, offer: Offer) -> Result<(), SendError> {
+        let id = offer.id;
+        if self.files.contains_key(&id) {
+            self.lane.ended(id);
+            let message = "the file before it has no outcome yet".to_owned();
+            return self
+                .refuse(Refusal {
+                    id,
+                    code: "protocol_order",
+                    message,
+                })
+                .await;
+        }
+        let path = match self.writable(id, &offer.path) {
+            Ok(path) => path,
+            Err(refusal) => {
+                self.lane.ended(id);
+                return self.refuse(refusal).await;
+            }
+        };
+        let tracked = Tracked {
+            incoming: None,
+            our_turn: offer.resume || offer.if_exists == IfExists::Skip,
+            acked: 0,
+            safe: 0,
+            told: Instant::now(),
+            job: None,
+            writer: None,
+        };
+        self.files.insert(id, tracked);
+        let task = Task {
+            path,
+            owner: self.owner.clone(),
+            tenant: self.scope.tenant(),
+            key: None,
+            writer: None,
+            offer,
+        };
+        // Most files need not wait for anything.
+        let plain = !task.offer.resume && task.offer.run.is_none() && self.receiver.hook.is_none();
+        if plain && let Ok(slot) = self.receiver.slots.clone().try_acquire_owned() {
+            self.start(task, slot);
+            return Ok(());
+        }
+        let start = Box::pin(start(self.receiver.clone(), task));
+        self.pending = Some(Pending::Start { id, start });
+        Ok(())
+    }
+
+    fn start(&mut self, task: Task, slot: OwnedSemaphorePermit) {
+        let id = task.offer.id;
+        let writer = task
+            .writer
+            .as_ref()
+            .map(|writer| (writer.pulse(), writer.replaced()));
+        let job = self.job(JobKind::Put, task.path.as_str(), task.offer.size, {
+            let outcomes = self.outcomes.clone();
+            move || {
+                let _ = outcomes.send(Outcome::Cancelled { id });
+            }
+        });
+        let outcomes = self.outcomes.clone();
+        let incoming = Incoming::begin(&self.receiver.publisher, task, slot, outcomes);
+        if let Some(tracked) = self.files.get_mut(&id) {
+            tracked.incoming = Some(incoming);
+            tracked.job = Some(job);
+            tracked.writer = writer;
+        }
+    }
+
+    fn job(
+        &self,
+        kind: JobKind,
+        path: &str,
+        size: Option<u64>,
+        cancel: impl Fn() + Send + Sync + 'static,
+    ) -> Job {
+        self.receiver
+            .jobs
+            .start(kind, path, &self.owner, size, cancel)
+    }
+
+    fn chunk(&mut self, id: u64, offset: Option<u64>, bytes: Bytes) {
+        let Some(incoming) = self.incoming(id) else {
+            return;
+        };
+        let room = incoming.room();
+        let limit = &self.receiver.limit_in;
+        if !limit.is_limited()
+            && let Ok(permit) = room.clone().try_acquire_owned()
+        {
+            incoming_write(&mut self.files, id, offset, bytes, permit);
+            return;
+        }
+        let (limit, len) = (limit.clone(), bytes.len() as u64);
+        let room = Box::pin(async move {
+            limit.take(len).await;
+            room.acquire_owned().await.ok()
+        });
+        self.pending = Some(Pending::Room {
+            id,
+            offset,
+            bytes,
+            room,
+        });
+    }
+
+    /// What was waited for has come, or will not.
+    async fn waited(&mut self, waited: Waited) -> Result<(), SendError> {
+        self.active = Instant::now();
+        match (self.pending.take(), waited) {
+            (Some(Pending::Start { id, .. }), Waited::Start(start)) => match start {
+                Start::Begin(task, slot) => {
+                    self.start(*task, slot);
+                    Ok(())
+                }
+                Start::Known(published) => {
+                    self.outcome(Outcome::Done { id, published }).await
+                }
+                Start::Refused(code, message, retry) => {
+                    self.outcome(Outcome::Error {
+                        id,
+                        code,
+                        message,
+                        retry,
+                    })
+                    .await
+                }
+            },
+            (
+                Some(Pending::Room {
+                    id, offset, bytes, ..
+                }),
+                Waited::Room(Some(room)),
+            ) => {
+                incoming_write(&mut self.files, id, offset, bytes, room);
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A directory is made on the blocking pool; its outcome comes like that of a file.
+    async fn dir(&mut self, offer: DirOffer) -> Result<(), SendError> {
+        let path = match self.writable(offer.id, &offer.path) {
+            Ok(path) => path,
+            Err(refusal) => return self.refuse(refusal).await,
+        };
+        self.make(offer.id, move |store, tenant| {
+            let same = store.make_dir(&path, offer.meta.into(), tenant)?;
+            Ok((path, same))
+        });
+        Ok(())
+    }
+
+    async fn link(&mut self, offer: LinkOffer) -> Result<(), SendError> {
+        let path = match self.writable(offer.id, &offer.path) {
+            Ok(path) => path,
+            Err(refusal) => return self.refuse(refusal).await,
+        };
+        self.make(offer.id, move |store, _| {
+            let same = store.make_link(&path, &offer.target, offer.if_exists)?;
+            Ok((path, same))
+        });
+        Ok(())
+    }
+
+    fn make(
+        &mut self,
+        id: u64,
+        make: impl FnOnce(
+            &crate::store::Store,
+            Option<&crate::store::Tenant>,
+        ) -> Result<(RelPath, bool), StoreError>
+        + Send
+        + 'static,
+    ) {
+        let tracked = Tracked {
+            incoming: None,
+            our_turn: true,
+            acked: 0,
+            safe: 0,
+            told: Instant::now(),
+            job: None,
+            writer: None,
+        };
+        self.files.insert(id, tracked);
+        let (store, outcomes) = (self.receiver.store().clone(), self.outcomes.clone());
+        let tenant = self.scope.tenant();
+        tokio::task::spawn_blocking(move || {
+            let _ = outcomes.send(match make(&store, tenant.as_ref()) {
+                Ok((path, same)) => Outcome::Done {
+                    id,
+                    published: Published {
+                        path: path.as_str().to_owned(),
+                        size: 0,
+                        hash: *blake3::hash(b"").as_bytes(),
+                        same,
+                        sync: Synced::File,
+                    },
+                },
+                Err(error) => Outcome::failed(id, &error),
+            });
+        });
+    }
+
+    /// A file is asked for.
+    async fn wish(&mut self, wish: Wish) -> Result<(), SendError> {
+        let id = wish.id;
+        let refusal = |code, message| Refusal { id, code, message };
+        let path = if self.scope.read {
+            self.scope
+                .inside(&wish.path)
+                .map_err(|error| refusal("bad_name", format!("bad name: {error}")))
+        } else {
+            let error = StoreError::NoRight { right: "read" };
+            Err(refusal(error.code(), error.to_string()))
+        };
+        let path = path.and_then(|path| {
+            if self.gets.len() >= GETS || self.lane.gets() > UNCONFIRMED {
+                let message = format!("more than {GETS} downloads wait on this lane");
+                return Err(refusal("protocol_order", message));
+            }
+            Ok(path)
+        });
+        let path = match path {
+            Ok(path) => path,
+            Err(refusal) => {
+                self.lane.unsent(id);
+                return self.refuse(refusal).await;
+            }
+        };
+        let unwanted = CancellationToken::new();
+        let job = self.job(JobKind::Get, path.as_str(), None, {
+            let unwanted = unwanted.clone();
+            move || unwanted.cancel()
+        });
+        self.gets.insert(id, unwanted.clone());
+        let wanted = Wanted {
+            id,
+            path,
+            shown: wish.path,
+            have: wish.have,
+            job,
+            unwanted,
+        };
+        let queue = self.sending.get_or_insert_with(|| {
+            let (queue, wishes) = mpsc::channel(GETS);
+            self.sender.spawn(outgoing::send_files(
+                self.receiver.store().clone(),
+                self.channel.clone(),
+                self.receiver.limit_out.clone(),
+                wishes,
+                self.outcomes.clone(),
+            ));
+            queue
+        });
+        // There is room: no more than that are counted above.
+        let _ = queue.try_send(wanted);
+        Ok(())
+    }
+
+    async fn outcome(&mut self, outcome: Outcome) -> Result<(), SendError> {
+        match outcome {
+            Outcome::Ready { id, have } => {
+                self.active = Instant::now();
+                let Some(tracked) = self.files.get_mut(&id) else {
+                    return Ok(());
+                };
+                tracked.our_turn = false;
+                self.lane.told(id, &have);
+                let fields = ReadyFields {
+                    id,
+                    have: wire::ranges(&have),
+                    chunk: CHUNK as u64,
+                };
+                self.channel.send("ready", &fields).await
+            }
+            Outcome::Done { id, published } => {
+                if !self.settle(id, JobEnd::Done) {
+                    return Ok(());
+                }
+                if let Some(hook) = &self.receiver.hook
+                    && !published.same
+                {
+                    hook.done(crate::hook::HookStored {
+                        file: self.receiver.store().root().join(&published.path),
+                        path: published.path.clone(),
+                        size: published.size,
+                        hash: published.hash,
+                        peer: self.owner.to_string(),
+                    });
+                }
+                let fields = DoneFields {
+                    id,
+                    path: self.scope.outside(&published.path),
+                    size: published.size,
+                    hash: Hash(published.hash),
+                    same: published.same,
+                    sync: Some(wire::sync_word(published.sync)),
+                };
+                self.channel.send("done", &fields).await
+            }
+            Outcome::Error {
+                id,
+                code,
+                message,
+                retry,
+            } => {
+                if !self.settle(id, JobEnd::Failed(code)) {
+                    return Ok(());
+                }
+                self.error(id, code, &message, retry).await
+            }
+            Outcome::Cancelled { id } => {
+                // What is being checked runs to its end.
+                let open = self.lane.open() == Some(id);
+                if !open || !self.files.contains_key(&id) {
+                    return Ok(());
+                }
+                self.lane.ended(id);
+                self.discard(id, JobEnd::Cancelled);
+                self.error(id, "cancelled", "cancelled at the server", false)
+                    .await
+            }
+            Outcome::Sent { id, failed } => {
+                self.gets.remove(&id);
+                if failed.is_some() {
+                    self.lane.unsent(id);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// The file has its outcome; says whether the client still waits for one.
+    fn settle(&mut self, id: u64, end: JobEnd) -> bool {
+        self.lane.ended(id);
+        self.unpend(id);
+        match self.files.remove(&id) {
+            Some(tracked) => {
+                if let Some(job) = tracked.job {
+                    if let Some(incoming) = &tracked.incoming {
+                        job.update(incoming.received(), incoming.safe());
+                    }
+                    job.end(end);
+                }
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Acknowledgements, signs of life, and the end of files that get nothing any more.
+    async fn tick(&mut self) -> Result<(), SendError> {
+        let now = Instant::now();
+        let waiting = self.pending.as_ref().map(Pending::id);
+        if let Some(id) = self.lane.open()
+            && waiting.is_none()
+            && self.files.get(&id).is_some_and(|tracked| !tracked.our_turn)
+            && now - self.active >= self.receiver.config.stall
+        {
+            self.lane.ended(id);
+            self.suspend(id);
+            let message = format!("nothing came for {:?}", self.receiver.config.stall);
+            self.error(id, "upload_stalled", &message, true).await?;
+        }
+        let mut acks = Vec::new();
+        let mut replaced = Vec::new();
+        for (id, tracked) in &mut self.files {
+            if let Some((pulse, superseded)) = &tracked.writer {
+                if *superseded.borrow() {
+                    replaced.push(*id);
+                    continue;
+                }
+                // A file that waits for us is not a silent one.
+                if waiting == Some(*id) || tracked.our_turn || self.lane.open() != Some(*id) {
+                    pulse.beat();
+                }
+            }
+            let (recv, safe) = tracked
+                .incoming
+                .as_ref()
+                .map_or((0, 0), |incoming| (incoming.received(), incoming.safe()));
+            if let Some(job) = &tracked.job {
+                job.update(recv, safe);
+            }
+            if let Some(incoming) = &tracked.incoming {
+                incoming.pause();
+            }
+            let further = recv > tracked.acked || safe > tracked.safe;
+            if further || now - tracked.told >= HEARTBEAT {
+                (tracked.acked, tracked.safe) = (recv, safe);
+                tracked.told = now;
+                acks.push(AckFields {
+                    id: *id,
+                    recv,
+                    safe,
+                });
+            }
+        }
+        for id in replaced {
+            self.lane.ended(id);
+            self.suspend(id);
+            let message = "another run of the client has taken this upload over";
+            self.error(id, "superseded", message, false).await?;
+        }
+        for ack in acks {
+            self.channel.send("ack", &ack).await?;
+        }
+        Ok(())
+    }
+
+    fn incoming(&mut self, id: u64) -> Option<&mut Incoming> {
+        self.files.get_mut(&id)?.incoming.as_mut()
+    }
+
+    /// The file ends; what is there of it is removed.
+    fn discard(&mut self, id: u64, end: JobEnd) {
+        self.unpend(id);
+        if let Some(tracked) = self.files.remove(&id) {
+            if let Some(incoming) = tracked.incoming {
+                incoming.discard();
+            }
+            if let Some(job) = tracked.job {
+                job.end(end);
+            }
+        }
+    }
+
+    /// The file ends; what can be resumed is put aside.
+    fn suspend(&mut self, id: u64) {
+        self.unpend(id);
+        self.files.remove(&id);
+    }
+
+    fn suspend_open(&mut self) {
+        if let Some(id) = self.lane.open() {
+            self.lane.ended(id);
+            self.suspend(id);
+        }
+    }
+
+    fn unpend(&mut self, id: u64) {
+        if self.pending.as_ref().map(Pending::id) == Some(id) {
+            self.pending = None;
+        }
+    }
+
+    async fn refuse(&mut self, Refusal { id, code, message }: Refusal) -> Result<(), SendError> {
+        tracing::debug!(code, "refused: {message}");
+        self.error(id, code, &message, false).await
+    }
+
+    async fn error(
+        &mut self,
+        id: u64,
+        code: &str,
+        message: &str,
+        retry: bool,
+    ) -> Result<(), SendError> {
+        let fields = ErrorFields {
+            id,
+            code,
+            message,
+            retry,
+        };
+        self.channel.send("error", &fields).await
+    }
+}
+
+fn incoming_write(
+    files: &mut HashMap<u64, Tracked>,
+    id: u64,
+    offset: Option<u64>,
+    bytes: Bytes,
+    room: OwnedSemaphorePermit,
+) {
+    if let Some(tracked) = files.get_mut(&id) {
+        if let Some((pulse, _)) = &tracked.writer {
+            pulse.beat();
+        }
+        if let Some(incoming) = &tracked.incoming {
+            incoming.write(offset, bytes, room);
+        }
+    }
+}
+
+/// All that comes before the disk: the operator's word, the right to write, an outcome known already, a place.
+async fn start(receiver: Receiver, mut task: Task) -> Start {
+    if let Some(hook) = &receiver.hook {
+        let offer = HookOffer {
+            path: task.path.as_str().to_owned(),
+            size: task.offer.size,
+            peer: task.owner.to_string(),
+        };
+        match hook.accept(&offer).await {
+            Ok(None) => {}
+            Ok(Some(name)) => match name.parse() {
+                Ok(path) => task.path = path,
+                Err(error) => {
+                    tracing::error!(%error, "the hook gave a bad name");
+                    let message = "the operator's hook gave a bad name".to_owned();
+                    return Start::Refused("refused", message, false);
+                }
+            },
+            Err(message) => return Start::Refused("refused", message, false),
+        }
+    }
+    let key = UploadKey::new(&task.owner, task.path.as_str());
+    if task.offer.resume {
+        match claim(&receiver, key, task.offer.run).await {
+            Some(writer) => task.writer = Some(writer),
+            None => {
+                let error = StoreError::Busy {
+                    path: task.path.clone(),
+                };
+                return Start::Refused(error.code(), error.to_string(), error.retry());
+            }
+        }
+    }
+    if let Some(run) = &task.offer.run {
+        let key = key.in_run(run);
+        if let Some(published) = receiver.publisher.writers().outcome(key) {
+            return Start::Known(published);
+        }
+        task.key = Some(key);
+    }
+    let slot = receiver.slots.clone().acquire_owned();
+    match tokio::time::timeout(receiver.config.turn, slot).await {
+        Ok(Ok(slot)) => Start::Begin(Box::new(task), slot),
+        _ => {
+            let limit = receiver.config.open_files;
+            let message = format!("too many uploads: {limit} are open and none ended in time");
+            Start::Refused("too_many_uploads", message, true)
+        }
+    }
+}
+
+/// The right to write an upload, waiting for an old writer that was told to let go.
+async fn claim(receiver: &Receiver, key: UploadKey, run: Option<[u8; 16]>) -> Option<Writer> {
+    let claiming = async {
+        loop {
+            match receiver.publisher.writers().claim(key, run) {
+                Claim::Writer(writer) => return Some(writer),
+                Claim::Busy => return None,
+                Claim::Wait(mut gone) => {
+                    // An error is the sign: the old writer holds the other end.
+                    let _ = gone.changed().await;
+                }
+            }
+        }
+    };
+    tokio::time::timeout(HANDOVER, claiming)
+        .await
+        .ok()
+        .flatten()
+}
+
+/// Ready when what is pending has come; dropping it loses nothing.
+async fn wait(pending: &mut Option<Pending>) -> Waited {
+    match pending {
+        Some(Pending::Start { start, .. }) => Waited::Start(start.await),
+        Some(Pending::Room { room, .. }) => Waited::Room(room.await),
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,159 @@
+//! What is used of each quota: the store's own and those of its tenants, by one mechanism.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use crate::path::RelPath;
+
+/// How much lies below the root and below every prefix that has a quota, and what open uploads add
+/// to that.
+#[derive(Debug)]
+pub(super) struct Accounts {
+    /// By prefix; `None` is the root, which always has one.
+    accounts: HashMap<Option<RelPath>, Account>,
+    /// Where open uploads go, and what is promised to them. There are few.
+    uploads: HashMap<u64, (RelPath, u64)>,
+    next: u64,
+}
+
+#[derive(Debug, Default)]
+struct Account {
+    used: u64,
+    /// Bytes published since the account was made: tells a count under way what it may have missed.
+    published: u64,
+    /// When the files were last counted; `None` when `used` says nothing.
+    counted: Option<Instant>,
+}
+
+impl Accounts {
+    /// `used` is what lies below the root, if that was counted.
+    pub(super) fn new(used: Option<u64>) -> Self {
+        let root = Account {
+            used: used.unwrap_or(0),
+            published: 0,
+            counted: used.map(|_| Instant::now()),
+        };
+        Self {
+            accounts: HashMap::from([(None, root)]),
+            uploads: HashMap::new(),
+            next: 0,
+        }
+    }
+
+    /// Bytes of the files below the prefix, as far as they were counted.
+    pub(super) fn used(&self, prefix: &Option<RelPath>) -> u64 {
+        self.accounts.get(prefix).map_or(0, |account| account.used)
+    }
+
+    /// Bytes promised to open uploads below the prefix.
+    pub(super) fn reserved(&self, prefix: &Option<RelPath>) -> u64 {
+        let below = self
+            .uploads
+            .values()
+            .filter(|(path, _)| is_below(path, prefix));
+        below.fold(0, |sum, (_, bytes)| sum.saturating_add(*bytes))
+    }
+
+    /// Bytes of the quota that are neither used nor reserved.
+    pub(super) fn left(&self, prefix: &Option<RelPath>, quota: u64) -> u64 {
+        quota
+            .saturating_sub(self.used(prefix))
+            .saturating_sub(self.reserved(prefix))
+    }
+
+    /// Begins a count of the files below the prefix if there must be one before `need` more bytes
+    /// are refused or, the first time, granted: a token to end it with.
+    pub(super) fn begin_count(
+        &mut self,
+        prefix: &Option<RelPath>,
+        quota: u64,
+        need: u64,
+    ) -> Option<u64> {
+        let left = self.left(prefix, quota);
+        let account = self.accounts.entry(prefix.clone()).or_default();
+        let due = match account.counted {
+            None => true,
+            Some(counted) => left < need && counted.elapsed() >= RECOUNT_AFTER,
+        };
+        if !due {
+            return None;
+        }
+        // Others do with the old number meanwhile, if there is one.
+        account.counted = account.counted.map(|_| Instant::now());
+        Some(account.published)
+    }
+
+    /// Ends the count that gave `before`.
+    pub(super) fn end_count(&mut self, prefix: &Option<RelPath>, before: u64, counted: u64) {
+        let account = self.accounts.entry(prefix.clone()).or_default();
+        account.used = counted.saturating_add(account.published.saturating_sub(before));
+        account.counted = Some(Instant::now());
+    }
+
+    /// An upload begins: its number.
+    pub(super) fn open(&mut self, path: &RelPath) -> u64 {
+        let upload = self.next;
+        self.next += 1;
+        self.uploads.insert(upload, (path.clone(), 0));
+        upload
+    }
+
+    /// Promises more bytes to an upload.
+    pub(super) fn promise(&mut self, upload: u64, more: u64) {
+        if let Some((_, bytes)) = self.uploads.get_mut(&upload) {
+            *bytes = bytes.saturating_add(more);
+        }
+    }
+
+    /// An upload is over, with what was promised to it.
+    pub(super) fn close(&mut self, upload: u64) {
+        self.uploads.remove(&upload);
+    }
+
+    /// The upload's `size` bytes are published; `replaced` bytes went for it.
+    pub(super) fn published(&mut self, upload: u64, size: u64, replaced: u64) {
+        let Some((path, _)) = self.uploads.get(&upload) else {
+            return;
+        };
+        for (prefix, account) in &mut self.accounts {
+            if is_below(path, prefix) {
+                account.used = account.used.saturating_add(size).saturating_sub(replaced);
+                account.published = account.published.saturating_add(size);
+            }
+        }
+    }
+
+    /// What had this name is gone, `bytes` in all.
+    pub(super) fn removed(&mut self, path: &RelPath, bytes: u64) {
+        for (prefix, account) in &mut self.accounts {
+            let inside = prefix
+                .as_ref()
+                .is_some_and(|prefix| prefix == path || is_below(prefix, &Some(path.clone())));
+            if inside {
+                account.counted = None;
+            } else if is_below(path, prefix) {
+                account.used = account.used.saturating_sub(bytes);
+            }
+        }
+    }
+
+    /// As if the last counts were long ago; false when the clock does not reach that far back.
+    #[cfg(test)]
+    pub(super) fn age(&mut self) -> bool {
+        let long_ago = Instant::now().checked_sub(RECOUNT_AFTER);
+        for account in self.accounts.values_mut() {
+            account.counted = account.counted.and(long_ago);
+        }
+        long_ago.is_some()
+    }
+}
+
+fn is_below(path: &RelPath, prefix: &Option<RelPath>) -> bool {
+    prefix.as_ref().is_none_or(|prefix| {
+        let rest = path.as_str().strip_prefix(prefix.as_str());
+        rest.is_some_and(|rest| rest.starts_with('/'))
+    })
+}
+
+/// Shortest time between two counts of the files, a walk that may be long.
+const RECOUNT_AFTER: Duration = Duration::from_secs(30);

@@ -1,0 +1,839 @@
+//! What lies in a store: looked at, listed in pages, read, removed, and the directories and links
+//! that are made there.
+//!
+//! As everywhere in a store no symbolic link is followed: one on the way to a name counts as
+//! nothing there. What has no name that a [`RelPath`] can hold (hidden files and the store's own
+//! among them) is neither listed nor found.
+
+use std::collections::BinaryHeap;
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::unix::ffi::OsStrExt as _;
+
+use cap_std::fs::{Dir, Metadata, MetadataExt as _};
+use rustix::fs::{AtFlags, FileType, Timespec, Timestamps, UTIME_OMIT};
+use rustix::io::Errno;
+
+use super::disk::{self, PRIVATE};
+use super::{Existing, IfExists, Inner, Meta, Store, StoreError, Tenant, Time};
+use crate::path::{self, RelPath};
+
+/// What has a name in a store, as it was at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Its path from the store's root; empty for the root itself.
+    pub path: String,
+    /// What it is.
+    pub kind: Kind,
+    /// Bytes of a file; 0 for everything else.
+    pub size: u64,
+    /// When its content changed last.
+    pub mtime: Time,
+    /// Its permission bits, those of 0o777.
+    pub mode: u32,
+    /// Where a link leads. `None` for a link that [`Store::make_link`] would not make: where it
+    /// leads on the server is nobody else's business.
+    pub target: Option<String>,
+}
+
+/// What can have a name in a store and be seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// A regular file.
+    File,
+    /// A directory.
+    Dir,
+    /// A symbolic link.
+    Link,
+}
+
+/// Which entries to list.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct List<'a> {
+    /// The directory; `None` is the root. A file or a link is listed as itself.
+    pub path: Option<&'a RelPath>,
+    /// Also what is in the directories below.
+    pub recursive: bool,
+    /// The path of the last entry of the page before. Nothing needs to have it any more.
+    pub after: Option<&'a str>,
+    /// Most entries in the page: at least 1 and at most 4,000, whatever is asked for.
+    pub limit: usize,
+}
+
+/// Some entries: depth first, each directory before what is in it, the names in a directory in the
+/// order of their bytes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Page {
+    /// The entries; empty only on the last page.
+    pub entries: Vec<Entry>,
+    /// There may be more after the last of them.
+    pub more: bool,
+}
+
+/// What was removed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Removed {
+    /// Everything that was no directory.
+    pub files: u64,
+    /// Bytes of the regular files among them.
+    pub bytes: u64,
+}
+
+impl Store {
+    /// What has the name; `None` is the root.
+    ///
+    /// Fails with [`StoreError::NotFound`] and, for devices and the like,
+    /// [`StoreError::NotAFile`].
+    pub fn stat(&self, path: Option<&RelPath>) -> Result<Entry, StoreError> {
+        let inner = &self.inner;
+        let Some(path) = path else {
+            let root = inner.disk.root().and_then(|root| root.dir_metadata());
+            let root = root.map_err(|e| StoreError::io("read the root", None, e, || 0))?;
+            return Ok(Entry::new(String::new(), Kind::Dir, &root, None));
+        };
+        Ok(inner.find(path)?.1)
+    }
+
+    /// One page of what is below a directory.
+    ///
+    /// Costs one reading of each directory on the way to [`List::after`] and of each one in the
+    /// page, and memory for one page. What appears or vanishes between two pages may be missed or
+    /// not; nothing is listed twice. A directory below that the server may not read is listed
+    /// without content.
+    pub fn list(&self, query: &List<'_>) -> Result<Page, StoreError> {
+        let inner = &self.inner;
+        let after = query.after.filter(|after| !after.is_empty());
+        let after: Option<RelPath> = after.map(str::parse).transpose()?;
+        let mut start = Start::new(query.path, after.as_ref());
+        let dir = match query.path {
+            None => inner.disk.root(),
+            Some(path) => {
+                let (dir, entry) = inner.find(path)?;
+                if entry.kind != Kind::Dir {
+                    return Ok(match start {
+                        Start::Before => Page {
+                            entries: vec![entry],
+                            more: false,
+                        },
+                        Start::Base | Start::After(_) | Start::Behind => Page::default(),
+                    });
+                }
+                disk::open_dir(&dir, path.file_name()).map_err(io::Error::from)
+            }
+        };
+        let dir = dir.map_err(|e| inner.read_failed("open a directory", query.path, e))?;
+        let limit = query.limit.clamp(1, MAX_ENTRIES);
+        for _ in 0..MAX_PASSES {
+            let cursor = match start {
+                Start::Behind => return Ok(Page::default()),
+                Start::Before | Start::Base => Vec::new(),
+                Start::After(names) => names,
+            };
+            let mut lister = Lister {
+                query,
+                inner,
+                limit,
+                cursor: cursor.into_iter(),
+                frames: Vec::new(),
+                last: None,
+            };
+            let page = lister.page(&dir)?;
+            match lister.last {
+                // All that was read vanished before it was looked at, and there is more.
+                Some(last) if page.more && page.entries.is_empty() => {
+                    start = Start::After(last);
+                }
+                _ => return Ok(page),
+            }
+        }
+        let cause = io::Error::from(Errno::AGAIN);
+        Err(inner.read_failed("list a directory that keeps changing", query.path, cause))
+    }
+
+    /// Removes a file, a link or an empty directory, or, `recursive`, a directory with all that is
+    /// in it, also what has no valid name. What it is called is gone from disk when this returns.
+    ///
+    /// An error in the middle leaves what was not yet removed. Fails with
+    /// [`StoreError::NotEmpty`] where something is left in a directory: without `recursive`, when
+    /// something was put there meanwhile, and when another store's directory is there, which is
+    /// never touched.
+    pub fn remove(&self, path: &RelPath, recursive: bool) -> Result<Removed, StoreError> {
+        let inner = &self.inner;
+        let not_found = || StoreError::NotFound { path: path.clone() };
+        let dir = match inner.disk.parent(path) {
+            Ok(dir) => dir.ok_or_else(not_found)?,
+            Err(StoreError::Blocked { .. }) => return Err(not_found()),
+            Err(e) => return Err(e),
+        };
+        let mut removal = Removal {
+            inner,
+            path,
+            recursive,
+            removed: Removed::default(),
+        };
+        let found = removal.entry(&dir, OsStr::new(path.file_name()), 0);
+        // Also of what a failure left half done.
+        inner.removed(path, removal.removed.bytes);
+        if !found? {
+            return Err(not_found());
+        }
+        disk::sync_dir(&dir).map_err(|e| inner.disk.error("sync a directory", path, e))?;
+        Ok(removal.removed)
+    }
+
+    /// Opens a regular file for reading.
+    ///
+    /// Fails with [`StoreError::NotFound`], [`StoreError::IsDirectory`] and, for links, devices
+    /// and the like, [`StoreError::NotAFile`].
+    pub fn read(&self, path: &RelPath) -> Result<Existing, StoreError> {
+        let inner = &self.inner;
+        let (dir, entry) = inner.find(path)?;
+        match entry.kind {
+            Kind::File => {}
+            Kind::Dir => return Err(StoreError::IsDirectory { path: path.clone() }),
+            Kind::Link => return Err(StoreError::NotAFile { path: path.clone() }),
+        }
+        match inner.open_existing(path, &dir) {
+            Ok(Some(existing)) => Ok(existing),
+            Ok(None) => Err(StoreError::NotFound { path: path.clone() }),
+            // It is something else by now, or there is no permission.
+            Err(StoreError::Exists { .. }) => match inner.find(path)?.1.kind {
+                Kind::File => Err(inner.disk.error("open a file", path, Errno::ACCESS.into())),
+                Kind::Dir => Err(StoreError::IsDirectory { path: path.clone() }),
+                Kind::Link => Err(StoreError::NotAFile { path: path.clone() }),
+            },
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Makes a directory and those above it, and says whether it was there. It is on disk when
+    /// this returns.
+    ///
+    /// It gets the mode (its owner's access is never taken) and the time of `meta` also when it
+    /// was there: directories come after the files that made them. Without a mode, a new one is
+    /// its owner's alone.
+    pub fn make_dir(
+        &self,
+        path: &RelPath,
+        meta: Meta,
+        tenant: Option<&Tenant>,
+    ) -> Result<bool, StoreError> {
+        let inner = &self.inner;
+        let failed = |action| move |e: io::Error| inner.disk.error(action, path, e);
+        inner.room_for_name(tenant)?;
+        let parent = inner.disk.make_parent(path)?;
+        let name = path.file_name();
+        let there = disk::look(&parent, name).map_err(failed("look up a name"))?;
+        if there.is_none() {
+            disk::create_dir(&parent, name).map_err(|e| failed("make a directory")(e.into()))?;
+        }
+        let dir = match disk::open_dir(&parent, name) {
+            Ok(dir) => dir,
+            Err(Errno::NOTDIR | Errno::LOOP | Errno::MLINK) => {
+                return Err(StoreError::Exists { path: path.clone() });
+            }
+            Err(e) => return Err(failed("open a directory")(e.into())),
+        };
+        inner.disk.check_device(&dir, path)?;
+        set_meta(&dir, path, meta);
+        disk::sync_dir(&dir).map_err(failed("sync a directory"))?;
+        inner
+            .disk
+            .make_durable(&parent, &dir)
+            .map_err(failed("sync a directory"))?;
+        Ok(there.is_some())
+    }
+
+    /// Makes a symbolic link in one step, and says whether an equal one was there. It is on disk
+    /// when this returns; nothing in the store ever follows it.
+    ///
+    /// Refuses a `target` that [`check_target`] refuses. Where something else has the name,
+    /// [`IfExists::Overwrite`] replaces a file or a link, and every other policy is an error: a
+    /// link is stored under its own name or not at all.
+    pub fn make_link(
+        &self,
+        path: &RelPath,
+        target: &str,
+        if_exists: IfExists,
+    ) -> Result<bool, StoreError> {
+        let inner = &self.inner;
+        let failed = |action| move |e: io::Error| inner.disk.error(action, path, e);
+        let exists = || StoreError::Exists { path: path.clone() };
+        inner.check_policy(if_exists)?;
+        check_target(path, target)?;
+        inner.room_for_name(None)?;
+        let name = path.file_name();
+        let mut outcome = exists();
+        // Something may come or go between a look and the step that follows.
+        for _ in 0..MAX_TRIES {
+            let dir = inner.disk.make_parent(path)?;
+            let there = disk::look(&dir, name).map_err(failed("look up a name"))?;
+            let equal = there.as_ref().is_some_and(Metadata::is_symlink)
+                && raw_target(&dir, name).is_some_and(|there| there == target.as_bytes());
+            if equal && if_exists != IfExists::Error {
+                disk::sync_dir(&dir).map_err(failed("sync a directory"))?;
+                return Ok(true);
+            }
+            let replaced = match &there {
+                None => 0,
+                Some(_) if if_exists != IfExists::Overwrite => return Err(exists()),
+                Some(there) if there.is_file() => there.len(),
+                Some(there) if there.is_symlink() => 0,
+                Some(_) => return Err(exists()),
+            };
+            let disk = &inner.disk;
+            let staged = disk.stage_link(target).map_err(failed("create a link"))?;
+            let placed = match there {
+                Some(_) => disk.replace(&staged, &dir, name),
+                None => disk.publish(&staged, &dir, name),
+            };
+            let Err(error) = placed else {
+                inner.removed(path, replaced);
+                disk::sync_dir(&dir).map_err(failed("sync a directory"))?;
+                return Ok(false);
+            };
+            if let Err(error) = disk.unstage(&staged) {
+                tracing::debug!(%path, %error, "staged link left to the next start");
+            }
+            outcome = match error.kind() {
+                io::ErrorKind::AlreadyExists | io::ErrorKind::IsADirectory => exists(),
+                // The directory was removed since it was made.
+                io::ErrorKind::NotFound => failed("publish a link")(error),
+                _ => return Err(failed("publish a link")(error)),
+            };
+        }
+        Err(outcome)
+    }
+}
+
+/// Whether a link called `path` may lead to `target`: a relative path that, read from the link's
+/// directory, names something below the root or the root itself, at every step of the way, and
+/// nothing in the store's own directory. What the names on the way are, is not looked at.
+///
+/// For a client whose root is not the store's, `path` is what the client calls the link.
+pub fn check_target(path: &RelPath, target: &str) -> Result<(), StoreError> {
+    let refuse = |why| {
+        Err(StoreError::BadTarget {
+            path: path.clone(),
+            why,
+        })
+    };
+    if target.is_empty() {
+        return refuse("is empty");
+    }
+    if target.len() > MAX_TARGET {
+        return refuse("is too long");
+    }
+    if target.chars().any(char::is_control) {
+        return refuse("holds a control character");
+    }
+    if target.starts_with('/') {
+        return refuse("is not relative");
+    }
+    let mut names: Vec<&str> = path.parents().collect();
+    for component in target.split('/') {
+        match component {
+            "" | "." => {}
+            ".." if names.pop().is_none() => return refuse("leads out of the root"),
+            ".." => {}
+            name => names.push(name),
+        }
+        if names.first().is_some_and(|name| *name == PRIVATE) {
+            return refuse("leads to the server's own files");
+        }
+    }
+    Ok(())
+}
+
+impl Entry {
+    fn new(path: String, kind: Kind, metadata: &Metadata, target: Option<String>) -> Self {
+        let size = match kind {
+            Kind::File => metadata.len(),
+            Kind::Dir | Kind::Link => 0,
+        };
+        Self {
+            path,
+            kind,
+            size,
+            mtime: Time {
+                secs: metadata.mtime(),
+                nanos: u32::try_from(metadata.mtime_nsec()).unwrap_or(0),
+            },
+            mode: metadata.mode() & 0o777,
+            target,
+        }
+    }
+}
+
+impl Kind {
+    fn of(metadata: &Metadata) -> Option<Self> {
+        let kind = metadata.file_type();
+        if kind.is_file() {
+            Some(Self::File)
+        } else if kind.is_dir() {
+            Some(Self::Dir)
+        } else if kind.is_symlink() {
+            Some(Self::Link)
+        } else {
+            None
+        }
+    }
+}
+
+impl Inner {
+    /// What has the name, and the directory it is in.
+    fn find(&self, path: &RelPath) -> Result<(Dir, Entry), StoreError> {
+        let failed = |e| self.read_failed("look up a name", Some(path), e);
+        let mut dir = self.disk.root().map_err(failed)?;
+        for component in path.parents() {
+            dir = disk::open_dir(&dir, component).map_err(|e| failed(e.into()))?;
+        }
+        let metadata = disk::look(&dir, path.file_name()).map_err(failed)?;
+        let Some(metadata) = metadata else {
+            return Err(StoreError::NotFound { path: path.clone() });
+        };
+        let Some(kind) = Kind::of(&metadata) else {
+            return Err(StoreError::NotAFile { path: path.clone() });
+        };
+        let target = match kind {
+            Kind::Link => target(&dir, path.file_name(), path),
+            Kind::File | Kind::Dir => None,
+        };
+        let entry = Entry::new(path.to_string(), kind, &metadata, target);
+        Ok((dir, entry))
+    }
+
+    /// Checks that there is room for something that has a name and no bytes. A tenant that has
+    /// nothing left gets not even that.
+    fn room_for_name(&self, tenant: Option<&Tenant>) -> Result<(), StoreError> {
+        self.room(u64::from(tenant.is_some()), tenant).map(drop)
+    }
+
+    /// An error on the way to something that is only looked at. What is no directory holds nothing.
+    fn read_failed(
+        &self,
+        action: &'static str,
+        path: Option<&RelPath>,
+        cause: io::Error,
+    ) -> StoreError {
+        match (Errno::from_io_error(&cause), path) {
+            (Some(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::MLINK), Some(path)) => {
+                StoreError::NotFound { path: path.clone() }
+            }
+            _ => StoreError::io(action, path, cause, || 0),
+        }
+    }
+}
+
+/// Where a listing begins, as seen from the directory that is listed.
+enum Start {
+    /// Before the directory itself.
+    Before,
+    /// The directory itself is the last one listed.
+    Base,
+    /// Behind what has these names below the directory.
+    After(Vec<String>),
+    /// Behind everything in it.
+    Behind,
+}
+
+impl Start {
+    fn new(base: Option<&RelPath>, after: Option<&RelPath>) -> Self {
+        let Some(after) = after else {
+            return Self::Before;
+        };
+        let mut names = after.components();
+        for component in base.iter().flat_map(|base| base.components()) {
+            match names.next().map(|name| name.cmp(component)) {
+                None | Some(std::cmp::Ordering::Less) => return Self::Before,
+                Some(std::cmp::Ordering::Greater) => return Self::Behind,
+                Some(std::cmp::Ordering::Equal) => {}
+            }
+        }
+        let rest: Vec<String> = names.map(str::to_owned).collect();
+        if rest.is_empty() {
+            Self::Base
+        } else {
+            Self::After(rest)
+        }
+    }
+}
+
+/// Makes one page.
+struct Lister<'a> {
+    inner: &'a Inner,
+    query: &'a List<'a>,
+    limit: usize,
+    /// What is left of the cursor, from the directory on top of `frames` down.
+    cursor: std::vec::IntoIter<String>,
+    /// The directories from the one that is listed down to where the page is.
+    frames: Vec<Frame>,
+    /// The names, below the directory that is listed, of what was looked at last.
+    last: Option<Vec<String>>,
+}
+
+/// A directory whose names are being gone through.
+struct Frame {
+    dir: Dir,
+    /// What its entries' paths begin with: empty, or ending in `/`.
+    prefix: String,
+    /// Its own name; empty for the directory that is listed.
+    name: String,
+    /// Components of its path.
+    depth: usize,
+    /// Names left, the next one at the end.
+    names: Vec<String>,
+    /// More names follow that are not in `names`.
+    cut: bool,
+    /// The name whose entry was on an earlier page, though perhaps not all that is in it.
+    passed: Option<String>,
+}
+
+impl Lister<'_> {
+    fn page(&mut self, base: &Dir) -> Result<Page, StoreError> {
+        let failed = |e| {
+            self.inner
+                .read_failed("read a directory", self.query.path, e)
+        };
+        let dir = base.try_clone().map_err(failed)?;
+        let (prefix, depth) = match self.query.path {
+            None => (String::new(), 0),
+            Some(path) => (format!("{path}/"), path.components().count()),
+        };
+        let mut page = Page::default();
+        let mut bytes = 0;
+        let base = Frame::new(dir, prefix, String::new(), depth, self.cursor.next());
+        self.enter(base, self.limit).map_err(|e| {
+            self.inner
+                .read_failed("read a directory", self.query.path, e)
+        })?;
+        while let Some(frame) = self.frames.last_mut() {
+            let Some(name) = frame.names.pop() else {
+                if frame.cut {
+                    page.more = true;
+                    break;
+                }
+                self.frames.pop();
+                continue;
+            };
+            let passed = frame.passed.take().is_some_and(|passed| passed == name);
+            if !passed {
+                self.cursor = Vec::new().into_iter();
+                if page.entries.len() >= self.limit {
+                    page.more = true;
+                    break;
+                }
+            }
+            let path = format!("{}{name}", frame.prefix);
+            let found = match look(&frame.dir, &name, &path) {
+                Ok(found) => found,
+                Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+                    tracing::warn!(%path, "no permission to look at what is in a directory");
+                    frame.names.clear();
+                    continue;
+                }
+                Err(e) => return Err(StoreError::io("look at a file", self.query.path, e, || 0)),
+            };
+            let Some(entry) = found else {
+                self.remember(&name);
+                continue;
+            };
+            if !passed {
+                bytes += entry.path.len() + entry.target.as_ref().map_or(0, String::len);
+                if bytes > MAX_NAME_BYTES && !page.entries.is_empty() {
+                    page.more = true;
+                    break;
+                }
+            }
+            self.remember(&name);
+            let is_dir = entry.kind == Kind::Dir;
+            if !passed {
+                page.entries.push(entry);
+            }
+            if is_dir && self.query.recursive {
+                self.descend(name, path, self.limit - page.entries.len())?;
+            }
+        }
+        Ok(page)
+    }
+
+    /// Goes on with what is in the directory `name` of the one on top.
+    fn descend(&mut self, name: String, path: String, left: usize) -> Result<(), StoreError> {
+        let Some(frame) = self.frames.last() else {
+            return Ok(());
+        };
+        let depth = frame.depth + 1;
+        if depth >= RelPath::MAX_COMPONENTS {
+            return Ok(());
+        }
+        let shown = path.clone();
+        let entered = match disk::open_dir(&frame.dir, &name) {
+            Ok(dir) => {
+                let next = self.cursor.next();
+                self.enter(Frame::new(dir, path + "/", name, depth, next), left)
+            }
+            Err(errno) => Err(errno.into()),
+        };
+        match entered {
+            Ok(()) => Ok(()),
+            Err(e) => match Errno::from_io_error(&e) {
+                // It is gone, or something else by now.
+                Some(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::MLINK) => Ok(()),
+                Some(Errno::ACCESS | Errno::PERM) => {
+                    tracing::warn!(path = %shown, "no permission to list a directory");
+                    Ok(())
+                }
+                _ => Err(StoreError::io("read a directory", self.query.path, e, || 0)),
+            },
+        }
+    }
+
+    /// Reads a directory's names and puts it on top. Keeps no more names, those of the
+    /// directories below included, than a page can use.
+    fn enter(&mut self, mut frame: Frame, left: usize) -> io::Result<()> {
+        // One to see that there are more, and one that an earlier page had.
+        let keep = left + 2;
+        frame.read(keep)?;
+        if !self.query.recursive
+            && let Some(passed) = frame.passed.take()
+            && frame.names.last() == Some(&passed)
+        {
+            frame.names.pop();
+        }
+        self.frames.push(frame);
+        let total: usize = self.frames.iter().map(|frame| frame.names.len()).sum();
+        let mut excess = total.saturating_sub(keep);
+        for frame in &mut self.frames {
+            let cut = excess.min(frame.names.len());
+            frame.names.drain(..cut);
+            frame.cut |= cut > 0;
+            excess -= cut;
+        }
+        Ok(())
+    }
+
+    fn remember(&mut self, name: &str) {
+        let names = self.frames.iter().skip(1).map(|frame| frame.name.as_str());
+        self.last = Some(names.chain([name]).map(str::to_owned).collect());
+    }
+}
+
+impl Frame {
+    fn new(dir: Dir, prefix: String, name: String, depth: usize, passed: Option<String>) -> Self {
+        Self {
+            dir,
+            prefix,
+            name,
+            depth,
+            names: Vec::new(),
+            cut: false,
+            passed,
+        }
+    }
+
+    /// Reads the first `keep` names, from the cursor on.
+    fn read(&mut self, keep: usize) -> io::Result<()> {
+        let mut first = BinaryHeap::new();
+        for entry in rustix::fs::Dir::read_from(&self.dir)? {
+            let entry = entry?;
+            let Ok(name) = entry.file_name().to_str() else {
+                continue;
+            };
+            let seen = self.passed.as_deref().is_some_and(|passed| name < passed);
+            if seen
+                || !path::is_component(name)
+                || self.prefix.len() + name.len() > RelPath::MAX_BYTES
+                || !is_listed(&self.dir, name, entry.file_type())
+            {
+                continue;
+            }
+            if first.len() < keep {
+                first.push(name.to_owned());
+                continue;
+            }
+            self.cut = true;
+            if let Some(mut last) = first.peek_mut()
+                && name < last.as_str()
+            {
+                *last = name.to_owned();
+            }
+        }
+        self.names = first.into_sorted_vec();
+        self.names.reverse();
+        Ok(())
+    }
+}
+
+/// What has the name and can be listed; `None` also when it is gone by now.
+fn look(dir: &Dir, name: &str, path: &str) -> io::Result<Option<Entry>> {
+    let Some(metadata) = disk::look(dir, name)? else {
+        return Ok(None);
+    };
+    let (Some(kind), Ok(at)) = (Kind::of(&metadata), path.parse()) else {
+        return Ok(None);
+    };
+    let target = match kind {
+        Kind::Link => target(dir, name, &at),
+        Kind::File | Kind::Dir => None,
+    };
+    Ok(Some(Entry::new(path.to_owned(), kind, &metadata, target)))
+}
+
+/// Whether a directory's entry of this kind is listed at all; asks where the file system does not
+/// say.
+fn is_listed(dir: &Dir, name: &str, kind: FileType) -> bool {
+    match kind {
+        FileType::RegularFile | FileType::Directory | FileType::Symlink => true,
+        FileType::Unknown => {
+            disk::look(dir, name).is_ok_and(|found| found.as_ref().and_then(Kind::of).is_some())
+        }
+        _ => false,
+    }
+}
+
+/// Where the link leads, if that may be told.
+fn target(dir: &Dir, name: &str, path: &RelPath) -> Option<String> {
+    let target = String::from_utf8(raw_target(dir, name)?).ok()?;
+    check_target(path, &target).ok().map(|()| target)
+}
+
+fn raw_target(dir: &Dir, name: &str) -> Option<Vec<u8>> {
+    let target = rustix::fs::readlinkat(dir, name, Vec::new()).ok()?;
+    Some(target.into_bytes())
+}
+
+/// Sets mode and time of a directory; what the file system cannot or will not hold is not an
+/// error.
+fn set_meta(dir: &Dir, path: &RelPath, meta: Meta) {
+    if let Some(mode) = meta.mode {
+        let mode = rustix::fs::Mode::from_raw_mode((mode & 0o777) | 0o700);
+        if let Err(errno) = rustix::fs::fchmod(dir, mode) {
+            tracing::debug!(%path, %errno, "cannot set a directory's mode");
+        }
+    }
+    if let Some(time) = meta.mtime {
+        let times = Timestamps {
+            last_access: Timespec {
+                tv_sec: 0,
+                tv_nsec: UTIME_OMIT,
+            },
+            last_modification: Timespec {
+                tv_sec: time.secs,
+                tv_nsec: time.nanos.into(),
+            },
+        };
+        if let Err(errno) = rustix::fs::futimens(dir, &times) {
+            tracing::debug!(%path, %errno, "cannot set a directory's modification time");
+        }
+    }
+}
+
+/// Removes one thing and counts what goes.
+struct Removal<'a> {
+    inner: &'a Inner,
+    path: &'a RelPath,
+    recursive: bool,
+    removed: Removed,
+}
+
+impl Removal<'_> {
+    /// Removes what has the name; false when nothing had it.
+    fn entry(&mut self, dir: &Dir, name: &OsStr, depth: usize) -> Result<bool, StoreError> {
+        let failed = |e| self.failed("look up a name", e);
+        let Some(metadata) = disk::look(dir, name).map_err(failed)? else {
+            return Ok(false);
+        };
+        if metadata.is_dir() {
+            return self.dir(dir, name, depth);
+        }
+        match rustix::fs::unlinkat(dir, name, AtFlags::empty()) {
+            Ok(()) => {}
+            Err(Errno::NOENT) => return Ok(false),
+            Err(e) => return Err(self.failed("remove a file", e.into())),
+        }
+        self.removed.files += 1;
+        if metadata.is_file() {
+            self.removed.bytes = self.removed.bytes.saturating_add(metadata.len());
+        }
+        Ok(true)
+    }
+
+    fn dir(&mut self, dir: &Dir, name: &OsStr, depth: usize) -> Result<bool, StoreError> {
+        let child = match disk::open_dir(dir, name) {
+            Ok(child) => child,
+            Err(Errno::NOENT) => return Ok(false),
+            Err(e) => return Err(self.failed("open a directory", e.into())),
+        };
+        if self.recursive {
+            self.inner.disk.check_device(&child, self.path)?;
+            self.clear(&child, depth)?;
+        }
+        match self.inner.disk.remove_dir(dir, name, &child) {
+            Ok(()) => Ok(true),
+            Err(Errno::NOENT) => Ok(false),
+            Err(Errno::NOTEMPTY | Errno::EXIST) => Err(self.not_empty()),
+            Err(e) => Err(self.failed("remove a directory", e.into())),
+        }
+    }
+
+    /// Empties a directory, but for another store's own directory.
+    fn clear(&mut self, dir: &Dir, depth: usize) -> Result<(), StoreError> {
+        if depth >= MAX_DEPTH {
+            return Err(self.not_empty());
+        }
+        loop {
+            let names = batch(dir).map_err(|e| self.failed("read a directory", e))?;
+            for name in &names {
+                self.entry(dir, name, depth + 1)?;
+            }
+            // What was added after a whole reading is for the directory's removal to find.
+            if names.len() < BATCH {
+                return Ok(());
+            }
+        }
+    }
+
+    fn not_empty(&self) -> StoreError {
+        StoreError::NotEmpty {
+            path: self.path.clone(),
+        }
+    }
+
+    fn failed(&self, action: &'static str, cause: io::Error) -> StoreError {
+        self.inner.disk.error(action, self.path, cause)
+    }
+}
+
+/// Some names of a directory, read before any of them is removed.
+fn batch(dir: &Dir) -> io::Result<Vec<OsString>> {
+    let mut names = Vec::new();
+    for entry in rustix::fs::Dir::read_from(dir)? {
+        let entry = entry?;
+        let name = OsStr::from_bytes(entry.file_name().to_bytes());
+        if name != "." && name != ".." && name != PRIVATE {
+            names.push(name.to_owned());
+        }
+        if names.len() == BATCH {
+            break;
+        }
+    }
+    Ok(names)
+}
+
+#[cfg(test)]
+mod tests;
+
+/// Most entries in a page.
+const MAX_ENTRIES: usize = 4_000;
+/// Most bytes of paths and targets in a page of more than one entry.
+const MAX_NAME_BYTES: usize = 256 * 1024;
+/// Times a page is begun anew because all that was read vanished meanwhile.
+const MAX_PASSES: usize = 16;
+/// Times a link is put in place anew because something came or went meanwhile.
+const MAX_TRIES: usize = 4;
+/// Longest target of a link, in bytes.
+const MAX_TARGET: usize = 4096;
+/// Deepest directory that is removed with its content.
+const MAX_DEPTH: usize = 128;
+/// Names read at a time from a directory that is being emptied.
+const BATCH: usize = 256;

@@ -1,0 +1,238 @@
+//! Who is writing which resumable upload, and who may take one over; and which uploads ended lately.
+//!
+//! An upload belongs to one writer at a time. The same run of a client that comes back takes its own upload
+//! over at once, anybody of the same token does after the writer has been silent for a while, and everybody
+//! else is told `busy`. So two clients never push each other off.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::store::{Published, Synced};
+
+/// A writer that said nothing for this long may be replaced.
+const SILENT: Duration = Duration::from_secs(5);
+/// Outcomes remembered: a client that lost one asks again within minutes. About 200 bytes each.
+const OUTCOMES: usize = 16_384;
+
+/// Names an upload of one client: 128 bits of a hash.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct UploadKey([u8; 16]);
+
+impl UploadKey {
+    pub(crate) fn new(peer: &str, path: &str) -> Self {
+        Self::of(&[peer.as_bytes(), path.as_bytes()])
+    }
+
+    /// The same upload as part of one run of a client.
+    pub(crate) fn in_run(self, run: &[u8; 16]) -> Self {
+        Self::of(&[&self.0, run])
+    }
+
+    fn of(parts: &[&[u8]]) -> Self {
+        let mut hasher = blake3::Hasher::new();
+        for part in parts {
+            hasher.update(&(part.len() as u64).to_le_bytes());
+            hasher.update(part);
+        }
+        let mut key = [0; 16];
+        hasher.finalize_xof().fill(&mut key);
+        Self(key)
+    }
+}
+
+/// All writers of one server. A handle.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Writers {
+    live: Arc<Mutex<HashMap<UploadKey, Live>>>,
+    outcomes: Arc<Mutex<Outcomes>>,
+}
+
+#[derive(Debug)]
+struct Live {
+    run: Option<[u8; 16]>,
+    active: Arc<Mutex<Instant>>,
+    /// Tells the writer that it has been replaced.
+    replaced: watch::Sender<bool>,
+    /// Closed when it has let go.
+    gone: watch::Receiver<()>,
+}
+
+/// What asking for an upload led to.
+#[derive(Debug)]
+pub(crate) enum Claim {
+    /// It is yours.
+    Writer(Writer),
+    /// A live client writes it.
+    Busy,
+    /// Its writer was told to let go; ask again when this is closed.
+    Wait(watch::Receiver<()>),
+}
+
+/// The right to write one upload, until dropped.
+#[derive(Debug)]
+pub(crate) struct Writer {
+    writers: Writers,
+    key: UploadKey,
+    active: Arc<Mutex<Instant>>,
+    replaced: watch::Receiver<bool>,
+    _gone: watch::Sender<()>,
+}
+
+/// Notes that a writer shows life.
+#[derive(Debug, Clone)]
+pub(crate) struct Pulse(Arc<Mutex<Instant>>);
+
+impl Pulse {
+    pub(crate) fn beat(&self) {
+        *lock(&self.0) = Instant::now();
+    }
+}
+
+impl Writers {
+    /// Asks for an upload on behalf of a client's run.
+    pub(crate) fn claim(&self, key: UploadKey, run: Option<[u8; 16]>) -> Claim {
+        let mut live = lock(&self.live);
+        if let Some(writer) = live.get(&key) {
+            let own = run.is_some() && writer.run == run;
+            if !own && lock(&writer.active).elapsed() < SILENT && !*writer.replaced.borrow() {
+                return Claim::Busy;
+            }
+            writer.replaced.send_replace(true);
+            return Claim::Wait(writer.gone.clone());
+        }
+        let active = Arc::new(Mutex::new(Instant::now()));
+        let (replace, replaced) = watch::channel(false);
+        let (_gone, gone) = watch::channel(());
+        live.insert(
+            key,
+            Live {
+                run,
+                active: active.clone(),
+                replaced: replace,
+                gone,
+            },
+        );
+        Claim::Writer(Writer {
+            writers: self.clone(),
+            key,
+            active,
+            replaced,
+            _gone,
+        })
+    }
+
+    /// Remembers what became of an upload, for a client that lost the answer.
+    pub(crate) fn ended(&self, key: UploadKey, published: &Published) {
+        let mut outcomes = lock(&self.outcomes);
+        if outcomes.known.insert(key, published.clone()).is_none() {
+            outcomes.order.push_back(key);
+            if outcomes.order.len() > OUTCOMES
+                && let Some(oldest) = outcomes.order.pop_front()
+            {
+                outcomes.known.remove(&oldest);
+            }
+        }
+    }
+
+    /// What became of it, if that was lately and on this server.
+    pub(crate) fn outcome(&self, key: UploadKey) -> Option<Published> {
+        lock(&self.outcomes).known.get(&key).cloned()
+    }
+}
+
+#[derive(Debug, Default)]
+struct Outcomes {
+    known: HashMap<UploadKey, Published>,
+    order: VecDeque<UploadKey>,
+}
+
+impl Writer {
+    pub(crate) fn pulse(&self) -> Pulse {
+        Pulse(self.active.clone())
+    }
+
+    /// Turns true when another writer waits for this one to let go.
+    pub(crate) fn replaced(&self) -> watch::Receiver<bool> {
+        self.replaced.clone()
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        lock(&self.writers.live).remove(&self.key);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing panics while it is held.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: Option<[u8; 16]> = Some([1; 16]);
+    const B: Option<[u8; 16]> = Some([2; 16]);
+
+    fn writer(claim: Claim) -> Writer {
+        match claim {
+            Claim::Writer(writer) => writer,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_run_takes_its_own_upload_over_and_others_wait_for_silence() {
+        let writers = Writers::default();
+        let key = UploadKey::new("peer", "x");
+        let first = writer(writers.claim(key, A));
+        let pulse = first.pulse();
+        assert!(matches!(writers.claim(key, B), Claim::Busy));
+        assert!(matches!(writers.claim(key, None), Claim::Busy));
+        assert!(!*first.replaced().borrow());
+        writer(writers.claim(UploadKey::new("peer", "y"), B));
+        writer(writers.claim(UploadKey::new("other", "x"), B));
+
+        let Claim::Wait(mut gone) = writers.claim(key, A) else {
+            panic!("its own upload")
+        };
+        assert!(*first.replaced().borrow(), "the old writer is told");
+        drop(first);
+        assert!(gone.changed().await.is_err(), "closed");
+        let second = writer(writers.claim(key, A));
+
+        tokio::time::advance(SILENT - Duration::from_millis(1)).await;
+        assert!(matches!(writers.claim(key, B), Claim::Busy));
+        pulse.beat();
+        second.pulse().beat();
+        tokio::time::advance(SILENT - Duration::from_millis(1)).await;
+        assert!(matches!(writers.claim(key, B), Claim::Busy));
+        tokio::time::advance(Duration::from_millis(1)).await;
+        assert!(matches!(writers.claim(key, B), Claim::Wait(_)));
+    }
+
+    #[test]
+    fn outcomes_are_remembered_for_a_while() {
+        let writers = Writers::default();
+        let published = |n: u64| Published {
+            path: "x".to_owned(),
+            size: n,
+            hash: [0; 32],
+            same: false,
+            sync: Synced::File,
+        };
+        let key = |n: u64| UploadKey::new("peer", &n.to_string()).in_run(&[0; 16]);
+        for n in 0..=OUTCOMES as u64 {
+            writers.ended(key(n), &published(n));
+        }
+        assert_eq!(writers.outcome(key(0)), None, "the oldest makes room");
+        assert_eq!(writers.outcome(key(1)), Some(published(1)));
+        let last = OUTCOMES as u64;
+        assert_eq!(writers.outcome(key(last)), Some(published(last)));
+    }
+}
