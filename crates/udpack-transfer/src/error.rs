@@ -2,9 +2,10 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
-use udpack::{CloseCode, CloseReason, OpenError, RecvError, Side};
+use udpack::{CloseCode, CloseReason, ConnectError, OpenError, RecvError, Side};
 
 /// Why one file was not transferred.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +56,10 @@ pub enum TransferError {
     /// [`IfExists::Same`](crate::IfExists::Same) settles it.
     #[error("the connection ended before the server confirmed the file: {0}")]
     Closed(CloseReason),
+    /// There is no connection to the server, and trying again does not help or was given up. Shared by all
+    /// files that it concerns.
+    #[error(transparent)]
+    Connect(Arc<ConnectError>),
     /// The server was silent although it owed an answer.
     #[error("the server said nothing for {0:?}")]
     Silent(Duration),
@@ -71,6 +76,8 @@ pub enum ErrorKind {
     LocalFile,
     /// The connection.
     Network,
+    /// The server does not let us in, or is not the one we trust.
+    Auth,
     /// The server's rules: name taken, quota, size, name.
     Policy,
     /// Bytes that are not those that were sent.
@@ -89,10 +96,13 @@ impl TransferError {
             Self::Name { .. } => ErrorKind::Policy,
             Self::SourceChanged { .. } | Self::Mismatch => ErrorKind::Integrity,
             Self::Closed(_) | Self::Silent(_) => ErrorKind::Network,
+            Self::Connect(error) if error.is_auth() => ErrorKind::Auth,
+            Self::Connect(_) => ErrorKind::Network,
             Self::Protocol(_) => ErrorKind::Other,
             Self::Refused { code, .. } => match code.as_str() {
                 "bad_name" | "exists" | "too_large" | "quota" | "forbidden"
-                | "too_many_uploads" | "unsupported" => ErrorKind::Policy,
+                | "too_many_uploads" | "unsupported" | "busy" | "superseded" | "not_found"
+                | "is_directory" | "not_a_file" | "not_empty" | "refused" => ErrorKind::Policy,
                 "size_mismatch" | "hash_mismatch" | "bad_offset" | "source_changed" => {
                     ErrorKind::Integrity
                 }
@@ -108,6 +118,7 @@ impl TransferError {
         match self {
             Self::Refused { retry, .. } => *retry,
             Self::Closed(reason) => reason.retry,
+            Self::Connect(error) => error.retry(),
             Self::Silent(_) | Self::SourceChanged { .. } | Self::Mismatch => true,
             Self::Source { .. } | Self::NotAFile { .. } | Self::Name { .. } | Self::Protocol(_) => {
                 false
@@ -135,12 +146,31 @@ impl From<OpenError> for TransferError {
 }
 
 impl TransferError {
-    /// The same error once more, for the next file that shares a failed lane.
+    /// The same error once more, for the next file that it concerns.
     pub(crate) fn again(&self) -> Self {
         match self {
             Self::Closed(reason) => Self::Closed(reason.clone()),
+            Self::Connect(error) => Self::Connect(error.clone()),
             Self::Silent(time) => Self::Silent(*time),
-            other => Self::Protocol(other.to_string()),
+            Self::NotAFile { path } => Self::NotAFile { path: path.clone() },
+            Self::SourceChanged { path } => Self::SourceChanged { path: path.clone() },
+            Self::Source { path, source } => Self::Source {
+                path: path.clone(),
+                source: source
+                    .raw_os_error()
+                    .map_or_else(|| source.kind().into(), io::Error::from_raw_os_error),
+            },
+            Self::Refused {
+                code,
+                message,
+                retry,
+            } => Self::Refused {
+                code: code.clone(),
+                message: message.clone(),
+                retry: *retry,
+            },
+            Self::Mismatch => Self::Mismatch,
+            Self::Protocol(text) => Self::Protocol(text.clone()),
         }
     }
 }

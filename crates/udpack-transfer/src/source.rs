@@ -1,222 +1,667 @@
 //! Where the bytes of an upload come from, and the blocking task that reads and hashes them.
 
-use std::fs::File;
-use std::io::Read;
+use std::fmt;
+use std::fs::{File, Metadata};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
+use rustix::fs::OFlags;
 use tokio::sync::mpsc;
 
 use crate::error::TransferError;
 use crate::path::RelPath;
-use crate::wire::CHUNK;
+use crate::wire::{Have, MetaFields};
 
 /// Chunks read ahead of the network.
 const AHEAD: usize = 4;
+/// Bytes read at once where they are only hashed.
+const BLOCK: usize = 1 << 20;
 
-/// One thing to upload: bytes from somewhere, and the name they shall have at the server.
+/// One thing to upload: bytes from somewhere, a directory or a link, and the name it shall have at the
+/// server. Clones mean the same thing.
 #[derive(Debug, Clone)]
 pub struct Source {
-    pub(crate) remote: RelPath,
-    pub(crate) bytes: From,
+    remote: Box<str>,
+    pub(crate) origin: Origin,
 }
 
 #[derive(Debug, Clone)]
-pub(crate) enum From {
+pub(crate) enum Origin {
     File(PathBuf),
     Memory(Bytes),
+    Reader(Reader),
+    Dir(MetaFields),
+    Link(String),
+    Failed(Arc<TransferError>),
 }
 
 impl Source {
     /// A local file. It is opened when its turn comes; it must not change while it is being sent.
     pub fn file(local: impl Into<PathBuf>, remote: RelPath) -> Self {
-        Self {
-            remote,
-            bytes: From::File(local.into()),
-        }
+        Self::new(remote.as_str(), Origin::File(local.into()))
     }
 
     /// Bytes in memory.
     pub fn bytes(bytes: impl Into<Bytes>, remote: RelPath) -> Self {
+        Self::new(remote.as_str(), Origin::Memory(bytes.into()))
+    }
+
+    /// What a reader gives until its end, such as standard input. It is read once, on the blocking pool: when
+    /// the connection is lost after reading has begun, the file has failed.
+    pub fn reader(reader: impl Read + Send + 'static, remote: RelPath) -> Self {
+        let reader = Reader(Arc::new(Mutex::new(Some(Box::new(reader)))));
+        Self::new(remote.as_str(), Origin::Reader(reader))
+    }
+
+    /// A directory. It is made, and given its times and mode when these are preserved, after everything in it
+    /// that came before it is done: what is stored in a directory changes its time. The others go on meanwhile.
+    pub fn dir(remote: RelPath, meta: impl Into<MetaFields>) -> Self {
+        Self::new(remote.as_str(), Origin::Dir(meta.into()))
+    }
+
+    /// A symbolic link to `target`, which is relative and stays within the server's root.
+    pub fn link(remote: RelPath, target: impl Into<String>) -> Self {
+        Self::new(remote.as_str(), Origin::Link(target.into()))
+    }
+
+    /// What cannot be sent, reported in its place under a name that need not be a valid one.
+    pub fn failed(remote: impl Into<String>, error: TransferError) -> Self {
+        Self::new(&remote.into(), Origin::Failed(Arc::new(error)))
+    }
+
+    fn new(remote: &str, origin: Origin) -> Self {
         Self {
-            remote,
-            bytes: From::Memory(bytes.into()),
+            remote: remote.into(),
+            origin,
         }
     }
 
-    /// The name at the server.
-    pub fn remote(&self) -> &RelPath {
+    /// Nothing, under no name.
+    pub(crate) fn hollow() -> Self {
+        Self::new("", Origin::Memory(Bytes::new()))
+    }
+
+    /// The name at the server; a valid path unless this is a [`failed`](Self::failed) one.
+    pub fn remote(&self) -> &str {
         &self.remote
     }
 
-    /// The size as of now, if it can be told: for totals, before anything is sent.
-    pub(crate) fn size(&self) -> Option<u64> {
-        match &self.bytes {
-            From::File(path) => {
-                let metadata = std::fs::metadata(path).ok()?;
-                metadata.is_file().then_some(metadata.len())
+    /// The size as of now, in bytes, for totals and order; `None` when only the end will tell. Fails early
+    /// what cannot be sent.
+    pub(crate) fn size(&self) -> Result<Option<u64>, TransferError> {
+        match &self.origin {
+            Origin::File(path) => {
+                let metadata = std::fs::metadata(path).map_err(|error| self.unreadable(error))?;
+                if !metadata.is_file() {
+                    return Err(TransferError::NotAFile { path: path.clone() });
+                }
+                Ok(Some(metadata.len()))
             }
-            From::Memory(bytes) => Some(bytes.len() as u64),
+            Origin::Memory(bytes) => Ok(Some(bytes.len() as u64)),
+            Origin::Reader(_) => Ok(None),
+            Origin::Dir(_) | Origin::Link(_) => Ok(Some(0)),
+            Origin::Failed(error) => Err(error.again()),
         }
+    }
+
+    /// Whether its bytes are gone: a reader that was read from.
+    pub(crate) fn is_spent(&self) -> bool {
+        matches!(&self.origin, Origin::Reader(reader) if reader.lock().is_none())
     }
 
     fn shown(&self) -> &Path {
-        match &self.bytes {
-            From::File(path) => path,
-            From::Memory(_) => Path::new(self.remote.as_str()),
+        match &self.origin {
+            Origin::File(path) => path,
+            _ => Path::new(&*self.remote),
         }
     }
 
-    /// Opens it.
-    pub(crate) fn open(&self) -> Result<Opened, TransferError> {
-        let failed = |source| TransferError::Source {
+    fn unreadable(&self, source: io::Error) -> TransferError {
+        TransferError::Source {
             path: self.shown().to_owned(),
             source,
-        };
-        match &self.bytes {
-            From::Memory(bytes) => Ok(Opened {
-                size: bytes.len() as u64,
-                mtime: None,
-                from: OpenedFrom::Memory(bytes.clone()),
-            }),
-            From::File(path) => {
-                // Looked at before it is opened: opening a FIFO would wait for its other end.
-                if !std::fs::metadata(path).map_err(failed)?.is_file() {
+        }
+    }
+
+    /// Opens it; blocks.
+    pub(crate) fn open(&self) -> Result<Opened, TransferError> {
+        let from = match &self.origin {
+            Origin::Memory(bytes) => OpenedFrom::Memory(bytes.clone()),
+            Origin::Reader(reader) => OpenedFrom::Reader(reader.clone()),
+            Origin::File(path) => {
+                let failed = |error| self.unreadable(error);
+                // Opening a FIFO would wait for its other end; this way it is seen for what it is.
+                let nonblocking = OFlags::NONBLOCK.bits().cast_signed();
+                let file = File::options()
+                    .read(true)
+                    .custom_flags(nonblocking)
+                    .open(path)
+                    .map_err(failed)?;
+                let metadata = file.metadata().map_err(failed)?;
+                if !metadata.is_file() {
                     return Err(TransferError::NotAFile { path: path.clone() });
                 }
-                let file = File::open(path).map_err(failed)?;
-                let metadata = file.metadata().map_err(failed)?;
-                let modified = metadata.modified().ok();
-                Ok(Opened {
-                    size: metadata.len(),
-                    mtime: modified.and_then(unix_seconds),
-                    from: OpenedFrom::File {
-                        path: path.clone(),
-                        file,
-                        modified,
-                    },
-                })
+                OpenedFrom::File { file, metadata }
             }
-        }
+            Origin::Dir(_) | Origin::Link(_) | Origin::Failed(_) => {
+                return Err(TransferError::NotAFile {
+                    path: self.shown().to_owned(),
+                });
+            }
+        };
+        let (size, meta) = match &from {
+            OpenedFrom::Memory(bytes) => (Some(bytes.len() as u64), MetaFields::default()),
+            OpenedFrom::Reader(_) => (None, MetaFields::default()),
+            OpenedFrom::File { metadata, .. } => (Some(metadata.len()), meta(metadata)),
+        };
+        Ok(Opened {
+            path: self.shown().to_owned(),
+            size,
+            meta,
+            from,
+        })
+    }
+}
+
+/// A reader that is taken once.
+#[derive(Clone)]
+pub(crate) struct Reader(Arc<Mutex<Option<Box<dyn Read + Send>>>>);
+
+impl Reader {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Box<dyn Read + Send>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Reader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Reader").finish()
     }
 }
 
 #[derive(Debug)]
 pub(crate) struct Opened {
-    pub(crate) size: u64,
-    pub(crate) mtime: Option<i64>,
+    path: PathBuf,
+    /// `None` for a reader.
+    pub(crate) size: Option<u64>,
+    pub(crate) meta: MetaFields,
     from: OpenedFrom,
 }
 
 #[derive(Debug)]
 enum OpenedFrom {
-    File {
-        path: PathBuf,
-        file: File,
-        modified: Option<SystemTime>,
-    },
+    File { file: File, metadata: Metadata },
     Memory(Bytes),
+    Reader(Reader),
 }
 
-/// What a reader delivers: chunks in order, then the hash of them all, or an error.
+/// What a reader delivers: chunks and what the server has, in order, then the hash of it all, or an error.
 #[derive(Debug)]
 pub(crate) enum Piece {
-    Chunk(Bytes),
-    End { hash: [u8; 32] },
+    Chunk {
+        offset: u64,
+        bytes: Bytes,
+    },
+    /// The server has these bytes.
+    Same {
+        offset: u64,
+        len: u64,
+    },
+    End {
+        size: u64,
+        hash: [u8; 32],
+    },
     Failed(TransferError),
 }
 
 impl Opened {
     /// Reads on the blocking pool, hashing on the way, at most a few chunks ahead of whoever takes them.
     /// Dropping the receiver ends it.
-    pub(crate) fn read(self) -> mpsc::Receiver<Piece> {
+    ///
+    /// Ranges of `have` that are equal here are passed over. Everything is read once, but for ranges that
+    /// differ: these are read again to be sent, and then only those bytes count.
+    pub(crate) fn read(self, have: Have, chunk: usize) -> mpsc::Receiver<Piece> {
         let (pieces, taken) = mpsc::channel(AHEAD);
         tokio::task::spawn_blocking(move || {
-            let end = match self.pump(|chunk| pieces.blocking_send(Piece::Chunk(chunk)).is_ok()) {
-                Ok(Some(hash)) => Piece::End { hash },
-                Ok(None) => return,
-                Err(error) => Piece::Failed(error),
-            };
-            let _ = pieces.blocking_send(end);
+            let mut take = |piece| pieces.blocking_send(piece).is_ok();
+            match self.pump(&have, chunk, &mut take, &|| pieces.is_closed()) {
+                Ok(()) => {}
+                Err(Stop::Unwanted) => {}
+                Err(Stop::Failed(error)) => {
+                    let _ = pieces.blocking_send(Piece::Failed(error));
+                }
+            }
         });
         taken
     }
 
-    /// The hash of everything, without sending anything; blocks.
-    pub(crate) fn hash(self) -> Result<[u8; 32], TransferError> {
-        Ok(self.pump(|_| true)?.unwrap_or_default())
+    /// All of it at once with its hash; `None` when it is larger than `most`. Blocks.
+    pub(crate) fn whole(self, most: usize) -> Result<Option<(Bytes, [u8; 32])>, TransferError> {
+        let size = match self.size.map(usize::try_from) {
+            Some(Ok(size)) if size <= most => size,
+            _ => return Ok(None),
+        };
+        let mut whole = None;
+        let mut hash = [0; 32];
+        let pumped = self.pump(
+            &Have::new(),
+            size.max(1),
+            &mut |piece| {
+                match piece {
+                    Piece::Chunk { bytes, .. } => whole = Some(bytes),
+                    Piece::End { hash: all, .. } => hash = all,
+                    Piece::Same { .. } | Piece::Failed(_) => {}
+                }
+                true
+            },
+            &|| false,
+        );
+        match pumped {
+            Ok(()) | Err(Stop::Unwanted) => Ok(Some((whole.unwrap_or_default(), hash))),
+            Err(Stop::Failed(error)) => Err(error),
+        }
     }
 
-    /// Hands every chunk to `take` until it says no; `None` if it did.
-    fn pump(self, mut take: impl FnMut(Bytes) -> bool) -> Result<Option<[u8; 32]>, TransferError> {
-        let mut hasher = blake3::Hasher::new();
-        match self.from {
-            OpenedFrom::Memory(mut bytes) => {
-                while !bytes.is_empty() {
-                    let chunk = bytes.split_to(bytes.len().min(CHUNK));
-                    hasher.update(&chunk);
-                    if !take(chunk) {
-                        return Ok(None);
-                    }
-                }
+    fn pump(
+        self,
+        have: &Have,
+        chunk: usize,
+        take: &mut dyn FnMut(Piece) -> bool,
+        unwanted: &dyn Fn() -> bool,
+    ) -> Result<(), Stop> {
+        let Self {
+            path, size, from, ..
+        } = self;
+        let mut pump = Pump {
+            path: &path,
+            hasher: blake3::Hasher::new(),
+            at: 0,
+            chunk,
+            take,
+            unwanted,
+        };
+        match (from, size) {
+            (OpenedFrom::Reader(reader), _) => {
+                let Some(mut reader) = reader.lock().take() else {
+                    return Err(pump.failed(io::Error::other("it was read before")));
+                };
+                while pump.send_chunk(&mut reader, chunk)? {}
             }
-            OpenedFrom::File {
-                path,
-                mut file,
-                modified,
-            } => {
-                let mut left = self.size;
-                while left > 0 {
-                    let want = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
-                    let chunk =
-                        read_full(&mut file, want).map_err(|source| TransferError::Source {
-                            path: path.clone(),
-                            source,
-                        })?;
-                    if chunk.len() < want {
-                        return Err(TransferError::SourceChanged { path });
-                    }
-                    left -= chunk.len() as u64;
-                    hasher.update(&chunk);
-                    if !take(chunk) {
-                        return Ok(None);
+            (OpenedFrom::Memory(bytes), _) => {
+                let size = bytes.len() as u64;
+                for (off, len, theirs) in ranges(have, size) {
+                    pump.send_slice(&bytes, off)?;
+                    let own = slice(&bytes, off, off + len);
+                    if blake3::hash(&own) == theirs {
+                        pump.hasher.update(&own);
+                        pump.same(len)?;
                     }
                 }
-                let now = file.metadata().map_err(|source| TransferError::Source {
-                    path: path.clone(),
-                    source,
-                })?;
-                if now.len() != self.size || now.modified().ok() != modified {
-                    return Err(TransferError::SourceChanged { path });
+                pump.send_slice(&bytes, size)?;
+            }
+            (
+                OpenedFrom::File {
+                    mut file,
+                    metadata: before,
+                },
+                _,
+            ) => {
+                let size = before.len();
+                for (off, len, theirs) in ranges(have, size) {
+                    pump.send_to(&mut file, off)?;
+                    let hasher = pump.hasher.clone();
+                    if pump.hash(&mut file, len)? == theirs {
+                        pump.same(len)?;
+                    } else {
+                        pump.hasher = hasher;
+                        file.seek(SeekFrom::Start(off))
+                            .map_err(|error| pump.failed(error))?;
+                        pump.send_to(&mut file, off + len)?;
+                    }
+                }
+                pump.send_to(&mut file, size)?;
+                let now = file.metadata().map_err(|error| pump.failed(error))?;
+                if now.len() != size || now.modified().ok() != before.modified().ok() {
+                    return Err(pump.changed());
                 }
             }
         }
-        Ok(Some(*hasher.finalize().as_bytes()))
+        let end = Piece::End {
+            size: pump.at,
+            hash: *pump.hasher.finalize().as_bytes(),
+        };
+        pump.give(end)
     }
 }
 
-/// `want` bytes, fewer only at the end of the file.
-fn read_full(file: &mut File, want: usize) -> std::io::Result<Bytes> {
-    let mut buffer = vec![0; want];
+/// Why reading ended early.
+enum Stop {
+    /// Nobody takes the pieces any more.
+    Unwanted,
+    Failed(TransferError),
+}
+
+/// One pass over the bytes.
+struct Pump<'a> {
+    path: &'a Path,
+    /// Over everything up to `at`.
+    hasher: blake3::Hasher,
+    at: u64,
+    chunk: usize,
+    take: &'a mut dyn FnMut(Piece) -> bool,
+    unwanted: &'a dyn Fn() -> bool,
+}
+
+impl Pump<'_> {
+    fn give(&mut self, piece: Piece) -> Result<(), Stop> {
+        if (self.take)(piece) {
+            Ok(())
+        } else {
+            Err(Stop::Unwanted)
+        }
+    }
+
+    fn failed(&self, source: io::Error) -> Stop {
+        Stop::Failed(TransferError::Source {
+            path: self.path.to_owned(),
+            source,
+        })
+    }
+
+    fn changed(&self) -> Stop {
+        Stop::Failed(TransferError::SourceChanged {
+            path: self.path.to_owned(),
+        })
+    }
+
+    fn give_chunk(&mut self, bytes: Bytes) -> Result<(), Stop> {
+        self.hasher.update(&bytes);
+        let offset = self.at;
+        self.at += bytes.len() as u64;
+        self.give(Piece::Chunk { offset, bytes })
+    }
+
+    /// The next `len` bytes are at the server; they are hashed already.
+    fn same(&mut self, len: u64) -> Result<(), Stop> {
+        let offset = self.at;
+        self.at += len;
+        self.give(Piece::Same { offset, len })
+    }
+
+    /// Reads and sends up to `want` bytes; `false` at the end.
+    fn send_chunk(&mut self, from: &mut dyn Read, want: usize) -> Result<bool, Stop> {
+        let mut bytes = vec![0; want];
+        let filled = read_full(from, &mut bytes).map_err(|error| self.failed(error))?;
+        bytes.truncate(filled);
+        if filled > 0 {
+            self.give_chunk(Bytes::from(bytes))?;
+        }
+        Ok(filled == want)
+    }
+
+    /// Reads and sends up to the offset `to`, all of which a file must have.
+    fn send_to(&mut self, file: &mut File, to: u64) -> Result<(), Stop> {
+        while self.at < to {
+            let want = least(to - self.at, self.chunk);
+            if !self.send_chunk(file, want)? {
+                return Err(self.changed());
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends up to the offset `to`.
+    fn send_slice(&mut self, bytes: &Bytes, to: u64) -> Result<(), Stop> {
+        while self.at < to {
+            let end = self.at + least(to - self.at, self.chunk) as u64;
+            self.give_chunk(slice(bytes, self.at, end))?;
+        }
+        Ok(())
+    }
+
+    /// Hashes the next `len` bytes, for themselves and into everything; the position stays.
+    fn hash(&mut self, file: &mut File, len: u64) -> Result<blake3::Hash, Stop> {
+        // From the beginning on, one hash is both.
+        let mut own = (self.at > 0).then(blake3::Hasher::new);
+        let mut buffer = vec![0; least(len, BLOCK)];
+        let mut left = len;
+        while left > 0 {
+            if (self.unwanted)() {
+                return Err(Stop::Unwanted);
+            }
+            buffer.truncate(least(left, BLOCK));
+            let filled = read_full(file, &mut buffer).map_err(|error| self.failed(error))?;
+            if filled < buffer.len() {
+                return Err(self.changed());
+            }
+            self.hasher.update(&buffer);
+            if let Some(own) = &mut own {
+                own.update(&buffer);
+            }
+            left -= filled as u64;
+        }
+        Ok(own.as_ref().unwrap_or(&self.hasher).finalize())
+    }
+}
+
+/// The ranges that can be equal to something in a file of this size.
+fn ranges(have: &Have, size: u64) -> impl Iterator<Item = (u64, u64, blake3::Hash)> {
+    have.iter().filter_map(move |(off, len, hash)| {
+        let end = off.checked_add(*len)?;
+        (end <= size && *len > 0).then(|| (*off, *len, blake3::Hash::from_bytes(*hash)))
+    })
+}
+
+fn slice(bytes: &Bytes, from: u64, to: u64) -> Bytes {
+    let at = |offset| usize::try_from(offset).map_or(bytes.len(), |at| at.min(bytes.len()));
+    bytes.slice(at(from)..at(to).max(at(from)))
+}
+
+fn least(bytes: u64, most: usize) -> usize {
+    usize::try_from(bytes).unwrap_or(most).min(most)
+}
+
+/// Fills the buffer; fewer bytes only at the end.
+fn read_full(from: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
     let mut filled = 0;
     while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-        match file.read(rest) {
+        match from.read(rest) {
             Ok(0) => break,
             Ok(count) => filled += count,
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }
     }
-    buffer.truncate(filled);
-    Ok(Bytes::from(buffer))
+    Ok(filled)
 }
 
-fn unix_seconds(time: SystemTime) -> Option<i64> {
+/// Times and mode of a local file as they travel.
+pub(crate) fn meta(metadata: &Metadata) -> MetaFields {
+    let (mtime, mtime_ns) = match metadata.modified().ok().and_then(unix_time) {
+        Some((secs, nanos)) => (Some(secs), nanos),
+        None => (None, 0),
+    };
+    MetaFields {
+        mtime,
+        mtime_ns,
+        mode: Some(metadata.permissions().mode() & 0o777),
+    }
+}
+
+/// Seconds since 1970, rounded down, and the nanoseconds beyond.
+fn unix_time(time: SystemTime) -> Option<(i64, u32)> {
     match time.duration_since(UNIX_EPOCH) {
-        Ok(since) => i64::try_from(since.as_secs()).ok(),
-        Err(before) => i64::try_from(before.duration().as_secs())
-            .ok()
-            .map(|secs| -secs),
+        Ok(since) => Some((i64::try_from(since.as_secs()).ok()?, since.subsec_nanos())),
+        Err(before) => {
+            let before = before.duration();
+            let secs = i64::try_from(before.as_secs()).ok()?.checked_neg()?;
+            match before.subsec_nanos() {
+                0 => Some((secs, 0)),
+                nanos => Some((secs.checked_sub(1)?, 1_000_000_000 - nanos)),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn rel(path: &str) -> RelPath {
+        path.parse().unwrap()
+    }
+
+    fn noise(len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        blake3::Hasher::new()
+            .update(b"noise")
+            .finalize_xof()
+            .fill(&mut bytes);
+        bytes
+    }
+
+    fn hash(bytes: &[u8]) -> [u8; 32] {
+        *blake3::hash(bytes).as_bytes()
+    }
+
+    /// What would be at the server: which bytes were sent at which offset, what was passed over, the end.
+    fn run(source: &Source, have: &Have, chunk: usize) -> (Vec<(u64, Vec<u8>)>, u64, [u8; 32]) {
+        let mut sent: Vec<(u64, Vec<u8>)> = Vec::new();
+        let (mut same, mut at, mut end) = (0, 0, None);
+        let pumped = source.open().unwrap().pump(
+            have,
+            chunk,
+            &mut |piece| {
+                match piece {
+                    Piece::Chunk { offset, bytes } => {
+                        assert_eq!(offset, at);
+                        assert!(!bytes.is_empty() && bytes.len() <= chunk);
+                        at += bytes.len() as u64;
+                        match sent.last_mut() {
+                            Some((from, last)) if *from + last.len() as u64 == offset => {
+                                last.extend_from_slice(&bytes);
+                            }
+                            _ => sent.push((offset, bytes.to_vec())),
+                        }
+                    }
+                    Piece::Same { offset, len } => {
+                        assert_eq!(offset, at);
+                        at += len;
+                        same += len;
+                    }
+                    Piece::End { size, hash } => {
+                        assert_eq!(size, at);
+                        end = Some(hash);
+                    }
+                    Piece::Failed(error) => panic!("{error}"),
+                }
+                true
+            },
+            &|| false,
+        );
+        assert!(pumped.is_ok());
+        (sent, same, end.unwrap())
+    }
+
+    #[test]
+    fn equal_ranges_are_passed_over_and_others_are_sent() {
+        let bytes = noise(3_000_000);
+        let dir = tempfile::tempdir().unwrap();
+        let local = dir.path().join("x");
+        std::fs::write(&local, &bytes).unwrap();
+        let range = |from: usize, to: usize| (from as u64, (to - from) as u64, hash(&bytes[from..to]));
+        let wrong = |from: usize, to: usize| (from as u64, (to - from) as u64, [7; 32]);
+        let all = bytes.len();
+        type Case = (Have, Vec<(usize, usize)>);
+        let cases: [Case; 8] = [
+            (vec![], vec![(0, all)]),
+            (vec![range(0, all)], vec![]),
+            (vec![wrong(0, all)], vec![(0, all)]),
+            (vec![range(0, 1_500_001)], vec![(1_500_001, all)]),
+            (vec![range(0, 10), range(10, 1_200_000)], vec![(1_200_000, all)]),
+            (
+                vec![range(5, 100), range(2_000_000, all)],
+                vec![(0, 5), (100, 2_000_000)],
+            ),
+            (
+                vec![range(0, 10), wrong(10, 1_100_000), range(1_100_000, 1_100_001)],
+                vec![(10, 1_100_000), (1_100_001, all)],
+            ),
+            (vec![range(0, 10), (20, u64::MAX, [0; 32])], vec![(10, all)]),
+        ];
+        for source in [
+            Source::file(&local, rel("x")),
+            Source::bytes(bytes.clone(), rel("x")),
+        ] {
+            for (have, expected) in &cases {
+                let (sent, same, end) = run(&source, have, 100_000);
+                let expected: Vec<_> = expected
+                    .iter()
+                    .map(|(from, to)| (*from as u64, bytes[*from..*to].to_vec()))
+                    .collect();
+                assert!(sent == expected, "{have:?}");
+                let count: usize = sent.iter().map(|(_, bytes)| bytes.len()).sum();
+                assert_eq!(same, (all - count) as u64);
+                assert_eq!(end, hash(&bytes));
+            }
+        }
+    }
+
+    #[test]
+    fn a_reader_is_read_to_its_end_and_only_once() {
+        let bytes = noise(1_000_001);
+        // Gives little at a time, as a pipe does.
+        struct Dribble(io::Cursor<Vec<u8>>);
+        impl Read for Dribble {
+            fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+                let most = buffer.len().min(1000);
+                self.0.read(&mut buffer[..most])
+            }
+        }
+        let source = Source::reader(Dribble(io::Cursor::new(bytes.clone())), rel("x"));
+        assert_eq!(source.size().unwrap(), None);
+        let opened = source.open().unwrap();
+        assert!(!source.is_spent(), "opened and not read: it can be offered again");
+        drop(opened);
+        let (sent, _, end) = run(&source, &Have::new(), 4096);
+        assert!(sent == [(0, bytes.clone())]);
+        assert_eq!(end, hash(&bytes));
+        assert!(source.is_spent() && source.clone().is_spent());
+        let again = source
+            .open()
+            .unwrap()
+            .pump(&Have::new(), 10, &mut |_| true, &|| false);
+        assert!(matches!(again, Err(Stop::Failed(_))));
+    }
+
+    #[test]
+    fn a_small_file_is_read_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let local = dir.path().join("x");
+        for len in [0, 1, 4096] {
+            std::fs::write(&local, noise(len)).unwrap();
+            let source = Source::file(&local, rel("x"));
+            let (bytes, all) = source.open().unwrap().whole(4096).unwrap().unwrap();
+            assert_eq!((&bytes[..], all), (&noise(len)[..], hash(&noise(len))));
+        }
+        std::fs::write(&local, noise(4097)).unwrap();
+        let source = Source::file(&local, rel("x"));
+        assert!(source.open().unwrap().whole(4096).unwrap().is_none());
+    }
+
+    #[test]
+    fn times_before_1970_round_down() {
+        let at = |secs, nanos| UNIX_EPOCH.checked_sub(Duration::new(secs, nanos));
+        assert_eq!(unix_time(UNIX_EPOCH), Some((0, 0)));
+        assert_eq!(unix_time(at(1, 0).unwrap()), Some((-1, 0)));
+        assert_eq!(unix_time(at(1, 1).unwrap()), Some((-2, 999_999_999)));
+        assert_eq!(unix_time(at(0, 1).unwrap()), Some((-1, 999_999_999)));
+        let after = UNIX_EPOCH + Duration::new(5, 7);
+        assert_eq!(unix_time(after), Some((5, 7)));
     }
 }

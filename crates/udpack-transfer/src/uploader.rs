@@ -1,48 +1,70 @@
-//! [`Uploader`]: the client's half of a transfer. Spreads files over lanes and keeps the lanes full.
+//! [`Uploader`]: the client's half of an upload. Spreads files over lanes, keeps the lanes full, and brings
+//! what a lost connection interrupted to its end over the next one.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, Interval, MissedTickBehavior};
-use udpack::{Channel, CloseCode, CloseReason, Side, Socket};
+use udpack::{Channel, CloseCode, CloseReason, SendError, Side, Socket};
 
 use crate::CHANNEL;
 use crate::error::TransferError;
-use crate::source::{Opened, Piece, Source};
-use crate::store::IfExists;
-use crate::wire::{self, CHUNK, ChunkFields, FileFields, FinishFields, Hash, IdField, Reply};
+use crate::limiter::Limiter;
+use crate::link::{Link, LinkEvent, LinkEvents};
+use crate::queue::{Claim, Item, Next, Queue, SMALL};
+use crate::source::{Opened, Origin, Piece, Source};
+use crate::store::{IfExists, Synced};
+use crate::wire::{
+    self, AckFields, CancelFields, ChunkFields, DirFields, FileFields, FinishFields, Hash, Have,
+    LinkFields, MetaFields, Reply, Run,
+};
 
 /// Files of one lane that may wait for their `done`.
-const WINDOW: usize = 64;
-/// Up to this many files each may ask first whether the server has it; beyond, only larger ones do.
-const FEW: usize = 16;
+const IN_FLIGHT: usize = 256;
 /// Silence of the server while it owes an answer; it gives a sign of life each second.
 const SILENCE: Duration = Duration::from_secs(60);
+/// Silence of this side on an open file, after which it gives a sign of life.
+const ALIVE: Duration = Duration::from_secs(5);
 /// How often [`Upload::next`] reports progress at most.
 const REPORT: Duration = Duration::from_millis(100);
+/// The longest range of an unfinished file that a server proves at once: what is longer is a finished one.
+const RANGE: u64 = 64 << 20;
+/// How long and how often a file is offered again that another client is writing.
+const BUSY: Duration = Duration::from_secs(20);
+const BUSY_PAUSE: Duration = Duration::from_secs(1);
+/// How often, and after how long at first, a file is sent again that the server failed to take.
+const TRIES: u32 = 3;
+const TRY_PAUSE: Duration = Duration::from_millis(500);
+/// Lanes in a row that end without progress although their socket lives.
+const SETBACKS: u32 = 10;
 
-/// How to upload: over which socket, on how many lanes, what to do with names that are taken.
+/// How to upload: to which server, on how many lanes, what to do with names that are taken.
 #[derive(Debug, Clone)]
 #[must_use = "an uploader does nothing until `put` is called"]
 pub struct Uploader {
-    socket: Socket,
+    link: Link,
     lanes: usize,
     if_exists: IfExists,
-    keep_mtime: bool,
+    preserve: bool,
+    resume: bool,
+    limiter: Limiter,
 }
 
 impl Uploader {
-    /// Uploads over this socket.
-    pub fn new(socket: &Socket) -> Self {
+    /// Uploads over this link, or over this socket as long as it lives.
+    pub fn new(link: impl Into<Link>) -> Self {
         Self {
-            socket: socket.clone(),
+            link: link.into(),
             lanes: 4,
             if_exists: IfExists::default(),
-            keep_mtime: false,
+            preserve: false,
+            resume: true,
+            limiter: Limiter::unlimited(),
         }
     }
 
@@ -58,31 +80,50 @@ impl Uploader {
         self
     }
 
-    /// Gives the stored files the modification times of the local ones. Defaults to no.
-    pub fn keep_mtime(mut self, keep: bool) -> Self {
-        self.keep_mtime = keep;
+    /// Gives what is stored the modification time and the permission bits that it has here. Defaults to no.
+    pub fn preserve(mut self, preserve: bool) -> Self {
+        self.preserve = preserve;
         self
     }
 
-    /// Starts to upload. Files are begun in the given order; one that fails does not stop the others.
-    pub fn put(self, sources: Vec<Source>) -> Upload {
-        let total = sources.iter().filter_map(Source::size).sum();
-        let files = sources.len();
-        let few = files <= FEW;
-        let lanes = self.lanes.min(files);
-        let queue: VecDeque<_> = sources.into_iter().enumerate().collect();
+    /// Goes on where an earlier upload of the same file was interrupted, passing over what is proved to be
+    /// equal, and lets a later one do so. Defaults to yes. Files of one chunk are always sent whole.
+    pub fn resume(mut self, resume: bool) -> Self {
+        self.resume = resume;
+        self
+    }
+
+    /// How fast to send: bytes of files, all lanes together. Defaults to no limit.
+    pub fn limit(mut self, limiter: Limiter) -> Self {
+        self.limiter = limiter;
+        self
+    }
+
+    /// Starts to upload. The sources are listed on a blocking thread, some thousands ahead; of these the
+    /// largest is begun first. One that fails does not stop the others.
+    ///
+    /// Must be called within a tokio runtime.
+    pub fn put(self, sources: impl IntoIterator<Item = Source, IntoIter: Send + 'static>) -> Upload {
+        let link_events = self.link.events();
+        let queue = Queue::new(self.lanes);
+        let lanes = self.lanes;
         let shared = Arc::new(Shared {
-            queue: Mutex::new(queue),
-            total: AtomicU64::new(total),
+            if_exists: self.if_exists.to_string(),
+            uploader: self,
+            queue: queue.clone(),
+            run: new_run(),
+            total: AtomicU64::new(0),
             acked: AtomicU64::new(0),
             files_done: AtomicUsize::new(0),
-            files,
+            files: AtomicUsize::new(0),
             lanes: AtomicUsize::new(lanes),
         });
         let (events, happened) = mpsc::channel(256);
         let mut tasks = JoinSet::new();
+        let (sources, lister, told) = (sources.into_iter(), shared.clone(), events.clone());
+        tasks.spawn_blocking(move || list(sources, &lister, &told));
         for _ in 0..lanes {
-            tasks.spawn(lane(self.clone(), few, shared.clone(), events.clone()));
+            tasks.spawn(lane(shared.clone(), events.clone()));
         }
         let mut ticker = tokio::time::interval(REPORT);
         ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -90,6 +131,7 @@ impl Uploader {
             tasks,
             shared,
             happened,
+            link_events: Some(link_events),
             ticker,
             reported: None,
         }
@@ -106,12 +148,23 @@ pub enum Event {
         index: usize,
         /// The name at the server.
         path: String,
-        /// Its size in bytes.
+        /// Its size in bytes; 0 for what tells only at its end.
+        size: u64,
+    },
+    /// The server has some of a file already, from an earlier upload or connection.
+    Resumed {
+        /// Which of the sources, counted from 0.
+        index: usize,
+        /// The name at the server.
+        path: String,
+        /// Bytes that were proved to be equal there and are not sent again.
+        bytes: u64,
+        /// The file's size in bytes.
         size: u64,
     },
     /// How far everything together is.
     Progress(Progress),
-    /// A file is at the server: whole, verified, durable.
+    /// A file is at the server: whole and verified, and durable as [`Outcome::sync`] says.
     Done(Outcome),
     /// A file is not.
     Failed {
@@ -122,20 +175,34 @@ pub enum Event {
         /// Why.
         error: TransferError,
     },
+    /// The connection is lost; it is tried again after the delay.
+    Reconnecting {
+        /// Which try, counted from 1 since the last progress.
+        attempt: u32,
+        /// How long until then.
+        delay: Duration,
+        /// What went wrong last.
+        reason: String,
+    },
+    /// The connection is back.
+    Connected,
 }
 
-/// How far an upload is. Never goes down; reaches the total only with the last `done`.
+/// How far an upload is. Acknowledged bytes and files never go down; the bytes reach the total only with the
+/// last `done`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Progress {
     /// Bytes that the server has acknowledged, those of files it had already included.
     pub acked: u64,
-    /// Bytes of all files that have not failed.
+    /// Bytes of all files listed so far that have not failed.
     pub total: u64,
     /// Files done or failed.
     pub files_done: usize,
-    /// Files in all.
+    /// Files listed so far.
     pub files: usize,
+    /// All files are listed: the totals grow no more.
+    pub listed: bool,
 }
 
 /// One file that arrived.
@@ -150,24 +217,30 @@ pub struct Outcome {
     pub size: u64,
     /// BLAKE3 of its bytes, computed on both sides.
     pub hash: [u8; 32],
-    /// Bytes of file that were sent; 0 when the server had it already.
+    /// Bytes of file that were sent, repetitions included; 0 when the server had it already.
     pub sent: u64,
+    /// Bytes that an earlier upload or connection had brought, proved to be equal.
+    pub resumed: u64,
     /// The server had it already.
     pub same: bool,
-    /// From the offer to `done`.
+    /// How it was put on the server's disk, if the server says so.
+    pub sync: Option<Synced>,
+    /// From the first offer to `done`.
     pub elapsed: Duration,
 }
 
 /// An upload under way.
 ///
 /// # Drop
-/// Gives up what is unfinished: the server drops it, nothing of it becomes visible. Files whose last byte
-/// was sent may still be stored.
+/// Gives up what is unfinished; nothing of it becomes visible. Unless resuming is turned off, the server keeps
+/// what it has of it for a while. Files whose last byte was sent may still be stored.
 #[derive(Debug)]
 pub struct Upload {
     tasks: JoinSet<()>,
     shared: Arc<Shared>,
     happened: mpsc::Receiver<Event>,
+    /// `None` when nothing more will come.
+    link_events: Option<LinkEvents>,
     ticker: Interval,
     reported: Option<Progress>,
 }
@@ -182,6 +255,13 @@ impl Upload {
         loop {
             tokio::select! {
                 biased;
+                event = link_event(&mut self.link_events) => match event {
+                    Some(LinkEvent::Reconnecting { attempt, delay, reason }) => {
+                        return Some(Event::Reconnecting { attempt, delay, reason });
+                    }
+                    Some(LinkEvent::Connected) => return Some(Event::Connected),
+                    None => self.link_events = None,
+                },
                 event = self.happened.recv() => return match event {
                     Some(event) => Some(event),
                     None => self.changed().map(Event::Progress),
@@ -211,64 +291,88 @@ impl Upload {
     }
 }
 
+impl Drop for Upload {
+    fn drop(&mut self) {
+        self.shared.queue.close();
+    }
+}
+
+async fn link_event(events: &mut Option<LinkEvents>) -> Option<LinkEvent> {
+    match events {
+        Some(events) => events.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// A random number for this run.
+fn new_run() -> [u8; 16] {
+    let hash = blake3::hash(udpack::generate_token().as_bytes());
+    let mut run = [0; 16];
+    for (to, from) in run.iter_mut().zip(hash.as_bytes()) {
+        *to = *from;
+    }
+    run
+}
+
 #[derive(Debug)]
 struct Shared {
-    queue: Mutex<VecDeque<(usize, Source)>>,
+    uploader: Uploader,
+    /// The policy's word.
+    if_exists: String,
+    queue: Arc<Queue>,
+    run: [u8; 16],
     total: AtomicU64,
     acked: AtomicU64,
     files_done: AtomicUsize,
-    files: usize,
+    files: AtomicUsize,
     /// Lanes that have not failed.
     lanes: AtomicUsize,
 }
 
 impl Shared {
-    fn next(&self) -> Option<(usize, Source)> {
-        lock(&self.queue).pop_front()
+    /// What a file counts for in the total changes.
+    fn resize(&self, item: &mut Item, size: u64) {
+        // What was acknowledged stays acknowledged, also of a file that has shrunk meanwhile.
+        let size = size.max(item.acked);
+        self.total.fetch_add(size, Ordering::Relaxed);
+        self.total.fetch_sub(item.size, Ordering::Relaxed);
+        item.size = size;
     }
 
-    /// A lane can do no more. The others go on with the queue; with the last one, what is left fails.
-    async fn lane_failed(&self, error: &TransferError, events: &mpsc::Sender<Event>) {
-        if self.lanes.fetch_sub(1, Ordering::Relaxed) > 1 {
-            return;
-        }
-        while let Some((index, source)) = self.next() {
-            let size = source.size().unwrap_or(0);
-            self.failed(
-                events,
-                index,
-                source.remote.to_string(),
-                size,
-                error.again(),
-            )
-            .await;
+    /// The server has at least this much of a file.
+    fn acked(&self, item: &mut Item, acked: u64) {
+        if acked > item.acked {
+            self.acked
+                .fetch_add(acked - item.acked, Ordering::Relaxed);
+            item.acked = acked;
         }
     }
 
     /// Reports a file that did not arrive. What was not acknowledged leaves the total, so that the rest can
     /// still reach 100 % and nothing ever goes down.
-    async fn failed(
-        &self,
-        events: &mpsc::Sender<Event>,
-        index: usize,
-        path: String,
-        missing: u64,
-        error: TransferError,
-    ) {
-        self.total.fetch_sub(missing, Ordering::Relaxed);
+    async fn failed(&self, events: &mpsc::Sender<Event>, claim: Claim, error: TransferError) {
+        self.total.fetch_sub(
+            claim.size.saturating_sub(claim.acked),
+            Ordering::Relaxed,
+        );
         self.files_done.fetch_add(1, Ordering::Relaxed);
+        let (index, path) = (claim.index, claim.source.remote().to_owned());
+        claim.settle();
         let _ = events.send(Event::Failed { index, path, error }).await;
     }
 
     fn progress(&self) -> Progress {
+        // Read first: when it is true, the totals read after it are final.
+        let listed = self.queue.is_listed();
         let files_done = self.files_done.load(Ordering::Relaxed);
+        let acked = self.acked.load(Ordering::Relaxed);
         let total = self.total.load(Ordering::Relaxed);
-        let acked = self.acked.load(Ordering::Relaxed).min(total);
         Progress {
-            acked,
+            acked: acked.min(total),
             total,
             files_done,
-            files: self.files,
+            files: self.files.load(Ordering::Relaxed),
+            listed,
         }
     }
 }
@@ -277,25 +381,67 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Lists the sources until the end, or until nobody wants more.
+fn list(sources: impl Iterator<Item = Source>, shared: &Shared, events: &mpsc::Sender<Event>) {
+    /// Also when the iterator panics: the lanes must not wait for more.
+    struct Listed<'a>(&'a Queue);
+    impl Drop for Listed<'_> {
+        fn drop(&mut self) {
+            self.0.listed();
+        }
+    }
+    let _listed = Listed(&shared.queue);
+    for (index, source) in sources.enumerate() {
+        shared.files.fetch_add(1, Ordering::Relaxed);
+        match source.size() {
+            Ok(size) => {
+                let size = size.unwrap_or(0);
+                shared.total.fetch_add(size, Ordering::Relaxed);
+                if !shared.queue.push(Item::new(index, source, size)) {
+                    return;
+                }
+            }
+            Err(error) => {
+                shared.files_done.fetch_add(1, Ordering::Relaxed);
+                let path = source.remote().to_owned();
+                let failed = Event::Failed { index, path, error };
+                if events.blocking_send(failed).is_err() {
+                    return;
+                }
+            }
+        }
+    }
+}
+
 /// A file that waits for its outcome.
 #[derive(Debug)]
 struct Sent {
-    index: usize,
-    path: String,
-    size: u64,
-    /// Counted into the shared progress so far.
-    acked: u64,
-    sent: u64,
+    claim: Claim,
+    /// How far this attempt is: bytes sent or passed over.
+    position: u64,
+    /// Bytes passed over.
+    skipped: u64,
+    /// Nothing was sent so far in this attempt.
+    untouched: bool,
     hash: Option<[u8; 32]>,
-    since: Instant,
     ready: Option<oneshot::Sender<Have>>,
 }
 
-/// Ranges that the server has: offset, length, BLAKE3.
-type Have = Vec<(u64, u64, [u8; 32])>;
+impl Sent {
+    fn new(claim: Claim) -> Self {
+        Self {
+            claim,
+            position: 0,
+            skipped: 0,
+            untouched: true,
+            hash: None,
+            ready: None,
+        }
+    }
+}
 
 /// What the two halves of a lane share.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct InFlight {
     files: Mutex<HashMap<u64, Sent>>,
     /// Files that were given up here and whose `error` is awaited: why.
@@ -303,6 +449,8 @@ struct InFlight {
     changed: Notify,
     /// The sending half will add no more.
     complete: AtomicBool,
+    /// The server has moved something on.
+    moved: AtomicBool,
 }
 
 impl InFlight {
@@ -323,19 +471,20 @@ impl InFlight {
     }
 
     fn add(&self, id: u64, sent: Sent) {
-        lock(&self.files).insert(id, sent);
-        self.changed.notify_waiters();
+        let first = {
+            let mut files = lock(&self.files);
+            files.insert(id, sent);
+            files.len() == 1
+        };
+        if first {
+            // From now on the server owes an answer.
+            self.changed.notify_waiters();
+        }
     }
 
-    /// Changes what is known of a file; `false` when it has its outcome already.
-    fn with(&self, id: u64, change: impl FnOnce(&mut Sent)) -> bool {
-        lock(&self.files).get_mut(&id).map(change).is_some()
-    }
-
-    fn path(&self, id: u64) -> String {
-        lock(&self.files)
-            .get(&id)
-            .map_or_else(String::new, |sent| sent.path.clone())
+    /// Changes what is known of a file; `None` when it has its outcome already.
+    fn with<T>(&self, id: u64, change: impl FnOnce(&mut Sent) -> T) -> Option<T> {
+        lock(&self.files).get_mut(&id).map(change)
     }
 
     /// Takes a file that has its outcome.
@@ -344,387 +493,665 @@ impl InFlight {
         self.changed.notify_waiters();
         sent
     }
+}
 
-    /// Tells the server that a file will not be completed; its answer ends it.
-    async fn give_up(
-        &self,
-        channel: &Channel,
-        id: u64,
-        error: TransferError,
-    ) -> Result<(), LaneOver> {
-        lock(&self.given_up).insert(id, error);
-        channel
-            .send("cancel", &IdField { id })
-            .await
-            .map_err(|_| LaneOver)
+/// Sends entries over lane after lane until there are none, or lanes are no use.
+async fn lane(shared: Arc<Shared>, events: mpsc::Sender<Event>) {
+    let link = &shared.uploader.link;
+    let mut setbacks = 0;
+    loop {
+        // Something to do first: nobody connects for nothing.
+        let next = match shared.queue.take().await {
+            Next::Over => return,
+            Next::Failed(claim, error) => {
+                shared.failed(&events, claim, error).await;
+                continue;
+            }
+            next => next,
+        };
+        let socket = match link.socket().await {
+            Ok(socket) => socket,
+            Err(error) => {
+                shared.queue.fail(error);
+                continue;
+            }
+        };
+        let flight = InFlight::default();
+        let Err(error) = serve(&shared, &socket, next, &flight, &events).await else {
+            return;
+        };
+        let left: Vec<_> = lock(&flight.files).drain().collect();
+        let mends = link.mends(&error);
+        let refused = matches!(
+            &error,
+            TransferError::Closed(reason) if reason.code == CloseCode::REFUSED
+        );
+        for (id, Sent { mut claim, .. }) in left {
+            let own = lock(&flight.given_up).remove(&id);
+            if let Some(own) = own {
+                shared.failed(&events, claim, own).await;
+            } else if (mends || refused) && !claim.source.is_spent() {
+                // Dropped, it goes back to the queue.
+                claim.unsure |= claim.finished;
+            } else {
+                shared.failed(&events, claim, error.again()).await;
+            }
+        }
+        if flight.moved.load(Ordering::Relaxed) {
+            setbacks = 0;
+        }
+        let lives = socket.close_reason().is_none() && socket.goaway().is_none();
+        if mends && (!lives || setbacks < SETBACKS) {
+            tracing::debug!(%error, setbacks, "a lane is opened again");
+            if lives {
+                // Nobody else sees to it that this is not done without a pause, or for ever.
+                setbacks += 1;
+                tokio::time::sleep(link.pause(setbacks)).await;
+            }
+            continue;
+        }
+        if shared.lanes.fetch_sub(1, Ordering::Relaxed) > 1 {
+            // The others go on with the queue.
+            return;
+        }
+        shared.queue.fail(error);
     }
 }
 
-/// One lane: takes files off the queue until there are none, or the lane is over.
-async fn lane(uploader: Uploader, few: bool, shared: Arc<Shared>, events: mpsc::Sender<Event>) {
-    let channel = match uploader.socket.open(CHANNEL).await {
-        Ok(channel) => channel,
-        Err(error) => {
-            shared
-                .lane_failed(&TransferError::from(error), &events)
-                .await;
-            return;
-        }
-    };
-    let flight = InFlight {
-        files: Mutex::default(),
-        given_up: Mutex::default(),
-        changed: Notify::new(),
-        complete: AtomicBool::new(false),
+/// Sends over one channel until there is nothing to send, or the channel is over: then what had no outcome is
+/// still in `flight`.
+async fn serve(
+    shared: &Arc<Shared>,
+    socket: &Socket,
+    next: Next,
+    flight: &InFlight,
+    events: &mpsc::Sender<Event>,
+) -> Result<(), TransferError> {
+    let channel = socket.open(CHANNEL).await?;
+    let lane = Lane {
+        shared,
+        channel: &channel,
+        flight,
+        events,
     };
     let sending = async {
-        let result = send_files(&uploader, few, &channel, &shared, &flight, &events).await;
+        let result = lane.send_all(next).await;
         flight.complete.store(true, Ordering::Relaxed);
         flight.changed.notify_waiters();
         result
     };
-    let receiving = receive(&uploader.socket, &channel, &shared, &flight, &events);
     // The receiving half ends last, or first when the lane breaks: then sending must not wait for it.
-    let error = {
+    let result = {
         let mut sending = std::pin::pin!(sending);
-        let mut receiving = std::pin::pin!(receiving);
+        let mut receiving = std::pin::pin!(lane.receive(socket));
         tokio::select! {
             biased;
-            received = &mut receiving => received.err(),
-            () = &mut sending => receiving.await.err(),
+            received = &mut receiving => received,
+            sent = &mut sending => match (sent, receiving.await) {
+                (Err(LaneOver), Ok(())) => Err(TransferError::Closed(lane_end(&channel, socket))),
+                (_, received) => received,
+            },
         }
     };
-    let Some(error) = error else {
+    match &result {
         // Everything has its outcome: end the lane in order, without waiting for the last acknowledgement.
-        drop(channel.close(CloseCode::NORMAL, ""));
-        return;
-    };
-    drop(channel.close(CloseCode::CANCELLED, "the lane failed"));
-    let left: Vec<_> = lock(&flight.files).drain().map(|(_, sent)| sent).collect();
-    for sent in left {
-        let error = error.again();
-        fail(&shared, &events, Some(sent), error).await;
+        Ok(()) => drop(channel.close(CloseCode::NORMAL, "")),
+        Err(_) => drop(channel.close(CloseCode::CANCELLED, "the lane failed")),
     }
-    shared.lane_failed(&error, &events).await;
+    result
 }
 
-/// Sends file after file; a file that fails here has its event sent here.
-async fn send_files(
-    uploader: &Uploader,
-    few: bool,
-    channel: &Channel,
-    shared: &Shared,
-    flight: &InFlight,
-    events: &mpsc::Sender<Event>,
-) {
-    let mut id = 0;
-    loop {
-        flight.below(WINDOW).await;
-        let Some((index, source)) = shared.next() else {
-            return;
+/// The lane takes no more. The receiving half says why.
+struct LaneOver;
+
+impl From<SendError> for LaneOver {
+    fn from(_: SendError) -> Self {
+        Self
+    }
+}
+
+/// One channel, and whom to tell.
+#[derive(Clone, Copy)]
+struct Lane<'a> {
+    shared: &'a Arc<Shared>,
+    channel: &'a Channel,
+    flight: &'a InFlight,
+    events: &'a mpsc::Sender<Event>,
+}
+
+/// A small file, read and hashed.
+struct Loaded {
+    claim: Claim,
+    read: Result<Small, TransferError>,
+}
+
+enum Small {
+    Whole {
+        meta: MetaFields,
+        bytes: Bytes,
+        hash: [u8; 32],
+    },
+    /// It is no small file any more.
+    Grown,
+}
+
+/// Reads small files; blocks.
+fn load(claims: Vec<Claim>) -> Vec<Loaded> {
+    let read = |source: &Source| {
+        let opened = source.open()?;
+        let meta = opened.meta;
+        let most = usize::try_from(SMALL).unwrap_or(usize::MAX);
+        Ok(match opened.whole(most)? {
+            Some((bytes, hash)) => Small::Whole { meta, bytes, hash },
+            None => Small::Grown,
+        })
+    };
+    claims
+        .into_iter()
+        .map(|claim| Loaded {
+            read: read(&claim.source),
+            claim,
+        })
+        .collect()
+}
+
+impl Lane<'_> {
+    /// Sends entry after entry; one that fails here has its event sent here.
+    async fn send_all(self, first: Next) -> Result<(), LaneOver> {
+        let mut next = Some(first);
+        let mut ids = 0..;
+        loop {
+            let batch = match next.take() {
+                Some(Next::Batch(batch)) => batch,
+                Some(Next::One { claim, few }) => {
+                    self.send_one(&mut ids, claim, few).await?;
+                    next = Some(self.shared.queue.take().await);
+                    continue;
+                }
+                Some(Next::Failed(claim, error)) => {
+                    self.shared.failed(self.events, claim, error).await;
+                    next = Some(self.shared.queue.take().await);
+                    continue;
+                }
+                Some(Next::Over) | None => return Ok(()),
+            };
+            // While one batch goes out, the next is read.
+            let mut reading = Some(tokio::task::spawn_blocking(|| load(batch)));
+            while let Some(read) = reading.take() {
+                let loaded = read.await.unwrap_or_default();
+                reading = self
+                    .shared
+                    .queue
+                    .take_small()
+                    .map(|batch| tokio::task::spawn_blocking(|| load(batch)));
+                for file in loaded {
+                    self.send_small(&mut ids, file).await?;
+                }
+            }
+            next = Some(self.shared.queue.take().await);
+        }
+    }
+
+    /// Sends one small file, without waiting for anything.
+    async fn send_small(self, ids: &mut impl Iterator<Item = u64>, file: Loaded) -> Result<(), LaneOver> {
+        let Loaded { mut claim, read } = file;
+        let (meta, bytes, hash) = match read {
+            Ok(Small::Whole { meta, bytes, hash }) => (meta, bytes, hash),
+            Ok(Small::Grown) => return self.send_one(ids, claim, false).await,
+            Err(error) => {
+                self.shared.failed(self.events, claim, error).await;
+                return Ok(());
+            }
         };
-        id += 1;
-        let path = source.remote.to_string();
-        let size = source.size().unwrap_or(0);
-        let (tell, ready) = oneshot::channel();
-        // In flight from here on: whatever ends the lane reports it.
-        let sent = Sent {
-            index,
-            path: path.clone(),
-            size,
-            acked: 0,
-            sent: 0,
-            hash: None,
-            since: Instant::now(),
-            ready: Some(tell),
+        self.flight.below(IN_FLIGHT).await;
+        let size = bytes.len() as u64;
+        self.shared.uploader.limiter.take(size).await;
+        let id = ids.next().unwrap_or_default();
+        let source = self.start(&mut claim, Some(size)).await;
+        let offer = self.offer(&claim, id, source.remote(), Some(size), meta, false);
+        claim.sent += size;
+        claim.finished = true;
+        let mut sent = Sent::new(claim);
+        sent.position = size;
+        sent.untouched = false;
+        sent.hash = Some(hash);
+        self.flight.add(id, sent);
+        self.channel.send("file", &offer).await?;
+        if !bytes.is_empty() {
+            let fields = ChunkFields { id, off: 0 };
+            self.channel
+                .send_bulk("chunk", &fields, "chunk", bytes)
+                .await?;
+        }
+        self.finish(id, size, hash).await
+    }
+
+    /// Sends any one entry.
+    async fn send_one(
+        self,
+        ids: &mut impl Iterator<Item = u64>,
+        mut claim: Claim,
+        few: bool,
+    ) -> Result<(), LaneOver> {
+        self.flight.below(IN_FLIGHT).await;
+        let id = ids.next().unwrap_or_default();
+        let meta = match &claim.source.origin {
+            Origin::Dir(meta) => *meta,
+            Origin::Link(_) => MetaFields::default(),
+            _ => return self.send_file(id, claim, few).await,
         };
-        flight.add(id, sent);
-        let opened = {
-            let source = source.clone();
-            tokio::task::spawn_blocking(move || source.open()).await
-        };
+        let source = self.start(&mut claim, Some(0)).await;
+        let path = source.remote();
+        let settle = claim.settle;
+        claim.finished = true;
+        self.flight.add(id, Sent::new(claim));
+        if let Origin::Link(target) = &source.origin {
+            let if_exists = self.policy(settle);
+            let fields = LinkFields {
+                id,
+                path,
+                target,
+                if_exists,
+            };
+            self.channel.send("link", &fields).await?;
+        } else {
+            let meta = self.kept(meta);
+            let fields = DirFields {
+                id,
+                path,
+                mtime: meta.mtime,
+                mtime_ns: meta.mtime_ns,
+                mode: meta.mode,
+            };
+            self.channel.send("dir", &fields).await?;
+        }
+        Ok(())
+    }
+
+    async fn send_file(self, id: u64, mut claim: Claim, few: bool) -> Result<(), LaneOver> {
+        let source = claim.source.clone();
+        let opened = tokio::task::spawn_blocking(move || source.open()).await;
         let opened = match opened {
             Ok(Ok(opened)) => opened,
             Ok(Err(error)) => {
-                fail(shared, events, flight.take(id), error).await;
-                continue;
+                self.shared.failed(self.events, claim, error).await;
+                return Ok(());
             }
             Err(_) => {
                 let error = TransferError::Protocol("the reader failed".to_owned());
-                fail(shared, events, flight.take(id), error).await;
-                continue;
+                self.shared.failed(self.events, claim, error).await;
+                return Ok(());
             }
         };
-        // The file may have grown or shrunk since the total was added up.
-        shared.total.fetch_add(opened.size, Ordering::Relaxed);
-        shared.total.fetch_sub(size, Ordering::Relaxed);
-        flight.with(id, |sent| sent.size = opened.size);
-        let started = Event::Started {
-            index,
-            path: path.clone(),
-            size: opened.size,
-        };
-        let _ = events.send(started).await;
-        let file = Sending {
-            id,
-            path,
-            source,
-            opened,
-            ready,
-        };
-        if file.send(uploader, few, channel, flight).await.is_err() {
-            // The receiving half reports how the lane ended.
-            return;
-        }
-    }
-}
-
-/// The lane takes no more.
-struct LaneOver;
-
-/// One file on its way out.
-struct Sending {
-    id: u64,
-    path: String,
-    source: Source,
-    opened: Opened,
-    ready: oneshot::Receiver<Have>,
-}
-
-impl Sending {
-    async fn send(
-        self,
-        uploader: &Uploader,
-        few: bool,
-        channel: &Channel,
-        flight: &InFlight,
-    ) -> Result<(), LaneOver> {
-        let Self {
-            id,
-            path,
-            source,
-            opened,
-            ready,
-        } = self;
-        let size = opened.size;
-        let resume = uploader.if_exists == IfExists::Same && (few || size > CHUNK as u64);
-        let fields = FileFields {
-            id,
-            path: &path,
-            size: Some(size),
-            mtime: opened.mtime.filter(|_| uploader.keep_mtime),
-            mtime_ns: 0,
-            mode: None,
-            if_exists: Some(&uploader.if_exists.to_string()),
-            resume,
-            run: None,
-        };
-        channel.send("file", &fields).await.map_err(|_| LaneOver)?;
-        if resume {
-            // An error of the receiver means that the file has its outcome already.
-            let Ok(have) = ready.await else { return Ok(()) };
-            if let Some((0, len, theirs)) = have.first().copied()
-                && len == size
-            {
-                return prove(channel, flight, id, size, theirs, source).await;
+        let Opened { size, meta, .. } = opened;
+        let source = self.start(&mut claim, size).await;
+        // A large file is worth the question what the server has of it; of few files each is.
+        let uploader = &self.shared.uploader;
+        let same = few && uploader.if_exists == IfExists::Same;
+        let ask = size.is_some_and(|size| uploader.resume && (size > SMALL || same));
+        let offer = self.offer(&claim, id, source.remote(), size, meta, ask);
+        let (tell, ready) = oneshot::channel();
+        let mut sent = Sent::new(claim);
+        sent.ready = Some(tell);
+        self.flight.add(id, sent);
+        self.channel.send("file", &offer).await?;
+        let have = if ask {
+            match ready.await {
+                Ok(have) => have,
+                // It has its outcome already.
+                Err(_) => return Ok(()),
             }
-        }
-        let mut pieces = opened.read();
-        let mut offset = 0;
-        while let Some(piece) = pieces.recv().await {
+        } else {
+            Have::new()
+        };
+        let stored = match have.first() {
+            Some((0, len, _)) => *len > RANGE && Some(*len) == size,
+            _ => false,
+        };
+        let known = have.last().map_or(0, |(off, len, _)| off.saturating_add(*len));
+        let mut pieces = opened.read(have, uploader.limiter.chunk());
+        let (mut position, mut skipped, mut told) = (0, 0, known == 0);
+        loop {
+            let piece = match tokio::time::timeout(ALIVE, pieces.recv()).await {
+                Ok(Some(piece)) => piece,
+                Ok(None) => {
+                    let error = TransferError::Protocol("the reader failed".to_owned());
+                    return self.give_up(id, error).await;
+                }
+                // A slow source, or much to compare: the server must not think that nobody is here.
+                Err(_) => {
+                    if self.flight.with(id, |_| ()).is_none() {
+                        return Ok(());
+                    }
+                    let alive = AckFields {
+                        id,
+                        recv: position,
+                        safe: 0,
+                    };
+                    self.channel.send("ack", &alive).await?;
+                    continue;
+                }
+            };
+            if stored && matches!(piece, Piece::Chunk { .. }) {
+                // What is longer than a range is a finished file, and it is another one.
+                let error = TransferError::Refused {
+                    code: "exists".to_owned(),
+                    message: format!(
+                        "a different file of the same size is stored as {}",
+                        source.remote()
+                    ),
+                    retry: false,
+                };
+                return self.give_up(id, error).await;
+            }
+            let at = match &piece {
+                Piece::Chunk { offset, .. } | Piece::Same { offset, .. } => *offset,
+                Piece::End { size, .. } => *size,
+                Piece::Failed(_) => position,
+            };
+            if !told && at >= known {
+                told = true;
+                if skipped > 0 && size.is_some_and(|size| skipped < size) {
+                    self.resumed(id, &source, skipped).await;
+                }
+            }
             match piece {
-                Piece::Chunk(bytes) => {
+                Piece::Same { offset, len } => {
+                    position = offset + len;
+                    skipped += len;
+                    let known = self.flight.with(id, |sent| {
+                        sent.position = position;
+                        sent.skipped = skipped;
+                        if sent.untouched {
+                            // All of it from the beginning is there; the last byte counts only with `done`.
+                            let acked = position.min(sent.claim.size.saturating_sub(1));
+                            self.shared.acked(&mut sent.claim, acked);
+                        }
+                    });
+                    if known.is_none() {
+                        return Ok(());
+                    }
+                }
+                Piece::Chunk { offset, bytes } => {
                     let len = bytes.len() as u64;
-                    if !flight.with(id, |sent| sent.sent += len) {
+                    uploader.limiter.take(len).await;
+                    position = offset + len;
+                    let known = self.flight.with(id, |sent| {
+                        sent.position = position;
+                        sent.untouched = false;
+                        sent.claim.sent += len;
+                        if size.is_none() {
+                            self.shared.resize(&mut sent.claim, position);
+                        }
+                    });
+                    if known.is_none() {
                         // It has its outcome; what was on its way is dropped there.
                         return Ok(());
                     }
                     let fields = ChunkFields { id, off: offset };
-                    channel
+                    self.channel
                         .send_bulk("chunk", &fields, "chunk", bytes)
-                        .await
-                        .map_err(|_| LaneOver)?;
-                    offset += len;
+                        .await?;
                 }
-                Piece::End { hash } => {
-                    flight.with(id, |sent| sent.hash = Some(hash));
-                    let fields = FinishFields {
-                        id,
-                        size,
-                        hash: Hash(hash),
-                    };
-                    channel
-                        .send("finish", &fields)
-                        .await
-                        .map_err(|_| LaneOver)?;
+                Piece::End { size, hash } => {
+                    self.flight.with(id, |sent| {
+                        sent.hash = Some(hash);
+                        sent.claim.finished = true;
+                    });
+                    return self.finish(id, size, hash).await;
                 }
-                Piece::Failed(error) => return flight.give_up(channel, id, error).await,
+                Piece::Failed(error) => return self.give_up(id, error).await,
             }
         }
-        Ok(())
     }
-}
 
-/// The server has a file of this name and size: is it this one?
-async fn prove(
-    channel: &Channel,
-    flight: &InFlight,
-    id: u64,
-    size: u64,
-    theirs: [u8; 32],
-    source: Source,
-) -> Result<(), LaneOver> {
-    let hashed = tokio::task::spawn_blocking(move || source.open()?.hash()).await;
-    match hashed {
-        Ok(Ok(hash)) if hash == theirs => {
-            flight.with(id, |sent| sent.hash = Some(hash));
-            let fields = FinishFields {
-                id,
-                size,
-                hash: Hash(hash),
+    /// An entry is about to be offered; the first time this is told.
+    async fn start(self, claim: &mut Claim, size: Option<u64>) -> Source {
+        // The file may have grown or shrunk since it was listed.
+        if let Some(size) = size {
+            self.shared.resize(claim, size);
+        }
+        if claim.since.is_none() {
+            claim.since = Some(Instant::now());
+            let started = Event::Started {
+                index: claim.index,
+                path: claim.source.remote().to_owned(),
+                size: size.unwrap_or(0),
             };
-            channel.send("finish", &fields).await.map_err(|_| LaneOver)
+            let _ = self.events.send(started).await;
         }
-        Ok(Ok(_)) => {
-            let error = TransferError::Refused {
-                code: "exists".to_owned(),
-                message: format!(
-                    "a different file of the same size is stored as {}",
-                    flight.path(id)
-                ),
-                retry: false,
-            };
-            flight.give_up(channel, id, error).await
-        }
-        Ok(Err(error)) => flight.give_up(channel, id, error).await,
-        Err(_) => {
-            let error = TransferError::Protocol("the reader failed".to_owned());
-            flight.give_up(channel, id, error).await
-        }
+        claim.source.clone()
     }
-}
 
-/// Takes the server's answers until every file of this lane has its outcome.
-async fn receive(
-    socket: &Socket,
-    channel: &Channel,
-    shared: &Shared,
-    flight: &InFlight,
-    events: &mpsc::Sender<Event>,
-) -> Result<(), TransferError> {
-    // Since when the server has owed an answer and said nothing.
-    let mut since = Instant::now();
-    loop {
-        let mut changed = std::pin::pin!(flight.changed.notified());
-        changed.as_mut().enable();
-        let owed = flight.len() > 0;
-        if !owed {
-            if flight.complete.load(Ordering::Relaxed) {
-                return Ok(());
-            }
-            since = Instant::now();
-        }
-        tokio::select! {
-            // A file may have failed on this side: then nothing is owed for it any more.
-            () = changed => {}
-            message = channel.recv() => {
-                take(message, channel, socket, shared, flight, events).await?;
-                since = Instant::now();
-            }
-            () = tokio::time::sleep_until(since + SILENCE), if owed => {
-                return Err(TransferError::Silent(SILENCE));
-            }
-        }
-    }
-}
-
-async fn take(
-    message: Result<Option<udpack::Message>, udpack::RecvError>,
-    channel: &Channel,
-    socket: &Socket,
-    shared: &Shared,
-    flight: &InFlight,
-    events: &mpsc::Sender<Event>,
-) -> Result<(), TransferError> {
-    let Some(message) = message? else {
-        return Err(TransferError::Closed(lane_end(channel, socket)));
-    };
-    let reply =
-        wire::decode_reply(&message).map_err(|error| TransferError::Protocol(error.to_string()))?;
-    match reply {
-        // An event of a later version, or what only a download gets.
-        None | Some(Reply::File { .. } | Reply::Chunk { .. } | Reply::Finish(_)) => {}
-        Some(Reply::Ready { id, have }) => {
-            if let Some(tell) = lock(&flight.files)
-                .get_mut(&id)
-                .and_then(|sent| sent.ready.take())
-            {
-                let _ = tell.send(have);
-            }
-        }
-        Some(Reply::Ack { id, recv, .. }) => {
-            if let Some(sent) = lock(&flight.files).get_mut(&id) {
-                // The last byte counts only with `done`.
-                let acked = recv
-                    .min(sent.sent)
-                    .min(sent.size.saturating_sub(1))
-                    .max(sent.acked);
-                shared
-                    .acked
-                    .fetch_add(acked - sent.acked, Ordering::Relaxed);
-                sent.acked = acked;
-            }
-        }
-        Some(Reply::Done {
+    fn offer<'a>(
+        &'a self,
+        claim: &Claim,
+        id: u64,
+        path: &'a str,
+        size: Option<u64>,
+        meta: MetaFields,
+        resume: bool,
+    ) -> FileFields<'a> {
+        let meta = self.kept(meta);
+        FileFields {
             id,
             path,
             size,
-            hash,
-            same,
-            ..
-        }) => {
-            let Some(sent) = flight.take(id) else {
-                return Ok(());
+            mtime: meta.mtime,
+            mtime_ns: meta.mtime_ns,
+            mode: meta.mode,
+            if_exists: Some(self.policy(claim.settle)),
+            resume,
+            run: Some(Run(self.shared.run)),
+        }
+    }
+
+    /// The word of the policy.
+    fn policy(&self, settle: bool) -> &str {
+        if settle { "same" } else { &self.shared.if_exists }
+    }
+
+    /// What of it is preserved.
+    fn kept(&self, meta: MetaFields) -> MetaFields {
+        if self.shared.uploader.preserve {
+            meta
+        } else {
+            MetaFields::default()
+        }
+    }
+
+    async fn resumed(self, id: u64, source: &Source, bytes: u64) {
+        let known = self
+            .flight
+            .with(id, |sent| (sent.claim.index, sent.claim.size));
+        if let Some((index, size)) = known {
+            let path = source.remote().to_owned();
+            let resumed = Event::Resumed {
+                index,
+                path,
+                bytes,
+                size,
             };
-            // After `skip` what is there may be anything.
-            if !same && sent.hash.is_some_and(|ours| ours != hash) {
-                fail(shared, events, Some(sent), TransferError::Mismatch).await;
-                return Ok(());
+            let _ = self.events.send(resumed).await;
+        }
+    }
+
+    async fn finish(self, id: u64, size: u64, hash: [u8; 32]) -> Result<(), LaneOver> {
+        let hash = Hash(hash);
+        let fields = FinishFields { id, size, hash };
+        Ok(self.channel.send("finish", &fields).await?)
+    }
+
+    /// Tells the server that a file will not be completed now; its answer ends it. What it has may be of use to
+    /// a later upload, which proves each byte again.
+    async fn give_up(self, id: u64, error: TransferError) -> Result<(), LaneOver> {
+        lock(&self.flight.given_up).insert(id, error);
+        let keep = self.shared.uploader.resume;
+        Ok(self
+            .channel
+            .send("cancel", &CancelFields { id, keep })
+            .await?)
+    }
+
+    /// Takes the server's answers until every file of this lane has its outcome.
+    async fn receive(self, socket: &Socket) -> Result<(), TransferError> {
+        // Since when the server has owed an answer and said nothing.
+        let mut since = Instant::now();
+        loop {
+            let mut changed = std::pin::pin!(self.flight.changed.notified());
+            changed.as_mut().enable();
+            let owed = self.flight.len() > 0;
+            if !owed {
+                if self.flight.complete.load(Ordering::Relaxed) {
+                    return Ok(());
+                }
+                since = Instant::now();
             }
-            shared
-                .acked
-                .fetch_add(sent.size - sent.acked, Ordering::Relaxed);
-            shared.files_done.fetch_add(1, Ordering::Relaxed);
-            let outcome = Outcome {
-                index: sent.index,
+            tokio::select! {
+                // A file may have failed on this side: then nothing is owed for it any more.
+                () = changed => {}
+                message = self.channel.recv() => {
+                    let Some(message) = message? else {
+                        return Err(TransferError::Closed(lane_end(self.channel, socket)));
+                    };
+                    let reply = wire::decode_reply(&message)
+                        .map_err(|error| TransferError::Protocol(error.to_string()))?;
+                    // Anything else is an event of a later version.
+                    if let Some(reply) = reply {
+                        self.take(reply).await;
+                    }
+                    since = Instant::now();
+                }
+                () = tokio::time::sleep_until(since + SILENCE), if owed => {
+                    return Err(TransferError::Silent(SILENCE));
+                }
+            }
+        }
+    }
+
+    async fn take(self, reply: Reply) {
+        match reply {
+            // What only a download gets.
+            Reply::File { .. } | Reply::Chunk { .. } | Reply::Finish(_) => {}
+            Reply::Ready { id, have } => {
+                let tell = self.flight.with(id, |sent| sent.ready.take()).flatten();
+                if let Some(tell) = tell {
+                    let _ = tell.send(have);
+                }
+            }
+            Reply::Ack { id, recv, .. } => {
+                let moved = self.flight.with(id, |sent| {
+                    // The last byte counts only with `done`.
+                    let acked = recv
+                        .min(sent.position)
+                        .min(sent.claim.size.saturating_sub(1));
+                    let moved = acked > sent.claim.acked;
+                    self.shared.acked(&mut sent.claim, acked);
+                    moved
+                });
+                if moved == Some(true) {
+                    self.moved();
+                }
+            }
+            Reply::Done {
+                id,
                 path,
                 size,
                 hash,
-                sent: sent.sent,
                 same,
-                elapsed: sent.since.elapsed(),
-            };
-            let _ = events.send(Event::Done(outcome)).await;
-        }
-        Some(Reply::Error {
-            id,
-            code,
-            message,
-            retry,
-        }) => {
-            let Some(sent) = flight.take(id) else {
-                return Ok(());
-            };
-            let own = lock(&flight.given_up).remove(&id);
-            let error = own.unwrap_or(TransferError::Refused {
+                sync,
+            } => {
+                let Some(sent) = self.flight.take(id) else {
+                    return;
+                };
+                self.moved();
+                // After `skip` what is there may be anything.
+                if !same && sent.hash.is_some_and(|ours| ours != hash) {
+                    let mismatch = TransferError::Mismatch;
+                    self.shared.failed(self.events, sent.claim, mismatch).await;
+                    return;
+                }
+                let mut claim = sent.claim;
+                let own = claim.size;
+                self.shared.acked(&mut claim, own);
+                self.shared.files_done.fetch_add(1, Ordering::Relaxed);
+                // What an earlier offer of this run has stored is not the server's own.
+                let same = same && !claim.unsure;
+                let outcome = Outcome {
+                    index: claim.index,
+                    path,
+                    size,
+                    hash,
+                    sent: claim.sent,
+                    resumed: if same { 0 } else { sent.skipped },
+                    same,
+                    sync,
+                    elapsed: claim.since.map_or(Duration::ZERO, |since| since.elapsed()),
+                };
+                claim.settle();
+                let _ = self.events.send(Event::Done(outcome)).await;
+            }
+            Reply::Error {
+                id,
                 code,
                 message,
                 retry,
-            });
-            fail(shared, events, Some(sent), error).await;
+            } => {
+                let Some(sent) = self.flight.take(id) else {
+                    return;
+                };
+                let mut claim = sent.claim;
+                let error = match lock(&self.flight.given_up).remove(&id) {
+                    Some(own) => own,
+                    None => {
+                        if self.again(&mut claim, &code, retry) {
+                            tracing::debug!(code, message, "offered again");
+                            return;
+                        }
+                        TransferError::Refused {
+                            code,
+                            message,
+                            retry,
+                        }
+                    }
+                };
+                self.shared.failed(self.events, claim, error).await;
+            }
         }
     }
-    Ok(())
+
+    /// Whether a refused file is offered once more, and when.
+    fn again(self, claim: &mut Claim, code: &str, retry: bool) -> bool {
+        if claim.source.is_spent() {
+            return false;
+        }
+        let now = Instant::now();
+        match code {
+            "exists" if claim.unsure && !claim.settle => {
+                // It may be what we stored before the answer was lost.
+                claim.settle = self.shared.uploader.if_exists == IfExists::Error;
+                claim.settle
+            }
+            "busy" => {
+                let since = *claim.busy.get_or_insert(now);
+                claim.not_before = Some(now + BUSY_PAUSE);
+                now + BUSY_PAUSE <= since + BUSY
+            }
+            // Room on a disk does not come back within seconds.
+            "quota" | "no_space" | "superseded" => false,
+            _ if retry && claim.tries < TRIES => {
+                claim.not_before = Some(now + TRY_PAUSE * 2_u32.pow(claim.tries));
+                claim.tries += 1;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    fn moved(self) {
+        self.flight.moved.store(true, Ordering::Relaxed);
+        self.shared.uploader.link.progressed();
+    }
 }
 
 /// Why the server ended a lane in order although files on it have no outcome.
@@ -740,25 +1167,4 @@ fn lane_end(channel: &Channel, socket: &Socket) -> CloseReason {
         ),
     };
     CloseReason::new(code, text, Side::Peer)
-}
-
-/// Reports a file that was in flight and did not arrive; one that has its outcome already is left alone.
-async fn fail(
-    shared: &Shared,
-    events: &mpsc::Sender<Event>,
-    sent: Option<Sent>,
-    error: TransferError,
-) {
-    if let Some(Sent {
-        index,
-        path,
-        size,
-        acked,
-        ..
-    }) = sent
-    {
-        shared
-            .failed(events, index, path, size - acked, error)
-            .await;
-    }
 }

@@ -1,0 +1,608 @@
+//! [`Link`]: a server to which a transfer comes back when the connection is lost.
+//!
+//! One link, one socket at a time: whoever needs it asks for it, and the first to find it gone connects
+//! again while the others wait. What a reconnect cannot mend (a refused token, another key, another
+//! version) is final.
+
+use std::collections::hash_map::RandomState;
+use std::hash::BuildHasher;
+use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Mutex, broadcast};
+use tokio::time::Instant;
+use udpack::{Client, CloseReason, ConnectError, Side, Socket};
+
+use crate::error::TransferError;
+
+/// Events that wait for a slow watcher; it misses the oldest.
+const EVENTS: usize = 32;
+
+/// How to come back after a lost connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Retry {
+    /// Reconnects without progress before giving up; 0 never reconnects. Defaults to no bound.
+    pub attempts: Option<u32>,
+    /// Time without progress before giving up. Defaults to 5 minutes.
+    pub patience: Duration,
+    /// The wait before the first reconnect is drawn from 0 to this. Defaults to 250 ms; doubles each time.
+    pub first: Duration,
+    /// The longest that the wait becomes. Defaults to 30 s.
+    pub most: Duration,
+    /// Whether the very first connect is tried again, too. Defaults to no: a wrong address shows at once.
+    pub first_too: bool,
+}
+
+impl Default for Retry {
+    fn default() -> Self {
+        Self {
+            attempts: None,
+            patience: Duration::from_secs(300),
+            first: Duration::from_millis(250),
+            most: Duration::from_secs(30),
+            first_too: false,
+        }
+    }
+}
+
+impl Retry {
+    /// A random wait before reconnect number `attempt`, counted from 1. Random over all of it, so that
+    /// clients that lost a server together do not come back together.
+    pub(crate) fn delay(&self, attempt: u32) -> Duration {
+        let doubled = 2_u32.saturating_pow(attempt.saturating_sub(1).min(31));
+        part(self.first.saturating_mul(doubled).min(self.most))
+    }
+}
+
+/// What happens to a [`Link`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum LinkEvent {
+    /// The connection is gone; it is tried again after the delay.
+    Reconnecting {
+        /// Which try, counted from 1 since the last progress.
+        attempt: u32,
+        /// How long until then.
+        delay: Duration,
+        /// What went wrong last.
+        reason: String,
+    },
+    /// It is back.
+    Connected,
+}
+
+/// A server to which lanes come back. A handle: clones share one socket.
+#[derive(Debug, Clone)]
+pub struct Link {
+    way: Way,
+    retry: Retry,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug, Clone)]
+enum Way {
+    /// A socket of the caller's: when it is over, so is the link.
+    Given(Socket),
+    Dial {
+        client: Client,
+        address: Arc<str>,
+    },
+}
+
+#[derive(Debug)]
+struct Shared {
+    /// Held while connecting: one reconnect at a time.
+    state: Mutex<State>,
+    outage: StdMutex<Outage>,
+    events: broadcast::Sender<LinkEvent>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    socket: Option<Socket>,
+    /// Why there will be no other socket.
+    over: Option<TransferError>,
+}
+
+/// The time without progress.
+#[derive(Debug, Default)]
+struct Outage {
+    since: Option<Instant>,
+    attempts: u32,
+}
+
+impl Link {
+    /// Connects with `client` to `HOST[:PORT]` when a socket is first asked for, and again when it is lost.
+    pub fn new(client: Client, address: impl Into<String>) -> Self {
+        let address = Arc::from(address.into());
+        Self::over(Way::Dial { client, address }, None)
+    }
+
+    /// The same, beginning with a socket that is connected already.
+    pub fn connected(client: Client, address: impl Into<String>, socket: &Socket) -> Self {
+        let address = Arc::from(address.into());
+        Self::over(Way::Dial { client, address }, Some(socket.clone()))
+    }
+
+    fn over(way: Way, socket: Option<Socket>) -> Self {
+        Self {
+            way,
+            retry: Retry::default(),
+            shared: Arc::new(Shared {
+                state: Mutex::new(State { socket, over: None }),
+                outage: StdMutex::default(),
+                events: broadcast::Sender::new(EVENTS),
+            }),
+        }
+    }
+
+    /// How to come back; for this handle and clones made of it later.
+    #[must_use]
+    pub fn retry(mut self, retry: Retry) -> Self {
+        self.retry = retry;
+        self
+    }
+
+    /// The live socket, or a new one. Waits through as many reconnects as [`Retry`] grants.
+    ///
+    /// # Errors
+    /// Why there is none and will be none: each later call says the same.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: a dropped future gives up the connect it had begun, the next caller begins another.
+    pub async fn socket(&self) -> Result<Socket, TransferError> {
+        let (client, address) = match &self.way {
+            Way::Given(socket) => {
+                return match socket.close_reason() {
+                    None => Ok(socket.clone()),
+                    Some(reason) => Err(TransferError::Closed(reason)),
+                };
+            }
+            Way::Dial { client, address } => (client, address),
+        };
+        let mut state = self.shared.state.lock().await;
+        if let Some(error) = &state.over {
+            return Err(error.again());
+        }
+        let mut lost = match state.socket.as_ref().map(Lost::of) {
+            Some(None) => {
+                return state
+                    .socket
+                    .clone()
+                    .ok_or_else(|| TransferError::Protocol("no socket".to_owned()));
+            }
+            Some(Some(lost)) => Some(lost),
+            None => None,
+        };
+        let first = lost.is_none();
+        let mut again = false;
+        loop {
+            if let Some(Lost { error, wait }) = lost {
+                if !error.retry() || (first && !self.retry.first_too) {
+                    return Err(give_up(&mut state, error));
+                }
+                let Some((attempt, delay)) = self.next_attempt() else {
+                    return Err(give_up(&mut state, error));
+                };
+                let delay = delay.max(wait);
+                let reason = error.to_string();
+                tracing::info!(attempt, ?delay, reason, "reconnecting");
+                let _ = self.shared.events.send(LinkEvent::Reconnecting {
+                    attempt,
+                    delay,
+                    reason,
+                });
+                // A caller that is dropped here must not leave the old socket behind as if it were live: it
+                // is looked at again by the next.
+                tokio::time::sleep(delay).await;
+                again = true;
+            }
+            match client.connect(address).await {
+                Ok(socket) => {
+                    tracing::info!(session = socket.id(), "connected");
+                    state.socket = Some(socket.clone());
+                    if again {
+                        let _ = self.shared.events.send(LinkEvent::Connected);
+                    }
+                    return Ok(socket);
+                }
+                Err(error) => lost = Some(Lost::from(error)),
+            }
+        }
+    }
+
+    /// The transfer moves: patience and attempts begin anew.
+    pub fn progressed(&self) {
+        *self.outage() = Outage::default();
+    }
+
+    /// What happens from now on.
+    pub fn events(&self) -> LinkEvents {
+        LinkEvents(self.shared.events.subscribe())
+    }
+
+    /// Whether a lane that ended like this is worth another, on this socket or the next.
+    pub(crate) fn mends(&self, error: &TransferError) -> bool {
+        let network = matches!(error, TransferError::Closed(_) | TransferError::Silent(_));
+        matches!(self.way, Way::Dial { .. }) && network && error.retry()
+    }
+
+    /// How long to wait before a lane is opened for the `attempt`th time in vain, on a socket that lives.
+    pub(crate) fn pause(&self, attempt: u32) -> Duration {
+        self.retry.delay(attempt)
+    }
+
+    /// The number of the next attempt and how long to wait for it; `None` when it is time to give up.
+    pub(crate) fn next_attempt(&self) -> Option<(u32, Duration)> {
+        let mut outage = self.outage();
+        let now = Instant::now();
+        let left = {
+            let since = *outage.since.get_or_insert(now);
+            self.retry.patience.checked_sub(now - since)
+        };
+        let left = left.filter(|left| !left.is_zero())?;
+        if self
+            .retry
+            .attempts
+            .is_some_and(|most| outage.attempts >= most)
+        {
+            return None;
+        }
+        outage.attempts = outage.attempts.saturating_add(1);
+        Some((
+            outage.attempts,
+            self.retry.delay(outage.attempts).min(left),
+        ))
+    }
+
+    fn outage(&self) -> MutexGuard<'_, Outage> {
+        self.shared
+            .outage
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl From<&Socket> for Link {
+    /// A link that never reconnects.
+    fn from(socket: &Socket) -> Self {
+        Self::over(Way::Given(socket.clone()), None)
+    }
+}
+
+impl From<Socket> for Link {
+    /// A link that never reconnects.
+    fn from(socket: Socket) -> Self {
+        Self::over(Way::Given(socket), None)
+    }
+}
+
+impl From<&Self> for Link {
+    fn from(link: &Self) -> Self {
+        link.clone()
+    }
+}
+
+/// What happens to a [`Link`], one after the other. A watcher that falls behind misses the oldest.
+#[derive(Debug)]
+pub struct LinkEvents(broadcast::Receiver<LinkEvent>);
+
+impl LinkEvents {
+    /// The next event; `None` when the link is gone.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn next(&mut self) -> Option<LinkEvent> {
+        loop {
+            match self.0.recv().await {
+                Ok(event) => return Some(event),
+                Err(broadcast::error::RecvError::Lagged(_)) => {}
+                Err(broadcast::error::RecvError::Closed) => return None,
+            }
+        }
+    }
+}
+
+/// A connection that is no more.
+struct Lost {
+    error: TransferError,
+    /// The server asked not to be bothered sooner.
+    wait: Duration,
+}
+
+impl Lost {
+    /// `None` for a socket that is alive and stays.
+    fn of(socket: &Socket) -> Option<Self> {
+        let goaway = socket.goaway();
+        let wait = goaway.as_ref().map_or(Duration::ZERO, |goaway| {
+            goaway.retry_after.saturating_add(part(goaway.window))
+        });
+        let told = goaway.map(|goaway| CloseReason::new(goaway.code, goaway.text, Side::Peer));
+        // The reason to leave for a while counts more than how the socket then ended.
+        let reason = told
+            .filter(|reason| reason.retry)
+            .or_else(|| socket.close_reason())?;
+        Some(Self {
+            error: TransferError::Closed(reason),
+            wait,
+        })
+    }
+}
+
+impl From<ConnectError> for Lost {
+    fn from(error: ConnectError) -> Self {
+        Self {
+            error: TransferError::Connect(Arc::new(error)),
+            wait: Duration::ZERO,
+        }
+    }
+}
+
+fn give_up(state: &mut State, error: TransferError) -> TransferError {
+    tracing::info!(%error, "not reconnecting");
+    state.socket = None;
+    state.over.insert(error).again()
+}
+
+/// A random part of a time.
+fn part(whole: Duration) -> Duration {
+    let random = RandomState::new().hash_one(0_u8) >> 11;
+    whole.mul_f64(random as f64 / (1_u64 << 53) as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use udpack::{CloseCode, Deny, Hello, Identity, Peer, Server, Timeouts};
+
+    async fn server(identity: Identity, address: &str, token: &'static str) -> Server {
+        Server::builder()
+            .identity(identity)
+            .auth(move |hello: Hello| async move {
+                if hello.token() == token {
+                    Ok(Peer::new("tester"))
+                } else {
+                    Err(Deny::auth_failed())
+                }
+            })
+            .channel("x", |channel: udpack::Channel| async move {
+                while let Ok(Some(_)) = channel.recv().await {}
+            })
+            .bind(address)
+            .await
+            .unwrap()
+    }
+
+    fn client(server: &Server) -> Client {
+        Client::builder()
+            .pin(server.fingerprint())
+            .token("good")
+            .timeouts(Timeouts {
+                handshake: Duration::from_millis(500),
+                ..Timeouts::default()
+            })
+            .build()
+            .unwrap()
+    }
+
+    fn quick() -> Retry {
+        Retry {
+            first: Duration::from_millis(10),
+            most: Duration::from_millis(50),
+            ..Retry::default()
+        }
+    }
+
+    async fn bounded<F: Future>(future: F) -> F::Output {
+        tokio::time::timeout(Duration::from_secs(30), future)
+            .await
+            .expect("in time")
+    }
+
+    #[test]
+    fn delays_are_random_and_grow_to_a_bound() {
+        let retry = Retry::default();
+        for (attempt, most) in [(1, 250), (2, 500), (4, 2_000), (8, 30_000), (100, 30_000)] {
+            let delays: Vec<_> = (0..200).map(|_| retry.delay(attempt)).collect();
+            let most = Duration::from_millis(most);
+            assert!(delays.iter().all(|delay| *delay <= most));
+            assert!(delays.iter().any(|delay| *delay < most / 4), "from nothing");
+            assert!(delays.iter().any(|delay| *delay > most / 4 * 3), "to all of it");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn attempts_and_patience_are_spent_and_come_back_with_progress() {
+        let make = || Client::builder().build().unwrap();
+        let link = Link::new(make(), "127.0.0.1:1").retry(Retry {
+            attempts: Some(2),
+            ..Retry::default()
+        });
+        assert_eq!(link.next_attempt().unwrap().0, 1);
+        assert_eq!(link.next_attempt().unwrap().0, 2);
+        assert_eq!(link.next_attempt(), None);
+        link.progressed();
+        assert_eq!(link.next_attempt().unwrap().0, 1);
+
+        let link = Link::new(make(), "127.0.0.1:1");
+        tokio::time::advance(Duration::from_secs(3600)).await;
+        assert!(link.next_attempt().is_some(), "patience begins with the loss");
+        tokio::time::advance(Duration::from_secs(299)).await;
+        let (_, delay) = link.next_attempt().unwrap();
+        assert!(delay <= Duration::from_secs(1), "not beyond the end");
+        tokio::time::advance(Duration::from_secs(2)).await;
+        assert_eq!(link.next_attempt(), None);
+    }
+
+    #[tokio::test]
+    async fn a_lost_socket_is_replaced_once_for_all_who_ask() {
+        bounded(async {
+            let server = server(Identity::generate().unwrap(), "127.0.0.1:0", "good").await;
+            let link = Link::new(client(&server), server.local_addr().to_string()).retry(quick());
+            let mut events = link.events();
+            let first = link.socket().await.unwrap();
+            assert_eq!(link.socket().await.unwrap().id(), first.id(), "one socket");
+            for socket in server.sockets() {
+                socket.abort(CloseCode::SHUTTING_DOWN, "restart");
+            }
+            first.closed().await;
+            let ids = Arc::new(StdMutex::new(Vec::new()));
+            let mut tasks = tokio::task::JoinSet::new();
+            for _ in 0..8 {
+                let (link, ids) = (link.clone(), ids.clone());
+                tasks.spawn(async move {
+                    let socket = link.socket().await.unwrap();
+                    ids.lock().unwrap().push(socket.id().to_owned());
+                });
+            }
+            while let Some(ended) = tasks.join_next().await {
+                ended.unwrap();
+            }
+            let mut ids = Arc::try_unwrap(ids).unwrap().into_inner().unwrap();
+            ids.sort();
+            ids.dedup();
+            assert_eq!(ids.len(), 1, "one new socket for all");
+            assert_ne!(ids[0], first.id());
+            assert!(matches!(
+                events.next().await,
+                Some(LinkEvent::Reconnecting { attempt: 1, .. })
+            ));
+            assert_eq!(events.next().await, Some(LinkEvent::Connected));
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_server_that_is_started_again_is_found_again() {
+        bounded(async {
+            let dir = tempfile::tempdir().unwrap();
+            let identity = || Identity::load_or_create(dir.path().join("keys")).unwrap();
+            let old = server(identity(), "127.0.0.1:0", "good").await;
+            let address = old.local_addr();
+            let link = Link::new(client(&old), address.to_string()).retry(quick());
+            let mut events = link.events();
+            let first = link.socket().await.unwrap();
+            old.close(CloseCode::SHUTTING_DOWN, "restart").await;
+            drop(old);
+            first.closed().await;
+            let asked = {
+                let link = link.clone();
+                tokio::spawn(async move { link.socket().await })
+            };
+            // At least one attempt has failed before the server is back.
+            while !matches!(
+                events.next().await,
+                Some(LinkEvent::Reconnecting { attempt: 2, .. })
+            ) {}
+            let _new = server(identity(), &address.to_string(), "good").await;
+            let second = asked.await.unwrap().unwrap();
+            assert_ne!(second.id(), first.id());
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_refused_token_and_another_key_are_final() {
+        bounded(async {
+            let count = Arc::new(AtomicUsize::new(0));
+            let counted = count.clone();
+            let server = Server::builder()
+                .identity(Identity::generate().unwrap())
+                .auth(move |_: Hello| {
+                    let first = counted.fetch_add(1, Ordering::Relaxed) == 0;
+                    async move {
+                        if first {
+                            Ok(Peer::new("tester"))
+                        } else {
+                            Err(Deny::auth_failed())
+                        }
+                    }
+                })
+                .bind("127.0.0.1:0")
+                .await
+                .unwrap();
+            let retry = Retry {
+                first_too: true,
+                ..quick()
+            };
+            let link = Link::new(client(&server), server.local_addr().to_string()).retry(retry);
+            let socket = link.socket().await.unwrap();
+            for socket in server.sockets() {
+                socket.abort(CloseCode::SHUTTING_DOWN, "restart");
+            }
+            socket.closed().await;
+            for _ in 0..2 {
+                let error = link.socket().await.unwrap_err();
+                assert!(
+                    matches!(&error, TransferError::Connect(error) if error.is_auth()),
+                    "{error}"
+                );
+            }
+            assert_eq!(count.load(Ordering::Relaxed), 2, "asked once more, not again");
+
+            let other = Client::builder()
+                .pin(Identity::generate().unwrap().fingerprint())
+                .build()
+                .unwrap();
+            let link = Link::new(other, server.local_addr().to_string()).retry(retry);
+            let error = link.socket().await.unwrap_err();
+            assert_eq!(error.kind(), crate::ErrorKind::Auth, "{error}");
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_first_connect_fails_at_once_unless_asked_to_go_on() {
+        bounded(async {
+            let server = server(Identity::generate().unwrap(), "127.0.0.1:0", "good").await;
+            let client = client(&server);
+            let address = server.local_addr().to_string();
+            server.close(CloseCode::NORMAL, "").await;
+            drop(server);
+            let first = Link::new(client.clone(), &address).retry(quick());
+            let mut events = first.events();
+            let error = first.socket().await.unwrap_err();
+            assert_eq!(error.kind(), crate::ErrorKind::Network, "{error}");
+            let link = Link::new(client, &address).retry(Retry {
+                first_too: true,
+                attempts: Some(2),
+                ..quick()
+            });
+            let mut again = link.events();
+            assert!(link.socket().await.is_err());
+            for attempt in [1, 2] {
+                let event = again.next().await;
+                assert!(
+                    matches!(event, Some(LinkEvent::Reconnecting { attempt: n, .. }) if n == attempt)
+                );
+            }
+            drop(link);
+            assert_eq!(again.next().await, None);
+            drop(first);
+            assert_eq!(events.next().await, None, "there was nothing to tell");
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_link_over_a_given_socket_ends_with_it() {
+        bounded(async {
+            let server = server(Identity::generate().unwrap(), "127.0.0.1:0", "good").await;
+            let socket = client(&server)
+                .connect(&server.local_addr().to_string())
+                .await
+                .unwrap();
+            let link = Link::from(&socket);
+            assert_eq!(link.socket().await.unwrap().id(), socket.id());
+            socket.abort(CloseCode::IDLE, "");
+            socket.closed().await;
+            let error = link.socket().await.unwrap_err();
+            assert!(
+                matches!(&error, TransferError::Closed(reason) if reason.code == CloseCode::IDLE)
+            );
+            assert!(!link.mends(&error));
+        })
+        .await;
+    }
+}
