@@ -126,11 +126,7 @@ impl Jobs {
     }
 
     /// Serves one watcher until it leaves.
-    pub(crate) async fn watch(
-        &self,
-        channel: Channel,
-        default: &Scope,
-    ) -> Result<(), RecvError> {
+    pub(crate) async fn watch(&self, channel: Channel, default: &Scope) -> Result<(), RecvError> {
         let scope = match Scope::of(channel.peer(), default) {
             Ok(scope) => scope,
             Err(error) => {
@@ -153,7 +149,11 @@ impl Jobs {
             told.insert(job.id, job.now());
             list.push(fields(job, None, &scope, &watcher));
         }
-        if channel.send("jobs", &ListFields { jobs: list }).await.is_err() {
+        if channel
+            .send("jobs", &ListFields { jobs: list })
+            .await
+            .is_err()
+        {
             return Ok(());
         }
         let mut ticker = tokio::time::interval(TICK);
@@ -367,7 +367,11 @@ fn fields<'a>(
             JobKind::Put => "put",
             JobKind::Get => "get",
         },
-        path: if own { scope.outside(&job.path) } else { &job.path },
+        path: if own {
+            scope.outside(&job.path)
+        } else {
+            &job.path
+        },
         peer: &job.peer,
         size: job.size,
         bytes,

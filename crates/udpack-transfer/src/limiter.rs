@@ -52,6 +52,11 @@ impl Limiter {
         Self { inner: None }
     }
 
+    /// Whether there is a limit at all.
+    pub fn is_limited(&self) -> bool {
+        self.inner.is_some()
+    }
+
     /// Waits until this many bytes may go out, and counts them as gone.
     ///
     /// # Cancel safety

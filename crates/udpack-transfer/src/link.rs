@@ -249,10 +249,7 @@ impl Link {
             return None;
         }
         outage.attempts = outage.attempts.saturating_add(1);
-        Some((
-            outage.attempts,
-            self.retry.delay(outage.attempts).min(left),
-        ))
+        Some((outage.attempts, self.retry.delay(outage.attempts).min(left)))
     }
 
     fn outage(&self) -> MutexGuard<'_, Outage> {
@@ -408,7 +405,10 @@ mod tests {
             let most = Duration::from_millis(most);
             assert!(delays.iter().all(|delay| *delay <= most));
             assert!(delays.iter().any(|delay| *delay < most / 4), "from nothing");
-            assert!(delays.iter().any(|delay| *delay > most / 4 * 3), "to all of it");
+            assert!(
+                delays.iter().any(|delay| *delay > most / 4 * 3),
+                "to all of it"
+            );
         }
     }
 
@@ -427,7 +427,10 @@ mod tests {
 
         let link = Link::new(make(), "127.0.0.1:1");
         tokio::time::advance(Duration::from_secs(3600)).await;
-        assert!(link.next_attempt().is_some(), "patience begins with the loss");
+        assert!(
+            link.next_attempt().is_some(),
+            "patience begins with the loss"
+        );
         tokio::time::advance(Duration::from_secs(299)).await;
         let (_, delay) = link.next_attempt().unwrap();
         assert!(delay <= Duration::from_secs(1), "not beyond the end");
@@ -539,7 +542,11 @@ mod tests {
                     "{error}"
                 );
             }
-            assert_eq!(count.load(Ordering::Relaxed), 2, "asked once more, not again");
+            assert_eq!(
+                count.load(Ordering::Relaxed),
+                2,
+                "asked once more, not again"
+            );
 
             let other = Client::builder()
                 .pin(Identity::generate().unwrap().fingerprint())

@@ -7,7 +7,7 @@ use crate::jobs::{Job, JobEnd};
 use crate::limiter::Limiter;
 use crate::path::RelPath;
 use crate::source::{Opened, Piece};
-use crate::store::{Store, StoreError};
+use crate::store::Store;
 use crate::wire::{ChunkFields, ErrorFields, FileFields, FinishFields, Hash, Have};
 use crate::worker::{Outcome, Outcomes};
 
@@ -66,25 +66,24 @@ async fn send(
     }
     let opening = {
         let store = store.clone();
-        tokio::task::spawn_blocking(move || Opened::stored(store.read(&path)?))
+        tokio::task::spawn_blocking(move || store.read(&path).map(Opened::stored))
     };
     let opened = match opening.await {
-        Ok(Ok(opened)) => opened,
+        Ok(Ok(Ok(opened))) => opened,
         Ok(Err(error)) => {
             job.end(JobEnd::Failed(error.code()));
             return refuse(channel, id, error.code(), &error.to_string(), error.retry()).await;
         }
-        Err(_) => {
+        Ok(Ok(Err(_))) | Err(_) => {
             job.end(JobEnd::Failed("internal"));
             return refuse(channel, id, "internal", "the server failed to read", true).await;
         }
     };
     let meta = opened.meta;
-    let size = opened.size;
     let fields = FileFields {
         id,
         path: &shown,
-        size,
+        size: opened.size,
         mtime: meta.mtime,
         mtime_ns: meta.mtime_ns,
         mode: meta.mode,
@@ -156,13 +155,4 @@ async fn refuse(
     };
     channel.send("error", &fields).await?;
     Ok(Some(code))
-}
-
-impl Opened {
-    /// A file of the store, to be sent.
-    fn stored(existing: crate::store::Existing) -> Result<Self, StoreError> {
-        let path = existing.path().as_str().into();
-        Self::of(existing.into_file(), path)
-            .map_err(|error| StoreError::io_of("read a file", error))
-    }
 }

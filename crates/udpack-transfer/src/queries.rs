@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use serde::Serialize;
 use tokio::sync::Semaphore;
-use udpack::{Channel, FieldError, Fault, Message, SendError};
+use udpack::{Channel, Fault, FieldError, Message, SendError};
 
 use crate::scope::Scope;
-use crate::store::{Entry, Kind, List, Store, StoreError};
+use crate::store::{Entry, Kind, List, Page, Store, StoreError};
 use crate::wire::Hash;
 
 /// Entries of one page where the client does not say.
@@ -40,9 +40,15 @@ enum Query {
 impl Query {
     fn read(message: &Message) -> Result<Option<Self>, FieldError> {
         let fields = message.fields()?;
-        let path = || Ok(fields.str("path")?.to_owned());
-        let path_or_root = || Ok(fields.opt_str("path")?.unwrap_or("").to_owned());
-        let recursive = || Ok(fields.opt_bool("recursive")?.unwrap_or(false));
+        let path = || fields.str("path").map(str::to_owned);
+        let path_or_root = || {
+            let path = fields.opt_str("path")?;
+            Ok::<_, FieldError>(path.unwrap_or("").to_owned())
+        };
+        let recursive = || {
+            let recursive = fields.opt_bool("recursive")?;
+            Ok::<_, FieldError>(recursive.unwrap_or(false))
+        };
         Ok(Some(match message.event() {
             "stat" => Self::Stat(path_or_root()?),
             "list" => Self::List {
@@ -93,7 +99,9 @@ impl Queries {
         .await;
         match found {
             Ok(Ok(Found::Entry(entry))) => {
-                channel.reply(message, &EntryFields::new(&entry, scope)).await
+                channel
+                    .reply(message, &EntryFields::new(&entry, scope))
+                    .await
             }
             Ok(Ok(Found::Page { entries, more })) => {
                 let entries = entries
@@ -110,10 +118,7 @@ impl Queries {
             Ok(Ok(Found::Hash { size, hash })) => {
                 channel.reply(message, &HashFields { size, hash }).await
             }
-            Ok(Err(error)) => {
-                let fault = Fault::new(error.code(), error.to_string());
-                channel.fault(message, &fault).await
-            }
+            Ok(Err(fault)) => channel.fault(message, &fault).await,
             Err(_) => {
                 let fault = Fault::new(Fault::INTERNAL, "the server failed to answer");
                 channel.fault(message, &fault).await
@@ -129,14 +134,19 @@ enum Found {
     Hash { size: u64, hash: Hash },
 }
 
-fn find(store: &Store, scope: &Scope, query: Query) -> Result<Found, StoreError> {
+fn find(store: &Store, scope: &Scope, query: Query) -> Result<Found, Fault> {
     let (right, allowed) = match &query {
         Query::Remove { .. } => ("delete", scope.delete),
         _ => ("read", scope.read),
     };
     if !allowed {
-        return Err(StoreError::NoRight { right });
+        let (code, message) = Scope::no_right(right);
+        return Err(Fault::new(code, message));
     }
+    look(store, scope, query).map_err(|error| Fault::new(error.code(), error.to_string()))
+}
+
+fn look(store: &Store, scope: &Scope, query: Query) -> Result<Found, StoreError> {
     match query {
         Query::Stat(path) => {
             let path = scope.inside_or_root(&path)?;
@@ -158,7 +168,15 @@ fn find(store: &Store, scope: &Scope, query: Query) -> Result<Found, StoreError>
                 recursive,
                 after: after.as_ref().map(|after| after.as_str()),
                 limit: usize::try_from(limit).unwrap_or(usize::MAX),
-            })?;
+            });
+            let page = match page {
+                // A client's root is there, also before anything was stored below it.
+                Err(StoreError::NotFound { .. }) if path == scope.prefix => Page {
+                    entries: Vec::new(),
+                    more: false,
+                },
+                page => page?,
+            };
             Ok(Found::Page {
                 entries: page.entries,
                 more: page.more,
@@ -166,7 +184,12 @@ fn find(store: &Store, scope: &Scope, query: Query) -> Result<Found, StoreError>
         }
         Query::Remove { path, recursive } => {
             let removed = store.remove(&scope.inside(&path)?, recursive)?;
-            tracing::info!(path, files = removed.files, bytes = removed.bytes, "removed");
+            tracing::info!(
+                path,
+                files = removed.files,
+                bytes = removed.bytes,
+                "removed"
+            );
             Ok(Found::Removed {
                 files: removed.files,
                 bytes: removed.bytes,

@@ -339,7 +339,8 @@ impl State {
             *count -= 1;
             if *count == 0 {
                 self.below.remove(above);
-                self.ripe.extend(self.waiting.remove(above).unwrap_or_default());
+                self.ripe
+                    .extend(self.waiting.remove(above).unwrap_or_default());
             }
         }
     }

@@ -158,7 +158,10 @@ impl Receiver {
             Err(error) => {
                 let peer = channel.peer().map_or("", |peer| peer.id());
                 tracing::error!(peer, %error, "the entry of a token is unusable");
-                channel.close(CloseCode::REFUSED, "the rights of this token are not understood");
+                channel.close(
+                    CloseCode::REFUSED,
+                    "the rights of this token are not understood",
+                );
                 return Ok(());
             }
         };

@@ -84,6 +84,12 @@ impl Scope {
         Ok(scope)
     }
 
+    /// The refusal of what this client has no right to.
+    pub(crate) fn no_right(right: &str) -> (&'static str, String) {
+        let message = format!("forbidden: this token has no right to {right}");
+        ("forbidden", message)
+    }
+
     /// The file that the client calls `path`.
     ///
     /// # Errors

@@ -20,7 +20,7 @@ use crate::outgoing::{self, Wanted};
 use crate::path::RelPath;
 use crate::receiver::Receiver;
 use crate::scope::Scope;
-use crate::store::{IfExists, Published, StoreError, Synced};
+use crate::store::{IfExists, Published, StoreError, Synced, check_target};
 use crate::wire::{
     self, AckFields, BadMessage, CHUNK, DirOffer, DoneFields, ErrorFields, Hash, LinkOffer, Offer,
     ReadyFields, Request, Wish,
@@ -258,12 +258,8 @@ impl<'a> Serving<'a> {
     /// The name an offer asks for, if this client may write there.
     fn writable(&self, id: u64, path: &str) -> Result<RelPath, Refusal> {
         if !self.scope.write {
-            let error = StoreError::NoRight { right: "write" };
-            return Err(Refusal {
-                id,
-                code: error.code(),
-                message: error.to_string(),
-            });
+            let (code, message) = Scope::no_right("write");
+            return Err(Refusal { id, code, message });
         }
         self.scope.inside(path).map_err(|error| Refusal {
             id,
@@ -388,9 +384,7 @@ impl<'a> Serving<'a> {
                     self.start(*task, slot);
                     Ok(())
                 }
-                Start::Known(published) => {
-                    self.outcome(Outcome::Done { id, published }).await
-                }
+                Start::Known(published) => self.outcome(Outcome::Done { id, published }).await,
                 Start::Refused(code, message, retry) => {
                     self.outcome(Outcome::Error {
                         id,
@@ -432,6 +426,21 @@ impl<'a> Serving<'a> {
             Ok(path) => path,
             Err(refusal) => return self.refuse(refusal).await,
         };
+        // Below its own root, which the store does not know of.
+        let checked = offer
+            .path
+            .parse()
+            .map_err(StoreError::from)
+            .and_then(|path: RelPath| check_target(&path, &offer.target));
+        if let Err(error) = checked {
+            return self
+                .refuse(Refusal {
+                    id: offer.id,
+                    code: error.code(),
+                    message: error.to_string(),
+                })
+                .await;
+        }
         self.make(offer.id, move |store, _| {
             let same = store.make_link(&path, &offer.target, offer.if_exists)?;
             Ok((path, same))
@@ -487,8 +496,8 @@ impl<'a> Serving<'a> {
                 .inside(&wish.path)
                 .map_err(|error| refusal("bad_name", format!("bad name: {error}")))
         } else {
-            let error = StoreError::NoRight { right: "read" };
-            Err(refusal(error.code(), error.to_string()))
+            let (code, message) = Scope::no_right("read");
+            Err(refusal(code, message))
         };
         let path = path.and_then(|path| {
             if self.gets.len() >= GETS || self.lane.gets() > UNCONFIRMED {

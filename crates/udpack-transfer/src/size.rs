@@ -67,7 +67,17 @@ mod tests {
             assert_eq!(parse_size(text), Ok(bytes), "{text}");
         }
         for bad in [
-            "", "K", "1.", ".5K", "1.5", "1X", "-1", "1 K", "1iB", "1..2K", "99999999999999T",
+            "",
+            "K",
+            "1.",
+            ".5K",
+            "1.5",
+            "1X",
+            "-1",
+            "1 K",
+            "1iB",
+            "1..2K",
+            "99999999999999T",
         ] {
             assert!(parse_size(bad).is_err(), "{bad}");
         }

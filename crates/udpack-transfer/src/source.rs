@@ -14,6 +14,7 @@ use tokio::sync::mpsc;
 
 use crate::error::TransferError;
 use crate::path::RelPath;
+use crate::store::Existing;
 use crate::wire::{Have, MetaFields};
 
 /// Chunks read ahead of the network.
@@ -219,6 +220,19 @@ pub(crate) enum Piece {
 }
 
 impl Opened {
+    /// A file of a store, to be sent as it was when it was opened.
+    pub(crate) fn stored(existing: Existing) -> io::Result<Self> {
+        let path = existing.path().as_str().into();
+        let file = existing.into_file();
+        let metadata = file.metadata()?;
+        Ok(Self {
+            path,
+            size: Some(metadata.len()),
+            meta: meta(&metadata),
+            from: OpenedFrom::File { file, metadata },
+        })
+    }
+
     /// Reads on the blocking pool, hashing on the way, at most a few chunks ahead of whoever takes them.
     /// Dropping the receiver ends it.
     ///
@@ -574,7 +588,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let local = dir.path().join("x");
         std::fs::write(&local, &bytes).unwrap();
-        let range = |from: usize, to: usize| (from as u64, (to - from) as u64, hash(&bytes[from..to]));
+        let range =
+            |from: usize, to: usize| (from as u64, (to - from) as u64, hash(&bytes[from..to]));
         let wrong = |from: usize, to: usize| (from as u64, (to - from) as u64, [7; 32]);
         let all = bytes.len();
         type Case = (Have, Vec<(usize, usize)>);
@@ -583,13 +598,20 @@ mod tests {
             (vec![range(0, all)], vec![]),
             (vec![wrong(0, all)], vec![(0, all)]),
             (vec![range(0, 1_500_001)], vec![(1_500_001, all)]),
-            (vec![range(0, 10), range(10, 1_200_000)], vec![(1_200_000, all)]),
+            (
+                vec![range(0, 10), range(10, 1_200_000)],
+                vec![(1_200_000, all)],
+            ),
             (
                 vec![range(5, 100), range(2_000_000, all)],
                 vec![(0, 5), (100, 2_000_000)],
             ),
             (
-                vec![range(0, 10), wrong(10, 1_100_000), range(1_100_000, 1_100_001)],
+                vec![
+                    range(0, 10),
+                    wrong(10, 1_100_000),
+                    range(1_100_000, 1_100_001),
+                ],
                 vec![(10, 1_100_000), (1_100_001, all)],
             ),
             (vec![range(0, 10), (20, u64::MAX, [0; 32])], vec![(10, all)]),
@@ -626,7 +648,10 @@ mod tests {
         let source = Source::reader(Dribble(io::Cursor::new(bytes.clone())), rel("x"));
         assert_eq!(source.size().unwrap(), None);
         let opened = source.open().unwrap();
-        assert!(!source.is_spent(), "opened and not read: it can be offered again");
+        assert!(
+            !source.is_spent(),
+            "opened and not read: it can be offered again"
+        );
         drop(opened);
         let (sent, _, end) = run(&source, &Have::new(), 4096);
         assert!(sent == [(0, bytes.clone())]);

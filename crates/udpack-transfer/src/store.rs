@@ -387,6 +387,11 @@ pub struct Existing {
 }
 
 impl Existing {
+    /// The file itself, open for reading.
+    pub(crate) fn into_file(self) -> File {
+        self.file
+    }
+
     /// Its name.
     pub fn path(&self) -> &RelPath {
         &self.path

@@ -103,7 +103,10 @@ impl Uploader {
     /// largest is begun first. One that fails does not stop the others.
     ///
     /// Must be called within a tokio runtime.
-    pub fn put(self, sources: impl IntoIterator<Item = Source, IntoIter: Send + 'static>) -> Upload {
+    pub fn put(
+        self,
+        sources: impl IntoIterator<Item = Source, IntoIter: Send + 'static>,
+    ) -> Upload {
         let link_events = self.link.events();
         let queue = Queue::new(self.lanes);
         let lanes = self.lanes;
@@ -342,8 +345,7 @@ impl Shared {
     /// The server has at least this much of a file.
     fn acked(&self, item: &mut Item, acked: u64) {
         if acked > item.acked {
-            self.acked
-                .fetch_add(acked - item.acked, Ordering::Relaxed);
+            self.acked.fetch_add(acked - item.acked, Ordering::Relaxed);
             item.acked = acked;
         }
     }
@@ -351,10 +353,8 @@ impl Shared {
     /// Reports a file that did not arrive. What was not acknowledged leaves the total, so that the rest can
     /// still reach 100 % and nothing ever goes down.
     async fn failed(&self, events: &mpsc::Sender<Event>, claim: Claim, error: TransferError) {
-        self.total.fetch_sub(
-            claim.size.saturating_sub(claim.acked),
-            Ordering::Relaxed,
-        );
+        self.total
+            .fetch_sub(claim.size.saturating_sub(claim.acked), Ordering::Relaxed);
         self.files_done.fetch_add(1, Ordering::Relaxed);
         let (index, path) = (claim.index, claim.source.remote().to_owned());
         claim.settle();
@@ -693,7 +693,11 @@ impl Lane<'_> {
     }
 
     /// Sends one small file, without waiting for anything.
-    async fn send_small(self, ids: &mut impl Iterator<Item = u64>, file: Loaded) -> Result<(), LaneOver> {
+    async fn send_small(
+        self,
+        ids: &mut impl Iterator<Item = u64>,
+        file: Loaded,
+    ) -> Result<(), LaneOver> {
         let Loaded { mut claim, read } = file;
         let (meta, bytes, hash) = match read {
             Ok(Small::Whole { meta, bytes, hash }) => (meta, bytes, hash),
@@ -808,7 +812,9 @@ impl Lane<'_> {
             Some((0, len, _)) => *len > RANGE && Some(*len) == size,
             _ => false,
         };
-        let known = have.last().map_or(0, |(off, len, _)| off.saturating_add(*len));
+        let known = have
+            .last()
+            .map_or(0, |(off, len, _)| off.saturating_add(*len));
         let mut pieces = opened.read(have, uploader.limiter.chunk());
         let (mut position, mut skipped, mut told) = (0, 0, known == 0);
         loop {
@@ -948,7 +954,11 @@ impl Lane<'_> {
 
     /// The word of the policy.
     fn policy(&self, settle: bool) -> &str {
-        if settle { "same" } else { &self.shared.if_exists }
+        if settle {
+            "same"
+        } else {
+            &self.shared.if_exists
+        }
     }
 
     /// What of it is preserved.

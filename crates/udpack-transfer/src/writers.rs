@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::store::{Published, Synced};
+use crate::store::Published;
 
 /// A writer that said nothing for this long may be replaced.
 const SILENT: Duration = Duration::from_secs(5);
@@ -175,6 +175,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::Synced;
 
     const A: Option<[u8; 16]> = Some([1; 16]);
     const B: Option<[u8; 16]> = Some([2; 16]);
