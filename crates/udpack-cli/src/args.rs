@@ -966,10 +966,27 @@ mod tests {
 
     #[test]
     fn spans_have_a_unit() {
-        for (text, secs) in [("0", 0), ("0s", 0), ("90s", 90), ("15m", 900), ("24h", 86_400), ("7d", 604_800)] {
+        for (text, secs) in [
+            ("0", 0),
+            ("0s", 0),
+            ("90s", 90),
+            ("15m", 900),
+            ("24h", 86_400),
+            ("7d", 604_800),
+        ] {
             assert_eq!(text.parse(), Ok(Span(Duration::from_secs(secs))), "{text}");
         }
-        for bad in ["", "s", "90", "1.5h", "-1s", "1w", "é", "99999999999999999999s", "40000d"] {
+        for bad in [
+            "",
+            "s",
+            "90",
+            "1.5h",
+            "-1s",
+            "1w",
+            "é",
+            "99999999999999999999s",
+            "40000d",
+        ] {
             bad.parse::<Span>().expect_err(bad);
         }
     }

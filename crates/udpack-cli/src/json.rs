@@ -70,7 +70,7 @@ pub(crate) enum Line<'a> {
         same: Option<bool>,
         /// How the server put it on disk: `file`, `batch` or `none`.
         #[serde(skip_serializing_if = "Option::is_none")]
-        sync: Option<&'static str>,
+        sync: Option<String>,
         #[serde(skip_serializing_if = "Option::is_none")]
         secs: Option<f64>,
         #[serde(skip_serializing_if = "Option::is_none")]

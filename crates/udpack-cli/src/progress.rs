@@ -100,7 +100,8 @@ impl Meter {
             Show::Plain => {
                 if now.duration_since(self.last) >= PLAIN_EVERY {
                     self.last = now;
-                    self.console.line(&plain(progress, rate, self.note, self.name()));
+                    self.console
+                        .line(&plain(progress, rate, self.note, self.name()));
                 }
             }
             Show::None => {}

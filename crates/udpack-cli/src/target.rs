@@ -70,7 +70,8 @@ impl Target {
         let link = Link::new(self.client.clone(), &*address).retry(retry);
         tokio::select! {
             socket = link.socket() => {
-                let session = socket?.id();
+                let socket = socket?;
+                let session = socket.id();
                 tracing::info!(server = address, session, "connected");
             }
             () = interrupts.first() => return Err(Failure::interrupted().into()),

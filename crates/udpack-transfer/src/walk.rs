@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use crate::error::TransferError;
 use crate::glob::Exclude;
 use crate::path::{PathRule, RelPath};
+use crate::source::{self, Source};
 
 /// Walks a file or a directory, depth first; what is in a directory comes before the directory itself.
 ///
@@ -80,6 +81,24 @@ pub enum What {
     },
     /// It cannot be sent.
     Failed(TransferError),
+}
+
+impl From<Found> for Source {
+    /// What is to be uploaded of it. A directory's time and mode are looked up now.
+    fn from(found: Found) -> Self {
+        match found.what {
+            What::File { remote, .. } => Self::file(found.local, remote),
+            What::Dir { remote } => match fs::metadata(&found.local) {
+                Ok(metadata) => Self::dir(remote, source::meta(&metadata)),
+                Err(source) => {
+                    let path = found.local;
+                    Self::failed(remote.as_str(), TransferError::Source { path, source })
+                }
+            },
+            What::Link { remote, target } => Self::link(remote, target),
+            What::Failed(error) => Self::failed(found.remote, error),
+        }
+    }
 }
 
 impl Walk {

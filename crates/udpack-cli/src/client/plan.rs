@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 
 use udpack_transfer::{Exclude, Found, RelPath, TransferError, Walk};
 
-use super::report::Report;
 use crate::args::TreeArgs;
 use crate::exit::{Failure, Kind};
 
@@ -55,8 +54,12 @@ pub(super) struct Asked<'a> {
 }
 
 impl Plan {
-    /// Files that cannot be read or named are in the report already; what could never work is an error.
-    pub(super) fn new(asked: &Asked<'_>, report: &mut Report) -> anyhow::Result<Self> {
+    /// Paths that cannot be read or named are handed to `failed`, as name at the server, local path and reason;
+    /// what could never work is an error.
+    pub(super) fn new(
+        asked: &Asked<'_>,
+        mut failed: impl FnMut(&str, &Path, anyhow::Error),
+    ) -> anyhow::Result<Self> {
         if asked.name.is_some_and(|name| !name.ends_with('/'))
             && (asked.paths.len() > 1 || asked.files_from.is_some())
         {
@@ -104,17 +107,11 @@ impl Plan {
                         remote,
                     });
                 }
-                Err(error) => {
-                    if sum.is_some() {
-                        report.expect(Some(asked.paths.len()));
-                    }
-                    report.failed(&remote, &path.display().to_string(), &error);
-                }
+                Err(error) => failed(&remote, path, error),
             }
         }
         plan.files = sum.map(|_| asked.paths.len());
         plan.bytes = sum;
-        report.expect(plan.files);
         Ok(plan)
     }
 
@@ -125,7 +122,8 @@ impl Plan {
 
     fn take_stdin(&mut self, asked: &Asked<'_>) -> anyhow::Result<()> {
         let unfit = |text: &str| {
-            Failure::new(Kind::Usage, text).hint("use `-` once, with --as NAME: it has no name of its own")
+            Failure::new(Kind::Usage, text)
+                .hint("use `-` once, with --as NAME: it has no name of its own")
         };
         if asked.files_from.is_some_and(|list| list == "-") || self.stdin.is_some() {
             return Err(unfit("standard input can be read only once").into());
@@ -293,7 +291,11 @@ mod tests {
             ("a/b", Some("/"), "b"),
             ("a/b", Some("../x/"), "../x/b"),
         ] {
-            assert_eq!(remote_name(Path::new(path), wanted), expected, "{path} {wanted:?}");
+            assert_eq!(
+                remote_name(Path::new(path), wanted),
+                expected,
+                "{path} {wanted:?}"
+            );
         }
     }
 

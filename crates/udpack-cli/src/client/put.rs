@@ -34,7 +34,10 @@ async fn put(
         tree: &args.tree,
         every_dir: args.transfer.preserve,
     };
-    let plan = Plan::new(&asked, report)?;
+    let plan = Plan::new(&asked, |remote, local, error| {
+        report.failed(remote, &local.display().to_string(), &error);
+    })?;
+    report.expect(plan.files);
     if args.dry_run {
         show(plan, report);
         return Ok(());
@@ -45,25 +48,29 @@ async fn put(
     let target = Target::find(&args.connect)?;
     report.start(&target.address(), plan.bytes);
     target
-        .run_link(retry(args.transfer.retries), &mut interrupts, async |link| {
-            let mut uploader = Uploader::new(&link)
-                .if_exists(args.transfer.if_exists.into())
-                .preserve(args.transfer.preserve)
-                .resume(!args.no_resume);
-            if let Some(jobs) = args.transfer.jobs {
-                uploader = uploader.lanes(jobs.into());
-            }
-            if let Some(rate) = args.transfer.bwlimit.up {
-                uploader = uploader.limit(Limiter::new(rate));
-            }
-            let mut meter = Meter::new(args.show.progress, args.log.quiet, console);
-            let origins = Origins::default();
-            let upload = uploader.put(sources(plan, &origins));
-            report
-                .follow(Transfer::Up(upload), None, &origins, &mut meter)
-                .await;
-            Ok(())
-        })
+        .run_link(
+            retry(args.transfer.retries),
+            &mut interrupts,
+            async |link| {
+                let mut uploader = Uploader::new(&link)
+                    .if_exists(args.transfer.if_exists.into())
+                    .preserve(args.transfer.preserve)
+                    .resume(!args.no_resume);
+                if let Some(jobs) = args.transfer.jobs {
+                    uploader = uploader.lanes(jobs.into());
+                }
+                if let Some(rate) = args.transfer.bwlimit.up {
+                    uploader = uploader.limit(Limiter::new(rate));
+                }
+                let mut meter = Meter::new(args.show.progress, args.log.quiet, console);
+                let origins = Origins::default();
+                let upload = uploader.put(sources(plan, &origins));
+                report
+                    .follow(Transfer::Up(upload), None, &origins, &mut meter)
+                    .await;
+                Ok(())
+            },
+        )
         .await
 }
 

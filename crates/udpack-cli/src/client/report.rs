@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use tokio::sync::{mpsc, oneshot};
 use udpack_transfer::{Download, Event, Outcome, Progress, Upload};
 
 use super::failures::Failures;
@@ -112,6 +113,15 @@ pub(super) enum Note {
     },
 }
 
+/// What goes on beside a transfer, on tasks of its own.
+#[derive(Debug)]
+pub(super) struct Beside {
+    /// What it tells, until it is over.
+    pub(super) notes: mpsc::Receiver<Note>,
+    /// Told when the transfer itself is over.
+    pub(super) over: oneshot::Sender<()>,
+}
+
 /// Collects what became of the files.
 #[derive(Debug)]
 pub(super) struct Report {
@@ -184,11 +194,15 @@ impl Report {
     pub(super) async fn follow(
         &mut self,
         mut transfer: Transfer,
-        mut notes: Option<tokio::sync::mpsc::Receiver<Note>>,
+        beside: Option<Beside>,
         origins: &Origins,
         meter: &mut Meter,
     ) {
         let mut tick = tokio::time::interval(Duration::from_secs(1));
+        let (mut notes, mut tell) = match beside {
+            Some(beside) => (Some(beside.notes), Some(beside.over)),
+            None => (None, None),
+        };
         let mut over = false;
         while !over || notes.is_some() {
             let event = tokio::select! {
@@ -207,7 +221,12 @@ impl Report {
                 }
             };
             match event {
-                None => over = true,
+                None => {
+                    over = true;
+                    if let Some(tell) = tell.take() {
+                        let _ = tell.send(());
+                    }
+                }
                 Some(event) => self.event(event, origins, meter),
             }
         }
@@ -336,7 +355,8 @@ impl Report {
         if !self.quiet {
             let path = output::printable(path);
             let percent = percent(bytes, size);
-            self.console.line(&format!("{path}: resumed from {percent} %"));
+            self.console
+                .line(&format!("{path}: resumed from {percent} %"));
         }
     }
 
@@ -392,7 +412,7 @@ impl Report {
                 sent: Some(outcome.sent),
                 resumed: Some(outcome.resumed),
                 same: Some(outcome.same),
-                sync: outcome.sync.map(udpack_transfer::Synced::word),
+                sync: outcome.sync.map(|sync| sync.to_string()),
                 secs: Some(outcome.elapsed.as_secs_f64()),
                 error_kind: None,
                 error: None,
@@ -508,7 +528,7 @@ impl Report {
 }
 
 /// The next note; never, once there are no more to come.
-async fn next(notes: &mut Option<tokio::sync::mpsc::Receiver<Note>>) -> Option<Note> {
+async fn next(notes: &mut Option<mpsc::Receiver<Note>>) -> Option<Note> {
     match notes {
         Some(notes) => notes.recv().await,
         None => std::future::pending().await,

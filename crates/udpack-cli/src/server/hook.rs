@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::process::{Child, Command};
 use tokio::sync::Semaphore;
-use udpack_transfer::{Hook, Accepted, HookOffer, HookStored};
+use udpack_transfer::{Accepted, Hook, HookOffer, HookStored};
 
 use crate::output::printable;
 use crate::value::hex;
@@ -83,12 +83,11 @@ impl Program {
             let child = self.spawn("accept", variables)?;
             Ran::of(child).await
         };
-        let ran =
-            match tokio::time::timeout(self.limit, run).await {
-                Ok(ran) => ran,
-                // The program ends with the future that held it.
-                Err(late) => return Err(failed("hook took too long: refused", &late)),
-            };
+        let ran = match tokio::time::timeout(self.limit, run).await {
+            Ok(ran) => ran,
+            // The program ends with the future that held it.
+            Err(late) => return Err(failed("hook took too long: refused", &late)),
+        };
         let ran = ran.map_err(|error| failed("hook cannot be run: refused", &error))?;
         if !ran.status.success() {
             return Err(match ran.stderr.as_str() {
@@ -212,7 +211,8 @@ pub(super) fn find(path: &Path) -> io::Result<PathBuf> {
         std::fs::metadata(path)
             .is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o111 != 0)
     };
-    let bare = path.components().count() == 1 && !path.as_os_str().as_encoded_bytes().contains(&b'/');
+    let bare =
+        path.components().count() == 1 && !path.as_os_str().as_encoded_bytes().contains(&b'/');
     if !bare {
         let metadata = std::fs::metadata(path)?;
         if !metadata.is_file() {
@@ -285,7 +285,9 @@ mod tests {
         );
         let much = "head -c 1000000 /dev/zero | tr '\\0' x; echo no >&2";
         assert_eq!(
-            ask(much, long).await.map(|name| name.map(|name| name.len())),
+            ask(much, long)
+                .await
+                .map(|name| name.map(|name| name.len())),
             Ok(Some(LINE))
         );
     }
@@ -293,7 +295,10 @@ mod tests {
     #[tokio::test]
     async fn one_that_hangs_or_is_missing_refuses() {
         let failed = Err("the server's hook failed".to_owned());
-        assert_eq!(ask("exec sleep 1000", Duration::from_millis(50)).await, failed);
+        assert_eq!(
+            ask("exec sleep 1000", Duration::from_millis(50)).await,
+            failed
+        );
         let program = Program::new(Path::new("/nonexistent/hook"));
         assert_eq!(program.ask(&Vec::new()).await, failed);
     }

@@ -1,7 +1,7 @@
 //! `udpack-server uploads`: interrupted uploads, seen from outside.
 
 use serde_json::json;
-use udpack_transfer::{Suspended, StoreError, purge, uploads};
+use udpack_transfer::{StoreError, Suspended, purge, uploads};
 
 use crate::args::{UploadsCommand, UploadsDirArgs, UploadsPurgeArgs};
 use crate::exit::{Failure, Kind};
@@ -53,8 +53,8 @@ fn line(upload: &Suspended) -> String {
 }
 
 fn remove(args: &UploadsPurgeArgs) -> anyhow::Result<()> {
-    let removed =
-        purge(existing(&args.dir)?, args.older_than.0).map_err(|error| unusable(&args.dir, error))?;
+    let removed = purge(existing(&args.dir)?, args.older_than.0)
+        .map_err(|error| unusable(&args.dir, error))?;
     output::unless_gone(if args.dir.json {
         output::json(&json!({ "removed": removed }))
     } else {
@@ -67,11 +67,12 @@ fn existing(args: &UploadsDirArgs) -> anyhow::Result<&std::path::Path> {
     if args.dir.is_dir() {
         return Ok(&args.dir);
     }
-    Err(
-        Failure::new(Kind::LocalFile, format!("no directory {}", args.dir.display()))
-            .hint("name the server's upload directory with --dir")
-            .into(),
+    Err(Failure::new(
+        Kind::LocalFile,
+        format!("no directory {}", args.dir.display()),
     )
+    .hint("name the server's upload directory with --dir")
+    .into())
 }
 
 fn unusable(args: &UploadsDirArgs, error: StoreError) -> anyhow::Error {
