@@ -493,7 +493,7 @@ fn read_full(from: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
 }
 
 /// Time and mode of a local file.
-fn meta(metadata: &Metadata) -> Meta {
+pub(crate) fn meta(metadata: &Metadata) -> Meta {
     Meta {
         mtime: metadata.modified().ok().map(Time::from),
         mode: Some(metadata.permissions().mode() & 0o777),
