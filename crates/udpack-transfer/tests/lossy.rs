@@ -414,3 +414,25 @@ async fn a_restart_of_the_server_is_made_good() {
     })
     .await;
 }
+
+/// So slow a way that a lane gets less than the least a frame must grow by: chunks must get small, or nothing
+/// would ever arrive.
+#[tokio::test]
+#[ignore = "45 s"]
+async fn half_a_kilobyte_a_second_for_each_lane_is_enough() {
+    let site = Site::new(Timeouts::default());
+    let server = site.serve().await;
+    let way = Way {
+        delay: Duration::from_millis(20),
+        rate: 4 << 10,
+        ..Way::default()
+    };
+    let relay = Relay::start(server.local_addr(), Faults::both(9, way)).await;
+    let files = Files::new(9, &[24 * KIB; 6]);
+    let upload = site.uploader(&relay).lanes(6).put(files.sources());
+    let seen = tokio::time::timeout(Duration::from_secs(120), files.arrive(upload))
+        .await
+        .expect("the test takes at most 120 s");
+    site.check(&files);
+    assert!(seen.undisturbed(), "{seen:?}");
+}
