@@ -18,7 +18,7 @@ use crate::limiter::{Limiter, Pace};
 use crate::link::{Link, LinkEvent, LinkEvents};
 use crate::queue::{Claim, Item, Next, Queue, SMALL};
 use crate::source::{Opened, Origin, Piece, Source};
-use crate::store::{IfExists, Synced};
+use crate::store::{IfExists, Meta, Synced};
 use crate::wire::{
     self, AckFields, CancelFields, ChunkFields, DirFields, FileFields, FinishFields, Hash, Have,
     LinkFields, MetaFields, Reply, Run,
@@ -31,7 +31,7 @@ const SILENCE: Duration = Duration::from_secs(60);
 /// Silence of this side on an open file, after which it gives a sign of life.
 const ALIVE: Duration = Duration::from_secs(5);
 /// How often [`Upload::next`] reports progress at most.
-const REPORT: Duration = Duration::from_millis(100);
+pub(crate) const REPORT: Duration = Duration::from_millis(100);
 /// The longest range of an unfinished file that a server proves at once: what is longer is a finished one.
 const RANGE: u64 = 64 << 20;
 /// How long and how often a file is offered again that another client is writing.
@@ -300,7 +300,7 @@ impl Drop for Upload {
     }
 }
 
-async fn link_event(events: &mut Option<LinkEvents>) -> Option<LinkEvent> {
+pub(crate) async fn link_event(events: &mut Option<LinkEvents>) -> Option<LinkEvent> {
     match events {
         Some(events) => events.next().await,
         None => std::future::pending().await,
@@ -630,7 +630,7 @@ struct Loaded {
 
 enum Small {
     Whole {
-        meta: MetaFields,
+        meta: Meta,
         bytes: Bytes,
         hash: [u8; 32],
     },
@@ -662,7 +662,7 @@ impl Lane<'_> {
     /// Sends entry after entry; one that fails here has its event sent here.
     async fn send_all(self, first: Next) -> Result<(), LaneOver> {
         let mut next = Some(first);
-        let mut ids = 0..;
+        let mut ids = 1..;
         loop {
             let batch = match next.take() {
                 Some(Next::Batch(batch)) => batch,
@@ -749,7 +749,7 @@ impl Lane<'_> {
         let id = ids.next().unwrap_or_default();
         let meta = match &claim.source.origin {
             Origin::Dir(meta) => *meta,
-            Origin::Link(_) => MetaFields::default(),
+            Origin::Link(_) => Meta::default(),
             _ => return self.send_file(id, claim, few).await,
         };
         let source = self.start(&mut claim, Some(0)).await;
@@ -946,7 +946,7 @@ impl Lane<'_> {
         id: u64,
         path: &'a str,
         size: Option<u64>,
-        meta: MetaFields,
+        meta: Meta,
         resume: bool,
     ) -> FileFields<'a> {
         let meta = self.kept(meta);
@@ -973,9 +973,9 @@ impl Lane<'_> {
     }
 
     /// What of it is preserved.
-    fn kept(&self, meta: MetaFields) -> MetaFields {
+    fn kept(&self, meta: Meta) -> MetaFields {
         if self.shared.uploader.preserve {
-            meta
+            meta.into()
         } else {
             MetaFields::default()
         }
