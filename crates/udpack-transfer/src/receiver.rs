@@ -30,6 +30,9 @@ pub struct ReceiverConfig {
     pub open_files: usize,
     /// How long it waits before it is refused with `too_many_uploads`. Defaults to 10 s.
     pub turn: Duration,
+    /// A client that sends a resumable file and says nothing for this long may be replaced by another one of the
+    /// same token. Defaults to 5 s.
+    pub takeover: Duration,
     /// Files of one lane that may be in checking while the next ones come in. Defaults to 512.
     pub pipeline: usize,
     /// Requests of one lane that are answered at once. Defaults to 32.
@@ -47,6 +50,7 @@ impl Default for ReceiverConfig {
             lanes_per_socket: 16,
             open_files: 256,
             turn: Duration::from_secs(10),
+            takeover: Duration::from_secs(5),
             pipeline: 512,
             requests: 32,
             default_scope: Scope::default(),
@@ -89,7 +93,7 @@ impl Receiver {
                 store: store.clone(),
                 readers: Arc::new(Semaphore::new(READERS)),
             },
-            publisher: Publisher::new(store, Writers::default()),
+            publisher: Publisher::new(store, Writers::new(config.takeover)),
             config: Arc::new(config),
             slots,
             jobs: Jobs::default(),
@@ -102,7 +106,9 @@ impl Receiver {
     /// Asks this hook about every upload.
     #[must_use]
     pub fn hook(mut self, hook: impl Hook) -> Self {
-        self.hook = Some(Arc::new(hook));
+        let hook = Arc::new(hook);
+        self.publisher = self.publisher.hook(hook.clone());
+        self.hook = Some(hook);
         self
     }
 
