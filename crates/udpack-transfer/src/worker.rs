@@ -18,7 +18,7 @@ use crate::store::{
     Begin, Complete, Existing, IfExists, NewFile, Partial, Published, Store, StoreError, Synced,
     Tenant,
 };
-use crate::wire::{Finish, Have, Offer};
+use crate::wire::{Finish, Have, Offer, RANGES};
 use crate::writers::{UploadKey, Writer, Writers};
 
 /// Chunks of one file that may wait for the disk.
@@ -389,6 +389,8 @@ impl Worker {
                     let have = partial.have(&mut |_| {})?;
                     let have = have
                         .into_iter()
+                        // More than that a message does not hold; the rest is sent again.
+                        .take(RANGES)
                         .map(|range| (range.off, range.len, range.hash))
                         .collect();
                     self.tell(Outcome::Ready { id, have });

@@ -12,7 +12,7 @@ use vectors::{DOCUMENT, Value, Vector, blocks, read_hex, read_json, read_msgpack
 const DEFAULT_FRAME_LIMIT: usize = 1_114_112;
 
 /// Fewer than these, and the parser below has gone blind.
-const MIN_ACCEPTED: usize = 170;
+const MIN_ACCEPTED: usize = 155;
 const MIN_REFUSED: usize = 220;
 const MIN_SESSION_FRAMES: usize = 20;
 
