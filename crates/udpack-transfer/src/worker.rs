@@ -13,6 +13,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
+use crate::hook::{Hook, HookStored};
 use crate::path::RelPath;
 use crate::store::{
     Begin, Complete, Existing, IfExists, NewFile, Partial, Published, Store, StoreError, Synced,
@@ -389,7 +390,6 @@ impl Worker {
                     let have = partial.have(&mut |_| {})?;
                     let have = have
                         .into_iter()
-                        // More than that a message does not hold; the rest is sent again.
                         .take(RANGES)
                         .map(|range| (range.off, range.len, range.hash))
                         .collect();
@@ -431,6 +431,7 @@ impl Worker {
         let publication = Publication {
             complete,
             id: self.task.offer.id,
+            owner: self.task.owner.clone(),
             key: self.task.key,
             since: self.since,
             outcomes: self.outcomes.clone(),
@@ -514,10 +515,11 @@ fn checkpoint(partial: &mut Partial) {
 
 /// Gives complete files their names. What has to be synced first waits for the others of its kind, so that
 /// one sync serves all that came while the one before was running.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct Publisher {
     store: Store,
     writers: Writers,
+    hook: Option<Arc<dyn Hook>>,
     waiting: Arc<Mutex<Waiting>>,
 }
 
@@ -533,17 +535,33 @@ struct Publication {
     // Before the writer, which lets go only after the file has its name.
     complete: Complete,
     id: u64,
+    owner: Arc<str>,
     key: Option<UploadKey>,
     since: Instant,
     outcomes: Outcomes,
     writer: Option<Writer>,
 }
 
+impl std::fmt::Debug for Publisher {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Publisher")
+            .field("store", &self.store)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Publisher {
+    /// Tells this hook of every file that is stored, whether or not its client still listens.
+    pub(crate) fn hook(mut self, hook: Arc<dyn Hook>) -> Self {
+        self.hook = Some(hook);
+        self
+    }
+
     pub(crate) fn new(store: Store, writers: Writers) -> Self {
         Self {
             store,
             writers,
+            hook: None,
             waiting: Arc::default(),
         }
     }
@@ -595,6 +613,7 @@ impl Publisher {
         for Publication {
             complete,
             id,
+            owner,
             key,
             since,
             outcomes,
@@ -602,10 +621,12 @@ impl Publisher {
         } in batch
         {
             files.push(complete);
-            owed.push((id, key, since, outcomes, writer));
+            owed.push((id, owner, key, since, outcomes, writer));
         }
         let published = self.store.publish(files);
-        for ((id, key, since, outcomes, writer), published) in owed.into_iter().zip(published) {
+        for ((id, owner, key, since, outcomes, writer), published) in
+            owed.into_iter().zip(published)
+        {
             let outcome = match published {
                 Ok(published) => {
                     tracing::info!(
@@ -617,6 +638,17 @@ impl Publisher {
                     );
                     if let Some(key) = key {
                         self.writers.ended(key, &published);
+                    }
+                    if let Some(hook) = &self.hook
+                        && !published.same
+                    {
+                        hook.done(HookStored {
+                            file: self.store.root().join(&published.path),
+                            path: published.path.clone(),
+                            size: published.size,
+                            hash: published.hash,
+                            peer: owner.to_string(),
+                        });
                     }
                     Outcome::Done { id, published }
                 }

@@ -185,7 +185,8 @@ impl Client {
             }
             _ => {
                 let reason = CloseReason::from_connection(error);
-                if reason.code == CloseCode::SERVER_BUSY {
+                // Busy; or it was restarted between the first packet and the last of the handshake.
+                if reason.retry {
                     ConnectError::Denied(reason)
                 } else {
                     ConnectError::Handshake {
@@ -339,6 +340,23 @@ impl fmt::Debug for ClientBuilder {
 }
 
 /// Why there is no connection.
+///
+/// What [`retry`](Self::retry) says, and so what is tried again by whatever reconnects by itself:
+///
+/// | error | retry | because |
+/// | --- | --- | --- |
+/// | `Setting` | no | it stays wrong |
+/// | `Tls` | no | it stays wrong |
+/// | `Address` | no | it stays wrong |
+/// | `Resolve` | yes | the resolver is out of reach as often as the name is wrong |
+/// | `Local` | yes | the system is short of something |
+/// | `Dial` | yes | there is no route at the moment |
+/// | `Unreachable` | yes | the server or the way to it is down |
+/// | `PinMismatch` | no | this is not the server that was asked for |
+/// | `Handshake` | no | the two speak different protocols, or nobody vouches for the server |
+/// | `Denied` | as its reason | [`CloseReason::retry`]: busy, going down, restarted, lost: yes; the token: no |
+///
+/// The verdicts on close codes are in `docs/PROTOCOL.md`, section 9.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConnectError {
@@ -428,5 +446,92 @@ impl ConnectError {
             ),
             _ => false,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One of each; the compiler says when one is missing.
+    fn samples() -> Vec<ConnectError> {
+        let address = SocketAddr::from(([127, 0, 0, 1], 1));
+        let text = String::new();
+        let pin = crate::Identity::generate().unwrap().fingerprint();
+        let all = vec![
+            ConnectError::Setting(InvalidSetting("")),
+            ConnectError::Tls(text.clone()),
+            ConnectError::Address(text.clone()),
+            ConnectError::Resolve {
+                host: text.clone(),
+                source: io::Error::other(""),
+            },
+            ConnectError::Local(io::Error::other("")),
+            ConnectError::Dial {
+                address,
+                text: text.clone(),
+            },
+            ConnectError::Unreachable { address },
+            ConnectError::PinMismatch {
+                expected: pin,
+                presented: pin,
+            },
+            ConnectError::Handshake { address, text },
+            ConnectError::Denied(CloseReason::local(CloseCode::SERVER_BUSY, "")),
+        ];
+        for error in &all {
+            match error {
+                ConnectError::Setting(_)
+                | ConnectError::Tls(_)
+                | ConnectError::Address(_)
+                | ConnectError::Resolve { .. }
+                | ConnectError::Local(_)
+                | ConnectError::Dial { .. }
+                | ConnectError::Unreachable { .. }
+                | ConnectError::PinMismatch { .. }
+                | ConnectError::Handshake { .. }
+                | ConnectError::Denied(_) => {}
+            }
+        }
+        all
+    }
+
+    #[test]
+    fn the_table_says_what_is_retried() {
+        let rows: Vec<(&str, &str)> = include_str!("client.rs")
+            .lines()
+            .filter_map(|line| line.strip_prefix("/// | `"))
+            .filter_map(|row| {
+                let (name, rest) = row.split_once("` | ")?;
+                Some((name, rest.split_once(" | ")?.0))
+            })
+            .collect();
+        let errors = samples();
+        assert_eq!(rows.len(), errors.len());
+        for ((name, verdict), error) in rows.into_iter().zip(errors) {
+            assert!(format!("{error:?}").starts_with(name), "{name}: {error:?}");
+            match error {
+                ConnectError::Denied(_) => {
+                    assert_eq!(verdict, "as its reason");
+                    for code in CloseCode::ALL {
+                        let reason = CloseReason::peer(*code, "");
+                        let retry = reason.retry;
+                        assert_eq!(ConnectError::Denied(reason).retry(), retry, "{code}");
+                    }
+                }
+                error => assert_eq!(error.retry(), verdict == "yes", "{name}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_server_that_restarts_during_the_handshake_is_tried_again() {
+        let pin = crate::Identity::generate().unwrap().fingerprint();
+        let client = Client::builder().pin(pin).build().unwrap();
+        let address = SocketAddr::from(([127, 0, 0, 1], 1));
+        let error = client.dial_error(address, &quinn::ConnectionError::Reset);
+        assert!(error.retry() && !error.is_auth(), "{error:?}");
+        let error = client.dial_error(address, &quinn::ConnectionError::VersionMismatch);
+        assert!(!error.retry(), "{error:?}");
     }
 }

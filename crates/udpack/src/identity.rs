@@ -141,6 +141,11 @@ impl Identity {
 
     /// Returns the key for stateless resets: with a lasting key, a server that was restarted can
     /// tell its old peers so at once instead of leaving them to a timeout.
+    ///
+    /// It is HKDF-SHA256 of the private key under a label of its own: who has one derived key learns
+    /// neither the private key nor another derived key. Whoever can make a server with this key
+    /// answer for a connection of another server with the same key can end that connection, so two
+    /// servers that run at the same time must not share a key (RFC 9000, section 21.11).
     pub(crate) fn reset_key(&self) -> Arc<dyn HmacKey> {
         let secret: [u8; 32] = self.derive(RESET_LABEL);
         Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &secret))

@@ -77,7 +77,7 @@ pub use secret_file::SecretFileError;
 pub use server::{BindError, Server, ServerBuilder, ServerError};
 pub use socket::{IntoOutcome, OpenError, Socket};
 pub use speed::{Speed, SpeedMeter, Stats};
-pub use tokens::{TokenEntry, TokenFile, TokenFileError, TokenLineError, generate_token};
+pub use tokens::{NewToken, TokenEntry, TokenFile, TokenFileError, TokenLineError, generate_token};
 pub use url::{ConnectUrl, ConnectUrlError, DEFAULT_PORT};
 
 /// The pieces of the wire format, for programs that look at it from outside: proxies, test tools, fuzzers.

@@ -8,8 +8,10 @@ use std::fs::{File, Metadata};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
 
 /// Why a secret file was not used.
 #[derive(Debug, thiserror::Error)]
@@ -62,6 +64,15 @@ pub enum SecretFileError {
         owner: u32,
         /// The user id of this process.
         user: u32,
+    },
+    /// The system refused to change it.
+    #[error("cannot change {}", path.display())]
+    Change {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
     },
     /// It is larger than such a file can sensibly be.
     #[error("{} is larger than {limit} bytes", path.display())]
@@ -119,6 +130,58 @@ pub(crate) fn create(path: &Path, bytes: &[u8]) -> Result<bool, SecretFileError>
         path: path.to_owned(),
         source,
     })
+}
+
+/// Puts `bytes` with mode 0600 in the place of the secret file at `path`, at once: whoever reads it
+/// gets the old content or the new, also after a power cut.
+///
+/// Returns `false`, and changes nothing, when the file is no longer the `version` that was read.
+/// That closes the window for an editor's work to a moment, not entirely; callers keep each other
+/// out with [`lock_dir`].
+pub(crate) fn replace(
+    path: &Path,
+    bytes: &[u8],
+    version: Version,
+) -> Result<bool, SecretFileError> {
+    let swap = || {
+        let temporary = Temporary::write(path, bytes)?;
+        if Version::of(&std::fs::metadata(path)?) != version {
+            return Ok(false);
+        }
+        std::fs::rename(&temporary.path, path)?;
+        temporary.gone()?.sync_all()?;
+        Ok(true)
+    };
+    swap().map_err(|source| SecretFileError::Change {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Keeps other processes that ask for it from changing the secret files beside `path`, until the
+/// answer is dropped or the process ends. The directory itself is locked: no lock file stays behind.
+///
+/// Blocks for at most `patience`.
+pub(crate) fn lock_dir(path: &Path, patience: Duration) -> Result<File, SecretFileError> {
+    let failed = |source| SecretFileError::Change {
+        path: path.to_owned(),
+        source,
+    };
+    let dir = File::open(dir_of(path)).map_err(failed)?;
+    let deadline = Instant::now() + patience;
+    loop {
+        match rustix::fs::flock(&dir, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(dir),
+            Err(Errno::WOULDBLOCK | Errno::INTR) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Err(Errno::WOULDBLOCK) => {
+                let text = "another program keeps its directory locked";
+                return Err(failed(io::Error::new(io::ErrorKind::TimedOut, text)));
+            }
+            Err(errno) => return Err(failed(errno.into())),
+        }
+    }
 }
 
 /// Creates `dir` and what is missing above it, for its owner alone.
@@ -189,47 +252,71 @@ fn check(path: &Path, metadata: &Metadata, user: u32) -> Result<(), SecretFileEr
 }
 
 fn publish(path: &Path, bytes: &[u8]) -> io::Result<bool> {
-    let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
-        return Err(io::Error::from(io::ErrorKind::InvalidFilename));
-    };
-    let dir = if dir.as_os_str().is_empty() {
-        Path::new(".")
-    } else {
-        dir
-    };
-    let mut suffix = [0; 8];
-    aws_lc_rs::rand::fill(&mut suffix).map_err(|_| io::Error::other("no random bytes"))?;
-    let suffix = u64::from_be_bytes(suffix);
-    let temporary = dir.join(format!(".{}.{suffix:016x}.tmp", name.display()));
-
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let owner_only = Mode::RUSR | Mode::WUSR;
-    let file = rustix::fs::open(&temporary, flags, owner_only)?;
-    let cleanup = Unlink(&temporary);
-    // The umask may have taken bits away that the owner needs.
-    rustix::fs::fchmod(&file, owner_only)?;
-    let mut file = File::from(file);
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    drop(file);
-
+    let temporary = Temporary::write(path, bytes)?;
     // A link, not a rename: it fails when the name is taken.
-    let created = match std::fs::hard_link(&temporary, path) {
+    let created = match std::fs::hard_link(&temporary.path, path) {
         Ok(()) => true,
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
         Err(error) => return Err(error),
     };
-    drop(cleanup);
-    File::open(dir)?.sync_all()?;
+    drop(temporary);
+    File::open(dir_of(path))?.sync_all()?;
     Ok(created)
 }
 
-struct Unlink<'a>(&'a Path);
+fn dir_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir,
+        _ => Path::new("."),
+    }
+}
 
-impl Drop for Unlink<'_> {
+/// A file on disk, whole, beside the one it shall become; removed on drop.
+struct Temporary {
+    path: PathBuf,
+    placed: bool,
+}
+
+impl Temporary {
+    fn write(path: &Path, bytes: &[u8]) -> io::Result<Self> {
+        let Some(name) = path.file_name() else {
+            return Err(io::Error::from(io::ErrorKind::InvalidFilename));
+        };
+        let mut suffix = [0; 8];
+        aws_lc_rs::rand::fill(&mut suffix).map_err(|_| io::Error::other("no random bytes"))?;
+        let suffix = u64::from_be_bytes(suffix);
+        let temporary = dir_of(path).join(format!(".{}.{suffix:016x}.tmp", name.display()));
+
+        let flags =
+            OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let owner_only = Mode::RUSR | Mode::WUSR;
+        let file = rustix::fs::open(&temporary, flags, owner_only)?;
+        let temporary = Self {
+            path: temporary,
+            placed: false,
+        };
+        // The umask may have taken bits away that the owner needs.
+        rustix::fs::fchmod(&file, owner_only)?;
+        let mut file = File::from(file);
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        Ok(temporary)
+    }
+
+    /// It was renamed. Returns the directory.
+    fn gone(mut self) -> io::Result<File> {
+        self.placed = true;
+        File::open(dir_of(&self.path))
+    }
+}
+
+impl Drop for Temporary {
     fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_file(self.0) {
-            tracing::warn!(path = %self.0.display(), %error, "temporary file left behind");
+        if self.placed {
+            return;
+        }
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "temporary file left behind");
         }
     }
 }
@@ -250,6 +337,33 @@ mod tests {
         let mode = std::fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o7777, 0o600);
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn replaces_the_version_that_was_read_and_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("secret");
+        create(&path, b"one").unwrap();
+        let (_, first) = read(&path, 100).unwrap();
+        assert!(replace(&path, b"two, longer", first).unwrap());
+        let (content, second) = read(&path, 100).unwrap();
+        assert_eq!(content, b"two, longer");
+        assert!(!replace(&path, b"three", first).unwrap());
+        assert_eq!(read(&path, 100).unwrap().0, b"two, longer");
+        std::fs::remove_file(&path).unwrap();
+        assert!(replace(&path, b"four", second).is_err());
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_locked_directory_is_waited_for_and_given_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("secret");
+        let held = lock_dir(&path, Duration::ZERO).unwrap();
+        let text = lock_dir(&path, Duration::from_millis(30)).unwrap_err();
+        assert!(text.to_string().contains("cannot change"), "{text}");
+        drop(held);
+        lock_dir(&path, Duration::ZERO).unwrap();
     }
 
     #[test]

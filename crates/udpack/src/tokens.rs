@@ -6,7 +6,7 @@
 //! which would only hand unknown peers a lever on the processor.
 
 use std::collections::HashMap;
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -111,6 +111,80 @@ impl TokenFile {
             .next()
     }
 
+    /// Returns the entries in force, in the order of the file.
+    pub fn entries(&self) -> Vec<TokenEntry> {
+        self.current().entries.clone()
+    }
+
+    /// Makes a token for `new` and adds it to the file at `path` as `ID sha256:HEX key=value…`. Returns the
+    /// token: it is nowhere else, the file holds its digest only.
+    ///
+    /// What is in the file stays byte for byte. The file is replaced at once, so a server that runs sees all
+    /// of the change or nothing of it; two that change it at the same time wait for each other. A missing file
+    /// is created with mode 0600, a missing directory with 0700. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// When the id is in the file, when the id or a field cannot be written, when the file is not acceptable
+    /// (see [`open`](Self::open); one without entries is), or when it cannot be changed. It is unchanged then.
+    pub fn issue(path: impl AsRef<Path>, new: &NewToken) -> Result<String, TokenFileError> {
+        let token = generate_token();
+        let line = new.line(&sha256(token.as_bytes()))?;
+        let path = path.as_ref();
+        if let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) {
+            secret_file::create_dir(dir)?;
+        }
+        edit(path, |path, content| {
+            let entries = match content {
+                Some(content) => TokenSet::entries(path, content)?,
+                None => Vec::new(),
+            };
+            if entries.iter().any(|entry| entry.id == new.id) {
+                return Err(TokenFileError::IdTaken {
+                    path: path.to_owned(),
+                    id: new.id.clone(),
+                });
+            }
+            let mut content = content.unwrap_or_default().to_vec();
+            if content.last().is_some_and(|byte| *byte != b'\n') {
+                content.push(b'\n');
+            }
+            content.extend_from_slice(line.as_bytes());
+            Ok(Some(content))
+        })?;
+        Ok(token)
+    }
+
+    /// Removes the line of `id` from the file at `path`. Returns whether there was one.
+    ///
+    /// A line without an id goes by the id that [`entries`](Self::entries) shows for it. All other lines stay
+    /// byte for byte; the file is replaced as by [`issue`](Self::issue). Blocks.
+    ///
+    /// # Errors
+    ///
+    /// When the file is not acceptable or cannot be changed, and when it is the last token: a server does not
+    /// start without one, and one that runs would keep the last good set in force.
+    pub fn revoke(path: impl AsRef<Path>, id: &str) -> Result<bool, TokenFileError> {
+        edit(path.as_ref(), |path, content| {
+            let Some(content) = content else {
+                // What is missing is reported as a read of it would be.
+                secret_file::read(path, MAX_FILE)?;
+                return Ok(None);
+            };
+            let entries = TokenSet::entries(path, content)?;
+            if !entries.iter().any(|entry| entry.id == id) {
+                return Ok(None);
+            }
+            if entries.len() == 1 {
+                return Err(TokenFileError::LastToken {
+                    path: path.to_owned(),
+                    id: id.to_owned(),
+                });
+            }
+            Ok(Some(without(content, id)))
+        })
+    }
+
     /// Returns how many entries are in force.
     #[expect(clippy::len_without_is_empty, reason = "a token file is never empty")]
     pub fn len(&self) -> usize {
@@ -139,6 +213,98 @@ impl fmt::Debug for TokenFile {
             .field("path", &self.inner.path)
             .finish_non_exhaustive()
     }
+}
+
+/// What a new token stands for; see [`TokenFile::issue`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NewToken {
+    /// The id: 1 to 64 characters from `A-Z a-z 0-9 . _ @ -`.
+    pub id: String,
+    /// Fields: each key once, from `a-z 0-9 _ -`; values without white space or control characters.
+    pub fields: Vec<(String, String)>,
+}
+
+impl NewToken {
+    /// Returns the line for the file, with its end.
+    fn line(&self, digest: &Digest) -> Result<String, TokenFileError> {
+        let mut line = format!("{} sha256:", self.id);
+        for byte in digest {
+            let _ = write!(line, "{byte:02x}");
+        }
+        for (key, value) in &self.fields {
+            let _ = write!(line, " {key}={value}");
+        }
+        if !is_id(&self.id) {
+            return Err(TokenFileError::New(TokenLineError::Id));
+        }
+        // What the server will read must be what was asked for.
+        let read = parse_line(&line).map_err(TokenFileError::New)?;
+        if line.contains(char::is_control) || read.fields != self.fields {
+            return Err(TokenFileError::New(TokenLineError::Field));
+        }
+        line.push('\n');
+        Ok(line)
+    }
+}
+
+/// Changes the file at `path`: `change` gets its path and content (`None` when there is no file) and returns
+/// the new content, or `None` to leave it. Returns whether it was changed.
+fn edit<F>(path: &Path, change: F) -> Result<bool, TokenFileError>
+where
+    F: Fn(&Path, Option<&[u8]>) -> Result<Option<Vec<u8>>, TokenFileError>,
+{
+    // A link is kept: the file it leads to is changed.
+    let real = std::fs::canonicalize(path);
+    let path = real.as_deref().unwrap_or(path);
+    let _lock = secret_file::lock_dir(path, PATIENCE)?;
+    for _ in 0..EDITS {
+        let old = match secret_file::read(path, MAX_FILE) {
+            Ok(old) => Some(old),
+            Err(error) if error.is_missing() => None,
+            Err(error) => return Err(error.into()),
+        };
+        let content = old.as_ref().map(|(content, _)| content.as_slice());
+        let Some(new) = change(path, content)? else {
+            return Ok(false);
+        };
+        if new.len() as u64 > MAX_FILE {
+            return Err(TokenFileError::File(SecretFileError::TooLarge {
+                path: path.to_owned(),
+                limit: MAX_FILE,
+            }));
+        }
+        let changed = match old {
+            Some((_, version)) => secret_file::replace(path, &new, version)?,
+            None => secret_file::create(path, &new)?,
+        };
+        if changed {
+            return Ok(true);
+        }
+        // Somebody who does not ask for the lock, such as an editor, was faster: once more with theirs.
+    }
+    Err(TokenFileError::Busy {
+        path: path.to_owned(),
+    })
+}
+
+/// Returns `content`, which was read as sound before, without the line of `id`.
+fn without(content: &[u8], id: &str) -> Vec<u8> {
+    let mark: &[u8] = "\u{feff}".as_bytes();
+    let (mut kept, rest) = match content.strip_prefix(mark) {
+        Some(rest) => (mark.to_vec(), rest),
+        None => (Vec::with_capacity(content.len()), content),
+    };
+    for line in rest.split_inclusive(|byte| *byte == b'\n') {
+        let is = std::str::from_utf8(line).is_ok_and(|text| {
+            lines(text)
+                .filter_map(|(_, text)| parse_line(text).ok())
+                .any(|line| line.into_entry().id == id)
+        });
+        if !is {
+            kept.extend_from_slice(line);
+        }
+    }
+    kept
 }
 
 /// One line of a token file: who the token stands for.
@@ -196,6 +362,31 @@ pub enum TokenFileError {
     /// There is no entry.
     #[error("no token in {}: at least one line must hold one", path.display())]
     Empty {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Another entry has the id.
+    #[error("there is a token {id} in {} already", path.display())]
+    IdTaken {
+        /// The file.
+        path: PathBuf,
+        /// The id.
+        id: String,
+    },
+    /// The entry to be removed is the only one.
+    #[error("{id} is the last token in {}: add another one first", path.display())]
+    LastToken {
+        /// The file.
+        path: PathBuf,
+        /// The id.
+        id: String,
+    },
+    /// The id or the fields of a new token cannot be written.
+    #[error("{0}")]
+    New(TokenLineError),
+    /// The file changed whenever it was about to be replaced.
+    #[error("somebody else keeps changing {}", path.display())]
+    Busy {
         /// The file.
         path: PathBuf,
     },
@@ -332,6 +523,21 @@ struct TokenSet {
 
 impl TokenSet {
     fn parse(path: &Path, content: &[u8]) -> Result<Self, TokenFileError> {
+        let set = Self::parse_any(path, content)?;
+        if set.entries.is_empty() {
+            return Err(TokenFileError::Empty {
+                path: path.to_owned(),
+            });
+        }
+        Ok(set)
+    }
+
+    /// The entries of `content`, of which there may be none.
+    fn entries(path: &Path, content: &[u8]) -> Result<Vec<TokenEntry>, TokenFileError> {
+        Ok(Self::parse_any(path, content)?.entries)
+    }
+
+    fn parse_any(path: &Path, content: &[u8]) -> Result<Self, TokenFileError> {
         let path = || path.to_owned();
         let text =
             std::str::from_utf8(content).map_err(|_| TokenFileError::NotText { path: path() })?;
@@ -356,9 +562,6 @@ impl TokenSet {
             }
             entries.push(entry);
             numbers.push(line);
-        }
-        if entries.is_empty() {
-            return Err(TokenFileError::Empty { path: path() });
         }
         Ok(Self { entries, index })
     }
@@ -518,6 +721,10 @@ pub(crate) const MAX_TOKEN: usize = 512;
 const MAX_ID: usize = 64;
 /// A million entries with room to spare.
 const MAX_FILE: u64 = 256 * 1024 * 1024;
+/// How long one change of the file waits for another.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How often a change is tried against somebody who takes no lock.
+const EDITS: usize = 10;
 const TICK: Duration = Duration::from_millis(100);
 const NO_DIGEST: Digest = [0; 32];
 const BASE64URL: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
@@ -802,6 +1009,194 @@ mod tests {
         for secret in [TOKEN, OTHER, "short"] {
             assert_eq!(log.count(secret), 0);
         }
+    }
+
+    fn new_token(id: &str, fields: &[(&str, &str)]) -> NewToken {
+        NewToken {
+            id: id.to_owned(),
+            fields: fields
+                .iter()
+                .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+                .collect(),
+        }
+    }
+
+    #[test]
+    fn a_new_token_is_added_and_what_was_there_stays() {
+        // No end of line at the end, an empty line, DOS ends, a comment: none of it is touched.
+        let before = format!("\u{feff}# ours\r\n\r\n alice  {TOKEN}\tscope=write # hers\r\n#end");
+        let (dir, path) = file(&before);
+        let tokens = TokenFile::open(&path).unwrap();
+        let fields = [("scope", "read,write"), ("prefix", "a/b"), ("quota", "10G")];
+        let token = TokenFile::issue(&path, &new_token("bob@x.org", &fields)).unwrap();
+        let after = std::fs::read_to_string(&path).unwrap();
+        let digest = hex(&sha256(token.as_bytes()));
+        assert_eq!(
+            after,
+            format!("{before}\nbob@x.org sha256:{digest} scope=read,write prefix=a/b quota=10G\n")
+        );
+        assert!(!after.contains(&token));
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o7777, 0o600);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+
+        // The set that was open before sees it.
+        let bob = tokens.verify(&token).unwrap();
+        assert_eq!((bob.id(), bob.field("quota")), ("bob@x.org", Some("10G")));
+        let ids: Vec<_> = tokens.entries().iter().map(|e| e.id().to_owned()).collect();
+        assert_eq!(ids, ["alice", "bob@x.org"]);
+    }
+
+    #[test]
+    fn a_new_token_makes_the_file_if_there_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("keys/token");
+        let token = TokenFile::issue(&path, &new_token("alice", &[])).unwrap();
+        assert_eq!(
+            TokenFile::open(&path).unwrap().verify(&token).unwrap().id(),
+            "alice"
+        );
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+        assert_eq!(mode(&path), 0o600);
+        assert_eq!(mode(&dir.path().join("keys")), 0o700);
+
+        let (_dir, path) = file("# nobody yet\n");
+        TokenFile::issue(&path, &new_token("alice", &[])).unwrap();
+        assert_eq!(TokenFile::open(&path).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn what_cannot_be_added_leaves_the_file_alone() {
+        let before = format!("alice {TOKEN}\n{OTHER}");
+        let (dir, path) = file(&before);
+        let anonymous = TokenFile::open(&path).unwrap().entries()[1].id().to_owned();
+        for id in ["alice", &anonymous] {
+            assert!(matches!(
+                TokenFile::issue(&path, &new_token(id, &[])),
+                Err(TokenFileError::IdTaken { .. })
+            ));
+        }
+        for id in ["", "a b", "a=b", "#a", "ä", "a\n", &"x".repeat(65)] {
+            assert!(
+                matches!(
+                    TokenFile::issue(&path, &new_token(id, &[])),
+                    Err(TokenFileError::New(_))
+                ),
+                "{id:?}"
+            );
+        }
+        for (key, value) in [
+            ("", "x"),
+            ("K", "x"),
+            ("k=", "x"),
+            ("#k", "x"),
+            ("k", ""),
+            ("k", "a b"),
+            ("k", " a"),
+            ("k", "a\nmallory sha256:00"),
+            ("k", "a\r"),
+            ("k", "a\u{0}"),
+            ("k", "a\u{85}"),
+            ("k", "a j=b"),
+        ] {
+            let result = TokenFile::issue(&path, &new_token("bob", &[(key, value)]));
+            assert!(
+                matches!(result, Err(TokenFileError::New(_))),
+                "{key:?} {value:?}"
+            );
+        }
+        let twice = new_token("bob", &[("k", "1"), ("k", "2")]);
+        assert!(TokenFile::issue(&path, &twice).is_err());
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), before);
+
+        put(&path, "alice short\n");
+        assert!(matches!(
+            TokenFile::issue(&path, &new_token("bob", &[])),
+            Err(TokenFileError::Line { line: 1, .. })
+        ));
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o640)).unwrap();
+        assert!(matches!(
+            TokenFile::issue(&path, &new_token("bob", &[])),
+            Err(TokenFileError::File(SecretFileError::Mode { .. }))
+        ));
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "alice short\n");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_revoked_line_goes_and_the_others_stay() {
+        let before = format!("\u{feff}alice {TOKEN}\r\n# alice is gone\r\n{OTHER} k=v");
+        let (dir, path) = file(&before);
+        let tokens = TokenFile::open(&path).unwrap();
+        let alice = tokens.verify(TOKEN).unwrap();
+        let anonymous = tokens.entries()[1].id().to_owned();
+        assert!(!TokenFile::revoke(&path, "nobody").unwrap());
+        assert!(!TokenFile::revoke(&path, "").unwrap());
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), before);
+
+        assert!(TokenFile::revoke(&path, "alice").unwrap());
+        assert_eq!(
+            std::fs::read_to_string(&path).unwrap(),
+            format!("\u{feff}# alice is gone\r\n{OTHER} k=v")
+        );
+        assert!(!tokens.contains(&alice));
+        assert!(tokens.verify(TOKEN).is_none());
+        assert!(!TokenFile::revoke(&path, "alice").unwrap());
+
+        // The last one must stay, or else a running server would keep it in force for ever.
+        let text = TokenFile::revoke(&path, &anonymous).unwrap_err();
+        assert!(text.to_string().contains("last token"), "{text}");
+        TokenFile::issue(&path, &new_token("bob", &[])).unwrap();
+        assert!(TokenFile::revoke(&path, &anonymous).unwrap());
+        assert!(tokens.verify(OTHER).is_none());
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+
+        let missing = TokenFile::revoke(dir.path().join("missing"), "bob").unwrap_err();
+        assert!(matches!(missing, TokenFileError::File(error) if error.is_missing()));
+    }
+
+    #[test]
+    fn a_link_to_the_file_stays_a_link() {
+        let (dir, path) = file(format!("alice {TOKEN}\n"));
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink("token", &link).unwrap();
+        TokenFile::issue(&link, &new_token("bob", &[])).unwrap();
+        assert!(std::fs::symlink_metadata(&link).unwrap().is_symlink());
+        assert_eq!(TokenFile::open(&path).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn changes_at_the_same_time_all_count() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("keys/token");
+        let barrier = std::sync::Barrier::new(8);
+        std::thread::scope(|scope| {
+            for thread in 0..8 {
+                let (path, barrier) = (&path, &barrier);
+                scope.spawn(move || {
+                    barrier.wait();
+                    for n in 0..5 {
+                        let id = format!("t{thread}-{n}");
+                        TokenFile::issue(path, &new_token(&id, &[])).unwrap();
+                        if n % 2 == 1 {
+                            assert!(TokenFile::revoke(path, &id).unwrap());
+                        }
+                    }
+                });
+            }
+        });
+        let tokens = TokenFile::open(&path).unwrap();
+        assert_eq!(tokens.len(), 8 * 3);
+        assert!(
+            tokens
+                .entries()
+                .iter()
+                .all(|entry| !entry.id().ends_with("1"))
+        );
+        assert_eq!(
+            std::fs::read_dir(dir.path().join("keys")).unwrap().count(),
+            1
+        );
     }
 
     #[test]
