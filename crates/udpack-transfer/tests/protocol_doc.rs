@@ -185,12 +185,12 @@ fn asked(request: Request) -> Said {
             ("have", ranges(&wish.have)),
         ],
         Request::Chunk { id, offset, bytes } => vec![
-            ("id", offset.and(int(id))),
+            ("id", offset.and_then(|_| int(id))),
             ("off", offset.and_then(int)),
             ("chunk", bin(&bytes)),
         ],
         Request::Finish(finish) => vec![
-            ("id", finish.hash.and(int(finish.id))),
+            ("id", finish.hash.and_then(|_| int(finish.id))),
             ("size", finish.size.and_then(int)),
             ("hash", finish.hash.and_then(|hash| bin(&hash))),
         ],
