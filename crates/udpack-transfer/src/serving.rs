@@ -217,6 +217,12 @@ impl<'a> Serving<'a> {
             }
         };
         self.active = Instant::now();
+        if let Request::Ack { id, .. } = &request
+            && let Some((pulse, _)) = self.files.get(id).and_then(|file| file.writer.as_ref())
+        {
+            // A client that compares what we have says so.
+            pulse.beat();
+        }
         match self.lane.on(&request) {
             Action::Begin(offer) => self.begin(offer).await,
             Action::Write => {
