@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use udpack::{CloseCode, CloseReason, ConnectError, OpenError, RecvError, Side};
 
+use crate::store::StoreError;
+
 /// Why one file was not transferred.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -44,6 +46,9 @@ pub enum TransferError {
     /// The server's hash is not ours, although it said `done`.
     #[error("the server stored other bytes than were sent")]
     Mismatch,
+    /// The local directory does not take the file, or could not store it: downloads only.
+    #[error(transparent)]
+    Store(Arc<StoreError>),
     /// The connection or the lane ended first: whether the file was stored is unknown. Asking again with
     /// [`IfExists::Same`](crate::IfExists::Same) settles it.
     #[error("the connection ended before the server confirmed the file: {0}")]
@@ -90,16 +95,10 @@ impl TransferError {
             Self::Connect(error) if error.is_auth() => ErrorKind::Auth,
             Self::Connect(_) => ErrorKind::Network,
             Self::Protocol(_) => ErrorKind::Other,
-            Self::Refused { code, .. } => match code.as_str() {
-                "bad_name" | "exists" | "too_large" | "quota" | "forbidden"
-                | "too_many_uploads" | "unsupported" | "busy" | "superseded" | "not_found"
-                | "is_directory" | "not_a_file" | "not_empty" | "refused" => ErrorKind::Policy,
-                "size_mismatch" | "hash_mismatch" | "bad_offset" | "source_changed" => {
-                    ErrorKind::Integrity
-                }
-                "no_space" | "io" => ErrorKind::RemoteStorage,
-                "upload_stalled" => ErrorKind::Network,
-                _ => ErrorKind::Other,
+            Self::Refused { code, .. } => by_code(code),
+            Self::Store(error) => match by_code(error.code()) {
+                ErrorKind::RemoteStorage | ErrorKind::Other => ErrorKind::LocalFile,
+                kind => kind,
             },
         }
     }
@@ -108,11 +107,27 @@ impl TransferError {
     pub fn retry(&self) -> bool {
         match self {
             Self::Refused { retry, .. } => *retry,
+            Self::Store(error) => error.retry(),
             Self::Closed(reason) => reason.retry,
             Self::Connect(error) => error.retry(),
             Self::Silent(_) | Self::SourceChanged { .. } | Self::Mismatch => true,
             Self::Source { .. } | Self::NotAFile { .. } | Self::Protocol(_) => false,
         }
+    }
+}
+
+/// What kind of trouble a code of `docs/PROTOCOL.md` §11 stands for.
+fn by_code(code: &str) -> ErrorKind {
+    match code {
+        "bad_name" | "exists" | "too_large" | "quota" | "forbidden"
+        | "too_many_uploads" | "unsupported" | "busy" | "superseded" | "not_found"
+        | "is_directory" | "not_a_file" | "not_empty" | "refused" => ErrorKind::Policy,
+        "size_mismatch" | "hash_mismatch" | "bad_offset" | "source_changed" => {
+            ErrorKind::Integrity
+        }
+        "no_space" | "io" => ErrorKind::RemoteStorage,
+        "upload_stalled" => ErrorKind::Network,
+        _ => ErrorKind::Other,
     }
 }
 
@@ -158,6 +173,7 @@ impl TransferError {
                 message: message.clone(),
                 retry: *retry,
             },
+            Self::Store(error) => Self::Store(error.clone()),
             Self::Mismatch => Self::Mismatch,
             Self::Protocol(text) => Self::Protocol(text.clone()),
         }

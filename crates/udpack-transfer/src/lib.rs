@@ -20,6 +20,7 @@
     warn(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)
 )]
 
+mod downloader;
 mod error;
 mod hook;
 mod jobs;
@@ -31,6 +32,7 @@ mod path;
 mod queries;
 mod queue;
 mod receiver;
+mod remote;
 mod scope;
 mod serving;
 mod size;
@@ -41,6 +43,7 @@ pub mod wire;
 mod worker;
 mod writers;
 
+pub use downloader::{Download, Downloader, Wanted, apply_entry};
 pub use error::{ErrorKind, TransferError};
 pub use hook::{Accepted, Hook, HookOffer, HookStored};
 pub use lane::{Action, Lane, Refusal};
@@ -48,6 +51,7 @@ pub use limiter::Limiter;
 pub use link::{Link, LinkEvent, LinkEvents, Retry};
 pub use path::{PathError, PathRule, RelPath};
 pub use receiver::{Receiver, ReceiverConfig};
+pub use remote::{Job, JobKind, JobState, Jobs, JobsEvent, Listing, Remote};
 pub use scope::{Scope, ScopeError};
 pub use size::parse_size;
 pub use source::Source;

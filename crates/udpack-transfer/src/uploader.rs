@@ -31,7 +31,7 @@ const SILENCE: Duration = Duration::from_secs(60);
 /// Silence of this side on an open file, after which it gives a sign of life.
 const ALIVE: Duration = Duration::from_secs(5);
 /// How often [`Upload::next`] reports progress at most.
-const REPORT: Duration = Duration::from_millis(100);
+pub(crate) const REPORT: Duration = Duration::from_millis(100);
 /// The longest range of an unfinished file that a server proves at once: what is longer is a finished one.
 const RANGE: u64 = 64 << 20;
 /// How long and how often a file is offered again that another client is writing.
@@ -299,7 +299,7 @@ impl Drop for Upload {
     }
 }
 
-async fn link_event(events: &mut Option<LinkEvents>) -> Option<LinkEvent> {
+pub(crate) async fn link_event(events: &mut Option<LinkEvents>) -> Option<LinkEvent> {
     match events {
         Some(events) => events.next().await,
         None => std::future::pending().await,
