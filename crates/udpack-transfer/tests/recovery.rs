@@ -141,10 +141,8 @@ async fn an_upload_goes_on_over_lost_connections() {
         let mut cuts = [2, 9, 17].map(|at| at * MIB as u64).into_iter().peekable();
         let (mut reconnecting, mut connected) = (0, 0);
         let (done, failed) = follow(upload, |event| match event {
-            Event::Progress(progress) => {
-                if cuts.next_if(|at| progress.acked > *at).is_some() {
-                    cut(&fixture.server);
-                }
+            Event::Progress(progress) if cuts.next_if(|at| progress.acked > *at).is_some() => {
+                cut(&fixture.server);
             }
             Event::Reconnecting { attempt, .. } => reconnecting += usize::from(*attempt == 1),
             Event::Connected => connected += 1,
@@ -153,6 +151,9 @@ async fn an_upload_goes_on_over_lost_connections() {
         .await;
         assert!(failed.is_empty(), "{failed:?}");
         assert_eq!((done.len(), connected), (402, 3));
+        let big = done.iter().find(|outcome| outcome.path == "big");
+        let big = big.expect("it is done");
+        assert!(big.resumed > 0 && !big.same, "{big:?}");
         assert!(reconnecting >= 3);
         assert!(fixture.stored("big") == noise(1, 24 * MIB));
         assert!(fixture.stored("mid") == noise(2, MIB));

@@ -15,9 +15,7 @@ use crate::CHANNEL;
 use crate::error::TransferError;
 use crate::store::{Meta, Time};
 use crate::uploader::Event;
-use crate::wire::{
-    self, AckFields, CancelFields, Finish, GetFields, IdField, MetaFields, Reply,
-};
+use crate::wire::{self, AckFields, CancelFields, Finish, GetFields, IdField, MetaFields, Reply};
 
 /// Files that may be asked for and not stored yet. The server lets 64 wait, and may learn late that one of
 /// them does so no more.
@@ -487,8 +485,7 @@ impl Asking<'_> {
                 // Held so that the worker cannot be done with the file before it is known here.
                 let mut files = lock(&flight.files);
                 let notes = self.notes.clone();
-                let (incoming, wish) =
-                    Incoming::prepare(context.clone(), job, place, asked, notes);
+                let (incoming, wish) = Incoming::prepare(context.clone(), job, place, asked, notes);
                 let file = File {
                     incoming: Some(incoming),
                     asked: false,
