@@ -166,6 +166,43 @@ async fn an_upload_goes_on_over_lost_connections() {
 }
 
 #[tokio::test]
+async fn the_same_upload_made_again_goes_on_where_the_first_was_given_up() {
+    bounded(async {
+        let fixture = Fixture::new().await;
+        let local = fixture.dir.path().join("big");
+        let mut bytes = noise(6, 24 * MIB);
+        std::fs::write(&local, &bytes).expect("a file");
+        let source = Source::file(&local, rel("big"));
+        let half =
+            |event: &Event| matches!(event, Event::Progress(now) if now.acked > 12 * MIB as u64);
+        let mut upload = Uploader::new(link(&fixture.server))
+            .limit(Limiter::new(32 * MIB as u64))
+            .put([source.clone()]);
+        while !half(&upload.next().await.expect("it goes on")) {}
+        drop(upload);
+        // Meanwhile what was not sent yet has changed.
+        bytes[24 * MIB - 1] ^= 1;
+        std::fs::write(&local, &bytes).expect("a file");
+        let mut resumed = 0;
+        let upload = Uploader::new(link(&fixture.server)).put([source]);
+        let (done, failed) = follow(upload, |event| {
+            if let Event::Resumed { bytes, .. } = event {
+                resumed = *bytes;
+            }
+        })
+        .await;
+        assert!(failed.is_empty(), "{failed:?}");
+        let done = &done[0];
+        assert_eq!(done.sent + done.resumed, bytes.len() as u64);
+        assert_eq!(resumed, done.resumed);
+        assert!(resumed > 8 * MIB as u64 && !done.same, "{resumed}");
+        assert!(fixture.stored("big") == bytes);
+        fixture.settled().await;
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn an_upload_goes_on_when_the_server_is_started_again() {
     bounded(async {
         let dir = tempfile::tempdir().expect("a directory");
