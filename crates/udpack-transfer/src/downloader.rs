@@ -17,9 +17,7 @@ use crate::error::TransferError;
 use crate::limiter::Limiter;
 use crate::link::{Link, LinkEvent, LinkEvents};
 use crate::path::RelPath;
-use crate::store::{
-    Complete, Entry, IfExists, Kind, Meta, Published, Store, StoreError, Synced,
-};
+use crate::store::{Complete, Entry, IfExists, Kind, Meta, Published, Store, StoreError, Synced};
 use crate::uploader::{Event, Outcome, Progress, REPORT, link_event};
 use incoming::{End, Ended, Note};
 
@@ -105,7 +103,11 @@ impl Downloader {
         I: IntoIterator<Item = Wanted>,
         I::IntoIter: Send + 'static,
     {
-        let places = self.store.config().max_open.clamp(1, Semaphore::MAX_PERMITS);
+        let places = self
+            .store
+            .config()
+            .max_open
+            .clamp(1, Semaphore::MAX_PERMITS);
         let link_events = self.link.events();
         let context = Arc::new(Context {
             link: self.link,
@@ -313,7 +315,9 @@ impl Context {
             resumed: job.resumed,
             same: arrived.same,
             sync: arrived.sync,
-            elapsed: job.since.map_or_else(Default::default, |since| since.elapsed()),
+            elapsed: job
+                .since
+                .map_or_else(Default::default, |since| since.elapsed()),
         };
         let _ = events.send(Event::Done(outcome)).await;
     }
@@ -412,7 +416,7 @@ impl Queue {
     }
 
     fn feed_ended(&self) {
-        self.fed.store(true, Ordering::Relaxed);
+        self.fed.store(true, Ordering::SeqCst);
         self.changed.notify_waiters();
     }
 

@@ -285,10 +285,11 @@ impl Worker {
             // A healthy partial that is dropped is kept where it can be resumed. First that, then the news: the
             // file may be begun again at once.
             match (stage, &end) {
-                (
-                    Stage::Waiting(partial) | Stage::Writing { partial, .. },
-                    End::Failed(error),
-                ) if !error.retry() => partial.discard(),
+                (Stage::Waiting(partial) | Stage::Writing { partial, .. }, End::Failed(error))
+                    if !error.retry() =>
+                {
+                    partial.discard()
+                }
                 (stage, _) => drop(stage),
             }
             return self.ended(end);
@@ -352,10 +353,9 @@ impl Worker {
                     Err(exists(job))
                 }
             }
-            (
-                Step::Prepare(_) | Step::Chunk { .. } | Step::Finish { .. } | Step::End(_),
-                stage,
-            ) => Ok(Next::Stage(stage)),
+            (Step::Prepare(_) | Step::Chunk { .. } | Step::Finish { .. } | Step::End(_), stage) => {
+                Ok(Next::Stage(stage))
+            }
         };
         match next {
             Ok(Next::Stage(stage)) => self.stage = stage,
@@ -418,11 +418,7 @@ fn have(partial: &mut Partial) -> Result<Have, StoreError> {
         .collect())
 }
 
-fn prepare(
-    context: &Context,
-    job: &Job,
-    tell: oneshot::Sender<Wish>,
-) -> Result<Next, StoreError> {
+fn prepare(context: &Context, job: &Job, tell: oneshot::Sender<Wish>) -> Result<Next, StoreError> {
     let (stage, have) = match begin(context, job, job.wanted.size)? {
         Begin::New(mut partial) => {
             let have = have(&mut partial)?;

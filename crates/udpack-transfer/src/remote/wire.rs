@@ -92,7 +92,10 @@ impl Found {
         }
         // Where a link leads is judged by who makes one: see `apply_entry`.
         let target = self.target.filter(|_| kind == Kind::Link);
-        if target.as_ref().is_some_and(|target| target.len() > MAX_TARGET) {
+        if target
+            .as_ref()
+            .is_some_and(|target| target.len() > MAX_TARGET)
+        {
             return Err(wrong("its target is longer than any"));
         }
         Ok(Entry {
@@ -160,10 +163,7 @@ impl<'de> Deserialize<'de> for Digest {
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, _: A) -> Result<Digest, A::Error> {
-                Err(A::Error::invalid_type(
-                    serde::de::Unexpected::Seq,
-                    &self,
-                ))
+                Err(A::Error::invalid_type(serde::de::Unexpected::Seq, &self))
             }
         }
 
