@@ -308,6 +308,7 @@ fn transferring(error: &TransferError) -> Meaning {
                 known => known,
             };
         }
+        TransferError::Connect(error) => return connecting(error),
         TransferError::Source { .. } => hint("check the path and its permissions"),
         TransferError::Mismatch | TransferError::Silent(_) => hint("run the same command again"),
         TransferError::SourceChanged { .. } => hint("send it again when nothing writes to it"),
@@ -320,6 +321,7 @@ fn kind_of(kind: ErrorKind) -> Kind {
     match kind {
         ErrorKind::LocalFile => Kind::LocalFile,
         ErrorKind::Network => Kind::Network,
+        ErrorKind::Auth => Kind::Auth,
         ErrorKind::Policy => Kind::Policy,
         ErrorKind::Integrity => Kind::Integrity,
         ErrorKind::RemoteStorage => Kind::RemoteStorage,

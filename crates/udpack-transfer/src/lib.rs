@@ -1,6 +1,7 @@
 //! Verified file transfer on [`udpack`] channels.
 //!
-//! A [`Receiver`] takes uploads into a [`Store`]; an [`Uploader`] sends files over a `Socket`. Both use the
+//! A [`Receiver`] takes uploads into a [`Store`]; an [`Uploader`] sends files over a `Socket`, or over a
+//! [`Link`] that survives the loss of one. Both use the
 //! public interface of `udpack` only. The messages are in `docs/PROTOCOL.md`, section 11.
 //!
 //! ```text

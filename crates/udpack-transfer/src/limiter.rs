@@ -150,6 +150,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn clones_share_and_wait_in_turn() {
         let limiter = Limiter::new(1 << 20);
+        // The burst is nobody's turn.
+        limiter.take(128 << 10).await;
         let mut tasks = tokio::task::JoinSet::new();
         let order = Arc::new(std::sync::Mutex::new(Vec::new()));
         for lane in 0..4 {

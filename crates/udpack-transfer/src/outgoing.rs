@@ -79,7 +79,7 @@ async fn send(
             return refuse(channel, id, "internal", "the server failed to read", true).await;
         }
     };
-    let meta = opened.meta;
+    let meta = crate::wire::MetaFields::from(opened.meta);
     let fields = FileFields {
         id,
         path: &shown,

@@ -6,7 +6,6 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use rustix::fs::OFlags;
@@ -14,8 +13,8 @@ use tokio::sync::mpsc;
 
 use crate::error::TransferError;
 use crate::path::RelPath;
-use crate::store::Existing;
-use crate::wire::{Have, MetaFields};
+use crate::store::{Existing, Meta, Time};
+use crate::wire::Have;
 
 /// Chunks read ahead of the network.
 const AHEAD: usize = 4;
@@ -35,7 +34,7 @@ pub(crate) enum Origin {
     File(PathBuf),
     Memory(Bytes),
     Reader(Reader),
-    Dir(MetaFields),
+    Dir(Meta),
     Link(String),
     Failed(Arc<TransferError>),
 }
@@ -60,8 +59,8 @@ impl Source {
 
     /// A directory. It is made, and given its times and mode when these are preserved, after everything in it
     /// that came before it is done: what is stored in a directory changes its time. The others go on meanwhile.
-    pub fn dir(remote: RelPath, meta: impl Into<MetaFields>) -> Self {
-        Self::new(remote.as_str(), Origin::Dir(meta.into()))
+    pub fn dir(remote: RelPath, meta: Meta) -> Self {
+        Self::new(remote.as_str(), Origin::Dir(meta))
     }
 
     /// A symbolic link to `target`, which is relative and stays within the server's root.
@@ -155,8 +154,8 @@ impl Source {
             }
         };
         let (size, meta) = match &from {
-            OpenedFrom::Memory(bytes) => (Some(bytes.len() as u64), MetaFields::default()),
-            OpenedFrom::Reader(_) => (None, MetaFields::default()),
+            OpenedFrom::Memory(bytes) => (Some(bytes.len() as u64), Meta::default()),
+            OpenedFrom::Reader(_) => (None, Meta::default()),
             OpenedFrom::File { metadata, .. } => (Some(metadata.len()), meta(metadata)),
         };
         Ok(Opened {
@@ -189,7 +188,7 @@ pub(crate) struct Opened {
     path: PathBuf,
     /// `None` for a reader.
     pub(crate) size: Option<u64>,
-    pub(crate) meta: MetaFields,
+    pub(crate) meta: Meta,
     from: OpenedFrom,
 }
 
@@ -493,38 +492,17 @@ fn read_full(from: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
     Ok(filled)
 }
 
-/// Times and mode of a local file as they travel.
-pub(crate) fn meta(metadata: &Metadata) -> MetaFields {
-    let (mtime, mtime_ns) = match metadata.modified().ok().and_then(unix_time) {
-        Some((secs, nanos)) => (Some(secs), nanos),
-        None => (None, 0),
-    };
-    MetaFields {
-        mtime,
-        mtime_ns,
+/// Time and mode of a local file.
+fn meta(metadata: &Metadata) -> Meta {
+    Meta {
+        mtime: metadata.modified().ok().map(Time::from),
         mode: Some(metadata.permissions().mode() & 0o777),
-    }
-}
-
-/// Seconds since 1970, rounded down, and the nanoseconds beyond.
-fn unix_time(time: SystemTime) -> Option<(i64, u32)> {
-    match time.duration_since(UNIX_EPOCH) {
-        Ok(since) => Some((i64::try_from(since.as_secs()).ok()?, since.subsec_nanos())),
-        Err(before) => {
-            let before = before.duration();
-            let secs = i64::try_from(before.as_secs()).ok()?.checked_neg()?;
-            match before.subsec_nanos() {
-                0 => Some((secs, 0)),
-                nanos => Some((secs.checked_sub(1)?, 1_000_000_000 - nanos)),
-            }
-        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     fn rel(path: &str) -> RelPath {
         path.parse().unwrap()
@@ -677,16 +655,5 @@ mod tests {
         std::fs::write(&local, noise(4097)).unwrap();
         let source = Source::file(&local, rel("x"));
         assert!(source.open().unwrap().whole(4096).unwrap().is_none());
-    }
-
-    #[test]
-    fn times_before_1970_round_down() {
-        let at = |secs, nanos| UNIX_EPOCH.checked_sub(Duration::new(secs, nanos));
-        assert_eq!(unix_time(UNIX_EPOCH), Some((0, 0)));
-        assert_eq!(unix_time(at(1, 0).unwrap()), Some((-1, 0)));
-        assert_eq!(unix_time(at(1, 1).unwrap()), Some((-2, 999_999_999)));
-        assert_eq!(unix_time(at(0, 1).unwrap()), Some((-1, 999_999_999)));
-        let after = UNIX_EPOCH + Duration::new(5, 7);
-        assert_eq!(unix_time(after), Some((5, 7)));
     }
 }

@@ -18,7 +18,7 @@ use crate::limiter::Limiter;
 use crate::link::{Link, LinkEvent, LinkEvents};
 use crate::queue::{Claim, Item, Next, Queue, SMALL};
 use crate::source::{Opened, Origin, Piece, Source};
-use crate::store::{IfExists, Synced};
+use crate::store::{IfExists, Meta, Synced};
 use crate::wire::{
     self, AckFields, CancelFields, ChunkFields, DirFields, FileFields, FinishFields, Hash, Have,
     LinkFields, MetaFields, Reply, Run,
@@ -627,7 +627,7 @@ struct Loaded {
 
 enum Small {
     Whole {
-        meta: MetaFields,
+        meta: Meta,
         bytes: Bytes,
         hash: [u8; 32],
     },
@@ -659,7 +659,7 @@ impl Lane<'_> {
     /// Sends entry after entry; one that fails here has its event sent here.
     async fn send_all(self, first: Next) -> Result<(), LaneOver> {
         let mut next = Some(first);
-        let mut ids = 0..;
+        let mut ids = 1..;
         loop {
             let batch = match next.take() {
                 Some(Next::Batch(batch)) => batch,
@@ -741,7 +741,7 @@ impl Lane<'_> {
         let id = ids.next().unwrap_or_default();
         let meta = match &claim.source.origin {
             Origin::Dir(meta) => *meta,
-            Origin::Link(_) => MetaFields::default(),
+            Origin::Link(_) => Meta::default(),
             _ => return self.send_file(id, claim, few).await,
         };
         let source = self.start(&mut claim, Some(0)).await;
@@ -935,7 +935,7 @@ impl Lane<'_> {
         id: u64,
         path: &'a str,
         size: Option<u64>,
-        meta: MetaFields,
+        meta: Meta,
         resume: bool,
     ) -> FileFields<'a> {
         let meta = self.kept(meta);
@@ -962,9 +962,9 @@ impl Lane<'_> {
     }
 
     /// What of it is preserved.
-    fn kept(&self, meta: MetaFields) -> MetaFields {
+    fn kept(&self, meta: Meta) -> MetaFields {
         if self.shared.uploader.preserve {
-            meta
+            meta.into()
         } else {
             MetaFields::default()
         }

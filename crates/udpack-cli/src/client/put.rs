@@ -37,7 +37,7 @@ async fn put(
         for (source, size) in plan.sources.iter().zip(&plan.sizes) {
             report.line(&format!(
                 "{}  {size}  -",
-                output::printable(source.remote().as_str())
+                output::printable(source.remote())
             ));
         }
         return Ok(());

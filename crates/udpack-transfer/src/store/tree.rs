@@ -404,13 +404,20 @@ impl Inner {
 
     /// The directory in which `path` is to be made, itself made and durable.
     fn parent_for(&self, path: &RelPath) -> Result<Dir, StoreError> {
-        self.disk.make_parent(path)
+        let mut made = Vec::new();
+        let dir = self.disk.make_parent(path, &mut made)?;
+        for made in &made {
+            disk::sync_dir(&made.parent)
+                .map_err(|e| self.disk.error("sync a directory", path, e))?;
+        }
+        self.disk.made_durable(made.iter().map(|made| made.child));
+        Ok(dir)
     }
 
     /// Checks that there is room for something that has a name and no bytes. A tenant that has
     /// nothing left gets not even that.
     fn room_for_name(&self, tenant: Option<&Tenant>) -> Result<(), StoreError> {
-        self.room(u64::from(tenant.is_some()), tenant).map(drop)
+        self.room(u64::from(tenant.is_some()), 0, tenant).map(drop)
     }
 
     /// An error on the way to something that is only looked at. What is no directory holds nothing.
