@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc};
@@ -46,18 +46,25 @@ enum Say {
 #[derive(Debug)]
 pub(super) struct Asked {
     id: u64,
-    flight: Arc<Flight>,
+    /// Weak: the lane owns its files, and a lane that is dropped drops them.
+    flight: Weak<Flight>,
 }
 
 impl Asked {
     /// The file is stored.
     pub(super) fn stored(self) {
-        self.flight.settled(self.id, Say::Done { id: self.id });
+        self.tell(Say::Done { id: self.id });
     }
 
     /// The file is not, and will not be, by what comes on this lane.
     pub(super) fn given_up(self) {
-        self.flight.settled(self.id, Say::Cancel { id: self.id });
+        self.tell(Say::Cancel { id: self.id });
+    }
+
+    fn tell(&self, say: Say) {
+        if let Some(flight) = self.flight.upgrade() {
+            flight.settled(self.id, say);
+        }
     }
 }
 
@@ -498,7 +505,7 @@ impl Asking<'_> {
             id += 1;
             let asked = Asked {
                 id,
-                flight: flight.clone(),
+                flight: Arc::downgrade(flight),
             };
             let size = job.wanted.size.unwrap_or(UNTOLD);
             let wish = {
