@@ -27,6 +27,14 @@ pub enum TransferError {
         /// The path.
         path: PathBuf,
     },
+    /// The local file's name cannot be one at the server.
+    #[error("cannot send {}: {reason}", path.display())]
+    Name {
+        /// The file.
+        path: PathBuf,
+        /// The rule it breaks, as a sentence without a capital.
+        reason: String,
+    },
     /// The local file changed while it was being sent; nothing of it was stored.
     #[error("file changed while it was being sent: {}", path.display())]
     SourceChanged {
@@ -90,6 +98,7 @@ impl TransferError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Source { .. } | Self::NotAFile { .. } => ErrorKind::LocalFile,
+            Self::Name { .. } => ErrorKind::Policy,
             Self::SourceChanged { .. } | Self::Mismatch => ErrorKind::Integrity,
             Self::Closed(_) | Self::Silent(_) => ErrorKind::Network,
             Self::Connect(error) if error.is_auth() => ErrorKind::Auth,
@@ -111,7 +120,9 @@ impl TransferError {
             Self::Closed(reason) => reason.retry,
             Self::Connect(error) => error.retry(),
             Self::Silent(_) | Self::SourceChanged { .. } | Self::Mismatch => true,
-            Self::Source { .. } | Self::NotAFile { .. } | Self::Protocol(_) => false,
+            Self::Source { .. } | Self::NotAFile { .. } | Self::Name { .. } | Self::Protocol(_) => {
+                false
+            }
         }
     }
 }
@@ -119,12 +130,10 @@ impl TransferError {
 /// What kind of trouble a code of `docs/PROTOCOL.md` §11 stands for.
 fn by_code(code: &str) -> ErrorKind {
     match code {
-        "bad_name" | "exists" | "too_large" | "quota" | "forbidden"
-        | "too_many_uploads" | "unsupported" | "busy" | "superseded" | "not_found"
-        | "is_directory" | "not_a_file" | "not_empty" | "refused" => ErrorKind::Policy,
-        "size_mismatch" | "hash_mismatch" | "bad_offset" | "source_changed" => {
-            ErrorKind::Integrity
-        }
+        "bad_name" | "exists" | "too_large" | "quota" | "forbidden" | "too_many_uploads"
+        | "unsupported" | "busy" | "superseded" | "not_found" | "is_directory" | "not_a_file"
+        | "not_empty" | "refused" => ErrorKind::Policy,
+        "size_mismatch" | "hash_mismatch" | "bad_offset" | "source_changed" => ErrorKind::Integrity,
         "no_space" | "io" => ErrorKind::RemoteStorage,
         "upload_stalled" => ErrorKind::Network,
         _ => ErrorKind::Other,
@@ -157,6 +166,10 @@ impl TransferError {
             Self::Connect(error) => Self::Connect(error.clone()),
             Self::Silent(time) => Self::Silent(*time),
             Self::NotAFile { path } => Self::NotAFile { path: path.clone() },
+            Self::Name { path, reason } => Self::Name {
+                path: path.clone(),
+                reason: reason.clone(),
+            },
             Self::SourceChanged { path } => Self::SourceChanged { path: path.clone() },
             Self::Source { path, source } => Self::Source {
                 path: path.clone(),

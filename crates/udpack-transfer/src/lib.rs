@@ -22,6 +22,7 @@
 
 mod downloader;
 mod error;
+mod glob;
 mod hook;
 mod jobs;
 mod lane;
@@ -39,12 +40,14 @@ mod size;
 mod source;
 mod store;
 mod uploader;
+mod walk;
 pub mod wire;
 mod worker;
 mod writers;
 
 pub use downloader::{Download, Downloader, Wanted, apply_entry};
 pub use error::{ErrorKind, TransferError};
+pub use glob::{Exclude, Pattern, PatternError};
 pub use hook::{Accepted, Hook, HookOffer, HookStored};
 pub use lane::{Action, Lane, Refusal};
 pub use limiter::Limiter;
@@ -61,6 +64,7 @@ pub use store::{
     SyncPolicy, Synced, Tenant, Time, Usage, check_target, purge, uploads,
 };
 pub use uploader::{Event, Outcome, Progress, Upload, Uploader};
+pub use walk::{Found, Walk, What};
 
 /// The name of the channels that are lanes.
 pub const CHANNEL: &str = "transfer";

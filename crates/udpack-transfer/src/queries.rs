@@ -7,7 +7,7 @@ use tokio::sync::Semaphore;
 use udpack::{Channel, Fault, FieldError, Message, SendError};
 
 use crate::scope::Scope;
-use crate::store::{Entry, Kind, List, Page, Store, StoreError};
+use crate::store::{Entry, Kind, List, Page, Store, StoreError, check_target};
 use crate::wire::Hash;
 
 /// Entries of one page where the client does not say.
@@ -118,7 +118,10 @@ impl Queries {
             Ok(Ok(Found::Hash { size, hash })) => {
                 channel.reply(message, &HashFields { size, hash }).await
             }
-            Ok(Err(fault)) => channel.fault(message, &fault).await,
+            Ok(Err(mut fault)) => {
+                fault.message = scope.outside_of(&fault.message).into_owned();
+                channel.fault(message, &fault).await
+            }
             Err(_) => {
                 let fault = Fault::new(Fault::INTERNAL, "the server failed to answer");
                 channel.fault(message, &fault).await
@@ -220,8 +223,14 @@ struct EntryFields<'a> {
 
 impl<'a> EntryFields<'a> {
     fn new(entry: &'a Entry, scope: &Scope) -> Self {
+        let path = scope.outside(&entry.path);
+        // Where a link leads out of the client's root is none of its business.
+        let below = |target: &&str| {
+            path.parse()
+                .is_ok_and(|path| check_target(&path, target).is_ok())
+        };
         Self {
-            path: scope.outside(&entry.path),
+            path,
             kind: match entry.kind {
                 Kind::File => "file",
                 Kind::Dir => "dir",
@@ -231,7 +240,7 @@ impl<'a> EntryFields<'a> {
             mtime: entry.mtime.secs,
             mtime_ns: entry.mtime.nanos,
             mode: entry.mode,
-            target: entry.target.as_deref(),
+            target: entry.target.as_deref().filter(below),
         }
     }
 }

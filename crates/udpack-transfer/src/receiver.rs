@@ -30,12 +30,17 @@ pub struct ReceiverConfig {
     pub open_files: usize,
     /// How long it waits before it is refused with `too_many_uploads`. Defaults to 10 s.
     pub turn: Duration,
+    /// A client that sends a resumable file and says nothing for this long may be replaced by another one of the
+    /// same token. Defaults to 5 s.
+    pub takeover: Duration,
     /// Files of one lane that may be in checking while the next ones come in. Defaults to 512.
     pub pipeline: usize,
     /// Requests of one lane that are answered at once. Defaults to 32.
     pub requests: usize,
     /// What a client may do whose token says nothing of rights. Defaults to uploading only.
     pub default_scope: Scope,
+    /// Nobody may upload or remove, whatever the tokens say. Defaults to no.
+    pub read_only: bool,
 }
 
 impl Default for ReceiverConfig {
@@ -45,9 +50,11 @@ impl Default for ReceiverConfig {
             lanes_per_socket: 16,
             open_files: 256,
             turn: Duration::from_secs(10),
+            takeover: Duration::from_secs(5),
             pipeline: 512,
             requests: 32,
             default_scope: Scope::default(),
+            read_only: false,
         }
     }
 }
@@ -86,7 +93,7 @@ impl Receiver {
                 store: store.clone(),
                 readers: Arc::new(Semaphore::new(READERS)),
             },
-            publisher: Publisher::new(store, Writers::default()),
+            publisher: Publisher::new(store, Writers::new(config.takeover)),
             config: Arc::new(config),
             slots,
             jobs: Jobs::default(),
@@ -99,7 +106,9 @@ impl Receiver {
     /// Asks this hook about every upload.
     #[must_use]
     pub fn hook(mut self, hook: impl Hook) -> Self {
-        self.hook = Some(Arc::new(hook));
+        let hook = Arc::new(hook);
+        self.publisher = self.publisher.hook(hook.clone());
+        self.hook = Some(hook);
         self
     }
 
@@ -154,6 +163,11 @@ impl Receiver {
             return Ok(());
         };
         let scope = match Scope::of(channel.peer(), &self.config.default_scope) {
+            Ok(scope) if self.config.read_only => Scope {
+                write: false,
+                delete: false,
+                ..scope
+            },
             Ok(scope) => scope,
             Err(error) => {
                 let peer = channel.peer().map_or("", |peer| peer.id());

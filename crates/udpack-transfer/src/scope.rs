@@ -1,5 +1,7 @@
 //! What one token may do: the fields of its entry as rules for lanes.
 
+use std::borrow::Cow;
+
 use udpack::Peer;
 
 use crate::path::{PathError, RelPath};
@@ -126,6 +128,28 @@ impl Scope {
         }
     }
 
+    /// A sentence of the store's with the names in it as the client knows them.
+    pub(crate) fn outside_of<'a>(&self, sentence: &'a str) -> Cow<'a, str> {
+        let Some(prefix) = &self.prefix else {
+            return sentence.into();
+        };
+        let prefix = format!("{prefix}/");
+        let mut told = String::with_capacity(sentence.len());
+        let mut rest = sentence;
+        while let Some(at) = rest.find(&prefix) {
+            let (before, found) = rest.split_at(at);
+            told.push_str(before);
+            // A name begins a word; in the middle of one it is another's.
+            let begins = told.is_empty() || told.ends_with([' ', '"']);
+            rest = found.get(prefix.len()..).unwrap_or_default();
+            if !begins {
+                told.push_str(&prefix);
+            }
+        }
+        told.push_str(rest);
+        told.into()
+    }
+
     /// The quota as the store counts it.
     pub fn tenant(&self) -> Option<Tenant> {
         self.quota.map(|quota| Tenant {
@@ -189,6 +213,14 @@ mod tests {
         for bad in ["../b", "/x", "", "a/../../b", ".."] {
             assert!(scope.inside(bad).is_err(), "{bad:?}");
         }
+        assert_eq!(
+            scope.outside_of("exists: teams/a/x is in the way of teams/a/x/y"),
+            "exists: x is in the way of x/y"
+        );
+        assert_eq!(
+            scope.outside_of("not found: teams/a/teams/a/x, steams/a/y"),
+            "not found: teams/a/x, steams/a/y"
+        );
         let long = ["x"; 31].join("/");
         assert!(scope.inside(&long).is_err(), "too deep below the prefix");
     }

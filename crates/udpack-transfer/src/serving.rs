@@ -150,6 +150,8 @@ impl<'a> Serving<'a> {
                 waited = wait(&mut self.pending), if self.pending.is_some() => self.waited(waited).await,
                 _ = ticker.tick(), if !self.files.is_empty() => self.tick().await,
                 Some(_) = self.tasks.join_next() => Ok(()),
+                // What sends ends before the lane does only when the lane takes nothing any more.
+                Some(_) = self.sender.join_next() => break Ok(()),
                 message = self.channel.recv(), if reading => match message {
                     Ok(Some(message)) => self.message(message).await,
                     Ok(None) => {
@@ -563,17 +565,6 @@ impl<'a> Serving<'a> {
                 if !self.settle(id, JobEnd::Done) {
                     return Ok(());
                 }
-                if let Some(hook) = &self.receiver.hook
-                    && !published.same
-                {
-                    hook.done(crate::hook::HookStored {
-                        file: self.receiver.store().root().join(&published.path),
-                        path: published.path.clone(),
-                        size: published.size,
-                        hash: published.hash,
-                        peer: self.owner.to_string(),
-                    });
-                }
                 let fields = DoneFields {
                     id,
                     path: self.scope.outside(&published.path),
@@ -742,10 +733,11 @@ impl<'a> Serving<'a> {
         message: &str,
         retry: bool,
     ) -> Result<(), SendError> {
+        let message = self.scope.outside_of(message);
         let fields = ErrorFields {
             id,
             code,
-            message,
+            message: &message,
             retry,
         };
         self.channel.send("error", &fields).await

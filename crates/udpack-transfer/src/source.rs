@@ -12,6 +12,7 @@ use rustix::fs::OFlags;
 use tokio::sync::mpsc;
 
 use crate::error::TransferError;
+use crate::limiter::Pace;
 use crate::path::RelPath;
 use crate::store::{Existing, Meta, Time};
 use crate::wire::Have;
@@ -237,11 +238,11 @@ impl Opened {
     ///
     /// Ranges of `have` that are equal here are passed over. Everything is read once, but for ranges that
     /// differ: these are read again to be sent, and then only those bytes count.
-    pub(crate) fn read(self, have: Have, chunk: usize) -> mpsc::Receiver<Piece> {
+    pub(crate) fn read(self, have: Have, pace: Pace) -> mpsc::Receiver<Piece> {
         let (pieces, taken) = mpsc::channel(AHEAD);
         tokio::task::spawn_blocking(move || {
             let mut take = |piece| pieces.blocking_send(piece).is_ok();
-            match self.pump(&have, chunk, &mut take, &|| pieces.is_closed()) {
+            match self.pump(&have, &|| pace.chunk(), &mut take, &|| pieces.is_closed()) {
                 Ok(()) => {}
                 Err(Stop::Unwanted) => {}
                 Err(Stop::Failed(error)) => {
@@ -262,7 +263,7 @@ impl Opened {
         let mut hash = [0; 32];
         let pumped = self.pump(
             &Have::new(),
-            size.max(1),
+            &|| size.max(1),
             &mut |piece| {
                 match piece {
                     Piece::Chunk { bytes, .. } => whole = Some(bytes),
@@ -282,7 +283,7 @@ impl Opened {
     fn pump(
         self,
         have: &Have,
-        chunk: usize,
+        chunk: &dyn Fn() -> usize,
         take: &mut dyn FnMut(Piece) -> bool,
         unwanted: &dyn Fn() -> bool,
     ) -> Result<(), Stop> {
@@ -302,7 +303,7 @@ impl Opened {
                 let Some(mut reader) = reader.lock().take() else {
                     return Err(pump.failed(io::Error::other("it was read before")));
                 };
-                while pump.send_chunk(&mut reader, chunk)? {}
+                while pump.send_chunk(&mut reader, chunk())? {}
             }
             (OpenedFrom::Memory(bytes), _) => {
                 let size = bytes.len() as u64;
@@ -364,7 +365,7 @@ struct Pump<'a> {
     /// Over everything up to `at`.
     hasher: blake3::Hasher,
     at: u64,
-    chunk: usize,
+    chunk: &'a dyn Fn() -> usize,
     take: &'a mut dyn FnMut(Piece) -> bool,
     unwanted: &'a dyn Fn() -> bool,
 }
@@ -419,7 +420,7 @@ impl Pump<'_> {
     /// Reads and sends up to the offset `to`, all of which a file must have.
     fn send_to(&mut self, file: &mut File, to: u64) -> Result<(), Stop> {
         while self.at < to {
-            let want = least(to - self.at, self.chunk);
+            let want = least(to - self.at, (self.chunk)());
             if !self.send_chunk(file, want)? {
                 return Err(self.changed());
             }
@@ -430,7 +431,7 @@ impl Pump<'_> {
     /// Sends up to the offset `to`.
     fn send_slice(&mut self, bytes: &Bytes, to: u64) -> Result<(), Stop> {
         while self.at < to {
-            let end = self.at + least(to - self.at, self.chunk) as u64;
+            let end = self.at + least(to - self.at, (self.chunk)()) as u64;
             self.give_chunk(slice(bytes, self.at, end))?;
         }
         Ok(())
@@ -493,7 +494,7 @@ fn read_full(from: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
 }
 
 /// Time and mode of a local file.
-fn meta(metadata: &Metadata) -> Meta {
+pub(crate) fn meta(metadata: &Metadata) -> Meta {
     Meta {
         mtime: metadata.modified().ok().map(Time::from),
         mode: Some(metadata.permissions().mode() & 0o777),
@@ -527,7 +528,7 @@ mod tests {
         let (mut same, mut at, mut end) = (0, 0, None);
         let pumped = source.open().unwrap().pump(
             have,
-            chunk,
+            &|| chunk,
             &mut |piece| {
                 match piece {
                     Piece::Chunk { offset, bytes } => {
@@ -638,7 +639,7 @@ mod tests {
         let again = source
             .open()
             .unwrap()
-            .pump(&Have::new(), 10, &mut |_| true, &|| false);
+            .pump(&Have::new(), &|| 10, &mut |_| true, &|| false);
         assert!(matches!(again, Err(Stop::Failed(_))));
     }
 

@@ -14,7 +14,7 @@ use udpack::{Channel, CloseCode, CloseReason, SendError, Side, Socket};
 
 use crate::CHANNEL;
 use crate::error::TransferError;
-use crate::limiter::Limiter;
+use crate::limiter::{Limiter, Pace};
 use crate::link::{Link, LinkEvent, LinkEvents};
 use crate::queue::{Claim, Item, Next, Queue, SMALL};
 use crate::source::{Opened, Origin, Piece, Source};
@@ -568,11 +568,13 @@ async fn serve(
     events: &mpsc::Sender<Event>,
 ) -> Result<(), TransferError> {
     let channel = socket.open(CHANNEL).await?;
+    let pace = Pace::new(&shared.uploader.limiter, shared.uploader.lanes);
     let lane = Lane {
         shared,
         channel: &channel,
         flight,
         events,
+        pace: &pace,
     };
     let sending = async {
         let result = lane.send_all(next).await;
@@ -617,6 +619,7 @@ struct Lane<'a> {
     channel: &'a Channel,
     flight: &'a InFlight,
     events: &'a mpsc::Sender<Event>,
+    pace: &'a Pace,
 }
 
 /// A small file, read and hashed.
@@ -721,8 +724,13 @@ impl Lane<'_> {
         sent.hash = Some(hash);
         self.flight.add(id, sent);
         self.channel.send("file", &offer).await?;
-        if !bytes.is_empty() {
-            let fields = ChunkFields { id, off: 0 };
+        let mut rest = bytes;
+        let mut off = 0;
+        while !rest.is_empty() {
+            self.pace.adapt(&self.channel.stats());
+            let bytes = rest.split_to(self.pace.chunk().min(rest.len()));
+            let fields = ChunkFields { id, off };
+            off += bytes.len() as u64;
             self.channel
                 .send_bulk("chunk", &fields, "chunk", bytes)
                 .await?;
@@ -815,9 +823,12 @@ impl Lane<'_> {
         let known = have
             .last()
             .map_or(0, |(off, len, _)| off.saturating_add(*len));
-        let mut pieces = opened.read(have, uploader.limiter.chunk());
+        let pace = self.pace;
+        pace.adapt(&self.channel.stats());
+        let mut pieces = opened.read(have, pace.clone());
         let (mut position, mut skipped, mut told) = (0, 0, known == 0);
         loop {
+            pace.adapt(&self.channel.stats());
             let piece = match tokio::time::timeout(ALIVE, pieces.recv()).await {
                 Ok(Some(piece)) => piece,
                 Ok(None) => {

@@ -13,12 +13,13 @@ use std::time::Instant;
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
+use crate::hook::{Hook, HookStored};
 use crate::path::RelPath;
 use crate::store::{
     Begin, Complete, Existing, IfExists, NewFile, Partial, Published, Store, StoreError, Synced,
     Tenant,
 };
-use crate::wire::{Finish, Have, Offer};
+use crate::wire::{Finish, Have, Offer, RANGES};
 use crate::writers::{UploadKey, Writer, Writers};
 
 /// Chunks of one file that may wait for the disk.
@@ -389,6 +390,7 @@ impl Worker {
                     let have = partial.have(&mut |_| {})?;
                     let have = have
                         .into_iter()
+                        .take(RANGES)
                         .map(|range| (range.off, range.len, range.hash))
                         .collect();
                     self.tell(Outcome::Ready { id, have });
@@ -429,6 +431,7 @@ impl Worker {
         let publication = Publication {
             complete,
             id: self.task.offer.id,
+            owner: self.task.owner.clone(),
             key: self.task.key,
             since: self.since,
             outcomes: self.outcomes.clone(),
@@ -512,10 +515,11 @@ fn checkpoint(partial: &mut Partial) {
 
 /// Gives complete files their names. What has to be synced first waits for the others of its kind, so that
 /// one sync serves all that came while the one before was running.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct Publisher {
     store: Store,
     writers: Writers,
+    hook: Option<Arc<dyn Hook>>,
     waiting: Arc<Mutex<Waiting>>,
 }
 
@@ -531,17 +535,33 @@ struct Publication {
     // Before the writer, which lets go only after the file has its name.
     complete: Complete,
     id: u64,
+    owner: Arc<str>,
     key: Option<UploadKey>,
     since: Instant,
     outcomes: Outcomes,
     writer: Option<Writer>,
 }
 
+impl std::fmt::Debug for Publisher {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Publisher")
+            .field("store", &self.store)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Publisher {
+    /// Tells this hook of every file that is stored, whether or not its client still listens.
+    pub(crate) fn hook(mut self, hook: Arc<dyn Hook>) -> Self {
+        self.hook = Some(hook);
+        self
+    }
+
     pub(crate) fn new(store: Store, writers: Writers) -> Self {
         Self {
             store,
             writers,
+            hook: None,
             waiting: Arc::default(),
         }
     }
@@ -593,6 +613,7 @@ impl Publisher {
         for Publication {
             complete,
             id,
+            owner,
             key,
             since,
             outcomes,
@@ -600,10 +621,12 @@ impl Publisher {
         } in batch
         {
             files.push(complete);
-            owed.push((id, key, since, outcomes, writer));
+            owed.push((id, owner, key, since, outcomes, writer));
         }
         let published = self.store.publish(files);
-        for ((id, key, since, outcomes, writer), published) in owed.into_iter().zip(published) {
+        for ((id, owner, key, since, outcomes, writer), published) in
+            owed.into_iter().zip(published)
+        {
             let outcome = match published {
                 Ok(published) => {
                     tracing::info!(
@@ -615,6 +638,17 @@ impl Publisher {
                     );
                     if let Some(key) = key {
                         self.writers.ended(key, &published);
+                    }
+                    if let Some(hook) = &self.hook
+                        && !published.same
+                    {
+                        hook.done(HookStored {
+                            file: self.store.root().join(&published.path),
+                            path: published.path.clone(),
+                            size: published.size,
+                            hash: published.hash,
+                            peer: owner.to_string(),
+                        });
                     }
                     Outcome::Done { id, published }
                 }

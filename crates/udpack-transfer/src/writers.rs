@@ -13,8 +13,6 @@ use tokio::time::Instant;
 
 use crate::store::Published;
 
-/// A writer that said nothing for this long may be replaced.
-const SILENT: Duration = Duration::from_secs(5);
 /// Outcomes remembered: a client that lost one asks again within minutes. About 200 bytes each.
 const OUTCOMES: usize = 16_384;
 
@@ -45,8 +43,10 @@ impl UploadKey {
 }
 
 /// All writers of one server. A handle.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub(crate) struct Writers {
+    /// A writer that said nothing for this long may be replaced.
+    silent: Duration,
     live: Arc<Mutex<HashMap<UploadKey, Live>>>,
     outcomes: Arc<Mutex<Outcomes>>,
 }
@@ -93,12 +93,21 @@ impl Pulse {
 }
 
 impl Writers {
+    /// Nobody writes yet. Who says nothing for `silent` may be replaced.
+    pub(crate) fn new(silent: Duration) -> Self {
+        Self {
+            silent,
+            live: Arc::default(),
+            outcomes: Arc::default(),
+        }
+    }
+
     /// Asks for an upload on behalf of a client's run.
     pub(crate) fn claim(&self, key: UploadKey, run: Option<[u8; 16]>) -> Claim {
         let mut live = lock(&self.live);
         if let Some(writer) = live.get(&key) {
             let own = run.is_some() && writer.run == run;
-            if !own && lock(&writer.active).elapsed() < SILENT && !*writer.replaced.borrow() {
+            if !own && lock(&writer.active).elapsed() < self.silent && !*writer.replaced.borrow() {
                 return Claim::Busy;
             }
             writer.replaced.send_replace(true);
@@ -177,6 +186,8 @@ mod tests {
     use super::*;
     use crate::store::Synced;
 
+    const SILENT: Duration = Duration::from_secs(5);
+
     const A: Option<[u8; 16]> = Some([1; 16]);
     const B: Option<[u8; 16]> = Some([2; 16]);
 
@@ -189,7 +200,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_run_takes_its_own_upload_over_and_others_wait_for_silence() {
-        let writers = Writers::default();
+        let writers = Writers::new(SILENT);
         let key = UploadKey::new("peer", "x");
         let first = writer(writers.claim(key, A));
         let pulse = first.pulse();
@@ -219,7 +230,7 @@ mod tests {
 
     #[test]
     fn outcomes_are_remembered_for_a_while() {
-        let writers = Writers::default();
+        let writers = Writers::new(SILENT);
         let published = |n: u64| Published {
             path: "x".to_owned(),
             size: n,
