@@ -360,14 +360,14 @@ async fn a_lost_connection_is_made_again_and_nothing_is_lost() {
         let files = (0..6).map(move |n| wanted(&format!("f{n}"), Some(size as u64)));
         // Slow enough to be cut in the middle.
         let mut download = Downloader::new(link(&fixture), here.store())
-            .limit(Limiter::new(30 << 20))
+            .limit(Limiter::new(10 << 20))
             .get(files);
         let (mut cuts, mut done, mut back) = (0, 0, 0);
         let mut cut = BTreeSet::new();
         while let Some(event) = download.next().await {
             match event {
                 Event::Progress(progress) => {
-                    let far = progress.acked > (cuts + 1) * 5 * MIB as u64;
+                    let far = progress.acked > (cuts + 1) * 4 * MIB as u64;
                     if far && cuts == back && cuts < 3 {
                         for socket in fixture.server.sockets() {
                             if cut.insert(socket.id().to_owned()) {
