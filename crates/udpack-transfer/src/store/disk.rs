@@ -276,7 +276,7 @@ impl Disk {
     pub(super) fn new_journal(&self, key: &Key) -> io::Result<File> {
         let name = format!("{}{NEW}", key.as_str());
         match self.journal.remove_file(&name) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
             _ => create_new(&self.journal, &name, self.exact),
         }
     }

@@ -5,8 +5,8 @@ use std::sync::atomic::Ordering;
 
 use proptest::prelude::*;
 
-use super::super::disk::LOG;
-use super::resume::{crash, hash, make_due};
+use super::super::disk::{LOG, PART};
+use super::resume::{crash, hash, make_due, touch};
 use super::*;
 
 /// Few names and owners, so that they meet.
@@ -101,7 +101,7 @@ struct Upload {
 }
 
 /// What waits to be taken up again: the staging file, and which of it is durable.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default)]
 struct Kept {
     disk: Vec<u8>,
     marked: Vec<bool>,
@@ -191,6 +191,20 @@ impl Real {
         self.store.as_ref().unwrap()
     }
 
+    fn log(&self, (name, owner): (usize, usize)) -> PathBuf {
+        let key = Key::new(OWNERS[owner], &path(NAMES[name]));
+        let journal = self.dir.path().join(".udpack/journal");
+        journal.join(format!("{}{LOG}", key.as_str()))
+    }
+
+    /// Bytes of a staging file.
+    fn held(&self, (name, owner): (usize, usize)) -> usize {
+        let key = Key::new(OWNERS[owner], &path(NAMES[name]));
+        let staging = self.dir.path().join(".udpack/staging");
+        let part = staging.join(format!("{}{PART}", key.as_str()));
+        fs::metadata(part).unwrap().len() as usize
+    }
+
     fn reopen(&mut self) {
         self.store = None;
         self.store = Some(Store::open(self.dir.path(), config()).unwrap());
@@ -201,7 +215,7 @@ fn config() -> StoreConfig {
     StoreConfig {
         overwrite: Overwrite::Always,
         min_free: Some(0),
-        quota: Some(1 << 20),
+        quota: Some(1 << 30),
         // What is synced makes no difference to a process that dies.
         sync: SyncPolicy::Never,
         ..StoreConfig::default()
@@ -243,10 +257,9 @@ fn step(real: &mut Real, model: &mut Model, happens: &Happens) {
                     panic!("it can be begun");
                 };
                 let kept = key.and_then(|key| model.kept.remove(&key));
-                let Kept { disk, marked } = kept.unwrap_or(Kept {
-                    disk: Vec::new(),
-                    marked: Vec::new(),
-                });
+                // What nothing is known of is begun anew.
+                let kept = kept.filter(|kept| kept.marked.contains(&true));
+                let Kept { disk, marked } = kept.unwrap_or_default();
                 assert_eq!(partial.resumable(), owner.is_some());
                 real.open.insert(slot, partial);
                 let upload = Upload {
@@ -376,7 +389,8 @@ fn step(real: &mut Real, model: &mut Model, happens: &Happens) {
             }
         }
         Happens::Publish => {
-            let outcomes = real.store().publish(std::mem::take(&mut real.complete));
+            let batch = std::mem::take(&mut real.complete);
+            let outcomes = real.store().publish(batch);
             let uploads = std::mem::take(&mut model.complete);
             assert_eq!(outcomes.len(), uploads.len());
             for (outcome, upload) in outcomes.into_iter().zip(uploads) {
@@ -417,10 +431,9 @@ fn step(real: &mut Real, model: &mut Model, happens: &Happens) {
             real.reopen();
         }
         Happens::Expire => {
-            let journal = real.dir.path().join(".udpack/journal");
             let old = SystemTime::now() - Duration::from_secs(48 * 60 * 60);
-            for entry in fs::read_dir(journal).unwrap() {
-                super::resume::touch(&entry.unwrap().path(), old);
+            for key in model.kept.keys() {
+                touch(&real.log(*key), old);
             }
             let expired = model.kept.len() as u64;
             model.kept.clear();
@@ -428,19 +441,17 @@ fn step(real: &mut Real, model: &mut Model, happens: &Happens) {
         }
         Happens::Garble { name, owner } => {
             if model.kept.remove(&(name, owner)).is_some() {
-                let key = Key::new(OWNERS[owner], &path(NAMES[name]));
-                let log = format!(".udpack/journal/{}{LOG}", key.as_str());
-                fs::write(real.dir.path().join(log), "garbage").unwrap();
-                // It takes its place until it expires, as far as anybody can tell.
-                let purged = purge(real.dir.path(), Duration::from_secs(3600)).unwrap();
-                assert_eq!(purged, 0);
-                let part = real
-                    .dir
-                    .path()
-                    .join(format!(".udpack/staging/{}.part", key.as_str()));
-                fs::remove_file(part).unwrap();
-                real.store().sweep().unwrap();
-                // Without a staging file the journal goes with the next start, or is replaced.
+                fs::write(real.log((name, owner)), "garbage").unwrap();
+                // Garbage is kept until it is old, or until its upload comes again.
+                assert_eq!(real.store().sweep().unwrap(), 0);
+                assert_eq!(
+                    purge(real.dir.path(), Duration::from_secs(3600)).unwrap(),
+                    0
+                );
+                let disk = real.held((name, owner));
+                let marked = vec![false; disk];
+                let disk = vec![0; disk];
+                model.kept.insert((name, owner), Kept { disk, marked });
             }
         }
     }
@@ -478,7 +489,7 @@ fn check(real: &Real, model: &Model) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
     #[test]
     fn the_store_does_what_its_model_says(sequence in prop::collection::vec(happens(), 1..60)) {

@@ -248,7 +248,8 @@ fn altered_bytes_are_told_as_they_are_and_never_published() {
 #[test]
 fn a_bad_journal_costs_time_and_nothing_else() {
     let bytes = noise(3000);
-    let spoil: [(&str, fn(&Path)); 8] = [
+    type Spoil = (&'static str, fn(&Path));
+    let spoil: [Spoil; 8] = [
         ("torn", |log| {
             let text = fs::read(log).unwrap();
             fs::write(log, &text[..text.len() - 3]).unwrap();
