@@ -10,10 +10,20 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use udpack::{CongestionControl, Fingerprint};
-use udpack_transfer::{IfExists, Overwrite};
+use udpack_transfer::{IfExists, Overwrite, Pattern, SyncPolicy};
 
 const SIZES: &str = "\
-SIZE is a number of bytes, with K, M, G or T for powers of 1024: 512K, 10M, 1.5G.";
+SIZE is a number of bytes, with K, M, G or T for powers of 1024: 512K, 10M, 1.5G. RATE is a SIZE a second: 10M \
+for each direction, 10M:1M for up and down. DURATION is a number with s, m, h or d: 90s, 24h, 7d.";
+
+const PATTERNS: &str = "\
+GLOB is matched as in .gitignore: *.o leaves out every file of such a name, /doc/*.html those at that place, \
+build/ each directory of that name.";
+
+const HOOK: &str = "\
+CMD is run with one argument, `accept` before a file is taken or `done` once it is stored, and UDPACK_PATH, \
+UDPACK_SIZE, UDPACK_PEER in its environment; for `done` also UDPACK_FILE and UDPACK_HASH. `accept` refuses with \
+an exit code other than 0 and a line on standard error, and renames with a line on standard output.";
 
 const EXIT_CODES: &str = "\
 Exit codes: 0 ok, 1 other, 2 usage, 3 local file, 4 token or key not accepted, 5 network (run it again), \
@@ -33,7 +43,7 @@ Environment:
     version,
     args_conflicts_with_subcommands = true,
     subcommand_negates_reqs = true,
-    after_help = SIZES
+    after_help = format!("{SIZES}\n\n{HOOK}")
 )]
 pub(crate) struct ServerArgs {
     #[command(subcommand)]
@@ -80,6 +90,31 @@ pub(crate) struct ServerArgs {
     #[arg(long, value_name = "SIZE")]
     pub(crate) min_free: Option<Size>,
 
+    /// Lets every client also read, list and compare files, not only those whose token says `scope=read`.
+    #[arg(long)]
+    pub(crate) allow_read: bool,
+
+    /// Takes no files: every client may read, none may write or remove, whatever its token says.
+    #[arg(long, conflicts_with = "allow_read")]
+    pub(crate) read_only: bool,
+
+    /// When files are put on disk for good: `auto` before they are reported, small ones in batches; `always`
+    /// each by itself; `never` leaves it to the system, and a power cut may cost what was reported.
+    #[arg(long, value_enum, default_value_t = FsyncArg::Auto)]
+    pub(crate) fsync: FsyncArg,
+
+    /// How long an interrupted upload can be resumed.
+    #[arg(long, value_name = "DURATION", default_value = "24h")]
+    pub(crate) expire: Span,
+
+    /// Most bytes a second of all clients together, for uploads and downloads each or as UP:DOWN.
+    #[arg(long, value_name = "RATE[:RATE]", default_value = "none")]
+    pub(crate) bwlimit: Rates,
+
+    /// A program to ask before each file is taken, and to tell of each that is stored.
+    #[arg(long, value_name = "CMD", env = "UDPACK_HOOK")]
+    pub(crate) hook: Option<PathBuf>,
+
     /// Congestion control for what the server sends.
     #[arg(long, value_enum, default_value_t = CcArg::Auto)]
     pub(crate) cc: CcArg,
@@ -95,6 +130,12 @@ pub(crate) struct ServerArgs {
 /// What the server does besides serving.
 #[derive(Debug, Subcommand)]
 pub(crate) enum ServerCommand {
+    /// Make, show and withdraw the tokens that let clients in; a server that runs follows at once.
+    #[command(subcommand)]
+    Token(TokenCommand),
+    /// Show and remove interrupted uploads, also beside a server that runs.
+    #[command(subcommand)]
+    Uploads(UploadsCommand),
     /// Print a shell's completion script.
     Completions {
         /// The shell.
@@ -103,6 +144,126 @@ pub(crate) enum ServerCommand {
     },
     /// Print the manual page.
     Man,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum TokenCommand {
+    /// Make a token and print it; only its digest is kept.
+    #[command(after_help = SIZES)]
+    New(TokenNewArgs),
+    /// List the tokens by name, with what they allow.
+    List(TokenListArgs),
+    /// Withdraw a token; clients that use it are cut off.
+    Revoke(TokenRevokeArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TokenNewArgs {
+    /// Its name, which logs and lists show. Default: a random one.
+    pub(crate) name: Option<String>,
+
+    /// What it allows: read, write, delete, admin, with commas between. Default: what the server allows all.
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "SCOPE")]
+    pub(crate) scope: Vec<ScopeArg>,
+
+    /// The directory it is confined to, which is the root for its clients.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) prefix: Option<String>,
+
+    /// Most bytes of all files below its directory together.
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) quota: Option<Size>,
+
+    #[command(flatten)]
+    pub(crate) file: TokenFileArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TokenListArgs {
+    #[command(flatten)]
+    pub(crate) file: TokenFileArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TokenRevokeArgs {
+    /// The token's name.
+    pub(crate) name: String,
+
+    #[command(flatten)]
+    pub(crate) file: TokenFileArgs,
+}
+
+/// Which token file, and how it is shown.
+#[derive(Debug, Args)]
+pub(crate) struct TokenFileArgs {
+    /// Where the server's key and token live.
+    #[arg(long, default_value = "./keys", env = "UDPACK_KEYS")]
+    pub(crate) keys: PathBuf,
+
+    /// The file of the tokens. Default: KEYS/token.
+    #[arg(long, value_name = "FILE", env = "UDPACK_TOKEN_FILE")]
+    pub(crate) token_file: Option<PathBuf>,
+
+    /// Print JSON, one object a line.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ScopeArg {
+    Read,
+    Write,
+    Delete,
+    Admin,
+}
+
+impl ScopeArg {
+    /// The word in the token file.
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Delete => "delete",
+            Self::Admin => "admin",
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum UploadsCommand {
+    /// List interrupted uploads, the oldest first.
+    List(UploadsListArgs),
+    /// Remove interrupted uploads, but for those being written.
+    #[command(after_help = SIZES)]
+    Purge(UploadsPurgeArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct UploadsListArgs {
+    #[command(flatten)]
+    pub(crate) dir: UploadsDirArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct UploadsPurgeArgs {
+    /// Only those that nothing was written to for so long.
+    #[arg(long, value_name = "DURATION", default_value = "24h")]
+    pub(crate) older_than: Span,
+
+    #[command(flatten)]
+    pub(crate) dir: UploadsDirArgs,
+}
+
+/// Which store, and how it is shown.
+#[derive(Debug, Args)]
+pub(crate) struct UploadsDirArgs {
+    /// Where received files go.
+    #[arg(long, default_value = "./uploads", env = "UDPACK_DIR")]
+    pub(crate) dir: PathBuf,
+
+    /// Print JSON, one object a line.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// Sends files and events over reliable UDP.
@@ -115,9 +276,27 @@ pub(crate) struct ClientArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum ClientCommand {
-    /// Upload files; each is verified and on the server's disk when it is reported.
-    #[command(after_help = format!("{ENVIRONMENT}\n\n{EXIT_CODES}"))]
+    /// Upload files and directories; each file is verified and on the server's disk when it is reported.
+    #[command(after_help = format!("{PATTERNS}\n\n{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Put(PutArgs),
+    /// Download files and directories; each file is verified and on disk when it is reported.
+    #[command(after_help = format!("{PATTERNS}\n\n{ENVIRONMENT}\n\n{EXIT_CODES}"))]
+    Get(GetArgs),
+    /// List a directory of the server.
+    #[command(after_help = ENVIRONMENT)]
+    Ls(LsArgs),
+    /// Show what is known of files of the server.
+    #[command(after_help = ENVIRONMENT)]
+    Stat(StatArgs),
+    /// Remove files of the server.
+    #[command(after_help = format!("{ENVIRONMENT}\n\n{EXIT_CODES}"))]
+    Rm(RmArgs),
+    /// Compare local files with the server's, byte for byte by their hashes; nothing is sent.
+    #[command(after_help = format!("{PATTERNS}\n\n{ENVIRONMENT}\n\n{EXIT_CODES}"))]
+    Verify(VerifyArgs),
+    /// List the transfers that are under way at the server, watch them, or end one.
+    #[command(after_help = ENVIRONMENT)]
+    Jobs(JobsArgs),
     /// Show it work: a server and a client in this process upload a file over loopback and verify it.
     Demo(DemoArgs),
     /// Send one event and wait until the server has handled it; prints the reply as JSON.
@@ -141,25 +320,30 @@ pub(crate) enum ClientCommand {
 
 #[derive(Debug, Args)]
 pub(crate) struct PutArgs {
-    /// The files to send.
-    #[arg(value_name = "PATH", required = true)]
+    /// Files and directories to send; `dir/` sends what is in it, `-` standard input.
+    #[arg(value_name = "PATH", required_unless_present = "files_from")]
     pub(crate) paths: Vec<PathBuf>,
+
+    /// Also send the files that FILE lists, one path a line; `-` reads the list from standard input.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) files_from: Option<PathBuf>,
 
     #[command(flatten)]
     pub(crate) connect: ConnectArgs,
 
-    /// Name at the server, for a single file; with a `/` at the end, the directory for all of them.
+    /// Name at the server, for a single file or directory; with a `/` at the end, the directory for all.
     #[arg(long = "as", value_name = "NAME|DIR/")]
     pub(crate) name: Option<String>,
 
-    /// How many files to send side by side.
-    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
-    pub(crate) jobs: Option<u8>,
+    #[command(flatten)]
+    pub(crate) tree: TreeArgs,
 
-    /// What to do when the name is taken: `same` succeeds if the content is equal. The last two must be
-    /// allowed by the server.
-    #[arg(long, value_enum, default_value_t = IfExistsArg::Same)]
-    pub(crate) if_exists: IfExistsArg,
+    #[command(flatten)]
+    pub(crate) transfer: TransferArgs,
+
+    /// Begin files anew that were interrupted; the server keeps nothing of them for later either.
+    #[arg(long)]
+    pub(crate) no_resume: bool,
 
     /// Show what would be sent, and send nothing.
     #[arg(short = 'n', long)]
@@ -167,6 +351,181 @@ pub(crate) struct PutArgs {
 
     #[command(flatten)]
     pub(crate) show: ShowArgs,
+
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GetArgs {
+    /// Files and directories of the server; `dir/` gets what is in it, `/` everything.
+    #[arg(value_name = "REMOTE", required = true)]
+    pub(crate) paths: Vec<String>,
+
+    #[command(flatten)]
+    pub(crate) connect: ConnectArgs,
+
+    /// Local name, for a single file or directory; with a `/` at the end, the directory for all.
+    #[arg(long = "as", value_name = "NAME|DIR/")]
+    pub(crate) name: Option<PathBuf>,
+
+    /// Leave these out; may be given several times.
+    #[arg(long, value_name = "GLOB")]
+    pub(crate) exclude: Vec<Pattern>,
+
+    #[command(flatten)]
+    pub(crate) transfer: TransferArgs,
+
+    #[command(flatten)]
+    pub(crate) show: ShowArgs,
+
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
+}
+
+/// Which part of a local tree.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct TreeArgs {
+    /// Leave these out; may be given several times.
+    #[arg(long, value_name = "GLOB")]
+    pub(crate) exclude: Vec<Pattern>,
+
+    /// Keep symbolic links as links, instead of taking what they point to.
+    #[arg(long)]
+    pub(crate) links: bool,
+}
+
+/// How files are transferred, in either direction.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct TransferArgs {
+    /// How many files to transfer side by side.
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
+    pub(crate) jobs: Option<u8>,
+
+    /// What to do when the name is taken: `same` succeeds if the content is equal. For uploads, the last two
+    /// must be allowed by the server.
+    #[arg(long, value_enum, default_value_t = IfExistsArg::Same)]
+    pub(crate) if_exists: IfExistsArg,
+
+    /// Keep modification times and modes.
+    #[arg(short, long)]
+    pub(crate) preserve: bool,
+
+    /// Connect again at most so many times in a row. Default: until nothing has moved for 5 minutes.
+    #[arg(long, value_name = "N")]
+    pub(crate) retries: Option<u32>,
+
+    /// Most bytes a second, for each direction or as UP:DOWN.
+    #[arg(long, value_name = "RATE[:RATE]", default_value = "none")]
+    pub(crate) bwlimit: Rates,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LsArgs {
+    /// The directory. Default: all that this client may see.
+    pub(crate) path: Option<String>,
+
+    /// Also kind, mode, size and modification time.
+    #[arg(short)]
+    pub(crate) long: bool,
+
+    /// Also what is in directories, at any depth.
+    #[arg(short = 'R', long)]
+    pub(crate) recursive: bool,
+
+    /// Print JSON, one object a line.
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    #[command(flatten)]
+    pub(crate) connect: ConnectArgs,
+
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StatArgs {
+    /// The files and directories.
+    #[arg(value_name = "PATH", required = true)]
+    pub(crate) paths: Vec<String>,
+
+    /// Print JSON, one object a line.
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    #[command(flatten)]
+    pub(crate) connect: ConnectArgs,
+
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RmArgs {
+    /// The files, and with -r the directories.
+    #[arg(value_name = "PATH", required = true)]
+    pub(crate) paths: Vec<String>,
+
+    /// Directories, too, with all that is in them.
+    #[arg(short, long)]
+    pub(crate) recursive: bool,
+
+    /// Print JSON, one object a line.
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    #[command(flatten)]
+    pub(crate) connect: ConnectArgs,
+
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VerifyArgs {
+    /// Local files and directories, named as for `put`.
+    #[arg(value_name = "PATH", required = true)]
+    pub(crate) paths: Vec<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) connect: ConnectArgs,
+
+    /// Name at the server, for a single file or directory; with a `/` at the end, the directory for all.
+    #[arg(long = "as", value_name = "NAME|DIR/")]
+    pub(crate) name: Option<String>,
+
+    #[command(flatten)]
+    pub(crate) tree: TreeArgs,
+
+    /// How many files to compare side by side.
+    #[arg(short, long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=16))]
+    pub(crate) jobs: u8,
+
+    /// Print JSON, one object a line, the last one `result`.
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct JobsArgs {
+    /// Go on, with a line whenever a transfer moves or ends.
+    #[arg(long)]
+    pub(crate) watch: bool,
+
+    /// End this transfer; one of another client takes a token with the scope `admin`.
+    #[arg(long, value_name = "ID", conflicts_with = "watch")]
+    pub(crate) cancel: Option<u64>,
+
+    /// Print JSON, one object a line.
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    #[command(flatten)]
+    pub(crate) connect: ConnectArgs,
 
     #[command(flatten)]
     pub(crate) log: LogArgs,
@@ -330,6 +689,23 @@ impl From<CcArg> for CongestionControl {
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum FsyncArg {
+    Auto,
+    Always,
+    Never,
+}
+
+impl From<FsyncArg> for SyncPolicy {
+    fn from(arg: FsyncArg) -> Self {
+        match arg {
+            FsyncArg::Auto => Self::Auto,
+            FsyncArg::Always => Self::Always,
+            FsyncArg::Never => Self::Never,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
 pub(crate) enum OverwriteArg {
     Never,
     Rename,
@@ -425,6 +801,70 @@ impl FromStr for Size {
     }
 }
 
+/// Bytes a second, up and down; `None` is no limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Rates {
+    pub(crate) up: Option<u64>,
+    pub(crate) down: Option<u64>,
+}
+
+impl FromStr for Rates {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let rate = |text: &str| -> Result<Option<u64>, &'static str> {
+            match text.parse()? {
+                Size(Some(bytes)) if bytes < LEAST_RATE => {
+                    Err("expected at least 1K a second, or none")
+                }
+                Size(rate) => Ok(rate),
+            }
+        };
+        let (up, down) = text.split_once(':').unwrap_or((text, text));
+        Ok(Self {
+            up: rate(up)?,
+            down: rate(down)?,
+        })
+    }
+}
+
+/// Slower than this, nothing would arrive within the time an answer may take.
+const LEAST_RATE: u64 = 1024;
+
+/// A length of time with its unit: `90s`, `15m`, `24h`, `7d`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Span(pub(crate) Duration);
+
+impl FromStr for Span {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        const FORM: &str = "expected a number and its unit: 90s, 15m, 24h or 7d";
+        if text == "0" {
+            return Ok(Self(Duration::ZERO));
+        }
+        let unit = text.chars().last().ok_or(FORM)?;
+        let each = match unit {
+            's' => 1,
+            'm' => 60,
+            'h' => 3600,
+            'd' => 86_400,
+            _ => return Err(FORM),
+        };
+        let number = text.strip_suffix(unit).ok_or(FORM)?;
+        if !number.bytes().all(|byte| byte.is_ascii_digit()) {
+            return Err(FORM);
+        }
+        let number: u64 = number.parse().map_err(|_| FORM)?;
+        // A century: times that far back still fit every clock.
+        number
+            .checked_mul(each)
+            .filter(|secs| *secs <= 100 * 366 * 86_400)
+            .map(|secs| Self(Duration::from_secs(secs)))
+            .ok_or("longer than a century")
+    }
+}
+
 /// A time in seconds, fractions allowed.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Seconds(pub(crate) Duration);
@@ -509,6 +949,45 @@ mod tests {
         assert_eq!("0.25".parse(), Ok(Seconds(Duration::from_millis(250))));
         for bad in ["", "x", "-1", "0", "inf", "NaN", "1e9"] {
             assert!(bad.parse::<Seconds>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn rates_are_for_both_directions_or_for_each() {
+        let rates = |up, down| Ok(Rates { up, down });
+        assert_eq!("10M".parse(), rates(Some(10 << 20), Some(10 << 20)));
+        assert_eq!("10M:none".parse(), rates(Some(10 << 20), None));
+        assert_eq!("none:1K".parse(), rates(None, Some(1024)));
+        assert_eq!("none".parse(), rates(None, None));
+        for bad in ["", ":", "10", "0", "1M:", "1M:1M:1M", "fast"] {
+            bad.parse::<Rates>().expect_err(bad);
+        }
+    }
+
+    #[test]
+    fn spans_have_a_unit() {
+        for (text, secs) in [
+            ("0", 0),
+            ("0s", 0),
+            ("90s", 90),
+            ("15m", 900),
+            ("24h", 86_400),
+            ("7d", 604_800),
+        ] {
+            assert_eq!(text.parse(), Ok(Span(Duration::from_secs(secs))), "{text}");
+        }
+        for bad in [
+            "",
+            "s",
+            "90",
+            "1.5h",
+            "-1s",
+            "1w",
+            "é",
+            "99999999999999999999s",
+            "40000d",
+        ] {
+            bad.parse::<Span>().expect_err(bad);
         }
     }
 }

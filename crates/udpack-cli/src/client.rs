@@ -2,9 +2,15 @@
 
 mod demo;
 mod events;
+mod failures;
+mod get;
+mod jobs;
 mod ping;
+mod plan;
 mod put;
+mod remote;
 mod report;
+mod verify;
 
 use crate::args::{ClientArgs, ClientCommand};
 use crate::logging::{self, Console, Role};
@@ -14,6 +20,12 @@ use crate::signals::Interrupts;
 pub(crate) async fn run(args: ClientArgs, console: Console) -> anyhow::Result<()> {
     let log = match &args.command {
         ClientCommand::Put(args) => &args.log,
+        ClientCommand::Get(args) => &args.log,
+        ClientCommand::Ls(args) => &args.log,
+        ClientCommand::Stat(args) => &args.log,
+        ClientCommand::Rm(args) => &args.log,
+        ClientCommand::Verify(args) => &args.log,
+        ClientCommand::Jobs(args) => &args.log,
         ClientCommand::Demo(args) => &args.log,
         ClientCommand::Send(args) => &args.log,
         ClientCommand::Listen(args) => &args.log,
@@ -25,6 +37,12 @@ pub(crate) async fn run(args: ClientArgs, console: Console) -> anyhow::Result<()
     let interrupts = Interrupts::catch()?;
     let result = match args.command {
         ClientCommand::Put(args) => put::run(args, &console, interrupts).await,
+        ClientCommand::Get(args) => get::run(args, &console, interrupts).await,
+        ClientCommand::Ls(args) => remote::ls(args, interrupts).await,
+        ClientCommand::Stat(args) => remote::stat(args, &console, interrupts).await,
+        ClientCommand::Rm(args) => remote::rm(args, &console, interrupts).await,
+        ClientCommand::Verify(args) => verify::run(args, &console, interrupts).await,
+        ClientCommand::Jobs(args) => jobs::run(args, interrupts).await,
         ClientCommand::Demo(args) => demo::run(args, &console, interrupts).await,
         ClientCommand::Send(args) => events::send(args, interrupts).await,
         ClientCommand::Listen(args) => events::listen(args, &console, interrupts).await,

@@ -88,6 +88,10 @@ impl Failure {
         self
     }
 
+    pub(crate) fn kind(&self) -> Kind {
+        self.kind
+    }
+
     /// Ctrl-C, or being told to stop.
     pub(crate) fn interrupted() -> Self {
         Self::new(Kind::Interrupted, "interrupted")
@@ -300,7 +304,9 @@ fn encoding(error: &EncodeError) -> Option<String> {
 
 fn transferring(error: &TransferError) -> Meaning {
     let hints = match error {
+        TransferError::Connect(error) => return connecting(error),
         TransferError::Refused { code, .. } => refusal(code),
+        TransferError::Store(error) => keeping(error.code()),
         TransferError::Closed(reason) => {
             return match closed(reason) {
                 // However orderly it ended: the file's fate is unknown, and asking again settles it.
@@ -309,6 +315,10 @@ fn transferring(error: &TransferError) -> Meaning {
             };
         }
         TransferError::Source { .. } => hint("check the path and its permissions"),
+        TransferError::NotAFile { .. } => hint("leave it out with --exclude"),
+        TransferError::Name { .. } => {
+            hint("rename it, leave it out with --exclude, or send it by itself with --as NAME")
+        }
         TransferError::Mismatch | TransferError::Silent(_) => hint("run the same command again"),
         TransferError::SourceChanged { .. } => hint("send it again when nothing writes to it"),
         _ => None,
@@ -319,6 +329,7 @@ fn transferring(error: &TransferError) -> Meaning {
 fn kind_of(kind: ErrorKind) -> Kind {
     match kind {
         ErrorKind::LocalFile => Kind::LocalFile,
+        ErrorKind::Auth => Kind::Auth,
         ErrorKind::Network => Kind::Network,
         ErrorKind::Policy => Kind::Policy,
         ErrorKind::Integrity => Kind::Integrity,
@@ -349,11 +360,35 @@ fn refusal(code: &str) -> Option<String> {
         "io" => {
             "the server's storage failed and its log says more; then run the same command again"
         }
-        "forbidden" => "ask for another --overwrite at the server, or use another --if-exists",
+        "forbidden" => {
+            "ask the server's owner for a token whose scope allows it, or, to replace what is there, for another \
+             --overwrite"
+        }
+        "refused" => "the server's owner decides what is taken",
+        "not_found" => "`udpack-client ls` shows what is there",
+        "not_empty" => "remove it with all that is in it by -r",
+        "is_directory" => "name what is in it, or use -r",
+        "not_a_directory" => "name it without the slash at its end",
+        "busy" => "another client is sending this file: run the same command again when it is done",
+        "superseded" => "a later run of the same command took over",
+        "unsupported" => "use a server and a client of the same version",
         "too_many_uploads" | "upload_stalled" => "run the same command again in a moment",
         "hash_mismatch" | "size_mismatch" | "bad_offset" => "run the same command again",
         "source_changed" => "send it again when nothing writes to it",
         _ => return None,
+    })
+}
+
+/// What to do about the same codes where they are about this machine's own directory.
+fn keeping(code: &str) -> Option<String> {
+    hint(match code {
+        "exists" | "is_directory" | "not_a_file" => {
+            "choose another name with --as, or use --if-exists skip, rename or overwrite"
+        }
+        "bad_name" => "choose another name with --as",
+        "no_space" => "free space, then run the same command again",
+        "busy" => "another command is fetching this file: run this one again when it is done",
+        _ => "check the directory and its permissions, or choose another one with --as DIR/",
     })
 }
 

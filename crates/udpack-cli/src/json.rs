@@ -1,4 +1,5 @@
-//! What `put` and `demo` print with `--json`: one object a line, `start` first and `result` last.
+//! What `put`, `get`, `demo` and `verify` print with `--json`: one object a line, `start` first and `result`
+//! last.
 
 use serde::Serialize;
 
@@ -10,37 +11,66 @@ pub(crate) enum Line<'a> {
     Start {
         /// The server, `HOST:PORT`.
         server: &'a str,
-        files: usize,
-        bytes: u64,
+        /// Files and their bytes; null where a directory has yet to be walked.
+        files: Option<usize>,
+        bytes: Option<u64>,
     },
     /// How far it is: at most five a second.
     Progress {
-        /// Bytes the server has acknowledged.
+        /// Bytes the receiving side has acknowledged.
         bytes: u64,
+        /// Of all files found so far.
         total: u64,
         files_done: usize,
         files: usize,
         /// Bytes a second, of late.
         rate: f64,
     },
+    /// A part of a file was there already and is not transferred again.
+    Resumed {
+        path: &'a str,
+        source: &'a str,
+        /// How much, proved to be equal.
+        bytes: u64,
+        size: u64,
+    },
+    /// The connection is lost and tried again.
+    Reconnecting {
+        /// Counted from 1 since something moved last.
+        attempt: u32,
+        /// Seconds until then.
+        delay: f64,
+        reason: &'a str,
+    },
+    /// It is back.
+    Connected {},
     /// What became of one file.
     File {
-        /// `ok` or `error`.
+        /// `ok` or `error`; from `verify`: `same`, `differs`, `missing` or `error`.
         status: &'static str,
-        /// The name at the server.
+        /// The name it was given, or should have been.
         path: &'a str,
-        /// The local path.
+        /// Where it comes from.
         source: &'a str,
+        /// `dir` or `link`, where it is no file.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        kind: Option<&'static str>,
         #[serde(skip_serializing_if = "Option::is_none")]
         bytes: Option<u64>,
         #[serde(skip_serializing_if = "Option::is_none")]
         hash: Option<&'a str>,
-        /// Bytes that had to be sent.
+        /// Bytes that had to be transferred.
         #[serde(skip_serializing_if = "Option::is_none")]
         sent: Option<u64>,
-        /// The server had it already.
+        /// Bytes that were there of an earlier attempt.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        resumed: Option<u64>,
+        /// It was there already.
         #[serde(skip_serializing_if = "Option::is_none")]
         same: Option<bool>,
+        /// How the server put it on disk: `file`, `batch` or `none`.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        sync: Option<String>,
         #[serde(skip_serializing_if = "Option::is_none")]
         secs: Option<f64>,
         #[serde(skip_serializing_if = "Option::is_none")]
@@ -54,12 +84,12 @@ pub(crate) enum Line<'a> {
         status: &'static str,
         /// The exit code.
         exit: u8,
-        /// Files at the server.
+        /// Files that arrived.
         files: usize,
         failed: usize,
         /// Bytes of those files.
         bytes: u64,
-        /// Bytes that had to be sent.
+        /// Bytes that had to be transferred.
         sent: u64,
         secs: f64,
         /// Bytes a second, on average.
@@ -68,4 +98,17 @@ pub(crate) enum Line<'a> {
         error: Option<&'a str>,
         hint: Option<&'a str>,
     },
+}
+
+impl Line<'_> {
+    /// The `status` of a result that ended with this exit kind.
+    pub(crate) fn status(kind: Option<crate::exit::Kind>) -> &'static str {
+        use crate::exit::Kind;
+        match kind {
+            None => "ok",
+            Some(Kind::Partial) => "partial",
+            Some(Kind::Interrupted) => "interrupted",
+            Some(_) => "error",
+        }
+    }
 }

@@ -16,6 +16,7 @@ mod server;
 mod signals;
 mod target;
 mod value;
+mod when;
 
 use std::ffi::OsString;
 use std::future::Future;

@@ -21,6 +21,8 @@ pub(crate) struct Meter {
     /// The files under way, by their number, the first begun first.
     under_way: Vec<(usize, String)>,
     last: Instant,
+    /// Shown in place of speed and time left.
+    note: Option<&'static str>,
 }
 
 #[derive(Debug)]
@@ -46,6 +48,15 @@ impl Meter {
             rate: Rate::new(Instant::now()),
             under_way: Vec::new(),
             last: Instant::now(),
+            note: None,
+        }
+    }
+
+    /// Something that matters more than speed and time left, until it is over.
+    pub(crate) fn note(&mut self, note: Option<&'static str>) {
+        self.note = note;
+        if let (Show::Bar(bar), Some(note)) = (&self.show, note) {
+            bar.set_message(note);
         }
     }
 
@@ -70,7 +81,10 @@ impl Meter {
         match &self.show {
             Show::Bar(bar) => {
                 bar.set_length(progress.total);
-                bar.set_message(format!("{}/s eta {}", size(rate), eta(progress, rate)));
+                bar.set_message(match self.note {
+                    Some(note) => note.to_owned(),
+                    None => format!("{}/s eta {}", size(rate), eta(progress, rate)),
+                });
                 bar.set_prefix(if progress.files > 1 {
                     format!(
                         "{}/{} {}",
@@ -86,7 +100,8 @@ impl Meter {
             Show::Plain => {
                 if now.duration_since(self.last) >= PLAIN_EVERY {
                     self.last = now;
-                    self.console.line(&plain(progress, rate, self.name()));
+                    self.console
+                        .line(&plain(progress, rate, self.note, self.name()));
                 }
             }
             Show::None => {}
@@ -124,15 +139,17 @@ fn bar(console: &Console) -> ProgressBar {
     console.bars.add(ProgressBar::new(0).with_style(style))
 }
 
-fn plain(progress: &Progress, rate: f64, name: &str) -> String {
+fn plain(progress: &Progress, rate: f64, note: Option<&str>, name: &str) -> String {
     let mut line = format!(
-        "{} % {} of {} {}/s eta {}",
+        "{} % {} of {} ",
         percent(progress.acked, progress.total),
         size(progress.acked as f64),
         size(progress.total as f64),
-        size(rate),
-        eta(progress, rate),
     );
+    let _ = match note {
+        Some(note) => line.write_str(note),
+        None => write!(line, "{}/s eta {}", size(rate), eta(progress, rate)),
+    };
     if progress.files > 1 {
         let _ = write!(line, " {} of {} files", progress.files_done, progress.files);
     }
@@ -143,7 +160,7 @@ fn plain(progress: &Progress, rate: f64, name: &str) -> String {
 }
 
 /// Rounded down, so that 100 means all of it.
-fn percent(done: u64, total: u64) -> u64 {
+pub(crate) fn percent(done: u64, total: u64) -> u64 {
     match total {
         0 => 0,
         total => u64::try_from(u128::from(done) * 100 / u128::from(total)).unwrap_or(100),
@@ -152,7 +169,7 @@ fn percent(done: u64, total: u64) -> u64 {
 
 fn eta(progress: &Progress, rate: f64) -> String {
     let left = progress.total.saturating_sub(progress.acked) as f64;
-    if rate < 1.0 {
+    if rate < 1.0 || !progress.listed {
         return "-".to_owned();
     }
     duration(Duration::from_secs_f64((left / rate).min(1e8)))

@@ -1,12 +1,17 @@
 //! `udpack-server`: one store, one token file, one port.
 
+mod hook;
+mod tokens;
+mod uploads;
+
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::time::Duration;
 
 use serde_json::json;
+use tokio::time::MissedTickBehavior;
 use udpack::{ConnectUrl, Drain, Identity, Server, TokenFile};
-use udpack_transfer::{Receiver, ReceiverConfig, Store, StoreConfig};
+use udpack_transfer::{Limiter, Receiver, ReceiverConfig, Scope, Store, StoreConfig};
 
 use crate::args::{ServerArgs, ServerCommand};
 use crate::exit::{Failure, Kind};
@@ -22,6 +27,8 @@ pub(crate) async fn run(args: ServerArgs, console: Console) -> anyhow::Result<()
             return pages::completions::<ServerArgs>(shell);
         }
         Some(ServerCommand::Man) => return pages::man::<ServerArgs>(),
+        Some(ServerCommand::Token(command)) => return tokens::run(&command),
+        Some(ServerCommand::Uploads(command)) => return uploads::run(&command),
         None => {}
     }
     let _log = logging::start(Role::Server, &args.log, &console)?;
@@ -43,12 +50,26 @@ async fn serve(args: &ServerArgs) -> anyhow::Result<()> {
         quota: args.quota.0,
         min_free: args.min_free.map(|size| size.0.unwrap_or(0)),
         overwrite: args.overwrite.into(),
+        expire: args.expire.0,
+        sync: args.fsync.into(),
         ..StoreConfig::default()
     };
     let store = Store::open(&args.dir, config).map_err(|error| {
         anyhow::Error::new(error).context(format!("cannot use {}", args.dir.display()))
     })?;
-    let receiver = Receiver::new(store, ReceiverConfig::default());
+    let limiter = |rate: Option<u64>| rate.map_or_else(Limiter::unlimited, Limiter::new);
+    let mut receiver = Receiver::new(store.clone(), receiving(args))
+        .limit(limiter(args.bwlimit.up), limiter(args.bwlimit.down));
+    if let Some(hook) = &args.hook {
+        let found = hook::find(hook).map_err(|error| {
+            Failure::new(
+                Kind::LocalFile,
+                format!("cannot run the hook {}: {error}", hook.display()),
+            )
+            .hint("name an executable file with --hook")
+        })?;
+        receiver = receiver.hook(hook::Program::new(&found));
+    }
     let hub = Hub::new();
     let server = Server::builder()
         .identity(identity)
@@ -62,13 +83,46 @@ async fn serve(args: &ServerArgs) -> anyhow::Result<()> {
 
     announce(args, &server, &tokens)?;
     let stop = async {
-        interrupts.first().await;
+        tokio::select! {
+            () = interrupts.first() => {}
+            () = sweep(&store) => {}
+        }
         tracing::info!(within = ?DRAIN, "shutting down; a second signal ends it at once");
         hub.close();
     };
     server.run_until(stop, Drain::within(DRAIN)).await?;
     tracing::info!("stopped");
     Ok(())
+}
+
+/// What tokens that say nothing of it allow.
+fn receiving(args: &ServerArgs) -> ReceiverConfig {
+    ReceiverConfig {
+        default_scope: Scope {
+            read: args.allow_read || args.read_only,
+            write: !args.read_only,
+            ..Scope::default()
+        },
+        read_only: args.read_only,
+        ..ReceiverConfig::default()
+    }
+}
+
+/// Removes interrupted uploads that nobody came back for, for ever.
+async fn sweep(store: &Store) {
+    let mut ticks = tokio::time::interval(SWEEP);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    // The store was swept when it was opened.
+    ticks.tick().await;
+    loop {
+        ticks.tick().await;
+        let store = store.clone();
+        match tokio::task::spawn_blocking(move || store.sweep()).await {
+            Ok(Ok(0)) | Err(_) => {}
+            Ok(Ok(removed)) => tracing::info!(removed, "interrupted uploads have expired"),
+            Ok(Err(error)) => tracing::warn!(%error, "cannot look for expired uploads"),
+        }
+    }
 }
 
 /// Tells where the server is and how to reach it, on standard output: a label and a value a line.
@@ -135,5 +189,7 @@ fn reachable(bound: IpAddr) -> IpAddr {
     }
 }
 
+/// How often expired uploads are looked for.
+const SWEEP: Duration = Duration::from_secs(600);
 /// How long running uploads may go on after the first signal.
 const DRAIN: Duration = Duration::from_secs(10);

@@ -8,6 +8,7 @@ use udpack::{
     Client, CloseCode, ConnectUrl, DEFAULT_PORT, Fingerprint, FingerprintError, Socket, Timeouts,
     TokenFile, TokenFileError,
 };
+use udpack_transfer::{Link, Retry};
 
 use crate::args::ConnectArgs;
 use crate::exit::{Failure, Kind};
@@ -58,6 +59,39 @@ impl Target {
         address(&self.url)
     }
 
+    /// As [`run`](Self::run), with a link that connects again when the connection is lost.
+    pub(crate) async fn run_link<T>(
+        &self,
+        retry: Retry,
+        interrupts: &mut Interrupts,
+        work: impl AsyncFnOnce(Link) -> anyhow::Result<T>,
+    ) -> anyhow::Result<T> {
+        let address = self.address();
+        let link = Link::new(self.client.clone(), &*address).retry(retry);
+        tokio::select! {
+            socket = link.socket() => {
+                let socket = socket?;
+                let session = socket.id();
+                tracing::info!(server = address, session, "connected");
+            }
+            () = interrupts.first() => return Err(Failure::interrupted().into()),
+        }
+        let result = tokio::select! {
+            result = work(link.clone()) => result,
+            () = interrupts.first() => {
+                if let Some(socket) = link.live() {
+                    socket.abort(CloseCode::CANCELLED, "interrupted");
+                    let _ = tokio::time::timeout(PARTING, socket.closed()).await;
+                }
+                return Err(Failure::interrupted().into());
+            }
+        };
+        if let Some(socket) = link.live() {
+            let _ = tokio::time::timeout(PARTING, socket.close(CloseCode::NORMAL, "done")).await;
+        }
+        result
+    }
+
     /// Connects, does `work`, and closes. An interrupt closes at once, and what `work` had begun is dropped.
     pub(crate) async fn run<T>(
         &self,
@@ -80,6 +114,19 @@ impl Target {
         };
         let _ = tokio::time::timeout(PARTING, socket.close(CloseCode::NORMAL, "done")).await;
         result
+    }
+}
+
+/// How to come back after a lost connection: so often, or for 5 minutes without anything moving.
+pub(crate) fn retry(attempts: Option<u32>) -> Retry {
+    let retry = Retry::default();
+    Retry {
+        patience: match attempts {
+            Some(_) => DAY,
+            None => retry.patience,
+        },
+        attempts,
+        ..retry
     }
 }
 
@@ -162,5 +209,7 @@ pub(crate) fn address(url: &ConnectUrl) -> String {
     }
 }
 
+/// A bound where the number of attempts is the one that counts.
+const DAY: Duration = Duration::from_secs(24 * 3600);
 /// How long to wait for the server to hear that we leave.
 const PARTING: Duration = Duration::from_secs(2);

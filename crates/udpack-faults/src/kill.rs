@@ -70,7 +70,7 @@ pub(crate) fn run(args: &KillArgs, rig: &Rig, mut rng: Rng) -> anyhow::Result<bo
                 load.finish()?;
                 load.ledger.check(&uploads, false)?;
                 if cycle % CLEAR_EVERY < args.finish_every && cycle != args.cycles {
-                    load.ledger.clear(&uploads)?;
+                    load.clear(&uploads)?;
                 }
             }
             Victim::Both => {

@@ -1,7 +1,7 @@
 //! Mixed uploads: new names, names again, names with other bytes, and what was interrupted until it is done.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::ledger::{Ledger, make_sources};
@@ -128,9 +128,20 @@ impl Load {
         Ok(())
     }
 
+    /// Removes all that is stored, for room. No client may be running.
+    pub(crate) fn clear(&mut self, uploads: &Path) -> anyhow::Result<()> {
+        self.ledger.clear(uploads)?;
+        for task in &self.pending {
+            for (file, source) in &task.files {
+                self.ledger.mean(&task.name(file), *source);
+            }
+        }
+        Ok(())
+    }
+
     /// Some of the interrupted files change before their command runs again. Only while no server runs, so
     /// that it is known which of them are not stored.
-    pub(crate) fn edit_some(&mut self, uploads: &std::path::Path) -> anyhow::Result<()> {
+    pub(crate) fn edit_some(&mut self, uploads: &Path) -> anyhow::Result<()> {
         for at in 0..self.pending.len() {
             if !self.rng.chance(10) {
                 continue;

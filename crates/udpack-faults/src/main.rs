@@ -74,6 +74,9 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments, seed: u64) -> anyhow::Result<bool> {
+    if let Fault::Power(args) = &arguments.fault {
+        power::isolate(args)?;
+    }
     let rig = Rig::new(arguments.bin_dir.as_deref(), arguments.work.as_deref())?;
     println!("seed {seed}, in {}", rig.work().display());
     let rng = Rng::new(seed);

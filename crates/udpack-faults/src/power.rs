@@ -2,6 +2,7 @@
 //! its disk yet, the journal's unwritten part included; mounting it again replays what is.
 
 use std::fs::{self, File};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
@@ -23,12 +24,39 @@ pub(crate) struct PowerArgs {
     cycles: u64,
 
     /// Size of the file system, in MiB.
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, default_value_t = 512)]
     image: u64,
 
     /// In every so-manieth cycle all that was interrupted must finish before the cut.
     #[arg(long, default_value_t = 10)]
     finish_every: u64,
+
+    /// Its mounts are its own already.
+    #[arg(long, hide = true)]
+    inside: bool,
+}
+
+/// Starts this program anew where its mounts are its own, if that can be done: then none outlives it, however it
+/// ends.
+pub(crate) fn isolate(args: &PowerArgs) -> anyhow::Result<()> {
+    let unshare = || {
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--propagation", "private", "--"]);
+        command
+    };
+    let possible = || {
+        let status = unshare().arg("true").stderr(Stdio::null()).status();
+        status.is_ok_and(|status| status.success())
+    };
+    if args.inside || !rustix::process::geteuid().is_root() || !possible() {
+        return Ok(());
+    }
+    let error = unshare()
+        .arg(std::env::current_exe()?)
+        .args(std::env::args_os().skip(1))
+        .arg("--inside")
+        .exec();
+    Err(error).context("cannot run unshare")
 }
 
 /// Runs the cycles; true when nothing was wrong, or when this machine cannot do it.
@@ -41,6 +69,7 @@ pub(crate) fn run(args: &PowerArgs, rig: &Rig, mut rng: Rng) -> anyhow::Result<b
     let mut disk = Disk::new(rig.work(), args.image << 20)?;
     if let Err(error) = disk.mount("ordered") {
         println!("SKIPPED: cannot mount an image: {error:#}");
+        fs::remove_dir_all(rig.work())?;
         return Ok(true);
     }
     disk.unmount()?;
@@ -61,13 +90,14 @@ pub(crate) fn run(args: &PowerArgs, rig: &Rig, mut rng: Rng) -> anyhow::Result<b
         })?;
         load.ledger.check(&uploads, true)?;
         load.edit_some(&uploads)?;
-        if disk.used()? > 45 {
-            load.ledger.clear(&uploads)?;
+        let finishing = cycle % args.finish_every.max(1) == 0 || cycle == args.cycles;
+        if disk.used()? > if finishing { 20 } else { 40 } {
+            load.clear(&uploads)?;
         }
         let mut server = rig.server(port, &uploads)?;
         let clients = 2 + load.rng.index(2);
         let mut running = load.start(clients)?;
-        if cycle % args.finish_every.max(1) == 0 || cycle == args.cycles {
+        if finishing {
             load.settle(running, true)?;
             load.finish()?;
             running = Vec::new();

@@ -39,7 +39,7 @@ impl Rig {
             Some(bins) => bins.to_owned(),
             None => {
                 let own = std::env::current_exe().context("cannot find this program")?;
-                own.parent().unwrap_or(Path::new(".")).to_owned()
+                own.parent().unwrap_or_else(|| Path::new(".")).to_owned()
             }
         };
         for name in [SERVER, CLIENT] {

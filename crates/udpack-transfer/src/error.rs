@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use udpack::{CloseCode, CloseReason, ConnectError, OpenError, RecvError, Side};
 
+use crate::store::StoreError;
+
 /// Why one file was not transferred.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -24,6 +26,14 @@ pub enum TransferError {
     NotAFile {
         /// The path.
         path: PathBuf,
+    },
+    /// The local file's name cannot be one at the server.
+    #[error("cannot send {}: {reason}", path.display())]
+    Name {
+        /// The file.
+        path: PathBuf,
+        /// The rule it breaks, as a sentence without a capital.
+        reason: String,
     },
     /// The local file changed while it was being sent; nothing of it was stored.
     #[error("file changed while it was being sent: {}", path.display())]
@@ -44,6 +54,9 @@ pub enum TransferError {
     /// The server's hash is not ours, although it said `done`.
     #[error("the server stored other bytes than were sent")]
     Mismatch,
+    /// The local directory does not take the file, or could not store it: downloads only.
+    #[error(transparent)]
+    Store(Arc<StoreError>),
     /// The connection or the lane ended first: whether the file was stored is unknown. Asking again with
     /// [`IfExists::Same`](crate::IfExists::Same) settles it.
     #[error("the connection ended before the server confirmed the file: {0}")]
@@ -85,21 +98,16 @@ impl TransferError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Source { .. } | Self::NotAFile { .. } => ErrorKind::LocalFile,
+            Self::Name { .. } => ErrorKind::Policy,
             Self::SourceChanged { .. } | Self::Mismatch => ErrorKind::Integrity,
             Self::Closed(_) | Self::Silent(_) => ErrorKind::Network,
             Self::Connect(error) if error.is_auth() => ErrorKind::Auth,
             Self::Connect(_) => ErrorKind::Network,
             Self::Protocol(_) => ErrorKind::Other,
-            Self::Refused { code, .. } => match code.as_str() {
-                "bad_name" | "exists" | "too_large" | "quota" | "forbidden"
-                | "too_many_uploads" | "unsupported" | "busy" | "superseded" | "not_found"
-                | "is_directory" | "not_a_file" | "not_empty" | "refused" => ErrorKind::Policy,
-                "size_mismatch" | "hash_mismatch" | "bad_offset" | "source_changed" => {
-                    ErrorKind::Integrity
-                }
-                "no_space" | "io" => ErrorKind::RemoteStorage,
-                "upload_stalled" => ErrorKind::Network,
-                _ => ErrorKind::Other,
+            Self::Refused { code, .. } => by_code(code),
+            Self::Store(error) => match by_code(error.code()) {
+                ErrorKind::RemoteStorage | ErrorKind::Other => ErrorKind::LocalFile,
+                kind => kind,
             },
         }
     }
@@ -108,11 +116,27 @@ impl TransferError {
     pub fn retry(&self) -> bool {
         match self {
             Self::Refused { retry, .. } => *retry,
+            Self::Store(error) => error.retry(),
             Self::Closed(reason) => reason.retry,
             Self::Connect(error) => error.retry(),
             Self::Silent(_) | Self::SourceChanged { .. } | Self::Mismatch => true,
-            Self::Source { .. } | Self::NotAFile { .. } | Self::Protocol(_) => false,
+            Self::Source { .. } | Self::NotAFile { .. } | Self::Name { .. } | Self::Protocol(_) => {
+                false
+            }
         }
+    }
+}
+
+/// What kind of trouble a code of `docs/PROTOCOL.md` §11 stands for.
+fn by_code(code: &str) -> ErrorKind {
+    match code {
+        "bad_name" | "exists" | "too_large" | "quota" | "forbidden" | "too_many_uploads"
+        | "unsupported" | "busy" | "superseded" | "not_found" | "is_directory" | "not_a_file"
+        | "not_empty" | "refused" => ErrorKind::Policy,
+        "size_mismatch" | "hash_mismatch" | "bad_offset" | "source_changed" => ErrorKind::Integrity,
+        "no_space" | "io" => ErrorKind::RemoteStorage,
+        "upload_stalled" => ErrorKind::Network,
+        _ => ErrorKind::Other,
     }
 }
 
@@ -142,6 +166,10 @@ impl TransferError {
             Self::Connect(error) => Self::Connect(error.clone()),
             Self::Silent(time) => Self::Silent(*time),
             Self::NotAFile { path } => Self::NotAFile { path: path.clone() },
+            Self::Name { path, reason } => Self::Name {
+                path: path.clone(),
+                reason: reason.clone(),
+            },
             Self::SourceChanged { path } => Self::SourceChanged { path: path.clone() },
             Self::Source { path, source } => Self::Source {
                 path: path.clone(),
@@ -158,6 +186,7 @@ impl TransferError {
                 message: message.clone(),
                 retry: *retry,
             },
+            Self::Store(error) => Self::Store(error.clone()),
             Self::Mismatch => Self::Mismatch,
             Self::Protocol(text) => Self::Protocol(text.clone()),
         }

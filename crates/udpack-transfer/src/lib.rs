@@ -1,6 +1,7 @@
 //! Verified file transfer on [`udpack`] channels.
 //!
-//! A [`Receiver`] takes uploads into a [`Store`]; an [`Uploader`] sends files over a `Socket`. Both use the
+//! A [`Receiver`] takes uploads into a [`Store`]; an [`Uploader`] sends files over a `Socket`, or over a
+//! [`Link`] that survives the loss of one. Both use the
 //! public interface of `udpack` only. The messages are in `docs/PROTOCOL.md`, section 11.
 //!
 //! ```text
@@ -19,7 +20,9 @@
     warn(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)
 )]
 
+mod downloader;
 mod error;
+mod glob;
 mod hook;
 mod jobs;
 mod lane;
@@ -30,23 +33,28 @@ mod path;
 mod queries;
 mod queue;
 mod receiver;
+mod remote;
 mod scope;
 mod serving;
 mod size;
 mod source;
 mod store;
 mod uploader;
+mod walk;
 pub mod wire;
 mod worker;
 mod writers;
 
+pub use downloader::{Download, Downloader, Wanted, apply_entry};
 pub use error::{ErrorKind, TransferError};
+pub use glob::{Exclude, Pattern, PatternError};
 pub use hook::{Accepted, Hook, HookOffer, HookStored};
 pub use lane::{Action, Lane, Refusal};
 pub use limiter::Limiter;
 pub use link::{Link, LinkEvent, LinkEvents, Retry};
 pub use path::{PathError, PathRule, RelPath};
 pub use receiver::{Receiver, ReceiverConfig};
+pub use remote::{Job, JobKind, JobState, Jobs, JobsEvent, Listing, Remote};
 pub use scope::{Scope, ScopeError};
 pub use size::parse_size;
 pub use source::Source;
@@ -56,6 +64,7 @@ pub use store::{
     SyncPolicy, Synced, Tenant, Time, Usage, check_target, purge, uploads,
 };
 pub use uploader::{Event, Outcome, Progress, Upload, Uploader};
+pub use walk::{Found, Walk, What};
 
 /// The name of the channels that are lanes.
 pub const CHANNEL: &str = "transfer";

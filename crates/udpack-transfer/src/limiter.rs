@@ -1,10 +1,12 @@
 //! [`Limiter`]: how many bytes a second may go out, all lanes together.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
 use tokio::sync::Mutex;
 use tokio::time::Instant;
+use udpack::Stats;
 
 use crate::wire::CHUNK;
 
@@ -12,6 +14,8 @@ use crate::wire::CHUNK;
 const SMALLEST: usize = 4 << 10;
 /// What may go out at once after a pause, as a part of a second.
 const BURST: u64 = 8;
+/// How long one chunk may be on its way.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// A bucket of bytes that fills at a steady rate. Clones share one bucket, those who wait are served in the
 /// order in which they came: lanes that share a limiter get equal turns.
@@ -85,6 +89,40 @@ impl Limiter {
     }
 }
 
+/// How large the chunks of one lane shall be: as the limit says, and so small that each is through in seconds.
+///
+/// A receiver counts, keeps and confirms whole chunks only, and gives up a message or an upload that takes too
+/// long. On a slow path large chunks would never arrive however often they were tried. Clones share one size:
+/// the lane adapts it, its reader asks for it.
+#[derive(Debug, Clone)]
+pub(crate) struct Pace {
+    limiter: Limiter,
+    lanes: u64,
+    size: Arc<AtomicUsize>,
+}
+
+impl Pace {
+    /// For one of so many `lanes` of a socket.
+    pub(crate) fn new(limiter: &Limiter, lanes: usize) -> Self {
+        Self {
+            limiter: limiter.clone(),
+            lanes: (lanes as u64).max(1),
+            size: Arc::new(AtomicUsize::new(CHUNK)),
+        }
+    }
+
+    /// Looks at how fast the path is now: a window each round trip.
+    pub(crate) fn adapt(&self, stats: &Stats) {
+        self.size
+            .store(path_chunk(stats.cwnd, stats.rtt, self.lanes), Relaxed);
+    }
+
+    /// The size for the next chunk, in bytes.
+    pub(crate) fn chunk(&self) -> usize {
+        self.limiter.chunk().min(self.size.load(Relaxed))
+    }
+}
+
 impl Default for Limiter {
     /// No limit.
     fn default() -> Self {
@@ -102,11 +140,23 @@ impl Bucket {
 }
 
 fn chunk(rate: u64) -> usize {
+    chunk_within(rate / BURST)
+}
+
+/// The largest good size of a chunk that is at most `bytes`.
+fn chunk_within(bytes: u64) -> usize {
     let mut chunk = CHUNK;
-    while chunk > SMALLEST && chunk as u64 > rate / BURST {
+    while chunk > SMALLEST && chunk as u64 > bytes {
         chunk /= 2;
     }
     chunk
+}
+
+/// What one of `lanes` gets through a path with this window and round-trip time in [`PATIENCE`].
+fn path_chunk(window: u64, rtt: Duration, lanes: u64) -> usize {
+    let trips = PATIENCE.as_secs_f64() / rtt.as_secs_f64().max(1e-6);
+    // A float becomes an integer by saturation.
+    chunk_within((window as f64 * trips) as u64 / lanes)
 }
 
 fn burst(rate: u64) -> f64 {
@@ -150,6 +200,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn clones_share_and_wait_in_turn() {
         let limiter = Limiter::new(1 << 20);
+        // The burst is nobody's turn.
+        limiter.take(128 << 10).await;
         let mut tasks = tokio::task::JoinSet::new();
         let order = Arc::new(std::sync::Mutex::new(Vec::new()));
         for lane in 0..4 {
@@ -185,6 +237,24 @@ mod tests {
         let since = Instant::now();
         limiter.take(128 << 10).await;
         assert!(since.elapsed() < Duration::from_millis(125));
+    }
+
+    #[test]
+    fn chunks_get_smaller_with_the_path() {
+        let millis = Duration::from_millis;
+        // Loopback, a good line far away, and one datagram of five lost on it.
+        assert_eq!(path_chunk(14_000, Duration::from_micros(200), 4), CHUNK);
+        assert_eq!(path_chunk(14_000, Duration::ZERO, 4), CHUNK);
+        assert_eq!(path_chunk(1 << 20, millis(200), 4), CHUNK);
+        assert_eq!(path_chunk(2_800, millis(100), 4), 8 << 10);
+        // 64 kbit/s with everything queued; nothing at all.
+        assert_eq!(path_chunk(12_000, millis(1500), 4), SMALLEST);
+        assert_eq!(path_chunk(0, millis(1500), 4), SMALLEST);
+        assert_eq!(path_chunk(u64::MAX, Duration::ZERO, 1), CHUNK);
+
+        let pace = Pace::new(&Limiter::new(100_000), 4);
+        assert_eq!(pace.chunk(), 8 << 10, "the limit counts as well");
+        assert_eq!(Pace::new(&Limiter::unlimited(), 0).chunk(), CHUNK);
     }
 
     #[test]

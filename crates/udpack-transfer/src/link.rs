@@ -211,6 +211,16 @@ impl Link {
         }
     }
 
+    /// The socket as it is, if it is alive: to close it in good order.
+    pub fn live(&self) -> Option<Socket> {
+        let socket = match &self.way {
+            Way::Given(socket) => Some(socket.clone()),
+            // Whoever holds it is connecting.
+            Way::Dial { .. } => self.shared.state.try_lock().ok()?.socket.clone(),
+        };
+        socket.filter(|socket| socket.close_reason().is_none())
+    }
+
     /// The transfer moves: patience and attempts begin anew.
     pub fn progressed(&self) {
         *self.outage() = Outage::default();

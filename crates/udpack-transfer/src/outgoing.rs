@@ -4,12 +4,15 @@ use tokio::sync::mpsc;
 use udpack::{Channel, SendError};
 
 use crate::jobs::{Job, JobEnd};
-use crate::limiter::Limiter;
+use crate::limiter::{Limiter, Pace};
 use crate::path::RelPath;
 use crate::source::{Opened, Piece};
 use crate::store::Store;
 use crate::wire::{ChunkFields, ErrorFields, FileFields, FinishFields, Hash, Have};
 use crate::worker::{Outcome, Outcomes};
+
+/// How many lanes a client most likely has; the server does not know.
+const LANES: usize = 4;
 
 /// A file to send.
 #[derive(Debug)]
@@ -79,7 +82,7 @@ async fn send(
             return refuse(channel, id, "internal", "the server failed to read", true).await;
         }
     };
-    let meta = opened.meta;
+    let meta = crate::wire::MetaFields::from(opened.meta);
     let fields = FileFields {
         id,
         path: &shown,
@@ -92,8 +95,11 @@ async fn send(
         run: None,
     };
     channel.send("file", &fields).await?;
-    let mut pieces = opened.read(have, limit.chunk());
+    let pace = Pace::new(limit, LANES);
+    pace.adapt(&channel.stats());
+    let mut pieces = opened.read(have, pace.clone());
     loop {
+        pace.adapt(&channel.stats());
         let piece = tokio::select! {
             piece = pieces.recv() => piece,
             () = unwanted.cancelled() => {

@@ -55,6 +55,11 @@ impl RelPath {
             .filter(|component| !component.is_empty())
     }
 
+    /// All above the last component; `None` when the path is a bare name.
+    pub(crate) fn parent(&self) -> Option<&str> {
+        self.0.rsplit_once('/').map(|(parent, _)| parent)
+    }
+
     fn split(&self) -> (&str, &str) {
         self.0.rsplit_once('/').unwrap_or(("", &self.0))
     }

@@ -455,7 +455,7 @@ fn parents(path: &str) -> impl Iterator<Item = &str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::MetaFields;
+    use crate::store::Meta;
 
     fn file(index: usize, name: &str, size: u64) -> Item {
         let source = Source::bytes("", name.parse().unwrap());
@@ -463,7 +463,7 @@ mod tests {
     }
 
     fn dir(index: usize, name: &str) -> Item {
-        let source = Source::dir(name.parse().unwrap(), MetaFields::default());
+        let source = Source::dir(name.parse().unwrap(), Meta::default());
         Item::new(index, source, 0)
     }
 

@@ -39,6 +39,8 @@ pub struct ReceiverConfig {
     pub requests: usize,
     /// What a client may do whose token says nothing of rights. Defaults to uploading only.
     pub default_scope: Scope,
+    /// Nobody may upload or remove, whatever the tokens say. Defaults to no.
+    pub read_only: bool,
 }
 
 impl Default for ReceiverConfig {
@@ -52,6 +54,7 @@ impl Default for ReceiverConfig {
             pipeline: 512,
             requests: 32,
             default_scope: Scope::default(),
+            read_only: false,
         }
     }
 }
@@ -160,6 +163,11 @@ impl Receiver {
             return Ok(());
         };
         let scope = match Scope::of(channel.peer(), &self.config.default_scope) {
+            Ok(scope) if self.config.read_only => Scope {
+                write: false,
+                delete: false,
+                ..scope
+            },
             Ok(scope) => scope,
             Err(error) => {
                 let peer = channel.peer().map_or("", |peer| peer.id());

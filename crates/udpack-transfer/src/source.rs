@@ -6,16 +6,16 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use rustix::fs::OFlags;
 use tokio::sync::mpsc;
 
 use crate::error::TransferError;
+use crate::limiter::Pace;
 use crate::path::RelPath;
-use crate::store::Existing;
-use crate::wire::{Have, MetaFields};
+use crate::store::{Existing, Meta, Time};
+use crate::wire::Have;
 
 /// Chunks read ahead of the network.
 const AHEAD: usize = 4;
@@ -35,7 +35,7 @@ pub(crate) enum Origin {
     File(PathBuf),
     Memory(Bytes),
     Reader(Reader),
-    Dir(MetaFields),
+    Dir(Meta),
     Link(String),
     Failed(Arc<TransferError>),
 }
@@ -60,8 +60,8 @@ impl Source {
 
     /// A directory. It is made, and given its times and mode when these are preserved, after everything in it
     /// that came before it is done: what is stored in a directory changes its time. The others go on meanwhile.
-    pub fn dir(remote: RelPath, meta: impl Into<MetaFields>) -> Self {
-        Self::new(remote.as_str(), Origin::Dir(meta.into()))
+    pub fn dir(remote: RelPath, meta: Meta) -> Self {
+        Self::new(remote.as_str(), Origin::Dir(meta))
     }
 
     /// A symbolic link to `target`, which is relative and stays within the server's root.
@@ -155,8 +155,8 @@ impl Source {
             }
         };
         let (size, meta) = match &from {
-            OpenedFrom::Memory(bytes) => (Some(bytes.len() as u64), MetaFields::default()),
-            OpenedFrom::Reader(_) => (None, MetaFields::default()),
+            OpenedFrom::Memory(bytes) => (Some(bytes.len() as u64), Meta::default()),
+            OpenedFrom::Reader(_) => (None, Meta::default()),
             OpenedFrom::File { metadata, .. } => (Some(metadata.len()), meta(metadata)),
         };
         Ok(Opened {
@@ -189,7 +189,7 @@ pub(crate) struct Opened {
     path: PathBuf,
     /// `None` for a reader.
     pub(crate) size: Option<u64>,
-    pub(crate) meta: MetaFields,
+    pub(crate) meta: Meta,
     from: OpenedFrom,
 }
 
@@ -238,11 +238,11 @@ impl Opened {
     ///
     /// Ranges of `have` that are equal here are passed over. Everything is read once, but for ranges that
     /// differ: these are read again to be sent, and then only those bytes count.
-    pub(crate) fn read(self, have: Have, chunk: usize) -> mpsc::Receiver<Piece> {
+    pub(crate) fn read(self, have: Have, pace: Pace) -> mpsc::Receiver<Piece> {
         let (pieces, taken) = mpsc::channel(AHEAD);
         tokio::task::spawn_blocking(move || {
             let mut take = |piece| pieces.blocking_send(piece).is_ok();
-            match self.pump(&have, chunk, &mut take, &|| pieces.is_closed()) {
+            match self.pump(&have, &|| pace.chunk(), &mut take, &|| pieces.is_closed()) {
                 Ok(()) => {}
                 Err(Stop::Unwanted) => {}
                 Err(Stop::Failed(error)) => {
@@ -263,7 +263,7 @@ impl Opened {
         let mut hash = [0; 32];
         let pumped = self.pump(
             &Have::new(),
-            size.max(1),
+            &|| size.max(1),
             &mut |piece| {
                 match piece {
                     Piece::Chunk { bytes, .. } => whole = Some(bytes),
@@ -283,7 +283,7 @@ impl Opened {
     fn pump(
         self,
         have: &Have,
-        chunk: usize,
+        chunk: &dyn Fn() -> usize,
         take: &mut dyn FnMut(Piece) -> bool,
         unwanted: &dyn Fn() -> bool,
     ) -> Result<(), Stop> {
@@ -303,7 +303,7 @@ impl Opened {
                 let Some(mut reader) = reader.lock().take() else {
                     return Err(pump.failed(io::Error::other("it was read before")));
                 };
-                while pump.send_chunk(&mut reader, chunk)? {}
+                while pump.send_chunk(&mut reader, chunk())? {}
             }
             (OpenedFrom::Memory(bytes), _) => {
                 let size = bytes.len() as u64;
@@ -365,7 +365,7 @@ struct Pump<'a> {
     /// Over everything up to `at`.
     hasher: blake3::Hasher,
     at: u64,
-    chunk: usize,
+    chunk: &'a dyn Fn() -> usize,
     take: &'a mut dyn FnMut(Piece) -> bool,
     unwanted: &'a dyn Fn() -> bool,
 }
@@ -420,7 +420,7 @@ impl Pump<'_> {
     /// Reads and sends up to the offset `to`, all of which a file must have.
     fn send_to(&mut self, file: &mut File, to: u64) -> Result<(), Stop> {
         while self.at < to {
-            let want = least(to - self.at, self.chunk);
+            let want = least(to - self.at, (self.chunk)());
             if !self.send_chunk(file, want)? {
                 return Err(self.changed());
             }
@@ -431,7 +431,7 @@ impl Pump<'_> {
     /// Sends up to the offset `to`.
     fn send_slice(&mut self, bytes: &Bytes, to: u64) -> Result<(), Stop> {
         while self.at < to {
-            let end = self.at + least(to - self.at, self.chunk) as u64;
+            let end = self.at + least(to - self.at, (self.chunk)()) as u64;
             self.give_chunk(slice(bytes, self.at, end))?;
         }
         Ok(())
@@ -493,38 +493,17 @@ fn read_full(from: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
     Ok(filled)
 }
 
-/// Times and mode of a local file as they travel.
-pub(crate) fn meta(metadata: &Metadata) -> MetaFields {
-    let (mtime, mtime_ns) = match metadata.modified().ok().and_then(unix_time) {
-        Some((secs, nanos)) => (Some(secs), nanos),
-        None => (None, 0),
-    };
-    MetaFields {
-        mtime,
-        mtime_ns,
+/// Time and mode of a local file.
+pub(crate) fn meta(metadata: &Metadata) -> Meta {
+    Meta {
+        mtime: metadata.modified().ok().map(Time::from),
         mode: Some(metadata.permissions().mode() & 0o777),
-    }
-}
-
-/// Seconds since 1970, rounded down, and the nanoseconds beyond.
-fn unix_time(time: SystemTime) -> Option<(i64, u32)> {
-    match time.duration_since(UNIX_EPOCH) {
-        Ok(since) => Some((i64::try_from(since.as_secs()).ok()?, since.subsec_nanos())),
-        Err(before) => {
-            let before = before.duration();
-            let secs = i64::try_from(before.as_secs()).ok()?.checked_neg()?;
-            match before.subsec_nanos() {
-                0 => Some((secs, 0)),
-                nanos => Some((secs.checked_sub(1)?, 1_000_000_000 - nanos)),
-            }
-        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     fn rel(path: &str) -> RelPath {
         path.parse().unwrap()
@@ -549,7 +528,7 @@ mod tests {
         let (mut same, mut at, mut end) = (0, 0, None);
         let pumped = source.open().unwrap().pump(
             have,
-            chunk,
+            &|| chunk,
             &mut |piece| {
                 match piece {
                     Piece::Chunk { offset, bytes } => {
@@ -660,7 +639,7 @@ mod tests {
         let again = source
             .open()
             .unwrap()
-            .pump(&Have::new(), 10, &mut |_| true, &|| false);
+            .pump(&Have::new(), &|| 10, &mut |_| true, &|| false);
         assert!(matches!(again, Err(Stop::Failed(_))));
     }
 
@@ -677,16 +656,5 @@ mod tests {
         std::fs::write(&local, noise(4097)).unwrap();
         let source = Source::file(&local, rel("x"));
         assert!(source.open().unwrap().whole(4096).unwrap().is_none());
-    }
-
-    #[test]
-    fn times_before_1970_round_down() {
-        let at = |secs, nanos| UNIX_EPOCH.checked_sub(Duration::new(secs, nanos));
-        assert_eq!(unix_time(UNIX_EPOCH), Some((0, 0)));
-        assert_eq!(unix_time(at(1, 0).unwrap()), Some((-1, 0)));
-        assert_eq!(unix_time(at(1, 1).unwrap()), Some((-2, 999_999_999)));
-        assert_eq!(unix_time(at(0, 1).unwrap()), Some((-1, 999_999_999)));
-        let after = UNIX_EPOCH + Duration::new(5, 7);
-        assert_eq!(unix_time(after), Some((5, 7)));
     }
 }

@@ -5,18 +5,29 @@
 //! one name exactly one wins. All work is done below directory handles held since [`Store::open`],
 //! following no symbolic link.
 //!
+//! An upload that may be resumed is written under a name made from its owner and path, so that it is found
+//! again, and has a journal of what is durable in `<root>/.udpack/journal`. One upload at a time may write such
+//! a file: it holds a lock on it. Nothing is ever written to a file that has another name beside.
+//!
+//! The order that makes a promise hold: the bytes are synced, then the journal says so and is synced, then they
+//! are reported as safe; a whole file is synced, then gets its name, then its directory is synced, then it is
+//! reported as stored, then its journal is removed. A sync that fails is never tried again: the upload fails.
+//!
 //! Everything here blocks: call it from a thread that may. Whose upload it is, and what a message
 //! means, is not decided here.
 
 mod disk;
 mod error;
+mod journal;
 mod partial;
+mod publish;
 mod quota;
 mod suspended;
 #[cfg(test)]
 mod tests;
 mod tree;
 
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -29,10 +40,13 @@ use cap_std::fs::Dir;
 
 use crate::path::RelPath;
 use disk::Disk;
+use journal::Key;
 use quota::Accounts;
+use rustix::fs::Stat;
 
 pub use error::StoreError;
-pub use partial::{Checkpoint, Complete, Partial, Published, Range, Synced};
+pub use partial::{Checkpoint, Partial, Range};
+pub use publish::{Complete, Published, Synced};
 pub use suspended::{Suspended, purge, uploads};
 pub use tree::{Entry, Kind, List, Page, Removed, check_target};
 
@@ -259,18 +273,20 @@ pub struct Usage {
     pub reserved: u64,
     /// Uploads open.
     pub open: usize,
+    /// Bytes of interrupted uploads that are kept to be resumed.
+    pub suspended: u64,
 }
 
 impl Store {
     /// Opens a directory for uploads, making it if it is missing, and removes what uploads cut off
-    /// by a crash left in its staging area.
+    /// by a crash left in its staging area, but for what can be resumed.
     ///
     /// Fails with [`StoreError::Locked`] when another store uses the directory, and with
     /// [`StoreError::NoAtomicPublish`] or [`StoreError::OtherDevice`] when a trial shows that its
     /// file system cannot keep what a store promises.
     pub fn open(root: impl AsRef<Path>, config: StoreConfig) -> Result<Self, StoreError> {
         let root = root.as_ref();
-        let disk = Disk::open(root)?;
+        let (disk, found) = Disk::open(root, &config)?;
         let setup = |action| move |e| StoreError::io(action, None, e, || 0);
         let min_free = match config.min_free {
             Some(bytes) => bytes,
@@ -281,13 +297,15 @@ impl Store {
             ),
         };
         let used = match config.quota {
-            Some(_) => Some(disk.used(None).map_err(setup("count the files"))?),
+            Some(_) => Some(disk.used_below(None).map_err(setup("count the files"))?),
             None => None,
         };
         let state = Mutex::new(State {
             accounts: Accounts::new(used),
             unwritten: 0,
             open: 0,
+            live: HashSet::new(),
+            suspended: found.suspended.into_iter().collect(),
         });
         Ok(Self {
             inner: Arc::new(Inner {
@@ -311,32 +329,34 @@ impl Store {
         &self.inner.config
     }
 
-    /// Gives complete files their names, in this order, and puts them on disk together.
-    ///
-    /// Success means that file, name and directories survive a power cut, as far as
-    /// [`StoreConfig::sync`] asks for that.
-    pub fn publish(&self, batch: Vec<Complete>) -> Vec<Result<Published, StoreError>> {
-        batch.into_iter().map(Complete::publish).collect()
-    }
-
     /// Removes interrupted uploads that were not resumed in [`StoreConfig::expire`], and says how many.
+    ///
+    /// Call it every now and then; opening the store does the same once.
     pub fn sweep(&self) -> io::Result<u64> {
-        Ok(0)
+        let swept = self.inner.disk.sweep(self.inner.config.expire, false)?;
+        if swept.expired > 0 {
+            tracing::info!(
+                files = swept.expired,
+                "removed interrupted uploads that expired"
+            );
+        }
+        self.inner.recount_suspended();
+        Ok(swept.expired)
     }
 
-    /// Checks that a file may be stored and opens its staging file. Nothing is written before every
-    /// check has passed.
+    /// Checks that a file may be stored and opens its staging file, or takes up the one that an interrupted
+    /// upload of the same owner and path left. Nothing is written before every check has passed.
     ///
-    /// `size` is the declared size, which is reserved at once; `None` reserves while bytes arrive.
     /// The checks, in this order: the server grants `if_exists`; the size is within the limit; not
-    /// too many uploads are open; the name is free, or the policy says what then; the quota and the
-    /// disk have room.
+    /// too many uploads are open; the name is free, or the policy says what then; no other upload of this owner
+    /// writes the file ([`StoreError::Busy`]); the quota and the disk have room.
     pub fn begin(&self, new: &NewFile<'_>) -> Result<Begin, StoreError> {
         let inner = &self.inner;
         let NewFile {
             path,
             size,
             if_exists,
+            owner,
             tenant,
             ..
         } = *new;
@@ -349,19 +369,26 @@ impl Store {
         if let Some(existing) = inner.occupant(path, if_exists)? {
             return Ok(Begin::Exists(existing));
         }
-        reservation.reserve(size.unwrap_or(0), 0)?;
-        let (file, staged) = inner
-            .disk
-            .stage()
-            .map_err(|e| inner.disk.error("create a staging file", path, e))?;
-        Ok(Begin::New(Partial::new(
-            path.clone(),
-            size,
-            if_exists,
-            reservation,
-            file,
-            staged,
-        )))
+        let key = owner.map(|owner| Key::new(owner, path));
+        if let Some(key) = &key
+            && !reservation.adopt(key)
+        {
+            return Err(StoreError::Busy { path: path.clone() });
+        }
+        Ok(Begin::New(Partial::begin(new, key, reservation)?))
+    }
+
+    /// Gives whole files their names and puts them on disk together: the outcomes in the order of `batch`.
+    ///
+    /// Success means that file, name and directories survive a power cut, as far as
+    /// [`StoreConfig::sync`] asks for that. On an error nothing is visible under the name, but for one case:
+    /// when the very last step, syncing the directory, fails, the complete file may be there.
+    ///
+    /// Where the name was taken meanwhile, the policy given at the start decides;
+    /// [`IfExists::Skip`] is then an error like [`IfExists::Error`]. Comparing with an existing
+    /// file reads all of it.
+    pub fn publish(&self, batch: Vec<Complete>) -> Vec<Result<Published, StoreError>> {
+        publish::publish(&self.inner, batch)
     }
 
     /// How full the store is now.
@@ -371,6 +398,7 @@ impl Store {
             used: state.accounts.used(&None),
             reserved: state.accounts.reserved(&None),
             open: state.open,
+            suspended: state.suspended.values().sum(),
         }
     }
 }
@@ -384,6 +412,7 @@ pub struct Existing {
     dir: Dir,
     file: File,
     len: u64,
+    meta: Meta,
 }
 
 impl Existing {
@@ -408,7 +437,7 @@ impl Existing {
 
     /// Its modification time and mode, when it was opened.
     pub fn meta(&self) -> Meta {
-        Meta::default()
+        self.meta
     }
 
     /// BLAKE3 of its bytes, which are only read. Calls `progress` with the bytes read so far, after every
@@ -426,9 +455,10 @@ impl Existing {
         self.file.read_at(buf, offset)
     }
 
-    /// Whether size and modification time are still those it was opened with.
+    /// Whether size, modification time and mode are still those it was opened with.
     pub fn unchanged(&self) -> bool {
-        true
+        rustix::fs::fstat(&self.file)
+            .is_ok_and(|stat| size(&stat) == self.len && meta(&stat) == self.meta)
     }
 
     /// BLAKE3 of its bytes. Calls `progress` with the bytes read so far, after every read.
@@ -438,10 +468,12 @@ impl Existing {
     pub fn hash(&self, progress: &mut dyn FnMut(u64)) -> Result<[u8; 32], StoreError> {
         let failed = |action| move |e| self.inner.disk.error(action, &self.path, e);
         let hash = hash_file(&self.file, progress).map_err(failed("read an existing file"))?;
-        self.file
-            .sync_all()
-            .map_err(failed("sync an existing file"))?;
-        disk::sync_dir(&self.dir).map_err(failed("sync a directory"))?;
+        if self.inner.config.sync != SyncPolicy::Never {
+            self.file
+                .sync_all()
+                .map_err(failed("sync an existing file"))?;
+            disk::sync_dir(&self.dir).map_err(failed("sync a directory"))?;
+        }
         Ok(hash)
     }
 }
@@ -462,6 +494,21 @@ struct State {
     /// The part of what is promised to uploads that the file system does not yet count as taken.
     unwritten: u64,
     open: usize,
+    /// Resumable uploads under way, which nobody else may begin.
+    live: HashSet<Key>,
+    /// Interrupted uploads, and the bytes each holds.
+    suspended: HashMap<Key, u64>,
+}
+
+impl State {
+    /// Bytes held by interrupted uploads. They count against the store's own quota; whose they will be
+    /// once they are stored is not known before.
+    fn suspended(&self, prefix: &Option<RelPath>) -> u64 {
+        match prefix {
+            None => self.suspended.values().sum(),
+            Some(_) => 0,
+        }
+    }
 }
 
 impl Inner {
@@ -483,31 +530,38 @@ impl Inner {
         Ok(())
     }
 
-    /// Checks that `need` more bytes may be stored, and says how many may be, with the lock held so
-    /// that they can be taken.
+    /// Checks that `need` more bytes may be stored, of which `held` are on the disk already, and says
+    /// how many may be, with the lock held so that they can be taken.
     fn room(
         &self,
         need: u64,
+        held: u64,
         tenant: Option<&Tenant>,
     ) -> Result<(MutexGuard<'_, State>, u64), StoreError> {
         let quota = self.config.quota.map(|quota| (&None, quota));
         let own = tenant.map(|tenant| (&tenant.prefix, tenant.quota));
         for (prefix, quota) in quota.into_iter().chain(own) {
-            let Some(before) = self.state().accounts.begin_count(prefix, quota, need) else {
+            let mut state = self.state();
+            let quota = quota.saturating_sub(state.suspended(prefix));
+            let Some(before) = state.accounts.begin_count(prefix, quota, need) else {
                 continue;
             };
+            drop(state);
             // Files may have been removed behind our back. The walk takes its time, so others go
             // on meanwhile.
             let counted = self
                 .disk
-                .used(prefix.as_ref())
+                .used_below(prefix.as_ref())
                 .map_err(|e| StoreError::io("count the files", None, e, || 0))?;
+            self.recount_suspended();
             self.state().accounts.end_count(prefix, before, counted);
         }
         let state = self.state();
         let mut room = u64::MAX;
         for (prefix, quota) in quota.into_iter().chain(own) {
-            let left = state.accounts.left(prefix, quota);
+            let left = state
+                .accounts
+                .left(prefix, quota.saturating_sub(state.suspended(prefix)));
             if left < need {
                 return Err(StoreError::Quota { need, left, quota });
             }
@@ -519,15 +573,37 @@ impl Inner {
             .map_err(|e| StoreError::io("read the free space", None, e, || 0))?;
         let free = available.saturating_sub(state.unwritten);
         let keep = self.min_free;
+        let need = need - held;
         if free < keep.saturating_add(need) {
             return Err(StoreError::NoSpace { free, keep, need });
         }
-        Ok((state, room.min(free - keep)))
+        Ok((state, room.min((free - keep).saturating_add(held))))
     }
 
     /// What had this name is gone, `bytes` in all.
     fn removed(&self, path: &RelPath, bytes: u64) {
         self.state().accounts.removed(path, bytes);
+    }
+
+    /// The upload of this key could not be taken up: what it holds stays as it was.
+    fn abandon(&self, key: &Key, held: u64) {
+        let mut state = self.state();
+        state.live.remove(key);
+        if held > 0 {
+            state.suspended.insert(key.clone(), held);
+        }
+    }
+
+    /// Forgets interrupted uploads that somebody else removed.
+    fn recount_suspended(&self) {
+        let known: Vec<Key> = self.state().suspended.keys().cloned().collect();
+        let gone = known.iter().filter(|key| !self.disk.is_staged(key));
+        let gone: Vec<&Key> = gone.collect();
+        let mut state = self.state();
+        for key in gone {
+            // One that came back meanwhile is counted when it is interrupted again.
+            state.suspended.remove(key);
+        }
     }
 
     /// What stands in the way of an upload: `None` when nothing does, or nothing the policy cannot
@@ -537,6 +613,9 @@ impl Inner {
         path: &RelPath,
         if_exists: IfExists,
     ) -> Result<Option<Existing>, StoreError> {
+        if self.disk.is_vacant(path) {
+            return Ok(None);
+        }
         let Some(dir) = self.disk.parent(path)? else {
             return Ok(None);
         };
@@ -564,14 +643,15 @@ impl Inner {
     ) -> Result<Option<Existing>, StoreError> {
         let failed = |e| self.disk.error("open an existing file", path, e);
         match disk::open_file(dir, path.file_name()) {
-            Ok(Some((file, len))) => {
+            Ok(Some((file, stat))) => {
                 let dir = dir.try_clone().map_err(failed)?;
                 Ok(Some(Existing {
                     inner: Arc::clone(self),
                     path: path.clone(),
                     dir,
                     file,
-                    len,
+                    len: size(&stat),
+                    meta: meta(&stat),
                 }))
             }
             Ok(None) => Err(StoreError::Exists { path: path.clone() }),
@@ -594,6 +674,10 @@ struct Reservation {
     upload: u64,
     bytes: u64,
     unwritten: u64,
+    /// It counts as open.
+    open: bool,
+    /// Bytes that an interrupted upload held, which this one takes up: they are on disk already.
+    held: u64,
 }
 
 impl Reservation {
@@ -614,12 +698,38 @@ impl Reservation {
             upload: state.accounts.open(path),
             bytes: 0,
             unwritten: 0,
+            open: true,
+            held: 0,
         })
+    }
+
+    /// Takes over what an interrupted upload holds; false when one of this key is under way.
+    fn adopt(&mut self, key: &Key) -> bool {
+        let mut state = self.inner.state();
+        let free = state.live.insert(key.clone());
+        if free {
+            self.held = state.suspended.remove(key).unwrap_or(0);
+        }
+        free
+    }
+
+    /// The upload is interrupted: what it holds counts as that from now on.
+    fn suspend(self, key: Key, held: u64) {
+        self.inner.state().suspended.insert(key, held);
+    }
+
+    /// Gives the place among the open uploads back before the bytes.
+    fn leave(&mut self) {
+        if std::mem::take(&mut self.open) {
+            let mut state = self.inner.state();
+            state.open = state.open.saturating_sub(1);
+        }
     }
 
     /// Reserves `need` more bytes, and `spare` beyond them if there is room.
     fn reserve(&mut self, need: u64, spare: u64) -> Result<(), StoreError> {
-        let (mut state, room) = self.inner.room(need, self.tenant.as_ref())?;
+        let held = std::mem::take(&mut self.held).min(need);
+        let (mut state, room) = self.inner.room(need, held, self.tenant.as_ref())?;
         let taken = need.saturating_add(spare).min(room);
         state.accounts.promise(self.upload, taken);
         state.unwritten = state.unwritten.saturating_add(taken);
@@ -628,9 +738,21 @@ impl Reservation {
         Ok(())
     }
 
+    /// `held` of the reserved bytes are on the file system already.
+    fn is_on_disk(&mut self, held: u64) {
+        let mut state = self.inner.state();
+        let unwritten = self.bytes.saturating_sub(held);
+        state.unwritten = state
+            .unwritten
+            .saturating_sub(self.unwritten)
+            .saturating_add(unwritten);
+        self.unwritten = unwritten;
+    }
+
     /// `len` of the reserved bytes are on the file system now.
     fn wrote(&mut self, len: u64) {
-        self.unwritten = self.unwritten.saturating_sub(len);
+        let len = len.min(self.unwritten);
+        self.unwritten -= len;
         let mut state = self.inner.state();
         state.unwritten = state.unwritten.saturating_sub(len);
     }
@@ -644,10 +766,24 @@ impl Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
+        self.leave();
         let mut state = self.inner.state();
-        state.open = state.open.saturating_sub(1);
         state.accounts.close(self.upload);
         state.unwritten = state.unwritten.saturating_sub(self.unwritten);
+    }
+}
+
+fn size(stat: &Stat) -> u64 {
+    u64::try_from(stat.st_size).unwrap_or(0)
+}
+
+fn meta(stat: &Stat) -> Meta {
+    Meta {
+        mtime: Some(Time {
+            secs: stat.st_mtime,
+            nanos: u32::try_from(stat.st_mtime_nsec).unwrap_or(0),
+        }),
+        mode: Some(stat.st_mode & 0o777),
     }
 }
 

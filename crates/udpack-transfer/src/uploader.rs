@@ -14,11 +14,11 @@ use udpack::{Channel, CloseCode, CloseReason, SendError, Side, Socket};
 
 use crate::CHANNEL;
 use crate::error::TransferError;
-use crate::limiter::Limiter;
+use crate::limiter::{Limiter, Pace};
 use crate::link::{Link, LinkEvent, LinkEvents};
 use crate::queue::{Claim, Item, Next, Queue, SMALL};
 use crate::source::{Opened, Origin, Piece, Source};
-use crate::store::{IfExists, Synced};
+use crate::store::{IfExists, Meta, Synced};
 use crate::wire::{
     self, AckFields, CancelFields, ChunkFields, DirFields, FileFields, FinishFields, Hash, Have,
     LinkFields, MetaFields, Reply, Run,
@@ -31,7 +31,7 @@ const SILENCE: Duration = Duration::from_secs(60);
 /// Silence of this side on an open file, after which it gives a sign of life.
 const ALIVE: Duration = Duration::from_secs(5);
 /// How often [`Upload::next`] reports progress at most.
-const REPORT: Duration = Duration::from_millis(100);
+pub(crate) const REPORT: Duration = Duration::from_millis(100);
 /// The longest range of an unfinished file that a server proves at once: what is longer is a finished one.
 const RANGE: u64 = 64 << 20;
 /// How long and how often a file is offered again that another client is writing.
@@ -300,7 +300,7 @@ impl Drop for Upload {
     }
 }
 
-async fn link_event(events: &mut Option<LinkEvents>) -> Option<LinkEvent> {
+pub(crate) async fn link_event(events: &mut Option<LinkEvents>) -> Option<LinkEvent> {
     match events {
         Some(events) => events.next().await,
         None => std::future::pending().await,
@@ -568,11 +568,13 @@ async fn serve(
     events: &mpsc::Sender<Event>,
 ) -> Result<(), TransferError> {
     let channel = socket.open(CHANNEL).await?;
+    let pace = Pace::new(&shared.uploader.limiter, shared.uploader.lanes);
     let lane = Lane {
         shared,
         channel: &channel,
         flight,
         events,
+        pace: &pace,
     };
     let sending = async {
         let result = lane.send_all(next).await;
@@ -617,6 +619,7 @@ struct Lane<'a> {
     channel: &'a Channel,
     flight: &'a InFlight,
     events: &'a mpsc::Sender<Event>,
+    pace: &'a Pace,
 }
 
 /// A small file, read and hashed.
@@ -627,7 +630,7 @@ struct Loaded {
 
 enum Small {
     Whole {
-        meta: MetaFields,
+        meta: Meta,
         bytes: Bytes,
         hash: [u8; 32],
     },
@@ -659,7 +662,7 @@ impl Lane<'_> {
     /// Sends entry after entry; one that fails here has its event sent here.
     async fn send_all(self, first: Next) -> Result<(), LaneOver> {
         let mut next = Some(first);
-        let mut ids = 0..;
+        let mut ids = 1..;
         loop {
             let batch = match next.take() {
                 Some(Next::Batch(batch)) => batch,
@@ -721,8 +724,13 @@ impl Lane<'_> {
         sent.hash = Some(hash);
         self.flight.add(id, sent);
         self.channel.send("file", &offer).await?;
-        if !bytes.is_empty() {
-            let fields = ChunkFields { id, off: 0 };
+        let mut rest = bytes;
+        let mut off = 0;
+        while !rest.is_empty() {
+            self.pace.adapt(&self.channel.stats());
+            let bytes = rest.split_to(self.pace.chunk().min(rest.len()));
+            let fields = ChunkFields { id, off };
+            off += bytes.len() as u64;
             self.channel
                 .send_bulk("chunk", &fields, "chunk", bytes)
                 .await?;
@@ -741,7 +749,7 @@ impl Lane<'_> {
         let id = ids.next().unwrap_or_default();
         let meta = match &claim.source.origin {
             Origin::Dir(meta) => *meta,
-            Origin::Link(_) => MetaFields::default(),
+            Origin::Link(_) => Meta::default(),
             _ => return self.send_file(id, claim, few).await,
         };
         let source = self.start(&mut claim, Some(0)).await;
@@ -815,9 +823,12 @@ impl Lane<'_> {
         let known = have
             .last()
             .map_or(0, |(off, len, _)| off.saturating_add(*len));
-        let mut pieces = opened.read(have, uploader.limiter.chunk());
+        let pace = self.pace;
+        pace.adapt(&self.channel.stats());
+        let mut pieces = opened.read(have, pace.clone());
         let (mut position, mut skipped, mut told) = (0, 0, known == 0);
         loop {
+            pace.adapt(&self.channel.stats());
             let piece = match tokio::time::timeout(ALIVE, pieces.recv()).await {
                 Ok(Some(piece)) => piece,
                 Ok(None) => {
@@ -935,7 +946,7 @@ impl Lane<'_> {
         id: u64,
         path: &'a str,
         size: Option<u64>,
-        meta: MetaFields,
+        meta: Meta,
         resume: bool,
     ) -> FileFields<'a> {
         let meta = self.kept(meta);
@@ -962,9 +973,9 @@ impl Lane<'_> {
     }
 
     /// What of it is preserved.
-    fn kept(&self, meta: MetaFields) -> MetaFields {
+    fn kept(&self, meta: Meta) -> MetaFields {
         if self.shared.uploader.preserve {
-            meta
+            meta.into()
         } else {
             MetaFields::default()
         }

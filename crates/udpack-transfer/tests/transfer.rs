@@ -29,7 +29,7 @@ async fn files_of_every_size_arrive_whole() {
         let sources = sizes
             .iter()
             .map(|size| memory(&format!("f{size}"), noise(*size as u64, *size)))
-            .collect();
+            .collect::<Vec<_>>();
         let (done, failed) = drain(Uploader::new(&socket).put(sources)).await;
         assert!(failed.is_empty(), "{failed:?}");
         assert_eq!(done.len(), sizes.len());
@@ -71,7 +71,7 @@ async fn many_small_files_share_a_lane() {
         let socket = fixture.connect().await;
         let sources = (0..500)
             .map(|n| memory(&format!("d/{n}"), noise(n, 100)))
-            .collect();
+            .collect::<Vec<_>>();
         let (done, failed) = drain(Uploader::new(&socket).lanes(1).put(sources)).await;
         assert!(failed.is_empty(), "{failed:?}");
         assert_eq!(done.len(), 500);
@@ -356,7 +356,7 @@ async fn fifty_clients_with_twenty_files_each_do_not_get_in_each_others_way() {
                         let size = [0, 1, 1000, 70_000, 300_000][(n % 5) as usize];
                         memory(&format!("c{client}/{n}"), noise(client * 100 + n, size))
                     })
-                    .collect();
+                    .collect::<Vec<_>>();
                 let (done, failed) = drain(Uploader::new(&socket).put(sources)).await;
                 assert!(failed.is_empty(), "{failed:?}");
                 done.len()
@@ -423,7 +423,7 @@ async fn more_files_than_may_be_open_wait_for_their_turn() {
         let socket = fixture.connect().await;
         let sources = (0..30)
             .map(|n| memory(&format!("f{n}"), noise(n, 400_000)))
-            .collect();
+            .collect::<Vec<_>>();
         let (done, failed) = drain(Uploader::new(&socket).lanes(8).put(sources)).await;
         assert!(failed.is_empty(), "{failed:?}");
         assert_eq!(done.len(), 30);
@@ -443,7 +443,7 @@ async fn lanes_of_one_socket_are_bounded() {
         // Two lanes are let in; what the refused ones had is reported, the rest goes over the other two.
         let sources = (0..40)
             .map(|n| memory(&format!("f{n}"), noise(n, 300_000)))
-            .collect();
+            .collect::<Vec<_>>();
         let (done, failed) = drain(Uploader::new(&socket).lanes(4).put(sources)).await;
         assert_eq!(done.len() + failed.len(), 40);
         assert!(done.len() >= 38, "{failed:?}");

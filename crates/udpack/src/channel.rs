@@ -421,6 +421,11 @@ impl Channel {
         self.inner.outbox.queued()
     }
 
+    /// The numbers so far: bytes are this channel's, packets, round-trip time and window its socket's.
+    pub fn stats(&self) -> Stats {
+        Stats::of(&self.inner.session.conn, &self.inner.counters)
+    }
+
     /// What moves on this channel, each second. Round-trip time, loss and window are the socket's.
     pub fn speed(&self) -> SpeedMeter {
         let session = self.inner.session.clone();

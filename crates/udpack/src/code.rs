@@ -55,8 +55,8 @@ codes! {
     FRAME_TOO_LARGE = 0x11, "frame_too_large", false;
     /// The stream ended inside a frame.
     TRUNCATED = 0x12, "truncated", false;
-    /// An unfinished frame made too little progress.
-    FRAME_TIMEOUT = 0x13, "frame_timeout", false;
+    /// An unfinished frame made too little progress; as often the path's fault as the peer's.
+    FRAME_TIMEOUT = 0x13, "frame_timeout", true;
     /// Bytes that are no acceptable msgpack.
     BAD_MSGPACK = 0x14, "bad_msgpack", false;
     /// Sound msgpack that is no message, or a protocol message with wrong fields.

@@ -424,19 +424,22 @@ async fn write(
 }
 
 /// Writes some of `rest`. A peer that is alive but grants nothing for the slow-peer time loses the channel; a
-/// silent path is the idle timer's business.
+/// silent path is the idle timer's business, and on a slow one each waits for its turn.
 async fn progress(
     stream: &mut quinn::SendStream,
     rest: &mut [Bytes],
     session: &Session,
 ) -> Result<quinn::Written, CloseReason> {
     let patience: Duration = session.timeouts.slow_peer;
+    let (begun, _) = session.counters.totals();
+    let mut before = begun;
     loop {
         let heard = session.conn.stats().udp_rx.datagrams;
         match tokio::time::timeout(patience, write_some(stream, rest, session)).await {
             Ok(Ok(written)) => return Ok(written),
             Ok(Err(error)) => return Err(write_reason(session, error)),
             Err(_) if session.conn.stats().udp_rx.datagrams == heard => {}
+            Err(_) if crowded(begun, before, session) => before = session.counters.totals().0,
             Err(_) => {
                 let _ = stream.reset(CloseCode::SLOW_PEER.varint());
                 let text = format!("the peer took nothing off the channel for {patience:?}");
@@ -447,6 +450,19 @@ async fn progress(
             }
         }
     }
+}
+
+/// Whether a channel that waits has reason to wait on: the connection has sent `begun` bytes when it began to,
+/// and `before` when it was last asked.
+fn crowded(begun: u64, before: u64, session: &Session) -> bool {
+    let (now, _) = session.counters.totals();
+    slow_path(now - begun, now - before, session.live_channels())
+}
+
+/// Whether the bytes that all `channels` wrote while one of them waited, in all and of late, are too few to say
+/// that it was passed over, but not none: then the path is slow, not the peer.
+fn slow_path(in_all: u64, of_late: u64, channels: usize) -> bool {
+    of_late > 0 && in_all / (channels.max(1) as u64) < TURN as u64
 }
 
 /// Writes as much as QUIC takes now, or waits.
@@ -504,4 +520,22 @@ fn stopped_by_peer(code: quinn::VarInt) -> CloseReason {
         CloseCode::new(code.into_inner()),
         "the peer reads no more from this channel",
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_gets_as_little_as_all_others_is_not_passed_over() {
+        let turn = TURN as u64;
+        assert!(slow_path(1, 1, 1), "a trickle");
+        assert!(slow_path(8 * turn - 1, 1, 8), "not everybody had a turn");
+        assert!(!slow_path(8 * turn, turn, 8), "all others had one");
+        assert!(
+            !slow_path(turn, 0, 8),
+            "nothing moves although the peer is alive"
+        );
+        assert!(!slow_path(turn, turn, 0));
+    }
 }

@@ -12,7 +12,7 @@ use udpack_transfer::{
     Receiver, ReceiverConfig, RelPath, Source, Store, StoreConfig, TransferError, Uploader,
 };
 
-use super::report::Report;
+use super::report::{Origin, Origins, Report, Thing, Transfer};
 use crate::args::DemoArgs;
 use crate::exit::{Failure, Kind};
 use crate::logging::Console;
@@ -24,8 +24,8 @@ pub(super) async fn run(
     console: &Console,
     mut interrupts: Interrupts,
 ) -> anyhow::Result<()> {
-    let mut report = Report::new(console, args.show.json, args.log.quiet);
-    report.expect(1);
+    let mut report = Report::new(console, args.show.json, args.log.quiet, "stored");
+    report.expect(Some(1));
     let result = tokio::select! {
         result = demo(&args, console, &mut report) => result,
         () = interrupts.first() => Err(Failure::interrupted().into()),
@@ -85,13 +85,21 @@ async fn demo(args: &DemoArgs, console: &Console, report: &mut Report) -> anyhow
         .connect(&address)
         .await?;
 
-    report.start(&address, metadata.len());
+    report.start(&address, Some(metadata.len()));
     let began = Instant::now();
     {
-        let upload = Uploader::new(&socket).put(vec![Source::file(&file, name.clone())]);
+        let upload = Uploader::new(&socket).put([Source::file(&file, name.clone())]);
+        let origins = Origins::default();
+        origins.insert(
+            0,
+            Origin {
+                shown: file.display().to_string(),
+                what: Thing::File,
+            },
+        );
         let mut meter = Meter::new(args.show.progress, args.log.quiet, console);
         report
-            .follow(upload, &[file.display().to_string()], &mut meter)
+            .follow(Transfer::Up(upload), None, &origins, &mut meter)
             .await;
     }
     let secs = began.elapsed().as_secs_f64();

@@ -1,26 +1,22 @@
-//! `put`: uploads files.
+//! `put`: uploads files and directories.
 
-use std::collections::HashMap;
-use std::fs::File;
-use std::path::Path;
+use udpack_transfer::{Limiter, Source, Uploader, What};
 
-use udpack_transfer::{RelPath, Source, TransferError, Uploader};
-
-use super::report::Report;
+use super::plan::{Asked, Plan};
+use super::report::{Origin, Origins, Report, Thing, Transfer};
 use crate::args::PutArgs;
-use crate::exit::{Failure, Kind};
 use crate::logging::Console;
 use crate::output;
 use crate::progress::Meter;
 use crate::signals::Interrupts;
-use crate::target::Target;
+use crate::target::{Target, retry};
 
 pub(super) async fn run(
     args: PutArgs,
     console: &Console,
     interrupts: Interrupts,
 ) -> anyhow::Result<()> {
-    let mut report = Report::new(console, args.show.json, args.log.quiet);
+    let mut report = Report::new(console, args.show.json, args.log.quiet, "stored");
     let result = put(&args, console, interrupts, &mut report).await;
     report.finish(result)
 }
@@ -31,116 +27,99 @@ async fn put(
     mut interrupts: Interrupts,
     report: &mut Report,
 ) -> anyhow::Result<()> {
-    report.expect(args.paths.len());
-    let plan = Plan::new(args, report)?;
+    let asked = Asked {
+        paths: &args.paths,
+        files_from: args.files_from.as_deref(),
+        name: args.name.as_deref(),
+        tree: &args.tree,
+        every_dir: args.transfer.preserve,
+    };
+    let plan = Plan::new(&asked, |remote, local, error| {
+        report.failed(remote, &local.display().to_string(), &error);
+    })?;
+    report.expect(plan.files);
     if args.dry_run {
-        for (source, size) in plan.sources.iter().zip(&plan.sizes) {
-            report.line(&format!(
-                "{}  {size}  -",
-                output::printable(source.remote().as_str())
-            ));
-        }
+        show(plan, report);
         return Ok(());
     }
-    if plan.sources.is_empty() {
+    if plan.is_empty() {
         return Ok(());
     }
     let target = Target::find(&args.connect)?;
-    report.start(&target.address(), plan.sizes.iter().sum());
+    report.start(&target.address(), plan.bytes);
     target
-        .run(&mut interrupts, async |socket| {
-            let mut uploader = Uploader::new(&socket).if_exists(args.if_exists.into());
-            if let Some(jobs) = args.jobs {
-                uploader = uploader.lanes(jobs.into());
-            }
-            let mut meter = Meter::new(args.show.progress, args.log.quiet, console);
-            report
-                .follow(uploader.put(plan.sources), &plan.locals, &mut meter)
-                .await;
-            Ok(())
-        })
+        .run_link(
+            retry(args.transfer.retries),
+            &mut interrupts,
+            async |link| {
+                let mut uploader = Uploader::new(&link)
+                    .if_exists(args.transfer.if_exists.into())
+                    .preserve(args.transfer.preserve)
+                    .resume(!args.no_resume);
+                if let Some(jobs) = args.transfer.jobs {
+                    uploader = uploader.lanes(jobs.into());
+                }
+                if let Some(rate) = args.transfer.bwlimit.up {
+                    uploader = uploader.limit(Limiter::new(rate));
+                }
+                let mut meter = Meter::new(args.show.progress, args.log.quiet, console);
+                let origins = Origins::default();
+                let upload = uploader.put(sources(plan, &origins));
+                report
+                    .follow(Transfer::Up(upload), None, &origins, &mut meter)
+                    .await;
+                Ok(())
+            },
+        )
         .await
 }
 
-/// What to send under which names. Files that cannot be sent are in the report already.
-#[derive(Debug, Default)]
-struct Plan {
-    sources: Vec<Source>,
-    sizes: Vec<u64>,
-    /// The paths as they were given.
-    locals: Vec<String>,
+/// Everything to send. What is known of it beyond what the upload needs goes into `origins`.
+fn sources(mut plan: Plan, origins: &Origins) -> impl Iterator<Item = Source> + Send + 'static {
+    let stdin = plan.stdin.take().map(|name| {
+        let origin = Origin {
+            shown: "-".to_owned(),
+            what: Thing::File,
+        };
+        (Source::reader(std::io::stdin(), name), origin)
+    });
+    let walked = plan.walk().map(|found| {
+        let origin = Origin {
+            shown: found.local.display().to_string(),
+            what: match &found.what {
+                What::Dir { .. } => Thing::Dir,
+                What::Link { .. } => Thing::Link,
+                _ => Thing::File,
+            },
+        };
+        (Source::from(found), origin)
+    });
+    let origins = origins.clone();
+    stdin
+        .into_iter()
+        .chain(walked)
+        .enumerate()
+        .map(move |(index, (source, origin))| {
+            origins.insert(index, origin);
+            source
+        })
 }
 
-impl Plan {
-    fn new(args: &PutArgs, report: &mut Report) -> anyhow::Result<Self> {
-        let mut plan = Self::default();
-        let mut taken: HashMap<String, &Path> = HashMap::new();
-        if args.paths.len() > 1 && args.name.as_ref().is_some_and(|name| !name.ends_with('/')) {
-            return Err(Failure::new(Kind::Usage, "--as NAME takes a single file")
-                .hint("end it with a slash to name a directory for all of them")
-                .into());
-        }
-        for path in &args.paths {
-            let local = path.display().to_string();
-            let name = remote_name(path, args.name.as_deref());
-            if let Some(other) = taken.insert(name.clone(), path) {
-                let text = format!(
-                    "{} and {local} would both be stored as {name}",
-                    other.display()
-                );
-                return Err(Failure::new(Kind::Usage, text)
-                    .hint("send them one by one, with --as NAME")
-                    .into());
+/// What would be sent, and what could not be.
+fn show(mut plan: Plan, report: &mut Report) {
+    if let Some(name) = plan.stdin.take() {
+        report.line(&format!("{}  -  -", output::printable(name.as_str())));
+    }
+    for found in plan.walk() {
+        let remote = output::printable(&found.remote);
+        match found.what {
+            What::File { size, .. } => report.line(&format!("{remote}  {size}  -")),
+            What::Dir { .. } => report.line(&format!("{remote}/  -  -")),
+            What::Failed(error) => {
+                let local = found.local.display().to_string();
+                report.failed(&found.remote, &local, &error.into());
             }
-            match check(path, &name) {
-                Ok((remote, size)) => {
-                    plan.sources.push(Source::file(path, remote));
-                    plan.sizes.push(size);
-                    plan.locals.push(local);
-                }
-                Err(error) => report.failed(&name, &local, &error),
-            }
+            _ => report.line(&format!("{remote}  -  -")),
         }
-        Ok(plan)
     }
-}
-
-/// The file's own name, or what `--as` makes of it. Not yet known to be valid.
-fn remote_name(path: &Path, wanted: Option<&str>) -> String {
-    let own = || {
-        path.file_name()
-            .unwrap_or(path.as_os_str())
-            .to_string_lossy()
-    };
-    match wanted {
-        Some(dir) if dir.ends_with('/') => format!("{dir}{}", own()),
-        Some(name) => name.to_owned(),
-        None => own().into_owned(),
-    }
-}
-
-/// Finds out before dialling whether a file can be sent at all.
-fn check(path: &Path, name: &str) -> anyhow::Result<(RelPath, u64)> {
-    let unreadable = |source| TransferError::Source {
-        path: path.to_owned(),
-        source,
-    };
-    let metadata = std::fs::metadata(path).map_err(unreadable)?;
-    if metadata.is_dir() {
-        let text = format!("is a directory: {}", path.display());
-        return Err(Failure::new(Kind::LocalFile, text)
-            .hint("this version sends files only: name the files in it")
-            .into());
-    }
-    if !metadata.is_file() {
-        let text = format!("not a regular file: {}", path.display());
-        return Err(Failure::new(Kind::LocalFile, text)
-            .hint("copy what it gives into a file first")
-            .into());
-    }
-    File::open(path).map_err(unreadable)?;
-    let remote = name.parse().map_err(|error: udpack_transfer::PathError| {
-        Failure::new(Kind::Policy, error.to_string()).hint("choose another name with --as")
-    })?;
-    Ok((remote, metadata.len()))
 }

@@ -1,18 +1,126 @@
-//! What an upload tells while it runs and when it ends: results on standard output, the rest on standard
+//! What a transfer tells while it runs and when it ends: results on standard output, the rest on standard
 //! error, and one verdict over all files.
 
+use std::collections::HashMap;
 use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use udpack_transfer::{Event, Outcome, Progress, Upload};
+use tokio::sync::{mpsc, oneshot};
+use udpack_transfer::{Download, Event, Outcome, Progress, Upload};
 
+use super::failures::Failures;
 use crate::exit::{Explained, Failure, Kind};
 use crate::json::Line;
 use crate::logging::Console;
 use crate::output;
-use crate::progress::{Meter, size};
+use crate::progress::{Meter, percent, size};
 use crate::value::hex;
+
+/// Where the files under way come from, by their number. Holds no more than are listed and have no outcome yet.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Origins(Arc<Mutex<HashMap<usize, Origin>>>);
+
+/// Where one file comes from.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Origin {
+    /// The local path of an upload, the remote one of a download.
+    pub(super) shown: String,
+    pub(super) what: Thing,
+}
+
+/// What it is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) enum Thing {
+    #[default]
+    File,
+    Dir,
+    Link,
+}
+
+impl Thing {
+    /// The word in JSON, where it is no file.
+    fn word(self) -> Option<&'static str> {
+        match self {
+            Self::File => None,
+            Self::Dir => Some("dir"),
+            Self::Link => Some("link"),
+        }
+    }
+}
+
+impl Origins {
+    pub(super) fn insert(&self, index: usize, origin: Origin) {
+        self.lock().insert(index, origin);
+    }
+
+    fn shown(&self, index: usize) -> String {
+        let known = self.lock();
+        known
+            .get(&index)
+            .map_or_else(String::new, |origin| origin.shown.clone())
+    }
+
+    fn take(&self, index: usize) -> Origin {
+        self.lock().remove(&index).unwrap_or_default()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<usize, Origin>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A transfer in either direction.
+#[derive(Debug)]
+pub(super) enum Transfer {
+    Up(Upload),
+    Down(Download),
+}
+
+impl Transfer {
+    /// Cancel safe.
+    async fn next(&mut self) -> Option<Event> {
+        match self {
+            Self::Up(upload) => upload.next().await,
+            Self::Down(download) => download.next().await,
+        }
+    }
+
+    fn progress(&self) -> Progress {
+        match self {
+            Self::Up(upload) => upload.progress(),
+            Self::Down(download) => download.progress(),
+        }
+    }
+}
+
+/// What happens beside the files of a transfer.
+#[derive(Debug)]
+pub(super) enum Note {
+    /// A directory or a link was made here.
+    Made {
+        path: String,
+        source: String,
+        what: Thing,
+        same: bool,
+    },
+    /// Something that is not among the transfer's files failed.
+    Failed {
+        path: String,
+        source: String,
+        error: anyhow::Error,
+    },
+}
+
+/// What goes on beside a transfer, on tasks of its own.
+#[derive(Debug)]
+pub(super) struct Beside {
+    /// What it tells, until it is over.
+    pub(super) notes: mpsc::Receiver<Note>,
+    /// Told when the transfer itself is over.
+    pub(super) over: oneshot::Sender<()>,
+}
 
 /// Collects what became of the files.
 #[derive(Debug)]
@@ -20,50 +128,58 @@ pub(super) struct Report {
     console: Console,
     json: bool,
     quiet: bool,
+    /// What happens to files that succeed: `stored`.
+    did: &'static str,
     began: Instant,
     /// When the last file had its outcome; what follows is parting.
     ended: Option<Instant>,
-    /// Files asked for.
-    files: usize,
+    /// Files asked for, where all were named.
+    files: Option<usize>,
     stored: usize,
+    /// Directories and links made.
+    others: usize,
     same: usize,
     bytes: u64,
     sent: u64,
-    failures: Vec<Explained>,
-    /// Files that failed before anything was sent, which the upload knows nothing of.
-    never_sent: usize,
+    resumed: u64,
+    failures: Failures,
+    /// Files that failed before the transfer, which knows nothing of them.
+    never_begun: usize,
     last_progress: Option<Instant>,
     /// Standard output failed, other than by being closed.
     unwritten: Option<io::Error>,
 }
 
 impl Report {
-    pub(super) fn new(console: &Console, json: bool, quiet: bool) -> Self {
+    pub(super) fn new(console: &Console, json: bool, quiet: bool, did: &'static str) -> Self {
         Self {
             console: console.clone(),
             json,
             quiet,
+            did,
             began: Instant::now(),
             ended: None,
-            files: 0,
+            files: None,
             stored: 0,
+            others: 0,
             same: 0,
             bytes: 0,
             sent: 0,
-            failures: Vec::new(),
-            never_sent: 0,
+            resumed: 0,
+            failures: Failures::new(console),
+            never_begun: 0,
             last_progress: None,
             unwritten: None,
         }
     }
 
-    /// How many files there are to be; tells one failure from many.
-    pub(super) fn expect(&mut self, files: usize) {
+    /// How many files there are to be, if that is known; tells one failure from many.
+    pub(super) fn expect(&mut self, files: Option<usize>) {
         self.files = files;
     }
 
-    /// The upload begins.
-    pub(super) fn start(&mut self, server: &str, bytes: u64) {
+    /// The transfer begins; `bytes` are those of all files, if known.
+    pub(super) fn start(&mut self, server: &str, bytes: Option<u64>) {
         let files = self.files;
         self.json(&Line::Start {
             server,
@@ -71,51 +187,124 @@ impl Report {
             bytes,
         });
         self.began = Instant::now();
+        self.never_begun = self.failures.count();
     }
 
-    /// Follows an upload to its end. `locals` are the local names of its sources.
+    /// Follows a transfer, and what happens beside it, to the end of both.
     pub(super) async fn follow(
         &mut self,
-        mut upload: Upload,
-        locals: &[String],
+        mut transfer: Transfer,
+        beside: Option<Beside>,
+        origins: &Origins,
         meter: &mut Meter,
     ) {
-        self.never_sent = self.files.saturating_sub(locals.len());
-        let local = |index: usize| locals.get(index).map_or("", String::as_str);
         let mut tick = tokio::time::interval(Duration::from_secs(1));
-        loop {
+        let (mut notes, mut tell) = match beside {
+            Some(beside) => (Some(beside.notes), Some(beside.over)),
+            None => (None, None),
+        };
+        let mut over = false;
+        while !over || notes.is_some() {
             let event = tokio::select! {
-                event = upload.next() => event,
+                event = transfer.next(), if !over => event,
+                note = next(&mut notes) => {
+                    match note {
+                        Some(note) => self.note(note),
+                        None => notes = None,
+                    }
+                    continue;
+                }
                 // Nothing moves: that must show, too.
                 _ = tick.tick() => {
-                    meter.update(&upload.progress());
+                    meter.update(&transfer.progress());
                     continue;
                 }
             };
             match event {
-                None => break,
-                Some(Event::Started { index, path, .. }) => meter.started(index, path),
-                Some(Event::Progress(progress)) => {
-                    meter.update(&progress);
-                    self.progress(&progress, meter.rate());
+                None => {
+                    over = true;
+                    if let Some(tell) = tell.take() {
+                        let _ = tell.send(());
+                    }
                 }
-                Some(Event::Done(outcome)) => {
-                    meter.ended(outcome.index);
-                    self.stored(local(outcome.index), &outcome);
-                }
-                Some(Event::Failed { index, path, error }) => {
-                    meter.ended(index);
-                    self.failed(&path, local(index), &anyhow::Error::new(error));
-                }
-                Some(_) => {}
+                Some(event) => self.event(event, origins, meter),
             }
         }
         self.ended = Some(Instant::now());
     }
 
-    /// Whether every file is at the server.
+    fn event(&mut self, event: Event, origins: &Origins, meter: &mut Meter) {
+        match event {
+            Event::Started { index, path, .. } => meter.started(index, path),
+            Event::Progress(progress) => {
+                meter.update(&progress);
+                self.progress(&progress, meter.rate());
+            }
+            Event::Resumed {
+                index,
+                path,
+                bytes,
+                size,
+            } => {
+                self.resumed(&path, &origins.shown(index), bytes, size);
+            }
+            Event::Reconnecting {
+                attempt,
+                delay,
+                reason,
+            } => {
+                let secs = delay.as_secs_f64();
+                let reason = output::printable(&reason);
+                self.json(&Line::Reconnecting {
+                    attempt,
+                    delay: secs,
+                    reason: &reason,
+                });
+                let text = format!("reconnecting (attempt {attempt}, in {secs:.1} s): {reason}");
+                meter.note(Some("reconnecting"));
+                if !self.quiet {
+                    self.console.line(&text);
+                }
+            }
+            Event::Connected => {
+                meter.note(None);
+                self.json(&Line::Connected {});
+                if !self.quiet {
+                    self.console.line("connected again");
+                }
+            }
+            Event::Done(outcome) => {
+                meter.ended(outcome.index);
+                self.done(&origins.take(outcome.index), &outcome);
+            }
+            Event::Failed { index, path, error } => {
+                meter.ended(index);
+                let origin = origins.take(index);
+                self.failed(&path, &origin.shown, &anyhow::Error::new(error));
+            }
+            _ => {}
+        }
+    }
+
+    fn note(&mut self, note: Note) {
+        match note {
+            Note::Made {
+                path,
+                source,
+                what,
+                same,
+            } => self.made(&path, &source, what, same),
+            Note::Failed {
+                path,
+                source,
+                error,
+            } => self.failed(&path, &source, &error),
+        }
+    }
+
+    /// Whether every file has arrived.
     pub(super) fn all_stored(&self) -> bool {
-        self.stored == self.files
+        self.failures.count() == 0
     }
 
     /// A line of a result that is for people only.
@@ -129,38 +318,75 @@ impl Report {
     /// A file failed.
     pub(super) fn failed(&mut self, path: &str, source: &str, error: &anyhow::Error) {
         let explained = Explained::of(error);
-        tracing::info!(path, error = explained.text, "not stored");
+        tracing::info!(path, error = explained.text, "not {}", self.did);
         self.json(&Line::File {
             status: "error",
             path,
             source,
+            kind: None,
             bytes: None,
             hash: None,
             sent: None,
+            resumed: None,
             same: None,
+            sync: None,
             secs: None,
             error_kind: Some(explained.kind.name()),
             error: Some(&explained.text),
         });
-        // A single failure is told at the end, with its hint; a lost connection once for all files.
-        let told = explained.kind == Kind::Network
-            && self
-                .failures
-                .iter()
-                .any(|failure| failure.kind == Kind::Network);
-        if self.files > 1 && !told {
-            // Most sentences name the file.
-            let text = &explained.text;
-            self.console.line(&if text.contains(source) {
-                format!("error: {text}")
-            } else {
-                format!("error: {}: {text}", output::printable(source))
-            });
-        }
-        self.failures.push(explained);
+        let others = self.stored + self.others + self.failures.count();
+        let alone = others == 0 && self.files.is_none_or(|files| files == 1);
+        self.failures.add(source, explained, alone);
     }
 
-    fn stored(&mut self, source: &str, outcome: &Outcome) {
+    fn resumed(&mut self, path: &str, source: &str, bytes: u64, size: u64) {
+        if bytes >= size {
+            // It was there already, and is reported as such.
+            return;
+        }
+        self.resumed += bytes;
+        tracing::info!(path, bytes, size, "resumed");
+        self.json(&Line::Resumed {
+            path,
+            source,
+            bytes,
+            size,
+        });
+        if !self.quiet {
+            let path = output::printable(path);
+            let percent = percent(bytes, size);
+            self.console
+                .line(&format!("{path}: resumed from {percent} %"));
+        }
+    }
+
+    fn made(&mut self, path: &str, source: &str, what: Thing, same: bool) {
+        self.failures.tell();
+        self.others += 1;
+        self.json(&Line::File {
+            status: "ok",
+            path,
+            source,
+            kind: what.word(),
+            bytes: None,
+            hash: None,
+            sent: None,
+            resumed: None,
+            same: Some(same),
+            sync: None,
+            secs: None,
+            error_kind: None,
+            error: None,
+        });
+        let mark = if what == Thing::Dir { "/" } else { "" };
+        self.line(&format!("{}{mark}  -  -", output::printable(path)));
+    }
+
+    fn done(&mut self, origin: &Origin, outcome: &Outcome) {
+        if origin.what != Thing::File {
+            return self.made(&outcome.path, &origin.shown, origin.what, outcome.same);
+        }
+        self.failures.tell();
         self.stored += 1;
         self.same += usize::from(outcome.same);
         self.bytes += outcome.size;
@@ -172,17 +398,21 @@ impl Report {
             sent = outcome.sent,
             same = outcome.same,
             secs = outcome.elapsed.as_secs_f64(),
-            "stored"
+            "{}",
+            self.did
         );
         if self.json {
             self.json(&Line::File {
                 status: "ok",
                 path: &outcome.path,
-                source,
+                source: &origin.shown,
+                kind: None,
                 bytes: Some(outcome.size),
                 hash: Some(&hash),
                 sent: Some(outcome.sent),
+                resumed: Some(outcome.resumed),
                 same: Some(outcome.same),
+                sync: outcome.sync.map(|sync| sync.to_string()),
                 secs: Some(outcome.elapsed.as_secs_f64()),
                 error_kind: None,
                 error: None,
@@ -197,7 +427,7 @@ impl Report {
     }
 
     fn progress(&mut self, progress: &Progress, rate: f64) {
-        let last = progress.files_done == progress.files;
+        let last = progress.listed && progress.files_done == progress.files;
         let now = Instant::now();
         let soon = self
             .last_progress
@@ -209,8 +439,8 @@ impl Report {
         self.json(&Line::Progress {
             bytes: progress.acked,
             total: progress.total,
-            files_done: progress.files_done + self.never_sent,
-            files: progress.files + self.never_sent,
+            files_done: progress.files_done + self.never_begun,
+            files: progress.files + self.never_begun,
             rate,
         });
     }
@@ -222,7 +452,14 @@ impl Report {
             Err(error) if Explained::of(&error).kind == Kind::Interrupted => {
                 Err(Failure::interrupted().hint(AGAIN).into())
             }
-            result => result.and_then(|()| self.verdict()),
+            Err(error) => {
+                self.failures.tell();
+                Err(error)
+            }
+            Ok(()) => {
+                let total = self.stored + self.others + self.failures.count();
+                self.failures.verdict(total, self.did, Some(AGAIN))
+            }
         };
         let secs = elapsed.as_secs_f64();
         let rate = self.sent as f64 / secs.max(1e-6);
@@ -230,15 +467,10 @@ impl Report {
         if self.json {
             let kind = explained.as_ref().map(|explained| explained.kind);
             self.json(&Line::Result {
-                status: match kind {
-                    None => "ok",
-                    Some(Kind::Partial) => "partial",
-                    Some(Kind::Interrupted) => "interrupted",
-                    Some(_) => "error",
-                },
+                status: Line::status(kind),
                 exit: kind.map_or(0, Kind::code),
                 files: self.stored,
-                failed: self.failures.len(),
+                failed: self.failures.count(),
                 bytes: self.bytes,
                 sent: self.sent,
                 secs,
@@ -251,19 +483,7 @@ impl Report {
             });
         }
         if self.stored > 0 && !self.quiet {
-            let files = if self.stored == 1 { "file" } else { "files" };
-            let mut summary = format!(
-                "{} {files}, {} in {secs:.2} s",
-                self.stored,
-                size(self.bytes as f64)
-            );
-            if self.sent > 0 {
-                summary.push_str(&format!(", {}/s", size(rate)));
-            }
-            if self.same > 0 {
-                summary.push_str(&format!(", {} already there", self.same));
-            }
-            self.console.line(&summary);
+            self.console.line(&self.summary(secs, rate));
         }
         result?;
         match self.unwritten {
@@ -272,29 +492,23 @@ impl Report {
         }
     }
 
-    /// One failure of one file speaks for itself, and so do equal ones of all files.
-    fn verdict(&self) -> anyhow::Result<()> {
-        let Some(first) = self.failures.first() else {
-            return Ok(());
-        };
-        let count = self.failures.len();
-        let alike = self
-            .failures
-            .iter()
-            .all(|failure| failure.kind == first.kind);
-        let failure = if self.files == 1 {
-            Failure::new(first.kind, first.text.clone())
-        } else if count == self.files && alike {
-            Failure::new(first.kind, format!("none of the {count} files was stored"))
-        } else {
-            Failure::new(
-                Kind::Partial,
-                format!("{count} of {} files were not stored", self.files),
-            )
-        };
-        let hint = if alike { first.hint.clone() } else { None };
-        let hint = hint.unwrap_or_else(|| AGAIN.to_owned());
-        Err(failure.hint(hint).into())
+    fn summary(&self, secs: f64, rate: f64) -> String {
+        let files = if self.stored == 1 { "file" } else { "files" };
+        let mut summary = format!(
+            "{} {files}, {} in {secs:.2} s",
+            self.stored,
+            size(self.bytes as f64)
+        );
+        if self.sent > 0 {
+            summary.push_str(&format!(", {}/s", size(rate)));
+        }
+        if self.resumed > 0 {
+            summary.push_str(&format!(", {} resumed", size(self.resumed as f64)));
+        }
+        if self.same > 0 {
+            summary.push_str(&format!(", {} already there", self.same));
+        }
+        summary
     }
 
     fn json(&mut self, line: &Line<'_>) {
@@ -313,5 +527,13 @@ impl Report {
     }
 }
 
+/// The next note; never, once there are no more to come.
+async fn next(notes: &mut Option<mpsc::Receiver<Note>>) -> Option<Note> {
+    match notes {
+        Some(notes) => notes.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
-const AGAIN: &str = "run the same command again: what is stored already is not sent a second time";
+const AGAIN: &str = "run the same command again: it goes on where it was, and what is there is not transferred twice";

@@ -1,69 +1,48 @@
-//! One upload: bytes into a staging file, hashed on the way, then published or gone.
+//! One upload: bytes into a staging file, hashed on the way, then complete, kept for later or gone.
 
 use std::fs::File;
-use std::io::Write as _;
-use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::io;
+use std::os::unix::fs::FileExt as _;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use cap_std::fs::Dir;
-use rustix::fs::{Timespec, Timestamps, UTIME_OMIT};
+use rustix::fs::{Mode, Timespec, Timestamps, UTIME_OMIT};
 
-use super::disk;
-use super::{IfExists, Meta, Reservation, Store, StoreError};
+use super::disk::{FILE_MODE, PART};
+use super::journal::{self, Head, Journal, Key, REWRITE_FROM, merged};
+use super::publish::{Complete, Synced};
+use super::{IfExists, Inner, Meta, NewFile, Reservation, Store, StoreError, SyncPolicy, Time};
 use crate::path::RelPath;
 
 /// An upload under way, in a staging file no client can name.
 ///
-/// Dropping it removes the staging file and gives its reservation back.
+/// Dropping it removes the staging file and gives its reservation back; a [resumable](Self::resumable) one
+/// that nothing is wrong with is kept instead, its last bytes put on disk, to be found by the next
+/// [`Store::begin`] of the same owner and path.
 #[derive(Debug)]
 pub struct Partial {
-    path: RelPath,
+    body: Arc<Body>,
     size: Option<u64>,
     if_exists: IfExists,
-    reservation: Reservation,
-    file: File,
-    /// The staging file's name; `None` once it has its own.
-    staged: Option<String>,
+    /// `None` only while it is being dropped.
+    reservation: Option<Reservation>,
     hasher: Box<blake3::Hasher>,
-    written: u64,
-    safe: Arc<AtomicU64>,
+    /// The hash's state at an end of what [`have`](Self::have) read, so that it need not be read twice.
+    snapshot: Option<Box<blake3::Hasher>>,
+    position: u64,
+    /// Bytes from which on the staging file has nothing yet.
+    end: u64,
+    /// Durable ranges beyond `position`, as the journal knew them when the upload was begun.
+    ahead: Vec<(u64, u64)>,
+    /// Those of them that were given out, joined.
+    offered: Vec<(u64, u64)>,
+    /// Bytes written since the last checkpoint was begun, and when the first of them came.
+    unsynced: u64,
+    since: Option<Instant>,
     broken: bool,
-}
-
-/// A file is stored: verified, complete, on disk, under its name.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Published {
-    /// The name it has, which [`IfExists::Rename`] may have changed.
-    pub path: String,
-    /// Its size in bytes.
-    pub size: u64,
-    /// BLAKE3 of its bytes.
-    pub hash: [u8; 32],
-    /// A file with the same bytes had the name already, and was left as it is.
-    pub same: bool,
-    /// How its bytes got on disk.
-    pub sync: Synced,
-}
-
-/// How a stored file's bytes got on disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Synced {
-    /// By a call for this file.
-    File,
-    /// By one call for several files.
-    Batch,
-    /// Not yet: the operating system was not asked to.
-    None,
-}
-
-impl std::fmt::Display for Synced {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::File => "file",
-            Self::Batch => "batch",
-            Self::None => "none",
-        })
-    }
+    /// What was received is not what was announced: nothing to come back to.
+    doomed: bool,
 }
 
 /// A part of an interrupted upload that is on disk.
@@ -71,147 +50,380 @@ impl std::fmt::Display for Synced {
 pub struct Range {
     /// Where it begins, in bytes from the start of the file.
     pub off: u64,
-    /// Its length in bytes.
+    /// Its length in bytes, at most 64 MiB.
     pub len: u64,
     /// BLAKE3 of exactly these bytes, read back from the disk.
     pub hash: [u8; 32],
 }
 
 /// A due step of making an upload's bytes durable, to be run beside its writes.
+///
+/// Dropping it without running it is no failure: the same bytes are due again later.
 #[derive(Debug)]
 #[must_use = "a checkpoint does nothing until it is run"]
-pub struct Checkpoint(());
+pub struct Checkpoint {
+    body: Arc<Body>,
+}
 
 impl Checkpoint {
-    /// Puts the bytes on disk, then notes in the journal that they are there. A failure marks the upload as
-    /// failed.
-    pub fn run(self) {}
+    /// Puts the bytes on disk, then notes in the journal that they are there, then raises
+    /// [`Partial::safe`]. A failure marks the upload as failed: its next call is an error.
+    pub fn run(self) {
+        let mut work = self.body.work();
+        if !work.closed {
+            let _ = self.body.make_durable(&mut work);
+        }
+    }
 }
 
-/// A whole, verified file that has no name yet. Dropping it removes it.
+impl Drop for Checkpoint {
+    fn drop(&mut self) {
+        self.body.running.store(false, Ordering::Release);
+    }
+}
+
+/// What an upload and its checkpoint share. The last of them to go decides about the files.
 #[derive(Debug)]
-pub struct Complete {
-    partial: Partial,
-    hash: [u8; 32],
+pub(super) struct Body {
+    inner: Arc<Inner>,
+    path: RelPath,
+    file: File,
+    /// What the journal begins with; `None` when there is none, ever.
+    head: Option<Head>,
+    position: AtomicU64,
+    safe: Arc<AtomicU64>,
+    failed: AtomicBool,
+    running: AtomicBool,
+    /// [`Disk::losses`](super::disk::Disk::losses) before the first byte was written.
+    losses: u64,
+    work: Mutex<Work>,
+    last: Mutex<Last>,
 }
 
-impl Complete {
-    /// Whether its bytes are on disk, or need not be, so that [`Store::publish`](super::Store::publish) has
-    /// no need to wait for that.
-    pub fn is_synced(&self) -> bool {
-        true
+/// Held while bytes are made durable.
+#[derive(Debug)]
+struct Work {
+    journal: Option<Journal>,
+    /// What is on disk by what the journal said at the beginning.
+    initial: Vec<(u64, u64)>,
+    /// The journal was started, or taken up, by this upload.
+    begun: bool,
+    /// The upload is complete: the journal must not be touched any more.
+    closed: bool,
+}
+
+/// What the last owner does.
+#[derive(Debug)]
+struct Last {
+    staged: Option<Staged>,
+    reservation: Option<Reservation>,
+    keep: bool,
+}
+
+/// The files of an upload in the store's own directory. Dropping it removes them.
+#[derive(Debug)]
+pub(super) struct Staged {
+    inner: Arc<Inner>,
+    pub(super) name: String,
+    /// Of a resumable one; nobody else in this process may begin it meanwhile.
+    key: Option<Key>,
+    /// There may be a journal.
+    journalled: bool,
+    /// The staging file is there.
+    present: bool,
+}
+
+impl Staged {
+    /// It was given its name.
+    pub(super) fn published(&mut self) {
+        self.present = false;
     }
 
-    /// The name asked for.
-    pub fn path(&self) -> &RelPath {
-        &self.partial.path
+    pub(super) fn is_present(&self) -> bool {
+        self.present
     }
+}
 
-    /// Its size in bytes.
-    pub fn size(&self) -> u64 {
-        self.partial.written
+impl Drop for Staged {
+    fn drop(&mut self) {
+        let disk = &self.inner.disk;
+        let removed = match &self.key {
+            Some(key) if self.present && self.journalled => disk.area().remove(key),
+            Some(key) if self.journalled => disk.area().forget(key),
+            _ if self.present => disk.unstage(&self.name),
+            _ => Ok(()),
+        };
+        if let Err(error) = removed
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(name = self.name, %error, "staging file left to the next start");
+        }
+        if let Some(key) = &self.key {
+            self.inner.state().live.remove(key);
+        }
     }
+}
 
-    pub(super) fn publish(mut self) -> Result<Published, StoreError> {
-        let (path, same) = self.partial.publish(&self.hash)?;
-        Ok(Published {
-            path,
-            size: self.partial.written,
-            hash: self.hash,
-            same,
-            sync: Synced::File,
-        })
-    }
+/// What is found when an upload is begun.
+struct Found {
+    file: File,
+    staged: Staged,
+    /// Bytes the staging file holds.
+    held: u64,
+    journal: Option<Journal>,
+    head: Option<Head>,
+    ranges: Vec<(u64, u64)>,
 }
 
 impl Partial {
-    pub(super) fn new(
-        path: RelPath,
-        size: Option<u64>,
-        if_exists: IfExists,
-        reservation: Reservation,
-        file: File,
-        staged: String,
-    ) -> Self {
-        Self {
-            path,
-            size,
-            if_exists,
-            reservation,
-            file,
-            staged: Some(staged),
-            hasher: Box::default(),
-            written: 0,
-            safe: Arc::default(),
-            broken: false,
+    /// Opens the staging file, a kept one where there is one.
+    pub(super) fn begin(
+        new: &NewFile<'_>,
+        key: Option<Key>,
+        mut reservation: Reservation,
+    ) -> Result<Self, StoreError> {
+        let inner = reservation.inner.clone();
+        let losses = inner.disk.losses();
+        let kept = reservation.held;
+        if let Err(error) = reservation.reserve(new.size.unwrap_or(kept), 0) {
+            if let Some(key) = &key {
+                inner.abandon(key, kept);
+            }
+            return Err(error);
         }
+        let failed = |action| {
+            let inner = &inner;
+            move |e| inner.disk.error(action, new.path, e)
+        };
+        let found = match (key, new.owner) {
+            (Some(key), Some(owner)) => match Self::resume(&inner, new, owner, &key) {
+                Ok(Some(found)) => found,
+                other => {
+                    inner.abandon(&key, kept);
+                    other.map_err(failed("open a staging file"))?;
+                    return Err(StoreError::Busy {
+                        path: new.path.clone(),
+                    });
+                }
+            },
+            _ => {
+                let (file, name) = inner
+                    .disk
+                    .stage()
+                    .map_err(failed("create a staging file"))?;
+                Found {
+                    file,
+                    staged: Staged {
+                        inner: inner.clone(),
+                        name,
+                        key: None,
+                        journalled: false,
+                        present: true,
+                    },
+                    held: 0,
+                    journal: None,
+                    head: None,
+                    ranges: Vec::new(),
+                }
+            }
+        };
+        reservation.is_on_disk(found.held);
+        let body = Body {
+            path: new.path.clone(),
+            file: found.file,
+            head: found.head,
+            position: AtomicU64::new(0),
+            safe: Arc::default(),
+            failed: AtomicBool::new(false),
+            running: AtomicBool::new(false),
+            losses,
+            work: Mutex::new(Work {
+                journal: found.journal,
+                initial: found.ranges.clone(),
+                begun: false,
+                closed: false,
+            }),
+            last: Mutex::new(Last {
+                staged: Some(found.staged),
+                reservation: None,
+                keep: false,
+            }),
+            inner,
+        };
+        Ok(Self {
+            body: Arc::new(body),
+            size: new.size,
+            if_exists: new.if_exists,
+            reservation: Some(reservation),
+            hasher: Box::default(),
+            snapshot: None,
+            position: 0,
+            end: found.held,
+            ahead: found.ranges,
+            offered: Vec::new(),
+            unsynced: 0,
+            since: None,
+            broken: false,
+            doomed: false,
+        })
+    }
+
+    /// Takes up what was kept of this upload, or starts it; `None` when another writes it.
+    fn resume(
+        inner: &Arc<Inner>,
+        new: &NewFile<'_>,
+        owner: &str,
+        key: &Key,
+    ) -> io::Result<Option<Found>> {
+        let disk = &inner.disk;
+        let Some((file, mut held)) = disk.stage_keyed(key)? else {
+            return Ok(None);
+        };
+        let mut head = Head {
+            created: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |since| since.as_secs()),
+            size: new.size,
+            owner: owner.to_owned(),
+            path: new.path.to_string(),
+        };
+        let mut journal = None;
+        let mut ranges = Vec::new();
+        if held > 0
+            && let Some(log) = disk.journal(key, false)?
+        {
+            match journal::read(&log)? {
+                Some(record)
+                    if record.head.owner == head.owner && record.head.path == head.path =>
+                {
+                    head.created = record.head.created;
+                    journal = Some(Journal::resume(log, &record)?);
+                    // Nothing is durable beyond the end of the file, whatever the journal says.
+                    let cut = record.ranges.iter().map(|(s, e)| (*s, (*e).min(held)));
+                    ranges = merged(cut.collect());
+                }
+                _ => {
+                    tracing::warn!(path = %new.path, "unreadable journal, the upload starts anew");
+                    journal = Some(Journal::fresh(log)?);
+                }
+            }
+        }
+        if ranges.is_empty() && held > 0 {
+            file.set_len(0)?;
+            held = 0;
+        }
+        let staged = Staged {
+            inner: inner.clone(),
+            name: format!("{}{PART}", key.as_str()),
+            key: Some(key.clone()),
+            journalled: journal.is_some(),
+            present: true,
+        };
+        Ok(Some(Found {
+            file,
+            staged,
+            held,
+            journal,
+            head: Some(head),
+            ranges,
+        }))
     }
 
     /// The name asked for.
     pub fn path(&self) -> &RelPath {
-        &self.path
+        &self.body.path
     }
 
     /// The store it is in.
     pub fn store(&self) -> Store {
         Store {
-            inner: self.reservation.inner.clone(),
+            inner: self.body.inner.clone(),
         }
     }
 
     /// Whether it can be taken up again after it was dropped.
     pub fn resumable(&self) -> bool {
-        false
-    }
-
-    /// The durable ranges, each hashed from disk; empty when the upload is new.
-    pub fn have(&mut self, progress: &mut dyn FnMut(u64)) -> Result<Vec<Range>, StoreError> {
-        let _ = progress;
-        Ok(Vec::new())
+        self.body.head.is_some()
     }
 
     /// Bytes without a gap so far.
     pub fn position(&self) -> u64 {
-        self.written
+        self.position
     }
 
-    /// Bytes without a gap that are on disk and journalled; kept up by checkpoints.
+    /// Bytes from the beginning to [`position`](Self::position) that are on disk and journalled; kept up by
+    /// checkpoints.
     pub fn safe(&self) -> Arc<AtomicU64> {
-        self.safe.clone()
+        self.body.safe.clone()
     }
 
-    /// A step of making it durable, when one is due and none is running.
-    pub fn checkpoint(&mut self) -> Option<Checkpoint> {
-        None
+    /// The durable ranges in order, each hashed from disk; empty when the upload is new. Calls `progress` with
+    /// the bytes read so far.
+    ///
+    /// Takes as long as reading them does. Call it before the first [`write_at`](Self::write_at).
+    pub fn have(&mut self, progress: &mut dyn FnMut(u64)) -> Result<Vec<Range>, StoreError> {
+        self.check()?;
+        self.pass();
+        let limit = self.size.unwrap_or(u64::MAX);
+        let mut known = vec![(0, self.body.safe.load(Ordering::Acquire))];
+        known.extend(self.ahead.iter().copied());
+        let known = merged(known);
+        let mut have = Vec::new();
+        let mut offered = Vec::new();
+        let mut total = 0;
+        // Goes on with the file's own hash as long as there is no gap.
+        let mut whole = (self.position == 0).then(|| self.hasher.clone());
+        for (start, end) in known {
+            let (mut off, end) = (start, end.min(limit));
+            while off < end {
+                let len = (end - off).min(RANGE);
+                let mut part = blake3::Hasher::new();
+                let mut hashers = vec![&mut part];
+                if let Some(whole) = whole.as_deref_mut().filter(|whole| whole.count() == off) {
+                    hashers.push(whole);
+                }
+                let read = read(&self.body.file, off, len, &mut hashers, &mut |read| {
+                    progress(total + read);
+                })
+                .map_err(|e| self.fail("read a staging file", e))?;
+                total += read;
+                if read > 0 {
+                    have.push(Range {
+                        off,
+                        len: read,
+                        hash: part.finalize().into(),
+                    });
+                    offered.push((off, off + read));
+                }
+                if read < len {
+                    break;
+                }
+                off += len;
+            }
+        }
+        self.snapshot = whole.filter(|whole| whole.count() > 0);
+        self.offered = merged(offered);
+        Ok(have)
     }
 
-    /// Removes it, also when it could be resumed.
-    pub fn discard(self) {}
-
-    /// Writes `bytes` at `offset`, which is [`position`](Self::position), or further on over ranges
-    /// that [`have`](Self::have) gave.
+    /// Writes `bytes` at `offset`, which is [`position`](Self::position), or further on if
+    /// [`have`](Self::have) gave all that lies between. All of them are written or none of a valid upload:
+    /// after an error of the disk only dropping is left.
+    ///
+    /// Refuses, before writing, another offset, and what goes beyond the declared size, or, without one, beyond
+    /// the limits of the store.
     pub fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), StoreError> {
-        if offset != self.written {
+        self.check()?;
+        if !self.may_skip_to(offset) {
             return Err(StoreError::BadOffset {
-                expected: self.written,
+                expected: self.position,
             });
         }
-        self.write(bytes)
-    }
-
-    /// Appends `bytes`, all of them or none of a valid upload: after an error of the disk only
-    /// dropping is left.
-    ///
-    /// Refuses, before writing, what goes beyond the declared size, or, without one, beyond the
-    /// limits of the store.
-    fn write(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
-        if self.broken {
-            return Err(StoreError::Broken);
-        }
         let len = bytes.len() as u64;
-        let total = self.written.saturating_add(len);
+        let total = offset.saturating_add(len);
         match self.size {
             Some(expected) if total > expected => {
+                self.doomed = true;
                 return Err(StoreError::SizeMismatch {
                     expected,
                     got: total,
@@ -219,212 +431,400 @@ impl Partial {
             }
             Some(_) => {}
             None => {
-                let limit = self.reservation.inner.max_file();
+                let limit = self.body.inner.max_file();
                 if total > limit {
+                    self.doomed = true;
                     return Err(StoreError::TooLarge { size: total, limit });
                 }
-                if total > self.reservation.bytes {
-                    self.reservation
-                        .reserve(total - self.reservation.bytes, SPARE)?;
+                if let Some(reservation) = &mut self.reservation
+                    && total > reservation.bytes
+                {
+                    reservation.reserve(total - reservation.bytes, SPARE)?;
                 }
             }
         }
-        if let Err(e) = self.file.write_all(bytes) {
-            self.broken = true;
-            return Err(self.failed("write a file", e));
-        }
+        self.skip_to(offset)?;
+        self.body
+            .file
+            .write_all_at(bytes, offset)
+            .map_err(|e| self.fail("write a file", e))?;
         self.hasher.update(bytes);
-        self.written = total;
-        self.reservation.wrote(len);
+        self.position = total;
+        self.body.position.store(total, Ordering::Release);
+        if total > self.end {
+            if let Some(reservation) = &mut self.reservation {
+                reservation.wrote(total - self.end);
+            }
+            self.end = total;
+        }
+        if self.resumable() && len > 0 {
+            self.unsynced = self.unsynced.saturating_add(len);
+            self.since.get_or_insert_with(Instant::now);
+        }
         Ok(())
     }
 
-    /// Sets the file's modification time, in seconds since 1970. Call it after the last write.
-    ///
-    /// Only a convenience to the file's users: a time the file system cannot hold is not an error.
-    fn set_modified(&self, seconds: i64) {
-        let times = Timestamps {
-            last_access: Timespec {
-                tv_sec: 0,
-                tv_nsec: UTIME_OMIT,
-            },
-            last_modification: Timespec {
-                tv_sec: seconds,
-                tv_nsec: 0,
-            },
-        };
-        if let Err(errno) = rustix::fs::futimens(&self.file, &times) {
-            tracing::debug!(path = %self.path, seconds, %errno, "cannot set the modification time");
+    /// A step of making it durable, when one is due (64 MiB or a second of bytes) and none is under way. Never
+    /// for an upload that is not [resumable](Self::resumable).
+    pub fn checkpoint(&mut self) -> Option<Checkpoint> {
+        let since = self.since?;
+        if self.unsynced < CHECKPOINT_BYTES && since.elapsed() < CHECKPOINT_EVERY {
+            return None;
         }
-    }
-
-    /// Checks size and hash, puts the bytes on disk and gives the file its name.
-    ///
-    /// Success means that file, name and directories survive a power cut. On an error nothing is
-    /// visible under the name, but for one case: when the very last step, syncing the directory,
-    /// fails, the complete file may be there.
-    ///
-    /// Where the name was taken meanwhile, the policy given at the start decides;
-    /// [`IfExists::Skip`] is then an error like [`IfExists::Error`]. Comparing with an existing
-    /// file reads all of it.
-    pub fn complete(
-        self,
-        expected: Option<[u8; 32]>,
-        expected_size: Option<u64>,
-        meta: Meta,
-    ) -> Result<Complete, StoreError> {
-        if let Some(mtime) = meta.mtime {
-            self.set_modified(mtime.secs);
+        if self.check().is_err() || self.body.running.swap(true, Ordering::AcqRel) {
+            return None;
         }
-        if self.broken {
-            return Err(StoreError::Broken);
-        }
-        let got = self.written;
-        for expected in [self.size, expected_size].into_iter().flatten() {
-            if expected != got {
-                return Err(StoreError::SizeMismatch { expected, got });
-            }
-        }
-        let hash = self.hasher.finalize().into();
-        if let Some(expected) = expected.filter(|expected| *expected != hash) {
-            return Err(StoreError::HashMismatch {
-                expected,
-                got: hash,
-            });
-        }
-        // Once only: after a failed sync the kernel may have dropped the bytes, and a second one
-        // would not tell.
-        self.file
-            .sync_all()
-            .map_err(|e| self.failed("sync a file", e))?;
-        Ok(Complete {
-            partial: self,
-            hash,
+        self.unsynced = 0;
+        self.since = None;
+        Some(Checkpoint {
+            body: self.body.clone(),
         })
     }
 
-    /// Gives the synced file its name. The name it got, and whether an equal file had it.
-    fn publish(&mut self, hash: &[u8; 32]) -> Result<(String, bool), StoreError> {
-        let dir = self.reservation.inner.disk.make_parent(&self.path)?;
-        let name = self.path.file_name().to_owned();
-        let mut published = self.path.clone();
-        let mut replaced = 0;
-        let mut removals = 0;
-        while !self.try_name(&dir, &name)? {
-            match self.if_exists {
-                IfExists::Same if self.is_there(&dir, hash)? => {
-                    return Ok((self.path.to_string(), true));
-                }
-                // The file to compare with was removed meanwhile, so the name may be free now.
-                IfExists::Same if removals < 3 => {
-                    removals += 1;
-                    continue;
-                }
-                IfExists::Same => return Err(self.exists()),
-                IfExists::Error | IfExists::Skip => return Err(self.exists()),
-                IfExists::Overwrite => replaced = self.replace(&dir, &name)?,
-                IfExists::Rename => published = self.try_numbers(&dir)?,
+    /// Checks size and hash: it is whole then, and needs only its name, which
+    /// [`Store::publish`](super::Store::publish) gives it.
+    ///
+    /// What [`have`](Self::have) gave may be left out at the end, too. A large file is put on disk here, a small
+    /// one by `publish`, together with others. On an error nothing of it is left.
+    pub fn complete(
+        mut self,
+        hash: Option<[u8; 32]>,
+        size: Option<u64>,
+        meta: Meta,
+    ) -> Result<Complete, StoreError> {
+        self.check()?;
+        // Whatever goes wrong from here on, there is nothing to come back to.
+        self.doomed = true;
+        for expected in [self.size, size].into_iter().flatten() {
+            if self.may_skip_to(expected) {
+                self.skip_to(expected)?;
             }
-            break;
+            if expected != self.position {
+                return Err(StoreError::SizeMismatch {
+                    expected,
+                    got: self.position,
+                });
+            }
         }
-        self.reservation.commit(self.written, replaced);
-        disk::sync_dir(&dir).map_err(|e| self.failed("sync a directory", e))?;
-        Ok((published.to_string(), false))
-    }
-
-    /// Publishes under `name`; false when something has it.
-    fn try_name(&mut self, dir: &Dir, name: &str) -> Result<bool, StoreError> {
-        let Some(staged) = &self.staged else {
+        let got = self.hasher.finalize().into();
+        if let Some(expected) = hash.filter(|expected| *expected != got) {
+            return Err(StoreError::HashMismatch { expected, got });
+        }
+        let body = self.body.clone();
+        // Waits for a checkpoint that runs: a failure to write would be told to only one of us.
+        let mut work = body.work();
+        self.check()?;
+        if self.end > self.position {
+            body.file
+                .set_len(self.position)
+                .map_err(|e| self.fail("cut a file", e))?;
+        }
+        self.dress(meta)?;
+        let disk = &body.inner.disk;
+        let sync = match body.inner.config.sync {
+            SyncPolicy::Never => Some(Synced::None),
+            SyncPolicy::Auto if self.position < ALONE_FROM && disk.batches() => None,
+            SyncPolicy::Auto | SyncPolicy::Always => {
+                // Once only: after a failed sync the kernel may have dropped the bytes, and a second one
+                // would not tell.
+                body.file
+                    .sync_all()
+                    .map_err(|e| self.fail("sync a file", e))?;
+                Some(Synced::File)
+            }
+        };
+        work.closed = true;
+        let journalled = work.journal.is_some();
+        drop(work);
+        let (Some(mut staged), Some(mut reservation)) =
+            (body.last().staged.take(), self.reservation.take())
+        else {
             return Err(StoreError::Broken);
         };
-        match self.reservation.inner.disk.publish(staged, dir, name) {
-            Ok(()) => {
-                self.staged = None;
-                Ok(true)
-            }
-            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),
-            Err(e) => Err(self.failed("publish a file", e)),
+        staged.journalled |= journalled;
+        // Its descriptor is worth more than the lock on it, where nobody else can come for the file.
+        let open = body.inner.config.shared || staged.journalled;
+        if !open {
+            reservation.leave();
         }
+        Ok(Complete {
+            path: body.path.clone(),
+            size: self.position,
+            hash: got,
+            if_exists: self.if_exists,
+            sync,
+            losses: body.losses,
+            staged,
+            held: open.then_some(body),
+            reservation,
+        })
     }
 
-    /// Publishes under the first numbered name that is free.
-    fn try_numbers(&mut self, dir: &Dir) -> Result<RelPath, StoreError> {
-        for number in 1..=LAST_NUMBER {
-            // A name grown beyond the limits could never be asked for again.
-            let Ok(path) = numbered(&self.path, number).parse::<RelPath>() else {
-                break;
+    /// Removes it, also when it could be resumed.
+    pub fn discard(mut self) {
+        self.doomed = true;
+    }
+
+    /// Gives the file the time and mode it is to have. A time the file system cannot hold is not an error.
+    fn dress(&mut self, meta: Meta) -> Result<(), StoreError> {
+        if let Some(mode) = meta.mode.filter(|mode| mode & 0o777 != FILE_MODE) {
+            rustix::fs::fchmod(&self.body.file, Mode::from_raw_mode(mode & 0o777))
+                .map_err(|e| self.fail("set a file's mode", e.into()))?;
+        }
+        if let Some(Time { secs, nanos }) = meta.mtime {
+            let times = Timestamps {
+                last_access: Timespec {
+                    tv_sec: 0,
+                    tv_nsec: UTIME_OMIT,
+                },
+                last_modification: Timespec {
+                    tv_sec: secs,
+                    tv_nsec: nanos.min(999_999_999).into(),
+                },
             };
-            if self.try_name(dir, path.file_name())? {
-                return Ok(path);
+            if let Err(errno) = rustix::fs::futimens(&self.body.file, &times) {
+                let path = &self.body.path;
+                tracing::debug!(%path, secs, %errno, "cannot set the modification time");
             }
         }
-        Err(self.exists())
+        Ok(())
     }
 
-    /// Publishes in place of a regular file, and returns that file's size.
-    fn replace(&mut self, dir: &Dir, name: &str) -> Result<u64, StoreError> {
-        let replaced = match disk::look(dir, name).map_err(|e| self.failed("look up a name", e))? {
-            Some(metadata) if !metadata.is_file() => return Err(self.exists()),
-            Some(metadata) => metadata.len(),
-            None => 0,
-        };
-        let Some(staged) = &self.staged else {
+    /// An error when an earlier step failed.
+    fn check(&self) -> Result<(), StoreError> {
+        if self.broken || self.body.failed.load(Ordering::Acquire) {
             return Err(StoreError::Broken);
-        };
-        match self.reservation.inner.disk.replace(staged, dir, name) {
-            Ok(()) => {
-                self.staged = None;
-                Ok(replaced)
-            }
-            // A directory took the name since we looked.
-            Err(e) if e.kind() == std::io::ErrorKind::IsADirectory => Err(self.exists()),
-            Err(e) => Err(self.failed("replace a file", e)),
         }
+        Ok(())
     }
 
-    /// Whether a file with the bytes of this one has the name; false when none has it any more, an
-    /// error when it has other bytes.
-    fn is_there(&self, dir: &Dir, hash: &[u8; 32]) -> Result<bool, StoreError> {
-        let Some(existing) = self.reservation.inner.open_existing(&self.path, dir)? else {
-            return Ok(false);
-        };
-        if existing.len() == self.written && existing.hash(&mut |_| {})? == *hash {
-            return Ok(true);
-        }
-        Err(self.exists())
+    fn fail(&mut self, action: &'static str, cause: io::Error) -> StoreError {
+        self.broken = true;
+        self.body.inner.disk.error(action, &self.body.path, cause)
     }
 
-    fn exists(&self) -> StoreError {
-        StoreError::Exists {
-            path: self.path.clone(),
-        }
+    /// Whether `offset` is the next, or all up to it was given out as durable.
+    fn may_skip_to(&self, offset: u64) -> bool {
+        offset == self.position
+            || offset > self.position
+                && self
+                    .offered
+                    .iter()
+                    .any(|(start, end)| *start <= self.position && offset <= *end)
     }
 
-    fn failed(&self, action: &'static str, cause: std::io::Error) -> StoreError {
-        self.reservation.inner.disk.error(action, &self.path, cause)
+    /// Takes what lies before `offset` from the disk.
+    fn skip_to(&mut self, offset: u64) -> Result<(), StoreError> {
+        if offset == self.position {
+            return Ok(());
+        }
+        let before = self.position;
+        if let Some(snapshot) = self
+            .snapshot
+            .take_if(|snapshot| (before + 1..=offset).contains(&snapshot.count()))
+        {
+            self.position = snapshot.count();
+            self.hasher = snapshot;
+        }
+        let len = offset - self.position;
+        let read = read(
+            &self.body.file,
+            self.position,
+            len,
+            &mut [&mut self.hasher],
+            &mut |_| {},
+        )
+        .and_then(|read| match read == len {
+            true => Ok(()),
+            false => Err(io::ErrorKind::UnexpectedEof.into()),
+        });
+        read.map_err(|e| self.fail("read a staging file", e))?;
+        self.position = offset;
+        self.body.position.store(offset, Ordering::Release);
+        // Where nothing waited to be synced, all up to here is on disk.
+        let _ =
+            self.body
+                .safe
+                .compare_exchange(before, offset, Ordering::AcqRel, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Forgets durable ranges that were passed: what was written there is durable when it is synced.
+    fn pass(&mut self) {
+        let position = self.position;
+        self.ahead.retain_mut(|(start, end)| {
+            *start = (*start).max(position);
+            *start < *end
+        });
     }
 }
 
 impl Drop for Partial {
     fn drop(&mut self) {
-        if let Some(staged) = &self.staged
-            && let Err(error) = self.reservation.inner.disk.unstage(staged)
-        {
-            tracing::warn!(path = %self.path, %error, "staging file left to the next start");
-        }
+        let healthy = !self.doomed && self.check().is_ok();
+        let mut last = self.body.last();
+        last.keep = healthy && self.resumable() && (self.position > 0 || !self.ahead.is_empty());
+        last.reservation = self.reservation.take();
     }
 }
 
-/// `a/name.ext` with a number: `a/name (1).ext`.
-fn numbered(path: &RelPath, number: u32) -> String {
-    let name = path.file_name();
-    let at = path.as_str().len() - name.len() + name.rfind('.').unwrap_or(name.len());
-    let (stem, extension) = path.as_str().split_at(at);
-    format!("{stem} ({number}){extension}")
+impl Body {
+    fn work(&self) -> MutexGuard<'_, Work> {
+        self.work.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn last(&self) -> MutexGuard<'_, Last> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts all that is written on disk, then says so in the journal, then in `safe`.
+    fn make_durable(&self, work: &mut Work) -> Result<(), ()> {
+        let Some(head) = &self.head else {
+            return Ok(());
+        };
+        if self.failed.load(Ordering::Acquire) {
+            return Err(());
+        }
+        let upto = self.position.load(Ordering::Acquire);
+        let from = self.safe.load(Ordering::Acquire);
+        if upto <= from {
+            return Ok(());
+        }
+        if let Err(error) = self.try_make_durable(work, head, from, upto) {
+            self.failed.store(true, Ordering::Release);
+            let _ = self
+                .inner
+                .disk
+                .error("make an upload durable", &self.path, error);
+            return Err(());
+        }
+        self.safe.fetch_max(upto, Ordering::AcqRel);
+        Ok(())
+    }
+
+    fn try_make_durable(
+        &self,
+        work: &mut Work,
+        head: &Head,
+        from: u64,
+        upto: u64,
+    ) -> io::Result<()> {
+        let disk = &self.inner.disk;
+        let sync = self.inner.config.sync != SyncPolicy::Never;
+        if sync {
+            // Once only, as in `complete`.
+            self.file.sync_data()?;
+        }
+        let key = Key::new(&head.owner, &self.path);
+        let begun = std::mem::replace(&mut work.begun, true);
+        match &mut work.journal {
+            Some(journal) if journal.len() < REWRITE_FROM && journal.is_linked()? => {
+                let again = (!begun).then_some(head);
+                journal.append(again, &[(from, upto)])?;
+                if sync {
+                    journal.sync()?;
+                }
+                if begun {
+                    return Ok(());
+                }
+            }
+            // To be written in full: it is new, too long, or gone.
+            existing => {
+                let mut all = work.initial.clone();
+                all.push((0, upto));
+                let replaces = existing.is_some();
+                let file = match replaces {
+                    true => disk.new_journal(&key)?,
+                    false => match disk.journal(&key, true)? {
+                        Some(file) => file,
+                        None => return Err(io::ErrorKind::NotFound.into()),
+                    },
+                };
+                let journal = existing.insert(Journal::fresh(file)?);
+                journal.append(Some(head), &merged(all))?;
+                if sync {
+                    journal.sync()?;
+                }
+                if replaces {
+                    disk.swap_journal(&key)?;
+                }
+            }
+        }
+        if sync {
+            disk.sync_area()?;
+        }
+        Ok(())
+    }
 }
 
-/// Highest number tried for a free name.
-const LAST_NUMBER: u32 = 999;
+impl Drop for Body {
+    fn drop(&mut self) {
+        let mut last = self.last();
+        let (staged, reservation, keep) = (last.staged.take(), last.reservation.take(), last.keep);
+        drop(last);
+        let Some(mut staged) = staged else {
+            return;
+        };
+        let mut work = self.work();
+        let durable = keep && self.make_durable(&mut work).is_ok();
+        staged.journalled |= work.journal.is_some();
+        if let Some(key) = staged.key.clone()
+            && durable
+            && staged.journalled
+        {
+            staged.present = false;
+            staged.journalled = false;
+            let held = self.file.metadata().map_or(0, |metadata| metadata.len());
+            if let Some(reservation) = reservation {
+                reservation.suspend(key, held);
+            }
+        }
+        // Otherwise removes what there is, while the lock is still held.
+        drop(staged);
+    }
+}
+
+/// Feeds `len` bytes from `offset` on to the hashers; how many there were before the file ended.
+fn read(
+    file: &File,
+    offset: u64,
+    len: u64,
+    hashers: &mut [&mut blake3::Hasher],
+    progress: &mut dyn FnMut(u64),
+) -> io::Result<u64> {
+    let mut buffer = vec![0; usize::try_from(len.min(BUFFER)).unwrap_or(0)];
+    let mut done = 0;
+    while done < len {
+        let most = usize::try_from(len - done).unwrap_or(usize::MAX);
+        let most = most.min(buffer.len());
+        match file.read_at(
+            buffer.get_mut(..most).unwrap_or_default(),
+            offset.saturating_add(done),
+        ) {
+            Ok(0) => break,
+            Ok(read) => {
+                let bytes = buffer.get(..read).unwrap_or_default();
+                for hasher in &mut *hashers {
+                    hasher.update(bytes);
+                }
+                done += read as u64;
+                progress(done);
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(done)
+}
+
+/// Longest range whose hash is told by itself: what at most is sent again when one byte of it differs.
+const RANGE: u64 = 64 << 20;
+/// Bytes after which, and time after which, what was written is made durable.
+const CHECKPOINT_BYTES: u64 = 64 << 20;
+const CHECKPOINT_EVERY: Duration = Duration::from_secs(1);
+/// Size from which on a file is put on disk by a call of its own.
+const ALONE_FROM: u64 = 1 << 20;
+const BUFFER: u64 = 256 << 10;
 /// What an upload without a declared size reserves ahead, so as not to ask the file system at every
 /// write.
 const SPARE: u64 = 1 << 20;

@@ -11,9 +11,10 @@ use std::io;
 use std::os::unix::ffi::OsStrExt as _;
 
 use cap_std::fs::{Dir, Metadata, MetadataExt as _};
-use rustix::fs::{AtFlags, FileType, Timespec, Timestamps, UTIME_OMIT};
+use rustix::fs::{FileType, Timespec, Timestamps, UTIME_OMIT};
 use rustix::io::Errno;
 
+use super::disk::below;
 use super::disk::{self, PRIVATE};
 use super::{Existing, IfExists, Inner, Meta, Store, StoreError, Tenant, Time};
 use crate::path::{self, RelPath};
@@ -118,7 +119,7 @@ impl Store {
                         Start::Base | Start::After(_) | Start::Behind => Page::default(),
                     });
                 }
-                disk::open_dir(&dir, path.file_name()).map_err(io::Error::from)
+                below::enter(&dir, path.file_name()).map_err(io::Error::from)
             }
         };
         let dir = dir.map_err(|e| inner.read_failed("open a directory", query.path, e))?;
@@ -221,13 +222,13 @@ impl Store {
         let inner = &self.inner;
         let failed = |action| move |e: io::Error| inner.disk.error(action, path, e);
         inner.room_for_name(tenant)?;
-        let parent = inner.disk.make_parent(path)?;
+        let parent = inner.parent_for(path)?;
         let name = path.file_name();
-        let there = disk::look(&parent, name).map_err(failed("look up a name"))?;
+        let there = below::see(&parent, name).map_err(failed("look up a name"))?;
         if there.is_none() {
-            disk::create_dir(&parent, name).map_err(|e| failed("make a directory")(e.into()))?;
+            below::make(&parent, name).map_err(|e| failed("make a directory")(e.into()))?;
         }
-        let dir = match disk::open_dir(&parent, name) {
+        let dir = match below::enter(&parent, name) {
             Ok(dir) => dir,
             Err(Errno::NOTDIR | Errno::LOOP | Errno::MLINK) => {
                 return Err(StoreError::Exists { path: path.clone() });
@@ -236,11 +237,9 @@ impl Store {
         };
         inner.disk.check_device(&dir, path)?;
         set_meta(&dir, path, meta);
-        disk::sync_dir(&dir).map_err(failed("sync a directory"))?;
-        inner
-            .disk
-            .make_durable(&parent, &dir)
-            .map_err(failed("sync a directory"))?;
+        for dir in [&dir, &parent] {
+            disk::sync_dir(dir).map_err(failed("sync a directory"))?;
+        }
         Ok(there.is_some())
     }
 
@@ -266,8 +265,8 @@ impl Store {
         let mut outcome = exists();
         // Something may come or go between a look and the step that follows.
         for _ in 0..MAX_TRIES {
-            let dir = inner.disk.make_parent(path)?;
-            let there = disk::look(&dir, name).map_err(failed("look up a name"))?;
+            let dir = inner.parent_for(path)?;
+            let there = below::see(&dir, name).map_err(failed("look up a name"))?;
             let equal = there.as_ref().is_some_and(Metadata::is_symlink)
                 && raw_target(&dir, name).is_some_and(|there| there == target.as_bytes());
             if equal && if_exists != IfExists::Error {
@@ -386,9 +385,9 @@ impl Inner {
         let failed = |e| self.read_failed("look up a name", Some(path), e);
         let mut dir = self.disk.root().map_err(failed)?;
         for component in path.parents() {
-            dir = disk::open_dir(&dir, component).map_err(|e| failed(e.into()))?;
+            dir = below::enter(&dir, component).map_err(|e| failed(e.into()))?;
         }
-        let metadata = disk::look(&dir, path.file_name()).map_err(failed)?;
+        let metadata = below::see(&dir, path.file_name()).map_err(failed)?;
         let Some(metadata) = metadata else {
             return Err(StoreError::NotFound { path: path.clone() });
         };
@@ -403,10 +402,22 @@ impl Inner {
         Ok((dir, entry))
     }
 
+    /// The directory in which `path` is to be made, itself made and durable.
+    fn parent_for(&self, path: &RelPath) -> Result<Dir, StoreError> {
+        let mut made = Vec::new();
+        let dir = self.disk.make_parent(path, &mut made)?;
+        for made in &made {
+            disk::sync_dir(&made.parent)
+                .map_err(|e| self.disk.error("sync a directory", path, e))?;
+        }
+        self.disk.made_durable(made.iter().map(|made| made.child));
+        Ok(dir)
+    }
+
     /// Checks that there is room for something that has a name and no bytes. A tenant that has
     /// nothing left gets not even that.
     fn room_for_name(&self, tenant: Option<&Tenant>) -> Result<(), StoreError> {
-        self.room(u64::from(tenant.is_some()), tenant).map(drop)
+        self.room(u64::from(tenant.is_some()), 0, tenant).map(drop)
     }
 
     /// An error on the way to something that is only looked at. What is no directory holds nothing.
@@ -567,7 +578,7 @@ impl Lister<'_> {
             return Ok(());
         }
         let shown = path.clone();
-        let entered = match disk::open_dir(&frame.dir, &name) {
+        let entered = match below::enter(&frame.dir, &name) {
             Ok(dir) => {
                 let next = self.cursor.next();
                 self.enter(Frame::new(dir, path + "/", name, depth, next), left)
@@ -666,7 +677,7 @@ impl Frame {
 
 /// What has the name and can be listed; `None` also when it is gone by now.
 fn look(dir: &Dir, name: &str, path: &str) -> io::Result<Option<Entry>> {
-    let Some(metadata) = disk::look(dir, name)? else {
+    let Some(metadata) = below::see(dir, name)? else {
         return Ok(None);
     };
     let (Some(kind), Ok(at)) = (Kind::of(&metadata), path.parse()) else {
@@ -685,7 +696,7 @@ fn is_listed(dir: &Dir, name: &str, kind: FileType) -> bool {
     match kind {
         FileType::RegularFile | FileType::Directory | FileType::Symlink => true,
         FileType::Unknown => {
-            disk::look(dir, name).is_ok_and(|found| found.as_ref().and_then(Kind::of).is_some())
+            below::see(dir, name).is_ok_and(|found| found.as_ref().and_then(Kind::of).is_some())
         }
         _ => false,
     }
@@ -740,13 +751,13 @@ impl Removal<'_> {
     /// Removes what has the name; false when nothing had it.
     fn entry(&mut self, dir: &Dir, name: &OsStr, depth: usize) -> Result<bool, StoreError> {
         let failed = |e| self.failed("look up a name", e);
-        let Some(metadata) = disk::look(dir, name).map_err(failed)? else {
+        let Some(metadata) = below::see(dir, name).map_err(failed)? else {
             return Ok(false);
         };
         if metadata.is_dir() {
             return self.dir(dir, name, depth);
         }
-        match rustix::fs::unlinkat(dir, name, AtFlags::empty()) {
+        match below::unlink(dir, name) {
             Ok(()) => {}
             Err(Errno::NOENT) => return Ok(false),
             Err(e) => return Err(self.failed("remove a file", e.into())),
@@ -759,7 +770,7 @@ impl Removal<'_> {
     }
 
     fn dir(&mut self, dir: &Dir, name: &OsStr, depth: usize) -> Result<bool, StoreError> {
-        let child = match disk::open_dir(dir, name) {
+        let child = match below::enter(dir, name) {
             Ok(child) => child,
             Err(Errno::NOENT) => return Ok(false),
             Err(e) => return Err(self.failed("open a directory", e.into())),
@@ -768,7 +779,7 @@ impl Removal<'_> {
             self.inner.disk.check_device(&child, self.path)?;
             self.clear(&child, depth)?;
         }
-        match self.inner.disk.remove_dir(dir, name, &child) {
+        match below::remove_dir(dir, name) {
             Ok(()) => Ok(true),
             Err(Errno::NOENT) => Ok(false),
             Err(Errno::NOTEMPTY | Errno::EXIST) => Err(self.not_empty()),

@@ -469,22 +469,6 @@ fn another_store_below_is_left_alone() {
 }
 
 #[test]
-fn a_removed_directory_made_again_is_synced_again() {
-    let (dir, store) = open(StoreConfig::default());
-    store.make_dir(&path("a"), Meta::default(), None).unwrap();
-    let held = fs::File::open(dir.path().join("a")).unwrap();
-    let inode = held.metadata().unwrap();
-    let known = || store.inner.disk.is_durable((inode.dev(), inode.ino()));
-    assert!(known());
-    store.remove(&path("a"), false).unwrap();
-    assert!(!known());
-    // Whoever is about to note it notes nothing any more.
-    let (root, gone) = (store.inner.disk.root().unwrap(), Dir::from_std_file(held));
-    store.inner.disk.make_durable(&root, &gone).unwrap();
-    assert!(!known());
-}
-
-#[test]
 fn reads_regular_files_only() {
     let (dir, store) = tree();
     symlink("file", dir.path().join("a/link")).unwrap();

@@ -1,0 +1,450 @@
+//! `get`: downloads files and directories.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use tokio::sync::{mpsc, oneshot};
+use udpack_transfer::{
+    Downloader, Entry, Exclude, IfExists, Kind as EntryKind, Limiter, Link, Overwrite, RelPath,
+    Remote, Store, StoreConfig, TransferError, Wanted, apply_entry,
+};
+
+use super::remote::remote_path;
+use super::report::{Beside, Note, Origin, Origins, Report, Thing, Transfer};
+use crate::args::GetArgs;
+use crate::exit::{Failure, Kind};
+use crate::logging::Console;
+use crate::progress::Meter;
+use crate::signals::Interrupts;
+use crate::target::{Target, retry};
+
+pub(super) async fn run(
+    args: GetArgs,
+    console: &Console,
+    interrupts: Interrupts,
+) -> anyhow::Result<()> {
+    let mut report = Report::new(console, args.show.json, args.log.quiet, "stored");
+    let result = get(&args, console, interrupts, &mut report).await;
+    report.finish(result)
+}
+
+/// One of the things asked for, which is at the server.
+#[derive(Debug, Clone)]
+struct Root {
+    entry: Entry,
+    /// Its name in the store; empty for what is in it alone.
+    local: String,
+}
+
+async fn get(
+    args: &GetArgs,
+    console: &Console,
+    mut interrupts: Interrupts,
+    report: &mut Report,
+) -> anyhow::Result<()> {
+    let place = Place::new(args)?;
+    let names = names(args, &place)?;
+    let target = Target::find(&args.connect)?;
+    target
+        .run_link(
+            retry(args.transfer.retries),
+            &mut interrupts,
+            async |link| {
+                let remote = Remote::new(&link);
+                report.expect(Some(args.paths.len()));
+                let mut roots = Vec::new();
+                for (path, local) in args.paths.iter().zip(names) {
+                    match find(&remote, path, local).await {
+                        Ok(root) => roots.push(root),
+                        Err(error) => report.failed(path, path, &error),
+                    }
+                }
+                let files = roots
+                    .iter()
+                    .all(|root| root.entry.kind == EntryKind::File)
+                    .then_some(args.paths.len());
+                let bytes = files.map(|_| roots.iter().map(|root| root.entry.size).sum());
+                report.expect(files);
+                if roots.is_empty() {
+                    return Ok(());
+                }
+                report.start(&target.address(), bytes);
+                let store = place.open(args.transfer.if_exists.into()).await?;
+                fetch(args, console, &link, &remote, store, roots, report).await
+            },
+        )
+        .await
+}
+
+async fn fetch(
+    args: &GetArgs,
+    console: &Console,
+    link: &Link,
+    remote: &Remote,
+    store: Store,
+    roots: Vec<Root>,
+    report: &mut Report,
+) -> anyhow::Result<()> {
+    let origins = Origins::default();
+    let (wanted, mut listed) = mpsc::channel::<Wanted>(AHEAD);
+    let (notes, noted) = mpsc::channel(AHEAD);
+    let lister = Lister {
+        remote: remote.clone(),
+        store: store.clone(),
+        exclude: args.exclude.iter().cloned().collect(),
+        if_exists: args.transfer.if_exists.into(),
+        notes,
+    };
+    // Ends with the receivers it feeds.
+    let listing = tokio::spawn({
+        let lister = lister.clone();
+        let roots = roots.clone();
+        async move {
+            for root in &roots {
+                lister.list(root, &wanted).await;
+            }
+        }
+    });
+    let mut downloader = Downloader::new(link, store.clone())
+        .if_exists(args.transfer.if_exists.into())
+        .preserve(args.transfer.preserve);
+    if let Some(jobs) = args.transfer.jobs {
+        downloader = downloader.lanes(jobs.into());
+    }
+    if let Some(rate) = args.transfer.bwlimit.down {
+        downloader = downloader.limit(Limiter::new(rate));
+    }
+    let known = origins.clone();
+    let mut index = 0;
+    let wanted = std::iter::from_fn(move || {
+        let wanted = listed.blocking_recv()?;
+        let origin = Origin {
+            shown: wanted.remote.to_string(),
+            what: Thing::File,
+        };
+        known.insert(index, origin);
+        index += 1;
+        Some(wanted)
+    });
+    let mut meter = Meter::new(args.show.progress, args.log.quiet, console);
+    let download = downloader.get(wanted);
+    let preserve = args.transfer.preserve;
+    let finisher = lister.clone();
+    drop(lister);
+    // Notes come until the last of those who write them is gone: while files arrive, it is the lister.
+    let (done, after) = oneshot::channel();
+    let finishing = tokio::spawn(async move {
+        // The directories' own times come last: what is stored in them changes these.
+        if after.await.is_ok() && preserve {
+            for root in &roots {
+                finisher.finish(root).await;
+            }
+        }
+    });
+    let beside = Beside {
+        notes: noted,
+        over: done,
+    };
+    report
+        .follow(Transfer::Down(download), Some(beside), &origins, &mut meter)
+        .await;
+    let _ = tokio::join!(listing, finishing);
+    drop(store);
+    Ok(())
+}
+
+/// Lists what is wanted, and makes the directories and links in it.
+#[derive(Debug, Clone)]
+struct Lister {
+    remote: Remote,
+    store: Store,
+    exclude: Exclude,
+    if_exists: IfExists,
+    notes: mpsc::Sender<Note>,
+}
+
+impl Lister {
+    /// Hands every file below a root to `wanted`. Failures go into the notes.
+    async fn list(&self, root: &Root, wanted: &mpsc::Sender<Wanted>) {
+        match root.entry.kind {
+            EntryKind::File | EntryKind::Link => {
+                self.one(&root.entry, &root.local, wanted).await;
+                return;
+            }
+            EntryKind::Dir => {}
+        }
+        if !root.local.is_empty() {
+            self.one(&root.entry, &root.local, wanted).await;
+        }
+        let path = root.entry.path.parse::<RelPath>().ok();
+        let mut listing = self.remote.list(path.as_ref(), true);
+        while let Some(entry) = listing.next().await {
+            let entry = match entry {
+                Ok(entry) => entry,
+                Err(error) => {
+                    self.failed(&root.local, &root.entry.path, error.into())
+                        .await;
+                    return;
+                }
+            };
+            let relative = below(&root.entry.path, &entry.path);
+            if self.exclude.covers(relative, entry.kind == EntryKind::Dir) {
+                continue;
+            }
+            if !self.one(&entry, &join(&root.local, relative), wanted).await {
+                return;
+            }
+        }
+    }
+
+    /// One entry; `false` when nobody wants more.
+    async fn one(&self, entry: &Entry, local: &str, wanted: &mpsc::Sender<Wanted>) -> bool {
+        let name = match local.parse::<RelPath>() {
+            Ok(name) => name,
+            Err(error) => {
+                let error = Failure::new(Kind::Policy, error.to_string())
+                    .hint("choose another name with --as");
+                return self.failed(local, &entry.path, error.into()).await;
+            }
+        };
+        if entry.kind != EntryKind::File {
+            return self.make(entry, name, false, true).await;
+        }
+        let Ok(remote) = entry.path.parse::<RelPath>() else {
+            return true;
+        };
+        let file = Wanted {
+            remote,
+            local: name,
+            size: Some(entry.size),
+        };
+        wanted.send(file).await.is_ok()
+    }
+
+    /// Makes a directory or a link; `tell` whoever reads the results.
+    async fn make(&self, entry: &Entry, name: RelPath, preserve: bool, tell: bool) -> bool {
+        let (store, if_exists) = (self.store.clone(), self.if_exists);
+        let (made, local) = (entry.clone(), name.clone());
+        let made = tokio::task::spawn_blocking(move || {
+            apply_entry(&store, &made, &local, if_exists, preserve)
+        });
+        match made.await {
+            Ok(Ok(same)) => {
+                let what = match entry.kind {
+                    EntryKind::Link => Thing::Link,
+                    _ => Thing::Dir,
+                };
+                let note = Note::Made {
+                    path: name.to_string(),
+                    source: entry.path.clone(),
+                    what,
+                    same,
+                };
+                !tell || self.notes.send(note).await.is_ok()
+            }
+            Ok(Err(error)) => self.failed(name.as_str(), &entry.path, error.into()).await,
+            Err(_) => false,
+        }
+    }
+
+    async fn failed(&self, path: &str, source: &str, error: anyhow::Error) -> bool {
+        let note = Note::Failed {
+            path: path.to_owned(),
+            source: source.to_owned(),
+            error,
+        };
+        self.notes.send(note).await.is_ok()
+    }
+
+    /// Gives the directories of a root their times and modes, children before their parents.
+    async fn finish(&self, root: &Root) {
+        if root.entry.kind != EntryKind::Dir {
+            return;
+        }
+        let path = root.entry.path.parse::<RelPath>().ok();
+        let mut open: Vec<Entry> = Vec::new();
+        if !root.local.is_empty() {
+            open.push(root.entry.clone());
+        }
+        let mut listing = self.remote.list(path.as_ref(), true);
+        while let Some(entry) = listing.next().await {
+            // What cannot be listed now could be before: its files have arrived.
+            let Ok(entry) = entry else { return };
+            while let Some(dir) = open.pop_if(|dir| !is_below(&entry.path, &dir.path)) {
+                self.settle(root, &dir).await;
+            }
+            let relative = below(&root.entry.path, &entry.path);
+            if entry.kind == EntryKind::Dir && !self.exclude.covers(relative, true) {
+                open.push(entry);
+            }
+        }
+        while let Some(dir) = open.pop() {
+            self.settle(root, &dir).await;
+        }
+    }
+
+    async fn settle(&self, root: &Root, dir: &Entry) {
+        let local = join(&root.local, below(&root.entry.path, &dir.path));
+        if let Ok(name) = local.parse() {
+            self.make(dir, name, true, false).await;
+        }
+    }
+}
+
+/// What of `path` lies below `root`; both are paths of the server.
+fn below<'a>(root: &str, path: &'a str) -> &'a str {
+    match root {
+        "" => path,
+        root => path
+            .strip_prefix(root)
+            .and_then(|rest| rest.strip_prefix('/'))
+            .unwrap_or_default(),
+    }
+}
+
+fn is_below(path: &str, dir: &str) -> bool {
+    path.strip_prefix(dir)
+        .is_some_and(|rest| rest.starts_with('/'))
+}
+
+fn join(dir: &str, name: &str) -> String {
+    match (dir, name) {
+        ("", name) => name.to_owned(),
+        (dir, "") => dir.to_owned(),
+        (dir, name) => format!("{dir}/{name}"),
+    }
+}
+
+/// Where files are to go.
+#[derive(Debug)]
+struct Place {
+    dir: PathBuf,
+    /// The name in it for the only thing that was asked for.
+    name: Option<String>,
+}
+
+impl Place {
+    fn new(args: &GetArgs) -> anyhow::Result<Self> {
+        let Some(wanted) = &args.name else {
+            return Ok(Self {
+                dir: PathBuf::from("."),
+                name: None,
+            });
+        };
+        let is_dir =
+            wanted.as_os_str().as_encoded_bytes().ends_with(b"/") || wanted.file_name().is_none();
+        if is_dir {
+            return Ok(Self {
+                dir: wanted.clone(),
+                name: None,
+            });
+        }
+        if args.paths.len() > 1 {
+            return Err(Failure::new(Kind::Usage, "--as NAME takes a single path")
+                .hint("end it with a slash to name a directory for all of them")
+                .into());
+        }
+        let name = wanted.file_name().unwrap_or_default();
+        let name = name.to_str().ok_or_else(|| {
+            Failure::new(Kind::Usage, "--as NAME is not UTF-8 text").hint("choose another name")
+        })?;
+        let dir = match wanted.parent() {
+            Some(dir) if dir != Path::new("") => dir.to_owned(),
+            _ => PathBuf::from("."),
+        };
+        Ok(Self {
+            dir,
+            name: Some(name.to_owned()),
+        })
+    }
+
+    /// Makes the directory, and the place in it where files are staged.
+    async fn open(&self, if_exists: IfExists) -> anyhow::Result<Store> {
+        let config = StoreConfig {
+            max_file: None,
+            quota: None,
+            min_free: Some(0),
+            overwrite: match if_exists {
+                IfExists::Overwrite => Overwrite::Always,
+                IfExists::Rename => Overwrite::Rename,
+                IfExists::Same | IfExists::Error | IfExists::Skip => Overwrite::Never,
+            },
+            shared: true,
+            ..StoreConfig::default()
+        };
+        let dir = self.dir.clone();
+        let opened = tokio::task::spawn_blocking(move || Store::open(dir, config))
+            .await
+            .context("cannot open the directory")?;
+        opened.map_err(|error| {
+            Failure::new(
+                Kind::LocalFile,
+                format!("cannot write to {}: {error}", self.dir.display()),
+            )
+            .hint("choose another directory with --as DIR/")
+            .into()
+        })
+    }
+}
+
+/// The name in the store for each of the paths asked for.
+fn names(args: &GetArgs, place: &Place) -> anyhow::Result<Vec<String>> {
+    let mut taken: HashMap<String, &str> = HashMap::new();
+    let mut names = Vec::new();
+    for path in &args.paths {
+        let content = path.is_empty() || path == "." || path.ends_with('/');
+        let own = match path.rsplit('/').next() {
+            Some(name) if !content => name.to_owned(),
+            _ => String::new(),
+        };
+        let name = place.name.clone().unwrap_or(own);
+        if let Some(other) = taken.insert(name.clone(), path)
+            && !name.is_empty()
+        {
+            let text = format!("{other} and {path} would both be stored as {name}");
+            return Err(Failure::new(Kind::Usage, text)
+                .hint("get them one by one, with --as NAME")
+                .into());
+        }
+        names.push(name);
+    }
+    Ok(names)
+}
+
+/// Looks it up at the server.
+async fn find(remote: &Remote, path: &str, local: String) -> anyhow::Result<Root> {
+    let name = remote_path(path)?;
+    let entry = remote.stat(name.as_ref()).await?;
+    let local = match (entry.kind, &name) {
+        // A file asked for as a directory.
+        (EntryKind::File, Some(name)) if local.is_empty() => {
+            return Err(TransferError::Refused {
+                code: "not_a_directory".to_owned(),
+                message: format!("{name} is a file"),
+                retry: false,
+            }
+            .into());
+        }
+        _ => local,
+    };
+    Ok(Root { entry, local })
+}
+
+/// Entries listed ahead of what is being received.
+const AHEAD: usize = 256;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_below_a_directory() {
+        assert_eq!(below("", "a/b"), "a/b");
+        assert_eq!(below("a", "a/b/c"), "b/c");
+        assert_eq!(below("a", "a"), "");
+        assert!(is_below("a/b", "a"));
+        assert!(!is_below("ab", "a"));
+        assert!(!is_below("a", "a"));
+    }
+}

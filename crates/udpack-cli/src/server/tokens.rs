@@ -1,0 +1,149 @@
+//! `udpack-server token`: the tokens of a server, which follows the file by itself.
+
+use std::path::PathBuf;
+
+use serde_json::{Map, Value, json};
+use udpack::{NewToken, TokenEntry, TokenFile, TokenFileError, generate_token};
+use udpack_transfer::RelPath;
+
+use crate::args::{TokenCommand, TokenFileArgs, TokenNewArgs, TokenRevokeArgs};
+use crate::exit::{Failure, Kind};
+use crate::output;
+
+/// Blocks: files are small, and nothing else is going on.
+pub(super) fn run(command: &TokenCommand) -> anyhow::Result<()> {
+    match command {
+        TokenCommand::New(args) => new(args),
+        TokenCommand::List(args) => list(&args.file),
+        TokenCommand::Revoke(args) => revoke(args),
+    }
+}
+
+fn path(args: &TokenFileArgs) -> PathBuf {
+    match &args.token_file {
+        Some(path) => path.clone(),
+        None => args.keys.join("token"),
+    }
+}
+
+fn new(args: &TokenNewArgs) -> anyhow::Result<()> {
+    let id = match &args.name {
+        Some(name) => name.clone(),
+        // As good as any random bytes, and made of letters that a name may have.
+        None => {
+            let random = generate_token();
+            let tail: String = random
+                .chars()
+                .filter(char::is_ascii_alphanumeric)
+                .take(8)
+                .collect();
+            format!("t-{tail}")
+        }
+    };
+    let mut fields = Vec::new();
+    if !args.scope.is_empty() {
+        let mut words: Vec<&str> = Vec::new();
+        for scope in &args.scope {
+            if !words.contains(&scope.word()) {
+                words.push(scope.word());
+            }
+        }
+        fields.push(("scope".to_owned(), words.join(",")));
+    }
+    if let Some(prefix) = &args.prefix {
+        let text = prefix.strip_suffix('/').unwrap_or(prefix);
+        let prefix: RelPath = text.parse().map_err(|error| {
+            Failure::new(Kind::Usage, format!("--prefix: {error}"))
+                .hint("name a directory below the server's --dir, such as teams/red")
+        })?;
+        if prefix.as_str().contains(char::is_whitespace) {
+            return Err(Failure::new(Kind::Usage, "--prefix must not hold spaces")
+                .hint("the token file separates its fields by spaces")
+                .into());
+        }
+        fields.push(("prefix".to_owned(), prefix.to_string()));
+    }
+    if let Some(bytes) = args.quota.and_then(|size| size.0) {
+        fields.push(("quota".to_owned(), bytes.to_string()));
+    }
+    let path = path(&args.file);
+    if args.file.token_file.is_none() {
+        // The first token of a server is its owner's, also when this comes before the first start.
+        TokenFile::load_or_create(&path)?;
+    }
+    let token = TokenFile::issue(
+        &path,
+        &NewToken {
+            id: id.clone(),
+            fields,
+        },
+    )
+    .map_err(unfit)?;
+    output::unless_gone(if args.file.json {
+        output::json(&json!({ "name": id, "token": token }))
+    } else {
+        output::line(&format!("name {id}")).and_then(|()| output::line(&format!("token {token}")))
+    })
+}
+
+fn list(args: &TokenFileArgs) -> anyhow::Result<()> {
+    for entry in TokenFile::open(path(args))?.entries() {
+        let written = if args.json {
+            output::json(&shown(&entry))
+        } else {
+            let mut line = output::printable(entry.id());
+            for (key, value) in entry.fields() {
+                line.push_str(&format!("  {key}={}", output::printable(value)));
+            }
+            output::line(&line)
+        };
+        if written.as_ref().is_err_and(output::is_gone) {
+            break;
+        }
+        output::unless_gone(written)?;
+    }
+    Ok(())
+}
+
+fn shown(entry: &TokenEntry) -> Value {
+    let mut shown = Map::new();
+    shown.insert("name".to_owned(), entry.id().into());
+    for (key, value) in entry.fields() {
+        shown.insert(key.clone(), value.clone().into());
+    }
+    Value::Object(shown)
+}
+
+fn revoke(args: &TokenRevokeArgs) -> anyhow::Result<()> {
+    let path = path(&args.file);
+    if !TokenFile::revoke(&path, &args.name).map_err(unfit)? {
+        let text = format!(
+            "no token {} in {}",
+            output::printable(&args.name),
+            path.display()
+        );
+        return Err(Failure::new(Kind::Usage, text)
+            .hint("`udpack-server token list` shows the names")
+            .into());
+    }
+    output::unless_gone(if args.file.json {
+        output::json(&json!({ "revoked": args.name }))
+    } else {
+        output::line(&format!("revoked {}", output::printable(&args.name)))
+    })
+}
+
+/// Tells what the operator asked for that cannot be from a file that is not sound.
+fn unfit(error: TokenFileError) -> anyhow::Error {
+    let hint = match &error {
+        TokenFileError::IdTaken { .. } => "choose another name, or revoke that one first",
+        TokenFileError::LastToken { .. } => {
+            "make another one with `udpack-server token new`, or stop the server"
+        }
+        TokenFileError::New(_) => "names have 1 to 64 of A-Z a-z 0-9 . _ @ -",
+        _ => return error.into(),
+    };
+    Failure::new(Kind::Usage, error.to_string())
+        .hint(hint)
+        .into()
+}

@@ -1,0 +1,634 @@
+//! [`Downloader`]: the client's half of a download. Asks for files on several lanes and keeps them full;
+//! stores what comes as a server stores uploads: staged, verified, on disk, and only then visible.
+
+mod incoming;
+mod lane;
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::runtime::Handle;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, Interval, MissedTickBehavior};
+
+use crate::error::TransferError;
+use crate::limiter::Limiter;
+use crate::link::{Link, LinkEvent, LinkEvents};
+use crate::path::RelPath;
+use crate::store::{Complete, Entry, IfExists, Kind, Meta, Published, Store, StoreError, Synced};
+use crate::uploader::{Event, Outcome, Progress, REPORT, link_event};
+use incoming::{End, Ended, Note};
+
+/// Files taken from the iterator ahead of the lanes.
+const AHEAD: usize = 256;
+/// Files that are published together at most.
+const BATCH: usize = 256;
+
+/// How to download: from which server, into which store, on how many lanes.
+#[derive(Debug, Clone)]
+#[must_use = "a downloader does nothing until `get` is called"]
+pub struct Downloader {
+    link: Link,
+    store: Store,
+    lanes: usize,
+    if_exists: IfExists,
+    preserve: bool,
+    limit: Limiter,
+}
+
+/// A file to download.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wanted {
+    /// Its name at the server.
+    pub remote: RelPath,
+    /// The name it shall get in the store.
+    pub local: RelPath,
+    /// Its size in bytes, if known: from a listing. For totals and to see early whether there is room; what
+    /// counts is what the server says when it sends the file.
+    pub size: Option<u64>,
+}
+
+impl Downloader {
+    /// Downloads over this link into this store, which is best opened as
+    /// [`shared`](crate::StoreConfig::shared) and must grant what [`if_exists`](Self::if_exists) asks for.
+    pub fn new(link: impl Into<Link>, store: Store) -> Self {
+        Self {
+            link: link.into(),
+            store,
+            lanes: 4,
+            if_exists: IfExists::default(),
+            preserve: false,
+            limit: Limiter::unlimited(),
+        }
+    }
+
+    /// Files received side by side. Defaults to 4.
+    pub fn lanes(mut self, lanes: usize) -> Self {
+        self.lanes = lanes.max(1);
+        self
+    }
+
+    /// What to do when a local name is taken. Defaults to [`IfExists::Same`]: a file with other bytes than the
+    /// server's stays as it is, and the download of that file fails.
+    pub fn if_exists(mut self, if_exists: IfExists) -> Self {
+        self.if_exists = if_exists;
+        self
+    }
+
+    /// Gives the stored files modification times and permissions of those at the server. Defaults to no.
+    pub fn preserve(mut self, preserve: bool) -> Self {
+        self.preserve = preserve;
+        self
+    }
+
+    /// How fast bytes are taken from the server, all lanes together. Defaults to no limit.
+    ///
+    /// The server may be ahead by as much as the connection's windows hold.
+    pub fn limit(mut self, limit: Limiter) -> Self {
+        self.limit = limit;
+        self
+    }
+
+    /// Starts to download. Files are begun in the given order; one that fails does not stop the others.
+    ///
+    /// The iterator is asked on a thread that may block, a few hundred files ahead of what is being received:
+    /// what this needs does not grow with the number of files. Larger files are resumed where an earlier
+    /// download of the same local name, by this process or another, has left something.
+    ///
+    /// Must be called within a tokio runtime.
+    pub fn get<I>(self, wanted: I) -> Download
+    where
+        I: IntoIterator<Item = Wanted>,
+        I::IntoIter: Send + 'static,
+    {
+        let places = self
+            .store
+            .config()
+            .max_open
+            .clamp(1, Semaphore::MAX_PERMITS);
+        let link_events = self.link.events();
+        let context = Arc::new(Context {
+            link: self.link,
+            store: self.store,
+            if_exists: self.if_exists,
+            preserve: self.preserve,
+            limit: self.limit,
+            queue: Queue::default(),
+            room: Arc::new(Semaphore::new(AHEAD)),
+            places: Arc::new(Semaphore::new(places)),
+            lanes: AtomicUsize::new(self.lanes),
+            total: AtomicU64::new(0),
+            counted: AtomicU64::new(0),
+            files: AtomicUsize::new(0),
+            files_done: AtomicUsize::new(0),
+        });
+        let (events, happened) = mpsc::channel(256);
+        let (notes, noted) = mpsc::unbounded_channel();
+        let mut tasks = JoinSet::new();
+        for _ in 0..self.lanes {
+            tasks.spawn(lane::run(context.clone(), notes.clone(), events.clone()));
+        }
+        tasks.spawn(settle_all(context.clone(), noted, events));
+        feed(context.clone(), wanted.into_iter());
+        let mut ticker = tokio::time::interval(REPORT);
+        ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Download {
+            tasks,
+            context,
+            happened,
+            link_events: Some(link_events),
+            ticker,
+            reported: None,
+        }
+    }
+}
+
+/// A download under way.
+///
+/// # Drop
+/// Gives up what is unfinished. What has arrived of larger files is kept for the next download of the same
+/// name; nothing of it is visible.
+#[derive(Debug)]
+pub struct Download {
+    tasks: JoinSet<()>,
+    context: Arc<Context>,
+    happened: mpsc::Receiver<Event>,
+    /// `None` when nothing more will come.
+    link_events: Option<LinkEvents>,
+    ticker: Interval,
+    reported: Option<Progress>,
+}
+
+impl Download {
+    /// What happened next; `None` when every file has its `Done` or `Failed`. Progress comes when it changed,
+    /// ten times a second at most, and once more at the end.
+    ///
+    /// Paths in events are names in the store. Bytes count as acknowledged when they are written here.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn next(&mut self) -> Option<Event> {
+        loop {
+            tokio::select! {
+                biased;
+                event = link_event(&mut self.link_events) => match event {
+                    Some(LinkEvent::Reconnecting { attempt, delay, reason }) => {
+                        return Some(Event::Reconnecting { attempt, delay, reason });
+                    }
+                    Some(LinkEvent::Connected) => return Some(Event::Connected),
+                    None => self.link_events = None,
+                },
+                event = self.happened.recv() => return match event {
+                    Some(event) => Some(event),
+                    None => self.changed().map(Event::Progress),
+                },
+                _ = self.ticker.tick() => if let Some(progress) = self.changed() {
+                    return Some(Event::Progress(progress));
+                },
+                Some(ended) = self.tasks.join_next() => if let Err(error) = ended {
+                    tracing::error!(%error, "a task of a download failed");
+                },
+            }
+        }
+    }
+
+    /// How far it is. Total and number of files grow while the iterator is read.
+    pub fn progress(&self) -> Progress {
+        self.context.progress()
+    }
+
+    fn changed(&mut self) -> Option<Progress> {
+        let now = self.context.progress();
+        if self.reported == Some(now) {
+            return None;
+        }
+        self.reported = Some(now);
+        Some(now)
+    }
+}
+
+impl Drop for Download {
+    fn drop(&mut self) {
+        self.context.room.close();
+    }
+}
+
+/// Makes a directory or a link that a [`Listing`](crate::Listing) gave, under this name in the store, and says
+/// whether it was there. Files are a [`Downloader`]'s; for one this does nothing but say false.
+///
+/// `preserve` gives a directory its time and permissions: to be done after what is in it was stored, children
+/// before their parents. Blocks: call it from a thread that may.
+///
+/// # Errors
+/// [`TransferError::Store`]: among others when a link leads out of the store, or elsewhere than the one that
+/// is there.
+pub fn apply_entry(
+    store: &Store,
+    entry: &Entry,
+    local: &RelPath,
+    if_exists: IfExists,
+    preserve: bool,
+) -> Result<bool, TransferError> {
+    let meta = Meta {
+        mtime: preserve.then_some(entry.mtime),
+        mode: preserve.then_some(entry.mode),
+    };
+    let made = match (entry.kind, &entry.target) {
+        (Kind::Dir, _) => store.make_dir(local, meta, None),
+        (Kind::Link, Some(target)) => store.make_link(local, target, if_exists),
+        (Kind::Link, None) => {
+            return Err(TransferError::Refused {
+                code: "forbidden".to_owned(),
+                message: "the server does not say where the link leads".to_owned(),
+                retry: false,
+            });
+        }
+        (Kind::File, _) => return Ok(false),
+    };
+    made.map_err(|error| TransferError::Store(Arc::new(error)))
+}
+
+/// What all parts of a download share.
+#[derive(Debug)]
+struct Context {
+    link: Link,
+    store: Store,
+    if_exists: IfExists,
+    preserve: bool,
+    limit: Limiter,
+    queue: Queue,
+    /// How far the iterator may be ahead; closed when the download is dropped.
+    room: Arc<Semaphore>,
+    /// Files that may be open in the store. Taken in the order in which files are asked for.
+    places: Arc<Semaphore>,
+    /// Lanes that have not failed.
+    lanes: AtomicUsize,
+    total: AtomicU64,
+    counted: AtomicU64,
+    files: AtomicUsize,
+    files_done: AtomicUsize,
+}
+
+impl Context {
+    /// The file is as large as this, whatever was thought before.
+    fn resize(&self, job: &mut Job, size: u64) {
+        // What was counted stays counted: progress never goes down.
+        let size = size.max(job.counted);
+        self.total.fetch_add(size, Ordering::Relaxed);
+        self.total.fetch_sub(job.size, Ordering::Relaxed);
+        job.size = size;
+    }
+
+    /// This much of the file is here.
+    fn count(&self, job: &mut Job, bytes: u64) {
+        if let Some(more) = bytes.checked_sub(job.counted) {
+            self.counted.fetch_add(more, Ordering::Relaxed);
+            job.counted = bytes;
+        }
+    }
+
+    fn progress(&self) -> Progress {
+        let files_done = self.files_done.load(Ordering::Relaxed);
+        let total = self.total.load(Ordering::Relaxed);
+        Progress {
+            acked: self.counted.load(Ordering::Relaxed).min(total),
+            total,
+            files_done,
+            files: self.files.load(Ordering::Relaxed),
+            listed: self.queue.fed.load(Ordering::Relaxed),
+        }
+    }
+
+    async fn done(&self, events: &mpsc::Sender<Event>, mut job: Job, arrived: Arrived) {
+        self.resize(&mut job, arrived.size);
+        let all = job.size;
+        self.count(&mut job, all);
+        self.files_done.fetch_add(1, Ordering::Relaxed);
+        let outcome = Outcome {
+            index: job.index,
+            path: arrived.path,
+            size: arrived.size,
+            hash: arrived.hash,
+            sent: job.received,
+            resumed: job.resumed,
+            same: arrived.same,
+            sync: arrived.sync,
+            elapsed: job
+                .since
+                .map_or_else(Default::default, |since| since.elapsed()),
+        };
+        let _ = events.send(Event::Done(outcome)).await;
+    }
+
+    async fn failed(&self, events: &mpsc::Sender<Event>, job: Job, error: TransferError) {
+        self.total
+            .fetch_sub(job.size - job.counted, Ordering::Relaxed);
+        self.files_done.fetch_add(1, Ordering::Relaxed);
+        let failed = Event::Failed {
+            index: job.index,
+            path: job.wanted.local.to_string(),
+            error,
+        };
+        let _ = events.send(failed).await;
+    }
+}
+
+struct Arrived {
+    path: String,
+    size: u64,
+    hash: [u8; 32],
+    same: bool,
+    sync: Option<Synced>,
+}
+
+impl From<Published> for Arrived {
+    fn from(published: Published) -> Self {
+        Self {
+            path: published.path,
+            size: published.size,
+            hash: published.hash,
+            same: published.same,
+            sync: Some(published.sync),
+        }
+    }
+}
+
+/// A file on its way from the iterator to its outcome.
+#[derive(Debug)]
+struct Job {
+    index: usize,
+    wanted: Wanted,
+    /// What it adds to the total, and what of that is counted. `counted` is never above `size`.
+    size: u64,
+    counted: u64,
+    /// Bytes that came over the network for it, and that did not need to.
+    received: u64,
+    resumed: u64,
+    since: Option<Instant>,
+    started: bool,
+    /// Its bytes were not what the server said: this is the second try.
+    again: bool,
+    /// Its place in the queue, until it is first taken.
+    room: Option<OwnedSemaphorePermit>,
+}
+
+/// Files that wait for a lane.
+#[derive(Debug, Default)]
+struct Queue {
+    waiting: Mutex<Waiting>,
+    changed: Notify,
+    /// The iterator is at its end.
+    fed: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    jobs: VecDeque<Job>,
+    /// Files taken that have no outcome: they may come back.
+    open: usize,
+}
+
+impl Queue {
+    fn push(&self, job: Job) {
+        lock(&self.waiting).jobs.push_back(job);
+        self.changed.notify_waiters();
+    }
+
+    /// A file that was taken comes back, to be the next.
+    fn put_back(&self, job: Job) {
+        {
+            let mut waiting = lock(&self.waiting);
+            waiting.jobs.push_front(job);
+            waiting.open = waiting.open.saturating_sub(1);
+        }
+        self.changed.notify_waiters();
+    }
+
+    /// A file that was taken has its outcome.
+    fn settled(&self) {
+        {
+            let mut waiting = lock(&self.waiting);
+            waiting.open = waiting.open.saturating_sub(1);
+        }
+        self.changed.notify_waiters();
+    }
+
+    fn feed_ended(&self) {
+        self.fed.store(true, Ordering::Relaxed);
+        self.changed.notify_waiters();
+    }
+
+    /// The next file; `None` when all have their outcome.
+    async fn next(&self) -> Option<Job> {
+        self.wait(|waiting| {
+            let mut job = waiting.jobs.pop_front()?;
+            waiting.open += 1;
+            job.room = None;
+            job.since.get_or_insert_with(Instant::now);
+            Some(job)
+        })
+        .await
+    }
+
+    /// Waits until there is a file; false when all have their outcome.
+    async fn any(&self) -> bool {
+        let any = self.wait(|waiting| (!waiting.jobs.is_empty()).then_some(()));
+        any.await.is_some()
+    }
+
+    async fn wait<T>(&self, mut look: impl FnMut(&mut Waiting) -> Option<T>) -> Option<T> {
+        loop {
+            let mut changed = std::pin::pin!(self.changed.notified());
+            changed.as_mut().enable();
+            // Read before the queue: what was pushed before it was set is seen then.
+            let fed = self.fed.load(Ordering::SeqCst);
+            {
+                let mut waiting = lock(&self.waiting);
+                if let Some(found) = look(&mut waiting) {
+                    return Some(found);
+                }
+                if fed && waiting.open == 0 && waiting.jobs.is_empty() {
+                    return None;
+                }
+            }
+            changed.await;
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Reads the iterator on a thread that may block, as far ahead as there is room.
+fn feed(context: Arc<Context>, wanted: impl Iterator<Item = Wanted> + Send + 'static) {
+    struct Fed(Arc<Context>);
+
+    impl Drop for Fed {
+        // Also when the iterator panics.
+        fn drop(&mut self) {
+            self.0.queue.feed_ended();
+        }
+    }
+
+    let runtime = Handle::current();
+    tokio::task::spawn_blocking(move || {
+        let fed = Fed(context);
+        let context = &fed.0;
+        for (index, wanted) in wanted.enumerate() {
+            let room = context.room.clone().acquire_owned();
+            let Ok(room) = runtime.block_on(room) else {
+                return;
+            };
+            let size = wanted.size.unwrap_or(0);
+            context.total.fetch_add(size, Ordering::Relaxed);
+            context.files.fetch_add(1, Ordering::Relaxed);
+            context.queue.push(Job {
+                index,
+                wanted,
+                size,
+                counted: 0,
+                received: 0,
+                resumed: 0,
+                since: None,
+                started: false,
+                again: false,
+                room: Some(room),
+            });
+        }
+    });
+}
+
+/// Takes files from their workers, publishes what is complete, many at a time, and reports every outcome.
+async fn settle_all(
+    context: Arc<Context>,
+    mut noted: mpsc::UnboundedReceiver<Note>,
+    events: mpsc::Sender<Event>,
+) {
+    let mut notes = Vec::with_capacity(BATCH);
+    while noted.recv_many(&mut notes, BATCH).await > 0 {
+        let (mut batch, mut waiting) = (Vec::new(), Vec::new());
+        for note in notes.drain(..) {
+            match note {
+                Note::Started { index, path, size } => {
+                    let path = path.to_string();
+                    let _ = events.send(Event::Started { index, path, size }).await;
+                }
+                Note::Resumed {
+                    index,
+                    path,
+                    bytes,
+                    size,
+                } => {
+                    let resumed = Event::Resumed {
+                        index,
+                        path: path.to_string(),
+                        bytes,
+                        size,
+                    };
+                    let _ = events.send(resumed).await;
+                }
+                Note::Ended(ended) => {
+                    let Ended {
+                        job,
+                        end,
+                        asked,
+                        _slot: slot,
+                    } = *ended;
+                    match end {
+                        End::Complete(complete) => {
+                            batch.push(complete);
+                            waiting.push((job, asked, slot));
+                        }
+                        other => settle(&context, &events, job, asked, other).await,
+                    }
+                }
+            }
+        }
+        if batch.is_empty() {
+            continue;
+        }
+        let published = publish(&context.store, batch, waiting.len()).await;
+        for ((job, asked, slot), result) in waiting.into_iter().zip(published) {
+            drop(slot);
+            match result {
+                Ok(arrived) => {
+                    asked.stored();
+                    context.done(&events, job, arrived).await;
+                    context.queue.settled();
+                }
+                Err(error) => settle(&context, &events, job, asked, End::Failed(error)).await,
+            }
+        }
+    }
+}
+
+/// As many results as there were files, whatever happens.
+async fn publish(
+    store: &Store,
+    batch: Vec<Complete>,
+    files: usize,
+) -> Vec<Result<Arrived, TransferError>> {
+    let store = store.clone();
+    let published = tokio::task::spawn_blocking(move || store.publish(batch)).await;
+    let mut results: Vec<_> = published
+        .unwrap_or_default()
+        .into_iter()
+        .map(|result| {
+            result
+                .map(Arrived::from)
+                .map_err(|error| TransferError::Store(Arc::new(error)))
+        })
+        .collect();
+    results.resize_with(files, || {
+        Err(TransferError::Protocol(
+            "storing the file failed".to_owned(),
+        ))
+    });
+    results
+}
+
+/// Deals with a file that needs no publishing.
+async fn settle(
+    context: &Context,
+    events: &mpsc::Sender<Event>,
+    mut job: Job,
+    asked: lane::Asked,
+    end: End,
+) {
+    match end {
+        End::Complete(_) => {}
+        End::Same { path, size, hash } => {
+            asked.stored();
+            let arrived = Arrived {
+                path,
+                size,
+                hash,
+                same: true,
+                sync: None,
+            };
+            context.done(events, job, arrived).await;
+        }
+        End::Suspended => {
+            asked.given_up();
+            return context.queue.put_back(job);
+        }
+        End::Failed(error) => {
+            asked.given_up();
+            let corrupt = matches!(
+                &error,
+                TransferError::Store(error) if matches!(**error, StoreError::HashMismatch { .. })
+            );
+            if corrupt && !job.again {
+                // What was resumed from may have been damaged. The store has removed it: once more, all of it.
+                tracing::warn!(path = %job.wanted.local, "the bytes are not the server's: once more");
+                job.again = true;
+                return context.queue.put_back(job);
+            }
+            context.failed(events, job, error).await;
+        }
+    }
+    context.queue.settled();
+}

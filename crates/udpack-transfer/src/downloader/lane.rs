@@ -1,0 +1,554 @@
+//! One lane of a download: asks for files, several ahead, and hands what comes to the disk.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::sync::{Notify, mpsc};
+use tokio::time::Instant;
+use udpack::{Channel, CloseCode, CloseReason, Message, Side, Socket};
+
+use super::incoming::{End, Incoming, Note, Wish};
+use super::{Context, lock};
+use crate::CHANNEL;
+use crate::error::TransferError;
+use crate::store::{Meta, Time};
+use crate::uploader::Event;
+use crate::wire::{self, AckFields, CancelFields, Finish, GetFields, IdField, MetaFields, Reply};
+
+/// Files that may be asked for and not stored yet. The server lets 64 wait, and may learn late that one of
+/// them does so no more.
+const WINDOW: usize = 48;
+/// Silence of the server while it owes an answer.
+const SILENCE: Duration = Duration::from_secs(60);
+/// What a server surely hashes in a second: while it compares what is here with what it has, it is silent.
+const HASHED: u64 = 20 << 20;
+/// How often the server is told how far a file is.
+const ACK: Duration = Duration::from_millis(250);
+/// Lanes that may break one after the other, on sockets that live, without a file moving.
+const BREAKS: u32 = 5;
+
+/// What a lane has to say beside asking for files.
+#[derive(Debug, Clone, Copy)]
+enum Say {
+    Done { id: u64 },
+    Cancel { id: u64 },
+    Ack { id: u64, recv: u64 },
+}
+
+/// A file that was asked for, seen from where it is stored: tells its lane the outcome, if that still lives.
+#[derive(Debug)]
+pub(super) struct Asked {
+    id: u64,
+    flight: Arc<Flight>,
+}
+
+impl Asked {
+    /// The file is stored.
+    pub(super) fn stored(self) {
+        self.flight.settled(self.id, Say::Done { id: self.id });
+    }
+
+    /// The file is not, and will not be, by what comes on this lane.
+    pub(super) fn given_up(self) {
+        self.flight.settled(self.id, Say::Cancel { id: self.id });
+    }
+}
+
+/// The files of one lane, shared with the workers that store them.
+#[derive(Debug)]
+struct Flight {
+    files: Mutex<BTreeMap<u64, File>>,
+    changed: Notify,
+    say: mpsc::UnboundedSender<Say>,
+    /// An `ack` waits to be said: one is enough.
+    acked: AtomicBool,
+    /// The highest id asked for so far.
+    last: AtomicU64,
+}
+
+#[derive(Debug)]
+struct File {
+    /// `None` once all of it has come.
+    incoming: Option<Incoming>,
+    /// The server was asked.
+    asked: bool,
+    /// The server has begun to send it.
+    begun: bool,
+    /// Bytes that the server must compare first.
+    have: u64,
+}
+
+impl Flight {
+    fn settled(&self, id: u64, say: Say) {
+        let known = lock(&self.files).remove(&id);
+        if known.is_some_and(|file| file.asked) {
+            let _ = self.say.send(say);
+        }
+        self.changed.notify_waiters();
+    }
+
+    fn len(&self) -> usize {
+        lock(&self.files).len()
+    }
+
+    /// How long the server may be silent; `None` when it owes nothing.
+    fn patience(&self) -> Option<Duration> {
+        let files = lock(&self.files);
+        let mut owed = files
+            .values()
+            .filter(|file| file.asked && file.incoming.is_some())
+            .peekable();
+        owed.peek()?;
+        let have = owed.fold(0_u64, |sum, file| sum.saturating_add(file.have));
+        Some(SILENCE + Duration::from_secs(have / HASHED))
+    }
+
+    /// Waits until fewer than `most` files are under way.
+    async fn below(&self, most: usize) {
+        loop {
+            let mut changed = std::pin::pin!(self.changed.notified());
+            changed.as_mut().enable();
+            if self.len() < most {
+                return;
+            }
+            changed.await;
+        }
+    }
+}
+
+/// Runs lanes, one after the other when they are lost, until every file has its outcome.
+pub(super) async fn run(
+    context: Arc<Context>,
+    notes: mpsc::UnboundedSender<Note>,
+    events: mpsc::Sender<Event>,
+) {
+    let mut breaks = 0;
+    // No connection before there is something to ask for.
+    while context.queue.any().await {
+        let error = match connect(&context).await {
+            Ok((socket, channel)) => {
+                let lane = Lane {
+                    context: &context,
+                    notes: &notes,
+                    socket: &socket,
+                    channel: &channel,
+                    current: None,
+                    acked: Instant::now(),
+                    moved: false,
+                };
+                match lane.run().await {
+                    Ended::Orderly => return,
+                    Ended::Broken { error, moved } => {
+                        breaks = if moved { 1 } else { breaks + 1 };
+                        error
+                    }
+                }
+            }
+            Err(error) => {
+                breaks += 1;
+                error
+            }
+        };
+        tracing::debug!(%error, "a lane ended");
+        if !context.link.mends(&error) || breaks >= BREAKS {
+            return failed(&context, &events, &error).await;
+        }
+    }
+}
+
+async fn connect(context: &Context) -> Result<(Socket, Channel), TransferError> {
+    let socket = context.link.socket().await?;
+    let channel = socket.open(CHANNEL).await?;
+    Ok((socket, channel))
+}
+
+/// A lane can do no more. The others go on with the queue; with the last one, what is left fails.
+async fn failed(context: &Context, events: &mpsc::Sender<Event>, error: &TransferError) {
+    if context.lanes.fetch_sub(1, Ordering::Relaxed) > 1 {
+        return;
+    }
+    while let Some(job) = context.queue.next().await {
+        context.failed(events, job, error.again()).await;
+        context.queue.settled();
+    }
+}
+
+/// How a lane ended.
+enum Ended {
+    /// There is nothing more to do.
+    Orderly,
+    Broken {
+        error: TransferError,
+        /// It has brought something.
+        moved: bool,
+    },
+}
+
+/// One channel's life.
+struct Lane<'a> {
+    context: &'a Arc<Context>,
+    notes: &'a mpsc::UnboundedSender<Note>,
+    socket: &'a Socket,
+    channel: &'a Channel,
+    /// The file that is being sent to us.
+    current: Option<u64>,
+    /// When the server was last told how far a file is.
+    acked: Instant,
+    moved: bool,
+}
+
+impl Lane<'_> {
+    async fn run(mut self) -> Ended {
+        let (say, said) = mpsc::unbounded_channel();
+        let flight = Arc::new(Flight {
+            files: Mutex::default(),
+            changed: Notify::new(),
+            say,
+            acked: AtomicBool::new(false),
+            last: AtomicU64::new(0),
+        });
+        let asking = Asking {
+            context: self.context,
+            notes: self.notes,
+            channel: self.channel,
+            flight: &flight,
+            said,
+        };
+        let channel = self.channel;
+        let error = {
+            let mut asking = std::pin::pin!(asking.run());
+            let mut receiving = std::pin::pin!(self.receive(&flight));
+            tokio::select! {
+                biased;
+                error = &mut receiving => error,
+                asked = &mut asking => match asked {
+                    // Every file of the download has its outcome.
+                    Ok(()) => {
+                        drop(channel.close(CloseCode::NORMAL, ""));
+                        return Ended::Orderly;
+                    }
+                    // The receiving half knows why.
+                    Err(LaneOver) => receiving.await,
+                },
+            }
+        };
+        drop(channel.close(CloseCode::CANCELLED, "the lane failed"));
+        let mends = self.context.link.mends(&error);
+        let left = std::mem::take(&mut *lock(&flight.files));
+        for incoming in left.into_values().filter_map(|file| file.incoming) {
+            incoming.end(if mends {
+                End::Suspended
+            } else {
+                End::Failed(error.again())
+            });
+        }
+        Ended::Broken {
+            error,
+            moved: self.moved,
+        }
+    }
+
+    /// Takes what the server sends, until the lane breaks.
+    async fn receive(&mut self, flight: &Flight) -> TransferError {
+        // Since when the server has owed an answer and said nothing that helps.
+        let mut since = Instant::now();
+        loop {
+            let mut changed = std::pin::pin!(flight.changed.notified());
+            changed.as_mut().enable();
+            let patience = flight.patience();
+            if patience.is_none() {
+                since = Instant::now();
+            }
+            let deadline = since + patience.unwrap_or(SILENCE);
+            tokio::select! {
+                () = changed => {}
+                message = self.channel.recv() => {
+                    let message = match message {
+                        Ok(Some(message)) => message,
+                        Ok(None) => return TransferError::Closed(self.ended()),
+                        Err(error) => return error.into(),
+                    };
+                    match self.take(flight, &message).await {
+                        Ok(true) => since = Instant::now(),
+                        Ok(false) => {}
+                        Err(text) => return TransferError::Protocol(text),
+                    }
+                }
+                () = tokio::time::sleep_until(deadline), if patience.is_some() => {
+                    return TransferError::Silent(SILENCE);
+                }
+            }
+        }
+    }
+
+    /// Takes one message; says whether it brought something that was owed.
+    async fn take(&mut self, flight: &Flight, message: &Message) -> Result<bool, String> {
+        let reply = wire::decode_reply(message).map_err(|error| error.to_string())?;
+        match reply {
+            Some(Reply::File { id, size, meta, .. }) => self.begin(flight, id, size, meta),
+            Some(Reply::Chunk { id, offset, bytes }) => {
+                let len = bytes.len() as u64;
+                let room = match lock(&flight.files).get(&id) {
+                    Some(File {
+                        incoming: Some(incoming),
+                        ..
+                    }) if self.current == Some(id) => incoming.room(),
+                    Some(_) => return Err(format!("a chunk of file {id}, which is not open")),
+                    None => return self.late(flight, id),
+                };
+                self.context.limit.take(len).await;
+                let Ok(room) = room.acquire_owned().await else {
+                    return Ok(false);
+                };
+                if let Some(incoming) = lock(&flight.files)
+                    .get(&id)
+                    .and_then(|file| file.incoming.as_ref())
+                {
+                    incoming.write(offset, bytes, room);
+                }
+                self.progressed();
+                let now = Instant::now();
+                if now - self.acked >= ACK && !flight.acked.swap(true, Ordering::Relaxed) {
+                    self.acked = now;
+                    let recv = offset.saturating_add(len);
+                    let _ = flight.say.send(Say::Ack { id, recv });
+                }
+                Ok(true)
+            }
+            Some(Reply::Finish(Finish {
+                id,
+                size: Some(size),
+                hash: Some(hash),
+            })) => {
+                let incoming = match lock(&flight.files).get_mut(&id) {
+                    Some(file) if self.current == Some(id) => file.incoming.take(),
+                    Some(_) => return Err(format!("the end of file {id}, which is not open")),
+                    None => None,
+                };
+                let Some(incoming) = incoming else {
+                    return self.late(flight, id);
+                };
+                self.current = None;
+                incoming.finish(size, hash);
+                self.progressed();
+                Ok(true)
+            }
+            Some(Reply::Error {
+                id,
+                code,
+                message,
+                retry,
+            }) => {
+                let file = {
+                    let mut files = lock(&flight.files);
+                    match files.get(&id) {
+                        // Once all has come, the server has no more say.
+                        Some(file) if !file.asked || file.incoming.is_none() => None,
+                        _ => files.remove(&id),
+                    }
+                };
+                let Some(file) = file else {
+                    return self.late(flight, id);
+                };
+                if self.current == Some(id) {
+                    self.current = None;
+                }
+                flight.changed.notify_waiters();
+                if let Some(incoming) = file.incoming {
+                    incoming.end(End::Failed(TransferError::Refused {
+                        code,
+                        message,
+                        retry,
+                    }));
+                }
+                Ok(true)
+            }
+            // A sign of life while it compares.
+            Some(Reply::Ack { id, .. }) => Ok(lock(&flight.files).contains_key(&id)),
+            Some(Reply::Finish(_)) => Err("finish without size and hash".to_owned()),
+            // What belongs to uploads, or to a later version.
+            Some(Reply::Ready { .. } | Reply::Done { .. }) | None => Ok(false),
+        }
+    }
+
+    fn begin(
+        &mut self,
+        flight: &Flight,
+        id: u64,
+        size: u64,
+        meta: MetaFields,
+    ) -> Result<bool, String> {
+        let mut files = lock(&flight.files);
+        if let Some(current) = self.current
+            && files
+                .get(&current)
+                .is_some_and(|file| file.incoming.is_some())
+        {
+            return Err(format!("file {id} begins before file {current} has ended"));
+        }
+        match files.get_mut(&id) {
+            Some(File {
+                incoming: Some(incoming),
+                asked: true,
+                begun: begun @ false,
+                ..
+            }) => {
+                *begun = true;
+                let mtime = meta.mtime.map(|secs| Time {
+                    secs,
+                    nanos: meta.mtime_ns,
+                });
+                let mode = meta.mode;
+                incoming.open(size, Meta { mtime, mode });
+                self.current = Some(id);
+                Ok(true)
+            }
+            Some(_) => Err(format!("file {id} begins twice or unasked")),
+            None => {
+                drop(files);
+                self.late(flight, id)
+            }
+        }
+    }
+
+    /// A message about a file that has its outcome here is late; one about a file never asked for is wrong.
+    fn late(&self, flight: &Flight, id: u64) -> Result<bool, String> {
+        if (1..=flight.last.load(Ordering::Relaxed)).contains(&id) {
+            Ok(false)
+        } else {
+            Err(format!("file {id} was not asked for"))
+        }
+    }
+
+    fn progressed(&mut self) {
+        self.moved = true;
+        self.context.link.progressed();
+    }
+
+    /// Why the server ended the lane in order although this side had not.
+    fn ended(&self) -> CloseReason {
+        let known = self.channel.close_reason();
+        if let Some(reason) = known.or_else(|| self.socket.close_reason()) {
+            return reason;
+        }
+        let (code, text) = match self.socket.goaway() {
+            Some(goaway) => (goaway.code, goaway.text),
+            None => (
+                CloseCode::CONNECTION_LOST,
+                "the server ended the lane with files unanswered".to_owned(),
+            ),
+        };
+        CloseReason::new(code, text, Side::Peer)
+    }
+}
+
+/// The channel takes no more.
+struct LaneOver;
+
+/// The half of a lane that speaks: it alone waits when the channel is full, so that what comes is taken
+/// meanwhile.
+struct Asking<'a> {
+    context: &'a Arc<Context>,
+    notes: &'a mpsc::UnboundedSender<Note>,
+    channel: &'a Channel,
+    flight: &'a Arc<Flight>,
+    said: mpsc::UnboundedReceiver<Say>,
+}
+
+impl Asking<'_> {
+    /// Asks for file after file, until every file of the download has its outcome.
+    async fn run(mut self) -> Result<(), LaneOver> {
+        let (context, flight) = (self.context, self.flight);
+        let mut id = 0;
+        loop {
+            let next = async {
+                flight.below(WINDOW).await;
+                // First the place, then the file: a file that is taken is in flight at once, and is not lost
+                // when the lane is.
+                let place = context.places.clone().acquire_owned().await.ok()?;
+                Some((place, context.queue.next().await?))
+            };
+            let Some((place, job)) = self.meanwhile(next).await? else {
+                while let Ok(say) = self.said.try_recv() {
+                    self.say(say).await?;
+                }
+                return Ok(());
+            };
+            id += 1;
+            let asked = Asked {
+                id,
+                flight: flight.clone(),
+            };
+            let wish = {
+                // Held so that the worker cannot be done with the file before it is known here.
+                let mut files = lock(&flight.files);
+                let notes = self.notes.clone();
+                let (incoming, wish) = Incoming::prepare(context.clone(), job, place, asked, notes);
+                let file = File {
+                    incoming: Some(incoming),
+                    asked: false,
+                    begun: false,
+                    have: 0,
+                };
+                files.insert(id, file);
+                wish
+            };
+            // Without a wish there is nothing to ask: it is here already, or cannot be stored.
+            if let Ok(wish) = self.meanwhile(wish).await? {
+                self.ask(id, wish).await?;
+            }
+        }
+    }
+
+    async fn ask(&self, id: u64, Wish { remote, have }: Wish) -> Result<(), LaneOver> {
+        match lock(&self.flight.files).get_mut(&id) {
+            Some(file) => {
+                file.asked = true;
+                file.have = have.iter().fold(0, |sum, (_, len, _)| sum + len);
+            }
+            None => return Ok(()),
+        }
+        self.flight.last.store(id, Ordering::Relaxed);
+        self.flight.changed.notify_waiters();
+        let fields = GetFields {
+            id,
+            path: remote.as_str(),
+            have: wire::ranges(&have),
+        };
+        self.send("get", &fields).await
+    }
+
+    /// Says what is to be said while it waits for something.
+    async fn meanwhile<T>(&mut self, wait: impl Future<Output = T>) -> Result<T, LaneOver> {
+        let mut wait = std::pin::pin!(wait);
+        loop {
+            tokio::select! {
+                biased;
+                Some(say) = self.said.recv() => self.say(say).await?,
+                done = &mut wait => return Ok(done),
+            }
+        }
+    }
+
+    async fn say(&self, say: Say) -> Result<(), LaneOver> {
+        match say {
+            Say::Done { id } => self.send("done", &IdField { id }).await,
+            Say::Cancel { id } => self.send("cancel", &CancelFields { id, keep: false }).await,
+            Say::Ack { id, recv } => {
+                self.flight.acked.store(false, Ordering::Relaxed);
+                self.send("ack", &AckFields { id, recv, safe: 0 }).await
+            }
+        }
+    }
+
+    async fn send<T: serde::Serialize + Sync>(
+        &self,
+        event: &str,
+        data: &T,
+    ) -> Result<(), LaneOver> {
+        let sent = self.channel.send(event, data).await;
+        sent.map_err(|_| LaneOver)
+    }
+}

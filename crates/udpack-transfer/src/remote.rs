@@ -1,0 +1,334 @@
+//! [`Remote`]: what a client asks of a server's directory besides transfers. Nothing the server says is
+//! believed before it was checked.
+
+mod jobs;
+mod order;
+mod wire;
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::sync::Mutex;
+use tokio::task::JoinSet;
+use udpack::{Channel, Fault, RequestError, SendError};
+
+use crate::CHANNEL;
+use crate::error::TransferError;
+use crate::link::Link;
+use crate::path::{RelPath, printable};
+use crate::store::{Entry, Removed};
+use order::Order;
+
+pub use jobs::{Job, JobKind, JobState, Jobs, JobsEvent};
+
+/// Entries asked for at a time.
+const PAGE: usize = 512;
+/// How long the server may take to look something up.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How long it may take to read a whole file or to remove a tree. It says nothing meanwhile: whether it lives
+/// is known from the connection.
+const LONG: Duration = Duration::from_secs(24 * 3600);
+/// Times one request may be lost together with its channel.
+const LOSSES: u32 = 8;
+
+/// A server's directory, seen through one channel. A cheap clone of one handle; requests may run side by side.
+///
+/// Requests that were lost with their connection are asked again over the next one, as far as the [`Link`]
+/// finds one.
+#[derive(Clone)]
+pub struct Remote {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    link: Link,
+    channel: Mutex<Option<Channel>>,
+}
+
+impl Remote {
+    /// The directory of the server that this link leads to. Opens nothing yet.
+    pub fn new(link: impl Into<Link>) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                link: link.into(),
+                channel: Mutex::new(None),
+            }),
+        }
+    }
+
+    /// What is there under this name; `None` is the root. Symbolic links are not followed.
+    ///
+    /// # Errors
+    /// [`TransferError::Refused`] with `not_found` among others, and those of the connection.
+    ///
+    /// # Cancel safety
+    /// Dropping it gives the request up.
+    pub async fn stat(&self, path: Option<&RelPath>) -> Result<Entry, TransferError> {
+        let asked = wire::PathField::new(path);
+        let found: wire::Found = self.ask("stat", &asked, PATIENCE).await?;
+        found.entry(path)
+    }
+
+    /// What is below a directory; `None` is the root. Recursive: each directory before what is in it. A file
+    /// or a link is listed as itself.
+    ///
+    /// Nothing is asked before the first [`Listing::next`].
+    pub fn list(&self, path: Option<&RelPath>, recursive: bool) -> Listing {
+        Listing {
+            remote: self.clone(),
+            path: path.cloned(),
+            recursive,
+            order: Order::new(path, recursive),
+            ready: VecDeque::new(),
+            ahead: JoinSet::new(),
+            state: State::Unasked,
+        }
+    }
+
+    /// Removes a file, a link or an empty directory; with `recursive` a directory and all that is in it.
+    ///
+    /// When the answer was lost with the connection and the name is gone afterwards, that counts as removed:
+    /// nothing is counted then.
+    ///
+    /// # Errors
+    /// [`TransferError::Refused`] with `not_found`, `not_empty`, `forbidden` among others, and those of the
+    /// connection.
+    ///
+    /// # Cancel safety
+    /// Dropping it gives the request up; the server may remove all the same.
+    pub async fn remove(&self, path: &RelPath, recursive: bool) -> Result<Removed, TransferError> {
+        let asked = wire::RemoveFields {
+            path: path.as_str(),
+            recursive,
+        };
+        let mut lost = false;
+        match self
+            .ask_noting::<_, wire::Gone>("remove", &asked, LONG, &mut lost)
+            .await
+        {
+            Ok(gone) => Ok(gone.removed()),
+            Err(TransferError::Refused { code, .. }) if lost && code == "not_found" => {
+                Ok(Removed { files: 0, bytes: 0 })
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Size and BLAKE3 of a file as the server reads it now. Takes as long as the server reads.
+    ///
+    /// # Errors
+    /// As for [`stat`](Self::stat).
+    ///
+    /// # Cancel safety
+    /// As for [`stat`](Self::stat).
+    pub async fn hash(&self, path: &RelPath) -> Result<(u64, [u8; 32]), TransferError> {
+        let asked = wire::PathField::new(Some(path));
+        let hashed: wire::Hashed = self.ask("hash", &asked, LONG).await?;
+        Ok((hashed.size, hashed.hash.0))
+    }
+
+    /// The transfers that run at the server, as far as this client may see them.
+    ///
+    /// Nothing is asked before the first [`Jobs::next`].
+    pub fn jobs(&self) -> Jobs {
+        Jobs::new(self.inner.link.clone())
+    }
+
+    async fn ask<T, R>(
+        &self,
+        event: &'static str,
+        data: &T,
+        patience: Duration,
+    ) -> Result<R, TransferError>
+    where
+        T: Serialize + Sync,
+        R: DeserializeOwned + 'static,
+    {
+        self.ask_noting(event, data, patience, &mut false).await
+    }
+
+    /// Asks, again if need be, and notes whether an answer was lost.
+    async fn ask_noting<T, R>(
+        &self,
+        event: &'static str,
+        data: &T,
+        patience: Duration,
+        lost: &mut bool,
+    ) -> Result<R, TransferError>
+    where
+        T: Serialize + Sync,
+        R: DeserializeOwned + 'static,
+    {
+        let mut losses = 0;
+        loop {
+            let channel = self.channel().await?;
+            let answer = channel.request::<T, R>(event, data).timeout(patience).await;
+            match answer.map_err(failed) {
+                Ok(reply) => {
+                    self.inner.link.progressed();
+                    return Ok(reply);
+                }
+                Err(error @ TransferError::Closed(_)) => {
+                    self.forget(&channel).await;
+                    losses += 1;
+                    if !self.inner.link.mends(&error) || losses >= LOSSES {
+                        return Err(error);
+                    }
+                    *lost = true;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// The channel for requests: the open one, or a new one.
+    async fn channel(&self) -> Result<Channel, TransferError> {
+        let mut open = self.inner.channel.lock().await;
+        if let Some(channel) = open.as_ref().filter(|open| open.close_reason().is_none()) {
+            return Ok(channel.clone());
+        }
+        *open = None;
+        let socket = self.inner.link.socket().await?;
+        let channel = socket.open(CHANNEL).await?;
+        *open = Some(channel.clone());
+        Ok(channel)
+    }
+
+    async fn forget(&self, lost: &Channel) {
+        let mut open = self.inner.channel.lock().await;
+        if open.as_ref().is_some_and(|open| open.id() == lost.id()) {
+            *open = None;
+        }
+    }
+}
+
+impl fmt::Debug for Remote {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Remote").finish_non_exhaustive()
+    }
+}
+
+/// The error of a request as one of a transfer.
+fn failed(error: RequestError) -> TransferError {
+    match error {
+        RequestError::Fault(fault) => TransferError::Refused {
+            retry: retry(&fault),
+            code: printable(&fault.code),
+            message: crate::wire::printable(&fault.message),
+        },
+        RequestError::NoHandler => TransferError::Refused {
+            code: "unsupported".to_owned(),
+            message: "the server does not know this request".to_owned(),
+            retry: false,
+        },
+        RequestError::Timeout(patience) => TransferError::Silent(patience),
+        RequestError::Closed(reason) | RequestError::Send(SendError::Closed(reason)) => {
+            TransferError::Closed(reason)
+        }
+        other => TransferError::Protocol(other.to_string()),
+    }
+}
+
+/// Whether the same request may succeed later: faults do not say, their codes do.
+fn retry(fault: &Fault) -> bool {
+    matches!(
+        fault.code.as_str(),
+        "busy" | "no_space" | "quota" | "too_many_uploads" | Fault::TIMEOUT | Fault::CANCELLED
+    )
+}
+
+fn broken(text: impl Into<String>) -> TransferError {
+    TransferError::Protocol(text.into())
+}
+
+/// The entries of a directory, page by page. One page is fetched ahead, however many there are.
+///
+/// # Drop
+/// Gives up what is being fetched.
+#[derive(Debug)]
+pub struct Listing {
+    remote: Remote,
+    path: Option<RelPath>,
+    recursive: bool,
+    order: Order,
+    ready: VecDeque<Entry>,
+    ahead: JoinSet<Result<wire::Page, TransferError>>,
+    state: State,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Unasked,
+    Fetching,
+    Over,
+}
+
+impl Listing {
+    /// The next entry; `None` after the last one. An error is the last that comes.
+    ///
+    /// Every entry has been checked: its path is a [`RelPath`] below the directory asked for, comes after the
+    /// one before, and its directory has been listed.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn next(&mut self) -> Option<Result<Entry, TransferError>> {
+        loop {
+            if let Some(entry) = self.ready.pop_front() {
+                return Some(Ok(entry));
+            }
+            match self.state {
+                State::Over => return None,
+                State::Unasked => self.fetch(None),
+                State::Fetching => {}
+            }
+            let page = match self.ahead.join_next().await {
+                Some(Ok(page)) => page,
+                Some(Err(_)) | None => Err(broken("the request for a list was dropped")),
+            };
+            if let Err(error) = page.and_then(|page| self.take(page)) {
+                self.state = State::Over;
+                self.ready.clear();
+                self.ahead.abort_all();
+                return Some(Err(error));
+            }
+        }
+    }
+
+    fn take(&mut self, page: wire::Page) -> Result<(), TransferError> {
+        if page.entries.len() > PAGE {
+            return Err(broken("a page of a list is longer than was asked for"));
+        }
+        for entry in page.entries {
+            let entry = entry.listed()?;
+            self.order.check(&entry)?;
+            self.ready.push_back(entry);
+        }
+        if !page.more {
+            self.state = State::Over;
+            return Ok(());
+        }
+        let Some(last) = self.ready.back().map(|entry| entry.path.clone()) else {
+            return Err(broken("an empty page of a list is said to have more"));
+        };
+        self.fetch(Some(last));
+        Ok(())
+    }
+
+    fn fetch(&mut self, after: Option<String>) {
+        self.state = State::Fetching;
+        let (remote, path, recursive) = (self.remote.clone(), self.path.clone(), self.recursive);
+        self.ahead.spawn(async move {
+            let asked = wire::ListFields {
+                path: path.as_ref().map(RelPath::as_str),
+                recursive,
+                after: after.as_deref(),
+                limit: PAGE as u64,
+            };
+            remote.ask("list", &asked, PATIENCE).await
+        });
+    }
+}

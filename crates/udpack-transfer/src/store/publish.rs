@@ -1,0 +1,362 @@
+//! Whole files get their names: one barrier for the bytes of all, a name each, one barrier for the directories.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+use cap_std::fs::Dir;
+
+use super::disk::{self, Id, Made};
+use super::partial::{Body, Staged};
+use super::{IfExists, Inner, Reservation, StoreError, SyncPolicy};
+use crate::path::RelPath;
+
+/// A whole, verified file that has no name yet. Dropping it removes it.
+#[derive(Debug)]
+pub struct Complete {
+    pub(super) path: RelPath,
+    pub(super) size: u64,
+    pub(super) hash: [u8; 32],
+    pub(super) if_exists: IfExists,
+    /// How its bytes got on disk; `None` when they are not there yet.
+    pub(super) sync: Option<Synced>,
+    /// Syncs of the whole file system that had failed before its first byte was written.
+    pub(super) losses: u64,
+    // Gone before the lock on it is.
+    pub(super) staged: Staged,
+    /// The open file and the lock on it, where that is still needed.
+    #[expect(dead_code, reason = "held for the lock")]
+    pub(super) held: Option<Arc<Body>>,
+    pub(super) reservation: Reservation,
+}
+
+/// A file is stored: verified, complete, on disk, under its name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Published {
+    /// The name it has, which [`IfExists::Rename`] may have changed.
+    pub path: String,
+    /// Its size in bytes.
+    pub size: u64,
+    /// BLAKE3 of its bytes.
+    pub hash: [u8; 32],
+    /// A file with the same bytes had the name already, and was left as it is.
+    pub same: bool,
+    /// How its bytes got on disk.
+    pub sync: Synced,
+}
+
+/// How a stored file's bytes got on disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Synced {
+    /// By a call for this file.
+    File,
+    /// By one call for several files.
+    Batch,
+    /// Not yet: the operating system was not asked to.
+    None,
+}
+
+impl fmt::Display for Synced {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::File => "file",
+            Self::Batch => "batch",
+            Self::None => "none",
+        })
+    }
+}
+
+impl Complete {
+    /// Whether its bytes are on disk, or need not be, so that [`Store::publish`](super::Store::publish) has
+    /// no need to see to that.
+    pub fn is_synced(&self) -> bool {
+        self.sync.is_some()
+    }
+
+    /// The name asked for.
+    pub fn path(&self) -> &RelPath {
+        &self.path
+    }
+
+    /// Its size in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Gives the file its name. The name it got, and whether an equal file had it.
+    fn name(&mut self, inner: &Arc<Inner>, dir: &Dir) -> Result<(String, bool), StoreError> {
+        let name = self.path.file_name().to_owned();
+        let mut published = self.path.clone();
+        let mut replaced = 0;
+        let mut removals = 0;
+        while !self.try_name(inner, dir, &name)? {
+            match self.if_exists {
+                IfExists::Same if self.is_there(inner, dir)? => {
+                    return Ok((self.path.to_string(), true));
+                }
+                // The file to compare with was removed meanwhile, so the name may be free now.
+                IfExists::Same if removals < 3 => {
+                    removals += 1;
+                    continue;
+                }
+                IfExists::Same => return Err(self.exists()),
+                IfExists::Error | IfExists::Skip => return Err(self.exists()),
+                IfExists::Overwrite => replaced = self.replace(inner, dir, &name)?,
+                IfExists::Rename => published = self.try_numbers(inner, dir)?,
+            }
+            break;
+        }
+        self.reservation.commit(self.size, replaced);
+        Ok((published.to_string(), false))
+    }
+
+    /// Publishes under `name`; false when something has it.
+    fn try_name(&mut self, inner: &Inner, dir: &Dir, name: &str) -> Result<bool, StoreError> {
+        if !self.staged.is_present() {
+            return Err(StoreError::Broken);
+        }
+        match inner.disk.publish(&self.staged.name, dir, name) {
+            Ok(()) => {
+                self.staged.published();
+                Ok(true)
+            }
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+            Err(e) => Err(inner.disk.error("publish a file", &self.path, e)),
+        }
+    }
+
+    /// Publishes under the first numbered name that is free.
+    fn try_numbers(&mut self, inner: &Inner, dir: &Dir) -> Result<RelPath, StoreError> {
+        for number in 1..=LAST_NUMBER {
+            // A name grown beyond the limits could never be asked for again.
+            let Ok(path) = numbered(&self.path, number).parse::<RelPath>() else {
+                break;
+            };
+            if self.try_name(inner, dir, path.file_name())? {
+                return Ok(path);
+            }
+        }
+        Err(self.exists())
+    }
+
+    /// Publishes in place of a regular file, and returns that file's size.
+    fn replace(&mut self, inner: &Inner, dir: &Dir, name: &str) -> Result<u64, StoreError> {
+        let failed = |action, e| inner.disk.error(action, &self.path, e);
+        let replaced = match disk::look(dir, name).map_err(|e| failed("look up a name", e))? {
+            Some(metadata) if !metadata.is_file() => return Err(self.exists()),
+            Some(metadata) => metadata.len(),
+            None => 0,
+        };
+        match inner.disk.replace(&self.staged.name, dir, name) {
+            Ok(()) => {
+                self.staged.published();
+                Ok(replaced)
+            }
+            // A directory took the name since we looked.
+            Err(e) if e.kind() == io::ErrorKind::IsADirectory => Err(self.exists()),
+            Err(e) => Err(failed("replace a file", e)),
+        }
+    }
+
+    /// Whether a file with the bytes of this one has the name; false when none has it any more, an
+    /// error when it has other bytes.
+    fn is_there(&self, inner: &Arc<Inner>, dir: &Dir) -> Result<bool, StoreError> {
+        let Some(existing) = inner.open_existing(&self.path, dir)? else {
+            return Ok(false);
+        };
+        if existing.len() == self.size && existing.hash(&mut |_| {})? == self.hash {
+            return Ok(true);
+        }
+        Err(self.exists())
+    }
+
+    fn exists(&self) -> StoreError {
+        StoreError::Exists {
+            path: self.path.clone(),
+        }
+    }
+}
+
+/// Publishes all of them; the outcomes in the same order.
+pub(super) fn publish(
+    inner: &Arc<Inner>,
+    mut batch: Vec<Complete>,
+) -> Vec<Result<Published, StoreError>> {
+    let barrier = sync_bytes(inner, &batch);
+    let mut outcomes = Vec::with_capacity(batch.len());
+    let mut dirs = Dirs::new(inner);
+    for complete in &mut batch {
+        let sync = match (complete.sync, &barrier) {
+            (Some(sync), _) => Ok(sync),
+            (None, Bytes::Synced(losses)) if *losses == complete.losses => Ok(Synced::Batch),
+            (None, Bytes::Synced(_)) => Err(None),
+            (None, Bytes::Each) => inner
+                .disk
+                .sync_staged(&complete.staged.name)
+                .map(|()| Synced::File)
+                .map_err(Some),
+            (None, Bytes::Failed(cause)) => Err(Some(again(cause))),
+        };
+        let outcome = sync
+            .map_err(|cause| {
+                // Some bytes written in its time never reached the disk; they may have been its own.
+                let cause = cause.unwrap_or_else(|| rustix::io::Errno::IO.into());
+                inner.disk.error("sync a file", &complete.path, cause)
+            })
+            .and_then(|sync| {
+                let dir = dirs.of(&complete.path, &mut outcomes)?;
+                let (path, same) = complete.name(inner, &dir)?;
+                Ok(Published {
+                    path,
+                    size: complete.size,
+                    hash: complete.hash,
+                    same,
+                    sync,
+                })
+            });
+        outcomes.push(outcome);
+    }
+    dirs.flush(&mut outcomes);
+    // Journals go only now that the names are on disk.
+    drop(batch);
+    outcomes
+}
+
+/// What putting the bytes of a batch on disk led to.
+enum Bytes {
+    /// So often the same had failed before.
+    Synced(u64),
+    Failed(io::Error),
+    /// It cannot be done for all at once.
+    Each,
+}
+
+fn sync_bytes(inner: &Inner, batch: &[Complete]) -> Bytes {
+    if batch.iter().all(Complete::is_synced) {
+        return Bytes::Synced(0);
+    }
+    match inner.disk.sync_all() {
+        Ok(losses) => Bytes::Synced(losses),
+        Err(e) if disk::is_unsupported(&e) => Bytes::Each,
+        Err(e) => Bytes::Failed(e),
+    }
+}
+
+/// The directories of a batch: opened once each, synced once each.
+struct Dirs<'a> {
+    inner: &'a Inner,
+    open: HashMap<String, Arc<Dir>>,
+    /// To be synced.
+    changed: Vec<Arc<Dir>>,
+    made: Vec<Made>,
+    /// Outcomes before this one rest on synced directories.
+    settled: usize,
+}
+
+impl<'a> Dirs<'a> {
+    fn new(inner: &'a Inner) -> Self {
+        Self {
+            inner,
+            open: HashMap::new(),
+            changed: Vec::new(),
+            made: Vec::new(),
+            settled: 0,
+        }
+    }
+
+    /// The directory for this file, which will be synced.
+    fn of(
+        &mut self,
+        path: &RelPath,
+        outcomes: &mut [Result<Published, StoreError>],
+    ) -> Result<Arc<Dir>, StoreError> {
+        let parent = path.parent().unwrap_or_default();
+        if let Some(dir) = self.open.get(parent) {
+            return Ok(dir.clone());
+        }
+        if self.open.len() + self.made.len() >= OPEN_LIMIT {
+            self.flush(outcomes);
+        }
+        let dir = Arc::new(self.inner.disk.make_parent(path, &mut self.made)?);
+        self.changed.push(dir.clone());
+        self.open.insert(parent.to_owned(), dir.clone());
+        Ok(dir)
+    }
+
+    /// Puts all directories on disk, or fails what rests on them.
+    fn flush(&mut self, outcomes: &mut [Result<Published, StoreError>]) {
+        self.open.clear();
+        let changed = std::mem::take(&mut self.changed);
+        let made = std::mem::take(&mut self.made);
+        let synced = self.sync(&changed, &made);
+        let (_, rest) = outcomes.split_at_mut(self.settled.min(outcomes.len()));
+        match synced {
+            Ok(()) => self
+                .inner
+                .disk
+                .made_durable(made.iter().map(|made| made.child)),
+            Err(cause) => {
+                for outcome in rest.iter_mut().filter(|outcome| outcome.is_ok()) {
+                    let cause = again(&cause);
+                    *outcome = Err(StoreError::io("sync a directory", None, cause, || {
+                        self.inner.disk.available().unwrap_or(0)
+                    }));
+                }
+            }
+        }
+        self.settled = outcomes.len();
+    }
+
+    fn sync(&self, changed: &[Arc<Dir>], made: &[Made]) -> io::Result<()> {
+        if self.inner.config.sync == SyncPolicy::Never {
+            return Ok(());
+        }
+        let disk = &self.inner.disk;
+        if changed.len() + made.len() > EACH_UP_TO && disk.batches() {
+            let losses = disk.losses();
+            match disk.sync_all() {
+                Ok(now) if now == losses => return Ok(()),
+                Ok(_) => return Err(rustix::io::Errno::IO.into()),
+                Err(e) if !disk::is_unsupported(&e) => return Err(e),
+                Err(_) => {}
+            }
+        }
+        let mut seen: Vec<Id> = Vec::new();
+        for made in made {
+            let id = disk::id(&made.parent)?;
+            if !seen.contains(&id) {
+                disk::sync_dir(&made.parent)?;
+                seen.push(id);
+            }
+        }
+        for dir in changed {
+            if seen.is_empty() || !seen.contains(&disk::id(dir)?) {
+                disk::sync_dir(dir)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The same error once more, for another file.
+fn again(error: &io::Error) -> io::Error {
+    error
+        .raw_os_error()
+        .map_or_else(|| error.kind().into(), io::Error::from_raw_os_error)
+}
+
+/// `a/name.ext` with a number: `a/name (1).ext`.
+fn numbered(path: &RelPath, number: u32) -> String {
+    let name = path.file_name();
+    let at = path.as_str().len() - name.len() + name.rfind('.').unwrap_or(name.len());
+    let (stem, extension) = path.as_str().split_at(at);
+    format!("{stem} ({number}){extension}")
+}
+
+/// Highest number tried for a free name.
+const LAST_NUMBER: u32 = 999;
+/// Directories of a batch that are held open before they are synced.
+const OPEN_LIMIT: usize = 64;
+/// Directories that are synced one by one; more are by one call for the whole file system.
+const EACH_UP_TO: usize = 8;

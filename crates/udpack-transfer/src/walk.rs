@@ -1,0 +1,503 @@
+//! A local tree, entry by entry, as it is going to be uploaded or compared.
+//!
+//! Nothing is collected: what a walk holds is one open directory for each level it is deep in, so its memory
+//! does not grow with the number of files. What cannot be sent is an entry, too, and says why.
+
+use std::fs::{self, Metadata, ReadDir};
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use crate::error::TransferError;
+use crate::glob::Exclude;
+use crate::path::{PathRule, RelPath};
+use crate::source::{self, Source};
+
+/// Walks a file or a directory, depth first; what is in a directory comes before the directory itself.
+///
+/// The order of the entries in a directory is the file system's. Blocks.
+#[derive(Debug)]
+pub struct Walk {
+    /// What is still to be looked at; the root at first.
+    root: Option<(PathBuf, String)>,
+    above: Vec<Level>,
+    options: Options,
+}
+
+#[derive(Debug, Default)]
+struct Options {
+    exclude: Exclude,
+    links: bool,
+    every_dir: bool,
+}
+
+/// A directory that is being read.
+#[derive(Debug)]
+struct Level {
+    local: PathBuf,
+    /// The name at the server; empty for the server's root.
+    remote: String,
+    /// The path from the walk's root; empty for that itself.
+    relative: String,
+    entries: ReadDir,
+    /// Device and inode: a link to a directory that is being read leads in a circle.
+    id: (u64, u64),
+    empty: bool,
+}
+
+/// One entry of a tree.
+#[derive(Debug)]
+pub struct Found {
+    /// Where it is.
+    pub local: PathBuf,
+    /// The name it shall have at the server. A valid one, unless it failed.
+    pub remote: String,
+    /// What it is.
+    pub what: What,
+}
+
+/// What an entry is, with the name at the server that has been checked.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum What {
+    /// A regular file.
+    File {
+        /// Its name at the server.
+        remote: RelPath,
+        /// Its size as of now, in bytes.
+        size: u64,
+    },
+    /// A directory to be made by itself: one with nothing in it, or any when all are asked for.
+    Dir {
+        /// Its name at the server.
+        remote: RelPath,
+    },
+    /// A symbolic link that is kept as one.
+    Link {
+        /// Its name at the server.
+        remote: RelPath,
+        /// What it points to, word for word.
+        target: String,
+    },
+    /// It cannot be sent.
+    Failed(TransferError),
+}
+
+impl From<Found> for Source {
+    /// What is to be uploaded of it. A directory's time and mode are looked up now.
+    fn from(found: Found) -> Self {
+        match found.what {
+            What::File { remote, .. } => Self::file(found.local, remote),
+            What::Dir { remote } => match fs::metadata(&found.local) {
+                Ok(metadata) => Self::dir(remote, source::meta(&metadata)),
+                Err(source) => {
+                    let path = found.local;
+                    Self::failed(remote.as_str(), TransferError::Source { path, source })
+                }
+            },
+            What::Link { remote, target } => Self::link(remote, target),
+            What::Failed(error) => Self::failed(found.remote, error),
+        }
+    }
+}
+
+impl Walk {
+    /// Walks `root`, whose content is to be found below `remote` at the server; "" is the server's root. A file
+    /// is called `remote` itself. Nothing is read before the first entry is asked for.
+    pub fn new(root: impl Into<PathBuf>, remote: impl Into<String>) -> Self {
+        Self {
+            root: Some((root.into(), remote.into())),
+            above: Vec::new(),
+            options: Options::default(),
+        }
+    }
+
+    /// Leaves these out, matched against the path from the root, and what is in them. Defaults to nothing.
+    pub fn exclude(mut self, exclude: Exclude) -> Self {
+        self.options.exclude = exclude;
+        self
+    }
+
+    /// Keeps symbolic links as links instead of following them. Defaults to no.
+    pub fn links(mut self, links: bool) -> Self {
+        self.options.links = links;
+        self
+    }
+
+    /// Lists every directory, after its content, and not the empty ones alone. Defaults to no.
+    pub fn every_dir(mut self, every: bool) -> Self {
+        self.options.every_dir = every;
+        self
+    }
+
+    /// Looks at one entry: `None` for a directory, which is entered, and for what is left out.
+    fn look(&mut self, local: PathBuf, remote: String, relative: &str) -> Option<Found> {
+        let what = match self.what(&local, &remote, relative) {
+            Ok(what) => what?,
+            Err(error) => What::Failed(error),
+        };
+        Some(Found {
+            local,
+            remote,
+            what,
+        })
+    }
+
+    fn what(
+        &mut self,
+        local: &Path,
+        remote: &str,
+        relative: &str,
+    ) -> Result<Option<What>, TransferError> {
+        let unreadable = |source| TransferError::Source {
+            path: local.to_owned(),
+            source,
+        };
+        let metadata = match self.metadata(local) {
+            Ok(metadata) => metadata,
+            // Left out by its name, whatever it is.
+            Err(_) if self.left_out(relative, false) => return Ok(None),
+            Err(error) => return Err(unreadable(error)),
+        };
+        if self.left_out(relative, metadata.is_dir()) {
+            return Ok(None);
+        }
+        if metadata.is_dir() {
+            // The server's root needs no name.
+            if !remote.is_empty() {
+                checked(local, remote)?;
+            }
+            let id = (metadata.dev(), metadata.ino());
+            if self.above.iter().any(|level| level.id == id) {
+                let circle = io::Error::other("the link leads back to a directory it is in");
+                return Err(unreadable(circle));
+            }
+            self.above.push(Level {
+                entries: fs::read_dir(local).map_err(unreadable)?,
+                local: local.to_owned(),
+                remote: remote.to_owned(),
+                relative: relative.to_owned(),
+                id,
+                empty: true,
+            });
+            return Ok(None);
+        }
+        let name = checked(local, remote)?;
+        if metadata.is_symlink() {
+            let target = fs::read_link(local).map_err(unreadable)?;
+            let target = target.into_os_string().into_string();
+            return match target {
+                Ok(target) => Ok(Some(What::Link {
+                    remote: name,
+                    target,
+                })),
+                Err(_) => Err(TransferError::Name {
+                    path: local.to_owned(),
+                    reason: "it points to a name that is not UTF-8".to_owned(),
+                }),
+            };
+        }
+        if !metadata.is_file() {
+            return Err(TransferError::NotAFile {
+                path: local.to_owned(),
+            });
+        }
+        Ok(Some(What::File {
+            remote: name,
+            size: metadata.len(),
+        }))
+    }
+
+    /// The root itself never is: it was asked for.
+    fn left_out(&self, relative: &str, is_dir: bool) -> bool {
+        !relative.is_empty() && self.options.exclude.matches(relative, is_dir)
+    }
+
+    fn metadata(&self, local: &Path) -> io::Result<Metadata> {
+        if self.options.links {
+            fs::symlink_metadata(local)
+        } else {
+            fs::metadata(local)
+        }
+    }
+
+    /// The end of the directory that was read last.
+    fn leave(&mut self) -> Option<Found> {
+        let level = self.above.pop()?;
+        if level.remote.is_empty() || !(level.empty || self.options.every_dir) {
+            return None;
+        }
+        let what = match checked(&level.local, &level.remote) {
+            Ok(remote) => What::Dir { remote },
+            Err(error) => What::Failed(error),
+        };
+        Some(Found {
+            local: level.local,
+            remote: level.remote,
+            what,
+        })
+    }
+}
+
+impl Iterator for Walk {
+    type Item = Found;
+
+    fn next(&mut self) -> Option<Found> {
+        loop {
+            let depth = self.above.len();
+            let found = if let Some((local, remote)) = self.root.take() {
+                self.look(local, remote, "")
+            } else {
+                let level = self.above.last_mut()?;
+                match level.entries.next() {
+                    None => self.leave(),
+                    Some(Err(source)) => {
+                        // Asking again may give the same error for ever.
+                        let level = self.above.pop()?;
+                        Some(Found {
+                            remote: level.remote,
+                            what: What::Failed(TransferError::Source {
+                                path: level.local.clone(),
+                                source,
+                            }),
+                            local: level.local,
+                        })
+                    }
+                    Some(Ok(entry)) => {
+                        let file_name = entry.file_name();
+                        let name = file_name.to_string_lossy();
+                        let local = entry.path();
+                        let remote = join(&level.remote, &name);
+                        let relative = join(&level.relative, &name);
+                        self.look(local, remote, &relative)
+                    }
+                }
+            };
+            // What was found, or entered, makes its directory one that is not empty.
+            let entered = self.above.len() > depth;
+            let parent = match (found.is_some(), entered) {
+                (_, true) => depth.checked_sub(1),
+                (true, false) => self.above.len().checked_sub(1),
+                (false, false) => None,
+            };
+            if let Some(level) = parent.and_then(|at| self.above.get_mut(at)) {
+                level.empty = false;
+            }
+            if found.is_some() {
+                return found;
+            }
+        }
+    }
+}
+
+fn join(dir: &str, name: &str) -> String {
+    if dir.is_empty() {
+        name.to_owned()
+    } else {
+        format!("{dir}/{name}")
+    }
+}
+
+/// The name at the server, if it can be one.
+fn checked(local: &Path, remote: &str) -> Result<RelPath, TransferError> {
+    let refused = |reason: String| TransferError::Name {
+        path: local.to_owned(),
+        reason,
+    };
+    if remote.contains(char::REPLACEMENT_CHARACTER) && local.to_str().is_none() {
+        return Err(refused("its name is not UTF-8".to_owned()));
+    }
+    remote.parse::<RelPath>().map_err(|error| {
+        refused(match error.rule() {
+            PathRule::NotNfc => {
+                format!("{error}; rename it to its composed form (convmv --nfc does it)")
+            }
+            _ => error.to_string(),
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt as _, symlink};
+
+    use super::*;
+    use crate::error::ErrorKind;
+
+    /// Every entry as one word and its name, in an order of its own.
+    fn walked(walk: Walk) -> Vec<String> {
+        let mut all: Vec<String> = walk
+            .map(|found| match &found.what {
+                What::File { remote, size } => format!("file {remote} {size}"),
+                What::Dir { remote } => format!("dir {remote}"),
+                What::Link { remote, target } => format!("link {remote} {target}"),
+                What::Failed(error) => format!("{:?} {}", error.kind(), found.remote),
+            })
+            .collect();
+        all.sort();
+        all
+    }
+
+    fn tree() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().expect("a directory");
+        let root = dir.path();
+        for sub in ["a/b/c", "empty", "x/build", "x/src"] {
+            fs::create_dir_all(root.join(sub)).expect("mkdir");
+        }
+        for (file, content) in [
+            ("top", "1"),
+            ("a/b/c/deep", "12"),
+            ("a/none", ""),
+            ("x/build/out.o", "123"),
+            ("x/src/main.c", "1234"),
+            ("x/src/main.o", "12345"),
+        ] {
+            fs::write(root.join(file), content).expect("write");
+        }
+        dir
+    }
+
+    fn exclude(patterns: &[&str]) -> Exclude {
+        patterns
+            .iter()
+            .map(|text| text.parse().expect("a pattern"))
+            .collect()
+    }
+
+    #[test]
+    fn a_tree_is_walked_to_its_leaves() {
+        let dir = tree();
+        assert_eq!(
+            walked(Walk::new(dir.path(), "t")),
+            [
+                "dir t/empty",
+                "file t/a/b/c/deep 2",
+                "file t/a/none 0",
+                "file t/top 1",
+                "file t/x/build/out.o 3",
+                "file t/x/src/main.c 4",
+                "file t/x/src/main.o 5",
+            ]
+        );
+        assert_eq!(
+            walked(Walk::new(dir.path().join("x/src"), "")),
+            ["file main.c 4", "file main.o 5"]
+        );
+        assert_eq!(walked(Walk::new(dir.path().join("top"), "n")), ["file n 1"]);
+    }
+
+    #[test]
+    fn a_directory_follows_what_is_in_it() {
+        let dir = tree();
+        let order: Vec<String> = Walk::new(dir.path().join("a"), "a")
+            .every_dir(true)
+            .map(|found| found.remote)
+            .collect();
+        let at = |name: &str| order.iter().position(|known| known == name).expect(name);
+        assert_eq!(order.len(), 5);
+        assert!(at("a/b/c/deep") < at("a/b/c"));
+        assert!(at("a/b/c") < at("a/b"));
+        assert_eq!(at("a"), 4, "the top is the last");
+        assert!(
+            !walked(Walk::new(dir.path(), "").every_dir(true)).contains(&"dir ".to_owned()),
+            "the server's root is not made"
+        );
+    }
+
+    #[test]
+    fn what_is_excluded_is_not_entered() {
+        let dir = tree();
+        let walk = |patterns: &[&str]| walked(Walk::new(dir.path(), "").exclude(exclude(patterns)));
+        assert_eq!(
+            walk(&["*.o", "/a/b", "empty/"]),
+            [
+                "dir x/build",
+                "file a/none 0",
+                "file top 1",
+                "file x/src/main.c 4"
+            ]
+        );
+        assert_eq!(walk(&["build/", "src", "a/**", "top"]).len(), 3);
+        assert_eq!(walk(&["*"]), Vec::<String>::new());
+    }
+
+    #[test]
+    fn links_are_followed_but_not_in_circles() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let root = dir.path();
+        fs::create_dir_all(root.join("a/b")).expect("mkdir");
+        fs::write(root.join("a/file"), "x").expect("write");
+        symlink("../..", root.join("a/b/up")).expect("symlink");
+        symlink("a/file", root.join("direct")).expect("symlink");
+        symlink("nowhere", root.join("broken")).expect("symlink");
+        assert_eq!(
+            walked(Walk::new(root, "")),
+            [
+                "LocalFile a/b/up",
+                "LocalFile broken",
+                "file a/file 1",
+                "file direct 1"
+            ]
+        );
+        assert_eq!(
+            walked(Walk::new(root, "").links(true)),
+            [
+                "file a/file 1",
+                "link a/b/up ../..",
+                "link broken nowhere",
+                "link direct a/file"
+            ]
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_sent_says_so_and_stops_nothing() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let root = dir.path();
+        for name in [".hidden", "e\u{301}", "good", "back\\slash"] {
+            fs::write(root.join(name), "x").expect("write");
+        }
+        let raw = std::os::unix::ffi::OsStrExt::from_bytes(b"raw\xff");
+        fs::write(root.join::<&std::ffi::OsStr>(raw), "x").expect("write");
+        let _socket = std::os::unix::net::UnixListener::bind(root.join("socket")).expect("bind");
+        assert_eq!(
+            walked(Walk::new(root, "")),
+            [
+                "LocalFile socket",
+                "Policy .hidden",
+                "Policy back\\slash",
+                "Policy e\u{301}",
+                "Policy raw\u{fffd}",
+                "file good 1",
+            ]
+        );
+        let nfd = Walk::new(root.join("e\u{301}"), "e\u{301}").next();
+        let Some(What::Failed(error)) = nfd.map(|found| found.what) else {
+            panic!("not NFC");
+        };
+        assert!(error.to_string().contains("convmv"), "{error}");
+        assert_eq!(
+            walked(Walk::new(root.join("missing"), "m")),
+            ["LocalFile m"]
+        );
+        let closed = root.join("closed");
+        fs::create_dir(&closed).expect("mkdir");
+        fs::set_permissions(&closed, fs::Permissions::from_mode(0)).expect("chmod");
+        if fs::read_dir(&closed).is_err() {
+            assert_eq!(walked(Walk::new(&closed, "c")), ["LocalFile c"]);
+            assert_eq!(error.kind(), ErrorKind::Policy);
+        }
+        fs::set_permissions(&closed, fs::Permissions::from_mode(0o700)).expect("chmod");
+    }
+
+    #[test]
+    fn a_tree_deeper_than_names_may_be_ends_in_an_error() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let deep = ["d"; 40].join("/");
+        fs::create_dir_all(dir.path().join(deep)).expect("mkdir");
+        assert_eq!(
+            walked(Walk::new(dir.path(), "")),
+            [format!("Policy {}", ["d"; 33].join("/"))]
+        );
+    }
+}
