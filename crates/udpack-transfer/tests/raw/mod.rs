@@ -290,7 +290,7 @@ impl RawLane {
     }
 
     /// Sends a message as a request; the answer, or the fault's code and sentence.
-    pub(crate) async fn request<R: DeserializeOwned>(
+    pub(crate) async fn request<R: DeserializeOwned + 'static>(
         &self,
         (event, data): &Say,
     ) -> Result<R, (String, String)> {
