@@ -239,13 +239,7 @@ impl Disk {
                 Lock::Gone => {}
                 Lock::Alien => {
                     tracing::warn!(name, "not a staging file, replaced");
-                    match rustix::fs::unlinkat(&self.staging, name.as_str(), AtFlags::empty()) {
-                        Ok(()) | Err(Errno::NOENT) => {}
-                        Err(Errno::ISDIR | Errno::PERM) => {
-                            rustix::fs::unlinkat(&self.staging, name.as_str(), AtFlags::REMOVEDIR)?
-                        }
-                        Err(errno) => return Err(errno.into()),
-                    }
+                    remove_alien(&self.staging, &name)?;
                 }
             }
         }
@@ -263,12 +257,12 @@ impl Disk {
         };
         for _ in 0..TRIES {
             match open_own(&self.journal, &name, access)? {
-                Some((file, stat)) if is_plain(&stat) => return Ok(Some(file)),
-                None if !create => return Ok(None),
-                None => {}
-                Some(_) => {
+                Own::Plain(file) => return Ok(Some(file)),
+                Own::Gone if !create => return Ok(None),
+                Own::Gone => {}
+                Own::Alien => {
                     tracing::warn!(name, "not a journal, replaced");
-                    self.journal.remove_file(&name)?;
+                    remove_alien(&self.journal, &name)?;
                 }
             }
         }
@@ -279,7 +273,7 @@ impl Disk {
     pub(super) fn new_journal(&self, key: &Key) -> io::Result<File> {
         let name = format!("{}{NEW}", key.as_str());
         match self.journal.remove_file(&name) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
             _ => create_new(&self.journal, &name, self.exact),
         }
     }
@@ -313,8 +307,8 @@ impl Disk {
     /// Puts a staged file on disk that was closed already.
     pub(super) fn sync_staged(&self, name: &str) -> io::Result<()> {
         match open_own(&self.staging, name, OFlags::RDONLY)? {
-            Some((file, _)) => file.sync_all(),
-            None => Err(io::ErrorKind::NotFound.into()),
+            Own::Plain(file) => file.sync_all(),
+            Own::Gone | Own::Alien => Err(io::ErrorKind::NotFound.into()),
         }
     }
 
@@ -396,6 +390,12 @@ impl Disk {
         cause: io::Error,
     ) -> StoreError {
         StoreError::io(action, Some(path), cause, || self.available().unwrap_or(0))
+    }
+
+    /// As if a barrier had failed.
+    #[cfg(test)]
+    pub(super) fn lose(&self) {
+        *self.losses.lock().unwrap_or_else(PoisonError::into_inner) += 1;
     }
 
     /// Publishes as on a file system without rename-without-replace.
@@ -499,14 +499,17 @@ impl Disk {
             let text = name.to_str().unwrap_or_default();
             if let Some(key) = Key::from_name(text, PART) {
                 if keys.remove(&key) {
-                    self.sweep_one(key, text, expire, &mut swept)?;
+                    if let Err(error) = self.sweep_one(key, text, expire, &mut swept) {
+                        tracing::warn!(name = text, %error, "cannot look at an interrupted upload");
+                    }
                 } else if alone {
                     stale += u64::from(remove(&self.staging, &name));
                 } else if self.shared
-                    && let Lock::Mine(..) | Lock::Alien =
-                        lock_part(&self.staging, text, OFlags::RDONLY)?
+                    && let Ok(_held @ (Lock::Mine(..) | Lock::Alien)) =
+                        lock_part(&self.staging, text, OFlags::RDONLY)
+                    && matches!(self.area().touched(&key), Ok(None))
                 {
-                    // It has no journal, and nobody holds it.
+                    // It still has no journal, and nobody holds it.
                     stale += u64::from(remove(&self.staging, &name));
                 }
             } else if is_own(text, "", PROBE) {
@@ -758,8 +761,8 @@ impl<'a> Area<'a> {
     pub(super) fn record(self, key: &Key) -> io::Result<Option<super::journal::Record>> {
         let name = format!("{}{LOG}", key.as_str());
         match open_own(self.journal, &name, OFlags::RDONLY)? {
-            Some((file, stat)) if is_plain(&stat) => super::journal::read(&file),
-            _ => Ok(None),
+            Own::Plain(file) => super::journal::read(&file),
+            Own::Gone | Own::Alien => Ok(None),
         }
     }
 
@@ -841,15 +844,30 @@ fn is_plain(stat: &Stat) -> bool {
     FileType::from_raw_mode(stat.st_mode).is_file() && stat.st_nlink == 1
 }
 
-/// Opens a file of the store's own; `None` when it is not there. Never blocks, follows no link.
-fn open_own(dir: &Dir, name: &str, access: OFlags) -> io::Result<Option<(File, Stat)>> {
+/// A file of the store's own.
+enum Own {
+    Plain(File),
+    Gone,
+    /// Not a regular file, or one with another name beside.
+    Alien,
+}
+
+/// Opens a file of the store's own. Never blocks, follows no link.
+fn open_own(dir: &Dir, name: &str, access: OFlags) -> io::Result<Own> {
     let flags = access | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     match rustix::fs::openat(dir, name, flags, Mode::from_raw_mode(FILE_MODE)) {
-        Ok(file) => {
-            let stat = rustix::fs::fstat(&file)?;
-            Ok(Some((File::from(file), stat)))
-        }
-        Err(Errno::NOENT) => Ok(None),
+        Ok(file) if is_plain(&rustix::fs::fstat(&file)?) => Ok(Own::Plain(File::from(file))),
+        Ok(_) | Err(Errno::LOOP | Errno::MLINK | Errno::NXIO | Errno::ISDIR) => Ok(Own::Alien),
+        Err(Errno::NOENT) => Ok(Own::Gone),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Removes what stands in the place of a file of the store's own, unless it is a directory with something in it.
+fn remove_alien(dir: &Dir, name: &str) -> io::Result<()> {
+    match rustix::fs::unlinkat(dir, name, AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(Errno::ISDIR | Errno::PERM) => Ok(rustix::fs::unlinkat(dir, name, AtFlags::REMOVEDIR)?),
         Err(errno) => Err(errno.into()),
     }
 }

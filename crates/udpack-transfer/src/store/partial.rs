@@ -22,7 +22,7 @@ use crate::path::RelPath;
 /// [`Store::begin`] of the same owner and path.
 #[derive(Debug)]
 pub struct Partial {
-    body: Arc<Body>,
+    pub(super) body: Arc<Body>,
     size: Option<u64>,
     if_exists: IfExists,
     /// `None` only while it is being dropped.
@@ -38,7 +38,7 @@ pub struct Partial {
     /// Those of them that were given out, joined.
     offered: Vec<(u64, u64)>,
     /// Bytes written since the last checkpoint was begun, and when the first of them came.
-    unsynced: u64,
+    pub(super) unsynced: u64,
     since: Option<Instant>,
     broken: bool,
     /// What was received is not what was announced: nothing to come back to.
@@ -92,7 +92,7 @@ pub(super) struct Body {
     head: Option<Head>,
     position: AtomicU64,
     safe: Arc<AtomicU64>,
-    failed: AtomicBool,
+    pub(super) failed: AtomicBool,
     running: AtomicBool,
     /// [`Disk::losses`](super::disk::Disk::losses) before the first byte was written.
     losses: u64,
@@ -114,8 +114,8 @@ struct Work {
 
 /// What the last owner does.
 #[derive(Debug)]
-struct Last {
-    staged: Option<Staged>,
+pub(super) struct Last {
+    pub(super) staged: Option<Staged>,
     reservation: Option<Reservation>,
     keep: bool,
 }
@@ -141,6 +141,12 @@ impl Staged {
 
     pub(super) fn is_present(&self) -> bool {
         self.present
+    }
+
+    /// Leaves the files as they are.
+    pub(super) fn abandon(&mut self) {
+        self.present = false;
+        self.journalled = false;
     }
 }
 
@@ -449,6 +455,8 @@ impl Partial {
             .write_all_at(bytes, offset)
             .map_err(|e| self.fail("write a file", e))?;
         self.hasher.update(bytes);
+        // It may have taken in what was just overwritten.
+        self.snapshot = None;
         self.position = total;
         self.body.position.store(total, Ordering::Release);
         if total > self.end {
@@ -673,7 +681,7 @@ impl Body {
         self.work.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn last(&self) -> MutexGuard<'_, Last> {
+    pub(super) fn last(&self) -> MutexGuard<'_, Last> {
         self.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -772,8 +780,7 @@ impl Drop for Body {
             && durable
             && staged.journalled
         {
-            staged.present = false;
-            staged.journalled = false;
+            staged.abandon();
             let held = self.file.metadata().map_or(0, |metadata| metadata.len());
             if let Some(reservation) = reservation {
                 reservation.suspend(key, held);

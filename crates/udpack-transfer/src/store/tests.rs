@@ -1,6 +1,9 @@
 //! The store's promises, on real directories: what is there stays, what is promised is there, and
 //! nothing else is left.
 
+mod model;
+mod resume;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write as _;
