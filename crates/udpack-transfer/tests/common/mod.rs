@@ -6,13 +6,17 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tempfile::TempDir;
-use udpack::{Client, Deny, Hello, Identity, Peer, Server, Socket};
+use udpack::{Authenticate, Client, CloseCode, Deny, Hello, Identity, Peer, Server, Socket};
 use udpack_transfer::{
-    Event, Outcome, Receiver, ReceiverConfig, RelPath, Source, Store, StoreConfig, Upload,
+    Event, Outcome, Receiver, ReceiverConfig, RelPath, Source, Store, StoreConfig, StoreError,
+    Upload,
 };
 
 /// The token that the test server accepts.
 pub(crate) const TOKEN: &str = "a-token-that-only-tests-know";
+
+/// Another one, of somebody else.
+pub(crate) const OTHER: &str = "a-token-that-only-others-know";
 
 /// Nothing in a test takes longer than this.
 pub(crate) async fn bounded<F: Future>(future: F) -> F::Output {
@@ -36,29 +40,71 @@ impl Fixture {
 
     pub(crate) async fn with(store: StoreConfig, receiver: ReceiverConfig) -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
+        Self::over(dir, store, receiver).await
+    }
+
+    /// A server over what is in this directory.
+    pub(crate) async fn over(dir: TempDir, store: StoreConfig, receiver: ReceiverConfig) -> Self {
         let store = Store::open(dir.path().join("up"), store).expect("a store");
+        let receiver = Receiver::new(store, receiver);
+        Self::serve(dir, receiver, |hello: Hello| async move {
+            match hello.token() {
+                TOKEN => Ok(Peer::new("tester")),
+                OTHER => Ok(Peer::new("other")),
+                _ => Err(Deny::auth_failed()),
+            }
+        })
+        .await
+    }
+
+    /// A server of this receiver, which lets in whom it is told to.
+    pub(crate) async fn serve(dir: TempDir, receiver: Receiver, auth: impl Authenticate) -> Self {
         let server = Server::builder()
             .identity(Identity::generate().expect("a key"))
-            .auth(|hello: Hello| async move {
-                if hello.token() == TOKEN {
-                    Ok(Peer::new("tester"))
-                } else {
-                    Err(Deny::auth_failed())
-                }
-            });
-        let receiver = Receiver::new(store.clone(), receiver);
+            .auth(auth);
         let server = receiver
             .attach(server)
             .bind("127.0.0.1:0")
             .await
             .expect("a free port");
+        let store = receiver.store().clone();
         Self { server, store, dir }
     }
 
+    /// Ends the server in order, and starts another over the same directory.
+    pub(crate) async fn reopen(self, config: StoreConfig, receiver: ReceiverConfig) -> Self {
+        let Self { server, store, dir } = self;
+        server.close(CloseCode::NORMAL, "").await;
+        drop((server, store));
+        let root = dir.path().join("up");
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+        loop {
+            match Store::open(&root, config.clone()) {
+                Ok(_) => break,
+                Err(StoreError::Locked) => {}
+                Err(error) => panic!("{error}"),
+            }
+            assert!(tokio::time::Instant::now() < deadline, "still locked");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        Self::over(dir, config, receiver).await
+    }
+
+    /// All that is in the directory now, as a server finds it that was cut off at this moment.
+    pub(crate) fn copy(&self) -> TempDir {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        copy(self.dir.path(), dir.path());
+        dir
+    }
+
     pub(crate) async fn connect(&self) -> Socket {
+        self.connect_as(TOKEN).await
+    }
+
+    pub(crate) async fn connect_as(&self, token: &str) -> Socket {
         Client::builder()
             .pin(self.server.fingerprint())
-            .token(TOKEN)
+            .token(token)
             .connect(&self.server.local_addr().to_string())
             .await
             .expect("the server lets us in")
@@ -117,6 +163,22 @@ fn walk(root: &Path, dir: &Path, names: &mut Vec<String>) {
             walk(root, &path, names);
         } else {
             names.push(name);
+        }
+    }
+}
+
+fn copy(from: &Path, to: &Path) {
+    for entry in std::fs::read_dir(from).expect("a directory") {
+        let entry = entry.expect("an entry");
+        let (from, to) = (entry.path(), to.join(entry.file_name()));
+        if entry.file_type().expect("a type").is_dir() {
+            std::fs::create_dir(&to).expect("a directory");
+            let permissions = std::fs::metadata(&from).expect("a directory").permissions();
+            std::fs::set_permissions(&to, permissions).expect("a directory");
+            copy(&from, &to);
+        } else {
+            // With permissions; not with times, which only sweeping looks at.
+            std::fs::copy(&from, &to).expect("a file");
         }
     }
 }

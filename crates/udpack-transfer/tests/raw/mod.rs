@@ -4,11 +4,13 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use bytes::Bytes;
+use serde::de::DeserializeOwned;
 use serde::ser::{SerializeMap as _, SerializeSeq as _};
 use serde::{Serialize, Serializer};
 use udpack::{Channel, RequestError, Socket};
-use udpack_transfer::CHANNEL;
-use udpack_transfer::wire::{self, Reply};
+use udpack_transfer::wire::{self, Have, MetaFields, Reply};
+use udpack_transfer::{CHANNEL, Synced};
 
 /// Any msgpack value: keys may repeat, types may be wrong.
 #[derive(Debug, Clone, PartialEq)]
@@ -181,23 +183,76 @@ pub(crate) fn short_finish() -> Say {
     ("finish", V::Nil)
 }
 
+/// A file that shall outlive the connection.
+pub(crate) fn resumable(id: u64, path: &str, size: impl Into<V>) -> Say {
+    let (event, data) = file(id, path, size);
+    (event, with(data, "resume", true))
+}
+
+/// The same as part of one run of a client.
+pub(crate) fn of_run(id: u64, path: &str, size: impl Into<V>, run: u8) -> Say {
+    let (event, data) = resumable(id, path, size);
+    (event, with(data, "run", &[run; 16]))
+}
+
+pub(crate) fn keep(id: u64) -> Say {
+    ("cancel", with(cancel(id).1, "keep", true))
+}
+
+pub(crate) fn dir(id: u64, path: &str) -> Say {
+    ("dir", map([("id", id.into()), ("path", path.into())]))
+}
+
+pub(crate) fn link(id: u64, path: &str, target: &str) -> Say {
+    let data = map([
+        ("id", id.into()),
+        ("path", path.into()),
+        ("target", target.into()),
+    ]);
+    ("link", data)
+}
+
+pub(crate) fn get(id: u64, path: &str) -> Say {
+    ("get", map([("id", id.into()), ("path", path.into())]))
+}
+
+/// Ranges of these bytes, as a side that has them tells it.
+pub(crate) fn ranges(bytes: &[u8], ranges: &[(u64, u64)]) -> V {
+    let range = |(off, len): &(u64, u64)| {
+        let from = usize::try_from(*off).expect("small");
+        let to = usize::try_from(off + len).expect("small");
+        let hash = blake3::hash(bytes.get(from..to).expect("within the bytes"));
+        V::Array(vec![(*off).into(), (*len).into(), hash.as_bytes().into()])
+    };
+    V::Array(ranges.iter().map(range).collect())
+}
+
 /// What the server said.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Heard {
-    /// `ready 1 0`, `done 1 name 5`, `done 1 name 5 same`, `error 1 exists`, `error 1 quota retry`, `end`,
-    /// `closed bad_message`.
+    /// `ready 1 0`, `done 1 name 5`, `done 1 name 5 same`, `error 1 exists`, `error 1 quota retry`, `file 1 name 5`,
+    /// `chunk 1 0 5`, `finish 1 5`, `end`, `closed bad_message`.
     pub(crate) line: String,
     /// The sentence of an `error`, the text of a close.
     pub(crate) text: String,
-    /// The hash of a `done`.
+    /// The hash of a `done` or `finish`, the first of a `ready`.
     pub(crate) hash: Option<[u8; 32]>,
+    /// The ranges of a `ready`.
+    pub(crate) have: Have,
+    /// The bytes of a `chunk`.
+    pub(crate) bytes: Bytes,
+    /// What a `file` tells of the file.
+    pub(crate) meta: MetaFields,
+    /// How what is `done` was put on disk.
+    pub(crate) sync: Option<Synced>,
 }
 
 /// One lane, spoken to by hand.
 #[derive(Debug)]
 pub(crate) struct RawLane {
     pub(crate) channel: Channel,
-    acked: HashMap<u64, u64>,
+    /// The last acknowledgement of each file: received, safe.
+    acked: HashMap<u64, (u64, u64)>,
     /// Acknowledgements heard.
     pub(crate) acks: usize,
 }
@@ -234,6 +289,20 @@ impl RawLane {
         }
     }
 
+    /// Sends a message as a request; the answer, or the fault's code and sentence.
+    pub(crate) async fn request<R: DeserializeOwned + 'static>(
+        &self,
+        (event, data): &Say,
+    ) -> Result<R, (String, String)> {
+        let answer = self.channel.request::<_, R>(event, data);
+        match answer.timeout(Duration::from_secs(20)).await {
+            Ok(answer) => Ok(answer),
+            Err(RequestError::Fault(fault)) => Err((fault.code, fault.message)),
+            Err(RequestError::NoHandler) => Err(("no_handler".to_owned(), String::new())),
+            Err(other) => panic!("{event}: {other}"),
+        }
+    }
+
     /// The next thing the server says, acknowledgements aside; those are checked and counted.
     pub(crate) async fn hear(&mut self) -> Heard {
         loop {
@@ -245,11 +314,25 @@ impl RawLane {
 
     /// Waits until the server has acknowledged this much.
     pub(crate) async fn acked(&mut self, id: u64, bytes: u64) {
-        while self.acked.get(&id).copied().unwrap_or(0) < bytes {
+        while self.last_ack(id).0 < bytes {
             if let Some(heard) = self.next().await {
                 panic!("{heard:?} instead of an ack of {bytes}");
             }
         }
+    }
+
+    /// Waits until the server has said that this much is safe.
+    pub(crate) async fn safe(&mut self, id: u64, bytes: u64) {
+        while self.last_ack(id).1 < bytes {
+            if let Some(heard) = self.next().await {
+                panic!("{heard:?} before {bytes} bytes were safe");
+            }
+        }
+    }
+
+    /// What was acknowledged last: received, safe.
+    pub(crate) fn last_ack(&self, id: u64) -> (u64, u64) {
+        self.acked.get(&id).copied().unwrap_or_default()
     }
 
     async fn next(&mut self) -> Option<Heard> {
@@ -259,8 +342,7 @@ impl RawLane {
             Ok(None) => {
                 return Some(Heard {
                     line: "end".to_owned(),
-                    text: String::new(),
-                    hash: None,
+                    ..Heard::default()
                 });
             }
             Err(error) => {
@@ -268,7 +350,7 @@ impl RawLane {
                 return Some(Heard {
                     line: format!("closed {}", reason.code.name()),
                     text: reason.text.clone(),
-                    hash: None,
+                    ..Heard::default()
                 });
             }
         };
@@ -276,15 +358,17 @@ impl RawLane {
         let heard = match reply.unwrap_or_else(|| panic!("unknown reply {:?}", message.event())) {
             Reply::Ack { id, recv, safe } => {
                 assert!(safe <= recv, "more is safe than received");
-                let before = self.acked.insert(id, recv).unwrap_or(0);
-                assert!(id == 0 || before <= recv, "recv went down");
+                let before = self.acked.insert(id, (recv, safe)).unwrap_or_default();
+                assert!(id == 0 || before.0 <= recv, "recv went down");
+                assert!(id == 0 || before.1 <= safe, "safe went down");
                 self.acks += 1;
                 return None;
             }
             Reply::Ready { id, have } => Heard {
                 line: format!("ready {id} {}", have.len()),
-                text: String::new(),
                 hash: have.first().map(|(_, _, hash)| *hash),
+                have,
+                ..Heard::default()
             },
             Reply::Done {
                 id,
@@ -292,11 +376,12 @@ impl RawLane {
                 size,
                 hash,
                 same,
-                ..
+                sync,
             } => Heard {
                 line: format!("done {id} {path} {size}{}", if same { " same" } else { "" }),
-                text: String::new(),
                 hash: Some(hash),
+                sync,
+                ..Heard::default()
             },
             Reply::Error {
                 id,
@@ -306,7 +391,27 @@ impl RawLane {
             } => Heard {
                 line: format!("error {id} {code}{}", if retry { " retry" } else { "" }),
                 text: message,
-                hash: None,
+                ..Heard::default()
+            },
+            Reply::File {
+                id,
+                path,
+                size,
+                meta,
+            } => Heard {
+                line: format!("file {id} {path} {size}"),
+                meta,
+                ..Heard::default()
+            },
+            Reply::Chunk { id, offset, bytes } => Heard {
+                line: format!("chunk {id} {offset} {}", bytes.len()),
+                bytes,
+                ..Heard::default()
+            },
+            Reply::Finish(finish) => Heard {
+                line: format!("finish {} {}", finish.id, finish.size.expect("a size")),
+                hash: finish.hash,
+                ..Heard::default()
             },
             _ => panic!("unknown reply"),
         };
