@@ -370,7 +370,6 @@ fn refusal(code: &str) -> Option<String> {
         "not_found" => "`udpack-client ls` shows what is there",
         "not_empty" => "remove it with all that is in it by -r",
         "is_directory" => "name what is in it, or use -r",
-        "not_a_directory" => "name it without the slash at its end",
         "busy" => "another client is sending this file: run the same command again when it is done",
         "superseded" => "a later run of the same command took over",
         "unsupported" => "use a server and a client of the same version",

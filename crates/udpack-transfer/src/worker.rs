@@ -624,7 +624,9 @@ impl Publisher {
             owed.push((id, owner, key, since, outcomes, writer));
         }
         let published = self.store.publish(files);
-        for ((id, owner, key, since, outcomes, writer), published) in owed.into_iter().zip(published) {
+        for ((id, owner, key, since, outcomes, writer), published) in
+            owed.into_iter().zip(published)
+        {
             let outcome = match published {
                 Ok(published) => {
                     tracing::info!(

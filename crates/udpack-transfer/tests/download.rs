@@ -75,7 +75,11 @@ impl Here {
 fn walk(root: &Path, dir: &Path, names: &mut Vec<String>) {
     for entry in fs::read_dir(dir).expect("a directory") {
         let path = entry.expect("an entry").path();
-        let name = path.strip_prefix(root).expect("below").display().to_string();
+        let name = path
+            .strip_prefix(root)
+            .expect("below")
+            .display()
+            .to_string();
         if name == ".udpack" {
             continue;
         }
@@ -232,12 +236,47 @@ async fn a_name_that_is_taken_is_dealt_with_as_asked() {
         );
         let rows: [Row; 7] = [
             (IfExists::Same, b"server", None, true, b"server", &["f"]),
-            (IfExists::Same, b"native", Some(ErrorKind::Policy), false, b"native", &["f"]),
-            (IfExists::Same, b"longer here", Some(ErrorKind::Policy), false, b"longer here", &["f"]),
-            (IfExists::Error, b"server", Some(ErrorKind::Policy), false, b"server", &["f"]),
+            (
+                IfExists::Same,
+                b"native",
+                Some(ErrorKind::Policy),
+                false,
+                b"native",
+                &["f"],
+            ),
+            (
+                IfExists::Same,
+                b"longer here",
+                Some(ErrorKind::Policy),
+                false,
+                b"longer here",
+                &["f"],
+            ),
+            (
+                IfExists::Error,
+                b"server",
+                Some(ErrorKind::Policy),
+                false,
+                b"server",
+                &["f"],
+            ),
             (IfExists::Skip, b"native", None, true, b"native", &["f"]),
-            (IfExists::Overwrite, b"native", None, false, b"server", &["f"]),
-            (IfExists::Rename, b"native", None, false, b"native", &["f", "f (1)"]),
+            (
+                IfExists::Overwrite,
+                b"native",
+                None,
+                false,
+                b"server",
+                &["f"],
+            ),
+            (
+                IfExists::Rename,
+                b"native",
+                None,
+                false,
+                b"native",
+                &["f", "f (1)"],
+            ),
         ];
         for (policy, before, error, same, after, names) in rows {
             for size in [None, Some(6)] {
@@ -286,7 +325,8 @@ async fn what_the_server_refuses_fails_and_nothing_else() {
 
         let deaf = Fixture::new().await;
         let socket = deaf.connect().await;
-        let (_, failed) = drain(Downloader::new(&socket, here.store()).get([wanted("z", None)])).await;
+        let (_, failed) =
+            drain(Downloader::new(&socket, here.store()).get([wanted("z", None)])).await;
         assert!(
             matches!(&failed[0].1, TransferError::Refused { code, .. } if code == "forbidden"),
             "{failed:?}"
@@ -371,7 +411,10 @@ async fn a_download_that_was_dropped_is_resumed() {
             }
         }
         drop(download);
-        assert!(here.visible().is_empty(), "nothing is visible before the end");
+        assert!(
+            here.visible().is_empty(),
+            "nothing is visible before the end"
+        );
         // The old one lets go of the file when its last write is done.
         let done = loop {
             let mut download = Downloader::new(&socket, here.store()).get([wanted("big", size)]);
@@ -507,21 +550,18 @@ async fn transfers_are_watched_and_cancelled() {
         let download = Downloader::new(&socket, here.store())
             .limit(Limiter::new(8 << 20))
             .get([wanted("big", None)]);
-        let (failed, job) = tokio::join!(
-            async { drain(download).await.1 },
-            async {
-                loop {
-                    match jobs.next().await {
-                        Some(Ok(JobsEvent::Changed(job))) if job.state == JobState::Running => {
-                            jobs.cancel(job.id).await.expect("it may be cancelled");
-                        }
-                        Some(Ok(JobsEvent::Changed(job))) => break job,
-                        Some(Ok(_)) => {}
-                        other => panic!("{other:?}"),
+        let (failed, job) = tokio::join!(async { drain(download).await.1 }, async {
+            loop {
+                match jobs.next().await {
+                    Some(Ok(JobsEvent::Changed(job))) if job.state == JobState::Running => {
+                        jobs.cancel(job.id).await.expect("it may be cancelled");
                     }
+                    Some(Ok(JobsEvent::Changed(job))) => break job,
+                    Some(Ok(_)) => {}
+                    other => panic!("{other:?}"),
                 }
             }
-        );
+        });
         assert_eq!((job.kind, job.path.as_str()), (JobKind::Get, "big"));
         assert_eq!(job.state, JobState::Cancelled);
         assert!(

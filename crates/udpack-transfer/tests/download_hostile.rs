@@ -110,7 +110,11 @@ async fn bytes_that_are_not_the_files_are_never_visible() {
     bounded(async {
         let scripts: [(&str, ErrorKind, usize, Script); 18] = [
             ("a gap", ErrorKind::Integrity, 1, |id| {
-                vec![file(id, "f", 8), chunk(id, 4, b"wxyz"), ends(id, 8, b"wxyz")]
+                vec![
+                    file(id, "f", 8),
+                    chunk(id, 4, b"wxyz"),
+                    ends(id, 8, b"wxyz"),
+                ]
             }),
             ("out of order", ErrorKind::Integrity, 1, |id| {
                 vec![
@@ -124,25 +128,42 @@ async fn bytes_that_are_not_the_files_are_never_visible() {
                 vec![file(id, "f", 3), chunk(id, 0, b"abcd"), ends(id, 3, b"abc")]
             }),
             ("too few", ErrorKind::Integrity, 1, |id| {
-                vec![file(id, "f", 5), chunk(id, 0, b"abcd"), ends(id, 5, b"abcd")]
+                vec![
+                    file(id, "f", 5),
+                    chunk(id, 0, b"abcd"),
+                    ends(id, 5, b"abcd"),
+                ]
             }),
             ("another size at the end", ErrorKind::Integrity, 1, |id| {
-                vec![file(id, "f", 4), chunk(id, 0, b"abcd"), ends(id, 5, b"abcd")]
+                vec![
+                    file(id, "f", 4),
+                    chunk(id, 0, b"abcd"),
+                    ends(id, 5, b"abcd"),
+                ]
             }),
             // Once more from the start, then no more.
             ("another hash", ErrorKind::Integrity, 2, |id| {
-                vec![file(id, "f", 4), chunk(id, 0, b"abcd"), ends(id, 4, b"dcba")]
+                vec![
+                    file(id, "f", 4),
+                    chunk(id, 0, b"abcd"),
+                    ends(id, 4, b"dcba"),
+                ]
             }),
             ("nothing but a hash", ErrorKind::Integrity, 1, |id| {
                 vec![file(id, "f", 4), ends(id, 4, b"abcd")]
             }),
-            ("an offset at the end of all numbers", ErrorKind::Integrity, 1, |id| {
-                vec![file(id, "f", u64::MAX), chunk(id, u64::MAX, b"a")]
-            }),
+            (
+                "an offset at the end of all numbers",
+                ErrorKind::Integrity,
+                1,
+                |id| vec![file(id, "f", u64::MAX), chunk(id, u64::MAX, b"a")],
+            ),
             ("a chunk before the file", ErrorKind::Other, 1, |id| {
                 vec![chunk(id, 0, b"abcd"), file(id, "f", 4), finish(id, b"abcd")]
             }),
-            ("the end before the file", ErrorKind::Other, 1, |id| vec![finish(id, b"")]),
+            ("the end before the file", ErrorKind::Other, 1, |id| {
+                vec![finish(id, b"")]
+            }),
             ("a file twice", ErrorKind::Other, 1, |id| {
                 vec![file(id, "f", 4), file(id, "f", 4), chunk(id, 0, b"abcd")]
             }),
@@ -153,7 +174,11 @@ async fn bytes_that_are_not_the_files_are_never_visible() {
                 vec![chunk(id + 7, 0, b"abcd")]
             }),
             ("a file without a size", ErrorKind::Other, 1, |id| {
-                vec![file(id, "f", V::Nil), chunk(id, 0, b"abcd"), finish(id, b"abcd")]
+                vec![
+                    file(id, "f", V::Nil),
+                    chunk(id, 0, b"abcd"),
+                    finish(id, b"abcd"),
+                ]
             }),
             ("a hash that is none", ErrorKind::Other, 1, |id| {
                 let (event, data) = finish(id, b"abcd");
@@ -171,15 +196,20 @@ async fn bytes_that_are_not_the_files_are_never_visible() {
             ("an end in the short form", ErrorKind::Other, 1, |id| {
                 vec![file(id, "f", 4), chunk(id, 0, b"abcd"), ("finish", V::Nil)]
             }),
-            ("a failure in the middle", ErrorKind::RemoteStorage, 1, |id| {
-                let error = map([
-                    ("id", id.into()),
-                    ("code", "io".into()),
-                    ("message", "a\u{1b}[31mred".into()),
-                    ("retry", false.into()),
-                ]);
-                vec![file(id, "f", 8), chunk(id, 0, b"abcd"), ("error", error)]
-            }),
+            (
+                "a failure in the middle",
+                ErrorKind::RemoteStorage,
+                1,
+                |id| {
+                    let error = map([
+                        ("id", id.into()),
+                        ("code", "io".into()),
+                        ("message", "a\u{1b}[31mred".into()),
+                        ("retry", false.into()),
+                    ]);
+                    vec![file(id, "f", 8), chunk(id, 0, b"abcd"), ("error", error)]
+                },
+            ),
         ];
         for (what, kind, gets, script) in scripts {
             let hostile = Hostile::new(script, |_, _| None).await;
@@ -276,11 +306,19 @@ async fn lists_that_lead_elsewhere_or_never_end_are_refused() {
         type Pages = fn(usize) -> V;
         let scripts: [(&str, Pages); 19] = [
             ("above", |_| page(vec![entry("d/../x", "file")], false)),
-            ("above the root", |_| page(vec![entry("../x", "file")], false)),
-            ("absolute", |_| page(vec![entry("/etc/passwd", "file")], false)),
+            ("above the root", |_| {
+                page(vec![entry("../x", "file")], false)
+            }),
+            ("absolute", |_| {
+                page(vec![entry("/etc/passwd", "file")], false)
+            }),
             ("hidden", |_| page(vec![entry("d/.ssh", "dir")], false)),
-            ("a backslash", |_| page(vec![entry("d/a\\b", "file")], false)),
-            ("a control character", |_| page(vec![entry("d/a\nb", "file")], false)),
+            ("a backslash", |_| {
+                page(vec![entry("d/a\\b", "file")], false)
+            }),
+            ("a control character", |_| {
+                page(vec![entry("d/a\nb", "file")], false)
+            }),
             ("no name", |_| page(vec![entry("", "file")], false)),
             ("beside", |_| page(vec![entry("e", "file")], false)),
             ("itself", |_| page(vec![entry("d", "dir")], false)),
@@ -290,14 +328,23 @@ async fn lists_that_lead_elsewhere_or_never_end_are_refused() {
             ("below a file", |_| {
                 page(vec![entry("d/a", "file"), entry("d/a/b", "file")], false)
             }),
-            ("below nothing", |_| page(vec![entry("d/a/b", "file")], false)),
+            ("below nothing", |_| {
+                page(vec![entry("d/a/b", "file")], false)
+            }),
             ("backwards", |_| {
                 page(vec![entry("d/b", "file"), entry("d/a", "file")], false)
             }),
-            ("the same page for ever", |_| page(vec![entry("d/a", "file")], true)),
+            ("the same page for ever", |_| {
+                page(vec![entry("d/a", "file")], true)
+            }),
             ("empty pages for ever", |_| page(Vec::new(), true)),
             ("a page longer than asked for", |_| {
-                page((0..600).map(|n| entry(&format!("d/{n:04}"), "file")).collect(), false)
+                page(
+                    (0..600)
+                        .map(|n| entry(&format!("d/{n:04}"), "file"))
+                        .collect(),
+                    false,
+                )
             }),
             ("a device", |_| page(vec![entry("d/a", "device")], false)),
             ("a size beyond all files", |_| {
@@ -317,9 +364,15 @@ async fn lists_that_lead_elsewhere_or_never_end_are_refused() {
                     None => panic!("{what}: taken"),
                 }
             };
-            assert!(matches!(error, TransferError::Protocol(_)), "{what}: {error}");
+            assert!(
+                matches!(error, TransferError::Protocol(_)),
+                "{what}: {error}"
+            );
             assert!(sound <= 1, "{what}: {sound}");
-            assert!(listing.next().await.is_none(), "{what}: an error is the last");
+            assert!(
+                listing.next().await.is_none(),
+                "{what}: an error is the last"
+            );
         }
     })
     .await;
@@ -370,8 +423,12 @@ async fn answers_without_sense_are_errors() {
         let remote = Remote::new(&hostile.connect().await);
         let protocol = |error| matches!(error, TransferError::Protocol(_));
         assert!(protocol(remote.stat(None).await.expect_err("nonsense")));
-        assert!(protocol(remote.hash(&rel("f")).await.expect_err("nonsense")));
-        assert!(protocol(remote.remove(&rel("f"), true).await.expect_err("nonsense")));
+        assert!(protocol(
+            remote.hash(&rel("f")).await.expect_err("nonsense")
+        ));
+        assert!(protocol(
+            remote.remove(&rel("f"), true).await.expect_err("nonsense")
+        ));
         let mut jobs = remote.jobs();
         let first: Option<Result<JobsEvent, _>> = jobs.next().await;
         assert!(matches!(first, Some(Err(TransferError::Protocol(_)))));
