@@ -314,7 +314,6 @@ fn transferring(error: &TransferError) -> Meaning {
                 known => known,
             };
         }
-        TransferError::Connect(error) => return connecting(error),
         TransferError::Source { .. } => hint("check the path and its permissions"),
         TransferError::NotAFile { .. } => hint("leave it out with --exclude"),
         TransferError::Name { .. } => {
@@ -332,7 +331,6 @@ fn kind_of(kind: ErrorKind) -> Kind {
         ErrorKind::LocalFile => Kind::LocalFile,
         ErrorKind::Auth => Kind::Auth,
         ErrorKind::Network => Kind::Network,
-        ErrorKind::Auth => Kind::Auth,
         ErrorKind::Policy => Kind::Policy,
         ErrorKind::Integrity => Kind::Integrity,
         ErrorKind::RemoteStorage => Kind::RemoteStorage,
