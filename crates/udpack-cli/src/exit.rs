@@ -517,6 +517,39 @@ mod tests {
     }
 
     #[test]
+    fn what_a_server_refuses_says_what_to_do() {
+        for (code, exit) in [
+            ("forbidden", 6),
+            ("not_found", 6),
+            ("not_empty", 6),
+            ("refused", 6),
+            ("quota", 6),
+            ("no_space", 8),
+            ("hash_mismatch", 7),
+        ] {
+            let error = TransferError::Refused {
+                code: code.to_owned(),
+                message: "why".to_owned(),
+                retry: false,
+            };
+            let explained = Explained::of(&error.into());
+            assert_eq!(explained.kind.code(), exit, "{code}");
+            assert_eq!(explained.text, "the server refused it: why");
+            assert_ne!(explained.hint, usual_hint(explained.kind), "{code}");
+        }
+        let name = TransferError::Name {
+            path: "x".into(),
+            reason: "bad".to_owned(),
+        };
+        assert_eq!(Explained::of(&name.into()).kind, Kind::Policy);
+        let own = StoreError::Exists {
+            path: "x".parse().expect("a path"),
+        };
+        let own = TransferError::Store(std::sync::Arc::new(own));
+        assert_eq!(Explained::of(&own.into()).kind, Kind::Policy);
+    }
+
+    #[test]
     fn context_does_not_hide_what_is_below_it() {
         let error = anyhow::Error::new(StoreError::Locked).context("cannot use ./uploads");
         let explained = Explained::of(&error);

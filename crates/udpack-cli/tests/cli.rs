@@ -5,7 +5,7 @@ mod common;
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::UdpSocket;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::Stdio;
 

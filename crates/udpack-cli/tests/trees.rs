@@ -871,6 +871,46 @@ fn a_killed_client_goes_on_where_it_was() {
 }
 
 #[test]
+fn a_killed_download_goes_on_where_it_was() {
+    let server = Server::start_in(workdir(), &["--allow-read"]);
+    let size: u64 = 40 << 20;
+    let content = bytes(40 << 20, 9);
+    write(&server.uploads().join("dir/file"), &content);
+    let dir = workdir();
+    let mut running = Running::spawn(client(dir.path()).env("UDPACK_URL", server.url()).args([
+        "get",
+        "--json",
+        "--bwlimit",
+        "none:8M",
+        "dir",
+    ]));
+    until("bytes arrive", || {
+        let line: Value = serde_json::from_str(&running.line()).expect("json");
+        line["event"] == "progress" && line["bytes"].as_u64().is_some_and(|now| now > 24 << 20)
+    });
+    running.signal("KILL");
+    running.exited();
+    assert_eq!(
+        names(&dir.path().join("dir")),
+        Vec::<String>::new(),
+        "nothing is visible"
+    );
+    let out = server.client(dir.path(), &["get", "--json", "dir"]);
+    assert_eq!(out.code, 0, "{out:?}");
+    let sent = result(&out.stdout)["sent"].as_u64().expect("bytes");
+    assert!(sent <= size - (6 << 20), "{sent} of {size}");
+    assert_eq!(
+        named(&events(&out.stdout), "resumed").len(),
+        1,
+        "{}",
+        out.stdout
+    );
+    assert!(fs::read(dir.path().join("dir/file")).expect("a file") == content);
+    assert_eq!(names(dir.path()), ["dir", "dir/file"]);
+    assert!(!dir.path().join(".udpack").exists());
+}
+
+#[test]
 fn a_client_outlives_its_server() {
     let dir = workdir();
     let content = bytes(30 << 20, 6);

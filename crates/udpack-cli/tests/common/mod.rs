@@ -277,7 +277,7 @@ pub(crate) struct Tmpfs(PathBuf);
 impl Tmpfs {
     /// None where this user may not mount.
     pub(crate) fn mount(at: &Path, size: &str) -> Option<Self> {
-        std::fs::create_dir(at).expect("mkdir");
+        fs::create_dir(at).expect("mkdir");
         let mounted = Command::new("mount")
             .args(["-t", "tmpfs", "-o", &format!("size={size}"), "udpack-test"])
             .arg(at)
