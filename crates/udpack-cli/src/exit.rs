@@ -133,6 +133,7 @@ impl Explained {
             }
             _ => match error.downcast_ref() {
                 Some(TransferError::Refused { code, message, .. }) => refused(code, message),
+                Some(TransferError::Store(error)) => kept(error),
                 _ => format!("{error:#}"),
             },
         });
@@ -342,7 +343,22 @@ fn kind_of(kind: ErrorKind) -> Kind {
 fn refused(code: &str, message: &str) -> String {
     match message.strip_prefix("exists: ") {
         Some(what) if code == "exists" => format!("the name is taken at the server: {what}"),
-        _ => format!("the server refused it: {message}"),
+        _ => {
+            let what = message
+                .strip_prefix(code)
+                .and_then(|rest| rest.strip_prefix(": "))
+                .unwrap_or(message);
+            format!("the server refused it: {what}")
+        }
+    }
+}
+
+/// The sentence of this machine's own store, which otherwise speaks as a server does.
+fn kept(error: &StoreError) -> String {
+    let text = error.to_string();
+    match text.strip_prefix("exists: ") {
+        Some(what) => format!("the name is taken here: {what}"),
+        None => text,
     }
 }
 
@@ -529,7 +545,7 @@ mod tests {
         ] {
             let error = TransferError::Refused {
                 code: code.to_owned(),
-                message: "why".to_owned(),
+                message: format!("{code}: why"),
                 retry: false,
             };
             let explained = Explained::of(&error.into());
@@ -546,7 +562,9 @@ mod tests {
             path: "x".parse().expect("a path"),
         };
         let own = TransferError::Store(std::sync::Arc::new(own));
-        assert_eq!(Explained::of(&own.into()).kind, Kind::Policy);
+        let own = Explained::of(&own.into());
+        assert_eq!(own.kind, Kind::Policy);
+        assert_eq!(own.text, "the name is taken here: x");
     }
 
     #[test]
