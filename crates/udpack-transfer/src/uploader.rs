@@ -1158,7 +1158,7 @@ impl Lane<'_> {
                 now + BUSY_PAUSE <= since + BUSY
             }
             // Room on a disk does not come back within seconds.
-            "quota" | "no_space" | "superseded" => false,
+            "quota" | "no_space" => false,
             _ if retry && claim.tries < TRIES => {
                 claim.not_before = Some(now + TRY_PAUSE * 2_u32.pow(claim.tries));
                 claim.tries += 1;

@@ -56,9 +56,19 @@ struct Live {
     run: Option<[u8; 16]>,
     active: Arc<Mutex<Instant>>,
     /// Tells the writer that it has been replaced.
-    replaced: watch::Sender<bool>,
+    replaced: watch::Sender<Replaced>,
     /// Closed when it has let go.
     gone: watch::Receiver<()>,
+}
+
+/// Whether a writer has to let go, and for whom.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Replaced {
+    No,
+    /// For another offer of its own run. That one may be the older, held up on its way: then it is worth
+    /// another try.
+    ByOwnRun,
+    ByOther,
 }
 
 /// What asking for an upload led to.
@@ -78,7 +88,7 @@ pub(crate) struct Writer {
     writers: Writers,
     key: UploadKey,
     active: Arc<Mutex<Instant>>,
-    replaced: watch::Receiver<bool>,
+    replaced: watch::Receiver<Replaced>,
     _gone: watch::Sender<()>,
 }
 
@@ -107,14 +117,19 @@ impl Writers {
         let mut live = lock(&self.live);
         if let Some(writer) = live.get(&key) {
             let own = run.is_some() && writer.run == run;
-            if !own && lock(&writer.active).elapsed() < self.silent && !*writer.replaced.borrow() {
+            let leaving = *writer.replaced.borrow() != Replaced::No;
+            if !own && !leaving && lock(&writer.active).elapsed() < self.silent {
                 return Claim::Busy;
             }
-            writer.replaced.send_replace(true);
+            writer.replaced.send_replace(if own {
+                Replaced::ByOwnRun
+            } else {
+                Replaced::ByOther
+            });
             return Claim::Wait(writer.gone.clone());
         }
         let active = Arc::new(Mutex::new(Instant::now()));
-        let (replace, replaced) = watch::channel(false);
+        let (replace, replaced) = watch::channel(Replaced::No);
         let (_gone, gone) = watch::channel(());
         live.insert(
             key,
@@ -164,8 +179,8 @@ impl Writer {
         Pulse(self.active.clone())
     }
 
-    /// Turns true when another writer waits for this one to let go.
-    pub(crate) fn replaced(&self) -> watch::Receiver<bool> {
+    /// Says when another writer waits for this one to let go.
+    pub(crate) fn replaced(&self) -> watch::Receiver<Replaced> {
         self.replaced.clone()
     }
 }
@@ -206,14 +221,14 @@ mod tests {
         let pulse = first.pulse();
         assert!(matches!(writers.claim(key, B), Claim::Busy));
         assert!(matches!(writers.claim(key, None), Claim::Busy));
-        assert!(!*first.replaced().borrow());
+        assert_eq!(*first.replaced().borrow(), Replaced::No);
         writer(writers.claim(UploadKey::new("peer", "y"), B));
         writer(writers.claim(UploadKey::new("other", "x"), B));
 
         let Claim::Wait(mut gone) = writers.claim(key, A) else {
             panic!("its own upload")
         };
-        assert!(*first.replaced().borrow(), "the old writer is told");
+        assert_eq!(*first.replaced().borrow(), Replaced::ByOwnRun);
         drop(first);
         assert!(gone.changed().await.is_err(), "closed");
         let second = writer(writers.claim(key, A));
