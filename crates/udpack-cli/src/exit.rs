@@ -133,6 +133,7 @@ impl Explained {
             }
             _ => match error.downcast_ref() {
                 Some(TransferError::Refused { code, message, .. }) => refused(code, message),
+                Some(TransferError::Store(error)) => kept(error),
                 _ => format!("{error:#}"),
             },
         });
@@ -342,7 +343,22 @@ fn kind_of(kind: ErrorKind) -> Kind {
 fn refused(code: &str, message: &str) -> String {
     match message.strip_prefix("exists: ") {
         Some(what) if code == "exists" => format!("the name is taken at the server: {what}"),
-        _ => format!("the server refused it: {message}"),
+        _ => {
+            let what = message
+                .strip_prefix(code)
+                .and_then(|rest| rest.strip_prefix(": "))
+                .unwrap_or(message);
+            format!("the server refused it: {what}")
+        }
+    }
+}
+
+/// The sentence of this machine's own store, which otherwise speaks as a server does.
+fn kept(error: &StoreError) -> String {
+    let text = error.to_string();
+    match text.strip_prefix("exists: ") {
+        Some(what) => format!("the name is taken here: {what}"),
+        None => text,
     }
 }
 
@@ -368,7 +384,6 @@ fn refusal(code: &str) -> Option<String> {
         "not_found" => "`udpack-client ls` shows what is there",
         "not_empty" => "remove it with all that is in it by -r",
         "is_directory" => "name what is in it, or use -r",
-        "not_a_directory" => "name it without the slash at its end",
         "busy" => "another client is sending this file: run the same command again when it is done",
         "superseded" => "a later run of the same command took over",
         "unsupported" => "use a server and a client of the same version",
@@ -515,6 +530,41 @@ mod tests {
         assert_eq!(exit(CloseCode::PEER_RESTARTED), 5);
         assert_eq!(exit(CloseCode::NORMAL), 5);
         assert_eq!(exit(CloseCode::HANDLER_FAILED), 1);
+    }
+
+    #[test]
+    fn what_a_server_refuses_says_what_to_do() {
+        for (code, exit) in [
+            ("forbidden", 6),
+            ("not_found", 6),
+            ("not_empty", 6),
+            ("refused", 6),
+            ("quota", 6),
+            ("no_space", 8),
+            ("hash_mismatch", 7),
+        ] {
+            let error = TransferError::Refused {
+                code: code.to_owned(),
+                message: format!("{code}: why"),
+                retry: false,
+            };
+            let explained = Explained::of(&error.into());
+            assert_eq!(explained.kind.code(), exit, "{code}");
+            assert_eq!(explained.text, "the server refused it: why");
+            assert_ne!(explained.hint, usual_hint(explained.kind), "{code}");
+        }
+        let name = TransferError::Name {
+            path: "x".into(),
+            reason: "bad".to_owned(),
+        };
+        assert_eq!(Explained::of(&name.into()).kind, Kind::Policy);
+        let own = StoreError::Exists {
+            path: "x".parse().expect("a path"),
+        };
+        let own = TransferError::Store(std::sync::Arc::new(own));
+        let own = Explained::of(&own.into());
+        assert_eq!(own.kind, Kind::Policy);
+        assert_eq!(own.text, "the name is taken here: x");
     }
 
     #[test]

@@ -134,6 +134,8 @@ fn ours(role: Role, level: LevelFilter) -> EnvFilter {
     if matches!(role, Role::Client) && level < LevelFilter::DEBUG {
         // That UDP buffers are small is the server's word; before every command it would be noise.
         directives.push_str(",udpack::endpoint=error");
+        // What a directory of this machine refuses becomes the error of the file, and is told there.
+        directives.push_str(",udpack_transfer::store=off");
     }
     EnvFilter::new(directives)
 }

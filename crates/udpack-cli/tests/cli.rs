@@ -5,71 +5,15 @@ mod common;
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::UdpSocket;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::Stdio;
 
-use common::{Running, Server, client, exited, server, skipped, until, workdir};
+use common::{
+    Running, Server, assert_error, bytes, client, events, exited, is_root, mode, named, result,
+    server, skipped, staged, until, visible, workdir,
+};
 use serde_json::Value;
-
-/// Bytes that repeat nowhere, so that a misplaced chunk shows.
-fn bytes(len: usize, seed: u8) -> Vec<u8> {
-    let mut out = vec![0; len];
-    blake3::Hasher::new()
-        .update(&[seed])
-        .finalize_xof()
-        .fill(&mut out);
-    out
-}
-
-fn events(stdout: &str) -> Vec<Value> {
-    stdout
-        .lines()
-        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
-        .collect()
-}
-
-fn named<'a>(events: &'a [Value], name: &str) -> Vec<&'a Value> {
-    events
-        .iter()
-        .filter(|event| event["event"] == name)
-        .collect()
-}
-
-fn result(stdout: &str) -> Value {
-    let events = events(stdout);
-    let results = named(&events, "result");
-    assert_eq!(results.len(), 1, "exactly one result: {stdout}");
-    assert_eq!(events.last(), Some(results[0]), "the result comes last");
-    results[0].clone()
-}
-
-fn mode(path: &Path) -> u32 {
-    fs::metadata(path).expect("metadata").mode() & 0o777
-}
-
-fn is_root(dir: &Path) -> bool {
-    fs::metadata(dir).expect("metadata").uid() == 0
-}
-
-/// Files below a directory, without the server's own.
-fn visible(dir: &Path) -> Vec<String> {
-    let entries = fs::read_dir(dir).expect("uploads");
-    entries
-        .map(|entry| {
-            entry
-                .expect("entry")
-                .file_name()
-                .to_string_lossy()
-                .into_owned()
-        })
-        .filter(|name| !name.starts_with('.'))
-        .collect()
-}
-
-fn staged(uploads: &Path) -> usize {
-    fs::read_dir(uploads.join(".udpack/staging")).map_or(0, Iterator::count)
-}
 
 #[test]
 fn first_start_makes_private_keys_and_prints_four_lines() {
@@ -311,23 +255,6 @@ fn wrong_token_wrong_key_and_unknown_authority_are_4() {
     server.still_works();
 }
 
-/// One sentence and one hint, no trace of the program's insides.
-fn assert_error(stderr: &str) {
-    let errors = stderr
-        .lines()
-        .filter(|line| line.starts_with("error: "))
-        .count();
-    let hints = stderr
-        .lines()
-        .filter(|line| line.starts_with("hint: "))
-        .count();
-    assert_eq!((errors, hints), (1, 1), "{stderr}");
-    assert!(
-        !stderr.contains("backtrace") && !stderr.contains("panicked"),
-        "{stderr}"
-    );
-}
-
 #[test]
 fn no_server_is_5() {
     let dir = workdir();
@@ -465,7 +392,7 @@ fn local_files_that_cannot_be_sent_are_3() {
                 .args(names),
         )
     };
-    for name in ["missing", "folder", "/dev/null"] {
+    for name in ["missing", "/dev/null", "folder/missing"] {
         let out = put(&[name]);
         assert_eq!(out.code, 3, "{name}: {out:?}");
         assert_eq!(result(&out.stdout)["error_kind"], "local_file");
@@ -480,7 +407,7 @@ fn local_files_that_cannot_be_sent_are_3() {
         assert_eq!(put(&["secret"]).code, 3);
     }
     assert_eq!(
-        put(&["missing", "folder"]).code,
+        put(&["missing", "/dev/null"]).code,
         3,
         "all for the same reason"
     );
@@ -616,7 +543,7 @@ fn secret_files_that_others_can_read_are_refused() {
 }
 
 #[test]
-fn interrupting_an_upload_leaves_nothing_behind() {
+fn interrupting_an_upload_without_resuming_leaves_nothing_behind() {
     let server = Server::start_in(workdir(), &["--max-file", "none", "--min-free", "0"]);
     let dir = workdir();
     let mut running = upload_for_long(&server, dir.path());
@@ -668,11 +595,12 @@ fn a_second_signal_ends_the_server_at_once() {
 fn upload_for_long(server: &Server, dir: &Path) -> Running {
     let file = fs::File::create(dir.join("huge")).expect("create");
     file.set_len(8 << 30).expect("a sparse file");
-    let mut running = Running::spawn(
-        client(dir)
-            .env("UDPACK_URL", server.url())
-            .args(["put", "--json", "huge"]),
-    );
+    let mut running = Running::spawn(client(dir).env("UDPACK_URL", server.url()).args([
+        "put",
+        "--json",
+        "--no-resume",
+        "huge",
+    ]));
     until("bytes are acknowledged", || {
         let line: Value = serde_json::from_str(&running.line()).expect("json");
         line["event"] == "progress" && line["bytes"].as_u64().is_some_and(|bytes| bytes > 0)

@@ -1,5 +1,6 @@
 //! SIGKILL of the server, of clients, or of both, at random instants of mixed uploads.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -34,7 +35,7 @@ enum Recovery {
 }
 
 /// Whom a cycle kills.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Victim {
     Nobody,
     Both,
@@ -51,6 +52,7 @@ pub(crate) fn run(args: &KillArgs, rig: &Rig, mut rng: Rng) -> anyhow::Result<bo
     let mut server = rig.server(port, &uploads)?;
     let began = Instant::now();
     let mut cycle = 0;
+    let mut times: BTreeMap<Victim, (u32, Duration)> = BTreeMap::new();
     while cycle < args.cycles && load.ledger.tally.bad() < ENOUGH {
         cycle += 1;
         let victim = match load.rng.range(0, 99) {
@@ -62,6 +64,7 @@ pub(crate) fn run(args: &KillArgs, rig: &Rig, mut rng: Rng) -> anyhow::Result<bo
             _ => Victim::Both,
         };
         let clients = 2 + load.rng.index(2);
+        let started = Instant::now();
         let mut running = load.start(clients)?;
         let instant = Duration::from_millis(load.rng.range(5, 300));
         match victim {
@@ -107,6 +110,9 @@ pub(crate) fn run(args: &KillArgs, rig: &Rig, mut rng: Rng) -> anyhow::Result<bo
                 load.ledger.check(&uploads, false)?;
             }
         }
+        let (count, time) = times.entry(victim).or_default();
+        *count += 1;
+        *time += started.elapsed();
         if server.ended()?.is_some() {
             load.ledger.tally.wrong("the server ended by itself");
             server = rig.server(port, &uploads)?;
@@ -136,6 +142,10 @@ pub(crate) fn run(args: &KillArgs, rig: &Rig, mut rng: Rng) -> anyhow::Result<bo
     server.kill();
     for line in rig::panics(&rig.log()) {
         load.ledger.tally.wrong(&line);
+    }
+    for (victim, (count, time)) in &times {
+        let each = time.as_secs_f64() / f64::from(*count);
+        println!("killed {victim:?}: {count} cycles, {each:.3} s each");
     }
     let tally = load.ledger.tally;
     println!(

@@ -416,7 +416,7 @@ impl Queue {
     }
 
     fn feed_ended(&self) {
-        self.fed.store(true, Ordering::Relaxed);
+        self.fed.store(true, Ordering::SeqCst);
         self.changed.notify_waiters();
     }
 

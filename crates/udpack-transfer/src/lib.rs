@@ -1,20 +1,23 @@
 //! Verified file transfer on [`udpack`] channels.
 //!
-//! A [`Receiver`] takes uploads into a [`Store`]; an [`Uploader`] sends files over a `Socket`, or over a
-//! [`Link`] that survives the loss of one. Both use the
-//! public interface of `udpack` only. The messages are in `docs/PROTOCOL.md`, section 11.
+//! A [`Receiver`] serves the files of a [`Store`]. An [`Uploader`] sends files to it and a [`Downloader`] gets
+//! them, over a `Socket` or over a [`Link`] that survives the loss of one; a [`Remote`] asks what is there and
+//! watches what is transferred. All use the public interface of `udpack` only. The messages are in
+//! `docs/PROTOCOL.md`, section 11.
 //!
 //! ```text
 //! C> file      S> ready (only if asked)      C> chunk …      S> ack …      C> finish      S> done | error
+//! C> get       S> file      S> chunk …       S> finish | error             C> done
 //! ```
 //!
 //! # Guarantees
 //! After `done` the file is whole (size and BLAKE3 agree on both sides), durable (file and directories are
-//! synced) and replaced nothing, unless that was asked for and granted. Before `done`, nothing of it is
-//! visible under its name, whatever happens to either side.
+//! synced, unless [`SyncPolicy::Never`] was chosen) and replaced nothing, unless that was asked for and granted.
+//! Before `done`, nothing of it is visible under its name, whatever happens to either side. An interrupted file is
+//! resumed by offering it again, without state at the client.
 //!
 //! # Non-goals
-//! Resuming an interrupted file, downloads and deltas are not in this version.
+//! Deltas between versions of a file, and compression.
 #![cfg_attr(
     not(test),
     warn(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)

@@ -29,7 +29,8 @@ pub struct Retry {
     pub first: Duration,
     /// The longest that the wait becomes. Defaults to 30 s.
     pub most: Duration,
-    /// Whether the very first connect is tried again, too. Defaults to no: a wrong address shows at once.
+    /// Whether the very first connect is tried again, too, when nobody answers. Defaults to no: a wrong
+    /// address shows at once.
     pub first_too: bool,
 }
 
@@ -178,7 +179,9 @@ impl Link {
         let mut again = false;
         loop {
             if let Some(Lost { error, wait }) = lost {
-                if !error.retry() || (first && !self.retry.first_too) {
+                // An answer shows that the address is right, also when it is "not now".
+                let answered = matches!(&error, TransferError::Connect(error) if matches!(&**error, ConnectError::Denied(_)));
+                if !error.retry() || (first && !self.retry.first_too && !answered) {
                     return Err(give_up(&mut state, error));
                 }
                 let Some((attempt, delay)) = self.next_attempt() else {

@@ -39,10 +39,9 @@ pub(crate) async fn send_files(
 ) {
     while let Some(wanted) = queue.recv().await {
         let id = wanted.id;
-        let failed = match send(&store, &channel, &limit, wanted).await {
-            Ok(failed) => failed,
+        let Ok(failed) = send(&store, &channel, &limit, wanted).await else {
             // The lane ends; its other half finds out why.
-            Err(_) => return,
+            return;
         };
         let _ = outcomes.send(Outcome::Sent { id, failed });
     }

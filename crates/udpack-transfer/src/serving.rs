@@ -26,7 +26,7 @@ use crate::wire::{
     ReadyFields, Request, Wish,
 };
 use crate::worker::{Incoming, Outcome, Outcomes, Task};
-use crate::writers::{Claim, Pulse, UploadKey, Writer};
+use crate::writers::{Claim, Pulse, Replaced, UploadKey, Writer};
 
 /// How often the lane looks after its files.
 const TICK: Duration = Duration::from_millis(250);
@@ -71,7 +71,7 @@ struct Tracked {
     told: Instant,
     job: Option<Job>,
     /// Where it can be resumed: shows that the writer lives, and hears that it was replaced.
-    writer: Option<(Pulse, watch::Receiver<bool>)>,
+    writer: Option<(Pulse, watch::Receiver<Replaced>)>,
 }
 
 /// What must happen before the next message is read.
@@ -217,6 +217,12 @@ impl<'a> Serving<'a> {
             }
         };
         self.active = Instant::now();
+        if let Request::Ack { id, .. } = &request
+            && let Some((pulse, _)) = self.files.get(id).and_then(|file| file.writer.as_ref())
+        {
+            // A client that compares what we have says so.
+            pulse.beat();
+        }
         match self.lane.on(&request) {
             Action::Begin(offer) => self.begin(offer).await,
             Action::Write => {
@@ -643,8 +649,9 @@ impl<'a> Serving<'a> {
         let mut replaced = Vec::new();
         for (id, tracked) in &mut self.files {
             if let Some((pulse, superseded)) = &tracked.writer {
-                if *superseded.borrow() {
-                    replaced.push(*id);
+                let superseded = *superseded.borrow();
+                if superseded != Replaced::No {
+                    replaced.push((*id, superseded == Replaced::ByOwnRun));
                     continue;
                 }
                 // A file that waits for us is not a silent one.
@@ -673,11 +680,11 @@ impl<'a> Serving<'a> {
                 });
             }
         }
-        for id in replaced {
+        for (id, own) in replaced {
             self.lane.ended(id);
             self.suspend(id);
-            let message = "another run of the client has taken this upload over";
-            self.error(id, "superseded", message, false).await?;
+            let message = "another offer of this upload has taken it over";
+            self.error(id, "superseded", message, own).await?;
         }
         for ack in acks {
             self.channel.send("ack", &ack).await?;

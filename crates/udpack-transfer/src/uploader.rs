@@ -108,12 +108,11 @@ impl Uploader {
         sources: impl IntoIterator<Item = Source, IntoIter: Send + 'static>,
     ) -> Upload {
         let link_events = self.link.events();
-        let queue = Queue::new(self.lanes);
         let lanes = self.lanes;
         let shared = Arc::new(Shared {
             if_exists: self.if_exists.to_string(),
             uploader: self,
-            queue: queue.clone(),
+            queue: Queue::new(lanes),
             run: new_run(),
             total: AtomicU64::new(0),
             acked: AtomicU64::new(0),
@@ -1159,7 +1158,7 @@ impl Lane<'_> {
                 now + BUSY_PAUSE <= since + BUSY
             }
             // Room on a disk does not come back within seconds.
-            "quota" | "no_space" | "superseded" => false,
+            "quota" | "no_space" => false,
             _ if retry && claim.tries < TRIES => {
                 claim.not_before = Some(now + TRY_PAUSE * 2_u32.pow(claim.tries));
                 claim.tries += 1;

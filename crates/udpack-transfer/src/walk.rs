@@ -482,7 +482,7 @@ mod tests {
         );
         let closed = root.join("closed");
         fs::create_dir(&closed).expect("mkdir");
-        fs::set_permissions(&closed, fs::Permissions::from_mode(0)).expect("chmod");
+        fs::set_permissions(&closed, fs::Permissions::from_mode(0o000)).expect("chmod");
         if fs::read_dir(&closed).is_err() {
             assert_eq!(walked(Walk::new(&closed, "c")), ["LocalFile c"]);
             assert_eq!(error.kind(), ErrorKind::Policy);

@@ -234,7 +234,7 @@ fn meta(fields: &Fields<'_>) -> Result<MetaFields, FieldError> {
         mtime_ns: u32::try_from(mtime_ns)
             .ok()
             .filter(|nanos| *nanos < 1_000_000_000)
-            .ok_or(wrong("mtime_ns", "u64 below 1000000000"))?,
+            .ok_or_else(|| wrong("mtime_ns", "u64 below 1000000000"))?,
         mode: mode.and_then(|mode| u32::try_from(mode).ok()),
     })
 }

@@ -299,6 +299,10 @@ struct Worker {
 }
 
 #[derive(Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "what is large is also what there are most of"
+)]
 enum Stage {
     New,
     Writing(Partial),

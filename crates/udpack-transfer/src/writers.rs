@@ -59,9 +59,19 @@ struct Live {
     /// The upload has ended for the client, and its writer only has to clean up.
     leaving: Arc<AtomicBool>,
     /// Tells the writer that it has been replaced.
-    replaced: watch::Sender<bool>,
+    replaced: watch::Sender<Replaced>,
     /// Closed when it has let go.
     gone: watch::Receiver<()>,
+}
+
+/// Whether a writer has to let go, and for whom.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Replaced {
+    No,
+    /// For another offer of its own run. That one may be the older, held up on its way: then it is worth
+    /// another try.
+    ByOwnRun,
+    ByOther,
 }
 
 /// What asking for an upload led to.
@@ -82,7 +92,7 @@ pub(crate) struct Writer {
     key: UploadKey,
     active: Arc<Mutex<Instant>>,
     leaving: Arc<AtomicBool>,
-    replaced: watch::Receiver<bool>,
+    replaced: watch::Receiver<Replaced>,
     _gone: watch::Sender<()>,
 }
 
@@ -122,15 +132,20 @@ impl Writers {
             if writer.leaving.load(Ordering::Acquire) {
                 return Claim::Wait(writer.gone.clone());
             }
-            if !own && lock(&writer.active).elapsed() < self.silent && !*writer.replaced.borrow() {
+            let leaving = *writer.replaced.borrow() != Replaced::No;
+            if !own && !leaving && lock(&writer.active).elapsed() < self.silent {
                 return Claim::Busy;
             }
-            writer.replaced.send_replace(true);
+            writer.replaced.send_replace(if own {
+                Replaced::ByOwnRun
+            } else {
+                Replaced::ByOther
+            });
             return Claim::Wait(writer.gone.clone());
         }
         let active = Arc::new(Mutex::new(Instant::now()));
         let leaving = Arc::new(AtomicBool::new(false));
-        let (replace, replaced) = watch::channel(false);
+        let (replace, replaced) = watch::channel(Replaced::No);
         let (_gone, gone) = watch::channel(());
         live.insert(
             key,
@@ -185,8 +200,8 @@ impl Writer {
         }
     }
 
-    /// Turns true when another writer waits for this one to let go.
-    pub(crate) fn replaced(&self) -> watch::Receiver<bool> {
+    /// Says when another writer waits for this one to let go.
+    pub(crate) fn replaced(&self) -> watch::Receiver<Replaced> {
         self.replaced.clone()
     }
 }
@@ -242,14 +257,14 @@ mod tests {
         let pulse = first.pulse();
         assert!(matches!(writers.claim(key, B), Claim::Busy));
         assert!(matches!(writers.claim(key, None), Claim::Busy));
-        assert!(!*first.replaced().borrow());
+        assert_eq!(*first.replaced().borrow(), Replaced::No);
         writer(writers.claim(UploadKey::new("peer", "y"), B));
         writer(writers.claim(UploadKey::new("other", "x"), B));
 
         let Claim::Wait(mut gone) = writers.claim(key, A) else {
             panic!("its own upload")
         };
-        assert!(*first.replaced().borrow(), "the old writer is told");
+        assert_eq!(*first.replaced().borrow(), Replaced::ByOwnRun);
         drop(first);
         assert!(gone.changed().await.is_err(), "closed");
         let second = writer(writers.claim(key, A));

@@ -78,7 +78,9 @@ async fn b09_after_a_lost_connection_the_upload_can_be_made_again_and_is_whole()
         let fixture = Fixture::new().await;
         let bytes = noise(9, 64 * MIB);
         let socket = fixture.connect().await;
-        let mut upload = Uploader::new(&socket).put(vec![memory("big", bytes.clone())]);
+        let mut upload = Uploader::new(&socket)
+            .resume(false)
+            .put(vec![memory("big", bytes.clone())]);
         let mut look = tokio::time::interval(Duration::from_millis(1));
         let staging = fixture.root().join(".udpack/staging");
         let mut lost = false;
@@ -659,7 +661,7 @@ async fn b21_a_source_that_is_missing_or_changes_is_an_error_of_its_own() {
             let file = fs::File::create(at("changing")).expect("a file");
             file.set_len(64 << 20).expect("a sparse file");
             let source = Source::file(at("changing"), rel("changing"));
-            let mut upload = Uploader::new(&socket).put(vec![source]);
+            let mut upload = Uploader::new(&socket).resume(false).put(vec![source]);
             let error = loop {
                 match upload.next().await.expect("an outcome") {
                     Event::Started { .. } if how == "shrinks" => {

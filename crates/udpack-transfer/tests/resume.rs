@@ -844,7 +844,7 @@ async fn a_run_takes_its_own_upload_over_at_once() {
             next.say(&of_run(1, "x", 2 * MIB as u64, 1)).await;
             held = have(&next.hear().await, 1, &bytes);
             assert_eq!(held, to);
-            assert_eq!(before.hear().await.line, "error 1 superseded");
+            assert_eq!(before.hear().await.line, "error 1 superseded retry");
             // Two of them never write: this is dropped.
             before.say(&chunk(1, held as u64, &[0; 1000])).await;
             lanes.push((socket, next));

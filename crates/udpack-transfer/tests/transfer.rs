@@ -261,7 +261,10 @@ async fn a_file_that_changes_while_it_is_sent_is_not_stored() {
         let fixture = Fixture::new().await;
         let socket = fixture.connect().await;
         let local = fixture.dir.path().join("growing");
-        let mut upload = Uploader::new(&socket).put(vec![sparse(&fixture, "growing", 1 << 30)]);
+        let mut upload =
+            Uploader::new(&socket)
+                .resume(false)
+                .put(vec![sparse(&fixture, "growing", 1 << 30)]);
         let mut changed = false;
         let error = loop {
             match upload.next().await.expect("an outcome") {
@@ -295,7 +298,10 @@ async fn dropping_an_upload_leaves_nothing_visible() {
     bounded(async {
         let fixture = Fixture::new().await;
         let socket = fixture.connect().await;
-        let mut upload = Uploader::new(&socket).put(vec![sparse(&fixture, "big", 4 << 30)]);
+        let mut upload =
+            Uploader::new(&socket)
+                .resume(false)
+                .put(vec![sparse(&fixture, "big", 4 << 30)]);
         while let Some(event) = upload.next().await {
             if matches!(event, Event::Progress(progress) if progress.acked > 0) {
                 break;
@@ -319,7 +325,7 @@ async fn a_lost_connection_fails_every_file_and_leaves_nothing_half_written() {
         let socket = fixture.connect().await;
         let mut sources = vec![memory("small", noise(1, 1000))];
         sources.extend((0..6).map(|n| sparse(&fixture, &format!("f{n}"), 4 << 30)));
-        let mut upload = Uploader::new(&socket).lanes(2).put(sources);
+        let mut upload = Uploader::new(&socket).lanes(2).resume(false).put(sources);
         let mut failed = 0;
         while let Some(event) = upload.next().await {
             match event {

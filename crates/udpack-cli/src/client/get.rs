@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use tokio::sync::{mpsc, oneshot};
 use udpack_transfer::{
     Downloader, Entry, Exclude, IfExists, Kind as EntryKind, Limiter, Link, Overwrite, RelPath,
-    Remote, Store, StoreConfig, TransferError, Wanted, apply_entry,
+    Remote, Store, StoreConfig, Wanted, apply_entry,
 };
 
 use super::remote::remote_path;
@@ -419,12 +419,9 @@ async fn find(remote: &Remote, path: &str, local: String) -> anyhow::Result<Root
     let local = match (entry.kind, &name) {
         // A file asked for as a directory.
         (EntryKind::File, Some(name)) if local.is_empty() => {
-            return Err(TransferError::Refused {
-                code: "not_a_directory".to_owned(),
-                message: format!("{name} is a file"),
-                retry: false,
-            }
-            .into());
+            return Err(Failure::new(Kind::Policy, format!("{name} is a file"))
+                .hint("name it without the slash at its end")
+                .into());
         }
         _ => local,
     };

@@ -46,6 +46,7 @@ struct Compared {
     local: PathBuf,
     remote: String,
     bytes: u64,
+    /// BLAKE3 of a local file; none for anything else.
     hash: Option<[u8; 32]>,
     verdict: anyhow::Result<Verdict>,
 }
@@ -53,7 +54,10 @@ struct Compared {
 #[derive(Debug)]
 struct Tally {
     json: bool,
+    /// Files that are equal.
     same: usize,
+    /// Directories and links that are.
+    others: usize,
     wrong: usize,
     bytes: u64,
     failures: Failures,
@@ -68,12 +72,13 @@ pub(super) async fn run(
     let mut tally = Tally {
         json: args.json,
         same: 0,
+        others: 0,
         wrong: 0,
         bytes: 0,
         failures: Failures::new(console),
     };
     let result = verify(&args, &mut interrupts, &mut tally).await;
-    let total = tally.same + tally.wrong + tally.failures.count();
+    let total = tally.same + tally.others + tally.wrong + tally.failures.count();
     let result = match result {
         Ok(()) if tally.wrong > 0 => {
             tally.failures.tell();
@@ -110,8 +115,9 @@ pub(super) async fn run(
     }
     if !args.log.quiet && tally.same > 0 {
         console.line(&format!(
-            "{} the same, {} in {secs:.2} s",
+            "{} {} the same, {} in {secs:.2} s",
             tally.same,
+            if tally.same == 1 { "file" } else { "files" },
             size(tally.bytes as f64)
         ));
     }
@@ -225,13 +231,14 @@ impl Tally {
             output::unless_gone(output::line(&format!("{status}  {path}")))?;
         }
         match (&compared.verdict, explained) {
+            (Ok(Verdict::Same), _) if compared.hash.is_none() => self.others += 1,
             (Ok(Verdict::Same), _) => {
                 self.same += 1;
                 self.bytes += compared.bytes;
             }
             (Ok(_), _) => self.wrong += 1,
             (Err(_), Some(explained)) => {
-                let alone = self.same + self.wrong + self.failures.count() == 0;
+                let alone = self.same + self.others + self.wrong + self.failures.count() == 0;
                 self.failures.add(&source, explained, alone);
             }
             (Err(_), None) => {}

@@ -48,11 +48,13 @@ impl Hook for Program {
     }
 
     fn done(&self, stored: HookStored) {
+        // Wherever the program may go.
+        let file = std::path::absolute(&stored.file).unwrap_or(stored.file);
         self.tell(vec![
             ("UDPACK_PATH", stored.path.into()),
             ("UDPACK_SIZE", stored.size.to_string().into()),
             ("UDPACK_PEER", stored.peer.into()),
-            ("UDPACK_FILE", stored.file.into()),
+            ("UDPACK_FILE", file.into()),
             ("UDPACK_HASH", hex(&stored.hash).into()),
         ]);
     }

@@ -41,7 +41,9 @@ fn list(args: &UploadsDirArgs) -> anyhow::Result<()> {
 
 /// The path comes last: it may hold spaces.
 fn line(upload: &Suspended) -> String {
-    let size = upload.size.map_or("-".to_owned(), |size| size.to_string());
+    let size = upload
+        .size
+        .map_or_else(|| "-".to_owned(), |size| size.to_string());
     format!(
         "{}  {}  {} of {size}  {}  {}",
         when::utc(when::unix(upload.touched)),

@@ -1,12 +1,16 @@
 //! Runs the binaries in directories of their own: every wait is bounded, every process ends with its handle.
+#![allow(dead_code, reason = "each test binary uses its own part")]
 
+use std::fs;
 use std::io::{BufRead as _, BufReader, Read, Write as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
 use tempfile::TempDir;
 
 /// The longest that anything here may take.
@@ -183,11 +187,12 @@ impl Server {
     }
 
     pub(crate) fn start_in(dir: TempDir, args: &[&str]) -> Self {
-        let mut running = Running::spawn(
-            server(dir.path())
-                .args(["--listen", "127.0.0.1:0"])
-                .args(args),
-        );
+        Self::start_at("127.0.0.1:0", dir, args)
+    }
+
+    /// On this address: for a server that comes back.
+    pub(crate) fn start_at(address: &str, dir: TempDir, args: &[&str]) -> Self {
+        let mut running = Running::spawn(server(dir.path()).args(["--listen", address]).args(args));
         let mut lines = Vec::new();
         for _ in 0..4 {
             let line = running.line();
@@ -212,6 +217,29 @@ impl Server {
             .nth(1)
             .expect("a quoted url")
             .to_owned()
+    }
+
+    /// Runs a client of it, in this directory.
+    pub(crate) fn client(&self, dir: &Path, args: &[&str]) -> Exited {
+        exited(client(dir).env("UDPACK_URL", self.url()).args(args))
+    }
+
+    /// The URL with another token.
+    pub(crate) fn url_with(&self, token: &str) -> String {
+        let url = self.url();
+        let (_, rest) = url.split_once('@').expect("a token");
+        format!("udpack://{token}@{rest}")
+    }
+
+    /// Makes a token and gives its URL.
+    pub(crate) fn new_token(&self, args: &[&str]) -> String {
+        let out = exited(server(self.dir.path()).args(["token", "new"]).args(args));
+        assert_eq!(out.code, 0, "{out:?}");
+        let token = out
+            .stdout
+            .lines()
+            .find_map(|line| line.strip_prefix("token "));
+        self.url_with(token.expect("a token is printed"))
     }
 
     pub(crate) fn uploads(&self) -> PathBuf {
@@ -249,7 +277,7 @@ pub(crate) struct Tmpfs(PathBuf);
 impl Tmpfs {
     /// None where this user may not mount.
     pub(crate) fn mount(at: &Path, size: &str) -> Option<Self> {
-        std::fs::create_dir(at).expect("mkdir");
+        fs::create_dir(at).expect("mkdir");
         let mounted = Command::new("mount")
             .args(["-t", "tmpfs", "-o", &format!("size={size}"), "udpack-test"])
             .arg(at)
@@ -269,4 +297,80 @@ impl Drop for Tmpfs {
     fn drop(&mut self) {
         let _ = Command::new("umount").arg("-l").arg(&self.0).status();
     }
+}
+
+/// Bytes that repeat nowhere, so that a misplaced chunk shows.
+pub(crate) fn bytes(len: usize, seed: u8) -> Vec<u8> {
+    let mut out = vec![0; len];
+    blake3::Hasher::new()
+        .update(&[seed])
+        .finalize_xof()
+        .fill(&mut out);
+    out
+}
+
+pub(crate) fn events(stdout: &str) -> Vec<Value> {
+    stdout
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
+        .collect()
+}
+
+pub(crate) fn named<'a>(events: &'a [Value], name: &str) -> Vec<&'a Value> {
+    events
+        .iter()
+        .filter(|event| event["event"] == name)
+        .collect()
+}
+
+pub(crate) fn result(stdout: &str) -> Value {
+    let events = events(stdout);
+    let results = named(&events, "result");
+    assert_eq!(results.len(), 1, "exactly one result: {stdout}");
+    assert_eq!(events.last(), Some(results[0]), "the result comes last");
+    results[0].clone()
+}
+
+pub(crate) fn mode(path: &Path) -> u32 {
+    fs::metadata(path).expect("metadata").mode() & 0o777
+}
+
+pub(crate) fn is_root(dir: &Path) -> bool {
+    fs::metadata(dir).expect("metadata").uid() == 0
+}
+
+/// Files below a directory, without the server's own.
+pub(crate) fn visible(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).expect("uploads");
+    entries
+        .map(|entry| {
+            entry
+                .expect("entry")
+                .file_name()
+                .to_string_lossy()
+                .into_owned()
+        })
+        .filter(|name| !name.starts_with('.'))
+        .collect()
+}
+
+pub(crate) fn staged(uploads: &Path) -> usize {
+    fs::read_dir(uploads.join(".udpack/staging")).map_or(0, Iterator::count)
+}
+
+/// One sentence and one hint, no trace of the program's insides.
+pub(crate) fn assert_error(stderr: &str) {
+    let errors = stderr
+        .lines()
+        .filter(|line| line.starts_with("error: "))
+        .count();
+    let hints = stderr
+        .lines()
+        .filter(|line| line.starts_with("hint: "))
+        .count();
+    assert_eq!((errors, hints), (1, 1), "{stderr}");
+    assert!(
+        !stderr.contains("backtrace") && !stderr.contains("panicked"),
+        "{stderr}"
+    );
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc};
@@ -20,6 +20,11 @@ use crate::wire::{self, AckFields, CancelFields, Finish, GetFields, IdField, Met
 /// Files that may be asked for and not stored yet. The server lets 64 wait, and may learn late that one of
 /// them does so no more.
 const WINDOW: usize = 48;
+/// Bytes that may be asked for and not received yet, when there is more than one file. As much as a lane takes
+/// in a round trip: what is larger is better left to the other lanes.
+const AHEAD: u64 = 8 << 20;
+/// What a file counts as whose size nobody has told yet.
+const UNTOLD: u64 = AHEAD / 4;
 /// Silence of the server while it owes an answer.
 const SILENCE: Duration = Duration::from_secs(60);
 /// What a server surely hashes in a second: while it compares what is here with what it has, it is silent.
@@ -41,18 +46,25 @@ enum Say {
 #[derive(Debug)]
 pub(super) struct Asked {
     id: u64,
-    flight: Arc<Flight>,
+    /// Weak: the lane owns its files, and a lane that is dropped drops them.
+    flight: Weak<Flight>,
 }
 
 impl Asked {
     /// The file is stored.
     pub(super) fn stored(self) {
-        self.flight.settled(self.id, Say::Done { id: self.id });
+        self.tell(Say::Done { id: self.id });
     }
 
     /// The file is not, and will not be, by what comes on this lane.
     pub(super) fn given_up(self) {
-        self.flight.settled(self.id, Say::Cancel { id: self.id });
+        self.tell(Say::Cancel { id: self.id });
+    }
+
+    fn tell(&self, say: Say) {
+        if let Some(flight) = self.flight.upgrade() {
+            flight.settled(self.id, say);
+        }
     }
 }
 
@@ -78,6 +90,9 @@ struct File {
     begun: bool,
     /// Bytes that the server must compare first.
     have: u64,
+    /// The file's size and the bytes that are still to come, as far as known.
+    size: u64,
+    left: u64,
 }
 
 impl Flight {
@@ -89,8 +104,14 @@ impl Flight {
         self.changed.notify_waiters();
     }
 
-    fn len(&self) -> usize {
-        lock(&self.files).len()
+    /// Whether another file may be asked for.
+    fn has_room(&self) -> bool {
+        let files = lock(&self.files);
+        let left = files
+            .values()
+            .filter(|file| file.incoming.is_some())
+            .fold(0_u64, |sum, file| sum.saturating_add(file.left));
+        files.len() < WINDOW && left < AHEAD
     }
 
     /// How long the server may be silent; `None` when it owes nothing.
@@ -105,12 +126,12 @@ impl Flight {
         Some(SILENCE + Duration::from_secs(have / HASHED))
     }
 
-    /// Waits until fewer than `most` files are under way.
-    async fn below(&self, most: usize) {
+    /// Waits until another file may be asked for.
+    async fn room(&self) {
         loop {
             let mut changed = std::pin::pin!(self.changed.notified());
             changed.as_mut().enable();
-            if self.len() < most {
+            if self.has_room() {
                 return;
             }
             changed.await;
@@ -302,17 +323,18 @@ impl Lane<'_> {
                 let Ok(room) = room.acquire_owned().await else {
                     return Ok(false);
                 };
-                if let Some(incoming) = lock(&flight.files)
-                    .get(&id)
-                    .and_then(|file| file.incoming.as_ref())
+                let recv = offset.saturating_add(len);
+                if let Some(file) = lock(&flight.files).get_mut(&id)
+                    && let Some(incoming) = &file.incoming
                 {
+                    file.left = file.size.saturating_sub(recv);
                     incoming.write(offset, bytes, room);
                 }
+                flight.changed.notify_waiters();
                 self.progressed();
                 let now = Instant::now();
                 if now - self.acked >= ACK && !flight.acked.swap(true, Ordering::Relaxed) {
                     self.acked = now;
-                    let recv = offset.saturating_add(len);
                     let _ = flight.say.send(Say::Ack { id, recv });
                 }
                 Ok(true)
@@ -332,6 +354,7 @@ impl Lane<'_> {
                 };
                 self.current = None;
                 incoming.finish(size, hash);
+                flight.changed.notify_waiters();
                 self.progressed();
                 Ok(true)
             }
@@ -393,9 +416,12 @@ impl Lane<'_> {
                 incoming: Some(incoming),
                 asked: true,
                 begun: begun @ false,
+                size: told,
+                left,
                 ..
             }) => {
                 *begun = true;
+                (*told, *left) = (size, size);
                 let mtime = meta.mtime.map(|secs| Time {
                     secs,
                     nanos: meta.mtime_ns,
@@ -464,7 +490,7 @@ impl Asking<'_> {
         let mut id = 0;
         loop {
             let next = async {
-                flight.below(WINDOW).await;
+                flight.room().await;
                 // First the place, then the file: a file that is taken is in flight at once, and is not lost
                 // when the lane is.
                 let place = context.places.clone().acquire_owned().await.ok()?;
@@ -479,8 +505,9 @@ impl Asking<'_> {
             id += 1;
             let asked = Asked {
                 id,
-                flight: flight.clone(),
+                flight: Arc::downgrade(flight),
             };
+            let size = job.wanted.size.unwrap_or(UNTOLD);
             let wish = {
                 // Held so that the worker cannot be done with the file before it is known here.
                 let mut files = lock(&flight.files);
@@ -491,6 +518,8 @@ impl Asking<'_> {
                     asked: false,
                     begun: false,
                     have: 0,
+                    size,
+                    left: size,
                 };
                 files.insert(id, file);
                 wish

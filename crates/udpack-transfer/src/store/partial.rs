@@ -303,18 +303,18 @@ impl Partial {
                     if record.head.owner == head.owner && record.head.path == head.path =>
                 {
                     head.created = record.head.created;
-                    journal = Some(Journal::resume(log, &record)?);
                     // Nothing is durable beyond the end of the file, whatever the journal says.
                     let cut = record.ranges.iter().map(|(s, e)| (*s, (*e).min(held)));
                     ranges = merged(cut.collect());
+                    if !ranges.is_empty() {
+                        journal = Some(Journal::resume(log, &record)?);
+                    }
                 }
-                _ => {
-                    tracing::warn!(path = %new.path, "unreadable journal, the upload starts anew");
-                    journal = Some(Journal::fresh(log)?);
-                }
+                _ => tracing::warn!(path = %new.path, "unreadable journal, the upload starts anew"),
             }
         }
         if ranges.is_empty() && held > 0 {
+            disk.area().forget(key)?;
             file.set_len(0)?;
             held = 0;
         }

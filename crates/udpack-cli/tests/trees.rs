@@ -1,0 +1,1049 @@
+//! Whole trees and single files, to the server and back, by the real binaries: bytes, names, times, modes,
+//! rights, and what a crash leaves.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
+use std::path::Path;
+use std::process::Stdio;
+use std::time::{Duration, Instant, UNIX_EPOCH};
+
+use common::{
+    Running, Server, assert_error, bytes, client, events, exited, named, result, server, staged,
+    until, workdir,
+};
+use serde_json::Value;
+
+/// What there is at a path: content or target, mode, modification time.
+type Tree = BTreeMap<String, (Vec<u8>, u32, i64, i64)>;
+
+/// Everything below a directory, but for what udpack keeps for itself.
+fn tree(root: &Path) -> Tree {
+    let mut all = Tree::new();
+    let mut dirs = vec![root.to_owned()];
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(&dir).expect("a directory") {
+            let path = entry.expect("an entry").path();
+            let name = path
+                .strip_prefix(root)
+                .expect("below")
+                .display()
+                .to_string();
+            if name == ".udpack" {
+                continue;
+            }
+            let metadata = fs::symlink_metadata(&path).expect("metadata");
+            let content = if metadata.is_dir() {
+                dirs.push(path);
+                b"dir".to_vec()
+            } else if metadata.is_symlink() {
+                fs::read_link(&path)
+                    .expect("a link")
+                    .into_os_string()
+                    .into_encoded_bytes()
+            } else {
+                fs::read(&path).expect("a file")
+            };
+            let stat = (
+                content,
+                metadata.mode() & 0o777,
+                metadata.mtime(),
+                metadata.mtime_nsec(),
+            );
+            all.insert(name, stat);
+        }
+    }
+    all
+}
+
+fn names(root: &Path) -> Vec<String> {
+    tree(root).into_keys().collect()
+}
+
+fn write(path: &Path, content: &[u8]) {
+    fs::create_dir_all(path.parent().expect("a parent")).expect("mkdir");
+    fs::write(path, content).expect("write");
+}
+
+/// Gives a file or directory a mode and a time of its own.
+fn age(path: &Path, mode: u32, secs: u64, nanos: u32) {
+    let file = File::open(path).expect("open");
+    file.set_modified(UNIX_EPOCH + Duration::new(secs, nanos))
+        .expect("a time");
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("a mode");
+}
+
+/// Names that are hard on quoting, encodings and limits; empty files and directories; files of all sizes.
+fn odd_tree(root: &Path) {
+    let long = format!("{}.bin", "n".repeat(196));
+    let wide = "\u{65e5}".repeat(66);
+    let deep = ["deep"; 28].join("/");
+    let files = [
+        "plain".to_owned(),
+        "with  spaces in it.txt".to_owned(),
+        "it's \"quoted\" $(not run) `nor this` & that; 100 %".to_owned(),
+        "\u{e9}t\u{e9}/gr\u{fc}\u{df}e/\u{65e5}\u{672c}\u{8a9e} \u{1f40c}.txt".to_owned(),
+        "a*b[c]?{d}".to_owned(),
+        "tilde~ #hash @at +plus =eq ,comma".to_owned(),
+        format!("dir/{long}"),
+        wide,
+        format!("{deep}/leaf"),
+        "dir/empty file".to_owned(),
+        "UPPER".to_owned(),
+        "upper".to_owned(),
+    ];
+    for (number, name) in files.iter().enumerate() {
+        let len = match number {
+            9 => 0,
+            0 => 3 << 20,
+            number => number * number * 7919,
+        };
+        write(
+            &root.join(name),
+            &bytes(len, u8::try_from(number).expect("few")),
+        );
+    }
+    fs::create_dir_all(root.join("nothing in here/nor here")).expect("mkdir");
+    for (number, name) in files.iter().enumerate() {
+        let number = u32::try_from(number).expect("few");
+        let mode = [0o644, 0o600, 0o755, 0o440][number as usize % 4];
+        age(
+            &root.join(name),
+            mode,
+            1_000_000_000 + u64::from(number) * 86_400,
+            number * 1_000_003,
+        );
+    }
+    for (secs, name) in [(1, "dir"), (1_234_567_890, "nothing in here"), (5, &*deep)] {
+        age(&root.join(name), 0o750, secs, 500_000_000);
+    }
+}
+
+#[test]
+fn an_odd_tree_comes_back_as_it_was() {
+    let server = Server::start_in(workdir(), &["--allow-read"]);
+    let dir = workdir();
+    let local = dir.path().join("tree");
+    fs::create_dir(&local).expect("mkdir");
+    odd_tree(&local);
+    age(&local, 0o755, 777, 0);
+    let before = tree(&local);
+    let files = before
+        .values()
+        .filter(|(content, ..)| content != b"dir")
+        .count();
+
+    let out = server.client(dir.path(), &["put", "-p", "--json", "tree"]);
+    assert_eq!(out.code, 0, "{out:?}");
+    assert_eq!(result(&out.stdout)["files"], files);
+    assert_eq!(
+        tree(&server.uploads().join("tree")),
+        before,
+        "at the server"
+    );
+    assert_eq!(staged(&server.uploads()), 0);
+
+    let out = server.client(dir.path(), &["verify", "tree"]);
+    assert_eq!((out.code, &*out.stdout), (0, ""), "{out:?}");
+
+    let out = server.client(
+        dir.path(),
+        &["get", "-p", "--json", "tree", "--as", "back/"],
+    );
+    assert_eq!(out.code, 0, "{out:?}");
+    assert_eq!(result(&out.stdout)["files"], files);
+    assert_eq!(tree(&dir.path().join("back/tree")), before, "back again");
+    assert_eq!(names(&dir.path().join("back")).len(), before.len() + 1);
+    assert!(
+        !dir.path().join("back/.udpack").exists(),
+        "nothing is left behind"
+    );
+    let top = fs::metadata(dir.path().join("back/tree")).expect("metadata");
+    assert_eq!(top.mtime(), 777);
+
+    // All of it once more is no work.
+    for args in [
+        &["put", "-p", "--json", "tree"][..],
+        &["get", "-p", "--json", "tree", "--as", "back/"],
+    ] {
+        let out = server.client(dir.path(), args);
+        assert_eq!(out.code, 0, "{out:?}");
+        let result = result(&out.stdout);
+        assert_eq!(
+            (&result["files"], &result["failed"]),
+            (&files.into(), &0.into())
+        );
+    }
+    assert_eq!(tree(&dir.path().join("back/tree")), before);
+}
+
+#[test]
+fn verify_tells_what_differs_and_what_is_missing() {
+    let server = Server::start_in(workdir(), &["--allow-read"]);
+    let dir = workdir();
+    for name in ["t/same", "t/changed", "t/sub/gone"] {
+        write(&dir.path().join(name), name.as_bytes());
+    }
+    assert_eq!(server.client(dir.path(), &["put", "t"]).code, 0);
+    assert_eq!(server.client(dir.path(), &["verify", "t"]).code, 0);
+    write(&server.uploads().join("t/changed"), b"t/CHANGED");
+    fs::remove_file(server.uploads().join("t/sub/gone")).expect("rm");
+    fs::create_dir(dir.path().join("t/new dir")).expect("mkdir");
+    let out = server.client(dir.path(), &["verify", "t"]);
+    assert_eq!(out.code, 7, "{out:?}");
+    let mut lines: Vec<&str> = out.stdout.lines().collect();
+    lines.sort_unstable();
+    assert_eq!(
+        lines,
+        [
+            "differs  t/changed",
+            "missing  t/new dir",
+            "missing  t/sub/gone"
+        ]
+    );
+    assert_error(&out.stderr);
+    let out = server.client(dir.path(), &["verify", "--json", "t"]);
+    assert_eq!(out.code, 7);
+    let lines = events(&out.stdout);
+    let of = |status: &str| {
+        named(&lines, "file")
+            .iter()
+            .filter(|line| line["status"] == status)
+            .count()
+    };
+    assert_eq!((of("differs"), of("missing")), (1, 2), "{}", out.stdout);
+    assert_eq!(result(&out.stdout)["error_kind"], "integrity");
+    // One by one, and under another name.
+    assert_eq!(
+        server
+            .client(dir.path(), &["verify", "t/same", "--as", "t/"])
+            .code,
+        0
+    );
+    assert_eq!(
+        server
+            .client(dir.path(), &["verify", "t/same", "--as", "t/changed"])
+            .code,
+        7
+    );
+    assert_eq!(server.client(dir.path(), &["verify", "missing"]).code, 3);
+}
+
+#[test]
+fn names_follow_slashes_and_as() {
+    let dir = workdir();
+    write(&dir.path().join("src/a"), b"a");
+    write(&dir.path().join("src/sub/b"), b"b");
+    write(&dir.path().join("one"), b"1");
+    for (args, expected) in [
+        (
+            &["put", "src"][..],
+            &["src", "src/a", "src/sub", "src/sub/b"][..],
+        ),
+        (&["put", "src/"], &["a", "sub", "sub/b"]),
+        (&["put", "src/."], &["a", "sub", "sub/b"]),
+        (
+            &["put", "src", "--as", "dst"],
+            &["dst", "dst/a", "dst/sub", "dst/sub/b"],
+        ),
+        (
+            &["put", "src", "--as", "x/"],
+            &["x", "x/src", "x/src/a", "x/src/sub", "x/src/sub/b"],
+        ),
+        (
+            &["put", "src/", "--as", "x/"],
+            &["x", "x/a", "x/sub", "x/sub/b"],
+        ),
+        (
+            &["put", "one", "src/sub", "--as", "x/"],
+            &["x", "x/one", "x/sub", "x/sub/b"],
+        ),
+        (&["put", "one", "--as", "x/y"], &["x", "x/y"]),
+    ] {
+        let server = Server::start();
+        let out = server.client(dir.path(), args);
+        assert_eq!(out.code, 0, "{args:?}: {out:?}");
+        assert_eq!(names(&server.uploads()), expected, "{args:?}");
+    }
+    let server = Server::start();
+    let out = server.client(&dir.path().join("src"), &["put", "."]);
+    assert_eq!(out.code, 0, "{out:?}");
+    assert_eq!(names(&server.uploads()), ["a", "sub", "sub/b"]);
+}
+
+#[test]
+fn names_of_downloads_follow_slashes_and_as() {
+    let server = Server::start_in(workdir(), &["--allow-read"]);
+    let dir = workdir();
+    write(&dir.path().join("src/a"), b"a");
+    write(&dir.path().join("src/sub/b"), b"b");
+    fs::create_dir(dir.path().join("src/empty")).expect("mkdir");
+    assert_eq!(server.client(dir.path(), &["put", "src"]).code, 0);
+    for (args, expected) in [
+        (
+            &["get", "src"][..],
+            &["src", "src/a", "src/empty", "src/sub", "src/sub/b"][..],
+        ),
+        (&["get", "src/"], &["a", "empty", "sub", "sub/b"]),
+        (
+            &["get", "/"],
+            &["src", "src/a", "src/empty", "src/sub", "src/sub/b"],
+        ),
+        (&["get", "src/sub"], &["sub", "sub/b"]),
+        (&["get", "src/a"], &["a"]),
+        (&["get", "src/a", "--as", "c"], &["c"]),
+        (
+            &["get", "src/a", "src/sub/b", "--as", "d/"],
+            &["d", "d/a", "d/b"],
+        ),
+        (&["get", "src/sub", "--as", "e"], &["e", "e/b"]),
+        (
+            &["get", "src", "--exclude", "b", "--exclude", "empty/"],
+            &["src", "src/a", "src/sub"],
+        ),
+    ] {
+        let to = workdir();
+        let out = server.client(to.path(), args);
+        assert_eq!(out.code, 0, "{args:?}: {out:?}");
+        assert_eq!(names(to.path()), expected, "{args:?}");
+        assert!(!to.path().join(".udpack").exists(), "{args:?}");
+    }
+    let to = workdir();
+    for (args, code) in [
+        (&["get", "nothing"][..], 6),
+        (&["get", "src/a/"], 6),
+        (&["get", "../src"], 6),
+        (&["get", "src/a", "src/a"], 2),
+        (&["get", "src", "src/a", "--as", "name"], 2),
+        (&["get"], 2),
+    ] {
+        let out = server.client(to.path(), args);
+        assert_eq!(out.code, code, "{args:?}: {out:?}");
+        if code != 2 {
+            assert_error(&out.stderr);
+        }
+    }
+    assert_eq!(names(to.path()), Vec::<String>::new());
+    // Some of several.
+    let out = server.client(to.path(), &["get", "--json", "src/a", "nothing"]);
+    assert_eq!(out.code, 10, "{out:?}");
+    assert_eq!(result(&out.stdout)["failed"], 1);
+}
+
+#[test]
+fn downloads_replace_nothing_unless_asked() {
+    let server = Server::start_in(workdir(), &["--allow-read"]);
+    let dir = workdir();
+    let content = bytes(2_000_000, 1);
+    write(&dir.path().join("file"), &content);
+    assert_eq!(server.client(dir.path(), &["put", "file"]).code, 0);
+    write(&dir.path().join("file"), b"mine");
+    for (args, code, file) in [
+        (&["get", "file"][..], 6, &b"mine"[..]),
+        (&["get", "file", "--if-exists", "error"], 6, b"mine"),
+        (&["get", "file", "--if-exists", "skip"], 0, b"mine"),
+        (&["get", "file", "--if-exists", "rename"], 0, b"mine"),
+        (&["get", "file", "--if-exists", "overwrite"], 0, &content),
+        (&["get", "file"], 0, &content),
+    ] {
+        let out = server.client(dir.path(), args);
+        assert_eq!(out.code, code, "{args:?}: {out:?}");
+        assert!(
+            fs::read(dir.path().join("file")).expect("a file") == file,
+            "{args:?}"
+        );
+    }
+    assert_eq!(names(dir.path()).len(), 2, "the renamed one");
+}
+
+#[test]
+fn excluded_files_stay_where_they_are() {
+    let dir = workdir();
+    for name in [
+        "t/a.o",
+        "t/a.c",
+        "t/build/x",
+        "t/sub/build",
+        "t/sub/b.o",
+        "t/doc/x.html",
+    ] {
+        write(&dir.path().join(name), b"x");
+    }
+    let server = Server::start();
+    let out = server.client(
+        dir.path(),
+        &[
+            "put",
+            "t",
+            "--exclude",
+            "*.o",
+            "--exclude",
+            "build/",
+            "--exclude",
+            "/doc/*.html",
+        ],
+    );
+    assert_eq!(out.code, 0, "{out:?}");
+    assert_eq!(
+        names(&server.uploads()),
+        ["t", "t/a.c", "t/doc", "t/sub", "t/sub/build"]
+    );
+    let out = server.client(
+        dir.path(),
+        &["put", "t/a.o", "t/a.c", "--as", "x/", "--exclude", "*.o"],
+    );
+    assert_eq!(out.code, 0, "{out:?}");
+    assert_eq!(names(&server.uploads().join("x")), ["a.c"]);
+    let out = server.client(dir.path(), &["put", "t", "--exclude", "[a"]);
+    assert_eq!(out.code, 2, "{out:?}");
+}
+
+#[test]
+fn lists_and_standard_input() {
+    let server = Server::start();
+    let dir = workdir();
+    for name in ["a/b/one", "a/two", "three", "d/four"] {
+        write(&dir.path().join(name), name.as_bytes());
+    }
+    write(&dir.path().join("list"), b"a/b/one\n./three\n\nd");
+    let out = server.client(dir.path(), &["put", "--files-from", "list"]);
+    assert_eq!(out.code, 0, "{out:?}");
+    let expected = ["a", "a/b", "a/b/one", "d", "d/four", "three"];
+    assert_eq!(names(&server.uploads()), expected);
+
+    let with_input = |args: &[&str], input: &[u8]| {
+        let mut command = client(dir.path());
+        command.env("UDPACK_URL", server.url()).args(args);
+        let (reader, mut writer) = std::io::pipe().expect("a pipe");
+        command.stdin(Stdio::from(reader));
+        let mut running = Running::spawn(&mut command);
+        drop(command);
+        let input = input.to_owned();
+        let feeding = std::thread::spawn(move || writer.write_all(&input));
+        let out = running.exited();
+        let _ = feeding.join();
+        out
+    };
+    let out = with_input(
+        &["put", "--files-from", "-", "--as", "x/"],
+        b"a/two\nthree\n",
+    );
+    assert_eq!(out.code, 0, "{out:?}");
+    assert_eq!(names(&server.uploads().join("x")), ["a", "a/two", "three"]);
+
+    let content = bytes(3_000_001, 5);
+    let out = with_input(&["put", "-", "--as", "piped"], &content);
+    assert_eq!(out.code, 0, "{out:?}");
+    assert_eq!(
+        out.stdout,
+        format!("piped  3000001  {}\n", blake3::hash(&content))
+    );
+    assert!(fs::read(server.uploads().join("piped")).expect("stored") == content);
+
+    for args in [
+        &["put", "-"][..],
+        &["put", "-", "--as", "x/"],
+        &["put", "-", "--files-from", "-", "--as", "x"],
+        &["put", "--files-from", "list", "--as", "x"],
+        &["verify", "-"],
+    ] {
+        let out = server.client(dir.path(), args);
+        assert_eq!(out.code, 2, "{args:?}: {out:?}");
+    }
+    let out = server.client(dir.path(), &["put", "--files-from", "missing"]);
+    assert_eq!(out.code, 3, "{out:?}");
+    write(
+        &dir.path().join("list"),
+        b"three\n/etc/hostname\nmissing\n../up\n",
+    );
+    let out = server.client(dir.path(), &["put", "--files-from", "list", "--json"]);
+    assert_eq!(out.code, 10, "{out:?}");
+    assert_eq!(result(&out.stdout)["failed"], 3);
+}
+
+#[test]
+fn links_are_followed_or_kept() {
+    let dir = workdir();
+    write(&dir.path().join("t/file"), b"x");
+    symlink("file", dir.path().join("t/link")).expect("symlink");
+    let server = Server::start_in(workdir(), &["--allow-read"]);
+    assert_eq!(server.client(dir.path(), &["put", "t"]).code, 0);
+    let stored = server.uploads().join("t/link");
+    assert!(fs::symlink_metadata(&stored).expect("metadata").is_file());
+    assert_eq!(
+        server
+            .client(dir.path(), &["put", "t", "--links", "--as", "kept"])
+            .code,
+        0
+    );
+    let stored = server.uploads().join("kept/link");
+    assert_eq!(fs::read_link(&stored).expect("a link"), Path::new("file"));
+    assert_eq!(
+        server
+            .client(dir.path(), &["verify", "t", "--links", "--as", "kept"])
+            .code,
+        0
+    );
+    assert_eq!(server.client(dir.path(), &["get", "kept"]).code, 0);
+    let back = dir.path().join("kept/link");
+    assert_eq!(fs::read_link(&back).expect("a link"), Path::new("file"));
+    // One that leads out, and a circle.
+    symlink("/etc", dir.path().join("t/out")).expect("symlink");
+    let out = server.client(dir.path(), &["put", "t", "--links", "--as", "kept"]);
+    assert_eq!(out.code, 10, "{out:?}");
+    assert!(!server.uploads().join("kept/out").exists());
+    fs::remove_file(dir.path().join("t/out")).expect("rm");
+    symlink(".", dir.path().join("t/circle")).expect("symlink");
+    let out = server.client(dir.path(), &["put", "t", "--as", "again"]);
+    assert_eq!(out.code, 10, "{out:?}");
+    assert_eq!(names(&server.uploads().join("again")), ["file", "link"]);
+}
+
+#[test]
+fn one_bad_file_does_not_stop_the_others() {
+    let server = Server::start();
+    let dir = workdir();
+    for name in ["t/good", "t/.hidden", "t/e\u{301}", "t/sub/good"] {
+        write(&dir.path().join(name), b"x");
+    }
+    let out = server.client(dir.path(), &["put", "t", "--json"]);
+    assert_eq!(out.code, 10, "{out:?}");
+    let result = result(&out.stdout);
+    assert_eq!(
+        (&result["status"], &result["files"], &result["failed"]),
+        (&"partial".into(), &2.into(), &2.into())
+    );
+    let lines = events(&out.stdout);
+    assert!(
+        named(&lines, "file")
+            .iter()
+            .all(|line| line["status"] == "ok" || line["error_kind"] == "policy")
+    );
+    assert!(out.stderr.contains("convmv"), "{out:?}");
+    assert_eq!(
+        names(&server.uploads()),
+        ["t", "t/good", "t/sub", "t/sub/good"]
+    );
+    // Nothing but a bad one: its own code, told once.
+    let out = server.client(
+        dir.path(),
+        &[
+            "put",
+            "t",
+            "--exclude",
+            "good",
+            "--exclude",
+            "sub",
+            "--exclude",
+            ".*",
+        ],
+    );
+    assert_eq!(out.code, 6, "{out:?}");
+    assert_error(&out.stderr);
+}
+
+#[test]
+fn a_dry_run_shows_a_tree() {
+    let dir = workdir();
+    write(&dir.path().join("t/a"), b"123");
+    fs::create_dir(dir.path().join("t/b")).expect("mkdir");
+    let out = exited(client(dir.path()).args(["put", "-n", "t", "--as", "x/"]));
+    assert_eq!(out.code, 0, "{out:?}");
+    let mut lines: Vec<&str> = out.stdout.lines().collect();
+    lines.sort_unstable();
+    assert_eq!(lines, ["x/t/a  3  -", "x/t/b/  -  -"]);
+}
+
+#[test]
+fn ls_stat_and_rm() {
+    let server = Server::start_in(workdir(), &["--allow-read"]);
+    let dir = workdir();
+    write(&dir.path().join("t/a b"), b"12345");
+    write(&dir.path().join("t/sub/c"), b"");
+    age(&dir.path().join("t/a b"), 0o640, 1_700_000_000, 0);
+    assert_eq!(server.client(dir.path(), &["put", "-p", "t"]).code, 0);
+    let ls = |args: &[&str]| {
+        let out = server.client(dir.path(), args);
+        assert_eq!(out.code, 0, "{args:?} {out:?}");
+        out.stdout
+    };
+    assert_eq!(ls(&["ls"]), "t/\n");
+    assert_eq!(ls(&["ls", "t/"]), "t/a b\nt/sub/\n");
+    assert_eq!(ls(&["ls", "-R"]), "t/\nt/a b\nt/sub/\nt/sub/c\n");
+    assert_eq!(
+        ls(&["ls", "-l", "t/a b"]),
+        "-rw-r-----             5  2023-11-14T22:13:20Z  t/a b\n"
+    );
+    let line: Value = serde_json::from_str(&ls(&["ls", "--json", "t/a b"])).expect("json");
+    assert_eq!(
+        (&line["path"], &line["size"], &line["mode"]),
+        (&"t/a b".into(), &5.into(), &0o640.into())
+    );
+    assert_eq!(
+        ls(&["stat", "t/a b"]),
+        "path t/a b\nkind file\nsize 5\nmodified 2023-11-14T22:13:20Z\nmode 0640\n"
+    );
+    let out = server.client(dir.path(), &["stat", "t", "missing", "--json"]);
+    assert_eq!(out.code, 10, "{out:?}");
+    assert_eq!(out.stdout.lines().count(), 1);
+    assert_eq!(server.client(dir.path(), &["stat", "missing"]).code, 6);
+    assert_eq!(server.client(dir.path(), &["ls", "missing"]).code, 6);
+
+    // The owner's token says nothing of rights: removing takes one that does.
+    let out = server.client(dir.path(), &["rm", "t/a b"]);
+    assert_eq!(out.code, 6, "{out:?}");
+    assert_error(&out.stderr);
+    let url = server.new_token(&["cleaner", "--scope", "read,delete"]);
+    let rm = |args: &[&str]| exited(client(dir.path()).env("UDPACK_URL", &url).args(args));
+    let out = rm(&["rm", "t/a b"]);
+    assert_eq!(
+        (out.code, &*out.stdout),
+        (0, "removed t/a b  1  5\n"),
+        "{out:?}"
+    );
+    assert_eq!(rm(&["rm", "t"]).code, 6, "not empty");
+    assert_eq!(rm(&["rm", "missing"]).code, 6);
+    assert_eq!(rm(&["rm", "/"]).code, 2);
+    assert_eq!(rm(&["rm", "-r", "t"]).code, 0);
+    assert_eq!(names(&server.uploads()), Vec::<String>::new());
+}
+
+#[test]
+fn tokens_allow_what_their_scope_says() {
+    let server = Server::start();
+    let dir = workdir();
+    write(&dir.path().join("file"), b"content");
+    let at =
+        |url: &str, args: &[&str]| exited(client(dir.path()).env("UDPACK_URL", url).args(args));
+    let reader = server.new_token(&["reader", "--scope", "read"]);
+    let writer = server.new_token(&["writer", "--scope", "write", "--quota", "10"]);
+    let boxed = server.new_token(&[
+        "boxed",
+        "--scope",
+        "read,write,delete",
+        "--prefix",
+        "teams/red",
+    ]);
+    let out = at(&reader, &["put", "file"]);
+    assert_eq!(out.code, 6, "{out:?}");
+    assert_error(&out.stderr);
+    assert_eq!(at(&writer, &["put", "file"]).code, 0);
+    assert_eq!(at(&writer, &["get", "file", "--as", "x"]).code, 6);
+    assert_eq!(at(&writer, &["ls"]).code, 6);
+    assert_eq!(at(&writer, &["verify", "file"]).code, 6);
+    assert_eq!(
+        at(&writer, &["put", "file", "--as", "second"]).code,
+        6,
+        "its quota"
+    );
+    assert_eq!(at(&reader, &["get", "file", "--as", "x"]).code, 0);
+    assert_eq!(at(&reader, &["rm", "file"]).code, 6);
+    // Its directory is the root for a confined one.
+    assert_eq!(at(&boxed, &["put", "file"]).code, 0);
+    assert_eq!(
+        fs::read(server.uploads().join("teams/red/file")).expect("stored"),
+        b"content"
+    );
+    assert_eq!(at(&boxed, &["ls", "-R"]).stdout, "file\n");
+    assert_eq!(at(&boxed, &["stat", "../file"]).code, 6);
+    assert_eq!(at(&boxed, &["rm", "file"]).code, 0);
+    assert!(server.uploads().join("file").exists());
+    // What every token allows that says nothing of it.
+    assert_eq!(server.client(dir.path(), &["put", "file"]).code, 0);
+    assert_eq!(server.client(dir.path(), &["ls"]).code, 6);
+    server.still_works();
+}
+
+#[test]
+fn a_read_only_server_takes_nothing_from_anybody() {
+    let server = Server::start_in(workdir(), &["--read-only"]);
+    let dir = workdir();
+    write(&dir.path().join("file"), b"content");
+    write(&server.uploads().join("there"), b"there");
+    let all = server.new_token(&["all", "--scope", "read,write,delete"]);
+    for url in [server.url(), all] {
+        let at = |args: &[&str]| exited(client(dir.path()).env("UDPACK_URL", &url).args(args));
+        assert_eq!(at(&["put", "file"]).code, 6);
+        assert_eq!(at(&["rm", "there"]).code, 6);
+        assert_eq!(at(&["get", "there"]).code, 0);
+    }
+    assert_eq!(names(&server.uploads()), ["there"]);
+    let out = exited(common::server(dir.path()).args(["--read-only", "--allow-read"]));
+    assert_eq!(out.code, 2, "{out:?}");
+}
+
+#[test]
+fn tokens_are_made_listed_and_withdrawn_while_the_server_runs() {
+    let server_one = Server::start();
+    let dir = server_one.dir.path();
+    let token = |args: &[&str]| exited(server(dir).arg("token").args(args));
+    let url = server_one.new_token(&[
+        "bob", "--scope", "read", "--scope", "write", "--prefix", "b/", "--quota", "1G",
+    ]);
+    let listed = token(&["list"]);
+    assert_eq!(listed.code, 0, "{listed:?}");
+    let line = listed.stdout.lines().find(|line| line.starts_with("bob"));
+    assert_eq!(
+        line,
+        Some("bob  scope=read,write  prefix=b  quota=1073741824")
+    );
+    let secret = url.split(['/', '@']).nth(2).expect("a token");
+    assert!(!listed.stdout.contains(secret), "lists show no secrets");
+    let json = token(&["list", "--json"]);
+    let lines = events(&json.stdout);
+    assert_eq!(lines.len(), 2);
+    assert!(
+        lines
+            .iter()
+            .any(|line| line["name"] == "bob" && line["prefix"] == "b")
+    );
+    let ping = || {
+        exited(
+            client(dir)
+                .env("UDPACK_URL", &url)
+                .args(["ping", "-c", "1"]),
+        )
+        .code
+    };
+    until("the new token lets in", || ping() == 0);
+    let revoked = token(&["revoke", "bob"]);
+    assert_eq!((revoked.code, &*revoked.stdout), (0, "revoked bob\n"));
+    until("it does no more", || ping() == 4);
+    for (args, code) in [
+        (&["revoke", "bob"][..], 2),
+        (&["new", "with space"], 2),
+        (&["new", "x", "--prefix", "../up"], 2),
+        (&["new", "x", "--scope", "everything"], 2),
+        (&["list", "--token-file", "missing"], 3),
+    ] {
+        let out = token(args);
+        assert_eq!(out.code, code, "{args:?}: {out:?}");
+        assert_ne!(out.stderr, "");
+    }
+    assert_eq!(token(&["new", "twice"]).code, 0);
+    assert_eq!(token(&["new", "twice"]).code, 2);
+    let unnamed = token(&["new", "--json"]);
+    let line: Value = serde_json::from_str(&unnamed.stdout).expect("json");
+    assert!(
+        line["name"]
+            .as_str()
+            .is_some_and(|name| name.starts_with("t-"))
+    );
+    server_one.still_works();
+    // Before the first start: the owner's token is made, too.
+    let fresh = workdir();
+    let out = exited(server(fresh.path()).args(["token", "new", "first"]));
+    assert_eq!(out.code, 0, "{out:?}");
+    Server::start_in(fresh, &[]).still_works();
+}
+
+/// A hook that writes down what it is told.
+fn hook(dir: &Path, text: &str) -> String {
+    let path = dir.join("hook.sh");
+    fs::write(&path, format!("#!/bin/sh\n{text}\n")).expect("write");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("chmod");
+    path.display().to_string()
+}
+
+#[test]
+fn a_hook_refuses_renames_and_is_told() {
+    let dir = workdir();
+    let log = dir.path().join("log");
+    let path = hook(
+        dir.path(),
+        &format!(
+            "case \"$1:$UDPACK_PATH\" in
+                accept:bad*) echo 'no bad files' >&2; exit 1;;
+                accept:old*) echo \"new/${{UDPACK_PATH#old}}\";;
+                done:*) echo \"$UDPACK_PATH|$UDPACK_SIZE|$UDPACK_PEER|$UDPACK_FILE|$UDPACK_HASH\" >> '{}';;
+            esac",
+            log.display()
+        ),
+    );
+    let server = Server::start_in(workdir(), &["--hook", &path]);
+    for name in ["bad file", "oldname", "plain $(x) 'q'"] {
+        write(&dir.path().join(name), name.as_bytes());
+    }
+    let out = server.client(dir.path(), &["put", "bad file"]);
+    assert_eq!(out.code, 6, "{out:?}");
+    assert!(out.stderr.contains("no bad files"), "{out:?}");
+    assert_error(&out.stderr);
+    let out = server.client(dir.path(), &["put", "oldname"]);
+    assert_eq!(out.code, 0, "{out:?}");
+    assert!(out.stdout.starts_with("new/name  7  "), "{out:?}");
+    let out = server.client(dir.path(), &["put", "plain $(x) 'q'"]);
+    assert_eq!(out.code, 0, "{out:?}");
+    assert_eq!(
+        names(&server.uploads()),
+        ["new", "new/name", "plain $(x) 'q'"]
+    );
+    until("both were told", || {
+        fs::read_to_string(&log).is_ok_and(|text| text.lines().count() == 2)
+    });
+    let text = fs::read_to_string(&log).expect("a log");
+    let line = text
+        .lines()
+        .find(|line| line.starts_with("plain"))
+        .expect("the plain one");
+    let fields: Vec<&str> = line.split('|').collect();
+    assert_eq!(fields[..2], ["plain $(x) 'q'", "14"]);
+    assert!(fs::read(fields[3]).expect("the stored file") == b"plain $(x) 'q'");
+    assert_eq!(fields[4], blake3::hash(b"plain $(x) 'q'").to_string());
+    let out = exited(common::server(dir.path()).args([
+        "--hook",
+        "/nonexistent",
+        "--listen",
+        "127.0.0.1:0",
+    ]));
+    assert_eq!(out.code, 3, "{out:?}");
+    assert_error(&out.stderr);
+}
+
+#[test]
+fn a_bandwidth_limit_is_kept() {
+    let server = Server::start_in(workdir(), &["--allow-read", "--bwlimit", "none:1M"]);
+    let dir = workdir();
+    write(&dir.path().join("file"), &bytes(1 << 20, 3));
+    let began = Instant::now();
+    let out = server.client(dir.path(), &["put", "file", "--bwlimit", "500K:none"]);
+    assert_eq!(out.code, 0, "{out:?}");
+    // A burst of an eighth of a second goes first.
+    assert!(
+        began.elapsed() > Duration::from_millis(1500),
+        "{:?}",
+        began.elapsed()
+    );
+    let began = Instant::now();
+    let out = server.client(dir.path(), &["get", "file", "--as", "back"]);
+    assert_eq!(out.code, 0, "{out:?}");
+    assert!(
+        began.elapsed() > Duration::from_millis(500),
+        "{:?}",
+        began.elapsed()
+    );
+    let out = server.client(dir.path(), &["put", "file", "--bwlimit", "fast"]);
+    assert_eq!(out.code, 2, "{out:?}");
+}
+
+/// An upload that goes slowly, until so many bytes are acknowledged.
+fn slow_upload(server: &Server, dir: &Path, rate: &str, until_bytes: u64) -> Running {
+    let mut running = Running::spawn(client(dir).env("UDPACK_URL", server.url()).args([
+        "put",
+        "--json",
+        "--bwlimit",
+        rate,
+        "file",
+    ]));
+    until("bytes are acknowledged", || {
+        let line: Value = serde_json::from_str(&running.line()).expect("json");
+        line["event"] == "progress"
+            && line["bytes"]
+                .as_u64()
+                .is_some_and(|bytes| bytes > until_bytes)
+    });
+    running
+}
+
+#[test]
+fn a_killed_client_goes_on_where_it_was() {
+    let server = Server::start_in(workdir(), &["--allow-read"]);
+    let dir = workdir();
+    let size: u64 = 40 << 20;
+    let content = bytes(40 << 20, 4);
+    write(&dir.path().join("file"), &content);
+    let mut running = slow_upload(&server, dir.path(), "8M", 24 << 20);
+    running.signal("KILL");
+    running.exited();
+    // Its lane ends when the server notices; a later run takes over meanwhile.
+    let out = server.client(dir.path(), &["put", "--json", "file"]);
+    assert_eq!(out.code, 0, "{out:?}");
+    let lines = events(&out.stdout);
+    assert_eq!(named(&lines, "resumed").len(), 1, "{}", out.stdout);
+    assert!(out.stderr.contains("resumed from "), "{out:?}");
+    let sent = result(&out.stdout)["sent"].as_u64().expect("bytes");
+    // Of 24 MiB, those of the last second or two at 8 MiB/s may be lost.
+    assert!(sent <= size - (6 << 20), "{sent} of {size}");
+    assert!(fs::read(server.uploads().join("file")).expect("stored") == content);
+    assert_eq!(staged(&server.uploads()), 0);
+}
+
+#[test]
+fn a_killed_download_goes_on_where_it_was() {
+    let server = Server::start_in(workdir(), &["--allow-read"]);
+    let size: u64 = 40 << 20;
+    let content = bytes(40 << 20, 9);
+    write(&server.uploads().join("dir/file"), &content);
+    let dir = workdir();
+    let mut running = Running::spawn(client(dir.path()).env("UDPACK_URL", server.url()).args([
+        "get",
+        "--json",
+        "--bwlimit",
+        "none:8M",
+        "dir",
+    ]));
+    until("bytes arrive", || {
+        let line: Value = serde_json::from_str(&running.line()).expect("json");
+        line["event"] == "progress" && line["bytes"].as_u64().is_some_and(|now| now > 24 << 20)
+    });
+    running.signal("KILL");
+    running.exited();
+    assert_eq!(
+        names(&dir.path().join("dir")),
+        Vec::<String>::new(),
+        "nothing is visible"
+    );
+    let out = server.client(dir.path(), &["get", "--json", "dir"]);
+    assert_eq!(out.code, 0, "{out:?}");
+    let sent = result(&out.stdout)["sent"].as_u64().expect("bytes");
+    assert!(sent <= size - (6 << 20), "{sent} of {size}");
+    assert_eq!(
+        named(&events(&out.stdout), "resumed").len(),
+        1,
+        "{}",
+        out.stdout
+    );
+    assert!(fs::read(dir.path().join("dir/file")).expect("a file") == content);
+    assert_eq!(names(dir.path()), ["dir", "dir/file"]);
+    assert!(!dir.path().join(".udpack").exists());
+}
+
+#[test]
+fn a_client_outlives_its_server() {
+    let dir = workdir();
+    let content = bytes(30 << 20, 6);
+    write(&dir.path().join("file"), &content);
+    let first = Server::start();
+    let address = first.value("listening").to_owned();
+    let mut running = slow_upload(&first, dir.path(), "8M", 16 << 20);
+    // Killed in the middle, and back on the same port.
+    first.running.signal("KILL");
+    let second = Server::start_at(&address, first.stop(), &[]);
+    let out = running.exited();
+    assert_eq!(out.code, 0, "{out:?}");
+    let lines = events(&out.stdout);
+    assert!(!named(&lines, "reconnecting").is_empty(), "{}", out.stdout);
+    assert!(
+        out.stderr.contains("reconnecting (attempt 1, in "),
+        "{out:?}"
+    );
+    assert_eq!(result(&out.stdout)["status"], "ok");
+    assert!(fs::read(second.uploads().join("file")).expect("stored") == content);
+    assert_eq!(staged(&second.uploads()), 0);
+}
+
+#[test]
+fn without_retries_a_lost_server_is_5() {
+    let dir = workdir();
+    write(&dir.path().join("file"), &bytes(30 << 20, 6));
+    let server = Server::start();
+    let mut running = Running::spawn(client(dir.path()).env("UDPACK_URL", server.url()).args([
+        "put",
+        "--json",
+        "--bwlimit",
+        "1M",
+        "--retries",
+        "0",
+        "file",
+    ]));
+    until("bytes are acknowledged", || {
+        let line: Value = serde_json::from_str(&running.line()).expect("json");
+        line["event"] == "progress" && line["bytes"].as_u64().is_some_and(|bytes| bytes > 0)
+    });
+    assert_eq!(server.terminate("TERM").0, 0);
+    let out = running.exited();
+    assert_eq!(out.code, 5, "{out:?}");
+    assert_error(&out.stderr);
+}
+
+#[test]
+fn interrupted_uploads_are_listed_and_purged() {
+    let server_one = Server::start();
+    let dir = workdir();
+    write(&dir.path().join("file"), &bytes(40 << 20, 7));
+    let uploads = |args: &[&str]| {
+        let out = exited(server(server_one.dir.path()).arg("uploads").args(args));
+        assert_eq!(out.code, 0, "{args:?}: {out:?}");
+        out.stdout
+    };
+    assert_eq!(uploads(&["list"]), "");
+    let mut running = slow_upload(&server_one, dir.path(), "8M", 16 << 20);
+    let line: Value = serde_json::from_str(uploads(&["list", "--json"]).trim()).expect("json");
+    assert_eq!(
+        (&line["path"], &line["live"]),
+        (&"file".into(), &true.into()),
+        "{line}"
+    );
+    assert_eq!(
+        uploads(&["purge", "--older-than", "0s"]),
+        "removed 0\n",
+        "it is being written"
+    );
+    running.signal("INT");
+    let out = running.exited();
+    assert_eq!(out.code, 130, "{out:?}");
+    assert_error(&out.stderr);
+    until("it is put aside", || {
+        uploads(&["list"]).contains("  idle  ")
+    });
+    let line: Value = serde_json::from_str(uploads(&["list", "--json"]).trim()).expect("json");
+    assert_eq!(line["size"], 40 << 20);
+    assert!(
+        line["held"].as_u64().is_some_and(|held| held > 8 << 20),
+        "{line}"
+    );
+    assert_eq!(uploads(&["purge"]), "removed 0\n", "it is not a day old");
+    assert_eq!(uploads(&["purge", "--older-than", "0s"]), "removed 1\n");
+    assert_eq!(uploads(&["list"]), "");
+    assert_eq!(staged(&server_one.uploads()), 0);
+    let out = exited(server(dir.path()).args(["uploads", "list", "--dir", "missing"]));
+    assert_eq!(out.code, 3, "{out:?}");
+    server_one.still_works();
+}
+
+#[test]
+fn jobs_are_listed_watched_and_ended() {
+    let server = Server::start_in(workdir(), &["--allow-read"]);
+    let dir = workdir();
+    write(&dir.path().join("file"), &bytes(60 << 20, 8));
+    assert_eq!(server.client(dir.path(), &["jobs"]).stdout, "");
+    let mut running = slow_upload(&server, dir.path(), "4M", 1 << 20);
+    let admin = server.new_token(&["boss", "--scope", "admin"]);
+    let jobs = |url: &str, args: &[&str]| {
+        exited(
+            client(dir.path())
+                .env("UDPACK_URL", url)
+                .arg("jobs")
+                .args(args),
+        )
+    };
+    let out = jobs(&server.url(), &["--json"]);
+    assert_eq!(out.code, 0, "{out:?}");
+    let job: Value = serde_json::from_str(out.stdout.trim()).expect("one job");
+    assert_eq!(
+        (&job["kind"], &job["path"], &job["state"]),
+        (&"put".into(), &"file".into(), &"running".into())
+    );
+    let id = job["id"].to_string();
+    assert!(jobs(&server.url(), &[]).stdout.contains("  put  running  "));
+    let mut watching = Running::spawn(
+        client(dir.path())
+            .env("UDPACK_URL", &admin)
+            .args(["jobs", "--watch", "--json"]),
+    );
+    watching.line();
+    assert_eq!(jobs(&admin, &["--cancel", "999999"]).code, 6);
+    let out = jobs(&admin, &["--cancel", &id]);
+    assert_eq!(out.code, 0, "{out:?}");
+    let out = running.exited();
+    assert_ne!(out.code, 0, "{out:?}");
+    until("the watcher hears of the end", || {
+        let job: Value = serde_json::from_str(&watching.line()).expect("json");
+        job["state"] == "cancelled"
+    });
+    watching.signal("INT");
+    assert_eq!(watching.exited().code, 0);
+    server.still_works();
+}

@@ -1,0 +1,328 @@
+//! Runs the vectors of `docs/PROTOCOL.md` that are about §11 against the library: what a lane's messages say and
+//! which of them are refused, and which requests a server takes.
+
+mod common;
+#[path = "../../udpack/tests/protocol_doc/vectors.rs"]
+mod vectors;
+
+use std::fmt::Write as _;
+
+use bytes::Bytes;
+use common::{Fixture, bounded};
+use serde::de::IgnoredAny;
+use udpack::{Channel, Message, RequestError};
+use udpack_transfer::wire::{self, Have, MetaFields, Reply, Request};
+use udpack_transfer::{
+    CHANNEL, IfExists, JOBS_CHANNEL, ReceiverConfig, Scope, StoreConfig, Synced,
+};
+use vectors::{Value, Vector, read_msgpack, vectors};
+
+/// Fewer than these, and the parser has gone blind.
+const MIN_ACCEPTED: usize = 55;
+const MIN_REFUSED: usize = 80;
+const MIN_ASKED: usize = 20;
+
+/// What a message was read as: each key of its table, `None` for what is absent, nil, or as if absent.
+type Said = Vec<(&'static str, Option<Value>)>;
+
+#[test]
+fn every_vector_of_a_lane_holds() {
+    let vectors: Vec<_> = vectors()
+        .into_iter()
+        .filter(|vector| vector.kind().starts_with("lane"))
+        .collect();
+    let refused = vectors.iter().filter(|v| v.refusal().is_some()).count();
+    let accepted = vectors.len() - refused;
+    assert!(
+        accepted >= MIN_ACCEPTED,
+        "accepted vectors found: {accepted}"
+    );
+    assert!(refused >= MIN_REFUSED, "refused vectors found: {refused}");
+
+    let mut failures = String::new();
+    for vector in &vectors {
+        if let Err(why) = check(vector) {
+            writeln!(failures, "{}: {why}", vector.name()).expect("writing to a string succeeds");
+        }
+    }
+    assert!(failures.is_empty(), "vectors that do not hold:\n{failures}");
+}
+
+fn check(vector: &Vector) -> Result<(), String> {
+    let bytes = Bytes::from(vector.bytes()?);
+    let message = Message::decode(bytes).map_err(|error| error.to_string())?;
+    let decoded = match vector.kind() {
+        "lane" => wire::decode(&message).map(|request| request.map(asked)),
+        "lane-reply" => wire::decode_reply(&message).map(|reply| reply.map(answered)),
+        kind => return Err(format!("unknown kind: {kind:?}")),
+    };
+    match (decoded, vector.refusal()) {
+        (Err(bad), Some("bad_message")) => {
+            let about = vector.field("about").map(str::parse).transpose();
+            let about = about.map_err(|error| format!("about: {error}"))?;
+            // What a server breaks is not answered.
+            if vector.kind() == "lane" && bad.id != about {
+                return Err(format!("expected it to be about {about:?}: {bad:?}"));
+            }
+            Ok(())
+        }
+        (Err(bad), refusal) => Err(format!("expected {refusal:?}, got {bad}")),
+        (Ok(None), _) => Err("not an event of a lane".to_owned()),
+        (Ok(Some(_)), Some(refusal)) => Err(format!("expected {refusal}, was accepted")),
+        (Ok(Some(said)), None) => {
+            let data = vector.data()?;
+            for (key, found) in said {
+                let written = written(&data, key);
+                if found != written {
+                    return Err(format!(
+                        "{key}: expected {written:.200?}, got {found:.200?}"
+                    ));
+                }
+            }
+            Ok(())
+        }
+    }
+}
+
+/// What a vector's data has under this key, `None` where that means as much as nothing.
+fn written(data: &Value, key: &str) -> Option<Value> {
+    let Value::Map(pairs) = data else {
+        return None;
+    };
+    let (_, value) = pairs
+        .iter()
+        .find(|(name, _)| *name == Value::Str(key.to_owned()))?;
+    let nothing = match key {
+        "mtime_ns" => *value == Value::Int(0),
+        "have" => *value == Value::Array(Vec::new()),
+        "if_exists" => *value == text("same"),
+        // A word of another version.
+        "sync" => ![text("file"), text("batch"), text("none")].contains(value),
+        _ => *value == Value::Bool(false),
+    };
+    match value {
+        Value::Nil => None,
+        _ if nothing => None,
+        // What lies above the permissions is the kind of file.
+        Value::Int(mode) if key == "mode" => Some(Value::Int(mode & 0o7777)),
+        value => Some(value.clone()),
+    }
+}
+
+fn text(text: &str) -> Value {
+    Value::Str(text.to_owned())
+}
+
+fn int(number: impl Into<i128>) -> Option<Value> {
+    Some(Value::Int(number.into()))
+}
+
+fn flag(flag: bool) -> Option<Value> {
+    flag.then_some(Value::Bool(true))
+}
+
+fn bin(bytes: &[u8]) -> Option<Value> {
+    Some(Value::Bin(bytes.to_vec()))
+}
+
+fn policy(if_exists: IfExists) -> Option<Value> {
+    (if_exists != IfExists::default()).then(|| text(&if_exists.to_string()))
+}
+
+fn ranges(have: &Have) -> Option<Value> {
+    let range = |(off, len, hash): &(u64, u64, [u8; 32])| {
+        Value::Array(
+            [int(*off), int(*len), bin(hash)]
+                .into_iter()
+                .flatten()
+                .collect(),
+        )
+    };
+    (!have.is_empty()).then(|| Value::Array(have.iter().map(range).collect()))
+}
+
+fn meta(meta: MetaFields) -> Said {
+    vec![
+        ("mtime", meta.mtime.and_then(int)),
+        ("mtime_ns", int(meta.mtime_ns).filter(|_| meta.mtime_ns > 0)),
+        ("mode", meta.mode.and_then(int)),
+    ]
+}
+
+fn asked(request: Request) -> Said {
+    match request {
+        Request::File(offer) => {
+            let (path, size) = if offer.short {
+                ("filename", "filesize")
+            } else {
+                ("path", "size")
+            };
+            let mut said = vec![
+                ("id", int(offer.id).filter(|_| !offer.short)),
+                (path, Some(text(&offer.path))),
+                (size, offer.size.and_then(int)),
+                ("if_exists", policy(offer.if_exists)),
+                ("resume", flag(offer.resume)),
+                ("run", offer.run.and_then(|run| bin(&run))),
+            ];
+            said.extend(meta(offer.meta));
+            said
+        }
+        Request::Dir(offer) => {
+            let mut said = vec![("id", int(offer.id)), ("path", Some(text(&offer.path)))];
+            said.extend(meta(offer.meta));
+            said
+        }
+        Request::Link(offer) => vec![
+            ("id", int(offer.id)),
+            ("path", Some(text(&offer.path))),
+            ("target", Some(text(&offer.target))),
+            ("if_exists", policy(offer.if_exists)),
+        ],
+        Request::Get(wish) => vec![
+            ("id", int(wish.id)),
+            ("path", Some(text(&wish.path))),
+            ("have", ranges(&wish.have)),
+        ],
+        Request::Chunk { id, offset, bytes } => vec![
+            ("id", offset.and_then(|_| int(id))),
+            ("off", offset.and_then(int)),
+            ("chunk", bin(&bytes)),
+        ],
+        Request::Finish(finish) => vec![
+            ("id", finish.hash.and_then(|_| int(finish.id))),
+            ("size", finish.size.and_then(int)),
+            ("hash", finish.hash.and_then(|hash| bin(&hash))),
+        ],
+        Request::Cancel { id, keep } => vec![("id", int(id)), ("keep", flag(keep))],
+        // In the short form it is 0.
+        Request::Done { id } => vec![("id", int(id).filter(|_| id > 0))],
+        Request::Ack { id, recv } => vec![("id", int(id)), ("recv", int(recv))],
+        other => panic!("a message that this test does not know: {other:?}"),
+    }
+}
+
+fn answered(reply: Reply) -> Said {
+    match reply {
+        Reply::Ready { id, have } => vec![("id", int(id)), ("have", ranges(&have))],
+        Reply::Ack { id, recv, safe } => {
+            vec![("id", int(id)), ("recv", int(recv)), ("safe", int(safe))]
+        }
+        Reply::Done {
+            id,
+            path,
+            size,
+            hash,
+            same,
+            sync,
+        } => vec![
+            ("id", int(id)),
+            ("path", Some(text(&path))),
+            ("size", int(size)),
+            ("hash", bin(&hash)),
+            ("same", flag(same)),
+            (
+                "sync",
+                sync.map(|way| match way {
+                    Synced::File => text("file"),
+                    Synced::Batch => text("batch"),
+                    Synced::None => text("none"),
+                }),
+            ),
+        ],
+        Reply::File {
+            id,
+            path,
+            size,
+            meta: fields,
+        } => {
+            let mut said = vec![
+                ("id", int(id)),
+                ("path", Some(text(&path))),
+                ("size", int(size)),
+            ];
+            said.extend(meta(fields));
+            said
+        }
+        Reply::Chunk { id, offset, bytes } => {
+            vec![
+                ("id", int(id)),
+                ("off", int(offset)),
+                ("chunk", bin(&bytes)),
+            ]
+        }
+        Reply::Finish(finish) => vec![
+            ("id", int(finish.id)),
+            ("size", finish.size.and_then(int)),
+            ("hash", finish.hash.and_then(|hash| bin(&hash))),
+        ],
+        Reply::Error {
+            id,
+            code,
+            message,
+            retry,
+        } => vec![
+            ("id", int(id)),
+            ("code", Some(text(&code))),
+            ("message", Some(text(&message))),
+            ("retry", flag(retry)),
+        ],
+        other => panic!("a message that this test does not know: {other:?}"),
+    }
+}
+
+/// The requests, asked of a server whose directory is empty: it answers something else than that they break
+/// their table, or just that.
+#[tokio::test]
+async fn every_vector_of_a_request_holds() {
+    bounded(async {
+        let rights = Scope {
+            read: true,
+            delete: true,
+            ..Scope::default()
+        };
+        let config = ReceiverConfig {
+            default_scope: rights,
+            ..ReceiverConfig::default()
+        };
+        let fixture = Fixture::with(StoreConfig::default(), config).await;
+        let socket = fixture.connect().await;
+        let lane = socket.open(CHANNEL).await.expect("a lane");
+        let jobs = socket.open(JOBS_CHANNEL).await.expect("the list of jobs");
+        let mut asked = 0;
+        let mut failures = String::new();
+        for vector in vectors().iter().filter(|vector| vector.kind() == "ask") {
+            asked += 1;
+            let of_jobs = vector.name().starts_with("jobs");
+            let channel = if of_jobs { &jobs } else { &lane };
+            if let Err(why) = ask(channel, vector).await {
+                writeln!(failures, "{}: {why}", vector.name())
+                    .expect("writing to a string succeeds");
+            }
+        }
+        assert!(asked >= MIN_ASKED, "vectors found: {asked}");
+        assert!(failures.is_empty(), "vectors that do not hold:\n{failures}");
+    })
+    .await;
+}
+
+async fn ask(channel: &Channel, vector: &Vector) -> Result<(), String> {
+    let bytes = Bytes::from(vector.bytes()?);
+    let message = Message::decode(bytes).map_err(|error| error.to_string())?;
+    message.id().ok_or("no request")?;
+    let data = read_msgpack(&message.raw())?;
+    let answer = channel
+        .request::<_, IgnoredAny>(message.event(), &data)
+        .await;
+    let code = match &answer {
+        Ok(_) => None,
+        Err(RequestError::NoHandler) => Some("no_handler"),
+        Err(RequestError::Fault(fault)) => Some(fault.code.as_str()),
+        Err(error) => return Err(error.to_string()),
+    };
+    match (vector.refusal(), code) {
+        (Some(expected), code) if code == Some(expected) => Ok(()),
+        (None, code) if code != Some("bad_payload") => Ok(()),
+        (expected, code) => Err(format!("expected {expected:?}, got {code:?}")),
+    }
+}
