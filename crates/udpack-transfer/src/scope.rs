@@ -136,11 +136,14 @@ impl Scope {
         let prefix = format!("{prefix}/");
         let mut told = String::with_capacity(sentence.len());
         let mut rest = sentence;
+        let mut cut = false;
         while let Some(at) = rest.find(&prefix) {
             let (before, found) = rest.split_at(at);
             told.push_str(before);
             // A name begins a word; in the middle of one it is another's.
-            let begins = told.is_empty() || told.ends_with([' ', '"']);
+            let begins =
+                !(cut && before.is_empty()) && (told.is_empty() || told.ends_with([' ', '"']));
+            cut = begins;
             rest = found.get(prefix.len()..).unwrap_or_default();
             if !begins {
                 told.push_str(&prefix);

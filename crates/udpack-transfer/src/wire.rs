@@ -211,12 +211,14 @@ pub fn decode(message: &Message) -> Result<Option<Request>, BadMessage> {
                 .flatten()
                 .unwrap_or(0),
         }),
-        "ack" => read("ack", message, |fields| {
+        // A courtesy, too.
+        "ack" => Ok(read("ack", message, |fields| {
             Ok(Request::Ack {
                 id: fields.u64("id")?,
                 recv: fields.u64("recv")?,
             })
-        }),
+        })
+        .unwrap_or(Request::Ack { id: 0, recv: 0 })),
         _ => return Ok(None),
     };
     request.map(Some)

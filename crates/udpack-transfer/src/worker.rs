@@ -20,7 +20,7 @@ use crate::store::{
     Tenant,
 };
 use crate::wire::{Finish, Have, Offer, RANGES};
-use crate::writers::{UploadKey, Writer, Writers};
+use crate::writers::{Pulse, UploadKey, Writer, Writers};
 
 /// Chunks of one file that may wait for the disk.
 const QUEUE: usize = 8;
@@ -98,6 +98,7 @@ pub(crate) struct Task {
 #[derive(Debug)]
 pub(crate) struct Incoming {
     shared: Arc<Shared>,
+    pulse: Option<Pulse>,
     finished: bool,
 }
 
@@ -142,6 +143,7 @@ impl Incoming {
         slot: OwnedSemaphorePermit,
         outcomes: Outcomes,
     ) -> Self {
+        let pulse = task.writer.as_ref().map(Writer::pulse);
         let worker = Worker {
             stage: Stage::New,
             task,
@@ -163,6 +165,7 @@ impl Incoming {
         });
         let incoming = Self {
             shared,
+            pulse,
             finished: false,
         };
         incoming.push(Step::Begin);
@@ -223,6 +226,9 @@ impl Incoming {
     }
 
     fn end(&self, end: End) {
+        if let Some(pulse) = &self.pulse {
+            pulse.leave();
+        }
         let worker = {
             let mut queue = self.shared.lock();
             queue.end = Some(end);
@@ -365,12 +371,14 @@ impl Worker {
             Ok(stage) => self.stage = stage,
             Err(error) => {
                 tracing::info!(code = error.code(), "upload refused: {error}");
+                // Who hears of it may offer it again at once.
+                self.task.writer = None;
                 self.tell(Outcome::failed(self.task.offer.id, &error));
             }
         }
     }
 
-    fn begin(&self, shared: &Shared) -> Result<Stage, StoreError> {
+    fn begin(&mut self, shared: &Shared) -> Result<Stage, StoreError> {
         let Task {
             offer,
             path,
@@ -446,7 +454,7 @@ impl Worker {
     }
 
     /// The name was taken: is what the client has the same?
-    fn compare(&self, comparing: Comparing, finish: Finish) -> Result<Stage, StoreError> {
+    fn compare(&mut self, comparing: Comparing, finish: Finish) -> Result<Stage, StoreError> {
         let Comparing {
             existing,
             hash,
@@ -489,7 +497,8 @@ impl Worker {
         Ok(self.was_there(path.to_string(), size, hash))
     }
 
-    fn was_there(&self, path: String, size: u64, hash: [u8; 32]) -> Stage {
+    fn was_there(&mut self, path: String, size: u64, hash: [u8; 32]) -> Stage {
+        self.task.writer = None;
         tracing::info!(%path, bytes = size, "was there already");
         self.tell(Outcome::Done {
             id: self.task.offer.id,

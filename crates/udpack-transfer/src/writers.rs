@@ -5,6 +5,7 @@
 //! else is told `busy`. So two clients never push each other off.
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -55,6 +56,8 @@ pub(crate) struct Writers {
 struct Live {
     run: Option<[u8; 16]>,
     active: Arc<Mutex<Instant>>,
+    /// The upload has ended for the client, and its writer only has to clean up.
+    leaving: Arc<AtomicBool>,
     /// Tells the writer that it has been replaced.
     replaced: watch::Sender<Replaced>,
     /// Closed when it has let go.
@@ -88,17 +91,26 @@ pub(crate) struct Writer {
     writers: Writers,
     key: UploadKey,
     active: Arc<Mutex<Instant>>,
+    leaving: Arc<AtomicBool>,
     replaced: watch::Receiver<Replaced>,
     _gone: watch::Sender<()>,
 }
 
 /// Notes that a writer shows life.
 #[derive(Debug, Clone)]
-pub(crate) struct Pulse(Arc<Mutex<Instant>>);
+pub(crate) struct Pulse {
+    active: Arc<Mutex<Instant>>,
+    leaving: Arc<AtomicBool>,
+}
 
 impl Pulse {
     pub(crate) fn beat(&self) {
-        *lock(&self.0) = Instant::now();
+        *lock(&self.active) = Instant::now();
+    }
+
+    /// The writer is about to let go: who asks now does not find it busy, but waits for that.
+    pub(crate) fn leave(&self) {
+        self.leaving.store(true, Ordering::Release);
     }
 }
 
@@ -117,6 +129,9 @@ impl Writers {
         let mut live = lock(&self.live);
         if let Some(writer) = live.get(&key) {
             let own = run.is_some() && writer.run == run;
+            if writer.leaving.load(Ordering::Acquire) {
+                return Claim::Wait(writer.gone.clone());
+            }
             let leaving = *writer.replaced.borrow() != Replaced::No;
             if !own && !leaving && lock(&writer.active).elapsed() < self.silent {
                 return Claim::Busy;
@@ -129,6 +144,7 @@ impl Writers {
             return Claim::Wait(writer.gone.clone());
         }
         let active = Arc::new(Mutex::new(Instant::now()));
+        let leaving = Arc::new(AtomicBool::new(false));
         let (replace, replaced) = watch::channel(Replaced::No);
         let (_gone, gone) = watch::channel(());
         live.insert(
@@ -136,6 +152,7 @@ impl Writers {
             Live {
                 run,
                 active: active.clone(),
+                leaving: leaving.clone(),
                 replaced: replace,
                 gone,
             },
@@ -144,6 +161,7 @@ impl Writers {
             writers: self.clone(),
             key,
             active,
+            leaving,
             replaced,
             _gone,
         })
@@ -176,7 +194,10 @@ struct Outcomes {
 
 impl Writer {
     pub(crate) fn pulse(&self) -> Pulse {
-        Pulse(self.active.clone())
+        Pulse {
+            active: self.active.clone(),
+            leaving: self.leaving.clone(),
+        }
     }
 
     /// Says when another writer waits for this one to let go.
@@ -211,6 +232,21 @@ mod tests {
             Claim::Writer(writer) => writer,
             other => panic!("{other:?}"),
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nobody_finds_a_writer_busy_that_is_about_to_let_go() {
+        let writers = Writers::new(SILENT);
+        let key = UploadKey::new("peer", "x");
+        let first = writer(writers.claim(key, A));
+        assert!(matches!(writers.claim(key, B), Claim::Busy));
+        first.pulse().leave();
+        let Claim::Wait(mut gone) = writers.claim(key, B) else {
+            panic!("it leaves");
+        };
+        drop(first);
+        assert!(gone.changed().await.is_err());
+        writer(writers.claim(key, B));
     }
 
     #[tokio::test(start_paused = true)]

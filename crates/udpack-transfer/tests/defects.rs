@@ -113,7 +113,8 @@ async fn b09_after_a_lost_connection_the_upload_can_be_made_again_and_is_whole()
         let source = memory("big", bytes.clone());
         let (done, failed) = drain(Uploader::new(&socket).put(vec![source])).await;
         assert!(failed.is_empty(), "{failed:?}");
-        assert_eq!(done[0].sent, bytes.len() as u64);
+        // What the server has of it need not be sent again.
+        assert!(done[0].sent <= bytes.len() as u64);
         assert!(fixture.stored("big") == bytes, "other bytes");
     })
     .await;

@@ -25,7 +25,7 @@ use raw::{
     twice, with, without,
 };
 use udpack::{CloseCode, Socket};
-use udpack_transfer::{Overwrite, ReceiverConfig, StoreConfig, Uploader};
+use udpack_transfer::{Overwrite, ReceiverConfig, Scope, StoreConfig, Uploader};
 
 /// What the file `taken` holds, which is there in every world.
 const TAKEN: &[u8] = b"0123456789";
@@ -1812,11 +1812,11 @@ async fn a_promise(world: &World, quota: u64) {
     let name = "a promise";
     let greedy = world.fixture.connect().await;
     let mut promised = RawLane::open(&greedy).await;
-    let resumed = |id, size: u64| ("file", with(file(id, "x", size).1, "resume", true));
-    promised.say(&resumed(1, quota / 2)).await;
+    let resumed = |id, name, size: u64| ("file", with(file(id, name, size).1, "resume", true));
+    promised.say(&resumed(1, "x", quota / 2)).await;
     assert_eq!(promised.hear().await.line, "ready 1 0");
     let mut other = RawLane::open(&greedy).await;
-    other.say(&resumed(1, quota / 2)).await;
+    other.say(&resumed(1, "z", quota / 2)).await;
     assert_eq!(other.hear().await.line, "error 1 quota retry", "{name}");
     // Bytes that were not declared are counted as they come.
     let zeros = vec![0; MIB];
@@ -1827,7 +1827,7 @@ async fn a_promise(world: &World, quota: u64) {
     assert_eq!(other.hear().await.line, "error 2 quota retry", "{name}");
     promised.say(&cancel(1)).await;
     assert_eq!(promised.hear().await.line, "error 1 cancelled");
-    other.say(&resumed(3, quota / 2)).await;
+    other.say(&resumed(3, "x", quota / 2)).await;
     assert_eq!(
         other.hear().await.line,
         "ready 3 0",
@@ -2315,7 +2315,15 @@ async fn names_that_break_a_rule_touch_nothing() {
             overwrite: Overwrite::Always,
             ..StoreConfig::default()
         };
-        let mut world = World::new(store, ReceiverConfig::default()).await;
+        let receiver = ReceiverConfig {
+            default_scope: Scope {
+                read: true,
+                delete: true,
+                ..Scope::default()
+            },
+            ..ReceiverConfig::default()
+        };
+        let mut world = World::new(store, receiver).await;
         fs::write(world.fixture.dir.path().join("x"), "outside").expect("a file beside the root");
         let mut names: Vec<String> = BAD_NAMES.iter().map(ToString::to_string).collect();
         // N9: too long, too deep.
@@ -2341,11 +2349,57 @@ async fn names_that_break_a_rule_touch_nothing() {
             }
             let heard = offer(&world, name, "", true).await;
             assert_eq!(heard, ["error 0 bad_name", "end"], "{name:?}");
+            other_verbs(&world, name).await;
             assert_eq!(tree(world.fixture.dir.path()), before, "{name:?}");
             world.well(name).await;
         }
     })
     .await;
+}
+
+/// Everything else that takes a name, with one that breaks a rule.
+async fn other_verbs(world: &World, name: &str) {
+    let socket = world.fixture.connect().await;
+    let mut lane = RawLane::open(&socket).await;
+    let says = [
+        raw::dir(1, name),
+        raw::link(2, name, "taken"),
+        raw::get(3, name),
+        raw::resumable(4, name, 4),
+        raw::of_run(5, name, 4, 1),
+    ];
+    for (id, say) in (1..).zip(&says) {
+        lane.say(say).await;
+        let heard = lane.hear().await;
+        assert_eq!(
+            heard.line,
+            format!("error {id} bad_name"),
+            "{name:?}: {say:?}"
+        );
+        fit_to_be_seen(world, name, &heard.text);
+    }
+    let path = || map([("path", name.into())]);
+    let mut asks = vec![("hash", path()), ("remove", path())];
+    asks.push(("remove", with(path(), "recursive", true)));
+    // No name at all is the root, where nothing is changed.
+    if !name.is_empty() {
+        let after = map([("after", name.into())]);
+        asks.extend([("stat", path()), ("list", path()), ("list", after)]);
+    }
+    for ask in &asks {
+        match lane.request::<serde::de::IgnoredAny>(ask).await {
+            Ok(_) => panic!("{name:?}: {ask:?} was answered"),
+            Err((code, text)) => {
+                assert_eq!(code, "bad_name", "{name:?}: {ask:?}");
+                fit_to_be_seen(world, name, &text);
+            }
+        }
+    }
+    lane.channel
+        .finish()
+        .await
+        .expect("the server reads all of it");
+    assert_eq!(lane.hear().await.line, "end", "{name:?}");
 }
 
 #[tokio::test]

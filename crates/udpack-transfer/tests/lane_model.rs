@@ -7,13 +7,13 @@ mod common;
 #[path = "raw/mod.rs"]
 mod raw;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use bytes::Bytes;
 use common::{Fixture, bounded, noise};
 use proptest::prelude::*;
 use raw::{RawLane, cancel, chunk, file, finish, with};
-use udpack_transfer::wire::{Finish, MetaFields, Offer, Request};
+use udpack_transfer::wire::{DirOffer, Finish, LinkOffer, MetaFields, Offer, Request, Wish};
 use udpack_transfer::{Action, IfExists, Lane, Refusal};
 
 // ---------------------------------------------------------------------------------------- the pure machine
@@ -37,8 +37,29 @@ enum Happens {
     },
     Cancel {
         id: u64,
+        keep: bool,
     },
-    Done,
+    Done {
+        id: u64,
+    },
+    Dir {
+        id: u64,
+    },
+    Link {
+        id: u64,
+    },
+    Get {
+        id: u64,
+    },
+    /// A download failed on our side.
+    Unsent {
+        id: u64,
+    },
+    /// The client was told that we have these bytes of the file.
+    Told {
+        id: u64,
+        have: Vec<(u64, u64)>,
+    },
     /// The file got its outcome from elsewhere: the disk, the clock.
     Ended {
         id: u64,
@@ -76,11 +97,33 @@ fn happens() -> impl Strategy<Value = Happens> {
         3 => (id.clone(), prop::bool::weighted(0.2)).prop_map(|(id, short)| {
             Happens::Finish { id: if short { 0 } else { id }, short }
         }),
-        2 => id.clone().prop_map(|id| Happens::Cancel { id }),
-        1 => Just(Happens::Done),
+        2 => (id.clone(), any::<bool>()).prop_map(|(id, keep)| Happens::Cancel { id, keep }),
+        1 => id.clone().prop_map(|id| Happens::Done { id }),
+        1 => id.clone().prop_map(|id| Happens::Dir { id }),
+        1 => id.clone().prop_map(|id| Happens::Link { id }),
+        2 => id.clone().prop_map(|id| Happens::Get { id }),
+        1 => id.clone().prop_map(|id| Happens::Unsent { id }),
+        3 => (id.clone(), have()).prop_map(|(id, have)| Happens::Told { id, have }),
         1 => id.clone().prop_map(|id| Happens::Ended { id }),
         1 => id.prop_map(|id| Happens::Malformed { id }),
     ]
+}
+
+/// Ranges in order, none over another; some touch, one may reach to the end of all numbers.
+fn have() -> impl Strategy<Value = Vec<(u64, u64)>> {
+    let gaps = prop::collection::vec((0..3_u64, 1..5_u64), 0..4);
+    (gaps, prop::bool::weighted(0.05)).prop_map(|(gaps, endless)| {
+        let mut end = 0;
+        let mut have = Vec::new();
+        for (gap, len) in gaps {
+            have.push((end + gap, len));
+            end += gap + len;
+        }
+        if endless {
+            have.push((end, u64::MAX - end));
+        }
+        have
+    })
 }
 
 /// What one id has been through.
@@ -101,6 +144,10 @@ enum Fate {
 #[derive(Debug, Default)]
 struct Model {
     fates: BTreeMap<u64, Fate>,
+    /// Downloads that the client has neither confirmed nor given up.
+    gets: BTreeSet<u64>,
+    /// What the client was told of the open file.
+    have: Vec<(u64, u64)>,
     /// The highest id offered in the long form.
     highest: Option<u64>,
 }
@@ -142,6 +189,7 @@ impl Model {
                 for fate in self.fates.values_mut() {
                     *fate = Fate::Over;
                 }
+                self.have.clear();
                 let (short, size) = (offer.short, offer.size);
                 self.fates.insert(
                     offer.id,
@@ -160,14 +208,16 @@ impl Model {
                 let len = bytes.len() as u64;
                 let verdict = if short != offset.is_none() {
                     "bad_message"
-                } else if offset.is_some_and(|offset| offset != next) {
+                } else if offset.is_some_and(|offset| !self.may_pass(next, offset)) {
                     "bad_offset"
-                } else if size.is_some_and(|size| next + len > size) {
-                    "size_mismatch"
-                } else {
-                    let next = next + len;
+                } else if let Some(end) = offset.unwrap_or(next).checked_add(len)
+                    && size.is_none_or(|size| end <= size)
+                {
+                    let next = end;
                     self.fates.insert(*id, Fate::Open { short, size, next });
                     return "write";
+                } else {
+                    "size_mismatch"
                 };
                 self.fates.insert(*id, Fate::Dropping);
                 verdict
@@ -187,10 +237,11 @@ impl Model {
                     "finish"
                 }
             }
-            Request::Cancel { id, .. } => match self.fate(*id) {
+            Request::Cancel { id, .. } if self.gets.remove(id) => "not stored",
+            Request::Cancel { id, keep } => match self.fate(*id) {
                 Some(Fate::Open { .. }) => {
                     self.fates.insert(*id, Fate::Over);
-                    "cancelled"
+                    if *keep { "kept" } else { "cancelled" }
                 }
                 Some(Fate::Dropping) => {
                     self.fates.insert(*id, Fate::Over);
@@ -200,8 +251,44 @@ impl Model {
                 _ if self.highest >= Some(*id) => "ignore",
                 _ => "protocol_order",
             },
+            Request::Dir(DirOffer { id, .. }) | Request::Link(LinkOffer { id, .. }) => {
+                if !self.number(*id) || self.open().is_some() {
+                    return "protocol_order";
+                }
+                for fate in self.fates.values_mut() {
+                    *fate = Fate::Over;
+                }
+                "make"
+            }
+            Request::Get(wish) => {
+                if !self.number(wish.id) {
+                    return "protocol_order";
+                }
+                self.gets.insert(wish.id);
+                "send"
+            }
+            Request::Done { id } if self.gets.remove(id) => "stored",
             _ => "ignore",
         }
+    }
+
+    /// Takes a new id.
+    fn number(&mut self, id: u64) -> bool {
+        let new = self.highest < Some(id);
+        self.highest = self.highest.max(Some(id));
+        new
+    }
+
+    /// Byte by byte: whether the client was told of each that it leaves out.
+    fn may_pass(&self, next: u64, offset: u64) -> bool {
+        let told = |byte| {
+            self.have
+                .iter()
+                .any(|(from, len)| *from <= byte && byte - from < *len)
+        };
+        // Nothing here has more bytes than that, but for the range that has no end.
+        let end = offset.min(64);
+        next <= offset && (next..end).all(told) && (end == offset || told(offset - 1))
     }
 
     fn late(&self, id: u64) -> &'static str {
@@ -226,6 +313,14 @@ fn word(action: &Action) -> &'static str {
         Action::Write => "write",
         Action::Finish(_) => "finish",
         Action::Abort(Refusal { code, .. }) | Action::Refuse(Refusal { code, .. }) => code,
+        Action::Suspend(Refusal { code, .. }) => {
+            assert_eq!(*code, "cancelled");
+            "kept"
+        }
+        Action::Dir(_) | Action::Link(_) => "make",
+        Action::Send(_) => "send",
+        Action::Sent { stored: true, .. } => "stored",
+        Action::Sent { stored: false, .. } => "not stored",
         Action::Ignore => "ignore",
         _ => panic!("an action the model does not know"),
     }
@@ -237,12 +332,24 @@ fn names_the_right_file(action: &Action, request: &Request, open: Option<u64>) -
         Request::File(offer) => offer.id,
         Request::Chunk { id, .. } | Request::Cancel { id, .. } => *id,
         Request::Finish(finish) => finish.id,
+        Request::Dir(DirOffer { id, .. }) | Request::Link(LinkOffer { id, .. }) => *id,
+        Request::Get(wish) => wish.id,
+        Request::Done { id } => *id,
         _ => return matches!(action, Action::Ignore),
     };
     match action {
-        Action::Abort(refusal) => refusal.id == about && open == Some(about),
+        Action::Abort(refusal) | Action::Suspend(refusal) => {
+            refusal.id == about && open == Some(about)
+        }
+        Action::Dir(offer) => open.is_none() && offer.id == about,
+        Action::Link(offer) => open.is_none() && offer.id == about,
+        Action::Send(wish) => wish.id == about,
+        Action::Sent { id, .. } => *id == about,
         Action::Refuse(refusal) => {
-            let offered = matches!(request, Request::File(_));
+            let offered = !matches!(
+                request,
+                Request::Chunk { .. } | Request::Finish(_) | Request::Cancel { .. }
+            );
             refusal.id == about && (open != Some(about) || offered)
         }
         Action::Write | Action::Finish(_) => open == Some(about),
@@ -275,6 +382,36 @@ proptest! {
                     prop_assert_eq!(lane.dropping(), model.dropping());
                     continue;
                 }
+                Happens::Unsent { id } => {
+                    lane.unsent(id);
+                    model.gets.remove(&id);
+                    prop_assert_eq!(lane.gets(), model.gets.len());
+                    continue;
+                }
+                Happens::Told { id, have } => {
+                    let told = have.iter().map(|(off, len)| (*off, *len, [0; 32])).collect();
+                    lane.told(id, &told);
+                    if model.open() == Some(id) {
+                        model.have = have;
+                    }
+                    continue;
+                }
+                Happens::Dir { id } => Request::Dir(DirOffer {
+                    id,
+                    path: "x".to_owned(),
+                    meta: MetaFields::default(),
+                }),
+                Happens::Link { id } => Request::Link(LinkOffer {
+                    id,
+                    path: "x".to_owned(),
+                    target: "y".to_owned(),
+                    if_exists: IfExists::Same,
+                }),
+                Happens::Get { id } => Request::Get(Wish {
+                    id,
+                    path: "x".to_owned(),
+                    have: Vec::new(),
+                }),
                 Happens::File { id, size, short } => Request::File(Offer {
                     id,
                     path: "x".to_owned(),
@@ -302,8 +439,8 @@ proptest! {
                     size: (!short).then_some(0),
                     hash: (!short).then_some([0; 32]),
                 }),
-                Happens::Cancel { id } => Request::Cancel { id, keep: false },
-                Happens::Done => Request::Done { id: 0 },
+                Happens::Cancel { id, keep } => Request::Cancel { id, keep },
+                Happens::Done { id } => Request::Done { id },
             };
             let open = lane.open();
             let action = lane.on(&request);
@@ -311,6 +448,7 @@ proptest! {
             prop_assert!(names_the_right_file(&action, &request, open), "{:?}: {:?}", request, action);
             prop_assert_eq!(lane.open(), model.open());
             prop_assert_eq!(lane.dropping(), model.dropping());
+            prop_assert_eq!(lane.gets(), model.gets.len());
             match (&action, &request) {
                 (Action::Begin(offer), _) => {
                     written.insert(offer.id, 0);
@@ -519,6 +657,8 @@ async fn two_lanes(first: Vec<Plan>, second: Vec<Plan>) {
                 );
                 let hash = *blake3::hash(&content(plan.content)).as_bytes();
                 assert_eq!(told[0].hash, Some(hash));
+            } else if plan.resume && line == format!("error {id} busy retry") {
+                // The other lane writes it at this moment.
             } else if plan.flaw == Flaw::None {
                 // A sound file fails for one reason only: another has the name.
                 assert_eq!(line, format!("error {id} exists"), "{plan:?}");

@@ -126,14 +126,20 @@ impl Fixture {
         names
     }
 
-    /// Files in staging.
+    /// Files in staging, but for those with a journal: they wait to be resumed.
     pub(crate) fn staged(&self) -> usize {
+        let journals = self.root().join(".udpack/journal");
         std::fs::read_dir(self.root().join(".udpack/staging"))
             .expect("the staging directory")
+            .filter(|entry| {
+                let name = entry.as_ref().expect("an entry").file_name();
+                let journal = Path::new(&name).with_extension("log");
+                !journals.join(journal).exists()
+            })
             .count()
     }
 
-    /// Waits until staging is empty and no space is reserved.
+    /// Waits until nothing is open, and staging is empty but for what can be resumed.
     pub(crate) async fn settled(&self) {
         let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
         while self.staged() > 0 || self.store.usage().open > 0 {
