@@ -1,8 +1,9 @@
 //! One incoming file on the blocking pool: what the disk must do, in order, off the async threads.
 //!
-//! A file owns no thread. Its steps queue here, bounded; a blocking job runs while there are steps and ends
-//! when there are none, so a thousand slow uploads cost a thousand small queues and no idle threads. Small
-//! files that are complete go on to the [`Publisher`], which puts many of them on disk at once.
+//! A file owns no thread. Its steps queue here, bounded; a few threads take turns at the files that have some,
+//! so a thousand slow uploads cost a thousand small queues, and ten thousand small files no crowd of threads
+//! that fight for the same locks. Small files that are complete go on to the [`Publisher`], which puts many of
+//! them on disk at once.
 
 use std::collections::VecDeque;
 use std::panic::AssertUnwindSafe;
@@ -26,6 +27,12 @@ use crate::writers::{Pulse, UploadKey, Writer, Writers};
 const QUEUE: usize = 8;
 /// Most files that are published together.
 const BATCH: usize = 1024;
+/// Steps of one file before the next has its turn.
+const SHARE: u32 = 16;
+/// Threads for each core: some of them wait for the disk.
+const THREADS_PER_CORE: usize = 4;
+const FEWEST_THREADS: usize = 8;
+const MOST_THREADS: usize = 64;
 
 /// What the disk found, for the lane to tell the client.
 #[derive(Debug)]
@@ -104,6 +111,7 @@ pub(crate) struct Incoming {
 
 #[derive(Debug)]
 struct Shared {
+    pool: Arc<Pool>,
     queue: Mutex<Queue>,
     room: Arc<Semaphore>,
     received: AtomicU64,
@@ -113,10 +121,66 @@ struct Shared {
 #[derive(Debug)]
 struct Queue {
     steps: VecDeque<Step>,
-    /// A blocking job is at work, and has the worker.
+    /// It waits in the pool, or a thread of it has the worker.
     running: bool,
     worker: Option<Worker>,
     end: Option<End>,
+}
+
+/// The threads that files take turns on.
+#[derive(Debug)]
+struct Pool {
+    most: usize,
+    ready: Mutex<Ready>,
+}
+
+#[derive(Debug, Default)]
+struct Ready {
+    files: VecDeque<Arc<Shared>>,
+    threads: usize,
+}
+
+impl Pool {
+    fn new() -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            most: (cores * THREADS_PER_CORE).clamp(FEWEST_THREADS, MOST_THREADS),
+            ready: Mutex::default(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Ready> {
+        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the file's steps carried out when its turn comes.
+    fn submit(self: &Arc<Self>, file: Arc<Shared>) {
+        let mut ready = self.lock();
+        ready.files.push_back(file);
+        if ready.threads < self.most {
+            ready.threads += 1;
+            drop(ready);
+            let pool = self.clone();
+            tokio::task::spawn_blocking(move || pool.run());
+        }
+    }
+
+    fn run(self: Arc<Self>) {
+        loop {
+            let file = {
+                let mut ready = self.lock();
+                let Some(file) = ready.files.pop_front() else {
+                    ready.threads -= 1;
+                    return;
+                };
+                file
+            };
+            let more = std::panic::catch_unwind(AssertUnwindSafe(|| file.run()));
+            if more.unwrap_or_default() {
+                self.submit(file);
+            }
+        }
+    }
 }
 
 /// How a file ends that gets no `finish`.
@@ -153,6 +217,7 @@ impl Incoming {
             _slot: slot,
         };
         let shared = Arc::new(Shared {
+            pool: publisher.pool.clone(),
             queue: Mutex::new(Queue {
                 steps: VecDeque::new(),
                 running: false,
@@ -216,12 +281,10 @@ impl Incoming {
     fn push(&self, step: Step) {
         let mut queue = self.shared.lock();
         queue.steps.push_back(step);
-        if !queue.running
-            && let Some(worker) = queue.worker.take()
-        {
-            queue.running = true;
-            let shared = self.shared.clone();
-            tokio::task::spawn_blocking(move || shared.run(worker));
+        let idle = !std::mem::replace(&mut queue.running, true);
+        drop(queue);
+        if idle {
+            self.shared.pool.submit(self.shared.clone());
         }
     }
 
@@ -257,23 +320,26 @@ impl Shared {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn run(&self, mut worker: Worker) {
-        loop {
+    /// Carries out steps; says whether there are more after a fair share.
+    fn run(&self) -> bool {
+        let Some(mut worker) = self.lock().worker.take() else {
+            return false;
+        };
+        for turn in 0..=SHARE {
             let step = {
                 let mut queue = self.lock();
                 if let Some(end) = queue.end {
                     drop(queue);
                     worker.end(end);
-                    return;
+                    return false;
                 }
-                match queue.steps.pop_front() {
-                    Some(step) => step,
-                    None => {
-                        queue.running = false;
-                        queue.worker = Some(worker);
-                        return;
-                    }
-                }
+                let step = (turn < SHARE).then(|| queue.steps.pop_front()).flatten();
+                let Some(step) = step else {
+                    queue.running = !queue.steps.is_empty();
+                    queue.worker = Some(worker);
+                    return queue.running;
+                };
+                step
             };
             let (id, outcomes) = (worker.task.offer.id, worker.outcomes.clone());
             let done = std::panic::catch_unwind(AssertUnwindSafe(|| worker.step(step, self)));
@@ -283,6 +349,7 @@ impl Shared {
                 worker.stage = Stage::Ended;
             }
         }
+        false
     }
 }
 
@@ -534,6 +601,7 @@ pub(crate) struct Publisher {
     writers: Writers,
     hook: Option<Arc<dyn Hook>>,
     waiting: Arc<Mutex<Waiting>>,
+    pool: Arc<Pool>,
 }
 
 #[derive(Debug, Default)]
@@ -576,6 +644,7 @@ impl Publisher {
             writers,
             hook: None,
             waiting: Arc::default(),
+            pool: Arc::new(Pool::new()),
         }
     }
 

@@ -387,12 +387,14 @@ impl Partial {
         let mut have = Vec::new();
         let mut offered = Vec::new();
         let mut total = 0;
+        let all: u64 = known.iter().map(|(start, end)| end - start).sum();
+        let most = RANGE.saturating_mul(all.div_ceil(RANGE * RANGES).max(1));
         // Goes on with the file's own hash as long as there is no gap.
         let mut whole = (self.position == 0).then(|| self.hasher.clone());
         for (start, end) in known {
             let (mut off, end) = (start, end.min(limit));
             while off < end {
-                let len = (end - off).min(RANGE);
+                let len = (end - off).min(most);
                 let mut part = blake3::Hasher::new();
                 let mut hashers = vec![&mut part];
                 if let Some(whole) = whole.as_deref_mut().filter(|whole| whole.count() == off) {
@@ -836,6 +838,8 @@ fn read(
 
 /// Longest range whose hash is told by itself: what at most is sent again when one byte of it differs.
 const RANGE: u64 = 64 << 20;
+/// Ranges that an upload without gaps gives at most, half of what a message may hold; beyond, they get longer.
+const RANGES: u64 = 4_096;
 /// Bytes after which, and time after which, what was written is made durable.
 const CHECKPOINT_BYTES: u64 = 64 << 20;
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(1);
