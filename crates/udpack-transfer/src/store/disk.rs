@@ -48,6 +48,8 @@ const COUNT_DEPTH: usize = 64;
 const DURABLE_LIMIT: usize = 65_536;
 /// How often a name that others take or remove at the same moment is tried again.
 const TRIES: usize = 16;
+/// How long to wait for a lock that nobody is expected to keep, each time.
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
 /// Age from which on another process's start-up probe is one that it left behind.
 const STALE_PROBE: Duration = Duration::from_secs(60 * 60);
 
@@ -129,11 +131,10 @@ impl Disk {
         let root = open_root(root).map_err(|e| setup("open the directory", e.into()))?;
         let mut tries = TRIES;
         let (lock, staging, journal) = loop {
-            // The last other user of a shared directory may be removing it.
+            // The last other user of a shared directory may be removing it; and a process that is being started
+            // holds on to the locks of its parent for a moment.
             match private_dirs(&root, config.shared) {
-                Err(StoreError::Locked) if config.shared && tries > 0 => {
-                    std::thread::sleep(Duration::from_millis(10));
-                }
+                Err(StoreError::Locked) if tries > 0 => std::thread::sleep(LOCK_PAUSE),
                 Err(StoreError::Io { cause, .. })
                     if config.shared && tries > 0 && cause.kind() == io::ErrorKind::NotFound => {}
                 opened => break opened?,
@@ -235,7 +236,9 @@ impl Disk {
                     }
                     return Ok(Some((file, len)));
                 }
-                Lock::Busy => return Ok(None),
+                Lock::Busy if self.shared => return Ok(None),
+                // No upload: one process is looking at it, or is being started while it is let go.
+                Lock::Busy => std::thread::sleep(LOCK_PAUSE),
                 Lock::Gone => {}
                 Lock::Alien => {
                     tracing::warn!(name, "not a staging file, replaced");
@@ -243,7 +246,7 @@ impl Disk {
                 }
             }
         }
-        Err(Errno::AGAIN.into())
+        Ok(None)
     }
 
     /// The journal of this key, open for reading and writing; with `create` made if need be, else `None`. What
@@ -499,7 +502,7 @@ impl Disk {
             let text = name.to_str().unwrap_or_default();
             if let Some(key) = Key::from_name(text, PART) {
                 if keys.remove(&key) {
-                    if let Err(error) = self.sweep_one(key, text, expire, &mut swept) {
+                    if let Err(error) = self.sweep_one(key, text, expire, alone, &mut swept) {
                         tracing::warn!(name = text, %error, "cannot look at an interrupted upload");
                     }
                 } else if alone {
@@ -555,6 +558,7 @@ impl Disk {
         key: Key,
         name: &str,
         expire: Duration,
+        alone: bool,
         swept: &mut Swept,
     ) -> io::Result<()> {
         let area = self.area();
@@ -580,6 +584,11 @@ impl Disk {
                 if let Err(error) = area.remove(&key) {
                     tracing::warn!(name, %error, "cannot remove a stale staging file");
                 }
+            }
+            // Nobody writes it, though somebody looks at it.
+            Lock::Busy if alone => {
+                let held = area.held(&key)?;
+                swept.suspended.extend(held.map(|held| (key, held)));
             }
             Lock::Busy | Lock::Gone => {}
         }

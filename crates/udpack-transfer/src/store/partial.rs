@@ -313,10 +313,20 @@ impl Partial {
                 _ => tracing::warn!(path = %new.path, "unreadable journal, the upload starts anew"),
             }
         }
-        if ranges.is_empty() && held > 0 {
+        if ranges.is_empty() {
+            // Also one left without its staging file: it would speak of bytes that are not there yet.
             disk.area().forget(key)?;
-            file.set_len(0)?;
-            held = 0;
+            if held > 0 {
+                file.set_len(0)?;
+                held = 0;
+            }
+        } else if inner.config.sync != SyncPolicy::Never
+            && let Err(error) = file.sync_data()
+        {
+            // A process that died may have overwritten what the journal calls durable. What fails here
+            // is never tried again.
+            disk.area().remove(key)?;
+            return Err(error);
         }
         let staged = Staged {
             inner: inner.clone(),

@@ -95,6 +95,8 @@ struct Upload {
     position: usize,
     /// What a crash now would leave to resume: the bytes of the staging file that are marked.
     marked: Vec<bool>,
+    /// There is a journal: once anything was marked.
+    journalled: bool,
     safe: usize,
     /// What was given out by `have`.
     known: Vec<bool>,
@@ -136,12 +138,8 @@ impl Upload {
         if self.owner.is_some() && self.safe < self.position {
             self.safe = self.position;
             self.marked[..self.position].fill(true);
+            self.journalled = true;
         }
-    }
-
-    /// As long as nothing is marked there is no journal.
-    fn is_journalled(&self) -> bool {
-        self.marked.contains(&true)
     }
 }
 
@@ -153,7 +151,7 @@ impl Model {
 
     fn keep(&mut self, upload: Upload) {
         if let Some(key) = upload.key()
-            && upload.is_journalled()
+            && upload.journalled
         {
             let Upload { disk, marked, .. } = upload;
             self.kept.insert(key, Kept { disk, marked });
@@ -269,6 +267,7 @@ fn step(real: &mut Real, model: &mut Model, happens: &Happens) {
                     size,
                     overwrite,
                     known: vec![false; disk.len()],
+                    journalled: marked.contains(&true),
                     disk,
                     marked,
                     position: 0,
@@ -490,7 +489,7 @@ fn check(real: &Real, model: &Model) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 128, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
 
     #[test]
     fn the_store_does_what_its_model_says(sequence in prop::collection::vec(happens(), 1..80)) {
