@@ -9,7 +9,7 @@ use std::fs;
 use std::os::unix::fs::FileExt as _;
 use std::time::Duration;
 
-use common::{Fixture, OTHER, TOKEN, bounded, noise};
+use common::{Fixture, OTHER, bounded, noise};
 use raw::{Heard, RawLane, Say, V, cancel, chunk, file, finish, keep, of_run, resumable, with};
 use tempfile::TempDir;
 use udpack::{CloseCode, Socket};
@@ -419,7 +419,7 @@ async fn exactly_what_the_server_has_may_be_passed_over() {
         bounded(async {
             let dir = interrupted(&part, &[(0, 1000), (2000, 1000)]);
             let fixture = Fixture::over(dir, store(), receiver()).await;
-            let (_socket, mut lane) = lane(&fixture).await;
+            let (socket, mut lane) = lane(&fixture).await;
             lane.say(&resumable(1, "x", 4000)).await;
             let ready = lane.hear().await;
             let hash = |from: usize, to: usize| *blake3::hash(&bytes[from..to]).as_bytes();
@@ -437,17 +437,12 @@ async fn exactly_what_the_server_has_may_be_passed_over() {
             assert!(fixture.visible().is_empty(), "{name}");
             // Nothing is kept of what failed.
             well(&fixture, name).await;
-            let (_socket, mut again) = lane_of(&fixture).await;
+            let mut again = RawLane::open(&socket).await;
             again.say(&resumable(1, "x", 4000)).await;
             assert_eq!(again.hear().await.line, "ready 1 0", "{name}");
         })
         .await;
     }
-}
-
-/// As `lane`, where that name is taken.
-async fn lane_of(fixture: &Fixture) -> (Socket, RawLane) {
-    lane(fixture).await
 }
 
 #[tokio::test]
@@ -1002,6 +997,46 @@ async fn a_done_that_was_lost_is_said_again_to_the_same_run() {
 }
 
 #[tokio::test]
+async fn an_offer_that_comes_while_the_one_before_is_checked_hears_its_outcome() {
+    let bytes = noise(19, 5 * MIB);
+    for (right, policy) in [(true, "error"), (true, "same"), (false, "error")] {
+        bounded(async {
+            let fixture = Fixture::with(store(), receiver()).await;
+            let (socket, first) = lane(&fixture).await;
+            let offer = |id: u64| {
+                let (event, data) = of_run(id, "x", bytes.len() as u64, 1);
+                (event, with(data, "if_exists", policy))
+            };
+            first.say(&offer(1)).await;
+            send(&first, 1, &bytes, 0, bytes.len()).await;
+            let (event, data) = finish(1, &bytes);
+            let data = match right {
+                true => data,
+                false => with(data, "hash", &[7; 32]),
+            };
+            first.say(&(event, data)).await;
+            first.channel.finish().await.expect("the server has it");
+            socket.abort(CloseCode::new(0x1001), "gone");
+            let (_socket, mut second) = lane(&fixture).await;
+            second.say(&offer(1)).await;
+            let mut heard = second.hear().await;
+            if heard.line.starts_with("ready") {
+                // It failed, or its end was not heard any more: what is missing is sent again.
+                let held = have(&heard, 1, &bytes);
+                send(&second, 1, &bytes, held, bytes.len()).await;
+                second.say(&finish(1, &bytes)).await;
+                heard = second.hear().await;
+            }
+            let done = format!("done 1 x {}", bytes.len());
+            assert!(heard.line.starts_with(&done), "{policy}: {heard:?}");
+            assert!(fixture.stored("x") == bytes);
+            well(&fixture, policy).await;
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
 async fn runs_and_offers_of_the_wrong_type_are_told_by_their_id() {
     bounded(async {
         let fixture = Fixture::with(store(), receiver()).await;
@@ -1033,7 +1068,6 @@ async fn runs_and_offers_of_the_wrong_type_are_told_by_their_id() {
         }
         assert!(fixture.visible().is_empty());
         well(&fixture, "wrong types").await;
-        let _ = TOKEN;
     })
     .await;
 }

@@ -158,6 +158,9 @@ fn at(base: Say, key: &str, value: impl Into<V>) -> Say {
     (base.0, with(base.1, key, value))
 }
 
+/// Path, mode and, if it was told, time of a directory.
+type OnDisk = (&'static str, u32, Option<(i64, i64)>);
+
 #[tokio::test]
 async fn directories_are_made_with_their_mode_and_time() {
     bounded(async {
@@ -171,7 +174,7 @@ async fn directories_are_made_with_their_mode_and_time() {
             7,
         );
         // What is said, the answer, and then mode and time on disk.
-        let steps: Vec<(Say, &str, Option<(&str, u32, Option<(i64, i64)>)>)> = vec![
+        let steps: Vec<(Say, &str, Option<OnDisk>)> = vec![
             (full, "done 1 d/e 0", Some(("d/e", 0o750, Some((-5, 7))))),
             (
                 dir(2, "d/e"),
@@ -424,6 +427,9 @@ async fn hear_file(lane: &mut RawLane, id: u64, keep: bool) -> Got {
     }
 }
 
+/// What it is called, what the client has, which ranges of that it tells, how many bytes must come.
+type Try<'a> = (&'static str, &'a [u8], Vec<(u64, u64)>, u64);
+
 #[tokio::test]
 async fn a_download_sends_what_the_client_does_not_have() {
     bounded(async {
@@ -438,9 +444,8 @@ async fn a_download_sends_what_the_client_does_not_have() {
         let mut other = bytes.clone();
         other[700_000] ^= 1;
         let longer: Vec<u8> = bytes.iter().copied().chain([1, 2, 3]).collect();
-        // Whose bytes the client has, which ranges of them, and how many must come.
         let all = size;
-        let tries: Vec<(&str, &[u8], Vec<(u64, u64)>, u64)> = vec![
+        let tries: Vec<Try<'_>> = vec![
             ("nothing", &bytes, vec![], all),
             ("all", &bytes, vec![(0, size)], 0),
             ("all in two", &bytes, vec![(0, 9), (9, size - 9)], 0),
@@ -1411,6 +1416,15 @@ impl Watcher {
     }
 }
 
+/// A name, what is said, the answer, and the state and code that a watcher is told.
+type JobEnds = (
+    &'static str,
+    Vec<Say>,
+    &'static str,
+    &'static str,
+    Option<&'static str>,
+);
+
 #[tokio::test]
 async fn jobs_are_listed_told_and_always_ended() {
     bounded(async {
@@ -1437,7 +1451,7 @@ async fn jobs_are_listed_told_and_always_ended() {
         assert_eq!((ended.state.as_str(), ended.bytes), ("done", 8));
         assert_eq!(ended.id, job.id);
         // The ways to end, with what is told to the client and to the watcher.
-        let ends: Vec<(&str, Vec<Say>, &str, &str, Option<&str>)> = vec![
+        let ends: Vec<JobEnds> = vec![
             (
                 "wrong hash",
                 vec![chunk(2, 0, b"abcd"), finish(2, b"efgh")],
@@ -1612,7 +1626,7 @@ async fn a_watcher_that_never_reads_harms_nobody() {
         let mut watcher = Watcher::open(&admin).await;
         let (socket, mut lane) = world.lane("all").await;
         let long = "n".repeat(200);
-        let name = vec![long.as_str(); 5].join("/");
+        let name = [long.as_str(); 5].join("/");
         // Each begins and fails at once: its path leads through a file.
         world.put(&long, b"in the way");
         for round in 0..ROUNDS {
