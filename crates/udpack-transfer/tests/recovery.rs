@@ -435,9 +435,9 @@ async fn what_fails_for_a_while_is_offered_again_and_what_is_final_is_not() {
         let (result, offers) = answered(IfExists::Same, &[Error("hash_mismatch", true); 4]).await;
         assert_eq!(code(&result.unwrap_err()), "hash_mismatch");
         assert_eq!(offers.len(), 4, "three more");
-        for (name, retry) in [("superseded", true), ("quota", true), ("forbidden", false)] {
+        for (name, retry) in [("superseded", false), ("quota", true), ("forbidden", false)] {
             let script: &'static [Answer] = match name {
-                "superseded" => &[Error("superseded", true)],
+                "superseded" => &[Error("superseded", false)],
                 "quota" => &[Error("quota", true)],
                 _ => &[Error("forbidden", false)],
             };

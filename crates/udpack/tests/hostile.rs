@@ -457,9 +457,10 @@ async fn channels_that_never_begin_are_given_back() {
     alone(async {
         let site = Site::new(watch::builder()).await;
         let (bare, control) = site.admitted().await;
-        for round in 0..2 {
+        // quinn tells of streams that are free again once they are more than an eighth of all.
+        for (round, count) in [(0, 64), (1, 64 - 64 / 8)] {
             let mut streams = Vec::new();
-            for _ in 0..64 {
+            for _ in 0..count {
                 let opened = within(5, "one byte", "a free stream", bare.stream());
                 let mut stream = opened.await;
                 stream.write(&[0]).await;
