@@ -770,13 +770,11 @@ impl FromStr for Rates {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let rate = |text: &str| {
-            match text.parse()? {
-                Size(Some(bytes)) if bytes < LEAST_RATE => {
-                    Err("expected at least 1K a second, or none".to_owned())
-                }
-                Size(rate) => Ok(rate),
+        let rate = |text: &str| match text.parse()? {
+            Size(Some(bytes)) if bytes < LEAST_RATE => {
+                Err("expected at least 1K a second, or none".to_owned())
             }
+            Size(rate) => Ok(rate),
         };
         let (up, down) = text.split_once(':').unwrap_or((text, text));
         Ok(Self {

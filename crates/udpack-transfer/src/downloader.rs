@@ -11,14 +11,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, Interval, MissedTickBehavior};
+use tokio::time::Instant;
 
 use crate::error::TransferError;
 use crate::limiter::Limiter;
-use crate::link::{Link, LinkEvent, LinkEvents};
+use crate::link::Link;
 use crate::path::RelPath;
+use crate::progress::{Event, Feed, Outcome, Progress};
 use crate::store::{Complete, Entry, IfExists, Kind, Meta, Published, Store, StoreError, Synced};
-use crate::uploader::{Event, Outcome, Progress, REPORT, link_event};
 use incoming::{End, Ended, Note};
 
 /// Files taken from the iterator ahead of the lanes.
@@ -132,15 +132,9 @@ impl Downloader {
         }
         tasks.spawn(settle_all(context.clone(), noted, events));
         feed(context.clone(), wanted.into_iter());
-        let mut ticker = tokio::time::interval(REPORT);
-        ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Download {
-            tasks,
             context,
-            happened,
-            link_events: Some(link_events),
-            ticker,
-            reported: None,
+            feed: Feed::new(tasks, happened, link_events),
         }
     }
 }
@@ -152,13 +146,8 @@ impl Downloader {
 /// name; nothing of it is visible.
 #[derive(Debug)]
 pub struct Download {
-    tasks: JoinSet<()>,
     context: Arc<Context>,
-    happened: mpsc::Receiver<Event>,
-    /// `None` when nothing more will come.
-    link_events: Option<LinkEvents>,
-    ticker: Interval,
-    reported: Option<Progress>,
+    feed: Feed,
 }
 
 impl Download {
@@ -170,42 +159,12 @@ impl Download {
     /// # Cancel safety
     /// Cancel safe.
     pub async fn next(&mut self) -> Option<Event> {
-        loop {
-            tokio::select! {
-                biased;
-                event = link_event(&mut self.link_events) => match event {
-                    Some(LinkEvent::Reconnecting { attempt, delay, reason }) => {
-                        return Some(Event::Reconnecting { attempt, delay, reason });
-                    }
-                    Some(LinkEvent::Connected) => return Some(Event::Connected),
-                    None => self.link_events = None,
-                },
-                event = self.happened.recv() => return match event {
-                    Some(event) => Some(event),
-                    None => self.changed().map(Event::Progress),
-                },
-                _ = self.ticker.tick() => if let Some(progress) = self.changed() {
-                    return Some(Event::Progress(progress));
-                },
-                Some(ended) = self.tasks.join_next() => if let Err(error) = ended {
-                    tracing::error!(%error, "a task of a download failed");
-                },
-            }
-        }
+        self.feed.next(|| self.context.progress()).await
     }
 
     /// How far it is. Total and number of files grow while the iterator is read.
     pub fn progress(&self) -> Progress {
         self.context.progress()
-    }
-
-    fn changed(&mut self) -> Option<Progress> {
-        let now = self.context.progress();
-        if self.reported == Some(now) {
-            return None;
-        }
-        self.reported = Some(now);
-        Some(now)
     }
 }
 

@@ -33,6 +33,7 @@ mod limiter;
 mod link;
 mod outgoing;
 mod path;
+mod progress;
 mod queries;
 mod queue;
 mod receiver;
@@ -56,6 +57,7 @@ pub use lane::{Action, Lane, Refusal};
 pub use limiter::Limiter;
 pub use link::{Link, LinkEvent, LinkEvents, Retry};
 pub use path::{PathError, PathRule, RelPath};
+pub use progress::{Event, Outcome, Progress};
 pub use receiver::{Receiver, ReceiverConfig};
 pub use remote::{Job, JobKind, JobState, Jobs, JobsEvent, Listing, Remote};
 pub use scope::{Scope, ScopeError};
@@ -66,7 +68,7 @@ pub use store::{
     Page, Partial, Published, Range, Removed, Store, StoreConfig, StoreError, Suspended,
     SyncPolicy, Synced, Tenant, Time, Usage, check_target, purge, uploads,
 };
-pub use uploader::{Event, Outcome, Progress, Upload, Uploader};
+pub use uploader::{Upload, Uploader};
 pub use walk::{Found, Walk, What};
 
 /// The name of the channels that are lanes.

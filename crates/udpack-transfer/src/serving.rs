@@ -74,6 +74,20 @@ struct Tracked {
     writer: Option<(Pulse, watch::Receiver<Replaced>)>,
 }
 
+impl Tracked {
+    fn new(our_turn: bool) -> Self {
+        Self {
+            incoming: None,
+            our_turn,
+            acked: 0,
+            safe: 0,
+            told: Instant::now(),
+            job: None,
+            writer: None,
+        }
+    }
+}
+
 /// What must happen before the next message is read.
 enum Pending {
     Start {
@@ -296,16 +310,8 @@ impl<'a> Serving<'a> {
                 return self.refuse(refusal).await;
             }
         };
-        let tracked = Tracked {
-            incoming: None,
-            our_turn: offer.resume || offer.if_exists == IfExists::Skip,
-            acked: 0,
-            safe: 0,
-            told: Instant::now(),
-            job: None,
-            writer: None,
-        };
-        self.files.insert(id, tracked);
+        let our_turn = offer.resume || offer.if_exists == IfExists::Skip;
+        self.files.insert(id, Tracked::new(our_turn));
         let task = Task {
             path,
             owner: self.owner.clone(),
@@ -466,16 +472,7 @@ impl<'a> Serving<'a> {
         + Send
         + 'static,
     ) {
-        let tracked = Tracked {
-            incoming: None,
-            our_turn: true,
-            acked: 0,
-            safe: 0,
-            told: Instant::now(),
-            job: None,
-            writer: None,
-        };
-        self.files.insert(id, tracked);
+        self.files.insert(id, Tracked::new(true));
         let (store, outcomes) = (self.receiver.store().clone(), self.outcomes.clone());
         let tenant = self.scope.tenant();
         tokio::task::spawn_blocking(move || {

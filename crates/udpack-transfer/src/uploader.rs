@@ -9,16 +9,17 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, Interval, MissedTickBehavior};
+use tokio::time::Instant;
 use udpack::{Channel, CloseCode, CloseReason, SendError, Side, Socket};
 
 use crate::CHANNEL;
 use crate::error::TransferError;
 use crate::limiter::{Limiter, Pace};
-use crate::link::{Link, LinkEvent, LinkEvents};
+use crate::link::Link;
+use crate::progress::{Event, Feed, Outcome, Progress};
 use crate::queue::{Claim, Item, Next, Queue, SMALL};
 use crate::source::{Opened, Origin, Piece, Source};
-use crate::store::{IfExists, Meta, Synced};
+use crate::store::{IfExists, Meta};
 use crate::wire::{
     self, AckFields, CancelFields, ChunkFields, DirFields, FileFields, FinishFields, Hash, Have,
     LinkFields, MetaFields, Reply, Run,
@@ -30,8 +31,6 @@ const IN_FLIGHT: usize = 256;
 const SILENCE: Duration = Duration::from_secs(60);
 /// Silence of this side on an open file, after which it gives a sign of life.
 const ALIVE: Duration = Duration::from_secs(5);
-/// How often [`Upload::next`] reports progress at most.
-pub(crate) const REPORT: Duration = Duration::from_millis(100);
 /// The longest range of an unfinished file that a server proves at once: what is longer is a finished one.
 const RANGE: u64 = 64 << 20;
 /// How long and how often a file is offered again that another client is writing.
@@ -127,108 +126,11 @@ impl Uploader {
         for _ in 0..lanes {
             tasks.spawn(lane(shared.clone(), events.clone()));
         }
-        let mut ticker = tokio::time::interval(REPORT);
-        ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Upload {
-            tasks,
             shared,
-            happened,
-            link_events: Some(link_events),
-            ticker,
-            reported: None,
+            feed: Feed::new(tasks, happened, link_events),
         }
     }
-}
-
-/// What happens during an upload.
-#[derive(Debug)]
-#[non_exhaustive]
-pub enum Event {
-    /// A file has been offered to the server.
-    Started {
-        /// Which of the sources, counted from 0.
-        index: usize,
-        /// The name at the server.
-        path: String,
-        /// Its size in bytes; 0 for what tells only at its end.
-        size: u64,
-    },
-    /// The server has some of a file already, from an earlier upload or connection.
-    Resumed {
-        /// Which of the sources, counted from 0.
-        index: usize,
-        /// The name at the server.
-        path: String,
-        /// Bytes that were proved to be equal there and are not sent again.
-        bytes: u64,
-        /// The file's size in bytes.
-        size: u64,
-    },
-    /// How far everything together is.
-    Progress(Progress),
-    /// A file is at the server: whole and verified, and durable as [`Outcome::sync`] says.
-    Done(Outcome),
-    /// A file is not.
-    Failed {
-        /// Which of the sources, counted from 0.
-        index: usize,
-        /// The name it should have had.
-        path: String,
-        /// Why.
-        error: TransferError,
-    },
-    /// The connection is lost; it is tried again after the delay.
-    Reconnecting {
-        /// Which try, counted from 1 since the last progress.
-        attempt: u32,
-        /// How long until then.
-        delay: Duration,
-        /// What went wrong last.
-        reason: String,
-    },
-    /// The connection is back.
-    Connected,
-}
-
-/// How far an upload is. Acknowledged bytes and files never go down; the bytes reach the total only with the
-/// last `done`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Progress {
-    /// Bytes that the server has acknowledged, those of files it had already included.
-    pub acked: u64,
-    /// Bytes of all files listed so far that have not failed.
-    pub total: u64,
-    /// Files done or failed.
-    pub files_done: usize,
-    /// Files listed so far.
-    pub files: usize,
-    /// All files are listed: the totals grow no more.
-    pub listed: bool,
-}
-
-/// One file that arrived.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Outcome {
-    /// Which of the sources, counted from 0.
-    pub index: usize,
-    /// The name the server gave it.
-    pub path: String,
-    /// Its size in bytes.
-    pub size: u64,
-    /// BLAKE3 of its bytes, computed on both sides.
-    pub hash: [u8; 32],
-    /// Bytes of file that were sent, repetitions included; 0 when the server had it already.
-    pub sent: u64,
-    /// Bytes that an earlier upload or connection had brought, proved to be equal.
-    pub resumed: u64,
-    /// The server had it already.
-    pub same: bool,
-    /// How it was put on the server's disk, if the server says so.
-    pub sync: Option<Synced>,
-    /// From the first offer to `done`.
-    pub elapsed: Duration,
 }
 
 /// An upload under way.
@@ -238,13 +140,8 @@ pub struct Outcome {
 /// what it has of it for a while. Files whose last byte was sent may still be stored.
 #[derive(Debug)]
 pub struct Upload {
-    tasks: JoinSet<()>,
     shared: Arc<Shared>,
-    happened: mpsc::Receiver<Event>,
-    /// `None` when nothing more will come.
-    link_events: Option<LinkEvents>,
-    ticker: Interval,
-    reported: Option<Progress>,
+    feed: Feed,
 }
 
 impl Upload {
@@ -254,55 +151,18 @@ impl Upload {
     /// # Cancel safety
     /// Cancel safe.
     pub async fn next(&mut self) -> Option<Event> {
-        loop {
-            tokio::select! {
-                biased;
-                event = link_event(&mut self.link_events) => match event {
-                    Some(LinkEvent::Reconnecting { attempt, delay, reason }) => {
-                        return Some(Event::Reconnecting { attempt, delay, reason });
-                    }
-                    Some(LinkEvent::Connected) => return Some(Event::Connected),
-                    None => self.link_events = None,
-                },
-                event = self.happened.recv() => return match event {
-                    Some(event) => Some(event),
-                    None => self.changed().map(Event::Progress),
-                },
-                _ = self.ticker.tick() => if let Some(progress) = self.changed() {
-                    return Some(Event::Progress(progress));
-                },
-                Some(ended) = self.tasks.join_next() => if let Err(error) = ended {
-                    tracing::error!(%error, "a lane failed");
-                },
-            }
-        }
+        self.feed.next(|| self.shared.progress()).await
     }
 
     /// How far it is.
     pub fn progress(&self) -> Progress {
         self.shared.progress()
     }
-
-    fn changed(&mut self) -> Option<Progress> {
-        let now = self.shared.progress();
-        if self.reported == Some(now) {
-            return None;
-        }
-        self.reported = Some(now);
-        Some(now)
-    }
 }
 
 impl Drop for Upload {
     fn drop(&mut self) {
         self.shared.queue.close();
-    }
-}
-
-pub(crate) async fn link_event(events: &mut Option<LinkEvents>) -> Option<LinkEvent> {
-    match events {
-        Some(events) => events.next().await,
-        None => std::future::pending().await,
     }
 }
 

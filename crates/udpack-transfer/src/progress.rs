@@ -1,0 +1,172 @@
+//! What uploads and downloads tell while they run.
+
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::{Interval, MissedTickBehavior};
+
+use crate::error::TransferError;
+use crate::link::{LinkEvent, LinkEvents};
+use crate::store::Synced;
+
+/// How often progress is told at most.
+const REPORT: Duration = Duration::from_millis(100);
+
+/// What happens during an upload or a download.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Event {
+    /// A file has been offered to the server.
+    Started {
+        /// Which of the sources, counted from 0.
+        index: usize,
+        /// The name at the server.
+        path: String,
+        /// Its size in bytes; 0 for what tells only at its end.
+        size: u64,
+    },
+    /// The server has some of a file already, from an earlier upload or connection.
+    Resumed {
+        /// Which of the sources, counted from 0.
+        index: usize,
+        /// The name at the server.
+        path: String,
+        /// Bytes that were proved to be equal there and are not sent again.
+        bytes: u64,
+        /// The file's size in bytes.
+        size: u64,
+    },
+    /// How far everything together is.
+    Progress(Progress),
+    /// A file is at the server: whole and verified, and durable as [`Outcome::sync`] says.
+    Done(Outcome),
+    /// A file is not.
+    Failed {
+        /// Which of the sources, counted from 0.
+        index: usize,
+        /// The name it should have had.
+        path: String,
+        /// Why.
+        error: TransferError,
+    },
+    /// The connection is lost; it is tried again after the delay.
+    Reconnecting {
+        /// Which try, counted from 1 since the last progress.
+        attempt: u32,
+        /// How long until then.
+        delay: Duration,
+        /// What went wrong last.
+        reason: String,
+    },
+    /// The connection is back.
+    Connected,
+}
+
+/// How far an upload is. Acknowledged bytes and files never go down; the bytes reach the total only with the
+/// last `done`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Progress {
+    /// Bytes that the server has acknowledged, those of files it had already included.
+    pub acked: u64,
+    /// Bytes of all files listed so far that have not failed.
+    pub total: u64,
+    /// Files done or failed.
+    pub files_done: usize,
+    /// Files listed so far.
+    pub files: usize,
+    /// All files are listed: the totals grow no more.
+    pub listed: bool,
+}
+
+/// One file that arrived.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Outcome {
+    /// Which of the sources, counted from 0.
+    pub index: usize,
+    /// The name the server gave it.
+    pub path: String,
+    /// Its size in bytes.
+    pub size: u64,
+    /// BLAKE3 of its bytes, computed on both sides.
+    pub hash: [u8; 32],
+    /// Bytes of file that were sent, repetitions included; 0 when the server had it already.
+    pub sent: u64,
+    /// Bytes that an earlier upload or connection had brought, proved to be equal.
+    pub resumed: u64,
+    /// The server had it already.
+    pub same: bool,
+    /// How it was put on the server's disk, if the server says so.
+    pub sync: Option<Synced>,
+    /// From the first offer to `done`.
+    pub elapsed: Duration,
+}
+
+/// The events of a transfer, gathered from its tasks, its link and its progress. Dropping it ends the tasks.
+#[derive(Debug)]
+pub(crate) struct Feed {
+    tasks: JoinSet<()>,
+    happened: mpsc::Receiver<Event>,
+    /// `None` when nothing more will come.
+    link_events: Option<LinkEvents>,
+    ticker: Interval,
+    reported: Option<Progress>,
+}
+
+impl Feed {
+    pub(crate) fn new(
+        tasks: JoinSet<()>,
+        happened: mpsc::Receiver<Event>,
+        link_events: LinkEvents,
+    ) -> Self {
+        let mut ticker = tokio::time::interval(REPORT);
+        ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Self {
+            tasks,
+            happened,
+            link_events: Some(link_events),
+            ticker,
+            reported: None,
+        }
+    }
+
+    /// The next event. Cancel safe.
+    pub(crate) async fn next(&mut self, progress: impl Fn() -> Progress) -> Option<Event> {
+        loop {
+            tokio::select! {
+                biased;
+                event = link_event(&mut self.link_events) => match event {
+                    Some(LinkEvent::Reconnecting { attempt, delay, reason }) => {
+                        return Some(Event::Reconnecting { attempt, delay, reason });
+                    }
+                    Some(LinkEvent::Connected) => return Some(Event::Connected),
+                    None => self.link_events = None,
+                },
+                event = self.happened.recv() => return match event {
+                    Some(event) => Some(event),
+                    None => self.changed(progress()),
+                },
+                _ = self.ticker.tick() => if let Some(event) = self.changed(progress()) {
+                    return Some(event);
+                },
+                Some(ended) = self.tasks.join_next() => if let Err(error) = ended {
+                    tracing::error!(%error, "a task of a transfer failed");
+                },
+            }
+        }
+    }
+
+    fn changed(&mut self, now: Progress) -> Option<Event> {
+        let before = self.reported.replace(now);
+        (before != Some(now)).then_some(Event::Progress(now))
+    }
+}
+
+async fn link_event(events: &mut Option<LinkEvents>) -> Option<LinkEvent> {
+    match events {
+        Some(events) => events.next().await,
+        None => std::future::pending().await,
+    }
+}
