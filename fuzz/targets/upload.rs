@@ -5,6 +5,8 @@
 //! of four bytes a step, which reaches deep states sooner.
 #![no_main]
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
 use libfuzzer_sys::{Corpus, fuzz_target};
 use serde::Serialize;
@@ -57,7 +59,7 @@ fn run_script(script: &[u8]) {
         let size = (size < 128).then_some(u64::from(size % 32));
         let (path, hash) = ("x", ByteArray(&[7; 32]));
         let chunk = ByteArray(&[7; 16][..usize::from(offset % 16) + 1]);
-        let message = match step % 12 {
+        let message = match step % 16 {
             0 | 1 => message("file", &File { id, path, size }),
             2 => message(
                 "file",
@@ -77,8 +79,22 @@ fn run_script(script: &[u8]) {
                 },
             ),
             8 => message("finish", &()),
-            9 => message("cancel", &Id { id }),
+            9 => message(
+                "cancel",
+                &Cancel {
+                    id,
+                    keep: offset % 2 == 0,
+                },
+            ),
             10 => message("chunk", &Id { id }),
+            11 => message("dir", &Place { id, path }),
+            12 => message("get", &Place { id, path }),
+            13 => message("done", &Id { id }),
+            14 => {
+                let (from, len) = (u64::from(offset % 32), size.unwrap_or(u64::MAX));
+                lane.told(id, &[(from, len), (from.saturating_add(len), 3)]);
+                continue;
+            }
             _ => {
                 lane.end(id);
                 continue;
@@ -96,19 +112,55 @@ fn run_script(script: &[u8]) {
 struct Checked {
     lane: Lane,
     open: Option<Open>,
-    /// The highest id that a `file` of the long form has had.
+    /// The highest id so far; the short form has none.
     last: Option<u64>,
+    /// Downloads that were asked for and neither confirmed nor given up.
+    gets: BTreeSet<u64>,
 }
 
 struct Open {
     id: u64,
     short: bool,
     size: Option<u64>,
-    /// Bytes written so far.
+    /// Where the last chunk ended.
     next: u64,
+    /// What the client may pass over, as offset and length.
+    have: Vec<(u64, u64)>,
+}
+
+impl Open {
+    /// Whether a chunk may begin at `offset`: nothing that is missing lies before it.
+    fn may_begin_at(&self, offset: u64) -> bool {
+        let mut at = self.next;
+        for _ in 0..=self.have.len() {
+            for (from, len) in &self.have {
+                if *from <= at {
+                    at = at.max(from.saturating_add(*len));
+                }
+            }
+        }
+        offset >= self.next && offset <= at
+    }
 }
 
 impl Checked {
+    /// The server has these ranges of the file.
+    fn told(&mut self, id: u64, have: &[(u64, u64)]) {
+        let ranges = have
+            .iter()
+            .map(|(off, len)| (*off, *len, [0; 32]))
+            .collect();
+        self.lane.told(id, &ranges);
+        if let Some(open) = self.open.as_mut().filter(|open| open.id == id) {
+            open.have = have.to_vec();
+        }
+    }
+
+    /// Whether an id is free for something new.
+    fn is_new(&self, id: u64) -> bool {
+        self.last < Some(id)
+    }
+
     /// Reads a message as the server does; an error is one that closes the channel.
     fn on(&mut self, message: &Message) -> Result<(), BadMessage> {
         let _ = decode_reply(message);
@@ -151,6 +203,7 @@ impl Checked {
                     short: offer.short,
                     size: offer.size,
                     next: 0,
+                    have: Vec::new(),
                 });
             }
             (Request::File(offer), Action::Refuse(refusal)) => {
@@ -160,13 +213,11 @@ impl Checked {
             (Request::Chunk { id, offset, bytes }, Action::Write) => {
                 let open = self.open.as_mut().expect("an open file");
                 assert_eq!(open.id, *id);
-                assert_eq!(
-                    *offset,
-                    (!open.short).then_some(open.next),
-                    "a gap or an overlap"
-                );
+                assert_eq!(offset.is_none(), open.short);
+                let offset = offset.unwrap_or(open.next);
+                assert!(open.may_begin_at(offset), "a gap or an overlap");
                 assert!(!bytes.is_empty());
-                open.next += bytes.len() as u64;
+                open.next = offset + bytes.len() as u64;
                 assert!(
                     open.size.is_none_or(|size| open.next <= size),
                     "more than declared"
@@ -174,8 +225,10 @@ impl Checked {
             }
             (Request::Chunk { id, offset, bytes }, Action::Abort(refusal)) => {
                 let open = fits(*id).expect("only the open file can be aborted");
-                let end = open.next.checked_add(bytes.len() as u64);
-                let right = *offset == (!open.short).then_some(open.next)
+                let at = offset.unwrap_or(open.next);
+                let end = at.checked_add(bytes.len() as u64);
+                let right = offset.is_none() == open.short
+                    && open.may_begin_at(at)
                     && end.is_some_and(|end| open.size.is_none_or(|size| end <= size));
                 assert!(!right, "a chunk that fits was refused");
                 check_refusal(&refusal, *id);
@@ -197,15 +250,50 @@ impl Checked {
                 check_refusal(&refusal, finish.id);
                 self.open = None;
             }
-            (Request::Cancel { id }, Action::Abort(refusal)) => {
+            (Request::Cancel { id, keep }, action @ (Action::Abort(_) | Action::Suspend(_))) => {
                 assert!(fits(*id).is_some(), "only the open file can be aborted");
+                assert_eq!(*keep, matches!(action, Action::Suspend(_)));
+                let (Action::Abort(refusal) | Action::Suspend(refusal)) = action else {
+                    unreachable!("matched above");
+                };
                 assert_eq!(refusal.code, "cancelled");
                 check_refusal(&refusal, *id);
                 self.open = None;
             }
+            (Request::Cancel { id, .. }, Action::Sent { id: sent, stored }) => {
+                assert_eq!((sent, stored), (*id, false));
+                assert!(self.gets.remove(id), "no such download");
+            }
+            (Request::Done { id }, Action::Sent { id: sent, stored }) => {
+                assert_eq!((sent, stored), (*id, true));
+                assert!(self.gets.remove(id), "no such download");
+            }
+            (Request::Dir(offer), Action::Dir(_)) => {
+                assert!(self.open.is_none() && self.is_new(offer.id));
+            }
+            (Request::Link(offer), Action::Link(_)) => {
+                assert!(self.open.is_none() && self.is_new(offer.id));
+            }
+            (Request::Get(wish), Action::Send(sent)) => {
+                assert_eq!(*wish, sent);
+                assert!(self.is_new(wish.id));
+                self.gets.insert(wish.id);
+            }
+            (
+                Request::Dir(udpack_transfer::wire::DirOffer { id, .. })
+                | Request::Link(udpack_transfer::wire::LinkOffer { id, .. }),
+                Action::Refuse(refusal),
+            ) => {
+                assert!(self.open.is_some() || !self.is_new(*id));
+                check_refusal(&refusal, *id);
+            }
+            (Request::Get(wish), Action::Refuse(refusal)) => {
+                assert!(!self.is_new(wish.id));
+                check_refusal(&refusal, wish.id);
+            }
             (
                 Request::Chunk { id, .. }
-                | Request::Cancel { id }
+                | Request::Cancel { id, .. }
                 | Request::Finish(udpack_transfer::wire::Finish { id, .. }),
                 action @ (Action::Refuse(_) | Action::Ignore),
             ) => {
@@ -215,14 +303,17 @@ impl Checked {
                     check_refusal(&refusal, *id);
                 }
             }
-            (Request::Done, Action::Ignore) => {}
+            (Request::Done { .. } | Request::Ack { .. }, Action::Ignore) => {}
             (request, action) => panic!("{request:?} led to {action:?}"),
         }
-        if let Request::File(offer) = request
-            && !offer.short
-        {
-            self.last = self.last.max(Some(offer.id));
-        }
+        let number = match request {
+            Request::File(offer) if !offer.short => Some(offer.id),
+            Request::Dir(offer) => Some(offer.id),
+            Request::Link(offer) => Some(offer.id),
+            Request::Get(wish) => Some(wish.id),
+            _ => None,
+        };
+        self.last = self.last.max(number);
     }
 
     /// The file got its answer while it was open.
@@ -252,6 +343,18 @@ struct File<'a> {
     id: u64,
     path: &'a str,
     size: Option<u64>,
+}
+
+#[derive(Serialize)]
+struct Place<'a> {
+    id: u64,
+    path: &'a str,
+}
+
+#[derive(Serialize)]
+struct Cancel {
+    id: u64,
+    keep: bool,
 }
 
 #[derive(Serialize)]
