@@ -89,6 +89,7 @@ async fn serve(args: &ServerArgs) -> anyhow::Result<()> {
         }
         tracing::info!(within = ?DRAIN, "shutting down; a second signal ends it at once");
         hub.close();
+        receiver.shutting_down();
     };
     server.run_until(stop, Drain::within(DRAIN)).await?;
     tracing::info!("stopped");

@@ -4,7 +4,7 @@
 //! second the latest. The end of a job is always told. Nobody waits for a watcher.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -49,6 +49,8 @@ struct Inner {
     next: AtomicU64,
     running: Mutex<BTreeMap<u64, Arc<Running>>>,
     watchers: Mutex<HashMap<u64, Arc<Watcher>>>,
+    /// Watchers go when there is nothing left to see.
+    over: AtomicBool,
 }
 
 struct Running {
@@ -125,6 +127,11 @@ impl Jobs {
         }
     }
 
+    /// Sends watchers away once they have heard of the end of all they see.
+    pub(crate) fn close(&self) {
+        self.inner.over.store(true, Ordering::Relaxed);
+    }
+
     /// Serves one watcher until it leaves.
     pub(crate) async fn watch(&self, channel: Channel, default: &Scope) -> Result<(), RecvError> {
         let scope = match Scope::of(channel.peer(), default) {
@@ -156,6 +163,7 @@ impl Jobs {
         {
             return Ok(());
         }
+        let over = &self.inner.over;
         let mut ticker = tokio::time::interval(TICK);
         ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -169,6 +177,10 @@ impl Jobs {
                     None => return Ok(()),
                 },
                 _ = ticker.tick() => match self.tell(&channel, &watcher, &scope, &mut told).await {
+                    Ok(true) if over.load(Ordering::Relaxed) && self.running(&watcher).is_empty() => {
+                        drop(channel.close(CloseCode::SHUTTING_DOWN, "the server is shutting down"));
+                        return Ok(());
+                    }
                     Ok(true) => {}
                     Ok(false) => {
                         channel.close(CloseCode::SLOW_PEER, "too many jobs ended unheard");

@@ -137,6 +137,12 @@ impl Receiver {
             })
     }
 
+    /// To be called when the server begins to shut down: those who watch its transfers are sent away once
+    /// none is left, so that they do not hold up the end.
+    pub fn shutting_down(&self) {
+        self.jobs.close();
+    }
+
     /// The store that the files go to.
     pub fn store(&self) -> &Store {
         self.publisher.store()

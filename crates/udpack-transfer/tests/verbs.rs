@@ -1615,6 +1615,40 @@ async fn a_job_is_cancelled_by_its_owner_or_an_admin_and_nobody_else() {
 }
 
 #[tokio::test]
+async fn watchers_of_a_server_that_ends_hear_the_last_job_out_and_go() {
+    bounded(async {
+        let mut handle = None;
+        let world = World::with(|receiver| {
+            handle = Some(receiver.clone());
+            receiver
+        })
+        .await;
+        let receiver = handle.expect("a receiver");
+        let (socket, mut lane) = world.lane("all").await;
+        let idle = Watcher::open(&world.socket("reader").await).await;
+        let mut watcher = Watcher::open(&socket).await;
+        lane.say(&file(1, "last", 4)).await;
+        watcher.find("last").await;
+        receiver.shutting_down();
+        let gone = async |watcher: &Watcher| {
+            let recv = tokio::time::timeout(Duration::from_secs(20), watcher.channel.recv());
+            match recv.await.expect("in time") {
+                Err(error) => error.reason().code,
+                Ok(None) => watcher.channel.close_reason().expect("a reason").code,
+                Ok(Some(message)) => panic!("{message:?}"),
+            }
+        };
+        assert_eq!(gone(&idle).await, CloseCode::SHUTTING_DOWN, "sees nothing");
+        lane.say(&chunk(1, 0, b"abcd")).await;
+        lane.say(&finish(1, b"abcd")).await;
+        assert_eq!(lane.hear().await.line, "done 1 last 4");
+        assert_eq!(watcher.end_of("last").await.state, "done");
+        assert_eq!(gone(&watcher).await, CloseCode::SHUTTING_DOWN);
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_watcher_that_never_reads_harms_nobody() {
     /// Enough, with names this long, to fill every window on the way, and what the server keeps for it.
     const ROUNDS: u64 = 30;
