@@ -1,9 +1,9 @@
 //! One incoming file on the blocking pool: what the disk must do, in order, off the async threads.
 //!
-//! A file owns no thread. Its steps queue here, bounded; a few threads take turns at the files that have some,
-//! so a thousand slow uploads cost a thousand small queues, and ten thousand small files no crowd of threads
-//! that fight for the same locks. Small files that are complete go on to the [`Publisher`], which puts many of
-//! them on disk at once.
+//! A file's steps queue here, bounded. A large file has a thread for as long as it has steps, and none while it
+//! waits, so a thousand slow uploads cost a thousand small queues and a slow one nobody but itself. Small files
+//! take turns on a few threads: ten thousand of them must not be a crowd that fights for the same locks. Those
+//! that are complete go on to the [`Publisher`], which puts many of them on disk at once.
 
 use std::collections::VecDeque;
 use std::panic::AssertUnwindSafe;
@@ -27,6 +27,8 @@ use crate::writers::{Pulse, UploadKey, Writer, Writers};
 const QUEUE: usize = 8;
 /// Most files that are published together.
 const BATCH: usize = 1024;
+/// Size from which on a file is a large one: the store puts those on disk by themselves.
+const SMALL: u64 = 1 << 20;
 /// Steps of one file before the next has its turn.
 const SHARE: u32 = 16;
 /// Threads for each core: some of them wait for the disk.
@@ -111,7 +113,8 @@ pub(crate) struct Incoming {
 
 #[derive(Debug)]
 struct Shared {
-    pool: Arc<Pool>,
+    /// What runs its steps; `None` for a file that gets a thread to itself.
+    pool: Option<Arc<Pool>>,
     queue: Mutex<Queue>,
     room: Arc<Semaphore>,
     received: AtomicU64,
@@ -127,7 +130,13 @@ struct Queue {
     end: Option<End>,
 }
 
-/// The threads that files take turns on.
+/// Whether no step of a file can take long: no large file is synced for it, and none is read.
+fn is_small(offer: &Offer) -> bool {
+    let asks = offer.resume || offer.if_exists == IfExists::Skip;
+    !asks && offer.size.is_some_and(|size| size < SMALL)
+}
+
+/// The threads that small files take turns on.
 #[derive(Debug)]
 struct Pool {
     most: usize,
@@ -208,6 +217,7 @@ impl Incoming {
         outcomes: Outcomes,
     ) -> Self {
         let pulse = task.writer.as_ref().map(Writer::pulse);
+        let pool = is_small(&task.offer).then(|| publisher.pool.clone());
         let worker = Worker {
             stage: Stage::New,
             task,
@@ -217,7 +227,7 @@ impl Incoming {
             _slot: slot,
         };
         let shared = Arc::new(Shared {
-            pool: publisher.pool.clone(),
+            pool,
             queue: Mutex::new(Queue {
                 steps: VecDeque::new(),
                 running: false,
@@ -284,7 +294,11 @@ impl Incoming {
         let idle = !std::mem::replace(&mut queue.running, true);
         drop(queue);
         if idle {
-            self.shared.pool.submit(self.shared.clone());
+            let shared = self.shared.clone();
+            match &self.shared.pool {
+                Some(pool) => pool.submit(shared),
+                None => drop(tokio::task::spawn_blocking(move || while shared.run() {})),
+            }
         }
     }
 
