@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use serde_json::json;
 use tokio::time::MissedTickBehavior;
-use udpack::{ConnectUrl, Drain, Identity, Server, TokenFile};
+use udpack::{ConnectUrl, Drain, Identity, Limits, Server, TokenFile};
 use udpack_transfer::{Limiter, Receiver, ReceiverConfig, Scope, Store, StoreConfig};
 
 use crate::args::{ServerArgs, ServerCommand};
@@ -75,6 +75,7 @@ async fn serve(args: &ServerArgs) -> anyhow::Result<()> {
         .identity(identity)
         .auth(tokens.clone())
         .agent(concat!("udpack-server/", env!("CARGO_PKG_VERSION")))
+        .limits(limits(args.bwlimit.up))
         .congestion(args.cc.into());
     let server = hub
         .attach(receiver.attach(server))
@@ -123,6 +124,20 @@ async fn sweep(store: &Store) {
             Ok(Ok(removed)) => tracing::info!(removed, "interrupted uploads have expired"),
             Ok(Err(error)) => tracing::warn!(%error, "cannot look for expired uploads"),
         }
+    }
+}
+
+/// What arrives within a few seconds at this rate is all that may be under way: whoever fills a larger window
+/// first and is read slowly then takes the pause for a dead peer.
+fn limits(rate: Option<u64>) -> Limits {
+    let limits = Limits::default();
+    let Some(rate) = rate else {
+        return limits;
+    };
+    let seconds = u32::try_from(rate.saturating_mul(4)).unwrap_or(u32::MAX);
+    Limits {
+        stream_window: seconds.clamp(LEAST_WINDOW, limits.stream_window),
+        ..limits
     }
 }
 
@@ -192,5 +207,6 @@ fn reachable(bound: IpAddr) -> IpAddr {
 
 /// How often expired uploads are looked for.
 const SWEEP: Duration = Duration::from_secs(600);
+const LEAST_WINDOW: u32 = 64 << 10;
 /// How long running uploads may go on after the first signal.
 const DRAIN: Duration = Duration::from_secs(10);

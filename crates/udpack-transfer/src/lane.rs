@@ -512,6 +512,7 @@ mod tests {
                 id,
                 path: "x".into(),
                 have: Have::new(),
+                rate: None,
             })
         };
         let cancel = |id| Request::Cancel { id, keep: false };

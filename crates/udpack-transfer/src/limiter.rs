@@ -56,6 +56,11 @@ impl Limiter {
         Self { inner: None }
     }
 
+    /// Bytes a second; `None` without a limit.
+    pub fn rate(&self) -> Option<u64> {
+        self.inner.as_ref().map(|inner| inner.rate)
+    }
+
     /// Whether there is a limit at all.
     pub fn is_limited(&self) -> bool {
         self.inner.is_some()

@@ -24,6 +24,8 @@ pub(crate) struct Wanted {
     pub(crate) shown: String,
     /// What the client has of it.
     pub(crate) have: Have,
+    /// How fast the client takes downloads.
+    pub(crate) taken: Limiter,
     pub(crate) job: Job,
     /// Dropped or true when nobody wants it any more.
     pub(crate) unwanted: tokio_util::sync::CancellationToken,
@@ -59,6 +61,7 @@ async fn send(
         path,
         shown,
         have,
+        taken,
         job,
         unwanted,
     } = wanted;
@@ -94,7 +97,12 @@ async fn send(
         run: None,
     };
     channel.send("file", &fields).await?;
-    let pace = Pace::new(limit, LANES);
+    let slower = if taken.chunk() < limit.chunk() {
+        &taken
+    } else {
+        limit
+    };
+    let pace = Pace::new(slower, LANES);
     pace.adapt(&channel.stats());
     let mut pieces = opened.read(have, pace.clone());
     loop {
@@ -110,6 +118,7 @@ async fn send(
             Some(Piece::Chunk { offset, bytes }) => {
                 let end = offset + bytes.len() as u64;
                 limit.take(bytes.len() as u64).await;
+                taken.take(bytes.len() as u64).await;
                 channel
                     .send_bulk("chunk", &ChunkFields { id, off: offset }, "chunk", bytes)
                     .await?;

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -16,6 +16,7 @@ use udpack::{Channel, CloseCode, Fault, Message, RecvError, SendError};
 use crate::hook::HookOffer;
 use crate::jobs::{Job, JobEnd, JobKind};
 use crate::lane::{Action, Lane, Refusal};
+use crate::limiter::Limiter;
 use crate::outgoing::{self, Wanted};
 use crate::path::RelPath;
 use crate::receiver::Receiver;
@@ -87,6 +88,10 @@ impl Tracked {
         }
     }
 }
+
+/// How fast the client of a socket takes downloads, as it last said.
+#[derive(Clone, Default)]
+struct Taken(Arc<Mutex<Limiter>>);
 
 /// What must happen before the next message is read.
 enum Pending {
@@ -529,6 +534,7 @@ impl<'a> Serving<'a> {
             path,
             shown: wish.path,
             have: wish.have,
+            taken: self.taken(wish.rate),
             job,
             unwanted,
         };
@@ -546,6 +552,19 @@ impl<'a> Serving<'a> {
         // There is room: no more than that are counted above.
         let _ = queue.try_send(wanted);
         Ok(())
+    }
+
+    /// The limit that the client set to its downloads: one for all lanes of its socket.
+    fn taken(&self, rate: Option<u64>) -> Limiter {
+        let Some(rate) = rate else {
+            return Limiter::unlimited();
+        };
+        let all: Taken = self.channel.extensions().get_or_insert_with(Taken::default);
+        let mut limiter = all.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if limiter.rate() != Some(rate.max(1)) {
+            *limiter = Limiter::new(rate);
+        }
+        limiter.clone()
     }
 
     async fn outcome(&mut self, outcome: Outcome) -> Result<(), SendError> {

@@ -149,6 +149,8 @@ pub struct Wish {
     pub path: String,
     /// What the client has of it.
     pub have: Have,
+    /// Bytes a second that the client takes at most, over all its downloads.
+    pub rate: Option<u64>,
 }
 
 /// A `finish` message.
@@ -202,6 +204,7 @@ pub fn decode(message: &Message) -> Result<Option<Request>, BadMessage> {
                 id: fields.u64("id")?,
                 path: fields.str("path")?.to_owned(),
                 have: have(fields)?,
+                rate: fields.opt_u64("rate")?,
             }))
         }),
         // Without an id it is a courtesy of the short form.
@@ -618,6 +621,8 @@ pub(crate) struct GetFields<'a> {
     pub(crate) path: &'a str,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) have: Vec<(u64, u64, Hash)>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) rate: Option<u64>,
 }
 
 #[derive(Serialize)]

@@ -411,6 +411,7 @@ proptest! {
                     id,
                     path: "x".to_owned(),
                     have: Vec::new(),
+                    rate: None,
                 }),
                 Happens::File { id, size, short } => Request::File(Offer {
                     id,

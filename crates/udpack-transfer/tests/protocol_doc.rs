@@ -183,6 +183,7 @@ fn asked(request: Request) -> Said {
             ("id", int(wish.id)),
             ("path", Some(text(&wish.path))),
             ("have", ranges(&wish.have)),
+            ("rate", wish.rate.and_then(int)),
         ],
         Request::Chunk { id, offset, bytes } => vec![
             ("id", offset.and_then(|_| int(id))),

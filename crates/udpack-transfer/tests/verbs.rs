@@ -1848,6 +1848,40 @@ async fn the_operator_has_a_word_in_every_upload() {
 // --------------------------------------------------------------------------------------------------- limits
 
 #[tokio::test]
+async fn a_client_says_how_fast_it_takes_downloads() {
+    bounded(async {
+        let mut world = World::new().await;
+        let bytes = noise(1, MIB / 2);
+        world.put("down", &bytes);
+        let (_socket, mut lane) = world.lane("all").await;
+        let get = |id: u64, rate: u64| {
+            let fields = [
+                ("id", id.into()),
+                ("path", "down".into()),
+                ("rate", rate.into()),
+            ];
+            ("get", map(fields))
+        };
+        let since = std::time::Instant::now();
+        // The second says otherwise: what was said last counts for what begins then.
+        for (id, rate, largest) in [(1, MIB / 4, MIB / 32), (2, 64 * MIB, MIB / 4)] {
+            lane.say(&get(id, rate as u64)).await;
+            let got = hear_file(&mut lane, id, true).await;
+            let longest = got.pieces.iter().map(|(_, piece)| piece.len()).max();
+            assert!(longest <= Some(largest), "{longest:?} in one go");
+            assert!(got.over(vec![]) == bytes);
+            lane.say(&("done", map([("id", id.into())]))).await;
+        }
+        let took = since.elapsed();
+        // Half a mebibyte at half of that a second, less what comes in one go.
+        assert!(took >= Duration::from_millis(1500), "{took:?}");
+        end(lane).await;
+        world.well("the client's own limit").await;
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_limit_bounds_both_directions_of_all_lanes_together() {
     bounded(async {
         let rate = 512 * 1024;

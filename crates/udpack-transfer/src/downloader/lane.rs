@@ -545,6 +545,8 @@ impl Asking<'_> {
             id,
             path: remote.as_str(),
             have: wire::ranges(&have),
+            // A server that knows sends no faster; one that does not is held back by its window.
+            rate: self.context.limit.rate(),
         };
         self.send("get", &fields).await
     }
