@@ -104,6 +104,14 @@ pub struct Outcome {
     pub elapsed: Duration,
 }
 
+impl Progress {
+    /// Whether nothing is left to come.
+    fn is_complete(&self) -> bool {
+        let bytes = self.total > 0 && self.acked >= self.total;
+        self.listed && (bytes || self.files_done >= self.files)
+    }
+}
+
 /// The events of a transfer, gathered from its tasks, its link and its progress. Dropping it ends the tasks.
 #[derive(Debug)]
 pub(crate) struct Feed {
@@ -148,9 +156,13 @@ impl Feed {
                     Some(event) => Some(event),
                     None => self.changed(progress()),
                 },
-                _ = self.ticker.tick() => if let Some(event) = self.changed(progress()) {
-                    return Some(event);
-                },
+                _ = self.ticker.tick() => {
+                    let now = progress();
+                    // The counters are ahead of the events: that all is done is told after the last of them.
+                    if !now.is_complete() && let Some(event) = self.changed(now) {
+                        return Some(event);
+                    }
+                }
                 Some(ended) = self.tasks.join_next() => if let Err(error) = ended {
                     tracing::error!(%error, "a task of a transfer failed");
                 },
@@ -168,5 +180,45 @@ async fn link_event(events: &mut Option<LinkEvents>) -> Option<LinkEvent> {
     match events {
         Some(events) => events.next().await,
         None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn that_all_is_done_is_told_after_the_last_event() {
+        let (events, happened) = mpsc::channel(1);
+        let mut feed = Feed {
+            tasks: JoinSet::new(),
+            happened,
+            link_events: None,
+            ticker: tokio::time::interval(REPORT),
+            reported: None,
+        };
+        let now = |acked, files_done| Progress {
+            acked,
+            total: 5,
+            files_done,
+            files: 1,
+            listed: true,
+        };
+        assert!(matches!(
+            feed.next(|| now(4, 0)).await,
+            Some(Event::Progress(_))
+        ));
+        // Both counters, and one of them, may be ahead of the event.
+        for ahead in [now(5, 0), now(5, 1), now(4, 1)] {
+            let next = tokio::time::timeout(REPORT * 5, feed.next(|| ahead));
+            assert!(next.await.is_err(), "{ahead:?} was told too soon");
+        }
+        events.send(Event::Connected).await.unwrap();
+        drop(events);
+        let last = feed.next(|| now(5, 1)).await;
+        assert!(matches!(last, Some(Event::Connected)), "{last:?}");
+        let last = feed.next(|| now(5, 1)).await;
+        assert!(matches!(last, Some(Event::Progress(told)) if told == now(5, 1)));
+        assert!(feed.next(|| now(5, 1)).await.is_none());
     }
 }
