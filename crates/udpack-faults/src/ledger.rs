@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::{self, Read as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Context as _;
 
@@ -58,6 +59,19 @@ impl Tally {
     /// All that must be zero.
     pub(crate) fn bad(&self) -> u64 {
         self.corrupt + self.lost + self.partial + self.other
+    }
+
+    /// The last lines of a loop: how long it took, and what came of it.
+    pub(crate) fn print(&self, cycles: u64, took: Duration) {
+        println!(
+            "{:.3} s a cycle, {} wrong in other ways",
+            took.as_secs_f64() / cycles.max(1) as f64,
+            self.other
+        );
+        println!(
+            "cycles {cycles} / acked {} / corrupt {} / lost {} / visible-partial {}",
+            self.acked, self.corrupt, self.lost, self.partial
+        );
     }
 
     /// Counts and tells what none of the names fits.

@@ -146,15 +146,7 @@ pub(crate) fn run(args: &PowerArgs, rig: &Rig, mut rng: Rng) -> anyhow::Result<b
         load.ledger.tally.wrong(&line);
     }
     let tally = load.ledger.tally;
-    println!(
-        "{:.3} s a cycle, {} wrong in other ways",
-        began.elapsed().as_secs_f64() / cycle.max(1) as f64,
-        tally.other
-    );
-    println!(
-        "cycles {cycle} / acked {} / corrupt {} / lost {} / visible-partial {}",
-        tally.acked, tally.corrupt, tally.lost, tally.partial
-    );
+    tally.print(cycle, began.elapsed());
     if tally.bad() == 0 {
         drop(disk);
         fs::remove_dir_all(rig.work())?;

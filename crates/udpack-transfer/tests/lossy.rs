@@ -322,7 +322,6 @@ async fn a_cut_longer_than_the_idle_time_is_made_good() {
 }
 
 #[tokio::test]
-#[ignore = "35 s"]
 async fn a_cut_of_35_seconds_is_made_good() {
     let cut = longer_than_idle(Timeouts::default(), Duration::from_secs(35));
     tokio::time::timeout(Duration::from_secs(120), cut)
@@ -418,7 +417,6 @@ async fn a_restart_of_the_server_is_made_good() {
 /// So slow a way that a lane gets less than the least a frame must grow by: chunks must get small, or nothing
 /// would ever arrive.
 #[tokio::test]
-#[ignore = "45 s"]
 async fn half_a_kilobyte_a_second_for_each_lane_is_enough() {
     let site = Site::new(Timeouts::default());
     let server = site.serve().await;
