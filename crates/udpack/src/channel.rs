@@ -90,7 +90,7 @@ impl Channel {
                 let written =
                     outbox::write_loop(outbox, send, session.clone(), counters.clone()).await;
                 if let Err(mut reason) = written {
-                    if reason.by == Side::Peer && session.conn.close_reason().is_none() {
+                    if reason.by == Side::Peer && session.conn().close_reason().is_none() {
                         reason = closing_words(&inbox, &session, &counters)
                             .await
                             .unwrap_or(reason);
@@ -398,7 +398,7 @@ impl Channel {
         let both_done = async {
             let _ = self.inner.outbox.wait_ended().await;
             // The other direction's end is seen by whoever reads; the connection's end by everybody.
-            self.inner.session.conn.closed().await
+            self.inner.session.conn().closed().await
         };
         tokio::select! {
             biased;
@@ -423,7 +423,7 @@ impl Channel {
 
     /// The numbers so far: bytes are this channel's, packets, round-trip time and window its socket's.
     pub fn stats(&self) -> Stats {
-        Stats::of(&self.inner.session.conn, &self.inner.counters)
+        Stats::of(&self.inner.session.conn(), &self.inner.counters)
     }
 
     /// What moves on this channel, each second. Round-trip time, loss and window are the socket's.
@@ -432,7 +432,7 @@ impl Channel {
         let counters = self.inner.counters.clone();
         let end = self.inner.end.clone();
         SpeedMeter::new(Box::new(move || {
-            (end.get().is_none()).then(|| Stats::of(&session.conn, &counters))
+            (end.get().is_none()).then(|| Stats::of(&session.conn(), &counters))
         }))
     }
 

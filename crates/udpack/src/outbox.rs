@@ -434,11 +434,11 @@ async fn progress(
     let (begun, _) = session.counters.totals();
     let mut before = begun;
     loop {
-        let heard = session.conn.stats().udp_rx.datagrams;
+        let heard = session.conn().stats().udp_rx.datagrams;
         match tokio::time::timeout(patience, write_some(stream, rest, session)).await {
             Ok(Ok(written)) => return Ok(written),
             Ok(Err(error)) => return Err(write_reason(session, error)),
-            Err(_) if session.conn.stats().udp_rx.datagrams == heard => {}
+            Err(_) if session.conn().stats().udp_rx.datagrams == heard => {}
             Err(_) if crowded(begun, before, session) => before = session.counters.totals().0,
             Err(_) => {
                 let _ = stream.reset(CloseCode::SLOW_PEER.varint());

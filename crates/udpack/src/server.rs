@@ -538,7 +538,7 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
         // Inside the block, because a handler may panic before it gives a future.
         let handler =
             std::panic::AssertUnwindSafe(async move { handler(socket).await }).catch_unwind();
-        let gone = session.conn.clone();
+        let gone = session.conn();
         shared.tasks.spawn(
             async move {
                 tokio::select! {
@@ -559,7 +559,7 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
 
 /// Reads `$hello`, asks the verifier, grants the windows and sends `$welcome`.
 async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Control, CloseReason> {
-    let conn = &session.conn;
+    let conn = &session.conn();
     let (send, recv) = conn
         .accept_bi()
         .await
@@ -651,7 +651,7 @@ async fn refuse(shared: &Shared, session: &Session, reason: CloseReason) {
         tracing::warn!(%reason, left_out, "refused");
     }
     session.abort(reason);
-    session.conn.closed().await;
+    session.conn().closed().await;
 }
 
 /// A place among the sockets, counted from before authentication so that the caps cannot be overrun.
@@ -687,12 +687,12 @@ impl Place {
         sockets.next += 1;
         sockets.admitted.insert(key, socket.clone());
         let window = sockets.share(&self.shared.limits);
-        socket.session().conn.set_receive_window(varint(window));
+        socket.session().conn().set_receive_window(varint(window));
         key
     }
 
     fn leave(&self, key: u64, session: &Session) {
-        let last = Stats::of(&session.conn, &session.counters);
+        let last = Stats::of(&session.conn(), &session.counters);
         lock(&self.shared.past).add_wire(&Stats { cwnd: 0, ..last });
         let mut sockets = lock(&self.shared.sockets);
         sockets.admitted.remove(&key);
@@ -723,7 +723,7 @@ impl Sockets {
         if window != self.window {
             self.window = window;
             for socket in self.admitted.values() {
-                socket.session().conn.set_receive_window(varint(window));
+                socket.session().conn().set_receive_window(varint(window));
             }
         }
         window

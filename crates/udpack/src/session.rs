@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -69,7 +69,7 @@ pub(crate) struct Wishes {
 
 /// Shared state of one socket.
 pub(crate) struct Session {
-    pub(crate) conn: quinn::Connection,
+    conn: RwLock<Arc<quinn::Connection>>,
     /// Whether this side dialled.
     pub(crate) client: bool,
     pub(crate) peer: OnceLock<Peer>,
@@ -125,7 +125,7 @@ impl Session {
         endpoint: Option<quinn::Endpoint>,
     ) -> Arc<Self> {
         Arc::new(Self {
-            conn,
+            conn: RwLock::new(Arc::new(conn)),
             client,
             peer: OnceLock::new(),
             peer_frame: AtomicU64::new(limits.frame as u64),
@@ -150,6 +150,14 @@ impl Session {
             endpoint,
             lease: OnceLock::new(),
         })
+    }
+
+    /// The connection of this moment.
+    pub(crate) fn conn(&self) -> Arc<quinn::Connection> {
+        self.conn
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// Makes the connection end with its last handle; called once, at a client.
@@ -213,7 +221,7 @@ impl Session {
         let code = reason.code.varint();
         let text = reason.text.clone();
         let _ = self.end.set(reason);
-        self.conn.close(code, cut(&text, 256).as_bytes());
+        self.conn().close(code, cut(&text, 256).as_bytes());
     }
 
     /// A small number that looks random; nothing but fairness depends on it.
@@ -265,9 +273,10 @@ impl Session {
                 ended.await;
             }
         };
+        let conn = self.conn();
         tokio::select! {
             () = wait => true,
-            _ = self.conn.closed() => true,
+            _ = conn.closed() => true,
             () = tokio::time::sleep(within) => false,
         }
     }
@@ -292,7 +301,7 @@ impl std::fmt::Debug for Session {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Session")
             .field("id", &self.id())
-            .field("remote", &self.conn.remote_address())
+            .field("remote", &self.conn().remote_address())
             .field("end", &self.end.get())
             .finish_non_exhaustive()
     }

@@ -89,7 +89,7 @@ impl Socket {
 
     /// The peer's address as of now; it may change when the peer moves.
     pub fn remote_address(&self) -> SocketAddr {
-        self.inner.session.conn.remote_address()
+        self.inner.session.conn().remote_address()
     }
 
     /// Values of the application's own that belong to this socket.
@@ -147,7 +147,7 @@ impl Socket {
         let id = session.next_channel_id();
         let frame = control::encode_open(id, name, meta, session.frame_limit())?;
         let patience = session.timeouts.request;
-        let (send, recv) = tokio::time::timeout(patience, session.conn.open_bi())
+        let (send, recv) = tokio::time::timeout(patience, session.conn().open_bi())
             .await
             .map_err(|_| OpenError::TooManyChannels)?
             .map_err(|error| OpenError::Closed(session.reason_for(&error)))?;
@@ -195,7 +195,7 @@ impl Socket {
     /// Waits until the socket is over and says how.
     pub async fn closed(&self) -> CloseReason {
         let session = &self.inner.session;
-        let error = session.conn.closed().await;
+        let error = session.conn().closed().await;
         let reason = session.reason_for(&error);
         session.end.set(reason);
         if let Some(endpoint) = &session.endpoint {
@@ -231,16 +231,16 @@ impl Socket {
         let session = self.inner.session.clone();
         SpeedMeter::new(Box::new(move || {
             session
-                .conn
+                .conn()
                 .close_reason()
                 .is_none()
-                .then(|| Stats::of(&session.conn, &session.counters))
+                .then(|| Stats::of(&session.conn(), &session.counters))
         }))
     }
 
     /// The numbers so far.
     pub fn stats(&self) -> Stats {
-        Stats::of(&self.inner.session.conn, &self.inner.session.counters)
+        Stats::of(&self.inner.session.conn(), &self.inner.session.counters)
     }
 
     fn closed_reason(&self) -> CloseReason {
@@ -384,9 +384,10 @@ pub(crate) async fn drive(
 ) -> CloseReason {
     let mut channels = JoinSet::new();
     let mut rate = Rate::new(session.limits.channel_rate);
+    let conn = session.conn();
     let reason = loop {
         tokio::select! {
-            stream = session.conn.accept_bi() => match stream {
+            stream = conn.accept_bi() => match stream {
                 Ok((send, recv)) => {
                     if !rate.take() {
                         let text = format!("more than {} channels a second", session.limits.channel_rate);
@@ -408,11 +409,11 @@ pub(crate) async fn drive(
                         session.channels_done(session.timeouts.close / 5).await;
                         let (code, text) = (reason.code.varint(), reason.text.clone());
                         session.end.set(reason);
-                        session.conn.close(code, text.as_bytes());
+                        session.conn().close(code, text.as_bytes());
                     } else {
                         session.abort(reason);
                     }
-                    let error = session.conn.closed().await;
+                    let error = session.conn().closed().await;
                     break session.reason_for(&error);
                 }
             },
@@ -426,7 +427,7 @@ pub(crate) async fn drive(
                 }
                 if let Some(reason) = close {
                     close_gracefully(&session, &mut control, reason).await;
-                    let error = session.conn.closed().await;
+                    let error = session.conn().closed().await;
                     break session.reason_for(&error);
                 }
             },
@@ -479,7 +480,7 @@ fn on_control(session: &Session, message: Result<crate::Message, Ending>) -> Opt
             _ => order("a message that has no place on the control stream now"),
         },
         Err(Ending::Finished) => order("the control stream ended without $close"),
-        Err(Ending::Closed(reason)) if session.conn.close_reason().is_some() => Some(reason),
+        Err(Ending::Closed(reason)) if session.conn().close_reason().is_some() => Some(reason),
         Err(Ending::Closed(_)) => order("the control stream was reset"),
         Err(Ending::Violation(reason)) => Some(reason),
     }
@@ -505,7 +506,7 @@ async fn close_gracefully(session: &Session, control: &mut Control, reason: Clos
                 return;
             }
         }
-        session.conn.closed().await;
+        session.conn().closed().await;
     };
     let _ = tokio::time::timeout_at(deadline, peer_closes).await;
     session.abort(reason);
