@@ -136,6 +136,56 @@ pub enum CongestionControl {
     NewReno,
 }
 
+/// Which channel's bytes go first when the path takes less than all of them want.
+///
+/// Not a share but an order: while a higher one has something to send, a lower one waits. It counts for the
+/// order of sending only; what the peer reads when is its own business.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub enum Priority {
+    /// After everything else, and never with so much under way that others find no room: files, backups.
+    Bulk,
+    /// What most channels want.
+    #[default]
+    Normal,
+    /// Before all other channels: small things that somebody waits for.
+    High,
+}
+
+impl Priority {
+    /// quinn's number for it; the control stream is above all channels.
+    pub(crate) fn quic(self) -> i32 {
+        match self {
+            Self::Bulk => -1,
+            Self::Normal => 0,
+            Self::High => 1,
+        }
+    }
+}
+
+impl From<Priority> for u64 {
+    fn from(priority: Priority) -> Self {
+        match priority {
+            Priority::Bulk => 0,
+            Priority::Normal => 1,
+            Priority::High => 2,
+        }
+    }
+}
+
+impl TryFrom<u64> for Priority {
+    type Error = u64;
+
+    /// 0, 1 and 2, as they stand in `$open`; any other number comes back.
+    fn try_from(number: u64) -> Result<Self, u64> {
+        match number {
+            0 => Ok(Self::Bulk),
+            1 => Ok(Self::Normal),
+            2 => Ok(Self::High),
+            other => Err(other),
+        }
+    }
+}
+
 /// How a server goes down: see `Server::run_until`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Drain {

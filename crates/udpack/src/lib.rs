@@ -64,7 +64,7 @@ pub use auth::{Authenticate, Deny, Hello, Peer};
 pub use channel::{Channel, Closed, RecvError, Request, RequestError, SendError};
 pub use client::{Client, ClientBuilder, ConnectError};
 pub use code::{CloseCode, CloseReason, Fault, Side};
-pub use config::{CongestionControl, Drain, Limits, Timeouts};
+pub use config::{CongestionControl, Drain, Limits, Priority, Timeouts};
 pub use control::GoAway;
 pub use endpoint::InvalidSetting;
 pub use extensions::Extensions;
