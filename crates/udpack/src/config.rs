@@ -5,6 +5,10 @@
 
 use std::time::Duration;
 
+use serde::Serialize;
+
+use crate::endpoint::InvalidSetting;
+
 /// How much of everything a peer may use. All bounds are enforced; a breach has its own close code.
 ///
 /// Start from `Limits::default()` and change what you must:
@@ -121,37 +125,28 @@ impl Default for Timeouts {
     }
 }
 
-/// The congestion controller of this side's sending direction.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[non_exhaustive]
-pub enum CongestionControl {
-    /// What this library thinks best; at present CUBIC.
-    #[default]
-    Auto,
-    /// CUBIC (RFC 9438): fair, slow on links that lose packets at random.
-    Cubic,
-    /// quinn's BBR, marked experimental there: fast on lossy links, sends far more than the link takes.
-    Bbr,
-    /// NewReno (RFC 9002, section 7).
-    NewReno,
-}
-
-/// Which channel's bytes go first when the path takes less than all of them want.
+/// Which channels of a socket go first when there is more to send than the path takes; both directions.
 ///
-/// Not a share but an order: while a higher one has something to send, a lower one waits. It counts for the
-/// order of sending only; what the peer reads when is its own business.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+/// An order, not a share: while a higher channel has something to send, those below wait. It is about sending
+/// only; what the peer's program reads when is its own business.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize)]
+#[serde(into = "u64")]
 pub enum Priority {
-    /// After everything else, and never with so much under way that others find no room: files, backups.
+    /// After all others: files, archives. Has never so much under way that the others find no room.
     Bulk,
-    /// What most channels want.
+    /// As the others.
     #[default]
     Normal,
-    /// Before all other channels: small things that somebody waits for.
+    /// Before all others: what somebody waits for.
     High,
 }
 
 impl Priority {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde asks")]
+    pub(crate) fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
     /// quinn's number for it; the control stream is above all channels.
     pub(crate) fn quic(self) -> i32 {
         match self {
@@ -173,17 +168,31 @@ impl From<Priority> for u64 {
 }
 
 impl TryFrom<u64> for Priority {
-    type Error = u64;
+    type Error = InvalidSetting;
 
-    /// 0, 1 and 2, as they stand in `$open`; any other number comes back.
-    fn try_from(number: u64) -> Result<Self, u64> {
-        match number {
+    fn try_from(value: u64) -> Result<Self, InvalidSetting> {
+        match value {
             0 => Ok(Self::Bulk),
             1 => Ok(Self::Normal),
             2 => Ok(Self::High),
-            other => Err(other),
+            _ => Err(InvalidSetting("a priority is 0, 1 or 2")),
         }
     }
+}
+
+/// The congestion controller of this side's sending direction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum CongestionControl {
+    /// What this library thinks best; at present CUBIC.
+    #[default]
+    Auto,
+    /// CUBIC (RFC 9438): fair, slow on links that lose packets at random.
+    Cubic,
+    /// quinn's BBR, marked experimental there: fast on lossy links, sends far more than the link takes.
+    Bbr,
+    /// NewReno (RFC 9002, section 7).
+    NewReno,
 }
 
 /// How a server goes down: see `Server::run_until`.

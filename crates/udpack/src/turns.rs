@@ -47,7 +47,11 @@ impl Turns {
             .into_iter()
             .filter(|other| *other > priority && waits(*other) > 0)
             .count() as u64;
-        let lot = if waits(priority) > 1 { self.draw() % 4 } else { 0 };
+        let lot = if waits(priority) > 1 {
+            self.draw() % 4
+        } else {
+            0
+        };
         4 * higher + lot
     }
 
@@ -74,7 +78,9 @@ impl Turns {
     /// Counts these bytes as under way until QUIC and everybody else has let go of them. QUIC does when they
     /// are acknowledged, or when stream or connection are gone.
     pub(crate) fn hold(&self, bytes: Bytes) -> Bytes {
-        self.bulk.under_way.fetch_add(bytes.len(), Ordering::Relaxed);
+        self.bulk
+            .under_way
+            .fetch_add(bytes.len(), Ordering::Relaxed);
         Bytes::from_owner(Held {
             bytes,
             bulk: self.bulk.clone(),
@@ -168,7 +174,12 @@ mod tests {
     #[test]
     fn bulk_waits_until_what_is_under_way_is_let_go() {
         let turns = Turns::default();
-        let free = |window| turns.bulk_room(window, 16 << 20, 1).now_or_never().is_some();
+        let free = |window| {
+            turns
+                .bulk_room(window, 16 << 20, 1)
+                .now_or_never()
+                .is_some()
+        };
         let floor = BULK_FLOOR as usize;
         assert!(free(0));
         let mut held = turns.hold(Bytes::from(vec![0; floor]));
