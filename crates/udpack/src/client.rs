@@ -14,7 +14,7 @@ use crate::channel::Channel;
 use crate::code::{CloseCode, CloseReason};
 use crate::config::{CongestionControl, Limits, TOKEN_BYTES, Timeouts};
 use crate::control;
-use crate::endpoint::{self, InvalidSetting};
+use crate::endpoint::{self, InvalidSetting, Via};
 use crate::fingerprint::Fingerprint;
 use crate::inbox::Inbox;
 use crate::server::{CHANNEL_QUEUE, default_agent};
@@ -39,6 +39,7 @@ struct Settings {
     limits: Arc<Limits>,
     timeouts: Arc<Timeouts>,
     bind: Option<SocketAddr>,
+    via: Via,
 }
 
 impl Client {
@@ -53,6 +54,7 @@ impl Client {
             timeouts: Timeouts::default(),
             congestion: CongestionControl::default(),
             bind: None,
+            via: Via::default(),
         }
     }
 
@@ -116,12 +118,15 @@ impl Client {
             };
             SocketAddr::new(any, 0)
         });
-        let socket =
-            endpoint::bind(local, settings.limits.socket_buffer).map_err(ConnectError::Local)?;
-        let runtime = Arc::new(quinn::TokioRuntime);
-        let endpoint =
-            quinn::Endpoint::new(quinn::EndpointConfig::default(), None, socket, runtime)
-                .map_err(ConnectError::Local)?;
+        let endpoint = settings
+            .via
+            .open(
+                local,
+                settings.limits.socket_buffer,
+                quinn::EndpointConfig::default(),
+                None,
+            )
+            .map_err(ConnectError::Local)?;
         let connecting = endpoint
             .connect_with(settings.config.clone(), address, host)
             .map_err(|error| ConnectError::Dial {
@@ -219,6 +224,7 @@ pub struct ClientBuilder {
     timeouts: Timeouts,
     congestion: CongestionControl,
     bind: Option<SocketAddr>,
+    via: Via,
 }
 
 impl ClientBuilder {
@@ -284,6 +290,17 @@ impl ClientBuilder {
         self
     }
 
+    #[cfg(feature = "testing")]
+    pub(crate) fn via(mut self, via: Via) -> Self {
+        self.via = via;
+        self
+    }
+
+    #[cfg(all(test, feature = "testing"))]
+    pub(crate) fn network(&self) -> &Via {
+        &self.via
+    }
+
     /// Finishes the settings.
     ///
     /// # Errors
@@ -314,6 +331,7 @@ impl ClientBuilder {
                 limits: Arc::new(self.limits),
                 timeouts: Arc::new(self.timeouts),
                 bind: self.bind,
+                via: self.via,
             }),
         })
     }

@@ -5,13 +5,15 @@ use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 
 use quinn::congestion::{BbrConfig, ControllerFactory, CubicConfig, NewRenoConfig};
-use quinn::{IdleTimeout, TransportConfig, VarInt};
+use quinn::{
+    Endpoint, EndpointConfig, IdleTimeout, ServerConfig, TokioRuntime, TransportConfig, VarInt,
+};
 use socket2::{Domain, Protocol, Socket as RawSocket, Type};
 
 use crate::config::{CongestionControl, Limits, PREAUTH_BYTES, PREAUTH_STREAMS, Timeouts};
 
 /// Binds a UDP socket with large kernel buffers; says in the log what to do when the kernel gives less.
-pub(crate) fn bind(address: SocketAddr, buffer: usize) -> io::Result<UdpSocket> {
+fn bind(address: SocketAddr, buffer: usize) -> io::Result<UdpSocket> {
     let socket = RawSocket::new(
         Domain::for_address(address),
         Type::DGRAM,
@@ -46,6 +48,37 @@ fn grow_buffers(socket: &RawSocket, wanted: usize) {
             "the kernel gives smaller UDP buffers than asked for, which costs speed; \
              to allow them: sysctl -w net.core.rmem_max={wanted} net.core.wmem_max={wanted}"
         );
+    }
+}
+
+/// Where the UDP sockets of a server or client come from.
+#[derive(Debug, Clone, Default)]
+pub(crate) enum Via {
+    /// The operating system.
+    #[default]
+    System,
+    /// A network in memory.
+    #[cfg(feature = "testing")]
+    Net(crate::testing::Host),
+}
+
+impl Via {
+    /// A QUIC endpoint on a socket at this address, with kernel buffers of this size where there is a kernel.
+    pub(crate) fn open(
+        &self,
+        address: SocketAddr,
+        buffer: usize,
+        settings: EndpointConfig,
+        server: Option<ServerConfig>,
+    ) -> io::Result<Endpoint> {
+        let runtime = Arc::new(TokioRuntime);
+        match self {
+            Self::System => Endpoint::new(settings, server, bind(address, buffer)?, runtime),
+            #[cfg(feature = "testing")]
+            Self::Net(host) => {
+                Endpoint::new_with_abstract_socket(settings, server, host.open(address)?, runtime)
+            }
+        }
     }
 }
 

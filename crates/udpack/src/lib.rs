@@ -56,6 +56,8 @@ mod server;
 mod session;
 mod socket;
 mod speed;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod tls;
 mod tokens;
 mod url;

@@ -22,7 +22,7 @@ use crate::channel::Channel;
 use crate::code::{CloseCode, CloseReason};
 use crate::config::{CongestionControl, Drain, Limits, MIN_WINDOW, PREAUTH_BYTES, Timeouts};
 use crate::control::{self, GoAway, Welcome};
-use crate::endpoint::{self, InvalidSetting, varint};
+use crate::endpoint::{self, InvalidSetting, Via, varint};
 use crate::fingerprint::Fingerprint;
 use crate::identity::{Identity, IdentityError};
 use crate::inbox::{Ending, Inbox};
@@ -109,6 +109,7 @@ impl Server {
             timeouts: Timeouts::default(),
             congestion: CongestionControl::default(),
             agent: default_agent(),
+            via: Via::default(),
         }
     }
 
@@ -263,6 +264,7 @@ pub struct ServerBuilder {
     timeouts: Timeouts,
     congestion: CongestionControl,
     agent: String,
+    via: Via,
 }
 
 impl ServerBuilder {
@@ -332,6 +334,12 @@ impl ServerBuilder {
         self
     }
 
+    #[cfg(feature = "testing")]
+    pub(crate) fn via(mut self, via: Via) -> Self {
+        self.via = via;
+        self
+    }
+
     /// Binds the UDP port and starts serving.
     ///
     /// # Errors
@@ -364,15 +372,10 @@ impl ServerBuilder {
         settings.cid_generator(move || {
             Box::new(quinn_proto::HashedConnectionIdGenerator::from_key(cid_key))
         });
-        let socket = endpoint::bind(address, self.limits.socket_buffer)
+        let endpoint = self
+            .via
+            .open(address, self.limits.socket_buffer, settings, Some(config))
             .map_err(|source| BindError::Bind { address, source })?;
-        let endpoint = quinn::Endpoint::new(
-            settings,
-            Some(config),
-            socket,
-            Arc::new(quinn::TokioRuntime),
-        )
-        .map_err(|source| BindError::Bind { address, source })?;
         let mut registry = self.registry;
         let handlers = !registry.is_empty() || self.on_socket.is_some();
         registry.pull |= registry.is_empty();
@@ -425,7 +428,7 @@ async fn accept_loop(shared: Arc<Shared>) {
         let penalty = || {
             shared
                 .penalties
-                .refused(address.ip(), std::time::Instant::now())
+                .refused(address.ip(), tokio::time::Instant::now().into_std())
         };
         if shared.draining.load(Ordering::Relaxed) || in_flight >= shared.limits.handshakes {
             shared.refused.fetch_add(1, Ordering::Relaxed);
@@ -591,9 +594,10 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Control, Close
         Ok(Ok(peer)) => peer,
         Ok(Err(Deny { code, text })) => {
             if code == CloseCode::AUTH_FAILED {
-                shared
-                    .penalties
-                    .failed(conn.remote_address().ip(), std::time::Instant::now());
+                shared.penalties.failed(
+                    conn.remote_address().ip(),
+                    tokio::time::Instant::now().into_std(),
+                );
             }
             // All refusals take the same time, whatever was wrong.
             tokio::time::sleep_until(begun + shared.timeouts.auth_failure).await;
