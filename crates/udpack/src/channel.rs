@@ -12,12 +12,14 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tracing::Instrument;
 
 use crate::code::{CloseCode, CloseReason, Fault, Side};
 use crate::config::Priority;
 use crate::control::{self, FAULT, REPLY};
 use crate::inbox::{Ending, Inbox};
 use crate::message::{DecodeError, EncodeError, Encoded, Message};
+use crate::metrics::{Count, Words};
 use crate::outbox::{self, Outbox, PushError};
 use crate::session::{End, Lease, Session};
 use crate::speed::{Counters, SpeedMeter, Stats};
@@ -107,10 +109,15 @@ impl Channel {
                         end.set(reason);
                     }
                 }
+                session.tally.less(Count::Channels);
+                let finished = || CloseReason::local(CloseCode::NORMAL, "");
+                let reason = end.get().cloned().unwrap_or_else(finished);
+                session.tally.channel_closed(&reason);
                 session.unregister(key);
             }
         };
-        session.tasks.spawn(writer);
+        session.tally.one(Count::Channels);
+        session.tasks.spawn(writer.in_current_span());
         let lease = session.lease();
         Self {
             inner: Arc::new(Inner {
@@ -298,7 +305,7 @@ impl Channel {
     /// As [`send`](Self::send).
     pub async fn fault(&self, request: &Message, fault: &Fault) -> Result<(), SendError> {
         match request.id() {
-            Some(id) => self.send_protocol(FAULT, fault, id).await,
+            Some(id) => self.send_fault(fault, id).await,
             None => Ok(()),
         }
     }
@@ -311,11 +318,19 @@ impl Channel {
         match self.send_protocol(REPLY, data, id).await {
             Err(SendError::Encode(error)) => {
                 let fault = Fault::new(Fault::INTERNAL, "the reply could not be encoded");
-                self.send_protocol(FAULT, &fault, id).await?;
+                self.send_fault(&fault, id).await?;
                 Err(SendError::Encode(error))
             }
             other => other,
         }
+    }
+
+    async fn send_fault(&self, fault: &Fault, id: u64) -> Result<(), SendError> {
+        self.inner
+            .session
+            .tally
+            .word(Words::FaultsSent, &fault.code);
+        self.send_protocol(FAULT, fault, id).await
     }
 
     async fn send_protocol<T: Serialize + Sync + ?Sized>(

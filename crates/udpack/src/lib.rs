@@ -52,6 +52,7 @@ mod metrics;
 mod msgpack;
 mod open;
 mod outbox;
+mod qlog;
 mod quiet;
 mod request;
 mod secret_file;

@@ -267,6 +267,15 @@ impl Tally {
         }
     }
 
+    /// A message was not handled, for the reason this fault's code gives.
+    pub(crate) fn not_handled(&self, fault: &str) {
+        match fault {
+            Fault::NO_HANDLER => self.one(Count::UnknownEvents),
+            Fault::BAD_PAYLOAD => self.one(Count::BadPayloads),
+            _ => {}
+        }
+    }
+
     /// Connections refused so far, before or after their handshake.
     pub(crate) fn all_refused(&self) -> u64 {
         let knocks = self.words.get(Words::Knocks as usize);

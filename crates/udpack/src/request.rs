@@ -16,6 +16,7 @@ use crate::code::{CloseCode, CloseReason, Fault};
 use crate::control::{self, CANCEL, FAULT};
 use crate::inbox::{Ending, NoReply};
 use crate::message::{DecodeError, Encoded};
+use crate::metrics::{Count, Words};
 
 impl Channel {
     /// Asks the peer and waits for its answer: awaiting the returned builder gives the reply.
@@ -85,6 +86,7 @@ impl<R: DeserializeOwned> Request<R> {
         };
         let encoded = Encoded::from_frame(frame);
         let exchange = async {
+            inner.session.tally.one(Count::RequestsSent);
             self.channel
                 .send_encoded(&encoded)
                 .await
@@ -102,10 +104,16 @@ impl<R: DeserializeOwned> Request<R> {
         };
         let reply = tokio::time::timeout(self.timeout, exchange)
             .await
-            .map_err(|_| RequestError::Timeout(self.timeout))??;
+            .map_err(|_| {
+                inner.session.tally.one(Count::RequestsTimedOut);
+                RequestError::Timeout(self.timeout)
+            })??;
         drop(pending);
         if reply.event() == FAULT {
-            return Err(match control::decode_fault(&reply) {
+            let fault = control::decode_fault(&reply);
+            let code = fault.as_ref().map_or("", |fault| fault.code.as_str());
+            inner.session.tally.word(Words::FaultsReceived, code);
+            return Err(match fault {
                 Ok(fault) if fault.code == Fault::NO_HANDLER => RequestError::NoHandler,
                 Ok(fault) => RequestError::Fault(fault),
                 Err(_) => RequestError::Fault(Fault::new(

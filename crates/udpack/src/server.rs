@@ -5,6 +5,7 @@ use std::fmt;
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -16,10 +17,11 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
+use tracing::field::Empty;
 
 use crate::auth::{Authenticate, Deny, Hello, Penalties, source};
 use crate::channel::Channel;
-use crate::code::{CloseCode, CloseReason};
+use crate::code::{CloseCode, CloseReason, printable};
 use crate::config::{CongestionControl, Drain, Limits, MIN_WINDOW, PREAUTH_BYTES, Timeouts};
 use crate::control::{self, GoAway, Welcome};
 use crate::endpoint::{self, InvalidSetting, varint};
@@ -27,6 +29,7 @@ use crate::fingerprint::Fingerprint;
 use crate::identity::{Identity, IdentityError};
 use crate::inbox::{Ending, Inbox};
 use crate::metrics::{Count, Metrics, Tally, Words};
+use crate::qlog::Qlog;
 use crate::quiet::Quiet;
 use crate::session::{Session, lock};
 use crate::socket::{Control, IntoOutcome, Registry, Socket, drive};
@@ -72,6 +75,7 @@ struct Shared {
     limits: Arc<Limits>,
     timeouts: Arc<Timeouts>,
     agent: String,
+    qlog: Option<Logged>,
     counters: Arc<Counters>,
     tally: Arc<Tally>,
     /// Wire numbers of the sockets that are gone.
@@ -85,6 +89,13 @@ struct Shared {
     pull: AtomicBool,
     accept_queue: mpsc::Sender<Socket>,
     tasks: TaskTracker,
+}
+
+/// How connections are accepted that each have a qlog file.
+struct Logged {
+    qlog: Qlog,
+    config: quinn::ServerConfig,
+    congestion: CongestionControl,
 }
 
 type SocketHandler = Arc<dyn Fn(Socket) -> BoxFuture<'static, ()> + Send + Sync>;
@@ -110,6 +121,7 @@ impl Server {
             timeouts: Timeouts::default(),
             congestion: CongestionControl::default(),
             agent: default_agent(),
+            qlog: None,
         }
     }
 
@@ -270,6 +282,7 @@ pub struct ServerBuilder {
     timeouts: Timeouts,
     congestion: CongestionControl,
     agent: String,
+    qlog: Option<PathBuf>,
 }
 
 impl ServerBuilder {
@@ -339,6 +352,16 @@ impl ServerBuilder {
         self
     }
 
+    /// Writes what QUIC does into this directory, made if it is missing: a [qlog] file for each connection, at
+    /// most 256 MiB of it and 4,096 files, without payload, keys or tokens. It costs time and disk: to look into
+    /// a problem, not for every day. Defaults to none.
+    ///
+    /// [qlog]: https://datatracker.ietf.org/doc/draft-ietf-quic-qlog-main-schema/
+    pub fn qlog(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.qlog = Some(dir.into());
+        self
+    }
+
     /// Binds the UDP port and starts serving.
     ///
     /// # Errors
@@ -355,7 +378,7 @@ impl ServerBuilder {
         let transport = endpoint::transport(&self.limits, &self.timeouts, self.congestion, true)?;
         let mut config = quinn::ServerConfig::with_crypto(Arc::new(identity.server_tls()?));
         config
-            .transport_config(transport)
+            .transport_config(Arc::new(transport))
             .token_key(identity.token_key())
             .max_incoming(self.limits.handshakes.saturating_mul(4).max(1))
             .incoming_buffer_size(64 << 10)
@@ -373,6 +396,11 @@ impl ServerBuilder {
         });
         let socket = endpoint::bind(address, self.limits.socket_buffer)
             .map_err(|source| BindError::Bind { address, source })?;
+        let qlog = self.qlog.map(|dir| Logged {
+            qlog: Qlog::new(dir, "server"),
+            config: config.clone(),
+            congestion: self.congestion,
+        });
         let endpoint = quinn::Endpoint::new(
             settings,
             Some(config),
@@ -394,6 +422,7 @@ impl ServerBuilder {
             limits: Arc::new(self.limits),
             timeouts: Arc::new(self.timeouts),
             agent: self.agent,
+            qlog,
             counters: Counters::root(),
             tally: Tally::root(),
             past: Mutex::default(),
@@ -451,7 +480,7 @@ async fn accept_loop(shared: Arc<Shared>) {
             incoming.refuse();
         } else {
             let handshake = Handshake::begin(shared.clone());
-            let span = tracing::info_span!("conn", peer = %address);
+            let span = tracing::info_span!("conn", peer = %address, session = Empty, id = Empty);
             shared
                 .tasks
                 .spawn(serve(shared.clone(), incoming, handshake).instrument(span));
@@ -477,7 +506,7 @@ impl Drop for Handshake {
 
 /// One connection from its first packet to its end.
 async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handshake) {
-    let connecting = match incoming.accept() {
+    let connecting = match shared.accept(incoming) {
         Ok(connecting) => connecting,
         Err(error) => {
             shared.tally.one(Count::HandshakesFailed);
@@ -543,7 +572,10 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
     let key = place.enter(socket.clone());
     session.tally.one(Count::Admitted);
     session.tally.one(Count::Sockets);
-    tracing::info!(session = session.id(), id = ?socket.peer(), agent = socket.agent(), "connected");
+    tracing::Span::current()
+        .record("session", session.id())
+        .record("id", printable(socket.peer().id(), 128));
+    tracing::info!(agent = socket.agent(), "connected");
     if shared.pull.load(Ordering::Relaxed) && shared.accept_queue.try_send(socket.clone()).is_err()
     {
         let text = "too many sockets wait to be accepted";
@@ -570,9 +602,7 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
         )
     });
     let reason = drive(session.clone(), control, shared.registry.clone(), queue).await;
-    session.tally.less(Count::Sockets);
-    session.tally.closed(&reason);
-    tracing::info!(session = session.id(), %reason, "disconnected");
+    tracing::info!(%reason, "disconnected");
     drop(handler);
     place.leave(key, &session);
 }
@@ -756,6 +786,26 @@ impl Sockets {
 }
 
 impl Shared {
+    fn accept(
+        &self,
+        incoming: quinn::Incoming,
+    ) -> Result<quinn::Connecting, quinn::ConnectionError> {
+        let Some(logged) = &self.qlog else {
+            return incoming.accept();
+        };
+        let transport = endpoint::transport(&self.limits, &self.timeouts, logged.congestion, true);
+        let stream = logged.qlog.stream(incoming.remote_address());
+        match (transport, stream) {
+            (Ok(mut transport), Some(stream)) => {
+                transport.qlog_stream(Some(stream));
+                let mut config = logged.config.clone();
+                config.transport_config(Arc::new(transport));
+                incoming.accept_with(Arc::new(config))
+            }
+            _ => incoming.accept(),
+        }
+    }
+
     fn stats(&self) -> Stats {
         let (sent, received) = self.counters.totals();
         let mut stats = *lock(&self.past);

@@ -79,6 +79,8 @@ pub(crate) struct Session {
     pub(crate) timeouts: Arc<Timeouts>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) tally: Arc<Tally>,
+    /// The span of the connection, parent of its channels'.
+    pub(crate) span: tracing::Span,
     pub(crate) extensions: Extensions,
     /// What the server announced (at the client) or has announced (at the server); set on admission.
     pub(crate) welcome: OnceLock<Welcome>,
@@ -138,6 +140,7 @@ impl Session {
             timeouts,
             counters: Counters::child(parent),
             tally,
+            span: tracing::Span::current(),
             extensions: Extensions::default(),
             welcome: OnceLock::new(),
             admitted: Notify::new(),
