@@ -4,10 +4,12 @@ use std::fmt;
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use tokio::sync::mpsc;
 use tracing::Instrument;
+use tracing::field::Empty;
 
 use crate::auth::Peer;
 use crate::channel::Channel;
@@ -17,6 +19,8 @@ use crate::control;
 use crate::endpoint::{self, InvalidSetting, Via};
 use crate::fingerprint::Fingerprint;
 use crate::inbox::Inbox;
+use crate::metrics::Tally;
+use crate::qlog::Qlog;
 use crate::server::{CHANNEL_QUEUE, default_agent};
 use crate::session::Session;
 use crate::socket::{Control, IntoOutcome, Registry, Socket, drive};
@@ -40,6 +44,8 @@ struct Settings {
     timeouts: Arc<Timeouts>,
     bind: Option<SocketAddr>,
     via: Via,
+    congestion: CongestionControl,
+    qlog: Option<Qlog>,
 }
 
 impl Client {
@@ -55,6 +61,7 @@ impl Client {
             congestion: CongestionControl::default(),
             bind: None,
             via: Via::default(),
+            qlog: None,
         }
     }
 
@@ -128,7 +135,7 @@ impl Client {
             )
             .map_err(ConnectError::Local)?;
         let connecting = endpoint
-            .connect_with(settings.config.clone(), address, host)
+            .connect_with(self.config(address), address, host)
             .map_err(|error| ConnectError::Dial {
                 address,
                 text: error.to_string(),
@@ -149,14 +156,18 @@ impl Client {
         send.write_chunk(hello).await.map_err(|_| {
             ConnectError::Denied(crate::session::lost("the connection ended before $hello"))
         })?;
-        let session = Session::new(
-            conn,
-            true,
-            settings.limits.clone(),
-            settings.timeouts.clone(),
-            Counters::root(),
-            Some(endpoint),
-        );
+        let span = tracing::info_span!("conn", peer = %address, session = Empty);
+        let session = span.in_scope(|| {
+            Session::new(
+                conn,
+                true,
+                settings.limits.clone(),
+                settings.timeouts.clone(),
+                Counters::root(),
+                Tally::root(),
+                Some(endpoint),
+            )
+        });
         let server = match &settings.pin {
             Some((pin, _)) => Peer::new(pin.to_string()),
             None => Peer::new(host),
@@ -167,11 +178,29 @@ impl Client {
             send,
             inbox: Inbox::new(recv, settings.limits.frame),
         };
-        let span = tracing::info_span!("conn", peer = %address);
         let socket = Socket::new(session.clone(), incoming);
         // Owned by the connection: the driver ends when the connection does, and the last handle ends that.
         tokio::spawn(drive(session, control, settings.registry.clone(), queue).instrument(span));
         Ok(socket)
+    }
+
+    /// The settings of one more connection.
+    fn config(&self, address: SocketAddr) -> quinn::ClientConfig {
+        let settings = &self.inner;
+        let mut config = settings.config.clone();
+        let stream = settings.qlog.as_ref().map(|qlog| qlog.stream(address));
+        if let Some(Some(stream)) = stream
+            && let Ok(mut transport) = endpoint::transport(
+                &settings.limits,
+                &settings.timeouts,
+                settings.congestion,
+                false,
+            )
+        {
+            transport.qlog_stream(Some(stream));
+            config.transport_config(Arc::new(transport));
+        }
+        config
     }
 
     fn dial_error(&self, address: SocketAddr, error: &quinn::ConnectionError) -> ConnectError {
@@ -225,6 +254,7 @@ pub struct ClientBuilder {
     congestion: CongestionControl,
     bind: Option<SocketAddr>,
     via: Via,
+    qlog: Option<PathBuf>,
 }
 
 impl ClientBuilder {
@@ -301,6 +331,13 @@ impl ClientBuilder {
         &self.via
     }
 
+    /// Writes what QUIC does into this directory, a file for each connection; see `ServerBuilder::qlog`.
+    /// Defaults to none.
+    pub fn qlog(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.qlog = Some(dir.into());
+        self
+    }
+
     /// Finishes the settings.
     ///
     /// # Errors
@@ -313,12 +350,12 @@ impl ClientBuilder {
         let (tls, check) =
             client_tls(trust).map_err(|error| ConnectError::Tls(error.to_string()))?;
         let mut config = quinn::ClientConfig::new(Arc::new(tls));
-        config.transport_config(endpoint::transport(
+        config.transport_config(Arc::new(endpoint::transport(
             &self.limits,
             &self.timeouts,
             self.congestion,
             false,
-        )?);
+        )?));
         let mut registry = self.registry;
         registry.pull |= registry.is_empty();
         Ok(Client {
@@ -332,6 +369,8 @@ impl ClientBuilder {
                 timeouts: Arc::new(self.timeouts),
                 bind: self.bind,
                 via: self.via,
+                congestion: self.congestion,
+                qlog: self.qlog.map(|dir| Qlog::new(dir, "client")),
             }),
         })
     }

@@ -88,7 +88,7 @@ pub(crate) fn transport(
     timeouts: &Timeouts,
     congestion: CongestionControl,
     server: bool,
-) -> Result<Arc<TransportConfig>, InvalidSetting> {
+) -> Result<TransportConfig, InvalidSetting> {
     let mut transport = TransportConfig::default();
     let idle = IdleTimeout::try_from(timeouts.idle)
         .map_err(|_| InvalidSetting("idle time is too long"))?;
@@ -125,7 +125,7 @@ pub(crate) fn transport(
         .receive_window(window.into())
         .send_window(limits.send_window)
         .congestion_controller_factory(factory);
-    Ok(Arc::new(transport))
+    Ok(transport)
 }
 
 /// A number as QUIC takes it; larger ones become the largest.

@@ -22,11 +22,14 @@ use crate::control::{
 };
 use crate::frame::FrameDecoder;
 use crate::message::Message;
+use crate::metrics::Count;
 use crate::session::{Session, lock, lost};
 use crate::speed::Counters;
 
 /// QUIC chunks taken in one call.
 const CHUNKS: usize = 32;
+/// Messages counted at once, at most.
+const COUNTED: u64 = 64;
 
 pub(crate) struct Inbox {
     state: Mutex<State>,
@@ -49,6 +52,8 @@ struct State {
     mark: u64,
     /// A frame was completed since the timer was last looked at.
     completed: bool,
+    /// Messages that the tally does not hold yet.
+    uncounted: u64,
     waker: Waker,
 }
 
@@ -94,6 +99,7 @@ impl Inbox {
             received: 0,
             mark: 0,
             completed: false,
+            uncounted: 0,
             waker,
         };
         Self {
@@ -260,11 +266,16 @@ impl State {
     /// Decodes the next message and files what belongs to the protocol.
     fn poll_step(&mut self, session: &Session, counters: &Counters) -> Poll<Step> {
         loop {
-            let message = match std::task::ready!(self.poll_decoded(session, counters)) {
+            let polled = self.poll_decoded(session, counters);
+            self.count(session, matches!(polled, Poll::Ready(Ok(_))));
+            let message = match std::task::ready!(polled) {
                 Ok(message) => message,
                 Err(end) => return Poll::Ready(Step::End(end)),
             };
             if !message.is_reserved() {
+                if message.id().is_some() {
+                    session.tally.one(Count::RequestsReceived);
+                }
                 return Poll::Ready(Step::Message(message));
             }
             if message.event() == FAULT
@@ -282,6 +293,7 @@ impl State {
                     }
                 }
                 (CANCEL, Some(id)) => {
+                    session.tally.one(Count::RequestsCancelled);
                     if let Some(at) = self
                         .backlog
                         .iter()
@@ -320,6 +332,15 @@ impl State {
                     return Poll::Ready(Step::End(self.ended(end)));
                 }
             }
+        }
+    }
+
+    /// Counts messages, a batch at a time: until none is left, or there are many.
+    fn count(&mut self, session: &Session, message: bool) {
+        self.uncounted += u64::from(message);
+        if self.uncounted > 0 && (!message || self.uncounted >= COUNTED) {
+            let messages = std::mem::take(&mut self.uncounted);
+            session.tally.add(Count::MessagesReceived, messages);
         }
     }
 

@@ -10,6 +10,7 @@ use crate::config::Priority;
 use crate::control::{self, GoAway};
 use crate::inbox::Inbox;
 use crate::message::EncodeError;
+use crate::metrics::Count;
 use crate::socket::Socket;
 use crate::speed::Counters;
 
@@ -139,7 +140,10 @@ impl<'a, T: Serialize + Sync + ?Sized> OpenChannel<'a, T> {
             priority: self.priority,
             resumable: self.resumable,
         };
-        let channel = Channel::start(session.clone(), opened, send, inbox, counters);
+        let span = tracing::debug_span!(parent: &session.span, "channel", name, id);
+        let channel =
+            span.in_scope(|| Channel::start(session.clone(), opened, send, inbox, counters));
+        session.tally.one(Count::ChannelsOpened);
         channel.queue_open(&frame)?;
         Ok(channel)
     }

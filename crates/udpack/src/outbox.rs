@@ -18,6 +18,7 @@ use tokio::sync::Notify;
 use crate::code::{CloseCode, CloseReason};
 use crate::config::Priority;
 use crate::message::{self, EncodeError, Encoded};
+use crate::metrics::Count;
 use crate::session::{Session, lock, lost};
 use crate::speed::Counters;
 
@@ -379,6 +380,7 @@ async fn drive(
         match outbox.take(&mut batch) {
             Work::Batch { bytes, messages } => {
                 write(&mut stream, &mut batch, session, counters, outbox.priority).await?;
+                session.tally.add(Count::MessagesSent, messages as u64);
                 outbox.written(bytes, messages);
                 batch.clear();
             }
@@ -470,6 +472,7 @@ async fn progress(
             Err(_) if session.conn().stats().udp_rx.datagrams == heard => {}
             Err(_) if crowded(begun, before, session) => before = session.counters.totals().0,
             Err(_) => {
+                session.tally.one(Count::SlowPeers);
                 let _ = stream.reset(CloseCode::SLOW_PEER.varint());
                 let text = format!("the peer took nothing off the channel for {patience:?}");
                 if let Some(left_out) = session.quiet.line() {

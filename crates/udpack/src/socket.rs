@@ -19,6 +19,7 @@ use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tracing::Instrument;
+use tracing::field::Empty;
 
 use crate::auth::Peer;
 use crate::channel::{Channel, Closed, Opened};
@@ -27,6 +28,7 @@ use crate::config::Priority;
 use crate::control::{self, GoAway};
 use crate::extensions::Extensions;
 use crate::inbox::{Ending, Inbox};
+use crate::metrics::{Count, Metrics};
 use crate::session::{Lease, Session, lock};
 use crate::speed::{Counters, SpeedMeter, Stats};
 
@@ -182,6 +184,11 @@ impl Socket {
         Stats::of(&self.inner.session.conn(), &self.inner.session.counters)
     }
 
+    /// What happened so far on this socket.
+    pub fn metrics(&self) -> Metrics {
+        self.inner.session.tally.metrics(self.stats())
+    }
+
     pub(crate) fn closed_reason(&self) -> CloseReason {
         let session = &self.inner.session;
         let wished = || lock(&session.wishes).close.clone();
@@ -303,7 +310,7 @@ pub(crate) async fn drive(
                         session.abort(CloseReason::local(CloseCode::RATE_LIMITED, text));
                         continue;
                     }
-                    let span = tracing::debug_span!("channel", stream = send.id().index());
+                    let span = tracing::debug_span!("channel", name = Empty, id = Empty);
                     let serve = serve_stream(session.clone(), registry.clone(), incoming.clone(), send, recv);
                     channels.spawn(serve.instrument(span));
                 }
@@ -342,6 +349,7 @@ pub(crate) async fn drive(
             },
             Some(ended) = channels.join_next() => {
                 if let Err(error) = ended && error.is_panic() {
+                    session.tally.one(Count::HandlerPanics);
                     tracing::error!("a channel task panicked");
                 }
             }
@@ -349,6 +357,10 @@ pub(crate) async fn drive(
     };
     session.end.set(reason);
     let reason = session.end.wait().await;
+    if session.welcome.get().is_some() {
+        session.tally.less(Count::Sockets);
+        session.tally.closed(&reason);
+    }
     // Handlers see the end in their next `recv`; give those that only wait for it the time to leave.
     let grace = async { while channels.join_next().await.is_some() {} };
     let _ = tokio::time::timeout(session.timeouts.close, grace).await;
@@ -379,6 +391,9 @@ fn on_control(session: &Session, message: Result<crate::Message, Ending>) -> Opt
                         session
                             .peer_frame
                             .store(welcome.frame, std::sync::atomic::Ordering::Relaxed);
+                        tracing::Span::current().record("session", &*welcome.session);
+                        session.tally.one(Count::Admitted);
+                        session.tally.one(Count::Sockets);
                         let _ = session.welcome.set(welcome);
                         session.admitted.notify_waiters();
                         None
@@ -471,6 +486,11 @@ async fn serve_stream(
         Err(Ending::Closed(_)) => return,
     };
     let name = open.name.clone();
+    session.tally.one(Count::ChannelsAccepted);
+    session.tally.one(Count::MessagesReceived);
+    tracing::Span::current()
+        .record("name", crate::code::printable(&name, 128))
+        .record("id", open.id);
     let opened = Opened {
         id: open.id,
         name: open.name,
@@ -480,6 +500,7 @@ async fn serve_stream(
     };
     let channel = Channel::start(session.clone(), opened, send, inbox, counters);
     if let Some(reason) = refusal {
+        session.tally.one(Count::ChannelsRefused);
         if let Some(left_out) = session.quiet.line() {
             tracing::warn!(%reason, left_out, "channel refused");
         }
@@ -490,6 +511,7 @@ async fn serve_stream(
         Some(handler) => run_handler(handler, channel).await,
         None if registry.pull => {
             if let Err(error) = incoming.try_send(channel) {
+                session.tally.one(Count::ChannelsRefused);
                 let channel = match error {
                     mpsc::error::TrySendError::Full(channel)
                     | mpsc::error::TrySendError::Closed(channel) => channel,
@@ -501,6 +523,7 @@ async fn serve_stream(
             }
         }
         None => {
+            session.tally.one(Count::ChannelsRefused);
             let text = format!(
                 "no channel named {:?} is served here",
                 crate::code::printable(&name, 128)
@@ -521,6 +544,7 @@ async fn run_handler(handler: &ChannelHandler, channel: Channel) {
         Ok(Ok(())) => {}
         Ok(Err(_)) if channel.close_reason().is_some() => {}
         Ok(Err(error)) => {
+            channel.session().tally.one(Count::HandlersFailed);
             tracing::warn!(channel = %name, %error, "channel handler failed");
             channel.close_with(CloseReason::local(
                 CloseCode::HANDLER_FAILED,
@@ -528,6 +552,7 @@ async fn run_handler(handler: &ChannelHandler, channel: Channel) {
             ));
         }
         Err(_) => {
+            channel.session().tally.one(Count::HandlerPanics);
             tracing::error!(channel = %name, "channel handler panicked");
             channel.close_with(CloseReason::local(
                 CloseCode::INTERNAL,
