@@ -17,6 +17,7 @@ use crate::control;
 use crate::endpoint::{self, InvalidSetting};
 use crate::fingerprint::Fingerprint;
 use crate::inbox::Inbox;
+use crate::metrics::Tally;
 use crate::server::{CHANNEL_QUEUE, default_agent};
 use crate::session::Session;
 use crate::socket::{Control, IntoOutcome, Registry, Socket, drive};
@@ -150,6 +151,7 @@ impl Client {
             settings.limits.clone(),
             settings.timeouts.clone(),
             Counters::root(),
+            Tally::root(),
             Some(endpoint),
         );
         let server = match &settings.pin {

@@ -5,7 +5,7 @@ use std::fmt;
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -26,6 +26,7 @@ use crate::endpoint::{self, InvalidSetting, varint};
 use crate::fingerprint::Fingerprint;
 use crate::identity::{Identity, IdentityError};
 use crate::inbox::{Ending, Inbox};
+use crate::metrics::{Count, Metrics, Tally, Words};
 use crate::quiet::Quiet;
 use crate::session::{Session, lock};
 use crate::socket::{Control, IntoOutcome, Registry, Socket, drive};
@@ -72,13 +73,13 @@ struct Shared {
     timeouts: Arc<Timeouts>,
     agent: String,
     counters: Arc<Counters>,
+    tally: Arc<Tally>,
     /// Wire numbers of the sockets that are gone.
     past: Mutex<Stats>,
     sockets: Mutex<Sockets>,
     socket_ended: Notify,
     handshakes: AtomicUsize,
     penalties: Penalties,
-    refused: AtomicU64,
     quiet: Quiet,
     draining: AtomicBool,
     pull: AtomicBool,
@@ -154,7 +155,7 @@ impl Server {
 
     /// Connections refused so far, for whatever reason.
     pub fn refused(&self) -> u64 {
-        self.inner.shared.refused.load(Ordering::Relaxed)
+        self.inner.shared.tally.all_refused()
     }
 
     /// What moves through this server, each second, all sockets together.
@@ -168,6 +169,12 @@ impl Server {
     /// The numbers so far, all sockets together, past ones included.
     pub fn stats(&self) -> Stats {
         self.inner.shared.stats()
+    }
+
+    /// What happened so far, all sockets together, past ones included.
+    pub fn metrics(&self) -> Metrics {
+        let shared = &self.inner.shared;
+        shared.tally.metrics(shared.stats())
     }
 
     /// Serves until `signal` is ready, then drains: refuses new sockets, tells the clients to go away, lets
@@ -388,11 +395,11 @@ impl ServerBuilder {
             timeouts: Arc::new(self.timeouts),
             agent: self.agent,
             counters: Counters::root(),
+            tally: Tally::root(),
             past: Mutex::default(),
             sockets: Mutex::default(),
             socket_ended: Notify::new(),
             handshakes: AtomicUsize::new(0),
-            refused: AtomicU64::new(0),
             quiet: Quiet::default(),
             draining: AtomicBool::new(false),
             pull: AtomicBool::new(!handlers),
@@ -427,17 +434,20 @@ async fn accept_loop(shared: Arc<Shared>) {
                 .penalties
                 .refused(address.ip(), std::time::Instant::now())
         };
-        if shared.draining.load(Ordering::Relaxed) || in_flight >= shared.limits.handshakes {
-            shared.refused.fetch_add(1, Ordering::Relaxed);
+        let draining = shared.draining.load(Ordering::Relaxed);
+        if draining || in_flight >= shared.limits.handshakes {
+            let why = if draining { "draining" } else { "busy" };
+            shared.tally.word(Words::Knocks, why);
             incoming.refuse();
         } else if !incoming.remote_address_validated()
             && in_flight >= shared.limits.retry_from
             && incoming.may_retry()
         {
+            shared.tally.one(Count::Retries);
             let _ = incoming.retry();
         } else if let Some(left) = penalty() {
             tracing::debug!(%address, ?left, "refused after failed authentications");
-            shared.refused.fetch_add(1, Ordering::Relaxed);
+            shared.tally.word(Words::Knocks, "penalty");
             incoming.refuse();
         } else {
             let handshake = Handshake::begin(shared.clone());
@@ -470,6 +480,7 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
     let connecting = match incoming.accept() {
         Ok(connecting) => connecting,
         Err(error) => {
+            shared.tally.one(Count::HandshakesFailed);
             tracing::debug!(%error, "handshake not begun");
             return;
         }
@@ -477,10 +488,12 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
     let conn = match tokio::time::timeout(shared.timeouts.handshake, connecting).await {
         Ok(Ok(conn)) => conn,
         Ok(Err(error)) => {
+            shared.tally.one(Count::HandshakesFailed);
             tracing::debug!(%error, "handshake failed");
             return;
         }
         Err(_) => {
+            shared.tally.one(Count::HandshakesFailed);
             tracing::debug!("handshake took too long");
             return;
         }
@@ -491,6 +504,7 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
         shared.limits.clone(),
         shared.timeouts.clone(),
         shared.counters.clone(),
+        Tally::child(shared.tally.clone()),
         None,
     );
     let place = match Place::take(&shared, conn.remote_address().ip()) {
@@ -527,6 +541,8 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
     let (queue, incoming) = mpsc::channel(CHANNEL_QUEUE);
     let socket = Socket::new(session.clone(), incoming);
     let key = place.enter(socket.clone());
+    session.tally.one(Count::Admitted);
+    session.tally.one(Count::Sockets);
     tracing::info!(session = session.id(), id = ?socket.peer(), agent = socket.agent(), "connected");
     if shared.pull.load(Ordering::Relaxed) && shared.accept_queue.try_send(socket.clone()).is_err()
     {
@@ -539,10 +555,12 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
         let handler =
             std::panic::AssertUnwindSafe(async move { handler(socket).await }).catch_unwind();
         let gone = session.conn();
+        let panicked = session.tally.clone();
         shared.tasks.spawn(
             async move {
                 tokio::select! {
                     outcome = handler => if outcome.is_err() {
+                        panicked.one(Count::HandlerPanics);
                         tracing::error!("the socket's handler panicked");
                     },
                     _ = gone.closed() => {}
@@ -552,6 +570,8 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
         )
     });
     let reason = drive(session.clone(), control, shared.registry.clone(), queue).await;
+    session.tally.less(Count::Sockets);
+    session.tally.closed(&reason);
     tracing::info!(session = session.id(), %reason, "disconnected");
     drop(handler);
     place.leave(key, &session);
@@ -600,6 +620,7 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Control, Close
             return Err(CloseReason::local(code, text));
         }
         Err(_) => {
+            shared.tally.one(Count::HandlerPanics);
             tracing::error!("the verifier panicked");
             return Err(CloseReason::local(
                 CloseCode::INTERNAL,
@@ -650,7 +671,7 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Control, Close
 }
 
 async fn refuse(shared: &Shared, session: &Session, reason: CloseReason) {
-    shared.refused.fetch_add(1, Ordering::Relaxed);
+    session.tally.refused(reason.code);
     if let Some(left_out) = shared.quiet.line() {
         tracing::warn!(%reason, left_out, "refused");
     }

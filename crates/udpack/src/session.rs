@@ -16,6 +16,7 @@ use crate::code::{CloseCode, CloseReason, Side, printable};
 use crate::config::{Limits, Timeouts};
 use crate::control::{GoAway, Welcome};
 use crate::extensions::Extensions;
+use crate::metrics::Tally;
 use crate::outbox::Outbox;
 use crate::quiet::Quiet;
 use crate::speed::Counters;
@@ -77,6 +78,7 @@ pub(crate) struct Session {
     pub(crate) limits: Arc<Limits>,
     pub(crate) timeouts: Arc<Timeouts>,
     pub(crate) counters: Arc<Counters>,
+    pub(crate) tally: Arc<Tally>,
     pub(crate) extensions: Extensions,
     /// What the server announced (at the client) or has announced (at the server); set on admission.
     pub(crate) welcome: OnceLock<Welcome>,
@@ -124,6 +126,7 @@ impl Session {
         limits: Arc<Limits>,
         timeouts: Arc<Timeouts>,
         parent: Arc<Counters>,
+        tally: Arc<Tally>,
         endpoint: Option<quinn::Endpoint>,
     ) -> Arc<Self> {
         Arc::new(Self {
@@ -134,6 +137,7 @@ impl Session {
             limits,
             timeouts,
             counters: Counters::child(parent),
+            tally,
             extensions: Extensions::default(),
             welcome: OnceLock::new(),
             admitted: Notify::new(),

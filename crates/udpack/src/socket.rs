@@ -27,6 +27,7 @@ use crate::config::Priority;
 use crate::control::{self, GoAway};
 use crate::extensions::Extensions;
 use crate::inbox::{Ending, Inbox};
+use crate::metrics::Metrics;
 use crate::session::{Lease, Session, lock};
 use crate::speed::{Counters, SpeedMeter, Stats};
 
@@ -180,6 +181,11 @@ impl Socket {
     /// The numbers so far.
     pub fn stats(&self) -> Stats {
         Stats::of(&self.inner.session.conn(), &self.inner.session.counters)
+    }
+
+    /// What happened so far on this socket.
+    pub fn metrics(&self) -> Metrics {
+        self.inner.session.tally.metrics(self.stats())
     }
 
     pub(crate) fn closed_reason(&self) -> CloseReason {
