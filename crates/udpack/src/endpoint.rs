@@ -10,7 +10,10 @@ use quinn::{
 };
 use socket2::{Domain, Protocol, Socket as RawSocket, Type};
 
-use crate::config::{CongestionControl, Limits, PREAUTH_BYTES, PREAUTH_STREAMS, Timeouts};
+use crate::config::{
+    CongestionControl, DATAGRAMS_IN, DATAGRAMS_OUT, Limits, PREAUTH_BYTES, PREAUTH_STREAMS,
+    Timeouts, VOLATILE_STREAMS,
+};
 
 /// Binds a UDP socket with large kernel buffers; says in the log what to do when the kernel gives less.
 fn bind(address: SocketAddr, buffer: usize) -> io::Result<UdpSocket> {
@@ -110,17 +113,19 @@ pub(crate) fn transport(
         CongestionControl::Bbr => Arc::new(BbrConfig::default()),
         CongestionControl::NewReno => Arc::new(NewRenoConfig::default()),
     };
-    let (window, streams) = if server {
-        (PREAUTH_BYTES, PREAUTH_STREAMS.min(limits.channels + 1))
+    let (window, streams, volatile) = if server {
+        let streams = PREAUTH_STREAMS.min(limits.channels.saturating_add(1));
+        (PREAUTH_BYTES, streams, 0)
     } else {
-        (limits.connection_window, limits.channels)
+        (limits.connection_window, limits.channels, VOLATILE_STREAMS)
     };
     transport
         .max_idle_timeout(Some(idle))
         .keep_alive_interval(Some(timeouts.keep_alive))
         .max_concurrent_bidi_streams(streams.into())
-        .max_concurrent_uni_streams(0_u32.into())
-        .datagram_receive_buffer_size(None)
+        .max_concurrent_uni_streams(volatile.into())
+        .datagram_receive_buffer_size(Some(DATAGRAMS_IN))
+        .datagram_send_buffer_size(DATAGRAMS_OUT)
         .stream_receive_window(limits.stream_window.into())
         .receive_window(window.into())
         .send_window(limits.send_window)

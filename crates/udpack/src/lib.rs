@@ -66,6 +66,7 @@ mod tls;
 mod tokens;
 mod turns;
 mod url;
+mod volatile;
 
 pub use auth::{Authenticate, Deny, Hello, Peer};
 pub use channel::{Channel, Closed, RecvError, SendError};
@@ -89,6 +90,7 @@ pub use socket::{IntoOutcome, Socket};
 pub use speed::{Speed, SpeedMeter, Stats};
 pub use tokens::{NewToken, TokenEntry, TokenFile, TokenFileError, TokenLineError, generate_token};
 pub use url::{ConnectUrl, ConnectUrlError, DEFAULT_PORT};
+pub use volatile::{Volatile, VolatileError};
 
 /// The pieces of the wire format, for programs that look at it from outside: proxies, test tools, fuzzers.
 ///

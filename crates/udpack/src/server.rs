@@ -22,7 +22,9 @@ use tracing::field::Empty;
 use crate::auth::{Authenticate, Deny, Hello, Penalties, source};
 use crate::channel::Channel;
 use crate::code::{CloseCode, CloseReason, printable};
-use crate::config::{CongestionControl, Drain, Limits, MIN_WINDOW, PREAUTH_BYTES, Timeouts};
+use crate::config::{
+    CongestionControl, Drain, Limits, MIN_WINDOW, PREAUTH_BYTES, Timeouts, VOLATILE_STREAMS,
+};
 use crate::control::{self, GoAway, Welcome};
 use crate::endpoint::{self, InvalidSetting, Via, varint};
 use crate::fingerprint::Fingerprint;
@@ -357,6 +359,9 @@ impl ServerBuilder {
     #[cfg(feature = "testing")]
     pub(crate) fn via(mut self, via: Via) -> Self {
         self.via = via;
+        self
+    }
+
     /// Writes what QUIC does into this directory, made if it is missing: a [qlog] file for each connection, at
     /// most 256 MiB of it and 4,096 files, without payload, keys or tokens. It costs time and disk: to look into
     /// a problem, not for every day. Defaults to none.
@@ -555,7 +560,13 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
             return;
         }
     };
-    let admission = tokio::time::timeout(shared.timeouts.auth, admit(&shared, &session)).await;
+    let admission = async {
+        tokio::select! {
+            control = admit(&shared, &session) => control,
+            never = crate::volatile::discard(&conn) => match never {},
+        }
+    };
+    let admission = tokio::time::timeout(shared.timeouts.auth, admission).await;
     let control = match admission {
         Ok(Ok(control)) => control,
         Ok(Err(reason)) => {
@@ -692,6 +703,7 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Control, Close
     inbox.set_frame_limit(shared.limits.frame);
     // The control stream takes one of the slots.
     conn.set_max_concurrent_bi_streams((shared.limits.channels.saturating_add(1)).into());
+    conn.set_max_concurrent_uni_streams(VOLATILE_STREAMS.into());
     let mut control = Control { send, inbox };
     let _ = control.send.set_priority(i32::MAX);
     control

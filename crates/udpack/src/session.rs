@@ -21,6 +21,7 @@ use crate::outbox::Outbox;
 use crate::quiet::Quiet;
 use crate::speed::Counters;
 use crate::turns::Turns;
+use crate::volatile::Volatiles;
 
 /// Locks a mutex whose data stays sound when a holder panics.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -99,6 +100,8 @@ pub(crate) struct Session {
     outboxes: Mutex<HashMap<u64, Weak<Outbox>>>,
     pub(crate) channel_ended: Notify,
     next_key: AtomicU64,
+    /// Volatile messages that wait, both ways.
+    pub(crate) volatiles: Volatiles,
     /// Whose turn it is to write.
     pub(crate) turns: Turns,
     next_channel: AtomicU64,
@@ -153,6 +156,7 @@ impl Session {
             outboxes: Mutex::default(),
             channel_ended: Notify::new(),
             next_key: AtomicU64::new(0),
+            volatiles: Volatiles::default(),
             turns: Turns::default(),
             next_channel: AtomicU64::new(1),
             tasks: TaskTracker::new(),

@@ -9,6 +9,7 @@ use std::fmt;
 use std::future::{Future, poll_fn};
 use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -301,8 +302,10 @@ pub(crate) async fn drive(
     let mut channels = JoinSet::new();
     let mut rate = Rate::new(session.limits.channel_rate);
     let conn = session.conn();
+    let mut volatile = pin!(crate::volatile::serve(&session, &conn));
     let reason = loop {
         tokio::select! {
+            never = &mut volatile => match never {},
             stream = conn.accept_bi() => match stream {
                 Ok((send, recv)) => {
                     if !rate.take() {
