@@ -65,8 +65,8 @@ pub use auth::{Authenticate, Deny, Hello, Peer};
 pub use channel::{Channel, Closed, RecvError, Request, RequestError, SendError};
 pub use client::{Client, ClientBuilder, ConnectError};
 pub use code::{CloseCode, CloseReason, Fault, Side};
-pub use config::{CongestionControl, Drain, Limits, Timeouts};
-pub use control::GoAway;
+pub use config::{CongestionControl, Drain, Limits, Priority, Timeouts};
+pub use control::{Gap, GoAway};
 pub use endpoint::InvalidSetting;
 pub use event::Event;
 pub use extensions::Extensions;
@@ -96,8 +96,9 @@ pub mod __private {
 /// Pure functions over bytes; see `docs/PROTOCOL.md`.
 pub mod wire {
     pub use crate::control::{
-        ControlError, HelloMessage, Open, Welcome, decode_close, decode_goaway, decode_hello,
-        decode_open, decode_welcome,
+        Ack, ControlError, HelloMessage, Open, Refresh, Refreshed, ResumeGrant, ResumeRequest,
+        ResumeTicket, Resumed, Welcome, decode_ack, decode_close, decode_gap, decode_goaway,
+        decode_hello, decode_open, decode_refresh, decode_refreshed, decode_resume, decode_welcome,
     };
     pub use crate::frame::{FrameDecoder, FrameError, PREFIX};
     pub use crate::message::{Message, MessageError};

@@ -24,6 +24,7 @@ use tracing::Instrument;
 use crate::auth::Peer;
 use crate::channel::{Channel, Closed, SendError};
 use crate::code::{CloseCode, CloseReason};
+use crate::config::Priority;
 use crate::control::{self, GoAway};
 use crate::extensions::Extensions;
 use crate::inbox::{Ending, Inbox};
@@ -145,7 +146,15 @@ impl Socket {
             return Err(OpenError::Closed(self.closed_reason()));
         }
         let id = session.next_channel_id();
-        let frame = control::encode_open(id, name, meta, session.frame_limit())?;
+        let request = control::OpenRequest {
+            id,
+            name,
+            meta,
+            priority: Priority::default(),
+            resumable: false,
+            received: None,
+        };
+        let frame = control::encode_open(&request, session.frame_limit())?;
         let patience = session.timeouts.request;
         let (send, recv) = tokio::time::timeout(patience, session.conn().open_bi())
             .await
@@ -634,6 +643,9 @@ fn nameless() -> control::Open {
         id: 0,
         name: String::new(),
         meta: None,
+        priority: Priority::default(),
+        resumable: false,
+        received: None,
     }
 }
 
