@@ -17,7 +17,7 @@ use tokio::task::JoinHandle;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
-use crate::auth::{Authenticate, Deny, Hello, Penalties, source};
+use crate::auth::{Authenticate, Deny, Hello, Peer, source};
 use crate::channel::Channel;
 use crate::code::{CloseCode, CloseReason};
 use crate::config::{CongestionControl, Drain, Limits, MIN_WINDOW, PREAUTH_BYTES, Timeouts};
@@ -26,6 +26,7 @@ use crate::endpoint::{self, InvalidSetting, varint};
 use crate::fingerprint::Fingerprint;
 use crate::identity::{Identity, IdentityError};
 use crate::inbox::{Ending, Inbox};
+use crate::lifetime::{Authorize, Guard};
 use crate::quiet::Quiet;
 use crate::session::{Session, lock};
 use crate::socket::{Control, IntoOutcome, Registry, Socket, drive};
@@ -65,7 +66,7 @@ impl Drop for Inner {
 struct Shared {
     endpoint: quinn::Endpoint,
     fingerprint: Fingerprint,
-    auth: Arc<dyn Authenticate>,
+    guard: Arc<Guard>,
     registry: Arc<Registry>,
     on_socket: Option<SocketHandler>,
     limits: Arc<Limits>,
@@ -77,7 +78,6 @@ struct Shared {
     sockets: Mutex<Sockets>,
     socket_ended: Notify,
     handshakes: AtomicUsize,
-    penalties: Penalties,
     refused: AtomicU64,
     quiet: Quiet,
     draining: AtomicBool,
@@ -103,6 +103,7 @@ impl Server {
         ServerBuilder {
             identity: None,
             auth: None,
+            authorize: None,
             registry: Registry::default(),
             on_socket: None,
             limits: Limits::default(),
@@ -150,6 +151,18 @@ impl Server {
             .values()
             .cloned()
             .collect()
+    }
+
+    /// Closes the sockets of all peers that `whom` picks, at once and with `auth_revoked`. Returns how many.
+    ///
+    /// A client that is just being let in is not among them: withdraw its token first, so that the verifier's
+    /// `is_valid` finds it.
+    pub fn revoke(&self, whom: impl Fn(&Peer) -> bool) -> usize {
+        let revoked = self.sockets().into_iter();
+        let revoked = revoked.filter(|socket| whom(&socket.peer()));
+        let close =
+            |socket: Socket| socket.abort(CloseCode::AUTH_REVOKED, "the token was withdrawn");
+        revoked.map(close).count()
     }
 
     /// Connections refused so far, for whatever reason.
@@ -257,6 +270,7 @@ impl fmt::Debug for Server {
 pub struct ServerBuilder {
     identity: Option<Identity>,
     auth: Option<Arc<dyn Authenticate>>,
+    authorize: Option<Authorize>,
     registry: Registry,
     on_socket: Option<SocketHandler>,
     limits: Limits,
@@ -275,6 +289,17 @@ impl ServerBuilder {
     /// Decides who may come in. Needed: there is no default, and no way to let everybody in by omission.
     pub fn auth(mut self, auth: impl Authenticate) -> Self {
         self.auth = Some(Arc::new(auth));
+        self
+    }
+
+    /// Decides which channels a peer may open: asked before a channel's handler begins, and again for each of
+    /// the peer's channels after its token was refreshed. A refused channel closes with the refusal's code and
+    /// text; see [`Deny::forbidden`]. One that panics refuses. Must not block. Defaults to allowing all.
+    pub fn authorize<F>(mut self, authorize: F) -> Self
+    where
+        F: Fn(&Peer, &str) -> Result<(), Deny> + Send + Sync + 'static,
+    {
+        self.authorize = Some(Arc::new(authorize));
         self
     }
 
@@ -380,10 +405,9 @@ impl ServerBuilder {
         let shared = Arc::new(Shared {
             endpoint,
             fingerprint: identity.fingerprint(),
-            auth,
+            guard: Guard::new(auth, self.authorize, self.limits.auth_failures),
             registry: Arc::new(registry),
             on_socket: self.on_socket,
-            penalties: Penalties::new(self.limits.auth_failures),
             limits: Arc::new(self.limits),
             timeouts: Arc::new(self.timeouts),
             agent: self.agent,
@@ -424,6 +448,7 @@ async fn accept_loop(shared: Arc<Shared>) {
         let in_flight = shared.handshakes.load(Ordering::Relaxed);
         let penalty = || {
             shared
+                .guard
                 .penalties
                 .refused(address.ip(), std::time::Instant::now())
         };
@@ -582,31 +607,12 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Control, Close
     let frame = hello.frame;
     let hello = Hello::new(hello, conn.remote_address());
     let agent = hello.agent().to_owned();
-    let begun = tokio::time::Instant::now();
-    // Inside the block, because a verifier may panic before it gives a future.
-    let verdict = std::panic::AssertUnwindSafe(async { shared.auth.authenticate(hello).await })
-        .catch_unwind()
-        .await;
-    let peer = match verdict {
-        Ok(Ok(peer)) => peer,
-        Ok(Err(Deny { code, text })) => {
-            if code == CloseCode::AUTH_FAILED {
-                shared
-                    .penalties
-                    .failed(conn.remote_address().ip(), std::time::Instant::now());
-            }
-            // All refusals take the same time, whatever was wrong.
-            tokio::time::sleep_until(begun + shared.timeouts.auth_failure).await;
-            return Err(CloseReason::local(code, text));
-        }
-        Err(_) => {
-            tracing::error!("the verifier panicked");
-            return Err(CloseReason::local(
-                CloseCode::INTERNAL,
-                "the verifier failed",
-            ));
-        }
-    };
+    let peer = shared
+        .guard
+        .verify(hello, shared.timeouts.auth_failure)
+        .await
+        .map_err(|Deny { code, text }| CloseReason::local(code, text))?;
+    let expires = peer.time_left();
     let mut id = [0_u8; 16];
     aws_lc_rs::rand::fill(&mut id)
         .map_err(|_| CloseReason::local(CloseCode::INTERNAL, "no random numbers"))?;
@@ -618,7 +624,7 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Control, Close
         resumed: false,
         resume: None,
         reason: None,
-        expires: None,
+        expires,
     };
     let bytes = control::encode_welcome(&welcome, &shared.limits, &shared.timeouts)
         .map_err(|error| CloseReason::local(CloseCode::INTERNAL, error.to_string()))?;
@@ -627,7 +633,9 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Control, Close
             .peer_frame
             .store(frame.min(u64::from(u32::MAX)), Ordering::Relaxed);
     }
-    let _ = session.peer.set(peer);
+    session.peer.set(peer);
+    session.life.guarded_by(shared.guard.clone());
+    session.life.counts_for(expires);
     let _ = session.agent.set(agent);
     let _ = session.welcome.set(welcome);
     inbox.set_frame_limit(shared.limits.frame);

@@ -11,11 +11,12 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio_util::task::TaskTracker;
 
-use crate::auth::Peer;
+use crate::auth::PeerCell;
 use crate::code::{CloseCode, CloseReason, Side, printable};
 use crate::config::{Limits, Timeouts};
 use crate::control::{GoAway, Welcome};
 use crate::extensions::Extensions;
+use crate::lifetime::Life;
 use crate::outbox::Outbox;
 use crate::quiet::Quiet;
 use crate::speed::Counters;
@@ -72,7 +73,8 @@ pub(crate) struct Session {
     conn: RwLock<Arc<quinn::Connection>>,
     /// Whether this side dialled.
     pub(crate) client: bool,
-    pub(crate) peer: OnceLock<Peer>,
+    pub(crate) peer: PeerCell,
+    pub(crate) life: Life,
     pub(crate) limits: Arc<Limits>,
     pub(crate) timeouts: Arc<Timeouts>,
     pub(crate) counters: Arc<Counters>,
@@ -127,7 +129,8 @@ impl Session {
         Arc::new(Self {
             conn: RwLock::new(Arc::new(conn)),
             client,
-            peer: OnceLock::new(),
+            peer: PeerCell::default(),
+            life: Life::default(),
             peer_frame: AtomicU64::new(limits.frame as u64),
             limits,
             timeouts,

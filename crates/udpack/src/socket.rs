@@ -28,6 +28,7 @@ use crate::config::Priority;
 use crate::control::{self, GoAway};
 use crate::extensions::Extensions;
 use crate::inbox::{Ending, Inbox};
+use crate::lifetime::{self, Lifetime, RefreshError};
 use crate::message::EncodeError;
 use crate::session::{Lease, Session, lock};
 use crate::speed::{Counters, SpeedMeter, Stats};
@@ -69,10 +70,29 @@ impl Socket {
     }
 
     /// Who the peer is. At a server: what the verifier said. At a client: the server, by its fingerprint or
-    /// its name.
-    pub fn peer(&self) -> &Peer {
-        static UNKNOWN: std::sync::LazyLock<Peer> = std::sync::LazyLock::new(|| Peer::new(""));
-        self.inner.session.peer.get().unwrap_or(&UNKNOWN)
+    /// its name. What is known of a client may change with its token, its id does not.
+    pub fn peer(&self) -> Peer {
+        let known = self.inner.session.peer.get();
+        known.unwrap_or_else(|| Peer::new(""))
+    }
+
+    /// How long the client's token still counts; `None` when it has no end or none is known. When it has
+    /// ended, the server closes the socket with `auth_expired`.
+    pub fn expires_in(&self) -> Option<Duration> {
+        self.inner.session.life.time_left()
+    }
+
+    /// Presents a new token for the same identity, at a client: its end and its rights count from then on.
+    /// One at a time; a further call waits for the answer to the one before.
+    ///
+    /// # Errors
+    /// [`RefreshError::Denied`] when the server refused it: the socket stays as it was until the old token
+    /// ends. A token that is not accepted counts as a failed authentication of this address.
+    ///
+    /// # Cancel safety
+    /// A dropped future has presented the token or not; if so, the server's answer still counts.
+    pub async fn refresh(&self, token: impl Into<String>) -> Result<(), RefreshError> {
+        lifetime::refresh(&self.inner.session, token.into()).await
     }
 
     /// Name and version of the peer's program, as it calls itself; printable, at most 128 bytes.
@@ -268,7 +288,7 @@ impl fmt::Debug for Socket {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Socket")
             .field("id", &self.id())
-            .field("peer", self.peer())
+            .field("peer", &self.peer())
             .field("remote", &self.remote_address())
             .finish_non_exhaustive()
     }
@@ -276,7 +296,7 @@ impl fmt::Debug for Socket {
 
 impl Channel {
     /// Who the peer is; see [`Socket::peer`].
-    pub fn peer(&self) -> Option<&Peer> {
+    pub fn peer(&self) -> Option<Peer> {
         self.session().peer.get()
     }
 
@@ -393,6 +413,7 @@ pub(crate) async fn drive(
 ) -> CloseReason {
     let mut channels = JoinSet::new();
     let mut rate = Rate::new(session.limits.channel_rate);
+    let mut lifetime = Lifetime::new(&session);
     let conn = session.conn();
     let reason = loop {
         tokio::select! {
@@ -440,6 +461,7 @@ pub(crate) async fn drive(
                     break session.reason_for(&error);
                 }
             },
+            frame = lifetime.next() => write_control(&session, &mut control.send, frame).await,
             Some(ended) = channels.join_next() => {
                 if let Err(error) = ended && error.is_panic() {
                     tracing::error!("a channel task panicked");
@@ -479,6 +501,7 @@ fn on_control(session: &Session, message: Result<crate::Message, Ending>) -> Opt
                         session
                             .peer_frame
                             .store(welcome.frame, std::sync::atomic::Ordering::Relaxed);
+                        session.life.counts_for(welcome.expires);
                         let _ = session.welcome.set(welcome);
                         session.admitted.notify_waiters();
                         None
@@ -486,6 +509,8 @@ fn on_control(session: &Session, message: Result<crate::Message, Ending>) -> Opt
                     Err(error) => Some(CloseReason::local(error.close_code(), error.to_string())),
                 }
             }
+            control::REFRESH if !session.client => session.life.on_refresh(&message),
+            control::REFRESHED if session.client => session.life.on_refreshed(&message),
             _ => order("a message that has no place on the control stream now"),
         },
         Err(Ending::Finished) => order("the control stream ended without $close"),
@@ -587,6 +612,10 @@ async fn serve_stream(
         channel.close_with(reason);
         return;
     }
+    if let Err(deny) = session.life.allow(&session, &channel) {
+        channel.close_with(CloseReason::local(deny.code, deny.text));
+        return;
+    }
     match registry.handlers.get(&name) {
         Some(handler) => run_handler(handler, channel).await,
         None if registry.pull => {
@@ -649,15 +678,15 @@ fn nameless() -> control::Open {
     }
 }
 
-/// Channel opens: `per_second`, with a burst of twice as many.
-struct Rate {
+/// So many `per_second`, with a burst of twice as many.
+pub(crate) struct Rate {
     per_second: f64,
     left: f64,
     at: Instant,
 }
 
 impl Rate {
-    fn new(per_second: u32) -> Self {
+    pub(crate) fn new(per_second: u32) -> Self {
         let per_second = f64::from(per_second.max(1));
         Self {
             per_second,
@@ -666,7 +695,7 @@ impl Rate {
         }
     }
 
-    fn take(&mut self) -> bool {
+    pub(crate) fn take(&mut self) -> bool {
         let now = Instant::now();
         let gained = (now - self.at).as_secs_f64() * self.per_second;
         self.left = (self.left + gained).min(self.per_second * 2.0);
