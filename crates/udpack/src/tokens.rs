@@ -1368,4 +1368,54 @@ mod tests {
             let _ = parse(&text);
         }
     }
+
+    #[test]
+    fn times_have_one_form_or_are_seconds() {
+        let at = |secs| Some(SystemTime::UNIX_EPOCH + Duration::from_secs(secs));
+        for (text, time) in [
+            ("1970-01-01T00:00:00Z", at(0)),
+            ("2000-02-29T00:00:00Z", at(951_782_400)),
+            ("2023-11-14T22:13:20Z", at(1_700_000_000)),
+            ("1700000000", at(1_700_000_000)),
+            ("18446744073709551615", None),
+            ("99999999999999999999", None),
+            ("2023-02-29T00:00:00Z", None),
+            ("2023-11-14T24:00:00Z", None),
+            ("2023-11-14T22:60:00Z", None),
+            ("2023-11-14T22:13:20", None),
+            ("2023-11-14T22:13:20+01:00", None),
+            ("2023-11-14", None),
+            ("2023-1-14T22:13:20Z", None),
+            ("2023-11-14-1T22:13:20Z", None),
+            ("+023-11-14T22:13:20Z", None),
+            ("-1", None),
+            ("30d", None),
+        ] {
+            assert_eq!(parse_time(text), time, "{text}");
+        }
+        let error = parse(&format!("anna {TOKEN} expires=soon")).err().unwrap();
+        assert!(
+            error.to_string().contains("line 1: expires is a time"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn an_ended_entry_is_found_and_lets_nobody_in() {
+        let (_dir, path) = file(format!(
+            "old {TOKEN} expires=2001-01-01T00:00:00Z\nanna {OTHER} expires=4102444800\n"
+        ));
+        let tokens = TokenFile::open(&path).unwrap();
+        assert!(tokens.verify(TOKEN).is_none());
+        assert!(tokens.find(TOKEN).unwrap().is_expired());
+        let anna = tokens.verify(OTHER).unwrap();
+        assert!(!anna.is_expired());
+        assert_eq!(anna.peer().expires(), anna.expires());
+        assert_eq!(tokens.first_token().as_deref(), Some(OTHER));
+        assert!(tokens.has(&anna.peer()));
+        assert!(
+            !tokens.has(&Peer::new("anna")),
+            "an id alone proves nothing"
+        );
+    }
 }
