@@ -463,10 +463,11 @@ async fn end_in_time(session: &Session) {
             _ = term.changed() => {}
         }
     }
-    session.abort(CloseReason::local(
-        CloseCode::AUTH_EXPIRED,
-        "the token has ended",
-    ));
+    session.abort(ended());
+}
+
+fn ended() -> CloseReason {
+    CloseReason::local(CloseCode::AUTH_EXPIRED, "the token's time is over")
 }
 
 /// Asks the verifier from time to time whether the peer is still welcome.
@@ -476,6 +477,11 @@ async fn ask_again(session: &Session, guard: &Guard) {
         let Some(peer) = session.peer.get() else {
             continue;
         };
+        // The timer does not run while the machine sleeps, and knows nothing of a clock that was set.
+        if peer.time_left().is_some_and(|left| left.is_zero()) {
+            session.abort(ended());
+            return;
+        }
         let valid = std::panic::catch_unwind(AssertUnwindSafe(|| guard.auth.is_valid(&peer)));
         let (code, text) = match valid {
             Ok(true) => continue,
@@ -596,6 +602,37 @@ async fn sleep_until(at: Option<Instant>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn message(frame: &Bytes) -> Message {
+        Message::decode(frame.slice(crate::frame::PREFIX..)).unwrap()
+    }
+
+    #[test]
+    fn a_new_connection_begins_the_exchange_anew_on_both_sides() {
+        let (client, server) = (Life::default(), Life::default());
+        let refresh = control::encode_refresh("a-new-token").unwrap();
+        let (answer, mut answered) = oneshot::channel();
+        lock(&client.exchange).waiting = Some(Waiting {
+            token: "a-new-token".to_owned(),
+            answer,
+            _turn: client.turn.clone().try_lock_owned().unwrap(),
+        });
+        assert_eq!(server.on_refresh(&message(&refresh)), None);
+        let twice = server.on_refresh(&message(&refresh)).unwrap();
+        assert_eq!(twice.code, CloseCode::PROTOCOL_ORDER);
+        client.reattached();
+        server.reattached();
+        let again = client.next_frame().now_or_never().unwrap();
+        assert_eq!(again, refresh);
+        assert_eq!(server.on_refresh(&message(&again)), None);
+        let (token, round) = server.next_asked().now_or_never().unwrap();
+        assert_eq!((token.as_str(), round), ("a-new-token", 1));
+        let yes = control::encode_refreshed(&Refreshed::Accepted { expires: None }).unwrap();
+        assert_eq!(client.on_refreshed(&message(&yes)), None);
+        answered.try_recv().unwrap().unwrap();
+        let unasked = client.on_refreshed(&message(&yes)).unwrap();
+        assert_eq!(unasked.code, CloseCode::PROTOCOL_ORDER);
+    }
 
     #[test]
     fn refreshes_are_spread_over_a_tenth_before_two_thirds() {
