@@ -75,7 +75,7 @@ impl Guard {
             }
         };
         if deny.code == CloseCode::AUTH_FAILED {
-            self.penalties.failed(source, std::time::Instant::now());
+            self.penalties.failed(source, Instant::now().into_std());
         }
         tokio::time::sleep_until(begun + failure).await;
         Err(deny)
@@ -247,7 +247,6 @@ impl Life {
     }
 
     /// A new connection carries the session: what was under way on the old one begins again.
-    #[allow(dead_code, reason = "called when sessions are resumed")]
     pub(crate) fn reattached(&self) {
         let mut exchange = lock(&self.exchange);
         exchange.round += 1;
@@ -446,10 +445,19 @@ impl Lifetime {
     /// # Cancel safety
     /// Cancel safe; timers run on.
     pub(crate) async fn next(&mut self) -> Bytes {
+        let session = self.session.clone();
         tokio::select! {
-            frame = self.session.life.next_frame() => frame,
-            () = &mut self.work => pending().await,
+            frame = session.life.next_frame() => frame,
+            () = self.run() => pending().await,
         }
+    }
+
+    /// While there is no connection: ends the session when its time has come. Never returns.
+    ///
+    /// # Cancel safety
+    /// As [`next`](Self::next).
+    pub(crate) async fn run(&mut self) {
+        (&mut self.work).await;
     }
 }
 
@@ -529,7 +537,7 @@ async fn verify_refresh(
     if !rate.take() {
         return limited("new tokens come too fast");
     }
-    let now = std::time::Instant::now();
+    let now = Instant::now().into_std();
     if guard.penalties.refused(remote.ip(), now).is_some() {
         return limited("too many tokens of this address were not accepted");
     }
