@@ -3,8 +3,8 @@
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -86,7 +86,20 @@ impl Drop for Inner {
     }
 }
 
+/// Leads to a channel without keeping it open.
+pub(crate) struct WeakChannel(Weak<Inner>);
+
+impl WeakChannel {
+    pub(crate) fn upgrade(&self) -> Option<Channel> {
+        self.0.upgrade().map(|inner| Channel { inner })
+    }
+}
+
 impl Channel {
+    pub(crate) fn downgrade(&self) -> WeakChannel {
+        WeakChannel(Arc::downgrade(&self.inner))
+    }
+
     /// Puts a channel over a stream; its writer runs until the channel or the connection ends. `own` says that
     /// this side opened it.
     pub(crate) fn start(

@@ -129,6 +129,8 @@ pub struct Timeouts {
     pub request: Duration,
     /// A handler that answers a request must do so within this. Default 30 s.
     pub handler: Duration,
+    /// How often a server asks its verifier whether a peer that is in is still welcome. Default 30 s.
+    pub recheck: Duration,
 }
 
 impl Default for Timeouts {
@@ -145,6 +147,7 @@ impl Default for Timeouts {
             close: Duration::from_secs(5),
             request: Duration::from_secs(30),
             handler: Duration::from_secs(30),
+            recheck: Duration::from_secs(30),
         }
     }
 }

@@ -19,7 +19,7 @@ use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 use tracing::field::Empty;
 
-use crate::auth::{Authenticate, Deny, Hello, Peer, Penalties, source};
+use crate::auth::{Authenticate, Deny, Hello, Peer, source};
 use crate::channel::Channel;
 use crate::code::{CloseCode, CloseReason, printable};
 use crate::config::{
@@ -30,6 +30,7 @@ use crate::endpoint::{self, InvalidSetting, Via, varint};
 use crate::fingerprint::Fingerprint;
 use crate::identity::{Identity, IdentityError};
 use crate::inbox::{Ending, Inbox};
+use crate::lifetime::{self, Authorize, Guard};
 use crate::metrics::{Count, Metrics, Tally, Words};
 use crate::qlog::Qlog;
 use crate::quiet::Quiet;
@@ -71,7 +72,7 @@ impl Drop for Inner {
 struct Shared {
     endpoint: quinn::Endpoint,
     fingerprint: Fingerprint,
-    auth: Arc<dyn Authenticate>,
+    guard: Arc<Guard>,
     registry: Arc<Registry>,
     on_socket: Option<SocketHandler>,
     limits: Arc<Limits>,
@@ -89,7 +90,6 @@ struct Shared {
     sockets: Mutex<Sockets>,
     socket_ended: Notify,
     handshakes: AtomicUsize,
-    penalties: Penalties,
     quiet: Quiet,
     draining: AtomicBool,
     pull: AtomicBool,
@@ -127,6 +127,7 @@ impl Server {
         ServerBuilder {
             identity: None,
             auth: None,
+            authorize: None,
             registry: Registry::default(),
             on_socket: None,
             limits: Limits::default(),
@@ -176,6 +177,18 @@ impl Server {
             .values()
             .cloned()
             .collect()
+    }
+
+    /// Closes the sockets of all peers that `whom` picks, at once and with `auth_revoked`. Returns how many.
+    ///
+    /// A client that is just being let in is not among them: withdraw its token first, so that the verifier's
+    /// `is_valid` finds it.
+    pub fn revoke(&self, whom: impl Fn(&Peer) -> bool) -> usize {
+        let revoked = self.sockets().into_iter();
+        let revoked = revoked.filter(|socket| whom(&socket.peer()));
+        let close =
+            |socket: Socket| socket.abort(CloseCode::AUTH_REVOKED, "the token was withdrawn");
+        revoked.map(close).count()
     }
 
     /// Connections refused so far, for whatever reason.
@@ -294,6 +307,7 @@ impl fmt::Debug for Server {
 pub struct ServerBuilder {
     identity: Option<Identity>,
     auth: Option<Arc<dyn Authenticate>>,
+    authorize: Option<Authorize>,
     registry: Registry,
     on_socket: Option<SocketHandler>,
     limits: Limits,
@@ -314,6 +328,17 @@ impl ServerBuilder {
     /// Decides who may come in. Needed: there is no default, and no way to let everybody in by omission.
     pub fn auth(mut self, auth: impl Authenticate) -> Self {
         self.auth = Some(Arc::new(auth));
+        self
+    }
+
+    /// Decides which channels a peer may open: asked before a channel's handler begins, and again for each of
+    /// the peer's channels after its token was refreshed. A refused channel closes with the refusal's code and
+    /// text; see [`Deny::forbidden`]. One that panics refuses. Must not block. Defaults to allowing all.
+    pub fn authorize<F>(mut self, authorize: F) -> Self
+    where
+        F: Fn(&Peer, &str) -> Result<(), Deny> + Send + Sync + 'static,
+    {
+        self.authorize = Some(Arc::new(authorize));
         self
     }
 
@@ -435,10 +460,9 @@ impl ServerBuilder {
         let shared = Arc::new(Shared {
             endpoint,
             fingerprint: identity.fingerprint(),
-            auth,
+            guard: Guard::new(auth, self.authorize, self.limits.auth_failures),
             registry: Arc::new(registry),
             on_socket: self.on_socket,
-            penalties: Penalties::new(self.limits.auth_failures),
             limits: Arc::new(self.limits),
             timeouts: Arc::new(self.timeouts),
             agent: self.agent,
@@ -482,6 +506,7 @@ async fn accept_loop(shared: Arc<Shared>) {
         let in_flight = shared.handshakes.load(Ordering::Relaxed);
         let penalty = || {
             shared
+                .guard
                 .penalties
                 .refused(address.ip(), tokio::time::Instant::now().into_std())
         };
@@ -689,33 +714,11 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, Clos
     let (frame, resume) = (hello.frame, hello.resume.clone());
     let hello = Hello::new(hello, conn.remote_address());
     let agent = hello.agent().to_owned();
-    let begun = tokio::time::Instant::now();
-    // Inside the block, because a verifier may panic before it gives a future.
-    let verdict = std::panic::AssertUnwindSafe(async { shared.auth.authenticate(hello).await })
-        .catch_unwind()
-        .await;
-    let peer = match verdict {
-        Ok(Ok(peer)) => peer,
-        Ok(Err(Deny { code, text })) => {
-            if code == CloseCode::AUTH_FAILED {
-                shared.penalties.failed(
-                    conn.remote_address().ip(),
-                    tokio::time::Instant::now().into_std(),
-                );
-            }
-            // All refusals take the same time, whatever was wrong.
-            tokio::time::sleep_until(begun + shared.timeouts.auth_failure).await;
-            return Err(CloseReason::local(code, text));
-        }
-        Err(_) => {
-            shared.tally.one(Count::HandlerPanics);
-            tracing::error!("the verifier panicked");
-            return Err(CloseReason::local(
-                CloseCode::INTERNAL,
-                "the verifier failed",
-            ));
-        }
-    };
+    let peer = shared
+        .guard
+        .verify(hello, shared.timeouts.auth_failure)
+        .await
+        .map_err(|Deny { code, text }| CloseReason::local(code, text))?;
     let no_random = |_| CloseReason::local(CloseCode::INTERNAL, "no random numbers");
     let back = match resume.as_ref().and_then(|resume| resume.session.as_ref()) {
         Some(ticket) => Some(shared.come_back(ticket, &peer).await),
@@ -746,6 +749,17 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, Clos
             )
         }
     };
+    let expires = match &back {
+        Some(_) => lifetime::renew(&session, peer)
+            .map_err(|Deny { code, text }| CloseReason::local(code, text))?,
+        None => {
+            let expires = peer.time_left();
+            session.peer.set(peer);
+            session.life.guarded_by(shared.guard.clone());
+            session.life.counts_for(expires);
+            expires
+        }
+    };
     let welcome = Welcome {
         session: id.to_string(),
         agent: shared.agent.clone(),
@@ -754,7 +768,7 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, Clos
         resumed: back.is_some(),
         resume,
         reason,
-        expires: None,
+        expires,
     };
     let bytes = control::encode_welcome(&welcome, &shared.limits, &shared.timeouts)
         .map_err(|error| CloseReason::local(CloseCode::INTERNAL, error.to_string()))?;
@@ -763,7 +777,6 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, Clos
             .peer_frame
             .store(frame.min(u64::from(u32::MAX)), Ordering::Relaxed);
     }
-    let _ = session.peer.set(peer);
     let _ = session.agent.set(agent);
     session.set_welcome(welcome);
     inbox.set_frame_limit(shared.limits.frame);
@@ -906,7 +919,11 @@ impl Shared {
             .get(&ticket.session)
             .map(|kept| (kept.session.clone(), kept.links.clone()))
             .ok_or("unknown")?;
-        if session.peer.get().map(Peer::id) != Some(peer.id()) {
+        if session
+            .peer
+            .get()
+            .is_none_or(|known| !known.same_identity(peer))
+        {
             return Err("identity");
         }
         if !lock(&session.tickets).redeem(&ticket.token) {

@@ -13,12 +13,13 @@ use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio_util::task::TaskTracker;
 
-use crate::auth::Peer;
+use crate::auth::PeerCell;
 use crate::channel::Pipe;
 use crate::code::{CloseCode, CloseReason, Side, printable};
 use crate::config::{Limits, Timeouts};
 use crate::control::{GoAway, Welcome};
 use crate::extensions::Extensions;
+use crate::lifetime::Life;
 use crate::metrics::Tally;
 use crate::open::OpenError;
 use crate::outbox::Budget;
@@ -166,7 +167,8 @@ pub(crate) struct Session {
     conn: RwLock<Arc<quinn::Connection>>,
     /// Whether this side dialled.
     pub(crate) client: bool,
-    pub(crate) peer: OnceLock<Peer>,
+    pub(crate) peer: PeerCell,
+    pub(crate) life: Life,
     pub(crate) limits: Arc<Limits>,
     pub(crate) timeouts: Arc<Timeouts>,
     pub(crate) counters: Arc<Counters>,
@@ -243,7 +245,8 @@ impl Session {
         Arc::new(Self {
             conn: RwLock::new(Arc::new(conn)),
             client,
-            peer: OnceLock::new(),
+            peer: PeerCell::default(),
+            life: Life::default(),
             peer_frame: AtomicU64::new(limits.frame as u64),
             budget: Arc::new(Budget::new(limits.resume_bytes)),
             limits,

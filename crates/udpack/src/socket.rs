@@ -33,6 +33,7 @@ use crate::control::{self, Ack, Channels, ControlError, GoAway, Resumed, Welcome
 use crate::endpoint;
 use crate::extensions::Extensions;
 use crate::inbox::{Ending, Inbox};
+use crate::lifetime::{self, Lifetime, RefreshError};
 use crate::metrics::{Count, Metrics};
 use crate::outbox::Way;
 use crate::reconnect::{State, StateFeed, States};
@@ -78,10 +79,29 @@ impl Socket {
     }
 
     /// Who the peer is. At a server: what the verifier said. At a client: the server, by its fingerprint or
-    /// its name.
-    pub fn peer(&self) -> &Peer {
-        static UNKNOWN: std::sync::LazyLock<Peer> = std::sync::LazyLock::new(|| Peer::new(""));
-        self.inner.session.peer.get().unwrap_or(&UNKNOWN)
+    /// its name. What is known of a client may change with its token, its id does not.
+    pub fn peer(&self) -> Peer {
+        let known = self.inner.session.peer.get();
+        known.unwrap_or_else(|| Peer::new(""))
+    }
+
+    /// How long the client's token still counts; `None` when it has no end or none is known. When it has
+    /// ended, the server closes the socket with `auth_expired`.
+    pub fn expires_in(&self) -> Option<Duration> {
+        self.inner.session.life.time_left()
+    }
+
+    /// Presents a new token for the same identity, at a client: its end and its rights count from then on.
+    /// One at a time; a further call waits for the answer to the one before.
+    ///
+    /// # Errors
+    /// [`RefreshError::Denied`] when the server refused it: the socket stays as it was until the old token
+    /// ends. A token that is not accepted counts as a failed authentication of this address.
+    ///
+    /// # Cancel safety
+    /// A dropped future has presented the token or not; if so, the server's answer still counts.
+    pub async fn refresh(&self, token: impl Into<String>) -> Result<(), RefreshError> {
+        lifetime::refresh(&self.inner.session, token.into()).await
     }
 
     /// Name and version of the peer's program, as it calls itself; printable, at most 128 bytes.
@@ -225,7 +245,7 @@ impl fmt::Debug for Socket {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Socket")
             .field("id", &self.id())
-            .field("peer", self.peer())
+            .field("peer", &self.peer())
             .field("remote", &self.remote_address())
             .finish_non_exhaustive()
     }
@@ -233,7 +253,7 @@ impl fmt::Debug for Socket {
 
 impl Channel {
     /// Who the peer is; see [`Socket::peer`].
-    pub fn peer(&self) -> Option<&Peer> {
+    pub fn peer(&self) -> Option<Peer> {
         self.session().peer.get()
     }
 
@@ -389,6 +409,7 @@ pub(crate) async fn live(
         registry,
         incoming,
         rate: Rate::new(session.limits.channel_rate),
+        lifetime: Lifetime::new(&session),
         resumed: false,
     };
     let reason = loop {
@@ -398,8 +419,16 @@ pub(crate) async fn live(
         {
             Outcome::Over(reason) => break reason,
             Outcome::Replaced(link) => Ok(link),
-            Outcome::Lost(reason) => comeback.next(&session, reason, false).await,
-            Outcome::Moved(reason) => comeback.next(&session, reason, true).await,
+            Outcome::Lost(reason) => {
+                comeback
+                    .next(&session, &mut driver.lifetime, reason, false)
+                    .await
+            }
+            Outcome::Moved(reason) => {
+                comeback
+                    .next(&session, &mut driver.lifetime, reason, true)
+                    .await
+            }
         };
         match next {
             Ok(link) => control = driver.change(link, &mut channels),
@@ -429,6 +458,7 @@ impl Comeback {
     async fn next(
         &mut self,
         session: &Arc<Session>,
+        lifetime: &mut Lifetime,
         reason: CloseReason,
         moved: bool,
     ) -> Result<Link, CloseReason> {
@@ -454,6 +484,9 @@ impl Comeback {
         tokio::select! {
             link = next => link,
             reason = closed => Err(reason),
+            // Its token has ended, say: nobody need come back.
+            reason = session.end.wait() => Err(reason),
+            () = lifetime.run() => std::future::pending().await,
         }
     }
 
@@ -484,6 +517,7 @@ struct Driver {
     registry: Arc<Registry>,
     incoming: mpsc::Sender<Channel>,
     rate: Rate,
+    lifetime: Lifetime,
     /// The present connection resumed the session.
     resumed: bool,
 }
@@ -519,8 +553,10 @@ impl Driver {
                 ));
                 reason = Some(words);
             }
+            session.life.counts_for(welcome.expires);
             session.set_welcome(welcome);
         }
+        session.life.reattached();
         let number = session.set_link(link.conn, link.endpoint);
         session.budget.set_detached(false);
         let conn = session.conn();
@@ -659,6 +695,7 @@ impl Driver {
                     session.finish_channels_because(&reason);
                     return self.leave(control, channels, reason).await;
                 },
+                frame = self.lifetime.next() => write_control(&session, &mut control.send, frame).await,
                 Some(ended) = channels.join_next() => reap(&session, ended),
             }
         }
@@ -666,12 +703,12 @@ impl Driver {
 
     /// Serves a connection whose channels are ending, until they have ended, and takes leave of it.
     async fn leave(
-        &self,
+        &mut self,
         control: &mut Control,
         channels: &mut JoinSet<()>,
         reason: CloseReason,
     ) -> Outcome {
-        let session = &self.session;
+        let session = &self.session.clone();
         let conn = session.conn();
         let ended = session.all_channels_done();
         let mut ended = std::pin::pin!(ended);
@@ -703,6 +740,7 @@ impl Driver {
                         return Outcome::Over(session.reason_for(&error));
                     }
                 },
+                frame = self.lifetime.next() => write_control(session, &mut control.send, frame).await,
                 Some(ended) = channels.join_next() => reap(session, ended),
             }
         }
@@ -762,6 +800,7 @@ fn on_control(session: &Session, message: Result<crate::Message, Ending>) -> Opt
                         tracing::Span::current().record("session", &*welcome.session);
                         session.tally.one(Count::Admitted);
                         session.tally.one(Count::Sockets);
+                        session.life.counts_for(welcome.expires);
                         session.set_welcome(welcome);
                         if let Some(states) = &session.states {
                             states.set(State::Connected {
@@ -786,6 +825,8 @@ fn on_control(session: &Session, message: Result<crate::Message, Ending>) -> Opt
                 }
                 Err(error) => refused(error),
             },
+            control::REFRESH if !session.client => session.life.on_refresh(&message),
+            control::REFRESHED if session.client => session.life.on_refreshed(&message),
             _ => order("a message that has no place on the control stream now"),
         },
         Err(Ending::Finished) => order("the control stream ended without $close"),
@@ -964,6 +1005,10 @@ async fn serve_stream(
         channel.close_with(reason);
         return;
     }
+    if let Err(deny) = session.life.allow(&session, &channel) {
+        channel.close_with(CloseReason::local(deny.code, deny.text));
+        return;
+    }
     match registry.handlers.get(&name) {
         Some(handler) => run_handler(handler, channel).await,
         None if registry.pull => {
@@ -1042,15 +1087,15 @@ fn nameless() -> control::Open {
     }
 }
 
-/// Channel opens: `per_second`, with a burst of twice as many.
-struct Rate {
+/// So many `per_second`, with a burst of twice as many.
+pub(crate) struct Rate {
     per_second: f64,
     left: f64,
     at: Instant,
 }
 
 impl Rate {
-    fn new(per_second: u32) -> Self {
+    pub(crate) fn new(per_second: u32) -> Self {
         let per_second = f64::from(per_second.max(1));
         Self {
             per_second,
@@ -1059,7 +1104,7 @@ impl Rate {
         }
     }
 
-    fn take(&mut self) -> bool {
+    pub(crate) fn take(&mut self) -> bool {
         let now = Instant::now();
         let gained = (now - self.at).as_secs_f64() * self.per_second;
         self.left = (self.left + gained).min(self.per_second * 2.0);
