@@ -77,9 +77,8 @@ impl Volatile {
     /// The first rule that it breaks.
     pub fn decode(body: Bytes) -> Result<Self, VolatileError> {
         let mut walk = Walk::new(&body, Shape::default())?;
-        let arity = match walk.enter()? {
-            Head::Array(arity @ 2..=4) => arity,
-            _ => return Err(VolatileError::Shape),
+        let Head::Array(arity @ 2..=4) = walk.enter()? else {
+            return Err(VolatileError::Shape);
         };
         let at = |walk: &Walk<'_>| body.len() - walk.left();
         let event = walk.value()?;
@@ -233,8 +232,8 @@ impl Socket {
     /// packet is lost, it is lost. Up to about 1,100 bytes, as the path allows, travel as one datagram, ahead
     /// of the channels' bytes; more take a stream of their own, one after the other. Also at the peer a newer
     /// one takes the place of one that nobody has taken yet, and an older one that comes late is dropped. What
-    /// waits is bounded by `Limits::volatile_keys` and `Limits::volatile_bytes`: the one that has waited
-    /// longest is dropped.
+    /// waits is bounded by `Limits::volatile_keys` and `Limits::volatile_bytes`: what has waited longest is
+    /// dropped, large ones first. `Socket::metrics` counts what was dropped.
     ///
     /// # Errors
     /// When the socket is over, or the message cannot be sent at all: reserved or unsound event name, data
@@ -522,7 +521,7 @@ pub(crate) async fn discard(conn: &quinn::Connection) -> Infallible {
     let mut dropped = 0_usize;
     while conn.read_datagram().await.is_ok() {
         dropped = dropped.wrapping_add(1);
-        if dropped % TURN == 0 {
+        if dropped.is_multiple_of(TURN) {
             tokio::task::yield_now().await;
         }
     }
@@ -543,7 +542,7 @@ async fn send_small(session: &Session, conn: &quinn::Connection) {
             continue;
         };
         moved = moved.wrapping_add(1);
-        if moved % TURN == 0 {
+        if moved.is_multiple_of(TURN) {
             tokio::task::yield_now().await;
         }
         let sent = if conn
@@ -620,7 +619,7 @@ async fn take_datagrams(session: &Session, conn: &quinn::Connection) {
         // A copy: the datagram is a slice of a buffer in which others came.
         take(session, Bytes::copy_from_slice(&datagram));
         moved = moved.wrapping_add(1);
-        if moved % TURN == 0 {
+        if moved.is_multiple_of(TURN) {
             tokio::task::yield_now().await;
         }
     }
