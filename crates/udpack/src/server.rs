@@ -404,22 +404,15 @@ impl ServerBuilder {
         settings.cid_generator(move || {
             Box::new(quinn_proto::HashedConnectionIdGenerator::from_key(cid_key))
         });
-        let endpoint = self
-            .via
-            .open(address, self.limits.socket_buffer, settings, Some(config))
-            .map_err(|source| BindError::Bind { address, source })?;
         let qlog = self.qlog.map(|dir| Logged {
             qlog: Qlog::new(dir, "server"),
             config: config.clone(),
             congestion: self.congestion,
         });
-        let endpoint = quinn::Endpoint::new(
-            settings,
-            Some(config),
-            socket,
-            Arc::new(quinn::TokioRuntime),
-        )
-        .map_err(|source| BindError::Bind { address, source })?;
+        let endpoint = self
+            .via
+            .open(address, self.limits.socket_buffer, settings, Some(config))
+            .map_err(|source| BindError::Bind { address, source })?;
         let mut registry = self.registry;
         let handlers = !registry.is_empty() || self.on_socket.is_some();
         registry.pull |= registry.is_empty();
