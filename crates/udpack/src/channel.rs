@@ -4,8 +4,8 @@ use std::fmt;
 use std::future::{Future, IntoFuture, poll_fn};
 use std::marker::PhantomData;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -19,6 +19,7 @@ use crate::control::{self, CANCEL, FAULT, REPLY};
 use crate::inbox::{Ending, Inbox, NoReply};
 use crate::message::{DecodeError, EncodeError, Encoded, Message};
 use crate::outbox::{self, Outbox, PushError};
+use crate::rooms::Guest;
 use crate::session::{End, Lease, Session};
 use crate::speed::{Counters, SpeedMeter, Stats};
 
@@ -46,6 +47,8 @@ struct Inner {
     counters: Arc<Counters>,
     end: Arc<End>,
     next_request: AtomicU64,
+    /// What stands for this channel in rooms, from the first one on; only at a server.
+    member: OnceLock<Arc<Guest>>,
     _lease: Option<Arc<Lease>>,
 }
 
@@ -115,6 +118,7 @@ impl Channel {
                 counters,
                 end,
                 next_request: AtomicU64::new(1),
+                member: OnceLock::new(),
                 _lease: lease,
             }),
         }
@@ -146,6 +150,19 @@ impl Channel {
         &self.inner.session
     }
 
+    pub(crate) fn outbox(&self) -> &Arc<Outbox> {
+        &self.inner.outbox
+    }
+
+    pub(crate) fn member(&self) -> &OnceLock<Arc<Guest>> {
+        &self.inner.member
+    }
+
+    /// A handle that keeps nothing alive.
+    pub(crate) fn downgrade(&self) -> WeakChannel {
+        WeakChannel(Arc::downgrade(&self.inner))
+    }
+
     pub(crate) fn queue_open(&self, frame: &Bytes) -> Result<(), SendError> {
         self.inner
             .outbox
@@ -169,10 +186,10 @@ impl Channel {
         event: &str,
         data: &T,
     ) -> Result<(), SendError> {
-        while !self.try_send(event, data)? {
-            self.inner.outbox.room().await;
-        }
-        Ok(())
+        application_event(event)?;
+        let limit = self.inner.session.frame_limit();
+        let queued = self.inner.outbox.message(event, data, None, limit).await;
+        queued.map_err(|error| self.send_error(error))
     }
 
     /// Sends one message if the queue has room now; `Ok(false)` says that it has none.
@@ -200,10 +217,9 @@ impl Channel {
     /// # Cancel safety
     /// As [`send`](Self::send).
     pub async fn send_encoded(&self, message: &Encoded) -> Result<(), SendError> {
-        while !self.try_send_encoded(message)? {
-            self.inner.outbox.room().await;
-        }
-        Ok(())
+        let limit = self.inner.session.frame_limit();
+        let queued = self.inner.outbox.encoded(message, limit).await;
+        queued.map_err(|error| self.send_error(error))
     }
 
     /// Sends an encoded message if the queue has room now; `Ok(false)` says that it has none.
@@ -235,16 +251,9 @@ impl Channel {
     ) -> Result<(), SendError> {
         application_event(event)?;
         let limit = self.inner.session.frame_limit();
-        loop {
-            let queued = self
-                .inner
-                .outbox
-                .try_bulk(event, header, key, &payload, limit);
-            if queued.map_err(|error| self.send_error(error))? {
-                return Ok(());
-            }
-            self.inner.outbox.room().await;
-        }
+        let outbox = &self.inner.outbox;
+        let queued = outbox.bulk(event, header, key, &payload, limit).await;
+        queued.map_err(|error| self.send_error(error))
     }
 
     /// The next message; `Ok(None)` after the peer has finished or closed with `normal`.
@@ -340,13 +349,9 @@ impl Channel {
         id: u64,
     ) -> Result<(), SendError> {
         let limit = self.inner.session.frame_limit();
-        loop {
-            let queued = self.inner.outbox.try_message(event, data, Some(id), limit);
-            if queued.map_err(|error| self.send_error(error))? {
-                return Ok(());
-            }
-            self.inner.outbox.room().await;
-        }
+        let outbox = &self.inner.outbox;
+        let queued = outbox.message(event, data, Some(id), limit).await;
+        queued.map_err(|error| self.send_error(error))
     }
 
     /// Ends the sending direction and waits until the peer's transport has acknowledged everything sent.
@@ -470,6 +475,16 @@ impl Channel {
                 SendError::Closed(self.inner.end.get().cloned().unwrap_or(reason))
             }
         }
+    }
+}
+
+/// A channel that somebody else keeps alive.
+#[derive(Clone)]
+pub(crate) struct WeakChannel(Weak<Inner>);
+
+impl WeakChannel {
+    pub(crate) fn upgrade(&self) -> Option<Channel> {
+        self.0.upgrade().map(|inner| Channel { inner })
     }
 }
 

@@ -4,7 +4,7 @@
 //! happens to the future that queued it. The writer takes what has gathered and hands it to QUIC in one go:
 //! many small sends share packets without any timer.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::future::Future;
 use std::pin::pin;
 use std::sync::{Arc, Mutex};
@@ -17,6 +17,8 @@ use tokio::sync::Notify;
 
 use crate::code::{CloseCode, CloseReason};
 use crate::message::{self, EncodeError, Encoded};
+use crate::overflow::{Overflow, Overflowing, Push, Tag};
+use crate::rooms::Seat;
 use crate::session::{Session, lock, lost};
 use crate::speed::Counters;
 
@@ -49,7 +51,12 @@ struct State {
     tail_messages: usize,
     queued_bytes: usize,
     queued_messages: usize,
-    waiting: usize,
+    /// Numbers of those who wait for room, drawn from `overflow`: nothing that came to it later goes before them.
+    waiting: BTreeSet<u64>,
+    /// Messages of rooms that found no room here.
+    overflow: Overflowing,
+    /// The channel's place in its rooms, given up with the channel.
+    seat: Option<Seat>,
     /// The writer sleeps and wants to be woken.
     idle: bool,
     phase: Phase,
@@ -94,7 +101,9 @@ impl Outbox {
                 tail_messages: 0,
                 queued_bytes: 0,
                 queued_messages: 0,
-                waiting: 0,
+                waiting: BTreeSet::new(),
+                overflow: Overflowing::default(),
+                seat: None,
                 idle: false,
                 phase: Phase::Open,
             }),
@@ -114,23 +123,31 @@ impl Outbox {
         id: Option<u64>,
         limit: usize,
     ) -> Result<bool, PushError> {
-        self.with_room(|state| {
-            let size = message::encode(&mut state.tail, event, data, id, limit)?;
-            state.grew(size);
-            Ok(())
-        })
+        self.with_room(|state| state.message(event, data, id, limit))
     }
 
-    /// Queues a bulk message: header now, payload behind it without a copy.
-    pub(crate) fn try_bulk<T: Serialize + ?Sized>(
+    /// Queues one message, as soon as there is room.
+    pub(crate) async fn message<T: Serialize + Sync + ?Sized>(
+        &self,
+        event: &str,
+        data: &T,
+        id: Option<u64>,
+        limit: usize,
+    ) -> Result<(), PushError> {
+        self.when_room(|state| state.message(event, data, id, limit))
+            .await
+    }
+
+    /// Queues a bulk message as soon as there is room: header now, payload behind it without a copy.
+    pub(crate) async fn bulk<T: Serialize + Sync + ?Sized>(
         &self,
         event: &str,
         header: &T,
         key: &str,
         payload: &Bytes,
         limit: usize,
-    ) -> Result<bool, PushError> {
-        self.with_room(|state| {
+    ) -> Result<(), PushError> {
+        self.when_room(|state| {
             let size =
                 message::encode_bulk(&mut state.tail, event, header, key, payload.len(), limit)?;
             state.grew(size.saturating_sub(payload.len()));
@@ -142,19 +159,59 @@ impl Outbox {
             });
             Ok(())
         })
+        .await
     }
 
-    /// Queues a frame that was encoded before.
+    /// Queues a frame that was encoded before, if there is room.
     pub(crate) fn try_encoded(&self, encoded: &Encoded, limit: usize) -> Result<bool, PushError> {
-        let bytes = encoded.bytes();
-        let size = bytes.len().saturating_sub(crate::frame::PREFIX);
-        if size > limit {
-            return Err(PushError::Encode(EncodeError::TooLarge { size, limit }));
+        check_size(encoded, limit).map_err(PushError::Encode)?;
+        self.with_room(|state| state.encoded(encoded))
+    }
+
+    /// Queues a frame that was encoded before, as soon as there is room.
+    pub(crate) async fn encoded(&self, encoded: &Encoded, limit: usize) -> Result<(), PushError> {
+        check_size(encoded, limit).map_err(PushError::Encode)?;
+        self.when_room(|state| state.encoded(encoded)).await
+    }
+
+    /// Queues a message of a room; where there is no room, the policy says what becomes of it. Never waits.
+    pub(crate) fn push_room(
+        &self,
+        tag: &Arc<Tag>,
+        frame: &Bytes,
+        limit: usize,
+        policy: Overflow,
+    ) -> Push {
+        let mut state = lock(&self.state);
+        if state.check_open().is_err() {
+            return Push::Over;
         }
-        self.with_room(|state| {
-            state.append(bytes);
-            Ok(())
-        })
+        let fits = frame.len().saturating_sub(crate::frame::PREFIX) <= limit;
+        let push = if !fits {
+            state.overflow.lose(tag);
+            Push::Lost
+        } else if state.waiting.is_empty()
+            && state.overflow.first().is_none()
+            && self.has_room(&state)
+        {
+            state.append(frame);
+            self.wake(&mut state);
+            return Push::Queued { lost: 0 };
+        } else {
+            state.overflow.push(tag, frame, policy, self.max_bytes)
+        };
+        self.settle(&mut state);
+        push
+    }
+
+    /// Keeps `seat` until this side of the channel ends; gives it back if that has happened.
+    pub(crate) fn keep(&self, seat: Seat) -> Result<(), Seat> {
+        let mut state = lock(&self.state);
+        if state.check_open().is_err() {
+            return Err(seat);
+        }
+        state.seat = Some(seat);
+        Ok(())
     }
 
     /// Queues a frame of the protocol itself whatever the queue's length: replies and faults are bounded by
@@ -173,7 +230,7 @@ impl Outbox {
     ) -> Result<bool, PushError> {
         let mut state = lock(&self.state);
         state.check_open()?;
-        if state.queued_bytes >= self.max_bytes || state.queued_messages >= self.max_messages {
+        if !self.has_room(&state) || state.overflow.first().is_some() {
             return Ok(false);
         }
         push(&mut state).map_err(PushError::Encode)?;
@@ -181,29 +238,65 @@ impl Outbox {
         Ok(true)
     }
 
+    /// Pushes as soon as there is room and everything is queued that came before. Dropping the future gives its
+    /// turn to those behind it.
+    async fn when_room(
+        &self,
+        mut push: impl FnMut(&mut State) -> Result<(), EncodeError>,
+    ) -> Result<(), PushError> {
+        if self.with_room(&mut push)? {
+            return Ok(());
+        }
+        let turn = Turn {
+            number: lock(&self.state).join_line(),
+            outbox: self,
+        };
+        loop {
+            let mut room = std::pin::pin!(self.room.notified());
+            room.as_mut().enable();
+            {
+                let mut state = lock(&self.state);
+                state.check_open()?;
+                let first = state.overflow.first();
+                if self.has_room(&state) && first.is_none_or(|first| turn.number < first) {
+                    push(&mut state).map_err(PushError::Encode)?;
+                    self.wake(&mut state);
+                    return Ok(());
+                }
+            }
+            room.await;
+        }
+    }
+
+    fn has_room(&self, state: &State) -> bool {
+        state.queued_bytes < self.max_bytes && state.queued_messages < self.max_messages
+    }
+
+    /// Moves what waits beside the queue into it, as far as there is room and nobody has waited for longer;
+    /// then it is their turn.
+    fn settle(&self, state: &mut State) {
+        let first_in_line = match state.phase {
+            Phase::Open => state.waiting.first().copied(),
+            _ => None,
+        };
+        while self.has_room(state)
+            && let Some(first) = state.overflow.first()
+            && first_in_line.is_none_or(|waiting| first < waiting)
+            && let Some(frame) = state.overflow.pop()
+        {
+            state.append(&frame);
+            self.wake(state);
+        }
+        if !state.waiting.is_empty() && self.has_room(state) {
+            self.room.notify_waiters();
+        }
+    }
+
     fn wake(&self, state: &mut State) {
         if state.idle {
             state.idle = false;
             self.work.notify_one();
         }
-    }
-
-    /// Waits until the queue has room or the channel is over. Dropping the future is harmless.
-    pub(crate) async fn room(&self) {
-        let mut room = std::pin::pin!(self.room.notified());
-        room.as_mut().enable();
-        let _waiting = {
-            let mut state = lock(&self.state);
-            if !matches!(state.phase, Phase::Open)
-                || (state.queued_bytes < self.max_bytes
-                    && state.queued_messages < self.max_messages)
-            {
-                return;
-            }
-            state.waiting += 1;
-            Waiting(self)
-        };
-        room.await;
     }
 
     /// Bytes queued and not yet taken by QUIC.
@@ -216,8 +309,13 @@ impl Outbox {
         let mut state = lock(&self.state);
         if matches!(state.phase, Phase::Open) {
             state.phase = Phase::Finishing(last);
+            self.settle(&mut state);
             self.wake(&mut state);
             self.room.notify_waiters();
+            // Leaving the rooms takes their locks.
+            let seat = state.seat.take();
+            drop(state);
+            drop(seat);
         }
     }
 
@@ -244,8 +342,11 @@ impl Outbox {
         state.tail = BytesMut::new();
         state.queued_bytes = 0;
         state.queued_messages = 0;
+        state.overflow = Overflowing::default();
         state.phase = Phase::Ended(result);
+        let seat = state.seat.take();
         drop(state);
+        drop(seat);
         self.room.notify_waiters();
         self.ended.notify_waiters();
     }
@@ -291,9 +392,7 @@ impl Outbox {
         let mut state = lock(&self.state);
         state.queued_bytes = state.queued_bytes.saturating_sub(bytes);
         state.queued_messages = state.queued_messages.saturating_sub(messages);
-        if state.waiting > 0 {
-            self.room.notify_waiters();
-        }
+        self.settle(&mut state);
     }
 }
 
@@ -304,6 +403,30 @@ impl State {
             Phase::Finishing(_) | Phase::Ended(Ok(())) => Err(PushError::Finished),
             Phase::Ended(Err(reason)) => Err(PushError::Ended(reason.clone())),
         }
+    }
+
+    /// A place behind everything that waits now.
+    fn join_line(&mut self) -> u64 {
+        let number = self.overflow.number();
+        self.waiting.insert(number);
+        number
+    }
+
+    fn message<T: Serialize + ?Sized>(
+        &mut self,
+        event: &str,
+        data: &T,
+        id: Option<u64>,
+        limit: usize,
+    ) -> Result<(), EncodeError> {
+        let size = message::encode(&mut self.tail, event, data, id, limit)?;
+        self.grew(size);
+        Ok(())
+    }
+
+    fn encoded(&mut self, encoded: &Encoded) -> Result<(), EncodeError> {
+        self.append(encoded.bytes());
+        Ok(())
     }
 
     /// One more message of `size` bytes stands in the tail.
@@ -343,12 +466,24 @@ impl State {
     }
 }
 
-/// Counts one waiter for as long as it waits.
-struct Waiting<'a>(&'a Outbox);
+fn check_size(encoded: &Encoded, limit: usize) -> Result<(), EncodeError> {
+    match encoded.len().saturating_sub(crate::frame::PREFIX) {
+        size if size > limit => Err(EncodeError::TooLarge { size, limit }),
+        _ => Ok(()),
+    }
+}
 
-impl Drop for Waiting<'_> {
+/// A place in the line for room, given up on drop.
+struct Turn<'a> {
+    number: u64,
+    outbox: &'a Outbox,
+}
+
+impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        lock(&self.0.state).waiting -= 1;
+        let mut state = lock(&self.outbox.state);
+        state.waiting.remove(&self.number);
+        self.outbox.settle(&mut state);
     }
 }
 

@@ -27,6 +27,7 @@ use crate::fingerprint::Fingerprint;
 use crate::identity::{Identity, IdentityError};
 use crate::inbox::{Ending, Inbox};
 use crate::quiet::Quiet;
+use crate::rooms::Rooms;
 use crate::session::{Session, lock};
 use crate::socket::{Control, IntoOutcome, Registry, Socket, drive};
 use crate::speed::{Counters, SpeedMeter, Stats};
@@ -74,6 +75,7 @@ struct Shared {
     counters: Arc<Counters>,
     /// Wire numbers of the sockets that are gone.
     past: Mutex<Stats>,
+    rooms: Rooms,
     sockets: Mutex<Sockets>,
     socket_ended: Notify,
     handshakes: AtomicUsize,
@@ -150,6 +152,11 @@ impl Server {
             .values()
             .cloned()
             .collect()
+    }
+
+    /// The rooms of this server: send to them, see who is there.
+    pub fn rooms(&self) -> &Rooms {
+        &self.inner.shared.rooms
     }
 
     /// Connections refused so far, for whatever reason.
@@ -377,6 +384,7 @@ impl ServerBuilder {
         let handlers = !registry.is_empty() || self.on_socket.is_some();
         registry.pull |= registry.is_empty();
         let (accept_queue, accepted) = mpsc::channel(ACCEPT_QUEUE);
+        let rooms = Rooms::new(self.limits.rooms, tokio::runtime::Handle::current());
         let shared = Arc::new(Shared {
             endpoint,
             fingerprint: identity.fingerprint(),
@@ -389,6 +397,7 @@ impl ServerBuilder {
             agent: self.agent,
             counters: Counters::root(),
             past: Mutex::default(),
+            rooms,
             sockets: Mutex::default(),
             socket_ended: Notify::new(),
             handshakes: AtomicUsize::new(0),
@@ -524,6 +533,7 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
         }
     };
     drop(handshake);
+    let _ = session.rooms.set(shared.rooms.clone());
     let (queue, incoming) = mpsc::channel(CHANNEL_QUEUE);
     let socket = Socket::new(session.clone(), incoming);
     let key = place.enter(socket.clone());

@@ -18,6 +18,7 @@ use crate::control::{GoAway, Welcome};
 use crate::extensions::Extensions;
 use crate::outbox::Outbox;
 use crate::quiet::Quiet;
+use crate::rooms::Rooms;
 use crate::speed::Counters;
 
 /// Locks a mutex whose data stays sound when a holder panics.
@@ -96,6 +97,8 @@ pub(crate) struct Session {
     next_key: AtomicU64,
     lots: AtomicU64,
     next_channel: AtomicU64,
+    /// The server's rooms; never set at a client.
+    pub(crate) rooms: OnceLock<Rooms>,
     /// Writer tasks; each ends with its channel or with the connection.
     pub(crate) tasks: TaskTracker,
     /// A client's endpoint lives as long as its socket.
@@ -146,6 +149,7 @@ impl Session {
             next_key: AtomicU64::new(0),
             lots: AtomicU64::new(1),
             next_channel: AtomicU64::new(1),
+            rooms: OnceLock::new(),
             tasks: TaskTracker::new(),
             endpoint,
             lease: OnceLock::new(),
