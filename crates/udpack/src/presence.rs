@@ -137,8 +137,7 @@ impl Channel {
             Message::decode(frame.slice(PREFIX..)).map_or_else(|_| Bytes::new(), |m| m.raw());
         let (rooms, guest, room) = self.enter(room)?;
         let peer = self.peer().map_or("", |peer| peer.id());
-        let session: Arc<str> = (*guest.session.id()).into();
-        let encoded = encode_entry(peer, &session, &meta);
+        let encoded = encode_entry(peer, &guest.session_id, &meta);
         let entry = Entry {
             guest: guest.key,
             lost: None,
@@ -147,8 +146,8 @@ impl Channel {
             meta,
         };
         let directory = rooms.directory();
-        if room.track(directory, guest, &session, entry)? {
-            rooms.watch(guest.session.clone(), session);
+        if room.track(directory, guest, entry)? {
+            rooms.watch(guest);
         }
         Ok(())
     }
@@ -162,7 +161,7 @@ impl Channel {
         let Some(room) = directory.existing(room) else {
             return false;
         };
-        room.clear(directory, guest.session.id(), |entry| {
+        room.clear(directory, &guest.session_id, |entry| {
             entry.guest == guest.key
         })
     }
@@ -170,7 +169,8 @@ impl Channel {
 
 impl Rooms {
     /// Waits for the end of a session that is tracked somewhere.
-    fn watch(&self, session: Arc<Session>, id: Arc<str>) {
+    fn watch(&self, guest: &Guest) {
+        let (session, id) = (guest.session.clone(), guest.session_id.clone());
         let directory = Arc::downgrade(self.directory());
         let tasks = session.tasks.clone();
         let over = async move {
@@ -263,9 +263,9 @@ impl Room {
         &self,
         directory: &Directory,
         guest: &Guest,
-        session: &Arc<str>,
         entry: Entry,
     ) -> Result<bool, TrackError> {
+        let session = &guest.session_id;
         let mut presence = lock(&self.presence);
         // Leaving takes the member off the list before the entry.
         if !self.has(guest.key) {
@@ -287,7 +287,7 @@ impl Room {
         {
             return Err(TrackError::Full);
         }
-        let diff = self.diff(&[entry.encoded.clone()], &leaves)?;
+        let diff = self.diff(std::slice::from_ref(&entry.encoded), &leaves)?;
         // The meta lies deeper in there than it did alone.
         validate(&diff.bytes()[PREFIX..]).map_err(EncodeError::Refused)?;
         presence.insert(session, entry);
@@ -298,19 +298,19 @@ impl Room {
 
     /// A member has left the room: `lost` when it may come back.
     pub(crate) fn parted(&self, directory: &Directory, guest: &Guest, lost: bool) {
-        let session = guest.session.id();
+        let session = &guest.session_id;
         {
             let mut presence = lock(&self.presence);
             presence.told.remove(&guest.key);
             if lost
-                && let Some(entry) = presence.entries.get_mut(&*session)
+                && let Some(entry) = presence.entries.get_mut(session)
                 && entry.guest == guest.key
             {
                 entry.lost = Some(directory.tracked.loss());
                 return;
             }
         }
-        self.clear(directory, &session, |entry| entry.guest == guest.key);
+        self.clear(directory, session, |entry| entry.guest == guest.key);
     }
 
     /// Removes a session's entry if it is one of `which`; says whether it did.

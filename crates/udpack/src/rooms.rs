@@ -65,6 +65,7 @@ pub(crate) struct Room {
 pub(crate) struct Guest {
     pub(crate) key: u64,
     pub(crate) session: Arc<Session>,
+    pub(crate) session_id: Arc<str>,
     pub(crate) outbox: Arc<Outbox>,
     channel: WeakChannel,
     name: Arc<str>,
@@ -204,7 +205,7 @@ pub struct Member {
 impl Member {
     /// The session its channel belongs to.
     pub fn session(&self) -> &str {
-        self.guest.session.id()
+        &self.guest.session_id
     }
 
     /// Who it is.
@@ -273,7 +274,7 @@ impl<'a> Broadcast<'a> {
         };
         let policy = lock(&room.policy).unwrap_or_default();
         for guest in room.guests().iter() {
-            if self.except.contains(&guest.session.id()) {
+            if self.except.contains(&&*guest.session_id) {
                 continue;
             }
             let limit = guest.session.frame_limit();
@@ -410,6 +411,7 @@ impl Channel {
             let guest = Arc::new(Guest {
                 key: rooms.directory.next(),
                 session: self.session().clone(),
+                session_id: (*self.session().id()).into(),
                 outbox: self.outbox().clone(),
                 channel: self.downgrade(),
                 name: self.name().into(),
