@@ -14,7 +14,9 @@ type Outcome<T> = Result<T, Box<dyn Error + Send + Sync>>;
 
 async fn member(room: Room, channel: Channel) -> Outcome<()> {
     let me = channel.session_id().to_owned();
-    room.lock().expect("sound").insert(me, channel.clone());
+    room.lock()
+        .expect("sound")
+        .insert(me.to_string(), channel.clone());
     channel.send("welcome", &()).await?;
     while let Some(message) = channel.recv().await? {
         let line = Encoded::new("line", message.data::<&str>()?)?;
