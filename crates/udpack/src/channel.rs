@@ -14,6 +14,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::code::{CloseCode, CloseReason, Fault, Side};
+use crate::config::Priority;
 use crate::control::{self, FAULT, REPLY};
 use crate::inbox::{Ending, Inbox};
 use crate::message::{DecodeError, EncodeError, Encoded, Message};
@@ -35,11 +36,18 @@ pub struct Channel {
     pub(crate) inner: Arc<Inner>,
 }
 
+/// What both ends know of a channel from its `$open`.
+pub(crate) struct Opened {
+    pub(crate) id: u64,
+    pub(crate) name: String,
+    pub(crate) meta: Option<Bytes>,
+    pub(crate) priority: Priority,
+    pub(crate) resumable: bool,
+}
+
 pub(crate) struct Inner {
     pub(crate) session: Arc<Session>,
-    id: u64,
-    name: String,
-    meta: Option<Bytes>,
+    opened: Opened,
     pub(crate) outbox: Arc<Outbox>,
     pub(crate) inbox: Arc<Inbox>,
     pub(crate) counters: Arc<Counters>,
@@ -63,9 +71,7 @@ impl Channel {
     /// Puts a channel over a stream; its writer runs until the channel or the connection ends.
     pub(crate) fn start(
         session: Arc<Session>,
-        id: u64,
-        name: String,
-        meta: Option<Bytes>,
+        opened: Opened,
         send: quinn::SendStream,
         inbox: Inbox,
         counters: Arc<Counters>,
@@ -73,7 +79,10 @@ impl Channel {
         let outbox = Outbox::new(
             session.limits.outbound_bytes,
             session.limits.outbound_messages,
+            opened.priority,
         );
+        // Fails only on a stream that has ended, as the writer will find.
+        let _ = send.set_priority(opened.priority.quic());
         let end = Arc::new(End::default());
         let key = session.register(&outbox);
         let inbox = Arc::new(inbox);
@@ -106,9 +115,7 @@ impl Channel {
         Self {
             inner: Arc::new(Inner {
                 session,
-                id,
-                name,
-                meta,
+                opened,
                 outbox,
                 inbox,
                 counters,
@@ -121,12 +128,12 @@ impl Channel {
 
     /// The name it was opened with.
     pub fn name(&self) -> &str {
-        &self.inner.name
+        &self.inner.opened.name
     }
 
     /// The opener's number for it.
     pub fn id(&self) -> u64 {
-        self.inner.id
+        self.inner.opened.id
     }
 
     /// What the opener said when opening, if anything.
@@ -135,10 +142,16 @@ impl Channel {
     /// When it does not fit `T`.
     pub fn meta<T: DeserializeOwned>(&self) -> Result<Option<T>, DecodeError> {
         self.inner
+            .opened
             .meta
             .as_deref()
             .map(crate::message::decode_data)
             .transpose()
+    }
+
+    /// Whose bytes go first, as the opener said; it holds for both directions.
+    pub fn priority(&self) -> Priority {
+        self.inner.opened.priority
     }
 
     pub(crate) fn session(&self) -> &Arc<Session> {
@@ -448,8 +461,8 @@ impl Channel {
 impl fmt::Debug for Channel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Channel")
-            .field("id", &self.inner.id)
-            .field("name", &self.inner.name)
+            .field("id", &self.inner.opened.id)
+            .field("name", &self.inner.opened.name)
             .field("session", &self.inner.session.id())
             .finish_non_exhaustive()
     }

@@ -138,7 +138,7 @@ impl Client {
             .open_bi()
             .await
             .map_err(|error| ConnectError::Denied(CloseReason::from_connection(&error)))?;
-        let hello = control::encode_hello(&settings.token, &settings.agent, &settings.limits)
+        let hello = control::encode_hello(&settings.token, &settings.agent, &settings.limits, None)
             .map_err(|_| ConnectError::Setting(InvalidSetting("the token cannot be sent")))?;
         let _ = send.set_priority(i32::MAX);
         send.write_chunk(hello).await.map_err(|_| {

@@ -65,6 +65,8 @@ codes! {
     PROTOCOL_ORDER = 0x16, "protocol_order", false;
     /// A protocol version the closing side does not speak.
     VERSION = 0x17, "version", false;
+    /// The two sides disagree about what was received on a resumed channel.
+    RESUME_MISMATCH = 0x18, "resume_mismatch", false;
     /// Something other than `$hello` came first.
     AUTH_REQUIRED = 0x20, "auth_required", false;
     /// The token was not accepted.
@@ -75,6 +77,8 @@ codes! {
     AUTH_REVOKED = 0x23, "auth_revoked", false;
     /// The peer is known but may not do this.
     FORBIDDEN = 0x24, "forbidden", false;
+    /// The token's time was over and no new one came.
+    AUTH_EXPIRED = 0x25, "auth_expired", false;
     /// No room for another socket right now.
     SERVER_BUSY = 0x30, "server_busy", true;
     /// Channels or messages came faster than allowed.
@@ -85,6 +89,12 @@ codes! {
     IDLE = 0x33, "idle", true;
     /// A queue of unread messages is full.
     BACKLOG = 0x34, "backlog", false;
+    /// The session could not be resumed; what was not acknowledged may be lost.
+    NOT_RESUMED = 0x35, "not_resumed", true;
+    /// The session continues on another connection.
+    SUPERSEDED = 0x36, "superseded", false;
+    /// The client moved to another server; open the channel again.
+    MOVED = 0x37, "moved", true;
     /// Nobody serves a channel of that name.
     NO_SUCH_CHANNEL = 0x40, "no_such_channel", false;
     /// The application refused the channel.

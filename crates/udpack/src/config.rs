@@ -5,6 +5,10 @@
 
 use std::time::Duration;
 
+use serde::Serialize;
+
+use crate::endpoint::InvalidSetting;
+
 /// How much of everything a peer may use. All bounds are enforced; a breach has its own close code.
 ///
 /// Start from `Limits::default()` and change what you must:
@@ -117,6 +121,61 @@ impl Default for Timeouts {
             close: Duration::from_secs(5),
             request: Duration::from_secs(30),
             handler: Duration::from_secs(30),
+        }
+    }
+}
+
+/// Which channels of a socket go first when there is more to send than the path takes; both directions.
+///
+/// An order, not a share: while a higher channel has something to send, those below wait. It is about sending
+/// only; what the peer's program reads when is its own business.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize)]
+#[serde(into = "u64")]
+pub enum Priority {
+    /// After all others: files, archives. Has never so much under way that the others find no room.
+    Bulk,
+    /// As the others.
+    #[default]
+    Normal,
+    /// Before all others: what somebody waits for.
+    High,
+}
+
+impl Priority {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde asks")]
+    pub(crate) fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// quinn's number for it; the control stream is above all channels.
+    pub(crate) fn quic(self) -> i32 {
+        match self {
+            Self::Bulk => -1,
+            Self::Normal => 0,
+            Self::High => 1,
+        }
+    }
+}
+
+impl From<Priority> for u64 {
+    fn from(priority: Priority) -> Self {
+        match priority {
+            Priority::Bulk => 0,
+            Priority::Normal => 1,
+            Priority::High => 2,
+        }
+    }
+}
+
+impl TryFrom<u64> for Priority {
+    type Error = InvalidSetting;
+
+    fn try_from(value: u64) -> Result<Self, InvalidSetting> {
+        match value {
+            0 => Ok(Self::Bulk),
+            1 => Ok(Self::Normal),
+            2 => Ok(Self::High),
+            _ => Err(InvalidSetting("a priority is 0, 1 or 2")),
         }
     }
 }

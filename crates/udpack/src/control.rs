@@ -3,13 +3,15 @@
 //! Everything here is read with the strict reader ([`Fields`](crate::Fields)), never with serde: exact types, no duplicate
 //! and no unknown keys. Reserved for growth is the key `ext` in `$hello` and `$welcome`.
 
+use std::time::Duration;
+
 use bytes::{Bytes, BytesMut};
 use serde::Serialize;
 
 use crate::code::{CloseCode, CloseReason, printable};
-use crate::config::{Limits, TOKEN_BYTES, Timeouts};
+use crate::config::{Limits, Priority, TOKEN_BYTES, Timeouts};
 use crate::message::{self, EncodeError, Message, check_name};
-use crate::msgpack::{FieldError, MAX_DEPTH, MAX_ELEMENTS};
+use crate::msgpack::{FieldError, Fields, MAX_DEPTH, MAX_ELEMENTS};
 use crate::session::cut;
 
 /// The version this library speaks; also named by the ALPN.
@@ -20,6 +22,11 @@ pub(crate) const WELCOME: &str = "$welcome";
 pub(crate) const OPEN: &str = "$open";
 pub(crate) const CLOSE: &str = "$close";
 pub(crate) const GOAWAY: &str = "$goaway";
+pub(crate) const RESUME: &str = "$resume";
+pub(crate) const ACK: &str = "$ack";
+pub(crate) const REFRESH: &str = "$refresh";
+pub(crate) const REFRESHED: &str = "$refreshed";
+pub(crate) const GAP: &str = "$gap";
 pub(crate) const REPLY: &str = "$reply";
 pub(crate) const FAULT: &str = "$fault";
 pub(crate) const CANCEL: &str = "$cancel";
@@ -75,7 +82,7 @@ fn fields<'a>(
     message: &'a Message,
     event: &'static str,
     allowed: &[&str],
-) -> Result<crate::msgpack::Fields<'a>, ControlError> {
+) -> Result<Fields<'a>, ControlError> {
     if message.event() != event {
         return Err(ControlError::Unexpected { expected: event });
     }
@@ -103,6 +110,36 @@ fn fields<'a>(
     Ok(fields)
 }
 
+/// Bytes of a resume token.
+const RESUME_TOKEN: usize = 32;
+
+fn resume_token(
+    fields: &Fields<'_>,
+    event: &'static str,
+) -> Result<[u8; RESUME_TOKEN], ControlError> {
+    let token = fields
+        .bin("token")
+        .map_err(|source| ControlError::Field { event, source })?;
+    token.try_into().map_err(|_| ControlError::Value {
+        event,
+        rule: "a resume token is 32 bytes",
+    })
+}
+
+fn session_id(id: &str, event: &'static str) -> Result<String, ControlError> {
+    if id.len() != 32 || !id.bytes().all(|b| b.is_ascii_hexdigit()) {
+        return Err(ControlError::Value {
+            event,
+            rule: "session is not 32 hexadecimal digits",
+        });
+    }
+    Ok(id.to_owned())
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// The client's first message.
 #[derive(Clone, PartialEq, Eq)]
 pub struct HelloMessage {
@@ -112,6 +149,32 @@ pub struct HelloMessage {
     pub agent: String,
     /// Largest frame the client takes, in bytes, when it says so.
     pub frame: Option<u64>,
+    /// Present when the client can resume sessions.
+    pub resume: Option<ResumeRequest>,
+}
+
+/// The client can resume: keep this session for a while when its connection is lost.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ResumeRequest {
+    /// The session to go on with; `None` asks for a new one that can be resumed later.
+    pub session: Option<ResumeTicket>,
+}
+
+/// Names a session and proves that it is the client's. `Debug` leaves the token out.
+#[derive(Clone, PartialEq, Eq)]
+pub struct ResumeTicket {
+    /// The session's id: 32 hexadecimal digits.
+    pub session: String,
+    /// The token of the last `$welcome`.
+    pub token: [u8; 32],
+}
+
+impl std::fmt::Debug for ResumeTicket {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ResumeTicket")
+            .field("session", &self.session)
+            .finish_non_exhaustive()
+    }
 }
 
 impl std::fmt::Debug for HelloMessage {
@@ -142,7 +205,10 @@ pub fn decode_hello(message: &Message) -> Result<HelloMessage, ControlError> {
         return Err(ControlError::TokenTooLong(token.len()));
     }
     let agent = fields.str("agent").map_err(field)?;
-    fields.opt_bin("resume").map_err(field)?;
+    let resume = match fields.opt_map("resume").map_err(field)? {
+        Some(resume) => Some(resume_request(&resume)?),
+        None => None,
+    };
     fields.opt_map("ext").map_err(field)?;
     let frame = match fields.opt_map("limits").map_err(field)? {
         Some(limits) => {
@@ -156,7 +222,32 @@ pub fn decode_hello(message: &Message) -> Result<HelloMessage, ControlError> {
         token: token.to_owned(),
         agent: printable(agent, 128),
         frame,
+        resume,
     })
+}
+
+fn resume_request(resume: &Fields<'_>) -> Result<ResumeRequest, ControlError> {
+    let field = |source| ControlError::Field {
+        event: HELLO,
+        source,
+    };
+    resume.only(&["session", "token"]).map_err(field)?;
+    let session = resume.opt_str("session").map_err(field)?;
+    let token = resume.opt_bin("token").map_err(field)?;
+    let session = match (session, token) {
+        (None, None) => None,
+        (Some(session), Some(_)) => Some(ResumeTicket {
+            session: session_id(session, HELLO)?,
+            token: resume_token(resume, HELLO)?,
+        }),
+        _ => {
+            return Err(ControlError::Value {
+                event: HELLO,
+                rule: "resume has a session and its token, or neither",
+            });
+        }
+    };
+    Ok(ResumeRequest { session })
 }
 
 #[derive(Serialize)]
@@ -165,6 +256,25 @@ struct HelloFields<'a> {
     token: &'a str,
     agent: &'a str,
     limits: HelloLimits,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    resume: Option<ResumeFields<'a>>,
+}
+
+#[derive(Serialize)]
+struct ResumeFields<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    session: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token: Option<Binary<'a>>,
+}
+
+/// Bytes that serialize as binary, not as an array of numbers.
+struct Binary<'a>(&'a [u8]);
+
+impl Serialize for Binary<'_> {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_bytes(self.0)
+    }
 }
 
 #[derive(Serialize)]
@@ -177,7 +287,15 @@ pub(crate) fn encode_hello(
     token: &str,
     agent: &str,
     limits: &Limits,
+    resume: Option<&ResumeRequest>,
 ) -> Result<Bytes, EncodeError> {
+    let resume = resume.map(|resume| ResumeFields {
+        session: resume
+            .session
+            .as_ref()
+            .map(|ticket| ticket.session.as_str()),
+        token: resume.session.as_ref().map(|ticket| Binary(&ticket.token)),
+    });
     let limits = HelloLimits {
         frame: limits.frame as u64,
         channels: u64::from(limits.channels),
@@ -189,6 +307,7 @@ pub(crate) fn encode_hello(
             token,
             agent: cut(agent, 128),
             limits,
+            resume,
         },
         None,
     )
@@ -205,6 +324,32 @@ pub struct Welcome {
     pub frame: u64,
     /// Channels the client may have open at once.
     pub channels: u64,
+    /// The session that the client asked for goes on.
+    pub resumed: bool,
+    /// Present when this session can be resumed.
+    pub resume: Option<ResumeGrant>,
+    /// Why the session that the client asked for does not go on: `"unknown"`, `"expired"`, `"identity"` or
+    /// `"off"`. Cut and escaped.
+    pub reason: Option<String>,
+    /// How long the client's token stays good; `None` for one without an end.
+    pub expires: Option<Duration>,
+}
+
+/// What a client needs to resume a session later. `Debug` leaves the token out.
+#[derive(Clone, PartialEq, Eq)]
+pub struct ResumeGrant {
+    /// Good for one resumption; every `$welcome` brings a new one.
+    pub token: [u8; 32],
+    /// How long the server keeps the session after its connection is lost.
+    pub window: Duration,
+}
+
+impl std::fmt::Debug for ResumeGrant {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ResumeGrant")
+            .field("window", &self.window)
+            .finish_non_exhaustive()
+    }
 }
 
 /// Reads a `$welcome`.
@@ -219,17 +364,39 @@ pub fn decode_welcome(message: &Message) -> Result<Welcome, ControlError> {
     let fields = fields(
         message,
         WELCOME,
-        &["v", "session", "agent", "limits", "resumed", "ext"],
+        &[
+            "v",
+            "session",
+            "agent",
+            "limits",
+            "resumed",
+            "resume",
+            "reason",
+            "expires_ms",
+            "ext",
+        ],
     )?;
-    let session = fields.str("session").map_err(field)?;
-    if session.len() != 32 || !session.bytes().all(|b| b.is_ascii_hexdigit()) {
+    let session = session_id(fields.str("session").map_err(field)?, WELCOME)?;
+    let agent = fields.str("agent").map_err(field)?;
+    let resumed = fields.opt_bool("resumed").map_err(field)?.unwrap_or(false);
+    let resume = match fields.opt_map("resume").map_err(field)? {
+        Some(resume) => {
+            resume.only(&["token", "window_ms"]).map_err(field)?;
+            Some(ResumeGrant {
+                token: resume_token(&resume, WELCOME)?,
+                window: Duration::from_millis(resume.u64("window_ms").map_err(field)?),
+            })
+        }
+        None => None,
+    };
+    let reason = fields.opt_str("reason").map_err(field)?;
+    if resumed && reason.is_some() {
         return Err(ControlError::Value {
             event: WELCOME,
-            rule: "session is not 32 hexadecimal digits",
+            rule: "a resumed session has no reason why not",
         });
     }
-    let agent = fields.str("agent").map_err(field)?;
-    fields.opt_bool("resumed").map_err(field)?;
+    let expires = fields.opt_u64("expires_ms").map_err(field)?;
     fields.opt_map("ext").map_err(field)?;
     let limits = fields.map("limits").map_err(field)?;
     let frame = limits.u64("frame").map_err(field)?;
@@ -240,10 +407,14 @@ pub fn decode_welcome(message: &Message) -> Result<Welcome, ControlError> {
         });
     }
     Ok(Welcome {
-        session: session.to_owned(),
+        session,
         agent: printable(agent, 128),
         frame,
         channels: limits.u64("channels").map_err(field)?,
+        resumed,
+        resume,
+        reason: reason.map(|reason| printable(reason, 128)),
+        expires: expires.map(Duration::from_millis),
     })
 }
 
@@ -253,6 +424,19 @@ struct WelcomeFields<'a> {
     session: &'a str,
     agent: &'a str,
     limits: AnnouncedLimits,
+    resumed: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    resume: Option<GrantFields<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    expires_ms: Option<u64>,
+}
+
+#[derive(Serialize)]
+struct GrantFields<'a> {
+    token: Binary<'a>,
+    window_ms: u64,
 }
 
 #[derive(Serialize)]
@@ -274,7 +458,6 @@ pub(crate) fn encode_welcome(
     limits: &Limits,
     timeouts: &Timeouts,
 ) -> Result<Bytes, EncodeError> {
-    let ms = |time: std::time::Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
     let limits = AnnouncedLimits {
         frame: welcome.frame,
         event: message::MAX_NAME as u64,
@@ -282,16 +465,23 @@ pub(crate) fn encode_welcome(
         elements: MAX_ELEMENTS as u64,
         channels: welcome.channels,
         channel_rate: u64::from(limits.channel_rate),
-        idle_ms: ms(timeouts.idle),
-        keep_alive_ms: ms(timeouts.keep_alive),
-        frame_ms: ms(timeouts.frame),
-        slow_peer_ms: ms(timeouts.slow_peer),
+        idle_ms: millis(timeouts.idle),
+        keep_alive_ms: millis(timeouts.keep_alive),
+        frame_ms: millis(timeouts.frame),
+        slow_peer_ms: millis(timeouts.slow_peer),
     };
     let fields = WelcomeFields {
         v: VERSION,
         session: &welcome.session,
         agent: &welcome.agent,
         limits,
+        resumed: welcome.resumed,
+        resume: welcome.resume.as_ref().map(|grant| GrantFields {
+            token: Binary(&grant.token),
+            window_ms: millis(grant.window),
+        }),
+        reason: welcome.reason.as_deref(),
+        expires_ms: welcome.expires.map(millis),
     };
     protocol(WELCOME, &fields, None)
 }
@@ -305,19 +495,30 @@ pub struct Open {
     pub name: String,
     /// Whatever the opener wants to say first, as msgpack.
     pub meta: Option<Bytes>,
+    /// Which channels go first when there is more to send than the path takes.
+    pub priority: Priority,
+    /// The channel survives the loss of its connection.
+    pub resumable: bool,
+    /// Present when the channel goes on from an earlier connection: how many frames the opener has received
+    /// on it.
+    pub received: Option<u64>,
 }
 
 /// Reads an `$open`.
 ///
 /// # Errors
-/// When it is another message, has a missing, unknown, doubled or wrongly typed field, or a name that breaks
-/// the rules for names.
+/// When it is another message, has a missing, unknown, doubled or wrongly typed field, a name that breaks
+/// the rules for names, a priority above 2, or `received` on a channel that is not resumable.
 pub fn decode_open(message: &Message) -> Result<Open, ControlError> {
     let field = |source| ControlError::Field {
         event: OPEN,
         source,
     };
-    let fields = fields(message, OPEN, &["id", "name", "meta"])?;
+    let fields = fields(
+        message,
+        OPEN,
+        &["id", "name", "meta", "priority", "resumable", "received"],
+    )?;
     let id = fields.u64("id").map_err(field)?;
     let name = fields.str("name").map_err(field)?;
     if check_name(name).is_err() || name.starts_with('$') {
@@ -327,28 +528,273 @@ pub fn decode_open(message: &Message) -> Result<Open, ControlError> {
         });
     }
     let meta = fields.raw("meta").map(Bytes::copy_from_slice);
+    let priority = match fields.opt_u64("priority").map_err(field)? {
+        Some(priority) => Priority::try_from(priority).map_err(|_| ControlError::Value {
+            event: OPEN,
+            rule: "a priority is 0, 1 or 2",
+        })?,
+        None => Priority::default(),
+    };
+    let resumable = fields
+        .opt_bool("resumable")
+        .map_err(field)?
+        .unwrap_or(false);
+    let received = fields.opt_u64("received").map_err(field)?;
+    if received.is_some() && !resumable {
+        return Err(ControlError::Value {
+            event: OPEN,
+            rule: "only a resumable channel can go on",
+        });
+    }
     Ok(Open {
         id,
         name: name.to_owned(),
         meta,
+        priority,
+        resumable,
+        received,
+    })
+}
+
+/// What an `$open` says. Fields with their default value are left out.
+#[derive(Serialize)]
+pub(crate) struct OpenRequest<'a, T: ?Sized> {
+    pub id: u64,
+    pub name: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub meta: Option<&'a T>,
+    #[serde(skip_serializing_if = "Priority::is_default")]
+    pub priority: Priority,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub resumable: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub received: Option<u64>,
+}
+
+pub(crate) fn encode_open<T: Serialize + ?Sized>(
+    open: &OpenRequest<'_, T>,
+    limit: usize,
+) -> Result<Bytes, EncodeError> {
+    protocol_within(OPEN, open, None, limit)
+}
+
+/// The acceptor's answer to an `$open` with `received`: its first frame on the new stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Resumed {
+    /// How many frames the acceptor has received on this channel.
+    pub received: u64,
+    /// The channel is over at the acceptor and nothing more will come.
+    pub done: bool,
+}
+
+/// Reads a `$resume`.
+///
+/// # Errors
+/// When it is another message or has a missing, unknown, doubled or wrongly typed field.
+pub fn decode_resume(message: &Message) -> Result<Resumed, ControlError> {
+    let field = |source| ControlError::Field {
+        event: RESUME,
+        source,
+    };
+    let fields = fields(message, RESUME, &["received", "done"])?;
+    Ok(Resumed {
+        received: fields.u64("received").map_err(field)?,
+        done: fields.bool("done").map_err(field)?,
+    })
+}
+
+pub(crate) fn encode_resume(resumed: Resumed) -> Option<Bytes> {
+    protocol(RESUME, &resumed, None).ok()
+}
+
+/// Frames of one channel that need not be kept any longer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Ack {
+    /// The channel's id.
+    pub channel: u64,
+    /// The sender of this message opened the channel.
+    pub own: bool,
+    /// How many frames the sender of this message has received on it.
+    pub received: u64,
+}
+
+/// Reads an `$ack`.
+///
+/// # Errors
+/// When it is another message or has a missing, unknown, doubled or wrongly typed field.
+pub fn decode_ack(message: &Message) -> Result<Ack, ControlError> {
+    let field = |source| ControlError::Field { event: ACK, source };
+    let fields = fields(message, ACK, &["channel", "own", "received"])?;
+    Ok(Ack {
+        channel: fields.u64("channel").map_err(field)?,
+        own: fields.bool("own").map_err(field)?,
+        received: fields.u64("received").map_err(field)?,
+    })
+}
+
+pub(crate) fn encode_ack(ack: Ack) -> Option<Bytes> {
+    protocol(ACK, &ack, None).ok()
+}
+
+/// A new token of the client in the place of the one it came with. `Debug` leaves it out.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Refresh {
+    /// The new token.
+    pub token: String,
+}
+
+impl std::fmt::Debug for Refresh {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Refresh").finish_non_exhaustive()
+    }
+}
+
+/// Reads a `$refresh`.
+///
+/// # Errors
+/// When it is another message, has a missing, unknown, doubled or wrongly typed field, or a token over 512
+/// bytes.
+pub fn decode_refresh(message: &Message) -> Result<Refresh, ControlError> {
+    let field = |source| ControlError::Field {
+        event: REFRESH,
+        source,
+    };
+    let fields = fields(message, REFRESH, &["token"])?;
+    let token = fields.str("token").map_err(field)?;
+    if token.len() > TOKEN_BYTES {
+        return Err(ControlError::TokenTooLong(token.len()));
+    }
+    Ok(Refresh {
+        token: token.to_owned(),
     })
 }
 
 #[derive(Serialize)]
-struct OpenFields<'a, T: ?Sized> {
-    id: u64,
-    name: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    meta: Option<&'a T>,
+struct RefreshFields<'a> {
+    token: &'a str,
 }
 
-pub(crate) fn encode_open<T: Serialize + ?Sized>(
-    id: u64,
-    name: &str,
-    meta: Option<&T>,
-    limit: usize,
-) -> Result<Bytes, EncodeError> {
-    protocol_within(OPEN, &OpenFields { id, name, meta }, None, limit)
+pub(crate) fn encode_refresh(token: &str) -> Result<Bytes, EncodeError> {
+    protocol(REFRESH, &RefreshFields { token }, None)
+}
+
+/// The server's answer to a `$refresh`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Refreshed {
+    /// The new token counts from now on.
+    Accepted {
+        /// How long it stays good; `None` for one without an end.
+        expires: Option<Duration>,
+    },
+    /// The new token was not accepted; the one before counts on.
+    Refused {
+        /// Why.
+        code: CloseCode,
+        /// Why, for people; cut and escaped.
+        text: String,
+    },
+}
+
+/// Reads a `$refreshed`.
+///
+/// # Errors
+/// When it is another message, has an unknown, doubled or wrongly typed field, or is half an acceptance and
+/// half a refusal.
+pub fn decode_refreshed(message: &Message) -> Result<Refreshed, ControlError> {
+    let field = |source| ControlError::Field {
+        event: REFRESHED,
+        source,
+    };
+    let fields = fields(message, REFRESHED, &["expires_ms", "code", "text"])?;
+    let expires = fields.opt_u64("expires_ms").map_err(field)?;
+    let code = fields.opt_u64("code").map_err(field)?;
+    let text = fields.opt_str("text").map_err(field)?;
+    match (expires, code, text) {
+        (expires, None, None) => Ok(Refreshed::Accepted {
+            expires: expires.map(Duration::from_millis),
+        }),
+        (None, Some(code), Some(text)) => Ok(Refreshed::Refused {
+            code: CloseCode::new(code),
+            text: printable(text, 256),
+        }),
+        _ => Err(ControlError::Value {
+            event: REFRESHED,
+            rule: "a refusal is a code and a text, and nothing else",
+        }),
+    }
+}
+
+#[derive(Serialize)]
+struct RefreshedFields<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    expires_ms: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    code: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    text: Option<&'a str>,
+}
+
+pub(crate) fn encode_refreshed(refreshed: &Refreshed) -> Option<Bytes> {
+    let fields = match refreshed {
+        Refreshed::Accepted { expires } => RefreshedFields {
+            expires_ms: expires.map(millis),
+            code: None,
+            text: None,
+        },
+        Refreshed::Refused { code, text } => RefreshedFields {
+            expires_ms: None,
+            code: Some(code.value()),
+            text: Some(cut(text, 256)),
+        },
+    };
+    protocol(REFRESHED, &fields, None).ok()
+}
+
+/// Messages of a room that this member was too slow for and will not get.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Gap {
+    /// The room.
+    pub room: String,
+    /// How many messages are missing here; at least 1.
+    pub lost: u64,
+}
+
+/// Reads a `$gap`.
+///
+/// # Errors
+/// When it is another message, has a missing, unknown, doubled or wrongly typed field, a room that breaks the
+/// rules for names, or tells that nothing is missing.
+pub fn decode_gap(message: &Message) -> Result<Gap, ControlError> {
+    let field = |source| ControlError::Field { event: GAP, source };
+    let fields = fields(message, GAP, &["room", "lost"])?;
+    let room = fields.str("room").map_err(field)?;
+    if check_name(room).is_err() {
+        return Err(ControlError::Value {
+            event: GAP,
+            rule: "a room's name is 1 to 128 bytes without control characters",
+        });
+    }
+    let lost = fields.u64("lost").map_err(field)?;
+    if lost == 0 {
+        return Err(ControlError::Value {
+            event: GAP,
+            rule: "nothing is missing",
+        });
+    }
+    Ok(Gap {
+        room: room.to_owned(),
+        lost,
+    })
+}
+
+#[derive(Serialize)]
+struct GapFields<'a> {
+    room: &'a str,
+    lost: u64,
+}
+
+pub(crate) fn encode_gap(room: &str, lost: u64) -> Result<Bytes, EncodeError> {
+    protocol(GAP, &GapFields { room, lost }, None)
 }
 
 /// Reads a `$close`.
@@ -391,9 +837,9 @@ pub struct GoAway {
     /// Why, for people.
     pub text: String,
     /// Do not come back sooner than this.
-    pub retry_after: std::time::Duration,
+    pub retry_after: Duration,
     /// Spread over this long, so that not all clients come at once.
-    pub window: std::time::Duration,
+    pub window: Duration,
 }
 
 /// Reads a `$goaway`.
@@ -413,8 +859,8 @@ pub fn decode_goaway(message: &Message) -> Result<GoAway, ControlError> {
     Ok(GoAway {
         code: CloseCode::new(fields.u64("code").map_err(field)?),
         text: printable(fields.str("text").map_err(field)?, 256),
-        retry_after: std::time::Duration::from_millis(fields.u64("retry_after_ms").map_err(field)?),
-        window: std::time::Duration::from_millis(fields.u64("window_ms").map_err(field)?),
+        retry_after: Duration::from_millis(fields.u64("retry_after_ms").map_err(field)?),
+        window: Duration::from_millis(fields.u64("window_ms").map_err(field)?),
     })
 }
 
@@ -427,12 +873,11 @@ struct GoAwayFields<'a> {
 }
 
 pub(crate) fn encode_goaway(goaway: &GoAway) -> Option<Bytes> {
-    let ms = |time: std::time::Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
     let fields = GoAwayFields {
         code: goaway.code.value(),
         text: cut(&goaway.text, 256),
-        retry_after_ms: ms(goaway.retry_after),
-        window_ms: ms(goaway.window),
+        retry_after_ms: millis(goaway.retry_after),
+        window_ms: millis(goaway.window),
     };
     protocol(GOAWAY, &fields, None).ok()
 }
@@ -468,3 +913,6 @@ pub(crate) fn protocol_within<T: Serialize + ?Sized>(
     message::encode(&mut buf, event, data, id, limit)?;
     Ok(buf.freeze())
 }
+
+#[cfg(test)]
+mod tests;

@@ -16,7 +16,10 @@ use tokio::time::{Instant, Sleep};
 
 use crate::code::{CloseCode, CloseReason};
 use crate::config::MIN_FRAME_RATE;
-use crate::control::{self, CANCEL, CLOSE, FAULT, GOAWAY, HELLO, OPEN, REPLY, WELCOME};
+use crate::control::{
+    self, ACK, CANCEL, CLOSE, FAULT, GAP, GOAWAY, HELLO, OPEN, REFRESH, REFRESHED, REPLY, RESUME,
+    WELCOME,
+};
 use crate::frame::FrameDecoder;
 use crate::message::Message;
 use crate::session::{Session, lock, lost};
@@ -295,7 +298,14 @@ impl State {
                     };
                     return Poll::Ready(Step::End(self.ended(end)));
                 }
-                (HELLO | WELCOME | OPEN | GOAWAY, _) => {
+                (GAP, _) => match control::decode_gap(&message) {
+                    Ok(_) => return Poll::Ready(Step::Message(message)),
+                    Err(error) => {
+                        let end = violation(error.close_code(), &error);
+                        return Poll::Ready(Step::End(self.ended(end)));
+                    }
+                },
+                (HELLO | WELCOME | OPEN | GOAWAY | RESUME | ACK | REFRESH | REFRESHED, _) => {
                     let end = violation(
                         CloseCode::PROTOCOL_ORDER,
                         &"a message that has no place on a channel now",

@@ -49,6 +49,7 @@ mod identity;
 mod inbox;
 mod message;
 mod msgpack;
+mod open;
 mod outbox;
 mod quiet;
 mod request;
@@ -59,14 +60,15 @@ mod socket;
 mod speed;
 mod tls;
 mod tokens;
+mod turns;
 mod url;
 
 pub use auth::{Authenticate, Deny, Hello, Peer};
 pub use channel::{Channel, Closed, RecvError, SendError};
 pub use client::{Client, ClientBuilder, ConnectError};
 pub use code::{CloseCode, CloseReason, Fault, Side};
-pub use config::{CongestionControl, Drain, Limits, Timeouts};
-pub use control::GoAway;
+pub use config::{CongestionControl, Drain, Limits, Priority, Timeouts};
+pub use control::{Gap, GoAway};
 pub use endpoint::InvalidSetting;
 pub use extensions::Extensions;
 pub use fingerprint::{Fingerprint, FingerprintError};
@@ -74,10 +76,11 @@ pub use handlers::{Context, Handlers, IntoAnswer};
 pub use identity::{Identity, IdentityError};
 pub use message::{DecodeError, EncodeError, Encoded, Message, NameError};
 pub use msgpack::{FieldError, Fields, Values};
+pub use open::{OpenChannel, OpenError};
 pub use request::{Request, RequestError};
 pub use secret_file::SecretFileError;
 pub use server::{BindError, Server, ServerBuilder, ServerError};
-pub use socket::{IntoOutcome, OpenError, Socket};
+pub use socket::{IntoOutcome, Socket};
 pub use speed::{Speed, SpeedMeter, Stats};
 pub use tokens::{NewToken, TokenEntry, TokenFile, TokenFileError, TokenLineError, generate_token};
 pub use url::{ConnectUrl, ConnectUrlError, DEFAULT_PORT};
@@ -87,8 +90,9 @@ pub use url::{ConnectUrl, ConnectUrlError, DEFAULT_PORT};
 /// Pure functions over bytes; see `docs/PROTOCOL.md`.
 pub mod wire {
     pub use crate::control::{
-        ControlError, HelloMessage, Open, Welcome, decode_close, decode_goaway, decode_hello,
-        decode_open, decode_welcome,
+        Ack, ControlError, HelloMessage, Open, Refresh, Refreshed, ResumeGrant, ResumeRequest,
+        ResumeTicket, Resumed, Welcome, decode_ack, decode_close, decode_gap, decode_goaway,
+        decode_hello, decode_open, decode_refresh, decode_refreshed, decode_resume, decode_welcome,
     };
     pub use crate::frame::{FrameDecoder, FrameError, PREFIX};
     pub use crate::message::{Message, MessageError};

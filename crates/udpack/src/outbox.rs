@@ -16,6 +16,7 @@ use serde::Serialize;
 use tokio::sync::Notify;
 
 use crate::code::{CloseCode, CloseReason};
+use crate::config::Priority;
 use crate::message::{self, EncodeError, Encoded};
 use crate::session::{Session, lock, lost};
 use crate::speed::Counters;
@@ -40,6 +41,7 @@ pub(crate) struct Outbox {
     ended: Notify,
     max_bytes: usize,
     max_messages: usize,
+    priority: Priority,
 }
 
 #[derive(Debug)]
@@ -86,7 +88,7 @@ enum Work {
 }
 
 impl Outbox {
-    pub(crate) fn new(max_bytes: usize, max_messages: usize) -> Arc<Self> {
+    pub(crate) fn new(max_bytes: usize, max_messages: usize, priority: Priority) -> Arc<Self> {
         Arc::new(Self {
             state: Mutex::new(State {
                 segments: VecDeque::new(),
@@ -103,6 +105,7 @@ impl Outbox {
             ended: Notify::new(),
             max_bytes,
             max_messages,
+            priority,
         })
     }
 
@@ -375,7 +378,7 @@ async fn drive(
     loop {
         match outbox.take(&mut batch) {
             Work::Batch { bytes, messages } => {
-                write(&mut stream, &mut batch, session, counters).await?;
+                write(&mut stream, &mut batch, session, counters, outbox.priority).await?;
                 outbox.written(bytes, messages);
                 batch.clear();
             }
@@ -386,7 +389,7 @@ async fn drive(
             Work::Finish(last) => {
                 if let Some(last) = last {
                     batch.push(last);
-                    write(&mut stream, &mut batch, session, counters).await?;
+                    write(&mut stream, &mut batch, session, counters, outbox.priority).await?;
                 }
                 // Fails only when the peer has stopped the stream, which `stopped` then reports.
                 let _ = stream.finish();
@@ -404,6 +407,7 @@ async fn write(
     batch: &mut [Bytes],
     session: &Session,
     counters: &Counters,
+    priority: Priority,
 ) -> Result<(), CloseReason> {
     let mut rest = batch;
     while !rest.is_empty() {
@@ -413,14 +417,38 @@ async fn write(
             turn <= TURN
         });
         let count = count.count().max(1);
-        let written = progress(stream, &mut rest[..count], session).await?;
-        counters.sent(written.bytes as u64);
-        rest = &mut rest[written.chunks..];
-        if session.live_channels() > 1 {
-            tokio::task::yield_now().await;
+        let (mut turn, later) = rest.split_at_mut(count);
+        if priority == Priority::Bulk {
+            bulk_room(session).await?;
+            for bytes in &mut *turn {
+                *bytes = session.turns.hold(std::mem::take(bytes));
+            }
         }
+        while !turn.is_empty() {
+            let written = progress(stream, turn, session, priority).await?;
+            counters.sent(written.bytes as u64);
+            turn = &mut turn[written.chunks..];
+            if session.live_channels() > 1 {
+                tokio::task::yield_now().await;
+            }
+        }
+        rest = later;
     }
     Ok(())
+}
+
+/// Waits until the bulk channels may have more under way, or the connection is over.
+async fn bulk_room(session: &Session) -> Result<(), CloseReason> {
+    let conn = session.conn();
+    let window = conn.stats().path.cwnd;
+    let room = session
+        .turns
+        .bulk_room(window, session.limits.send_window, TURN);
+    tokio::select! {
+        biased;
+        () = room => Ok(()),
+        error = conn.closed() => Err(session.reason_for(&error)),
+    }
 }
 
 /// Writes some of `rest`. A peer that is alive but grants nothing for the slow-peer time loses the channel; a
@@ -429,13 +457,14 @@ async fn progress(
     stream: &mut quinn::SendStream,
     rest: &mut [Bytes],
     session: &Session,
+    priority: Priority,
 ) -> Result<quinn::Written, CloseReason> {
     let patience: Duration = session.timeouts.slow_peer;
     let (begun, _) = session.counters.totals();
     let mut before = begun;
     loop {
         let heard = session.conn().stats().udp_rx.datagrams;
-        match tokio::time::timeout(patience, write_some(stream, rest, session)).await {
+        match tokio::time::timeout(patience, write_some(stream, rest, session, priority)).await {
             Ok(Ok(written)) => return Ok(written),
             Ok(Err(error)) => return Err(write_reason(session, error)),
             Err(_) if session.conn().stats().udp_rx.datagrams == heard => {}
@@ -465,28 +494,29 @@ fn slow_path(in_all: u64, of_late: u64, channels: usize) -> bool {
     of_late > 0 && in_all / (channels.max(1) as u64) < TURN as u64
 }
 
-/// Writes as much as QUIC takes now, or waits.
-///
-/// All channels of a connection share its flow-control and send window. When some of that becomes free, quinn
-/// wakes every blocked stream, always in nearly the same order (last in, first out), and who writes first
-/// takes it all: left to that, some streams would starve. So those who have waited let a drawn number of
-/// others go first.
+/// Writes as much as QUIC takes now, or waits for its turn.
 async fn write_some(
     stream: &mut quinn::SendStream,
     rest: &mut [Bytes],
     session: &Session,
+    priority: Priority,
 ) -> Result<quinn::Written, quinn::WriteError> {
-    let mut let_pass = 0;
+    let mut waiting = None;
+    let mut let_pass = None;
     std::future::poll_fn(|cx| {
-        if let_pass > 0 {
-            let_pass -= 1;
-            cx.waker().wake_by_ref();
-            return Poll::Pending;
+        if waiting.is_some() {
+            let left = let_pass.get_or_insert_with(|| session.turns.let_pass(priority));
+            if *left > 0 {
+                *left -= 1;
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
         }
         // `write_chunks` is cancel safe: a future that is not ready has written nothing.
         let written = pin!(stream.write_chunks(rest)).poll(cx);
-        if written.is_pending() && session.live_channels() > 1 {
-            let_pass = session.draw() % 4;
+        if written.is_pending() {
+            waiting.get_or_insert_with(|| session.turns.wait(priority));
+            let_pass = None;
         }
         written
     })

@@ -615,6 +615,10 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Control, Close
         agent: shared.agent.clone(),
         frame: shared.limits.frame as u64,
         channels: u64::from(shared.limits.channels),
+        resumed: false,
+        resume: None,
+        reason: None,
+        expires: None,
     };
     let bytes = control::encode_welcome(&welcome, &shared.limits, &shared.timeouts)
         .map_err(|error| CloseReason::local(CloseCode::INTERNAL, error.to_string()))?;

@@ -19,6 +19,7 @@ use crate::extensions::Extensions;
 use crate::outbox::Outbox;
 use crate::quiet::Quiet;
 use crate::speed::Counters;
+use crate::turns::Turns;
 
 /// Locks a mutex whose data stays sound when a holder panics.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -94,7 +95,8 @@ pub(crate) struct Session {
     outboxes: Mutex<HashMap<u64, Weak<Outbox>>>,
     pub(crate) channel_ended: Notify,
     next_key: AtomicU64,
-    lots: AtomicU64,
+    /// Whose turn it is to write.
+    pub(crate) turns: Turns,
     next_channel: AtomicU64,
     /// Writer tasks; each ends with its channel or with the connection.
     pub(crate) tasks: TaskTracker,
@@ -144,7 +146,7 @@ impl Session {
             outboxes: Mutex::default(),
             channel_ended: Notify::new(),
             next_key: AtomicU64::new(0),
-            lots: AtomicU64::new(1),
+            turns: Turns::default(),
             next_channel: AtomicU64::new(1),
             tasks: TaskTracker::new(),
             endpoint,
@@ -222,16 +224,6 @@ impl Session {
         let text = reason.text.clone();
         let _ = self.end.set(reason);
         self.conn().close(code, cut(&text, 256).as_bytes());
-    }
-
-    /// A small number that looks random; nothing but fairness depends on it.
-    pub(crate) fn draw(&self) -> u64 {
-        // A Weyl sequence, stirred: neighbours draw unrelated numbers.
-        let x = self
-            .lots
-            .fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
-        let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        x ^ (x >> 27)
     }
 
     pub(crate) fn register(&self, outbox: &Arc<Outbox>) -> u64 {

@@ -15,19 +15,18 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use serde::Serialize;
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tracing::Instrument;
 
 use crate::auth::Peer;
-use crate::channel::{Channel, Closed, SendError};
+use crate::channel::{Channel, Closed, Opened};
 use crate::code::{CloseCode, CloseReason};
+use crate::config::Priority;
 use crate::control::{self, GoAway};
 use crate::extensions::Extensions;
 use crate::inbox::{Ending, Inbox};
-use crate::message::EncodeError;
 use crate::session::{Lease, Session, lock};
 use crate::speed::{Counters, SpeedMeter, Stats};
 
@@ -104,66 +103,6 @@ impl Socket {
     /// How the socket ended instead.
     pub async fn admitted(&self) -> Result<(), CloseReason> {
         self.inner.session.wait_admitted().await
-    }
-
-    /// Opens a channel of this name.
-    ///
-    /// Costs no round trip: messages may follow at once. Whether the peer serves the name shows in the first
-    /// `recv` or request. Waits while the peer permits no further channel.
-    ///
-    /// # Errors
-    /// When the name is unsound, the socket is over or going away, or no channel became free within
-    /// `Timeouts::request`.
-    ///
-    /// # Cancel safety
-    /// A dropped future has opened nothing.
-    pub async fn open(&self, name: &str) -> Result<Channel, OpenError> {
-        self.open_with(name, None::<&()>).await
-    }
-
-    /// Opens a channel and says something first: the peer reads `meta` with `Channel::meta`.
-    ///
-    /// # Errors
-    /// As [`open`](Self::open), and when `meta` cannot be encoded.
-    ///
-    /// # Cancel safety
-    /// As [`open`](Self::open).
-    pub async fn open_with<T: Serialize + Sync + ?Sized>(
-        &self,
-        name: &str,
-        meta: Option<&T>,
-    ) -> Result<Channel, OpenError> {
-        let session = &self.inner.session;
-        crate::message::check_name(name).map_err(EncodeError::Name)?;
-        if name.starts_with('$') {
-            return Err(EncodeError::Reserved(name.to_owned()).into());
-        }
-        if let Some(goaway) = session.received_goaway.get() {
-            return Err(OpenError::GoingAway(goaway.clone()));
-        }
-        if session.closing() {
-            return Err(OpenError::Closed(self.closed_reason()));
-        }
-        let id = session.next_channel_id();
-        let frame = control::encode_open(id, name, meta, session.frame_limit())?;
-        let patience = session.timeouts.request;
-        let (send, recv) = tokio::time::timeout(patience, session.conn().open_bi())
-            .await
-            .map_err(|_| OpenError::TooManyChannels)?
-            .map_err(|error| OpenError::Closed(session.reason_for(&error)))?;
-        let inbox = Inbox::new(recv, session.limits.frame);
-        let counters = Counters::child(session.counters.clone());
-        let channel = Channel::start(
-            session.clone(),
-            id,
-            name.to_owned(),
-            None,
-            send,
-            inbox,
-            counters,
-        );
-        channel.queue_open(&frame)?;
-        Ok(channel)
     }
 
     /// The next channel that the peer opened and no registered handler took; `None` when the socket is over.
@@ -243,7 +182,7 @@ impl Socket {
         Stats::of(&self.inner.session.conn(), &self.inner.session.counters)
     }
 
-    fn closed_reason(&self) -> CloseReason {
+    pub(crate) fn closed_reason(&self) -> CloseReason {
         let session = &self.inner.session;
         let wished = || lock(&session.wishes).close.clone();
         session
@@ -279,36 +218,6 @@ impl Channel {
     /// The application's values that belong to this channel's socket.
     pub fn extensions(&self) -> &Extensions {
         &self.session().extensions
-    }
-}
-
-/// Why a channel could not be opened.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum OpenError {
-    /// The name or the first words cannot be sent.
-    #[error(transparent)]
-    Encode(#[from] EncodeError),
-    /// The peer permitted no further channel in time.
-    #[error("the peer permits no further channel")]
-    TooManyChannels,
-    /// The server is going down.
-    #[error("the server is going away: {}", .0.text)]
-    GoingAway(GoAway),
-    /// The socket is over.
-    #[error("socket closed: {0}")]
-    Closed(CloseReason),
-}
-
-impl From<SendError> for OpenError {
-    fn from(error: SendError) -> Self {
-        match error {
-            SendError::Encode(error) => Self::Encode(error),
-            SendError::Closed(reason) => Self::Closed(reason),
-            SendError::Finished => Self::Closed(crate::session::lost(
-                "the channel ended while it was opened",
-            )),
-        }
     }
 }
 
@@ -562,15 +471,14 @@ async fn serve_stream(
         Err(Ending::Closed(_)) => return,
     };
     let name = open.name.clone();
-    let channel = Channel::start(
-        session.clone(),
-        open.id,
-        open.name,
-        open.meta,
-        send,
-        inbox,
-        counters,
-    );
+    let opened = Opened {
+        id: open.id,
+        name: open.name,
+        meta: open.meta,
+        priority: open.priority,
+        resumable: open.resumable,
+    };
+    let channel = Channel::start(session.clone(), opened, send, inbox, counters);
     if let Some(reason) = refusal {
         if let Some(left_out) = session.quiet.line() {
             tracing::warn!(%reason, left_out, "channel refused");
@@ -634,6 +542,9 @@ fn nameless() -> control::Open {
         id: 0,
         name: String::new(),
         meta: None,
+        priority: Priority::default(),
+        resumable: false,
+        received: None,
     }
 }
 
