@@ -41,6 +41,7 @@ mod code;
 mod config;
 mod control;
 mod endpoint;
+mod event;
 mod extensions;
 mod fingerprint;
 mod frame;
@@ -70,6 +71,7 @@ pub use code::{CloseCode, CloseReason, Fault, Side};
 pub use config::{CongestionControl, Drain, Limits, Priority, Timeouts};
 pub use control::{Gap, GoAway};
 pub use endpoint::InvalidSetting;
+pub use event::Event;
 pub use extensions::Extensions;
 pub use fingerprint::{Fingerprint, FingerprintError};
 pub use handlers::{Context, Handlers, IntoAnswer};
@@ -83,7 +85,16 @@ pub use server::{BindError, Server, ServerBuilder, ServerError};
 pub use socket::{IntoOutcome, Socket};
 pub use speed::{Speed, SpeedMeter, Stats};
 pub use tokens::{NewToken, TokenEntry, TokenFile, TokenFileError, TokenLineError, generate_token};
+#[cfg(feature = "derive")]
+pub use udpack_derive::Event;
 pub use url::{ConnectUrl, ConnectUrlError, DEFAULT_PORT};
+
+/// What the derive macro's code names; not for anyone else.
+#[doc(hidden)]
+pub mod __private {
+    pub use serde::Serialize;
+    pub use serde::de::DeserializeOwned;
+}
 
 /// The pieces of the wire format, for programs that look at it from outside: proxies, test tools, fuzzers.
 ///
