@@ -15,7 +15,7 @@ use serde::de::DeserializeOwned;
 
 use crate::code::{CloseCode, CloseReason, Fault, Side};
 use crate::config::Priority;
-use crate::control::{self, FAULT, REPLY};
+use crate::control::{self, REPLY};
 use crate::inbox::{Ending, Inbox};
 use crate::message::{DecodeError, EncodeError, Encoded, Message};
 use crate::outbox::{self, Outbox, PushError};
@@ -271,7 +271,13 @@ impl Channel {
     /// Cancel safe: a dropped future loses no byte and no message.
     pub async fn recv(&self) -> Result<Option<Message>, RecvError> {
         let inner = &*self.inner;
-        match poll_fn(|cx| inner.inbox.poll_recv(cx, &inner.session, &inner.counters)).await {
+        match poll_fn(|cx| {
+            inner
+                .inbox
+                .poll_recv(cx, &inner.session, &inner.counters, false)
+        })
+        .await
+        {
             Ok(message) => Ok(Some(message)),
             Err(ending) => self.ended(ending),
         }
@@ -297,10 +303,16 @@ impl Channel {
     /// # Errors
     /// As [`send`](Self::send).
     pub async fn fault(&self, request: &Message, fault: &Fault) -> Result<(), SendError> {
-        match request.id() {
-            Some(id) => self.send_protocol(FAULT, fault, id).await,
+        let limit = self.inner.session.frame_limit();
+        match (request.id()).and_then(|id| control::encode_fault(fault, id, limit)) {
+            Some(frame) => self.send_frame(frame).await,
             None => Ok(()),
         }
+    }
+
+    /// Queues a whole frame of the protocol; waits for room as [`send`](Self::send) does.
+    pub(crate) async fn send_frame(&self, frame: Bytes) -> Result<(), SendError> {
+        self.send_encoded(&Encoded::from_frame(frame)).await
     }
 
     async fn answer<T: Serialize + Sync + ?Sized>(
@@ -308,29 +320,21 @@ impl Channel {
         id: u64,
         data: &T,
     ) -> Result<(), SendError> {
-        match self.send_protocol(REPLY, data, id).await {
-            Err(SendError::Encode(error)) => {
-                let fault = Fault::new(Fault::INTERNAL, "the reply could not be encoded");
-                self.send_protocol(FAULT, &fault, id).await?;
-                Err(SendError::Encode(error))
-            }
-            other => other,
-        }
-    }
-
-    async fn send_protocol<T: Serialize + Sync + ?Sized>(
-        &self,
-        event: &str,
-        data: &T,
-        id: u64,
-    ) -> Result<(), SendError> {
         let limit = self.inner.session.frame_limit();
         loop {
-            let queued = self.inner.outbox.try_message(event, data, Some(id), limit);
-            if queued.map_err(|error| self.send_error(error))? {
-                return Ok(());
+            let queued = self.inner.outbox.try_message(REPLY, data, Some(id), limit);
+            match queued.map_err(|error| self.send_error(error)) {
+                Ok(true) => return Ok(()),
+                Ok(false) => self.inner.outbox.room().await,
+                Err(SendError::Encode(error)) => {
+                    let fault = Fault::new(Fault::INTERNAL, "the reply could not be encoded");
+                    if let Some(frame) = control::encode_fault(&fault, id, limit) {
+                        self.send_frame(frame).await?;
+                    }
+                    return Err(SendError::Encode(error));
+                }
+                Err(error) => return Err(error),
             }
-            self.inner.outbox.room().await;
         }
     }
 

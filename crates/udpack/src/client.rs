@@ -1,7 +1,6 @@
 //! [`Client`]: how to reach a server, whom to trust and what to present; makes [`Socket`]s.
 
 use std::fmt;
-use std::future::Future;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -10,16 +9,16 @@ use tokio::sync::mpsc;
 use tracing::Instrument;
 
 use crate::auth::Peer;
-use crate::channel::Channel;
 use crate::code::{CloseCode, CloseReason};
 use crate::config::{CongestionControl, Limits, TOKEN_BYTES, Timeouts};
 use crate::control;
 use crate::endpoint::{self, InvalidSetting};
 use crate::fingerprint::Fingerprint;
 use crate::inbox::Inbox;
+use crate::router::ServeChannel;
 use crate::server::{CHANNEL_QUEUE, default_agent};
 use crate::session::Session;
-use crate::socket::{Control, IntoOutcome, Registry, Socket, drive};
+use crate::socket::{Control, Registry, Socket, drive};
 use crate::speed::Counters;
 use crate::tls::{PinCheck, Trust, client_tls};
 use crate::url::{ConnectUrl, DEFAULT_PORT};
@@ -243,12 +242,7 @@ impl ClientBuilder {
     }
 
     /// Serves the channels of this name that the server opens; see `ServerBuilder::channel`.
-    pub fn channel<F, Fut, O>(mut self, name: impl Into<String>, handler: F) -> Self
-    where
-        F: Fn(Channel) -> Fut + Send + Sync + 'static,
-        Fut: Future<Output = O> + Send + 'static,
-        O: IntoOutcome + 'static,
-    {
+    pub fn channel<M>(mut self, name: impl Into<String>, handler: impl ServeChannel<M>) -> Self {
         self.registry.insert(name.into(), handler);
         self
     }
@@ -302,6 +296,9 @@ impl ClientBuilder {
             self.congestion,
             false,
         )?);
+        if let Some((channel, state)) = self.registry.missing {
+            return Err(ConnectError::MissingState { channel, state });
+        }
         let mut registry = self.registry;
         registry.pull |= registry.is_empty();
         Ok(Client {
@@ -363,6 +360,14 @@ pub enum ConnectError {
     /// A setting makes no sense.
     #[error(transparent)]
     Setting(#[from] InvalidSetting),
+    /// A handler takes a state that its router was not given.
+    #[error("the handlers of channel {channel:?} need a state of type {state}")]
+    MissingState {
+        /// The channel's name.
+        channel: String,
+        /// The state's type.
+        state: &'static str,
+    },
     /// TLS could not be set up.
     #[error("cannot set up TLS: {0}")]
     Tls(String),
@@ -424,7 +429,8 @@ impl ConnectError {
             | Self::Dial { .. }
             | Self::Unreachable { .. } => true,
             Self::Denied(reason) => reason.retry,
-            Self::Setting(_)
+            Self::MissingState { .. }
+            | Self::Setting(_)
             | Self::Tls(_)
             | Self::Address(_)
             | Self::PinMismatch { .. }

@@ -6,10 +6,10 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::future::{Future, poll_fn};
+use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -27,6 +27,7 @@ use crate::config::Priority;
 use crate::control::{self, GoAway};
 use crate::extensions::Extensions;
 use crate::inbox::{Ending, Inbox};
+use crate::router::ServeChannel;
 use crate::session::{Lease, Session, lock};
 use crate::speed::{Counters, SpeedMeter, Stats};
 
@@ -39,7 +40,7 @@ pub struct Socket {
     inner: Arc<Handle>,
 }
 
-struct Handle {
+pub(crate) struct Handle {
     session: Arc<Session>,
     incoming: Mutex<mpsc::Receiver<Channel>>,
     _lease: Option<Arc<Lease>>,
@@ -48,11 +49,25 @@ struct Handle {
 impl Socket {
     pub(crate) fn new(session: Arc<Session>, incoming: mpsc::Receiver<Channel>) -> Self {
         let lease = session.client.then(|| session.lend());
+        let inner = Arc::new(Handle {
+            session,
+            incoming: Mutex::new(incoming),
+            _lease: lease,
+        });
+        let _ = inner.session.handle.set(Arc::downgrade(&inner));
+        Self { inner }
+    }
+
+    /// A handle of this session: one more of those there are, or one that accepts no channels when all are gone.
+    pub(crate) fn of(session: &Arc<Session>) -> Self {
+        let inner = session.handle.get().and_then(Weak::upgrade);
         Self {
-            inner: Arc::new(Handle {
-                session,
-                incoming: Mutex::new(incoming),
-                _lease: lease,
+            inner: inner.unwrap_or_else(|| {
+                Arc::new(Handle {
+                    session: session.clone(),
+                    incoming: Mutex::new(mpsc::channel(1).1),
+                    _lease: session.lease(),
+                })
             }),
         }
     }
@@ -251,20 +266,17 @@ pub(crate) struct Registry {
     handlers: HashMap<String, ChannelHandler>,
     /// Channels nobody is registered for go to `accept_channel`; otherwise they are refused.
     pub(crate) pull: bool,
+    /// A channel whose handlers need a state that nobody gave, and the state's type.
+    pub(crate) missing: Option<(String, &'static str)>,
 }
 
 impl Registry {
-    pub(crate) fn insert<F, Fut, O>(&mut self, name: String, handler: F)
-    where
-        F: Fn(Channel) -> Fut + Send + Sync + 'static,
-        Fut: Future<Output = O> + Send + 'static,
-        O: IntoOutcome + 'static,
-    {
-        let handler: ChannelHandler = Arc::new(move |channel| {
-            let future = handler(channel);
-            Box::pin(async move { future.await.into_outcome() })
-        });
-        self.handlers.insert(name, handler);
+    pub(crate) fn insert<M>(&mut self, name: String, handler: impl ServeChannel<M>) {
+        let service = handler.into_service();
+        if let (None, Some(state)) = (&self.missing, service.missing) {
+            self.missing = Some((name.clone(), state));
+        }
+        self.handlers.insert(name, service.handler);
     }
 
     pub(crate) fn is_empty(&self) -> bool {
