@@ -386,3 +386,117 @@ impl Flow {
 fn bad(text: &str) -> Taken {
     Taken::Violation(CloseCode::BAD_MESSAGE, text.to_owned())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A message of the protocol with `len` bytes of data, or with that number.
+    fn message(event: &str, id: u64, len: usize) -> Message {
+        let data = vec![7_u8; len];
+        let frame = match event {
+            CREDIT | WANT => control::protocol(event, &len, Some(id)),
+            ITEM | PUSH => control::protocol(event, &data, Some(id)),
+            _ => control::protocol(event, &(), Some(id)),
+        };
+        Message::decode(frame.unwrap().slice(crate::frame::PREFIX..)).unwrap()
+    }
+
+    fn filed(calls: &mut Calls, message: Message) {
+        let taken = calls.take(message);
+        assert!(matches!(taken, Taken::Filed), "{taken:?}");
+    }
+
+    #[test]
+    fn items_above_the_credit_are_a_violation_and_credit_given_back_counts_again() {
+        let mut calls = Calls::default();
+        calls.ask(1, true);
+        filed(&mut calls, message(ITEM, 1, 200_000));
+        let over = calls.take(message(ITEM, 1, 100_000));
+        assert!(
+            matches!(over, Taken::Violation(CloseCode::BACKLOG, _)),
+            "{over:?}"
+        );
+        assert!(matches!(calls.next(Role::Asker, 1), Some(Next::Item(_))));
+        let bytes = calls.grant(Role::Asker, 1, false).unwrap();
+        assert_eq!(bytes as usize, message(ITEM, 1, 200_000).len());
+        assert_eq!(calls.grant(Role::Asker, 1, true), None, "given back once");
+        // One item of any size is allowed when nothing is outstanding.
+        filed(&mut calls, message(ITEM, 1, 1_000_000));
+    }
+
+    #[test]
+    fn items_are_sent_within_the_credit_until_the_request_is_over() {
+        let mut calls = Calls::default();
+        calls.ask(1, false);
+        assert_eq!(
+            calls.spend(Role::Asker, 1, 1_000_000),
+            Some(true),
+            "one always"
+        );
+        assert_eq!(calls.spend(Role::Asker, 1, 1), None);
+        filed(&mut calls, message(WANT, 1, 1_000_000));
+        assert_eq!(calls.spend(Role::Asker, 1, 200_000), Some(true));
+        assert_eq!(calls.spend(Role::Asker, 1, 100_000), None);
+        filed(&mut calls, message(REPLY, 1, 0));
+        assert_eq!(calls.spend(Role::Asker, 1, 1), Some(false));
+        assert_eq!(
+            calls.spend(Role::Answerer, 1, 1),
+            Some(false),
+            "unknown there"
+        );
+    }
+
+    #[test]
+    fn what_belongs_to_no_request_is_dropped_and_what_breaks_the_rules_is_not() {
+        let mut calls = Calls::default();
+        for event in [REPLY, ITEM, PUSH, END, CREDIT, WANT] {
+            let taken = calls.take(message(event, 9, 3));
+            assert!(matches!(taken, Taken::Dropped), "{event}: {taken:?}");
+        }
+        for (event, data) in [
+            (REPLY, None),
+            (ITEM, None),
+            (CREDIT, Some(1)),
+            (END, Some(1)),
+        ] {
+            let (value, id) = (data.unwrap_or(0), data);
+            let frame = match event {
+                CREDIT => control::protocol(event, &"text", id),
+                _ => control::protocol(event, &value, id),
+            };
+            let bad = Message::decode(frame.unwrap().slice(crate::frame::PREFIX..)).unwrap();
+            let taken = calls.take(bad);
+            assert!(
+                matches!(taken, Taken::Violation(CloseCode::BAD_MESSAGE, _)),
+                "{event}: {taken:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn items_for_requests_that_wait_count_as_waiting_until_they_are_begun_or_given_up() {
+        let mut calls = Calls::default();
+        for id in [1, 2] {
+            calls.queued(id);
+            filed(&mut calls, message(PUSH, id, 1000));
+        }
+        let one = message(PUSH, 1, 1000).len();
+        assert_eq!(calls.waiting(), 2 * one);
+        calls.begin(1);
+        assert_eq!(calls.waiting(), one);
+        assert!(matches!(
+            calls.take(message(CANCEL, 2, 0)),
+            Taken::Cancelled(2)
+        ));
+        calls.answered(2);
+        assert_eq!(calls.waiting(), 0);
+        let (handle, _) = AbortHandle::new_pair();
+        calls.guard(1, handle.clone());
+        calls.take(message(CANCEL, 1, 0));
+        assert!(handle.is_aborted());
+        filed(&mut calls, message(END, 1, 0));
+        assert!(matches!(calls.next(Role::Answerer, 1), Some(Next::Item(_))));
+        assert!(matches!(calls.next(Role::Answerer, 1), Some(Next::End)));
+    }
+}
