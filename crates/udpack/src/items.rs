@@ -218,9 +218,6 @@ impl<T: DeserializeOwned> Stream for Items<T> {
                 }
             }
             Poll::Ready(Ok(Next::Last(last))) => {
-                if let Some(pending) = &mut this.pending {
-                    pending.answered();
-                }
                 if last.event() == FAULT {
                     return this.failed(RequestError::of(&last));
                 }

@@ -155,7 +155,7 @@ impl<R> Request<R> {
             (timeout, _) => Some(timeout.unwrap_or(default)),
         };
         let exchange = async {
-            let mut pending = self.send(limit, false).await?;
+            let _pending = self.send(limit, false).await?;
             let channel = self.channel.clone();
             let id = self.id;
             let mut reply = std::pin::pin!(channel.until(|calls| calls.reply(id)));
@@ -172,10 +172,7 @@ impl<R> Request<R> {
             };
             match reply.map_err(|error| channel.no_answer(error))? {
                 Reply::Stream => Err(RequestError::Stream),
-                Reply::Message(reply) => {
-                    pending.answered();
-                    Ok(reply)
-                }
+                Reply::Message(reply) => Ok(reply),
             }
         };
         let reply = match limit {
@@ -270,13 +267,6 @@ pub(crate) struct Pending {
     pub(crate) id: u64,
     /// The request is queued: the peer will hear of it.
     sent: bool,
-}
-
-impl Pending {
-    /// The answer came.
-    pub(crate) fn answered(&mut self) {
-        self.sent = false;
-    }
 }
 
 impl Drop for Pending {
