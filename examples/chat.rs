@@ -45,7 +45,9 @@ async fn main() -> Outcome<()> {
     let server = Server::builder()
         .identity(Identity::generate()?)
         .auth(async |_: Hello| Ok(Peer::new("guest")))
-        .channel("chat", move |channel| member(room.clone(), channel))
+        .channel("chat", move |channel: Channel| {
+            member(room.clone(), channel)
+        })
         .bind("127.0.0.1:0")
         .await?;
     let (ann, bob) = (join(&server).await?, join(&server).await?);

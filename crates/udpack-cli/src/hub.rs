@@ -41,11 +41,11 @@ impl Hub {
     pub(crate) fn attach(&self, server: ServerBuilder) -> ServerBuilder {
         let (events, ping) = (self.clone(), self.clone());
         server
-            .channel(EVENTS, move |channel| {
+            .channel(EVENTS, move |channel: Channel| {
                 let hub = events.clone();
                 async move { hub.relay(channel).await }
             })
-            .channel(PING, move |channel| {
+            .channel(PING, move |channel: Channel| {
                 let hub = ping.clone();
                 async move { hub.echo(channel).await }
             })

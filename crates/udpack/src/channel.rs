@@ -16,7 +16,7 @@ use tracing::Instrument;
 
 use crate::code::{CloseCode, CloseReason, Fault, Side};
 use crate::config::Priority;
-use crate::control::{self, ControlError, FAULT, REPLY, Resumed};
+use crate::control::{self, ControlError, REPLY, Resumed};
 use crate::inbox::{Ending, Inbox};
 use crate::message::{DecodeError, EncodeError, Encoded, Message};
 use crate::metrics::{Count, Words};
@@ -303,7 +303,13 @@ impl Channel {
     /// Cancel safe: a dropped future loses no byte and no message.
     pub async fn recv(&self) -> Result<Option<Message>, RecvError> {
         let inner = &*self.inner;
-        match poll_fn(|cx| inner.inbox.poll_recv(cx, &inner.session, &inner.counters)).await {
+        match poll_fn(|cx| {
+            inner
+                .inbox
+                .poll_recv(cx, &inner.session, &inner.counters, false)
+        })
+        .await
+        {
             Ok(message) => Ok(Some(message)),
             Err(ending) => self.ended(ending),
         }
@@ -335,12 +341,23 @@ impl Channel {
         }
     }
 
+    /// Queues a whole frame of the protocol; waits for room as [`send`](Self::send) does.
+    pub(crate) async fn send_frame(&self, frame: Bytes) -> Result<(), SendError> {
+        self.send_encoded(&Encoded::from_frame(frame)).await
+    }
+
     async fn answer<T: Serialize + Sync + ?Sized>(
         &self,
         id: u64,
         data: &T,
     ) -> Result<(), SendError> {
-        match self.send_protocol(REPLY, data, id).await {
+        let limit = self.inner.session.frame_limit();
+        let queued = self
+            .inner
+            .outbox
+            .message(REPLY, data, Some(id), limit)
+            .await;
+        match queued.map_err(|error| self.send_error(error)) {
             Err(SendError::Encode(error)) => {
                 let fault = Fault::new(Fault::INTERNAL, "the reply could not be encoded");
                 self.send_fault(&fault, id).await?;
@@ -350,24 +367,13 @@ impl Channel {
         }
     }
 
-    async fn send_fault(&self, fault: &Fault, id: u64) -> Result<(), SendError> {
-        self.inner
-            .session
-            .tally
-            .word(Words::FaultsSent, &fault.code);
-        self.send_protocol(FAULT, fault, id).await
-    }
-
-    async fn send_protocol<T: Serialize + Sync + ?Sized>(
-        &self,
-        event: &str,
-        data: &T,
-        id: u64,
-    ) -> Result<(), SendError> {
-        let limit = self.inner.session.frame_limit();
-        let outbox = &self.inner.outbox;
-        let queued = outbox.message(event, data, Some(id), limit).await;
-        queued.map_err(|error| self.send_error(error))
+    pub(crate) async fn send_fault(&self, fault: &Fault, id: u64) -> Result<(), SendError> {
+        let session = &self.inner.session;
+        session.tally.word(Words::FaultsSent, &fault.code);
+        match control::encode_fault(fault, id, session.frame_limit()) {
+            Some(frame) => self.send_frame(frame).await,
+            None => Ok(()),
+        }
     }
 
     /// Ends the sending direction and waits until the peer's transport has acknowledged everything sent.

@@ -20,7 +20,6 @@ use tracing::Instrument;
 use tracing::field::Empty;
 
 use crate::auth::{Authenticate, Deny, Hello, Peer, source};
-use crate::channel::Channel;
 use crate::code::{CloseCode, CloseReason, printable};
 use crate::config::{
     CongestionControl, Drain, Limits, MIN_WINDOW, PREAUTH_BYTES, Timeouts, VOLATILE_STREAMS,
@@ -35,8 +34,9 @@ use crate::metrics::{Count, Metrics, Tally, Words};
 use crate::qlog::Qlog;
 use crate::quiet::Quiet;
 use crate::rooms::Rooms;
+use crate::router::ServeChannel;
 use crate::session::{Session, SessionId, lock};
-use crate::socket::{Awaited, Comeback, Control, IntoOutcome, Link, Registry, Socket, live};
+use crate::socket::{Awaited, Comeback, Control, Link, Registry, Socket, live};
 use crate::speed::{Counters, SpeedMeter, Stats};
 
 /// Sockets that may wait for `accept`.
@@ -351,13 +351,9 @@ impl ServerBuilder {
 
     /// Serves the channels of this name: `handler` runs as a task of its own for each, and the channel is
     /// finished when it returns and no clone is left. An error closes the channel with `handler_failed`, a
-    /// panic with `internal`; neither reaches any other channel.
-    pub fn channel<F, Fut, O>(mut self, name: impl Into<String>, handler: F) -> Self
-    where
-        F: Fn(Channel) -> Fut + Send + Sync + 'static,
-        Fut: Future<Output = O> + Send + 'static,
-        O: IntoOutcome + 'static,
-    {
+    /// panic with `internal`; neither reaches any other channel. A [`Router`](crate::Router) may stand for the
+    /// handler.
+    pub fn channel<M>(mut self, name: impl Into<String>, handler: impl ServeChannel<M>) -> Self {
         self.registry.insert(name.into(), handler);
         self
     }
@@ -427,6 +423,9 @@ impl ServerBuilder {
     pub async fn bind(self, address: impl ToSocketAddrs) -> Result<Server, BindError> {
         let identity = self.identity.ok_or(BindError::NoIdentity)?;
         let auth = self.auth.ok_or(BindError::NoAuth)?;
+        if let Some((channel, state)) = self.registry.missing {
+            return Err(BindError::MissingState { channel, state });
+        }
         let address = tokio::net::lookup_host(address)
             .await
             .map_err(BindError::Address)?
@@ -987,6 +986,14 @@ pub enum BindError {
     /// No identity was given.
     #[error("a server needs an identity")]
     NoIdentity,
+    /// A handler takes a state that its router was not given.
+    #[error("the handlers of channel {channel:?} need a state of type {state}")]
+    MissingState {
+        /// The channel's name.
+        channel: String,
+        /// The state's type.
+        state: &'static str,
+    },
     /// No verifier was given.
     #[error("a server needs a verifier")]
     NoAuth,

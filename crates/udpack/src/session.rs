@@ -221,6 +221,8 @@ pub(crate) struct Session {
     endpoint: Mutex<Option<quinn::Endpoint>>,
     /// At a client: what its handles hold, so that the last one to go closes the connection.
     lease: OnceLock<Weak<Lease>>,
+    /// The socket's handle, for handlers that ask for it.
+    pub(crate) handle: OnceLock<Weak<crate::socket::Handle>>,
 }
 
 /// Held by the handles of a client's socket and by its channels; the connection closes with the last one.
@@ -283,6 +285,7 @@ impl Session {
             tasks: TaskTracker::new(),
             endpoint: Mutex::new(endpoint),
             lease: OnceLock::new(),
+            handle: OnceLock::new(),
         })
     }
 

@@ -11,8 +11,8 @@ use common::{client, server};
 use tokio::sync::mpsc;
 use udpack::testing::Net;
 use udpack::{
-    Channel, CloseCode, Drain, Limits, Reconnect, RecvError, SendError, Server, Socket, State,
-    Timeouts,
+    Channel, CloseCode, Drain, Limits, Reconnect, RecvError, SendError, Server, Socket,
+    SocketState, Timeouts,
 };
 
 /// Messages each way.
@@ -109,7 +109,7 @@ fn connections(socket: &Socket) -> Arc<Mutex<Vec<bool>>> {
     let list = seen.clone();
     tokio::spawn(async move {
         while let Some(state) = states.next().await {
-            if let State::Connected { resumed, .. } = state {
+            if let SocketState::Connected { resumed, .. } = state {
                 list.lock().expect("sound").push(resumed);
             }
         }
