@@ -14,7 +14,7 @@ use common::{bind, bounded, client, server};
 use tokio::sync::mpsc;
 use udpack::{
     Channel, CloseCode, CloseReason, ConnectError, Context, Deny, Hello, Limits, NewToken, Peer,
-    RefreshError, Server, ServerBuilder, Side, Socket, Timeouts, TokenFile,
+    Reconnect, RefreshError, Server, ServerBuilder, Side, Socket, Timeouts, TokenFile,
 };
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -460,6 +460,52 @@ async fn a_source_of_tokens_keeps_its_socket_alive() {
         );
         assert_eq!(asked.load(Ordering::Relaxed), 2);
         alive(&socket).await;
+    })
+    .await;
+}
+
+/// A client that can come back is let in and then says nothing more, not even goodbye.
+async fn falls_silent(server: &Server, token: &'static str) -> Socket {
+    let builder = client(server).token(token).reconnect(Reconnect::default());
+    let address = server.local_addr().to_string();
+    let gone = tokio::task::spawn_blocking(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        let socket = runtime.block_on(builder.connect(&address));
+        // Its tasks and its port end with the runtime, before the socket could be closed.
+        drop(runtime);
+        drop(socket.expect("let in"));
+    });
+    gone.await.expect("it was let in");
+    only(server)
+}
+
+#[tokio::test]
+async fn tokens_end_and_are_withdrawn_while_nobody_is_connected() {
+    bounded(async {
+        let timeouts = Timeouts {
+            idle: Duration::from_millis(200),
+            keep_alive: Duration::from_millis(50),
+            resume: Duration::from_secs(60),
+            ..Timeouts::default()
+        };
+        let server = bind(pinging().timeouts(timeouts.clone())).await;
+        let kept = falls_silent(&server, "anna 600").await;
+        let reason = kept.closed().await;
+        assert_eq!(reason.code, CloseCode::AUTH_EXPIRED, "{reason}");
+
+        let server = bind(pinging().timeouts(timeouts)).await;
+        let kept = falls_silent(&server, "anna -").await;
+        let over = tokio::time::timeout(Duration::from_millis(400), kept.closed()).await;
+        over.expect_err("it may come back");
+        assert_eq!(server.revoke(|peer| peer.id() == "anna"), 1);
+        let reason = kept.closed().await;
+        assert_eq!(reason.code, CloseCode::AUTH_REVOKED, "{reason}");
+        while !server.sockets().is_empty() {
+            tokio::task::yield_now().await;
+        }
     })
     .await;
 }
