@@ -4,22 +4,26 @@ use std::fmt;
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tracing::Instrument;
+use tracing::field::Empty;
 
 use crate::auth::Peer;
 use crate::channel::Channel;
 use crate::code::{CloseCode, CloseReason, Side};
 use crate::config::{CongestionControl, Limits, Timeouts};
 use crate::control::{self, ResumeRequest, ResumeTicket};
-use crate::endpoint::{self, InvalidSetting};
+use crate::endpoint::{self, InvalidSetting, Via};
 use crate::fingerprint::Fingerprint;
 use crate::inbox::Inbox;
 use crate::lifetime::{TokenSource, check_token};
+use crate::metrics::Tally;
+use crate::qlog::Qlog;
 use crate::reconnect::{Reconnect, State, StateFeed};
 use crate::server::{CHANNEL_QUEUE, default_agent};
 use crate::session::{Session, lock};
@@ -46,6 +50,9 @@ struct Settings {
     reconnect: Option<Reconnect>,
     /// Servers to go to when the one that was asked for is gone.
     fallbacks: Vec<(ConnectUrl, Client)>,
+    via: Via,
+    congestion: CongestionControl,
+    qlog: Option<Qlog>,
 }
 
 impl Client {
@@ -62,6 +69,8 @@ impl Client {
             bind: None,
             reconnect: None,
             fallbacks: Vec::new(),
+            via: Via::default(),
+            qlog: None,
         }
     }
 
@@ -121,15 +130,19 @@ impl Client {
             }
         };
         let remote = first.conn.remote_address();
-        let session = Session::new(
-            first.conn,
-            true,
-            settings.limits.clone(),
-            settings.timeouts.clone(),
-            Counters::root(),
-            first.endpoint,
-            settings.reconnect.map(|_| StateFeed::new()),
-        );
+        let span = tracing::info_span!("conn", peer = %remote, session = Empty);
+        let session = span.in_scope(|| {
+            Session::new(
+                first.conn,
+                true,
+                settings.limits.clone(),
+                settings.timeouts.clone(),
+                Counters::root(),
+                Tally::root(),
+                first.endpoint,
+                settings.reconnect.map(|_| StateFeed::new()),
+            )
+        });
         let server = match &settings.pin {
             Some((pin, _)) => Peer::new(pin.to_string()),
             None => Peer::new(url.host()),
@@ -137,7 +150,6 @@ impl Client {
         session.peer.set(server);
         session.life.fed_by(&settings.token);
         let (queue, incoming) = mpsc::channel(CHANNEL_QUEUE);
-        let span = tracing::info_span!("conn", peer = %remote);
         let socket = Socket::new(session.clone(), incoming);
         let comeback = match settings.reconnect {
             Some(policy) => Comeback::Dialled(Box::new(Dialler {
@@ -210,14 +222,17 @@ impl Client {
             };
             SocketAddr::new(any, 0)
         });
-        let socket =
-            endpoint::bind(local, settings.limits.socket_buffer).map_err(ConnectError::Local)?;
-        let runtime = Arc::new(quinn::TokioRuntime);
-        let endpoint =
-            quinn::Endpoint::new(quinn::EndpointConfig::default(), None, socket, runtime)
-                .map_err(ConnectError::Local)?;
+        let endpoint = settings
+            .via
+            .open(
+                local,
+                settings.limits.socket_buffer,
+                quinn::EndpointConfig::default(),
+                None,
+            )
+            .map_err(ConnectError::Local)?;
         let connecting = endpoint
-            .connect_with(settings.config.clone(), address, host)
+            .connect_with(self.config(address), address, host)
             .map_err(|error| ConnectError::Dial {
                 address,
                 text: error.to_string(),
@@ -250,6 +265,25 @@ impl Client {
             },
             welcome: None,
         })
+    }
+
+    /// The settings of one more connection.
+    fn config(&self, address: SocketAddr) -> quinn::ClientConfig {
+        let settings = &self.inner;
+        let mut config = settings.config.clone();
+        let stream = settings.qlog.as_ref().map(|qlog| qlog.stream(address));
+        if let Some(Some(stream)) = stream
+            && let Ok(mut transport) = endpoint::transport(
+                &settings.limits,
+                &settings.timeouts,
+                settings.congestion,
+                false,
+            )
+        {
+            transport.qlog_stream(Some(stream));
+            config.transport_config(Arc::new(transport));
+        }
+        config
     }
 
     fn dial_error(&self, address: SocketAddr, error: &quinn::ConnectionError) -> ConnectError {
@@ -441,6 +475,8 @@ pub struct ClientBuilder {
     bind: Option<SocketAddr>,
     reconnect: Option<Reconnect>,
     fallbacks: Vec<(String, Option<Fingerprint>)>,
+    via: Via,
+    qlog: Option<PathBuf>,
 }
 
 impl ClientBuilder {
@@ -540,6 +576,24 @@ impl ClientBuilder {
         self
     }
 
+    #[cfg(feature = "testing")]
+    pub(crate) fn via(mut self, via: Via) -> Self {
+        self.via = via;
+        self
+    }
+
+    #[cfg(all(test, feature = "testing"))]
+    pub(crate) fn network(&self) -> &Via {
+        &self.via
+    }
+
+    /// Writes what QUIC does into this directory, a file for each connection; see `ServerBuilder::qlog`.
+    /// Defaults to none.
+    pub fn qlog(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.qlog = Some(dir.into());
+        self
+    }
+
     /// Finishes the settings.
     ///
     /// # Errors
@@ -563,12 +617,12 @@ impl ClientBuilder {
         let (tls, check) =
             client_tls(trust).map_err(|error| ConnectError::Tls(error.to_string()))?;
         let mut config = quinn::ClientConfig::new(Arc::new(tls));
-        config.transport_config(endpoint::transport(
+        config.transport_config(Arc::new(endpoint::transport(
             &self.limits,
             &self.timeouts,
             self.congestion,
             false,
-        )?);
+        )?));
         let mut registry = self.registry;
         registry.pull |= registry.is_empty();
         Ok(Client {
@@ -583,6 +637,9 @@ impl ClientBuilder {
                 bind: self.bind,
                 reconnect: self.reconnect,
                 fallbacks,
+                via: self.via,
+                congestion: self.congestion,
+                qlog: self.qlog.map(|dir| Qlog::new(dir, "client")),
             }),
         })
     }

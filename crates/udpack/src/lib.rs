@@ -50,24 +50,30 @@ mod identity;
 mod inbox;
 mod lifetime;
 mod message;
+mod metrics;
 mod msgpack;
 mod open;
 mod outbox;
+mod qlog;
 mod quiet;
 mod reconnect;
+mod request;
 mod resume;
 mod secret_file;
 mod server;
 mod session;
 mod socket;
 mod speed;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod tls;
 mod tokens;
 mod turns;
 mod url;
+mod volatile;
 
 pub use auth::{Authenticate, Deny, Hello, Peer};
-pub use channel::{Channel, Closed, RecvError, Request, RequestError, SendError};
+pub use channel::{Channel, Closed, RecvError, SendError};
 pub use client::{Client, ClientBuilder, ConnectError};
 pub use code::{CloseCode, CloseReason, Fault, Side};
 pub use config::{CongestionControl, Drain, Limits, Priority, Timeouts};
@@ -80,9 +86,11 @@ pub use handlers::{Context, Handlers, IntoAnswer};
 pub use identity::{Identity, IdentityError};
 pub use lifetime::RefreshError;
 pub use message::{DecodeError, EncodeError, Encoded, Message, NameError};
+pub use metrics::{Ends, Metrics};
 pub use msgpack::{FieldError, Fields, Values};
 pub use open::{OpenChannel, OpenError};
 pub use reconnect::{Reconnect, State, States};
+pub use request::{Request, RequestError};
 pub use secret_file::SecretFileError;
 pub use server::{BindError, Server, ServerBuilder, ServerError};
 pub use session::SessionId;
@@ -92,6 +100,7 @@ pub use tokens::{NewToken, TokenEntry, TokenFile, TokenFileError, TokenLineError
 #[cfg(feature = "derive")]
 pub use udpack_derive::Event;
 pub use url::{ConnectUrl, ConnectUrlError, DEFAULT_PORT};
+pub use volatile::{Volatile, VolatileError};
 
 /// What the derive macro's code names; not for anyone else.
 #[doc(hidden)]

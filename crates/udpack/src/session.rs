@@ -20,12 +20,14 @@ use crate::config::{Limits, Timeouts};
 use crate::control::{GoAway, Welcome};
 use crate::extensions::Extensions;
 use crate::lifetime::Life;
+use crate::metrics::Tally;
 use crate::open::OpenError;
 use crate::outbox::Budget;
 use crate::quiet::Quiet;
 use crate::reconnect::StateFeed;
 use crate::speed::Counters;
 use crate::turns::Turns;
+use crate::volatile::Volatiles;
 
 /// Locks a mutex whose data stays sound when a holder panics.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -170,6 +172,9 @@ pub(crate) struct Session {
     pub(crate) limits: Arc<Limits>,
     pub(crate) timeouts: Arc<Timeouts>,
     pub(crate) counters: Arc<Counters>,
+    pub(crate) tally: Arc<Tally>,
+    /// The span of the connection, parent of its channels'.
+    pub(crate) span: tracing::Span,
     pub(crate) extensions: Extensions,
     /// What the server announced (at the client) or has announced (at the server); set on admission.
     welcome: RwLock<Option<Arc<Welcome>>>,
@@ -202,6 +207,8 @@ pub(crate) struct Session {
     pub(crate) states: Option<StateFeed>,
     pub(crate) channel_ended: Notify,
     next_key: AtomicU64,
+    /// Volatile messages that wait, both ways.
+    pub(crate) volatiles: Volatiles,
     /// Whose turn it is to write.
     pub(crate) turns: Turns,
     next_channel: AtomicU64,
@@ -231,6 +238,7 @@ impl Session {
         limits: Arc<Limits>,
         timeouts: Arc<Timeouts>,
         parent: Arc<Counters>,
+        tally: Arc<Tally>,
         endpoint: Option<quinn::Endpoint>,
         states: Option<StateFeed>,
     ) -> Arc<Self> {
@@ -244,6 +252,8 @@ impl Session {
             limits,
             timeouts,
             counters: Counters::child(parent),
+            tally,
+            span: tracing::Span::current(),
             extensions: Extensions::default(),
             welcome: RwLock::default(),
             admitted: Notify::new(),
@@ -263,6 +273,7 @@ impl Session {
             states,
             channel_ended: Notify::new(),
             next_key: AtomicU64::new(0),
+            volatiles: Volatiles::default(),
             turns: Turns::default(),
             next_channel: AtomicU64::new(1),
             tasks: TaskTracker::new(),
@@ -506,10 +517,13 @@ impl Session {
         lock(&self.pipes).insert(registration, Arc::downgrade(pipe));
     }
 
-    pub(crate) fn unregister(&self, registration: u64) {
-        if lock(&self.pipes).remove(&registration).is_some() {
+    /// Says whether it was there.
+    pub(crate) fn unregister(&self, registration: u64) -> bool {
+        let was_there = lock(&self.pipes).remove(&registration).is_some();
+        if was_there {
             self.channel_ended.notify_waiters();
         }
+        was_there
     }
 
     fn live_pipes(&self) -> Vec<Arc<Pipe>> {

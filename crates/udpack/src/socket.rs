@@ -10,6 +10,7 @@ use std::future::{Future, poll_fn};
 use std::io;
 use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -21,6 +22,7 @@ use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tracing::Instrument;
+use tracing::field::Empty;
 
 use crate::auth::Peer;
 use crate::channel::{Channel, Closed, Opened};
@@ -32,6 +34,7 @@ use crate::endpoint;
 use crate::extensions::Extensions;
 use crate::inbox::{Ending, Inbox};
 use crate::lifetime::{self, Lifetime, RefreshError};
+use crate::metrics::{Count, Metrics};
 use crate::outbox::Way;
 use crate::reconnect::{State, StateFeed, States};
 use crate::resume::Mismatch;
@@ -230,6 +233,11 @@ impl Socket {
     /// The numbers so far.
     pub fn stats(&self) -> Stats {
         Stats::of(&self.inner.session.conn(), &self.inner.session.counters)
+    }
+
+    /// What happened so far on this socket.
+    pub fn metrics(&self) -> Metrics {
+        self.inner.session.tally.metrics(self.stats())
     }
 }
 
@@ -431,6 +439,10 @@ pub(crate) async fn live(
     let reason = session.end.wait().await;
     session.set_up(None);
     session.fail_resumable(&reason);
+    if session.welcome().is_some() {
+        session.tally.less(Count::Sockets);
+        session.tally.closed(&reason);
+    }
     if let Some(states) = &session.states {
         states.set(State::GaveUp(reason.clone()));
     }
@@ -579,8 +591,10 @@ impl Driver {
         }
         let mut confirm_at = None;
         let mut move_at: Option<Instant> = None;
+        let mut volatile = pin!(crate::volatile::serve(&session, &conn));
         loop {
             tokio::select! {
+                never = &mut volatile => match never {},
                 stream = conn.accept_bi() => match stream {
                     Ok((send, recv)) => {
                         if !self.rate.take() {
@@ -588,7 +602,7 @@ impl Driver {
                             session.abort(CloseReason::local(CloseCode::RATE_LIMITED, text));
                             continue;
                         }
-                        let span = tracing::debug_span!("channel", stream = send.id().index());
+                        let span = tracing::debug_span!("channel", name = Empty, id = Empty);
                         let serve = serve_stream(
                             session.clone(),
                             self.registry.clone(),
@@ -682,7 +696,7 @@ impl Driver {
                     return self.leave(control, channels, reason).await;
                 },
                 frame = self.lifetime.next() => write_control(&session, &mut control.send, frame).await,
-                Some(ended) = channels.join_next() => reap(ended),
+                Some(ended) = channels.join_next() => reap(&session, ended),
             }
         }
     }
@@ -727,7 +741,7 @@ impl Driver {
                     }
                 },
                 frame = self.lifetime.next() => write_control(session, &mut control.send, frame).await,
-                Some(ended) = channels.join_next() => reap(ended),
+                Some(ended) = channels.join_next() => reap(session, ended),
             }
         }
         if let Some(frame) = control::encode_close(CloseCode::NORMAL, "") {
@@ -740,10 +754,11 @@ impl Driver {
     }
 }
 
-fn reap(ended: Result<(), tokio::task::JoinError>) {
+fn reap(session: &Session, ended: Result<(), tokio::task::JoinError>) {
     if let Err(error) = ended
         && error.is_panic()
     {
+        session.tally.one(Count::HandlerPanics);
         tracing::error!("a channel task panicked");
     }
 }
@@ -783,6 +798,9 @@ fn on_control(session: &Session, message: Result<crate::Message, Ending>) -> Opt
                     Ok(welcome) => {
                         session.peer_frame.store(welcome.frame, Ordering::Relaxed);
                         session.life.counts_for(welcome.expires);
+                        tracing::Span::current().record("session", &*welcome.session);
+                        session.tally.one(Count::Admitted);
+                        session.tally.one(Count::Sockets);
                         session.set_welcome(welcome);
                         if let Some(states) = &session.states {
                             states.set(State::Connected {
@@ -951,6 +969,11 @@ async fn serve_stream(
     }
     let crowded = open.resumable && session.kept_theirs() >= 2 * session.limits.channels as usize;
     let name = open.name.clone();
+    session.tally.one(Count::ChannelsAccepted);
+    session.tally.one(Count::MessagesReceived);
+    tracing::Span::current()
+        .record("name", crate::code::printable(&name, 128))
+        .record("id", open.id);
     let opened = Opened {
         id: open.id,
         name: open.name,
@@ -975,6 +998,7 @@ async fn serve_stream(
         })
     });
     if let Some(reason) = refusal {
+        session.tally.one(Count::ChannelsRefused);
         if let Some(left_out) = session.quiet.line() {
             tracing::warn!(%reason, left_out, "channel refused");
         }
@@ -989,6 +1013,7 @@ async fn serve_stream(
         Some(handler) => run_handler(handler, channel).await,
         None if registry.pull => {
             if let Err(error) = incoming.try_send(channel) {
+                session.tally.one(Count::ChannelsRefused);
                 let channel = match error {
                     mpsc::error::TrySendError::Full(channel)
                     | mpsc::error::TrySendError::Closed(channel) => channel,
@@ -1000,6 +1025,7 @@ async fn serve_stream(
             }
         }
         None => {
+            session.tally.one(Count::ChannelsRefused);
             let text = format!(
                 "no channel named {:?} is served here",
                 crate::code::printable(&name, 128)
@@ -1032,6 +1058,7 @@ async fn run_handler(handler: &ChannelHandler, channel: Channel) {
         Ok(Ok(())) => {}
         Ok(Err(_)) if channel.close_reason().is_some() => {}
         Ok(Err(error)) => {
+            channel.session().tally.one(Count::HandlersFailed);
             tracing::warn!(channel = %name, %error, "channel handler failed");
             channel.close_with(CloseReason::local(
                 CloseCode::HANDLER_FAILED,
@@ -1039,6 +1066,7 @@ async fn run_handler(handler: &ChannelHandler, channel: Channel) {
             ));
         }
         Err(_) => {
+            channel.session().tally.one(Count::HandlerPanics);
             tracing::error!(channel = %name, "channel handler panicked");
             channel.close_with(CloseReason::local(
                 CloseCode::INTERNAL,
