@@ -582,7 +582,7 @@ impl ClientBuilder {
         self
     }
 
-    #[cfg(all(test, feature = "testing"))]
+    #[cfg(feature = "testing")]
     pub(crate) fn network(&self) -> &Via {
         &self.via
     }

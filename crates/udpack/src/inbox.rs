@@ -252,6 +252,8 @@ impl Inbox {
         let mut state = lock(&self.state);
         loop {
             if let Some(reply) = state.replies.get_mut(&id).and_then(Option::take) {
+                // Else it would look like a request that was given up.
+                state.replies.remove(&id);
                 return Poll::Ready(Ok(reply));
             }
             if state.backlog_full(session) {

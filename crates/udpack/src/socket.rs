@@ -797,10 +797,10 @@ fn on_control(session: &Session, message: Result<crate::Message, Ending>) -> Opt
                 match control::decode_welcome(&message) {
                     Ok(welcome) => {
                         session.peer_frame.store(welcome.frame, Ordering::Relaxed);
-                        session.life.counts_for(welcome.expires);
                         tracing::Span::current().record("session", &*welcome.session);
                         session.tally.one(Count::Admitted);
                         session.tally.one(Count::Sockets);
+                        session.life.counts_for(welcome.expires);
                         session.set_welcome(welcome);
                         if let Some(states) = &session.states {
                             states.set(State::Connected {

@@ -353,6 +353,14 @@ impl Net {
         (there, here)
     }
 
+    /// A QUIC endpoint at an address of its own, for peers that speak QUIC and nothing else.
+    #[doc(hidden)]
+    pub fn bare(&self) -> io::Result<quinn::Endpoint> {
+        let via = self.attach(Client::builder()).network().clone();
+        let anywhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+        via.open(anywhere, 0, quinn::EndpointConfig::default(), None)
+    }
+
     fn set_cut(&self, host: Option<usize>, cut: Cut) {
         let mut state = lock(&self.state);
         match host {

@@ -77,9 +77,8 @@ impl Volatile {
     /// The first rule that it breaks.
     pub fn decode(body: Bytes) -> Result<Self, VolatileError> {
         let mut walk = Walk::new(&body, Shape::default())?;
-        let arity = match walk.enter()? {
-            Head::Array(arity @ 2..=4) => arity,
-            _ => return Err(VolatileError::Shape),
+        let Head::Array(arity @ 2..=4) = walk.enter()? else {
+            return Err(VolatileError::Shape);
         };
         let at = |walk: &Walk<'_>| body.len() - walk.left();
         let event = walk.value()?;
@@ -233,8 +232,8 @@ impl Socket {
     /// packet is lost, it is lost. Up to about 1,100 bytes, as the path allows, travel as one datagram, ahead
     /// of the channels' bytes; more take a stream of their own, one after the other. Also at the peer a newer
     /// one takes the place of one that nobody has taken yet, and an older one that comes late is dropped. What
-    /// waits is bounded by `Limits::volatile_keys` and `Limits::volatile_bytes`: the one that has waited
-    /// longest is dropped.
+    /// waits is bounded by `Limits::volatile_keys` and `Limits::volatile_bytes`: what has waited longest is
+    /// dropped, large ones first. `Socket::metrics` counts what was dropped.
     ///
     /// # Errors
     /// When the socket is over, or the message cannot be sent at all: reserved or unsound event name, data
@@ -519,8 +518,12 @@ pub(crate) async fn serve(session: &Session, conn: &quinn::Connection) -> Infall
 
 /// Drops what a peer sends that was not let in yet: it shall not gather.
 pub(crate) async fn discard(conn: &quinn::Connection) -> Infallible {
+    let mut dropped = 0_usize;
     while conn.read_datagram().await.is_ok() {
-        tokio::task::yield_now().await;
+        dropped = dropped.wrapping_add(1);
+        if dropped.is_multiple_of(TURN) {
+            tokio::task::yield_now().await;
+        }
     }
     std::future::pending().await
 }
@@ -528,7 +531,7 @@ pub(crate) async fn discard(conn: &quinn::Connection) -> Infallible {
 /// Sends what fits into datagrams, as QUIC has room, until the connection is over.
 async fn send_small(session: &Session, conn: &quinn::Connection) {
     let volatiles = &session.volatiles;
-    let mut moved = 0;
+    let mut moved = 0_usize;
     loop {
         let first = lock(&volatiles.out)
             .small
@@ -538,8 +541,8 @@ async fn send_small(session: &Session, conn: &quinn::Connection) {
             volatiles.small.notified().await;
             continue;
         };
-        moved += 1;
-        if moved % TURN == 0 {
+        moved = moved.wrapping_add(1);
+        if moved.is_multiple_of(TURN) {
             tokio::task::yield_now().await;
         }
         let sent = if conn
@@ -548,9 +551,9 @@ async fn send_small(session: &Session, conn: &quinn::Connection) {
         {
             tokio::select! {
                 biased;
-                sent = conn.send_datagram_wait(body) => sent,
                 // Perhaps there is a newer one now.
                 () = volatiles.small.notified() => continue,
+                sent = conn.send_datagram_wait(body) => sent,
             }
         } else {
             Err(SendDatagramError::TooLarge)
@@ -558,10 +561,11 @@ async fn send_small(session: &Session, conn: &quinn::Connection) {
         match sent {
             Ok(()) => {
                 let mut out = lock(&volatiles.out);
+                // Else it was replaced, and so counted as dropped, in the very moment.
                 if out.small.seq(&place) == Some(seq) {
                     out.small.remove(&place);
+                    session.tally.one(Count::VolatileSent);
                 }
-                session.tally.one(Count::VolatileSent);
             }
             Err(SendDatagramError::ConnectionLost(_)) => return,
             Err(_) => {
@@ -610,12 +614,12 @@ async fn send_large(session: &Session, conn: &quinn::Connection) {
 }
 
 async fn take_datagrams(session: &Session, conn: &quinn::Connection) {
-    let mut moved = 0;
+    let mut moved = 0_usize;
     while let Ok(datagram) = conn.read_datagram().await {
         // A copy: the datagram is a slice of a buffer in which others came.
         take(session, Bytes::copy_from_slice(&datagram));
-        moved += 1;
-        if moved % TURN == 0 {
+        moved = moved.wrapping_add(1);
+        if moved.is_multiple_of(TURN) {
             tokio::task::yield_now().await;
         }
     }

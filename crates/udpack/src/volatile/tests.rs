@@ -75,7 +75,7 @@ fn what_the_peer_would_refuse_is_not_sent() {
 fn the_newest_of_each_place_waits() {
     let limits = limits(10, 1000);
     let mut out = Out::default();
-    let mut queue = |out: &mut Out, event: &str, key, seq| {
+    let queue = |out: &mut Out, event: &str, key, seq| {
         out.queue(place(event, key), seq, body(event, key, seq), &limits)
     };
     assert_eq!(queue(&mut out, "a", None, 1), 0);
