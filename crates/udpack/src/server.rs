@@ -34,6 +34,7 @@ use crate::lifetime::{self, Authorize, Guard};
 use crate::metrics::{Count, Metrics, Tally, Words};
 use crate::qlog::Qlog;
 use crate::quiet::Quiet;
+use crate::rooms::Rooms;
 use crate::session::{Session, SessionId, lock};
 use crate::socket::{Awaited, Comeback, Control, IntoOutcome, Link, Registry, Socket, live};
 use crate::speed::{Counters, SpeedMeter, Stats};
@@ -87,6 +88,7 @@ struct Shared {
     tally: Arc<Tally>,
     /// Wire numbers of the sockets that are gone.
     past: Mutex<Stats>,
+    rooms: Rooms,
     sockets: Mutex<Sockets>,
     socket_ended: Notify,
     handshakes: AtomicUsize,
@@ -177,6 +179,11 @@ impl Server {
             .values()
             .cloned()
             .collect()
+    }
+
+    /// The rooms of this server: send to them, see who is there.
+    pub fn rooms(&self) -> &Rooms {
+        &self.inner.shared.rooms
     }
 
     /// Closes the sockets of all peers that `whom` picks, at once and with `auth_revoked`. Returns how many.
@@ -457,6 +464,7 @@ impl ServerBuilder {
         let handlers = !registry.is_empty() || self.on_socket.is_some();
         registry.pull |= registry.is_empty();
         let (accept_queue, accepted) = mpsc::channel(ACCEPT_QUEUE);
+        let rooms = Rooms::new(self.limits.rooms, tokio::runtime::Handle::current());
         let shared = Arc::new(Shared {
             endpoint,
             fingerprint: identity.fingerprint(),
@@ -472,6 +480,7 @@ impl ServerBuilder {
             detached: Arc::default(),
             tally: Tally::root(),
             past: Mutex::default(),
+            rooms,
             sockets: Mutex::default(),
             socket_ended: Notify::new(),
             handshakes: AtomicUsize::new(0),
@@ -632,6 +641,7 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
         }
     };
     drop(handshake);
+    let _ = session.rooms.set(shared.rooms.clone());
     let (queue, incoming) = mpsc::channel(CHANNEL_QUEUE);
     let socket = Socket::new(session.clone(), incoming);
     let key = place.enter(socket.clone());

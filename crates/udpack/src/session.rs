@@ -25,6 +25,7 @@ use crate::open::OpenError;
 use crate::outbox::Budget;
 use crate::quiet::Quiet;
 use crate::reconnect::StateFeed;
+use crate::rooms::Rooms;
 use crate::speed::Counters;
 use crate::turns::Turns;
 use crate::volatile::Volatiles;
@@ -212,6 +213,8 @@ pub(crate) struct Session {
     /// Whose turn it is to write.
     pub(crate) turns: Turns,
     next_channel: AtomicU64,
+    /// The server's rooms; never set at a client.
+    pub(crate) rooms: OnceLock<Rooms>,
     /// Writer tasks; each ends with its channel or with the connection.
     pub(crate) tasks: TaskTracker,
     /// A client's endpoint lives as long as its connection.
@@ -276,6 +279,7 @@ impl Session {
             volatiles: Volatiles::default(),
             turns: Turns::default(),
             next_channel: AtomicU64::new(1),
+            rooms: OnceLock::new(),
             tasks: TaskTracker::new(),
             endpoint: Mutex::new(endpoint),
             lease: OnceLock::new(),
@@ -541,7 +545,7 @@ impl Session {
     /// Lets every channel send what is queued and then end, for good: nothing is kept any more.
     pub(crate) fn finish_channels(&self) {
         for pipe in self.live_pipes() {
-            pipe.settle();
+            pipe.forget();
             pipe.finish();
         }
     }

@@ -564,6 +564,9 @@ impl Driver {
             channels.spawn(pipe.reopen(session.clone(), conn.clone(), number));
         }
         session.set_up(Some(number));
+        if let Some(rooms) = session.rooms.get() {
+            rooms.resumed(session);
+        }
         tracing::info!(session = %session.id(), resumed = self.resumed, "connected again");
         if let Some(states) = &session.states {
             states.set(State::Connected {
