@@ -524,7 +524,12 @@ async fn tokens_end_and_are_withdrawn_while_nobody_is_connected() {
 async fn whoever_comes_back_is_looked_at_again() {
     tokio::time::timeout(HOUR, async {
         let net = Net::new(5).delay(Duration::from_millis(10));
-        let server = net.bind(pinging()).await.expect("bound");
+        // However long the pauses between the client's tries are drawn.
+        let server = pinging().timeouts(Timeouts {
+            resume: HOUR / 4,
+            ..Timeouts::default()
+        });
+        let server = net.bind(server).await.expect("bound");
         let asked = AtomicUsize::new(0);
         let source = move || {
             let turn = asked.fetch_add(1, Ordering::Relaxed);
@@ -540,7 +545,7 @@ async fn whoever_comes_back_is_looked_at_again() {
         let socket = net.connect(builder, &server).await.expect("let in");
         let there = only(&server);
         let id = there.id();
-        net.cut_for(Duration::from_secs(45));
+        net.cut_for(Duration::from_secs(33));
         assert!(there.peer().claim("first").is_some());
         while there.peer().claim("later").is_none() {
             tokio::time::sleep(Duration::from_millis(100)).await;
