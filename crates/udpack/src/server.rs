@@ -725,7 +725,7 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, Clos
     let agent = hello.agent().to_owned();
     let peer = shared
         .guard
-        .verify(hello, shared.timeouts.auth_failure)
+        .verify(hello, shared.timeouts.auth_failure, &shared.tally)
         .await
         .map_err(|Deny { code, text }| CloseReason::local(code, text))?;
     let no_random = |_| CloseReason::local(CloseCode::INTERNAL, "no random numbers");

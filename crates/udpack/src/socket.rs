@@ -652,7 +652,8 @@ impl Driver {
                                 }
                             }
                         }
-                        Some(reason) if reason.by == Side::Peer && comeback.survives(&reason) => {
+                        // The control stream may tell of a lost connection before the connection does.
+                        Some(reason) if reason.by != Side::Local && comeback.survives(&reason) => {
                             // It will not be there for us, but perhaps another is.
                             conn.close(reason.code.varint(), reason.text.as_bytes());
                             return Outcome::Lost(reason);
