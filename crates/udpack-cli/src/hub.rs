@@ -135,7 +135,7 @@ impl Hub {
                     self.inner.dropped.fetch_add(1, Ordering::Relaxed);
                     if lost == 0 {
                         tracing::warn!(
-                            session = member.channel.session_id(),
+                            session = %member.channel.session_id(),
                             "slow listener loses events"
                         );
                     }
@@ -182,7 +182,7 @@ impl Drop for Seat {
             if dropped > 0 {
                 let total = self.hub.inner.dropped.load(Ordering::Relaxed);
                 tracing::info!(
-                    session = member.channel.session_id(),
+                    session = %member.channel.session_id(),
                     dropped,
                     total,
                     "slow listener left"

@@ -54,7 +54,9 @@ mod open;
 mod outbox;
 mod qlog;
 mod quiet;
+mod reconnect;
 mod request;
+mod resume;
 mod secret_file;
 mod server;
 mod session;
@@ -80,9 +82,11 @@ pub use message::{DecodeError, EncodeError, Encoded, Message, NameError};
 pub use metrics::{Ends, Metrics};
 pub use msgpack::{FieldError, Fields, Values};
 pub use open::{OpenChannel, OpenError};
+pub use reconnect::{Reconnect, State, States};
 pub use request::{Request, RequestError};
 pub use secret_file::SecretFileError;
 pub use server::{BindError, Server, ServerBuilder, ServerError};
+pub use session::SessionId;
 pub use socket::{IntoOutcome, Socket};
 pub use speed::{Speed, SpeedMeter, Stats};
 pub use tokens::{NewToken, TokenEntry, TokenFile, TokenFileError, TokenLineError, generate_token};
@@ -93,9 +97,10 @@ pub use url::{ConnectUrl, ConnectUrlError, DEFAULT_PORT};
 /// Pure functions over bytes; see `docs/PROTOCOL.md`.
 pub mod wire {
     pub use crate::control::{
-        Ack, ControlError, HelloMessage, Open, Refresh, Refreshed, ResumeGrant, ResumeRequest,
-        ResumeTicket, Resumed, Welcome, decode_ack, decode_close, decode_gap, decode_goaway,
-        decode_hello, decode_open, decode_refresh, decode_refreshed, decode_resume, decode_welcome,
+        Ack, Channels, ControlError, HelloMessage, Open, Refresh, Refreshed, ResumeGrant,
+        ResumeRequest, ResumeTicket, Resumed, Welcome, decode_ack, decode_channels, decode_close,
+        decode_gap, decode_goaway, decode_hello, decode_open, decode_refresh, decode_refreshed,
+        decode_resume, decode_welcome,
     };
     pub use crate::frame::{FrameDecoder, FrameError, PREFIX};
     pub use crate::message::{Message, MessageError};
