@@ -15,9 +15,10 @@ fn http(address: &str, request: &str) -> String {
     stream
         .set_read_timeout(Some(Duration::from_secs(20)))
         .expect("a timeout");
-    stream.write_all(request.as_bytes()).expect("written");
+    // Whoever is cut off while it writes or reads sees less, or nothing.
+    let _ = stream.write_all(request.as_bytes());
     let mut text = String::new();
-    stream.read_to_string(&mut text).expect("an answer");
+    let _ = stream.read_to_string(&mut text);
     text
 }
 
@@ -96,7 +97,7 @@ fn counters_are_served_over_http_and_nothing_else_is() {
     assert!(posted.starts_with("HTTP/1.1 405 "), "{posted}");
     assert!(posted.to_lowercase().contains("allow: get"), "{posted}");
     // Too long a head and no HTTP at all end the connection; the next one is served.
-    let long = format!("GET /metrics HTTP/1.1\r\nX: {}\r\n\r\n", "x".repeat(8100));
+    let long = format!("GET /metrics HTTP/1.1\r\nX: {}\r\n\r\n", "x".repeat(100_000));
     assert!(!http(&metrics, &long).starts_with("HTTP/1.1 200 "));
     let _ = http(&metrics, "\u{0}\u{1}nonsense\r\n\r\n");
     assert!(get(&metrics, "/metrics").starts_with("HTTP/1.1 200 "));
