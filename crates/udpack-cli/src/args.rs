@@ -183,6 +183,10 @@ pub(crate) struct TokenNewArgs {
     #[arg(long, value_name = "SIZE")]
     pub(crate) quota: Option<Size>,
 
+    /// When it ends: after a time such as 30d or 12h, or at one such as 2027-01-31 or 2027-01-31T12:00:00Z.
+    #[arg(long, value_name = "TIME")]
+    pub(crate) expires: Option<String>,
+
     #[command(flatten)]
     pub(crate) file: TokenFileArgs,
 }

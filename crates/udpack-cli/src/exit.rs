@@ -283,6 +283,7 @@ fn closed(reason: &CloseReason) -> Meaning {
         | CloseCode::AUTH_REQUIRED
         | CloseCode::AUTH_REVOKED
         | CloseCode::AUTH_TIMEOUT
+        | CloseCode::AUTH_EXPIRED
         | CloseCode::FORBIDDEN => (
             Kind::Auth,
             hint(
@@ -534,6 +535,7 @@ mod tests {
         };
         assert_eq!(exit(CloseCode::AUTH_FAILED), 4);
         assert_eq!(exit(CloseCode::AUTH_REVOKED), 4);
+        assert_eq!(exit(CloseCode::AUTH_EXPIRED), 4);
         assert_eq!(exit(CloseCode::SHUTTING_DOWN), 5);
         assert_eq!(exit(CloseCode::SERVER_BUSY), 5);
         assert_eq!(exit(CloseCode::TIMED_OUT), 5);

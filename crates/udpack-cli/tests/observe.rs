@@ -97,7 +97,10 @@ fn counters_are_served_over_http_and_nothing_else_is() {
     assert!(posted.starts_with("HTTP/1.1 405 "), "{posted}");
     assert!(posted.to_lowercase().contains("allow: get"), "{posted}");
     // Too long a head and no HTTP at all end the connection; the next one is served.
-    let long = format!("GET /metrics HTTP/1.1\r\nX: {}\r\n\r\n", "x".repeat(100_000));
+    let long = format!(
+        "GET /metrics HTTP/1.1\r\nX: {}\r\n\r\n",
+        "x".repeat(100_000)
+    );
     assert!(!http(&metrics, &long).starts_with("HTTP/1.1 200 "));
     let _ = http(&metrics, "\u{0}\u{1}nonsense\r\n\r\n");
     assert!(get(&metrics, "/metrics").starts_with("HTTP/1.1 200 "));

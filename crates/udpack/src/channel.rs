@@ -3,8 +3,8 @@
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, OnceLock, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -19,9 +19,10 @@ use crate::config::Priority;
 use crate::control::{self, ControlError, FAULT, REPLY, Resumed};
 use crate::inbox::{Ending, Inbox};
 use crate::message::{DecodeError, EncodeError, Encoded, Message};
-use crate::metrics::Words;
+use crate::metrics::{Count, Words};
 use crate::outbox::{self, Outbox, PushError, Way, Written};
 use crate::resume::Mismatch;
+use crate::rooms::Guest;
 use crate::session::{ChannelKey, End, Lease, Session};
 use crate::speed::{Counters, SpeedMeter, Stats};
 
@@ -71,6 +72,8 @@ pub(crate) struct Inner {
     pub(crate) counters: Arc<Counters>,
     pub(crate) end: Arc<End>,
     pub(crate) next_request: AtomicU64,
+    /// What stands for this channel in rooms, from the first one on; only at a server.
+    member: OnceLock<Arc<Guest>>,
     _lease: Option<Arc<Lease>>,
 }
 
@@ -86,7 +89,20 @@ impl Drop for Inner {
     }
 }
 
+/// Leads to a channel without keeping it open.
+pub(crate) struct WeakChannel(Weak<Inner>);
+
+impl WeakChannel {
+    pub(crate) fn upgrade(&self) -> Option<Channel> {
+        self.0.upgrade().map(|inner| Channel { inner })
+    }
+}
+
 impl Channel {
+    pub(crate) fn downgrade(&self) -> WeakChannel {
+        WeakChannel(Arc::downgrade(&self.inner))
+    }
+
     /// Puts a channel over a stream; its writer runs until the channel or the connection ends. `own` says that
     /// this side opened it.
     pub(crate) fn start(
@@ -120,6 +136,7 @@ impl Channel {
             registration: session.next_registration(),
         });
         session.register(pipe.registration, &pipe);
+        session.tally.one(Count::Channels);
         let conn = way.conn.clone();
         pipe.spawn_writer(&session, way);
         if opened.resumable {
@@ -142,6 +159,7 @@ impl Channel {
                 counters,
                 end,
                 next_request: AtomicU64::new(1),
+                member: OnceLock::new(),
                 _lease: lease,
             }),
         }
@@ -179,6 +197,14 @@ impl Channel {
         &self.inner.session
     }
 
+    pub(crate) fn outbox(&self) -> &Arc<Outbox> {
+        &self.inner.outbox
+    }
+
+    pub(crate) fn member(&self) -> &OnceLock<Arc<Guest>> {
+        &self.inner.member
+    }
+
     /// Sends one message. Structs travel as maps.
     ///
     /// Returns when the message is queued; waits while the queue is full (`Limits::outbound_bytes`,
@@ -195,10 +221,10 @@ impl Channel {
         event: &str,
         data: &T,
     ) -> Result<(), SendError> {
-        while !self.try_send(event, data)? {
-            self.inner.outbox.room().await;
-        }
-        Ok(())
+        application_event(event)?;
+        let limit = self.inner.session.frame_limit();
+        let queued = self.inner.outbox.message(event, data, None, limit).await;
+        queued.map_err(|error| self.send_error(error))
     }
 
     /// Sends one message if the queue has room now; `Ok(false)` says that it has none.
@@ -226,10 +252,9 @@ impl Channel {
     /// # Cancel safety
     /// As [`send`](Self::send).
     pub async fn send_encoded(&self, message: &Encoded) -> Result<(), SendError> {
-        while !self.try_send_encoded(message)? {
-            self.inner.outbox.room().await;
-        }
-        Ok(())
+        let limit = self.inner.session.frame_limit();
+        let queued = self.inner.outbox.encoded(message, limit).await;
+        queued.map_err(|error| self.send_error(error))
     }
 
     /// Sends an encoded message if the queue has room now; `Ok(false)` says that it has none.
@@ -261,16 +286,9 @@ impl Channel {
     ) -> Result<(), SendError> {
         application_event(event)?;
         let limit = self.inner.session.frame_limit();
-        loop {
-            let queued = self
-                .inner
-                .outbox
-                .try_bulk(event, header, key, &payload, limit);
-            if queued.map_err(|error| self.send_error(error))? {
-                return Ok(());
-            }
-            self.inner.outbox.room().await;
-        }
+        let outbox = &self.inner.outbox;
+        let queued = outbox.bulk(event, header, key, &payload, limit).await;
+        queued.map_err(|error| self.send_error(error))
     }
 
     /// The next message; `Ok(None)` after the peer has finished or closed with `normal`.
@@ -347,13 +365,9 @@ impl Channel {
         id: u64,
     ) -> Result<(), SendError> {
         let limit = self.inner.session.frame_limit();
-        loop {
-            let queued = self.inner.outbox.try_message(event, data, Some(id), limit);
-            if queued.map_err(|error| self.send_error(error))? {
-                return Ok(());
-            }
-            self.inner.outbox.room().await;
-        }
+        let outbox = &self.inner.outbox;
+        let queued = outbox.message(event, data, Some(id), limit).await;
+        queued.map_err(|error| self.send_error(error))
     }
 
     /// Ends the sending direction and waits until the peer's transport has acknowledged everything sent.
@@ -497,12 +511,6 @@ impl Channel {
 }
 
 impl Pipe {
-    /// How the channel ended, for counting; one that both sides finished has said nothing.
-    pub(crate) fn last_words(&self) -> CloseReason {
-        let finished = || CloseReason::local(CloseCode::NORMAL, "");
-        self.end.get().cloned().unwrap_or_else(finished)
-    }
-
     /// Whether nothing can come of it any more, in either direction.
     pub(crate) fn is_over(&self) -> bool {
         self.outbox.is_over() && self.inbox.ending().is_some()
@@ -513,7 +521,17 @@ impl Pipe {
         self.end.set(reason.clone());
         self.outbox.end(Err(reason.clone()));
         self.inbox.fail(Ending::Closed(reason.clone()));
-        session.unregister(self.registration);
+        self.unregister(session);
+    }
+
+    /// Counts the channel as one that is over.
+    fn unregister(&self, session: &Session) {
+        if session.unregister(self.registration) {
+            let finished = || CloseReason::local(CloseCode::NORMAL, "");
+            let reason = self.end.get().cloned().unwrap_or_else(finished);
+            session.tally.less(Count::Channels);
+            session.tally.channel_closed(&reason);
+        }
     }
 
     /// Lets what is queued go out, then ends the direction.
@@ -522,8 +540,8 @@ impl Pipe {
     }
 
     /// Nothing will be repeated any more.
-    pub(crate) fn settle(&self) {
-        self.outbox.settle();
+    pub(crate) fn forget(&self) {
+        self.outbox.forget();
     }
 
     /// Lets what is queued go out and ends the channel for this reason when the peer has ended it, too.
@@ -576,7 +594,7 @@ impl Pipe {
             Ok(Ok(Resumed { done: true, .. })) => {
                 self.outbox.end(Ok(()));
                 self.inbox.fail(Ending::Finished);
-                session.unregister(self.registration);
+                self.unregister(&session);
                 session.prune();
             }
             Ok(Ok(Resumed { received, .. })) => {
@@ -670,7 +688,7 @@ impl Pipe {
                 }
             }
             if pipe.outbox.is_over() {
-                session.unregister(pipe.registration);
+                pipe.unregister(&session);
                 session.prune();
             }
         };

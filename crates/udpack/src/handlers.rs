@@ -31,7 +31,7 @@ impl Context {
     }
 
     /// Who sent it: the identity found at authentication.
-    pub fn peer(&self) -> Option<&Peer> {
+    pub fn peer(&self) -> Option<Peer> {
         self.channel.session().peer.get()
     }
 

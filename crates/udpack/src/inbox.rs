@@ -22,7 +22,7 @@ use crate::control::{
 };
 use crate::frame::FrameDecoder;
 use crate::message::Message;
-use crate::metrics::Count as Counted;
+use crate::metrics::Count;
 use crate::session::{ChannelKey, Session, lock, lost};
 use crate::speed::Counters;
 
@@ -39,7 +39,7 @@ pub(crate) struct Inbox {
 struct State {
     /// None while a resumable channel has no connection.
     stream: Option<quinn::RecvStream>,
-    resume: Option<Count>,
+    resume: Option<Received>,
     /// How the direction ends when its stream is lost, or finished, once that is decided from outside.
     on_loss: Option<Ending>,
     on_finish: Option<CloseReason>,
@@ -64,7 +64,7 @@ struct State {
 
 /// What a resumable channel has received.
 #[derive(Debug)]
-struct Count {
+struct Received {
     key: ChannelKey,
     /// Frames since the channel began; one more when the peer has ended its direction.
     frames: u64,
@@ -74,7 +74,7 @@ struct Count {
     bytes: usize,
 }
 
-impl Count {
+impl Received {
     /// Received frames that the peer is told of at the latest.
     const FRAMES: u64 = 256;
     /// Received bytes that the peer is told of at the latest.
@@ -145,7 +145,7 @@ impl Inbox {
 
     /// Counts the frames that come from now on, because the channel may go on over another stream.
     pub(crate) fn count(&self, key: ChannelKey) {
-        lock(&self.state).resume = Some(Count {
+        lock(&self.state).resume = Some(Received {
             key,
             frames: 0,
             told: 0,
@@ -365,14 +365,14 @@ impl State {
     fn poll_step(&mut self, session: &Session, counters: &Counters) -> Poll<Step> {
         loop {
             let polled = self.poll_decoded(session, counters);
-            self.tally(session, matches!(polled, Poll::Ready(Ok(_))));
+            self.count(session, matches!(polled, Poll::Ready(Ok(_))));
             let message = match std::task::ready!(polled) {
                 Ok(message) => message,
                 Err(end) => return Poll::Ready(Step::End(end)),
             };
             if !message.is_reserved() {
                 if message.id().is_some() {
-                    session.tally.one(Counted::RequestsReceived);
+                    session.tally.one(Count::RequestsReceived);
                 }
                 return Poll::Ready(Step::Message(message));
             }
@@ -391,7 +391,7 @@ impl State {
                     }
                 }
                 (CANCEL, Some(id)) => {
-                    session.tally.one(Counted::RequestsCancelled);
+                    session.tally.one(Count::RequestsCancelled);
                     if let Some(at) = self
                         .backlog
                         .iter()
@@ -435,11 +435,11 @@ impl State {
     }
 
     /// Counts messages, a batch at a time: until none is left, or there are many.
-    fn tally(&mut self, session: &Session, message: bool) {
+    fn count(&mut self, session: &Session, message: bool) {
         self.uncounted += u64::from(message);
         if self.uncounted > 0 && (!message || self.uncounted >= COUNTED) {
             let messages = std::mem::take(&mut self.uncounted);
-            session.tally.add(Counted::MessagesReceived, messages);
+            session.tally.add(Count::MessagesReceived, messages);
         }
     }
 
@@ -458,7 +458,8 @@ impl State {
                     if let Some(count) = &mut self.resume {
                         count.frames += 1;
                         count.bytes += body.len();
-                        if count.frames - count.told >= Count::FRAMES || count.bytes >= Count::BYTES
+                        if count.frames - count.told >= Received::FRAMES
+                            || count.bytes >= Received::BYTES
                         {
                             count.tell(session);
                         }

@@ -150,9 +150,9 @@ impl<'a, T: Serialize + Sync + ?Sized> OpenChannel<'a, T> {
             epoch: 0,
             first: Some(frame),
         };
-        let session = session.clone();
         session.tally.one(Count::ChannelsOpened);
         let span = tracing::debug_span!(parent: &session.span, "channel", name, id);
+        let session = session.clone();
         Ok(span.in_scope(|| Channel::start(session, opened, true, way, link, inbox, counters)))
     }
 }

@@ -13,19 +13,22 @@ use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio_util::task::TaskTracker;
 
-use crate::auth::Peer;
+use crate::auth::PeerCell;
 use crate::channel::Pipe;
 use crate::code::{CloseCode, CloseReason, Side, printable};
 use crate::config::{Limits, Timeouts};
 use crate::control::{GoAway, Welcome};
 use crate::extensions::Extensions;
-use crate::metrics::{Count, Tally};
+use crate::lifetime::Life;
+use crate::metrics::Tally;
 use crate::open::OpenError;
 use crate::outbox::Budget;
 use crate::quiet::Quiet;
 use crate::reconnect::StateFeed;
+use crate::rooms::Rooms;
 use crate::speed::Counters;
 use crate::turns::Turns;
+use crate::volatile::Volatiles;
 
 /// Locks a mutex whose data stays sound when a holder panics.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -165,12 +168,13 @@ pub(crate) struct Session {
     conn: RwLock<Arc<quinn::Connection>>,
     /// Whether this side dialled.
     pub(crate) client: bool,
-    pub(crate) peer: OnceLock<Peer>,
+    pub(crate) peer: PeerCell,
+    pub(crate) life: Life,
     pub(crate) limits: Arc<Limits>,
     pub(crate) timeouts: Arc<Timeouts>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) tally: Arc<Tally>,
-    /// The span of the session, parent of its channels'.
+    /// The span of the connection, parent of its channels'.
     pub(crate) span: tracing::Span,
     pub(crate) extensions: Extensions,
     /// What the server announced (at the client) or has announced (at the server); set on admission.
@@ -204,9 +208,13 @@ pub(crate) struct Session {
     pub(crate) states: Option<StateFeed>,
     pub(crate) channel_ended: Notify,
     next_key: AtomicU64,
+    /// Volatile messages that wait, both ways.
+    pub(crate) volatiles: Volatiles,
     /// Whose turn it is to write.
     pub(crate) turns: Turns,
     next_channel: AtomicU64,
+    /// The server's rooms; never set at a client.
+    pub(crate) rooms: OnceLock<Rooms>,
     /// Writer tasks; each ends with its channel or with the connection.
     pub(crate) tasks: TaskTracker,
     /// A client's endpoint lives as long as its connection.
@@ -240,7 +248,8 @@ impl Session {
         Arc::new(Self {
             conn: RwLock::new(Arc::new(conn)),
             client,
-            peer: OnceLock::new(),
+            peer: PeerCell::default(),
+            life: Life::default(),
             peer_frame: AtomicU64::new(limits.frame as u64),
             budget: Arc::new(Budget::new(limits.resume_bytes)),
             limits,
@@ -267,8 +276,10 @@ impl Session {
             states,
             channel_ended: Notify::new(),
             next_key: AtomicU64::new(0),
+            volatiles: Volatiles::default(),
             turns: Turns::default(),
             next_channel: AtomicU64::new(1),
+            rooms: OnceLock::new(),
             tasks: TaskTracker::new(),
             endpoint: Mutex::new(endpoint),
             lease: OnceLock::new(),
@@ -507,19 +518,16 @@ impl Session {
     }
 
     pub(crate) fn register(&self, registration: u64, pipe: &Arc<Pipe>) {
-        self.tally.one(Count::Channels);
         lock(&self.pipes).insert(registration, Arc::downgrade(pipe));
     }
 
-    pub(crate) fn unregister(&self, registration: u64) {
-        let pipe = lock(&self.pipes).remove(&registration);
-        if let Some(pipe) = pipe {
-            self.tally.less(Count::Channels);
-            if let Some(pipe) = pipe.upgrade() {
-                self.tally.channel_closed(&pipe.last_words());
-            }
+    /// Says whether it was there.
+    pub(crate) fn unregister(&self, registration: u64) -> bool {
+        let was_there = lock(&self.pipes).remove(&registration).is_some();
+        if was_there {
             self.channel_ended.notify_waiters();
         }
+        was_there
     }
 
     fn live_pipes(&self) -> Vec<Arc<Pipe>> {
@@ -537,7 +545,7 @@ impl Session {
     /// Lets every channel send what is queued and then end, for good: nothing is kept any more.
     pub(crate) fn finish_channels(&self) {
         for pipe in self.live_pipes() {
-            pipe.settle();
+            pipe.forget();
             pipe.finish();
         }
     }
