@@ -735,7 +735,10 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, Clos
     };
     let (session, back, reason) = match back {
         Some(Ok((kept, permit))) => (kept, Some(permit), None),
-        Some(Err(reason)) => (session.clone(), None, Some(reason.to_owned())),
+        Some(Err(reason)) => {
+            session.tally.word(Words::ResumesRefused, reason);
+            (session.clone(), None, Some(reason.to_owned()))
+        }
         None => (session.clone(), None, None),
     };
     let window = shared.timeouts.resume;

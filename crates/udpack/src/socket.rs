@@ -34,7 +34,7 @@ use crate::endpoint;
 use crate::extensions::Extensions;
 use crate::inbox::{Ending, Inbox};
 use crate::lifetime::{self, Lifetime, RefreshError};
-use crate::metrics::{Count, Metrics};
+use crate::metrics::{Count, Metrics, Tally, Words};
 use crate::outbox::Way;
 use crate::reconnect::{SocketState, SocketStates, StateFeed};
 use crate::resume::Mismatch;
@@ -474,8 +474,17 @@ impl Comeback {
         reason: CloseReason,
         moved: bool,
     ) -> Result<Link, CloseReason> {
+        /// Counts one session for as long as it has no connection.
+        struct Detached<'a>(&'a Tally);
+        impl Drop for Detached<'_> {
+            fn drop(&mut self) {
+                self.0.less(Count::Detached);
+            }
+        }
         session.set_up(None);
         session.budget.set_detached(true);
+        session.tally.one(Count::Detached);
+        let _detached = Detached(&session.tally);
         let next = async {
             match self {
                 Self::Never => Err(reason),
@@ -558,6 +567,7 @@ impl Driver {
                     .clone()
                     .unwrap_or_else(|| "unknown".to_owned());
                 let text = format!("the session could not be resumed: {words}");
+                session.tally.word(Words::ResumesRefused, &words);
                 session.fail_resumable(&CloseReason::new(
                     CloseCode::NOT_RESUMED,
                     text,
@@ -576,6 +586,12 @@ impl Driver {
             channels.spawn(pipe.reopen(session.clone(), conn.clone(), number));
         }
         session.set_up(Some(number));
+        if self.resumed {
+            session.tally.one(Count::Resumed);
+        }
+        if session.client {
+            session.tally.one(Count::Reconnects);
+        }
         if let Some(rooms) = session.rooms.get() {
             rooms.resumed(session);
         }
