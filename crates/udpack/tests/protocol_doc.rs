@@ -124,12 +124,13 @@ mod library {
     use udpack::wire::{self, FrameDecoder, Message};
 
     /// The protocol events whose tables the library checks by a function of their own.
-    pub(super) const TABLES: [&str; 10] = [
+    pub(super) const TABLES: [&str; 11] = [
         "hello",
         "welcome",
         "open",
         "close",
         "goaway",
+        "channels",
         "resume",
         "ack",
         "refresh",
@@ -198,6 +199,7 @@ mod library {
             "open" => wire::decode_open(&message).map(drop),
             "close" => wire::decode_close(&message).map(drop),
             "goaway" => wire::decode_goaway(&message).map(drop),
+            "channels" => wire::decode_channels(&message).map(drop),
             "resume" => wire::decode_resume(&message).map(drop),
             "ack" => wire::decode_ack(&message).map(drop),
             "refresh" => wire::decode_refresh(&message).map(drop),
