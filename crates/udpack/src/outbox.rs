@@ -22,6 +22,7 @@ use tokio::sync::Notify;
 use crate::code::{CloseCode, CloseReason};
 use crate::config::Priority;
 use crate::message::{self, EncodeError, Encoded};
+use crate::metrics::Count;
 use crate::resume::{Mismatch, Retained};
 use crate::session::{Session, lock, lost};
 use crate::speed::Counters;
@@ -654,6 +655,7 @@ async fn drive(
         match outbox.take(epoch, &mut batch) {
             Work::Batch { bytes, messages } => {
                 write(&mut stream, &mut batch, session, counters, outbox.priority).await?;
+                session.tally.add(Count::MessagesSent, messages as u64);
                 outbox.written(bytes, messages);
                 batch.clear();
             }
@@ -816,6 +818,7 @@ async fn progress(
 }
 
 fn slow_peer(stream: &mut quinn::SendStream, session: &Session) -> CloseReason {
+    session.tally.one(Count::SlowPeers);
     let _ = stream.reset(CloseCode::SLOW_PEER.varint());
     let text = format!(
         "the peer took nothing off the channel for {:?}",
