@@ -210,6 +210,16 @@ mod library {
         checked.map_err(|error| error.close_code().name())
     }
 
+    /// Checks a volatile message, which has no frame.
+    pub(super) fn datagram(body: &[u8]) -> Result<(), &'static str> {
+        use udpack::{CloseCode, Volatile, VolatileError};
+        match Volatile::decode(Bytes::copy_from_slice(body)) {
+            Ok(_) => Ok(()),
+            Err(VolatileError::Msgpack(_)) => Err(CloseCode::BAD_MSGPACK.name()),
+            Err(_) => Err(CloseCode::BAD_MESSAGE.name()),
+        }
+    }
+
     /// A whole frame: length and body.
     pub(super) fn encode(event: &str, data: &super::Value) -> Result<Vec<u8>, String> {
         let encoded = udpack::Encoded::new(event, data).map_err(|error| error.to_string())?;
@@ -274,9 +284,13 @@ fn check_frames(vector: &Vector, stream: &[u8]) -> Result<(), String> {
     Ok(())
 }
 
-/// What an accepted volatile message says, item by item.
+/// A volatile message: whether it is accepted, and what it says, item by item.
 fn check_datagram(vector: &Vector, bytes: &[u8]) -> Result<(), String> {
-    if vector.refusal().is_some() {
+    let refusal = library::datagram(bytes).err();
+    if refusal != vector.refusal() {
+        return Err(format!("expected {:?}, got {refusal:?}", vector.refusal()));
+    }
+    if refusal.is_some() {
         return Ok(());
     }
     let fields = ["event", "data", "seq", "key"];
