@@ -5,9 +5,9 @@
 use bytes::Bytes;
 use libfuzzer_sys::{Corpus, fuzz_target};
 use udpack::wire::{
-    ControlError, HelloMessage, Message, Refreshed, decode_ack, decode_close, decode_gap,
-    decode_goaway, decode_hello, decode_open, decode_refresh, decode_refreshed, decode_resume,
-    decode_welcome, validate,
+    ControlError, HelloMessage, Message, Refreshed, decode_ack, decode_channels, decode_close,
+    decode_gap, decode_goaway, decode_hello, decode_open, decode_refresh, decode_refreshed,
+    decode_resume, decode_welcome, validate,
 };
 use udpack_fuzz::{assert_printable, within};
 
@@ -15,7 +15,7 @@ fuzz_target!(|input: &[u8]| -> Corpus {
     let Ok(message) = Message::decode(Bytes::copy_from_slice(input)) else {
         return Corpus::Reject;
     };
-    within(8192 + 4 * input.len(), || check(&message));
+    within(8192 + 32 * input.len(), || check(&message));
     Corpus::Keep
 });
 
@@ -76,6 +76,10 @@ fn check(message: &Message) {
     if let Some(goaway) = kept(decode_goaway(message), "$goaway", message) {
         accepted += 1;
         assert_printable(&goaway.text);
+    }
+    if let Some(channels) = kept(decode_channels(message), "$channels", message) {
+        accepted += 1;
+        assert!(channels.open.len() <= message.len());
     }
     if kept(decode_resume(message), "$resume", message).is_some() {
         accepted += 1;

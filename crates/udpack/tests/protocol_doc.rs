@@ -124,12 +124,13 @@ mod library {
     use udpack::wire::{self, FrameDecoder, Message};
 
     /// The protocol events whose tables the library checks by a function of their own.
-    pub(super) const TABLES: [&str; 10] = [
+    pub(super) const TABLES: [&str; 11] = [
         "hello",
         "welcome",
         "open",
         "close",
         "goaway",
+        "channels",
         "resume",
         "ack",
         "refresh",
@@ -198,6 +199,7 @@ mod library {
             "open" => wire::decode_open(&message).map(drop),
             "close" => wire::decode_close(&message).map(drop),
             "goaway" => wire::decode_goaway(&message).map(drop),
+            "channels" => wire::decode_channels(&message).map(drop),
             "resume" => wire::decode_resume(&message).map(drop),
             "ack" => wire::decode_ack(&message).map(drop),
             "refresh" => wire::decode_refresh(&message).map(drop),
@@ -206,6 +208,16 @@ mod library {
             _ => return Err("no such kind of vector"),
         };
         checked.map_err(|error| error.close_code().name())
+    }
+
+    /// Checks a volatile message, which has no frame.
+    pub(super) fn datagram(body: &[u8]) -> Result<(), &'static str> {
+        use udpack::{CloseCode, Volatile, VolatileError};
+        match Volatile::decode(Bytes::copy_from_slice(body)) {
+            Ok(_) => Ok(()),
+            Err(VolatileError::Msgpack(_)) => Err(CloseCode::BAD_MSGPACK.name()),
+            Err(_) => Err(CloseCode::BAD_MESSAGE.name()),
+        }
     }
 
     /// A whole frame: length and body.
@@ -272,9 +284,13 @@ fn check_frames(vector: &Vector, stream: &[u8]) -> Result<(), String> {
     Ok(())
 }
 
-/// What an accepted volatile message says, item by item.
+/// A volatile message: whether it is accepted, and what it says, item by item.
 fn check_datagram(vector: &Vector, bytes: &[u8]) -> Result<(), String> {
-    if vector.refusal().is_some() {
+    let refusal = library::datagram(bytes).err();
+    if refusal != vector.refusal() {
+        return Err(format!("expected {:?}, got {refusal:?}", vector.refusal()));
+    }
+    if refusal.is_some() {
         return Ok(());
     }
     let fields = ["event", "data", "seq", "key"];
