@@ -72,7 +72,7 @@ impl Target {
             socket = link.socket() => {
                 let socket = socket?;
                 let session = socket.id();
-                tracing::info!(server = address, session, "connected");
+                tracing::info!(server = address, %session, "connected");
             }
             () = interrupts.first() => return Err(Failure::interrupted().into()),
         }
@@ -103,7 +103,7 @@ impl Target {
             socket = self.client.connect(&address) => socket?,
             () = interrupts.first() => return Err(Failure::interrupted().into()),
         };
-        tracing::info!(server = address, session = socket.id(), "connected");
+        tracing::info!(server = address, session = %socket.id(), "connected");
         let result = tokio::select! {
             result = work(socket.clone()) => result,
             () = interrupts.first() => {

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
-use udpack::{Channel, CloseCode, CloseReason, SendError, Side, Socket};
+use udpack::{Channel, CloseCode, CloseReason, Priority, SendError, Side, Socket};
 
 use crate::CHANNEL;
 use crate::error::TransferError;
@@ -426,7 +426,11 @@ async fn serve(
     flight: &InFlight,
     events: &mpsc::Sender<Event>,
 ) -> Result<(), TransferError> {
-    let channel = socket.open(CHANNEL).await?;
+    let channel = socket
+        .channel(CHANNEL)
+        .priority(Priority::Bulk)
+        .open()
+        .await?;
     let pace = Pace::new(&shared.uploader.limiter, shared.uploader.lanes);
     let lane = Lane {
         shared,

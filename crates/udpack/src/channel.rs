@@ -15,12 +15,14 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::code::{CloseCode, CloseReason, Fault, Side};
-use crate::control::{self, CANCEL, FAULT, REPLY};
+use crate::config::Priority;
+use crate::control::{self, CANCEL, ControlError, FAULT, REPLY, Resumed};
 use crate::inbox::{Ending, Inbox, NoReply};
 use crate::message::{DecodeError, EncodeError, Encoded, Message};
-use crate::outbox::{self, Outbox, PushError};
+use crate::outbox::{self, Outbox, PushError, Way, Written};
+use crate::resume::Mismatch;
 use crate::rooms::Guest;
-use crate::session::{End, Lease, Session};
+use crate::session::{ChannelKey, End, Lease, Session};
 use crate::speed::{Counters, SpeedMeter, Stats};
 
 /// A named, ordered, bidirectional exchange of `[event, data]` messages with one peer.
@@ -37,11 +39,33 @@ pub struct Channel {
     inner: Arc<Inner>,
 }
 
+/// What both ends know of a channel from its `$open`.
+pub(crate) struct Opened {
+    pub(crate) id: u64,
+    pub(crate) name: String,
+    pub(crate) meta: Option<Bytes>,
+    pub(crate) priority: Priority,
+    pub(crate) resumable: bool,
+}
+
+/// A channel as its streams see it: what they carry to and fro, one after the other if it is resumable.
+pub(crate) struct Pipe {
+    pub(crate) key: ChannelKey,
+    priority: Priority,
+    /// The `$open` it began with, at the opener of a resumable channel.
+    open: Option<Bytes>,
+    outbox: Arc<Outbox>,
+    inbox: Arc<Inbox>,
+    counters: Arc<Counters>,
+    end: Arc<End>,
+    registration: u64,
+}
+
 struct Inner {
     session: Arc<Session>,
-    id: u64,
-    name: String,
-    meta: Option<Bytes>,
+    /// The connection it began on.
+    conn: Arc<quinn::Connection>,
+    opened: Opened,
     outbox: Arc<Outbox>,
     inbox: Arc<Inbox>,
     counters: Arc<Counters>,
@@ -60,59 +84,61 @@ impl Drop for Inner {
             "the channel was dropped",
         ));
         self.inbox.stop(CloseCode::NORMAL, end);
+        self.session.prune();
     }
 }
 
 impl Channel {
-    /// Puts a channel over a stream; its writer runs until the channel or the connection ends.
+    /// Puts a channel over a stream; its writer runs until the channel or the connection ends. `own` says that
+    /// this side opened it.
     pub(crate) fn start(
         session: Arc<Session>,
-        id: u64,
-        name: String,
-        meta: Option<Bytes>,
-        send: quinn::SendStream,
+        opened: Opened,
+        own: bool,
+        way: Way,
+        link: u64,
         inbox: Inbox,
         counters: Arc<Counters>,
     ) -> Self {
-        let outbox = Outbox::new(
-            session.limits.outbound_bytes,
-            session.limits.outbound_messages,
-        );
-        let end = Arc::new(End::default());
-        let key = session.register(&outbox);
-        let inbox = Arc::new(inbox);
-        let writer = {
-            let (outbox, session, counters, end, inbox) = (
-                outbox.clone(),
-                session.clone(),
-                counters.clone(),
-                end.clone(),
-                inbox.clone(),
-            );
-            async move {
-                let written =
-                    outbox::write_loop(outbox, send, session.clone(), counters.clone()).await;
-                if let Err(mut reason) = written {
-                    if reason.by == Side::Peer && session.conn().close_reason().is_none() {
-                        reason = closing_words(&inbox, &session, &counters)
-                            .await
-                            .unwrap_or(reason);
-                    }
-                    if !reason.is_normal() {
-                        end.set(reason);
-                    }
-                }
-                session.unregister(key);
-            }
+        let key = ChannelKey { own, id: opened.id };
+        let limits = &session.limits;
+        let (bytes, messages, budget) = if opened.resumable {
+            let budget = session.budget.clone();
+            (limits.replay_bytes, limits.replay_messages, Some(budget))
+        } else {
+            (limits.outbound_bytes, limits.outbound_messages, None)
         };
-        session.tasks.spawn(writer);
+        let outbox = Outbox::new(bytes, messages, opened.priority, budget);
+        let inbox = Arc::new(inbox);
+        let end = Arc::new(End::default());
+        let pipe = Arc::new(Pipe {
+            key,
+            priority: opened.priority,
+            open: way.first.clone().filter(|_| own && opened.resumable),
+            outbox: outbox.clone(),
+            inbox: inbox.clone(),
+            counters: counters.clone(),
+            end: end.clone(),
+            registration: session.next_registration(),
+        });
+        session.register(pipe.registration, &pipe);
+        let conn = way.conn.clone();
+        pipe.spawn_writer(&session, way);
+        if opened.resumable {
+            inbox.count(key);
+            session.keep(&pipe);
+            let (conn, now) = session.link();
+            if own && now != link {
+                // The connection was exchanged in the meantime, and this channel was not among those kept.
+                session.tasks.spawn(pipe.reopen(session.clone(), conn, now));
+            }
+        }
         let lease = session.lease();
         Self {
             inner: Arc::new(Inner {
                 session,
-                id,
-                name,
-                meta,
+                conn,
+                opened,
                 outbox,
                 inbox,
                 counters,
@@ -126,12 +152,12 @@ impl Channel {
 
     /// The name it was opened with.
     pub fn name(&self) -> &str {
-        &self.inner.name
+        &self.inner.opened.name
     }
 
     /// The opener's number for it.
     pub fn id(&self) -> u64 {
-        self.inner.id
+        self.inner.opened.id
     }
 
     /// What the opener said when opening, if anything.
@@ -140,14 +166,16 @@ impl Channel {
     /// When it does not fit `T`.
     pub fn meta<T: DeserializeOwned>(&self) -> Result<Option<T>, DecodeError> {
         self.inner
+            .opened
             .meta
             .as_deref()
             .map(crate::message::decode_data)
             .transpose()
     }
 
-    pub(crate) fn session(&self) -> &Arc<Session> {
-        &self.inner.session
+    /// Whose bytes go first, as the opener said; it holds for both directions.
+    pub fn priority(&self) -> Priority {
+        self.inner.opened.priority
     }
 
     pub(crate) fn outbox(&self) -> &Arc<Outbox> {
@@ -163,11 +191,8 @@ impl Channel {
         WeakChannel(Arc::downgrade(&self.inner))
     }
 
-    pub(crate) fn queue_open(&self, frame: &Bytes) -> Result<(), SendError> {
-        self.inner
-            .outbox
-            .force(frame)
-            .map_err(|error| self.send_error(error))
+    pub(crate) fn session(&self) -> &Arc<Session> {
+        &self.inner.session
     }
 
     /// Sends one message. Structs travel as maps.
@@ -402,14 +427,18 @@ impl Channel {
     pub async fn closed(&self) -> CloseReason {
         let both_done = async {
             let _ = self.inner.outbox.wait_ended().await;
-            // The other direction's end is seen by whoever reads; the connection's end by everybody.
-            self.inner.session.conn().closed().await
+            // The other direction's end is seen by whoever reads; the socket's end by everybody.
+            if self.is_resumable() {
+                self.inner.session.end.wait().await
+            } else {
+                let error = self.inner.conn.closed().await;
+                self.inner.session.reason_for(&error)
+            }
         };
         tokio::select! {
             biased;
             reason = self.inner.end.wait() => reason,
-            error = both_done => {
-                let reason = self.inner.session.reason_for(&error);
+            reason = both_done => {
                 self.inner.end.set(reason);
                 self.inner.end.wait().await
             }
@@ -421,7 +450,19 @@ impl Channel {
         self.inner.end.get().cloned()
     }
 
-    /// Bytes queued here and not yet taken over by QUIC.
+    /// Whether the channel outlives its connection, as the opener asked and where the session does.
+    pub fn is_resumable(&self) -> bool {
+        self.inner.opened.resumable
+    }
+
+    /// Messages of a resumable channel that the peer's library has not confirmed, replies and the like counted
+    /// as well. What is left when such a channel ends with `not_resumed` may or may not have arrived. 0 for
+    /// other channels, and once this side's direction has ended.
+    pub fn unconfirmed(&self) -> u64 {
+        self.inner.outbox.unconfirmed()
+    }
+
+    /// Bytes queued here and not yet taken over by QUIC; for a resumable channel, not yet confirmed.
     pub fn queued_bytes(&self) -> usize {
         self.inner.outbox.queued()
     }
@@ -488,11 +529,186 @@ impl WeakChannel {
     }
 }
 
+impl Pipe {
+    /// Whether nothing can come of it any more, in either direction.
+    pub(crate) fn is_over(&self) -> bool {
+        self.outbox.is_over() && self.inbox.ending().is_some()
+    }
+
+    /// Ends the channel because there will be no other stream for it. What has arrived can still be read.
+    pub(crate) fn fail(&self, session: &Session, reason: &CloseReason) {
+        self.end.set(reason.clone());
+        self.outbox.end(Err(reason.clone()));
+        self.inbox.fail(Ending::Closed(reason.clone()));
+        session.unregister(self.registration);
+    }
+
+    /// Lets what is queued go out, then ends the direction.
+    pub(crate) fn finish(&self) {
+        self.outbox.finish(None);
+    }
+
+    /// Nothing will be repeated any more.
+    pub(crate) fn settle(&self) {
+        self.outbox.settle();
+    }
+
+    /// Lets what is queued go out and ends the channel for this reason when the peer has ended it, too.
+    pub(crate) fn finish_because(&self, reason: &CloseReason) {
+        self.inbox.finish_as(reason.clone());
+        self.outbox.finish_because(reason.clone());
+    }
+
+    /// The peer has this many frames.
+    pub(crate) fn confirm(&self, received: u64) -> Result<(), Mismatch> {
+        self.outbox.confirm(received)
+    }
+
+    /// Opens another stream for a channel of our own, over connection number `link`, and goes on there.
+    pub(crate) async fn reopen(
+        self: Arc<Self>,
+        session: Arc<Session>,
+        conn: Arc<quinn::Connection>,
+        link: u64,
+    ) {
+        let Some(open) = &self.open else { return };
+        let Some(received) = session.on_link(link, || self.inbox.detach()) else {
+            return;
+        };
+        let opened = async {
+            let (mut send, recv) = conn.open_bi().await.ok()?;
+            let _ = send.set_priority(self.priority.quic());
+            let frame = control::reopen(open, received)?;
+            send.write_chunk(frame).await.ok()?;
+            let inbox = Inbox::new(recv, session.limits.frame);
+            let first = poll_fn(|cx| inbox.poll_first(cx, &session, &self.counters)).await;
+            Some((send, inbox, first))
+        };
+        let Some((send, inbox, first)) = opened.await else {
+            // The connection is gone again; the next one brings another try.
+            return;
+        };
+        let answer = match &first {
+            Ok(message) if message.event() == control::CLOSE => {
+                control::decode_close(message).map(Err)
+            }
+            Ok(message) => control::decode_resume(message).map(Ok),
+            Err(_) if conn.close_reason().is_some() => return,
+            Err(Ending::Closed(reason) | Ending::Violation(reason)) => Ok(Err(reason.clone())),
+            Err(Ending::Finished) => Err(ControlError::Unexpected {
+                expected: control::RESUME,
+            }),
+        };
+        match answer {
+            Ok(Ok(Resumed { done: true, .. })) => {
+                self.outbox.end(Ok(()));
+                self.inbox.fail(Ending::Finished);
+                session.unregister(self.registration);
+                session.prune();
+            }
+            Ok(Ok(Resumed { received, .. })) => {
+                self.go_on(&session, (conn, link), (send, inbox), received, None);
+            }
+            Ok(Err(reason)) => self.fail(&session, &reason),
+            Err(error) => self.fail(
+                &session,
+                &CloseReason::local(error.close_code(), error.to_string()),
+            ),
+        }
+    }
+
+    /// Goes on with the stream that the peer opened for a channel it had opened before, over connection number
+    /// `link`; the peer has this many frames.
+    pub(crate) fn accept(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        (conn, link): (Arc<quinn::Connection>, u64),
+        stream: (quinn::SendStream, Inbox),
+        received: u64,
+    ) {
+        let Some(have) = session.on_link(link, || self.inbox.detach()) else {
+            return;
+        };
+        let answer = Resumed {
+            received: have,
+            done: false,
+        };
+        self.go_on(
+            session,
+            (conn, link),
+            stream,
+            received,
+            control::encode_resume(answer),
+        );
+    }
+
+    fn go_on(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        (conn, link): (Arc<quinn::Connection>, u64),
+        (stream, inbox): (quinn::SendStream, Inbox),
+        received: u64,
+        first: Option<Bytes>,
+    ) {
+        let _ = stream.set_priority(self.priority.quic());
+        let went_on = session.on_link(link, || {
+            let epoch = self.outbox.rewind(received)?;
+            self.inbox.attach(inbox);
+            Ok(epoch)
+        });
+        match went_on {
+            None => {}
+            Some(Ok(epoch)) => self.spawn_writer(
+                session,
+                Way {
+                    conn,
+                    stream,
+                    epoch,
+                    first,
+                },
+            ),
+            Some(Err(Mismatch)) => {
+                let text = "the peer says it has messages that were never sent";
+                self.fail(
+                    session,
+                    &CloseReason::local(CloseCode::RESUME_MISMATCH, text),
+                );
+            }
+        }
+    }
+
+    fn spawn_writer(self: &Arc<Self>, session: &Arc<Session>, way: Way) {
+        // Fails only on a stream that has ended, as the writer will find.
+        let _ = way.stream.set_priority(self.priority.quic());
+        let (pipe, session) = (self.clone(), session.clone());
+        let tasks = session.tasks.clone();
+        tasks.spawn(async move {
+            let counters = pipe.counters.clone();
+            let written =
+                outbox::write_loop(pipe.outbox.clone(), way, session.clone(), counters).await;
+            if let Written::Ended(Err(mut reason)) = written {
+                if reason.by == Side::Peer && session.conn().close_reason().is_none() {
+                    reason = closing_words(&pipe.inbox, &session, &pipe.counters)
+                        .await
+                        .unwrap_or(reason);
+                }
+                if !reason.is_normal() {
+                    pipe.end.set(reason);
+                }
+            }
+            if pipe.outbox.is_over() {
+                session.unregister(pipe.registration);
+                session.prune();
+            }
+        });
+    }
+}
+
 impl fmt::Debug for Channel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Channel")
-            .field("id", &self.inner.id)
-            .field("name", &self.inner.name)
+            .field("id", &self.inner.opened.id)
+            .field("name", &self.inner.opened.name)
             .field("session", &self.inner.session.id())
             .finish_non_exhaustive()
     }

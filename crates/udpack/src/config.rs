@@ -35,6 +35,16 @@ pub struct Limits {
     pub outbound_bytes: usize,
     /// Messages queued for sending on one channel before `send` waits. Default 1,024.
     pub outbound_messages: usize,
+    /// Bytes of a resumable channel that the peer has not confirmed, sent or not, before `send` waits. Default
+    /// 4 MiB: it bounds what one round trip can carry.
+    pub replay_bytes: usize,
+    /// Messages of a resumable channel that the peer has not confirmed before `send` waits. Default 16,384.
+    pub replay_messages: usize,
+    /// Bytes that all resumable channels of a session together may keep while it has no connection, before
+    /// `send` waits. Default 16 MiB.
+    pub resume_bytes: usize,
+    /// Sessions without a connection that a server keeps. Default 1,024; a further one ends at once.
+    pub detached_sockets: usize,
     /// Messages that may wait unread while a request on the same channel waits for its reply. Default 1,024.
     pub backlog_messages: usize,
     /// Bytes of such messages. Default 1 MiB.
@@ -73,6 +83,10 @@ impl Default for Limits {
             channel_rate: 100,
             outbound_bytes: 1 << 20,
             outbound_messages: 1024,
+            replay_bytes: 4 << 20,
+            replay_messages: 16_384,
+            resume_bytes: 16 << 20,
+            detached_sockets: 1024,
             backlog_messages: 1024,
             backlog_bytes: 1 << 20,
             rooms: 65_536,
@@ -106,6 +120,9 @@ pub struct Timeouts {
     pub idle: Duration,
     /// QUIC keep-alive interval; must be well below `idle`. Default 10 s.
     pub keep_alive: Duration,
+    /// How long a server keeps a session whose connection is lost, for a client that asked for it. Default 60 s;
+    /// 0 keeps none.
+    pub resume: Duration,
     /// A graceful close waits this long for queued messages and for the peer. Default 5 s.
     pub close: Duration,
     /// Default deadline of a request. Default 30 s.
@@ -127,6 +144,7 @@ impl Default for Timeouts {
             slow_peer: Duration::from_secs(10),
             idle: Duration::from_secs(30),
             keep_alive: Duration::from_secs(10),
+            resume: Duration::from_secs(60),
             close: Duration::from_secs(5),
             request: Duration::from_secs(30),
             handler: Duration::from_secs(30),
@@ -137,11 +155,12 @@ impl Default for Timeouts {
 
 /// Which channels of a socket go first when there is more to send than the path takes; both directions.
 ///
-/// A channel of a higher priority starves those below while it has something to send.
+/// An order, not a share: while a higher channel has something to send, those below wait. It is about sending
+/// only; what the peer's program reads when is its own business.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize)]
 #[serde(into = "u64")]
 pub enum Priority {
-    /// After all others: files, archives.
+    /// After all others: files, archives. Has never so much under way that the others find no room.
     Bulk,
     /// As the others.
     #[default]
@@ -154,6 +173,15 @@ impl Priority {
     #[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde asks")]
     pub(crate) fn is_default(&self) -> bool {
         *self == Self::default()
+    }
+
+    /// quinn's number for it; the control stream is above all channels.
+    pub(crate) fn quic(self) -> i32 {
+        match self {
+            Self::Bulk => -1,
+            Self::Normal => 0,
+            Self::High => 1,
+        }
     }
 }
 
@@ -199,12 +227,25 @@ pub enum CongestionControl {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Drain {
     pub(crate) within: Duration,
+    pub(crate) spread: Duration,
 }
 
 impl Drain {
-    /// Refuse new sockets and channels, let running channels finish for at most `within`, then close.
+    /// Refuse new sockets and channels, let running channels finish for at most `within`, then close. Clients
+    /// that reconnect by themselves are asked to leave one after the other during the first half of that.
     pub fn within(within: Duration) -> Self {
-        Self { within }
+        Self {
+            within,
+            spread: within / 2,
+        }
+    }
+
+    /// Asks the clients to leave one after the other over this long, so that those who take them are not
+    /// stormed.
+    #[must_use]
+    pub fn spread(mut self, spread: Duration) -> Self {
+        self.spread = spread;
+        self
     }
 }
 

@@ -49,10 +49,13 @@ mod identity;
 mod inbox;
 mod message;
 mod msgpack;
+mod open;
 mod outbox;
 mod overflow;
 mod presence;
 mod quiet;
+mod reconnect;
+mod resume;
 mod rooms;
 mod secret_file;
 mod server;
@@ -61,6 +64,7 @@ mod socket;
 mod speed;
 mod tls;
 mod tokens;
+mod turns;
 mod url;
 
 pub use auth::{Authenticate, Deny, Hello, Peer};
@@ -76,12 +80,15 @@ pub use handlers::{Context, Handlers, IntoAnswer};
 pub use identity::{Identity, IdentityError};
 pub use message::{DecodeError, EncodeError, Encoded, Message, NameError};
 pub use msgpack::{FieldError, Fields, Values};
+pub use open::{OpenChannel, OpenError};
 pub use overflow::Overflow;
 pub use presence::{PresenceDiff, PresenceEntry, PresenceMap, TrackError};
+pub use reconnect::{Reconnect, State, States};
 pub use rooms::{Broadcast, JoinError, Member, Rooms, Sent};
 pub use secret_file::SecretFileError;
 pub use server::{BindError, Server, ServerBuilder, ServerError};
-pub use socket::{IntoOutcome, OpenError, Socket};
+pub use session::SessionId;
+pub use socket::{IntoOutcome, Socket};
 pub use speed::{Speed, SpeedMeter, Stats};
 pub use tokens::{NewToken, TokenEntry, TokenFile, TokenFileError, TokenLineError, generate_token};
 pub use url::{ConnectUrl, ConnectUrlError, DEFAULT_PORT};
@@ -91,9 +98,10 @@ pub use url::{ConnectUrl, ConnectUrlError, DEFAULT_PORT};
 /// Pure functions over bytes; see `docs/PROTOCOL.md`.
 pub mod wire {
     pub use crate::control::{
-        Ack, ControlError, HelloMessage, Open, Refresh, Refreshed, ResumeGrant, ResumeRequest,
-        ResumeTicket, Resumed, Welcome, decode_ack, decode_close, decode_gap, decode_goaway,
-        decode_hello, decode_open, decode_refresh, decode_refreshed, decode_resume, decode_welcome,
+        Ack, Channels, ControlError, HelloMessage, Open, Refresh, Refreshed, ResumeGrant,
+        ResumeRequest, ResumeTicket, Resumed, Welcome, decode_ack, decode_channels, decode_close,
+        decode_gap, decode_goaway, decode_hello, decode_open, decode_refresh, decode_refreshed,
+        decode_resume, decode_welcome,
     };
     pub use crate::frame::{FrameDecoder, FrameError, PREFIX};
     pub use crate::message::{Message, MessageError};

@@ -3,10 +3,14 @@
 //! A message is encoded straight into the queue, so it is either queued whole or not at all, whatever
 //! happens to the future that queued it. The writer takes what has gathered and hands it to QUIC in one go:
 //! many small sends share packets without any timer.
+//!
+//! The queue of a resumable channel keeps what was written until the peer has confirmed it, counts it against
+//! the same bounds, and repeats it on the channel's next stream. Its writer ends with each connection.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::future::Future;
 use std::pin::pin;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::Poll;
 use std::time::Duration;
@@ -16,8 +20,10 @@ use serde::Serialize;
 use tokio::sync::Notify;
 
 use crate::code::{CloseCode, CloseReason};
+use crate::config::Priority;
 use crate::message::{self, EncodeError, Encoded};
 use crate::overflow::{Overflow, Overflowing, Push, Tag};
+use crate::resume::{Mismatch, Retained};
 use crate::rooms::Seat;
 use crate::session::{Session, lock, lost};
 use crate::speed::Counters;
@@ -42,6 +48,7 @@ pub(crate) struct Outbox {
     ended: Notify,
     max_bytes: usize,
     max_messages: usize,
+    priority: Priority,
 }
 
 #[derive(Debug)]
@@ -60,6 +67,46 @@ struct State {
     /// The writer sleeps and wants to be woken.
     idle: bool,
     phase: Phase,
+    /// Why nothing more is taken, where the application did not ask for it.
+    why: Option<CloseReason>,
+    /// What a resumable channel keeps to repeat.
+    keep: Option<Keep>,
+    /// Which stream the queue goes to; a writer of an earlier one stops.
+    epoch: u64,
+}
+
+#[derive(Debug)]
+struct Keep {
+    retained: Retained,
+    /// Frames queued so far, since the channel began.
+    frames: u64,
+    budget: Arc<Budget>,
+}
+
+/// What all resumable channels of one session keep, and how much that may be while there is no connection.
+#[derive(Debug)]
+pub(crate) struct Budget {
+    detached: AtomicBool,
+    bytes: AtomicUsize,
+    limit: usize,
+}
+
+impl Budget {
+    pub(crate) fn new(limit: usize) -> Self {
+        Self {
+            detached: AtomicBool::new(false),
+            bytes: AtomicUsize::new(0),
+            limit,
+        }
+    }
+
+    pub(crate) fn set_detached(&self, detached: bool) {
+        self.detached.store(detached, Ordering::Relaxed);
+    }
+
+    fn exhausted(&self) -> bool {
+        self.detached.load(Ordering::Relaxed) && self.bytes.load(Ordering::Relaxed) >= self.limit
+    }
 }
 
 #[derive(Debug)]
@@ -88,12 +135,31 @@ pub(crate) enum PushError {
 
 enum Work {
     Idle,
-    Batch { bytes: usize, messages: usize },
+    Batch {
+        bytes: usize,
+        messages: usize,
+    },
     Finish(Option<Bytes>),
+    /// The queue goes to another stream by now, or is over.
+    Gone,
+}
+
+/// How a writer ended.
+pub(crate) enum Written {
+    /// With the channel.
+    Ended(Result<(), CloseReason>),
+    /// With the connection; the channel may go on over another.
+    Detached,
 }
 
 impl Outbox {
-    pub(crate) fn new(max_bytes: usize, max_messages: usize) -> Arc<Self> {
+    /// A queue with these bounds; with a budget it keeps what is not confirmed.
+    pub(crate) fn new(
+        max_bytes: usize,
+        max_messages: usize,
+        priority: Priority,
+        budget: Option<Arc<Budget>>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             state: Mutex::new(State {
                 segments: VecDeque::new(),
@@ -106,12 +172,20 @@ impl Outbox {
                 seat: None,
                 idle: false,
                 phase: Phase::Open,
+                why: None,
+                keep: budget.map(|budget| Keep {
+                    retained: Retained::default(),
+                    frames: 0,
+                    budget,
+                }),
+                epoch: 0,
             }),
             work: Notify::new(),
             room: Notify::new(),
             ended: Notify::new(),
             max_bytes,
             max_messages,
+            priority,
         })
     }
 
@@ -152,7 +226,7 @@ impl Outbox {
                 message::encode_bulk(&mut state.tail, event, header, key, payload.len(), limit)?;
             state.grew(size.saturating_sub(payload.len()));
             state.cut_tail();
-            state.queued_bytes += payload.len();
+            state.queue(payload.len());
             state.segments.push_back(Segment {
                 bytes: payload.clone(),
                 messages: 0,
@@ -200,7 +274,7 @@ impl Outbox {
         } else {
             state.overflow.push(tag, frame, policy, self.max_bytes)
         };
-        self.settle(&mut state);
+        self.refill(&mut state);
         push
     }
 
@@ -222,6 +296,16 @@ impl Outbox {
         state.append(frame);
         self.wake(&mut state);
         Ok(())
+    }
+
+    /// Whether there is room for one more message.
+    fn has_room(&self, state: &State) -> bool {
+        state.queued_bytes < self.max_bytes
+            && state.queued_messages < self.max_messages
+            && !state
+                .keep
+                .as_ref()
+                .is_some_and(|keep| keep.budget.exhausted())
     }
 
     fn with_room(
@@ -268,17 +352,10 @@ impl Outbox {
         }
     }
 
-    fn has_room(&self, state: &State) -> bool {
-        state.queued_bytes < self.max_bytes && state.queued_messages < self.max_messages
-    }
-
     /// Moves what waits beside the queue into it, as far as there is room and nobody has waited for longer;
     /// then it is their turn.
-    fn settle(&self, state: &mut State) {
-        let first_in_line = match state.phase {
-            Phase::Open => state.waiting.first().copied(),
-            _ => None,
-        };
+    fn refill(&self, state: &mut State) {
+        let first_in_line = state.waiting.first().copied();
         while self.has_room(state)
             && let Some(first) = state.overflow.first()
             && first_in_line.is_none_or(|waiting| first < waiting)
@@ -306,10 +383,23 @@ impl Outbox {
 
     /// Lets what is queued go out, then `last`, then ends the stream. The first call counts.
     pub(crate) fn finish(&self, last: Option<Bytes>) {
+        self.finish_with(last, None);
+    }
+
+    /// As [`finish`](Self::finish); who still wants to send is told why.
+    pub(crate) fn finish_because(&self, reason: CloseReason) {
+        self.finish_with(None, Some(reason));
+    }
+
+    fn finish_with(&self, last: Option<Bytes>, why: Option<CloseReason>) {
         let mut state = lock(&self.state);
         if matches!(state.phase, Phase::Open) {
             state.phase = Phase::Finishing(last);
-            self.settle(&mut state);
+            state.why = why;
+            // What waits beside the queue is bounded: it goes along.
+            while let Some(frame) = state.overflow.pop() {
+                state.append(&frame);
+            }
             self.wake(&mut state);
             self.room.notify_waiters();
             // Leaving the rooms takes their locks.
@@ -336,12 +426,23 @@ impl Outbox {
         matches!(lock(&self.state).phase, Phase::Ended(Ok(())))
     }
 
-    fn end(&self, result: Result<(), CloseReason>) {
+    /// Whether the queue is over, however.
+    pub(crate) fn is_over(&self) -> bool {
+        matches!(lock(&self.state).phase, Phase::Ended(_))
+    }
+
+    /// Ends the queue, unless it has ended.
+    pub(crate) fn end(&self, result: Result<(), CloseReason>) {
         let mut state = lock(&self.state);
+        if matches!(state.phase, Phase::Ended(_)) {
+            return;
+        }
         state.segments = VecDeque::new();
         state.tail = BytesMut::new();
-        state.queued_bytes = 0;
+        let queued = state.queued_bytes;
+        state.unqueue(queued);
         state.queued_messages = 0;
+        state.keep = None;
         state.overflow = Overflowing::default();
         state.phase = Phase::Ended(result);
         let seat = state.seat.take();
@@ -349,10 +450,98 @@ impl Outbox {
         drop(seat);
         self.room.notify_waiters();
         self.ended.notify_waiters();
+        self.work.notify_one();
     }
 
-    fn take(&self, batch: &mut Vec<Bytes>) -> Work {
+    /// The peer has the frames up to number `received`; one more than there are is the end.
+    pub(crate) fn confirm(&self, received: u64) -> Result<(), Mismatch> {
         let mut state = lock(&self.state);
+        let all = state.confirm(received)?;
+        self.refill(&mut state);
+        // The writer may wait for exactly that.
+        self.work.notify_one();
+        drop(state);
+        if all {
+            self.end(Ok(()));
+        }
+        Ok(())
+    }
+
+    /// Prepares the queue for another stream: what the peer has not received stands first in it again. Returns
+    /// the number that the stream's writer must have; writers of earlier streams stop.
+    pub(crate) fn rewind(&self, received: u64) -> Result<u64, Mismatch> {
+        let mut state = lock(&self.state);
+        state.epoch += 1;
+        let all = state.confirm(received)?;
+        if let Some(keep) = &mut state.keep {
+            let again = keep.retained.take();
+            for bytes in again.into_iter().rev() {
+                state.segments.push_front(Segment { bytes, messages: 0 });
+            }
+        }
+        state.idle = false;
+        let epoch = state.epoch;
+        self.refill(&mut state);
+        self.room.notify_waiters();
+        self.work.notify_one();
+        drop(state);
+        if all {
+            self.end(Ok(()));
+        }
+        Ok(epoch)
+    }
+
+    /// Keeps nothing any more: the session ends with its connection, whatever becomes of it.
+    pub(crate) fn settle(&self) {
+        let mut state = lock(&self.state);
+        if state.keep.is_some() {
+            let unsent = state
+                .segments
+                .iter()
+                .map(|segment| segment.bytes.len())
+                .sum::<usize>()
+                + state.tail.len();
+            let kept = state.queued_bytes.saturating_sub(unsent);
+            state.unqueue(kept);
+            state.queued_messages = state
+                .segments
+                .iter()
+                .map(|segment| segment.messages)
+                .sum::<usize>()
+                + state.tail_messages;
+            state.keep = None;
+            self.refill(&mut state);
+            self.room.notify_waiters();
+            self.work.notify_one();
+        }
+    }
+
+    /// Whether the queue keeps what it has written.
+    pub(crate) fn keeps(&self) -> bool {
+        lock(&self.state).keep.is_some()
+    }
+
+    /// Messages that the peer has not confirmed, sent or not; 0 where nothing is kept.
+    pub(crate) fn unconfirmed(&self) -> u64 {
+        lock(&self.state)
+            .keep
+            .as_ref()
+            .map_or(0, |keep| keep.frames - keep.retained.confirmed())
+    }
+
+    /// How far the peer has confirmed, when something waits for it to go on.
+    fn stuck_at(&self) -> Option<u64> {
+        let state = lock(&self.state);
+        let keep = state.keep.as_ref()?;
+        let waits = !state.waiting.is_empty() || state.overflow.first().is_some();
+        (waits && !self.has_room(&state)).then(|| keep.retained.confirmed())
+    }
+
+    fn take(&self, epoch: u64, batch: &mut Vec<Bytes>) -> Work {
+        let mut state = lock(&self.state);
+        if state.epoch != epoch || matches!(state.phase, Phase::Ended(_)) {
+            return Work::Gone;
+        }
         let (mut bytes, mut messages) = (0, 0);
         while batch.len() < BATCH {
             if state.segments.is_empty() {
@@ -375,12 +564,24 @@ impl Outbox {
             batch.push(segment.bytes);
         }
         if !batch.is_empty() {
+            if let Some(keep) = &mut state.keep {
+                for bytes in batch.iter() {
+                    keep.retained.push(bytes.clone());
+                }
+            }
             return Work::Batch { bytes, messages };
         }
         // A quiet channel keeps no buffer.
         state.tail = BytesMut::new();
         match &mut state.phase {
-            Phase::Finishing(last) => Work::Finish(last.take()),
+            Phase::Finishing(last) => {
+                let last = last.take();
+                if let (Some(keep), Some(last)) = (&mut state.keep, &last) {
+                    keep.retained.push(last.clone());
+                    keep.frames += 1;
+                }
+                Work::Finish(last)
+            }
             Phase::Open | Phase::Ended(_) => {
                 state.idle = true;
                 Work::Idle
@@ -390,9 +591,12 @@ impl Outbox {
 
     fn written(&self, bytes: usize, messages: usize) {
         let mut state = lock(&self.state);
+        if state.keep.is_some() {
+            return;
+        }
         state.queued_bytes = state.queued_bytes.saturating_sub(bytes);
         state.queued_messages = state.queued_messages.saturating_sub(messages);
-        self.settle(&mut state);
+        self.refill(&mut state);
     }
 }
 
@@ -400,7 +604,10 @@ impl State {
     fn check_open(&self) -> Result<(), PushError> {
         match &self.phase {
             Phase::Open => Ok(()),
-            Phase::Finishing(_) | Phase::Ended(Ok(())) => Err(PushError::Finished),
+            Phase::Finishing(_) | Phase::Ended(Ok(())) => Err(match &self.why {
+                Some(reason) => PushError::Ended(reason.clone()),
+                None => PushError::Finished,
+            }),
             Phase::Ended(Err(reason)) => Err(PushError::Ended(reason.clone())),
         }
     }
@@ -429,10 +636,49 @@ impl State {
         Ok(())
     }
 
+    fn confirm(&mut self, received: u64) -> Result<bool, Mismatch> {
+        let finished = matches!(self.phase, Phase::Finishing(None));
+        let Some(keep) = &mut self.keep else {
+            return Ok(false);
+        };
+        let all = finished && received == keep.frames + 1;
+        let before = keep.retained.confirmed();
+        let bytes = keep.retained.confirm(received - u64::from(all))?;
+        let messages = keep.retained.confirmed() - before;
+        self.unqueue(bytes);
+        self.queued_messages = self
+            .queued_messages
+            .saturating_sub(usize::try_from(messages).unwrap_or(usize::MAX));
+        Ok(all)
+    }
+
+    fn queue(&mut self, bytes: usize) {
+        self.queued_bytes += bytes;
+        if let Some(keep) = &self.keep {
+            keep.budget.bytes.fetch_add(bytes, Ordering::Relaxed);
+        }
+    }
+
+    fn unqueue(&mut self, bytes: usize) {
+        // The last frame of a channel is kept without having been counted.
+        let bytes = bytes.min(self.queued_bytes);
+        self.queued_bytes -= bytes;
+        if let Some(keep) = &self.keep {
+            keep.budget.bytes.fetch_sub(bytes, Ordering::Relaxed);
+        }
+    }
+
+    fn count(&mut self, size: usize) {
+        self.queue(size);
+        self.queued_messages += 1;
+        if let Some(keep) = &mut self.keep {
+            keep.frames += 1;
+        }
+    }
+
     /// One more message of `size` bytes stands in the tail.
     fn grew(&mut self, size: usize) {
-        self.queued_bytes += size;
-        self.queued_messages += 1;
+        self.count(size);
         self.tail_messages += 1;
         if self.tail.len() >= SEGMENT {
             self.cut_tail();
@@ -445,8 +691,7 @@ impl State {
             self.grew(bytes.len());
         } else {
             self.cut_tail();
-            self.queued_bytes += bytes.len();
-            self.queued_messages += 1;
+            self.count(bytes.len());
             self.segments.push_back(Segment {
                 bytes: bytes.clone(),
                 messages: 1,
@@ -483,55 +728,150 @@ impl Drop for Turn<'_> {
     fn drop(&mut self) {
         let mut state = lock(&self.outbox.state);
         state.waiting.remove(&self.number);
-        self.outbox.settle(&mut state);
+        self.outbox.refill(&mut state);
     }
 }
 
-/// Writes the queue to the stream until the channel is over, and returns how it ended.
-pub(crate) async fn write_loop(
-    outbox: Arc<Outbox>,
-    stream: quinn::SendStream,
-    session: Arc<Session>,
-    counters: Arc<Counters>,
-) -> Result<(), CloseReason> {
-    let result = drive(&outbox, stream, &session, &counters).await;
-    outbox.end(result.clone());
-    result
+/// Where a writer writes to.
+pub(crate) struct Way {
+    pub(crate) conn: Arc<quinn::Connection>,
+    pub(crate) stream: quinn::SendStream,
+    /// See [`Outbox::rewind`]; 0 for a channel's first stream.
+    pub(crate) epoch: u64,
+    /// Goes out before the queue and is not part of it.
+    pub(crate) first: Option<Bytes>,
 }
 
+/// Writes the queue to a stream until the channel is over or the connection is gone, and returns how it ended.
+pub(crate) async fn write_loop(
+    outbox: Arc<Outbox>,
+    way: Way,
+    session: Arc<Session>,
+    counters: Arc<Counters>,
+) -> Written {
+    let conn = way.conn.clone();
+    let result = match drive(&outbox, way, &session, &counters).await {
+        Ok(true) => Ok(()),
+        Ok(false) => return Written::Detached,
+        Err(_) if outbox.keeps() && conn.close_reason().is_some() => return Written::Detached,
+        Err(reason) => Err(reason),
+    };
+    outbox.end(result.clone());
+    Written::Ended(result)
+}
+
+/// Writes until there is nothing left to write: `false` says that the queue goes elsewhere or was ended.
 async fn drive(
     outbox: &Outbox,
-    mut stream: quinn::SendStream,
+    way: Way,
     session: &Session,
     counters: &Counters,
-) -> Result<(), CloseReason> {
+) -> Result<bool, CloseReason> {
+    let Way {
+        conn,
+        mut stream,
+        epoch,
+        first,
+    } = way;
     let mut stopped = std::pin::pin!(stream.stopped());
     let mut batch = Vec::with_capacity(BATCH);
+    let mut patience = Patience::default();
+    if let Some(first) = first {
+        batch.push(first);
+        write(&mut stream, &mut batch, session, counters, outbox.priority).await?;
+        batch.clear();
+    }
     loop {
-        match outbox.take(&mut batch) {
+        match outbox.take(epoch, &mut batch) {
             Work::Batch { bytes, messages } => {
-                write(&mut stream, &mut batch, session, counters).await?;
+                write(&mut stream, &mut batch, session, counters, outbox.priority).await?;
                 outbox.written(bytes, messages);
                 batch.clear();
             }
-            Work::Idle => tokio::select! {
-                () = outbox.work.notified() => {}
-                end = &mut stopped => return Err(stop_reason(session, end)),
-            },
+            Work::Idle => {
+                let watched = patience.watch(outbox, &conn);
+                tokio::select! {
+                    () = outbox.work.notified() => {}
+                    end = &mut stopped => return Err(stop_reason(session, end)),
+                    () = tokio::time::sleep(session.timeouts.slow_peer / 2), if watched => {
+                        if patience.is_over(outbox, &conn) {
+                            return Err(slow_peer(&mut stream, session));
+                        }
+                    }
+                }
+            }
             Work::Finish(last) => {
                 if let Some(last) = last {
                     batch.push(last);
-                    write(&mut stream, &mut batch, session, counters).await?;
+                    write(&mut stream, &mut batch, session, counters, outbox.priority).await?;
                 }
                 // Fails only when the peer has stopped the stream, which `stopped` then reports.
                 let _ = stream.finish();
-                return match stopped.await {
-                    Ok(None) => Ok(()),
-                    end => Err(stop_reason(session, end)),
-                };
+                match stopped.await {
+                    Ok(None) => {}
+                    end => return Err(stop_reason(session, end)),
+                }
+                return confirmed(outbox, &conn, session).await.map(|()| true);
+            }
+            Work::Gone => {
+                let _ = stream.finish();
+                return Ok(false);
             }
         }
     }
+}
+
+/// How long a peer that is alive has confirmed nothing while somebody waits for it to.
+#[derive(Default)]
+struct Patience {
+    /// What was confirmed, and how much heard, when the period began.
+    begun: Option<(u64, u64)>,
+    /// Half periods that have passed since without a confirmation, although the peer was heard.
+    strikes: u32,
+}
+
+impl Patience {
+    fn watch(&mut self, outbox: &Outbox, conn: &quinn::Connection) -> bool {
+        let stuck = outbox.stuck_at();
+        if stuck.is_none() || stuck != self.begun.map(|(at, _)| at) {
+            self.strikes = 0;
+            self.begun = stuck.map(|at| (at, conn.stats().udp_rx.datagrams));
+        }
+        stuck.is_some()
+    }
+
+    /// Called when half a period has passed. Two are needed, so that a path that just came back is not taken
+    /// for a peer that was there all the time.
+    fn is_over(&mut self, outbox: &Outbox, conn: &quinn::Connection) -> bool {
+        let heard = conn.stats().udp_rx.datagrams;
+        if let (Some((at, before)), Some(now)) = (self.begun, outbox.stuck_at())
+            && at == now
+            && heard != before
+        {
+            self.begun = Some((at, heard));
+            self.strikes += 1;
+        } else {
+            self.strikes = 0;
+        }
+        self.strikes >= 2
+    }
+}
+
+/// The peer's transport has everything. Where what is written is kept, its program must have it too.
+async fn confirmed(
+    outbox: &Outbox,
+    conn: &quinn::Connection,
+    session: &Session,
+) -> Result<(), CloseReason> {
+    let lost = conn.closed();
+    let mut lost = std::pin::pin!(lost);
+    while outbox.keeps() {
+        tokio::select! {
+            () = outbox.work.notified() => {}
+            error = &mut lost => return Err(session.reason_for(&error)),
+        }
+    }
+    Ok(())
 }
 
 async fn write(
@@ -539,6 +879,7 @@ async fn write(
     batch: &mut [Bytes],
     session: &Session,
     counters: &Counters,
+    priority: Priority,
 ) -> Result<(), CloseReason> {
     let mut rest = batch;
     while !rest.is_empty() {
@@ -548,14 +889,38 @@ async fn write(
             turn <= TURN
         });
         let count = count.count().max(1);
-        let written = progress(stream, &mut rest[..count], session).await?;
-        counters.sent(written.bytes as u64);
-        rest = &mut rest[written.chunks..];
-        if session.live_channels() > 1 {
-            tokio::task::yield_now().await;
+        let (mut turn, later) = rest.split_at_mut(count);
+        if priority == Priority::Bulk {
+            bulk_room(session).await?;
+            for bytes in &mut *turn {
+                *bytes = session.turns.hold(std::mem::take(bytes));
+            }
         }
+        while !turn.is_empty() {
+            let written = progress(stream, turn, session, priority).await?;
+            counters.sent(written.bytes as u64);
+            turn = &mut turn[written.chunks..];
+            if session.live_channels() > 1 {
+                tokio::task::yield_now().await;
+            }
+        }
+        rest = later;
     }
     Ok(())
+}
+
+/// Waits until the bulk channels may have more under way, or the connection is over.
+async fn bulk_room(session: &Session) -> Result<(), CloseReason> {
+    let conn = session.conn();
+    let window = conn.stats().path.cwnd;
+    let room = session
+        .turns
+        .bulk_room(window, session.limits.send_window, TURN);
+    tokio::select! {
+        biased;
+        () = room => Ok(()),
+        error = conn.closed() => Err(session.reason_for(&error)),
+    }
 }
 
 /// Writes some of `rest`. A peer that is alive but grants nothing for the slow-peer time loses the channel; a
@@ -564,27 +929,33 @@ async fn progress(
     stream: &mut quinn::SendStream,
     rest: &mut [Bytes],
     session: &Session,
+    priority: Priority,
 ) -> Result<quinn::Written, CloseReason> {
     let patience: Duration = session.timeouts.slow_peer;
     let (begun, _) = session.counters.totals();
     let mut before = begun;
     loop {
         let heard = session.conn().stats().udp_rx.datagrams;
-        match tokio::time::timeout(patience, write_some(stream, rest, session)).await {
+        match tokio::time::timeout(patience, write_some(stream, rest, session, priority)).await {
             Ok(Ok(written)) => return Ok(written),
             Ok(Err(error)) => return Err(write_reason(session, error)),
             Err(_) if session.conn().stats().udp_rx.datagrams == heard => {}
             Err(_) if crowded(begun, before, session) => before = session.counters.totals().0,
-            Err(_) => {
-                let _ = stream.reset(CloseCode::SLOW_PEER.varint());
-                let text = format!("the peer took nothing off the channel for {patience:?}");
-                if let Some(left_out) = session.quiet.line() {
-                    tracing::warn!(left_out, "channel closed: {text}");
-                }
-                return Err(CloseReason::local(CloseCode::SLOW_PEER, text));
-            }
+            Err(_) => return Err(slow_peer(stream, session)),
         }
     }
+}
+
+fn slow_peer(stream: &mut quinn::SendStream, session: &Session) -> CloseReason {
+    let _ = stream.reset(CloseCode::SLOW_PEER.varint());
+    let text = format!(
+        "the peer took nothing off the channel for {:?}",
+        session.timeouts.slow_peer
+    );
+    if let Some(left_out) = session.quiet.line() {
+        tracing::warn!(left_out, "channel closed: {text}");
+    }
+    CloseReason::local(CloseCode::SLOW_PEER, text)
 }
 
 /// Whether a channel that waits has reason to wait on: the connection has sent `begun` bytes when it began to,
@@ -600,28 +971,29 @@ fn slow_path(in_all: u64, of_late: u64, channels: usize) -> bool {
     of_late > 0 && in_all / (channels.max(1) as u64) < TURN as u64
 }
 
-/// Writes as much as QUIC takes now, or waits.
-///
-/// All channels of a connection share its flow-control and send window. When some of that becomes free, quinn
-/// wakes every blocked stream, always in nearly the same order (last in, first out), and who writes first
-/// takes it all: left to that, some streams would starve. So those who have waited let a drawn number of
-/// others go first.
+/// Writes as much as QUIC takes now, or waits for its turn.
 async fn write_some(
     stream: &mut quinn::SendStream,
     rest: &mut [Bytes],
     session: &Session,
+    priority: Priority,
 ) -> Result<quinn::Written, quinn::WriteError> {
-    let mut let_pass = 0;
+    let mut waiting = None;
+    let mut let_pass = None;
     std::future::poll_fn(|cx| {
-        if let_pass > 0 {
-            let_pass -= 1;
-            cx.waker().wake_by_ref();
-            return Poll::Pending;
+        if waiting.is_some() {
+            let left = let_pass.get_or_insert_with(|| session.turns.let_pass(priority));
+            if *left > 0 {
+                *left -= 1;
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
         }
         // `write_chunks` is cancel safe: a future that is not ready has written nothing.
         let written = pin!(stream.write_chunks(rest)).poll(cx);
-        if written.is_pending() && session.live_channels() > 1 {
-            let_pass = session.draw() % 4;
+        if written.is_pending() {
+            waiting.get_or_insert_with(|| session.turns.wait(priority));
+            let_pass = None;
         }
         written
     })

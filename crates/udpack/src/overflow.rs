@@ -20,8 +20,8 @@ use crate::control;
 pub enum Overflow {
     /// What comes while there is no room is lost.
     DropNewest,
-    /// This many messages wait beside the queue, at least one, and together no more bytes than
-    /// `Limits::outbound_bytes`; the oldest of them are lost first.
+    /// This many messages wait beside the queue, at least one, and no more bytes than the queue itself may hold
+    /// (`Limits::outbound_bytes`, `Limits::replay_bytes`); the oldest of them are lost first.
     DropOldest {
         /// Messages that may wait.
         messages: usize,

@@ -47,7 +47,7 @@ pub(crate) struct Presence {
 struct Entry {
     /// The channel that tracks it.
     guest: u64,
-    /// It has ended with its connection; the number says when.
+    /// It has ended with the connection of this number.
     lost: Option<u64>,
     meta: Bytes,
     /// `{peer, session, meta}`.
@@ -64,7 +64,6 @@ pub(crate) struct Tracked {
 #[derive(Debug, Default)]
 struct TrackedTable {
     rooms: HashMap<Arc<str>, HashSet<Arc<str>>>,
-    losses: u64,
 }
 
 impl Tracked {
@@ -93,12 +92,6 @@ impl Tracked {
     fn take(&self, session: &str) -> HashSet<Arc<str>> {
         let mut table = lock(&self.table);
         table.rooms.remove(session).unwrap_or_default()
-    }
-
-    fn loss(&self) -> u64 {
-        let mut table = lock(&self.table);
-        table.losses += 1;
-        table.losses
     }
 }
 
@@ -184,15 +177,14 @@ impl Rooms {
         tasks.spawn_on(over, &self.directory().runtime);
     }
 
-    /// A session has come back: what it had tracked on channels that are gone leaves, unless it is tracked again in
-    /// time.
-    pub(crate) fn resumed(&self, session: &Arc<Session>) {
+    /// A session goes on over connection number `link`: what it had tracked on channels that ended with an earlier
+    /// one leaves, unless it is tracked again in time.
+    pub(crate) fn resumed(&self, session: &Arc<Session>, link: u64) {
         let id: Arc<str> = (*session.id()).into();
         let directory = self.directory();
         if directory.tracked.rooms(&id).is_empty() {
             return;
         }
-        let now = directory.tracked.loss();
         let directory = Arc::downgrade(directory);
         let (tasks, session) = (session.tasks.clone(), session.clone());
         let late = async move {
@@ -206,7 +198,7 @@ impl Rooms {
             {
                 for name in directory.tracked.rooms(&id) {
                     directory.clear(&name, &id, |entry| {
-                        entry.lost.is_some_and(|lost| lost < now)
+                        entry.lost.is_some_and(|lost| lost < link)
                     });
                 }
             }
@@ -296,17 +288,17 @@ impl Room {
         Ok(first)
     }
 
-    /// A member has left the room: `lost` when it may come back.
-    pub(crate) fn parted(&self, directory: &Directory, guest: &Guest, lost: bool) {
+    /// A member has left the room: `lost` with the connection of this number, if so, and may come back.
+    pub(crate) fn parted(&self, directory: &Directory, guest: &Guest, lost: Option<u64>) {
         let session = &guest.session_id;
         {
             let mut presence = lock(&self.presence);
             presence.told.remove(&guest.key);
-            if lost
+            if lost.is_some()
                 && let Some(entry) = presence.entries.get_mut(session)
                 && entry.guest == guest.key
             {
-                entry.lost = Some(directory.tracked.loss());
+                entry.lost = lost;
                 return;
             }
         }

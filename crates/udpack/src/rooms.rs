@@ -67,6 +67,8 @@ pub(crate) struct Guest {
     pub(crate) session: Arc<Session>,
     pub(crate) session_id: Arc<str>,
     pub(crate) outbox: Arc<Outbox>,
+    /// The number of the connection that the channel ends with, unless it is resumable.
+    link: Option<u64>,
     channel: WeakChannel,
     name: Arc<str>,
     /// Where it is; `None` once the channel is over.
@@ -391,7 +393,7 @@ impl Channel {
         let Some(room) = left else {
             return false;
         };
-        rooms.directory.part(guest, &room, false);
+        rooms.directory.part(guest, &room, None);
         true
     }
 
@@ -413,6 +415,7 @@ impl Channel {
                 session: self.session().clone(),
                 session_id: (*self.session().id()).into(),
                 outbox: self.outbox().clone(),
+                link: (!self.outbox().keeps()).then(|| self.session().link().1),
                 channel: self.downgrade(),
                 name: self.name().into(),
                 rooms: Mutex::new(Some(BTreeMap::new())),
@@ -474,14 +477,17 @@ impl Directory {
             }
         }
         // A lost connection alone ends no presence: the session may come back.
-        let lost =
-            guest.session.end.get().is_none() && guest.session.conn().close_reason().is_some();
+        let session = &guest.session;
+        let lost = guest.link.filter(|link| {
+            let (conn, now) = session.link();
+            session.end.get().is_none() && (*link < now || conn.close_reason().is_some())
+        });
         for room in rooms.values() {
             self.part(guest, room, lost);
         }
     }
 
-    fn part(&self, guest: &Guest, room: &Arc<Room>, lost: bool) {
+    fn part(&self, guest: &Guest, room: &Arc<Room>, lost: Option<u64>) {
         room.remove(guest.key);
         room.parted(self, guest, lost);
         self.sweep(room);

@@ -17,19 +17,19 @@ use tokio::task::JoinHandle;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
-use crate::auth::{Authenticate, Deny, Hello, Penalties, source};
+use crate::auth::{Authenticate, Deny, Hello, Peer, Penalties, source};
 use crate::channel::Channel;
 use crate::code::{CloseCode, CloseReason};
 use crate::config::{CongestionControl, Drain, Limits, MIN_WINDOW, PREAUTH_BYTES, Timeouts};
-use crate::control::{self, GoAway, Welcome};
+use crate::control::{self, GoAway, ResumeGrant, ResumeTicket, Welcome};
 use crate::endpoint::{self, InvalidSetting, varint};
 use crate::fingerprint::Fingerprint;
 use crate::identity::{Identity, IdentityError};
 use crate::inbox::{Ending, Inbox};
 use crate::quiet::Quiet;
 use crate::rooms::Rooms;
-use crate::session::{Session, lock};
-use crate::socket::{Control, IntoOutcome, Registry, Socket, drive};
+use crate::session::{Session, SessionId, lock};
+use crate::socket::{Awaited, Comeback, Control, IntoOutcome, Link, Registry, Socket, live};
 use crate::speed::{Counters, SpeedMeter, Stats};
 
 /// Sockets that may wait for `accept`.
@@ -73,6 +73,10 @@ struct Shared {
     timeouts: Arc<Timeouts>,
     agent: String,
     counters: Arc<Counters>,
+    /// Sessions that a client may come back to, by id.
+    kept: Mutex<HashMap<String, Kept>>,
+    /// How many of them have no connection.
+    detached: Arc<AtomicUsize>,
     /// Wire numbers of the sockets that are gone.
     past: Mutex<Stats>,
     rooms: Rooms,
@@ -86,6 +90,12 @@ struct Shared {
     pull: AtomicBool,
     accept_queue: mpsc::Sender<Socket>,
     tasks: TaskTracker,
+}
+
+/// A session that a client may come back to.
+struct Kept {
+    session: Arc<Session>,
+    links: mpsc::Sender<Link>,
 }
 
 type SocketHandler = Arc<dyn Fn(Socket) -> BoxFuture<'static, ()> + Send + Sync>;
@@ -196,14 +206,19 @@ impl Server {
         }
         let shared = &self.inner.shared;
         shared.draining.store(true, Ordering::Relaxed);
-        let goaway = GoAway {
-            code: CloseCode::SHUTTING_DOWN,
-            text: "the server is shutting down".to_owned(),
-            retry_after: Duration::from_secs(1),
-            window: drain.within,
-        };
-        for socket in self.sockets() {
-            socket.send_goaway(goaway.clone());
+        let sockets = self.sockets();
+        let slot = drain.spread / u32::try_from(sockets.len().max(1)).unwrap_or(u32::MAX);
+        for (turn, socket) in (0..).zip(&sockets) {
+            socket.send_goaway(GoAway {
+                code: CloseCode::SHUTTING_DOWN,
+                text: "the server is shutting down".to_owned(),
+                retry_after: slot.saturating_mul(turn),
+                window: slot,
+            });
+        }
+        for socket in sockets.iter().filter(|socket| !socket.session().is_up()) {
+            // Its client could not come back to hear it.
+            drop(socket.close(CloseCode::SHUTTING_DOWN, "the server is shutting down"));
         }
         let idle = async {
             for socket in self.sockets() {
@@ -396,6 +411,8 @@ impl ServerBuilder {
             timeouts: Arc::new(self.timeouts),
             agent: self.agent,
             counters: Counters::root(),
+            kept: Mutex::default(),
+            detached: Arc::default(),
             past: Mutex::default(),
             rooms,
             sockets: Mutex::default(),
@@ -501,6 +518,7 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
         shared.timeouts.clone(),
         shared.counters.clone(),
         None,
+        None,
     );
     let place = match Place::take(&shared, conn.remote_address().ip()) {
         Ok(place) => place,
@@ -516,7 +534,18 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
     };
     let admission = tokio::time::timeout(shared.timeouts.auth, admit(&shared, &session)).await;
     let control = match admission {
-        Ok(Ok(control)) => control,
+        Ok(Ok(Admitted::New(control))) => control,
+        Ok(Ok(Admitted::Back(control, links))) => {
+            // From here on the connection is in the hands of the session's own task.
+            conn.set_receive_window(varint(lock(&shared.sockets).window));
+            links.send(Link {
+                conn,
+                endpoint: None,
+                control,
+                welcome: None,
+            });
+            return;
+        }
         Ok(Err(reason)) => {
             refuse(&shared, &session, reason).await;
             return;
@@ -537,7 +566,7 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
     let (queue, incoming) = mpsc::channel(CHANNEL_QUEUE);
     let socket = Socket::new(session.clone(), incoming);
     let key = place.enter(socket.clone());
-    tracing::info!(session = session.id(), id = ?socket.peer(), agent = socket.agent(), "connected");
+    tracing::info!(session = %session.id(), id = ?socket.peer(), agent = socket.agent(), "connected");
     if shared.pull.load(Ordering::Relaxed) && shared.accept_queue.try_send(socket.clone()).is_err()
     {
         let text = "too many sockets wait to be accepted";
@@ -548,27 +577,44 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
         // Inside the block, because a handler may panic before it gives a future.
         let handler =
             std::panic::AssertUnwindSafe(async move { handler(socket).await }).catch_unwind();
-        let gone = session.conn();
+        let gone = session.clone();
         shared.tasks.spawn(
             async move {
                 tokio::select! {
                     outcome = handler => if outcome.is_err() {
                         tracing::error!("the socket's handler panicked");
                     },
-                    _ = gone.closed() => {}
+                    _ = gone.end.wait() => {}
                 }
             }
             .in_current_span(),
         )
     });
-    let reason = drive(session.clone(), control, shared.registry.clone(), queue).await;
-    tracing::info!(session = session.id(), %reason, "disconnected");
+    let comeback = shared.keep(&session);
+    let reason = live(
+        session.clone(),
+        control,
+        shared.registry.clone(),
+        queue,
+        comeback,
+    )
+    .await;
+    lock(&shared.kept).remove(session.id().as_str());
+    tracing::info!(session = %session.id(), %reason, "disconnected");
     drop(handler);
     place.leave(key, &session);
 }
 
+/// A connection that was let in.
+enum Admitted {
+    /// With a session of its own.
+    New(Control),
+    /// For a session that was there before.
+    Back(Control, mpsc::OwnedPermit<Link>),
+}
+
 /// Reads `$hello`, asks the verifier, grants the windows and sends `$welcome`.
-async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Control, CloseReason> {
+async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, CloseReason> {
     let conn = &session.conn();
     let (send, recv) = conn
         .accept_bi()
@@ -589,7 +635,7 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Control, Close
             ));
         }
     };
-    let frame = hello.frame;
+    let (frame, resume) = (hello.frame, hello.resume.clone());
     let hello = Hello::new(hello, conn.remote_address());
     let agent = hello.agent().to_owned();
     let begun = tokio::time::Instant::now();
@@ -617,17 +663,44 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Control, Close
             ));
         }
     };
-    let mut id = [0_u8; 16];
-    aws_lc_rs::rand::fill(&mut id)
-        .map_err(|_| CloseReason::local(CloseCode::INTERNAL, "no random numbers"))?;
+    let no_random = |_| CloseReason::local(CloseCode::INTERNAL, "no random numbers");
+    let back = match resume.as_ref().and_then(|resume| resume.session.as_ref()) {
+        Some(ticket) => Some(shared.come_back(ticket, &peer).await),
+        None => None,
+    };
+    let (session, back, reason) = match back {
+        Some(Ok((kept, permit))) => (kept, Some(permit), None),
+        Some(Err(reason)) => (session.clone(), None, Some(reason.to_owned())),
+        None => (session.clone(), None, None),
+    };
+    let window = shared.timeouts.resume;
+    let resume = match resume {
+        Some(_) if !window.is_zero() => Some(ResumeGrant {
+            token: lock(&session.tickets).issue().map_err(no_random)?,
+            window,
+        }),
+        _ => None,
+    };
+    let id = match &back {
+        Some(_) => session.id(),
+        None => {
+            let mut id = [0_u8; 16];
+            aws_lc_rs::rand::fill(&mut id).map_err(no_random)?;
+            SessionId::new(
+                &id.iter()
+                    .map(|byte| format!("{byte:02x}"))
+                    .collect::<String>(),
+            )
+        }
+    };
     let welcome = Welcome {
-        session: id.iter().map(|byte| format!("{byte:02x}")).collect(),
+        session: id.to_string(),
         agent: shared.agent.clone(),
         frame: shared.limits.frame as u64,
         channels: u64::from(shared.limits.channels),
-        resumed: false,
-        resume: None,
-        reason: None,
+        resumed: back.is_some(),
+        resume,
+        reason,
         expires: None,
     };
     let bytes = control::encode_welcome(&welcome, &shared.limits, &shared.timeouts)
@@ -639,7 +712,7 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Control, Close
     }
     let _ = session.peer.set(peer);
     let _ = session.agent.set(agent);
-    let _ = session.welcome.set(welcome);
+    session.set_welcome(welcome);
     inbox.set_frame_limit(shared.limits.frame);
     // The control stream takes one of the slots.
     conn.set_max_concurrent_bi_streams((shared.limits.channels.saturating_add(1)).into());
@@ -656,7 +729,10 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Control, Close
                 "the control stream was stopped before $welcome",
             ),
         })?;
-    Ok(control)
+    Ok(match back {
+        Some(permit) => Admitted::Back(control, permit),
+        None => Admitted::New(control),
+    })
 }
 
 async fn refuse(shared: &Shared, session: &Session, reason: CloseReason) {
@@ -745,6 +821,47 @@ impl Sockets {
 }
 
 impl Shared {
+    /// Where the session's next connection comes from, if its client has asked for that.
+    fn keep(&self, session: &Arc<Session>) -> Comeback {
+        let grant = session.welcome().and_then(|welcome| welcome.resume.clone());
+        let Some(grant) = grant else {
+            return Comeback::Never;
+        };
+        let (links, awaited) = mpsc::channel(1);
+        let kept = Kept {
+            session: session.clone(),
+            links,
+        };
+        lock(&self.kept).insert(session.id().to_string(), kept);
+        Comeback::Awaited(Awaited {
+            links: awaited,
+            window: grant.window,
+            detached: self.detached.clone(),
+            most: self.limits.detached_sockets,
+        })
+    }
+
+    /// The session that a client wants to go on with, and the right to hand it a connection; why not,
+    /// otherwise.
+    async fn come_back(
+        &self,
+        ticket: &ResumeTicket,
+        peer: &Peer,
+    ) -> Result<(Arc<Session>, mpsc::OwnedPermit<Link>), &'static str> {
+        let (session, links) = lock(&self.kept)
+            .get(&ticket.session)
+            .map(|kept| (kept.session.clone(), kept.links.clone()))
+            .ok_or("unknown")?;
+        if session.peer.get().map(Peer::id) != Some(peer.id()) {
+            return Err("identity");
+        }
+        if !lock(&session.tickets).redeem(&ticket.token) {
+            return Err("unknown");
+        }
+        let permit = links.reserve_owned().await.map_err(|_| "expired")?;
+        Ok((session, permit))
+    }
+
     fn stats(&self) -> Stats {
         let (sent, received) = self.counters.totals();
         let mut stats = *lock(&self.past);

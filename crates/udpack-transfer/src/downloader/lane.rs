@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
-use udpack::{Channel, CloseCode, CloseReason, Message, Side, Socket};
+use udpack::{Channel, CloseCode, CloseReason, Message, Priority, Side, Socket};
 
 use super::incoming::{End, Incoming, Note, Wish};
 use super::{Context, lock};
@@ -181,7 +181,11 @@ pub(super) async fn run(
 
 async fn connect(context: &Context) -> Result<(Socket, Channel), TransferError> {
     let socket = context.link.socket().await?;
-    let channel = socket.open(CHANNEL).await?;
+    let channel = socket
+        .channel(CHANNEL)
+        .priority(Priority::Bulk)
+        .open()
+        .await?;
     Ok((socket, channel))
 }
 

@@ -1,0 +1,197 @@
+//! Opening a channel: what the opener may choose, and the shortcuts for those who choose nothing.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use crate::channel::{Channel, Opened, SendError};
+use crate::code::CloseReason;
+use crate::config::Priority;
+use crate::control::{self, GoAway};
+use crate::inbox::Inbox;
+use crate::message::EncodeError;
+use crate::outbox::Way;
+use crate::socket::Socket;
+use crate::speed::Counters;
+
+impl Socket {
+    /// Begins to open a channel of this name: choose what it needs, then call [`open`](OpenChannel::open).
+    pub fn channel<'a>(&'a self, name: &'a str) -> OpenChannel<'a> {
+        OpenChannel {
+            socket: self,
+            name,
+            meta: None,
+            priority: Priority::default(),
+            resumable: false,
+        }
+    }
+
+    /// Opens a channel of this name, of normal priority, that ends with its connection.
+    ///
+    /// # Errors
+    /// As [`OpenChannel::open`].
+    ///
+    /// # Cancel safety
+    /// A dropped future has opened nothing.
+    pub async fn open(&self, name: &str) -> Result<Channel, OpenError> {
+        self.channel(name).open().await
+    }
+
+    /// Opens a channel as [`open`](Self::open) does and says something first: the peer reads `meta` with
+    /// `Channel::meta`.
+    ///
+    /// # Errors
+    /// As [`OpenChannel::open`].
+    ///
+    /// # Cancel safety
+    /// A dropped future has opened nothing.
+    pub async fn open_with<T: Serialize + Sync + ?Sized>(
+        &self,
+        name: &str,
+        meta: Option<&T>,
+    ) -> Result<Channel, OpenError> {
+        let channel = self.channel(name);
+        match meta {
+            Some(meta) => channel.meta(meta).open().await,
+            None => channel.open().await,
+        }
+    }
+}
+
+/// A channel that is about to be opened; made by [`Socket::channel`]. Dropping it opens nothing.
+#[must_use = "nothing is opened before `open`"]
+pub struct OpenChannel<'a, T: ?Sized = ()> {
+    socket: &'a Socket,
+    name: &'a str,
+    meta: Option<&'a T>,
+    priority: Priority,
+    resumable: bool,
+}
+
+impl<'a, T: Serialize + Sync + ?Sized> OpenChannel<'a, T> {
+    /// Whose bytes go first, in both directions. Normal if nothing is said.
+    pub fn priority(mut self, priority: Priority) -> Self {
+        self.priority = priority;
+        self
+    }
+
+    /// What the peer may read first, with `Channel::meta`.
+    pub fn meta<U: Serialize + Sync + ?Sized>(self, meta: &'a U) -> OpenChannel<'a, U> {
+        OpenChannel {
+            socket: self.socket,
+            name: self.name,
+            meta: Some(meta),
+            priority: self.priority,
+            resumable: self.resumable,
+        }
+    }
+
+    /// Lets the channel outlive its connection, where both sides resume sessions.
+    pub fn resumable(mut self) -> Self {
+        self.resumable = true;
+        self
+    }
+
+    /// Opens it.
+    ///
+    /// Costs no round trip: messages may follow at once. Whether the peer serves the name shows in the first
+    /// `recv` or request. Waits while the peer permits no further channel.
+    ///
+    /// # Errors
+    /// When the name is unsound, `meta` cannot be encoded, the socket is over or going away, or no channel
+    /// became free within `Timeouts::request`.
+    ///
+    /// # Cancel safety
+    /// A dropped future has opened nothing.
+    pub async fn open(self) -> Result<Channel, OpenError> {
+        let Self { socket, name, .. } = self;
+        let session = socket.session();
+        crate::message::check_name(name).map_err(EncodeError::Name)?;
+        if name.starts_with('$') {
+            return Err(EncodeError::Reserved(name.to_owned()).into());
+        }
+        let id = session.next_channel_id();
+        let request = control::OpenRequest {
+            id,
+            name,
+            meta: self.meta,
+            priority: self.priority,
+            resumable: self.resumable,
+            received: None,
+        };
+        let frame = control::encode_open(&request, session.frame_limit())?;
+        let opening = async {
+            loop {
+                let (conn, link) = session.ready().await?;
+                match conn.open_bi().await {
+                    Ok((stream, recv)) => return Ok((conn, link, stream, recv)),
+                    // Where the client reconnects, there will be another one.
+                    Err(_) if session.states.is_some() && !session.closing() => session.down(link),
+                    Err(error) => return Err(OpenError::Closed(session.reason_for(&error))),
+                }
+            }
+        };
+        let (conn, link, stream, recv) = tokio::time::timeout(session.timeouts.request, opening)
+            .await
+            .map_err(|_| OpenError::TooManyChannels)??;
+        let inbox = Inbox::new(recv, session.limits.frame);
+        let counters = Counters::child(session.counters.clone());
+        let opened = Opened {
+            id,
+            name: name.to_owned(),
+            meta: None,
+            priority: self.priority,
+            resumable: self.resumable,
+        };
+        let way = Way {
+            conn,
+            stream,
+            epoch: 0,
+            first: Some(frame),
+        };
+        let session = session.clone();
+        Ok(Channel::start(
+            session, opened, true, way, link, inbox, counters,
+        ))
+    }
+}
+
+impl<T: ?Sized> fmt::Debug for OpenChannel<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OpenChannel")
+            .field("name", &self.name)
+            .field("priority", &self.priority)
+            .field("resumable", &self.resumable)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why a channel could not be opened.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// The name or the first words cannot be sent.
+    #[error(transparent)]
+    Encode(#[from] EncodeError),
+    /// The peer permitted no further channel in time.
+    #[error("the peer permits no further channel")]
+    TooManyChannels,
+    /// The server is going down.
+    #[error("the server is going away: {}", .0.text)]
+    GoingAway(GoAway),
+    /// The socket is over.
+    #[error("socket closed: {0}")]
+    Closed(CloseReason),
+}
+
+impl From<SendError> for OpenError {
+    fn from(error: SendError) -> Self {
+        match error {
+            SendError::Encode(error) => Self::Encode(error),
+            SendError::Closed(reason) => Self::Closed(reason),
+            SendError::Finished => Self::Closed(crate::session::lost(
+                "the channel ended while it was opened",
+            )),
+        }
+    }
+}
