@@ -22,7 +22,7 @@ use crate::message::{EncodeError, Encoded, NameError, check_name};
 use crate::outbox::Outbox;
 use crate::overflow::{Overflow, Push, Tag};
 use crate::presence::{Presence, Tracked};
-use crate::session::{Session, lock};
+use crate::session::{Session, SessionId, lock};
 
 /// The name in the gaps of what is sent to all channels.
 const ALL: &str = "*";
@@ -65,7 +65,7 @@ pub(crate) struct Room {
 pub(crate) struct Guest {
     pub(crate) key: u64,
     pub(crate) session: Arc<Session>,
-    pub(crate) session_id: Arc<str>,
+    pub(crate) session_id: SessionId,
     pub(crate) outbox: Arc<Outbox>,
     /// The number of the connection that the channel ends with, unless it is resumable.
     link: Option<u64>,
@@ -206,7 +206,7 @@ pub struct Member {
 
 impl Member {
     /// The session its channel belongs to.
-    pub fn session(&self) -> &str {
+    pub fn session(&self) -> &SessionId {
         &self.guest.session_id
     }
 
@@ -413,7 +413,7 @@ impl Channel {
             let guest = Arc::new(Guest {
                 key: rooms.directory.next(),
                 session: self.session().clone(),
-                session_id: (*self.session().id()).into(),
+                session_id: self.session().id(),
                 outbox: self.outbox().clone(),
                 link: (!self.outbox().keeps()).then(|| self.session().link().1),
                 channel: self.downgrade(),

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -74,10 +75,10 @@ pub(crate) async fn path(server: SocketAddr) -> (SocketAddr, Arc<AtomicBool>) {
             if is_cut.load(Ordering::Relaxed) {
                 continue;
             }
-            if !backs.contains_key(&from) {
+            if let Entry::Vacant(new) = backs.entry(from) {
                 let back = Arc::new(UdpSocket::bind("127.0.0.1:0").await.expect("a port"));
                 back.connect(server).await.expect("an address");
-                backs.insert(from, back.clone());
+                new.insert(back.clone());
                 let (front, is_cut) = (front.clone(), is_cut.clone());
                 tasks.spawn(async move {
                     let mut buf = vec![0; 64 << 10];
