@@ -1,32 +1,20 @@
-//! A room by hand: each line is encoded once and goes to every member; one who reads too slowly is
-//! left behind and holds up nobody. Three clients play it through, and one of them never listens.
+//! A room: each line is encoded once and goes to every member; one who reads too slowly is left behind
+//! and holds up nobody. Three clients play it through, and one of them never listens.
 //!
 //! Run it with `cargo run --example chat`.
 
-use std::collections::HashMap;
 use std::error::Error;
-use std::sync::{Arc, Mutex};
 
-use udpack::{Channel, Client, CloseCode, Encoded, Hello, Identity, Peer, Server};
+use udpack::{Channel, Client, Hello, Identity, Overflow, Peer, Server};
 
-type Room = Arc<Mutex<HashMap<String, Channel>>>;
 type Outcome<T> = Result<T, Box<dyn Error + Send + Sync>>;
 
-async fn member(room: Room, channel: Channel) -> Outcome<()> {
-    let me = channel.session_id().to_owned();
-    room.lock()
-        .expect("sound")
-        .insert(me.to_string(), channel.clone());
+async fn member(channel: Channel) -> Outcome<()> {
+    let rooms = channel.rooms_handle().ok_or("rooms are a server's")?;
+    channel.join("chat")?;
     channel.send("welcome", &()).await?;
     while let Some(message) = channel.recv().await? {
-        let line = Encoded::new("line", message.data::<&str>()?)?;
-        room.lock().expect("sound").retain(|_, other| {
-            let queued = other.try_send_encoded(&line).unwrap_or(false);
-            if !queued {
-                drop(other.close(CloseCode::SLOW_PEER, "too slow for this room"));
-            }
-            queued
-        });
+        rooms.to("chat").send("line", message.data::<&str>()?)?;
     }
     Ok(())
 }
@@ -41,15 +29,13 @@ async fn join(server: &Server) -> Outcome<Channel> {
 
 #[tokio::main]
 async fn main() -> Outcome<()> {
-    let room = Room::default();
     let server = Server::builder()
         .identity(Identity::generate()?)
         .auth(async |_: Hello| Ok(Peer::new("guest")))
-        .channel("chat", move |channel: Channel| {
-            member(room.clone(), channel)
-        })
+        .channel("chat", member)
         .bind("127.0.0.1:0")
         .await?;
+    server.rooms().policy("chat", Overflow::Disconnect)?;
     let (ann, bob) = (join(&server).await?, join(&server).await?);
     let eve = join(&server).await?;
     let text = "bla ".repeat(16 << 10);

@@ -669,6 +669,7 @@ impl fmt::Debug for ClientBuilder {
 /// | error | retry | because |
 /// | --- | --- | --- |
 /// | `Setting` | no | it stays wrong |
+/// | `MissingState` | no | it stays wrong |
 /// | `Tls` | no | it stays wrong |
 /// | `Token` | yes | whoever gives the tokens is out of reach |
 /// | `Address` | no | it stays wrong |
@@ -798,6 +799,10 @@ mod tests {
         let pin = crate::Identity::generate().unwrap().fingerprint();
         let all = vec![
             ConnectError::Setting(InvalidSetting("")),
+            ConnectError::MissingState {
+                channel: text.clone(),
+                state: "",
+            },
             ConnectError::Tls(text.clone()),
             ConnectError::Token(text.clone()),
             ConnectError::Address(text.clone()),
@@ -821,6 +826,7 @@ mod tests {
         for error in &all {
             match error {
                 ConnectError::Setting(_)
+                | ConnectError::MissingState { .. }
                 | ConnectError::Tls(_)
                 | ConnectError::Token(_)
                 | ConnectError::Address(_)

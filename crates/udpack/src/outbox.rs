@@ -275,7 +275,7 @@ impl Outbox {
         } else {
             state.overflow.push(tag, frame, policy, self.max_bytes)
         };
-        self.settle(&mut state);
+        self.refill(&mut state);
         push
     }
 
@@ -362,11 +362,8 @@ impl Outbox {
 
     /// Moves what waits beside the queue into it, as far as there is room and nobody has waited for longer;
     /// then it is their turn.
-    fn settle(&self, state: &mut State) {
-        let first_in_line = match state.phase {
-            Phase::Open => state.waiting.first().copied(),
-            _ => None,
-        };
+    fn refill(&self, state: &mut State) {
+        let first_in_line = state.waiting.first().copied();
         while self.has_room(state)
             && let Some(first) = state.overflow.first()
             && first_in_line.is_none_or(|waiting| first < waiting)
@@ -407,7 +404,10 @@ impl Outbox {
         if matches!(state.phase, Phase::Open) {
             state.phase = Phase::Finishing(last);
             state.why = why;
-            self.settle(&mut state);
+            // What waits beside the queue is bounded: it goes along.
+            while let Some(frame) = state.overflow.pop() {
+                state.append(&frame);
+            }
             self.wake(&mut state);
             self.room.notify_waiters();
             // Leaving the rooms takes their locks.
@@ -465,7 +465,7 @@ impl Outbox {
     pub(crate) fn confirm(&self, received: u64) -> Result<(), Mismatch> {
         let mut state = lock(&self.state);
         let all = state.confirm(received)?;
-        self.settle(&mut state);
+        self.refill(&mut state);
         // The writer may wait for exactly that.
         self.work.notify_one();
         drop(state);
@@ -489,7 +489,8 @@ impl Outbox {
         }
         state.idle = false;
         let epoch = state.epoch;
-        self.settle(&mut state);
+        self.refill(&mut state);
+        self.room.notify_waiters();
         self.work.notify_one();
         drop(state);
         if all {
@@ -517,7 +518,8 @@ impl Outbox {
                 .sum::<usize>()
                 + state.tail_messages;
             state.keep = None;
-            self.settle(&mut state);
+            self.refill(&mut state);
+            self.room.notify_waiters();
             self.work.notify_one();
         }
     }
@@ -535,11 +537,12 @@ impl Outbox {
             .map_or(0, |keep| keep.frames - keep.retained.confirmed())
     }
 
-    /// How far the peer has confirmed, when somebody waits for it to go on.
+    /// How far the peer has confirmed, when something waits for it to go on.
     fn stuck_at(&self) -> Option<u64> {
         let state = lock(&self.state);
         let keep = state.keep.as_ref()?;
-        (!state.waiting.is_empty() && !self.has_room(&state)).then(|| keep.retained.confirmed())
+        let waits = !state.waiting.is_empty() || state.overflow.first().is_some();
+        (waits && !self.has_room(&state)).then(|| keep.retained.confirmed())
     }
 
     fn take(&self, epoch: u64, batch: &mut Vec<Bytes>) -> Work {
@@ -578,13 +581,7 @@ impl Outbox {
         }
         // A quiet channel keeps no buffer.
         state.tail = BytesMut::new();
-        let behind = state.overflow.first().is_some();
         match &mut state.phase {
-            // What waits for confirmations goes out before the end.
-            Phase::Finishing(_) if behind => {
-                state.idle = true;
-                Work::Idle
-            }
             Phase::Finishing(last) => {
                 let last = last.take();
                 if let (Some(keep), Some(last)) = (&mut state.keep, &last) {
@@ -607,7 +604,7 @@ impl Outbox {
         }
         state.queued_bytes = state.queued_bytes.saturating_sub(bytes);
         state.queued_messages = state.queued_messages.saturating_sub(messages);
-        self.settle(&mut state);
+        self.refill(&mut state);
     }
 }
 
@@ -739,7 +736,7 @@ impl Drop for Turn<'_> {
     fn drop(&mut self) {
         let mut state = lock(&self.outbox.state);
         state.waiting.remove(&self.number);
-        self.outbox.settle(&mut state);
+        self.outbox.refill(&mut state);
     }
 }
 

@@ -20,8 +20,8 @@ use crate::control;
 pub enum Overflow {
     /// What comes while there is no room is lost.
     DropNewest,
-    /// This many messages wait beside the queue, at least one, and together no more bytes than
-    /// `Limits::outbound_bytes`; the oldest of them are lost first.
+    /// This many messages wait beside the queue, at least one, and no more bytes than the queue itself may hold
+    /// (`Limits::outbound_bytes`, `Limits::replay_bytes`); the oldest of them are lost first.
     DropOldest {
         /// Messages that may wait.
         messages: usize,
@@ -218,6 +218,8 @@ impl Lot {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::frame::PREFIX;
     use crate::message::Message;
@@ -303,5 +305,62 @@ mod tests {
         push(&mut all, &state, "new", Overflow::LatestOnly);
         all.lose(&state);
         assert_eq!(drain(&mut all), ["new"]);
+    }
+
+    proptest! {
+        /// Whatever comes and goes: of each room, messages and gaps account for every number, in order, and what
+        /// was reported lost is what the gaps say.
+        #[test]
+        fn every_message_is_there_or_in_a_gap(
+            acts in prop::collection::vec((0..3_u64, 0..5_u8, any::<bool>()), 1..200),
+        ) {
+            let tags: Vec<_> = (0..3).map(|id| tag(id, &format!("room {id}"))).collect();
+            let mut all = Overflowing::default();
+            let (mut sent, mut seen, mut reported) = ([0_u64; 3], [0_u64; 3], 0);
+            let mut gaps = 0;
+            let mut check = |frame: Bytes, seen: &mut [u64; 3]| {
+                match Message::decode(frame.slice(PREFIX.min(frame.len())..)) {
+                    Ok(message) => {
+                        let gap = control::decode_gap(&message).unwrap();
+                        let room = tags.iter().position(|tag| *tag.name == *gap.room).unwrap();
+                        seen[room] += gap.lost;
+                        gaps += gap.lost;
+                    }
+                    Err(_) => {
+                        let text = String::from_utf8(frame.to_vec()).unwrap();
+                        let (room, number) = text.split_once(':').unwrap();
+                        let room: usize = room.parse().unwrap();
+                        assert_eq!(number.parse::<u64>().unwrap(), seen[room]);
+                        seen[room] += 1;
+                    }
+                }
+            };
+            for (room, policy, pop) in acts {
+                let at = room as usize;
+                let policy = match policy {
+                    0 => Overflow::DropNewest,
+                    1 => Overflow::LatestOnly,
+                    n => Overflow::DropOldest { messages: n.into() },
+                };
+                let frame = Bytes::from(format!("{room}:{}", sent[at]));
+                sent[at] += 1;
+                match all.push(&tags[at], &frame, policy, 30) {
+                    Push::Queued { lost } => reported += lost,
+                    other => {
+                        prop_assert_eq!(other, Push::Lost);
+                        reported += 1;
+                    }
+                }
+                if pop {
+                    check(all.pop().unwrap(), &mut seen);
+                }
+            }
+            while let Some(frame) = all.pop() {
+                check(frame, &mut seen);
+            }
+            prop_assert_eq!(seen, sent);
+            prop_assert_eq!(gaps, reported);
+            prop_assert!(all.first().is_none() && all.lots.is_empty());
+        }
     }
 }

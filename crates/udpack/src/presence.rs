@@ -21,7 +21,7 @@ use crate::message::{self, DecodeError, EncodeError, Encoded, Message};
 use crate::msgpack::{FieldError, Shape, Values, Walk, validate};
 use crate::overflow::{Overflow, Push};
 use crate::rooms::{Directory, Guest, JoinError, Room, Rooms};
-use crate::session::{Session, lock};
+use crate::session::{Session, SessionId, lock};
 
 /// Everybody who is there: `{room, entries}`, where each entry is `{peer, session, meta}`.
 const STATE: &str = "presence_state";
@@ -37,7 +37,7 @@ const ROOM_ELEMENTS: usize = 60_000;
 /// Who is present in one room, by session.
 #[derive(Debug, Default)]
 pub(crate) struct Presence {
-    entries: BTreeMap<Arc<str>, Entry>,
+    entries: BTreeMap<SessionId, Entry>,
     /// Members that have been sent the state.
     told: HashSet<u64>,
     bytes: usize,
@@ -48,7 +48,7 @@ pub(crate) struct Presence {
 struct Entry {
     /// The channel that tracks it.
     guest: u64,
-    /// It has ended with its connection; the number says when.
+    /// It has ended with the connection of this number.
     lost: Option<u64>,
     meta: Bytes,
     /// `{peer, session, meta}`.
@@ -64,13 +64,12 @@ pub(crate) struct Tracked {
 
 #[derive(Debug, Default)]
 struct TrackedTable {
-    rooms: HashMap<Arc<str>, HashSet<Arc<str>>>,
-    losses: u64,
+    rooms: HashMap<SessionId, HashSet<Arc<str>>>,
 }
 
 impl Tracked {
     /// Says whether the session was not tracked anywhere: then somebody must wait for its end.
-    fn add(&self, session: &Arc<str>, room: &Arc<str>) -> bool {
+    fn add(&self, session: &SessionId, room: &Arc<str>) -> bool {
         let mut table = lock(&self.table);
         // An empty set stays for as long as the session: somebody waits for its end already.
         let first = !table.rooms.contains_key(session);
@@ -79,27 +78,21 @@ impl Tracked {
         first
     }
 
-    fn remove(&self, session: &str, room: &str) {
+    fn remove(&self, session: &SessionId, room: &str) {
         if let Some(rooms) = lock(&self.table).rooms.get_mut(session) {
             rooms.remove(room);
         }
     }
 
-    fn rooms(&self, session: &str) -> Vec<Arc<str>> {
+    fn rooms(&self, session: &SessionId) -> Vec<Arc<str>> {
         let table = lock(&self.table);
         let rooms = table.rooms.get(session).into_iter().flatten();
         rooms.cloned().collect()
     }
 
-    fn take(&self, session: &str) -> HashSet<Arc<str>> {
+    fn take(&self, session: &SessionId) -> HashSet<Arc<str>> {
         let mut table = lock(&self.table);
         table.rooms.remove(session).unwrap_or_default()
-    }
-
-    fn loss(&self) -> u64 {
-        let mut table = lock(&self.table);
-        table.losses += 1;
-        table.losses
     }
 }
 
@@ -186,15 +179,14 @@ impl Rooms {
         tasks.spawn_on(over, &self.directory().runtime);
     }
 
-    /// A session has come back: what it had tracked on channels that are gone leaves, unless it is tracked again in
-    /// time.
-    pub(crate) fn resumed(&self, session: &Arc<Session>) {
-        let id: Arc<str> = (*session.id()).into();
+    /// A session goes on over connection number `link`: what it had tracked on channels that ended with an earlier
+    /// one leaves, unless it is tracked again in time.
+    pub(crate) fn resumed(&self, session: &Arc<Session>, link: u64) {
+        let id = session.id();
         let directory = self.directory();
         if directory.tracked.rooms(&id).is_empty() {
             return;
         }
-        let now = directory.tracked.loss();
         let directory = Arc::downgrade(directory);
         let (tasks, session) = (session.tasks.clone(), session.clone());
         let late = async move {
@@ -208,7 +200,7 @@ impl Rooms {
             {
                 for name in directory.tracked.rooms(&id) {
                     directory.clear(&name, &id, |entry| {
-                        entry.lost.is_some_and(|lost| lost < now)
+                        entry.lost.is_some_and(|lost| lost < link)
                     });
                 }
             }
@@ -218,7 +210,7 @@ impl Rooms {
 }
 
 impl Directory {
-    fn clear(&self, room: &str, session: &str, which: impl Fn(&Entry) -> bool) {
+    fn clear(&self, room: &str, session: &SessionId, which: impl Fn(&Entry) -> bool) {
         if let Some(room) = self.existing(room) {
             room.clear(self, session, which);
             self.sweep(&room);
@@ -231,7 +223,7 @@ impl Presence {
         self.entries.is_empty()
     }
 
-    fn insert(&mut self, session: &Arc<str>, entry: Entry) -> Option<Entry> {
+    fn insert(&mut self, session: &SessionId, entry: Entry) -> Option<Entry> {
         self.bytes += entry.encoded.len();
         self.elements += entry.elements;
         let old = self.entries.insert(session.clone(), entry);
@@ -242,7 +234,7 @@ impl Presence {
         old
     }
 
-    fn remove(&mut self, session: &str) -> Option<Entry> {
+    fn remove(&mut self, session: &SessionId) -> Option<Entry> {
         let old = self.entries.remove(session)?;
         self.bytes -= old.encoded.len();
         self.elements -= old.elements;
@@ -298,17 +290,17 @@ impl Room {
         Ok(first)
     }
 
-    /// A member has left the room: `lost` when it may come back.
-    pub(crate) fn parted(&self, directory: &Directory, guest: &Guest, lost: bool) {
+    /// A member has left the room: `lost` with the connection of this number, if so, and may come back.
+    pub(crate) fn parted(&self, directory: &Directory, guest: &Guest, lost: Option<u64>) {
         let session = &guest.session_id;
         {
             let mut presence = lock(&self.presence);
             presence.told.remove(&guest.key);
-            if lost
+            if lost.is_some()
                 && let Some(entry) = presence.entries.get_mut(session)
                 && entry.guest == guest.key
             {
-                entry.lost = Some(directory.tracked.loss());
+                entry.lost = lost;
                 return;
             }
         }
@@ -316,7 +308,12 @@ impl Room {
     }
 
     /// Removes a session's entry if it is one of `which`; says whether it did.
-    fn clear(&self, directory: &Directory, session: &str, which: impl Fn(&Entry) -> bool) -> bool {
+    fn clear(
+        &self,
+        directory: &Directory,
+        session: &SessionId,
+        which: impl Fn(&Entry) -> bool,
+    ) -> bool {
         let mut presence = lock(&self.presence);
         if !presence.entries.get(session).is_some_and(which) {
             return false;

@@ -22,7 +22,7 @@ use crate::message::{EncodeError, Encoded, NameError, check_name};
 use crate::outbox::Outbox;
 use crate::overflow::{Overflow, Push, Tag};
 use crate::presence::{Presence, Tracked};
-use crate::session::{Session, lock};
+use crate::session::{Session, SessionId, lock};
 
 /// The name in the gaps of what is sent to all channels.
 const ALL: &str = "*";
@@ -65,8 +65,10 @@ pub(crate) struct Room {
 pub(crate) struct Guest {
     pub(crate) key: u64,
     pub(crate) session: Arc<Session>,
-    pub(crate) session_id: Arc<str>,
+    pub(crate) session_id: SessionId,
     pub(crate) outbox: Arc<Outbox>,
+    /// The number of the connection that the channel ends with, unless it is resumable.
+    link: Option<u64>,
     channel: WeakChannel,
     name: Arc<str>,
     /// Where it is; `None` once the channel is over.
@@ -204,7 +206,7 @@ pub struct Member {
 
 impl Member {
     /// The session its channel belongs to.
-    pub fn session(&self) -> &str {
+    pub fn session(&self) -> &SessionId {
         &self.guest.session_id
     }
 
@@ -391,7 +393,7 @@ impl Channel {
         let Some(room) = left else {
             return false;
         };
-        rooms.directory.part(guest, &room, false);
+        rooms.directory.part(guest, &room, None);
         true
     }
 
@@ -411,8 +413,9 @@ impl Channel {
             let guest = Arc::new(Guest {
                 key: rooms.directory.next(),
                 session: self.session().clone(),
-                session_id: (*self.session().id()).into(),
+                session_id: self.session().id(),
                 outbox: self.outbox().clone(),
+                link: (!self.outbox().keeps()).then(|| self.session().link().1),
                 channel: self.downgrade(),
                 name: self.name().into(),
                 rooms: Mutex::new(Some(BTreeMap::new())),
@@ -474,14 +477,17 @@ impl Directory {
             }
         }
         // A lost connection alone ends no presence: the session may come back.
-        let lost =
-            guest.session.end.get().is_none() && guest.session.conn().close_reason().is_some();
+        let session = &guest.session;
+        let lost = guest.link.filter(|link| {
+            let (conn, now) = session.link();
+            session.end.get().is_none() && (*link < now || conn.close_reason().is_some())
+        });
         for room in rooms.values() {
             self.part(guest, room, lost);
         }
     }
 
-    fn part(&self, guest: &Guest, room: &Arc<Room>, lost: bool) {
+    fn part(&self, guest: &Guest, room: &Arc<Room>, lost: Option<u64>) {
         room.remove(guest.key);
         room.parted(self, guest, lost);
         self.sweep(room);

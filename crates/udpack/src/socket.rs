@@ -593,7 +593,7 @@ impl Driver {
             session.tally.one(Count::Reconnects);
         }
         if let Some(rooms) = session.rooms.get() {
-            rooms.resumed(session);
+            rooms.resumed(session, number);
         }
         tracing::info!(session = %session.id(), resumed = self.resumed, "connected again");
         if let Some(states) = &session.states {

@@ -2,12 +2,15 @@
 
 mod common;
 
-use common::{bind, bounded, server};
+use common::{bind, bounded, path, server};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use udpack::{
     Channel, Client, CloseCode, Deny, Hello, Limits, Message, Peer, PresenceDiff, PresenceMap,
-    Server, Socket, TrackError,
+    Reconnect, Server, Socket, State, Timeouts, TrackError,
 };
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -23,6 +26,13 @@ fn mood(mood: &str) -> Mood {
 
 /// A server that lets everybody in by the name in the token, and hands their `chat` channels to the test.
 async fn hall(limits: Limits) -> (Server, mpsc::UnboundedReceiver<Channel>) {
+    hall_with(limits, Timeouts::default()).await
+}
+
+async fn hall_with(
+    limits: Limits,
+    timeouts: Timeouts,
+) -> (Server, mpsc::UnboundedReceiver<Channel>) {
     let (seen, channels) = mpsc::unbounded_channel();
     let builder = server()
         .auth(|hello: Hello| {
@@ -30,6 +40,7 @@ async fn hall(limits: Limits) -> (Server, mpsc::UnboundedReceiver<Channel>) {
             async move { Ok::<_, Deny>(peer) }
         })
         .limits(limits)
+        .timeouts(timeouts)
         .channel("chat", move |channel: Channel| {
             let seen = seen.clone();
             async move {
@@ -257,6 +268,78 @@ async fn a_presence_is_bounded() {
         for _ in 0..2 {
             assert!(PresenceMap::new("attic").apply(&next(&a).await).is_none());
         }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_lost_connection_shows_nobody_leaving_unless_they_do_not_come_back_to_the_room() {
+    bounded(async {
+        let timeouts = Timeouts {
+            idle: Duration::from_secs(1),
+            keep_alive: Duration::from_millis(200),
+            presence: Duration::from_secs(1),
+            ..Timeouts::default()
+        };
+        let (server, mut there) = hall_with(Limits::default(), timeouts.clone()).await;
+        let (address, cut) = path(server.local_addr()).await;
+        let anna = Client::builder()
+            .pin(server.fingerprint())
+            .token("anna")
+            .timeouts(timeouts)
+            .reconnect(Reconnect {
+                first: Duration::from_millis(50),
+                ..Reconnect::default()
+            })
+            .connect(&address.to_string())
+            .await
+            .expect("let in");
+        let bert = enter(&server, "bert").await;
+        let (_a, at) = chat(&anna, &mut there).await;
+        let (b, bt) = chat(&bert, &mut there).await;
+        let (mut hall, mut attic) = (PresenceMap::new("hall"), PresenceMap::new("attic"));
+        at.track("hall", &mood("fine")).expect("tracked");
+        at.track("attic", &mood("dusty")).expect("tracked");
+        bt.join("hall").expect("joined");
+        bt.join("attic").expect("joined");
+        change(&b, &mut hall).await;
+        change(&b, &mut attic).await;
+
+        let mut states = anna.states();
+        cut.store(true, Ordering::Relaxed);
+        while !matches!(states.next().await, Some(State::Reconnecting { .. })) {}
+        // At the server, too, the channel has ended with its connection.
+        at.closed().await;
+        while server.rooms().members("hall").len() > 1 {
+            tokio::task::yield_now().await;
+        }
+        cut.store(false, Ordering::Relaxed);
+        loop {
+            match states.next().await.expect("not given up") {
+                State::Connected { resumed, .. } => {
+                    assert!(resumed);
+                    break;
+                }
+                State::Connecting | State::Reconnecting { .. } => {}
+                other => panic!("{other:?}"),
+            }
+        }
+        let (a, at) = chat(&anna, &mut there).await;
+        at.track("hall", &mood("fine")).expect("tracked");
+        let mut own = PresenceMap::new("hall");
+        change(&a, &mut own).await;
+        assert_eq!(view(&own), [entry("anna", &["fine"])]);
+
+        // She has not come back to the attic; of the hall there was nothing to tell.
+        let message = next(&b).await;
+        assert!(hall.apply(&message).is_none());
+        let diff = attic.apply(&message).expect("about the attic");
+        assert_eq!((diff.joins.len(), diff.leaves.len()), (0, 1));
+        assert!(attic.is_empty());
+        assert_eq!(view(&hall), [entry("anna", &["fine"])]);
+        anna.close(CloseCode::NORMAL, "").await;
+        change(&b, &mut hall).await;
+        assert!(hall.is_empty());
     })
     .await;
 }

@@ -6,10 +6,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use common::{bind, bounded, client, connect, server};
+use common::{bind, bounded, client, connect, path, server};
 use tokio::sync::{Notify, mpsc};
 use udpack::{
-    Channel, CloseCode, JoinError, Limits, Message, Overflow, Sent, Server, ServerBuilder, Socket,
+    Channel, CloseCode, JoinError, Limits, Message, Overflow, Reconnect, Sent, Server,
+    ServerBuilder, Socket, State, Timeouts,
 };
 
 /// A server whose `chat` channels join the room `hall` and are handed to the test.
@@ -48,6 +49,7 @@ fn number(message: &Message) -> u64 {
 fn shallow() -> Limits {
     Limits {
         outbound_messages: 16,
+        replay_messages: 16,
         ..Limits::default()
     }
 }
@@ -418,6 +420,65 @@ async fn rooms_are_bounded() {
             .policy("4", Overflow::default())
             .expect("there");
         assert_eq!(server.rooms().names().len(), 2);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_resumable_member_stays_and_gets_what_it_missed_or_is_told() {
+    bounded(async {
+        let timeouts = Timeouts {
+            idle: Duration::from_secs(1),
+            keep_alive: Duration::from_millis(200),
+            ..Timeouts::default()
+        };
+        let builder = server().limits(shallow()).timeouts(timeouts.clone());
+        let (server, _channels) = hall(builder).await;
+        let policy = Overflow::DropOldest { messages: 4 };
+        server.rooms().policy("hall", policy).expect("a room");
+        let (address, cut) = path(server.local_addr()).await;
+        let socket = client(&server)
+            .timeouts(timeouts)
+            .reconnect(Reconnect {
+                first: Duration::from_millis(50),
+                ..Reconnect::default()
+            })
+            .connect(&address.to_string())
+            .await
+            .expect("let in");
+        let channel = socket.channel("chat").resumable().open().await;
+        let channel = channel.expect("a channel");
+        assert_eq!(next(&channel).await.event(), "joined");
+        let mut states = socket.states();
+        // As many as its queue has room for; then more.
+        let mut first = 0;
+        for count in [10, 100] {
+            cut.store(true, Ordering::Relaxed);
+            while !matches!(states.next().await, Some(State::Reconnecting { .. })) {}
+            let (mut dropped, mut lost, end) = (0, 0, first + count);
+            for n in first..end {
+                let sent = server.rooms().to("hall").send("line", &(n, "x"));
+                let sent = sent.expect("sound");
+                assert_eq!(sent.delivered, 1, "it is still a member");
+                dropped += sent.dropped;
+            }
+            cut.store(false, Ordering::Relaxed);
+            while first < end {
+                let message = next(&channel).await;
+                match message.gap() {
+                    Some(gap) => {
+                        lost += gap.lost;
+                        first += gap.lost;
+                    }
+                    None => {
+                        assert_eq!(number(&message), first);
+                        first += 1;
+                    }
+                }
+            }
+            assert_eq!(lost, dropped);
+            assert_eq!(lost > 0, count > 16);
+        }
     })
     .await;
 }

@@ -1,9 +1,15 @@
 //! What the tests share: a server on a free port, a client that is let in, and a bound on everything.
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use tokio::net::UdpSocket;
 use udpack::{Client, ClientBuilder, Deny, Hello, Identity, Peer, Server, ServerBuilder, Socket};
 
 /// The token that the test server accepts.
@@ -51,4 +57,40 @@ pub(crate) async fn bind(builder: ServerBuilder) -> Server {
         .bind("127.0.0.1:0")
         .await
         .expect("a free loopback port")
+}
+
+/// Passes datagrams on to a server and back, unless it is cut.
+pub(crate) async fn path(server: SocketAddr) -> (SocketAddr, Arc<AtomicBool>) {
+    let front = Arc::new(UdpSocket::bind("127.0.0.1:0").await.expect("a port"));
+    let (address, cut) = (
+        front.local_addr().expect("bound"),
+        Arc::new(AtomicBool::new(false)),
+    );
+    let is_cut = cut.clone();
+    tokio::spawn(async move {
+        let mut backs: HashMap<SocketAddr, Arc<UdpSocket>> = HashMap::new();
+        let mut tasks = tokio::task::JoinSet::new();
+        let mut buf = vec![0; 64 << 10];
+        while let Ok((len, from)) = front.recv_from(&mut buf).await {
+            if is_cut.load(Ordering::Relaxed) {
+                continue;
+            }
+            if let Entry::Vacant(new) = backs.entry(from) {
+                let back = Arc::new(UdpSocket::bind("127.0.0.1:0").await.expect("a port"));
+                back.connect(server).await.expect("an address");
+                new.insert(back.clone());
+                let (front, is_cut) = (front.clone(), is_cut.clone());
+                tasks.spawn(async move {
+                    let mut buf = vec![0; 64 << 10];
+                    while let Ok(len) = back.recv(&mut buf).await {
+                        if !is_cut.load(Ordering::Relaxed) {
+                            let _ = front.send_to(&buf[..len], from).await;
+                        }
+                    }
+                });
+            }
+            let _ = backs[&from].send(&buf[..len]).await;
+        }
+    });
+    (address, cut)
 }
