@@ -14,7 +14,9 @@ type Outcome<T> = Result<T, Box<dyn Error + Send + Sync>>;
 
 async fn member(room: Room, channel: Channel) -> Outcome<()> {
     let me = channel.session_id().to_owned();
-    room.lock().expect("sound").insert(me, channel.clone());
+    room.lock()
+        .expect("sound")
+        .insert(me.to_string(), channel.clone());
     channel.send("welcome", &()).await?;
     while let Some(message) = channel.recv().await? {
         let line = Encoded::new("line", message.data::<&str>()?)?;
@@ -43,7 +45,9 @@ async fn main() -> Outcome<()> {
     let server = Server::builder()
         .identity(Identity::generate()?)
         .auth(async |_: Hello| Ok(Peer::new("guest")))
-        .channel("chat", move |channel| member(room.clone(), channel))
+        .channel("chat", move |channel: Channel| {
+            member(room.clone(), channel)
+        })
         .bind("127.0.0.1:0")
         .await?;
     let (ann, bob) = (join(&server).await?, join(&server).await?);

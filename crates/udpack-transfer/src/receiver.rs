@@ -124,11 +124,11 @@ impl Receiver {
     pub fn attach(&self, server: ServerBuilder) -> ServerBuilder {
         let (lanes, jobs) = (self.clone(), self.clone());
         server
-            .channel(CHANNEL, move |channel| {
+            .channel(CHANNEL, move |channel: Channel| {
                 let receiver = lanes.clone();
                 async move { receiver.serve(channel).await }
             })
-            .channel(JOBS_CHANNEL, move |channel| {
+            .channel(JOBS_CHANNEL, move |channel: Channel| {
                 let receiver = jobs.clone();
                 async move {
                     let default = &receiver.config.default_scope;

@@ -4,7 +4,7 @@ use std::fmt;
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -16,12 +16,13 @@ use tracing::Instrument;
 
 use crate::code::{CloseCode, CloseReason, Fault, Side};
 use crate::config::Priority;
-use crate::control::{self, ControlError, FAULT, REPLY, Resumed};
+use crate::control::{self, ControlError, REPLY, Resumed};
 use crate::inbox::{Ending, Inbox};
 use crate::message::{DecodeError, EncodeError, Encoded, Message};
 use crate::metrics::{Count, Words};
 use crate::outbox::{self, Outbox, PushError, Way, Written};
 use crate::resume::Mismatch;
+use crate::rooms::Guest;
 use crate::session::{ChannelKey, End, Lease, Session};
 use crate::speed::{Counters, SpeedMeter, Stats};
 
@@ -71,6 +72,8 @@ pub(crate) struct Inner {
     pub(crate) counters: Arc<Counters>,
     pub(crate) end: Arc<End>,
     pub(crate) next_request: AtomicU64,
+    /// What stands for this channel in rooms, from the first one on; only at a server.
+    member: OnceLock<Arc<Guest>>,
     _lease: Option<Arc<Lease>>,
 }
 
@@ -156,6 +159,7 @@ impl Channel {
                 counters,
                 end,
                 next_request: AtomicU64::new(1),
+                member: OnceLock::new(),
                 _lease: lease,
             }),
         }
@@ -193,6 +197,14 @@ impl Channel {
         &self.inner.session
     }
 
+    pub(crate) fn outbox(&self) -> &Arc<Outbox> {
+        &self.inner.outbox
+    }
+
+    pub(crate) fn member(&self) -> &OnceLock<Arc<Guest>> {
+        &self.inner.member
+    }
+
     /// Sends one message. Structs travel as maps.
     ///
     /// Returns when the message is queued; waits while the queue is full (`Limits::outbound_bytes`,
@@ -209,10 +221,10 @@ impl Channel {
         event: &str,
         data: &T,
     ) -> Result<(), SendError> {
-        while !self.try_send(event, data)? {
-            self.inner.outbox.room().await;
-        }
-        Ok(())
+        application_event(event)?;
+        let limit = self.inner.session.frame_limit();
+        let queued = self.inner.outbox.message(event, data, None, limit).await;
+        queued.map_err(|error| self.send_error(error))
     }
 
     /// Sends one message if the queue has room now; `Ok(false)` says that it has none.
@@ -240,10 +252,9 @@ impl Channel {
     /// # Cancel safety
     /// As [`send`](Self::send).
     pub async fn send_encoded(&self, message: &Encoded) -> Result<(), SendError> {
-        while !self.try_send_encoded(message)? {
-            self.inner.outbox.room().await;
-        }
-        Ok(())
+        let limit = self.inner.session.frame_limit();
+        let queued = self.inner.outbox.encoded(message, limit).await;
+        queued.map_err(|error| self.send_error(error))
     }
 
     /// Sends an encoded message if the queue has room now; `Ok(false)` says that it has none.
@@ -275,16 +286,9 @@ impl Channel {
     ) -> Result<(), SendError> {
         application_event(event)?;
         let limit = self.inner.session.frame_limit();
-        loop {
-            let queued = self
-                .inner
-                .outbox
-                .try_bulk(event, header, key, &payload, limit);
-            if queued.map_err(|error| self.send_error(error))? {
-                return Ok(());
-            }
-            self.inner.outbox.room().await;
-        }
+        let outbox = &self.inner.outbox;
+        let queued = outbox.bulk(event, header, key, &payload, limit).await;
+        queued.map_err(|error| self.send_error(error))
     }
 
     /// The next message; `Ok(None)` after the peer has finished or closed with `normal`.
@@ -299,7 +303,13 @@ impl Channel {
     /// Cancel safe: a dropped future loses no byte and no message.
     pub async fn recv(&self) -> Result<Option<Message>, RecvError> {
         let inner = &*self.inner;
-        match poll_fn(|cx| inner.inbox.poll_recv(cx, &inner.session, &inner.counters)).await {
+        match poll_fn(|cx| {
+            inner
+                .inbox
+                .poll_recv(cx, &inner.session, &inner.counters, false)
+        })
+        .await
+        {
             Ok(message) => Ok(Some(message)),
             Err(ending) => self.ended(ending),
         }
@@ -331,12 +341,23 @@ impl Channel {
         }
     }
 
+    /// Queues a whole frame of the protocol; waits for room as [`send`](Self::send) does.
+    pub(crate) async fn send_frame(&self, frame: Bytes) -> Result<(), SendError> {
+        self.send_encoded(&Encoded::from_frame(frame)).await
+    }
+
     async fn answer<T: Serialize + Sync + ?Sized>(
         &self,
         id: u64,
         data: &T,
     ) -> Result<(), SendError> {
-        match self.send_protocol(REPLY, data, id).await {
+        let limit = self.inner.session.frame_limit();
+        let queued = self
+            .inner
+            .outbox
+            .message(REPLY, data, Some(id), limit)
+            .await;
+        match queued.map_err(|error| self.send_error(error)) {
             Err(SendError::Encode(error)) => {
                 let fault = Fault::new(Fault::INTERNAL, "the reply could not be encoded");
                 self.send_fault(&fault, id).await?;
@@ -346,27 +367,12 @@ impl Channel {
         }
     }
 
-    async fn send_fault(&self, fault: &Fault, id: u64) -> Result<(), SendError> {
-        self.inner
-            .session
-            .tally
-            .word(Words::FaultsSent, &fault.code);
-        self.send_protocol(FAULT, fault, id).await
-    }
-
-    async fn send_protocol<T: Serialize + Sync + ?Sized>(
-        &self,
-        event: &str,
-        data: &T,
-        id: u64,
-    ) -> Result<(), SendError> {
-        let limit = self.inner.session.frame_limit();
-        loop {
-            let queued = self.inner.outbox.try_message(event, data, Some(id), limit);
-            if queued.map_err(|error| self.send_error(error))? {
-                return Ok(());
-            }
-            self.inner.outbox.room().await;
+    pub(crate) async fn send_fault(&self, fault: &Fault, id: u64) -> Result<(), SendError> {
+        let session = &self.inner.session;
+        session.tally.word(Words::FaultsSent, &fault.code);
+        match control::encode_fault(fault, id, session.frame_limit()) {
+            Some(frame) => self.send_frame(frame).await,
+            None => Ok(()),
         }
     }
 
@@ -540,8 +546,8 @@ impl Pipe {
     }
 
     /// Nothing will be repeated any more.
-    pub(crate) fn settle(&self) {
-        self.outbox.settle();
+    pub(crate) fn forget(&self) {
+        self.outbox.forget();
     }
 
     /// Lets what is queued go out and ends the channel for this reason when the peer has ended it, too.

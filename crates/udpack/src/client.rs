@@ -1,7 +1,6 @@
 //! [`Client`]: how to reach a server, whom to trust and what to present; makes [`Socket`]s.
 
 use std::fmt;
-use std::future::Future;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
@@ -14,7 +13,6 @@ use tracing::Instrument;
 use tracing::field::Empty;
 
 use crate::auth::Peer;
-use crate::channel::Channel;
 use crate::code::{CloseCode, CloseReason, Side};
 use crate::config::{CongestionControl, Limits, Timeouts};
 use crate::control::{self, ResumeRequest, ResumeTicket};
@@ -24,10 +22,11 @@ use crate::inbox::Inbox;
 use crate::lifetime::{TokenSource, check_token};
 use crate::metrics::Tally;
 use crate::qlog::Qlog;
-use crate::reconnect::{Reconnect, State, StateFeed};
+use crate::reconnect::{Reconnect, SocketState, StateFeed};
+use crate::router::ServeChannel;
 use crate::server::{CHANNEL_QUEUE, default_agent};
 use crate::session::{Session, lock};
-use crate::socket::{Comeback, Control, IntoOutcome, Link, Registry, Socket, live};
+use crate::socket::{Comeback, Control, Link, Registry, Socket, live};
 use crate::speed::Counters;
 use crate::tls::{PinCheck, Trust, client_tls};
 use crate::url::{ConnectUrl, DEFAULT_PORT};
@@ -386,7 +385,7 @@ impl Dialler {
             wait = Duration::ZERO;
             tracing::info!(attempt, ?delay, %reason, "reconnecting");
             if let Some(states) = &session.states {
-                states.set(State::Reconnecting { attempt, delay });
+                states.set(SocketState::Reconnecting { attempt, delay });
             }
             tokio::time::sleep(delay).await;
             // Twice each, and the one that has our session first.
@@ -517,12 +516,7 @@ impl ClientBuilder {
     }
 
     /// Serves the channels of this name that the server opens; see `ServerBuilder::channel`.
-    pub fn channel<F, Fut, O>(mut self, name: impl Into<String>, handler: F) -> Self
-    where
-        F: Fn(Channel) -> Fut + Send + Sync + 'static,
-        Fut: Future<Output = O> + Send + 'static,
-        O: IntoOutcome + 'static,
-    {
+    pub fn channel<M>(mut self, name: impl Into<String>, handler: impl ServeChannel<M>) -> Self {
         self.registry.insert(name.into(), handler);
         self
     }
@@ -623,6 +617,9 @@ impl ClientBuilder {
             self.congestion,
             false,
         )?));
+        if let Some((channel, state)) = self.registry.missing {
+            return Err(ConnectError::MissingState { channel, state });
+        }
         let mut registry = self.registry;
         registry.pull |= registry.is_empty();
         Ok(Client {
@@ -690,6 +687,14 @@ pub enum ConnectError {
     /// A setting makes no sense.
     #[error(transparent)]
     Setting(#[from] InvalidSetting),
+    /// A handler takes a state that its router was not given.
+    #[error("the handlers of channel {channel:?} need a state of type {state}")]
+    MissingState {
+        /// The channel's name.
+        channel: String,
+        /// The state's type.
+        state: &'static str,
+    },
     /// TLS could not be set up.
     #[error("cannot set up TLS: {0}")]
     Tls(String),
@@ -755,7 +760,8 @@ impl ConnectError {
             | Self::Dial { .. }
             | Self::Unreachable { .. } => true,
             Self::Denied(reason) => reason.retry,
-            Self::Setting(_)
+            Self::MissingState { .. }
+            | Self::Setting(_)
             | Self::Tls(_)
             | Self::Address(_)
             | Self::PinMismatch { .. }

@@ -4,7 +4,11 @@
 
 use std::fmt;
 
+use bytes::Bytes;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::message::DecodeError;
 
 /// Why a socket or a channel was closed, as a number both sides agree on.
 ///
@@ -211,13 +215,15 @@ impl fmt::Display for CloseReason {
 /// A typed refusal of one request: `["$fault", {code, message, data?}, id]` on the wire.
 ///
 /// The code is for programs, the message for people. Return one from a handler to refuse a request.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{code}: {message}")]
 pub struct Fault {
     /// What went wrong, for programs: one of the constants here or the application's own.
     pub code: String,
     /// What went wrong, for people.
     pub message: String,
+    /// What the application adds, as MessagePack.
+    pub(crate) data: Option<Bytes>,
 }
 
 impl Fault {
@@ -237,7 +243,27 @@ impl Fault {
         Self {
             code: code.into(),
             message: message.into(),
+            data: None,
         }
+    }
+
+    /// The same fault with something for programs to read. What cannot be encoded, or is too large for the
+    /// peer, is left out.
+    #[must_use]
+    pub fn with_data<T: Serialize + ?Sized>(mut self, data: &T) -> Self {
+        self.data = crate::message::encode_data(data).ok();
+        self
+    }
+
+    /// What the peer's application added, if anything.
+    ///
+    /// # Errors
+    /// When it does not fit `T`.
+    pub fn data<T: DeserializeOwned>(&self) -> Result<Option<T>, DecodeError> {
+        self.data
+            .as_deref()
+            .map(crate::message::decode_data)
+            .transpose()
     }
 }
 

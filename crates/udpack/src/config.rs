@@ -49,6 +49,10 @@ pub struct Limits {
     pub backlog_messages: usize,
     /// Bytes of such messages. Default 1 MiB.
     pub backlog_bytes: usize,
+    /// Rooms in all, of one server. Default 65,536.
+    pub rooms: usize,
+    /// Rooms one channel may be in. Default 64.
+    pub rooms_per_channel: usize,
     /// QUIC flow-control window of one stream, in bytes. Default 8 MiB: 1 Gbit/s at 64 ms. Below
     /// `connection_window`, so that one channel that nobody reads leaves room for the others. For a reader that
     /// cannot keep up quinn holds that much, at about three times its size.
@@ -89,6 +93,8 @@ impl Default for Limits {
             detached_sockets: 1024,
             backlog_messages: 1024,
             backlog_bytes: 1 << 20,
+            rooms: 65_536,
+            rooms_per_channel: 64,
             stream_window: 8 << 20,
             connection_window: 12 << 20,
             send_window: 16 << 20,
@@ -131,6 +137,9 @@ pub struct Timeouts {
     pub handler: Duration,
     /// How often a server asks its verifier whether a peer that is in is still welcome. Default 30 s.
     pub recheck: Duration,
+    /// After a session was resumed, what it had tracked on a channel that ended with the old connection must be
+    /// tracked again within this, or it leaves. Default 10 s.
+    pub presence: Duration,
 }
 
 impl Default for Timeouts {
@@ -148,6 +157,7 @@ impl Default for Timeouts {
             request: Duration::from_secs(30),
             handler: Duration::from_secs(30),
             recheck: Duration::from_secs(30),
+            presence: Duration::from_secs(10),
         }
     }
 }

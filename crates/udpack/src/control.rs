@@ -31,6 +31,11 @@ pub(crate) const REPLY: &str = "$reply";
 pub(crate) const FAULT: &str = "$fault";
 pub(crate) const CHANNELS: &str = "$channels";
 pub(crate) const CANCEL: &str = "$cancel";
+pub(crate) const PUSH: &str = "$push";
+pub(crate) const END: &str = "$end";
+pub(crate) const WANT: &str = "$want";
+pub(crate) const ITEM: &str = "$item";
+pub(crate) const CREDIT: &str = "$credit";
 
 /// A protocol message that cannot be accepted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -935,7 +940,7 @@ pub(crate) fn encode_goaway(goaway: &GoAway) -> Option<Bytes> {
     protocol(GOAWAY, &fields, None).ok()
 }
 
-/// A `$fault`'s code and message, read strictly; `data` is left alone.
+/// A `$fault`, its code and message read strictly; `data` stays as it came.
 pub(crate) fn decode_fault(message: &Message) -> Result<crate::Fault, ControlError> {
     let field = |source| ControlError::Field {
         event: FAULT,
@@ -944,7 +949,32 @@ pub(crate) fn decode_fault(message: &Message) -> Result<crate::Fault, ControlErr
     let fields = message.fields().map_err(field)?;
     let code = printable(fields.str("code").map_err(field)?, 128);
     let text = printable(fields.str("message").map_err(field)?, 1024);
-    Ok(crate::Fault::new(code, text))
+    let mut fault = crate::Fault::new(code, text);
+    fault.data = fields.raw("data").map(Bytes::copy_from_slice);
+    Ok(fault)
+}
+
+/// A `$fault` for request `id`; without its `data` if that makes it too large for the peer.
+pub(crate) fn encode_fault(fault: &crate::Fault, id: u64, limit: usize) -> Option<Bytes> {
+    let text = cut(&fault.message, 1024);
+    let mut map = Vec::new();
+    // Writing to a vector cannot fail.
+    let _ = rmp::encode::write_map_len(&mut map, 2);
+    for (key, value) in [("code", fault.code.as_str()), ("message", text)] {
+        let _ = rmp::encode::write_str(&mut map, key);
+        let _ = rmp::encode::write_str(&mut map, value);
+    }
+    let plain = |map: &[u8]| message::encode_raw(FAULT, map, id, limit).ok();
+    let Some(data) = &fault.data else {
+        return plain(&map);
+    };
+    let mut full = map.clone();
+    if let Some(head) = full.first_mut() {
+        *head += 1;
+    }
+    let _ = rmp::encode::write_str(&mut full, "data");
+    full.extend_from_slice(data);
+    plain(&full).or_else(|| plain(&map))
 }
 
 /// One whole frame with a protocol message in it.

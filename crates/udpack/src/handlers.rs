@@ -1,27 +1,40 @@
-//! Handlers by event name: a thin, ordered loop over a channel's messages.
+//! Handlers by event name: a thin loop over a channel's messages.
 
-use std::collections::HashMap;
 use std::fmt;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::panic::AssertUnwindSafe;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
 
-use futures_util::FutureExt;
-use futures_util::future::BoxFuture;
+use bytes::Bytes;
+use futures_util::future::{AbortHandle, Abortable, BoxFuture};
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
 use serde::Serialize;
-use serde::de::DeserializeOwned;
+use tokio::time::Instant;
 
 use crate::auth::Peer;
+use crate::calls::Role;
 use crate::channel::{Channel, RecvError, SendError};
 use crate::code::Fault;
-use crate::message::Message;
-use crate::metrics::Count;
+use crate::control::{self, GAP, Gap, REPLY};
+use crate::extensions::Extensions;
+use crate::extract::{EventHandler, Handler};
+use crate::inbox::{Ending, NoReply};
+use crate::items::{Streaming, send_item};
+use crate::message::{self, Encoded, Message};
+use crate::metrics::{Count, Words};
+use crate::request::RequestError;
+use crate::router::{Next, Router};
 
 /// What a handler knows besides its data.
 #[derive(Debug, Clone)]
 pub struct Context {
     channel: Channel,
-    event: String,
-    request: bool,
+    message: Message,
+    deadline: Option<Instant>,
+    state: Arc<Extensions>,
 }
 
 impl Context {
@@ -35,154 +48,226 @@ impl Context {
         self.channel.session().peer.get()
     }
 
+    /// The message.
+    pub fn message(&self) -> &Message {
+        &self.message
+    }
+
     /// The event's name.
     pub fn event(&self) -> &str {
-        &self.event
+        self.message.event()
     }
 
     /// Whether the peer waits for the answer.
     pub fn is_request(&self) -> bool {
-        self.request
+        self.message.id().is_some()
+    }
+
+    /// When the peer stops waiting for the answer, if it said so; the handler is dropped then.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    /// The values that the router was given with `state`.
+    pub fn state(&self) -> &Extensions {
+        &self.state
+    }
+
+    pub(crate) fn with_message(mut self, message: Message) -> Self {
+        self.message = message;
+        self
     }
 }
 
-/// What a handler may return: nothing, or a result whose value answers a request.
+/// What a handler answers with: a value, a fault, or a stream of items. Middleware sees it; nobody is told it
+/// when the message was no request.
+pub struct Answer(Kind);
+
+enum Kind {
+    /// Encoded already.
+    Value(Bytes),
+    Fault(Fault),
+    Stream(Streaming),
+}
+
+impl Answer {
+    /// An answer with this value; one that cannot be encoded is an `internal` fault.
+    pub fn value<T: Serialize + ?Sized>(value: &T) -> Self {
+        match message::encode_data(value) {
+            Ok(data) => Self(Kind::Value(data)),
+            Err(_) => no_reply().into(),
+        }
+    }
+
+    /// The fault, if it is one.
+    pub fn fault(&self) -> Option<&Fault> {
+        match &self.0 {
+            Kind::Fault(fault) => Some(fault),
+            Kind::Value(_) | Kind::Stream(_) => None,
+        }
+    }
+}
+
+impl From<Fault> for Answer {
+    fn from(fault: Fault) -> Self {
+        Self(Kind::Fault(fault))
+    }
+}
+
+impl From<Streaming> for Answer {
+    fn from(stream: Streaming) -> Self {
+        Self(Kind::Stream(stream))
+    }
+}
+
+impl fmt::Debug for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Kind::Value(data) => f.debug_tuple("Value").field(&data.len()).finish(),
+            Kind::Fault(fault) => f.debug_tuple("Fault").field(fault).finish(),
+            Kind::Stream(_) => f.write_str("Stream"),
+        }
+    }
+}
+
+/// What a handler may return: nothing, a result whose value answers a request, [`Streaming`] or a result of it,
+/// or an [`Answer`].
 pub trait IntoAnswer: Send {
-    /// The value that answers a request.
-    type Value: Serialize + Send + Sync;
+    /// The type of the reply: what a typed event's `Reply` must be. A stream's is `()`.
+    type Value;
 
     /// The answer, or the fault that refuses the request.
-    ///
-    /// # Errors
-    /// The handler's own error, as a [`Fault`].
-    fn into_answer(self) -> Result<Self::Value, Fault>;
+    fn into_answer(self) -> Answer;
 }
 
 impl IntoAnswer for () {
     type Value = ();
 
-    fn into_answer(self) -> Result<(), Fault> {
-        Ok(())
+    fn into_answer(self) -> Answer {
+        Answer::value(&())
     }
 }
 
-impl<T: Serialize + Send + Sync, E: Into<Fault> + Send> IntoAnswer for Result<T, E> {
+impl<T: Serialize + Send, E: Into<Fault> + Send> IntoAnswer for Result<T, E> {
     type Value = T;
 
-    fn into_answer(self) -> Result<T, Fault> {
-        self.map_err(Into::into)
+    fn into_answer(self) -> Answer {
+        match self {
+            Ok(value) => Answer::value(&value),
+            Err(error) => error.into().into(),
+        }
     }
 }
 
-type Handler = Box<dyn Fn(Message, Context) -> BoxFuture<'static, Verdict> + Send + Sync>;
+impl IntoAnswer for Streaming {
+    type Value = ();
 
-/// What became of one message.
-enum Verdict {
-    Done,
-    Fault(Fault),
-    /// The channel no longer takes answers.
-    Gone(SendError),
+    fn into_answer(self) -> Answer {
+        self.into()
+    }
 }
 
-/// A channel's handlers, built with [`Channel::on`] and started with [`run`](Self::run).
+impl<E: Into<Fault> + Send> IntoAnswer for Result<Streaming, E> {
+    type Value = ();
+
+    fn into_answer(self) -> Answer {
+        match self {
+            Ok(stream) => stream.into(),
+            Err(error) => error.into().into(),
+        }
+    }
+}
+
+impl IntoAnswer for Answer {
+    type Value = Self;
+
+    fn into_answer(self) -> Answer {
+        self
+    }
+}
+
+/// A channel's handlers, built with [`Channel::on`] and started with [`run`](Self::run): a [`Router`] for one
+/// channel.
 #[must_use = "handlers do nothing until `run` is awaited"]
 pub struct Handlers {
     channel: Channel,
-    table: HashMap<String, Handler>,
-    fallback: Option<Handler>,
+    router: Router,
 }
 
 impl Channel {
-    /// Begins a set of handlers for this channel with one for `event`; see [`Handlers::on`].
-    pub fn on<T, F, Fut, A>(&self, event: impl Into<String>, handler: F) -> Handlers
-    where
-        T: DeserializeOwned + Send + 'static,
-        F: Fn(T, Context) -> Fut + Send + Sync + 'static,
-        Fut: Future<Output = A> + Send + 'static,
-        A: IntoAnswer + 'static,
-    {
+    /// Begins a set of handlers for this channel with one for `event`; see [`Router::on`].
+    pub fn on<M, H: Handler<M>>(&self, event: impl Into<String>, handler: H) -> Handlers {
+        self.route(Router::new().on(event, handler))
+    }
+
+    /// Puts a router before this channel; [`Handlers::run`] serves it.
+    pub fn route(&self, router: Router) -> Handlers {
         Handlers {
             channel: self.clone(),
-            table: HashMap::new(),
-            fallback: None,
+            router,
         }
-        .on(event, handler)
     }
 }
 
 impl Handlers {
-    /// Calls `handler` for each message of this event, with its data decoded.
-    ///
-    /// Handlers run one after the other, in the order of the messages. Data that does not fit becomes a
-    /// `bad_payload` fault for a request and a warning in the log otherwise; so do a handler's error and its
-    /// panic (`internal`), which end neither the channel nor the loop. A handler that answers a request has
-    /// `Timeouts::handler` to do so.
-    pub fn on<T, F, Fut, A>(mut self, event: impl Into<String>, handler: F) -> Self
-    where
-        T: DeserializeOwned + Send + 'static,
-        F: Fn(T, Context) -> Fut + Send + Sync + 'static,
-        Fut: Future<Output = A> + Send + 'static,
-        A: IntoAnswer + 'static,
-    {
-        let handler: Handler = Box::new(move |message, context| match message.data::<T>() {
-            Ok(data) => conclude(handler(data, context.clone()), message, context),
-            Err(error) => {
-                let fault = Fault::new(Fault::BAD_PAYLOAD, error.to_string());
-                Box::pin(std::future::ready(Verdict::Fault(fault)))
-            }
-        });
-        self.table.insert(event.into(), handler);
+    fn map(mut self, change: impl FnOnce(Router) -> Router) -> Self {
+        self.router = change(self.router);
         self
     }
 
-    /// Calls `handler` with every message that no other handler takes. Without a fallback a request gets a
-    /// `no_handler` fault and any other message a warning in the log.
-    pub fn fallback<F, Fut, A>(mut self, handler: F) -> Self
-    where
-        F: Fn(Message, Context) -> Fut + Send + Sync + 'static,
-        Fut: Future<Output = A> + Send + 'static,
-        A: IntoAnswer + 'static,
-    {
-        self.fallback = Some(Box::new(move |message, context| {
-            conclude(handler(message.clone(), context.clone()), message, context)
-        }));
-        self
+    /// As [`Router::on`].
+    pub fn on<M, H: Handler<M>>(self, event: impl Into<String>, handler: H) -> Self {
+        self.map(|router| router.on(event, handler))
     }
 
-    /// Runs the handlers until the peer finishes (`Ok`) or the channel ends in any other way.
-    ///
-    /// While a handler runs, nothing more is read: a slow handler slows its own peer down and nobody else.
+    /// As [`Router::event`].
+    pub fn event<M, H: EventHandler<M>>(self, handler: H) -> Self {
+        self.map(|router| router.event(handler))
+    }
+
+    /// As [`Router::fallback`].
+    pub fn fallback<M, H: Handler<M>>(self, handler: H) -> Self {
+        self.map(|router| router.fallback(handler))
+    }
+
+    /// As [`Router::on_gap`].
+    pub fn on_gap<F, Fut>(self, handler: F) -> Self
+    where
+        F: Fn(Gap, Context) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = ()> + Send + 'static,
+    {
+        self.map(|router| router.on_gap(handler))
+    }
+
+    /// As [`Router::state`]. What is missing shows only when a handler needs it.
+    pub fn state<S: Clone + Send + Sync + 'static>(self, state: S) -> Self {
+        self.map(|router| router.state(state))
+    }
+
+    /// As [`Router::concurrency`].
+    pub fn concurrency(self, n: usize) -> Self {
+        self.map(|router| router.concurrency(n))
+    }
+
+    /// As [`Router::wrap`].
+    pub fn wrap<F, Fut>(self, layer: F) -> Self
+    where
+        F: Fn(Message, Context, Next) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Answer> + Send + 'static,
+    {
+        self.map(|router| router.wrap(layer))
+    }
+
+    /// Runs the handlers until the peer finishes (`Ok`) or the channel ends in any other way, and those that
+    /// have begun are through. When the channel is closed or lost, handlers that answer requests are dropped.
     ///
     /// # Errors
     /// As [`Channel::recv`].
     ///
     /// # Cancel safety
-    /// Dropping the future drops the handler that runs; the message it had is gone, later ones stay.
+    /// Dropping the future drops the handlers that run; the messages they had are gone, later ones stay.
     pub async fn run(self) -> Result<(), RecvError> {
-        while let Some(message) = self.channel.recv().await? {
-            let context = Context {
-                channel: self.channel.clone(),
-                event: message.event().to_owned(),
-                request: message.id().is_some(),
-            };
-            let verdict = match self.table.get(message.event()).or(self.fallback.as_ref()) {
-                Some(handler) => handler(message.clone(), context).await,
-                None => Verdict::Fault(Fault::new(Fault::NO_HANDLER, "no handler for this event")),
-            };
-            match verdict {
-                Verdict::Done => {}
-                Verdict::Fault(fault) => {
-                    self.channel.session().tally.not_handled(&fault.code);
-                    if let Some(left_out) = self.channel.session().quiet.line() {
-                        let event = crate::code::printable(message.event(), 128);
-                        tracing::warn!(%event, code = %fault.code, left_out, "message not handled: {}", fault.message);
-                    }
-                    let _ = self.channel.fault(&message, &fault).await;
-                }
-                Verdict::Gone(error) => tracing::debug!(%error, "the answer could not be sent"),
-            }
-        }
-        Ok(())
+        serve(self.channel, Arc::new(self.router)).await
     }
 }
 
@@ -190,45 +275,318 @@ impl fmt::Debug for Handlers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Handlers")
             .field("channel", &self.channel)
-            .field("events", &self.table.keys())
+            .field("events", &self.router.events().collect::<Vec<_>>())
             .finish_non_exhaustive()
     }
 }
 
-/// Runs the user's future, apart from the rest of the program, and sends its answer.
-fn conclude<Fut, A>(handler: Fut, message: Message, context: Context) -> BoxFuture<'static, Verdict>
-where
-    Fut: Future<Output = A> + Send + 'static,
-    A: IntoAnswer + 'static,
-{
-    Box::pin(async move {
-        let guarded = AssertUnwindSafe(handler).catch_unwind();
-        let outcome = if message.id().is_some() {
-            let deadline = context.channel.session().timeouts.handler;
-            match tokio::time::timeout(deadline, guarded).await {
-                Ok(outcome) => outcome,
-                Err(_) => {
-                    return Verdict::Fault(Fault::new(
-                        Fault::TIMEOUT,
-                        format!("no answer within {deadline:?}"),
-                    ));
+/// One handler at work; `Err` when it was stopped.
+type Job = BoxFuture<'static, Result<(), (Channel, u64)>>;
+
+/// Serves a channel until it ends.
+pub(crate) async fn serve(channel: Channel, router: Arc<Router>) -> Result<(), RecvError> {
+    let at_once = router.at_once();
+    let mut running = FuturesUnordered::<Job>::new();
+    // What `read_on` found: nothing more is to be read until a handler is through.
+    let mut full = false;
+    let mut end = None;
+    loop {
+        let free = end.is_none() && running.len() < at_once;
+        tokio::select! {
+            biased;
+            Some(ended) = running.next(), if !running.is_empty() => {
+                full = false;
+                if let Err((channel, id)) = ended {
+                    cancelled(&channel, id);
                 }
             }
-        } else {
-            guarded.await
-        };
-        match outcome {
-            Err(_) => {
-                context.channel.session().tally.one(Count::HandlerPanics);
-                Verdict::Fault(Fault::new(Fault::INTERNAL, "the handler failed"))
-            }
-            Ok(answer) => match answer.into_answer() {
-                Err(fault) => Verdict::Fault(fault),
-                Ok(value) => match context.channel.reply(&message, &value).await {
-                    Ok(()) => Verdict::Done,
-                    Err(error) => Verdict::Gone(error),
-                },
+            message = next(&channel), if free => match message {
+                Ok(Some(message)) => running.push(job(&channel, &router, message)),
+                Ok(None) => end = Some(Ok(())),
+                Err(error) => end = Some(Err(error)),
             },
+            stop = read_on(&channel), if !free && !full && !running.is_empty() => {
+                full = true;
+                if let NoReply::End(Ending::Closed(_) | Ending::Violation(_)) = &stop {
+                    channel.inner.inbox.calls(|calls| calls.stop());
+                }
+                if let NoReply::End(ending) = stop {
+                    let _ = channel.ended(ending);
+                }
+            }
+            else => return end.unwrap_or(Ok(())),
         }
-    })
+    }
+}
+
+/// The next message, for a handler.
+async fn next(channel: &Channel) -> Result<Option<Message>, RecvError> {
+    let inner = &*channel.inner;
+    let next = poll_fn(|cx| {
+        inner
+            .inbox
+            .poll_recv(cx, &inner.session, &inner.counters, true)
+    });
+    match next.await {
+        Ok(message) => Ok(Some(message)),
+        Err(ending) => channel.ended(ending),
+    }
+}
+
+/// Reads into the backlog while handlers run, so that what concerns them is seen; says why it stopped.
+async fn read_on(channel: &Channel) -> NoReply {
+    match channel.until(|_| None::<std::convert::Infallible>).await {
+        Err(stop) => stop,
+        Ok(never) => match never {},
+    }
+}
+
+/// The peer gave a request up and its handler is gone: say so if there is room, for nobody waits for it.
+fn cancelled(channel: &Channel, id: u64) {
+    let limit = channel.session().frame_limit();
+    let fault = Fault::new(Fault::CANCELLED, "the request was given up");
+    if let Some(frame) = control::encode_fault(&fault, id, limit) {
+        let _ = channel.try_send_encoded(&Encoded::from_frame(frame));
+    }
+}
+
+/// Everything that one message leads to.
+fn job(channel: &Channel, router: &Arc<Router>, message: Message) -> Job {
+    let channel = channel.clone();
+    let router = router.clone();
+    let Some(id) = message.id() else {
+        return Box::pin(async move {
+            event(&channel, router, message).await;
+            Ok(())
+        });
+    };
+    let (stop, stopped) = AbortHandle::new_pair();
+    let since = channel.inner.inbox.calls(|calls| {
+        let since = calls.begin(id);
+        calls.guard(id, stop);
+        since
+    });
+    // Made here: work that is stopped before it begins is never polled.
+    let answered = Answered {
+        channel: channel.clone(),
+        id,
+    };
+    let deadline = message
+        .deadline()
+        .and_then(|limit| since.checked_add(limit));
+    let work = {
+        let channel = channel.clone();
+        async move {
+            let _answered = answered;
+            request(&channel, router, message, id, deadline).await;
+        }
+    };
+    let work = Abortable::new(work, stopped);
+    Box::pin(async move { work.await.map_err(|_| (channel, id)) })
+}
+
+/// Forgets a request of the peer when its handler is gone.
+struct Answered {
+    channel: Channel,
+    id: u64,
+}
+
+impl Drop for Answered {
+    fn drop(&mut self) {
+        let inbox = &self.channel.inner.inbox;
+        inbox.calls(|calls| calls.answered(self.id));
+    }
+}
+
+/// Handles a message that nobody waits to see answered.
+async fn event(channel: &Channel, router: Arc<Router>, message: Message) {
+    if message.event() == GAP {
+        return gap(channel, &router, message).await;
+    }
+    let work = run(channel, router, message.clone(), None);
+    match AssertUnwindSafe(work).catch_unwind().await {
+        Ok(answer) => {
+            if let Some(fault) = answer.fault() {
+                log(channel, &message, fault);
+            }
+        }
+        Err(_) => log(channel, &message, &panicked(channel)),
+    }
+}
+
+/// Tells that messages of a room are missing here.
+async fn gap(channel: &Channel, router: &Arc<Router>, message: Message) {
+    let Ok(gap) = control::decode_gap(&message) else {
+        return;
+    };
+    let Some(on_gap) = router.gap_handler() else {
+        if let Some(left_out) = channel.session().quiet.line() {
+            let room = crate::code::printable(&gap.room, 128);
+            tracing::warn!(%room, lost = gap.lost, left_out, "messages of a room are missing");
+        }
+        return;
+    };
+    let cx = context(channel, router, message.clone(), None);
+    // Called in the future, so that a panic of the function itself is caught as well.
+    let work = async { on_gap(gap, cx).await };
+    if AssertUnwindSafe(work).catch_unwind().await.is_err() {
+        log(channel, &message, &panicked(channel));
+    }
+}
+
+/// Handles a request and sends its answer.
+async fn request(
+    channel: &Channel,
+    router: Arc<Router>,
+    message: Message,
+    id: u64,
+    deadline: Option<Instant>,
+) {
+    let answer = match deadline {
+        Some(deadline) if deadline <= Instant::now() => late("the deadline has passed").into(),
+        _ => attend(channel, router, message.clone(), id, deadline).await,
+    };
+    let limit = channel.session().frame_limit();
+    let outcome = match answer.0 {
+        Kind::Value(data) => Ok(data),
+        Kind::Fault(fault) => Err(fault),
+        Kind::Stream(stream) => match stream_out(channel, id, stream, deadline).await {
+            Ok(true) => Ok(Bytes::from_static(&[0xc0])),
+            // The channel is over or nobody listens any more.
+            Ok(false) => return,
+            Err(fault) => Err(fault),
+        },
+    };
+    let frame = outcome
+        .and_then(|data| message::encode_raw(REPLY, &data, id, limit).map_err(|_| no_reply()));
+    let frame = match frame {
+        Ok(frame) => Some(frame),
+        Err(fault) => {
+            log(channel, &message, &fault);
+            let tally = &channel.session().tally;
+            tally.word(Words::FaultsSent, &fault.code);
+            control::encode_fault(&fault, id, limit)
+        }
+    };
+    if let Some(frame) = frame
+        && let Err(error) = channel.send_frame(frame).await
+    {
+        tracing::debug!(%error, "the answer could not be sent");
+    }
+}
+
+/// Runs a request's handler within its time.
+async fn attend(
+    channel: &Channel,
+    router: Arc<Router>,
+    message: Message,
+    id: u64,
+    deadline: Option<Instant>,
+) -> Answer {
+    let patience = channel.session().timeouts.handler;
+    let work = run(channel, router, message, deadline);
+    let mut work = pin!(AssertUnwindSafe(work).catch_unwind());
+    let mut until = after(Instant::now(), patience);
+    loop {
+        let wake = deadline.map_or(until, |deadline| deadline.min(until));
+        match tokio::time::timeout_at(wake, &mut work).await {
+            Ok(Ok(answer)) => return answer,
+            Ok(Err(_)) => return panicked(channel).into(),
+            Err(_) if deadline.is_some_and(|deadline| deadline <= Instant::now()) => {
+                return late("no answer within the request's deadline").into();
+            }
+            Err(_) => {
+                // A handler that reads a stream is not late while items come.
+                let moved = channel.inner.inbox.calls(|calls| calls.moved(id));
+                match moved.map(|moved| after(moved, patience)) {
+                    Some(later) if later > until => until = later,
+                    _ => return late(&format!("no answer within {patience:?}")).into(),
+                }
+            }
+        }
+    }
+}
+
+async fn run(
+    channel: &Channel,
+    router: Arc<Router>,
+    message: Message,
+    deadline: Option<Instant>,
+) -> Answer {
+    let cx = context(channel, &router, message.clone(), deadline);
+    Next::first(router).run(message, cx).await
+}
+
+fn context(
+    channel: &Channel,
+    router: &Router,
+    message: Message,
+    deadline: Option<Instant>,
+) -> Context {
+    Context {
+        channel: channel.clone(),
+        message,
+        deadline,
+        state: router.shared_state().clone(),
+    }
+}
+
+/// Sends the items of an answer; `false` when there is nobody to send them to.
+async fn stream_out(
+    channel: &Channel,
+    id: u64,
+    stream: Streaming,
+    deadline: Option<Instant>,
+) -> Result<bool, Fault> {
+    let mut items = stream.items;
+    let work = async {
+        while let Some(item) = items.next().await {
+            match send_item(channel, Role::Answerer, id, Ok(item?)).await {
+                Ok(true) => {}
+                Ok(false) | Err(RequestError::Closed(_)) => return Ok(false),
+                Err(RequestError::Send(SendError::Encode(_))) => {
+                    return Err(Fault::new(Fault::INTERNAL, "an item could not be encoded"));
+                }
+                Err(RequestError::Send(_)) => return Ok(false),
+                Err(error) => return Err(Fault::new(Fault::INTERNAL, error.to_string())),
+            }
+        }
+        Ok(true)
+    };
+    let guarded = AssertUnwindSafe(work).catch_unwind();
+    let outcome = match deadline {
+        None => guarded.await,
+        Some(deadline) => match tokio::time::timeout_at(deadline, guarded).await {
+            Ok(outcome) => outcome,
+            Err(_) => return Err(late("the stream did not end within the request's deadline")),
+        },
+    };
+    outcome.unwrap_or_else(|_| Err(panicked(channel)))
+}
+
+fn log(channel: &Channel, message: &Message, fault: &Fault) {
+    channel.session().tally.not_handled(&fault.code);
+    if let Some(left_out) = channel.session().quiet.line() {
+        let event = crate::code::printable(message.event(), 128);
+        tracing::warn!(%event, code = %fault.code, left_out, "message not handled: {}", fault.message);
+    }
+}
+
+fn after(time: Instant, patience: Duration) -> Instant {
+    // Whatever cannot be told is as good as never.
+    time.checked_add(patience)
+        .unwrap_or_else(|| time + Duration::from_secs(1 << 30))
+}
+
+fn panicked(channel: &Channel) -> Fault {
+    channel.session().tally.one(Count::HandlerPanics);
+    Fault::new(Fault::INTERNAL, "the handler failed")
+}
+
+fn no_reply() -> Fault {
+    Fault::new(Fault::INTERNAL, "the reply could not be encoded")
+}
+
+fn late(text: &str) -> Fault {
+    Fault::new(Fault::TIMEOUT, text)
 }

@@ -4,7 +4,7 @@
 //! window and slow the peer down. All progress (a half-received frame, messages that arrived while a reply
 //! was awaited) lives here and not in any future, so dropping a future loses nothing.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,11 +14,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::{Instant, Sleep};
 
+use crate::calls::{Calls, Taken};
 use crate::code::{CloseCode, CloseReason};
 use crate::config::MIN_FRAME_RATE;
 use crate::control::{
-    self, ACK, CANCEL, CLOSE, FAULT, GAP, GOAWAY, HELLO, OPEN, REFRESH, REFRESHED, REPLY, RESUME,
-    WELCOME,
+    self, ACK, CLOSE, GAP, GOAWAY, HELLO, OPEN, REFRESH, REFRESHED, RESUME, WELCOME,
 };
 use crate::frame::FrameDecoder;
 use crate::message::Message;
@@ -48,8 +48,8 @@ struct State {
     chunks: VecDeque<Bytes>,
     backlog: VecDeque<Message>,
     backlog_bytes: usize,
-    /// Requests that wait for a reply, and the replies that came.
-    replies: HashMap<u64, Option<Message>>,
+    /// Requests of both sides, and what came for them.
+    calls: Calls,
     end: Option<Ending>,
     timer: Option<Pin<Box<Sleep>>>,
     /// Bytes received in all, and how many there were when the timer was set.
@@ -102,7 +102,7 @@ pub(crate) enum Ending {
 
 enum Step {
     Message(Message),
-    /// A reply was filed; whoever waits for it should look.
+    /// A part of a request was filed; whoever waits for it should look.
     Filed,
     End(Ending),
 }
@@ -128,7 +128,7 @@ impl Inbox {
             chunks: VecDeque::new(),
             backlog: VecDeque::new(),
             backlog_bytes: 0,
-            replies: HashMap::new(),
+            calls: Calls::default(),
             end: None,
             timer: None,
             received: 0,
@@ -207,21 +207,26 @@ impl Inbox {
         lock(&self.state).decoder.set_limit(limit);
     }
 
-    /// The next application message, or the end.
+    /// The next application message, or the end. `serve`: a handler will answer it if it is a request.
     pub(crate) fn poll_recv(
         &self,
         cx: &mut Context<'_>,
         session: &Session,
         counters: &Counters,
+        serve: bool,
     ) -> Poll<Result<Message, Ending>> {
         let mut state = lock(&self.state);
         if let Some(message) = state.backlog.pop_front() {
             state.backlog_bytes -= message.len();
+            state.handed_out(&message, serve);
             return Poll::Ready(Ok(message));
         }
         loop {
             match std::task::ready!(self.poll_step(cx, &mut state, session, counters)) {
-                Step::Message(message) => return Poll::Ready(Ok(message)),
+                Step::Message(message) => {
+                    state.handed_out(&message, serve);
+                    return Poll::Ready(Ok(message));
+                }
                 Step::Filed => self.waiters.wake_by_ref(),
                 Step::End(end) => {
                     self.waiters.wake_by_ref();
@@ -231,30 +236,24 @@ impl Inbox {
         }
     }
 
-    /// Expects a reply with this id; without this it would be dropped as unknown.
-    pub(crate) fn expect_reply(&self, id: u64) {
-        lock(&self.state).replies.insert(id, None);
+    /// What is known of the requests on this channel.
+    pub(crate) fn calls<T>(&self, look: impl FnOnce(&mut Calls) -> T) -> T {
+        look(&mut lock(&self.state).calls)
     }
 
-    /// No longer expects it; says whether it had not arrived.
-    pub(crate) fn forget_reply(&self, id: u64) -> bool {
-        matches!(lock(&self.state).replies.remove(&id), Some(None))
-    }
-
-    /// The reply with this id. Messages that come before it wait in the backlog, which is bounded.
-    pub(crate) fn poll_reply(
+    /// Waits until `look` finds what it is after. Messages that come before it wait in the backlog, which is
+    /// bounded.
+    pub(crate) fn poll_calls<T>(
         &self,
         cx: &mut Context<'_>,
-        id: u64,
         session: &Session,
         counters: &Counters,
-    ) -> Poll<Result<Message, NoReply>> {
+        mut look: impl FnMut(&mut Calls) -> Option<T>,
+    ) -> Poll<Result<T, NoReply>> {
         let mut state = lock(&self.state);
         loop {
-            if let Some(reply) = state.replies.get_mut(&id).and_then(Option::take) {
-                // Else it would look like a request that was given up.
-                state.replies.remove(&id);
-                return Poll::Ready(Ok(reply));
+            if let Some(found) = look(&mut state.calls) {
+                return Poll::Ready(Ok(found));
             }
             if state.backlog_full(session) {
                 return Poll::Ready(Err(NoReply::Backlog));
@@ -309,22 +308,11 @@ impl Inbox {
         session: &Session,
         counters: &Counters,
     ) -> Poll<Option<Ending>> {
-        let mut state = lock(&self.state);
-        loop {
-            if state.backlog_full(session) {
-                return Poll::Ready(None);
-            }
-            match std::task::ready!(self.poll_step(cx, &mut state, session, counters)) {
-                Step::Message(message) => {
-                    state.put_back(message);
-                    self.waiters.wake_by_ref();
-                }
-                Step::Filed => self.waiters.wake_by_ref(),
-                Step::End(end) => {
-                    self.waiters.wake_by_ref();
-                    return Poll::Ready(Some(end));
-                }
-            }
+        let nothing = |_: &mut Calls| None::<std::convert::Infallible>;
+        match std::task::ready!(self.poll_calls(cx, session, counters, nothing)) {
+            Err(NoReply::End(end)) => Poll::Ready(Some(end)),
+            Err(NoReply::Backlog) => Poll::Ready(None),
+            Ok(never) => match never {},
         }
     }
 
@@ -352,13 +340,25 @@ impl Inbox {
 impl State {
     fn backlog_full(&self, session: &Session) -> bool {
         self.backlog.len() >= session.limits.backlog_messages
-            || self.backlog_bytes >= session.limits.backlog_bytes
+            || self.backlog_bytes + self.calls.waiting() >= session.limits.backlog_bytes
     }
 
     /// Keeps a message for whoever calls `recv` next.
     fn put_back(&mut self, message: Message) {
         self.backlog_bytes += message.len();
+        if let Some(id) = message.id() {
+            self.calls.queued(id);
+        }
         self.backlog.push_back(message);
+    }
+
+    /// A message leaves the inbox: a handler's request is kept in mind, any other is its taker's business.
+    fn handed_out(&mut self, message: &Message, serve: bool) {
+        match message.id() {
+            Some(id) if serve => drop(self.calls.begin(id)),
+            Some(id) => self.calls.answered(id),
+            None => {}
+        }
     }
 
     /// Decodes the next message and files what belongs to the protocol.
@@ -376,31 +376,20 @@ impl State {
                 }
                 return Poll::Ready(Step::Message(message));
             }
-            if message.event() == FAULT
-                && let Err(error) = control::decode_fault(&message)
-            {
-                let end = violation(error.close_code(), &error);
-                return Poll::Ready(Step::End(self.ended(end)));
-            }
-            match (message.event(), message.id()) {
-                (REPLY | FAULT, Some(id)) => {
-                    // A reply to a request that was given up finds no entry and is dropped.
-                    if let Some(slot) = self.replies.get_mut(&id) {
-                        *slot = Some(message);
-                        return Poll::Ready(Step::Filed);
-                    }
-                }
-                (CANCEL, Some(id)) => {
+            let message = match self.calls.take(message) {
+                Taken::Other(message) => message,
+                Taken::Dropped => continue,
+                Taken::Filed => return Poll::Ready(Step::Filed),
+                Taken::Cancelled(id) => {
                     session.tally.one(Count::RequestsCancelled);
-                    if let Some(at) = self
-                        .backlog
-                        .iter()
-                        .position(|message| message.id() == Some(id))
-                    {
-                        self.backlog_bytes -= self.backlog[at].len();
-                        self.backlog.remove(at);
-                    }
+                    self.cancelled(id);
+                    return Poll::Ready(Step::Filed);
                 }
+                Taken::Violation(code, text) => {
+                    return Poll::Ready(Step::End(self.ended(violation(code, &text))));
+                }
+            };
+            match (message.event(), message.id()) {
                 (CLOSE, _) => {
                     let end = match control::decode_close(&message) {
                         Ok(reason) => Ending::Closed(reason),
@@ -440,6 +429,17 @@ impl State {
         if self.uncounted > 0 && (!message || self.uncounted >= COUNTED) {
             let messages = std::mem::take(&mut self.uncounted);
             session.tally.add(Count::MessagesReceived, messages);
+        }
+    }
+
+    /// The peer gave a request up: if nobody has taken it yet, nobody need.
+    fn cancelled(&mut self, id: u64) {
+        let waits = |message: &Message| message.id() == Some(id);
+        if let Some(message) =
+            (self.backlog.iter().position(waits)).and_then(|at| self.backlog.remove(at))
+        {
+            self.backlog_bytes -= message.len();
+            self.calls.answered(id);
         }
     }
 

@@ -23,6 +23,7 @@ use crate::config::TOKEN_BYTES;
 use crate::control::{self, HelloMessage, Refreshed};
 use crate::endpoint::InvalidSetting;
 use crate::message::Message;
+use crate::metrics::{Count, Tally};
 use crate::session::{Session, lock};
 use crate::socket::Rate;
 
@@ -58,7 +59,12 @@ impl Guard {
 
     /// Asks the verifier. A refusal is given no sooner than `failure` from now, whatever was wrong; a token
     /// that was not accepted counts against its address. The peer that is returned has time left.
-    pub(crate) async fn verify(&self, hello: Hello, failure: Duration) -> Result<Peer, Deny> {
+    pub(crate) async fn verify(
+        &self,
+        hello: Hello,
+        failure: Duration,
+        tally: &Tally,
+    ) -> Result<Peer, Deny> {
         let begun = Instant::now();
         let source = hello.remote().ip();
         // Inside the block, because a verifier may panic before it gives a future.
@@ -70,6 +76,7 @@ impl Guard {
             Ok(Ok(_)) => Deny::auth_expired(),
             Ok(Err(deny)) => deny,
             Err(_) => {
+                tally.one(Count::HandlerPanics);
                 tracing::error!("the verifier panicked");
                 return Err(Deny::new(CloseCode::INTERNAL, "the verifier failed"));
             }
@@ -547,7 +554,11 @@ async fn verify_refresh(
         frame: None,
         resume: None,
     };
-    let verdict = guard.verify(Hello::new(hello, remote), session.timeouts.auth_failure);
+    let verdict = guard.verify(
+        Hello::new(hello, remote),
+        session.timeouts.auth_failure,
+        &session.tally,
+    );
     let within = session.timeouts.auth;
     let peer = tokio::time::timeout(within, verdict).await.map_err(|_| {
         Deny::new(

@@ -1,4 +1,4 @@
-//! Messages: `[event, data]` and `[event, data, id]` in MessagePack.
+//! Messages: `[event, data]`, `[event, data, id]` and `[event, data, id, deadline_ms]` in MessagePack.
 //!
 //! Decoding checks a whole message in one pass and keeps where its parts lie; the data stays the
 //! bytes that came until someone asks for a type. Encoding appends one whole frame to a buffer or
@@ -9,11 +9,13 @@ use std::fmt;
 use std::io;
 use std::ops::Range;
 use std::str;
+use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 
 use crate::code::CloseCode;
+use crate::control::{self, Gap};
 use crate::frame::PREFIX;
 use crate::msgpack::{
     FieldError, Fields, Head, MsgpackError, Reader, Shape, Walk, validate_within,
@@ -29,6 +31,7 @@ pub struct Message {
     event: Range<usize>,
     data: Range<usize>,
     id: Option<u64>,
+    deadline_ms: Option<u64>,
 }
 
 /// Why the body of a frame is not a message.
@@ -38,8 +41,8 @@ pub enum MessageError {
     /// It is not one acceptable MessagePack value.
     #[error(transparent)]
     Msgpack(#[from] MsgpackError),
-    /// The value is not an array of 2 or 3.
-    #[error("message is not an array of 2 or 3 values: {}", Found(*.arity))]
+    /// The value is not an array of 2 to 4, or of 4 for an event of the protocol's own.
+    #[error("message is not an array of 2 to 4 values, of 4 only for a request: {}", Found(*.arity))]
     Shape {
         /// How many values the array has; `None` if it is no array.
         arity: Option<usize>,
@@ -53,6 +56,9 @@ pub enum MessageError {
     /// The id is not an integer from 0 to 2^64 - 1.
     #[error("id is not an unsigned 64-bit integer")]
     Id,
+    /// The deadline is not an integer from 0 to 2^64 - 1.
+    #[error("deadline is not an unsigned 64-bit integer")]
+    Deadline,
 }
 
 /// Why a message's data is not of the type asked for.
@@ -89,7 +95,7 @@ impl Message {
             Head::Array(arity) => Some(arity),
             _ => None,
         };
-        if !matches!(arity, Some(2 | 3)) {
+        if !matches!(arity, Some(2..=4)) {
             // Bytes that are not even MessagePack are the graver fault: look for that first.
             validate_within(&body, shape)?;
             return Err(MessageError::Shape { arity });
@@ -99,7 +105,11 @@ impl Message {
         walk.value()?;
         let data = data_start..body.len() - walk.left();
         let id = match arity {
-            Some(3) => Some(walk.value()?),
+            Some(3 | 4) => Some(walk.value()?),
+            _ => None,
+        };
+        let deadline = match arity {
+            Some(4) => Some(walk.value()?),
             _ => None,
         };
         walk.end()?;
@@ -110,18 +120,24 @@ impl Message {
         check_name(str::from_utf8(name).map_err(|_| MsgpackError::Utf8)?)
             .map_err(MessageError::Event)?;
         let event = data.start - name.len()..data.start;
-        let id = match id {
-            None => None,
-            Some(id) => match Reader::new(id).head()? {
-                Head::Uint(id) => Some(id),
-                _ => return Err(MessageError::Id),
+        if deadline.is_some() && name.first() == Some(&RESERVED) {
+            return Err(MessageError::Shape { arity });
+        }
+        let number = |value: Option<&[u8]>, error| match value {
+            None => Ok(None),
+            Some(value) => match Reader::new(value).head()? {
+                Head::Uint(number) => Ok(Some(number)),
+                _ => Err(error),
             },
         };
+        let id = number(id, MessageError::Id)?;
+        let deadline_ms = number(deadline, MessageError::Deadline)?;
         Ok(Self {
             body,
             event,
             data,
             id,
+            deadline_ms,
         })
     }
 
@@ -135,9 +151,20 @@ impl Message {
         self.id
     }
 
+    /// How long the asker waits for the answer, from when it sent the request, if it says so.
+    pub fn deadline(&self) -> Option<Duration> {
+        self.deadline_ms.map(Duration::from_millis)
+    }
+
     /// Whether the event belongs to the protocol, not to the application.
     pub fn is_reserved(&self) -> bool {
         self.body[self.event.clone()].first() == Some(&RESERVED)
+    }
+
+    /// What a `$gap` says: messages of a room that were lost on the way here. The one event of the protocol that
+    /// `recv` hands out.
+    pub fn gap(&self) -> Option<Gap> {
+        control::decode_gap(self).ok()
     }
 
     /// The data as the MessagePack that came: a slice of the frame, not a copy.
@@ -310,6 +337,66 @@ pub(crate) fn encode<T: Serialize + ?Sized>(
     draft.seal(0)
 }
 
+/// Makes a request, one whole frame that [`encode`] made, say how long its answer is waited for.
+///
+/// # Errors
+///
+/// When the frame has become too large for `limit`.
+pub(crate) fn add_deadline(
+    frame: &mut BytesMut,
+    deadline: Duration,
+    limit: usize,
+) -> Result<(), EncodeError> {
+    let ms = u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX);
+    let mut tail = Vec::with_capacity(9);
+    // Writing to a vector cannot fail.
+    let _ = rmp::encode::write_uint(&mut tail, ms);
+    let size = frame.len().saturating_sub(PREFIX) + tail.len();
+    let prefix = u32::try_from(size)
+        .ok()
+        .filter(|_| size <= limit)
+        .ok_or(EncodeError::TooLarge { size, limit })?;
+    frame.extend_from_slice(&tail);
+    if let Some(head) = frame.first_chunk_mut::<{ PREFIX + 1 }>() {
+        head[..PREFIX].copy_from_slice(&prefix.to_be_bytes());
+        head[PREFIX] = ARRAY_OF_4;
+    }
+    Ok(())
+}
+
+/// Encodes data alone, as [`encode_raw`] takes it.
+///
+/// # Errors
+///
+/// When the type's own `Serialize` fails.
+pub(crate) fn encode_data<T: Serialize + ?Sized>(data: &T) -> Result<Bytes, EncodeError> {
+    let mut buf = Vec::new();
+    rmp_serde::encode::write_named(&mut buf, data).map_err(EncodeError::Serialize)?;
+    Ok(buf.into())
+}
+
+/// One message as a whole frame, from data that is encoded already; everything else is as in [`encode`].
+///
+/// # Errors
+///
+/// What makes the message unfit to be sent.
+pub(crate) fn encode_raw(
+    event: &str,
+    data: &[u8],
+    id: u64,
+    limit: usize,
+) -> Result<Bytes, EncodeError> {
+    let mut buf = BytesMut::with_capacity(PREFIX + 16 + event.len() + data.len());
+    let mut draft = Draft::new(&mut buf, event, 3, limit)?;
+    // A draft takes every byte.
+    let _ = io::Write::write(&mut draft, data);
+    rmp::encode::write_uint(&mut draft, id).map_err(write_failed)?;
+    draft.fits(0)?;
+    validate_within(draft.body(), Shape::default()).map_err(EncodeError::Refused)?;
+    draft.seal(0)?;
+    Ok(buf.freeze())
+}
+
 /// Appends one message up to its last field, whose `len` bytes the caller sends right after `buf`.
 ///
 /// The data is the map that `header` serializes to, and in it, as the last entry, `key` with a
@@ -377,10 +464,14 @@ impl Encoded {
         if message.is_reserved() {
             return Err(EncodeError::Reserved(message.event().to_owned()));
         }
+        Self::from_raw(message.event(), &message.raw())
+    }
+
+    /// `[event, data]` with sound data that is encoded already.
+    pub(crate) fn from_raw(event: &str, data: &[u8]) -> Result<Self, EncodeError> {
         let mut head = vec![0x92];
         // Writing to a vector cannot fail.
-        let _ = rmp::encode::write_str(&mut head, message.event());
-        let data = message.raw();
+        let _ = rmp::encode::write_str(&mut head, event);
         let size = head.len() + data.len();
         let prefix = u32::try_from(size).map_err(|_| EncodeError::TooLarge {
             size,
@@ -389,7 +480,7 @@ impl Encoded {
         let mut frame = BytesMut::with_capacity(PREFIX + size);
         frame.put_u32(prefix);
         frame.put_slice(&head);
-        frame.put_slice(&data);
+        frame.put_slice(data);
         Ok(Self(frame.freeze()))
     }
 
@@ -570,6 +661,8 @@ const RESERVED: u8 = b'$';
 const SERDE_DEPTH: usize = 64;
 
 const MAP16: u8 = 0xde;
+
+const ARRAY_OF_4: u8 = 0x94;
 
 #[cfg(test)]
 mod tests;

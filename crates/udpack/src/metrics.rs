@@ -239,6 +239,11 @@ impl Tally {
 
     /// An admitted socket ended.
     pub(crate) fn closed(&self, reason: &CloseReason) {
+        match (reason.by, reason.code) {
+            (Side::Local, CloseCode::AUTH_EXPIRED) => self.one(Count::Expired),
+            (Side::Local, CloseCode::AUTH_REVOKED) => self.one(Count::Revoked),
+            _ => {}
+        }
         for tally in self.each() {
             if let Some(table) = tally.closed.get(reason.by as usize) {
                 table.add(CODES, place(reason.code));

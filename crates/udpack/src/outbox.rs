@@ -7,7 +7,7 @@
 //! The queue of a resumable channel keeps what was written until the peer has confirmed it, counts it against
 //! the same bounds, and repeats it on the channel's next stream. Its writer ends with each connection.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::future::Future;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -23,7 +23,9 @@ use crate::code::{CloseCode, CloseReason};
 use crate::config::Priority;
 use crate::message::{self, EncodeError, Encoded};
 use crate::metrics::Count;
+use crate::overflow::{Overflow, Overflowing, Push, Tag};
 use crate::resume::{Mismatch, Retained};
+use crate::rooms::Seat;
 use crate::session::{Session, lock, lost};
 use crate::speed::Counters;
 
@@ -57,7 +59,12 @@ struct State {
     tail_messages: usize,
     queued_bytes: usize,
     queued_messages: usize,
-    waiting: usize,
+    /// Numbers of those who wait for room, drawn from `overflow`: nothing that came to it later goes before them.
+    waiting: BTreeSet<u64>,
+    /// Messages of rooms that found no room here.
+    overflow: Overflowing,
+    /// The channel's place in its rooms, given up with the channel.
+    seat: Option<Seat>,
     /// The writer sleeps and wants to be woken.
     idle: bool,
     phase: Phase,
@@ -161,7 +168,9 @@ impl Outbox {
                 tail_messages: 0,
                 queued_bytes: 0,
                 queued_messages: 0,
-                waiting: 0,
+                waiting: BTreeSet::new(),
+                overflow: Overflowing::default(),
+                seat: None,
                 idle: false,
                 phase: Phase::Open,
                 why: None,
@@ -189,23 +198,31 @@ impl Outbox {
         id: Option<u64>,
         limit: usize,
     ) -> Result<bool, PushError> {
-        self.with_room(|state| {
-            let size = message::encode(&mut state.tail, event, data, id, limit)?;
-            state.grew(size);
-            Ok(())
-        })
+        self.with_room(|state| state.message(event, data, id, limit))
     }
 
-    /// Queues a bulk message: header now, payload behind it without a copy.
-    pub(crate) fn try_bulk<T: Serialize + ?Sized>(
+    /// Queues one message, as soon as there is room.
+    pub(crate) async fn message<T: Serialize + Sync + ?Sized>(
+        &self,
+        event: &str,
+        data: &T,
+        id: Option<u64>,
+        limit: usize,
+    ) -> Result<(), PushError> {
+        self.when_room(|state| state.message(event, data, id, limit))
+            .await
+    }
+
+    /// Queues a bulk message as soon as there is room: header now, payload behind it without a copy.
+    pub(crate) async fn bulk<T: Serialize + Sync + ?Sized>(
         &self,
         event: &str,
         header: &T,
         key: &str,
         payload: &Bytes,
         limit: usize,
-    ) -> Result<bool, PushError> {
-        self.with_room(|state| {
+    ) -> Result<(), PushError> {
+        self.when_room(|state| {
             let size =
                 message::encode_bulk(&mut state.tail, event, header, key, payload.len(), limit)?;
             state.grew(size.saturating_sub(payload.len()));
@@ -217,19 +234,59 @@ impl Outbox {
             });
             Ok(())
         })
+        .await
     }
 
-    /// Queues a frame that was encoded before.
+    /// Queues a frame that was encoded before, if there is room.
     pub(crate) fn try_encoded(&self, encoded: &Encoded, limit: usize) -> Result<bool, PushError> {
-        let bytes = encoded.bytes();
-        let size = bytes.len().saturating_sub(crate::frame::PREFIX);
-        if size > limit {
-            return Err(PushError::Encode(EncodeError::TooLarge { size, limit }));
+        check_size(encoded, limit).map_err(PushError::Encode)?;
+        self.with_room(|state| state.encoded(encoded))
+    }
+
+    /// Queues a frame that was encoded before, as soon as there is room.
+    pub(crate) async fn encoded(&self, encoded: &Encoded, limit: usize) -> Result<(), PushError> {
+        check_size(encoded, limit).map_err(PushError::Encode)?;
+        self.when_room(|state| state.encoded(encoded)).await
+    }
+
+    /// Queues a message of a room; where there is no room, the policy says what becomes of it. Never waits.
+    pub(crate) fn push_room(
+        &self,
+        tag: &Arc<Tag>,
+        frame: &Bytes,
+        limit: usize,
+        policy: Overflow,
+    ) -> Push {
+        let mut state = lock(&self.state);
+        if state.check_open().is_err() {
+            return Push::Over;
         }
-        self.with_room(|state| {
-            state.append(bytes);
-            Ok(())
-        })
+        let fits = frame.len().saturating_sub(crate::frame::PREFIX) <= limit;
+        let push = if !fits {
+            state.overflow.lose(tag);
+            Push::Lost
+        } else if state.waiting.is_empty()
+            && state.overflow.first().is_none()
+            && self.has_room(&state)
+        {
+            state.append(frame);
+            self.wake(&mut state);
+            return Push::Queued { lost: 0 };
+        } else {
+            state.overflow.push(tag, frame, policy, self.max_bytes)
+        };
+        self.settle(&mut state);
+        push
+    }
+
+    /// Keeps `seat` until this side of the channel ends; gives it back if that has happened.
+    pub(crate) fn keep(&self, seat: Seat) -> Result<(), Seat> {
+        let mut state = lock(&self.state);
+        if state.check_open().is_err() {
+            return Err(seat);
+        }
+        state.seat = Some(seat);
+        Ok(())
     }
 
     /// Queues a frame of the protocol itself whatever the queue's length: replies and faults are bounded by
@@ -258,7 +315,7 @@ impl Outbox {
     ) -> Result<bool, PushError> {
         let mut state = lock(&self.state);
         state.check_open()?;
-        if !self.has_room(&state) {
+        if !self.has_room(&state) || state.overflow.first().is_some() {
             return Ok(false);
         }
         push(&mut state).map_err(PushError::Encode)?;
@@ -266,30 +323,68 @@ impl Outbox {
         Ok(true)
     }
 
+    /// Pushes as soon as there is room and everything is queued that came before. Dropping the future gives its
+    /// turn to those behind it.
+    async fn when_room(
+        &self,
+        mut push: impl FnMut(&mut State) -> Result<(), EncodeError>,
+    ) -> Result<(), PushError> {
+        if self.with_room(&mut push)? {
+            return Ok(());
+        }
+        let turn = Turn {
+            number: lock(&self.state).join_line(),
+            outbox: self,
+        };
+        // The writer looks after a peer that confirms nothing.
+        self.work.notify_one();
+        loop {
+            let mut room = std::pin::pin!(self.room.notified());
+            room.as_mut().enable();
+            {
+                let mut state = lock(&self.state);
+                state.check_open()?;
+                let first = state.overflow.first();
+                if self.has_room(&state) && first.is_none_or(|first| turn.number < first) {
+                    push(&mut state).map_err(PushError::Encode)?;
+                    self.wake(&mut state);
+                    return Ok(());
+                }
+            }
+            room.await;
+        }
+    }
+
+    /// Waits until there is room, or the channel is over. Dropping the future is harmless.
+    pub(crate) async fn room(&self) {
+        let _ = self.when_room(|_| Ok(())).await;
+    }
+
+    /// Moves what waits beside the queue into it, as far as there is room and nobody has waited for longer;
+    /// then it is their turn.
+    fn settle(&self, state: &mut State) {
+        let first_in_line = match state.phase {
+            Phase::Open => state.waiting.first().copied(),
+            _ => None,
+        };
+        while self.has_room(state)
+            && let Some(first) = state.overflow.first()
+            && first_in_line.is_none_or(|waiting| first < waiting)
+            && let Some(frame) = state.overflow.pop()
+        {
+            state.append(&frame);
+            self.wake(state);
+        }
+        if !state.waiting.is_empty() && self.has_room(state) {
+            self.room.notify_waiters();
+        }
+    }
+
     fn wake(&self, state: &mut State) {
         if state.idle {
             state.idle = false;
             self.work.notify_one();
         }
-    }
-
-    /// Waits until the queue has room or the channel is over. Dropping the future is harmless.
-    pub(crate) async fn room(&self) {
-        let mut room = std::pin::pin!(self.room.notified());
-        room.as_mut().enable();
-        let _waiting = {
-            let mut state = lock(&self.state);
-            if !matches!(state.phase, Phase::Open) || self.has_room(&state) {
-                return;
-            }
-            state.waiting += 1;
-            if state.keep.is_some() {
-                // The writer looks after a peer that confirms nothing.
-                self.work.notify_one();
-            }
-            Waiting(self)
-        };
-        room.await;
     }
 
     /// Bytes queued and not yet taken by QUIC.
@@ -312,8 +407,13 @@ impl Outbox {
         if matches!(state.phase, Phase::Open) {
             state.phase = Phase::Finishing(last);
             state.why = why;
+            self.settle(&mut state);
             self.wake(&mut state);
             self.room.notify_waiters();
+            // Leaving the rooms takes their locks.
+            let seat = state.seat.take();
+            drop(state);
+            drop(seat);
         }
     }
 
@@ -351,8 +451,11 @@ impl Outbox {
         state.unqueue(queued);
         state.queued_messages = 0;
         state.keep = None;
+        state.overflow = Overflowing::default();
         state.phase = Phase::Ended(result);
+        let seat = state.seat.take();
         drop(state);
+        drop(seat);
         self.room.notify_waiters();
         self.ended.notify_waiters();
         self.work.notify_one();
@@ -362,9 +465,7 @@ impl Outbox {
     pub(crate) fn confirm(&self, received: u64) -> Result<(), Mismatch> {
         let mut state = lock(&self.state);
         let all = state.confirm(received)?;
-        if state.waiting > 0 {
-            self.room.notify_waiters();
-        }
+        self.settle(&mut state);
         // The writer may wait for exactly that.
         self.work.notify_one();
         drop(state);
@@ -388,7 +489,7 @@ impl Outbox {
         }
         state.idle = false;
         let epoch = state.epoch;
-        self.room.notify_waiters();
+        self.settle(&mut state);
         self.work.notify_one();
         drop(state);
         if all {
@@ -398,7 +499,7 @@ impl Outbox {
     }
 
     /// Keeps nothing any more: the session ends with its connection, whatever becomes of it.
-    pub(crate) fn settle(&self) {
+    pub(crate) fn forget(&self) {
         let mut state = lock(&self.state);
         if state.keep.is_some() {
             let unsent = state
@@ -416,7 +517,7 @@ impl Outbox {
                 .sum::<usize>()
                 + state.tail_messages;
             state.keep = None;
-            self.room.notify_waiters();
+            self.settle(&mut state);
             self.work.notify_one();
         }
     }
@@ -438,7 +539,7 @@ impl Outbox {
     fn stuck_at(&self) -> Option<u64> {
         let state = lock(&self.state);
         let keep = state.keep.as_ref()?;
-        (state.waiting > 0 && !self.has_room(&state)).then(|| keep.retained.confirmed())
+        (!state.waiting.is_empty() && !self.has_room(&state)).then(|| keep.retained.confirmed())
     }
 
     fn take(&self, epoch: u64, batch: &mut Vec<Bytes>) -> Work {
@@ -477,7 +578,13 @@ impl Outbox {
         }
         // A quiet channel keeps no buffer.
         state.tail = BytesMut::new();
+        let behind = state.overflow.first().is_some();
         match &mut state.phase {
+            // What waits for confirmations goes out before the end.
+            Phase::Finishing(_) if behind => {
+                state.idle = true;
+                Work::Idle
+            }
             Phase::Finishing(last) => {
                 let last = last.take();
                 if let (Some(keep), Some(last)) = (&mut state.keep, &last) {
@@ -500,9 +607,7 @@ impl Outbox {
         }
         state.queued_bytes = state.queued_bytes.saturating_sub(bytes);
         state.queued_messages = state.queued_messages.saturating_sub(messages);
-        if state.waiting > 0 {
-            self.room.notify_waiters();
-        }
+        self.settle(&mut state);
     }
 }
 
@@ -558,6 +663,30 @@ impl State {
         }
     }
 
+    /// A place behind everything that waits now.
+    fn join_line(&mut self) -> u64 {
+        let number = self.overflow.number();
+        self.waiting.insert(number);
+        number
+    }
+
+    fn message<T: Serialize + ?Sized>(
+        &mut self,
+        event: &str,
+        data: &T,
+        id: Option<u64>,
+        limit: usize,
+    ) -> Result<(), EncodeError> {
+        let size = message::encode(&mut self.tail, event, data, id, limit)?;
+        self.grew(size);
+        Ok(())
+    }
+
+    fn encoded(&mut self, encoded: &Encoded) -> Result<(), EncodeError> {
+        self.append(encoded.bytes());
+        Ok(())
+    }
+
     /// One more message of `size` bytes stands in the tail.
     fn grew(&mut self, size: usize) {
         self.count(size);
@@ -593,12 +722,24 @@ impl State {
     }
 }
 
-/// Counts one waiter for as long as it waits.
-struct Waiting<'a>(&'a Outbox);
+fn check_size(encoded: &Encoded, limit: usize) -> Result<(), EncodeError> {
+    match encoded.len().saturating_sub(crate::frame::PREFIX) {
+        size if size > limit => Err(EncodeError::TooLarge { size, limit }),
+        _ => Ok(()),
+    }
+}
 
-impl Drop for Waiting<'_> {
+/// A place in the line for room, given up on drop.
+struct Turn<'a> {
+    number: u64,
+    outbox: &'a Outbox,
+}
+
+impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        lock(&self.0.state).waiting -= 1;
+        let mut state = lock(&self.outbox.state);
+        state.waiting.remove(&self.number);
+        self.outbox.settle(&mut state);
     }
 }
 

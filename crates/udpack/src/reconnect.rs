@@ -16,7 +16,7 @@ use crate::code::CloseReason;
 use crate::control::GoAway;
 use crate::session::lock;
 
-/// State changes that wait for a slow watcher; it misses the oldest.
+/// SocketState changes that wait for a slow watcher; it misses the oldest.
 const STATES: usize = 32;
 
 /// How to come back after a lost connection.
@@ -72,7 +72,7 @@ fn part(whole: Duration) -> Duration {
 /// What the connection of a client that reconnects is doing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum State {
+pub enum SocketState {
     /// The first connection is being made.
     Connecting,
     /// Connected and let in.
@@ -99,29 +99,29 @@ pub enum State {
 
 /// The present state and everybody who watches it.
 pub(crate) struct StateFeed {
-    now: Mutex<State>,
-    changes: broadcast::Sender<State>,
+    now: Mutex<SocketState>,
+    changes: broadcast::Sender<SocketState>,
 }
 
 impl StateFeed {
     pub(crate) fn new() -> Self {
         Self {
-            now: Mutex::new(State::Connecting),
+            now: Mutex::new(SocketState::Connecting),
             changes: broadcast::Sender::new(STATES),
         }
     }
 
-    pub(crate) fn set(&self, state: State) {
+    pub(crate) fn set(&self, state: SocketState) {
         let mut now = lock(&self.now);
         now.clone_from(&state);
         let _ = self.changes.send(state);
     }
 
-    pub(crate) fn now(&self) -> State {
+    pub(crate) fn now(&self) -> SocketState {
         lock(&self.now).clone()
     }
 
-    pub(crate) fn watch(&self) -> States {
+    pub(crate) fn watch(&self) -> SocketStates {
         let now = lock(&self.now);
         let changes = self.changes.subscribe();
         let first = futures_util::stream::iter([now.clone()]);
@@ -134,15 +134,15 @@ impl StateFeed {
                 }
             }
         });
-        States(Box::pin(futures_util::StreamExt::chain(first, rest)))
+        SocketStates(Box::pin(futures_util::StreamExt::chain(first, rest)))
     }
 }
 
 /// The state of a client's connection: the present one first, then each change. A watcher that lags by more
 /// than 32 changes misses the oldest. Ends when the socket is gone.
-pub struct States(BoxStream<'static, State>);
+pub struct SocketStates(BoxStream<'static, SocketState>);
 
-impl States {
+impl SocketStates {
     pub(crate) fn none() -> Self {
         Self(Box::pin(futures_util::stream::empty()))
     }
@@ -151,22 +151,22 @@ impl States {
     ///
     /// # Cancel safety
     /// Cancel safe.
-    pub async fn next(&mut self) -> Option<State> {
+    pub async fn next(&mut self) -> Option<SocketState> {
         futures_util::StreamExt::next(&mut self.0).await
     }
 }
 
-impl Stream for States {
-    type Item = State;
+impl Stream for SocketStates {
+    type Item = SocketState;
 
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<State>> {
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<SocketState>> {
         self.0.as_mut().poll_next(cx)
     }
 }
 
-impl fmt::Debug for States {
+impl fmt::Debug for SocketStates {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("States").finish_non_exhaustive()
+        f.debug_struct("SocketStates").finish_non_exhaustive()
     }
 }
 

@@ -2,21 +2,24 @@
 
 use std::fmt;
 use std::future::{IntoFuture, poll_fn};
-use std::marker::PhantomData;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::BytesMut;
 use futures_util::future::BoxFuture;
+use futures_util::{Stream, StreamExt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::calls::{Calls, Reply, Role};
 use crate::channel::{Channel, RecvError, SendError, application_event};
 use crate::code::{CloseCode, CloseReason, Fault};
 use crate::control::{self, CANCEL, FAULT};
+use crate::event::Event;
 use crate::inbox::{Ending, NoReply};
-use crate::message::{DecodeError, Encoded};
-use crate::metrics::{Count, Words};
+use crate::items::{Items, Pump, pump};
+use crate::message::{self, DecodeError, Encoded, Message};
+use crate::metrics::{Count, Tally, Words};
 
 impl Channel {
     /// Asks the peer and waits for its answer: awaiting the returned builder gives the reply.
@@ -32,17 +35,52 @@ impl Channel {
         event: &str,
         data: &T,
     ) -> Request<R> {
+        self.ask(event, data, |reply| reply.data())
+    }
+
+    /// Sends a message and waits until the peer's handler has returned: a request whose answer is only that.
+    ///
+    /// Succeeds whatever the handler returned, as long as it is no fault. The failures, and what dropping
+    /// does, are those of [`request`](Self::request).
+    pub fn send_acked<T: Serialize + ?Sized>(&self, event: &str, data: &T) -> Request<()> {
+        self.ask(event, data, |_| Ok(()))
+    }
+
+    /// Sends a typed event; see [`send`](Self::send).
+    ///
+    /// # Errors
+    /// As [`send`](Self::send).
+    ///
+    /// # Cancel safety
+    /// As [`send`](Self::send).
+    pub async fn emit<E: Event + Sync>(&self, event: &E) -> Result<(), SendError> {
+        self.send(E::NAME, event).await
+    }
+
+    /// Asks with a typed event and waits for its reply; see [`request`](Self::request).
+    pub fn call<E: Event>(&self, event: &E) -> Request<E::Reply> {
+        self.request(E::NAME, event)
+    }
+
+    fn ask<T: Serialize + ?Sized, R>(
+        &self,
+        event: &str,
+        data: &T,
+        decode: fn(&Message) -> Result<R, DecodeError>,
+    ) -> Request<R> {
         let id = self.inner.next_request.fetch_add(1, Ordering::Relaxed);
         let limit = self.inner.session.frame_limit();
-        let frame = application_event(event).and_then(|()| {
-            control::protocol_within(event, data, Some(id), limit).map_err(SendError::Encode)
+        let mut frame = BytesMut::new();
+        let encoded = application_event(event).and_then(|()| {
+            message::encode(&mut frame, event, data, Some(id), limit).map_err(SendError::Encode)
         });
         Request {
             channel: self.clone(),
             id,
-            frame,
-            timeout: self.inner.session.timeouts.request,
-            reply: PhantomData,
+            frame: encoded.map(|_| frame),
+            timeout: None,
+            pump: None,
+            decode,
         }
     }
 
@@ -54,6 +92,27 @@ impl Channel {
             }),
         }
     }
+
+    pub(crate) fn no_answer(&self, error: NoReply) -> RequestError {
+        match error {
+            NoReply::Backlog => RequestError::Backlog,
+            NoReply::End(ending) => RequestError::Closed(self.no_reply(ending)),
+        }
+    }
+
+    /// Reads on, into the bounded backlog, until `look` finds what it is after.
+    pub(crate) async fn until<T>(
+        &self,
+        mut look: impl FnMut(&mut Calls) -> Option<T>,
+    ) -> Result<T, NoReply> {
+        let inner = &*self.inner;
+        poll_fn(|cx| {
+            inner
+                .inbox
+                .poll_calls(cx, &inner.session, &inner.counters, &mut look)
+        })
+        .await
+    }
 }
 
 /// A request to be sent: await it for the reply. Made by [`Channel::request`].
@@ -61,72 +120,134 @@ impl Channel {
 pub struct Request<R> {
     channel: Channel,
     id: u64,
-    frame: Result<Bytes, SendError>,
-    timeout: Duration,
-    reply: PhantomData<fn() -> R>,
+    frame: Result<BytesMut, SendError>,
+    timeout: Option<Duration>,
+    pump: Option<Pump>,
+    decode: fn(&Message) -> Result<R, DecodeError>,
 }
 
 impl<R> Request<R> {
-    /// Gives up after this long with [`RequestError::Timeout`]. Default `Timeouts::request`.
+    /// Gives up after this long with [`RequestError::Timeout`]; the peer learns of it and stops its handler
+    /// then. Default `Timeouts::request`; none for a request with a stream of items in either direction.
     pub fn timeout(mut self, timeout: Duration) -> Self {
-        self.timeout = timeout;
+        self.timeout = Some(timeout);
         self
     }
-}
 
-impl<R: DeserializeOwned> Request<R> {
-    async fn run(self) -> Result<R, RequestError> {
-        let frame = self.frame.map_err(RequestError::Send)?;
-        let inner = &*self.channel.inner;
-        inner.inbox.expect_reply(self.id);
-        // From here on dropping this future tells the peer.
-        let pending = Pending {
-            channel: &self.channel,
-            id: self.id,
+    /// Sends a stream of items behind the request: the peer's handler reads them with [`Items`].
+    ///
+    /// They go out while the request (or its [`items`](Self::items)) is polled, at most 256 KiB ahead of the
+    /// peer's handler. When the answer comes before the end of the stream, the rest is not sent. An item
+    /// that cannot be encoded fails the request.
+    pub fn with_items<S>(mut self, stream: S) -> Self
+    where
+        S: Stream + Send + 'static,
+        S::Item: Serialize + Send,
+    {
+        let items = stream.map(|item| message::encode_data(&item));
+        self.pump = Some(pump(self.channel.clone(), Role::Asker, self.id, items));
+        self
+    }
+
+    async fn run(mut self) -> Result<R, RequestError> {
+        let tally = self.channel.session().tally.clone();
+        let default = self.channel.inner.session.timeouts.request;
+        let limit = match (self.timeout, &self.pump) {
+            (None, Some(_)) => None,
+            (timeout, _) => Some(timeout.unwrap_or(default)),
         };
-        let encoded = Encoded::from_frame(frame);
         let exchange = async {
-            inner.session.tally.one(Count::RequestsSent);
-            self.channel
-                .send_encoded(&encoded)
-                .await
-                .map_err(RequestError::Send)?;
-            poll_fn(|cx| {
-                inner
-                    .inbox
-                    .poll_reply(cx, self.id, &inner.session, &inner.counters)
-            })
-            .await
-            .map_err(|error| match error {
-                NoReply::Backlog => RequestError::Backlog,
-                NoReply::End(ending) => RequestError::Closed(self.channel.no_reply(ending)),
-            })
+            let _pending = self.send(limit, false).await?;
+            let channel = self.channel.clone();
+            let id = self.id;
+            let mut reply = std::pin::pin!(channel.until(|calls| calls.reply(id)));
+            let reply = match self.pump.take() {
+                None => reply.await,
+                Some(mut pump) => tokio::select! {
+                    biased;
+                    reply = &mut reply => reply,
+                    sent = &mut pump => {
+                        sent?;
+                        reply.await
+                    }
+                },
+            };
+            match reply.map_err(|error| channel.no_answer(error))? {
+                Reply::Stream => Err(RequestError::Stream),
+                Reply::Message(reply) => Ok(reply),
+            }
         };
-        let reply = tokio::time::timeout(self.timeout, exchange)
-            .await
-            .map_err(|_| {
-                inner.session.tally.one(Count::RequestsTimedOut);
-                RequestError::Timeout(self.timeout)
-            })??;
-        drop(pending);
+        let reply = match limit {
+            None => exchange.await?,
+            Some(limit) => tokio::time::timeout(limit, exchange).await.map_err(|_| {
+                tally.one(Count::RequestsTimedOut);
+                RequestError::Timeout(limit)
+            })??,
+        };
         if reply.event() == FAULT {
-            let fault = control::decode_fault(&reply);
-            let code = fault.as_ref().map_or("", |fault| fault.code.as_str());
-            inner.session.tally.word(Words::FaultsReceived, code);
-            return Err(match fault {
-                Ok(fault) if fault.code == Fault::NO_HANDLER => RequestError::NoHandler,
-                Ok(fault) => RequestError::Fault(fault),
-                Err(_) => RequestError::Fault(Fault::new(
-                    Fault::INTERNAL,
-                    "the peer sent a fault without sense",
-                )),
-            });
+            return Err(RequestError::of(&reply, &tally));
         }
-        reply.data().map_err(RequestError::Decode)
+        (self.decode)(&reply).map_err(RequestError::Decode)
+    }
+
+    /// Queues the request. From here on dropping what it returns tells the peer.
+    async fn send(
+        &mut self,
+        limit: Option<Duration>,
+        stream: bool,
+    ) -> Result<Pending, RequestError> {
+        let frame = std::mem::replace(&mut self.frame, Err(SendError::Finished));
+        let mut frame = frame.map_err(RequestError::Send)?;
+        let inner = &self.channel.inner;
+        if let Some(limit) = limit {
+            message::add_deadline(&mut frame, limit, inner.session.frame_limit())
+                .map_err(|error| RequestError::Send(SendError::Encode(error)))?;
+        }
+        inner.inbox.calls(|calls| calls.ask(self.id, stream));
+        let mut pending = Pending {
+            channel: self.channel.clone(),
+            id: self.id,
+            sent: false,
+        };
+        let encoded = Encoded::from_frame(frame.freeze());
+        let sent = self.channel.send_encoded(&encoded).await;
+        sent.map_err(RequestError::Send)?;
+        pending.sent = true;
+        inner.session.tally.one(Count::RequestsSent);
+        Ok(pending)
     }
 }
 
-impl<R: DeserializeOwned + 'static> IntoFuture for Request<R> {
+impl Request<()> {
+    /// Asks for a stream of items instead of one reply. Returns when the request is queued; how it fares
+    /// shows in the items.
+    ///
+    /// Of the peer's items at most 256 KiB wait here. A [`timeout`](Self::timeout) counts until the last.
+    ///
+    /// # Errors
+    /// When the request cannot be sent.
+    ///
+    /// # Cancel safety
+    /// Dropping the future or the items tells the peer that no more are wanted.
+    pub async fn items<T: DeserializeOwned>(mut self) -> Result<Items<T>, RequestError> {
+        let limit = self.timeout;
+        let begun = tokio::time::Instant::now();
+        let send = self.send(limit, true);
+        let pending = match limit {
+            None => send.await?,
+            Some(limit) => tokio::time::timeout(limit, send)
+                .await
+                .map_err(|_| RequestError::Timeout(limit))??,
+        };
+        Ok(Items::asked(
+            pending,
+            self.pump,
+            limit.map(|limit| (begun, limit)),
+        ))
+    }
+}
+
+impl<R: 'static> IntoFuture for Request<R> {
     type Output = Result<R, RequestError>;
     type IntoFuture = BoxFuture<'static, Self::Output>;
 
@@ -144,16 +265,19 @@ impl<R> fmt::Debug for Request<R> {
     }
 }
 
-/// Forgets a reply that is no longer awaited and tells the peer, if it has not come.
-struct Pending<'a> {
-    channel: &'a Channel,
-    id: u64,
+/// Forgets an answer that is no longer awaited and tells the peer, if it has not come.
+pub(crate) struct Pending {
+    pub(crate) channel: Channel,
+    pub(crate) id: u64,
+    /// The request is queued: the peer will hear of it.
+    sent: bool,
 }
 
-impl Drop for Pending<'_> {
+impl Drop for Pending {
     fn drop(&mut self) {
         let inner = &self.channel.inner;
-        if inner.inbox.forget_reply(self.id)
+        if inner.inbox.calls(|calls| calls.forget(self.id))
+            && self.sent
             && let Ok(cancel) = control::protocol(CANCEL, &(), Some(self.id))
         {
             let _ = inner.outbox.force(&cancel);
@@ -174,10 +298,16 @@ pub enum RequestError {
     /// The reply does not fit the type asked for.
     #[error(transparent)]
     Decode(DecodeError),
+    /// The peer's handler was stopped before it answered.
+    #[error("the request was cancelled")]
+    Cancelled,
+    /// The answer is a stream: ask with [`Request::items`].
+    #[error("the answer is a stream of items, not one reply")]
+    Stream,
     /// No reply in time.
     #[error("no reply within {0:?}")]
     Timeout(Duration),
-    /// More unread messages stand before the reply than `Limits::backlog_messages` or
+    /// More unread messages stand before the reply, or the item or credit of a stream, than `Limits::backlog_messages` or
     /// `Limits::backlog_bytes` allow: read them with `recv` first.
     #[error("too many unread messages stand before the reply")]
     Backlog,
@@ -190,8 +320,27 @@ pub enum RequestError {
 }
 
 impl RequestError {
-    /// Whether the deadline passed.
+    /// Whether the deadline passed, here or at the peer.
     pub fn is_timeout(&self) -> bool {
-        matches!(self, Self::Timeout(_))
+        match self {
+            Self::Timeout(_) => true,
+            Self::Fault(fault) => fault.code == Fault::TIMEOUT,
+            _ => false,
+        }
+    }
+
+    /// What a `$fault` says.
+    pub(crate) fn of(fault: &Message, tally: &Tally) -> Self {
+        let fault = control::decode_fault(fault);
+        if let Ok(fault) = &fault {
+            tally.word(Words::FaultsReceived, &fault.code);
+        }
+        match fault {
+            Ok(fault) if fault.code == Fault::NO_HANDLER => Self::NoHandler,
+            Ok(fault) if fault.code == Fault::CANCELLED => Self::Cancelled,
+            Ok(fault) => Self::Fault(fault),
+            // The inbox has refused such a fault before.
+            Err(error) => Self::Fault(Fault::new(Fault::INTERNAL, error.to_string())),
+        }
     }
 }

@@ -20,7 +20,6 @@ use tracing::Instrument;
 use tracing::field::Empty;
 
 use crate::auth::{Authenticate, Deny, Hello, Peer, source};
-use crate::channel::Channel;
 use crate::code::{CloseCode, CloseReason, printable};
 use crate::config::{
     CongestionControl, Drain, Limits, MIN_WINDOW, PREAUTH_BYTES, Timeouts, VOLATILE_STREAMS,
@@ -34,8 +33,10 @@ use crate::lifetime::{self, Authorize, Guard};
 use crate::metrics::{Count, Metrics, Tally, Words};
 use crate::qlog::Qlog;
 use crate::quiet::Quiet;
+use crate::rooms::Rooms;
+use crate::router::ServeChannel;
 use crate::session::{Session, SessionId, lock};
-use crate::socket::{Awaited, Comeback, Control, IntoOutcome, Link, Registry, Socket, live};
+use crate::socket::{Awaited, Comeback, Control, Link, Registry, Socket, live};
 use crate::speed::{Counters, SpeedMeter, Stats};
 
 /// Sockets that may wait for `accept`.
@@ -87,6 +88,7 @@ struct Shared {
     tally: Arc<Tally>,
     /// Wire numbers of the sockets that are gone.
     past: Mutex<Stats>,
+    rooms: Rooms,
     sockets: Mutex<Sockets>,
     socket_ended: Notify,
     handshakes: AtomicUsize,
@@ -177,6 +179,11 @@ impl Server {
             .values()
             .cloned()
             .collect()
+    }
+
+    /// The rooms of this server: send to them, see who is there.
+    pub fn rooms(&self) -> &Rooms {
+        &self.inner.shared.rooms
     }
 
     /// Closes the sockets of all peers that `whom` picks, at once and with `auth_revoked`. Returns how many.
@@ -344,13 +351,9 @@ impl ServerBuilder {
 
     /// Serves the channels of this name: `handler` runs as a task of its own for each, and the channel is
     /// finished when it returns and no clone is left. An error closes the channel with `handler_failed`, a
-    /// panic with `internal`; neither reaches any other channel.
-    pub fn channel<F, Fut, O>(mut self, name: impl Into<String>, handler: F) -> Self
-    where
-        F: Fn(Channel) -> Fut + Send + Sync + 'static,
-        Fut: Future<Output = O> + Send + 'static,
-        O: IntoOutcome + 'static,
-    {
+    /// panic with `internal`; neither reaches any other channel. A [`Router`](crate::Router) may stand for the
+    /// handler.
+    pub fn channel<M>(mut self, name: impl Into<String>, handler: impl ServeChannel<M>) -> Self {
         self.registry.insert(name.into(), handler);
         self
     }
@@ -420,6 +423,9 @@ impl ServerBuilder {
     pub async fn bind(self, address: impl ToSocketAddrs) -> Result<Server, BindError> {
         let identity = self.identity.ok_or(BindError::NoIdentity)?;
         let auth = self.auth.ok_or(BindError::NoAuth)?;
+        if let Some((channel, state)) = self.registry.missing {
+            return Err(BindError::MissingState { channel, state });
+        }
         let address = tokio::net::lookup_host(address)
             .await
             .map_err(BindError::Address)?
@@ -457,6 +463,7 @@ impl ServerBuilder {
         let handlers = !registry.is_empty() || self.on_socket.is_some();
         registry.pull |= registry.is_empty();
         let (accept_queue, accepted) = mpsc::channel(ACCEPT_QUEUE);
+        let rooms = Rooms::new(self.limits.rooms, tokio::runtime::Handle::current());
         let shared = Arc::new(Shared {
             endpoint,
             fingerprint: identity.fingerprint(),
@@ -472,6 +479,7 @@ impl ServerBuilder {
             detached: Arc::default(),
             tally: Tally::root(),
             past: Mutex::default(),
+            rooms,
             sockets: Mutex::default(),
             socket_ended: Notify::new(),
             handshakes: AtomicUsize::new(0),
@@ -632,6 +640,7 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
         }
     };
     drop(handshake);
+    let _ = session.rooms.set(shared.rooms.clone());
     let (queue, incoming) = mpsc::channel(CHANNEL_QUEUE);
     let socket = Socket::new(session.clone(), incoming);
     let key = place.enter(socket.clone());
@@ -716,7 +725,7 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, Clos
     let agent = hello.agent().to_owned();
     let peer = shared
         .guard
-        .verify(hello, shared.timeouts.auth_failure)
+        .verify(hello, shared.timeouts.auth_failure, &shared.tally)
         .await
         .map_err(|Deny { code, text }| CloseReason::local(code, text))?;
     let no_random = |_| CloseReason::local(CloseCode::INTERNAL, "no random numbers");
@@ -726,7 +735,10 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, Clos
     };
     let (session, back, reason) = match back {
         Some(Ok((kept, permit))) => (kept, Some(permit), None),
-        Some(Err(reason)) => (session.clone(), None, Some(reason.to_owned())),
+        Some(Err(reason)) => {
+            session.tally.word(Words::ResumesRefused, reason);
+            (session.clone(), None, Some(reason.to_owned()))
+        }
         None => (session.clone(), None, None),
     };
     let window = shared.timeouts.resume;
@@ -977,6 +989,14 @@ pub enum BindError {
     /// No identity was given.
     #[error("a server needs an identity")]
     NoIdentity,
+    /// A handler takes a state that its router was not given.
+    #[error("the handlers of channel {channel:?} need a state of type {state}")]
+    MissingState {
+        /// The channel's name.
+        channel: String,
+        /// The state's type.
+        state: &'static str,
+    },
     /// No verifier was given.
     #[error("a server needs a verifier")]
     NoAuth,

@@ -25,6 +25,7 @@ use crate::open::OpenError;
 use crate::outbox::Budget;
 use crate::quiet::Quiet;
 use crate::reconnect::StateFeed;
+use crate::rooms::Rooms;
 use crate::speed::Counters;
 use crate::turns::Turns;
 use crate::volatile::Volatiles;
@@ -212,12 +213,16 @@ pub(crate) struct Session {
     /// Whose turn it is to write.
     pub(crate) turns: Turns,
     next_channel: AtomicU64,
+    /// The server's rooms; never set at a client.
+    pub(crate) rooms: OnceLock<Rooms>,
     /// Writer tasks; each ends with its channel or with the connection.
     pub(crate) tasks: TaskTracker,
     /// A client's endpoint lives as long as its connection.
     endpoint: Mutex<Option<quinn::Endpoint>>,
     /// At a client: what its handles hold, so that the last one to go closes the connection.
     lease: OnceLock<Weak<Lease>>,
+    /// The socket's handle, for handlers that ask for it.
+    pub(crate) handle: OnceLock<Weak<crate::socket::Handle>>,
 }
 
 /// Held by the handles of a client's socket and by its channels; the connection closes with the last one.
@@ -276,9 +281,11 @@ impl Session {
             volatiles: Volatiles::default(),
             turns: Turns::default(),
             next_channel: AtomicU64::new(1),
+            rooms: OnceLock::new(),
             tasks: TaskTracker::new(),
             endpoint: Mutex::new(endpoint),
             lease: OnceLock::new(),
+            handle: OnceLock::new(),
         })
     }
 
@@ -541,7 +548,7 @@ impl Session {
     /// Lets every channel send what is queued and then end, for good: nothing is kept any more.
     pub(crate) fn finish_channels(&self) {
         for pipe in self.live_pipes() {
-            pipe.settle();
+            pipe.forget();
             pipe.finish();
         }
     }

@@ -6,13 +6,13 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::future::{Future, poll_fn};
+use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -34,10 +34,11 @@ use crate::endpoint;
 use crate::extensions::Extensions;
 use crate::inbox::{Ending, Inbox};
 use crate::lifetime::{self, Lifetime, RefreshError};
-use crate::metrics::{Count, Metrics};
+use crate::metrics::{Count, Metrics, Tally, Words};
 use crate::outbox::Way;
-use crate::reconnect::{State, StateFeed, States};
+use crate::reconnect::{SocketState, SocketStates, StateFeed};
 use crate::resume::Mismatch;
+use crate::router::ServeChannel;
 use crate::session::{ChannelKey, Lease, Session, SessionId, lock};
 use crate::speed::{Counters, SpeedMeter, Stats};
 
@@ -50,7 +51,7 @@ pub struct Socket {
     inner: Arc<Handle>,
 }
 
-struct Handle {
+pub(crate) struct Handle {
     session: Arc<Session>,
     incoming: Mutex<mpsc::Receiver<Channel>>,
     _lease: Option<Arc<Lease>>,
@@ -59,11 +60,25 @@ struct Handle {
 impl Socket {
     pub(crate) fn new(session: Arc<Session>, incoming: mpsc::Receiver<Channel>) -> Self {
         let lease = session.client.then(|| session.lend());
+        let inner = Arc::new(Handle {
+            session,
+            incoming: Mutex::new(incoming),
+            _lease: lease,
+        });
+        let _ = inner.session.handle.set(Arc::downgrade(&inner));
+        Self { inner }
+    }
+
+    /// A handle of this session: one more of those there are, or one that accepts no channels when all are gone.
+    pub(crate) fn of(session: &Arc<Session>) -> Self {
+        let inner = session.handle.get().and_then(Weak::upgrade);
         Self {
-            inner: Arc::new(Handle {
-                session,
-                incoming: Mutex::new(incoming),
-                _lease: lease,
+            inner: inner.unwrap_or_else(|| {
+                Arc::new(Handle {
+                    session: session.clone(),
+                    incoming: Mutex::new(mpsc::channel(1).1),
+                    _lease: session.lease(),
+                })
             }),
         }
     }
@@ -184,15 +199,15 @@ impl Socket {
 
     /// What becomes of the connection of a client that reconnects (`ClientBuilder::reconnect`): the present
     /// state, then each change. Empty for other sockets.
-    pub fn states(&self) -> States {
+    pub fn states(&self) -> SocketStates {
         match &self.inner.session.states {
             Some(states) => states.watch(),
-            None => States::none(),
+            None => SocketStates::none(),
         }
     }
 
     /// The present state of a client that reconnects; `None` for other sockets.
-    pub fn state(&self) -> Option<State> {
+    pub fn state(&self) -> Option<SocketState> {
         self.inner.session.states.as_ref().map(StateFeed::now)
     }
 
@@ -298,20 +313,17 @@ pub(crate) struct Registry {
     handlers: HashMap<String, ChannelHandler>,
     /// Channels nobody is registered for go to `accept_channel`; otherwise they are refused.
     pub(crate) pull: bool,
+    /// A channel whose handlers need a state that nobody gave, and the state's type.
+    pub(crate) missing: Option<(String, &'static str)>,
 }
 
 impl Registry {
-    pub(crate) fn insert<F, Fut, O>(&mut self, name: String, handler: F)
-    where
-        F: Fn(Channel) -> Fut + Send + Sync + 'static,
-        Fut: Future<Output = O> + Send + 'static,
-        O: IntoOutcome + 'static,
-    {
-        let handler: ChannelHandler = Arc::new(move |channel| {
-            let future = handler(channel);
-            Box::pin(async move { future.await.into_outcome() })
-        });
-        self.handlers.insert(name, handler);
+    pub(crate) fn insert<M>(&mut self, name: String, handler: impl ServeChannel<M>) {
+        let service = handler.into_service();
+        if let (None, Some(state)) = (&self.missing, service.missing) {
+            self.missing = Some((name.clone(), state));
+        }
+        self.handlers.insert(name, service.handler);
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -444,7 +456,7 @@ pub(crate) async fn live(
         session.tally.closed(&reason);
     }
     if let Some(states) = &session.states {
-        states.set(State::GaveUp(reason.clone()));
+        states.set(SocketState::GaveUp(reason.clone()));
     }
     // Handlers see the end in their next `recv`; give those that only wait for it the time to leave.
     let grace = async { while channels.join_next().await.is_some() {} };
@@ -462,8 +474,17 @@ impl Comeback {
         reason: CloseReason,
         moved: bool,
     ) -> Result<Link, CloseReason> {
+        /// Counts one session for as long as it has no connection.
+        struct Detached<'a>(&'a Tally);
+        impl Drop for Detached<'_> {
+            fn drop(&mut self) {
+                self.0.less(Count::Detached);
+            }
+        }
         session.set_up(None);
         session.budget.set_detached(true);
+        session.tally.one(Count::Detached);
+        let _detached = Detached(&session.tally);
         let next = async {
             match self {
                 Self::Never => Err(reason),
@@ -546,6 +567,7 @@ impl Driver {
                     .clone()
                     .unwrap_or_else(|| "unknown".to_owned());
                 let text = format!("the session could not be resumed: {words}");
+                session.tally.word(Words::ResumesRefused, &words);
                 session.fail_resumable(&CloseReason::new(
                     CloseCode::NOT_RESUMED,
                     text,
@@ -564,9 +586,18 @@ impl Driver {
             channels.spawn(pipe.reopen(session.clone(), conn.clone(), number));
         }
         session.set_up(Some(number));
+        if self.resumed {
+            session.tally.one(Count::Resumed);
+        }
+        if session.client {
+            session.tally.one(Count::Reconnects);
+        }
+        if let Some(rooms) = session.rooms.get() {
+            rooms.resumed(session);
+        }
         tracing::info!(session = %session.id(), resumed = self.resumed, "connected again");
         if let Some(states) = &session.states {
-            states.set(State::Connected {
+            states.set(SocketState::Connected {
                 resumed: self.resumed,
                 reason,
             });
@@ -633,11 +664,12 @@ impl Driver {
                                 move_at = Some(Instant::now() + goaway.wait());
                                 session.set_up(None);
                                 if let Some(states) = &session.states {
-                                    states.set(State::GoingAway(goaway.clone()));
+                                    states.set(SocketState::GoingAway(goaway.clone()));
                                 }
                             }
                         }
-                        Some(reason) if reason.by == Side::Peer && comeback.survives(&reason) => {
+                        // The control stream may tell of a lost connection before the connection does.
+                        Some(reason) if reason.by != Side::Local && comeback.survives(&reason) => {
                             // It will not be there for us, but perhaps another is.
                             conn.close(reason.code.varint(), reason.text.as_bytes());
                             return Outcome::Lost(reason);
@@ -803,7 +835,7 @@ fn on_control(session: &Session, message: Result<crate::Message, Ending>) -> Opt
                         session.life.counts_for(welcome.expires);
                         session.set_welcome(welcome);
                         if let Some(states) = &session.states {
-                            states.set(State::Connected {
+                            states.set(SocketState::Connected {
                                 resumed: false,
                                 reason: None,
                             });

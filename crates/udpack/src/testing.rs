@@ -384,7 +384,7 @@ impl Net {
 
 /// The address of the client of this socket, which may be at either end.
 fn client_address(socket: &Socket) -> Option<SocketAddr> {
-    match &socket.session().endpoint {
+    match &socket.session().endpoint() {
         Some(endpoint) => endpoint.local_addr().ok(),
         None => Some(socket.remote_address()),
     }

@@ -146,7 +146,7 @@ async fn a_rate_is_kept() {
         let begun = Instant::now();
         let channel = client.open("bulk").await.unwrap();
         let sending = async {
-            for _ in 0..200 {
+            for _ in 0..60 {
                 channel
                     .send("bytes", &[0_u8; 50_000].as_slice())
                     .await

@@ -78,6 +78,32 @@ fn request_has_its_id_last() {
 }
 
 #[test]
+fn a_request_may_say_how_long_it_is_waited_for() {
+    let mut frame = BytesMut::new();
+    encode(&mut frame, "ask", &7, Some(1), LIMIT).expect("encodes");
+    add_deadline(&mut frame, Duration::from_secs(30), LIMIT).expect("fits");
+    assert_eq!(
+        &frame[..],
+        b"\x00\x00\x00\x0a\x94\xa3ask\x07\x01\xcd\x75\x30"
+    );
+    let message = Message::decode(frame.split_off(PREFIX).freeze()).expect("a message");
+    assert_eq!(
+        (message.id(), message.deadline()),
+        (Some(1), Some(Duration::from_secs(30)))
+    );
+    for deadline in [&[0xff][..], &[0xc0], &[0xca, 0x3f, 0x80, 0, 0]] {
+        let body = [&[0x94, 0xa1, b'e', 0xc0, 0x01], deadline].concat();
+        assert_eq!(decode(&body).map(|_| ()), Err(MessageError::Deadline));
+    }
+    let mut frame = BytesMut::new();
+    let size = encode(&mut frame, "ask", &7, Some(1), LIMIT).expect("encodes") - PREFIX;
+    assert!(matches!(
+        add_deadline(&mut frame, Duration::MAX, size + 8),
+        Err(EncodeError::TooLarge { .. })
+    ));
+}
+
+#[test]
 fn data_lies_in_the_frame() {
     let body = body_of(
         "chunk",
@@ -95,7 +121,7 @@ fn data_lies_in_the_frame() {
 }
 
 #[test]
-fn refuses_what_is_no_array_of_two_or_three() {
+fn refuses_what_is_no_array_of_two_to_four() {
     let shape = |arity| Err(MessageError::Shape { arity });
     for (body, arity) in [
         (&[0xc0][..], None),
@@ -104,13 +130,14 @@ fn refuses_what_is_no_array_of_two_or_three() {
         (&[0xa1, b'e'], None),
         (&[0x90], Some(0)),
         (&[0x91, 0xa1, b'e'], Some(1)),
-        (&[0x94, 0xa1, b'e', 0xc0, 0x01, 0x01], Some(4)),
+        (&[0x94, 0xa2, b'$', b'e', 0xc0, 0x01, 0x01], Some(4)),
+        (&[0x95, 0xa1, b'e', 0xc0, 0x01, 0x01, 0x01], Some(5)),
     ] {
         assert_eq!(decode(body).map(|_| ()), shape(arity), "{body:02x?}");
     }
     assert_eq!(
         MessageError::Shape { arity: Some(4) }.to_string(),
-        "message is not an array of 2 or 3 values: 4"
+        "message is not an array of 2 to 4 values, of 4 only for a request: 4"
     );
     // The same array under a longer head is the same message.
     decode(&[0xdd, 0, 0, 0, 2, 0xa1, b'e', 0xc0]).expect("a message");

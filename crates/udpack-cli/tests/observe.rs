@@ -1,0 +1,236 @@
+//! `--metrics`, `--qlog` and `request`, with the real binaries.
+
+mod common;
+
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::time::Duration;
+
+use common::{Running, assert_error, client, exited, server, workdir};
+use udpack::{Channel, Context, Deny, Fault, Hello, Identity, Peer};
+
+/// What the server answers to these bytes, head and body.
+fn http(address: &str, request: &str) -> String {
+    let mut stream = TcpStream::connect(address).expect("somebody listens");
+    stream
+        .set_read_timeout(Some(Duration::from_secs(20)))
+        .expect("a timeout");
+    // Whoever is cut off while it writes or reads sees less, or nothing.
+    let _ = stream.write_all(request.as_bytes());
+    let mut text = String::new();
+    let _ = stream.read_to_string(&mut text);
+    text
+}
+
+fn get(address: &str, path: &str) -> String {
+    http(
+        address,
+        &format!("GET {path} HTTP/1.1\r\nHost: {address}\r\n\r\n"),
+    )
+}
+
+/// A server with these flags, its `send` URL and the address of its metrics.
+fn start(dir: &std::path::Path, args: &[&str]) -> (Running, String, String) {
+    let mut running = Running::spawn(
+        server(dir)
+            .args(["--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"])
+            .args(args),
+    );
+    let lines: Vec<String> = (0..5).map(|_| running.line()).collect();
+    let url = lines[3]
+        .split('\'')
+        .nth(1)
+        .and_then(|url| url.strip_prefix("UDPACK_URL=").or(Some(url)))
+        .expect("a URL")
+        .to_owned();
+    let metrics = lines[4].strip_prefix("metrics ").expect("the last line");
+    assert!(!metrics.ends_with(":0"), "the real port");
+    (running, url, metrics.to_owned())
+}
+
+#[test]
+fn counters_are_served_over_http_and_nothing_else_is() {
+    let dir = workdir();
+    let (_server, url, metrics) = start(dir.path(), &[]);
+    std::fs::write(dir.path().join("file"), "content").expect("write");
+    for args in [&["put", "file"][..], &["ping", "-c", "1"]] {
+        let out = exited(client(dir.path()).env("UDPACK_URL", &url).args(args));
+        assert_eq!(out.code, 0, "{out:?}");
+    }
+    let out = exited(
+        client(dir.path())
+            .env("UDPACK_URL", url.replacen("udpack://", "udpack://x", 1))
+            .args(["ping", "-c", "1"]),
+    );
+    assert_eq!(out.code, 4, "{out:?}");
+
+    let page = get(&metrics, "/metrics");
+    let (head, body) = page.split_once("\r\n\r\n").expect("a head and a body");
+    assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
+    assert!(
+        head.to_lowercase()
+            .contains("content-type: text/plain; version=0.0.4"),
+        "{head}"
+    );
+    for line in [
+        "udpack_sockets_admitted_total 2",
+        "udpack_sockets_refused_total{code=\"auth_failed\"} 1",
+        "udpack_requests_received_total 1",
+        "udpack_files_stored_total 1",
+        "udpack_files_stored_bytes_total 7",
+        "udpack_uploads_open 0",
+    ] {
+        assert!(body.lines().any(|found| found == line), "{line}\n{body}");
+    }
+    for line in body.lines().filter(|line| !line.starts_with('#')) {
+        let (name, value) = line.rsplit_once(' ').expect("a name and a value");
+        assert!(name.starts_with("udpack_"), "{line}");
+        value.parse::<f64>().expect("a number");
+    }
+
+    assert!(get(&metrics, "/").starts_with("HTTP/1.1 404 "));
+    assert!(get(&metrics, "/metrics/more").starts_with("HTTP/1.1 404 "));
+    let posted = http(
+        &metrics,
+        "POST /metrics HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n",
+    );
+    assert!(posted.starts_with("HTTP/1.1 405 "), "{posted}");
+    assert!(posted.to_lowercase().contains("allow: get"), "{posted}");
+    // Too long a head and no HTTP at all end the connection; the next one is served.
+    let long = format!(
+        "GET /metrics HTTP/1.1\r\nX: {}\r\n\r\n",
+        "x".repeat(100_000)
+    );
+    assert!(!http(&metrics, &long).starts_with("HTTP/1.1 200 "));
+    let _ = http(&metrics, "\u{0}\u{1}nonsense\r\n\r\n");
+    assert!(get(&metrics, "/metrics").starts_with("HTTP/1.1 200 "));
+}
+
+#[test]
+fn a_silent_scraper_is_sent_away_and_holds_up_neither_others_nor_the_end() {
+    let dir = workdir();
+    let (mut server, _, metrics) = start(dir.path(), &[]);
+    let mut silent = TcpStream::connect(&metrics).expect("somebody listens");
+    silent
+        .set_read_timeout(Some(Duration::from_secs(30)))
+        .expect("a timeout");
+    silent.write_all(b"GET /met").expect("written");
+    assert!(get(&metrics, "/metrics").starts_with("HTTP/1.1 200 "));
+    let mut rest = Vec::new();
+    let _ = silent.read_to_end(&mut rest);
+    assert!(!rest.starts_with(b"HTTP/1.1 200 "));
+    let _held = TcpStream::connect(&metrics).expect("somebody listens");
+    server.signal("TERM");
+    let out = server.exited();
+    assert_eq!(out.code, 0, "{out:?}");
+}
+
+#[test]
+fn a_taken_port_for_metrics_is_told() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = taken.local_addr().expect("an address").to_string();
+    let dir = workdir();
+    let out = exited(server(dir.path()).args(["--listen", "127.0.0.1:0", "--metrics", &address]));
+    assert_eq!(out.code, 1, "{out:?}");
+    assert_error(&out.stderr);
+    assert!(out.stderr.contains("--metrics"), "{out:?}");
+    assert_eq!(out.stdout, "");
+}
+
+#[test]
+fn qlog_files_of_both_programs_are_json_without_the_token() {
+    let dir = workdir();
+    let (mut server, url, _) = start(dir.path(), &["--qlog", "logs/server"]);
+    let token = url.split(['/', '@']).nth(2).expect("a token").to_owned();
+    let out = exited(client(dir.path()).env("UDPACK_URL", &url).args([
+        "ping",
+        "-c",
+        "1",
+        "--qlog",
+        "logs/client",
+    ]));
+    assert_eq!(out.code, 0, "{out:?}");
+    server.signal("TERM");
+    assert_eq!(server.exited().code, 0);
+    for side in ["server", "client"] {
+        let files: Vec<_> = std::fs::read_dir(dir.path().join("logs").join(side))
+            .expect("the directory")
+            .map(|entry| entry.expect("an entry").path())
+            .collect();
+        assert_eq!(files.len(), 1, "{files:?}");
+        let text = std::fs::read_to_string(&files[0]).expect("text");
+        assert!(!text.contains(&token));
+        let mut records = 0;
+        for record in text.split('\u{1e}').skip(1) {
+            serde_json::from_str::<serde_json::Value>(record).expect("JSON");
+            records += 1;
+        }
+        assert!(records > 2, "{text}");
+    }
+    let file = dir.path().join("logs/server").join("x");
+    std::fs::write(&file, "").expect("write");
+    let out = exited(
+        client(dir.path())
+            .env("UDPACK_URL", &url)
+            .args(["ping", "--qlog"])
+            .arg(&file),
+    );
+    assert_eq!(out.code, 3, "{out:?}");
+    assert_error(&out.stderr);
+}
+
+#[test]
+fn request_prints_the_reply_and_tells_refusals_apart() {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    let server = runtime.block_on(async {
+        udpack::Server::builder()
+            .identity(Identity::generate().expect("a key"))
+            .auth(|_: Hello| async { Ok::<_, Deny>(Peer::new("anybody")) })
+            .channel("math", |channel: Channel| async move {
+                channel
+                    .on("double", |n: u64, _: Context| async move {
+                        Ok::<_, Fault>(n * 2)
+                    })
+                    .on("refuse", |_: Option<u64>, _: Context| async move {
+                        Err::<(), _>(Fault::new("too_late", "come back tomorrow"))
+                    })
+                    .on("never", |_: Option<u64>, _: Context| async move {
+                        std::future::pending::<()>().await
+                    })
+                    .run()
+                    .await
+            })
+            .bind("127.0.0.1:0")
+            .await
+            .expect("a port")
+    });
+    let dir = workdir();
+    let ask = |args: &[&str]| {
+        exited(
+            client(dir.path())
+                .args(["request", "--channel", "math", "--to"])
+                .arg(server.local_addr().to_string())
+                .args(["--fingerprint", &server.fingerprint().to_string()])
+                .args(args),
+        )
+    };
+    let out = ask(&["double", "21"]);
+    assert_eq!((out.code, out.stdout.as_str()), (0, "42\n"), "{out:?}");
+    let out = ask(&["refuse"]);
+    assert_eq!(out.code, 9, "{out:?}");
+    assert!(out.stderr.contains("too_late: come back tomorrow"));
+    let out = ask(&["double", "\"text\""]);
+    assert_eq!(out.code, 9, "{out:?}");
+    let out = ask(&["what", "{\"raw\":{\"$bin\":\"00ff\"}}"]);
+    assert_eq!(out.code, 11, "{out:?}");
+    assert_error(&out.stderr);
+    let out = ask(&["never", "--timeout", "0.2"]);
+    assert_eq!(out.code, 5, "{out:?}");
+    let out = ask(&["double", "no json"]);
+    assert_eq!(out.code, 2, "{out:?}");
+    assert_eq!(out.stdout, "");
+    runtime.shutdown_timeout(Duration::from_secs(1));
+}

@@ -1,0 +1,502 @@
+//! The requests of one channel, both ways: what has come for them, what waits, and the credit of their streams.
+//!
+//! Pure bookkeeping, kept by the inbox under its lock and fed by whoever reads the channel. It knows no
+//! connection: requests outlive one where their channel does.
+
+use std::collections::{HashMap, VecDeque};
+
+use futures_util::future::AbortHandle;
+use tokio::time::Instant;
+
+use crate::code::CloseCode;
+use crate::control::{self, CANCEL, CREDIT, END, FAULT, ITEM, PUSH, REPLY, WANT};
+use crate::message::Message;
+use crate::msgpack::{Head, Reader};
+
+/// Bytes of a request's stream that may be under way before its receiver takes them, each direction.
+pub(crate) const STREAM_CREDIT: u64 = 256 << 10;
+/// Credit is returned in pieces of this size while items are taken without a wait.
+const CREDIT_PIECE: u64 = STREAM_CREDIT / 4;
+
+/// Which end of a request this side is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Role {
+    Asker,
+    Answerer,
+}
+
+impl Role {
+    /// The event that carries this side's items.
+    pub(crate) fn item(self) -> &'static str {
+        match self {
+            Self::Asker => PUSH,
+            Self::Answerer => ITEM,
+        }
+    }
+
+    /// The event that lets the other side send on.
+    pub(crate) fn grant(self) -> &'static str {
+        match self {
+            Self::Asker => CREDIT,
+            Self::Answerer => WANT,
+        }
+    }
+}
+
+/// The requests that are not over.
+#[derive(Debug, Default)]
+pub(crate) struct Calls {
+    /// By this side.
+    asked: HashMap<u64, Asked>,
+    /// By the peer: those in the backlog, and those whose handler runs.
+    answering: HashMap<u64, Answering>,
+    /// Bytes of items for requests that nobody has begun to answer.
+    waiting: usize,
+}
+
+#[derive(Debug, Default)]
+struct Asked {
+    flow: Flow,
+    /// Items are wanted, not only a reply.
+    stream: bool,
+    /// An item came although none was wanted.
+    unwanted: bool,
+    last: Option<Message>,
+}
+
+#[derive(Debug)]
+struct Answering {
+    flow: Flow,
+    since: Instant,
+    begun: bool,
+    /// When an item of the request's stream was last taken.
+    moved: Option<Instant>,
+    cancelled: bool,
+    handler: Option<AbortHandle>,
+}
+
+/// One request's stream of items, in both directions.
+#[derive(Debug, Default)]
+struct Flow {
+    /// Came and was not taken.
+    items: VecDeque<Message>,
+    /// Bytes that came and that the sender has no credit back for.
+    open: u64,
+    /// Those of them that were taken.
+    owed: u64,
+    /// Bytes this side sent and has no credit back for.
+    spent: u64,
+    ended: bool,
+}
+
+/// What became of a message of the protocol.
+#[derive(Debug)]
+pub(crate) enum Taken {
+    /// It concerns somebody who may wait for it.
+    Filed,
+    /// The peer gave up this request: it may still stand in the backlog.
+    Cancelled(u64),
+    /// It came too late to matter.
+    Dropped,
+    /// It is none of a request's.
+    Other(Message),
+    /// It must not be: the channel closes.
+    Violation(CloseCode, String),
+}
+
+/// The next that a stream has.
+#[derive(Debug)]
+pub(crate) enum Next {
+    Item(Message),
+    /// The request's reply or fault.
+    Last(Message),
+    End,
+}
+
+/// What came for a request that wants one reply.
+#[derive(Debug)]
+pub(crate) enum Reply {
+    Message(Message),
+    /// An item of a stream.
+    Stream,
+}
+
+impl Calls {
+    /// Expects an answer; without this it would be dropped as unknown.
+    pub(crate) fn ask(&mut self, id: u64, stream: bool) {
+        let asked = Asked {
+            stream,
+            ..Asked::default()
+        };
+        self.asked.insert(id, asked);
+    }
+
+    /// No longer expects it; says whether the answer had not come.
+    pub(crate) fn forget(&mut self, id: u64) -> bool {
+        self.asked
+            .remove(&id)
+            .is_some_and(|asked| asked.last.is_none())
+    }
+
+    /// The reply to a request that wants one.
+    pub(crate) fn reply(&mut self, id: u64) -> Option<Reply> {
+        let asked = self.asked.get_mut(&id)?;
+        if asked.unwanted {
+            return Some(Reply::Stream);
+        }
+        // A copy stays, so that `forget` knows that it came.
+        asked.last.clone().map(Reply::Message)
+    }
+
+    /// Keeps a request of the peer that waits in the backlog.
+    pub(crate) fn queued(&mut self, id: u64) {
+        self.answering.entry(id).or_insert_with(|| Answering {
+            flow: Flow::default(),
+            since: Instant::now(),
+            begun: false,
+            moved: None,
+            cancelled: false,
+            handler: None,
+        });
+    }
+
+    /// A handler takes the request; says when it came.
+    pub(crate) fn begin(&mut self, id: u64) -> Instant {
+        self.queued(id);
+        let Some(answering) = self.answering.get_mut(&id) else {
+            return Instant::now();
+        };
+        if !answering.begun {
+            answering.begun = true;
+            self.waiting = self.waiting.saturating_sub(answering.flow.held());
+        }
+        answering.since
+    }
+
+    /// What stops the handler when the peer gives the request up; done at once if it has.
+    pub(crate) fn guard(&mut self, id: u64, handler: AbortHandle) {
+        match self.answering.get_mut(&id) {
+            Some(answering) if !answering.cancelled => answering.handler = Some(handler),
+            _ => handler.abort(),
+        }
+    }
+
+    /// The request is answered, or will never be by a handler.
+    pub(crate) fn answered(&mut self, id: u64) {
+        if let Some(answering) = self.answering.remove(&id)
+            && !answering.begun
+        {
+            self.waiting = self.waiting.saturating_sub(answering.flow.held());
+        }
+    }
+
+    /// When the request's handler last took an item of its stream.
+    pub(crate) fn moved(&self, id: u64) -> Option<Instant> {
+        self.answering.get(&id)?.moved
+    }
+
+    /// Stops the handlers of all requests: nobody waits for their answers any more.
+    pub(crate) fn stop(&mut self) {
+        for answering in self.answering.values_mut() {
+            answering.cancel();
+        }
+    }
+
+    /// Bytes of items that stand behind requests in the backlog.
+    pub(crate) fn waiting(&self) -> usize {
+        self.waiting
+    }
+
+    /// The next item of a stream that this side reads; `None` when there is nothing yet.
+    pub(crate) fn next(&mut self, role: Role, id: u64) -> Option<Next> {
+        match role {
+            Role::Asker => {
+                let Some(asked) = self.asked.get_mut(&id) else {
+                    return Some(Next::End);
+                };
+                let item = asked.flow.take().map(Next::Item);
+                item.or_else(|| asked.last.clone().map(Next::Last))
+            }
+            Role::Answerer => {
+                let Some(answering) = self.answering.get_mut(&id) else {
+                    return Some(Next::End);
+                };
+                if let Some(item) = answering.flow.take() {
+                    answering.moved = Some(Instant::now());
+                    return Some(Next::Item(item));
+                }
+                answering.flow.ended.then_some(Next::End)
+            }
+        }
+    }
+
+    /// Credit to be given back now: a piece of it, or all when nothing else is to be done.
+    pub(crate) fn grant(&mut self, role: Role, id: u64, all: bool) -> Option<u64> {
+        let flow = self.flow(role, id)?;
+        if flow.owed == 0 || (flow.owed < CREDIT_PIECE && !all) {
+            return None;
+        }
+        let owed = std::mem::take(&mut flow.owed);
+        flow.open = flow.open.saturating_sub(owed);
+        Some(owed)
+    }
+
+    /// The credit could not be given back after all.
+    pub(crate) fn keep(&mut self, role: Role, id: u64, bytes: u64) {
+        if let Some(flow) = self.flow(role, id) {
+            flow.open += bytes;
+            flow.owed += bytes;
+        }
+    }
+
+    /// Whether an item of this size may be sent: `None` not yet, `false` never, because the request is over.
+    pub(crate) fn spend(&mut self, role: Role, id: u64, bytes: usize) -> Option<bool> {
+        let over = match role {
+            Role::Asker => self.asked.get(&id).is_none_or(|asked| asked.last.is_some()),
+            Role::Answerer => self
+                .answering
+                .get(&id)
+                .is_none_or(|answering| answering.cancelled),
+        };
+        if over {
+            return Some(false);
+        }
+        let flow = self.flow(role, id)?;
+        let sum = flow.spent.saturating_add(bytes as u64);
+        if flow.spent > 0 && sum > STREAM_CREDIT {
+            return None;
+        }
+        flow.spent = sum;
+        Some(true)
+    }
+
+    /// Files a message of the protocol that came on the channel.
+    pub(crate) fn take(&mut self, message: Message) -> Taken {
+        let event = message.event();
+        if !matches!(
+            event,
+            REPLY | FAULT | CANCEL | ITEM | PUSH | END | CREDIT | WANT
+        ) {
+            return Taken::Other(message);
+        }
+        if event == FAULT
+            && let Err(error) = control::decode_fault(&message)
+        {
+            return Taken::Violation(error.close_code(), error.to_string());
+        }
+        let Some(id) = message.id() else {
+            return bad("an answer or a part of a stream without its request's id");
+        };
+        match event {
+            REPLY | FAULT => match self.asked.get_mut(&id) {
+                Some(asked) if asked.last.is_none() => asked.last = Some(message),
+                _ => return Taken::Dropped,
+            },
+            ITEM => match self.asked.get_mut(&id) {
+                Some(asked) if asked.last.is_some() => return Taken::Dropped,
+                Some(asked) if asked.stream => return asked.flow.put(message),
+                Some(asked) => asked.unwanted = true,
+                None => return Taken::Dropped,
+            },
+            PUSH => match self.answering.get_mut(&id) {
+                Some(answering) if !answering.flow.ended && !answering.cancelled => {
+                    if !answering.begun {
+                        self.waiting += message.len();
+                    }
+                    return answering.flow.put(message);
+                }
+                _ => return Taken::Dropped,
+            },
+            END => {
+                if Reader::new(&message.raw()).head() != Ok(Head::Nil) {
+                    return bad("$end takes nil");
+                }
+                match self.answering.get_mut(&id) {
+                    Some(answering) => answering.flow.ended = true,
+                    None => return Taken::Dropped,
+                }
+            }
+            CREDIT | WANT => {
+                let Ok(Head::Uint(bytes)) = Reader::new(&message.raw()).head() else {
+                    return bad("credit is a number of bytes");
+                };
+                let role = if event == WANT {
+                    Role::Asker
+                } else {
+                    Role::Answerer
+                };
+                match self.flow(role, id) {
+                    Some(flow) => flow.spent = flow.spent.saturating_sub(bytes),
+                    None => return Taken::Dropped,
+                }
+            }
+            _ => {
+                if let Some(answering) = self.answering.get_mut(&id) {
+                    answering.cancel();
+                }
+                return Taken::Cancelled(id);
+            }
+        }
+        Taken::Filed
+    }
+
+    fn flow(&mut self, role: Role, id: u64) -> Option<&mut Flow> {
+        match role {
+            Role::Asker => self.asked.get_mut(&id).map(|asked| &mut asked.flow),
+            Role::Answerer => self
+                .answering
+                .get_mut(&id)
+                .map(|answering| &mut answering.flow),
+        }
+    }
+}
+
+impl Answering {
+    fn cancel(&mut self) {
+        self.cancelled = true;
+        if let Some(handler) = self.handler.take() {
+            handler.abort();
+        }
+    }
+}
+
+impl Flow {
+    fn put(&mut self, item: Message) -> Taken {
+        let len = item.len() as u64;
+        if self.open > 0 && self.open.saturating_add(len) > STREAM_CREDIT {
+            let text = format!("items of a stream above their credit of {STREAM_CREDIT} bytes");
+            return Taken::Violation(CloseCode::BACKLOG, text);
+        }
+        self.open += len;
+        self.items.push_back(item);
+        Taken::Filed
+    }
+
+    fn take(&mut self) -> Option<Message> {
+        let item = self.items.pop_front()?;
+        self.owed += item.len() as u64;
+        Some(item)
+    }
+
+    fn held(&self) -> usize {
+        self.items.iter().map(Message::len).sum()
+    }
+}
+
+fn bad(text: &str) -> Taken {
+    Taken::Violation(CloseCode::BAD_MESSAGE, text.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A message of the protocol with `len` bytes of data, or with that number.
+    fn message(event: &str, id: u64, len: usize) -> Message {
+        let data = vec![7_u8; len];
+        let frame = match event {
+            CREDIT | WANT => control::protocol(event, &len, Some(id)),
+            ITEM | PUSH => control::protocol(event, &data, Some(id)),
+            _ => control::protocol(event, &(), Some(id)),
+        };
+        Message::decode(frame.unwrap().slice(crate::frame::PREFIX..)).unwrap()
+    }
+
+    fn filed(calls: &mut Calls, message: Message) {
+        let taken = calls.take(message);
+        assert!(matches!(taken, Taken::Filed), "{taken:?}");
+    }
+
+    #[test]
+    fn items_above_the_credit_are_a_violation_and_credit_given_back_counts_again() {
+        let mut calls = Calls::default();
+        calls.ask(1, true);
+        filed(&mut calls, message(ITEM, 1, 200_000));
+        let over = calls.take(message(ITEM, 1, 100_000));
+        assert!(
+            matches!(over, Taken::Violation(CloseCode::BACKLOG, _)),
+            "{over:?}"
+        );
+        assert!(matches!(calls.next(Role::Asker, 1), Some(Next::Item(_))));
+        let bytes = calls.grant(Role::Asker, 1, false).unwrap();
+        assert_eq!(bytes as usize, message(ITEM, 1, 200_000).len());
+        assert_eq!(calls.grant(Role::Asker, 1, true), None, "given back once");
+        // One item of any size is allowed when nothing is outstanding.
+        filed(&mut calls, message(ITEM, 1, 1_000_000));
+    }
+
+    #[test]
+    fn items_are_sent_within_the_credit_until_the_request_is_over() {
+        let mut calls = Calls::default();
+        calls.ask(1, false);
+        assert_eq!(
+            calls.spend(Role::Asker, 1, 1_000_000),
+            Some(true),
+            "one always"
+        );
+        assert_eq!(calls.spend(Role::Asker, 1, 1), None);
+        filed(&mut calls, message(WANT, 1, 1_000_000));
+        assert_eq!(calls.spend(Role::Asker, 1, 200_000), Some(true));
+        assert_eq!(calls.spend(Role::Asker, 1, 100_000), None);
+        filed(&mut calls, message(REPLY, 1, 0));
+        assert_eq!(calls.spend(Role::Asker, 1, 1), Some(false));
+        assert_eq!(
+            calls.spend(Role::Answerer, 1, 1),
+            Some(false),
+            "unknown there"
+        );
+    }
+
+    #[test]
+    fn what_belongs_to_no_request_is_dropped_and_what_breaks_the_rules_is_not() {
+        let mut calls = Calls::default();
+        for event in [REPLY, ITEM, PUSH, END, CREDIT, WANT] {
+            let taken = calls.take(message(event, 9, 3));
+            assert!(matches!(taken, Taken::Dropped), "{event}: {taken:?}");
+        }
+        for (event, data) in [
+            (REPLY, None),
+            (ITEM, None),
+            (CREDIT, Some(1)),
+            (END, Some(1)),
+        ] {
+            let (value, id) = (data.unwrap_or(0), data);
+            let frame = match event {
+                CREDIT => control::protocol(event, &"text", id),
+                _ => control::protocol(event, &value, id),
+            };
+            let bad = Message::decode(frame.unwrap().slice(crate::frame::PREFIX..)).unwrap();
+            let taken = calls.take(bad);
+            assert!(
+                matches!(taken, Taken::Violation(CloseCode::BAD_MESSAGE, _)),
+                "{event}: {taken:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn items_for_requests_that_wait_count_as_waiting_until_they_are_begun_or_given_up() {
+        let mut calls = Calls::default();
+        for id in [1, 2] {
+            calls.queued(id);
+            filed(&mut calls, message(PUSH, id, 1000));
+        }
+        let one = message(PUSH, 1, 1000).len();
+        assert_eq!(calls.waiting(), 2 * one);
+        calls.begin(1);
+        assert_eq!(calls.waiting(), one);
+        assert!(matches!(
+            calls.take(message(CANCEL, 2, 0)),
+            Taken::Cancelled(2)
+        ));
+        calls.answered(2);
+        assert_eq!(calls.waiting(), 0);
+        let (handle, _) = AbortHandle::new_pair();
+        calls.guard(1, handle.clone());
+        calls.take(message(CANCEL, 1, 0));
+        assert!(handle.is_aborted());
+        filed(&mut calls, message(END, 1, 0));
+        assert!(matches!(calls.next(Role::Answerer, 1), Some(Next::Item(_))));
+        assert!(matches!(calls.next(Role::Answerer, 1), Some(Next::End)));
+    }
+}

@@ -1,0 +1,305 @@
+//! Streams of items in a request: behind the question, as its answer, or both.
+
+use std::fmt;
+use std::future::Future;
+use std::marker::PhantomData;
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use futures_util::{Stream, StreamExt};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::time::{Instant, Sleep};
+
+use crate::calls::{Next, Role};
+use crate::channel::{Channel, SendError};
+use crate::code::Fault;
+use crate::control::{self, END, FAULT};
+use crate::message::{self, EncodeError, Encoded};
+use crate::request::{Pending, RequestError};
+
+/// A stream of items that belongs to a request.
+///
+/// At the asker: what answers it, from [`Request::items`](crate::Request::items). Its end is the handler's;
+/// a fault, the deadline and the channel's end are errors, after which nothing more comes. In a handler, as an
+/// argument: what the asker sends with [`with_items`](crate::Request::with_items). It ends with the asker's
+/// stream; a request without one has no end either, until it is answered, cancelled or out of time.
+///
+/// At most 256 KiB of items wait here unread; then their sender waits.
+///
+/// # Drop
+/// At the asker dropping it cancels the request. In a handler it only stops the reading.
+pub struct Items<T> {
+    channel: Channel,
+    role: Role,
+    id: u64,
+    /// At the asker.
+    pending: Option<Pending>,
+    pump: Option<Pump>,
+    deadline: Option<(Pin<Box<Sleep>>, Duration)>,
+    /// Until the outbox has room for credit.
+    room: Option<BoxFuture<'static, ()>>,
+    done: bool,
+    item: PhantomData<fn() -> T>,
+}
+
+/// Sends a stream's items while it is polled.
+pub(crate) type Pump = BoxFuture<'static, Result<(), RequestError>>;
+
+/// Sends `items`, of encoded data, for a request, as its other side returns credit; then, at the asker, their
+/// end. Ready when all are queued or the request is over.
+pub(crate) fn pump<S>(channel: Channel, role: Role, id: u64, items: S) -> Pump
+where
+    S: Stream<Item = Result<Bytes, EncodeError>> + Send + 'static,
+{
+    Box::pin(async move {
+        let mut items = pin!(items);
+        while let Some(item) = items.next().await {
+            if !send_item(&channel, role, id, item).await? {
+                return Ok(());
+            }
+        }
+        if role == Role::Asker
+            && let Ok(end) = control::protocol(END, &(), Some(id))
+        {
+            let sent = channel.send_frame(end).await;
+            sent.map_err(RequestError::Send)?;
+        }
+        Ok(())
+    })
+}
+
+/// Sends one item; waits for credit and for room. `false`: the request is over.
+pub(crate) async fn send_item(
+    channel: &Channel,
+    role: Role,
+    id: u64,
+    item: Result<Bytes, EncodeError>,
+) -> Result<bool, RequestError> {
+    let limit = channel.session().frame_limit();
+    let frame = item
+        .and_then(|data| message::encode_raw(role.item(), &data, id, limit))
+        .map_err(|error| RequestError::Send(SendError::Encode(error)))?;
+    let spend = channel.until(|calls| calls.spend(role, id, frame.len()));
+    if !spend.await.map_err(|error| channel.no_answer(error))? {
+        return Ok(false);
+    }
+    let sent = channel.send_frame(frame).await;
+    sent.map_err(RequestError::Send)?;
+    Ok(true)
+}
+
+impl<T> Items<T> {
+    pub(crate) fn asked(
+        pending: Pending,
+        pump: Option<Pump>,
+        deadline: Option<(Instant, Duration)>,
+    ) -> Self {
+        let sleep = |(begun, limit): (Instant, Duration)| {
+            let end = begun.checked_add(limit)?;
+            Some((Box::pin(tokio::time::sleep_until(end)), limit))
+        };
+        Self {
+            channel: pending.channel.clone(),
+            role: Role::Asker,
+            id: pending.id,
+            pending: Some(pending),
+            pump,
+            deadline: deadline.and_then(sleep),
+            room: None,
+            done: false,
+            item: PhantomData,
+        }
+    }
+
+    /// The stream behind a request that a handler answers; an empty one behind any other message.
+    pub(crate) fn answering(channel: Channel, id: Option<u64>) -> Self {
+        Self {
+            channel,
+            role: Role::Answerer,
+            id: id.unwrap_or_default(),
+            pending: None,
+            pump: None,
+            deadline: None,
+            room: None,
+            done: id.is_none(),
+            item: PhantomData,
+        }
+    }
+
+    /// Gives credit for taken items back, as far as the outbox has room.
+    fn poll_grant(&mut self, cx: &mut Context<'_>, all: bool) {
+        let inner = &self.channel.inner;
+        loop {
+            if let Some(room) = &mut self.room {
+                if room.as_mut().poll(cx).is_pending() {
+                    return;
+                }
+                self.room = None;
+            }
+            let (role, id) = (self.role, self.id);
+            let Some(bytes) = inner.inbox.calls(|calls| calls.grant(role, id, all)) else {
+                return;
+            };
+            let Ok(frame) = control::protocol(role.grant(), &bytes, Some(id)) else {
+                return;
+            };
+            let limit = inner.session.frame_limit();
+            match inner.outbox.try_encoded(&Encoded::from_frame(frame), limit) {
+                Ok(true) => {}
+                Ok(false) => {
+                    inner.inbox.calls(|calls| calls.keep(role, id, bytes));
+                    let outbox = inner.outbox.clone();
+                    self.room = Some(Box::pin(async move { outbox.room().await }));
+                }
+                // The channel is over, which reading will tell.
+                Err(_) => return,
+            }
+        }
+    }
+
+    fn over(&mut self) {
+        self.done = true;
+        self.pump = None;
+        self.pending = None;
+    }
+
+    fn failed(&mut self, error: RequestError) -> Poll<Option<Result<T, RequestError>>> {
+        self.over();
+        Poll::Ready(Some(Err(error)))
+    }
+}
+
+impl<T: DeserializeOwned> Items<T> {
+    /// The next item; `None` after the last.
+    ///
+    /// # Errors
+    /// As of a request; nothing follows an error.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: a dropped future loses no item.
+    #[expect(clippy::should_implement_trait, reason = "it is asynchronous")]
+    pub async fn next(&mut self) -> Option<Result<T, RequestError>> {
+        StreamExt::next(self).await
+    }
+}
+
+impl<T: DeserializeOwned> Stream for Items<T> {
+    type Item = Result<T, RequestError>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = self.get_mut();
+        if this.done {
+            return Poll::Ready(None);
+        }
+        if let Some(pump) = &mut this.pump {
+            match pump.as_mut().poll(cx) {
+                Poll::Ready(Ok(())) => this.pump = None,
+                Poll::Ready(Err(error)) => return this.failed(error),
+                Poll::Pending => {}
+            }
+        }
+        let inner = this.channel.inner.clone();
+        let (role, id) = (this.role, this.id);
+        let next = inner
+            .inbox
+            .poll_calls(cx, &inner.session, &inner.counters, |calls| {
+                calls.next(role, id)
+            });
+        match next {
+            Poll::Ready(Ok(Next::Item(item))) => {
+                this.poll_grant(cx, false);
+                match item.data() {
+                    Ok(item) => Poll::Ready(Some(Ok(item))),
+                    Err(error) => this.failed(RequestError::Decode(error)),
+                }
+            }
+            Poll::Ready(Ok(Next::Last(last))) => {
+                if last.event() == FAULT {
+                    let tally = &this.channel.session().tally;
+                    return this.failed(RequestError::of(&last, tally));
+                }
+                match last.data::<()>() {
+                    Ok(()) => {
+                        this.over();
+                        Poll::Ready(None)
+                    }
+                    Err(error) => this.failed(RequestError::Decode(error)),
+                }
+            }
+            Poll::Ready(Ok(Next::End)) => {
+                this.over();
+                Poll::Ready(None)
+            }
+            Poll::Ready(Err(error)) => {
+                let error = this.channel.no_answer(error);
+                this.failed(error)
+            }
+            Poll::Pending => {
+                this.poll_grant(cx, true);
+                let Some((sleep, limit)) = &mut this.deadline else {
+                    return Poll::Pending;
+                };
+                let limit = *limit;
+                std::task::ready!(sleep.as_mut().poll(cx));
+                this.failed(RequestError::Timeout(limit))
+            }
+        }
+    }
+}
+
+impl<T> fmt::Debug for Items<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Items")
+            .field("role", &self.role)
+            .field("id", &self.id)
+            .field("done", &self.done)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A handler's answer of many items, to be read with [`Request::items`](crate::Request::items).
+///
+/// The stream is polled as the asker takes items, at most 256 KiB ahead of it; its end is the answer's end.
+/// When the asker gives up, or its deadline passes, the stream is dropped. `Timeouts::handler` counts until the
+/// handler returns this, not for the stream.
+#[must_use = "a stream is sent when the handler returns it"]
+pub struct Streaming {
+    pub(crate) items: Pin<Box<dyn Stream<Item = Result<Bytes, Fault>> + Send>>,
+}
+
+impl Streaming {
+    /// An answer with the items of this stream. One that cannot be encoded ends it with a fault.
+    pub fn new<S>(items: S) -> Self
+    where
+        S: Stream + Send + 'static,
+        S::Item: Serialize + Send,
+    {
+        Self::fallible(items.map(Ok::<_, Fault>))
+    }
+
+    /// An answer with the items of a stream that may fail: its first error is the request's fault.
+    pub fn fallible<S, T, E>(items: S) -> Self
+    where
+        S: Stream<Item = Result<T, E>> + Send + 'static,
+        T: Serialize,
+        E: Into<Fault>,
+    {
+        let encode = |item: T| {
+            message::encode_data(&item)
+                .map_err(|_| Fault::new(Fault::INTERNAL, "an item could not be encoded"))
+        };
+        Self {
+            items: Box::pin(items.map(move |item| item.map_err(Into::into).and_then(encode))),
+        }
+    }
+}
+
+impl fmt::Debug for Streaming {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Streaming").finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,252 @@
+//! [`Router`]: the handlers of a kind of channel, by event.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::future::Future;
+use std::sync::Arc;
+
+use futures_util::future::BoxFuture;
+
+use crate::channel::Channel;
+use crate::code::Fault;
+use crate::control::Gap;
+use crate::event::Event;
+use crate::extensions::Extensions;
+use crate::extract::{EventHandler, Handler};
+use crate::handlers::{Answer, Context, serve};
+use crate::message::Message;
+use crate::socket::{ChannelHandler, IntoOutcome};
+
+type Route = Box<dyn Fn(&Context) -> BoxFuture<'static, Answer> + Send + Sync>;
+type Layer = Box<dyn Fn(Message, Context, Next) -> BoxFuture<'static, Answer> + Send + Sync>;
+type OnGap = Box<dyn Fn(Gap, Context) -> BoxFuture<'static, ()> + Send + Sync>;
+
+/// Handlers by event, with the state and the middleware they share. Give it to `ServerBuilder::channel` or
+/// `ClientBuilder::channel`; for one channel at hand see [`Channel::on`].
+///
+/// Handlers run one after the other, in the order of the messages, unless [`concurrency`](Self::concurrency)
+/// says otherwise. While they run, the channel is read on into its bounded backlog, so a request that its asker
+/// gives up, or whose deadline passes, is seen at once: its handler's future is dropped. When the backlog is
+/// full nothing more is read, so a slow handler slows its own peer down and nobody else.
+#[must_use = "a router does nothing until a channel is served with it"]
+#[derive(Default)]
+pub struct Router {
+    table: HashMap<String, Route>,
+    fallback: Option<Route>,
+    on_gap: Option<OnGap>,
+    layers: Vec<Layer>,
+    state: Arc<Extensions>,
+    needs: Vec<fn(&Extensions) -> Option<&'static str>>,
+    concurrency: usize,
+}
+
+impl Router {
+    /// A router without handlers.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Calls `handler` for each message of this event: an async function or closure of up to eight arguments,
+    /// the first the message's data or any [`Extract`](crate::Extract), the others [`Extract`](crate::Extract).
+    ///
+    /// What it returns answers a request; see [`IntoAnswer`](crate::IntoAnswer). Data that does not fit becomes
+    /// a `bad_payload` fault for a request and a warning in the log otherwise; so do a handler's error and its
+    /// panic (`internal`), which end neither the channel nor the other messages. A handler that answers a
+    /// request has `Timeouts::handler` to do so, counted anew with each item of the request's stream that it
+    /// takes, and never longer than the asker waits.
+    pub fn on<M, H: Handler<M>>(mut self, event: impl Into<String>, handler: H) -> Self {
+        self.needs.push(H::missing);
+        self.table.insert(event.into(), route(handler));
+        self
+    }
+
+    /// Calls `handler` for each message of the event that its first argument is; see [`on`](Self::on).
+    pub fn event<M, H: EventHandler<M>>(self, handler: H) -> Self {
+        self.on(H::Event::NAME, handler)
+    }
+
+    /// Calls `handler` with every message that no other handler takes. Without a fallback a request gets a
+    /// `no_handler` fault and any other message a warning in the log.
+    pub fn fallback<M, H: Handler<M>>(mut self, handler: H) -> Self {
+        self.needs.push(H::missing);
+        self.fallback = Some(route(handler));
+        self
+    }
+
+    /// Calls `handler` when messages of a room were lost on the way to this member, in their place among the
+    /// messages. Without it there is a warning in the log.
+    pub fn on_gap<F, Fut>(mut self, handler: F) -> Self
+    where
+        F: Fn(Gap, Context) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = ()> + Send + 'static,
+    {
+        self.on_gap = Some(Box::new(move |gap, cx| Box::pin(handler(gap, cx))));
+        self
+    }
+
+    /// Gives the handlers a value, which they take as [`State`](crate::State): one of each type.
+    pub fn state<S: Clone + Send + Sync + 'static>(self, state: S) -> Self {
+        self.state.insert(state);
+        self
+    }
+
+    /// Lets up to `n` handlers of one channel run at once. They begin in the order of the messages; nothing
+    /// else about their order is sure then. Default 1; 0 counts as 1.
+    pub fn concurrency(mut self, n: usize) -> Self {
+        self.concurrency = n;
+        self
+    }
+
+    /// Puts a function around all handlers, the fallback included. It sees the message before them and their
+    /// answer after them, may change both, and need not call `next` at all. Of several the first is outermost.
+    pub fn wrap<F, Fut>(mut self, layer: F) -> Self
+    where
+        F: Fn(Message, Context, Next) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Answer> + Send + 'static,
+    {
+        self.layers.push(Box::new(move |message, cx, next| {
+            Box::pin(layer(message, cx, next))
+        }));
+        self
+    }
+
+    pub(crate) fn shared_state(&self) -> &Arc<Extensions> {
+        &self.state
+    }
+
+    pub(crate) fn at_once(&self) -> usize {
+        self.concurrency.max(1)
+    }
+
+    pub(crate) fn gap_handler(&self) -> Option<&OnGap> {
+        self.on_gap.as_ref()
+    }
+
+    pub(crate) fn events(&self) -> impl Iterator<Item = &String> {
+        self.table.keys()
+    }
+
+    /// The type of a state that a handler needs and nobody gave.
+    pub(crate) fn missing(&self) -> Option<&'static str> {
+        self.needs.iter().find_map(|missing| missing(&self.state))
+    }
+
+    fn answer(&self, cx: &Context) -> BoxFuture<'static, Answer> {
+        match self.table.get(cx.event()).or(self.fallback.as_ref()) {
+            Some(route) => route(cx),
+            None => {
+                let fault = Fault::new(Fault::NO_HANDLER, "no handler for this event");
+                Box::pin(std::future::ready(fault.into()))
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Router {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Router")
+            .field("events", &self.table.keys())
+            .field("concurrency", &self.at_once())
+            .finish_non_exhaustive()
+    }
+}
+
+fn route<M, H: Handler<M>>(handler: H) -> Route {
+    Box::new(move |cx| handler.call(cx))
+}
+
+/// What follows a piece of middleware: the next one, or the handler. See [`Router::wrap`].
+pub struct Next {
+    router: Arc<Router>,
+    at: usize,
+}
+
+impl Next {
+    pub(crate) fn first(router: Arc<Router>) -> Self {
+        Self { router, at: 0 }
+    }
+
+    /// Goes on with this message.
+    pub async fn run(self, message: Message, cx: Context) -> Answer {
+        let cx = cx.with_message(message);
+        let Self { router, at } = self;
+        match router.layers.get(at) {
+            Some(layer) => {
+                let next = Self {
+                    router: router.clone(),
+                    at: at + 1,
+                };
+                layer(cx.message().clone(), cx, next).await
+            }
+            None => router.answer(&cx).await,
+        }
+    }
+}
+
+impl fmt::Debug for Next {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Next")
+            .field("router", &self.router)
+            .field("at", &self.at)
+            .finish()
+    }
+}
+
+/// What serves the channels of a name: an async function of the channel, or a [`Router`]. `M` is found by the
+/// compiler.
+pub trait ServeChannel<M> {
+    #[doc(hidden)]
+    fn into_service(self) -> Service;
+}
+
+/// A handler of channels, ready for use.
+pub struct Service {
+    pub(crate) handler: ChannelHandler,
+    /// The type of a state that the handlers need and nobody gave.
+    pub(crate) missing: Option<&'static str>,
+}
+
+impl fmt::Debug for Service {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Service").finish_non_exhaustive()
+    }
+}
+
+/// Channels are served by a function.
+#[derive(Debug)]
+pub enum ByFunction {}
+
+impl<F, Fut, O> ServeChannel<ByFunction> for F
+where
+    F: Fn(Channel) -> Fut + Send + Sync + 'static,
+    Fut: Future<Output = O> + Send + 'static,
+    O: IntoOutcome + 'static,
+{
+    fn into_service(self) -> Service {
+        Service {
+            handler: Arc::new(move |channel| {
+                let future = self(channel);
+                Box::pin(async move { future.await.into_outcome() })
+            }),
+            missing: None,
+        }
+    }
+}
+
+/// Channels are served by a router.
+#[derive(Debug)]
+pub enum ByRouter {}
+
+impl ServeChannel<ByRouter> for Router {
+    fn into_service(self) -> Service {
+        let missing = self.missing();
+        let router = Arc::new(self);
+        Service {
+            handler: Arc::new(move |channel| {
+                let router = router.clone();
+                Box::pin(async move { serve(channel, router).await.into_outcome() })
+            }),
+            missing,
+        }
+    }
+}

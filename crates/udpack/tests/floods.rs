@@ -1,0 +1,415 @@
+//! Peers and handlers that take everything or give too much: the others do not notice, and memory is bounded.
+//!
+//! On a network in memory with a paused clock: what is waited for costs no time.
+
+#[allow(dead_code, reason = "this binary uses its own part")]
+#[path = "hostile/bare.rs"]
+mod bare;
+
+use std::time::Duration;
+
+use bare::{Bare, event};
+use peak_alloc::PeakAlloc;
+use serde_bytes::ByteBuf;
+use tokio::time::Instant;
+use udpack::testing::{self, Net};
+use udpack::{Channel, CloseCode, Context, Fault, Limits, RequestError, SendError, Server, Socket};
+
+#[global_allocator]
+static HEAP: PeakAlloc = PeakAlloc;
+
+/// The heap belongs to the process: one test at a time.
+static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
+/// What everybody together may hold at most over what the test began with.
+const MOST: usize = 4 << 20;
+
+/// A network, a server on it and a client that behaves, which must be answered all the time.
+struct Site {
+    net: Net,
+    server: Server,
+    good: Channel,
+    heap: usize,
+}
+
+impl Site {
+    async fn new() -> Self {
+        let net = Net::new(0);
+        let limits = Limits {
+            stream_window: 128 << 10,
+            connection_window: 512 << 10,
+            outbound_bytes: 64 << 10,
+            ..Limits::default()
+        };
+        let server = testing::server()
+            .limits(limits)
+            .channel("echo", |channel: Channel| async move {
+                channel
+                    .on(
+                        "echo",
+                        |n: u64, _: Context| async move { Ok::<_, Fault>(n) },
+                    )
+                    .run()
+                    .await
+            })
+            // Takes nothing off the channel.
+            .channel("deaf", |channel: Channel| async move {
+                channel.closed().await;
+            })
+            // Its handlers do not come back.
+            .channel("stuck", |channel: Channel| async move {
+                channel
+                    .on("never", |_: ByteBuf, _: Context| {
+                        std::future::pending::<()>()
+                    })
+                    .run()
+                    .await
+            })
+            // Speaks without end.
+            .channel("spam", |channel: Channel| async move {
+                let block = ByteBuf::from(vec![0x5a; 8 << 10]);
+                loop {
+                    channel.send("block", &block).await?;
+                }
+                #[allow(unreachable_code, reason = "says what the error is")]
+                Ok::<(), SendError>(())
+            });
+        let server = net.bind(server).await.expect("a free address");
+        let socket = net
+            .connect(testing::client(&server), &server)
+            .await
+            .expect("let in");
+        let good = socket.open("echo").await.expect("a channel");
+        let site = Self {
+            net,
+            server,
+            good,
+            heap: 0,
+        };
+        site.others_live("nobody misbehaved yet").await;
+        HEAP.reset_peak_usage();
+        Self {
+            heap: HEAP.current_usage(),
+            ..site
+        }
+    }
+
+    /// Another client, whose own queues are small.
+    async fn connect(&self) -> Socket {
+        let limits = Limits {
+            outbound_bytes: 64 << 10,
+            ..Limits::default()
+        };
+        let client = testing::client(&self.server).limits(limits);
+        self.net
+            .connect(client, &self.server)
+            .await
+            .expect("let in")
+    }
+
+    async fn bare(&self) -> Bare {
+        let endpoint = self.net.bare().expect("an address");
+        let config = bare::quic(bare::tls(&[b"udpack/1"]), 16 << 10);
+        let address = self.server.local_addr();
+        Bare::dial(&endpoint, address, config)
+            .await
+            .expect("a sound handshake")
+    }
+
+    /// The client that behaves is answered in a few round trips of 2 ms.
+    async fn others_live(&self, what: &str) {
+        for n in 0..5 {
+            answers(&self.good, n, what).await;
+        }
+    }
+
+    /// Nobody holds more than they may.
+    fn bounded(&self, what: &str) {
+        let held = HEAP.peak_usage().saturating_sub(self.heap);
+        assert!(held < MOST, "{what}: {held} bytes");
+    }
+
+    /// How many channels the server closed with this code.
+    fn closed(&self, code: CloseCode) -> u64 {
+        let metrics = self.server.metrics();
+        let ends = metrics.channels_closed.iter();
+        ends.filter(|ends| ends.code == code.name())
+            .map(|ends| ends.count)
+            .sum()
+    }
+}
+
+async fn answers(channel: &Channel, n: u64, what: &str) {
+    let begun = Instant::now();
+    let answer = channel.request::<_, u64>("echo", &n).await;
+    assert_eq!(answer.unwrap_or_else(|error| panic!("{what}: {error}")), n);
+    let took = begun.elapsed();
+    assert!(
+        took < Duration::from_millis(200),
+        "{what}: answered after {took:?}"
+    );
+}
+
+async fn alone<F: Future>(test: F) -> F::Output {
+    let _alone = ALONE.lock().await;
+    tokio::time::timeout(Duration::from_secs(600), test)
+        .await
+        .expect("the test took longer than 600 s")
+}
+
+/// Sends until the channel is lost.
+async fn send_until_lost(channel: &Channel, event: &str) -> SendError {
+    let block = ByteBuf::from(vec![0; 16 << 10]);
+    for _ in 0..10_000 {
+        if let Err(error) = channel.send(event, &block).await {
+            return error;
+        }
+    }
+    panic!("nobody was held up")
+}
+
+fn slow(error: &SendError) -> bool {
+    matches!(error, SendError::Closed(reason) if reason.code == CloseCode::SLOW_PEER)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reader_that_is_stuck_costs_its_channel_and_nobody_else() {
+    alone(async {
+        let site = Site::new().await;
+        let socket = site.connect().await;
+        let (deaf, own) = (
+            socket.open("deaf").await.expect("a channel"),
+            socket.open("echo").await.expect("a channel"),
+        );
+        let lost = async {
+            let error = send_until_lost(&deaf, "block").await;
+            assert!(slow(&error), "{error}");
+        };
+        let lives = async {
+            for n in 0..50 {
+                answers(&own, n, "another channel of the same socket").await;
+                answers(&site.good, n, "another socket").await;
+                tokio::time::sleep(Duration::from_millis(250)).await;
+            }
+        };
+        tokio::join!(lost, lives);
+        site.bounded("a stuck reader");
+        assert_eq!(socket.metrics().slow_peers, 1);
+        answers(&own, 1, "after the loss").await;
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_handler_that_never_returns_holds_up_its_own_channel_and_nobody_else() {
+    alone(async {
+        let site = Site::new().await;
+        let socket = site.connect().await;
+        let own = socket.open("echo").await.expect("a channel");
+
+        // An event: nobody waits for it. The sender is held up, in the end the channel is lost.
+        let stuck = socket.open("stuck").await.expect("a channel");
+        let error = send_until_lost(&stuck, "never").await;
+        assert!(slow(&error), "{error}");
+        answers(&own, 1, "behind an event").await;
+
+        // A request: it is answered with a fault when its time is over, and the next one is served.
+        let stuck = socket.open("stuck").await.expect("a channel");
+        let asked = async {
+            stuck
+                .request::<_, ()>("never", &ByteBuf::new())
+                .timeout(Duration::from_secs(60))
+                .await
+        };
+        let lives = async {
+            for n in 0..20 {
+                answers(&own, n, "another channel of the same socket").await;
+                answers(&site.good, n, "another socket").await;
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        };
+        let (asked, ()) = tokio::join!(asked, lives);
+        assert!(
+            matches!(&asked, Err(RequestError::Fault(fault)) if fault.code == Fault::TIMEOUT),
+            "{asked:?}"
+        );
+        let unknown = stuck.request::<_, ()>("unknown", &()).await;
+        assert!(
+            matches!(unknown, Err(RequestError::NoHandler)),
+            "{unknown:?}"
+        );
+        site.bounded("a handler that never returns");
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn requests_that_nobody_takes_end_in_time() {
+    alone(async {
+        let site = Site::new().await;
+        let socket = site.connect().await;
+        let own = socket.open("echo").await.expect("a channel");
+        let deaf = socket.open("deaf").await.expect("a channel");
+        let block = ByteBuf::from(vec![0; 1 << 10]);
+        let ask = |_| async {
+            let asked = deaf.request::<_, ()>("ask", &block).await;
+            let error = asked.expect_err("nobody takes it");
+            assert!(
+                error.is_timeout()
+                    || matches!(&error, RequestError::Closed(_))
+                    || matches!(&error, RequestError::Send(error) if slow(error)),
+                "{error}"
+            );
+        };
+        let asking = futures_util::future::join_all((0..1000).map(ask));
+        let lives = async {
+            for n in 0..40 {
+                answers(&own, n, "another channel of the same socket").await;
+                answers(&site.good, n, "another socket").await;
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        };
+        let begun = Instant::now();
+        let took = async {
+            asking.await;
+            begun.elapsed()
+        };
+        let (took, ()) = tokio::join!(took, lives);
+        assert!(took < Duration::from_secs(31), "{took:?}");
+        site.bounded("requests that nobody takes");
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn channels_opened_without_end_cost_the_socket() {
+    alone(async {
+        let site = Site::new().await;
+        let flood = site.connect().await;
+        let reason = loop {
+            match flood.open("echo").await {
+                Ok(channel) => drop(channel.close(CloseCode::CANCELLED, "the next one")),
+                Err(_) => break flood.closed().await,
+            }
+        };
+        assert_eq!(reason.code, CloseCode::RATE_LIMITED, "{reason}");
+        site.others_live("opens without end").await;
+        site.bounded("opens without end");
+        assert_eq!(site.server.sockets().len(), 1);
+    })
+    .await;
+}
+
+/// Frames for channels that take nothing, as fast as flow control lets them through.
+#[tokio::test(start_paused = true)]
+async fn a_bare_peers_streams_are_held_within_the_windows() {
+    alone(async {
+        let site = Site::new().await;
+        let bare = site.bare().await;
+        let _control = bare.enter("").await;
+        let mut streams = Vec::new();
+        for id in 1..=30 {
+            streams.push(bare.channel(id, "deaf").await);
+        }
+        let block = event("block", bare::Value::Bin(vec![0; 32 << 10]));
+        let mut written = 0;
+        for stream in &mut streams {
+            // Until nothing moves for a while.
+            while tokio::time::timeout(Duration::from_millis(100), stream.write(&block))
+                .await
+                .is_ok()
+            {
+                written += block.len();
+                assert!(written < 1 << 20, "nobody was held up");
+            }
+        }
+        site.others_live("30 full streams").await;
+        // The peer's own copy of what it could not send is in this heap, too.
+        site.bounded("30 full streams");
+        assert!(written > 256 << 10, "{written}");
+    })
+    .await;
+}
+
+/// Datagrams, sound ones and garbage, that nobody takes.
+#[tokio::test(start_paused = true)]
+async fn a_bare_peers_datagrams_are_dropped_and_counted() {
+    alone(async {
+        let site = Site::new().await;
+        let bare = site.bare().await;
+        let _control = bare.enter("").await;
+        for n in 0..20_000_u64 {
+            let body = match n % 2 {
+                // Without its prefix a frame is a volatile message: each with a name of its own.
+                0 => event(&format!("at{n}"), bare::Value::Uint(n)).split_off(4),
+                _ => vec![0xc1; 100],
+            };
+            let sent = bare.conn.send_datagram(body.into());
+            if sent.is_err() {
+                panic!("{sent:?}");
+            }
+            if n % 1000 == 0 {
+                site.others_live("datagrams").await;
+            }
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        site.bounded("datagrams");
+        assert_eq!(bare.conn.close_reason(), None);
+        let metrics = site.server.metrics();
+        assert!(metrics.volatile_received > 1000, "{metrics:?}");
+        assert!(metrics.volatile_dropped > 0, "{metrics:?}");
+        assert!(metrics.volatile_malformed > 1000, "{metrics:?}");
+    })
+    .await;
+}
+
+/// Peers that have everything sent to them and read nothing.
+#[tokio::test(start_paused = true)]
+async fn what_is_sent_to_peers_that_read_nothing_is_bounded() {
+    alone(async {
+        let site = Site::new().await;
+        let bare = site.bare().await;
+        let _control = bare.enter("").await;
+        let mut streams = Vec::new();
+        for id in 1..=20 {
+            streams.push(bare.channel(id, "spam").await);
+        }
+        for stream in &mut streams {
+            site.others_live("20 deaf peers").await;
+            let reset = stream
+                .recv
+                .received_reset()
+                .await
+                .expect("the connection lives");
+            assert_eq!(reset.map(u64::from), Some(CloseCode::SLOW_PEER.value()));
+        }
+        site.bounded("20 deaf peers");
+        assert_eq!(site.server.metrics().slow_peers, 20);
+        assert_eq!(site.closed(CloseCode::SLOW_PEER), 20);
+        assert_eq!(bare.conn.close_reason(), None);
+    })
+    .await;
+}
+
+/// Several clients at once that send what nobody reads.
+#[tokio::test(start_paused = true)]
+async fn many_who_flood_share_a_bound_each() {
+    alone(async {
+        let site = Site::new().await;
+        let mut floods = tokio::task::JoinSet::new();
+        for _ in 0..5 {
+            let socket = site.connect().await;
+            floods.spawn(async move {
+                let channel = socket.open("deaf").await.expect("a channel");
+                send_until_lost(&channel, "block").await
+            });
+        }
+        while let Some(error) = floods.join_next().await {
+            let error = error.expect("no panic");
+            assert!(slow(&error), "{error}");
+            site.others_live("five floods").await;
+        }
+        site.bounded("five floods");
+    })
+    .await;
+}
