@@ -17,7 +17,10 @@ use tokio::runtime::Handle;
 
 use crate::auth::Peer;
 use crate::channel::{Channel, WeakChannel};
-use crate::code::{CloseCode, CloseReason};
+use crate::code::{CloseCode, CloseReason, Fault};
+use crate::event::Event;
+use crate::extract::Extract;
+use crate::handlers::Context;
 use crate::message::{EncodeError, Encoded, NameError, check_name};
 use crate::outbox::Outbox;
 use crate::overflow::{Overflow, Push, Tag};
@@ -268,6 +271,14 @@ impl<'a> Broadcast<'a> {
         Ok(self.send_encoded(&Encoded::new(event, data)?))
     }
 
+    /// As [`send`](Self::send), with a typed event.
+    ///
+    /// # Errors
+    /// As [`send`](Self::send).
+    pub fn emit<E: Event>(self, event: &E) -> Result<Sent, EncodeError> {
+        self.send(E::NAME, event)
+    }
+
     /// As [`send`](Self::send), with a message that is encoded already.
     pub fn send_encoded(self, message: &Encoded) -> Sent {
         let mut sent = Sent::default();
@@ -338,6 +349,13 @@ pub enum JoinError {
     /// The channel is in as many rooms as `Limits::rooms_per_channel` allows.
     #[error("the channel is in {0} rooms already")]
     TooManyJoined(usize),
+}
+
+impl Extract for Rooms {
+    fn extract(cx: &Context) -> Result<Self, Fault> {
+        let rooms = cx.channel().rooms_handle();
+        rooms.ok_or_else(|| Fault::new(Fault::INTERNAL, "a client has no rooms"))
+    }
 }
 
 impl Channel {
