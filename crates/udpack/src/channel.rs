@@ -1,10 +1,9 @@
 //! [`Channel`]: ordered messages both ways on one bidirectional QUIC stream.
 
 use std::fmt;
-use std::future::{Future, IntoFuture, poll_fn};
-use std::marker::PhantomData;
+use std::future::{Future, poll_fn};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -13,12 +12,14 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tracing::Instrument;
 
 use crate::code::{CloseCode, CloseReason, Fault, Side};
 use crate::config::Priority;
-use crate::control::{self, CANCEL, ControlError, FAULT, REPLY, Resumed};
-use crate::inbox::{Ending, Inbox, NoReply};
+use crate::control::{self, ControlError, FAULT, REPLY, Resumed};
+use crate::inbox::{Ending, Inbox};
 use crate::message::{DecodeError, EncodeError, Encoded, Message};
+use crate::metrics::{Count, Words};
 use crate::outbox::{self, Outbox, PushError, Way, Written};
 use crate::resume::Mismatch;
 use crate::rooms::Guest;
@@ -36,7 +37,7 @@ use crate::speed::{Counters, SpeedMeter, Stats};
 /// arrived, call [`finish`](Self::finish) first.
 #[derive(Clone)]
 pub struct Channel {
-    inner: Arc<Inner>,
+    pub(crate) inner: Arc<Inner>,
 }
 
 /// What both ends know of a channel from its `$open`.
@@ -61,16 +62,16 @@ pub(crate) struct Pipe {
     registration: u64,
 }
 
-struct Inner {
-    session: Arc<Session>,
+pub(crate) struct Inner {
+    pub(crate) session: Arc<Session>,
     /// The connection it began on.
     conn: Arc<quinn::Connection>,
     opened: Opened,
-    outbox: Arc<Outbox>,
-    inbox: Arc<Inbox>,
-    counters: Arc<Counters>,
-    end: Arc<End>,
-    next_request: AtomicU64,
+    pub(crate) outbox: Arc<Outbox>,
+    pub(crate) inbox: Arc<Inbox>,
+    pub(crate) counters: Arc<Counters>,
+    pub(crate) end: Arc<End>,
+    pub(crate) next_request: AtomicU64,
     /// What stands for this channel in rooms, from the first one on; only at a server.
     member: OnceLock<Arc<Guest>>,
     _lease: Option<Arc<Lease>>,
@@ -88,7 +89,20 @@ impl Drop for Inner {
     }
 }
 
+/// Leads to a channel without keeping it open.
+pub(crate) struct WeakChannel(Weak<Inner>);
+
+impl WeakChannel {
+    pub(crate) fn upgrade(&self) -> Option<Channel> {
+        self.0.upgrade().map(|inner| Channel { inner })
+    }
+}
+
 impl Channel {
+    pub(crate) fn downgrade(&self) -> WeakChannel {
+        WeakChannel(Arc::downgrade(&self.inner))
+    }
+
     /// Puts a channel over a stream; its writer runs until the channel or the connection ends. `own` says that
     /// this side opened it.
     pub(crate) fn start(
@@ -122,6 +136,7 @@ impl Channel {
             registration: session.next_registration(),
         });
         session.register(pipe.registration, &pipe);
+        session.tally.one(Count::Channels);
         let conn = way.conn.clone();
         pipe.spawn_writer(&session, way);
         if opened.resumable {
@@ -178,21 +193,16 @@ impl Channel {
         self.inner.opened.priority
     }
 
+    pub(crate) fn session(&self) -> &Arc<Session> {
+        &self.inner.session
+    }
+
     pub(crate) fn outbox(&self) -> &Arc<Outbox> {
         &self.inner.outbox
     }
 
     pub(crate) fn member(&self) -> &OnceLock<Arc<Guest>> {
         &self.inner.member
-    }
-
-    /// A handle that keeps nothing alive.
-    pub(crate) fn downgrade(&self) -> WeakChannel {
-        WeakChannel(Arc::downgrade(&self.inner))
-    }
-
-    pub(crate) fn session(&self) -> &Arc<Session> {
-        &self.inner.session
     }
 
     /// Sends one message. Structs travel as maps.
@@ -299,33 +309,6 @@ impl Channel {
         }
     }
 
-    /// Asks the peer and waits for its answer: awaiting the returned builder gives the reply.
-    ///
-    /// The request is queued when the builder is first polled. Events that arrive before the reply wait for
-    /// `recv`, in a backlog bounded by `Limits::backlog_messages`; when that is full the request fails with
-    /// [`RequestError::Backlog`] instead of waiting for ever.
-    ///
-    /// # Cancel safety
-    /// Dropping it tells the peer that the answer is no longer wanted.
-    pub fn request<T: Serialize + ?Sized, R: DeserializeOwned>(
-        &self,
-        event: &str,
-        data: &T,
-    ) -> Request<R> {
-        let id = self.inner.next_request.fetch_add(1, Ordering::Relaxed);
-        let limit = self.inner.session.frame_limit();
-        let frame = application_event(event).and_then(|()| {
-            control::protocol_within(event, data, Some(id), limit).map_err(SendError::Encode)
-        });
-        Request {
-            channel: self.clone(),
-            id,
-            frame,
-            timeout: self.inner.session.timeouts.request,
-            reply: PhantomData,
-        }
-    }
-
     /// Answers a request received with [`recv`](Self::recv). For a message that is no request: does nothing.
     ///
     /// # Errors
@@ -347,7 +330,7 @@ impl Channel {
     /// As [`send`](Self::send).
     pub async fn fault(&self, request: &Message, fault: &Fault) -> Result<(), SendError> {
         match request.id() {
-            Some(id) => self.send_protocol(FAULT, fault, id).await,
+            Some(id) => self.send_fault(fault, id).await,
             None => Ok(()),
         }
     }
@@ -360,11 +343,19 @@ impl Channel {
         match self.send_protocol(REPLY, data, id).await {
             Err(SendError::Encode(error)) => {
                 let fault = Fault::new(Fault::INTERNAL, "the reply could not be encoded");
-                self.send_protocol(FAULT, &fault, id).await?;
+                self.send_fault(&fault, id).await?;
                 Err(SendError::Encode(error))
             }
             other => other,
         }
+    }
+
+    async fn send_fault(&self, fault: &Fault, id: u64) -> Result<(), SendError> {
+        self.inner
+            .session
+            .tally
+            .word(Words::FaultsSent, &fault.code);
+        self.send_protocol(FAULT, fault, id).await
     }
 
     async fn send_protocol<T: Serialize + Sync + ?Sized>(
@@ -482,7 +473,7 @@ impl Channel {
         }))
     }
 
-    fn ended(&self, ending: Ending) -> Result<Option<Message>, RecvError> {
+    pub(crate) fn ended(&self, ending: Ending) -> Result<Option<Message>, RecvError> {
         match ending {
             Ending::Finished => {
                 if self.inner.outbox.is_ended() {
@@ -519,16 +510,6 @@ impl Channel {
     }
 }
 
-/// A channel that somebody else keeps alive.
-#[derive(Clone)]
-pub(crate) struct WeakChannel(Weak<Inner>);
-
-impl WeakChannel {
-    pub(crate) fn upgrade(&self) -> Option<Channel> {
-        self.0.upgrade().map(|inner| Channel { inner })
-    }
-}
-
 impl Pipe {
     /// Whether nothing can come of it any more, in either direction.
     pub(crate) fn is_over(&self) -> bool {
@@ -540,7 +521,17 @@ impl Pipe {
         self.end.set(reason.clone());
         self.outbox.end(Err(reason.clone()));
         self.inbox.fail(Ending::Closed(reason.clone()));
-        session.unregister(self.registration);
+        self.unregister(session);
+    }
+
+    /// Counts the channel as one that is over.
+    fn unregister(&self, session: &Session) {
+        if session.unregister(self.registration) {
+            let finished = || CloseReason::local(CloseCode::NORMAL, "");
+            let reason = self.end.get().cloned().unwrap_or_else(finished);
+            session.tally.less(Count::Channels);
+            session.tally.channel_closed(&reason);
+        }
     }
 
     /// Lets what is queued go out, then ends the direction.
@@ -549,8 +540,8 @@ impl Pipe {
     }
 
     /// Nothing will be repeated any more.
-    pub(crate) fn settle(&self) {
-        self.outbox.settle();
+    pub(crate) fn forget(&self) {
+        self.outbox.forget();
     }
 
     /// Lets what is queued go out and ends the channel for this reason when the peer has ended it, too.
@@ -603,7 +594,7 @@ impl Pipe {
             Ok(Ok(Resumed { done: true, .. })) => {
                 self.outbox.end(Ok(()));
                 self.inbox.fail(Ending::Finished);
-                session.unregister(self.registration);
+                self.unregister(&session);
                 session.prune();
             }
             Ok(Ok(Resumed { received, .. })) => {
@@ -682,7 +673,7 @@ impl Pipe {
         let _ = way.stream.set_priority(self.priority.quic());
         let (pipe, session) = (self.clone(), session.clone());
         let tasks = session.tasks.clone();
-        tasks.spawn(async move {
+        let writer = async move {
             let counters = pipe.counters.clone();
             let written =
                 outbox::write_loop(pipe.outbox.clone(), way, session.clone(), counters).await;
@@ -697,10 +688,11 @@ impl Pipe {
                 }
             }
             if pipe.outbox.is_over() {
-                session.unregister(pipe.registration);
+                pipe.unregister(&session);
                 session.prune();
             }
-        });
+        };
+        tasks.spawn(writer.in_current_span());
     }
 }
 
@@ -727,7 +719,7 @@ async fn closing_words(
     }
 }
 
-fn application_event(event: &str) -> Result<(), SendError> {
+pub(crate) fn application_event(event: &str) -> Result<(), SendError> {
     if event.starts_with('$') {
         return Err(SendError::Encode(EncodeError::Reserved(event.to_owned())));
     }
@@ -750,115 +742,6 @@ impl Future for Closed {
 impl fmt::Debug for Closed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Closed").finish_non_exhaustive()
-    }
-}
-
-/// A request to be sent: await it for the reply. Made by [`Channel::request`].
-#[must_use = "a request is sent when it is awaited"]
-pub struct Request<R> {
-    channel: Channel,
-    id: u64,
-    frame: Result<Bytes, SendError>,
-    timeout: Duration,
-    reply: PhantomData<fn() -> R>,
-}
-
-impl<R> Request<R> {
-    /// Gives up after this long with [`RequestError::Timeout`]. Default `Timeouts::request`.
-    pub fn timeout(mut self, timeout: Duration) -> Self {
-        self.timeout = timeout;
-        self
-    }
-}
-
-impl<R: DeserializeOwned> Request<R> {
-    async fn run(self) -> Result<R, RequestError> {
-        let frame = self.frame.map_err(RequestError::Send)?;
-        let inner = &*self.channel.inner;
-        inner.inbox.expect_reply(self.id);
-        // From here on dropping this future tells the peer.
-        let pending = Pending {
-            channel: &self.channel,
-            id: self.id,
-        };
-        let encoded = Encoded::from_frame(frame);
-        let exchange = async {
-            self.channel
-                .send_encoded(&encoded)
-                .await
-                .map_err(RequestError::Send)?;
-            poll_fn(|cx| {
-                inner
-                    .inbox
-                    .poll_reply(cx, self.id, &inner.session, &inner.counters)
-            })
-            .await
-            .map_err(|error| match error {
-                NoReply::Backlog => RequestError::Backlog,
-                NoReply::End(ending) => RequestError::Closed(self.channel.no_reply(ending)),
-            })
-        };
-        let reply = tokio::time::timeout(self.timeout, exchange)
-            .await
-            .map_err(|_| RequestError::Timeout(self.timeout))??;
-        drop(pending);
-        if reply.event() == FAULT {
-            return Err(match control::decode_fault(&reply) {
-                Ok(fault) if fault.code == Fault::NO_HANDLER => RequestError::NoHandler,
-                Ok(fault) => RequestError::Fault(fault),
-                Err(_) => RequestError::Fault(Fault::new(
-                    Fault::INTERNAL,
-                    "the peer sent a fault without sense",
-                )),
-            });
-        }
-        reply.data().map_err(RequestError::Decode)
-    }
-}
-
-impl Channel {
-    fn no_reply(&self, ending: Ending) -> CloseReason {
-        match self.ended(ending) {
-            Err(RecvError::Closed(reason) | RecvError::Protocol(reason)) => reason,
-            Ok(_) => self.inner.end.get().cloned().unwrap_or_else(|| {
-                CloseReason::peer(CloseCode::NORMAL, "the peer finished without an answer")
-            }),
-        }
-    }
-}
-
-impl<R: DeserializeOwned + 'static> IntoFuture for Request<R> {
-    type Output = Result<R, RequestError>;
-    type IntoFuture = BoxFuture<'static, Self::Output>;
-
-    fn into_future(self) -> Self::IntoFuture {
-        Box::pin(self.run())
-    }
-}
-
-impl<R> fmt::Debug for Request<R> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Request")
-            .field("id", &self.id)
-            .field("timeout", &self.timeout)
-            .finish_non_exhaustive()
-    }
-}
-
-/// Forgets a reply that is no longer awaited and tells the peer, if it has not come.
-struct Pending<'a> {
-    channel: &'a Channel,
-    id: u64,
-}
-
-impl Drop for Pending<'_> {
-    fn drop(&mut self) {
-        let inner = &self.channel.inner;
-        if inner.inbox.forget_reply(self.id)
-            && let Ok(cancel) = control::protocol(CANCEL, &(), Some(self.id))
-        {
-            let _ = inner.outbox.force(&cancel);
-        }
     }
 }
 
@@ -902,40 +785,5 @@ impl RecvError {
         match self {
             Self::Protocol(reason) | Self::Closed(reason) => reason,
         }
-    }
-}
-
-/// Why a request has no reply.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum RequestError {
-    /// The peer has no handler for the event.
-    #[error("the peer has no handler for this event")]
-    NoHandler,
-    /// The peer's handler refused or failed.
-    #[error("the peer refused: {0}")]
-    Fault(Fault),
-    /// The reply does not fit the type asked for.
-    #[error(transparent)]
-    Decode(DecodeError),
-    /// No reply in time.
-    #[error("no reply within {0:?}")]
-    Timeout(Duration),
-    /// More unread messages stand before the reply than `Limits::backlog_messages` or
-    /// `Limits::backlog_bytes` allow: read them with `recv` first.
-    #[error("too many unread messages stand before the reply")]
-    Backlog,
-    /// The request could not be sent.
-    #[error(transparent)]
-    Send(SendError),
-    /// The channel ended before the reply came.
-    #[error("channel closed: {0}")]
-    Closed(CloseReason),
-}
-
-impl RequestError {
-    /// Whether the deadline passed.
-    pub fn is_timeout(&self) -> bool {
-        matches!(self, Self::Timeout(_))
     }
 }

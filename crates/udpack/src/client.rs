@@ -4,21 +4,26 @@ use std::fmt;
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tracing::Instrument;
+use tracing::field::Empty;
 
 use crate::auth::Peer;
 use crate::channel::Channel;
 use crate::code::{CloseCode, CloseReason, Side};
-use crate::config::{CongestionControl, Limits, TOKEN_BYTES, Timeouts};
+use crate::config::{CongestionControl, Limits, Timeouts};
 use crate::control::{self, ResumeRequest, ResumeTicket};
-use crate::endpoint::{self, InvalidSetting};
+use crate::endpoint::{self, InvalidSetting, Via};
 use crate::fingerprint::Fingerprint;
 use crate::inbox::Inbox;
+use crate::lifetime::{TokenSource, check_token};
+use crate::metrics::Tally;
+use crate::qlog::Qlog;
 use crate::reconnect::{Reconnect, State, StateFeed};
 use crate::server::{CHANNEL_QUEUE, default_agent};
 use crate::session::{Session, lock};
@@ -36,7 +41,7 @@ pub struct Client {
 struct Settings {
     config: quinn::ClientConfig,
     pin: Option<(Fingerprint, PinCheck)>,
-    token: String,
+    token: TokenSource,
     agent: String,
     registry: Arc<Registry>,
     limits: Arc<Limits>,
@@ -45,6 +50,9 @@ struct Settings {
     reconnect: Option<Reconnect>,
     /// Servers to go to when the one that was asked for is gone.
     fallbacks: Vec<(ConnectUrl, Client)>,
+    via: Via,
+    congestion: CongestionControl,
+    qlog: Option<Qlog>,
 }
 
 impl Client {
@@ -52,7 +60,7 @@ impl Client {
     pub fn builder() -> ClientBuilder {
         ClientBuilder {
             pin: None,
-            token: String::new(),
+            token: TokenSource::Fixed(String::new()),
             agent: default_agent(),
             registry: Registry::default(),
             limits: Limits::default(),
@@ -61,6 +69,8 @@ impl Client {
             bind: None,
             reconnect: None,
             fallbacks: Vec::new(),
+            via: Via::default(),
+            qlog: None,
         }
     }
 
@@ -120,22 +130,26 @@ impl Client {
             }
         };
         let remote = first.conn.remote_address();
-        let session = Session::new(
-            first.conn,
-            true,
-            settings.limits.clone(),
-            settings.timeouts.clone(),
-            Counters::root(),
-            first.endpoint,
-            settings.reconnect.map(|_| StateFeed::new()),
-        );
+        let span = tracing::info_span!("conn", peer = %remote, session = Empty);
+        let session = span.in_scope(|| {
+            Session::new(
+                first.conn,
+                true,
+                settings.limits.clone(),
+                settings.timeouts.clone(),
+                Counters::root(),
+                Tally::root(),
+                first.endpoint,
+                settings.reconnect.map(|_| StateFeed::new()),
+            )
+        });
         let server = match &settings.pin {
             Some((pin, _)) => Peer::new(pin.to_string()),
             None => Peer::new(url.host()),
         };
-        let _ = session.peer.set(server);
+        session.peer.set(server);
+        session.life.fed_by(&settings.token);
         let (queue, incoming) = mpsc::channel(CHANNEL_QUEUE);
-        let span = tracing::info_span!("conn", peer = %remote);
         let socket = Socket::new(session.clone(), incoming);
         let comeback = match settings.reconnect {
             Some(policy) => Comeback::Dialled(Box::new(Dialler {
@@ -172,12 +186,15 @@ impl Client {
             host: host.clone(),
             source,
         };
+        let token = self.inner.token.token(self.inner.timeouts.request).await;
+        let token = token.map_err(ConnectError::Token)?;
+        check_token(&token)?;
         let mut last = resolve(io::Error::other("the name has no address"));
         for address in tokio::net::lookup_host((host.as_str(), port))
             .await
             .map_err(resolve)?
         {
-            match self.dial(address, &host, ticket.clone()).await {
+            match self.dial(address, &host, &token, ticket.clone()).await {
                 Ok(link) => return Ok(link),
                 // The server was reached: another of its addresses would not change its mind.
                 Err(error @ (ConnectError::PinMismatch { .. } | ConnectError::Denied(_))) => {
@@ -193,6 +210,7 @@ impl Client {
         &self,
         address: SocketAddr,
         host: &str,
+        token: &str,
         ticket: Option<ResumeTicket>,
     ) -> Result<Link, ConnectError> {
         let settings = &self.inner;
@@ -204,14 +222,17 @@ impl Client {
             };
             SocketAddr::new(any, 0)
         });
-        let socket =
-            endpoint::bind(local, settings.limits.socket_buffer).map_err(ConnectError::Local)?;
-        let runtime = Arc::new(quinn::TokioRuntime);
-        let endpoint =
-            quinn::Endpoint::new(quinn::EndpointConfig::default(), None, socket, runtime)
-                .map_err(ConnectError::Local)?;
+        let endpoint = settings
+            .via
+            .open(
+                local,
+                settings.limits.socket_buffer,
+                quinn::EndpointConfig::default(),
+                None,
+            )
+            .map_err(ConnectError::Local)?;
         let connecting = endpoint
-            .connect_with(settings.config.clone(), address, host)
+            .connect_with(self.config(address), address, host)
             .map_err(|error| ConnectError::Dial {
                 address,
                 text: error.to_string(),
@@ -228,13 +249,9 @@ impl Client {
             .map_err(|error| ConnectError::Denied(CloseReason::from_connection(&error)))?;
         let resume = (settings.reconnect.is_some() || ticket.is_some())
             .then_some(ResumeRequest { session: ticket });
-        let hello = control::encode_hello(
-            &settings.token,
-            &settings.agent,
-            &settings.limits,
-            resume.as_ref(),
-        )
-        .map_err(|_| ConnectError::Setting(InvalidSetting("the token cannot be sent")))?;
+        let hello =
+            control::encode_hello(token, &settings.agent, &settings.limits, resume.as_ref())
+                .map_err(|_| ConnectError::Setting(InvalidSetting("the token cannot be sent")))?;
         let _ = send.set_priority(i32::MAX);
         send.write_chunk(hello).await.map_err(|_| {
             ConnectError::Denied(crate::session::lost("the connection ended before $hello"))
@@ -248,6 +265,25 @@ impl Client {
             },
             welcome: None,
         })
+    }
+
+    /// The settings of one more connection.
+    fn config(&self, address: SocketAddr) -> quinn::ClientConfig {
+        let settings = &self.inner;
+        let mut config = settings.config.clone();
+        let stream = settings.qlog.as_ref().map(|qlog| qlog.stream(address));
+        if let Some(Some(stream)) = stream
+            && let Ok(mut transport) = endpoint::transport(
+                &settings.limits,
+                &settings.timeouts,
+                settings.congestion,
+                false,
+            )
+        {
+            transport.qlog_stream(Some(stream));
+            config.transport_config(Arc::new(transport));
+        }
+        config
     }
 
     fn dial_error(&self, address: SocketAddr, error: &quinn::ConnectionError) -> ConnectError {
@@ -430,7 +466,7 @@ impl Client {
 #[must_use = "a builder does nothing until `connect` or `build` is called"]
 pub struct ClientBuilder {
     pin: Option<Fingerprint>,
-    token: String,
+    token: TokenSource,
     agent: String,
     registry: Registry,
     limits: Limits,
@@ -439,6 +475,8 @@ pub struct ClientBuilder {
     bind: Option<SocketAddr>,
     reconnect: Option<Reconnect>,
     fallbacks: Vec<(String, Option<Fingerprint>)>,
+    via: Via,
+    qlog: Option<PathBuf>,
 }
 
 impl ClientBuilder {
@@ -452,7 +490,23 @@ impl ClientBuilder {
     /// What to present to the server, at most 512 bytes. It leaves this program only after the server has
     /// proved its key. Defaults to the empty token.
     pub fn token(mut self, token: impl Into<String>) -> Self {
-        self.token = token.into();
+        self.token = TokenSource::Fixed(token.into());
+        self
+    }
+
+    /// Asks `source` for the token at every connect, in the place of [`token`](Self::token). When the server
+    /// tells how long the token counts, `source` is asked again after about two thirds of that time for as long
+    /// as the socket lives, and its token presented as by [`Socket::refresh`].
+    ///
+    /// It has `Timeouts::request` to answer. A failure to connect for lack of a token is
+    /// [`ConnectError::Token`]; a failure to refresh goes to the log and is tried again while time is left.
+    pub fn token_with<F, Fut, E>(mut self, source: F) -> Self
+    where
+        F: Fn() -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<String, E>> + Send + 'static,
+        E: fmt::Display,
+    {
+        self.token = TokenSource::ask(source);
         self
     }
 
@@ -522,6 +576,24 @@ impl ClientBuilder {
         self
     }
 
+    #[cfg(feature = "testing")]
+    pub(crate) fn via(mut self, via: Via) -> Self {
+        self.via = via;
+        self
+    }
+
+    #[cfg(feature = "testing")]
+    pub(crate) fn network(&self) -> &Via {
+        &self.via
+    }
+
+    /// Writes what QUIC does into this directory, a file for each connection; see `ServerBuilder::qlog`.
+    /// Defaults to none.
+    pub fn qlog(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.qlog = Some(dir.into());
+        self
+    }
+
     /// Finishes the settings.
     ///
     /// # Errors
@@ -538,19 +610,19 @@ impl ClientBuilder {
             };
             fallbacks.push((url, builder.build()?));
         }
-        if self.token.len() > TOKEN_BYTES {
-            return Err(InvalidSetting("a token has at most 512 bytes").into());
+        if let TokenSource::Fixed(token) = &self.token {
+            check_token(token)?;
         }
         let trust = self.pin.map_or(Trust::PlatformRoots, Trust::Pin);
         let (tls, check) =
             client_tls(trust).map_err(|error| ConnectError::Tls(error.to_string()))?;
         let mut config = quinn::ClientConfig::new(Arc::new(tls));
-        config.transport_config(endpoint::transport(
+        config.transport_config(Arc::new(endpoint::transport(
             &self.limits,
             &self.timeouts,
             self.congestion,
             false,
-        )?);
+        )?));
         let mut registry = self.registry;
         registry.pull |= registry.is_empty();
         Ok(Client {
@@ -565,6 +637,9 @@ impl ClientBuilder {
                 bind: self.bind,
                 reconnect: self.reconnect,
                 fallbacks,
+                via: self.via,
+                congestion: self.congestion,
+                qlog: self.qlog.map(|dir| Qlog::new(dir, "client")),
             }),
         })
     }
@@ -598,6 +673,7 @@ impl fmt::Debug for ClientBuilder {
 /// | --- | --- | --- |
 /// | `Setting` | no | it stays wrong |
 /// | `Tls` | no | it stays wrong |
+/// | `Token` | yes | whoever gives the tokens is out of reach |
 /// | `Address` | no | it stays wrong |
 /// | `Resolve` | yes | the resolver is out of reach as often as the name is wrong |
 /// | `Local` | yes | the system is short of something |
@@ -617,6 +693,9 @@ pub enum ConnectError {
     /// TLS could not be set up.
     #[error("cannot set up TLS: {0}")]
     Tls(String),
+    /// The source of tokens gave none; see [`ClientBuilder::token_with`].
+    #[error("no token to present: {0}")]
+    Token(String),
     /// The address is not `HOST[:PORT]`.
     #[error("not an address: {0:?}, expected HOST[:PORT] (default port {DEFAULT_PORT})")]
     Address(String),
@@ -670,7 +749,8 @@ impl ConnectError {
     /// Whether trying again later can help.
     pub fn retry(&self) -> bool {
         match self {
-            Self::Resolve { .. }
+            Self::Token(_)
+            | Self::Resolve { .. }
             | Self::Local(_)
             | Self::Dial { .. }
             | Self::Unreachable { .. } => true,
@@ -692,6 +772,7 @@ impl ConnectError {
                 CloseCode::AUTH_FAILED
                     | CloseCode::AUTH_REQUIRED
                     | CloseCode::AUTH_REVOKED
+                    | CloseCode::AUTH_EXPIRED
                     | CloseCode::FORBIDDEN
                     | CloseCode::AUTH_TIMEOUT
             ),
@@ -712,6 +793,7 @@ mod tests {
         let all = vec![
             ConnectError::Setting(InvalidSetting("")),
             ConnectError::Tls(text.clone()),
+            ConnectError::Token(text.clone()),
             ConnectError::Address(text.clone()),
             ConnectError::Resolve {
                 host: text.clone(),
@@ -734,6 +816,7 @@ mod tests {
             match error {
                 ConnectError::Setting(_)
                 | ConnectError::Tls(_)
+                | ConnectError::Token(_)
                 | ConnectError::Address(_)
                 | ConnectError::Resolve { .. }
                 | ConnectError::Local(_)

@@ -67,6 +67,10 @@ pub struct Limits {
     pub receive_budget: u64,
     /// Failed authentications by one address before it is refused for a while. Default 3.
     pub auth_failures: u32,
+    /// Events and keys whose newest volatile message waits, each way, for each socket. Default 1,024.
+    pub volatile_keys: usize,
+    /// Bytes of such messages, each way; also the largest one. Default 1 MiB.
+    pub volatile_bytes: usize,
     /// Kernel buffer asked for on each UDP socket, in bytes, each direction. Default 8 MiB.
     pub socket_buffer: usize,
 }
@@ -96,6 +100,8 @@ impl Default for Limits {
             send_window: 16 << 20,
             receive_budget: 512 << 20,
             auth_failures: 3,
+            volatile_keys: 1024,
+            volatile_bytes: 1 << 20,
             socket_buffer: 8 << 20,
         }
     }
@@ -129,6 +135,8 @@ pub struct Timeouts {
     pub request: Duration,
     /// A handler that answers a request must do so within this. Default 30 s.
     pub handler: Duration,
+    /// How often a server asks its verifier whether a peer that is in is still welcome. Default 30 s.
+    pub recheck: Duration,
     /// After a session was resumed, what it had tracked on a channel that ended with the old connection must be
     /// tracked again within this, or it leaves. Default 10 s.
     pub presence: Duration,
@@ -148,6 +156,7 @@ impl Default for Timeouts {
             close: Duration::from_secs(5),
             request: Duration::from_secs(30),
             handler: Duration::from_secs(30),
+            recheck: Duration::from_secs(30),
             presence: Duration::from_secs(10),
         }
     }
@@ -260,6 +269,12 @@ impl Default for Drain {
 pub(crate) const PREAUTH_BYTES: u32 = 16 << 10;
 /// Streams an unauthenticated peer may open: control, and a few channels pipelined behind it.
 pub(crate) const PREAUTH_STREAMS: u32 = 4;
+/// Unidirectional streams an admitted peer may have open: volatile messages that are too large for a datagram.
+pub(crate) const VOLATILE_STREAMS: u32 = 1;
+/// Bytes of datagrams that wait in QUIC to be read; there is always somebody who reads.
+pub(crate) const DATAGRAMS_IN: usize = 64 << 10;
+/// Bytes of datagrams that wait in QUIC to be sent. Few: what waits before can still be replaced by newer.
+pub(crate) const DATAGRAMS_OUT: usize = 16 << 10;
 /// Longest token, in bytes.
 pub(crate) const TOKEN_BYTES: usize = 512;
 /// Smallest connection window of an admitted socket.

@@ -14,6 +14,7 @@ use crate::auth::Peer;
 use crate::channel::{Channel, RecvError, SendError};
 use crate::code::Fault;
 use crate::message::Message;
+use crate::metrics::Count;
 
 /// What a handler knows besides its data.
 #[derive(Debug, Clone)]
@@ -30,7 +31,7 @@ impl Context {
     }
 
     /// Who sent it: the identity found at authentication.
-    pub fn peer(&self) -> Option<&Peer> {
+    pub fn peer(&self) -> Option<Peer> {
         self.channel.session().peer.get()
     }
 
@@ -171,6 +172,7 @@ impl Handlers {
             match verdict {
                 Verdict::Done => {}
                 Verdict::Fault(fault) => {
+                    self.channel.session().tally.not_handled(&fault.code);
                     if let Some(left_out) = self.channel.session().quiet.line() {
                         let event = crate::code::printable(message.event(), 128);
                         tracing::warn!(%event, code = %fault.code, left_out, "message not handled: {}", fault.message);
@@ -216,7 +218,10 @@ where
             guarded.await
         };
         match outcome {
-            Err(_) => Verdict::Fault(Fault::new(Fault::INTERNAL, "the handler failed")),
+            Err(_) => {
+                context.channel.session().tally.one(Count::HandlerPanics);
+                Verdict::Fault(Fault::new(Fault::INTERNAL, "the handler failed"))
+            }
             Ok(answer) => match answer.into_answer() {
                 Err(fault) => Verdict::Fault(fault),
                 Ok(value) => match context.channel.reply(&message, &value).await {

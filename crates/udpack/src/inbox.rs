@@ -22,11 +22,14 @@ use crate::control::{
 };
 use crate::frame::FrameDecoder;
 use crate::message::Message;
+use crate::metrics::Count;
 use crate::session::{ChannelKey, Session, lock, lost};
 use crate::speed::Counters;
 
 /// QUIC chunks taken in one call.
 const CHUNKS: usize = 32;
+/// Messages counted at once, at most.
+const COUNTED: u64 = 64;
 
 pub(crate) struct Inbox {
     state: Mutex<State>,
@@ -36,7 +39,7 @@ pub(crate) struct Inbox {
 struct State {
     /// None while a resumable channel has no connection.
     stream: Option<quinn::RecvStream>,
-    resume: Option<Count>,
+    resume: Option<Received>,
     /// How the direction ends when its stream is lost, or finished, once that is decided from outside.
     on_loss: Option<Ending>,
     on_finish: Option<CloseReason>,
@@ -54,12 +57,14 @@ struct State {
     mark: u64,
     /// A frame was completed since the timer was last looked at.
     completed: bool,
+    /// Messages that the tally does not hold yet.
+    uncounted: u64,
     waker: Waker,
 }
 
 /// What a resumable channel has received.
 #[derive(Debug)]
-struct Count {
+struct Received {
     key: ChannelKey,
     /// Frames since the channel began; one more when the peer has ended its direction.
     frames: u64,
@@ -69,7 +74,7 @@ struct Count {
     bytes: usize,
 }
 
-impl Count {
+impl Received {
     /// Received frames that the peer is told of at the latest.
     const FRAMES: u64 = 256;
     /// Received bytes that the peer is told of at the latest.
@@ -129,6 +134,7 @@ impl Inbox {
             received: 0,
             mark: 0,
             completed: false,
+            uncounted: 0,
             waker,
         };
         Self {
@@ -139,7 +145,7 @@ impl Inbox {
 
     /// Counts the frames that come from now on, because the channel may go on over another stream.
     pub(crate) fn count(&self, key: ChannelKey) {
-        lock(&self.state).resume = Some(Count {
+        lock(&self.state).resume = Some(Received {
             key,
             frames: 0,
             told: 0,
@@ -246,6 +252,8 @@ impl Inbox {
         let mut state = lock(&self.state);
         loop {
             if let Some(reply) = state.replies.get_mut(&id).and_then(Option::take) {
+                // Else it would look like a request that was given up.
+                state.replies.remove(&id);
                 return Poll::Ready(Ok(reply));
             }
             if state.backlog_full(session) {
@@ -356,11 +364,16 @@ impl State {
     /// Decodes the next message and files what belongs to the protocol.
     fn poll_step(&mut self, session: &Session, counters: &Counters) -> Poll<Step> {
         loop {
-            let message = match std::task::ready!(self.poll_decoded(session, counters)) {
+            let polled = self.poll_decoded(session, counters);
+            self.count(session, matches!(polled, Poll::Ready(Ok(_))));
+            let message = match std::task::ready!(polled) {
                 Ok(message) => message,
                 Err(end) => return Poll::Ready(Step::End(end)),
             };
             if !message.is_reserved() {
+                if message.id().is_some() {
+                    session.tally.one(Count::RequestsReceived);
+                }
                 return Poll::Ready(Step::Message(message));
             }
             if message.event() == FAULT
@@ -378,6 +391,7 @@ impl State {
                     }
                 }
                 (CANCEL, Some(id)) => {
+                    session.tally.one(Count::RequestsCancelled);
                     if let Some(at) = self
                         .backlog
                         .iter()
@@ -420,6 +434,15 @@ impl State {
         }
     }
 
+    /// Counts messages, a batch at a time: until none is left, or there are many.
+    fn count(&mut self, session: &Session, message: bool) {
+        self.uncounted += u64::from(message);
+        if self.uncounted > 0 && (!message || self.uncounted >= COUNTED) {
+            let messages = std::mem::take(&mut self.uncounted);
+            session.tally.add(Count::MessagesReceived, messages);
+        }
+    }
+
     fn poll_decoded(
         &mut self,
         session: &Session,
@@ -435,7 +458,8 @@ impl State {
                     if let Some(count) = &mut self.resume {
                         count.frames += 1;
                         count.bytes += body.len();
-                        if count.frames - count.told >= Count::FRAMES || count.bytes >= Count::BYTES
+                        if count.frames - count.told >= Received::FRAMES
+                            || count.bytes >= Received::BYTES
                         {
                             count.tell(session);
                         }

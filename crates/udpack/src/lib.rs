@@ -41,20 +41,25 @@ mod code;
 mod config;
 mod control;
 mod endpoint;
+mod event;
 mod extensions;
 mod fingerprint;
 mod frame;
 mod handlers;
 mod identity;
 mod inbox;
+mod lifetime;
 mod message;
+mod metrics;
 mod msgpack;
 mod open;
 mod outbox;
 mod overflow;
 mod presence;
+mod qlog;
 mod quiet;
 mod reconnect;
+mod request;
 mod resume;
 mod rooms;
 mod secret_file;
@@ -62,28 +67,35 @@ mod server;
 mod session;
 mod socket;
 mod speed;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod tls;
 mod tokens;
 mod turns;
 mod url;
+mod volatile;
 
 pub use auth::{Authenticate, Deny, Hello, Peer};
-pub use channel::{Channel, Closed, RecvError, Request, RequestError, SendError};
+pub use channel::{Channel, Closed, RecvError, SendError};
 pub use client::{Client, ClientBuilder, ConnectError};
 pub use code::{CloseCode, CloseReason, Fault, Side};
 pub use config::{CongestionControl, Drain, Limits, Priority, Timeouts};
 pub use control::{Gap, GoAway};
 pub use endpoint::InvalidSetting;
+pub use event::Event;
 pub use extensions::Extensions;
 pub use fingerprint::{Fingerprint, FingerprintError};
 pub use handlers::{Context, Handlers, IntoAnswer};
 pub use identity::{Identity, IdentityError};
+pub use lifetime::RefreshError;
 pub use message::{DecodeError, EncodeError, Encoded, Message, NameError};
+pub use metrics::{Ends, Metrics};
 pub use msgpack::{FieldError, Fields, Values};
 pub use open::{OpenChannel, OpenError};
 pub use overflow::Overflow;
 pub use presence::{PresenceDiff, PresenceEntry, PresenceMap, TrackError};
 pub use reconnect::{Reconnect, State, States};
+pub use request::{Request, RequestError};
 pub use rooms::{Broadcast, JoinError, Member, Rooms, Sent};
 pub use secret_file::SecretFileError;
 pub use server::{BindError, Server, ServerBuilder, ServerError};
@@ -91,7 +103,17 @@ pub use session::SessionId;
 pub use socket::{IntoOutcome, Socket};
 pub use speed::{Speed, SpeedMeter, Stats};
 pub use tokens::{NewToken, TokenEntry, TokenFile, TokenFileError, TokenLineError, generate_token};
+#[cfg(feature = "derive")]
+pub use udpack_derive::Event;
 pub use url::{ConnectUrl, ConnectUrlError, DEFAULT_PORT};
+pub use volatile::{Volatile, VolatileError};
+
+/// What the derive macro's code names; not for anyone else.
+#[doc(hidden)]
+pub mod __private {
+    pub use serde::Serialize;
+    pub use serde::de::DeserializeOwned;
+}
 
 /// The pieces of the wire format, for programs that look at it from outside: proxies, test tools, fuzzers.
 ///

@@ -10,6 +10,7 @@ use crate::config::Priority;
 use crate::control::{self, GoAway};
 use crate::inbox::Inbox;
 use crate::message::EncodeError;
+use crate::metrics::Count;
 use crate::outbox::Way;
 use crate::socket::Socket;
 use crate::speed::Counters;
@@ -149,10 +150,10 @@ impl<'a, T: Serialize + Sync + ?Sized> OpenChannel<'a, T> {
             epoch: 0,
             first: Some(frame),
         };
+        session.tally.one(Count::ChannelsOpened);
+        let span = tracing::debug_span!(parent: &session.span, "channel", name, id);
         let session = session.clone();
-        Ok(Channel::start(
-            session, opened, true, way, link, inbox, counters,
-        ))
+        Ok(span.in_scope(|| Channel::start(session, opened, true, way, link, inbox, counters)))
     }
 }
 

@@ -22,6 +22,7 @@ use tokio::sync::Notify;
 use crate::code::{CloseCode, CloseReason};
 use crate::config::Priority;
 use crate::message::{self, EncodeError, Encoded};
+use crate::metrics::Count;
 use crate::overflow::{Overflow, Overflowing, Push, Tag};
 use crate::resume::{Mismatch, Retained};
 use crate::rooms::Seat;
@@ -335,6 +336,8 @@ impl Outbox {
             number: lock(&self.state).join_line(),
             outbox: self,
         };
+        // The writer looks after a peer that confirms nothing.
+        self.work.notify_one();
         loop {
             let mut room = std::pin::pin!(self.room.notified());
             room.as_mut().enable();
@@ -492,7 +495,7 @@ impl Outbox {
     }
 
     /// Keeps nothing any more: the session ends with its connection, whatever becomes of it.
-    pub(crate) fn settle(&self) {
+    pub(crate) fn forget(&self) {
         let mut state = lock(&self.state);
         if state.keep.is_some() {
             let unsent = state
@@ -573,7 +576,13 @@ impl Outbox {
         }
         // A quiet channel keeps no buffer.
         state.tail = BytesMut::new();
+        let behind = state.overflow.first().is_some();
         match &mut state.phase {
+            // What waits for confirmations goes out before the end.
+            Phase::Finishing(_) if behind => {
+                state.idle = true;
+                Work::Idle
+            }
             Phase::Finishing(last) => {
                 let last = last.take();
                 if let (Some(keep), Some(last)) = (&mut state.keep, &last) {
@@ -610,30 +619,6 @@ impl State {
             }),
             Phase::Ended(Err(reason)) => Err(PushError::Ended(reason.clone())),
         }
-    }
-
-    /// A place behind everything that waits now.
-    fn join_line(&mut self) -> u64 {
-        let number = self.overflow.number();
-        self.waiting.insert(number);
-        number
-    }
-
-    fn message<T: Serialize + ?Sized>(
-        &mut self,
-        event: &str,
-        data: &T,
-        id: Option<u64>,
-        limit: usize,
-    ) -> Result<(), EncodeError> {
-        let size = message::encode(&mut self.tail, event, data, id, limit)?;
-        self.grew(size);
-        Ok(())
-    }
-
-    fn encoded(&mut self, encoded: &Encoded) -> Result<(), EncodeError> {
-        self.append(encoded.bytes());
-        Ok(())
     }
 
     fn confirm(&mut self, received: u64) -> Result<bool, Mismatch> {
@@ -674,6 +659,30 @@ impl State {
         if let Some(keep) = &mut self.keep {
             keep.frames += 1;
         }
+    }
+
+    /// A place behind everything that waits now.
+    fn join_line(&mut self) -> u64 {
+        let number = self.overflow.number();
+        self.waiting.insert(number);
+        number
+    }
+
+    fn message<T: Serialize + ?Sized>(
+        &mut self,
+        event: &str,
+        data: &T,
+        id: Option<u64>,
+        limit: usize,
+    ) -> Result<(), EncodeError> {
+        let size = message::encode(&mut self.tail, event, data, id, limit)?;
+        self.grew(size);
+        Ok(())
+    }
+
+    fn encoded(&mut self, encoded: &Encoded) -> Result<(), EncodeError> {
+        self.append(encoded.bytes());
+        Ok(())
     }
 
     /// One more message of `size` bytes stands in the tail.
@@ -785,6 +794,7 @@ async fn drive(
         match outbox.take(epoch, &mut batch) {
             Work::Batch { bytes, messages } => {
                 write(&mut stream, &mut batch, session, counters, outbox.priority).await?;
+                session.tally.add(Count::MessagesSent, messages as u64);
                 outbox.written(bytes, messages);
                 batch.clear();
             }
@@ -947,6 +957,7 @@ async fn progress(
 }
 
 fn slow_peer(stream: &mut quinn::SendStream, session: &Session) -> CloseReason {
+    session.tally.one(Count::SlowPeers);
     let _ = stream.reset(CloseCode::SLOW_PEER.varint());
     let text = format!(
         "the peer took nothing off the channel for {:?}",

@@ -14,6 +14,7 @@ use bytes::{Bytes, BytesMut};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::auth::Peer;
 use crate::channel::Channel;
 use crate::frame::PREFIX;
 use crate::message::{self, DecodeError, EncodeError, Encoded, Message};
@@ -129,7 +130,8 @@ impl Channel {
         let meta =
             Message::decode(frame.slice(PREFIX..)).map_or_else(|_| Bytes::new(), |m| m.raw());
         let (rooms, guest, room) = self.enter(room)?;
-        let peer = self.peer().map_or("", |peer| peer.id());
+        let peer = self.peer();
+        let peer = peer.as_ref().map_or("", Peer::id);
         let encoded = encode_entry(peer, &guest.session_id, &meta);
         let entry = Entry {
             guest: guest.key,

@@ -211,7 +211,7 @@ impl Member {
     }
 
     /// Who it is.
-    pub fn peer(&self) -> Option<&Peer> {
+    pub fn peer(&self) -> Option<Peer> {
         self.guest.session.peer.get()
     }
 

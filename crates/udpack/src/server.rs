@@ -5,7 +5,8 @@ use std::fmt;
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -16,16 +17,22 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
+use tracing::field::Empty;
 
-use crate::auth::{Authenticate, Deny, Hello, Peer, Penalties, source};
+use crate::auth::{Authenticate, Deny, Hello, Peer, source};
 use crate::channel::Channel;
-use crate::code::{CloseCode, CloseReason};
-use crate::config::{CongestionControl, Drain, Limits, MIN_WINDOW, PREAUTH_BYTES, Timeouts};
+use crate::code::{CloseCode, CloseReason, printable};
+use crate::config::{
+    CongestionControl, Drain, Limits, MIN_WINDOW, PREAUTH_BYTES, Timeouts, VOLATILE_STREAMS,
+};
 use crate::control::{self, GoAway, ResumeGrant, ResumeTicket, Welcome};
-use crate::endpoint::{self, InvalidSetting, varint};
+use crate::endpoint::{self, InvalidSetting, Via, varint};
 use crate::fingerprint::Fingerprint;
 use crate::identity::{Identity, IdentityError};
 use crate::inbox::{Ending, Inbox};
+use crate::lifetime::{self, Authorize, Guard};
+use crate::metrics::{Count, Metrics, Tally, Words};
+use crate::qlog::Qlog;
 use crate::quiet::Quiet;
 use crate::rooms::Rooms;
 use crate::session::{Session, SessionId, lock};
@@ -66,25 +73,25 @@ impl Drop for Inner {
 struct Shared {
     endpoint: quinn::Endpoint,
     fingerprint: Fingerprint,
-    auth: Arc<dyn Authenticate>,
+    guard: Arc<Guard>,
     registry: Arc<Registry>,
     on_socket: Option<SocketHandler>,
     limits: Arc<Limits>,
     timeouts: Arc<Timeouts>,
     agent: String,
+    qlog: Option<Logged>,
     counters: Arc<Counters>,
     /// Sessions that a client may come back to, by id.
     kept: Mutex<HashMap<String, Kept>>,
     /// How many of them have no connection.
     detached: Arc<AtomicUsize>,
+    tally: Arc<Tally>,
     /// Wire numbers of the sockets that are gone.
     past: Mutex<Stats>,
     rooms: Rooms,
     sockets: Mutex<Sockets>,
     socket_ended: Notify,
     handshakes: AtomicUsize,
-    penalties: Penalties,
-    refused: AtomicU64,
     quiet: Quiet,
     draining: AtomicBool,
     pull: AtomicBool,
@@ -96,6 +103,13 @@ struct Shared {
 struct Kept {
     session: Arc<Session>,
     links: mpsc::Sender<Link>,
+}
+
+/// How connections are accepted that each have a qlog file.
+struct Logged {
+    qlog: Qlog,
+    config: quinn::ServerConfig,
+    congestion: CongestionControl,
 }
 
 type SocketHandler = Arc<dyn Fn(Socket) -> BoxFuture<'static, ()> + Send + Sync>;
@@ -115,12 +129,15 @@ impl Server {
         ServerBuilder {
             identity: None,
             auth: None,
+            authorize: None,
             registry: Registry::default(),
             on_socket: None,
             limits: Limits::default(),
             timeouts: Timeouts::default(),
             congestion: CongestionControl::default(),
             agent: default_agent(),
+            via: Via::default(),
+            qlog: None,
         }
     }
 
@@ -169,9 +186,21 @@ impl Server {
         &self.inner.shared.rooms
     }
 
+    /// Closes the sockets of all peers that `whom` picks, at once and with `auth_revoked`. Returns how many.
+    ///
+    /// A client that is just being let in is not among them: withdraw its token first, so that the verifier's
+    /// `is_valid` finds it.
+    pub fn revoke(&self, whom: impl Fn(&Peer) -> bool) -> usize {
+        let revoked = self.sockets().into_iter();
+        let revoked = revoked.filter(|socket| whom(&socket.peer()));
+        let close =
+            |socket: Socket| socket.abort(CloseCode::AUTH_REVOKED, "the token was withdrawn");
+        revoked.map(close).count()
+    }
+
     /// Connections refused so far, for whatever reason.
     pub fn refused(&self) -> u64 {
-        self.inner.shared.refused.load(Ordering::Relaxed)
+        self.inner.shared.tally.all_refused()
     }
 
     /// What moves through this server, each second, all sockets together.
@@ -185,6 +214,12 @@ impl Server {
     /// The numbers so far, all sockets together, past ones included.
     pub fn stats(&self) -> Stats {
         self.inner.shared.stats()
+    }
+
+    /// What happened so far, all sockets together, past ones included.
+    pub fn metrics(&self) -> Metrics {
+        let shared = &self.inner.shared;
+        shared.tally.metrics(shared.stats())
     }
 
     /// Serves until `signal` is ready, then drains: refuses new sockets, tells the clients to go away, lets
@@ -279,12 +314,15 @@ impl fmt::Debug for Server {
 pub struct ServerBuilder {
     identity: Option<Identity>,
     auth: Option<Arc<dyn Authenticate>>,
+    authorize: Option<Authorize>,
     registry: Registry,
     on_socket: Option<SocketHandler>,
     limits: Limits,
     timeouts: Timeouts,
     congestion: CongestionControl,
     agent: String,
+    via: Via,
+    qlog: Option<PathBuf>,
 }
 
 impl ServerBuilder {
@@ -297,6 +335,17 @@ impl ServerBuilder {
     /// Decides who may come in. Needed: there is no default, and no way to let everybody in by omission.
     pub fn auth(mut self, auth: impl Authenticate) -> Self {
         self.auth = Some(Arc::new(auth));
+        self
+    }
+
+    /// Decides which channels a peer may open: asked before a channel's handler begins, and again for each of
+    /// the peer's channels after its token was refreshed. A refused channel closes with the refusal's code and
+    /// text; see [`Deny::forbidden`]. One that panics refuses. Must not block. Defaults to allowing all.
+    pub fn authorize<F>(mut self, authorize: F) -> Self
+    where
+        F: Fn(&Peer, &str) -> Result<(), Deny> + Send + Sync + 'static,
+    {
+        self.authorize = Some(Arc::new(authorize));
         self
     }
 
@@ -354,6 +403,22 @@ impl ServerBuilder {
         self
     }
 
+    #[cfg(feature = "testing")]
+    pub(crate) fn via(mut self, via: Via) -> Self {
+        self.via = via;
+        self
+    }
+
+    /// Writes what QUIC does into this directory, made if it is missing: a [qlog] file for each connection, at
+    /// most 256 MiB of it and 4,096 files, without payload, keys or tokens. It costs time and disk: to look into
+    /// a problem, not for every day. Defaults to none.
+    ///
+    /// [qlog]: https://datatracker.ietf.org/doc/draft-ietf-quic-qlog-main-schema/
+    pub fn qlog(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.qlog = Some(dir.into());
+        self
+    }
+
     /// Binds the UDP port and starts serving.
     ///
     /// # Errors
@@ -370,7 +435,7 @@ impl ServerBuilder {
         let transport = endpoint::transport(&self.limits, &self.timeouts, self.congestion, true)?;
         let mut config = quinn::ServerConfig::with_crypto(Arc::new(identity.server_tls()?));
         config
-            .transport_config(transport)
+            .transport_config(Arc::new(transport))
             .token_key(identity.token_key())
             .max_incoming(self.limits.handshakes.saturating_mul(4).max(1))
             .incoming_buffer_size(64 << 10)
@@ -386,15 +451,15 @@ impl ServerBuilder {
         settings.cid_generator(move || {
             Box::new(quinn_proto::HashedConnectionIdGenerator::from_key(cid_key))
         });
-        let socket = endpoint::bind(address, self.limits.socket_buffer)
+        let qlog = self.qlog.map(|dir| Logged {
+            qlog: Qlog::new(dir, "server"),
+            config: config.clone(),
+            congestion: self.congestion,
+        });
+        let endpoint = self
+            .via
+            .open(address, self.limits.socket_buffer, settings, Some(config))
             .map_err(|source| BindError::Bind { address, source })?;
-        let endpoint = quinn::Endpoint::new(
-            settings,
-            Some(config),
-            socket,
-            Arc::new(quinn::TokioRuntime),
-        )
-        .map_err(|source| BindError::Bind { address, source })?;
         let mut registry = self.registry;
         let handlers = !registry.is_empty() || self.on_socket.is_some();
         registry.pull |= registry.is_empty();
@@ -403,22 +468,22 @@ impl ServerBuilder {
         let shared = Arc::new(Shared {
             endpoint,
             fingerprint: identity.fingerprint(),
-            auth,
+            guard: Guard::new(auth, self.authorize, self.limits.auth_failures),
             registry: Arc::new(registry),
             on_socket: self.on_socket,
-            penalties: Penalties::new(self.limits.auth_failures),
             limits: Arc::new(self.limits),
             timeouts: Arc::new(self.timeouts),
             agent: self.agent,
+            qlog,
             counters: Counters::root(),
             kept: Mutex::default(),
             detached: Arc::default(),
+            tally: Tally::root(),
             past: Mutex::default(),
             rooms,
             sockets: Mutex::default(),
             socket_ended: Notify::new(),
             handshakes: AtomicUsize::new(0),
-            refused: AtomicU64::new(0),
             quiet: Quiet::default(),
             draining: AtomicBool::new(false),
             pull: AtomicBool::new(!handlers),
@@ -450,24 +515,28 @@ async fn accept_loop(shared: Arc<Shared>) {
         let in_flight = shared.handshakes.load(Ordering::Relaxed);
         let penalty = || {
             shared
+                .guard
                 .penalties
-                .refused(address.ip(), std::time::Instant::now())
+                .refused(address.ip(), tokio::time::Instant::now().into_std())
         };
-        if shared.draining.load(Ordering::Relaxed) || in_flight >= shared.limits.handshakes {
-            shared.refused.fetch_add(1, Ordering::Relaxed);
+        let draining = shared.draining.load(Ordering::Relaxed);
+        if draining || in_flight >= shared.limits.handshakes {
+            let why = if draining { "draining" } else { "busy" };
+            shared.tally.word(Words::Knocks, why);
             incoming.refuse();
         } else if !incoming.remote_address_validated()
             && in_flight >= shared.limits.retry_from
             && incoming.may_retry()
         {
+            shared.tally.one(Count::Retries);
             let _ = incoming.retry();
         } else if let Some(left) = penalty() {
             tracing::debug!(%address, ?left, "refused after failed authentications");
-            shared.refused.fetch_add(1, Ordering::Relaxed);
+            shared.tally.word(Words::Knocks, "penalty");
             incoming.refuse();
         } else {
             let handshake = Handshake::begin(shared.clone());
-            let span = tracing::info_span!("conn", peer = %address);
+            let span = tracing::info_span!("conn", peer = %address, session = Empty, id = Empty);
             shared
                 .tasks
                 .spawn(serve(shared.clone(), incoming, handshake).instrument(span));
@@ -493,9 +562,10 @@ impl Drop for Handshake {
 
 /// One connection from its first packet to its end.
 async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handshake) {
-    let connecting = match incoming.accept() {
+    let connecting = match shared.accept(incoming) {
         Ok(connecting) => connecting,
         Err(error) => {
+            shared.tally.one(Count::HandshakesFailed);
             tracing::debug!(%error, "handshake not begun");
             return;
         }
@@ -503,10 +573,12 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
     let conn = match tokio::time::timeout(shared.timeouts.handshake, connecting).await {
         Ok(Ok(conn)) => conn,
         Ok(Err(error)) => {
+            shared.tally.one(Count::HandshakesFailed);
             tracing::debug!(%error, "handshake failed");
             return;
         }
         Err(_) => {
+            shared.tally.one(Count::HandshakesFailed);
             tracing::debug!("handshake took too long");
             return;
         }
@@ -517,6 +589,7 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
         shared.limits.clone(),
         shared.timeouts.clone(),
         shared.counters.clone(),
+        Tally::child(shared.tally.clone()),
         None,
         None,
     );
@@ -532,7 +605,13 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
             return;
         }
     };
-    let admission = tokio::time::timeout(shared.timeouts.auth, admit(&shared, &session)).await;
+    let admission = async {
+        tokio::select! {
+            control = admit(&shared, &session) => control,
+            never = crate::volatile::discard(&conn) => match never {},
+        }
+    };
+    let admission = tokio::time::timeout(shared.timeouts.auth, admission).await;
     let control = match admission {
         Ok(Ok(Admitted::New(control))) => control,
         Ok(Ok(Admitted::Back(control, links))) => {
@@ -566,7 +645,12 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
     let (queue, incoming) = mpsc::channel(CHANNEL_QUEUE);
     let socket = Socket::new(session.clone(), incoming);
     let key = place.enter(socket.clone());
-    tracing::info!(session = %session.id(), id = ?socket.peer(), agent = socket.agent(), "connected");
+    session.tally.one(Count::Admitted);
+    session.tally.one(Count::Sockets);
+    tracing::Span::current()
+        .record("session", tracing::field::display(session.id()))
+        .record("id", printable(socket.peer().id(), 128));
+    tracing::info!(agent = socket.agent(), "connected");
     if shared.pull.load(Ordering::Relaxed) && shared.accept_queue.try_send(socket.clone()).is_err()
     {
         let text = "too many sockets wait to be accepted";
@@ -578,10 +662,12 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
         let handler =
             std::panic::AssertUnwindSafe(async move { handler(socket).await }).catch_unwind();
         let gone = session.clone();
+        let panicked = session.tally.clone();
         shared.tasks.spawn(
             async move {
                 tokio::select! {
                     outcome = handler => if outcome.is_err() {
+                        panicked.one(Count::HandlerPanics);
                         tracing::error!("the socket's handler panicked");
                     },
                     _ = gone.end.wait() => {}
@@ -600,7 +686,7 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
     )
     .await;
     lock(&shared.kept).remove(session.id().as_str());
-    tracing::info!(session = %session.id(), %reason, "disconnected");
+    tracing::info!(%reason, "disconnected");
     drop(handler);
     place.leave(key, &session);
 }
@@ -638,31 +724,11 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, Clos
     let (frame, resume) = (hello.frame, hello.resume.clone());
     let hello = Hello::new(hello, conn.remote_address());
     let agent = hello.agent().to_owned();
-    let begun = tokio::time::Instant::now();
-    // Inside the block, because a verifier may panic before it gives a future.
-    let verdict = std::panic::AssertUnwindSafe(async { shared.auth.authenticate(hello).await })
-        .catch_unwind()
-        .await;
-    let peer = match verdict {
-        Ok(Ok(peer)) => peer,
-        Ok(Err(Deny { code, text })) => {
-            if code == CloseCode::AUTH_FAILED {
-                shared
-                    .penalties
-                    .failed(conn.remote_address().ip(), std::time::Instant::now());
-            }
-            // All refusals take the same time, whatever was wrong.
-            tokio::time::sleep_until(begun + shared.timeouts.auth_failure).await;
-            return Err(CloseReason::local(code, text));
-        }
-        Err(_) => {
-            tracing::error!("the verifier panicked");
-            return Err(CloseReason::local(
-                CloseCode::INTERNAL,
-                "the verifier failed",
-            ));
-        }
-    };
+    let peer = shared
+        .guard
+        .verify(hello, shared.timeouts.auth_failure)
+        .await
+        .map_err(|Deny { code, text }| CloseReason::local(code, text))?;
     let no_random = |_| CloseReason::local(CloseCode::INTERNAL, "no random numbers");
     let back = match resume.as_ref().and_then(|resume| resume.session.as_ref()) {
         Some(ticket) => Some(shared.come_back(ticket, &peer).await),
@@ -693,6 +759,17 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, Clos
             )
         }
     };
+    let expires = match &back {
+        Some(_) => lifetime::renew(&session, peer)
+            .map_err(|Deny { code, text }| CloseReason::local(code, text))?,
+        None => {
+            let expires = peer.time_left();
+            session.peer.set(peer);
+            session.life.guarded_by(shared.guard.clone());
+            session.life.counts_for(expires);
+            expires
+        }
+    };
     let welcome = Welcome {
         session: id.to_string(),
         agent: shared.agent.clone(),
@@ -701,7 +778,7 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, Clos
         resumed: back.is_some(),
         resume,
         reason,
-        expires: None,
+        expires,
     };
     let bytes = control::encode_welcome(&welcome, &shared.limits, &shared.timeouts)
         .map_err(|error| CloseReason::local(CloseCode::INTERNAL, error.to_string()))?;
@@ -710,12 +787,12 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, Clos
             .peer_frame
             .store(frame.min(u64::from(u32::MAX)), Ordering::Relaxed);
     }
-    let _ = session.peer.set(peer);
     let _ = session.agent.set(agent);
     session.set_welcome(welcome);
     inbox.set_frame_limit(shared.limits.frame);
     // The control stream takes one of the slots.
     conn.set_max_concurrent_bi_streams((shared.limits.channels.saturating_add(1)).into());
+    conn.set_max_concurrent_uni_streams(VOLATILE_STREAMS.into());
     let mut control = Control { send, inbox };
     let _ = control.send.set_priority(i32::MAX);
     control
@@ -736,7 +813,7 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, Clos
 }
 
 async fn refuse(shared: &Shared, session: &Session, reason: CloseReason) {
-    shared.refused.fetch_add(1, Ordering::Relaxed);
+    session.tally.refused(reason.code);
     if let Some(left_out) = shared.quiet.line() {
         tracing::warn!(%reason, left_out, "refused");
     }
@@ -852,7 +929,11 @@ impl Shared {
             .get(&ticket.session)
             .map(|kept| (kept.session.clone(), kept.links.clone()))
             .ok_or("unknown")?;
-        if session.peer.get().map(Peer::id) != Some(peer.id()) {
+        if session
+            .peer
+            .get()
+            .is_none_or(|known| !known.same_identity(peer))
+        {
             return Err("identity");
         }
         if !lock(&session.tickets).redeem(&ticket.token) {
@@ -860,6 +941,26 @@ impl Shared {
         }
         let permit = links.reserve_owned().await.map_err(|_| "expired")?;
         Ok((session, permit))
+    }
+
+    fn accept(
+        &self,
+        incoming: quinn::Incoming,
+    ) -> Result<quinn::Connecting, quinn::ConnectionError> {
+        let Some(logged) = &self.qlog else {
+            return incoming.accept();
+        };
+        let transport = endpoint::transport(&self.limits, &self.timeouts, logged.congestion, true);
+        let stream = logged.qlog.stream(incoming.remote_address());
+        match (transport, stream) {
+            (Ok(mut transport), Some(stream)) => {
+                transport.qlog_stream(Some(stream));
+                let mut config = logged.config.clone();
+                config.transport_config(Arc::new(transport));
+                incoming.accept_with(Arc::new(config))
+            }
+            _ => incoming.accept(),
+        }
     }
 
     fn stats(&self) -> Stats {

@@ -13,12 +13,14 @@ use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio_util::task::TaskTracker;
 
-use crate::auth::Peer;
+use crate::auth::PeerCell;
 use crate::channel::Pipe;
 use crate::code::{CloseCode, CloseReason, Side, printable};
 use crate::config::{Limits, Timeouts};
 use crate::control::{GoAway, Welcome};
 use crate::extensions::Extensions;
+use crate::lifetime::Life;
+use crate::metrics::Tally;
 use crate::open::OpenError;
 use crate::outbox::Budget;
 use crate::quiet::Quiet;
@@ -26,6 +28,7 @@ use crate::reconnect::StateFeed;
 use crate::rooms::Rooms;
 use crate::speed::Counters;
 use crate::turns::Turns;
+use crate::volatile::Volatiles;
 
 /// Locks a mutex whose data stays sound when a holder panics.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -165,10 +168,14 @@ pub(crate) struct Session {
     conn: RwLock<Arc<quinn::Connection>>,
     /// Whether this side dialled.
     pub(crate) client: bool,
-    pub(crate) peer: OnceLock<Peer>,
+    pub(crate) peer: PeerCell,
+    pub(crate) life: Life,
     pub(crate) limits: Arc<Limits>,
     pub(crate) timeouts: Arc<Timeouts>,
     pub(crate) counters: Arc<Counters>,
+    pub(crate) tally: Arc<Tally>,
+    /// The span of the connection, parent of its channels'.
+    pub(crate) span: tracing::Span,
     pub(crate) extensions: Extensions,
     /// What the server announced (at the client) or has announced (at the server); set on admission.
     welcome: RwLock<Option<Arc<Welcome>>>,
@@ -201,6 +208,8 @@ pub(crate) struct Session {
     pub(crate) states: Option<StateFeed>,
     pub(crate) channel_ended: Notify,
     next_key: AtomicU64,
+    /// Volatile messages that wait, both ways.
+    pub(crate) volatiles: Volatiles,
     /// Whose turn it is to write.
     pub(crate) turns: Turns,
     next_channel: AtomicU64,
@@ -232,18 +241,22 @@ impl Session {
         limits: Arc<Limits>,
         timeouts: Arc<Timeouts>,
         parent: Arc<Counters>,
+        tally: Arc<Tally>,
         endpoint: Option<quinn::Endpoint>,
         states: Option<StateFeed>,
     ) -> Arc<Self> {
         Arc::new(Self {
             conn: RwLock::new(Arc::new(conn)),
             client,
-            peer: OnceLock::new(),
+            peer: PeerCell::default(),
+            life: Life::default(),
             peer_frame: AtomicU64::new(limits.frame as u64),
             budget: Arc::new(Budget::new(limits.resume_bytes)),
             limits,
             timeouts,
             counters: Counters::child(parent),
+            tally,
+            span: tracing::Span::current(),
             extensions: Extensions::default(),
             welcome: RwLock::default(),
             admitted: Notify::new(),
@@ -263,6 +276,7 @@ impl Session {
             states,
             channel_ended: Notify::new(),
             next_key: AtomicU64::new(0),
+            volatiles: Volatiles::default(),
             turns: Turns::default(),
             next_channel: AtomicU64::new(1),
             rooms: OnceLock::new(),
@@ -507,10 +521,13 @@ impl Session {
         lock(&self.pipes).insert(registration, Arc::downgrade(pipe));
     }
 
-    pub(crate) fn unregister(&self, registration: u64) {
-        if lock(&self.pipes).remove(&registration).is_some() {
+    /// Says whether it was there.
+    pub(crate) fn unregister(&self, registration: u64) -> bool {
+        let was_there = lock(&self.pipes).remove(&registration).is_some();
+        if was_there {
             self.channel_ended.notify_waiters();
         }
+        was_there
     }
 
     fn live_pipes(&self) -> Vec<Arc<Pipe>> {
@@ -528,7 +545,7 @@ impl Session {
     /// Lets every channel send what is queued and then end, for good: nothing is kept any more.
     pub(crate) fn finish_channels(&self) {
         for pipe in self.live_pipes() {
-            pipe.settle();
+            pipe.forget();
             pipe.finish();
         }
     }

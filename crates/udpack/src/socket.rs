@@ -10,6 +10,7 @@ use std::future::{Future, poll_fn};
 use std::io;
 use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -21,6 +22,7 @@ use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tracing::Instrument;
+use tracing::field::Empty;
 
 use crate::auth::Peer;
 use crate::channel::{Channel, Closed, Opened};
@@ -31,6 +33,8 @@ use crate::control::{self, Ack, Channels, ControlError, GoAway, Resumed, Welcome
 use crate::endpoint;
 use crate::extensions::Extensions;
 use crate::inbox::{Ending, Inbox};
+use crate::lifetime::{self, Lifetime, RefreshError};
+use crate::metrics::{Count, Metrics};
 use crate::outbox::Way;
 use crate::reconnect::{State, StateFeed, States};
 use crate::resume::Mismatch;
@@ -75,10 +79,29 @@ impl Socket {
     }
 
     /// Who the peer is. At a server: what the verifier said. At a client: the server, by its fingerprint or
-    /// its name.
-    pub fn peer(&self) -> &Peer {
-        static UNKNOWN: std::sync::LazyLock<Peer> = std::sync::LazyLock::new(|| Peer::new(""));
-        self.inner.session.peer.get().unwrap_or(&UNKNOWN)
+    /// its name. What is known of a client may change with its token, its id does not.
+    pub fn peer(&self) -> Peer {
+        let known = self.inner.session.peer.get();
+        known.unwrap_or_else(|| Peer::new(""))
+    }
+
+    /// How long the client's token still counts; `None` when it has no end or none is known. When it has
+    /// ended, the server closes the socket with `auth_expired`.
+    pub fn expires_in(&self) -> Option<Duration> {
+        self.inner.session.life.time_left()
+    }
+
+    /// Presents a new token for the same identity, at a client: its end and its rights count from then on.
+    /// One at a time; a further call waits for the answer to the one before.
+    ///
+    /// # Errors
+    /// [`RefreshError::Denied`] when the server refused it: the socket stays as it was until the old token
+    /// ends. A token that is not accepted counts as a failed authentication of this address.
+    ///
+    /// # Cancel safety
+    /// A dropped future has presented the token or not; if so, the server's answer still counts.
+    pub async fn refresh(&self, token: impl Into<String>) -> Result<(), RefreshError> {
+        lifetime::refresh(&self.inner.session, token.into()).await
     }
 
     /// Name and version of the peer's program, as it calls itself; printable, at most 128 bytes.
@@ -211,13 +234,18 @@ impl Socket {
     pub fn stats(&self) -> Stats {
         Stats::of(&self.inner.session.conn(), &self.inner.session.counters)
     }
+
+    /// What happened so far on this socket.
+    pub fn metrics(&self) -> Metrics {
+        self.inner.session.tally.metrics(self.stats())
+    }
 }
 
 impl fmt::Debug for Socket {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Socket")
             .field("id", &self.id())
-            .field("peer", self.peer())
+            .field("peer", &self.peer())
             .field("remote", &self.remote_address())
             .finish_non_exhaustive()
     }
@@ -225,7 +253,7 @@ impl fmt::Debug for Socket {
 
 impl Channel {
     /// Who the peer is; see [`Socket::peer`].
-    pub fn peer(&self) -> Option<&Peer> {
+    pub fn peer(&self) -> Option<Peer> {
         self.session().peer.get()
     }
 
@@ -381,6 +409,7 @@ pub(crate) async fn live(
         registry,
         incoming,
         rate: Rate::new(session.limits.channel_rate),
+        lifetime: Lifetime::new(&session),
         resumed: false,
     };
     let reason = loop {
@@ -390,8 +419,16 @@ pub(crate) async fn live(
         {
             Outcome::Over(reason) => break reason,
             Outcome::Replaced(link) => Ok(link),
-            Outcome::Lost(reason) => comeback.next(&session, reason, false).await,
-            Outcome::Moved(reason) => comeback.next(&session, reason, true).await,
+            Outcome::Lost(reason) => {
+                comeback
+                    .next(&session, &mut driver.lifetime, reason, false)
+                    .await
+            }
+            Outcome::Moved(reason) => {
+                comeback
+                    .next(&session, &mut driver.lifetime, reason, true)
+                    .await
+            }
         };
         match next {
             Ok(link) => control = driver.change(link, &mut channels),
@@ -402,6 +439,10 @@ pub(crate) async fn live(
     let reason = session.end.wait().await;
     session.set_up(None);
     session.fail_resumable(&reason);
+    if session.welcome().is_some() {
+        session.tally.less(Count::Sockets);
+        session.tally.closed(&reason);
+    }
     if let Some(states) = &session.states {
         states.set(State::GaveUp(reason.clone()));
     }
@@ -417,6 +458,7 @@ impl Comeback {
     async fn next(
         &mut self,
         session: &Arc<Session>,
+        lifetime: &mut Lifetime,
         reason: CloseReason,
         moved: bool,
     ) -> Result<Link, CloseReason> {
@@ -442,6 +484,9 @@ impl Comeback {
         tokio::select! {
             link = next => link,
             reason = closed => Err(reason),
+            // Its token has ended, say: nobody need come back.
+            reason = session.end.wait() => Err(reason),
+            () = lifetime.run() => std::future::pending().await,
         }
     }
 
@@ -472,6 +517,7 @@ struct Driver {
     registry: Arc<Registry>,
     incoming: mpsc::Sender<Channel>,
     rate: Rate,
+    lifetime: Lifetime,
     /// The present connection resumed the session.
     resumed: bool,
 }
@@ -507,8 +553,10 @@ impl Driver {
                 ));
                 reason = Some(words);
             }
+            session.life.counts_for(welcome.expires);
             session.set_welcome(welcome);
         }
+        session.life.reattached();
         let number = session.set_link(link.conn, link.endpoint);
         session.budget.set_detached(false);
         let conn = session.conn();
@@ -546,8 +594,10 @@ impl Driver {
         }
         let mut confirm_at = None;
         let mut move_at: Option<Instant> = None;
+        let mut volatile = pin!(crate::volatile::serve(&session, &conn));
         loop {
             tokio::select! {
+                never = &mut volatile => match never {},
                 stream = conn.accept_bi() => match stream {
                     Ok((send, recv)) => {
                         if !self.rate.take() {
@@ -555,7 +605,7 @@ impl Driver {
                             session.abort(CloseReason::local(CloseCode::RATE_LIMITED, text));
                             continue;
                         }
-                        let span = tracing::debug_span!("channel", stream = send.id().index());
+                        let span = tracing::debug_span!("channel", name = Empty, id = Empty);
                         let serve = serve_stream(
                             session.clone(),
                             self.registry.clone(),
@@ -648,19 +698,20 @@ impl Driver {
                     session.finish_channels_because(&reason);
                     return self.leave(control, channels, reason).await;
                 },
-                Some(ended) = channels.join_next() => reap(ended),
+                frame = self.lifetime.next() => write_control(&session, &mut control.send, frame).await,
+                Some(ended) = channels.join_next() => reap(&session, ended),
             }
         }
     }
 
     /// Serves a connection whose channels are ending, until they have ended, and takes leave of it.
     async fn leave(
-        &self,
+        &mut self,
         control: &mut Control,
         channels: &mut JoinSet<()>,
         reason: CloseReason,
     ) -> Outcome {
-        let session = &self.session;
+        let session = &self.session.clone();
         let conn = session.conn();
         let ended = session.all_channels_done();
         let mut ended = std::pin::pin!(ended);
@@ -692,7 +743,8 @@ impl Driver {
                         return Outcome::Over(session.reason_for(&error));
                     }
                 },
-                Some(ended) = channels.join_next() => reap(ended),
+                frame = self.lifetime.next() => write_control(session, &mut control.send, frame).await,
+                Some(ended) = channels.join_next() => reap(session, ended),
             }
         }
         if let Some(frame) = control::encode_close(CloseCode::NORMAL, "") {
@@ -705,10 +757,11 @@ impl Driver {
     }
 }
 
-fn reap(ended: Result<(), tokio::task::JoinError>) {
+fn reap(session: &Session, ended: Result<(), tokio::task::JoinError>) {
     if let Err(error) = ended
         && error.is_panic()
     {
+        session.tally.one(Count::HandlerPanics);
         tracing::error!("a channel task panicked");
     }
 }
@@ -747,6 +800,10 @@ fn on_control(session: &Session, message: Result<crate::Message, Ending>) -> Opt
                 match control::decode_welcome(&message) {
                     Ok(welcome) => {
                         session.peer_frame.store(welcome.frame, Ordering::Relaxed);
+                        tracing::Span::current().record("session", &*welcome.session);
+                        session.tally.one(Count::Admitted);
+                        session.tally.one(Count::Sockets);
+                        session.life.counts_for(welcome.expires);
                         session.set_welcome(welcome);
                         if let Some(states) = &session.states {
                             states.set(State::Connected {
@@ -771,6 +828,8 @@ fn on_control(session: &Session, message: Result<crate::Message, Ending>) -> Opt
                 }
                 Err(error) => refused(error),
             },
+            control::REFRESH if !session.client => session.life.on_refresh(&message),
+            control::REFRESHED if session.client => session.life.on_refreshed(&message),
             _ => order("a message that has no place on the control stream now"),
         },
         Err(Ending::Finished) => order("the control stream ended without $close"),
@@ -913,6 +972,11 @@ async fn serve_stream(
     }
     let crowded = open.resumable && session.kept_theirs() >= 2 * session.limits.channels as usize;
     let name = open.name.clone();
+    session.tally.one(Count::ChannelsAccepted);
+    session.tally.one(Count::MessagesReceived);
+    tracing::Span::current()
+        .record("name", crate::code::printable(&name, 128))
+        .record("id", open.id);
     let opened = Opened {
         id: open.id,
         name: open.name,
@@ -937,16 +1001,22 @@ async fn serve_stream(
         })
     });
     if let Some(reason) = refusal {
+        session.tally.one(Count::ChannelsRefused);
         if let Some(left_out) = session.quiet.line() {
             tracing::warn!(%reason, left_out, "channel refused");
         }
         channel.close_with(reason);
         return;
     }
+    if let Err(deny) = session.life.allow(&session, &channel) {
+        channel.close_with(CloseReason::local(deny.code, deny.text));
+        return;
+    }
     match registry.handlers.get(&name) {
         Some(handler) => run_handler(handler, channel).await,
         None if registry.pull => {
             if let Err(error) = incoming.try_send(channel) {
+                session.tally.one(Count::ChannelsRefused);
                 let channel = match error {
                     mpsc::error::TrySendError::Full(channel)
                     | mpsc::error::TrySendError::Closed(channel) => channel,
@@ -958,6 +1028,7 @@ async fn serve_stream(
             }
         }
         None => {
+            session.tally.one(Count::ChannelsRefused);
             let text = format!(
                 "no channel named {:?} is served here",
                 crate::code::printable(&name, 128)
@@ -990,6 +1061,7 @@ async fn run_handler(handler: &ChannelHandler, channel: Channel) {
         Ok(Ok(())) => {}
         Ok(Err(_)) if channel.close_reason().is_some() => {}
         Ok(Err(error)) => {
+            channel.session().tally.one(Count::HandlersFailed);
             tracing::warn!(channel = %name, %error, "channel handler failed");
             channel.close_with(CloseReason::local(
                 CloseCode::HANDLER_FAILED,
@@ -997,6 +1069,7 @@ async fn run_handler(handler: &ChannelHandler, channel: Channel) {
             ));
         }
         Err(_) => {
+            channel.session().tally.one(Count::HandlerPanics);
             tracing::error!(channel = %name, "channel handler panicked");
             channel.close_with(CloseReason::local(
                 CloseCode::INTERNAL,
@@ -1017,15 +1090,15 @@ fn nameless() -> control::Open {
     }
 }
 
-/// Channel opens: `per_second`, with a burst of twice as many.
-struct Rate {
+/// So many `per_second`, with a burst of twice as many.
+pub(crate) struct Rate {
     per_second: f64,
     left: f64,
     at: Instant,
 }
 
 impl Rate {
-    fn new(per_second: u32) -> Self {
+    pub(crate) fn new(per_second: u32) -> Self {
         let per_second = f64::from(per_second.max(1));
         Self {
             per_second,
@@ -1034,7 +1107,7 @@ impl Rate {
         }
     }
 
-    fn take(&mut self) -> bool {
+    pub(crate) fn take(&mut self) -> bool {
         let now = Instant::now();
         let gained = (now - self.at).as_secs_f64() * self.per_second;
         self.left = (self.left + gained).min(self.per_second * 2.0);

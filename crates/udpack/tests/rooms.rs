@@ -120,7 +120,10 @@ async fn every_member_gets_the_same_bytes_except_who_is_left_out() {
         assert_eq!(members.len(), 6);
         let member = members.pop().expect("six");
         assert_eq!(member.channel(), "chat");
-        assert_eq!(member.peer().map(|peer| peer.id()), Some("tester"));
+        assert_eq!(
+            member.peer().map(|peer| peer.id().to_owned()),
+            Some("tester".to_owned())
+        );
         let data = ("a line", 7_u8);
         let sent = rooms
             .to("hall")
