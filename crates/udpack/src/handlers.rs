@@ -285,6 +285,8 @@ type Job = BoxFuture<'static, Result<(), (Channel, u64)>>;
 
 /// Serves a channel until it ends.
 pub(crate) async fn serve(channel: Channel, router: Arc<Router>) -> Result<(), RecvError> {
+    // From now on the server's rooms know it: `to_channels` and `to_all` reach it.
+    let _ = channel.guest();
     let at_once = router.at_once();
     let mut running = FuturesUnordered::<Job>::new();
     // What `read_on` found: nothing more is to be read until a handler is through.
