@@ -30,6 +30,11 @@ fn request() {
 }
 
 #[test]
+fn telemetry() {
+    assert_eq!(last_line("telemetry"), "all are in the harbour");
+}
+
+#[test]
 fn upload() {
     assert_eq!(last_line("upload"), "20971537 bytes are stored");
 }

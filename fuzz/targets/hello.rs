@@ -5,7 +5,8 @@
 use bytes::Bytes;
 use libfuzzer_sys::{Corpus, fuzz_target};
 use udpack::wire::{
-    ControlError, HelloMessage, Message, decode_close, decode_goaway, decode_hello, decode_open,
+    ControlError, HelloMessage, Message, Refreshed, decode_ack, decode_close, decode_gap,
+    decode_goaway, decode_hello, decode_open, decode_refresh, decode_refreshed, decode_resume,
     decode_welcome, validate,
 };
 use udpack_fuzz::{assert_printable, within};
@@ -24,17 +25,37 @@ fn check(message: &Message) {
         accepted += 1;
         assert!(hello.token.len() <= 512);
         assert_printable(&hello.agent);
+        let ticket = hello
+            .resume
+            .as_ref()
+            .and_then(|resume| resume.session.as_ref());
+        assert!(ticket.is_none_or(|ticket| is_session(&ticket.session)));
         let shown = format!("{hello:?}");
-        let other = HelloMessage {
+        let mut other = HelloMessage {
             token: String::new(),
             ..hello
         };
+        if let Some(resume) = &mut other.resume
+            && let Some(ticket) = &mut resume.session
+        {
+            ticket.token = [0; 32];
+        }
         assert_eq!(shown, format!("{other:?}"), "a token in a log");
     }
     if let Some(welcome) = kept(decode_welcome(message), "$welcome", message) {
         accepted += 1;
-        assert_eq!(welcome.session.len(), 32);
-        assert!(welcome.session.bytes().all(|byte| byte.is_ascii_hexdigit()));
+        assert!(is_session(&welcome.session));
+        assert!(!welcome.resumed || welcome.reason.is_none());
+        assert_printable(welcome.reason.as_deref().unwrap_or_default());
+        let mut other = welcome.clone();
+        if let Some(grant) = &mut other.resume {
+            grant.token = [0; 32];
+        }
+        assert_eq!(
+            format!("{welcome:?}"),
+            format!("{other:?}"),
+            "a token in a log"
+        );
         assert_ne!(welcome.frame, 0);
         assert_printable(&welcome.agent);
     }
@@ -43,6 +64,7 @@ fn check(message: &Message) {
         assert!((1..=128).contains(&open.name.len()));
         assert!(!open.name.starts_with('$'));
         assert_printable(&open.name);
+        assert!(open.resumable || open.received.is_none());
         if let Some(meta) = open.meta {
             assert_eq!(validate(&meta), Ok(()));
         }
@@ -55,7 +77,33 @@ fn check(message: &Message) {
         accepted += 1;
         assert_printable(&goaway.text);
     }
+    if kept(decode_resume(message), "$resume", message).is_some() {
+        accepted += 1;
+    }
+    if kept(decode_ack(message), "$ack", message).is_some() {
+        accepted += 1;
+    }
+    if let Some(refresh) = kept(decode_refresh(message), "$refresh", message) {
+        accepted += 1;
+        assert!(refresh.token.len() <= 512);
+        assert_eq!(format!("{refresh:?}"), "Refresh { .. }", "a token in a log");
+    }
+    if let Some(refreshed) = kept(decode_refreshed(message), "$refreshed", message) {
+        accepted += 1;
+        if let Refreshed::Refused { text, .. } = refreshed {
+            assert_printable(&text);
+        }
+    }
+    if let Some(gap) = kept(decode_gap(message), "$gap", message) {
+        accepted += 1;
+        assert!((1..=128).contains(&gap.room.len()));
+        assert_ne!(gap.lost, 0);
+    }
     assert!(accepted <= 1);
+}
+
+fn is_session(id: &str) -> bool {
+    id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 /// What was read, after looking at whether it may be, or at the error otherwise.

@@ -27,8 +27,8 @@ an exit code other than 0 and a line on standard error, and renames with a line 
 
 const EXIT_CODES: &str = "\
 Exit codes: 0 ok, 1 other, 2 usage, 3 local file, 4 token or key not accepted, 5 network (run it again), \
-6 refused by the server's rules, 7 integrity, 8 the server's storage, 10 some of several files failed, \
-130 interrupted.";
+6 refused by the server's rules, 7 integrity, 8 the server's storage, 9 the request was refused by its handler, \
+10 some of several files failed, 11 nobody there handles such a request, 130 interrupted.";
 
 const ENVIRONMENT: &str = "\
 Environment:
@@ -115,6 +115,15 @@ pub(crate) struct ServerArgs {
     #[arg(long, value_name = "CMD", env = "UDPACK_HOOK")]
     pub(crate) hook: Option<PathBuf>,
 
+    /// Serve counters for Prometheus over HTTP at this address, under /metrics; port 0 picks a free one. Anybody
+    /// who reaches it can read them.
+    #[arg(long, value_name = "ADDR:PORT", env = "UDPACK_METRICS")]
+    pub(crate) metrics: Option<String>,
+
+    /// Write what QUIC does into this directory, a qlog file for each connection; costs time and disk.
+    #[arg(long, value_name = "DIR", env = "UDPACK_QLOG")]
+    pub(crate) qlog: Option<PathBuf>,
+
     /// Congestion control for what the server sends.
     #[arg(long, value_enum, default_value_t = CcArg::Auto)]
     pub(crate) cc: CcArg,
@@ -173,6 +182,10 @@ pub(crate) struct TokenNewArgs {
     /// Most bytes of all files below its directory together.
     #[arg(long, value_name = "SIZE")]
     pub(crate) quota: Option<Size>,
+
+    /// When it ends: after a time such as 30d or 12h, or at one such as 2027-01-31 or 2027-01-31T12:00:00Z.
+    #[arg(long, value_name = "TIME")]
+    pub(crate) expires: Option<String>,
 
     #[command(flatten)]
     pub(crate) file: TokenFileArgs,
@@ -302,6 +315,9 @@ pub(crate) enum ClientCommand {
     /// Send one event and wait until the server has handled it; prints the reply as JSON.
     #[command(after_help = ENVIRONMENT)]
     Send(SendArgs),
+    /// Ask a channel's handler at the server; prints the reply as JSON.
+    #[command(after_help = format!("{ENVIRONMENT}\n\n{EXIT_CODES}"))]
+    Request(RequestArgs),
     /// Print each event that other clients send, one JSON object a line.
     #[command(after_help = ENVIRONMENT)]
     Listen(ListenArgs),
@@ -567,6 +583,30 @@ pub(crate) struct SendArgs {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct RequestArgs {
+    /// The event's name.
+    pub(crate) event: String,
+
+    /// Its data. `{"$bin":"<hex>"}` stands for bytes.
+    #[arg(default_value = "null")]
+    pub(crate) json: String,
+
+    /// The channel to ask on.
+    #[arg(long, default_value = crate::hub::EVENTS)]
+    pub(crate) channel: String,
+
+    /// Seconds to wait for the reply.
+    #[arg(long, value_name = "SECS", default_value = "30")]
+    pub(crate) timeout: Seconds,
+
+    #[command(flatten)]
+    pub(crate) connect: ConnectArgs,
+
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct ListenArgs {
     /// The channel to listen on.
     #[arg(long, default_value = crate::hub::EVENTS)]
@@ -631,6 +671,10 @@ pub(crate) struct ConnectArgs {
     /// Seconds to wait for the server to answer.
     #[arg(long, value_name = "SECS", default_value = "10")]
     pub(crate) connect_timeout: Seconds,
+
+    /// Write what QUIC does into this directory, a qlog file for each connection.
+    #[arg(long, value_name = "DIR", env = "UDPACK_QLOG")]
+    pub(crate) qlog: Option<PathBuf>,
 }
 
 /// How progress and results are shown.

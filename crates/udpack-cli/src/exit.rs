@@ -28,7 +28,9 @@ pub(crate) enum Kind {
     Policy,
     Integrity,
     RemoteStorage,
+    Fault,
     Partial,
+    NoHandler,
     Interrupted,
 }
 
@@ -44,7 +46,9 @@ impl Kind {
             Self::Policy => 6,
             Self::Integrity => 7,
             Self::RemoteStorage => 8,
+            Self::Fault => 9,
             Self::Partial => 10,
+            Self::NoHandler => 11,
             Self::Interrupted => INTERRUPTED,
         }
     }
@@ -60,7 +64,9 @@ impl Kind {
             Self::Policy => "policy",
             Self::Integrity => "integrity",
             Self::RemoteStorage => "remote_storage",
+            Self::Fault => "fault",
             Self::Partial => "partial",
+            Self::NoHandler => "no_handler",
             Self::Interrupted => "interrupted",
         }
     }
@@ -198,8 +204,12 @@ fn meaning(error: &(dyn std::error::Error + 'static)) -> Option<Meaning> {
     }
     if let Some(error) = error.downcast_ref() {
         return Some(match error {
-            RequestError::NoHandler | RequestError::Fault(_) => (
-                Kind::Other,
+            RequestError::NoHandler => (
+                Kind::NoHandler,
+                hint("check the name of the event, and choose the channel with --channel"),
+            ),
+            RequestError::Fault(_) => (
+                Kind::Fault,
                 hint("the server got the message and refused it; see its log"),
             ),
             RequestError::Timeout(_) => (
@@ -273,6 +283,7 @@ fn closed(reason: &CloseReason) -> Meaning {
         | CloseCode::AUTH_REQUIRED
         | CloseCode::AUTH_REVOKED
         | CloseCode::AUTH_TIMEOUT
+        | CloseCode::AUTH_EXPIRED
         | CloseCode::FORBIDDEN => (
             Kind::Auth,
             hint(
@@ -524,6 +535,7 @@ mod tests {
         };
         assert_eq!(exit(CloseCode::AUTH_FAILED), 4);
         assert_eq!(exit(CloseCode::AUTH_REVOKED), 4);
+        assert_eq!(exit(CloseCode::AUTH_EXPIRED), 4);
         assert_eq!(exit(CloseCode::SHUTTING_DOWN), 5);
         assert_eq!(exit(CloseCode::SERVER_BUSY), 5);
         assert_eq!(exit(CloseCode::TIMED_OUT), 5);

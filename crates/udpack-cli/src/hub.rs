@@ -1,15 +1,14 @@
 //! The server's own channels: `events`, where each client hears what the others send, and `ping`.
 //!
-//! A message goes to every other client that can take it now. One that cannot loses it, which is counted:
-//! nobody waits for the slowest. Rooms, history and delivery guarantees are not here.
+//! A message goes to every other client that can take it now. One that cannot loses it, which is counted and
+//! told: nobody waits for the slowest. History and delivery guarantees are not here.
 
-use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
+use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
-use udpack::{Channel, CloseCode, Encoded, Fault, Message, RecvError, ServerBuilder};
+use udpack::{
+    Channel, CloseCode, Encoded, Fault, Message, Overflow, RecvError, Rooms, ServerBuilder,
+};
 
 use crate::value::Value;
 
@@ -18,24 +17,10 @@ pub(crate) const EVENTS: &str = "events";
 /// The channel whose requests come back as they are.
 pub(crate) const PING: &str = "ping";
 
-/// Everybody who is on the `events` channel. A handle.
+/// Serves the server's own channels. A handle.
 #[derive(Debug, Clone)]
 pub(crate) struct Hub {
-    inner: Arc<Inner>,
-}
-
-#[derive(Debug)]
-struct Inner {
-    members: Mutex<HashMap<u64, Member>>,
-    next: AtomicU64,
-    dropped: AtomicU64,
     over: watch::Sender<bool>,
-}
-
-#[derive(Debug, Clone)]
-struct Member {
-    channel: Channel,
-    dropped: Arc<AtomicU64>,
 }
 
 /// The reply to a request on `events`.
@@ -48,12 +33,7 @@ pub(crate) struct Delivered {
 impl Hub {
     pub(crate) fn new() -> Self {
         Self {
-            inner: Arc::new(Inner {
-                members: Mutex::default(),
-                next: AtomicU64::new(0),
-                dropped: AtomicU64::new(0),
-                over: watch::Sender::new(false),
-            }),
+            over: watch::Sender::new(false),
         }
     }
 
@@ -73,22 +53,23 @@ impl Hub {
 
     /// Closes all channels served here, so that nobody who merely listens holds up the end of the server.
     pub(crate) fn close(&self) {
-        self.inner.over.send_replace(true);
+        self.over.send_replace(true);
     }
 
-    async fn relay(&self, channel: Channel) -> Result<(), RecvError> {
-        let seat = self.join(&channel);
+    async fn relay(&self, channel: Channel) -> anyhow::Result<()> {
+        let rooms = channel.rooms_handle().context("a server has rooms")?;
+        rooms.policy(EVENTS, Overflow::DropNewest)?;
+        channel.join(EVENTS)?;
         while let Some(message) = self.recv(&channel).await? {
             // Passed on as it came: the server need not understand it.
             match Encoded::relay(&message) {
                 Ok(relayed) => {
-                    let delivered = self.send_to_others(&channel, &relayed);
+                    let delivered = send_to_others(&rooms, &channel, &relayed);
                     let _ = channel.reply(&message, &Delivered { delivered }).await;
                 }
                 Err(error) => tracing::debug!(%error, "event not passed on"),
             }
         }
-        drop(seat);
         Ok(())
     }
 
@@ -109,7 +90,7 @@ impl Hub {
 
     /// The next message, or none once the server goes down.
     async fn recv(&self, channel: &Channel) -> Result<Option<Message>, RecvError> {
-        let mut over = self.inner.over.subscribe();
+        let mut over = self.over.subscribe();
         tokio::select! {
             message = channel.recv() => message,
             _ = over.wait_for(|over| *over) => {
@@ -118,78 +99,18 @@ impl Hub {
             }
         }
     }
-
-    fn send_to_others(&self, from: &Channel, message: &Encoded) -> u64 {
-        let others: Vec<Member> = self
-            .members()
-            .values()
-            .filter(|member| member.channel.session_id() != from.session_id())
-            .cloned()
-            .collect();
-        let mut delivered = 0;
-        for member in others {
-            match member.channel.try_send_encoded(message) {
-                Ok(true) => delivered += 1,
-                Ok(false) => {
-                    let lost = member.dropped.fetch_add(1, Ordering::Relaxed);
-                    self.inner.dropped.fetch_add(1, Ordering::Relaxed);
-                    if lost == 0 {
-                        tracing::warn!(
-                            session = member.channel.session_id(),
-                            "slow listener loses events"
-                        );
-                    }
-                }
-                Err(error) => tracing::debug!(%error, "event not sent"),
-            }
-        }
-        delivered
-    }
-
-    fn join(&self, channel: &Channel) -> Seat {
-        let key = self.inner.next.fetch_add(1, Ordering::Relaxed);
-        let member = Member {
-            channel: channel.clone(),
-            dropped: Arc::default(),
-        };
-        self.members().insert(key, member);
-        Seat {
-            hub: self.clone(),
-            key,
-        }
-    }
-
-    fn members(&self) -> MutexGuard<'_, HashMap<u64, Member>> {
-        // Nothing panics while it is held, and the map is whole after each change.
-        self.inner
-            .members
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
-/// One member's place, given up on drop.
-struct Seat {
-    hub: Hub,
-    key: u64,
-}
-
-impl Drop for Seat {
-    fn drop(&mut self) {
-        let member = self.hub.members().remove(&self.key);
-        if let Some(member) = member {
-            let dropped = member.dropped.load(Ordering::Relaxed);
-            if dropped > 0 {
-                let total = self.hub.inner.dropped.load(Ordering::Relaxed);
-                tracing::info!(
-                    session = member.channel.session_id(),
-                    dropped,
-                    total,
-                    "slow listener left"
-                );
-            }
-        }
+/// Says on how many ways it is.
+fn send_to_others(rooms: &Rooms, from: &Channel, message: &Encoded) -> u64 {
+    let sent = rooms
+        .to(EVENTS)
+        .except(&from.session_id())
+        .send_encoded(message);
+    if sent.dropped > 0 && sent.dropped == rooms.dropped() {
+        tracing::warn!("a slow listener loses events; each is told how many");
     }
+    sent.delivered
 }
 
 #[cfg(test)]
@@ -257,9 +178,6 @@ mod tests {
             () = reading => panic!("the reader's channel ended"),
         }
         assert!(heard > 0);
-        assert!(
-            hub.inner.dropped.load(Ordering::Relaxed) > 0,
-            "losses are counted"
-        );
+        assert!(server.rooms().dropped() > 0, "losses are counted");
     }
 }

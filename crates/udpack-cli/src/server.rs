@@ -1,6 +1,7 @@
 //! `udpack-server`: one store, one token file, one port.
 
 mod hook;
+mod metrics;
 mod tokens;
 mod uploads;
 
@@ -20,6 +21,8 @@ use crate::logging::{self, Console, Role};
 use crate::output;
 use crate::pages;
 use crate::signals::Interrupts;
+use crate::target::qlog_dir;
+use metrics::Scrapes;
 
 pub(crate) async fn run(args: ServerArgs, console: Console) -> anyhow::Result<()> {
     match args.command {
@@ -77,12 +80,20 @@ async fn serve(args: &ServerArgs) -> anyhow::Result<()> {
         .agent(concat!("udpack-server/", env!("CARGO_PKG_VERSION")))
         .limits(limits(args.bwlimit.up))
         .congestion(args.cc.into());
+    let server = match &args.qlog {
+        Some(dir) => server.qlog(qlog_dir(dir)?),
+        None => server,
+    };
+    let scrapes = match &args.metrics {
+        Some(address) => Some(Scrapes::bind(address).await?),
+        None => None,
+    };
     let server = hub
         .attach(receiver.attach(server))
         .bind(&args.listen)
         .await?;
 
-    announce(args, &server, &tokens)?;
+    announce(args, &server, &tokens, scrapes.as_ref())?;
     let stop = async {
         tokio::select! {
             () = interrupts.first() => {}
@@ -92,7 +103,19 @@ async fn serve(args: &ServerArgs) -> anyhow::Result<()> {
         hub.close();
         receiver.shutting_down();
     };
-    server.run_until(stop, Drain::within(DRAIN)).await?;
+    let scraped = async {
+        match scrapes {
+            Some(scrapes) => {
+                let (server, store) = (server.clone(), store.clone());
+                scrapes.serve(move || metrics::text(&server, &store)).await;
+            }
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        ended = server.run_until(stop, Drain::within(DRAIN)) => ended?,
+        () = scraped => {}
+    }
     tracing::info!("stopped");
     Ok(())
 }
@@ -142,7 +165,12 @@ fn limits(rate: Option<u64>) -> Limits {
 }
 
 /// Tells where the server is and how to reach it, on standard output: a label and a value a line.
-fn announce(args: &ServerArgs, server: &Server, tokens: &TokenFile) -> anyhow::Result<()> {
+fn announce(
+    args: &ServerArgs,
+    server: &Server,
+    tokens: &TokenFile,
+    scrapes: Option<&Scrapes>,
+) -> anyhow::Result<()> {
     let address = server.local_addr();
     let fingerprint = server.fingerprint();
     let token = tokens.first_token().unwrap_or_else(|| {
@@ -159,12 +187,15 @@ fn announce(args: &ServerArgs, server: &Server, tokens: &TokenFile) -> anyhow::R
         .map_err(|error| Failure::new(Kind::Usage, format!("--public-host: {error}")))?
         .with_token(token)?
         .with_pin(fingerprint);
-    let lines = [
+    let mut lines = vec![
         ("listening", address.to_string()),
         ("fingerprint", fingerprint.to_string()),
         ("uploads", args.dir.display().to_string()),
         ("send", format!("UDPACK_URL='{url}' udpack-client put FILE")),
     ];
+    if let Some(scrapes) = scrapes {
+        lines.push(("metrics", scrapes.local_addr().to_string()));
+    }
     let print = || -> io::Result<()> {
         for (label, value) in &lines {
             if args.json {

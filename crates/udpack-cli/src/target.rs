@@ -50,6 +50,9 @@ impl Target {
         if let Some(pin) = pin {
             client = client.pin(pin);
         }
+        if let Some(dir) = &args.qlog {
+            client = client.qlog(qlog_dir(dir)?);
+        }
         let client = client.build()?;
         Ok(Self { url, client })
     }
@@ -72,7 +75,7 @@ impl Target {
             socket = link.socket() => {
                 let socket = socket?;
                 let session = socket.id();
-                tracing::info!(server = address, session, "connected");
+                tracing::info!(server = address, %session, "connected");
             }
             () = interrupts.first() => return Err(Failure::interrupted().into()),
         }
@@ -103,7 +106,7 @@ impl Target {
             socket = self.client.connect(&address) => socket?,
             () = interrupts.first() => return Err(Failure::interrupted().into()),
         };
-        tracing::info!(server = address, session = socket.id(), "connected");
+        tracing::info!(server = address, session = %socket.id(), "connected");
         let result = tokio::select! {
             result = work(socket.clone()) => result,
             () = interrupts.first() => {
@@ -114,6 +117,19 @@ impl Target {
         };
         let _ = tokio::time::timeout(PARTING, socket.close(CloseCode::NORMAL, "done")).await;
         result
+    }
+}
+
+/// Makes the directory for qlog files, so that a wrong one is told now and not with each connection.
+pub(crate) fn qlog_dir(dir: &Path) -> anyhow::Result<&Path> {
+    match std::fs::create_dir_all(dir) {
+        Ok(()) => Ok(dir),
+        Err(error) => {
+            let text = format!("cannot make the directory {}: {error}", dir.display());
+            Err(Failure::new(Kind::LocalFile, text)
+                .hint("choose another directory with --qlog")
+                .into())
+        }
     }
 }
 

@@ -717,12 +717,19 @@ fn tokens_are_made_listed_and_withdrawn_while_the_server_runs() {
         (&["new", "with space"], 2),
         (&["new", "x", "--prefix", "../up"], 2),
         (&["new", "x", "--scope", "everything"], 2),
+        (&["new", "x", "--expires", "soon"], 2),
+        (&["new", "x", "--expires", "2020-01-31"], 2),
         (&["list", "--token-file", "missing"], 3),
     ] {
         let out = token(args);
         assert_eq!(out.code, code, "{args:?}: {out:?}");
         assert_ne!(out.stderr, "");
     }
+    let guest = token(&["new", "guest", "--expires", "2999-01-31"]);
+    assert_eq!(guest.code, 0, "{guest:?}");
+    let listed = token(&["list"]).stdout;
+    let ends = "guest  expires=2999-01-31T00:00:00Z";
+    assert!(listed.lines().any(|line| line == ends), "{listed}");
     assert_eq!(token(&["new", "twice"]).code, 0);
     assert_eq!(token(&["new", "twice"]).code, 2);
     let unnamed = token(&["new", "--json"]);

@@ -134,7 +134,7 @@ impl Jobs {
 
     /// Serves one watcher until it leaves.
     pub(crate) async fn watch(&self, channel: Channel, default: &Scope) -> Result<(), RecvError> {
-        let scope = match Scope::of(channel.peer(), default) {
+        let scope = match Scope::of(channel.peer().as_ref(), default) {
             Ok(scope) => scope,
             Err(error) => {
                 tracing::error!(%error, "the token's entry is unusable");
@@ -143,7 +143,9 @@ impl Jobs {
             }
         };
         let watcher = Arc::new(Watcher {
-            peer: channel.peer().map_or("", |peer| peer.id()).to_owned(),
+            peer: channel
+                .peer()
+                .map_or_else(String::new, |peer| peer.id().to_owned()),
             admin: scope.admin,
             ended: Mutex::default(),
         });

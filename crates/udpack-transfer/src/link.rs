@@ -4,56 +4,20 @@
 //! again while the others wait. What a reconnect cannot mend (a refused token, another key, another
 //! version) is final.
 
-use std::collections::hash_map::RandomState;
-use std::hash::BuildHasher;
 use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Mutex, broadcast};
 use tokio::time::Instant;
-use udpack::{Client, CloseReason, ConnectError, Side, Socket};
+use udpack::{Client, CloseReason, ConnectError, GoAway, Side, Socket};
 
 use crate::error::TransferError;
 
+/// How to come back after a lost connection.
+pub use udpack::Reconnect as Retry;
+
 /// Events that wait for a slow watcher; it misses the oldest.
 const EVENTS: usize = 32;
-
-/// How to come back after a lost connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Retry {
-    /// Reconnects without progress before giving up; 0 never reconnects. Defaults to no bound.
-    pub attempts: Option<u32>,
-    /// Time without progress before giving up. Defaults to 5 minutes.
-    pub patience: Duration,
-    /// The wait before the first reconnect is drawn from 0 to this. Defaults to 250 ms; doubles each time.
-    pub first: Duration,
-    /// The longest that the wait becomes. Defaults to 30 s.
-    pub most: Duration,
-    /// Whether the very first connect is tried again, too, when nobody answers. Defaults to no: a wrong
-    /// address shows at once.
-    pub first_too: bool,
-}
-
-impl Default for Retry {
-    fn default() -> Self {
-        Self {
-            attempts: None,
-            patience: Duration::from_secs(300),
-            first: Duration::from_millis(250),
-            most: Duration::from_secs(30),
-            first_too: false,
-        }
-    }
-}
-
-impl Retry {
-    /// A random wait before reconnect number `attempt`, counted from 1. Random over all of it, so that
-    /// clients that lost a server together do not come back together.
-    pub(crate) fn delay(&self, attempt: u32) -> Duration {
-        let doubled = 2_u32.saturating_pow(attempt.saturating_sub(1).min(31));
-        part(self.first.saturating_mul(doubled).min(self.most))
-    }
-}
 
 /// What happens to a [`Link`].
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -202,7 +166,7 @@ impl Link {
             }
             match client.connect(address).await {
                 Ok(socket) => {
-                    tracing::info!(session = socket.id(), "connected");
+                    tracing::info!(session = %socket.id(), "connected");
                     state.socket = Some(socket.clone());
                     if again {
                         let _ = self.shared.events.send(LinkEvent::Connected);
@@ -324,9 +288,7 @@ impl Lost {
     /// `None` for a socket that is alive and stays.
     fn of(socket: &Socket) -> Option<Self> {
         let goaway = socket.goaway();
-        let wait = goaway.as_ref().map_or(Duration::ZERO, |goaway| {
-            goaway.retry_after.saturating_add(part(goaway.window))
-        });
+        let wait = goaway.as_ref().map_or(Duration::ZERO, GoAway::wait);
         let told = goaway.map(|goaway| CloseReason::new(goaway.code, goaway.text, Side::Peer));
         // The reason to leave for a while counts more than how the socket then ended.
         let reason = told
@@ -352,12 +314,6 @@ fn give_up(state: &mut State, error: TransferError) -> TransferError {
     tracing::info!(%error, "not reconnecting");
     state.socket = None;
     state.over.insert(error).again()
-}
-
-/// A random part of a time.
-fn part(whole: Duration) -> Duration {
-    let random = RandomState::new().hash_one(0_u8) >> 11;
-    whole.mul_f64(random as f64 / (1_u64 << 53) as f64)
 }
 
 #[cfg(test)]
@@ -408,21 +364,6 @@ mod tests {
         tokio::time::timeout(Duration::from_secs(30), future)
             .await
             .expect("in time")
-    }
-
-    #[test]
-    fn delays_are_random_and_grow_to_a_bound() {
-        let retry = Retry::default();
-        for (attempt, most) in [(1, 250), (2, 500), (4, 2_000), (8, 30_000), (100, 30_000)] {
-            let delays: Vec<_> = (0..200).map(|_| retry.delay(attempt)).collect();
-            let most = Duration::from_millis(most);
-            assert!(delays.iter().all(|delay| *delay <= most));
-            assert!(delays.iter().any(|delay| *delay < most / 4), "from nothing");
-            assert!(
-                delays.iter().any(|delay| *delay > most / 4 * 3),
-                "to all of it"
-            );
-        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -168,7 +168,8 @@ impl Receiver {
             channel.close(CloseCode::REFUSED, text);
             return Ok(());
         };
-        let scope = match Scope::of(channel.peer(), &self.config.default_scope) {
+        let peer = channel.peer();
+        let scope = match Scope::of(peer.as_ref(), &self.config.default_scope) {
             Ok(scope) if self.config.read_only => Scope {
                 write: false,
                 delete: false,
@@ -176,7 +177,7 @@ impl Receiver {
             },
             Ok(scope) => scope,
             Err(error) => {
-                let peer = channel.peer().map_or("", |peer| peer.id());
+                let peer = peer.as_ref().map_or("", |peer| peer.id());
                 tracing::error!(peer, %error, "the entry of a token is unusable");
                 channel.close(
                     CloseCode::REFUSED,

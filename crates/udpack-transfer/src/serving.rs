@@ -135,7 +135,7 @@ impl<'a> Serving<'a> {
     pub(crate) fn new(receiver: &'a Receiver, channel: Channel, scope: Scope) -> Self {
         let (outcomes, found) = mpsc::unbounded_channel();
         Self {
-            owner: channel.peer().map_or("", |peer| peer.id()).into(),
+            owner: channel.peer().as_ref().map_or("", |peer| peer.id()).into(),
             receiver,
             channel,
             scope,

@@ -33,6 +33,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -314,6 +315,8 @@ impl Store {
                 min_free,
                 root: root.to_owned(),
                 state,
+                files: AtomicU64::new(0),
+                bytes: AtomicU64::new(0),
             }),
         })
     }
@@ -388,7 +391,24 @@ impl Store {
     /// [`IfExists::Skip`] is then an error like [`IfExists::Error`]. Comparing with an existing
     /// file reads all of it.
     pub fn publish(&self, batch: Vec<Complete>) -> Vec<Result<Published, StoreError>> {
-        publish::publish(&self.inner, batch)
+        let outcomes = publish::publish(&self.inner, batch);
+        for published in outcomes
+            .iter()
+            .flatten()
+            .filter(|published| !published.same)
+        {
+            self.inner.files.fetch_add(1, Ordering::Relaxed);
+            self.inner
+                .bytes
+                .fetch_add(published.size, Ordering::Relaxed);
+        }
+        outcomes
+    }
+
+    /// Files and bytes that were stored since the store was opened, but for those that were there already.
+    pub fn stored(&self) -> (u64, u64) {
+        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        (count(&self.inner.files), count(&self.inner.bytes))
     }
 
     /// How full the store is now.
@@ -486,6 +506,8 @@ struct Inner {
     min_free: u64,
     root: PathBuf,
     state: Mutex<State>,
+    files: AtomicU64,
+    bytes: AtomicU64,
 }
 
 #[derive(Debug)]

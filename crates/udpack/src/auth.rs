@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::fmt;
 use std::future::Future;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant, SystemTime};
 
 use futures_util::future::BoxFuture;
 
@@ -56,6 +56,9 @@ impl fmt::Debug for Hello {
 pub struct Peer {
     id: Arc<str>,
     claims: Arc<[(String, String)]>,
+    expires: Option<SystemTime>,
+    /// Which token of a file it came with.
+    pub(crate) digest: Option<[u8; 32]>,
 }
 
 impl Peer {
@@ -64,6 +67,8 @@ impl Peer {
         Self {
             id: id.as_ref().into(),
             claims: Arc::new([]),
+            expires: None,
+            digest: None,
         }
     }
 
@@ -72,6 +77,31 @@ impl Peer {
     pub fn with_claims(mut self, claims: Vec<(String, String)>) -> Self {
         self.claims = claims.into();
         self
+    }
+
+    /// The same peer, welcome until `time`: then the server closes its socket with `auth_expired`, unless it
+    /// has presented a new token. A time that has passed refuses it with the same code.
+    #[must_use]
+    pub fn expires_at(mut self, time: SystemTime) -> Self {
+        self.expires = Some(time);
+        self
+    }
+
+    /// Until when it is welcome; `None` without an end.
+    pub fn expires(&self) -> Option<SystemTime> {
+        self.expires
+    }
+
+    /// How long that is from now on.
+    pub(crate) fn time_left(&self) -> Option<Duration> {
+        let left = self.expires?.duration_since(SystemTime::now());
+        Some(left.unwrap_or_default())
+    }
+
+    /// Whether both are the same one, whatever else is known of them: their ids are equal. A token can be
+    /// refreshed and a session resumed only by the same identity.
+    pub fn same_identity(&self, other: &Self) -> bool {
+        self.id == other.id
     }
 
     /// The id.
@@ -94,7 +124,24 @@ impl fmt::Debug for Peer {
     }
 }
 
-/// The verifier's refusal.
+/// Who is known at a session; another token of the same identity may bring other claims.
+#[derive(Debug, Default)]
+pub(crate) struct PeerCell(RwLock<Option<Peer>>);
+
+impl PeerCell {
+    pub(crate) fn get(&self) -> Option<Peer> {
+        self.0
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    pub(crate) fn set(&self, peer: Peer) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Some(peer);
+    }
+}
+
+/// The refusal of a verifier, or of a channel's authorization.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Deny {
     pub(crate) code: CloseCode,
@@ -108,6 +155,19 @@ impl Deny {
             code: CloseCode::AUTH_FAILED,
             text: "the token was not accepted".to_owned(),
         }
+    }
+
+    /// The token was right and its time is over.
+    pub fn auth_expired() -> Self {
+        Self {
+            code: CloseCode::AUTH_EXPIRED,
+            text: "the token has expired".to_owned(),
+        }
+    }
+
+    /// The peer is known but may not do this. The client sees the text.
+    pub fn forbidden(text: impl Into<String>) -> Self {
+        Self::new(CloseCode::FORBIDDEN, text)
     }
 
     /// A refusal with a code and text of your choice. The client sees both.
@@ -127,6 +187,14 @@ impl Deny {
 pub trait Authenticate: Send + Sync + 'static {
     /// Looks at `hello` and says who this is, or refuses.
     fn authenticate(&self, hello: Hello) -> BoxFuture<'static, Result<Peer, Deny>>;
+
+    /// Whether a peer that was let in is still welcome; `false` closes its socket with `auth_revoked`. Asked of
+    /// each socket every `Timeouts::recheck`; must not block. One that panics ends the socket. Defaults to
+    /// `true`.
+    fn is_valid(&self, peer: &Peer) -> bool {
+        let _ = peer;
+        true
+    }
 }
 
 impl<F, Fut> Authenticate for F
@@ -141,11 +209,18 @@ where
 
 impl Authenticate for crate::tokens::TokenFile {
     fn authenticate(&self, hello: Hello) -> BoxFuture<'static, Result<Peer, Deny>> {
-        let verdict = self.verify(hello.token()).map_or_else(
-            || Err(Deny::auth_failed()),
-            |entry| Ok(Peer::new(entry.id()).with_claims(entry.fields().to_vec())),
-        );
+        // The time is looked at only when the token is right: who guesses learns nothing of it.
+        let verdict = match self.find(hello.token()) {
+            None => Err(Deny::auth_failed()),
+            Some(entry) if entry.is_expired() => Err(Deny::auth_expired()),
+            Some(entry) => Ok(entry.peer()),
+        };
         Box::pin(std::future::ready(verdict))
+    }
+
+    /// Whether the token that the peer came with is still in the file, under its id.
+    fn is_valid(&self, peer: &Peer) -> bool {
+        self.has(peer)
     }
 }
 

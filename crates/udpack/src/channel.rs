@@ -3,8 +3,8 @@
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, OnceLock, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -12,14 +12,18 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tracing::Instrument;
 
 use crate::code::{CloseCode, CloseReason, Fault, Side};
 use crate::config::Priority;
-use crate::control::{self, REPLY};
+use crate::control::{self, ControlError, REPLY, Resumed};
 use crate::inbox::{Ending, Inbox};
 use crate::message::{DecodeError, EncodeError, Encoded, Message};
-use crate::outbox::{self, Outbox, PushError};
-use crate::session::{End, Lease, Session};
+use crate::metrics::{Count, Words};
+use crate::outbox::{self, Outbox, PushError, Way, Written};
+use crate::resume::Mismatch;
+use crate::rooms::Guest;
+use crate::session::{ChannelKey, End, Lease, Session};
 use crate::speed::{Counters, SpeedMeter, Stats};
 
 /// A named, ordered, bidirectional exchange of `[event, data]` messages with one peer.
@@ -45,14 +49,31 @@ pub(crate) struct Opened {
     pub(crate) resumable: bool,
 }
 
+/// A channel as its streams see it: what they carry to and fro, one after the other if it is resumable.
+pub(crate) struct Pipe {
+    pub(crate) key: ChannelKey,
+    priority: Priority,
+    /// The `$open` it began with, at the opener of a resumable channel.
+    open: Option<Bytes>,
+    outbox: Arc<Outbox>,
+    inbox: Arc<Inbox>,
+    counters: Arc<Counters>,
+    end: Arc<End>,
+    registration: u64,
+}
+
 pub(crate) struct Inner {
     pub(crate) session: Arc<Session>,
+    /// The connection it began on.
+    conn: Arc<quinn::Connection>,
     opened: Opened,
     pub(crate) outbox: Arc<Outbox>,
     pub(crate) inbox: Arc<Inbox>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) end: Arc<End>,
     pub(crate) next_request: AtomicU64,
+    /// What stands for this channel in rooms, from the first one on; only at a server.
+    member: OnceLock<Arc<Guest>>,
     _lease: Option<Arc<Lease>>,
 }
 
@@ -64,63 +85,81 @@ impl Drop for Inner {
             "the channel was dropped",
         ));
         self.inbox.stop(CloseCode::NORMAL, end);
+        self.session.prune();
+    }
+}
+
+/// Leads to a channel without keeping it open.
+pub(crate) struct WeakChannel(Weak<Inner>);
+
+impl WeakChannel {
+    pub(crate) fn upgrade(&self) -> Option<Channel> {
+        self.0.upgrade().map(|inner| Channel { inner })
     }
 }
 
 impl Channel {
-    /// Puts a channel over a stream; its writer runs until the channel or the connection ends.
+    pub(crate) fn downgrade(&self) -> WeakChannel {
+        WeakChannel(Arc::downgrade(&self.inner))
+    }
+
+    /// Puts a channel over a stream; its writer runs until the channel or the connection ends. `own` says that
+    /// this side opened it.
     pub(crate) fn start(
         session: Arc<Session>,
         opened: Opened,
-        send: quinn::SendStream,
+        own: bool,
+        way: Way,
+        link: u64,
         inbox: Inbox,
         counters: Arc<Counters>,
     ) -> Self {
-        let outbox = Outbox::new(
-            session.limits.outbound_bytes,
-            session.limits.outbound_messages,
-            opened.priority,
-        );
-        // Fails only on a stream that has ended, as the writer will find.
-        let _ = send.set_priority(opened.priority.quic());
-        let end = Arc::new(End::default());
-        let key = session.register(&outbox);
-        let inbox = Arc::new(inbox);
-        let writer = {
-            let (outbox, session, counters, end, inbox) = (
-                outbox.clone(),
-                session.clone(),
-                counters.clone(),
-                end.clone(),
-                inbox.clone(),
-            );
-            async move {
-                let written =
-                    outbox::write_loop(outbox, send, session.clone(), counters.clone()).await;
-                if let Err(mut reason) = written {
-                    if reason.by == Side::Peer && session.conn().close_reason().is_none() {
-                        reason = closing_words(&inbox, &session, &counters)
-                            .await
-                            .unwrap_or(reason);
-                    }
-                    if !reason.is_normal() {
-                        end.set(reason);
-                    }
-                }
-                session.unregister(key);
-            }
+        let key = ChannelKey { own, id: opened.id };
+        let limits = &session.limits;
+        let (bytes, messages, budget) = if opened.resumable {
+            let budget = session.budget.clone();
+            (limits.replay_bytes, limits.replay_messages, Some(budget))
+        } else {
+            (limits.outbound_bytes, limits.outbound_messages, None)
         };
-        session.tasks.spawn(writer);
+        let outbox = Outbox::new(bytes, messages, opened.priority, budget);
+        let inbox = Arc::new(inbox);
+        let end = Arc::new(End::default());
+        let pipe = Arc::new(Pipe {
+            key,
+            priority: opened.priority,
+            open: way.first.clone().filter(|_| own && opened.resumable),
+            outbox: outbox.clone(),
+            inbox: inbox.clone(),
+            counters: counters.clone(),
+            end: end.clone(),
+            registration: session.next_registration(),
+        });
+        session.register(pipe.registration, &pipe);
+        session.tally.one(Count::Channels);
+        let conn = way.conn.clone();
+        pipe.spawn_writer(&session, way);
+        if opened.resumable {
+            inbox.count(key);
+            session.keep(&pipe);
+            let (conn, now) = session.link();
+            if own && now != link {
+                // The connection was exchanged in the meantime, and this channel was not among those kept.
+                session.tasks.spawn(pipe.reopen(session.clone(), conn, now));
+            }
+        }
         let lease = session.lease();
         Self {
             inner: Arc::new(Inner {
                 session,
+                conn,
                 opened,
                 outbox,
                 inbox,
                 counters,
                 end,
                 next_request: AtomicU64::new(1),
+                member: OnceLock::new(),
                 _lease: lease,
             }),
         }
@@ -158,11 +197,12 @@ impl Channel {
         &self.inner.session
     }
 
-    pub(crate) fn queue_open(&self, frame: &Bytes) -> Result<(), SendError> {
-        self.inner
-            .outbox
-            .force(frame)
-            .map_err(|error| self.send_error(error))
+    pub(crate) fn outbox(&self) -> &Arc<Outbox> {
+        &self.inner.outbox
+    }
+
+    pub(crate) fn member(&self) -> &OnceLock<Arc<Guest>> {
+        &self.inner.member
     }
 
     /// Sends one message. Structs travel as maps.
@@ -181,10 +221,10 @@ impl Channel {
         event: &str,
         data: &T,
     ) -> Result<(), SendError> {
-        while !self.try_send(event, data)? {
-            self.inner.outbox.room().await;
-        }
-        Ok(())
+        application_event(event)?;
+        let limit = self.inner.session.frame_limit();
+        let queued = self.inner.outbox.message(event, data, None, limit).await;
+        queued.map_err(|error| self.send_error(error))
     }
 
     /// Sends one message if the queue has room now; `Ok(false)` says that it has none.
@@ -212,10 +252,9 @@ impl Channel {
     /// # Cancel safety
     /// As [`send`](Self::send).
     pub async fn send_encoded(&self, message: &Encoded) -> Result<(), SendError> {
-        while !self.try_send_encoded(message)? {
-            self.inner.outbox.room().await;
-        }
-        Ok(())
+        let limit = self.inner.session.frame_limit();
+        let queued = self.inner.outbox.encoded(message, limit).await;
+        queued.map_err(|error| self.send_error(error))
     }
 
     /// Sends an encoded message if the queue has room now; `Ok(false)` says that it has none.
@@ -247,16 +286,9 @@ impl Channel {
     ) -> Result<(), SendError> {
         application_event(event)?;
         let limit = self.inner.session.frame_limit();
-        loop {
-            let queued = self
-                .inner
-                .outbox
-                .try_bulk(event, header, key, &payload, limit);
-            if queued.map_err(|error| self.send_error(error))? {
-                return Ok(());
-            }
-            self.inner.outbox.room().await;
-        }
+        let outbox = &self.inner.outbox;
+        let queued = outbox.bulk(event, header, key, &payload, limit).await;
+        queued.map_err(|error| self.send_error(error))
     }
 
     /// The next message; `Ok(None)` after the peer has finished or closed with `normal`.
@@ -303,9 +335,8 @@ impl Channel {
     /// # Errors
     /// As [`send`](Self::send).
     pub async fn fault(&self, request: &Message, fault: &Fault) -> Result<(), SendError> {
-        let limit = self.inner.session.frame_limit();
-        match (request.id()).and_then(|id| control::encode_fault(fault, id, limit)) {
-            Some(frame) => self.send_frame(frame).await,
+        match request.id() {
+            Some(id) => self.send_fault(fault, id).await,
             None => Ok(()),
         }
     }
@@ -321,20 +352,27 @@ impl Channel {
         data: &T,
     ) -> Result<(), SendError> {
         let limit = self.inner.session.frame_limit();
-        loop {
-            let queued = self.inner.outbox.try_message(REPLY, data, Some(id), limit);
-            match queued.map_err(|error| self.send_error(error)) {
-                Ok(true) => return Ok(()),
-                Ok(false) => self.inner.outbox.room().await,
-                Err(SendError::Encode(error)) => {
-                    let fault = Fault::new(Fault::INTERNAL, "the reply could not be encoded");
-                    if let Some(frame) = control::encode_fault(&fault, id, limit) {
-                        self.send_frame(frame).await?;
-                    }
-                    return Err(SendError::Encode(error));
-                }
-                Err(error) => return Err(error),
+        let queued = self
+            .inner
+            .outbox
+            .message(REPLY, data, Some(id), limit)
+            .await;
+        match queued.map_err(|error| self.send_error(error)) {
+            Err(SendError::Encode(error)) => {
+                let fault = Fault::new(Fault::INTERNAL, "the reply could not be encoded");
+                self.send_fault(&fault, id).await?;
+                Err(SendError::Encode(error))
             }
+            other => other,
+        }
+    }
+
+    pub(crate) async fn send_fault(&self, fault: &Fault, id: u64) -> Result<(), SendError> {
+        let session = &self.inner.session;
+        session.tally.word(Words::FaultsSent, &fault.code);
+        match control::encode_fault(fault, id, session.frame_limit()) {
+            Some(frame) => self.send_frame(frame).await,
+            None => Ok(()),
         }
     }
 
@@ -386,14 +424,18 @@ impl Channel {
     pub async fn closed(&self) -> CloseReason {
         let both_done = async {
             let _ = self.inner.outbox.wait_ended().await;
-            // The other direction's end is seen by whoever reads; the connection's end by everybody.
-            self.inner.session.conn().closed().await
+            // The other direction's end is seen by whoever reads; the socket's end by everybody.
+            if self.is_resumable() {
+                self.inner.session.end.wait().await
+            } else {
+                let error = self.inner.conn.closed().await;
+                self.inner.session.reason_for(&error)
+            }
         };
         tokio::select! {
             biased;
             reason = self.inner.end.wait() => reason,
-            error = both_done => {
-                let reason = self.inner.session.reason_for(&error);
+            reason = both_done => {
                 self.inner.end.set(reason);
                 self.inner.end.wait().await
             }
@@ -405,7 +447,19 @@ impl Channel {
         self.inner.end.get().cloned()
     }
 
-    /// Bytes queued here and not yet taken over by QUIC.
+    /// Whether the channel outlives its connection, as the opener asked and where the session does.
+    pub fn is_resumable(&self) -> bool {
+        self.inner.opened.resumable
+    }
+
+    /// Messages of a resumable channel that the peer's library has not confirmed, replies and the like counted
+    /// as well. What is left when such a channel ends with `not_resumed` may or may not have arrived. 0 for
+    /// other channels, and once this side's direction has ended.
+    pub fn unconfirmed(&self) -> u64 {
+        self.inner.outbox.unconfirmed()
+    }
+
+    /// Bytes queued here and not yet taken over by QUIC; for a resumable channel, not yet confirmed.
     pub fn queued_bytes(&self) -> usize {
         self.inner.outbox.queued()
     }
@@ -459,6 +513,192 @@ impl Channel {
                 SendError::Closed(self.inner.end.get().cloned().unwrap_or(reason))
             }
         }
+    }
+}
+
+impl Pipe {
+    /// Whether nothing can come of it any more, in either direction.
+    pub(crate) fn is_over(&self) -> bool {
+        self.outbox.is_over() && self.inbox.ending().is_some()
+    }
+
+    /// Ends the channel because there will be no other stream for it. What has arrived can still be read.
+    pub(crate) fn fail(&self, session: &Session, reason: &CloseReason) {
+        self.end.set(reason.clone());
+        self.outbox.end(Err(reason.clone()));
+        self.inbox.fail(Ending::Closed(reason.clone()));
+        self.unregister(session);
+    }
+
+    /// Counts the channel as one that is over.
+    fn unregister(&self, session: &Session) {
+        if session.unregister(self.registration) {
+            let finished = || CloseReason::local(CloseCode::NORMAL, "");
+            let reason = self.end.get().cloned().unwrap_or_else(finished);
+            session.tally.less(Count::Channels);
+            session.tally.channel_closed(&reason);
+        }
+    }
+
+    /// Lets what is queued go out, then ends the direction.
+    pub(crate) fn finish(&self) {
+        self.outbox.finish(None);
+    }
+
+    /// Nothing will be repeated any more.
+    pub(crate) fn forget(&self) {
+        self.outbox.forget();
+    }
+
+    /// Lets what is queued go out and ends the channel for this reason when the peer has ended it, too.
+    pub(crate) fn finish_because(&self, reason: &CloseReason) {
+        self.inbox.finish_as(reason.clone());
+        self.outbox.finish_because(reason.clone());
+    }
+
+    /// The peer has this many frames.
+    pub(crate) fn confirm(&self, received: u64) -> Result<(), Mismatch> {
+        self.outbox.confirm(received)
+    }
+
+    /// Opens another stream for a channel of our own, over connection number `link`, and goes on there.
+    pub(crate) async fn reopen(
+        self: Arc<Self>,
+        session: Arc<Session>,
+        conn: Arc<quinn::Connection>,
+        link: u64,
+    ) {
+        let Some(open) = &self.open else { return };
+        let Some(received) = session.on_link(link, || self.inbox.detach()) else {
+            return;
+        };
+        let opened = async {
+            let (mut send, recv) = conn.open_bi().await.ok()?;
+            let _ = send.set_priority(self.priority.quic());
+            let frame = control::reopen(open, received)?;
+            send.write_chunk(frame).await.ok()?;
+            let inbox = Inbox::new(recv, session.limits.frame);
+            let first = poll_fn(|cx| inbox.poll_first(cx, &session, &self.counters)).await;
+            Some((send, inbox, first))
+        };
+        let Some((send, inbox, first)) = opened.await else {
+            // The connection is gone again; the next one brings another try.
+            return;
+        };
+        let answer = match &first {
+            Ok(message) if message.event() == control::CLOSE => {
+                control::decode_close(message).map(Err)
+            }
+            Ok(message) => control::decode_resume(message).map(Ok),
+            Err(_) if conn.close_reason().is_some() => return,
+            Err(Ending::Closed(reason) | Ending::Violation(reason)) => Ok(Err(reason.clone())),
+            Err(Ending::Finished) => Err(ControlError::Unexpected {
+                expected: control::RESUME,
+            }),
+        };
+        match answer {
+            Ok(Ok(Resumed { done: true, .. })) => {
+                self.outbox.end(Ok(()));
+                self.inbox.fail(Ending::Finished);
+                self.unregister(&session);
+                session.prune();
+            }
+            Ok(Ok(Resumed { received, .. })) => {
+                self.go_on(&session, (conn, link), (send, inbox), received, None);
+            }
+            Ok(Err(reason)) => self.fail(&session, &reason),
+            Err(error) => self.fail(
+                &session,
+                &CloseReason::local(error.close_code(), error.to_string()),
+            ),
+        }
+    }
+
+    /// Goes on with the stream that the peer opened for a channel it had opened before, over connection number
+    /// `link`; the peer has this many frames.
+    pub(crate) fn accept(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        (conn, link): (Arc<quinn::Connection>, u64),
+        stream: (quinn::SendStream, Inbox),
+        received: u64,
+    ) {
+        let Some(have) = session.on_link(link, || self.inbox.detach()) else {
+            return;
+        };
+        let answer = Resumed {
+            received: have,
+            done: false,
+        };
+        self.go_on(
+            session,
+            (conn, link),
+            stream,
+            received,
+            control::encode_resume(answer),
+        );
+    }
+
+    fn go_on(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        (conn, link): (Arc<quinn::Connection>, u64),
+        (stream, inbox): (quinn::SendStream, Inbox),
+        received: u64,
+        first: Option<Bytes>,
+    ) {
+        let _ = stream.set_priority(self.priority.quic());
+        let went_on = session.on_link(link, || {
+            let epoch = self.outbox.rewind(received)?;
+            self.inbox.attach(inbox);
+            Ok(epoch)
+        });
+        match went_on {
+            None => {}
+            Some(Ok(epoch)) => self.spawn_writer(
+                session,
+                Way {
+                    conn,
+                    stream,
+                    epoch,
+                    first,
+                },
+            ),
+            Some(Err(Mismatch)) => {
+                let text = "the peer says it has messages that were never sent";
+                self.fail(
+                    session,
+                    &CloseReason::local(CloseCode::RESUME_MISMATCH, text),
+                );
+            }
+        }
+    }
+
+    fn spawn_writer(self: &Arc<Self>, session: &Arc<Session>, way: Way) {
+        // Fails only on a stream that has ended, as the writer will find.
+        let _ = way.stream.set_priority(self.priority.quic());
+        let (pipe, session) = (self.clone(), session.clone());
+        let tasks = session.tasks.clone();
+        let writer = async move {
+            let counters = pipe.counters.clone();
+            let written =
+                outbox::write_loop(pipe.outbox.clone(), way, session.clone(), counters).await;
+            if let Written::Ended(Err(mut reason)) = written {
+                if reason.by == Side::Peer && session.conn().close_reason().is_none() {
+                    reason = closing_words(&pipe.inbox, &session, &pipe.counters)
+                        .await
+                        .unwrap_or(reason);
+                }
+                if !reason.is_normal() {
+                    pipe.end.set(reason);
+                }
+            }
+            if pipe.outbox.is_over() {
+                pipe.unregister(&session);
+                session.prune();
+            }
+        };
+        tasks.spawn(writer.in_current_span());
     }
 }
 

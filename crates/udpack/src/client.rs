@@ -3,22 +3,30 @@
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tracing::Instrument;
+use tracing::field::Empty;
 
 use crate::auth::Peer;
-use crate::code::{CloseCode, CloseReason};
-use crate::config::{CongestionControl, Limits, TOKEN_BYTES, Timeouts};
-use crate::control;
-use crate::endpoint::{self, InvalidSetting};
+use crate::code::{CloseCode, CloseReason, Side};
+use crate::config::{CongestionControl, Limits, Timeouts};
+use crate::control::{self, ResumeRequest, ResumeTicket};
+use crate::endpoint::{self, InvalidSetting, Via};
 use crate::fingerprint::Fingerprint;
 use crate::inbox::Inbox;
+use crate::lifetime::{TokenSource, check_token};
+use crate::metrics::Tally;
+use crate::qlog::Qlog;
+use crate::reconnect::{Reconnect, State, StateFeed};
 use crate::router::ServeChannel;
 use crate::server::{CHANNEL_QUEUE, default_agent};
-use crate::session::Session;
-use crate::socket::{Control, Registry, Socket, drive};
+use crate::session::{Session, lock};
+use crate::socket::{Comeback, Control, Link, Registry, Socket, live};
 use crate::speed::Counters;
 use crate::tls::{PinCheck, Trust, client_tls};
 use crate::url::{ConnectUrl, DEFAULT_PORT};
@@ -32,12 +40,18 @@ pub struct Client {
 struct Settings {
     config: quinn::ClientConfig,
     pin: Option<(Fingerprint, PinCheck)>,
-    token: String,
+    token: TokenSource,
     agent: String,
     registry: Arc<Registry>,
     limits: Arc<Limits>,
     timeouts: Arc<Timeouts>,
     bind: Option<SocketAddr>,
+    reconnect: Option<Reconnect>,
+    /// Servers to go to when the one that was asked for is gone.
+    fallbacks: Vec<(ConnectUrl, Client)>,
+    via: Via,
+    congestion: CongestionControl,
+    qlog: Option<Qlog>,
 }
 
 impl Client {
@@ -45,17 +59,23 @@ impl Client {
     pub fn builder() -> ClientBuilder {
         ClientBuilder {
             pin: None,
-            token: String::new(),
+            token: TokenSource::Fixed(String::new()),
             agent: default_agent(),
             registry: Registry::default(),
             limits: Limits::default(),
             timeouts: Timeouts::default(),
             congestion: CongestionControl::default(),
             bind: None,
+            reconnect: None,
+            fallbacks: Vec::new(),
+            via: Via::default(),
+            qlog: None,
         }
     }
 
     /// Connects to `HOST[:PORT]` and waits until the server has let us in. The default port is 45456.
+    ///
+    /// With [`ClientBuilder::reconnect`] the socket comes back by itself when its connection is lost.
     ///
     /// # Errors
     /// See [`ConnectError`].
@@ -80,21 +100,101 @@ impl Client {
     /// # Cancel safety
     /// A dropped future closes what it had begun.
     pub async fn connect_eager(&self, address: &str) -> Result<Socket, ConnectError> {
+        let settings = &self.inner;
         let url: ConnectUrl = address
             .parse()
             .map_err(|_| ConnectError::Address(address.to_owned()))?;
+        let mut outage = Outage::default();
+        let (first, serving) = loop {
+            let mut last = None;
+            for (at, (url, client)) in self.servers(&url).enumerate() {
+                match client.reach(url, None).await {
+                    Ok(link) => {
+                        last = Some(Ok((link, at)));
+                        break;
+                    }
+                    Err(error) => last = last.or(Some(Err(error))),
+                }
+            }
+            match (last, settings.reconnect) {
+                (Some(Ok(reached)), _) => break reached,
+                (Some(Err(error)), Some(policy)) if policy.first_too && error.retry() => {
+                    match outage.next(&policy) {
+                        Some((_, delay)) => tokio::time::sleep(delay).await,
+                        None => return Err(error),
+                    }
+                }
+                (Some(Err(error)), _) => return Err(error),
+                (None, _) => return Err(ConnectError::Address(address.to_owned())),
+            }
+        };
+        let remote = first.conn.remote_address();
+        let span = tracing::info_span!("conn", peer = %remote, session = Empty);
+        let session = span.in_scope(|| {
+            Session::new(
+                first.conn,
+                true,
+                settings.limits.clone(),
+                settings.timeouts.clone(),
+                Counters::root(),
+                Tally::root(),
+                first.endpoint,
+                settings.reconnect.map(|_| StateFeed::new()),
+            )
+        });
+        let server = match &settings.pin {
+            Some((pin, _)) => Peer::new(pin.to_string()),
+            None => Peer::new(url.host()),
+        };
+        session.peer.set(server);
+        session.life.fed_by(&settings.token);
+        let (queue, incoming) = mpsc::channel(CHANNEL_QUEUE);
+        let socket = Socket::new(session.clone(), incoming);
+        let comeback = match settings.reconnect {
+            Some(policy) => Comeback::Dialled(Box::new(Dialler {
+                client: self.clone(),
+                url,
+                policy,
+                serving,
+            })),
+            None => Comeback::Never,
+        };
+        let registry = settings.registry.clone();
+        // Owned by the connection: the driver ends when the session does, and the last handle ends that.
+        tokio::spawn(live(session, first.control, registry, queue, comeback).instrument(span));
+        Ok(socket)
+    }
+
+    /// The server asked for, then those to go to in its stead.
+    fn servers<'a>(
+        &'a self,
+        url: &'a ConnectUrl,
+    ) -> impl Iterator<Item = (&'a ConnectUrl, &'a Self)> {
+        let fallbacks = self.inner.fallbacks.iter();
+        std::iter::once((url, self)).chain(fallbacks.map(|(url, client)| (url, client)))
+    }
+
+    /// Connects to one of the server's addresses and introduces us.
+    async fn reach(
+        &self,
+        url: &ConnectUrl,
+        ticket: Option<ResumeTicket>,
+    ) -> Result<Link, ConnectError> {
         let (host, port) = (url.host().to_owned(), url.port());
         let resolve = |source| ConnectError::Resolve {
             host: host.clone(),
             source,
         };
+        let token = self.inner.token.token(self.inner.timeouts.request).await;
+        let token = token.map_err(ConnectError::Token)?;
+        check_token(&token)?;
         let mut last = resolve(io::Error::other("the name has no address"));
         for address in tokio::net::lookup_host((host.as_str(), port))
             .await
             .map_err(resolve)?
         {
-            match self.dial(address, &host).await {
-                Ok(socket) => return Ok(socket),
+            match self.dial(address, &host, &token, ticket.clone()).await {
+                Ok(link) => return Ok(link),
                 // The server was reached: another of its addresses would not change its mind.
                 Err(error @ (ConnectError::PinMismatch { .. } | ConnectError::Denied(_))) => {
                     return Err(error);
@@ -105,7 +205,13 @@ impl Client {
         Err(last)
     }
 
-    async fn dial(&self, address: SocketAddr, host: &str) -> Result<Socket, ConnectError> {
+    async fn dial(
+        &self,
+        address: SocketAddr,
+        host: &str,
+        token: &str,
+        ticket: Option<ResumeTicket>,
+    ) -> Result<Link, ConnectError> {
         let settings = &self.inner;
         let local = settings.bind.unwrap_or_else(|| {
             let any = if address.is_ipv6() {
@@ -115,14 +221,17 @@ impl Client {
             };
             SocketAddr::new(any, 0)
         });
-        let socket =
-            endpoint::bind(local, settings.limits.socket_buffer).map_err(ConnectError::Local)?;
-        let runtime = Arc::new(quinn::TokioRuntime);
-        let endpoint =
-            quinn::Endpoint::new(quinn::EndpointConfig::default(), None, socket, runtime)
-                .map_err(ConnectError::Local)?;
+        let endpoint = settings
+            .via
+            .open(
+                local,
+                settings.limits.socket_buffer,
+                quinn::EndpointConfig::default(),
+                None,
+            )
+            .map_err(ConnectError::Local)?;
         let connecting = endpoint
-            .connect_with(settings.config.clone(), address, host)
+            .connect_with(self.config(address), address, host)
             .map_err(|error| ConnectError::Dial {
                 address,
                 text: error.to_string(),
@@ -137,35 +246,43 @@ impl Client {
             .open_bi()
             .await
             .map_err(|error| ConnectError::Denied(CloseReason::from_connection(&error)))?;
-        let hello = control::encode_hello(&settings.token, &settings.agent, &settings.limits, None)
-            .map_err(|_| ConnectError::Setting(InvalidSetting("the token cannot be sent")))?;
+        let resume = (settings.reconnect.is_some() || ticket.is_some())
+            .then_some(ResumeRequest { session: ticket });
+        let hello =
+            control::encode_hello(token, &settings.agent, &settings.limits, resume.as_ref())
+                .map_err(|_| ConnectError::Setting(InvalidSetting("the token cannot be sent")))?;
         let _ = send.set_priority(i32::MAX);
         send.write_chunk(hello).await.map_err(|_| {
             ConnectError::Denied(crate::session::lost("the connection ended before $hello"))
         })?;
-        let session = Session::new(
+        Ok(Link {
             conn,
-            true,
-            settings.limits.clone(),
-            settings.timeouts.clone(),
-            Counters::root(),
-            Some(endpoint),
-        );
-        let server = match &settings.pin {
-            Some((pin, _)) => Peer::new(pin.to_string()),
-            None => Peer::new(host),
-        };
-        let _ = session.peer.set(server);
-        let (queue, incoming) = mpsc::channel(CHANNEL_QUEUE);
-        let control = Control {
-            send,
-            inbox: Inbox::new(recv, settings.limits.frame),
-        };
-        let span = tracing::info_span!("conn", peer = %address);
-        let socket = Socket::new(session.clone(), incoming);
-        // Owned by the connection: the driver ends when the connection does, and the last handle ends that.
-        tokio::spawn(drive(session, control, settings.registry.clone(), queue).instrument(span));
-        Ok(socket)
+            endpoint: Some(endpoint),
+            control: Control {
+                send,
+                inbox: Inbox::new(recv, settings.limits.frame),
+            },
+            welcome: None,
+        })
+    }
+
+    /// The settings of one more connection.
+    fn config(&self, address: SocketAddr) -> quinn::ClientConfig {
+        let settings = &self.inner;
+        let mut config = settings.config.clone();
+        let stream = settings.qlog.as_ref().map(|qlog| qlog.stream(address));
+        if let Some(Some(stream)) = stream
+            && let Ok(mut transport) = endpoint::transport(
+                &settings.limits,
+                &settings.timeouts,
+                settings.congestion,
+                false,
+            )
+        {
+            transport.qlog_stream(Some(stream));
+            config.transport_config(Arc::new(transport));
+        }
+        config
     }
 
     fn dial_error(&self, address: SocketAddr, error: &quinn::ConnectionError) -> ConnectError {
@@ -207,17 +324,158 @@ impl fmt::Debug for Client {
     }
 }
 
+/// The time without a connection.
+#[derive(Default)]
+struct Outage {
+    since: Option<Instant>,
+    attempts: u32,
+}
+
+impl Outage {
+    /// The number of the next try and how long to wait for it; `None` when it is time to give up.
+    fn next(&mut self, policy: &Reconnect) -> Option<(u32, Duration)> {
+        let since = *self.since.get_or_insert_with(Instant::now);
+        let spent = policy.attempts.is_some_and(|most| self.attempts >= most);
+        if spent || since.elapsed() >= policy.patience {
+            return None;
+        }
+        self.attempts += 1;
+        Some((self.attempts, policy.delay(self.attempts)))
+    }
+}
+
+/// What brings a client's socket back when its connection is lost.
+pub(crate) struct Dialler {
+    client: Client,
+    url: ConnectUrl,
+    policy: Reconnect,
+    /// Which of the servers it was connected to last.
+    serving: usize,
+}
+
+impl Dialler {
+    /// Makes the next connection, for as long as the policy allows. After a move to the next server, `moved`
+    /// says, the one before is the last to be tried.
+    pub(crate) async fn next(
+        &mut self,
+        session: &Arc<Session>,
+        mut reason: CloseReason,
+        moved: bool,
+    ) -> Result<Link, CloseReason> {
+        let servers = 1 + self.client.inner.fallbacks.len();
+        let mut begin = self.serving;
+        // A server that goes away has told when to come; then its turn has come already.
+        let mut wait = Duration::ZERO;
+        if moved {
+            begin += 1;
+        } else if let Some(goaway) = lock(&session.received_goaway).take() {
+            begin += 1;
+            wait = goaway.wait();
+        }
+        let mut outage = Outage::default();
+        loop {
+            let Some((attempt, delay)) = outage.next(&self.policy) else {
+                return Err(reason);
+            };
+            let delay = if moved && attempt == 1 {
+                Duration::ZERO
+            } else {
+                delay.max(wait)
+            };
+            wait = Duration::ZERO;
+            tracing::info!(attempt, ?delay, %reason, "reconnecting");
+            if let Some(states) = &session.states {
+                states.set(State::Reconnecting { attempt, delay });
+            }
+            tokio::time::sleep(delay).await;
+            // Twice each, and the one that has our session first.
+            let at = (begin + (attempt as usize - 1) / 2) % servers;
+            let Some((url, client)) = self.client.servers(&self.url).nth(at) else {
+                return Err(reason);
+            };
+            match client.come_back(session, url).await {
+                Ok(link) => {
+                    self.serving = at;
+                    return Ok(link);
+                }
+                Err(error) => {
+                    let now = match &error {
+                        ConnectError::Denied(reason) => reason.clone(),
+                        ConnectError::PinMismatch { .. } => {
+                            CloseReason::new(CloseCode::AUTH_FAILED, error.to_string(), Side::Local)
+                        }
+                        _ => CloseReason::new(
+                            CloseCode::CONNECTION_LOST,
+                            error.to_string(),
+                            Side::Transport,
+                        ),
+                    };
+                    if !error.retry() {
+                        return Err(now);
+                    }
+                    reason = now;
+                }
+            }
+        }
+    }
+}
+
+impl Client {
+    /// Connects with what proves that the session is ours, and hears what the server says to that.
+    async fn come_back(&self, session: &Session, url: &ConnectUrl) -> Result<Link, ConnectError> {
+        let ticket = session.welcome().and_then(|welcome| {
+            Some(ResumeTicket {
+                session: welcome.session.clone(),
+                token: welcome.resume.as_ref()?.token,
+            })
+        });
+        let mut link = self.reach(url, ticket).await?;
+        let (conn, inbox) = (&link.conn, &link.control.inbox);
+        let denied = |reason| Err(ConnectError::Denied(reason));
+        let first = std::future::poll_fn(|cx| inbox.poll_first(cx, session, &session.counters));
+        let first = match tokio::time::timeout(session.timeouts.auth, first).await {
+            Ok(first) => first,
+            Err(_) => return denied(crate::session::lost("no $welcome in time")),
+        };
+        match first {
+            Ok(message) => match control::decode_welcome(&message) {
+                Ok(welcome) => {
+                    link.welcome = Some(welcome);
+                    Ok(link)
+                }
+                Err(error) => {
+                    conn.close(error.close_code().varint(), b"");
+                    denied(CloseReason::local(error.close_code(), error.to_string()))
+                }
+            },
+            Err(_) => {
+                // The reason is the connection's, which may come a moment after the end of the stream.
+                let error = tokio::time::timeout(session.timeouts.auth, conn.closed()).await;
+                denied(match error {
+                    Ok(error) => CloseReason::from_connection(&error),
+                    Err(_) => crate::session::lost("the control stream ended before $welcome"),
+                })
+            }
+        }
+    }
+}
+
 /// A client in the making; see [`Client::builder`].
+#[derive(Clone)]
 #[must_use = "a builder does nothing until `connect` or `build` is called"]
 pub struct ClientBuilder {
     pin: Option<Fingerprint>,
-    token: String,
+    token: TokenSource,
     agent: String,
     registry: Registry,
     limits: Limits,
     timeouts: Timeouts,
     congestion: CongestionControl,
     bind: Option<SocketAddr>,
+    reconnect: Option<Reconnect>,
+    fallbacks: Vec<(String, Option<Fingerprint>)>,
+    via: Via,
+    qlog: Option<PathBuf>,
 }
 
 impl ClientBuilder {
@@ -231,7 +489,23 @@ impl ClientBuilder {
     /// What to present to the server, at most 512 bytes. It leaves this program only after the server has
     /// proved its key. Defaults to the empty token.
     pub fn token(mut self, token: impl Into<String>) -> Self {
-        self.token = token.into();
+        self.token = TokenSource::Fixed(token.into());
+        self
+    }
+
+    /// Asks `source` for the token at every connect, in the place of [`token`](Self::token). When the server
+    /// tells how long the token counts, `source` is asked again after about two thirds of that time for as long
+    /// as the socket lives, and its token presented as by [`Socket::refresh`].
+    ///
+    /// It has `Timeouts::request` to answer. A failure to connect for lack of a token is
+    /// [`ConnectError::Token`]; a failure to refresh goes to the log and is tried again while time is left.
+    pub fn token_with<F, Fut, E>(mut self, source: F) -> Self
+    where
+        F: Fn() -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<String, E>> + Send + 'static,
+        E: fmt::Display,
+    {
+        self.token = TokenSource::ask(source);
         self
     }
 
@@ -278,24 +552,71 @@ impl ClientBuilder {
         self
     }
 
+    /// Makes sockets come back by themselves when their connection is lost, with their session where the
+    /// server still has it: resumable channels go on without loss, others end with the connection. Defaults to
+    /// not at all: a socket ends with its connection.
+    ///
+    /// What is worth another try: see [`ConnectError::retry`].
+    pub fn reconnect(mut self, reconnect: Reconnect) -> Self {
+        self.reconnect = Some(reconnect);
+        self
+    }
+
+    /// Adds a server to go to when the one asked for, and those added before, cannot be reached or go away:
+    /// `HOST[:PORT]` and its key if that is another (without one: the client's pin, or the platform's CAs). A
+    /// session does not move with its client: at another server it is a new one.
+    pub fn fallback(mut self, address: impl Into<String>, pin: Option<Fingerprint>) -> Self {
+        self.fallbacks.push((address.into(), pin));
+        self
+    }
+
+    #[cfg(feature = "testing")]
+    pub(crate) fn via(mut self, via: Via) -> Self {
+        self.via = via;
+        self
+    }
+
+    #[cfg(feature = "testing")]
+    pub(crate) fn network(&self) -> &Via {
+        &self.via
+    }
+
+    /// Writes what QUIC does into this directory, a file for each connection; see `ServerBuilder::qlog`.
+    /// Defaults to none.
+    pub fn qlog(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.qlog = Some(dir.into());
+        self
+    }
+
     /// Finishes the settings.
     ///
     /// # Errors
     /// When a setting makes no sense or TLS cannot be set up.
-    pub fn build(self) -> Result<Client, ConnectError> {
-        if self.token.len() > TOKEN_BYTES {
-            return Err(InvalidSetting("a token has at most 512 bytes").into());
+    pub fn build(mut self) -> Result<Client, ConnectError> {
+        let mut fallbacks = Vec::new();
+        for (address, pin) in std::mem::take(&mut self.fallbacks) {
+            let Ok(url) = address.parse() else {
+                return Err(ConnectError::Address(address));
+            };
+            let builder = Self {
+                pin: pin.or(self.pin),
+                ..self.clone()
+            };
+            fallbacks.push((url, builder.build()?));
+        }
+        if let TokenSource::Fixed(token) = &self.token {
+            check_token(token)?;
         }
         let trust = self.pin.map_or(Trust::PlatformRoots, Trust::Pin);
         let (tls, check) =
             client_tls(trust).map_err(|error| ConnectError::Tls(error.to_string()))?;
         let mut config = quinn::ClientConfig::new(Arc::new(tls));
-        config.transport_config(endpoint::transport(
+        config.transport_config(Arc::new(endpoint::transport(
             &self.limits,
             &self.timeouts,
             self.congestion,
             false,
-        )?);
+        )?));
         if let Some((channel, state)) = self.registry.missing {
             return Err(ConnectError::MissingState { channel, state });
         }
@@ -311,6 +632,11 @@ impl ClientBuilder {
                 limits: Arc::new(self.limits),
                 timeouts: Arc::new(self.timeouts),
                 bind: self.bind,
+                reconnect: self.reconnect,
+                fallbacks,
+                via: self.via,
+                congestion: self.congestion,
+                qlog: self.qlog.map(|dir| Qlog::new(dir, "client")),
             }),
         })
     }
@@ -344,6 +670,7 @@ impl fmt::Debug for ClientBuilder {
 /// | --- | --- | --- |
 /// | `Setting` | no | it stays wrong |
 /// | `Tls` | no | it stays wrong |
+/// | `Token` | yes | whoever gives the tokens is out of reach |
 /// | `Address` | no | it stays wrong |
 /// | `Resolve` | yes | the resolver is out of reach as often as the name is wrong |
 /// | `Local` | yes | the system is short of something |
@@ -371,6 +698,9 @@ pub enum ConnectError {
     /// TLS could not be set up.
     #[error("cannot set up TLS: {0}")]
     Tls(String),
+    /// The source of tokens gave none; see [`ClientBuilder::token_with`].
+    #[error("no token to present: {0}")]
+    Token(String),
     /// The address is not `HOST[:PORT]`.
     #[error("not an address: {0:?}, expected HOST[:PORT] (default port {DEFAULT_PORT})")]
     Address(String),
@@ -424,7 +754,8 @@ impl ConnectError {
     /// Whether trying again later can help.
     pub fn retry(&self) -> bool {
         match self {
-            Self::Resolve { .. }
+            Self::Token(_)
+            | Self::Resolve { .. }
             | Self::Local(_)
             | Self::Dial { .. }
             | Self::Unreachable { .. } => true,
@@ -447,6 +778,7 @@ impl ConnectError {
                 CloseCode::AUTH_FAILED
                     | CloseCode::AUTH_REQUIRED
                     | CloseCode::AUTH_REVOKED
+                    | CloseCode::AUTH_EXPIRED
                     | CloseCode::FORBIDDEN
                     | CloseCode::AUTH_TIMEOUT
             ),
@@ -467,6 +799,7 @@ mod tests {
         let all = vec![
             ConnectError::Setting(InvalidSetting("")),
             ConnectError::Tls(text.clone()),
+            ConnectError::Token(text.clone()),
             ConnectError::Address(text.clone()),
             ConnectError::Resolve {
                 host: text.clone(),
@@ -489,6 +822,7 @@ mod tests {
             match error {
                 ConnectError::Setting(_)
                 | ConnectError::Tls(_)
+                | ConnectError::Token(_)
                 | ConnectError::Address(_)
                 | ConnectError::Resolve { .. }
                 | ConnectError::Local(_)

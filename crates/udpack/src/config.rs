@@ -35,10 +35,24 @@ pub struct Limits {
     pub outbound_bytes: usize,
     /// Messages queued for sending on one channel before `send` waits. Default 1,024.
     pub outbound_messages: usize,
+    /// Bytes of a resumable channel that the peer has not confirmed, sent or not, before `send` waits. Default
+    /// 4 MiB: it bounds what one round trip can carry.
+    pub replay_bytes: usize,
+    /// Messages of a resumable channel that the peer has not confirmed before `send` waits. Default 16,384.
+    pub replay_messages: usize,
+    /// Bytes that all resumable channels of a session together may keep while it has no connection, before
+    /// `send` waits. Default 16 MiB.
+    pub resume_bytes: usize,
+    /// Sessions without a connection that a server keeps. Default 1,024; a further one ends at once.
+    pub detached_sockets: usize,
     /// Messages that may wait unread while a request on the same channel waits for its reply. Default 1,024.
     pub backlog_messages: usize,
     /// Bytes of such messages. Default 1 MiB.
     pub backlog_bytes: usize,
+    /// Rooms in all, of one server. Default 65,536.
+    pub rooms: usize,
+    /// Rooms one channel may be in. Default 64.
+    pub rooms_per_channel: usize,
     /// QUIC flow-control window of one stream, in bytes. Default 8 MiB: 1 Gbit/s at 64 ms. Below
     /// `connection_window`, so that one channel that nobody reads leaves room for the others. For a reader that
     /// cannot keep up quinn holds that much, at about three times its size.
@@ -53,6 +67,10 @@ pub struct Limits {
     pub receive_budget: u64,
     /// Failed authentications by one address before it is refused for a while. Default 3.
     pub auth_failures: u32,
+    /// Events and keys whose newest volatile message waits, each way, for each socket. Default 1,024.
+    pub volatile_keys: usize,
+    /// Bytes of such messages, each way; also the largest one. Default 1 MiB.
+    pub volatile_bytes: usize,
     /// Kernel buffer asked for on each UDP socket, in bytes, each direction. Default 8 MiB.
     pub socket_buffer: usize,
 }
@@ -69,13 +87,21 @@ impl Default for Limits {
             channel_rate: 100,
             outbound_bytes: 1 << 20,
             outbound_messages: 1024,
+            replay_bytes: 4 << 20,
+            replay_messages: 16_384,
+            resume_bytes: 16 << 20,
+            detached_sockets: 1024,
             backlog_messages: 1024,
             backlog_bytes: 1 << 20,
+            rooms: 65_536,
+            rooms_per_channel: 64,
             stream_window: 8 << 20,
             connection_window: 12 << 20,
             send_window: 16 << 20,
             receive_budget: 512 << 20,
             auth_failures: 3,
+            volatile_keys: 1024,
+            volatile_bytes: 1 << 20,
             socket_buffer: 8 << 20,
         }
     }
@@ -100,12 +126,20 @@ pub struct Timeouts {
     pub idle: Duration,
     /// QUIC keep-alive interval; must be well below `idle`. Default 10 s.
     pub keep_alive: Duration,
+    /// How long a server keeps a session whose connection is lost, for a client that asked for it. Default 60 s;
+    /// 0 keeps none.
+    pub resume: Duration,
     /// A graceful close waits this long for queued messages and for the peer. Default 5 s.
     pub close: Duration,
     /// Default deadline of a request. Default 30 s.
     pub request: Duration,
     /// A handler that answers a request must do so within this. Default 30 s.
     pub handler: Duration,
+    /// How often a server asks its verifier whether a peer that is in is still welcome. Default 30 s.
+    pub recheck: Duration,
+    /// After a session was resumed, what it had tracked on a channel that ended with the old connection must be
+    /// tracked again within this, or it leaves. Default 10 s.
+    pub presence: Duration,
 }
 
 impl Default for Timeouts {
@@ -118,9 +152,12 @@ impl Default for Timeouts {
             slow_peer: Duration::from_secs(10),
             idle: Duration::from_secs(30),
             keep_alive: Duration::from_secs(10),
+            resume: Duration::from_secs(60),
             close: Duration::from_secs(5),
             request: Duration::from_secs(30),
             handler: Duration::from_secs(30),
+            recheck: Duration::from_secs(30),
+            presence: Duration::from_secs(10),
         }
     }
 }
@@ -199,12 +236,25 @@ pub enum CongestionControl {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Drain {
     pub(crate) within: Duration,
+    pub(crate) spread: Duration,
 }
 
 impl Drain {
-    /// Refuse new sockets and channels, let running channels finish for at most `within`, then close.
+    /// Refuse new sockets and channels, let running channels finish for at most `within`, then close. Clients
+    /// that reconnect by themselves are asked to leave one after the other during the first half of that.
     pub fn within(within: Duration) -> Self {
-        Self { within }
+        Self {
+            within,
+            spread: within / 2,
+        }
+    }
+
+    /// Asks the clients to leave one after the other over this long, so that those who take them are not
+    /// stormed.
+    #[must_use]
+    pub fn spread(mut self, spread: Duration) -> Self {
+        self.spread = spread;
+        self
     }
 }
 
@@ -219,6 +269,12 @@ impl Default for Drain {
 pub(crate) const PREAUTH_BYTES: u32 = 16 << 10;
 /// Streams an unauthenticated peer may open: control, and a few channels pipelined behind it.
 pub(crate) const PREAUTH_STREAMS: u32 = 4;
+/// Unidirectional streams an admitted peer may have open: volatile messages that are too large for a datagram.
+pub(crate) const VOLATILE_STREAMS: u32 = 1;
+/// Bytes of datagrams that wait in QUIC to be read; there is always somebody who reads.
+pub(crate) const DATAGRAMS_IN: usize = 64 << 10;
+/// Bytes of datagrams that wait in QUIC to be sent. Few: what waits before can still be replaced by newer.
+pub(crate) const DATAGRAMS_OUT: usize = 16 << 10;
 /// Longest token, in bytes.
 pub(crate) const TOKEN_BYTES: usize = 512;
 /// Smallest connection window of an admitted socket.

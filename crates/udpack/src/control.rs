@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::{BufMut, Bytes, BytesMut};
 use serde::Serialize;
 
 use crate::code::{CloseCode, CloseReason, printable};
@@ -29,6 +29,7 @@ pub(crate) const REFRESHED: &str = "$refreshed";
 pub(crate) const GAP: &str = "$gap";
 pub(crate) const REPLY: &str = "$reply";
 pub(crate) const FAULT: &str = "$fault";
+pub(crate) const CHANNELS: &str = "$channels";
 pub(crate) const CANCEL: &str = "$cancel";
 pub(crate) const PUSH: &str = "$push";
 pub(crate) const END: &str = "$end";
@@ -581,6 +582,58 @@ pub(crate) fn encode_open<T: Serialize + ?Sized>(
     limit: usize,
 ) -> Result<Bytes, EncodeError> {
     protocol_within(OPEN, open, None, limit)
+}
+
+/// The `$open` that a resumable channel began with, once more: with the number of frames received since.
+pub(crate) fn reopen(open: &Bytes, received: u64) -> Option<Bytes> {
+    // What `encode_open` writes: prefix, array of two, the event, and a map of fewer than 15 fields.
+    let map = crate::frame::PREFIX + 2 + OPEN.len();
+    let (head, rest) = (open.get(..map)?, open.get(map + 1..)?);
+    let fields = open
+        .get(map)
+        .filter(|fields| (0x80..0x8f).contains(*fields))?;
+    let mut frame = BytesMut::from(head);
+    frame.put_u8(fields + 1);
+    frame.put_slice(rest);
+    let mut writer = frame.writer();
+    rmp::encode::write_str(&mut writer, "received").ok()?;
+    rmp::encode::write_uint(&mut writer, received).ok()?;
+    let mut frame = writer.into_inner();
+    let length = u32::try_from(frame.len() - crate::frame::PREFIX).ok()?;
+    frame
+        .get_mut(..crate::frame::PREFIX)?
+        .copy_from_slice(&length.to_be_bytes());
+    Some(frame.freeze())
+}
+
+/// Which of its resumable channels the sender still has: its first message on a connection that resumed the
+/// session, in both directions.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Channels {
+    /// The ids of those that the sender opened.
+    pub open: Vec<u64>,
+}
+
+/// Reads a `$channels`.
+///
+/// # Errors
+/// When it is another message or has a missing, unknown, doubled or wrongly typed field.
+pub fn decode_channels(message: &Message) -> Result<Channels, ControlError> {
+    let field = |source| ControlError::Field {
+        event: CHANNELS,
+        source,
+    };
+    let fields = fields(message, CHANNELS, &["open"])?;
+    let mut values = fields.array("open").map_err(field)?;
+    let mut open = Vec::new();
+    while values.remaining() > 0 {
+        open.push(values.next_u64().map_err(field)?);
+    }
+    Ok(Channels { open })
+}
+
+pub(crate) fn encode_channels(open: Vec<u64>) -> Option<Bytes> {
+    protocol(CHANNELS, &Channels { open }, None).ok()
 }
 
 /// The acceptor's answer to an `$open` with `received`: its first frame on the new stream.

@@ -5,10 +5,15 @@ use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 
 use quinn::congestion::{BbrConfig, ControllerFactory, CubicConfig, NewRenoConfig};
-use quinn::{IdleTimeout, TransportConfig, VarInt};
+use quinn::{
+    Endpoint, EndpointConfig, IdleTimeout, ServerConfig, TokioRuntime, TransportConfig, VarInt,
+};
 use socket2::{Domain, Protocol, Socket as RawSocket, Type};
 
-use crate::config::{CongestionControl, Limits, PREAUTH_BYTES, PREAUTH_STREAMS, Timeouts};
+use crate::config::{
+    CongestionControl, DATAGRAMS_IN, DATAGRAMS_OUT, Limits, PREAUTH_BYTES, PREAUTH_STREAMS,
+    Timeouts, VOLATILE_STREAMS,
+};
 
 /// Binds a UDP socket with large kernel buffers; says in the log what to do when the kernel gives less.
 pub(crate) fn bind(address: SocketAddr, buffer: usize) -> io::Result<UdpSocket> {
@@ -49,13 +54,44 @@ fn grow_buffers(socket: &RawSocket, wanted: usize) {
     }
 }
 
+/// Where the UDP sockets of a server or client come from.
+#[derive(Debug, Clone, Default)]
+pub(crate) enum Via {
+    /// The operating system.
+    #[default]
+    System,
+    /// A network in memory.
+    #[cfg(feature = "testing")]
+    Net(crate::testing::Host),
+}
+
+impl Via {
+    /// A QUIC endpoint on a socket at this address, with kernel buffers of this size where there is a kernel.
+    pub(crate) fn open(
+        &self,
+        address: SocketAddr,
+        buffer: usize,
+        settings: EndpointConfig,
+        server: Option<ServerConfig>,
+    ) -> io::Result<Endpoint> {
+        let runtime = Arc::new(TokioRuntime);
+        match self {
+            Self::System => Endpoint::new(settings, server, bind(address, buffer)?, runtime),
+            #[cfg(feature = "testing")]
+            Self::Net(host) => {
+                Endpoint::new_with_abstract_socket(settings, server, host.open(address)?, runtime)
+            }
+        }
+    }
+}
+
 /// The QUIC settings of one side. A server starts small and grants more on admission.
 pub(crate) fn transport(
     limits: &Limits,
     timeouts: &Timeouts,
     congestion: CongestionControl,
     server: bool,
-) -> Result<Arc<TransportConfig>, InvalidSetting> {
+) -> Result<TransportConfig, InvalidSetting> {
     let mut transport = TransportConfig::default();
     let idle = IdleTimeout::try_from(timeouts.idle)
         .map_err(|_| InvalidSetting("idle time is too long"))?;
@@ -77,22 +113,24 @@ pub(crate) fn transport(
         CongestionControl::Bbr => Arc::new(BbrConfig::default()),
         CongestionControl::NewReno => Arc::new(NewRenoConfig::default()),
     };
-    let (window, streams) = if server {
-        (PREAUTH_BYTES, PREAUTH_STREAMS.min(limits.channels + 1))
+    let (window, streams, volatile) = if server {
+        let streams = PREAUTH_STREAMS.min(limits.channels.saturating_add(1));
+        (PREAUTH_BYTES, streams, 0)
     } else {
-        (limits.connection_window, limits.channels)
+        (limits.connection_window, limits.channels, VOLATILE_STREAMS)
     };
     transport
         .max_idle_timeout(Some(idle))
         .keep_alive_interval(Some(timeouts.keep_alive))
         .max_concurrent_bidi_streams(streams.into())
-        .max_concurrent_uni_streams(0_u32.into())
-        .datagram_receive_buffer_size(None)
+        .max_concurrent_uni_streams(volatile.into())
+        .datagram_receive_buffer_size(Some(DATAGRAMS_IN))
+        .datagram_send_buffer_size(DATAGRAMS_OUT)
         .stream_receive_window(limits.stream_window.into())
         .receive_window(window.into())
         .send_window(limits.send_window)
         .congestion_controller_factory(factory);
-    Ok(Arc::new(transport))
+    Ok(transport)
 }
 
 /// A number as QUIC takes it; larger ones become the largest.

@@ -24,6 +24,7 @@ use crate::extract::{EventHandler, Handler};
 use crate::inbox::{Ending, NoReply};
 use crate::items::{Streaming, send_item};
 use crate::message::{self, Encoded, Message};
+use crate::metrics::{Count, Words};
 use crate::request::RequestError;
 use crate::router::{Next, Router};
 
@@ -43,7 +44,7 @@ impl Context {
     }
 
     /// Who sent it: the identity found at authentication.
-    pub fn peer(&self) -> Option<&Peer> {
+    pub fn peer(&self) -> Option<Peer> {
         self.channel.session().peer.get()
     }
 
@@ -345,7 +346,10 @@ fn cancelled(channel: &Channel, id: u64) {
     let limit = channel.session().frame_limit();
     let fault = Fault::new(Fault::CANCELLED, "the request was given up");
     if let Some(frame) = control::encode_fault(&fault, id, limit) {
-        let _ = channel.try_send_encoded(&Encoded::from_frame(frame));
+        if let Ok(true) = channel.try_send_encoded(&Encoded::from_frame(frame)) {
+            let tally = &channel.session().tally;
+            tally.word(Words::FaultsSent, Fault::CANCELLED);
+        }
     }
 }
 
@@ -409,7 +413,7 @@ async fn event(channel: &Channel, router: Arc<Router>, message: Message) {
                 log(channel, &message, fault);
             }
         }
-        Err(_) => log(channel, &message, &panicked()),
+        Err(_) => log(channel, &message, &panicked(channel)),
     }
 }
 
@@ -429,7 +433,7 @@ async fn gap(channel: &Channel, router: &Arc<Router>, message: Message) {
     // Called in the future, so that a panic of the function itself is caught as well.
     let work = async { on_gap(gap, cx).await };
     if AssertUnwindSafe(work).catch_unwind().await.is_err() {
-        log(channel, &message, &panicked());
+        log(channel, &message, &panicked(channel));
     }
 }
 
@@ -458,16 +462,14 @@ async fn request(
     };
     let frame = outcome
         .and_then(|data| message::encode_raw(REPLY, &data, id, limit).map_err(|_| no_reply()));
-    let frame = match frame {
-        Ok(frame) => Some(frame),
+    let sent = match frame {
+        Ok(frame) => channel.send_frame(frame).await,
         Err(fault) => {
             log(channel, &message, &fault);
-            control::encode_fault(&fault, id, limit)
+            channel.send_fault(&fault, id).await
         }
     };
-    if let Some(frame) = frame
-        && let Err(error) = channel.send_frame(frame).await
-    {
+    if let Err(error) = sent {
         tracing::debug!(%error, "the answer could not be sent");
     }
 }
@@ -488,7 +490,7 @@ async fn attend(
         let wake = deadline.map_or(until, |deadline| deadline.min(until));
         match tokio::time::timeout_at(wake, &mut work).await {
             Ok(Ok(answer)) => return answer,
-            Ok(Err(_)) => return panicked().into(),
+            Ok(Err(_)) => return panicked(channel).into(),
             Err(_) if deadline.is_some_and(|deadline| deadline <= Instant::now()) => {
                 return late("no answer within the request's deadline").into();
             }
@@ -558,10 +560,11 @@ async fn stream_out(
             Err(_) => return Err(late("the stream did not end within the request's deadline")),
         },
     };
-    outcome.unwrap_or_else(|_| Err(panicked()))
+    outcome.unwrap_or_else(|_| Err(panicked(channel)))
 }
 
 fn log(channel: &Channel, message: &Message, fault: &Fault) {
+    channel.session().tally.not_handled(&fault.code);
     if let Some(left_out) = channel.session().quiet.line() {
         let event = crate::code::printable(message.event(), 128);
         tracing::warn!(%event, code = %fault.code, left_out, "message not handled: {}", fault.message);
@@ -574,7 +577,8 @@ fn after(time: Instant, patience: Duration) -> Instant {
         .unwrap_or_else(|| time + Duration::from_secs(1 << 30))
 }
 
-fn panicked() -> Fault {
+fn panicked(channel: &Channel) -> Fault {
+    channel.session().tally.one(Count::HandlerPanics);
     Fault::new(Fault::INTERNAL, "the handler failed")
 }
 

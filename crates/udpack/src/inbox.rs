@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::{Pin, pin};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
@@ -22,11 +22,14 @@ use crate::control::{
 };
 use crate::frame::FrameDecoder;
 use crate::message::Message;
-use crate::session::{Session, lock, lost};
+use crate::metrics::Count;
+use crate::session::{ChannelKey, Session, lock, lost};
 use crate::speed::Counters;
 
 /// QUIC chunks taken in one call.
 const CHUNKS: usize = 32;
+/// Messages counted at once, at most.
+const COUNTED: u64 = 64;
 
 pub(crate) struct Inbox {
     state: Mutex<State>,
@@ -34,7 +37,12 @@ pub(crate) struct Inbox {
 }
 
 struct State {
-    stream: quinn::RecvStream,
+    /// None while a resumable channel has no connection.
+    stream: Option<quinn::RecvStream>,
+    resume: Option<Received>,
+    /// How the direction ends when its stream is lost, or finished, once that is decided from outside.
+    on_loss: Option<Ending>,
+    on_finish: Option<CloseReason>,
     decoder: FrameDecoder,
     /// Chunks taken from QUIC and not yet decoded.
     chunks: VecDeque<Bytes>,
@@ -49,7 +57,36 @@ struct State {
     mark: u64,
     /// A frame was completed since the timer was last looked at.
     completed: bool,
+    /// Messages that the tally does not hold yet.
+    uncounted: u64,
     waker: Waker,
+}
+
+/// What a resumable channel has received.
+#[derive(Debug)]
+struct Received {
+    key: ChannelKey,
+    /// Frames since the channel began; one more when the peer has ended its direction.
+    frames: u64,
+    /// What the peer was told of that.
+    told: u64,
+    /// Bytes received since then.
+    bytes: usize,
+}
+
+impl Received {
+    /// Received frames that the peer is told of at the latest.
+    const FRAMES: u64 = 256;
+    /// Received bytes that the peer is told of at the latest.
+    const BYTES: usize = 128 << 10;
+
+    fn tell(&mut self, session: &Session) {
+        if self.told != self.frames {
+            self.told = self.frames;
+            self.bytes = 0;
+            session.confirm_later(self.key, self.frames);
+        }
+    }
 }
 
 /// How the receiving direction ended.
@@ -83,7 +120,10 @@ impl Inbox {
         let waiters = Arc::new(Waiters::default());
         let waker = Waker::from(waiters.clone());
         let state = State {
-            stream,
+            stream: Some(stream),
+            resume: None,
+            on_loss: None,
+            on_finish: None,
             decoder: FrameDecoder::new(frame_limit),
             chunks: VecDeque::new(),
             backlog: VecDeque::new(),
@@ -94,12 +134,72 @@ impl Inbox {
             received: 0,
             mark: 0,
             completed: false,
+            uncounted: 0,
             waker,
         };
         Self {
             state: Mutex::new(state),
             waiters,
         }
+    }
+
+    /// Counts the frames that come from now on, because the channel may go on over another stream.
+    pub(crate) fn count(&self, key: ChannelKey) {
+        lock(&self.state).resume = Some(Received {
+            key,
+            frames: 0,
+            told: 0,
+            bytes: 0,
+        });
+    }
+
+    /// Gives up the present stream, if any, and tells how many frames were received.
+    pub(crate) fn detach(&self) -> u64 {
+        let mut state = lock(&self.state);
+        state.stream = None;
+        state.chunks = VecDeque::new();
+        state.timer = None;
+        state.resume.as_mut().map_or(0, |count| {
+            count.told = count.frames;
+            count.bytes = 0;
+            count.frames
+        })
+    }
+
+    /// Goes on with the stream of `next`, whose first frame has been read.
+    pub(crate) fn attach(&self, next: Self) {
+        let next = next
+            .state
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner);
+        let mut state = lock(&self.state);
+        match &state.end {
+            None => {
+                state.decoder = next.decoder;
+                state.chunks = next.chunks;
+                state.stream = next.stream;
+                drop(state);
+                self.waiters.wake_by_ref();
+            }
+            Some(Ending::Finished) => {}
+            // The peer may not have heard of it yet.
+            Some(Ending::Closed(reason) | Ending::Violation(reason)) => {
+                if let Some(mut stream) = next.stream {
+                    let _ = stream.stop(reason.code.varint());
+                }
+            }
+        }
+    }
+
+    /// Ends the direction with this once what has arrived is read.
+    pub(crate) fn fail(&self, ending: Ending) {
+        lock(&self.state).on_loss = Some(ending);
+        self.waiters.wake_by_ref();
+    }
+
+    /// Lets a clean end of the stream read as this reason.
+    pub(crate) fn finish_as(&self, reason: CloseReason) {
+        lock(&self.state).on_finish = Some(reason);
     }
 
     /// Raises or lowers the frame limit for frames not yet begun.
@@ -220,7 +320,9 @@ impl Inbox {
     pub(crate) fn stop(&self, code: CloseCode, ending: Ending) {
         let mut state = lock(&self.state);
         if state.end.is_none() {
-            let _ = state.stream.stop(code.varint());
+            if let Some(stream) = &mut state.stream {
+                let _ = stream.stop(code.varint());
+            }
             state.end = Some(ending);
             state.chunks = VecDeque::new();
             state.decoder = FrameDecoder::new(0);
@@ -262,11 +364,16 @@ impl State {
     /// Decodes the next message and files what belongs to the protocol.
     fn poll_step(&mut self, session: &Session, counters: &Counters) -> Poll<Step> {
         loop {
-            let message = match std::task::ready!(self.poll_decoded(session, counters)) {
+            let polled = self.poll_decoded(session, counters);
+            self.count(session, matches!(polled, Poll::Ready(Ok(_))));
+            let message = match std::task::ready!(polled) {
                 Ok(message) => message,
                 Err(end) => return Poll::Ready(Step::End(end)),
             };
             if !message.is_reserved() {
+                if message.id().is_some() {
+                    session.tally.one(Count::RequestsReceived);
+                }
                 return Poll::Ready(Step::Message(message));
             }
             let message = match self.calls.take(message) {
@@ -274,6 +381,7 @@ impl State {
                 Taken::Dropped => continue,
                 Taken::Filed => return Poll::Ready(Step::Filed),
                 Taken::Cancelled(id) => {
+                    session.tally.one(Count::RequestsCancelled);
                     self.cancelled(id);
                     return Poll::Ready(Step::Filed);
                 }
@@ -287,6 +395,7 @@ impl State {
                         Ok(reason) => Ending::Closed(reason),
                         Err(error) => violation(error.close_code(), &error),
                     };
+                    self.count_end(session);
                     return Poll::Ready(Step::End(self.ended(end)));
                 }
                 (GAP, _) => match control::decode_gap(&message) {
@@ -325,6 +434,15 @@ impl State {
         }
     }
 
+    /// Counts messages, a batch at a time: until none is left, or there are many.
+    fn count(&mut self, session: &Session, message: bool) {
+        self.uncounted += u64::from(message);
+        if self.uncounted > 0 && (!message || self.uncounted >= COUNTED) {
+            let messages = std::mem::take(&mut self.uncounted);
+            session.tally.add(Count::MessagesReceived, messages);
+        }
+    }
+
     fn poll_decoded(
         &mut self,
         session: &Session,
@@ -337,6 +455,15 @@ impl State {
             match self.decoder.next_frame() {
                 Ok(Some(body)) => {
                     self.completed = true;
+                    if let Some(count) = &mut self.resume {
+                        count.frames += 1;
+                        count.bytes += body.len();
+                        if count.frames - count.told >= Received::FRAMES
+                            || count.bytes >= Received::BYTES
+                        {
+                            count.tell(session);
+                        }
+                    }
                     let message = Message::decode(body)
                         .map_err(|error| self.ended(violation(error.close_code(), &error)));
                     return Poll::Ready(message);
@@ -352,10 +479,12 @@ impl State {
             }
             match self.poll_read(session) {
                 Poll::Ready(Ok(0)) => {
-                    let end = match self.decoder.finish() {
-                        Ok(()) => Ending::Finished,
-                        Err(error) => violation(error.close_code(), &error),
+                    let end = match (self.decoder.finish(), self.on_finish.take()) {
+                        (Ok(()), Some(reason)) => Ending::Closed(reason),
+                        (Ok(()), None) => Ending::Finished,
+                        (Err(error), _) => violation(error.close_code(), &error),
                     };
+                    self.count_end(session);
                     return Poll::Ready(Err(self.ended(end)));
                 }
                 Poll::Ready(Ok(bytes)) => {
@@ -364,6 +493,9 @@ impl State {
                 }
                 Poll::Ready(Err(end)) => return Poll::Ready(Err(self.ended(end))),
                 Poll::Pending => {
+                    if let Some(count) = &mut self.resume {
+                        count.tell(session);
+                    }
                     std::task::ready!(self.poll_timer(session.timeouts.frame));
                     let end = violation(
                         CloseCode::FRAME_TIMEOUT,
@@ -384,7 +516,13 @@ impl State {
         let mut cx = Context::from_waker(&waker);
         let mut chunks: [Bytes; CHUNKS] = std::array::from_fn(|_| Bytes::new());
         // `read_chunks` is cancel safe: a future that is not ready has taken nothing.
-        let read = pin!(self.stream.read_chunks(&mut chunks)).poll(&mut cx);
+        let read = match &mut self.stream {
+            Some(stream) => pin!(stream.read_chunks(&mut chunks)).poll(&mut cx),
+            None => match &self.on_loss {
+                Some(end) => return Poll::Ready(Err(end.clone())),
+                None => return Poll::Pending,
+            },
+        };
         match std::task::ready!(read) {
             Ok(Some(count)) => {
                 let mut bytes = 0;
@@ -395,7 +533,20 @@ impl State {
                 Poll::Ready(Ok(bytes))
             }
             Ok(None) => Poll::Ready(Ok(0)),
+            Err(quinn::ReadError::ConnectionLost(_)) if self.resume.is_some() => {
+                // The next connection brings another stream, or the end of the session its reason.
+                self.stream = None;
+                self.poll_read(session)
+            }
             Err(error) => Poll::Ready(Err(Ending::Closed(read_reason(session, error)))),
+        }
+    }
+
+    /// The peer has ended its direction, which counts as one more frame.
+    fn count_end(&mut self, session: &Session) {
+        if let Some(count) = &mut self.resume {
+            count.frames += 1;
+            count.tell(session);
         }
     }
 
@@ -432,8 +583,8 @@ impl State {
     }
 
     fn ended(&mut self, end: Ending) -> Ending {
-        if let Ending::Violation(reason) = &end {
-            let _ = self.stream.stop(reason.code.varint());
+        if let (Ending::Violation(reason), Some(stream)) = (&end, &mut self.stream) {
+            let _ = stream.stop(reason.code.varint());
         }
         self.timer = None;
         self.end.get_or_insert(end).clone()

@@ -44,29 +44,40 @@ mod control;
 mod endpoint;
 mod event;
 mod extensions;
-mod extract;
+pub mod extract;
 mod fingerprint;
 mod frame;
 mod handlers;
 mod identity;
 mod inbox;
 mod items;
+mod lifetime;
 mod message;
+mod metrics;
 mod msgpack;
 mod open;
 mod outbox;
+mod overflow;
+mod presence;
+mod qlog;
 mod quiet;
+mod reconnect;
 mod request;
+mod resume;
+mod rooms;
 mod router;
 mod secret_file;
 mod server;
 mod session;
 mod socket;
 mod speed;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod tls;
 mod tokens;
 mod turns;
 mod url;
+mod volatile;
 
 pub use auth::{Authenticate, Deny, Hello, Peer};
 pub use channel::{Channel, Closed, RecvError, SendError};
@@ -77,24 +88,32 @@ pub use control::{Gap, GoAway};
 pub use endpoint::InvalidSetting;
 pub use event::Event;
 pub use extensions::Extensions;
-pub use extract::{ByData, ByExtract, Data, EventHandler, Extract, FromMessage, Handler, State};
+pub use extract::{ByData, ByExtract, Data, EventHandler, Extract, FromMessage, Handler};
 pub use fingerprint::{Fingerprint, FingerprintError};
 pub use handlers::{Answer, Context, Handlers, IntoAnswer};
 pub use identity::{Identity, IdentityError};
 pub use items::{Items, Streaming};
+pub use lifetime::RefreshError;
 pub use message::{DecodeError, EncodeError, Encoded, Message, NameError};
+pub use metrics::{Ends, Metrics};
 pub use msgpack::{FieldError, Fields, Values};
 pub use open::{OpenChannel, OpenError};
+pub use overflow::Overflow;
+pub use presence::{PresenceDiff, PresenceEntry, PresenceMap, TrackError};
+pub use reconnect::{Reconnect, State, States};
 pub use request::{Request, RequestError};
+pub use rooms::{Broadcast, JoinError, Member, Rooms, Sent};
 pub use router::{ByFunction, ByRouter, Next, Router, ServeChannel, Service};
 pub use secret_file::SecretFileError;
 pub use server::{BindError, Server, ServerBuilder, ServerError};
+pub use session::SessionId;
 pub use socket::{IntoOutcome, Socket};
 pub use speed::{Speed, SpeedMeter, Stats};
 pub use tokens::{NewToken, TokenEntry, TokenFile, TokenFileError, TokenLineError, generate_token};
 #[cfg(feature = "derive")]
 pub use udpack_derive::Event;
 pub use url::{ConnectUrl, ConnectUrlError, DEFAULT_PORT};
+pub use volatile::{Volatile, VolatileError};
 
 /// What the derive macro's code names; not for anyone else.
 #[doc(hidden)]
@@ -108,9 +127,10 @@ pub mod __private {
 /// Pure functions over bytes; see `docs/PROTOCOL.md`.
 pub mod wire {
     pub use crate::control::{
-        Ack, ControlError, HelloMessage, Open, Refresh, Refreshed, ResumeGrant, ResumeRequest,
-        ResumeTicket, Resumed, Welcome, decode_ack, decode_close, decode_gap, decode_goaway,
-        decode_hello, decode_open, decode_refresh, decode_refreshed, decode_resume, decode_welcome,
+        Ack, Channels, ControlError, HelloMessage, Open, Refresh, Refreshed, ResumeGrant,
+        ResumeRequest, ResumeTicket, Resumed, Welcome, decode_ack, decode_channels, decode_close,
+        decode_gap, decode_goaway, decode_hello, decode_open, decode_refresh, decode_refreshed,
+        decode_resume, decode_welcome,
     };
     pub use crate::frame::{FrameDecoder, FrameError, PREFIX};
     pub use crate::message::{Message, MessageError};

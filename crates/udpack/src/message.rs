@@ -15,6 +15,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 
 use crate::code::CloseCode;
+use crate::control::{self, Gap};
 use crate::frame::PREFIX;
 use crate::msgpack::{
     FieldError, Fields, Head, MsgpackError, Reader, Shape, Walk, validate_within,
@@ -158,6 +159,12 @@ impl Message {
     /// Whether the event belongs to the protocol, not to the application.
     pub fn is_reserved(&self) -> bool {
         self.body[self.event.clone()].first() == Some(&RESERVED)
+    }
+
+    /// What a `$gap` says: messages of a room that were lost on the way here. The one event of the protocol that
+    /// `recv` hands out.
+    pub fn gap(&self) -> Option<Gap> {
+        control::decode_gap(self).ok()
     }
 
     /// The data as the MessagePack that came: a slice of the frame, not a copy.
@@ -457,10 +464,14 @@ impl Encoded {
         if message.is_reserved() {
             return Err(EncodeError::Reserved(message.event().to_owned()));
         }
+        Self::from_raw(message.event(), &message.raw())
+    }
+
+    /// `[event, data]` with sound data that is encoded already.
+    pub(crate) fn from_raw(event: &str, data: &[u8]) -> Result<Self, EncodeError> {
         let mut head = vec![0x92];
         // Writing to a vector cannot fail.
-        let _ = rmp::encode::write_str(&mut head, message.event());
-        let data = message.raw();
+        let _ = rmp::encode::write_str(&mut head, event);
         let size = head.len() + data.len();
         let prefix = u32::try_from(size).map_err(|_| EncodeError::TooLarge {
             size,
@@ -469,7 +480,7 @@ impl Encoded {
         let mut frame = BytesMut::with_capacity(PREFIX + size);
         frame.put_u32(prefix);
         frame.put_slice(&head);
-        frame.put_slice(&data);
+        frame.put_slice(data);
         Ok(Self(frame.freeze()))
     }
 

@@ -591,6 +591,11 @@ impl<'a> Walk<'a> {
         Ok(value)
     }
 
+    /// Values walked or announced so far.
+    pub(crate) fn elements(&self) -> usize {
+        self.elements
+    }
+
     /// Checks that nothing follows what was walked.
     #[inline]
     pub(crate) fn end(&self) -> Result<(), MsgpackError> {

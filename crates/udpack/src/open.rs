@@ -10,6 +10,8 @@ use crate::config::Priority;
 use crate::control::{self, GoAway};
 use crate::inbox::Inbox;
 use crate::message::EncodeError;
+use crate::metrics::Count;
+use crate::outbox::Way;
 use crate::socket::Socket;
 use crate::speed::Counters;
 
@@ -109,12 +111,6 @@ impl<'a, T: Serialize + Sync + ?Sized> OpenChannel<'a, T> {
         if name.starts_with('$') {
             return Err(EncodeError::Reserved(name.to_owned()).into());
         }
-        if let Some(goaway) = session.received_goaway.get() {
-            return Err(OpenError::GoingAway(goaway.clone()));
-        }
-        if session.closing() {
-            return Err(OpenError::Closed(socket.closed_reason()));
-        }
         let id = session.next_channel_id();
         let request = control::OpenRequest {
             id,
@@ -125,11 +121,20 @@ impl<'a, T: Serialize + Sync + ?Sized> OpenChannel<'a, T> {
             received: None,
         };
         let frame = control::encode_open(&request, session.frame_limit())?;
-        let patience = session.timeouts.request;
-        let (send, recv) = tokio::time::timeout(patience, session.conn().open_bi())
+        let opening = async {
+            loop {
+                let (conn, link) = session.ready().await?;
+                match conn.open_bi().await {
+                    Ok((stream, recv)) => return Ok((conn, link, stream, recv)),
+                    // Where the client reconnects, there will be another one.
+                    Err(_) if session.states.is_some() && !session.closing() => session.down(link),
+                    Err(error) => return Err(OpenError::Closed(session.reason_for(&error))),
+                }
+            }
+        };
+        let (conn, link, stream, recv) = tokio::time::timeout(session.timeouts.request, opening)
             .await
-            .map_err(|_| OpenError::TooManyChannels)?
-            .map_err(|error| OpenError::Closed(session.reason_for(&error)))?;
+            .map_err(|_| OpenError::TooManyChannels)??;
         let inbox = Inbox::new(recv, session.limits.frame);
         let counters = Counters::child(session.counters.clone());
         let opened = Opened {
@@ -139,9 +144,16 @@ impl<'a, T: Serialize + Sync + ?Sized> OpenChannel<'a, T> {
             priority: self.priority,
             resumable: self.resumable,
         };
-        let channel = Channel::start(session.clone(), opened, send, inbox, counters);
-        channel.queue_open(&frame)?;
-        Ok(channel)
+        let way = Way {
+            conn,
+            stream,
+            epoch: 0,
+            first: Some(frame),
+        };
+        session.tally.one(Count::ChannelsOpened);
+        let span = tracing::debug_span!(parent: &session.span, "channel", name, id);
+        let session = session.clone();
+        Ok(span.in_scope(|| Channel::start(session, opened, true, way, link, inbox, counters)))
     }
 }
 

@@ -3,10 +3,14 @@
 //! A message is encoded straight into the queue, so it is either queued whole or not at all, whatever
 //! happens to the future that queued it. The writer takes what has gathered and hands it to QUIC in one go:
 //! many small sends share packets without any timer.
+//!
+//! The queue of a resumable channel keeps what was written until the peer has confirmed it, counts it against
+//! the same bounds, and repeats it on the channel's next stream. Its writer ends with each connection.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::future::Future;
 use std::pin::pin;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::Poll;
 use std::time::Duration;
@@ -18,6 +22,10 @@ use tokio::sync::Notify;
 use crate::code::{CloseCode, CloseReason};
 use crate::config::Priority;
 use crate::message::{self, EncodeError, Encoded};
+use crate::metrics::Count;
+use crate::overflow::{Overflow, Overflowing, Push, Tag};
+use crate::resume::{Mismatch, Retained};
+use crate::rooms::Seat;
 use crate::session::{Session, lock, lost};
 use crate::speed::Counters;
 
@@ -51,10 +59,55 @@ struct State {
     tail_messages: usize,
     queued_bytes: usize,
     queued_messages: usize,
-    waiting: usize,
+    /// Numbers of those who wait for room, drawn from `overflow`: nothing that came to it later goes before them.
+    waiting: BTreeSet<u64>,
+    /// Messages of rooms that found no room here.
+    overflow: Overflowing,
+    /// The channel's place in its rooms, given up with the channel.
+    seat: Option<Seat>,
     /// The writer sleeps and wants to be woken.
     idle: bool,
     phase: Phase,
+    /// Why nothing more is taken, where the application did not ask for it.
+    why: Option<CloseReason>,
+    /// What a resumable channel keeps to repeat.
+    keep: Option<Keep>,
+    /// Which stream the queue goes to; a writer of an earlier one stops.
+    epoch: u64,
+}
+
+#[derive(Debug)]
+struct Keep {
+    retained: Retained,
+    /// Frames queued so far, since the channel began.
+    frames: u64,
+    budget: Arc<Budget>,
+}
+
+/// What all resumable channels of one session keep, and how much that may be while there is no connection.
+#[derive(Debug)]
+pub(crate) struct Budget {
+    detached: AtomicBool,
+    bytes: AtomicUsize,
+    limit: usize,
+}
+
+impl Budget {
+    pub(crate) fn new(limit: usize) -> Self {
+        Self {
+            detached: AtomicBool::new(false),
+            bytes: AtomicUsize::new(0),
+            limit,
+        }
+    }
+
+    pub(crate) fn set_detached(&self, detached: bool) {
+        self.detached.store(detached, Ordering::Relaxed);
+    }
+
+    fn exhausted(&self) -> bool {
+        self.detached.load(Ordering::Relaxed) && self.bytes.load(Ordering::Relaxed) >= self.limit
+    }
 }
 
 #[derive(Debug)]
@@ -83,12 +136,31 @@ pub(crate) enum PushError {
 
 enum Work {
     Idle,
-    Batch { bytes: usize, messages: usize },
+    Batch {
+        bytes: usize,
+        messages: usize,
+    },
     Finish(Option<Bytes>),
+    /// The queue goes to another stream by now, or is over.
+    Gone,
+}
+
+/// How a writer ended.
+pub(crate) enum Written {
+    /// With the channel.
+    Ended(Result<(), CloseReason>),
+    /// With the connection; the channel may go on over another.
+    Detached,
 }
 
 impl Outbox {
-    pub(crate) fn new(max_bytes: usize, max_messages: usize, priority: Priority) -> Arc<Self> {
+    /// A queue with these bounds; with a budget it keeps what is not confirmed.
+    pub(crate) fn new(
+        max_bytes: usize,
+        max_messages: usize,
+        priority: Priority,
+        budget: Option<Arc<Budget>>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             state: Mutex::new(State {
                 segments: VecDeque::new(),
@@ -96,9 +168,18 @@ impl Outbox {
                 tail_messages: 0,
                 queued_bytes: 0,
                 queued_messages: 0,
-                waiting: 0,
+                waiting: BTreeSet::new(),
+                overflow: Overflowing::default(),
+                seat: None,
                 idle: false,
                 phase: Phase::Open,
+                why: None,
+                keep: budget.map(|budget| Keep {
+                    retained: Retained::default(),
+                    frames: 0,
+                    budget,
+                }),
+                epoch: 0,
             }),
             work: Notify::new(),
             room: Notify::new(),
@@ -117,47 +198,95 @@ impl Outbox {
         id: Option<u64>,
         limit: usize,
     ) -> Result<bool, PushError> {
-        self.with_room(|state| {
-            let size = message::encode(&mut state.tail, event, data, id, limit)?;
-            state.grew(size);
-            Ok(())
-        })
+        self.with_room(|state| state.message(event, data, id, limit))
     }
 
-    /// Queues a bulk message: header now, payload behind it without a copy.
-    pub(crate) fn try_bulk<T: Serialize + ?Sized>(
+    /// Queues one message, as soon as there is room.
+    pub(crate) async fn message<T: Serialize + Sync + ?Sized>(
+        &self,
+        event: &str,
+        data: &T,
+        id: Option<u64>,
+        limit: usize,
+    ) -> Result<(), PushError> {
+        self.when_room(|state| state.message(event, data, id, limit))
+            .await
+    }
+
+    /// Queues a bulk message as soon as there is room: header now, payload behind it without a copy.
+    pub(crate) async fn bulk<T: Serialize + Sync + ?Sized>(
         &self,
         event: &str,
         header: &T,
         key: &str,
         payload: &Bytes,
         limit: usize,
-    ) -> Result<bool, PushError> {
-        self.with_room(|state| {
+    ) -> Result<(), PushError> {
+        self.when_room(|state| {
             let size =
                 message::encode_bulk(&mut state.tail, event, header, key, payload.len(), limit)?;
             state.grew(size.saturating_sub(payload.len()));
             state.cut_tail();
-            state.queued_bytes += payload.len();
+            state.queue(payload.len());
             state.segments.push_back(Segment {
                 bytes: payload.clone(),
                 messages: 0,
             });
             Ok(())
         })
+        .await
     }
 
-    /// Queues a frame that was encoded before.
+    /// Queues a frame that was encoded before, if there is room.
     pub(crate) fn try_encoded(&self, encoded: &Encoded, limit: usize) -> Result<bool, PushError> {
-        let bytes = encoded.bytes();
-        let size = bytes.len().saturating_sub(crate::frame::PREFIX);
-        if size > limit {
-            return Err(PushError::Encode(EncodeError::TooLarge { size, limit }));
+        check_size(encoded, limit).map_err(PushError::Encode)?;
+        self.with_room(|state| state.encoded(encoded))
+    }
+
+    /// Queues a frame that was encoded before, as soon as there is room.
+    pub(crate) async fn encoded(&self, encoded: &Encoded, limit: usize) -> Result<(), PushError> {
+        check_size(encoded, limit).map_err(PushError::Encode)?;
+        self.when_room(|state| state.encoded(encoded)).await
+    }
+
+    /// Queues a message of a room; where there is no room, the policy says what becomes of it. Never waits.
+    pub(crate) fn push_room(
+        &self,
+        tag: &Arc<Tag>,
+        frame: &Bytes,
+        limit: usize,
+        policy: Overflow,
+    ) -> Push {
+        let mut state = lock(&self.state);
+        if state.check_open().is_err() {
+            return Push::Over;
         }
-        self.with_room(|state| {
-            state.append(bytes);
-            Ok(())
-        })
+        let fits = frame.len().saturating_sub(crate::frame::PREFIX) <= limit;
+        let push = if !fits {
+            state.overflow.lose(tag);
+            Push::Lost
+        } else if state.waiting.is_empty()
+            && state.overflow.first().is_none()
+            && self.has_room(&state)
+        {
+            state.append(frame);
+            self.wake(&mut state);
+            return Push::Queued { lost: 0 };
+        } else {
+            state.overflow.push(tag, frame, policy, self.max_bytes)
+        };
+        self.settle(&mut state);
+        push
+    }
+
+    /// Keeps `seat` until this side of the channel ends; gives it back if that has happened.
+    pub(crate) fn keep(&self, seat: Seat) -> Result<(), Seat> {
+        let mut state = lock(&self.state);
+        if state.check_open().is_err() {
+            return Err(seat);
+        }
+        state.seat = Some(seat);
+        Ok(())
     }
 
     /// Queues a frame of the protocol itself whatever the queue's length: replies and faults are bounded by
@@ -170,18 +299,80 @@ impl Outbox {
         Ok(())
     }
 
+    /// Whether there is room for one more message.
+    fn has_room(&self, state: &State) -> bool {
+        state.queued_bytes < self.max_bytes
+            && state.queued_messages < self.max_messages
+            && !state
+                .keep
+                .as_ref()
+                .is_some_and(|keep| keep.budget.exhausted())
+    }
+
     fn with_room(
         &self,
         push: impl FnOnce(&mut State) -> Result<(), EncodeError>,
     ) -> Result<bool, PushError> {
         let mut state = lock(&self.state);
         state.check_open()?;
-        if state.queued_bytes >= self.max_bytes || state.queued_messages >= self.max_messages {
+        if !self.has_room(&state) || state.overflow.first().is_some() {
             return Ok(false);
         }
         push(&mut state).map_err(PushError::Encode)?;
         self.wake(&mut state);
         Ok(true)
+    }
+
+    /// Pushes as soon as there is room and everything is queued that came before. Dropping the future gives its
+    /// turn to those behind it.
+    async fn when_room(
+        &self,
+        mut push: impl FnMut(&mut State) -> Result<(), EncodeError>,
+    ) -> Result<(), PushError> {
+        if self.with_room(&mut push)? {
+            return Ok(());
+        }
+        let turn = Turn {
+            number: lock(&self.state).join_line(),
+            outbox: self,
+        };
+        // The writer looks after a peer that confirms nothing.
+        self.work.notify_one();
+        loop {
+            let mut room = std::pin::pin!(self.room.notified());
+            room.as_mut().enable();
+            {
+                let mut state = lock(&self.state);
+                state.check_open()?;
+                let first = state.overflow.first();
+                if self.has_room(&state) && first.is_none_or(|first| turn.number < first) {
+                    push(&mut state).map_err(PushError::Encode)?;
+                    self.wake(&mut state);
+                    return Ok(());
+                }
+            }
+            room.await;
+        }
+    }
+
+    /// Moves what waits beside the queue into it, as far as there is room and nobody has waited for longer;
+    /// then it is their turn.
+    fn settle(&self, state: &mut State) {
+        let first_in_line = match state.phase {
+            Phase::Open => state.waiting.first().copied(),
+            _ => None,
+        };
+        while self.has_room(state)
+            && let Some(first) = state.overflow.first()
+            && first_in_line.is_none_or(|waiting| first < waiting)
+            && let Some(frame) = state.overflow.pop()
+        {
+            state.append(&frame);
+            self.wake(state);
+        }
+        if !state.waiting.is_empty() && self.has_room(state) {
+            self.room.notify_waiters();
+        }
     }
 
     fn wake(&self, state: &mut State) {
@@ -191,24 +382,6 @@ impl Outbox {
         }
     }
 
-    /// Waits until the queue has room or the channel is over. Dropping the future is harmless.
-    pub(crate) async fn room(&self) {
-        let mut room = std::pin::pin!(self.room.notified());
-        room.as_mut().enable();
-        let _waiting = {
-            let mut state = lock(&self.state);
-            if !matches!(state.phase, Phase::Open)
-                || (state.queued_bytes < self.max_bytes
-                    && state.queued_messages < self.max_messages)
-            {
-                return;
-            }
-            state.waiting += 1;
-            Waiting(self)
-        };
-        room.await;
-    }
-
     /// Bytes queued and not yet taken by QUIC.
     pub(crate) fn queued(&self) -> usize {
         lock(&self.state).queued_bytes
@@ -216,11 +389,26 @@ impl Outbox {
 
     /// Lets what is queued go out, then `last`, then ends the stream. The first call counts.
     pub(crate) fn finish(&self, last: Option<Bytes>) {
+        self.finish_with(last, None);
+    }
+
+    /// As [`finish`](Self::finish); who still wants to send is told why.
+    pub(crate) fn finish_because(&self, reason: CloseReason) {
+        self.finish_with(None, Some(reason));
+    }
+
+    fn finish_with(&self, last: Option<Bytes>, why: Option<CloseReason>) {
         let mut state = lock(&self.state);
         if matches!(state.phase, Phase::Open) {
             state.phase = Phase::Finishing(last);
+            state.why = why;
+            self.settle(&mut state);
             self.wake(&mut state);
             self.room.notify_waiters();
+            // Leaving the rooms takes their locks.
+            let seat = state.seat.take();
+            drop(state);
+            drop(seat);
         }
     }
 
@@ -241,20 +429,119 @@ impl Outbox {
         matches!(lock(&self.state).phase, Phase::Ended(Ok(())))
     }
 
-    fn end(&self, result: Result<(), CloseReason>) {
-        let mut state = lock(&self.state);
-        state.segments = VecDeque::new();
-        state.tail = BytesMut::new();
-        state.queued_bytes = 0;
-        state.queued_messages = 0;
-        state.phase = Phase::Ended(result);
-        drop(state);
-        self.room.notify_waiters();
-        self.ended.notify_waiters();
+    /// Whether the queue is over, however.
+    pub(crate) fn is_over(&self) -> bool {
+        matches!(lock(&self.state).phase, Phase::Ended(_))
     }
 
-    fn take(&self, batch: &mut Vec<Bytes>) -> Work {
+    /// Ends the queue, unless it has ended.
+    pub(crate) fn end(&self, result: Result<(), CloseReason>) {
         let mut state = lock(&self.state);
+        if matches!(state.phase, Phase::Ended(_)) {
+            return;
+        }
+        state.segments = VecDeque::new();
+        state.tail = BytesMut::new();
+        let queued = state.queued_bytes;
+        state.unqueue(queued);
+        state.queued_messages = 0;
+        state.keep = None;
+        state.overflow = Overflowing::default();
+        state.phase = Phase::Ended(result);
+        let seat = state.seat.take();
+        drop(state);
+        drop(seat);
+        self.room.notify_waiters();
+        self.ended.notify_waiters();
+        self.work.notify_one();
+    }
+
+    /// The peer has the frames up to number `received`; one more than there are is the end.
+    pub(crate) fn confirm(&self, received: u64) -> Result<(), Mismatch> {
+        let mut state = lock(&self.state);
+        let all = state.confirm(received)?;
+        self.settle(&mut state);
+        // The writer may wait for exactly that.
+        self.work.notify_one();
+        drop(state);
+        if all {
+            self.end(Ok(()));
+        }
+        Ok(())
+    }
+
+    /// Prepares the queue for another stream: what the peer has not received stands first in it again. Returns
+    /// the number that the stream's writer must have; writers of earlier streams stop.
+    pub(crate) fn rewind(&self, received: u64) -> Result<u64, Mismatch> {
+        let mut state = lock(&self.state);
+        state.epoch += 1;
+        let all = state.confirm(received)?;
+        if let Some(keep) = &mut state.keep {
+            let again = keep.retained.take();
+            for bytes in again.into_iter().rev() {
+                state.segments.push_front(Segment { bytes, messages: 0 });
+            }
+        }
+        state.idle = false;
+        let epoch = state.epoch;
+        self.settle(&mut state);
+        self.work.notify_one();
+        drop(state);
+        if all {
+            self.end(Ok(()));
+        }
+        Ok(epoch)
+    }
+
+    /// Keeps nothing any more: the session ends with its connection, whatever becomes of it.
+    pub(crate) fn forget(&self) {
+        let mut state = lock(&self.state);
+        if state.keep.is_some() {
+            let unsent = state
+                .segments
+                .iter()
+                .map(|segment| segment.bytes.len())
+                .sum::<usize>()
+                + state.tail.len();
+            let kept = state.queued_bytes.saturating_sub(unsent);
+            state.unqueue(kept);
+            state.queued_messages = state
+                .segments
+                .iter()
+                .map(|segment| segment.messages)
+                .sum::<usize>()
+                + state.tail_messages;
+            state.keep = None;
+            self.settle(&mut state);
+            self.work.notify_one();
+        }
+    }
+
+    /// Whether the queue keeps what it has written.
+    pub(crate) fn keeps(&self) -> bool {
+        lock(&self.state).keep.is_some()
+    }
+
+    /// Messages that the peer has not confirmed, sent or not; 0 where nothing is kept.
+    pub(crate) fn unconfirmed(&self) -> u64 {
+        lock(&self.state)
+            .keep
+            .as_ref()
+            .map_or(0, |keep| keep.frames - keep.retained.confirmed())
+    }
+
+    /// How far the peer has confirmed, when somebody waits for it to go on.
+    fn stuck_at(&self) -> Option<u64> {
+        let state = lock(&self.state);
+        let keep = state.keep.as_ref()?;
+        (!state.waiting.is_empty() && !self.has_room(&state)).then(|| keep.retained.confirmed())
+    }
+
+    fn take(&self, epoch: u64, batch: &mut Vec<Bytes>) -> Work {
+        let mut state = lock(&self.state);
+        if state.epoch != epoch || matches!(state.phase, Phase::Ended(_)) {
+            return Work::Gone;
+        }
         let (mut bytes, mut messages) = (0, 0);
         while batch.len() < BATCH {
             if state.segments.is_empty() {
@@ -277,12 +564,30 @@ impl Outbox {
             batch.push(segment.bytes);
         }
         if !batch.is_empty() {
+            if let Some(keep) = &mut state.keep {
+                for bytes in batch.iter() {
+                    keep.retained.push(bytes.clone());
+                }
+            }
             return Work::Batch { bytes, messages };
         }
         // A quiet channel keeps no buffer.
         state.tail = BytesMut::new();
+        let behind = state.overflow.first().is_some();
         match &mut state.phase {
-            Phase::Finishing(last) => Work::Finish(last.take()),
+            // What waits for confirmations goes out before the end.
+            Phase::Finishing(_) if behind => {
+                state.idle = true;
+                Work::Idle
+            }
+            Phase::Finishing(last) => {
+                let last = last.take();
+                if let (Some(keep), Some(last)) = (&mut state.keep, &last) {
+                    keep.retained.push(last.clone());
+                    keep.frames += 1;
+                }
+                Work::Finish(last)
+            }
             Phase::Open | Phase::Ended(_) => {
                 state.idle = true;
                 Work::Idle
@@ -292,11 +597,12 @@ impl Outbox {
 
     fn written(&self, bytes: usize, messages: usize) {
         let mut state = lock(&self.state);
+        if state.keep.is_some() {
+            return;
+        }
         state.queued_bytes = state.queued_bytes.saturating_sub(bytes);
         state.queued_messages = state.queued_messages.saturating_sub(messages);
-        if state.waiting > 0 {
-            self.room.notify_waiters();
-        }
+        self.settle(&mut state);
     }
 }
 
@@ -304,15 +610,81 @@ impl State {
     fn check_open(&self) -> Result<(), PushError> {
         match &self.phase {
             Phase::Open => Ok(()),
-            Phase::Finishing(_) | Phase::Ended(Ok(())) => Err(PushError::Finished),
+            Phase::Finishing(_) | Phase::Ended(Ok(())) => Err(match &self.why {
+                Some(reason) => PushError::Ended(reason.clone()),
+                None => PushError::Finished,
+            }),
             Phase::Ended(Err(reason)) => Err(PushError::Ended(reason.clone())),
         }
     }
 
+    fn confirm(&mut self, received: u64) -> Result<bool, Mismatch> {
+        let finished = matches!(self.phase, Phase::Finishing(None));
+        let Some(keep) = &mut self.keep else {
+            return Ok(false);
+        };
+        let all = finished && received == keep.frames + 1;
+        let before = keep.retained.confirmed();
+        let bytes = keep.retained.confirm(received - u64::from(all))?;
+        let messages = keep.retained.confirmed() - before;
+        self.unqueue(bytes);
+        self.queued_messages = self
+            .queued_messages
+            .saturating_sub(usize::try_from(messages).unwrap_or(usize::MAX));
+        Ok(all)
+    }
+
+    fn queue(&mut self, bytes: usize) {
+        self.queued_bytes += bytes;
+        if let Some(keep) = &self.keep {
+            keep.budget.bytes.fetch_add(bytes, Ordering::Relaxed);
+        }
+    }
+
+    fn unqueue(&mut self, bytes: usize) {
+        // The last frame of a channel is kept without having been counted.
+        let bytes = bytes.min(self.queued_bytes);
+        self.queued_bytes -= bytes;
+        if let Some(keep) = &self.keep {
+            keep.budget.bytes.fetch_sub(bytes, Ordering::Relaxed);
+        }
+    }
+
+    fn count(&mut self, size: usize) {
+        self.queue(size);
+        self.queued_messages += 1;
+        if let Some(keep) = &mut self.keep {
+            keep.frames += 1;
+        }
+    }
+
+    /// A place behind everything that waits now.
+    fn join_line(&mut self) -> u64 {
+        let number = self.overflow.number();
+        self.waiting.insert(number);
+        number
+    }
+
+    fn message<T: Serialize + ?Sized>(
+        &mut self,
+        event: &str,
+        data: &T,
+        id: Option<u64>,
+        limit: usize,
+    ) -> Result<(), EncodeError> {
+        let size = message::encode(&mut self.tail, event, data, id, limit)?;
+        self.grew(size);
+        Ok(())
+    }
+
+    fn encoded(&mut self, encoded: &Encoded) -> Result<(), EncodeError> {
+        self.append(encoded.bytes());
+        Ok(())
+    }
+
     /// One more message of `size` bytes stands in the tail.
     fn grew(&mut self, size: usize) {
-        self.queued_bytes += size;
-        self.queued_messages += 1;
+        self.count(size);
         self.tail_messages += 1;
         if self.tail.len() >= SEGMENT {
             self.cut_tail();
@@ -325,8 +697,7 @@ impl State {
             self.grew(bytes.len());
         } else {
             self.cut_tail();
-            self.queued_bytes += bytes.len();
-            self.queued_messages += 1;
+            self.count(bytes.len());
             self.segments.push_back(Segment {
                 bytes: bytes.clone(),
                 messages: 1,
@@ -346,46 +717,96 @@ impl State {
     }
 }
 
-/// Counts one waiter for as long as it waits.
-struct Waiting<'a>(&'a Outbox);
-
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        lock(&self.0.state).waiting -= 1;
+fn check_size(encoded: &Encoded, limit: usize) -> Result<(), EncodeError> {
+    match encoded.len().saturating_sub(crate::frame::PREFIX) {
+        size if size > limit => Err(EncodeError::TooLarge { size, limit }),
+        _ => Ok(()),
     }
 }
 
-/// Writes the queue to the stream until the channel is over, and returns how it ended.
-pub(crate) async fn write_loop(
-    outbox: Arc<Outbox>,
-    stream: quinn::SendStream,
-    session: Arc<Session>,
-    counters: Arc<Counters>,
-) -> Result<(), CloseReason> {
-    let result = drive(&outbox, stream, &session, &counters).await;
-    outbox.end(result.clone());
-    result
+/// A place in the line for room, given up on drop.
+struct Turn<'a> {
+    number: u64,
+    outbox: &'a Outbox,
 }
 
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let mut state = lock(&self.outbox.state);
+        state.waiting.remove(&self.number);
+        self.outbox.settle(&mut state);
+    }
+}
+
+/// Where a writer writes to.
+pub(crate) struct Way {
+    pub(crate) conn: Arc<quinn::Connection>,
+    pub(crate) stream: quinn::SendStream,
+    /// See [`Outbox::rewind`]; 0 for a channel's first stream.
+    pub(crate) epoch: u64,
+    /// Goes out before the queue and is not part of it.
+    pub(crate) first: Option<Bytes>,
+}
+
+/// Writes the queue to a stream until the channel is over or the connection is gone, and returns how it ended.
+pub(crate) async fn write_loop(
+    outbox: Arc<Outbox>,
+    way: Way,
+    session: Arc<Session>,
+    counters: Arc<Counters>,
+) -> Written {
+    let conn = way.conn.clone();
+    let result = match drive(&outbox, way, &session, &counters).await {
+        Ok(true) => Ok(()),
+        Ok(false) => return Written::Detached,
+        Err(_) if outbox.keeps() && conn.close_reason().is_some() => return Written::Detached,
+        Err(reason) => Err(reason),
+    };
+    outbox.end(result.clone());
+    Written::Ended(result)
+}
+
+/// Writes until there is nothing left to write: `false` says that the queue goes elsewhere or was ended.
 async fn drive(
     outbox: &Outbox,
-    mut stream: quinn::SendStream,
+    way: Way,
     session: &Session,
     counters: &Counters,
-) -> Result<(), CloseReason> {
+) -> Result<bool, CloseReason> {
+    let Way {
+        conn,
+        mut stream,
+        epoch,
+        first,
+    } = way;
     let mut stopped = std::pin::pin!(stream.stopped());
     let mut batch = Vec::with_capacity(BATCH);
+    let mut patience = Patience::default();
+    if let Some(first) = first {
+        batch.push(first);
+        write(&mut stream, &mut batch, session, counters, outbox.priority).await?;
+        batch.clear();
+    }
     loop {
-        match outbox.take(&mut batch) {
+        match outbox.take(epoch, &mut batch) {
             Work::Batch { bytes, messages } => {
                 write(&mut stream, &mut batch, session, counters, outbox.priority).await?;
+                session.tally.add(Count::MessagesSent, messages as u64);
                 outbox.written(bytes, messages);
                 batch.clear();
             }
-            Work::Idle => tokio::select! {
-                () = outbox.work.notified() => {}
-                end = &mut stopped => return Err(stop_reason(session, end)),
-            },
+            Work::Idle => {
+                let watched = patience.watch(outbox, &conn);
+                tokio::select! {
+                    () = outbox.work.notified() => {}
+                    end = &mut stopped => return Err(stop_reason(session, end)),
+                    () = tokio::time::sleep(session.timeouts.slow_peer / 2), if watched => {
+                        if patience.is_over(outbox, &conn) {
+                            return Err(slow_peer(&mut stream, session));
+                        }
+                    }
+                }
+            }
             Work::Finish(last) => {
                 if let Some(last) = last {
                     batch.push(last);
@@ -393,13 +814,71 @@ async fn drive(
                 }
                 // Fails only when the peer has stopped the stream, which `stopped` then reports.
                 let _ = stream.finish();
-                return match stopped.await {
-                    Ok(None) => Ok(()),
-                    end => Err(stop_reason(session, end)),
-                };
+                match stopped.await {
+                    Ok(None) => {}
+                    end => return Err(stop_reason(session, end)),
+                }
+                return confirmed(outbox, &conn, session).await.map(|()| true);
+            }
+            Work::Gone => {
+                let _ = stream.finish();
+                return Ok(false);
             }
         }
     }
+}
+
+/// How long a peer that is alive has confirmed nothing while somebody waits for it to.
+#[derive(Default)]
+struct Patience {
+    /// What was confirmed, and how much heard, when the period began.
+    begun: Option<(u64, u64)>,
+    /// Half periods that have passed since without a confirmation, although the peer was heard.
+    strikes: u32,
+}
+
+impl Patience {
+    fn watch(&mut self, outbox: &Outbox, conn: &quinn::Connection) -> bool {
+        let stuck = outbox.stuck_at();
+        if stuck.is_none() || stuck != self.begun.map(|(at, _)| at) {
+            self.strikes = 0;
+            self.begun = stuck.map(|at| (at, conn.stats().udp_rx.datagrams));
+        }
+        stuck.is_some()
+    }
+
+    /// Called when half a period has passed. Two are needed, so that a path that just came back is not taken
+    /// for a peer that was there all the time.
+    fn is_over(&mut self, outbox: &Outbox, conn: &quinn::Connection) -> bool {
+        let heard = conn.stats().udp_rx.datagrams;
+        if let (Some((at, before)), Some(now)) = (self.begun, outbox.stuck_at())
+            && at == now
+            && heard != before
+        {
+            self.begun = Some((at, heard));
+            self.strikes += 1;
+        } else {
+            self.strikes = 0;
+        }
+        self.strikes >= 2
+    }
+}
+
+/// The peer's transport has everything. Where what is written is kept, its program must have it too.
+async fn confirmed(
+    outbox: &Outbox,
+    conn: &quinn::Connection,
+    session: &Session,
+) -> Result<(), CloseReason> {
+    let lost = conn.closed();
+    let mut lost = std::pin::pin!(lost);
+    while outbox.keeps() {
+        tokio::select! {
+            () = outbox.work.notified() => {}
+            error = &mut lost => return Err(session.reason_for(&error)),
+        }
+    }
+    Ok(())
 }
 
 async fn write(
@@ -469,16 +948,22 @@ async fn progress(
             Ok(Err(error)) => return Err(write_reason(session, error)),
             Err(_) if session.conn().stats().udp_rx.datagrams == heard => {}
             Err(_) if crowded(begun, before, session) => before = session.counters.totals().0,
-            Err(_) => {
-                let _ = stream.reset(CloseCode::SLOW_PEER.varint());
-                let text = format!("the peer took nothing off the channel for {patience:?}");
-                if let Some(left_out) = session.quiet.line() {
-                    tracing::warn!(left_out, "channel closed: {text}");
-                }
-                return Err(CloseReason::local(CloseCode::SLOW_PEER, text));
-            }
+            Err(_) => return Err(slow_peer(stream, session)),
         }
     }
+}
+
+fn slow_peer(stream: &mut quinn::SendStream, session: &Session) -> CloseReason {
+    session.tally.one(Count::SlowPeers);
+    let _ = stream.reset(CloseCode::SLOW_PEER.varint());
+    let text = format!(
+        "the peer took nothing off the channel for {:?}",
+        session.timeouts.slow_peer
+    );
+    if let Some(left_out) = session.quiet.line() {
+        tracing::warn!(left_out, "channel closed: {text}");
+    }
+    CloseReason::local(CloseCode::SLOW_PEER, text)
 }
 
 /// Whether a channel that waits has reason to wait on: the connection has sent `begun` bytes when it began to,

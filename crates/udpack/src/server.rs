@@ -5,7 +5,8 @@ use std::fmt;
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -16,19 +17,26 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
+use tracing::field::Empty;
 
-use crate::auth::{Authenticate, Deny, Hello, Penalties, source};
-use crate::code::{CloseCode, CloseReason};
-use crate::config::{CongestionControl, Drain, Limits, MIN_WINDOW, PREAUTH_BYTES, Timeouts};
-use crate::control::{self, GoAway, Welcome};
-use crate::endpoint::{self, InvalidSetting, varint};
+use crate::auth::{Authenticate, Deny, Hello, Peer, source};
+use crate::code::{CloseCode, CloseReason, printable};
+use crate::config::{
+    CongestionControl, Drain, Limits, MIN_WINDOW, PREAUTH_BYTES, Timeouts, VOLATILE_STREAMS,
+};
+use crate::control::{self, GoAway, ResumeGrant, ResumeTicket, Welcome};
+use crate::endpoint::{self, InvalidSetting, Via, varint};
 use crate::fingerprint::Fingerprint;
 use crate::identity::{Identity, IdentityError};
 use crate::inbox::{Ending, Inbox};
+use crate::lifetime::{self, Authorize, Guard};
+use crate::metrics::{Count, Metrics, Tally, Words};
+use crate::qlog::Qlog;
 use crate::quiet::Quiet;
+use crate::rooms::Rooms;
 use crate::router::ServeChannel;
-use crate::session::{Session, lock};
-use crate::socket::{Control, Registry, Socket, drive};
+use crate::session::{Session, SessionId, lock};
+use crate::socket::{Awaited, Comeback, Control, Link, Registry, Socket, live};
 use crate::speed::{Counters, SpeedMeter, Stats};
 
 /// Sockets that may wait for `accept`.
@@ -65,25 +73,43 @@ impl Drop for Inner {
 struct Shared {
     endpoint: quinn::Endpoint,
     fingerprint: Fingerprint,
-    auth: Arc<dyn Authenticate>,
+    guard: Arc<Guard>,
     registry: Arc<Registry>,
     on_socket: Option<SocketHandler>,
     limits: Arc<Limits>,
     timeouts: Arc<Timeouts>,
     agent: String,
+    qlog: Option<Logged>,
     counters: Arc<Counters>,
+    /// Sessions that a client may come back to, by id.
+    kept: Mutex<HashMap<String, Kept>>,
+    /// How many of them have no connection.
+    detached: Arc<AtomicUsize>,
+    tally: Arc<Tally>,
     /// Wire numbers of the sockets that are gone.
     past: Mutex<Stats>,
+    rooms: Rooms,
     sockets: Mutex<Sockets>,
     socket_ended: Notify,
     handshakes: AtomicUsize,
-    penalties: Penalties,
-    refused: AtomicU64,
     quiet: Quiet,
     draining: AtomicBool,
     pull: AtomicBool,
     accept_queue: mpsc::Sender<Socket>,
     tasks: TaskTracker,
+}
+
+/// A session that a client may come back to.
+struct Kept {
+    session: Arc<Session>,
+    links: mpsc::Sender<Link>,
+}
+
+/// How connections are accepted that each have a qlog file.
+struct Logged {
+    qlog: Qlog,
+    config: quinn::ServerConfig,
+    congestion: CongestionControl,
 }
 
 type SocketHandler = Arc<dyn Fn(Socket) -> BoxFuture<'static, ()> + Send + Sync>;
@@ -103,12 +129,15 @@ impl Server {
         ServerBuilder {
             identity: None,
             auth: None,
+            authorize: None,
             registry: Registry::default(),
             on_socket: None,
             limits: Limits::default(),
             timeouts: Timeouts::default(),
             congestion: CongestionControl::default(),
             agent: default_agent(),
+            via: Via::default(),
+            qlog: None,
         }
     }
 
@@ -152,9 +181,26 @@ impl Server {
             .collect()
     }
 
+    /// The rooms of this server: send to them, see who is there.
+    pub fn rooms(&self) -> &Rooms {
+        &self.inner.shared.rooms
+    }
+
+    /// Closes the sockets of all peers that `whom` picks, at once and with `auth_revoked`. Returns how many.
+    ///
+    /// A client that is just being let in is not among them: withdraw its token first, so that the verifier's
+    /// `is_valid` finds it.
+    pub fn revoke(&self, whom: impl Fn(&Peer) -> bool) -> usize {
+        let revoked = self.sockets().into_iter();
+        let revoked = revoked.filter(|socket| whom(&socket.peer()));
+        let close =
+            |socket: Socket| socket.abort(CloseCode::AUTH_REVOKED, "the token was withdrawn");
+        revoked.map(close).count()
+    }
+
     /// Connections refused so far, for whatever reason.
     pub fn refused(&self) -> u64 {
-        self.inner.shared.refused.load(Ordering::Relaxed)
+        self.inner.shared.tally.all_refused()
     }
 
     /// What moves through this server, each second, all sockets together.
@@ -168,6 +214,12 @@ impl Server {
     /// The numbers so far, all sockets together, past ones included.
     pub fn stats(&self) -> Stats {
         self.inner.shared.stats()
+    }
+
+    /// What happened so far, all sockets together, past ones included.
+    pub fn metrics(&self) -> Metrics {
+        let shared = &self.inner.shared;
+        shared.tally.metrics(shared.stats())
     }
 
     /// Serves until `signal` is ready, then drains: refuses new sockets, tells the clients to go away, lets
@@ -189,14 +241,19 @@ impl Server {
         }
         let shared = &self.inner.shared;
         shared.draining.store(true, Ordering::Relaxed);
-        let goaway = GoAway {
-            code: CloseCode::SHUTTING_DOWN,
-            text: "the server is shutting down".to_owned(),
-            retry_after: Duration::from_secs(1),
-            window: drain.within,
-        };
-        for socket in self.sockets() {
-            socket.send_goaway(goaway.clone());
+        let sockets = self.sockets();
+        let slot = drain.spread / u32::try_from(sockets.len().max(1)).unwrap_or(u32::MAX);
+        for (turn, socket) in (0..).zip(&sockets) {
+            socket.send_goaway(GoAway {
+                code: CloseCode::SHUTTING_DOWN,
+                text: "the server is shutting down".to_owned(),
+                retry_after: slot.saturating_mul(turn),
+                window: slot,
+            });
+        }
+        for socket in sockets.iter().filter(|socket| !socket.session().is_up()) {
+            // Its client could not come back to hear it.
+            drop(socket.close(CloseCode::SHUTTING_DOWN, "the server is shutting down"));
         }
         let idle = async {
             for socket in self.sockets() {
@@ -257,12 +314,15 @@ impl fmt::Debug for Server {
 pub struct ServerBuilder {
     identity: Option<Identity>,
     auth: Option<Arc<dyn Authenticate>>,
+    authorize: Option<Authorize>,
     registry: Registry,
     on_socket: Option<SocketHandler>,
     limits: Limits,
     timeouts: Timeouts,
     congestion: CongestionControl,
     agent: String,
+    via: Via,
+    qlog: Option<PathBuf>,
 }
 
 impl ServerBuilder {
@@ -275,6 +335,17 @@ impl ServerBuilder {
     /// Decides who may come in. Needed: there is no default, and no way to let everybody in by omission.
     pub fn auth(mut self, auth: impl Authenticate) -> Self {
         self.auth = Some(Arc::new(auth));
+        self
+    }
+
+    /// Decides which channels a peer may open: asked before a channel's handler begins, and again for each of
+    /// the peer's channels after its token was refreshed. A refused channel closes with the refusal's code and
+    /// text; see [`Deny::forbidden`]. One that panics refuses. Must not block. Defaults to allowing all.
+    pub fn authorize<F>(mut self, authorize: F) -> Self
+    where
+        F: Fn(&Peer, &str) -> Result<(), Deny> + Send + Sync + 'static,
+    {
+        self.authorize = Some(Arc::new(authorize));
         self
     }
 
@@ -328,6 +399,22 @@ impl ServerBuilder {
         self
     }
 
+    #[cfg(feature = "testing")]
+    pub(crate) fn via(mut self, via: Via) -> Self {
+        self.via = via;
+        self
+    }
+
+    /// Writes what QUIC does into this directory, made if it is missing: a [qlog] file for each connection, at
+    /// most 256 MiB of it and 4,096 files, without payload, keys or tokens. It costs time and disk: to look into
+    /// a problem, not for every day. Defaults to none.
+    ///
+    /// [qlog]: https://datatracker.ietf.org/doc/draft-ietf-quic-qlog-main-schema/
+    pub fn qlog(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.qlog = Some(dir.into());
+        self
+    }
+
     /// Binds the UDP port and starts serving.
     ///
     /// # Errors
@@ -347,7 +434,7 @@ impl ServerBuilder {
         let transport = endpoint::transport(&self.limits, &self.timeouts, self.congestion, true)?;
         let mut config = quinn::ServerConfig::with_crypto(Arc::new(identity.server_tls()?));
         config
-            .transport_config(transport)
+            .transport_config(Arc::new(transport))
             .token_key(identity.token_key())
             .max_incoming(self.limits.handshakes.saturating_mul(4).max(1))
             .incoming_buffer_size(64 << 10)
@@ -363,35 +450,39 @@ impl ServerBuilder {
         settings.cid_generator(move || {
             Box::new(quinn_proto::HashedConnectionIdGenerator::from_key(cid_key))
         });
-        let socket = endpoint::bind(address, self.limits.socket_buffer)
+        let qlog = self.qlog.map(|dir| Logged {
+            qlog: Qlog::new(dir, "server"),
+            config: config.clone(),
+            congestion: self.congestion,
+        });
+        let endpoint = self
+            .via
+            .open(address, self.limits.socket_buffer, settings, Some(config))
             .map_err(|source| BindError::Bind { address, source })?;
-        let endpoint = quinn::Endpoint::new(
-            settings,
-            Some(config),
-            socket,
-            Arc::new(quinn::TokioRuntime),
-        )
-        .map_err(|source| BindError::Bind { address, source })?;
         let mut registry = self.registry;
         let handlers = !registry.is_empty() || self.on_socket.is_some();
         registry.pull |= registry.is_empty();
         let (accept_queue, accepted) = mpsc::channel(ACCEPT_QUEUE);
+        let rooms = Rooms::new(self.limits.rooms, tokio::runtime::Handle::current());
         let shared = Arc::new(Shared {
             endpoint,
             fingerprint: identity.fingerprint(),
-            auth,
+            guard: Guard::new(auth, self.authorize, self.limits.auth_failures),
             registry: Arc::new(registry),
             on_socket: self.on_socket,
-            penalties: Penalties::new(self.limits.auth_failures),
             limits: Arc::new(self.limits),
             timeouts: Arc::new(self.timeouts),
             agent: self.agent,
+            qlog,
             counters: Counters::root(),
+            kept: Mutex::default(),
+            detached: Arc::default(),
+            tally: Tally::root(),
             past: Mutex::default(),
+            rooms,
             sockets: Mutex::default(),
             socket_ended: Notify::new(),
             handshakes: AtomicUsize::new(0),
-            refused: AtomicU64::new(0),
             quiet: Quiet::default(),
             draining: AtomicBool::new(false),
             pull: AtomicBool::new(!handlers),
@@ -423,24 +514,28 @@ async fn accept_loop(shared: Arc<Shared>) {
         let in_flight = shared.handshakes.load(Ordering::Relaxed);
         let penalty = || {
             shared
+                .guard
                 .penalties
-                .refused(address.ip(), std::time::Instant::now())
+                .refused(address.ip(), tokio::time::Instant::now().into_std())
         };
-        if shared.draining.load(Ordering::Relaxed) || in_flight >= shared.limits.handshakes {
-            shared.refused.fetch_add(1, Ordering::Relaxed);
+        let draining = shared.draining.load(Ordering::Relaxed);
+        if draining || in_flight >= shared.limits.handshakes {
+            let why = if draining { "draining" } else { "busy" };
+            shared.tally.word(Words::Knocks, why);
             incoming.refuse();
         } else if !incoming.remote_address_validated()
             && in_flight >= shared.limits.retry_from
             && incoming.may_retry()
         {
+            shared.tally.one(Count::Retries);
             let _ = incoming.retry();
         } else if let Some(left) = penalty() {
             tracing::debug!(%address, ?left, "refused after failed authentications");
-            shared.refused.fetch_add(1, Ordering::Relaxed);
+            shared.tally.word(Words::Knocks, "penalty");
             incoming.refuse();
         } else {
             let handshake = Handshake::begin(shared.clone());
-            let span = tracing::info_span!("conn", peer = %address);
+            let span = tracing::info_span!("conn", peer = %address, session = Empty, id = Empty);
             shared
                 .tasks
                 .spawn(serve(shared.clone(), incoming, handshake).instrument(span));
@@ -466,9 +561,10 @@ impl Drop for Handshake {
 
 /// One connection from its first packet to its end.
 async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handshake) {
-    let connecting = match incoming.accept() {
+    let connecting = match shared.accept(incoming) {
         Ok(connecting) => connecting,
         Err(error) => {
+            shared.tally.one(Count::HandshakesFailed);
             tracing::debug!(%error, "handshake not begun");
             return;
         }
@@ -476,10 +572,12 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
     let conn = match tokio::time::timeout(shared.timeouts.handshake, connecting).await {
         Ok(Ok(conn)) => conn,
         Ok(Err(error)) => {
+            shared.tally.one(Count::HandshakesFailed);
             tracing::debug!(%error, "handshake failed");
             return;
         }
         Err(_) => {
+            shared.tally.one(Count::HandshakesFailed);
             tracing::debug!("handshake took too long");
             return;
         }
@@ -490,6 +588,8 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
         shared.limits.clone(),
         shared.timeouts.clone(),
         shared.counters.clone(),
+        Tally::child(shared.tally.clone()),
+        None,
         None,
     );
     let place = match Place::take(&shared, conn.remote_address().ip()) {
@@ -504,9 +604,26 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
             return;
         }
     };
-    let admission = tokio::time::timeout(shared.timeouts.auth, admit(&shared, &session)).await;
+    let admission = async {
+        tokio::select! {
+            control = admit(&shared, &session) => control,
+            never = crate::volatile::discard(&conn) => match never {},
+        }
+    };
+    let admission = tokio::time::timeout(shared.timeouts.auth, admission).await;
     let control = match admission {
-        Ok(Ok(control)) => control,
+        Ok(Ok(Admitted::New(control))) => control,
+        Ok(Ok(Admitted::Back(control, links))) => {
+            // From here on the connection is in the hands of the session's own task.
+            conn.set_receive_window(varint(lock(&shared.sockets).window));
+            links.send(Link {
+                conn,
+                endpoint: None,
+                control,
+                welcome: None,
+            });
+            return;
+        }
         Ok(Err(reason)) => {
             refuse(&shared, &session, reason).await;
             return;
@@ -523,10 +640,16 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
         }
     };
     drop(handshake);
+    let _ = session.rooms.set(shared.rooms.clone());
     let (queue, incoming) = mpsc::channel(CHANNEL_QUEUE);
     let socket = Socket::new(session.clone(), incoming);
     let key = place.enter(socket.clone());
-    tracing::info!(session = session.id(), id = ?socket.peer(), agent = socket.agent(), "connected");
+    session.tally.one(Count::Admitted);
+    session.tally.one(Count::Sockets);
+    tracing::Span::current()
+        .record("session", tracing::field::display(session.id()))
+        .record("id", printable(socket.peer().id(), 128));
+    tracing::info!(agent = socket.agent(), "connected");
     if shared.pull.load(Ordering::Relaxed) && shared.accept_queue.try_send(socket.clone()).is_err()
     {
         let text = "too many sockets wait to be accepted";
@@ -537,27 +660,46 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
         // Inside the block, because a handler may panic before it gives a future.
         let handler =
             std::panic::AssertUnwindSafe(async move { handler(socket).await }).catch_unwind();
-        let gone = session.conn();
+        let gone = session.clone();
+        let panicked = session.tally.clone();
         shared.tasks.spawn(
             async move {
                 tokio::select! {
                     outcome = handler => if outcome.is_err() {
+                        panicked.one(Count::HandlerPanics);
                         tracing::error!("the socket's handler panicked");
                     },
-                    _ = gone.closed() => {}
+                    _ = gone.end.wait() => {}
                 }
             }
             .in_current_span(),
         )
     });
-    let reason = drive(session.clone(), control, shared.registry.clone(), queue).await;
-    tracing::info!(session = session.id(), %reason, "disconnected");
+    let comeback = shared.keep(&session);
+    let reason = live(
+        session.clone(),
+        control,
+        shared.registry.clone(),
+        queue,
+        comeback,
+    )
+    .await;
+    lock(&shared.kept).remove(session.id().as_str());
+    tracing::info!(%reason, "disconnected");
     drop(handler);
     place.leave(key, &session);
 }
 
+/// A connection that was let in.
+enum Admitted {
+    /// With a session of its own.
+    New(Control),
+    /// For a session that was there before.
+    Back(Control, mpsc::OwnedPermit<Link>),
+}
+
 /// Reads `$hello`, asks the verifier, grants the windows and sends `$welcome`.
-async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Control, CloseReason> {
+async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, CloseReason> {
     let conn = &session.conn();
     let (send, recv) = conn
         .accept_bi()
@@ -578,46 +720,64 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Control, Close
             ));
         }
     };
-    let frame = hello.frame;
+    let (frame, resume) = (hello.frame, hello.resume.clone());
     let hello = Hello::new(hello, conn.remote_address());
     let agent = hello.agent().to_owned();
-    let begun = tokio::time::Instant::now();
-    // Inside the block, because a verifier may panic before it gives a future.
-    let verdict = std::panic::AssertUnwindSafe(async { shared.auth.authenticate(hello).await })
-        .catch_unwind()
-        .await;
-    let peer = match verdict {
-        Ok(Ok(peer)) => peer,
-        Ok(Err(Deny { code, text })) => {
-            if code == CloseCode::AUTH_FAILED {
-                shared
-                    .penalties
-                    .failed(conn.remote_address().ip(), std::time::Instant::now());
-            }
-            // All refusals take the same time, whatever was wrong.
-            tokio::time::sleep_until(begun + shared.timeouts.auth_failure).await;
-            return Err(CloseReason::local(code, text));
-        }
-        Err(_) => {
-            tracing::error!("the verifier panicked");
-            return Err(CloseReason::local(
-                CloseCode::INTERNAL,
-                "the verifier failed",
-            ));
+    let peer = shared
+        .guard
+        .verify(hello, shared.timeouts.auth_failure)
+        .await
+        .map_err(|Deny { code, text }| CloseReason::local(code, text))?;
+    let no_random = |_| CloseReason::local(CloseCode::INTERNAL, "no random numbers");
+    let back = match resume.as_ref().and_then(|resume| resume.session.as_ref()) {
+        Some(ticket) => Some(shared.come_back(ticket, &peer).await),
+        None => None,
+    };
+    let (session, back, reason) = match back {
+        Some(Ok((kept, permit))) => (kept, Some(permit), None),
+        Some(Err(reason)) => (session.clone(), None, Some(reason.to_owned())),
+        None => (session.clone(), None, None),
+    };
+    let window = shared.timeouts.resume;
+    let resume = match resume {
+        Some(_) if !window.is_zero() => Some(ResumeGrant {
+            token: lock(&session.tickets).issue().map_err(no_random)?,
+            window,
+        }),
+        _ => None,
+    };
+    let id = match &back {
+        Some(_) => session.id(),
+        None => {
+            let mut id = [0_u8; 16];
+            aws_lc_rs::rand::fill(&mut id).map_err(no_random)?;
+            SessionId::new(
+                &id.iter()
+                    .map(|byte| format!("{byte:02x}"))
+                    .collect::<String>(),
+            )
         }
     };
-    let mut id = [0_u8; 16];
-    aws_lc_rs::rand::fill(&mut id)
-        .map_err(|_| CloseReason::local(CloseCode::INTERNAL, "no random numbers"))?;
+    let expires = match &back {
+        Some(_) => lifetime::renew(&session, peer)
+            .map_err(|Deny { code, text }| CloseReason::local(code, text))?,
+        None => {
+            let expires = peer.time_left();
+            session.peer.set(peer);
+            session.life.guarded_by(shared.guard.clone());
+            session.life.counts_for(expires);
+            expires
+        }
+    };
     let welcome = Welcome {
-        session: id.iter().map(|byte| format!("{byte:02x}")).collect(),
+        session: id.to_string(),
         agent: shared.agent.clone(),
         frame: shared.limits.frame as u64,
         channels: u64::from(shared.limits.channels),
-        resumed: false,
-        resume: None,
-        reason: None,
-        expires: None,
+        resumed: back.is_some(),
+        resume,
+        reason,
+        expires,
     };
     let bytes = control::encode_welcome(&welcome, &shared.limits, &shared.timeouts)
         .map_err(|error| CloseReason::local(CloseCode::INTERNAL, error.to_string()))?;
@@ -626,12 +786,12 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Control, Close
             .peer_frame
             .store(frame.min(u64::from(u32::MAX)), Ordering::Relaxed);
     }
-    let _ = session.peer.set(peer);
     let _ = session.agent.set(agent);
-    let _ = session.welcome.set(welcome);
+    session.set_welcome(welcome);
     inbox.set_frame_limit(shared.limits.frame);
     // The control stream takes one of the slots.
     conn.set_max_concurrent_bi_streams((shared.limits.channels.saturating_add(1)).into());
+    conn.set_max_concurrent_uni_streams(VOLATILE_STREAMS.into());
     let mut control = Control { send, inbox };
     let _ = control.send.set_priority(i32::MAX);
     control
@@ -645,11 +805,14 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Control, Close
                 "the control stream was stopped before $welcome",
             ),
         })?;
-    Ok(control)
+    Ok(match back {
+        Some(permit) => Admitted::Back(control, permit),
+        None => Admitted::New(control),
+    })
 }
 
 async fn refuse(shared: &Shared, session: &Session, reason: CloseReason) {
-    shared.refused.fetch_add(1, Ordering::Relaxed);
+    session.tally.refused(reason.code);
     if let Some(left_out) = shared.quiet.line() {
         tracing::warn!(%reason, left_out, "refused");
     }
@@ -734,6 +897,71 @@ impl Sockets {
 }
 
 impl Shared {
+    /// Where the session's next connection comes from, if its client has asked for that.
+    fn keep(&self, session: &Arc<Session>) -> Comeback {
+        let grant = session.welcome().and_then(|welcome| welcome.resume.clone());
+        let Some(grant) = grant else {
+            return Comeback::Never;
+        };
+        let (links, awaited) = mpsc::channel(1);
+        let kept = Kept {
+            session: session.clone(),
+            links,
+        };
+        lock(&self.kept).insert(session.id().to_string(), kept);
+        Comeback::Awaited(Awaited {
+            links: awaited,
+            window: grant.window,
+            detached: self.detached.clone(),
+            most: self.limits.detached_sockets,
+        })
+    }
+
+    /// The session that a client wants to go on with, and the right to hand it a connection; why not,
+    /// otherwise.
+    async fn come_back(
+        &self,
+        ticket: &ResumeTicket,
+        peer: &Peer,
+    ) -> Result<(Arc<Session>, mpsc::OwnedPermit<Link>), &'static str> {
+        let (session, links) = lock(&self.kept)
+            .get(&ticket.session)
+            .map(|kept| (kept.session.clone(), kept.links.clone()))
+            .ok_or("unknown")?;
+        if session
+            .peer
+            .get()
+            .is_none_or(|known| !known.same_identity(peer))
+        {
+            return Err("identity");
+        }
+        if !lock(&session.tickets).redeem(&ticket.token) {
+            return Err("unknown");
+        }
+        let permit = links.reserve_owned().await.map_err(|_| "expired")?;
+        Ok((session, permit))
+    }
+
+    fn accept(
+        &self,
+        incoming: quinn::Incoming,
+    ) -> Result<quinn::Connecting, quinn::ConnectionError> {
+        let Some(logged) = &self.qlog else {
+            return incoming.accept();
+        };
+        let transport = endpoint::transport(&self.limits, &self.timeouts, logged.congestion, true);
+        let stream = logged.qlog.stream(incoming.remote_address());
+        match (transport, stream) {
+            (Ok(mut transport), Some(stream)) => {
+                transport.qlog_stream(Some(stream));
+                let mut config = logged.config.clone();
+                config.transport_config(Arc::new(transport));
+                incoming.accept_with(Arc::new(config))
+            }
+            _ => incoming.accept(),
+        }
+    }
+
     fn stats(&self) -> Stats {
         let (sent, received) = self.counters.totals();
         let mut stats = *lock(&self.past);

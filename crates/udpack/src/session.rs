@@ -4,22 +4,31 @@
 //! wishes left here.
 
 use std::collections::HashMap;
+use std::fmt;
+use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio_util::task::TaskTracker;
 
-use crate::auth::Peer;
+use crate::auth::PeerCell;
+use crate::channel::Pipe;
 use crate::code::{CloseCode, CloseReason, Side, printable};
 use crate::config::{Limits, Timeouts};
 use crate::control::{GoAway, Welcome};
 use crate::extensions::Extensions;
-use crate::outbox::Outbox;
+use crate::lifetime::Life;
+use crate::metrics::Tally;
+use crate::open::OpenError;
+use crate::outbox::Budget;
 use crate::quiet::Quiet;
+use crate::reconnect::StateFeed;
+use crate::rooms::Rooms;
 use crate::speed::Counters;
 use crate::turns::Turns;
+use crate::volatile::Volatiles;
 
 /// Locks a mutex whose data stays sound when a holder panics.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -59,6 +68,92 @@ impl End {
     }
 }
 
+/// The name of a session: 32 hexadecimal digits, chosen by the server. Cheap to clone.
+///
+/// It stays the same for as long as the session does, over however many connections.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SessionId(Arc<str>);
+
+impl SessionId {
+    pub(crate) fn new(id: &str) -> Self {
+        Self(id.into())
+    }
+
+    /// The digits; empty before admission.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Deref for SessionId {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for SessionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for SessionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Names a channel in its session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct ChannelKey {
+    /// This side opened it.
+    pub(crate) own: bool,
+    /// The opener's number for it.
+    pub(crate) id: u64,
+}
+
+/// What proves that somebody who wants to resume a session was in it.
+#[derive(Default)]
+pub(crate) struct Tickets {
+    /// The one the client came with last; good until it has shown that it has the next.
+    current: Option<[u8; 32]>,
+    /// The one in the last `$welcome`.
+    next: Option<[u8; 32]>,
+}
+
+impl Tickets {
+    /// Makes the next one.
+    pub(crate) fn issue(&mut self) -> Result<[u8; 32], aws_lc_rs::error::Unspecified> {
+        let mut ticket = [0; 32];
+        aws_lc_rs::rand::fill(&mut ticket)?;
+        self.next = Some(ticket);
+        Ok(ticket)
+    }
+
+    /// Whether this one is good. If so, no other but it and the one issued next is from now on.
+    pub(crate) fn redeem(&mut self, ticket: &[u8; 32]) -> bool {
+        use subtle::ConstantTimeEq;
+        let good = [self.current, self.next]
+            .into_iter()
+            .flatten()
+            .any(|known| known.ct_eq(ticket).into());
+        if good {
+            self.current = Some(*ticket);
+            self.next = None;
+        }
+        good
+    }
+
+    /// The client has the next one: the one before is used up.
+    pub(crate) fn confirm(&mut self) {
+        if let Some(next) = self.next.take() {
+            self.current = Some(next);
+        }
+    }
+}
+
 /// What the application asked the driver to do.
 #[derive(Debug, Default)]
 pub(crate) struct Wishes {
@@ -73,13 +168,17 @@ pub(crate) struct Session {
     conn: RwLock<Arc<quinn::Connection>>,
     /// Whether this side dialled.
     pub(crate) client: bool,
-    pub(crate) peer: OnceLock<Peer>,
+    pub(crate) peer: PeerCell,
+    pub(crate) life: Life,
     pub(crate) limits: Arc<Limits>,
     pub(crate) timeouts: Arc<Timeouts>,
     pub(crate) counters: Arc<Counters>,
+    pub(crate) tally: Arc<Tally>,
+    /// The span of the connection, parent of its channels'.
+    pub(crate) span: tracing::Span,
     pub(crate) extensions: Extensions,
     /// What the server announced (at the client) or has announced (at the server); set on admission.
-    pub(crate) welcome: OnceLock<Welcome>,
+    welcome: RwLock<Option<Arc<Welcome>>>,
     pub(crate) admitted: Notify,
     /// The peer's agent text, set at the server.
     pub(crate) agent: OnceLock<String>,
@@ -90,18 +189,36 @@ pub(crate) struct Session {
     pub(crate) quiet: Quiet,
     pub(crate) wishes: Mutex<Wishes>,
     pub(crate) wished: Notify,
-    pub(crate) received_goaway: OnceLock<GoAway>,
-    /// Writers of the live channels, so that a close can flush them.
-    outboxes: Mutex<HashMap<u64, Weak<Outbox>>>,
+    pub(crate) received_goaway: Mutex<Option<GoAway>>,
+    /// The live channels, so that a close can flush them.
+    pipes: Mutex<HashMap<u64, Weak<Pipe>>>,
+    /// Those that can go on over another connection.
+    resumable: Mutex<HashMap<ChannelKey, Arc<Pipe>>>,
+    /// What the peer is to be told it need not keep.
+    confirms: Mutex<HashMap<ChannelKey, u64>>,
+    pub(crate) confirm_due: Notify,
+    /// What resumable channels keep.
+    pub(crate) budget: Arc<Budget>,
+    pub(crate) tickets: Mutex<Tickets>,
+    /// The number of the present connection, counted from 1.
+    link: Mutex<u64>,
+    /// That number while channels can be opened on it.
+    up: watch::Sender<Option<u64>>,
+    /// At a client that reconnects: what becomes of its connections.
+    pub(crate) states: Option<StateFeed>,
     pub(crate) channel_ended: Notify,
     next_key: AtomicU64,
+    /// Volatile messages that wait, both ways.
+    pub(crate) volatiles: Volatiles,
     /// Whose turn it is to write.
     pub(crate) turns: Turns,
     next_channel: AtomicU64,
+    /// The server's rooms; never set at a client.
+    pub(crate) rooms: OnceLock<Rooms>,
     /// Writer tasks; each ends with its channel or with the connection.
     pub(crate) tasks: TaskTracker,
-    /// A client's endpoint lives as long as its socket.
-    pub(crate) endpoint: Option<quinn::Endpoint>,
+    /// A client's endpoint lives as long as its connection.
+    endpoint: Mutex<Option<quinn::Endpoint>>,
     /// At a client: what its handles hold, so that the last one to go closes the connection.
     lease: OnceLock<Weak<Lease>>,
     /// The socket's handle, for handlers that ask for it.
@@ -126,32 +243,47 @@ impl Session {
         limits: Arc<Limits>,
         timeouts: Arc<Timeouts>,
         parent: Arc<Counters>,
+        tally: Arc<Tally>,
         endpoint: Option<quinn::Endpoint>,
+        states: Option<StateFeed>,
     ) -> Arc<Self> {
         Arc::new(Self {
             conn: RwLock::new(Arc::new(conn)),
             client,
-            peer: OnceLock::new(),
+            peer: PeerCell::default(),
+            life: Life::default(),
             peer_frame: AtomicU64::new(limits.frame as u64),
+            budget: Arc::new(Budget::new(limits.resume_bytes)),
             limits,
             timeouts,
             counters: Counters::child(parent),
+            tally,
+            span: tracing::Span::current(),
             extensions: Extensions::default(),
-            welcome: OnceLock::new(),
+            welcome: RwLock::default(),
             admitted: Notify::new(),
             agent: OnceLock::new(),
             end: End::default(),
             quiet: Quiet::default(),
             wishes: Mutex::default(),
             wished: Notify::new(),
-            received_goaway: OnceLock::new(),
-            outboxes: Mutex::default(),
+            received_goaway: Mutex::default(),
+            pipes: Mutex::default(),
+            resumable: Mutex::default(),
+            confirms: Mutex::default(),
+            confirm_due: Notify::new(),
+            tickets: Mutex::default(),
+            link: Mutex::new(1),
+            up: watch::Sender::new(Some(1)),
+            states,
             channel_ended: Notify::new(),
             next_key: AtomicU64::new(0),
+            volatiles: Volatiles::default(),
             turns: Turns::default(),
             next_channel: AtomicU64::new(1),
+            rooms: OnceLock::new(),
             tasks: TaskTracker::new(),
-            endpoint,
+            endpoint: Mutex::new(endpoint),
             lease: OnceLock::new(),
             handle: OnceLock::new(),
         })
@@ -188,10 +320,165 @@ impl Session {
         self.next_channel.fetch_add(1, Ordering::Relaxed)
     }
 
-    pub(crate) fn id(&self) -> &str {
+    /// What was announced on admission.
+    pub(crate) fn welcome(&self) -> Option<Arc<Welcome>> {
         self.welcome
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    pub(crate) fn set_welcome(&self, welcome: Welcome) {
+        *self.welcome.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(welcome));
+        self.admitted.notify_waiters();
+    }
+
+    pub(crate) fn id(&self) -> SessionId {
+        let welcome = self.welcome();
+        SessionId::new(welcome.as_ref().map_or("", |welcome| &welcome.session))
+    }
+
+    /// A client's endpoint of this moment.
+    pub(crate) fn endpoint(&self) -> Option<quinn::Endpoint> {
+        lock(&self.endpoint).clone()
+    }
+
+    /// Goes over to another connection and returns its number. Streams of earlier ones belong to nobody now.
+    pub(crate) fn set_link(
+        &self,
+        conn: quinn::Connection,
+        endpoint: Option<quinn::Endpoint>,
+    ) -> u64 {
+        let mut link = lock(&self.link);
+        *self.conn.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(conn);
+        *lock(&self.endpoint) = endpoint;
+        *link += 1;
+        lock(&self.confirms).clear();
+        *link
+    }
+
+    /// The connection of this moment with its number.
+    pub(crate) fn link(&self) -> (Arc<quinn::Connection>, u64) {
+        let link = lock(&self.link);
+        (self.conn(), *link)
+    }
+
+    /// Does something while connection number `link` is the present one, and nothing if it is no longer.
+    pub(crate) fn on_link<T>(&self, link: u64, act: impl FnOnce() -> T) -> Option<T> {
+        let present = lock(&self.link);
+        (*present == link).then(act)
+    }
+
+    /// Channels can be opened on this connection; on none, as long as it says `None`.
+    pub(crate) fn set_up(&self, link: Option<u64>) {
+        self.up.send_replace(link);
+    }
+
+    /// Whether there is a connection on which channels can be opened.
+    pub(crate) fn is_up(&self) -> bool {
+        self.up.borrow().is_some()
+    }
+
+    /// This connection is found lost before its driver has.
+    pub(crate) fn down(&self, link: u64) {
+        self.up
+            .send_if_modified(|up| *up == Some(link) && up.take().is_some());
+    }
+
+    /// The connection on which a channel can be opened. Waits for one where the client reconnects.
+    pub(crate) async fn ready(&self) -> Result<(Arc<quinn::Connection>, u64), OpenError> {
+        let mut up = self.up.subscribe();
+        loop {
+            if self.closing() {
+                return Err(OpenError::Closed(self.closed_reason()));
+            }
+            if up.borrow_and_update().is_some() {
+                return Ok(self.link());
+            }
+            if self.states.is_none() {
+                let goaway = lock(&self.received_goaway).clone();
+                return Err(match goaway {
+                    Some(goaway) => OpenError::GoingAway(goaway),
+                    None => OpenError::Closed(lost("the connection is lost")),
+                });
+            }
+            tokio::select! {
+                _ = up.changed() => {}
+                _ = self.end.wait() => {}
+            }
+        }
+    }
+
+    pub(crate) fn closed_reason(&self) -> CloseReason {
+        self.end
             .get()
-            .map_or("", |welcome| welcome.session.as_str())
+            .cloned()
+            .or_else(|| lock(&self.wishes).close.clone())
+            .unwrap_or_else(|| lost("the socket is over"))
+    }
+
+    /// Keeps a channel for the next connection.
+    pub(crate) fn keep(&self, pipe: &Arc<Pipe>) {
+        lock(&self.resumable).insert(pipe.key, pipe.clone());
+    }
+
+    /// A channel kept for the next connection.
+    pub(crate) fn kept(&self, key: ChannelKey) -> Option<Arc<Pipe>> {
+        lock(&self.resumable).get(&key).cloned()
+    }
+
+    /// The channels that this side opened and keeps for the next connection.
+    pub(crate) fn kept_own(&self) -> Vec<Arc<Pipe>> {
+        lock(&self.resumable)
+            .values()
+            .filter(|pipe| pipe.key.own)
+            .cloned()
+            .collect()
+    }
+
+    /// How many channels that the peer opened are kept.
+    pub(crate) fn kept_theirs(&self) -> usize {
+        lock(&self.resumable).keys().filter(|key| !key.own).count()
+    }
+
+    /// Forgets channels of which nothing can come any more.
+    pub(crate) fn prune(&self) {
+        lock(&self.resumable).retain(|_, pipe| !pipe.is_over());
+    }
+
+    /// The peer keeps these of the channels that it opened; the others are over.
+    pub(crate) fn retain_theirs(&self, open: &[u64]) {
+        let gone: Vec<_> = lock(&self.resumable)
+            .extract_if(|key, _| !key.own && !open.contains(&key.id))
+            .collect();
+        for (_, pipe) in gone {
+            pipe.fail(
+                self,
+                &CloseReason::peer(CloseCode::NORMAL, "the peer has ended the channel"),
+            );
+        }
+    }
+
+    /// Ends all channels that waited for another connection.
+    pub(crate) fn fail_resumable(&self, reason: &CloseReason) {
+        let pipes = std::mem::take(&mut *lock(&self.resumable));
+        for pipe in pipes.into_values() {
+            pipe.fail(self, reason);
+        }
+    }
+
+    /// The peer will be told that it need not keep the first `frames` of this channel.
+    pub(crate) fn confirm_later(&self, key: ChannelKey, frames: u64) {
+        let mut confirms = lock(&self.confirms);
+        if confirms.is_empty() {
+            self.confirm_due.notify_one();
+        }
+        confirms.insert(key, frames);
+    }
+
+    /// What the peer is to be told now.
+    pub(crate) fn take_confirms(&self) -> HashMap<ChannelKey, u64> {
+        std::mem::take(&mut *lock(&self.confirms))
     }
 
     /// Why the connection ended, in the best words known: a reason given here or by the peer's `$close` beats
@@ -229,48 +516,67 @@ impl Session {
         self.conn().close(code, cut(&text, 256).as_bytes());
     }
 
-    pub(crate) fn register(&self, outbox: &Arc<Outbox>) -> u64 {
-        let key = self.next_key.fetch_add(1, Ordering::Relaxed);
-        lock(&self.outboxes).insert(key, Arc::downgrade(outbox));
-        key
+    pub(crate) fn next_registration(&self) -> u64 {
+        self.next_key.fetch_add(1, Ordering::Relaxed)
     }
 
-    pub(crate) fn unregister(&self, key: u64) {
-        lock(&self.outboxes).remove(&key);
-        self.channel_ended.notify_waiters();
+    pub(crate) fn register(&self, registration: u64, pipe: &Arc<Pipe>) {
+        lock(&self.pipes).insert(registration, Arc::downgrade(pipe));
+    }
+
+    /// Says whether it was there.
+    pub(crate) fn unregister(&self, registration: u64) -> bool {
+        let was_there = lock(&self.pipes).remove(&registration).is_some();
+        if was_there {
+            self.channel_ended.notify_waiters();
+        }
+        was_there
+    }
+
+    fn live_pipes(&self) -> Vec<Arc<Pipe>> {
+        lock(&self.pipes)
+            .values()
+            .filter_map(Weak::upgrade)
+            .collect()
     }
 
     /// Channels whose writer has not ended yet.
     pub(crate) fn live_channels(&self) -> usize {
-        lock(&self.outboxes).len()
+        lock(&self.pipes).len()
     }
 
-    /// Lets every channel send what is queued and then end.
+    /// Lets every channel send what is queued and then end, for good: nothing is kept any more.
     pub(crate) fn finish_channels(&self) {
-        let outboxes: Vec<_> = lock(&self.outboxes)
-            .values()
-            .filter_map(Weak::upgrade)
-            .collect();
-        for outbox in outboxes {
-            outbox.finish(None);
+        for pipe in self.live_pipes() {
+            pipe.forget();
+            pipe.finish();
+        }
+    }
+
+    /// Lets every channel send what is queued and then end for this reason.
+    pub(crate) fn finish_channels_because(&self, reason: &CloseReason) {
+        for pipe in self.live_pipes() {
+            pipe.finish_because(reason);
+        }
+    }
+
+    /// Waits until no channel is live.
+    pub(crate) async fn all_channels_done(&self) {
+        loop {
+            let mut ended = std::pin::pin!(self.channel_ended.notified());
+            ended.as_mut().enable();
+            if self.live_channels() == 0 {
+                return;
+            }
+            ended.await;
         }
     }
 
     /// Waits until no channel is live, at most `within`.
     pub(crate) async fn channels_done(&self, within: Duration) -> bool {
-        let wait = async {
-            loop {
-                let mut ended = std::pin::pin!(self.channel_ended.notified());
-                ended.as_mut().enable();
-                if self.live_channels() == 0 {
-                    return;
-                }
-                ended.await;
-            }
-        };
         let conn = self.conn();
         tokio::select! {
-            () = wait => true,
+            () = self.all_channels_done() => true,
             _ = conn.closed() => true,
             () = tokio::time::sleep(within) => false,
         }
@@ -281,7 +587,7 @@ impl Session {
         loop {
             let mut admitted = std::pin::pin!(self.admitted.notified());
             admitted.as_mut().enable();
-            if self.welcome.get().is_some() {
+            if self.welcome().is_some() {
                 return Ok(());
             }
             tokio::select! {
@@ -292,8 +598,8 @@ impl Session {
     }
 }
 
-impl std::fmt::Debug for Session {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Session")
             .field("id", &self.id())
             .field("remote", &self.conn().remote_address())

@@ -7,8 +7,11 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::future::poll_fn;
+use std::io;
 use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
+use std::pin::pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -19,16 +22,24 @@ use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tracing::Instrument;
+use tracing::field::Empty;
 
 use crate::auth::Peer;
 use crate::channel::{Channel, Closed, Opened};
-use crate::code::{CloseCode, CloseReason};
+use crate::client::Dialler;
+use crate::code::{CloseCode, CloseReason, Side};
 use crate::config::Priority;
-use crate::control::{self, GoAway};
+use crate::control::{self, Ack, Channels, ControlError, GoAway, Resumed, Welcome};
+use crate::endpoint;
 use crate::extensions::Extensions;
 use crate::inbox::{Ending, Inbox};
+use crate::lifetime::{self, Lifetime, RefreshError};
+use crate::metrics::{Count, Metrics};
+use crate::outbox::Way;
+use crate::reconnect::{State, StateFeed, States};
+use crate::resume::Mismatch;
 use crate::router::ServeChannel;
-use crate::session::{Lease, Session, lock};
+use crate::session::{ChannelKey, Lease, Session, SessionId, lock};
 use crate::speed::{Counters, SpeedMeter, Stats};
 
 /// One connection to one peer: open channels on it, accept the peer's, close it.
@@ -76,28 +87,47 @@ impl Socket {
         &self.inner.session
     }
 
-    /// The session's id, chosen by the server: 32 hexadecimal digits; empty before admission.
-    pub fn id(&self) -> &str {
+    /// The session's id, chosen by the server; empty before admission. It changes only when a client has
+    /// reconnected and the session could not be resumed.
+    pub fn id(&self) -> SessionId {
         self.inner.session.id()
     }
 
     /// Who the peer is. At a server: what the verifier said. At a client: the server, by its fingerprint or
-    /// its name.
-    pub fn peer(&self) -> &Peer {
-        static UNKNOWN: std::sync::LazyLock<Peer> = std::sync::LazyLock::new(|| Peer::new(""));
-        self.inner.session.peer.get().unwrap_or(&UNKNOWN)
+    /// its name. What is known of a client may change with its token, its id does not.
+    pub fn peer(&self) -> Peer {
+        let known = self.inner.session.peer.get();
+        known.unwrap_or_else(|| Peer::new(""))
+    }
+
+    /// How long the client's token still counts; `None` when it has no end or none is known. When it has
+    /// ended, the server closes the socket with `auth_expired`.
+    pub fn expires_in(&self) -> Option<Duration> {
+        self.inner.session.life.time_left()
+    }
+
+    /// Presents a new token for the same identity, at a client: its end and its rights count from then on.
+    /// One at a time; a further call waits for the answer to the one before.
+    ///
+    /// # Errors
+    /// [`RefreshError::Denied`] when the server refused it: the socket stays as it was until the old token
+    /// ends. A token that is not accepted counts as a failed authentication of this address.
+    ///
+    /// # Cancel safety
+    /// A dropped future has presented the token or not; if so, the server's answer still counts.
+    pub async fn refresh(&self, token: impl Into<String>) -> Result<(), RefreshError> {
+        lifetime::refresh(&self.inner.session, token.into()).await
     }
 
     /// Name and version of the peer's program, as it calls itself; printable, at most 128 bytes.
-    pub fn agent(&self) -> &str {
+    pub fn agent(&self) -> String {
         let session = &self.inner.session;
         if session.client {
             session
-                .welcome
-                .get()
-                .map_or("", |welcome| welcome.agent.as_str())
+                .welcome()
+                .map_or_else(String::new, |welcome| welcome.agent.clone())
         } else {
-            session.agent.get().map_or("", String::as_str)
+            session.agent.get().cloned().unwrap_or_default()
         }
     }
 
@@ -149,14 +179,12 @@ impl Socket {
     /// Waits until the socket is over and says how.
     pub async fn closed(&self) -> CloseReason {
         let session = &self.inner.session;
-        let error = session.conn().closed().await;
-        let reason = session.reason_for(&error);
-        session.end.set(reason);
-        if let Some(endpoint) = &session.endpoint {
+        let reason = session.end.wait().await;
+        if let Some(endpoint) = session.endpoint() {
             // Let the last packets out; a silent network must not hold us up.
             let _ = tokio::time::timeout(Duration::from_millis(500), endpoint.wait_idle()).await;
         }
-        session.end.wait().await
+        reason
     }
 
     /// How the socket ended, if it has.
@@ -166,7 +194,32 @@ impl Socket {
 
     /// The server's word that it is going down, if it has sent one.
     pub fn goaway(&self) -> Option<GoAway> {
-        self.inner.session.received_goaway.get().cloned()
+        lock(&self.inner.session.received_goaway).clone()
+    }
+
+    /// What becomes of the connection of a client that reconnects (`ClientBuilder::reconnect`): the present
+    /// state, then each change. Empty for other sockets.
+    pub fn states(&self) -> States {
+        match &self.inner.session.states {
+            Some(states) => states.watch(),
+            None => States::none(),
+        }
+    }
+
+    /// The present state of a client that reconnects; `None` for other sockets.
+    pub fn state(&self) -> Option<State> {
+        self.inner.session.states.as_ref().map(StateFeed::now)
+    }
+
+    /// Sends from another local address from now on, as when the device has moved to another network. The
+    /// connection goes on: nothing is lost, nothing reconnects. Port 0 takes a free one.
+    ///
+    /// # Errors
+    /// When the address cannot be bound; then the old one stays. `Unsupported` at a server.
+    pub fn rebind(&self, local: SocketAddr) -> io::Result<()> {
+        let session = &self.inner.session;
+        let endpoint = session.endpoint().ok_or(io::ErrorKind::Unsupported)?;
+        endpoint.rebind(endpoint::bind(local, session.limits.socket_buffer)?)
     }
 
     /// Tells the peer to finish what runs and come back later or elsewhere. Only a server says so.
@@ -197,15 +250,9 @@ impl Socket {
         Stats::of(&self.inner.session.conn(), &self.inner.session.counters)
     }
 
-    pub(crate) fn closed_reason(&self) -> CloseReason {
-        let session = &self.inner.session;
-        let wished = || lock(&session.wishes).close.clone();
-        session
-            .end
-            .get()
-            .cloned()
-            .or_else(wished)
-            .unwrap_or_else(|| crate::session::lost("the socket is over"))
+    /// What happened so far on this socket.
+    pub fn metrics(&self) -> Metrics {
+        self.inner.session.tally.metrics(self.stats())
     }
 }
 
@@ -213,7 +260,7 @@ impl fmt::Debug for Socket {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Socket")
             .field("id", &self.id())
-            .field("peer", self.peer())
+            .field("peer", &self.peer())
             .field("remote", &self.remote_address())
             .finish_non_exhaustive()
     }
@@ -221,12 +268,12 @@ impl fmt::Debug for Socket {
 
 impl Channel {
     /// Who the peer is; see [`Socket::peer`].
-    pub fn peer(&self) -> Option<&Peer> {
+    pub fn peer(&self) -> Option<Peer> {
         self.session().peer.get()
     }
 
     /// The id of the socket this channel belongs to.
-    pub fn session_id(&self) -> &str {
+    pub fn session_id(&self) -> SessionId {
         self.session().id()
     }
 
@@ -296,71 +343,121 @@ pub(crate) struct Control {
     pub(crate) inbox: Inbox,
 }
 
-/// Serves one connection until it ends.
-pub(crate) async fn drive(
+/// A connection on which a session goes on, or another begins.
+pub(crate) struct Link {
+    pub(crate) conn: quinn::Connection,
+    /// A client's.
+    pub(crate) endpoint: Option<quinn::Endpoint>,
+    pub(crate) control: Control,
+    /// At a client, what the server has said.
+    pub(crate) welcome: Option<Welcome>,
+}
+
+/// Where a session's next connection comes from.
+pub(crate) enum Comeback {
+    /// From nowhere: it ends with its connection.
+    Never,
+    /// From the client.
+    Awaited(Awaited),
+    /// From us.
+    Dialled(Box<Dialler>),
+}
+
+/// What a server does about a client that may come back.
+pub(crate) struct Awaited {
+    pub(crate) links: mpsc::Receiver<Link>,
+    /// How long it waits.
+    pub(crate) window: Duration,
+    /// How many sessions wait, of how many that may.
+    pub(crate) detached: Arc<AtomicUsize>,
+    pub(crate) most: usize,
+}
+
+impl Awaited {
+    async fn next(&mut self, reason: CloseReason) -> Result<Link, CloseReason> {
+        struct Waiting(Arc<AtomicUsize>);
+        impl Drop for Waiting {
+            fn drop(&mut self) {
+                self.0.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+        let before = self.detached.fetch_add(1, Ordering::Relaxed);
+        let _waiting = Waiting(self.detached.clone());
+        if before >= self.most {
+            tracing::warn!(%reason, most = self.most, "connection lost; no room to keep its session");
+            return Err(reason);
+        }
+        tracing::info!(%reason, window = ?self.window, "connection lost; its session waits for the client");
+        match tokio::time::timeout(self.window, self.links.recv()).await {
+            Ok(Some(link)) => Ok(link),
+            Ok(None) | Err(_) => Err(reason),
+        }
+    }
+}
+
+/// How the service of one connection ended.
+enum Outcome {
+    /// And the session with it.
+    Over(CloseReason),
+    /// The session may go on over another.
+    Lost(CloseReason),
+    /// The client has come back over this one.
+    Replaced(Link),
+    /// The server goes away and our channels have ended: to the next.
+    Moved(CloseReason),
+}
+
+/// Serves a session until it ends, over however many connections.
+pub(crate) async fn live(
     session: Arc<Session>,
     mut control: Control,
     registry: Arc<Registry>,
     incoming: mpsc::Sender<Channel>,
+    mut comeback: Comeback,
 ) -> CloseReason {
     let mut channels = JoinSet::new();
-    let mut rate = Rate::new(session.limits.channel_rate);
-    let conn = session.conn();
+    let mut driver = Driver {
+        session: session.clone(),
+        registry,
+        incoming,
+        rate: Rate::new(session.limits.channel_rate),
+        lifetime: Lifetime::new(&session),
+        resumed: false,
+    };
     let reason = loop {
-        tokio::select! {
-            stream = conn.accept_bi() => match stream {
-                Ok((send, recv)) => {
-                    if !rate.take() {
-                        let text = format!("more than {} channels a second", session.limits.channel_rate);
-                        session.abort(CloseReason::local(CloseCode::RATE_LIMITED, text));
-                        continue;
-                    }
-                    let span = tracing::debug_span!("channel", stream = send.id().index());
-                    let serve = serve_stream(session.clone(), registry.clone(), incoming.clone(), send, recv);
-                    channels.spawn(serve.instrument(span));
-                }
-                Err(error) => break session.reason_for(&error),
-            },
-            message = poll_fn(|cx| control.inbox.poll_first(cx, &session, &session.counters)) => {
-                if let Some(reason) = on_control(&session, message) {
-                    if reason.by == crate::code::Side::Peer {
-                        // The peer has flushed its channels and leaves the last word to us. What we have
-                        // queued gets a moment too; a peer that no longer reads cannot hold us up.
-                        session.finish_channels();
-                        session.channels_done(session.timeouts.close / 5).await;
-                        let (code, text) = (reason.code.varint(), reason.text.clone());
-                        session.end.set(reason);
-                        session.conn().close(code, text.as_bytes());
-                    } else {
-                        session.abort(reason);
-                    }
-                    let error = session.conn().closed().await;
-                    break session.reason_for(&error);
-                }
-            },
-            () = session.wished.notified() => {
-                let (close, goaway) = {
-                    let mut wishes = lock(&session.wishes);
-                    (wishes.close.clone(), wishes.goaway.take())
-                };
-                if let Some(frame) = goaway.as_ref().and_then(control::encode_goaway) {
-                    write_control(&session, &mut control.send, frame).await;
-                }
-                if let Some(reason) = close {
-                    close_gracefully(&session, &mut control, reason).await;
-                    let error = session.conn().closed().await;
-                    break session.reason_for(&error);
-                }
-            },
-            Some(ended) = channels.join_next() => {
-                if let Err(error) = ended && error.is_panic() {
-                    tracing::error!("a channel task panicked");
-                }
+        let next = match driver
+            .drive(&mut control, &mut channels, &mut comeback)
+            .await
+        {
+            Outcome::Over(reason) => break reason,
+            Outcome::Replaced(link) => Ok(link),
+            Outcome::Lost(reason) => {
+                comeback
+                    .next(&session, &mut driver.lifetime, reason, false)
+                    .await
             }
+            Outcome::Moved(reason) => {
+                comeback
+                    .next(&session, &mut driver.lifetime, reason, true)
+                    .await
+            }
+        };
+        match next {
+            Ok(link) => control = driver.change(link, &mut channels),
+            Err(reason) => break reason,
         }
     };
     session.end.set(reason);
     let reason = session.end.wait().await;
+    session.set_up(None);
+    session.fail_resumable(&reason);
+    if session.welcome().is_some() {
+        session.tally.less(Count::Sockets);
+        session.tally.closed(&reason);
+    }
+    if let Some(states) = &session.states {
+        states.set(State::GaveUp(reason.clone()));
+    }
     // Handlers see the end in their next `recv`; give those that only wait for it the time to leave.
     let grace = async { while channels.join_next().await.is_some() {} };
     let _ = tokio::time::timeout(session.timeouts.close, grace).await;
@@ -368,36 +465,383 @@ pub(crate) async fn drive(
     reason
 }
 
+impl Comeback {
+    /// The next connection; why there is none, otherwise.
+    async fn next(
+        &mut self,
+        session: &Arc<Session>,
+        lifetime: &mut Lifetime,
+        reason: CloseReason,
+        moved: bool,
+    ) -> Result<Link, CloseReason> {
+        session.set_up(None);
+        session.budget.set_detached(true);
+        let next = async {
+            match self {
+                Self::Never => Err(reason),
+                Self::Awaited(awaited) => awaited.next(reason).await,
+                Self::Dialled(dialler) => dialler.next(session, reason, moved).await,
+            }
+        };
+        let closed = async {
+            loop {
+                let mut wished = std::pin::pin!(session.wished.notified());
+                wished.as_mut().enable();
+                if let Some(reason) = lock(&session.wishes).close.clone() {
+                    return reason;
+                }
+                wished.await;
+            }
+        };
+        tokio::select! {
+            link = next => link,
+            reason = closed => Err(reason),
+            // Its token has ended, say: nobody need come back.
+            reason = session.end.wait() => Err(reason),
+            () = lifetime.run() => std::future::pending().await,
+        }
+    }
+
+    /// Whether the end of a connection for this reason may be followed by another connection.
+    fn survives(&self, reason: &CloseReason) -> bool {
+        match self {
+            Self::Never => false,
+            // The client said goodbye, or we did; or the path is gone.
+            Self::Awaited(_) => reason.by == Side::Transport,
+            Self::Dialled(_) => reason.retry && reason.by != Side::Local,
+        }
+    }
+
+    /// The client, back over another connection while the present one still seems to live.
+    async fn replaced(&mut self) -> Link {
+        if let Self::Awaited(awaited) = self
+            && let Some(link) = awaited.links.recv().await
+        {
+            return link;
+        }
+        std::future::pending().await
+    }
+}
+
+/// Serves the connections of one session, one after the other.
+struct Driver {
+    session: Arc<Session>,
+    registry: Arc<Registry>,
+    incoming: mpsc::Sender<Channel>,
+    rate: Rate,
+    lifetime: Lifetime,
+    /// The present connection resumed the session.
+    resumed: bool,
+}
+
+/// How long confirmations gather before they are sent.
+const CONFIRM_DELAY: Duration = Duration::from_millis(5);
+
+impl Driver {
+    /// Goes over to another connection.
+    fn change(&mut self, link: Link, channels: &mut JoinSet<()>) -> Control {
+        let session = &self.session;
+        session.conn().close(
+            CloseCode::SUPERSEDED.varint(),
+            b"the session goes on over another connection",
+        );
+        lock(&session.received_goaway).take();
+        session.prune();
+        let mut reason = None;
+        self.resumed = true;
+        if let Some(welcome) = link.welcome {
+            self.resumed = welcome.resumed;
+            session.peer_frame.store(welcome.frame, Ordering::Relaxed);
+            if !welcome.resumed {
+                let words = welcome
+                    .reason
+                    .clone()
+                    .unwrap_or_else(|| "unknown".to_owned());
+                let text = format!("the session could not be resumed: {words}");
+                session.fail_resumable(&CloseReason::new(
+                    CloseCode::NOT_RESUMED,
+                    text,
+                    Side::Transport,
+                ));
+                reason = Some(words);
+            }
+            session.life.counts_for(welcome.expires);
+            session.set_welcome(welcome);
+        }
+        session.life.reattached();
+        let number = session.set_link(link.conn, link.endpoint);
+        session.budget.set_detached(false);
+        let conn = session.conn();
+        for pipe in session.kept_own() {
+            channels.spawn(pipe.reopen(session.clone(), conn.clone(), number));
+        }
+        session.set_up(Some(number));
+        if let Some(rooms) = session.rooms.get() {
+            rooms.resumed(session);
+        }
+        tracing::info!(session = %session.id(), resumed = self.resumed, "connected again");
+        if let Some(states) = &session.states {
+            states.set(State::Connected {
+                resumed: self.resumed,
+                reason,
+            });
+        }
+        link.control
+    }
+
+    /// Serves one connection until it ends, or the session goes over to another.
+    async fn drive(
+        &mut self,
+        control: &mut Control,
+        channels: &mut JoinSet<()>,
+        comeback: &mut Comeback,
+    ) -> Outcome {
+        let session = self.session.clone();
+        let (conn, link) = session.link();
+        if self.resumed {
+            let open = session.kept_own().iter().map(|pipe| pipe.key.id).collect();
+            if let Some(frame) = control::encode_channels(open) {
+                write_control(&session, &mut control.send, frame).await;
+            }
+        }
+        let mut confirm_at = None;
+        let mut move_at: Option<Instant> = None;
+        let mut volatile = pin!(crate::volatile::serve(&session, &conn));
+        loop {
+            tokio::select! {
+                never = &mut volatile => match never {},
+                stream = conn.accept_bi() => match stream {
+                    Ok((send, recv)) => {
+                        if !self.rate.take() {
+                            let text = format!("more than {} channels a second", session.limits.channel_rate);
+                            session.abort(CloseReason::local(CloseCode::RATE_LIMITED, text));
+                            continue;
+                        }
+                        let span = tracing::debug_span!("channel", name = Empty, id = Empty);
+                        let serve = serve_stream(
+                            session.clone(),
+                            self.registry.clone(),
+                            self.incoming.clone(),
+                            (conn.clone(), link),
+                            send,
+                            recv,
+                        );
+                        channels.spawn(serve.instrument(span));
+                    }
+                    Err(error) => {
+                        let reason = session.reason_for(&error);
+                        return if comeback.survives(&reason) {
+                            Outcome::Lost(reason)
+                        } else {
+                            Outcome::Over(reason)
+                        };
+                    }
+                },
+                message = poll_fn(|cx| control.inbox.poll_first(cx, &session, &session.counters)) => {
+                    match on_control(&session, message) {
+                        None => {
+                            if move_at.is_none()
+                                && matches!(comeback, Comeback::Dialled(_))
+                                && let Some(goaway) = &*lock(&session.received_goaway)
+                            {
+                                // Until then channels go on; new ones wait for the next server.
+                                move_at = Some(Instant::now() + goaway.wait());
+                                session.set_up(None);
+                                if let Some(states) = &session.states {
+                                    states.set(State::GoingAway(goaway.clone()));
+                                }
+                            }
+                        }
+                        Some(reason) if reason.by == Side::Peer && comeback.survives(&reason) => {
+                            // It will not be there for us, but perhaps another is.
+                            conn.close(reason.code.varint(), reason.text.as_bytes());
+                            return Outcome::Lost(reason);
+                        }
+                        Some(reason) => {
+                            if reason.by == Side::Peer {
+                                // The peer has flushed its channels and leaves the last word to us. What we
+                                // have queued gets a moment too; a peer that no longer reads cannot hold us up.
+                                session.finish_channels();
+                                session.channels_done(session.timeouts.close / 5).await;
+                                let (code, text) = (reason.code.varint(), reason.text.clone());
+                                session.end.set(reason);
+                                conn.close(code, text.as_bytes());
+                            } else {
+                                session.abort(reason);
+                            }
+                            let error = conn.closed().await;
+                            return Outcome::Over(session.reason_for(&error));
+                        }
+                    }
+                },
+                () = session.wished.notified() => {
+                    let (close, goaway) = {
+                        let mut wishes = lock(&session.wishes);
+                        (wishes.close.clone(), wishes.goaway.take())
+                    };
+                    if let Some(frame) = goaway.as_ref().and_then(control::encode_goaway) {
+                        write_control(&session, &mut control.send, frame).await;
+                    }
+                    if let Some(reason) = close {
+                        close_gracefully(&session, control, reason).await;
+                        let error = conn.closed().await;
+                        return Outcome::Over(session.reason_for(&error));
+                    }
+                },
+                () = session.confirm_due.notified() => {
+                    confirm_at.get_or_insert_with(|| Instant::now() + CONFIRM_DELAY);
+                },
+                () = at(confirm_at) => {
+                    confirm_at = None;
+                    let mut frames = Vec::new();
+                    for (key, received) in session.take_confirms() {
+                        let ack = Ack { channel: key.id, own: key.own, received };
+                        frames.extend(control::encode_ack(ack));
+                    }
+                    write_control_all(&session, &mut control.send, &mut frames).await;
+                },
+                link = comeback.replaced() => return Outcome::Replaced(link),
+                () = at(move_at) => {
+                    let reason = CloseReason::new(
+                        CloseCode::MOVED,
+                        "the server goes away; open the channel again",
+                        Side::Transport,
+                    );
+                    session.finish_channels_because(&reason);
+                    return self.leave(control, channels, reason).await;
+                },
+                frame = self.lifetime.next() => write_control(&session, &mut control.send, frame).await,
+                Some(ended) = channels.join_next() => reap(&session, ended),
+            }
+        }
+    }
+
+    /// Serves a connection whose channels are ending, until they have ended, and takes leave of it.
+    async fn leave(
+        &mut self,
+        control: &mut Control,
+        channels: &mut JoinSet<()>,
+        reason: CloseReason,
+    ) -> Outcome {
+        let session = &self.session.clone();
+        let conn = session.conn();
+        let ended = session.all_channels_done();
+        let mut ended = std::pin::pin!(ended);
+        loop {
+            tokio::select! {
+                () = &mut ended => break,
+                _ = conn.closed() => return Outcome::Lost(reason),
+                message = poll_fn(|cx| control.inbox.poll_first(cx, session, &session.counters)) => {
+                    if on_control(session, message).is_some() {
+                        // Its patience has ended before ours.
+                        conn.close(CloseCode::NORMAL.varint(), b"");
+                        return Outcome::Lost(reason);
+                    }
+                },
+                () = session.confirm_due.notified() => {
+                    tokio::time::sleep(CONFIRM_DELAY).await;
+                    let mut frames = Vec::new();
+                    for (key, received) in session.take_confirms() {
+                        let ack = Ack { channel: key.id, own: key.own, received };
+                        frames.extend(control::encode_ack(ack));
+                    }
+                    write_control_all(session, &mut control.send, &mut frames).await;
+                },
+                () = session.wished.notified() => {
+                    let close = lock(&session.wishes).close.clone();
+                    if let Some(reason) = close {
+                        close_gracefully(session, control, reason).await;
+                        let error = conn.closed().await;
+                        return Outcome::Over(session.reason_for(&error));
+                    }
+                },
+                frame = self.lifetime.next() => write_control(session, &mut control.send, frame).await,
+                Some(ended) = channels.join_next() => reap(session, ended),
+            }
+        }
+        if let Some(frame) = control::encode_close(CloseCode::NORMAL, "") {
+            write_control(session, &mut control.send, frame).await;
+            let _ = control.send.finish();
+        }
+        let _ = tokio::time::timeout(session.timeouts.close, conn.closed()).await;
+        conn.close(CloseCode::NORMAL.varint(), b"");
+        Outcome::Moved(reason)
+    }
+}
+
+fn reap(session: &Session, ended: Result<(), tokio::task::JoinError>) {
+    if let Err(error) = ended
+        && error.is_panic()
+    {
+        session.tally.one(Count::HandlerPanics);
+        tracing::error!("a channel task panicked");
+    }
+}
+
+/// Waits for a point in time, or for ever.
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time).await,
+        None => std::future::pending().await,
+    }
+}
+
 /// Acts on a message of the control stream; a reason says that the connection must end.
 fn on_control(session: &Session, message: Result<crate::Message, Ending>) -> Option<CloseReason> {
     let order = |text: &str| Some(CloseReason::local(CloseCode::PROTOCOL_ORDER, text));
+    let refused =
+        |error: ControlError| Some(CloseReason::local(error.close_code(), error.to_string()));
     match message {
         Ok(message) => match message.event() {
             control::CLOSE => match control::decode_close(&message) {
                 Ok(reason) => Some(reason),
-                Err(error) => Some(CloseReason::local(error.close_code(), error.to_string())),
+                Err(error) => refused(error),
             },
             control::GOAWAY if session.client => match control::decode_goaway(&message) {
                 Ok(goaway) => {
                     tracing::info!(text = %goaway.text, "the server is going away");
-                    let _ = session.received_goaway.set(goaway);
+                    lock(&session.received_goaway).get_or_insert(goaway);
+                    if session.states.is_none() {
+                        session.set_up(None);
+                    }
                     None
                 }
-                Err(error) => Some(CloseReason::local(error.close_code(), error.to_string())),
+                Err(error) => refused(error),
             },
-            control::WELCOME if session.client && session.welcome.get().is_none() => {
+            control::WELCOME if session.client && session.welcome().is_none() => {
                 match control::decode_welcome(&message) {
                     Ok(welcome) => {
-                        session
-                            .peer_frame
-                            .store(welcome.frame, std::sync::atomic::Ordering::Relaxed);
-                        let _ = session.welcome.set(welcome);
-                        session.admitted.notify_waiters();
+                        session.peer_frame.store(welcome.frame, Ordering::Relaxed);
+                        tracing::Span::current().record("session", &*welcome.session);
+                        session.tally.one(Count::Admitted);
+                        session.tally.one(Count::Sockets);
+                        session.life.counts_for(welcome.expires);
+                        session.set_welcome(welcome);
+                        if let Some(states) = &session.states {
+                            states.set(State::Connected {
+                                resumed: false,
+                                reason: None,
+                            });
+                        }
                         None
                     }
-                    Err(error) => Some(CloseReason::local(error.close_code(), error.to_string())),
+                    Err(error) => refused(error),
                 }
             }
+            control::ACK => match control::decode_ack(&message) {
+                Ok(ack) => on_ack(session, ack),
+                Err(error) => refused(error),
+            },
+            control::CHANNELS => match control::decode_channels(&message) {
+                Ok(Channels { open }) => {
+                    lock(&session.tickets).confirm();
+                    session.retain_theirs(&open);
+                    None
+                }
+                Err(error) => refused(error),
+            },
+            control::REFRESH if !session.client => session.life.on_refresh(&message),
+            control::REFRESHED if session.client => session.life.on_refreshed(&message),
             _ => order("a message that has no place on the control stream now"),
         },
         Err(Ending::Finished) => order("the control stream ended without $close"),
@@ -407,6 +851,23 @@ fn on_control(session: &Session, message: Result<crate::Message, Ending>) -> Opt
     }
 }
 
+fn on_ack(session: &Session, ack: Ack) -> Option<CloseReason> {
+    // What the peer opened is ours to accept, and the other way round.
+    let key = ChannelKey {
+        own: !ack.own,
+        id: ack.channel,
+    };
+    // One that is over here may still be confirmed.
+    let pipe = session.kept(key)?;
+    let text = format!(
+        "message {} of channel {} is confirmed and was never sent",
+        ack.received, ack.channel
+    );
+    pipe.confirm(ack.received)
+        .err()
+        .map(|Mismatch| CloseReason::local(CloseCode::RESUME_MISMATCH, text))
+}
+
 /// Flushes the channels, tells the peer, and leaves the last word to it; all within the close time.
 async fn close_gracefully(session: &Session, control: &mut Control, reason: CloseReason) {
     let within = session.timeouts.close;
@@ -414,7 +875,8 @@ async fn close_gracefully(session: &Session, control: &mut Control, reason: Clos
     session.finish_channels();
     session.channels_done(within).await;
     if let Some(frame) = control::encode_close(reason.code, &reason.text) {
-        write_control(session, &mut control.send, frame).await;
+        let written = write_control(session, &mut control.send, frame);
+        let _ = tokio::time::timeout(within, written).await;
         let _ = control.send.finish();
     }
     // When both sides close at once, neither would wait for the other's last word: a `$close` from the peer
@@ -435,13 +897,31 @@ async fn close_gracefully(session: &Session, control: &mut Control, reason: Clos
 
 /// Writes one small frame; a peer that does not even take that within the close time is given up.
 async fn write_control(session: &Session, send: &mut quinn::SendStream, frame: Bytes) {
-    match tokio::time::timeout(session.timeouts.close, send.write_chunk(frame)).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::debug!(%error, "control stream not writable"),
-        Err(_) => session.abort(CloseReason::local(
-            CloseCode::SLOW_PEER,
-            "the peer does not read the control stream",
-        )),
+    write_control_all(session, send, &mut [frame]).await;
+}
+
+/// Writes small frames, as [`write_control`] does one.
+async fn write_control_all(session: &Session, send: &mut quinn::SendStream, frames: &mut [Bytes]) {
+    let mut writing = std::pin::pin!(send.write_all_chunks(frames));
+    loop {
+        let conn = session.conn();
+        let heard = conn.stats().udp_rx.datagrams;
+        match tokio::time::timeout(session.timeouts.close, &mut writing).await {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => {
+                tracing::debug!(%error, "control stream not writable");
+                return;
+            }
+            // A path that is silent is the idle timer's business.
+            Err(_) if conn.stats().udp_rx.datagrams == heard => {}
+            Err(_) => {
+                session.abort(CloseReason::local(
+                    CloseCode::SLOW_PEER,
+                    "the peer does not read the control stream",
+                ));
+                return;
+            }
+        }
     }
 }
 
@@ -450,6 +930,7 @@ async fn serve_stream(
     session: Arc<Session>,
     registry: Arc<Registry>,
     incoming: mpsc::Sender<Channel>,
+    (conn, link): (Arc<quinn::Connection>, u64),
     send: quinn::SendStream,
     recv: quinn::RecvStream,
 ) {
@@ -482,26 +963,72 @@ async fn serve_stream(
         // Reset or lost before it began: nobody to tell.
         Err(Ending::Closed(_)) => return,
     };
+    let mut first = None;
+    if let Some(received) = open.received {
+        let key = ChannelKey {
+            own: false,
+            id: open.id,
+        };
+        match session.kept(key) {
+            Some(pipe) => return pipe.accept(&session, (conn, link), (send, inbox), received),
+            // It had reached its end here before the opener knew.
+            None if received > 0 => return decline(&session, send, received).await,
+            None => {
+                let none = Resumed {
+                    received: 0,
+                    done: false,
+                };
+                first = control::encode_resume(none);
+            }
+        }
+    }
+    let crowded = open.resumable && session.kept_theirs() >= 2 * session.limits.channels as usize;
     let name = open.name.clone();
+    session.tally.one(Count::ChannelsAccepted);
+    session.tally.one(Count::MessagesReceived);
+    tracing::Span::current()
+        .record("name", crate::code::printable(&name, 128))
+        .record("id", open.id);
     let opened = Opened {
         id: open.id,
         name: open.name,
         meta: open.meta,
         priority: open.priority,
-        resumable: open.resumable,
+        resumable: open.resumable && !crowded,
     };
-    let channel = Channel::start(session.clone(), opened, send, inbox, counters);
+    let way = Way {
+        conn,
+        stream: send,
+        epoch: 0,
+        first,
+    };
+    let channel = Channel::start(session.clone(), opened, false, way, link, inbox, counters);
+    let refusal = refusal.or_else(|| {
+        crowded.then(|| {
+            let text = format!(
+                "{} resumable channels are kept because their end was not confirmed",
+                2 * session.limits.channels
+            );
+            CloseReason::local(CloseCode::RATE_LIMITED, text)
+        })
+    });
     if let Some(reason) = refusal {
+        session.tally.one(Count::ChannelsRefused);
         if let Some(left_out) = session.quiet.line() {
             tracing::warn!(%reason, left_out, "channel refused");
         }
         channel.close_with(reason);
         return;
     }
+    if let Err(deny) = session.life.allow(&session, &channel) {
+        channel.close_with(CloseReason::local(deny.code, deny.text));
+        return;
+    }
     match registry.handlers.get(&name) {
         Some(handler) => run_handler(handler, channel).await,
         None if registry.pull => {
             if let Err(error) = incoming.try_send(channel) {
+                session.tally.one(Count::ChannelsRefused);
                 let channel = match error {
                     mpsc::error::TrySendError::Full(channel)
                     | mpsc::error::TrySendError::Closed(channel) => channel,
@@ -513,12 +1040,25 @@ async fn serve_stream(
             }
         }
         None => {
+            session.tally.one(Count::ChannelsRefused);
             let text = format!(
                 "no channel named {:?} is served here",
                 crate::code::printable(&name, 128)
             );
             channel.close_with(CloseReason::local(CloseCode::NO_SUCH_CHANNEL, text));
         }
+    }
+}
+
+/// Tells the opener of a channel that it is over here, and that all it sent was received.
+async fn decline(session: &Session, mut send: quinn::SendStream, received: u64) {
+    let done = Resumed {
+        received,
+        done: true,
+    };
+    if let Some(frame) = control::encode_resume(done) {
+        write_control(session, &mut send, frame).await;
+        let _ = send.finish();
     }
 }
 
@@ -533,6 +1073,7 @@ async fn run_handler(handler: &ChannelHandler, channel: Channel) {
         Ok(Ok(())) => {}
         Ok(Err(_)) if channel.close_reason().is_some() => {}
         Ok(Err(error)) => {
+            channel.session().tally.one(Count::HandlersFailed);
             tracing::warn!(channel = %name, %error, "channel handler failed");
             channel.close_with(CloseReason::local(
                 CloseCode::HANDLER_FAILED,
@@ -540,6 +1081,7 @@ async fn run_handler(handler: &ChannelHandler, channel: Channel) {
             ));
         }
         Err(_) => {
+            channel.session().tally.one(Count::HandlerPanics);
             tracing::error!(channel = %name, "channel handler panicked");
             channel.close_with(CloseReason::local(
                 CloseCode::INTERNAL,
@@ -560,15 +1102,15 @@ fn nameless() -> control::Open {
     }
 }
 
-/// Channel opens: `per_second`, with a burst of twice as many.
-struct Rate {
+/// So many `per_second`, with a burst of twice as many.
+pub(crate) struct Rate {
     per_second: f64,
     left: f64,
     at: Instant,
 }
 
 impl Rate {
-    fn new(per_second: u32) -> Self {
+    pub(crate) fn new(per_second: u32) -> Self {
         let per_second = f64::from(per_second.max(1));
         Self {
             per_second,
@@ -577,7 +1119,7 @@ impl Rate {
         }
     }
 
-    fn take(&mut self) -> bool {
+    pub(crate) fn take(&mut self) -> bool {
         let now = Instant::now();
         let gained = (now - self.at).as_secs_f64() * self.per_second;
         self.left = (self.left + gained).min(self.per_second * 2.0);

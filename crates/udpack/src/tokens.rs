@@ -1,6 +1,7 @@
 //! The file of tokens that let clients in.
 //!
 //! One entry a line: `TOKEN`, `ID TOKEN` or `ID sha256:HEX`, then `key=value` fields if any.
+//! The field `expires=TIME` ends the entry: TIME is like 2027-01-31T12:00:00Z, or seconds since 1970.
 //! Blank lines and everything from a word that starts with `#` are ignored. Edits take effect on
 //! the next login. Tokens are random, not passwords: they are hashed once, without stretching,
 //! which would only hand unknown peers a lever on the processor.
@@ -13,6 +14,7 @@ use std::time::{Duration, SystemTime};
 
 use subtle::{Choice, ConstantTimeEq};
 
+use crate::auth::Peer;
 use crate::fingerprint::{decode_hex, sha256};
 use crate::secret_file::{self, SecretFileError, Version};
 
@@ -78,13 +80,26 @@ impl TokenFile {
         Self::open(path)
     }
 
-    /// Returns the entry that `token` belongs to, if there is one.
+    /// Returns the entry that `token` belongs to, if there is one that has not expired.
     ///
     /// The file is read again first if it changed. If it is gone or no longer acceptable, the last
     /// good set stays in force and the log says so. An unknown token and a wrong one take the same
     /// path and the same time.
     pub fn verify(&self, token: &str) -> Option<TokenEntry> {
+        self.find(token).filter(|entry| !entry.is_expired())
+    }
+
+    /// The entry that `token` belongs to, expired or not.
+    pub(crate) fn find(&self, token: &str) -> Option<TokenEntry> {
         self.current().verify(token)
+    }
+
+    /// Whether the entry that this peer was made of is still in the file, with the same token.
+    pub(crate) fn has(&self, peer: &Peer) -> bool {
+        let set = self.current();
+        peer.digest
+            .and_then(|digest| set.get(&digest))
+            .is_some_and(|found| found.id == peer.id())
     }
 
     /// Whether `entry` is still in the file, with the same token.
@@ -92,23 +107,21 @@ impl TokenFile {
     /// For closing the connections of a token that was taken away.
     pub fn contains(&self, entry: &TokenEntry) -> bool {
         let set = self.current();
-        set.index
-            .get(&entry.digest)
-            .and_then(|index| set.entries.get(*index))
+        set.get(&entry.digest)
             .is_some_and(|found| found.id == entry.id)
     }
 
-    /// Returns the first token that the file holds in plain, for a client on the same machine.
+    /// Returns the first token in force that the file holds in plain, for a client on the same machine.
     ///
     /// The file is read for it: the plain token is not kept.
     pub fn first_token(&self) -> Option<String> {
         let (content, _) = secret_file::read(&self.inner.path, MAX_FILE).ok()?;
         lines(std::str::from_utf8(&content).ok()?)
-            .filter_map(|(_, line)| match parse_line(line).ok()?.secret {
-                Secret::Plain(token) => Some(token.to_owned()),
-                Secret::Digest(_) => None,
+            .filter_map(|(_, line)| parse_line(line).ok())
+            .find_map(|line| match line.secret {
+                Secret::Plain(token) if !line.is_expired() => Some(token.to_owned()),
+                Secret::Plain(_) | Secret::Digest(_) => None,
             })
-            .next()
     }
 
     /// Returns the entries in force, in the order of the file.
@@ -129,6 +142,13 @@ impl TokenFile {
     /// (see [`open`](Self::open); one without entries is), or when it cannot be changed. It is unchanged then.
     pub fn issue(path: impl AsRef<Path>, new: &NewToken) -> Result<String, TokenFileError> {
         let token = generate_token();
+        if new
+            .fields
+            .iter()
+            .any(|(key, value)| key == EXPIRES && parse_time(value).is_some_and(is_over))
+        {
+            return Err(TokenFileError::New(TokenLineError::Expired));
+        }
         let line = new.line(&sha256(token.as_bytes()))?;
         let path = path.as_ref();
         if let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) {
@@ -220,7 +240,8 @@ impl fmt::Debug for TokenFile {
 pub struct NewToken {
     /// The id: 1 to 64 characters from `A-Z a-z 0-9 . _ @ -`.
     pub id: String,
-    /// Fields: each key once, from `a-z 0-9 _ -`; values without white space or control characters.
+    /// Fields: each key once, from `a-z 0-9 _ -`; values without white space or control characters. The field
+    /// `expires` holds a time to come: like 2027-01-31T12:00:00Z, or seconds since 1970.
     pub fields: Vec<(String, String)>,
 }
 
@@ -312,6 +333,7 @@ fn without(content: &[u8], id: &str) -> Vec<u8> {
 pub struct TokenEntry {
     id: String,
     fields: Vec<(String, String)>,
+    expires: Option<SystemTime>,
     digest: Digest,
 }
 
@@ -330,6 +352,26 @@ impl TokenEntry {
     pub fn field(&self, key: &str) -> Option<&str> {
         let (_, value) = self.fields.iter().find(|(name, _)| name == key)?;
         Some(value)
+    }
+
+    /// Returns when the entry ends, if its field `expires` says so.
+    pub fn expires(&self) -> Option<SystemTime> {
+        self.expires
+    }
+
+    /// Whether its end has come.
+    pub fn is_expired(&self) -> bool {
+        self.expires.is_some_and(is_over)
+    }
+
+    /// Who comes with this entry's token.
+    pub(crate) fn peer(&self) -> Peer {
+        let mut peer = Peer::new(&self.id).with_claims(self.fields.clone());
+        peer.digest = Some(self.digest);
+        match self.expires {
+            Some(time) => peer.expires_at(time),
+            None => peer,
+        }
     }
 }
 
@@ -423,6 +465,12 @@ pub enum TokenLineError {
     /// A field is not `key=value`, or its key came before.
     #[error("a field is key=value, each key once, its characters from a-z 0-9 _ -")]
     Field,
+    /// The field `expires` holds no time.
+    #[error("expires is a time like 2027-01-31T12:00:00Z, or seconds since 1970")]
+    Expires,
+    /// A new token would have ended already.
+    #[error("expires is a time that has passed")]
+    Expired,
     /// Another line has the same id.
     #[error("the id is already on line {first}")]
     DuplicateId {
@@ -566,6 +614,10 @@ impl TokenSet {
         Ok(Self { entries, index })
     }
 
+    fn get(&self, digest: &Digest) -> Option<&TokenEntry> {
+        self.entries.get(*self.index.get(digest)?)
+    }
+
     fn verify(&self, token: &str) -> Option<TokenEntry> {
         let digest = sha256(token.as_bytes());
         // Where in the table a digest falls tells nothing about a token that was not guessed
@@ -582,6 +634,7 @@ struct Line<'a> {
     id: Option<&'a str>,
     secret: Secret<'a>,
     fields: Vec<(String, String)>,
+    expires: Option<SystemTime>,
 }
 
 enum Secret<'a> {
@@ -605,8 +658,13 @@ impl Line<'_> {
         TokenEntry {
             id,
             fields: self.fields,
+            expires: self.expires,
             digest,
         }
+    }
+
+    fn is_expired(&self) -> bool {
+        self.expires.is_some_and(is_over)
     }
 }
 
@@ -639,10 +697,16 @@ fn parse_line(line: &str) -> Result<Line<'_>, TokenLineError> {
         Some(hex) => Secret::Digest(decode_hex(hex.as_bytes()).ok_or(TokenLineError::Digest)?),
         None => Secret::Plain(checked_token(secret)?),
     };
+    let fields = parse_fields(fields)?;
+    let expires = match fields.iter().find(|(key, _)| key == EXPIRES) {
+        Some((_, value)) => Some(parse_time(value).ok_or(TokenLineError::Expires)?),
+        None => None,
+    };
     Ok(Line {
         id,
         secret,
-        fields: parse_fields(fields)?,
+        fields,
+        expires,
     })
 }
 
@@ -658,6 +722,38 @@ fn parse_fields(words: &[&str]) -> Result<Vec<(String, String)>, TokenLineError>
         fields.push((key.to_owned(), value.to_owned()));
     }
     Ok(fields)
+}
+
+/// A time as `2027-01-31T12:00:00Z` or in seconds since 1970.
+fn parse_time(text: &str) -> Option<SystemTime> {
+    let digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
+    if digits(text) {
+        return SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(text.parse().ok()?));
+    }
+    let (date, clock) = text.strip_suffix('Z')?.split_once('T')?;
+    let parts = |text: &str, mark: char, widths: [usize; 3]| {
+        let mut words = text.split(mark);
+        let mut numbers = [0_u16; 3];
+        for (number, width) in numbers.iter_mut().zip(widths) {
+            let word = words.next()?;
+            *number = (word.len() == width && digits(word)).then(|| word.parse().ok())??;
+        }
+        words.next().is_none().then_some(numbers)
+    };
+    let [year, month, day] = parts(date, '-', [4, 2, 2])?;
+    let [hour, minute, second] = parts(clock, ':', [2, 2, 2])?.map(|part| part as u8);
+    let month = time::Month::try_from(month as u8).ok()?;
+    let date = time::Date::from_calendar_date(year.into(), month, day as u8).ok()?;
+    let clock = time::Time::from_hms(hour, minute, second).ok()?;
+    Some(
+        time::PrimitiveDateTime::new(date, clock)
+            .assume_utc()
+            .into(),
+    )
+}
+
+fn is_over(time: SystemTime) -> bool {
+    time <= SystemTime::now()
 }
 
 fn checked_token(token: &str) -> Result<&str, TokenLineError> {
@@ -715,6 +811,8 @@ fn base64url(bytes: &[u8]) -> String {
     out
 }
 
+/// The field that ends an entry.
+const EXPIRES: &str = "expires";
 const DEFAULT_ID: &str = "default";
 const MIN_TOKEN: usize = 22;
 pub(crate) const MAX_TOKEN: usize = 512;
@@ -1269,5 +1367,55 @@ mod tests {
             let _ = TokenSet::parse(Path::new("tokens"), &content);
             let _ = parse(&text);
         }
+    }
+
+    #[test]
+    fn times_have_one_form_or_are_seconds() {
+        let at = |secs| Some(SystemTime::UNIX_EPOCH + Duration::from_secs(secs));
+        for (text, time) in [
+            ("1970-01-01T00:00:00Z", at(0)),
+            ("2000-02-29T00:00:00Z", at(951_782_400)),
+            ("2023-11-14T22:13:20Z", at(1_700_000_000)),
+            ("1700000000", at(1_700_000_000)),
+            ("18446744073709551615", None),
+            ("99999999999999999999", None),
+            ("2023-02-29T00:00:00Z", None),
+            ("2023-11-14T24:00:00Z", None),
+            ("2023-11-14T22:60:00Z", None),
+            ("2023-11-14T22:13:20", None),
+            ("2023-11-14T22:13:20+01:00", None),
+            ("2023-11-14", None),
+            ("2023-1-14T22:13:20Z", None),
+            ("2023-11-14-1T22:13:20Z", None),
+            ("+023-11-14T22:13:20Z", None),
+            ("-1", None),
+            ("30d", None),
+        ] {
+            assert_eq!(parse_time(text), time, "{text}");
+        }
+        let error = parse(&format!("anna {TOKEN} expires=soon")).err().unwrap();
+        assert!(
+            error.to_string().contains("line 1: expires is a time"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn an_ended_entry_is_found_and_lets_nobody_in() {
+        let (_dir, path) = file(format!(
+            "old {TOKEN} expires=2001-01-01T00:00:00Z\nanna {OTHER} expires=4102444800\n"
+        ));
+        let tokens = TokenFile::open(&path).unwrap();
+        assert!(tokens.verify(TOKEN).is_none());
+        assert!(tokens.find(TOKEN).unwrap().is_expired());
+        let anna = tokens.verify(OTHER).unwrap();
+        assert!(!anna.is_expired());
+        assert_eq!(anna.peer().expires(), anna.expires());
+        assert_eq!(tokens.first_token().as_deref(), Some(OTHER));
+        assert!(tokens.has(&anna.peer()));
+        assert!(
+            !tokens.has(&Peer::new("anna")),
+            "an id alone proves nothing"
+        );
     }
 }

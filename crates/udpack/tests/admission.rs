@@ -531,7 +531,7 @@ async fn a_drain_lets_running_channels_finish_and_nobody_new_in() {
         until("the server says that it goes", || socket.goaway().is_some()).await;
         let goaway = socket.goaway().expect("just seen");
         assert_eq!(goaway.code, CloseCode::SHUTTING_DOWN);
-        assert!(goaway.retry_after > Duration::ZERO, "{goaway:?}");
+        assert!(goaway.window > Duration::ZERO, "{goaway:?}");
         // What runs goes on.
         work.request::<_, ()>("step", &()).await.expect("an answer");
         // What is new does not begin.
@@ -656,7 +656,7 @@ async fn what_is_said_before_admission_arrives_after_it() {
             .expect("the key is right");
         let log = socket.open("log").await.expect("a channel");
         log.send("line", &"early").await.expect("queued");
-        assert_eq!(socket.id(), "", "not admitted yet");
+        assert_eq!(&*socket.id(), "", "not admitted yet");
         assert!(hearing.try_recv().is_err());
         decide.send(()).expect("the verifier waits");
         assert_eq!(hearing.recv().await.as_deref(), Some("early"));

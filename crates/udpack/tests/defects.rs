@@ -316,7 +316,7 @@ async fn b10_each_connect_is_a_socket_of_its_own() {
             async move {
                 while let Some(message) = channel.recv().await? {
                     let session = channel.session_id().to_owned();
-                    let _ = heard.send((session, message.data().expect("a number")));
+                    let _ = heard.send((session.to_string(), message.data().expect("a number")));
                     let _ = channel.reply(&message, &()).await;
                 }
                 Ok::<_, RecvError>(())
@@ -338,7 +338,7 @@ async fn b10_each_connect_is_a_socket_of_its_own() {
             let log = socket.open("log").await.expect("a channel");
             log.request::<_, ()>("line", &n).await.expect("an answer");
             let one = hearing.recv().await.expect("the line");
-            assert_eq!(one, (socket.id().to_owned(), n));
+            assert_eq!(one, (socket.id().to_string(), n));
             assert!(hearing.try_recv().is_err(), "once, not {n} times more");
         }
         sockets[0].close(CloseCode::NORMAL, "").await;

@@ -8,9 +8,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use common::{TOKEN, bind, bounded, connect, server};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, mpsc};
+use udpack::extract::State;
 use udpack::{
     Answer, BindError, Channel, Client, ConnectError, Context, Data, Event, Fault, Items, Message,
-    Next, Peer, RequestError, Router, Server, Socket, State,
+    Next, Peer, RequestError, Router, Server, Socket,
 };
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use bare::{Bare, Ended, Stream, Value, event, frame, hello, map, open, request};
 use cases::{Act, Case, Expect, noise};
 use common::TOKEN;
+use futures_util::FutureExt;
 use proptest::strategy::{Strategy, ValueTree};
 use serde_bytes::ByteBuf;
 use tokio::net::UdpSocket;
@@ -509,21 +510,23 @@ async fn rapid_resets_cost_the_connection() {
     .await;
 }
 
-/// C5: what is not granted cannot be used.
+/// C5: what is not granted cannot be used: no unidirectional stream before admission, then one at a time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn unidirectional_streams_and_datagrams_are_not_granted() {
+async fn unidirectional_streams_are_granted_one_at_a_time() {
     alone(async {
         let site = Site::new(watch::builder()).await;
-        let (bare, control) = site.admitted().await;
+        let bare = site.dial().await;
+        assert!(bare.conn.open_uni().now_or_never().is_none());
+        let control = bare.enter(TOKEN).await;
         let mut stream = bare.channel(1, "echo").await;
-        let mut uni = Box::pin(bare.conn.open_uni());
-        assert_no(&bare, uni.as_mut(), &mut stream).await;
-        assert_eq!(bare.conn.max_datagram_size(), None);
-        assert!(matches!(
-            bare.conn.send_datagram(bytes::Bytes::from_static(b"x")),
-            Err(quinn::SendDatagramError::UnsupportedByPeer)
-        ));
-        drop((uni, stream, control));
+        let open = bare.conn.open_uni();
+        let mut first = within(5, "one stream", "it is granted", open)
+            .await
+            .expect("a connection");
+        first.write_all(b"\x92").await.expect("room");
+        let mut second = Box::pin(bare.conn.open_uni());
+        assert_no(&bare, second.as_mut(), &mut stream).await;
+        drop((second, first, stream, control));
         drop(bare);
         site.check("streams of other kinds").await;
     })

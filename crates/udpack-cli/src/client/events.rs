@@ -1,9 +1,9 @@
-//! `send` and `listen`: events, between the server's clients.
+//! `send` and `listen`: events, between the server's clients; `request`: a question to any channel.
 
 use serde::Serialize;
-use udpack::{Channel, Fault};
+use udpack::{Channel, Fault, Timeouts};
 
-use crate::args::{ListenArgs, SendArgs};
+use crate::args::{ListenArgs, RequestArgs, Seconds, SendArgs};
 use crate::exit::{Failure, Kind};
 use crate::logging::Console;
 use crate::output;
@@ -18,7 +18,23 @@ struct Line<'a> {
     data: Json<'a>,
 }
 
-pub(super) async fn send(args: SendArgs, mut interrupts: Interrupts) -> anyhow::Result<()> {
+pub(super) async fn send(args: SendArgs, interrupts: Interrupts) -> anyhow::Result<()> {
+    let timeout = Timeouts::default().request;
+    request(
+        RequestArgs {
+            event: args.event,
+            json: args.json,
+            channel: args.channel,
+            timeout: Seconds(timeout),
+            connect: args.connect,
+            log: args.log,
+        },
+        interrupts,
+    )
+    .await
+}
+
+pub(super) async fn request(args: RequestArgs, mut interrupts: Interrupts) -> anyhow::Result<()> {
     let data = Value::from_json(&args.json).map_err(|error| {
         Failure::new(Kind::Usage, format!("the data is not JSON: {error}"))
             .hint("quote it for the shell, as in '{\"text\":\"hello\"}' or '\"hello\"'")
@@ -27,7 +43,8 @@ pub(super) async fn send(args: SendArgs, mut interrupts: Interrupts) -> anyhow::
     let reply: Value = target
         .run(&mut interrupts, async |socket| {
             let channel = socket.open(&args.channel).await?;
-            let reply = channel.request(&args.event, &data).await?;
+            let request = channel.request(&args.event, &data);
+            let reply = request.timeout(args.timeout.0).await?;
             finish(&channel).await;
             Ok(reply)
         })

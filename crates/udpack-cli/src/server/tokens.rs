@@ -1,14 +1,16 @@
 //! `udpack-server token`: the tokens of a server, which follows the file by itself.
 
 use std::path::PathBuf;
+use std::time::SystemTime;
 
 use serde_json::{Map, Value, json};
-use udpack::{NewToken, TokenEntry, TokenFile, TokenFileError, generate_token};
+use udpack::{NewToken, TokenEntry, TokenFile, TokenFileError, TokenLineError, generate_token};
 use udpack_transfer::RelPath;
 
-use crate::args::{TokenCommand, TokenFileArgs, TokenNewArgs, TokenRevokeArgs};
+use crate::args::{Span, TokenCommand, TokenFileArgs, TokenNewArgs, TokenRevokeArgs};
 use crate::exit::{Failure, Kind};
 use crate::output;
+use crate::when;
 
 /// Blocks: files are small, and nothing else is going on.
 pub(super) fn run(command: &TokenCommand) -> anyhow::Result<()> {
@@ -66,6 +68,9 @@ fn new(args: &TokenNewArgs) -> anyhow::Result<()> {
     if let Some(bytes) = args.quota.and_then(|size| size.0) {
         fields.push(("quota".to_owned(), bytes.to_string()));
     }
+    if let Some(time) = &args.expires {
+        fields.push(("expires".to_owned(), end(time)));
+    }
     let path = path(&args.file);
     if args.file.token_file.is_none() {
         // The first token of a server is its owner's, also when this comes before the first start.
@@ -86,6 +91,17 @@ fn new(args: &TokenNewArgs) -> anyhow::Result<()> {
     })
 }
 
+/// The time as the token file has it, which judges it: what is neither a span nor a date is left as it is.
+fn end(text: &str) -> String {
+    if let Ok(Span(span)) = text.parse() {
+        return when::utc(when::unix(SystemTime::now() + span));
+    }
+    if text.contains('-') && !text.contains('T') {
+        return format!("{text}T00:00:00Z");
+    }
+    text.to_owned()
+}
+
 fn list(args: &TokenFileArgs) -> anyhow::Result<()> {
     for entry in TokenFile::open(path(args))?.entries() {
         let written = if args.json {
@@ -94,6 +110,9 @@ fn list(args: &TokenFileArgs) -> anyhow::Result<()> {
             let mut line = output::printable(entry.id());
             for (key, value) in entry.fields() {
                 line.push_str(&format!("  {key}={}", output::printable(value)));
+            }
+            if entry.is_expired() {
+                line.push_str("  (expired)");
             }
             output::line(&line)
         };
@@ -110,6 +129,9 @@ fn shown(entry: &TokenEntry) -> Value {
     shown.insert("name".to_owned(), entry.id().into());
     for (key, value) in entry.fields() {
         shown.insert(key.clone(), value.clone().into());
+    }
+    if entry.is_expired() {
+        shown.insert("expired".to_owned(), true.into());
     }
     Value::Object(shown)
 }
@@ -140,10 +162,31 @@ fn unfit(error: TokenFileError) -> anyhow::Error {
         TokenFileError::LastToken { .. } => {
             "make another one with `udpack-server token new`, or stop the server"
         }
+        TokenFileError::New(TokenLineError::Expires | TokenLineError::Expired) => {
+            "give --expires a time to come: 30d, 12h, 2027-01-31 or 2027-01-31T12:00:00Z"
+        }
         TokenFileError::New(_) => "names have 1 to 64 of A-Z a-z 0-9 . _ @ -",
         _ => return error.into(),
     };
     Failure::new(Kind::Usage, error.to_string())
         .hint(hint)
         .into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ends_are_written_as_the_token_file_has_them() {
+        assert_eq!(end("2027-01-31"), "2027-01-31T00:00:00Z");
+        assert_eq!(end("2027-01-31T12:00:00Z"), "2027-01-31T12:00:00Z");
+        assert_eq!(end("1893456000"), "1893456000");
+        assert_eq!(end("soon"), "soon");
+        let now = when::unix(SystemTime::now());
+        let month: Vec<String> = (0..=2)
+            .map(|late| when::utc(now + 30 * 86_400 + late))
+            .collect();
+        assert!(month.contains(&end("30d")));
+    }
 }

@@ -1,0 +1,658 @@
+//! How long a peer stays let in: the end of its token, a new token in its place, withdrawal, and which channels
+//! it may still have.
+//!
+//! [`Life`] is the session's part, [`Lifetime`] what its driver owns: all timers and everything that is asked
+//! of verifiers while a socket lives. Both belong to the session, not to one connection of it.
+
+use std::fmt;
+use std::future::{Future, pending};
+use std::panic::AssertUnwindSafe;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use tokio::sync::{Notify, OwnedMutexGuard, oneshot, watch};
+use tokio::time::Instant;
+
+use crate::auth::{Authenticate, Deny, Hello, Peer, Penalties};
+use crate::channel::{Channel, WeakChannel};
+use crate::code::{CloseCode, CloseReason};
+use crate::config::TOKEN_BYTES;
+use crate::control::{self, HelloMessage, Refreshed};
+use crate::endpoint::InvalidSetting;
+use crate::message::Message;
+use crate::session::{Session, lock};
+use crate::socket::Rate;
+
+/// New tokens a client may present each second, with a burst of twice as many.
+const REFRESH_RATE: u32 = 1;
+/// A client that looks after its token by itself presents no two within this.
+const REFRESH_PAUSE: Duration = Duration::from_secs(1);
+/// And after a failure none within this, so that its own failures never get its address refused.
+const FAILURE_PAUSE: Duration = Duration::from_secs(10);
+
+/// Which channels a peer may open.
+pub(crate) type Authorize = Arc<dyn Fn(&Peer, &str) -> Result<(), Deny> + Send + Sync>;
+
+/// What decides at a server, for all its sockets.
+pub(crate) struct Guard {
+    auth: Arc<dyn Authenticate>,
+    authorize: Option<Authorize>,
+    pub(crate) penalties: Penalties,
+}
+
+impl Guard {
+    pub(crate) fn new(
+        auth: Arc<dyn Authenticate>,
+        authorize: Option<Authorize>,
+        failures: u32,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            auth,
+            authorize,
+            penalties: Penalties::new(failures),
+        })
+    }
+
+    /// Asks the verifier. A refusal is given no sooner than `failure` from now, whatever was wrong; a token
+    /// that was not accepted counts against its address. The peer that is returned has time left.
+    pub(crate) async fn verify(&self, hello: Hello, failure: Duration) -> Result<Peer, Deny> {
+        let begun = Instant::now();
+        let source = hello.remote().ip();
+        // Inside the block, because a verifier may panic before it gives a future.
+        let verdict = AssertUnwindSafe(async { self.auth.authenticate(hello).await })
+            .catch_unwind()
+            .await;
+        let deny = match verdict {
+            Ok(Ok(peer)) if peer.time_left().is_none_or(|left| !left.is_zero()) => return Ok(peer),
+            Ok(Ok(_)) => Deny::auth_expired(),
+            Ok(Err(deny)) => deny,
+            Err(_) => {
+                tracing::error!("the verifier panicked");
+                return Err(Deny::new(CloseCode::INTERNAL, "the verifier failed"));
+            }
+        };
+        if deny.code == CloseCode::AUTH_FAILED {
+            self.penalties.failed(source, Instant::now().into_std());
+        }
+        tokio::time::sleep_until(begun + failure).await;
+        Err(deny)
+    }
+
+    /// Whether `peer` may have a channel of that name.
+    fn allow(&self, peer: &Peer, channel: &str) -> Result<(), Deny> {
+        let Some(authorize) = &self.authorize else {
+            return Ok(());
+        };
+        std::panic::catch_unwind(AssertUnwindSafe(|| authorize(peer, channel))).unwrap_or_else(
+            |_| {
+                tracing::error!("the authorization of channels panicked");
+                Err(Deny::new(CloseCode::INTERNAL, "the authorization failed"))
+            },
+        )
+    }
+}
+
+/// Asks the application for a token.
+pub(crate) type TokenAsk =
+    Arc<dyn Fn() -> BoxFuture<'static, Result<String, String>> + Send + Sync>;
+
+/// Where a client's token comes from.
+#[derive(Clone)]
+pub(crate) enum TokenSource {
+    Fixed(String),
+    Ask(TokenAsk),
+}
+
+impl TokenSource {
+    pub(crate) fn ask<F, Fut, E>(ask: F) -> Self
+    where
+        F: Fn() -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<String, E>> + Send + 'static,
+        E: fmt::Display,
+    {
+        Self::Ask(Arc::new(move || {
+            let asked = ask();
+            Box::pin(async move { asked.await.map_err(|error| error.to_string()) })
+        }))
+    }
+
+    /// The token to present now; asking may take as long as `within`.
+    pub(crate) async fn token(&self, within: Duration) -> Result<String, String> {
+        match self {
+            Self::Fixed(token) => Ok(token.clone()),
+            Self::Ask(ask) => {
+                let answer = AssertUnwindSafe(async { ask().await }).catch_unwind();
+                match tokio::time::timeout(within, answer).await {
+                    Ok(Ok(answer)) => answer,
+                    Ok(Err(_)) => Err("the source of tokens panicked".to_owned()),
+                    Err(_) => Err(format!("no token within {within:?}")),
+                }
+            }
+        }
+    }
+}
+
+/// Whether a token is short enough to be sent.
+pub(crate) fn check_token(token: &str) -> Result<(), InvalidSetting> {
+    if token.len() > TOKEN_BYTES {
+        return Err(InvalidSetting("a token has at most 512 bytes"));
+    }
+    Ok(())
+}
+
+/// Why a new token did not take the place of the old one. The old one counts on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RefreshError {
+    /// The server refused it; the socket stays as it was until the old token ends.
+    #[error("the server refused the new token: {code}: {text}")]
+    Denied {
+        /// Why: `auth_failed`, `auth_expired`, `forbidden` (somebody else's), `rate_limited` and the like.
+        code: CloseCode,
+        /// Why, for people; cut and escaped.
+        text: String,
+    },
+    /// The token cannot be sent.
+    #[error(transparent)]
+    Token(#[from] InvalidSetting),
+    /// No answer came within `Timeouts::request`. It may still come and count.
+    #[error("the server did not answer in time")]
+    Timeout,
+    /// This is a server's socket: only a client presents tokens.
+    #[error("only a client refreshes its token")]
+    NotClient,
+    /// The socket is over.
+    #[error("socket closed: {0}")]
+    Closed(CloseReason),
+}
+
+/// For how long a token counts.
+#[derive(Debug, Clone, Copy, Default)]
+struct Term {
+    /// `None` before admission.
+    since: Option<Instant>,
+    /// `None` for ever.
+    until: Option<Instant>,
+}
+
+/// A session's part in the lifetime of its token.
+#[derive(Default)]
+pub(crate) struct Life {
+    /// Set at a server.
+    guard: OnceLock<Arc<Guard>>,
+    /// Set at a client that looks after its token by itself.
+    source: OnceLock<TokenSource>,
+    term: watch::Sender<Term>,
+    /// Channels that the peer opened, to be looked at again after a refresh; the gone ones are swept as it grows.
+    channels: Mutex<Vec<WeakChannel>>,
+    /// At a client: one refresh at a time, from its being queued to its answer.
+    turn: Arc<tokio::sync::Mutex<()>>,
+    exchange: Mutex<Exchange>,
+    /// There is a frame for the driver.
+    ready: Notify,
+    /// There is a token to look at.
+    asked: Notify,
+}
+
+/// What goes on between the two sides.
+#[derive(Default)]
+struct Exchange {
+    /// What the driver writes next.
+    out: Option<Bytes>,
+    /// At a server: a new token.
+    asked: Option<String>,
+    /// At a server: a `$refresh` waits for its answer.
+    busy: bool,
+    /// Counts connections: an answer for an earlier one is not given.
+    round: u64,
+    /// At a client: who waits for the answer.
+    waiting: Option<Waiting>,
+}
+
+struct Waiting {
+    token: String,
+    answer: oneshot::Sender<Result<(), RefreshError>>,
+    _turn: OwnedMutexGuard<()>,
+}
+
+impl Life {
+    /// Makes this the life of a server's session; once.
+    pub(crate) fn guarded_by(&self, guard: Arc<Guard>) {
+        let _ = self.guard.set(guard);
+    }
+
+    /// Makes a client look after its token by itself, when the server tells how long it counts; once.
+    pub(crate) fn fed_by(&self, source: &TokenSource) {
+        if matches!(source, TokenSource::Ask(_)) {
+            let _ = self.source.set(source.clone());
+        }
+    }
+
+    /// The token counts for this long from now, or for ever.
+    pub(crate) fn counts_for(&self, left: Option<Duration>) {
+        let now = Instant::now();
+        self.term.send_replace(Term {
+            since: Some(now),
+            until: left.and_then(|left| now.checked_add(left)),
+        });
+    }
+
+    /// How long the token still counts, if it has an end.
+    pub(crate) fn time_left(&self) -> Option<Duration> {
+        let until = self.term.borrow().until?;
+        Some(until.saturating_duration_since(Instant::now()))
+    }
+
+    /// A new connection carries the session: what was under way on the old one begins again.
+    pub(crate) fn reattached(&self) {
+        let mut exchange = lock(&self.exchange);
+        exchange.round += 1;
+        exchange.asked = None;
+        exchange.busy = false;
+        exchange.out = exchange
+            .waiting
+            .as_ref()
+            .and_then(|waiting| control::encode_refresh(&waiting.token).ok());
+        self.ready.notify_one();
+    }
+
+    /// Takes a `$refresh` at a server; a reason says that the connection must end.
+    pub(crate) fn on_refresh(&self, message: &Message) -> Option<CloseReason> {
+        let token = match control::decode_refresh(message) {
+            Ok(refresh) => refresh.token,
+            Err(error) => return Some(CloseReason::local(error.close_code(), error.to_string())),
+        };
+        let mut exchange = lock(&self.exchange);
+        if exchange.busy {
+            let text = "a $refresh before the last one was answered";
+            return Some(CloseReason::local(CloseCode::PROTOCOL_ORDER, text));
+        }
+        exchange.busy = true;
+        exchange.asked = Some(token);
+        self.asked.notify_one();
+        None
+    }
+
+    /// Takes a `$refreshed` at a client; a reason says that the connection must end.
+    pub(crate) fn on_refreshed(&self, message: &Message) -> Option<CloseReason> {
+        let refreshed = match control::decode_refreshed(message) {
+            Ok(refreshed) => refreshed,
+            Err(error) => return Some(CloseReason::local(error.close_code(), error.to_string())),
+        };
+        let Some(waiting) = lock(&self.exchange).waiting.take() else {
+            let text = "a $refreshed that nobody asked for";
+            return Some(CloseReason::local(CloseCode::PROTOCOL_ORDER, text));
+        };
+        let answer = match refreshed {
+            Refreshed::Accepted { expires } => {
+                self.counts_for(expires);
+                Ok(())
+            }
+            Refreshed::Refused { code, text } => Err(RefreshError::Denied { code, text }),
+        };
+        let _ = waiting.answer.send(answer);
+        None
+    }
+
+    /// Whether the peer may have this channel that it opened; it is looked at again after a refresh.
+    pub(crate) fn allow(&self, session: &Session, channel: &Channel) -> Result<(), Deny> {
+        let Some(guard) = self.guard.get().filter(|guard| guard.authorize.is_some()) else {
+            return Ok(());
+        };
+        {
+            let mut channels = lock(&self.channels);
+            if channels.len() == channels.capacity() {
+                channels.retain(|channel| channel.upgrade().is_some());
+            }
+            channels.push(channel.downgrade());
+        }
+        // Only now: a refresh from here on finds the channel in the list, an earlier one has changed the peer.
+        match session.peer.get() {
+            Some(peer) => guard.allow(&peer, channel.name()),
+            None => Err(Deny::forbidden("nobody is known here")),
+        }
+    }
+
+    /// Closes the channels that the peer may no longer have.
+    fn look_again(&self, guard: &Guard, peer: &Peer) {
+        let channels: Vec<Channel> = lock(&self.channels)
+            .iter()
+            .filter_map(WeakChannel::upgrade)
+            .collect();
+        for channel in channels {
+            if let Err(Deny { code, text }) = guard.allow(peer, channel.name()) {
+                channel.close_with(CloseReason::local(code, text));
+            }
+        }
+    }
+
+    async fn next_frame(&self) -> Bytes {
+        loop {
+            {
+                let mut exchange = lock(&self.exchange);
+                if let Some(frame) = exchange.out.take() {
+                    exchange.busy = false;
+                    return frame;
+                }
+            }
+            self.ready.notified().await;
+        }
+    }
+
+    async fn next_asked(&self) -> (String, u64) {
+        loop {
+            {
+                let mut exchange = lock(&self.exchange);
+                if let Some(token) = exchange.asked.take() {
+                    return (token, exchange.round);
+                }
+            }
+            self.asked.notified().await;
+        }
+    }
+}
+
+/// Puts a peer that was verified again in the place of the one the session has, who must be the same: new
+/// claims, a new end, and the channels looked at again. Returns how long the token counts.
+pub(crate) fn renew(session: &Session, peer: Peer) -> Result<Option<Duration>, Deny> {
+    if session
+        .peer
+        .get()
+        .is_none_or(|known| !known.same_identity(&peer))
+    {
+        return Err(Deny::forbidden("the token belongs to somebody else"));
+    }
+    let left = peer.time_left();
+    session.peer.set(peer.clone());
+    session.life.counts_for(left);
+    if let Some(guard) = session.life.guard.get() {
+        session.life.look_again(guard, &peer);
+    }
+    Ok(left)
+}
+
+/// Presents a new token to the server; see `Socket::refresh`.
+pub(crate) async fn refresh(session: &Session, token: String) -> Result<(), RefreshError> {
+    if !session.client {
+        return Err(RefreshError::NotClient);
+    }
+    check_token(&token)?;
+    let frame = control::encode_refresh(&token)
+        .map_err(|_| RefreshError::Token(InvalidSetting("the token cannot be sent")))?;
+    let exchange = async {
+        session
+            .wait_admitted()
+            .await
+            .map_err(RefreshError::Closed)?;
+        let turn = session.life.turn.clone().lock_owned().await;
+        let (answer, answered) = oneshot::channel();
+        {
+            let mut exchange = lock(&session.life.exchange);
+            exchange.waiting = Some(Waiting {
+                token,
+                answer,
+                _turn: turn,
+            });
+            exchange.out = Some(frame);
+        }
+        session.life.ready.notify_one();
+        match answered.await {
+            Ok(answer) => answer,
+            Err(_) => Err(RefreshError::Closed(session.end.wait().await)),
+        }
+    };
+    tokio::select! {
+        answer = tokio::time::timeout(session.timeouts.request, exchange) => {
+            answer.unwrap_or(Err(RefreshError::Timeout))
+        }
+        reason = session.end.wait() => Err(RefreshError::Closed(reason)),
+    }
+}
+
+/// What the session's driver owns: timers and questions under way. It goes on over the session's connections.
+pub(crate) struct Lifetime {
+    session: Arc<Session>,
+    /// Never ends.
+    work: BoxFuture<'static, ()>,
+}
+
+impl Lifetime {
+    pub(crate) fn new(session: &Arc<Session>) -> Self {
+        let held = session.clone();
+        let work = async move {
+            if let Some(guard) = held.life.guard.get() {
+                tokio::join!(
+                    end_in_time(&held),
+                    ask_again(&held, guard),
+                    verify_refreshes(&held, guard)
+                );
+            } else if let Some(source) = held.life.source.get() {
+                keep_fresh(&held, source).await;
+            }
+            pending().await
+        };
+        Self {
+            session: session.clone(),
+            work: Box::pin(work),
+        }
+    }
+
+    /// The next frame for the control stream. Between frames it ends the session when its time has come.
+    ///
+    /// # Cancel safety
+    /// Cancel safe; timers run on.
+    pub(crate) async fn next(&mut self) -> Bytes {
+        let session = self.session.clone();
+        tokio::select! {
+            frame = session.life.next_frame() => frame,
+            () = self.run() => pending().await,
+        }
+    }
+
+    /// While there is no connection: ends the session when its time has come. Never returns.
+    ///
+    /// # Cancel safety
+    /// As [`next`](Self::next).
+    pub(crate) async fn run(&mut self) {
+        (&mut self.work).await;
+    }
+}
+
+/// Closes the session when its token ends.
+async fn end_in_time(session: &Session) {
+    let mut term = session.life.term.subscribe();
+    loop {
+        let until = term.borrow_and_update().until;
+        tokio::select! {
+            () = sleep_until(until) => break,
+            _ = term.changed() => {}
+        }
+    }
+    session.abort(ended());
+}
+
+fn ended() -> CloseReason {
+    CloseReason::local(CloseCode::AUTH_EXPIRED, "the token's time is over")
+}
+
+/// Asks the verifier from time to time whether the peer is still welcome.
+async fn ask_again(session: &Session, guard: &Guard) {
+    loop {
+        tokio::time::sleep(session.timeouts.recheck.max(Duration::from_millis(1))).await;
+        let Some(peer) = session.peer.get() else {
+            continue;
+        };
+        // The timer does not run while the machine sleeps, and knows nothing of a clock that was set.
+        if peer.time_left().is_some_and(|left| left.is_zero()) {
+            session.abort(ended());
+            return;
+        }
+        let valid = std::panic::catch_unwind(AssertUnwindSafe(|| guard.auth.is_valid(&peer)));
+        let (code, text) = match valid {
+            Ok(true) => continue,
+            Ok(false) => (CloseCode::AUTH_REVOKED, "the token was withdrawn"),
+            Err(_) => {
+                tracing::error!("the verifier panicked");
+                (CloseCode::INTERNAL, "the verifier failed")
+            }
+        };
+        session.abort(CloseReason::local(code, text));
+        return;
+    }
+}
+
+/// Answers the peer's `$refresh`es, one after the other.
+async fn verify_refreshes(session: &Session, guard: &Guard) {
+    let mut rate = Rate::new(REFRESH_RATE);
+    loop {
+        let (token, round) = session.life.next_asked().await;
+        let refreshed = match verify_refresh(session, guard, &mut rate, token).await {
+            Ok(expires) => Refreshed::Accepted { expires },
+            Err(Deny { code, text }) => {
+                if let Some(left_out) = session.quiet.line() {
+                    tracing::warn!(%code, text, left_out, "new token refused");
+                }
+                Refreshed::Refused { code, text }
+            }
+        };
+        let mut exchange = lock(&session.life.exchange);
+        if exchange.round == round {
+            exchange.out = control::encode_refreshed(&refreshed);
+            session.life.ready.notify_one();
+        }
+    }
+}
+
+async fn verify_refresh(
+    session: &Session,
+    guard: &Guard,
+    rate: &mut Rate,
+    token: String,
+) -> Result<Option<Duration>, Deny> {
+    let remote = session.conn().remote_address();
+    let limited = |text: &str| Err(Deny::new(CloseCode::RATE_LIMITED, text));
+    if !rate.take() {
+        return limited("new tokens come too fast");
+    }
+    let now = Instant::now().into_std();
+    if guard.penalties.refused(remote.ip(), now).is_some() {
+        return limited("too many tokens of this address were not accepted");
+    }
+    let hello = HelloMessage {
+        token,
+        agent: session.agent.get().cloned().unwrap_or_default(),
+        frame: None,
+        resume: None,
+    };
+    let verdict = guard.verify(Hello::new(hello, remote), session.timeouts.auth_failure);
+    let within = session.timeouts.auth;
+    let peer = tokio::time::timeout(within, verdict).await.map_err(|_| {
+        Deny::new(
+            CloseCode::AUTH_TIMEOUT,
+            format!("not authenticated within {within:?}"),
+        )
+    })??;
+    renew(session, peer)
+}
+
+/// Presents a new token of the client's source whenever two thirds of the old one's time are over.
+async fn keep_fresh(session: &Session, source: &TokenSource) {
+    let mut term = session.life.term.subscribe();
+    loop {
+        let now = *term.borrow_and_update();
+        let (Some(since), Some(until)) = (now.since, now.until) else {
+            if term.changed().await.is_err() {
+                return;
+            }
+            continue;
+        };
+        let mut at = since + two_thirds(until - since).max(REFRESH_PAUSE);
+        loop {
+            tokio::select! {
+                _ = term.changed() => break,
+                () = tokio::time::sleep_until(at) => {}
+            }
+            let fresh = async {
+                let token = source.token(session.timeouts.request).await?;
+                refresh(session, token)
+                    .await
+                    .map_err(|error| error.to_string())
+            };
+            let Err(error) = fresh.await else {
+                break;
+            };
+            let now = Instant::now();
+            let left = until.saturating_duration_since(now);
+            tracing::warn!(%error, ?left, "the token could not be refreshed");
+            at = now + two_thirds(left).max(FAILURE_PAUSE);
+        }
+    }
+}
+
+/// Two thirds of `time`, or up to a tenth of it less, so that many clients do not come at once.
+fn two_thirds(time: Duration) -> Duration {
+    let mut lot = [0_u8];
+    // Without random numbers there is no jitter and no harm.
+    let _ = aws_lc_rs::rand::fill(&mut lot);
+    time.mul_f64(2.0 / 3.0 - f64::from(lot[0]) / 2550.0)
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(frame: &Bytes) -> Message {
+        Message::decode(frame.slice(crate::frame::PREFIX..)).unwrap()
+    }
+
+    #[test]
+    fn a_new_connection_begins_the_exchange_anew_on_both_sides() {
+        let (client, server) = (Life::default(), Life::default());
+        let refresh = control::encode_refresh("a-new-token").unwrap();
+        let (answer, mut answered) = oneshot::channel();
+        lock(&client.exchange).waiting = Some(Waiting {
+            token: "a-new-token".to_owned(),
+            answer,
+            _turn: client.turn.clone().try_lock_owned().unwrap(),
+        });
+        assert_eq!(server.on_refresh(&message(&refresh)), None);
+        let twice = server.on_refresh(&message(&refresh)).unwrap();
+        assert_eq!(twice.code, CloseCode::PROTOCOL_ORDER);
+        client.reattached();
+        server.reattached();
+        let again = client.next_frame().now_or_never().unwrap();
+        assert_eq!(again, refresh);
+        assert_eq!(server.on_refresh(&message(&again)), None);
+        let (token, round) = server.next_asked().now_or_never().unwrap();
+        assert_eq!((token.as_str(), round), ("a-new-token", 1));
+        let yes = control::encode_refreshed(&Refreshed::Accepted { expires: None }).unwrap();
+        assert_eq!(client.on_refreshed(&message(&yes)), None);
+        answered.try_recv().unwrap().unwrap();
+        let unasked = client.on_refreshed(&message(&yes)).unwrap();
+        assert_eq!(unasked.code, CloseCode::PROTOCOL_ORDER);
+    }
+
+    #[test]
+    fn refreshes_are_spread_over_a_tenth_before_two_thirds() {
+        let hour = Duration::from_secs(3600);
+        let drawn: Vec<Duration> = (0..200).map(|_| two_thirds(hour)).collect();
+        assert!(
+            drawn
+                .iter()
+                .all(|at| (hour.mul_f64(0.56)..=hour.mul_f64(0.667)).contains(at))
+        );
+        assert!(drawn.iter().any(|at| *at != drawn[0]));
+        two_thirds(Duration::from_millis(u64::MAX));
+        assert_eq!(two_thirds(Duration::ZERO), Duration::ZERO);
+    }
+}

@@ -1,0 +1,605 @@
+//! Metrics: what happened on a socket or a server, as counts.
+//!
+//! [`Tally`] counts with relaxed atomic additions, a socket's into its server's as well; nothing else runs
+//! unless somebody asks. [`Metrics`] is one reading, and [`Metrics::prometheus`] its text for a scraper.
+//! Names of peers never become labels: the number of series is fixed.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use crate::code::{CloseCode, CloseReason, Fault, Side};
+use crate::speed::Stats;
+
+/// The codes of [`CloseCode::ALL`], the application's, and those nobody knows.
+const CODES: usize = CloseCode::ALL.len() + 2;
+
+macro_rules! counts {
+    ($($variant:ident $field:ident $kind:ident $name:literal $help:literal;)*) => {
+        /// One plain number of a [`Tally`].
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub(crate) enum Count { $($variant),* }
+
+        const COUNTS: usize = [$(Count::$variant),*].len();
+
+        /// What happened so far on one socket, or on a server with all its sockets, past ones included.
+        #[derive(Debug, Clone, Default, PartialEq, Eq)]
+        #[non_exhaustive]
+        pub struct Metrics {
+            $(#[doc = $help] pub $field: u64,)*
+            /// Connections refused before their handshake, by reason: `"busy"`, `"draining"`, `"penalty"`.
+            pub knocks_refused: BTreeMap<&'static str, u64>,
+            /// Connections refused after their handshake, by the name of the close code.
+            pub refused: BTreeMap<&'static str, u64>,
+            /// Admitted sockets that ended, by code and side.
+            pub closed: Vec<Ends>,
+            /// Channels that ended, by code and side; those that both sides merely finished as `normal`.
+            pub channels_closed: Vec<Ends>,
+            /// Requests of the peer that were answered with a fault, by its code; codes of the application's
+            /// own together as `"application"`.
+            pub faults_sent: BTreeMap<&'static str, u64>,
+            /// Requests to the peer that were answered with a fault, by its code.
+            pub faults_received: BTreeMap<&'static str, u64>,
+            /// Sessions that could not be resumed, by reason: `"unknown"`, `"expired"`, `"identity"`, `"off"`
+            /// or `"other"`.
+            pub resumes_refused: BTreeMap<&'static str, u64>,
+            /// Bytes and packets; round-trip time, MTU and window are this moment's.
+            pub stats: Stats,
+        }
+
+        impl Metrics {
+            /// The plain numbers: name, `counter` or `gauge`, help, value.
+            fn plain(&self) -> [(&'static str, &'static str, &'static str, u64); COUNTS] {
+                [$(($name, stringify!($kind), $help, self.$field)),*]
+            }
+
+            fn read(tally: &Tally) -> Self {
+                Self {
+                    $($field: tally.get(Count::$variant),)*
+                    ..Self::default()
+                }
+            }
+        }
+    };
+}
+
+counts! {
+    Sockets sockets gauge "udpack_sockets" "Admitted sockets of this moment.";
+    Detached detached gauge "udpack_sessions_detached" "Sessions whose connection is lost and that may still be resumed.";
+    Channels channels gauge "udpack_channels" "Channels open at this moment.";
+    Admitted admitted counter "udpack_sockets_admitted_total" "Sockets that were let in.";
+    HandshakesFailed handshakes_failed counter "udpack_handshakes_failed_total" "Handshakes that failed or took too long.";
+    Retries retries counter "udpack_handshake_retries_total" "Connections that had to prove their address first.";
+    ChannelsOpened channels_opened counter "udpack_channels_opened_total" "Channels that this side opened.";
+    ChannelsAccepted channels_accepted counter "udpack_channels_accepted_total" "Channels that the peer opened, refused ones included.";
+    ChannelsRefused channels_refused counter "udpack_channels_refused_total" "Channels of the peer that were refused before anybody served them.";
+    MessagesSent messages_sent counter "udpack_messages_sent_total" "Frames written to channels: events, requests, answers and the protocol's own.";
+    MessagesReceived messages_received counter "udpack_messages_received_total" "Frames read from channels: events, requests, answers and the protocol's own.";
+    RequestsSent requests_sent counter "udpack_requests_sent_total" "Requests to the peer.";
+    RequestsReceived requests_received counter "udpack_requests_received_total" "Requests of the peer.";
+    RequestsTimedOut requests_timed_out counter "udpack_requests_timed_out_total" "Requests to the peer without an answer in time.";
+    RequestsCancelled requests_cancelled counter "udpack_requests_cancelled_total" "Requests of the peer that it gave up.";
+    HandlerPanics handler_panics counter "udpack_handler_panics_total" "Handlers of sockets, channels and events that panicked, and verifiers.";
+    HandlersFailed handlers_failed counter "udpack_channel_handlers_failed_total" "Channel handlers that returned an error.";
+    UnknownEvents unknown_events counter "udpack_unknown_events_total" "Messages with an event that no handler takes.";
+    BadPayloads bad_payloads counter "udpack_bad_payloads_total" "Messages whose data does not fit their handler.";
+    SlowPeers slow_peers counter "udpack_slow_peers_total" "Channels lost because the peer took nothing off them.";
+    Gaps gaps counter "udpack_room_gaps_total" "Gaps announced to members of rooms.";
+    RoomSent room_sent counter "udpack_room_messages_sent_total" "Room messages queued for a member.";
+    RoomDropped room_dropped counter "udpack_room_messages_dropped_total" "Room messages that a member did not get.";
+    VolatileSent volatile_sent counter "udpack_volatile_sent_total" "Volatile messages sent.";
+    VolatileReceived volatile_received counter "udpack_volatile_received_total" "Volatile messages received.";
+    VolatileDropped volatile_dropped counter "udpack_volatile_dropped_total" "Volatile messages replaced by newer ones or dropped, at either end of their way.";
+    VolatileMalformed volatile_malformed counter "udpack_volatile_malformed_total" "Datagrams of the peer that are no message.";
+    Resumed resumed counter "udpack_sessions_resumed_total" "Sessions that went on over a new connection.";
+    Reconnects reconnects counter "udpack_reconnects_total" "Times this client connected again by itself.";
+    Refreshed refreshed counter "udpack_tokens_refreshed_total" "Tokens replaced while connected.";
+    Expired expired counter "udpack_tokens_expired_total" "Sockets closed because their token expired.";
+    Revoked revoked counter "udpack_tokens_revoked_total" "Sockets closed because their token was withdrawn.";
+}
+
+/// A table of a [`Tally`] that is counted by word; the last word takes what is none of the others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Words {
+    /// Connections refused before their handshake.
+    Knocks,
+    /// Faults this side sent.
+    FaultsSent,
+    /// Faults the peer sent.
+    FaultsReceived,
+    /// Sessions that were not resumed.
+    ResumesRefused,
+}
+
+const WORDS: [Words; 4] = [
+    Words::Knocks,
+    Words::FaultsSent,
+    Words::FaultsReceived,
+    Words::ResumesRefused,
+];
+
+impl Words {
+    fn known(self) -> &'static [&'static str] {
+        match self {
+            Self::Knocks => &["busy", "draining", "penalty", "other"],
+            Self::FaultsSent | Self::FaultsReceived => &[
+                Fault::NO_HANDLER,
+                Fault::BAD_PAYLOAD,
+                Fault::INTERNAL,
+                Fault::CANCELLED,
+                Fault::TIMEOUT,
+                "application",
+            ],
+            Self::ResumesRefused => &["unknown", "expired", "identity", "off", "other"],
+        }
+    }
+}
+
+/// Counters of one code table each, made when first needed: most stay empty on most sockets.
+#[derive(Debug, Default)]
+struct Table(OnceLock<Box<[AtomicU64]>>);
+
+impl Table {
+    fn add(&self, places: usize, at: usize) {
+        let places = self
+            .0
+            .get_or_init(|| (0..places).map(|_| AtomicU64::new(0)).collect());
+        if let Some(place) = places.get(at) {
+            place.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// The places that are not zero, with their names.
+    fn read(
+        &self,
+        name: impl Fn(usize) -> &'static str,
+    ) -> impl Iterator<Item = (&'static str, u64)> {
+        let places = self.0.get().map_or(&[][..], |places| places);
+        places
+            .iter()
+            .map(|place| place.load(Ordering::Relaxed))
+            .enumerate()
+            .filter(|(_, count)| *count > 0)
+            .map(move |(at, count)| (name(at), count))
+    }
+}
+
+/// Counts of one socket, or of one endpoint; a socket's tally counts into its endpoint's as well.
+#[derive(Debug)]
+pub(crate) struct Tally {
+    counts: [AtomicU64; COUNTS],
+    words: [Table; WORDS.len()],
+    refused: Table,
+    closed: [Table; SIDES.len()],
+    channels_closed: [Table; SIDES.len()],
+    parent: Option<Arc<Self>>,
+}
+
+impl Tally {
+    pub(crate) fn root() -> Arc<Self> {
+        Self::make(None)
+    }
+
+    pub(crate) fn child(parent: Arc<Self>) -> Arc<Self> {
+        Self::make(Some(parent))
+    }
+
+    fn make(parent: Option<Arc<Self>>) -> Arc<Self> {
+        Arc::new(Self {
+            counts: [const { AtomicU64::new(0) }; COUNTS],
+            words: Default::default(),
+            refused: Table::default(),
+            closed: Default::default(),
+            channels_closed: Default::default(),
+            parent,
+        })
+    }
+
+    /// This tally and those it counts into.
+    fn each(&self) -> impl Iterator<Item = &Self> {
+        std::iter::successors(Some(self), |tally| tally.parent.as_deref())
+    }
+
+    /// `n` more of something.
+    pub(crate) fn add(&self, what: Count, n: u64) {
+        for tally in self.each() {
+            if let Some(count) = tally.counts.get(what as usize) {
+                count.fetch_add(n, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// One more of something.
+    pub(crate) fn one(&self, what: Count) {
+        self.add(what, 1);
+    }
+
+    /// One less of something that is counted as of this moment.
+    pub(crate) fn less(&self, what: Count) {
+        for tally in self.each() {
+            if let Some(count) = tally.counts.get(what as usize) {
+                count.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn get(&self, what: Count) -> u64 {
+        self.counts
+            .get(what as usize)
+            .map_or(0, |count| count.load(Ordering::Relaxed))
+    }
+
+    /// A connection was refused after its handshake.
+    pub(crate) fn refused(&self, code: CloseCode) {
+        for tally in self.each() {
+            tally.refused.add(CODES, place(code));
+        }
+    }
+
+    /// An admitted socket ended.
+    pub(crate) fn closed(&self, reason: &CloseReason) {
+        for tally in self.each() {
+            if let Some(table) = tally.closed.get(reason.by as usize) {
+                table.add(CODES, place(reason.code));
+            }
+        }
+    }
+
+    /// A channel ended.
+    pub(crate) fn channel_closed(&self, reason: &CloseReason) {
+        for tally in self.each() {
+            if let Some(table) = tally.channels_closed.get(reason.by as usize) {
+                table.add(CODES, place(reason.code));
+            }
+        }
+    }
+
+    /// One more of something that has a word for its kind.
+    pub(crate) fn word(&self, what: Words, word: &str) {
+        let known = what.known();
+        let last = known.len() - 1;
+        let at = known.iter().position(|known| *known == word);
+        for tally in self.each() {
+            if let Some(table) = tally.words.get(what as usize) {
+                table.add(known.len(), at.unwrap_or(last));
+            }
+        }
+    }
+
+    /// A message was not handled, for the reason this fault's code gives.
+    pub(crate) fn not_handled(&self, fault: &str) {
+        match fault {
+            Fault::NO_HANDLER => self.one(Count::UnknownEvents),
+            Fault::BAD_PAYLOAD => self.one(Count::BadPayloads),
+            _ => {}
+        }
+    }
+
+    /// Connections refused so far, before or after their handshake.
+    pub(crate) fn all_refused(&self) -> u64 {
+        let knocks = self.words.get(Words::Knocks as usize);
+        let knocks = knocks.into_iter().flat_map(|table| table.read(|_| ""));
+        let refused = self.refused.read(|_| "");
+        knocks.chain(refused).map(|(_, count)| count).sum()
+    }
+
+    pub(crate) fn metrics(&self, stats: Stats) -> Metrics {
+        let words = |what: Words| {
+            let name = |at: usize| what.known().get(at).copied().unwrap_or("other");
+            let table = self.words.get(what as usize);
+            table
+                .into_iter()
+                .flat_map(|table| table.read(name))
+                .collect()
+        };
+        let ends = |tables: &[Table; SIDES.len()]| {
+            let tables = SIDES.into_iter().zip(tables);
+            tables
+                .flat_map(|(by, table)| {
+                    table
+                        .read(code_name)
+                        .map(move |(code, count)| Ends { code, by, count })
+                })
+                .collect()
+        };
+        Metrics {
+            knocks_refused: words(Words::Knocks),
+            refused: self.refused.read(code_name).collect(),
+            closed: ends(&self.closed),
+            channels_closed: ends(&self.channels_closed),
+            faults_sent: words(Words::FaultsSent),
+            faults_received: words(Words::FaultsReceived),
+            resumes_refused: words(Words::ResumesRefused),
+            stats,
+            ..Metrics::read(self)
+        }
+    }
+}
+
+const SIDES: [Side; 3] = [Side::Local, Side::Peer, Side::Transport];
+
+/// Where a code is counted: the known ones first, then the application's, then all others.
+fn place(code: CloseCode) -> usize {
+    match CloseCode::ALL.binary_search(&code) {
+        Ok(at) => at,
+        Err(_) if code.value() >= CloseCode::APPLICATION => CODES - 2,
+        Err(_) => CODES - 1,
+    }
+}
+
+fn code_name(at: usize) -> &'static str {
+    match CloseCode::ALL.get(at) {
+        Some(code) => code.name(),
+        None if at == CODES - 2 => "application",
+        None => "unknown",
+    }
+}
+
+/// How many ended with one code by one side.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Ends {
+    /// [`CloseCode::name`]; `"application"` for the application's own codes together.
+    pub code: &'static str,
+    /// Who ended them.
+    pub by: Side,
+    /// How many.
+    pub count: u64,
+}
+
+impl Metrics {
+    /// These numbers in the Prometheus text format 0.0.4 (`text/plain; version=0.0.4`).
+    ///
+    /// Every name begins with `udpack_` and does not depend on what peers do; a code that did not occur has no
+    /// line.
+    pub fn prometheus(&self) -> String {
+        let mut text = Exposition::default();
+        for (name, kind, help, value) in self.plain() {
+            text.family(name, kind, help);
+            text.sample(name, &[], value);
+        }
+        let words = [
+            (
+                "udpack_handshakes_refused_total",
+                "reason",
+                "Connections refused before their handshake.",
+                &self.knocks_refused,
+            ),
+            (
+                "udpack_sockets_refused_total",
+                "code",
+                "Connections refused after their handshake, by close code.",
+                &self.refused,
+            ),
+            (
+                "udpack_faults_sent_total",
+                "code",
+                "Requests of the peer answered with a fault, by its code.",
+                &self.faults_sent,
+            ),
+            (
+                "udpack_faults_received_total",
+                "code",
+                "Requests to the peer answered with a fault, by its code.",
+                &self.faults_received,
+            ),
+            (
+                "udpack_sessions_not_resumed_total",
+                "reason",
+                "Sessions that could not be resumed, by reason.",
+                &self.resumes_refused,
+            ),
+        ];
+        for (name, label, help, values) in words {
+            text.family(name, "counter", help);
+            for (value, count) in values {
+                text.sample(name, &[(label, value)], *count);
+            }
+        }
+        let ends = [
+            (
+                "udpack_sockets_closed_total",
+                "Admitted sockets that ended, by close code and side.",
+                &self.closed,
+            ),
+            (
+                "udpack_channels_closed_total",
+                "Channels that ended, by close code and side.",
+                &self.channels_closed,
+            ),
+        ];
+        for (name, help, ends) in ends {
+            text.family(name, "counter", help);
+            for Ends { code, by, count } in ends {
+                let by = match by {
+                    Side::Local => "local",
+                    Side::Peer => "peer",
+                    Side::Transport => "transport",
+                };
+                text.sample(name, &[("code", code), ("by", by)], *count);
+            }
+        }
+        let stats = &self.stats;
+        let numbers = [
+            (
+                "udpack_sent_bytes_total",
+                "counter",
+                "Application bytes handed to QUIC.",
+                stats.sent,
+            ),
+            (
+                "udpack_received_bytes_total",
+                "counter",
+                "Application bytes taken from QUIC.",
+                stats.received,
+            ),
+            (
+                "udpack_wire_sent_bytes_total",
+                "counter",
+                "UDP payload bytes sent.",
+                stats.wire_sent,
+            ),
+            (
+                "udpack_wire_received_bytes_total",
+                "counter",
+                "UDP payload bytes received.",
+                stats.wire_received,
+            ),
+            (
+                "udpack_packets_sent_total",
+                "counter",
+                "Packets sent.",
+                stats.packets_sent,
+            ),
+            (
+                "udpack_packets_lost_total",
+                "counter",
+                "Packets declared lost.",
+                stats.packets_lost,
+            ),
+            (
+                "udpack_congestion_window_bytes",
+                "gauge",
+                "Congestion windows of the live connections together.",
+                stats.cwnd,
+            ),
+        ];
+        for (name, kind, help, value) in numbers {
+            text.family(name, kind, help);
+            text.sample(name, &[], value);
+        }
+        // A server has no round-trip time of its own.
+        if !stats.rtt.is_zero() {
+            let name = "udpack_rtt_seconds";
+            text.family(name, "gauge", "Smoothed round-trip time.");
+            text.sample(name, &[], stats.rtt.as_secs_f64());
+        }
+        text.text
+    }
+}
+
+/// Text of the Prometheus format in the making.
+#[derive(Default)]
+struct Exposition {
+    text: String,
+}
+
+impl Exposition {
+    fn family(&mut self, name: &str, kind: &str, help: &str) {
+        let help = help.replace('\\', "\\\\").replace('\n', "\\n");
+        self.line(format_args!("# HELP {name} {help}"));
+        self.line(format_args!("# TYPE {name} {kind}"));
+    }
+
+    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: impl fmt::Display) {
+        let labels: Vec<_> = labels
+            .iter()
+            .map(|(label, value)| format!("{label}=\"{}\"", escaped(value)))
+            .collect();
+        if labels.is_empty() {
+            self.line(format_args!("{name} {value}"));
+        } else {
+            self.line(format_args!("{name}{{{}}} {value}", labels.join(",")));
+        }
+    }
+
+    fn line(&mut self, line: fmt::Arguments<'_>) {
+        self.text.push_str(&line.to_string());
+        self.text.push('\n');
+    }
+}
+
+/// A label's value: backslash, quote and line feed escaped.
+fn escaped(value: &str) -> String {
+    value
+        .replace('\\', "\\\\")
+        .replace('"', "\\\"")
+        .replace('\n', "\\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_counts_into_its_server() {
+        let server = Tally::root();
+        let (a, b) = (Tally::child(server.clone()), Tally::child(server.clone()));
+        a.one(Count::Sockets);
+        b.one(Count::Sockets);
+        b.less(Count::Sockets);
+        a.add(Count::MessagesSent, 7);
+        a.refused(CloseCode::AUTH_FAILED);
+        b.closed(&CloseReason::peer(CloseCode::new(0x1234), ""));
+        b.channel_closed(&CloseReason::local(CloseCode::new(0x99), ""));
+        a.word(Words::FaultsSent, Fault::INTERNAL);
+        a.word(Words::FaultsSent, "a_code_of_ours");
+        a.word(Words::ResumesRefused, "no such word");
+        let sum = server.metrics(Stats::default());
+        assert_eq!((sum.sockets, sum.messages_sent), (1, 7));
+        assert_eq!(sum.refused, BTreeMap::from([("auth_failed", 1)]));
+        let end = |code, by| vec![Ends { code, by, count: 1 }];
+        assert_eq!(sum.closed, end("application", Side::Peer));
+        assert_eq!(sum.channels_closed, end("unknown", Side::Local));
+        assert_eq!(
+            sum.faults_sent,
+            BTreeMap::from([("internal", 1), ("application", 1)])
+        );
+        assert_eq!(sum.resumes_refused, BTreeMap::from([("other", 1)]));
+        assert_eq!(server.all_refused(), 1);
+        assert_eq!(b.metrics(Stats::default()).messages_sent, 0);
+    }
+
+    #[test]
+    fn every_code_has_its_own_place() {
+        for (at, code) in CloseCode::ALL.iter().enumerate() {
+            assert_eq!((place(*code), code_name(at)), (at, code.name()));
+        }
+        for code in [CloseCode::new(0x1000), CloseCode::new(0x99)] {
+            assert_eq!(code_name(place(code)), code.name());
+        }
+    }
+
+    #[test]
+    fn the_text_is_one_family_after_the_other() {
+        let tally = Tally::root();
+        tally.one(Count::Admitted);
+        tally.closed(&CloseReason::local(CloseCode::NORMAL, ""));
+        let text = tally.metrics(Stats::default()).prometheus();
+        let mut known: Vec<&str> = Vec::new();
+        let mut family = "";
+        for line in text.lines() {
+            if let Some(line) = line.strip_prefix("# HELP ") {
+                family = line.split_once(' ').expect("a help text").0;
+                assert!(!known.contains(&family), "{family} twice");
+                known.push(family);
+            } else if let Some(line) = line.strip_prefix("# TYPE ") {
+                let (name, kind) = line.split_once(' ').expect("a type");
+                assert_eq!(name, family);
+                assert_eq!(kind == "counter", name.ends_with("_total"), "{line}");
+                assert!(kind == "counter" || kind == "gauge");
+            } else {
+                let name = line.split(['{', ' ']).next().expect("a name");
+                assert_eq!(name, family);
+                let value = line.rsplit(' ').next().expect("a value");
+                value.parse::<f64>().expect("a number");
+            }
+        }
+        assert!(text.contains("\nudpack_sockets_admitted_total 1\n"));
+        assert!(text.contains("\nudpack_sockets_closed_total{code=\"normal\",by=\"local\"} 1\n"));
+        assert!(!text.contains("rtt"), "a server has none");
+        assert!(text.ends_with('\n'));
+    }
+
+    #[test]
+    fn labels_and_help_are_escaped() {
+        let mut text = Exposition::default();
+        text.family("x", "gauge", "a\\b\nc");
+        text.sample("x", &[("l", "\"\\\n")], 1);
+        assert_eq!(
+            text.text,
+            "# HELP x a\\\\b\\nc\n# TYPE x gauge\nx{l=\"\\\"\\\\\\n\"} 1\n"
+        );
+    }
+}

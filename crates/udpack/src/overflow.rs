@@ -1,0 +1,307 @@
+//! What a channel's queue has no room for: the messages of rooms that wait beside it, and what was lost there.
+//!
+//! Pure bookkeeping. Each room has its own short list for each member, so that its policy drops its own
+//! messages only; numbers drawn on arrival keep the order across rooms. Where messages of a room are missing,
+//! a `$gap` comes out before the next one.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use crate::control;
+
+/// What happens to a room's messages for a member whose queue is full.
+///
+/// Nobody waits for such a member. It is told what it lost by a [`Gap`](crate::Gap), at the place where the
+/// messages are missing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Overflow {
+    /// What comes while there is no room is lost.
+    DropNewest,
+    /// This many messages wait beside the queue, at least one, and together no more bytes than
+    /// `Limits::outbound_bytes`; the oldest of them are lost first.
+    DropOldest {
+        /// Messages that may wait.
+        messages: usize,
+    },
+    /// Only the latest message waits.
+    LatestOnly,
+    /// The channel is closed with `slow_peer`.
+    Disconnect,
+}
+
+impl Default for Overflow {
+    /// `DropOldest` with 256 messages.
+    fn default() -> Self {
+        Self::DropOldest { messages: 256 }
+    }
+}
+
+/// Whose messages these are.
+#[derive(Debug)]
+pub(crate) struct Tag {
+    pub(crate) id: u64,
+    pub(crate) name: Arc<str>,
+    /// A newer message makes the older one worthless: what it replaces is no loss.
+    pub(crate) replaces: bool,
+}
+
+/// What became of one message of a room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Push {
+    /// It is on its way; this many older ones were lost for it.
+    Queued { lost: u64 },
+    /// It is lost.
+    Lost,
+    /// The policy says that the channel must be closed.
+    TooSlow,
+    /// The channel takes nothing any more.
+    Over,
+}
+
+/// Everything that waits beside one channel's queue.
+#[derive(Debug, Default)]
+pub(crate) struct Overflowing {
+    /// One for each room that has something here; removed when empty.
+    lots: Vec<Lot>,
+    next: u64,
+}
+
+#[derive(Debug)]
+struct Lot {
+    tag: Arc<Tag>,
+    entries: VecDeque<Entry>,
+    bytes: usize,
+    /// Messages lost after the last entry, and the number of the first of them.
+    lost: u64,
+    lost_at: u64,
+}
+
+#[derive(Debug)]
+struct Entry {
+    number: u64,
+    /// Messages lost right before this one.
+    lost: u64,
+    frame: Bytes,
+}
+
+impl Overflowing {
+    /// The next number in the order of arrival.
+    pub(crate) fn number(&mut self) -> u64 {
+        let number = self.next;
+        self.next += 1;
+        number
+    }
+
+    /// The number of what comes out next.
+    pub(crate) fn first(&self) -> Option<u64> {
+        self.lots.iter().map(Lot::first).min()
+    }
+
+    /// Takes one message in, as the policy says; `max_bytes` bounds each room.
+    pub(crate) fn push(
+        &mut self,
+        tag: &Arc<Tag>,
+        frame: &Bytes,
+        policy: Overflow,
+        max_bytes: usize,
+    ) -> Push {
+        let messages = match policy {
+            Overflow::Disconnect => return Push::TooSlow,
+            Overflow::DropNewest => {
+                self.lose(tag);
+                return Push::Lost;
+            }
+            Overflow::DropOldest { messages } => messages.max(1),
+            Overflow::LatestOnly => 1,
+        };
+        let number = self.number();
+        let lot = self.lot(tag);
+        let entry = Entry {
+            number,
+            lost: std::mem::take(&mut lot.lost),
+            frame: frame.clone(),
+        };
+        lot.bytes += frame.len();
+        lot.entries.push_back(entry);
+        let mut lost = 0;
+        while lot.entries.len() > 1 && (lot.entries.len() > messages || lot.bytes > max_bytes) {
+            lost += u64::from(lot.drop_oldest());
+        }
+        Push::Queued { lost }
+    }
+
+    /// Notes that one message of this room is lost here.
+    pub(crate) fn lose(&mut self, tag: &Arc<Tag>) {
+        if tag.replaces {
+            return;
+        }
+        let number = self.number();
+        let lot = self.lot(tag);
+        if lot.lost == 0 {
+            lot.lost_at = number;
+        }
+        lot.lost += 1;
+    }
+
+    /// The next frame in order: a message, or the `$gap` that belongs before it.
+    pub(crate) fn pop(&mut self) -> Option<Bytes> {
+        let (at, lot) = self
+            .lots
+            .iter_mut()
+            .enumerate()
+            .min_by_key(|(_, lot)| lot.first())?;
+        let lost = match lot.entries.front_mut() {
+            Some(entry) => std::mem::take(&mut entry.lost),
+            None => std::mem::take(&mut lot.lost),
+        };
+        // A name that a room could be made with always makes a sound gap.
+        let gap = (lost > 0)
+            .then(|| control::encode_gap(&lot.tag.name, lost).ok())
+            .flatten();
+        let frame = gap.or_else(|| {
+            let entry = lot.entries.pop_front()?;
+            lot.bytes -= entry.frame.len();
+            Some(entry.frame)
+        });
+        if lot.entries.is_empty() && lot.lost == 0 {
+            self.lots.swap_remove(at);
+        }
+        frame
+    }
+
+    fn lot(&mut self, tag: &Arc<Tag>) -> &mut Lot {
+        let at = self
+            .lots
+            .iter()
+            .position(|lot| lot.tag.id == tag.id)
+            .unwrap_or_else(|| {
+                self.lots.push(Lot {
+                    tag: tag.clone(),
+                    entries: VecDeque::new(),
+                    bytes: 0,
+                    lost: 0,
+                    lost_at: 0,
+                });
+                self.lots.len() - 1
+            });
+        &mut self.lots[at]
+    }
+}
+
+impl Lot {
+    fn first(&self) -> u64 {
+        self.entries
+            .front()
+            .map_or(self.lost_at, |entry| entry.number)
+    }
+
+    /// Drops the oldest message; says whether that is a loss.
+    fn drop_oldest(&mut self) -> bool {
+        let Some(oldest) = self.entries.pop_front() else {
+            return false;
+        };
+        self.bytes -= oldest.frame.len();
+        if self.tag.replaces {
+            return false;
+        }
+        let lost = oldest.lost + 1;
+        match self.entries.front_mut() {
+            Some(next) => next.lost += lost,
+            None => self.lost += lost,
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::PREFIX;
+    use crate::message::Message;
+
+    fn tag(id: u64, name: &str) -> Arc<Tag> {
+        Arc::new(Tag {
+            id,
+            name: name.into(),
+            replaces: false,
+        })
+    }
+
+    fn frame(text: &'static str) -> Bytes {
+        Bytes::from_static(text.as_bytes())
+    }
+
+    /// Everything that comes out: texts as they are, gaps as `room-lost`.
+    fn drain(overflowing: &mut Overflowing) -> Vec<String> {
+        std::iter::from_fn(|| overflowing.pop())
+            .map(
+                |frame| match Message::decode(frame.slice(PREFIX.min(frame.len())..)) {
+                    Ok(message) => {
+                        let gap = control::decode_gap(&message).unwrap();
+                        format!("{}-{}", gap.room, gap.lost)
+                    }
+                    Err(_) => String::from_utf8(frame.to_vec()).unwrap(),
+                },
+            )
+            .collect()
+    }
+
+    fn push(overflowing: &mut Overflowing, tag: &Arc<Tag>, text: &'static str, policy: Overflow) {
+        overflowing.push(tag, &frame(text), policy, 100);
+    }
+
+    #[test]
+    fn the_oldest_of_each_room_go_and_a_gap_stands_where_they_were() {
+        let (a, b) = (tag(1, "a"), tag(2, "b"));
+        let policy = Overflow::DropOldest { messages: 2 };
+        let mut all = Overflowing::default();
+        for (tag, text) in [(&a, "a1"), (&b, "b1"), (&a, "a2"), (&a, "a3"), (&a, "a4")] {
+            push(&mut all, tag, text, policy);
+        }
+        assert_eq!(all.first(), Some(1), "b1 is the oldest that is left");
+        assert_eq!(drain(&mut all), ["b1", "a-2", "a3", "a4"]);
+        assert_eq!(all.first(), None);
+    }
+
+    #[test]
+    fn the_newest_go_and_the_gap_comes_after_what_was_kept() {
+        let a = tag(1, "a");
+        let mut all = Overflowing::default();
+        push(&mut all, &a, "a1", Overflow::default());
+        push(&mut all, &a, "a2", Overflow::DropNewest);
+        push(&mut all, &a, "a3", Overflow::DropNewest);
+        push(&mut all, &a, "a4", Overflow::default());
+        push(&mut all, &a, "a5", Overflow::DropNewest);
+        assert_eq!(drain(&mut all), ["a1", "a-2", "a4", "a-1"]);
+    }
+
+    #[test]
+    fn bytes_bound_a_room_too_but_the_newest_stays() {
+        let a = tag(1, "a");
+        let mut all = Overflowing::default();
+        let large = Bytes::from(vec![b'x'; 99]);
+        for _ in 0..3 {
+            all.push(&a, &large, Overflow::default(), 100);
+        }
+        assert_eq!(drain(&mut all), ["a-2".to_owned(), "x".repeat(99)]);
+        all.push(&a, &large, Overflow::default(), 10);
+        assert_eq!(drain(&mut all).len(), 1);
+    }
+
+    #[test]
+    fn what_is_merely_replaced_is_no_loss() {
+        let state = Arc::new(Tag {
+            id: 7,
+            name: "a".into(),
+            replaces: true,
+        });
+        let mut all = Overflowing::default();
+        push(&mut all, &state, "old", Overflow::LatestOnly);
+        push(&mut all, &state, "new", Overflow::LatestOnly);
+        all.lose(&state);
+        assert_eq!(drain(&mut all), ["new"]);
+    }
+}

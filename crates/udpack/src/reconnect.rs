@@ -1,0 +1,193 @@
+//! Coming back after a lost connection: how often and how soon, and what the application sees of it.
+
+use std::collections::hash_map::RandomState;
+use std::fmt;
+use std::hash::BuildHasher;
+use std::pin::Pin;
+use std::sync::Mutex;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures_util::Stream;
+use futures_util::stream::BoxStream;
+use tokio::sync::broadcast;
+
+use crate::code::CloseReason;
+use crate::control::GoAway;
+use crate::session::lock;
+
+/// State changes that wait for a slow watcher; it misses the oldest.
+const STATES: usize = 32;
+
+/// How to come back after a lost connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reconnect {
+    /// Tries without success before giving up; 0 never reconnects. Defaults to no bound.
+    pub attempts: Option<u32>,
+    /// Time without success before giving up. Defaults to 5 minutes.
+    pub patience: Duration,
+    /// The wait before the first try is drawn from 0 to this. Defaults to 250 ms; doubles each time.
+    pub first: Duration,
+    /// The longest that the wait becomes. Defaults to 30 s.
+    pub most: Duration,
+    /// Whether the very first connect is tried again, too, when nobody answers. Defaults to no: a wrong
+    /// address shows at once.
+    pub first_too: bool,
+}
+
+impl Default for Reconnect {
+    fn default() -> Self {
+        Self {
+            attempts: None,
+            patience: Duration::from_secs(300),
+            first: Duration::from_millis(250),
+            most: Duration::from_secs(30),
+            first_too: false,
+        }
+    }
+}
+
+impl Reconnect {
+    /// A random wait before try number `attempt`, counted from 1. Random over all of it ("full jitter"), so
+    /// that clients that lost a server together do not come back together.
+    pub fn delay(&self, attempt: u32) -> Duration {
+        let doubled = 2_u32.saturating_pow(attempt.saturating_sub(1).min(31));
+        part(self.first.saturating_mul(doubled).min(self.most))
+    }
+}
+
+impl GoAway {
+    /// How long to wait before connecting again: what the server asked for, and a random part of its window.
+    pub fn wait(&self) -> Duration {
+        self.retry_after.saturating_add(part(self.window))
+    }
+}
+
+/// A random part of a time.
+fn part(whole: Duration) -> Duration {
+    let random = RandomState::new().hash_one(0_u8) >> 11;
+    whole.mul_f64(random as f64 / (1_u64 << 53) as f64)
+}
+
+/// What the connection of a client that reconnects is doing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum State {
+    /// The first connection is being made.
+    Connecting,
+    /// Connected and let in.
+    Connected {
+        /// The session goes on: resumable channels lost nothing. The first connection of a socket resumes
+        /// nothing.
+        resumed: bool,
+        /// Why the session could not go on, where there was one: resumable channels have ended with
+        /// `not_resumed`.
+        reason: Option<String>,
+    },
+    /// The server is going away; the client moves when its turn has come.
+    GoingAway(GoAway),
+    /// The connection is lost; it is made again after the delay.
+    Reconnecting {
+        /// Which try, counted from 1 since the last success.
+        attempt: u32,
+        /// How long until then.
+        delay: Duration,
+    },
+    /// There will be no other connection; the socket is over.
+    GaveUp(CloseReason),
+}
+
+/// The present state and everybody who watches it.
+pub(crate) struct StateFeed {
+    now: Mutex<State>,
+    changes: broadcast::Sender<State>,
+}
+
+impl StateFeed {
+    pub(crate) fn new() -> Self {
+        Self {
+            now: Mutex::new(State::Connecting),
+            changes: broadcast::Sender::new(STATES),
+        }
+    }
+
+    pub(crate) fn set(&self, state: State) {
+        let mut now = lock(&self.now);
+        now.clone_from(&state);
+        let _ = self.changes.send(state);
+    }
+
+    pub(crate) fn now(&self) -> State {
+        lock(&self.now).clone()
+    }
+
+    pub(crate) fn watch(&self) -> States {
+        let now = lock(&self.now);
+        let changes = self.changes.subscribe();
+        let first = futures_util::stream::iter([now.clone()]);
+        let rest = futures_util::stream::unfold(changes, async |mut changes| {
+            loop {
+                match changes.recv().await {
+                    Ok(state) => return Some((state, changes)),
+                    Err(broadcast::error::RecvError::Lagged(_)) => {}
+                    Err(broadcast::error::RecvError::Closed) => return None,
+                }
+            }
+        });
+        States(Box::pin(futures_util::StreamExt::chain(first, rest)))
+    }
+}
+
+/// The state of a client's connection: the present one first, then each change. A watcher that lags by more
+/// than 32 changes misses the oldest. Ends when the socket is gone.
+pub struct States(BoxStream<'static, State>);
+
+impl States {
+    pub(crate) fn none() -> Self {
+        Self(Box::pin(futures_util::stream::empty()))
+    }
+
+    /// The next state; `None` when there will be no other.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn next(&mut self) -> Option<State> {
+        futures_util::StreamExt::next(&mut self.0).await
+    }
+}
+
+impl Stream for States {
+    type Item = State;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<State>> {
+        self.0.as_mut().poll_next(cx)
+    }
+}
+
+impl fmt::Debug for States {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("States").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn delays_are_random_and_grow_to_a_bound() {
+        let policy = Reconnect::default();
+        for attempt in [1, 2, 8, 100] {
+            let bound = Duration::from_millis(250)
+                .saturating_mul(2_u32.saturating_pow((attempt - 1).min(31)))
+                .min(Duration::from_secs(30));
+            let drawn: Vec<_> = (0..64).map(|_| policy.delay(attempt)).collect();
+            assert!(drawn.iter().all(|delay| *delay <= bound), "{drawn:?}");
+            assert!(drawn.iter().any(|delay| *delay > bound / 4), "{drawn:?}");
+            assert!(
+                drawn.iter().any(|delay| *delay < bound * 3 / 4),
+                "{drawn:?}"
+            );
+        }
+    }
+}

@@ -1,0 +1,555 @@
+//! Rooms: one message, encoded once, to many channels of a server; nobody waits for the slowest.
+//!
+//! A room is a list of channels. To send, the list is taken as it stands (one pointer is copied) and the same
+//! bytes are queued for each member in turn, without any lock but that member's own. What a member has no room
+//! for is the room's policy's business ([`Overflow`]).
+//!
+//! Order of locks: the table, then a guest's list of rooms, then a room's presence, then the tracked sessions, then
+//! an outbox. A seat is dropped with none of them held.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+
+use serde::Serialize;
+use tokio::runtime::Handle;
+
+use crate::auth::Peer;
+use crate::channel::{Channel, WeakChannel};
+use crate::code::{CloseCode, CloseReason};
+use crate::message::{EncodeError, Encoded, NameError, check_name};
+use crate::outbox::Outbox;
+use crate::overflow::{Overflow, Push, Tag};
+use crate::presence::{Presence, Tracked};
+use crate::session::{Session, lock};
+
+/// The name in the gaps of what is sent to all channels.
+const ALL: &str = "*";
+
+/// The rooms of one server. A handle: clones are the same rooms.
+#[derive(Clone)]
+pub struct Rooms {
+    directory: Arc<Directory>,
+}
+
+pub(crate) struct Directory {
+    table: Mutex<Table>,
+    pub(crate) tracked: Tracked,
+    pub(crate) runtime: Handle,
+    max_rooms: usize,
+    next: AtomicU64,
+    dropped: AtomicU64,
+}
+
+struct Table {
+    rooms: HashMap<Arc<str>, Arc<Room>>,
+    /// The known channels by name, each name like a room.
+    channels: HashMap<Arc<str>, Arc<Room>>,
+    all: Arc<Room>,
+}
+
+/// One room, or one of the lists that are kept like one.
+pub(crate) struct Room {
+    pub(crate) tag: Arc<Tag>,
+    /// What marks the state of the presence in a member's queue.
+    pub(crate) presence_tag: Arc<Tag>,
+    /// In ascending order of their keys. Whoever sends takes the list as it stands.
+    guests: Mutex<Arc<Vec<Arc<Guest>>>>,
+    /// As set by the application; such a room stays when it is empty.
+    policy: Mutex<Option<Overflow>>,
+    pub(crate) presence: Mutex<Presence>,
+}
+
+/// A channel as the directory knows it; it does not keep the channel alive.
+pub(crate) struct Guest {
+    pub(crate) key: u64,
+    pub(crate) session: Arc<Session>,
+    pub(crate) session_id: Arc<str>,
+    pub(crate) outbox: Arc<Outbox>,
+    channel: WeakChannel,
+    name: Arc<str>,
+    /// Where it is; `None` once the channel is over.
+    rooms: Mutex<Option<BTreeMap<Arc<str>, Arc<Room>>>>,
+}
+
+/// A channel's hold on its rooms: lies in its outbox, and gives them up when the channel's sending side ends.
+pub(crate) struct Seat {
+    directory: Weak<Directory>,
+    guest: Arc<Guest>,
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let rooms = lock(&self.guest.rooms).take();
+        if let Some(directory) = self.directory.upgrade() {
+            directory.left(&self.guest, rooms.unwrap_or_default());
+        }
+    }
+}
+
+impl fmt::Debug for Seat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Seat").field(&self.guest.key).finish()
+    }
+}
+
+impl Rooms {
+    pub(crate) fn new(max_rooms: usize, runtime: Handle) -> Self {
+        Self {
+            directory: Arc::new(Directory {
+                table: Mutex::new(Table {
+                    rooms: HashMap::new(),
+                    channels: HashMap::new(),
+                    all: Room::new(0, ALL.into()),
+                }),
+                tracked: Tracked::default(),
+                runtime,
+                max_rooms,
+                next: AtomicU64::new(2),
+                dropped: AtomicU64::new(0),
+            }),
+        }
+    }
+
+    pub(crate) fn directory(&self) -> &Arc<Directory> {
+        &self.directory
+    }
+
+    /// Addresses the members of a room. A room that nobody is in has none.
+    pub fn to<'a>(&self, room: &str) -> Broadcast<'a> {
+        let room = lock(&self.directory.table).rooms.get(room).cloned();
+        self.broadcast(room)
+    }
+
+    /// Addresses every channel of this name that the rooms know: those that have joined a room, and those that a
+    /// `Router` serves. A [`Gap`](crate::Gap) in what is sent so bears the channel's name.
+    pub fn to_channels<'a>(&self, name: &str) -> Broadcast<'a> {
+        let room = lock(&self.directory.table).channels.get(name).cloned();
+        self.broadcast(room)
+    }
+
+    /// Addresses every channel that the rooms know, as [`to_channels`](Self::to_channels) does; a gap bears the
+    /// name `*`.
+    pub fn to_all<'a>(&self) -> Broadcast<'a> {
+        let room = lock(&self.directory.table).all.clone();
+        self.broadcast(Some(room))
+    }
+
+    /// Who is in a room now.
+    pub fn members(&self, room: &str) -> Vec<Member> {
+        let room = lock(&self.directory.table).rooms.get(room).cloned();
+        let guests = room.map(|room| room.guests()).unwrap_or_default();
+        guests
+            .iter()
+            .map(|guest| Member {
+                guest: guest.clone(),
+            })
+            .collect()
+    }
+
+    /// The rooms that there are now: those with members, and those with a policy of their own.
+    pub fn names(&self) -> Vec<String> {
+        let table = lock(&self.directory.table);
+        table.rooms.keys().map(|name| (**name).to_owned()).collect()
+    }
+
+    /// Says what happens to this room's messages for members whose queues are full, from the next message on.
+    ///
+    /// The room then stays when nobody is in it, until it is given the default policy again.
+    ///
+    /// # Errors
+    /// When the name is unsound or there are `Limits::rooms` already.
+    pub fn policy(&self, room: &str, overflow: Overflow) -> Result<(), JoinError> {
+        check_name(room)?;
+        let mut table = lock(&self.directory.table);
+        let chosen = Some(overflow).filter(|chosen| *chosen != Overflow::default());
+        if chosen.is_some() || table.rooms.contains_key(room) {
+            let room = self.directory.room(&mut table, room)?;
+            *lock(&room.policy) = chosen;
+            table.sweep(&room);
+        }
+        Ok(())
+    }
+
+    /// Messages lost so far by members whose queues were full, all rooms together.
+    pub fn dropped(&self) -> u64 {
+        self.directory.dropped.load(Ordering::Relaxed)
+    }
+
+    fn broadcast<'a>(&self, room: Option<Arc<Room>>) -> Broadcast<'a> {
+        Broadcast {
+            directory: self.directory.clone(),
+            room,
+            except: Vec::new(),
+        }
+    }
+}
+
+impl fmt::Debug for Rooms {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let table = lock(&self.directory.table);
+        f.debug_struct("Rooms")
+            .field("rooms", &table.rooms.len())
+            .field("channels", &table.all.guests().len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// One member of a room at the moment it was asked for.
+#[derive(Clone)]
+pub struct Member {
+    guest: Arc<Guest>,
+}
+
+impl Member {
+    /// The session its channel belongs to.
+    pub fn session(&self) -> &str {
+        &self.guest.session_id
+    }
+
+    /// Who it is.
+    pub fn peer(&self) -> Option<Peer> {
+        self.guest.session.peer.get()
+    }
+
+    /// Its channel's name.
+    pub fn channel(&self) -> &str {
+        &self.guest.name
+    }
+}
+
+impl fmt::Debug for Member {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Member")
+            .field("session", &self.session())
+            .field("peer", &self.peer())
+            .field("channel", &self.channel())
+            .finish()
+    }
+}
+
+/// Channels that are about to be sent something; made by [`Rooms::to`] and its like.
+#[must_use = "nothing is sent until `send` is called"]
+pub struct Broadcast<'a> {
+    directory: Arc<Directory>,
+    room: Option<Arc<Room>>,
+    except: Vec<&'a str>,
+}
+
+/// What became of one message to many.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Sent {
+    /// Members it is on its way to.
+    pub delivered: u64,
+    /// Messages lost by it: this one, for members that have no room for it, and older ones that gave way to it.
+    pub dropped: u64,
+}
+
+impl<'a> Broadcast<'a> {
+    /// Leaves out the channels of this session.
+    pub fn except(mut self, session: &'a str) -> Self {
+        self.except.push(session);
+        self
+    }
+
+    /// Sends one message to all of them: encoded once, queued for each, without waiting for anybody. A member
+    /// whose queue is full is treated by the room's [`Overflow`] policy; so is one that takes no frame as large.
+    ///
+    /// Everything queued for one channel, by rooms and directly, arrives in the order it was queued in. Two
+    /// threads that send to one room at the same moment may be heard in either order, and not by all members in
+    /// the same.
+    ///
+    /// # Errors
+    /// When the message cannot be sent to anybody: reserved or unsound event name, data that cannot be encoded.
+    pub fn send<T: Serialize + ?Sized>(self, event: &str, data: &T) -> Result<Sent, EncodeError> {
+        Ok(self.send_encoded(&Encoded::new(event, data)?))
+    }
+
+    /// As [`send`](Self::send), with a message that is encoded already.
+    pub fn send_encoded(self, message: &Encoded) -> Sent {
+        let mut sent = Sent::default();
+        let Some(room) = &self.room else {
+            return sent;
+        };
+        let policy = lock(&room.policy).unwrap_or_default();
+        for guest in room.guests().iter() {
+            if self.except.contains(&&*guest.session_id) {
+                continue;
+            }
+            let limit = guest.session.frame_limit();
+            match guest
+                .outbox
+                .push_room(&room.tag, message.bytes(), limit, policy)
+            {
+                Push::Queued { lost } => {
+                    sent.delivered += 1;
+                    sent.dropped += lost;
+                }
+                Push::Lost => sent.dropped += 1,
+                Push::TooSlow => {
+                    sent.dropped += 1;
+                    if let Some(channel) = guest.channel.upgrade() {
+                        channel.close_with(CloseReason::local(
+                            CloseCode::SLOW_PEER,
+                            "the peer is too slow for this room",
+                        ));
+                    }
+                }
+                Push::Over => {}
+            }
+        }
+        if sent.dropped > 0 {
+            self.directory
+                .dropped
+                .fetch_add(sent.dropped, Ordering::Relaxed);
+        }
+        sent
+    }
+}
+
+impl fmt::Debug for Broadcast<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Broadcast")
+            .field("room", &self.room.as_ref().map(|room| &room.tag.name))
+            .field("except", &self.except)
+            .finish()
+    }
+}
+
+/// Why a channel cannot join a room.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum JoinError {
+    /// The room's name is no name.
+    #[error("room's {0}")]
+    Name(#[from] NameError),
+    /// The channel belongs to a client's socket: rooms are a server's.
+    #[error("only a server has rooms")]
+    Client,
+    /// The channel is over.
+    #[error("the channel is over")]
+    Closed,
+    /// There are as many rooms as `Limits::rooms` allows.
+    #[error("there are {0} rooms already")]
+    TooManyRooms(usize),
+    /// The channel is in as many rooms as `Limits::rooms_per_channel` allows.
+    #[error("the channel is in {0} rooms already")]
+    TooManyJoined(usize),
+}
+
+impl Channel {
+    /// The rooms of the server that this channel belongs to; `None` at a client, which has none.
+    pub fn rooms_handle(&self) -> Option<Rooms> {
+        self.session().rooms.get().cloned()
+    }
+
+    /// Joins a room: what is sent to it from now on also goes to this channel's peer. Joining twice is joining
+    /// once.
+    ///
+    /// A member stays until it [leaves](Self::leave) or the channel ends; a room does not keep a channel alive.
+    /// When somebody is [tracked](Self::track) in the room, the peer is told who (`presence_state`).
+    ///
+    /// # Errors
+    /// At a client, on a channel that is over, for an unsound name, beyond `Limits::rooms` and
+    /// `Limits::rooms_per_channel`.
+    pub fn join(&self, room: &str) -> Result<(), JoinError> {
+        self.enter(room).map(drop)
+    }
+
+    pub(crate) fn enter(&self, name: &str) -> Result<(&Rooms, &Arc<Guest>, Arc<Room>), JoinError> {
+        let (rooms, guest) = self.guest().ok_or(JoinError::Client)?;
+        check_name(name)?;
+        let room = {
+            let mut table = lock(&rooms.directory.table);
+            let mut joined = lock(&guest.rooms);
+            let joined = joined.as_mut().ok_or(JoinError::Closed)?;
+            if let Some(room) = joined.get(name) {
+                return Ok((rooms, guest, room.clone()));
+            }
+            let most = guest.session.limits.rooms_per_channel;
+            if joined.len() >= most {
+                return Err(JoinError::TooManyJoined(most));
+            }
+            let room = rooms.directory.room(&mut table, name)?;
+            room.add(guest);
+            joined.insert(room.tag.name.clone(), room.clone());
+            room
+        };
+        room.greet(guest);
+        Ok((rooms, guest, room))
+    }
+
+    /// Leaves a room; says whether it was in it. What was sent to the room before still arrives.
+    pub fn leave(&self, room: &str) -> bool {
+        let Some((rooms, guest)) = self.guest() else {
+            return false;
+        };
+        let left = lock(&guest.rooms)
+            .as_mut()
+            .and_then(|joined| joined.remove(room));
+        let Some(room) = left else {
+            return false;
+        };
+        rooms.directory.part(guest, &room, false);
+        true
+    }
+
+    /// The rooms it is in, in the order of their names.
+    pub fn rooms(&self) -> Vec<String> {
+        let guest = self.member().get();
+        let joined = guest.map(|guest| lock(&guest.rooms));
+        let joined = joined.as_ref().and_then(|joined| joined.as_ref());
+        let names = joined.into_iter().flatten();
+        names.map(|(name, _)| (**name).to_owned()).collect()
+    }
+
+    /// Makes the channel known to the directory, as `to_channels` and `to_all` see it; `None` at a client.
+    pub(crate) fn guest(&self) -> Option<(&Rooms, &Arc<Guest>)> {
+        let rooms = self.session().rooms.get()?;
+        let guest = self.member().get_or_init(|| {
+            let guest = Arc::new(Guest {
+                key: rooms.directory.next(),
+                session: self.session().clone(),
+                session_id: (*self.session().id()).into(),
+                outbox: self.outbox().clone(),
+                channel: self.downgrade(),
+                name: self.name().into(),
+                rooms: Mutex::new(Some(BTreeMap::new())),
+            });
+            rooms.directory.welcome(&guest);
+            // A channel that is over gives its seat up right here.
+            let _ = self.outbox().keep(Seat {
+                directory: Arc::downgrade(&rooms.directory),
+                guest: guest.clone(),
+            });
+            guest
+        });
+        Some((rooms, guest))
+    }
+}
+
+impl Directory {
+    fn next(&self) -> u64 {
+        self.next.fetch_add(2, Ordering::Relaxed)
+    }
+
+    /// The room of this name, made if there is none.
+    fn room(&self, table: &mut Table, name: &str) -> Result<Arc<Room>, JoinError> {
+        if let Some(room) = table.rooms.get(name) {
+            return Ok(room.clone());
+        }
+        if table.rooms.len() >= self.max_rooms {
+            return Err(JoinError::TooManyRooms(self.max_rooms));
+        }
+        let room = Room::new(self.next(), name.into());
+        table.rooms.insert(room.tag.name.clone(), room.clone());
+        Ok(room)
+    }
+
+    pub(crate) fn existing(&self, name: &str) -> Option<Arc<Room>> {
+        lock(&self.table).rooms.get(name).cloned()
+    }
+
+    fn welcome(&self, guest: &Arc<Guest>) {
+        let mut table = lock(&self.table);
+        table.all.add(guest);
+        let id = self.next();
+        table
+            .channels
+            .entry(guest.name.clone())
+            .or_insert_with(|| Room::new(id, guest.name.clone()))
+            .add(guest);
+    }
+
+    /// The channel is over.
+    fn left(&self, guest: &Guest, rooms: BTreeMap<Arc<str>, Arc<Room>>) {
+        {
+            let mut table = lock(&self.table);
+            table.all.remove(guest.key);
+            if let Some(channels) = table.channels.get(&guest.name)
+                && channels.remove(guest.key)
+            {
+                table.channels.remove(&guest.name);
+            }
+        }
+        // A lost connection alone ends no presence: the session may come back.
+        let lost =
+            guest.session.end.get().is_none() && guest.session.conn().close_reason().is_some();
+        for room in rooms.values() {
+            self.part(guest, room, lost);
+        }
+    }
+
+    fn part(&self, guest: &Guest, room: &Arc<Room>, lost: bool) {
+        room.remove(guest.key);
+        room.parted(self, guest, lost);
+        self.sweep(room);
+    }
+
+    /// Removes a room that nobody needs any more.
+    pub(crate) fn sweep(&self, room: &Arc<Room>) {
+        lock(&self.table).sweep(room);
+    }
+}
+
+impl Table {
+    fn sweep(&mut self, room: &Arc<Room>) {
+        let name = &room.tag.name;
+        if room.guests().is_empty()
+            && lock(&room.policy).is_none()
+            && lock(&room.presence).is_empty()
+            && self
+                .rooms
+                .get(name)
+                .is_some_and(|known| Arc::ptr_eq(known, room))
+        {
+            self.rooms.remove(name);
+        }
+    }
+}
+
+impl Room {
+    fn new(id: u64, name: Arc<str>) -> Arc<Self> {
+        let tag = |id, replaces| {
+            Arc::new(Tag {
+                id,
+                name: name.clone(),
+                replaces,
+            })
+        };
+        Arc::new(Self {
+            tag: tag(id, false),
+            presence_tag: tag(id + 1, true),
+            guests: Mutex::default(),
+            policy: Mutex::default(),
+            presence: Mutex::default(),
+        })
+    }
+
+    /// The members as of now.
+    pub(crate) fn guests(&self) -> Arc<Vec<Arc<Guest>>> {
+        lock(&self.guests).clone()
+    }
+
+    pub(crate) fn has(&self, key: u64) -> bool {
+        let guests = lock(&self.guests);
+        guests.binary_search_by_key(&key, |guest| guest.key).is_ok()
+    }
+
+    fn add(&self, guest: &Arc<Guest>) {
+        let mut guests = lock(&self.guests);
+        if let Err(at) = guests.binary_search_by_key(&guest.key, |guest| guest.key) {
+            Arc::make_mut(&mut guests).insert(at, guest.clone());
+        }
+    }
+
+    /// Says whether nobody is left.
+    fn remove(&self, key: u64) -> bool {
+        let mut guests = lock(&self.guests);
+        if let Ok(at) = guests.binary_search_by_key(&key, |guest| guest.key) {
+            Arc::make_mut(&mut guests).remove(at);
+        }
+        guests.is_empty()
+    }
+}

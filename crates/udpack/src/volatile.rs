@@ -1,0 +1,692 @@
+//! Volatile messages: the newest counts, and nothing is sent twice.
+//!
+//! A small one is a datagram: lost when its packet is lost, and never in the way of a channel. A larger one
+//! has a unidirectional stream of its own. What waits, to be sent here or to be taken there, waits by event
+//! and key: a newer one takes the place of the older. The socket's driver moves them; what waits belongs to the
+//! session, so it outlives a connection.
+
+use std::collections::{BTreeMap, HashMap};
+use std::convert::Infallible;
+use std::fmt;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use bytes::{Buf, Bytes, BytesMut};
+use quinn::SendDatagramError;
+use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use crate::channel::SendError;
+use crate::code::CloseCode;
+use crate::config::{Limits, MIN_FRAME_RATE};
+use crate::frame::PREFIX;
+use crate::message::{self, DecodeError, EncodeError, NameError};
+use crate::metrics::Count;
+use crate::msgpack::{Head, MsgpackError, Reader, Shape, Walk, validate_within};
+use crate::session::{Session, lock};
+use crate::socket::Socket;
+
+/// Messages moved in one go, before others of the same task get their turn.
+const TURN: usize = 64;
+/// The first byte of an array of 3, and of an array of 4.
+const ARRAY3: u8 = 0x93;
+const ARRAY4: u8 = 0x94;
+
+/// One received volatile message. Cheap to clone.
+///
+/// `Debug` prints event, key and the length of the data, never the data.
+#[derive(Clone)]
+pub struct Volatile {
+    body: Bytes,
+    event: Range<usize>,
+    data: Range<usize>,
+    seq: Option<u64>,
+    key: Option<Range<usize>>,
+}
+
+/// Why a datagram, or the content of a unidirectional stream, is no volatile message.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum VolatileError {
+    /// It is not one acceptable MessagePack value.
+    #[error(transparent)]
+    Msgpack(#[from] MsgpackError),
+    /// The value is not an array of 2 to 4.
+    #[error("a volatile message is an array of 2 to 4 values")]
+    Shape,
+    /// The event is not a proper name, or is one of the protocol's own.
+    #[error("the event is no name that an application may use")]
+    Event,
+    /// The sequence number is not an integer from 0 to 2^64 - 1.
+    #[error("the sequence number is not an unsigned 64-bit integer")]
+    Seq,
+    /// The key is not a proper name.
+    #[error("the key {0}")]
+    Key(NameError),
+    /// The key is not text.
+    #[error("the key is not text")]
+    KeyNotString,
+}
+
+impl Volatile {
+    /// Reads `[event, data]`, `[event, data, seq]` or `[event, data, seq, key]`, without a frame's prefix.
+    ///
+    /// # Errors
+    /// The first rule that it breaks.
+    pub fn decode(body: Bytes) -> Result<Self, VolatileError> {
+        let mut walk = Walk::new(&body, Shape::default())?;
+        let Head::Array(arity @ 2..=4) = walk.enter()? else {
+            return Err(VolatileError::Shape);
+        };
+        let at = |walk: &Walk<'_>| body.len() - walk.left();
+        let event = walk.value()?;
+        let data_start = at(&walk);
+        walk.value()?;
+        let data = data_start..at(&walk);
+        let seq = (arity > 2).then(|| walk.value()).transpose()?;
+        let key = (arity > 3).then(|| walk.value()).transpose()?;
+        let end = at(&walk);
+        walk.end()?;
+
+        let name = text(event)?.ok_or(VolatileError::Event)?;
+        if name.starts_with('$') || message::check_name(name).is_err() {
+            return Err(VolatileError::Event);
+        }
+        let event = data.start - name.len()..data.start;
+        let seq = match seq.map(|seq| Reader::new(seq).head()).transpose()? {
+            None => None,
+            Some(Head::Uint(seq)) => Some(seq),
+            Some(_) => return Err(VolatileError::Seq),
+        };
+        let key = match key {
+            None => None,
+            Some(key) => {
+                let key = text(key)?.ok_or(VolatileError::KeyNotString)?;
+                message::check_name(key).map_err(VolatileError::Key)?;
+                Some(end - key.len()..end)
+            }
+        };
+        Ok(Self {
+            body,
+            event,
+            data,
+            seq,
+            key,
+        })
+    }
+
+    /// Names what happened.
+    pub fn event(&self) -> &str {
+        self.text(self.event.clone())
+    }
+
+    /// What it is about, if the sender keeps several of one event apart.
+    pub fn key(&self) -> Option<&str> {
+        self.key.clone().map(|key| self.text(key))
+    }
+
+    /// The sender's count of its volatile messages, this one included; a jump says that some were replaced or
+    /// lost.
+    pub fn seq(&self) -> Option<u64> {
+        self.seq
+    }
+
+    /// Reads the data as a `T`, which may borrow from the message.
+    ///
+    /// # Errors
+    /// When the data is not exactly one `T`.
+    pub fn data<'a, T: Deserialize<'a>>(&'a self) -> Result<T, DecodeError> {
+        message::decode_data(self.body.get(self.data.clone()).unwrap_or_default())
+    }
+
+    /// The data as the MessagePack that came.
+    pub fn raw(&self) -> Bytes {
+        self.body.slice(self.data.clone())
+    }
+
+    /// How many bytes the message has.
+    #[expect(clippy::len_without_is_empty, reason = "a message is never empty")]
+    pub fn len(&self) -> usize {
+        self.body.len()
+    }
+
+    fn text(&self, range: Range<usize>) -> &str {
+        let bytes = self.body.get(range).unwrap_or_default();
+        std::str::from_utf8(bytes).unwrap_or_default()
+    }
+
+    fn place(&self) -> Arc<str> {
+        place(self.event(), self.key())
+    }
+}
+
+impl fmt::Debug for Volatile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Volatile")
+            .field("event", &self.event())
+            .field("key", &self.key())
+            .field("seq", &self.seq)
+            .field("data_len", &self.data.len())
+            .finish()
+    }
+}
+
+/// A string value's text; `None` if it is no string.
+fn text(value: &[u8]) -> Result<Option<&str>, MsgpackError> {
+    match Reader::new(value).head()? {
+        Head::Str(text) => Ok(Some(
+            std::str::from_utf8(text).map_err(|_| MsgpackError::Utf8)?,
+        )),
+        _ => Ok(None),
+    }
+}
+
+/// Event and key as one. Neither holds a control character, so no two pairs share a place.
+fn place(event: &str, key: Option<&str>) -> Arc<str> {
+    match key {
+        Some(key) => format!("{event}\0{key}").into(),
+        None => event.into(),
+    }
+}
+
+fn encode<T: Serialize + ?Sized>(
+    event: &str,
+    key: Option<&str>,
+    data: &T,
+    seq: u64,
+    limit: usize,
+) -> Result<Bytes, EncodeError> {
+    if event.starts_with('$') {
+        return Err(EncodeError::Reserved(event.to_owned()));
+    }
+    let mut buf = BytesMut::new();
+    // The layout of a request, with the sequence number in the id's place.
+    message::encode(&mut buf, event, data, Some(seq), limit)?;
+    buf.advance(PREFIX);
+    let Some(key) = key else {
+        return Ok(buf.freeze());
+    };
+    message::check_name(key).map_err(EncodeError::Name)?;
+    if let Some(head) = buf.first_mut() {
+        debug_assert_eq!(*head, ARRAY3);
+        *head = ARRAY4;
+    }
+    let mut tail = Vec::with_capacity(key.len() + 2);
+    // Writing to a vector cannot fail.
+    let _ = rmp::encode::write_str(&mut tail, key);
+    buf.extend_from_slice(&tail);
+    if buf.len() > limit {
+        let size = buf.len();
+        return Err(EncodeError::TooLarge { size, limit });
+    }
+    validate_within(&buf, Shape::default()).map_err(EncodeError::Refused)?;
+    Ok(buf.freeze())
+}
+
+impl Socket {
+    /// Sends something of which only the newest counts: a position, a level, a progress.
+    ///
+    /// Returns at once. While it waits to be sent, a newer one of the same event takes its place; when its
+    /// packet is lost, it is lost. Up to about 1,100 bytes, as the path allows, travel as one datagram, ahead
+    /// of the channels' bytes; more take a stream of their own, one after the other. Also at the peer a newer
+    /// one takes the place of one that nobody has taken yet, and an older one that comes late is dropped. What
+    /// waits is bounded by `Limits::volatile_keys` and `Limits::volatile_bytes`: what has waited longest is
+    /// dropped, large ones first. `Socket::metrics` counts what was dropped.
+    ///
+    /// # Errors
+    /// When the socket is over, or the message cannot be sent at all: reserved or unsound event name, data
+    /// that cannot be encoded or exceeds the peer's frame limit or `Limits::volatile_bytes`.
+    pub fn send_volatile<T: Serialize + ?Sized>(
+        &self,
+        event: &str,
+        data: &T,
+    ) -> Result<(), SendError> {
+        self.volatile(event, None, data)
+    }
+
+    /// As [`send_volatile`](Self::send_volatile), for several things of one event: each `key` (1 to 128 bytes)
+    /// has its own newest message.
+    ///
+    /// # Errors
+    /// As [`send_volatile`](Self::send_volatile), and when the key is unsound.
+    pub fn send_volatile_keyed<T: Serialize + ?Sized>(
+        &self,
+        event: &str,
+        key: &str,
+        data: &T,
+    ) -> Result<(), SendError> {
+        self.volatile(event, Some(key), data)
+    }
+
+    fn volatile<T: Serialize + ?Sized>(
+        &self,
+        event: &str,
+        key: Option<&str>,
+        data: &T,
+    ) -> Result<(), SendError> {
+        let session = self.session();
+        if session.closing() {
+            return Err(SendError::Closed(session.closed_reason()));
+        }
+        let volatiles = &session.volatiles;
+        let limit = session.frame_limit().min(session.limits.volatile_bytes);
+        // Not under the lock: `Serialize` is the application's code.
+        let seq = volatiles.seq.fetch_add(1, Ordering::Relaxed) + 1;
+        let body = encode(event, key, data, seq, limit).map_err(SendError::Encode)?;
+        let dropped = lock(&volatiles.out).queue(place(event, key), seq, body, &session.limits);
+        session.tally.add(Count::VolatileDropped, dropped);
+        volatiles.small.notify_one();
+        Ok(())
+    }
+
+    /// The peer's next volatile message: of those that wait, the one whose event and key have waited longest;
+    /// `None` when the socket is over and none is left.
+    ///
+    /// Several may wait at once; each message goes to one of them.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn recv_volatile(&self) -> Option<Volatile> {
+        let session = self.session();
+        let volatiles = &session.volatiles;
+        loop {
+            let mut arrived = std::pin::pin!(volatiles.arrived.notified());
+            arrived.as_mut().enable();
+            let over = session.end.get().is_some();
+            let (first, more) = {
+                let mut waiting = lock(&volatiles.waiting);
+                (waiting.latest.pop(), !waiting.latest.is_empty())
+            };
+            if more {
+                volatiles.arrived.notify_one();
+            }
+            if first.is_some() || over {
+                return first;
+            }
+            tokio::select! {
+                () = arrived => {}
+                _ = session.end.wait() => {}
+            }
+        }
+    }
+}
+
+/// What waits on either side of one session.
+#[derive(Debug, Default)]
+pub(crate) struct Volatiles {
+    /// Volatile messages that were sent so far.
+    seq: AtomicU64,
+    out: Mutex<Out>,
+    /// Something waits to be sent.
+    small: Notify,
+    /// Something waits that is too large for a datagram.
+    large: Notify,
+    waiting: Mutex<Waiting>,
+    /// Something waits to be taken.
+    arrived: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Out {
+    /// Not known to be too large for a datagram.
+    small: Latest<Bytes>,
+    large: Latest<Bytes>,
+}
+
+impl Out {
+    /// Returns how many messages were dropped for it, or with it.
+    fn queue(&mut self, place: Arc<str>, seq: u64, body: Bytes, limits: &Limits) -> u64 {
+        if self.large.seq(&place).is_some_and(|other| other > seq) {
+            return 1;
+        }
+        let mut dropped = u64::from(self.large.remove(&place).is_some());
+        let len = body.len();
+        dropped += self.small.put(place, seq, len, body);
+        while self.small.len() + self.large.len() > limits.volatile_keys.max(1)
+            || self.small.bytes + self.large.bytes > limits.volatile_bytes
+        {
+            if self.large.pop().or_else(|| self.small.pop()).is_none() {
+                break;
+            }
+            dropped += 1;
+        }
+        dropped
+    }
+
+    /// Moves a message to where the large ones wait, unless a newer one has come.
+    fn is_large(&mut self, place: &Arc<str>, seq: u64) {
+        if self.small.seq(place) == Some(seq)
+            && let Some(body) = self.small.remove(place)
+        {
+            self.large.put(place.clone(), seq, body.len(), body);
+        }
+    }
+}
+
+/// What has come and was not taken.
+#[derive(Debug, Default)]
+struct Waiting {
+    latest: Latest<Volatile>,
+    seen: Seen,
+}
+
+impl Waiting {
+    /// Returns how many messages were dropped for it, or with it.
+    fn arrived(&mut self, message: Volatile, limits: &Limits) -> u64 {
+        let place = message.place();
+        let keys = limits.volatile_keys.max(1);
+        let len = message.len();
+        if len > limits.volatile_bytes {
+            return 1;
+        }
+        if let Some(seq) = message.seq
+            && !self.seen.is_news(&place, seq, keys)
+        {
+            return 1;
+        }
+        // What is stale was found above.
+        let mut dropped = self.latest.put(place, u64::MAX, len, message);
+        while self.latest.len() > keys || self.latest.bytes > limits.volatile_bytes {
+            self.latest.pop();
+            dropped += 1;
+        }
+        dropped
+    }
+}
+
+/// The newest sequence number of each place, of about the last so many places.
+#[derive(Debug, Default)]
+struct Seen {
+    young: HashMap<Arc<str>, u64>,
+    old: HashMap<Arc<str>, u64>,
+}
+
+impl Seen {
+    fn is_news(&mut self, place: &Arc<str>, seq: u64, keys: usize) -> bool {
+        let last = self.young.get(place).or_else(|| self.old.get(place));
+        if last.is_some_and(|last| *last >= seq) {
+            return false;
+        }
+        self.young.insert(place.clone(), seq);
+        if self.young.len() >= keys {
+            self.old = std::mem::take(&mut self.young);
+        }
+        true
+    }
+}
+
+/// One message for each place, in the order in which the places were taken.
+#[derive(Debug)]
+struct Latest<T> {
+    order: BTreeMap<u64, Arc<str>>,
+    entries: HashMap<Arc<str>, Entry<T>>,
+    next: u64,
+    bytes: usize,
+}
+
+#[derive(Debug)]
+struct Entry<T> {
+    turn: u64,
+    seq: u64,
+    len: usize,
+    item: T,
+}
+
+impl<T> Default for Latest<T> {
+    fn default() -> Self {
+        Self {
+            order: BTreeMap::new(),
+            entries: HashMap::new(),
+            next: 0,
+            bytes: 0,
+        }
+    }
+}
+
+impl<T> Latest<T> {
+    /// Takes the place of an older one; returns 1 if one of the two was dropped.
+    fn put(&mut self, place: Arc<str>, seq: u64, len: usize, item: T) -> u64 {
+        if let Some(entry) = self.entries.get_mut(&place) {
+            if entry.seq <= seq {
+                self.bytes = self.bytes - entry.len + len;
+                (entry.seq, entry.len, entry.item) = (seq, len, item);
+            }
+            return 1;
+        }
+        let turn = self.next;
+        self.next += 1;
+        self.bytes += len;
+        self.order.insert(turn, place.clone());
+        let entry = Entry {
+            turn,
+            seq,
+            len,
+            item,
+        };
+        self.entries.insert(place, entry);
+        0
+    }
+
+    fn remove(&mut self, place: &str) -> Option<T> {
+        let entry = self.entries.remove(place)?;
+        self.order.remove(&entry.turn);
+        self.bytes -= entry.len;
+        Some(entry.item)
+    }
+
+    fn pop(&mut self) -> Option<T> {
+        let (_, place) = self.order.first_key_value()?;
+        let place = place.clone();
+        self.remove(&place)
+    }
+
+    fn first(&self) -> Option<(&Arc<str>, &Entry<T>)> {
+        let (_, place) = self.order.first_key_value()?;
+        self.entries.get_key_value(place)
+    }
+
+    fn seq(&self, place: &str) -> Option<u64> {
+        self.entries.get(place).map(|entry| entry.seq)
+    }
+
+    fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+}
+
+/// Moves volatile messages over one connection, both ways; the driver polls it. It never ends, and may be
+/// dropped at any time: a message that was being moved is lost then.
+pub(crate) async fn serve(session: &Session, conn: &quinn::Connection) -> Infallible {
+    let sending = async {
+        if session.wait_admitted().await.is_ok() {
+            tokio::join!(send_small(session, conn), send_large(session, conn));
+        }
+    };
+    tokio::join!(
+        sending,
+        take_datagrams(session, conn),
+        take_streams(session, conn)
+    );
+    std::future::pending().await
+}
+
+/// Drops what a peer sends that was not let in yet: it shall not gather.
+pub(crate) async fn discard(conn: &quinn::Connection) -> Infallible {
+    let mut dropped = 0_usize;
+    while conn.read_datagram().await.is_ok() {
+        dropped = dropped.wrapping_add(1);
+        if dropped.is_multiple_of(TURN) {
+            tokio::task::yield_now().await;
+        }
+    }
+    std::future::pending().await
+}
+
+/// Sends what fits into datagrams, as QUIC has room, until the connection is over.
+async fn send_small(session: &Session, conn: &quinn::Connection) {
+    let volatiles = &session.volatiles;
+    let mut moved = 0_usize;
+    loop {
+        let first = lock(&volatiles.out)
+            .small
+            .first()
+            .map(|(place, entry)| (place.clone(), entry.seq, entry.item.clone()));
+        let Some((place, seq, body)) = first else {
+            volatiles.small.notified().await;
+            continue;
+        };
+        moved = moved.wrapping_add(1);
+        if moved.is_multiple_of(TURN) {
+            tokio::task::yield_now().await;
+        }
+        let sent = if conn
+            .max_datagram_size()
+            .is_some_and(|most| body.len() <= most)
+        {
+            tokio::select! {
+                biased;
+                // Perhaps there is a newer one now.
+                () = volatiles.small.notified() => continue,
+                sent = conn.send_datagram_wait(body) => sent,
+            }
+        } else {
+            Err(SendDatagramError::TooLarge)
+        };
+        match sent {
+            Ok(()) => {
+                let mut out = lock(&volatiles.out);
+                // Else it was replaced, and so counted as dropped, in the very moment.
+                if out.small.seq(&place) == Some(seq) {
+                    out.small.remove(&place);
+                    session.tally.one(Count::VolatileSent);
+                }
+            }
+            Err(SendDatagramError::ConnectionLost(_)) => return,
+            Err(_) => {
+                lock(&volatiles.out).is_large(&place, seq);
+                volatiles.large.notify_one();
+            }
+        }
+    }
+}
+
+/// Sends what is too large for datagrams, each on a stream of its own, until the connection is over.
+///
+/// The peer permits one stream at a time. One that has begun goes on although there is a newer one: were it
+/// given up, something that changes faster than it travels would never arrive.
+async fn send_large(session: &Session, conn: &quinn::Connection) {
+    let volatiles = &session.volatiles;
+    let mut open = None;
+    loop {
+        if lock(&volatiles.out).large.is_empty() {
+            volatiles.large.notified().await;
+            continue;
+        }
+        let mut stream = match open.take() {
+            Some(stream) => stream,
+            None => match conn.open_uni().await {
+                Ok(stream) => stream,
+                Err(_) => return,
+            },
+        };
+        // Only now: until here a newer one could still take its place.
+        let first = lock(&volatiles.out).large.pop();
+        let Some(body) = first else {
+            open = Some(stream);
+            continue;
+        };
+        match stream.write_chunk(body).await {
+            Ok(()) => {
+                // Fails only when the peer has stopped the stream.
+                let _ = stream.finish();
+                session.tally.one(Count::VolatileSent);
+            }
+            Err(quinn::WriteError::ConnectionLost(_)) => return,
+            Err(_) => session.tally.one(Count::VolatileDropped),
+        }
+    }
+}
+
+async fn take_datagrams(session: &Session, conn: &quinn::Connection) {
+    let mut moved = 0_usize;
+    while let Ok(datagram) = conn.read_datagram().await {
+        // A copy: the datagram is a slice of a buffer in which others came.
+        take(session, Bytes::copy_from_slice(&datagram));
+        moved = moved.wrapping_add(1);
+        if moved.is_multiple_of(TURN) {
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+async fn take_streams(session: &Session, conn: &quinn::Connection) {
+    while let Ok(mut stream) = conn.accept_uni().await {
+        match read(&mut stream, session).await {
+            Ok(body) => take(session, body),
+            Err(code) => {
+                if let Some(code) = code {
+                    let _ = stream.stop(code.varint());
+                    if let Some(left_out) = session.quiet.line() {
+                        tracing::warn!(%code, left_out, "volatile message given up");
+                    }
+                }
+                session.tally.one(Count::VolatileDropped);
+            }
+        }
+    }
+}
+
+/// Reads one message to its end; fails with the code to stop it with, or none when the sender has given it up.
+async fn read(
+    stream: &mut quinn::RecvStream,
+    session: &Session,
+) -> Result<Bytes, Option<CloseCode>> {
+    let limit = session.limits.frame.min(session.limits.volatile_bytes);
+    let period = session.timeouts.frame;
+    let least = MIN_FRAME_RATE.saturating_mul(period.as_secs().max(1));
+    let (mut body, mut mark) = (Vec::new(), 0);
+    let mut deadline = Instant::now() + period;
+    loop {
+        match tokio::time::timeout_at(deadline, stream.read_chunk(limit, true)).await {
+            Ok(Ok(Some(chunk))) if body.len() + chunk.bytes.len() > limit => {
+                return Err(Some(CloseCode::FRAME_TOO_LARGE));
+            }
+            Ok(Ok(Some(chunk))) => body.extend_from_slice(&chunk.bytes),
+            Ok(Ok(None)) => return Ok(Bytes::from(body.into_boxed_slice())),
+            Ok(Err(_)) => return Err(None),
+            Err(_) if ((body.len() - mark) as u64) < least => {
+                return Err(Some(CloseCode::FRAME_TIMEOUT));
+            }
+            Err(_) => {
+                mark = body.len();
+                deadline = Instant::now() + period;
+            }
+        }
+    }
+}
+
+fn take(session: &Session, body: Bytes) {
+    match Volatile::decode(body) {
+        Ok(message) => {
+            session.tally.one(Count::VolatileReceived);
+            let dropped = lock(&session.volatiles.waiting).arrived(message, &session.limits);
+            session.tally.add(Count::VolatileDropped, dropped);
+            session.volatiles.arrived.notify_one();
+        }
+        Err(error) => {
+            session.tally.one(Count::VolatileMalformed);
+            if let Some(left_out) = session.quiet.line() {
+                tracing::warn!(%error, left_out, "volatile message refused");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
