@@ -348,7 +348,10 @@ fn cancelled(channel: &Channel, id: u64) {
     let limit = channel.session().frame_limit();
     let fault = Fault::new(Fault::CANCELLED, "the request was given up");
     if let Some(frame) = control::encode_fault(&fault, id, limit) {
-        let _ = channel.try_send_encoded(&Encoded::from_frame(frame));
+        if let Ok(true) = channel.try_send_encoded(&Encoded::from_frame(frame)) {
+            let tally = &channel.session().tally;
+            tally.word(Words::FaultsSent, Fault::CANCELLED);
+        }
     }
 }
 
@@ -461,18 +464,14 @@ async fn request(
     };
     let frame = outcome
         .and_then(|data| message::encode_raw(REPLY, &data, id, limit).map_err(|_| no_reply()));
-    let frame = match frame {
-        Ok(frame) => Some(frame),
+    let sent = match frame {
+        Ok(frame) => channel.send_frame(frame).await,
         Err(fault) => {
             log(channel, &message, &fault);
-            let tally = &channel.session().tally;
-            tally.word(Words::FaultsSent, &fault.code);
-            control::encode_fault(&fault, id, limit)
+            channel.send_fault(&fault, id).await
         }
     };
-    if let Some(frame) = frame
-        && let Err(error) = channel.send_frame(frame).await
-    {
+    if let Err(error) = sent {
         tracing::debug!(%error, "the answer could not be sent");
     }
 }

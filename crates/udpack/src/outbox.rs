@@ -355,11 +355,6 @@ impl Outbox {
         }
     }
 
-    /// Waits until there is room, or the channel is over. Dropping the future is harmless.
-    pub(crate) async fn room(&self) {
-        let _ = self.when_room(|_| Ok(())).await;
-    }
-
     /// Moves what waits beside the queue into it, as far as there is room and nobody has waited for longer;
     /// then it is their turn.
     fn refill(&self, state: &mut State) {

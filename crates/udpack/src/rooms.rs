@@ -17,10 +17,8 @@ use tokio::runtime::Handle;
 
 use crate::auth::Peer;
 use crate::channel::{Channel, WeakChannel};
-use crate::code::{CloseCode, CloseReason, Fault};
+use crate::code::{CloseCode, CloseReason};
 use crate::event::Event;
-use crate::extract::Extract;
-use crate::handlers::Context;
 use crate::message::{EncodeError, Encoded, NameError, check_name};
 use crate::outbox::Outbox;
 use crate::overflow::{Overflow, Push, Tag};
@@ -349,13 +347,6 @@ pub enum JoinError {
     /// The channel is in as many rooms as `Limits::rooms_per_channel` allows.
     #[error("the channel is in {0} rooms already")]
     TooManyJoined(usize),
-}
-
-impl Extract for Rooms {
-    fn extract(cx: &Context) -> Result<Self, Fault> {
-        let rooms = cx.channel().rooms_handle();
-        rooms.ok_or_else(|| Fault::new(Fault::INTERNAL, "a client has no rooms"))
-    }
 }
 
 impl Channel {
