@@ -385,7 +385,7 @@ mod tests {
 
     /// A message of the protocol with `len` bytes of data, or with that number.
     fn message(event: &str, id: u64, len: usize) -> Message {
-        let data = vec![7_u8; len];
+        let data = "x".repeat(len);
         let frame = match event {
             CREDIT | WANT => control::protocol(event, &len, Some(id)),
             ITEM | PUSH => control::protocol(event, &data, Some(id)),
