@@ -235,7 +235,6 @@ impl<R> Request<R> {
         let sent = self.channel.send_encoded(&encoded).await;
         sent.map_err(RequestError::Send)?;
         pending.sent = true;
-        inner.session.tally.one(Count::RequestsSent);
         Ok(pending)
     }
 }
