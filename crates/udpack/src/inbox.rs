@@ -157,7 +157,9 @@ impl Inbox {
     pub(crate) fn detach(&self) -> u64 {
         let mut state = lock(&self.state);
         state.stream = None;
+        // What was not decoded is not counted: the peer sends it again.
         state.chunks = VecDeque::new();
+        state.decoder = FrameDecoder::new(0);
         state.timer = None;
         state.resume.as_mut().map_or(0, |count| {
             count.told = count.frames;
