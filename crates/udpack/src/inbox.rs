@@ -158,6 +158,8 @@ impl Inbox {
         let mut state = lock(&self.state);
         state.stream = None;
         state.chunks = VecDeque::new();
+        // Frames that wait in it were not counted: they are repeated.
+        state.decoder = FrameDecoder::new(0);
         state.timer = None;
         state.resume.as_mut().map_or(0, |count| {
             count.told = count.frames;
