@@ -455,7 +455,7 @@ impl Channel {
 
     /// Messages of a resumable channel that the peer's library has not confirmed, replies and the like counted
     /// as well. What is left when such a channel ends with `not_resumed` may or may not have arrived. 0 for
-    /// other channels, and once this side's direction has ended.
+    /// other channels, and once this side's direction has ended in order.
     pub fn unconfirmed(&self) -> u64 {
         self.inner.outbox.unconfirmed()
     }
