@@ -343,10 +343,12 @@ async fn read_on(channel: &Channel) -> NoReply {
 
 /// The peer gave a request up and its handler is gone: say so if there is room, for nobody waits for it.
 fn cancelled(channel: &Channel, id: u64) {
-    let limit = channel.session().frame_limit();
+    let session = channel.session();
     let fault = Fault::new(Fault::CANCELLED, "the request was given up");
-    if let Some(frame) = control::encode_fault(&fault, id, limit) {
-        let _ = channel.try_send_encoded(&Encoded::from_frame(frame));
+    if let Some(frame) = control::encode_fault(&fault, id, session.frame_limit())
+        && let Ok(true) = channel.try_send_encoded(&Encoded::from_frame(frame))
+    {
+        session.tally.word(Words::FaultsSent, &fault.code);
     }
 }
 

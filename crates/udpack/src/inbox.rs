@@ -111,8 +111,11 @@ enum Step {
 #[derive(Debug)]
 pub(crate) enum NoReply {
     End(Ending),
-    /// Too many unread messages stand before it.
-    Backlog,
+    /// Too many unread messages stand before it: this limit is reached.
+    Backlog {
+        most: usize,
+        of: &'static str,
+    },
 }
 
 impl Inbox {
@@ -255,8 +258,8 @@ impl Inbox {
             if let Some(found) = look(&mut state.calls) {
                 return Poll::Ready(Ok(found));
             }
-            if state.backlog_full(session) {
-                return Poll::Ready(Err(NoReply::Backlog));
+            if let Some(full) = state.backlog_full(session) {
+                return Poll::Ready(Err(full));
             }
             match std::task::ready!(self.poll_step(cx, &mut state, session, counters)) {
                 Step::Message(message) => {
@@ -311,7 +314,7 @@ impl Inbox {
         let nothing = |_: &mut Calls| None::<std::convert::Infallible>;
         match std::task::ready!(self.poll_calls(cx, session, counters, nothing)) {
             Err(NoReply::End(end)) => Poll::Ready(Some(end)),
-            Err(NoReply::Backlog) => Poll::Ready(None),
+            Err(NoReply::Backlog { .. }) => Poll::Ready(None),
             Ok(never) => match never {},
         }
     }
@@ -338,9 +341,19 @@ impl Inbox {
 }
 
 impl State {
-    fn backlog_full(&self, session: &Session) -> bool {
-        self.backlog.len() >= session.limits.backlog_messages
-            || self.backlog_bytes + self.calls.waiting() >= session.limits.backlog_bytes
+    fn backlog_full(&self, session: &Session) -> Option<NoReply> {
+        let full = |most, of| Some(NoReply::Backlog { most, of });
+        let (messages, bytes) = (
+            session.limits.backlog_messages,
+            session.limits.backlog_bytes,
+        );
+        if self.backlog.len() >= messages {
+            full(messages, "messages")
+        } else if self.backlog_bytes + self.calls.waiting() >= bytes {
+            full(bytes, "bytes")
+        } else {
+            None
+        }
     }
 
     /// Keeps a message for whoever calls `recv` next.

@@ -19,6 +19,7 @@ use crate::channel::{Channel, SendError};
 use crate::code::Fault;
 use crate::control::{self, END, FAULT};
 use crate::message::{self, EncodeError, Encoded};
+use crate::metrics::Count;
 use crate::request::{Pending, RequestError};
 
 /// A stream of items that belongs to a request.
@@ -181,7 +182,6 @@ impl<T: DeserializeOwned> Items<T> {
     ///
     /// # Cancel safety
     /// Cancel safe: a dropped future loses no item.
-    #[expect(clippy::should_implement_trait, reason = "it is asynchronous")]
     pub async fn next(&mut self) -> Option<Result<T, RequestError>> {
         StreamExt::next(self).await
     }
@@ -245,6 +245,8 @@ impl<T: DeserializeOwned> Stream for Items<T> {
                 };
                 let limit = *limit;
                 std::task::ready!(sleep.as_mut().poll(cx));
+                let tally = &this.channel.session().tally;
+                tally.one(Count::RequestsTimedOut);
                 this.failed(RequestError::Timeout(limit))
             }
         }

@@ -95,7 +95,7 @@ impl Channel {
 
     pub(crate) fn no_answer(&self, error: NoReply) -> RequestError {
         match error {
-            NoReply::Backlog => RequestError::Backlog,
+            NoReply::Backlog { most, of } => RequestError::Backlog { most, of },
             NoReply::End(ending) => RequestError::Closed(self.no_reply(ending)),
         }
     }
@@ -232,12 +232,14 @@ impl Request<()> {
     pub async fn items<T: DeserializeOwned>(mut self) -> Result<Items<T>, RequestError> {
         let limit = self.timeout;
         let begun = tokio::time::Instant::now();
+        let tally = self.channel.session().tally.clone();
         let send = self.send(limit, true);
         let pending = match limit {
             None => send.await?,
-            Some(limit) => tokio::time::timeout(limit, send)
-                .await
-                .map_err(|_| RequestError::Timeout(limit))??,
+            Some(limit) => tokio::time::timeout(limit, send).await.map_err(|_| {
+                tally.one(Count::RequestsTimedOut);
+                RequestError::Timeout(limit)
+            })??,
         };
         Ok(Items::asked(
             pending,
@@ -307,10 +309,15 @@ pub enum RequestError {
     /// No reply in time.
     #[error("no reply within {0:?}")]
     Timeout(Duration),
-    /// More unread messages stand before the reply, or the item or credit of a stream, than `Limits::backlog_messages` or
-    /// `Limits::backlog_bytes` allow: read them with `recv` first.
-    #[error("too many unread messages stand before the reply")]
-    Backlog,
+    /// More unread messages stand before the reply, or before the item or credit of a stream, than
+    /// `Limits::backlog_messages` or `Limits::backlog_bytes` allow: read them with `recv` first.
+    #[error("too many unread messages stand before the reply: {most} {of} may wait")]
+    Backlog {
+        /// The limit that was reached.
+        most: usize,
+        /// What it counts: `"messages"` or `"bytes"`.
+        of: &'static str,
+    },
     /// The request could not be sent.
     #[error(transparent)]
     Send(SendError),
