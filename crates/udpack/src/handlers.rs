@@ -345,13 +345,12 @@ async fn read_on(channel: &Channel) -> NoReply {
 
 /// The peer gave a request up and its handler is gone: say so if there is room, for nobody waits for it.
 fn cancelled(channel: &Channel, id: u64) {
-    let limit = channel.session().frame_limit();
+    let session = channel.session();
     let fault = Fault::new(Fault::CANCELLED, "the request was given up");
-    if let Some(frame) = control::encode_fault(&fault, id, limit) {
-        if let Ok(true) = channel.try_send_encoded(&Encoded::from_frame(frame)) {
-            let tally = &channel.session().tally;
-            tally.word(Words::FaultsSent, Fault::CANCELLED);
-        }
+    if let Some(frame) = control::encode_fault(&fault, id, session.frame_limit())
+        && let Ok(true) = channel.try_send_encoded(&Encoded::from_frame(frame))
+    {
+        session.tally.word(Words::FaultsSent, &fault.code);
     }
 }
 

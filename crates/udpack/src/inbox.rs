@@ -9,7 +9,6 @@ use std::future::Future;
 use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
-use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::time::{Instant, Sleep};
@@ -115,8 +114,11 @@ enum Step {
 #[derive(Debug)]
 pub(crate) enum NoReply {
     End(Ending),
-    /// Too many unread messages stand before it.
-    Backlog,
+    /// Too many unread messages stand before it: this limit is reached.
+    Backlog {
+        most: usize,
+        of: &'static str,
+    },
 }
 
 impl Inbox {
@@ -263,8 +265,8 @@ impl Inbox {
             if let Some(found) = look(&mut state.calls) {
                 return Poll::Ready(Ok(found));
             }
-            if state.backlog_full(session) {
-                return Poll::Ready(Err(NoReply::Backlog));
+            if let Some(full) = state.backlog_full(session) {
+                return Poll::Ready(Err(full));
             }
             match std::task::ready!(self.poll_step(cx, &mut state, session, counters)) {
                 Step::Message(message) => {
@@ -319,7 +321,7 @@ impl Inbox {
         let nothing = |_: &mut Calls| None::<std::convert::Infallible>;
         match std::task::ready!(self.poll_calls(cx, session, counters, nothing)) {
             Err(NoReply::End(end)) => Poll::Ready(Some(end)),
-            Err(NoReply::Backlog) => Poll::Ready(None),
+            Err(NoReply::Backlog { .. }) => Poll::Ready(None),
             Ok(never) => match never {},
         }
     }
@@ -346,9 +348,19 @@ impl Inbox {
 }
 
 impl State {
-    fn backlog_full(&self, session: &Session) -> bool {
-        self.backlog.len() >= session.limits.backlog_messages
-            || self.backlog_bytes + self.calls.waiting() >= session.limits.backlog_bytes
+    fn backlog_full(&self, session: &Session) -> Option<NoReply> {
+        let full = |most, of| Some(NoReply::Backlog { most, of });
+        let (messages, bytes) = (
+            session.limits.backlog_messages,
+            session.limits.backlog_bytes,
+        );
+        if self.backlog.len() >= messages {
+            full(messages, "messages")
+        } else if self.backlog_bytes + self.calls.waiting() >= bytes {
+            full(bytes, "bytes")
+        } else {
+            None
+        }
     }
 
     /// Keeps a message for whoever calls `recv` next.

@@ -184,7 +184,6 @@ impl<T: DeserializeOwned> Items<T> {
     ///
     /// # Cancel safety
     /// Cancel safe: a dropped future loses no item.
-    #[expect(clippy::should_implement_trait, reason = "it is asynchronous")]
     pub async fn next(&mut self) -> Option<Result<T, RequestError>> {
         StreamExt::next(self).await
     }

@@ -147,6 +147,7 @@ enum Work {
     Batch {
         bytes: usize,
         messages: usize,
+        gaps: u64,
     },
     Finish(Option<Bytes>),
     /// The queue goes to another stream by now, or is over.
@@ -579,7 +580,11 @@ impl Outbox {
                     keep.retained.push(bytes.clone());
                 }
             }
-            return Work::Batch { bytes, messages };
+            return Work::Batch {
+                bytes,
+                messages,
+                gaps: state.overflow.take_gaps(),
+            };
         }
         // A quiet channel keeps no buffer.
         state.tail = BytesMut::new();
@@ -793,9 +798,16 @@ async fn drive(
     }
     loop {
         match outbox.take(epoch, &mut batch) {
-            Work::Batch { bytes, messages } => {
+            Work::Batch {
+                bytes,
+                messages,
+                gaps,
+            } => {
                 write(&mut stream, &mut batch, session, counters, outbox.priority).await?;
                 session.tally.add(Count::MessagesSent, messages as u64);
+                if gaps > 0 {
+                    session.tally.add(Count::Gaps, gaps);
+                }
                 outbox.written(bytes, messages);
                 batch.clear();
             }

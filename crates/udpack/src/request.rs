@@ -95,7 +95,7 @@ impl Channel {
 
     pub(crate) fn no_answer(&self, error: NoReply) -> RequestError {
         match error {
-            NoReply::Backlog => RequestError::Backlog,
+            NoReply::Backlog { most, of } => RequestError::Backlog { most, of },
             NoReply::End(ending) => RequestError::Closed(self.no_reply(ending)),
         }
     }
@@ -329,10 +329,15 @@ pub enum RequestError {
     /// No reply in time.
     #[error("no reply within {0:?}")]
     Timeout(Duration),
-    /// More unread messages stand before the reply, or the item or credit of a stream, than `Limits::backlog_messages` or
-    /// `Limits::backlog_bytes` allow: read them with `recv` first.
-    #[error("too many unread messages stand before the reply")]
-    Backlog,
+    /// More unread messages stand before the reply, or before the item or credit of a stream, than
+    /// `Limits::backlog_messages` or `Limits::backlog_bytes` allow: read them with `recv` first.
+    #[error("too many unread messages stand before the reply: {most} {of} may wait")]
+    Backlog {
+        /// The limit that was reached.
+        most: usize,
+        /// What it counts: `"messages"` or `"bytes"`.
+        of: &'static str,
+    },
     /// The request could not be sent.
     #[error(transparent)]
     Send(SendError),

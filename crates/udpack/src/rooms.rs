@@ -20,6 +20,7 @@ use crate::channel::{Channel, WeakChannel};
 use crate::code::{CloseCode, CloseReason, Fault};
 use crate::event::Event;
 use crate::message::{EncodeError, Encoded, NameError, check_name};
+use crate::metrics::Count;
 use crate::outbox::Outbox;
 use crate::overflow::{Overflow, Push, Tag};
 use crate::presence::{Presence, Tracked};
@@ -289,11 +290,14 @@ impl<'a> Broadcast<'a> {
                 continue;
             }
             let limit = guest.session.frame_limit();
+            let tally = &guest.session.tally;
+            let dropped = sent.dropped;
             match guest
                 .outbox
                 .push_room(&room.tag, message.bytes(), limit, policy)
             {
                 Push::Queued { lost } => {
+                    tally.one(Count::RoomSent);
                     sent.delivered += 1;
                     sent.dropped += lost;
                 }
@@ -308,6 +312,9 @@ impl<'a> Broadcast<'a> {
                     }
                 }
                 Push::Over => {}
+            }
+            if sent.dropped > dropped {
+                tally.add(Count::RoomDropped, sent.dropped - dropped);
             }
         }
         if sent.dropped > 0 {

@@ -590,7 +590,6 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
         shared.counters.clone(),
         Tally::child(shared.tally.clone()),
         None,
-        None,
     );
     let place = match Place::take(&shared, conn.remote_address().ip()) {
         Ok(place) => place,

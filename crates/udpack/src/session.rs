@@ -247,7 +247,6 @@ impl Session {
         timeouts: Arc<Timeouts>,
         parent: Arc<Counters>,
         tally: Arc<Tally>,
-        endpoint: Option<quinn::Endpoint>,
         states: Option<StateFeed>,
     ) -> Arc<Self> {
         Arc::new(Self {
@@ -287,7 +286,7 @@ impl Session {
             next_channel: AtomicU64::new(1),
             rooms: OnceLock::new(),
             tasks: TaskTracker::new(),
-            endpoint: Mutex::new(endpoint),
+            endpoint: Mutex::default(),
             lease: OnceLock::new(),
             handle: OnceLock::new(),
         })
@@ -340,6 +339,11 @@ impl Session {
     pub(crate) fn id(&self) -> SessionId {
         let welcome = self.welcome();
         SessionId::new(welcome.as_ref().map_or("", |welcome| &welcome.session))
+    }
+
+    /// Keeps a client's first endpoint.
+    pub(crate) fn set_endpoint(&self, endpoint: Option<quinn::Endpoint>) {
+        *lock(&self.endpoint) = endpoint;
     }
 
     /// A client's endpoint of this moment.

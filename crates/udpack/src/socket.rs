@@ -402,7 +402,7 @@ enum Outcome {
     /// The session may go on over another.
     Lost(CloseReason),
     /// The client has come back over this one.
-    Replaced(Link),
+    Replaced(Box<Link>),
     /// The server goes away and our channels have ended: to the next.
     Moved(CloseReason),
 }
@@ -430,7 +430,7 @@ pub(crate) async fn live(
             .await
         {
             Outcome::Over(reason) => break reason,
-            Outcome::Replaced(link) => Ok(link),
+            Outcome::Replaced(link) => Ok(*link),
             Outcome::Lost(reason) => {
                 comeback
                     .next(&session, &mut driver.lifetime, reason, false)
@@ -719,7 +719,7 @@ impl Driver {
                     confirm_at = None;
                     confirm(&session, &mut control.send).await;
                 },
-                link = comeback.replaced() => return Outcome::Replaced(link),
+                link = comeback.replaced() => return Outcome::Replaced(Box::new(link)),
                 () = at(move_at) => {
                     let reason = CloseReason::new(
                         CloseCode::MOVED,
