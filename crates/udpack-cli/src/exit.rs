@@ -216,6 +216,7 @@ fn meaning(error: &(dyn std::error::Error + 'static)) -> Option<Meaning> {
                 Kind::Network,
                 hint("try again, and check that the server is well"),
             ),
+            RequestError::Stream => (Kind::Usage, hint("ask with request --items")),
             RequestError::Send(SendError::Closed(reason)) | RequestError::Closed(reason) => {
                 closed(reason)
             }
