@@ -215,7 +215,7 @@ pub(super) async fn listen(
                     let channel = match open(&socket, &args.channel, true).await {
                         Ok(channel) => channel,
                         // Without a connection at present: it ends with the attempts to get one.
-                        Err(OpenError::TooManyChannels) if is_away(&socket) => continue,
+                        Err(OpenError::TooManyChannels(_)) if is_away(&socket) => continue,
                         Err(error) => return Err(error.into()),
                     };
                     if attempt == 0 {
