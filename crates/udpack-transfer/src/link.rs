@@ -13,7 +13,8 @@ use udpack::{Client, CloseReason, ConnectError, GoAway, Side, Socket};
 
 use crate::error::TransferError;
 
-/// How to come back after a lost connection.
+/// How a [`Link`] comes back after a lost connection. Success is that the transfer moves
+/// ([`Link::progressed`]), not the connection alone.
 pub use udpack::Reconnect as Retry;
 
 /// Events that wait for a slow watcher; it misses the oldest.

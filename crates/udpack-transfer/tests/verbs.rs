@@ -1112,6 +1112,7 @@ async fn a_new_token_brings_its_rights_to_the_lanes_that_are_open() {
         lane.say(&get(2, "begun")).await;
         assert_eq!(lane.hear().await.line, "error 2 forbidden");
 
+        let watcher = Watcher::open(&socket).await;
         socket.refresh("scope=read").await.expect("the same client");
         lane.say(&finish(1, &bytes)).await;
         assert_eq!(
@@ -1121,6 +1122,12 @@ async fn a_new_token_brings_its_rights_to_the_lanes_that_are_open() {
         );
         lane.say(&file(3, "more", 5000)).await;
         assert_eq!(lane.hear().await.line, "error 3 forbidden");
+        let watched = loop {
+            if let Err(error) = watcher.channel.recv().await {
+                break error.reason().code;
+            }
+        };
+        assert_eq!(watched, CloseCode::REFUSED);
         let entry = lane.request::<Hashed>(&of("hash", "begun")).await;
         entry.expect("reading is allowed now");
 
