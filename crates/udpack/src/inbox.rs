@@ -9,7 +9,6 @@ use std::future::Future;
 use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
-use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::time::{Instant, Sleep};
@@ -70,6 +69,10 @@ struct Received {
     frames: u64,
     /// What the peer was told of that.
     told: u64,
+    /// Packets heard from the peer when the timer of an unfinished frame was set.
+    heard: u64,
+    /// Half periods in a row in which the peer was heard.
+    strikes: u32,
     /// Bytes received since then.
     bytes: usize,
 }
@@ -111,8 +114,11 @@ enum Step {
 #[derive(Debug)]
 pub(crate) enum NoReply {
     End(Ending),
-    /// Too many unread messages stand before it.
-    Backlog,
+    /// Too many unread messages stand before it: this limit is reached.
+    Backlog {
+        most: usize,
+        of: &'static str,
+    },
 }
 
 impl Inbox {
@@ -149,6 +155,8 @@ impl Inbox {
             key,
             frames: 0,
             told: 0,
+            heard: 0,
+            strikes: 0,
             bytes: 0,
         });
     }
@@ -157,7 +165,9 @@ impl Inbox {
     pub(crate) fn detach(&self) -> u64 {
         let mut state = lock(&self.state);
         state.stream = None;
+        // What was not decoded is not counted: the peer sends it again.
         state.chunks = VecDeque::new();
+        state.decoder = FrameDecoder::new(0);
         state.timer = None;
         state.resume.as_mut().map_or(0, |count| {
             count.told = count.frames;
@@ -255,8 +265,8 @@ impl Inbox {
             if let Some(found) = look(&mut state.calls) {
                 return Poll::Ready(Ok(found));
             }
-            if state.backlog_full(session) {
-                return Poll::Ready(Err(NoReply::Backlog));
+            if let Some(full) = state.backlog_full(session) {
+                return Poll::Ready(Err(full));
             }
             match std::task::ready!(self.poll_step(cx, &mut state, session, counters)) {
                 Step::Message(message) => {
@@ -311,7 +321,7 @@ impl Inbox {
         let nothing = |_: &mut Calls| None::<std::convert::Infallible>;
         match std::task::ready!(self.poll_calls(cx, session, counters, nothing)) {
             Err(NoReply::End(end)) => Poll::Ready(Some(end)),
-            Err(NoReply::Backlog) => Poll::Ready(None),
+            Err(NoReply::Backlog { .. }) => Poll::Ready(None),
             Ok(never) => match never {},
         }
     }
@@ -338,9 +348,19 @@ impl Inbox {
 }
 
 impl State {
-    fn backlog_full(&self, session: &Session) -> bool {
-        self.backlog.len() >= session.limits.backlog_messages
-            || self.backlog_bytes + self.calls.waiting() >= session.limits.backlog_bytes
+    fn backlog_full(&self, session: &Session) -> Option<NoReply> {
+        let full = |most, of| Some(NoReply::Backlog { most, of });
+        let (messages, bytes) = (
+            session.limits.backlog_messages,
+            session.limits.backlog_bytes,
+        );
+        if self.backlog.len() >= messages {
+            full(messages, "messages")
+        } else if self.backlog_bytes + self.calls.waiting() >= bytes {
+            full(bytes, "bytes")
+        } else {
+            None
+        }
     }
 
     /// Keeps a message for whoever calls `recv` next.
@@ -423,15 +443,6 @@ impl State {
         }
     }
 
-    /// Counts messages, a batch at a time: until none is left, or there are many.
-    fn count(&mut self, session: &Session, message: bool) {
-        self.uncounted += u64::from(message);
-        if self.uncounted > 0 && (!message || self.uncounted >= COUNTED) {
-            let messages = std::mem::take(&mut self.uncounted);
-            session.tally.add(Count::MessagesReceived, messages);
-        }
-    }
-
     /// The peer gave a request up: if nobody has taken it yet, nobody need.
     fn cancelled(&mut self, id: u64) {
         let waits = |message: &Message| message.id() == Some(id);
@@ -440,6 +451,15 @@ impl State {
         {
             self.backlog_bytes -= message.len();
             self.calls.answered(id);
+        }
+    }
+
+    /// Counts messages, a batch at a time: until none is left, or there are many.
+    fn count(&mut self, session: &Session, message: bool) {
+        self.uncounted += u64::from(message);
+        if self.uncounted > 0 && (!message || self.uncounted >= COUNTED) {
+            let messages = std::mem::take(&mut self.uncounted);
+            session.tally.add(Count::MessagesReceived, messages);
         }
     }
 
@@ -496,7 +516,7 @@ impl State {
                     if let Some(count) = &mut self.resume {
                         count.tell(session);
                     }
-                    std::task::ready!(self.poll_timer(session.timeouts.frame));
+                    std::task::ready!(self.poll_timer(session));
                     let end = violation(
                         CloseCode::FRAME_TIMEOUT,
                         &format_args!(
@@ -534,8 +554,11 @@ impl State {
             }
             Ok(None) => Poll::Ready(Ok(0)),
             Err(quinn::ReadError::ConnectionLost(_)) if self.resume.is_some() => {
-                // The next connection brings another stream, or the end of the session its reason.
+                // The next connection brings another stream, or the end of the session its reason. A frame
+                // that was only begun will be repeated.
                 self.stream = None;
+                self.decoder = FrameDecoder::new(0);
+                self.timer = None;
                 self.poll_read(session)
             }
             Err(error) => Poll::Ready(Err(Ending::Closed(read_reason(session, error)))),
@@ -551,15 +574,28 @@ impl State {
     }
 
     /// Ready when an unfinished frame has made too little progress for `period`.
-    fn poll_timer(&mut self, period: Duration) -> Poll<()> {
+    ///
+    /// What may go on over another connection is not ended by a silent path: two half periods in which the
+    /// peer was heard make a whole one.
+    fn poll_timer(&mut self, session: &Session) -> Poll<()> {
+        let whole = session.timeouts.frame;
+        let period = match &self.resume {
+            Some(_) => whole / 2,
+            None => whole,
+        };
         if self.decoder.held() == 0 {
             self.timer = None;
             return Poll::Pending;
         }
         let waker = self.waker.clone();
         let mut cx = Context::from_waker(&waker);
-        if std::mem::take(&mut self.completed) {
+        let fresh = std::mem::take(&mut self.completed) || self.timer.is_none();
+        if fresh {
             self.mark = self.received;
+            if let Some(count) = &mut self.resume {
+                count.heard = session.conn().stats().udp_rx.datagrams;
+                count.strikes = 0;
+            }
             if let Some(timer) = &mut self.timer {
                 timer.as_mut().reset(Instant::now() + period);
             }
@@ -567,14 +603,22 @@ impl State {
         loop {
             let timer = match &mut self.timer {
                 Some(timer) => timer,
-                None => {
-                    self.mark = self.received;
-                    self.timer.insert(Box::pin(tokio::time::sleep(period)))
-                }
+                None => self.timer.insert(Box::pin(tokio::time::sleep(period))),
             };
             std::task::ready!(timer.as_mut().poll(&mut cx));
-            if (self.received - self.mark) < MIN_FRAME_RATE.saturating_mul(period.as_secs().max(1))
-            {
+            if let Some(count) = &mut self.resume {
+                let heard = session.conn().stats().udp_rx.datagrams;
+                count.strikes = match heard != std::mem::replace(&mut count.heard, heard) {
+                    true => count.strikes + 1,
+                    false => 0,
+                };
+                if count.strikes < 2 {
+                    timer.as_mut().reset(Instant::now() + period);
+                    continue;
+                }
+                count.strikes = 0;
+            }
+            if (self.received - self.mark) < MIN_FRAME_RATE.saturating_mul(whole.as_secs().max(1)) {
                 return Poll::Ready(());
             }
             self.mark = self.received;

@@ -72,6 +72,8 @@ struct State {
     why: Option<CloseReason>,
     /// What a resumable channel keeps to repeat.
     keep: Option<Keep>,
+    /// Messages that were not confirmed when the queue ended otherwise than in order.
+    left: u64,
     /// Which stream the queue goes to; a writer of an earlier one stops.
     epoch: u64,
 }
@@ -82,6 +84,12 @@ struct Keep {
     /// Frames queued so far, since the channel began.
     frames: u64,
     budget: Arc<Budget>,
+}
+
+impl Keep {
+    fn unconfirmed(&self) -> u64 {
+        self.frames.saturating_sub(self.retained.confirmed())
+    }
 }
 
 /// What all resumable channels of one session keep, and how much that may be while there is no connection.
@@ -139,6 +147,7 @@ enum Work {
     Batch {
         bytes: usize,
         messages: usize,
+        gaps: u64,
     },
     Finish(Option<Bytes>),
     /// The queue goes to another stream by now, or is over.
@@ -179,6 +188,7 @@ impl Outbox {
                     frames: 0,
                     budget,
                 }),
+                left: 0,
                 epoch: 0,
             }),
             work: Notify::new(),
@@ -355,11 +365,6 @@ impl Outbox {
         }
     }
 
-    /// Waits until there is room, or the channel is over. Dropping the future is harmless.
-    pub(crate) async fn room(&self) {
-        let _ = self.when_room(|_| Ok(())).await;
-    }
-
     /// Moves what waits beside the queue into it, as far as there is room and nobody has waited for longer;
     /// then it is their turn.
     fn refill(&self, state: &mut State) {
@@ -450,6 +455,10 @@ impl Outbox {
         let queued = state.queued_bytes;
         state.unqueue(queued);
         state.queued_messages = 0;
+        state.left = match (&state.keep, &result) {
+            (Some(keep), Err(_)) => keep.unconfirmed(),
+            _ => 0,
+        };
         state.keep = None;
         state.overflow = Overflowing::default();
         state.phase = Phase::Ended(result);
@@ -525,12 +534,10 @@ impl Outbox {
         lock(&self.state).keep.is_some()
     }
 
-    /// Messages that the peer has not confirmed, sent or not; 0 where nothing is kept.
+    /// Messages that the peer has not confirmed, sent or not; 0 where nothing was kept.
     pub(crate) fn unconfirmed(&self) -> u64 {
-        lock(&self.state)
-            .keep
-            .as_ref()
-            .map_or(0, |keep| keep.frames - keep.retained.confirmed())
+        let state = lock(&self.state);
+        state.keep.as_ref().map_or(state.left, Keep::unconfirmed)
     }
 
     /// How far the peer has confirmed, when something waits for it to go on.
@@ -573,7 +580,11 @@ impl Outbox {
                     keep.retained.push(bytes.clone());
                 }
             }
-            return Work::Batch { bytes, messages };
+            return Work::Batch {
+                bytes,
+                messages,
+                gaps: state.overflow.take_gaps(),
+            };
         }
         // A quiet channel keeps no buffer.
         state.tail = BytesMut::new();
@@ -787,9 +798,16 @@ async fn drive(
     }
     loop {
         match outbox.take(epoch, &mut batch) {
-            Work::Batch { bytes, messages } => {
+            Work::Batch {
+                bytes,
+                messages,
+                gaps,
+            } => {
                 write(&mut stream, &mut batch, session, counters, outbox.priority).await?;
                 session.tally.add(Count::MessagesSent, messages as u64);
+                if gaps > 0 {
+                    session.tally.add(Count::Gaps, gaps);
+                }
                 outbox.written(bytes, messages);
                 batch.clear();
             }

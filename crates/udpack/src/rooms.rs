@@ -19,9 +19,8 @@ use crate::auth::Peer;
 use crate::channel::{Channel, WeakChannel};
 use crate::code::{CloseCode, CloseReason, Fault};
 use crate::event::Event;
-use crate::extract::Extract;
-use crate::handlers::Context;
 use crate::message::{EncodeError, Encoded, NameError, check_name};
+use crate::metrics::Count;
 use crate::outbox::Outbox;
 use crate::overflow::{Overflow, Push, Tag};
 use crate::presence::{Presence, Tracked};
@@ -291,11 +290,14 @@ impl<'a> Broadcast<'a> {
                 continue;
             }
             let limit = guest.session.frame_limit();
+            let tally = &guest.session.tally;
+            let dropped = sent.dropped;
             match guest
                 .outbox
                 .push_room(&room.tag, message.bytes(), limit, policy)
             {
                 Push::Queued { lost } => {
+                    tally.one(Count::RoomSent);
                     sent.delivered += 1;
                     sent.dropped += lost;
                 }
@@ -310,6 +312,9 @@ impl<'a> Broadcast<'a> {
                     }
                 }
                 Push::Over => {}
+            }
+            if sent.dropped > dropped {
+                tally.add(Count::RoomDropped, sent.dropped - dropped);
             }
         }
         if sent.dropped > 0 {
@@ -351,10 +356,10 @@ pub enum JoinError {
     TooManyJoined(usize),
 }
 
-impl Extract for Rooms {
-    fn extract(cx: &Context) -> Result<Self, Fault> {
-        let rooms = cx.channel().rooms_handle();
-        rooms.ok_or_else(|| Fault::new(Fault::INTERNAL, "a client has no rooms"))
+/// In a handler: whoever asked is told as `internal`.
+impl From<JoinError> for Fault {
+    fn from(error: JoinError) -> Self {
+        Self::new(Self::INTERNAL, error.to_string())
     }
 }
 

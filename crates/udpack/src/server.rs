@@ -590,7 +590,6 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
         shared.counters.clone(),
         Tally::child(shared.tally.clone()),
         None,
-        None,
     );
     let place = match Place::take(&shared, conn.remote_address().ip()) {
         Ok(place) => place,
@@ -742,6 +741,10 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, Clos
         None => (session.clone(), None, None),
     };
     let window = shared.timeouts.resume;
+    let reason = match &resume {
+        Some(_) if window.is_zero() => Some("off".to_owned()),
+        _ => reason,
+    };
     let resume = match resume {
         Some(_) if !window.is_zero() => Some(ResumeGrant {
             token: lock(&session.tickets).issue().map_err(no_random)?,

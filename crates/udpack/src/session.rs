@@ -25,6 +25,7 @@ use crate::open::OpenError;
 use crate::outbox::Budget;
 use crate::quiet::Quiet;
 use crate::reconnect::StateFeed;
+use crate::resume::Seen;
 use crate::rooms::Rooms;
 use crate::speed::Counters;
 use crate::turns::Turns;
@@ -194,6 +195,8 @@ pub(crate) struct Session {
     pipes: Mutex<HashMap<u64, Weak<Pipe>>>,
     /// Those that can go on over another connection.
     resumable: Mutex<HashMap<ChannelKey, Arc<Pipe>>>,
+    /// Which channels the peer has opened in this session.
+    pub(crate) seen: Mutex<Seen>,
     /// What the peer is to be told it need not keep.
     confirms: Mutex<HashMap<ChannelKey, u64>>,
     pub(crate) confirm_due: Notify,
@@ -244,7 +247,6 @@ impl Session {
         timeouts: Arc<Timeouts>,
         parent: Arc<Counters>,
         tally: Arc<Tally>,
-        endpoint: Option<quinn::Endpoint>,
         states: Option<StateFeed>,
     ) -> Arc<Self> {
         Arc::new(Self {
@@ -270,6 +272,7 @@ impl Session {
             received_goaway: Mutex::default(),
             pipes: Mutex::default(),
             resumable: Mutex::default(),
+            seen: Mutex::default(),
             confirms: Mutex::default(),
             confirm_due: Notify::new(),
             tickets: Mutex::default(),
@@ -283,7 +286,7 @@ impl Session {
             next_channel: AtomicU64::new(1),
             rooms: OnceLock::new(),
             tasks: TaskTracker::new(),
-            endpoint: Mutex::new(endpoint),
+            endpoint: Mutex::default(),
             lease: OnceLock::new(),
             handle: OnceLock::new(),
         })
@@ -336,6 +339,11 @@ impl Session {
     pub(crate) fn id(&self) -> SessionId {
         let welcome = self.welcome();
         SessionId::new(welcome.as_ref().map_or("", |welcome| &welcome.session))
+    }
+
+    /// Keeps a client's first endpoint.
+    pub(crate) fn set_endpoint(&self, endpoint: Option<quinn::Endpoint>) {
+        *lock(&self.endpoint) = endpoint;
     }
 
     /// A client's endpoint of this moment.

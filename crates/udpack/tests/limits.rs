@@ -418,7 +418,7 @@ async fn backlog(limits: Limits, count: u64, bytes: usize) -> Seen {
         .request::<_, ()>("flood", &(count, bytes))
         .await
         .expect_err("more than may wait");
-    assert!(matches!(error, RequestError::Backlog), "{error}");
+    assert!(matches!(error, RequestError::Backlog { .. }), "{error}");
     // None of them is lost.
     for _ in 0..count {
         let event = channel.recv().await.expect("open").expect("an event");
