@@ -6,7 +6,7 @@
 use std::error::Error;
 
 use serde::{Deserialize, Serialize};
-use udpack::{Authenticate, Channel, Client, Event, Hello, Identity, Limits};
+use udpack::{Authenticate, Channel, Client, Event, Fault, Hello, Identity, Limits};
 use udpack::{Overflow, Peer, Rooms, Router, Server, ServerBuilder};
 
 #[derive(Serialize, Deserialize, Event)]
@@ -26,16 +26,16 @@ struct Said {
     text: String,
 }
 
-async fn join(join: Join, channel: Channel) -> Result<(), String> {
-    channel.join(&join.room).map_err(|error| error.to_string())
+async fn join(join: Join, channel: Channel) -> Result<(), Fault> {
+    Ok(channel.join(&join.room)?)
 }
 
-async fn say(say: Say, mine: Channel, peer: Peer, rooms: Rooms) -> Result<(), String> {
+async fn say(say: Say, mine: Channel, peer: Peer, rooms: Rooms) -> Result<(), Fault> {
     let (from, text) = (peer.id().to_owned(), say.text);
     let mine = mine.session_id();
     let others = rooms.to(&say.room).except(&mine);
-    let sent = others.emit(&Said { from, text });
-    sent.map(|_| ()).map_err(|error| error.to_string())
+    others.emit(&Said { from, text })?;
+    Ok(())
 }
 
 fn server(identity: Identity, auth: impl Authenticate) -> ServerBuilder {

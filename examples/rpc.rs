@@ -25,10 +25,10 @@ async fn count(Data(most): Data<u64>) -> Streaming {
     Streaming::new(stream::iter(1..=most))
 }
 
-async fn sum(_: Data<()>, mut numbers: Items<u64>) -> Result<u64, String> {
+async fn sum(_: Data<()>, mut numbers: Items<u64>) -> Result<u64, Fault> {
     let mut sum = 0;
     while let Some(number) = numbers.next().await {
-        sum += number.map_err(|error| error.to_string())?;
+        sum += number?;
     }
     Ok(sum)
 }

@@ -86,9 +86,8 @@
 //! ```no_run
 //! # use udpack::{Channel, Data, Fault, Rooms};
 //! async fn say(Data(text): Data<String>, channel: Channel, rooms: Rooms) -> Result<u64, Fault> {
-//!     channel.join("hall").map_err(|error| error.to_string())?;
-//!     let sent = rooms.to("hall").send("said", &text).map_err(|error| error.to_string())?;
-//!     Ok(sent.delivered)
+//!     channel.join("hall")?;
+//!     Ok(rooms.to("hall").send("said", &text)?.delivered)
 //! }
 //! ```
 //!
