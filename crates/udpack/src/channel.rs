@@ -376,7 +376,8 @@ impl Channel {
         }
     }
 
-    /// Ends the sending direction and waits until the peer's transport has acknowledged everything sent.
+    /// Ends the sending direction and waits until the peer's transport has acknowledged everything sent; on a
+    /// resumable channel, until the peer's library has, which reads no further than its program does.
     ///
     /// That the bytes arrived does not mean that the peer's program has handled them; for that use a request.
     ///
@@ -649,21 +650,24 @@ impl Pipe {
     ) {
         let _ = stream.set_priority(self.priority.quic());
         let went_on = session.on_link(link, || {
-            let epoch = self.outbox.rewind(received)?;
+            let rewound = self.outbox.rewind(received)?;
             self.inbox.attach(inbox);
-            Ok(epoch)
+            Ok(rewound)
         });
         match went_on {
             None => {}
-            Some(Ok(epoch)) => self.spawn_writer(
-                session,
-                Way {
+            Some(Ok((epoch, all))) => {
+                if all {
+                    self.outbox.end(Ok(()));
+                }
+                let way = Way {
                     conn,
                     stream,
                     epoch,
                     first,
-                },
-            ),
+                };
+                self.spawn_writer(session, way);
+            }
             Some(Err(Mismatch)) => {
                 let text = "the peer says it has messages that were never sent";
                 self.fail(

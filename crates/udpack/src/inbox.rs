@@ -436,15 +436,6 @@ impl State {
         }
     }
 
-    /// Counts messages, a batch at a time: until none is left, or there are many.
-    fn count(&mut self, session: &Session, message: bool) {
-        self.uncounted += u64::from(message);
-        if self.uncounted > 0 && (!message || self.uncounted >= COUNTED) {
-            let messages = std::mem::take(&mut self.uncounted);
-            session.tally.add(Count::MessagesReceived, messages);
-        }
-    }
-
     /// The peer gave a request up: if nobody has taken it yet, nobody need.
     fn cancelled(&mut self, id: u64) {
         let waits = |message: &Message| message.id() == Some(id);
@@ -453,6 +444,15 @@ impl State {
         {
             self.backlog_bytes -= message.len();
             self.calls.answered(id);
+        }
+    }
+
+    /// Counts messages, a batch at a time: until none is left, or there are many.
+    fn count(&mut self, session: &Session, message: bool) {
+        self.uncounted += u64::from(message);
+        if self.uncounted > 0 && (!message || self.uncounted >= COUNTED) {
+            let messages = std::mem::take(&mut self.uncounted);
+            session.tally.add(Count::MessagesReceived, messages);
         }
     }
 

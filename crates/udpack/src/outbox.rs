@@ -356,11 +356,6 @@ impl Outbox {
         }
     }
 
-    /// Waits until there is room, or the channel is over. Dropping the future is harmless.
-    pub(crate) async fn room(&self) {
-        let _ = self.when_room(|_| Ok(())).await;
-    }
-
     /// Moves what waits beside the queue into it, as far as there is room and nobody has waited for longer;
     /// then it is their turn.
     fn refill(&self, state: &mut State) {
@@ -477,8 +472,9 @@ impl Outbox {
     }
 
     /// Prepares the queue for another stream: what the peer has not received stands first in it again. Returns
-    /// the number that the stream's writer must have; writers of earlier streams stop.
-    pub(crate) fn rewind(&self, received: u64) -> Result<u64, Mismatch> {
+    /// the number that the stream's writer must have, and whether the peer has received everything, the end
+    /// included; writers of earlier streams stop.
+    pub(crate) fn rewind(&self, received: u64) -> Result<(u64, bool), Mismatch> {
         let mut state = lock(&self.state);
         state.epoch += 1;
         let all = state.confirm(received)?;
@@ -489,15 +485,10 @@ impl Outbox {
             }
         }
         state.idle = false;
-        let epoch = state.epoch;
         self.refill(&mut state);
         self.room.notify_waiters();
         self.work.notify_one();
-        drop(state);
-        if all {
-            self.end(Ok(()));
-        }
-        Ok(epoch)
+        Ok((state.epoch, all))
     }
 
     /// Keeps nothing any more: the session ends with its connection, whatever becomes of it.

@@ -19,7 +19,7 @@ use crate::event::Event;
 use crate::inbox::{Ending, NoReply};
 use crate::items::{Items, Pump, pump};
 use crate::message::{self, DecodeError, Encoded, Message};
-use crate::metrics::{Count, Tally, Words};
+use crate::metrics::{Count, Words};
 
 impl Channel {
     /// Asks the peer and waits for its answer: awaiting the returned builder gives the reply.
@@ -100,6 +100,29 @@ impl Channel {
         }
     }
 
+    /// Why there is no reply, by the peer's `$fault`.
+    pub(crate) fn refused(&self, fault: &Message) -> RequestError {
+        let tally = &self.inner.session.tally;
+        match control::decode_fault(fault) {
+            Ok(fault) => {
+                tally.word(Words::FaultsReceived, &fault.code);
+                match fault.code.as_str() {
+                    Fault::NO_HANDLER => RequestError::NoHandler,
+                    Fault::CANCELLED => RequestError::Cancelled,
+                    _ => RequestError::Fault(fault),
+                }
+            }
+            // The inbox has refused such a fault before.
+            Err(error) => RequestError::Fault(Fault::new(Fault::INTERNAL, error.to_string())),
+        }
+    }
+
+    /// Why there is no reply: it did not come in time.
+    pub(crate) fn too_late(&self, limit: Duration) -> RequestError {
+        self.inner.session.tally.one(Count::RequestsTimedOut);
+        RequestError::Timeout(limit)
+    }
+
     /// Reads on, into the bounded backlog, until `look` finds what it is after.
     pub(crate) async fn until<T>(
         &self,
@@ -150,15 +173,14 @@ impl<R> Request<R> {
     }
 
     async fn run(mut self) -> Result<R, RequestError> {
-        let tally = self.channel.session().tally.clone();
-        let default = self.channel.inner.session.timeouts.request;
+        let channel = self.channel.clone();
+        let default = channel.inner.session.timeouts.request;
         let limit = match (self.timeout, &self.pump) {
             (None, Some(_)) => None,
             (timeout, _) => Some(timeout.unwrap_or(default)),
         };
         let exchange = async {
             let _pending = self.send(limit, false).await?;
-            let channel = self.channel.clone();
             let id = self.id;
             let mut reply = std::pin::pin!(channel.until(|calls| calls.reply(id)));
             let reply = match self.pump.take() {
@@ -179,13 +201,12 @@ impl<R> Request<R> {
         };
         let reply = match limit {
             None => exchange.await?,
-            Some(limit) => tokio::time::timeout(limit, exchange).await.map_err(|_| {
-                tally.one(Count::RequestsTimedOut);
-                RequestError::Timeout(limit)
-            })??,
+            Some(limit) => tokio::time::timeout(limit, exchange)
+                .await
+                .map_err(|_| channel.too_late(limit))??,
         };
         if reply.event() == FAULT {
-            return Err(RequestError::of(&reply, &tally));
+            return Err(channel.refused(&reply));
         }
         (self.decode)(&reply).map_err(RequestError::Decode)
     }
@@ -203,6 +224,7 @@ impl<R> Request<R> {
             message::add_deadline(&mut frame, limit, inner.session.frame_limit())
                 .map_err(|error| RequestError::Send(SendError::Encode(error)))?;
         }
+        inner.session.tally.one(Count::RequestsSent);
         inner.inbox.calls(|calls| calls.ask(self.id, stream));
         let mut pending = Pending {
             channel: self.channel.clone(),
@@ -213,7 +235,6 @@ impl<R> Request<R> {
         let sent = self.channel.send_encoded(&encoded).await;
         sent.map_err(RequestError::Send)?;
         pending.sent = true;
-        inner.session.tally.one(Count::RequestsSent);
         Ok(pending)
     }
 }
@@ -232,14 +253,13 @@ impl Request<()> {
     pub async fn items<T: DeserializeOwned>(mut self) -> Result<Items<T>, RequestError> {
         let limit = self.timeout;
         let begun = tokio::time::Instant::now();
-        let tally = self.channel.session().tally.clone();
+        let channel = self.channel.clone();
         let send = self.send(limit, true);
         let pending = match limit {
             None => send.await?,
-            Some(limit) => tokio::time::timeout(limit, send).await.map_err(|_| {
-                tally.one(Count::RequestsTimedOut);
-                RequestError::Timeout(limit)
-            })??,
+            Some(limit) => tokio::time::timeout(limit, send)
+                .await
+                .map_err(|_| channel.too_late(limit))??,
         };
         Ok(Items::asked(
             pending,
@@ -333,21 +353,6 @@ impl RequestError {
             Self::Timeout(_) => true,
             Self::Fault(fault) => fault.code == Fault::TIMEOUT,
             _ => false,
-        }
-    }
-
-    /// What a `$fault` says.
-    pub(crate) fn of(fault: &Message, tally: &Tally) -> Self {
-        let fault = control::decode_fault(fault);
-        if let Ok(fault) = &fault {
-            tally.word(Words::FaultsReceived, &fault.code);
-        }
-        match fault {
-            Ok(fault) if fault.code == Fault::NO_HANDLER => Self::NoHandler,
-            Ok(fault) if fault.code == Fault::CANCELLED => Self::Cancelled,
-            Ok(fault) => Self::Fault(fault),
-            // The inbox has refused such a fault before.
-            Err(error) => Self::Fault(Fault::new(Fault::INTERNAL, error.to_string())),
         }
     }
 }

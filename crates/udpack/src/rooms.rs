@@ -18,6 +18,7 @@ use tokio::runtime::Handle;
 use crate::auth::Peer;
 use crate::channel::{Channel, WeakChannel};
 use crate::code::{CloseCode, CloseReason};
+use crate::event::Event;
 use crate::message::{EncodeError, Encoded, NameError, check_name};
 use crate::metrics::Count;
 use crate::outbox::Outbox;
@@ -267,6 +268,14 @@ impl<'a> Broadcast<'a> {
     /// When the message cannot be sent to anybody: reserved or unsound event name, data that cannot be encoded.
     pub fn send<T: Serialize + ?Sized>(self, event: &str, data: &T) -> Result<Sent, EncodeError> {
         Ok(self.send_encoded(&Encoded::new(event, data)?))
+    }
+
+    /// As [`send`](Self::send), with a typed event.
+    ///
+    /// # Errors
+    /// As [`send`](Self::send).
+    pub fn emit<E: Event>(self, event: &E) -> Result<Sent, EncodeError> {
+        self.send(E::NAME, event)
     }
 
     /// As [`send`](Self::send), with a message that is encoded already.

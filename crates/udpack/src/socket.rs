@@ -556,6 +556,11 @@ impl Driver {
         );
         lock(&session.received_goaway).take();
         session.prune();
+        // The peer's channels come back all at once.
+        self.rate.grant(session.limits.channels);
+        let granted = session
+            .welcome()
+            .is_none_or(|welcome| welcome.resume.is_some());
         let mut reason = None;
         self.resumed = true;
         if let Some(welcome) = link.welcome {
@@ -565,7 +570,7 @@ impl Driver {
                 let words = welcome
                     .reason
                     .clone()
-                    .unwrap_or_else(|| "unknown".to_owned());
+                    .unwrap_or_else(|| if granted { "unknown" } else { "off" }.to_owned());
                 let text = format!("the session could not be resumed: {words}");
                 session.tally.word(Words::ResumesRefused, &words);
                 session.fail_resumable(&CloseReason::new(
@@ -710,12 +715,7 @@ impl Driver {
                 },
                 () = at(confirm_at) => {
                     confirm_at = None;
-                    let mut frames = Vec::new();
-                    for (key, received) in session.take_confirms() {
-                        let ack = Ack { channel: key.id, own: key.own, received };
-                        frames.extend(control::encode_ack(ack));
-                    }
-                    write_control_all(&session, &mut control.send, &mut frames).await;
+                    confirm(&session, &mut control.send).await;
                 },
                 link = comeback.replaced() => return Outcome::Replaced(Box::new(link)),
                 () = at(move_at) => {
@@ -747,22 +747,17 @@ impl Driver {
         loop {
             tokio::select! {
                 () = &mut ended => break,
-                _ = conn.closed() => return Outcome::Lost(reason),
+                _ = conn.closed() => return Outcome::Moved(reason),
                 message = poll_fn(|cx| control.inbox.poll_first(cx, session, &session.counters)) => {
                     if on_control(session, message).is_some() {
                         // Its patience has ended before ours.
                         conn.close(CloseCode::NORMAL.varint(), b"");
-                        return Outcome::Lost(reason);
+                        return Outcome::Moved(reason);
                     }
                 },
                 () = session.confirm_due.notified() => {
                     tokio::time::sleep(CONFIRM_DELAY).await;
-                    let mut frames = Vec::new();
-                    for (key, received) in session.take_confirms() {
-                        let ack = Ack { channel: key.id, own: key.own, received };
-                        frames.extend(control::encode_ack(ack));
-                    }
-                    write_control_all(session, &mut control.send, &mut frames).await;
+                    confirm(session, &mut control.send).await;
                 },
                 () = session.wished.notified() => {
                     let close = lock(&session.wishes).close.clone();
@@ -784,6 +779,18 @@ impl Driver {
         conn.close(CloseCode::NORMAL.varint(), b"");
         Outcome::Moved(reason)
     }
+}
+
+/// Tells the peer what it need not keep any more.
+async fn confirm(session: &Session, send: &mut quinn::SendStream) {
+    let confirms = session.take_confirms();
+    let acks = confirms.into_iter().map(|(key, received)| Ack {
+        channel: key.id,
+        own: key.own,
+        received,
+    });
+    let mut frames: Vec<_> = acks.filter_map(control::encode_ack).collect();
+    write_control_all(session, send, &mut frames).await;
 }
 
 fn reap(session: &Session, ended: Result<(), tokio::task::JoinError>) {
@@ -1124,6 +1131,7 @@ pub(crate) struct Rate {
     per_second: f64,
     left: f64,
     at: Instant,
+    granted: u32,
 }
 
 impl Rate {
@@ -1133,10 +1141,20 @@ impl Rate {
             per_second,
             left: per_second * 2.0,
             at: Instant::now(),
+            granted: 0,
         }
     }
 
+    /// So many are permitted beyond the rate.
+    fn grant(&mut self, more: u32) {
+        self.granted = more;
+    }
+
     pub(crate) fn take(&mut self) -> bool {
+        if self.granted > 0 {
+            self.granted -= 1;
+            return true;
+        }
         let now = Instant::now();
         let gained = (now - self.at).as_secs_f64() * self.per_second;
         self.left = (self.left + gained).min(self.per_second * 2.0);
