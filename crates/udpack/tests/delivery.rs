@@ -10,10 +10,7 @@ use std::time::Duration;
 use common::{client, server};
 use tokio::sync::mpsc;
 use udpack::testing::Net;
-use udpack::{
-    Channel, CloseCode, Drain, Limits, Reconnect, RecvError, SendError, Server, Socket,
-    SocketState, Timeouts,
-};
+use udpack::{Channel, Reconnect, RecvError, SendError, Server, Socket, SocketState, Timeouts};
 
 /// Messages each way.
 const MANY: u64 = 10_000;
