@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
-use common::{Running, Server, assert_error, client, exited, workdir};
+use common::{Running, Server, assert_error, client, exited, until, workdir};
 use relay::{Faults, Relay};
 use serde_json::Value;
 use tokio::sync::mpsc;
@@ -30,11 +30,14 @@ fn through(url: &str, address: &str) -> String {
     format!("{token}@{address}#{pin}")
 }
 
-fn listen(dir: &Path, url: &str, args: &[&str]) -> Running {
+/// Somebody who has heard the event 0.
+fn listen(dir: &Path, server: &Server, url: &str, args: &[&str]) -> Running {
     let mut command = client(dir);
     command.env("UDPACK_URL", url).arg("listen").args(args);
     let mut listening = Running::spawn(&mut command);
     listening.told("listening on ");
+    until("the server knows it", || send(server, "0") == 1);
+    assert_eq!(listening.line(), number(0));
     listening
 }
 
@@ -76,8 +79,9 @@ fn a_listener_whose_connection_is_lost_goes_on_where_it_was() {
     let dir = workdir();
     let mut listener = listen(
         dir.path(),
+        &server,
         &through(&server.url(), &relay.addr()),
-        &["-c", "3"],
+        &["-c", "4"],
     );
     assert_eq!(send(&server, "1"), 1);
     assert_eq!(listener.line(), number(1));
@@ -94,7 +98,7 @@ fn a_listener_whose_connection_is_lost_goes_on_where_it_was() {
     assert_eq!(listener.line(), number(3));
     let out = listener.exited();
     assert_eq!(out.code, 0, "{out:?}");
-    assert_eq!(out.stdout.lines().count(), 3, "nothing twice: {out:?}");
+    assert_eq!(out.stdout.lines().count(), 4, "nothing twice: {out:?}");
     for line in [
         "the connection is lost; connecting again",
         "connected again: the session is resumed",
@@ -106,10 +110,106 @@ fn a_listener_whose_connection_is_lost_goes_on_where_it_was() {
 }
 
 #[test]
+fn pings_and_resumable_requests_outlive_their_connection() {
+    let server = Server::start();
+    let address = server.value("listening").parse().expect("an address");
+    let runtime = runtime();
+    let relay = runtime.block_on(Relay::start(address, Faults::default()));
+    let (other, mut knocks) = runtime.block_on(impostor(&server.dir.path().join("keys")));
+    let dir = workdir();
+    let url = through(&server.url(), &relay.addr());
+    let mut listener = listen(dir.path(), &server, &server.url(), &["-c", "4"]);
+    let (reader, mut writer) = std::io::pipe().expect("a pipe");
+    let mut sender = Running::spawn(
+        client(dir.path())
+            .env("UDPACK_URL", &url)
+            .args(["send", "number", "-", "--resumable"])
+            .stdin(Stdio::from(reader)),
+    );
+    let mut pings = Running::spawn(client(dir.path()).env("UDPACK_URL", &url).args([
+        "ping",
+        "-c",
+        "2",
+        "--interval",
+        "2",
+    ]));
+    writer.write_all(b"1\n").expect("a reader");
+    assert_eq!(sender.line(), "{\"delivered\":1}");
+    assert!(pings.line().starts_with("pong 1 "));
+
+    relay.lead_to(other.local_addr());
+    writer.write_all(b"2\n").expect("a reader");
+    for _ in 0..2 {
+        let knocked = async { tokio::time::timeout(Duration::from_secs(30), knocks.recv()).await };
+        assert_eq!(runtime.block_on(knocked), Ok(Some(())));
+    }
+    relay.lead_to(address);
+    writer.write_all(b"3\n").expect("a reader");
+    drop(writer);
+    let out = sender.exited();
+    assert_eq!(out.code, 0, "{out:?}");
+    assert_eq!(out.stdout, "{\"delivered\":1}\n".repeat(3));
+    let out = pings.exited();
+    assert_eq!(out.code, 0, "{out:?}");
+    let out = listener.exited();
+    let expected: String = (0..=3).map(|n| number(n) + "\n").collect();
+    assert_eq!(
+        (out.code, out.stdout.as_str()),
+        (0, expected.as_str()),
+        "{out:?}"
+    );
+    drop((relay, other));
+    runtime.shutdown_timeout(Duration::from_secs(1));
+}
+
+#[test]
+fn a_listener_that_does_not_keep_up_is_told_how_much_it_lost() {
+    let server = Server::start();
+    let dir = workdir();
+    let mut listener = listen(dir.path(), &server, &server.url(), &[]);
+    listener.signal("STOP");
+    let (reader, mut writer) = std::io::pipe().expect("a pipe");
+    let mut sender = Running::spawn(
+        client(dir.path())
+            .env("UDPACK_URL", server.url())
+            .args(["send", "text", "-"])
+            .stdin(Stdio::from(reader)),
+    );
+    let text = format!("\"{}\"\n", "x".repeat(200 << 10));
+    let mut sent = 0;
+    let mut dropped = 0;
+    until("events are lost", || {
+        sent += 1;
+        writer.write_all(text.as_bytes()).expect("a reader");
+        dropped += u64::from(sender.line() == "{\"delivered\":0}");
+        dropped == 3
+    });
+    listener.signal("CONT");
+    let mut heard = 0;
+    let gap: Value = loop {
+        let line: Value = serde_json::from_str(&listener.line()).expect("json");
+        if line["event"] == "text" {
+            heard += 1;
+            continue;
+        }
+        break line;
+    };
+    assert_eq!(
+        gap,
+        serde_json::json!({ "gap": { "room": "events", "lost": 3 } })
+    );
+    assert_eq!(heard + 3, sent);
+    drop(writer);
+    assert_eq!(sender.exited().code, 0);
+    listener.signal("INT");
+    assert_eq!(listener.exited().code, 130);
+}
+
+#[test]
 fn a_listener_outlives_its_server_and_says_that_events_may_be_lost() {
     let first = Server::start();
     let (address, dir) = (first.value("listening").to_owned(), workdir());
-    let mut listener = listen(dir.path(), &first.url(), &["-c", "2"]);
+    let mut listener = listen(dir.path(), &first, &first.url(), &["-c", "3"]);
     assert_eq!(send(&first, "1"), 1);
     assert_eq!(listener.line(), number(1));
 
@@ -124,7 +224,7 @@ fn a_listener_outlives_its_server_and_says_that_events_may_be_lost() {
     assert_eq!(code, 0);
     let third = Server::start_at(&address, server_dir, &[]);
     listener.told("connected again: ");
-    common::until("it listens again", || send(&third, "2") == 1);
+    until("it listens again", || send(&third, "2") == 1);
     assert_eq!(listener.line(), number(2));
     let out = listener.exited();
     assert_eq!(out.code, 0, "{out:?}");

@@ -214,8 +214,8 @@ pub(super) async fn listen(
                 while left > 0 {
                     let channel = match open(&socket, &args.channel, true).await {
                         Ok(channel) => channel,
-                        // Without a connection at present: it ends with the attempts to get one.
-                        Err(OpenError::TooManyChannels) if is_away(&socket) => continue,
+                        // It ends with the attempts to get one.
+                        Err(OpenError::NoConnection(_)) => continue,
                         Err(error) => return Err(error.into()),
                     };
                     if attempt == 0 {
@@ -270,14 +270,6 @@ async fn hear(channel: &Channel, left: &mut u64) -> anyhow::Result<()> {
         let _ = channel.fault(&message, &fault).await;
     }
     Ok(())
-}
-
-/// Whether a socket that comes back is without a connection for now.
-fn is_away(socket: &Socket) -> bool {
-    !matches!(
-        socket.state(),
-        None | Some(SocketState::Connected { .. } | SocketState::GaveUp(_))
-    )
 }
 
 /// What there is to say of a change.
