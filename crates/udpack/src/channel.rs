@@ -644,14 +644,17 @@ impl Pipe {
         self: &Arc<Self>,
         session: &Arc<Session>,
         (conn, link): (Arc<quinn::Connection>, u64),
-        (stream, inbox): (quinn::SendStream, Inbox),
+        (mut stream, inbox): (quinn::SendStream, Inbox),
         received: u64,
         first: Option<Bytes>,
     ) {
         let _ = stream.set_priority(self.priority.quic());
+        let mut inbox = Some(inbox);
         let went_on = session.on_link(link, || {
             let rewound = self.outbox.rewind(received)?;
-            self.inbox.attach(inbox);
+            if let Some(inbox) = inbox.take() {
+                self.inbox.attach(inbox);
+            }
             Ok(rewound)
         });
         match went_on {
@@ -669,11 +672,20 @@ impl Pipe {
                 self.spawn_writer(session, way);
             }
             Some(Err(Mismatch)) => {
-                let text = "the peer says it has messages that were never sent";
-                self.fail(
-                    session,
-                    &CloseReason::local(CloseCode::RESUME_MISMATCH, text),
-                );
+                let text = "the two sides disagree about what was received";
+                let reason = CloseReason::local(CloseCode::RESUME_MISMATCH, text);
+                self.fail(session, &reason);
+                if let Some(inbox) = inbox {
+                    inbox.stop(reason.code, Ending::Closed(reason.clone()));
+                }
+                let last = control::encode_close(reason.code, &reason.text);
+                let within = session.timeouts.close;
+                session.tasks.spawn(async move {
+                    if let Some(last) = last {
+                        let _ = tokio::time::timeout(within, stream.write_chunk(last)).await;
+                    }
+                    let _ = stream.finish();
+                });
             }
         }
     }

@@ -490,6 +490,12 @@ impl Outbox {
     pub(crate) fn rewind(&self, received: u64) -> Result<(u64, bool), Mismatch> {
         let mut state = lock(&self.state);
         state.epoch += 1;
+        if let Some(keep) = &state.keep
+            && received < keep.retained.confirmed()
+        {
+            // What it lacks by its own count is gone.
+            return Err(Mismatch);
+        }
         let all = state.confirm(received)?;
         if let Some(keep) = &mut state.keep {
             let again = keep.retained.take();

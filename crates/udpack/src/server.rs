@@ -942,7 +942,7 @@ impl Shared {
             return Err("identity");
         }
         if !lock(&session.tickets).redeem(&ticket.token) {
-            return Err("unknown");
+            return Err("expired");
         }
         let permit = links.reserve_owned().await.map_err(|_| "expired")?;
         Ok((session, permit))

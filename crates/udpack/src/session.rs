@@ -3,7 +3,7 @@
 //! `Socket` and `Channel` are handles over this; the driver task of a socket (`socket.rs`) acts on the
 //! wishes left here.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -456,6 +456,7 @@ impl Session {
 
     /// The peer keeps these of the channels that it opened; the others are over.
     pub(crate) fn retain_theirs(&self, open: &[u64]) {
+        let open: HashSet<_> = open.iter().collect();
         let gone: Vec<_> = lock(&self.resumable)
             .extract_if(|key, _| !key.own && !open.contains(&key.id))
             .collect();

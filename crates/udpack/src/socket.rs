@@ -1010,6 +1010,13 @@ async fn serve_stream(
             }
         }
     }
+    let known = open.resumable
+        && session
+            .kept(ChannelKey {
+                own: false,
+                id: open.id,
+            })
+            .is_some();
     let crowded = open.resumable && session.kept_theirs() >= 2 * session.limits.channels as usize;
     if !crowded {
         lock(&session.seen).insert(open.id);
@@ -1025,7 +1032,7 @@ async fn serve_stream(
         name: open.name,
         meta: open.meta,
         priority: open.priority,
-        resumable: open.resumable && !crowded,
+        resumable: open.resumable && !crowded && !known,
     };
     let way = Way {
         conn,
@@ -1034,6 +1041,13 @@ async fn serve_stream(
         first,
     };
     let channel = Channel::start(session.clone(), opened, false, way, link, inbox, counters);
+    let refusal = refusal.or_else(|| {
+        // In the place of the one that is kept, that one would never end.
+        known.then(|| {
+            let text = format!("resumable channel {} is open already", open.id);
+            CloseReason::local(CloseCode::PROTOCOL_ORDER, text)
+        })
+    });
     let refusal = refusal.or_else(|| {
         crowded.then(|| {
             let text = format!(
