@@ -86,7 +86,7 @@ impl Drop for Inner {
             CloseCode::NORMAL,
             "the channel was dropped",
         ));
-        self.inbox.stop(CloseCode::NORMAL, end);
+        self.inbox.stop(CloseCode::NORMAL, end, &self.session);
         self.session.prune();
     }
 }
@@ -415,9 +415,11 @@ impl Channel {
     pub(crate) fn close_with(&self, reason: CloseReason) {
         let last = control::encode_close(reason.code, &reason.text);
         self.inner.outbox.finish(last);
-        self.inner
-            .inbox
-            .stop(reason.code, Ending::Closed(reason.clone()));
+        self.inner.inbox.stop(
+            reason.code,
+            Ending::Closed(reason.clone()),
+            &self.inner.session,
+        );
         self.inner.end.set(reason);
     }
 
@@ -564,6 +566,11 @@ impl Pipe {
         self.outbox.finish_because(reason.clone());
     }
 
+    /// The peer takes nothing more.
+    pub(crate) fn refused(&self) {
+        self.outbox.refused();
+    }
+
     /// The peer has this many frames.
     pub(crate) fn confirm(&self, received: u64) -> Result<(), Mismatch> {
         self.outbox.confirm(received)
@@ -660,7 +667,7 @@ impl Pipe {
         let _ = stream.set_priority(self.priority.quic());
         let went_on = session.on_link(link, || {
             let epoch = self.outbox.rewind(received)?;
-            self.inbox.attach(inbox);
+            self.inbox.attach(inbox, session);
             Ok(epoch)
         });
         match went_on {

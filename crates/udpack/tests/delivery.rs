@@ -29,6 +29,7 @@ fn timeouts() -> Timeouts {
     Timeouts {
         idle: Duration::from_secs(5),
         keep_alive: Duration::from_secs(1),
+        resume: Duration::from_secs(900),
         ..Timeouts::default()
     }
 }
@@ -37,6 +38,7 @@ fn reconnect() -> Reconnect {
     Reconnect {
         first: Duration::from_millis(50),
         most: Duration::from_secs(2),
+        patience: Duration::from_secs(900),
         ..Reconnect::default()
     }
 }
@@ -883,7 +885,10 @@ async fn a_channel_that_ends_without_a_connection_ends_in_order_with_the_next() 
                         drop(near.close(code, "enough"));
                         None
                     }
-                    _ => None,
+                    _ => {
+                        drop(near);
+                        None
+                    }
                 };
                 let ending = async {
                     match &finished {
@@ -908,8 +913,9 @@ async fn a_channel_that_ends_without_a_connection_ends_in_order_with_the_next() 
                 };
                 tokio::join!(ending, hearing, mending);
                 if let Some(near) = finished {
-                    far.finish().await.expect("confirmed");
-                    assert!(near.recv().await.expect("in order").is_none());
+                    let (done, end) = tokio::join!(far.finish(), near.recv());
+                    done.expect("confirmed");
+                    assert!(end.expect("in order").is_none());
                 }
                 drop(far);
                 nothing_kept(&here, &there).await;
@@ -1033,9 +1039,11 @@ async fn what_is_kept_is_bounded_and_a_full_queue_goes_on_afterwards() {
             let wait = tokio::time::timeout(Duration::from_secs(5), &mut waiting);
             assert!(wait.await.is_err(), "it waits");
             net.mend();
-            waiting.await.expect("queued");
-            let (done, heard) = tokio::join!(ours.finish(), listen(&theirs));
-            done.expect("confirmed");
+            let sending = async {
+                waiting.await.expect("queued");
+                ours.finish().await.expect("confirmed");
+            };
+            let ((), heard) = tokio::join!(sending, listen(&theirs));
             assert!(heard.expect("in order").into_iter().eq(0..=sent));
             assert_eq!((ours.unconfirmed(), ours.queued_bytes()), (0, 0));
         })
@@ -1402,7 +1410,7 @@ async fn play(seed: u64, steps: Vec<Step>) -> Result<(), TestCaseError> {
             let _ = futures_util::FutureExt::now_or_never(channel.finish());
         }
     }
-    for (_, party) in &mut parties {
+    for party in parties.values_mut() {
         if let Err(error) = (&mut party.reader).await {
             prop_assert!(error.is_cancelled(), "{error}");
         }
@@ -1425,7 +1433,7 @@ async fn play(seed: u64, steps: Vec<Step>) -> Result<(), TestCaseError> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 128, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// Whatever happens, each side hears a beginning of what the other said, and all of it unless it refused.
     #[test]
