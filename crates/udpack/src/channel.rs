@@ -3,7 +3,7 @@
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -60,6 +60,8 @@ pub(crate) struct Pipe {
     counters: Arc<Counters>,
     end: Arc<End>,
     registration: u64,
+    /// The connection that its present stream came over.
+    link: AtomicU64,
 }
 
 pub(crate) struct Inner {
@@ -84,7 +86,7 @@ impl Drop for Inner {
             CloseCode::NORMAL,
             "the channel was dropped",
         ));
-        self.inbox.stop(CloseCode::NORMAL, end);
+        self.inbox.stop(CloseCode::NORMAL, end, &self.session);
         self.session.prune();
     }
 }
@@ -134,6 +136,7 @@ impl Channel {
             counters: counters.clone(),
             end: end.clone(),
             registration: session.next_registration(),
+            link: AtomicU64::new(link),
         });
         session.register(pipe.registration, &pipe);
         session.tally.one(Count::Channels);
@@ -413,9 +416,11 @@ impl Channel {
     pub(crate) fn close_with(&self, reason: CloseReason) {
         let last = control::encode_close(reason.code, &reason.text);
         self.inner.outbox.finish(last);
-        self.inner
-            .inbox
-            .stop(reason.code, Ending::Closed(reason.clone()));
+        self.inner.inbox.stop(
+            reason.code,
+            Ending::Closed(reason.clone()),
+            &self.inner.session,
+        );
         self.inner.end.set(reason);
     }
 
@@ -523,6 +528,11 @@ impl Pipe {
         self.outbox.is_over() && self.inbox.ending().is_some()
     }
 
+    /// The connection that its present stream came over, at the acceptor.
+    pub(crate) fn link(&self) -> u64 {
+        self.link.load(Ordering::Relaxed)
+    }
+
     /// Ends the channel because there will be no other stream for it. What has arrived can still be read.
     pub(crate) fn fail(&self, session: &Session, reason: &CloseReason) {
         self.end.set(reason.clone());
@@ -555,6 +565,11 @@ impl Pipe {
     pub(crate) fn finish_because(&self, reason: &CloseReason) {
         self.inbox.finish_as(reason.clone());
         self.outbox.finish_because(reason.clone());
+    }
+
+    /// The peer takes nothing more.
+    pub(crate) fn refused(&self) {
+        self.outbox.refused();
     }
 
     /// The peer has this many frames.
@@ -624,9 +639,11 @@ impl Pipe {
         stream: (quinn::SendStream, Inbox),
         received: u64,
     ) {
-        let Some(have) = session.on_link(link, || self.inbox.detach()) else {
-            return;
-        };
+        let detached = session.on_link(link, || {
+            self.link.store(link, Ordering::Relaxed);
+            self.inbox.detach()
+        });
+        let Some(have) = detached else { return };
         let answer = Resumed {
             received: have,
             done: false,
@@ -653,7 +670,7 @@ impl Pipe {
         let went_on = session.on_link(link, || {
             let rewound = self.outbox.rewind(received)?;
             if let Some(inbox) = inbox.take() {
-                self.inbox.attach(inbox);
+                self.inbox.attach(inbox, session);
             }
             Ok(rewound)
         });

@@ -672,8 +672,14 @@ pub struct Ack {
     pub channel: u64,
     /// The sender of this message opened the channel.
     pub own: bool,
-    /// How many frames the sender of this message has received on it.
+    /// How many frames the sender of this message has received on it; [`REFUSED`](Self::REFUSED) for all there
+    /// will ever be.
     pub received: u64,
+}
+
+impl Ack {
+    /// The sender of this message takes nothing more of the channel: nothing need be kept or repeated.
+    pub const REFUSED: u64 = u64::MAX;
 }
 
 /// Reads an `$ack`.

@@ -17,7 +17,7 @@ use crate::calls::{Calls, Taken};
 use crate::code::{CloseCode, CloseReason};
 use crate::config::MIN_FRAME_RATE;
 use crate::control::{
-    self, ACK, CLOSE, GAP, GOAWAY, HELLO, OPEN, REFRESH, REFRESHED, RESUME, WELCOME,
+    self, ACK, Ack, CLOSE, GAP, GOAWAY, HELLO, OPEN, REFRESH, REFRESHED, RESUME, WELCOME,
 };
 use crate::frame::FrameDecoder;
 use crate::message::Message;
@@ -75,6 +75,8 @@ struct Received {
     strikes: u32,
     /// Bytes received since then.
     bytes: usize,
+    /// The peer has ended its direction.
+    over: bool,
 }
 
 impl Received {
@@ -88,6 +90,14 @@ impl Received {
             self.told = self.frames;
             self.bytes = 0;
             session.confirm_later(self.key, self.frames);
+        }
+    }
+
+    /// Tells the peer that nothing more is taken. That the stream was stopped it need not hear: its own end of
+    /// the stream may come first.
+    fn refuse(&self, session: &Session) {
+        if !self.over {
+            session.confirm_later(self.key, Ack::REFUSED);
         }
     }
 }
@@ -158,6 +168,7 @@ impl Inbox {
             heard: 0,
             strikes: 0,
             bytes: 0,
+            over: false,
         });
     }
 
@@ -177,7 +188,7 @@ impl Inbox {
     }
 
     /// Goes on with the stream of `next`, whose first frame has been read.
-    pub(crate) fn attach(&self, next: Self) {
+    pub(crate) fn attach(&self, next: Self, session: &Session) {
         let next = next
             .state
             .into_inner()
@@ -196,6 +207,9 @@ impl Inbox {
             Some(Ending::Closed(reason) | Ending::Violation(reason)) => {
                 if let Some(mut stream) = next.stream {
                     let _ = stream.stop(reason.code.varint());
+                }
+                if let Some(count) = &state.resume {
+                    count.refuse(session);
                 }
             }
         }
@@ -327,8 +341,11 @@ impl Inbox {
     }
 
     /// Refuses everything that may still come.
-    pub(crate) fn stop(&self, code: CloseCode, ending: Ending) {
+    pub(crate) fn stop(&self, code: CloseCode, ending: Ending, session: &Session) {
         let mut state = lock(&self.state);
+        if let Some(count) = &state.resume {
+            count.refuse(session);
+        }
         if state.end.is_none() {
             if let Some(stream) = &mut state.stream {
                 let _ = stream.stop(code.varint());
@@ -569,6 +586,7 @@ impl State {
     fn count_end(&mut self, session: &Session) {
         if let Some(count) = &mut self.resume {
             count.frames += 1;
+            count.over = true;
             count.tell(session);
         }
     }

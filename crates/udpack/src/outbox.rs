@@ -74,6 +74,8 @@ struct State {
     keep: Option<Keep>,
     /// Messages that were not confirmed when the queue ended otherwise than in order.
     left: u64,
+    /// The peer takes nothing more.
+    refused: bool,
     /// Which stream the queue goes to; a writer of an earlier one stops.
     epoch: u64,
 }
@@ -189,6 +191,7 @@ impl Outbox {
                     budget,
                 }),
                 left: 0,
+                refused: false,
                 epoch: 0,
             }),
             work: Notify::new(),
@@ -482,6 +485,16 @@ impl Outbox {
             self.end(Ok(()));
         }
         Ok(())
+    }
+
+    /// The peer takes nothing more. While there is something to write, its stream tells so by itself.
+    pub(crate) fn refused(&self) {
+        lock(&self.state).refused = true;
+        self.work.notify_one();
+    }
+
+    fn is_refused(&self) -> bool {
+        lock(&self.state).refused
     }
 
     /// Prepares the queue for another stream: what the peer has not received stands first in it again. Returns
@@ -895,6 +908,9 @@ async fn confirmed(
     let lost = conn.closed();
     let mut lost = std::pin::pin!(lost);
     while outbox.keeps() {
+        if outbox.is_refused() {
+            return Err(stopped_by_peer(CloseCode::NORMAL.varint()));
+        }
         tokio::select! {
             () = outbox.work.notified() => {}
             error = &mut lost => return Err(session.reason_for(&error)),

@@ -885,6 +885,10 @@ fn on_ack(session: &Session, ack: Ack) -> Option<CloseReason> {
     };
     // One that is over here may still be confirmed.
     let pipe = session.kept(key)?;
+    if ack.received == Ack::REFUSED {
+        pipe.refused();
+        return None;
+    }
     let text = format!(
         "message {} of channel {} is confirmed and was never sent",
         ack.received, ack.channel
