@@ -410,7 +410,7 @@ mod tests {
                 let (link, ids) = (link.clone(), ids.clone());
                 tasks.spawn(async move {
                     let socket = link.socket().await.unwrap();
-                    ids.lock().unwrap().push(socket.id().to_owned());
+                    ids.lock().unwrap().push(socket.id());
                 });
             }
             while let Some(ended) = tasks.join_next().await {

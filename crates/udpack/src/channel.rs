@@ -455,7 +455,7 @@ impl Channel {
 
     /// Messages of a resumable channel that the peer's library has not confirmed, replies and the like counted
     /// as well. What is left when such a channel ends with `not_resumed` may or may not have arrived. 0 for
-    /// other channels, and once this side's direction has ended.
+    /// other channels, and once this side's direction has ended in order.
     pub fn unconfirmed(&self) -> u64 {
         self.inner.outbox.unconfirmed()
     }
@@ -780,6 +780,13 @@ pub enum SendError {
     /// The channel is over.
     #[error("channel closed: {0}")]
     Closed(CloseReason),
+}
+
+/// In a handler: whoever asked is told as `internal`.
+impl From<SendError> for Fault {
+    fn from(error: SendError) -> Self {
+        Self::new(Self::INTERNAL, error.to_string())
+    }
 }
 
 impl SendError {

@@ -9,7 +9,6 @@ use std::future::Future;
 use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
-use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::time::{Instant, Sleep};
@@ -70,6 +69,10 @@ struct Received {
     frames: u64,
     /// What the peer was told of that.
     told: u64,
+    /// Packets heard from the peer when the timer of an unfinished frame was set.
+    heard: u64,
+    /// Half periods in a row in which the peer was heard.
+    strikes: u32,
     /// Bytes received since then.
     bytes: usize,
 }
@@ -152,6 +155,8 @@ impl Inbox {
             key,
             frames: 0,
             told: 0,
+            heard: 0,
+            strikes: 0,
             bytes: 0,
         });
     }
@@ -160,7 +165,9 @@ impl Inbox {
     pub(crate) fn detach(&self) -> u64 {
         let mut state = lock(&self.state);
         state.stream = None;
+        // What was not decoded is not counted: the peer sends it again.
         state.chunks = VecDeque::new();
+        state.decoder = FrameDecoder::new(0);
         state.timer = None;
         state.resume.as_mut().map_or(0, |count| {
             count.told = count.frames;
@@ -512,7 +519,7 @@ impl State {
                     if let Some(count) = &mut self.resume {
                         count.tell(session);
                     }
-                    std::task::ready!(self.poll_timer(session.timeouts.frame));
+                    std::task::ready!(self.poll_timer(session));
                     let end = violation(
                         CloseCode::FRAME_TIMEOUT,
                         &format_args!(
@@ -550,8 +557,11 @@ impl State {
             }
             Ok(None) => Poll::Ready(Ok(0)),
             Err(quinn::ReadError::ConnectionLost(_)) if self.resume.is_some() => {
-                // The next connection brings another stream, or the end of the session its reason.
+                // The next connection brings another stream, or the end of the session its reason. A frame
+                // that was only begun will be repeated.
                 self.stream = None;
+                self.decoder = FrameDecoder::new(0);
+                self.timer = None;
                 self.poll_read(session)
             }
             Err(error) => Poll::Ready(Err(Ending::Closed(read_reason(session, error)))),
@@ -567,15 +577,28 @@ impl State {
     }
 
     /// Ready when an unfinished frame has made too little progress for `period`.
-    fn poll_timer(&mut self, period: Duration) -> Poll<()> {
+    ///
+    /// What may go on over another connection is not ended by a silent path: two half periods in which the
+    /// peer was heard make a whole one.
+    fn poll_timer(&mut self, session: &Session) -> Poll<()> {
+        let whole = session.timeouts.frame;
+        let period = match &self.resume {
+            Some(_) => whole / 2,
+            None => whole,
+        };
         if self.decoder.held() == 0 {
             self.timer = None;
             return Poll::Pending;
         }
         let waker = self.waker.clone();
         let mut cx = Context::from_waker(&waker);
-        if std::mem::take(&mut self.completed) {
+        let fresh = std::mem::take(&mut self.completed) || self.timer.is_none();
+        if fresh {
             self.mark = self.received;
+            if let Some(count) = &mut self.resume {
+                count.heard = session.conn().stats().udp_rx.datagrams;
+                count.strikes = 0;
+            }
             if let Some(timer) = &mut self.timer {
                 timer.as_mut().reset(Instant::now() + period);
             }
@@ -583,14 +606,22 @@ impl State {
         loop {
             let timer = match &mut self.timer {
                 Some(timer) => timer,
-                None => {
-                    self.mark = self.received;
-                    self.timer.insert(Box::pin(tokio::time::sleep(period)))
-                }
+                None => self.timer.insert(Box::pin(tokio::time::sleep(period))),
             };
             std::task::ready!(timer.as_mut().poll(&mut cx));
-            if (self.received - self.mark) < MIN_FRAME_RATE.saturating_mul(period.as_secs().max(1))
-            {
+            if let Some(count) = &mut self.resume {
+                let heard = session.conn().stats().udp_rx.datagrams;
+                count.strikes = match heard != std::mem::replace(&mut count.heard, heard) {
+                    true => count.strikes + 1,
+                    false => 0,
+                };
+                if count.strikes < 2 {
+                    timer.as_mut().reset(Instant::now() + period);
+                    continue;
+                }
+                count.strikes = 0;
+            }
+            if (self.received - self.mark) < MIN_FRAME_RATE.saturating_mul(whole.as_secs().max(1)) {
                 return Poll::Ready(());
             }
             self.mark = self.received;

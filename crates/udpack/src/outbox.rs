@@ -72,6 +72,8 @@ struct State {
     why: Option<CloseReason>,
     /// What a resumable channel keeps to repeat.
     keep: Option<Keep>,
+    /// Messages that were not confirmed when the queue ended otherwise than in order.
+    left: u64,
     /// Which stream the queue goes to; a writer of an earlier one stops.
     epoch: u64,
 }
@@ -82,6 +84,12 @@ struct Keep {
     /// Frames queued so far, since the channel began.
     frames: u64,
     budget: Arc<Budget>,
+}
+
+impl Keep {
+    fn unconfirmed(&self) -> u64 {
+        self.frames.saturating_sub(self.retained.confirmed())
+    }
 }
 
 /// What all resumable channels of one session keep, and how much that may be while there is no connection.
@@ -180,6 +188,7 @@ impl Outbox {
                     frames: 0,
                     budget,
                 }),
+                left: 0,
                 epoch: 0,
             }),
             work: Notify::new(),
@@ -446,6 +455,10 @@ impl Outbox {
         let queued = state.queued_bytes;
         state.unqueue(queued);
         state.queued_messages = 0;
+        state.left = match (&state.keep, &result) {
+            (Some(keep), Err(_)) => keep.unconfirmed(),
+            _ => 0,
+        };
         state.keep = None;
         state.overflow = Overflowing::default();
         state.phase = Phase::Ended(result);
@@ -527,12 +540,10 @@ impl Outbox {
         lock(&self.state).keep.is_some()
     }
 
-    /// Messages that the peer has not confirmed, sent or not; 0 where nothing is kept.
+    /// Messages that the peer has not confirmed, sent or not; 0 where nothing was kept.
     pub(crate) fn unconfirmed(&self) -> u64 {
-        lock(&self.state)
-            .keep
-            .as_ref()
-            .map_or(0, |keep| keep.frames - keep.retained.confirmed())
+        let state = lock(&self.state);
+        state.keep.as_ref().map_or(state.left, Keep::unconfirmed)
     }
 
     /// How far the peer has confirmed, when something waits for it to go on.

@@ -4,7 +4,7 @@
 //! `$resume` left out; the end of the direction counts as one more. The receiver tells its count, and a
 //! sender that finds itself on a new stream repeats what lies beyond it.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use bytes::{Buf, Bytes};
 
@@ -87,10 +87,74 @@ impl Retained {
     }
 }
 
+/// Numbers of the channels that the peer has opened so far. One that is over here and comes again must not be
+/// taken for a new one: its opener may not have heard that everything was received.
+#[derive(Debug, Default)]
+pub(crate) struct Seen {
+    /// First and last of each run of numbers without a gap.
+    runs: BTreeMap<u64, u64>,
+}
+
+impl Seen {
+    /// Gaps kept apart. An opener counts on by one, so that a gap is a channel whose stream was lost.
+    const RUNS: usize = 1024;
+
+    pub(crate) fn insert(&mut self, id: u64) {
+        if self.contains(id) {
+            return;
+        }
+        let last = match id.checked_add(1).and_then(|next| self.runs.remove(&next)) {
+            Some(last) => last,
+            None => id,
+        };
+        match self.runs.range_mut(..id).next_back() {
+            Some((_, before)) if before.checked_add(1) == Some(id) => *before = last,
+            _ => {
+                self.runs.insert(id, last);
+            }
+        }
+        if self.runs.len() > Self::RUNS
+            && let Some((first, _)) = self.runs.pop_first()
+            && let Some((_, last)) = self.runs.pop_first()
+        {
+            self.runs.insert(first, last);
+        }
+    }
+
+    pub(crate) fn contains(&self, id: u64) -> bool {
+        let run = self.runs.range(..=id).next_back();
+        run.is_some_and(|(_, last)| id <= *last)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn what_was_seen_is_a_set(ids in proptest::collection::vec(0_u64..40, 0..60)) {
+            let mut seen = Seen::default();
+            for id in &ids {
+                seen.insert(*id);
+            }
+            for id in 0..42 {
+                prop_assert_eq!(seen.contains(id), ids.contains(&id));
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_seen_is_bounded() {
+        let mut seen = Seen::default();
+        for id in (0..10_000).step_by(2) {
+            seen.insert(id);
+        }
+        seen.insert(u64::MAX);
+        assert!(seen.runs.len() <= Seen::RUNS);
+        assert!(seen.contains(u64::MAX) && seen.contains(9_998) && !seen.contains(9_999));
+    }
 
     fn frame(number: usize, size: usize) -> Vec<u8> {
         let length = u32::try_from(size).unwrap();

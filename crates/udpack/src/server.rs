@@ -741,6 +741,10 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, Clos
         None => (session.clone(), None, None),
     };
     let window = shared.timeouts.resume;
+    let reason = match &resume {
+        Some(_) if window.is_zero() => Some("off".to_owned()),
+        _ => reason,
+    };
     let resume = match resume {
         Some(_) if !window.is_zero() => Some(ResumeGrant {
             token: lock(&session.tickets).issue().map_err(no_random)?,

@@ -25,6 +25,7 @@ use crate::open::OpenError;
 use crate::outbox::Budget;
 use crate::quiet::Quiet;
 use crate::reconnect::StateFeed;
+use crate::resume::Seen;
 use crate::rooms::Rooms;
 use crate::speed::Counters;
 use crate::turns::Turns;
@@ -194,6 +195,8 @@ pub(crate) struct Session {
     pipes: Mutex<HashMap<u64, Weak<Pipe>>>,
     /// Those that can go on over another connection.
     resumable: Mutex<HashMap<ChannelKey, Arc<Pipe>>>,
+    /// Which channels the peer has opened in this session.
+    pub(crate) seen: Mutex<Seen>,
     /// What the peer is to be told it need not keep.
     confirms: Mutex<HashMap<ChannelKey, u64>>,
     pub(crate) confirm_due: Notify,
@@ -269,6 +272,7 @@ impl Session {
             received_goaway: Mutex::default(),
             pipes: Mutex::default(),
             resumable: Mutex::default(),
+            seen: Mutex::default(),
             confirms: Mutex::default(),
             confirm_due: Notify::new(),
             tickets: Mutex::default(),

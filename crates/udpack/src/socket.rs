@@ -37,7 +37,7 @@ use crate::lifetime::{self, Lifetime, RefreshError};
 use crate::metrics::{Count, Metrics, Tally, Words};
 use crate::outbox::Way;
 use crate::reconnect::{SocketState, SocketStates, StateFeed};
-use crate::resume::Mismatch;
+use crate::resume::{Mismatch, Seen};
 use crate::router::ServeChannel;
 use crate::session::{ChannelKey, Lease, Session, SessionId, lock};
 use crate::speed::{Counters, SpeedMeter, Stats};
@@ -579,6 +579,8 @@ impl Driver {
                     Side::Transport,
                 ));
                 reason = Some(words);
+                // Another session counts its channels from the beginning.
+                *lock(&session.seen) = Seen::default();
             }
             session.life.counts_for(welcome.expires);
             session.set_welcome(welcome);
@@ -996,7 +998,9 @@ async fn serve_stream(
         match session.kept(key) {
             Some(pipe) => return pipe.accept(&session, (conn, link), (send, inbox), received),
             // It had reached its end here before the opener knew.
-            None if received > 0 => return decline(&session, send, received).await,
+            None if received > 0 || lock(&session.seen).contains(open.id) => {
+                return decline(&session, send, received).await;
+            }
             None => {
                 let none = Resumed {
                     received: 0,
@@ -1014,6 +1018,9 @@ async fn serve_stream(
             })
             .is_some();
     let crowded = open.resumable && session.kept_theirs() >= 2 * session.limits.channels as usize;
+    if !crowded {
+        lock(&session.seen).insert(open.id);
+    }
     let name = open.name.clone();
     session.tally.one(Count::ChannelsAccepted);
     session.tally.one(Count::MessagesReceived);
