@@ -3,7 +3,7 @@
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -60,6 +60,8 @@ pub(crate) struct Pipe {
     counters: Arc<Counters>,
     end: Arc<End>,
     registration: u64,
+    /// The connection that its present stream came over.
+    link: AtomicU64,
 }
 
 pub(crate) struct Inner {
@@ -134,6 +136,7 @@ impl Channel {
             counters: counters.clone(),
             end: end.clone(),
             registration: session.next_registration(),
+            link: AtomicU64::new(link),
         });
         session.register(pipe.registration, &pipe);
         session.tally.one(Count::Channels);
@@ -523,6 +526,11 @@ impl Pipe {
         self.outbox.is_over() && self.inbox.ending().is_some()
     }
 
+    /// The connection that its present stream came over, at the acceptor.
+    pub(crate) fn link(&self) -> u64 {
+        self.link.load(Ordering::Relaxed)
+    }
+
     /// Ends the channel because there will be no other stream for it. What has arrived can still be read.
     pub(crate) fn fail(&self, session: &Session, reason: &CloseReason) {
         self.end.set(reason.clone());
@@ -624,9 +632,11 @@ impl Pipe {
         stream: (quinn::SendStream, Inbox),
         received: u64,
     ) {
-        let Some(have) = session.on_link(link, || self.inbox.detach()) else {
-            return;
-        };
+        let detached = session.on_link(link, || {
+            self.link.store(link, Ordering::Relaxed);
+            self.inbox.detach()
+        });
+        let Some(have) = detached else { return };
         let answer = Resumed {
             received: have,
             done: false,

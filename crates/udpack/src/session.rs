@@ -454,11 +454,13 @@ impl Session {
         lock(&self.resumable).retain(|_, pipe| !pipe.is_over());
     }
 
-    /// The peer keeps these of the channels that it opened; the others are over.
+    /// The peer keeps these of the channels that it opened; the others are over, but for those that it has
+    /// opened on this connection: their streams may overtake the list.
     pub(crate) fn retain_theirs(&self, open: &[u64]) {
         let open: HashSet<_> = open.iter().collect();
+        let (_, link) = self.link();
         let gone: Vec<_> = lock(&self.resumable)
-            .extract_if(|key, _| !key.own && !open.contains(&key.id))
+            .extract_if(|key, pipe| !key.own && pipe.link() < link && !open.contains(&key.id))
             .collect();
         for (_, pipe) in gone {
             pipe.fail(

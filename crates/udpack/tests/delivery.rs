@@ -8,12 +8,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use bytes::Bytes;
 use common::{client, server};
-use tokio::sync::mpsc;
+use futures_util::stream;
+use proptest::prelude::*;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::Instant;
 use udpack::testing::Net;
 use udpack::{
-    Channel, ClientBuilder, CloseCode, Deny, Drain, Hello, Identity, Limits, Peer, Reconnect,
-    RecvError, SendError, Server, ServerBuilder, Socket, SocketState, SocketStates, Timeouts,
+    Channel, ClientBuilder, CloseCode, Context, Deny, Drain, Fault, Hello, Identity, Items, Limits,
+    Message, Peer, PresenceMap, Reconnect, RecvError, Router, SendError, Server, ServerBuilder,
+    Socket, SocketState, SocketStates, Streaming, Timeouts,
 };
 
 /// Messages each way.
@@ -447,33 +452,37 @@ async fn a_server_that_drains_hands_its_clients_over_without_loss() {
 async fn two_hundred_clients_move_one_after_the_other() {
     bounded(async {
         let net = Net::new(7).delay(Duration::from_millis(5));
-        let times: Arc<Mutex<Vec<tokio::time::Instant>>> = Arc::default();
+        let times: Arc<Mutex<Vec<Instant>>> = Arc::default();
         let note = times.clone();
         let first = net
             .bind(Tally::default().server())
             .await
             .expect("an address");
         let second = Tally::default().server().connection(move |_| {
-            note.lock()
-                .expect("sound")
-                .push(tokio::time::Instant::now());
+            note.lock().expect("sound").push(Instant::now());
             async {}
         });
         let second = net.bind(second).await.expect("an address");
-        let mut sockets = Vec::new();
-        for _ in 0..200 {
+        let (mut sockets, mut channels) = (Vec::new(), Vec::new());
+        for number in 0..200 {
             let builder = client(&first)
                 .timeouts(timeouts())
                 .reconnect(reconnect())
                 .fallback(second.local_addr().to_string(), Some(second.fingerprint()));
-            sockets.push(net.connect(builder, &first).await.expect("let in"));
+            let socket = net.connect(builder, &first).await.expect("let in");
+            // Those that have nothing to end are let go at once, and wait for their turn without a connection.
+            if number % 2 == 0 {
+                channels.push(socket.open("numbers").await.expect("a channel"));
+            }
+            sockets.push(socket);
         }
         let drain = Drain::within(Duration::from_secs(30)).spread(Duration::from_secs(20));
-        let begun = tokio::time::Instant::now();
+        let begun = Instant::now();
         first
             .run_until(std::future::ready(()), drain)
             .await
             .expect("drained");
+        tokio::time::sleep_until(begun + Duration::from_secs(25)).await;
         let times = times.lock().expect("sound").clone();
         assert_eq!(times.len(), 200);
         let mut seconds = [0; 21];
@@ -552,8 +561,10 @@ async fn broken(
 
     let channel = socket.channel("numbers").resumable().open().await;
     let channel = channel.expect("a channel");
-    channel.send("n", &sent).await.expect("queued");
-    channel.recv().await.expect("alive").expect("a message");
+    channel
+        .finish()
+        .await
+        .expect("the server has heard the end");
     why
 }
 
@@ -653,4 +664,777 @@ async fn a_session_does_not_go_on_for_somebody_else() {
         assert_eq!(reason.as_deref(), Some("identity"));
     })
     .await;
+}
+
+/// Both ends of a session on this network.
+async fn ends(net: &Net, server: ServerBuilder, limits: Limits) -> (Server, Socket, Socket) {
+    let server = net
+        .bind(server.timeouts(timeouts()))
+        .await
+        .expect("an address");
+    let (here, there) = visitor(net, &server, limits).await;
+    (server, here, there)
+}
+
+/// One more client of a server that hands its sockets out.
+async fn visitor(net: &Net, server: &Server, limits: Limits) -> (Socket, Socket) {
+    let builder = client(server)
+        .timeouts(timeouts())
+        .reconnect(reconnect())
+        .limits(limits);
+    let (here, there) = tokio::join!(net.connect(builder, server), server.accept());
+    (here.expect("let in"), there.expect("a socket"))
+}
+
+/// A resumable channel that `from` opens, and its other end.
+async fn channel(from: &Socket, to: &Socket) -> (Channel, Channel) {
+    let opening = from.channel("c").resumable().open();
+    let (here, there) = tokio::join!(opening, to.accept_channel());
+    let (here, there) = (here.expect("a channel"), there.expect("its other end"));
+    assert!(here.is_resumable() && there.is_resumable());
+    (here, there)
+}
+
+async fn next(channel: &Channel) -> Message {
+    channel.recv().await.expect("alive").expect("a message")
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_channel_that_the_server_opened_goes_on_as_well() {
+    bounded(async {
+        let net = Net::new(12).delay(Duration::from_millis(20));
+        let (_server, here, there) = ends(&net, server(), Limits::default()).await;
+        let (theirs, ours) = channel(&there, &here).await;
+        let pace = Duration::from_millis(10);
+        let (sent, heard, back, returned, ()) = tokio::join!(
+            count_up(&theirs, 0..MANY, pace),
+            listen(&ours),
+            count_up(&ours, 0..MANY, pace),
+            listen(&theirs),
+            async {
+                for _ in 0..2 {
+                    tokio::time::sleep(Duration::from_secs(2)).await;
+                    lose(&net, &here).await;
+                }
+            }
+        );
+        sent.expect("everything was sent");
+        back.expect("everything was sent");
+        assert!(heard.expect("an end in order") == all());
+        assert!(returned.expect("an end in order") == all());
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn requests_and_streams_of_items_go_on_after_a_loss() {
+    bounded(async {
+        let net = Net::new(13).delay(Duration::from_millis(20));
+        let router = Router::new()
+            .on("slow", |n: u64, _: Context| async move {
+                tokio::time::sleep(Duration::from_secs(3)).await;
+                Ok::<_, Fault>(n)
+            })
+            .on("sum", |mut items: Items<u64>| async move {
+                let mut sum = 0;
+                while let Some(n) = items.next().await {
+                    sum += n.map_err(|error| error.to_string())?;
+                }
+                Ok::<_, Fault>(sum)
+            })
+            .on("count", |most: u64, _: Context| async move {
+                Ok::<_, Fault>(Streaming::new(stream::iter(0..most)))
+            })
+            .concurrency(8);
+        let builder = server().timeouts(timeouts()).channel("rpc", router);
+        let server = net.bind(builder).await.expect("an address");
+        let builder = client(&server).timeouts(timeouts()).reconnect(reconnect());
+        let here = net.connect(builder, &server).await.expect("let in");
+        let rpc = here
+            .channel("rpc")
+            .resumable()
+            .open()
+            .await
+            .expect("a channel");
+        let minute = Duration::from_secs(60);
+        // Paced, so that the loss falls into the middle of it.
+        let numbers = stream::unfold(0_u64, |n| async move {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            (n < MANY).then_some((n, n + 1))
+        });
+        let taken = async {
+            let mut items = rpc
+                .request("count", &MANY)
+                .timeout(minute)
+                .items::<u64>()
+                .await
+                .expect("items");
+            let mut taken = Vec::new();
+            while let Some(item) = items.next().await {
+                taken.push(item.expect("an item"));
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            taken
+        };
+        let (slow, acked, sum, taken, ()) = tokio::join!(
+            rpc.request::<_, u64>("slow", &7).timeout(minute),
+            rpc.send_acked("slow", &8).timeout(minute),
+            rpc.request::<_, u64>("sum", &())
+                .with_items(numbers)
+                .timeout(minute),
+            taken,
+            async {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                lose(&net, &here).await;
+            }
+        );
+        assert_eq!(slow.expect("an answer"), 7);
+        acked.expect("done");
+        assert_eq!(sum.expect("a sum"), MANY * (MANY - 1) / 2);
+        assert!(taken == all());
+    })
+    .await;
+}
+
+/// Large frames, cut off in the middle: by silences, shorter and longer than the idle time, both of them
+/// longer than a frame may take.
+#[tokio::test(start_paused = true)]
+async fn a_frame_that_was_begun_when_the_path_fell_silent_arrives_whole() {
+    for (seed, silence) in [(14, 4), (15, 12)] {
+        bounded(async {
+            let net = Net::new(seed)
+                .delay(Duration::from_millis(20))
+                .rate(200_000);
+            let times = Timeouts {
+                frame: Duration::from_secs(3),
+                ..timeouts()
+            };
+            let server = net
+                .bind(server().timeouts(times.clone()))
+                .await
+                .expect("an address");
+            let builder = client(&server).timeouts(times).reconnect(reconnect());
+            let (here, there) = tokio::join!(net.connect(builder, &server), server.accept());
+            let (here, there) = (here.expect("let in"), there.expect("a socket"));
+            let (ours, theirs) = channel(&here, &there).await;
+            let send = async |channel: &Channel| {
+                for n in 0..12_u8 {
+                    let payload = Bytes::from(vec![n; 400_000]);
+                    let header = std::collections::BTreeMap::from([("n", n)]);
+                    channel
+                        .send_bulk("b", &header, "bytes", payload)
+                        .await
+                        .expect("queued");
+                }
+                channel.finish().await.expect("confirmed");
+            };
+            let hear = async |channel: &Channel| {
+                for n in 0..12_u8 {
+                    let bytes = next(channel).await.bulk("bytes").expect("bytes");
+                    assert!(bytes.len() == 400_000 && bytes.iter().all(|byte| *byte == n));
+                }
+                assert!(channel.recv().await.expect("in order").is_none());
+            };
+            tokio::join!(
+                send(&ours),
+                hear(&theirs),
+                send(&theirs),
+                hear(&ours),
+                async {
+                    for _ in 0..2 {
+                        tokio::time::sleep(Duration::from_millis(3100)).await;
+                        net.cut_for(Duration::from_secs(silence));
+                        tokio::time::sleep(Duration::from_secs(silence)).await;
+                    }
+                }
+            );
+        })
+        .await;
+    }
+}
+
+/// Waits until neither side keeps a channel.
+async fn nothing_kept(here: &Socket, there: &Socket) {
+    while here.channels() + there.channels() > 0 {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_channel_that_ends_without_a_connection_ends_in_order_with_the_next() {
+    let code = CloseCode::new(0x1234);
+    for how in ["finish", "close", "drop"] {
+        for own in [true, false] {
+            bounded(async {
+                let net = Net::new(16).delay(Duration::from_millis(20));
+                let (_server, here, there) = ends(&net, server(), Limits::default()).await;
+                let (ours, theirs) = channel(&here, &there).await;
+                ours.send("n", &0).await.expect("queued");
+                next(&theirs).await;
+                let (near, far) = if own { (ours, theirs) } else { (theirs, ours) };
+                net.cut();
+                tokio::time::sleep(Duration::from_secs(8)).await;
+                for n in 1..100_u64 {
+                    near.send("n", &n).await.expect("queued");
+                }
+                let finished = match how {
+                    "finish" => Some(near),
+                    "close" => {
+                        drop(near.close(code, "enough"));
+                        None
+                    }
+                    _ => None,
+                };
+                let ending = async {
+                    match &finished {
+                        Some(near) => near.finish().await.expect("confirmed"),
+                        None => {}
+                    }
+                };
+                let hearing = async {
+                    for n in 1..100_u64 {
+                        assert_eq!(next(&far).await.data::<u64>().expect("a number"), n);
+                    }
+                    match far.recv().await {
+                        Ok(end) => assert!(end.is_none() && how != "close"),
+                        Err(error) => {
+                            assert_eq!((error.reason().code, how), (code, "close"));
+                        }
+                    }
+                };
+                let mending = async {
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                    net.mend();
+                };
+                tokio::join!(ending, hearing, mending);
+                if let Some(near) = finished {
+                    far.finish().await.expect("confirmed");
+                    assert!(near.recv().await.expect("in order").is_none());
+                }
+                drop(far);
+                nothing_kept(&here, &there).await;
+                // The next loss finds nothing that it could repeat.
+                lose(&net, &here).await;
+                let (ours, theirs) = channel(&here, &there).await;
+                ours.send("n", &1).await.expect("queued");
+                next(&theirs).await;
+            })
+            .await;
+        }
+    }
+}
+
+/// Sent and forgotten: the word that everything was received is lost with the connection.
+#[tokio::test(start_paused = true)]
+async fn a_channel_that_is_over_at_the_other_side_is_not_served_twice() {
+    for cut in 0..30 {
+        bounded(async {
+            let net = Net::new(17).delay(Duration::from_millis(20));
+            let heard = Heard::default();
+            let served = heard.clone();
+            let builder = server()
+                .timeouts(timeouts())
+                .channel("note", move |channel: Channel| {
+                    let heard = served.clone();
+                    async move { note(&channel, &heard).await }
+                });
+            let server = net.bind(builder).await.expect("an address");
+            let builder = client(&server).timeouts(timeouts()).reconnect(reconnect());
+            let here = net.connect(builder, &server).await.expect("let in");
+            let channel = here
+                .channel("note")
+                .resumable()
+                .open()
+                .await
+                .expect("a channel");
+            for n in 0..10_u64 {
+                channel.send("n", &n).await.expect("queued");
+            }
+            drop(channel);
+            tokio::time::sleep(Duration::from_millis(5 * cut)).await;
+            lose(&net, &here).await;
+            tokio::time::sleep(Duration::from_secs(5)).await;
+            let heard = heard.lock().expect("sound").clone();
+            assert!(heard.iter().copied().eq(0..10), "cut {cut}: {heard:?}");
+        })
+        .await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn members_of_rooms_stay_and_miss_nothing() {
+    bounded(async {
+        let net = Net::new(18).delay(Duration::from_millis(20));
+        let (server, here, there) = ends(&net, server(), Limits::default()).await;
+        let (watcher, watched) = visitor(&net, &server, Limits::default()).await;
+        let (ours, theirs) = channel(&here, &there).await;
+        let (eyes, eyes_there) = channel(&watcher, &watched).await;
+        eyes_there.join("hall").expect("joined");
+        theirs.track("hall", &"here").expect("tracked");
+        let mut map = PresenceMap::new("hall");
+        while map.is_empty() {
+            map.apply(&next(&eyes).await).expect("about the presence");
+        }
+        while next(&ours).await.event() != "presence_state" {}
+
+        let mut states = here.states();
+        states.next().await.expect("the present state");
+        net.cut_client_for(&here, Duration::from_secs(12));
+        for n in 0..100_u64 {
+            let sent = server.rooms().to("hall").send("n", &n).expect("encoded");
+            assert_eq!((sent.delivered, sent.dropped), (2, 0));
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        assert_eq!(again(&mut states).await, (true, None));
+        theirs.track("hall", &"here").expect("tracked");
+        // Longer than one may take to track again.
+        tokio::time::sleep(Duration::from_secs(20)).await;
+        server.rooms().to("hall").send("n", &100).expect("encoded");
+        for n in 0..=100_u64 {
+            for channel in [&ours, &eyes] {
+                let message = next(channel).await;
+                assert_eq!((message.event(), message.data().ok()), ("n", Some(n)));
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_kept_is_bounded_and_a_full_queue_goes_on_afterwards() {
+    let by_messages = Limits {
+        replay_messages: 100,
+        ..Limits::default()
+    };
+    let by_bytes = Limits {
+        replay_bytes: 4 << 10,
+        ..Limits::default()
+    };
+    let in_all = Limits {
+        resume_bytes: 4 << 10,
+        ..Limits::default()
+    };
+    for limits in [by_messages, by_bytes, in_all] {
+        bounded(async {
+            let net = Net::new(19).delay(Duration::from_millis(20));
+            let (_server, here, there) = ends(&net, server(), limits).await;
+            let (ours, theirs) = channel(&here, &there).await;
+            net.cut();
+            tokio::time::sleep(Duration::from_secs(8)).await;
+            let mut sent = 0_u64;
+            while ours.try_send("n", &sent).expect("alive") {
+                sent += 1;
+                assert!(sent <= 4096, "no bound");
+            }
+            assert!(sent >= 50, "{sent}");
+            assert_eq!(ours.unconfirmed(), sent);
+            let waiting = ours.send("n", &sent);
+            tokio::pin!(waiting);
+            let wait = tokio::time::timeout(Duration::from_secs(5), &mut waiting);
+            assert!(wait.await.is_err(), "it waits");
+            net.mend();
+            waiting.await.expect("queued");
+            let (done, heard) = tokio::join!(ours.finish(), listen(&theirs));
+            done.expect("confirmed");
+            assert!(heard.expect("in order").into_iter().eq(0..=sent));
+            assert_eq!((ours.unconfirmed(), ours.queued_bytes()), (0, 0));
+        })
+        .await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_keeps_only_so_many_sessions_without_a_connection() {
+    bounded(async {
+        let net = Net::new(20).delay(Duration::from_millis(20));
+        let one = Limits {
+            detached_sockets: 1,
+            ..Limits::default()
+        };
+        let (server, anna, _there) = ends(&net, server().limits(one), Limits::default()).await;
+        let (bert, _there) = visitor(&net, &server, Limits::default()).await;
+        let mut states = [anna.states(), bert.states()];
+        for states in &mut states {
+            states.next().await.expect("the present state");
+        }
+        net.cut_for(Duration::from_secs(12));
+        let [a, b] = &mut states;
+        let mut ends = [again(a).await, again(b).await];
+        ends.sort();
+        assert_eq!(ends, [(false, Some("unknown".to_owned())), (true, None)]);
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_goes_while_its_client_is_away_loses_nothing_silently() {
+    bounded(async {
+        let net = Net::new(21).delay(Duration::from_millis(20));
+        let tally = Tally::default();
+        let first = net.bind(tally.server()).await.expect("an address");
+        let second = net.bind(tally.server()).await.expect("an address");
+        let builder =
+            client(&first).fallback(second.local_addr().to_string(), Some(second.fingerprint()));
+        let trouble = async {
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            net.cut_for(Duration::from_secs(12));
+            tokio::time::sleep(Duration::from_secs(8)).await;
+            let begun = Instant::now();
+            let drain = Drain::within(Duration::from_secs(60));
+            first
+                .run_until(std::future::ready(()), drain)
+                .await
+                .expect("drained");
+            assert!(
+                begun.elapsed() < Duration::from_secs(10),
+                "it waits for nobody"
+            );
+        };
+        let reason = broken(&net, &first, builder, &tally, trouble).await;
+        assert_eq!(reason.as_deref(), Some("unknown"));
+        assert_eq!(second.sockets().len(), 1);
+    })
+    .await;
+}
+
+/// A socket that has lost its connection and tries to come back, with a channel.
+async fn away(net: &Net, reconnect: Reconnect) -> (Server, Socket, Channel) {
+    let server = net
+        .bind(server().timeouts(timeouts()))
+        .await
+        .expect("an address");
+    let builder = client(&server).timeouts(timeouts()).reconnect(reconnect);
+    let here = net.connect(builder, &server).await.expect("let in");
+    let channel = here
+        .channel("c")
+        .resumable()
+        .open()
+        .await
+        .expect("a channel");
+    net.cut();
+    let mut states = here.states();
+    while !matches!(
+        states.next().await,
+        Some(SocketState::Reconnecting { attempt: 2, .. })
+    ) {}
+    (server, here, channel)
+}
+
+#[tokio::test(start_paused = true)]
+async fn closing_a_socket_that_is_away_takes_no_time() {
+    bounded(async {
+        let net = Net::new(22);
+        let (_server, here, channel) = away(&net, reconnect()).await;
+        let begun = Instant::now();
+        assert_eq!(
+            here.close(CloseCode::NORMAL, "").await.code,
+            CloseCode::NORMAL
+        );
+        assert!(
+            begun.elapsed() < Duration::from_secs(2),
+            "{:?}",
+            begun.elapsed()
+        );
+        assert!(channel.recv().await.expect("normal").is_none());
+        assert!(channel.send("n", &1).await.expect_err("over").is_closed());
+        assert!(matches!(here.state(), Some(SocketState::GaveUp(_))));
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_socket_gives_up_when_its_patience_ends() {
+    let patient = Reconnect {
+        patience: Duration::from_secs(20),
+        ..reconnect()
+    };
+    let thrice = Reconnect {
+        attempts: Some(3),
+        ..reconnect()
+    };
+    for policy in [patient, thrice] {
+        bounded(async {
+            let net = Net::new(23);
+            let (_server, here, channel) = away(&net, policy).await;
+            let begun = Instant::now();
+            let reason = here.closed().await;
+            assert!(
+                begun.elapsed() < Duration::from_secs(50),
+                "{:?}",
+                begun.elapsed()
+            );
+            assert_eq!(here.state(), Some(SocketState::GaveUp(reason.clone())));
+            assert!(reason.retry, "{reason}");
+            let error = channel.recv().await.expect_err("not in order");
+            assert_eq!(error.reason().code, reason.code);
+            assert!(channel.send("n", &1).await.expect_err("over").is_closed());
+            assert!(here.open("c").await.is_err());
+        })
+        .await;
+    }
+}
+
+/// One thing that happens in a session.
+#[derive(Debug, Clone)]
+enum Step {
+    Open {
+        client: bool,
+    },
+    Send {
+        end: usize,
+        count: u64,
+    },
+    /// The application takes so many more messages at this end.
+    Take {
+        end: usize,
+        count: usize,
+    },
+    Finish {
+        end: usize,
+    },
+    Close {
+        end: usize,
+    },
+    Drop {
+        end: usize,
+    },
+    Cut,
+    Mend,
+    /// Silence until both sides have lost the connection, and a little of what follows.
+    Lose {
+        then: u64,
+    },
+    Move,
+    Wait {
+        millis: u64,
+    },
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let end = 0..12_usize;
+    let step = prop_oneof![
+        3 => any::<bool>().prop_map(|client| Step::Open { client }),
+        8 => (end.clone(), 1..200_u64).prop_map(|(end, count)| Step::Send { end, count }),
+        6 => (end.clone(), 1..150_usize).prop_map(|(end, count)| Step::Take { end, count }),
+        1 => end.clone().prop_map(|end| Step::Finish { end }),
+        1 => end.clone().prop_map(|end| Step::Close { end }),
+        1 => end.prop_map(|end| Step::Drop { end }),
+        2 => Just(Step::Cut),
+        3 => Just(Step::Mend),
+        4 => (0..400_u64).prop_map(|then| Step::Lose { then }),
+        1 => Just(Step::Move),
+        6 => (0..120_u64).prop_map(|millis| Step::Wait { millis }),
+    ];
+    proptest::collection::vec(step, 10..60)
+}
+
+/// One end of a channel, with somebody who takes as many messages as the steps permit.
+struct Party {
+    channel: Option<Channel>,
+    permits: Arc<Semaphore>,
+    heard: Heard,
+    reader: tokio::task::JoinHandle<()>,
+    sent: u64,
+    /// This end refuses what still comes.
+    deaf: bool,
+    ended: bool,
+}
+
+impl Party {
+    fn new(channel: Channel) -> Self {
+        let (permits, heard) = (Arc::new(Semaphore::new(0)), Heard::default());
+        let (reader, may, list) = (channel.clone(), permits.clone(), heard.clone());
+        let reader = tokio::spawn(async move {
+            loop {
+                may.acquire().await.expect("open").forget();
+                match reader.recv().await {
+                    Ok(Some(message)) => {
+                        let number = message.data().expect("a number");
+                        list.lock().expect("sound").push(number);
+                    }
+                    Ok(None) | Err(_) => break,
+                }
+            }
+        });
+        Self {
+            channel: Some(channel),
+            permits,
+            heard,
+            reader,
+            sent: 0,
+            deaf: false,
+            ended: false,
+        }
+    }
+
+    fn send(&mut self, count: u64) {
+        for _ in 0..count {
+            match self
+                .channel
+                .as_ref()
+                .map(|channel| channel.try_send("n", &self.sent))
+            {
+                Some(Ok(true)) => self.sent += 1,
+                _ => break,
+            }
+        }
+    }
+}
+
+type Parties = Arc<Mutex<std::collections::BTreeMap<usize, Party>>>;
+
+/// Takes the channels that the peer opens; the name tells which.
+fn accept(socket: &Socket, parties: &Parties) {
+    let (socket, parties) = (socket.clone(), parties.clone());
+    tokio::spawn(async move {
+        while let Some(channel) = socket.accept_channel().await {
+            let number = channel.name().parse().expect("a number");
+            let twice = parties
+                .lock()
+                .expect("sound")
+                .insert(number, Party::new(channel));
+            assert!(twice.is_none(), "channel {number} was opened twice");
+        }
+    });
+}
+
+async fn play(seed: u64, steps: Vec<Step>) -> Result<(), TestCaseError> {
+    let net = Net::new(seed)
+        .delay(Duration::from_millis(10))
+        .jitter(Duration::from_millis(10))
+        .loss(0.02);
+    let (_server, here, there) = ends(&net, server(), Limits::default()).await;
+    let parties = Parties::default();
+    accept(&here, &parties);
+    accept(&there, &parties);
+    let mut opening = tokio::task::JoinSet::new();
+    let mut opened = 0;
+    for step in steps {
+        match step {
+            // The ends of the n-th channel are numbers 2n, which opened it, and 2n + 1.
+            Step::Open { client } if opened < 6 => {
+                let (from, parties, number) = (
+                    if client { &here } else { &there }.clone(),
+                    parties.clone(),
+                    opened,
+                );
+                opened += 1;
+                opening.spawn(async move {
+                    let name = (2 * number + 1).to_string();
+                    // A server without its client opens nothing.
+                    let channel = from.channel(&name).resumable().open().await.ok()?;
+                    parties
+                        .lock()
+                        .expect("sound")
+                        .insert(2 * number, Party::new(channel));
+                    Some(number)
+                });
+            }
+            Step::Open { .. } => {}
+            Step::Send { end, count } => {
+                if let Some(party) = parties.lock().expect("sound").get_mut(&end) {
+                    party.send(count);
+                }
+            }
+            Step::Take { end, count } => {
+                if let Some(party) = parties.lock().expect("sound").get_mut(&end) {
+                    party.permits.add_permits(count);
+                }
+            }
+            Step::Finish { end } => {
+                if let Some(party) = parties.lock().expect("sound").get_mut(&end)
+                    && let Some(channel) = &party.channel
+                {
+                    // It acts when it is polled first.
+                    let _ = futures_util::FutureExt::now_or_never(channel.finish());
+                    party.ended = true;
+                }
+            }
+            Step::Close { end } => {
+                if let Some(party) = parties.lock().expect("sound").get_mut(&end)
+                    && let Some(channel) = &party.channel
+                {
+                    drop(channel.close(CloseCode::new(0x1234), "enough"));
+                    party.deaf = true;
+                    party.ended = true;
+                }
+            }
+            Step::Drop { end } => {
+                if let Some(party) = parties.lock().expect("sound").get_mut(&end) {
+                    party.reader.abort();
+                    party.channel = None;
+                    party.deaf = true;
+                    party.ended = true;
+                }
+            }
+            Step::Cut => net.cut(),
+            Step::Mend => net.mend(),
+            Step::Lose { then } => {
+                net.cut();
+                tokio::time::sleep(Duration::from_secs(7)).await;
+                net.mend();
+                tokio::time::sleep(Duration::from_millis(then)).await;
+            }
+            Step::Move => {
+                net.move_client(&here);
+            }
+            Step::Wait { millis } => tokio::time::sleep(Duration::from_millis(millis)).await,
+        }
+    }
+    net.mend();
+    let mut numbers = Vec::new();
+    while let Some(number) = opening.join_next().await {
+        numbers.extend(number.expect("no panic"));
+    }
+    for number in &numbers {
+        while !parties
+            .lock()
+            .expect("sound")
+            .contains_key(&(2 * number + 1))
+        {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+    let mut parties = std::mem::take(&mut *parties.lock().expect("sound"));
+    for party in parties.values_mut() {
+        party.permits.add_permits(1 << 20);
+        if let Some(channel) = &party.channel {
+            let _ = futures_util::FutureExt::now_or_never(channel.finish());
+        }
+    }
+    for (_, party) in &mut parties {
+        if let Err(error) = (&mut party.reader).await {
+            prop_assert!(error.is_cancelled(), "{error}");
+        }
+    }
+    for number in numbers {
+        for (from, to) in [(2 * number, 2 * number + 1), (2 * number + 1, 2 * number)] {
+            let (from, to) = (&parties[&from], &parties[&to]);
+            let heard = to.heard.lock().expect("sound").clone();
+            prop_assert!(heard.iter().copied().eq(0..heard.len() as u64), "{heard:?}");
+            prop_assert!(heard.len() as u64 <= from.sent);
+            if !to.deaf {
+                prop_assert_eq!(heard.len() as u64, from.sent, "channel {}", number);
+            }
+        }
+    }
+    drop(parties);
+    nothing_kept(&here, &there).await;
+    prop_assert_eq!(here.close_reason(), None);
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    /// Whatever happens, each side hears a beginning of what the other said, and all of it unless it refused.
+    #[test]
+    fn whatever_happens_each_side_hears_what_was_said(seed in any::<u64>(), steps in steps()) {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .start_paused(true)
+            .build()
+            .expect("a runtime");
+        runtime.block_on(bounded(play(seed, steps)))?;
+    }
 }
