@@ -162,8 +162,7 @@ async fn count(
         () = counting => {}
         () = async { trouble.await; std::future::pending().await } => {}
     }
-    let connections = connections.lock().expect("sound").clone();
-    connections
+    std::mem::take(&mut *connections.lock().expect("sound"))
 }
 
 /// The next time the socket is connected: whether its session goes on, and why not.
@@ -886,9 +885,8 @@ async fn a_channel_that_ends_without_a_connection_ends_in_order_with_the_next() 
                     _ => None,
                 };
                 let ending = async {
-                    match &finished {
-                        Some(near) => near.finish().await.expect("confirmed"),
-                        None => {}
+                    if let Some(near) = &finished {
+                        near.finish().await.expect("confirmed");
                     }
                 };
                 let hearing = async {
@@ -1402,7 +1400,7 @@ async fn play(seed: u64, steps: Vec<Step>) -> Result<(), TestCaseError> {
             let _ = futures_util::FutureExt::now_or_never(channel.finish());
         }
     }
-    for (_, party) in &mut parties {
+    for party in parties.values_mut() {
         if let Err(error) = (&mut party.reader).await {
             prop_assert!(error.is_cancelled(), "{error}");
         }
