@@ -693,7 +693,7 @@ impl Pipe {
                 let reason = CloseReason::local(CloseCode::RESUME_MISMATCH, text);
                 self.fail(session, &reason);
                 if let Some(inbox) = inbox {
-                    inbox.stop(reason.code, Ending::Closed(reason.clone()));
+                    inbox.stop(reason.code, Ending::Closed(reason.clone()), session);
                 }
                 let last = control::encode_close(reason.code, &reason.text);
                 let within = session.timeouts.close;

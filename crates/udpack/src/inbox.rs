@@ -17,7 +17,7 @@ use crate::calls::{Calls, Taken};
 use crate::code::{CloseCode, CloseReason};
 use crate::config::MIN_FRAME_RATE;
 use crate::control::{
-    self, ACK, Ack, CLOSE, GAP, GOAWAY, HELLO, OPEN, REFRESH, REFRESHED, RESUME, WELCOME,
+    self, ACK, Ack, CHANNELS, CLOSE, GAP, GOAWAY, HELLO, OPEN, REFRESH, REFRESHED, RESUME, WELCOME,
 };
 use crate::frame::FrameDecoder;
 use crate::message::Message;
@@ -442,7 +442,10 @@ impl State {
                         return Poll::Ready(Step::End(self.ended(end)));
                     }
                 },
-                (HELLO | WELCOME | OPEN | GOAWAY | RESUME | ACK | REFRESH | REFRESHED, _) => {
+                (
+                    HELLO | WELCOME | OPEN | GOAWAY | RESUME | ACK | CHANNELS | REFRESH | REFRESHED,
+                    _,
+                ) => {
                     let end = violation(
                         CloseCode::PROTOCOL_ORDER,
                         &"a message that has no place on a channel now",

@@ -853,8 +853,20 @@ fn messages() -> Vec<Case> {
         ("M4 []", frame(&[0x90])),
         ("M4 [event]", array(vec!["say".into()])),
         (
-            "M4 four items",
-            array(vec!["say".into(), Value::Nil, uint(1), uint(1)]),
+            "M4 five items",
+            array(vec!["say".into(), Value::Nil, uint(1), uint(1), uint(1)]),
+        ),
+        (
+            "M9 a deadline without an id",
+            array(vec!["say".into(), Value::Nil, Value::Nil, uint(1)]),
+        ),
+        (
+            "M9 deadline nil",
+            array(vec!["say".into(), Value::Nil, uint(1), Value::Nil]),
+        ),
+        (
+            "M9 deadline -1",
+            array(vec!["say".into(), Value::Nil, uint(1), Value::Int(-1)]),
         ),
         (
             "M4 ten million items announced, none there",
