@@ -25,7 +25,7 @@ use crate::endpoint::InvalidSetting;
 use crate::message::Message;
 use crate::metrics::{Count, Tally};
 use crate::session::{Session, lock};
-use crate::socket::Rate;
+use crate::streams::Rate;
 
 /// New tokens a client may present each second, with a burst of twice as many.
 const REFRESH_RATE: u32 = 1;

@@ -12,9 +12,9 @@ use crate::control::{self, GoAway};
 use crate::inbox::Inbox;
 use crate::message::EncodeError;
 use crate::metrics::Count;
-use crate::outbox::Way;
 use crate::socket::Socket;
 use crate::speed::Counters;
+use crate::writer::Way;
 
 impl Socket {
     /// Begins to open a channel of this name: choose what it needs, then call [`open`](OpenChannel::open).

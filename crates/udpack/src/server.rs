@@ -25,6 +25,7 @@ use crate::config::{
     CongestionControl, Drain, Limits, MIN_WINDOW, PREAUTH_BYTES, Timeouts, VOLATILE_STREAMS,
 };
 use crate::control::{self, GoAway, ResumeGrant, ResumeTicket, Welcome};
+use crate::driver::{Awaited, Comeback, Control, Link, live};
 use crate::endpoint::{self, InvalidSetting, Via, varint};
 use crate::fingerprint::Fingerprint;
 use crate::identity::{Identity, IdentityError};
@@ -36,7 +37,7 @@ use crate::quiet::Quiet;
 use crate::rooms::Rooms;
 use crate::router::ServeChannel;
 use crate::session::{Session, SessionId, lock};
-use crate::socket::{Awaited, Comeback, Control, Link, Registry, Socket, live};
+use crate::socket::{Registry, Socket};
 use crate::speed::{Counters, SpeedMeter, Stats};
 
 /// Sockets that may wait for `accept`.

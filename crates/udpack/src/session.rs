@@ -14,7 +14,6 @@ use tokio::sync::{Notify, watch};
 use tokio_util::task::TaskTracker;
 
 use crate::auth::PeerCell;
-use crate::channel::Pipe;
 use crate::code::{CloseCode, CloseReason, Side, printable};
 use crate::config::{Limits, Timeouts};
 use crate::control::{GoAway, Welcome};
@@ -23,6 +22,7 @@ use crate::lifetime::Life;
 use crate::metrics::Tally;
 use crate::open::OpenError;
 use crate::outbox::Budget;
+use crate::pipe::Pipe;
 use crate::quiet::Quiet;
 use crate::reconnect::StateFeed;
 use crate::resume::Seen;

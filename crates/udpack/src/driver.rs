@@ -1,0 +1,649 @@
+//! The task of a session: it serves one connection after the other.
+//!
+//! The driver owns everything that belongs to the connection as a whole: it takes the streams the peer opens,
+//! reads and writes the control stream, and carries out a close. It ends with the session, and with it every
+//! channel task it started.
+
+use std::future::poll_fn;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tracing::Instrument;
+use tracing::field::Empty;
+
+use crate::channel::Channel;
+use crate::client::Dialler;
+use crate::code::{CloseCode, CloseReason, Side};
+use crate::control::{self, Ack, Channels, ControlError, Welcome};
+use crate::inbox::{Ending, Inbox};
+use crate::lifetime::Lifetime;
+use crate::metrics::{Count, Tally, Words};
+use crate::reconnect::SocketState;
+use crate::resume::{Mismatch, Seen};
+use crate::session::{ChannelKey, Session, lock};
+use crate::socket::Registry;
+use crate::streams::{Rate, serve_stream};
+
+/// The control stream, in the driver's hands.
+pub(crate) struct Control {
+    pub(crate) send: quinn::SendStream,
+    pub(crate) inbox: Inbox,
+}
+
+/// A connection on which a session goes on, or another begins.
+pub(crate) struct Link {
+    pub(crate) conn: quinn::Connection,
+    /// A client's.
+    pub(crate) endpoint: Option<quinn::Endpoint>,
+    pub(crate) control: Control,
+    /// At a client, what the server has said.
+    pub(crate) welcome: Option<Welcome>,
+}
+
+/// Where a session's next connection comes from.
+pub(crate) enum Comeback {
+    /// From nowhere: it ends with its connection.
+    Never,
+    /// From the client.
+    Awaited(Awaited),
+    /// From us.
+    Dialled(Box<Dialler>),
+}
+
+/// What a server does about a client that may come back.
+pub(crate) struct Awaited {
+    pub(crate) links: mpsc::Receiver<Link>,
+    /// How long it waits.
+    pub(crate) window: Duration,
+    /// How many sessions wait, of how many that may.
+    pub(crate) detached: Arc<AtomicUsize>,
+    pub(crate) most: usize,
+}
+
+impl Awaited {
+    async fn next(&mut self, reason: CloseReason) -> Result<Link, CloseReason> {
+        struct Waiting(Arc<AtomicUsize>);
+        impl Drop for Waiting {
+            fn drop(&mut self) {
+                self.0.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+        let before = self.detached.fetch_add(1, Ordering::Relaxed);
+        let _waiting = Waiting(self.detached.clone());
+        if before >= self.most {
+            tracing::warn!(%reason, most = self.most, "connection lost; no room to keep its session");
+            return Err(reason);
+        }
+        tracing::info!(%reason, window = ?self.window, "connection lost; its session waits for the client");
+        match tokio::time::timeout(self.window, self.links.recv()).await {
+            Ok(Some(link)) => Ok(link),
+            Ok(None) | Err(_) => Err(reason),
+        }
+    }
+}
+
+/// How the service of one connection ended.
+enum Outcome {
+    /// And the session with it.
+    Over(CloseReason),
+    /// The session may go on over another.
+    Lost(CloseReason),
+    /// The client has come back over this one.
+    Replaced(Box<Link>),
+    /// The server goes away and our channels have ended: to the next.
+    Moved(CloseReason),
+}
+
+/// Serves a session until it ends, over however many connections.
+pub(crate) async fn live(
+    session: Arc<Session>,
+    mut control: Control,
+    registry: Arc<Registry>,
+    incoming: mpsc::Sender<Channel>,
+    mut comeback: Comeback,
+) -> CloseReason {
+    let mut channels = JoinSet::new();
+    let mut driver = Driver {
+        session: session.clone(),
+        registry,
+        incoming,
+        rate: Rate::new(session.limits.channel_rate),
+        lifetime: Lifetime::new(&session),
+        resumed: false,
+    };
+    let reason = loop {
+        let next = match driver
+            .drive(&mut control, &mut channels, &mut comeback)
+            .await
+        {
+            Outcome::Over(reason) => break reason,
+            Outcome::Replaced(link) => Ok(*link),
+            Outcome::Lost(reason) => {
+                comeback
+                    .next(&session, &mut driver.lifetime, reason, false)
+                    .await
+            }
+            Outcome::Moved(reason) => {
+                comeback
+                    .next(&session, &mut driver.lifetime, reason, true)
+                    .await
+            }
+        };
+        match next {
+            Ok(link) => control = driver.change(link, &mut channels),
+            Err(reason) => break reason,
+        }
+    };
+    session.end.set(reason);
+    let reason = session.end.wait().await;
+    session.set_up(None);
+    session.fail_resumable(&reason);
+    if session.welcome().is_some() {
+        session.tally.less(Count::Sockets);
+        session.tally.closed(&reason);
+    }
+    if let Some(states) = &session.states {
+        states.set(SocketState::GaveUp(reason.clone()));
+    }
+    // Handlers see the end in their next `recv`; give those that only wait for it the time to leave.
+    let grace = async { while channels.join_next().await.is_some() {} };
+    let _ = tokio::time::timeout(session.timeouts.close, grace).await;
+    session.tasks.close();
+    reason
+}
+
+impl Comeback {
+    /// The next connection; why there is none, otherwise.
+    async fn next(
+        &mut self,
+        session: &Arc<Session>,
+        lifetime: &mut Lifetime,
+        reason: CloseReason,
+        moved: bool,
+    ) -> Result<Link, CloseReason> {
+        /// Counts one session for as long as it has no connection.
+        struct Detached<'a>(&'a Tally);
+        impl Drop for Detached<'_> {
+            fn drop(&mut self) {
+                self.0.less(Count::Detached);
+            }
+        }
+        session.set_up(None);
+        session.budget.set_detached(true);
+        session.tally.one(Count::Detached);
+        let _detached = Detached(&session.tally);
+        let next = async {
+            match self {
+                Self::Never => Err(reason),
+                Self::Awaited(awaited) => awaited.next(reason).await,
+                Self::Dialled(dialler) => dialler.next(session, reason, moved).await,
+            }
+        };
+        let closed = async {
+            loop {
+                let mut wished = std::pin::pin!(session.wished.notified());
+                wished.as_mut().enable();
+                if let Some(reason) = lock(&session.wishes).close.clone() {
+                    return reason;
+                }
+                wished.await;
+            }
+        };
+        tokio::select! {
+            link = next => link,
+            reason = closed => Err(reason),
+            // Its token has ended, say: nobody need come back.
+            reason = session.end.wait() => Err(reason),
+            () = lifetime.run() => std::future::pending().await,
+        }
+    }
+
+    /// Whether the end of a connection for this reason may be followed by another connection.
+    fn survives(&self, reason: &CloseReason) -> bool {
+        match self {
+            Self::Never => false,
+            // The client said goodbye, or we did; or the path is gone.
+            Self::Awaited(_) => reason.by == Side::Transport,
+            Self::Dialled(_) => reason.retry && reason.by != Side::Local,
+        }
+    }
+
+    /// The client, back over another connection while the present one still seems to live.
+    async fn replaced(&mut self) -> Link {
+        if let Self::Awaited(awaited) = self
+            && let Some(link) = awaited.links.recv().await
+        {
+            return link;
+        }
+        std::future::pending().await
+    }
+}
+
+/// Serves the connections of one session, one after the other.
+struct Driver {
+    session: Arc<Session>,
+    registry: Arc<Registry>,
+    incoming: mpsc::Sender<Channel>,
+    rate: Rate,
+    lifetime: Lifetime,
+    /// The present connection resumed the session.
+    resumed: bool,
+}
+
+/// How long confirmations gather before they are sent.
+const CONFIRM_DELAY: Duration = Duration::from_millis(5);
+
+impl Driver {
+    /// Goes over to another connection.
+    fn change(&mut self, link: Link, channels: &mut JoinSet<()>) -> Control {
+        let session = &self.session;
+        session.conn().close(
+            CloseCode::SUPERSEDED.varint(),
+            b"the session goes on over another connection",
+        );
+        lock(&session.received_goaway).take();
+        session.prune();
+        // The peer's channels come back all at once.
+        self.rate.grant(session.limits.channels);
+        let granted = session
+            .welcome()
+            .is_none_or(|welcome| welcome.resume.is_some());
+        let mut reason = None;
+        self.resumed = true;
+        if let Some(welcome) = link.welcome {
+            self.resumed = welcome.resumed;
+            session.peer_frame.store(welcome.frame, Ordering::Relaxed);
+            if !welcome.resumed {
+                let words = welcome
+                    .reason
+                    .clone()
+                    .unwrap_or_else(|| if granted { "unknown" } else { "off" }.to_owned());
+                let text = format!("the session could not be resumed: {words}");
+                session.tally.word(Words::ResumesRefused, &words);
+                session.fail_resumable(&CloseReason::new(
+                    CloseCode::NOT_RESUMED,
+                    text,
+                    Side::Transport,
+                ));
+                reason = Some(words);
+                // Another session counts its channels from the beginning.
+                *lock(&session.seen) = Seen::default();
+            }
+            session.life.counts_for(welcome.expires);
+            session.set_welcome(welcome);
+        }
+        session.life.reattached();
+        let number = session.set_link(link.conn, link.endpoint);
+        session.budget.set_detached(false);
+        let conn = session.conn();
+        for pipe in session.kept_own() {
+            channels.spawn(pipe.reopen(session.clone(), conn.clone(), number));
+        }
+        session.set_up(Some(number));
+        if self.resumed {
+            session.tally.one(Count::Resumed);
+        }
+        if session.client {
+            session.tally.one(Count::Reconnects);
+        }
+        if let Some(rooms) = session.rooms.get() {
+            rooms.resumed(session, number);
+        }
+        tracing::info!(session = %session.id(), resumed = self.resumed, "connected again");
+        if let Some(states) = &session.states {
+            states.set(SocketState::Connected {
+                resumed: self.resumed,
+                reason,
+            });
+        }
+        link.control
+    }
+
+    /// Serves one connection until it ends, or the session goes over to another.
+    async fn drive(
+        &mut self,
+        control: &mut Control,
+        channels: &mut JoinSet<()>,
+        comeback: &mut Comeback,
+    ) -> Outcome {
+        let session = self.session.clone();
+        let (conn, link) = session.link();
+        if self.resumed {
+            let open = session.kept_own().iter().map(|pipe| pipe.key.id).collect();
+            if let Some(frame) = control::encode_channels(open) {
+                write_control(&session, &mut control.send, frame).await;
+            }
+        }
+        let mut confirm_at = None;
+        let mut move_at: Option<Instant> = None;
+        let mut volatile = pin!(crate::volatile::serve(&session, &conn));
+        loop {
+            tokio::select! {
+                never = &mut volatile => match never {},
+                stream = conn.accept_bi() => match stream {
+                    Ok((send, recv)) => {
+                        if !self.rate.take() {
+                            let text = format!("more than {} channels a second", session.limits.channel_rate);
+                            session.abort(CloseReason::local(CloseCode::RATE_LIMITED, text));
+                            continue;
+                        }
+                        let span = tracing::debug_span!("channel", name = Empty, id = Empty);
+                        let serve = serve_stream(
+                            session.clone(),
+                            self.registry.clone(),
+                            self.incoming.clone(),
+                            (conn.clone(), link),
+                            send,
+                            recv,
+                        );
+                        channels.spawn(serve.instrument(span));
+                    }
+                    Err(error) => {
+                        let reason = session.reason_for(&error);
+                        return if comeback.survives(&reason) {
+                            Outcome::Lost(reason)
+                        } else {
+                            Outcome::Over(reason)
+                        };
+                    }
+                },
+                message = poll_fn(|cx| control.inbox.poll_first(cx, &session, &session.counters)) => {
+                    match on_control(&session, message) {
+                        None => {
+                            if move_at.is_none()
+                                && matches!(comeback, Comeback::Dialled(_))
+                                && let Some(goaway) = &*lock(&session.received_goaway)
+                            {
+                                // Until then channels go on; new ones wait for the next server.
+                                move_at = Some(Instant::now() + goaway.wait());
+                                session.set_up(None);
+                                if let Some(states) = &session.states {
+                                    states.set(SocketState::GoingAway(goaway.clone()));
+                                }
+                            }
+                        }
+                        // The control stream may tell of a lost connection before the connection does.
+                        Some(reason) if reason.by != Side::Local && comeback.survives(&reason) => {
+                            // It will not be there for us, but perhaps another is.
+                            conn.close(reason.code.varint(), reason.text.as_bytes());
+                            return Outcome::Lost(reason);
+                        }
+                        Some(reason) => {
+                            if reason.by == Side::Peer {
+                                // The peer has flushed its channels and leaves the last word to us. What we
+                                // have queued gets a moment too; a peer that no longer reads cannot hold us up.
+                                session.finish_channels();
+                                session.channels_done(session.timeouts.close / 5).await;
+                                let (code, text) = (reason.code.varint(), reason.text.clone());
+                                session.end.set(reason);
+                                conn.close(code, text.as_bytes());
+                            } else {
+                                session.abort(reason);
+                            }
+                            let error = conn.closed().await;
+                            return Outcome::Over(session.reason_for(&error));
+                        }
+                    }
+                },
+                () = session.wished.notified() => {
+                    let (close, goaway) = {
+                        let mut wishes = lock(&session.wishes);
+                        (wishes.close.clone(), wishes.goaway.take())
+                    };
+                    if let Some(frame) = goaway.as_ref().and_then(control::encode_goaway) {
+                        write_control(&session, &mut control.send, frame).await;
+                    }
+                    if let Some(reason) = close {
+                        close_gracefully(&session, control, reason).await;
+                        let error = conn.closed().await;
+                        return Outcome::Over(session.reason_for(&error));
+                    }
+                },
+                () = session.confirm_due.notified() => {
+                    confirm_at.get_or_insert_with(|| Instant::now() + CONFIRM_DELAY);
+                },
+                () = at(confirm_at) => {
+                    confirm_at = None;
+                    confirm(&session, &mut control.send).await;
+                },
+                link = comeback.replaced() => return Outcome::Replaced(Box::new(link)),
+                () = at(move_at) => {
+                    let reason = CloseReason::new(
+                        CloseCode::MOVED,
+                        "the server goes away; open the channel again",
+                        Side::Transport,
+                    );
+                    session.finish_channels_because(&reason);
+                    return self.leave(control, channels, reason).await;
+                },
+                frame = self.lifetime.next() => write_control(&session, &mut control.send, frame).await,
+                Some(ended) = channels.join_next() => reap(&session, ended),
+            }
+        }
+    }
+
+    /// Serves a connection whose channels are ending, until they have ended, and takes leave of it.
+    async fn leave(
+        &mut self,
+        control: &mut Control,
+        channels: &mut JoinSet<()>,
+        reason: CloseReason,
+    ) -> Outcome {
+        let session = &self.session.clone();
+        let conn = session.conn();
+        let ended = session.all_channels_done();
+        let mut ended = std::pin::pin!(ended);
+        loop {
+            tokio::select! {
+                () = &mut ended => break,
+                _ = conn.closed() => return Outcome::Moved(reason),
+                message = poll_fn(|cx| control.inbox.poll_first(cx, session, &session.counters)) => {
+                    if on_control(session, message).is_some() {
+                        // Its patience has ended before ours.
+                        conn.close(CloseCode::NORMAL.varint(), b"");
+                        return Outcome::Moved(reason);
+                    }
+                },
+                () = session.confirm_due.notified() => {
+                    tokio::time::sleep(CONFIRM_DELAY).await;
+                    confirm(session, &mut control.send).await;
+                },
+                () = session.wished.notified() => {
+                    let close = lock(&session.wishes).close.clone();
+                    if let Some(reason) = close {
+                        close_gracefully(session, control, reason).await;
+                        let error = conn.closed().await;
+                        return Outcome::Over(session.reason_for(&error));
+                    }
+                },
+                frame = self.lifetime.next() => write_control(session, &mut control.send, frame).await,
+                Some(ended) = channels.join_next() => reap(session, ended),
+            }
+        }
+        if let Some(frame) = control::encode_close(CloseCode::NORMAL, "") {
+            write_control(session, &mut control.send, frame).await;
+            let _ = control.send.finish();
+        }
+        let _ = tokio::time::timeout(session.timeouts.close, conn.closed()).await;
+        conn.close(CloseCode::NORMAL.varint(), b"");
+        Outcome::Moved(reason)
+    }
+}
+
+/// Tells the peer what it need not keep any more.
+async fn confirm(session: &Session, send: &mut quinn::SendStream) {
+    let confirms = session.take_confirms();
+    let acks = confirms.into_iter().map(|(key, received)| Ack {
+        channel: key.id,
+        own: key.own,
+        received,
+    });
+    let mut frames: Vec<_> = acks.filter_map(control::encode_ack).collect();
+    write_control_all(session, send, &mut frames).await;
+}
+
+fn reap(session: &Session, ended: Result<(), tokio::task::JoinError>) {
+    if let Err(error) = ended
+        && error.is_panic()
+    {
+        session.tally.one(Count::HandlerPanics);
+        tracing::error!("a channel task panicked");
+    }
+}
+
+/// Waits for a point in time, or for ever.
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Acts on a message of the control stream; a reason says that the connection must end.
+fn on_control(session: &Session, message: Result<crate::Message, Ending>) -> Option<CloseReason> {
+    let order = |text: &str| Some(CloseReason::local(CloseCode::PROTOCOL_ORDER, text));
+    let refused =
+        |error: ControlError| Some(CloseReason::local(error.close_code(), error.to_string()));
+    match message {
+        Ok(message) => match message.event() {
+            control::CLOSE => match control::decode_close(&message) {
+                Ok(reason) => Some(reason),
+                Err(error) => refused(error),
+            },
+            control::GOAWAY if session.client => match control::decode_goaway(&message) {
+                Ok(goaway) => {
+                    tracing::info!(text = %goaway.text, "the server is going away");
+                    lock(&session.received_goaway).get_or_insert(goaway);
+                    if session.states.is_none() {
+                        session.set_up(None);
+                    }
+                    None
+                }
+                Err(error) => refused(error),
+            },
+            control::WELCOME if session.client && session.welcome().is_none() => {
+                match control::decode_welcome(&message) {
+                    Ok(welcome) => {
+                        session.peer_frame.store(welcome.frame, Ordering::Relaxed);
+                        tracing::Span::current().record("session", &*welcome.session);
+                        session.tally.one(Count::Admitted);
+                        session.tally.one(Count::Sockets);
+                        session.life.counts_for(welcome.expires);
+                        session.set_welcome(welcome);
+                        if let Some(states) = &session.states {
+                            states.set(SocketState::Connected {
+                                resumed: false,
+                                reason: None,
+                            });
+                        }
+                        None
+                    }
+                    Err(error) => refused(error),
+                }
+            }
+            control::ACK => match control::decode_ack(&message) {
+                Ok(ack) => on_ack(session, ack),
+                Err(error) => refused(error),
+            },
+            control::CHANNELS => match control::decode_channels(&message) {
+                Ok(Channels { open }) => {
+                    lock(&session.tickets).confirm();
+                    session.retain_theirs(&open);
+                    None
+                }
+                Err(error) => refused(error),
+            },
+            control::REFRESH if !session.client => session.life.on_refresh(&message),
+            control::REFRESHED if session.client => session.life.on_refreshed(&message),
+            _ => order("a message that has no place on the control stream now"),
+        },
+        Err(Ending::Finished) => order("the control stream ended without $close"),
+        Err(Ending::Closed(reason)) if session.conn().close_reason().is_some() => Some(reason),
+        Err(Ending::Closed(_)) => order("the control stream was reset"),
+        Err(Ending::Violation(reason)) => Some(reason),
+    }
+}
+
+fn on_ack(session: &Session, ack: Ack) -> Option<CloseReason> {
+    // What the peer opened is ours to accept, and the other way round.
+    let key = ChannelKey {
+        own: !ack.own,
+        id: ack.channel,
+    };
+    // One that is over here may still be confirmed.
+    let pipe = session.kept(key)?;
+    if ack.received == Ack::REFUSED {
+        pipe.refused();
+        return None;
+    }
+    let text = format!(
+        "message {} of channel {} is confirmed and was never sent",
+        ack.received, ack.channel
+    );
+    pipe.confirm(ack.received)
+        .err()
+        .map(|Mismatch| CloseReason::local(CloseCode::RESUME_MISMATCH, text))
+}
+
+/// Flushes the channels, tells the peer, and leaves the last word to it; all within the close time.
+async fn close_gracefully(session: &Session, control: &mut Control, reason: CloseReason) {
+    let within = session.timeouts.close;
+    let deadline = Instant::now() + within;
+    session.finish_channels();
+    session.channels_done(within).await;
+    if let Some(frame) = control::encode_close(reason.code, &reason.text) {
+        let written = write_control(session, &mut control.send, frame);
+        let _ = tokio::time::timeout(within, written).await;
+        let _ = control.send.finish();
+    }
+    // When both sides close at once, neither would wait for the other's last word: a `$close` from the peer
+    // is as good as the end. Anything else on the control stream no longer matters.
+    let peer_closes = async {
+        while let Ok(message) =
+            poll_fn(|cx| control.inbox.poll_first(cx, session, &session.counters)).await
+        {
+            if message.event() == control::CLOSE {
+                return;
+            }
+        }
+        session.conn().closed().await;
+    };
+    let _ = tokio::time::timeout_at(deadline, peer_closes).await;
+    session.abort(reason);
+}
+
+/// Writes one small frame; a peer that does not even take that within the close time is given up.
+pub(crate) async fn write_control(session: &Session, send: &mut quinn::SendStream, frame: Bytes) {
+    write_control_all(session, send, &mut [frame]).await;
+}
+
+/// Writes small frames, as [`write_control`] does one.
+async fn write_control_all(session: &Session, send: &mut quinn::SendStream, frames: &mut [Bytes]) {
+    let mut writing = std::pin::pin!(send.write_all_chunks(frames));
+    loop {
+        let conn = session.conn();
+        let heard = conn.stats().udp_rx.datagrams;
+        match tokio::time::timeout(session.timeouts.close, &mut writing).await {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => {
+                tracing::debug!(%error, "control stream not writable");
+                return;
+            }
+            // A path that is silent is the idle timer's business.
+            Err(_) if conn.stats().udp_rx.datagrams == heard => {}
+            Err(_) => {
+                session.abort(CloseReason::local(
+                    CloseCode::SLOW_PEER,
+                    "the peer does not read the control stream",
+                ));
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,261 @@
+//! [`Pipe`]: what a channel is for its streams, and how it goes from one to the next.
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tracing::Instrument;
+
+use crate::code::{CloseCode, CloseReason, Side};
+use crate::config::Priority;
+use crate::control::{self, ControlError, Resumed};
+use crate::inbox::{Ending, Inbox};
+use crate::metrics::Count;
+use crate::outbox::Outbox;
+use crate::resume::Mismatch;
+use crate::session::{ChannelKey, End, Session};
+use crate::speed::Counters;
+use crate::writer::{self, Way, Written};
+
+/// A channel as its streams see it: what they carry to and fro, one after the other if it is resumable.
+pub(crate) struct Pipe {
+    pub(crate) key: ChannelKey,
+    pub(crate) priority: Priority,
+    /// The `$open` it began with, at the opener of a resumable channel.
+    pub(crate) open: Option<Bytes>,
+    pub(crate) outbox: Arc<Outbox>,
+    pub(crate) inbox: Arc<Inbox>,
+    pub(crate) counters: Arc<Counters>,
+    pub(crate) end: Arc<End>,
+    pub(crate) registration: u64,
+    /// The connection that its present stream came over.
+    pub(crate) link: AtomicU64,
+}
+
+impl Pipe {
+    /// Whether nothing can come of it any more, in either direction.
+    pub(crate) fn is_over(&self) -> bool {
+        self.outbox.is_over() && self.inbox.ending().is_some()
+    }
+
+    /// The connection that its present stream came over, at the acceptor.
+    pub(crate) fn link(&self) -> u64 {
+        self.link.load(Ordering::Relaxed)
+    }
+
+    /// Ends the channel because there will be no other stream for it. What has arrived can still be read.
+    pub(crate) fn fail(&self, session: &Session, reason: &CloseReason) {
+        self.end.set(reason.clone());
+        self.outbox.end(Err(reason.clone()));
+        self.inbox.fail(Ending::Closed(reason.clone()));
+        self.unregister(session);
+    }
+
+    /// Counts the channel as one that is over.
+    fn unregister(&self, session: &Session) {
+        if session.unregister(self.registration) {
+            let finished = || CloseReason::local(CloseCode::NORMAL, "");
+            let reason = self.end.get().cloned().unwrap_or_else(finished);
+            session.tally.less(Count::Channels);
+            session.tally.channel_closed(&reason);
+        }
+    }
+
+    /// Lets what is queued go out, then ends the direction.
+    pub(crate) fn finish(&self) {
+        self.outbox.finish(None);
+    }
+
+    /// Nothing will be repeated any more.
+    pub(crate) fn forget(&self) {
+        self.outbox.forget();
+    }
+
+    /// Lets what is queued go out and ends the channel for this reason when the peer has ended it, too.
+    pub(crate) fn finish_because(&self, reason: &CloseReason) {
+        self.inbox.finish_as(reason.clone());
+        self.outbox.finish_because(reason.clone());
+    }
+
+    /// The peer takes nothing more.
+    pub(crate) fn refused(&self) {
+        self.outbox.refused();
+    }
+
+    /// The peer has this many frames.
+    pub(crate) fn confirm(&self, received: u64) -> Result<(), Mismatch> {
+        self.outbox.confirm(received)
+    }
+
+    /// Opens another stream for a channel of our own, over connection number `link`, and goes on there.
+    pub(crate) async fn reopen(
+        self: Arc<Self>,
+        session: Arc<Session>,
+        conn: Arc<quinn::Connection>,
+        link: u64,
+    ) {
+        let Some(open) = &self.open else { return };
+        let Some(received) = session.on_link(link, || self.inbox.detach()) else {
+            return;
+        };
+        let opened = async {
+            let (mut send, recv) = conn.open_bi().await.ok()?;
+            let _ = send.set_priority(self.priority.quic());
+            let frame = control::reopen(open, received)?;
+            send.write_chunk(frame).await.ok()?;
+            let inbox = Inbox::new(recv, session.limits.frame);
+            let first = poll_fn(|cx| inbox.poll_first(cx, &session, &self.counters)).await;
+            Some((send, inbox, first))
+        };
+        let Some((send, inbox, first)) = opened.await else {
+            // The connection is gone again; the next one brings another try.
+            return;
+        };
+        let answer = match &first {
+            Ok(message) if message.event() == control::CLOSE => {
+                control::decode_close(message).map(Err)
+            }
+            Ok(message) => control::decode_resume(message).map(Ok),
+            Err(_) if conn.close_reason().is_some() => return,
+            Err(Ending::Closed(reason) | Ending::Violation(reason)) => Ok(Err(reason.clone())),
+            Err(Ending::Finished) => Err(ControlError::Unexpected {
+                expected: control::RESUME,
+            }),
+        };
+        match answer {
+            Ok(Ok(Resumed { done: true, .. })) => {
+                self.outbox.end(Ok(()));
+                self.inbox.fail(Ending::Finished);
+                self.unregister(&session);
+                session.prune();
+            }
+            Ok(Ok(Resumed { received, .. })) => {
+                self.go_on(&session, (conn, link), (send, inbox), received, None);
+            }
+            Ok(Err(reason)) => self.fail(&session, &reason),
+            Err(error) => self.fail(
+                &session,
+                &CloseReason::local(error.close_code(), error.to_string()),
+            ),
+        }
+    }
+
+    /// Goes on with the stream that the peer opened for a channel it had opened before, over connection number
+    /// `link`; the peer has this many frames.
+    pub(crate) fn accept(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        (conn, link): (Arc<quinn::Connection>, u64),
+        stream: (quinn::SendStream, Inbox),
+        received: u64,
+    ) {
+        let detached = session.on_link(link, || {
+            self.link.store(link, Ordering::Relaxed);
+            self.inbox.detach()
+        });
+        let Some(have) = detached else { return };
+        let answer = Resumed {
+            received: have,
+            done: false,
+        };
+        self.go_on(
+            session,
+            (conn, link),
+            stream,
+            received,
+            control::encode_resume(answer),
+        );
+    }
+
+    fn go_on(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        (conn, link): (Arc<quinn::Connection>, u64),
+        (mut stream, inbox): (quinn::SendStream, Inbox),
+        received: u64,
+        first: Option<Bytes>,
+    ) {
+        let _ = stream.set_priority(self.priority.quic());
+        let mut inbox = Some(inbox);
+        let went_on = session.on_link(link, || {
+            let rewound = self.outbox.rewind(received)?;
+            if let Some(inbox) = inbox.take() {
+                self.inbox.attach(inbox, session);
+            }
+            Ok(rewound)
+        });
+        match went_on {
+            None => {}
+            Some(Ok((epoch, all))) => {
+                if all {
+                    self.outbox.end(Ok(()));
+                }
+                let way = Way {
+                    conn,
+                    stream,
+                    epoch,
+                    first,
+                };
+                self.spawn_writer(session, way);
+            }
+            Some(Err(Mismatch)) => {
+                let text = "the two sides disagree about what was received";
+                let reason = CloseReason::local(CloseCode::RESUME_MISMATCH, text);
+                self.fail(session, &reason);
+                if let Some(inbox) = inbox {
+                    inbox.stop(reason.code, Ending::Closed(reason.clone()), session);
+                }
+                let last = control::encode_close(reason.code, &reason.text);
+                let within = session.timeouts.close;
+                session.tasks.spawn(async move {
+                    if let Some(last) = last {
+                        let _ = tokio::time::timeout(within, stream.write_chunk(last)).await;
+                    }
+                    let _ = stream.finish();
+                });
+            }
+        }
+    }
+
+    pub(crate) fn spawn_writer(self: &Arc<Self>, session: &Arc<Session>, way: Way) {
+        // Fails only on a stream that has ended, as the writer will find.
+        let _ = way.stream.set_priority(self.priority.quic());
+        let (pipe, session) = (self.clone(), session.clone());
+        let tasks = session.tasks.clone();
+        let writer = async move {
+            let counters = pipe.counters.clone();
+            let written =
+                writer::write_loop(pipe.outbox.clone(), way, session.clone(), counters).await;
+            if let Written::Ended(Err(mut reason)) = written {
+                if reason.by == Side::Peer && session.conn().close_reason().is_none() {
+                    reason = closing_words(&pipe.inbox, &session, &pipe.counters)
+                        .await
+                        .unwrap_or(reason);
+                }
+                if !reason.is_normal() {
+                    pipe.end.set(reason);
+                }
+            }
+            if pipe.outbox.is_over() {
+                pipe.unregister(&session);
+                session.prune();
+            }
+        };
+        tasks.spawn(writer.in_current_span());
+    }
+}
+
+/// The peer has stopped our stream: its `$close`, which says why, may be on the way or unread.
+async fn closing_words(
+    inbox: &Inbox,
+    session: &Session,
+    counters: &Counters,
+) -> Option<CloseReason> {
+    let end = poll_fn(|cx| inbox.poll_end(cx, session, counters));
+    match tokio::time::timeout(Duration::from_secs(1), end).await {
+        Ok(Some(Ending::Closed(reason))) => Some(reason),
+        Ok(Some(Ending::Finished | Ending::Violation(_)) | None) | Err(_) => None,
+    }
+}

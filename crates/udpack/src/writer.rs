@@ -1,0 +1,351 @@
+//! The task that writes a channel's queue to its stream, and gives up a peer that takes nothing.
+
+use std::future::Future;
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use crate::code::{CloseCode, CloseReason};
+use crate::config::Priority;
+use crate::metrics::Count;
+use crate::outbox::{BATCH, Outbox, TURN, Work};
+use crate::session::{Session, lost};
+use crate::speed::Counters;
+
+/// How a writer ended.
+pub(crate) enum Written {
+    /// With the channel.
+    Ended(Result<(), CloseReason>),
+    /// With the connection; the channel may go on over another.
+    Detached,
+}
+
+/// Where a writer writes to.
+pub(crate) struct Way {
+    pub(crate) conn: Arc<quinn::Connection>,
+    pub(crate) stream: quinn::SendStream,
+    /// See [`Outbox::rewind`]; 0 for a channel's first stream.
+    pub(crate) epoch: u64,
+    /// Goes out before the queue and is not part of it.
+    pub(crate) first: Option<Bytes>,
+}
+
+/// Writes the queue to a stream until the channel is over or the connection is gone, and returns how it ended.
+pub(crate) async fn write_loop(
+    outbox: Arc<Outbox>,
+    way: Way,
+    session: Arc<Session>,
+    counters: Arc<Counters>,
+) -> Written {
+    let conn = way.conn.clone();
+    let result = match drive(&outbox, way, &session, &counters).await {
+        Ok(true) => Ok(()),
+        Ok(false) => return Written::Detached,
+        Err(_) if outbox.keeps() && conn.close_reason().is_some() => return Written::Detached,
+        Err(reason) => Err(reason),
+    };
+    outbox.end(result.clone());
+    Written::Ended(result)
+}
+
+/// Writes until there is nothing left to write: `false` says that the queue goes elsewhere or was ended.
+async fn drive(
+    outbox: &Outbox,
+    way: Way,
+    session: &Session,
+    counters: &Counters,
+) -> Result<bool, CloseReason> {
+    let Way {
+        conn,
+        mut stream,
+        epoch,
+        first,
+    } = way;
+    let mut stopped = std::pin::pin!(stream.stopped());
+    let mut batch = Vec::with_capacity(BATCH);
+    let mut patience = Patience::default();
+    if let Some(first) = first {
+        batch.push(first);
+        write(&mut stream, &mut batch, session, counters, outbox.priority).await?;
+        batch.clear();
+    }
+    loop {
+        match outbox.take(epoch, &mut batch) {
+            Work::Batch {
+                bytes,
+                messages,
+                gaps,
+            } => {
+                write(&mut stream, &mut batch, session, counters, outbox.priority).await?;
+                session.tally.add(Count::MessagesSent, messages as u64);
+                if gaps > 0 {
+                    session.tally.add(Count::Gaps, gaps);
+                }
+                outbox.written(bytes, messages);
+                batch.clear();
+            }
+            Work::Idle => {
+                let watched = patience.watch(outbox, &conn);
+                tokio::select! {
+                    () = outbox.work.notified() => {}
+                    end = &mut stopped => return Err(stop_reason(session, end)),
+                    () = tokio::time::sleep(session.timeouts.slow_peer / 2), if watched => {
+                        if patience.is_over(outbox, &conn) {
+                            return Err(slow_peer(&mut stream, session));
+                        }
+                    }
+                }
+            }
+            Work::Finish(last) => {
+                if let Some(last) = last {
+                    batch.push(last);
+                    write(&mut stream, &mut batch, session, counters, outbox.priority).await?;
+                }
+                // Fails only when the peer has stopped the stream, which `stopped` then reports.
+                let _ = stream.finish();
+                match stopped.await {
+                    Ok(None) => {}
+                    end => return Err(stop_reason(session, end)),
+                }
+                return confirmed(outbox, &conn, session).await.map(|()| true);
+            }
+            Work::Gone => {
+                let _ = stream.finish();
+                return Ok(false);
+            }
+        }
+    }
+}
+
+/// How long a peer that is alive has confirmed nothing while somebody waits for it to.
+#[derive(Default)]
+struct Patience {
+    /// What was confirmed, and how much heard, when the period began.
+    begun: Option<(u64, u64)>,
+    /// Half periods that have passed since without a confirmation, although the peer was heard.
+    strikes: u32,
+}
+
+impl Patience {
+    fn watch(&mut self, outbox: &Outbox, conn: &quinn::Connection) -> bool {
+        let stuck = outbox.stuck_at();
+        if stuck.is_none() || stuck != self.begun.map(|(at, _)| at) {
+            self.strikes = 0;
+            self.begun = stuck.map(|at| (at, conn.stats().udp_rx.datagrams));
+        }
+        stuck.is_some()
+    }
+
+    /// Called when half a period has passed. Two are needed, so that a path that just came back is not taken
+    /// for a peer that was there all the time.
+    fn is_over(&mut self, outbox: &Outbox, conn: &quinn::Connection) -> bool {
+        let heard = conn.stats().udp_rx.datagrams;
+        if let (Some((at, before)), Some(now)) = (self.begun, outbox.stuck_at())
+            && at == now
+            && heard != before
+        {
+            self.begun = Some((at, heard));
+            self.strikes += 1;
+        } else {
+            self.strikes = 0;
+        }
+        self.strikes >= 2
+    }
+}
+
+/// The peer's transport has everything. Where what is written is kept, its program must have it too.
+async fn confirmed(
+    outbox: &Outbox,
+    conn: &quinn::Connection,
+    session: &Session,
+) -> Result<(), CloseReason> {
+    let lost = conn.closed();
+    let mut lost = std::pin::pin!(lost);
+    while outbox.keeps() {
+        if outbox.is_refused() {
+            return Err(stopped_by_peer(CloseCode::NORMAL.varint()));
+        }
+        tokio::select! {
+            () = outbox.work.notified() => {}
+            error = &mut lost => return Err(session.reason_for(&error)),
+        }
+    }
+    Ok(())
+}
+
+async fn write(
+    stream: &mut quinn::SendStream,
+    batch: &mut [Bytes],
+    session: &Session,
+    counters: &Counters,
+    priority: Priority,
+) -> Result<(), CloseReason> {
+    let mut rest = batch;
+    while !rest.is_empty() {
+        let mut turn = 0;
+        let count = rest.iter().take_while(|bytes| {
+            turn += bytes.len();
+            turn <= TURN
+        });
+        let count = count.count().max(1);
+        let (mut turn, later) = rest.split_at_mut(count);
+        if priority == Priority::Bulk {
+            bulk_room(session).await?;
+            for bytes in &mut *turn {
+                *bytes = session.turns.hold(std::mem::take(bytes));
+            }
+        }
+        while !turn.is_empty() {
+            let written = progress(stream, turn, session, priority).await?;
+            counters.sent(written.bytes as u64);
+            turn = &mut turn[written.chunks..];
+            if session.live_channels() > 1 {
+                tokio::task::yield_now().await;
+            }
+        }
+        rest = later;
+    }
+    Ok(())
+}
+
+/// Waits until the bulk channels may have more under way, or the connection is over.
+async fn bulk_room(session: &Session) -> Result<(), CloseReason> {
+    let conn = session.conn();
+    let window = conn.stats().path.cwnd;
+    let room = session
+        .turns
+        .bulk_room(window, session.limits.send_window, TURN);
+    tokio::select! {
+        biased;
+        () = room => Ok(()),
+        error = conn.closed() => Err(session.reason_for(&error)),
+    }
+}
+
+/// Writes some of `rest`. A peer that is alive but grants nothing for the slow-peer time loses the channel; a
+/// silent path is the idle timer's business, and on a slow one each waits for its turn.
+async fn progress(
+    stream: &mut quinn::SendStream,
+    rest: &mut [Bytes],
+    session: &Session,
+    priority: Priority,
+) -> Result<quinn::Written, CloseReason> {
+    let patience: Duration = session.timeouts.slow_peer;
+    let (begun, _) = session.counters.totals();
+    let mut before = begun;
+    loop {
+        let heard = session.conn().stats().udp_rx.datagrams;
+        match tokio::time::timeout(patience, write_some(stream, rest, session, priority)).await {
+            Ok(Ok(written)) => return Ok(written),
+            Ok(Err(error)) => return Err(write_reason(session, error)),
+            Err(_) if session.conn().stats().udp_rx.datagrams == heard => {}
+            Err(_) if crowded(begun, before, session) => before = session.counters.totals().0,
+            Err(_) => return Err(slow_peer(stream, session)),
+        }
+    }
+}
+
+fn slow_peer(stream: &mut quinn::SendStream, session: &Session) -> CloseReason {
+    session.tally.one(Count::SlowPeers);
+    let _ = stream.reset(CloseCode::SLOW_PEER.varint());
+    let text = format!(
+        "the peer took nothing off the channel for {:?}",
+        session.timeouts.slow_peer
+    );
+    if let Some(left_out) = session.quiet.line() {
+        tracing::warn!(left_out, "channel closed: {text}");
+    }
+    CloseReason::local(CloseCode::SLOW_PEER, text)
+}
+
+/// Whether a channel that waits has reason to wait on: the connection has sent `begun` bytes when it began to,
+/// and `before` when it was last asked.
+fn crowded(begun: u64, before: u64, session: &Session) -> bool {
+    let (now, _) = session.counters.totals();
+    slow_path(now - begun, now - before, session.live_channels())
+}
+
+/// Whether the bytes that all `channels` wrote while one of them waited, in all and of late, are too few to say
+/// that it was passed over, but not none: then the path is slow, not the peer.
+fn slow_path(in_all: u64, of_late: u64, channels: usize) -> bool {
+    of_late > 0 && in_all / (channels.max(1) as u64) < TURN as u64
+}
+
+/// Writes as much as QUIC takes now, or waits for its turn.
+async fn write_some(
+    stream: &mut quinn::SendStream,
+    rest: &mut [Bytes],
+    session: &Session,
+    priority: Priority,
+) -> Result<quinn::Written, quinn::WriteError> {
+    let mut waiting = None;
+    let mut let_pass = None;
+    std::future::poll_fn(|cx| {
+        if waiting.is_some() {
+            let left = let_pass.get_or_insert_with(|| session.turns.let_pass(priority));
+            if *left > 0 {
+                *left -= 1;
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+        }
+        // `write_chunks` is cancel safe: a future that is not ready has written nothing.
+        let written = pin!(stream.write_chunks(rest)).poll(cx);
+        if written.is_pending() {
+            waiting.get_or_insert_with(|| session.turns.wait(priority));
+            let_pass = None;
+        }
+        written
+    })
+    .await
+}
+
+fn write_reason(session: &Session, error: quinn::WriteError) -> CloseReason {
+    match error {
+        quinn::WriteError::Stopped(code) => stopped_by_peer(code),
+        quinn::WriteError::ConnectionLost(error) => session.reason_for(&error),
+        quinn::WriteError::ClosedStream | quinn::WriteError::ZeroRttRejected => {
+            lost("the stream is closed")
+        }
+    }
+}
+
+fn stop_reason(
+    session: &Session,
+    end: Result<Option<quinn::VarInt>, quinn::StoppedError>,
+) -> CloseReason {
+    match end {
+        Ok(Some(code)) => stopped_by_peer(code),
+        Ok(None) => lost("the stream is closed"),
+        Err(quinn::StoppedError::ConnectionLost(error)) => session.reason_for(&error),
+        Err(quinn::StoppedError::ZeroRttRejected) => lost("early data was rejected"),
+    }
+}
+
+fn stopped_by_peer(code: quinn::VarInt) -> CloseReason {
+    CloseReason::peer(
+        CloseCode::new(code.into_inner()),
+        "the peer reads no more from this channel",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_gets_as_little_as_all_others_is_not_passed_over() {
+        let turn = TURN as u64;
+        assert!(slow_path(1, 1, 1), "a trickle");
+        assert!(slow_path(8 * turn - 1, 1, 8), "not everybody had a turn");
+        assert!(!slow_path(8 * turn, turn, 8), "all others had one");
+        assert!(
+            !slow_path(turn, 0, 8),
+            "nothing moves although the peer is alive"
+        );
+        assert!(!slow_path(turn, turn, 0));
+    }
+}
