@@ -164,8 +164,8 @@ async fn count(
         () = counting => {}
         () = async { trouble.await; std::future::pending().await } => {}
     }
-    let connections = connections.lock().expect("sound").clone();
-    connections
+    let connections = connections.lock().expect("sound");
+    connections.clone()
 }
 
 /// The next time the socket is connected: whether its session goes on, and why not.
@@ -891,9 +891,8 @@ async fn a_channel_that_ends_without_a_connection_ends_in_order_with_the_next() 
                     }
                 };
                 let ending = async {
-                    match &finished {
-                        Some(near) => near.finish().await.expect("confirmed"),
-                        None => {}
+                    if let Some(near) = &finished {
+                        near.finish().await.expect("confirmed");
                     }
                 };
                 let hearing = async {
