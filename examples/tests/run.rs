@@ -21,12 +21,20 @@ fn echo() {
 
 #[test]
 fn chat() {
-    assert_eq!(last_line("chat"), "eve was left behind: slow_peer (0x32)");
+    assert_eq!(
+        last_line("chat"),
+        "eve, who slept, heard some and knows of each that she missed"
+    );
 }
 
 #[test]
-fn request() {
-    assert_eq!(last_line("request"), "ponder: no reply within 50ms");
+fn presence() {
+    assert_eq!(last_line("presence"), "here: ann");
+}
+
+#[test]
+fn rpc() {
+    assert_eq!(last_line("rpc"), "ponder: no reply within 50ms");
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
-use udpack::{CongestionControl, Fingerprint};
+use udpack::{CongestionControl, Fingerprint, Priority};
 use udpack_transfer::{IfExists, Overwrite, Pattern, SyncPolicy, parse_size};
 
 const SIZES: &str = "\
@@ -24,6 +24,11 @@ const HOOK: &str = "\
 CMD is run with one argument, `accept` before a file is taken or `done` once it is stored, and UDPACK_PATH, \
 UDPACK_SIZE, UDPACK_PEER in its environment; for `done` also UDPACK_FILE and UDPACK_HASH. `accept` refuses with \
 an exit code other than 0 and a line on standard error, and renames with a line on standard output.";
+
+const GAPS: &str = "\
+Where events were lost, because this client reads more slowly than they come, there is a line \
+{\"gap\":{\"room\":NAME,\"lost\":COUNT}} in their place. After a lost connection the session goes on without loss if \
+the server still has it; standard error says whether.";
 
 const EXIT_CODES: &str = "\
 Exit codes: 0 ok, 1 other, 2 usage, 3 local file, 4 token or key not accepted, 5 network (run it again), \
@@ -318,8 +323,8 @@ pub(crate) enum ClientCommand {
     /// Ask a channel's handler at the server; prints the reply as JSON.
     #[command(after_help = format!("{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Request(RequestArgs),
-    /// Print each event that other clients send, one JSON object a line.
-    #[command(after_help = ENVIRONMENT)]
+    /// Print each event that other clients send, one JSON object a line; comes back after a lost connection.
+    #[command(after_help = format!("{GAPS}\n\n{ENVIRONMENT}"))]
     Listen(ListenArgs),
     /// Measure the round-trip time through the server's event loop.
     #[command(after_help = ENVIRONMENT)]
@@ -568,12 +573,15 @@ pub(crate) struct SendArgs {
     /// The event's name.
     pub(crate) event: String,
 
-    /// Its data. `{"$bin":"<hex>"}` stands for bytes.
+    /// Its data. `{"$bin":"<hex>"}` stands for bytes; `-` sends each JSON value on standard input.
     pub(crate) json: String,
 
-    /// The channel to send on.
-    #[arg(long, default_value = crate::hub::EVENTS)]
-    pub(crate) channel: String,
+    /// Ask only whether the handler took it, and print nothing.
+    #[arg(long)]
+    pub(crate) acked: bool,
+
+    #[command(flatten)]
+    pub(crate) ask: AskArgs,
 
     #[command(flatten)]
     pub(crate) connect: ConnectArgs,
@@ -587,17 +595,20 @@ pub(crate) struct RequestArgs {
     /// The event's name.
     pub(crate) event: String,
 
-    /// Its data. `{"$bin":"<hex>"}` stands for bytes.
+    /// Its data. `{"$bin":"<hex>"}` stands for bytes; `-` asks with each JSON value on standard input.
     #[arg(default_value = "null")]
     pub(crate) json: String,
 
-    /// The channel to ask on.
-    #[arg(long, default_value = crate::hub::EVENTS)]
-    pub(crate) channel: String,
+    /// Take a stream of items for an answer, and print each as it comes.
+    #[arg(long)]
+    pub(crate) items: bool,
 
-    /// Seconds to wait for the reply.
-    #[arg(long, value_name = "SECS", default_value = "30")]
-    pub(crate) timeout: Seconds,
+    /// Seconds to wait for the reply, or for the last item. Default: 30, and no end for items.
+    #[arg(long, value_name = "SECS")]
+    pub(crate) timeout: Option<Seconds>,
+
+    #[command(flatten)]
+    pub(crate) ask: AskArgs,
 
     #[command(flatten)]
     pub(crate) connect: ConnectArgs,
@@ -606,15 +617,45 @@ pub(crate) struct RequestArgs {
     pub(crate) log: LogArgs,
 }
 
+/// On which channel, and how much it withstands.
 #[derive(Debug, Args)]
-pub(crate) struct ListenArgs {
-    /// The channel to listen on.
+pub(crate) struct AskArgs {
+    #[command(flatten)]
+    pub(crate) channel: ChannelArgs,
+
+    /// Go on over a new connection when the present one is lost; nothing is lost or sent twice by that.
+    #[arg(long)]
+    pub(crate) resumable: bool,
+
+    /// Connect again at most so many times in a row. Default: for up to 5 minutes.
+    #[arg(long, value_name = "N", requires = "resumable")]
+    pub(crate) retries: Option<u32>,
+}
+
+/// Which channel.
+#[derive(Debug, Args)]
+pub(crate) struct ChannelArgs {
+    /// The channel's name.
     #[arg(long, default_value = crate::hub::EVENTS)]
     pub(crate) channel: String,
+
+    /// Before or after what else moves between the two programs.
+    #[arg(long, value_enum, default_value_t = PriorityArg::Normal)]
+    pub(crate) priority: PriorityArg,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ListenArgs {
+    #[command(flatten)]
+    pub(crate) channel: ChannelArgs,
 
     /// Stop after so many events.
     #[arg(short, long, value_name = "COUNT")]
     pub(crate) count: Option<u64>,
+
+    /// Connect again at most so many times in a row; 0 ends with the connection. Default: for up to 5 minutes.
+    #[arg(long, value_name = "N")]
+    pub(crate) retries: Option<u32>,
 
     #[command(flatten)]
     pub(crate) connect: ConnectArgs,
@@ -728,6 +769,23 @@ impl From<CcArg> for CongestionControl {
             CcArg::Cubic => Self::Cubic,
             CcArg::Bbr => Self::Bbr,
             CcArg::Newreno => Self::NewReno,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum PriorityArg {
+    Bulk,
+    Normal,
+    High,
+}
+
+impl From<PriorityArg> for Priority {
+    fn from(arg: PriorityArg) -> Self {
+        match arg {
+            PriorityArg::Bulk => Self::Bulk,
+            PriorityArg::Normal => Self::Normal,
+            PriorityArg::High => Self::High,
         }
     }
 }

@@ -202,8 +202,12 @@ fn meaning(error: &(dyn std::error::Error + 'static)) -> Option<Meaning> {
             ),
         ));
     }
-    if let Some(error) = error.downcast_ref() {
+    if let Some(error) = error.downcast_ref::<RequestError>() {
         return Some(match error {
+            error if error.is_timeout() => (
+                Kind::Network,
+                hint("try again, and check that the server is well"),
+            ),
             RequestError::NoHandler => (
                 Kind::NoHandler,
                 hint("check the name of the event, and choose the channel with --channel"),
@@ -212,10 +216,8 @@ fn meaning(error: &(dyn std::error::Error + 'static)) -> Option<Meaning> {
                 Kind::Fault,
                 hint("the server got the message and refused it; see its log"),
             ),
-            RequestError::Timeout(_) => (
-                Kind::Network,
-                hint("try again, and check that the server is well"),
-            ),
+            RequestError::Cancelled => (Kind::Network, hint("try again in a moment")),
+            RequestError::Stream => (Kind::Usage, hint("ask with request --items")),
             RequestError::Send(SendError::Closed(reason)) | RequestError::Closed(reason) => {
                 closed(reason)
             }

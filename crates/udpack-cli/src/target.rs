@@ -5,8 +5,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use udpack::{
-    Client, CloseCode, ConnectUrl, DEFAULT_PORT, Fingerprint, FingerprintError, Socket, Timeouts,
-    TokenFile, TokenFileError,
+    Client, ClientBuilder, CloseCode, ConnectUrl, DEFAULT_PORT, Fingerprint, FingerprintError,
+    Socket, Timeouts, TokenFile, TokenFileError,
 };
 use udpack_transfer::{Link, Retry};
 
@@ -27,6 +27,18 @@ impl Target {
     /// Server: `--to`, `UDPACK_URL`, this machine. Key: `--fingerprint`, the URL, `pubkey.pem`, the system's
     /// authorities. Token: the URL, `--token-file`, `UDPACK_TOKEN`, the file `token` beside the key.
     pub(crate) fn find(args: &ConnectArgs) -> anyhow::Result<Self> {
+        Self::with(args, |client| client)
+    }
+
+    /// As [`find`](Self::find); sockets come back by themselves when their connection is lost.
+    pub(crate) fn find_reconnecting(args: &ConnectArgs, retry: Retry) -> anyhow::Result<Self> {
+        Self::with(args, |client| client.reconnect(retry))
+    }
+
+    fn with(
+        args: &ConnectArgs,
+        set: impl FnOnce(ClientBuilder) -> ClientBuilder,
+    ) -> anyhow::Result<Self> {
         let url = server(args)?;
         let pin = match args.fingerprint.or_else(|| url.pin()) {
             Some(pin) => Some(pin),
@@ -53,7 +65,7 @@ impl Target {
         if let Some(dir) = &args.qlog {
             client = client.qlog(qlog_dir(dir)?);
         }
-        let client = client.build()?;
+        let client = set(client).build()?;
         Ok(Self { url, client })
     }
 

@@ -5,6 +5,7 @@
 //! the JSON of its value.
 
 use std::fmt;
+use std::io::Read;
 
 use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::ser::{Serialize, SerializeMap, SerializeSeq, Serializer};
@@ -29,6 +30,12 @@ impl Value {
     /// Reads JSON text.
     pub(crate) fn from_json(text: &str) -> Result<Self, serde_json::Error> {
         serde_json::from_str::<Self>(text)?.with_binary()
+    }
+
+    /// Reads one JSON value after the other, with or without white space between them. Nothing follows an error.
+    pub(crate) fn all_of(text: impl Read) -> impl Iterator<Item = Result<Self, serde_json::Error>> {
+        let values = serde_json::Deserializer::from_reader(text).into_iter();
+        values.map(|value| value.and_then(Self::with_binary))
     }
 
     /// Shows it as JSON on one line.

@@ -564,11 +564,11 @@ fn interrupting_an_upload_without_resuming_leaves_nothing_behind() {
 fn the_server_drains_on_sigterm_although_somebody_listens() {
     let server = Server::start();
     let dir = workdir();
-    let mut listening = Running::spawn(
-        client(dir.path())
-            .env("UDPACK_URL", server.url())
-            .arg("listen"),
-    );
+    let mut listening = Running::spawn(client(dir.path()).env("UDPACK_URL", server.url()).args([
+        "listen",
+        "--retries",
+        "0",
+    ]));
     until("somebody listens", || delivered(&server) == 1);
     let (code, dir_back) = server.terminate("TERM");
     assert_eq!(code, 0);

@@ -152,7 +152,8 @@ impl From<OpenError> for TransferError {
         match error {
             OpenError::Closed(reason) => Self::Closed(reason),
             OpenError::GoingAway(goaway) => reason(goaway.code, goaway.text),
-            OpenError::TooManyChannels => reason(CloseCode::SERVER_BUSY, error.to_string()),
+            OpenError::TooManyChannels(_) => reason(CloseCode::SERVER_BUSY, error.to_string()),
+            OpenError::NoConnection(_) => reason(CloseCode::TIMED_OUT, error.to_string()),
             other => Self::Protocol(other.to_string()),
         }
     }

@@ -134,7 +134,8 @@ impl Jobs {
 
     /// Serves one watcher until it leaves.
     pub(crate) async fn watch(&self, channel: Channel, default: &Scope) -> Result<(), RecvError> {
-        let scope = match Scope::of(channel.peer().as_ref(), default) {
+        let peer = channel.peer();
+        let scope = match Scope::of(peer.as_ref(), default) {
             Ok(scope) => scope,
             Err(error) => {
                 tracing::error!(%error, "the token's entry is unusable");
@@ -143,8 +144,8 @@ impl Jobs {
             }
         };
         let watcher = Arc::new(Watcher {
-            peer: channel
-                .peer()
+            peer: peer
+                .as_ref()
                 .map_or_else(String::new, |peer| peer.id().to_owned()),
             admin: scope.admin,
             ended: Mutex::default(),
@@ -165,12 +166,18 @@ impl Jobs {
         {
             return Ok(());
         }
+        // A token that replaced the one it came with may show it more, or less.
+        let changed = || {
+            let now = channel.peer();
+            now != peer && Scope::of(now.as_ref(), default).ok().as_ref() != Some(&scope)
+        };
         let over = &self.inner.over;
         let mut ticker = tokio::time::interval(TICK);
         ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
+        while !changed() {
             tokio::select! {
                 message = channel.recv() => match message? {
+                    Some(_) if changed() => {}
                     Some(message) => {
                         if self.asked(&channel, &message, &watcher).await.is_err() {
                             return Ok(());
@@ -192,6 +199,8 @@ impl Jobs {
                 },
             }
         }
+        channel.close(CloseCode::REFUSED, "the rights of this token have changed");
+        Ok(())
     }
 
     /// Tells what changed; false when the watcher has missed the end of a job.

@@ -13,7 +13,8 @@ use udpack::{Client, CloseReason, ConnectError, GoAway, Side, Socket};
 
 use crate::error::TransferError;
 
-/// How to come back after a lost connection.
+/// How a [`Link`] comes back after a lost connection. Success is that the transfer moves
+/// ([`Link::progressed`]), not the connection alone.
 pub use udpack::Reconnect as Retry;
 
 /// Events that wait for a slow watcher; it misses the oldest.
@@ -410,7 +411,7 @@ mod tests {
                 let (link, ids) = (link.clone(), ids.clone());
                 tasks.spawn(async move {
                     let socket = link.socket().await.unwrap();
-                    ids.lock().unwrap().push(socket.id().to_owned());
+                    ids.lock().unwrap().push(socket.id());
                 });
             }
             while let Some(ended) = tasks.join_next().await {

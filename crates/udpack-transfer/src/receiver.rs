@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
-use udpack::{Channel, CloseCode, RecvError, ServerBuilder};
+use udpack::{Channel, CloseCode, Peer, RecvError, ServerBuilder};
 
 use crate::hook::Hook;
 use crate::jobs::Jobs;
@@ -169,25 +169,40 @@ impl Receiver {
             return Ok(());
         };
         let peer = channel.peer();
-        let scope = match Scope::of(peer.as_ref(), &self.config.default_scope) {
-            Ok(scope) if self.config.read_only => Scope {
+        match self.scope(peer.as_ref()) {
+            Ok(scope) => Serving::new(self, channel, scope, peer).run().await,
+            Err(NoScope) => {
+                channel.close(CloseCode::REFUSED, NoScope::TEXT);
+                Ok(())
+            }
+        }
+    }
+
+    /// What a peer may do here.
+    pub(crate) fn scope(&self, peer: Option<&Peer>) -> Result<Scope, NoScope> {
+        match Scope::of(peer, &self.config.default_scope) {
+            Ok(scope) if self.config.read_only => Ok(Scope {
                 write: false,
                 delete: false,
                 ..scope
-            },
-            Ok(scope) => scope,
+            }),
+            Ok(scope) => Ok(scope),
             Err(error) => {
-                let peer = peer.as_ref().map_or("", |peer| peer.id());
+                let peer = peer.map_or("", Peer::id);
                 tracing::error!(peer, %error, "the entry of a token is unusable");
-                channel.close(
-                    CloseCode::REFUSED,
-                    "the rights of this token are not understood",
-                );
-                return Ok(());
+                Err(NoScope)
             }
-        };
-        Serving::new(self, channel, scope).run().await
+        }
     }
+}
+
+/// The rights of a token cannot be understood; the log says why.
+#[derive(Debug)]
+pub(crate) struct NoScope;
+
+impl NoScope {
+    /// What the client is told.
+    pub(crate) const TEXT: &str = "the rights of this token are not understood";
 }
 
 /// The lanes of one socket.

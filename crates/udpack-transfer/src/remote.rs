@@ -167,7 +167,7 @@ impl Remote {
         loop {
             let channel = self.channel().await?;
             let answer = channel.request::<T, R>(event, data).timeout(patience).await;
-            match answer.map_err(failed) {
+            match answer.map_err(|error| failed(error, patience)) {
                 Ok(reply) => {
                     self.inner.link.progressed();
                     return Ok(reply);
@@ -213,8 +213,10 @@ impl fmt::Debug for Remote {
 }
 
 /// The error of a request as one of a transfer.
-fn failed(error: RequestError) -> TransferError {
+fn failed(error: RequestError, patience: Duration) -> TransferError {
     match error {
+        // The deadline passed, here or at the server, whichever saw it first.
+        error if error.is_timeout() => TransferError::Silent(patience),
         RequestError::Fault(fault) => TransferError::Refused {
             retry: retry(&fault),
             code: printable(&fault.code),
@@ -225,7 +227,11 @@ fn failed(error: RequestError) -> TransferError {
             message: "the server does not know this request".to_owned(),
             retry: false,
         },
-        RequestError::Timeout(patience) => TransferError::Silent(patience),
+        RequestError::Cancelled => TransferError::Refused {
+            retry: true,
+            code: Fault::CANCELLED.to_owned(),
+            message: "the server gave the request up".to_owned(),
+        },
         RequestError::Closed(reason) | RequestError::Send(SendError::Closed(reason)) => {
             TransferError::Closed(reason)
         }
@@ -237,7 +243,7 @@ fn failed(error: RequestError) -> TransferError {
 fn retry(fault: &Fault) -> bool {
     matches!(
         fault.code.as_str(),
-        "busy" | "no_space" | "quota" | "too_many_uploads" | Fault::TIMEOUT | Fault::CANCELLED
+        "busy" | "no_space" | "quota" | "too_many_uploads"
     )
 }
 

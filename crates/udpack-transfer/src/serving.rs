@@ -11,7 +11,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
-use udpack::{Channel, CloseCode, Fault, Message, RecvError, SendError};
+use udpack::{Channel, CloseCode, Fault, Message, Peer, RecvError, SendError};
 
 use crate::hook::HookOffer;
 use crate::jobs::{Job, JobEnd, JobKind};
@@ -19,7 +19,7 @@ use crate::lane::{Action, Lane, Refusal};
 use crate::limiter::Limiter;
 use crate::outgoing::{self, Wanted};
 use crate::path::RelPath;
-use crate::receiver::Receiver;
+use crate::receiver::{NoScope, Receiver};
 use crate::scope::Scope;
 use crate::store::{IfExists, Published, StoreError, Synced, check_target};
 use crate::wire::{
@@ -45,6 +45,8 @@ pub(crate) struct Serving<'a> {
     receiver: &'a Receiver,
     channel: Channel,
     scope: Scope,
+    /// Whose scope that is, as known then.
+    peer: Option<Peer>,
     owner: Arc<str>,
     lane: Lane,
     /// Files that still owe the client an outcome.
@@ -132,10 +134,17 @@ enum Waited {
 type Wait<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
 impl<'a> Serving<'a> {
-    pub(crate) fn new(receiver: &'a Receiver, channel: Channel, scope: Scope) -> Self {
+    /// A lane on which this peer may do this.
+    pub(crate) fn new(
+        receiver: &'a Receiver,
+        channel: Channel,
+        scope: Scope,
+        peer: Option<Peer>,
+    ) -> Self {
         let (outcomes, found) = mpsc::unbounded_channel();
         Self {
-            owner: channel.peer().as_ref().map_or("", |peer| peer.id()).into(),
+            owner: peer.as_ref().map_or("", |peer| peer.id()).into(),
+            peer,
             receiver,
             channel,
             scope,
@@ -192,8 +201,30 @@ impl<'a> Serving<'a> {
         result
     }
 
+    /// Reads the client's rights again where its token has been replaced since. What was begun under the rights
+    /// before goes on; a lane that would lead to another directory from now on is closed: `false`.
+    fn entitled(&mut self) -> bool {
+        let peer = self.channel.peer();
+        if peer == self.peer {
+            return true;
+        }
+        let text = match self.receiver.scope(peer.as_ref()) {
+            Ok(scope) if scope.prefix == self.scope.prefix => {
+                (self.scope, self.peer) = (scope, peer);
+                return true;
+            }
+            Ok(_) => "this token leads to another directory",
+            Err(NoScope) => NoScope::TEXT,
+        };
+        self.channel.close(CloseCode::REFUSED, text);
+        false
+    }
+
     async fn message(&mut self, message: Message) -> Result<(), SendError> {
         if message.id().is_some() {
+            if !self.entitled() {
+                return Ok(());
+            }
             let (queries, channel) = (self.receiver.queries.clone(), self.channel.clone());
             let scope = self.scope.clone();
             self.tasks.spawn(async move {
@@ -242,7 +273,15 @@ impl<'a> Serving<'a> {
             // A client that compares what we have says so.
             pulse.beat();
         }
-        match self.lane.on(&request) {
+        let action = self.lane.on(&request);
+        let asks = matches!(
+            action,
+            Action::Begin(_) | Action::Dir(_) | Action::Link(_) | Action::Send(_)
+        );
+        if asks && !self.entitled() {
+            return Ok(());
+        }
+        match action {
             Action::Begin(offer) => self.begin(offer).await,
             Action::Write => {
                 if let Request::Chunk { id, offset, bytes } = request {

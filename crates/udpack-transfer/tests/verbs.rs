@@ -23,7 +23,7 @@ use raw::{
 };
 use serde::Deserialize;
 use tokio::sync::Notify;
-use udpack::{Channel, CloseCode, RequestError, Socket, TokenFile};
+use udpack::{Channel, CloseCode, Deny, Hello, Peer, RequestError, Socket, TokenFile};
 use udpack_transfer::wire::MetaFields;
 use udpack_transfer::{
     Accepted, Hook, HookOffer, HookStored, JOBS_CHANNEL, Limiter, Overwrite, Receiver,
@@ -1083,6 +1083,65 @@ async fn every_verb_needs_its_right() {
             drop(socket);
             world.well(name).await;
         }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_token_brings_its_rights_to_the_lanes_that_are_open() {
+    bounded(async {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let store = Store::open(dir.path().join("up"), StoreConfig::default()).expect("a store");
+        let receiver = Receiver::new(store, ReceiverConfig::default());
+        // The token says itself what it allows.
+        let auth = |hello: Hello| async move {
+            let claims = hello
+                .token()
+                .split(' ')
+                .filter_map(|claim| claim.split_once('='));
+            let claims = claims.map(|(key, value)| (key.to_owned(), value.to_owned()));
+            Ok::<_, Deny>(Peer::new("tester").with_claims(claims.collect()))
+        };
+        let fixture = Fixture::serve(dir, receiver, auth).await;
+        let socket = fixture.connect_as("scope=write").await;
+        let mut lane = RawLane::open(&socket).await;
+        let bytes = noise(1, 5000);
+        lane.say(&file(1, "begun", 5000)).await;
+        lane.say(&chunk(1, 0, &bytes)).await;
+        lane.acked(1, 5000).await;
+        lane.say(&get(2, "begun")).await;
+        assert_eq!(lane.hear().await.line, "error 2 forbidden");
+
+        let watcher = Watcher::open(&socket).await;
+        socket.refresh("scope=read").await.expect("the same client");
+        lane.say(&finish(1, &bytes)).await;
+        assert_eq!(
+            lane.hear().await.line,
+            "done 1 begun 5000",
+            "it had begun before"
+        );
+        lane.say(&file(3, "more", 5000)).await;
+        assert_eq!(lane.hear().await.line, "error 3 forbidden");
+        let watched = loop {
+            if let Err(error) = watcher.channel.recv().await {
+                break error.reason().code;
+            }
+        };
+        assert_eq!(watched, CloseCode::REFUSED);
+        let entry = lane.request::<Hashed>(&of("hash", "begun")).await;
+        entry.expect("reading is allowed now");
+
+        socket
+            .refresh("scope=read prefix=a")
+            .await
+            .expect("the same client");
+        lane.say(&get(4, "begun")).await;
+        let heard = lane.hear().await;
+        let reason = lane.channel.close_reason().expect("a reason");
+        assert_eq!(reason.code, CloseCode::REFUSED, "{heard:?}");
+        let mut lane = RawLane::open(&socket).await;
+        lane.say(&get(1, "begun")).await;
+        assert_eq!(lane.hear().await.line, "error 1 not_found");
     })
     .await;
 }

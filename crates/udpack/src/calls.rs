@@ -241,14 +241,6 @@ impl Calls {
         Some(owed)
     }
 
-    /// The credit could not be given back after all.
-    pub(crate) fn keep(&mut self, role: Role, id: u64, bytes: u64) {
-        if let Some(flow) = self.flow(role, id) {
-            flow.open += bytes;
-            flow.owed += bytes;
-        }
-    }
-
     /// Whether an item of this size may be sent: `None` not yet, `false` never, because the request is over.
     pub(crate) fn spend(&mut self, role: Role, id: u64, bytes: usize) -> Option<bool> {
         let over = match role {
@@ -393,7 +385,7 @@ mod tests {
 
     /// A message of the protocol with `len` bytes of data, or with that number.
     fn message(event: &str, id: u64, len: usize) -> Message {
-        let data = vec![7_u8; len];
+        let data = "x".repeat(len);
         let frame = match event {
             CREDIT | WANT => control::protocol(event, &len, Some(id)),
             ITEM | PUSH => control::protocol(event, &data, Some(id)),

@@ -379,7 +379,8 @@ impl Channel {
         }
     }
 
-    /// Ends the sending direction and waits until the peer's transport has acknowledged everything sent.
+    /// Ends the sending direction and waits until the peer's transport has acknowledged everything sent; on a
+    /// resumable channel, until the peer's library has, which reads no further than its program does.
     ///
     /// That the bytes arrived does not mean that the peer's program has handled them; for that use a request.
     ///
@@ -660,33 +661,48 @@ impl Pipe {
         self: &Arc<Self>,
         session: &Arc<Session>,
         (conn, link): (Arc<quinn::Connection>, u64),
-        (stream, inbox): (quinn::SendStream, Inbox),
+        (mut stream, inbox): (quinn::SendStream, Inbox),
         received: u64,
         first: Option<Bytes>,
     ) {
         let _ = stream.set_priority(self.priority.quic());
+        let mut inbox = Some(inbox);
         let went_on = session.on_link(link, || {
-            let epoch = self.outbox.rewind(received)?;
-            self.inbox.attach(inbox, session);
-            Ok(epoch)
+            let rewound = self.outbox.rewind(received)?;
+            if let Some(inbox) = inbox.take() {
+                self.inbox.attach(inbox, session);
+            }
+            Ok(rewound)
         });
         match went_on {
             None => {}
-            Some(Ok(epoch)) => self.spawn_writer(
-                session,
-                Way {
+            Some(Ok((epoch, all))) => {
+                if all {
+                    self.outbox.end(Ok(()));
+                }
+                let way = Way {
                     conn,
                     stream,
                     epoch,
                     first,
-                },
-            ),
+                };
+                self.spawn_writer(session, way);
+            }
             Some(Err(Mismatch)) => {
-                let text = "the peer says it has messages that were never sent";
-                self.fail(
-                    session,
-                    &CloseReason::local(CloseCode::RESUME_MISMATCH, text),
-                );
+                let text = "the two sides disagree about what was received";
+                let reason = CloseReason::local(CloseCode::RESUME_MISMATCH, text);
+                self.fail(session, &reason);
+                if let Some(inbox) = inbox {
+                    inbox.stop(reason.code, Ending::Closed(reason.clone()), session);
+                }
+                let last = control::encode_close(reason.code, &reason.text);
+                let within = session.timeouts.close;
+                session.tasks.spawn(async move {
+                    if let Some(last) = last {
+                        let _ = tokio::time::timeout(within, stream.write_chunk(last)).await;
+                    }
+                    let _ = stream.finish();
+                });
             }
         }
     }
@@ -781,6 +797,13 @@ pub enum SendError {
     /// The channel is over.
     #[error("channel closed: {0}")]
     Closed(CloseReason),
+}
+
+/// In a handler: whoever asked is told as `internal`.
+impl From<SendError> for Fault {
+    fn from(error: SendError) -> Self {
+        Self::new(Self::INTERNAL, error.to_string())
+    }
 }
 
 impl SendError {

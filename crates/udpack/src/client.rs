@@ -138,10 +138,10 @@ impl Client {
                 settings.timeouts.clone(),
                 Counters::root(),
                 Tally::root(),
-                first.endpoint,
                 settings.reconnect.map(|_| StateFeed::new()),
             )
         });
+        session.set_endpoint(first.endpoint);
         let server = match &settings.pin {
             Some((pin, _)) => Peer::new(pin.to_string()),
             None => Peer::new(url.host()),
@@ -433,9 +433,8 @@ impl Client {
         let (conn, inbox) = (&link.conn, &link.control.inbox);
         let denied = |reason| Err(ConnectError::Denied(reason));
         let first = std::future::poll_fn(|cx| inbox.poll_first(cx, session, &session.counters));
-        let first = match tokio::time::timeout(session.timeouts.auth, first).await {
-            Ok(first) => first,
-            Err(_) => return denied(crate::session::lost("no $welcome in time")),
+        let Ok(first) = tokio::time::timeout(session.timeouts.auth, first).await else {
+            return denied(crate::session::lost("no $welcome in time"));
         };
         match first {
             Ok(message) => match control::decode_welcome(&message) {

@@ -1,6 +1,6 @@
 //! The protocol's own messages: what is in them, how they are written, what is refused.
 //!
-//! Everything here is read with the strict reader ([`Fields`](crate::Fields)), never with serde: exact types, no duplicate
+//! Everything here is read with the strict reader ([`Fields`]), never with serde: exact types, no duplicate
 //! and no unknown keys. Reserved for growth is the key `ext` in `$hello` and `$welcome`.
 
 use std::time::Duration;

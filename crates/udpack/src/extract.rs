@@ -13,6 +13,7 @@ use crate::extensions::Extensions;
 use crate::handlers::{Answer, Context, IntoAnswer};
 use crate::items::Items;
 use crate::message::Message;
+use crate::rooms::Rooms;
 use crate::socket::Socket;
 
 /// Something that a handler may take as any of its arguments.
@@ -132,6 +133,13 @@ impl Extract for Peer {
     fn extract(cx: &Context) -> Result<Self, Fault> {
         let peer = cx.peer();
         peer.ok_or_else(|| Fault::new(Fault::INTERNAL, "the peer is not known yet"))
+    }
+}
+
+impl Extract for Rooms {
+    fn extract(cx: &Context) -> Result<Self, Fault> {
+        let rooms = cx.channel().rooms_handle();
+        rooms.ok_or_else(|| Fault::new(Fault::INTERNAL, "a client has no rooms"))
     }
 }
 

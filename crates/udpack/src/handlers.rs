@@ -285,6 +285,8 @@ type Job = BoxFuture<'static, Result<(), (Channel, u64)>>;
 
 /// Serves a channel until it ends.
 pub(crate) async fn serve(channel: Channel, router: Arc<Router>) -> Result<(), RecvError> {
+    // From now on the server's rooms know it: `to_channels` and `to_all` reach it.
+    let _ = channel.guest();
     let at_once = router.at_once();
     let mut running = FuturesUnordered::<Job>::new();
     // What `read_on` found: nothing more is to be read until a handler is through.
@@ -343,10 +345,12 @@ async fn read_on(channel: &Channel) -> NoReply {
 
 /// The peer gave a request up and its handler is gone: say so if there is room, for nobody waits for it.
 fn cancelled(channel: &Channel, id: u64) {
-    let limit = channel.session().frame_limit();
+    let session = channel.session();
     let fault = Fault::new(Fault::CANCELLED, "the request was given up");
-    if let Some(frame) = control::encode_fault(&fault, id, limit) {
-        let _ = channel.try_send_encoded(&Encoded::from_frame(frame));
+    if let Some(frame) = control::encode_fault(&fault, id, session.frame_limit())
+        && let Ok(true) = channel.try_send_encoded(&Encoded::from_frame(frame))
+    {
+        session.tally.word(Words::FaultsSent, &fault.code);
     }
 }
 
@@ -459,18 +463,14 @@ async fn request(
     };
     let frame = outcome
         .and_then(|data| message::encode_raw(REPLY, &data, id, limit).map_err(|_| no_reply()));
-    let frame = match frame {
-        Ok(frame) => Some(frame),
+    let sent = match frame {
+        Ok(frame) => channel.send_frame(frame).await,
         Err(fault) => {
             log(channel, &message, &fault);
-            let tally = &channel.session().tally;
-            tally.word(Words::FaultsSent, &fault.code);
-            control::encode_fault(&fault, id, limit)
+            channel.send_fault(&fault, id).await
         }
     };
-    if let Some(frame) = frame
-        && let Err(error) = channel.send_frame(frame).await
-    {
+    if let Err(error) = sent {
         tracing::debug!(%error, "the answer could not be sent");
     }
 }

@@ -17,7 +17,7 @@ use crate::calls::{Calls, Taken};
 use crate::code::{CloseCode, CloseReason};
 use crate::config::MIN_FRAME_RATE;
 use crate::control::{
-    self, ACK, Ack, CLOSE, GAP, GOAWAY, HELLO, OPEN, REFRESH, REFRESHED, RESUME, WELCOME,
+    self, ACK, Ack, CHANNELS, CLOSE, GAP, GOAWAY, HELLO, OPEN, REFRESH, REFRESHED, RESUME, WELCOME,
 };
 use crate::frame::FrameDecoder;
 use crate::message::Message;
@@ -124,8 +124,11 @@ enum Step {
 #[derive(Debug)]
 pub(crate) enum NoReply {
     End(Ending),
-    /// Too many unread messages stand before it.
-    Backlog,
+    /// Too many unread messages stand before it: this limit is reached.
+    Backlog {
+        most: usize,
+        of: &'static str,
+    },
 }
 
 impl Inbox {
@@ -173,8 +176,8 @@ impl Inbox {
     pub(crate) fn detach(&self) -> u64 {
         let mut state = lock(&self.state);
         state.stream = None;
+        // What was not decoded is not counted: the peer sends it again.
         state.chunks = VecDeque::new();
-        // Frames that wait in it were not counted: they are repeated.
         state.decoder = FrameDecoder::new(0);
         state.timer = None;
         state.resume.as_mut().map_or(0, |count| {
@@ -276,8 +279,8 @@ impl Inbox {
             if let Some(found) = look(&mut state.calls) {
                 return Poll::Ready(Ok(found));
             }
-            if state.backlog_full(session) {
-                return Poll::Ready(Err(NoReply::Backlog));
+            if let Some(full) = state.backlog_full(session) {
+                return Poll::Ready(Err(full));
             }
             match std::task::ready!(self.poll_step(cx, &mut state, session, counters)) {
                 Step::Message(message) => {
@@ -332,7 +335,7 @@ impl Inbox {
         let nothing = |_: &mut Calls| None::<std::convert::Infallible>;
         match std::task::ready!(self.poll_calls(cx, session, counters, nothing)) {
             Err(NoReply::End(end)) => Poll::Ready(Some(end)),
-            Err(NoReply::Backlog) => Poll::Ready(None),
+            Err(NoReply::Backlog { .. }) => Poll::Ready(None),
             Ok(never) => match never {},
         }
     }
@@ -362,9 +365,19 @@ impl Inbox {
 }
 
 impl State {
-    fn backlog_full(&self, session: &Session) -> bool {
-        self.backlog.len() >= session.limits.backlog_messages
-            || self.backlog_bytes + self.calls.waiting() >= session.limits.backlog_bytes
+    fn backlog_full(&self, session: &Session) -> Option<NoReply> {
+        let full = |most, of| Some(NoReply::Backlog { most, of });
+        let (messages, bytes) = (
+            session.limits.backlog_messages,
+            session.limits.backlog_bytes,
+        );
+        if self.backlog.len() >= messages {
+            full(messages, "messages")
+        } else if self.backlog_bytes + self.calls.waiting() >= bytes {
+            full(bytes, "bytes")
+        } else {
+            None
+        }
     }
 
     /// Keeps a message for whoever calls `recv` next.
@@ -429,7 +442,10 @@ impl State {
                         return Poll::Ready(Step::End(self.ended(end)));
                     }
                 },
-                (HELLO | WELCOME | OPEN | GOAWAY | RESUME | ACK | REFRESH | REFRESHED, _) => {
+                (
+                    HELLO | WELCOME | OPEN | GOAWAY | RESUME | ACK | CHANNELS | REFRESH | REFRESHED,
+                    _,
+                ) => {
                     let end = violation(
                         CloseCode::PROTOCOL_ORDER,
                         &"a message that has no place on a channel now",
@@ -447,15 +463,6 @@ impl State {
         }
     }
 
-    /// Counts messages, a batch at a time: until none is left, or there are many.
-    fn count(&mut self, session: &Session, message: bool) {
-        self.uncounted += u64::from(message);
-        if self.uncounted > 0 && (!message || self.uncounted >= COUNTED) {
-            let messages = std::mem::take(&mut self.uncounted);
-            session.tally.add(Count::MessagesReceived, messages);
-        }
-    }
-
     /// The peer gave a request up: if nobody has taken it yet, nobody need.
     fn cancelled(&mut self, id: u64) {
         let waits = |message: &Message| message.id() == Some(id);
@@ -464,6 +471,15 @@ impl State {
         {
             self.backlog_bytes -= message.len();
             self.calls.answered(id);
+        }
+    }
+
+    /// Counts messages, a batch at a time: until none is left, or there are many.
+    fn count(&mut self, session: &Session, message: bool) {
+        self.uncounted += u64::from(message);
+        if self.uncounted > 0 && (!message || self.uncounted >= COUNTED) {
+            let messages = std::mem::take(&mut self.uncounted);
+            session.tally.add(Count::MessagesReceived, messages);
         }
     }
 

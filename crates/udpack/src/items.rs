@@ -40,8 +40,8 @@ pub struct Items<T> {
     pending: Option<Pending>,
     pump: Option<Pump>,
     deadline: Option<(Pin<Box<Sleep>>, Duration)>,
-    /// Until the outbox has room for credit.
-    room: Option<BoxFuture<'static, ()>>,
+    /// Credit that waits for room in the outbox.
+    granting: Option<BoxFuture<'static, ()>>,
     done: bool,
     item: PhantomData<fn() -> T>,
 }
@@ -109,7 +109,7 @@ impl<T> Items<T> {
             pending: Some(pending),
             pump,
             deadline: deadline.and_then(sleep),
-            room: None,
+            granting: None,
             done: false,
             item: PhantomData,
         }
@@ -124,7 +124,7 @@ impl<T> Items<T> {
             pending: None,
             pump: None,
             deadline: None,
-            room: None,
+            granting: None,
             done: id.is_none(),
             item: PhantomData,
         }
@@ -134,11 +134,11 @@ impl<T> Items<T> {
     fn poll_grant(&mut self, cx: &mut Context<'_>, all: bool) {
         let inner = &self.channel.inner;
         loop {
-            if let Some(room) = &mut self.room {
-                if room.as_mut().poll(cx).is_pending() {
+            if let Some(granting) = &mut self.granting {
+                if granting.as_mut().poll(cx).is_pending() {
                     return;
                 }
-                self.room = None;
+                self.granting = None;
             }
             let (role, id) = (self.role, self.id);
             let Some(bytes) = inner.inbox.calls(|calls| calls.grant(role, id, all)) else {
@@ -148,12 +148,15 @@ impl<T> Items<T> {
                 return;
             };
             let limit = inner.session.frame_limit();
-            match inner.outbox.try_encoded(&Encoded::from_frame(frame), limit) {
+            let frame = Encoded::from_frame(frame);
+            match inner.outbox.try_encoded(&frame, limit) {
                 Ok(true) => {}
                 Ok(false) => {
-                    inner.inbox.calls(|calls| calls.keep(role, id, bytes));
                     let outbox = inner.outbox.clone();
-                    self.room = Some(Box::pin(async move { outbox.room().await }));
+                    self.granting = Some(Box::pin(async move {
+                        // A channel that is over is told by reading.
+                        let _ = outbox.encoded(&frame, limit).await;
+                    }));
                 }
                 // The channel is over, which reading will tell.
                 Err(_) => return,
@@ -181,7 +184,6 @@ impl<T: DeserializeOwned> Items<T> {
     ///
     /// # Cancel safety
     /// Cancel safe: a dropped future loses no item.
-    #[expect(clippy::should_implement_trait, reason = "it is asynchronous")]
     pub async fn next(&mut self) -> Option<Result<T, RequestError>> {
         StreamExt::next(self).await
     }
@@ -219,8 +221,8 @@ impl<T: DeserializeOwned> Stream for Items<T> {
             }
             Poll::Ready(Ok(Next::Last(last))) => {
                 if last.event() == FAULT {
-                    let tally = &this.channel.session().tally;
-                    return this.failed(RequestError::of(&last, tally));
+                    let error = this.channel.refused(&last);
+                    return this.failed(error);
                 }
                 match last.data::<()>() {
                     Ok(()) => {
@@ -245,7 +247,8 @@ impl<T: DeserializeOwned> Stream for Items<T> {
                 };
                 let limit = *limit;
                 std::task::ready!(sleep.as_mut().poll(cx));
-                this.failed(RequestError::Timeout(limit))
+                let error = this.channel.too_late(limit);
+                this.failed(error)
             }
         }
     }

@@ -1,21 +1,36 @@
 //! Reliable UDP sessions with msgpack event channels, over QUIC.
 //!
-//! A QUIC connection is a [`Socket`], a bidirectional QUIC stream is a [`Channel`] that carries msgpack
-//! `[event, data]` messages. A [`Server`] lets in clients whose token its verifier accepts; a [`Client`]
-//! trusts a server by its pinned public key or by the platform's CAs.
+//! A [`Socket`] is a session with one peer: a QUIC connection and, where both sides resume, those that follow it.
+//! A [`Channel`] of it is a bidirectional stream of msgpack `[event, data]` messages. A [`Server`] lets in clients
+//! whose token its verifier accepts; a [`Client`] trusts a server by its pinned public key or by the platform's
+//! CAs.
+//!
+//! | for | see |
+//! | --- | --- |
+//! | serving, and going down in good order | [`Server`], [`ServerBuilder`], [`Drain`] |
+//! | who may come in, for how long, to which channels | [`Authenticate`], [`TokenFile`], [`Peer`], [`ServerBuilder::authorize`] |
+//! | connecting, and coming back | [`Client`], [`Reconnect`], [`Socket::states`] |
+//! | messages | [`Channel`], [`Message`], [`Event`], [`Priority`] |
+//! | handlers | [`Router`], [`Extract`], [`Context`] |
+//! | questions and answers, streams of items | [`Request`], [`Items`], [`Streaming`], [`Fault`] |
+//! | one message to many, and who is there | [`Rooms`], [`Overflow`], [`Gap`], [`PresenceMap`] |
+//! | what only counts while it is new | [`Socket::send_volatile`], [`Volatile`] |
+//! | how things end | [`CloseReason`], [`CloseCode`] |
+//! | what happens | [`Metrics`], [`SpeedMeter`], [`ServerBuilder::qlog`] |
+//!
+//! A server and a client:
 //!
 //! ```no_run
 //! # async fn run() -> Result<(), Box<dyn std::error::Error>> {
-//! use udpack::{Channel, Client, Context, Fault, Identity, Server, TokenFile};
+//! use udpack::{Client, Context, Fault, Identity, Router, Server, TokenFile};
 //!
 //! let tokens = TokenFile::load_or_create("keys/token")?;
 //! let token = tokens.first_token().ok_or("no plain token in the file")?;
+//! let math = Router::new().on("double", |n: u64, _: Context| async move { Ok::<_, Fault>(n * 2) });
 //! let server = Server::builder()
 //!     .identity(Identity::load_or_create("keys")?)
 //!     .auth(tokens)
-//!     .channel("math", |channel: Channel| async move {
-//!         channel.on("double", |n: u64, _: Context| async move { Ok::<_, Fault>(n * 2) }).run().await
-//!     })
+//!     .channel("math", math)
 //!     .bind("127.0.0.1:0")
 //!     .await?;
 //!
@@ -29,8 +44,71 @@
 //! # Ok(()) }
 //! ```
 //!
-//! Every async method says what dropping its future does. The wire is in `docs/PROTOCOL.md`; every bound is in
-//! [`Limits`], every deadline in [`Timeouts`].
+//! Typed events, sent and asked; messages in one's own hands instead of a router's:
+//!
+//! ```no_run
+//! # use serde::{Deserialize, Serialize};
+//! # use udpack::{Channel, Event};
+//! #[derive(Serialize, Deserialize, Event)]
+//! #[event(reply = u64)]
+//! struct Say {
+//!     text: String,
+//! }
+//!
+//! # async fn run(channel: Channel) -> Result<(), Box<dyn std::error::Error>> {
+//! let text = "hello".to_owned();
+//! channel.emit(&Say { text: text.clone() }).await?;
+//! let heard: u64 = channel.call(&Say { text }).await?;
+//! while let Some(message) = channel.recv().await? {
+//!     if message.event() == Say::NAME {
+//!         println!("{}", message.data::<Say>()?.text);
+//!     }
+//! }
+//! # Ok(()) }
+//! ```
+//!
+//! Streams of items; the deadline travels, and dropping a request stops its handler:
+//!
+//! ```no_run
+//! # use std::time::Duration;
+//! # async fn run(channel: udpack::Channel) -> Result<(), udpack::RequestError> {
+//! let mut lines = channel.request("tail", "log").timeout(Duration::from_secs(60)).items::<String>().await?;
+//! while let Some(line) = lines.next().await {
+//!     println!("{}", line?);
+//! }
+//! let numbers = futures_util::stream::iter([1_u64, 2, 3]);
+//! let sum: u64 = channel.request("sum", &()).with_items(numbers).await?;
+//! # Ok(()) }
+//! ```
+//!
+//! Rooms, at a server: encoded once, never waiting for the slowest, who is told what it missed:
+//!
+//! ```no_run
+//! # use udpack::{Channel, Data, Fault, Rooms};
+//! async fn say(Data(text): Data<String>, channel: Channel, rooms: Rooms) -> Result<u64, Fault> {
+//!     channel.join("hall")?;
+//!     Ok(rooms.to("hall").send("said", &text)?.delivered)
+//! }
+//! ```
+//!
+//! A channel that outlives its connection, and messages that need not arrive:
+//!
+//! ```no_run
+//! # use udpack::{Client, ClientBuilder, Priority, Reconnect};
+//! # async fn run(client: ClientBuilder) -> Result<(), Box<dyn std::error::Error>> {
+//! let socket = client.reconnect(Reconnect::default()).connect("192.0.2.7").await?;
+//! let orders = socket.channel("orders").resumable().priority(Priority::High).open().await?;
+//! orders.send_acked("buy", &3).await?;
+//! socket.send_volatile_keyed("cursor", "alice", &(120, 48))?;
+//! # Ok(()) }
+//! ```
+//!
+//! Every async method says what dropping its future does; every bound is in [`Limits`], every deadline in
+//! [`Timeouts`]. `docs/GUIDE.md` is the longer introduction, `docs/PROTOCOL.md` the wire.
+//!
+//! # Features
+//! - `derive` (on by default): `#[derive(Event)]`.
+//! - `testing`: the module `testing`, a network in memory for tests.
 #![warn(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 

@@ -89,12 +89,13 @@ impl Guard {
     }
 
     /// Whether `peer` may have a channel of that name.
-    fn allow(&self, peer: &Peer, channel: &str) -> Result<(), Deny> {
+    fn allow(&self, peer: &Peer, channel: &str, tally: &Tally) -> Result<(), Deny> {
         let Some(authorize) = &self.authorize else {
             return Ok(());
         };
         std::panic::catch_unwind(AssertUnwindSafe(|| authorize(peer, channel))).unwrap_or_else(
             |_| {
+                tally.one(Count::HandlerPanics);
                 tracing::error!("the authorization of channels panicked");
                 Err(Deny::new(CloseCode::INTERNAL, "the authorization failed"))
             },
@@ -318,19 +319,19 @@ impl Life {
         }
         // Only now: a refresh from here on finds the channel in the list, an earlier one has changed the peer.
         match session.peer.get() {
-            Some(peer) => guard.allow(&peer, channel.name()),
+            Some(peer) => guard.allow(&peer, channel.name(), &session.tally),
             None => Err(Deny::forbidden("nobody is known here")),
         }
     }
 
     /// Closes the channels that the peer may no longer have.
-    fn look_again(&self, guard: &Guard, peer: &Peer) {
+    fn look_again(&self, guard: &Guard, peer: &Peer, tally: &Tally) {
         let channels: Vec<Channel> = lock(&self.channels)
             .iter()
             .filter_map(WeakChannel::upgrade)
             .collect();
         for channel in channels {
-            if let Err(Deny { code, text }) = guard.allow(peer, channel.name()) {
+            if let Err(Deny { code, text }) = guard.allow(peer, channel.name(), tally) {
                 channel.close_with(CloseReason::local(code, text));
             }
         }
@@ -376,7 +377,7 @@ pub(crate) fn renew(session: &Session, peer: Peer) -> Result<Option<Duration>, D
     session.peer.set(peer.clone());
     session.life.counts_for(left);
     if let Some(guard) = session.life.guard.get() {
-        session.life.look_again(guard, &peer);
+        session.life.look_again(guard, &peer, &session.tally);
     }
     Ok(left)
 }
@@ -407,7 +408,12 @@ pub(crate) async fn refresh(session: &Session, token: String) -> Result<(), Refr
         }
         session.life.ready.notify_one();
         match answered.await {
-            Ok(answer) => answer,
+            Ok(answer) => {
+                if answer.is_ok() {
+                    session.tally.one(Count::Refreshed);
+                }
+                answer
+            }
             Err(_) => Err(RefreshError::Closed(session.end.wait().await)),
         }
     };
@@ -502,6 +508,7 @@ async fn ask_again(session: &Session, guard: &Guard) {
             Ok(true) => continue,
             Ok(false) => (CloseCode::AUTH_REVOKED, "the token was withdrawn"),
             Err(_) => {
+                session.tally.one(Count::HandlerPanics);
                 tracing::error!("the verifier panicked");
                 (CloseCode::INTERNAL, "the verifier failed")
             }
@@ -517,7 +524,10 @@ async fn verify_refreshes(session: &Session, guard: &Guard) {
     loop {
         let (token, round) = session.life.next_asked().await;
         let refreshed = match verify_refresh(session, guard, &mut rate, token).await {
-            Ok(expires) => Refreshed::Accepted { expires },
+            Ok(expires) => {
+                session.tally.one(Count::Refreshed);
+                Refreshed::Accepted { expires }
+            }
             Err(Deny { code, text }) => {
                 if let Some(left_out) = session.quiet.line() {
                     tracing::warn!(%code, text, left_out, "new token refused");

@@ -1,6 +1,7 @@
 //! Opening a channel: what the opener may choose, and the shortcuts for those who choose nothing.
 
 use std::fmt;
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -100,7 +101,7 @@ impl<'a, T: Serialize + Sync + ?Sized> OpenChannel<'a, T> {
     ///
     /// # Errors
     /// When the name is unsound, `meta` cannot be encoded, the socket is over or going away, or no channel
-    /// became free within `Timeouts::request`.
+    /// became free, or no connection came, within `Timeouts::request`.
     ///
     /// # Cancel safety
     /// A dropped future has opened nothing.
@@ -134,7 +135,14 @@ impl<'a, T: Serialize + Sync + ?Sized> OpenChannel<'a, T> {
         };
         let (conn, link, stream, recv) = tokio::time::timeout(session.timeouts.request, opening)
             .await
-            .map_err(|_| OpenError::TooManyChannels)??;
+            .map_err(|_| {
+                if session.is_up() {
+                    let welcome = session.welcome().filter(|_| session.client);
+                    OpenError::TooManyChannels(welcome.map(|welcome| welcome.channels))
+                } else {
+                    OpenError::NoConnection(session.timeouts.request)
+                }
+            })??;
         let inbox = Inbox::new(recv, session.limits.frame);
         let counters = Counters::child(session.counters.clone());
         let opened = Opened {
@@ -175,8 +183,14 @@ pub enum OpenError {
     #[error(transparent)]
     Encode(#[from] EncodeError),
     /// The peer permitted no further channel in time.
-    #[error("the peer permits no further channel")]
-    TooManyChannels,
+    #[error("the peer permits no further channel{}", .0.map(|most| format!(": {most} may be open")).unwrap_or_default())]
+    TooManyChannels(
+        /// How many it permits, where it said so: a server does.
+        Option<u64>,
+    ),
+    /// There was no connection for this long; the socket is still looking for one.
+    #[error("no connection within {0:?}")]
+    NoConnection(Duration),
     /// The server is going down.
     #[error("the server is going away: {}", .0.text)]
     GoingAway(GoAway),

@@ -149,6 +149,7 @@ enum Work {
     Batch {
         bytes: usize,
         messages: usize,
+        gaps: u64,
     },
     Finish(Option<Bytes>),
     /// The queue goes to another stream by now, or is over.
@@ -367,11 +368,6 @@ impl Outbox {
         }
     }
 
-    /// Waits until there is room, or the channel is over. Dropping the future is harmless.
-    pub(crate) async fn room(&self) {
-        let _ = self.when_room(|_| Ok(())).await;
-    }
-
     /// Moves what waits beside the queue into it, as far as there is room and nobody has waited for longer;
     /// then it is their turn.
     fn refill(&self, state: &mut State) {
@@ -502,10 +498,17 @@ impl Outbox {
     }
 
     /// Prepares the queue for another stream: what the peer has not received stands first in it again. Returns
-    /// the number that the stream's writer must have; writers of earlier streams stop.
-    pub(crate) fn rewind(&self, received: u64) -> Result<u64, Mismatch> {
+    /// the number that the stream's writer must have, and whether the peer has received everything, the end
+    /// included; writers of earlier streams stop.
+    pub(crate) fn rewind(&self, received: u64) -> Result<(u64, bool), Mismatch> {
         let mut state = lock(&self.state);
         state.epoch += 1;
+        if let Some(keep) = &state.keep
+            && received < keep.retained.confirmed()
+        {
+            // What it lacks by its own count is gone.
+            return Err(Mismatch);
+        }
         let all = state.confirm(received)?;
         if let Some(keep) = &mut state.keep {
             let again = keep.retained.take();
@@ -514,15 +517,10 @@ impl Outbox {
             }
         }
         state.idle = false;
-        let epoch = state.epoch;
         self.refill(&mut state);
         self.room.notify_waiters();
         self.work.notify_one();
-        drop(state);
-        if all {
-            self.end(Ok(()));
-        }
-        Ok(epoch)
+        Ok((state.epoch, all))
     }
 
     /// Keeps nothing any more: the session ends with its connection, whatever becomes of it.
@@ -601,7 +599,11 @@ impl Outbox {
                     keep.retained.push(bytes.clone());
                 }
             }
-            return Work::Batch { bytes, messages };
+            return Work::Batch {
+                bytes,
+                messages,
+                gaps: state.overflow.take_gaps(),
+            };
         }
         // A quiet channel keeps no buffer.
         state.tail = BytesMut::new();
@@ -815,9 +817,16 @@ async fn drive(
     }
     loop {
         match outbox.take(epoch, &mut batch) {
-            Work::Batch { bytes, messages } => {
+            Work::Batch {
+                bytes,
+                messages,
+                gaps,
+            } => {
                 write(&mut stream, &mut batch, session, counters, outbox.priority).await?;
                 session.tally.add(Count::MessagesSent, messages as u64);
+                if gaps > 0 {
+                    session.tally.add(Count::Gaps, gaps);
+                }
                 outbox.written(bytes, messages);
                 batch.clear();
             }

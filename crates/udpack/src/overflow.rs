@@ -67,6 +67,7 @@ pub(crate) struct Overflowing {
     /// One for each room that has something here; removed when empty.
     lots: Vec<Lot>,
     next: u64,
+    gaps: u64,
 }
 
 #[derive(Debug)]
@@ -98,6 +99,11 @@ impl Overflowing {
     /// The number of what comes out next.
     pub(crate) fn first(&self) -> Option<u64> {
         self.lots.iter().map(Lot::first).min()
+    }
+
+    /// Gaps that came out since this was last asked.
+    pub(crate) fn take_gaps(&mut self) -> u64 {
+        std::mem::take(&mut self.gaps)
     }
 
     /// Takes one message in, as the policy says; `max_bytes` bounds each room.
@@ -161,6 +167,7 @@ impl Overflowing {
         let gap = (lost > 0)
             .then(|| control::encode_gap(&lot.tag.name, lost).ok())
             .flatten();
+        self.gaps += u64::from(gap.is_some());
         let frame = gap.or_else(|| {
             let entry = lot.entries.pop_front()?;
             lot.bytes -= entry.frame.len();

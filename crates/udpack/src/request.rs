@@ -19,7 +19,7 @@ use crate::event::Event;
 use crate::inbox::{Ending, NoReply};
 use crate::items::{Items, Pump, pump};
 use crate::message::{self, DecodeError, Encoded, Message};
-use crate::metrics::{Count, Tally, Words};
+use crate::metrics::{Count, Words};
 
 impl Channel {
     /// Asks the peer and waits for its answer: awaiting the returned builder gives the reply.
@@ -95,9 +95,32 @@ impl Channel {
 
     pub(crate) fn no_answer(&self, error: NoReply) -> RequestError {
         match error {
-            NoReply::Backlog => RequestError::Backlog,
+            NoReply::Backlog { most, of } => RequestError::Backlog { most, of },
             NoReply::End(ending) => RequestError::Closed(self.no_reply(ending)),
         }
+    }
+
+    /// Why there is no reply, by the peer's `$fault`.
+    pub(crate) fn refused(&self, fault: &Message) -> RequestError {
+        let tally = &self.inner.session.tally;
+        match control::decode_fault(fault) {
+            Ok(fault) => {
+                tally.word(Words::FaultsReceived, &fault.code);
+                match fault.code.as_str() {
+                    Fault::NO_HANDLER => RequestError::NoHandler,
+                    Fault::CANCELLED => RequestError::Cancelled,
+                    _ => RequestError::Fault(fault),
+                }
+            }
+            // The inbox has refused such a fault before.
+            Err(error) => RequestError::Fault(Fault::new(Fault::INTERNAL, error.to_string())),
+        }
+    }
+
+    /// Why there is no reply: it did not come in time.
+    pub(crate) fn too_late(&self, limit: Duration) -> RequestError {
+        self.inner.session.tally.one(Count::RequestsTimedOut);
+        RequestError::Timeout(limit)
     }
 
     /// Reads on, into the bounded backlog, until `look` finds what it is after.
@@ -150,15 +173,14 @@ impl<R> Request<R> {
     }
 
     async fn run(mut self) -> Result<R, RequestError> {
-        let tally = self.channel.session().tally.clone();
-        let default = self.channel.inner.session.timeouts.request;
+        let channel = self.channel.clone();
+        let default = channel.inner.session.timeouts.request;
         let limit = match (self.timeout, &self.pump) {
             (None, Some(_)) => None,
             (timeout, _) => Some(timeout.unwrap_or(default)),
         };
         let exchange = async {
             let _pending = self.send(limit, false).await?;
-            let channel = self.channel.clone();
             let id = self.id;
             let mut reply = std::pin::pin!(channel.until(|calls| calls.reply(id)));
             let reply = match self.pump.take() {
@@ -179,13 +201,12 @@ impl<R> Request<R> {
         };
         let reply = match limit {
             None => exchange.await?,
-            Some(limit) => tokio::time::timeout(limit, exchange).await.map_err(|_| {
-                tally.one(Count::RequestsTimedOut);
-                RequestError::Timeout(limit)
-            })??,
+            Some(limit) => tokio::time::timeout(limit, exchange)
+                .await
+                .map_err(|_| channel.too_late(limit))??,
         };
         if reply.event() == FAULT {
-            return Err(RequestError::of(&reply, &tally));
+            return Err(channel.refused(&reply));
         }
         (self.decode)(&reply).map_err(RequestError::Decode)
     }
@@ -203,6 +224,7 @@ impl<R> Request<R> {
             message::add_deadline(&mut frame, limit, inner.session.frame_limit())
                 .map_err(|error| RequestError::Send(SendError::Encode(error)))?;
         }
+        inner.session.tally.one(Count::RequestsSent);
         inner.inbox.calls(|calls| calls.ask(self.id, stream));
         let mut pending = Pending {
             channel: self.channel.clone(),
@@ -213,7 +235,6 @@ impl<R> Request<R> {
         let sent = self.channel.send_encoded(&encoded).await;
         sent.map_err(RequestError::Send)?;
         pending.sent = true;
-        inner.session.tally.one(Count::RequestsSent);
         Ok(pending)
     }
 }
@@ -232,12 +253,13 @@ impl Request<()> {
     pub async fn items<T: DeserializeOwned>(mut self) -> Result<Items<T>, RequestError> {
         let limit = self.timeout;
         let begun = tokio::time::Instant::now();
+        let channel = self.channel.clone();
         let send = self.send(limit, true);
         let pending = match limit {
             None => send.await?,
             Some(limit) => tokio::time::timeout(limit, send)
                 .await
-                .map_err(|_| RequestError::Timeout(limit))??,
+                .map_err(|_| channel.too_late(limit))??,
         };
         Ok(Items::asked(
             pending,
@@ -307,16 +329,28 @@ pub enum RequestError {
     /// No reply in time.
     #[error("no reply within {0:?}")]
     Timeout(Duration),
-    /// More unread messages stand before the reply, or the item or credit of a stream, than `Limits::backlog_messages` or
-    /// `Limits::backlog_bytes` allow: read them with `recv` first.
-    #[error("too many unread messages stand before the reply")]
-    Backlog,
+    /// More unread messages stand before the reply, or before the item or credit of a stream, than
+    /// `Limits::backlog_messages` or `Limits::backlog_bytes` allow: read them with `recv` first.
+    #[error("too many unread messages stand before the reply: {most} {of} may wait")]
+    Backlog {
+        /// The limit that was reached.
+        most: usize,
+        /// What it counts: `"messages"` or `"bytes"`.
+        of: &'static str,
+    },
     /// The request could not be sent.
     #[error(transparent)]
     Send(SendError),
     /// The channel ended before the reply came.
     #[error("channel closed: {0}")]
     Closed(CloseReason),
+}
+
+/// In a handler: whoever asked is told as `internal`.
+impl From<RequestError> for Fault {
+    fn from(error: RequestError) -> Self {
+        Self::new(Self::INTERNAL, error.to_string())
+    }
 }
 
 impl RequestError {
@@ -326,21 +360,6 @@ impl RequestError {
             Self::Timeout(_) => true,
             Self::Fault(fault) => fault.code == Fault::TIMEOUT,
             _ => false,
-        }
-    }
-
-    /// What a `$fault` says.
-    pub(crate) fn of(fault: &Message, tally: &Tally) -> Self {
-        let fault = control::decode_fault(fault);
-        if let Ok(fault) = &fault {
-            tally.word(Words::FaultsReceived, &fault.code);
-        }
-        match fault {
-            Ok(fault) if fault.code == Fault::NO_HANDLER => Self::NoHandler,
-            Ok(fault) if fault.code == Fault::CANCELLED => Self::Cancelled,
-            Ok(fault) => Self::Fault(fault),
-            // The inbox has refused such a fault before.
-            Err(error) => Self::Fault(Fault::new(Fault::INTERNAL, error.to_string())),
         }
     }
 }

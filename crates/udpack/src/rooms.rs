@@ -17,8 +17,10 @@ use tokio::runtime::Handle;
 
 use crate::auth::Peer;
 use crate::channel::{Channel, WeakChannel};
-use crate::code::{CloseCode, CloseReason};
+use crate::code::{CloseCode, CloseReason, Fault};
+use crate::event::Event;
 use crate::message::{EncodeError, Encoded, NameError, check_name};
+use crate::metrics::Count;
 use crate::outbox::Outbox;
 use crate::overflow::{Overflow, Push, Tag};
 use crate::presence::{Presence, Tracked};
@@ -268,6 +270,14 @@ impl<'a> Broadcast<'a> {
         Ok(self.send_encoded(&Encoded::new(event, data)?))
     }
 
+    /// As [`send`](Self::send), with a typed event.
+    ///
+    /// # Errors
+    /// As [`send`](Self::send).
+    pub fn emit<E: Event>(self, event: &E) -> Result<Sent, EncodeError> {
+        self.send(E::NAME, event)
+    }
+
     /// As [`send`](Self::send), with a message that is encoded already.
     pub fn send_encoded(self, message: &Encoded) -> Sent {
         let mut sent = Sent::default();
@@ -280,11 +290,14 @@ impl<'a> Broadcast<'a> {
                 continue;
             }
             let limit = guest.session.frame_limit();
+            let tally = &guest.session.tally;
+            let dropped = sent.dropped;
             match guest
                 .outbox
                 .push_room(&room.tag, message.bytes(), limit, policy)
             {
                 Push::Queued { lost } => {
+                    tally.one(Count::RoomSent);
                     sent.delivered += 1;
                     sent.dropped += lost;
                 }
@@ -299,6 +312,9 @@ impl<'a> Broadcast<'a> {
                     }
                 }
                 Push::Over => {}
+            }
+            if sent.dropped > dropped {
+                tally.add(Count::RoomDropped, sent.dropped - dropped);
             }
         }
         if sent.dropped > 0 {
@@ -338,6 +354,13 @@ pub enum JoinError {
     /// The channel is in as many rooms as `Limits::rooms_per_channel` allows.
     #[error("the channel is in {0} rooms already")]
     TooManyJoined(usize),
+}
+
+/// In a handler: whoever asked is told as `internal`.
+impl From<JoinError> for Fault {
+    fn from(error: JoinError) -> Self {
+        Self::new(Self::INTERNAL, error.to_string())
+    }
 }
 
 impl Channel {

@@ -590,7 +590,6 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
         shared.counters.clone(),
         Tally::child(shared.tally.clone()),
         None,
-        None,
     );
     let place = match Place::take(&shared, conn.remote_address().ip()) {
         Ok(place) => place,
@@ -943,7 +942,7 @@ impl Shared {
             return Err("identity");
         }
         if !lock(&session.tickets).redeem(&ticket.token) {
-            return Err("unknown");
+            return Err("expired");
         }
         let permit = links.reserve_owned().await.map_err(|_| "expired")?;
         Ok((session, permit))

@@ -3,7 +3,7 @@
 //! `Socket` and `Channel` are handles over this; the driver task of a socket (`socket.rs`) acts on the
 //! wishes left here.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -247,7 +247,6 @@ impl Session {
         timeouts: Arc<Timeouts>,
         parent: Arc<Counters>,
         tally: Arc<Tally>,
-        endpoint: Option<quinn::Endpoint>,
         states: Option<StateFeed>,
     ) -> Arc<Self> {
         Arc::new(Self {
@@ -287,7 +286,7 @@ impl Session {
             next_channel: AtomicU64::new(1),
             rooms: OnceLock::new(),
             tasks: TaskTracker::new(),
-            endpoint: Mutex::new(endpoint),
+            endpoint: Mutex::default(),
             lease: OnceLock::new(),
             handle: OnceLock::new(),
         })
@@ -340,6 +339,11 @@ impl Session {
     pub(crate) fn id(&self) -> SessionId {
         let welcome = self.welcome();
         SessionId::new(welcome.as_ref().map_or("", |welcome| &welcome.session))
+    }
+
+    /// Keeps a client's first endpoint.
+    pub(crate) fn set_endpoint(&self, endpoint: Option<quinn::Endpoint>) {
+        *lock(&self.endpoint) = endpoint;
     }
 
     /// A client's endpoint of this moment.
@@ -453,6 +457,7 @@ impl Session {
     /// The peer keeps these of the channels that it opened; the others are over, but for those that it has
     /// opened on this connection: their streams may overtake the list.
     pub(crate) fn retain_theirs(&self, open: &[u64]) {
+        let open: HashSet<_> = open.iter().collect();
         let (_, link) = self.link();
         let gone: Vec<_> = lock(&self.resumable)
             .extract_if(|key, pipe| !key.own && pipe.link() < link && !open.contains(&key.id))

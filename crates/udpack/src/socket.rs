@@ -402,7 +402,7 @@ enum Outcome {
     /// The session may go on over another.
     Lost(CloseReason),
     /// The client has come back over this one.
-    Replaced(Link),
+    Replaced(Box<Link>),
     /// The server goes away and our channels have ended: to the next.
     Moved(CloseReason),
 }
@@ -430,7 +430,7 @@ pub(crate) async fn live(
             .await
         {
             Outcome::Over(reason) => break reason,
-            Outcome::Replaced(link) => Ok(link),
+            Outcome::Replaced(link) => Ok(*link),
             Outcome::Lost(reason) => {
                 comeback
                     .next(&session, &mut driver.lifetime, reason, false)
@@ -556,6 +556,11 @@ impl Driver {
         );
         lock(&session.received_goaway).take();
         session.prune();
+        // The peer's channels come back all at once.
+        self.rate.grant(session.limits.channels);
+        let granted = session
+            .welcome()
+            .is_none_or(|welcome| welcome.resume.is_some());
         let mut reason = None;
         self.resumed = true;
         if let Some(welcome) = link.welcome {
@@ -565,7 +570,7 @@ impl Driver {
                 let words = welcome
                     .reason
                     .clone()
-                    .unwrap_or_else(|| "unknown".to_owned());
+                    .unwrap_or_else(|| if granted { "unknown" } else { "off" }.to_owned());
                 let text = format!("the session could not be resumed: {words}");
                 session.tally.word(Words::ResumesRefused, &words);
                 session.fail_resumable(&CloseReason::new(
@@ -712,14 +717,9 @@ impl Driver {
                 },
                 () = at(confirm_at) => {
                     confirm_at = None;
-                    let mut frames = Vec::new();
-                    for (key, received) in session.take_confirms() {
-                        let ack = Ack { channel: key.id, own: key.own, received };
-                        frames.extend(control::encode_ack(ack));
-                    }
-                    write_control_all(&session, &mut control.send, &mut frames).await;
+                    confirm(&session, &mut control.send).await;
                 },
-                link = comeback.replaced() => return Outcome::Replaced(link),
+                link = comeback.replaced() => return Outcome::Replaced(Box::new(link)),
                 () = at(move_at) => {
                     let reason = CloseReason::new(
                         CloseCode::MOVED,
@@ -749,22 +749,17 @@ impl Driver {
         loop {
             tokio::select! {
                 () = &mut ended => break,
-                _ = conn.closed() => return Outcome::Lost(reason),
+                _ = conn.closed() => return Outcome::Moved(reason),
                 message = poll_fn(|cx| control.inbox.poll_first(cx, session, &session.counters)) => {
                     if on_control(session, message).is_some() {
                         // Its patience has ended before ours.
                         conn.close(CloseCode::NORMAL.varint(), b"");
-                        return Outcome::Lost(reason);
+                        return Outcome::Moved(reason);
                     }
                 },
                 () = session.confirm_due.notified() => {
                     tokio::time::sleep(CONFIRM_DELAY).await;
-                    let mut frames = Vec::new();
-                    for (key, received) in session.take_confirms() {
-                        let ack = Ack { channel: key.id, own: key.own, received };
-                        frames.extend(control::encode_ack(ack));
-                    }
-                    write_control_all(session, &mut control.send, &mut frames).await;
+                    confirm(session, &mut control.send).await;
                 },
                 () = session.wished.notified() => {
                     let close = lock(&session.wishes).close.clone();
@@ -786,6 +781,18 @@ impl Driver {
         conn.close(CloseCode::NORMAL.varint(), b"");
         Outcome::Moved(reason)
     }
+}
+
+/// Tells the peer what it need not keep any more.
+async fn confirm(session: &Session, send: &mut quinn::SendStream) {
+    let confirms = session.take_confirms();
+    let acks = confirms.into_iter().map(|(key, received)| Ack {
+        channel: key.id,
+        own: key.own,
+        received,
+    });
+    let mut frames: Vec<_> = acks.filter_map(control::encode_ack).collect();
+    write_control_all(session, send, &mut frames).await;
 }
 
 fn reap(session: &Session, ended: Result<(), tokio::task::JoinError>) {
@@ -1007,6 +1014,13 @@ async fn serve_stream(
             }
         }
     }
+    let known = open.resumable
+        && session
+            .kept(ChannelKey {
+                own: false,
+                id: open.id,
+            })
+            .is_some();
     let crowded = open.resumable && session.kept_theirs() >= 2 * session.limits.channels as usize;
     if !crowded {
         lock(&session.seen).insert(open.id);
@@ -1022,7 +1036,7 @@ async fn serve_stream(
         name: open.name,
         meta: open.meta,
         priority: open.priority,
-        resumable: open.resumable && !crowded,
+        resumable: open.resumable && !crowded && !known,
     };
     let way = Way {
         conn,
@@ -1031,6 +1045,13 @@ async fn serve_stream(
         first,
     };
     let channel = Channel::start(session.clone(), opened, false, way, link, inbox, counters);
+    let refusal = refusal.or_else(|| {
+        // In the place of the one that is kept, that one would never end.
+        known.then(|| {
+            let text = format!("resumable channel {} is open already", open.id);
+            CloseReason::local(CloseCode::PROTOCOL_ORDER, text)
+        })
+    });
     let refusal = refusal.or_else(|| {
         crowded.then(|| {
             let text = format!(
@@ -1135,6 +1156,7 @@ pub(crate) struct Rate {
     per_second: f64,
     left: f64,
     at: Instant,
+    granted: u32,
 }
 
 impl Rate {
@@ -1144,10 +1166,20 @@ impl Rate {
             per_second,
             left: per_second * 2.0,
             at: Instant::now(),
+            granted: 0,
         }
     }
 
+    /// So many are permitted beyond the rate.
+    fn grant(&mut self, more: u32) {
+        self.granted = more;
+    }
+
     pub(crate) fn take(&mut self) -> bool {
+        if self.granted > 0 {
+            self.granted -= 1;
+            return true;
+        }
         let now = Instant::now();
         let gained = (now - self.at).as_secs_f64() * self.per_second;
         self.left = (self.left + gained).min(self.per_second * 2.0);

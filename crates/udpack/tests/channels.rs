@@ -264,7 +264,7 @@ async fn a_request_waits_behind_events_without_losing_them_and_not_for_ever() {
             .request::<_, String>("go", &101_u64)
             .await
             .expect_err("too many events first");
-        assert!(matches!(full, RequestError::Backlog), "{full}");
+        assert!(matches!(full, RequestError::Backlog { .. }), "{full}");
         for n in 0..101_u64 {
             let event = channel.recv().await.expect("open").expect("an event");
             assert_eq!(

@@ -329,10 +329,7 @@ async fn b10_each_connect_is_a_socket_of_its_own() {
         for _ in 0..3 {
             sockets.push(client.connect(&address).await.expect("let in"));
         }
-        let ids: HashSet<_> = sockets
-            .iter()
-            .map(|socket| socket.id().to_owned())
-            .collect();
+        let ids: HashSet<_> = sockets.iter().map(|socket| socket.id()).collect();
         assert_eq!(ids.len(), 3);
         for (n, socket) in (0_u64..).zip(&sockets) {
             let log = socket.open("log").await.expect("a channel");

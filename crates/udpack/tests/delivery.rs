@@ -164,8 +164,7 @@ async fn count(
         () = counting => {}
         () = async { trouble.await; std::future::pending().await } => {}
     }
-    let connections = connections.lock().expect("sound");
-    connections.clone()
+    std::mem::take(&mut *connections.lock().expect("sound"))
 }
 
 /// The next time the socket is connected: whether its session goes on, and why not.

@@ -13,7 +13,10 @@ use peak_alloc::PeakAlloc;
 use serde_bytes::ByteBuf;
 use tokio::time::Instant;
 use udpack::testing::{self, Net};
-use udpack::{Channel, CloseCode, Context, Fault, Limits, RequestError, SendError, Server, Socket};
+use udpack::{
+    Channel, ClientBuilder, CloseCode, Context, Fault, Limits, Reconnect, RequestError, SendError,
+    Server, Socket,
+};
 
 #[global_allocator]
 static HEAP: PeakAlloc = PeakAlloc;
@@ -39,6 +42,7 @@ impl Site {
             stream_window: 128 << 10,
             connection_window: 512 << 10,
             outbound_bytes: 64 << 10,
+            replay_bytes: 64 << 10,
             ..Limits::default()
         };
         let server = testing::server()
@@ -51,6 +55,12 @@ impl Site {
                     )
                     .run()
                     .await
+            })
+            // A member of the hall; what it sends is not read.
+            .channel("hall", |channel: Channel| async move {
+                let _ = channel.join("hall");
+                let _ = channel.send("joined", &()).await;
+                channel.closed().await;
             })
             // Takes nothing off the channel.
             .channel("deaf", |channel: Channel| async move {
@@ -96,11 +106,22 @@ impl Site {
 
     /// Another client, whose own queues are small.
     async fn connect(&self) -> Socket {
+        self.connect_with(|client| client).await
+    }
+
+    /// As [`connect`](Self::connect), and it comes back when its connection is lost.
+    async fn comes_back(&self) -> Socket {
+        self.connect_with(|client| client.reconnect(Reconnect::default()))
+            .await
+    }
+
+    async fn connect_with(&self, set: impl FnOnce(ClientBuilder) -> ClientBuilder) -> Socket {
         let limits = Limits {
             outbound_bytes: 64 << 10,
+            replay_bytes: 64 << 10,
             ..Limits::default()
         };
-        let client = testing::client(&self.server).limits(limits);
+        let client = set(testing::client(&self.server).limits(limits));
         self.net
             .connect(client, &self.server)
             .await
@@ -410,6 +431,161 @@ async fn many_who_flood_share_a_bound_each() {
             site.others_live("five floods").await;
         }
         site.bounded("five floods");
+    })
+    .await;
+}
+
+async fn resumable(socket: &Socket, name: &str) -> Channel {
+    let channel = socket.channel(name).resumable().open().await;
+    channel.expect("a channel")
+}
+
+/// A resumable channel keeps what its peer does not confirm: no more than its bound, and not for ever while the
+/// peer is there.
+#[tokio::test(start_paused = true)]
+async fn resumable_channels_that_nobody_reads_are_held_to_the_same_rules() {
+    alone(async {
+        let site = Site::new().await;
+        let socket = site.comes_back().await;
+        let own = resumable(&socket, "echo").await;
+        for (name, event) in [("deaf", "block"), ("stuck", "never")] {
+            let channel = resumable(&socket, name).await;
+            let lost = async {
+                let error = send_until_lost(&channel, event).await;
+                assert!(slow(&error), "{name}: {error}");
+                assert_eq!(channel.queued_bytes(), 0, "{name}: nothing is kept of it");
+            };
+            let lives = async {
+                for n in 0..50 {
+                    answers(&own, n, "another channel of the same socket").await;
+                    answers(&site.good, n, "another socket").await;
+                    tokio::time::sleep(Duration::from_millis(250)).await;
+                }
+            };
+            tokio::join!(lost, lives);
+            site.bounded(name);
+        }
+        // A lost connection changes nothing for the others.
+        site.net.cut_client_for(&socket, Duration::from_secs(35));
+        assert_eq!(
+            own.request::<_, u64>("echo", &1)
+                .timeout(Duration::from_secs(100))
+                .await
+                .expect("resumed"),
+            1
+        );
+        assert_eq!(socket.metrics().resumed, 1);
+        site.others_live("after a lost connection").await;
+        site.bounded("after a lost connection");
+    })
+    .await;
+}
+
+/// A bare peer that reads everything and confirms nothing.
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_never_confirms_loses_its_channels() {
+    alone(async {
+        let site = Site::new().await;
+        let bare = site.bare().await;
+        let mut control = bare.stream().await;
+        let yes = || bare::Value::Raw(vec![0xc3]);
+        let hello = bare::map([
+            ("v", bare::Value::Uint(1)),
+            ("token", "".into()),
+            ("agent", "bare".into()),
+            ("resume", bare::map([])),
+        ]);
+        control.write(&event("$hello", hello)).await;
+        let welcome = control.message().await.expect("admitted");
+        let welcome = udpack::wire::decode_welcome(&welcome).expect("a sound $welcome");
+        assert!(welcome.resume.is_some());
+        let mut streams = Vec::new();
+        for id in 1..=10_u64 {
+            let mut stream = bare.stream().await;
+            let fields = bare::map([
+                ("id", id.into()),
+                ("name", "spam".into()),
+                ("resumable", yes()),
+            ]);
+            stream.write(&event("$open", fields)).await;
+            streams.push(stream);
+        }
+        for stream in &mut streams {
+            let mut bytes = 0;
+            let end = loop {
+                match stream.message().await {
+                    Ok(message) => bytes += message.raw().len(),
+                    Err(end) => break end,
+                }
+            };
+            let slow = CloseCode::SLOW_PEER.value();
+            assert_eq!(end, bare::Ended::Reset(slow));
+            assert!(
+                bytes <= (64 << 10) + (8 << 10),
+                "{bytes} without confirmation"
+            );
+            site.others_live("a peer that confirms nothing").await;
+        }
+        site.bounded("a peer that confirms nothing");
+        assert_eq!(site.closed(CloseCode::SLOW_PEER), 10);
+        assert_eq!(bare.conn.close_reason(), None);
+    })
+    .await;
+}
+
+/// What a room sends to a resumable member that is stuck, or away, is no more than its queue and its policy hold.
+#[tokio::test(start_paused = true)]
+async fn a_room_does_not_wait_for_resumable_members() {
+    alone(async {
+        let site = Site::new().await;
+        let (stuck, away, reads) = (
+            site.comes_back().await,
+            site.comes_back().await,
+            site.comes_back().await,
+        );
+        let mut channels = Vec::new();
+        for socket in [&stuck, &away, &reads] {
+            let channel = resumable(socket, "hall").await;
+            let joined = channel.recv().await.expect("open").expect("a message");
+            assert_eq!(joined.event(), "joined");
+            channels.push(channel);
+        }
+        site.net.cut_client(&away);
+        let rooms = site.server.rooms();
+        let block = ByteBuf::from(vec![0; 1 << 10]);
+        let (mut lost, mut next) = (0, 0);
+        for n in 0..5_000_u64 {
+            let sent = rooms.to("hall").send("line", &(n, &block)).expect("sound");
+            assert!(sent.delivered >= 1);
+            lost += sent.dropped;
+            // Whoever reads gets everything, in order.
+            let line = channels[2].recv().await.expect("open").expect("a line");
+            let (got, _) = line.data::<(u64, ByteBuf)>().expect("sound");
+            assert_eq!(got, next);
+            next += 1;
+            if n % 500 == 0 {
+                site.others_live("a room with stuck members").await;
+            }
+        }
+        site.bounded("a room with stuck members");
+        assert!(lost > 4_000, "{lost}");
+        let metrics = site.server.metrics();
+        assert_eq!(metrics.room_dropped, lost);
+        assert_eq!(rooms.dropped(), lost);
+        assert!(metrics.room_sent >= 5_000, "{}", metrics.room_sent);
+        // The one that was away gets what fits, and is told of the rest.
+        site.net.mend_client(&away);
+        let (mut heard, mut told) = (0, 0);
+        while heard + told < 5_000 {
+            let message = channels[1].recv().await.expect("open").expect("a message");
+            match message.gap() {
+                Some(gap) => told += gap.lost,
+                None => heard += 1,
+            }
+        }
+        assert!(told > 0 && heard > 0, "{heard} heard, {told} told");
+        assert!(site.server.metrics().gaps > 0);
+        drop(stuck);
     })
     .await;
 }

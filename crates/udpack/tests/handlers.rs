@@ -43,6 +43,7 @@ async fn rpc(router: Router) -> (Server, Socket, Channel) {
     (server, socket, channel)
 }
 
+#[allow(clippy::too_many_arguments, reason = "as many as there may be")]
 async fn eight(
     say: Say,
     Data(again): Data<Say>,

@@ -14,13 +14,15 @@ use std::pin::Pin;
 use std::time::Duration;
 
 use bare::{Bare, Ended, Stream, open};
+use futures_util::future::BoxFuture;
 use serde_bytes::ByteBuf;
 use tokio::time::Instant;
 use udpack::testing::{self, Net};
 use udpack::wire::decode_close;
 use udpack::{
-    Channel, CloseCode, CloseReason, ConnectError, Context, Deny, Fault, Hello, Limits, Metrics,
-    Peer, RequestError, Server, ServerBuilder, Socket, Timeouts,
+    Authenticate, Channel, CloseCode, CloseReason, ConnectError, Context, Deny, Fault, Hello,
+    Limits, Metrics, Peer, PresenceMap, Reconnect, RecvError, RequestError, Server, ServerBuilder,
+    Socket, SocketState, Timeouts,
 };
 
 /// What came of passing a bound.
@@ -106,7 +108,7 @@ async fn check(rows: impl IntoIterator<Item = Row>) -> Vec<(&'static str, Durati
 async fn every_limit_has_its_end_its_words_and_its_counter() {
     check(rows!(Limits {
         frame: frame => "frame_too_large", "frame of 1001 bytes is above the limit: 1000", 1;
-        channels: channels => "no channel", "the peer permits no further channel", 2;
+        channels: channels => "no channel", "the peer permits no further channel: 2 may be open", 2;
         sockets: sockets => "server_busy", "all 1 sockets are in use", 1;
         sockets_per_address: sockets_per_address => "server_busy", "all 1 sockets of one address are in use", 1;
         handshakes: handshakes => "server_busy", "the server accepts no connection right now", 1;
@@ -114,8 +116,14 @@ async fn every_limit_has_its_end_its_words_and_its_counter() {
         channel_rate: channel_rate => "rate_limited", "more than 2 channels a second", 1;
         outbound_bytes: outbound_bytes => "full", "10000 bytes", 1;
         outbound_messages: outbound_messages => "full", "3 messages", 3;
-        backlog_messages: backlog_messages => "backlog", "too many unread messages stand before the reply", 1;
-        backlog_bytes: backlog_bytes => "backlog", "too many unread messages stand before the reply", 1;
+        replay_bytes: replay_bytes => "full", "10000 bytes", 1;
+        replay_messages: replay_messages => "full", "3 messages", 3;
+        resume_bytes: resume_bytes => "full", "10 messages of 1000 bytes", 10;
+        detached_sockets: detached_sockets => "1 of 2 are kept", "session could not be resumed: unknown", 1;
+        backlog_messages: backlog_messages => "backlog", "stand before the reply: 10 messages may wait", 1;
+        backlog_bytes: backlog_bytes => "backlog", "stand before the reply: 10000 bytes may wait", 1;
+        rooms: rooms => "join", "there are 2 rooms already", 1;
+        rooms_per_channel: rooms_per_channel => "join", "the channel is in 2 rooms already", 1;
         stream_window: stream_window => "slow_peer", "the peer took nothing off the channel for 10s", 1;
         connection_window: connection_window => "slow_peer", "the peer took nothing off the channel for 10s", 1;
         send_window: send_window => "full", "within the window", 0;
@@ -138,9 +146,12 @@ async fn every_deadline_has_its_end_its_words_and_its_counter() {
         slow_peer: stream_window => "slow_peer", "the peer took nothing off the channel for 10s", 1;
         idle: idle => "timed_out", "nothing was heard from the peer in time", 1;
         keep_alive: keep_alive => "setting", "keep-alive interval must be below the idle time", 0;
+        resume: resume => "not_resumed", "session could not be resumed: unknown", 1;
         close: close => "normal", "", 1;
         request: request => "timeout", "no reply within 30s", 1;
         handler: handler => "timeout", "no answer within 30s", 1;
+        recheck: recheck => "auth_revoked", "the token was withdrawn", 1;
+        presence: presence => "presence_diff", "hall", 1;
     }))
     .await;
     let defaults = Timeouts::default();
@@ -156,6 +167,9 @@ async fn every_deadline_has_its_end_its_words_and_its_counter() {
             "close" => defaults.close,
             "request" => defaults.request,
             "handler" => defaults.handler,
+            "resume" => defaults.resume,
+            "recheck" => defaults.recheck,
+            "presence" => defaults.presence,
             _ => continue,
         };
         let late = match field {
@@ -187,6 +201,14 @@ fn channels_of(builder: ServerBuilder) -> ServerBuilder {
                     |n: u64, _: Context| async move { Ok::<_, Fault>(n) },
                 )
                 .on("never", |(): (), _: Context| std::future::pending::<()>())
+                .on("join", |room: String, cx: Context| async move {
+                    let joined = cx.channel().join(&room);
+                    joined.map_err(|error| Fault::new("join", error.to_string()))
+                })
+                .on("track", |room: String, cx: Context| async move {
+                    let tracked = cx.channel().track(&room, &"here");
+                    tracked.map_err(|error| Fault::new("track", error.to_string()))
+                })
                 .on(
                     "flood",
                     |(count, bytes): (u64, usize), cx: Context| async move {
@@ -213,6 +235,34 @@ async fn connect(net: &Net, server: &Server) -> Socket {
 async fn connect_with(net: &Net, server: &Server, limits: Limits) -> Socket {
     let builder = testing::client(server).limits(limits);
     net.connect(builder, server).await.expect("let in")
+}
+
+/// One that comes back when its connection is lost.
+async fn comes_back(net: &Net, server: &Server, limits: Limits) -> Socket {
+    let builder = testing::client(server)
+        .limits(limits)
+        .reconnect(Reconnect::default());
+    net.connect(builder, server).await.expect("let in")
+}
+
+/// Waits until the server has noticed that its connection to `count` clients is lost.
+async fn detached(server: &Server, count: u64) {
+    while server.metrics().detached != count {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// How a resumable channel of a client ended that came back too late.
+async fn not_resumed(channel: &Channel) -> CloseReason {
+    match channel.recv().await {
+        Err(RecvError::Closed(reason)) => reason,
+        other => panic!("{other:?}"),
+    }
+}
+
+async fn resumable(socket: &Socket, name: &str) -> Channel {
+    let channel = socket.channel(name).resumable().open().await;
+    channel.expect("a channel")
 }
 
 async fn echo(socket: &Socket) {
@@ -410,6 +460,144 @@ async fn outbound_messages() -> Seen {
     Seen::new("full", format!("{taken} messages"), move || taken as u64)
 }
 
+/// Fills a resumable channel of which nothing is confirmed, because nobody reads it.
+async fn unconfirmed(limits: Limits, bytes: usize, most: usize) -> (Socket, Channel, usize) {
+    let (net, server) = serve(Limits::default()).await;
+    let socket = comes_back(&net, &server, limits).await;
+    let channel = resumable(&socket, "deaf").await;
+    let block = ByteBuf::from(vec![0; bytes]);
+    let mut taken = 0;
+    // What QUIC has taken still counts.
+    for _ in 0..10 {
+        while channel.try_send("block", &block).expect("open") {
+            taken += 1;
+            assert!(taken <= most, "nothing holds it");
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    (socket, channel, taken)
+}
+
+async fn replay_bytes() -> Seen {
+    let limits = Limits {
+        replay_bytes: 10_000,
+        ..Limits::default()
+    };
+    let (socket, channel, taken) = unconfirmed(limits, 9_999, 1).await;
+    assert!(channel.queued_bytes() >= 10_000);
+    Seen::new("full", "10000 bytes", move || {
+        socket.metrics().sockets * taken as u64
+    })
+}
+
+async fn replay_messages() -> Seen {
+    let limits = Limits {
+        replay_messages: 3,
+        ..Limits::default()
+    };
+    let (socket, channel, taken) = unconfirmed(limits, 1, 3).await;
+    Seen::new("full", format!("{taken} messages"), move || {
+        socket.metrics().sockets * channel.unconfirmed()
+    })
+}
+
+async fn resume_bytes() -> Seen {
+    let (net, server) = serve(Limits::default()).await;
+    let limits = Limits {
+        resume_bytes: 10_000,
+        ..Limits::default()
+    };
+    let socket = comes_back(&net, &server, limits).await;
+    let channels = [
+        resumable(&socket, "echo").await,
+        resumable(&socket, "echo").await,
+    ];
+    let mut states = socket.states();
+    net.cut();
+    while matches!(states.next().await, Some(SocketState::Connected { .. })) {}
+    // In turn: the bound is that of both together.
+    let block = ByteBuf::from(vec![0; 1_000]);
+    let mut taken = 0;
+    while channels[taken % 2].try_send("block", &block).expect("open") {
+        taken += 1;
+    }
+    assert!(
+        !channels[(taken + 1) % 2]
+            .try_send("block", &block)
+            .expect("open")
+    );
+    Seen::new(
+        "full",
+        format!("{taken} messages of 1000 bytes"),
+        move || channels.iter().map(Channel::unconfirmed).sum(),
+    )
+}
+
+async fn detached_sockets() -> Seen {
+    let (net, server) = serve(Limits {
+        detached_sockets: 1,
+        ..Limits::default()
+    })
+    .await;
+    let mut sockets = Vec::new();
+    for _ in 0..2 {
+        let socket = comes_back(&net, &server, Limits::default()).await;
+        let channel = resumable(&socket, "deaf").await;
+        echo(&socket).await;
+        sockets.push((socket, channel));
+    }
+    net.cut();
+    detached(&server, 1).await;
+    tokio::time::sleep(Duration::from_secs(40)).await;
+    let kept = server.metrics().detached;
+    net.mend();
+    let ends = sockets
+        .iter()
+        .map(|(_, channel)| Box::pin(not_resumed(channel)));
+    let (reason, which, _) = futures_util::future::select_all(ends).await;
+    for (socket, _) in &sockets {
+        echo(socket).await;
+    }
+    assert_eq!(reason.code, CloseCode::NOT_RESUMED);
+    assert_eq!(sockets[1 - which].1.close_reason(), None);
+    Seen::new(format!("{kept} of 2 are kept"), reason.text, move || {
+        word(&server.metrics().resumes_refused, "unknown")
+    })
+}
+
+/// Joins until the server says no.
+async fn joins(limits: Limits) -> Seen {
+    let (net, server) = serve(limits).await;
+    let socket = connect(&net, &server).await;
+    let channel = socket.open("echo").await.expect("a channel");
+    for room in ["a", "b", "a"] {
+        channel.request::<_, ()>("join", room).await.expect("room");
+    }
+    let joined = channel.request::<_, ()>("join", "c").await;
+    let Err(RequestError::Fault(fault)) = joined else {
+        panic!("{joined:?}");
+    };
+    Seen::new(fault.code, fault.message, move || {
+        word(&server.metrics().faults_sent, "application")
+    })
+}
+
+async fn rooms() -> Seen {
+    joins(Limits {
+        rooms: 2,
+        ..Limits::default()
+    })
+    .await
+}
+
+async fn rooms_per_channel() -> Seen {
+    joins(Limits {
+        rooms_per_channel: 2,
+        ..Limits::default()
+    })
+    .await
+}
+
 async fn backlog(limits: Limits, count: u64, bytes: usize) -> Seen {
     let (net, server) = serve(Limits::default()).await;
     let socket = connect_with(&net, &server, limits).await;
@@ -418,7 +606,7 @@ async fn backlog(limits: Limits, count: u64, bytes: usize) -> Seen {
         .request::<_, ()>("flood", &(count, bytes))
         .await
         .expect_err("more than may wait");
-    assert!(matches!(error, RequestError::Backlog), "{error}");
+    assert!(matches!(error, RequestError::Backlog { .. }), "{error}");
     // None of them is lost.
     for _ in 0..count {
         let event = channel.recv().await.expect("open").expect("an event");
@@ -492,8 +680,13 @@ async fn unread(limits: Limits, count: usize, window: usize) -> Seen {
     // The end of one makes room for what others have queued, so not all of them are lost.
     let (reason, ..) = futures_util::future::select_all(ends).await;
     let took = begun.elapsed();
+    let counted = socket.metrics().slow_peers.min(1);
+    // What they held is free again.
+    for channel in channels {
+        channel.close(CloseCode::CANCELLED, "enough").await;
+    }
     echo(&socket).await;
-    let mut seen = Seen::closed(&reason, move || socket.metrics().slow_peers.min(1));
+    let mut seen = Seen::closed(&reason, move || counted);
     seen.took = took;
     seen
 }
@@ -775,4 +968,72 @@ async fn handler() -> Seen {
     };
     let counted = move || word(&server.metrics().faults_sent, "timeout");
     Seen::new(&fault.code, &fault.message, counted).after(begun)
+}
+
+async fn resume() -> Seen {
+    let (net, server) = serve(Limits::default()).await;
+    let socket = comes_back(&net, &server, Limits::default()).await;
+    let channel = resumable(&socket, "deaf").await;
+    echo(&socket).await;
+    net.cut();
+    detached(&server, 1).await;
+    let begun = Instant::now();
+    detached(&server, 0).await;
+    let took = begun.elapsed();
+    net.mend();
+    let reason = not_resumed(&channel).await;
+    let mut seen = Seen::closed(&reason, move || {
+        socket.metrics().sockets * word(&server.metrics().resumes_refused, "unknown")
+    });
+    seen.took = took;
+    seen
+}
+
+/// Lets everybody in, once.
+struct Once;
+
+impl Authenticate for Once {
+    fn authenticate(&self, _: Hello) -> BoxFuture<'static, Result<Peer, Deny>> {
+        Box::pin(std::future::ready(Ok(Peer::new("tester"))))
+    }
+
+    fn is_valid(&self, _: &Peer) -> bool {
+        false
+    }
+}
+
+async fn recheck() -> Seen {
+    let net = Net::new(0);
+    let server = net.bind(testing::server().auth(Once)).await;
+    let server = server.expect("a free address");
+    let socket = connect(&net, &server).await;
+    let begun = Instant::now();
+    let reason = socket.closed().await;
+    Seen::closed(&reason, move || server.metrics().revoked).after(begun)
+}
+
+async fn presence() -> Seen {
+    let (net, server) = serve(Limits::default()).await;
+    let watching = connect(&net, &server).await;
+    let watch = watching.open("echo").await.expect("a channel");
+    let goes = comes_back(&net, &server, Limits::default()).await;
+    let channel = goes.open("echo").await.expect("a channel");
+    channel.request::<_, ()>("track", "hall").await.expect("in");
+    watch.request::<_, ()>("join", "hall").await.expect("in");
+    let mut map = PresenceMap::new("hall");
+    let state = watch.recv().await.expect("open").expect("a message");
+    assert_eq!(map.apply(&state).map(|diff| diff.joins.len()), Some(1));
+    net.cut_client(&goes);
+    detached(&server, 1).await;
+    net.mend_client(&goes);
+    detached(&server, 0).await;
+    // It was noticed within 10 ms.
+    let begun = Instant::now() - Duration::from_millis(10);
+    // Its channel ended with its connection, and it tracks nothing on another.
+    let diff = watch.recv().await.expect("open").expect("a message");
+    assert_eq!(map.apply(&diff).map(|diff| diff.leaves.len()), Some(1));
+    Seen::new(diff.event(), "hall", move || {
+        watching.metrics().sockets * server.metrics().resumed
+    })
+    .after(begun)
 }

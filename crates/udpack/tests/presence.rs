@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use udpack::{
     Channel, Client, CloseCode, Deny, Hello, Limits, Message, Peer, PresenceDiff, PresenceMap,
-    Reconnect, Server, Socket, State, Timeouts, TrackError,
+    Reconnect, Server, Socket, SocketState, Timeouts, TrackError,
 };
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -307,7 +307,7 @@ async fn a_lost_connection_shows_nobody_leaving_unless_they_do_not_come_back_to_
 
         let mut states = anna.states();
         cut.store(true, Ordering::Relaxed);
-        while !matches!(states.next().await, Some(State::Reconnecting { .. })) {}
+        while matches!(states.next().await, Some(SocketState::Connected { .. })) {}
         // At the server, too, the channel has ended with its connection.
         at.closed().await;
         while server.rooms().members("hall").len() > 1 {
@@ -316,11 +316,11 @@ async fn a_lost_connection_shows_nobody_leaving_unless_they_do_not_come_back_to_
         cut.store(false, Ordering::Relaxed);
         loop {
             match states.next().await.expect("not given up") {
-                State::Connected { resumed, .. } => {
+                SocketState::Connected { resumed, .. } => {
                     assert!(resumed);
                     break;
                 }
-                State::Connecting | State::Reconnecting { .. } => {}
+                SocketState::Connecting | SocketState::Reconnecting { .. } => {}
                 other => panic!("{other:?}"),
             }
         }

@@ -142,6 +142,7 @@ mod library {
     pub(super) struct Decoded {
         pub(super) event: String,
         pub(super) id: Option<u64>,
+        pub(super) deadline: Option<std::time::Duration>,
         pub(super) data: Vec<u8>,
     }
 
@@ -185,6 +186,7 @@ mod library {
         Ok(Decoded {
             event: message.event().to_owned(),
             id: message.id(),
+            deadline: message.deadline(),
             data: message.raw().to_vec(),
         })
     }
@@ -331,6 +333,18 @@ fn check_message(
         .map_err(|error| format!("id: {error}"))?;
     if message.id != id {
         return Err(format!("expected id {id:?}, got {:?}", message.id));
+    }
+    let deadline = vector
+        .field("deadline")
+        .map(str::parse)
+        .transpose()
+        .map_err(|error| format!("deadline: {error}"))?
+        .map(std::time::Duration::from_millis);
+    if message.deadline != deadline {
+        return Err(format!(
+            "expected deadline {deadline:?}, got {:?}",
+            message.deadline
+        ));
     }
     let data = vector.data()?;
     let found = read_msgpack(&message.data)?;

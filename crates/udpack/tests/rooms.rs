@@ -10,7 +10,7 @@ use common::{bind, bounded, client, connect, path, server};
 use tokio::sync::{Notify, mpsc};
 use udpack::{
     Channel, CloseCode, JoinError, Limits, Message, Overflow, Reconnect, Sent, Server,
-    ServerBuilder, Socket, State, Timeouts,
+    ServerBuilder, Socket, SocketState, Timeouts,
 };
 
 /// A server whose `chat` channels join the room `hall` and are handed to the test.
@@ -454,7 +454,7 @@ async fn a_resumable_member_stays_and_gets_what_it_missed_or_is_told() {
         let mut first = 0;
         for count in [10, 100] {
             cut.store(true, Ordering::Relaxed);
-            while !matches!(states.next().await, Some(State::Reconnecting { .. })) {}
+            while matches!(states.next().await, Some(SocketState::Connected { .. })) {}
             let (mut dropped, mut lost, end) = (0, 0, first + count);
             for n in first..end {
                 let sent = server.rooms().to("hall").send("line", &(n, "x"));

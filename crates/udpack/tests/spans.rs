@@ -43,7 +43,7 @@ async fn spans_name_the_session_and_the_channel() {
             .lines()
             .find(|line| line.contains("the handler of chat"))
             .expect("a line");
-        assert!(line.contains(&format!("session=\"{id}\"")), "{line}");
+        assert!(line.contains(&format!("session={id} ")), "{line}");
         assert!(line.contains("id=\"tester\""), "{line}");
         assert!(line.contains("channel{name=\"chat\" id=1}"), "{line}");
     })

@@ -1,14 +1,18 @@
 //! `send` and `listen`: events, between the server's clients; `request`: a question to any channel.
 
-use serde::Serialize;
-use udpack::{Channel, Fault, Timeouts};
+use std::io;
 
-use crate::args::{ListenArgs, RequestArgs, Seconds, SendArgs};
+use serde::Serialize;
+use serde_json::json;
+use tokio::sync::mpsc;
+use udpack::{Channel, Fault, OpenError, RecvError, Socket, SocketState};
+
+use crate::args::{AskArgs, ChannelArgs, ListenArgs, RequestArgs, Seconds, SendArgs};
 use crate::exit::{Failure, Kind};
 use crate::logging::Console;
 use crate::output;
 use crate::signals::Interrupts;
-use crate::target::Target;
+use crate::target::{Target, retry};
 use crate::value::{Json, Value};
 
 /// One event as `listen` prints it.
@@ -18,38 +22,163 @@ struct Line<'a> {
     data: Json<'a>,
 }
 
+/// What becomes of an answer.
+#[derive(Clone, Copy)]
+enum Answer {
+    /// It is printed.
+    Reply,
+    /// Each of its items is printed.
+    Items,
+    /// That there is one is enough.
+    Any,
+}
+
 pub(super) async fn send(args: SendArgs, interrupts: Interrupts) -> anyhow::Result<()> {
-    let timeout = Timeouts::default().request;
-    request(
-        RequestArgs {
-            event: args.event,
-            json: args.json,
-            channel: args.channel,
-            timeout: Seconds(timeout),
-            connect: args.connect,
-            log: args.log,
-        },
+    let answer = if args.acked {
+        Answer::Any
+    } else {
+        Answer::Reply
+    };
+    let target = asking(&args.connect, &args.ask)?;
+    let values = Values::of(&args.json)?;
+    ask(
+        &target, args.event, values, answer, None, args.ask, interrupts,
+    )
+    .await
+}
+
+pub(super) async fn request(args: RequestArgs, interrupts: Interrupts) -> anyhow::Result<()> {
+    let answer = if args.items {
+        Answer::Items
+    } else {
+        Answer::Reply
+    };
+    let target = asking(&args.connect, &args.ask)?;
+    let values = Values::of(&args.json)?;
+    ask(
+        &target,
+        args.event,
+        values,
+        answer,
+        args.timeout,
+        args.ask,
         interrupts,
     )
     .await
 }
 
-pub(super) async fn request(args: RequestArgs, mut interrupts: Interrupts) -> anyhow::Result<()> {
-    let data = Value::from_json(&args.json).map_err(|error| {
-        Failure::new(Kind::Usage, format!("the data is not JSON: {error}"))
-            .hint("quote it for the shell, as in '{\"text\":\"hello\"}' or '\"hello\"'")
-    })?;
-    let target = Target::find(&args.connect)?;
-    let reply: Value = target
+fn asking(connect: &crate::args::ConnectArgs, ask: &AskArgs) -> anyhow::Result<Target> {
+    if ask.resumable {
+        Target::find_reconnecting(connect, retry(ask.retries))
+    } else {
+        Target::find(connect)
+    }
+}
+
+/// Asks with each of the values, one after the other, and prints what comes back.
+async fn ask(
+    target: &Target,
+    event: String,
+    mut values: Values,
+    answer: Answer,
+    timeout: Option<Seconds>,
+    args: AskArgs,
+    mut interrupts: Interrupts,
+) -> anyhow::Result<()> {
+    let within = |request: udpack::Request<()>| match timeout {
+        Some(timeout) => request.timeout(timeout.0),
+        None => request,
+    };
+    target
         .run(&mut interrupts, async |socket| {
-            let channel = socket.open(&args.channel).await?;
-            let request = channel.request(&args.event, &data);
-            let reply = request.timeout(args.timeout.0).await?;
+            let channel = open(&socket, &args.channel, args.resumable).await?;
+            while let Some(data) = values.next().await? {
+                let written = match answer {
+                    Answer::Any => {
+                        within(channel.send_acked(&event, &data)).await?;
+                        Ok(())
+                    }
+                    Answer::Reply => {
+                        let request = channel.request(&event, &data);
+                        let reply: Value = match timeout {
+                            Some(timeout) => request.timeout(timeout.0).await?,
+                            None => request.await?,
+                        };
+                        output::json(&reply.json())
+                    }
+                    Answer::Items => {
+                        let mut items = within(channel.request(&event, &data)).items().await?;
+                        let mut written = Ok(());
+                        while written.is_ok()
+                            && let Some(item) = items.next().await
+                        {
+                            let item: Value = item?;
+                            written = output::json(&item.json());
+                        }
+                        written
+                    }
+                };
+                if written.as_ref().is_err_and(output::is_gone) {
+                    break;
+                }
+                output::unless_gone(written)?;
+            }
             finish(&channel).await;
-            Ok(reply)
+            Ok(())
         })
-        .await?;
-    output::unless_gone(output::json(&reply.json()))
+        .await
+}
+
+async fn open(socket: &Socket, args: &ChannelArgs, resumable: bool) -> Result<Channel, OpenError> {
+    let channel = socket.channel(&args.channel).priority(args.priority.into());
+    if resumable {
+        channel.resumable().open().await
+    } else {
+        channel.open().await
+    }
+}
+
+/// The data of one event after the other.
+enum Values {
+    One(Option<Value>),
+    Many(mpsc::Receiver<anyhow::Result<Value>>),
+}
+
+impl Values {
+    /// This JSON, or, for `-`, what standard input holds.
+    fn of(json: &str) -> anyhow::Result<Self> {
+        if json != "-" {
+            return Ok(Self::One(Some(Value::from_json(json).map_err(no_json)?)));
+        }
+        let (sender, values) = mpsc::channel(1);
+        // Blocked in a read for as long as nothing comes: no task of the runtime, whose end would wait for it.
+        std::thread::Builder::new()
+            .name("stdin".to_owned())
+            .spawn(move || {
+                for value in Value::all_of(io::stdin().lock()) {
+                    let value = value.map_err(|error| match error.io_error_kind() {
+                        Some(_) => anyhow::Error::new(error).context("cannot read standard input"),
+                        None => no_json(error).into(),
+                    });
+                    if sender.blocking_send(value).is_err() {
+                        return;
+                    }
+                }
+            })?;
+        Ok(Self::Many(values))
+    }
+
+    async fn next(&mut self) -> anyhow::Result<Option<Value>> {
+        match self {
+            Self::One(value) => Ok(value.take()),
+            Self::Many(values) => values.recv().await.transpose(),
+        }
+    }
+}
+
+fn no_json(error: serde_json::Error) -> Failure {
+    Failure::new(Kind::Usage, format!("the data is not JSON: {error}"))
+        .hint("quote it for the shell, as in '{\"text\":\"hello\"}' or '\"hello\"'")
 }
 
 pub(super) async fn listen(
@@ -57,38 +186,113 @@ pub(super) async fn listen(
     console: &Console,
     mut interrupts: Interrupts,
 ) -> anyhow::Result<()> {
-    let target = Target::find(&args.connect)?;
+    let target = match args.retries {
+        Some(0) => Target::find(&args.connect)?,
+        retries => Target::find_reconnecting(&args.connect, retry(retries))?,
+    };
+    let tell = |text: &str| {
+        if !args.log.quiet {
+            console.line(text);
+        }
+    };
     target
         .run(&mut interrupts, async |socket| {
-            let channel = socket.open(&args.channel).await?;
-            if !args.log.quiet {
-                console.line(&format!(
-                    "listening on {} at {}",
-                    args.channel,
-                    target.address()
-                ));
-            }
-            let mut left = args.count.unwrap_or(u64::MAX);
-            while left > 0
-                && let Some(message) = channel.recv().await?
-            {
-                let data: Value = message.data()?;
-                let written = output::json(&Line {
-                    event: message.event(),
-                    data: data.json(),
-                });
-                match written {
-                    Err(error) if output::is_gone(&error) => break,
-                    other => output::unless_gone(other)?,
+            let mut states = socket.states();
+            // Where it stands now; the changes come behind.
+            states.next().await;
+            let told = async {
+                while let Some(state) = states.next().await {
+                    if let Some(text) = change(&state) {
+                        tell(&text);
+                    }
                 }
-                left -= 1;
-                let fault = Fault::new(Fault::NO_HANDLER, "this client only listens");
-                let _ = channel.fault(&message, &fault).await;
+                std::future::pending().await
+            };
+            let heard = async {
+                let mut left = args.count.unwrap_or(u64::MAX);
+                let mut attempt = 0;
+                while left > 0 {
+                    let channel = match open(&socket, &args.channel, true).await {
+                        Ok(channel) => channel,
+                        // It ends with the attempts to get one.
+                        Err(OpenError::NoConnection(_)) => continue,
+                        Err(error) => return Err(error.into()),
+                    };
+                    if attempt == 0 {
+                        let (name, address) = (&args.channel.channel, target.address());
+                        tell(&format!("listening on {name} at {address}"));
+                    }
+                    let before = left;
+                    match hear(&channel, &mut left).await {
+                        Ok(()) => {
+                            finish(&channel).await;
+                            break;
+                        }
+                        Err(error) if socket.state().is_none() => return Err(error),
+                        Err(error) => match error.downcast_ref::<RecvError>() {
+                            Some(ended) if ended.reason().retry => {}
+                            _ => return Err(error),
+                        },
+                    }
+                    attempt = if left < before { 1 } else { attempt + 1 };
+                    tokio::time::sleep(retry(None).delay(attempt)).await;
+                }
+                Ok(())
+            };
+            tokio::select! {
+                result = heard => result,
+                () = told => Ok(()),
             }
-            finish(&channel).await;
-            Ok(())
         })
         .await
+}
+
+/// Prints the channel's events until it ends, or none are left to be printed.
+async fn hear(channel: &Channel, left: &mut u64) -> anyhow::Result<()> {
+    while *left > 0
+        && let Some(message) = channel.recv().await?
+    {
+        let written = if let Some(gap) = message.gap() {
+            output::json(&json!({ "gap": { "room": gap.room, "lost": gap.lost } }))
+        } else {
+            *left -= 1;
+            let data: Value = message.data()?;
+            output::json(&Line {
+                event: message.event(),
+                data: data.json(),
+            })
+        };
+        match written {
+            Err(error) if output::is_gone(&error) => break,
+            other => output::unless_gone(other)?,
+        }
+        let fault = Fault::new(Fault::NO_HANDLER, "this client only listens");
+        let _ = channel.fault(&message, &fault).await;
+    }
+    Ok(())
+}
+
+/// What there is to say of a change.
+fn change(state: &SocketState) -> Option<String> {
+    match state {
+        SocketState::Reconnecting { attempt: 1, .. } => {
+            Some("the connection is lost; connecting again".to_owned())
+        }
+        SocketState::GoingAway(goaway) => {
+            let text = output::printable(&goaway.text);
+            Some(format!("{text}; connecting again"))
+        }
+        SocketState::Connected { resumed: true, .. } => {
+            Some("connected again: the session is resumed, nothing is lost".to_owned())
+        }
+        SocketState::Connected { reason, .. } => {
+            let reason = output::printable(reason.as_deref().unwrap_or("unknown"));
+            Some(format!(
+                "connected again: the session could not be resumed ({reason}), events may be lost"
+            ))
+        }
+        _ => None,
+    }
 }
 
 /// Ends a channel in good order; whether the peer still cares is its own business.

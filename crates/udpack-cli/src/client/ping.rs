@@ -9,7 +9,7 @@ use crate::args::PingArgs;
 use crate::hub::PING;
 use crate::output;
 use crate::signals::Interrupts;
-use crate::target::Target;
+use crate::target::{Target, retry};
 use crate::value::Value;
 
 #[derive(Debug, Default)]
@@ -30,11 +30,11 @@ impl Times {
 }
 
 pub(super) async fn run(args: PingArgs, mut interrupts: Interrupts) -> anyhow::Result<()> {
-    let target = Target::find(&args.connect)?;
+    let target = Target::find_reconnecting(&args.connect, retry(None))?;
     let mut times = Times::default();
     let result = target
         .run(&mut interrupts, async |socket| {
-            let channel = socket.open(PING).await?;
+            let channel = socket.channel(PING).resumable().open().await?;
             let mut ticks = tokio::time::interval(args.interval.0);
             ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
             let mut number: u64 = 0;

@@ -7,7 +7,6 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -73,7 +72,8 @@ pub(crate) struct Running {
     child: Child,
     lines: Receiver<String>,
     stdout: String,
-    stderr: Option<JoinHandle<String>>,
+    errors: Receiver<String>,
+    stderr: String,
 }
 
 impl Running {
@@ -87,28 +87,30 @@ impl Running {
             .stderr(Stdio::piped())
             .spawn()
             .expect("the binary starts");
-        let (sender, lines) = channel();
-        if let Some(stdout) = child.stdout.take() {
-            std::thread::spawn(move || {
-                for line in BufReader::new(stdout).lines() {
-                    if line.is_ok_and(|line| sender.send(line).is_err()) {
-                        break;
-                    }
-                }
-            });
-        }
-        let stderr = child.stderr.take().map(|mut stderr| {
-            std::thread::spawn(move || {
-                let mut text = String::new();
-                let _ = stderr.read_to_string(&mut text);
-                text
-            })
-        });
+        let lines = lines_of(child.stdout.take());
+        let errors = lines_of(child.stderr.take());
         Self {
             child,
             lines,
             stdout: String::new(),
-            stderr,
+            errors,
+            stderr: String::new(),
+        }
+    }
+
+    /// Waits for a line on standard error that contains this.
+    pub(crate) fn told(&mut self, text: &str) -> String {
+        loop {
+            match self.errors.recv_timeout(PATIENCE) {
+                Ok(line) => {
+                    self.stderr.push_str(&line);
+                    self.stderr.push('\n');
+                    if line.contains(text) {
+                        return line;
+                    }
+                }
+                Err(_) => panic!("{text:?} was not told: {}", self.stderr),
+            }
         }
     }
 
@@ -157,13 +159,32 @@ impl Running {
             self.stdout.push_str(&line);
             self.stdout.push('\n');
         }
-        let stderr = self.stderr.take().map(JoinHandle::join);
+        for line in self.errors.iter() {
+            self.stderr.push_str(&line);
+            self.stderr.push('\n');
+        }
         Exited {
             code: status.code().unwrap_or(-1),
             stdout: std::mem::take(&mut self.stdout),
-            stderr: stderr.and_then(Result::ok).unwrap_or_default(),
+            stderr: std::mem::take(&mut self.stderr),
         }
     }
+}
+
+/// What a process writes, line by line.
+fn lines_of(output: Option<impl Read + Send + 'static>) -> Receiver<String> {
+    let (sender, lines) = channel();
+    if let Some(output) = output {
+        std::thread::spawn(move || {
+            for line in BufReader::new(output).split(b'\n') {
+                let line = line.map(|line| String::from_utf8_lossy(&line).into_owned());
+                if line.is_ok_and(|line| sender.send(line).is_err()) {
+                    break;
+                }
+            }
+        });
+    }
+    lines
 }
 
 impl Drop for Running {

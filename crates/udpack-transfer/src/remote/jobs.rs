@@ -128,7 +128,8 @@ impl Jobs {
         let channel = self.channel().await?;
         let asked = CancelFields { job: id };
         let request = channel.request::<_, ()>("cancel", &asked);
-        request.timeout(PATIENCE).await.map_err(failed)
+        let answer = request.timeout(PATIENCE).await;
+        answer.map_err(|error| failed(error, PATIENCE))
     }
 
     async fn channel(&mut self) -> Result<Channel, TransferError> {

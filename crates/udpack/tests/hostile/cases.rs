@@ -122,6 +122,14 @@ fn hello_of<const N: usize>(fields: [(&str, Value); N]) -> Vec<u8> {
     event("$hello", map(fields))
 }
 
+/// What resumes a session: its id and a token, of so many letters and bytes.
+fn ticket(session: usize, token: usize) -> Value {
+    map([
+        ("session", Value::Str("0".repeat(session))),
+        ("token", Value::Bin(vec![7; token])),
+    ])
+}
+
 /// A sound hello, however long: the agent fills it up to a body of this many bytes.
 fn hello_of_length(length: usize) -> Vec<u8> {
     let with = |agent: usize| {
@@ -425,6 +433,23 @@ fn admission_fields() -> Vec<Case> {
         ),
         ("text for resume", hello_with([("resume", "x".into())])),
         (
+            "bytes for resume",
+            hello_with([("resume", Value::Bin(vec![0; 64]))]),
+        ),
+        (
+            "a short resume token",
+            hello_with([("resume", ticket(32, 31))]),
+        ),
+        ("a long session", hello_with([("resume", ticket(33, 32))])),
+        (
+            "a session without its token",
+            hello_with([("resume", map([("session", "0".repeat(32).as_str().into())]))]),
+        ),
+        (
+            "an unknown key in resume",
+            hello_with([("resume", map([("received", uint(1))]))]),
+        ),
+        (
             "an array for ext",
             hello_with([("ext", Value::Array(vec![]))]),
         ),
@@ -445,9 +470,10 @@ fn admission_fields() -> Vec<Case> {
             "anything under ext",
             hello_with([("ext", map([("a", Value::Raw(vec![0x91, 0xc0]))]))]),
         ),
+        ("a wish to resume", hello_with([("resume", map([]))])),
         (
-            "a resume ticket",
-            hello_with([("resume", Value::Bin(vec![0; 64]))]),
+            "a resume ticket that nobody gave",
+            hello_with([("resume", ticket(32, 32))]),
         ),
         (
             "frames of 0 bytes",
@@ -827,8 +853,20 @@ fn messages() -> Vec<Case> {
         ("M4 []", frame(&[0x90])),
         ("M4 [event]", array(vec!["say".into()])),
         (
-            "M4 four items",
-            array(vec!["say".into(), Value::Nil, uint(1), uint(1)]),
+            "M4 five items",
+            array(vec!["say".into(), Value::Nil, uint(1), uint(1), uint(1)]),
+        ),
+        (
+            "M9 a deadline without an id",
+            array(vec!["say".into(), Value::Nil, Value::Nil, uint(1)]),
+        ),
+        (
+            "M9 deadline nil",
+            array(vec!["say".into(), Value::Nil, uint(1), Value::Nil]),
+        ),
+        (
+            "M9 deadline -1",
+            array(vec!["say".into(), Value::Nil, uint(1), Value::Int(-1)]),
         ),
         (
             "M4 ten million items announced, none there",
