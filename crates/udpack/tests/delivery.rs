@@ -965,6 +965,30 @@ async fn a_channel_that_is_over_at_the_other_side_is_not_served_twice() {
     }
 }
 
+/// What was read ahead and not taken is repeated: taken while the channel finds its way, it must not count too.
+#[tokio::test(start_paused = true)]
+async fn a_reader_that_lags_hears_nothing_twice() {
+    bounded(async {
+        let net = Net::new(24).delay(Duration::from_millis(20));
+        let (_server, here, there) = ends(&net, server(), Limits::default()).await;
+        let (ours, theirs) = channel(&here, &there).await;
+        for n in 0..100_u64 {
+            assert!(theirs.try_send("n", &n).expect("alive"));
+        }
+        assert_eq!(next(&ours).await.data::<u64>().expect("a number"), 0);
+        lose(&net, &here).await;
+        for n in 1..100_u64 {
+            // More than one while the channel waits to be opened again.
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            assert_eq!(next(&ours).await.data::<u64>().expect("a number"), n);
+        }
+        let (done, end) = tokio::join!(theirs.finish(), ours.recv());
+        done.expect("confirmed");
+        assert!(end.expect("in order").is_none());
+    })
+    .await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn members_of_rooms_stay_and_miss_nothing() {
     bounded(async {
