@@ -341,6 +341,9 @@ async fn confirmations_of_what_was_never_sent_end_the_connection_and_odd_ones_no
             (1, true, 2),
             (1, true, 0),
             (1, true, 2),
+            // That it takes nothing more, and then that it has more after all.
+            (1, true, u64::MAX),
+            (1, true, 3),
         ] {
             guest.ack(channel, own, received).await;
         }
