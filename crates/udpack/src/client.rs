@@ -121,7 +121,7 @@ impl Client {
                 (Some(Ok(reached)), _) => break reached,
                 (Some(Err(error)), Some(policy)) if policy.first_too && error.retry() => {
                     match outage.next(&policy) {
-                        Some((_, delay)) => tokio::time::sleep(delay).await,
+                        Some(attempt) => tokio::time::sleep(policy.delay(attempt)).await,
                         None => return Err(error),
                     }
                 }
@@ -157,6 +157,8 @@ impl Client {
                 url,
                 policy,
                 serving,
+                since: Instant::now(),
+                flaps: 0,
             })),
             None => Comeback::Never,
         };
@@ -333,15 +335,15 @@ struct Outage {
 }
 
 impl Outage {
-    /// The number of the next try and how long to wait for it; `None` when it is time to give up.
-    fn next(&mut self, policy: &Reconnect) -> Option<(u32, Duration)> {
+    /// The number of the next try; `None` when it is time to give up.
+    fn next(&mut self, policy: &Reconnect) -> Option<u32> {
         let since = *self.since.get_or_insert_with(Instant::now);
         let spent = policy.attempts.is_some_and(|most| self.attempts >= most);
         if spent || since.elapsed() >= policy.patience {
             return None;
         }
         self.attempts += 1;
-        Some((self.attempts, policy.delay(self.attempts)))
+        Some(self.attempts)
     }
 }
 
@@ -352,7 +354,13 @@ pub(crate) struct Dialler {
     policy: Reconnect,
     /// Which of the servers it was connected to last.
     serving: usize,
+    /// Since when, and how many connections in a row did not last.
+    since: Instant,
+    flaps: u32,
 }
+
+/// A connection that is lost sooner did not last: the next waits grow, as if it had not been made.
+const LASTING: Duration = Duration::from_secs(10);
 
 impl Dialler {
     /// Makes the next connection, for as long as the policy allows. After a move to the next server, `moved`
@@ -373,11 +381,17 @@ impl Dialler {
             begin += 1;
             wait = goaway.wait();
         }
+        self.flaps = if self.since.elapsed() < LASTING {
+            self.flaps.saturating_add(1)
+        } else {
+            0
+        };
         let mut outage = Outage::default();
         loop {
-            let Some((attempt, delay)) = outage.next(&self.policy) else {
+            let Some(attempt) = outage.next(&self.policy) else {
                 return Err(reason);
             };
+            let delay = self.policy.delay(attempt.saturating_add(self.flaps));
             let delay = if moved && attempt == 1 {
                 Duration::ZERO
             } else {
@@ -396,6 +410,7 @@ impl Dialler {
             };
             match client.come_back(session, url).await {
                 Ok(link) => {
+                    self.since = Instant::now();
                     self.serving = at;
                     return Ok(link);
                 }

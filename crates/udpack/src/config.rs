@@ -40,8 +40,8 @@ pub struct Limits {
     pub replay_bytes: usize,
     /// Messages of a resumable channel that the peer has not confirmed before `send` waits. Default 16,384.
     pub replay_messages: usize,
-    /// Bytes that all resumable channels of a session together may keep while it has no connection, before
-    /// `send` waits. Default 16 MiB.
+    /// Bytes that all resumable channels of a session together may keep before `send` waits; while there is a
+    /// connection, each of them may keep 64 KiB in any case. Default 16 MiB.
     pub resume_bytes: usize,
     /// Sessions without a connection that a server keeps. Default 1,024; a further one ends at once.
     pub detached_sockets: usize,

@@ -29,6 +29,8 @@ const SEGMENT: usize = 32 << 10;
 pub(crate) const BATCH: usize = 16;
 /// Bytes that one channel hands over before the others of its connection get their turn.
 pub(crate) const TURN: usize = 64 << 10;
+/// What each resumable channel may keep however much the others of its session do.
+const SHARE: usize = 64 << 10;
 /// Ready-made bytes up to this size are copied into the gathering buffer; larger ones go as they are.
 const COPY_LIMIT: usize = 4 << 10;
 
@@ -88,7 +90,7 @@ impl Keep {
     }
 }
 
-/// What all resumable channels of one session keep, and how much that may be while there is no connection.
+/// What all resumable channels of one session keep, and how much that may be.
 #[derive(Debug)]
 pub(crate) struct Budget {
     detached: AtomicBool,
@@ -109,8 +111,11 @@ impl Budget {
         self.detached.store(detached, Ordering::Relaxed);
     }
 
-    fn exhausted(&self) -> bool {
-        self.detached.load(Ordering::Relaxed) && self.bytes.load(Ordering::Relaxed) >= self.limit
+    /// Whether a channel that keeps so many bytes itself must wait. While there is a connection a little is
+    /// always permitted, so that channels that are stuck do not stop the others.
+    fn exhausted(&self, own: usize) -> bool {
+        self.bytes.load(Ordering::Relaxed) >= self.limit
+            && (own >= SHARE || self.detached.load(Ordering::Relaxed))
     }
 }
 
@@ -305,7 +310,7 @@ impl Outbox {
             && !state
                 .keep
                 .as_ref()
-                .is_some_and(|keep| keep.budget.exhausted())
+                .is_some_and(|keep| keep.budget.exhausted(state.queued_bytes))
     }
 
     fn with_room(

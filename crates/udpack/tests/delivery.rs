@@ -4,7 +4,7 @@
 mod common;
 
 use std::future::Future;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -1168,6 +1168,56 @@ async fn closing_a_socket_that_is_away_takes_no_time() {
         assert!(channel.recv().await.expect("normal").is_none());
         assert!(channel.send("n", &1).await.expect_err("over").is_closed());
         assert!(matches!(here.state(), Some(SocketState::GaveUp(_))));
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn channels_that_nobody_reads_keep_little_and_stop_no_other() {
+    let limits = Limits {
+        resume_bytes: 256 << 10,
+        ..Limits::default()
+    };
+    bounded(async {
+        let net = Net::new(24).delay(Duration::from_millis(20));
+        let (_server, here, there) = ends(&net, server(), limits).await;
+        let block = "x".repeat(1 << 10);
+        let (mut unread, mut kept) = (Vec::new(), 0);
+        for _ in 0..16 {
+            let (ours, theirs) = channel(&here, &there).await;
+            while ours.try_send("n", &block).expect("alive") {}
+            kept += ours.queued_bytes();
+            unread.push((ours, theirs));
+        }
+        assert!(kept >= (256 << 10) + 12 * (64 << 10), "{kept}");
+        assert!(kept <= (256 << 10) + 16 * (66 << 10), "{kept}");
+        let (ours, theirs) = channel(&here, &there).await;
+        for number in 0..1000_u64 {
+            ours.send("n", &number).await.expect("alive");
+            assert_eq!(next(&theirs).await.data::<u64>().expect("a number"), number);
+        }
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_is_sent_away_each_time_comes_back_less_and_less_often() {
+    bounded(async {
+        let net = Net::new(25);
+        let visits = Arc::new(AtomicUsize::new(0));
+        let count = visits.clone();
+        let builder = server().connection(move |socket| {
+            count.fetch_add(1, Ordering::Relaxed);
+            async move { socket.abort(CloseCode::RATE_LIMITED, "not so often") }
+        });
+        let server = net.bind(builder).await.expect("an address");
+        let builder = client(&server).reconnect(Reconnect::default());
+        let socket = net.connect(builder, &server).await;
+        tokio::time::sleep(Duration::from_secs(600)).await;
+        // At once, a few times, and then a wait of 15 s on average.
+        let visits = visits.load(Ordering::Relaxed);
+        assert!((8..160).contains(&visits), "{visits}");
+        drop(socket);
     })
     .await;
 }
