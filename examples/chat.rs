@@ -6,19 +6,8 @@
 use std::error::Error;
 
 use serde::{Deserialize, Serialize};
-use udpack::{Authenticate, Channel, Client, Event, Fault, Hello, Identity, Limits};
+use udpack::{Authenticate, Channel, Client, Data, Event, Fault, Hello, Identity, Limits};
 use udpack::{Overflow, Peer, Rooms, Router, Server, ServerBuilder};
-
-#[derive(Serialize, Deserialize, Event)]
-struct Join {
-    room: String,
-}
-
-#[derive(Serialize, Deserialize, Event)]
-struct Say {
-    room: String,
-    text: String,
-}
 
 #[derive(Serialize, Deserialize, Event)]
 struct Said {
@@ -26,62 +15,60 @@ struct Said {
     text: String,
 }
 
-async fn join(join: Join, channel: Channel) -> Result<(), Fault> {
-    Ok(channel.join(&join.room)?)
+async fn join(room: String, channel: Channel) -> Result<(), Fault> {
+    Ok(channel.join(&room)?)
 }
 
-async fn say(say: Say, mine: Channel, peer: Peer, rooms: Rooms) -> Result<(), Fault> {
-    let (from, text) = (peer.id().to_owned(), say.text);
-    let mine = mine.session_id();
-    let others = rooms.to(&say.room).except(&mine);
-    others.emit(&Said { from, text })?;
+async fn say(text: Data<String>, mine: Channel, peer: Peer, rooms: Rooms) -> Result<(), Fault> {
+    let (from, text) = (peer.id().to_owned(), text.0);
+    let others = rooms.to("hall");
+    others
+        .except(&mine.session_id())
+        .emit(&Said { from, text })?;
     Ok(())
 }
 
 fn server(identity: Identity, auth: impl Authenticate) -> ServerBuilder {
-    let chat = Router::new().event(join).event(say);
-    let server = Server::builder().identity(identity).auth(auth);
-    server.channel("chat", chat)
+    let chat = Router::new().on("join", join).on("say", say);
+    Server::builder()
+        .identity(identity)
+        .auth(auth)
+        .channel("chat", chat)
 }
 
-const LINES: u64 = 150;
-
 async fn member(server: &Server, name: &str) -> Result<Channel, Box<dyn Error>> {
-    let small = Limits {
-        stream_window: 64 << 10,
-        connection_window: 64 << 10,
-        ..Limits::default()
-    };
+    let mut limits = Limits::default();
+    (limits.stream_window, limits.connection_window) = (64 << 10, 64 << 10);
     let client = Client::builder().pin(server.fingerprint()).token(name);
     let address = server.local_addr().to_string();
-    let socket = client.limits(small).connect(&address).await?;
+    let socket = client.limits(limits).connect(&address).await?;
     let channel = socket.open("chat").await?;
-    let room = "hall".to_owned();
-    channel.call(&Join { room }).await?;
+    channel.send_acked("join", "hall").await?;
     Ok(channel)
 }
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
     let everybody = async |hello: Hello| Ok(Peer::new(hello.token()));
-    let server = server(Identity::generate()?, everybody);
-    let server = server.bind("127.0.0.1:0").await?;
-    let slow = Overflow::DropOldest { messages: 16 };
-    server.rooms().policy("hall", slow)?;
-    let ann = member(&server, "ann").await?;
-    let (bob, eve) = (member(&server, "bob").await?, member(&server, "eve").await?);
+    let server = server(Identity::generate()?, everybody)
+        .bind("127.0.0.1:0")
+        .await?;
+    server
+        .rooms()
+        .policy("hall", Overflow::DropOldest { messages: 16 })?;
+    let (ann, bob) = (member(&server, "ann").await?, member(&server, "bob").await?);
+    let eve = member(&server, "eve").await?;
 
     let text = "bla ".repeat(8 << 10);
-    for _ in 0..LINES {
-        let (room, text) = ("hall".to_owned(), text.clone());
-        ann.call(&Say { room, text }).await?;
+    for _ in 0..150 {
+        ann.send_acked("say", &text).await?;
         let said: Said = bob.recv().await?.ok_or("bob is out")?.data()?;
         assert_eq!(said.from, "ann");
     }
-    println!("bob heard {LINES} lines");
+    println!("bob heard 150 lines");
 
     let (mut heard, mut lost) = (0, 0);
-    while heard + lost < LINES {
+    while heard + lost < 150 {
         let message = eve.recv().await?.ok_or("eve is out")?;
         match message.gap() {
             Some(gap) => lost += gap.lost,

@@ -129,6 +129,10 @@ impl Channel {
         if opened.resumable {
             inbox.count(key);
             session.keep(&pipe);
+            // Those that are kept have been ended by then.
+            if let Some(reason) = session.end.get() {
+                pipe.fail(&session, reason);
+            }
             let (conn, now) = session.link();
             if own && now != link {
                 // The connection was exchanged in the meantime, and this channel was not among those kept.

@@ -221,7 +221,9 @@ impl<T: DeserializeOwned> Stream for Items<T> {
             }
             Poll::Ready(Ok(Next::Last(last))) => {
                 if last.event() == FAULT {
-                    let error = this.channel.refused(&last);
+                    let deadline = this.deadline.as_ref();
+                    let deadline = deadline.map(|(sleep, limit)| (sleep.deadline(), *limit));
+                    let error = this.channel.refused(&last, deadline);
                     return this.failed(error);
                 }
                 match last.data::<()>() {

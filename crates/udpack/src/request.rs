@@ -10,6 +10,7 @@ use futures_util::future::BoxFuture;
 use futures_util::{Stream, StreamExt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::time::Instant;
 
 use crate::calls::{Calls, Reply, Role};
 use crate::channel::{Channel, RecvError, SendError, application_event};
@@ -20,6 +21,10 @@ use crate::inbox::{Ending, NoReply};
 use crate::items::{Items, Pump, pump};
 use crate::message::{self, DecodeError, Encoded, Message};
 use crate::metrics::{Count, Words};
+
+/// Where the way is short, a deadline ends at both sides in the same tick of the clock: whose timer is first
+/// makes no difference to the asker.
+const TICK: Duration = Duration::from_millis(10);
 
 impl Channel {
     /// Asks the peer and waits for its answer: awaiting the returned builder gives the reply.
@@ -100,8 +105,12 @@ impl Channel {
         }
     }
 
-    /// Why there is no reply, by the peer's `$fault`.
-    pub(crate) fn refused(&self, fault: &Message) -> RequestError {
+    /// Why there is no reply, by the peer's `$fault` to a request with this deadline.
+    pub(crate) fn refused(
+        &self,
+        fault: &Message,
+        deadline: Option<(Instant, Duration)>,
+    ) -> RequestError {
         let tally = &self.inner.session.tally;
         match control::decode_fault(fault) {
             Ok(fault) => {
@@ -109,6 +118,12 @@ impl Channel {
                 match fault.code.as_str() {
                     Fault::NO_HANDLER => RequestError::NoHandler,
                     Fault::CANCELLED => RequestError::Cancelled,
+                    Fault::TIMEOUT => match deadline {
+                        Some((until, limit)) if until <= Instant::now() + TICK => {
+                            self.too_late(limit)
+                        }
+                        _ => RequestError::Fault(fault),
+                    },
                     _ => RequestError::Fault(fault),
                 }
             }
@@ -179,6 +194,7 @@ impl<R> Request<R> {
             (None, Some(_)) => None,
             (timeout, _) => Some(timeout.unwrap_or(default)),
         };
+        let deadline = limit.and_then(|limit| Some((Instant::now().checked_add(limit)?, limit)));
         let exchange = async {
             let _pending = self.send(limit, false).await?;
             let id = self.id;
@@ -206,7 +222,7 @@ impl<R> Request<R> {
                 .map_err(|_| channel.too_late(limit))??,
         };
         if reply.event() == FAULT {
-            return Err(channel.refused(&reply));
+            return Err(channel.refused(&reply, deadline));
         }
         (self.decode)(&reply).map_err(RequestError::Decode)
     }
@@ -252,7 +268,7 @@ impl Request<()> {
     /// Dropping the future or the items tells the peer that no more are wanted.
     pub async fn items<T: DeserializeOwned>(mut self) -> Result<Items<T>, RequestError> {
         let limit = self.timeout;
-        let begun = tokio::time::Instant::now();
+        let begun = Instant::now();
         let channel = self.channel.clone();
         let send = self.send(limit, true);
         let pending = match limit {
