@@ -5,11 +5,14 @@
 #[allow(dead_code, reason = "this binary uses its own part")]
 #[path = "hostile/bare.rs"]
 mod bare;
+mod common;
+#[path = "common/heap.rs"]
+mod heap;
 
 use std::time::Duration;
 
 use bare::{Bare, event};
-use peak_alloc::PeakAlloc;
+use heap::{Mark, alone, dial};
 use serde_bytes::ByteBuf;
 use tokio::time::Instant;
 use udpack::testing::{self, Net};
@@ -17,12 +20,6 @@ use udpack::{
     Channel, ClientBuilder, CloseCode, Context, Fault, Limits, Reconnect, RequestError, SendError,
     Server, Socket,
 };
-
-#[global_allocator]
-static HEAP: PeakAlloc = PeakAlloc;
-
-/// The heap belongs to the process: one test at a time.
-static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 /// What everybody together may hold at most over what the test began with.
 const MOST: usize = 4 << 20;
@@ -32,7 +29,7 @@ struct Site {
     net: Net,
     server: Server,
     good: Channel,
-    heap: usize,
+    heap: Mark,
 }
 
 impl Site {
@@ -47,15 +44,7 @@ impl Site {
         };
         let server = testing::server()
             .limits(limits)
-            .channel("echo", |channel: Channel| async move {
-                channel
-                    .on(
-                        "echo",
-                        |n: u64, _: Context| async move { Ok::<_, Fault>(n) },
-                    )
-                    .run()
-                    .await
-            })
+            .channel("echo", common::echo)
             // A member of the hall; what it sends is not read.
             .channel("hall", |channel: Channel| async move {
                 let _ = channel.join("hall");
@@ -94,12 +83,11 @@ impl Site {
             net,
             server,
             good,
-            heap: 0,
+            heap: Mark::set(),
         };
         site.others_live("nobody misbehaved yet").await;
-        HEAP.reset_peak_usage();
         Self {
-            heap: HEAP.current_usage(),
+            heap: Mark::set(),
             ..site
         }
     }
@@ -129,12 +117,7 @@ impl Site {
     }
 
     async fn bare(&self) -> Bare {
-        let endpoint = self.net.bare().expect("an address");
-        let config = bare::quic(bare::tls(&[b"udpack/1"]), 16 << 10);
-        let address = self.server.local_addr();
-        Bare::dial(&endpoint, address, config)
-            .await
-            .expect("a sound handshake")
+        dial(&self.net, &self.server, 16 << 10).await
     }
 
     /// The client that behaves is answered in a few round trips of 2 ms.
@@ -146,8 +129,7 @@ impl Site {
 
     /// Nobody holds more than they may.
     fn bounded(&self, what: &str) {
-        let held = HEAP.peak_usage().saturating_sub(self.heap);
-        assert!(held < MOST, "{what}: {held} bytes");
+        self.heap.bounded(MOST, what);
     }
 
     /// How many channels the server closed with this code.
@@ -169,13 +151,6 @@ async fn answers(channel: &Channel, n: u64, what: &str) {
         took < Duration::from_millis(200),
         "{what}: answered after {took:?}"
     );
-}
-
-async fn alone<F: Future>(test: F) -> F::Output {
-    let _alone = ALONE.lock().await;
-    tokio::time::timeout(Duration::from_secs(600), test)
-        .await
-        .expect("the test took longer than 600 s")
 }
 
 /// Sends until the channel is lost.

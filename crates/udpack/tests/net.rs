@@ -1,6 +1,8 @@
 //! The network in memory of `udpack::testing`: time, luck, cuts and moves.
 #![allow(clippy::unwrap_used)]
 
+mod common;
+
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -16,15 +18,7 @@ async fn bounded<F: Future>(test: F) -> F::Output {
 
 /// A server that answers `echo` with what it was asked.
 async fn echo(net: &Net) -> Server {
-    let builder = testing::server().channel("echo", |channel: Channel| async move {
-        channel
-            .on(
-                "echo",
-                |n: u64, _: Context| async move { Ok::<_, Fault>(n) },
-            )
-            .run()
-            .await
-    });
+    let builder = testing::server().channel("echo", common::echo);
     net.bind(builder).await.unwrap()
 }
 

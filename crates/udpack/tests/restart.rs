@@ -3,12 +3,14 @@
 //!
 //! On a network in memory with a paused clock, so that what "soon" means is exact.
 
+mod common;
+
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use tokio::time::Instant;
 use udpack::testing::{self, Net};
-use udpack::{Channel, CloseCode, Context, Fault, Identity, Server, Side, Socket, Timeouts};
+use udpack::{CloseCode, Identity, Server, Side, Socket, Timeouts};
 
 /// A few round trips of 2 ms; far below the idle time of 30 s.
 const SOON: Duration = Duration::from_millis(100);
@@ -23,15 +25,7 @@ async fn bounded<F: Future>(test: F) -> F::Output {
 fn builder(identity: Identity) -> udpack::ServerBuilder {
     testing::server()
         .identity(identity)
-        .channel("echo", |channel: Channel| async move {
-            channel
-                .on(
-                    "echo",
-                    |n: u64, _: Context| async move { Ok::<_, Fault>(n) },
-                )
-                .run()
-                .await
-        })
+        .channel("echo", common::echo)
 }
 
 async fn serve(net: &Net, identity: Identity) -> Server {

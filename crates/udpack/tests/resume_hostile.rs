@@ -6,11 +6,13 @@
 #[allow(dead_code, reason = "this binary uses its own part")]
 #[path = "hostile/bare.rs"]
 mod bare;
+#[path = "common/heap.rs"]
+mod heap;
 
 use std::time::Duration;
 
 use bare::{Bare, Ended, Stream, Value, event, frame_of, map, request};
-use peak_alloc::PeakAlloc;
+use heap::{Mark, alone, dial};
 use serde_bytes::ByteBuf;
 use udpack::testing::{self, Net};
 use udpack::wire::{
@@ -22,12 +24,6 @@ use udpack::{
     Server,
 };
 
-#[global_allocator]
-static HEAP: PeakAlloc = PeakAlloc;
-
-/// The heap belongs to the process: one test at a time.
-static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
-
 /// What everybody together may hold at most over what the test began with.
 const MOST: usize = 6 << 20;
 
@@ -38,7 +34,7 @@ struct Site {
     net: Net,
     server: Server,
     good: Channel,
-    heap: usize,
+    heap: Option<Mark>,
 }
 
 impl Site {
@@ -90,12 +86,11 @@ impl Site {
             net,
             server,
             good,
-            heap: 0,
+            heap: None,
         };
         site.lives("nobody misbehaved yet").await;
-        HEAP.reset_peak_usage();
         Self {
-            heap: HEAP.current_usage(),
+            heap: Some(Mark::set()),
             ..site
         }
     }
@@ -104,19 +99,13 @@ impl Site {
     async fn lives(&self, what: &str) {
         let answer = self.good.request::<_, u64>("echo", &7).await;
         assert_eq!(answer.unwrap_or_else(|error| panic!("{what}: {error}")), 7);
-        if self.heap > 0 {
-            let held = HEAP.peak_usage().saturating_sub(self.heap);
-            assert!(held < MOST, "{what}: {held} bytes");
+        if let Some(heap) = &self.heap {
+            heap.bounded(MOST, what);
         }
     }
 
     async fn dial(&self) -> Bare {
-        let endpoint = self.net.bare().expect("an address");
-        let config = bare::quic(bare::tls(&[b"udpack/1"]), 1 << 20);
-        let address = self.server.local_addr();
-        Bare::dial(&endpoint, address, config)
-            .await
-            .expect("a sound handshake")
+        dial(&self.net, &self.server, 1 << 20).await
     }
 
     /// A client that can resume, with the ticket of its session.
@@ -219,13 +208,6 @@ fn hello(token: &str, resume: Value) -> Vec<u8> {
         ("resume", resume),
     ]);
     event("$hello", fields)
-}
-
-async fn alone<F: Future>(test: F) -> F::Output {
-    let _alone = ALONE.lock().await;
-    tokio::time::timeout(Duration::from_secs(600), test)
-        .await
-        .expect("the test took longer than 600 s")
 }
 
 /// The server's `$close` on a channel; other messages before it are passed over.

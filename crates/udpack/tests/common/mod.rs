@@ -10,7 +10,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::net::UdpSocket;
-use udpack::{Client, ClientBuilder, Deny, Hello, Identity, Peer, Server, ServerBuilder, Socket};
+use udpack::{
+    Channel, Client, ClientBuilder, Context, Deny, Fault, Hello, Identity, Peer, RecvError, Server,
+    ServerBuilder, Socket,
+};
 
 /// The token that the test server accepts.
 pub(crate) const TOKEN: &str = "a-token-that-only-tests-know";
@@ -93,4 +96,10 @@ pub(crate) async fn path(server: SocketAddr) -> (SocketAddr, Arc<AtomicBool>) {
         }
     });
     (address, cut)
+}
+
+/// Answers `echo` with the number that was asked about.
+pub(crate) async fn echo(channel: Channel) -> Result<(), RecvError> {
+    let echo = |n: u64, _: Context| async move { Ok::<_, Fault>(n) };
+    channel.on("echo", echo).run().await
 }
