@@ -561,13 +561,6 @@ pub enum SendError {
     Closed(CloseReason),
 }
 
-/// In a handler: whoever asked is told as `internal`.
-impl From<SendError> for Fault {
-    fn from(error: SendError) -> Self {
-        Self::new(Self::INTERNAL, error.to_string())
-    }
-}
-
 impl SendError {
     /// Whether the channel is over, as opposed to one message being unfit.
     pub fn is_closed(&self) -> bool {

@@ -23,9 +23,11 @@ use crate::extensions::Extensions;
 use crate::extract::{EventHandler, Handler};
 use crate::inbox::{Ending, NoReply};
 use crate::items::{Streaming, send_item};
-use crate::message::{self, Encoded, Message};
+use crate::message::{self, EncodeError, Encoded, Message};
 use crate::metrics::{Count, Words};
+use crate::presence::TrackError;
 use crate::request::RequestError;
+use crate::rooms::JoinError;
 use crate::router::{Next, Router};
 
 /// What a handler knows besides its data.
@@ -279,6 +281,19 @@ impl fmt::Debug for Handlers {
             .finish_non_exhaustive()
     }
 }
+
+/// Lets handlers use `?` on the library's errors: whoever asked is told as `internal`.
+macro_rules! internal_faults {
+    ($($error:ty),*) => {$(
+        impl From<$error> for Fault {
+            fn from(error: $error) -> Self {
+                Self::new(Self::INTERNAL, error.to_string())
+            }
+        }
+    )*};
+}
+
+internal_faults!(EncodeError, SendError, RequestError, JoinError, TrackError);
 
 /// One handler at work; `Err` when it was stopped.
 type Job = BoxFuture<'static, Result<(), (Channel, u64)>>;

@@ -14,7 +14,7 @@ use std::time::Duration;
 use bytes::{BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 
-use crate::code::{CloseCode, Fault};
+use crate::code::CloseCode;
 use crate::control::{self, Gap};
 use crate::frame::PREFIX;
 use crate::msgpack::{
@@ -310,13 +310,6 @@ pub enum EncodeError {
     /// The header of a bulk message already has the key of the bulk bytes.
     #[error("bulk header already has the key: {0:?}")]
     Duplicate(String),
-}
-
-/// In a handler: whoever asked is told as `internal`.
-impl From<EncodeError> for Fault {
-    fn from(error: EncodeError) -> Self {
-        Self::new(Self::INTERNAL, error.to_string())
-    }
 }
 
 /// Appends one message to `buf` as a whole frame and returns the frame's length, prefix included.

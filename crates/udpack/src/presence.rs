@@ -16,7 +16,6 @@ use serde::de::DeserializeOwned;
 
 use crate::auth::Peer;
 use crate::channel::Channel;
-use crate::code::Fault;
 use crate::frame::PREFIX;
 use crate::message::{self, DecodeError, EncodeError, Encoded, Message};
 use crate::msgpack::{FieldError, Shape, Values, Walk, validate};
@@ -110,13 +109,6 @@ pub enum TrackError {
     /// The entries of the room would no longer fit into one message of 1 MiB.
     #[error("the room's presence is full")]
     Full,
-}
-
-/// In a handler: whoever asked is told as `internal`.
-impl From<TrackError> for Fault {
-    fn from(error: TrackError) -> Self {
-        Self::new(Self::INTERNAL, error.to_string())
-    }
 }
 
 impl Channel {

@@ -362,13 +362,6 @@ pub enum RequestError {
     Closed(CloseReason),
 }
 
-/// In a handler: whoever asked is told as `internal`.
-impl From<RequestError> for Fault {
-    fn from(error: RequestError) -> Self {
-        Self::new(Self::INTERNAL, error.to_string())
-    }
-}
-
 impl RequestError {
     /// Whether the deadline passed, here or at the peer.
     pub fn is_timeout(&self) -> bool {

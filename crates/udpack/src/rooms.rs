@@ -17,7 +17,7 @@ use tokio::runtime::Handle;
 
 use crate::auth::Peer;
 use crate::channel::{Channel, WeakChannel};
-use crate::code::{CloseCode, CloseReason, Fault};
+use crate::code::{CloseCode, CloseReason};
 use crate::event::Event;
 use crate::message::{EncodeError, Encoded, NameError, check_name};
 use crate::metrics::Count;
@@ -354,13 +354,6 @@ pub enum JoinError {
     /// The channel is in as many rooms as `Limits::rooms_per_channel` allows.
     #[error("the channel is in {0} rooms already")]
     TooManyJoined(usize),
-}
-
-/// In a handler: whoever asked is told as `internal`.
-impl From<JoinError> for Fault {
-    fn from(error: JoinError) -> Self {
-        Self::new(Self::INTERNAL, error.to_string())
-    }
 }
 
 impl Channel {
