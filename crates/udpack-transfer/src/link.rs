@@ -8,8 +8,7 @@ use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Mutex, broadcast};
-use tokio::time::Instant;
-use udpack::{Client, CloseReason, ConnectError, GoAway, Side, Socket};
+use udpack::{Client, CloseReason, ConnectError, GoAway, Outage, Side, Socket};
 
 use crate::error::TransferError;
 
@@ -59,6 +58,7 @@ enum Way {
 struct Shared {
     /// Held while connecting: one reconnect at a time.
     state: Mutex<State>,
+    /// The time without progress.
     outage: StdMutex<Outage>,
     events: broadcast::Sender<LinkEvent>,
 }
@@ -68,13 +68,6 @@ struct State {
     socket: Option<Socket>,
     /// Why there will be no other socket.
     over: Option<TransferError>,
-}
-
-/// The time without progress.
-#[derive(Debug, Default)]
-struct Outage {
-    since: Option<Instant>,
-    attempts: u32,
 }
 
 impl Link {
@@ -212,22 +205,7 @@ impl Link {
 
     /// The number of the next attempt and how long to wait for it; `None` when it is time to give up.
     pub(crate) fn next_attempt(&self) -> Option<(u32, Duration)> {
-        let mut outage = self.outage();
-        let now = Instant::now();
-        let left = {
-            let since = *outage.since.get_or_insert(now);
-            self.retry.patience.checked_sub(now - since)
-        };
-        let left = left.filter(|left| !left.is_zero())?;
-        if self
-            .retry
-            .attempts
-            .is_some_and(|most| outage.attempts >= most)
-        {
-            return None;
-        }
-        outage.attempts = outage.attempts.saturating_add(1);
-        Some((outage.attempts, self.retry.delay(outage.attempts).min(left)))
+        self.outage().next(&self.retry)
     }
 
     fn outage(&self) -> MutexGuard<'_, Outage> {

@@ -23,7 +23,7 @@ use crate::inbox::Inbox;
 use crate::lifetime::{TokenSource, check_token};
 use crate::metrics::Tally;
 use crate::qlog::Qlog;
-use crate::reconnect::{Reconnect, SocketState, StateFeed};
+use crate::reconnect::{Outage, Reconnect, SocketState, StateFeed};
 use crate::router::ServeChannel;
 use crate::server::{CHANNEL_QUEUE, default_agent};
 use crate::session::{Session, lock};
@@ -121,7 +121,7 @@ impl Client {
                 (Some(Ok(reached)), _) => break reached,
                 (Some(Err(error)), Some(policy)) if policy.first_too && error.retry() => {
                     match outage.next(&policy) {
-                        Some(attempt) => tokio::time::sleep(policy.delay(attempt)).await,
+                        Some((_, delay)) => tokio::time::sleep(delay).await,
                         None => return Err(error),
                     }
                 }
@@ -327,26 +327,6 @@ impl fmt::Debug for Client {
     }
 }
 
-/// The time without a connection.
-#[derive(Default)]
-struct Outage {
-    since: Option<Instant>,
-    attempts: u32,
-}
-
-impl Outage {
-    /// The number of the next try; `None` when it is time to give up.
-    fn next(&mut self, policy: &Reconnect) -> Option<u32> {
-        let since = *self.since.get_or_insert_with(Instant::now);
-        let spent = policy.attempts.is_some_and(|most| self.attempts >= most);
-        if spent || since.elapsed() >= policy.patience {
-            return None;
-        }
-        self.attempts += 1;
-        Some(self.attempts)
-    }
-}
-
 /// What brings a client's socket back when its connection is lost.
 pub(crate) struct Dialler {
     client: Client,
@@ -386,12 +366,11 @@ impl Dialler {
         } else {
             0
         };
-        let mut outage = Outage::default();
+        let mut outage = Outage::after(self.flaps);
         loop {
-            let Some(attempt) = outage.next(&self.policy) else {
+            let Some((attempt, delay)) = outage.next(&self.policy) else {
                 return Err(reason);
             };
-            let delay = self.policy.delay(attempt.saturating_add(self.flaps));
             let delay = if moved && attempt == 1 {
                 Duration::ZERO
             } else {

@@ -182,7 +182,7 @@ pub use msgpack::{FieldError, Fields, Values};
 pub use open::{OpenChannel, OpenError};
 pub use overflow::Overflow;
 pub use presence::{PresenceDiff, PresenceEntry, PresenceMap, TrackError};
-pub use reconnect::{Reconnect, SocketState, SocketStates};
+pub use reconnect::{Outage, Reconnect, SocketState, SocketStates};
 pub use request::{Request, RequestError};
 pub use rooms::{Broadcast, JoinError, Member, Rooms, Sent};
 pub use router::{ByFunction, ByRouter, Next, Router, ServeChannel, Service};

@@ -11,6 +11,7 @@ use std::time::Duration;
 use futures_util::Stream;
 use futures_util::stream::BoxStream;
 use tokio::sync::broadcast;
+use tokio::time::Instant;
 
 use crate::code::CloseReason;
 use crate::control::GoAway;
@@ -53,6 +54,39 @@ impl Reconnect {
     pub fn delay(&self, attempt: u32) -> Duration {
         let doubled = 2_u32.saturating_pow(attempt.saturating_sub(1).min(31));
         part(self.first.saturating_mul(doubled).min(self.most))
+    }
+}
+
+/// The time without success, measured against a [`Reconnect`] policy. A new one begins with each success.
+#[derive(Debug, Default)]
+pub struct Outage {
+    since: Option<Instant>,
+    attempts: u32,
+    /// Waits that have grown already.
+    before: u32,
+}
+
+impl Outage {
+    /// One whose waits begin as long as after `before` tries, because the last successes did not last.
+    pub(crate) fn after(before: u32) -> Self {
+        Self {
+            before,
+            ..Self::default()
+        }
+    }
+
+    /// The number of the next try, counted from 1, and how long to wait for it; `None` when it is time to give
+    /// up. The time counts from the first call.
+    pub fn next(&mut self, policy: &Reconnect) -> Option<(u32, Duration)> {
+        let since = *self.since.get_or_insert_with(Instant::now);
+        let left = policy.patience.checked_sub(since.elapsed())?;
+        let spent = policy.attempts.is_some_and(|most| self.attempts >= most);
+        if left.is_zero() || spent {
+            return None;
+        }
+        self.attempts = self.attempts.saturating_add(1);
+        let delay = policy.delay(self.attempts.saturating_add(self.before));
+        Some((self.attempts, delay.min(left)))
     }
 }
 
