@@ -221,7 +221,8 @@ impl TryFrom<u64> for Priority {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum CongestionControl {
-    /// What this library thinks best; at present CUBIC.
+    /// A controller of this library's own, for quinn's pacer: built on a model of the path like BBR's, not slowed by
+    /// random loss, with a short queue of its own, and sharing with CUBIC flows as they share with each other.
     #[default]
     Auto,
     /// CUBIC (RFC 9438): fair, slow on links that lose packets at random.

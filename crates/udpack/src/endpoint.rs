@@ -14,6 +14,7 @@ use crate::config::{
     CongestionControl, DATAGRAMS_IN, DATAGRAMS_OUT, Limits, PREAUTH_BYTES, PREAUTH_STREAMS,
     Timeouts, VOLATILE_STREAMS,
 };
+use crate::congestion::ModelConfig;
 
 /// Binds a UDP socket with large kernel buffers; says in the log what to do when the kernel gives less.
 pub(crate) fn bind(address: SocketAddr, buffer: usize) -> io::Result<UdpSocket> {
@@ -109,7 +110,8 @@ pub(crate) fn transport(
         ));
     }
     let factory: Arc<dyn ControllerFactory + Send + Sync> = match congestion {
-        CongestionControl::Auto | CongestionControl::Cubic => Arc::new(CubicConfig::default()),
+        CongestionControl::Auto => Arc::new(ModelConfig),
+        CongestionControl::Cubic => Arc::new(CubicConfig::default()),
         CongestionControl::Bbr => Arc::new(BbrConfig::default()),
         CongestionControl::NewReno => Arc::new(NewRenoConfig::default()),
     };

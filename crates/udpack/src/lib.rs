@@ -118,6 +118,7 @@ mod channel;
 mod client;
 mod code;
 mod config;
+mod congestion;
 mod control;
 mod driver;
 mod endpoint;
