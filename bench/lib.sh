@@ -31,7 +31,7 @@ skipped() { echo "SKIPPED: $1: ${2:-scripts/install-test-tools}"; }
 have() { command -v "$1" >/dev/null 2>&1; }
 have jq || { skipped 'no jq'; exit 0; }
 
-work='' pids=() running=''
+failed=0 work='' pids=() running=''
 at_server=() at_client=() host=127.0.0.1
 port_base=$((20000 + $$ % 10000))
 
@@ -92,6 +92,27 @@ timed() {
   ended=$EPOCHREALTIME
   running=''
   seconds=$(awk "BEGIN { printf \"%.6f\", $ended - $begun }")
+}
+
+# Runs a script once for each of its cases: AT-ONCE SCRIPT CASE…; side by side, each is printed whole, in their order.
+side_by_side() {
+  local at_once=$1 script=$2 name
+  shift 2
+  [ -n "$work" ] || workspace "${TMPDIR:-/tmp}"
+  for name in "$@"; do
+    if [ "$at_once" -eq 1 ]; then
+      "$script" "$name" &
+      pids=($!)
+      wait "$!" || failed=1
+    else
+      while [ "$(jobs -pr | wc -l)" -ge "$at_once" ]; do wait -n || failed=1; done
+      "$script" "$name" >"$work/$name.out" 2>&1 &
+      pids+=($!)
+    fi
+  done
+  while [ -n "$(jobs -pr)" ]; do wait -n || failed=1; done
+  pids=()
+  [ "$at_once" -eq 1 ] || for name in "$@"; do cat "$work/$name.out"; done
 }
 
 # ---- ours: the server is fresh for each run and listens before the clock starts.
@@ -277,5 +298,5 @@ table() {
        ($good | map(select($own[.round | tostring]) | $own[.round | tostring] / .value) | median | show),
        ($good | map(.lost // empty) | median | show)] | @tsv' "$results_file" | column -t -s "$(printf '\t')"
 }
+# Only the ways that WAYS names.
 wanted() { [ -z "${WAYS:-}" ] || [[ " $WAYS " == *" $1 "* ]]; }
-failed=0

@@ -36,28 +36,15 @@ done
 [ ${#chosen[@]} -gt 0 ] || mapfile -t chosen < <(cut -d' ' -f1 <<<"$cells")
 link_there || exit 0
 
-# Several cells: a process for each, side by side or in turn.
+# Several cells: a process for each. Fast links take a core each, and have the machine for themselves.
 if [ ${#chosen[@]} -gt 1 ]; then
-  workspace "${TMPDIR:-/tmp}"
+  slow=() fast=()
   for cell in "${chosen[@]}"; do
     read -r _ rate _ <<<"$(grep "^$cell " <<<"$cells")"
-    if [ "$parallel" = 1 ] && [ "$rate" -le 100 ]; then
-      "$0" "$cell" >"$work/$cell.out" 2>&1 &
-      pids+=($!)
-    fi
+    if [ "$parallel" = 1 ] && [ "$rate" -le 100 ]; then slow+=("$cell"); else fast+=("$cell"); fi
   done
-  for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
-  pids=()
-  for cell in "${chosen[@]}"; do
-    if [ -e "$work/$cell.out" ]; then
-      cat "$work/$cell.out"
-    else
-      "$0" "$cell" &
-      pids=($!)
-      wait "$!" || failed=1
-      pids=()
-    fi
-  done
+  side_by_side 6 bench/wan.sh "${slow[@]}"
+  side_by_side 1 bench/wan.sh "${fast[@]}"
   exit "$failed"
 fi
 
