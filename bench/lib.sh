@@ -129,6 +129,24 @@ udpack_server() {
 }
 put=("$bin/udpack-client" put --progress none --json -q)
 
+# ---- what measures raw quinn and messages.
+bench=''
+have_bench() {
+  if [ -x "$bin/udpack-bench" ]; then bench=$bin/udpack-bench; else
+    skipped "no udpack-bench in $bin" 'cargo build --release --locked -p udpack-bench'
+    return 1
+  fi
+}
+
+# The tables of what it printed as JSON.
+bench_table() {
+  jq -r '.scenarios[] | (.metrics | map({(.name): .unit}) | add) as $units | .scenario as $scenario
+    | ([$scenario, "way", "min", "median", "max", "unit", "x quinn", "x tuned"] | @tsv),
+      (.metrics[].name as $name | .arms | to_entries[] | .value.summary[$name] as $line
+      | [$name, .key, ($line | .min, .median, .max | . * 1000 | round / 1000), $units[$name],
+         ($line | .to_quinn, .to_tuned | if . == null then "-" else . * 100 | round / 100 end)] | @tsv)' "$1" | column -t -s "$(printf '\t')"
+}
+
 # ---- OpenSSH, for scp, rsync, tar and qcp. sshd runs as this user.
 ssh_options=()
 ssh_server() {

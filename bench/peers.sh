@@ -46,8 +46,7 @@ if ssh_server; then
 fi
 if rsync_daemon; then ways+=(rsync-daemon); fi
 if nginx_server; then ways+=(curl-nginx); fi
-quinn=0
-if [ -x "$bin/udpack-bench" ]; then quinn=1; else skipped "no udpack-bench in $bin, so no raw quinn" 'cargo build --release --locked -p udpack-bench'; fi
+have_bench || true
 
 udpack() {
   udpack_server "$work/in"
@@ -65,6 +64,18 @@ way() {
     # Told what the path carries, as its manual asks for: 1 GB/s, 5 ms.
     qcp) timed "${qcp[@]}" --tx 1000M --rx 1000M --rtt 5 "$work/file" "peer:$work/in/file" ;;
   esac
+}
+
+quinn() {
+  local arm only=''
+  for arm in quinn tuned; do ! wanted "$arm-stream" || only+=${only:+,}$arm; done
+  [ -n "$only" ] || return 0
+  "$bench" stream --only "$only" --rounds 1 --bytes "$size" --json --listen "$host" --client-via "${at_client[*]}" \
+    --server-via "${at_server[*]}" >"$work/stream.json"
+  jq -r '.scenarios[0].arms | to_entries[] | [.key, .value.runs[0].values.rate] | @tsv' "$work/stream.json" | while read -r arm rate; do
+    record "$case" "$arm-stream" "$1" MB/s "$rate" "{\"bytes\": $size}"
+    printf 'round %d: %-12s %11s %9.1f MB/s\n' "$1" "$arm-stream" '' "$rate"
+  done
 }
 
 echo "$case: one file of $size bytes, $rounds rounds, $(nproc) cores, TCP: $(cat /proc/sys/net/ipv4/tcp_congestion_control)"
@@ -87,8 +98,8 @@ for round in $(seq "$rounds"); do
     fi
     find "$work/in" -mindepth 1 -delete
   done
-  # The same bytes over a stream to nowhere, by quinn alone: with its defaults, and with this project's settings.
-  if [ "$quinn" = 1 ]; then quinn_stream "$round"; fi
+  # The same bytes over a raw stream to nowhere: by quinn's defaults, and with the settings of this project.
+  if [ -n "$bench" ]; then quinn "$round"; fi
 done
 table
 exit "$failed"

@@ -7,6 +7,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 use udpack_transfer::parse_size;
 
+use crate::document;
+
 /// Measures udpack beside raw quinn, in turns, in processes of their own.
 #[derive(Debug, Parser)]
 #[command(name = "udpack-bench", version)]
@@ -37,6 +39,8 @@ pub(crate) enum Command {
     SmallFiles(Options),
     /// All of them, messages and ping with 1 and with 100 sockets
     All(Options),
+    /// Fill docs/BENCHMARKS.md with results, and draw its charts
+    Document(document::Options),
     /// Serves one arm until standard input ends
     #[command(hide = true)]
     Serve(Peer),
@@ -76,6 +80,8 @@ pub(crate) enum Arm {
     Wss,
     /// tokio-tungstenite over TLS, flushed after 256 messages.
     WssBatch,
+    /// A publisher, nats-server and a subscriber, without TLS; only where it is installed.
+    Nats,
 }
 
 /// A number that a scenario measures.
@@ -239,8 +245,9 @@ impl Scenario {
                 Arm::QuinnEach,
                 Arm::Wss,
                 Arm::WssBatch,
+                Arm::Nats,
             ],
-            Self::Ping => &[Arm::Udpack, Arm::Quinn, Arm::Tuned, Arm::Wss],
+            Self::Ping => &[Arm::Udpack, Arm::Quinn, Arm::Tuned, Arm::Wss, Arm::Nats],
             _ => &[Arm::Udpack, Arm::Quinn, Arm::Tuned],
         }
     }
@@ -340,6 +347,7 @@ impl Arm {
             Self::QuinnEach => "quinn-each",
             Self::Wss => "wss",
             Self::WssBatch => "wss-batch",
+            Self::Nats => "nats",
         }
     }
 }

@@ -11,8 +11,8 @@ use anyhow::{Context, bail, ensure};
 
 use crate::args::{Arm, Asked, Load, Options, Scenario};
 use crate::peer::{MARK, Memory, Ready, Told};
-use crate::programs;
 use crate::report::{Machine, Outcome, Run};
+use crate::{nats, programs};
 
 /// Measures all of the scenarios and prints the results.
 pub(crate) fn run(scenarios: &[Scenario], options: &Options) -> anyhow::Result<()> {
@@ -58,7 +58,14 @@ pub(crate) fn run(scenarios: &[Scenario], options: &Options) -> anyhow::Result<(
 }
 
 fn measure(scenario: Scenario, load: Load, options: &Options) -> anyhow::Result<Outcome> {
-    let chosen = |arm: &Arm| options.only.is_empty() || options.only.contains(arm);
+    let chosen = |arm: &Arm| {
+        let chosen = options.only.is_empty() || options.only.contains(arm);
+        if chosen && *arm == Arm::Nats && !nats::installed() {
+            eprintln!("SKIPPED: no nats-server: scripts/install-test-tools");
+            return false;
+        }
+        chosen
+    };
     let arms: Vec<Arm> = scenario.arms().iter().copied().filter(chosen).collect();
     ensure!(
         !arms.is_empty(),

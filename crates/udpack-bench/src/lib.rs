@@ -5,7 +5,10 @@
 //! which less arrived fails. Every connection is a client of its own, with a UDP socket of its own.
 
 mod args;
+mod chart;
+mod document;
 mod driver;
+mod nats;
 mod ours;
 mod peer;
 mod programs;
@@ -38,6 +41,7 @@ pub fn main(heap: Heap) -> ExitCode {
         Command::Fanout(options) => driver::run(&[Scenario::Fanout], &options),
         Command::Interference(options) => driver::run(&[Scenario::Interference], &options),
         Command::SmallFiles(options) => driver::run(&[Scenario::SmallFiles], &options),
+        Command::Document(options) => document::fill(&options),
         Command::All(options) => driver::run(&Scenario::ALL, &options),
     };
     match result {
