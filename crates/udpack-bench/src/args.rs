@@ -139,7 +139,7 @@ pub(crate) struct Asked {
     /// Messages, round trips, handshakes or files in all
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) count: Option<u64>,
-    /// How long each half of `interference` takes
+    /// How long each half of `interference` takes, and how long `idle` waits
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=60))]
     pub(crate) seconds: Option<u64>,
     /// Worker threads of each runtime; by default one for each core
@@ -163,9 +163,9 @@ pub(crate) struct Peer {
     /// The server's key as it printed it
     #[arg(long, default_value = "")]
     pub(crate) key: String,
-    /// Where a server keeps files
-    #[arg(long, default_value = ".")]
-    pub(crate) dir: PathBuf,
+    /// Where a server keeps files, or a client has them
+    #[arg(long)]
+    pub(crate) dir: Option<PathBuf>,
 }
 
 impl Peer {
@@ -303,7 +303,7 @@ impl Scenario {
             Self::Handshakes => (0, 1, 1000),
             Self::Idle => (0, 1000, 1),
             Self::Fanout => (64, 1000, 100),
-            Self::Interference => (1 << 30, 1, 1),
+            Self::Interference => (256 << 20, 1, 1),
             Self::SmallFiles => (4096, 1, 10_000),
         };
         let bytes = match self {
@@ -331,7 +331,9 @@ impl Scenario {
             bytes,
             sockets,
             count,
-            seconds: asked.seconds.unwrap_or(5),
+            seconds: asked
+                .seconds
+                .unwrap_or(if self == Self::Idle { 2 } else { 5 }),
             workers: asked.workers,
         }
     }

@@ -152,7 +152,7 @@ impl<'a> Bench<'a> {
 
     /// A server and a client of their own.
     fn pair(&self, arm: Arm, program: &Path) -> anyhow::Result<Told> {
-        let dir = match (self.scenario, arm, &self.files) {
+        let target = match (self.scenario, arm, &self.files) {
             (Scenario::Interference, Arm::Udpack, Some(files)) => Some(files.target()?),
             _ => None,
         };
@@ -161,8 +161,8 @@ impl<'a> Bench<'a> {
         command
             .arg("--listen")
             .arg(SocketAddr::new(self.options.listen, 0).to_string());
-        if let Some(dir) = &dir {
-            command.arg("--dir").arg(dir.path());
+        if let Some(target) = &target {
+            command.arg("--dir").arg(target.path());
         }
         let mut server = Side::start(&mut command)?;
         let ready: Ready = serde_json::from_str(&server.line()?)?;
@@ -171,6 +171,9 @@ impl<'a> Bench<'a> {
         self.common(command.arg("drive"), arm);
         command.arg("--connect").arg(ready.address.to_string());
         command.arg("--key").arg(&ready.key);
+        if let (Scenario::SmallFiles, Some(files)) = (self.scenario, &self.files) {
+            command.arg("--dir").arg(files.source());
+        }
         let mut client = Side::start(&mut command)?;
         let mut memory: Vec<Memory> = Vec::new();
         let told = loop {
@@ -256,6 +259,11 @@ impl Side {
     fn tell(&mut self) -> anyhow::Result<()> {
         let input = self.input.as_mut().context("no standard input")?;
         Ok(input.write_all(b"\n")?)
+    }
+
+    /// Its process id.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// Ends its standard input and waits for it to end well.

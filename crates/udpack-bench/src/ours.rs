@@ -1,5 +1,7 @@
 //! The arm that is measured: udpack by its public interface, with its default settings.
 
+use std::io::{self, Read};
+use std::iter;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -15,6 +17,10 @@ use tokio::task::JoinSet;
 use udpack::{
     Channel, Client, CloseCode, Context, Deny, Encoded, Fault, Hello, Identity, Limits, Peer,
     RecvError, Router, Server, Socket, wire::PREFIX,
+};
+use udpack_transfer::{
+    Event, IfExists, Overwrite, Receiver, ReceiverConfig, RelPath, Source, Store, StoreConfig,
+    Uploader,
 };
 
 use crate::args::{Load, Scenario};
@@ -33,6 +39,13 @@ pub(crate) const AT_ONCE: usize = 32;
 /// Messages to a room that are under way at once, so that nobody's queue overflows.
 pub(crate) const FANOUT_WINDOW: usize = 4;
 
+/// The time between two messages of `interference`.
+const TICK: Duration = Duration::from_millis(10);
+/// How late one may be sent before that counts as waiting: timers are as fine as a millisecond.
+const LATE: Duration = Duration::from_millis(2);
+/// What the upload has to come up to speed before `interference` measures beside it.
+pub(crate) const RAMP: Duration = Duration::from_secs(1);
+
 /// The data of an event `message` that takes [`MESSAGE`] bytes with it: 11 bytes are heads and the name.
 const TEXT: &str = "a message of sixty-four bytes with its heads and name";
 
@@ -43,7 +56,7 @@ struct Nothing {}
 pub(crate) async fn serve(
     listen: SocketAddr,
     load: &Load,
-    _files: Option<&Path>,
+    files: Option<&Path>,
 ) -> anyhow::Result<(Ready, Server)> {
     // Defaults, but that all sockets come from one address, and one after the other without a pause.
     let sockets = Limits::default().sockets.max(load.sockets + AT_ONCE);
@@ -65,7 +78,19 @@ pub(crate) async fn serve(
         .limits(limits)
         .channel("sink", sink)
         .channel("echo", Router::new().on("echo", echo))
+        .channel("mirror", mirror)
         .channel("room", room);
+    let server = match files {
+        Some(dir) => {
+            let config = StoreConfig {
+                min_free: Some(0),
+                overwrite: Overwrite::Always,
+                ..StoreConfig::default()
+            };
+            Receiver::new(Store::open(dir, config)?, ReceiverConfig::default()).attach(server)
+        }
+        None => server,
+    };
     let server = server.bind(listen).await?;
     let ready = Ready {
         address: server.local_addr(),
@@ -87,6 +112,19 @@ async fn sink(channel: Channel) -> Result<(), RecvError> {
             _ => {
                 let _ = channel.reply(&message, &(bytes, messages)).await;
             }
+        }
+    }
+    Ok(())
+}
+
+/// Sends everything back.
+async fn mirror(channel: Channel) -> Result<(), RecvError> {
+    while let Some(message) = channel.recv().await? {
+        let Ok(message) = Encoded::relay(&message) else {
+            break;
+        };
+        if channel.send_encoded(&message).await.is_err() {
+            break;
         }
     }
     Ok(())
@@ -126,9 +164,8 @@ pub(crate) async fn drive(
         Scenario::Handshakes => handshakes(&dialler, load).await,
         Scenario::Idle => idle(&dialler, load, marks).await,
         Scenario::Fanout => fanout(&dialler, load).await,
-        Scenario::Interference | Scenario::Upload | Scenario::SmallFiles => {
-            bail!("the real programs do that")
-        }
+        Scenario::Interference => interference(&dialler, load).await,
+        Scenario::Upload | Scenario::SmallFiles => bail!("the real programs do that"),
     }
 }
 
@@ -327,7 +364,7 @@ async fn fanout(dialler: &Dialler, load: &Load) -> anyhow::Result<Told> {
             for _ in 0..load.count {
                 let message = channel.recv().await?.context("the room has closed")?;
                 let (sent, _): (u64, &str) = message.data()?;
-                millis.push((epoch.elapsed().as_nanos() as u64).saturating_sub(sent) as f64 / 1e6);
+                millis.push(millis_since(epoch, sent));
                 let seen = delivered.fetch_add(1, Ordering::Relaxed) + 1;
                 if seen.is_multiple_of(load.sockets as u64) {
                     window.add_permits(1);
@@ -350,4 +387,104 @@ async fn fanout(dialler: &Dialler, load: &Load) -> anyhow::Result<Told> {
         .value("rate", millis.len() as f64 / took)
         .value("p50", rank(&millis, 0.5))
         .value("p99", rank(&millis, 0.99)))
+}
+
+async fn interference(dialler: &Dialler, load: &Load) -> anyhow::Result<Told> {
+    let socket = dialler.one().await?;
+    let channel = socket.open("mirror").await?;
+    let alone = ticks(&channel, load.seconds).await?;
+    let acked = Arc::new(AtomicU64::new(0));
+    let mut upload = JoinSet::<anyhow::Result<()>>::new();
+    upload.spawn(endless(socket.clone(), load.bytes, acked.clone()));
+    tokio::time::sleep(RAMP).await;
+    let before = acked.load(Ordering::Relaxed);
+    let begun = Instant::now();
+    let beside = ticks(&channel, load.seconds).await?;
+    let bytes = acked.load(Ordering::Relaxed) - before;
+    let took = begun.elapsed();
+    if let Some(ended) = upload.try_join_next() {
+        ended.context("a task failed")??;
+    }
+    Ok(interference_values(&alone, &beside, bytes, took).lost(lost(&[socket])))
+}
+
+/// Uploads the same file again and again.
+async fn endless(socket: Socket, bytes: u64, acked: Arc<AtomicU64>) -> anyhow::Result<()> {
+    let name: RelPath = "upload".parse()?;
+    let sources = iter::repeat_with(move || {
+        let reader = io::repeat(0xa5).take(bytes);
+        Source::reader(reader, name.clone())
+    });
+    let uploader = Uploader::new(&socket)
+        .lanes(1)
+        .if_exists(IfExists::Overwrite);
+    let mut upload = uploader.put(sources);
+    while let Some(event) = upload.next().await {
+        match event {
+            Event::Progress(progress) => acked.store(progress.acked, Ordering::Relaxed),
+            Event::Failed { error, .. } => return Err(error.into()),
+            _ => {}
+        }
+    }
+    bail!("there is no end of files")
+}
+
+/// Milliseconds of round trips of messages that are sent at fixed times.
+async fn ticks(channel: &Channel, seconds: u64) -> anyhow::Result<Vec<f64>> {
+    let count = tick_count(seconds);
+    let epoch = Instant::now();
+    let sending = async {
+        for nth in 0..count {
+            let now = tick(epoch, nth).await;
+            channel.send("tick", &(now, &TEXT[..44])).await?;
+        }
+        anyhow::Ok(())
+    };
+    let receiving = async {
+        let mut millis = Vec::with_capacity(count as usize);
+        for _ in 0..count {
+            let message = channel.recv().await?.context("the mirror has closed")?;
+            let (sent, _): (u64, &str) = message.data()?;
+            millis.push(millis_since(epoch, sent));
+        }
+        Ok(millis)
+    };
+    let ((), millis) = tokio::try_join!(sending, receiving)?;
+    Ok(millis)
+}
+
+/// How many messages `interference` sends in so many seconds.
+pub(crate) fn tick_count(seconds: u64) -> u64 {
+    seconds * 1000 / TICK.as_millis() as u64
+}
+
+/// Waits until the `nth` message is due; the nanoseconds since `epoch` from which its way counts. That is when it
+/// was due if the one before it had to wait, so that no wait is left out.
+pub(crate) async fn tick(epoch: Instant, nth: u64) -> u64 {
+    let due = TICK * nth as u32;
+    tokio::time::sleep_until((epoch + due).into()).await;
+    let now = epoch.elapsed();
+    let since = if now > due + LATE { due } else { now };
+    since.as_nanos() as u64
+}
+
+/// Milliseconds since a moment that is told in nanoseconds since `epoch`.
+pub(crate) fn millis_since(epoch: Instant, moment: u64) -> f64 {
+    (epoch.elapsed().as_nanos() as u64).saturating_sub(moment) as f64 / 1e6
+}
+
+/// The values of `interference` from the milliseconds of each round trip and what was uploaded.
+pub(crate) fn interference_values(
+    alone: &[f64],
+    beside: &[f64],
+    bytes: u64,
+    took: Duration,
+) -> Told {
+    Told::default()
+        .value("p50 alone", rank(alone, 0.5))
+        .value("p99 alone", rank(alone, 0.99))
+        .value("p50 beside", rank(beside, 0.5))
+        .value("p99 beside", rank(beside, 0.99))
+        .value("p99 ratio", rank(beside, 0.99) / rank(alone, 0.99))
+        .value("upload", bytes as f64 / took.as_secs_f64() / 1e6)
 }

@@ -9,7 +9,6 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, stdin};
 use std::net::SocketAddr;
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -118,8 +117,7 @@ async fn start(peer: &Peer, load: &Load) -> anyhow::Result<(Ready, Box<dyn Any>)
     let listen = peer.listen;
     Ok(match peer.arm {
         Arm::Udpack => {
-            let files = (peer.dir != Path::new(".")).then_some(peer.dir.as_path());
-            let (ready, server) = ours::serve(listen, load, files).await?;
+            let (ready, server) = ours::serve(listen, load, peer.dir.as_deref()).await?;
             (ready, Box::new(server))
         }
         Arm::Quinn | Arm::QuinnEach => raw::serve(listen, Settings::Defaults)?,
@@ -147,15 +145,15 @@ pub(crate) fn drive(peer: &Peer, heap: Heap) -> anyhow::Result<()> {
                 Arm::Udpack => ours::drive(peer.scenario, &ready, &load, marks).await,
                 Arm::Quinn => {
                     let client = raw::Client::new(&ready, Settings::Defaults)?;
-                    client.drive(peer.scenario, &load, false, marks).await
+                    client.drive(peer, &load, false, marks).await
                 }
                 Arm::Tuned => {
                     let client = raw::Client::new(&ready, Settings::Tuned)?;
-                    client.drive(peer.scenario, &load, false, marks).await
+                    client.drive(peer, &load, false, marks).await
                 }
                 Arm::QuinnEach => {
                     let client = raw::Client::new(&ready, Settings::Defaults)?;
-                    client.drive(peer.scenario, &load, true, marks).await
+                    client.drive(peer, &load, true, marks).await
                 }
                 Arm::Wss => wss::drive(peer.scenario, &ready, &load, 1).await,
                 Arm::WssBatch => wss::drive(peer.scenario, &ready, &load, 256).await,

@@ -2,7 +2,9 @@
 //! four bytes before them. Messages are counted by their lengths and not decoded.
 
 use std::any::Any;
+use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -16,12 +18,16 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{CertificateError, DigitallySignedStruct, PeerIncompatible, SignatureScheme};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 
-use crate::args::{Load, Scenario};
-use crate::ours::{AT_ONCE, CHUNK, FANOUT_WINDOW, MESSAGE, all, handshake_values};
+use crate::args::{Load, Peer, Scenario};
+use crate::ours::{
+    AT_ONCE, CHUNK, FANOUT_WINDOW, MESSAGE, RAMP, all, handshake_values, interference_values,
+    millis_since, tick, tick_count,
+};
 use crate::peer::{Marks, Ready, Told};
+use crate::programs::walk;
 use crate::stats::rank;
 
 /// Bytes of messages that are gathered for one write.
@@ -247,19 +253,23 @@ impl Client {
     /// Runs a scenario's client; `each` message has a write of its own, or they go in batches.
     pub(crate) async fn drive(
         &self,
-        scenario: Scenario,
+        peer: &Peer,
         load: &Load,
         each: bool,
         marks: Marks,
     ) -> anyhow::Result<Told> {
-        match scenario {
+        match peer.scenario {
             Scenario::Stream | Scenario::Upload => self.stream(load).await,
             Scenario::Messages => self.messages(load, each).await,
             Scenario::Ping => self.ping(load).await,
             Scenario::Handshakes => self.handshakes(load).await,
             Scenario::Idle => self.idle(load, marks).await,
             Scenario::Fanout => self.fanout(load).await,
-            Scenario::Interference | Scenario::SmallFiles => bail!("not yet"),
+            Scenario::Interference => self.interference(load).await,
+            Scenario::SmallFiles => {
+                let dir = peer.dir.clone().context("there are no files to send")?;
+                self.small_files(dir, load).await
+            }
         }
     }
 
@@ -405,8 +415,7 @@ impl Client {
                 let mut frame = [0; FRAME];
                 for _ in 0..load.count {
                     recv.read_exact(&mut frame).await?;
-                    let now = epoch.elapsed().as_nanos() as u64;
-                    millis.push(now.saturating_sub(tag(&frame)) as f64 / 1e6);
+                    millis.push(millis_since(epoch, tag(&frame)));
                     let seen = delivered.fetch_add(1, Ordering::Relaxed) + 1;
                     if seen.is_multiple_of(load.sockets as u64) {
                         window.add_permits(1);
@@ -430,6 +439,94 @@ impl Client {
             .value("p50", rank(&millis, 0.5))
             .value("p99", rank(&millis, 0.99)))
     }
+
+    async fn interference(&self, load: &Load) -> anyhow::Result<Told> {
+        let conn = self.one().await?;
+        let mut mirror = open(&conn, ECHO).await?;
+        let alone = ticks(&mut mirror, load.seconds).await?;
+        let (mut send, _recv) = open(&conn, SINK).await?;
+        let written = Arc::new(AtomicU64::new(0));
+        let progress = written.clone();
+        let mut upload = JoinSet::<anyhow::Result<()>>::new();
+        upload.spawn(async move {
+            let chunk = Bytes::from(vec![0xa5; CHUNK]);
+            loop {
+                send.write_chunk(chunk.clone()).await?;
+                progress.fetch_add(CHUNK as u64, Ordering::Relaxed);
+            }
+        });
+        tokio::time::sleep(RAMP).await;
+        let before = written.load(Ordering::Relaxed);
+        let begun = Instant::now();
+        let beside = ticks(&mut mirror, load.seconds).await?;
+        let bytes = written.load(Ordering::Relaxed) - before;
+        let took = begun.elapsed();
+        ensure!(upload.try_join_next().is_none(), "the upload has ended");
+        Ok(interference_values(&alone, &beside, bytes, took).lost(lost(&[conn])))
+    }
+
+    async fn small_files(&self, dir: PathBuf, load: &Load) -> anyhow::Result<Told> {
+        let begun = Instant::now();
+        let conn = self.one().await?;
+        let (mut send, mut recv) = open(&conn, COUNT).await?;
+        let (files, mut found) = mpsc::channel::<Vec<u8>>(64);
+        let reader = tokio::task::spawn_blocking(move || {
+            let mut failed = None;
+            walk(&dir, &mut |path| match fs::read(path) {
+                Ok(file) => files.blocking_send(file).is_ok(),
+                Err(error) => {
+                    failed = Some(error);
+                    false
+                }
+            })
+            .map_err(|error| failed.map_or(error, anyhow::Error::from))
+        });
+        while let Some(file) = found.recv().await {
+            let length = u32::try_from(file.len())?;
+            let length = Bytes::copy_from_slice(&length.to_be_bytes());
+            send.write_all_chunks(&mut [length, Bytes::from(file)])
+                .await?;
+        }
+        reader.await??;
+        send.finish()?;
+        let count = number(&mut recv).await?;
+        let took = begun.elapsed().as_secs_f64();
+        ensure!(
+            count == load.count,
+            "{count} files of {} arrived",
+            load.count
+        );
+        Ok(Told::default()
+            .value("rate", count as f64 / took)
+            .lost(lost(&[conn])))
+    }
+}
+
+/// Milliseconds of round trips of messages that are sent at fixed times.
+async fn ticks(
+    (send, recv): &mut (SendStream, RecvStream),
+    seconds: u64,
+) -> anyhow::Result<Vec<f64>> {
+    let count = tick_count(seconds);
+    let epoch = Instant::now();
+    let sending = async {
+        for nth in 0..count {
+            let now = tick(epoch, nth).await;
+            send.write_all(&frame(now)).await?;
+        }
+        anyhow::Ok(())
+    };
+    let receiving = async {
+        let mut millis = Vec::with_capacity(count as usize);
+        let mut reply = [0; FRAME];
+        for _ in 0..count {
+            recv.read_exact(&mut reply).await?;
+            millis.push(millis_since(epoch, tag(&reply)));
+        }
+        Ok(millis)
+    };
+    let ((), millis) = tokio::try_join!(sending, receiving)?;
+    Ok(millis)
 }
 
 fn lost(conns: &[Connection]) -> u64 {
