@@ -109,10 +109,14 @@
 //! # Features
 //! - `derive` (on by default): `#[derive(Event)]`.
 //! - `testing`: the module `testing`, a network in memory for tests.
+//! - `bench`: for this repository's benchmarks alone.
 #![warn(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod auth;
+#[cfg(feature = "bench")]
+#[doc(hidden)]
+pub mod bench;
 mod calls;
 mod channel;
 mod client;
