@@ -213,8 +213,17 @@ impl Channel {
         data: &T,
     ) -> Result<(), SendError> {
         application_event(event)?;
-        let limit = self.inner.session.frame_limit();
-        let queued = self.inner.outbox.message(event, data, None, limit).await;
+        let Inner {
+            outbox, session, ..
+        } = &*self.inner;
+        let limit = session.frame_limit();
+        let queued = match outbox.try_message(event, data, None, limit) {
+            Ok(true) => return Ok(()),
+            // Boxed, so that the future of a message that finds room stays small: moving it costs more than
+            // the message.
+            Ok(false) => Box::pin(outbox.message(event, data, None, limit)).await,
+            Err(error) => Err(error),
+        };
         queued.map_err(|error| self.send_error(error))
     }
 

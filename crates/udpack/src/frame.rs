@@ -101,7 +101,23 @@ impl FrameDecoder {
     /// # Errors
     ///
     /// [`FrameError::Empty`] and [`FrameError::TooLarge`], as soon as the prefix is complete.
+    #[inline]
     pub fn next_frame(&mut self) -> Result<Option<Bytes>, FrameError> {
+        if self.prefix_len == 0
+            && let Some(prefix) = self.chunk.first_chunk::<PREFIX>()
+        {
+            let need = self.accept(*prefix)?;
+            if self.chunk.len() - PREFIX >= need {
+                let mut body = self.chunk.split_to(PREFIX + need);
+                body.advance(PREFIX);
+                return Ok(Some(body));
+            }
+        }
+        self.next_in_pieces()
+    }
+
+    /// The next frame, which does not lie whole in the chunk.
+    fn next_in_pieces(&mut self) -> Result<Option<Bytes>, FrameError> {
         let need = match self.need {
             Some(need) => need,
             None => {
@@ -157,12 +173,18 @@ impl FrameDecoder {
         if self.prefix_len < PREFIX {
             return Ok(None);
         }
-        let len = u64::from(u32::from_be_bytes(self.prefix));
+        self.accept(self.prefix).map(Some)
+    }
+
+    /// The length that a prefix announces, if such a frame is accepted.
+    #[inline]
+    fn accept(&self, prefix: [u8; PREFIX]) -> Result<usize, FrameError> {
+        let len = u64::from(u32::from_be_bytes(prefix));
         if len == 0 {
             return Err(FrameError::Empty);
         }
         match usize::try_from(len) {
-            Ok(need) if need <= self.limit => Ok(Some(need)),
+            Ok(need) if need <= self.limit => Ok(need),
             _ => Err(FrameError::TooLarge {
                 len,
                 limit: self.limit as u64,

@@ -23,8 +23,9 @@ use crate::resume::{Mismatch, Retained};
 use crate::rooms::Seat;
 use crate::session::lock;
 
-/// Small messages gather up to about this size before a new buffer is begun.
-const SEGMENT: usize = 32 << 10;
+/// Small messages gather up to about this size before a new buffer is begun: large, because QUIC looks through
+/// all buffers that are not acknowledged for each packet; less than a turn, which would be cut in two.
+const SEGMENT: usize = TURN - COPY_LIMIT;
 /// Buffers handed to QUIC in one call.
 pub(crate) const BATCH: usize = 16;
 /// Bytes that one channel hands over before the others of its connection get their turn.

@@ -7,6 +7,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::FutureExt;
 
 use crate::code::{CloseCode, CloseReason};
 use crate::config::Priority;
@@ -233,6 +234,10 @@ async fn progress(
     session: &Session,
     priority: Priority,
 ) -> Result<quinn::Written, CloseReason> {
+    // A writer that need not wait asks for no counts: they cost the lock of the connection.
+    if let Some(written) = write_some(stream, rest, session, priority).now_or_never() {
+        return written.map_err(|error| write_reason(session, error));
+    }
     let patience: Duration = session.timeouts.slow_peer;
     let (begun, _) = session.counters.totals();
     let mut before = begun;
