@@ -275,7 +275,10 @@ impl Socket {
         // Not under the lock: `Serialize` is the application's code.
         let seq = volatiles.seq.fetch_add(1, Ordering::Relaxed) + 1;
         let body = encode(event, key, data, seq, limit).map_err(SendError::Encode)?;
-        let dropped = lock(&volatiles.out).queue(place(event, key), seq, body, &session.limits);
+        let dropped =
+            lock(&volatiles.out)
+                .made()
+                .queue(place(event, key), seq, body, &session.limits);
         session.tally.add(Count::VolatileDropped, dropped);
         volatiles.small.notify_one();
         Ok(())
@@ -297,7 +300,8 @@ impl Socket {
             let over = session.end.get().is_some();
             let (first, more) = {
                 let mut waiting = lock(&volatiles.waiting);
-                (waiting.latest.pop(), !waiting.latest.is_empty())
+                let latest = waiting.0.as_mut().map(|waiting| &mut waiting.latest);
+                latest.map_or((None, false), |latest| (latest.pop(), !latest.is_empty()))
             };
             if more {
                 volatiles.arrived.notify_one();
@@ -318,14 +322,44 @@ impl Socket {
 pub(crate) struct Volatiles {
     /// Volatile messages that were sent so far.
     seq: AtomicU64,
-    out: Mutex<Out>,
+    out: Mutex<Spare<Out>>,
     /// Something waits to be sent.
     small: Notify,
     /// Something waits that is too large for a datagram.
     large: Notify,
-    waiting: Mutex<Waiting>,
+    waiting: Mutex<Spare<Waiting>>,
     /// Something waits to be taken.
     arrived: Notify,
+}
+
+impl Volatiles {
+    /// The small one that has waited longest, with its place and number.
+    fn first_small(&self) -> Option<(Arc<str>, u64, Bytes)> {
+        let out = lock(&self.out);
+        let (place, entry) = out.0.as_ref()?.small.first()?;
+        Some((place.clone(), entry.seq, entry.item.clone()))
+    }
+
+    fn any_large(&self) -> bool {
+        let out = lock(&self.out);
+        out.0.as_ref().is_some_and(|out| !out.large.is_empty())
+    }
+}
+
+/// Made when first used: most sockets never send or get a volatile message.
+#[derive(Debug)]
+struct Spare<T>(Option<Box<T>>);
+
+impl<T> Default for Spare<T> {
+    fn default() -> Self {
+        Self(None)
+    }
+}
+
+impl<T: Default> Spare<T> {
+    fn made(&mut self) -> &mut T {
+        self.0.get_or_insert_default()
+    }
 }
 
 #[derive(Debug, Default)]
@@ -533,11 +567,7 @@ async fn send_small(session: &Session, conn: &quinn::Connection) {
     let volatiles = &session.volatiles;
     let mut moved = 0_usize;
     loop {
-        let first = lock(&volatiles.out)
-            .small
-            .first()
-            .map(|(place, entry)| (place.clone(), entry.seq, entry.item.clone()));
-        let Some((place, seq, body)) = first else {
+        let Some((place, seq, body)) = volatiles.first_small() else {
             volatiles.small.notified().await;
             continue;
         };
@@ -561,6 +591,7 @@ async fn send_small(session: &Session, conn: &quinn::Connection) {
         match sent {
             Ok(()) => {
                 let mut out = lock(&volatiles.out);
+                let out = out.made();
                 // Else it was replaced, and so counted as dropped, in the very moment.
                 if out.small.seq(&place) == Some(seq) {
                     out.small.remove(&place);
@@ -569,7 +600,7 @@ async fn send_small(session: &Session, conn: &quinn::Connection) {
             }
             Err(SendDatagramError::ConnectionLost(_)) => return,
             Err(_) => {
-                lock(&volatiles.out).is_large(&place, seq);
+                lock(&volatiles.out).made().is_large(&place, seq);
                 volatiles.large.notify_one();
             }
         }
@@ -584,7 +615,7 @@ async fn send_large(session: &Session, conn: &quinn::Connection) {
     let volatiles = &session.volatiles;
     let mut open = None;
     loop {
-        if lock(&volatiles.out).large.is_empty() {
+        if !volatiles.any_large() {
             volatiles.large.notified().await;
             continue;
         }
@@ -596,7 +627,7 @@ async fn send_large(session: &Session, conn: &quinn::Connection) {
             },
         };
         // Only now: until here a newer one could still take its place.
-        let first = lock(&volatiles.out).large.pop();
+        let first = lock(&volatiles.out).made().large.pop();
         let Some(body) = first else {
             open = Some(stream);
             continue;
@@ -627,7 +658,8 @@ async fn take_datagrams(session: &Session, conn: &quinn::Connection) {
 
 async fn take_streams(session: &Session, conn: &quinn::Connection) {
     while let Ok(mut stream) = conn.accept_uni().await {
-        match read(&mut stream, session).await {
+        // In a box, because most sockets never need the room.
+        match Box::pin(read(&mut stream, session)).await {
             Ok(body) => take(session, body),
             Err(code) => {
                 if let Some(code) = code {
@@ -675,7 +707,9 @@ fn take(session: &Session, body: Bytes) {
     match Volatile::decode(body) {
         Ok(message) => {
             session.tally.one(Count::VolatileReceived);
-            let dropped = lock(&session.volatiles.waiting).arrived(message, &session.limits);
+            let dropped = lock(&session.volatiles.waiting)
+                .made()
+                .arrived(message, &session.limits);
             session.tally.add(Count::VolatileDropped, dropped);
             session.volatiles.arrived.notify_one();
         }
