@@ -525,7 +525,8 @@ fn reap(session: &Session, ended: Result<(), tokio::task::JoinError>) {
 /// Waits for a point in time, or for ever.
 async fn at(time: Option<Instant>) {
     match time {
-        Some(time) => tokio::time::sleep_until(time).await,
+        // In a box, because mostly there is nothing to wait for.
+        Some(time) => Box::pin(tokio::time::sleep_until(time)).await,
         None => std::future::pending().await,
     }
 }

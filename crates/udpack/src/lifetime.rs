@@ -630,7 +630,7 @@ fn two_thirds(time: Duration) -> Duration {
 
 async fn sleep_until(at: Option<Instant>) {
     match at {
-        Some(at) => tokio::time::sleep_until(at).await,
+        Some(at) => Box::pin(tokio::time::sleep_until(at)).await,
         None => pending().await,
     }
 }

@@ -565,12 +565,25 @@ pub(crate) async fn discard(conn: &quinn::Connection) -> Infallible {
 /// Sends what fits into datagrams, as QUIC has room, until the connection is over.
 async fn send_small(session: &Session, conn: &quinn::Connection) {
     let volatiles = &session.volatiles;
-    let mut moved = 0_usize;
     loop {
-        let Some((place, seq, body)) = volatiles.first_small() else {
+        if volatiles.first_small().is_none() {
             volatiles.small.notified().await;
             continue;
-        };
+        }
+        // In a box, as with the large ones: a connection needs no room for it while nothing is sent.
+        if Box::pin(move_small(session, conn)).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// The connection is over.
+struct Over;
+
+async fn move_small(session: &Session, conn: &quinn::Connection) -> Result<(), Over> {
+    let volatiles = &session.volatiles;
+    let mut moved = 0_usize;
+    while let Some((place, seq, body)) = volatiles.first_small() {
         moved = moved.wrapping_add(1);
         if moved.is_multiple_of(TURN) {
             tokio::task::yield_now().await;
@@ -598,13 +611,14 @@ async fn send_small(session: &Session, conn: &quinn::Connection) {
                     session.tally.one(Count::VolatileSent);
                 }
             }
-            Err(SendDatagramError::ConnectionLost(_)) => return,
+            Err(SendDatagramError::ConnectionLost(_)) => return Err(Over),
             Err(_) => {
                 lock(&volatiles.out).made().is_large(&place, seq);
                 volatiles.large.notify_one();
             }
         }
     }
+    Ok(())
 }
 
 /// Sends what is too large for datagrams, each on a stream of its own, until the connection is over.
@@ -613,22 +627,31 @@ async fn send_small(session: &Session, conn: &quinn::Connection) {
 /// given up, something that changes faster than it travels would never arrive.
 async fn send_large(session: &Session, conn: &quinn::Connection) {
     let volatiles = &session.volatiles;
-    let mut open = None;
     loop {
         if !volatiles.any_large() {
             volatiles.large.notified().await;
             continue;
         }
+        if Box::pin(move_large(session, conn)).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn move_large(session: &Session, conn: &quinn::Connection) -> Result<(), Over> {
+    let volatiles = &session.volatiles;
+    let mut open = None;
+    loop {
         let mut stream = match open.take() {
             Some(stream) => stream,
-            None => match conn.open_uni().await {
-                Ok(stream) => stream,
-                Err(_) => return,
-            },
+            None if !volatiles.any_large() => return Ok(()),
+            None => conn.open_uni().await.map_err(|_| Over)?,
         };
         // Only now: until here a newer one could still take its place.
         let first = lock(&volatiles.out).made().large.pop();
         let Some(body) = first else {
+            // A stream that carries nothing would be no message.
+            volatiles.large.notified().await;
             open = Some(stream);
             continue;
         };
@@ -638,7 +661,7 @@ async fn send_large(session: &Session, conn: &quinn::Connection) {
                 let _ = stream.finish();
                 session.tally.one(Count::VolatileSent);
             }
-            Err(quinn::WriteError::ConnectionLost(_)) => return,
+            Err(quinn::WriteError::ConnectionLost(_)) => return Err(Over),
             Err(_) => session.tally.one(Count::VolatileDropped),
         }
     }
