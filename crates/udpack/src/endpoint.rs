@@ -11,8 +11,8 @@ use quinn::{
 use socket2::{Domain, Protocol, Socket as RawSocket, Type};
 
 use crate::config::{
-    CongestionControl, DATAGRAMS_IN, DATAGRAMS_OUT, Limits, PREAUTH_BYTES, PREAUTH_STREAMS,
-    Timeouts, VOLATILE_STREAMS,
+    CongestionControl, DATAGRAMS_IN, DATAGRAMS_OUT, FEW_STREAMS, Limits, PREAUTH_BYTES,
+    PREAUTH_STREAMS, Timeouts, VOLATILE_STREAMS,
 };
 use crate::congestion::ModelConfig;
 
@@ -86,7 +86,8 @@ impl Via {
     }
 }
 
-/// The QUIC settings of one side. A server starts small and grants more on admission.
+/// The QUIC settings of one side. A server starts small and grants more on admission; both permit a few streams
+/// until these are used.
 pub(crate) fn transport(
     limits: &Limits,
     timeouts: &Timeouts,
@@ -119,7 +120,8 @@ pub(crate) fn transport(
         let streams = PREAUTH_STREAMS.min(limits.channels.saturating_add(1));
         (PREAUTH_BYTES, streams, 0)
     } else {
-        (limits.connection_window, limits.channels, VOLATILE_STREAMS)
+        let streams = FEW_STREAMS.min(limits.channels);
+        (limits.connection_window, streams, VOLATILE_STREAMS)
     };
     transport
         .max_idle_timeout(Some(idle))

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
-use tokio::sync::{Notify, watch};
+use tokio::sync::Notify;
 use tokio_util::task::TaskTracker;
 
 use crate::auth::PeerCell;
@@ -206,7 +206,8 @@ pub(crate) struct Session {
     /// The number of the present connection, counted from 1.
     link: Mutex<u64>,
     /// That number while channels can be opened on it.
-    up: watch::Sender<Option<u64>>,
+    up: Mutex<Option<u64>>,
+    up_changed: Notify,
     /// At a client that reconnects: what becomes of its connections.
     pub(crate) states: Option<StateFeed>,
     pub(crate) channel_ended: Notify,
@@ -277,7 +278,8 @@ impl Session {
             confirm_due: Notify::new(),
             tickets: Mutex::default(),
             link: Mutex::new(1),
-            up: watch::Sender::new(Some(1)),
+            up: Mutex::new(Some(1)),
+            up_changed: Notify::new(),
             states,
             channel_ended: Notify::new(),
             next_key: AtomicU64::new(0),
@@ -379,28 +381,31 @@ impl Session {
 
     /// Channels can be opened on this connection; on none, as long as it says `None`.
     pub(crate) fn set_up(&self, link: Option<u64>) {
-        self.up.send_replace(link);
+        *lock(&self.up) = link;
+        self.up_changed.notify_waiters();
     }
 
     /// Whether there is a connection on which channels can be opened.
     pub(crate) fn is_up(&self) -> bool {
-        self.up.borrow().is_some()
+        lock(&self.up).is_some()
     }
 
     /// This connection is found lost before its driver has.
     pub(crate) fn down(&self, link: u64) {
-        self.up
-            .send_if_modified(|up| *up == Some(link) && up.take().is_some());
+        if lock(&self.up).take_if(|up| *up == link).is_some() {
+            self.up_changed.notify_waiters();
+        }
     }
 
     /// The connection on which a channel can be opened. Waits for one where the client reconnects.
     pub(crate) async fn ready(&self) -> Result<(Arc<quinn::Connection>, u64), OpenError> {
-        let mut up = self.up.subscribe();
         loop {
+            let mut changed = std::pin::pin!(self.up_changed.notified());
+            changed.as_mut().enable();
             if self.closing() {
                 return Err(OpenError::Closed(self.closed_reason()));
             }
-            if up.borrow_and_update().is_some() {
+            if self.is_up() {
                 return Ok(self.link());
             }
             if self.states.is_none() {
@@ -411,7 +416,7 @@ impl Session {
                 });
             }
             tokio::select! {
-                _ = up.changed() => {}
+                () = changed => {}
                 _ = self.end.wait() => {}
             }
         }

@@ -23,6 +23,9 @@ use crate::router::ServeChannel;
 use crate::session::{Lease, Session, SessionId, lock};
 use crate::speed::{SpeedMeter, Stats};
 
+/// Channels that may wait for `accept_channel`, a socket.
+const CHANNEL_QUEUE: usize = 64;
+
 /// One connection to one peer: open channels on it, accept the peer's, close it.
 ///
 /// A handle: clones share one connection, which lives until either side closes it, also when every handle
@@ -34,20 +37,23 @@ pub struct Socket {
 
 pub(crate) struct Handle {
     session: Arc<Session>,
-    incoming: Mutex<mpsc::Receiver<Channel>>,
+    /// None where every channel goes to a handler.
+    incoming: Option<Mutex<mpsc::Receiver<Channel>>>,
     _lease: Option<Arc<Lease>>,
 }
 
 impl Socket {
-    pub(crate) fn new(session: Arc<Session>, incoming: mpsc::Receiver<Channel>) -> Self {
+    /// The first handle, and where channels go that wait for `accept_channel`, if they may.
+    pub(crate) fn new(session: Arc<Session>, pull: bool) -> (Self, Option<mpsc::Sender<Channel>>) {
         let lease = session.client.then(|| session.lend());
+        let (queue, incoming) = pull.then(|| mpsc::channel(CHANNEL_QUEUE)).unzip();
         let inner = Arc::new(Handle {
             session,
-            incoming: Mutex::new(incoming),
+            incoming: incoming.map(Mutex::new),
             _lease: lease,
         });
         let _ = inner.session.handle.set(Arc::downgrade(&inner));
-        Self { inner }
+        (Self { inner }, queue)
     }
 
     /// A handle of this session: one more of those there are, or one that accepts no channels when all are gone.
@@ -57,7 +63,7 @@ impl Socket {
             inner: inner.unwrap_or_else(|| {
                 Arc::new(Handle {
                     session: session.clone(),
-                    incoming: Mutex::new(mpsc::channel(1).1),
+                    incoming: None,
                     _lease: session.lease(),
                 })
             }),
@@ -136,7 +142,13 @@ impl Socket {
     /// # Cancel safety
     /// Cancel safe.
     pub async fn accept_channel(&self) -> Option<Channel> {
-        self.inner.incoming.lock().await.recv().await
+        match &self.inner.incoming {
+            Some(incoming) => incoming.lock().await.recv().await,
+            None => {
+                self.inner.session.end.wait().await;
+                None
+            }
+        }
     }
 
     /// Closes gracefully: no new channels, what is queued goes out and is acknowledged, then the peer is
