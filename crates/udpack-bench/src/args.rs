@@ -92,12 +92,12 @@ pub(crate) struct Metric {
 }
 
 /// How much a scenario does.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub(crate) struct Load {
     pub(crate) bytes: u64,
     pub(crate) sockets: usize,
     pub(crate) count: u64,
-    pub(crate) seconds: u64,
+    pub(crate) seconds: f64,
     pub(crate) workers: Option<usize>,
 }
 
@@ -139,9 +139,9 @@ pub(crate) struct Asked {
     /// Messages, round trips, handshakes or files in all
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) count: Option<u64>,
-    /// How long each half of `interference` takes, and how long `idle` waits
-    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=60))]
-    pub(crate) seconds: Option<u64>,
+    /// Seconds that each half of `interference` takes, and that `idle` waits before it looks
+    #[arg(long, value_parser = seconds)]
+    pub(crate) seconds: Option<f64>,
     /// Worker threads of each runtime; by default one for each core
     #[arg(long, value_parser = at_least_one)]
     pub(crate) workers: Option<usize>,
@@ -179,6 +179,13 @@ fn at_least_one(text: &str) -> Result<usize, String> {
         Ok(0) => Err("at least 1".to_owned()),
         Ok(number) => Ok(number),
         Err(_) => Err("expected a number".to_owned()),
+    }
+}
+
+fn seconds(text: &str) -> Result<f64, &'static str> {
+    match text.parse() {
+        Ok(seconds) if (0.01..=120.0).contains(&seconds) => Ok(seconds),
+        _ => Err("expected a number from 0.01 to 120"),
     }
 }
 
@@ -333,7 +340,7 @@ impl Scenario {
             count,
             seconds: asked
                 .seconds
-                .unwrap_or(if self == Self::Idle { 2 } else { 5 }),
+                .unwrap_or(if self == Self::Idle { 2.0 } else { 5.0 }),
             workers: asked.workers,
         }
     }

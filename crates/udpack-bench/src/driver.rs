@@ -46,6 +46,7 @@ pub(crate) fn run(scenarios: &[Scenario], options: &Options) -> anyhow::Result<(
         let scenarios: Vec<_> = outcomes.iter().map(Outcome::json).collect();
         let result = serde_json::json!({
             "machine": machine,
+            "command": env::args().collect::<Vec<_>>(),
             "rounds": options.rounds,
             "listen": options.listen,
             "server_via": options.server_via,
@@ -74,12 +75,14 @@ fn measure(scenario: Scenario, load: Load, options: &Options) -> anyhow::Result<
     );
     let mut runs: Vec<(Arm, Vec<Run>)> = arms.into_iter().map(|arm| (arm, Vec::new())).collect();
     let bench = Bench::new(scenario, &load, options)?;
-    for round in 0..=options.rounds {
+    // Memory has nothing to warm up: its processes are new each time.
+    let first = u32::from(scenario == Scenario::Idle);
+    for round in first..=options.rounds {
         for (arm, runs) in &mut runs {
             let run = bench
                 .run(*arm)
                 .with_context(|| format!("{} by {}", scenario.name(), arm.name()))?;
-            // The first round only warms up.
+            // Round 0 only warms up.
             if round > 0 {
                 runs.push(run);
             }
@@ -119,18 +122,13 @@ impl<'a> Bench<'a> {
         let told = match (self.scenario, arm) {
             (Scenario::Upload | Scenario::SmallFiles, Arm::Udpack) => programs::run(self)?,
             (Scenario::Idle, _) => {
-                let mut told = self.pair(arm, &self.program)?;
                 let counting = self.program.with_file_name("udpack-bench-heap");
                 ensure!(
                     counting.exists(),
                     "{} is missing: build all of -p udpack-bench",
                     counting.display()
                 );
-                let heap = self.pair(arm, &counting)?.values.into_iter();
-                // Its resident pages are not those of the usual allocator.
-                told.values
-                    .extend(heap.filter(|(name, _)| name.ends_with("heap")));
-                told
+                self.pair(arm, &counting)?
             }
             _ => self.pair(arm, &self.program)?,
         };

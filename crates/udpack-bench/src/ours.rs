@@ -43,8 +43,6 @@ pub(crate) const FANOUT_WINDOW: usize = 4;
 const TICK: Duration = Duration::from_millis(10);
 /// How late one may be sent before that counts as waiting: timers are as fine as a millisecond.
 const LATE: Duration = Duration::from_millis(2);
-/// What the upload has to come up to speed before `interference` measures beside it.
-pub(crate) const RAMP: Duration = Duration::from_secs(1);
 
 /// The data of an event `message` that takes [`MESSAGE`] bytes with it: 11 bytes are heads and the name.
 const TEXT: &str = "a message of sixty-four bytes with its heads and name";
@@ -336,10 +334,10 @@ pub(crate) fn handshake_values(
 async fn idle(dialler: &Dialler, load: &Load, marks: Marks) -> anyhow::Result<Told> {
     // What the first connections leave behind in both processes belongs to none of the others.
     let _first = dialler.many(AT_ONCE).await?;
-    tokio::time::sleep(Duration::from_secs(load.seconds)).await;
+    tokio::time::sleep(Duration::from_secs_f64(load.seconds)).await;
     let before = marks.mark()?;
     let _sockets = dialler.many(load.sockets).await?;
-    tokio::time::sleep(Duration::from_secs(load.seconds)).await;
+    tokio::time::sleep(Duration::from_secs_f64(load.seconds)).await;
     let after = marks.mark()?;
     let (rss, heap) = before.each(after, load.sockets);
     let told = Told::default().value("client RSS", rss);
@@ -396,7 +394,7 @@ async fn interference(dialler: &Dialler, load: &Load) -> anyhow::Result<Told> {
     let acked = Arc::new(AtomicU64::new(0));
     let mut upload = JoinSet::<anyhow::Result<()>>::new();
     upload.spawn(endless(socket.clone(), load.bytes, acked.clone()));
-    tokio::time::sleep(RAMP).await;
+    tokio::time::sleep(ramp(load)).await;
     let before = acked.load(Ordering::Relaxed);
     let begun = Instant::now();
     let beside = ticks(&channel, load.seconds).await?;
@@ -430,7 +428,7 @@ async fn endless(socket: Socket, bytes: u64, acked: Arc<AtomicU64>) -> anyhow::R
 }
 
 /// Milliseconds of round trips of messages that are sent at fixed times.
-async fn ticks(channel: &Channel, seconds: u64) -> anyhow::Result<Vec<f64>> {
+async fn ticks(channel: &Channel, seconds: f64) -> anyhow::Result<Vec<f64>> {
     let count = tick_count(seconds);
     let epoch = Instant::now();
     let sending = async {
@@ -454,8 +452,13 @@ async fn ticks(channel: &Channel, seconds: u64) -> anyhow::Result<Vec<f64>> {
 }
 
 /// How many messages `interference` sends in so many seconds.
-pub(crate) fn tick_count(seconds: u64) -> u64 {
-    seconds * 1000 / TICK.as_millis() as u64
+pub(crate) fn tick_count(seconds: f64) -> u64 {
+    (seconds / TICK.as_secs_f64()).round() as u64
+}
+
+/// What the upload has to come up to speed before anything is measured beside it.
+pub(crate) fn ramp(load: &Load) -> Duration {
+    Duration::from_secs_f64(load.seconds.min(1.0))
 }
 
 /// Waits until the `nth` message is due; the nanoseconds since `epoch` from which its way counts. That is when it

@@ -23,8 +23,8 @@ use tokio::task::JoinSet;
 
 use crate::args::{Load, Peer, Scenario};
 use crate::ours::{
-    AT_ONCE, CHUNK, FANOUT_WINDOW, MESSAGE, RAMP, all, handshake_values, interference_values,
-    millis_since, tick, tick_count,
+    AT_ONCE, CHUNK, FANOUT_WINDOW, MESSAGE, all, handshake_values, interference_values,
+    millis_since, ramp, tick, tick_count,
 };
 use crate::peer::{Marks, Ready, Told};
 use crate::programs::walk;
@@ -386,10 +386,10 @@ impl Client {
 
     async fn idle(&self, load: &Load, marks: Marks) -> anyhow::Result<Told> {
         let _first = self.many(AT_ONCE).await?;
-        tokio::time::sleep(Duration::from_secs(load.seconds)).await;
+        tokio::time::sleep(Duration::from_secs_f64(load.seconds)).await;
         let before = marks.mark()?;
         let _conns = self.many(load.sockets).await?;
-        tokio::time::sleep(Duration::from_secs(load.seconds)).await;
+        tokio::time::sleep(Duration::from_secs_f64(load.seconds)).await;
         let after = marks.mark()?;
         let (rss, heap) = before.each(after, load.sockets);
         let told = Told::default().value("client RSS", rss);
@@ -455,7 +455,7 @@ impl Client {
                 progress.fetch_add(CHUNK as u64, Ordering::Relaxed);
             }
         });
-        tokio::time::sleep(RAMP).await;
+        tokio::time::sleep(ramp(load)).await;
         let before = written.load(Ordering::Relaxed);
         let begun = Instant::now();
         let beside = ticks(&mut mirror, load.seconds).await?;
@@ -505,7 +505,7 @@ impl Client {
 /// Milliseconds of round trips of messages that are sent at fixed times.
 async fn ticks(
     (send, recv): &mut (SendStream, RecvStream),
-    seconds: u64,
+    seconds: f64,
 ) -> anyhow::Result<Vec<f64>> {
     let count = tick_count(seconds);
     let epoch = Instant::now();

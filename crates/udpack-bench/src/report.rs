@@ -243,7 +243,7 @@ mod tests {
             bytes: 2 << 30,
             sockets: 1,
             count: 1,
-            seconds: 1,
+            seconds: 1.0,
             workers: None,
         };
         let outcome = Outcome {

@@ -77,8 +77,17 @@ fn handshakes() {
 
 #[test]
 fn idle_sockets() {
-    let result = measure(&["idle", "--sockets", "8", "--seconds", "1"]);
+    let result = measure(&["idle", "--sockets", "8", "--seconds", "0.1"]);
     all_arms_tell_all(&result, &QUIC);
+    let arms = result["scenarios"][0]["arms"].as_object().expect("arms");
+    for (name, arm) in arms {
+        let heap = arm["runs"][0]["values"]["server heap"].as_f64();
+        // A connection without memory is not counted at all.
+        assert!(
+            heap.is_some_and(|kilobytes| kilobytes > 5.0),
+            "{name}: {heap:?}"
+        );
+    }
 }
 
 #[test]
@@ -89,7 +98,7 @@ fn fanout() {
 
 #[test]
 fn interference() {
-    let result = measure(&["interference", "--seconds", "1", "--bytes", "1MiB"]);
+    let result = measure(&["interference", "--seconds", "0.1", "--bytes", "1MiB"]);
     all_arms_tell_all(&result, &QUIC);
 }
 
