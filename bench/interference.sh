@@ -3,7 +3,7 @@
 # way: `udpack-bench interference`, whose two sides are at the two ends of the link.
 #
 #   bench/interference.sh [LOSS…]   default: 0 1, side by side
-# ROUNDS, BIN, RESULTS: see bench/lib.sh. MEASURE=10: seconds without the upload, and as many beside it.
+# ROUNDS, BIN, RESULTS: see bench/lib.sh. SECONDS_EACH=10: seconds without the upload, and as many beside it.
 # shellcheck source=bench/lib.sh
 . "$(dirname "$0")/lib.sh"
 
@@ -21,7 +21,7 @@ link_up "interference${1//./}" 100 25 "$1" 50
 link_anew 1 bbr
 echo "interference: 100 Mbit/s, 50 ms, loss $1 % each way, queue 50 ms"
 out=$results/interference-$1.json
-"$bench" interference --only "${WAYS:-udpack,quinn}" --rounds "$rounds" --seconds "${MEASURE:-10}" --dir "$work" --json --listen "$host" \
+"$bench" interference --only "udpack" --rounds "$rounds" --seconds "${SECONDS_EACH:-10}" --dir "$work" --json --listen "$host" \
   --client-via "${at_client[*]}" --server-via "${at_server[*]}" >"$work/out.json" &
 running=$!
 wait "$running"

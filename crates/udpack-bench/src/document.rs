@@ -94,10 +94,8 @@ fn replace(
 
 /// The text of a block, its charts drawn; none without results.
 fn block(results: &Path, charts: &Path, name: &str) -> anyhow::Result<Option<String>> {
-    if let Some(scenario) = name.strip_prefix("bench ") {
-        return scenarios(results, charts, scenario);
-    }
     match name {
+        _ if name.starts_with("bench-") => scenario(results, charts, name),
         "machine" => machine(results),
         "wan" => wan(results, charts),
         "fairness" => fairness(results, charts),
@@ -109,8 +107,8 @@ fn block(results: &Path, charts: &Path, name: &str) -> anyhow::Result<Option<Str
             };
             let group = group("", &runs);
             let unit = runs.first().map_or("", |run| run.unit.as_str());
-            draw(charts, name, &chart::bars(name, unit, &[group]))?;
-            Ok(Some(table(&runs) + &picture(name, name)))
+            draw(charts, name, &chart::bars(title(name), unit, &[group]))?;
+            Ok(Some(table(&runs) + &picture(name, title(name))))
         }
     }
 }
@@ -246,7 +244,7 @@ fn table(runs: &[Run]) -> String {
     out
 }
 
-/// The cells of the WAN comparison in the order of their file names, the slow links last.
+/// All results whose names begin so, in the order of their names, without the beginning.
 fn files(results: &Path, prefix: &str) -> anyhow::Result<Vec<(String, Vec<Run>)>> {
     let mut found = Vec::new();
     let Ok(entries) = fs::read_dir(results) else {
@@ -443,28 +441,19 @@ fn arms(scenario: &Value) -> Vec<(&str, &Value)> {
     arms
 }
 
-/// What `udpack-bench` measured of one scenario, with as many sockets as the name says, if it says so.
-fn scenarios(results: &Path, charts: &Path, name: &str) -> anyhow::Result<Option<String>> {
-    let Some(value) = printed(&results.join("bench.json"))? else {
+/// What `udpack-bench` measured of a scenario, as the script that called it has named it.
+fn scenario(results: &Path, charts: &Path, name: &str) -> anyhow::Result<Option<String>> {
+    let Some(value) = printed(&results.join(format!("{name}.json")))? else {
         return Ok(None);
     };
-    let (wanted, sockets) = match name.split_once(' ') {
-        Some((wanted, sockets)) => (wanted, Some(sockets.parse::<u64>()?)),
-        None => (name, None),
-    };
-    let found = list(&value, "scenarios").iter().find(|scenario| {
-        let load = scenario.get("load").and_then(|load| load.get("sockets"));
-        word(scenario, "scenario") == wanted
-            && sockets.is_none_or(|sockets| load.and_then(Value::as_u64) == Some(sockets))
-    });
-    let Some(scenario) = found else {
+    let Some(scenario) = list(&value, "scenarios").first() else {
         return Ok(None);
     };
     let mut out = measured(scenario);
-    if let Some(metric) = list(scenario, "metrics")
+    let rate = list(scenario, "metrics")
         .iter()
-        .find(|m| word(m, "name") == "rate")
-    {
+        .find(|metric| word(metric, "name") == "rate");
+    if let Some(metric) = rate {
         let bars = arms(scenario).into_iter().map(|(arm, of_arm)| {
             let runs = list(of_arm, "runs").iter();
             let values = runs.map(|run| number(run.get("values").and_then(|v| v.get("rate"))));
@@ -474,19 +463,27 @@ fn scenarios(results: &Path, charts: &Path, name: &str) -> anyhow::Result<Option
             heading: String::new(),
             bars: bars.collect(),
         };
-        let file = name.replace(' ', "-");
-        let title = match sockets {
-            Some(sockets) => format!("{wanted}, sockets: {sockets}"),
-            None => wanted.to_owned(),
-        };
-        draw(
-            charts,
-            &file,
-            &chart::bars(&title, word(metric, "unit"), &[group]),
-        )?;
-        out += &picture(&file, &title);
+        let (title, unit) = (title(name), word(metric, "unit"));
+        draw(charts, name, &chart::bars(title, unit, &[group]))?;
+        out += &picture(name, title);
     }
     Ok(Some(out))
+}
+
+/// What a chart shows.
+fn title(name: &str) -> &str {
+    match name {
+        "peers-loopback" => "One file over loopback, from memory to memory",
+        "peers-netns" => "One file between two namespaces, MTU 1,500",
+        "small-files-tmpfs" => "10,000 files of 4 KiB, in memory",
+        "small-files-ext4" => "10,000 files of 4 KiB, on ext4",
+        "bench-stream" => "Bytes from memory to nowhere, over loopback",
+        "bench-messages-1" => "Messages of 64 bytes one way, 1 socket",
+        "bench-messages-100" => "Messages of 64 bytes one way, 100 sockets",
+        "bench-ping-1" => "Replies a second, 1 socket",
+        "bench-ping-100" => "Replies a second, 100 sockets",
+        _ => name,
+    }
 }
 
 fn machine(results: &Path) -> anyhow::Result<Option<String>> {
@@ -497,7 +494,7 @@ fn machine(results: &Path) -> anyhow::Result<Option<String>> {
             tcp = tcp.or_else(|| Some(word(&runs.first()?.machine, "tcp").to_owned()));
         }
     }
-    let described = match printed(&results.join("bench.json"))? {
+    let described = match printed(&results.join("bench-stream.json"))? {
         Some(value) => value.get("machine").cloned(),
         None => files(results, "peers-")?
             .first()
