@@ -18,7 +18,7 @@ use crate::limiter::{Limiter, Pace};
 use crate::link::Link;
 use crate::progress::{Event, Feed, Outcome, Progress};
 use crate::queue::{Claim, Item, Next, Queue, SMALL};
-use crate::source::{Opened, Origin, Piece, Source};
+use crate::source::{Buffers, Opened, Origin, Piece, Source};
 use crate::store::{IfExists, Meta};
 use crate::wire::{
     self, AckFields, CancelFields, ChunkFields, DirFields, FileFields, FinishFields, Hash, Have,
@@ -112,6 +112,7 @@ impl Uploader {
             if_exists: self.if_exists.to_string(),
             uploader: self,
             queue: Queue::new(lanes),
+            buffers: Buffers::default(),
             run: new_run(),
             total: AtomicU64::new(0),
             acked: AtomicU64::new(0),
@@ -182,6 +183,7 @@ struct Shared {
     /// The policy's word.
     if_exists: String,
     queue: Arc<Queue>,
+    buffers: Buffers,
     run: [u8; 16],
     total: AtomicU64,
     acked: AtomicU64,
@@ -688,7 +690,7 @@ impl Lane<'_> {
             .map_or(0, |(off, len, _)| off.saturating_add(*len));
         let pace = self.pace;
         pace.adapt(&self.channel.stats());
-        let mut pieces = opened.read(have, pace.clone());
+        let mut pieces = opened.read(have, pace.clone(), self.shared.buffers.clone());
         let (mut position, mut skipped, mut told) = (0, 0, known == 0);
         loop {
             pace.adapt(&self.channel.stats());
