@@ -370,7 +370,7 @@ async fn lane(shared: Arc<Shared>, events: mpsc::Sender<Event>) {
             }
             next => next,
         };
-        let socket = match link.socket().await {
+        let socket = match link.eager().await {
             Ok(socket) => socket,
             Err(error) => {
                 shared.queue.fail(error);
@@ -381,6 +381,8 @@ async fn lane(shared: Arc<Shared>, events: mpsc::Sender<Event>) {
         let Err(error) = serve(&shared, &socket, next, &flight, &events).await else {
             return;
         };
+        // What was never let in is the link's business, and the server has looked at nothing.
+        let admitted = socket.admitted().await.is_ok();
         let left: Vec<_> = lock(&flight.files).drain().collect();
         let mends = link.mends(&error);
         let refused = matches!(
@@ -391,12 +393,15 @@ async fn lane(shared: Arc<Shared>, events: mpsc::Sender<Event>) {
             let own = lock(&flight.given_up).remove(&id);
             if let Some(own) = own {
                 shared.failed(&events, claim, own).await;
-            } else if (mends || refused) && !claim.source.is_spent() {
+            } else if (mends || refused || !admitted) && !claim.source.is_spent() {
                 // Dropped, it goes back to the queue.
-                claim.unsure |= claim.finished;
+                claim.unsure |= claim.finished && admitted;
             } else {
                 shared.failed(&events, claim, error.again()).await;
             }
+        }
+        if !admitted {
+            continue;
         }
         if flight.moved.load(Ordering::Relaxed) {
             setbacks = 0;

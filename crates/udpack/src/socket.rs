@@ -163,7 +163,13 @@ impl Socket {
         let reason = session.end.wait().await;
         if let Some(endpoint) = session.endpoint() {
             // Let the last packets out; a silent network must not hold us up.
-            let _ = tokio::time::timeout(Duration::from_millis(500), endpoint.wait_idle()).await;
+            let _ = tokio::time::timeout(Duration::from_millis(500), async {
+                tokio::select! {
+                    () = session.parted() => {}
+                    () = endpoint.wait_idle() => {}
+                }
+            })
+            .await;
         }
         reason
     }
