@@ -604,6 +604,7 @@ impl State {
             Some(_) => whole / 2,
             None => whole,
         };
+        self.decoder.rest();
         if self.decoder.held() == 0 {
             self.timer = None;
             return Poll::Pending;

@@ -212,6 +212,8 @@ pub(crate) struct Session {
     pub(crate) states: Option<StateFeed>,
     pub(crate) channel_ended: Notify,
     next_key: AtomicU64,
+    /// Datagrams that the connection had sent when this side ended it.
+    sent_before: AtomicU64,
     /// Volatile messages that wait, both ways.
     pub(crate) volatiles: Volatiles,
     /// Whose turn it is to write.
@@ -283,6 +285,7 @@ impl Session {
             states,
             channel_ended: Notify::new(),
             next_key: AtomicU64::new(0),
+            sent_before: AtomicU64::new(0),
             volatiles: Volatiles::default(),
             turns: Turns::default(),
             next_channel: AtomicU64::new(1),
@@ -528,8 +531,34 @@ impl Session {
     pub(crate) fn abort(&self, reason: CloseReason) {
         let code = reason.code.varint();
         let text = reason.text.clone();
+        let conn = self.conn();
+        self.sent_before
+            .store(conn.stats().udp_tx.datagrams, Ordering::Relaxed);
         let _ = self.end.set(reason);
-        self.conn().close(code, cut(&text, 256).as_bytes());
+        conn.close(code, cut(&text, 256).as_bytes());
+    }
+
+    /// Waits until nothing is left to be said on a connection that ended in order: the last word was the peer's,
+    /// or ours has been given to the network. Any other end is worth repeating to a peer that still sends: for
+    /// ever.
+    pub(crate) async fn parted(&self) {
+        let conn = self.conn();
+        match conn.close_reason() {
+            Some(quinn::ConnectionError::LocallyClosed) => {}
+            Some(_) => return,
+            None => return std::future::pending().await,
+        }
+        if self
+            .end
+            .get()
+            .is_none_or(|end| end.code != CloseCode::NORMAL)
+        {
+            return std::future::pending().await;
+        }
+        // quinn's task does not tell, but counts.
+        while conn.stats().udp_tx.datagrams <= self.sent_before.load(Ordering::Relaxed) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
     }
 
     pub(crate) fn next_registration(&self) -> u64 {

@@ -173,9 +173,15 @@ impl Socket {
     pub async fn closed(&self) -> CloseReason {
         let session = &self.inner.session;
         let reason = session.end.wait().await;
-        if session.endpoint().is_some() {
-            // Not until the peer has been told may the program end; a blocked network must not hold it up.
-            let _ = tokio::time::timeout(Duration::from_millis(500), told(&session.conn())).await;
+        if let Some(endpoint) = session.endpoint() {
+            // Let the last packets out; a silent network must not hold us up.
+            let _ = tokio::time::timeout(Duration::from_millis(500), async {
+                tokio::select! {
+                    () = session.parted() => {}
+                    () = endpoint.wait_idle() => {}
+                }
+            })
+            .await;
         }
         reason
     }
@@ -327,19 +333,5 @@ impl Registry {
 impl fmt::Debug for Registry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_set().entries(self.handlers.keys()).finish()
-    }
-}
-
-/// Waits until a connection that this side has ended has said so to the peer. What the peer answers, if anything,
-/// may find the socket closed (RFC 9000, section 10.2).
-async fn told(conn: &quinn::Connection) {
-    let local = || {
-        matches!(
-            conn.close_reason(),
-            Some(quinn::ConnectionError::LocallyClosed)
-        )
-    };
-    while local() && conn.stats().frame_tx.connection_close == 0 {
-        tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }
