@@ -108,7 +108,14 @@ impl Channel {
         } else {
             (limits.outbound_bytes, limits.outbound_messages, None)
         };
-        let outbox = Outbox::new(bytes, messages, opened.priority, budget);
+        let outbox = Outbox::new(
+            bytes,
+            messages,
+            opened.priority,
+            budget,
+            counters.clone(),
+            session.tally.clone(),
+        );
         let inbox = Arc::new(inbox);
         let end = Arc::new(End::default());
         let pipe = Arc::new(Pipe {
