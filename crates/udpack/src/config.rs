@@ -38,7 +38,8 @@ pub struct Limits {
     /// Bytes of a resumable channel that the peer has not confirmed, sent or not, before `send` waits. Default
     /// 4 MiB: it bounds what one round trip can carry.
     pub replay_bytes: usize,
-    /// Messages of a resumable channel that the peer has not confirmed before `send` waits. Default 16,384.
+    /// Messages of a resumable channel that the peer has not confirmed before `send` waits. Default 65,536: with
+    /// confirmations that gather for 5 ms, 16,384 held small messages at 2.0 M/s, half of what a plain channel sends.
     pub replay_messages: usize,
     /// Bytes that all resumable channels of a session together may keep before `send` waits; while there is a
     /// connection, each of them may keep 64 KiB in any case. Default 16 MiB.
@@ -88,7 +89,7 @@ impl Default for Limits {
             outbound_bytes: 1 << 20,
             outbound_messages: 1024,
             replay_bytes: 4 << 20,
-            replay_messages: 16_384,
+            replay_messages: 65_536,
             resume_bytes: 16 << 20,
             detached_sockets: 1024,
             backlog_messages: 1024,
