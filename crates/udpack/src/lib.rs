@@ -162,6 +162,7 @@ pub mod testing;
 mod tls;
 mod tokens;
 mod turns;
+mod udp;
 mod url;
 mod volatile;
 mod writer;

@@ -80,7 +80,7 @@ struct Shared {
     limits: Arc<Limits>,
     timeouts: Arc<Timeouts>,
     agent: String,
-    qlog: Option<Logged>,
+    settings: ConnectionSettings,
     counters: Arc<Counters>,
     /// Sessions that a client may come back to, by id.
     kept: Mutex<HashMap<String, Kept>>,
@@ -106,12 +106,18 @@ struct Kept {
     links: mpsc::Sender<Box<Link>>,
 }
 
-/// How connections are accepted that each have a qlog file.
-struct Logged {
-    qlog: Qlog,
+/// The QUIC settings of accepted connections.
+struct ConnectionSettings {
     config: quinn::ServerConfig,
     congestion: CongestionControl,
+    via: Via,
+    qlog: Option<Qlog>,
+    /// Those without a qlog file, by the largest UDP payload that is tried.
+    made: Mutex<HashMap<Option<u16>, Arc<quinn::ServerConfig>>>,
 }
+
+/// Settings kept for paths of different size: a host has few.
+const SETTINGS_KEPT: usize = 16;
 
 type SocketHandler = Arc<dyn Fn(Socket) -> BoxFuture<'static, ()> + Send + Sync>;
 
@@ -434,7 +440,8 @@ impl ServerBuilder {
             .map_err(BindError::Address)?
             .next()
             .ok_or_else(|| BindError::Address(io::Error::other("the name has no address")))?;
-        let transport = endpoint::transport(&self.limits, &self.timeouts, self.congestion, true)?;
+        let transport =
+            endpoint::transport(&self.limits, &self.timeouts, self.congestion, None, true)?;
         let mut config = quinn::ServerConfig::with_crypto(Arc::new(identity.server_tls()?));
         config
             .transport_config(Arc::new(transport))
@@ -453,15 +460,23 @@ impl ServerBuilder {
         settings.cid_generator(move || {
             Box::new(quinn_proto::HashedConnectionIdGenerator::from_key(cid_key))
         });
-        let qlog = self.qlog.map(|dir| Logged {
-            qlog: Qlog::new(dir, "server"),
-            config: config.clone(),
-            congestion: self.congestion,
-        });
         let endpoint = self
             .via
-            .open(address, self.limits.socket_buffer, settings, Some(config))
+            .open(
+                address,
+                self.limits.socket_buffer,
+                self.via.most_payload(),
+                settings,
+                Some(config.clone()),
+            )
             .map_err(|source| BindError::Bind { address, source })?;
+        let settings = ConnectionSettings {
+            config,
+            congestion: self.congestion,
+            via: self.via,
+            qlog: self.qlog.map(|dir| Qlog::new(dir, "server")),
+            made: Mutex::default(),
+        };
         let mut registry = self.registry;
         let handlers = !registry.is_empty() || self.on_socket.is_some();
         registry.pull |= registry.is_empty();
@@ -476,7 +491,7 @@ impl ServerBuilder {
             limits: Arc::new(self.limits),
             timeouts: Arc::new(self.timeouts),
             agent: self.agent,
-            qlog,
+            settings,
             counters: Counters::root(),
             kept: Mutex::default(),
             detached: Arc::default(),
@@ -977,20 +992,43 @@ impl Shared {
         &self,
         incoming: quinn::Incoming,
     ) -> Result<quinn::Connecting, quinn::ConnectionError> {
-        let Some(logged) = &self.qlog else {
-            return incoming.accept();
-        };
-        let transport = endpoint::transport(&self.limits, &self.timeouts, logged.congestion, true);
-        let stream = logged.qlog.stream(incoming.remote_address());
-        match (transport, stream) {
-            (Ok(mut transport), Some(stream)) => {
-                transport.qlog_stream(Some(stream));
-                let mut config = logged.config.clone();
-                config.transport_config(Arc::new(transport));
-                incoming.accept_with(Arc::new(config))
-            }
-            _ => incoming.accept(),
+        match self.settings_for(incoming.remote_address()) {
+            Some(config) => incoming.accept_with(config),
+            None => incoming.accept(),
         }
+    }
+
+    /// The settings of a connection with this peer; `None` are those of the endpoint.
+    fn settings_for(&self, peer: SocketAddr) -> Option<Arc<quinn::ServerConfig>> {
+        let settings = &self.settings;
+        let payload = settings.via.payload_to(peer);
+        let stream = settings.qlog.as_ref().and_then(|qlog| qlog.stream(peer));
+        if stream.is_none()
+            && let Some(config) = lock(&settings.made).get(&payload)
+        {
+            return Some(config.clone());
+        }
+        let mut transport = endpoint::transport(
+            &self.limits,
+            &self.timeouts,
+            settings.congestion,
+            payload,
+            true,
+        )
+        .ok()?;
+        let logged = stream.is_some();
+        transport.qlog_stream(stream);
+        let mut config = settings.config.clone();
+        config.transport_config(Arc::new(transport));
+        let config = Arc::new(config);
+        if !logged {
+            let mut made = lock(&settings.made);
+            if made.len() >= SETTINGS_KEPT {
+                made.clear();
+            }
+            made.insert(payload, config.clone());
+        }
+        Some(config)
     }
 
     fn stats(&self) -> Stats {
