@@ -16,6 +16,7 @@ use crate::config::{
     Timeouts, VOLATILE_STREAMS,
 };
 use crate::udp::{self, MOST_PAYLOAD};
+use crate::windows;
 
 /// Where the UDP sockets of a server or client come from.
 #[derive(Debug, Clone, Default)]
@@ -136,9 +137,9 @@ pub(crate) fn transport(
     };
     let (window, streams, volatile) = if server {
         let streams = PREAUTH_STREAMS.min(limits.channels.saturating_add(1));
-        (PREAUTH_BYTES, streams, 0)
+        (u64::from(PREAUTH_BYTES), streams, 0)
     } else {
-        (limits.connection_window, limits.channels, VOLATILE_STREAMS)
+        (windows::first(limits, 1), limits.channels, VOLATILE_STREAMS)
     };
     transport
         .max_idle_timeout(Some(idle))
@@ -148,7 +149,7 @@ pub(crate) fn transport(
         .datagram_receive_buffer_size(Some(DATAGRAMS_IN))
         .datagram_send_buffer_size(DATAGRAMS_OUT)
         .stream_receive_window(limits.stream_window.into())
-        .receive_window(window.into())
+        .receive_window(varint(window))
         .send_window(limits.send_window)
         .initial_rtt(INITIAL_RTT)
         .mtu_discovery_config(Some(mtu_discovery(payload)))
