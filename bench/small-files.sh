@@ -1,36 +1,27 @@
 #!/usr/bin/env bash
-# Many small files: `udpack-client put DIR` against `rsync -a` and `scp -r` over ssh to this machine, to the same disk.
+# Many small files: `udpack-client put DIR` against rsync to a daemon (no encryption), rsync over ssh, tar through ssh,
+# and scp -r, on one machine; set-up, login and end are in the time.
 #
-#   bench/small-files.sh [DIR]      DIR: where to work; default: a temporary directory
-#   FILES=10000 SIZE=4096 ROUNDS=3  how much, how often
-#
-# Takes the release binaries (cargo build --release --locked), or those in BIN. The ways take turns; the times are
-# medians. After each run the bytes that arrived are compared with those that were sent. The sshd is its own, on a
-# high port, with a throw-away key and configuration; nothing of the system's is read or changed.
-# Needs what scripts/install-test-tools installs, and is SKIPPED without.
-set -eu
-cd "$(dirname "$0")/.."
+#   bench/small-files.sh [DIR…]  where to work; default: in memory (/dev/shm) and on the disk of TMPDIR
+#   FILES=10000 SIZE=4096        how much
+# ROUNDS, BIN, RESULTS, WAYS: see bench/lib.sh. The ways take turns. After each run the bytes that arrived are compared
+# with those that were sent. udpack syncs what it reports as stored, the others do not.
+# shellcheck source=bench/lib.sh
+. "$(dirname "$0")/lib.sh"
 
-files=${FILES:-10000} size=${SIZE:-4096} rounds=${ROUNDS:-3}
-bin=${BIN:-${CARGO_TARGET_DIR:-target}/release}
-bin=$(cd "$bin" && pwd)
-for program in rsync ssh scp ssh-keygen jq; do
-  command -v "$program" >/dev/null || { echo "SKIPPED: no $program: scripts/install-test-tools"; exit 0; }
-done
-sshd=$(PATH=$PATH:/usr/sbin command -v sshd) || { echo "SKIPPED: no sshd: scripts/install-test-tools"; exit 0; }
-
-work=$(mktemp -d -p "${1:-${TMPDIR:-/tmp}}" udpack-bench.XXXXXX)
-server='' daemon=''
-cleanup() {
-  [ -z "$server" ] || kill "$server" 2>/dev/null || true
-  [ -z "$daemon" ] || kill "$daemon" 2>/dev/null || true
-  wait 2>/dev/null || true
-  rm -rf "$work"
-}
-trap cleanup EXIT
-trap 'exit 130' INT TERM
-
-now() { date +%s.%N; }
+files=${FILES:-10000} size=${SIZE:-4096}
+if [ $# -eq 0 ]; then
+  set -- "${TMPDIR:-/tmp}"
+  [ ! -d /dev/shm ] || set -- /dev/shm "$@"
+fi
+if [ $# -gt 1 ]; then
+  side_by_side 1 bench/small-files.sh "$@"
+  exit "$failed"
+fi
+workspace "$1"
+filesystem=$(df --output=fstype "$work" | tail -1)
+case=small-files-$filesystem
+results_into "$case"
 
 # The files: FILES of SIZE bytes, 100 a directory, each with bytes of its own.
 mkdir "$work/tree"
@@ -51,89 +42,48 @@ sums() { (cd "$1" && find . -name .udpack -prune -o -type f -print0 | sort -z | 
 sums "$work/tree" >"$work/expected"
 [ "$(wc -l <"$work/expected")" -eq "$files" ] || { echo "made a wrong number of files"; exit 1; }
 
-# An sshd of our own. It runs as this user, without the system's configuration, accounts or passwords.
-ssh_port=$((20000 + $$ % 10000))
-ssh-keygen -q -t ed25519 -N '' -f "$work/host"
-ssh-keygen -q -t ed25519 -N '' -f "$work/user"
-cp "$work/user.pub" "$work/authorized"
-cat >"$work/sshd.conf" <<CONF
-Port $ssh_port
-ListenAddress 127.0.0.1
-HostKey $work/host
-AuthorizedKeysFile $work/authorized
-StrictModes no
-PasswordAuthentication no
-KbdInteractiveAuthentication no
-UsePAM no
-PermitRootLogin prohibit-password
-PidFile none
-Subsystem sftp internal-sftp
-CONF
-# sshd wants its directory when it is root; nothing is put there.
-[ "$(id -u)" -ne 0 ] || mkdir -p /run/sshd
-"$sshd" -D -e -f "$work/sshd.conf" 2>"$work/sshd.log" &
-daemon=$!
-printf '127.0.0.1 %s\n' "$(cut -d' ' -f1,2 <"$work/host.pub")" | sed "s/^127.0.0.1/[127.0.0.1]:$ssh_port/" >"$work/known"
-options=(-F none -i "$work/user" -o IdentitiesOnly=yes -o IdentityAgent=none -o BatchMode=yes
-  -o "UserKnownHostsFile=$work/known" -o StrictHostKeyChecking=yes -o LogLevel=ERROR)
-user=$(id -un)
-tries=0
-until ssh "${options[@]}" -p "$ssh_port" "$user@127.0.0.1" true 2>"$work/ssh.err"; do
-  tries=$((tries + 1))
-  [ "$tries" -lt 50 ] || { echo "ssh does not work here:"; cat "$work/ssh.err" "$work/sshd.log"; exit 1; }
-  sleep 0.1
-done
-
-export UDPACK_KEYS=$work/keys
-unset UDPACK_URL UDPACK_TOKEN UDPACK_TOKEN_FILE UDPACK_LISTEN UDPACK_DIR UDPACK_LOG_DIR RUST_LOG
-
-# Each way has its server running before the clock starts and fills an empty directory.
-udpack() {
-  rm -f "$work/listening"
-  mkfifo "$work/listening"
-  "$bin/udpack-server" --listen 127.0.0.1:0 --dir "$1" --min-free 0 --json -q >"$work/listening" 2>>"$work/server.log" &
-  server=$!
-  exec 3<"$work/listening"
-  read -r line <&3
-  address=$(jq -r .listening <<<"$line")
-  begun=$(now)
-  "$bin/udpack-client" put "$work/tree" --to "$address" --progress none -q >"$work/client.log"
-  ended=$(now)
-  kill "$server"
-  wait "$server" || true
-  server=''
-  exec 3<&-
-}
-rsync_() {
-  mkdir -p "$1"
-  begun=$(now)
-  rsync -a -e "ssh ${options[*]} -p $ssh_port" "$work/tree" "$user@127.0.0.1:$1/"
-  ended=$(now)
-}
-scp_() {
-  mkdir -p "$1"
-  begun=$(now)
-  scp -q -r "${options[@]}" -P "$ssh_port" "$work/tree" "$user@127.0.0.1:$1/"
-  ended=$(now)
+ways=(udpack)
+if rsync_daemon; then ways+=(rsync-daemon); fi
+if ssh_server; then
+  ! have rsync || ways+=(rsync-ssh)
+  ways+=(tar-ssh scp)
+fi
+way() {
+  case $1 in
+    udpack)
+      udpack_server "$2"
+      timed "${put[@]}" "$work/tree" --to "$host:$((port_base + 1))" --keys "$work/keys"
+      stop "$pid"
+      ;;
+    rsync-daemon) timed rsync -a "$work/tree" "$rsync_url/${2##*/}/" ;;
+    rsync-ssh) timed rsync -a -e "ssh ${ssh_options[*]}" "$work/tree" "peer:$2/" ;;
+    tar-ssh) timed bash -c 'set -o pipefail; tar -C "$0" -cf - tree | ssh "${@:2}" peer "tar -C $1 -xf -"' "$work" "$2" "${ssh_options[@]}" ;;
+    scp) timed scp -q -r "${ssh_options[@]}" "$work/tree" "peer:$2/" ;;
+  esac
 }
 
-echo "$files files of $size bytes, $rounds rounds, on $(df --output=source,fstype "$work" | tail -1)"
+echo "$case: $files files of $size bytes, $rounds rounds, on $filesystem"
 for round in $(seq "$rounds"); do
-  for way in udpack rsync_ scp_; do
+  for name in "${ways[@]}"; do
+    wanted "$name" || continue
     # Nothing is removed before the end: ext4 is slow to reuse inodes that were freed a moment ago, whoever asks.
-    target=$work/$round-$way
+    target=$work/$round-$name
+    mkdir "$target"
     sync -f "$work"
-    "$way" "$target"
-    if [ -d "$target/tree" ]; then sums "$target/tree"; else sums "$target"; fi >"$work/got"
-    cmp -s "$work/expected" "$work/got" || { echo "${way%_}: the files differ"; diff "$work/expected" "$work/got" | head -5; exit 1; }
-    seconds=$(awk "BEGIN { print $ended - $begun }")
-    echo "$seconds" >>"$work/times.$way"
-    printf 'round %d: %-6s %8.3f s\n' "$round" "${way%_}" "$seconds"
+    way "$name" "$target"
+    root=$target
+    [ ! -d "$target/tree" ] || root=$target/tree
+    sums "$root" >"$work/got"
+    if [ "$status" -ne 0 ] || ! cmp -s "$work/expected" "$work/got"; then
+      echo "round $round: $name FAILED ($status), or the files differ: $(tail -n 2 "$work/err" | tr '\n' ' ')"
+      record "$case" "$name" "$round" files/s null
+      failed=1
+    else
+      rate=$(awk "BEGIN { printf \"%.1f\", $files / $seconds }")
+      record "$case" "$name" "$round" files/s "$rate" "{\"seconds\": $seconds, \"files\": $files, \"size\": $size}"
+      printf 'round %d: %-12s %8.3f s %9.0f files/s\n' "$round" "$name" "$seconds" "$rate"
+    fi
   done
 done
-
-median() { sort -n "$work/times.$1" | awk '{ v[NR] = $1 } END { print (NR % 2) ? v[(NR + 1) / 2] : (v[NR / 2] + v[NR / 2 + 1]) / 2 }'; }
-awk -v u="$(median udpack)" -v r="$(median rsync_)" -v s="$(median scp_)" -v n="$files" 'BEGIN {
-  printf "median: udpack %.3f s (%.0f files/s), rsync %.3f s, scp %.3f s\n", u, n / u, r, s
-  printf "udpack is %.2f times as fast as rsync, %.2f times as fast as scp; all hashes equal\n", r / u, s / u
-}'
+table
+exit "$failed"

@@ -84,14 +84,23 @@ impl Target {
         let address = self.address();
         let link = Link::new(self.client.clone(), &*address).retry(retry);
         tokio::select! {
-            socket = link.socket() => {
-                let socket = socket?;
-                let session = socket.id();
-                tracing::info!(server = address, %session, "connected");
-            }
+            socket = link.eager() => drop(socket?),
             () = interrupts.first() => return Err(Failure::interrupted().into()),
         }
+        // The work begins behind the hello; whether the server lets us in shows meanwhile.
+        let refused = async {
+            match link.socket().await {
+                Ok(socket) => {
+                    let session = socket.id();
+                    tracing::info!(server = address, %session, "connected");
+                    std::future::pending().await
+                }
+                Err(error) => error,
+            }
+        };
         let result = tokio::select! {
+            biased;
+            error = refused => return Err(error.into()),
             result = work(link.clone()) => result,
             () = interrupts.first() => {
                 if let Some(socket) = link.live() {

@@ -110,6 +110,26 @@ impl Link {
     /// # Cancel safety
     /// Cancel safe: a dropped future gives up the connect it had begun, the next caller begins another.
     pub async fn socket(&self) -> Result<Socket, TransferError> {
+        loop {
+            let socket = self.eager().await?;
+            if socket.admitted().await.is_ok() {
+                return Ok(socket);
+            }
+            if let Way::Given(_) = &self.way {
+                return Ok(socket);
+            }
+        }
+    }
+
+    /// As [`socket`](Self::socket), one round trip earlier: the server has proved its key, and looks at what is
+    /// sent once it has let this client in. A refusal is the end of the socket; the next call deals with it.
+    ///
+    /// # Errors
+    /// As for [`socket`](Self::socket).
+    ///
+    /// # Cancel safety
+    /// As for [`socket`](Self::socket).
+    pub async fn eager(&self) -> Result<Socket, TransferError> {
         let (client, address) = match &self.way {
             Way::Given(socket) => {
                 return match socket.close_reason() {
@@ -123,7 +143,12 @@ impl Link {
         if let Some(error) = &state.over {
             return Err(error.again());
         }
-        let mut lost = match state.socket.as_ref().map(Lost::of) {
+        let lost = match &state.socket {
+            Some(socket) => Some(Lost::of(socket).await),
+            None => None,
+        };
+        let first = lost.is_none();
+        let mut lost = match lost {
             Some(None) => {
                 return state
                     .socket
@@ -133,7 +158,6 @@ impl Link {
             Some(Some(lost)) => Some(lost),
             None => None,
         };
-        let first = lost.is_none();
         let mut again = false;
         loop {
             if let Some(Lost { error, wait }) = lost {
@@ -158,9 +182,8 @@ impl Link {
                 tokio::time::sleep(delay).await;
                 again = true;
             }
-            match client.connect(address).await {
+            match client.connect_eager(address).await {
                 Ok(socket) => {
-                    tracing::info!(session = %socket.id(), "connected");
                     state.socket = Some(socket.clone());
                     if again {
                         let _ = self.shared.events.send(LinkEvent::Connected);
@@ -265,7 +288,7 @@ struct Lost {
 
 impl Lost {
     /// `None` for a socket that is alive and stays.
-    fn of(socket: &Socket) -> Option<Self> {
+    async fn of(socket: &Socket) -> Option<Self> {
         let goaway = socket.goaway();
         let wait = goaway.as_ref().map_or(Duration::ZERO, GoAway::wait);
         let told = goaway.map(|goaway| CloseReason::new(goaway.code, goaway.text, Side::Peer));
@@ -273,6 +296,12 @@ impl Lost {
         let reason = told
             .filter(|reason| reason.retry)
             .or_else(|| socket.close_reason())?;
+        // Over, so it is known whether it was ever let in.
+        if socket.close_reason().is_some()
+            && let Err(reason) = socket.admitted().await
+        {
+            return Some(ConnectError::Denied(reason).into());
+        }
         Some(Self {
             error: TransferError::Closed(reason),
             wait,

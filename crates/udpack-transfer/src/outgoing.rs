@@ -6,7 +6,7 @@ use udpack::{Channel, SendError};
 use crate::jobs::{Job, JobEnd};
 use crate::limiter::{Limiter, Pace};
 use crate::path::RelPath;
-use crate::source::{Opened, Piece};
+use crate::source::{Buffers, Opened, Piece};
 use crate::store::Store;
 use crate::wire::{ChunkFields, ErrorFields, FileFields, FinishFields, Hash, Have};
 use crate::worker::{Outcome, Outcomes};
@@ -104,7 +104,7 @@ async fn send(
     };
     let pace = Pace::new(slower, LANES);
     pace.adapt(&channel.stats());
-    let mut pieces = opened.read(have, pace.clone());
+    let mut pieces = opened.read(have, pace.clone(), Buffers::default());
     loop {
         pace.adapt(&channel.stats());
         let piece = tokio::select! {

@@ -170,7 +170,11 @@ impl Receiver {
         };
         let peer = channel.peer();
         match self.scope(peer.as_ref()) {
-            Ok(scope) => Serving::new(self, channel, scope, peer).run().await,
+            Ok(scope) => match Serving::new(self, channel, scope, peer).run().await {
+                // A client with nothing left to be told need not finish its lanes before it leaves.
+                Err(error) if error.reason().code == CloseCode::NORMAL => Ok(()),
+                served => served,
+            },
             Err(NoScope) => {
                 channel.close(CloseCode::REFUSED, NoScope::TEXT);
                 Ok(())

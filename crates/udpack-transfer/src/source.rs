@@ -15,10 +15,12 @@ use crate::error::TransferError;
 use crate::limiter::Pace;
 use crate::path::RelPath;
 use crate::store::{Existing, Meta, Time};
-use crate::wire::Have;
+use crate::wire::{CHUNK, Have};
 
 /// Chunks read ahead of the network.
 const AHEAD: usize = 4;
+/// Buffers that wait to be used again: what half of the default send window takes.
+const SPARE: usize = 32;
 /// Bytes read at once where they are only hashed.
 const BLOCK: usize = 1 << 20;
 
@@ -238,11 +240,12 @@ impl Opened {
     ///
     /// Ranges of `have` that are equal here are passed over. Everything is read once, but for ranges that
     /// differ: these are read again to be sent, and then only those bytes count.
-    pub(crate) fn read(self, have: Have, pace: Pace) -> mpsc::Receiver<Piece> {
+    pub(crate) fn read(self, have: Have, pace: Pace, buffers: Buffers) -> mpsc::Receiver<Piece> {
         let (pieces, taken) = mpsc::channel(AHEAD);
         tokio::task::spawn_blocking(move || {
             let mut take = |piece| pieces.blocking_send(piece).is_ok();
-            match self.pump(&have, &|| pace.chunk(), &mut take, &|| pieces.is_closed()) {
+            let unwanted = || pieces.is_closed();
+            match self.pump(&have, &buffers, &|| pace.chunk(), &mut take, &unwanted) {
                 Ok(()) => {}
                 Err(Stop::Unwanted) => {}
                 Err(Stop::Failed(error)) => {
@@ -263,6 +266,7 @@ impl Opened {
         let mut hash = [0; 32];
         let pumped = self.pump(
             &Have::new(),
+            &Buffers::default(),
             &|| size.max(1),
             &mut |piece| {
                 match piece {
@@ -283,6 +287,7 @@ impl Opened {
     fn pump(
         self,
         have: &Have,
+        buffers: &Buffers,
         chunk: &dyn Fn() -> usize,
         take: &mut dyn FnMut(Piece) -> bool,
         unwanted: &dyn Fn() -> bool,
@@ -294,6 +299,7 @@ impl Opened {
             path: &path,
             hasher: blake3::Hasher::new(),
             at: 0,
+            buffers,
             chunk,
             take,
             unwanted,
@@ -352,6 +358,69 @@ impl Opened {
     }
 }
 
+/// Memory that files are read into, used again once QUIC has let go of what was in it: pages that were just
+/// given back would have to be cleared again. Clones share it.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Buffers(Arc<Mutex<Vec<Vec<u8>>>>);
+
+impl Buffers {
+    /// One for so many bytes.
+    fn take(&self, want: usize) -> Buffer {
+        // A small chunk must not hold on to the memory of a large one.
+        let pool = (want > CHUNK / 2).then(|| self.clone());
+        let spare = pool.as_ref().and_then(|pool| pool.lock().pop());
+        let mut memory = spare.unwrap_or_default();
+        if memory.len() < want {
+            memory = vec![0; want];
+        }
+        Buffer {
+            memory,
+            filled: 0,
+            pool,
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Vec<u8>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Goes back to its pool when it is dropped.
+struct Buffer {
+    memory: Vec<u8>,
+    filled: usize,
+    pool: Option<Buffers>,
+}
+
+impl Buffer {
+    fn room(&mut self, want: usize) -> &mut [u8] {
+        self.memory.get_mut(..want).unwrap_or_default()
+    }
+
+    /// What was read, without a copy.
+    fn filled(mut self, filled: usize) -> Bytes {
+        self.filled = filled;
+        Bytes::from_owner(self)
+    }
+}
+
+impl AsRef<[u8]> for Buffer {
+    fn as_ref(&self) -> &[u8] {
+        self.memory.get(..self.filled).unwrap_or_default()
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if let Some(pool) = &self.pool {
+            let mut spare = pool.lock();
+            if spare.len() < SPARE {
+                spare.push(std::mem::take(&mut self.memory));
+            }
+        }
+    }
+}
+
 /// Why reading ended early.
 enum Stop {
     /// Nobody takes the pieces any more.
@@ -365,6 +434,7 @@ struct Pump<'a> {
     /// Over everything up to `at`.
     hasher: blake3::Hasher,
     at: u64,
+    buffers: &'a Buffers,
     chunk: &'a dyn Fn() -> usize,
     take: &'a mut dyn FnMut(Piece) -> bool,
     unwanted: &'a dyn Fn() -> bool,
@@ -408,11 +478,10 @@ impl Pump<'_> {
 
     /// Reads and sends up to `want` bytes; `false` at the end.
     fn send_chunk(&mut self, from: &mut dyn Read, want: usize) -> Result<bool, Stop> {
-        let mut bytes = vec![0; want];
-        let filled = read_full(from, &mut bytes).map_err(|error| self.failed(error))?;
-        bytes.truncate(filled);
+        let mut buffer = self.buffers.take(want);
+        let filled = read_full(from, buffer.room(want)).map_err(|error| self.failed(error))?;
         if filled > 0 {
-            self.give_chunk(Bytes::from(bytes))?;
+            self.give_chunk(buffer.filled(filled))?;
         }
         Ok(filled == want)
     }
@@ -531,6 +600,7 @@ mod tests {
         let (mut same, mut at, mut end) = (0, 0, None);
         let pumped = source.open().unwrap().pump(
             have,
+            &Buffers::default(),
             &|| chunk,
             &mut |piece| {
                 match piece {
@@ -562,6 +632,34 @@ mod tests {
         );
         assert!(pumped.is_ok());
         (sent, same, end.unwrap())
+    }
+
+    #[test]
+    fn buffers_are_used_again_once_nobody_has_their_bytes() {
+        let buffers = Buffers::default();
+        let read = |byte: u8| {
+            let mut buffer = buffers.take(CHUNK);
+            buffer.room(CHUNK).fill(byte);
+            buffer.filled(CHUNK - 1)
+        };
+        let first = read(1);
+        let slice = first.slice(10..20);
+        drop(first);
+        let second = read(2);
+        assert_eq!(slice, [1; 10].as_slice(), "a part is still in use");
+        assert_eq!(second, vec![2; CHUNK - 1]);
+        let at = slice.as_ptr() as usize - 10;
+        drop(slice);
+        let third = read(3);
+        assert_eq!(third.as_ptr() as usize, at);
+        assert_eq!(second, vec![2; CHUNK - 1]);
+        drop((second, third));
+        assert_eq!(buffers.lock().len(), 2);
+        drop(buffers.take(CHUNK / 2).filled(CHUNK / 2));
+        assert_eq!(buffers.lock().len(), 2, "a small one has memory of its own");
+        let many: Vec<_> = (0..SPARE + 5).map(|_| buffers.take(CHUNK)).collect();
+        drop(many);
+        assert_eq!(buffers.lock().len(), SPARE);
     }
 
     #[test]
@@ -640,10 +738,13 @@ mod tests {
         assert!(sent == [(0, bytes.clone())]);
         assert_eq!(end, hash(&bytes));
         assert!(source.is_spent() && same.is_spent());
-        let again = source
-            .open()
-            .unwrap()
-            .pump(&Have::new(), &|| 10, &mut |_| true, &|| false);
+        let again = source.open().unwrap().pump(
+            &Have::new(),
+            &Buffers::default(),
+            &|| 10,
+            &mut |_| true,
+            &|| false,
+        );
         assert!(matches!(again, Err(Stop::Failed(_))));
     }
 

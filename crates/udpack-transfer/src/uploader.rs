@@ -18,7 +18,7 @@ use crate::limiter::{Limiter, Pace};
 use crate::link::Link;
 use crate::progress::{Event, Feed, Outcome, Progress};
 use crate::queue::{Claim, Item, Next, Queue, SMALL};
-use crate::source::{Opened, Origin, Piece, Source};
+use crate::source::{Buffers, Opened, Origin, Piece, Source};
 use crate::store::{IfExists, Meta};
 use crate::wire::{
     self, AckFields, CancelFields, ChunkFields, DirFields, FileFields, FinishFields, Hash, Have,
@@ -112,6 +112,7 @@ impl Uploader {
             if_exists: self.if_exists.to_string(),
             uploader: self,
             queue: Queue::new(lanes),
+            buffers: Buffers::default(),
             run: new_run(),
             total: AtomicU64::new(0),
             acked: AtomicU64::new(0),
@@ -182,6 +183,7 @@ struct Shared {
     /// The policy's word.
     if_exists: String,
     queue: Arc<Queue>,
+    buffers: Buffers,
     run: [u8; 16],
     total: AtomicU64,
     acked: AtomicU64,
@@ -368,7 +370,7 @@ async fn lane(shared: Arc<Shared>, events: mpsc::Sender<Event>) {
             }
             next => next,
         };
-        let socket = match link.socket().await {
+        let socket = match link.eager().await {
             Ok(socket) => socket,
             Err(error) => {
                 shared.queue.fail(error);
@@ -379,6 +381,8 @@ async fn lane(shared: Arc<Shared>, events: mpsc::Sender<Event>) {
         let Err(error) = serve(&shared, &socket, next, &flight, &events).await else {
             return;
         };
+        // What was never let in is the link's business, and the server has looked at nothing.
+        let admitted = socket.admitted().await.is_ok();
         let left: Vec<_> = lock(&flight.files).drain().collect();
         let mends = link.mends(&error);
         let refused = matches!(
@@ -389,12 +393,15 @@ async fn lane(shared: Arc<Shared>, events: mpsc::Sender<Event>) {
             let own = lock(&flight.given_up).remove(&id);
             if let Some(own) = own {
                 shared.failed(&events, claim, own).await;
-            } else if (mends || refused) && !claim.source.is_spent() {
+            } else if (mends || refused || !admitted) && !claim.source.is_spent() {
                 // Dropped, it goes back to the queue.
-                claim.unsure |= claim.finished;
+                claim.unsure |= claim.finished && admitted;
             } else {
                 shared.failed(&events, claim, error.again()).await;
             }
+        }
+        if !admitted {
+            continue;
         }
         if flight.moved.load(Ordering::Relaxed) {
             setbacks = 0;
@@ -688,7 +695,7 @@ impl Lane<'_> {
             .map_or(0, |(off, len, _)| off.saturating_add(*len));
         let pace = self.pace;
         pace.adapt(&self.channel.stats());
-        let mut pieces = opened.read(have, pace.clone());
+        let mut pieces = opened.read(have, pace.clone(), self.shared.buffers.clone());
         let (mut position, mut skipped, mut told) = (0, 0, known == 0);
         loop {
             pace.adapt(&self.channel.stats());

@@ -108,7 +108,14 @@ impl Channel {
         } else {
             (limits.outbound_bytes, limits.outbound_messages, None)
         };
-        let outbox = Outbox::new(bytes, messages, opened.priority, budget);
+        let outbox = Outbox::new(
+            bytes,
+            messages,
+            opened.priority,
+            budget,
+            counters.clone(),
+            session.tally.clone(),
+        );
         let inbox = Arc::new(inbox);
         let end = Arc::new(End::default());
         let pipe = Arc::new(Pipe {
@@ -213,8 +220,17 @@ impl Channel {
         data: &T,
     ) -> Result<(), SendError> {
         application_event(event)?;
-        let limit = self.inner.session.frame_limit();
-        let queued = self.inner.outbox.message(event, data, None, limit).await;
+        let Inner {
+            outbox, session, ..
+        } = &*self.inner;
+        let limit = session.frame_limit();
+        let queued = match outbox.try_message(event, data, None, limit) {
+            Ok(true) => return Ok(()),
+            // Boxed, so that the future of a message that finds room stays small: moving it costs more than
+            // the message.
+            Ok(false) => Box::pin(outbox.message(event, data, None, limit)).await,
+            Err(error) => Err(error),
+        };
         queued.map_err(|error| self.send_error(error))
     }
 

@@ -7,7 +7,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tracing::Instrument;
 use tracing::field::Empty;
@@ -25,7 +24,7 @@ use crate::metrics::Tally;
 use crate::qlog::Qlog;
 use crate::reconnect::{Outage, Reconnect, SocketState, StateFeed};
 use crate::router::ServeChannel;
-use crate::server::{CHANNEL_QUEUE, default_agent};
+use crate::server::default_agent;
 use crate::session::{Session, lock};
 use crate::socket::{Registry, Socket};
 use crate::speed::Counters;
@@ -149,8 +148,7 @@ impl Client {
         };
         session.peer.set(server);
         session.life.fed_by(&settings.token);
-        let (queue, incoming) = mpsc::channel(CHANNEL_QUEUE);
-        let socket = Socket::new(session.clone(), incoming);
+        let (socket, queue) = Socket::new(session.clone(), settings.registry.pull);
         let comeback = match settings.reconnect {
             Some(policy) => Comeback::Dialled(Box::new(Dialler {
                 client: self.clone(),
@@ -263,10 +261,10 @@ impl Client {
         Ok(Link {
             conn,
             endpoint: Some(endpoint),
-            control: Control {
+            control: Box::new(Control {
                 send,
                 inbox: Inbox::new(recv, settings.limits.frame),
-            },
+            }),
             welcome: None,
         })
     }

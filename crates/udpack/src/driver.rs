@@ -20,6 +20,7 @@ use tracing::field::Empty;
 use crate::channel::Channel;
 use crate::client::Dialler;
 use crate::code::{CloseCode, CloseReason, Side};
+use crate::config::USED_STREAMS;
 use crate::control::{self, Ack, Channels, ControlError, Welcome};
 use crate::inbox::{Ending, Inbox};
 use crate::lifetime::Lifetime;
@@ -42,7 +43,7 @@ pub(crate) struct Link {
     pub(crate) conn: quinn::Connection,
     /// A client's.
     pub(crate) endpoint: Option<quinn::Endpoint>,
-    pub(crate) control: Control,
+    pub(crate) control: Box<Control>,
     /// At a client, what the server has said.
     pub(crate) welcome: Option<Welcome>,
 }
@@ -59,7 +60,7 @@ pub(crate) enum Comeback {
 
 /// What a server does about a client that may come back.
 pub(crate) struct Awaited {
-    pub(crate) links: mpsc::Receiver<Link>,
+    pub(crate) links: mpsc::Receiver<Box<Link>>,
     /// How long it waits.
     pub(crate) window: Duration,
     /// How many sessions wait, of how many that may.
@@ -68,7 +69,7 @@ pub(crate) struct Awaited {
 }
 
 impl Awaited {
-    async fn next(&mut self, reason: CloseReason) -> Result<Link, CloseReason> {
+    async fn next(&mut self, reason: CloseReason) -> Result<Box<Link>, CloseReason> {
         struct Waiting(Arc<AtomicUsize>);
         impl Drop for Waiting {
             fn drop(&mut self) {
@@ -104,9 +105,9 @@ enum Outcome {
 /// Serves a session until it ends, over however many connections.
 pub(crate) async fn live(
     session: Arc<Session>,
-    mut control: Control,
+    mut control: Box<Control>,
     registry: Arc<Registry>,
-    incoming: mpsc::Sender<Channel>,
+    incoming: Option<mpsc::Sender<Channel>>,
     mut comeback: Comeback,
 ) -> CloseReason {
     let mut channels = JoinSet::new();
@@ -124,20 +125,17 @@ pub(crate) async fn live(
             .await
         {
             Outcome::Over(reason) => break reason,
-            Outcome::Replaced(link) => Ok(*link),
+            Outcome::Replaced(link) => Ok(link),
+            // What is rare is in boxes, so that the task needs no room for it in between.
             Outcome::Lost(reason) => {
-                comeback
-                    .next(&session, &mut driver.lifetime, reason, false)
-                    .await
+                Box::pin(comeback.next(&session, &mut driver.lifetime, reason, false)).await
             }
             Outcome::Moved(reason) => {
-                comeback
-                    .next(&session, &mut driver.lifetime, reason, true)
-                    .await
+                Box::pin(comeback.next(&session, &mut driver.lifetime, reason, true)).await
             }
         };
         match next {
-            Ok(link) => control = driver.change(link, &mut channels),
+            Ok(link) => control = driver.change(*link, &mut channels),
             Err(reason) => break reason,
         }
     };
@@ -167,7 +165,7 @@ impl Comeback {
         lifetime: &mut Lifetime,
         reason: CloseReason,
         moved: bool,
-    ) -> Result<Link, CloseReason> {
+    ) -> Result<Box<Link>, CloseReason> {
         /// Counts one session for as long as it has no connection.
         struct Detached<'a>(&'a Tally);
         impl Drop for Detached<'_> {
@@ -183,7 +181,7 @@ impl Comeback {
             match self {
                 Self::Never => Err(reason),
                 Self::Awaited(awaited) => awaited.next(reason).await,
-                Self::Dialled(dialler) => dialler.next(session, reason, moved).await,
+                Self::Dialled(dialler) => dialler.next(session, reason, moved).await.map(Box::new),
             }
         };
         let closed = async {
@@ -216,7 +214,7 @@ impl Comeback {
     }
 
     /// The client, back over another connection while the present one still seems to live.
-    async fn replaced(&mut self) -> Link {
+    async fn replaced(&mut self) -> Box<Link> {
         if let Self::Awaited(awaited) = self
             && let Some(link) = awaited.links.recv().await
         {
@@ -230,7 +228,8 @@ impl Comeback {
 struct Driver {
     session: Arc<Session>,
     registry: Arc<Registry>,
-    incoming: mpsc::Sender<Channel>,
+    /// For `accept_channel`, where that is how channels are served.
+    incoming: Option<mpsc::Sender<Channel>>,
     rate: Rate,
     lifetime: Lifetime,
     /// The present connection resumed the session.
@@ -250,7 +249,7 @@ const CONFIRM_DELAY: Duration = Duration::from_millis(5);
 
 impl Driver {
     /// Goes over to another connection.
-    fn change(&mut self, link: Link, channels: &mut JoinSet<()>) -> Control {
+    fn change(&mut self, link: Link, channels: &mut JoinSet<()>) -> Box<Control> {
         let session = &self.session;
         session.conn().close(
             CloseCode::SUPERSEDED.varint(),
@@ -327,11 +326,18 @@ impl Driver {
         if self.resumed {
             let open = session.kept_own().iter().map(|pipe| pipe.key.id).collect();
             if let Some(frame) = control::encode_channels(open) {
-                write_control(&session, &mut control.send, frame).await;
+                Box::pin(write_control(&session, &mut control.send, frame)).await;
             }
         }
         let mut confirm_at = None;
         let mut move_at: Option<Instant> = None;
+        // The control stream is one of the server's.
+        let mut opened = u32::from(!session.client);
+        if session.kept_theirs() > 0 {
+            // They come back all at once.
+            opened = USED_STREAMS;
+            permit_all(&session, &conn);
+        }
         let mut volatile = pin!(crate::volatile::serve(&session, &conn));
         // A server looks at all its connections in one go.
         let mut look = session.client.then(windows::look);
@@ -345,6 +351,10 @@ impl Driver {
                             let text = format!("more than {} channels a second", session.limits.channel_rate);
                             session.abort(CloseReason::local(CloseCode::RATE_LIMITED, text));
                             continue;
+                        }
+                        opened = opened.saturating_add(1);
+                        if opened == USED_STREAMS {
+                            permit_all(&session, &conn);
                         }
                         let span = tracing::debug_span!("channel", name = Empty, id = Empty);
                         let serve = serve_stream(
@@ -388,19 +398,7 @@ impl Driver {
                             return Outcome::Lost(reason);
                         }
                         Some(reason) => {
-                            if reason.by == Side::Peer {
-                                // The peer has flushed its channels and leaves the last word to us. What we
-                                // have queued gets a moment too; a peer that no longer reads cannot hold us up.
-                                session.finish_channels();
-                                session.channels_done(session.timeouts.close / 5).await;
-                                let (code, text) = (reason.code.varint(), reason.text.clone());
-                                session.end.set(reason);
-                                conn.close(code, text.as_bytes());
-                            } else {
-                                session.abort(reason);
-                            }
-                            let error = conn.closed().await;
-                            return Outcome::Over(session.reason_for(&error));
+                            return Box::pin(take_leave(&session, &conn, reason)).await;
                         }
                     }
                 },
@@ -410,10 +408,10 @@ impl Driver {
                         (wishes.close.clone(), wishes.goaway.take())
                     };
                     if let Some(frame) = goaway.as_ref().and_then(control::encode_goaway) {
-                        write_control(&session, &mut control.send, frame).await;
+                        Box::pin(write_control(&session, &mut control.send, frame)).await;
                     }
                     if let Some(reason) = close {
-                        close_gracefully(&session, control, reason).await;
+                        Box::pin(close_gracefully(&session, control, reason)).await;
                         let error = conn.closed().await;
                         return Outcome::Over(session.reason_for(&error));
                     }
@@ -423,9 +421,9 @@ impl Driver {
                 },
                 () = at(confirm_at) => {
                     confirm_at = None;
-                    confirm(&session, &mut control.send).await;
+                    Box::pin(confirm(&session, &mut control.send)).await;
                 },
-                link = comeback.replaced() => return Outcome::Replaced(Box::new(link)),
+                link = comeback.replaced() => return Outcome::Replaced(link),
                 () = at(move_at) => {
                     let reason = CloseReason::new(
                         CloseCode::MOVED,
@@ -433,9 +431,11 @@ impl Driver {
                         Side::Transport,
                     );
                     session.finish_channels_because(&reason);
-                    return self.leave(control, channels, reason).await;
+                    return Box::pin(self.leave(control, channels, reason)).await;
                 },
-                frame = self.lifetime.next() => write_control(&session, &mut control.send, frame).await,
+                frame = self.lifetime.next() => {
+                    Box::pin(write_control(&session, &mut control.send, frame)).await;
+                }
                 Some(ended) = channels.join_next() => reap(&session, ended),
             }
         }
@@ -489,6 +489,31 @@ impl Driver {
     }
 }
 
+/// Permits the peer all the streams that its channels may need.
+fn permit_all(session: &Session, conn: &quinn::Connection) {
+    // The control stream takes one of the client's.
+    let most = session.limits.channels;
+    let most = most.saturating_add(u32::from(!session.client));
+    conn.set_max_concurrent_bi_streams(most.into());
+}
+
+/// Ends a connection because of what came on the control stream.
+async fn take_leave(session: &Session, conn: &quinn::Connection, reason: CloseReason) -> Outcome {
+    if reason.by == Side::Peer {
+        // The peer has flushed its channels and leaves the last word to us. What we have queued gets a moment
+        // too; a peer that no longer reads cannot hold us up.
+        session.finish_channels();
+        session.channels_done(session.timeouts.close / 5).await;
+        let (code, text) = (reason.code.varint(), reason.text.clone());
+        session.end.set(reason);
+        conn.close(code, text.as_bytes());
+    } else {
+        session.abort(reason);
+    }
+    let error = conn.closed().await;
+    Outcome::Over(session.reason_for(&error))
+}
+
 /// Tells the peer what it need not keep any more.
 async fn confirm(session: &Session, send: &mut quinn::SendStream) {
     let confirms = session.take_confirms();
@@ -513,7 +538,8 @@ fn reap(session: &Session, ended: Result<(), tokio::task::JoinError>) {
 /// Waits for a point in time, or for ever.
 async fn at(time: Option<Instant>) {
     match time {
-        Some(time) => tokio::time::sleep_until(time).await,
+        // In a box, because mostly there is nothing to wait for.
+        Some(time) => Box::pin(tokio::time::sleep_until(time)).await,
         None => std::future::pending().await,
     }
 }

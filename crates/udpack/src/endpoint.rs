@@ -12,9 +12,10 @@ use quinn::{
 };
 
 use crate::config::{
-    CongestionControl, DATAGRAMS_IN, DATAGRAMS_OUT, Limits, PREAUTH_BYTES, PREAUTH_STREAMS,
-    Timeouts, VOLATILE_STREAMS,
+    CongestionControl, DATAGRAMS_IN, DATAGRAMS_OUT, FEW_STREAMS, Limits, PREAUTH_BYTES,
+    PREAUTH_STREAMS, Timeouts, VOLATILE_STREAMS,
 };
+use crate::congestion::ModelConfig;
 use crate::udp::{self, MOST_PAYLOAD};
 use crate::windows;
 
@@ -106,7 +107,7 @@ fn ack_frequency() -> AckFrequencyConfig {
 const INITIAL_RTT: Duration = Duration::from_millis(100);
 
 /// The QUIC settings of one side, for a path whose first link takes UDP payloads of `payload` bytes. A server
-/// starts small and grants more on admission.
+/// starts small and grants more on admission; both permit a few streams until these are used.
 pub(crate) fn transport(
     limits: &Limits,
     timeouts: &Timeouts,
@@ -131,7 +132,8 @@ pub(crate) fn transport(
         ));
     }
     let factory: Arc<dyn ControllerFactory + Send + Sync> = match congestion {
-        CongestionControl::Auto | CongestionControl::Cubic => Arc::new(CubicConfig::default()),
+        CongestionControl::Auto => Arc::new(ModelConfig),
+        CongestionControl::Cubic => Arc::new(CubicConfig::default()),
         CongestionControl::Bbr => Arc::new(BbrConfig::default()),
         CongestionControl::NewReno => Arc::new(NewRenoConfig::default()),
     };
@@ -139,7 +141,8 @@ pub(crate) fn transport(
         let streams = PREAUTH_STREAMS.min(limits.channels.saturating_add(1));
         (u64::from(PREAUTH_BYTES), streams, 0)
     } else {
-        (windows::first(limits, 1), limits.channels, VOLATILE_STREAMS)
+        let streams = FEW_STREAMS.min(limits.channels);
+        (windows::first(limits, 1), streams, VOLATILE_STREAMS)
     };
     transport
         .max_idle_timeout(Some(idle))

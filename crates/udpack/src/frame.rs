@@ -4,6 +4,8 @@
 //! begins. A length is a peer's claim, so it is checked before any memory depends on it, and memory
 //! then follows the bytes that really came. What a frame holds is `message`'s business.
 
+use std::collections::VecDeque;
+
 use crate::code::CloseCode;
 use bytes::{Buf, Bytes, BytesMut};
 
@@ -61,6 +63,8 @@ pub struct FrameDecoder {
     need: Option<usize>,
     /// What came of that frame in earlier chunks.
     body: BytesMut,
+    /// Memory of large frames that were given out, oldest first, to be used again once nobody has them any more.
+    given: VecDeque<BytesMut>,
 }
 
 impl FrameDecoder {
@@ -73,7 +77,19 @@ impl FrameDecoder {
             prefix_len: 0,
             need: None,
             body: BytesMut::new(),
+            given: VecDeque::new(),
         }
+    }
+
+    /// Nothing more is here to be decoded. Lets go of memory that is only kept to be used again: all of it between
+    /// frames, all but one piece within a frame.
+    pub(crate) fn rest(&mut self) {
+        if self.held() == 0 {
+            self.given = VecDeque::new();
+        }
+        let mut one = false;
+        self.given
+            .retain_mut(|given| !given.try_reclaim(LARGE) || !std::mem::replace(&mut one, true));
     }
 
     /// Changes the limit for every frame whose prefix was not accepted yet.
@@ -101,7 +117,23 @@ impl FrameDecoder {
     /// # Errors
     ///
     /// [`FrameError::Empty`] and [`FrameError::TooLarge`], as soon as the prefix is complete.
+    #[inline]
     pub fn next_frame(&mut self) -> Result<Option<Bytes>, FrameError> {
+        if self.prefix_len == 0
+            && let Some(prefix) = self.chunk.first_chunk::<PREFIX>()
+        {
+            let need = self.accept(*prefix)?;
+            if self.chunk.len() - PREFIX >= need {
+                let mut body = self.chunk.split_to(PREFIX + need);
+                body.advance(PREFIX);
+                return Ok(Some(body));
+            }
+        }
+        self.next_in_pieces()
+    }
+
+    /// The next frame, which does not lie whole in the chunk.
+    fn next_in_pieces(&mut self) -> Result<Option<Bytes>, FrameError> {
         let need = match self.need {
             Some(need) => need,
             None => {
@@ -123,9 +155,31 @@ impl FrameDecoder {
         if self.body.len() < need {
             return Ok(None);
         }
-        let body = std::mem::take(&mut self.body).freeze();
+        let body = self.give_out();
         self.start_over();
         Ok(Some(body))
+    }
+
+    fn give_out(&mut self) -> Bytes {
+        if self.body.len() < LARGE {
+            return std::mem::take(&mut self.body).freeze();
+        }
+        let body = self.body.split().freeze();
+        if self.given.len() >= KEPT {
+            self.given.pop_front();
+        }
+        self.given.push_back(std::mem::take(&mut self.body));
+        body
+    }
+
+    /// The memory of an earlier frame, if that is large enough and nobody has it any more.
+    fn take_back(&mut self, need: usize) {
+        if let Some(oldest) = self.given.front_mut()
+            && oldest.try_reclaim(need)
+            && let Some(oldest) = self.given.pop_front()
+        {
+            self.body = oldest;
+        }
     }
 
     /// Bytes that were pushed and not returned. After [`next_frame`](Self::next_frame) returned
@@ -157,12 +211,18 @@ impl FrameDecoder {
         if self.prefix_len < PREFIX {
             return Ok(None);
         }
-        let len = u64::from(u32::from_be_bytes(self.prefix));
+        self.accept(self.prefix).map(Some)
+    }
+
+    /// The length that a prefix announces, if such a frame is accepted.
+    #[inline]
+    fn accept(&self, prefix: [u8; PREFIX]) -> Result<usize, FrameError> {
+        let len = u64::from(u32::from_be_bytes(prefix));
         if len == 0 {
             return Err(FrameError::Empty);
         }
         match usize::try_from(len) {
-            Ok(need) if need <= self.limit => Ok(Some(need)),
+            Ok(need) if need <= self.limit => Ok(need),
             _ => Err(FrameError::TooLarge {
                 len,
                 limit: self.limit as u64,
@@ -178,6 +238,9 @@ impl FrameDecoder {
         let have = self.body.len() + came;
         if have == 0 {
             return;
+        }
+        if self.body.capacity() == 0 && need >= LARGE {
+            self.take_back(need);
         }
         let room = if have >= need / 8 {
             need
@@ -205,6 +268,11 @@ impl FrameDecoder {
 
 /// Room made for the first bytes of a frame that comes in pieces.
 const FIRST_ROOM: usize = 4096;
+/// Size in bytes from which on a frame's memory is used again. Fresh pages of that size cost as much as copying
+/// into them does, and the system's allocator gives large blocks back at once.
+const LARGE: usize = 64 << 10;
+/// Frames given out whose memory is watched for.
+const KEPT: usize = 16;
 
 #[cfg(test)]
 mod tests;

@@ -58,6 +58,7 @@ struct State {
     completed: bool,
     /// Messages that the tally does not hold yet.
     uncounted: u64,
+    waiters: Arc<Waiters>,
     waker: Waker,
 }
 
@@ -151,6 +152,7 @@ impl Inbox {
             mark: 0,
             completed: false,
             uncounted: 0,
+            waiters: waiters.clone(),
             waker,
         };
         Self {
@@ -246,7 +248,7 @@ impl Inbox {
             return Poll::Ready(Ok(message));
         }
         loop {
-            match std::task::ready!(self.poll_step(cx, &mut state, session, counters)) {
+            match std::task::ready!(state.poll_step(cx, session, counters)) {
                 Step::Message(message) => {
                     state.handed_out(&message, serve);
                     return Poll::Ready(Ok(message));
@@ -282,7 +284,7 @@ impl Inbox {
             if let Some(full) = state.backlog_full(session) {
                 return Poll::Ready(Err(full));
             }
-            match std::task::ready!(self.poll_step(cx, &mut state, session, counters)) {
+            match std::task::ready!(state.poll_step(cx, session, counters)) {
                 Step::Message(message) => {
                     state.put_back(message);
                     self.waiters.wake_by_ref();
@@ -296,22 +298,6 @@ impl Inbox {
         }
     }
 
-    /// One step; when there is nothing to do yet, the caller is among those to be woken.
-    fn poll_step(
-        &self,
-        cx: &mut Context<'_>,
-        state: &mut State,
-        session: &Session,
-        counters: &Counters,
-    ) -> Poll<Step> {
-        if let Poll::Ready(step) = state.poll_step(session, counters) {
-            return Poll::Ready(step);
-        }
-        // A wake-up between the look above and this line would be lost: look again.
-        self.waiters.add(cx.waker());
-        state.poll_step(session, counters)
-    }
-
     /// The first frame of a stream, whatever it is.
     pub(crate) fn poll_first(
         &self,
@@ -320,8 +306,7 @@ impl Inbox {
         counters: &Counters,
     ) -> Poll<Result<Message, Ending>> {
         let mut state = lock(&self.state);
-        self.waiters.add(cx.waker());
-        state.poll_decoded(session, counters)
+        state.poll_decoded(cx, session, counters)
     }
 
     /// The end of the receiving direction, for somebody who does not read: messages before it wait in the
@@ -399,9 +384,14 @@ impl State {
     }
 
     /// Decodes the next message and files what belongs to the protocol.
-    fn poll_step(&mut self, session: &Session, counters: &Counters) -> Poll<Step> {
+    fn poll_step(
+        &mut self,
+        cx: &mut Context<'_>,
+        session: &Session,
+        counters: &Counters,
+    ) -> Poll<Step> {
         loop {
-            let polled = self.poll_decoded(session, counters);
+            let polled = self.poll_decoded(cx, session, counters);
             self.count(session, matches!(polled, Poll::Ready(Ok(_))));
             let message = match std::task::ready!(polled) {
                 Ok(message) => message,
@@ -485,6 +475,7 @@ impl State {
 
     fn poll_decoded(
         &mut self,
+        cx: &mut Context<'_>,
         session: &Session,
         counters: &Counters,
     ) -> Poll<Result<Message, Ending>> {
@@ -517,6 +508,8 @@ impl State {
                 self.decoder.push(chunk);
                 continue;
             }
+            // Before QUIC is asked: what comes right after it said no wakes those who are known by then.
+            self.waiters.add(cx.waker());
             match self.poll_read(session) {
                 Poll::Ready(Ok(0)) => {
                     let end = match (self.decoder.finish(), self.on_finish.take()) {
@@ -605,6 +598,7 @@ impl State {
             Some(_) => whole / 2,
             None => whole,
         };
+        self.decoder.rest();
         if self.decoder.held() == 0 {
             self.timer = None;
             return Poll::Pending;

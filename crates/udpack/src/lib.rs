@@ -109,15 +109,20 @@
 //! # Features
 //! - `derive` (on by default): `#[derive(Event)]`.
 //! - `testing`: the module `testing`, a network in memory for tests.
+//! - `bench`: for this repository's benchmarks alone.
 #![warn(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod auth;
+#[cfg(feature = "bench")]
+#[doc(hidden)]
+pub mod bench;
 mod calls;
 mod channel;
 mod client;
 mod code;
 mod config;
+mod congestion;
 mod control;
 mod driver;
 mod endpoint;

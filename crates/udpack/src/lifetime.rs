@@ -7,13 +7,14 @@
 use std::fmt;
 use std::future::{Future, pending};
 use std::panic::AssertUnwindSafe;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use tokio::sync::{Notify, OwnedMutexGuard, oneshot, watch};
+use tokio::sync::{Notify, OwnedMutexGuard, oneshot};
 use tokio::time::Instant;
 
 use crate::auth::{Authenticate, Deny, Hello, Peer, Penalties};
@@ -193,7 +194,8 @@ pub(crate) struct Life {
     guard: OnceLock<Arc<Guard>>,
     /// Set at a client that looks after its token by itself.
     source: OnceLock<TokenSource>,
-    term: watch::Sender<Term>,
+    term: Mutex<Term>,
+    renewed: Notify,
     /// Channels that the peer opened, to be looked at again after a refresh; the gone ones are swept as it grows.
     channels: Mutex<Vec<WeakChannel>>,
     /// At a client: one refresh at a time, from its being queued to its answer.
@@ -242,15 +244,16 @@ impl Life {
     /// The token counts for this long from now, or for ever.
     pub(crate) fn counts_for(&self, left: Option<Duration>) {
         let now = Instant::now();
-        self.term.send_replace(Term {
+        *lock(&self.term) = Term {
             since: Some(now),
             until: left.and_then(|left| now.checked_add(left)),
-        });
+        };
+        self.renewed.notify_waiters();
     }
 
     /// How long the token still counts, if it has an end.
     pub(crate) fn time_left(&self) -> Option<Duration> {
-        let until = self.term.borrow().until?;
+        let until = lock(&self.term).until?;
         Some(until.saturating_duration_since(Instant::now()))
     }
 
@@ -476,12 +479,14 @@ impl Lifetime {
 
 /// Closes the session when its token ends.
 async fn end_in_time(session: &Session) {
-    let mut term = session.life.term.subscribe();
+    let life = &session.life;
     loop {
-        let until = term.borrow_and_update().until;
+        let mut renewed = pin!(life.renewed.notified());
+        renewed.as_mut().enable();
+        let until = lock(&life.term).until;
         tokio::select! {
             () = sleep_until(until) => break,
-            _ = term.changed() => {}
+            () = renewed => {}
         }
     }
     session.abort(ended());
@@ -523,7 +528,9 @@ async fn verify_refreshes(session: &Session, guard: &Guard) {
     let mut rate = Rate::new(REFRESH_RATE);
     loop {
         let (token, round) = session.life.next_asked().await;
-        let refreshed = match verify_refresh(session, guard, &mut rate, token).await {
+        // In a box, because most sockets never need the room.
+        let verified = Box::pin(verify_refresh(session, guard, &mut rate, token));
+        let refreshed = match verified.await {
             Ok(expires) => {
                 session.tally.one(Count::Refreshed);
                 Refreshed::Accepted { expires }
@@ -581,19 +588,19 @@ async fn verify_refresh(
 
 /// Presents a new token of the client's source whenever two thirds of the old one's time are over.
 async fn keep_fresh(session: &Session, source: &TokenSource) {
-    let mut term = session.life.term.subscribe();
+    let life = &session.life;
     loop {
-        let now = *term.borrow_and_update();
+        let mut renewed = pin!(life.renewed.notified());
+        renewed.as_mut().enable();
+        let now = *lock(&life.term);
         let (Some(since), Some(until)) = (now.since, now.until) else {
-            if term.changed().await.is_err() {
-                return;
-            }
+            renewed.await;
             continue;
         };
         let mut at = since + two_thirds(until - since).max(REFRESH_PAUSE);
         loop {
             tokio::select! {
-                _ = term.changed() => break,
+                () = &mut renewed => break,
                 () = tokio::time::sleep_until(at) => {}
             }
             let fresh = async {
@@ -623,7 +630,7 @@ fn two_thirds(time: Duration) -> Duration {
 
 async fn sleep_until(at: Option<Instant>) {
     match at {
-        Some(at) => tokio::time::sleep_until(at).await,
+        Some(at) => Box::pin(tokio::time::sleep_until(at)).await,
         None => pending().await,
     }
 }

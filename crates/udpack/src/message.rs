@@ -7,7 +7,6 @@
 
 use std::fmt;
 use std::io;
-use std::ops::Range;
 use std::str;
 use std::time::Duration;
 
@@ -28,10 +27,16 @@ use crate::msgpack::{
 #[derive(Clone)]
 pub struct Message {
     body: Bytes,
-    event: Range<usize>,
-    data: Range<usize>,
-    id: Option<u64>,
-    deadline_ms: Option<u64>,
+    /// Where the data ends; it begins where the event does.
+    data_end: usize,
+    /// Read only where there are so many values.
+    id: u64,
+    deadline_ms: u64,
+    /// Where the event begins, and its length: 10 and 128 bytes at most.
+    event_at: u8,
+    event_len: u8,
+    /// How many values the message has.
+    values: u8,
 }
 
 /// Why the body of a frame is not a message.
@@ -95,70 +100,88 @@ impl Message {
             Head::Array(arity) => Some(arity),
             _ => None,
         };
-        if !matches!(arity, Some(2..=4)) {
+        let Some(values @ 2..=4) = arity else {
             // Bytes that are not even MessagePack are the graver fault: look for that first.
             validate_within(&body, shape)?;
             return Err(MessageError::Shape { arity });
-        }
-        let event = walk.value()?;
-        let data_start = body.len() - walk.left();
-        walk.value()?;
-        let data = data_start..body.len() - walk.left();
-        let id = match arity {
-            Some(3 | 4) => Some(walk.value()?),
-            _ => None,
         };
-        let deadline = match arity {
-            Some(4) => Some(walk.value()?),
-            _ => None,
-        };
-        walk.end()?;
-
-        let Head::Str(name) = Reader::new(event).head()? else {
+        let Head::Str(name) = walk.enter()? else {
+            validate_within(&body, shape)?;
             return Err(MessageError::EventNotString);
         };
-        check_name(str::from_utf8(name).map_err(|_| MsgpackError::Utf8)?)
-            .map_err(MessageError::Event)?;
-        let event = data.start - name.len()..data.start;
-        if deadline.is_some() && name.first() == Some(&RESERVED) {
+        let data_start = body.len() - walk.left();
+        walk.value()?;
+        let data_end = body.len() - walk.left();
+        let mut numbers = [None; 2];
+        for number in numbers.iter_mut().take(values - 2) {
+            *number = Some(walk.value()?);
+        }
+        walk.end()?;
+
+        check_name_bytes(name)?;
+        if values == 4 && name.first() == Some(&RESERVED) {
             return Err(MessageError::Shape { arity });
         }
         let number = |value: Option<&[u8]>, error| match value {
-            None => Ok(None),
+            None => Ok(0),
             Some(value) => match Reader::new(value).head()? {
-                Head::Uint(number) => Ok(Some(number)),
+                Head::Uint(number) => Ok(number),
                 _ => Err(error),
             },
         };
+        let [id, deadline] = numbers;
         let id = number(id, MessageError::Id)?;
         let deadline_ms = number(deadline, MessageError::Deadline)?;
+        // Name and head are small by now.
+        let small = |number: usize| u8::try_from(number).unwrap_or(u8::MAX);
+        let (event_at, event_len) = (small(data_start - name.len()), small(name.len()));
+        let values = small(values);
         Ok(Self {
-            body,
-            event,
-            data,
+            data_end,
             id,
             deadline_ms,
+            event_at,
+            event_len,
+            values,
+            body,
         })
     }
 
     /// Names what happened.
     pub fn event(&self) -> &str {
-        str::from_utf8(&self.body[self.event.clone()]).expect("decode checked the event")
+        str::from_utf8(self.name()).expect("decode checked the event")
+    }
+
+    #[inline]
+    fn name(&self) -> &[u8] {
+        &self.body[usize::from(self.event_at)..self.data_start()]
+    }
+
+    #[inline]
+    fn data_start(&self) -> usize {
+        usize::from(self.event_at) + usize::from(self.event_len)
+    }
+
+    #[inline]
+    fn data_bytes(&self) -> &[u8] {
+        &self.body[self.data_start()..self.data_end]
     }
 
     /// The number that an answer must carry, if this is a request or an answer.
+    #[inline]
     pub fn id(&self) -> Option<u64> {
-        self.id
+        (self.values > 2).then_some(self.id)
     }
 
     /// How long the asker waits for the answer, from when it sent the request, if it says so.
     pub fn deadline(&self) -> Option<Duration> {
-        self.deadline_ms.map(Duration::from_millis)
+        (self.values > 3).then(|| Duration::from_millis(self.deadline_ms))
     }
 
     /// Whether the event belongs to the protocol, not to the application.
+    #[inline]
     pub fn is_reserved(&self) -> bool {
-        self.body[self.event.clone()].first() == Some(&RESERVED)
+        self.name().first() == Some(&RESERVED)
     }
 
     /// What a `$gap` says: messages of a room that were lost on the way here. The one event of the protocol that
@@ -169,7 +192,7 @@ impl Message {
 
     /// The data as the MessagePack that came: a slice of the frame, not a copy.
     pub fn raw(&self) -> Bytes {
-        self.body.slice(self.data.clone())
+        self.body.slice(self.data_start()..self.data_end)
     }
 
     /// Reads the data as a `T`, which may borrow from the message.
@@ -181,7 +204,7 @@ impl Message {
     ///
     /// [`DecodeError`] if the data is not exactly one `T`.
     pub fn data<'a, T: Deserialize<'a>>(&'a self) -> Result<T, DecodeError> {
-        decode_data(&self.body[self.data.clone()])
+        decode_data(self.data_bytes())
     }
 
     /// Reads the data as a map with exact types, as the protocol's own messages are read.
@@ -190,7 +213,7 @@ impl Message {
     ///
     /// What [`Fields::parse`] refuses.
     pub fn fields(&self) -> Result<Fields<'_>, FieldError> {
-        Fields::parse(&self.body[self.data.clone()])
+        Fields::parse(self.data_bytes())
     }
 
     /// Takes a binary field of the data as a slice of the frame, not a copy.
@@ -213,8 +236,8 @@ impl fmt::Debug for Message {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Message")
             .field("event", &self.event())
-            .field("id", &self.id)
-            .field("data_len", &self.data.len())
+            .field("id", &self.id())
+            .field("data_len", &self.data_bytes().len())
             .finish()
     }
 }
@@ -265,14 +288,36 @@ pub enum NameError {
 /// # Errors
 ///
 /// The first rule that the name breaks.
+#[inline]
 pub(crate) fn check_name(name: &str) -> Result<(), NameError> {
+    if is_plain(name.as_bytes()) {
+        return Ok(());
+    }
+    check_odd_name(name)
+}
+
+/// As [`check_name`], for the event of a message that came.
+#[inline]
+fn check_name_bytes(name: &[u8]) -> Result<(), MessageError> {
+    if is_plain(name) {
+        return Ok(());
+    }
+    let name = str::from_utf8(name).map_err(|_| MsgpackError::Utf8)?;
+    check_odd_name(name).map_err(MessageError::Event)
+}
+
+/// Whether this is a proper name of printable ASCII, as most are.
+#[inline]
+fn is_plain(name: &[u8]) -> bool {
+    matches!(name.len(), 1..=MAX_NAME) && name.iter().all(|byte| matches!(byte, b' '..=b'~'))
+}
+
+#[cold]
+fn check_odd_name(name: &str) -> Result<(), NameError> {
     match name.len() {
         0 => return Err(NameError::Empty),
         1..=MAX_NAME => {}
         len => return Err(NameError::TooLong(len)),
-    }
-    if name.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
-        return Ok(());
     }
     match name.chars().find(|char| char.is_control()) {
         None => Ok(()),
@@ -516,36 +561,52 @@ struct Draft<'a> {
 
 impl<'a> Draft<'a> {
     /// Begins a message of `arity` values with its prefix, array head and event.
+    #[inline]
     fn new(
         buf: &'a mut BytesMut,
         event: &str,
-        arity: u32,
+        arity: u8,
         limit: usize,
     ) -> Result<Self, EncodeError> {
         check_name(event).map_err(EncodeError::Name)?;
         let start = buf.len();
-        buf.put_bytes(0, PREFIX);
-        let mut draft = Self {
+        // In one piece: the room for the prefix, a short array's head, and that of a name of at most 128 bytes.
+        let mut head = [0, 0, 0, 0, ARRAY | arity, STR8, 0];
+        let (head, name) = match u8::try_from(event.len()) {
+            Ok(len @ 0..32) => {
+                head[PREFIX + 1] = STR | len;
+                (&head[..PREFIX + 2], event.as_bytes())
+            }
+            len => {
+                head[PREFIX + 2] = len.unwrap_or(u8::MAX);
+                (&head[..], event.as_bytes())
+            }
+        };
+        let whole = head.len() + name.len();
+        buf.reserve(whole);
+        buf.extend_from_slice(head);
+        buf.extend_from_slice(name);
+        Ok(Self {
             buf,
             start,
-            size: 0,
+            size: whole - PREFIX,
             limit: limit.min(u32::MAX as usize),
             sealed: false,
-        };
-        rmp::encode::write_array_len(&mut draft, arity).map_err(write_failed)?;
-        rmp::encode::write_str(&mut draft, event).map_err(write_failed)?;
-        Ok(draft)
+        })
     }
 
+    #[inline]
     fn data<T: Serialize + ?Sized>(&mut self, data: &T) -> Result<(), EncodeError> {
         rmp_serde::encode::write_named(self, data).map_err(EncodeError::Serialize)
     }
 
+    #[inline]
     fn body(&self) -> &[u8] {
         &self.buf[self.start + PREFIX..]
     }
 
     /// Checks that the body so far and `more` bytes are within the limit.
+    #[inline]
     fn fits(&self, more: usize) -> Result<(), EncodeError> {
         match self.size.checked_add(more) {
             Some(size) if size <= self.limit => Ok(()),
@@ -603,6 +664,7 @@ impl<'a> Draft<'a> {
 
     /// Fills in the prefix of a frame of which `more` bytes follow the buffer; returns the whole
     /// frame's length.
+    #[inline]
     fn seal(mut self, more: usize) -> Result<usize, EncodeError> {
         let len = self.size + more;
         let prefix = u32::try_from(len).map_err(|_| self.too_large(more))?;
@@ -613,6 +675,7 @@ impl<'a> Draft<'a> {
 }
 
 impl io::Write for Draft<'_> {
+    #[inline]
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.size = self.size.saturating_add(bytes.len());
         if self.size <= self.limit {
@@ -621,12 +684,19 @@ impl io::Write for Draft<'_> {
         Ok(bytes.len())
     }
 
+    #[inline]
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.write(bytes).map(|_| ())
+    }
+
+    #[inline]
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
 }
 
 impl Drop for Draft<'_> {
+    #[inline]
     fn drop(&mut self) {
         if !self.sealed {
             self.buf.truncate(self.start);
@@ -662,7 +732,13 @@ const SERDE_DEPTH: usize = 64;
 
 const MAP16: u8 = 0xde;
 
-const ARRAY_OF_4: u8 = 0x94;
+const ARRAY: u8 = 0x90;
+
+const ARRAY_OF_4: u8 = ARRAY | 4;
+
+const STR: u8 = 0xa0;
+
+const STR8: u8 = 0xd9;
 
 #[cfg(test)]
 mod tests;

@@ -136,7 +136,7 @@ impl Words {
     }
 }
 
-/// Counters of one code table each, made when first needed: most stay empty on most sockets.
+/// Counters of one code table each, made when first needed: most stay empty.
 #[derive(Debug, Default)]
 struct Table(OnceLock<Box<[AtomicU64]>>);
 
@@ -169,11 +169,17 @@ impl Table {
 #[derive(Debug)]
 pub(crate) struct Tally {
     counts: [AtomicU64; COUNTS],
+    tables: OnceLock<Box<Tables>>,
+    parent: Option<Arc<Self>>,
+}
+
+/// What is counted by word or by code; made when first needed.
+#[derive(Debug, Default)]
+struct Tables {
     words: [Table; WORDS.len()],
     refused: Table,
     closed: [Table; SIDES.len()],
     channels_closed: [Table; SIDES.len()],
-    parent: Option<Arc<Self>>,
 }
 
 impl Tally {
@@ -188,12 +194,13 @@ impl Tally {
     fn make(parent: Option<Arc<Self>>) -> Arc<Self> {
         Arc::new(Self {
             counts: [const { AtomicU64::new(0) }; COUNTS],
-            words: Default::default(),
-            refused: Table::default(),
-            closed: Default::default(),
-            channels_closed: Default::default(),
+            tables: OnceLock::new(),
             parent,
         })
+    }
+
+    fn tables(&self) -> &Tables {
+        self.tables.get_or_init(Box::default)
     }
 
     /// This tally and those it counts into.
@@ -233,7 +240,7 @@ impl Tally {
     /// A connection was refused after its handshake.
     pub(crate) fn refused(&self, code: CloseCode) {
         for tally in self.each() {
-            tally.refused.add(CODES, place(code));
+            tally.tables().refused.add(CODES, place(code));
         }
     }
 
@@ -245,7 +252,7 @@ impl Tally {
             _ => {}
         }
         for tally in self.each() {
-            if let Some(table) = tally.closed.get(reason.by as usize) {
+            if let Some(table) = tally.tables().closed.get(reason.by as usize) {
                 table.add(CODES, place(reason.code));
             }
         }
@@ -254,7 +261,7 @@ impl Tally {
     /// A channel ended.
     pub(crate) fn channel_closed(&self, reason: &CloseReason) {
         for tally in self.each() {
-            if let Some(table) = tally.channels_closed.get(reason.by as usize) {
+            if let Some(table) = tally.tables().channels_closed.get(reason.by as usize) {
                 table.add(CODES, place(reason.code));
             }
         }
@@ -266,7 +273,7 @@ impl Tally {
         let last = known.len() - 1;
         let at = known.iter().position(|known| *known == word);
         for tally in self.each() {
-            if let Some(table) = tally.words.get(what as usize) {
+            if let Some(table) = tally.tables().words.get(what as usize) {
                 table.add(known.len(), at.unwrap_or(last));
             }
         }
@@ -283,16 +290,18 @@ impl Tally {
 
     /// Connections refused so far, before or after their handshake.
     pub(crate) fn all_refused(&self) -> u64 {
-        let knocks = self.words.get(Words::Knocks as usize);
+        let tables = self.tables();
+        let knocks = tables.words.get(Words::Knocks as usize);
         let knocks = knocks.into_iter().flat_map(|table| table.read(|_| ""));
-        let refused = self.refused.read(|_| "");
+        let refused = tables.refused.read(|_| "");
         knocks.chain(refused).map(|(_, count)| count).sum()
     }
 
     pub(crate) fn metrics(&self, stats: Stats) -> Metrics {
+        let tables = self.tables();
         let words = |what: Words| {
             let name = |at: usize| what.known().get(at).copied().unwrap_or("other");
-            let table = self.words.get(what as usize);
+            let table = tables.words.get(what as usize);
             table
                 .into_iter()
                 .flat_map(|table| table.read(name))
@@ -310,9 +319,9 @@ impl Tally {
         };
         Metrics {
             knocks_refused: words(Words::Knocks),
-            refused: self.refused.read(code_name).collect(),
-            closed: ends(&self.closed),
-            channels_closed: ends(&self.channels_closed),
+            refused: tables.refused.read(code_name).collect(),
+            closed: ends(&tables.closed),
+            channels_closed: ends(&tables.channels_closed),
             faults_sent: words(Words::FaultsSent),
             faults_received: words(Words::FaultsReceived),
             resumes_refused: words(Words::ResumesRefused),

@@ -2,14 +2,18 @@
 //!
 //! A message is encoded straight into the queue, so it is either queued whole or not at all, whatever
 //! happens to the future that queued it. The writer takes what has gathered and hands it to QUIC in one go:
-//! many small sends share packets without any timer.
+//! many small sends share packets without any timer. Only what follows upon something heard from the peer, an
+//! answer or the next question, its sender writes itself: somebody waits for it, and it saves a task's wake-up.
 //!
 //! The queue of a resumable channel keeps what was written until the peer has confirmed it, counts it against
 //! the same bounds, and repeats it on the channel's next stream. Its writer ends with each connection.
 
 use std::collections::{BTreeSet, VecDeque};
+use std::future::Future;
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Waker};
 
 use bytes::{Bytes, BytesMut};
 use serde::Serialize;
@@ -18,13 +22,16 @@ use tokio::sync::Notify;
 use crate::code::CloseReason;
 use crate::config::Priority;
 use crate::message::{self, EncodeError, Encoded};
+use crate::metrics::{Count, Tally};
 use crate::overflow::{Overflow, Overflowing, Push, Tag};
 use crate::resume::{Mismatch, Retained};
 use crate::rooms::Seat;
 use crate::session::lock;
+use crate::speed::Counters;
 
-/// Small messages gather up to about this size before a new buffer is begun.
-const SEGMENT: usize = 32 << 10;
+/// Small messages gather up to about this size before a new buffer is begun: large, because QUIC looks through
+/// all buffers that are not acknowledged for each packet; less than a turn, which would be cut in two.
+const SEGMENT: usize = TURN - COPY_LIMIT;
 /// Buffers handed to QUIC in one call.
 pub(crate) const BATCH: usize = 16;
 /// Bytes that one channel hands over before the others of its connection get their turn.
@@ -46,6 +53,8 @@ pub(crate) struct Outbox {
     max_bytes: usize,
     max_messages: usize,
     pub(crate) priority: Priority,
+    counters: Arc<Counters>,
+    tally: Arc<Tally>,
 }
 
 #[derive(Debug)]
@@ -63,6 +72,10 @@ struct State {
     seat: Option<Seat>,
     /// The writer sleeps and wants to be woken.
     idle: bool,
+    /// Its stream meanwhile, of the present epoch.
+    lent: Option<quinn::SendStream>,
+    /// Bytes that had come from the peer when a sender last wrote to it.
+    heard: u64,
     phase: Phase,
     /// Why nothing more is taken, where the application did not ask for it.
     why: Option<CloseReason>,
@@ -162,6 +175,8 @@ impl Outbox {
         max_messages: usize,
         priority: Priority,
         budget: Option<Arc<Budget>>,
+        counters: Arc<Counters>,
+        tally: Arc<Tally>,
     ) -> Arc<Self> {
         Arc::new(Self {
             state: Mutex::new(State {
@@ -174,6 +189,8 @@ impl Outbox {
                 overflow: Overflowing::default(),
                 seat: None,
                 idle: false,
+                lent: None,
+                heard: 0,
                 phase: Phase::Open,
                 why: None,
                 keep: budget.map(|budget| Keep {
@@ -191,6 +208,8 @@ impl Outbox {
             max_bytes,
             max_messages,
             priority,
+            counters,
+            tally,
         })
     }
 
@@ -323,8 +342,53 @@ impl Outbox {
             return Ok(false);
         }
         push(&mut state).map_err(PushError::Encode)?;
-        self.wake(&mut state);
+        if !self.write_now(&mut state) {
+            self.wake(&mut state);
+        }
         Ok(true)
+    }
+
+    /// Writes the one small message in the queue to the sleeping writer's stream, if something was heard from the
+    /// peer since this was last done. `false`: what is left is the writer's.
+    fn write_now(&self, state: &mut State) -> bool {
+        let (_, heard) = self.counters.totals();
+        let Some(stream) = &mut state.lent else {
+            return false;
+        };
+        if heard == state.heard
+            || self.priority == Priority::Bulk
+            || state.tail_messages != 1
+            || state.tail.len() > COPY_LIMIT
+            || !state.segments.is_empty()
+        {
+            return false;
+        }
+        state.heard = heard;
+        state.tail_messages = 0;
+        let mut bytes = std::mem::take(&mut state.tail).freeze();
+        let mut chunk = [bytes.clone()];
+        // Whoever finds no room there, or an error, finds it again: the writer, with a waker.
+        let mut cx = Context::from_waker(Waker::noop());
+        let written = match pin!(stream.write_chunks(&mut chunk)).poll(&mut cx) {
+            Poll::Ready(Ok(written)) => bytes.split_to(written.bytes.min(bytes.len())),
+            Poll::Ready(Err(_)) | Poll::Pending => Bytes::new(),
+        };
+        let messages = usize::from(bytes.is_empty());
+        self.counters.sent(written.len() as u64);
+        self.tally.add(Count::MessagesSent, messages as u64);
+        match &mut state.keep {
+            Some(keep) if !written.is_empty() => keep.retained.push(written),
+            Some(_) => {}
+            None => {
+                state.queued_bytes = state.queued_bytes.saturating_sub(written.len());
+                state.queued_messages = state.queued_messages.saturating_sub(messages);
+            }
+        }
+        if bytes.is_empty() {
+            return true;
+        }
+        state.segments.push_back(Segment { bytes, messages: 1 });
+        false
     }
 
     /// Pushes as soon as there is room and everything is queued that came before. Dropping the future gives its
@@ -456,9 +520,10 @@ impl Outbox {
         state.keep = None;
         state.overflow = Overflowing::default();
         state.phase = Phase::Ended(result);
+        let lent = state.lent.take();
         let seat = state.seat.take();
         drop(state);
-        drop(seat);
+        drop((lent, seat));
         self.room.notify_waiters();
         self.ended.notify_waiters();
         self.work.notify_one();
@@ -494,6 +559,8 @@ impl Outbox {
     pub(crate) fn rewind(&self, received: u64) -> Result<(u64, bool), Mismatch> {
         let mut state = lock(&self.state);
         state.epoch += 1;
+        // Dropping it ends it, as its writer would.
+        state.lent = None;
         if let Some(keep) = &state.keep
             && received < keep.retained.confirmed()
         {
@@ -558,10 +625,25 @@ impl Outbox {
         (waits && !self.has_room(&state)).then(|| keep.retained.confirmed())
     }
 
-    pub(crate) fn take(&self, epoch: u64, batch: &mut Vec<Bytes>) -> Work {
+    /// The stream that the sleeping writer of this epoch has lent.
+    pub(crate) fn take_back(&self, epoch: u64) -> Option<quinn::SendStream> {
+        let mut state = lock(&self.state);
+        (state.epoch == epoch).then(|| state.lent.take()).flatten()
+    }
+
+    /// What the writer of this epoch is to do. While it sleeps, its stream is lent to the queue.
+    pub(crate) fn take(
+        &self,
+        epoch: u64,
+        stream: &mut Option<quinn::SendStream>,
+        batch: &mut Vec<Bytes>,
+    ) -> Work {
         let mut state = lock(&self.state);
         if state.epoch != epoch || matches!(state.phase, Phase::Ended(_)) {
             return Work::Gone;
+        }
+        if stream.is_none() {
+            *stream = state.lent.take();
         }
         let (mut bytes, mut messages) = (0, 0);
         while batch.len() < BATCH {
@@ -609,6 +691,7 @@ impl Outbox {
             }
             Phase::Open | Phase::Ended(_) => {
                 state.idle = true;
+                state.lent = stream.take();
                 Work::Idle
             }
         }

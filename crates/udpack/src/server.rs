@@ -20,8 +20,11 @@ use tracing::Instrument;
 use tracing::field::Empty;
 
 use crate::auth::{Authenticate, Deny, Hello, Peer, source};
+use crate::channel::Channel;
 use crate::code::{CloseCode, CloseReason, printable};
-use crate::config::{CongestionControl, Drain, Limits, PREAUTH_BYTES, Timeouts, VOLATILE_STREAMS};
+use crate::config::{
+    CongestionControl, Drain, FEW_STREAMS, Limits, PREAUTH_BYTES, Timeouts, VOLATILE_STREAMS,
+};
 use crate::control::{self, GoAway, ResumeGrant, ResumeTicket, Welcome};
 use crate::driver::{Awaited, Comeback, Control, Link, live};
 use crate::endpoint::{self, InvalidSetting, Via};
@@ -41,8 +44,6 @@ use crate::windows;
 
 /// Sockets that may wait for `accept`.
 const ACCEPT_QUEUE: usize = 128;
-/// Channels that may wait for `accept_channel`, a socket.
-pub(crate) const CHANNEL_QUEUE: usize = 64;
 
 /// A bound server. A handle: clones share one server; when the last is dropped, the server closes at once.
 ///
@@ -104,7 +105,7 @@ struct Shared {
 /// A session that a client may come back to.
 struct Kept {
     session: Arc<Session>,
-    links: mpsc::Sender<Link>,
+    links: mpsc::Sender<Box<Link>>,
 }
 
 /// The QUIC settings of accepted connections.
@@ -126,6 +127,8 @@ type SocketHandler = Arc<dyn Fn(Socket) -> BoxFuture<'static, ()> + Send + Sync>
 struct Sockets {
     admitted: HashMap<u64, Socket>,
     by_source: HashMap<IpAddr, usize>,
+    /// The sum of those.
+    places: usize,
     next: u64,
     /// The window that each socket began with.
     first: u64,
@@ -591,12 +594,47 @@ impl Drop for Handshake {
 
 /// One connection from its first packet to its end.
 async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handshake) {
+    // In a box, because the task needs the room only for this moment.
+    let Some(entered) = Box::pin(let_in(&shared, incoming, handshake)).await else {
+        return;
+    };
+    let Entered {
+        session,
+        control,
+        queue,
+        place,
+        key,
+    } = entered;
+    let comeback = shared.keep(&session);
+    let registry = shared.registry.clone();
+    let reason = live(session.clone(), control, registry, queue, comeback).await;
+    lock(&shared.kept).remove(session.id().as_str());
+    tracing::info!(%reason, "disconnected");
+    place.leave(key, &session);
+}
+
+/// A socket that was let in, with all that its task needs.
+struct Entered {
+    session: Arc<Session>,
+    control: Box<Control>,
+    queue: Option<mpsc::Sender<Channel>>,
+    place: Place,
+    key: u64,
+}
+
+/// A connection from its first packet to admission; `None` when it does not come to that, or belongs to a session
+/// that was there before.
+async fn let_in(
+    shared: &Arc<Shared>,
+    incoming: quinn::Incoming,
+    handshake: Handshake,
+) -> Option<Entered> {
     let connecting = match shared.accept(incoming) {
         Ok(connecting) => connecting,
         Err(error) => {
             shared.tally.one(Count::HandshakesFailed);
             tracing::debug!(%error, "handshake not begun");
-            return;
+            return None;
         }
     };
     let conn = match tokio::time::timeout(shared.timeouts.handshake, connecting).await {
@@ -604,12 +642,12 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
         Ok(Err(error)) => {
             shared.tally.one(Count::HandshakesFailed);
             tracing::debug!(%error, "handshake failed");
-            return;
+            return None;
         }
         Err(_) => {
             shared.tally.one(Count::HandshakesFailed);
             tracing::debug!("handshake took too long");
-            return;
+            return None;
         }
     };
     let session = Session::new(
@@ -621,21 +659,17 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
         Tally::child(shared.tally.clone()),
         None,
     );
-    let place = match Place::take(&shared, conn.remote_address().ip()) {
+    let place = match Place::take(shared, conn.remote_address().ip()) {
         Ok(place) => place,
         Err(text) => {
-            refuse(
-                &shared,
-                &session,
-                CloseReason::local(CloseCode::SERVER_BUSY, text),
-            )
-            .await;
-            return;
+            let reason = CloseReason::local(CloseCode::SERVER_BUSY, text);
+            refuse(shared, &session, reason).await;
+            return None;
         }
     };
     let admission = async {
         tokio::select! {
-            control = admit(&shared, &session) => control,
+            control = admit(shared, &session) => control,
             never = crate::volatile::discard(&conn) => match never {},
         }
     };
@@ -644,33 +678,28 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
         Ok(Ok(Admitted::New(control))) => control,
         Ok(Ok(Admitted::Back(control, links))) => {
             // From here on the connection is in the hands of the session's own task.
-            links.send(Link {
+            links.send(Box::new(Link {
                 conn,
                 endpoint: None,
                 control,
                 welcome: None,
-            });
-            return;
+            }));
+            return None;
         }
         Ok(Err(reason)) => {
-            refuse(&shared, &session, reason).await;
-            return;
+            refuse(shared, &session, reason).await;
+            return None;
         }
         Err(_) => {
             let text = format!("not authenticated within {:?}", shared.timeouts.auth);
-            refuse(
-                &shared,
-                &session,
-                CloseReason::local(CloseCode::AUTH_TIMEOUT, text),
-            )
-            .await;
-            return;
+            let reason = CloseReason::local(CloseCode::AUTH_TIMEOUT, text);
+            refuse(shared, &session, reason).await;
+            return None;
         }
     };
     drop(handshake);
     let _ = session.rooms.set(shared.rooms.clone());
-    let (queue, incoming) = mpsc::channel(CHANNEL_QUEUE);
-    let socket = Socket::new(session.clone(), incoming);
+    let (socket, queue) = Socket::new(session.clone(), shared.registry.pull);
     let key = place.enter(socket.clone());
     session.tally.one(Count::Admitted);
     session.tally.one(Count::Sockets);
@@ -683,8 +712,7 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
         let text = "too many sockets wait to be accepted";
         session.abort(CloseReason::local(CloseCode::SERVER_BUSY, text));
     }
-    let handler = shared.on_socket.as_ref().map(|handler| {
-        let handler = handler.clone();
+    if let Some(handler) = shared.on_socket.clone() {
         // Inside the block, because a handler may panic before it gives a future.
         let handler =
             std::panic::AssertUnwindSafe(async move { handler(socket).await }).catch_unwind();
@@ -701,29 +729,23 @@ async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handsh
                 }
             }
             .in_current_span(),
-        )
-    });
-    let comeback = shared.keep(&session);
-    let reason = live(
-        session.clone(),
+        );
+    }
+    Some(Entered {
+        session,
         control,
-        shared.registry.clone(),
         queue,
-        comeback,
-    )
-    .await;
-    lock(&shared.kept).remove(session.id().as_str());
-    tracing::info!(%reason, "disconnected");
-    drop(handler);
-    place.leave(key, &session);
+        place,
+        key,
+    })
 }
 
 /// A connection that was let in.
 enum Admitted {
     /// With a session of its own.
-    New(Control),
+    New(Box<Control>),
     /// For a session that was there before.
-    Back(Control, mpsc::OwnedPermit<Link>),
+    Back(Box<Control>, mpsc::OwnedPermit<Box<Link>>),
 }
 
 /// Reads `$hello`, asks the verifier, grants the windows and sends `$welcome`.
@@ -825,9 +847,10 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, Clos
     session.set_welcome(welcome);
     inbox.set_frame_limit(shared.limits.frame);
     // The control stream takes one of the slots.
-    conn.set_max_concurrent_bi_streams((shared.limits.channels.saturating_add(1)).into());
+    let few = FEW_STREAMS.min(shared.limits.channels.saturating_add(1));
+    conn.set_max_concurrent_bi_streams(few.into());
     conn.set_max_concurrent_uni_streams(VOLATILE_STREAMS.into());
-    let mut control = Control { send, inbox };
+    let mut control = Box::new(Control { send, inbox });
     let _ = control.send.set_priority(i32::MAX);
     control
         .send
@@ -865,7 +888,7 @@ impl Place {
     fn take(shared: &Arc<Shared>, address: IpAddr) -> Result<Self, String> {
         let source = source(address);
         let mut sockets = lock(&shared.sockets);
-        if sockets.by_source.values().sum::<usize>() >= shared.limits.sockets {
+        if sockets.places >= shared.limits.sockets {
             return Err(format!("all {} sockets are in use", shared.limits.sockets));
         }
         let mine = sockets.by_source.entry(source).or_default();
@@ -876,6 +899,7 @@ impl Place {
             ));
         }
         *mine += 1;
+        sockets.places += 1;
         Ok(Self {
             shared: shared.clone(),
             source,
@@ -908,6 +932,7 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         let mut sockets = lock(&self.shared.sockets);
+        sockets.places -= 1;
         if let Some(mine) = sockets.by_source.get_mut(&self.source) {
             *mine -= 1;
             if *mine == 0 {
@@ -961,7 +986,7 @@ impl Shared {
         &self,
         ticket: &ResumeTicket,
         peer: &Peer,
-    ) -> Result<(Arc<Session>, mpsc::OwnedPermit<Link>), &'static str> {
+    ) -> Result<(Arc<Session>, mpsc::OwnedPermit<Box<Link>>), &'static str> {
         let (session, links) = lock(&self.kept)
             .get(&ticket.session)
             .map(|kept| (kept.session.clone(), kept.links.clone()))

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
-use tokio::sync::{Notify, watch};
+use tokio::sync::Notify;
 use tokio_util::task::TaskTracker;
 
 use crate::auth::PeerCell;
@@ -207,11 +207,14 @@ pub(crate) struct Session {
     /// The number of the present connection, counted from 1.
     link: Mutex<u64>,
     /// That number while channels can be opened on it.
-    up: watch::Sender<Option<u64>>,
+    up: Mutex<Option<u64>>,
+    up_changed: Notify,
     /// At a client that reconnects: what becomes of its connections.
     pub(crate) states: Option<StateFeed>,
     pub(crate) channel_ended: Notify,
     next_key: AtomicU64,
+    /// Datagrams that the connection had sent when this side ended it.
+    sent_before: AtomicU64,
     /// Volatile messages that wait, both ways.
     pub(crate) volatiles: Volatiles,
     /// How much the peer may send ahead.
@@ -281,10 +284,12 @@ impl Session {
             confirm_due: Notify::new(),
             tickets: Mutex::default(),
             link: Mutex::new(1),
-            up: watch::Sender::new(Some(1)),
+            up: Mutex::new(Some(1)),
+            up_changed: Notify::new(),
             states,
             channel_ended: Notify::new(),
             next_key: AtomicU64::new(0),
+            sent_before: AtomicU64::new(0),
             volatiles: Volatiles::default(),
             turns: Turns::default(),
             next_channel: AtomicU64::new(1),
@@ -390,28 +395,31 @@ impl Session {
 
     /// Channels can be opened on this connection; on none, as long as it says `None`.
     pub(crate) fn set_up(&self, link: Option<u64>) {
-        self.up.send_replace(link);
+        *lock(&self.up) = link;
+        self.up_changed.notify_waiters();
     }
 
     /// Whether there is a connection on which channels can be opened.
     pub(crate) fn is_up(&self) -> bool {
-        self.up.borrow().is_some()
+        lock(&self.up).is_some()
     }
 
     /// This connection is found lost before its driver has.
     pub(crate) fn down(&self, link: u64) {
-        self.up
-            .send_if_modified(|up| *up == Some(link) && up.take().is_some());
+        if lock(&self.up).take_if(|up| *up == link).is_some() {
+            self.up_changed.notify_waiters();
+        }
     }
 
     /// The connection on which a channel can be opened. Waits for one where the client reconnects.
     pub(crate) async fn ready(&self) -> Result<(Arc<quinn::Connection>, u64), OpenError> {
-        let mut up = self.up.subscribe();
         loop {
+            let mut changed = std::pin::pin!(self.up_changed.notified());
+            changed.as_mut().enable();
             if self.closing() {
                 return Err(OpenError::Closed(self.closed_reason()));
             }
-            if up.borrow_and_update().is_some() {
+            if self.is_up() {
                 return Ok(self.link());
             }
             if self.states.is_none() {
@@ -422,7 +430,7 @@ impl Session {
                 });
             }
             tokio::select! {
-                _ = up.changed() => {}
+                () = changed => {}
                 _ = self.end.wait() => {}
             }
         }
@@ -534,8 +542,34 @@ impl Session {
     pub(crate) fn abort(&self, reason: CloseReason) {
         let code = reason.code.varint();
         let text = reason.text.clone();
+        let conn = self.conn();
+        self.sent_before
+            .store(conn.stats().udp_tx.datagrams, Ordering::Relaxed);
         let _ = self.end.set(reason);
-        self.conn().close(code, cut(&text, 256).as_bytes());
+        conn.close(code, cut(&text, 256).as_bytes());
+    }
+
+    /// Waits until nothing is left to be said on a connection that ended in order: the last word was the peer's,
+    /// or ours has been given to the network. Any other end is worth repeating to a peer that still sends: for
+    /// ever.
+    pub(crate) async fn parted(&self) {
+        let conn = self.conn();
+        match conn.close_reason() {
+            Some(quinn::ConnectionError::LocallyClosed) => {}
+            Some(_) => return,
+            None => return std::future::pending().await,
+        }
+        if self
+            .end
+            .get()
+            .is_none_or(|end| end.code != CloseCode::NORMAL)
+        {
+            return std::future::pending().await;
+        }
+        // quinn's task does not tell, but counts.
+        while conn.stats().udp_tx.datagrams <= self.sent_before.load(Ordering::Relaxed) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
     }
 
     pub(crate) fn next_registration(&self) -> u64 {

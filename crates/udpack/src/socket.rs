@@ -24,6 +24,9 @@ use crate::session::{Lease, Session, SessionId, lock};
 use crate::speed::{SpeedMeter, Stats};
 use crate::udp::{self, MOST_PAYLOAD};
 
+/// Channels that may wait for `accept_channel`, a socket.
+const CHANNEL_QUEUE: usize = 64;
+
 /// One connection to one peer: open channels on it, accept the peer's, close it.
 ///
 /// A handle: clones share one connection, which lives until either side closes it, also when every handle
@@ -35,20 +38,23 @@ pub struct Socket {
 
 pub(crate) struct Handle {
     session: Arc<Session>,
-    incoming: Mutex<mpsc::Receiver<Channel>>,
+    /// None where every channel goes to a handler.
+    incoming: Option<Mutex<mpsc::Receiver<Channel>>>,
     _lease: Option<Arc<Lease>>,
 }
 
 impl Socket {
-    pub(crate) fn new(session: Arc<Session>, incoming: mpsc::Receiver<Channel>) -> Self {
+    /// The first handle, and where channels go that wait for `accept_channel`, if they may.
+    pub(crate) fn new(session: Arc<Session>, pull: bool) -> (Self, Option<mpsc::Sender<Channel>>) {
         let lease = session.client.then(|| session.lend());
+        let (queue, incoming) = pull.then(|| mpsc::channel(CHANNEL_QUEUE)).unzip();
         let inner = Arc::new(Handle {
             session,
-            incoming: Mutex::new(incoming),
+            incoming: incoming.map(Mutex::new),
             _lease: lease,
         });
         let _ = inner.session.handle.set(Arc::downgrade(&inner));
-        Self { inner }
+        (Self { inner }, queue)
     }
 
     /// A handle of this session: one more of those there are, or one that accepts no channels when all are gone.
@@ -58,7 +64,7 @@ impl Socket {
             inner: inner.unwrap_or_else(|| {
                 Arc::new(Handle {
                     session: session.clone(),
-                    incoming: Mutex::new(mpsc::channel(1).1),
+                    incoming: None,
                     _lease: session.lease(),
                 })
             }),
@@ -137,7 +143,13 @@ impl Socket {
     /// # Cancel safety
     /// Cancel safe.
     pub async fn accept_channel(&self) -> Option<Channel> {
-        self.inner.incoming.lock().await.recv().await
+        match &self.inner.incoming {
+            Some(incoming) => incoming.lock().await.recv().await,
+            None => {
+                self.inner.session.end.wait().await;
+                None
+            }
+        }
     }
 
     /// Closes gracefully: no new channels, what is queued goes out and is acknowledged, then the peer is
@@ -164,7 +176,13 @@ impl Socket {
         let reason = session.end.wait().await;
         if let Some(endpoint) = session.endpoint() {
             // Let the last packets out; a silent network must not hold us up.
-            let _ = tokio::time::timeout(Duration::from_millis(500), endpoint.wait_idle()).await;
+            let _ = tokio::time::timeout(Duration::from_millis(500), async {
+                tokio::select! {
+                    () = session.parted() => {}
+                    () = endpoint.wait_idle() => {}
+                }
+            })
+            .await;
         }
         reason
     }

@@ -24,7 +24,7 @@ use crate::writer::Way;
 pub(crate) async fn serve_stream(
     session: Arc<Session>,
     registry: Arc<Registry>,
-    incoming: mpsc::Sender<Channel>,
+    incoming: Option<mpsc::Sender<Channel>>,
     (conn, link): (Arc<quinn::Connection>, u64),
     send: quinn::SendStream,
     recv: quinn::RecvStream,
@@ -140,7 +140,16 @@ pub(crate) async fn serve_stream(
     }
     match registry.handlers.get(&name) {
         Some(handler) => run_handler(handler, channel).await,
-        None if registry.pull => {
+        None => {
+            let Some(incoming) = incoming else {
+                session.tally.one(Count::ChannelsRefused);
+                let text = format!(
+                    "no channel named {:?} is served here",
+                    crate::code::printable(&name, 128)
+                );
+                channel.close_with(CloseReason::local(CloseCode::NO_SUCH_CHANNEL, text));
+                return;
+            };
             if let Err(error) = incoming.try_send(channel) {
                 session.tally.one(Count::ChannelsRefused);
                 let channel = match error {
@@ -152,14 +161,6 @@ pub(crate) async fn serve_stream(
                     "channels are not being accepted",
                 ));
             }
-        }
-        None => {
-            session.tally.one(Count::ChannelsRefused);
-            let text = format!(
-                "no channel named {:?} is served here",
-                crate::code::printable(&name, 128)
-            );
-            channel.close_with(CloseReason::local(CloseCode::NO_SUCH_CHANNEL, text));
         }
     }
 }

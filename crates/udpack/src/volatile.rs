@@ -275,7 +275,10 @@ impl Socket {
         // Not under the lock: `Serialize` is the application's code.
         let seq = volatiles.seq.fetch_add(1, Ordering::Relaxed) + 1;
         let body = encode(event, key, data, seq, limit).map_err(SendError::Encode)?;
-        let dropped = lock(&volatiles.out).queue(place(event, key), seq, body, &session.limits);
+        let dropped =
+            lock(&volatiles.out)
+                .made()
+                .queue(place(event, key), seq, body, &session.limits);
         session.tally.add(Count::VolatileDropped, dropped);
         volatiles.small.notify_one();
         Ok(())
@@ -297,7 +300,8 @@ impl Socket {
             let over = session.end.get().is_some();
             let (first, more) = {
                 let mut waiting = lock(&volatiles.waiting);
-                (waiting.latest.pop(), !waiting.latest.is_empty())
+                let latest = waiting.0.as_mut().map(|waiting| &mut waiting.latest);
+                latest.map_or((None, false), |latest| (latest.pop(), !latest.is_empty()))
             };
             if more {
                 volatiles.arrived.notify_one();
@@ -318,14 +322,44 @@ impl Socket {
 pub(crate) struct Volatiles {
     /// Volatile messages that were sent so far.
     seq: AtomicU64,
-    out: Mutex<Out>,
+    out: Mutex<Spare<Out>>,
     /// Something waits to be sent.
     small: Notify,
     /// Something waits that is too large for a datagram.
     large: Notify,
-    waiting: Mutex<Waiting>,
+    waiting: Mutex<Spare<Waiting>>,
     /// Something waits to be taken.
     arrived: Notify,
+}
+
+impl Volatiles {
+    /// The small one that has waited longest, with its place and number.
+    fn first_small(&self) -> Option<(Arc<str>, u64, Bytes)> {
+        let out = lock(&self.out);
+        let (place, entry) = out.0.as_ref()?.small.first()?;
+        Some((place.clone(), entry.seq, entry.item.clone()))
+    }
+
+    fn any_large(&self) -> bool {
+        let out = lock(&self.out);
+        out.0.as_ref().is_some_and(|out| !out.large.is_empty())
+    }
+}
+
+/// Made when first used: most sockets never send or get a volatile message.
+#[derive(Debug)]
+struct Spare<T>(Option<Box<T>>);
+
+impl<T> Default for Spare<T> {
+    fn default() -> Self {
+        Self(None)
+    }
+}
+
+impl<T: Default> Spare<T> {
+    fn made(&mut self) -> &mut T {
+        self.0.get_or_insert_default()
+    }
 }
 
 #[derive(Debug, Default)]
@@ -531,16 +565,25 @@ pub(crate) async fn discard(conn: &quinn::Connection) -> Infallible {
 /// Sends what fits into datagrams, as QUIC has room, until the connection is over.
 async fn send_small(session: &Session, conn: &quinn::Connection) {
     let volatiles = &session.volatiles;
-    let mut moved = 0_usize;
     loop {
-        let first = lock(&volatiles.out)
-            .small
-            .first()
-            .map(|(place, entry)| (place.clone(), entry.seq, entry.item.clone()));
-        let Some((place, seq, body)) = first else {
+        if volatiles.first_small().is_none() {
             volatiles.small.notified().await;
             continue;
-        };
+        }
+        // In a box, as with the large ones: a connection needs no room for it while nothing is sent.
+        if Box::pin(move_small(session, conn)).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// The connection is over.
+struct Over;
+
+async fn move_small(session: &Session, conn: &quinn::Connection) -> Result<(), Over> {
+    let volatiles = &session.volatiles;
+    let mut moved = 0_usize;
+    while let Some((place, seq, body)) = volatiles.first_small() {
         moved = moved.wrapping_add(1);
         if moved.is_multiple_of(TURN) {
             tokio::task::yield_now().await;
@@ -561,19 +604,21 @@ async fn send_small(session: &Session, conn: &quinn::Connection) {
         match sent {
             Ok(()) => {
                 let mut out = lock(&volatiles.out);
+                let out = out.made();
                 // Else it was replaced, and so counted as dropped, in the very moment.
                 if out.small.seq(&place) == Some(seq) {
                     out.small.remove(&place);
                     session.tally.one(Count::VolatileSent);
                 }
             }
-            Err(SendDatagramError::ConnectionLost(_)) => return,
+            Err(SendDatagramError::ConnectionLost(_)) => return Err(Over),
             Err(_) => {
-                lock(&volatiles.out).is_large(&place, seq);
+                lock(&volatiles.out).made().is_large(&place, seq);
                 volatiles.large.notify_one();
             }
         }
     }
+    Ok(())
 }
 
 /// Sends what is too large for datagrams, each on a stream of its own, until the connection is over.
@@ -582,22 +627,31 @@ async fn send_small(session: &Session, conn: &quinn::Connection) {
 /// given up, something that changes faster than it travels would never arrive.
 async fn send_large(session: &Session, conn: &quinn::Connection) {
     let volatiles = &session.volatiles;
-    let mut open = None;
     loop {
-        if lock(&volatiles.out).large.is_empty() {
+        if !volatiles.any_large() {
             volatiles.large.notified().await;
             continue;
         }
+        if Box::pin(move_large(session, conn)).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn move_large(session: &Session, conn: &quinn::Connection) -> Result<(), Over> {
+    let volatiles = &session.volatiles;
+    let mut open = None;
+    loop {
         let mut stream = match open.take() {
             Some(stream) => stream,
-            None => match conn.open_uni().await {
-                Ok(stream) => stream,
-                Err(_) => return,
-            },
+            None if !volatiles.any_large() => return Ok(()),
+            None => conn.open_uni().await.map_err(|_| Over)?,
         };
         // Only now: until here a newer one could still take its place.
-        let first = lock(&volatiles.out).large.pop();
+        let first = lock(&volatiles.out).made().large.pop();
         let Some(body) = first else {
+            // A stream that carries nothing would be no message.
+            volatiles.large.notified().await;
             open = Some(stream);
             continue;
         };
@@ -607,7 +661,7 @@ async fn send_large(session: &Session, conn: &quinn::Connection) {
                 let _ = stream.finish();
                 session.tally.one(Count::VolatileSent);
             }
-            Err(quinn::WriteError::ConnectionLost(_)) => return,
+            Err(quinn::WriteError::ConnectionLost(_)) => return Err(Over),
             Err(_) => session.tally.one(Count::VolatileDropped),
         }
     }
@@ -627,7 +681,8 @@ async fn take_datagrams(session: &Session, conn: &quinn::Connection) {
 
 async fn take_streams(session: &Session, conn: &quinn::Connection) {
     while let Ok(mut stream) = conn.accept_uni().await {
-        match read(&mut stream, session).await {
+        // In a box, because most sockets never need the room.
+        match Box::pin(read(&mut stream, session)).await {
             Ok(body) => take(session, body),
             Err(code) => {
                 if let Some(code) = code {
@@ -675,7 +730,9 @@ fn take(session: &Session, body: Bytes) {
     match Volatile::decode(body) {
         Ok(message) => {
             session.tally.one(Count::VolatileReceived);
-            let dropped = lock(&session.volatiles.waiting).arrived(message, &session.limits);
+            let dropped = lock(&session.volatiles.waiting)
+                .made()
+                .arrived(message, &session.limits);
             session.tally.add(Count::VolatileDropped, dropped);
             session.volatiles.arrived.notify_one();
         }

@@ -7,6 +7,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::FutureExt;
 
 use crate::code::{CloseCode, CloseReason};
 use crate::config::Priority;
@@ -40,8 +41,11 @@ pub(crate) async fn write_loop(
     session: Arc<Session>,
     counters: Arc<Counters>,
 ) -> Written {
-    let conn = way.conn.clone();
-    let result = match drive(&outbox, way, &session, &counters).await {
+    let (conn, epoch) = (way.conn.clone(), way.epoch);
+    let driven = drive(&outbox, way, &session, &counters).await;
+    // The stream keeps its connection, and must not while the channel waits for another.
+    drop(outbox.take_back(epoch));
+    let result = match driven {
         Ok(true) => Ok(()),
         Ok(false) => return Written::Detached,
         Err(_) if outbox.keeps() && conn.close_reason().is_some() => return Written::Detached,
@@ -72,14 +76,19 @@ async fn drive(
         write(&mut stream, &mut batch, session, counters, outbox.priority).await?;
         batch.clear();
     }
+    let mut stream = Some(stream);
     loop {
-        match outbox.take(epoch, &mut batch) {
-            Work::Batch {
-                bytes,
-                messages,
-                gaps,
-            } => {
-                write(&mut stream, &mut batch, session, counters, outbox.priority).await?;
+        let work = outbox.take(epoch, &mut stream, &mut batch);
+        match (work, &mut stream) {
+            (
+                Work::Batch {
+                    bytes,
+                    messages,
+                    gaps,
+                },
+                Some(stream),
+            ) => {
+                write(stream, &mut batch, session, counters, outbox.priority).await?;
                 session.tally.add(Count::MessagesSent, messages as u64);
                 if gaps > 0 {
                     session.tally.add(Count::Gaps, gaps);
@@ -87,22 +96,24 @@ async fn drive(
                 outbox.written(bytes, messages);
                 batch.clear();
             }
-            Work::Idle => {
+            (Work::Idle, _) => {
                 let watched = patience.watch(outbox, &conn);
                 tokio::select! {
                     () = outbox.work.notified() => {}
                     end = &mut stopped => return Err(stop_reason(session, end)),
                     () = tokio::time::sleep(session.timeouts.slow_peer / 2), if watched => {
-                        if patience.is_over(outbox, &conn) {
+                        if patience.is_over(outbox, &conn)
+                            && let Some(mut stream) = outbox.take_back(epoch)
+                        {
                             return Err(slow_peer(&mut stream, session));
                         }
                     }
                 }
             }
-            Work::Finish(last) => {
+            (Work::Finish(last), Some(stream)) => {
                 if let Some(last) = last {
                     batch.push(last);
-                    write(&mut stream, &mut batch, session, counters, outbox.priority).await?;
+                    write(stream, &mut batch, session, counters, outbox.priority).await?;
                 }
                 // Fails only when the peer has stopped the stream, which `stopped` then reports.
                 let _ = stream.finish();
@@ -112,10 +123,8 @@ async fn drive(
                 }
                 return confirmed(outbox, &conn, session).await.map(|()| true);
             }
-            Work::Gone => {
-                let _ = stream.finish();
-                return Ok(false);
-            }
+            // Dropping the stream ends it.
+            (Work::Gone | Work::Batch { .. } | Work::Finish(_), _) => return Ok(false),
         }
     }
 }
@@ -233,6 +242,10 @@ async fn progress(
     session: &Session,
     priority: Priority,
 ) -> Result<quinn::Written, CloseReason> {
+    // A writer that need not wait asks for no counts: they cost the lock of the connection.
+    if let Some(written) = write_some(stream, rest, session, priority).now_or_never() {
+        return written.map_err(|error| write_reason(session, error));
+    }
     let patience: Duration = session.timeouts.slow_peer;
     let (begun, _) = session.counters.totals();
     let mut before = begun;

@@ -36,6 +36,65 @@ async fn echo_server() -> Server {
     .await
 }
 
+/// What follows upon a message that came may be written by its sender, the rest of a burst by the writer, and
+/// either finds the stream's window full now and then.
+#[tokio::test]
+async fn answers_and_bursts_keep_their_order() {
+    bounded(async {
+        let limits = || Limits {
+            stream_window: 16 << 10,
+            connection_window: 64 << 10,
+            ..Limits::default()
+        };
+        let burst = |channel: Channel| async move {
+            let mut n: u64 = 0;
+            while let Some(message) = channel.recv().await? {
+                let (count, size): (u64, usize) = message.data().expect("a burst");
+                for _ in 0..count {
+                    let say = (n, "x".repeat(size));
+                    channel.send("say", &say).await.expect("still open");
+                    n += 1;
+                }
+            }
+            Ok::<_, RecvError>(())
+        };
+        let server = bind(server().limits(limits()).channel("burst", burst)).await;
+        for resumable in [false, true] {
+            let client = client(&server)
+                .limits(limits())
+                .reconnect(udpack::Reconnect::default());
+            let address = server.local_addr().to_string();
+            let socket = client.connect(&address).await.expect("let in");
+            let channel = socket.channel("burst");
+            let channel = if resumable {
+                channel.resumable()
+            } else {
+                channel
+            };
+            let channel = channel.open().await.expect("a channel");
+            let mut n = 0;
+            for round in 0..200_u64 {
+                let count = [1, 1, 2, 40][round as usize % 4];
+                let size = [10, 3_000, 4_000, 9_000][round as usize / 4 % 4];
+                channel.send("go", &(count, size)).await.expect("open");
+                for _ in 0..count {
+                    let said = channel.recv().await.expect("sound").expect("more");
+                    let (number, text): (u64, String) = said.data().expect("as sent");
+                    assert_eq!((number, text.len()), (n, size));
+                    n += 1;
+                }
+            }
+            channel.finish().await.expect("all acknowledged");
+            assert!(channel.recv().await.expect("sound").is_none());
+            assert_eq!(channel.queued_bytes(), 0);
+            assert_eq!(channel.unconfirmed(), 0);
+            let sent = socket.metrics().messages_sent;
+            assert_eq!(sent, 200, "each counted once");
+        }
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn messages_come_back_in_order() {
     bounded(async {

@@ -1,5 +1,6 @@
 //! `put`: uploads files and directories.
 
+use udpack::CloseCode;
 use udpack_transfer::{Limiter, Source, Uploader, What};
 
 use super::plan::{Asked, Plan};
@@ -68,6 +69,11 @@ async fn put(
                 report
                     .follow(Transfer::Up(upload), None, &origins, &mut meter)
                     .await;
+                // Every file has its outcome: there is nothing to take leave for, which takes two round trips.
+                if let Some(socket) = link.live() {
+                    socket.abort(CloseCode::NORMAL, "done");
+                    socket.closed().await;
+                }
                 Ok(())
             },
         )

@@ -240,3 +240,37 @@ proptest! {
         prop_assert_eq!(decode(size), decode(stream.len().max(1)));
     }
 }
+
+#[test]
+fn memory_of_large_frames_is_used_again_once_nobody_has_them() {
+    let mut decoder = FrameDecoder::new(1 << 20);
+    // In two chunks, so that the frame is not a slice of what came.
+    let decode = |decoder: &mut FrameDecoder, byte: u8, len: usize| {
+        let mut frame = (len as u32).to_be_bytes().to_vec();
+        frame.extend(vec![byte; len]);
+        let rest = frame.split_off(len / 2);
+        decoder.push(frame.into());
+        assert!(decoder.next_frame().unwrap().is_none());
+        decoder.push(rest.into());
+        let body = decoder.next_frame().unwrap().unwrap();
+        assert_eq!(body, vec![byte; len]);
+        body
+    };
+    let first = decode(&mut decoder, 1, LARGE);
+    let second = decode(&mut decoder, 2, LARGE);
+    assert_eq!(first, vec![1; LARGE]);
+    let at = first.as_ptr();
+    drop(first);
+    let third = decode(&mut decoder, 3, LARGE);
+    assert_eq!(third.as_ptr(), at);
+    assert_eq!(second, vec![2; LARGE]);
+    drop((second, third));
+    let larger = decode(&mut decoder, 4, 3 * LARGE);
+    assert_eq!(larger, vec![4; 3 * LARGE]);
+    for byte in 0..50 {
+        decode(&mut decoder, byte, LARGE);
+    }
+    assert!(decoder.given.len() <= KEPT);
+    decoder.rest();
+    assert!(decoder.given.is_empty(), "nothing is kept between frames");
+}

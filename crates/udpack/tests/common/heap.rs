@@ -1,4 +1,5 @@
 //! What a test may hold in memory, on a network in memory: the heap is the process's, so one test at a time.
+#![allow(dead_code, reason = "each test binary uses its own part")]
 
 use std::future::Future;
 use std::time::Duration;
@@ -29,6 +30,11 @@ impl Mark {
     pub(crate) fn set() -> Self {
         HEAP.reset_peak_usage();
         Self(HEAP.current_usage())
+    }
+
+    /// What everybody together holds over the mark now, in bytes.
+    pub(crate) fn held(&self) -> usize {
+        HEAP.current_usage().saturating_sub(self.0)
     }
 
     /// Everybody together has never held more than this over the mark, in bytes.

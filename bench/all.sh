@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Everything that docs/BENCHMARKS.md shows: builds, measures, fills the document and draws its charts. As root, on a
+# machine with nothing else to do, about three quarters of an hour.
+#
+#   bench/all.sh [PART…]   default: all of bench peers netns small-files wan fairness interference document
+# ROUNDS, BIN, RESULTS: see bench/lib.sh. A part that fails does not keep the others from running.
+set -eu
+cd "$(dirname "$0")/.."
+
+if [ -z "${BIN:-}" ]; then cargo build --release --locked -p udpack-cli -p udpack-bench; fi
+# shellcheck source=bench/lib.sh
+. bench/lib.sh
+have_bench || exit 2
+workspace "${TMPDIR:-/tmp}"
+
+# A scenario of udpack-bench: NAME SCENARIO OPTION…
+scenario() {
+  local name=$1
+  shift
+  "$bench" "$@" --rounds "$rounds" --json >"$work/$name.json" &
+  running=$!
+  wait "$running" || { failed=1; return 0; }
+  mv "$work/$name.json" "$results/$name.json"
+  bench_table "$results/$name.json"
+}
+script() {
+  "$@" &
+  running=$!
+  wait "$running" || failed=1
+}
+part() {
+  case $1 in
+    bench)
+      scenario bench-stream stream
+      scenario bench-upload upload
+      scenario bench-messages-1 messages --sockets 1
+      scenario bench-messages-100 messages --sockets 100
+      scenario bench-ping-1 ping --sockets 1
+      scenario bench-ping-100 ping --sockets 100
+      scenario bench-handshakes handshakes
+      scenario bench-idle idle
+      scenario bench-fanout fanout
+      ;;
+    peers) script bench/peers.sh ;;
+    netns) script bench/peers.sh --netns ;;
+    small-files) script bench/small-files.sh ;;
+    wan) script bench/wan.sh --parallel ;;
+    fairness) ROUNDS=3 script bench/fairness.sh --parallel ;;
+    interference) script bench/interference.sh ;;
+    document) "$bench" document "$results" || failed=1 ;;
+    *) echo "no such part: $1" >&2; exit 2 ;;
+  esac
+}
+[ $# -gt 0 ] || set -- bench peers netns small-files wan fairness interference document
+for name in "$@"; do
+  begun=$SECONDS
+  printf '\n==> %s\n' "$name"
+  part "$name"
+  printf '<== %s: %d s\n' "$name" $((SECONDS - begun))
+done
+[ "$failed" -eq 0 ] || echo 'something FAILED: see above'
+exit "$failed"

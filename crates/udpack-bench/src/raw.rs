@@ -1,0 +1,689 @@
+//! quinn without anything above it: streams whose first byte says what they are for, and messages with a length of
+//! four bytes before them. Messages are counted by their lengths and not decoded.
+
+use std::any::Any;
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use bytes::Bytes;
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use quinn::{Connection, Endpoint, RecvStream, SendStream, VarInt};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls13_signature};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::{CertificateError, DigitallySignedStruct, PeerIncompatible, SignatureScheme};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinSet;
+
+use crate::args::{Load, Peer, Scenario};
+use crate::ours::{
+    AT_ONCE, CHUNK, FANOUT_WINDOW, MESSAGE, all, handshake_values, interference_values,
+    millis_since, ramp, tick, tick_count,
+};
+use crate::peer::{Marks, Ready, Told};
+use crate::programs::walk;
+use crate::stats::rank;
+
+/// Bytes of messages that are gathered for one write.
+const BATCH: usize = 32 << 10;
+/// Bytes of a message with its length.
+const FRAME: usize = 4 + MESSAGE;
+
+/// Counts bytes, and answers with their number at the end.
+const SINK: u8 = b's';
+/// Counts messages, and answers with their number at the end.
+const COUNT: u8 = b'c';
+/// Sends everything back.
+const ECHO: u8 = b'e';
+/// Answers with a byte, and from then on gets what is said.
+const JOIN: u8 = b'j';
+/// Says it to all who joined before.
+const SAY: u8 = b'p';
+
+/// The transport settings of both sides.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Settings {
+    /// quinn's own.
+    Defaults,
+    /// Those of udpack.
+    Tuned,
+}
+
+impl Settings {
+    fn transport(
+        self,
+        peer: Option<SocketAddr>,
+    ) -> anyhow::Result<Option<Arc<quinn::TransportConfig>>> {
+        Ok(match self {
+            Self::Defaults => None,
+            Self::Tuned => Some(Arc::new(udpack::bench::transport(peer)?)),
+        })
+    }
+
+    fn endpoint(
+        self,
+        address: SocketAddr,
+        server: Option<quinn::ServerConfig>,
+    ) -> anyhow::Result<Endpoint> {
+        Ok(match (self, server) {
+            (Self::Defaults, Some(server)) => Endpoint::server(server, address)?,
+            (Self::Defaults, None) => Endpoint::client(address)?,
+            (Self::Tuned, server) => udpack::bench::endpoint(address, server)?,
+        })
+    }
+}
+
+type Members = Arc<Mutex<Vec<SendStream>>>;
+
+/// Serves on an endpoint; both end when the process does.
+pub(crate) fn serve(
+    listen: SocketAddr,
+    settings: Settings,
+) -> anyhow::Result<(Ready, Box<dyn Any>)> {
+    let (tls, key) = server_tls(&[b"bench"])?;
+    let crypto = QuicServerConfig::try_from(tls)?;
+    let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
+    // A server that only listens knows no route.
+    if let Some(transport) = settings.transport(None)? {
+        config.transport_config(transport);
+    }
+    let endpoint = settings.endpoint(listen, Some(config))?;
+    let ready = Ready {
+        address: endpoint.local_addr()?,
+        key,
+    };
+    tokio::spawn(accept(endpoint.clone()));
+    Ok((ready, Box::new(endpoint)))
+}
+
+async fn accept(endpoint: Endpoint) {
+    let members = Members::default();
+    while let Some(incoming) = endpoint.accept().await {
+        let members = members.clone();
+        tokio::spawn(async move {
+            let Ok(conn) = incoming.await else { return };
+            while let Ok((send, recv)) = conn.accept_bi().await {
+                let members = members.clone();
+                tokio::spawn(async move {
+                    // The client notices: it gets no answer.
+                    let _ = serve_stream(send, recv, members).await;
+                });
+            }
+        });
+    }
+}
+
+async fn serve_stream(
+    mut send: SendStream,
+    mut recv: RecvStream,
+    members: Members,
+) -> anyhow::Result<()> {
+    let mut kind = [0];
+    recv.read_exact(&mut kind).await?;
+    let [kind] = kind;
+    match kind {
+        SINK => {
+            let mut bytes = 0_u64;
+            while let Some(chunk) = recv.read_chunk(usize::MAX, true).await? {
+                bytes += chunk.bytes.len() as u64;
+            }
+            send.write_all(&bytes.to_be_bytes()).await?;
+            send.finish()?;
+        }
+        COUNT => {
+            let mut frames = Frames::default();
+            while let Some(chunk) = recv.read_chunk(usize::MAX, true).await? {
+                frames.take(&chunk.bytes);
+            }
+            send.write_all(&frames.messages.to_be_bytes()).await?;
+            send.finish()?;
+        }
+        ECHO => {
+            while let Some(chunk) = recv.read_chunk(usize::MAX, true).await? {
+                send.write_chunk(chunk.bytes).await?;
+            }
+        }
+        JOIN => {
+            send.write_all(&[JOIN]).await?;
+            lock(&members).push(send);
+        }
+        SAY => {
+            let mut members = std::mem::take(&mut *lock(&members));
+            let mut frame = [0; FRAME];
+            while recv.read_exact(&mut frame).await.is_ok() {
+                let frame = Bytes::copy_from_slice(&frame);
+                for member in &mut members {
+                    member.write_chunk(frame.clone()).await?;
+                }
+            }
+            // Whoever is dropped here has its stream finished, not reset.
+            drop(members);
+        }
+        _ => bail!("no such kind of stream"),
+    }
+    Ok(())
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Counts messages in the pieces of a stream.
+#[derive(Debug, Default)]
+struct Frames {
+    /// The length as far as it has come.
+    length: u32,
+    length_bytes: u8,
+    /// Bytes that the message still lacks.
+    left: usize,
+    messages: u64,
+}
+
+impl Frames {
+    fn take(&mut self, mut data: &[u8]) {
+        loop {
+            if self.left > 0 {
+                let step = self.left.min(data.len());
+                data = data.get(step..).unwrap_or_default();
+                self.left -= step;
+                if self.left > 0 {
+                    return;
+                }
+                self.messages += 1;
+            }
+            if self.length_bytes == 0
+                && let Some((length, rest)) = data.split_first_chunk::<4>()
+            {
+                self.left = u32::from_be_bytes(*length) as usize;
+                data = rest;
+                continue;
+            }
+            let Some((byte, rest)) = data.split_first() else {
+                return;
+            };
+            self.length = self.length << 8 | u32::from(*byte);
+            self.length_bytes += 1;
+            data = rest;
+            if self.length_bytes == 4 {
+                self.left = self.length as usize;
+                (self.length, self.length_bytes) = (0, 0);
+            }
+        }
+    }
+}
+
+/// Makes connections, each with an endpoint of its own.
+pub(crate) struct Client {
+    settings: Settings,
+    config: quinn::ClientConfig,
+    address: SocketAddr,
+}
+
+impl Client {
+    pub(crate) fn new(ready: &Ready, settings: Settings) -> anyhow::Result<Self> {
+        let crypto = QuicClientConfig::try_from(client_tls(&ready.key, &[b"bench"])?)?;
+        let mut config = quinn::ClientConfig::new(Arc::new(crypto));
+        if let Some(transport) = settings.transport(Some(ready.address))? {
+            config.transport_config(transport);
+        }
+        Ok(Self {
+            settings,
+            config,
+            address: ready.address,
+        })
+    }
+
+    async fn one(&self) -> anyhow::Result<Connection> {
+        let any = match self.address {
+            SocketAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            SocketAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        };
+        let endpoint = self.settings.endpoint(SocketAddr::new(any, 0), None)?;
+        let connecting = endpoint.connect_with(self.config.clone(), self.address, "localhost")?;
+        Ok(connecting.await?)
+    }
+
+    async fn many(&self, count: usize) -> anyhow::Result<Vec<Connection>> {
+        let dials = stream::iter(0..count).map(|_| self.one());
+        dials.buffer_unordered(AT_ONCE).try_collect().await
+    }
+
+    /// Runs a scenario's client; `each` message has a write of its own, or they go in batches.
+    pub(crate) async fn drive(
+        &self,
+        peer: &Peer,
+        load: &Load,
+        each: bool,
+        marks: Marks,
+    ) -> anyhow::Result<Told> {
+        match peer.scenario {
+            Scenario::Stream | Scenario::Upload => self.stream(load).await,
+            Scenario::Messages => self.messages(load, each).await,
+            Scenario::Ping => self.ping(load).await,
+            Scenario::Handshakes => self.handshakes(load).await,
+            Scenario::Idle => self.idle(load, marks).await,
+            Scenario::Fanout => self.fanout(load).await,
+            Scenario::Interference => self.interference(load).await,
+            Scenario::SmallFiles => {
+                let dir = peer.dir.clone().context("there are no files to send")?;
+                self.small_files(dir, load).await
+            }
+        }
+    }
+
+    async fn stream(&self, load: &Load) -> anyhow::Result<Told> {
+        let conn = self.one().await?;
+        let (mut send, mut recv) = open(&conn, SINK).await?;
+        let chunk = Bytes::from(vec![0xa5; CHUNK]);
+        let begun = Instant::now();
+        let mut left = load.bytes;
+        while left > 0 {
+            let size = left.min(CHUNK as u64);
+            send.write_chunk(chunk.slice(..size as usize)).await?;
+            left -= size;
+        }
+        send.finish()?;
+        let bytes = number(&mut recv).await?;
+        let took = begun.elapsed().as_secs_f64();
+        ensure!(
+            bytes == load.bytes,
+            "{bytes} bytes of {} arrived",
+            load.bytes
+        );
+        Ok(Told::default()
+            .value("rate", bytes as f64 / took / 1e6)
+            .lost(lost(&[conn])))
+    }
+
+    async fn messages(&self, load: &Load, each_alone: bool) -> anyhow::Result<Told> {
+        let conns = self.many(load.sockets).await?;
+        let mut streams = Vec::with_capacity(conns.len());
+        for conn in &conns {
+            streams.push(open(conn, COUNT).await?);
+        }
+        let each = load.count / load.sockets as u64;
+        let begun = Instant::now();
+        let mut tasks = JoinSet::new();
+        for (mut send, mut recv) in streams {
+            tasks.spawn(async move {
+                let frame = frame(0);
+                let mut batch = Vec::with_capacity(BATCH);
+                for _ in 0..each {
+                    if each_alone {
+                        send.write_all(&frame).await?;
+                        continue;
+                    }
+                    if batch.len() + FRAME > BATCH {
+                        send.write_all(&batch).await?;
+                        batch.clear();
+                    }
+                    batch.extend_from_slice(&frame);
+                }
+                send.write_all(&batch).await?;
+                send.finish()?;
+                let messages = number(&mut recv).await?;
+                ensure!(messages == each, "{messages} messages of {each} arrived");
+                Ok(())
+            });
+        }
+        all(tasks).await?;
+        let rate = load.count as f64 / begun.elapsed().as_secs_f64();
+        Ok(Told::default().value("rate", rate).lost(lost(&conns)))
+    }
+
+    async fn ping(&self, load: &Load) -> anyhow::Result<Told> {
+        let conns = self.many(load.sockets).await?;
+        let each = load.count / load.sockets as u64;
+        let begun = Instant::now();
+        let mut tasks = JoinSet::new();
+        for conn in conns.clone() {
+            tasks.spawn(async move {
+                let (mut send, mut recv) = open(&conn, ECHO).await?;
+                let mut micros = Vec::with_capacity(each as usize);
+                let mut reply = [0; FRAME];
+                for nth in 0..each {
+                    let request = frame(nth);
+                    let asked = Instant::now();
+                    send.write_all(&request).await?;
+                    recv.read_exact(&mut reply).await?;
+                    micros.push(asked.elapsed().as_secs_f64() * 1e6);
+                    ensure!(reply == request, "another reply than the request");
+                }
+                Ok(micros)
+            });
+        }
+        let micros = all(tasks).await?.concat();
+        let rate = load.count as f64 / begun.elapsed().as_secs_f64();
+        Ok(Told::default()
+            .value("rate", rate)
+            .value("p50", rank(&micros, 0.5))
+            .value("p99", rank(&micros, 0.99))
+            .lost(lost(&conns)))
+    }
+
+    async fn handshakes(&self, load: &Load) -> anyhow::Result<Told> {
+        let shake = async || -> anyhow::Result<f64> {
+            let begun = Instant::now();
+            let conn = self.one().await?;
+            let millis = begun.elapsed().as_secs_f64() * 1e3;
+            conn.close(VarInt::from_u32(0), b"");
+            Ok(millis)
+        };
+        let begun = Instant::now();
+        let mut alone = Vec::new();
+        for _ in 0..load.count {
+            alone.push(shake().await?);
+        }
+        let alone_took = begun.elapsed().as_secs_f64();
+        let begun = Instant::now();
+        let shakes = stream::iter(0..load.count).map(|_| shake());
+        let beside: Vec<f64> = shakes.buffer_unordered(AT_ONCE).try_collect().await?;
+        let beside_took = begun.elapsed().as_secs_f64();
+        Ok(handshake_values(&alone, alone_took, &beside, beside_took))
+    }
+
+    async fn idle(&self, load: &Load, marks: Marks) -> anyhow::Result<Told> {
+        let _first = self.many(AT_ONCE).await?;
+        tokio::time::sleep(Duration::from_secs_f64(load.seconds)).await;
+        let before = marks.mark()?;
+        let _conns = self.many(load.sockets).await?;
+        tokio::time::sleep(Duration::from_secs_f64(load.seconds)).await;
+        let after = marks.mark()?;
+        let (rss, heap) = before.each(after, load.sockets);
+        let told = Told::default().value("client RSS", rss);
+        Ok(match heap {
+            Some(heap) => told.value("client heap", heap),
+            None => told,
+        })
+    }
+
+    async fn fanout(&self, load: &Load) -> anyhow::Result<Told> {
+        let conns = self.many(load.sockets).await?;
+        let epoch = Instant::now();
+        let window = Arc::new(Semaphore::new(FANOUT_WINDOW));
+        let delivered = Arc::new(AtomicU64::new(0));
+        let mut tasks = JoinSet::new();
+        for conn in &conns {
+            let (send, mut recv) = open(conn, JOIN).await?;
+            recv.read_exact(&mut [0]).await?;
+            let (window, delivered, load) = (window.clone(), delivered.clone(), load.clone());
+            tasks.spawn(async move {
+                let _send = send;
+                let mut millis = Vec::new();
+                let mut frame = [0; FRAME];
+                for _ in 0..load.count {
+                    recv.read_exact(&mut frame).await?;
+                    millis.push(millis_since(epoch, tag(&frame)));
+                    let seen = delivered.fetch_add(1, Ordering::Relaxed) + 1;
+                    if seen.is_multiple_of(load.sockets as u64) {
+                        window.add_permits(1);
+                    }
+                }
+                Ok(millis)
+            });
+        }
+        let publisher = self.one().await?;
+        let (mut send, _recv) = open(&publisher, SAY).await?;
+        let begun = Instant::now();
+        for _ in 0..load.count {
+            window.acquire().await?.forget();
+            send.write_all(&frame(epoch.elapsed().as_nanos() as u64))
+                .await?;
+        }
+        let millis = all(tasks).await?.concat();
+        let took = begun.elapsed().as_secs_f64();
+        Ok(Told::default()
+            .value("rate", millis.len() as f64 / took)
+            .value("p50", rank(&millis, 0.5))
+            .value("p99", rank(&millis, 0.99)))
+    }
+
+    async fn interference(&self, load: &Load) -> anyhow::Result<Told> {
+        let conn = self.one().await?;
+        let mut mirror = open(&conn, ECHO).await?;
+        let alone = ticks(&mut mirror, load.seconds).await?;
+        let (mut send, _recv) = open(&conn, SINK).await?;
+        let written = Arc::new(AtomicU64::new(0));
+        let progress = written.clone();
+        let mut upload = JoinSet::<anyhow::Result<()>>::new();
+        upload.spawn(async move {
+            let chunk = Bytes::from(vec![0xa5; CHUNK]);
+            loop {
+                send.write_chunk(chunk.clone()).await?;
+                progress.fetch_add(CHUNK as u64, Ordering::Relaxed);
+            }
+        });
+        tokio::time::sleep(ramp(load)).await;
+        let before = written.load(Ordering::Relaxed);
+        let begun = Instant::now();
+        let beside = ticks(&mut mirror, load.seconds).await?;
+        let bytes = written.load(Ordering::Relaxed) - before;
+        let took = begun.elapsed();
+        ensure!(upload.try_join_next().is_none(), "the upload has ended");
+        Ok(interference_values(&alone, &beside, bytes, took).lost(lost(&[conn])))
+    }
+
+    async fn small_files(&self, dir: PathBuf, load: &Load) -> anyhow::Result<Told> {
+        let begun = Instant::now();
+        let conn = self.one().await?;
+        let (mut send, mut recv) = open(&conn, COUNT).await?;
+        let (files, mut found) = mpsc::channel::<Vec<u8>>(64);
+        let reader = tokio::task::spawn_blocking(move || {
+            let mut failed = None;
+            walk(&dir, &mut |path| match fs::read(path) {
+                Ok(file) => files.blocking_send(file).is_ok(),
+                Err(error) => {
+                    failed = Some(error);
+                    false
+                }
+            })
+            .map_err(|error| failed.map_or(error, anyhow::Error::from))
+        });
+        while let Some(file) = found.recv().await {
+            let length = u32::try_from(file.len())?;
+            let length = Bytes::copy_from_slice(&length.to_be_bytes());
+            send.write_all_chunks(&mut [length, Bytes::from(file)])
+                .await?;
+        }
+        reader.await??;
+        send.finish()?;
+        let count = number(&mut recv).await?;
+        let took = begun.elapsed().as_secs_f64();
+        ensure!(
+            count == load.count,
+            "{count} files of {} arrived",
+            load.count
+        );
+        Ok(Told::default()
+            .value("rate", count as f64 / took)
+            .lost(lost(&[conn])))
+    }
+}
+
+/// Milliseconds of round trips of messages that are sent at fixed times.
+async fn ticks(
+    (send, recv): &mut (SendStream, RecvStream),
+    seconds: f64,
+) -> anyhow::Result<Vec<f64>> {
+    let count = tick_count(seconds);
+    let epoch = Instant::now();
+    let sending = async {
+        for nth in 0..count {
+            let now = tick(epoch, nth).await;
+            send.write_all(&frame(now)).await?;
+        }
+        anyhow::Ok(())
+    };
+    let receiving = async {
+        let mut millis = Vec::with_capacity(count as usize);
+        let mut reply = [0; FRAME];
+        for _ in 0..count {
+            recv.read_exact(&mut reply).await?;
+            millis.push(millis_since(epoch, tag(&reply)));
+        }
+        Ok(millis)
+    };
+    let ((), millis) = tokio::try_join!(sending, receiving)?;
+    Ok(millis)
+}
+
+fn lost(conns: &[Connection]) -> u64 {
+    let lost = |conn: &Connection| conn.stats().path.lost_packets;
+    conns.iter().map(lost).sum()
+}
+
+async fn open(conn: &Connection, kind: u8) -> anyhow::Result<(SendStream, RecvStream)> {
+    let (mut send, recv) = conn.open_bi().await?;
+    send.write_all(&[kind]).await?;
+    Ok((send, recv))
+}
+
+async fn number(recv: &mut RecvStream) -> anyhow::Result<u64> {
+    let mut bytes = [0; 8];
+    recv.read_exact(&mut bytes).await?;
+    Ok(u64::from_be_bytes(bytes))
+}
+
+/// A message that begins with a number.
+fn frame(tag: u64) -> [u8; FRAME] {
+    let mut frame = [0xa5; FRAME];
+    for (byte, value) in frame.iter_mut().zip(
+        (MESSAGE as u32)
+            .to_be_bytes()
+            .into_iter()
+            .chain(tag.to_be_bytes()),
+    ) {
+        *byte = value;
+    }
+    frame
+}
+
+/// The number it begins with.
+fn tag(frame: &[u8; FRAME]) -> u64 {
+    let tag = frame.get(4..12).and_then(|tag| tag.first_chunk());
+    tag.map_or(0, |tag| u64::from_be_bytes(*tag))
+}
+
+/// TLS of a server with a fresh certificate, and the certificate in hexadecimal.
+pub(crate) fn server_tls(alpn: &[&[u8]]) -> anyhow::Result<(rustls::ServerConfig, String)> {
+    let made = rcgen::generate_simple_self_signed(["localhost".to_owned()])?;
+    let key = PrivateKeyDer::try_from(made.signing_key.serialize_der())
+        .map_err(|reason| anyhow::anyhow!(reason))?;
+    let certificate = made.cert.der().clone();
+    let hex = certificate
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    let mut config = rustls::ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_no_client_auth()
+        .with_single_cert(vec![certificate], key)?;
+    config.alpn_protocols = alpn.iter().map(|alpn| alpn.to_vec()).collect();
+    Ok((config, hex))
+}
+
+/// TLS of a client that believes this certificate.
+pub(crate) fn client_tls(key: &str, alpn: &[&[u8]]) -> anyhow::Result<rustls::ClientConfig> {
+    let pairs = key.as_bytes().chunks(2).map(|pair| {
+        let pair = std::str::from_utf8(pair)?;
+        u8::from_str_radix(pair, 16).context("the key is not hexadecimal")
+    });
+    let verifier = ThisCertificate {
+        certificate: pairs.collect::<anyhow::Result<Vec<u8>>>()?,
+        provider: provider(),
+    };
+    let mut config = rustls::ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(verifier))
+        .with_no_client_auth();
+    config.alpn_protocols = alpn.iter().map(|alpn| alpn.to_vec()).collect();
+    Ok(config)
+}
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(aws_lc_rs::default_provider())
+}
+
+/// Believes one certificate and nothing else.
+#[derive(Debug)]
+struct ThisCertificate {
+    certificate: Vec<u8>,
+    provider: Arc<CryptoProvider>,
+}
+
+impl ServerCertVerifier for ThisCertificate {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        if end_entity.as_ref() == self.certificate {
+            Ok(ServerCertVerified::assertion())
+        } else {
+            Err(CertificateError::ApplicationVerificationFailure.into())
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(PeerIncompatible::ServerTlsVersionIsDisabledByOurConfig.into())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        verify_tls13_signature(message, cert, dss, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider
+            .signature_verification_algorithms
+            .supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_messages_however_they_are_cut() {
+        let mut stream = Vec::new();
+        for size in [64_usize, 1, 0, 300, 64] {
+            stream.extend_from_slice(&(size as u32).to_be_bytes());
+            stream.resize(stream.len() + size, 7);
+        }
+        for step in 1..=stream.len() {
+            let mut frames = Frames::default();
+            for piece in stream.chunks(step) {
+                frames.take(piece);
+            }
+            // One without bytes is none: nobody sends it.
+            assert_eq!(frames.messages, 4, "pieces of {step}");
+        }
+    }
+
+    #[test]
+    fn a_frame_carries_its_number() {
+        assert_eq!(tag(&frame(0x0102_0304_0506_0708)), 0x0102_0304_0506_0708);
+        assert_eq!(frame(0)[..4], [0, 0, 0, 64]);
+    }
+}

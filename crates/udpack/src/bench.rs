@@ -1,0 +1,36 @@
+//! This library's QUIC settings for benchmarks that run raw quinn with them; for nobody else, and no part of the
+//! interface.
+
+use std::io;
+use std::net::SocketAddr;
+
+use quinn::{Endpoint, EndpointConfig, ServerConfig, TransportConfig};
+
+use crate::config::{CongestionControl, Limits, Timeouts, VOLATILE_STREAMS};
+use crate::endpoint::{self, InvalidSetting, Via};
+
+/// An endpoint on a UDP socket as servers and clients of this library open it.
+///
+/// # Errors
+/// When the address cannot be bound.
+pub fn endpoint(address: SocketAddr, server: Option<ServerConfig>) -> io::Result<Endpoint> {
+    let buffer = Limits::default().socket_buffer;
+    let payload = Via::System.most_payload();
+    Via::System.open(address, buffer, payload, EndpointConfig::default(), server)
+}
+
+/// The settings of an admitted connection, the same at both ends but for the route to the peer, if that is known.
+///
+/// # Errors
+/// None, with the defaults.
+pub fn transport(peer: Option<SocketAddr>) -> Result<TransportConfig, InvalidSetting> {
+    let (limits, timeouts) = (Limits::default(), Timeouts::default());
+    let congestion = CongestionControl::default();
+    let payload = peer.and_then(|peer| Via::System.payload_to(peer));
+    let mut transport = endpoint::transport(&limits, &timeouts, congestion, payload, false)?;
+    transport
+        .receive_window(limits.connection_window.into())
+        .max_concurrent_bidi_streams(limits.channels.into())
+        .max_concurrent_uni_streams(VOLATILE_STREAMS.into());
+    Ok(transport)
+}

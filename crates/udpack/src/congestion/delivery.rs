@@ -1,0 +1,239 @@
+//! Samples of the delivery rate (draft-cheng-iccrg-delivery-rate-estimation), from what quinn tells a controller.
+//!
+//! quinn keeps no state of ours per packet, so each *instant* at which something was sent is remembered, with what was
+//! delivered until then. What is acknowledged is found by the instant it was sent.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+/// Instants remembered; further ones count as the last of these. 10 packets an instant are the least with a full
+/// window, so this is a window of more than 200 MB.
+const MOST: usize = 1 << 14;
+
+/// What a packet was sent for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Purpose {
+    Cruise,
+    Up,
+    Down,
+    Other,
+}
+
+#[derive(Debug, Clone)]
+struct Sending {
+    at: Instant,
+    /// Bytes delivered when this was sent, and when the last of them was.
+    delivered: u64,
+    delivered_at: Instant,
+    /// When the packet was sent whose acknowledgement was the last before.
+    first_sent: Instant,
+    purpose: Purpose,
+    app_limited: bool,
+}
+
+/// What one batch of acknowledgements says.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Sample {
+    /// Bytes acknowledged.
+    pub(super) acked: u64,
+    /// Of the newest packet among them.
+    pub(super) rtt: Duration,
+    /// Bytes a second, and whether the sender was short of data then.
+    pub(super) rate: Option<(f64, bool)>,
+    /// A packet sent after the last round ended has arrived.
+    pub(super) round_ended: bool,
+}
+
+/// Watches what is sent and what arrives.
+#[derive(Debug, Clone)]
+pub(super) struct Delivery {
+    sendings: VecDeque<Sending>,
+    delivered: u64,
+    delivered_at: Instant,
+    first_sent: Instant,
+    idle: bool,
+    app_limited_until: u64,
+    round_end: u64,
+    acked: u64,
+    newest: Option<Instant>,
+}
+
+impl Delivery {
+    pub(super) fn new(now: Instant) -> Self {
+        Self {
+            sendings: VecDeque::new(),
+            delivered: 0,
+            delivered_at: now,
+            first_sent: now,
+            idle: true,
+            app_limited_until: 0,
+            round_end: 0,
+            acked: 0,
+            newest: None,
+        }
+    }
+
+    pub(super) fn on_sent(&mut self, now: Instant, purpose: Purpose) {
+        if self.idle {
+            self.idle = false;
+            self.first_sent = now;
+            self.delivered_at = now;
+        }
+        let known = self.sendings.back().is_some_and(|last| last.at >= now);
+        if known || self.sendings.len() >= MOST {
+            return;
+        }
+        self.sendings.push_back(Sending {
+            at: now,
+            delivered: self.delivered,
+            delivered_at: self.delivered_at,
+            first_sent: self.first_sent,
+            purpose,
+            app_limited: self.app_limited_until > self.delivered,
+        });
+    }
+
+    fn find(&self, at: Instant) -> Option<&Sending> {
+        let first = self.sendings.front()?;
+        if first.at == at {
+            return Some(first);
+        }
+        let found = self
+            .sendings
+            .binary_search_by(|sending| sending.at.cmp(&at));
+        self.sendings.get(found.ok()?)
+    }
+
+    /// What the packets sent at this instant were for.
+    pub(super) fn purpose(&self, sent: Instant) -> Purpose {
+        self.find(sent)
+            .map_or(Purpose::Other, |sending| sending.purpose)
+    }
+
+    pub(super) fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64) {
+        self.delivered += bytes;
+        self.delivered_at = now;
+        self.acked += bytes;
+        self.newest = self.newest.max(Some(sent));
+    }
+
+    /// The batch of acknowledgements is complete. `min_rtt` is the least time that a rate may be measured over.
+    pub(super) fn end_acks(
+        &mut self,
+        now: Instant,
+        in_flight: u64,
+        app_limited: bool,
+        min_rtt: Duration,
+    ) -> Option<Sample> {
+        let acked = std::mem::take(&mut self.acked);
+        let newest = self.newest.take()?;
+        let rtt = now.saturating_duration_since(newest);
+        if app_limited {
+            self.app_limited_until = self.delivered + in_flight.max(1);
+        }
+        self.idle = in_flight == 0;
+        let mut sample = Sample {
+            acked,
+            rtt,
+            rate: None,
+            round_ended: false,
+        };
+        if let Some(sending) = self.find(newest).cloned() {
+            self.first_sent = self.first_sent.max(sending.at);
+            let send_elapsed = sending.at.saturating_duration_since(sending.first_sent);
+            let ack_elapsed = now.saturating_duration_since(sending.delivered_at);
+            let interval = send_elapsed.max(ack_elapsed);
+            if interval >= min_rtt.min(rtt) && !interval.is_zero() {
+                let bytes = self.delivered.saturating_sub(sending.delivered) as f64;
+                sample.rate = Some((bytes / interval.as_secs_f64(), sending.app_limited));
+            }
+            sample.round_ended = sending.delivered >= self.round_end;
+        }
+        // A packet that is neither acknowledged nor lost two round trips later is asked for no more.
+        let keep = rtt * 2;
+        while let Some(first) = self.sendings.front()
+            && newest.saturating_duration_since(first.at) > keep
+        {
+            self.sendings.pop_front();
+        }
+        Some(sample)
+    }
+
+    /// The next round ends when something sent from now on arrives.
+    pub(super) fn begin_round(&mut self) {
+        self.round_end = self.delivered;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn measures_what_arrives_a_second() {
+        let begin = Instant::now();
+        let mut delivery = Delivery::new(begin);
+        // 1000 bytes every ms, each back after 10 ms.
+        let mut rate = None;
+        for ms in 0..40u32 {
+            let now = begin + MS * ms;
+            if ms >= 10 {
+                delivery.on_ack(now, now - MS * 10, 1000);
+                let sample = delivery.end_acks(now, 10_000, false, MS * 10).unwrap();
+                assert_eq!(sample.rtt, MS * 10);
+                assert_eq!(sample.acked, 1000);
+                rate = sample.rate.or(rate);
+            }
+            delivery.on_sent(now, Purpose::Cruise);
+        }
+        let (rate, app_limited) = rate.expect("samples");
+        assert!((rate - 1e6).abs() < 1e3, "{rate}");
+        assert!(!app_limited);
+        assert!(delivery.sendings.len() <= 32);
+    }
+
+    #[test]
+    fn a_pause_is_not_measured_as_a_slow_path() {
+        let begin = Instant::now();
+        let mut delivery = Delivery::new(begin);
+        delivery.on_sent(begin, Purpose::Other);
+        delivery.on_ack(begin + MS * 10, begin, 1000);
+        let sample = delivery
+            .end_acks(begin + MS * 10, 0, true, MS * 10)
+            .unwrap();
+        assert!(sample.round_ended);
+        let later = begin + MS * 5000;
+        delivery.on_sent(later, Purpose::Other);
+        delivery.on_ack(later + MS * 10, later, 10_000);
+        let sample = delivery
+            .end_acks(later + MS * 10, 0, false, MS * 10)
+            .unwrap();
+        let (rate, app_limited) = sample.rate.unwrap();
+        assert!((rate - 1e6).abs() < 1e3, "{rate}");
+        assert!(app_limited, "sent when there was nothing more to send");
+    }
+
+    #[test]
+    fn what_was_never_sent_is_no_sample() {
+        let begin = Instant::now();
+        let mut delivery = Delivery::new(begin);
+        assert!(delivery.end_acks(begin, 0, false, MS).is_none());
+        delivery.on_ack(begin, begin + MS * 7, 1000);
+        let sample = delivery.end_acks(begin, 0, false, MS).unwrap();
+        assert!(sample.rate.is_none() && !sample.round_ended);
+        assert_eq!(sample.rtt, Duration::ZERO);
+        assert_eq!(delivery.purpose(begin), Purpose::Other);
+    }
+
+    #[test]
+    fn remembers_so_many_instants_and_no_more() {
+        let begin = Instant::now();
+        let mut delivery = Delivery::new(begin);
+        for at in 0..MOST as u32 + 100 {
+            delivery.on_sent(begin + Duration::from_micros(1) * at, Purpose::Up);
+        }
+        assert_eq!(delivery.sendings.len(), MOST);
+    }
+}
