@@ -29,6 +29,7 @@ pub fn transport(peer: Option<SocketAddr>) -> Result<TransportConfig, InvalidSet
     let payload = peer.and_then(|peer| Via::System.payload_to(peer));
     let mut transport = endpoint::transport(&limits, &timeouts, congestion, payload, false)?;
     transport
+        .receive_window(limits.connection_window.into())
         .max_concurrent_bidi_streams(limits.channels.into())
         .max_concurrent_uni_streams(VOLATILE_STREAMS.into());
     Ok(transport)

@@ -58,13 +58,13 @@ pub struct Limits {
     /// `connection_window`, so that one channel that nobody reads leaves room for the others. For a reader that
     /// cannot keep up quinn holds that much, at about three times its size.
     pub stream_window: u32,
-    /// QUIC flow-control window of one admitted connection, in bytes. Default 12 MiB; shrinks when
-    /// `receive_budget` is shared by many.
+    /// Largest QUIC flow-control window of one admitted connection, in bytes. Default 24 MiB: three streams'. It
+    /// begins with at most 12 MiB, and grows with what is read in a round trip, and with what nobody reads.
     pub connection_window: u32,
     /// Bytes quinn may hold unacknowledged for sending, a connection. Default 16 MiB.
     pub send_window: u64,
-    /// Sum of the connection windows of all admitted sockets, in bytes. Default 512 MiB. Each socket gets an
-    /// equal share, at most `connection_window` and at least 64 KiB.
+    /// Sum of the connection windows of all admitted sockets, in bytes. Default 512 MiB. Half of it is shared
+    /// equally, at least 64 KiB for each; the other half is what windows grow by, where they do.
     pub receive_budget: u64,
     /// Failed authentications by one address before it is refused for a while. Default 3.
     pub auth_failures: u32,
@@ -97,7 +97,7 @@ impl Default for Limits {
             rooms: 65_536,
             rooms_per_channel: 64,
             stream_window: 8 << 20,
-            connection_window: 12 << 20,
+            connection_window: 24 << 20,
             send_window: 16 << 20,
             receive_budget: 512 << 20,
             auth_failures: 3,

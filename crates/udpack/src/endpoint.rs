@@ -17,6 +17,7 @@ use crate::config::{
 };
 use crate::congestion::ModelConfig;
 use crate::udp::{self, MOST_PAYLOAD};
+use crate::windows;
 
 /// Where the UDP sockets of a server or client come from.
 #[derive(Debug, Clone, Default)]
@@ -138,10 +139,10 @@ pub(crate) fn transport(
     };
     let (window, streams, volatile) = if server {
         let streams = PREAUTH_STREAMS.min(limits.channels.saturating_add(1));
-        (PREAUTH_BYTES, streams, 0)
+        (u64::from(PREAUTH_BYTES), streams, 0)
     } else {
         let streams = FEW_STREAMS.min(limits.channels);
-        (limits.connection_window, streams, VOLATILE_STREAMS)
+        (windows::first(limits, 1), streams, VOLATILE_STREAMS)
     };
     transport
         .max_idle_timeout(Some(idle))
@@ -151,7 +152,7 @@ pub(crate) fn transport(
         .datagram_receive_buffer_size(Some(DATAGRAMS_IN))
         .datagram_send_buffer_size(DATAGRAMS_OUT)
         .stream_receive_window(limits.stream_window.into())
-        .receive_window(window.into())
+        .receive_window(varint(window))
         .send_window(limits.send_window)
         .initial_rtt(INITIAL_RTT)
         .mtu_discovery_config(Some(mtu_discovery(payload)))

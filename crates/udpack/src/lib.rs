@@ -165,6 +165,7 @@ mod turns;
 mod udp;
 mod url;
 mod volatile;
+mod windows;
 mod writer;
 
 pub use auth::{Authenticate, Deny, Hello, Peer};

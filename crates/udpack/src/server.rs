@@ -23,12 +23,11 @@ use crate::auth::{Authenticate, Deny, Hello, Peer, source};
 use crate::channel::Channel;
 use crate::code::{CloseCode, CloseReason, printable};
 use crate::config::{
-    CongestionControl, Drain, FEW_STREAMS, Limits, MIN_WINDOW, PREAUTH_BYTES, Timeouts,
-    VOLATILE_STREAMS,
+    CongestionControl, Drain, FEW_STREAMS, Limits, PREAUTH_BYTES, Timeouts, VOLATILE_STREAMS,
 };
 use crate::control::{self, GoAway, ResumeGrant, ResumeTicket, Welcome};
 use crate::driver::{Awaited, Comeback, Control, Link, live};
-use crate::endpoint::{self, InvalidSetting, Via, varint};
+use crate::endpoint::{self, InvalidSetting, Via};
 use crate::fingerprint::Fingerprint;
 use crate::identity::{Identity, IdentityError};
 use crate::inbox::{Ending, Inbox};
@@ -41,6 +40,7 @@ use crate::router::ServeChannel;
 use crate::session::{Session, SessionId, lock};
 use crate::socket::{Registry, Socket};
 use crate::speed::{Counters, SpeedMeter, Stats};
+use crate::windows;
 
 /// Sockets that may wait for `accept`.
 const ACCEPT_QUEUE: usize = 128;
@@ -91,6 +91,8 @@ struct Shared {
     past: Mutex<Stats>,
     rooms: Rooms,
     sockets: Mutex<Sockets>,
+    /// What the sockets' windows may grow by.
+    pool: Arc<windows::Pool>,
     socket_ended: Notify,
     handshakes: AtomicUsize,
     quiet: Quiet,
@@ -128,8 +130,8 @@ struct Sockets {
     /// The sum of those.
     places: usize,
     next: u64,
-    /// The window each socket was last given.
-    window: u64,
+    /// The window that each socket began with.
+    first: u64,
 }
 
 impl Server {
@@ -482,7 +484,9 @@ impl ServerBuilder {
         registry.pull |= registry.is_empty();
         let (accept_queue, accepted) = mpsc::channel(ACCEPT_QUEUE);
         let rooms = Rooms::new(self.limits.rooms, tokio::runtime::Handle::current());
+        let pool = windows::Pool::new(&self.limits);
         let shared = Arc::new(Shared {
+            pool,
             endpoint,
             fingerprint: identity.fingerprint(),
             guard: Guard::new(auth, self.authorize, self.limits.auth_failures),
@@ -527,7 +531,18 @@ impl fmt::Debug for ServerBuilder {
 }
 
 async fn accept_loop(shared: Arc<Shared>) {
-    while let Some(incoming) = shared.endpoint.accept().await {
+    let mut look = windows::look();
+    loop {
+        let incoming = tokio::select! {
+            incoming = shared.endpoint.accept() => incoming,
+            _ = look.tick() => {
+                shared.look_for_stuck();
+                continue;
+            }
+        };
+        let Some(incoming) = incoming else {
+            return;
+        };
         let address = incoming.remote_address();
         let in_flight = shared.handshakes.load(Ordering::Relaxed);
         let penalty = || {
@@ -663,7 +678,6 @@ async fn let_in(
         Ok(Ok(Admitted::New(control))) => control,
         Ok(Ok(Admitted::Back(control, links))) => {
             // From here on the connection is in the hands of the session's own task.
-            conn.set_receive_window(varint(lock(&shared.sockets).window));
             links.send(Box::new(Link {
                 conn,
                 endpoint: None,
@@ -897,8 +911,11 @@ impl Place {
         let key = sockets.next;
         sockets.next += 1;
         sockets.admitted.insert(key, socket.clone());
-        let window = sockets.share(&self.shared.limits);
-        socket.session().conn().set_receive_window(varint(window));
+        let first = sockets.share(&self.shared.limits);
+        let session = socket.session();
+        session
+            .window
+            .admit(first, &self.shared.pool, &session.conn());
         key
     }
 
@@ -908,6 +925,7 @@ impl Place {
         let mut sockets = lock(&self.shared.sockets);
         sockets.admitted.remove(&key);
         sockets.share(&self.shared.limits);
+        session.window.end();
     }
 }
 
@@ -927,18 +945,17 @@ impl Drop for Place {
 }
 
 impl Sockets {
-    /// Each socket's share of the receive budget. It changes in powers of two, so that it rarely does.
+    /// The window that each socket begins with.
     fn share(&mut self, limits: &Limits) -> u64 {
-        let sockets = self.admitted.len().max(1).next_power_of_two() as u64;
-        let most = u64::from(limits.connection_window);
-        let window = (limits.receive_budget / sockets).clamp(MIN_WINDOW.min(most), most);
-        if window != self.window {
-            self.window = window;
+        let first = windows::first(limits, self.admitted.len());
+        if first != self.first {
+            self.first = first;
             for socket in self.admitted.values() {
-                socket.session().conn().set_receive_window(varint(window));
+                let session = socket.session();
+                session.window.resize(first, &session.conn());
             }
         }
-        window
+        first
     }
 }
 
@@ -1029,6 +1046,14 @@ impl Shared {
             made.insert(payload, config.clone());
         }
         Some(config)
+    }
+
+    /// Lets the windows grow of connections on which much lies unread.
+    fn look_for_stuck(&self) {
+        for socket in lock(&self.sockets).admitted.values() {
+            let session = socket.session();
+            session.window.stuck(&session.conn());
+        }
     }
 
     fn stats(&self) -> Stats {
