@@ -17,7 +17,9 @@ const ROUNDS: usize = 10;
 const BASE_RTT_FOR: Duration = Duration::from_secs(10);
 /// Seconds of the delivery rate that the window has beyond the base RTT. Covers delayed acknowledgements and
 /// scheduling; on loopback, where the RTT is 0.1 ms, less than 2 ms costs throughput.
-const HEADROOM: f64 = 0.005;
+const HEADROOM: f64 = 0.003;
+/// Packets that the window has beyond that, for acknowledgements that come for several at once; BBR has three.
+const SPARE_PACKETS: f64 = 3.0;
 /// Start-up has at most this window, in units of what the path was seen to hold. 2 is needed to double each round.
 const STARTUP_GAIN: f64 = 2.5;
 /// Start-up goes on while the rate grows by this factor within `STARTUP_ROUNDS`, as in BBR.
@@ -30,6 +32,8 @@ const RISE_SAMPLES: u32 = 8;
 const RISE: (Duration, Duration) = (Duration::from_millis(4), Duration::from_millis(16));
 /// Parts of the window added while probing for more: at first, and after losses.
 const PROBE: (f64, f64) = (0.05, 0.25);
+/// And at least so many packets.
+const PROBE_PACKETS: f64 = 2.0;
 const DOWN_GAIN: f64 = 0.9;
 /// Of the path's content, while looking for the base RTT or for others.
 const WITHDRAWN_GAIN: f64 = 0.5;
@@ -548,7 +552,7 @@ impl Model {
 
     fn target(&self) -> f64 {
         let headroom = self.rate() * HEADROOM * self.headroom;
-        (self.content(self.base_rtt) + headroom) * self.made_up()
+        (self.content(self.base_rtt) + headroom) * self.made_up() + SPARE_PACKETS * self.mtu
     }
 
     fn set_window(&mut self) {
@@ -561,7 +565,11 @@ impl Model {
             Phase::Startup => self.window,
             Phase::Drain => self.content(self.base_rtt),
             Phase::Cruise(_) => self.target(),
-            Phase::Up => self.target() * (1.0 + self.probe),
+            Phase::Up => {
+                // Where a window is a few packets, a part of it is nothing.
+                let more = (self.probe * self.target()).max(PROBE_PACKETS * self.mtu);
+                self.target() + more
+            }
             Phase::Down if self.shallow => {
                 // The headroom alone may be more than the queue takes.
                 let bare = self.content(self.base_rtt) * self.made_up();
