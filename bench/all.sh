@@ -2,7 +2,7 @@
 # Everything that docs/BENCHMARKS.md shows: builds, measures, fills the document and draws its charts. As root, on a
 # machine with nothing else to do, about three quarters of an hour.
 #
-#   bench/all.sh [PART…]   default: all of bench peers netns small-files wan fairness interference document
+#   bench/all.sh [PART…]   default: all of bench peers netns small-files links fast-links interference document
 # ROUNDS, BIN, RESULTS: see bench/lib.sh. A part that fails does not keep the others from running.
 set -eu
 cd "$(dirname "$0")/.."
@@ -44,14 +44,20 @@ part() {
     peers) script bench/peers.sh ;;
     netns) script bench/peers.sh --netns ;;
     small-files) script bench/small-files.sh ;;
-    wan) script bench/wan.sh --parallel ;;
-    fairness) ROUNDS=3 script bench/fairness.sh --parallel ;;
+    # Six links at a time, those that take longest first; most of the processors stays idle.
+    links)
+      local all
+      mapfile -t all < <({ bench/wan.sh --list | awk '$2 <= 100 { print $6 / $2, "bench/wan.sh", $1 }' | sort -rn | cut -d' ' -f2-
+        bench/fairness.sh --list | awk '{ print "bench/fairness.sh", $1 }'; })
+      side_by_side 6 "${all[@]}"
+      ;;
+    fast-links) script bench/wan.sh 500M-20ms-0.1 1G-10ms-0 ;;
     interference) script bench/interference.sh ;;
     document) "$bench" document "$results" || failed=1 ;;
     *) echo "no such part: $1" >&2; exit 2 ;;
   esac
 }
-[ $# -gt 0 ] || set -- bench peers netns small-files wan fairness interference document
+[ $# -gt 0 ] || set -- bench peers netns small-files links fast-links interference document
 for name in "$@"; do
   begun=$SECONDS
   printf '\n==> %s\n' "$name"

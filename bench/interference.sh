@@ -11,7 +11,7 @@
 link_there || exit 0
 have_bench || exit 0
 if [ $# -gt 1 ]; then
-  side_by_side 2 bench/interference.sh "$@"
+  side_by_side 2 "${@/#/bench/interference.sh }"
   exit "$failed"
 fi
 memory=/dev/shm

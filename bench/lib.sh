@@ -94,25 +94,21 @@ timed() {
   seconds=$(awk "BEGIN { printf \"%.6f\", $ended - $begun }")
 }
 
-# Runs a script once for each of its cases: AT-ONCE SCRIPT CASE…; side by side, each is printed whole, in their order.
+# Runs commands of plain words: AT-ONCE COMMAND…; side by side, the output of each is printed whole, in their order.
 side_by_side() {
-  local at_once=$1 script=$2 name
-  shift 2
+  local at_once=$1 command number=0
+  shift
   [ -n "$work" ] || workspace "${TMPDIR:-/tmp}"
-  for name in "$@"; do
-    if [ "$at_once" -eq 1 ]; then
-      "$script" "$name" &
-      pids=($!)
-      wait "$!" || failed=1
-    else
-      while [ "$(jobs -pr | wc -l)" -ge "$at_once" ]; do wait -n || failed=1; done
-      "$script" "$name" >"$work/$name.out" 2>&1 &
-      pids+=($!)
-    fi
+  for command in "$@"; do
+    number=$((number + 1))
+    while [ "$(jobs -pr | wc -l)" -ge "$at_once" ]; do wait -n || failed=1; done
+    # shellcheck disable=SC2086
+    if [ "$at_once" -eq 1 ]; then $command & else $command >"$work/$number.out" 2>&1 & fi
+    pids+=($!)
   done
   while [ -n "$(jobs -pr)" ]; do wait -n || failed=1; done
   pids=()
-  [ "$at_once" -eq 1 ] || for name in "$@"; do cat "$work/$name.out"; done
+  [ "$at_once" -eq 1 ] || for number in $(seq $#); do cat "$work/$number.out"; done
 }
 
 # ---- ours: the server is fresh for each run and listens before the clock starts.

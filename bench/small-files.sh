@@ -15,7 +15,12 @@ if [ $# -eq 0 ]; then
   [ ! -d /dev/shm ] || set -- /dev/shm "$@"
 fi
 if [ $# -gt 1 ]; then
-  side_by_side 1 bench/small-files.sh "$@"
+  for dir in "$@"; do
+    bench/small-files.sh "$dir" &
+    running=$!
+    pids=("$running")
+    wait "$running" || failed=1
+  done
   exit "$failed"
 fi
 workspace "$1"

@@ -56,10 +56,13 @@ pub(crate) enum Settings {
 }
 
 impl Settings {
-    fn transport(self) -> anyhow::Result<Option<Arc<quinn::TransportConfig>>> {
+    fn transport(
+        self,
+        peer: Option<SocketAddr>,
+    ) -> anyhow::Result<Option<Arc<quinn::TransportConfig>>> {
         Ok(match self {
             Self::Defaults => None,
-            Self::Tuned => Some(Arc::new(udpack::bench::transport()?)),
+            Self::Tuned => Some(Arc::new(udpack::bench::transport(peer)?)),
         })
     }
 
@@ -86,7 +89,8 @@ pub(crate) fn serve(
     let (tls, key) = server_tls(&[b"bench"])?;
     let crypto = QuicServerConfig::try_from(tls)?;
     let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
-    if let Some(transport) = settings.transport()? {
+    // A server that only listens knows no route.
+    if let Some(transport) = settings.transport(None)? {
         config.transport_config(transport);
     }
     let endpoint = settings.endpoint(listen, Some(config))?;
@@ -225,7 +229,7 @@ impl Client {
     pub(crate) fn new(ready: &Ready, settings: Settings) -> anyhow::Result<Self> {
         let crypto = QuicClientConfig::try_from(client_tls(&ready.key, &[b"bench"])?)?;
         let mut config = quinn::ClientConfig::new(Arc::new(crypto));
-        if let Some(transport) = settings.transport()? {
+        if let Some(transport) = settings.transport(Some(ready.address))? {
             config.transport_config(transport);
         }
         Ok(Self {

@@ -26,7 +26,12 @@ fn all_arms_tell_all(result: &Value, arms: &[&str]) {
     assert_eq!(scenarios.len(), 1);
     let scenario = &scenarios[0];
     let told = scenario["arms"].as_object().expect("arms");
-    let mut names: Vec<_> = told.keys().map(String::as_str).collect();
+    // NATS takes part where it is installed.
+    let mut names: Vec<_> = told
+        .keys()
+        .map(String::as_str)
+        .filter(|name| *name != "nats")
+        .collect();
     names.sort_unstable();
     let mut expected = arms.to_vec();
     expected.sort_unstable();

@@ -434,3 +434,27 @@ async fn half_a_kilobyte_a_second_for_each_lane_is_enough() {
     site.check(&files);
     assert!(seen.undisturbed(), "{seen:?}");
 }
+
+/// The first link, loopback, takes far larger datagrams than the way behind it. That becomes narrower still, down
+/// to what QUIC counts on, and wider than it ever was.
+#[tokio::test]
+async fn the_way_may_be_narrower_than_its_first_link_and_change() {
+    let site = Site::new(Timeouts::default());
+    let server = site.serve().await;
+    let way = Way {
+        delay: Duration::from_millis(5),
+        ..Way::default()
+    };
+    let relay = Relay::start(server.local_addr(), Faults::both(10, way)).await;
+    for (seed, widest) in [(10, 1472), (11, 1200), (12, 9000)] {
+        relay.narrow(widest);
+        let files = Files::new(seed, &[3000 * KIB + seed as usize; 2]);
+        let upload = site.uploader(&relay).lanes(2).put(files.sources());
+        let seen = tokio::time::timeout(Duration::from_secs(60), files.arrive(upload))
+            .await
+            .expect("the test takes at most 60 s");
+        site.check(&files);
+        assert!(seen.undisturbed(), "{seen:?}");
+    }
+    assert!(relay.tally().large > 0, "{:?}", relay.tally());
+}

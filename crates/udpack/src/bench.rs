@@ -15,18 +15,21 @@ use crate::endpoint::{self, InvalidSetting, Via};
 /// When the address cannot be bound.
 pub fn endpoint(address: SocketAddr, server: Option<ServerConfig>) -> io::Result<Endpoint> {
     let buffer = Limits::default().socket_buffer;
-    Via::System.open(address, buffer, EndpointConfig::default(), server)
+    let payload = Via::System.most_payload();
+    Via::System.open(address, buffer, payload, EndpointConfig::default(), server)
 }
 
-/// The settings of an admitted connection, the same at both ends.
+/// The settings of an admitted connection, the same at both ends but for the route to the peer, if that is known.
 ///
 /// # Errors
 /// None, with the defaults.
-pub fn transport() -> Result<TransportConfig, InvalidSetting> {
+pub fn transport(peer: Option<SocketAddr>) -> Result<TransportConfig, InvalidSetting> {
     let (limits, timeouts) = (Limits::default(), Timeouts::default());
     let congestion = CongestionControl::default();
-    let mut transport = endpoint::transport(&limits, &timeouts, congestion, false)?;
+    let payload = peer.and_then(|peer| Via::System.payload_to(peer));
+    let mut transport = endpoint::transport(&limits, &timeouts, congestion, payload, false)?;
     transport
+        .receive_window(limits.connection_window.into())
         .max_concurrent_bidi_streams(limits.channels.into())
         .max_concurrent_uni_streams(VOLATILE_STREAMS.into());
     Ok(transport)

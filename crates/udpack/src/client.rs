@@ -222,17 +222,19 @@ impl Client {
             };
             SocketAddr::new(any, 0)
         });
+        let payload = settings.via.payload_to(address);
         let endpoint = settings
             .via
             .open(
                 local,
                 settings.limits.socket_buffer,
+                payload,
                 quinn::EndpointConfig::default(),
                 None,
             )
             .map_err(ConnectError::Local)?;
         let connecting = endpoint
-            .connect_with(self.config(address), address, host)
+            .connect_with(self.config(address, payload)?, address, host)
             .map_err(|error| ConnectError::Dial {
                 address,
                 text: error.to_string(),
@@ -267,23 +269,28 @@ impl Client {
         })
     }
 
-    /// The settings of one more connection.
-    fn config(&self, address: SocketAddr) -> quinn::ClientConfig {
+    /// The settings of one more connection, to this address over a first link that takes such UDP payloads.
+    fn config(
+        &self,
+        address: SocketAddr,
+        payload: Option<u16>,
+    ) -> Result<quinn::ClientConfig, InvalidSetting> {
         let settings = &self.inner;
-        let mut config = settings.config.clone();
-        let stream = settings.qlog.as_ref().map(|qlog| qlog.stream(address));
-        if let Some(Some(stream)) = stream
-            && let Ok(mut transport) = endpoint::transport(
-                &settings.limits,
-                &settings.timeouts,
-                settings.congestion,
-                false,
-            )
+        let mut transport = endpoint::transport(
+            &settings.limits,
+            &settings.timeouts,
+            settings.congestion,
+            payload,
+            false,
+        )?;
+        if let Some(qlog) = &settings.qlog
+            && let Some(stream) = qlog.stream(address)
         {
             transport.qlog_stream(Some(stream));
-            config.transport_config(Arc::new(transport));
         }
-        config
+        let mut config = settings.config.clone();
+        config.transport_config(Arc::new(transport));
+        Ok(config)
     }
 
     fn dial_error(&self, address: SocketAddr, error: &quinn::ConnectionError) -> ConnectError {
@@ -602,13 +609,9 @@ impl ClientBuilder {
         let trust = self.pin.map_or(Trust::PlatformRoots, Trust::Pin);
         let (tls, check) =
             client_tls(trust).map_err(|error| ConnectError::Tls(error.to_string()))?;
-        let mut config = quinn::ClientConfig::new(Arc::new(tls));
-        config.transport_config(Arc::new(endpoint::transport(
-            &self.limits,
-            &self.timeouts,
-            self.congestion,
-            false,
-        )?));
+        let config = quinn::ClientConfig::new(Arc::new(tls));
+        // Said now rather than at the first connection.
+        endpoint::transport(&self.limits, &self.timeouts, self.congestion, None, false)?;
         if let Some((channel, state)) = self.registry.missing {
             return Err(ConnectError::MissingState { channel, state });
         }

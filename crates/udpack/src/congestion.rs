@@ -10,8 +10,8 @@
 //!
 //! The controller keeps a model of the path (as BBR does, draft-ietf-ccwg-bbr): the *delivery rate*, the largest
 //! of ten round trips (`rate`), and the *base RTT*, the smallest of ten seconds. Their product is what the path
-//! holds. The window is that product, with 3 ms of rate on top, which makes the model work where a round trip is
-//! microseconds and costs a queue of 3 ms elsewhere.
+//! holds. The window is that product, with 5 ms of rate on top, which makes the model work where a round trip is
+//! microseconds and costs a queue of at most 5 ms elsewhere.
 //!
 //! * **Start-up** doubles the window each round trip, as slow start does, but never beyond 2.5 times the rate seen
 //!   so far. It ends when the RTT rises (HyStart++, RFC 9406), when the rate has not grown by a quarter for

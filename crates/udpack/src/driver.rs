@@ -13,7 +13,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use tokio::time::Instant;
+use tokio::time::{Instant, Interval};
 use tracing::Instrument;
 use tracing::field::Empty;
 
@@ -30,6 +30,7 @@ use crate::resume::{Mismatch, Seen};
 use crate::session::{ChannelKey, Session, lock};
 use crate::socket::Registry;
 use crate::streams::{Rate, serve_stream};
+use crate::windows;
 
 /// The control stream, in the driver's hands.
 pub(crate) struct Control {
@@ -235,6 +236,14 @@ struct Driver {
     resumed: bool,
 }
 
+/// The next tick; never, without an interval.
+async fn tick(interval: &mut Option<Interval>) {
+    match interval {
+        Some(interval) => drop(interval.tick().await),
+        None => std::future::pending().await,
+    }
+}
+
 /// How long confirmations gather before they are sent.
 const CONFIRM_DELAY: Duration = Duration::from_millis(5);
 
@@ -281,6 +290,7 @@ impl Driver {
         let number = session.set_link(link.conn, link.endpoint);
         session.budget.set_detached(false);
         let conn = session.conn();
+        session.window.renew(&conn);
         for pipe in session.kept_own() {
             channels.spawn(pipe.reopen(session.clone(), conn.clone(), number));
         }
@@ -329,9 +339,12 @@ impl Driver {
             permit_all(&session, &conn);
         }
         let mut volatile = pin!(crate::volatile::serve(&session, &conn));
+        // A server looks at all its connections in one go.
+        let mut look = session.client.then(windows::look);
         loop {
             tokio::select! {
                 never = &mut volatile => match never {},
+                () = tick(&mut look) => session.window.stuck(&conn),
                 stream = conn.accept_bi() => match stream {
                     Ok((send, recv)) => {
                         if !self.rate.take() {

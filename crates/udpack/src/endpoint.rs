@@ -1,59 +1,23 @@
-//! The UDP socket and the QUIC settings that server and client share.
+//! The QUIC settings that server and client share, and the endpoints that have them.
 
 use std::io;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use quinn::congestion::{BbrConfig, ControllerFactory, CubicConfig, NewRenoConfig};
 use quinn::{
-    Endpoint, EndpointConfig, IdleTimeout, ServerConfig, TokioRuntime, TransportConfig, VarInt,
+    AckFrequencyConfig, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig,
+    TokioRuntime, TransportConfig, VarInt,
 };
-use socket2::{Domain, Protocol, Socket as RawSocket, Type};
 
 use crate::config::{
     CongestionControl, DATAGRAMS_IN, DATAGRAMS_OUT, FEW_STREAMS, Limits, PREAUTH_BYTES,
     PREAUTH_STREAMS, Timeouts, VOLATILE_STREAMS,
 };
 use crate::congestion::ModelConfig;
-
-/// Binds a UDP socket with large kernel buffers; says in the log what to do when the kernel gives less.
-pub(crate) fn bind(address: SocketAddr, buffer: usize) -> io::Result<UdpSocket> {
-    let socket = RawSocket::new(
-        Domain::for_address(address),
-        Type::DGRAM,
-        Some(Protocol::UDP),
-    )?;
-    if address.is_ipv6() {
-        socket.set_only_v6(false)?;
-    }
-    grow_buffers(&socket, buffer);
-    socket.bind(&address.into())?;
-    Ok(socket.into())
-}
-
-fn grow_buffers(socket: &RawSocket, wanted: usize) {
-    use rustix::net::sockopt;
-    // With the right to do so, past the system's limit; else as far as it goes.
-    if sockopt::set_socket_recv_buffer_size_force(socket, wanted).is_err() {
-        let _ = socket.set_recv_buffer_size(wanted);
-    }
-    if sockopt::set_socket_send_buffer_size_force(socket, wanted).is_err() {
-        let _ = socket.set_send_buffer_size(wanted);
-    }
-    // Linux reports twice what it grants.
-    let granted = |size: io::Result<usize>| size.map_or(0, |size| size / 2);
-    let receive = granted(socket.recv_buffer_size());
-    let send = granted(socket.send_buffer_size());
-    if receive < wanted || send < wanted {
-        tracing::warn!(
-            wanted,
-            receive,
-            send,
-            "the kernel gives smaller UDP buffers than asked for, which costs speed; \
-             to allow them: sysctl -w net.core.rmem_max={wanted} net.core.wmem_max={wanted}"
-        );
-    }
-}
+use crate::udp::{self, MOST_PAYLOAD};
+use crate::windows;
 
 /// Where the UDP sockets of a server or client come from.
 #[derive(Debug, Clone, Default)]
@@ -68,30 +32,87 @@ pub(crate) enum Via {
 
 impl Via {
     /// A QUIC endpoint on a socket at this address, with kernel buffers of this size where there is a kernel.
+    /// Peers are told to send no larger UDP payloads than `payload` bytes; at least 1,200 are taken.
     pub(crate) fn open(
         &self,
         address: SocketAddr,
         buffer: usize,
-        settings: EndpointConfig,
+        payload: Option<u16>,
+        mut settings: EndpointConfig,
         server: Option<ServerConfig>,
     ) -> io::Result<Endpoint> {
-        let runtime = Arc::new(TokioRuntime);
-        match self {
-            Self::System => Endpoint::new(settings, server, bind(address, buffer)?, runtime),
+        let payload = payload.unwrap_or(ETHERNET_PAYLOAD).max(LEAST_PAYLOAD);
+        // Fails below 1,200 bytes only.
+        let _ = settings.max_udp_payload_size(payload);
+        let socket = match self {
+            Self::System => udp::bind(address, buffer, payload)?,
             #[cfg(feature = "testing")]
-            Self::Net(host) => {
-                Endpoint::new_with_abstract_socket(settings, server, host.open(address)?, runtime)
-            }
+            Self::Net(host) => host.open(address)?,
+        };
+        Endpoint::new_with_abstract_socket(settings, server, socket, Arc::new(TokioRuntime))
+    }
+
+    /// Largest UDP payload, in bytes, that is worth trying towards this peer; `None` where nobody knows.
+    pub(crate) fn payload_to(&self, peer: SocketAddr) -> Option<u16> {
+        match self {
+            Self::System => udp::route_payload(peer),
+            #[cfg(feature = "testing")]
+            Self::Net(_) => None,
+        }
+    }
+
+    /// Largest UDP payload, in bytes, that a server says it takes, whatever its clients' routes.
+    pub(crate) fn most_payload(&self) -> Option<u16> {
+        match self {
+            Self::System => Some(MOST_PAYLOAD),
+            #[cfg(feature = "testing")]
+            Self::Net(_) => None,
         }
     }
 }
 
-/// The QUIC settings of one side. A server starts small and grants more on admission; both permit a few streams
-/// until these are used.
+/// Every path takes such a UDP payload (RFC 9000, section 14).
+const LEAST_PAYLOAD: u16 = 1200;
+/// An Ethernet's UDP payload over IPv4.
+const ETHERNET_PAYLOAD: u16 = 1472;
+
+/// How to find out what a path takes whose first link takes UDP payloads of `bound` bytes; `None` is unknown.
+fn mtu_discovery(bound: Option<u16>) -> MtuDiscoveryConfig {
+    let mut discovery = MtuDiscoveryConfig::default();
+    if let Some(bound) = bound {
+        discovery.upper_bound(bound);
+        if bound <= ETHERNET_PAYLOAD {
+            // A bisection that would end within more than half of its range begins with the bound itself: one
+            // round trip where the whole path is like its first link, as most are.
+            let range = bound.saturating_sub(LEAST_PAYLOAD);
+            discovery.minimum_change(range / 2 + 1);
+        }
+    }
+    discovery
+}
+
+/// How often a peer acknowledges: every tenth packet, instead of every second, is less work for both ends. A
+/// controller still gets ten samples or more a window; and what waits for fewer packets waits for 5 ms at most,
+/// instead of 25.
+fn ack_frequency() -> AckFrequencyConfig {
+    let mut frequency = AckFrequencyConfig::default();
+    frequency
+        .ack_eliciting_threshold(VarInt::from_u32(10))
+        .max_ack_delay(Some(Duration::from_millis(5)));
+    frequency
+}
+
+/// Round-trip time assumed before the first measurement: a first packet that is lost is sent again after three
+/// of them. RFC 9002 recommends 333 ms, for networks slower than those with 1 Mbit/s; Chromium uses 100 ms.
+const INITIAL_RTT: Duration = Duration::from_millis(100);
+
+/// The QUIC settings of one side, for a path whose first link takes UDP payloads of `payload` bytes. A server
+/// starts small and grants more on admission; both permit a few streams until these are used.
 pub(crate) fn transport(
     limits: &Limits,
     timeouts: &Timeouts,
     congestion: CongestionControl,
+    payload: Option<u16>,
     server: bool,
 ) -> Result<TransportConfig, InvalidSetting> {
     let mut transport = TransportConfig::default();
@@ -118,10 +139,10 @@ pub(crate) fn transport(
     };
     let (window, streams, volatile) = if server {
         let streams = PREAUTH_STREAMS.min(limits.channels.saturating_add(1));
-        (PREAUTH_BYTES, streams, 0)
+        (u64::from(PREAUTH_BYTES), streams, 0)
     } else {
         let streams = FEW_STREAMS.min(limits.channels);
-        (limits.connection_window, streams, VOLATILE_STREAMS)
+        (windows::first(limits, 1), streams, VOLATILE_STREAMS)
     };
     transport
         .max_idle_timeout(Some(idle))
@@ -131,8 +152,11 @@ pub(crate) fn transport(
         .datagram_receive_buffer_size(Some(DATAGRAMS_IN))
         .datagram_send_buffer_size(DATAGRAMS_OUT)
         .stream_receive_window(limits.stream_window.into())
-        .receive_window(window.into())
+        .receive_window(varint(window))
         .send_window(limits.send_window)
+        .initial_rtt(INITIAL_RTT)
+        .mtu_discovery_config(Some(mtu_discovery(payload)))
+        .ack_frequency_config(Some(ack_frequency()))
         .congestion_controller_factory(factory);
     Ok(transport)
 }
@@ -154,7 +178,7 @@ mod tests {
     #[test]
     fn refuses_settings_that_cannot_work() {
         let fails = |limits: Limits, timeouts: Timeouts| {
-            transport(&limits, &timeouts, CongestionControl::Auto, true).is_err()
+            transport(&limits, &timeouts, CongestionControl::Auto, None, true).is_err()
         };
         assert!(!fails(Limits::default(), Timeouts::default()));
         assert!(fails(
@@ -172,16 +196,9 @@ mod tests {
             Timeouts::default()
         ));
         let timeouts = Timeouts {
-            keep_alive: std::time::Duration::from_secs(30),
+            keep_alive: Duration::from_secs(30),
             ..Timeouts::default()
         };
         assert!(fails(Limits::default(), timeouts));
-    }
-
-    #[test]
-    fn binds_with_the_buffers_it_can_get() {
-        let socket = bind("127.0.0.1:0".parse().expect("an address"), 1 << 20).expect("loopback");
-        let size = RawSocket::from(socket).recv_buffer_size().expect("a size");
-        assert!(size >= 128 << 10, "{size}");
     }
 }

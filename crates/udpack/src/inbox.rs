@@ -523,6 +523,7 @@ impl State {
                 Poll::Ready(Ok(bytes)) => {
                     self.received += bytes as u64;
                     counters.received(bytes as u64);
+                    session.read(bytes as u64);
                 }
                 Poll::Ready(Err(end)) => return Poll::Ready(Err(self.ended(end))),
                 Poll::Pending => {

@@ -164,8 +164,10 @@ pub mod testing;
 mod tls;
 mod tokens;
 mod turns;
+mod udp;
 mod url;
 mod volatile;
+mod windows;
 mod writer;
 
 pub use auth::{Authenticate, Deny, Hello, Peer};

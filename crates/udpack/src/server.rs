@@ -24,12 +24,11 @@ use crate::auth::{Authenticate, Deny, Hello, Peer, source};
 use crate::channel::Channel;
 use crate::code::{CloseCode, CloseReason, printable};
 use crate::config::{
-    CongestionControl, Drain, FEW_STREAMS, Limits, MIN_WINDOW, PREAUTH_BYTES, Timeouts,
-    VOLATILE_STREAMS,
+    CongestionControl, Drain, FEW_STREAMS, Limits, PREAUTH_BYTES, Timeouts, VOLATILE_STREAMS,
 };
 use crate::control::{self, GoAway, ResumeGrant, ResumeTicket, Welcome};
 use crate::driver::{Awaited, Comeback, Control, Link, live};
-use crate::endpoint::{self, InvalidSetting, Via, varint};
+use crate::endpoint::{self, InvalidSetting, Via};
 use crate::fingerprint::Fingerprint;
 use crate::identity::{Identity, IdentityError};
 use crate::inbox::{Ending, Inbox};
@@ -42,6 +41,7 @@ use crate::router::ServeChannel;
 use crate::session::{Session, SessionId, lock};
 use crate::socket::{Registry, Socket};
 use crate::speed::{Counters, SpeedMeter, Stats};
+use crate::windows;
 
 /// Sockets that may wait for `accept`.
 const ACCEPT_QUEUE: usize = 128;
@@ -81,7 +81,7 @@ struct Shared {
     limits: Arc<Limits>,
     timeouts: Arc<Timeouts>,
     agent: String,
-    qlog: Option<Logged>,
+    settings: ConnectionSettings,
     counters: Arc<Counters>,
     /// Sessions that a client may come back to, by id.
     kept: Mutex<HashMap<String, Kept>>,
@@ -92,6 +92,8 @@ struct Shared {
     past: Mutex<Stats>,
     rooms: Rooms,
     sockets: Mutex<Sockets>,
+    /// What the sockets' windows may grow by.
+    pool: Arc<windows::Pool>,
     socket_ended: Notify,
     handshakes: AtomicUsize,
     quiet: Quiet,
@@ -107,12 +109,18 @@ struct Kept {
     links: mpsc::Sender<Box<Link>>,
 }
 
-/// How connections are accepted that each have a qlog file.
-struct Logged {
-    qlog: Qlog,
+/// The QUIC settings of accepted connections.
+struct ConnectionSettings {
     config: quinn::ServerConfig,
     congestion: CongestionControl,
+    via: Via,
+    qlog: Option<Qlog>,
+    /// Those without a qlog file, by the largest UDP payload that is tried.
+    made: Mutex<HashMap<Option<u16>, Arc<quinn::ServerConfig>>>,
 }
+
+/// Settings kept for paths of different size: a host has few.
+const SETTINGS_KEPT: usize = 16;
 
 type SocketHandler = Arc<dyn Fn(Socket) -> BoxFuture<'static, ()> + Send + Sync>;
 
@@ -123,8 +131,8 @@ struct Sockets {
     /// The sum of those.
     places: usize,
     next: u64,
-    /// The window each socket was last given.
-    window: u64,
+    /// The window that each socket began with.
+    first: u64,
 }
 
 impl Server {
@@ -435,7 +443,8 @@ impl ServerBuilder {
             .map_err(BindError::Address)?
             .next()
             .ok_or_else(|| BindError::Address(io::Error::other("the name has no address")))?;
-        let transport = endpoint::transport(&self.limits, &self.timeouts, self.congestion, true)?;
+        let transport =
+            endpoint::transport(&self.limits, &self.timeouts, self.congestion, None, true)?;
         let mut config = quinn::ServerConfig::with_crypto(Arc::new(identity.server_tls()?));
         config
             .transport_config(Arc::new(transport))
@@ -454,21 +463,31 @@ impl ServerBuilder {
         settings.cid_generator(move || {
             Box::new(quinn_proto::HashedConnectionIdGenerator::from_key(cid_key))
         });
-        let qlog = self.qlog.map(|dir| Logged {
-            qlog: Qlog::new(dir, "server"),
-            config: config.clone(),
-            congestion: self.congestion,
-        });
         let endpoint = self
             .via
-            .open(address, self.limits.socket_buffer, settings, Some(config))
+            .open(
+                address,
+                self.limits.socket_buffer,
+                self.via.most_payload(),
+                settings,
+                Some(config.clone()),
+            )
             .map_err(|source| BindError::Bind { address, source })?;
+        let settings = ConnectionSettings {
+            config,
+            congestion: self.congestion,
+            via: self.via,
+            qlog: self.qlog.map(|dir| Qlog::new(dir, "server")),
+            made: Mutex::default(),
+        };
         let mut registry = self.registry;
         let handlers = !registry.is_empty() || self.on_socket.is_some();
         registry.pull |= registry.is_empty();
         let (accept_queue, accepted) = mpsc::channel(ACCEPT_QUEUE);
         let rooms = Rooms::new(self.limits.rooms, tokio::runtime::Handle::current());
+        let pool = windows::Pool::new(&self.limits);
         let shared = Arc::new(Shared {
+            pool,
             endpoint,
             fingerprint: identity.fingerprint(),
             guard: Guard::new(auth, self.authorize, self.limits.auth_failures),
@@ -477,7 +496,7 @@ impl ServerBuilder {
             limits: Arc::new(self.limits),
             timeouts: Arc::new(self.timeouts),
             agent: self.agent,
-            qlog,
+            settings,
             counters: Counters::root(),
             kept: Mutex::default(),
             detached: Arc::default(),
@@ -513,7 +532,18 @@ impl fmt::Debug for ServerBuilder {
 }
 
 async fn accept_loop(shared: Arc<Shared>) {
-    while let Some(incoming) = shared.endpoint.accept().await {
+    let mut look = windows::look();
+    loop {
+        let incoming = tokio::select! {
+            incoming = shared.endpoint.accept() => incoming,
+            _ = look.tick() => {
+                shared.look_for_stuck();
+                continue;
+            }
+        };
+        let Some(incoming) = incoming else {
+            return;
+        };
         let address = incoming.remote_address();
         let in_flight = shared.handshakes.load(Ordering::Relaxed);
         let penalty = || {
@@ -650,7 +680,6 @@ async fn let_in(
         Ok(Ok(Admitted::New(control))) => control,
         Ok(Ok(Admitted::Back(control, links))) => {
             // From here on the connection is in the hands of the session's own task.
-            conn.set_receive_window(varint(lock(&shared.sockets).window));
             links.send(Box::new(Link {
                 conn,
                 endpoint: None,
@@ -884,8 +913,11 @@ impl Place {
         let key = sockets.next;
         sockets.next += 1;
         sockets.admitted.insert(key, socket.clone());
-        let window = sockets.share(&self.shared.limits);
-        socket.session().conn().set_receive_window(varint(window));
+        let first = sockets.share(&self.shared.limits);
+        let session = socket.session();
+        session
+            .window
+            .admit(first, &self.shared.pool, &session.conn());
         key
     }
 
@@ -895,6 +927,7 @@ impl Place {
         let mut sockets = lock(&self.shared.sockets);
         sockets.admitted.remove(&key);
         sockets.share(&self.shared.limits);
+        session.window.end();
     }
 }
 
@@ -914,18 +947,17 @@ impl Drop for Place {
 }
 
 impl Sockets {
-    /// Each socket's share of the receive budget. It changes in powers of two, so that it rarely does.
+    /// The window that each socket begins with.
     fn share(&mut self, limits: &Limits) -> u64 {
-        let sockets = self.admitted.len().max(1).next_power_of_two() as u64;
-        let most = u64::from(limits.connection_window);
-        let window = (limits.receive_budget / sockets).clamp(MIN_WINDOW.min(most), most);
-        if window != self.window {
-            self.window = window;
+        let first = windows::first(limits, self.admitted.len());
+        if first != self.first {
+            self.first = first;
             for socket in self.admitted.values() {
-                socket.session().conn().set_receive_window(varint(window));
+                let session = socket.session();
+                session.window.resize(first, &session.conn());
             }
         }
-        window
+        first
     }
 }
 
@@ -979,19 +1011,50 @@ impl Shared {
         &self,
         incoming: quinn::Incoming,
     ) -> Result<quinn::Connecting, quinn::ConnectionError> {
-        let Some(logged) = &self.qlog else {
-            return incoming.accept();
-        };
-        let transport = endpoint::transport(&self.limits, &self.timeouts, logged.congestion, true);
-        let stream = logged.qlog.stream(incoming.remote_address());
-        match (transport, stream) {
-            (Ok(mut transport), Some(stream)) => {
-                transport.qlog_stream(Some(stream));
-                let mut config = logged.config.clone();
-                config.transport_config(Arc::new(transport));
-                incoming.accept_with(Arc::new(config))
+        match self.settings_for(incoming.remote_address()) {
+            Some(config) => incoming.accept_with(config),
+            None => incoming.accept(),
+        }
+    }
+
+    /// The settings of a connection with this peer; `None` are those of the endpoint.
+    fn settings_for(&self, peer: SocketAddr) -> Option<Arc<quinn::ServerConfig>> {
+        let settings = &self.settings;
+        let payload = settings.via.payload_to(peer);
+        let stream = settings.qlog.as_ref().and_then(|qlog| qlog.stream(peer));
+        if stream.is_none()
+            && let Some(config) = lock(&settings.made).get(&payload)
+        {
+            return Some(config.clone());
+        }
+        let mut transport = endpoint::transport(
+            &self.limits,
+            &self.timeouts,
+            settings.congestion,
+            payload,
+            true,
+        )
+        .ok()?;
+        let logged = stream.is_some();
+        transport.qlog_stream(stream);
+        let mut config = settings.config.clone();
+        config.transport_config(Arc::new(transport));
+        let config = Arc::new(config);
+        if !logged {
+            let mut made = lock(&settings.made);
+            if made.len() >= SETTINGS_KEPT {
+                made.clear();
             }
-            _ => incoming.accept(),
+            made.insert(payload, config.clone());
+        }
+        Some(config)
+    }
+
+    /// Lets the windows grow of connections on which much lies unread.
+    fn look_for_stuck(&self) {
+        for socket in lock(&self.sockets).admitted.values() {
+            let session = socket.session();
+            session.window.stuck(&session.conn());
         }
     }
 

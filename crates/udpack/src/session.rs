@@ -31,6 +31,7 @@ use crate::spare::Spare;
 use crate::speed::Counters;
 use crate::turns::Turns;
 use crate::volatile::Volatiles;
+use crate::windows::ReceiveWindow;
 
 /// Locks a mutex whose data stays sound when a holder panics.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -217,6 +218,8 @@ pub(crate) struct Session {
     sent_before: AtomicU64,
     /// Volatile messages that wait, both ways.
     pub(crate) volatiles: Volatiles,
+    /// How much the peer may send ahead.
+    pub(crate) window: ReceiveWindow,
     /// Whose turn it is to write.
     pub(crate) turns: Turns,
     next_channel: AtomicU64,
@@ -260,6 +263,7 @@ impl Session {
             life: Life::default(),
             peer_frame: AtomicU64::new(limits.frame as u64),
             budget: Arc::new(Budget::new(limits.resume_bytes)),
+            window: ReceiveWindow::new(&limits),
             limits,
             timeouts,
             counters: Counters::child(parent),
@@ -304,6 +308,13 @@ impl Session {
             .read()
             .unwrap_or_else(PoisonError::into_inner)
             .clone()
+    }
+
+    /// Counts bytes that a channel has taken from QUIC, and grows the connection's window with them.
+    pub(crate) fn read(&self, bytes: u64) {
+        if self.window.read(bytes) {
+            self.window.used(&self.conn());
+        }
     }
 
     /// Makes the connection end with its last handle; called once, at a client.

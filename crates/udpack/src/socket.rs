@@ -14,7 +14,7 @@ use crate::auth::Peer;
 use crate::channel::{Channel, Closed};
 use crate::code::{CloseCode, CloseReason};
 use crate::control::GoAway;
-use crate::endpoint;
+
 use crate::extensions::Extensions;
 use crate::lifetime::{self, RefreshError};
 use crate::metrics::Metrics;
@@ -22,6 +22,7 @@ use crate::reconnect::{SocketState, SocketStates, StateFeed};
 use crate::router::ServeChannel;
 use crate::session::{Lease, Session, SessionId, lock};
 use crate::speed::{SpeedMeter, Stats};
+use crate::udp::{self, MOST_PAYLOAD};
 
 /// Channels that may wait for `accept_channel`, a socket.
 const CHANNEL_QUEUE: usize = 64;
@@ -220,7 +221,11 @@ impl Socket {
     pub fn rebind(&self, local: SocketAddr) -> io::Result<()> {
         let session = &self.inner.session;
         let endpoint = session.endpoint().ok_or(io::ErrorKind::Unsupported)?;
-        endpoint.rebind(endpoint::bind(local, session.limits.socket_buffer)?)
+        endpoint.rebind_abstract(udp::bind(
+            local,
+            session.limits.socket_buffer,
+            MOST_PAYLOAD,
+        )?)
     }
 
     /// Tells the peer to finish what runs and come back later or elsewhere. Only a server says so.

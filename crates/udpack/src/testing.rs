@@ -358,7 +358,7 @@ impl Net {
     pub fn bare(&self) -> io::Result<quinn::Endpoint> {
         let via = self.attach(Client::builder()).network().clone();
         let anywhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
-        via.open(anywhere, 0, quinn::EndpointConfig::default(), None)
+        via.open(anywhere, 0, None, quinn::EndpointConfig::default(), None)
     }
 
     fn set_cut(&self, host: Option<usize>, cut: Cut) {

@@ -719,6 +719,39 @@ async fn receive_budget() -> Seen {
     unread(limits, 4, 128 << 10).await
 }
 
+/// Two channels have a stream window's worth lie unread, each, which is more than the connection's window is at
+/// first: it grows, and a third is served as if they were not there.
+#[tokio::test(start_paused = true)]
+async fn what_nobody_reads_leaves_room_for_the_others() {
+    let (net, server) = serve(Limits::default()).await;
+    let socket = connect(&net, &server).await;
+    let mut deaf = tokio::task::JoinSet::new();
+    for _ in 0..2 {
+        let channel = socket.open("deaf").await.expect("a channel");
+        deaf.spawn(async move {
+            let block = ByteBuf::from(vec![0; 512 << 10]);
+            let mut sent = 0;
+            while channel.send("block", &block).await.is_ok() {
+                sent += block.len();
+            }
+            sent
+        });
+    }
+    // Less than the time after which channels are given up that get nowhere.
+    for _ in 0..8 {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        echo(&socket).await;
+    }
+    assert_eq!(socket.metrics().slow_peers, 0);
+    // They are, in the end, when their streams' windows are full.
+    while let Some(sent) = deaf.join_next().await {
+        let sent = sent.expect("no panic");
+        let window = Limits::default().stream_window as usize;
+        assert!((window..window + (3 << 20)).contains(&sent), "{sent}");
+    }
+    echo(&socket).await;
+}
+
 async fn send_window() -> Seen {
     let (net, server) = serve(Limits::default()).await;
     let limits = Limits {

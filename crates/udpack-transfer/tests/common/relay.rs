@@ -9,7 +9,7 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 use std::io;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -56,6 +56,9 @@ impl Faults {
     }
 }
 
+/// UDP payload of an Ethernet frame.
+const ETHERNET: usize = 1472;
+
 /// What happened so far, both directions together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Tally {
@@ -65,6 +68,8 @@ pub(crate) struct Tally {
     pub(crate) lost: u64,
     /// Lost because the way was full.
     pub(crate) crowded: u64,
+    /// Lost because they were too large.
+    pub(crate) large: u64,
     /// Lost in a blackhole.
     pub(crate) swallowed: u64,
     /// Delivered twice.
@@ -94,6 +99,8 @@ impl Relay {
             passed: AtomicU64::new(0),
             lost: AtomicU64::new(0),
             crowded: AtomicU64::new(0),
+            widest: AtomicUsize::new(ETHERNET),
+            large: AtomicU64::new(0),
             swallowed: AtomicU64::new(0),
             repeated: AtomicU64::new(0),
             held: AtomicU64::new(0),
@@ -112,6 +119,11 @@ impl Relay {
     /// Swallows everything from now on, or no longer. What is on its way still arrives.
     pub(crate) fn blackhole(&self, on: bool) {
         self.link.closed.store(on, Ordering::Relaxed);
+    }
+
+    /// Carries datagrams of at most so many bytes from now on; at first of 1,472, as an Ethernet does.
+    pub(crate) fn narrow(&self, widest: usize) {
+        self.link.widest.store(widest, Ordering::Relaxed);
     }
 
     /// Swallows everything for `time`.
@@ -145,6 +157,7 @@ impl Relay {
             passed: read(&self.link.passed),
             lost: read(&self.link.lost),
             crowded: read(&self.link.crowded),
+            large: read(&self.link.large),
             swallowed: read(&self.link.swallowed),
             repeated: read(&self.link.repeated),
             held: read(&self.link.held),
@@ -168,6 +181,9 @@ struct Link {
     passed: AtomicU64,
     lost: AtomicU64,
     crowded: AtomicU64,
+    /// Larger datagrams are lost, without a word to their sender.
+    widest: AtomicUsize,
+    large: AtomicU64,
     swallowed: AtomicU64,
     repeated: AtomicU64,
     held: AtomicU64,
@@ -335,6 +351,10 @@ impl Link {
         let count = |counter: &AtomicU64| counter.fetch_add(1, Ordering::Relaxed);
         if self.closed.load(Ordering::Relaxed) {
             count(&self.swallowed);
+            return;
+        }
+        if bytes.len() > self.widest.load(Ordering::Relaxed) {
+            count(&self.large);
             return;
         }
         if lost < way.loss {

@@ -6,8 +6,9 @@ use super::cubic::Cubic;
 use super::delivery::{Delivery, Purpose};
 use super::loss::Fate;
 
-/// Packets of the first window (RFC 9002, section 7.2).
-const INITIAL_PACKETS: f64 = 10.0;
+/// Packets of the first window. RFC 9002, section 7.2, recommends 10 for senders that may send them at once; these are
+/// paced over a round trip, as by other QUIC senders that begin with 32.
+const INITIAL_PACKETS: f64 = 32.0;
 /// Packets that the window always has room for; RFC 9002 asks for two, BBR for four.
 const LEAST_PACKETS: f64 = 4.0;
 /// Rounds over which the largest delivery rate counts, as in BBR.
@@ -16,7 +17,7 @@ const ROUNDS: usize = 10;
 const BASE_RTT_FOR: Duration = Duration::from_secs(10);
 /// Seconds of the delivery rate that the window has beyond the base RTT. Covers delayed acknowledgements and
 /// scheduling; on loopback, where the RTT is 0.1 ms, less than 2 ms costs throughput.
-const HEADROOM: f64 = 0.003;
+const HEADROOM: f64 = 0.005;
 /// Start-up has at most this window, in units of what the path was seen to hold. 2 is needed to double each round.
 const STARTUP_GAIN: f64 = 2.5;
 /// Start-up goes on while the rate grows by this factor within `STARTUP_ROUNDS`, as in BBR.
@@ -30,7 +31,6 @@ const RISE: (Duration, Duration) = (Duration::from_millis(4), Duration::from_mil
 /// Parts of the window added while probing for more: at first, and after losses.
 const PROBE: (f64, f64) = (0.05, 0.25);
 const DOWN_GAIN: f64 = 0.9;
-const DRAIN_GAIN: f64 = 0.75;
 /// Of the path's content, while looking for the base RTT or for others.
 const WITHDRAWN_GAIN: f64 = 0.5;
 /// Losses of the path itself that the window makes up for, at most.
@@ -327,6 +327,9 @@ impl Model {
         if sample.round_ended {
             self.end_round(now);
         }
+        if self.phase == Phase::Drain && in_flight as f64 <= self.content(self.base_rtt) {
+            self.begin_cycle();
+        }
         self.set_window();
     }
 
@@ -396,7 +399,8 @@ impl Model {
                     self.grow(round);
                 }
             }
-            Phase::Drain | Phase::ProbeRtt(0) => self.begin_cycle(),
+            Phase::Drain => {}
+            Phase::ProbeRtt(0) => self.begin_cycle(),
             Phase::ProbeRtt(left) => self.phase = Phase::ProbeRtt(left - 1),
             Phase::Cruise(0) => {
                 let crowded = self
@@ -555,7 +559,7 @@ impl Model {
                 self.window.min(most.max(INITIAL_PACKETS * self.mtu))
             }
             Phase::Startup => self.window,
-            Phase::Drain => DRAIN_GAIN * self.content(self.base_rtt),
+            Phase::Drain => self.content(self.base_rtt),
             Phase::Cruise(_) => self.target(),
             Phase::Up => self.target() * (1.0 + self.probe),
             Phase::Down if self.shallow => {

@@ -196,15 +196,15 @@ fn who_sends_little_is_not_told_that_the_path_carries_little() {
     assert!(sim.rate(flow, 1.0, 20.0) > 0.1);
 }
 
-/// A model that has seen one round trip of ten packets.
+/// A model that has seen one round trip of its first window.
 fn begun() -> (Model, Instant) {
     let begin = Instant::now();
     let mut model = Model::new(begin, 1200, 7);
-    assert_eq!(model.window(), 12_000);
+    assert_eq!(model.window(), 32 * 1200);
     assert_eq!(model.phase, Phase::Startup);
     model.on_sent(begin);
     let now = begin + Duration::from_millis(50);
-    for _ in 0..10 {
+    for _ in 0..32 {
         model.on_ack(now, begin, 1200);
     }
     model.on_end_acks(now, 0, false);
@@ -214,8 +214,8 @@ fn begun() -> (Model, Instant) {
 #[test]
 fn start_up_doubles_and_a_mark_ends_it() {
     let (mut model, now) = begun();
-    assert_eq!(model.window(), 24_000);
-    assert!((model.rate() - 240_000.0).abs() < 1.0, "{}", model.rate());
+    assert_eq!(model.window(), 64 * 1200);
+    assert!((model.rate() - 768_000.0).abs() < 1.0, "{}", model.rate());
     model.on_sent(now);
     model.on_mark(now + Duration::from_millis(50), now);
     assert_eq!(model.phase, Phase::Drain);

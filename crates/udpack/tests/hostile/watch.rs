@@ -166,6 +166,11 @@ impl Site {
             futures_util::future::join_all(crowd).await;
             site.check("warm-up").await;
         }
+        // As does who prints where a handler panicked, which may be megabytes of debug information.
+        let typed = site.socket.open("typed").await.expect("a channel");
+        let panicked = typed.request::<_, ()>("panic", &()).await;
+        assert!(panicked.is_err());
+        drop(typed);
         let settled = || (descriptors(), tasks());
         let mut last = settled();
         until("descriptors and tasks settle", || {

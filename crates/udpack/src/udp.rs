@@ -1,0 +1,306 @@
+//! The UDP socket: kernel buffers, batches larger than one send, and how large a datagram the route takes.
+
+use std::io::{self, IoSliceMut};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
+
+use quinn::udp::{RecvMeta, Transmit};
+use quinn::{AsyncUdpSocket, Runtime, TokioRuntime, UdpPoller};
+use rustix::net::sockopt;
+use socket2::{Domain, Protocol, Socket as RawSocket, Type};
+
+use crate::session::lock;
+
+/// Largest UDP payload that is tried, in bytes, however large a datagram the route takes.
+///
+/// Four of them make one send with segmentation. On loopback this size measured best of 6,500 to 65,487: less
+/// work a byte than with smaller ones, and fewer losses to full kernel buffers than with larger ones.
+pub(crate) const MOST_PAYLOAD: u16 = 16_368;
+/// Bytes of one send with segmentation: what fits an IPv6 packet, and an IPv4 packet anyway.
+const SEND: usize = 65_535 - IPV6_HEADERS as usize;
+/// Bytes of one receive: the most that Linux puts together of datagrams (`GRO_LEGACY_MAX_SIZE`).
+const RECEIVE: usize = 65_536;
+/// IP and UDP headers.
+const IPV4_HEADERS: u32 = 20 + 8;
+const IPV6_HEADERS: u32 = 40 + 8;
+
+/// Binds a UDP socket with large kernel buffers, for an endpoint that takes UDP payloads of `payload` bytes; says
+/// in the log what to do when the kernel gives less.
+pub(crate) fn bind(
+    address: SocketAddr,
+    buffer: usize,
+    payload: u16,
+) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+    let socket = TokioRuntime.wrap_udp_socket(bound(address, buffer)?)?;
+    Ok(Arc::new(Batching::over(socket, payload)))
+}
+
+fn bound(address: SocketAddr, buffer: usize) -> io::Result<UdpSocket> {
+    let socket = RawSocket::new(
+        Domain::for_address(address),
+        Type::DGRAM,
+        Some(Protocol::UDP),
+    )?;
+    if address.is_ipv6() {
+        socket.set_only_v6(false)?;
+    }
+    grow_buffers(&socket, buffer);
+    socket.bind(&address.into())?;
+    Ok(socket.into())
+}
+
+fn grow_buffers(socket: &RawSocket, wanted: usize) {
+    // With the right to do so, past the system's limit; else as far as it goes.
+    if sockopt::set_socket_recv_buffer_size_force(socket, wanted).is_err() {
+        let _ = socket.set_recv_buffer_size(wanted);
+    }
+    if sockopt::set_socket_send_buffer_size_force(socket, wanted).is_err() {
+        let _ = socket.set_send_buffer_size(wanted);
+    }
+    // Linux reports twice what it grants.
+    let granted = |size: io::Result<usize>| size.map_or(0, |size| size / 2);
+    let receive = granted(socket.recv_buffer_size());
+    let send = granted(socket.send_buffer_size());
+    if receive < wanted || send < wanted {
+        tracing::warn!(
+            wanted,
+            receive,
+            send,
+            "the kernel gives smaller UDP buffers than asked for, which costs speed; \
+             to allow them: sysctl -w net.core.rmem_max={wanted} net.core.wmem_max={wanted}"
+        );
+    }
+}
+
+/// Largest UDP payload, in bytes, that leaves for this peer in one piece as far as the kernel knows, at most
+/// [`MOST_PAYLOAD`]; `None` where it does not tell. What lies behind the first link only probes find out.
+pub(crate) fn route_payload(peer: SocketAddr) -> Option<u16> {
+    let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
+    let any = match peer.ip() {
+        IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+    };
+    let socket = UdpSocket::bind((any, 0)).ok()?;
+    // Sends nothing: it looks the route up.
+    socket.connect(peer).ok()?;
+    let payload = match peer {
+        SocketAddr::V4(_) => sockopt::ip_mtu(&socket).ok()?.checked_sub(IPV4_HEADERS)?,
+        SocketAddr::V6(_) => sockopt::ipv6_mtu(&socket).ok()?.checked_sub(IPV6_HEADERS)?,
+    };
+    Some(u16::try_from(payload).map_or(MOST_PAYLOAD, |payload| payload.min(MOST_PAYLOAD)))
+}
+
+/// A socket that takes batches of any size, and whose receive buffers hold what the kernel can deliver at once.
+///
+/// quinn hands over up to ten datagrams in one call. More than [`SEND`] bytes the kernel refuses as a whole, and
+/// quinn takes that for a path that lost its MTU: so what is larger goes out in several sends.
+#[derive(Debug)]
+struct Batching {
+    socket: Arc<dyn AsyncUdpSocket>,
+    /// Datagrams of the largest size that come in one receive. quinn makes its buffers so many times as large.
+    received: usize,
+    /// The batch of which the kernel has taken a part.
+    begun: Mutex<Option<Begun>>,
+}
+
+/// A batch that quinn will hand over again from where it lies, with the bytes of it that went out.
+#[derive(Debug, Clone, Copy)]
+struct Begun {
+    place: (usize, usize),
+    sent: usize,
+}
+
+impl Batching {
+    fn over(socket: Arc<dyn AsyncUdpSocket>, payload: u16) -> Self {
+        let most = RECEIVE.div_ceil(usize::from(payload.max(1)));
+        Self {
+            received: socket.max_receive_segments().min(most),
+            socket,
+            begun: Mutex::default(),
+        }
+    }
+
+    /// Forgets how much of this batch was sent, and tells.
+    fn resume(&self, place: (usize, usize)) -> usize {
+        let mut begun = lock(&self.begun);
+        let known = begun.take_if(|begun| begun.place == place);
+        known.map_or(0, |begun| begun.sent)
+    }
+}
+
+impl AsyncUdpSocket for Batching {
+    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+        self.socket.clone().create_io_poller()
+    }
+
+    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        let contents = transmit.contents;
+        let segment = match transmit.segment_size {
+            Some(segment) if contents.len() > SEND && segment > 0 => segment,
+            _ => return self.socket.try_send(transmit),
+        };
+        let place = (contents.as_ptr() as usize, contents.len());
+        let most = (SEND / segment).max(1) * segment;
+        let mut sent = self.resume(place);
+        while let Some(rest) = contents.get(sent..).filter(|rest| !rest.is_empty()) {
+            let part = rest.get(..most).unwrap_or(rest);
+            let result = self.socket.try_send(&Transmit {
+                destination: transmit.destination,
+                ecn: transmit.ecn,
+                contents: part,
+                segment_size: (part.len() > segment).then_some(segment),
+                src_ip: transmit.src_ip,
+            });
+            if let Err(error) = result {
+                if sent > 0 && error.kind() == io::ErrorKind::WouldBlock {
+                    *lock(&self.begun) = Some(Begun { place, sent });
+                }
+                return Err(error);
+            }
+            sent += part.len();
+        }
+        Ok(())
+    }
+
+    fn poll_recv(
+        &self,
+        cx: &mut Context<'_>,
+        bufs: &mut [IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> Poll<io::Result<usize>> {
+        self.socket.poll_recv(cx, bufs, meta)
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.socket.local_addr()
+    }
+
+    fn max_transmit_segments(&self) -> usize {
+        self.socket.max_transmit_segments()
+    }
+
+    fn max_receive_segments(&self) -> usize {
+        self.received
+    }
+
+    fn may_fragment(&self) -> bool {
+        self.socket.may_fragment()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::VecDeque;
+
+    /// Takes as many sends as it has room for, and keeps their sizes.
+    #[derive(Debug, Default)]
+    struct Kernel {
+        room: Mutex<usize>,
+        sends: Mutex<VecDeque<(Vec<u8>, Option<usize>)>>,
+    }
+
+    impl AsyncUdpSocket for Kernel {
+        fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+            unreachable!("nobody waits here")
+        }
+
+        fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+            let mut room = lock(&self.room);
+            *room = room.checked_sub(1).ok_or(io::ErrorKind::WouldBlock)?;
+            lock(&self.sends).push_back((transmit.contents.to_vec(), transmit.segment_size));
+            Ok(())
+        }
+
+        fn poll_recv(
+            &self,
+            _: &mut Context<'_>,
+            _: &mut [IoSliceMut<'_>],
+            _: &mut [RecvMeta],
+        ) -> Poll<io::Result<usize>> {
+            Poll::Pending
+        }
+
+        fn local_addr(&self) -> io::Result<SocketAddr> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+    }
+
+    fn batch(contents: &[u8], segment: usize) -> Transmit<'_> {
+        Transmit {
+            destination: SocketAddr::from(([127, 0, 0, 1], 1)),
+            ecn: None,
+            contents,
+            segment_size: (contents.len() > segment).then_some(segment),
+            src_ip: None,
+        }
+    }
+
+    #[test]
+    fn a_batch_goes_out_in_sends_that_the_kernel_takes() {
+        for (length, segment) in [
+            (10 * 1472, 1472),
+            (10 * 8972, 8972),
+            (10 * 16_368 - 7, 16_368),
+            (2 * 65_487, 65_487),
+            (60_000, 60_000),
+        ] {
+            let kernel = Arc::new(Kernel::default());
+            *lock(&kernel.room) = 100;
+            let socket = Batching::over(kernel.clone(), 16_368);
+            let contents: Vec<u8> = (0..length).map(|n| (n % 251) as u8).collect();
+            socket.try_send(&batch(&contents, segment)).expect("room");
+            let sends = std::mem::take(&mut *lock(&kernel.sends));
+            let whole: Vec<u8> = sends.iter().flat_map(|(bytes, _)| bytes.clone()).collect();
+            assert_eq!(whole, contents);
+            for (at, (bytes, segmented)) in sends.iter().enumerate() {
+                assert!(bytes.len() <= SEND, "{} bytes at once", bytes.len());
+                assert_eq!(*segmented, (bytes.len() > segment).then_some(segment));
+                let last = at + 1 == sends.len();
+                assert!(last || bytes.len() % segment == 0, "cut inside a datagram");
+            }
+        }
+    }
+
+    #[test]
+    fn a_batch_that_found_no_room_goes_on_where_it_stopped() {
+        let kernel = Arc::new(Kernel::default());
+        let socket = Batching::over(kernel.clone(), 16_368);
+        let (first, other) = (vec![1; 10 * 16_368], vec![2; 10 * 16_368]);
+        let blocked = |bytes: &[u8]| {
+            let error = socket.try_send(&batch(bytes, 16_368)).expect_err("no room");
+            assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        };
+        *lock(&kernel.room) = 1;
+        blocked(&first);
+        // Another connection finds no room at all.
+        blocked(&other);
+        *lock(&kernel.room) = 1;
+        blocked(&first);
+        *lock(&kernel.room) = 100;
+        socket.try_send(&batch(&first, 16_368)).expect("room");
+        let sent: usize = lock(&kernel.sends).iter().map(|(send, _)| send.len()).sum();
+        assert_eq!(sent, first.len(), "nothing twice");
+        socket.try_send(&batch(&first, 16_368)).expect("room");
+        let sent: usize = lock(&kernel.sends).iter().map(|(send, _)| send.len()).sum();
+        assert_eq!(sent, 2 * first.len(), "the next one is another");
+    }
+
+    #[test]
+    fn tells_what_the_route_takes() {
+        for peer in ["127.0.0.1:9", "[::ffff:127.0.0.1]:9"] {
+            let peer = peer.parse().expect("an address");
+            let payload = route_payload(peer).expect("loopback has a route");
+            assert!((1200..=MOST_PAYLOAD).contains(&payload), "{payload}");
+        }
+    }
+
+    #[test]
+    fn binds_with_the_buffers_it_can_get() {
+        let socket = bound("127.0.0.1:0".parse().expect("an address"), 1 << 20).expect("loopback");
+        let size = RawSocket::from(socket).recv_buffer_size().expect("a size");
+        assert!(size >= 128 << 10, "{size}");
+    }
+}
