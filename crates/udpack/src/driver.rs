@@ -21,7 +21,7 @@ use crate::channel::Channel;
 use crate::client::Dialler;
 use crate::code::{CloseCode, CloseReason, Side};
 use crate::config::USED_STREAMS;
-use crate::control::{self, Ack, Channels, ControlError, Welcome};
+use crate::control::{self, Ack, Channels, ControlError, GoAway, Welcome};
 use crate::inbox::{Ending, Inbox};
 use crate::lifetime::Lifetime;
 use crate::metrics::{Count, Tally, Words};
@@ -188,7 +188,7 @@ impl Comeback {
             loop {
                 let mut wished = std::pin::pin!(session.wished.notified());
                 wished.as_mut().enable();
-                if let Some(reason) = lock(&session.wishes).close.clone() {
+                if let Some(reason) = session.wished_close() {
                     return reason;
                 }
                 wished.await;
@@ -387,7 +387,7 @@ impl Driver {
                                 move_at = Some(Instant::now() + goaway.wait());
                                 session.set_up(None);
                                 if let Some(states) = &session.states {
-                                    states.set(SocketState::GoingAway(goaway.clone()));
+                                    states.set(SocketState::GoingAway(GoAway::clone(goaway)));
                                 }
                             }
                         }
@@ -405,6 +405,7 @@ impl Driver {
                 () = session.wished.notified() => {
                     let (close, goaway) = {
                         let mut wishes = lock(&session.wishes);
+                        let wishes = wishes.made();
                         (wishes.close.clone(), wishes.goaway.take())
                     };
                     if let Some(frame) = goaway.as_ref().and_then(control::encode_goaway) {
@@ -468,7 +469,7 @@ impl Driver {
                     confirm(session, &mut control.send).await;
                 },
                 () = session.wished.notified() => {
-                    let close = lock(&session.wishes).close.clone();
+                    let close = session.wished_close();
                     if let Some(reason) = close {
                         close_gracefully(session, control, reason).await;
                         let error = conn.closed().await;
@@ -558,7 +559,7 @@ fn on_control(session: &Session, message: Result<crate::Message, Ending>) -> Opt
             control::GOAWAY if session.client => match control::decode_goaway(&message) {
                 Ok(goaway) => {
                     tracing::info!(text = %goaway.text, "the server is going away");
-                    lock(&session.received_goaway).get_or_insert(goaway);
+                    lock(&session.received_goaway).get_or_insert_with(|| Box::new(goaway));
                     if session.states.is_none() {
                         session.set_up(None);
                     }
@@ -592,7 +593,7 @@ fn on_control(session: &Session, message: Result<crate::Message, Ending>) -> Opt
             },
             control::CHANNELS => match control::decode_channels(&message) {
                 Ok(Channels { open }) => {
-                    lock(&session.tickets).confirm();
+                    lock(&session.tickets).made().confirm();
                     session.retain_theirs(&open);
                     None
                 }

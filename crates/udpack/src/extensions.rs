@@ -5,24 +5,32 @@ use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Mutex, PoisonError};
 
+use crate::spare::Spare;
+
+type Values = HashMap<TypeId, Box<dyn Any + Send + Sync>>;
+
 /// A map with at most one value of each type.
 ///
 /// Values are handed out as clones; put something shared behind an `Arc`.
 #[derive(Default)]
 pub struct Extensions {
-    values: Mutex<HashMap<TypeId, Box<dyn Any + Send + Sync>>>,
+    values: Mutex<Spare<Values>>,
 }
 
 impl Extensions {
     /// Stores `value` and returns the one of the same type that it replaces.
     pub fn insert<T: Send + Sync + 'static>(&self, value: T) -> Option<T> {
-        let old = self.lock().insert(TypeId::of::<T>(), Box::new(value))?;
+        let old = self
+            .lock()
+            .made()
+            .insert(TypeId::of::<T>(), Box::new(value))?;
         old.downcast().ok().map(|old| *old)
     }
 
     /// A clone of the value of this type.
     pub fn get<T: Clone + Send + Sync + 'static>(&self) -> Option<T> {
         self.lock()
+            .get()?
             .get(&TypeId::of::<T>())?
             .downcast_ref::<T>()
             .cloned()
@@ -34,6 +42,7 @@ impl Extensions {
         make: impl FnOnce() -> T,
     ) -> T {
         let mut values = self.lock();
+        let values = values.made();
         if let Some(value) = values
             .get(&TypeId::of::<T>())
             .and_then(|value| value.downcast_ref::<T>())
@@ -48,13 +57,14 @@ impl Extensions {
     /// Takes the value of this type out.
     pub fn remove<T: Send + Sync + 'static>(&self) -> Option<T> {
         self.lock()
+            .get_mut()?
             .remove(&TypeId::of::<T>())?
             .downcast()
             .ok()
             .map(|value| *value)
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<TypeId, Box<dyn Any + Send + Sync>>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Spare<Values>> {
         self.values.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -62,7 +72,7 @@ impl Extensions {
 impl fmt::Debug for Extensions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Extensions")
-            .field("values", &self.lock().len())
+            .field("values", &self.lock().get().map_or(0, HashMap::len))
             .finish()
     }
 }

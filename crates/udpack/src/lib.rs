@@ -155,8 +155,10 @@ mod secret_file;
 mod server;
 mod session;
 mod socket;
+mod spare;
 mod speed;
 mod streams;
+mod suites;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod tls;

@@ -26,6 +26,7 @@ use crate::endpoint::InvalidSetting;
 use crate::message::Message;
 use crate::metrics::{Count, Tally};
 use crate::session::{Session, lock};
+use crate::spare::Spare;
 use crate::streams::Rate;
 
 /// New tokens a client may present each second, with a burst of twice as many.
@@ -193,14 +194,14 @@ pub(crate) struct Life {
     /// Set at a server.
     guard: OnceLock<Arc<Guard>>,
     /// Set at a client that looks after its token by itself.
-    source: OnceLock<TokenSource>,
+    source: OnceLock<Box<TokenSource>>,
     term: Mutex<Term>,
     renewed: Notify,
     /// Channels that the peer opened, to be looked at again after a refresh; the gone ones are swept as it grows.
     channels: Mutex<Vec<WeakChannel>>,
     /// At a client: one refresh at a time, from its being queued to its answer.
     turn: Arc<tokio::sync::Mutex<()>>,
-    exchange: Mutex<Exchange>,
+    exchange: Mutex<Spare<Exchange>>,
     /// There is a frame for the driver.
     ready: Notify,
     /// There is a token to look at.
@@ -237,7 +238,7 @@ impl Life {
     /// Makes a client look after its token by itself, when the server tells how long it counts; once.
     pub(crate) fn fed_by(&self, source: &TokenSource) {
         if matches!(source, TokenSource::Ask(_)) {
-            let _ = self.source.set(source.clone());
+            let _ = self.source.set(Box::new(source.clone()));
         }
     }
 
@@ -260,6 +261,7 @@ impl Life {
     /// A new connection carries the session: what was under way on the old one begins again.
     pub(crate) fn reattached(&self) {
         let mut exchange = lock(&self.exchange);
+        let exchange = exchange.made();
         exchange.round += 1;
         exchange.asked = None;
         exchange.busy = false;
@@ -277,6 +279,7 @@ impl Life {
             Err(error) => return Some(CloseReason::local(error.close_code(), error.to_string())),
         };
         let mut exchange = lock(&self.exchange);
+        let exchange = exchange.made();
         if exchange.busy {
             let text = "a $refresh before the last one was answered";
             return Some(CloseReason::local(CloseCode::PROTOCOL_ORDER, text));
@@ -293,7 +296,7 @@ impl Life {
             Ok(refreshed) => refreshed,
             Err(error) => return Some(CloseReason::local(error.close_code(), error.to_string())),
         };
-        let Some(waiting) = lock(&self.exchange).waiting.take() else {
+        let Some(waiting) = lock(&self.exchange).made().waiting.take() else {
             let text = "a $refreshed that nobody asked for";
             return Some(CloseReason::local(CloseCode::PROTOCOL_ORDER, text));
         };
@@ -344,7 +347,9 @@ impl Life {
         loop {
             {
                 let mut exchange = lock(&self.exchange);
-                if let Some(frame) = exchange.out.take() {
+                if let Some(exchange) = exchange.get_mut()
+                    && let Some(frame) = exchange.out.take()
+                {
                     exchange.busy = false;
                     return frame;
                 }
@@ -357,7 +362,9 @@ impl Life {
         loop {
             {
                 let mut exchange = lock(&self.exchange);
-                if let Some(token) = exchange.asked.take() {
+                if let Some(exchange) = exchange.get_mut()
+                    && let Some(token) = exchange.asked.take()
+                {
                     return (token, exchange.round);
                 }
             }
@@ -402,6 +409,7 @@ pub(crate) async fn refresh(session: &Session, token: String) -> Result<(), Refr
         let (answer, answered) = oneshot::channel();
         {
             let mut exchange = lock(&session.life.exchange);
+            let exchange = exchange.made();
             exchange.waiting = Some(Waiting {
                 token,
                 answer,
@@ -446,7 +454,7 @@ impl Lifetime {
                     verify_refreshes(&held, guard)
                 );
             } else if let Some(source) = held.life.source.get() {
-                keep_fresh(&held, source).await;
+                Box::pin(keep_fresh(&held, source)).await;
             }
             pending().await
         };
@@ -543,6 +551,7 @@ async fn verify_refreshes(session: &Session, guard: &Guard) {
             }
         };
         let mut exchange = lock(&session.life.exchange);
+        let exchange = exchange.made();
         if exchange.round == round {
             exchange.out = control::encode_refreshed(&refreshed);
             session.life.ready.notify_one();
@@ -648,7 +657,7 @@ mod tests {
         let (client, server) = (Life::default(), Life::default());
         let refresh = control::encode_refresh("a-new-token").unwrap();
         let (answer, mut answered) = oneshot::channel();
-        lock(&client.exchange).waiting = Some(Waiting {
+        lock(&client.exchange).made().waiting = Some(Waiting {
             token: "a-new-token".to_owned(),
             answer,
             _turn: client.turn.clone().try_lock_owned().unwrap(),

@@ -6,6 +6,7 @@ use std::future::Future;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -569,9 +570,11 @@ async fn accept_loop(shared: Arc<Shared>) {
         } else {
             let handshake = Handshake::begin(shared.clone());
             let span = tracing::info_span!("conn", peer = %address, session = Empty, id = Empty);
+            // In a box, because the task needs the room only for this moment.
+            let entering = Box::pin(let_in(shared.clone(), incoming, handshake));
             shared
                 .tasks
-                .spawn(serve(shared.clone(), incoming, handshake).instrument(span));
+                .spawn(serve(shared.clone(), entering).instrument(span));
         }
     }
 }
@@ -593,9 +596,8 @@ impl Drop for Handshake {
 }
 
 /// One connection from its first packet to its end.
-async fn serve(shared: Arc<Shared>, incoming: quinn::Incoming, handshake: Handshake) {
-    // In a box, because the task needs the room only for this moment.
-    let Some(entered) = Box::pin(let_in(&shared, incoming, handshake)).await else {
+async fn serve(shared: Arc<Shared>, entering: Pin<Box<impl Future<Output = Option<Entered>>>>) {
+    let Some(entered) = entering.await else {
         return;
     };
     let Entered {
@@ -625,7 +627,7 @@ struct Entered {
 /// A connection from its first packet to admission; `None` when it does not come to that, or belongs to a session
 /// that was there before.
 async fn let_in(
-    shared: &Arc<Shared>,
+    shared: Arc<Shared>,
     incoming: quinn::Incoming,
     handshake: Handshake,
 ) -> Option<Entered> {
@@ -659,17 +661,17 @@ async fn let_in(
         Tally::child(shared.tally.clone()),
         None,
     );
-    let place = match Place::take(shared, conn.remote_address().ip()) {
+    let place = match Place::take(&shared, conn.remote_address().ip()) {
         Ok(place) => place,
         Err(text) => {
             let reason = CloseReason::local(CloseCode::SERVER_BUSY, text);
-            refuse(shared, &session, reason).await;
+            refuse(&shared, &session, reason).await;
             return None;
         }
     };
     let admission = async {
         tokio::select! {
-            control = admit(shared, &session) => control,
+            control = admit(&shared, &session) => control,
             never = crate::volatile::discard(&conn) => match never {},
         }
     };
@@ -687,13 +689,13 @@ async fn let_in(
             return None;
         }
         Ok(Err(reason)) => {
-            refuse(shared, &session, reason).await;
+            refuse(&shared, &session, reason).await;
             return None;
         }
         Err(_) => {
             let text = format!("not authenticated within {:?}", shared.timeouts.auth);
             let reason = CloseReason::local(CloseCode::AUTH_TIMEOUT, text);
-            refuse(shared, &session, reason).await;
+            refuse(&shared, &session, reason).await;
             return None;
         }
     };
@@ -798,7 +800,7 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, Clos
     };
     let resume = match resume {
         Some(_) if !window.is_zero() => Some(ResumeGrant {
-            token: lock(&session.tickets).issue().map_err(no_random)?,
+            token: lock(&session.tickets).made().issue().map_err(no_random)?,
             window,
         }),
         _ => None,
@@ -998,7 +1000,7 @@ impl Shared {
         {
             return Err("identity");
         }
-        if !lock(&session.tickets).redeem(&ticket.token) {
+        if !lock(&session.tickets).made().redeem(&ticket.token) {
             return Err("expired");
         }
         let permit = links.reserve_owned().await.map_err(|_| "expired")?;

@@ -27,6 +27,7 @@ use crate::quiet::Quiet;
 use crate::reconnect::StateFeed;
 use crate::resume::Seen;
 use crate::rooms::Rooms;
+use crate::spare::Spare;
 use crate::speed::Counters;
 use crate::turns::Turns;
 use crate::volatile::Volatiles;
@@ -40,14 +41,14 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// A reason that is set once and can be awaited.
 #[derive(Debug, Default)]
 pub(crate) struct End {
-    reason: OnceLock<CloseReason>,
+    reason: OnceLock<Box<CloseReason>>,
     set: Notify,
 }
 
 impl End {
     /// Sets the reason unless one is set already; says whether it did.
     pub(crate) fn set(&self, reason: CloseReason) -> bool {
-        let first = self.reason.set(reason).is_ok();
+        let first = self.reason.set(Box::new(reason)).is_ok();
         if first {
             self.set.notify_waiters();
         }
@@ -55,14 +56,14 @@ impl End {
     }
 
     pub(crate) fn get(&self) -> Option<&CloseReason> {
-        self.reason.get()
+        self.reason.get().map(|reason| &**reason)
     }
 
     pub(crate) async fn wait(&self) -> CloseReason {
         loop {
             let mut notified = std::pin::pin!(self.set.notified());
             notified.as_mut().enable();
-            if let Some(reason) = self.reason.get() {
+            if let Some(reason) = self.get() {
                 return reason.clone();
             }
             notified.await;
@@ -189,28 +190,28 @@ pub(crate) struct Session {
     pub(crate) end: End,
     /// Bounds what this peer's misbehaviour puts into the log.
     pub(crate) quiet: Quiet,
-    pub(crate) wishes: Mutex<Wishes>,
+    pub(crate) wishes: Mutex<Spare<Wishes>>,
     pub(crate) wished: Notify,
-    pub(crate) received_goaway: Mutex<Option<GoAway>>,
+    pub(crate) received_goaway: Mutex<Option<Box<GoAway>>>,
     /// The live channels, so that a close can flush them.
-    pipes: Mutex<HashMap<u64, Weak<Pipe>>>,
+    pipes: Mutex<Spare<HashMap<u64, Weak<Pipe>>>>,
     /// Those that can go on over another connection.
-    resumable: Mutex<HashMap<ChannelKey, Arc<Pipe>>>,
+    resumable: Mutex<Spare<HashMap<ChannelKey, Arc<Pipe>>>>,
     /// Which channels the peer has opened in this session.
     pub(crate) seen: Mutex<Seen>,
     /// What the peer is to be told it need not keep.
-    confirms: Mutex<HashMap<ChannelKey, u64>>,
+    confirms: Mutex<Spare<HashMap<ChannelKey, u64>>>,
     pub(crate) confirm_due: Notify,
     /// What resumable channels keep.
     pub(crate) budget: Arc<Budget>,
-    pub(crate) tickets: Mutex<Tickets>,
+    pub(crate) tickets: Mutex<Spare<Tickets>>,
     /// The number of the present connection, counted from 1.
     link: Mutex<u64>,
     /// That number while channels can be opened on it.
     up: Mutex<Option<u64>>,
     up_changed: Notify,
     /// At a client that reconnects: what becomes of its connections.
-    pub(crate) states: Option<StateFeed>,
+    pub(crate) states: Option<Box<StateFeed>>,
     pub(crate) channel_ended: Notify,
     next_key: AtomicU64,
     /// Datagrams that the connection had sent when this side ended it.
@@ -227,7 +228,7 @@ pub(crate) struct Session {
     /// Writer tasks; each ends with its channel or with the connection.
     pub(crate) tasks: TaskTracker,
     /// A client's endpoint lives as long as its connection.
-    endpoint: Mutex<Option<quinn::Endpoint>>,
+    endpoint: Mutex<Option<Box<quinn::Endpoint>>>,
     /// At a client: what its handles hold, so that the last one to go closes the connection.
     lease: OnceLock<Weak<Lease>>,
     /// The socket's handle, for handlers that ask for it.
@@ -286,7 +287,7 @@ impl Session {
             link: Mutex::new(1),
             up: Mutex::new(Some(1)),
             up_changed: Notify::new(),
-            states,
+            states: states.map(Box::new),
             channel_ended: Notify::new(),
             next_key: AtomicU64::new(0),
             sent_before: AtomicU64::new(0),
@@ -359,12 +360,12 @@ impl Session {
 
     /// Keeps a client's first endpoint.
     pub(crate) fn set_endpoint(&self, endpoint: Option<quinn::Endpoint>) {
-        *lock(&self.endpoint) = endpoint;
+        *lock(&self.endpoint) = endpoint.map(Box::new);
     }
 
     /// A client's endpoint of this moment.
     pub(crate) fn endpoint(&self) -> Option<quinn::Endpoint> {
-        lock(&self.endpoint).clone()
+        lock(&self.endpoint).as_deref().cloned()
     }
 
     /// Goes over to another connection and returns its number. Streams of earlier ones belong to nobody now.
@@ -375,9 +376,9 @@ impl Session {
     ) -> u64 {
         let mut link = lock(&self.link);
         *self.conn.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(conn);
-        *lock(&self.endpoint) = endpoint;
+        *lock(&self.endpoint) = endpoint.map(Box::new);
         *link += 1;
-        lock(&self.confirms).clear();
+        lock(&self.confirms).take();
         *link
     }
 
@@ -425,7 +426,7 @@ impl Session {
             if self.states.is_none() {
                 let goaway = lock(&self.received_goaway).clone();
                 return Err(match goaway {
-                    Some(goaway) => OpenError::GoingAway(goaway),
+                    Some(goaway) => OpenError::GoingAway(*goaway),
                     None => OpenError::Closed(lost("the connection is lost")),
                 });
             }
@@ -440,24 +441,26 @@ impl Session {
         self.end
             .get()
             .cloned()
-            .or_else(|| lock(&self.wishes).close.clone())
+            .or_else(|| self.wished_close())
             .unwrap_or_else(|| lost("the socket is over"))
     }
 
     /// Keeps a channel for the next connection.
     pub(crate) fn keep(&self, pipe: &Arc<Pipe>) {
-        lock(&self.resumable).insert(pipe.key, pipe.clone());
+        lock(&self.resumable).made().insert(pipe.key, pipe.clone());
     }
 
     /// A channel kept for the next connection.
     pub(crate) fn kept(&self, key: ChannelKey) -> Option<Arc<Pipe>> {
-        lock(&self.resumable).get(&key).cloned()
+        lock(&self.resumable).get()?.get(&key).cloned()
     }
 
     /// The channels that this side opened and keeps for the next connection.
     pub(crate) fn kept_own(&self) -> Vec<Arc<Pipe>> {
         lock(&self.resumable)
-            .values()
+            .get()
+            .into_iter()
+            .flat_map(HashMap::values)
             .filter(|pipe| pipe.key.own)
             .cloned()
             .collect()
@@ -465,12 +468,19 @@ impl Session {
 
     /// How many channels that the peer opened are kept.
     pub(crate) fn kept_theirs(&self) -> usize {
-        lock(&self.resumable).keys().filter(|key| !key.own).count()
+        lock(&self.resumable)
+            .get()
+            .into_iter()
+            .flat_map(HashMap::keys)
+            .filter(|key| !key.own)
+            .count()
     }
 
     /// Forgets channels of which nothing can come any more.
     pub(crate) fn prune(&self) {
-        lock(&self.resumable).retain(|_, pipe| !pipe.is_over());
+        if let Some(resumable) = lock(&self.resumable).get_mut() {
+            resumable.retain(|_, pipe| !pipe.is_over());
+        }
     }
 
     /// The peer keeps these of the channels that it opened; the others are over, but for those that it has
@@ -479,6 +489,7 @@ impl Session {
         let open: HashSet<_> = open.iter().collect();
         let (_, link) = self.link();
         let gone: Vec<_> = lock(&self.resumable)
+            .made()
             .extract_if(|key, pipe| !key.own && pipe.link() < link && !open.contains(&key.id))
             .collect();
         for (_, pipe) in gone {
@@ -491,7 +502,7 @@ impl Session {
 
     /// Ends all channels that waited for another connection.
     pub(crate) fn fail_resumable(&self, reason: &CloseReason) {
-        let pipes = std::mem::take(&mut *lock(&self.resumable));
+        let pipes = lock(&self.resumable).take();
         for pipe in pipes.into_values() {
             pipe.fail(self, reason);
         }
@@ -500,6 +511,7 @@ impl Session {
     /// The peer will be told that it need not keep the first `frames` of this channel.
     pub(crate) fn confirm_later(&self, key: ChannelKey, frames: u64) {
         let mut confirms = lock(&self.confirms);
+        let confirms = confirms.made();
         if confirms.is_empty() {
             self.confirm_due.notify_one();
         }
@@ -508,7 +520,7 @@ impl Session {
 
     /// What the peer is to be told now.
     pub(crate) fn take_confirms(&self) -> HashMap<ChannelKey, u64> {
-        std::mem::take(&mut *lock(&self.confirms))
+        lock(&self.confirms).take()
     }
 
     /// Why the connection ended, in the best words known: a reason given here or by the peer's `$close` beats
@@ -518,7 +530,7 @@ impl Session {
             return reason.clone();
         }
         if matches!(error, quinn::ConnectionError::LocallyClosed)
-            && let Some(reason) = lock(&self.wishes).close.clone()
+            && let Some(reason) = self.wished_close()
         {
             return reason;
         }
@@ -528,14 +540,23 @@ impl Session {
     /// Leaves the wish to close; the first one counts.
     pub(crate) fn wish_close(&self, code: CloseCode, text: String) {
         let mut wishes = lock(&self.wishes);
+        let wishes = wishes.made();
         if wishes.close.is_none() {
             wishes.close = Some(CloseReason::local(code, text));
             self.wished.notify_one();
         }
     }
 
+    /// Why the application wants to close, if it does.
+    pub(crate) fn wished_close(&self) -> Option<CloseReason> {
+        lock(&self.wishes).get()?.close.clone()
+    }
+
     pub(crate) fn closing(&self) -> bool {
-        self.end.get().is_some() || lock(&self.wishes).close.is_some()
+        self.end.get().is_some()
+            || lock(&self.wishes)
+                .get()
+                .is_some_and(|wishes| wishes.close.is_some())
     }
 
     /// Ends the connection at once; what is queued is lost.
@@ -577,12 +598,16 @@ impl Session {
     }
 
     pub(crate) fn register(&self, registration: u64, pipe: &Arc<Pipe>) {
-        lock(&self.pipes).insert(registration, Arc::downgrade(pipe));
+        lock(&self.pipes)
+            .made()
+            .insert(registration, Arc::downgrade(pipe));
     }
 
     /// Says whether it was there.
     pub(crate) fn unregister(&self, registration: u64) -> bool {
-        let was_there = lock(&self.pipes).remove(&registration).is_some();
+        let was_there = lock(&self.pipes)
+            .get_mut()
+            .is_some_and(|pipes| pipes.remove(&registration).is_some());
         if was_there {
             self.channel_ended.notify_waiters();
         }
@@ -591,14 +616,16 @@ impl Session {
 
     fn live_pipes(&self) -> Vec<Arc<Pipe>> {
         lock(&self.pipes)
-            .values()
+            .get()
+            .into_iter()
+            .flat_map(HashMap::values)
             .filter_map(Weak::upgrade)
             .collect()
     }
 
     /// Channels whose writer has not ended yet.
     pub(crate) fn live_channels(&self) -> usize {
-        lock(&self.pipes).len()
+        lock(&self.pipes).get().map_or(0, HashMap::len)
     }
 
     /// Lets every channel send what is queued and then end, for good: nothing is kept any more.

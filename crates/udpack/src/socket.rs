@@ -194,7 +194,9 @@ impl Socket {
 
     /// The server's word that it is going down, if it has sent one.
     pub fn goaway(&self) -> Option<GoAway> {
-        lock(&self.inner.session.received_goaway).clone()
+        lock(&self.inner.session.received_goaway)
+            .as_deref()
+            .cloned()
     }
 
     /// What becomes of the connection of a client that reconnects (`ClientBuilder::reconnect`): the present
@@ -208,7 +210,7 @@ impl Socket {
 
     /// The present state of a client that reconnects; `None` for other sockets.
     pub fn state(&self) -> Option<SocketState> {
-        self.inner.session.states.as_ref().map(StateFeed::now)
+        self.inner.session.states.as_deref().map(StateFeed::now)
     }
 
     /// Sends from another local address from now on, as when the device has moved to another network. The
@@ -228,7 +230,7 @@ impl Socket {
 
     /// Tells the peer to finish what runs and come back later or elsewhere. Only a server says so.
     pub(crate) fn send_goaway(&self, goaway: GoAway) {
-        lock(&self.inner.session.wishes).goaway = Some(goaway);
+        lock(&self.inner.session.wishes).made().goaway = Some(goaway);
         self.inner.session.wished.notify_one();
     }
 

@@ -23,6 +23,7 @@ use rustls_platform_verifier::Verifier;
 use time::OffsetDateTime;
 
 use crate::fingerprint::Fingerprint;
+use crate::suites::suites;
 
 /// The application protocol, with its version, that both sides must agree on.
 pub(crate) const ALPN: &[u8] = b"udpack/1";
@@ -317,12 +318,17 @@ fn server_config(certificates: Arc<CertificateSource>) -> Result<rustls::ServerC
         .with_cert_resolver(certificates);
     config.alpn_protocols = vec![ALPN.to_vec()];
     config.max_early_data_size = 0;
+    // A client uses one, and is given the next when it does.
+    config.send_tls13_tickets = 1;
     Ok(config)
 }
 
 /// Named, because rustls' own choice panics as soon as any dependency enables a second one.
 fn provider() -> Arc<CryptoProvider> {
-    Arc::new(aws_lc_rs::default_provider())
+    Arc::new(CryptoProvider {
+        cipher_suites: suites(),
+        ..aws_lc_rs::default_provider()
+    })
 }
 
 fn signing_key(key: &KeyPair) -> Result<Arc<dyn SigningKey>, TlsError> {
@@ -353,6 +359,7 @@ mod tests {
 
     use quinn::crypto::rustls::HandshakeData;
     use quinn::{ClientConfig, ConnectionError, Endpoint, ServerConfig, TransportErrorCode};
+    use rustls::CipherSuite;
 
     use super::*;
 
@@ -411,6 +418,62 @@ mod tests {
         accepted.unwrap();
         let data = connection.handshake_data().unwrap();
         Ok(data.downcast::<HandshakeData>().unwrap().protocol.unwrap())
+    }
+
+    #[tokio::test]
+    async fn every_suite_carries_data_across_updates_of_its_keys() {
+        let names: Vec<_> = suites().iter().map(|suite| suite.suite()).collect();
+        let expected = [
+            CipherSuite::TLS13_AES_128_GCM_SHA256,
+            CipherSuite::TLS13_AES_256_GCM_SHA384,
+            CipherSuite::TLS13_CHACHA20_POLY1305_SHA256,
+        ];
+        assert_eq!(names, expected);
+        let initial = suites()[0].tls13().unwrap().quic_suite().unwrap();
+        let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        for suite in suites() {
+            let key = key();
+            let mut config =
+                rustls::ClientConfig::builder_with_provider(Arc::new(CryptoProvider {
+                    cipher_suites: vec![suite],
+                    ..aws_lc_rs::default_provider()
+                }))
+                .with_protocol_versions(&[&rustls::version::TLS13])
+                .unwrap()
+                .dangerous()
+                .with_custom_certificate_verifier(Arc::new(PinVerifier {
+                    expected: fingerprint(&key),
+                    provider: provider(),
+                    check: PinCheck::default(),
+                }))
+                .with_no_client_auth();
+            config.alpn_protocols = vec![ALPN.to_vec()];
+            let client = QuicClientConfig::with_initial(Arc::new(config), initial).unwrap();
+            let server = ServerConfig::with_crypto(Arc::new(server_tls(issuing(&key)).unwrap()));
+            let server = Endpoint::server(server, loopback).unwrap();
+            let address = server.local_addr().unwrap();
+            let dialer = Endpoint::client(loopback).unwrap();
+            let config = ClientConfig::new(Arc::new(client));
+            let dialing = dialer.connect_with(config, address, "any.name").unwrap();
+            let accepting = async { server.accept().await.unwrap().await };
+            let (dialed, accepted) = tokio::join!(dialing, accepting);
+            let (dialed, accepted) = (dialed.unwrap(), accepted.unwrap());
+            for round in 0..6_u8 {
+                for (from, to) in [(&dialed, &accepted), (&accepted, &dialed)] {
+                    let sent = vec![round; 10_000];
+                    let mut stream = from.open_uni().await.unwrap();
+                    stream.write_all(&sent).await.unwrap();
+                    stream.finish().unwrap();
+                    let mut stream = to.accept_uni().await.unwrap();
+                    assert_eq!(stream.read_to_end(10_000).await.unwrap(), sent);
+                }
+                if round % 2 == 0 {
+                    dialed.force_key_update();
+                } else {
+                    accepted.force_key_update();
+                }
+            }
+        }
     }
 
     #[tokio::test]

@@ -27,6 +27,7 @@ use crate::metrics::Count;
 use crate::msgpack::{Head, MsgpackError, Reader, Shape, Walk, validate_within};
 use crate::session::{Session, lock};
 use crate::socket::Socket;
+use crate::spare::Spare;
 
 /// Messages moved in one go, before others of the same task get their turn.
 const TURN: usize = 64;
@@ -300,7 +301,7 @@ impl Socket {
             let over = session.end.get().is_some();
             let (first, more) = {
                 let mut waiting = lock(&volatiles.waiting);
-                let latest = waiting.0.as_mut().map(|waiting| &mut waiting.latest);
+                let latest = waiting.get_mut().map(|waiting| &mut waiting.latest);
                 latest.map_or((None, false), |latest| (latest.pop(), !latest.is_empty()))
             };
             if more {
@@ -336,29 +337,13 @@ impl Volatiles {
     /// The small one that has waited longest, with its place and number.
     fn first_small(&self) -> Option<(Arc<str>, u64, Bytes)> {
         let out = lock(&self.out);
-        let (place, entry) = out.0.as_ref()?.small.first()?;
+        let (place, entry) = out.get()?.small.first()?;
         Some((place.clone(), entry.seq, entry.item.clone()))
     }
 
     fn any_large(&self) -> bool {
         let out = lock(&self.out);
-        out.0.as_ref().is_some_and(|out| !out.large.is_empty())
-    }
-}
-
-/// Made when first used: most sockets never send or get a volatile message.
-#[derive(Debug)]
-struct Spare<T>(Option<Box<T>>);
-
-impl<T> Default for Spare<T> {
-    fn default() -> Self {
-        Self(None)
-    }
-}
-
-impl<T: Default> Spare<T> {
-    fn made(&mut self) -> &mut T {
-        self.0.get_or_insert_default()
+        out.get().is_some_and(|out| !out.large.is_empty())
     }
 }
 

@@ -27,7 +27,7 @@ const SOCKETS: usize = 48;
 /// Those made before, for what is made once.
 const WARM: usize = 8;
 /// What an idle admitted socket may cost a server more than a connection of bare QUIC that permits as many streams.
-const MORE: usize = 4 << 10;
+const MORE: usize = 2 << 10;
 /// And one more that its client may come back to.
 const KEPT: usize = 1 << 10;
 

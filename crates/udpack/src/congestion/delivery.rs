@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 /// Instants remembered; further ones count as the last of these. 10 packets an instant are the least with a full
 /// window, so this is a window of more than 200 MB.
 const MOST: usize = 1 << 14;
+/// How long beyond three round trips a packet's acknowledgement is awaited, for peers that delay theirs.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 /// What a packet was sent for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,6 +58,8 @@ pub(super) struct Delivery {
     round_end: u64,
     acked: u64,
     newest: Option<Instant>,
+    /// Of the newest packet of the last batch.
+    rtt: Duration,
 }
 
 impl Delivery {
@@ -70,6 +74,7 @@ impl Delivery {
             round_end: 0,
             acked: 0,
             newest: None,
+            rtt: Duration::from_secs(1),
         }
     }
 
@@ -80,7 +85,11 @@ impl Delivery {
             self.delivered_at = now;
         }
         let known = self.sendings.back().is_some_and(|last| last.at >= now);
-        if known || self.sendings.len() >= MOST {
+        if known {
+            return;
+        }
+        self.forget(now);
+        if self.sendings.len() >= MOST {
             return;
         }
         self.sendings.push_back(Sending {
@@ -91,6 +100,21 @@ impl Delivery {
             purpose,
             app_limited: self.app_limited_until > self.delivered,
         });
+    }
+
+    /// Forgets what no acknowledgement is awaited for any more. quinn tells also of packets that only acknowledge,
+    /// which nobody acknowledges: without this, who only receives would remember all of them.
+    fn forget(&mut self, now: Instant) {
+        let keep = self.rtt * 3 + PATIENCE;
+        while let Some(first) = self.sendings.front()
+            && now.saturating_duration_since(first.at) > keep
+        {
+            self.sendings.pop_front();
+        }
+        let used = self.sendings.len();
+        if self.sendings.capacity() > 8 && used < self.sendings.capacity() / 4 {
+            self.sendings.shrink_to(used * 2);
+        }
     }
 
     fn find(&self, at: Instant) -> Option<&Sending> {
@@ -128,6 +152,7 @@ impl Delivery {
         let acked = std::mem::take(&mut self.acked);
         let newest = self.newest.take()?;
         let rtt = now.saturating_duration_since(newest);
+        self.rtt = rtt;
         if app_limited {
             self.app_limited_until = self.delivered + in_flight.max(1);
         }
@@ -225,6 +250,25 @@ mod tests {
         assert!(sample.rate.is_none() && !sample.round_ended);
         assert_eq!(sample.rtt, Duration::ZERO);
         assert_eq!(delivery.purpose(begin), Purpose::Other);
+    }
+
+    #[test]
+    fn who_only_acknowledges_remembers_little() {
+        let begin = Instant::now();
+        let mut delivery = Delivery::new(begin);
+        delivery.on_sent(begin, Purpose::Other);
+        delivery.on_ack(begin + MS, begin, 1000);
+        delivery.end_acks(begin + MS, 0, true, MS).unwrap();
+        for ms in 2..60_000 {
+            delivery.on_sent(begin + MS * ms, Purpose::Other);
+        }
+        assert!(delivery.sendings.len() <= 110);
+        let later = begin + MS * 120_000;
+        delivery.on_sent(later, Purpose::Other);
+        assert_eq!(delivery.sendings.len(), 1);
+        assert!(delivery.sendings.capacity() <= 8);
+        delivery.on_ack(later + MS, later, 1000);
+        assert!(delivery.end_acks(later + MS, 0, true, MS).is_some());
     }
 
     #[test]

@@ -1,0 +1,35 @@
+//! Room for what most sockets never use.
+
+/// A value in a box that is made when it is first needed.
+#[derive(Debug)]
+pub(crate) struct Spare<T>(Option<Box<T>>);
+
+impl<T> Default for Spare<T> {
+    fn default() -> Self {
+        Self(None)
+    }
+}
+
+impl<T> Spare<T> {
+    pub(crate) fn get(&self) -> Option<&T> {
+        self.0.as_deref()
+    }
+
+    pub(crate) fn get_mut(&mut self) -> Option<&mut T> {
+        self.0.as_deref_mut()
+    }
+
+    /// Takes the value out, or a new one.
+    pub(crate) fn take(&mut self) -> T
+    where
+        T: Default,
+    {
+        self.0.take().map_or_else(T::default, |value| *value)
+    }
+}
+
+impl<T: Default> Spare<T> {
+    pub(crate) fn made(&mut self) -> &mut T {
+        self.0.get_or_insert_default()
+    }
+}
