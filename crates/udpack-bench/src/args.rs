@@ -23,7 +23,8 @@ pub(crate) enum Command {
     Stream(Options),
     /// A file to a file with the real programs, verified; raw quinn only streams
     Upload(Options),
-    /// Messages of 64 bytes one way, one channel a socket, one `send` each
+    /// Messages of 64 bytes one way, one channel a socket, one `send` each; raw quinn encodes, decodes and checks
+    /// them with rmp-serde, WebSockets and NATS carry ready bytes and count them
     Messages(Options),
     /// A request and its reply, one after the other on each socket
     Ping(Options),

@@ -44,8 +44,10 @@ const TICK: Duration = Duration::from_millis(10);
 /// How late one may be sent before that counts as waiting: timers are as fine as a millisecond.
 const LATE: Duration = Duration::from_millis(2);
 
-/// The data of an event `message` that takes [`MESSAGE`] bytes with it: 11 bytes are heads and the name.
-const TEXT: &str = "a message of sixty-four bytes with its heads and name";
+/// The name of the event in `messages`.
+pub(crate) const EVENT: &str = "message";
+/// Its data, which takes [`MESSAGE`] bytes with it: 11 bytes are heads and the name.
+pub(crate) const TEXT: &str = "a message of sixty-four bytes with its heads and name";
 
 #[derive(Serialize)]
 struct Nothing {}
@@ -97,14 +99,14 @@ pub(crate) async fn serve(
     Ok((ready, server))
 }
 
-/// Counts what comes, and says how much it was when asked.
+/// Counts what comes, messages only if they say what they should, and says how much it was when asked.
 async fn sink(channel: Channel) -> Result<(), RecvError> {
     let (mut bytes, mut messages) = (0_u64, 0_u64);
     while let Some(message) = channel.recv().await? {
         match message.event() {
-            "message" => {
+            EVENT => {
                 bytes += message.len() as u64;
-                messages += 1;
+                messages += u64::from(message.data::<&str>().is_ok_and(|text| text == TEXT));
             }
             "bytes" => bytes += message.bulk("bytes").map_or(0, |bytes| bytes.len() as u64),
             _ => {
@@ -226,7 +228,7 @@ async fn stream(dialler: &Dialler, load: &Load) -> anyhow::Result<Told> {
 }
 
 async fn messages(dialler: &Dialler, load: &Load) -> anyhow::Result<Told> {
-    let frame = Encoded::new("message", TEXT)?.len();
+    let frame = Encoded::new(EVENT, TEXT)?.len();
     ensure!(frame == PREFIX + MESSAGE, "a message takes {frame} bytes");
     let sockets = dialler.many(load.sockets).await?;
     let mut channels = Vec::with_capacity(sockets.len());
@@ -239,7 +241,7 @@ async fn messages(dialler: &Dialler, load: &Load) -> anyhow::Result<Told> {
     for channel in channels {
         tasks.spawn(async move {
             for _ in 0..each {
-                channel.send("message", TEXT).await?;
+                channel.send(EVENT, TEXT).await?;
             }
             let (bytes, messages): (u64, u64) = channel.request("done", &()).timeout(LAST).await?;
             ensure!(

@@ -1,5 +1,6 @@
 //! quinn without anything above it: streams whose first byte says what they are for, and messages with a length of
-//! four bytes before them. Messages are counted by their lengths and not decoded.
+//! four bytes before them. What a program would do with messages is done to those of `messages` alone: each is
+//! encoded when it is sent, and decoded and checked when it comes. Elsewhere lengths are counted.
 
 use std::any::Any;
 use std::fs;
@@ -23,8 +24,8 @@ use tokio::task::JoinSet;
 
 use crate::args::{Load, Peer, Scenario};
 use crate::ours::{
-    AT_ONCE, CHUNK, FANOUT_WINDOW, MESSAGE, all, handshake_values, interference_values,
-    millis_since, ramp, tick, tick_count,
+    AT_ONCE, CHUNK, EVENT, FANOUT_WINDOW, MESSAGE, TEXT, all, handshake_values,
+    interference_values, millis_since, ramp, tick, tick_count,
 };
 use crate::peer::{Marks, Ready, Told};
 use crate::programs::walk;
@@ -39,6 +40,8 @@ const FRAME: usize = 4 + MESSAGE;
 const SINK: u8 = b's';
 /// Counts messages, and answers with their number at the end.
 const COUNT: u8 = b'c';
+/// Decodes messages, and answers with their number at the end.
+const DECODE: u8 = b'd';
 /// Sends everything back.
 const ECHO: u8 = b'e';
 /// Answers with a byte, and from then on gets what is said.
@@ -144,6 +147,14 @@ async fn serve_stream(
             send.write_all(&frames.messages.to_be_bytes()).await?;
             send.finish()?;
         }
+        DECODE => {
+            let mut messages = Messages::default();
+            while let Some(chunk) = recv.read_chunk(usize::MAX, true).await? {
+                messages.take(&chunk.bytes)?;
+            }
+            send.write_all(&messages.right.to_be_bytes()).await?;
+            send.finish()?;
+        }
         ECHO => {
             while let Some(chunk) = recv.read_chunk(usize::MAX, true).await? {
                 send.write_chunk(chunk.bytes).await?;
@@ -216,6 +227,69 @@ impl Frames {
             }
         }
     }
+}
+
+/// Decodes the messages in the pieces of a stream.
+#[derive(Debug, Default)]
+struct Messages {
+    /// A message as far as it has come, with its length.
+    part: Vec<u8>,
+    /// Those that say what they should.
+    right: u64,
+}
+
+impl Messages {
+    fn take(&mut self, mut data: &[u8]) -> anyhow::Result<()> {
+        while !self.part.is_empty() && !data.is_empty() {
+            let whole = match self.part.first_chunk() {
+                Some(length) => 4 + length_of(length)?,
+                None => 4,
+            };
+            let lacks = whole.saturating_sub(self.part.len()).min(data.len());
+            let (head, rest) = data.split_at(lacks);
+            self.part.extend_from_slice(head);
+            data = rest;
+            if let Some((length, message)) = self.part.split_first_chunk()
+                && message.len() == length_of(length)?
+            {
+                self.right += u64::from(decode(message)?);
+                self.part.clear();
+            }
+        }
+        while let Some((length, rest)) = data.split_first_chunk()
+            && let Some((message, rest)) = rest.split_at_checked(length_of(length)?)
+        {
+            self.right += u64::from(decode(message)?);
+            data = rest;
+        }
+        self.part.extend_from_slice(data);
+        Ok(())
+    }
+}
+
+/// A length from its four bytes.
+fn length_of(bytes: &[u8; 4]) -> anyhow::Result<usize> {
+    let length = u32::from_be_bytes(*bytes) as usize;
+    ensure!(length <= BATCH, "a message of {length} bytes");
+    Ok(length)
+}
+
+/// Appends the message that udpack sends, with its length.
+fn encode(buffer: &mut Vec<u8>) -> anyhow::Result<()> {
+    let begin = buffer.len();
+    buffer.extend_from_slice(&[0; 4]);
+    rmp_serde::encode::write(buffer, &(EVENT, TEXT))?;
+    let length = u32::try_from(buffer.len() - begin - 4)?;
+    if let Some(place) = buffer.get_mut(begin..begin + 4) {
+        place.copy_from_slice(&length.to_be_bytes());
+    }
+    Ok(())
+}
+
+/// Whether it says what [`encode`] has written.
+fn decode(message: &[u8]) -> anyhow::Result<bool> {
+    let (event, text): (&str, &str) = rmp_serde::from_slice(message)?;
+    Ok(event == EVENT && text == TEXT)
 }
 
 /// Makes connections, each with an endpoint of its own.
@@ -305,25 +379,20 @@ impl Client {
         let conns = self.many(load.sockets).await?;
         let mut streams = Vec::with_capacity(conns.len());
         for conn in &conns {
-            streams.push(open(conn, COUNT).await?);
+            streams.push(open(conn, DECODE).await?);
         }
         let each = load.count / load.sockets as u64;
         let begun = Instant::now();
         let mut tasks = JoinSet::new();
         for (mut send, mut recv) in streams {
             tasks.spawn(async move {
-                let frame = frame(0);
                 let mut batch = Vec::with_capacity(BATCH);
                 for _ in 0..each {
-                    if each_alone {
-                        send.write_all(&frame).await?;
-                        continue;
-                    }
-                    if batch.len() + FRAME > BATCH {
+                    encode(&mut batch)?;
+                    if each_alone || batch.len() + FRAME > BATCH {
                         send.write_all(&batch).await?;
                         batch.clear();
                     }
-                    batch.extend_from_slice(&frame);
                 }
                 send.write_all(&batch).await?;
                 send.finish()?;
@@ -679,6 +748,25 @@ mod tests {
             // One without bytes is none: nobody sends it.
             assert_eq!(frames.messages, 4, "pieces of {step}");
         }
+    }
+
+    #[test]
+    fn decodes_messages_however_they_are_cut() {
+        let mut stream = Vec::new();
+        for _ in 0..5 {
+            encode(&mut stream).unwrap();
+        }
+        assert_eq!(stream.len(), 5 * FRAME);
+        let other = stream.len() - 1;
+        stream[other] ^= 1;
+        for step in 1..=stream.len() {
+            let mut messages = Messages::default();
+            for piece in stream.chunks(step) {
+                messages.take(piece).unwrap();
+            }
+            assert_eq!(messages.right, 4, "pieces of {step}");
+        }
+        assert!(Messages::default().take(&[0xff; 4]).is_err());
     }
 
     #[test]
