@@ -74,7 +74,7 @@ impl Via {
 /// Every path takes such a UDP payload (RFC 9000, section 14).
 const LEAST_PAYLOAD: u16 = 1200;
 /// An Ethernet's UDP payload over IPv4.
-const ETHERNET_PAYLOAD: u16 = 1472;
+pub(crate) const ETHERNET_PAYLOAD: u16 = 1472;
 
 /// How to find out what a path takes whose first link takes UDP payloads of `bound` bytes; `None` is unknown.
 fn mtu_discovery(bound: Option<u16>) -> MtuDiscoveryConfig {

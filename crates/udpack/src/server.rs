@@ -28,7 +28,7 @@ use crate::config::{
 };
 use crate::control::{self, GoAway, ResumeGrant, ResumeTicket, Welcome};
 use crate::driver::{Awaited, Comeback, Control, Link, live};
-use crate::endpoint::{self, InvalidSetting, Via};
+use crate::endpoint::{self, ETHERNET_PAYLOAD, InvalidSetting, Via};
 use crate::fingerprint::Fingerprint;
 use crate::identity::{Identity, IdentityError};
 use crate::inbox::{Ending, Inbox};
@@ -1020,7 +1020,9 @@ impl Shared {
     /// The settings of a connection with this peer; `None` are those of the endpoint.
     fn settings_for(&self, peer: SocketAddr) -> Option<Arc<quinn::ServerConfig>> {
         let settings = &self.settings;
+        // quinn keeps a buffer of the largest datagram it ever tried: too much for each of many idle sockets.
         let payload = settings.via.payload_to(peer);
+        let payload = payload.map(|payload| payload.min(ETHERNET_PAYLOAD));
         let stream = settings.qlog.as_ref().and_then(|qlog| qlog.stream(peer));
         if stream.is_none()
             && let Some(config) = lock(&settings.made).get(&payload)
