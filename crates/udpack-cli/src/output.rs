@@ -14,6 +14,20 @@ pub(crate) fn line(text: &str) -> io::Result<()> {
     out.flush()
 }
 
+/// Writes whole lines and flushes them.
+pub(crate) fn all(lines: &[u8]) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(lines)?;
+    out.flush()
+}
+
+/// Adds one JSON value on one line.
+pub(crate) fn add_json<T: Serialize + ?Sized>(lines: &mut Vec<u8>, value: &T) -> io::Result<()> {
+    lines.extend_from_slice(serde_json::to_string(value)?.as_bytes());
+    lines.push(b'\n');
+    Ok(())
+}
+
 /// Writes one JSON value on one line.
 pub(crate) fn json<T: Serialize + ?Sized>(value: &T) -> io::Result<()> {
     line(&serde_json::to_string(value)?)

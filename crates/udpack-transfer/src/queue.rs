@@ -24,7 +24,7 @@ pub(crate) const SMALL: u64 = CHUNK as u64;
 /// Up to this many entries in all count as few.
 const FEW: usize = 16;
 /// How long the first entries wait for larger ones.
-const GATHER: Duration = Duration::from_millis(50);
+const GATHER: Duration = Duration::from_millis(5);
 /// Small files taken at once: at most this many, of at most so many bytes together.
 const BATCH: usize = 64;
 const BATCH_BYTES: u64 = 1 << 20;

@@ -26,7 +26,7 @@ use crate::wire::{
     self, AckFields, BadMessage, CHUNK, DirOffer, DoneFields, ErrorFields, Hash, LinkOffer, Offer,
     ReadyFields, Request, Wish,
 };
-use crate::worker::{Incoming, Outcome, Outcomes, Task};
+use crate::worker::{Gathered, Incoming, Outcome, Outcomes, Publisher, Task};
 use crate::writers::{Claim, Pulse, Replaced, UploadKey, Writer};
 
 /// How often the lane looks after its files.
@@ -52,6 +52,8 @@ pub(crate) struct Serving<'a> {
     /// Files that still owe the client an outcome.
     files: HashMap<u64, Tracked>,
     pending: Option<Pending>,
+    /// Small files with steps that no thread knows of yet.
+    gathered: Gathered,
     outcomes: Outcomes,
     found: mpsc::UnboundedReceiver<Outcome>,
     /// When the client last did something about the open file.
@@ -151,6 +153,7 @@ impl<'a> Serving<'a> {
             lane: Lane::new(),
             files: HashMap::new(),
             pending: None,
+            gathered: Gathered::new(&receiver.publisher),
             outcomes,
             found,
             active: Instant::now(),
@@ -174,9 +177,10 @@ impl<'a> Serving<'a> {
                 && self.files.len() <= self.receiver.config.pipeline
                 && self.tasks.len() < self.receiver.config.requests;
             let told = tokio::select! {
+                biased;
+                _ = ticker.tick(), if !self.files.is_empty() => self.tick().await,
                 Some(outcome) = self.found.recv() => self.outcome(outcome).await,
                 waited = wait(&mut self.pending), if self.pending.is_some() => self.waited(waited).await,
-                _ = ticker.tick(), if !self.files.is_empty() => self.tick().await,
                 Some(_) = self.tasks.join_next() => Ok(()),
                 // What sends ends before the lane does only when the lane takes nothing any more.
                 Some(_) = self.sender.join_next() => break Ok(()),
@@ -189,6 +193,11 @@ impl<'a> Serving<'a> {
                     }
                     Err(error) => break Err(error),
                 },
+                // There is nothing more to read now.
+                () = std::future::ready(()), if !self.gathered.is_empty() => {
+                    self.gathered.hand_over();
+                    Ok(())
+                }
             };
             match told {
                 Ok(()) => {}
@@ -290,8 +299,9 @@ impl<'a> Serving<'a> {
                 Ok(())
             }
             Action::Finish(finish) => {
-                if let Some(incoming) = self.incoming(finish.id) {
-                    incoming.finish(finish);
+                let tracked = self.files.get_mut(&finish.id);
+                if let Some(incoming) = tracked.and_then(|tracked| tracked.incoming.as_mut()) {
+                    incoming.finish(finish, &mut self.gathered);
                 }
                 Ok(())
             }
@@ -356,7 +366,7 @@ impl<'a> Serving<'a> {
         };
         let our_turn = offer.resume || offer.if_exists == IfExists::Skip;
         self.files.insert(id, Tracked::new(our_turn));
-        let task = Task {
+        let mut task = Task {
             path,
             owner: self.owner.clone(),
             tenant: self.scope.tenant(),
@@ -365,10 +375,15 @@ impl<'a> Serving<'a> {
             offer,
         };
         // Most files need not wait for anything.
-        let plain = !task.offer.resume && task.offer.run.is_none() && self.receiver.hook.is_none();
+        let plain = !task.offer.resume && self.receiver.hook.is_none();
         if plain && let Ok(slot) = self.receiver.slots.clone().try_acquire_owned() {
-            self.start(task, slot);
-            return Ok(());
+            return match stored_before(&self.receiver.publisher, &mut task) {
+                Some(published) => self.outcome(Outcome::Done { id, published }).await,
+                None => {
+                    self.start(task, slot);
+                    Ok(())
+                }
+            };
         }
         let start = Box::pin(start(self.receiver.clone(), task));
         self.pending = Some(Pending::Start { id, start });
@@ -388,7 +403,8 @@ impl<'a> Serving<'a> {
             }
         });
         let outcomes = self.outcomes.clone();
-        let incoming = Incoming::begin(&self.receiver.publisher, task, slot, outcomes);
+        let publisher = &self.receiver.publisher;
+        let incoming = Incoming::begin(publisher, task, slot, outcomes, &mut self.gathered);
         if let Some(tracked) = self.files.get_mut(&id) {
             tracked.incoming = Some(incoming);
             tracked.job = Some(job);
@@ -409,7 +425,8 @@ impl<'a> Serving<'a> {
     }
 
     fn chunk(&mut self, id: u64, offset: Option<u64>, bytes: Bytes) {
-        let Some(incoming) = self.incoming(id) else {
+        let tracked = self.files.get(&id);
+        let Some(incoming) = tracked.and_then(|tracked| tracked.incoming.as_ref()) else {
             return;
         };
         let room = incoming.room();
@@ -417,7 +434,7 @@ impl<'a> Serving<'a> {
         if !limit.is_limited()
             && let Ok(permit) = room.clone().try_acquire_owned()
         {
-            incoming_write(&mut self.files, id, offset, bytes, permit);
+            self.write(id, offset, bytes, permit);
             return;
         }
         let (limit, len) = (limit.clone(), bytes.len() as u64);
@@ -459,7 +476,7 @@ impl<'a> Serving<'a> {
                 }),
                 Waited::Room(Some(room)),
             ) => {
-                incoming_write(&mut self.files, id, offset, bytes, room);
+                self.write(id, offset, bytes, room);
                 Ok(())
             }
             _ => Ok(()),
@@ -722,7 +739,7 @@ impl<'a> Serving<'a> {
                 job.update(recv, safe);
             }
             if let Some(incoming) = &tracked.incoming {
-                incoming.pause();
+                incoming.pause(&mut self.gathered);
             }
             let further = recv > tracked.acked || safe > tracked.safe;
             if further || now - tracked.told >= HEARTBEAT {
@@ -747,8 +764,15 @@ impl<'a> Serving<'a> {
         Ok(())
     }
 
-    fn incoming(&mut self, id: u64) -> Option<&mut Incoming> {
-        self.files.get_mut(&id)?.incoming.as_mut()
+    fn write(&mut self, id: u64, offset: Option<u64>, bytes: Bytes, room: OwnedSemaphorePermit) {
+        if let Some(tracked) = self.files.get(&id) {
+            if let Some((pulse, _)) = &tracked.writer {
+                pulse.beat();
+            }
+            if let Some(incoming) = &tracked.incoming {
+                incoming.write(offset, bytes, room, &mut self.gathered);
+            }
+        }
     }
 
     /// The file ends; what is there of it is removed.
@@ -806,23 +830,6 @@ impl<'a> Serving<'a> {
     }
 }
 
-fn incoming_write(
-    files: &mut HashMap<u64, Tracked>,
-    id: u64,
-    offset: Option<u64>,
-    bytes: Bytes,
-    room: OwnedSemaphorePermit,
-) {
-    if let Some(tracked) = files.get_mut(&id) {
-        if let Some((pulse, _)) = &tracked.writer {
-            pulse.beat();
-        }
-        if let Some(incoming) = &tracked.incoming {
-            incoming.write(offset, bytes, room);
-        }
-    }
-}
-
 /// All that comes before the disk: the operator's word, the right to write, an outcome known already, a place.
 async fn start(receiver: Receiver, mut task: Task) -> Start {
     if let Some(hook) = &receiver.hook {
@@ -844,8 +851,8 @@ async fn start(receiver: Receiver, mut task: Task) -> Start {
             Err(message) => return Start::Refused("refused", message, false),
         }
     }
-    let key = UploadKey::new(&task.owner, task.path.as_str());
     if task.offer.resume {
+        let key = UploadKey::new(&task.owner, task.path.as_str());
         match claim(&receiver, key, task.offer.run).await {
             Some(writer) => task.writer = Some(writer),
             None => {
@@ -856,12 +863,8 @@ async fn start(receiver: Receiver, mut task: Task) -> Start {
             }
         }
     }
-    if let Some(run) = &task.offer.run {
-        let key = key.in_run(run);
-        if let Some(published) = receiver.publisher.writers().outcome(key) {
-            return Start::Known(published);
-        }
-        task.key = Some(key);
+    if let Some(published) = stored_before(&receiver.publisher, &mut task) {
+        return Start::Known(published);
     }
     let slot = receiver.slots.clone().acquire_owned();
     match tokio::time::timeout(receiver.config.turn, slot).await {
@@ -872,6 +875,14 @@ async fn start(receiver: Receiver, mut task: Task) -> Start {
             Start::Refused("too_many_uploads", message, true)
         }
     }
+}
+
+/// What this run's earlier offer of the file led to, where that is known; else notes under which key it shall be.
+fn stored_before(publisher: &Publisher, task: &mut Task) -> Option<Published> {
+    let run = task.offer.run.as_ref()?;
+    let key = UploadKey::new(&task.owner, task.path.as_str()).in_run(run);
+    task.key = Some(key);
+    publisher.writers().outcome(key)
 }
 
 /// The right to write an upload, waiting for an old writer that was told to let go.

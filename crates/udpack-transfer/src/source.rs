@@ -29,6 +29,8 @@ const BLOCK: usize = 1 << 20;
 #[derive(Debug, Clone)]
 pub struct Source {
     remote: Box<str>,
+    /// Of a file, in bytes, where whoever listed it has looked.
+    listed: Option<u64>,
     pub(crate) origin: Origin,
 }
 
@@ -79,7 +81,16 @@ impl Source {
     fn new(remote: &str, origin: Origin) -> Self {
         Self {
             remote: remote.into(),
+            listed: None,
             origin,
+        }
+    }
+
+    /// A regular file that is known to have had this size a moment ago.
+    pub(crate) fn listed(local: PathBuf, remote: &RelPath, size: u64) -> Self {
+        Self {
+            listed: Some(size),
+            ..Self::new(remote.as_str(), Origin::File(local))
         }
     }
 
@@ -97,6 +108,7 @@ impl Source {
     /// what cannot be sent.
     pub(crate) fn size(&self) -> Result<Option<u64>, TransferError> {
         match &self.origin {
+            Origin::File(_) if self.listed.is_some() => Ok(self.listed),
             Origin::File(path) => {
                 let metadata = std::fs::metadata(path).map_err(|error| self.unreadable(error))?;
                 if !metadata.is_file() {

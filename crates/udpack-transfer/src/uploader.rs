@@ -381,7 +381,7 @@ async fn lane(shared: Arc<Shared>, events: mpsc::Sender<Event>) {
         let Err(error) = serve(&shared, &socket, next, &flight, &events).await else {
             return;
         };
-        // What was never let in is the link's business, and the server has looked at nothing.
+        // What was never let in is the link's business.
         let admitted = socket.admitted().await.is_ok();
         let left: Vec<_> = lock(&flight.files).drain().collect();
         let mends = link.mends(&error);
@@ -394,8 +394,9 @@ async fn lane(shared: Arc<Shared>, events: mpsc::Sender<Event>) {
             if let Some(own) = own {
                 shared.failed(&events, claim, own).await;
             } else if (mends || refused || !admitted) && !claim.source.is_spent() {
-                // Dropped, it goes back to the queue.
-                claim.unsure |= claim.finished && admitted;
+                // Dropped, it goes back to the queue. The server may have stored it also where its word that it
+                // lets us in was lost.
+                claim.unsure |= claim.finished;
             } else {
                 shared.failed(&events, claim, error.again()).await;
             }

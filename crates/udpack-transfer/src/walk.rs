@@ -87,7 +87,7 @@ impl From<Found> for Source {
     /// What is to be uploaded of it. A directory's time and mode are looked up now.
     fn from(found: Found) -> Self {
         match found.what {
-            What::File { remote, .. } => Self::file(found.local, remote),
+            What::File { remote, size } => Self::listed(found.local, &remote, size),
             What::Dir { remote } => match fs::metadata(&found.local) {
                 Ok(metadata) => Self::dir(remote, source::meta(&metadata)),
                 Err(source) => {

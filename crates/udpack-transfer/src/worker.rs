@@ -33,6 +33,10 @@ const SMALL: u64 = 1 << 20;
 const SHARE: u32 = 16;
 /// Threads for each core: some of them wait for the disk.
 const THREADS_PER_CORE: usize = 4;
+/// Waiting files for each of them: a thread more costs more than these take.
+const FILES_PER_THREAD: usize = 32;
+/// Small files that a lane hands over at once, at most.
+const GATHERED: usize = 32;
 const FEWEST_THREADS: usize = 8;
 const MOST_THREADS: usize = 64;
 
@@ -113,8 +117,8 @@ pub(crate) struct Incoming {
 
 #[derive(Debug)]
 struct Shared {
-    /// What runs its steps; `None` for a file that gets a thread to itself.
-    pool: Option<Arc<Pool>>,
+    /// It takes turns in the pool; any other file gets a thread to itself.
+    pooled: bool,
     queue: Mutex<Queue>,
     room: Arc<Semaphore>,
     received: AtomicU64,
@@ -162,16 +166,39 @@ impl Pool {
         self.ready.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has the file's steps carried out when its turn comes.
-    fn submit(self: &Arc<Self>, file: Arc<Shared>) {
+    /// Has the files' steps carried out when their turn comes.
+    fn submit(self: &Arc<Self>, files: impl IntoIterator<Item = Arc<Shared>>) {
         let mut ready = self.lock();
-        ready.files.push_back(file);
-        if ready.threads < self.most {
-            ready.threads += 1;
-            drop(ready);
+        ready.files.extend(files);
+        self.staff(ready);
+    }
+
+    /// Starts threads while there are more files than those at work soon come to.
+    fn staff(self: &Arc<Self>, mut ready: MutexGuard<'_, Ready>) {
+        let wanted = ready.files.len().div_ceil(FILES_PER_THREAD).min(self.most);
+        let more = wanted.saturating_sub(ready.threads);
+        ready.threads += more;
+        drop(ready);
+        for _ in 0..more {
             let pool = self.clone();
             tokio::task::spawn_blocking(move || pool.run());
         }
+    }
+
+    /// Does on a thread of the pool what may wait for the disk; another takes its place meanwhile.
+    fn aside(self: &Arc<Self>, wait: impl FnOnce()) {
+        /// Also after a panic.
+        struct Back<'a>(&'a Pool);
+        impl Drop for Back<'_> {
+            fn drop(&mut self) {
+                self.0.lock().threads += 1;
+            }
+        }
+        let mut ready = self.lock();
+        ready.threads = ready.threads.saturating_sub(1);
+        let _back = Back(self);
+        self.staff(ready);
+        wait();
     }
 
     fn run(self: Arc<Self>) {
@@ -186,8 +213,51 @@ impl Pool {
             };
             let more = std::panic::catch_unwind(AssertUnwindSafe(|| file.run()));
             if more.unwrap_or_default() {
-                self.submit(file);
+                self.submit([file]);
             }
+        }
+    }
+}
+
+/// Small files of one lane that have steps, before the pool hears of them: what came in one go is handed over
+/// by one call, and each file's steps are carried out in one turn. Dropping it hands them over.
+#[derive(Debug)]
+pub(crate) struct Gathered {
+    pool: Arc<Pool>,
+    files: Vec<Arc<Shared>>,
+}
+
+impl Gathered {
+    pub(crate) fn new(publisher: &Publisher) -> Self {
+        Self {
+            pool: publisher.pool.clone(),
+            files: Vec::new(),
+        }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.files.is_empty()
+    }
+
+    /// Lets them begin; to be called before waiting for anything.
+    pub(crate) fn hand_over(&mut self) {
+        if !self.files.is_empty() {
+            self.pool.submit(self.files.drain(..));
+        }
+    }
+
+    fn add(&mut self, file: Arc<Shared>) {
+        self.files.push(file);
+        if self.files.len() >= GATHERED {
+            self.hand_over();
+        }
+    }
+}
+
+impl Drop for Gathered {
+    fn drop(&mut self) {
+        if tokio::runtime::Handle::try_current().is_ok() {
+            self.hand_over();
         }
     }
 }
@@ -215,9 +285,10 @@ impl Incoming {
         task: Task,
         slot: OwnedSemaphorePermit,
         outcomes: Outcomes,
+        gathered: &mut Gathered,
     ) -> Self {
         let pulse = task.writer.as_ref().map(Writer::pulse);
-        let pool = is_small(&task.offer).then(|| publisher.pool.clone());
+        let pooled = is_small(&task.offer);
         let worker = Worker {
             stage: Stage::New,
             task,
@@ -227,7 +298,7 @@ impl Incoming {
             _slot: slot,
         };
         let shared = Arc::new(Shared {
-            pool,
+            pooled,
             queue: Mutex::new(Queue {
                 steps: VecDeque::new(),
                 running: false,
@@ -243,7 +314,7 @@ impl Incoming {
             pulse,
             finished: false,
         };
-        incoming.push(Step::Begin);
+        incoming.push(Step::Begin, gathered);
         incoming
     }
 
@@ -253,14 +324,20 @@ impl Incoming {
     }
 
     /// The next chunk; without an offset it follows the one before.
-    pub(crate) fn write(&self, offset: Option<u64>, bytes: Bytes, room: OwnedSemaphorePermit) {
-        self.push(Step::Chunk(offset, bytes, room));
+    pub(crate) fn write(
+        &self,
+        offset: Option<u64>,
+        bytes: Bytes,
+        room: OwnedSemaphorePermit,
+        gathered: &mut Gathered,
+    ) {
+        self.push(Step::Chunk(offset, bytes, room), gathered);
     }
 
     /// Lets the file run to its end by itself; the outcome comes on the channel.
-    pub(crate) fn finish(&mut self, finish: Finish) {
+    pub(crate) fn finish(&mut self, finish: Finish, gathered: &mut Gathered) {
         self.finished = true;
-        self.push(Step::Finish(finish));
+        self.push(Step::Finish(finish), gathered);
     }
 
     /// Ends the file and removes what is there of it, also where it could be resumed.
@@ -282,22 +359,23 @@ impl Incoming {
     }
 
     /// Looks whether something should be made durable, in case nothing comes any more.
-    pub(crate) fn pause(&self) {
+    pub(crate) fn pause(&self, gathered: &mut Gathered) {
         if self.safe() < self.received() && self.shared.lock().steps.is_empty() {
-            self.push(Step::Pause);
+            self.push(Step::Pause, gathered);
         }
     }
 
-    fn push(&self, step: Step) {
+    fn push(&self, step: Step, gathered: &mut Gathered) {
         let mut queue = self.shared.lock();
         queue.steps.push_back(step);
         let idle = !std::mem::replace(&mut queue.running, true);
         drop(queue);
         if idle {
             let shared = self.shared.clone();
-            match &self.shared.pool {
-                Some(pool) => pool.submit(shared),
-                None => drop(tokio::task::spawn_blocking(move || while shared.run() {})),
+            if shared.pooled {
+                gathered.add(shared);
+            } else {
+                tokio::task::spawn_blocking(move || while shared.run() {});
             }
         }
     }
@@ -530,7 +608,8 @@ impl Worker {
             outcomes: self.outcomes.clone(),
             writer: self.task.writer.take(),
         };
-        self.publisher.publish(publication);
+        self.publisher
+            .publish(publication, is_small(&self.task.offer));
         Ok(Stage::Ended)
     }
 
@@ -670,8 +749,9 @@ impl Publisher {
         &self.writers
     }
 
-    /// Blocks, unless another thread is publishing already: then that one takes it along.
-    fn publish(&self, publication: Publication) {
+    /// Blocks, unless another thread is publishing already: then that one takes it along. `pooled` says that
+    /// this thread is one of the pool.
+    fn publish(&self, publication: Publication, pooled: bool) {
         if publication.complete.is_synced() {
             return self.run(vec![publication]);
         }
@@ -680,6 +760,16 @@ impl Publisher {
         if std::mem::replace(&mut waiting.busy, true) {
             return;
         }
+        drop(waiting);
+        if pooled {
+            self.pool.aside(|| self.publish_waiting());
+        } else {
+            self.publish_waiting();
+        }
+    }
+
+    fn publish_waiting(&self) {
+        let mut waiting = self.waiting();
         loop {
             let count = waiting.publications.len().min(BATCH);
             let batch: Vec<_> = waiting.publications.drain(..count).collect();

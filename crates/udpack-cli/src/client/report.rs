@@ -146,6 +146,10 @@ pub(super) struct Report {
     /// Files that failed before the transfer, which knows nothing of them.
     never_begun: usize,
     last_progress: Option<Instant>,
+    /// Lines of JSON that are not written yet: none while this waits for something to happen.
+    unread: Vec<u8>,
+    /// More may have happened already.
+    gathers: bool,
     /// Standard output failed, other than by being closed.
     unwritten: Option<io::Error>,
 }
@@ -169,6 +173,8 @@ impl Report {
             failures: Failures::new(console),
             never_begun: 0,
             last_progress: None,
+            unread: Vec::new(),
+            gathers: false,
             unwritten: None,
         }
     }
@@ -206,6 +212,7 @@ impl Report {
         let mut over = false;
         while !over || notes.is_some() {
             let event = tokio::select! {
+                biased;
                 event = transfer.next(), if !over => event,
                 note = next(&mut notes) => {
                     match note {
@@ -219,6 +226,11 @@ impl Report {
                     meter.update(&transfer.progress());
                     continue;
                 }
+                // Nothing more has happened for now: a reader sees each result when it is there.
+                () = std::future::ready(()), if !self.unread.is_empty() => {
+                    self.write_out();
+                    continue;
+                }
             };
             match event {
                 None => {
@@ -227,9 +239,14 @@ impl Report {
                         let _ = tell.send(());
                     }
                 }
-                Some(event) => self.event(event, origins, meter),
+                Some(event) => {
+                    self.gathers = true;
+                    self.event(event, origins, meter);
+                    self.gathers = false;
+                }
             }
         }
+        self.write_out();
         self.ended = Some(Instant::now());
     }
 
@@ -513,7 +530,19 @@ impl Report {
 
     fn json(&mut self, line: &Line<'_>) {
         if self.json {
-            let written = self.console.around_bars(|| output::json(line));
+            match output::add_json(&mut self.unread, line) {
+                Ok(()) if self.gathers && self.unread.len() < UNREAD => {}
+                Ok(()) => self.write_out(),
+                Err(error) => self.wrote(Err(error)),
+            }
+        }
+    }
+
+    /// Writes the lines of JSON that have gathered.
+    fn write_out(&mut self) {
+        if !self.unread.is_empty() {
+            let written = self.console.around_bars(|| output::all(&self.unread));
+            self.unread.clear();
             self.wrote(written);
         }
     }
@@ -535,5 +564,7 @@ async fn next(notes: &mut Option<mpsc::Receiver<Note>>) -> Option<Note> {
     }
 }
 
+/// Bytes of results that are written at once.
+const UNREAD: usize = 64 << 10;
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 const AGAIN: &str = "run the same command again: it goes on where it was, and what is there is not transferred twice";
