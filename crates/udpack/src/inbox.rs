@@ -25,8 +25,9 @@ use crate::metrics::Count;
 use crate::session::{ChannelKey, Session, lock, lost};
 use crate::speed::Counters;
 
-/// QUIC chunks taken in one call.
+/// QUIC chunks taken in one call, and in the one after a call that took fewer.
 const CHUNKS: usize = 32;
+const FEW_CHUNKS: usize = 2;
 /// Messages counted at once, at most.
 const COUNTED: u64 = 64;
 
@@ -45,6 +46,8 @@ struct State {
     decoder: FrameDecoder,
     /// Chunks taken from QUIC and not yet decoded.
     chunks: VecDeque<Bytes>,
+    /// QUIC had as many as were asked for.
+    more: bool,
     backlog: VecDeque<Message>,
     backlog_bytes: usize,
     /// Requests of both sides, and what came for them.
@@ -143,6 +146,7 @@ impl Inbox {
             on_finish: None,
             decoder: FrameDecoder::new(frame_limit),
             chunks: VecDeque::new(),
+            more: false,
             backlog: VecDeque::new(),
             backlog_bytes: 0,
             calls: Calls::default(),
@@ -253,7 +257,7 @@ impl Inbox {
                     state.handed_out(&message, serve);
                     return Poll::Ready(Ok(message));
                 }
-                Step::Filed => self.waiters.wake_by_ref(),
+                Step::Filed => self.waiters.wake_others(cx.waker()),
                 Step::End(end) => {
                     self.waiters.wake_by_ref();
                     return Poll::Ready(Err(end));
@@ -287,9 +291,9 @@ impl Inbox {
             match std::task::ready!(state.poll_step(cx, session, counters)) {
                 Step::Message(message) => {
                     state.put_back(message);
-                    self.waiters.wake_by_ref();
+                    self.waiters.wake_others(cx.waker());
                 }
-                Step::Filed => self.waiters.wake_by_ref(),
+                Step::Filed => self.waiters.wake_others(cx.waker()),
                 Step::End(end) => {
                     self.waiters.wake_by_ref();
                     return Poll::Ready(Err(NoReply::End(end)));
@@ -546,9 +550,16 @@ impl State {
 
     /// Takes what QUIC has; 0 at the end of the stream.
     fn poll_read(&mut self, session: &Session) -> Poll<Result<usize, Ending>> {
-        let waker = self.waker.clone();
-        let mut cx = Context::from_waker(&waker);
-        let mut chunks: [Bytes; CHUNKS] = std::array::from_fn(|_| Bytes::new());
+        if self.more {
+            self.poll_chunks::<CHUNKS>(session)
+        } else {
+            self.poll_chunks::<FEW_CHUNKS>(session)
+        }
+    }
+
+    fn poll_chunks<const N: usize>(&mut self, session: &Session) -> Poll<Result<usize, Ending>> {
+        let mut cx = Context::from_waker(&self.waker);
+        let mut chunks: [Bytes; N] = std::array::from_fn(|_| Bytes::new());
         // `read_chunks` is cancel safe: a future that is not ready has taken nothing.
         let read = match &mut self.stream {
             Some(stream) => pin!(stream.read_chunks(&mut chunks)).poll(&mut cx),
@@ -557,8 +568,10 @@ impl State {
                 None => return Poll::Pending,
             },
         };
+        self.more = false;
         match std::task::ready!(read) {
             Ok(Some(count)) => {
+                self.more = count == N;
                 let mut bytes = 0;
                 for chunk in chunks.into_iter().take(count) {
                     bytes += chunk.len();
@@ -693,6 +706,19 @@ impl Waiters {
     fn wake_by_ref(&self) {
         let list = std::mem::take(&mut *lock(&self.list));
         for waker in list {
+            waker.wake();
+        }
+    }
+
+    /// Wakes all but the task that reads: it goes on by itself. Another future of the same task that waits has read
+    /// all there was when it was last polled, so QUIC has woken the task for what is read now.
+    fn wake_others(&self, reader: &Waker) {
+        let others: Vec<Waker> = {
+            let mut list = lock(&self.list);
+            list.extract_if(.., |known| !known.will_wake(reader))
+                .collect()
+        };
+        for waker in others {
             waker.wake();
         }
     }
