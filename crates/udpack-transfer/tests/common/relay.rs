@@ -126,6 +126,16 @@ impl Relay {
         self.link.widest.store(widest, Ordering::Relaxed);
     }
 
+    /// Takes datagrams of any size, and waits until both ends have found that out: nothing has come for `time`.
+    pub(crate) async fn widen(&self, time: Duration) {
+        self.narrow(usize::MAX);
+        let mut before = None;
+        while before != Some(self.tally()) {
+            before = Some(self.tally());
+            tokio::time::sleep(time).await;
+        }
+    }
+
     /// Swallows everything for `time`.
     pub(crate) async fn blackhole_for(&self, time: Duration) {
         self.blackhole(true);
