@@ -15,8 +15,8 @@ use crate::session::lock;
 
 /// Largest UDP payload that is tried, in bytes, however large a datagram the route takes.
 ///
-/// Four of them make one send with segmentation. On loopback this size measured best of 6,500 to 65,487: less
-/// work a byte than with smaller ones, and fewer losses to full kernel buffers than with larger ones.
+/// Four of them make one send with segmentation. On loopback raw quinn carries 2.6 GB/s at this size, 2.0 at 6,500
+/// bytes, and 3.2 at 32,700, but there it loses packets to full kernel buffers.
 pub(crate) const MOST_PAYLOAD: u16 = 16_368;
 /// Bytes of one send with segmentation: what fits an IPv6 packet, and an IPv4 packet anyway.
 const SEND: usize = 65_535 - IPV6_HEADERS as usize;
