@@ -15,9 +15,8 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::task::JoinSet;
 
 use crate::args::{Load, Scenario};
-use crate::ours::{MESSAGE, all};
+use crate::ours::{MESSAGE, all, ping_values};
 use crate::peer::{Ready, Told};
-use crate::stats::rank;
 
 const PROGRAM: &str = "nats-server";
 /// Of reading and of writing, in bytes.
@@ -282,9 +281,5 @@ async fn ping(peers: Vec<(Peer, String)>, load: &Load) -> anyhow::Result<Told> {
         });
     }
     let micros = all(tasks).await?.concat();
-    let rate = load.count as f64 / begun.elapsed().as_secs_f64();
-    Ok(Told::default()
-        .value("rate", rate)
-        .value("p50", rank(&micros, 0.5))
-        .value("p99", rank(&micros, 0.99)))
+    Ok(ping_values(&micros, begun.elapsed()))
 }

@@ -286,12 +286,7 @@ async fn ping(dialler: &Dialler, load: &Load) -> anyhow::Result<Told> {
         });
     }
     let micros = all(tasks).await?.concat();
-    let rate = load.count as f64 / begun.elapsed().as_secs_f64();
-    Ok(Told::default()
-        .value("rate", rate)
-        .value("p50", rank(&micros, 0.5))
-        .value("p99", rank(&micros, 0.99))
-        .lost(lost(&sockets)))
+    Ok(ping_values(&micros, begun.elapsed()).lost(lost(&sockets)))
 }
 
 async fn handshakes(dialler: &Dialler, load: &Load) -> anyhow::Result<Told> {
@@ -313,6 +308,14 @@ async fn handshakes(dialler: &Dialler, load: &Load) -> anyhow::Result<Told> {
     let beside: Vec<f64> = shakes.buffer_unordered(AT_ONCE).try_collect().await?;
     let beside_took = begun.elapsed().as_secs_f64();
     Ok(handshake_values(&alone, alone_took, &beside, beside_took))
+}
+
+/// The values of `ping` from the microseconds of each and the time of all.
+pub(crate) fn ping_values(micros: &[f64], took: Duration) -> Told {
+    Told::default()
+        .value("rate", micros.len() as f64 / took.as_secs_f64())
+        .value("p50", rank(micros, 0.5))
+        .value("p99", rank(micros, 0.99))
 }
 
 /// The values of `handshakes` from the milliseconds of each and the seconds of all.

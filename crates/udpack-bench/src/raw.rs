@@ -25,7 +25,7 @@ use tokio::task::JoinSet;
 use crate::args::{Load, Peer, Scenario};
 use crate::ours::{
     AT_ONCE, CHUNK, EVENT, FANOUT_WINDOW, MESSAGE, TEXT, all, handshake_values,
-    interference_values, millis_since, ramp, tick, tick_count,
+    interference_values, millis_since, ping_values, ramp, tick, tick_count,
 };
 use crate::peer::{Marks, Ready, Told};
 use crate::programs::walk;
@@ -428,12 +428,7 @@ impl Client {
             });
         }
         let micros = all(tasks).await?.concat();
-        let rate = load.count as f64 / begun.elapsed().as_secs_f64();
-        Ok(Told::default()
-            .value("rate", rate)
-            .value("p50", rank(&micros, 0.5))
-            .value("p99", rank(&micros, 0.99))
-            .lost(lost(&conns)))
+        Ok(ping_values(&micros, begun.elapsed()).lost(lost(&conns)))
     }
 
     async fn handshakes(&self, load: &Load) -> anyhow::Result<Told> {

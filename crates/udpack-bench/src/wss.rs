@@ -14,10 +14,9 @@ use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 
 use crate::args::{Load, Scenario};
-use crate::ours::{MESSAGE, all};
+use crate::ours::{MESSAGE, all, ping_values};
 use crate::peer::{Ready, Told};
 use crate::raw::{client_tls, server_tls};
-use crate::stats::rank;
 
 /// The first message of a client that wants its messages counted; all others get them back.
 const COUNT: &str = "count";
@@ -137,9 +136,5 @@ async fn ping(sockets: Vec<Socket>, load: &Load) -> anyhow::Result<Told> {
         });
     }
     let micros = all(tasks).await?.concat();
-    let rate = load.count as f64 / begun.elapsed().as_secs_f64();
-    Ok(Told::default()
-        .value("rate", rate)
-        .value("p50", rank(&micros, 0.5))
-        .value("p99", rank(&micros, 0.99)))
+    Ok(ping_values(&micros, begun.elapsed()))
 }
