@@ -591,14 +591,16 @@ fn a_second_signal_ends_the_server_at_once() {
     assert_eq!(running.exited().code, 130);
 }
 
-/// An upload that is well under way and far from done.
+/// An upload that is well under way and far from done: its rate is limited, so that a disk that is nearly full has room.
 fn upload_for_long(server: &Server, dir: &Path) -> Running {
     let file = fs::File::create(dir.join("huge")).expect("create");
-    file.set_len(8 << 30).expect("a sparse file");
+    file.set_len(512 << 20).expect("a sparse file");
     let mut running = Running::spawn(client(dir).env("UDPACK_URL", server.url()).args([
         "put",
         "--json",
         "--no-resume",
+        "--bwlimit",
+        "8M",
         "huge",
     ]));
     until("bytes are acknowledged", || {
