@@ -13,11 +13,13 @@
 //! holds. The window is that product, with 3 ms of rate on top, which makes the model work where a round trip is
 //! microseconds and costs a queue of at most 3 ms elsewhere.
 //!
-//! * **Start-up** doubles the window each round trip, as slow start does, but never beyond 2.5 times the rate seen
-//!   so far. It ends when the RTT rises (HyStart++, RFC 9406), when the rate has not grown by a quarter for
-//!   three round trips, or when losses far above those of the path appear.
+//! * **Start-up** about doubles the rate each round trip, as slow start does; the window is never beyond 3.5 times the
+//!   rate seen so far, which is a round trip old. It ends when the RTT rises (as in HyStart++, RFC 9406, but within the
+//!   round), when the rate has not grown by a quarter for three round trips, or when losses far above those of the path
+//!   appear. Its queue is drained by sending half of what is acknowledged, so that the path is never empty.
 //! * **Probing.** After four to seven round trips of cruising comes one with a quarter more, to find new
-//!   room, and one with a tenth less, which lets the queue of the one before drain and shows the base RTT.
+//!   room, and one with a tenth less, but no less than the path holds, which lets the queue of the one before drain and
+//!   shows the base RTT.
 //!   If the rate grew by a seventh, start-up goes on from there.
 //! * **Random loss** costs nothing: loss is measured in the rounds in which least is sent, so that it is the path's
 //!   own; the window makes up for it. What is lost *beyond* that is answered: less headroom, gentler probing,

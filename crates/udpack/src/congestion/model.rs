@@ -20,14 +20,21 @@ const BASE_RTT_FOR: Duration = Duration::from_secs(10);
 const HEADROOM: f64 = 0.003;
 /// Packets that the window has beyond that, for acknowledgements that come for several at once; BBR has three.
 const SPARE_PACKETS: f64 = 3.0;
-/// Start-up has at most this window, in units of what the path was seen to hold. 2 is needed to double each round.
-const STARTUP_GAIN: f64 = 2.5;
+/// Start-up has at most this window, in units of what the path was seen to hold: what is seen is a round old, when
+/// the window was less than half of the present one.
+const STARTUP_GAIN: f64 = 3.5;
+/// Start-up grows by so many times what is acknowledged. 1 is slow start; paced by quinn and with delayed
+/// acknowledgements that is less than a doubling a round.
+const STARTUP_STEP: f64 = 1.2;
+/// Draining gives up so many times what is acknowledged. 1 would send nothing until the queue is gone, and then find
+/// the path empty for as long as the losses of start-up were counted as in flight.
+const DRAIN_STEP: f64 = 0.5;
 /// Start-up goes on while the rate grows by this factor within `STARTUP_ROUNDS`, as in BBR.
 const STARTUP_GROWTH: f64 = 1.25;
 const STARTUP_ROUNDS: u32 = 3;
 /// Start-up begins anew when a probe found this factor.
 const PROBE_GROWTH: f64 = 1.15;
-/// RTT samples that a round needs for a verdict, and bounds of the rise that ends start-up (RFC 9406, section 4.3).
+/// RTT samples in a row that a verdict needs, and bounds of the rise that ends start-up (RFC 9406, section 4.3).
 const RISE_SAMPLES: u32 = 8;
 const RISE: (Duration, Duration) = (Duration::from_millis(4), Duration::from_millis(16));
 /// Parts of the window added while probing for more: at first, and after losses.
@@ -61,7 +68,8 @@ const PATIENCE: (u32, u32) = (16, 64);
 const RECALL: u32 = 2;
 /// What is left of the rate after a mark (RFC 8511).
 const MARK_GAIN: f64 = 0.85;
-/// quinn paces up to here.
+/// quinn paces at so many windows a smoothed RTT, up to `MOST` bytes.
+const PACING_GAIN: f64 = 1.25;
 const MOST: f64 = u32::MAX as f64;
 
 /// What the controller is about.
@@ -124,6 +132,10 @@ pub(super) struct Model {
     /// The rate that start-up has reached, and rounds since.
     full_rate: f64,
     full_rounds: u32,
+    /// RTT samples in a row that are above the last round's.
+    risen: u32,
+    /// Rounds for which the smoothed RTT may still be that of start-up's queue.
+    fresh: u32,
     up_from: f64,
     /// The smallest RTT of the present cycle.
     cycle_rtt: Option<Duration>,
@@ -168,6 +180,8 @@ impl Model {
             shallow: false,
             full_rate: 0.0,
             full_rounds: 0,
+            risen: 0,
+            fresh: 0,
             up_from: 0.0,
             cycle_rtt: None,
             cubic: Cubic::new(0.0, mtu, ALPHA),
@@ -253,7 +267,7 @@ impl Model {
         }
         self.marked = Some(now);
         match self.phase {
-            Phase::Startup => self.phase = Phase::Drain,
+            Phase::Startup => self.drain_at_once(),
             Phase::Compete(_) => {
                 self.eager = false;
                 self.cubic.on_loss(now, sent);
@@ -307,9 +321,9 @@ impl Model {
         match self.phase {
             Phase::Startup => {
                 if !app_limited {
-                    self.window += sample.acked as f64;
+                    self.window += STARTUP_STEP * sample.acked as f64;
                 }
-                if self.rtt_has_risen() {
+                if self.rtt_has_risen(rtt) {
                     self.phase = Phase::Drain;
                 }
             }
@@ -320,8 +334,8 @@ impl Model {
                     self.cubic.grow(acked * EAGER, self.mtu);
                 }
             }
-            Phase::Drain
-            | Phase::Cruise(_)
+            Phase::Drain => self.window -= DRAIN_STEP * sample.acked as f64,
+            Phase::Cruise(_)
             | Phase::Up
             | Phase::Down
             | Phase::ProbeRtt(_)
@@ -347,12 +361,14 @@ impl Model {
         }
     }
 
-    /// HyStart++ (RFC 9406, section 4.2): this round's RTT is above the last one's, so a queue grows.
-    fn rtt_has_risen(&self) -> bool {
-        let (Some(last), Some(this)) = (self.last_rtt, self.round.rtt) else {
-            return false;
-        };
-        self.round.rtts >= RISE_SAMPLES && this >= last + (last / 8).clamp(RISE.0, RISE.1)
+    /// As HyStart++ (RFC 9406, section 4.2), but at any time of the round: the RTT is above the last round's, so a queue
+    /// grows.
+    fn rtt_has_risen(&mut self, rtt: Duration) -> bool {
+        let risen = self
+            .last_rtt
+            .is_some_and(|last| rtt >= last + (last / 8).clamp(RISE.0, RISE.1));
+        self.risen = if risen { self.risen + 1 } else { 0 };
+        self.risen >= RISE_SAMPLES
     }
 
     fn end_round(&mut self, now: Instant) {
@@ -419,7 +435,10 @@ impl Model {
                     self.phase = Phase::Up;
                 }
             }
-            Phase::Cruise(left) => self.phase = Phase::Cruise(left - 1),
+            Phase::Cruise(left) => {
+                self.fresh = self.fresh.saturating_sub(1);
+                self.phase = Phase::Cruise(left - 1);
+            }
             Phase::Up => self.phase = Phase::Down,
             Phase::Down => {
                 self.judge_losses(now);
@@ -460,7 +479,7 @@ impl Model {
             && round.fate.is_above(self.loss, margin, self.mtu);
         let rate = self.rate();
         if overrun {
-            self.phase = Phase::Drain;
+            self.drain_at_once();
         } else if rate >= self.full_rate * STARTUP_GROWTH {
             self.full_rate = rate;
             self.full_rounds = 0;
@@ -475,7 +494,14 @@ impl Model {
         }
     }
 
+    /// Start-up has filled a queue that is short: nothing more is sent before it is gone.
+    fn drain_at_once(&mut self) {
+        self.phase = Phase::Drain;
+        self.window = self.content(self.base_rtt);
+    }
+
     fn begin_cycle(&mut self) {
+        self.fresh = if self.phase == Phase::Drain { 2 } else { 0 };
         if matches!(self.phase, Phase::Drain | Phase::ProbeRtt(_)) {
             self.cycle_rtt = None;
         }
@@ -557,13 +583,19 @@ impl Model {
 
     fn set_window(&mut self) {
         let least = LEAST_PACKETS * self.mtu;
+        let bare = self.content(self.base_rtt) * self.made_up();
         let window = match self.phase {
             Phase::Startup if self.rate() > 0.0 => {
                 let most = STARTUP_GAIN * self.content(self.base_rtt);
                 self.window.min(most.max(INITIAL_PACKETS * self.mtu))
             }
             Phase::Startup => self.window,
-            Phase::Drain => self.content(self.base_rtt),
+            Phase::Drain => self.window.max(self.content(self.base_rtt)),
+            // quinn paces by the smoothed RTT: while that is too long, it would send too slowly.
+            Phase::Cruise(_) if self.fresh > 0 => {
+                let paced = self.rate() * self.smoothed_rtt.as_secs_f64() / PACING_GAIN;
+                self.target().max(paced)
+            }
             Phase::Cruise(_) => self.target(),
             Phase::Up => {
                 // Where a window is a few packets, a part of it is nothing.
@@ -572,10 +604,10 @@ impl Model {
             }
             Phase::Down if self.shallow => {
                 // The headroom alone may be more than the queue takes.
-                let bare = self.content(self.base_rtt) * self.made_up();
                 DOWN_GAIN * bare.min(self.target())
             }
-            Phase::Down => DOWN_GAIN * self.target(),
+            // With less than what the path holds it would be idle.
+            Phase::Down => bare.max(DOWN_GAIN * self.target()),
             Phase::ProbeRtt(_) => WITHDRAWN_GAIN * self.content(self.former_rtt),
             Phase::Compete(_) => self.cubic.window(self.mtu).max(self.target()),
             Phase::Withdraw(_) => WITHDRAWN_GAIN * self.content(self.base_rtt),

@@ -223,9 +223,9 @@ fn begun() -> (Model, Instant) {
 }
 
 #[test]
-fn start_up_doubles_and_a_mark_ends_it() {
+fn start_up_more_than_doubles_and_a_mark_ends_it() {
     let (mut model, now) = begun();
-    assert_eq!(model.window(), 64 * 1200);
+    assert_eq!(model.window(), 32 * 1200 * 22 / 10);
     assert!((model.rate() - 768_000.0).abs() < 1.0, "{}", model.rate());
     model.on_sent(now);
     model.on_mark(now + Duration::from_millis(50), now);
