@@ -8,7 +8,7 @@ use std::time::Duration;
 use quinn::congestion::{BbrConfig, ControllerFactory, CubicConfig, NewRenoConfig};
 use quinn::{
     AckFrequencyConfig, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig,
-    TokioRuntime, TransportConfig, VarInt,
+    TransportConfig, VarInt,
 };
 
 use crate::config::{
@@ -49,7 +49,12 @@ impl Via {
             #[cfg(feature = "testing")]
             Self::Net(host) => host.open(address)?,
         };
-        Endpoint::new_with_abstract_socket(settings, server, socket, Arc::new(TokioRuntime))
+        Endpoint::new_with_abstract_socket(
+            settings,
+            server,
+            socket,
+            Arc::new(crate::timer::PromptRuntime),
+        )
     }
 
     /// Largest UDP payload, in bytes, that is worth trying towards this peer; `None` where nobody knows.

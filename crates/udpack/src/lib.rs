@@ -161,6 +161,7 @@ mod streams;
 mod suites;
 #[cfg(feature = "testing")]
 pub mod testing;
+mod timer;
 mod tls;
 mod tokens;
 mod turns;

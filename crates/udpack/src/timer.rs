@@ -1,0 +1,117 @@
+//! Timers for quinn that are early rather than late.
+//!
+//! tokio's timers tick every millisecond and round up, and so does the wait for events below them: 1 ms late on average.
+//! quinn's pacer keeps no more than 2 ms of its rate, or ten packets, for a sender that comes late, and the rest is lost:
+//! on a link of 50 Mbit/s with a round trip of 200 ms that cost 6 % of the rate (5.8 instead of 6.13 MB/s of packets).
+
+use std::future::Future;
+use std::io;
+use std::net::UdpSocket;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use quinn::{AsyncTimer, AsyncUdpSocket, Runtime, TokioRuntime};
+
+/// By how much a timer is early the first time that it is set for an instant: what tokio's are late on average. quinn looks
+/// at the clock, sends what the pacer has by then, and sets the timer again, for another instant or, when it was too
+/// early, for the same.
+const EARLY: Duration = Duration::from_millis(1);
+
+/// tokio's runtime, with these timers.
+#[derive(Debug)]
+pub(crate) struct PromptRuntime;
+
+impl Runtime for PromptRuntime {
+    fn new_timer(&self, deadline: Instant) -> Pin<Box<dyn AsyncTimer>> {
+        Box::pin(PromptTimer {
+            timer: TokioRuntime.new_timer(before(deadline)),
+            deadline,
+            woken: None,
+        })
+    }
+
+    fn spawn(&self, future: Pin<Box<dyn Future<Output = ()> + Send>>) {
+        TokioRuntime.spawn(future);
+    }
+
+    fn wrap_udp_socket(&self, socket: UdpSocket) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+        TokioRuntime.wrap_udp_socket(socket)
+    }
+
+    fn now(&self) -> Instant {
+        TokioRuntime.now()
+    }
+}
+
+/// When to wake for a deadline: where it is so near that it would be at once, at the deadline itself.
+fn before(deadline: Instant) -> Instant {
+    let early = deadline.checked_sub(EARLY);
+    let now = TokioRuntime.now();
+    early.filter(|early| *early > now).unwrap_or(deadline)
+}
+
+#[derive(Debug)]
+struct PromptTimer {
+    timer: Pin<Box<dyn AsyncTimer>>,
+    deadline: Instant,
+    /// The deadline that it has woken for.
+    woken: Option<Instant>,
+}
+
+impl AsyncTimer for PromptTimer {
+    fn reset(mut self: Pin<&mut Self>, deadline: Instant) {
+        self.deadline = deadline;
+        let at = if self.woken == Some(deadline) {
+            deadline
+        } else {
+            before(deadline)
+        };
+        self.timer.as_mut().reset(at);
+    }
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        let polled = self.timer.as_mut().poll(context);
+        if polled.is_ready() {
+            self.woken = Some(self.deadline);
+        }
+        polled
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use super::*;
+
+    /// How long a timer takes from now, in milliseconds of the paused clock.
+    async fn waits(timer: &mut Pin<Box<dyn AsyncTimer>>) -> u128 {
+        let begin = tokio::time::Instant::now();
+        poll_fn(|context| timer.as_mut().poll(context)).await;
+        begin.elapsed().as_millis()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn is_early_once_and_then_on_time() {
+        let runtime = PromptRuntime;
+        let deadline = runtime.now() + Duration::from_millis(10);
+        let mut timer = runtime.new_timer(deadline);
+        assert_eq!(waits(&mut timer).await, 9);
+        timer.as_mut().reset(deadline);
+        assert_eq!(waits(&mut timer).await, 1);
+        timer.as_mut().reset(deadline + Duration::from_millis(10));
+        assert_eq!(waits(&mut timer).await, 9);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_near_is_waited_for() {
+        let runtime = PromptRuntime;
+        let mut timer = runtime.new_timer(runtime.now() + Duration::from_millis(1));
+        assert_eq!(waits(&mut timer).await, 1);
+        let past = runtime.now();
+        timer.as_mut().reset(past);
+        assert_eq!(waits(&mut timer).await, 0);
+    }
+}
