@@ -16,6 +16,7 @@ use crate::config::{
     PREAUTH_STREAMS, Timeouts, VOLATILE_STREAMS,
 };
 use crate::congestion::ModelConfig;
+use crate::timer::PromptRuntime;
 use crate::udp::{self, MOST_PAYLOAD};
 use crate::windows;
 
@@ -32,7 +33,8 @@ pub(crate) enum Via {
 
 impl Via {
     /// A QUIC endpoint on a socket at this address, with kernel buffers of this size where there is a kernel.
-    /// Peers are told to send no larger UDP payloads than `payload` bytes; at least 1,200 are taken.
+    /// Peers are told to send no larger UDP payloads than `payload` bytes, fewer where the buffers are small; at least
+    /// 1,200 are taken.
     pub(crate) fn open(
         &self,
         address: SocketAddr,
@@ -42,19 +44,15 @@ impl Via {
         server: Option<ServerConfig>,
     ) -> io::Result<Endpoint> {
         let payload = payload.unwrap_or(ETHERNET_PAYLOAD).max(LEAST_PAYLOAD);
-        // Fails below 1,200 bytes only.
-        let _ = settings.max_udp_payload_size(payload);
-        let socket = match self {
+        let (socket, payload) = match self {
             Self::System => udp::bind(address, buffer, payload)?,
             #[cfg(feature = "testing")]
-            Self::Net(host) => host.open(address)?,
+            Self::Net(host) => (host.open(address)?, payload),
         };
-        Endpoint::new_with_abstract_socket(
-            settings,
-            server,
-            socket,
-            Arc::new(crate::timer::PromptRuntime),
-        )
+        // Fails below 1,200 bytes only.
+        let _ = settings.max_udp_payload_size(payload);
+        let runtime = Arc::new(PromptRuntime);
+        Endpoint::new_with_abstract_socket(settings, server, socket, runtime)
     }
 
     /// Largest UDP payload, in bytes, that is worth trying towards this peer; `None` where nobody knows.
