@@ -23,7 +23,12 @@ pub(crate) fn all(lines: &[u8]) -> io::Result<()> {
 
 /// Adds one JSON value on one line.
 pub(crate) fn add_json<T: Serialize + ?Sized>(lines: &mut Vec<u8>, value: &T) -> io::Result<()> {
-    lines.extend_from_slice(serde_json::to_string(value)?.as_bytes());
+    let whole = lines.len();
+    let written = serde_json::to_writer(&mut *lines, value);
+    if written.is_err() {
+        lines.truncate(whole);
+    }
+    written?;
     lines.push(b'\n');
     Ok(())
 }

@@ -2,6 +2,7 @@
 //!
 //! It counts what the server acknowledged, and says 100 % only when the last file is done.
 
+use std::collections::VecDeque;
 use std::fmt::Write as _;
 use std::io::{IsTerminal as _, stderr};
 use std::time::{Duration, Instant};
@@ -19,7 +20,7 @@ pub(crate) struct Meter {
     console: Console,
     rate: Rate,
     /// The files under way, by their number, the first begun first.
-    under_way: Vec<(usize, String)>,
+    under_way: VecDeque<(usize, String)>,
     last: Instant,
     /// Shown in place of speed and time left.
     note: Option<&'static str>,
@@ -46,7 +47,7 @@ impl Meter {
             show,
             console: console.clone(),
             rate: Rate::new(Instant::now()),
-            under_way: Vec::new(),
+            under_way: VecDeque::new(),
             last: Instant::now(),
             note: None,
         }
@@ -62,16 +63,19 @@ impl Meter {
 
     /// A file has begun.
     pub(crate) fn started(&mut self, index: usize, name: String) {
-        self.under_way.push((index, name));
+        self.under_way.push_back((index, name));
     }
 
     /// A file is done or has failed.
     pub(crate) fn ended(&mut self, index: usize) {
-        self.under_way.retain(|(known, _)| *known != index);
+        // Most end in about the order in which they began.
+        if let Some(at) = self.under_way.iter().position(|(known, _)| *known == index) {
+            self.under_way.remove(at);
+        }
     }
 
     fn name(&self) -> &str {
-        self.under_way.first().map_or("", |(_, name)| name)
+        self.under_way.front().map_or("", |(_, name)| name)
     }
 
     /// The server has acknowledged more.

@@ -11,7 +11,7 @@ use udpack::Stats;
 use crate::wire::CHUNK;
 
 /// The smallest chunk that a low rate leads to.
-const SMALLEST: usize = 4 << 10;
+pub(crate) const SMALLEST: usize = 4 << 10;
 /// What may go out at once after a pause, as a part of a second.
 const BURST: u64 = 8;
 /// How long one chunk may be on its way.

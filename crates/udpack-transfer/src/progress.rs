@@ -12,6 +12,8 @@ use crate::store::Synced;
 
 /// How often progress is told at most.
 const REPORT: Duration = Duration::from_millis(100);
+/// Events taken from the tasks at once, at most.
+const GATHERED: usize = 64;
 
 /// What happens during an upload or a download.
 #[derive(Debug)]
@@ -117,6 +119,8 @@ impl Progress {
 pub(crate) struct Feed {
     tasks: JoinSet<()>,
     happened: mpsc::Receiver<Event>,
+    /// Those taken together and not told yet, the next one last.
+    gathered: Vec<Event>,
     /// `None` when nothing more will come.
     link_events: Option<LinkEvents>,
     ticker: Interval,
@@ -134,6 +138,7 @@ impl Feed {
         Self {
             tasks,
             happened,
+            gathered: Vec::new(),
             link_events: Some(link_events),
             ticker,
             reported: None,
@@ -142,6 +147,9 @@ impl Feed {
 
     /// The next event. Cancel safe.
     pub(crate) async fn next(&mut self, progress: impl Fn() -> Progress) -> Option<Event> {
+        if let Some(event) = self.gathered.pop() {
+            return Some(event);
+        }
         loop {
             tokio::select! {
                 biased;
@@ -152,10 +160,13 @@ impl Feed {
                     Some(LinkEvent::Connected) => return Some(Event::Connected),
                     None => self.link_events = None,
                 },
-                event = self.happened.recv() => return match event {
-                    Some(event) => Some(event),
-                    None => self.changed(progress()),
-                },
+                count = self.happened.recv_many(&mut self.gathered, GATHERED) => {
+                    self.gathered.reverse();
+                    return match count {
+                        0 => self.changed(progress()),
+                        _ => self.gathered.pop(),
+                    };
+                }
                 _ = self.ticker.tick() => {
                     let now = progress();
                     // The counters are ahead of the events: that all is done is told after the last of them.
@@ -188,11 +199,50 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
+    async fn events_that_came_together_are_told_in_their_order() {
+        let (events, happened) = mpsc::channel(200);
+        let mut feed = Feed {
+            tasks: JoinSet::new(),
+            happened,
+            gathered: Vec::new(),
+            link_events: None,
+            ticker: tokio::time::interval(REPORT),
+            reported: None,
+        };
+        for index in 0..150 {
+            let path = String::new();
+            let started = Event::Started {
+                index,
+                path,
+                size: 0,
+            };
+            events.send(started).await.unwrap();
+        }
+        drop(events);
+        let now = || Progress {
+            acked: 0,
+            total: 0,
+            files_done: 0,
+            files: 150,
+            listed: true,
+        };
+        for expected in 0..150 {
+            match feed.next(now).await {
+                Some(Event::Started { index, .. }) => assert_eq!(index, expected),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert!(matches!(feed.next(now).await, Some(Event::Progress(_))));
+        assert!(feed.next(now).await.is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn that_all_is_done_is_told_after_the_last_event() {
         let (events, happened) = mpsc::channel(1);
         let mut feed = Feed {
             tasks: JoinSet::new(),
             happened,
+            gathered: Vec::new(),
             link_events: None,
             ticker: tokio::time::interval(REPORT),
             reported: None,

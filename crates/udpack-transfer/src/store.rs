@@ -352,7 +352,8 @@ impl Store {
     ///
     /// The checks, in this order: the server grants `if_exists`; the size is within the limit; not
     /// too many uploads are open; the name is free, or the policy says what then; no other upload of this owner
-    /// writes the file ([`StoreError::Busy`]); the quota and the disk have room.
+    /// writes the file ([`StoreError::Busy`]); the quota and the disk have room. For an upload without an owner the
+    /// name may be looked up in a directory that was replaced a moment ago: then the end finds it taken.
     pub fn begin(&self, new: &NewFile<'_>) -> Result<Begin, StoreError> {
         let inner = &self.inner;
         let NewFile {
@@ -369,7 +370,11 @@ impl Store {
             return Err(StoreError::TooLarge { size, limit });
         }
         let mut reservation = Reservation::open(inner, path, tenant)?;
-        if let Some(existing) = inner.occupant(path, if_exists)? {
+        // What is always sent whole loses nothing when only its end finds the name taken.
+        let decided_late = owner.is_none() && if_exists != IfExists::Skip;
+        if !(decided_late && inner.disk.seems_vacant(path))
+            && let Some(existing) = inner.occupant(path, if_exists)?
+        {
             return Ok(Begin::Exists(existing));
         }
         let key = owner.map(|owner| Key::new(owner, path));

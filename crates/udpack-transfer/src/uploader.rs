@@ -14,7 +14,7 @@ use udpack::{Channel, CloseCode, CloseReason, Priority, SendError, Side, Socket}
 
 use crate::CHANNEL;
 use crate::error::TransferError;
-use crate::limiter::{Limiter, Pace};
+use crate::limiter::{Limiter, Pace, SMALLEST};
 use crate::link::Link;
 use crate::progress::{Event, Feed, Outcome, Progress};
 use crate::queue::{Claim, Item, Next, Queue, SMALL};
@@ -598,8 +598,14 @@ impl Lane<'_> {
         let mut rest = bytes;
         let mut off = 0;
         while !rest.is_empty() {
-            self.pace.adapt(&self.channel.stats());
-            let bytes = rest.split_to(self.pace.chunk().min(rest.len()));
+            // The smallest chunk is right at any pace, and the counts cost the lock of the connection.
+            let most = if rest.len() <= SMALLEST {
+                rest.len()
+            } else {
+                self.pace.adapt(&self.channel.stats());
+                self.pace.chunk()
+            };
+            let bytes = rest.split_to(most.min(rest.len()));
             let fields = ChunkFields { id, off };
             off += bytes.len() as u64;
             self.channel

@@ -606,7 +606,7 @@ impl Worker {
             key: self.task.key,
             since: self.since,
             outcomes: self.outcomes.clone(),
-            writer: self.task.writer.take(),
+            writer: self.task.writer.take().map(Box::new),
         };
         self.publisher
             .publish(publication, is_small(&self.task.offer));
@@ -713,7 +713,7 @@ struct Publication {
     key: Option<UploadKey>,
     since: Instant,
     outcomes: Outcomes,
-    writer: Option<Writer>,
+    writer: Option<Box<Writer>>,
 }
 
 impl std::fmt::Debug for Publisher {

@@ -276,8 +276,8 @@ impl Channel {
             .map_err(|error| self.send_error(error))
     }
 
-    /// Sends `header` with `payload` added as a binary value under `key`, without serde and without a copy of
-    /// the payload. The peer reads it with [`Message::bulk`].
+    /// Sends `header` with `payload` added as a binary value under `key`, without serde and, where it is longer
+    /// than 4 KiB, without a copy of the payload. The peer reads it with [`Message::bulk`].
     ///
     /// # Errors
     /// As [`send`](Self::send); `header` must encode to a map.

@@ -236,7 +236,7 @@ impl Outbox {
             .await
     }
 
-    /// Queues a bulk message as soon as there is room: header now, payload behind it without a copy.
+    /// Queues a bulk message as soon as there is room: header now, payload behind it, without a copy where it is large.
     pub(crate) async fn bulk<T: Serialize + Sync + ?Sized>(
         &self,
         event: &str,
@@ -248,6 +248,11 @@ impl Outbox {
         self.when_room(|state| {
             let size =
                 message::encode_bulk(&mut state.tail, event, header, key, payload.len(), limit)?;
+            if payload.len() <= COPY_LIMIT {
+                state.tail.extend_from_slice(payload);
+                state.grew(size);
+                return Ok(());
+            }
             state.grew(size.saturating_sub(payload.len()));
             state.cut_tail();
             state.queue(payload.len());

@@ -6,7 +6,7 @@
 
 pub(super) mod below;
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::hash::{BuildHasher, RandomState};
@@ -14,7 +14,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use cap_std::fs::{Dir, DirBuilder, DirBuilderExt as _, Metadata, MetadataExt as _};
@@ -46,6 +46,8 @@ pub(super) const FILE_MODE: u32 = 0o600;
 const COUNT_DEPTH: usize = 64;
 /// Directories remembered as durable before the memory is cleared.
 const DURABLE_LIMIT: usize = 65_536;
+/// Directories held open because names are looked up in them again and again.
+const RECENT: usize = 8;
 /// How often a name that others take or remove at the same moment is tried again.
 const TRIES: usize = 16;
 /// How long to wait for a lock that nobody is expected to keep, each time.
@@ -65,6 +67,8 @@ pub(super) struct Disk {
     names: Names,
     /// Directories whose own entry is known to be on disk.
     durable: Mutex<HashSet<Id>>,
+    /// Where names were looked up last, by path, the latest first.
+    recent: Mutex<VecDeque<(String, Arc<File>)>>,
     /// Other processes use the directory, too.
     shared: bool,
     /// One call can put everything on disk, and tells when that failed.
@@ -154,6 +158,7 @@ impl Disk {
             publish: Publish::Rename,
             names: Names::new(),
             durable: Mutex::default(),
+            recent: Mutex::default(),
             shared: config.shared,
             losses: Mutex::default(),
             exact: false,
@@ -356,6 +361,33 @@ impl Disk {
         }
         let dir = self.walk(path, Some(made))?;
         dir.ok_or_else(|| self.error("create a directory", path, Errno::NOENT.into()))
+    }
+
+    /// Whether nothing seems to have this name, found out at once; false when that takes a closer look. A directory
+    /// that was moved or removed a moment ago may still be taken for the one that has its path now: this only spares
+    /// work that would be in vain.
+    pub(super) fn seems_vacant(&self, path: &RelPath) -> bool {
+        let parent = path.parent().unwrap_or_default();
+        let dir = match self.recent(parent) {
+            Ok(dir) => dir,
+            Err(errno) => return errno == Errno::NOENT,
+        };
+        let found = rustix::fs::statat(&dir, path.file_name(), AtFlags::SYMLINK_NOFOLLOW);
+        matches!(found, Err(Errno::NOENT))
+    }
+
+    /// The directory of this path, "" for the root, opened now or a moment ago.
+    fn recent(&self, path: &str) -> Result<Arc<File>, Errno> {
+        let known = || self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, dir)) = known().iter().find(|(known, _)| known == path) {
+            return Ok(dir.clone());
+        }
+        let below = Some(path).filter(|path| !path.is_empty());
+        let dir = Arc::new(resolve(&self.root, below, DIRECTORY | OFlags::PATH)?);
+        let mut known = known();
+        known.truncate(RECENT - 1);
+        known.push_front((path.to_owned(), dir.clone()));
+        Ok(dir)
     }
 
     /// Whether nothing has this name, found out at once; false when that takes a closer look.

@@ -11,7 +11,7 @@ use rustix::fs::{Mode, Timespec, Timestamps, UTIME_OMIT};
 
 use super::disk::{FILE_MODE, PART};
 use super::journal::{self, Head, Journal, Key, REWRITE_FROM, merged};
-use super::publish::{Complete, Synced};
+use super::publish::{Complete, Synced, Whole};
 use super::{IfExists, Inner, Meta, NewFile, Reservation, Store, StoreError, SyncPolicy, Time};
 use crate::path::RelPath;
 
@@ -567,7 +567,7 @@ impl Partial {
         if !open {
             reservation.leave();
         }
-        Ok(Complete {
+        Ok(Complete(Box::new(Whole {
             path: body.path.clone(),
             size: self.position,
             hash: got,
@@ -577,7 +577,7 @@ impl Partial {
             staged,
             held: open.then_some(body),
             reservation,
-        })
+        })))
     }
 
     /// Removes it, also when it could be resumed.

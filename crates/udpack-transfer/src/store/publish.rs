@@ -14,7 +14,11 @@ use crate::path::RelPath;
 
 /// A whole, verified file that has no name yet. Dropping it removes it.
 #[derive(Debug)]
-pub struct Complete {
+pub struct Complete(pub(super) Box<Whole>);
+
+/// What there is to a whole file, in one place: thousands may wait together, and are moved.
+#[derive(Debug)]
+pub(super) struct Whole {
     pub(super) path: RelPath,
     pub(super) size: u64,
     pub(super) hash: [u8; 32],
@@ -71,19 +75,21 @@ impl Complete {
     /// Whether its bytes are on disk, or need not be, so that [`Store::publish`](super::Store::publish) has
     /// no need to see to that.
     pub fn is_synced(&self) -> bool {
-        self.sync.is_some()
+        self.0.sync.is_some()
     }
 
     /// The name asked for.
     pub fn path(&self) -> &RelPath {
-        &self.path
+        &self.0.path
     }
 
     /// Its size in bytes.
     pub fn size(&self) -> u64 {
-        self.size
+        self.0.size
     }
+}
 
+impl Whole {
     /// Gives the file its name. The name it got, and whether an equal file had it.
     fn name(&mut self, inner: &Arc<Inner>, dir: &Dir) -> Result<(String, bool), StoreError> {
         let name = self.path.file_name().to_owned();
@@ -186,7 +192,7 @@ pub(super) fn publish(
     let barrier = sync_bytes(inner, &batch);
     let mut outcomes = Vec::with_capacity(batch.len());
     let mut dirs = Dirs::new(inner);
-    for complete in &mut batch {
+    for Complete(complete) in &mut batch {
         let sync = match (complete.sync, &barrier) {
             (Some(sync), _) => Ok(sync),
             (None, Bytes::Synced(losses)) if *losses == complete.losses => Ok(Synced::Batch),

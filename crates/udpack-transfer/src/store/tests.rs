@@ -230,6 +230,35 @@ fn whatever_has_the_name_is_left_untouched() {
 }
 
 #[test]
+fn a_directory_that_was_replaced_hides_nothing_from_the_end() {
+    let (dir, store) = open(StoreConfig::default());
+    let d = dir.path().join("d");
+    put(&store, "d/known", b"1", IfExists::Same).unwrap();
+    // From here on names are looked up in a directory that is held open.
+    put(&store, "d/other", b"2", IfExists::Same).unwrap();
+    fs::rename(&d, dir.path().join("old")).unwrap();
+    fs::create_dir(&d).unwrap();
+    fs::write(d.join("name"), b"3").unwrap();
+    assert!(put(&store, "d/name", b"3", IfExists::Same).unwrap().same);
+    for policy in [IfExists::Same, IfExists::Error] {
+        let refused = put(&store, "d/name", b"4", policy).unwrap_err();
+        assert_eq!(refused.code(), "exists", "{policy}");
+    }
+    assert!(matches!(
+        store.begin(&new(&path("d/name"), Some(1), IfExists::Skip)),
+        Ok(Begin::Exists(_))
+    ));
+    assert!(!put(&store, "d/known", b"5", IfExists::Same).unwrap().same);
+    assert_eq!(fs::read(d.join("name")).unwrap(), b"3");
+    assert_eq!(fs::read(d.join("known")).unwrap(), b"5");
+    assert_eq!(fs::read(dir.path().join("old/known")).unwrap(), b"1");
+    fs::remove_dir_all(&d).unwrap();
+    assert!(!put(&store, "d/name", b"6", IfExists::Error).unwrap().same);
+    assert_eq!(fs::read(d.join("name")).unwrap(), b"6");
+    assert_eq!(staging(&dir), 0);
+}
+
+#[test]
 fn an_existing_file_can_be_compared() {
     let (dir, store) = open(StoreConfig::default());
     let bytes = vec![5; 600_000];
@@ -1059,7 +1088,7 @@ impl Simple for Partial {
 
 fn publish(complete: Complete) -> Result<Published, StoreError> {
     let store = Store {
-        inner: complete.reservation.inner.clone(),
+        inner: complete.0.reservation.inner.clone(),
     };
     let mut outcomes = store.publish(vec![complete]);
     assert_eq!(outcomes.len(), 1);

@@ -415,7 +415,7 @@ fn step(real: &mut Real, model: &mut Model, happens: &Happens) {
                 crash(partial);
             }
             for complete in &mut real.complete {
-                complete.staged.abandon();
+                complete.0.staged.abandon();
             }
             real.complete.clear();
             model.crash();
