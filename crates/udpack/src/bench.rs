@@ -26,8 +26,8 @@ pub fn endpoint(address: SocketAddr, server: Option<ServerConfig>) -> io::Result
 pub fn transport(peer: Option<SocketAddr>) -> Result<TransportConfig, InvalidSetting> {
     let (limits, timeouts) = (Limits::default(), Timeouts::default());
     let congestion = CongestionControl::default();
-    let payload = peer.and_then(|peer| Via::System.payload_to(peer));
-    let mut transport = endpoint::transport(&limits, &timeouts, congestion, payload, false)?;
+    let route = peer.and_then(|peer| Via::System.route_to(peer));
+    let mut transport = endpoint::transport(&limits, &timeouts, congestion, route, false)?;
     transport
         .receive_window(limits.connection_window.into())
         .max_concurrent_bidi_streams(limits.channels.into())

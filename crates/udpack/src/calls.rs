@@ -150,27 +150,17 @@ impl Calls {
 
     /// Keeps a request of the peer that waits in the backlog.
     pub(crate) fn queued(&mut self, id: u64) {
-        self.answering.entry(id).or_insert_with(|| Answering {
-            flow: Flow::default(),
-            since: Instant::now(),
-            begun: false,
-            moved: None,
-            cancelled: false,
-            handler: None,
-        });
+        self.answering.entry(id).or_insert_with(Answering::new);
     }
 
-    /// A handler takes the request; says when it came.
-    pub(crate) fn begin(&mut self, id: u64) -> Instant {
-        self.queued(id);
-        let Some(answering) = self.answering.get_mut(&id) else {
-            return Instant::now();
-        };
+    /// A handler takes the request; says when it came, and whether the peer has given it up.
+    pub(crate) fn begin(&mut self, id: u64) -> (Instant, bool) {
+        let answering = self.answering.entry(id).or_insert_with(Answering::new);
         if !answering.begun {
             answering.begun = true;
             self.waiting = self.waiting.saturating_sub(answering.flow.held());
         }
-        answering.since
+        (answering.since, answering.cancelled)
     }
 
     /// What stops the handler when the peer gives the request up; done at once if it has.
@@ -344,6 +334,17 @@ impl Calls {
 }
 
 impl Answering {
+    fn new() -> Self {
+        Self {
+            flow: Flow::default(),
+            since: Instant::now(),
+            begun: false,
+            moved: None,
+            cancelled: false,
+            handler: None,
+        }
+    }
+
     fn cancel(&mut self) {
         self.cancelled = true;
         if let Some(handler) = self.handler.take() {

@@ -353,6 +353,13 @@ impl Channel {
         self.send_encoded(&Encoded::from_frame(frame)).await
     }
 
+    /// Answers a request with data that is encoded already; waits for room as [`send`](Self::send) does.
+    pub(crate) async fn answer_raw(&self, id: u64, data: &[u8]) -> Result<(), SendError> {
+        let limit = self.inner.session.frame_limit();
+        let queued = self.inner.outbox.raw(REPLY, data, id, limit).await;
+        queued.map_err(|error| self.send_error(error))
+    }
+
     async fn answer<T: Serialize + Sync + ?Sized>(
         &self,
         id: u64,
@@ -537,7 +544,7 @@ impl fmt::Debug for Channel {
 }
 
 pub(crate) fn application_event(event: &str) -> Result<(), SendError> {
-    if event.starts_with('$') {
+    if event.as_bytes().first() == Some(&b'$') {
         return Err(SendError::Encode(EncodeError::Reserved(event.to_owned())));
     }
     Ok(())

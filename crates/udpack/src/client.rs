@@ -16,7 +16,7 @@ use crate::code::{CloseCode, CloseReason, Side};
 use crate::config::{CongestionControl, Limits, Timeouts};
 use crate::control::{self, ResumeRequest, ResumeTicket};
 use crate::driver::{Comeback, Control, Link, live};
-use crate::endpoint::{self, InvalidSetting, Via};
+use crate::endpoint::{self, InvalidSetting, Route, Via};
 use crate::fingerprint::Fingerprint;
 use crate::inbox::Inbox;
 use crate::lifetime::{TokenSource, check_token};
@@ -222,19 +222,19 @@ impl Client {
             };
             SocketAddr::new(any, 0)
         });
-        let payload = settings.via.payload_to(address);
+        let route = settings.via.route_to(address);
         let endpoint = settings
             .via
             .open(
                 local,
                 settings.limits.socket_buffer,
-                payload,
+                route.map(|route| route.payload),
                 quinn::EndpointConfig::default(),
                 None,
             )
             .map_err(ConnectError::Local)?;
         let connecting = endpoint
-            .connect_with(self.config(address, payload)?, address, host)
+            .connect_with(self.config(address, route)?, address, host)
             .map_err(|error| ConnectError::Dial {
                 address,
                 text: error.to_string(),
@@ -269,18 +269,18 @@ impl Client {
         })
     }
 
-    /// The settings of one more connection, to this address over a first link that takes such UDP payloads.
+    /// The settings of one more connection, to this address by this route.
     fn config(
         &self,
         address: SocketAddr,
-        payload: Option<u16>,
+        route: Option<Route>,
     ) -> Result<quinn::ClientConfig, InvalidSetting> {
         let settings = &self.inner;
         let mut transport = endpoint::transport(
             &settings.limits,
             &settings.timeouts,
             settings.congestion,
-            payload,
+            route,
             false,
         )?;
         if let Some(qlog) = &settings.qlog

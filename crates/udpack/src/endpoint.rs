@@ -17,7 +17,7 @@ use crate::config::{
 };
 use crate::congestion::ModelConfig;
 use crate::timer::PromptRuntime;
-use crate::udp::{self, MOST_PAYLOAD};
+use crate::udp::{self, MODEST_PAYLOAD, MOST_PAYLOAD};
 use crate::windows;
 
 /// Where the UDP sockets of a server or client come from.
@@ -55,10 +55,13 @@ impl Via {
         Endpoint::new_with_abstract_socket(settings, server, socket, runtime)
     }
 
-    /// Largest UDP payload, in bytes, that is worth trying towards this peer; `None` where nobody knows.
-    pub(crate) fn payload_to(&self, peer: SocketAddr) -> Option<u16> {
+    /// What the kernel knows of the way to this peer; `None` where nobody knows.
+    pub(crate) fn route_to(&self, peer: SocketAddr) -> Option<Route> {
         match self {
-            Self::System => udp::route_payload(peer),
+            Self::System => Some(Route {
+                payload: udp::route_payload(peer)?,
+                local: peer.ip().to_canonical().is_loopback(),
+            }),
             #[cfg(feature = "testing")]
             Self::Net(_) => None,
         }
@@ -74,21 +77,33 @@ impl Via {
     }
 }
 
+/// The first link to a peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Route {
+    /// Largest UDP payload, in bytes, that it takes and that is worth trying.
+    pub(crate) payload: u16,
+    /// It is the loopback interface: the whole path.
+    pub(crate) local: bool,
+}
+
 /// Every path takes such a UDP payload (RFC 9000, section 14).
 const LEAST_PAYLOAD: u16 = 1200;
 /// An Ethernet's UDP payload over IPv4.
 pub(crate) const ETHERNET_PAYLOAD: u16 = 1472;
 
-/// How to find out what a path takes whose first link takes UDP payloads of `bound` bytes; `None` is unknown.
-fn mtu_discovery(bound: Option<u16>) -> MtuDiscoveryConfig {
+/// How to find out what a path takes whose first link is this; `None` is unknown.
+fn mtu_discovery(route: Option<Route>) -> MtuDiscoveryConfig {
     let mut discovery = MtuDiscoveryConfig::default();
-    if let Some(bound) = bound {
-        discovery.upper_bound(bound);
-        if bound <= ETHERNET_PAYLOAD {
+    if let Some(Route { payload, local }) = route {
+        discovery.upper_bound(payload);
+        if local || payload <= ETHERNET_PAYLOAD {
             // A bisection that would end within more than half of its range begins with the bound itself: one
-            // round trip where the whole path is like its first link, as most are.
-            let range = bound.saturating_sub(LEAST_PAYLOAD);
-            discovery.minimum_change(range / 2 + 1);
+            // round trip where the whole path is like its first link, as most are. On loopback ten probes, which
+            // are parsed byte by byte, would cost both ends a millisecond for each connection. There a peer whose
+            // buffers are small takes less than the route, and what it takes must be worth a probe, too.
+            let range = payload.saturating_sub(LEAST_PAYLOAD);
+            let modest = MODEST_PAYLOAD - LEAST_PAYLOAD;
+            discovery.minimum_change((range / 2 + 1).min(modest));
         }
     }
     discovery
@@ -109,13 +124,13 @@ fn ack_frequency() -> AckFrequencyConfig {
 /// of them. RFC 9002 recommends 333 ms, for networks slower than those with 1 Mbit/s; Chromium uses 100 ms.
 const INITIAL_RTT: Duration = Duration::from_millis(100);
 
-/// The QUIC settings of one side, for a path whose first link takes UDP payloads of `payload` bytes. A server
+/// The QUIC settings of one side, for a path that begins with `route`. A server
 /// starts small and grants more on admission; both permit a few streams until these are used.
 pub(crate) fn transport(
     limits: &Limits,
     timeouts: &Timeouts,
     congestion: CongestionControl,
-    payload: Option<u16>,
+    route: Option<Route>,
     server: bool,
 ) -> Result<TransportConfig, InvalidSetting> {
     let mut transport = TransportConfig::default();
@@ -158,7 +173,7 @@ pub(crate) fn transport(
         .receive_window(varint(window))
         .send_window(limits.send_window)
         .initial_rtt(INITIAL_RTT)
-        .mtu_discovery_config(Some(mtu_discovery(payload)))
+        .mtu_discovery_config(Some(mtu_discovery(route)))
         .ack_frequency_config(Some(ack_frequency()))
         .congestion_controller_factory(factory);
     Ok(transport)

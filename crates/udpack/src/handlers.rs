@@ -5,6 +5,7 @@ use std::future::{Future, poll_fn};
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -18,7 +19,7 @@ use crate::auth::Peer;
 use crate::calls::Role;
 use crate::channel::{Channel, RecvError, SendError};
 use crate::code::Fault;
-use crate::control::{self, GAP, Gap, REPLY};
+use crate::control::{self, GAP, Gap};
 use crate::extensions::Extensions;
 use crate::extract::{EventHandler, Handler};
 use crate::inbox::{Ending, NoReply};
@@ -318,7 +319,13 @@ pub(crate) async fn serve(channel: Channel, router: Arc<Router>) -> Result<(), R
                 }
             }
             message = next(&channel), if free => match message {
-                Ok(Some(message)) => running.push(job(&channel, &router, message)),
+                Ok(Some(message)) => {
+                    let (mut work, id) = work(&channel, &router, message);
+                    // Most are through at once, and need nothing of what follows.
+                    if poll_fn(|cx| Poll::Ready(work.as_mut().poll(cx))).await.is_pending() {
+                        running.push(job(&channel, work, id));
+                    }
+                }
                 Ok(None) => end = Some(Ok(())),
                 Err(error) => end = Some(Err(error)),
             },
@@ -369,38 +376,40 @@ fn cancelled(channel: &Channel, id: u64) {
     }
 }
 
-/// Everything that one message leads to.
-fn job(channel: &Channel, router: &Arc<Router>, message: Message) -> Job {
+/// Everything that one message leads to, and its id if it is a request.
+fn work(
+    channel: &Channel,
+    router: &Arc<Router>,
+    message: Message,
+) -> (BoxFuture<'static, ()>, Option<u64>) {
     let channel = channel.clone();
     let router = router.clone();
     let Some(id) = message.id() else {
-        return Box::pin(async move {
-            event(&channel, router, message).await;
-            Ok(())
-        });
+        let work = async move { event(&channel, router, message).await };
+        return (Box::pin(work), None);
     };
-    let (stop, stopped) = AbortHandle::new_pair();
-    let since = channel.inner.inbox.calls(|calls| {
-        let since = calls.begin(id);
-        calls.guard(id, stop);
-        since
-    });
-    // Made here: work that is stopped before it begins is never polled.
-    let answered = Answered {
-        channel: channel.clone(),
-        id,
-    };
+    let (since, given_up) = channel.inner.inbox.calls(|calls| calls.begin(id));
+    let answered = Answered { channel, id };
+    if given_up {
+        let work = async move { cancelled(&answered.channel, id) };
+        return (Box::pin(work), None);
+    }
     let deadline = message
         .deadline()
         .and_then(|limit| since.checked_add(limit));
-    let work = {
-        let channel = channel.clone();
-        async move {
-            let _answered = answered;
-            request(&channel, router, message, id, deadline).await;
-        }
+    let work = async move { request(&answered.channel, router, message, id, deadline).await };
+    (Box::pin(work), Some(id))
+}
+
+/// Work that has begun, until it is through or its request is given up.
+fn job(channel: &Channel, work: BoxFuture<'static, ()>, id: Option<u64>) -> Job {
+    let Some(id) = id else {
+        return Box::pin(work.map(Ok));
     };
+    let (stop, stopped) = AbortHandle::new_pair();
+    channel.inner.inbox.calls(|calls| calls.guard(id, stop));
     let work = Abortable::new(work, stopped);
+    let channel = channel.clone();
     Box::pin(async move { work.await.map_err(|_| (channel, id)) })
 }
 
@@ -465,7 +474,6 @@ async fn request(
         Some(deadline) if deadline <= Instant::now() => late("the deadline has passed").into(),
         _ => attend(channel, router, message.clone(), id, deadline).await,
     };
-    let limit = channel.session().frame_limit();
     let outcome = match answer.0 {
         Kind::Value(data) => Ok(data),
         Kind::Fault(fault) => Err(fault),
@@ -476,14 +484,19 @@ async fn request(
             Err(fault) => Err(fault),
         },
     };
-    let frame = outcome
-        .and_then(|data| message::encode_raw(REPLY, &data, id, limit).map_err(|_| no_reply()));
-    let sent = match frame {
-        Ok(frame) => channel.send_frame(frame).await,
-        Err(fault) => {
+    let fault = match outcome {
+        Ok(data) => match channel.answer_raw(id, &data).await {
+            Err(SendError::Encode(_)) => Ok(no_reply()),
+            sent => Err(sent),
+        },
+        Err(fault) => Ok(fault),
+    };
+    let sent = match fault {
+        Ok(fault) => {
             log(channel, &message, &fault);
             channel.send_fault(&fault, id).await
         }
+        Err(sent) => sent,
     };
     if let Err(error) = sent {
         tracing::debug!(%error, "the answer could not be sent");
@@ -501,6 +514,12 @@ async fn attend(
     let patience = channel.session().timeouts.handler;
     let work = run(channel, router, message, deadline);
     let mut work = pin!(AssertUnwindSafe(work).catch_unwind());
+    // Most handlers answer at once, and need no timer.
+    match poll_fn(|cx| Poll::Ready(work.as_mut().poll(cx))).await {
+        Poll::Ready(Ok(answer)) => return answer,
+        Poll::Ready(Err(_)) => return panicked(channel).into(),
+        Poll::Pending => {}
+    }
     let mut until = after(Instant::now(), patience);
     loop {
         let wake = deadline.map_or(until, |deadline| deadline.min(until));
@@ -528,8 +547,8 @@ async fn run(
     message: Message,
     deadline: Option<Instant>,
 ) -> Answer {
-    let cx = context(channel, &router, message.clone(), deadline);
-    Next::first(router).run(message, cx).await
+    let cx = context(channel, &router, message, deadline);
+    Next::first(router).go_on(cx).await
 }
 
 fn context(

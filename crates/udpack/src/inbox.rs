@@ -381,13 +381,16 @@ impl State {
     /// A message leaves the inbox: a handler's request is kept in mind, any other is its taker's business.
     fn handed_out(&mut self, message: &Message, serve: bool) {
         match message.id() {
-            Some(id) if serve => drop(self.calls.begin(id)),
+            Some(id) if serve => {
+                self.calls.begin(id);
+            }
             Some(id) => self.calls.answered(id),
             None => {}
         }
     }
 
     /// Decodes the next message and files what belongs to the protocol.
+    #[inline]
     fn poll_step(
         &mut self,
         cx: &mut Context<'_>,
@@ -407,54 +410,52 @@ impl State {
                 }
                 return Poll::Ready(Step::Message(message));
             }
-            let message = match self.calls.take(message) {
-                Taken::Other(message) => message,
-                Taken::Dropped => continue,
-                Taken::Filed => return Poll::Ready(Step::Filed),
-                Taken::Cancelled(id) => {
-                    session.tally.one(Count::RequestsCancelled);
-                    self.cancelled(id);
-                    return Poll::Ready(Step::Filed);
-                }
-                Taken::Violation(code, text) => {
-                    return Poll::Ready(Step::End(self.ended(violation(code, &text))));
-                }
-            };
-            match (message.event(), message.id()) {
-                (CLOSE, _) => {
-                    let end = match control::decode_close(&message) {
-                        Ok(reason) => Ending::Closed(reason),
-                        Err(error) => violation(error.close_code(), &error),
-                    };
-                    self.count_end(session);
-                    return Poll::Ready(Step::End(self.ended(end)));
-                }
-                (GAP, _) => match control::decode_gap(&message) {
-                    Ok(_) => return Poll::Ready(Step::Message(message)),
-                    Err(error) => {
-                        let end = violation(error.close_code(), &error);
-                        return Poll::Ready(Step::End(self.ended(end)));
-                    }
-                },
-                (
-                    HELLO | WELCOME | OPEN | GOAWAY | RESUME | ACK | CHANNELS | REFRESH | REFRESHED,
-                    _,
-                ) => {
-                    let end = violation(
-                        CloseCode::PROTOCOL_ORDER,
-                        &"a message that has no place on a channel now",
-                    );
-                    return Poll::Ready(Step::End(self.ended(end)));
-                }
-                _ => {
-                    let end = violation(
-                        CloseCode::BAD_MESSAGE,
-                        &"an event of the protocol that has no place on a channel",
-                    );
-                    return Poll::Ready(Step::End(self.ended(end)));
-                }
+            if let Some(step) = self.file(message, session) {
+                return Poll::Ready(step);
             }
         }
+    }
+
+    /// Files a message of the protocol; `None` when it concerns nobody.
+    fn file(&mut self, message: Message, session: &Session) -> Option<Step> {
+        let message = match self.calls.take(message) {
+            Taken::Other(message) => message,
+            Taken::Dropped => return None,
+            Taken::Filed => return Some(Step::Filed),
+            Taken::Cancelled(id) => {
+                session.tally.one(Count::RequestsCancelled);
+                self.cancelled(id);
+                return Some(Step::Filed);
+            }
+            Taken::Violation(code, text) => {
+                return Some(Step::End(self.ended(violation(code, &text))));
+            }
+        };
+        let end = match message.event() {
+            CLOSE => {
+                let end = match control::decode_close(&message) {
+                    Ok(reason) => Ending::Closed(reason),
+                    Err(error) => violation(error.close_code(), &error),
+                };
+                self.count_end(session);
+                end
+            }
+            GAP => match control::decode_gap(&message) {
+                Ok(_) => return Some(Step::Message(message)),
+                Err(error) => violation(error.close_code(), &error),
+            },
+            HELLO | WELCOME | OPEN | GOAWAY | RESUME | ACK | CHANNELS | REFRESH | REFRESHED => {
+                violation(
+                    CloseCode::PROTOCOL_ORDER,
+                    &"a message that has no place on a channel now",
+                )
+            }
+            _ => violation(
+                CloseCode::BAD_MESSAGE,
+                &"an event of the protocol that has no place on a channel",
+            ),
+        };
+        Some(Step::End(self.ended(end)))
     }
 
     /// The peer gave a request up: if nobody has taken it yet, nobody need.
@@ -477,40 +478,63 @@ impl State {
         }
     }
 
+    /// The next message of any kind. Most lie whole in what was read before.
+    #[inline]
     fn poll_decoded(
         &mut self,
         cx: &mut Context<'_>,
         session: &Session,
         counters: &Counters,
     ) -> Poll<Result<Message, Ending>> {
+        if let Some(end) = &self.end {
+            return Poll::Ready(Err(end.clone()));
+        }
+        match self.decode(session) {
+            Some(decoded) => Poll::Ready(decoded),
+            None => self.poll_more(cx, session, counters),
+        }
+    }
+
+    /// The next message, if the decoder has all of it.
+    #[inline]
+    fn decode(&mut self, session: &Session) -> Option<Result<Message, Ending>> {
+        let body = match self.decoder.next_frame() {
+            Ok(body) => body?,
+            Err(error) => return Some(Err(self.broken(error.close_code(), &error))),
+        };
+        self.completed = true;
+        if let Some(count) = &mut self.resume {
+            count.frames += 1;
+            count.bytes += body.len();
+            if count.frames - count.told >= Received::FRAMES || count.bytes >= Received::BYTES {
+                count.tell(session);
+            }
+        }
+        Some(match Message::decode(body) {
+            Ok(message) => Ok(message),
+            Err(error) => Err(self.broken(error.close_code(), &error)),
+        })
+    }
+
+    #[cold]
+    fn broken(&mut self, code: CloseCode, error: &dyn std::fmt::Display) -> Ending {
+        self.ended(violation(code, error))
+    }
+
+    /// Reads until there is a message.
+    fn poll_more(
+        &mut self,
+        cx: &mut Context<'_>,
+        session: &Session,
+        counters: &Counters,
+    ) -> Poll<Result<Message, Ending>> {
         loop {
-            if let Some(end) = &self.end {
-                return Poll::Ready(Err(end.clone()));
-            }
-            match self.decoder.next_frame() {
-                Ok(Some(body)) => {
-                    self.completed = true;
-                    if let Some(count) = &mut self.resume {
-                        count.frames += 1;
-                        count.bytes += body.len();
-                        if count.frames - count.told >= Received::FRAMES
-                            || count.bytes >= Received::BYTES
-                        {
-                            count.tell(session);
-                        }
-                    }
-                    let message = Message::decode(body)
-                        .map_err(|error| self.ended(violation(error.close_code(), &error)));
-                    return Poll::Ready(message);
-                }
-                Ok(None) => {}
-                Err(error) => {
-                    return Poll::Ready(Err(self.ended(violation(error.close_code(), &error))));
-                }
-            }
             if let Some(chunk) = self.chunks.pop_front() {
                 self.decoder.push(chunk);
-                continue;
+                match self.decode(session) {
+                    Some(decoded) => return Poll::Ready(decoded),
+                    None => continue,
+                }
             }
             // Before QUIC is asked: what comes right after it said no wakes those who are known by then.
             self.waiters.add(cx.waker());
@@ -692,20 +716,32 @@ fn read_reason(session: &Session, error: quinn::ReadError) -> CloseReason {
 /// Everybody who waits on this inbox. QUIC knows one waker per stream; this one wakes them all.
 #[derive(Default)]
 struct Waiters {
-    list: Mutex<Vec<Waker>>,
+    list: Mutex<Waiting>,
+}
+
+/// Mostly there is one.
+#[derive(Default)]
+struct Waiting {
+    first: Option<Waker>,
+    others: Vec<Waker>,
 }
 
 impl Waiters {
     fn add(&self, waker: &Waker) {
-        let mut list = lock(&self.list);
-        if !list.iter().any(|known| known.will_wake(waker)) {
-            list.push(waker.clone());
+        let Waiting { first, others } = &mut *lock(&self.list);
+        let mut known = first.iter().chain(&*others);
+        if known.any(|known| known.will_wake(waker)) {
+            return;
+        }
+        match first {
+            None => *first = Some(waker.clone()),
+            Some(_) => others.push(waker.clone()),
         }
     }
 
     fn wake_by_ref(&self) {
-        let list = std::mem::take(&mut *lock(&self.list));
-        for waker in list {
+        let Waiting { first, others } = std::mem::take(&mut *lock(&self.list));
+        for waker in first.into_iter().chain(others) {
             waker.wake();
         }
     }
@@ -713,12 +749,13 @@ impl Waiters {
     /// Wakes all but the task that reads: it goes on by itself. Another future of the same task that waits has read
     /// all there was when it was last polled, so QUIC has woken the task for what is read now.
     fn wake_others(&self, reader: &Waker) {
-        let others: Vec<Waker> = {
-            let mut list = lock(&self.list);
-            list.extract_if(.., |known| !known.will_wake(reader))
-                .collect()
+        let (first, others) = {
+            let Waiting { first, others } = &mut *lock(&self.list);
+            let first = first.take_if(|known| !known.will_wake(reader));
+            let others = others.extract_if(.., |known| !known.will_wake(reader));
+            (first, others.collect::<Vec<_>>())
         };
-        for waker in others {
+        for waker in first.into_iter().chain(others) {
             waker.wake();
         }
     }

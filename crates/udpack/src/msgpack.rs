@@ -657,6 +657,12 @@ impl<'a> Reader<'a> {
         Self { rest: bytes }
     }
 
+    /// Bytes that were not read yet.
+    #[inline]
+    pub(crate) fn left(&self) -> usize {
+        self.rest.len()
+    }
+
     /// Reads the head of the next value.
     #[inline(always)]
     pub(crate) fn head(&mut self) -> Result<Head<'a>, MsgpackError> {

@@ -39,7 +39,7 @@ pub(crate) const TURN: usize = 64 << 10;
 /// What each resumable channel may keep however much the others of its session do.
 const SHARE: usize = 64 << 10;
 /// Ready-made bytes up to this size are copied into the gathering buffer; larger ones go as they are.
-const COPY_LIMIT: usize = 4 << 10;
+pub(crate) const COPY_LIMIT: usize = 4 << 10;
 
 #[derive(Debug)]
 pub(crate) struct Outbox {
@@ -236,6 +236,22 @@ impl Outbox {
             .await
     }
 
+    /// Queues one message, of data that is encoded already, as soon as there is room.
+    pub(crate) async fn raw(
+        &self,
+        event: &str,
+        data: &[u8],
+        id: u64,
+        limit: usize,
+    ) -> Result<(), PushError> {
+        self.when_room(|state| {
+            let size = message::append_raw(&mut state.tail, event, data, id, limit)?;
+            state.grew(size);
+            Ok(())
+        })
+        .await
+    }
+
     /// Queues a bulk message as soon as there is room: header now, payload behind it, without a copy where it is large.
     pub(crate) async fn bulk<T: Serialize + Sync + ?Sized>(
         &self,
@@ -370,22 +386,29 @@ impl Outbox {
         }
         state.heard = heard;
         state.tail_messages = 0;
-        let mut bytes = std::mem::take(&mut state.tail).freeze();
-        let mut chunk = [bytes.clone()];
+        let mut chunk = [std::mem::take(&mut state.tail).freeze()];
+        let [bytes] = &chunk;
+        let copy = state.keep.is_some().then(|| bytes.clone());
         // Whoever finds no room there, or an error, finds it again: the writer, with a waker.
         let mut cx = Context::from_waker(Waker::noop());
         let written = match pin!(stream.write_chunks(&mut chunk)).poll(&mut cx) {
-            Poll::Ready(Ok(written)) => bytes.split_to(written.bytes.min(bytes.len())),
-            Poll::Ready(Err(_)) | Poll::Pending => Bytes::new(),
+            Poll::Ready(Ok(written)) => written.bytes,
+            Poll::Ready(Err(_)) | Poll::Pending => 0,
         };
+        // What was written is gone from it.
+        let [bytes] = chunk;
         let messages = usize::from(bytes.is_empty());
-        self.counters.sent(written.len() as u64);
+        self.counters.sent(written as u64);
         self.tally.add(Count::MessagesSent, messages as u64);
-        match &mut state.keep {
-            Some(keep) if !written.is_empty() => keep.retained.push(written),
-            Some(_) => {}
-            None => {
-                state.queued_bytes = state.queued_bytes.saturating_sub(written.len());
+        match (&mut state.keep, copy) {
+            (Some(keep), Some(mut copy)) => {
+                copy.truncate(written);
+                if !copy.is_empty() {
+                    keep.retained.push(copy);
+                }
+            }
+            _ => {
+                state.queued_bytes = state.queued_bytes.saturating_sub(written);
                 state.queued_messages = state.queued_messages.saturating_sub(messages);
             }
         }

@@ -26,6 +26,9 @@ use crate::metrics::{Count, Words};
 /// makes no difference to the asker.
 const TICK: Duration = Duration::from_millis(10);
 
+/// Bytes that a request's frame has room for without being moved.
+const FRAME: usize = 128;
+
 impl Channel {
     /// Asks the peer and waits for its answer: awaiting the returned builder gives the reply.
     ///
@@ -75,7 +78,7 @@ impl Channel {
     ) -> Request<R> {
         let id = self.inner.next_request.fetch_add(1, Ordering::Relaxed);
         let limit = self.inner.session.frame_limit();
-        let mut frame = BytesMut::new();
+        let mut frame = BytesMut::with_capacity(FRAME);
         let encoded = application_event(event).and_then(|()| {
             message::encode(&mut frame, event, data, Some(id), limit).map_err(SendError::Encode)
         });

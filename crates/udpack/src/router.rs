@@ -168,7 +168,11 @@ impl Next {
 
     /// Goes on with this message.
     pub async fn run(self, message: Message, cx: Context) -> Answer {
-        let cx = cx.with_message(message);
+        self.go_on(cx.with_message(message)).await
+    }
+
+    /// Goes on with the message of `cx`.
+    pub(crate) async fn go_on(self, cx: Context) -> Answer {
         let Self { router, at } = self;
         match router.layers.get(at) {
             Some(layer) => {

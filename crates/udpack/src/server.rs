@@ -28,7 +28,7 @@ use crate::config::{
 };
 use crate::control::{self, GoAway, ResumeGrant, ResumeTicket, Welcome};
 use crate::driver::{Awaited, Comeback, Control, Link, live};
-use crate::endpoint::{self, ETHERNET_PAYLOAD, InvalidSetting, Via};
+use crate::endpoint::{self, ETHERNET_PAYLOAD, InvalidSetting, Route, Via};
 use crate::fingerprint::Fingerprint;
 use crate::identity::{Identity, IdentityError};
 use crate::inbox::{Ending, Inbox};
@@ -115,8 +115,8 @@ struct ConnectionSettings {
     congestion: CongestionControl,
     via: Via,
     qlog: Option<Qlog>,
-    /// Those without a qlog file, by the largest UDP payload that is tried.
-    made: Mutex<HashMap<Option<u16>, Arc<quinn::ServerConfig>>>,
+    /// Those without a qlog file, by the route.
+    made: Mutex<HashMap<Option<Route>, Arc<quinn::ServerConfig>>>,
 }
 
 /// Settings kept for paths of different size: a host has few.
@@ -1021,11 +1021,13 @@ impl Shared {
     fn settings_for(&self, peer: SocketAddr) -> Option<Arc<quinn::ServerConfig>> {
         let settings = &self.settings;
         // quinn keeps a buffer of the largest datagram it ever tried: too much for each of many idle sockets.
-        let payload = settings.via.payload_to(peer);
-        let payload = payload.map(|payload| payload.min(ETHERNET_PAYLOAD));
+        let route = settings.via.route_to(peer).map(|route| Route {
+            payload: route.payload.min(ETHERNET_PAYLOAD),
+            ..route
+        });
         let stream = settings.qlog.as_ref().and_then(|qlog| qlog.stream(peer));
         if stream.is_none()
-            && let Some(config) = lock(&settings.made).get(&payload)
+            && let Some(config) = lock(&settings.made).get(&route)
         {
             return Some(config.clone());
         }
@@ -1033,7 +1035,7 @@ impl Shared {
             &self.limits,
             &self.timeouts,
             settings.congestion,
-            payload,
+            route,
             true,
         )
         .ok()?;
@@ -1047,7 +1049,7 @@ impl Shared {
             if made.len() >= SETTINGS_KEPT {
                 made.clear();
             }
-            made.insert(payload, config.clone());
+            made.insert(route, config.clone());
         }
         Some(config)
     }

@@ -20,7 +20,7 @@ use crate::session::lock;
 pub(crate) const MOST_PAYLOAD: u16 = 65_535 - IPV6_HEADERS as u16;
 /// What is taken with a receive buffer below [`ROOMY`]. At Linux's usual 208 KiB, larger datagrams were lost in rows,
 /// which quinn takes for a path that lost its MTU: 280 MB/s in packets of 1,200 bytes, instead of 680 at this size.
-const MODEST_PAYLOAD: u16 = 16_368;
+pub(crate) const MODEST_PAYLOAD: u16 = 16_368;
 /// At 4 MiB no size loses more than another: a dozen packets in 1 GiB, or none.
 const ROOMY: usize = 4 << 20;
 /// Bytes of one send with segmentation, at most.

@@ -12,7 +12,7 @@ use futures_util::FutureExt;
 use crate::code::{CloseCode, CloseReason};
 use crate::config::Priority;
 use crate::metrics::Count;
-use crate::outbox::{BATCH, Outbox, TURN, Work};
+use crate::outbox::{BATCH, COPY_LIMIT, Outbox, TURN, Work};
 use crate::session::{Session, lost};
 use crate::speed::Counters;
 
@@ -95,6 +95,11 @@ async fn drive(
                 }
                 outbox.written(bytes, messages);
                 batch.clear();
+                if bytes < messages * COPY_LIMIT {
+                    // The connection sends what it has, and what comes meanwhile goes together. Who sends without
+                    // a pause would else wake a writer for every sixty small messages.
+                    tokio::task::yield_now().await;
+                }
             }
             (Work::Idle, _) => {
                 let watched = patience.watch(outbox, &conn);

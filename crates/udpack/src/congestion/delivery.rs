@@ -122,6 +122,10 @@ impl Delivery {
         if first.at == at {
             return Some(first);
         }
+        // Where there is one packet at a time, that is the last.
+        if let Some(last) = self.sendings.back().filter(|last| last.at == at) {
+            return Some(last);
+        }
         let found = self
             .sendings
             .binary_search_by(|sending| sending.at.cmp(&at));
