@@ -33,8 +33,8 @@ const SILENCE: Duration = Duration::from_secs(60);
 const ALIVE: Duration = Duration::from_secs(5);
 /// The longest range of an unfinished file that a server proves at once: what is longer is a finished one.
 const RANGE: u64 = 64 << 20;
-/// Bytes of a run, all lanes together, that are sent before the server has told what it has of their files. The
-/// link has nothing else to carry then: about twice what congestion control lets out in the first round trip.
+/// Bytes of a run, all lanes together, that at most are sent before the server has told what it has of their files: the
+/// link has nothing else to carry then. Congestion control lets 38 KB out in the first round trip of a connection.
 const EARLY: u64 = 64 << 10;
 /// The longest chunk of these: nothing is known of the path yet.
 const EARLY_CHUNK: usize = 16 << 10;
@@ -91,7 +91,8 @@ impl Uploader {
     }
 
     /// Goes on where an earlier upload of the same file was interrupted, passing over what is proved to be
-    /// equal, and lets a later one do so. Defaults to yes. Files of one chunk are always sent whole.
+    /// equal, and lets a later one do so. Defaults to yes. Files of one chunk are always sent whole, and up
+    /// to 64 KiB of a run without asking.
     pub fn resume(mut self, resume: bool) -> Self {
         self.resume = resume;
         self
@@ -211,13 +212,16 @@ impl Shared {
         item.size = size;
     }
 
-    /// How many bytes of a file may go out before the server has told what it has of it.
-    fn early(&self, item: &Item) -> usize {
+    /// How many bytes of a file may go out before the server has told what it has of it, on a path with this
+    /// window: what does not leave before the answer is here would only be in the way of what follows.
+    fn early(&self, item: &Item, window: u64) -> usize {
         // What was sent before is there, most likely.
         if !self.uploader.resume || item.sent > 0 {
             return 0;
         }
-        let want = item.size.min(EARLY);
+        // With a limit not more than goes out without a pause.
+        let most = EARLY.min(self.uploader.limiter.chunk() as u64).min(window);
+        let want = item.size.min(most);
         let take = |left: u64| Some(left.saturating_sub(want));
         let left = self
             .early
@@ -674,7 +678,8 @@ impl Lane<'_> {
     }
 
     async fn send_file(self, id: u64, mut claim: Claim, few: bool) -> Result<(), LaneOver> {
-        let (source, early) = (claim.source.clone(), self.shared.early(&claim));
+        let early = self.shared.early(&claim, self.channel.stats().cwnd);
+        let source = claim.source.clone();
         let opened = tokio::task::spawn_blocking(move || {
             let mut opened = source.open()?;
             opened.head(early).map(|head| (opened, head))

@@ -95,7 +95,7 @@ async fn the_same_file_again_is_success_and_hardly_anything_is_sent() {
             assert!(failed.is_empty(), "{failed:?}");
             assert_eq!((again[0].same, again[0].hash), (true, first[0].hash));
             // What went out before the server had answered.
-            assert_eq!(again[0].sent, size.min(64 << 10));
+            assert!(again[0].sent <= size.min(64 << 10));
             assert_eq!(again[0].resumed, 0);
         }
     })
