@@ -83,13 +83,18 @@ impl Target {
     ) -> anyhow::Result<T> {
         let address = self.address();
         let link = Link::new(self.client.clone(), &*address).retry(retry);
-        tokio::select! {
-            socket = link.eager() => drop(socket?),
+        let first = tokio::select! {
+            socket = link.eager() => socket?,
             () = interrupts.first() => return Err(Failure::interrupted().into()),
-        }
+        };
         // The work begins behind the hello; whether the server lets us in shows meanwhile.
         let refused = async {
-            match link.socket().await {
+            // The work may have ended, and the socket with it, before this is looked at again.
+            let connected = match first.admitted().await {
+                Ok(()) => Ok(first),
+                Err(_) => link.socket().await,
+            };
+            match connected {
                 Ok(socket) => {
                     let session = socket.id();
                     tracing::info!(server = address, %session, "connected");

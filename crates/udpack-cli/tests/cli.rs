@@ -292,7 +292,8 @@ fn a_taken_name_is_6_unless_the_content_is_the_same() {
     assert_eq!(put(&[]).code, 0);
     let again = put(&[]);
     assert_eq!(again.code, 0, "{again:?}");
-    assert_eq!(result(&again.stdout)["sent"], 0, "nothing is sent twice");
+    let sent = result(&again.stdout)["sent"].as_u64().expect("bytes");
+    assert!(sent <= 64 << 10, "{sent}: more than before the answer");
     fs::write(&file, bytes(3_000_000, 5)).expect("write");
     for args in [
         &[][..],

@@ -178,6 +178,7 @@ impl Source {
             size,
             meta,
             from,
+            hasher: Box::default(),
         })
     }
 }
@@ -205,6 +206,8 @@ pub(crate) struct Opened {
     pub(crate) size: Option<u64>,
     pub(crate) meta: Meta,
     from: OpenedFrom,
+    /// Over what [`head`](Self::head) gave.
+    hasher: Box<blake3::Hasher>,
 }
 
 #[derive(Debug)]
@@ -244,7 +247,31 @@ impl Opened {
             size: Some(metadata.len()),
             meta: meta(&metadata),
             from: OpenedFrom::File { file, metadata },
+            hasher: Box::default(),
         })
+    }
+
+    /// Its first bytes, `most` of them or all; none of a reader. What reads it afterwards begins behind them.
+    /// Blocks.
+    pub(crate) fn head(&mut self, most: usize) -> Result<Bytes, TransferError> {
+        let want = least(self.size.unwrap_or(0), most);
+        let head = match &mut self.from {
+            OpenedFrom::Reader(_) => Bytes::new(),
+            OpenedFrom::Memory(bytes) => slice(bytes, 0, want as u64),
+            OpenedFrom::File { file, .. } => {
+                let mut head = vec![0; want];
+                let filled =
+                    read_full(file, &mut head).map_err(|source| TransferError::Source {
+                        path: self.path.clone(),
+                        source,
+                    })?;
+                // Where it has shrunk, the rest will not be found.
+                head.truncate(filled);
+                head.into()
+            }
+        };
+        self.hasher.update(&head);
+        Ok(head)
     }
 
     /// Reads on the blocking pool, hashing on the way, at most a few chunks ahead of whoever takes them.
@@ -305,12 +332,16 @@ impl Opened {
         unwanted: &dyn Fn() -> bool,
     ) -> Result<(), Stop> {
         let Self {
-            path, size, from, ..
+            path,
+            size,
+            from,
+            hasher,
+            ..
         } = self;
         let mut pump = Pump {
             path: &path,
-            hasher: blake3::Hasher::new(),
-            at: 0,
+            at: hasher.count(),
+            hasher: *hasher,
             buffers,
             chunk,
             take,
@@ -325,12 +356,11 @@ impl Opened {
             }
             (OpenedFrom::Memory(bytes), _) => {
                 let size = bytes.len() as u64;
-                for (off, len, theirs) in ranges(have, size) {
+                for (off, end, theirs) in ranges(have, pump.at, size) {
                     pump.send_slice(&bytes, off)?;
-                    let own = slice(&bytes, off, off + len);
-                    if blake3::hash(&own) == theirs {
-                        pump.hasher.update(&own);
-                        pump.same(len)?;
+                    if blake3::hash(&slice(&bytes, off, end)) == theirs {
+                        pump.hasher.update(&slice(&bytes, pump.at, end));
+                        pump.same(end)?;
                     }
                 }
                 pump.send_slice(&bytes, size)?;
@@ -343,16 +373,16 @@ impl Opened {
                 _,
             ) => {
                 let size = before.len();
-                for (off, len, theirs) in ranges(have, size) {
+                for (off, end, theirs) in ranges(have, pump.at, size) {
                     pump.send_to(&mut file, off)?;
                     let hasher = pump.hasher.clone();
-                    if pump.hash(&mut file, len)? == theirs {
-                        pump.same(len)?;
+                    if pump.hash(&mut file, off, end)? == theirs {
+                        pump.same(end)?;
                     } else {
                         pump.hasher = hasher;
-                        file.seek(SeekFrom::Start(off))
+                        file.seek(SeekFrom::Start(pump.at))
                             .map_err(|error| pump.failed(error))?;
-                        pump.send_to(&mut file, off + len)?;
+                        pump.send_to(&mut file, end)?;
                     }
                 }
                 pump.send_to(&mut file, size)?;
@@ -481,10 +511,10 @@ impl Pump<'_> {
         self.give(Piece::Chunk { offset, bytes })
     }
 
-    /// The next `len` bytes are at the server; they are hashed already.
-    fn same(&mut self, len: u64) -> Result<(), Stop> {
-        let offset = self.at;
-        self.at += len;
+    /// What comes before `end` is at the server; it is hashed already.
+    fn same(&mut self, end: u64) -> Result<(), Stop> {
+        let offset = std::mem::replace(&mut self.at, end);
+        let len = end - offset;
         self.give(Piece::Same { offset, len })
     }
 
@@ -518,12 +548,12 @@ impl Pump<'_> {
         Ok(())
     }
 
-    /// Hashes the next `len` bytes, for themselves and into everything; the position stays.
-    fn hash(&mut self, file: &mut File, len: u64) -> Result<blake3::Hash, Stop> {
+    /// Hashes one of the [`ranges`], for itself and into everything; the position stays.
+    fn hash(&mut self, file: &mut File, off: u64, end: u64) -> Result<blake3::Hash, Stop> {
         // From the beginning on, one hash is both.
-        let mut own = (self.at > 0).then(blake3::Hasher::new);
-        let mut buffer = vec![0; least(len, BLOCK)];
-        let mut left = len;
+        let mut own = (off > 0).then(blake3::Hasher::new);
+        let mut left = end - self.at;
+        let mut buffer = vec![0; least(left, BLOCK)];
         while left > 0 {
             if (self.unwanted)() {
                 return Err(Stop::Unwanted);
@@ -543,11 +573,13 @@ impl Pump<'_> {
     }
 }
 
-/// The ranges that can be equal to something in a file of this size.
-fn ranges(have: &Have, size: u64) -> impl Iterator<Item = (u64, u64, blake3::Hash)> {
+/// Beginning, end and hash of the ranges that can be equal to something in a file of this size beyond `at`. One
+/// that begins before `at` begins with the file.
+fn ranges(have: &Have, at: u64, size: u64) -> impl Iterator<Item = (u64, u64, blake3::Hash)> {
     have.iter().filter_map(move |(off, len, hash)| {
         let end = off.checked_add(*len)?;
-        (end <= size && *len > 0).then(|| (*off, *len, blake3::Hash::from_bytes(*hash)))
+        let sound = end <= size && end > at.max(*off) && (*off == 0 || *off >= at);
+        sound.then(|| (*off, end, blake3::Hash::from_bytes(*hash)))
     })
 }
 
@@ -608,9 +640,19 @@ mod tests {
 
     /// What would be at the server: which bytes were sent at which offset, what was passed over, the end.
     fn run(source: &Source, have: &Have, chunk: usize) -> Run {
+        run_behind(0, source, have, chunk)
+    }
+
+    /// The same, where so many bytes of it are sent before it is known what is at the server.
+    fn run_behind(head: usize, source: &Source, have: &Have, chunk: usize) -> Run {
+        let mut opened = source.open().unwrap();
+        let head = opened.head(head).unwrap();
+        let (mut same, mut at, mut end) = (0, head.len() as u64, None);
         let mut sent: Vec<(u64, Vec<u8>)> = Vec::new();
-        let (mut same, mut at, mut end) = (0, 0, None);
-        let pumped = source.open().unwrap().pump(
+        if !head.is_empty() {
+            sent.push((0, head.to_vec()));
+        }
+        let pumped = opened.pump(
             have,
             &Buffers::default(),
             &|| chunk,
@@ -724,6 +766,74 @@ mod tests {
                 assert_eq!(end, hash(&bytes));
             }
         }
+    }
+
+    #[test]
+    fn behind_what_was_sent_before_ranges_are_passed_over_as_well() {
+        let bytes = noise(300_000);
+        let all = bytes.len();
+        let dir = tempfile::tempdir().unwrap();
+        let local = dir.path().join("x");
+        std::fs::write(&local, &bytes).unwrap();
+        let range =
+            |from: usize, to: usize| (from as u64, (to - from) as u64, hash(&bytes[from..to]));
+        let wrong = (0, 200_000, [7; 32]);
+        type Case = (usize, Have, Vec<(usize, usize)>);
+        let cases: [Case; 10] = [
+            (100, vec![], vec![(0, all)]),
+            (100, vec![range(0, all)], vec![(0, 100)]),
+            (100, vec![range(0, 99)], vec![(0, all)]),
+            (100, vec![range(0, 100)], vec![(0, all)]),
+            (100, vec![range(0, 101)], vec![(0, 100), (101, all)]),
+            (100, vec![wrong], vec![(0, all)]),
+            (100, vec![wrong, range(200_000, all)], vec![(0, 200_000)]),
+            (
+                100,
+                vec![range(0, 50), range(100, 200), range(300, all)],
+                vec![(0, 100), (200, 300)],
+            ),
+            // One that was begun in the middle cannot be told equal any more.
+            (
+                100,
+                vec![range(0, 50), range(50, 200), range(300, all)],
+                vec![(0, 300)],
+            ),
+            (usize::MAX, vec![range(0, all)], vec![(0, all)]),
+        ];
+        for (head, have, expected) in &cases {
+            let expected: Vec<_> = expected
+                .iter()
+                .map(|(from, to)| (*from as u64, bytes[*from..*to].to_vec()))
+                .collect();
+            let missing: usize = expected.iter().map(|(_, bytes)| bytes.len()).sum();
+            let file = Source::file(&local, rel("x"));
+            let (sent, same, end) = run_behind(*head, &file, have, 10_000);
+            assert!(sent == expected, "{head} {have:?}");
+            assert_eq!((same, end), ((all - missing) as u64, hash(&bytes)));
+            let memory = Source::bytes(bytes.clone(), rel("x"));
+            let (sent, _, end) = run_behind(*head, &memory, have, 10_000);
+            assert!(sent == expected, "{head} {have:?}");
+            assert_eq!(end, hash(&bytes));
+        }
+        let source = Source::file(&local, rel("x"));
+        let mut opened = source.open().unwrap();
+        assert_eq!(opened.head(1000).unwrap(), bytes[..1000]);
+        std::fs::write(&local, &bytes[..500]).unwrap();
+        let pumped = opened.pump(
+            &Have::new(),
+            &Buffers::default(),
+            &|| 1000,
+            &mut |_| true,
+            &|| false,
+        );
+        let Err(Stop::Failed(error)) = pumped else {
+            panic!("it has shrunk");
+        };
+        assert!(matches!(error, TransferError::SourceChanged { .. }));
+        let mut reader = Source::reader(io::Cursor::new(bytes), rel("x"))
+            .open()
+            .unwrap();
+        assert!(reader.head(1000).unwrap().is_empty(), "it has no size");
     }
 
     #[test]

@@ -33,6 +33,11 @@ const SILENCE: Duration = Duration::from_secs(60);
 const ALIVE: Duration = Duration::from_secs(5);
 /// The longest range of an unfinished file that a server proves at once: what is longer is a finished one.
 const RANGE: u64 = 64 << 20;
+/// Bytes of a run, all lanes together, that at most are sent before the server has told what it has of their files: the
+/// link has nothing else to carry then. Congestion control lets 38 KB out in the first round trip of a connection.
+const EARLY: u64 = 64 << 10;
+/// The longest chunk of these: nothing is known of the path yet.
+const EARLY_CHUNK: usize = 16 << 10;
 /// How long and how often a file is offered again that another client is writing.
 const BUSY: Duration = Duration::from_secs(20);
 const BUSY_PAUSE: Duration = Duration::from_secs(1);
@@ -86,7 +91,8 @@ impl Uploader {
     }
 
     /// Goes on where an earlier upload of the same file was interrupted, passing over what is proved to be
-    /// equal, and lets a later one do so. Defaults to yes. Files of one chunk are always sent whole.
+    /// equal, and lets a later one do so. Defaults to yes. Files of one chunk are always sent whole, and up
+    /// to 64 KiB of a run without asking.
     pub fn resume(mut self, resume: bool) -> Self {
         self.resume = resume;
         self
@@ -114,6 +120,7 @@ impl Uploader {
             queue: Queue::new(lanes),
             buffers: Buffers::default(),
             run: new_run(),
+            early: AtomicU64::new(EARLY),
             total: AtomicU64::new(0),
             acked: AtomicU64::new(0),
             files_done: AtomicUsize::new(0),
@@ -185,6 +192,8 @@ struct Shared {
     queue: Arc<Queue>,
     buffers: Buffers,
     run: [u8; 16],
+    /// What is left of [`EARLY`].
+    early: AtomicU64,
     total: AtomicU64,
     acked: AtomicU64,
     files_done: AtomicUsize,
@@ -201,6 +210,23 @@ impl Shared {
         self.total.fetch_add(size, Ordering::Relaxed);
         self.total.fetch_sub(item.size, Ordering::Relaxed);
         item.size = size;
+    }
+
+    /// How many bytes of a file may go out before the server has told what it has of it, on a path with this
+    /// window: what does not leave before the answer is here would only be in the way of what follows.
+    fn early(&self, item: &Item, window: u64) -> usize {
+        // What was sent before is there, most likely.
+        if !self.uploader.resume || item.sent > 0 {
+            return 0;
+        }
+        // With a limit not more than goes out without a pause.
+        let most = EARLY.min(self.uploader.limiter.chunk() as u64).min(window);
+        let want = item.size.min(most);
+        let take = |left: u64| Some(left.saturating_sub(want));
+        let left = self
+            .early
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, take);
+        usize::try_from(left.unwrap_or(0).min(want)).unwrap_or(0)
     }
 
     /// The server has at least this much of a file.
@@ -658,9 +684,13 @@ impl Lane<'_> {
     }
 
     async fn send_file(self, id: u64, mut claim: Claim, few: bool) -> Result<(), LaneOver> {
+        let early = self.shared.early(&claim, self.channel.stats().cwnd);
         let source = claim.source.clone();
-        let opened = tokio::task::spawn_blocking(move || source.open()).await;
-        let opened = match opened {
+        let opened = tokio::task::spawn_blocking(move || {
+            let mut opened = source.open()?;
+            opened.head(early).map(|head| (opened, head))
+        });
+        let (opened, mut head) = match opened.await {
             Ok(Ok(opened)) => opened,
             Ok(Err(error)) => {
                 self.shared.failed(self.events, claim, error).await;
@@ -677,13 +707,26 @@ impl Lane<'_> {
         // A large file is worth the question what the server has of it; of few files each is.
         let uploader = &self.shared.uploader;
         let same = few && uploader.if_exists == IfExists::Same;
-        let ask = size.is_some_and(|size| uploader.resume && (size > SMALL || same));
+        let early = head.len() as u64;
+        let ask =
+            size.is_some_and(|size| uploader.resume && (size > SMALL || same) && size > early);
         let offer = self.offer(&claim, id, source.remote(), size, meta, ask);
         let (tell, ready) = oneshot::channel();
         let mut sent = Sent::new(claim);
         sent.ready = Some(tell);
         self.flight.add(id, sent);
         self.channel.send("file", &offer).await?;
+        let pace = self.pace;
+        let mut position = 0;
+        while !head.is_empty() {
+            pace.adapt(&self.channel.stats());
+            let len = head.len().min(pace.chunk()).min(EARLY_CHUNK);
+            let bytes = head.split_to(len);
+            if !self.send_chunk(id, size, position, bytes).await? {
+                return Ok(());
+            }
+            position += len as u64;
+        }
         let have = if ask {
             match ready.await {
                 Ok(have) => have,
@@ -700,10 +743,15 @@ impl Lane<'_> {
         let known = have
             .last()
             .map_or(0, |(off, len, _)| off.saturating_add(*len));
-        let pace = self.pace;
+        if let Some((0, len, _)) = have.first()
+            && *len >= early
+        {
+            // What was sent already is in it, or that will show.
+            self.flight.with(id, |sent| sent.untouched = true);
+        }
         pace.adapt(&self.channel.stats());
         let mut pieces = opened.read(have, pace.clone(), self.shared.buffers.clone());
-        let (mut position, mut skipped, mut told) = (0, 0, known == 0);
+        let (mut skipped, mut told) = (0, known == 0);
         loop {
             pace.adapt(&self.channel.stats());
             let piece = match tokio::time::timeout(ALIVE, pieces.recv()).await {
@@ -745,7 +793,7 @@ impl Lane<'_> {
             };
             if !told && at >= known {
                 told = true;
-                if skipped > 0 && size.is_some_and(|size| skipped < size) {
+                if skipped > 0 && size.is_some_and(|size| early + skipped < size) {
                     self.resumed(id, &source, skipped).await;
                 }
             }
@@ -767,25 +815,10 @@ impl Lane<'_> {
                     }
                 }
                 Piece::Chunk { offset, bytes } => {
-                    let len = bytes.len() as u64;
-                    uploader.limiter.take(len).await;
-                    position = offset + len;
-                    let known = self.flight.with(id, |sent| {
-                        sent.position = position;
-                        sent.untouched = false;
-                        sent.claim.sent += len;
-                        if size.is_none() {
-                            self.shared.resize(&mut sent.claim, position);
-                        }
-                    });
-                    if known.is_none() {
-                        // It has its outcome; what was on its way is dropped there.
+                    position = offset + bytes.len() as u64;
+                    if !self.send_chunk(id, size, offset, bytes).await? {
                         return Ok(());
                     }
-                    let fields = ChunkFields { id, off: offset };
-                    self.channel
-                        .send_bulk("chunk", &fields, "chunk", bytes)
-                        .await?;
                 }
                 Piece::End { size, hash } => {
                     self.flight.with(id, |sent| {
@@ -797,6 +830,35 @@ impl Lane<'_> {
                 Piece::Failed(error) => return self.give_up(id, error).await,
             }
         }
+    }
+
+    /// Sends bytes of a file, of this size where that is known; `false` when it has its outcome already: what was
+    /// on its way is dropped there.
+    async fn send_chunk(
+        self,
+        id: u64,
+        size: Option<u64>,
+        offset: u64,
+        bytes: Bytes,
+    ) -> Result<bool, LaneOver> {
+        let len = bytes.len() as u64;
+        self.shared.uploader.limiter.take(len).await;
+        let known = self.flight.with(id, |sent| {
+            sent.position = offset + len;
+            sent.untouched = false;
+            sent.claim.sent += len;
+            if size.is_none() {
+                self.shared.resize(&mut sent.claim, offset + len);
+            }
+        });
+        if known.is_none() {
+            return Ok(false);
+        }
+        let fields = ChunkFields { id, off: offset };
+        self.channel
+            .send_bulk("chunk", &fields, "chunk", bytes)
+            .await?;
+        Ok(true)
     }
 
     /// An entry is about to be offered; the first time this is told.

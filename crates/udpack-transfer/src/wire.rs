@@ -74,7 +74,7 @@ pub struct Offer {
     pub meta: MetaFields,
     /// What to do when the name is taken.
     pub if_exists: IfExists,
-    /// Whether the client waits for `ready`, and what it has sent shall outlive the connection.
+    /// Whether the client asks for `ready`, and what it has sent shall outlive the connection.
     pub resume: bool,
     /// The run of the client's program that this offer belongs to: an offer of the same file by the same run
     /// is the same upload, taken up again.

@@ -623,8 +623,11 @@ impl Worker {
         let path = existing.path().clone();
         let count = received.count();
         let size = finish.size.unwrap_or(count);
-        // Nothing sent, but the hash told in `ready` given back: the client has compared for itself.
-        let proved = count == 0 && hash.is_some() && finish.hash == hash && size == existing.len();
+        // Not all sent, but the hash told in `ready` given back: the client has compared for itself.
+        let proved = (count == 0 || count < existing.len())
+            && hash.is_some()
+            && finish.hash == hash
+            && size == existing.len();
         if !proved {
             if count > 0 || hash.is_none() {
                 let mut told = [self.task.offer.size, finish.size].into_iter().flatten();

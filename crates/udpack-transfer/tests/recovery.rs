@@ -22,6 +22,9 @@ use udpack_transfer::{
 };
 
 const MIB: usize = 1 << 20;
+/// Bytes of a run that at most are sent before the server has answered, and at least where a window has room.
+const EARLY: usize = 64 << 10;
+const FIRST: usize = 32 << 10;
 
 fn quick() -> Retry {
     Retry {
@@ -314,7 +317,12 @@ async fn what_the_server_has_is_proved_and_not_sent_again() {
                         }
                         Request::Finish(finish) => {
                             let ends: Vec<_> = sent.iter().map(|(off, len)| off + len).collect();
-                            assert_eq!(sent.first().map(|(off, _)| *off), Some(MIB as u64));
+                            // What was under way before the answer, and then what is missing.
+                            let then = ends.iter().zip(sent.iter().skip(1));
+                            let mut then = then.filter(|(end, (off, _))| *end != off);
+                            let (end, (off, _)) = then.next().expect("something is left out");
+                            assert!((1..=EARLY as u64).contains(end));
+                            assert_eq!(*off, MIB as u64);
                             assert!(ends.contains(&(2 * MIB as u64)));
                             assert!(sent.iter().any(|(off, _)| *off == 5 * MIB as u64));
                             assert_eq!(finish.hash, Some(*blake3::hash(&bytes).as_bytes()));
@@ -338,11 +346,134 @@ async fn what_the_server_has_is_proved_and_not_sent_again() {
         })
         .await;
         assert!(failed.is_empty(), "{failed:?}");
-        assert_eq!(
-            (done[0].sent, done[0].resumed),
-            (2 * MIB as u64, 4 * MIB as u64)
-        );
-        assert_eq!(resumed, [(4 * MIB as u64, 6 * MIB as u64)]);
+        let passed = done[0].resumed;
+        assert_eq!(done[0].sent + passed, 6 * MIB as u64);
+        assert!((4 * MIB - EARLY..4 * MIB).contains(&(passed as usize)));
+        assert_eq!(resumed, [(passed, 6 * MIB as u64)]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_first_bytes_of_a_run_do_not_wait_for_an_answer() {
+    bounded(async {
+        // What the server says once it has heard the first bytes: nothing before that.
+        for answer in ["ready", "error", "cut"] {
+            let bytes = Arc::new(noise(7, 3 * MIB));
+            let at_server = bytes.clone();
+            let offers = Arc::new(AtomicUsize::new(0));
+            let sockets: Arc<Mutex<Option<Server>>> = Arc::default();
+            let cutter = sockets.clone();
+            let server = acted(move |channel| {
+                let (bytes, offers) = (at_server.clone(), offers.clone());
+                let cutter = cutter.clone();
+                async move {
+                    // Of the open file: what is here, and whether the client may know what was.
+                    let (mut open, mut here, mut told) = (None, Vec::new(), false);
+                    while let Some(request) = hear(&channel).await {
+                        match request {
+                            Request::File(offer) if offers.fetch_add(1, Ordering::Relaxed) == 0 => {
+                                assert!(offer.resume);
+                                open = Some(offer.id);
+                            }
+                            Request::File(offer) => {
+                                open = Some(offer.id);
+                                // What came before is kept; it is asked for this time.
+                                here.extend_from_slice(&bytes[..FIRST]);
+                                told = true;
+                                let hash = *blake3::hash(&here).as_bytes();
+                                let have = [(0, FIRST as u64, hash)];
+                                say(&channel, "ready", ready(offer.id, &have)).await;
+                            }
+                            // It was on its way.
+                            Request::Chunk { id, .. } if open != Some(id) => {}
+                            Request::Chunk {
+                                id,
+                                offset,
+                                bytes: more,
+                            } => {
+                                assert_eq!(offset, Some(here.len() as u64));
+                                here.extend_from_slice(&more);
+                                assert!(told || here.len() <= EARLY, "it waits for an answer");
+                                if told || here.len() < FIRST {
+                                    continue;
+                                }
+                                match answer {
+                                    "ready" => {
+                                        told = true;
+                                        say(&channel, "ready", ready(id, &[])).await;
+                                    }
+                                    "error" => {
+                                        here.clear();
+                                        open = None;
+                                        say(&channel, "error", error(id, "internal", true)).await;
+                                    }
+                                    _ => {
+                                        let server = cutter.lock().expect("a lock").clone();
+                                        cut(&server.expect("it is there"));
+                                    }
+                                }
+                            }
+                            Request::Finish(finish) => {
+                                assert!(told && here == bytes[..]);
+                                say(&channel, "done", done(finish.id, "x", &here)).await;
+                            }
+                            other => panic!("{other:?}"),
+                        }
+                    }
+                }
+            })
+            .await;
+            *sockets.lock().expect("a lock") = Some(server.clone());
+            let upload = Uploader::new(link(&server)).put([memory("x", bytes.as_ref().clone())]);
+            let (done, failed) = follow(upload, |_| {}).await;
+            assert!(failed.is_empty(), "{answer}: {failed:?}");
+            // A second offer sends nothing before the answer, and passes over what the first has sent.
+            let again = if answer == "ready" { 0 } else { FIRST };
+            assert_eq!(done[0].resumed, again as u64, "{answer}");
+            let sent = done[0].sent as usize;
+            assert!((3 * MIB..=3 * MIB + EARLY).contains(&sent), "{answer}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_is_sent_before_an_answer_is_counted_over_all_lanes() {
+    bounded(async {
+        // Files offered, and bytes sent of them.
+        let (seen, _) = tokio::sync::watch::channel((0, 0));
+        let counted = seen.clone();
+        let server = acted(move |channel| {
+            let counted = counted.clone();
+            async move {
+                let Some(Request::File(offer)) = hear(&channel).await else {
+                    panic!("a file comes first");
+                };
+                counted.send_modify(|(files, _)| *files += 1);
+                let mut all = counted.subscribe();
+                let all = all.wait_for(|(files, bytes)| *files == 4 && *bytes >= EARLY);
+                let refused = async {
+                    assert!(all.await.is_ok());
+                    say(&channel, "error", error(offer.id, "forbidden", false)).await;
+                };
+                let heard = async {
+                    while let Some(request) = hear(&channel).await {
+                        let Request::Chunk { id, bytes, .. } = request else {
+                            panic!("{request:?}");
+                        };
+                        assert_eq!(id, offer.id);
+                        counted.send_modify(|(_, sent)| *sent += bytes.len());
+                    }
+                };
+                tokio::join!(refused, heard);
+            }
+        })
+        .await;
+        let files = (0..4).map(|n| memory(&format!("f{n}"), noise(n, 2 * MIB)));
+        let (done, failed) = follow(Uploader::new(link(&server)).put(files), |_| {}).await;
+        assert_eq!((done.len(), failed.len()), (0, 4));
+        assert_eq!(*seen.borrow(), (4, EARLY));
     })
     .await;
 }

@@ -446,6 +446,149 @@ async fn exactly_what_the_server_has_may_be_passed_over() {
 }
 
 #[tokio::test]
+async fn chunks_before_the_answer_count_like_those_after_it() {
+    let bytes = noise(3, 4000);
+    let other = noise(33, 4000);
+    let mixed = [&other[..300], &bytes[300..]].concat();
+    // Has 0..1000 and 2000..3000, as above.
+    let mut part = bytes.clone();
+    part[1000..2000].fill(0);
+    part[3000..].fill(0);
+    let at = |of: &[u8], from: usize, to: usize| chunk(1, from as u64, &of[from..to]);
+    // What is said before `ready` and after it, and which of them arrives.
+    type Play<'a> = (&'a str, Vec<Say>, Vec<Say>, Option<&'a [u8]>);
+    let plays: Vec<Play<'_>> = vec![
+        (
+            "a part",
+            vec![at(&bytes, 0, 300)],
+            vec![at(&bytes, 1000, 2000), at(&bytes, 3000, 4000)],
+            Some(&bytes),
+        ),
+        (
+            "all of a range",
+            vec![at(&bytes, 0, 500), at(&bytes, 500, 1000)],
+            vec![at(&bytes, 1000, 2000), at(&bytes, 3000, 4000)],
+            Some(&bytes),
+        ),
+        (
+            "beyond it",
+            vec![at(&bytes, 0, 1500)],
+            vec![at(&bytes, 1500, 2000), at(&bytes, 3000, 4000)],
+            Some(&bytes),
+        ),
+        (
+            "into the next",
+            vec![at(&bytes, 0, 2500)],
+            vec![at(&bytes, 3000, 4000)],
+            Some(&bytes),
+        ),
+        (
+            "everything",
+            vec![at(&bytes, 0, 4000)],
+            vec![],
+            Some(&bytes),
+        ),
+        (
+            "another file",
+            vec![at(&other, 0, 300)],
+            vec![at(&other, 300, 4000)],
+            Some(&other),
+        ),
+        (
+            "another beginning",
+            vec![at(&other, 0, 300)],
+            vec![at(&bytes, 1000, 2000), at(&bytes, 3000, 4000)],
+            Some(&mixed),
+        ),
+        (
+            "another beginning, passed off as the same",
+            vec![at(&other, 0, 300)],
+            vec![at(&bytes, 1000, 2000), at(&bytes, 3000, 4000)],
+            None,
+        ),
+    ];
+    for (name, before, after, arrives) in plays {
+        bounded(async {
+            let dir = interrupted(&part, &[(0, 1000), (2000, 1000)]);
+            let fixture = Fixture::over(dir, store(), receiver()).await;
+            let (_socket, mut lane) = lane(&fixture).await;
+            lane.say(&resumable(1, "x", 4000)).await;
+            for say in &before {
+                lane.say(say).await;
+            }
+            // Told as it was before any of them.
+            let ready = lane.hear().await;
+            let hash = |from: usize, to: usize| *blake3::hash(&bytes[from..to]).as_bytes();
+            let has = vec![(0, 1000, hash(0, 1000)), (2000, 1000, hash(2000, 3000))];
+            assert_eq!(ready.have, has, "{name}");
+            for say in &after {
+                lane.say(say).await;
+            }
+            lane.say(&finish(1, arrives.unwrap_or(&bytes))).await;
+            let heard = lane.hear().await.line;
+            match arrives {
+                Some(arrives) => {
+                    assert_eq!(heard, "done 1 x 4000", "{name}");
+                    assert!(fixture.stored("x") == arrives, "{name}: other bytes");
+                    fs::remove_file(fixture.root().join("x")).expect("it");
+                }
+                None => assert_eq!(heard, "error 1 hash_mismatch retry", "{name}"),
+            }
+            assert!(fixture.visible().is_empty(), "{name}");
+            well(&fixture, name).await;
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn chunks_before_an_answer_that_is_no_ready_are_dropped() {
+    bounded(async {
+        let config = StoreConfig {
+            quota: Some(20_000),
+            ..store()
+        };
+        let fixture = Fixture::with(config, receiver()).await;
+        let stored = noise(8, 5000);
+        fs::write(fixture.root().join("stored"), &stored).expect("a file");
+        let (_one, mut first) = lane(&fixture).await;
+        let (_two, mut lane) = lane(&fixture).await;
+        let bytes = noise(9, 5000);
+        first.say(&of_run(1, "busy", 5000, 1)).await;
+        assert_eq!(first.hear().await.line, "ready 1 0");
+        first.say(&chunk(1, 0, &bytes[..1000])).await;
+        first.acked(1, 1000).await;
+        let policy = |(event, data): Say, word: &str| (event, with(data, "if_exists", word));
+        let offers = [
+            (resumable(1, "../x", 5000), "bad_name"),
+            (resumable(2, "stored", 5001), "exists"),
+            (policy(resumable(3, "stored", 5000), "error"), "exists"),
+            (resumable(4, "large", 30_000), "quota retry"),
+            (of_run(5, "busy", 5000, 2), "busy retry"),
+        ];
+        for (id, (offer, answer)) in (1..).zip(offers) {
+            lane.say(&offer).await;
+            for off in (0..3000).step_by(1000) {
+                lane.say(&chunk(id, off, &[7; 1000])).await;
+            }
+            assert_eq!(lane.hear().await.line, format!("error {id} {answer}"));
+        }
+        lane.say(&policy(resumable(6, "stored", 5000), "skip"))
+            .await;
+        lane.say(&chunk(6, 0, &[7; 1000])).await;
+        assert_eq!(lane.hear().await.line, "done 6 stored 5000 same");
+        // What is being written by another is none the worse for it.
+        first.say(&chunk(1, 1000, &bytes[1000..])).await;
+        first.say(&finish(1, &bytes)).await;
+        assert_eq!(first.hear().await.line, "done 1 busy 5000");
+        assert!(fixture.stored("busy") == bytes && fixture.stored("stored") == stored);
+        assert_eq!(fixture.visible(), ["busy", "stored"]);
+        well(&fixture, "refused").await;
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn what_changed_on_the_disk_never_comes_out_as_right() {
     let bytes = noise(4, 200_000);
     let hash = |bytes: &[u8]| *blake3::hash(bytes).as_bytes();
@@ -645,20 +788,44 @@ async fn what_is_published_already_is_told_as_a_whole() {
         lane.say(&chunk(3, 0, &other)).await;
         lane.say(&finish(3, &other)).await;
         assert_eq!(lane.hear().await.line, "error 3 exists");
+        // A part that was sent before the answer is compared like all of it.
+        for (id, from, to) in [(11, 0, 1), (12, 0, 4999), (13, 0, 5000)] {
+            lane.say(&resumable(id, "x", 5000)).await;
+            lane.say(&chunk(id, 0, &bytes[from..to])).await;
+            assert_eq!(have(&lane.hear().await, id, &bytes), 5000);
+            lane.say(&finish(id, &bytes)).await;
+            assert_eq!(lane.hear().await.line, format!("done {id} x 5000 same"));
+        }
+        for (id, rest) in [(14, &other[1000..]), (15, &[][..])] {
+            lane.say(&resumable(id, "x", 5000)).await;
+            lane.say(&chunk(id, 0, &other[..1000])).await;
+            assert!(lane.hear().await.line.starts_with(&format!("ready {id} 1")));
+            if !rest.is_empty() {
+                lane.say(&chunk(id, 1000, rest)).await;
+            }
+            lane.say(&finish(id, &other)).await;
+            let heard = lane.hear().await.line;
+            let code = if rest.is_empty() {
+                "size_mismatch"
+            } else {
+                "exists"
+            };
+            assert_eq!(heard, format!("error {id} {code}"));
+        }
         // Passing over what is unequal gains nothing, nor does adding to it.
-        lane.say(&resumable(4, "x", 5000)).await;
-        assert!(lane.hear().await.line.starts_with("ready 4 1"));
-        lane.say(&chunk(4, 4000, &other[4000..])).await;
-        lane.say(&finish(4, &other)).await;
+        lane.say(&resumable(21, "x", 5000)).await;
+        assert!(lane.hear().await.line.starts_with("ready 21 1"));
+        lane.say(&chunk(21, 4000, &other[4000..])).await;
+        lane.say(&finish(21, &other)).await;
         let heard = lane.hear().await.line;
-        assert!(heard.starts_with("error 4 "), "{heard}");
-        lane.say(&resumable(5, "x", V::Nil)).await;
-        assert!(lane.hear().await.line.starts_with("ready 5 1"));
-        lane.say(&chunk(5, 5000, b"more")).await;
+        assert!(heard.starts_with("error 21 "), "{heard}");
+        lane.say(&resumable(22, "x", V::Nil)).await;
+        assert!(lane.hear().await.line.starts_with("ready 22 1"));
+        lane.say(&chunk(22, 5000, b"more")).await;
         let longer = [&bytes[..], b"more"].concat();
-        lane.say(&finish(5, &longer)).await;
+        lane.say(&finish(22, &longer)).await;
         let heard = lane.hear().await.line;
-        assert!(heard.starts_with("error 5 "), "{heard}");
+        assert!(heard.starts_with("error 22 "), "{heard}");
         assert_eq!(fixture.stored("x"), bytes);
         assert_eq!(fixture.visible(), ["x"]);
         well(&fixture, "published").await;

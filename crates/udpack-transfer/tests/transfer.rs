@@ -83,7 +83,7 @@ async fn many_small_files_share_a_lane() {
 }
 
 #[tokio::test]
-async fn the_same_file_again_is_success_and_nothing_is_sent() {
+async fn the_same_file_again_is_success_and_hardly_anything_is_sent() {
     bounded(async {
         let fixture = Fixture::new().await;
         let socket = fixture.connect().await;
@@ -93,10 +93,10 @@ async fn the_same_file_again_is_success_and_nothing_is_sent() {
             assert_eq!((first[0].sent, first[0].same), (size, false));
             let (again, failed) = drain(Uploader::new(&socket).put(vec![source])).await;
             assert!(failed.is_empty(), "{failed:?}");
-            assert_eq!(
-                (again[0].sent, again[0].same, again[0].hash),
-                (0, true, first[0].hash)
-            );
+            assert_eq!((again[0].same, again[0].hash), (true, first[0].hash));
+            // What went out before the server had answered.
+            assert!(again[0].sent <= size.min(64 << 10));
+            assert_eq!(again[0].resumed, 0);
         }
     })
     .await;

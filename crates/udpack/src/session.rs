@@ -673,9 +673,13 @@ impl Session {
             if self.welcome().is_some() {
                 return Ok(());
             }
+            // Who was let in and has left since was let in.
             tokio::select! {
+                biased;
                 () = admitted => {}
-                reason = self.end.wait() => return Err(reason),
+                reason = self.end.wait() => {
+                    return self.welcome().map(|_| ()).ok_or(reason);
+                }
             }
         }
     }

@@ -70,7 +70,10 @@ async fn put(
                     .follow(Transfer::Up(upload), None, &origins, &mut meter)
                     .await;
                 // Every file has its outcome: there is nothing to take leave for, which takes two round trips.
-                if let Some(socket) = link.live() {
+                // The last of them may be here before the word that the server has let us in.
+                if let Some(socket) = link.live()
+                    && socket.admitted().await.is_ok()
+                {
                     socket.abort(CloseCode::NORMAL, "done");
                     socket.closed().await;
                 }

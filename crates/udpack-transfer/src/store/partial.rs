@@ -29,7 +29,7 @@ pub struct Partial {
     reservation: Option<Reservation>,
     hasher: Box<blake3::Hasher>,
     /// The hash's state at an end of what [`have`](Self::have) read, so that it need not be read twice.
-    snapshot: Option<Box<blake3::Hasher>>,
+    pub(super) snapshot: Option<Box<blake3::Hasher>>,
     position: u64,
     /// Bytes from which on the staging file has nothing yet.
     end: u64,
@@ -462,13 +462,15 @@ impl Partial {
             }
         }
         self.skip_to(offset)?;
-        self.body
-            .file
-            .write_all_at(bytes, offset)
-            .map_err(|e| self.fail("write a file", e))?;
+        if !self.holds(bytes)? {
+            self.body
+                .file
+                .write_all_at(bytes, offset)
+                .map_err(|e| self.fail("write a file", e))?;
+            // It may have taken in what was just overwritten.
+            self.snapshot = None;
+        }
         self.hasher.update(bytes);
-        // It may have taken in what was just overwritten.
-        self.snapshot = None;
         self.position = total;
         self.body.position.store(total, Ordering::Release);
         if total > self.end {
@@ -631,6 +633,22 @@ impl Partial {
                     .offered
                     .iter()
                     .any(|(start, end)| *start <= self.position && offset <= *end)
+    }
+
+    /// Whether the bytes that come next are there, in what the snapshot has taken in, which then stays good: who
+    /// sends them did not wait to be told of them.
+    fn holds(&mut self, bytes: &[u8]) -> Result<bool, StoreError> {
+        let end = self.position.saturating_add(bytes.len() as u64);
+        let inside = |snapshot: &blake3::Hasher| end <= snapshot.count();
+        if !self.snapshot.as_deref().is_some_and(inside) {
+            return Ok(false);
+        }
+        let mut held = vec![0; bytes.len()];
+        match self.body.file.read_exact_at(&mut held, self.position) {
+            Ok(()) => Ok(held == bytes),
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+            Err(e) => Err(self.fail("read a staging file", e)),
+        }
     }
 
     /// Takes what lies before `offset` from the disk.

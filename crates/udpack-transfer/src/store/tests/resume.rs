@@ -46,6 +46,31 @@ fn an_interrupted_upload_goes_on_where_it_was() {
 }
 
 #[test]
+fn what_is_sent_although_it_is_there_is_not_written_again() {
+    // Whether the bytes that are sent before the rest is passed over are those that lie there.
+    for same in [true, false] {
+        let (dir, store) = open(StoreConfig::default());
+        let mut bytes = noise(MIB);
+        let mut partial = resumable(&store, "a", Some(MIB as u64)).unwrap();
+        partial.write_at(0, &bytes[..MIB / 2]).unwrap();
+        drop(partial);
+        let mut partial = resumable(&store, "a", Some(MIB as u64)).unwrap();
+        assert_eq!(have(&mut partial), [range(0, &bytes[..MIB / 2])]);
+        if !same {
+            bytes[999] ^= 1;
+        }
+        partial.write_at(0, &bytes[..1000]).unwrap();
+        assert_eq!(partial.snapshot.is_some(), same, "else it is read again");
+        partial.write_at(1000, &bytes[1000..2000]).unwrap();
+        assert_eq!(partial.position(), 2000);
+        let half = MIB as u64 / 2;
+        partial.write_at(half, &bytes[MIB / 2..]).unwrap();
+        partial.finish(Some(hash(&bytes)), None).unwrap();
+        assert_eq!(fs::read(dir.path().join("a")).unwrap(), bytes);
+    }
+}
+
+#[test]
 fn only_the_same_owner_and_path_find_it() {
     let (dir, store) = open(StoreConfig::default());
     let mut partial = resumable(&store, "a", Some(4)).unwrap();
