@@ -43,7 +43,7 @@ if [ ${#chosen[@]} -gt 1 ]; then
     read -r _ rate _ <<<"$(grep "^$cell " <<<"$cells")"
     if [ "$parallel" = 1 ] && [ "$rate" -le 100 ]; then slow+=("$cell"); else fast+=("$cell"); fi
   done
-  side_by_side 6 "${slow[@]/#/bench/wan.sh }"
+  side_by_side 2 "${slow[@]/#/bench/wan.sh }"
   side_by_side 1 "${fast[@]/#/bench/wan.sh }"
   exit "$failed"
 fi
