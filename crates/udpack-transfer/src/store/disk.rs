@@ -11,6 +11,7 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -367,23 +368,23 @@ impl Disk {
     /// that was moved or removed a moment ago may still be taken for the one that has its path now: this only spares
     /// work that would be in vain.
     pub(super) fn seems_vacant(&self, path: &RelPath) -> bool {
-        let parent = path.parent().unwrap_or_default();
-        let dir = match self.recent(parent) {
-            Ok(dir) => dir,
-            Err(errno) => return errno == Errno::NOENT,
+        let within = |dir: BorrowedFd<'_>| {
+            rustix::fs::statat(dir, path.file_name(), AtFlags::SYMLINK_NOFOLLOW)
         };
-        let found = rustix::fs::statat(&dir, path.file_name(), AtFlags::SYMLINK_NOFOLLOW);
+        let found = match path.parent() {
+            None => within(self.root.as_fd()),
+            Some(parent) => self.recent(parent).and_then(|dir| within(dir.as_fd())),
+        };
         matches!(found, Err(Errno::NOENT))
     }
 
-    /// The directory of this path, "" for the root, opened now or a moment ago.
+    /// The directory of this path, opened now or a moment ago.
     fn recent(&self, path: &str) -> Result<Arc<File>, Errno> {
         let known = || self.recent.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, dir)) = known().iter().find(|(known, _)| known == path) {
             return Ok(dir.clone());
         }
-        let below = Some(path).filter(|path| !path.is_empty());
-        let dir = Arc::new(resolve(&self.root, below, DIRECTORY | OFlags::PATH)?);
+        let dir = Arc::new(resolve(&self.root, Some(path), DIRECTORY | OFlags::PATH)?);
         let mut known = known();
         known.truncate(RECENT - 1);
         known.push_front((path.to_owned(), dir.clone()));
