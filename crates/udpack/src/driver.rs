@@ -4,8 +4,8 @@
 //! reads and writes the control stream, and carries out a close. It ends with the session, and with it every
 //! channel task it started.
 
-use std::future::poll_fn;
-use std::pin::pin;
+use std::future::{Future, poll_fn};
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -27,7 +27,7 @@ use crate::lifetime::Lifetime;
 use crate::metrics::{Count, Tally, Words};
 use crate::reconnect::SocketState;
 use crate::resume::{Mismatch, Seen};
-use crate::session::{ChannelKey, Session, lock};
+use crate::session::{CONFIRM, ChannelKey, Session, WISHED, lock};
 use crate::socket::Registry;
 use crate::streams::{Rate, serve_stream};
 use crate::windows;
@@ -186,12 +186,10 @@ impl Comeback {
         };
         let closed = async {
             loop {
-                let mut wished = std::pin::pin!(session.wished.notified());
-                wished.as_mut().enable();
                 if let Some(reason) = session.wished_close() {
                     return reason;
                 }
-                wished.await;
+                session.bells.rung(WISHED).await;
             }
         };
         tokio::select! {
@@ -241,6 +239,21 @@ async fn tick(interval: &mut Option<Interval>) {
     match interval {
         Some(interval) => drop(interval.tick().await),
         None => std::future::pending().await,
+    }
+}
+
+/// What a driver does about something that happened; an outcome ends it.
+enum Act<'a> {
+    /// Waits on.
+    Wait,
+    Over(Outcome),
+    /// In a box, because it is rare: the task needs no room for it in between.
+    Work(Pin<Box<dyn Future<Output = Option<Outcome>> + Send + 'a>>),
+}
+
+impl<'a> Act<'a> {
+    fn work(work: impl Future<Output = Option<Outcome>> + Send + 'a) -> Self {
+        Self::Work(Box::pin(work))
     }
 }
 
@@ -338,106 +351,116 @@ impl Driver {
             opened = USED_STREAMS;
             permit_all(&session, &conn);
         }
+        control.inbox.rest();
         let mut volatile = pin!(crate::volatile::serve(&session, &conn));
         // A server looks at all its connections in one go.
         let mut look = session.client.then(windows::look);
         loop {
-            tokio::select! {
-                never = &mut volatile => match never {},
-                () = tick(&mut look) => session.window.stuck(&conn),
-                stream = conn.accept_bi() => match stream {
-                    Ok((send, recv)) => {
-                        if !self.rate.take() {
-                            let text = format!("more than {} channels a second", session.limits.channel_rate);
-                            session.abort(CloseReason::local(CloseCode::RATE_LIMITED, text));
-                            continue;
-                        }
-                        opened = opened.saturating_add(1);
-                        if opened == USED_STREAMS {
-                            permit_all(&session, &conn);
-                        }
-                        let span = tracing::debug_span!("channel", name = Empty, id = Empty);
-                        let serve = serve_stream(
-                            session.clone(),
-                            self.registry.clone(),
-                            self.incoming.clone(),
-                            (conn.clone(), link),
-                            send,
-                            recv,
-                        );
-                        channels.spawn(serve.instrument(span));
+            let work = {
+                let act = tokio::select! {
+                    never = &mut volatile => match never {},
+                    () = tick(&mut look) => {
+                        session.window.stuck(&conn);
+                        Act::Wait
                     }
-                    Err(error) => {
-                        let reason = session.reason_for(&error);
-                        return if comeback.survives(&reason) {
-                            Outcome::Lost(reason)
-                        } else {
-                            Outcome::Over(reason)
-                        };
-                    }
-                },
-                message = poll_fn(|cx| control.inbox.poll_first(cx, &session, &session.counters)) => {
-                    match on_control(&session, message) {
-                        None => {
-                            if move_at.is_none()
-                                && matches!(comeback, Comeback::Dialled(_))
-                                && let Some(goaway) = &*lock(&session.received_goaway)
-                            {
-                                // Until then channels go on; new ones wait for the next server.
-                                move_at = Some(Instant::now() + goaway.wait());
-                                session.set_up(None);
-                                if let Some(states) = &session.states {
-                                    states.set(SocketState::GoingAway(GoAway::clone(goaway)));
+                    stream = conn.accept_bi() => match stream {
+                        Ok((send, recv)) => {
+                            if self.rate.take() {
+                                opened = opened.saturating_add(1);
+                                if opened == USED_STREAMS {
+                                    permit_all(&session, &conn);
                                 }
+                                let span = tracing::debug_span!("channel", name = Empty, id = Empty);
+                                let serve = serve_stream(
+                                    session.clone(),
+                                    self.registry.clone(),
+                                    self.incoming.clone(),
+                                    (conn.clone(), link),
+                                    send,
+                                    recv,
+                                );
+                                channels.spawn(serve.instrument(span));
+                            } else {
+                                let text = format!("more than {} channels a second", session.limits.channel_rate);
+                                session.abort(CloseReason::local(CloseCode::RATE_LIMITED, text));
                             }
+                            Act::Wait
                         }
-                        // The control stream may tell of a lost connection before the connection does.
-                        Some(reason) if reason.by != Side::Local && comeback.survives(&reason) => {
-                            // It will not be there for us, but perhaps another is.
-                            conn.close(reason.code.varint(), reason.text.as_bytes());
-                            return Outcome::Lost(reason);
+                        Err(error) => {
+                            let reason = session.reason_for(&error);
+                            Act::Over(if comeback.survives(&reason) {
+                                Outcome::Lost(reason)
+                            } else {
+                                Outcome::Over(reason)
+                            })
                         }
-                        Some(reason) => {
-                            return Box::pin(take_leave(&session, &conn, reason)).await;
+                    },
+                    message = poll_fn(|cx| control.inbox.poll_first(cx, &session, &session.counters)) => {
+                        match on_control(&session, message) {
+                            None => {
+                                if move_at.is_none()
+                                    && matches!(comeback, Comeback::Dialled(_))
+                                    && let Some(goaway) = &*lock(&session.received_goaway)
+                                {
+                                    // Until then channels go on; new ones wait for the next server.
+                                    move_at = Some(Instant::now() + goaway.wait());
+                                    session.set_up(None);
+                                    if let Some(states) = &session.states {
+                                        states.set(SocketState::GoingAway(GoAway::clone(goaway)));
+                                    }
+                                }
+                                Act::Wait
+                            }
+                            // The control stream may tell of a lost connection before the connection does.
+                            Some(reason) if reason.by != Side::Local && comeback.survives(&reason) => {
+                                // It will not be there for us, but perhaps another is.
+                                conn.close(reason.code.varint(), reason.text.as_bytes());
+                                Act::Over(Outcome::Lost(reason))
+                            }
+                            Some(reason) => Act::work(async {
+                                Some(take_leave(&session, &conn, reason).await)
+                            }),
                         }
+                    },
+                    () = session.bells.rung(WISHED) => Act::work(carry_out(&session, &conn, control)),
+                    () = session.bells.rung(CONFIRM) => {
+                        confirm_at.get_or_insert_with(|| Instant::now() + CONFIRM_DELAY);
+                        Act::Wait
+                    },
+                    () = at(confirm_at) => {
+                        confirm_at = None;
+                        Act::work(async {
+                            confirm(&session, &mut control.send).await;
+                            None
+                        })
+                    },
+                    link = comeback.replaced() => Act::Over(Outcome::Replaced(link)),
+                    () = at(move_at) => {
+                        let reason = CloseReason::new(
+                            CloseCode::MOVED,
+                            "the server goes away; open the channel again",
+                            Side::Transport,
+                        );
+                        session.finish_channels_because(&reason);
+                        Act::work(async { Some(self.leave(control, channels, reason).await) })
+                    },
+                    frame = self.lifetime.next() => Act::work(async {
+                        write_control(&session, &mut control.send, frame).await;
+                        None
+                    }),
+                    Some(ended) = channels.join_next() => {
+                        reap(&session, ended);
+                        Act::Wait
                     }
-                },
-                () = session.wished.notified() => {
-                    let (close, goaway) = {
-                        let mut wishes = lock(&session.wishes);
-                        let wishes = wishes.made();
-                        (wishes.close.clone(), wishes.goaway.take())
-                    };
-                    if let Some(frame) = goaway.as_ref().and_then(control::encode_goaway) {
-                        Box::pin(write_control(&session, &mut control.send, frame)).await;
-                    }
-                    if let Some(reason) = close {
-                        Box::pin(close_gracefully(&session, control, reason)).await;
-                        let error = conn.closed().await;
-                        return Outcome::Over(session.reason_for(&error));
-                    }
-                },
-                () = session.confirm_due.notified() => {
-                    confirm_at.get_or_insert_with(|| Instant::now() + CONFIRM_DELAY);
-                },
-                () = at(confirm_at) => {
-                    confirm_at = None;
-                    Box::pin(confirm(&session, &mut control.send)).await;
-                },
-                link = comeback.replaced() => return Outcome::Replaced(link),
-                () = at(move_at) => {
-                    let reason = CloseReason::new(
-                        CloseCode::MOVED,
-                        "the server goes away; open the channel again",
-                        Side::Transport,
-                    );
-                    session.finish_channels_because(&reason);
-                    return Box::pin(self.leave(control, channels, reason)).await;
-                },
-                frame = self.lifetime.next() => {
-                    Box::pin(write_control(&session, &mut control.send, frame)).await;
+                };
+                match act {
+                    Act::Wait => continue,
+                    Act::Over(outcome) => return outcome,
+                    Act::Work(work) => work,
                 }
-                Some(ended) = channels.join_next() => reap(&session, ended),
+            };
+            if let Some(outcome) = work.await {
+                return outcome;
             }
         }
     }
@@ -464,11 +487,11 @@ impl Driver {
                         return Outcome::Moved(reason);
                     }
                 },
-                () = session.confirm_due.notified() => {
+                () = session.bells.rung(CONFIRM) => {
                     tokio::time::sleep(CONFIRM_DELAY).await;
                     confirm(session, &mut control.send).await;
                 },
-                () = session.wished.notified() => {
+                () = session.bells.rung(WISHED) => {
                     let close = session.wished_close();
                     if let Some(reason) = close {
                         close_gracefully(session, control, reason).await;
@@ -488,6 +511,26 @@ impl Driver {
         conn.close(CloseCode::NORMAL.varint(), b"");
         Outcome::Moved(reason)
     }
+}
+
+/// Does what the application wished for.
+async fn carry_out(
+    session: &Session,
+    conn: &quinn::Connection,
+    control: &mut Control,
+) -> Option<Outcome> {
+    let (close, goaway) = {
+        let mut wishes = lock(&session.wishes);
+        let wishes = wishes.made();
+        (wishes.close.clone(), wishes.goaway.take())
+    };
+    if let Some(frame) = goaway.as_ref().and_then(control::encode_goaway) {
+        write_control(session, &mut control.send, frame).await;
+    }
+    let reason = close?;
+    close_gracefully(session, control, reason).await;
+    let error = conn.closed().await;
+    Some(Outcome::Over(session.reason_for(&error)))
 }
 
 /// Permits the peer all the streams that its channels may need.

@@ -23,6 +23,7 @@ use crate::frame::FrameDecoder;
 use crate::message::Message;
 use crate::metrics::Count;
 use crate::session::{ChannelKey, Session, lock, lost};
+use crate::spare::Spare;
 use crate::speed::Counters;
 
 /// QUIC chunks taken in one call, and in the one after a call that took fewer.
@@ -40,9 +41,7 @@ struct State {
     /// None while a resumable channel has no connection.
     stream: Option<quinn::RecvStream>,
     resume: Option<Received>,
-    /// How the direction ends when its stream is lost, or finished, once that is decided from outside.
-    on_loss: Option<Ending>,
-    on_finish: Option<CloseReason>,
+    decided: Spare<Decided>,
     decoder: FrameDecoder,
     /// Chunks taken from QUIC and not yet decoded.
     chunks: VecDeque<Bytes>,
@@ -51,7 +50,7 @@ struct State {
     backlog: VecDeque<Message>,
     backlog_bytes: usize,
     /// Requests of both sides, and what came for them.
-    calls: Calls,
+    calls: Spare<Calls>,
     end: Option<Ending>,
     timer: Option<Pin<Box<Sleep>>>,
     /// Bytes received in all, and how many there were when the timer was set.
@@ -63,6 +62,13 @@ struct State {
     uncounted: u64,
     waiters: Arc<Waiters>,
     waker: Waker,
+}
+
+/// How the direction ends when its stream is lost, or finished, once that is decided from outside.
+#[derive(Default)]
+struct Decided {
+    on_loss: Option<Ending>,
+    on_finish: Option<CloseReason>,
 }
 
 /// What a resumable channel has received.
@@ -142,14 +148,13 @@ impl Inbox {
         let state = State {
             stream: Some(stream),
             resume: None,
-            on_loss: None,
-            on_finish: None,
+            decided: Spare::default(),
             decoder: FrameDecoder::new(frame_limit),
             chunks: VecDeque::new(),
             more: false,
             backlog: VecDeque::new(),
             backlog_bytes: 0,
-            calls: Calls::default(),
+            calls: Spare::default(),
             end: None,
             timer: None,
             received: 0,
@@ -223,13 +228,13 @@ impl Inbox {
 
     /// Ends the direction with this once what has arrived is read.
     pub(crate) fn fail(&self, ending: Ending) {
-        lock(&self.state).on_loss = Some(ending);
+        lock(&self.state).decided.made().on_loss = Some(ending);
         self.waiters.wake_by_ref();
     }
 
     /// Lets a clean end of the stream read as this reason.
     pub(crate) fn finish_as(&self, reason: CloseReason) {
-        lock(&self.state).on_finish = Some(reason);
+        lock(&self.state).decided.made().on_finish = Some(reason);
     }
 
     /// Raises or lowers the frame limit for frames not yet begun.
@@ -268,7 +273,7 @@ impl Inbox {
 
     /// What is known of the requests on this channel.
     pub(crate) fn calls<T>(&self, look: impl FnOnce(&mut Calls) -> T) -> T {
-        look(&mut lock(&self.state).calls)
+        look(lock(&self.state).calls.made())
     }
 
     /// Waits until `look` finds what it is after. Messages that come before it wait in the backlog, which is
@@ -282,7 +287,7 @@ impl Inbox {
     ) -> Poll<Result<T, NoReply>> {
         let mut state = lock(&self.state);
         loop {
-            if let Some(found) = look(&mut state.calls) {
+            if let Some(found) = look(state.calls.made()) {
                 return Poll::Ready(Ok(found));
             }
             if let Some(full) = state.backlog_full(session) {
@@ -348,6 +353,11 @@ impl Inbox {
         }
     }
 
+    /// Lets go of memory that is only kept to be used again, before a time in which little comes.
+    pub(crate) fn rest(&self) {
+        lock(&self.state).chunks.shrink_to_fit();
+    }
+
     pub(crate) fn ending(&self) -> Option<Ending> {
         lock(&self.state).end.clone()
     }
@@ -362,7 +372,7 @@ impl State {
         );
         if self.backlog.len() >= messages {
             full(messages, "messages")
-        } else if self.backlog_bytes + self.calls.waiting() >= bytes {
+        } else if self.backlog_bytes + self.calls.get().map_or(0, Calls::waiting) >= bytes {
             full(bytes, "bytes")
         } else {
             None
@@ -373,7 +383,7 @@ impl State {
     fn put_back(&mut self, message: Message) {
         self.backlog_bytes += message.len();
         if let Some(id) = message.id() {
-            self.calls.queued(id);
+            self.calls.made().queued(id);
         }
         self.backlog.push_back(message);
     }
@@ -382,9 +392,9 @@ impl State {
     fn handed_out(&mut self, message: &Message, serve: bool) {
         match message.id() {
             Some(id) if serve => {
-                self.calls.begin(id);
+                self.calls.made().begin(id);
             }
-            Some(id) => self.calls.answered(id),
+            Some(id) => self.calls.made().answered(id),
             None => {}
         }
     }
@@ -418,7 +428,7 @@ impl State {
 
     /// Files a message of the protocol; `None` when it concerns nobody.
     fn file(&mut self, message: Message, session: &Session) -> Option<Step> {
-        let message = match self.calls.take(message) {
+        let message = match self.calls.made().take(message) {
             Taken::Other(message) => message,
             Taken::Dropped => return None,
             Taken::Filed => return Some(Step::Filed),
@@ -465,7 +475,7 @@ impl State {
             (self.backlog.iter().position(waits)).and_then(|at| self.backlog.remove(at))
         {
             self.backlog_bytes -= message.len();
-            self.calls.answered(id);
+            self.calls.made().answered(id);
         }
     }
 
@@ -540,7 +550,9 @@ impl State {
             self.waiters.add(cx.waker());
             match self.poll_read(session) {
                 Poll::Ready(Ok(0)) => {
-                    let end = match (self.decoder.finish(), self.on_finish.take()) {
+                    let decided = self.decided.get_mut();
+                    let on_finish = decided.and_then(|decided| decided.on_finish.take());
+                    let end = match (self.decoder.finish(), on_finish) {
                         (Ok(()), Some(reason)) => Ending::Closed(reason),
                         (Ok(()), None) => Ending::Finished,
                         (Err(error), _) => violation(error.close_code(), &error),
@@ -587,7 +599,11 @@ impl State {
         // `read_chunks` is cancel safe: a future that is not ready has taken nothing.
         let read = match &mut self.stream {
             Some(stream) => pin!(stream.read_chunks(&mut chunks)).poll(&mut cx),
-            None => match &self.on_loss {
+            None => match self
+                .decided
+                .get()
+                .and_then(|decided| decided.on_loss.as_ref())
+            {
                 Some(end) => return Poll::Ready(Err(end.clone())),
                 None => return Poll::Pending,
             },

@@ -114,6 +114,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod auth;
+mod bells;
 #[cfg(feature = "bench")]
 #[doc(hidden)]
 pub mod bench;

@@ -7,17 +7,17 @@
 use std::fmt;
 use std::future::{Future, pending};
 use std::panic::AssertUnwindSafe;
-use std::pin::pin;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use tokio::sync::{Notify, OwnedMutexGuard, oneshot};
+use tokio::sync::{OwnedMutexGuard, oneshot};
 use tokio::time::Instant;
 
 use crate::auth::{Authenticate, Deny, Hello, Peer, Penalties};
+use crate::bells::{Bell, Bells};
 use crate::channel::{Channel, WeakChannel};
 use crate::code::{CloseCode, CloseReason};
 use crate::config::TOKEN_BYTES;
@@ -196,17 +196,21 @@ pub(crate) struct Life {
     /// Set at a client that looks after its token by itself.
     source: OnceLock<Box<TokenSource>>,
     term: Mutex<Term>,
-    renewed: Notify,
     /// Channels that the peer opened, to be looked at again after a refresh; the gone ones are swept as it grows.
     channels: Mutex<Vec<WeakChannel>>,
     /// At a client: one refresh at a time, from its being queued to its answer.
-    turn: Arc<tokio::sync::Mutex<()>>,
+    turn: OnceLock<Arc<tokio::sync::Mutex<()>>>,
     exchange: Mutex<Spare<Exchange>>,
-    /// There is a frame for the driver.
-    ready: Notify,
-    /// There is a token to look at.
-    asked: Notify,
+    /// What wakes the driver: [`RENEWED`], [`READY`] and [`ASKED`].
+    bells: Bells,
 }
+
+/// The token counts for another time than before.
+const RENEWED: Bell = Bell(1);
+/// There is a frame for the driver.
+const READY: Bell = Bell(1 << 1);
+/// There is a token to look at.
+const ASKED: Bell = Bell(1 << 2);
 
 /// What goes on between the two sides.
 #[derive(Default)]
@@ -249,7 +253,7 @@ impl Life {
             since: Some(now),
             until: left.and_then(|left| now.checked_add(left)),
         };
-        self.renewed.notify_waiters();
+        self.bells.ring(RENEWED);
     }
 
     /// How long the token still counts, if it has an end.
@@ -269,7 +273,7 @@ impl Life {
             .waiting
             .as_ref()
             .and_then(|waiting| control::encode_refresh(&waiting.token).ok());
-        self.ready.notify_one();
+        self.bells.ring(READY);
     }
 
     /// Takes a `$refresh` at a server; a reason says that the connection must end.
@@ -286,7 +290,7 @@ impl Life {
         }
         exchange.busy = true;
         exchange.asked = Some(token);
-        self.asked.notify_one();
+        self.bells.ring(ASKED);
         None
     }
 
@@ -343,6 +347,10 @@ impl Life {
         }
     }
 
+    fn turn(&self) -> Arc<tokio::sync::Mutex<()>> {
+        self.turn.get_or_init(Arc::default).clone()
+    }
+
     async fn next_frame(&self) -> Bytes {
         loop {
             {
@@ -354,7 +362,7 @@ impl Life {
                     return frame;
                 }
             }
-            self.ready.notified().await;
+            self.bells.rung(READY).await;
         }
     }
 
@@ -368,7 +376,7 @@ impl Life {
                     return (token, exchange.round);
                 }
             }
-            self.asked.notified().await;
+            self.bells.rung(ASKED).await;
         }
     }
 }
@@ -405,7 +413,7 @@ pub(crate) async fn refresh(session: &Session, token: String) -> Result<(), Refr
             .wait_admitted()
             .await
             .map_err(RefreshError::Closed)?;
-        let turn = session.life.turn.clone().lock_owned().await;
+        let turn = session.life.turn().lock_owned().await;
         let (answer, answered) = oneshot::channel();
         {
             let mut exchange = lock(&session.life.exchange);
@@ -417,7 +425,7 @@ pub(crate) async fn refresh(session: &Session, token: String) -> Result<(), Refr
             });
             exchange.out = Some(frame);
         }
-        session.life.ready.notify_one();
+        session.life.bells.ring(READY);
         match answered.await {
             Ok(answer) => {
                 if answer.is_ok() {
@@ -489,12 +497,10 @@ impl Lifetime {
 async fn end_in_time(session: &Session) {
     let life = &session.life;
     loop {
-        let mut renewed = pin!(life.renewed.notified());
-        renewed.as_mut().enable();
         let until = lock(&life.term).until;
         tokio::select! {
             () = sleep_until(until) => break,
-            () = renewed => {}
+            () = life.bells.rung(RENEWED) => {}
         }
     }
     session.abort(ended());
@@ -507,7 +513,8 @@ fn ended() -> CloseReason {
 /// Asks the verifier from time to time whether the peer is still welcome.
 async fn ask_again(session: &Session, guard: &Guard) {
     loop {
-        tokio::time::sleep(session.timeouts.recheck.max(Duration::from_millis(1))).await;
+        let period = session.timeouts.recheck.max(Duration::from_millis(1));
+        sleep_until(Instant::now().checked_add(period)).await;
         let Some(peer) = session.peer.get() else {
             continue;
         };
@@ -554,7 +561,7 @@ async fn verify_refreshes(session: &Session, guard: &Guard) {
         let exchange = exchange.made();
         if exchange.round == round {
             exchange.out = control::encode_refreshed(&refreshed);
-            session.life.ready.notify_one();
+            session.life.bells.ring(READY);
         }
     }
 }
@@ -599,17 +606,16 @@ async fn verify_refresh(
 async fn keep_fresh(session: &Session, source: &TokenSource) {
     let life = &session.life;
     loop {
-        let mut renewed = pin!(life.renewed.notified());
-        renewed.as_mut().enable();
+        life.bells.hush(RENEWED);
         let now = *lock(&life.term);
         let (Some(since), Some(until)) = (now.since, now.until) else {
-            renewed.await;
+            life.bells.rung(RENEWED).await;
             continue;
         };
         let mut at = since + two_thirds(until - since).max(REFRESH_PAUSE);
         loop {
             tokio::select! {
-                () = &mut renewed => break,
+                () = life.bells.rung(RENEWED) => break,
                 () = tokio::time::sleep_until(at) => {}
             }
             let fresh = async {
@@ -660,7 +666,7 @@ mod tests {
         lock(&client.exchange).made().waiting = Some(Waiting {
             token: "a-new-token".to_owned(),
             answer,
-            _turn: client.turn.clone().try_lock_owned().unwrap(),
+            _turn: client.turn().try_lock_owned().unwrap(),
         });
         assert_eq!(server.on_refresh(&message(&refresh)), None);
         let twice = server.on_refresh(&message(&refresh)).unwrap();

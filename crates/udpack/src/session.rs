@@ -14,6 +14,7 @@ use tokio::sync::Notify;
 use tokio_util::task::TaskTracker;
 
 use crate::auth::PeerCell;
+use crate::bells::{Bell, Bells};
 use crate::code::{CloseCode, CloseReason, Side, printable};
 use crate::config::{Limits, Timeouts};
 use crate::control::{GoAway, Welcome};
@@ -157,6 +158,15 @@ impl Tickets {
     }
 }
 
+/// The application has left a wish.
+pub(crate) const WISHED: Bell = Bell(1);
+/// There is something to confirm.
+pub(crate) const CONFIRM: Bell = Bell(1 << 1);
+/// A volatile message waits to be sent.
+pub(crate) const SMALL: Bell = Bell(1 << 2);
+/// A volatile message waits that is too large for a datagram.
+pub(crate) const LARGE: Bell = Bell(1 << 3);
+
 /// What the application asked the driver to do.
 #[derive(Debug, Default)]
 pub(crate) struct Wishes {
@@ -191,7 +201,8 @@ pub(crate) struct Session {
     /// Bounds what this peer's misbehaviour puts into the log.
     pub(crate) quiet: Quiet,
     pub(crate) wishes: Mutex<Spare<Wishes>>,
-    pub(crate) wished: Notify,
+    /// What wakes the driver: [`WISHED`], [`CONFIRM`], [`SMALL`] and [`LARGE`].
+    pub(crate) bells: Bells,
     pub(crate) received_goaway: Mutex<Option<Box<GoAway>>>,
     /// The live channels, so that a close can flush them.
     pipes: Mutex<Spare<HashMap<u64, Weak<Pipe>>>>,
@@ -201,7 +212,6 @@ pub(crate) struct Session {
     pub(crate) seen: Mutex<Seen>,
     /// What the peer is to be told it need not keep.
     confirms: Mutex<Spare<HashMap<ChannelKey, u64>>>,
-    pub(crate) confirm_due: Notify,
     /// What resumable channels keep.
     pub(crate) budget: Arc<Budget>,
     pub(crate) tickets: Mutex<Spare<Tickets>>,
@@ -276,13 +286,12 @@ impl Session {
             end: End::default(),
             quiet: Quiet::default(),
             wishes: Mutex::default(),
-            wished: Notify::new(),
+            bells: Bells::default(),
             received_goaway: Mutex::default(),
             pipes: Mutex::default(),
             resumable: Mutex::default(),
             seen: Mutex::default(),
             confirms: Mutex::default(),
-            confirm_due: Notify::new(),
             tickets: Mutex::default(),
             link: Mutex::new(1),
             up: Mutex::new(Some(1)),
@@ -513,7 +522,7 @@ impl Session {
         let mut confirms = lock(&self.confirms);
         let confirms = confirms.made();
         if confirms.is_empty() {
-            self.confirm_due.notify_one();
+            self.bells.ring(CONFIRM);
         }
         confirms.insert(key, frames);
     }
@@ -543,7 +552,7 @@ impl Session {
         let wishes = wishes.made();
         if wishes.close.is_none() {
             wishes.close = Some(CloseReason::local(code, text));
-            self.wished.notify_one();
+            self.bells.ring(WISHED);
         }
     }
 

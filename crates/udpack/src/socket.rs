@@ -20,7 +20,7 @@ use crate::lifetime::{self, RefreshError};
 use crate::metrics::Metrics;
 use crate::reconnect::{SocketState, SocketStates, StateFeed};
 use crate::router::ServeChannel;
-use crate::session::{Lease, Session, SessionId, lock};
+use crate::session::{Lease, Session, SessionId, WISHED, lock};
 use crate::speed::{SpeedMeter, Stats};
 use crate::udp::{self, MOST_PAYLOAD};
 
@@ -228,7 +228,7 @@ impl Socket {
     /// Tells the peer to finish what runs and come back later or elsewhere. Only a server says so.
     pub(crate) fn send_goaway(&self, goaway: GoAway) {
         lock(&self.inner.session.wishes).made().goaway = Some(goaway);
-        self.inner.session.wished.notify_one();
+        self.inner.session.bells.ring(WISHED);
     }
 
     /// Channels that are open on this socket at this side.

@@ -5,8 +5,8 @@
 //! wait until the bulk data in front of it is gone. So bulk channels leave room, and where several wait for
 //! room, the higher ones get it first.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use tokio::sync::Notify;
@@ -25,10 +25,15 @@ pub(crate) struct Turns {
     lots: AtomicU64,
     /// Writers that wait until QUIC takes more, by priority.
     blocked: [AtomicUsize; 3],
-    bulk: Arc<Bulk>,
+    /// Made when first needed.
+    bulk: OnceLock<Arc<Bulk>>,
 }
 
 impl Turns {
+    fn bulk(&self) -> &Arc<Bulk> {
+        self.bulk.get_or_init(Arc::default)
+    }
+
     /// A writer of this priority waits, for as long as the guard lives.
     pub(crate) fn wait(&self, priority: Priority) -> Waiting<'_> {
         let blocked = self.blocked(priority);
@@ -65,10 +70,10 @@ impl Turns {
             .max(BULK_FLOOR);
         let most = usize::try_from(most).unwrap_or(usize::MAX);
         loop {
-            let mut room = std::pin::pin!(self.bulk.room.notified());
+            let mut room = std::pin::pin!(self.bulk().room.notified());
             room.as_mut().enable();
             let stuck = turn.saturating_mul(self.blocked(Priority::Bulk).load(Ordering::Relaxed));
-            if self.bulk.under_way.load(Ordering::Relaxed) < most.saturating_add(stuck) {
+            if self.bulk().under_way.load(Ordering::Relaxed) < most.saturating_add(stuck) {
                 return;
             }
             room.await;
@@ -78,12 +83,12 @@ impl Turns {
     /// Counts these bytes as under way until QUIC and everybody else has let go of them. QUIC does when they
     /// are acknowledged, or when stream or connection are gone.
     pub(crate) fn hold(&self, bytes: Bytes) -> Bytes {
-        self.bulk
+        self.bulk()
             .under_way
             .fetch_add(bytes.len(), Ordering::Relaxed);
         Bytes::from_owner(Held {
             bytes,
-            bulk: self.bulk.clone(),
+            bulk: self.bulk().clone(),
         })
     }
 

@@ -25,7 +25,7 @@ use crate::frame::PREFIX;
 use crate::message::{self, DecodeError, EncodeError, NameError};
 use crate::metrics::Count;
 use crate::msgpack::{Head, MsgpackError, Reader, Shape, Walk, validate_within};
-use crate::session::{Session, lock};
+use crate::session::{LARGE, SMALL, Session, lock};
 use crate::socket::Socket;
 use crate::spare::Spare;
 
@@ -281,7 +281,7 @@ impl Socket {
                 .made()
                 .queue(place(event, key), seq, body, &session.limits);
         session.tally.add(Count::VolatileDropped, dropped);
-        volatiles.small.notify_one();
+        session.bells.ring(SMALL);
         Ok(())
     }
 
@@ -324,10 +324,6 @@ pub(crate) struct Volatiles {
     /// Volatile messages that were sent so far.
     seq: AtomicU64,
     out: Mutex<Spare<Out>>,
-    /// Something waits to be sent.
-    small: Notify,
-    /// Something waits that is too large for a datagram.
-    large: Notify,
     waiting: Mutex<Spare<Waiting>>,
     /// Something waits to be taken.
     arrived: Notify,
@@ -523,7 +519,9 @@ impl<T> Latest<T> {
 /// dropped at any time: a message that was being moved is lost then.
 pub(crate) async fn serve(session: &Session, conn: &quinn::Connection) -> Infallible {
     let sending = async {
-        if session.wait_admitted().await.is_ok() {
+        let admitted = session.welcome().is_some();
+        // In a box, as all that is rare here: the socket's task needs no room for it in between.
+        if admitted || Box::pin(session.wait_admitted()).await.is_ok() {
             tokio::join!(send_small(session, conn), send_large(session, conn));
         }
     };
@@ -552,7 +550,7 @@ async fn send_small(session: &Session, conn: &quinn::Connection) {
     let volatiles = &session.volatiles;
     loop {
         if volatiles.first_small().is_none() {
-            volatiles.small.notified().await;
+            session.bells.rung(SMALL).await;
             continue;
         }
         // In a box, as with the large ones: a connection needs no room for it while nothing is sent.
@@ -580,7 +578,7 @@ async fn move_small(session: &Session, conn: &quinn::Connection) -> Result<(), O
             tokio::select! {
                 biased;
                 // Perhaps there is a newer one now.
-                () = volatiles.small.notified() => continue,
+                () = session.bells.rung(SMALL) => continue,
                 sent = conn.send_datagram_wait(body) => sent,
             }
         } else {
@@ -599,7 +597,7 @@ async fn move_small(session: &Session, conn: &quinn::Connection) -> Result<(), O
             Err(SendDatagramError::ConnectionLost(_)) => return Err(Over),
             Err(_) => {
                 lock(&volatiles.out).made().is_large(&place, seq);
-                volatiles.large.notify_one();
+                session.bells.ring(LARGE);
             }
         }
     }
@@ -614,7 +612,7 @@ async fn send_large(session: &Session, conn: &quinn::Connection) {
     let volatiles = &session.volatiles;
     loop {
         if !volatiles.any_large() {
-            volatiles.large.notified().await;
+            session.bells.rung(LARGE).await;
             continue;
         }
         if Box::pin(move_large(session, conn)).await.is_err() {
@@ -636,7 +634,7 @@ async fn move_large(session: &Session, conn: &quinn::Connection) -> Result<(), O
         let first = lock(&volatiles.out).made().large.pop();
         let Some(body) = first else {
             // A stream that carries nothing would be no message.
-            volatiles.large.notified().await;
+            session.bells.rung(LARGE).await;
             open = Some(stream);
             continue;
         };
@@ -654,9 +652,12 @@ async fn move_large(session: &Session, conn: &quinn::Connection) -> Result<(), O
 
 async fn take_datagrams(session: &Session, conn: &quinn::Connection) {
     let mut moved = 0_usize;
-    while let Ok(datagram) = conn.read_datagram().await {
-        // A copy: the datagram is a slice of a buffer in which others came.
-        take(session, Bytes::copy_from_slice(&datagram));
+    loop {
+        match conn.read_datagram().await {
+            // A copy: the datagram is a slice of a buffer in which others came.
+            Ok(datagram) => take(session, Bytes::copy_from_slice(&datagram)),
+            Err(_) => return,
+        }
         moved = moved.wrapping_add(1);
         if moved.is_multiple_of(TURN) {
             tokio::task::yield_now().await;
@@ -665,19 +666,26 @@ async fn take_datagrams(session: &Session, conn: &quinn::Connection) {
 }
 
 async fn take_streams(session: &Session, conn: &quinn::Connection) {
-    while let Ok(mut stream) = conn.accept_uni().await {
-        // In a box, because most sockets never need the room.
-        match Box::pin(read(&mut stream, session)).await {
-            Ok(body) => take(session, body),
-            Err(code) => {
-                if let Some(code) = code {
-                    let _ = stream.stop(code.varint());
-                    if let Some(left_out) = session.quiet.line() {
-                        tracing::warn!(%code, left_out, "volatile message given up");
-                    }
+    loop {
+        let reading = match conn.accept_uni().await {
+            Ok(stream) => Box::pin(take_stream(session, stream)),
+            Err(_) => return,
+        };
+        reading.await;
+    }
+}
+
+async fn take_stream(session: &Session, mut stream: quinn::RecvStream) {
+    match read(&mut stream, session).await {
+        Ok(body) => take(session, body),
+        Err(code) => {
+            if let Some(code) = code {
+                let _ = stream.stop(code.varint());
+                if let Some(left_out) = session.quiet.line() {
+                    tracing::warn!(%code, left_out, "volatile message given up");
                 }
-                session.tally.one(Count::VolatileDropped);
             }
+            session.tally.one(Count::VolatileDropped);
         }
     }
 }

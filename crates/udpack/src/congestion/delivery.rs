@@ -178,6 +178,11 @@ impl Delivery {
             }
             sample.round_ended = sending.delivered >= self.round_end;
         }
+        if in_flight == 0 {
+            // Nothing is awaited; who is idle needs no memory for it.
+            self.sendings = VecDeque::new();
+            return Some(sample);
+        }
         // A packet that is neither acknowledged nor lost two round trips later is asked for no more.
         let keep = rtt * 2;
         while let Some(first) = self.sendings.front()
