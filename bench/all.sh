@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that docs/BENCHMARKS.md shows: builds, measures, fills the document and draws its charts. As root, on a
-# machine with nothing else to do, about three quarters of an hour.
+# machine with nothing else to do, an hour and a quarter.
 #
 #   bench/all.sh [PART…]   default: all of bench peers netns small-files links fast-links interference document
 # ROUNDS, BIN, RESULTS: see bench/lib.sh. A part that fails does not keep the others from running.

@@ -37,7 +37,7 @@ done
 link_there || exit 0
 have ping || { skipped 'no ping'; exit 0; }
 if [ ${#chosen[@]} -gt 1 ]; then
-  side_by_side "$((parallel * 3 + 1))" "${chosen[@]/#/bench/fairness.sh }"
+  side_by_side "$((parallel + 1))" "${chosen[@]/#/bench/fairness.sh }"
   exit "$failed"
 fi
 

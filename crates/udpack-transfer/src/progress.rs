@@ -198,17 +198,21 @@ async fn link_event(events: &mut Option<LinkEvents>) -> Option<LinkEvent> {
 mod tests {
     use super::*;
 
-    #[tokio::test(start_paused = true)]
-    async fn events_that_came_together_are_told_in_their_order() {
-        let (events, happened) = mpsc::channel(200);
-        let mut feed = Feed {
+    fn feed(happened: mpsc::Receiver<Event>) -> Feed {
+        Feed {
             tasks: JoinSet::new(),
             happened,
             gathered: Vec::new(),
             link_events: None,
             ticker: tokio::time::interval(REPORT),
             reported: None,
-        };
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn events_that_came_together_are_told_in_their_order() {
+        let (events, happened) = mpsc::channel(200);
+        let mut feed = feed(happened);
         for index in 0..150 {
             let path = String::new();
             let started = Event::Started {
@@ -239,14 +243,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn that_all_is_done_is_told_after_the_last_event() {
         let (events, happened) = mpsc::channel(1);
-        let mut feed = Feed {
-            tasks: JoinSet::new(),
-            happened,
-            gathered: Vec::new(),
-            link_events: None,
-            ticker: tokio::time::interval(REPORT),
-            reported: None,
-        };
+        let mut feed = feed(happened);
         let now = |acked, files_done| Progress {
             acked,
             total: 5,

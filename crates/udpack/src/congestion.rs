@@ -17,7 +17,7 @@
 //!   rate seen so far, which is a round trip old. It ends when the RTT rises (as in HyStart++, RFC 9406, but within the
 //!   round), when the rate has not grown by a quarter for three round trips, or when losses far above those of the path
 //!   appear. Its queue is drained by sending half of what is acknowledged, so that the path is never empty.
-//! * **Probing.** After four to seven round trips of cruising comes one with a quarter more, to find new
+//! * **Probing.** After four to seven round trips of cruising comes one with a fifth more, to find new
 //!   room, and one with a tenth less, but no less than the path holds, which lets the queue of the one before drain and
 //!   shows the base RTT.
 //!   If the rate grew by a seventh, start-up goes on from there.

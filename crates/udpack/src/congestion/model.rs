@@ -38,7 +38,7 @@ const PROBE_GROWTH: f64 = 1.15;
 const RISE_SAMPLES: u32 = 8;
 const RISE: (Duration, Duration) = (Duration::from_millis(4), Duration::from_millis(16));
 /// Parts of the window added while probing for more: at first, and after losses.
-const PROBE: (f64, f64) = (0.05, 0.25);
+const PROBE: (f64, f64) = (0.05, 0.2);
 /// And at least so many packets.
 const PROBE_PACKETS: f64 = 2.0;
 const DOWN_GAIN: f64 = 0.9;
