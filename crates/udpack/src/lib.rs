@@ -132,6 +132,7 @@ mod extensions;
 mod extract;
 mod fingerprint;
 mod frame;
+mod gather;
 mod handlers;
 mod identity;
 mod inbox;

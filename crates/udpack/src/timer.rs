@@ -14,12 +14,14 @@ use std::time::{Duration, Instant};
 
 use quinn::{AsyncTimer, AsyncUdpSocket, Runtime, TokioRuntime};
 
+use crate::gather::Gather;
+
 /// By how much a timer is early the first time that it is set for an instant: what tokio's are late on average. quinn looks
 /// at the clock, sends what the pacer has by then, and sets the timer again, for another instant or, when it was too
 /// early, for the same.
 const EARLY: Duration = Duration::from_millis(1);
 
-/// tokio's runtime, with these timers.
+/// tokio's runtime, with these timers, and with drivers whose sends leave together.
 #[derive(Debug)]
 pub(crate) struct PromptRuntime;
 
@@ -33,7 +35,7 @@ impl Runtime for PromptRuntime {
     }
 
     fn spawn(&self, future: Pin<Box<dyn Future<Output = ()> + Send>>) {
-        TokioRuntime.spawn(future);
+        tokio::spawn(Gather::new(future));
     }
 
     fn wrap_udp_socket(&self, socket: UdpSocket) -> io::Result<Arc<dyn AsyncUdpSocket>> {

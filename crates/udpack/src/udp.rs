@@ -11,6 +11,7 @@ use quinn::{AsyncUdpSocket, Runtime, TokioRuntime, UdpPoller};
 use rustix::net::sockopt;
 use socket2::{Domain, Protocol, Socket as RawSocket, Type};
 
+use crate::gather;
 use crate::session::lock;
 
 /// Largest UDP payload that is tried, in bytes, however large a datagram the route takes.
@@ -24,7 +25,7 @@ pub(crate) const MODEST_PAYLOAD: u16 = 16_368;
 /// At 4 MiB no size loses more than another: a dozen packets in 1 GiB, or none.
 const ROOMY: usize = 4 << 20;
 /// Bytes of one send with segmentation, at most.
-const SEND: usize = MOST_PAYLOAD as usize;
+pub(crate) const SEND: usize = MOST_PAYLOAD as usize;
 /// Bytes of one receive: the most that Linux puts together of datagrams (`GRO_LEGACY_MAX_SIZE`).
 const RECEIVE: usize = 65_536;
 /// IP and UDP headers.
@@ -158,27 +159,28 @@ impl AsyncUdpSocket for Batching {
         let contents = transmit.contents;
         let segment = match transmit.segment_size {
             Some(segment) if contents.len() > SEND && segment > 0 => segment,
-            _ => return self.socket.try_send(transmit),
+            _ => return gather::send(&self.socket, transmit),
         };
         let place = (contents.as_ptr() as usize, contents.len());
         let most = (SEND / segment).max(1) * segment;
         let mut sent = self.resume(place);
         while let Some(rest) = contents.get(sent..).filter(|rest| !rest.is_empty()) {
             let part = rest.get(..most).unwrap_or(rest);
-            let result = self.socket.try_send(&Transmit {
+            let part = Transmit {
                 destination: transmit.destination,
                 ecn: transmit.ecn,
                 contents: part,
                 segment_size: (part.len() > segment).then_some(segment),
                 src_ip: transmit.src_ip,
-            });
+            };
+            let result = gather::send(&self.socket, &part);
             if let Err(error) = result {
                 if sent > 0 && error.kind() == io::ErrorKind::WouldBlock {
                     *lock(&self.begun) = Some(Begun { place, sent });
                 }
                 return Err(error);
             }
-            sent += part.len();
+            sent += part.contents.len();
         }
         Ok(())
     }
@@ -210,26 +212,65 @@ impl AsyncUdpSocket for Batching {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
-    use std::collections::VecDeque;
 
     /// Takes as many sends as it has room for, and keeps their sizes.
-    #[derive(Debug, Default)]
-    struct Kernel {
+    #[derive(Debug)]
+    pub(crate) struct Kernel {
         room: Mutex<usize>,
-        sends: Mutex<VecDeque<(Vec<u8>, Option<usize>)>>,
+        segments: usize,
+        sends: Mutex<Vec<Send>>,
+    }
+
+    /// The bytes, and the size of their datagrams where they are more than one.
+    type Send = (Vec<u8>, Option<usize>);
+
+    impl Kernel {
+        pub(crate) fn with_room(room: usize) -> Arc<Self> {
+            Self::with_segments(room, 64)
+        }
+
+        /// Takes no more than so many datagrams at once.
+        pub(crate) fn with_segments(room: usize, segments: usize) -> Arc<Self> {
+            Arc::new(Self {
+                room: Mutex::new(room),
+                segments,
+                sends: Mutex::default(),
+            })
+        }
+
+        pub(crate) fn make_room(&self, room: usize) {
+            *lock(&self.room) = room;
+        }
+
+        pub(crate) fn sends(&self) -> Vec<Send> {
+            lock(&self.sends).clone()
+        }
+    }
+
+    /// Waits for room.
+    #[derive(Debug)]
+    struct Room(Arc<Kernel>);
+
+    impl UdpPoller for Room {
+        fn poll_writable(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            match *lock(&self.0.room) {
+                0 => Poll::Pending,
+                _ => Poll::Ready(Ok(())),
+            }
+        }
     }
 
     impl AsyncUdpSocket for Kernel {
         fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
-            unreachable!("nobody waits here")
+            Box::pin(Room(self))
         }
 
         fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
             let mut room = lock(&self.room);
             *room = room.checked_sub(1).ok_or(io::ErrorKind::WouldBlock)?;
-            lock(&self.sends).push_back((transmit.contents.to_vec(), transmit.segment_size));
+            lock(&self.sends).push((transmit.contents.to_vec(), transmit.segment_size));
             Ok(())
         }
 
@@ -245,9 +286,13 @@ mod tests {
         fn local_addr(&self) -> io::Result<SocketAddr> {
             Err(io::ErrorKind::Unsupported.into())
         }
+
+        fn max_transmit_segments(&self) -> usize {
+            self.segments
+        }
     }
 
-    fn batch(contents: &[u8], segment: usize) -> Transmit<'_> {
+    pub(crate) fn batch(contents: &[u8], segment: usize) -> Transmit<'_> {
         Transmit {
             destination: SocketAddr::from(([127, 0, 0, 1], 1)),
             ecn: None,
@@ -266,12 +311,11 @@ mod tests {
             (2 * 65_487, 65_487),
             (60_000, 60_000),
         ] {
-            let kernel = Arc::new(Kernel::default());
-            *lock(&kernel.room) = 100;
+            let kernel = Kernel::with_room(100);
             let socket = Batching::over(kernel.clone(), 16_368);
             let contents: Vec<u8> = (0..length).map(|n| (n % 251) as u8).collect();
             socket.try_send(&batch(&contents, segment)).expect("room");
-            let sends = std::mem::take(&mut *lock(&kernel.sends));
+            let sends = kernel.sends();
             let whole: Vec<u8> = sends.iter().flat_map(|(bytes, _)| bytes.clone()).collect();
             assert_eq!(whole, contents);
             for (at, (bytes, segmented)) in sends.iter().enumerate() {
@@ -285,25 +329,25 @@ mod tests {
 
     #[test]
     fn a_batch_that_found_no_room_goes_on_where_it_stopped() {
-        let kernel = Arc::new(Kernel::default());
+        let kernel = Kernel::with_room(0);
         let socket = Batching::over(kernel.clone(), 16_368);
         let (first, other) = (vec![1; 10 * 16_368], vec![2; 10 * 16_368]);
         let blocked = |bytes: &[u8]| {
             let error = socket.try_send(&batch(bytes, 16_368)).expect_err("no room");
             assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
         };
-        *lock(&kernel.room) = 1;
+        kernel.make_room(1);
         blocked(&first);
         // Another connection finds no room at all.
         blocked(&other);
-        *lock(&kernel.room) = 1;
+        kernel.make_room(1);
         blocked(&first);
-        *lock(&kernel.room) = 100;
+        kernel.make_room(100);
         socket.try_send(&batch(&first, 16_368)).expect("room");
-        let sent: usize = lock(&kernel.sends).iter().map(|(send, _)| send.len()).sum();
+        let sent: usize = kernel.sends().iter().map(|(send, _)| send.len()).sum();
         assert_eq!(sent, first.len(), "nothing twice");
         socket.try_send(&batch(&first, 16_368)).expect("room");
-        let sent: usize = lock(&kernel.sends).iter().map(|(send, _)| send.len()).sum();
+        let sent: usize = kernel.sends().iter().map(|(send, _)| send.len()).sum();
         assert_eq!(sent, 2 * first.len(), "the next one is another");
     }
 
