@@ -82,6 +82,7 @@ echo "$case: one file of $size bytes, $rounds rounds, $(nproc) cores, TCP: $(cat
 for round in $(seq "$rounds"); do
   for name in "${ways[@]}"; do
     wanted "$name" || continue
+    touch_memory $((2 * size))
     way "$name"
     if [ "$status" -ne 0 ]; then
       echo "round $round: $name FAILED ($status): $(tail -n 2 "$work/err" | tr '\n' ' ')"

@@ -75,6 +75,7 @@ for round in $(seq "$rounds"); do
     target=$work/$round-$name
     mkdir "$target"
     sync -f "$work"
+    [ "$filesystem" != tmpfs ] || touch_memory $((4 * files * size))
     way "$name" "$target"
     root=$target
     [ ! -d "$target/tree" ] || root=$target/tree
