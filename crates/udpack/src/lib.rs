@@ -133,6 +133,7 @@ mod extract;
 mod fingerprint;
 mod frame;
 mod handlers;
+mod handshake;
 mod identity;
 mod inbox;
 mod items;
