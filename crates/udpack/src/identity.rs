@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use aws_lc_rs::{hkdf, hmac};
-use quinn::crypto::rustls::QuicServerConfig;
 use quinn::crypto::{HandshakeTokenKey, HmacKey};
 use rcgen::{KeyPair, PublicKeyData};
 use rustls::pki_types::pem::PemObject;
@@ -18,6 +17,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::ParsedCertificate;
 
 use crate::fingerprint::Fingerprint;
+use crate::handshake::ServerTls;
 use crate::secret_file::{self, SecretFileError};
 use crate::tls::{self, CertificateSource};
 
@@ -135,8 +135,13 @@ impl Identity {
     }
 
     /// Returns the TLS side of a server endpoint that proves this identity.
-    pub(crate) fn server_tls(&self) -> Result<QuicServerConfig, IdentityError> {
+    pub(crate) fn server_tls(&self) -> Result<ServerTls, IdentityError> {
         tls::server_tls(self.inner.certificates.clone()).map_err(IdentityError::crypto)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn certificates(&self) -> Arc<CertificateSource> {
+        self.inner.certificates.clone()
     }
 
     /// Returns the key for stateless resets: with a lasting key, a server that was restarted can

@@ -134,6 +134,7 @@ mod fingerprint;
 mod frame;
 mod gather;
 mod handlers;
+mod handshake;
 mod identity;
 mod inbox;
 mod items;

@@ -9,7 +9,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
-use quinn::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig, QuicServerConfig};
+use quinn::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig};
 use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, KeyPair, KeyUsagePurpose};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls13_signature};
@@ -23,6 +23,7 @@ use rustls_platform_verifier::Verifier;
 use time::OffsetDateTime;
 
 use crate::fingerprint::Fingerprint;
+use crate::handshake::ServerTls;
 use crate::suites::suites;
 
 /// The application protocol, with its version, that both sides must agree on.
@@ -47,10 +48,8 @@ pub(crate) fn client_tls(trust: Trust) -> Result<(QuicClientConfig, PinCheck), T
 }
 
 /// Makes the server side of TLS.
-pub(crate) fn server_tls(
-    certificates: Arc<CertificateSource>,
-) -> Result<QuicServerConfig, TlsError> {
-    Ok(QuicServerConfig::try_from(server_config(certificates)?)?)
+pub(crate) fn server_tls(certificates: Arc<CertificateSource>) -> Result<ServerTls, TlsError> {
+    Ok(ServerTls::new(server_config(certificates)?)?)
 }
 
 /// Why no TLS configuration could be made.
@@ -291,7 +290,7 @@ impl ServerCertVerifier for PinVerifier {
     }
 }
 
-fn client_config(trust: Trust) -> Result<(rustls::ClientConfig, PinCheck), TlsError> {
+pub(crate) fn client_config(trust: Trust) -> Result<(rustls::ClientConfig, PinCheck), TlsError> {
     let check = PinCheck::default();
     let verifier: Arc<dyn ServerCertVerifier> = match trust {
         Trust::Pin(expected) => Arc::new(PinVerifier {
@@ -311,7 +310,9 @@ fn client_config(trust: Trust) -> Result<(rustls::ClientConfig, PinCheck), TlsEr
     Ok((config, check))
 }
 
-fn server_config(certificates: Arc<CertificateSource>) -> Result<rustls::ServerConfig, TlsError> {
+pub(crate) fn server_config(
+    certificates: Arc<CertificateSource>,
+) -> Result<rustls::ServerConfig, TlsError> {
     let mut config = rustls::ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_no_client_auth()
@@ -399,7 +400,7 @@ mod tests {
 
     /// Shakes hands over loopback and returns the protocol that was agreed on.
     async fn handshake(
-        server: QuicServerConfig,
+        server: ServerTls,
         client: QuicClientConfig,
     ) -> Result<Vec<u8>, ConnectionError> {
         let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
@@ -564,7 +565,7 @@ mod tests {
         for protocols in [vec![], vec![b"h3".to_vec()], vec![b"udpack/2".to_vec()]] {
             let mut server = server_config(issuing(&key)).unwrap();
             server.alpn_protocols.clone_from(&protocols);
-            let server = QuicServerConfig::try_from(server).unwrap();
+            let server = ServerTls::new(server).unwrap();
             let (client, _) = pinned(fingerprint(&key));
             assert_no_protocol(handshake(server, client).await);
 
