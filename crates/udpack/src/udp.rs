@@ -28,6 +28,8 @@ const ROOMY: usize = 4 << 20;
 pub(crate) const SEND: usize = MOST_PAYLOAD as usize;
 /// Bytes of one receive: the most that Linux puts together of datagrams (`GRO_LEGACY_MAX_SIZE`).
 const RECEIVE: usize = 65_536;
+/// No UDP datagram carries more (RFC 9000, section 18.2), nor do those that Linux has put together.
+const LARGEST: u16 = 65_527;
 /// IP and UDP headers.
 const IPV4_HEADERS: u32 = 20 + 8;
 const IPV6_HEADERS: u32 = 40 + 8;
@@ -40,17 +42,23 @@ pub(crate) fn bind(
     payload: u16,
 ) -> io::Result<(Arc<dyn AsyncUdpSocket>, u16)> {
     let (socket, granted) = bound(address, buffer)?;
-    let payload = payload.min(most_payload(granted));
+    let payload = taken(payload, granted);
     let socket = TokioRuntime.wrap_udp_socket(socket)?;
     Ok((Arc::new(Batching::over(socket, payload)), payload))
 }
 
-/// Largest UDP payload, in bytes, that an endpoint with a receive buffer of `granted` bytes takes.
-fn most_payload(granted: usize) -> u16 {
-    if granted < ROOMY {
-        MODEST_PAYLOAD
+/// Largest UDP payload, in bytes, that an endpoint takes which wants `payload` and has a receive buffer of `granted`
+/// bytes. Two of more than half of [`RECEIVE`] would need twice the memory of one that is as large as there are.
+fn taken(payload: u16, granted: usize) -> u16 {
+    let payload = if granted < ROOMY {
+        payload.min(MODEST_PAYLOAD)
     } else {
-        MOST_PAYLOAD
+        payload
+    };
+    if usize::from(payload) > RECEIVE / 2 {
+        LARGEST
+    } else {
+        payload
     }
 }
 
@@ -134,7 +142,10 @@ struct Begun {
 
 impl Batching {
     fn over(socket: Arc<dyn AsyncUdpSocket>, payload: u16) -> Self {
-        let most = RECEIVE.div_ceil(usize::from(payload.max(1)));
+        let most = match payload {
+            LARGEST => 1,
+            _ => RECEIVE.div_ceil(usize::from(payload.max(1))),
+        };
         Self {
             received: socket.max_receive_segments().min(most),
             socket,
@@ -371,8 +382,59 @@ pub(crate) mod tests {
 
     #[test]
     fn takes_huge_datagrams_only_with_room_for_many() {
-        assert_eq!(most_payload(0), MODEST_PAYLOAD);
-        assert_eq!(most_payload(212_992), MODEST_PAYLOAD);
-        assert_eq!(most_payload(ROOMY), MOST_PAYLOAD);
+        assert_eq!(taken(MOST_PAYLOAD, 0), MODEST_PAYLOAD);
+        assert_eq!(taken(MOST_PAYLOAD, 212_992), MODEST_PAYLOAD);
+        assert_eq!(taken(MOST_PAYLOAD, ROOMY), LARGEST);
+        assert_eq!(taken(1472, 0), 1472);
+        assert_eq!(taken(8972, ROOMY), 8972);
+    }
+
+    #[test]
+    fn receives_as_much_as_comes_at_once_and_not_twice_that() {
+        for payload in [
+            1200,
+            1472,
+            8972,
+            MODEST_PAYLOAD,
+            (RECEIVE / 2) as u16,
+            LARGEST,
+        ] {
+            let socket = Arc::new(Many);
+            let room =
+                Batching::over(socket, payload).max_receive_segments() * usize::from(payload);
+            assert!(room >= usize::from(LARGEST), "{payload}: {room}");
+            assert!(room < 2 * RECEIVE, "{payload}: {room}");
+        }
+    }
+
+    /// Delivers as many datagrams at once as Linux does.
+    #[derive(Debug)]
+    struct Many;
+
+    impl AsyncUdpSocket for Many {
+        fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+            unreachable!("nobody waits here")
+        }
+
+        fn try_send(&self, _: &Transmit<'_>) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn poll_recv(
+            &self,
+            _: &mut Context<'_>,
+            _: &mut [IoSliceMut<'_>],
+            _: &mut [RecvMeta],
+        ) -> Poll<io::Result<usize>> {
+            Poll::Pending
+        }
+
+        fn local_addr(&self) -> io::Result<SocketAddr> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+
+        fn max_receive_segments(&self) -> usize {
+            64
+        }
     }
 }

@@ -72,6 +72,12 @@ const MARK_GAIN: f64 = 0.85;
 const PACING_GAIN: f64 = 1.25;
 const MOST: f64 = u32::MAX as f64;
 
+/// The first window, in bytes. As in RFC 9002, packets larger than an Ethernet's make it no larger, unless it had no
+/// room for a few of them.
+fn first_window(mtu: f64) -> f64 {
+    (INITIAL_PACKETS * mtu.min(1472.0)).max(LEAST_PACKETS * mtu)
+}
+
 /// What the controller is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Phase {
@@ -156,7 +162,7 @@ impl Model {
         let mtu = f64::from(mtu);
         Self {
             mtu,
-            window: INITIAL_PACKETS * mtu,
+            window: first_window(mtu),
             phase: Phase::Startup,
             delivery: Delivery::new(now),
             round: Round::default(),
@@ -205,7 +211,7 @@ impl Model {
     }
 
     pub(super) fn initial_window(&self) -> u64 {
-        (INITIAL_PACKETS * self.mtu) as u64
+        first_window(self.mtu) as u64
     }
 
     /// The delivery rate that the path is believed to have, in bytes a second.
