@@ -89,6 +89,15 @@ fn run_script(script: &[u8]) {
             10 => message("chunk", &Id { id }),
             11 => message("dir", &Place { id, path }),
             12 => message("get", &Place { id, path }),
+            13 if size.is_some() => message(
+                "put",
+                &Put {
+                    id,
+                    path,
+                    hash,
+                    data: chunk,
+                },
+            ),
             13 => message("done", &Id { id }),
             14 => {
                 let (from, len) = (u64::from(offset % 32), size.unwrap_or(u64::MAX));
@@ -268,6 +277,16 @@ impl Checked {
                 assert_eq!((sent, stored), (*id, true));
                 assert!(self.gets.remove(id), "no such download");
             }
+            (Request::Put(put), Action::Put) => {
+                assert!(self.open.is_none() && self.is_new(put.offer.id));
+                assert_eq!(put.offer.size, Some(put.bytes.len() as u64));
+                assert!(!put.offer.resume && !put.offer.short);
+                let _ = put.offer.path.parse::<RelPath>();
+            }
+            (Request::Put(put), Action::Refuse(refusal)) => {
+                assert!(self.open.is_some() || !self.is_new(put.offer.id));
+                check_refusal(&refusal, put.offer.id);
+            }
             (Request::Dir(offer), Action::Dir(_)) => {
                 assert!(self.open.is_none() && self.is_new(offer.id));
             }
@@ -308,6 +327,7 @@ impl Checked {
         }
         let number = match request {
             Request::File(offer) if !offer.short => Some(offer.id),
+            Request::Put(put) => Some(put.offer.id),
             Request::Dir(offer) => Some(offer.id),
             Request::Link(offer) => Some(offer.id),
             Request::Get(wish) => Some(wish.id),
@@ -380,6 +400,14 @@ struct Finish<'a> {
     id: u64,
     size: u64,
     hash: ByteArray<'a>,
+}
+
+#[derive(Serialize)]
+struct Put<'a> {
+    id: u64,
+    path: &'a str,
+    hash: ByteArray<'a>,
+    data: ByteArray<'a>,
 }
 
 #[derive(Serialize)]

@@ -58,6 +58,8 @@ impl Open {
 pub enum Action {
     /// Begin this file; it is now the open one.
     Begin(Offer),
+    /// Store the file that this message is, if it will be taken; the lane takes the next one.
+    Put,
     /// Make this directory.
     Dir(DirOffer),
     /// Make this link.
@@ -125,6 +127,10 @@ impl Lane {
             Request::Chunk { id, offset, bytes } => self.chunk(*id, *offset, bytes.len() as u64),
             Request::Finish(finish) => self.finish(*finish),
             Request::Cancel { id, keep } => self.cancel(*id, *keep),
+            Request::Put(put) => match self.between(put.offer.id) {
+                Ok(()) => Action::Put,
+                Err(refusal) => Action::Refuse(refusal),
+            },
             Request::Dir(offer) => match self.between(offer.id) {
                 Ok(()) => Action::Dir(offer.clone()),
                 Err(refusal) => Action::Refuse(refusal),
@@ -336,7 +342,7 @@ fn refuse(id: u64, code: &'static str, message: String) -> Action {
 mod tests {
     use super::*;
     use crate::store::IfExists;
-    use crate::wire::MetaFields;
+    use crate::wire::{MetaFields, Put};
     use bytes::Bytes;
 
     fn offer(id: u64, size: Option<u64>) -> Request {
@@ -349,6 +355,17 @@ mod tests {
             resume: false,
             run: None,
             short: false,
+        })
+    }
+
+    fn put(id: u64) -> Request {
+        let Request::File(offer) = offer(id, Some(3)) else {
+            panic!("an offer")
+        };
+        Request::Put(Put {
+            offer,
+            hash: [0; 32],
+            bytes: Bytes::from_static(b"abc"),
         })
     }
 
@@ -378,6 +395,7 @@ mod tests {
             Action::Send(_) => "send",
             Action::Sent { .. } => "sent",
             Action::Begin(_) => "begin",
+            Action::Put => "put",
             Action::Write => "write",
             Action::Finish(_) => "finish",
             Action::Ignore => "ignore",
@@ -535,6 +553,44 @@ mod tests {
             [
                 "dir", order, "begin", order, "send", "finish", "sent", "ignore", "send", "sent",
                 "ignore"
+            ]
+        );
+    }
+
+    #[test]
+    fn a_whole_file_comes_between_files_and_leaves_none_open() {
+        let order = "protocol_order";
+        let script = [
+            put(1),
+            put(1),
+            chunk(1, 0, 1),
+            finish(1),
+            Request::Cancel { id: 1, keep: false },
+            put(2),
+            offer(3, None),
+            put(4),
+            chunk(3, 0, 1),
+            chunk(3, 3, 1),
+            put(5),
+            finish(3),
+            put(6),
+        ];
+        assert_eq!(
+            run(&script),
+            [
+                "put",
+                order,
+                order,
+                order,
+                "ignore",
+                "put",
+                "begin",
+                order,
+                "write",
+                "bad_offset",
+                "put",
+                order,
+                "put"
             ]
         );
     }

@@ -24,9 +24,9 @@ use crate::scope::Scope;
 use crate::store::{IfExists, Published, StoreError, Synced, check_target};
 use crate::wire::{
     self, AckFields, BadMessage, CHUNK, DirOffer, DoneFields, ErrorFields, Hash, LinkOffer, Offer,
-    ReadyFields, Request, Wish,
+    Put, ReadyFields, Request, Wish,
 };
-use crate::worker::{Gathered, Incoming, Outcome, Outcomes, Publisher, Task};
+use crate::worker::{Gathered, Incoming, Outcome, Outcomes, Publisher, Task, Whole};
 use crate::writers::{Claim, Pulse, Replaced, UploadKey, Writer};
 
 /// How often the lane looks after its files.
@@ -285,13 +285,20 @@ impl<'a> Serving<'a> {
         let action = self.lane.on(&request);
         let asks = matches!(
             action,
-            Action::Begin(_) | Action::Dir(_) | Action::Link(_) | Action::Send(_)
+            Action::Begin(_) | Action::Put | Action::Dir(_) | Action::Link(_) | Action::Send(_)
         );
         if asks && !self.entitled() {
             return Ok(());
         }
         match action {
-            Action::Begin(offer) => self.begin(offer).await,
+            Action::Begin(offer) => self.begin(offer, None).await,
+            Action::Put => match request {
+                Request::Put(put) => {
+                    let Put { offer, hash, bytes } = put;
+                    self.begin(offer, Some(Whole { hash, bytes })).await
+                }
+                _ => Ok(()),
+            },
             Action::Write => {
                 if let Request::Chunk { id, offset, bytes } = request {
                     self.chunk(id, offset, bytes);
@@ -344,7 +351,7 @@ impl<'a> Serving<'a> {
         })
     }
 
-    async fn begin(&mut self, offer: Offer) -> Result<(), SendError> {
+    async fn begin(&mut self, offer: Offer, whole: Option<Whole>) -> Result<(), SendError> {
         let id = offer.id;
         if self.files.contains_key(&id) {
             self.lane.ended(id);
@@ -373,9 +380,11 @@ impl<'a> Serving<'a> {
             key: None,
             writer: None,
             offer,
+            whole,
         };
         // Most files need not wait for anything.
-        let plain = !task.offer.resume && self.receiver.hook.is_none();
+        let free = task.whole.is_none() || !self.receiver.limit_in.is_limited();
+        let plain = free && !task.offer.resume && self.receiver.hook.is_none();
         if plain && let Ok(slot) = self.receiver.slots.clone().try_acquire_owned() {
             return match stored_before(&self.receiver.publisher, &mut task) {
                 Some(published) => self.outcome(Outcome::Done { id, published }).await,
@@ -865,6 +874,9 @@ async fn start(receiver: Receiver, mut task: Task) -> Start {
     }
     if let Some(published) = stored_before(&receiver.publisher, &mut task) {
         return Start::Known(published);
+    }
+    if let Some(whole) = &task.whole {
+        receiver.limit_in.take(whole.bytes.len() as u64).await;
     }
     let slot = receiver.slots.clone().acquire_owned();
     match tokio::time::timeout(receiver.config.turn, slot).await {

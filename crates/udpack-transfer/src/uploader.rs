@@ -22,7 +22,7 @@ use crate::source::{Buffers, Opened, Origin, Piece, Source};
 use crate::store::{IfExists, Meta};
 use crate::wire::{
     self, AckFields, CancelFields, ChunkFields, DirFields, FileFields, FinishFields, Hash, Have,
-    LinkFields, MetaFields, Reply, Run,
+    LinkFields, MetaFields, PutFields, Reply, Run,
 };
 
 /// Files of one lane that may wait for their `done`.
@@ -612,7 +612,7 @@ impl Lane<'_> {
         self.shared.uploader.limiter.take(size).await;
         let id = ids.next().unwrap_or_default();
         let source = self.start(&mut claim, Some(size)).await;
-        let offer = self.offer(&claim, id, source.remote(), Some(size), meta, false);
+        let settle = claim.settle;
         claim.sent += size;
         claim.finished = true;
         let mut sent = Sent::new(claim);
@@ -620,18 +620,35 @@ impl Lane<'_> {
         sent.untouched = false;
         sent.hash = Some(hash);
         self.flight.add(id, sent);
+        // The smallest chunk is right at any pace, and the counts cost the lock of the connection.
+        let most = if bytes.len() <= SMALLEST {
+            bytes.len()
+        } else {
+            self.pace.adapt(&self.channel.stats());
+            self.pace.chunk()
+        };
+        if bytes.len() <= most {
+            let meta = self.kept(meta);
+            let fields = PutFields {
+                id,
+                path: source.remote(),
+                mtime: meta.mtime,
+                mtime_ns: meta.mtime_ns,
+                mode: meta.mode,
+                if_exists: self.policy(settle),
+                run: Run(self.shared.run),
+                hash: Hash(hash),
+            };
+            let sent = self.channel.send_bulk("put", &fields, "data", bytes).await;
+            return Ok(sent?);
+        }
+        let offer = self.offer(settle, id, source.remote(), Some(size), meta, false);
         self.channel.send("file", &offer).await?;
         let mut rest = bytes;
         let mut off = 0;
         while !rest.is_empty() {
-            // The smallest chunk is right at any pace, and the counts cost the lock of the connection.
-            let most = if rest.len() <= SMALLEST {
-                rest.len()
-            } else {
-                self.pace.adapt(&self.channel.stats());
-                self.pace.chunk()
-            };
-            let bytes = rest.split_to(most.min(rest.len()));
+            self.pace.adapt(&self.channel.stats());
+            let bytes = rest.split_to(self.pace.chunk().min(rest.len()));
             let fields = ChunkFields { id, off };
             off += bytes.len() as u64;
             self.channel
@@ -710,7 +727,7 @@ impl Lane<'_> {
         let early = head.len() as u64;
         let ask =
             size.is_some_and(|size| uploader.resume && (size > SMALL || same) && size > early);
-        let offer = self.offer(&claim, id, source.remote(), size, meta, ask);
+        let offer = self.offer(claim.settle, id, source.remote(), size, meta, ask);
         let (tell, ready) = oneshot::channel();
         let mut sent = Sent::new(claim);
         sent.ready = Some(tell);
@@ -881,7 +898,7 @@ impl Lane<'_> {
 
     fn offer<'a>(
         &'a self,
-        claim: &Claim,
+        settle: bool,
         id: u64,
         path: &'a str,
         size: Option<u64>,
@@ -896,7 +913,7 @@ impl Lane<'_> {
             mtime: meta.mtime,
             mtime_ns: meta.mtime_ns,
             mode: meta.mode,
-            if_exists: Some(self.policy(claim.settle)),
+            if_exists: Some(self.policy(settle)),
             resume,
             run: Some(Run(self.shared.run)),
         }

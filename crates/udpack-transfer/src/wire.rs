@@ -23,6 +23,8 @@ pub type Have = Vec<(u64, u64, [u8; 32])>;
 pub enum Request {
     /// A file is offered.
     File(Offer),
+    /// A file, whole.
+    Put(Put),
     /// A directory shall be there.
     Dir(DirOffer),
     /// A symbolic link shall be there.
@@ -81,6 +83,17 @@ pub struct Offer {
     pub run: Option<[u8; 16]>,
     /// Whether this is the ancestor's short form: no id, no offsets, no hash.
     pub short: bool,
+}
+
+/// A `put` message: what `file`, its chunks and `finish` say of a small file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Put {
+    /// The file; its size is that of the bytes, and nothing of it is resumed.
+    pub offer: Offer,
+    /// BLAKE3 of the bytes, as the client says.
+    pub hash: [u8; 32],
+    /// All of them: a slice of the frame they came in.
+    pub bytes: Bytes,
 }
 
 /// Modification time and permission bits as they travel.
@@ -182,6 +195,7 @@ pub struct BadMessage {
 /// When a field is missing or of the wrong type, or the two forms are mixed.
 pub fn decode(message: &Message) -> Result<Option<Request>, BadMessage> {
     let request = match message.event() {
+        "put" => put(message),
         "file" => file(message),
         "chunk" => chunk(message),
         "finish" => finish(message),
@@ -318,6 +332,40 @@ fn read<T>(
     })
 }
 
+fn run(fields: &Fields<'_>) -> Result<Option<[u8; 16]>, FieldError> {
+    let wrong = FieldError::WrongType {
+        key: "run",
+        expected: "bin of 16 bytes",
+    };
+    let run = fields.opt_bin("run")?;
+    run.map(|run| run.try_into().map_err(|_| wrong)).transpose()
+}
+
+fn put(message: &Message) -> Result<Request, BadMessage> {
+    let (put, word) = read("put", message, |fields| {
+        let bytes = message.raw().slice_ref(fields.bin("data")?);
+        let offer = Offer {
+            id: fields.u64("id")?,
+            path: fields.str("path")?.to_owned(),
+            size: Some(bytes.len() as u64),
+            meta: meta(fields)?,
+            if_exists: IfExists::default(),
+            resume: false,
+            run: run(fields)?,
+            short: false,
+        };
+        let hash = hash("hash", fields.bin("hash")?)?;
+        let word = fields.opt_str("if_exists")?.map(str::to_owned);
+        Ok((Put { offer, hash, bytes }, word))
+    })?;
+    let if_exists = policy("put", put.offer.id, word.as_deref())?;
+    let offer = Offer {
+        if_exists,
+        ..put.offer
+    };
+    Ok(Request::Put(Put { offer, ..put }))
+}
+
 fn file(message: &Message) -> Result<Request, BadMessage> {
     let (offer, words) = read("file", message, |fields| {
         let short = fields.raw("filename").is_some();
@@ -338,13 +386,7 @@ fn file(message: &Message) -> Result<Request, BadMessage> {
             meta: meta(fields)?,
             if_exists: IfExists::default(),
             resume: fields.opt_bool("resume")?.unwrap_or(false),
-            run: match fields.opt_bin("run")? {
-                None => None,
-                Some(run) => Some(run.try_into().map_err(|_| FieldError::WrongType {
-                    key: "run",
-                    expected: "bin of 16 bytes",
-                })?),
-            },
+            run: run(fields)?,
             short,
         };
         let mixed = short && ["id", "path"].iter().any(|key| fields.raw(key).is_some());
@@ -593,6 +635,22 @@ pub(crate) struct FileFields<'a> {
     pub(crate) resume: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) run: Option<Run>,
+}
+
+/// The header of a `put`; `data` follows.
+#[derive(Serialize)]
+pub(crate) struct PutFields<'a> {
+    pub(crate) id: u64,
+    pub(crate) path: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) mtime: Option<i64>,
+    #[serde(skip_serializing_if = "is_zero")]
+    pub(crate) mtime_ns: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) mode: Option<u32>,
+    pub(crate) if_exists: &'a str,
+    pub(crate) run: Run,
+    pub(crate) hash: Hash,
 }
 
 #[derive(Serialize)]

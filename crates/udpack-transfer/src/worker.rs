@@ -104,6 +104,16 @@ pub(crate) struct Task {
     pub(crate) key: Option<UploadKey>,
     /// The right to write it, where it can be resumed.
     pub(crate) writer: Option<Writer>,
+    /// All of it, where it came with the offer.
+    pub(crate) whole: Option<Whole>,
+}
+
+/// A file that came whole.
+#[derive(Debug)]
+pub(crate) struct Whole {
+    /// As its client says.
+    pub(crate) hash: [u8; 32],
+    pub(crate) bytes: Bytes,
 }
 
 /// A lane's handle on one file. Dropping it before [`finish`](Self::finish) ends the file: what can be
@@ -276,19 +286,22 @@ enum Step {
     /// Some time has passed: a checkpoint may be due.
     Pause,
     Finish(Finish),
+    /// All that there is to do, for one that came whole.
+    Whole(Whole),
 }
 
 impl Incoming {
-    /// Begins a file: the first step looks at the name and the space.
+    /// Begins a file: the first step looks at the name and the space, and is the last of one that came whole.
     pub(crate) fn begin(
         publisher: &Publisher,
-        task: Task,
+        mut task: Task,
         slot: OwnedSemaphorePermit,
         outcomes: Outcomes,
         gathered: &mut Gathered,
     ) -> Self {
         let pulse = task.writer.as_ref().map(Writer::pulse);
         let pooled = is_small(&task.offer);
+        let whole = task.whole.take();
         let worker = Worker {
             stage: Stage::New,
             task,
@@ -312,9 +325,9 @@ impl Incoming {
         let incoming = Self {
             shared,
             pulse,
-            finished: false,
+            finished: whole.is_some(),
         };
-        incoming.push(Step::Begin, gathered);
+        incoming.push(whole.map_or(Step::Begin, Step::Whole), gathered);
         incoming
     }
 
@@ -433,12 +446,17 @@ impl Shared {
                 };
                 step
             };
+            let last = matches!(step, Step::Finish(_) | Step::Whole(_));
             let (id, outcomes) = (worker.task.offer.id, worker.outcomes.clone());
             let done = std::panic::catch_unwind(AssertUnwindSafe(|| worker.step(step, self)));
             if done.is_err() {
                 tracing::error!("storing a file panicked");
                 let _ = outcomes.send(Outcome::broken(id));
                 worker.stage = Stage::Ended;
+            }
+            if last {
+                // Its place among the files that are open is free.
+                return false;
             }
         }
         false
@@ -489,42 +507,26 @@ impl Worker {
         let stage = std::mem::replace(&mut self.stage, Stage::Ended);
         let next = match (step, stage) {
             (Step::Begin, Stage::New) => self.begin(shared),
-            (Step::Chunk(offset, bytes, _room), Stage::Writing(mut partial)) => {
+            (Step::Chunk(offset, bytes, _room), Stage::Writing(partial)) => {
                 let offset = offset.unwrap_or_else(|| partial.position());
-                match partial.write_at(offset, &bytes) {
-                    Ok(()) => {
-                        let position = partial.position();
-                        shared.received.store(position, Ordering::Relaxed);
-                        checkpoint(&mut partial);
-                        Ok(Stage::Writing(partial))
-                    }
-                    Err(error) => {
-                        partial.discard();
-                        Err(error)
-                    }
-                }
+                write(partial, offset, &bytes, shared).map(|mut partial| {
+                    checkpoint(&mut partial);
+                    Stage::Writing(partial)
+                })
             }
             (Step::Pause, Stage::Writing(mut partial)) => {
                 checkpoint(&mut partial);
                 Ok(Stage::Writing(partial))
             }
             (Step::Pause, stage) => Ok(stage),
-            (Step::Chunk(_, bytes, _room), Stage::Comparing(mut comparing)) => {
-                comparing.received.update(&bytes);
-                let count = comparing.received.count();
-                shared.received.store(count, Ordering::Relaxed);
-                if count > comparing.existing.len() {
-                    // It cannot be equal any more, and what was not declared has no other end.
-                    let path = comparing.existing.path().clone();
-                    Err(StoreError::Exists { path })
-                } else {
-                    Ok(Stage::Comparing(comparing))
-                }
+            (Step::Chunk(_, bytes, _room), Stage::Comparing(comparing)) => {
+                take(comparing, &bytes, shared).map(Stage::Comparing)
             }
+            (Step::Whole(whole), Stage::New) => self.whole(&whole, shared),
             (Step::Finish(finish), Stage::Writing(partial)) => self.complete(partial, &finish),
             (Step::Finish(finish), Stage::Comparing(comparing)) => self.compare(*comparing, finish),
             // The file has ended; what was on its way is dropped.
-            (Step::Begin | Step::Chunk(..) | Step::Finish(_), _) => return,
+            (Step::Begin | Step::Chunk(..) | Step::Finish(_) | Step::Whole(_), _) => return,
         };
         match next {
             Ok(stage) => self.stage = stage,
@@ -593,6 +595,27 @@ impl Worker {
             hash,
             received,
         })))
+    }
+
+    /// Begins and ends a file.
+    fn whole(&mut self, whole: &Whole, shared: &Shared) -> Result<Stage, StoreError> {
+        let Whole { hash, bytes } = whole;
+        let finish = Finish {
+            id: self.task.offer.id,
+            size: self.task.offer.size,
+            hash: Some(*hash),
+        };
+        match self.begin(shared)? {
+            Stage::Writing(partial) => {
+                let partial = write(partial, 0, bytes, shared)?;
+                self.complete(partial, &finish)
+            }
+            Stage::Comparing(comparing) => {
+                let comparing = take(comparing, bytes, shared)?;
+                self.compare(*comparing, finish)
+            }
+            ended => Ok(ended),
+        }
     }
 
     /// All bytes are here: are they right?
@@ -680,6 +703,43 @@ impl Worker {
         // Nobody listens any more once the lane is gone; the file is stored all the same.
         let _ = self.outcomes.send(outcome);
     }
+}
+
+/// Writes bytes of a file; one that cannot be written is gone.
+fn write(
+    mut partial: Partial,
+    offset: u64,
+    bytes: &[u8],
+    shared: &Shared,
+) -> Result<Partial, StoreError> {
+    match partial.write_at(offset, bytes) {
+        Ok(()) => {
+            let position = partial.position();
+            shared.received.store(position, Ordering::Relaxed);
+            Ok(partial)
+        }
+        Err(error) => {
+            partial.discard();
+            Err(error)
+        }
+    }
+}
+
+/// Takes bytes of a file that is there already.
+fn take(
+    mut comparing: Box<Comparing>,
+    bytes: &[u8],
+    shared: &Shared,
+) -> Result<Box<Comparing>, StoreError> {
+    comparing.received.update(bytes);
+    let count = comparing.received.count();
+    shared.received.store(count, Ordering::Relaxed);
+    if count > comparing.existing.len() {
+        // It cannot be equal any more, and what was not declared has no other end.
+        let path = comparing.existing.path().clone();
+        return Err(StoreError::Exists { path });
+    }
+    Ok(comparing)
 }
 
 /// Makes durable what is due, beside the writes that follow.

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use common::{Fixture, bounded, drain, memory, noise};
 use raw::{
-    RawLane, Say, V, cancel, chunk, file, finish, map, short_chunk, short_file, short_finish,
+    RawLane, Say, V, cancel, chunk, file, finish, map, put, short_chunk, short_file, short_finish,
     twice, with, without,
 };
 use udpack::{CloseCode, Socket};
@@ -955,6 +955,14 @@ const NO_ID: Table<Say> = &[
     ("chunk with a str for id", || {
         ("chunk", with(chunk(1, 0, b"a").1, "id", "1"))
     }),
+    ("put without id", || {
+        ("put", without(put(1, "x", b"a").1, "id"))
+    }),
+    ("put with two bodies", || {
+        ("put", twice(put(1, "x", b"a").1, "data", b"b"))
+    }),
+    ("put that is nil", || ("put", V::Nil)),
+    ("put that is a bin", || ("put", b"x".into())),
     ("finish without id", || {
         ("finish", without(finish(1, b"").1, "id"))
     }),
@@ -978,6 +986,166 @@ const NO_ID: Table<Say> = &[
         short_file("x", "4")
     }),
 ];
+
+/// Broken fields of a `put`, each by itself.
+const PUT_FIELDS: Table<V> = &[
+    ("put without a hash", || {
+        without(put(1, "x", b"abcd").1, "hash")
+    }),
+    ("put with a short hash", || {
+        with(put(1, "x", b"abcd").1, "hash", &[7; 31])
+    }),
+    ("put without its bytes", || {
+        without(put(1, "x", b"abcd").1, "data")
+    }),
+    ("put with text for bytes", || {
+        with(put(1, "x", b"abcd").1, "data", "abcd")
+    }),
+    ("put without a path", || {
+        without(put(1, "x", b"abcd").1, "path")
+    }),
+    ("put with a number for a path", || {
+        with(put(1, "x", b"abcd").1, "path", 1)
+    }),
+    ("put with half a run", || {
+        with(put(1, "x", b"abcd").1, "run", &[7; 8])
+    }),
+    ("put with an unknown policy", || {
+        with(put(1, "x", b"abcd").1, "if_exists", "merge")
+    }),
+];
+
+/// Files that come whole.
+fn puts() -> Vec<Script> {
+    let mut scripts: Vec<Script> = Vec::new();
+    for (name, bad) in PUT_FIELDS {
+        let steps = vec![
+            say(("put", bad())),
+            Hear("error 1 bad_message"),
+            say(put(2, "x", b"abcd")),
+            Hear("done 2 x 4"),
+        ];
+        scripts.push((name, then(steps, next_file(3))));
+    }
+    let policy = |id, path, bytes: &[u8], word: &str| {
+        say(("put", with(put(id, path, bytes).1, "if_exists", word)))
+    };
+    scripts.extend([
+        (
+            "put, also of nothing",
+            then(
+                vec![
+                    say(put(1, "x", b"")),
+                    Hear("done 1 x 0"),
+                    say(put(2, "y", b"abcd")),
+                    Hear("done 2 y 4"),
+                ],
+                next_file(3),
+            ),
+        ),
+        (
+            "put with the hash of something else",
+            then(
+                vec![
+                    say(("put", with(put(1, "x", b"abcd").1, "hash", &[7; 32]))),
+                    Hear("error 1 hash_mismatch retry"),
+                    say(chunk(1, 0, b"abcd")),
+                    Hear("error 1 protocol_order"),
+                    say(finish(1, b"abcd")),
+                    Hear("error 1 protocol_order"),
+                ],
+                next_file(2),
+            ),
+        ),
+        (
+            "put where the name is taken",
+            vec![
+                say(put(1, "taken", TAKEN)),
+                Hear("done 1 taken 10 same"),
+                say(put(2, "taken", b"abcdefghij")),
+                Hear("error 2 exists"),
+                say(put(3, "taken", b"abc")),
+                Hear("error 3 exists"),
+                say(("put", with(put(4, "taken", TAKEN).1, "hash", &[7; 32]))),
+                Hear("error 4 hash_mismatch retry"),
+                policy(5, "taken", TAKEN, "error"),
+                Hear("error 5 exists"),
+                policy(6, "taken", b"abc", "skip"),
+                Hear("done 6 taken 10 same"),
+                policy(7, "taken", b"abc", "overwrite"),
+                Hear("error 7 forbidden"),
+                policy(8, "x", b"abc", "rename"),
+                Hear("error 8 forbidden"),
+            ],
+        ),
+        (
+            "put with a bad name",
+            then(
+                vec![
+                    say(put(1, "../x", b"abcd")),
+                    Hear("error 1 bad_name"),
+                    say(put(2, "taken/x", b"abcd")),
+                    Hear("error 2 exists"),
+                ],
+                next_file(3),
+            ),
+        ),
+        (
+            "put twice under one id, and under a lower one",
+            then(
+                vec![
+                    say(put(2, "x", b"abcd")),
+                    Hear("done 2 x 4"),
+                    say(put(2, "y", b"abcd")),
+                    Hear("error 2 protocol_order"),
+                    say(put(1, "y", b"abcd")),
+                    Hear("error 1 protocol_order"),
+                ],
+                next_file(3),
+            ),
+        ),
+        (
+            "put while a file is open, which goes on",
+            then(
+                vec![
+                    say(file(1, "x", 4)),
+                    say(chunk(1, 0, b"ab")),
+                    say(put(2, "y", b"abcd")),
+                    Hear("error 2 protocol_order"),
+                    say(chunk(1, 2, b"cd")),
+                    say(finish(1, b"abcd")),
+                    Hear("done 1 x 4"),
+                ],
+                next_file(3),
+            ),
+        ),
+        (
+            "put ends the dropping of the file before",
+            vec![
+                say(file(1, "x", 4)),
+                say(chunk(1, 1, b"ab")),
+                Hear("error 1 bad_offset"),
+                say(put(2, "y", b"abcd")),
+                Hear("done 2 y 4"),
+                say(chunk(1, 1, b"ab")),
+                Hear("error 1 protocol_order"),
+            ],
+        ),
+        (
+            "put does not resume, whatever it says, and takes its size from its bytes",
+            vec![
+                say((
+                    "put",
+                    with(with(put(1, "x", b"abcd").1, "resume", true), "size", 9),
+                )),
+                Hear("done 1 x 4"),
+                say(cancel(1)),
+                Ask(put(2, "y", b"abcd"), "no_handler"),
+            ],
+        ),
+    ]);
+    scripts
+}
 
 fn types() -> Vec<Script> {
     let mut scripts: Vec<Script> = Vec::new();
@@ -1532,6 +1700,46 @@ async fn fields_of_the_wrong_type_are_answered_word_for_word() {
     bounded(async {
         let mut world = World::new(StoreConfig::default(), ReceiverConfig::default()).await;
         play_all(&mut world, &types()).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn files_that_come_whole_are_answered_word_for_word() {
+    if elsewhere("files_that_come_whole_are_answered_word_for_word").await {
+        return;
+    }
+    bounded(async {
+        let mut world = World::new(StoreConfig::default(), ReceiverConfig::default()).await;
+        play_all(&mut world, &puts()).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn files_that_come_whole_keep_to_the_limits_of_the_store() {
+    bounded(async {
+        let store = StoreConfig {
+            max_file: Some(8),
+            quota: Some(12),
+            ..StoreConfig::default()
+        };
+        let fixture = Fixture::with(store, ReceiverConfig::default()).await;
+        let socket = fixture.connect().await;
+        let mut lane = RawLane::open(&socket).await;
+        for (id, path, len, expected) in [
+            (1, "a", 9, "error 1 too_large"),
+            (2, "a", 8, "done 2 a 8"),
+            (3, "b", 5, "error 3 quota retry"),
+            (4, "a", 8, "done 4 a 8 same"),
+            (5, "b", 4, "done 5 b 4"),
+            (6, "c", 1, "error 6 quota retry"),
+        ] {
+            lane.say(&put(id, path, &noise(1, len))).await;
+            assert_eq!(lane.hear().await.line, expected);
+        }
+        assert_eq!(fixture.visible(), ["a", "b"]);
+        assert_eq!((fixture.store.usage().open, fixture.staged()), (0, 0));
     })
     .await;
 }

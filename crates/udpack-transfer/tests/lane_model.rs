@@ -12,8 +12,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use bytes::Bytes;
 use common::{Fixture, bounded, noise};
 use proptest::prelude::*;
-use raw::{RawLane, cancel, chunk, file, finish, with};
-use udpack_transfer::wire::{DirOffer, Finish, LinkOffer, MetaFields, Offer, Request, Wish};
+use raw::{RawLane, cancel, chunk, file, finish, put, with};
+use udpack_transfer::wire::{DirOffer, Finish, LinkOffer, MetaFields, Offer, Put, Request, Wish};
 use udpack_transfer::{Action, IfExists, Lane, Refusal};
 
 // ---------------------------------------------------------------------------------------- the pure machine
@@ -40,6 +40,9 @@ enum Happens {
         keep: bool,
     },
     Done {
+        id: u64,
+    },
+    Put {
         id: u64,
     },
     Dir {
@@ -99,6 +102,7 @@ fn happens() -> impl Strategy<Value = Happens> {
         }),
         2 => (id.clone(), any::<bool>()).prop_map(|(id, keep)| Happens::Cancel { id, keep }),
         1 => id.clone().prop_map(|id| Happens::Done { id }),
+        2 => id.clone().prop_map(|id| Happens::Put { id }),
         1 => id.clone().prop_map(|id| Happens::Dir { id }),
         1 => id.clone().prop_map(|id| Happens::Link { id }),
         2 => id.clone().prop_map(|id| Happens::Get { id }),
@@ -251,14 +255,22 @@ impl Model {
                 _ if self.highest >= Some(*id) => "ignore",
                 _ => "protocol_order",
             },
-            Request::Dir(DirOffer { id, .. }) | Request::Link(LinkOffer { id, .. }) => {
+            Request::Put(Put {
+                offer: Offer { id, .. },
+                ..
+            })
+            | Request::Dir(DirOffer { id, .. })
+            | Request::Link(LinkOffer { id, .. }) => {
                 if !self.number(*id) || self.open().is_some() {
                     return "protocol_order";
                 }
                 for fate in self.fates.values_mut() {
                     *fate = Fate::Over;
                 }
-                "make"
+                match request {
+                    Request::Put(_) => "put",
+                    _ => "make",
+                }
             }
             Request::Get(wish) => {
                 if !self.number(wish.id) {
@@ -317,6 +329,7 @@ fn word(action: &Action) -> &'static str {
             assert_eq!(*code, "cancelled");
             "kept"
         }
+        Action::Put => "put",
         Action::Dir(_) | Action::Link(_) => "make",
         Action::Send(_) => "send",
         Action::Sent { stored: true, .. } => "stored",
@@ -329,7 +342,7 @@ fn word(action: &Action) -> &'static str {
 /// An `Abort` is for the file that was open, a `Refuse` for any other.
 fn names_the_right_file(action: &Action, request: &Request, open: Option<u64>) -> bool {
     let about = match request {
-        Request::File(offer) => offer.id,
+        Request::File(offer) | Request::Put(Put { offer, .. }) => offer.id,
         Request::Chunk { id, .. } | Request::Cancel { id, .. } => *id,
         Request::Finish(finish) => finish.id,
         Request::Dir(DirOffer { id, .. }) | Request::Link(LinkOffer { id, .. }) => *id,
@@ -341,6 +354,7 @@ fn names_the_right_file(action: &Action, request: &Request, open: Option<u64>) -
         Action::Abort(refusal) | Action::Suspend(refusal) => {
             refusal.id == about && open == Some(about)
         }
+        Action::Put => open.is_none(),
         Action::Dir(offer) => open.is_none() && offer.id == about,
         Action::Link(offer) => open.is_none() && offer.id == about,
         Action::Send(wish) => wish.id == about,
@@ -396,6 +410,20 @@ proptest! {
                     }
                     continue;
                 }
+                Happens::Put { id } => Request::Put(Put {
+                    offer: Offer {
+                        id,
+                        path: "x".to_owned(),
+                        size: Some(1),
+                        meta: MetaFields::default(),
+                        if_exists: IfExists::Same,
+                        resume: false,
+                        run: None,
+                        short: false,
+                    },
+                    hash: [0; 32],
+                    bytes: Bytes::from_static(b"a"),
+                }),
                 Happens::Dir { id } => Request::Dir(DirOffer {
                     id,
                     path: "x".to_owned(),
@@ -481,6 +509,8 @@ struct Plan {
     pieces: usize,
     flaw: Flaw,
     resume: bool,
+    /// In one message, where its flaw can be said so.
+    whole: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -524,15 +554,19 @@ fn plan() -> impl Strategy<Value = Plan> {
         1..5_usize,
         flaw,
         any::<bool>(),
+        any::<bool>(),
     )
-        .prop_map(|(name, content, declared, pieces, flaw, resume)| Plan {
-            name,
-            content,
-            declared,
-            pieces,
-            flaw,
-            resume,
-        })
+        .prop_map(
+            |(name, content, declared, pieces, flaw, resume, whole)| Plan {
+                name,
+                content,
+                declared,
+                pieces,
+                flaw,
+                resume,
+                whole,
+            },
+        )
 }
 
 fn plans() -> impl Strategy<Value = Vec<Plan>> {
@@ -552,6 +586,18 @@ async fn send(lane: &RawLane, id: u64, plan: &Plan) {
     } else {
         NAMES[plan.name]
     };
+    if plan.whole && !plan.resume {
+        let (event, all) = put(id, name, &bytes);
+        let all = match plan.flaw {
+            Flaw::None | Flaw::BadName => Some(all),
+            Flaw::WrongHash => Some(with(all, "hash", &[7; 32])),
+            Flaw::WrongType => Some(with(all, "hash", "none")),
+            _ => None,
+        };
+        if let Some(all) = all {
+            return lane.say(&(event, all)).await;
+        }
+    }
     let (event, mut offer) = file(id, name, bytes.len() as u64);
     if !plan.declared {
         offer = raw::without(offer, "size");

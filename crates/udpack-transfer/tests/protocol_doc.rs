@@ -18,8 +18,8 @@ use udpack_transfer::{
 use vectors::{Value, Vector, read_msgpack, vectors};
 
 /// Fewer than these, and the parser has gone blind.
-const MIN_ACCEPTED: usize = 55;
-const MIN_REFUSED: usize = 80;
+const MIN_ACCEPTED: usize = 59;
+const MIN_REFUSED: usize = 94;
 const MIN_ASKED: usize = 20;
 
 /// What a message was read as: each key of its table, `None` for what is absent, nil, or as if absent.
@@ -166,6 +166,20 @@ fn asked(request: Request) -> Said {
                 ("run", offer.run.and_then(|run| bin(&run))),
             ];
             said.extend(meta(offer.meta));
+            said
+        }
+        Request::Put(put) => {
+            let mut said = vec![
+                ("id", int(put.offer.id)),
+                ("path", Some(text(&put.offer.path))),
+                ("if_exists", policy(put.offer.if_exists)),
+                ("run", put.offer.run.and_then(|run| bin(&run))),
+                ("hash", bin(&put.hash)),
+                ("data", bin(&put.bytes)),
+            ];
+            assert_eq!(put.offer.size, Some(put.bytes.len() as u64));
+            assert!(!put.offer.resume && !put.offer.short);
+            said.extend(meta(put.offer.meta));
             said
         }
         Request::Dir(offer) => {

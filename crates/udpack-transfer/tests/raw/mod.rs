@@ -163,6 +163,19 @@ pub(crate) fn finish(id: u64, bytes: &[u8]) -> Say {
     )
 }
 
+/// A file with these bytes, whole.
+pub(crate) fn put(id: u64, path: &str, bytes: &[u8]) -> Say {
+    (
+        "put",
+        map([
+            ("id", id.into()),
+            ("path", path.into()),
+            ("hash", blake3::hash(bytes).as_bytes().into()),
+            ("data", bytes.into()),
+        ]),
+    )
+}
+
 pub(crate) fn cancel(id: u64) -> Say {
     ("cancel", map([("id", id.into())]))
 }
