@@ -119,17 +119,34 @@ impl FrameDecoder {
     /// [`FrameError::Empty`] and [`FrameError::TooLarge`], as soon as the prefix is complete.
     #[inline]
     pub fn next_frame(&mut self) -> Result<Option<Bytes>, FrameError> {
-        if self.prefix_len == 0
-            && let Some(prefix) = self.chunk.first_chunk::<PREFIX>()
-        {
-            let need = self.accept(*prefix)?;
-            if self.chunk.len() - PREFIX >= need {
-                let mut body = self.chunk.split_to(PREFIX + need);
-                body.advance(PREFIX);
-                return Ok(Some(body));
-            }
+        match self.whole()?.map(<[u8]>::len) {
+            Some(len) => Ok(Some(self.take_whole(len))),
+            None => self.next_in_pieces(),
         }
-        self.next_in_pieces()
+    }
+
+    /// The body of the next frame where it lies, if that is whole in the chunk.
+    ///
+    /// # Errors
+    ///
+    /// As [`next_frame`](Self::next_frame).
+    #[inline(always)]
+    pub(crate) fn whole(&self) -> Result<Option<&[u8]>, FrameError> {
+        if self.prefix_len > 0 {
+            return Ok(None);
+        }
+        match self.chunk.split_first_chunk::<PREFIX>() {
+            Some((prefix, rest)) => Ok(rest.get(..self.accept(*prefix)?)),
+            None => Ok(None),
+        }
+    }
+
+    /// Takes the frame that [`whole`](Self::whole) has shown, with a body of so many bytes.
+    #[inline(always)]
+    pub(crate) fn take_whole(&mut self, len: usize) -> Bytes {
+        let mut body = self.chunk.split_to(PREFIX + len);
+        body.advance(PREFIX);
+        body
     }
 
     /// The next frame, which does not lie whole in the chunk.

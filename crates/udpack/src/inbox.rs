@@ -20,8 +20,9 @@ use crate::control::{
     self, ACK, Ack, CHANNELS, CLOSE, GAP, GOAWAY, HELLO, OPEN, REFRESH, REFRESHED, RESUME, WELCOME,
 };
 use crate::frame::FrameDecoder;
-use crate::message::Message;
+use crate::message::{Message, Parts};
 use crate::metrics::Count;
+use crate::msgpack::Shape;
 use crate::session::{ChannelKey, Session, lock, lost};
 use crate::spare::Spare;
 use crate::speed::Counters;
@@ -400,7 +401,7 @@ impl State {
     }
 
     /// Decodes the next message and files what belongs to the protocol.
-    #[inline]
+    #[inline(always)]
     fn poll_step(
         &mut self,
         cx: &mut Context<'_>,
@@ -489,7 +490,7 @@ impl State {
     }
 
     /// The next message of any kind. Most lie whole in what was read before.
-    #[inline]
+    #[inline(always)]
     fn poll_decoded(
         &mut self,
         cx: &mut Context<'_>,
@@ -505,25 +506,46 @@ impl State {
         }
     }
 
-    /// The next message, if the decoder has all of it.
-    #[inline]
+    /// The next message, if the decoder has all of it. Most are looked at where they lie, and taken when they are found
+    /// to be sound: then nothing is moved before it is complete.
+    #[inline(always)]
     fn decode(&mut self, session: &Session) -> Option<Result<Message, Ending>> {
+        let (len, parts) = match self.decoder.whole() {
+            Ok(Some(body)) => (body.len(), Parts::of(body, Shape::default())),
+            Ok(None) => return self.decode_pieces(session),
+            Err(error) => return Some(Err(self.broken(error.close_code(), &error))),
+        };
+        self.came(len, session);
+        Some(match parts {
+            Ok(parts) => Ok(Message::of(self.decoder.take_whole(len), parts)),
+            Err(error) => Err(self.broken(error.close_code(), &error)),
+        })
+    }
+
+    /// As [`decode`](Self::decode), of a frame in several pieces.
+    fn decode_pieces(&mut self, session: &Session) -> Option<Result<Message, Ending>> {
         let body = match self.decoder.next_frame() {
             Ok(body) => body?,
             Err(error) => return Some(Err(self.broken(error.close_code(), &error))),
         };
-        self.completed = true;
-        if let Some(count) = &mut self.resume {
-            count.frames += 1;
-            count.bytes += body.len();
-            if count.frames - count.told >= Received::FRAMES || count.bytes >= Received::BYTES {
-                count.tell(session);
-            }
-        }
+        self.came(body.len(), session);
         Some(match Message::decode(body) {
             Ok(message) => Ok(message),
             Err(error) => Err(self.broken(error.close_code(), &error)),
         })
+    }
+
+    /// A frame with a body of so many bytes is complete.
+    #[inline(always)]
+    fn came(&mut self, len: usize, session: &Session) {
+        self.completed = true;
+        if let Some(count) = &mut self.resume {
+            count.frames += 1;
+            count.bytes += len;
+            if count.frames - count.told >= Received::FRAMES || count.bytes >= Received::BYTES {
+                count.tell(session);
+            }
+        }
     }
 
     #[cold]

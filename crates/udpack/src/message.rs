@@ -27,11 +27,14 @@ use crate::msgpack::{
 #[derive(Clone)]
 pub struct Message {
     body: Bytes,
-    /// Where the data ends; it begins where the event does.
+    parts: Parts,
+}
+
+/// Where the parts of a sound message lie in its frame's body.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Parts {
+    /// Where the data ends, and id and deadline begin; it begins where the event ends.
     data_end: usize,
-    /// Read only where there are so many values.
-    id: u64,
-    deadline_ms: u64,
     /// Where the event begins, and its length: 10 and 128 bytes at most.
     event_at: u8,
     event_len: u8,
@@ -78,6 +81,63 @@ pub enum DecodeError {
     Unread,
 }
 
+impl Parts {
+    /// Checks the body of one frame, all of it in one pass.
+    ///
+    /// # Errors
+    ///
+    /// As [`Message::decode`].
+    #[inline(always)]
+    pub(crate) fn of(body: &[u8], shape: Shape) -> Result<Self, MessageError> {
+        let mut walk = Walk::new(body, shape)?;
+        let arity = match walk.enter()? {
+            Head::Array(arity) => Some(arity),
+            _ => None,
+        };
+        let Some(values @ 2..=4) = arity else {
+            // Bytes that are not even MessagePack are the graver fault: look for that first.
+            validate_within(body, shape)?;
+            return Err(MessageError::Shape { arity });
+        };
+        let Head::Str(name) = walk.enter()? else {
+            validate_within(body, shape)?;
+            return Err(MessageError::EventNotString);
+        };
+        let data_start = body.len() - walk.left();
+        walk.value()?;
+        let data_end = body.len() - walk.left();
+        let mut numbers = [None; 2];
+        for number in numbers.iter_mut().take(values - 2) {
+            *number = Some(walk.value()?);
+        }
+        walk.end()?;
+
+        check_name_bytes(name)?;
+        if values == 4 && name.first() == Some(&RESERVED) {
+            return Err(MessageError::Shape { arity });
+        }
+        let number = |value: Option<&[u8]>, error| match value {
+            None => Ok(()),
+            Some(value) => match Reader::new(value).head()? {
+                Head::Uint(_) => Ok(()),
+                _ => Err(error),
+            },
+        };
+        let [id, deadline] = numbers;
+        number(id, MessageError::Id)?;
+        number(deadline, MessageError::Deadline)?;
+        // Name and head are small by now.
+        let small = |number: usize| u8::try_from(number).unwrap_or(u8::MAX);
+        let (event_at, event_len) = (small(data_start - name.len()), small(name.len()));
+        Ok(Self {
+            data_end,
+            event_at,
+            event_len,
+            values: small(values),
+        })
+    }
+}
+
 impl Message {
     /// Reads the body of one frame.
     ///
@@ -95,56 +155,14 @@ impl Message {
     ///
     /// As [`decode`](Self::decode).
     pub(crate) fn decode_within(body: Bytes, shape: Shape) -> Result<Self, MessageError> {
-        let mut walk = Walk::new(&body, shape)?;
-        let arity = match walk.enter()? {
-            Head::Array(arity) => Some(arity),
-            _ => None,
-        };
-        let Some(values @ 2..=4) = arity else {
-            // Bytes that are not even MessagePack are the graver fault: look for that first.
-            validate_within(&body, shape)?;
-            return Err(MessageError::Shape { arity });
-        };
-        let Head::Str(name) = walk.enter()? else {
-            validate_within(&body, shape)?;
-            return Err(MessageError::EventNotString);
-        };
-        let data_start = body.len() - walk.left();
-        walk.value()?;
-        let data_end = body.len() - walk.left();
-        let mut numbers = [None; 2];
-        for number in numbers.iter_mut().take(values - 2) {
-            *number = Some(walk.value()?);
-        }
-        walk.end()?;
+        let parts = Parts::of(&body, shape)?;
+        Ok(Self { body, parts })
+    }
 
-        check_name_bytes(name)?;
-        if values == 4 && name.first() == Some(&RESERVED) {
-            return Err(MessageError::Shape { arity });
-        }
-        let number = |value: Option<&[u8]>, error| match value {
-            None => Ok(0),
-            Some(value) => match Reader::new(value).head()? {
-                Head::Uint(number) => Ok(number),
-                _ => Err(error),
-            },
-        };
-        let [id, deadline] = numbers;
-        let id = number(id, MessageError::Id)?;
-        let deadline_ms = number(deadline, MessageError::Deadline)?;
-        // Name and head are small by now.
-        let small = |number: usize| u8::try_from(number).unwrap_or(u8::MAX);
-        let (event_at, event_len) = (small(data_start - name.len()), small(name.len()));
-        let values = small(values);
-        Ok(Self {
-            data_end,
-            id,
-            deadline_ms,
-            event_at,
-            event_len,
-            values,
-            body,
-        })
+    /// The message of which these are the parts.
+    #[inline(always)]
+    pub(crate) fn of(body: Bytes, parts: Parts) -> Self {
+        Self { body, parts }
     }
 
     /// Names what happened.
@@ -154,28 +172,45 @@ impl Message {
 
     #[inline]
     fn name(&self) -> &[u8] {
-        &self.body[usize::from(self.event_at)..self.data_start()]
+        &self.body[usize::from(self.parts.event_at)..self.data_start()]
     }
 
     #[inline]
     fn data_start(&self) -> usize {
-        usize::from(self.event_at) + usize::from(self.event_len)
+        usize::from(self.parts.event_at) + usize::from(self.parts.event_len)
     }
 
     #[inline]
     fn data_bytes(&self) -> &[u8] {
-        &self.body[self.data_start()..self.data_end]
+        &self.body[self.data_start()..self.parts.data_end]
     }
 
     /// The number that an answer must carry, if this is a request or an answer.
     #[inline]
     pub fn id(&self) -> Option<u64> {
-        (self.values > 2).then_some(self.id)
+        if self.parts.values > 2 {
+            self.number(0)
+        } else {
+            None
+        }
     }
 
     /// How long the asker waits for the answer, from when it sent the request, if it says so.
     pub fn deadline(&self) -> Option<Duration> {
-        (self.values > 3).then(|| Duration::from_millis(self.deadline_ms))
+        let ms = (self.parts.values > 3).then(|| self.number(1));
+        ms.flatten().map(Duration::from_millis)
+    }
+
+    /// One of the numbers behind the data, which `decode` checked.
+    fn number(&self, nth: usize) -> Option<u64> {
+        let mut reader = Reader::new(self.body.get(self.parts.data_end..)?);
+        for _ in 0..nth {
+            reader.head().ok()?;
+        }
+        match reader.head() {
+            Ok(Head::Uint(number)) => Some(number),
+            _ => None,
+        }
     }
 
     /// Whether the event belongs to the protocol, not to the application.
@@ -192,7 +227,7 @@ impl Message {
 
     /// The data as the MessagePack that came: a slice of the frame, not a copy.
     pub fn raw(&self) -> Bytes {
-        self.body.slice(self.data_start()..self.data_end)
+        self.body.slice(self.data_start()..self.parts.data_end)
     }
 
     /// Reads the data as a `T`, which may borrow from the message.
@@ -586,7 +621,7 @@ struct Draft<'a> {
 
 impl<'a> Draft<'a> {
     /// Begins a message of `arity` values with its prefix, array head and event.
-    #[inline]
+    #[inline(always)]
     fn new(
         buf: &'a mut BytesMut,
         event: &str,
@@ -596,25 +631,19 @@ impl<'a> Draft<'a> {
         check_name(event).map_err(EncodeError::Name)?;
         let start = buf.len();
         // In one piece: the room for the prefix, a short array's head, and that of a name of at most 128 bytes.
-        let mut head = [0, 0, 0, 0, ARRAY | arity, STR8, 0];
-        let (head, name) = match u8::try_from(event.len()) {
-            Ok(len @ 0..32) => {
-                head[PREFIX + 1] = STR | len;
-                (&head[..PREFIX + 2], event.as_bytes())
-            }
+        buf.reserve(PREFIX + 3 + event.len());
+        match u8::try_from(event.len()) {
+            Ok(len @ 0..32) => buf.extend_from_slice(&[0, 0, 0, 0, ARRAY | arity, STR | len]),
             len => {
-                head[PREFIX + 2] = len.unwrap_or(u8::MAX);
-                (&head[..], event.as_bytes())
+                let len = len.unwrap_or(u8::MAX);
+                buf.extend_from_slice(&[0, 0, 0, 0, ARRAY | arity, STR8, len]);
             }
-        };
-        let whole = head.len() + name.len();
-        buf.reserve(whole);
-        buf.extend_from_slice(head);
-        buf.extend_from_slice(name);
+        }
+        buf.extend_from_slice(event.as_bytes());
         Ok(Self {
+            size: buf.len() - start - PREFIX,
             buf,
             start,
-            size: whole - PREFIX,
             limit: limit.min(u32::MAX as usize),
             sealed: false,
         })

@@ -509,8 +509,6 @@ pub(crate) struct Walk<'a> {
     elements: usize,
     depth: usize,
     shape: Shape,
-    /// For each open array or map outside the innermost one, the values still to come in it.
-    open: [u32; MAX_DEPTH],
 }
 
 impl<'a> Walk<'a> {
@@ -525,7 +523,6 @@ impl<'a> Walk<'a> {
                 depth: shape.depth.min(MAX_DEPTH),
                 ..shape
             },
-            open: [0; MAX_DEPTH],
         };
         walk.announce(1)?;
         Ok(walk)
@@ -564,31 +561,40 @@ impl<'a> Walk<'a> {
     #[inline]
     pub(crate) fn value(&mut self) -> Result<&'a [u8], MsgpackError> {
         let start = self.reader.rest;
-        let outside = self.depth;
-        let mut left: u32 = 1;
-        loop {
-            left -= 1;
-            let inside = match self.enter()? {
-                Head::Array(len) => len,
-                Head::Map(len) => len * 2,
-                _ => {
-                    self.close(outside, &mut left);
-                    if left == 0 {
-                        break;
-                    }
-                    continue;
-                }
-            };
-            // `enter` went one deeper: remember where the surrounding one stands.
-            self.open[self.depth - 1] = left;
-            left = u32::try_from(inside).map_err(|_| MsgpackError::TooManyElements)?;
-            self.close(outside, &mut left);
-            if left == 0 {
-                break;
-            }
+        match self.enter()? {
+            Head::Array(len) => self.inside(len)?,
+            Head::Map(len) => self.inside(len * 2)?,
+            _ => {}
         }
         let (value, _) = start.split_at(start.len() - self.reader.rest.len());
         Ok(value)
+    }
+
+    /// Walks the `values` of an array or a map that was entered, and leaves it.
+    fn inside(&mut self, values: usize) -> Result<(), MsgpackError> {
+        let few = |values| u32::try_from(values).map_err(|_| MsgpackError::TooManyElements);
+        let outside = self.depth - 1;
+        // For each open array or map outside the innermost one, the values still to come in it.
+        let mut open = [0; MAX_DEPTH];
+        let mut left: u32 = few(values)?;
+        loop {
+            while left == 0 {
+                self.depth -= 1;
+                if self.depth == outside {
+                    return Ok(());
+                }
+                left = open[self.depth];
+            }
+            left -= 1;
+            let values = match self.enter()? {
+                Head::Array(len) => len,
+                Head::Map(len) => len * 2,
+                _ => continue,
+            };
+            // `enter` went one deeper: remember where the surrounding one stands.
+            open[self.depth - 1] = left;
+            left = few(values)?;
+        }
     }
 
     /// Values walked or announced so far.
@@ -602,15 +608,6 @@ impl<'a> Walk<'a> {
         match self.left() {
             0 => Ok(()),
             left => Err(MsgpackError::Trailing(left)),
-        }
-    }
-
-    /// Leaves every array and map that has no more values, down to depth `outside`.
-    #[inline]
-    fn close(&mut self, outside: usize, left: &mut u32) {
-        while *left == 0 && self.depth > outside {
-            self.depth -= 1;
-            *left = self.open[self.depth];
         }
     }
 
