@@ -348,6 +348,13 @@ impl Channel {
         }
     }
 
+    /// As [`try_send_encoded`](Self::try_send_encoded), of a frame that is copied.
+    pub(crate) fn try_send_frame(&self, frame: &[u8]) -> Result<bool, SendError> {
+        let limit = self.inner.session.frame_limit();
+        let queued = self.inner.outbox.try_frame(frame, limit);
+        queued.map_err(|error| self.send_error(error))
+    }
+
     /// Queues a whole frame of the protocol; waits for room as [`send`](Self::send) does.
     pub(crate) async fn send_frame(&self, frame: Bytes) -> Result<(), SendError> {
         self.send_encoded(&Encoded::from_frame(frame)).await

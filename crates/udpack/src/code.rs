@@ -251,7 +251,7 @@ impl Fault {
     /// peer, is left out.
     #[must_use]
     pub fn with_data<T: Serialize + ?Sized>(mut self, data: &T) -> Self {
-        self.data = crate::message::encode_data(data).ok();
+        self.data = crate::message::encode_data(data).ok().map(Bytes::from);
         self
     }
 

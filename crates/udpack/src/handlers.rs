@@ -3,12 +3,11 @@
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::panic::AssertUnwindSafe;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use bytes::Bytes;
 use futures_util::future::{AbortHandle, Abortable, BoxFuture};
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
@@ -88,7 +87,7 @@ pub struct Answer(Kind);
 
 enum Kind {
     /// Encoded already.
-    Value(Bytes),
+    Value(Vec<u8>),
     Fault(Fault),
     Stream(Streaming),
 }
@@ -477,8 +476,9 @@ async fn request(
     let outcome = match answer.0 {
         Kind::Value(data) => Ok(data),
         Kind::Fault(fault) => Err(fault),
-        Kind::Stream(stream) => match stream_out(channel, id, stream, deadline).await {
-            Ok(true) => Ok(Bytes::from_static(&[0xc0])),
+        // What is rare is in boxes: the future of each request is moved there, with the room for all it may do.
+        Kind::Stream(stream) => match Box::pin(stream_out(channel, id, stream, deadline)).await {
+            Ok(true) => Ok(vec![0xc0]),
             // The channel is over or nobody listens any more.
             Ok(false) => return,
             Err(fault) => Err(fault),
@@ -494,7 +494,7 @@ async fn request(
     let sent = match fault {
         Ok(fault) => {
             log(channel, &message, &fault);
-            channel.send_fault(&fault, id).await
+            Box::pin(channel.send_fault(&fault, id)).await
         }
         Err(sent) => sent,
     };
@@ -511,7 +511,6 @@ async fn attend(
     id: u64,
     deadline: Option<Instant>,
 ) -> Answer {
-    let patience = channel.session().timeouts.handler;
     let work = run(channel, router, message, deadline);
     let mut work = pin!(AssertUnwindSafe(work).catch_unwind());
     // Most handlers answer at once, and need no timer.
@@ -520,6 +519,17 @@ async fn attend(
         Poll::Ready(Err(_)) => return panicked(channel).into(),
         Poll::Pending => {}
     }
+    Box::pin(patiently(channel, work, id, deadline)).await
+}
+
+/// Waits for a handler that did not answer at once.
+async fn patiently(
+    channel: &Channel,
+    mut work: Pin<&mut impl Future<Output = std::thread::Result<Answer>>>,
+    id: u64,
+    deadline: Option<Instant>,
+) -> Answer {
+    let patience = channel.session().timeouts.handler;
     let mut until = after(Instant::now(), patience);
     loop {
         let wake = deadline.map_or(until, |deadline| deadline.min(until));

@@ -54,6 +54,8 @@ struct State {
     calls: Spare<Calls>,
     end: Option<Ending>,
     timer: Option<Pin<Box<Sleep>>>,
+    /// The earliest deadline of requests that are waited for, or one that was.
+    alarm: Option<Pin<Box<Sleep>>>,
     /// Bytes received in all, and how many there were when the timer was set.
     received: u64,
     mark: u64,
@@ -158,6 +160,7 @@ impl Inbox {
             calls: Spare::default(),
             end: None,
             timer: None,
+            alarm: None,
             received: 0,
             mark: 0,
             completed: false,
@@ -308,6 +311,11 @@ impl Inbox {
         }
     }
 
+    /// Ready at this time, for whoever waits by [`poll_calls`](Self::poll_calls).
+    pub(crate) fn poll_until(&self, until: Instant) -> Poll<()> {
+        lock(&self.state).poll_alarm(until)
+    }
+
     /// The first frame of a stream, whatever it is.
     pub(crate) fn poll_first(
         &self,
@@ -349,6 +357,7 @@ impl Inbox {
             state.chunks = VecDeque::new();
             state.decoder = FrameDecoder::new(0);
             state.timer = None;
+            state.alarm = None;
             drop(state);
             self.waiters.wake_by_ref();
         }
@@ -717,11 +726,30 @@ impl State {
         }
     }
 
+    /// Ready at this time. One timer serves all who wait, and is only moved for who comes before the others: to set one
+    /// for each request would take a lock that all timers of the runtime share.
+    fn poll_alarm(&mut self, until: Instant) -> Poll<()> {
+        let alarm = match &mut self.alarm {
+            Some(alarm) if alarm.deadline() <= until && !alarm.is_elapsed() => {
+                // It wakes everybody.
+                return Poll::Pending;
+            }
+            Some(alarm) => {
+                alarm.as_mut().reset(until);
+                alarm
+            }
+            None => self.alarm.insert(Box::pin(tokio::time::sleep_until(until))),
+        };
+        // Whatever is left of the task's budget: it would not be asked again before it has woken.
+        pin!(tokio::task::unconstrained(alarm.as_mut())).poll(&mut Context::from_waker(&self.waker))
+    }
+
     fn ended(&mut self, end: Ending) -> Ending {
         if let (Ending::Violation(reason), Some(stream)) = (&end, &mut self.stream) {
             let _ = stream.stop(reason.code.varint());
         }
         self.timer = None;
+        self.alarm = None;
         self.end.get_or_insert(end).clone()
     }
 }

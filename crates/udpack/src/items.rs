@@ -7,7 +7,6 @@ use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use futures_util::{Stream, StreamExt};
 use serde::Serialize;
@@ -53,7 +52,7 @@ pub(crate) type Pump = BoxFuture<'static, Result<(), RequestError>>;
 /// end. Ready when all are queued or the request is over.
 pub(crate) fn pump<S>(channel: Channel, role: Role, id: u64, items: S) -> Pump
 where
-    S: Stream<Item = Result<Bytes, EncodeError>> + Send + 'static,
+    S: Stream<Item = Result<Vec<u8>, EncodeError>> + Send + 'static,
 {
     Box::pin(async move {
         let mut items = pin!(items);
@@ -77,7 +76,7 @@ pub(crate) async fn send_item(
     channel: &Channel,
     role: Role,
     id: u64,
-    item: Result<Bytes, EncodeError>,
+    item: Result<Vec<u8>, EncodeError>,
 ) -> Result<bool, RequestError> {
     let limit = channel.session().frame_limit();
     let frame = item
@@ -273,7 +272,7 @@ impl<T> fmt::Debug for Items<T> {
 /// handler returns this, not for the stream.
 #[must_use = "a stream is sent when the handler returns it"]
 pub struct Streaming {
-    pub(crate) items: Pin<Box<dyn Stream<Item = Result<Bytes, Fault>> + Send>>,
+    pub(crate) items: Pin<Box<dyn Stream<Item = Result<Vec<u8>, Fault>> + Send>>,
 }
 
 impl Streaming {

@@ -160,6 +160,7 @@ mod session;
 mod socket;
 mod spare;
 mod speed;
+mod spread;
 mod streams;
 mod suites;
 #[cfg(feature = "testing")]

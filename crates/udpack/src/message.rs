@@ -458,13 +458,14 @@ pub(crate) fn add_deadline(
 /// # Errors
 ///
 /// When the type's own `Serialize` fails.
-pub(crate) fn encode_data<T: Serialize + ?Sized>(data: &T) -> Result<Bytes, EncodeError> {
-    let mut buf = Vec::new();
+pub(crate) fn encode_data<T: Serialize + ?Sized>(data: &T) -> Result<Vec<u8>, EncodeError> {
+    // Room for small ones without being moved.
+    let mut buf = Vec::with_capacity(128);
     rmp_serde::encode::write_named(&mut buf, data).map_err(EncodeError::Serialize)?;
-    Ok(buf.into())
+    Ok(buf)
 }
 
-/// One message as a whole frame, from data that is encoded already; everything else is as in [`encode`].
+/// One message as a whole frame, from data that serde has encoded already; everything else is as in [`encode`].
 ///
 /// # Errors
 ///
@@ -480,7 +481,7 @@ pub(crate) fn encode_raw(
     Ok(buf.freeze())
 }
 
-/// As [`encode`], of data that is encoded already.
+/// As [`encode`], of data that serde has encoded already.
 ///
 /// # Errors
 ///
@@ -492,14 +493,28 @@ pub(crate) fn append_raw(
     id: u64,
     limit: usize,
 ) -> Result<usize, EncodeError> {
-    buf.reserve(PREFIX + 16 + event.len() + data.len());
+    // Just that, where the name is short: bytes that fill their buffer need no second allocation to be shared.
+    buf.reserve(PREFIX + 2 + event.len() + data.len() + uint_len(id));
     let mut draft = Draft::new(buf, event, 3, limit)?;
     // A draft takes every byte.
     let _ = io::Write::write(&mut draft, data);
     rmp::encode::write_uint(&mut draft, id).map_err(write_failed)?;
     draft.fits(0)?;
-    validate_within(draft.body(), Shape::default()).map_err(EncodeError::Refused)?;
+    if !is_one_text(data) {
+        validate_within(draft.body(), Shape::default()).map_err(EncodeError::Refused)?;
+    }
     draft.seal(0)
+}
+
+/// Bytes that a number takes.
+fn uint_len(number: u64) -> usize {
+    match number {
+        0..0x80 => 1,
+        0x80..0x100 => 2,
+        0x100..0x1_0000 => 3,
+        0x1_0000..0x1_0000_0000 => 5,
+        _ => 9,
+    }
 }
 
 /// Appends one message up to its last field, whose `len` bytes the caller sends right after `buf`.

@@ -11,6 +11,7 @@ use std::sync::{Arc, OnceLock};
 
 use crate::code::{CloseCode, CloseReason, Fault, Side};
 use crate::speed::Stats;
+use crate::spread::Numbers;
 
 /// The codes of [`CloseCode::ALL`], the application's, and those nobody knows.
 const CODES: usize = CloseCode::ALL.len() + 2;
@@ -168,7 +169,7 @@ impl Table {
 /// Counts of one socket, or of one endpoint; a socket's tally counts into its endpoint's as well.
 #[derive(Debug)]
 pub(crate) struct Tally {
-    counts: [AtomicU64; COUNTS],
+    counts: Numbers<COUNTS>,
     tables: OnceLock<Box<Tables>>,
     parent: Option<Arc<Self>>,
 }
@@ -183,17 +184,23 @@ struct Tables {
 }
 
 impl Tally {
+    /// Of one socket alone.
     pub(crate) fn root() -> Arc<Self> {
-        Self::make(None)
+        Self::make(Numbers::plain(), None)
+    }
+
+    /// Of many sockets.
+    pub(crate) fn shared() -> Arc<Self> {
+        Self::make(Numbers::spread(), None)
     }
 
     pub(crate) fn child(parent: Arc<Self>) -> Arc<Self> {
-        Self::make(Some(parent))
+        Self::make(Numbers::plain(), Some(parent))
     }
 
-    fn make(parent: Option<Arc<Self>>) -> Arc<Self> {
+    fn make(counts: Numbers<COUNTS>, parent: Option<Arc<Self>>) -> Arc<Self> {
         Arc::new(Self {
-            counts: [const { AtomicU64::new(0) }; COUNTS],
+            counts,
             tables: OnceLock::new(),
             parent,
         })
@@ -211,9 +218,7 @@ impl Tally {
     /// `n` more of something.
     pub(crate) fn add(&self, what: Count, n: u64) {
         for tally in self.each() {
-            if let Some(count) = tally.counts.get(what as usize) {
-                count.fetch_add(n, Ordering::Relaxed);
-            }
+            tally.counts.add(what as usize, n);
         }
     }
 
@@ -224,17 +229,11 @@ impl Tally {
 
     /// One less of something that is counted as of this moment.
     pub(crate) fn less(&self, what: Count) {
-        for tally in self.each() {
-            if let Some(count) = tally.counts.get(what as usize) {
-                count.fetch_sub(1, Ordering::Relaxed);
-            }
-        }
+        self.add(what, 1_u64.wrapping_neg());
     }
 
     fn get(&self, what: Count) -> u64 {
-        self.counts
-            .get(what as usize)
-            .map_or(0, |count| count.load(Ordering::Relaxed))
+        self.counts.get(what as usize)
     }
 
     /// A connection was refused after its handshake.
@@ -538,7 +537,7 @@ mod tests {
 
     #[test]
     fn a_socket_counts_into_its_server() {
-        let server = Tally::root();
+        let server = Tally::shared();
         let (a, b) = (Tally::child(server.clone()), Tally::child(server.clone()));
         a.one(Count::Sockets);
         b.one(Count::Sockets);

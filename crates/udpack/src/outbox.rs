@@ -244,12 +244,20 @@ impl Outbox {
         id: u64,
         limit: usize,
     ) -> Result<(), PushError> {
-        self.when_room(|state| {
-            let size = message::append_raw(&mut state.tail, event, data, id, limit)?;
-            state.grew(size);
+        if self.with_room(|state| state.raw(event, data, id, limit))? {
+            return Ok(());
+        }
+        // Boxed, because the future of most needs no room for it.
+        Box::pin(self.when_room(|state| state.raw(event, data, id, limit))).await
+    }
+
+    /// Queues a frame that was encoded before and need not be kept, if there is room.
+    pub(crate) fn try_frame(&self, frame: &[u8], limit: usize) -> Result<bool, PushError> {
+        check_size(frame.len(), limit).map_err(PushError::Encode)?;
+        self.with_room(|state| {
+            state.copy(frame);
             Ok(())
         })
-        .await
     }
 
     /// Queues a bulk message as soon as there is room: header now, payload behind it, without a copy where it is large.
@@ -283,14 +291,17 @@ impl Outbox {
 
     /// Queues a frame that was encoded before, if there is room.
     pub(crate) fn try_encoded(&self, encoded: &Encoded, limit: usize) -> Result<bool, PushError> {
-        check_size(encoded, limit).map_err(PushError::Encode)?;
+        check_size(encoded.len(), limit).map_err(PushError::Encode)?;
         self.with_room(|state| state.encoded(encoded))
     }
 
     /// Queues a frame that was encoded before, as soon as there is room.
     pub(crate) async fn encoded(&self, encoded: &Encoded, limit: usize) -> Result<(), PushError> {
-        check_size(encoded, limit).map_err(PushError::Encode)?;
-        self.when_room(|state| state.encoded(encoded)).await
+        if self.try_encoded(encoded, limit)? {
+            return Ok(());
+        }
+        // Boxed, because the future of most needs no room for it.
+        Box::pin(self.when_room(|state| state.encoded(encoded))).await
     }
 
     /// Queues a message of a room; where there is no room, the policy says what becomes of it. Never waits.
@@ -807,6 +818,12 @@ impl State {
         Ok(())
     }
 
+    fn raw(&mut self, event: &str, data: &[u8], id: u64, limit: usize) -> Result<(), EncodeError> {
+        let size = message::append_raw(&mut self.tail, event, data, id, limit)?;
+        self.grew(size);
+        Ok(())
+    }
+
     fn encoded(&mut self, encoded: &Encoded) -> Result<(), EncodeError> {
         self.append(encoded.bytes());
         Ok(())
@@ -821,10 +838,14 @@ impl State {
         }
     }
 
+    fn copy(&mut self, frame: &[u8]) {
+        self.tail.extend_from_slice(frame);
+        self.grew(frame.len());
+    }
+
     fn append(&mut self, bytes: &Bytes) {
         if bytes.len() <= COPY_LIMIT {
-            self.tail.extend_from_slice(bytes);
-            self.grew(bytes.len());
+            self.copy(bytes);
         } else {
             self.cut_tail();
             self.count(bytes.len());
@@ -847,8 +868,8 @@ impl State {
     }
 }
 
-fn check_size(encoded: &Encoded, limit: usize) -> Result<(), EncodeError> {
-    match encoded.len().saturating_sub(crate::frame::PREFIX) {
+fn check_size(frame: usize, limit: usize) -> Result<(), EncodeError> {
+    match frame.saturating_sub(crate::frame::PREFIX) {
         size if size > limit => Err(EncodeError::TooLarge { size, limit }),
         _ => Ok(()),
     }

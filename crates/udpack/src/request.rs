@@ -3,6 +3,7 @@
 use std::fmt;
 use std::future::{IntoFuture, poll_fn};
 use std::sync::atomic::Ordering;
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::BytesMut;
@@ -191,32 +192,63 @@ impl<R> Request<R> {
     }
 
     async fn run(mut self) -> Result<R, RequestError> {
+        if let Some(pump) = self.pump.take() {
+            return Box::pin(self.run_with(pump)).await;
+        }
         let channel = self.channel.clone();
-        let default = channel.inner.session.timeouts.request;
-        let limit = match (self.timeout, &self.pump) {
-            (None, Some(_)) => None,
-            (timeout, _) => Some(timeout.unwrap_or(default)),
-        };
+        let limit = self
+            .timeout
+            .unwrap_or(channel.inner.session.timeouts.request);
+        let deadline = Instant::now()
+            .checked_add(limit)
+            .map(|until| (until, limit));
+        let (mut pending, frame) = self.begin(Some(limit), false)?;
+        if !pending.try_send(&frame)? {
+            // Boxed, because most find room and need none for this.
+            let slow = Box::pin(pending.send(frame));
+            match deadline {
+                None => slow.await?,
+                Some((until, limit)) => tokio::time::timeout_at(until, slow)
+                    .await
+                    .map_err(|_| channel.too_late(limit))??,
+            }
+        }
+        let (inner, id) = (&*channel.inner, self.id);
+        let reply = poll_fn(|cx| {
+            let (session, counters) = (&inner.session, &inner.counters);
+            let look = |calls: &mut Calls| calls.reply(id);
+            match inner.inbox.poll_calls(cx, session, counters, look) {
+                Poll::Ready(reply) => Poll::Ready(Ok(reply)),
+                Poll::Pending => match deadline {
+                    None => Poll::Pending,
+                    Some((until, limit)) => inner.inbox.poll_until(until).map(|()| Err(limit)),
+                },
+            }
+        });
+        let reply = reply.await.map_err(|limit| channel.too_late(limit))?;
+        let reply = reply.map_err(|error| channel.no_answer(error))?;
+        drop(pending);
+        self.decoded(reply, deadline)
+    }
+
+    /// With a stream of items behind the request.
+    async fn run_with(mut self, mut pump: Pump) -> Result<R, RequestError> {
+        let channel = self.channel.clone();
+        let limit = self.timeout;
         let deadline = limit.and_then(|limit| Some((Instant::now().checked_add(limit)?, limit)));
         let exchange = async {
             let _pending = self.send(limit, false).await?;
             let id = self.id;
             let mut reply = std::pin::pin!(channel.until(|calls| calls.reply(id)));
-            let reply = match self.pump.take() {
-                None => reply.await,
-                Some(mut pump) => tokio::select! {
-                    biased;
-                    reply = &mut reply => reply,
-                    sent = &mut pump => {
-                        sent?;
-                        reply.await
-                    }
-                },
+            let reply = tokio::select! {
+                biased;
+                reply = &mut reply => reply,
+                sent = &mut pump => {
+                    sent?;
+                    reply.await
+                }
             };
-            match reply.map_err(|error| channel.no_answer(error))? {
-                Reply::Stream => Err(RequestError::Stream),
-                Reply::Message(reply) => Ok(reply),
-            }
+            reply.map_err(|error| channel.no_answer(error))
         };
         let reply = match limit {
             None => exchange.await?,
@@ -224,18 +256,29 @@ impl<R> Request<R> {
                 .await
                 .map_err(|_| channel.too_late(limit))??,
         };
-        if reply.event() == FAULT {
-            return Err(channel.refused(&reply, deadline));
-        }
-        (self.decode)(&reply).map_err(RequestError::Decode)
+        self.decoded(reply, deadline)
     }
 
-    /// Queues the request. From here on dropping what it returns tells the peer.
-    async fn send(
+    fn decoded(
+        &self,
+        reply: Reply,
+        deadline: Option<(Instant, Duration)>,
+    ) -> Result<R, RequestError> {
+        match reply {
+            Reply::Stream => Err(RequestError::Stream),
+            Reply::Message(fault) if fault.event() == FAULT => {
+                Err(self.channel.refused(&fault, deadline))
+            }
+            Reply::Message(reply) => (self.decode)(&reply).map_err(RequestError::Decode),
+        }
+    }
+
+    /// Expects an answer, and gives the frame that asks for it.
+    fn begin(
         &mut self,
         limit: Option<Duration>,
         stream: bool,
-    ) -> Result<Pending, RequestError> {
+    ) -> Result<(Pending, BytesMut), RequestError> {
         let frame = std::mem::replace(&mut self.frame, Err(SendError::Finished));
         let mut frame = frame.map_err(RequestError::Send)?;
         let inner = &self.channel.inner;
@@ -245,15 +288,22 @@ impl<R> Request<R> {
         }
         inner.session.tally.one(Count::RequestsSent);
         inner.inbox.calls(|calls| calls.ask(self.id, stream));
-        let mut pending = Pending {
+        let pending = Pending {
             channel: self.channel.clone(),
             id: self.id,
             sent: false,
         };
-        let encoded = Encoded::from_frame(frame.freeze());
-        let sent = self.channel.send_encoded(&encoded).await;
-        sent.map_err(RequestError::Send)?;
-        pending.sent = true;
+        Ok((pending, frame))
+    }
+
+    /// Queues the request. From here on dropping what it returns tells the peer.
+    async fn send(
+        &mut self,
+        limit: Option<Duration>,
+        stream: bool,
+    ) -> Result<Pending, RequestError> {
+        let (mut pending, frame) = self.begin(limit, stream)?;
+        pending.send(frame).await?;
         Ok(pending)
     }
 }
@@ -312,6 +362,24 @@ pub(crate) struct Pending {
     pub(crate) id: u64,
     /// The request is queued: the peer will hear of it.
     sent: bool,
+}
+
+impl Pending {
+    /// Queues the request if there is room. From then on dropping this tells the peer.
+    fn try_send(&mut self, frame: &[u8]) -> Result<bool, RequestError> {
+        let queued = self.channel.try_send_frame(frame);
+        self.sent = queued.map_err(RequestError::Send)?;
+        Ok(self.sent)
+    }
+
+    /// Queues the request as soon as there is room.
+    async fn send(&mut self, frame: BytesMut) -> Result<(), RequestError> {
+        let encoded = Encoded::from_frame(frame.freeze());
+        let sent = self.channel.send_encoded(&encoded).await;
+        sent.map_err(RequestError::Send)?;
+        self.sent = true;
+        Ok(())
+    }
 }
 
 impl Drop for Pending {

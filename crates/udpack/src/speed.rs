@@ -6,52 +6,60 @@
 use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures_util::Stream;
 use tokio::time::{Instant, Interval, MissedTickBehavior};
 
+use crate::spread::Numbers;
+
 /// Application bytes of an endpoint, a socket or a channel: whole frames, both ways.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Counters {
-    sent: AtomicU64,
-    received: AtomicU64,
+    numbers: Numbers<2>,
     parent: Option<Arc<Self>>,
 }
 
+const SENT: usize = 0;
+const RECEIVED: usize = 1;
+
 impl Counters {
+    /// Of one socket alone.
     pub(crate) fn root() -> Arc<Self> {
-        Arc::default()
+        Self::make(Numbers::plain(), None)
+    }
+
+    /// Of many sockets.
+    pub(crate) fn shared() -> Arc<Self> {
+        Self::make(Numbers::spread(), None)
     }
 
     pub(crate) fn child(parent: Arc<Self>) -> Arc<Self> {
-        Arc::new(Self {
-            parent: Some(parent),
-            ..Self::default()
-        })
+        Self::make(Numbers::plain(), Some(parent))
+    }
+
+    fn make(numbers: Numbers<2>, parent: Option<Arc<Self>>) -> Arc<Self> {
+        Arc::new(Self { numbers, parent })
     }
 
     pub(crate) fn sent(&self, bytes: u64) {
-        self.sent.fetch_add(bytes, Ordering::Relaxed);
-        if let Some(parent) = &self.parent {
-            parent.sent(bytes);
-        }
+        self.add(SENT, bytes);
     }
 
     pub(crate) fn received(&self, bytes: u64) {
-        self.received.fetch_add(bytes, Ordering::Relaxed);
-        if let Some(parent) = &self.parent {
-            parent.received(bytes);
+        self.add(RECEIVED, bytes);
+    }
+
+    fn add(&self, which: usize, bytes: u64) {
+        for counters in std::iter::successors(Some(self), |counters| counters.parent.as_deref()) {
+            counters.numbers.add(which, bytes);
         }
     }
 
+    /// Sent and received.
     pub(crate) fn totals(&self) -> (u64, u64) {
-        (
-            self.sent.load(Ordering::Relaxed),
-            self.received.load(Ordering::Relaxed),
-        )
+        (self.numbers.get(SENT), self.numbers.get(RECEIVED))
     }
 }
 
@@ -234,7 +242,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_period_holds_what_moved_in_it() {
-        let root = Counters::root();
+        let root = Counters::shared();
         let child = Counters::child(root.clone());
         let source = root.clone();
         let mut meter = SpeedMeter::new(Box::new(move || {

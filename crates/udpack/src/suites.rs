@@ -52,6 +52,9 @@ fn for_quic(suite: &'static Tls13CipherSuite) -> SupportedCipherSuite {
     })))
 }
 
+/// Bytes that each of these suites adds to a packet (RFC 9001, section 5.3). quinn asks for it several times a packet.
+const TAG: usize = 16;
+
 /// Stands for the cipher of TLS records, which refuses everything.
 struct NoRecords(&'static dyn Tls13AeadAlgorithm);
 
@@ -140,13 +143,22 @@ struct Key {
 }
 
 impl Key {
+    #[inline]
     fn made(&self) -> Option<&dyn PacketKey> {
-        if self.made.get().is_none() {
-            let mut given = self.given.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(given) = given.take() {
-                let (key, iv) = *given;
-                let _ = self.made.set(self.algorithm.packet_key(key, iv));
-            }
+        match self.made.get() {
+            Some(made) => Some(&**made),
+            None => self.make(),
+        }
+    }
+
+    #[cold]
+    fn make(&self) -> Option<&dyn PacketKey> {
+        let mut given = self.given.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(given) = given.take() {
+            let (key, iv) = *given;
+            let made = self.algorithm.packet_key(key, iv);
+            debug_assert_eq!(made.tag_len(), TAG);
+            let _ = self.made.set(made);
         }
         self.made.get().map(|made| &**made)
     }
@@ -174,7 +186,7 @@ impl PacketKey for Key {
     }
 
     fn tag_len(&self) -> usize {
-        self.made().map_or(0, PacketKey::tag_len)
+        TAG
     }
 
     fn confidentiality_limit(&self) -> u64 {

@@ -9,7 +9,7 @@ use std::io;
 use std::net::UdpSocket;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use quinn::{AsyncTimer, AsyncUdpSocket, Runtime, TokioRuntime};
@@ -27,8 +27,11 @@ pub(crate) struct PromptRuntime;
 
 impl Runtime for PromptRuntime {
     fn new_timer(&self, deadline: Instant) -> Pin<Box<dyn AsyncTimer>> {
+        let at = before(deadline);
         Box::pin(PromptTimer {
-            timer: TokioRuntime.new_timer(before(deadline)),
+            timer: TokioRuntime.new_timer(at),
+            set: Some(at),
+            at,
             deadline,
             woken: None,
         })
@@ -54,9 +57,15 @@ fn before(deadline: Instant) -> Instant {
     early.filter(|early| *early > now).unwrap_or(deadline)
 }
 
+/// quinn moves its deadline with each packet, mostly away. Then what is set stays, and is set again when it is over:
+/// setting it takes a lock that all timers of the runtime share.
 #[derive(Debug)]
 struct PromptTimer {
     timer: Pin<Box<dyn AsyncTimer>>,
+    /// What it is set to, until that is over.
+    set: Option<Instant>,
+    /// When to wake.
+    at: Instant,
     deadline: Instant,
     /// The deadline that it has woken for.
     woken: Option<Instant>,
@@ -65,20 +74,26 @@ struct PromptTimer {
 impl AsyncTimer for PromptTimer {
     fn reset(mut self: Pin<&mut Self>, deadline: Instant) {
         self.deadline = deadline;
-        let at = if self.woken == Some(deadline) {
+        self.at = if self.woken == Some(deadline) {
             deadline
         } else {
             before(deadline)
         };
-        self.timer.as_mut().reset(at);
     }
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
-        let polled = self.timer.as_mut().poll(context);
-        if polled.is_ready() {
-            self.woken = Some(self.deadline);
+        let this = &mut *self;
+        loop {
+            if this.set.is_none_or(|set| set > this.at) {
+                this.timer.as_mut().reset(this.at);
+                this.set = Some(this.at);
+            }
+            ready!(this.timer.as_mut().poll(context));
+            if this.set.take() == Some(this.at) {
+                this.woken = Some(this.deadline);
+                return Poll::Ready(());
+            }
         }
-        polled
     }
 }
 
@@ -115,5 +130,24 @@ mod tests {
         let past = runtime.now();
         timer.as_mut().reset(past);
         assert_eq!(waits(&mut timer).await, 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_deadline_that_moves_is_kept_whichever_way() {
+        let runtime = PromptRuntime;
+        let begin = runtime.now();
+        let ms = Duration::from_millis;
+        let mut timer = runtime.new_timer(begin + ms(50));
+        let mut context = Context::from_waker(std::task::Waker::noop());
+        assert!(timer.as_mut().poll(&mut context).is_pending());
+        for later in [100, 200, 150] {
+            timer.as_mut().reset(begin + ms(later));
+            assert!(timer.as_mut().poll(&mut context).is_pending());
+        }
+        assert_eq!(waits(&mut timer).await, 149);
+        timer.as_mut().reset(begin + ms(1000));
+        assert!(timer.as_mut().poll(&mut context).is_pending());
+        timer.as_mut().reset(begin + ms(160));
+        assert_eq!(waits(&mut timer).await, 10);
     }
 }

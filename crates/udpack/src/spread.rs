@@ -1,0 +1,106 @@
+//! Numbers that many threads count into at once.
+
+use std::cell::Cell;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+/// Threads that count without being in each other's way.
+const LINES: usize = 16;
+
+/// `N` numbers. Shared by all sockets of a server they lie in several lines of cache, so that threads need not take
+/// the line from each other for each message: 0.2 us an addition with two threads.
+#[derive(Debug)]
+pub(crate) enum Numbers<const N: usize> {
+    Plain([AtomicU64; N]),
+    Spread(Box<[Line<N>; LINES]>),
+}
+
+/// Two lines, because processors fetch them in pairs.
+#[derive(Debug)]
+#[repr(align(128))]
+pub(crate) struct Line<const N: usize>([AtomicU64; N]);
+
+impl<const N: usize> Numbers<N> {
+    /// For one socket.
+    pub(crate) const fn plain() -> Self {
+        Self::Plain([const { AtomicU64::new(0) }; N])
+    }
+
+    /// For many.
+    pub(crate) fn spread() -> Self {
+        Self::Spread(Box::new(
+            [const { Line([const { AtomicU64::new(0) }; N]) }; LINES],
+        ))
+    }
+
+    /// `n` more of number `at`; wrapping, so that some can be taken away again.
+    #[inline]
+    pub(crate) fn add(&self, at: usize, n: u64) {
+        let numbers = match self {
+            Self::Plain(numbers) => Some(numbers),
+            Self::Spread(lines) => lines.get(line()).map(|Line(numbers)| numbers),
+        };
+        if let Some(number) = numbers.and_then(|numbers| numbers.get(at)) {
+            number.fetch_add(n, Ordering::Relaxed);
+        }
+    }
+
+    /// Number `at`; 0 while more was seen to be taken away than added, by threads that are not done.
+    pub(crate) fn get(&self, at: usize) -> u64 {
+        let of = |numbers: &[AtomicU64; N]| {
+            let number = numbers.get(at);
+            number.map_or(0, |number| number.load(Ordering::Relaxed))
+        };
+        match self {
+            Self::Plain(numbers) => of(numbers),
+            Self::Spread(lines) => {
+                let sum = lines
+                    .iter()
+                    .map(|Line(numbers)| of(numbers))
+                    .fold(0, u64::wrapping_add);
+                if sum > u64::MAX / 2 { 0 } else { sum }
+            }
+        }
+    }
+}
+
+/// Where this thread counts.
+#[inline]
+fn line() -> usize {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    thread_local! {
+        static LINE: Cell<usize> = const { Cell::new(usize::MAX) };
+    }
+    LINE.with(|line| match line.get() {
+        usize::MAX => {
+            let next = NEXT.fetch_add(1, Ordering::Relaxed) % LINES;
+            line.set(next);
+            next
+        }
+        known => known,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_threads_add_is_one_sum() {
+        for numbers in [Numbers::<2>::plain(), Numbers::spread()] {
+            std::thread::scope(|scope| {
+                for _ in 0..2 * LINES {
+                    scope.spawn(|| {
+                        numbers.add(0, 3);
+                        numbers.add(1, 1);
+                    });
+                }
+            });
+            assert_eq!(numbers.get(0), 6 * LINES as u64);
+            // By another thread than added them.
+            numbers.add(1, 1_u64.wrapping_neg());
+            assert_eq!(numbers.get(1), 2 * LINES as u64 - 1);
+            numbers.add(5, 1);
+            assert_eq!(numbers.get(5), 0, "there is no such number");
+        }
+    }
+}
