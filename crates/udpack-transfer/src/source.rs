@@ -295,32 +295,26 @@ impl Opened {
         taken
     }
 
-    /// All of it at once with its hash; `None` when it is larger than `most`. Blocks.
-    pub(crate) fn whole(self, most: usize) -> Result<Option<(Bytes, [u8; 32])>, TransferError> {
-        let size = match self.size.map(usize::try_from) {
-            Some(Ok(size)) if size <= most => size,
-            _ => return Ok(None),
+    /// Reads all of it, which is as long as `room`; its hash. Blocks.
+    fn fill(self, room: &mut [u8]) -> Result<[u8; 32], TransferError> {
+        let Self { path, from, .. } = self;
+        let failed = |source| TransferError::Source {
+            path: path.clone(),
+            source,
         };
-        let mut whole = None;
-        let mut hash = [0; 32];
-        let pumped = self.pump(
-            &Have::new(),
-            &Buffers::default(),
-            &|| size.max(1),
-            &mut |piece| {
-                match piece {
-                    Piece::Chunk { bytes, .. } => whole = Some(bytes),
-                    Piece::End { hash: all, .. } => hash = all,
-                    Piece::Same { .. } | Piece::Failed(_) => {}
+        match from {
+            OpenedFrom::File { mut file, metadata } => {
+                let filled = read_full(&mut file, room).map_err(failed)?;
+                if filled < room.len() || has_changed(&file, &metadata).map_err(failed)? {
+                    return Err(TransferError::SourceChanged { path });
                 }
-                true
-            },
-            &|| false,
-        );
-        match pumped {
-            Ok(()) | Err(Stop::Unwanted) => Ok(Some((whole.unwrap_or_default(), hash))),
-            Err(Stop::Failed(error)) => Err(error),
+            }
+            OpenedFrom::Memory(bytes) if bytes.len() == room.len() => room.copy_from_slice(&bytes),
+            OpenedFrom::Memory(_) | OpenedFrom::Reader(_) => {
+                return Err(TransferError::NotAFile { path });
+            }
         }
+        Ok(*blake3::hash(room).as_bytes())
     }
 
     fn pump(
@@ -386,8 +380,7 @@ impl Opened {
                     }
                 }
                 pump.send_to(&mut file, size)?;
-                let now = file.metadata().map_err(|error| pump.failed(error))?;
-                if now.len() != size || now.modified().ok() != before.modified().ok() {
+                if has_changed(&file, &before).map_err(|error| pump.failed(error))? {
                     return Err(pump.changed());
                 }
             }
@@ -398,6 +391,82 @@ impl Opened {
         };
         pump.give(end)
     }
+}
+
+/// Whether a file is another one than it was when it was opened.
+fn has_changed(file: &File, before: &Metadata) -> io::Result<bool> {
+    let now = file.metadata()?;
+    Ok(now.len() != before.len() || now.modified().ok() != before.modified().ok())
+}
+
+/// A small file, all of it.
+#[derive(Debug)]
+pub(crate) struct Whole {
+    pub(crate) meta: Meta,
+    pub(crate) bytes: Bytes,
+    pub(crate) hash: [u8; 32],
+}
+
+/// What each of these holds and the hash of it; `None` for what is larger than `most`, which is at most a chunk.
+/// They share memory, which is used again: what is sent a moment later is still in the processor's cache. Blocks.
+pub(crate) fn read_small<'a>(
+    sources: impl Iterator<Item = &'a Source>,
+    most: usize,
+    buffers: &Buffers,
+) -> Vec<Result<Option<Whole>, TransferError>> {
+    /// Files in one buffer.
+    struct Pack {
+        buffer: Buffer,
+        used: usize,
+        /// Which they are, and where each ends.
+        files: Vec<(usize, usize)>,
+    }
+    let mut all = Vec::new();
+    let mut packs: Vec<Pack> = Vec::new();
+    for source in sources {
+        let read = source.open().and_then(|opened| {
+            let size = match opened.size.map(usize::try_from) {
+                Some(Ok(size)) if size <= most => size,
+                _ => return Ok(None),
+            };
+            let has_room = |pack: &Pack| pack.buffer.memory.len() - pack.used >= size;
+            if !packs.last().is_some_and(has_room) {
+                packs.push(Pack {
+                    buffer: buffers.take(CHUNK.max(size)),
+                    used: 0,
+                    files: Vec::new(),
+                });
+            }
+            let Some(pack) = packs.last_mut() else {
+                return Ok(None);
+            };
+            let end = pack.used + size;
+            let room = pack.buffer.memory.get_mut(pack.used..end);
+            let meta = opened.meta;
+            let hash = opened.fill(room.unwrap_or_default())?;
+            pack.used = end;
+            pack.files.push((all.len(), end));
+            let bytes = Bytes::new();
+            Ok(Some(Whole { meta, bytes, hash }))
+        });
+        all.push(read);
+    }
+    for Pack {
+        buffer,
+        used,
+        files,
+    } in packs
+    {
+        let mut bytes = buffer.filled(used);
+        let mut at = 0;
+        for (index, end) in files {
+            if let Some(Ok(Some(whole))) = all.get_mut(index) {
+                whole.bytes = bytes.split_to(end - at);
+            }
+            at = end;
+        }
+    }
+    all
 }
 
 /// Memory that files are read into, used again once QUIC has let go of what was in it: pages that were just
@@ -871,17 +940,36 @@ mod tests {
     }
 
     #[test]
-    fn a_small_file_is_read_whole() {
+    fn small_files_are_read_whole_into_shared_memory() {
         let dir = tempfile::tempdir().unwrap();
-        let local = dir.path().join("x");
-        for len in [0, 1, 4096] {
-            std::fs::write(&local, noise(len)).unwrap();
-            let source = Source::file(&local, rel("x"));
-            let (bytes, all) = source.open().unwrap().whole(4096).unwrap().unwrap();
-            assert_eq!((&bytes[..], all), (&noise(len)[..], hash(&noise(len))));
+        let lens = [0, 1, 4096, 4097, CHUNK, 5, CHUNK - 1, 7];
+        let mut sources: Vec<_> = lens
+            .iter()
+            .map(|len| {
+                let local = dir.path().join(len.to_string());
+                std::fs::write(&local, noise(*len)).unwrap();
+                Source::file(&local, rel("x"))
+            })
+            .collect();
+        let large = dir.path().join("large");
+        std::fs::write(&large, noise(CHUNK + 1)).unwrap();
+        sources.insert(3, Source::file(&large, rel("x")));
+        sources.insert(5, Source::file(dir.path().join("none"), rel("x")));
+        sources.push(Source::bytes(noise(9), rel("x")));
+        let buffers = Buffers::default();
+        let mut read = read_small(sources.iter(), CHUNK, &buffers);
+        assert!(matches!(read.remove(5), Err(TransferError::Source { .. })));
+        assert!(matches!(read.remove(3), Ok(None)));
+        assert_eq!(read.len(), lens.len() + 1);
+        for (len, read) in lens.iter().chain(&[9]).zip(&read) {
+            let whole = read.as_ref().unwrap().as_ref().unwrap();
+            assert!(whole.bytes == noise(*len), "{len}");
+            assert_eq!(whole.hash, hash(&noise(*len)));
         }
-        std::fs::write(&local, noise(4097)).unwrap();
-        let source = Source::file(&local, rel("x"));
-        assert!(source.open().unwrap().whole(4096).unwrap().is_none());
+        drop(read);
+        let used = buffers.lock().len();
+        assert_eq!(used, 5);
+        drop(read_small(sources.iter(), CHUNK, &buffers));
+        assert_eq!(buffers.lock().len(), used, "it is used again");
     }
 }

@@ -33,7 +33,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -115,6 +115,8 @@ pub struct NewFile<'a> {
     pub owner: Option<&'a str>,
     /// The quota it counts against beside the store's own.
     pub tenant: Option<&'a Tenant>,
+    /// All of its bytes are here already: a name that turns out to be taken in the end costs no more than that.
+    pub whole: bool,
 }
 
 /// What a store takes, and how much of it.
@@ -315,6 +317,7 @@ impl Store {
                 min_free,
                 root: root.to_owned(),
                 state,
+                taken: AtomicU32::new(0),
                 files: AtomicU64::new(0),
                 bytes: AtomicU64::new(0),
             }),
@@ -372,9 +375,11 @@ impl Store {
         let mut reservation = Reservation::open(inner, path, tenant)?;
         // What is always sent whole loses nothing when only its end finds the name taken.
         let decided_late = owner.is_none() && if_exists != IfExists::Skip;
-        if !(decided_late && inner.disk.seems_vacant(path))
+        let unlooked = decided_late && new.whole && !inner.expects_taken();
+        if !(unlooked || decided_late && inner.disk.seems_vacant(path))
             && let Some(existing) = inner.occupant(path, if_exists)?
         {
+            inner.found_taken();
             return Ok(Begin::Exists(existing));
         }
         let key = owner.map(|owner| Key::new(owner, path));
@@ -383,7 +388,14 @@ impl Store {
         {
             return Err(StoreError::Busy { path: path.clone() });
         }
-        Ok(Begin::New(Partial::begin(new, key, reservation)?))
+        match Partial::begin(new, key, reservation) {
+            // What is there needs no room.
+            Err(error) if unlooked => match inner.occupant(path, if_exists)? {
+                Some(existing) => Ok(Begin::Exists(existing)),
+                None => Err(error),
+            },
+            begun => Ok(Begin::New(begun?)),
+        }
     }
 
     /// Gives whole files their names and puts them on disk together: the outcomes in the order of `batch`.
@@ -511,6 +523,8 @@ struct Inner {
     min_free: u64,
     root: PathBuf,
     state: Mutex<State>,
+    /// Files for which it still pays to look whether their names are taken before they are written.
+    taken: AtomicU32,
     files: AtomicU64,
     bytes: AtomicU64,
 }
@@ -542,6 +556,19 @@ impl Inner {
     fn state(&self) -> MutexGuard<'_, State> {
         // No code panics while it holds the lock, and each change leaves the numbers consistent.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A name was taken; others will be.
+    fn found_taken(&self) {
+        self.taken.store(LOOKS, Ordering::Relaxed);
+    }
+
+    /// Whether names were taken lately; counts the files that are looked up for it.
+    fn expects_taken(&self) -> bool {
+        let one_less = |left: u32| left.checked_sub(1);
+        self.taken
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less)
+            .is_ok()
     }
 
     fn max_file(&self) -> u64 {
@@ -832,4 +859,6 @@ fn hash_file(file: &File, progress: &mut dyn FnMut(u64)) -> io::Result<[u8; 32]>
     }
 }
 
+/// Files that are looked up before they are written once a name was taken: what is sent again comes in thousands.
+const LOOKS: u32 = 1_024;
 const GIB: u64 = 1 << 30;

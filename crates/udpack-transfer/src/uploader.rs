@@ -18,7 +18,7 @@ use crate::limiter::{Limiter, Pace, SMALLEST};
 use crate::link::Link;
 use crate::progress::{Event, Feed, Outcome, Progress};
 use crate::queue::{Claim, Item, Next, Queue, SMALL};
-use crate::source::{Buffers, Opened, Origin, Piece, Source};
+use crate::source::{self, Buffers, Opened, Origin, Piece, Source, Whole};
 use crate::store::{IfExists, Meta};
 use crate::wire::{
     self, AckFields, CancelFields, ChunkFields, DirFields, FileFields, FinishFields, Hash, Have,
@@ -519,39 +519,20 @@ struct Lane<'a> {
     pace: &'a Pace,
 }
 
-/// A small file, read and hashed.
+/// A small file, read and hashed; `None` where it is none any more.
 struct Loaded {
     claim: Claim,
-    read: Result<Small, TransferError>,
-}
-
-enum Small {
-    Whole {
-        meta: Meta,
-        bytes: Bytes,
-        hash: [u8; 32],
-    },
-    /// It is no small file any more.
-    Grown,
+    read: Result<Option<Whole>, TransferError>,
 }
 
 /// Reads small files; blocks.
-fn load(claims: Vec<Claim>) -> Vec<Loaded> {
-    let read = |source: &Source| {
-        let opened = source.open()?;
-        let meta = opened.meta;
-        let most = usize::try_from(SMALL).unwrap_or(usize::MAX);
-        Ok(match opened.whole(most)? {
-            Some((bytes, hash)) => Small::Whole { meta, bytes, hash },
-            None => Small::Grown,
-        })
-    };
+fn load(claims: Vec<Claim>, buffers: &Buffers) -> Vec<Loaded> {
+    let most = usize::try_from(SMALL).unwrap_or(usize::MAX);
+    let read = source::read_small(claims.iter().map(|claim| &claim.source), most, buffers);
     claims
         .into_iter()
-        .map(|claim| Loaded {
-            read: read(&claim.source),
-            claim,
-        })
+        .zip(read)
+        .map(|(claim, read)| Loaded { claim, read })
         .collect()
 }
 
@@ -576,14 +557,14 @@ impl Lane<'_> {
                 Some(Next::Over) | None => return Ok(()),
             };
             // While one batch goes out, the next is read.
-            let mut reading = Some(tokio::task::spawn_blocking(|| load(batch)));
+            let start = |batch| {
+                let buffers = self.shared.buffers.clone();
+                tokio::task::spawn_blocking(move || load(batch, &buffers))
+            };
+            let mut reading = Some(start(batch));
             while let Some(read) = reading.take() {
                 let loaded = read.await.unwrap_or_default();
-                reading = self
-                    .shared
-                    .queue
-                    .take_small()
-                    .map(|batch| tokio::task::spawn_blocking(|| load(batch)));
+                reading = self.shared.queue.take_small().map(start);
                 for file in loaded {
                     self.send_small(&mut ids, file).await?;
                 }
@@ -600,8 +581,8 @@ impl Lane<'_> {
     ) -> Result<(), LaneOver> {
         let Loaded { mut claim, read } = file;
         let (meta, bytes, hash) = match read {
-            Ok(Small::Whole { meta, bytes, hash }) => (meta, bytes, hash),
-            Ok(Small::Grown) => return self.send_one(ids, claim, false).await,
+            Ok(Some(Whole { meta, bytes, hash })) => (meta, bytes, hash),
+            Ok(None) => return self.send_one(ids, claim, false).await,
             Err(error) => {
                 self.shared.failed(self.events, claim, error).await;
                 return Ok(());

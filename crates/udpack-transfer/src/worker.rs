@@ -506,7 +506,7 @@ impl Worker {
     fn step(&mut self, step: Step, shared: &Shared) {
         let stage = std::mem::replace(&mut self.stage, Stage::Ended);
         let next = match (step, stage) {
-            (Step::Begin, Stage::New) => self.begin(shared),
+            (Step::Begin, Stage::New) => self.begin(shared, false),
             (Step::Chunk(offset, bytes, _room), Stage::Writing(partial)) => {
                 let offset = offset.unwrap_or_else(|| partial.position());
                 write(partial, offset, &bytes, shared).map(|mut partial| {
@@ -539,7 +539,7 @@ impl Worker {
         }
     }
 
-    fn begin(&mut self, shared: &Shared) -> Result<Stage, StoreError> {
+    fn begin(&mut self, shared: &Shared, whole: bool) -> Result<Stage, StoreError> {
         let Task {
             offer,
             path,
@@ -554,6 +554,7 @@ impl Worker {
             if_exists: offer.if_exists,
             owner: offer.resume.then_some(&**owner),
             tenant: tenant.as_ref(),
+            whole,
         };
         let store = &self.publisher.store;
         let existing = match store.begin(&new)? {
@@ -605,7 +606,7 @@ impl Worker {
             size: self.task.offer.size,
             hash: Some(*hash),
         };
-        match self.begin(shared)? {
+        match self.begin(shared, true)? {
             Stage::Writing(partial) => {
                 let partial = write(partial, 0, bytes, shared)?;
                 self.complete(partial, &finish)

@@ -273,6 +273,11 @@ impl Outbox {
             let size =
                 message::encode_bulk(&mut state.tail, event, header, key, payload.len(), limit)?;
             if payload.len() <= COPY_LIMIT {
+                // Four times as much at once: to double it copies what is there more often.
+                let room = state.tail.capacity() - state.tail.len();
+                if room < payload.len() && state.tail.len() >= COPY_LIMIT {
+                    state.tail.reserve((3 * state.tail.len()).min(TURN));
+                }
                 state.tail.extend_from_slice(payload);
                 state.grew(size);
                 return Ok(());

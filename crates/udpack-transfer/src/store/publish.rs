@@ -97,6 +97,7 @@ impl Whole {
         let mut replaced = 0;
         let mut removals = 0;
         while !self.try_name(inner, dir, &name)? {
+            inner.found_taken();
             match self.if_exists {
                 IfExists::Same if self.is_there(inner, dir)? => {
                     return Ok((self.path.to_string(), true));

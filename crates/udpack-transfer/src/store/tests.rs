@@ -18,6 +18,59 @@ use tempfile::TempDir;
 use super::*;
 
 #[test]
+fn the_end_finds_names_taken_for_what_came_whole_until_it_has_found_one() {
+    let whole = |store: &Store, name: &str, bytes: &[u8], if_exists| {
+        let name = path(name);
+        let begun = store.begin(&NewFile {
+            whole: true,
+            ..new(&name, Some(bytes.len() as u64), if_exists)
+        })?;
+        let Begin::New(mut partial) = begun else {
+            return Ok(None);
+        };
+        partial.write(bytes)?;
+        partial.finish(None, None).map(Some)
+    };
+    for if_exists in [IfExists::Same, IfExists::Error] {
+        let (dir, store) = open(StoreConfig::default());
+        let first = whole(&store, "d/a", b"abcd", if_exists).unwrap().unwrap();
+        assert!(!first.same);
+        let again = whole(&store, "d/a", b"abcd", if_exists);
+        match if_exists {
+            IfExists::Same => assert!(again.unwrap().unwrap().same),
+            _ => assert!(matches!(again, Err(StoreError::Exists { .. }))),
+        }
+        store.inner.taken.store(0, Ordering::Relaxed);
+        let other = whole(&store, "d/a", b"abce", if_exists);
+        assert!(matches!(other, Err(StoreError::Exists { .. })));
+        // From now on it looks first.
+        let looked = whole(&store, "d/a", b"abce", if_exists);
+        match if_exists {
+            IfExists::Same => assert!(matches!(looked, Ok(None))),
+            _ => assert!(matches!(looked, Err(StoreError::Exists { .. }))),
+        }
+        assert!(whole(&store, "d/b", b"efgh", if_exists).unwrap().is_some());
+        assert_eq!(fs::read(dir.path().join("d/a")).unwrap(), b"abcd");
+        assert_eq!(staging(&dir), 0);
+        assert_eq!((store.usage().reserved, store.usage().open), (0, 0));
+    }
+
+    // What is there already needs no room.
+    let (_dir, store) = open(StoreConfig {
+        quota: Some(6),
+        ..StoreConfig::default()
+    });
+    let stored = whole(&store, "a", b"abcd", IfExists::Same);
+    assert!(stored.unwrap().is_some());
+    let there = whole(&store, "a", b"abcd", IfExists::Same);
+    assert!(there.unwrap().is_none());
+    store.inner.taken.store(0, Ordering::Relaxed);
+    let other = whole(&store, "b", b"abcd", IfExists::Same);
+    assert!(matches!(other, Err(StoreError::Quota { .. })));
+    assert_eq!((store.usage().reserved, store.usage().open), (0, 0));
+}
+
+#[test]
 fn publishes_the_bytes_under_the_name() {
     let (dir, store) = open(StoreConfig::default());
     let bytes: Vec<u8> = (0..3_000_000u32).map(|n| (n % 251) as u8).collect();
@@ -1102,6 +1155,7 @@ fn new(path: &RelPath, size: Option<u64>, if_exists: IfExists) -> NewFile<'_> {
         if_exists,
         owner: None,
         tenant: None,
+        whole: false,
     }
 }
 

@@ -242,6 +242,7 @@ fn step(real: &mut Real, model: &mut Model, happens: &Happens) {
                 },
                 owner: owner.map(|owner| OWNERS[owner]),
                 tenant: None,
+                whole: false,
             });
             let key = owner.map(|owner| (name, owner));
             if let (false, Some(there)) = (overwrite, model.published.get(&name)) {

@@ -722,6 +722,7 @@ fn a_tenant_s_upload_of_unknown_size_stops_at_its_quota() {
         if_exists: IfExists::Same,
         owner: None,
         tenant: Some(&own),
+        whole: false,
     });
     let Begin::New(mut partial) = begun.unwrap() else {
         panic!("it is there");
@@ -820,6 +821,7 @@ fn begin(
         if_exists: IfExists::Same,
         owner: None,
         tenant,
+        whole: false,
     })?;
     match begun {
         Begin::New(partial) => Ok(partial),
