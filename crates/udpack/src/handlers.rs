@@ -28,7 +28,7 @@ use crate::metrics::{Count, Words};
 use crate::presence::TrackError;
 use crate::request::RequestError;
 use crate::rooms::JoinError;
-use crate::router::{Next, Router};
+use crate::router::{Next, Routed, Router};
 
 /// What a handler knows besides its data.
 #[derive(Debug, Clone)]
@@ -36,7 +36,7 @@ pub struct Context {
     channel: Channel,
     message: Message,
     deadline: Option<Instant>,
-    state: Arc<Extensions>,
+    router: Routed,
 }
 
 impl Context {
@@ -72,7 +72,7 @@ impl Context {
 
     /// The values that the router was given with `state`.
     pub fn state(&self) -> &Extensions {
-        &self.state
+        self.router.shared_state()
     }
 
     pub(crate) fn with_message(mut self, message: Message) -> Self {
@@ -303,6 +303,7 @@ pub(crate) async fn serve(channel: Channel, router: Arc<Router>) -> Result<(), R
     // From now on the server's rooms know it: `to_channels` and `to_all` reach it.
     let _ = channel.guest();
     let at_once = router.at_once();
+    let router = Routed::new(router);
     let mut running = FuturesUnordered::<Job>::new();
     // What `read_on` found: nothing more is to be read until a handler is through.
     let mut full = false;
@@ -378,7 +379,7 @@ fn cancelled(channel: &Channel, id: u64) {
 /// Everything that one message leads to, and its id if it is a request.
 fn work(
     channel: &Channel,
-    router: &Arc<Router>,
+    router: &Routed,
     message: Message,
 ) -> (BoxFuture<'static, ()>, Option<u64>) {
     let channel = channel.clone();
@@ -426,7 +427,7 @@ impl Drop for Answered {
 }
 
 /// Handles a message that nobody waits to see answered.
-async fn event(channel: &Channel, router: Arc<Router>, message: Message) {
+async fn event(channel: &Channel, router: Routed, message: Message) {
     if message.event() == GAP {
         return gap(channel, &router, message).await;
     }
@@ -442,7 +443,7 @@ async fn event(channel: &Channel, router: Arc<Router>, message: Message) {
 }
 
 /// Tells that messages of a room are missing here.
-async fn gap(channel: &Channel, router: &Arc<Router>, message: Message) {
+async fn gap(channel: &Channel, router: &Routed, message: Message) {
     let Ok(gap) = control::decode_gap(&message) else {
         return;
     };
@@ -464,7 +465,7 @@ async fn gap(channel: &Channel, router: &Arc<Router>, message: Message) {
 /// Handles a request and sends its answer.
 async fn request(
     channel: &Channel,
-    router: Arc<Router>,
+    router: Routed,
     message: Message,
     id: u64,
     deadline: Option<Instant>,
@@ -506,7 +507,7 @@ async fn request(
 /// Runs a request's handler within its time.
 async fn attend(
     channel: &Channel,
-    router: Arc<Router>,
+    router: Routed,
     message: Message,
     id: u64,
     deadline: Option<Instant>,
@@ -553,7 +554,7 @@ async fn patiently(
 
 async fn run(
     channel: &Channel,
-    router: Arc<Router>,
+    router: Routed,
     message: Message,
     deadline: Option<Instant>,
 ) -> Answer {
@@ -563,7 +564,7 @@ async fn run(
 
 fn context(
     channel: &Channel,
-    router: &Router,
+    router: &Routed,
     message: Message,
     deadline: Option<Instant>,
 ) -> Context {
@@ -571,7 +572,7 @@ fn context(
         channel: channel.clone(),
         message,
         deadline,
-        state: router.shared_state().clone(),
+        router: router.clone(),
     }
 }
 

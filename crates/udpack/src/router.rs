@@ -1,6 +1,6 @@
 //! [`Router`]: the handlers of a kind of channel, by event.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::future::Future;
 use std::sync::Arc;
@@ -31,7 +31,7 @@ type OnGap = Box<dyn Fn(Gap, Context) -> BoxFuture<'static, ()> + Send + Sync>;
 #[must_use = "a router does nothing until a channel is served with it"]
 #[derive(Default)]
 pub struct Router {
-    table: HashMap<String, Route>,
+    table: BTreeMap<String, Route>,
     fallback: Option<Route>,
     on_gap: Option<OnGap>,
     layers: Vec<Layer>,
@@ -110,7 +110,7 @@ impl Router {
         self
     }
 
-    pub(crate) fn shared_state(&self) -> &Arc<Extensions> {
+    pub(crate) fn shared_state(&self) -> &Extensions {
         &self.state
     }
 
@@ -155,14 +155,18 @@ fn route<M, H: Handler<M>>(handler: H) -> Route {
     Box::new(move |cx| handler.call(cx))
 }
 
+/// A router as one channel has it. Each message holds it for a while: threads that serve different channels then need
+/// not take the count of who holds it from each other.
+pub(crate) type Routed = Arc<Arc<Router>>;
+
 /// What follows a piece of middleware: the next one, or the handler. See [`Router::wrap`].
 pub struct Next {
-    router: Arc<Router>,
+    router: Routed,
     at: usize,
 }
 
 impl Next {
-    pub(crate) fn first(router: Arc<Router>) -> Self {
+    pub(crate) fn first(router: Routed) -> Self {
         Self { router, at: 0 }
     }
 

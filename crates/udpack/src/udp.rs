@@ -1,7 +1,7 @@
 //! The UDP socket: kernel buffers, batches larger than one send, and how large a datagram the route takes.
 
 use std::io::{self, IoSliceMut};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{SocketAddr, UdpSocket};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
@@ -106,13 +106,10 @@ fn grow_buffers(socket: &RawSocket, wanted: usize) -> usize {
 /// [`MOST_PAYLOAD`]; `None` where it does not tell. What lies behind the first link only probes find out.
 pub(crate) fn route_payload(peer: SocketAddr) -> Option<u16> {
     let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
-    let any = match peer.ip() {
-        IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-        IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
-    };
-    let socket = UdpSocket::bind((any, 0)).ok()?;
+    let socket =
+        RawSocket::new(Domain::for_address(peer), Type::DGRAM, Some(Protocol::UDP)).ok()?;
     // Sends nothing: it looks the route up.
-    socket.connect(peer).ok()?;
+    socket.connect(&peer.into()).ok()?;
     let payload = match peer {
         SocketAddr::V4(_) => sockopt::ip_mtu(&socket).ok()?.checked_sub(IPV4_HEADERS)?,
         SocketAddr::V6(_) => sockopt::ipv6_mtu(&socket).ok()?.checked_sub(IPV6_HEADERS)?,
