@@ -6,8 +6,8 @@ use common::{Fixture, bounded, drain, memory, noise, rel};
 use std::time::Duration;
 use udpack::CloseCode;
 use udpack_transfer::{
-    ErrorKind, Event, IfExists, Overwrite, ReceiverConfig, Source, StoreConfig, TransferError,
-    Uploader,
+    ErrorKind, Event, IfExists, Limiter, Overwrite, ReceiverConfig, Source, StoreConfig,
+    TransferError, Uploader,
 };
 
 /// A large local file that takes no space: too much to be sent before a test acts.
@@ -261,15 +261,15 @@ async fn a_file_that_changes_while_it_is_sent_is_not_stored() {
         let fixture = Fixture::new().await;
         let socket = fixture.connect().await;
         let local = fixture.dir.path().join("growing");
-        let mut upload =
-            Uploader::new(&socket)
-                .resume(false)
-                .put(vec![sparse(&fixture, "growing", 1 << 30)]);
+        let mut upload = Uploader::new(&socket)
+            .resume(false)
+            .limit(Limiter::new(32 << 20))
+            .put(vec![sparse(&fixture, "growing", 64 << 20)]);
         let mut changed = false;
         let error = loop {
             match upload.next().await.expect("an outcome") {
                 Event::Started { .. } => {
-                    // The size was taken; the reader cannot be through 1 GiB before the server has most of it.
+                    // The size was taken; the reader cannot be through 64 MiB before the server has most of them.
                     let mut file = std::fs::OpenOptions::new()
                         .append(true)
                         .open(&local)
@@ -298,10 +298,10 @@ async fn dropping_an_upload_leaves_nothing_visible() {
     bounded(async {
         let fixture = Fixture::new().await;
         let socket = fixture.connect().await;
-        let mut upload =
-            Uploader::new(&socket)
-                .resume(false)
-                .put(vec![sparse(&fixture, "big", 4 << 30)]);
+        let mut upload = Uploader::new(&socket)
+            .resume(false)
+            .limit(Limiter::new(8 << 20))
+            .put(vec![sparse(&fixture, "big", 512 << 20)]);
         while let Some(event) = upload.next().await {
             if matches!(event, Event::Progress(progress) if progress.acked > 0) {
                 break;
@@ -324,8 +324,12 @@ async fn a_lost_connection_fails_every_file_and_leaves_nothing_half_written() {
         let fixture = Fixture::new().await;
         let socket = fixture.connect().await;
         let mut sources = vec![memory("small", noise(1, 1000))];
-        sources.extend((0..6).map(|n| sparse(&fixture, &format!("f{n}"), 4 << 30)));
-        let mut upload = Uploader::new(&socket).lanes(2).resume(false).put(sources);
+        sources.extend((0..6).map(|n| sparse(&fixture, &format!("f{n}"), 512 << 20)));
+        let mut upload = Uploader::new(&socket)
+            .lanes(2)
+            .resume(false)
+            .limit(Limiter::new(8 << 20))
+            .put(sources);
         let mut failed = 0;
         while let Some(event) = upload.next().await {
             match event {
