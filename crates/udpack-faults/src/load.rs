@@ -238,8 +238,14 @@ impl Load {
             let source = if task.hopeless { other } else { source };
             task.files.push((file.to_owned(), source));
         } else {
-            for number in 0..self.rng.range(1, 6) {
-                let source = self.any_source();
+            let many = self.rng.chance(20);
+            let (least, most) = if many { (MANY, 2 * MANY) } else { (1, 6) };
+            for number in 0..self.rng.range(least, most) {
+                let source = if many {
+                    self.rng.index(self.small)
+                } else {
+                    self.any_source()
+                };
                 task.files
                     .push((format!("{} {number}.bin", self.made), source));
             }
@@ -265,5 +271,7 @@ impl Load {
     }
 }
 
+/// So many small files a client sends without asking first what the server has of them.
+pub(crate) const MANY: u64 = 20;
 /// With so many interrupted commands no new ones are made.
 const MOST_PENDING: usize = 8;

@@ -19,6 +19,7 @@ use clap::Args;
 use rustix::process::Signal;
 
 use crate::ledger::{Ledger, Source, leftovers, make_sources};
+use crate::load::MANY;
 use crate::rig::{self, Rig, Server, Told};
 use crate::rng::Rng;
 use crate::trace::{self, Call};
@@ -174,7 +175,7 @@ struct Profile {
     template: Option<PathBuf>,
 }
 
-/// An upload of small files; one of files that are there already; one that lasts long enough for a checkpoint; one that is resumed.
+/// An upload of a few files; one of many small ones; one of files that are there already; one that lasts long enough for a checkpoint; one that is resumed.
 fn profiles(rig: &Rig, rng: &mut Rng) -> anyhow::Result<Vec<Profile>> {
     const K: u64 = 1 << 10;
     let plain = rig.below("plain")?;
@@ -185,6 +186,16 @@ fn profiles(rig: &Rig, rng: &mut Rng) -> anyhow::Result<Vec<Profile>> {
         sources,
         template: None,
     }];
+
+    let many = rig.below("many")?;
+    let sizes: Vec<u64> = (0..MANY).map(|nth| 200 * nth).collect();
+    let sources = make_sources(&many.work().join("files"), &sizes, rng)?;
+    profiles.push(Profile {
+        name: "many",
+        rig: many,
+        sources,
+        template: None,
+    });
 
     let again = rig.below("again")?;
     let sources = make_sources(&again.work().join("files"), &[700 * K, 1600 * K], rng)?;

@@ -239,7 +239,7 @@ pub(crate) mod tests {
             Self::with_segments(room, 64)
         }
 
-        /// Takes no more than so many datagrams at once.
+        /// Takes and delivers no more than so many datagrams at once.
         pub(crate) fn with_segments(room: usize, segments: usize) -> Arc<Self> {
             Arc::new(Self {
                 room: Mutex::new(room),
@@ -296,6 +296,10 @@ pub(crate) mod tests {
         }
 
         fn max_transmit_segments(&self) -> usize {
+            self.segments
+        }
+
+        fn max_receive_segments(&self) -> usize {
             self.segments
         }
     }
@@ -396,42 +400,11 @@ pub(crate) mod tests {
             (RECEIVE / 2) as u16,
             LARGEST,
         ] {
-            let socket = Arc::new(Many);
+            let socket = Kernel::with_room(0);
             let room =
                 Batching::over(socket, payload).max_receive_segments() * usize::from(payload);
             assert!(room >= usize::from(LARGEST), "{payload}: {room}");
             assert!(room < 2 * RECEIVE, "{payload}: {room}");
-        }
-    }
-
-    /// Delivers as many datagrams at once as Linux does.
-    #[derive(Debug)]
-    struct Many;
-
-    impl AsyncUdpSocket for Many {
-        fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
-            unreachable!("nobody waits here")
-        }
-
-        fn try_send(&self, _: &Transmit<'_>) -> io::Result<()> {
-            Ok(())
-        }
-
-        fn poll_recv(
-            &self,
-            _: &mut Context<'_>,
-            _: &mut [IoSliceMut<'_>],
-            _: &mut [RecvMeta],
-        ) -> Poll<io::Result<usize>> {
-            Poll::Pending
-        }
-
-        fn local_addr(&self) -> io::Result<SocketAddr> {
-            Err(io::ErrorKind::Unsupported.into())
-        }
-
-        fn max_receive_segments(&self) -> usize {
-            64
         }
     }
 }
