@@ -87,11 +87,13 @@ pub(crate) fn parse(text: &str) -> Vec<Call> {
 /// what it could not write, and says so only once.
 ///
 /// A failed `syncfs` may have been about any of them. It leaves each file's own error to the file's own `fsync`,
-/// which reports what happened since the file was opened, so one that succeeds after it settles that.
+/// which reports what happened since the file was opened, so one that succeeds settles that: after it, or before it,
+/// since it is the last that is done to a file (`fdatasync` is for what goes on).
 pub(crate) fn published_unsynced(calls: &[Call]) -> Vec<String> {
     let mut staged = BTreeSet::new();
     let mut failed = BTreeSet::new();
     let mut in_doubt: BTreeSet<String> = BTreeSet::new();
+    let mut settled = BTreeSet::new();
     let mut wrong = Vec::new();
     for call in calls {
         let parts = || call.parts().into_iter().map(str::to_owned);
@@ -102,18 +104,22 @@ pub(crate) fn published_unsynced(calls: &[Call]) -> Vec<String> {
                         wrong.push(format!("{part} was synced again after that failed"));
                     } else if call.injected {
                         failed.insert(part);
-                    } else {
+                    } else if call.succeeded() {
                         in_doubt.remove(&part);
+                        if call.name == "fsync" {
+                            settled.insert(part);
+                        }
                     }
                 }
             }
-            "syncfs" if call.injected => in_doubt.extend(staged.iter().cloned()),
+            "syncfs" if call.injected => in_doubt.extend(staged.difference(&settled).cloned()),
             "openat" | "openat2" if call.text.contains("O_CREAT") && call.succeeded() => {
                 staged.extend(parts());
             }
             "unlink" | "unlinkat" if call.succeeded() => {
                 for part in parts() {
                     staged.remove(&part);
+                    settled.remove(&part);
                     failed.remove(&part);
                     in_doubt.remove(&part);
                 }
@@ -121,6 +127,7 @@ pub(crate) fn published_unsynced(calls: &[Call]) -> Vec<String> {
             "renameat" | "renameat2" | "linkat" if call.succeeded() => {
                 for part in parts() {
                     staged.remove(&part);
+                    settled.remove(&part);
                     if failed.remove(&part) | in_doubt.remove(&part) {
                         wrong.push(format!("{part} was published after its sync failed"));
                     }
@@ -212,6 +219,13 @@ mod tests {
         let settled = "12 fsync(9</up/.udpack/staging/a.part>) = 0\n12 renameat2";
         let settled = whole.replace("12 renameat2", settled);
         assert_eq!(published_unsynced(&parse(&settled)), Vec::<String>::new());
+        let before = "12 fsync(9</up/.udpack/staging/a.part>) = 0\n12 syncfs";
+        let before = whole.replace("12 syncfs", before);
+        assert_eq!(published_unsynced(&parse(&before)), Vec::<String>::new());
+        assert_eq!(
+            published_unsynced(&parse(&before.replace("fsync", "fdatasync"))),
+            ["a.part was published after its sync failed"]
+        );
         let anew = "12 unlinkat(5</up/.udpack/staging>, \"a.part\", 0) = 0\n";
         let fixed = done.replace("12 renameat2", &format!("{anew}12 renameat2"));
         assert_eq!(published_unsynced(&parse(&fixed)), Vec::<String>::new());
