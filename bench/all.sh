@@ -45,7 +45,7 @@ part() {
     netns) script bench/peers.sh --netns ;;
     small-files) script bench/small-files.sh ;;
     # Two links at a time, those that take longest first: with four the processors are nearly busy, which costs who is not in
-  # the kernel a tenth of the rate.
+    # the kernel a tenth of the rate.
     links)
       local all
       mapfile -t all < <({ bench/wan.sh --list | awk '$2 <= 100 { print $6 / $2, "bench/wan.sh", $1 }' | sort -rn | cut -d' ' -f2-

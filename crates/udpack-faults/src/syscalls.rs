@@ -175,7 +175,8 @@ struct Profile {
     template: Option<PathBuf>,
 }
 
-/// An upload of a few files; one of many small ones; one of files that are there already; one that lasts long enough for a checkpoint; one that is resumed.
+/// An upload of a few files; one of many small ones; one of files that are there already; one that lasts long enough for
+/// a checkpoint; one that is resumed.
 fn profiles(rig: &Rig, rng: &mut Rng) -> anyhow::Result<Vec<Profile>> {
     const K: u64 = 1 << 10;
     let plain = rig.below("plain")?;
