@@ -83,6 +83,8 @@ pub(crate) enum Arm {
     WssBatch,
     /// A publisher, nats-server and a subscriber, without TLS; only where it is installed.
     Nats,
+    /// Bare datagrams by quinn's UDP socket, neither encrypted nor sent again: what nothing above it can beat.
+    Udp,
 }
 
 /// A number that a scenario measures.
@@ -255,7 +257,14 @@ impl Scenario {
                 Arm::WssBatch,
                 Arm::Nats,
             ],
-            Self::Ping => &[Arm::Udpack, Arm::Quinn, Arm::Tuned, Arm::Wss, Arm::Nats],
+            Self::Ping => &[
+                Arm::Udpack,
+                Arm::Quinn,
+                Arm::Tuned,
+                Arm::Wss,
+                Arm::Nats,
+                Arm::Udp,
+            ],
             _ => &[Arm::Udpack, Arm::Quinn, Arm::Tuned],
         }
     }
@@ -358,6 +367,7 @@ impl Arm {
             Self::Wss => "wss",
             Self::WssBatch => "wss-batch",
             Self::Nats => "nats",
+            Self::Udp => "udp",
         }
     }
 }

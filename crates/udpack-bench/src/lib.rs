@@ -1,4 +1,4 @@
-//! Measures udpack beside raw quinn, TLS WebSockets and its own programs.
+//! Measures udpack beside raw quinn, TLS WebSockets, bare datagrams and its own programs.
 //!
 //! A scenario has arms that take turns: each round starts a server and a client for each arm, both of them this
 //! program again, and asks the client what it measured. What is sent is counted at the receiver, and a run in
@@ -15,6 +15,7 @@ mod programs;
 mod raw;
 mod report;
 mod stats;
+mod udp;
 mod wss;
 
 use std::process::ExitCode;

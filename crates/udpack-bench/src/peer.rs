@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::Heap;
 use crate::args::{Arm, Load, Peer};
 use crate::raw::Settings;
-use crate::{nats, ours, raw, wss};
+use crate::{nats, ours, raw, udp, wss};
 
 /// The longest that a client may take.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -123,6 +123,7 @@ async fn start(peer: &Peer, load: &Load) -> anyhow::Result<(Ready, Box<dyn Any>)
         Arm::Quinn | Arm::QuinnEach => raw::serve(listen, Settings::Defaults)?,
         Arm::Tuned => raw::serve(listen, Settings::Tuned)?,
         Arm::Wss | Arm::WssBatch => (wss::serve(listen).await?, Box::new(())),
+        Arm::Udp => (udp::serve(listen)?, Box::new(())),
         Arm::Nats => {
             let (ready, server) = nats::serve(listen).await?;
             (ready, Box::new(server))
@@ -158,6 +159,7 @@ pub(crate) fn drive(peer: &Peer, heap: Heap) -> anyhow::Result<()> {
                 Arm::Wss => wss::drive(peer.scenario, &ready, &load, 1).await,
                 Arm::WssBatch => wss::drive(peer.scenario, &ready, &load, 256).await,
                 Arm::Nats => nats::drive(peer.scenario, &ready, &load).await,
+                Arm::Udp => udp::drive(peer.scenario, &ready, &load).await,
             }
         };
         let timely = tokio::time::timeout(PATIENCE, client).await;

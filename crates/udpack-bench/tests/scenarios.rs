@@ -70,7 +70,7 @@ fn messages() {
 
 #[test]
 fn pings() {
-    let arms = ["udpack", "quinn", "tuned", "wss"];
+    let arms = ["udpack", "quinn", "tuned", "wss", "udp"];
     let result = measure(&["ping", "--count", "30", "--sockets", "3"]);
     all_arms_tell_all(&result, &arms);
 }
