@@ -3,7 +3,8 @@
 //! A message is encoded straight into the queue, so it is either queued whole or not at all, whatever
 //! happens to the future that queued it. The writer takes what has gathered and hands it to QUIC in one go:
 //! many small sends share packets without any timer. Only what follows upon something heard from the peer, an
-//! answer or the next question, its sender writes itself: somebody waits for it, and it saves a task's wake-up.
+//! answer or the next question, its sender writes itself: somebody waits for it, and it saves a task's wake-up. So does
+//! who sends to a quiet room: it saves one for each member.
 //!
 //! The queue of a resumable channel keeps what was written until the peer has confirmed it, counts it against
 //! the same bounds, and repeats it on the channel's next stream. Its writer ends with each connection.
@@ -309,13 +310,15 @@ impl Outbox {
         Box::pin(self.when_room(|state| state.encoded(encoded))).await
     }
 
-    /// Queues a message of a room; where there is no room, the policy says what becomes of it. Never waits.
+    /// Queues a message of a room; where there is no room, the policy says what becomes of it. Never waits. `direct`:
+    /// where the queue is empty and the writer sleeps, it is written right here.
     pub(crate) fn push_room(
         &self,
         tag: &Arc<Tag>,
         frame: &Bytes,
         limit: usize,
         policy: Overflow,
+        direct: bool,
     ) -> Push {
         let mut state = lock(&self.state);
         if state.check_open().is_err() {
@@ -329,7 +332,14 @@ impl Outbox {
             && state.overflow.first().is_none()
             && self.has_room(&state)
         {
-            state.append(frame);
+            if direct && self.may_write(&state, frame.len()) && state.tail.is_empty() {
+                state.count(frame.len());
+                if self.write_message(&mut state, frame.clone()) {
+                    return Push::Queued { lost: 0 };
+                }
+            } else {
+                state.append(frame);
+            }
             self.wake(&mut state);
             return Push::Queued { lost: 0 };
         } else {
@@ -389,22 +399,39 @@ impl Outbox {
     /// peer since this was last done. `false`: what is left is the writer's.
     fn write_now(&self, state: &mut State) -> bool {
         let (_, heard) = self.counters.totals();
-        let Some(stream) = &mut state.lent else {
-            return false;
-        };
         if heard == state.heard
-            || self.priority == Priority::Bulk
             || state.tail_messages != 1
-            || state.tail.len() > COPY_LIMIT
-            || !state.segments.is_empty()
+            || !self.may_write(state, state.tail.len())
         {
             return false;
         }
         state.heard = heard;
         state.tail_messages = 0;
-        let mut chunk = [std::mem::take(&mut state.tail).freeze()];
-        let [bytes] = &chunk;
-        let copy = state.keep.is_some().then(|| bytes.clone());
+        let message = std::mem::take(&mut state.tail).freeze();
+        self.write_message(state, message)
+    }
+
+    /// Whether a message of `size` bytes, with nothing before it but what stands in the tail, may be written by its
+    /// sender: the writer sleeps.
+    fn may_write(&self, state: &State, size: usize) -> bool {
+        state.lent.is_some()
+            && self.priority != Priority::Bulk
+            && size <= COPY_LIMIT
+            && state.segments.is_empty()
+    }
+
+    /// Writes one message, which is counted already and stands nowhere, to the stream of the sleeping writer.
+    /// `false`: what is left of it is queued, for the writer.
+    fn write_message(&self, state: &mut State, message: Bytes) -> bool {
+        let Some(stream) = &mut state.lent else {
+            state.segments.push_back(Segment {
+                bytes: message,
+                messages: 1,
+            });
+            return false;
+        };
+        let copy = state.keep.is_some().then(|| message.clone());
+        let mut chunk = [message];
         // Whoever finds no room there, or an error, finds it again: the writer, with a waker.
         let mut cx = Context::from_waker(Waker::noop());
         let written = match pin!(stream.write_chunks(&mut chunk)).poll(&mut cx) {

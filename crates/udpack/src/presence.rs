@@ -357,6 +357,7 @@ impl Room {
             state.bytes(),
             limit,
             Overflow::LatestOnly,
+            false,
         ) {
             Push::Queued { .. } => {
                 presence.told.insert(guest.key);

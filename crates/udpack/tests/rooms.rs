@@ -173,6 +173,35 @@ async fn every_member_gets_the_same_bytes_except_who_is_left_out() {
     .await;
 }
 
+/// What comes alone is written by who sends it to the room, what comes in a row by the channel's writer.
+#[tokio::test]
+async fn what_comes_alone_and_what_comes_in_a_row_keep_their_order() {
+    bounded(async {
+        let (server, mut _channels) = hall(server()).await;
+        let sockets = [connect(&server).await, connect(&server).await];
+        let mut channels = [join(&sockets[0]).await, join(&sockets[1]).await];
+        let (mut sent, mut got) = (0, 0);
+        for row in [1, 1, 40, 1, 300, 2, 1, 7, 1] {
+            for _ in 0..row {
+                let message = (sent, "a line");
+                let all = server.rooms().to("hall").send("line", &message);
+                assert_eq!(all.expect("sound").delivered, 2);
+                sent += 1;
+            }
+            // Until the writers have nothing to do.
+            while got < sent {
+                for channel in &mut channels {
+                    assert_eq!(number(&next(channel).await), got);
+                }
+                got += 1;
+            }
+        }
+        let counted = server.metrics();
+        assert_eq!(counted.room_sent, 2 * sent);
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn the_oldest_give_way_and_the_gap_says_how_many() {
     bounded(async {
