@@ -4,7 +4,7 @@
 //! what a send costs, here, on the way through the kernel and at the receiver, does not depend on its size. So what a
 //! driver of quinn's sends in one poll waits for the end of that poll, and leaves in as few sends as the kernel takes.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::io;
 use std::mem;
@@ -22,15 +22,24 @@ use crate::udp::SEND;
 const TURN: usize = 20;
 
 thread_local! {
+    static STAGE: Cell<Stage> = const { Cell::new(Stage::Outside) };
     static GATHERED: RefCell<Gathered> = const {
-        RefCell::new(Gathered { polling: false, batch: None, spare: Vec::new() })
+        RefCell::new(Gathered { batch: None, spare: Vec::new() })
     };
+}
+
+/// Where this thread is. Most polls send one datagram or none, and need to know no more.
+#[derive(Clone, Copy, PartialEq)]
+enum Stage {
+    Outside,
+    /// A driver is polled: its end will send what is kept.
+    Polling,
+    /// The same, and something was kept.
+    Keeping,
 }
 
 /// What the poll that runs on this thread wants sent.
 struct Gathered {
-    /// A driver is polled: its end will send what is kept.
-    polling: bool,
     batch: Option<Batch>,
     /// Room of the batches before.
     spare: Vec<u8>,
@@ -94,7 +103,7 @@ impl Gathered {
         }
         let segment = segment_of(transmit);
         let most = most_segments(socket, segment);
-        if !self.polling || most < TURN {
+        if most < TURN {
             return socket.try_send(transmit);
         }
         let mut bytes = mem::take(&mut self.spare);
@@ -106,6 +115,7 @@ impl Gathered {
             most,
             bytes,
         });
+        STAGE.set(Stage::Keeping);
         Ok(())
     }
 
@@ -148,6 +158,12 @@ fn most_segments(socket: &Arc<dyn AsyncUdpSocket>, segment: usize) -> usize {
 /// # Errors
 /// As the socket's `try_send`. After `WouldBlock` nothing of it was taken.
 pub(crate) fn send(socket: &Arc<dyn AsyncUdpSocket>, transmit: &Transmit<'_>) -> io::Result<()> {
+    match STAGE.get() {
+        // One alone is all that quinn has.
+        Stage::Polling if transmit.segment_size.is_some() => {}
+        Stage::Keeping => {}
+        Stage::Polling | Stage::Outside => return socket.try_send(transmit),
+    }
     GATHERED.with_borrow_mut(|gathered| gathered.send(socket, transmit))
 }
 
@@ -197,6 +213,9 @@ impl Future for Gather {
         }
         let turn = Turn::begin();
         let mut polled = self.driver.as_mut().poll(context);
+        if STAGE.get() != Stage::Keeping {
+            return polled;
+        }
         if polled.is_pending() && GATHERED.with_borrow(Gathered::wants_another_turn) {
             polled = self.driver.as_mut().poll(context);
         }
@@ -215,7 +234,7 @@ struct Turn;
 
 impl Turn {
     fn begin() -> Self {
-        GATHERED.with_borrow_mut(|gathered| gathered.polling = true);
+        STAGE.set(Stage::Polling);
         Self
     }
 
@@ -235,10 +254,9 @@ impl Turn {
 impl Drop for Turn {
     /// After a panic, too.
     fn drop(&mut self) {
-        GATHERED.with_borrow_mut(|gathered| {
-            gathered.polling = false;
-            gathered.clear();
-        });
+        if STAGE.replace(Stage::Outside) == Stage::Keeping {
+            GATHERED.with_borrow_mut(Gathered::clear);
+        }
     }
 }
 
@@ -374,6 +392,19 @@ mod tests {
     }
 
     #[test]
+    fn one_alone_waits_for_nothing() {
+        let kernel = Kernel::with_room(1);
+        let (socket, watched) = (kernel.clone() as Arc<dyn AsyncUdpSocket>, kernel.clone());
+        let mut driver = Gather::new(Box::pin(poll_fn(move |_| {
+            send(&socket, &batch(datagrams(1, 40, 1), 40)).expect("room");
+            assert_eq!(sizes(&watched), [(40, None)]);
+            Poll::Pending
+        })));
+        poll(&mut driver);
+        assert_eq!(sizes(&kernel), [(40, None)]);
+    }
+
+    #[test]
     fn a_driver_that_stopped_in_the_midst_goes_on_at_once() {
         let kernel = Kernel::with_room(9);
         let socket: Arc<dyn AsyncUdpSocket> = kernel.clone();
@@ -426,10 +457,10 @@ mod tests {
     fn a_driver_that_panics_leaves_nothing_behind() {
         let kernel = Kernel::with_room(9);
         let socket: Arc<dyn AsyncUdpSocket> = kernel.clone();
-        let bytes = datagrams(1, 40, 1);
+        let (bytes, row) = (datagrams(1, 40, 1), datagrams(2, 40, 2));
         let sends = socket.clone();
         let mut driver = Gather::new(Box::pin(async move {
-            send(&sends, &batch(bytes, 40)).expect("kept");
+            send(&sends, &batch(row, 40)).expect("kept");
             panic!("as it must");
         }));
         let mut context = Context::from_waker(Waker::noop());

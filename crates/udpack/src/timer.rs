@@ -74,10 +74,13 @@ struct PromptTimer {
 impl AsyncTimer for PromptTimer {
     fn reset(mut self: Pin<&mut Self>, deadline: Instant) {
         self.deadline = deadline;
-        self.at = if self.woken == Some(deadline) {
-            deadline
-        } else {
-            before(deadline)
+        // While what is set comes first anyway, nobody need look at the clock.
+        let early = (self.set.zip(deadline.checked_sub(EARLY)))
+            .and_then(|(set, early)| (set <= early).then_some(early));
+        self.at = match early {
+            _ if self.woken == Some(deadline) => deadline,
+            Some(early) => early,
+            None => before(deadline),
         };
     }
 

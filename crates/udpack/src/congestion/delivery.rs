@@ -33,6 +33,69 @@ struct Sending {
     app_limited: bool,
 }
 
+/// In the order of their instants. The only one needs no memory of its own: where there is one packet at a time, that
+/// would be made and given back for each.
+#[derive(Debug, Clone, Default)]
+struct Sendings {
+    first: Option<Sending>,
+    others: VecDeque<Sending>,
+}
+
+impl Sendings {
+    fn len(&self) -> usize {
+        usize::from(self.first.is_some()) + self.others.len()
+    }
+
+    fn front(&self) -> Option<&Sending> {
+        self.first.as_ref().or_else(|| self.others.front())
+    }
+
+    fn back(&self) -> Option<&Sending> {
+        self.others.back().or(self.first.as_ref())
+    }
+
+    fn push_back(&mut self, sending: Sending) {
+        if self.others.is_empty() && self.first.is_none() {
+            self.first = Some(sending);
+        } else {
+            self.others.push_back(sending);
+        }
+    }
+
+    fn pop_front(&mut self) {
+        if self.first.take().is_none() {
+            self.others.pop_front();
+        }
+    }
+
+    fn clear(&mut self) {
+        self.first = None;
+        if self.others.capacity() > 0 {
+            self.others = VecDeque::new();
+        }
+    }
+
+    /// Lets go of memory when most of it is not used.
+    fn trim(&mut self) {
+        let (used, room) = (self.others.len(), self.others.capacity());
+        if room > 8 && used < room / 4 {
+            self.others.shrink_to(used * 2);
+        }
+    }
+
+    fn find(&self, at: Instant) -> Option<&Sending> {
+        if let Some(first) = self.first.as_ref().filter(|first| first.at == at) {
+            return Some(first);
+        }
+        // Where there is one packet at a time, that is the last.
+        if let Some(last) = self.others.back().filter(|last| last.at == at) {
+            return Some(last);
+        }
+        let found = self.others.binary_search_by(|sending| sending.at.cmp(&at));
+        self.others.get(found.ok()?)
+    }
+}
+
 /// What one batch of acknowledgements says.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sample {
@@ -49,7 +112,7 @@ pub(super) struct Sample {
 /// Watches what is sent and what arrives.
 #[derive(Debug, Clone)]
 pub(super) struct Delivery {
-    sendings: VecDeque<Sending>,
+    sendings: Sendings,
     delivered: u64,
     delivered_at: Instant,
     first_sent: Instant,
@@ -65,7 +128,7 @@ pub(super) struct Delivery {
 impl Delivery {
     pub(super) fn new(now: Instant) -> Self {
         Self {
-            sendings: VecDeque::new(),
+            sendings: Sendings::default(),
             delivered: 0,
             delivered_at: now,
             first_sent: now,
@@ -111,30 +174,13 @@ impl Delivery {
         {
             self.sendings.pop_front();
         }
-        let used = self.sendings.len();
-        if self.sendings.capacity() > 8 && used < self.sendings.capacity() / 4 {
-            self.sendings.shrink_to(used * 2);
-        }
-    }
-
-    fn find(&self, at: Instant) -> Option<&Sending> {
-        let first = self.sendings.front()?;
-        if first.at == at {
-            return Some(first);
-        }
-        // Where there is one packet at a time, that is the last.
-        if let Some(last) = self.sendings.back().filter(|last| last.at == at) {
-            return Some(last);
-        }
-        let found = self
-            .sendings
-            .binary_search_by(|sending| sending.at.cmp(&at));
-        self.sendings.get(found.ok()?)
+        self.sendings.trim();
     }
 
     /// What the packets sent at this instant were for.
     pub(super) fn purpose(&self, sent: Instant) -> Purpose {
-        self.find(sent)
+        self.sendings
+            .find(sent)
             .map_or(Purpose::Other, |sending| sending.purpose)
     }
 
@@ -167,7 +213,7 @@ impl Delivery {
             rate: None,
             round_ended: false,
         };
-        if let Some(sending) = self.find(newest).cloned() {
+        if let Some(sending) = self.sendings.find(newest).cloned() {
             self.first_sent = self.first_sent.max(sending.at);
             let send_elapsed = sending.at.saturating_duration_since(sending.first_sent);
             let ack_elapsed = now.saturating_duration_since(sending.delivered_at);
@@ -180,7 +226,7 @@ impl Delivery {
         }
         if in_flight == 0 {
             // Nothing is awaited; who is idle needs no memory for it.
-            self.sendings = VecDeque::new();
+            self.sendings.clear();
             return Some(sample);
         }
         // A packet that is neither acknowledged nor lost two round trips later is asked for no more.
@@ -275,7 +321,7 @@ mod tests {
         let later = begin + MS * 120_000;
         delivery.on_sent(later, Purpose::Other);
         assert_eq!(delivery.sendings.len(), 1);
-        assert!(delivery.sendings.capacity() <= 8);
+        assert!(delivery.sendings.others.capacity() <= 8);
         delivery.on_ack(later + MS, later, 1000);
         assert!(delivery.end_acks(later + MS, 0, true, MS).is_some());
     }
