@@ -137,6 +137,18 @@ struct Answering {
     handler: Option<AbortHandle>,
 }
 
+/// What is known of a request when a handler takes it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Begun {
+    pub(crate) id: u64,
+    /// When it came.
+    pub(crate) since: Instant,
+    /// That was not just now.
+    pub(crate) waited: bool,
+    /// The peer wants no answer any more.
+    pub(crate) given_up: bool,
+}
+
 /// One request's stream of items, in both directions.
 #[derive(Debug, Default)]
 struct Flow {
@@ -199,14 +211,15 @@ impl Calls {
             .is_some_and(|asked| asked.last.is_none())
     }
 
-    /// The reply to a request that wants one.
+    /// The reply to a request that wants one, which is over with it.
     pub(crate) fn reply(&mut self, id: u64) -> Option<Reply> {
         let asked = self.asked.get_mut(id)?;
         if asked.unwanted {
             return Some(Reply::Stream);
         }
-        // A copy stays, so that `forget` knows that it came.
-        asked.last.clone().map(Reply::Message)
+        let reply = asked.last.take()?;
+        self.asked.remove(id);
+        Some(Reply::Message(reply))
     }
 
     /// Keeps a request of the peer that waits in the backlog.
@@ -214,14 +227,23 @@ impl Calls {
         self.answering.get_or_insert(id, Answering::new);
     }
 
-    /// A handler takes the request; says when it came, and whether the peer has given it up.
-    pub(crate) fn begin(&mut self, id: u64) -> (Instant, bool) {
-        let answering = self.answering.get_or_insert(id, Answering::new);
+    /// A handler takes the request.
+    pub(crate) fn begin(&mut self, id: u64) -> Begun {
+        let mut waited = true;
+        let answering = self.answering.get_or_insert(id, || {
+            waited = false;
+            Answering::new()
+        });
         if !answering.begun {
             answering.begun = true;
             self.waiting = self.waiting.saturating_sub(answering.flow.held());
         }
-        (answering.since, answering.cancelled)
+        Begun {
+            id,
+            since: answering.since,
+            waited,
+            given_up: answering.cancelled,
+        }
     }
 
     /// What stops the handler when the peer gives the request up; done at once if it has.

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock, Weak};
 use std::task::{Context, Poll};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures_util::future::BoxFuture;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -313,7 +313,7 @@ impl Channel {
         match poll_fn(|cx| {
             inner
                 .inbox
-                .poll_recv(cx, &inner.session, &inner.counters, false)
+                .poll_recv(cx, &inner.session, &inner.counters, None)
         })
         .await
         {
@@ -348,8 +348,8 @@ impl Channel {
         }
     }
 
-    /// As [`try_send_encoded`](Self::try_send_encoded), of a frame that is copied.
-    pub(crate) fn try_send_frame(&self, frame: &[u8]) -> Result<bool, SendError> {
+    /// As [`try_send_encoded`](Self::try_send_encoded), of a frame that is taken if it is queued.
+    pub(crate) fn try_send_frame(&self, frame: &mut BytesMut) -> Result<bool, SendError> {
         let limit = self.inner.session.frame_limit();
         let queued = self.inner.outbox.try_frame(frame, limit);
         queued.map_err(|error| self.send_error(error))

@@ -84,6 +84,9 @@ impl FrameDecoder {
     /// Nothing more is here to be decoded. Lets go of memory that is only kept to be used again: all of it between
     /// frames, all but one piece within a frame.
     pub(crate) fn rest(&mut self) {
+        if self.given.capacity() == 0 {
+            return;
+        }
         if self.held() == 0 {
             self.given = VecDeque::new();
         }
@@ -123,6 +126,12 @@ impl FrameDecoder {
             Some(len) => Ok(Some(self.take_whole(len))),
             None => self.next_in_pieces(),
         }
+    }
+
+    /// Whether nothing is here that was not looked at: there is no frame before more is pushed.
+    #[inline(always)]
+    pub(crate) fn is_drained(&self) -> bool {
+        self.chunk.is_empty()
     }
 
     /// The body of the next frame where it lies, if that is whole in the chunk.

@@ -15,7 +15,7 @@ use serde::Serialize;
 use tokio::time::Instant;
 
 use crate::auth::Peer;
-use crate::calls::Role;
+use crate::calls::{Begun, Role};
 use crate::channel::{Channel, RecvError, SendError};
 use crate::code::Fault;
 use crate::control::{self, GAP, Gap};
@@ -319,8 +319,9 @@ pub(crate) async fn serve(channel: Channel, router: Arc<Router>) -> Result<(), R
                 }
             }
             message = next(&channel), if free => match message {
-                Ok(Some(message)) => {
-                    let (mut work, id) = work(&channel, &router, message);
+                Ok(Some((message, begun))) => {
+                    let id = begun.map(|begun| begun.id);
+                    let mut work = work(&channel, &router, message, begun);
                     // Most are through at once, and need nothing of what follows.
                     if poll_fn(|cx| Poll::Ready(work.as_mut().poll(cx))).await.is_pending() {
                         running.push(job(&channel, work, id));
@@ -343,17 +344,19 @@ pub(crate) async fn serve(channel: Channel, router: Arc<Router>) -> Result<(), R
     }
 }
 
-/// The next message, for a handler.
-async fn next(channel: &Channel) -> Result<Option<Message>, RecvError> {
+/// The next message, for a handler, with what is known of it if it is a request.
+async fn next(channel: &Channel) -> Result<Option<(Message, Option<Begun>)>, RecvError> {
     let inner = &*channel.inner;
+    let mut begun = None;
     let next = poll_fn(|cx| {
+        let serve = Some(&mut begun);
         inner
             .inbox
-            .poll_recv(cx, &inner.session, &inner.counters, true)
+            .poll_recv(cx, &inner.session, &inner.counters, serve)
     });
     match next.await {
-        Ok(message) => Ok(Some(message)),
-        Err(ending) => channel.ended(ending),
+        Ok(message) => Ok(Some((message, begun))),
+        Err(ending) => Ok(channel.ended(ending)?.map(|message| (message, None))),
     }
 }
 
@@ -376,29 +379,33 @@ fn cancelled(channel: &Channel, id: u64) {
     }
 }
 
-/// Everything that one message leads to, and its id if it is a request.
+/// Everything that one message leads to.
 fn work(
     channel: &Channel,
     router: &Routed,
     message: Message,
-) -> (BoxFuture<'static, ()>, Option<u64>) {
+    begun: Option<Begun>,
+) -> BoxFuture<'static, ()> {
     let channel = channel.clone();
     let router = router.clone();
-    let Some(id) = message.id() else {
-        let work = async move { event(&channel, router, message).await };
-        return (Box::pin(work), None);
+    let Some(begun) = begun else {
+        return Box::pin(async move { event(&channel, router, message).await });
     };
-    let (since, given_up) = channel.inner.inbox.calls(|calls| calls.begin(id));
+    let id = begun.id;
     let answered = Answered { channel, id };
-    if given_up {
-        let work = async move { cancelled(&answered.channel, id) };
-        return (Box::pin(work), None);
+    if begun.given_up {
+        return Box::pin(async move { cancelled(&answered.channel, id) });
     }
     let deadline = message
         .deadline()
-        .and_then(|limit| since.checked_add(limit));
-    let work = async move { request(&answered.channel, router, message, id, deadline).await };
-    (Box::pin(work), Some(id))
+        .and_then(|limit| begun.since.checked_add(limit));
+    let now = if begun.waited {
+        Instant::now()
+    } else {
+        begun.since
+    };
+    let late = deadline.is_some_and(|deadline| deadline <= now);
+    Box::pin(async move { request(&answered.channel, router, message, id, deadline, late).await })
 }
 
 /// Work that has begun, until it is through or its request is given up.
@@ -469,10 +476,12 @@ async fn request(
     message: Message,
     id: u64,
     deadline: Option<Instant>,
+    too_late: bool,
 ) {
-    let answer = match deadline {
-        Some(deadline) if deadline <= Instant::now() => late("the deadline has passed").into(),
-        _ => attend(channel, router, message.clone(), id, deadline).await,
+    let answer = if too_late {
+        late("the deadline has passed").into()
+    } else {
+        attend(channel, router, message.clone(), id, deadline).await
     };
     let outcome = match answer.0 {
         Kind::Value(data) => Ok(data),

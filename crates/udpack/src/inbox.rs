@@ -13,7 +13,7 @@ use std::task::{Context, Poll, Wake, Waker};
 use bytes::Bytes;
 use tokio::time::{Instant, Sleep};
 
-use crate::calls::{Calls, Taken};
+use crate::calls::{Begun, Calls, Taken};
 use crate::code::{CloseCode, CloseReason};
 use crate::config::MIN_FRAME_RATE;
 use crate::control::{
@@ -246,13 +246,14 @@ impl Inbox {
         lock(&self.state).decoder.set_limit(limit);
     }
 
-    /// The next application message, or the end. `serve`: a handler will answer it if it is a request.
+    /// The next application message, or the end. `serve`: a handler will answer it if it is a request, and this is told
+    /// of it.
     pub(crate) fn poll_recv(
         &self,
         cx: &mut Context<'_>,
         session: &Session,
         counters: &Counters,
-        serve: bool,
+        serve: Option<&mut Option<Begun>>,
     ) -> Poll<Result<Message, Ending>> {
         let mut state = lock(&self.state);
         if let Some(message) = state.backlog.pop_front() {
@@ -399,13 +400,11 @@ impl State {
     }
 
     /// A message leaves the inbox: a handler's request is kept in mind, any other is its taker's business.
-    fn handed_out(&mut self, message: &Message, serve: bool) {
-        match message.id() {
-            Some(id) if serve => {
-                self.calls.made().begin(id);
-            }
-            Some(id) => self.calls.made().answered(id),
-            None => {}
+    fn handed_out(&mut self, message: &Message, serve: Option<&mut Option<Begun>>) {
+        match (message.id(), serve) {
+            (Some(id), Some(begun)) => *begun = Some(self.calls.made().begin(id)),
+            (Some(id), None) => self.calls.made().answered(id),
+            (None, _) => {}
         }
     }
 
@@ -521,6 +520,7 @@ impl State {
     fn decode(&mut self, session: &Session) -> Option<Result<Message, Ending>> {
         let (len, parts) = match self.decoder.whole() {
             Ok(Some(body)) => (body.len(), Parts::of(body, Shape::default())),
+            Ok(None) if self.decoder.is_drained() => return None,
             Ok(None) => return self.decode_pieces(session),
             Err(error) => return Some(Err(self.broken(error.close_code(), &error))),
         };
@@ -818,6 +818,9 @@ impl Waiters {
         let (first, others) = {
             let Waiting { first, others } = &mut *lock(&self.list);
             let first = first.take_if(|known| !known.will_wake(reader));
+            if first.is_none() && others.is_empty() {
+                return;
+            }
             let others = others.extract_if(.., |known| !known.will_wake(reader));
             (first, others.collect::<Vec<_>>())
         };

@@ -252,11 +252,11 @@ impl Outbox {
         Box::pin(self.when_room(|state| state.raw(event, data, id, limit))).await
     }
 
-    /// Queues a frame that was encoded before and need not be kept, if there is room.
-    pub(crate) fn try_frame(&self, frame: &[u8], limit: usize) -> Result<bool, PushError> {
+    /// Takes a frame that was encoded before, if there is room; else it stays as it is.
+    pub(crate) fn try_frame(&self, frame: &mut BytesMut, limit: usize) -> Result<bool, PushError> {
         check_size(frame.len(), limit).map_err(PushError::Encode)?;
         self.with_room(|state| {
-            state.copy(frame);
+            state.take_frame(frame);
             Ok(())
         })
     }
@@ -873,6 +873,16 @@ impl State {
     fn copy(&mut self, frame: &[u8]) {
         self.tail.extend_from_slice(frame);
         self.grew(frame.len());
+    }
+
+    /// Its memory is the tail's where that has none: a quiet channel's.
+    fn take_frame(&mut self, frame: &mut BytesMut) {
+        if self.tail.capacity() > 0 {
+            return self.copy(frame);
+        }
+        let size = frame.len();
+        self.tail = std::mem::take(frame);
+        self.grew(size);
     }
 
     fn append(&mut self, bytes: &Bytes) {

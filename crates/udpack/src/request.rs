@@ -202,8 +202,8 @@ impl<R> Request<R> {
         let deadline = Instant::now()
             .checked_add(limit)
             .map(|until| (until, limit));
-        let (mut pending, frame) = self.begin(Some(limit), false)?;
-        if !pending.try_send(&frame)? {
+        let (mut pending, mut frame) = self.begin(Some(limit), false)?;
+        if !pending.try_send(&mut frame)? {
             // Boxed, because most find room and need none for this.
             let slow = Box::pin(pending.send(frame));
             match deadline {
@@ -227,6 +227,7 @@ impl<R> Request<R> {
         });
         let reply = reply.await.map_err(|limit| channel.too_late(limit))?;
         let reply = reply.map_err(|error| channel.no_answer(error))?;
+        pending.over = matches!(reply, Reply::Message(_));
         drop(pending);
         self.decoded(reply, deadline)
     }
@@ -292,6 +293,7 @@ impl<R> Request<R> {
             channel: self.channel.clone(),
             id: self.id,
             sent: false,
+            over: false,
         };
         Ok((pending, frame))
     }
@@ -362,11 +364,13 @@ pub(crate) struct Pending {
     pub(crate) id: u64,
     /// The request is queued: the peer will hear of it.
     sent: bool,
+    /// The reply was taken: nothing is left to be forgotten.
+    over: bool,
 }
 
 impl Pending {
     /// Queues the request if there is room. From then on dropping this tells the peer.
-    fn try_send(&mut self, frame: &[u8]) -> Result<bool, RequestError> {
+    fn try_send(&mut self, frame: &mut BytesMut) -> Result<bool, RequestError> {
         let queued = self.channel.try_send_frame(frame);
         self.sent = queued.map_err(RequestError::Send)?;
         Ok(self.sent)
@@ -384,6 +388,9 @@ impl Pending {
 
 impl Drop for Pending {
     fn drop(&mut self) {
+        if self.over {
+            return;
+        }
         let inner = &self.channel.inner;
         if inner.inbox.calls(|calls| calls.forget(self.id))
             && self.sent
