@@ -121,8 +121,8 @@ pub(crate) fn route_payload(peer: SocketAddr) -> Option<u16> {
     Some(u16::try_from(payload).map_or(MOST_PAYLOAD, |payload| payload.min(MOST_PAYLOAD)))
 }
 
-/// The kernel's socket, as quinn's own (`TokioRuntime`), which receives until nothing is left: where each datagram comes
-/// alone, that is every other receive (requests over 100 sockets: 2.2 receives for each, 1.2 this way).
+/// The kernel's socket. Quinn's own (`TokioRuntime`'s) receives until nothing is left: where each datagram comes alone,
+/// every other receive finds nothing (requests over 100 sockets: 2.2 receives for each, 1.2 this way).
 #[derive(Debug)]
 struct Datagrams {
     io: tokio::net::UdpSocket,
