@@ -83,7 +83,7 @@ pub(crate) enum Arm {
     WssBatch,
     /// A publisher, nats-server and a subscriber, without TLS; only where it is installed.
     Nats,
-    /// Bare datagrams by quinn's UDP socket, neither encrypted nor sent again: what nothing above it can beat.
+    /// Bare datagrams by quinn's UDP socket, neither encrypted nor sent again: the kernel's and tokio's part of the work.
     Udp,
 }
 
