@@ -292,6 +292,15 @@ fn decode(message: &[u8]) -> anyhow::Result<bool> {
     Ok(event == EVENT && text == TEXT)
 }
 
+/// What a client of this server binds to.
+pub(crate) fn any_port(server: SocketAddr) -> SocketAddr {
+    let any = match server {
+        SocketAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        SocketAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+    };
+    SocketAddr::new(any, 0)
+}
+
 /// Makes connections, each with an endpoint of its own.
 pub(crate) struct Client {
     settings: Settings,
@@ -314,11 +323,7 @@ impl Client {
     }
 
     async fn one(&self) -> anyhow::Result<Connection> {
-        let any = match self.address {
-            SocketAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-            SocketAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
-        };
-        let endpoint = self.settings.endpoint(SocketAddr::new(any, 0), None)?;
+        let endpoint = self.settings.endpoint(any_port(self.address), None)?;
         let connecting = endpoint.connect_with(self.config.clone(), self.address, "localhost")?;
         Ok(connecting.await?)
     }

@@ -2,7 +2,7 @@
 
 use std::future::poll_fn;
 use std::io::{self, IoSliceMut};
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -14,9 +14,8 @@ use tokio::task::JoinSet;
 use crate::args::{Load, Scenario};
 use crate::ours::{MESSAGE, all, ping_values};
 use crate::peer::{Ready, Told};
+use crate::raw::any_port;
 
-/// Datagrams that one receive takes, as many as quinn's.
-const BATCH: usize = 32;
 /// Room for one of them, or for those that the kernel has put together.
 const ROOM: usize = 4096;
 
@@ -75,7 +74,7 @@ async fn send(
 
 /// Sends everything back, until the process ends.
 pub(crate) fn serve(listen: SocketAddr) -> anyhow::Result<Ready> {
-    let mut server = Socket::bind(listen, BATCH)?;
+    let mut server = Socket::bind(listen, quinn::udp::BATCH_SIZE)?;
     let ready = Ready {
         address: server.socket.local_addr()?,
         key: String::new(),
@@ -103,14 +102,10 @@ pub(crate) async fn drive(scenario: Scenario, ready: &Ready, load: &Load) -> any
 /// One datagram is on its way on each socket: there is room for all of them, and none is lost.
 async fn ping(server: SocketAddr, load: &Load) -> anyhow::Result<Told> {
     let each = load.count / load.sockets as u64;
-    let any = match server {
-        SocketAddr::V4(_) => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
-        SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
-    };
     let begun = Instant::now();
     let mut tasks = JoinSet::new();
     for _ in 0..load.sockets {
-        let mut client = Socket::bind(any, 1)?;
+        let mut client = Socket::bind(any_port(server), 1)?;
         tasks.spawn(async move {
             let data = [0xa5; MESSAGE];
             let socket = client.socket.clone();

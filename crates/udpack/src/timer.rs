@@ -75,12 +75,12 @@ impl AsyncTimer for PromptTimer {
     fn reset(mut self: Pin<&mut Self>, deadline: Instant) {
         self.deadline = deadline;
         // While what is set comes first anyway, nobody need look at the clock.
-        let early = (self.set.zip(deadline.checked_sub(EARLY)))
-            .and_then(|(set, early)| (set <= early).then_some(early));
-        self.at = match early {
-            _ if self.woken == Some(deadline) => deadline,
-            Some(early) => early,
-            None => before(deadline),
+        let comes_first = |early: &Instant| self.set.is_some_and(|set| set <= *early);
+        self.at = if self.woken == Some(deadline) {
+            deadline
+        } else {
+            let early = deadline.checked_sub(EARLY).filter(comes_first);
+            early.unwrap_or_else(|| before(deadline))
         };
     }
 

@@ -129,7 +129,7 @@ struct Datagrams {
     state: UdpSocketState,
     /// The kernel had no room for what was last sent.
     full: AtomicBool,
-    /// Receives that the last call brought.
+    /// Messages that the last receive brought.
     last: AtomicUsize,
 }
 

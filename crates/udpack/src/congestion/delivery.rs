@@ -69,10 +69,7 @@ impl Sendings {
     }
 
     fn clear(&mut self) {
-        self.first = None;
-        if self.others.capacity() > 0 {
-            self.others = VecDeque::new();
-        }
+        *self = Self::default();
     }
 
     /// Lets go of memory when most of it is not used.
