@@ -6,8 +6,8 @@ use std::any::Any;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
@@ -19,7 +19,7 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{CertificateError, DigitallySignedStruct, PeerIncompatible, SignatureScheme};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Mutex, Semaphore, mpsc};
 use tokio::task::JoinSet;
 
 use crate::args::{Load, Peer, Scenario};
@@ -161,11 +161,13 @@ async fn serve_stream(
             }
         }
         JOIN => {
+            // Locked until it is one of them: who is told so may speak at once.
+            let mut members = members.lock().await;
             send.write_all(&[JOIN]).await?;
-            lock(&members).push(send);
+            members.push(send);
         }
         SAY => {
-            let mut members = std::mem::take(&mut *lock(&members));
+            let mut members = std::mem::take(&mut *members.lock().await);
             let mut frame = [0; FRAME];
             while recv.read_exact(&mut frame).await.is_ok() {
                 let frame = Bytes::copy_from_slice(&frame);
@@ -179,10 +181,6 @@ async fn serve_stream(
         _ => bail!("no such kind of stream"),
     }
     Ok(())
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Counts messages in the pieces of a stream.
