@@ -618,12 +618,16 @@ fn on_control(session: &Session, message: Result<crate::Message, Ending>) -> Opt
                         session.tally.one(Count::Admitted);
                         session.tally.one(Count::Sockets);
                         session.life.counts_for(welcome.expires);
-                        session.set_welcome(welcome);
-                        if let Some(states) = &session.states {
-                            states.set(SocketState::Connected {
-                                resumed: false,
-                                reason: None,
-                            });
+                        let admitted = || session.set_welcome(welcome);
+                        match &session.states {
+                            Some(states) => {
+                                let connected = SocketState::Connected {
+                                    resumed: false,
+                                    reason: None,
+                                };
+                                states.set_with(connected, admitted);
+                            }
+                            None => admitted(),
                         }
                         None
                     }

@@ -146,7 +146,13 @@ impl StateFeed {
     }
 
     pub(crate) fn set(&self, state: SocketState) {
+        self.set_with(state, || ());
+    }
+
+    /// Changes to `state` together with what `change` does: nobody finds the one without the other.
+    pub(crate) fn set_with(&self, state: SocketState, change: impl FnOnce()) {
         let mut now = lock(&self.now);
+        change();
         now.clone_from(&state);
         let _ = self.changes.send(state);
     }

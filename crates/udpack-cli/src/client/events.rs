@@ -201,10 +201,12 @@ pub(super) async fn listen(
             // Where it stands now; the changes come behind.
             states.next().await;
             let told = async {
+                let mut before = None;
                 while let Some(state) = states.next().await {
-                    if let Some(text) = change(&state) {
+                    if let Some(text) = change(before.as_ref(), &state) {
                         tell(&text);
                     }
+                    before = Some(state);
                 }
                 std::future::pending().await
             };
@@ -273,10 +275,12 @@ async fn hear(channel: &Channel, left: &mut u64) -> anyhow::Result<()> {
 }
 
 /// What there is to say of a change.
-fn change(state: &SocketState) -> Option<String> {
+fn change(before: Option<&SocketState>, state: &SocketState) -> Option<String> {
     match state {
         SocketState::Reconnecting { attempt: 1, .. } => {
-            Some("the connection is lost; connecting again".to_owned())
+            // Who goes away has said so.
+            let expected = matches!(before, Some(SocketState::GoingAway(_)));
+            (!expected).then(|| "the connection is lost; connecting again".to_owned())
         }
         SocketState::GoingAway(goaway) => {
             let text = output::printable(&goaway.text);
