@@ -45,6 +45,8 @@ use crate::windows;
 
 /// Sockets that may wait for `accept`.
 const ACCEPT_QUEUE: usize = 128;
+/// What a client is told when the server drains.
+const SHUTTING_DOWN: &str = "the server is shutting down";
 
 /// A bound server. A handle: clones share one server; when the last is dropped, the server closes at once.
 ///
@@ -252,20 +254,18 @@ impl Server {
             _ = &mut task => return Err(ServerError::Stopped),
         }
         let shared = &self.inner.shared;
-        shared.draining.store(true, Ordering::Relaxed);
-        let sockets = self.sockets();
+        let sockets = {
+            let sockets = lock(&shared.sockets);
+            shared.draining.store(true, Ordering::Relaxed);
+            sockets.admitted.values().cloned().collect::<Vec<_>>()
+        };
         let slot = drain.spread / u32::try_from(sockets.len().max(1)).unwrap_or(u32::MAX);
         for (turn, socket) in (0..).zip(&sockets) {
-            socket.send_goaway(GoAway {
-                code: CloseCode::SHUTTING_DOWN,
-                text: "the server is shutting down".to_owned(),
-                retry_after: slot.saturating_mul(turn),
-                window: slot,
-            });
+            socket.send_goaway(shutting_down(slot.saturating_mul(turn), slot));
         }
         for socket in sockets.iter().filter(|socket| !socket.session().is_up()) {
             // Its client could not come back to hear it.
-            drop(socket.close(CloseCode::SHUTTING_DOWN, "the server is shutting down"));
+            drop(socket.close(CloseCode::SHUTTING_DOWN, SHUTTING_DOWN));
         }
         let idle = async {
             for socket in self.sockets() {
@@ -274,7 +274,7 @@ impl Server {
         };
         let _ = tokio::time::timeout(drain.within, idle).await;
         for socket in self.sockets() {
-            drop(socket.close(CloseCode::SHUTTING_DOWN, "the server is shutting down"));
+            drop(socket.close(CloseCode::SHUTTING_DOWN, SHUTTING_DOWN));
         }
         let gone = async {
             loop {
@@ -287,10 +287,9 @@ impl Server {
             }
         };
         let _ = tokio::time::timeout(shared.timeouts.close + Duration::from_secs(1), gone).await;
-        shared.endpoint.close(
-            CloseCode::SHUTTING_DOWN.varint(),
-            b"the server is shutting down",
-        );
+        shared
+            .endpoint
+            .close(CloseCode::SHUTTING_DOWN.varint(), SHUTTING_DOWN.as_bytes());
         let _ = tokio::time::timeout(Duration::from_secs(1), shared.endpoint.wait_idle()).await;
         task.abort();
         shared.tasks.close();
@@ -702,7 +701,11 @@ async fn let_in(
     drop(handshake);
     let _ = session.rooms.set(shared.rooms.clone());
     let (socket, queue) = Socket::new(session.clone(), shared.registry.pull);
-    let key = place.enter(socket.clone());
+    let (key, late) = place.enter(socket.clone());
+    if late {
+        socket.send_goaway(shutting_down(Duration::ZERO, Duration::ZERO));
+        drop(socket.close(CloseCode::SHUTTING_DOWN, SHUTTING_DOWN));
+    }
     session.tally.one(Count::Admitted);
     session.tally.one(Count::Sockets);
     tracing::Span::current()
@@ -780,6 +783,9 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, Clos
         .verify(hello, shared.timeouts.auth_failure, &shared.tally)
         .await
         .map_err(|Deny { code, text }| CloseReason::local(code, text))?;
+    if shared.draining.load(Ordering::Relaxed) {
+        return Err(CloseReason::local(CloseCode::SHUTTING_DOWN, SHUTTING_DOWN));
+    }
     let no_random = |_| CloseReason::local(CloseCode::INTERNAL, "no random numbers");
     let back = match resume.as_ref().and_then(|resume| resume.session.as_ref()) {
         Some(ticket) => Some(shared.come_back(ticket, &peer).await),
@@ -871,6 +877,16 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, Clos
     })
 }
 
+/// What a drain tells a client: to come back after this time, and a random part of the window.
+fn shutting_down(retry_after: Duration, window: Duration) -> GoAway {
+    GoAway {
+        code: CloseCode::SHUTTING_DOWN,
+        text: SHUTTING_DOWN.to_owned(),
+        retry_after,
+        window,
+    }
+}
+
 async fn refuse(shared: &Shared, session: &Session, reason: CloseReason) {
     session.tally.refused(reason.code);
     if let Some(left_out) = shared.quiet.line() {
@@ -908,8 +924,10 @@ impl Place {
         })
     }
 
-    fn enter(&self, socket: Socket) -> u64 {
+    /// The socket's key, and whether it comes too late to be one of those whom a drain tells to go.
+    fn enter(&self, socket: Socket) -> (u64, bool) {
         let mut sockets = lock(&self.shared.sockets);
+        let late = self.shared.draining.load(Ordering::Relaxed);
         let key = sockets.next;
         sockets.next += 1;
         sockets.admitted.insert(key, socket.clone());
@@ -918,7 +936,7 @@ impl Place {
         session
             .window
             .admit(first, &self.shared.pool, &session.conn());
-        key
+        (key, late)
     }
 
     fn leave(&self, key: u64, session: &Session) {

@@ -13,8 +13,8 @@ use futures_util::future::BoxFuture;
 use tokio::sync::{mpsc, oneshot};
 use udpack::{
     Authenticate, Channel, Client, CloseCode, CloseReason, ConnectError, Context, Deny, Drain,
-    Hello, Identity, Limits, OpenError, Peer, RecvError, Server, ServerBuilder, Side, Socket,
-    Timeouts, TokenFile,
+    Hello, Identity, Limits, OpenError, Peer, Reconnect, RecvError, Server, ServerBuilder, Side,
+    Socket, SocketState, Timeouts, TokenFile,
 };
 
 /// A server whose channel `ping` answers.
@@ -566,6 +566,60 @@ async fn a_drain_lets_running_channels_finish_and_nobody_new_in() {
 }
 
 #[tokio::test]
+async fn who_is_still_being_verified_when_a_drain_begins_is_not_let_in() {
+    bounded(async {
+        let (asked, asking) = oneshot::channel::<()>();
+        let (decide, decided) = oneshot::channel::<()>();
+        let slow = Arc::new(Mutex::new(Some((asked, decided))));
+        let verifier = move |hello: Hello| {
+            let slow = (hello.token() == "slow").then(|| slow.lock().expect("sound").take());
+            async move {
+                if let Some(Some((asked, decided))) = slow {
+                    let _ = asked.send(());
+                    let _ = decided.await;
+                }
+                Ok::<_, Deny>(Peer::new("tester"))
+            }
+        };
+        let server = bind(
+            server()
+                .auth(verifier)
+                .channel("work", |channel: Channel| async move {
+                    drop(channel.recv().await);
+                }),
+        )
+        .await;
+        let socket = connect(&server).await;
+        let work = socket.open("work").await.expect("a channel");
+        let late = Client::builder()
+            .pin(server.fingerprint())
+            .token("slow")
+            .build()
+            .expect("sound")
+            .connect_eager(&server.local_addr().to_string())
+            .await
+            .expect("the key is right");
+        asking.await.expect("it is asked for");
+        let drain = Drain::within(Duration::from_secs(60));
+        let draining = server.run_until(std::future::ready(()), drain);
+        let refused = async {
+            until("the drain has begun", || socket.goaway().is_some()).await;
+            decide.send(()).expect("the verifier waits");
+            let reason = late.admitted().await.expect_err("refused");
+            work.finish().await.expect("all arrived");
+            reason
+        };
+        let (drained, reason) = tokio::join!(draining, refused);
+        drained.expect("a signal ended it");
+        assert_eq!(
+            (reason.code, reason.retry, reason.by),
+            (CloseCode::SHUTTING_DOWN, true, Side::Peer)
+        );
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_drain_does_not_wait_longer_than_it_was_told() {
     bounded(async {
         let server = bind(server().channel("stuck", |channel: Channel| async move {
@@ -664,6 +718,26 @@ async fn what_is_said_before_admission_arrives_after_it() {
         assert_eq!(socket.id().len(), 32);
         log.send("line", &"late").await.expect("queued");
         assert_eq!(hearing.recv().await.as_deref(), Some("late"));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_was_let_in_finds_itself_connected() {
+    bounded(async {
+        let server = bind(pinging(server())).await;
+        let address = server.local_addr().to_string();
+        for _ in 0..100 {
+            let client = client(&server).reconnect(Reconnect::default());
+            let client = client.build().expect("sound");
+            let socket = client.connect(&address).await.expect("let in");
+            let connected = SocketState::Connected {
+                resumed: false,
+                reason: None,
+            };
+            assert_eq!(socket.state(), Some(connected));
+            socket.close(CloseCode::NORMAL, "").await;
+        }
     })
     .await;
 }
