@@ -188,11 +188,7 @@ impl Server {
 
     /// The admitted sockets of this moment.
     pub fn sockets(&self) -> Vec<Socket> {
-        lock(&self.inner.shared.sockets)
-            .admitted
-            .values()
-            .cloned()
-            .collect()
+        lock(&self.inner.shared.sockets).all()
     }
 
     /// The rooms of this server: send to them, see who is there.
@@ -257,7 +253,7 @@ impl Server {
         let sockets = {
             let sockets = lock(&shared.sockets);
             shared.draining.store(true, Ordering::Relaxed);
-            sockets.admitted.values().cloned().collect::<Vec<_>>()
+            sockets.all()
         };
         let slot = drain.spread / u32::try_from(sockets.len().max(1)).unwrap_or(u32::MAX);
         for (turn, socket) in (0..).zip(&sockets) {
@@ -965,6 +961,10 @@ impl Drop for Place {
 }
 
 impl Sockets {
+    fn all(&self) -> Vec<Socket> {
+        self.admitted.values().cloned().collect()
+    }
+
     /// The window that each socket begins with.
     fn share(&mut self, limits: &Limits) -> u64 {
         let first = windows::first(limits, self.admitted.len());
@@ -1085,7 +1085,7 @@ impl Shared {
         let mut stats = *lock(&self.past);
         stats.sent = sent;
         stats.received = received;
-        let sockets: Vec<Socket> = lock(&self.sockets).admitted.values().cloned().collect();
+        let sockets = lock(&self.sockets).all();
         for socket in sockets {
             stats.add_wire(&socket.stats());
         }
