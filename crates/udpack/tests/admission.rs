@@ -43,6 +43,26 @@ fn denied(result: Result<Socket, ConnectError>) -> CloseReason {
     }
 }
 
+/// Lets everybody in, the agent `waits` when it is told to.
+fn asking() -> (
+    impl Authenticate,
+    mpsc::UnboundedReceiver<oneshot::Sender<()>>,
+) {
+    let (asked, asking) = mpsc::unbounded_channel();
+    let verifier = move |hello: Hello| {
+        let asked = asked.clone();
+        async move {
+            if hello.agent() == "waits" {
+                let (decide, decided) = oneshot::channel();
+                let _ = asked.send(decide);
+                let _ = decided.await;
+            }
+            Ok::<_, Deny>(Peer::new("tester"))
+        }
+    };
+    (verifier, asking)
+}
+
 /// Looks again and again, for at most 5 s.
 async fn until(what: &str, mut is: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(5);
@@ -120,21 +140,10 @@ async fn sockets_of_one_address_are_capped_and_other_addresses_are_not() {
 #[tokio::test]
 async fn handshakes_are_capped_until_one_of_them_is_decided() {
     bounded(async {
-        let (asked, mut asking) = mpsc::unbounded_channel::<oneshot::Sender<()>>();
+        let (verifier, mut asking) = asking();
         let limits = Limits {
             handshakes: 2,
             ..Limits::default()
-        };
-        let verifier = move |hello: Hello| {
-            let asked = asked.clone();
-            async move {
-                if hello.agent() == "waits" {
-                    let (decide, decided) = oneshot::channel();
-                    let _ = asked.send(decide);
-                    let _ = decided.await;
-                }
-                Ok(Peer::new("tester"))
-            }
         };
         let server = bind(pinging(server().limits(limits).auth(verifier))).await;
         let address = server.local_addr().to_string();
@@ -568,19 +577,7 @@ async fn a_drain_lets_running_channels_finish_and_nobody_new_in() {
 #[tokio::test]
 async fn who_is_still_being_verified_when_a_drain_begins_is_not_let_in() {
     bounded(async {
-        let (asked, asking) = oneshot::channel::<()>();
-        let (decide, decided) = oneshot::channel::<()>();
-        let slow = Arc::new(Mutex::new(Some((asked, decided))));
-        let verifier = move |hello: Hello| {
-            let slow = (hello.token() == "slow").then(|| slow.lock().expect("sound").take());
-            async move {
-                if let Some(Some((asked, decided))) = slow {
-                    let _ = asked.send(());
-                    let _ = decided.await;
-                }
-                Ok::<_, Deny>(Peer::new("tester"))
-            }
-        };
+        let (verifier, mut asking) = asking();
         let server = bind(
             server()
                 .auth(verifier)
@@ -591,15 +588,14 @@ async fn who_is_still_being_verified_when_a_drain_begins_is_not_let_in() {
         .await;
         let socket = connect(&server).await;
         let work = socket.open("work").await.expect("a channel");
-        let late = Client::builder()
-            .pin(server.fingerprint())
-            .token("slow")
+        let late = client(&server)
+            .agent("waits")
             .build()
             .expect("sound")
             .connect_eager(&server.local_addr().to_string())
             .await
             .expect("the key is right");
-        asking.await.expect("it is asked for");
+        let decide = asking.recv().await.expect("the verifier was asked");
         let drain = Drain::within(Duration::from_secs(60));
         let draining = server.run_until(std::future::ready(()), drain);
         let refused = async {
@@ -677,18 +673,8 @@ async fn dropping_the_server_closes_its_sockets() {
 #[tokio::test]
 async fn what_is_said_before_admission_arrives_after_it() {
     bounded(async {
-        let (decide, decided) = oneshot::channel::<()>();
-        let decided = Arc::new(tokio::sync::Mutex::new(Some(decided)));
+        let (verifier, mut asking) = asking();
         let (heard, mut hearing) = mpsc::unbounded_channel::<String>();
-        let verifier = move |_: Hello| {
-            let decided = decided.clone();
-            async move {
-                if let Some(decided) = decided.lock().await.take() {
-                    let _ = decided.await;
-                }
-                Ok(Peer::new("tester"))
-            }
-        };
         let server = bind(
             server()
                 .auth(verifier)
@@ -703,13 +689,14 @@ async fn what_is_said_before_admission_arrives_after_it() {
                 }),
         )
         .await;
-        let client = client(&server).build().expect("sound");
+        let client = client(&server).agent("waits").build().expect("sound");
         let socket = client
             .connect_eager(&server.local_addr().to_string())
             .await
             .expect("the key is right");
         let log = socket.open("log").await.expect("a channel");
         log.send("line", &"early").await.expect("queued");
+        let decide = asking.recv().await.expect("the verifier was asked");
         assert_eq!(&*socket.id(), "", "not admitted yet");
         assert!(hearing.try_recv().is_err());
         decide.send(()).expect("the verifier waits");
