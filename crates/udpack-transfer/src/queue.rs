@@ -5,7 +5,9 @@
 //! back to the front, so no file is lost with a lane.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::hash_map::RandomState;
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::hash::BuildHasher as _;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -46,8 +48,8 @@ pub(crate) struct Item {
     pub(crate) busy: Option<Instant>,
     /// When it was first offered.
     pub(crate) since: Option<Instant>,
-    /// Its `finish` was sent.
-    pub(crate) finished: bool,
+    /// Size and hash of the bytes that this source gave, as the server was last told with its `finish`.
+    pub(crate) told: Option<(u64, [u8; 32])>,
     /// That was on a lane that was lost: the server may have stored it.
     pub(crate) unsure: bool,
     /// It is offered once more to find out whether what is there is this file.
@@ -67,7 +69,7 @@ impl Item {
             tries: 0,
             busy: None,
             since: None,
-            finished: false,
+            told: None,
             unsure: false,
             settle: false,
             not_before: None,
@@ -129,6 +131,11 @@ struct State {
     waiting: HashMap<Box<str>, Vec<Item>>,
     /// Directories whose time has come.
     ripe: VecDeque<Item>,
+    /// Names of files and links without an outcome, hashed.
+    names: HashSet<u64>,
+    /// Files and links whose name belongs to one of these: they follow it one after the other.
+    behind: HashMap<u64, VecDeque<Item>>,
+    hasher: RandomState,
     /// Entries without an outcome below each path.
     below: HashMap<Box<str>, usize>,
     /// In the collections above.
@@ -152,6 +159,9 @@ impl Queue {
                 ready: BTreeMap::new(),
                 waiting: HashMap::new(),
                 ripe: VecDeque::new(),
+                names: HashSet::new(),
+                behind: HashMap::new(),
+                hasher: RandomState::new(),
                 below: HashMap::new(),
                 entries: 0,
                 claimed: 0,
@@ -321,7 +331,13 @@ impl State {
             }
         }
         if !item.is_dir() {
-            self.ready.insert((item.rank(), item.index), item);
+            // Two sources of one name: the policy decides about the second when the first has its outcome.
+            let name = self.hasher.hash_one(item.path());
+            if self.names.insert(name) {
+                self.ready.insert((item.rank(), item.index), item);
+            } else {
+                self.behind.entry(name).or_default().push_back(item);
+            }
         } else if self.below.contains_key(item.path()) {
             let path = item.path().into();
             self.waiting.entry(path).or_default().push(item);
@@ -330,9 +346,10 @@ impl State {
         }
     }
 
-    /// An entry has its outcome: the directories above it may have waited for that.
-    fn settle(&mut self, path: &str) {
-        for above in parents(path) {
+    /// An entry has its outcome: the directories above it may have waited for that, and others of its name. Says
+    /// whether there is something to take now.
+    fn settle(&mut self, settled: &Item) -> bool {
+        for above in parents(settled.path()) {
             let Some(count) = self.below.get_mut(above) else {
                 continue;
             };
@@ -343,6 +360,25 @@ impl State {
                     .extend(self.waiting.remove(above).unwrap_or_default());
             }
         }
+        let next = !settled.is_dir() && self.follow(settled.path());
+        next || !self.ripe.is_empty()
+    }
+
+    /// Lets the next of this name begin, if there is one.
+    fn follow(&mut self, path: &str) -> bool {
+        let name = self.hasher.hash_one(path);
+        let Some(items) = self.behind.get_mut(&name) else {
+            self.names.remove(&name);
+            return false;
+        };
+        let next = items.pop_front();
+        if items.is_empty() {
+            self.behind.remove(&name);
+        }
+        next.is_some_and(|item| {
+            self.ready.insert((item.rank(), item.index), item);
+            true
+        })
     }
 
     /// Until when to wait for larger files at the beginning.
@@ -378,6 +414,14 @@ impl State {
         }
         if let Some((_, item)) = self.later.pop() {
             return Some(item);
+        }
+        if let Some(name) = self.behind.keys().next().copied() {
+            let mut items = self.behind.remove(&name)?;
+            let item = items.pop_front();
+            if !items.is_empty() {
+                self.behind.insert(name, items);
+            }
+            return item;
         }
         let path = self.waiting.keys().next()?.clone();
         let mut items = self.waiting.remove(&path)?;
@@ -428,9 +472,9 @@ impl Drop for Claim {
         let mut state = self.queue.lock();
         state.claimed -= 1;
         if self.settled {
-            state.settle(item.path());
+            let more = state.settle(&item);
             // Nobody waits for less than this.
-            if state.ripe.is_empty() && !state.is_over() {
+            if !more && !state.is_over() {
                 return;
             }
         } else {
@@ -478,7 +522,7 @@ mod tests {
     async fn the_largest_goes_first_and_equals_in_order() {
         let queue = Queue::new(1);
         for (index, size) in [5, 900_000, 7, 7, 2_000_000, 0].into_iter().enumerate() {
-            queue.push(file(index, "x", size));
+            queue.push(file(index, &index.to_string(), size));
         }
         queue.listed();
         let mut order = Vec::new();
@@ -517,7 +561,7 @@ mod tests {
             let queue = queue.clone();
             std::thread::spawn(move || {
                 let pushed = (0..3 * WINDOW)
-                    .take_while(|n| queue.push(file(*n, "x", 300_000)))
+                    .take_while(|n| queue.push(file(*n, &n.to_string(), 300_000)))
                     .count();
                 queue.listed();
                 pushed
@@ -550,7 +594,7 @@ mod tests {
     async fn what_is_dropped_comes_back_first_and_what_is_put_off_later() {
         let queue = Queue::new(1);
         for index in 0..3 {
-            queue.push(file(index, "x", 900_000 - index as u64));
+            queue.push(file(index, &index.to_string(), 900_000 - index as u64));
         }
         queue.listed();
         let mut first = one(&queue).await;
@@ -609,10 +653,40 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn files_of_one_name_come_one_after_the_other_in_their_order() {
+        let queue = Queue::new(1);
+        queue.push(file(0, "a/x", 1));
+        queue.push(file(1, "a/x", 900_000));
+        queue.push(file(2, "y", 5));
+        queue.push(file(3, "a/x", 7));
+        queue.push(dir(4, "a"));
+        queue.push(dir(5, "a"));
+        queue.listed();
+        let y = one(&queue).await;
+        let first = one(&queue).await;
+        assert_eq!((y.index, first.index), (2, 0));
+        // Given back, it is still the first of its name.
+        drop(first);
+        let first = one(&queue).await;
+        assert_eq!(first.index, 0);
+        assert!(queue.try_take(false).is_err(), "the others wait");
+        first.settle();
+        for index in [1, 3, 4, 5] {
+            let next = one(&queue).await;
+            assert_eq!(next.index, index);
+            next.settle();
+        }
+        y.settle();
+        assert!(matches!(queue.take().await, Next::Over));
+        let state = queue.lock();
+        assert!(state.names.is_empty() && state.behind.is_empty() && state.below.is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn small_files_come_in_batches_that_leave_some_for_the_other_lanes() {
         let queue = Queue::new(2);
         for index in 0..200 {
-            queue.push(file(index, "x", 4096));
+            queue.push(file(index, &index.to_string(), 4096));
         }
         queue.push(file(200, "large", 1 << 30));
         queue.listed();

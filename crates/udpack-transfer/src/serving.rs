@@ -378,6 +378,7 @@ impl<'a> Serving<'a> {
             owner: self.owner.clone(),
             tenant: self.scope.tenant(),
             key: None,
+            known: None,
             writer: None,
             offer,
             whole,
@@ -889,12 +890,25 @@ async fn start(receiver: Receiver, mut task: Task) -> Start {
     }
 }
 
-/// What this run's earlier offer of the file led to, where that is known; else notes under which key it shall be.
+/// What this run's earlier offer of the file led to, where that is known and the file is seen to be that one. Else
+/// notes under which key the outcome shall be known, and to what the file has to be equal.
 fn stored_before(publisher: &Publisher, task: &mut Task) -> Option<Published> {
     let run = task.offer.run.as_ref()?;
     let key = UploadKey::new(&task.owner, task.path.as_str()).in_run(run);
     task.key = Some(key);
-    publisher.writers().outcome(key)
+    let known = publisher.writers().outcome(key)?;
+    let skips = task.offer.if_exists == IfExists::Skip;
+    let equal = match &task.whole {
+        Some(whole) => whole.hash == known.hash && whole.bytes.len() as u64 == known.size,
+        // Nothing more will come of it.
+        None => skips && task.offer.size.is_none_or(|size| size == known.size),
+    };
+    if equal {
+        return Some(known);
+    }
+    // With `skip` what has the name counts.
+    task.known = (!skips).then_some(known);
+    None
 }
 
 /// The right to write an upload, waiting for an old writer that was told to let go.

@@ -404,9 +404,8 @@ impl Store {
     /// [`StoreConfig::sync`] asks for that. On an error nothing is visible under the name, but for one case:
     /// when the very last step, syncing the directory, fails, the complete file may be there.
     ///
-    /// Where the name was taken meanwhile, the policy given at the start decides;
-    /// [`IfExists::Skip`] is then an error like [`IfExists::Error`]. Comparing with an existing
-    /// file reads all of it.
+    /// Where the name was taken meanwhile, the policy given at the start decides; after [`IfExists::Skip`]
+    /// size and hash are those of the file that has it. Looking at an existing file reads all of it.
     pub fn publish(&self, batch: Vec<Complete>) -> Vec<Result<Published, StoreError>> {
         let outcomes = publish::publish(&self.inner, batch);
         for published in outcomes

@@ -203,6 +203,15 @@ struct Shared {
 }
 
 impl Shared {
+    /// Names one source to the server, over all its offers: 16 bytes that no other source has, whatever its name.
+    fn run(&self, index: usize) -> Run {
+        let mut run = self.run;
+        for (byte, index) in run.iter_mut().zip((index as u64).to_le_bytes()) {
+            *byte ^= index;
+        }
+        Run(run)
+    }
+
     /// What a file counts for in the total changes.
     fn resize(&self, item: &mut Item, size: u64) {
         // What was acknowledged stays acknowledged, also of a file that has shrunk meanwhile.
@@ -310,7 +319,6 @@ struct Sent {
     skipped: u64,
     /// Nothing was sent so far in this attempt.
     untouched: bool,
-    hash: Option<[u8; 32]>,
     ready: Option<oneshot::Sender<Have>>,
 }
 
@@ -321,7 +329,6 @@ impl Sent {
             position: 0,
             skipped: 0,
             untouched: true,
-            hash: None,
             ready: None,
         }
     }
@@ -422,7 +429,7 @@ async fn lane(shared: Arc<Shared>, events: mpsc::Sender<Event>) {
             } else if (mends || refused || !admitted) && !claim.source.is_spent() {
                 // Dropped, it goes back to the queue. The server may have stored it also where its word that it
                 // lets us in was lost.
-                claim.unsure |= claim.finished;
+                claim.unsure |= claim.told.is_some();
             } else {
                 shared.failed(&events, claim, error.again()).await;
             }
@@ -594,12 +601,12 @@ impl Lane<'_> {
         let id = ids.next().unwrap_or_default();
         let source = self.start(&mut claim, Some(size)).await;
         let settle = claim.settle;
+        let run = self.shared.run(claim.index);
         claim.sent += size;
-        claim.finished = true;
+        claim.told = Some((size, hash));
         let mut sent = Sent::new(claim);
         sent.position = size;
         sent.untouched = false;
-        sent.hash = Some(hash);
         self.flight.add(id, sent);
         // The smallest chunk is right at any pace, and the counts cost the lock of the connection.
         let most = if bytes.len() <= SMALLEST {
@@ -617,13 +624,13 @@ impl Lane<'_> {
                 mtime_ns: meta.mtime_ns,
                 mode: meta.mode,
                 if_exists: self.policy(settle),
-                run: Run(self.shared.run),
+                run,
                 hash: Hash(hash),
             };
             let sent = self.channel.send_bulk("put", &fields, "data", bytes).await;
             return Ok(sent?);
         }
-        let offer = self.offer(settle, id, source.remote(), Some(size), meta, false);
+        let offer = self.offer(settle, id, source.remote(), Some(size), meta, false, run);
         self.channel.send("file", &offer).await?;
         let mut rest = bytes;
         let mut off = 0;
@@ -656,7 +663,7 @@ impl Lane<'_> {
         let source = self.start(&mut claim, Some(0)).await;
         let path = source.remote();
         let settle = claim.settle;
-        claim.finished = true;
+        claim.told = Some((0, *blake3::hash(b"").as_bytes()));
         self.flight.add(id, Sent::new(claim));
         if let Origin::Link(target) = &source.origin {
             let if_exists = self.policy(settle);
@@ -708,7 +715,8 @@ impl Lane<'_> {
         let early = head.len() as u64;
         let ask =
             size.is_some_and(|size| uploader.resume && (size > SMALL || same) && size > early);
-        let offer = self.offer(claim.settle, id, source.remote(), size, meta, ask);
+        let run = self.shared.run(claim.index);
+        let offer = self.offer(claim.settle, id, source.remote(), size, meta, ask, run);
         let (tell, ready) = oneshot::channel();
         let mut sent = Sent::new(claim);
         sent.ready = Some(tell);
@@ -820,8 +828,7 @@ impl Lane<'_> {
                 }
                 Piece::End { size, hash } => {
                     self.flight.with(id, |sent| {
-                        sent.hash = Some(hash);
-                        sent.claim.finished = true;
+                        sent.claim.told = Some((size, hash));
                     });
                     return self.finish(id, size, hash).await;
                 }
@@ -877,6 +884,7 @@ impl Lane<'_> {
         claim.source.clone()
     }
 
+    #[expect(clippy::too_many_arguments, reason = "the fields of one message")]
     fn offer<'a>(
         &'a self,
         settle: bool,
@@ -885,6 +893,7 @@ impl Lane<'_> {
         size: Option<u64>,
         meta: Meta,
         resume: bool,
+        run: Run,
     ) -> FileFields<'a> {
         let meta = self.kept(meta);
         FileFields {
@@ -896,7 +905,7 @@ impl Lane<'_> {
             mode: meta.mode,
             if_exists: Some(self.policy(settle)),
             resume,
-            run: Some(Run(self.shared.run)),
+            run: Some(run),
         }
     }
 
@@ -1023,10 +1032,8 @@ impl Lane<'_> {
                     return;
                 };
                 self.moved();
-                // After `skip` what is there may be anything.
-                if !same && sent.hash.is_some_and(|ours| ours != hash) {
-                    let mismatch = TransferError::Mismatch;
-                    self.shared.failed(self.events, sent.claim, mismatch).await;
+                if let Err(error) = self.believed(&sent.claim, size, &hash, same) {
+                    self.shared.failed(self.events, sent.claim, error).await;
                     return;
                 }
                 let mut claim = sent.claim;
@@ -1075,6 +1082,26 @@ impl Lane<'_> {
                 };
                 self.shared.failed(self.events, claim, error).await;
             }
+        }
+    }
+
+    /// A `done` counts only where size and hash are those of the bytes that this source gave. After `skip` what is
+    /// there may be anything.
+    fn believed(
+        self,
+        claim: &Claim,
+        size: u64,
+        hash: &[u8; 32],
+        same: bool,
+    ) -> Result<(), TransferError> {
+        let skipped = same && !claim.settle && self.shared.uploader.if_exists == IfExists::Skip;
+        match &claim.told {
+            Some((our_size, our_hash)) if *our_size == size && our_hash == hash => Ok(()),
+            _ if skipped => Ok(()),
+            Some(_) => Err(TransferError::Mismatch),
+            None => Err(TransferError::Protocol(
+                "`done` for a file that was not sent to its end".to_owned(),
+            )),
         }
     }
 

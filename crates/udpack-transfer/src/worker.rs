@@ -102,6 +102,8 @@ pub(crate) struct Task {
     pub(crate) tenant: Option<Tenant>,
     /// Names the upload within its client's run.
     pub(crate) key: Option<UploadKey>,
+    /// What that run has stored under this name before: nothing else may come under it.
+    pub(crate) known: Option<Published>,
     /// The right to write it, where it can be resumed.
     pub(crate) writer: Option<Writer>,
     /// All of it, where it came with the offer.
@@ -483,17 +485,42 @@ struct Worker {
 enum Stage {
     New,
     Writing(Partial),
-    /// A file of that name and size is there: compare instead of write.
+    /// There is a file to be equal to: compare instead of write.
     Comparing(Box<Comparing>),
     Ended,
 }
 
 #[derive(Debug)]
 struct Comparing {
-    existing: Existing,
+    with: Compared,
     /// Its hash, once known.
     hash: Option<[u8; 32]>,
     received: blake3::Hasher,
+}
+
+/// What the bytes of an offer shall be equal to.
+#[derive(Debug)]
+enum Compared {
+    /// The file that has the name, and the size.
+    Existing(Existing),
+    /// What the same run has stored before.
+    Known(Published),
+}
+
+impl Compared {
+    fn len(&self) -> u64 {
+        match self {
+            Self::Existing(existing) => existing.len(),
+            Self::Known(published) => published.size,
+        }
+    }
+
+    fn hash(&self) -> Result<[u8; 32], StoreError> {
+        match self {
+            Self::Existing(existing) => existing.hash(&mut |_| {}),
+            Self::Known(published) => Ok(published.hash),
+        }
+    }
 }
 
 impl Worker {
@@ -520,7 +547,7 @@ impl Worker {
             }
             (Step::Pause, stage) => Ok(stage),
             (Step::Chunk(_, bytes, _room), Stage::Comparing(comparing)) => {
-                take(comparing, &bytes, shared).map(Stage::Comparing)
+                take(&self.task.path, comparing, &bytes, shared).map(Stage::Comparing)
             }
             (Step::Whole(whole), Stage::New) => self.whole(&whole, shared),
             (Step::Finish(finish), Stage::Writing(partial)) => self.complete(partial, &finish),
@@ -540,6 +567,9 @@ impl Worker {
     }
 
     fn begin(&mut self, shared: &Shared, whole: bool) -> Result<Stage, StoreError> {
+        if let Some(known) = self.task.known.take() {
+            return self.again(known);
+        }
         let Task {
             offer,
             path,
@@ -592,9 +622,26 @@ impl Worker {
         }
         let received = blake3::Hasher::new();
         Ok(Stage::Comparing(Box::new(Comparing {
-            existing,
+            with: Compared::Existing(existing),
             hash,
             received,
+        })))
+    }
+
+    /// The run has stored a file under this name before, and its client may not know it: is it this one?
+    fn again(&mut self, known: Published) -> Result<Stage, StoreError> {
+        let Task { offer, path, .. } = &self.task;
+        if offer.size.is_some_and(|size| size != known.size) {
+            return Err(StoreError::Exists { path: path.clone() });
+        }
+        if offer.resume {
+            let (id, have) = (offer.id, vec![(0, known.size, known.hash)]);
+            self.tell(Outcome::Ready { id, have });
+        }
+        Ok(Stage::Comparing(Box::new(Comparing {
+            hash: Some(known.hash),
+            with: Compared::Known(known),
+            received: blake3::Hasher::new(),
         })))
     }
 
@@ -612,7 +659,7 @@ impl Worker {
                 self.complete(partial, &finish)
             }
             Stage::Comparing(comparing) => {
-                let comparing = take(comparing, bytes, shared)?;
+                let comparing = take(&self.task.path, comparing, bytes, shared)?;
                 self.compare(*comparing, finish)
             }
             ended => Ok(ended),
@@ -640,18 +687,18 @@ impl Worker {
     /// The name was taken: is what the client has the same?
     fn compare(&mut self, comparing: Comparing, finish: Finish) -> Result<Stage, StoreError> {
         let Comparing {
-            existing,
+            with,
             hash,
             received,
         } = comparing;
-        let path = existing.path().clone();
+        let path = self.task.path.clone();
         let count = received.count();
         let size = finish.size.unwrap_or(count);
         // Not all sent, but the hash told in `ready` given back: the client has compared for itself.
-        let proved = (count == 0 || count < existing.len())
+        let proved = (count == 0 || count < with.len())
             && hash.is_some()
             && finish.hash == hash
-            && size == existing.len();
+            && size == with.len();
         if !proved {
             if count > 0 || hash.is_none() {
                 let mut told = [self.task.offer.size, finish.size].into_iter().flatten();
@@ -671,9 +718,9 @@ impl Worker {
             }
             let theirs = match hash {
                 Some(hash) => hash,
-                None => existing.hash(&mut |_| {})?,
+                None => with.hash()?,
             };
-            if size != existing.len() || finish.hash.unwrap_or(got) != theirs {
+            if size != with.len() || finish.hash.unwrap_or(got) != theirs {
                 return Err(StoreError::Exists { path });
             }
         }
@@ -681,21 +728,28 @@ impl Worker {
             (Some(hash), _) | (None, Some(hash)) => hash,
             (None, None) => *received.finalize().as_bytes(),
         };
-        Ok(self.was_there(path.to_string(), size, hash))
+        Ok(match with {
+            Compared::Existing(_) => self.was_there(path.to_string(), size, hash),
+            Compared::Known(published) => self.done(published),
+        })
     }
 
     fn was_there(&mut self, path: String, size: u64, hash: [u8; 32]) -> Stage {
-        self.task.writer = None;
         tracing::info!(%path, bytes = size, "was there already");
+        self.done(Published {
+            path,
+            size,
+            hash,
+            same: true,
+            sync: Synced::File,
+        })
+    }
+
+    fn done(&mut self, published: Published) -> Stage {
+        self.task.writer = None;
         self.tell(Outcome::Done {
             id: self.task.offer.id,
-            published: Published {
-                path,
-                size,
-                hash,
-                same: true,
-                sync: Synced::File,
-            },
+            published,
         });
         Stage::Ended
     }
@@ -728,6 +782,7 @@ fn write(
 
 /// Takes bytes of a file that is there already.
 fn take(
+    path: &RelPath,
     mut comparing: Box<Comparing>,
     bytes: &[u8],
     shared: &Shared,
@@ -735,10 +790,9 @@ fn take(
     comparing.received.update(bytes);
     let count = comparing.received.count();
     shared.received.store(count, Ordering::Relaxed);
-    if count > comparing.existing.len() {
+    if count > comparing.with.len() {
         // It cannot be equal any more, and what was not declared has no other end.
-        let path = comparing.existing.path().clone();
-        return Err(StoreError::Exists { path });
+        return Err(StoreError::Exists { path: path.clone() });
     }
     Ok(comparing)
 }

@@ -604,6 +604,67 @@ async fn after_a_lost_answer_a_taken_name_is_looked_at() {
     .await;
 }
 
+/// A `done` says what is stored: the client believes it only where that is what it has read.
+#[tokio::test]
+async fn a_done_counts_only_for_the_bytes_of_its_source() {
+    /// When the server says `done`, of which bytes, and whether they were there already.
+    type Case = (bool, &'static [u8], u64, bool);
+    let cases: [Case; 6] = [
+        (false, b"bytes", 5, false),
+        (false, b"other", 5, false),
+        (false, b"other", 5, true),
+        (false, b"bytes", 6, false),
+        (true, b"other", 5, false),
+        (true, b"bytes", 5, true),
+    ];
+    bounded(async {
+        for policy in [IfExists::Same, IfExists::Skip, IfExists::Rename] {
+            // One that is sent whole, and one whose bytes wait for `ready`.
+            for small in [true, false] {
+                for (early, content, size, same) in cases {
+                    let server = acted(move |channel| async move {
+                        while let Some(request) = hear(&channel).await {
+                            let id = match request {
+                                Request::File(offer) if early => offer.id,
+                                Request::Put(put) => put.offer.id,
+                                Request::File(offer) if offer.resume => {
+                                    say(&channel, "ready", ready(offer.id, &[])).await;
+                                    continue;
+                                }
+                                Request::Finish(finish) if !early => finish.id,
+                                _ => continue,
+                            };
+                            let data = with(done(id, "x", content), "size", size);
+                            say(&channel, "done", with(data, "same", same)).await;
+                        }
+                    })
+                    .await;
+                    let (count, ours) = match small {
+                        true => (40, b"bytes".to_vec()),
+                        false => (2, noise(4, 600_000)),
+                    };
+                    let sources = (0..count).map(move |n| memory(&format!("{n}"), ours.clone()));
+                    let upload = Uploader::new(link(&server)).if_exists(policy).put(sources);
+                    let (done, failed) = follow(upload, |_| {}).await;
+                    let equal = small && content == b"bytes" && size == 5;
+                    let skipped = policy == IfExists::Skip && same;
+                    let expected = if equal || skipped { count } else { 0 };
+                    let what = format!("{policy} {small} {early} {size} {same}: {failed:?}");
+                    assert_eq!(done.len(), expected, "{what}");
+                    for error in failed {
+                        let kind = error.kind();
+                        assert!(
+                            matches!(kind, ErrorKind::Integrity | ErrorKind::Other),
+                            "{what}"
+                        );
+                    }
+                }
+            }
+        }
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn a_reader_is_sent_to_its_end_and_not_twice() {
     bounded(async {

@@ -10,7 +10,9 @@ use std::os::unix::fs::FileExt as _;
 use std::time::Duration;
 
 use common::{Fixture, OTHER, bounded, noise};
-use raw::{Heard, RawLane, Say, V, cancel, chunk, file, finish, keep, of_run, resumable, with};
+use raw::{
+    Heard, RawLane, Say, V, cancel, chunk, file, finish, keep, of_run, put, resumable, with,
+};
 use tempfile::TempDir;
 use udpack::{CloseCode, Socket};
 use udpack_transfer::{Overwrite, ReceiverConfig, StoreConfig};
@@ -1156,6 +1158,66 @@ async fn a_done_that_was_lost_is_said_again_to_the_same_run() {
                 }
                 assert_eq!(fixture.visible(), visible, "{policy}");
                 assert_eq!(whole(2).await, another, "{policy}, another run");
+                well(&fixture, policy).await;
+            })
+            .await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_run_stores_one_content_under_a_name() {
+    let bytes = noise(17, 5000);
+    let other = noise(18, 5000);
+    let longer = noise(17, 5001);
+    for policy in ["same", "error", "overwrite", "rename", "skip"] {
+        for resume in [true, false] {
+            bounded(async {
+                let config = StoreConfig {
+                    overwrite: Overwrite::Always,
+                    ..store()
+                };
+                let fixture = Fixture::with(config, receiver()).await;
+                let in_run = |say: Say| {
+                    let (event, data) = say;
+                    let data = with(data, "run", &[1; 16]);
+                    (event, with(data, "if_exists", policy))
+                };
+                let (_socket, mut lane) = lane(&fixture).await;
+                let mut id = 0;
+                let mut send = async |content: &[u8], whole: bool| {
+                    id += 1;
+                    if whole {
+                        lane.say(&in_run(put(id, "x", content))).await;
+                    } else {
+                        let (event, data) = file(id, "x", content.len() as u64);
+                        let data = with(data, "resume", resume);
+                        lane.say(&in_run((event, data))).await;
+                        lane.say(&chunk(id, 0, content)).await;
+                        lane.say(&finish(id, content)).await;
+                    }
+                    let mut heard = lane.hear().await;
+                    if heard.line.starts_with("ready") {
+                        heard = lane.hear().await;
+                    }
+                    heard.line.replacen(&id.to_string(), "ID", 1)
+                };
+                assert_eq!(send(&bytes, true).await, "done ID x 5000", "{policy}");
+                for whole in [true, false] {
+                    assert_eq!(send(&bytes, whole).await, "done ID x 5000", "{policy}");
+                    let answers = [send(&other, whole).await, send(&longer, whole).await];
+                    match policy {
+                        // What has the name counts, whatever comes.
+                        "skip" => {
+                            for answer in answers {
+                                assert!(answer.starts_with("done ID x 5000"), "{answer}");
+                            }
+                        }
+                        _ => assert_eq!(answers, ["error ID exists"; 2], "{policy} {whole}"),
+                    }
+                    assert!(fixture.stored("x") == bytes, "{policy}");
+                    assert_eq!(fixture.visible(), ["x"], "{policy}");
+                }
                 well(&fixture, policy).await;
             })
             .await;

@@ -212,6 +212,80 @@ async fn overwrite_and_rename_do_what_they_say_where_granted() {
     .await;
 }
 
+/// Two sources of one name: the second has its turn when the first has its outcome, and what counts as done is there.
+#[tokio::test]
+async fn two_sources_of_one_name_are_taken_one_after_the_other() {
+    for size in [0, 5_000, 300_000, 2_000_000] {
+        for lanes in [1, 4] {
+            bounded(async {
+                let config = StoreConfig {
+                    overwrite: Overwrite::Always,
+                    ..StoreConfig::default()
+                };
+                let fixture = Fixture::with(config, ReceiverConfig::default()).await;
+                let socket = fixture.connect().await;
+                let (first, second) = (noise(1, size), noise(2, size + 1));
+                for policy in [
+                    IfExists::Same,
+                    IfExists::Error,
+                    IfExists::Skip,
+                    IfExists::Overwrite,
+                    IfExists::Rename,
+                ] {
+                    let what = format!("{policy} {size} {lanes}");
+                    let name = format!("{policy}/x.jpg");
+                    let mut sources: Vec<Source> = [&first, &second]
+                        .map(|bytes| memory(&name, bytes.clone()))
+                        .into();
+                    // So that there are not few, and small ones travel in batches.
+                    for n in 0..40 {
+                        sources.push(memory(&format!("{policy}/other{n}"), noise(9 + n, 10)));
+                    }
+                    let uploader = Uploader::new(&socket).lanes(lanes).if_exists(policy);
+                    let (done, failed) = drain(uploader.put(sources)).await;
+                    for outcome in &done {
+                        if outcome.index != 1 || policy != IfExists::Skip {
+                            let ours = [&first, &second].get(outcome.index).copied();
+                            if let Some(ours) = ours {
+                                assert_eq!(outcome.hash, *blake3::hash(ours).as_bytes(), "{what}");
+                                assert_eq!(outcome.size, ours.len() as u64, "{what}");
+                            }
+                        }
+                    }
+                    let (kept, others) = match policy {
+                        IfExists::Overwrite => (&second, 0),
+                        IfExists::Rename => (&first, 1),
+                        _ => (&first, 0),
+                    };
+                    assert!(fixture.stored(&name) == *kept, "{what}");
+                    let renamed = format!("{policy}/x (1).jpg");
+                    match others {
+                        1 => assert!(fixture.stored(&renamed) == second, "{what}"),
+                        _ => assert!(!fixture.visible().contains(&renamed), "{what}"),
+                    }
+                    let refused = matches!(policy, IfExists::Same | IfExists::Error);
+                    assert_eq!(failed.len(), usize::from(refused), "{what}: {failed:?}");
+                    assert_eq!(done.len(), 42 - usize::from(refused), "{what}");
+                    if refused {
+                        assert_eq!(failed[0].0, name);
+                        let TransferError::Refused { code, .. } = &failed[0].1 else {
+                            panic!("{what}: {failed:?}");
+                        };
+                        assert_eq!(code, "exists", "{what}");
+                    }
+                    let skipped = done.iter().find(|outcome| outcome.index == 1);
+                    if policy == IfExists::Skip {
+                        let skipped = skipped.expect("skipped is done");
+                        assert!(skipped.same, "{what}");
+                        assert_eq!(skipped.hash, *blake3::hash(&first).as_bytes(), "{what}");
+                    }
+                }
+            })
+            .await;
+        }
+    }
+}
+
 #[tokio::test]
 async fn one_bad_file_does_not_stop_the_others() {
     bounded(async {

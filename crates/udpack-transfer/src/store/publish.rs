@@ -99,6 +99,15 @@ impl Whole {
         while !self.try_name(inner, dir, &name)? {
             inner.found_taken();
             match self.if_exists {
+                IfExists::Skip => match self.take_over(inner, dir)? {
+                    true => return Ok((self.path.to_string(), true)),
+                    // It was removed meanwhile.
+                    false if removals < 3 => {
+                        removals += 1;
+                        continue;
+                    }
+                    false => return Err(self.exists()),
+                },
                 IfExists::Same if self.is_there(inner, dir)? => {
                     return Ok((self.path.to_string(), true));
                 }
@@ -108,7 +117,7 @@ impl Whole {
                     continue;
                 }
                 IfExists::Same => return Err(self.exists()),
-                IfExists::Error | IfExists::Skip => return Err(self.exists()),
+                IfExists::Error => return Err(self.exists()),
                 IfExists::Overwrite => replaced = self.replace(inner, dir, &name)?,
                 IfExists::Rename => published = self.try_numbers(inner, dir)?,
             }
@@ -176,6 +185,17 @@ impl Whole {
             return Ok(true);
         }
         Err(self.exists())
+    }
+
+    /// Size and hash become those of the file that has the name, for [`IfExists::Skip`]; false when none has it any
+    /// more.
+    fn take_over(&mut self, inner: &Arc<Inner>, dir: &Dir) -> Result<bool, StoreError> {
+        let Some(existing) = inner.open_existing(&self.path, dir)? else {
+            return Ok(false);
+        };
+        self.hash = existing.hash(&mut |_| {})?;
+        self.size = existing.len();
+        Ok(true)
     }
 
     fn exists(&self) -> StoreError {

@@ -263,6 +263,9 @@ fn whatever_has_the_name_is_left_untouched() {
             if policy == IfExists::Overwrite && before.1 {
                 assert!(!end.unwrap().same);
                 assert_eq!(fs::read(&target).unwrap(), b"mine");
+            } else if policy == IfExists::Skip && before.1 {
+                assert!(end.unwrap().same, "{name}");
+                assert_eq!(describe(&target), before, "{name} {policy}");
             } else {
                 assert_eq!(end.unwrap_err().code(), "exists", "{name} {policy}");
                 assert_eq!(describe(&target), before, "{name} {policy}");
@@ -335,21 +338,31 @@ fn an_existing_file_can_be_compared() {
 }
 
 #[test]
-fn an_equal_file_that_came_first_is_success_for_same_only() {
+fn a_file_that_came_first_counts_as_the_policy_says() {
     let (dir, store) = open(StoreConfig::default());
     for (policy, theirs, outcome) in [
         (IfExists::Same, "mine", Ok(true)),
         (IfExists::Same, "else", Err("exists")),
         (IfExists::Same, "longer", Err("exists")),
         (IfExists::Error, "mine", Err("exists")),
-        (IfExists::Skip, "mine", Err("exists")),
+        (IfExists::Skip, "mine", Ok(true)),
+        (IfExists::Skip, "longer", Ok(true)),
     ] {
         let mut partial = begin(&store, "a", Some(4), policy).unwrap();
         partial.write(b"mine").unwrap();
         fs::write(dir.path().join("a"), theirs).unwrap();
         let end = partial
             .finish(None, None)
-            .map(|published| published.same)
+            .map(|published| {
+                let size = theirs.len() as u64;
+                let hash = *blake3::hash(theirs.as_bytes()).as_bytes();
+                assert_eq!(
+                    (published.size, published.hash),
+                    (size, hash),
+                    "what is there"
+                );
+                published.same
+            })
             .map_err(|error| error.code());
         assert_eq!(end, outcome, "{policy} {theirs}");
         assert_eq!(
