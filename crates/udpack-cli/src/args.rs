@@ -349,6 +349,14 @@ pub(crate) struct PutArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) files_from: Option<PathBuf>,
 
+    /// In the list of --files-from, NUL ends each path, as `find -print0` writes it.
+    #[arg(short = '0', long, requires = "files_from")]
+    pub(crate) null: bool,
+
+    /// Succeed also if there is nothing to send, and store an empty file if standard input is empty.
+    #[arg(long)]
+    pub(crate) allow_empty: bool,
+
     #[command(flatten)]
     pub(crate) connect: ConnectArgs,
 
@@ -366,7 +374,8 @@ pub(crate) struct PutArgs {
     #[arg(long)]
     pub(crate) no_resume: bool,
 
-    /// Show what would be sent, and send nothing.
+    /// Show what would be sent and what this side refuses, and send nothing. The server is not asked: what it
+    /// refuses (a name taken, a quota) shows only in a real run.
     #[arg(short = 'n', long)]
     pub(crate) dry_run: bool,
 

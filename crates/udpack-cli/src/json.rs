@@ -46,7 +46,7 @@ pub(crate) enum Line<'a> {
     Connected {},
     /// What became of one file.
     File {
-        /// `ok` or `error`; from `verify`: `same`, `differs`, `missing` or `error`.
+        /// `ok` or `error`; from `put -n` `planned` or `error`; from `verify`: `same`, `differs`, `missing` or `error`.
         status: &'static str,
         /// The name it was given, or should have been.
         path: &'a str,

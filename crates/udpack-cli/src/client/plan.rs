@@ -1,24 +1,28 @@
 //! Which local files, under which names: what `put` sends and `verify` compares.
 
-use std::collections::HashMap;
+use std::collections::hash_map::{Entry, RandomState};
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
-use std::fs::File;
-use std::io::{self, BufRead, BufReader};
+use std::fs::{self, File};
+use std::hash::BuildHasher as _;
+use std::io::{self, Read as _};
 use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use udpack_transfer::{Exclude, Found, RelPath, TransferError, Walk};
+use udpack_transfer::{Exclude, Found, RelPath, TransferError, Walk, What};
 
 use crate::args::TreeArgs;
 use crate::exit::{Failure, Kind};
 
 /// What was asked for, checked as far as that can be done without walking anything.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Plan {
-    pub(super) roots: Vec<Root>,
+    roots: Vec<Root>,
     /// The name for standard input, if it is to be sent.
     pub(super) stdin: Option<RelPath>,
-    /// A list of further paths, and the directory at the server for them.
+    /// Further paths, and the directory at the server for them.
     list: Option<(List, String)>,
     tree: TreeArgs,
     every_dir: bool,
@@ -28,17 +32,62 @@ pub(super) struct Plan {
 }
 
 /// A file or directory to walk, and the name at the server for it; "" for what is in it alone.
-#[derive(Debug)]
-pub(super) struct Root {
+#[derive(Debug, Clone)]
+struct Root {
     local: PathBuf,
     remote: String,
 }
 
-struct List(Box<dyn BufRead + Send>);
+/// A list of paths, all of which was read before anything is sent: one that ends early must not look like a short one.
+#[derive(Debug, Clone)]
+pub(super) struct List {
+    bytes: Arc<[u8]>,
+    /// NUL ends each path, and everything else is part of it.
+    null: bool,
+}
 
-impl std::fmt::Debug for List {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("List")
+impl List {
+    /// Reads it to its end; `-` is standard input. Blocks.
+    pub(super) fn read(from: &Path, null: bool) -> Result<Self, TransferError> {
+        let mut bytes = Vec::new();
+        let read = if from == "-" {
+            io::stdin().lock().read_to_end(&mut bytes)
+        } else {
+            File::open(from).and_then(|mut file| file.read_to_end(&mut bytes))
+        };
+        match read {
+            Ok(_) => Ok(Self {
+                bytes: bytes.into(),
+                null,
+            }),
+            Err(source) => Err(TransferError::Source {
+                path: from.to_owned(),
+                source,
+            }),
+        }
+    }
+
+    /// The paths. Lines may end as on Windows, and the first may have the mark that its editors put there.
+    fn paths(&self) -> impl Iterator<Item = PathBuf> + Send + use<> {
+        let Self { bytes, null } = self.clone();
+        let mark = if null { &b""[..] } else { b"\xef\xbb\xbf" };
+        let mut at = if bytes.starts_with(mark) {
+            mark.len()
+        } else {
+            0
+        };
+        let lines = std::iter::from_fn(move || {
+            let rest = bytes.get(at..).filter(|rest| !rest.is_empty())?;
+            let end = if null { b'\0' } else { b'\n' };
+            let line = rest.split(|byte| *byte == end).next()?;
+            at += line.len() + 1;
+            let line = match line {
+                [line @ .., b'\r'] if !null => line,
+                line => line,
+            };
+            Some(PathBuf::from(OsStr::from_bytes(line)))
+        });
+        lines.filter(|path| !path.as_os_str().is_empty())
     }
 }
 
@@ -46,8 +95,12 @@ impl std::fmt::Debug for List {
 #[derive(Debug)]
 pub(super) struct Asked<'a> {
     pub(super) paths: &'a [PathBuf],
-    pub(super) files_from: Option<&'a Path>,
+    pub(super) list: Option<List>,
+    /// Standard input is the list.
+    pub(super) list_is_stdin: bool,
     pub(super) name: Option<&'a str>,
+    /// What to do with two files of one name is left to the server's policy.
+    pub(super) clashes: bool,
     pub(super) tree: &'a TreeArgs,
     /// List every directory, not only the empty ones.
     pub(super) every_dir: bool,
@@ -61,7 +114,7 @@ impl Plan {
         mut failed: impl FnMut(&str, &Path, anyhow::Error),
     ) -> anyhow::Result<Self> {
         if asked.name.is_some_and(|name| !name.ends_with('/'))
-            && (asked.paths.len() > 1 || asked.files_from.is_some())
+            && (asked.paths.len() > 1 || asked.list.is_some())
         {
             return Err(Failure::new(Kind::Usage, "--as NAME takes a single path")
                 .hint("end it with a slash to name a directory for all of them")
@@ -70,16 +123,18 @@ impl Plan {
         let mut plan = Self {
             roots: Vec::new(),
             stdin: None,
-            list: None,
+            list: asked.list.clone().map(|list| {
+                let dir = asked.name.map(trimmed).unwrap_or_default();
+                (list, dir.to_owned())
+            }),
             tree: asked.tree.clone(),
             every_dir: asked.every_dir,
             files: None,
             bytes: None,
         };
-        plan.take_list(asked)?;
         let mut taken: HashMap<String, &Path> = HashMap::new();
         // Only while it is nothing but files.
-        let mut sum = asked.files_from.is_none().then_some(0);
+        let mut sum = asked.list.is_none().then_some(0);
         for path in asked.paths {
             if path.as_os_str() == "-" {
                 plan.take_stdin(asked)?;
@@ -89,6 +144,7 @@ impl Plan {
             let remote = remote_name(path, asked.name);
             if let Some(other) = taken.insert(remote.clone(), path)
                 && !is_content(path)
+                && !asked.clashes
             {
                 let text = format!(
                     "{} and {} would both be stored as {remote}",
@@ -125,7 +181,7 @@ impl Plan {
             Failure::new(Kind::Usage, text)
                 .hint("use `-` once, with --as NAME: it has no name of its own")
         };
-        if asked.files_from.is_some_and(|list| list == "-") || self.stdin.is_some() {
+        if asked.list_is_stdin || self.stdin.is_some() {
             return Err(unfit("standard input can be read only once").into());
         }
         let name = asked
@@ -139,37 +195,81 @@ impl Plan {
         Ok(())
     }
 
-    fn take_list(&mut self, asked: &Asked<'_>) -> anyhow::Result<()> {
-        let Some(from) = asked.files_from else {
-            return Ok(());
-        };
-        let list: Box<dyn BufRead + Send> = if from == "-" {
-            Box::new(BufReader::new(io::stdin()))
-        } else {
-            let file = File::open(from).map_err(|source| TransferError::Source {
-                path: from.to_owned(),
-                source,
-            })?;
-            Box::new(BufReader::new(file))
-        };
-        let dir = asked.name.map(trimmed).unwrap_or_default();
-        self.list = Some((List(list), dir.to_owned()));
-        Ok(())
+    /// The first two different files that would be stored under one name, and that name. Walks everything where that
+    /// is possible at all, and blocks meanwhile.
+    pub(super) fn clash(&self) -> Option<(PathBuf, PathBuf, String)> {
+        if !self.may_clash() {
+            return None;
+        }
+        let mut names = Names::default();
+        if let Some(stdin) = &self.stdin {
+            names.insert(stdin.as_str(), (0, 0));
+        }
+        self.entries().find_map(|found| {
+            if names.look(&found) != Seen::Other {
+                return None;
+            }
+            let (remote, second) = (found.remote, found.local);
+            let is_stdin = |stdin: &RelPath| stdin.as_str() == remote;
+            let first = if self.stdin.as_ref().is_some_and(is_stdin) {
+                PathBuf::from("-")
+            } else {
+                let mut named = self.entries().filter(|found| is_named(&found.what));
+                named.find(|found| found.remote == remote)?.local
+            };
+            // It may have been replaced between the two looks.
+            (first != second).then_some((first, second, remote))
+        })
     }
 
-    /// Every entry, one after the other. Blocks while it goes on.
-    pub(super) fn walk(self) -> impl Iterator<Item = Found> + Send + 'static {
+    /// Whether something of the same name may come from two of the paths.
+    fn may_clash(&self) -> bool {
+        let listed = || self.listed().map(|root| root.remote);
+        let named = || {
+            let stdin = self.stdin.iter().map(|name| name.as_str().to_owned());
+            let roots = self.roots.iter().map(|root| root.remote.clone());
+            stdin.chain(roots).chain(listed())
+        };
+        let hasher = RandomState::new();
+        let mut names = HashSet::new();
+        if !named().all(|name| names.insert(hasher.hash_one(&*name))) {
+            return true;
+        }
+        // One within the other.
+        named().any(|name| {
+            let above = std::iter::successors((!name.is_empty()).then_some(&*name), |path| {
+                (!path.is_empty()).then(|| path.rsplit_once('/').map_or("", |(above, _)| above))
+            });
+            above
+                .skip(1)
+                .any(|above| names.contains(&hasher.hash_one(above)))
+        })
+    }
+
+    fn listed(&self) -> impl Iterator<Item = Root> + Send + use<> {
+        let list = self.list.clone();
+        list.into_iter().flat_map(|(list, dir)| {
+            let paths = list.paths();
+            paths.map(move |path| listed(path, &dir))
+        })
+    }
+
+    /// Every entry, one after the other; a file that is named twice counts once. Blocks while it goes on.
+    pub(super) fn walk(&self) -> impl Iterator<Item = Found> + Send + use<> {
+        let mut names = self.may_clash().then(Names::default);
+        self.entries().filter(move |found| {
+            let names = names.as_mut();
+            names.is_none_or(|names| names.look(found) != Seen::Again)
+        })
+    }
+
+    fn entries(&self) -> impl Iterator<Item = Found> + Send + use<> {
         let exclude: Exclude = self.tree.exclude.iter().cloned().collect();
         let (links, every_dir) = (self.tree.links, self.every_dir);
-        let listed = self.list.into_iter().flat_map(|(List(list), dir)| {
-            list.split(b'\n')
-                .map_while(Result::ok)
-                .filter(|line| !line.is_empty())
-                .map(move |line| listed(&line, &dir))
-        });
         self.roots
+            .clone()
             .into_iter()
-            .chain(listed)
+            .chain(self.listed())
             .filter({
                 let exclude = exclude.clone();
                 move |root| !is_left_out(root, &exclude)
@@ -183,9 +283,53 @@ impl Plan {
     }
 }
 
-/// A line of a list: the path is the name at the server, too.
-fn listed(line: &[u8], dir: &str) -> Root {
-    let local = PathBuf::from(OsStr::from_bytes(line));
+/// The names that files and links of a walk have had so far, hashed, and which files those are.
+#[derive(Debug, Default)]
+struct Names {
+    hasher: RandomState,
+    seen: HashMap<u64, (u64, u64)>,
+}
+
+/// Whether something had the name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Seen {
+    New,
+    /// This very file.
+    Again,
+    Other,
+}
+
+impl Names {
+    fn look(&mut self, found: &Found) -> Seen {
+        let metadata = match &found.what {
+            What::File { .. } => fs::metadata(&found.local),
+            What::Link { .. } => fs::symlink_metadata(&found.local),
+            // Directories of one name become one; what fails is told by itself.
+            _ => return Seen::New,
+        };
+        let file = metadata.map_or((0, 0), |metadata| (metadata.dev(), metadata.ino()));
+        self.insert(&found.remote, file)
+    }
+
+    /// The file that has this name is this one, by device and inode.
+    fn insert(&mut self, name: &str, file: (u64, u64)) -> Seen {
+        match self.seen.entry(self.hasher.hash_one(name)) {
+            Entry::Vacant(entry) => {
+                entry.insert(file);
+                Seen::New
+            }
+            Entry::Occupied(known) if *known.get() == file => Seen::Again,
+            Entry::Occupied(_) => Seen::Other,
+        }
+    }
+}
+
+fn is_named(what: &What) -> bool {
+    matches!(what, What::File { .. } | What::Link { .. })
+}
+
+/// A path of a list: it is the name at the server, too.
+fn listed(local: PathBuf, dir: &str) -> Root {
     let name = local.to_string_lossy();
     let mut name = name.as_ref();
     while let Some(rest) = name.strip_prefix("./") {
@@ -244,14 +388,14 @@ fn check(path: &Path, remote: &str, links: bool) -> anyhow::Result<Option<u64>> 
         source,
     };
     let metadata = if links {
-        std::fs::symlink_metadata(path)
+        fs::symlink_metadata(path)
     } else {
-        std::fs::metadata(path)
+        fs::metadata(path)
     };
     let metadata = metadata.map_err(unreadable)?;
     let is_content = metadata.is_dir() && remote.is_empty();
     if metadata.is_dir() {
-        std::fs::read_dir(path).map_err(unreadable)?;
+        fs::read_dir(path).map_err(unreadable)?;
     } else if metadata.is_file() {
         File::open(path).map_err(unreadable)?;
     } else if !metadata.is_symlink() {
@@ -300,6 +444,37 @@ mod tests {
     }
 
     #[test]
+    fn a_list_has_a_path_on_each_line_however_it_ends() {
+        let paths = |bytes: &[u8], null| -> Vec<PathBuf> {
+            let bytes = bytes.into();
+            List { bytes, null }.paths().collect()
+        };
+        let expected = [PathBuf::from("a b"), PathBuf::from("c")];
+        for bytes in [
+            &b"a b\nc"[..],
+            b"a b\nc\n",
+            b"\na b\n\n\nc\n",
+            b"a b\r\nc\r\n",
+            b"\xef\xbb\xbfa b\r\n\r\nc",
+        ] {
+            assert_eq!(paths(bytes, false), expected, "{bytes:?}");
+        }
+        assert_eq!(paths(b"a b\0c\0", true), expected);
+        let odd = paths(b"\xef\xbb\xbfa\r\n\0\0b\r", true);
+        let bytes: Vec<_> = odd.iter().map(|path| path.as_os_str().as_bytes()).collect();
+        assert_eq!(bytes, [&b"\xef\xbb\xbfa\r\n"[..], b"b\r"], "word for word");
+        for nothing in [
+            &b""[..],
+            b"\n",
+            b"\r\n\r\n",
+            b"\xef\xbb\xbf",
+            b"\xef\xbb\xbf\r\n",
+        ] {
+            assert!(paths(nothing, false).is_empty(), "{nothing:?}");
+        }
+    }
+
+    #[test]
     fn a_listed_path_is_its_own_name() {
         for (line, dir, expected) in [
             ("a/b", "", "a/b"),
@@ -309,7 +484,7 @@ mod tests {
             ("/etc/passwd", "", "/etc/passwd"),
             ("../x", "", "../x"),
         ] {
-            assert_eq!(listed(line.as_bytes(), dir).remote, expected);
+            assert_eq!(listed(line.into(), dir).remote, expected);
         }
     }
 }

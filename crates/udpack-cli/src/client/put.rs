@@ -1,13 +1,18 @@
 //! `put`: uploads files and directories.
 
-use udpack::CloseCode;
-use udpack_transfer::{Limiter, Source, Uploader, What};
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
 
-use super::plan::{Asked, Plan};
+use anyhow::Context as _;
+use udpack::CloseCode;
+use udpack_transfer::{Found, Limiter, Source, TransferError, Uploader, What};
+
+use super::plan::{Asked, List, Plan};
 use super::report::{Origin, Origins, Report, Thing, Transfer};
-use crate::args::PutArgs;
+use crate::args::{IfExistsArg, PutArgs};
+use crate::exit::{Failure, Kind};
 use crate::logging::Console;
-use crate::output;
 use crate::progress::Meter;
 use crate::signals::Interrupts;
 use crate::target::{Target, retry};
@@ -28,10 +33,24 @@ async fn put(
     mut interrupts: Interrupts,
     report: &mut Report,
 ) -> anyhow::Result<()> {
+    let list = match &args.files_from {
+        Some(from) => {
+            let (from, null) = (from.clone(), args.null);
+            Some(blocking(&mut interrupts, move || List::read(&from, null)).await??)
+        }
+        None => None,
+    };
+    // These say which of two files of one name is kept: both, or the later one.
+    let clashes = matches!(
+        args.transfer.if_exists,
+        IfExistsArg::Overwrite | IfExistsArg::Rename
+    );
     let asked = Asked {
         paths: &args.paths,
-        files_from: args.files_from.as_deref(),
+        list,
+        list_is_stdin: args.files_from.as_deref() == Some(Path::new("-")),
         name: args.name.as_deref(),
+        clashes,
         tree: &args.tree,
         every_dir: args.transfer.preserve,
     };
@@ -39,12 +58,26 @@ async fn put(
         report.failed(remote, &local.display().to_string(), &error);
     })?;
     report.expect(plan.files);
+    if !clashes {
+        let plan = plan.clone();
+        let clash = blocking(&mut interrupts, move || plan.clash()).await?;
+        if let Some((first, second, name)) = clash {
+            let text = format!(
+                "{} and {} would both be stored as {name}",
+                first.display(),
+                second.display()
+            );
+            return Err(Failure::new(Kind::Usage, text)
+                .hint("send them one by one with --as NAME, or keep both with --if-exists rename")
+                .into());
+        }
+    }
     if args.dry_run {
-        show(plan, report);
-        return Ok(());
+        show(&plan, report);
+        return nothing(args, report);
     }
     if plan.is_empty() {
-        return Ok(());
+        return nothing(args, report);
     }
     let target = Target::find(&args.connect)?;
     report.start(&target.address(), plan.bytes);
@@ -65,7 +98,7 @@ async fn put(
                 }
                 let mut meter = Meter::new(args.show.progress, args.log.quiet, console);
                 let origins = Origins::default();
-                let upload = uploader.put(sources(plan, &origins));
+                let upload = uploader.put(sources(plan, args.allow_empty, &origins));
                 report
                     .follow(Transfer::Up(upload), None, &origins, &mut meter)
                     .await;
@@ -77,29 +110,82 @@ async fn put(
                     socket.abort(CloseCode::NORMAL, "done");
                     socket.closed().await;
                 }
-                Ok(())
+                nothing(args, report)
             },
         )
         .await
 }
 
+/// Does what blocks beside the wait for an interrupt.
+async fn blocking<T: Send + 'static>(
+    interrupts: &mut Interrupts,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> anyhow::Result<T> {
+    tokio::select! {
+        done = tokio::task::spawn_blocking(work) => done.context("looking through the files failed"),
+        () = interrupts.first() => Err(Failure::interrupted().into()),
+    }
+}
+
+/// A run that was asked for something and found nothing to do says so.
+fn nothing(args: &PutArgs, report: &Report) -> anyhow::Result<()> {
+    if args.allow_empty || !report.is_empty() {
+        return Ok(());
+    }
+    let text = match (&args.files_from, args.paths.is_empty()) {
+        (Some(list), true) => format!("nothing to send: no path in {}", list.display()),
+        _ => "nothing to send: no file was found".to_owned(),
+    };
+    Err(Failure::new(Kind::LocalFile, text)
+        .hint("check the paths, the list and --exclude; with --allow-empty this is no error")
+        .into())
+}
+
+/// Standard input, which gives an error in place of an end before the first byte unless that is allowed.
+struct Stdin {
+    /// Its end is sound.
+    allowed: bool,
+}
+
+impl Read for Stdin {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = io::stdin().read(buffer)?;
+        if count == 0 && !buffer.is_empty() && !self.allowed {
+            return Err(io::Error::other(
+                "it is empty; --allow-empty stores an empty file",
+            ));
+        }
+        self.allowed = true;
+        Ok(count)
+    }
+}
+
+fn thing(found: &Found) -> Thing {
+    match &found.what {
+        What::Dir { .. } => Thing::Dir,
+        What::Link { .. } => Thing::Link,
+        _ => Thing::File,
+    }
+}
+
 /// Everything to send. What is known of it beyond what the upload needs goes into `origins`.
-fn sources(mut plan: Plan, origins: &Origins) -> impl Iterator<Item = Source> + Send + 'static {
+fn sources(
+    mut plan: Plan,
+    allow_empty: bool,
+    origins: &Origins,
+) -> impl Iterator<Item = Source> + Send + 'static {
     let stdin = plan.stdin.take().map(|name| {
         let origin = Origin {
             shown: "-".to_owned(),
             what: Thing::File,
         };
-        (Source::reader(std::io::stdin(), name), origin)
+        let allowed = allow_empty;
+        (Source::reader(Stdin { allowed }, name), origin)
     });
     let walked = plan.walk().map(|found| {
         let origin = Origin {
             shown: found.local.display().to_string(),
-            what: match &found.what {
-                What::Dir { .. } => Thing::Dir,
-                What::Link { .. } => Thing::Link,
-                _ => Thing::File,
-            },
+            what: thing(&found),
         };
         (Source::from(found), origin)
     });
@@ -115,20 +201,24 @@ fn sources(mut plan: Plan, origins: &Origins) -> impl Iterator<Item = Source> + 
 }
 
 /// What would be sent, and what could not be.
-fn show(mut plan: Plan, report: &mut Report) {
-    if let Some(name) = plan.stdin.take() {
-        report.line(&format!("{}  -  -", output::printable(name.as_str())));
+fn show(plan: &Plan, report: &mut Report) {
+    if let Some(name) = &plan.stdin {
+        report.planned(name.as_str(), "-", Thing::File, None);
     }
     for found in plan.walk() {
-        let remote = output::printable(&found.remote);
+        let local = found.local.display().to_string();
+        let what = thing(&found);
         match found.what {
-            What::File { size, .. } => report.line(&format!("{remote}  {size}  -")),
-            What::Dir { .. } => report.line(&format!("{remote}/  -  -")),
-            What::Failed(error) => {
-                let local = found.local.display().to_string();
-                report.failed(&found.remote, &local, &error.into());
-            }
-            _ => report.line(&format!("{remote}  -  -")),
+            What::File { size, .. } => match File::open(&found.local) {
+                Ok(_) => report.planned(&found.remote, &local, what, Some(size)),
+                Err(source) => {
+                    let path = found.local;
+                    let error = TransferError::Source { path, source };
+                    report.failed(&found.remote, &local, &error.into());
+                }
+            },
+            What::Failed(error) => report.failed(&found.remote, &local, &error.into()),
+            _ => report.planned(&found.remote, &local, what, None),
         }
     }
 }

@@ -130,6 +130,8 @@ pub(super) struct Report {
     quiet: bool,
     /// What happens to files that succeed: `stored`.
     did: &'static str,
+    /// Nothing is done to them.
+    dry: bool,
     began: Instant,
     /// When the last file had its outcome; what follows is parting.
     ended: Option<Instant>,
@@ -161,6 +163,7 @@ impl Report {
             json,
             quiet,
             did,
+            dry: false,
             began: Instant::now(),
             ended: None,
             files: None,
@@ -317,6 +320,41 @@ impl Report {
                 error,
             } => self.failed(&path, &source, &error),
         }
+    }
+
+    /// Whether there was nothing to do.
+    pub(super) fn is_empty(&self) -> bool {
+        self.stored + self.others + self.failures.count() == 0
+    }
+
+    /// What would be done, were this not a dry run; the size is not known of standard input.
+    pub(super) fn planned(&mut self, path: &str, source: &str, what: Thing, size: Option<u64>) {
+        self.failures.tell();
+        self.dry = true;
+        if what == Thing::File {
+            self.stored += 1;
+            self.bytes += size.unwrap_or(0);
+        } else {
+            self.others += 1;
+        }
+        self.json(&Line::File {
+            status: "planned",
+            path,
+            source,
+            kind: what.word(),
+            bytes: size,
+            hash: None,
+            sent: None,
+            resumed: None,
+            same: None,
+            sync: None,
+            secs: None,
+            error_kind: None,
+            error: None,
+        });
+        let mark = if what == Thing::Dir { "/" } else { "" };
+        let size = size.map_or_else(|| "-".to_owned(), |size| size.to_string());
+        self.line(&format!("{}{mark}  {size}  -", output::printable(path)));
     }
 
     /// Whether every file has arrived.
@@ -511,6 +549,10 @@ impl Report {
 
     fn summary(&self, secs: f64, rate: f64) -> String {
         let files = if self.stored == 1 { "file" } else { "files" };
+        if self.dry {
+            let bytes = size(self.bytes as f64);
+            return format!("{} {files}, {bytes} would be sent", self.stored);
+        }
         let mut summary = format!(
             "{} {files}, {} in {secs:.2} s",
             self.stored,

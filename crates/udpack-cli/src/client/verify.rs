@@ -90,6 +90,12 @@ pub(super) async fn run(
                 .hint("`udpack-client put` sends what is missing; what differs needs --if-exists")
                 .into())
         }
+        Ok(()) if total == 0 => Err(Failure::new(
+            Kind::LocalFile,
+            "nothing to compare: no file was found",
+        )
+        .hint("check the paths and --exclude")
+        .into()),
         Ok(()) => tally.failures.verdict(total, "compared", None),
         Err(error) => Err(error),
     };
@@ -131,7 +137,9 @@ async fn verify(
 ) -> anyhow::Result<()> {
     let asked = Asked {
         paths: &args.paths,
-        files_from: None,
+        list: None,
+        list_is_stdin: false,
+        clashes: false,
         name: args.name.as_deref(),
         tree: &args.tree,
         every_dir: true,

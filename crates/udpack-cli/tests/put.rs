@@ -1,0 +1,358 @@
+//! What `put` makes of what it was asked for: names that meet, lists, nothing at all, and what it says beforehand.
+
+mod common;
+
+use std::fs;
+use std::io::Write as _;
+use std::path::Path;
+use std::process::Stdio;
+
+use common::{
+    Exited, Running, Server, assert_error, bytes, client, events, exited, named, result, visible,
+    workdir,
+};
+
+fn write(path: &Path, content: &[u8]) {
+    fs::create_dir_all(path.parent().expect("a parent")).expect("mkdir");
+    fs::write(path, content).expect("write");
+}
+
+/// Runs a client with these bytes on its standard input.
+fn fed(server: &Server, dir: &Path, args: &[&str], input: &[u8]) -> Exited {
+    let mut command = client(dir);
+    command.env("UDPACK_URL", server.url()).args(args);
+    let (reader, mut writer) = std::io::pipe().expect("a pipe");
+    command.stdin(Stdio::from(reader));
+    let mut running = Running::spawn(&mut command);
+    drop(command);
+    let input = input.to_owned();
+    let feeding = std::thread::spawn(move || writer.write_all(&input));
+    let out = running.exited();
+    let _ = feeding.join();
+    out
+}
+
+fn clear(server: &Server) {
+    for name in visible(&server.uploads()) {
+        let path = server.uploads().join(name);
+        let removed = match path.is_dir() {
+            true => fs::remove_dir_all(&path),
+            false => fs::remove_file(&path),
+        };
+        removed.expect("removed");
+    }
+}
+
+#[test]
+fn two_sources_of_one_name_are_refused_or_both_taken_as_the_policy_says() {
+    let server = Server::start_in(workdir(), &["--overwrite", "always"]);
+    let dir = workdir();
+    for (size, more) in [
+        (0, 1),
+        (100_000, 0),
+        (300_000, 0),
+        (2_000_000, 1),
+        (8_000_000, 0),
+    ] {
+        let first = bytes(size, 1);
+        let second = bytes(size + more, 2);
+        write(&dir.path().join("cam1/IMG_1.JPG"), &first);
+        write(&dir.path().join("cam2/IMG_1.JPG"), &second);
+        for policy in ["same", "error", "skip", "overwrite", "rename"] {
+            for jobs in ["1", "4"] {
+                let what = format!("{size} {policy} {jobs}");
+                clear(&server);
+                let args = ["put", "cam1/", "cam2/", "--if-exists", policy, "-j", jobs];
+                let out = server.client(dir.path(), &args);
+                let stored = |name: &str| fs::read(server.uploads().join(name)).ok();
+                match policy {
+                    "overwrite" => {
+                        assert_eq!(out.code, 0, "{what}: {out:?}");
+                        assert!(stored("IMG_1.JPG").as_ref() == Some(&second), "{what}");
+                        assert_eq!(visible(&server.uploads()).len(), 1, "{what}");
+                    }
+                    "rename" => {
+                        assert_eq!(out.code, 0, "{what}: {out:?}");
+                        assert!(stored("IMG_1.JPG").as_ref() == Some(&first), "{what}");
+                        assert!(stored("IMG_1 (1).JPG").as_ref() == Some(&second), "{what}");
+                    }
+                    _ => {
+                        assert_eq!(out.code, 2, "{what}: {out:?}");
+                        assert_error(&out.stderr);
+                        for name in ["cam1/IMG_1.JPG", "cam2/IMG_1.JPG"] {
+                            assert!(out.stderr.contains(name), "{what}: {out:?}");
+                        }
+                        assert_eq!(out.stdout, "", "{what}");
+                        assert!(visible(&server.uploads()).is_empty(), "{what}");
+                        continue;
+                    }
+                }
+                // Each line tells what is stored of that source.
+                for (content, count) in [(&first, 1), (&second, 1)] {
+                    let line = format!("{}  {}", content.len(), blake3::hash(content));
+                    assert_eq!(out.stdout.matches(&line).count(), count, "{what}: {out:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn names_meet_however_they_were_asked_for() {
+    let server = Server::start();
+    let dir = workdir();
+    write(&dir.path().join("a.jpg"), b"1");
+    write(&dir.path().join("dir/a.jpg"), b"2");
+    write(&dir.path().join("deep/dir/a.jpg"), b"3");
+    write(&dir.path().join("list"), b"a.jpg\ndir/a.jpg\n");
+    write(&dir.path().join("twice"), b"dir/a.jpg\n");
+    let day = dir.path().join("day");
+    write(&day.join("x"), b"4");
+    for (args, first, second) in [
+        (&["put", "a.jpg", "dir/"][..], "a.jpg", "dir/a.jpg"),
+        (&["put", "dir/", "a.jpg"], "dir/a.jpg", "a.jpg"),
+        (
+            &["put", "a.jpg", "dir/a.jpg", "--as", "day/"],
+            "a.jpg",
+            "dir/a.jpg",
+        ),
+        (&["put", "dir", "deep/"], "dir/a.jpg", "deep/dir/a.jpg"),
+        (
+            &["put", "deep/", "--files-from", "twice"],
+            "deep/dir/a.jpg",
+            "dir/a.jpg",
+        ),
+        (&["put", "-n", "a.jpg", "dir/"], "a.jpg", "dir/a.jpg"),
+        (&["put", "--json", "a.jpg", "dir/"], "a.jpg", "dir/a.jpg"),
+    ] {
+        let out = server.client(dir.path(), args);
+        assert_eq!(out.code, 2, "{args:?}: {out:?}");
+        let text = format!("{first} and {second} would both be stored as ");
+        assert!(out.stderr.contains(&text), "{args:?}: {out:?}");
+        assert!(visible(&server.uploads()).is_empty(), "{args:?}");
+    }
+    // Names that only look alike.
+    let out = server.client(dir.path(), &["put", "a.jpg", "dir", "deep"]);
+    assert_eq!(out.code, 0, "{out:?}");
+    let out = server.client(dir.path(), &["put", "--files-from", "list", "--as", "l/"]);
+    assert_eq!(out.code, 0, "{out:?}");
+}
+
+#[test]
+fn a_file_that_is_named_twice_is_sent_once() {
+    let server = Server::start_in(workdir(), &["--overwrite", "always"]);
+    let dir = workdir();
+    write(&dir.path().join("t/a"), b"1");
+    write(&dir.path().join("t/s/b"), b"2");
+    // What `find t` prints.
+    let list = b"t\nt/a\nt/s\nt/s/b\n./t/a\n";
+    for policy in ["same", "rename", "overwrite", "error"] {
+        clear(&server);
+        let args = ["put", "--files-from", "-", "--if-exists", policy, "--json"];
+        let out = fed(&server, dir.path(), &args, list);
+        assert_eq!(out.code, 0, "{policy}: {out:?}");
+        assert_eq!(result(&out.stdout)["files"], 2, "{policy}");
+        let names = fs::read_dir(server.uploads().join("t")).expect("stored");
+        assert_eq!(names.count(), 2, "{policy}");
+    }
+}
+
+#[test]
+fn a_list_that_cannot_be_read_or_names_nothing_is_an_error() {
+    let server = Server::start();
+    let dir = workdir();
+    fs::create_dir(dir.path().join("directory")).expect("mkdir");
+    for (name, content) in [
+        ("empty", &b""[..]),
+        ("blank", b"\n\r\n"),
+        ("mark", b"\xef\xbb\xbf"),
+    ] {
+        write(&dir.path().join(name), content);
+    }
+    for list in ["directory", "missing", "/proc/self/mem"] {
+        for more in [&[][..], &["--allow-empty"]] {
+            let args = [&["put", "--files-from", list], more].concat();
+            let out = server.client(dir.path(), &args);
+            assert_eq!(out.code, 3, "{list}: {out:?}");
+            assert_error(&out.stderr);
+            assert!(out.stderr.contains(list), "{out:?}");
+        }
+    }
+    for list in ["empty", "blank", "mark", "-"] {
+        let args = ["put", "--files-from", list];
+        let out = server.client(dir.path(), &args);
+        assert_eq!(out.code, 3, "{list}: {out:?}");
+        assert_error(&out.stderr);
+        assert!(out.stderr.contains("nothing to send"), "{out:?}");
+        let out = server.client(dir.path(), &[&args[..], &["--json"]].concat());
+        assert_eq!((out.code, &result(&out.stdout)["exit"]), (3, &3.into()));
+        let out = server.client(dir.path(), &[&args[..], &["--allow-empty"]].concat());
+        assert_eq!(out.code, 0, "{list}: {out:?}");
+        let out = server.client(dir.path(), &[&args[..], &["-n"]].concat());
+        assert_eq!(out.code, 3, "{list}, dry: {out:?}");
+    }
+}
+
+#[test]
+fn lists_of_other_systems_and_programs_are_understood() {
+    let server = Server::start();
+    let dir = workdir();
+    for name in ["a", "b c", "d"] {
+        write(&dir.path().join(name), name.as_bytes());
+    }
+    write(&dir.path().join("two\nlines"), b"x");
+    for (list, args) in [
+        (&b"a\r\nb c\r\nd\r\n"[..], &[][..]),
+        (b"\xef\xbb\xbfa\r\nb c\r\nd", &[]),
+        (b"\xef\xbb\xbfa\nb c\n\nd\n", &[]),
+        (b"a\0b c\0d\0", &["-0"]),
+        (b"a\0b c\0d", &["--null"]),
+    ] {
+        clear(&server);
+        let args = [&["put", "--files-from", "-"], args].concat();
+        let out = fed(&server, dir.path(), &args, list);
+        assert_eq!(out.code, 0, "{list:?}: {out:?}");
+        let mut names = visible(&server.uploads());
+        names.sort();
+        assert_eq!(names, ["a", "b c", "d"], "{list:?}");
+    }
+    // With -0 a line break is part of a name, and this file is found.
+    let out = fed(
+        &server,
+        dir.path(),
+        &["put", "-n", "-0", "--files-from", "-"],
+        b"two\nlines\0",
+    );
+    assert!(!out.stderr.contains("cannot read"), "{out:?}");
+    let out = server.client(dir.path(), &["put", "-0", "a"]);
+    assert_eq!(out.code, 2, "without a list: {out:?}");
+}
+
+#[test]
+fn a_run_that_finds_nothing_to_do_says_so() {
+    let server = Server::start_in(workdir(), &["--allow-read"]);
+    let dir = workdir();
+    fs::create_dir(dir.path().join("hollow")).expect("mkdir");
+    write(&dir.path().join("t/a.o"), b"1");
+    for args in [
+        &["put", "hollow/"][..],
+        &["put", "t/", "--exclude", "*.o"],
+        &["put", "t/a.o", "--exclude", "*.o"],
+        &["put", "-n", "hollow/"],
+    ] {
+        let out = server.client(dir.path(), args);
+        assert_eq!(out.code, 3, "{args:?}: {out:?}");
+        assert_error(&out.stderr);
+        let out = server.client(dir.path(), &[args, &["--allow-empty"]].concat());
+        assert_eq!(out.code, 0, "{args:?}: {out:?}");
+    }
+    // The directory itself is something.
+    assert_eq!(server.client(dir.path(), &["put", "hollow"]).code, 0);
+    let out = server.client(dir.path(), &["verify", "hollow/"]);
+    assert_eq!(out.code, 3, "{out:?}");
+    assert_error(&out.stderr);
+}
+
+#[test]
+fn an_empty_standard_input_is_stored_only_where_that_is_allowed() {
+    let server = Server::start();
+    let dir = workdir();
+    let closed = |more: &[&str]| {
+        let binary = env!("CARGO_BIN_EXE_udpack-client");
+        let mut shell = common::quiet(std::process::Command::new("sh"), dir.path());
+        shell.env("UDPACK_URL", server.url());
+        let script = format!("exec {binary} put - --as x {} <&-", more.join(" "));
+        exited(shell.args(["-c", &script]))
+    };
+    for out in [
+        fed(&server, dir.path(), &["put", "-", "--as", "x"], b""),
+        closed(&[]),
+    ] {
+        assert_eq!(out.code, 3, "{out:?}");
+        assert_error(&out.stderr);
+        assert!(out.stderr.contains("--allow-empty"), "{out:?}");
+        assert!(visible(&server.uploads()).is_empty());
+    }
+    for out in [
+        fed(
+            &server,
+            dir.path(),
+            &["put", "-", "--as", "x", "--allow-empty"],
+            b"",
+        ),
+        closed(&["--allow-empty"]),
+    ] {
+        assert_eq!(out.code, 0, "{out:?}");
+        assert_eq!(fs::read(server.uploads().join("x")).expect("stored"), b"");
+    }
+    // An empty file is no such case.
+    write(&dir.path().join("none"), b"");
+    assert_eq!(server.client(dir.path(), &["put", "none"]).code, 0);
+}
+
+#[test]
+fn a_dry_run_lists_refuses_and_counts_what_a_real_one_does() {
+    let server = Server::start();
+    let dir = workdir();
+    write(&dir.path().join("t/a"), b"123");
+    write(&dir.path().join("t/b/c"), b"12345");
+    fs::create_dir(dir.path().join("t/hollow")).expect("mkdir");
+    std::os::unix::fs::symlink("nowhere", dir.path().join("t/broken")).expect("symlink");
+    let pipe = std::process::Command::new("mkfifo")
+        .arg(dir.path().join("t/pipe"))
+        .status();
+    assert!(pipe.is_ok_and(|status| status.success()));
+    for args in [
+        &["put", "t"][..],
+        &["put", "t", "--links"],
+        &["put", "t", "--exclude", "broken", "--exclude", "pipe"],
+        &["put", "t/a", "missing"],
+        &["put", "t/a", "--as", "x/"],
+    ] {
+        clear(&server);
+        let dry = server.client(dir.path(), &[args, &["-n", "--json"]].concat());
+        assert!(visible(&server.uploads()).is_empty(), "{args:?}");
+        let real = server.client(dir.path(), &[args, &["--json"]].concat());
+        let told = |out: &Exited| {
+            let all = events(&out.stdout);
+            let mut files: Vec<_> = named(&all, "file")
+                .into_iter()
+                .map(|file| {
+                    let failed = file["status"] == "error";
+                    let field = |name: &str| file[name].to_string();
+                    (
+                        field("path"),
+                        field("source"),
+                        field("kind"),
+                        field("bytes"),
+                        failed,
+                        field("error"),
+                    )
+                })
+                .collect();
+            files.sort();
+            files
+        };
+        assert_eq!(told(&dry), told(&real), "{args:?}");
+        let (dry_end, real_end) = (result(&dry.stdout), result(&real.stdout));
+        for field in ["exit", "files", "failed", "bytes", "error_kind", "error"] {
+            assert_eq!(dry_end[field], real_end[field], "{args:?} {field}");
+        }
+        assert_eq!(dry.code, real.code, "{args:?}");
+        assert_eq!(dry_end["sent"], 0);
+    }
+    let out = server.client(
+        dir.path(),
+        &[
+            "put",
+            "-n",
+            "t/",
+            "--exclude",
+            "broken",
+            "--exclude",
+            "pipe",
+        ],
+    );
+    assert_eq!(out.code, 0, "{out:?}");
+    assert!(out.stderr.contains("2 files, 8 B would be sent"), "{out:?}");
+}
