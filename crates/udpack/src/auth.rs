@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::future::Future;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -11,6 +11,7 @@ use futures_util::future::BoxFuture;
 
 use crate::code::CloseCode;
 use crate::control::HelloMessage;
+use crate::pool::network;
 use crate::session::lock;
 
 /// What a client presents when it wants to come in. Cheap to clone.
@@ -107,6 +108,11 @@ impl Peer {
     /// The id.
     pub fn id(&self) -> &str {
         &self.id
+    }
+
+    /// The id, shared.
+    pub(crate) fn shared_id(&self) -> Arc<str> {
+        self.id.clone()
     }
 
     /// The first claim of that name.
@@ -224,18 +230,6 @@ impl Authenticate for crate::tokens::TokenFile {
     }
 }
 
-/// An address as far as one customer usually holds it: an IPv4 address or an IPv6 /64.
-pub(crate) fn source(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V6(v6) => {
-            let mut segments = v6.segments();
-            segments[4..].fill(0);
-            IpAddr::V6(Ipv6Addr::from(segments))
-        }
-        v4 @ IpAddr::V4(_) => v4,
-    }
-}
-
 /// Remembers who failed to authenticate, and for how long to refuse them.
 ///
 /// Each failure adds 5 s to a sentence that runs down with time; from `failures` × 5 s on the source is
@@ -261,7 +255,7 @@ impl Penalties {
 
     /// How long this source is refused from now on, if it is.
     pub(crate) fn refused(&self, address: IpAddr, now: Instant) -> Option<Duration> {
-        let until = *lock(&self.until).get(&source(address))?;
+        let until = *lock(&self.until).get(&network(address))?;
         let left = until.checked_duration_since(now)?;
         (left > self.threshold - SENTENCE).then_some(left)
     }
@@ -274,7 +268,7 @@ impl Penalties {
                 return;
             }
         }
-        let until = table.entry(source(address)).or_insert(now);
+        let until = table.entry(network(address)).or_insert(now);
         *until = ((*until).max(now) + SENTENCE).min(now + LONGEST);
     }
 }
@@ -305,20 +299,6 @@ mod tests {
             penalties.failed(bad, start);
         }
         assert_eq!(penalties.refused(bad, start), Some(LONGEST));
-    }
-
-    #[test]
-    fn an_ipv6_customer_is_one_source() {
-        let a: IpAddr = "2001:db8:1:2::1".parse().expect("an address");
-        let b: IpAddr = "2001:db8:1:2:ffff::9".parse().expect("an address");
-        let c: IpAddr = "2001:db8:1:3::1".parse().expect("an address");
-        assert_eq!(source(a), source(b));
-        assert_ne!(source(a), source(c));
-        let mapped: IpAddr = "::ffff:192.0.2.7".parse().expect("an address");
-        assert_eq!(
-            source(mapped),
-            "192.0.2.7".parse::<IpAddr>().expect("an address")
-        );
     }
 
     #[test]

@@ -16,6 +16,7 @@
 //! | one message to many, and who is there | [`Rooms`], [`Overflow`], [`Gap`], [`PresenceMap`] |
 //! | what only counts while it is new | [`Socket::send_volatile`], [`Volatile`] |
 //! | how things end | [`CloseReason`], [`CloseCode`] |
+//! | sharing what peers use up | [`Pool`], [`Tenant`] |
 //! | what happens | [`Metrics`], [`SpeedMeter`], [`ServerBuilder::qlog`] |
 //!
 //! A server and a client:
@@ -146,6 +147,7 @@ mod open;
 mod outbox;
 mod overflow;
 mod pipe;
+mod pool;
 mod presence;
 mod qlog;
 mod quiet;
@@ -195,6 +197,7 @@ pub use metrics::{Ends, Metrics};
 pub use msgpack::{FieldError, Fields, Values};
 pub use open::{OpenChannel, OpenError};
 pub use overflow::Overflow;
+pub use pool::{Place, Pool, PoolFull, Shares, Tenant};
 pub use presence::{PresenceDiff, PresenceEntry, PresenceMap, TrackError};
 pub use reconnect::{Outage, Reconnect, SocketState, SocketStates};
 pub use request::{Request, RequestError};

@@ -20,7 +20,7 @@ use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 use tracing::field::Empty;
 
-use crate::auth::{Authenticate, Deny, Hello, Peer, source};
+use crate::auth::{Authenticate, Deny, Hello, Peer};
 use crate::channel::Channel;
 use crate::code::{CloseCode, CloseReason, printable};
 use crate::config::{
@@ -34,6 +34,7 @@ use crate::identity::{Identity, IdentityError};
 use crate::inbox::{Ending, Inbox};
 use crate::lifetime::{self, Authorize, Guard};
 use crate::metrics::{Count, Metrics, Tally, Words};
+use crate::pool::network;
 use crate::qlog::Qlog;
 use crate::quiet::Quiet;
 use crate::rooms::Rooms;
@@ -900,7 +901,7 @@ struct Place {
 
 impl Place {
     fn take(shared: &Arc<Shared>, address: IpAddr) -> Result<Self, String> {
-        let source = source(address);
+        let source = network(address);
         let mut sockets = lock(&shared.sockets);
         if sockets.places >= shared.limits.sockets {
             return Err(format!("all {} sockets are in use", shared.limits.sockets));
