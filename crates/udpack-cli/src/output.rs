@@ -52,15 +52,7 @@ pub(crate) fn unless_gone(written: io::Result<()>) -> anyhow::Result<()> {
     }
 }
 
-/// Text that may come from a peer or be a file's name, on one line and without control characters.
+/// Text that may come from a peer or be a file's name, on one line and with nothing that changes a terminal.
 pub(crate) fn printable(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        if c.is_control() {
-            out.extend(c.escape_default());
-        } else {
-            out.push(c);
-        }
-    }
-    out
+    udpack::text::printable(text).into_owned()
 }

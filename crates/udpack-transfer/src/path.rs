@@ -10,6 +10,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use udpack::text::{is_printable, printable_within};
 use unicode_normalization::{UnicodeNormalization, is_nfc};
 
 /// A relative path, `/` between its components, that cannot leave the directory it is resolved in.
@@ -189,19 +190,7 @@ pub enum PathRule {
 
 /// The beginning of a peer's text, escaped so that it can change neither a terminal nor a log.
 pub(crate) fn printable(text: &str) -> String {
-    const LIMIT: usize = 128;
-    const MORE: &str = "…";
-    let mut shown = String::new();
-    for c in text.chars() {
-        let escaped = c.escape_debug();
-        let len = escaped.clone().map(char::len_utf8).sum::<usize>();
-        if shown.len() + len > LIMIT - MORE.len() {
-            shown.push_str(MORE);
-            break;
-        }
-        shown.extend(escaped);
-    }
-    shown
+    printable_within(text, 128)
 }
 
 /// Whether `name`, which holds no `/`, can be a component of a [`RelPath`].
@@ -237,7 +226,7 @@ fn check_component(name: &str) -> Result<(), PathRule> {
             '\\' => return Err(PathRule::Backslash),
             ':' => return Err(PathRule::Colon),
             c if c.is_control() => return Err(PathRule::Control),
-            c if is_invisible(c) => return Err(PathRule::Invisible),
+            c if !is_printable(c) => return Err(PathRule::Invisible),
             _ => {}
         }
     }
@@ -300,24 +289,6 @@ fn is_reserved(name: &str) -> bool {
             digit,
             "1" | "2" | "3" | "4" | "5" | "6" | "7" | "8" | "9" | "¹" | "²" | "³"
         )
-}
-
-/// Whether a character shows nothing, or changes how its neighbours are shown.
-///
-/// Variation selectors stay allowed: ordinary emoji and Japanese names carry them.
-fn is_invisible(c: char) -> bool {
-    matches!(
-        c,
-        '\u{ad}' | '\u{34f}' | '\u{61c}' | '\u{115f}' | '\u{1160}' | '\u{17b4}' | '\u{17b5}'
-            | '\u{180b}'..='\u{180f}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
-            | '\u{2060}'..='\u{206f}' | '\u{2800}' | '\u{3164}' | '\u{feff}' | '\u{ffa0}'
-            | '\u{fff0}'..='\u{fffb}' | '\u{1bca0}'..='\u{1bca3}' | '\u{1d173}'..='\u{1d17a}'
-            | '\u{e0000}'..='\u{e00ff}'
-    ) || is_noncharacter(c)
-}
-
-fn is_noncharacter(c: char) -> bool {
-    matches!(u32::from(c), 0xfdd0..=0xfdef) || u32::from(c) & 0xfffe == 0xfffe
 }
 
 const RESERVED: [&str; 6] = ["con", "prn", "aux", "nul", "conin$", "conout$"];
@@ -581,10 +552,7 @@ mod tests {
             &"\u{10ffff}".repeat(255),
         ] {
             let text = RelPath::try_from(name).unwrap_err().to_string();
-            assert!(
-                !text.chars().any(|c| c.is_control() || is_invisible(c)),
-                "{text}"
-            );
+            assert!(text.chars().all(is_printable), "{text}");
             assert!(printable(name).len() <= 128, "{text}");
         }
         assert_eq!(

@@ -611,10 +611,7 @@ fn without(event: &'static str, key: &'static str) -> BadMessage {
 
 /// A sentence of the peer's, safe to print.
 pub(crate) fn printable(text: &str) -> String {
-    text.chars()
-        .take(512)
-        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
-        .collect()
+    udpack::text::printable_within(text, 1024)
 }
 
 #[derive(Serialize)]

@@ -8,11 +8,12 @@ use std::time::Duration;
 use bytes::{BufMut, Bytes, BytesMut};
 use serde::Serialize;
 
-use crate::code::{CloseCode, CloseReason, printable};
+use crate::code::{CloseCode, CloseReason};
 use crate::config::{Limits, Priority, TOKEN_BYTES, Timeouts};
 use crate::message::{self, EncodeError, Message, check_name};
 use crate::msgpack::{FieldError, Fields, MAX_DEPTH, MAX_ELEMENTS};
 use crate::session::cut;
+use crate::text::printable_within;
 
 /// The version this library speaks; also named by the ALPN.
 pub(crate) const VERSION: u64 = 1;
@@ -226,7 +227,7 @@ pub fn decode_hello(message: &Message) -> Result<HelloMessage, ControlError> {
     };
     Ok(HelloMessage {
         token: token.to_owned(),
-        agent: printable(agent, 128),
+        agent: printable_within(agent, 128),
         frame,
         resume,
     })
@@ -414,12 +415,12 @@ pub fn decode_welcome(message: &Message) -> Result<Welcome, ControlError> {
     }
     Ok(Welcome {
         session,
-        agent: printable(agent, 128),
+        agent: printable_within(agent, 128),
         frame,
         channels: limits.u64("channels").map_err(field)?,
         resumed,
         resume,
-        reason: reason.map(|reason| printable(reason, 128)),
+        reason: reason.map(|reason| printable_within(reason, 128)),
         expires: expires.map(Duration::from_millis),
     })
 }
@@ -779,7 +780,7 @@ pub fn decode_refreshed(message: &Message) -> Result<Refreshed, ControlError> {
         }),
         (None, Some(code), Some(text)) => Ok(Refreshed::Refused {
             code: CloseCode::new(code),
-            text: printable(text, 256),
+            text: printable_within(text, 256),
         }),
         _ => Err(ControlError::Value {
             event: REFRESHED,
@@ -922,7 +923,7 @@ pub fn decode_goaway(message: &Message) -> Result<GoAway, ControlError> {
     )?;
     Ok(GoAway {
         code: CloseCode::new(fields.u64("code").map_err(field)?),
-        text: printable(fields.str("text").map_err(field)?, 256),
+        text: printable_within(fields.str("text").map_err(field)?, 256),
         retry_after: Duration::from_millis(fields.u64("retry_after_ms").map_err(field)?),
         window: Duration::from_millis(fields.u64("window_ms").map_err(field)?),
     })
@@ -953,8 +954,8 @@ pub(crate) fn decode_fault(message: &Message) -> Result<crate::Fault, ControlErr
         source,
     };
     let fields = message.fields().map_err(field)?;
-    let code = printable(fields.str("code").map_err(field)?, 128);
-    let text = printable(fields.str("message").map_err(field)?, 1024);
+    let code = printable_within(fields.str("code").map_err(field)?, 128);
+    let text = printable_within(fields.str("message").map_err(field)?, 1024);
     let mut fault = crate::Fault::new(code, text);
     fault.data = fields.raw("data").map(Bytes::copy_from_slice);
     Ok(fault)

@@ -456,7 +456,7 @@ async fn gap(channel: &Channel, router: &Routed, message: Message) {
     };
     let Some(on_gap) = router.gap_handler() else {
         if let Some(left_out) = channel.session().quiet.line() {
-            let room = crate::code::printable(&gap.room, 128);
+            let room = crate::text::printable_within(&gap.room, 128);
             tracing::warn!(%room, lost = gap.lost, left_out, "messages of a room are missing");
         }
         return;
@@ -621,7 +621,7 @@ async fn stream_out(
 fn log(channel: &Channel, message: &Message, fault: &Fault) {
     channel.session().tally.not_handled(&fault.code);
     if let Some(left_out) = channel.session().quiet.line() {
-        let event = crate::code::printable(message.event(), 128);
+        let event = crate::text::printable_within(message.event(), 128);
         tracing::warn!(%event, code = %fault.code, left_out, "message not handled: {}", fault.message);
     }
 }

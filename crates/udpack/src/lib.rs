@@ -167,6 +167,7 @@ mod streams;
 mod suites;
 #[cfg(feature = "testing")]
 pub mod testing;
+pub mod text;
 mod timer;
 mod tls;
 mod tokens;

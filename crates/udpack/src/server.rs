@@ -22,7 +22,7 @@ use tracing::field::Empty;
 
 use crate::auth::{Authenticate, Deny, Hello, Peer};
 use crate::channel::Channel;
-use crate::code::{CloseCode, CloseReason, printable};
+use crate::code::{CloseCode, CloseReason};
 use crate::config::{
     CongestionControl, Drain, FEW_STREAMS, Limits, PREAUTH_BYTES, Timeouts, VOLATILE_STREAMS,
 };
@@ -42,6 +42,7 @@ use crate::router::ServeChannel;
 use crate::session::{Session, SessionId, lock};
 use crate::socket::{Registry, Socket};
 use crate::speed::{Counters, SpeedMeter, Stats};
+use crate::text::printable_within;
 use crate::windows;
 
 /// Sockets that may wait for `accept`.
@@ -707,7 +708,7 @@ async fn let_in(
     session.tally.one(Count::Sockets);
     tracing::Span::current()
         .record("session", tracing::field::display(session.id()))
-        .record("id", printable(socket.peer().id(), 128));
+        .record("id", printable_within(socket.peer().id(), 128));
     tracing::info!(agent = socket.agent(), "connected");
     if shared.pull.load(Ordering::Relaxed) && shared.accept_queue.try_send(socket.clone()).is_err()
     {

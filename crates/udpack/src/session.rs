@@ -15,7 +15,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::auth::PeerCell;
 use crate::bells::{Bell, Bells};
-use crate::code::{CloseCode, CloseReason, Side, printable};
+use crate::code::{CloseCode, CloseReason, Side};
 use crate::config::{Limits, Timeouts};
 use crate::control::{GoAway, Welcome};
 use crate::extensions::Extensions;
@@ -30,6 +30,7 @@ use crate::resume::Seen;
 use crate::rooms::Rooms;
 use crate::spare::Spare;
 use crate::speed::Counters;
+use crate::text::printable_within;
 use crate::turns::Turns;
 use crate::volatile::Volatiles;
 use crate::windows::ReceiveWindow;
@@ -744,7 +745,7 @@ impl CloseReason {
             }
             E::ConnectionClosed(close) => Self::new(
                 CloseCode::TRANSPORT_ERROR,
-                printable(&close.to_string(), 256),
+                printable_within(&close.to_string(), 256),
                 Side::Transport,
             ),
             E::TimedOut => Self::new(
@@ -769,7 +770,7 @@ impl CloseReason {
             ),
             E::TransportError(e) => Self::new(
                 CloseCode::TRANSPORT_ERROR,
-                printable(&e.to_string(), 256),
+                printable_within(&e.to_string(), 256),
                 Side::Transport,
             ),
             E::CidsExhausted => Self::new(

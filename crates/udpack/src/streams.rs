@@ -94,7 +94,7 @@ pub(crate) async fn serve_stream(
     session.tally.one(Count::ChannelsAccepted);
     session.tally.one(Count::MessagesReceived);
     tracing::Span::current()
-        .record("name", crate::code::printable(&name, 128))
+        .record("name", crate::text::printable_within(&name, 128))
         .record("id", open.id);
     let opened = Opened {
         id: open.id,
@@ -145,7 +145,7 @@ pub(crate) async fn serve_stream(
                 session.tally.one(Count::ChannelsRefused);
                 let text = format!(
                     "no channel named {:?} is served here",
-                    crate::code::printable(&name, 128)
+                    crate::text::printable_within(&name, 128)
                 );
                 channel.close_with(CloseReason::local(CloseCode::NO_SUCH_CHANNEL, text));
                 return;
