@@ -60,7 +60,11 @@ fn run<A: Parser, F: Future<Output = anyhow::Result<()>>>(
         .build()
         .context("cannot start the runtime")
         .and_then(|runtime| {
-            let result = runtime.block_on(main(args, console.clone()));
+            let result = runtime.block_on(async {
+                signals::survive_file_size_limit()
+                    .context("cannot catch the signal of the limit for file sizes")?;
+                main(args, console.clone()).await
+            });
             // A blocking read of a slow disk must not hold up the end.
             runtime.shutdown_timeout(Duration::from_millis(500));
             result

@@ -7,11 +7,11 @@ use std::io::{Read as _, Write as _};
 use std::net::UdpSocket;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use common::{
-    Running, Server, assert_error, bytes, client, events, exited, is_root, mode, named, result,
-    server, skipped, staged, until, visible, workdir,
+    Running, Server, assert_error, bytes, client, events, exited, is_root, mode, named, quiet,
+    result, server, skipped, staged, until, visible, workdir,
 };
 use serde_json::Value;
 
@@ -176,7 +176,7 @@ fn the_pasted_url_works_elsewhere_and_a_token_in_an_argument_is_warned_of() {
         .value("send")
         .replace("udpack-client put FILE", "\"$CLIENT\" put file");
     let out = exited(
-        common::quiet(std::process::Command::new("sh"), dir.path())
+        quiet(Command::new("sh"), dir.path())
             .env("CLIENT", env!("CARGO_BIN_EXE_udpack-client"))
             .args(["-c", &pasted]),
     );
@@ -507,6 +507,57 @@ fn a_full_disk_is_8_and_the_server_goes_on() {
     }
     assert_eq!(visible(Path::new(uploads)), ["small"]);
     assert_eq!(staged(Path::new(uploads)), 0);
+}
+
+/// A program under a limit that the shell sets.
+fn limited(limit: &str, program: Command) -> Command {
+    let mut shell = quiet(
+        Command::new("sh"),
+        program.get_current_dir().expect("a directory"),
+    );
+    shell
+        .args(["-c", &format!("{limit}; exec \"$0\" \"$@\"")])
+        .arg(program.get_program())
+        .args(program.get_args());
+    shell
+}
+
+#[test]
+fn the_systems_limit_for_file_sizes_ends_one_upload_and_not_the_server() {
+    let dir = workdir();
+    let mut program = server(dir.path());
+    program.args(["--listen", "127.0.0.1:0"]);
+    let server = Server::started(limited("ulimit -f 2048", program), dir);
+    let dir = workdir();
+    fs::write(dir.path().join("large"), bytes(3 << 20, 1)).expect("write");
+    fs::write(dir.path().join("small"), bytes(1000, 2)).expect("write");
+    let out = server.client(dir.path(), &["put", "large"]);
+    assert_eq!(out.code, 6, "{out:?}");
+    assert!(out.stderr.contains("too large"), "{out:?}");
+    let out = server.client(dir.path(), &["put", "small"]);
+    assert_eq!(out.code, 0, "{out:?}");
+    assert_eq!(visible(&server.uploads()), ["small"]);
+}
+
+#[test]
+fn the_systems_limit_for_file_sizes_ends_a_download_in_order() {
+    let server = Server::start_in(workdir(), &["--allow-read"]);
+    fs::write(server.uploads().join("large"), bytes(3 << 20, 1)).expect("write");
+    let dir = workdir();
+    let mut program = client(dir.path());
+    program.args(["get", "large"]);
+    let mut program = limited("ulimit -f 2048", program);
+    let out = exited(program.env("UDPACK_URL", server.url()));
+    // Not ended by a signal, which has no code.
+    assert!(out.code > 0, "{out:?}");
+    assert_error(&out.stderr);
+    assert!(!dir.path().join("large").exists());
+}
+
+#[test]
+fn a_server_whose_processor_time_is_used_up_stops_in_order() {
+    let server = Server::start();
+    assert_eq!(server.terminate("XCPU").0, 0);
 }
 
 #[test]

@@ -213,7 +213,14 @@ impl Server {
 
     /// On this address: for a server that comes back.
     pub(crate) fn start_at(address: &str, dir: TempDir, args: &[&str]) -> Self {
-        let mut running = Running::spawn(server(dir.path()).args(["--listen", address]).args(args));
+        let mut program = server(dir.path());
+        program.args(["--listen", address]).args(args);
+        Self::started(program, dir)
+    }
+
+    /// By this command, whose directory this is.
+    pub(crate) fn started(mut program: Command, dir: TempDir) -> Self {
+        let mut running = Running::spawn(&mut program);
         let mut lines = Vec::new();
         for _ in 0..4 {
             let line = running.line();

@@ -95,6 +95,11 @@ pub enum StoreError {
         /// Bytes available when it happened.
         free: u64,
     },
+    /// The operating system's limit for the size of one file is reached.
+    #[error(
+        "too large: the server's system sets a limit for the size of a file, and it is reached"
+    )]
+    SystemLimit,
     /// Too many uploads are open on this store.
     #[error("too many uploads: limit {limit}")]
     TooManyUploads {
@@ -195,7 +200,7 @@ impl StoreError {
             Self::IsDirectory { .. } => "is_directory",
             Self::NotAFile { .. } => "not_a_file",
             Self::NotEmpty { .. } => "not_empty",
-            Self::TooLarge { .. } => "too_large",
+            Self::TooLarge { .. } | Self::SystemLimit => "too_large",
             Self::Quota { .. } => "quota",
             Self::NoSpace { .. } | Self::DiskFull { .. } | Self::DiskQuota { .. } => "no_space",
             Self::TooManyUploads { .. } => "too_many_uploads",
@@ -242,6 +247,7 @@ impl StoreError {
             | Self::NotEmpty { .. }
             | Self::BadTarget { .. }
             | Self::TooLarge { .. }
+            | Self::SystemLimit
             | Self::SizeMismatch { .. }
             | Self::BadOffset { .. }
             | Self::OtherDevice
@@ -270,6 +276,7 @@ impl StoreError {
         match (errno, path) {
             (Some(Errno::NOSPC), _) => Self::DiskFull { free: free() },
             (Some(Errno::DQUOT), _) => Self::DiskQuota { free: free() },
+            (Some(Errno::FBIG), _) => Self::SystemLimit,
             (Some(Errno::XDEV), _) => Self::OtherDevice,
             (Some(Errno::NAMETOOLONG | Errno::ILSEQ), Some(path)) => {
                 Self::Unstorable { path: path.clone() }
@@ -336,6 +343,7 @@ mod tests {
         let code = |errno: Errno| StoreError::io("write", Some(&path), errno.into(), || 7).code();
         assert_eq!(code(Errno::NOSPC), "no_space");
         assert_eq!(code(Errno::DQUOT), "no_space");
+        assert_eq!(code(Errno::FBIG), "too_large");
         assert_eq!(code(Errno::NAMETOOLONG), "bad_name");
         assert_eq!(code(Errno::IO), "io");
         assert_eq!(code(Errno::ROFS), "io");
