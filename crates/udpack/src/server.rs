@@ -11,8 +11,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
 use tokio::net::ToSocketAddrs;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
@@ -235,7 +236,8 @@ impl Server {
     }
 
     /// Serves until `signal` is ready, then drains: refuses new sockets, tells the clients to go away, lets
-    /// running channels finish within the drain time, then closes every socket with `shutting_down`.
+    /// running channels finish within the drain time, and closes each socket with `shutting_down` when its channels have
+    /// ended, at the latest at the end of that time.
     ///
     /// # Errors
     /// When the server stopped by itself: its accept loop failed. A process should exit then.
@@ -265,11 +267,16 @@ impl Server {
             // Its client could not come back to hear it.
             drop(socket.close(CloseCode::SHUTTING_DOWN, SHUTTING_DOWN));
         }
-        let idle = async {
-            for socket in self.sockets() {
+        // Each goes when its own channels have ended: a channel that does not end holds up nobody else's socket.
+        let mut idle: FuturesUnordered<_> = self
+            .sockets()
+            .into_iter()
+            .map(|socket| async move {
                 socket.session().channels_done(drain.within).await;
-            }
-        };
+                drop(socket.close(CloseCode::SHUTTING_DOWN, SHUTTING_DOWN));
+            })
+            .collect();
+        let idle = async { while idle.next().await.is_some() {} };
         let _ = tokio::time::timeout(drain.within, idle).await;
         for socket in self.sockets() {
             drop(socket.close(CloseCode::SHUTTING_DOWN, SHUTTING_DOWN));

@@ -575,6 +575,45 @@ async fn a_drain_lets_running_channels_finish_and_nobody_new_in() {
 }
 
 #[tokio::test]
+async fn a_channel_that_does_not_end_holds_no_other_socket_for_the_drain() {
+    bounded(async {
+        let server = bind(
+            pinging(server()).channel("work", |channel: Channel| async move {
+                while let Some(message) = channel.recv().await? {
+                    let _ = channel.reply(&message, &()).await;
+                }
+                Ok::<_, RecvError>(())
+            }),
+        )
+        .await;
+        let (one, busy, other) = (
+            connect(&server).await,
+            connect(&server).await,
+            connect(&server).await,
+        );
+        let work = busy.open("work").await.expect("a channel");
+        work.request::<_, ()>("step", &()).await.expect("an answer");
+        for idle in [&one, &other] {
+            ping(idle).await;
+        }
+        let drain = Drain::within(Duration::from_secs(600));
+        let draining = server.run_until(std::future::ready(()), drain);
+        let leaving = async {
+            for idle in [&one, &other] {
+                assert_eq!(idle.closed().await.code, CloseCode::SHUTTING_DOWN);
+            }
+            // The drain has not ended.
+            work.request::<_, ()>("step", &()).await.expect("an answer");
+            work.finish().await.expect("all arrived");
+            drop(work);
+        };
+        let (drained, ()) = tokio::join!(draining, leaving);
+        drained.expect("a signal ended it");
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn who_is_still_being_verified_when_a_drain_begins_is_not_let_in() {
     bounded(async {
         let (verifier, mut asking) = asking();
