@@ -221,21 +221,19 @@ pub fn decode(message: &Message) -> Result<Option<Request>, BadMessage> {
                 rate: fields.opt_u64("rate")?,
             }))
         }),
-        // Without an id it is a courtesy of the short form.
-        "done" => Ok(Request::Done {
-            id: read("done", message, |fields| fields.opt_u64("id"))
-                .ok()
-                .flatten()
-                .unwrap_or(0),
+        // Of the short form.
+        "done" if message.raw().as_ref() == [0xc0] => Ok(Request::Done { id: 0 }),
+        "done" => read("done", message, |fields| {
+            Ok(Request::Done {
+                id: fields.u64("id")?,
+            })
         }),
-        // A courtesy, too.
-        "ack" => Ok(read("ack", message, |fields| {
+        "ack" => read("ack", message, |fields| {
             Ok(Request::Ack {
                 id: fields.u64("id")?,
                 recv: fields.u64("recv")?,
             })
-        })
-        .unwrap_or(Request::Ack { id: 0, recv: 0 })),
+        }),
         _ => return Ok(None),
     };
     request.map(Some)
@@ -322,7 +320,7 @@ fn read<T>(
 ) -> Result<T, BadMessage> {
     let fields = message.fields().map_err(|error| BadMessage {
         event,
-        id: None,
+        id: Fields::peek_u64(&message.raw(), "id"),
         text: error.to_string(),
     })?;
     read(&fields).map_err(|error| BadMessage {
@@ -414,30 +412,42 @@ fn file(message: &Message) -> Result<Request, BadMessage> {
 }
 
 fn chunk(message: &Message) -> Result<Request, BadMessage> {
-    let (id, offset) = read("chunk", message, |fields| {
+    let (id, offset, bytes, last) = read("chunk", message, |fields| {
         let id = fields.opt_u64("id")?;
         let offset = fields.opt_u64("off")?;
-        Ok((id, offset))
+        let bytes = message.raw().slice_ref(fields.bin("chunk")?);
+        Ok((id, offset, bytes, fields.last_key() == Some("chunk")))
+    })
+    // Of the short form, where there is no id: about its file.
+    .map_err(|bad| BadMessage {
+        id: bad.id.or_else(|| short_chunk(message)),
+        ..bad
     })?;
-    let bad = |text: String| BadMessage {
+    let text = if id.is_some() != offset.is_some() {
+        "id and off stand together or not at all"
+    } else if bytes.is_empty() {
+        "a chunk has at least one byte"
+    } else if !last {
+        "chunk is not the last key"
+    } else {
+        return Ok(Request::Chunk {
+            id: id.unwrap_or(0),
+            offset,
+            bytes,
+        });
+    };
+    Err(BadMessage {
         event: "chunk",
         id: Some(id.unwrap_or(0)),
-        text,
-    };
-    if id.is_some() != offset.is_some() {
-        return Err(bad("id and off stand together or not at all".to_owned()));
-    }
-    let bytes = message
-        .bulk("chunk")
-        .map_err(|error| bad(error.to_string()))?;
-    if bytes.is_empty() {
-        return Err(bad("a chunk has at least one byte".to_owned()));
-    }
-    Ok(Request::Chunk {
-        id: id.unwrap_or(0),
-        offset,
-        bytes,
+        text: text.to_owned(),
     })
+}
+
+/// The id of a chunk that has neither `id` nor `off`.
+fn short_chunk(message: &Message) -> Option<u64> {
+    let fields = message.fields().ok()?;
+    let absent = |key| matches!(fields.opt_u64(key), Ok(None));
+    (absent("id") && absent("off")).then_some(0)
 }
 
 fn finish(message: &Message) -> Result<Request, BadMessage> {

@@ -21,8 +21,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use common::{Fixture, bounded, drain, memory, noise};
 use raw::{
-    RawLane, Say, V, cancel, chunk, file, finish, map, put, short_chunk, short_file, short_finish,
-    twice, with, without,
+    RawLane, Say, V, cancel, chunk, file, finish, get, map, put, short_chunk, short_file,
+    short_finish, twice, with, without,
 };
 use udpack::{CloseCode, Socket};
 use udpack_transfer::{Overwrite, ReceiverConfig, Scope, StoreConfig, Uploader};
@@ -429,8 +429,8 @@ fn order() -> Vec<Script> {
             then(vec![say(("done", map([("id", 1.into())])))], next_file(2)),
         ),
         (
-            "done that is nonsense",
-            then(vec![say(("done", "what".into()))], next_file(2)),
+            "done of the short form",
+            then(vec![say(("done", V::Nil))], next_file(2)),
         ),
         (
             "file while another is open",
@@ -909,23 +909,8 @@ const NO_ID: Table<Say> = &[
     ("file with a bin for id", || {
         ("file", with(file(1, "x", 4).1, "id", b"\x01"))
     }),
-    ("file with two paths", || {
-        ("file", twice(file(1, "x", 4).1, "path", "y"))
-    }),
     ("file with two ids", || {
         ("file", twice(file(1, "x", 4).1, "id", 2))
-    }),
-    ("file with an unknown key twice", || {
-        (
-            "file",
-            twice(twice(file(1, "x", 4).1, "color", 1), "color", 1),
-        )
-    }),
-    ("file with a number for a key", || {
-        (
-            "file",
-            V::Map(vec![(V::Uint(1), V::Uint(1)), ("id".into(), 1.into())]),
-        )
     }),
     ("file with a bin for a key", || {
         (
@@ -949,17 +934,11 @@ const NO_ID: Table<Say> = &[
     ("file that is a map of nothing", || ("file", V::Map(vec![]))),
     ("chunk that is a bin", || ("chunk", b"abcd".into())),
     ("chunk that is nil", || ("chunk", V::Nil)),
-    ("chunk with two chunks", || {
-        ("chunk", twice(chunk(1, 0, b"a").1, "chunk", b"b"))
-    }),
     ("chunk with a str for id", || {
         ("chunk", with(chunk(1, 0, b"a").1, "id", "1"))
     }),
     ("put without id", || {
         ("put", without(put(1, "x", b"a").1, "id"))
-    }),
-    ("put with two bodies", || {
-        ("put", twice(put(1, "x", b"a").1, "data", b"b"))
     }),
     ("put that is nil", || ("put", V::Nil)),
     ("put that is a bin", || ("put", b"x".into())),
@@ -968,9 +947,6 @@ const NO_ID: Table<Say> = &[
     }),
     ("finish that is an array", || ("finish", V::Array(vec![]))),
     ("finish that is a number", || ("finish", 1.into())),
-    ("finish with two hashes", || {
-        ("finish", twice(finish(1, b"").1, "hash", &[7; 32]))
-    }),
     ("cancel without id", || ("cancel", V::Map(vec![]))),
     ("cancel that is nil", || ("cancel", V::Nil)),
     ("cancel with a str for id", || {
@@ -984,6 +960,61 @@ const NO_ID: Table<Say> = &[
     }),
     ("short file with a str for its size", || {
         short_file("x", "4")
+    }),
+    ("done without id", || ("done", V::Map(vec![]))),
+    ("done with a negative id", || {
+        ("done", map([("id", V::Int(-1))]))
+    }),
+    ("done that is a bin", || ("done", b"x".into())),
+    ("ack without id", || ("ack", map([("recv", 0.into())]))),
+    ("ack with a negative id", || {
+        ("ack", map([("id", V::Int(-1)), ("recv", 0.into())]))
+    }),
+    ("ack that is nil", || ("ack", V::Nil)),
+];
+
+/// What breaks its table, and tells its id all the same.
+const READABLE_ID: Table<Say> = &[
+    ("file with two paths", || {
+        ("file", twice(file(1, "x", 4).1, "path", "y"))
+    }),
+    ("file with an unknown key twice", || {
+        (
+            "file",
+            twice(twice(file(1, "x", 4).1, "color", 1), "color", 1),
+        )
+    }),
+    ("file with a number for a key", || {
+        (
+            "file",
+            V::Map(vec![(V::Uint(1), V::Uint(1)), ("id".into(), 1.into())]),
+        )
+    }),
+    ("chunk with two chunks", || {
+        ("chunk", twice(chunk(1, 0, b"a").1, "chunk", b"b"))
+    }),
+    ("put with two bodies", || {
+        ("put", twice(put(1, "x", b"a").1, "data", b"b"))
+    }),
+    ("finish with two hashes", || {
+        ("finish", twice(finish(1, b"").1, "hash", &[7; 32]))
+    }),
+    ("chunk with its offset last", || {
+        let (event, data) = chunk(1, 0, b"a");
+        (event, with(without(data, "off"), "off", 0))
+    }),
+    ("chunk with an unknown key last", || {
+        ("chunk", with(chunk(1, 0, b"a").1, "color", V::Nil))
+    }),
+    ("ack without a count", || ("ack", map([("id", 1.into())]))),
+    ("ack with a negative count", || {
+        ("ack", map([("id", 1.into()), ("recv", V::Int(-1))]))
+    }),
+    ("get with two paths", || {
+        ("get", twice(get(1, "x").1, "path", "y"))
+    }),
+    ("cancel with a number for keep", || {
+        ("cancel", with(cancel(1).1, "keep", 1))
     }),
 ];
 
@@ -1185,6 +1216,19 @@ fn types() -> Vec<Script> {
         ];
         scripts.push((name, steps));
     }
+    for (name, bad) in READABLE_ID {
+        // The open file is another, and goes on.
+        let steps = vec![
+            say(file(0, "x", 4)),
+            say(chunk(0, 0, b"ab")),
+            say(bad()),
+            Hear("error 1 bad_message"),
+            say(chunk(0, 2, b"cd")),
+            say(finish(0, b"abcd")),
+            Hear("done 0 x 4"),
+        ];
+        scripts.push((name, steps));
+    }
     let wrong = |bytes: &[u8]| ("finish", with(finish(1, bytes).1, "hash", &[7; 32]));
     scripts.extend([
         (
@@ -1232,7 +1276,15 @@ fn types() -> Vec<Script> {
                     "file",
                     with(file(1, "x", 4).1, "color", V::Array(vec![V::Map(vec![])])),
                 )),
-                say(("chunk", with(chunk(1, 0, b"abcd").1, "color", V::Nil))),
+                say((
+                    "chunk",
+                    map([
+                        ("color", V::Nil),
+                        ("id", 1.into()),
+                        ("off", 0.into()),
+                        ("chunk", b"abcd".into()),
+                    ]),
+                )),
                 say(("finish", with(finish(1, b"abcd").1, "color", 1))),
                 Hear("done 1 x 4"),
             ],
@@ -1253,7 +1305,7 @@ fn types() -> Vec<Script> {
             then(
                 vec![
                     say(("rewind", 1.into())),
-                    say(("ack", map([("id", 1.into())]))),
+                    say(("ack", map([("id", 1.into()), ("recv", 0.into())]))),
                     say(("error", V::Nil)),
                     Ask(("rewind", V::Nil), "no_handler"),
                     Ask(("ready", V::Nil), "no_handler"),
@@ -2572,7 +2624,7 @@ async fn other_verbs(world: &World, name: &str) {
     let says = [
         raw::dir(1, name),
         raw::link(2, name, "taken"),
-        raw::get(3, name),
+        get(3, name),
         raw::resumable(4, name, 4),
         raw::of_run(5, name, 4, 1),
     ];

@@ -168,6 +168,31 @@ impl<'a> Fields<'a> {
         Ok(Self { entries })
     }
 
+    /// Reads one integer from 0 to 2^64 - 1 of a map that may be unsound elsewhere; `None` where that cannot be told,
+    /// as when the key is there twice. For answers to what [`parse`](Self::parse) refuses.
+    pub fn peek_u64(map: &'a [u8], key: &'static str) -> Option<u64> {
+        let mut walk = Walk::new(map, Shape::default()).ok()?;
+        let Head::Map(len) = walk.enter().ok()? else {
+            return None;
+        };
+        let mut found = None;
+        for _ in 0..len {
+            let name = Reader::new(walk.value().ok()?).head().ok()?;
+            let value = walk.value().ok()?;
+            if matches!(name, Head::Str(name) if name == key.as_bytes())
+                && found.replace(value).is_some()
+            {
+                return None;
+            }
+        }
+        as_u64(key, found?).ok()
+    }
+
+    /// The last key, in the order of the map.
+    pub fn last_key(&self) -> Option<&'a str> {
+        self.entries.last().map(|(key, _)| *key)
+    }
+
     /// Reads text.
     ///
     /// # Errors
