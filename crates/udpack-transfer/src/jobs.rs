@@ -20,6 +20,8 @@ const TICK: Duration = Duration::from_millis(250);
 const BACKLOG: usize = 16_384;
 /// Jobs in the first list.
 const LIST: usize = 512;
+/// Bytes of a job in a message beside its path and peer, at most.
+const JOB_BYTES: usize = 160;
 
 /// Whether a job brings a file or takes one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -155,9 +157,16 @@ impl Jobs {
         let mut list = Vec::new();
         let running = self.running(&watcher);
         // What does not fit into one message follows as changes.
+        let mut room = channel.frame_limit().saturating_sub(JOB_BYTES);
         for job in running.iter().take(LIST) {
+            let fields = fields(job, None, &scope, &watcher);
+            let bytes = JOB_BYTES + fields.path.len() + fields.peer.len();
+            if bytes > room {
+                break;
+            }
+            room -= bytes;
             told.insert(job.id, job.now());
-            list.push(fields(job, None, &scope, &watcher));
+            list.push(fields);
         }
         if channel
             .send("jobs", &ListFields { jobs: list })

@@ -10,6 +10,8 @@ use udpack::Stats;
 
 use crate::wire::CHUNK;
 
+/// Bytes of a message beside those of the file, at most: a `put` has the longest path and some numbers.
+const HEADER: usize = 2048;
 /// The smallest chunk that a low rate leads to.
 pub(crate) const SMALLEST: usize = 4 << 10;
 /// What may go out at once after a pause, as a part of a second.
@@ -103,15 +105,18 @@ impl Limiter {
 pub(crate) struct Pace {
     limiter: Limiter,
     lanes: u64,
+    /// What fits one message beside what else is in it.
+    most: usize,
     size: Arc<AtomicUsize>,
 }
 
 impl Pace {
-    /// For one of so many `lanes` of a socket.
-    pub(crate) fn new(limiter: &Limiter, lanes: usize) -> Self {
+    /// For one of so many `lanes` of a socket, whose peer takes frames of so many bytes.
+    pub(crate) fn new(limiter: &Limiter, lanes: usize, frame: usize) -> Self {
         Self {
             limiter: limiter.clone(),
             lanes: (lanes as u64).max(1),
+            most: frame.saturating_sub(HEADER).max(1),
             size: Arc::new(AtomicUsize::new(CHUNK)),
         }
     }
@@ -124,7 +129,8 @@ impl Pace {
 
     /// The size for the next chunk, in bytes.
     pub(crate) fn chunk(&self) -> usize {
-        self.limiter.chunk().min(self.size.load(Relaxed))
+        let size = self.limiter.chunk().min(self.size.load(Relaxed));
+        size.min(self.most)
     }
 }
 
@@ -257,9 +263,12 @@ mod tests {
         assert_eq!(path_chunk(0, millis(1500), 4), SMALLEST);
         assert_eq!(path_chunk(u64::MAX, Duration::ZERO, 1), CHUNK);
 
-        let pace = Pace::new(&Limiter::new(100_000), 4);
+        let pace = Pace::new(&Limiter::new(100_000), 4, 1 << 20);
         assert_eq!(pace.chunk(), 8 << 10, "the limit counts as well");
-        assert_eq!(Pace::new(&Limiter::unlimited(), 0).chunk(), CHUNK);
+        let pace = |frame| Pace::new(&Limiter::unlimited(), 0, frame).chunk();
+        assert_eq!(pace(1 << 20), CHUNK);
+        assert_eq!(pace(CHUNK), CHUNK - HEADER, "what the peer takes, no more");
+        assert_eq!(pace(0), 1);
     }
 
     #[test]

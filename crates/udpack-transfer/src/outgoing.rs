@@ -1,7 +1,7 @@
 //! The downloads of one lane: files read from the store and sent, one after the other, in the order asked.
 
 use tokio::sync::mpsc;
-use udpack::{Channel, SendError};
+use udpack::{Channel, CloseCode, SendError};
 
 use crate::jobs::{Job, JobEnd};
 use crate::limiter::{Limiter, Pace};
@@ -41,9 +41,24 @@ pub(crate) async fn send_files(
 ) {
     while let Some(wanted) = queue.recv().await {
         let id = wanted.id;
-        let Ok(failed) = send(&store, &channel, &limit, wanted).await else {
-            // The lane ends; its other half finds out why.
-            return;
+        let sent = match send(&store, &channel, &limit, wanted).await {
+            Err(error @ SendError::Encode(_)) => {
+                tracing::debug!(%error, "a download does not fit the frames of its client");
+                let text = "a message of this download is above the client's limit for frames";
+                refuse(&channel, id, "unsupported", text, false).await
+            }
+            sent => sent,
+        };
+        let failed = match sent {
+            Ok(failed) => failed,
+            Err(error) => {
+                // A client that cannot be told what became of it hears that by the end of the lane.
+                if !error.is_closed() {
+                    channel.close(CloseCode::FRAME_TOO_LARGE, error.to_string());
+                }
+                // The lane ends; its other half finds out why.
+                return;
+            }
         };
         let _ = outcomes.send(Outcome::Sent { id, failed });
     }
@@ -102,7 +117,7 @@ async fn send(
     } else {
         limit
     };
-    let pace = Pace::new(slower, LANES);
+    let pace = Pace::new(slower, LANES, channel.frame_limit());
     pace.adapt(&channel.stats());
     let mut pieces = opened.read(have, pace.clone(), Buffers::default());
     loop {
@@ -161,12 +176,7 @@ async fn refuse(
     message: &str,
     retry: bool,
 ) -> Result<Option<&'static str>, SendError> {
-    let fields = ErrorFields {
-        id,
-        code,
-        message,
-        retry,
-    };
+    let fields = ErrorFields::new(channel, id, code, message, retry);
     channel.send("error", &fields).await?;
     Ok(Some(code))
 }

@@ -104,11 +104,14 @@ impl Queries {
                     .await
             }
             Ok(Ok(Found::Page { entries, more })) => {
-                let entries = entries
-                    .iter()
-                    .map(|entry| EntryFields::new(entry, scope))
-                    .collect();
-                channel.reply(message, &PageFields { entries, more }).await
+                let page = PageFields::within(channel.frame_limit(), &entries, more, scope);
+                if page.entries.is_empty() && !entries.is_empty() {
+                    let text = "an entry is longer than the client's limit for frames";
+                    return channel
+                        .fault(message, &Fault::new("unsupported", text))
+                        .await;
+                }
+                channel.reply(message, &page).await
             }
             Ok(Ok(Found::Removed { files, bytes })) => {
                 channel
@@ -250,6 +253,33 @@ struct PageFields<'a> {
     entries: Vec<EntryFields<'a>>,
     more: bool,
 }
+
+impl<'a> PageFields<'a> {
+    /// As many of the entries as a frame of this size holds; `more` says whether there are others.
+    fn within(frame: usize, entries: &'a [Entry], more: bool, scope: &Scope) -> Self {
+        let mut room = frame.saturating_sub(PAGE_BYTES);
+        let mut page = Self {
+            entries: Vec::new(),
+            more,
+        };
+        for entry in entries {
+            let fields = EntryFields::new(entry, scope);
+            let bytes = ENTRY_BYTES + fields.path.len() + fields.target.map_or(0, str::len);
+            if bytes > room {
+                page.more = true;
+                break;
+            }
+            room -= bytes;
+            page.entries.push(fields);
+        }
+        page
+    }
+}
+
+/// Bytes of a page beside its entries, at most.
+const PAGE_BYTES: usize = 64;
+/// Bytes of an entry beside its path and target, at most: seven keys and what they stand before.
+const ENTRY_BYTES: usize = 96;
 
 #[derive(Serialize)]
 struct RemovedFields {

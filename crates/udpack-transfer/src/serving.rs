@@ -203,7 +203,12 @@ impl<'a> Serving<'a> {
                 Ok(()) => {}
                 // The client no longer listens. Files in checking are stored all the same.
                 Err(error) if error.is_closed() => break Ok(()),
-                Err(error) => tracing::warn!(%error, "an answer could not be sent"),
+                // Nor does it hear of an outcome that it takes no message for: the end of the lane tells it.
+                Err(error) => {
+                    let text = format!("an answer could not be sent: {error}");
+                    self.channel.close(CloseCode::FRAME_TOO_LARGE, text);
+                    break Ok(());
+                }
             }
         };
         self.suspend_open();
@@ -635,8 +640,9 @@ impl<'a> Serving<'a> {
 
     async fn outcome(&mut self, outcome: Outcome) -> Result<(), SendError> {
         match outcome {
-            Outcome::Ready { id, have } => {
+            Outcome::Ready { id, mut have } => {
                 self.active = Instant::now();
+                have.truncate(wire::ranges_within(self.channel.frame_limit()));
                 let Some(tracked) = self.files.get_mut(&id) else {
                     return Ok(());
                 };
@@ -830,12 +836,7 @@ impl<'a> Serving<'a> {
         retry: bool,
     ) -> Result<(), SendError> {
         let message = self.scope.outside_of(message);
-        let fields = ErrorFields {
-            id,
-            code,
-            message: &message,
-            retry,
-        };
+        let fields = ErrorFields::new(&self.channel, id, code, &message, retry);
         self.channel.send("error", &fields).await
     }
 }

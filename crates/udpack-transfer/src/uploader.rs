@@ -472,7 +472,11 @@ async fn serve(
         .priority(Priority::Bulk)
         .open()
         .await?;
-    let pace = Pace::new(&shared.uploader.limiter, shared.uploader.lanes);
+    let pace = Pace::new(
+        &shared.uploader.limiter,
+        shared.uploader.lanes,
+        channel.frame_limit(),
+    );
     let lane = Lane {
         shared,
         channel: &channel,

@@ -4,7 +4,7 @@
 
 use bytes::Bytes;
 use serde::Serialize;
-use udpack::{FieldError, Fields, Message};
+use udpack::{Channel, FieldError, Fields, Message};
 
 use crate::store::{IfExists, Meta, Synced, Time};
 
@@ -752,6 +752,32 @@ pub(crate) struct ErrorFields<'a> {
     pub(crate) code: &'a str,
     pub(crate) message: &'a str,
     pub(crate) retry: bool,
+}
+
+impl<'a> ErrorFields<'a> {
+    /// With as much of the sentence as the frames of the channel's peer surely have room for.
+    pub(crate) fn new(
+        channel: &Channel,
+        id: u64,
+        code: &'a str,
+        message: &'a str,
+        retry: bool,
+    ) -> Self {
+        let room = channel.frame_limit() / 2;
+        let cut = message.floor_char_boundary(room.min(message.len()));
+        Self {
+            id,
+            code,
+            message: message.get(..cut).unwrap_or_default(),
+            retry,
+        }
+    }
+}
+
+/// The most ranges that a `ready` for this peer has room for.
+pub(crate) fn ranges_within(frame: usize) -> usize {
+    // An array of three, two numbers and a hash; before them the rest of the message.
+    (frame.saturating_sub(64) / (1 + 9 + 9 + 34)).min(RANGES)
 }
 
 /// 32 bytes that travel as msgpack `bin`.

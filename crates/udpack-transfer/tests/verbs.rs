@@ -23,7 +23,7 @@ use raw::{
 };
 use serde::Deserialize;
 use tokio::sync::Notify;
-use udpack::{Channel, CloseCode, Deny, Hello, Peer, RequestError, Socket, TokenFile};
+use udpack::{Channel, CloseCode, Deny, Hello, Limits, Peer, RequestError, Socket, TokenFile};
 use udpack_transfer::wire::MetaFields;
 use udpack_transfer::{
     Accepted, Hook, HookOffer, HookStored, JOBS_CHANNEL, Limiter, Overwrite, Receiver,
@@ -1970,6 +1970,101 @@ async fn a_limit_bounds_both_directions_of_all_lanes_together() {
         end(second).await;
         drop(socket);
         world.well("a limit").await;
+    })
+    .await;
+}
+
+// ------------------------------------------------------------------------------ the client's frame limit
+
+/// Clients that take frames of this size at most, all of them below what a chunk has by default.
+const FRAMES: [usize; 4] = [262_170, 262_144, 16_384, 4_096];
+
+#[tokio::test]
+async fn downloads_keep_to_the_frames_of_their_client() {
+    bounded(async {
+        let world = World::new().await;
+        let bytes = noise(3, 2 * MIB + 17);
+        world.put("dir/file", &bytes);
+        for frame in FRAMES {
+            let limits = Limits {
+                frame,
+                ..Limits::default()
+            };
+            let socket = world.fixture.connect_within(&token("all"), limits).await;
+            let mut lane = RawLane::open(&socket).await;
+            lane.say(&get(1, "dir/file")).await;
+            assert_eq!(
+                lane.hear().await.line,
+                format!("file 1 dir/file {}", bytes.len())
+            );
+            let mut got = Vec::new();
+            let end = loop {
+                let heard = lane.hear().await;
+                if !heard.line.starts_with("chunk") {
+                    break heard;
+                }
+                got.extend_from_slice(&heard.bytes);
+            };
+            assert_eq!(end.line, format!("finish 1 {}", bytes.len()), "{frame}");
+            assert!(got == bytes, "{frame}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn pages_keep_to_the_frames_of_their_client() {
+    bounded(async {
+        let world = World::new().await;
+        let names: Vec<String> = (0..300)
+            .map(|n| format!("{n:03}{}", "x".repeat(150)))
+            .collect();
+        for name in &names {
+            world.put(&format!("dir/{name}"), b"");
+        }
+        for frame in FRAMES {
+            let limits = Limits {
+                frame,
+                ..Limits::default()
+            };
+            let socket = world.fixture.connect_within(&token("all"), limits).await;
+            let lane = RawLane::open(&socket).await;
+            let mut listed = Vec::new();
+            loop {
+                let mut question = map([("path", "dir".into())]);
+                if let Some(last) = listed.last() {
+                    question = with(question, "after", String::as_str(last));
+                }
+                let page: Page = lane.request(&("list", question)).await.expect("a page");
+                listed.extend(page.entries.into_iter().map(|entry| entry.path));
+                if !page.more {
+                    break;
+                }
+            }
+            let all: Vec<String> = names.iter().map(|name| format!("dir/{name}")).collect();
+            assert_eq!(listed, all, "{frame}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn errors_and_jobs_keep_to_the_frames_of_their_client() {
+    bounded(async {
+        let world = World::new().await;
+        let limits = Limits {
+            frame: 4_096,
+            ..Limits::default()
+        };
+        let socket = world.fixture.connect_within(&token("all"), limits).await;
+        let mut lane = RawLane::open(&socket).await;
+        // The sentence names the path, which is nearly as long as a path may be.
+        let long = format!("{}x", "0123456789/".repeat(30));
+        lane.say(&get(1, &long)).await;
+        assert_eq!(lane.hear().await.line, "error 1 not_found");
+        let watcher = socket.open(JOBS_CHANNEL).await.expect("a channel");
+        let first = watcher.recv().await.expect("open").expect("a message");
+        assert_eq!(first.event(), "jobs");
     })
     .await;
 }

@@ -298,6 +298,11 @@ impl Channel {
         queued.map_err(|error| self.send_error(error))
     }
 
+    /// The largest message that the peer takes, in bytes without the prefix of its frame. A larger one fails to be sent.
+    pub fn frame_limit(&self) -> usize {
+        self.inner.session.frame_limit()
+    }
+
     /// The next message; `Ok(None)` after the peer has finished or closed with `normal`.
     ///
     /// Several clones may wait at once; each message goes to one of them. Replies never show up here.

@@ -535,7 +535,12 @@ impl Asking<'_> {
         }
     }
 
-    async fn ask(&self, id: u64, Wish { remote, have }: Wish) -> Result<(), LaneOver> {
+    async fn ask(&self, id: u64, Wish { remote, mut have }: Wish) -> Result<(), LaneOver> {
+        let room = self
+            .channel
+            .frame_limit()
+            .saturating_sub(remote.as_str().len());
+        have.truncate(wire::ranges_within(room));
         match lock(&self.flight.files).get_mut(&id) {
             Some(file) => {
                 file.asked = true;

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tempfile::TempDir;
-use udpack::{Authenticate, Client, CloseCode, Deny, Hello, Identity, Peer, Server, Socket};
+use udpack::{
+    Authenticate, Client, CloseCode, Deny, Hello, Identity, Limits, Peer, Server, Socket,
+};
 use udpack_transfer::{
     Event, Outcome, Receiver, ReceiverConfig, RelPath, Source, Store, StoreConfig, StoreError,
     Upload,
@@ -102,9 +104,15 @@ impl Fixture {
     }
 
     pub(crate) async fn connect_as(&self, token: &str) -> Socket {
+        self.connect_within(token, Limits::default()).await
+    }
+
+    /// A client with limits of its own.
+    pub(crate) async fn connect_within(&self, token: &str, limits: Limits) -> Socket {
         Client::builder()
             .pin(self.server.fingerprint())
             .token(token)
+            .limits(limits)
             .connect(&self.server.local_addr().to_string())
             .await
             .expect("the server lets us in")
