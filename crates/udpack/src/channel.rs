@@ -133,8 +133,8 @@ impl Channel {
         session.tally.one(Count::Channels);
         let conn = way.conn.clone();
         pipe.spawn_writer(&session, way);
+        inbox.belongs_to(key, opened.resumable);
         if opened.resumable {
-            inbox.count(key);
             session.keep(&pipe);
             // Those that are kept have been ended by then.
             if let Some(reason) = session.end.get() {

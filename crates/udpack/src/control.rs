@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::code::{CloseCode, CloseReason};
 use crate::config::{Limits, Priority, TOKEN_BYTES, Timeouts};
 use crate::message::{self, EncodeError, Message, check_name};
-use crate::msgpack::{FieldError, Fields, MAX_DEPTH, MAX_ELEMENTS};
+use crate::msgpack::{FieldError, Fields, Head, MAX_DEPTH, MAX_ELEMENTS, Reader};
 use crate::session::cut;
 use crate::text::printable_within;
 
@@ -28,6 +28,8 @@ pub(crate) const ACK: &str = "$ack";
 pub(crate) const REFRESH: &str = "$refresh";
 pub(crate) const REFRESHED: &str = "$refreshed";
 pub(crate) const GAP: &str = "$gap";
+pub(crate) const MARK: &str = "$mark";
+pub(crate) const PASSED: &str = "$passed";
 pub(crate) const REPLY: &str = "$reply";
 pub(crate) const FAULT: &str = "$fault";
 pub(crate) const CHANNELS: &str = "$channels";
@@ -158,6 +160,8 @@ pub struct HelloMessage {
     pub frame: Option<u64>,
     /// Present when the client can resume sessions.
     pub resume: Option<ResumeRequest>,
+    /// The client answers `$mark`.
+    pub marks: bool,
 }
 
 /// The client can resume: keep this session for a while when its connection is lost.
@@ -216,7 +220,7 @@ pub fn decode_hello(message: &Message) -> Result<HelloMessage, ControlError> {
         Some(resume) => Some(resume_request(&resume)?),
         None => None,
     };
-    fields.opt_map("ext").map_err(field)?;
+    let marks = fields.opt_map("ext").map_err(field)?.is_some_and(marks);
     let frame = match fields.opt_map("limits").map_err(field)? {
         Some(limits) => {
             limits.only(&["frame", "channels"]).map_err(field)?;
@@ -230,7 +234,19 @@ pub fn decode_hello(message: &Message) -> Result<HelloMessage, ControlError> {
         agent: printable_within(agent, 128),
         frame,
         resume,
+        marks,
     })
+}
+
+/// Whether the sender offers to answer `$mark`.
+fn marks(ext: Fields<'_>) -> bool {
+    matches!(ext.opt_bool("mark"), Ok(Some(true)))
+}
+
+/// The extensions that this side knows.
+#[derive(Serialize)]
+struct Ext {
+    mark: bool,
 }
 
 fn resume_request(resume: &Fields<'_>) -> Result<ResumeRequest, ControlError> {
@@ -265,6 +281,7 @@ struct HelloFields<'a> {
     limits: HelloLimits,
     #[serde(skip_serializing_if = "Option::is_none")]
     resume: Option<ResumeFields<'a>>,
+    ext: Ext,
 }
 
 #[derive(Serialize)]
@@ -315,6 +332,7 @@ pub(crate) fn encode_hello(
             agent: cut(agent, 128),
             limits,
             resume,
+            ext: Ext { mark: true },
         },
         None,
     )
@@ -340,6 +358,8 @@ pub struct Welcome {
     pub reason: Option<String>,
     /// How long the client's token stays good; `None` for one without an end.
     pub expires: Option<Duration>,
+    /// The server may send `$mark`, as the client offered.
+    pub marks: bool,
 }
 
 /// What a client needs to resume a session later. `Debug` leaves the token out.
@@ -404,7 +424,7 @@ pub fn decode_welcome(message: &Message) -> Result<Welcome, ControlError> {
         });
     }
     let expires = fields.opt_u64("expires_ms").map_err(field)?;
-    fields.opt_map("ext").map_err(field)?;
+    let marks = fields.opt_map("ext").map_err(field)?.is_some_and(marks);
     let limits = fields.map("limits").map_err(field)?;
     let frame = limits.u64("frame").map_err(field)?;
     if frame == 0 {
@@ -422,6 +442,7 @@ pub fn decode_welcome(message: &Message) -> Result<Welcome, ControlError> {
         resume,
         reason: reason.map(|reason| printable_within(reason, 128)),
         expires: expires.map(Duration::from_millis),
+        marks,
     })
 }
 
@@ -438,6 +459,8 @@ struct WelcomeFields<'a> {
     reason: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     expires_ms: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ext: Option<Ext>,
 }
 
 #[derive(Serialize)]
@@ -489,6 +512,7 @@ pub(crate) fn encode_welcome(
         }),
         reason: welcome.reason.as_deref(),
         expires_ms: welcome.expires.map(millis),
+        ext: welcome.marks.then_some(Ext { mark: true }),
     };
     protocol(WELCOME, &fields, None)
 }
@@ -699,6 +723,56 @@ pub fn decode_ack(message: &Message) -> Result<Ack, ControlError> {
 
 pub(crate) fn encode_ack(ack: Ack) -> Option<Bytes> {
     protocol(ACK, &ack, None).ok()
+}
+
+/// How far the program that reads a channel has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Passed {
+    /// The channel's id.
+    pub channel: u64,
+    /// The sender of this message opened the channel.
+    pub own: bool,
+    /// The last `$mark` that its program has come to.
+    pub mark: u64,
+}
+
+/// Reads a `$passed`.
+///
+/// # Errors
+/// When it is another message or has a missing, unknown, doubled or wrongly typed field.
+pub fn decode_passed(message: &Message) -> Result<Passed, ControlError> {
+    let field = |source| ControlError::Field {
+        event: PASSED,
+        source,
+    };
+    let fields = fields(message, PASSED, &["channel", "own", "mark"])?;
+    Ok(Passed {
+        channel: fields.u64("channel").map_err(field)?,
+        own: fields.bool("own").map_err(field)?,
+        mark: fields.u64("mark").map_err(field)?,
+    })
+}
+
+pub(crate) fn encode_passed(passed: Passed) -> Option<Bytes> {
+    protocol(PASSED, &passed, None).ok()
+}
+
+/// Reads a `$mark`: its number.
+///
+/// # Errors
+/// When it is another message, has an id, or its data is no number from 0 to 2^64 - 1.
+pub fn decode_mark(message: &Message) -> Result<u64, ControlError> {
+    let value = |rule| ControlError::Value { event: MARK, rule };
+    if message.event() != MARK {
+        return Err(ControlError::Unexpected { expected: MARK });
+    }
+    if message.id().is_some() {
+        return Err(value("takes no id"));
+    }
+    match Reader::new(&message.raw()).head() {
+        Ok(Head::Uint(mark)) => Ok(mark),
+        _ => Err(value("is a number from 0 to 2^64 - 1")),
+    }
 }
 
 /// A new token of the client in the place of the one it came with. `Debug` leaves it out.

@@ -21,7 +21,7 @@ use crate::channel::Channel;
 use crate::client::Dialler;
 use crate::code::{CloseCode, CloseReason, Side};
 use crate::config::USED_STREAMS;
-use crate::control::{self, Ack, Channels, ControlError, GoAway, Welcome};
+use crate::control::{self, Ack, Channels, ControlError, GoAway, Passed, Welcome};
 use crate::inbox::{Ending, Inbox};
 use crate::lifetime::Lifetime;
 use crate::metrics::{Count, Tally, Words};
@@ -558,15 +558,24 @@ async fn take_leave(session: &Session, conn: &quinn::Connection, reason: CloseRe
     Outcome::Over(session.reason_for(&error))
 }
 
-/// Tells the peer what it need not keep any more.
+/// Tells the peer what it need not keep any more, and how far the program has come.
 async fn confirm(session: &Session, send: &mut quinn::SendStream) {
-    let confirms = session.take_confirms();
-    let acks = confirms.into_iter().map(|(key, received)| Ack {
-        channel: key.id,
-        own: key.own,
-        received,
-    });
-    let mut frames: Vec<_> = acks.filter_map(control::encode_ack).collect();
+    let mut frames = Vec::new();
+    for (key, confirm) in session.take_confirms() {
+        let (channel, own) = (key.id, key.own);
+        frames.extend(confirm.received.and_then(|received| {
+            control::encode_ack(Ack {
+                channel,
+                own,
+                received,
+            })
+        }));
+        frames.extend(
+            confirm
+                .mark
+                .and_then(|mark| control::encode_passed(Passed { channel, own, mark })),
+        );
+    }
     write_control_all(session, send, &mut frames).await;
 }
 
@@ -638,6 +647,13 @@ fn on_control(session: &Session, message: Result<crate::Message, Ending>) -> Opt
                 Ok(ack) => on_ack(session, ack),
                 Err(error) => refused(error),
             },
+            control::PASSED if !session.client => match control::decode_passed(&message) {
+                Ok(passed) => {
+                    on_passed(session, passed);
+                    None
+                }
+                Err(error) => refused(error),
+            },
             control::CHANNELS => match control::decode_channels(&message) {
                 Ok(Channels { open }) => {
                     lock(&session.tickets).made().confirm();
@@ -654,6 +670,19 @@ fn on_control(session: &Session, message: Result<crate::Message, Ending>) -> Opt
         Err(Ending::Closed(reason)) if session.conn().close_reason().is_some() => Some(reason),
         Err(Ending::Closed(_)) => order("the control stream was reset"),
         Err(Ending::Violation(reason)) => Some(reason),
+    }
+}
+
+fn on_passed(session: &Session, passed: Passed) {
+    let key = ChannelKey {
+        own: !passed.own,
+        id: passed.channel,
+    };
+    // One that is over here may still be told of.
+    if let Some(pipe) = session.live(key) {
+        // What the peer's library gathers for a while is not its program's delay.
+        let round_trip = session.conn().rtt() + CONFIRM_DELAY;
+        pipe.outbox.passed(passed.mark, round_trip);
     }
 }
 

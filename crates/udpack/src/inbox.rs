@@ -17,7 +17,8 @@ use crate::calls::{Begun, Calls, Taken};
 use crate::code::{CloseCode, CloseReason};
 use crate::config::MIN_FRAME_RATE;
 use crate::control::{
-    self, ACK, Ack, CHANNELS, CLOSE, GAP, GOAWAY, HELLO, OPEN, REFRESH, REFRESHED, RESUME, WELCOME,
+    self, ACK, Ack, CHANNELS, CLOSE, GAP, GOAWAY, HELLO, MARK, OPEN, PASSED, REFRESH, REFRESHED,
+    RESUME, WELCOME,
 };
 use crate::frame::FrameDecoder;
 use crate::message::{Message, Parts};
@@ -41,6 +42,8 @@ pub(crate) struct Inbox {
 struct State {
     /// None while a resumable channel has no connection.
     stream: Option<quinn::RecvStream>,
+    /// The channel's, where it is one.
+    key: Option<ChannelKey>,
     resume: Option<Received>,
     decided: Spare<Decided>,
     decoder: FrameDecoder,
@@ -77,7 +80,6 @@ struct Decided {
 /// What a resumable channel has received.
 #[derive(Debug)]
 struct Received {
-    key: ChannelKey,
     /// Frames since the channel began; one more when the peer has ended its direction.
     frames: u64,
     /// What the peer was told of that.
@@ -98,19 +100,19 @@ impl Received {
     /// Received bytes that the peer is told of at the latest.
     const BYTES: usize = 128 << 10;
 
-    fn tell(&mut self, session: &Session) {
+    fn tell(&mut self, key: Option<ChannelKey>, session: &Session) {
         if self.told != self.frames {
             self.told = self.frames;
             self.bytes = 0;
-            session.confirm_later(self.key, self.frames);
+            session.confirm_later(key, self.frames);
         }
     }
 
     /// Tells the peer that nothing more is taken. That the stream was stopped it need not hear: its own end of
     /// the stream may come first.
-    fn refuse(&self, session: &Session) {
+    fn refuse(&self, key: Option<ChannelKey>, session: &Session) {
         if !self.over {
-            session.confirm_later(self.key, Ack::REFUSED);
+            session.confirm_later(key, Ack::REFUSED);
         }
     }
 }
@@ -128,6 +130,8 @@ pub(crate) enum Ending {
 
 enum Step {
     Message(Message),
+    /// A sound `$mark`.
+    Mark(Message),
     /// A part of a request was filed; whoever waits for it should look.
     Filed,
     End(Ending),
@@ -150,6 +154,7 @@ impl Inbox {
         let waker = Waker::from(waiters.clone());
         let state = State {
             stream: Some(stream),
+            key: None,
             resume: None,
             decided: Spare::default(),
             decoder: FrameDecoder::new(frame_limit),
@@ -174,10 +179,12 @@ impl Inbox {
         }
     }
 
-    /// Counts the frames that come from now on, because the channel may go on over another stream.
-    pub(crate) fn count(&self, key: ChannelKey) {
-        lock(&self.state).resume = Some(Received {
-            key,
+    /// The direction is this channel's. `count`: the frames that come from now on are counted, because the channel may
+    /// go on over another stream.
+    pub(crate) fn belongs_to(&self, key: ChannelKey, count: bool) {
+        let mut state = lock(&self.state);
+        state.key = Some(key);
+        state.resume = count.then_some(Received {
             frames: 0,
             told: 0,
             heard: 0,
@@ -224,7 +231,7 @@ impl Inbox {
                     let _ = stream.stop(reason.code.varint());
                 }
                 if let Some(count) = &state.resume {
-                    count.refuse(session);
+                    count.refuse(state.key, session);
                 }
             }
         }
@@ -256,8 +263,12 @@ impl Inbox {
         serve: Option<&mut Option<Begun>>,
     ) -> Poll<Result<Message, Ending>> {
         let mut state = lock(&self.state);
-        if let Some(message) = state.backlog.pop_front() {
+        while let Some(message) = state.backlog.pop_front() {
             state.backlog_bytes -= message.len();
+            if message.event() == MARK {
+                state.passed(&message, session);
+                continue;
+            }
             state.handed_out(&message, serve);
             return Poll::Ready(Ok(message));
         }
@@ -267,6 +278,7 @@ impl Inbox {
                     state.handed_out(&message, serve);
                     return Poll::Ready(Ok(message));
                 }
+                Step::Mark(message) => state.passed(&message, session),
                 Step::Filed => self.waiters.wake_others(cx.waker()),
                 Step::End(end) => {
                     self.waiters.wake_by_ref();
@@ -299,7 +311,8 @@ impl Inbox {
                 return Poll::Ready(Err(full));
             }
             match std::task::ready!(state.poll_step(cx, session, counters)) {
-                Step::Message(message) => {
+                // The program has not come to a mark before it takes what was before it.
+                Step::Message(message) | Step::Mark(message) => {
                     state.put_back(message);
                     self.waiters.wake_others(cx.waker());
                 }
@@ -348,7 +361,7 @@ impl Inbox {
     pub(crate) fn stop(&self, code: CloseCode, ending: Ending, session: &Session) {
         let mut state = lock(&self.state);
         if let Some(count) = &state.resume {
-            count.refuse(session);
+            count.refuse(state.key, session);
         }
         if state.end.is_none() {
             if let Some(stream) = &mut state.stream {
@@ -463,18 +476,28 @@ impl State {
                 Ok(_) => return Some(Step::Message(message)),
                 Err(error) => violation(error.close_code(), &error),
             },
-            HELLO | WELCOME | OPEN | GOAWAY | RESUME | ACK | CHANNELS | REFRESH | REFRESHED => {
-                violation(
-                    CloseCode::PROTOCOL_ORDER,
-                    &"a message that has no place on a channel now",
-                )
-            }
+            MARK if session.client => match control::decode_mark(&message) {
+                Ok(_) => return Some(Step::Mark(message)),
+                Err(error) => violation(error.close_code(), &error),
+            },
+            HELLO | WELCOME | OPEN | GOAWAY | RESUME | ACK | MARK | PASSED | CHANNELS | REFRESH
+            | REFRESHED => violation(
+                CloseCode::PROTOCOL_ORDER,
+                &"a message that has no place on a channel now",
+            ),
             _ => violation(
                 CloseCode::BAD_MESSAGE,
                 &"an event of the protocol that has no place on a channel",
             ),
         };
         Some(Step::End(self.ended(end)))
+    }
+
+    /// The program has come to this mark.
+    fn passed(&self, mark: &Message, session: &Session) {
+        if let (Some(key), Ok(mark)) = (self.key, control::decode_mark(mark)) {
+            session.passed_later(key, mark);
+        }
     }
 
     /// The peer gave a request up: if nobody has taken it yet, nobody need.
@@ -552,7 +575,7 @@ impl State {
             count.frames += 1;
             count.bytes += len;
             if count.frames - count.told >= Received::FRAMES || count.bytes >= Received::BYTES {
-                count.tell(session);
+                count.tell(self.key, session);
             }
         }
     }
@@ -599,7 +622,7 @@ impl State {
                 Poll::Ready(Err(end)) => return Poll::Ready(Err(self.ended(end))),
                 Poll::Pending => {
                     if let Some(count) = &mut self.resume {
-                        count.tell(session);
+                        count.tell(self.key, session);
                     }
                     std::task::ready!(self.poll_timer(session));
                     let end = violation(
@@ -668,7 +691,7 @@ impl State {
         if let Some(count) = &mut self.resume {
             count.frames += 1;
             count.over = true;
-            count.tell(session);
+            count.tell(self.key, session);
         }
     }
 

@@ -146,6 +146,7 @@ mod msgpack;
 mod open;
 mod outbox;
 mod overflow;
+mod pace;
 mod pipe;
 mod pool;
 mod presence;
@@ -227,10 +228,10 @@ pub mod __private {
 /// Pure functions over bytes; see `docs/PROTOCOL.md`.
 pub mod wire {
     pub use crate::control::{
-        Ack, Channels, ControlError, HelloMessage, Open, Refresh, Refreshed, ResumeGrant,
+        Ack, Channels, ControlError, HelloMessage, Open, Passed, Refresh, Refreshed, ResumeGrant,
         ResumeRequest, ResumeTicket, Resumed, Welcome, decode_ack, decode_channels, decode_close,
-        decode_gap, decode_goaway, decode_hello, decode_open, decode_refresh, decode_refreshed,
-        decode_resume, decode_welcome,
+        decode_gap, decode_goaway, decode_hello, decode_mark, decode_open, decode_passed,
+        decode_refresh, decode_refreshed, decode_resume, decode_welcome,
     };
     pub use crate::frame::{FrameDecoder, FrameError, PREFIX};
     pub use crate::message::{Message, MessageError};

@@ -586,6 +586,7 @@ async fn verify_refresh(
         agent: session.agent.get().cloned().unwrap_or_default(),
         frame: None,
         resume: None,
+        marks: false,
     };
     let verdict = guard.verify(
         Hello::new(hello, remote),

@@ -15,6 +15,7 @@ use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use serde::Serialize;
@@ -22,9 +23,11 @@ use tokio::sync::Notify;
 
 use crate::code::CloseReason;
 use crate::config::Priority;
+use crate::control::MARK;
 use crate::message::{self, EncodeError, Encoded};
 use crate::metrics::{Count, Tally};
 use crate::overflow::{Overflow, Overflowing, Push, Tag};
+use crate::pace::Pace;
 use crate::resume::{Mismatch, Retained};
 use crate::rooms::Seat;
 use crate::session::lock;
@@ -67,8 +70,10 @@ struct State {
     queued_messages: usize,
     /// Numbers of those who wait for room, drawn from `overflow`: nothing that came to it later goes before them.
     waiting: BTreeSet<u64>,
-    /// Messages of rooms that found no room here.
+    /// Messages of rooms that found no room here, or wait until the peer has read those before them.
     overflow: Overflowing,
+    /// How far the peer is behind with them; in rooms, where it tells.
+    pace: Option<Box<Pace>>,
     /// The channel's place in its rooms, given up with the channel.
     seat: Option<Seat>,
     /// The writer sleeps and wants to be woken.
@@ -188,6 +193,7 @@ impl Outbox {
                 queued_messages: 0,
                 waiting: BTreeSet::new(),
                 overflow: Overflowing::default(),
+                pace: None,
                 seat: None,
                 idle: false,
                 lent: None,
@@ -324,6 +330,11 @@ impl Outbox {
         if state.check_open().is_err() {
             return Push::Over;
         }
+        let paced = state.pace.is_some() && !tag.replaces;
+        let unread = policy.unread().filter(|_| paced);
+        if unread.is_none() {
+            self.release(&mut state);
+        }
         let fits = frame.len().saturating_sub(crate::frame::PREFIX) <= limit;
         let push = if !fits {
             state.overflow.lose(tag);
@@ -331,7 +342,9 @@ impl Outbox {
         } else if state.waiting.is_empty()
             && state.overflow.first().is_none()
             && self.has_room(&state)
+            && state.may_send(unread)
         {
+            state.goes(unread);
             if direct && self.may_write(&state, frame.len()) && state.tail.is_empty() {
                 state.count(frame.len());
                 if self.write_message(&mut state, frame.clone()) {
@@ -343,10 +356,26 @@ impl Outbox {
             self.wake(&mut state);
             return Push::Queued { lost: 0 };
         } else {
-            state.overflow.push(tag, frame, policy, self.max_bytes)
+            state
+                .overflow
+                .push(tag, frame, policy, unread, self.max_bytes)
         };
         self.refill(&mut state);
         push
+    }
+
+    /// The peer tells how far its program has come with the messages of rooms, so that their policies may go by it.
+    pub(crate) fn set_paced(&self) {
+        lock(&self.state).pace.get_or_insert_default();
+    }
+
+    /// The peer's program has come to this mark, over a path with this round trip.
+    pub(crate) fn passed(&self, mark: u64, round_trip: Duration) {
+        let mut state = lock(&self.state);
+        if let Some(pace) = &mut state.pace {
+            pace.passed(mark, round_trip);
+            self.refill(&mut state);
+        }
     }
 
     /// Keeps `seat` until this side of the channel ends; gives it back if that has happened.
@@ -385,6 +414,7 @@ impl Outbox {
     ) -> Result<bool, PushError> {
         let mut state = lock(&self.state);
         state.check_open()?;
+        self.release(&mut state);
         if !self.has_room(&state) || state.overflow.first().is_some() {
             return Ok(false);
         }
@@ -499,15 +529,44 @@ impl Outbox {
     fn refill(&self, state: &mut State) {
         let first_in_line = state.waiting.first().copied();
         while self.has_room(state)
-            && let Some(first) = state.overflow.first()
+            && let Some((first, unread)) = state.overflow.head()
             && first_in_line.is_none_or(|waiting| first < waiting)
-            && let Some(frame) = state.overflow.pop()
         {
-            state.append(&frame);
-            self.wake(state);
+            // Who waits in line behind it is not to wait for the peer's program.
+            if first_in_line.is_none() && !state.may_send(unread) {
+                self.ask(state);
+                break;
+            }
+            self.take_over(state);
         }
         if !state.waiting.is_empty() && self.has_room(state) {
             self.room.notify_waiters();
+        }
+    }
+
+    /// Lets what waits only until the peer has read what was before it go: something follows that shall neither wait
+    /// nor overtake it.
+    fn release(&self, state: &mut State) {
+        if state.waiting.is_empty() {
+            while self.has_room(state) && state.overflow.first().is_some() {
+                self.take_over(state);
+            }
+        }
+    }
+
+    fn take_over(&self, state: &mut State) {
+        if let Some(out) = state.overflow.pop() {
+            state.goes(out.unread);
+            state.append(&out.frame);
+            self.wake(state);
+        }
+    }
+
+    /// Messages wait until the peer has read others: it must tell when.
+    fn ask(&self, state: &mut State) {
+        if let Some(mark) = state.pace.as_mut().and_then(|pace| pace.blocked()) {
+            state.mark(mark);
+            self.wake(state);
         }
     }
 
@@ -539,8 +598,8 @@ impl Outbox {
             state.phase = Phase::Finishing(last);
             state.why = why;
             // What waits beside the queue is bounded: it goes along.
-            while let Some(frame) = state.overflow.pop() {
-                state.append(&frame);
+            while let Some(out) = state.overflow.pop() {
+                state.append(&out.frame);
             }
             self.wake(&mut state);
             self.room.notify_waiters();
@@ -590,6 +649,7 @@ impl Outbox {
         };
         state.keep = None;
         state.overflow = Overflowing::default();
+        state.pace = None;
         state.phase = Phase::Ended(result);
         let lent = state.lent.take();
         let seat = state.seat.take();
@@ -646,6 +706,11 @@ impl Outbox {
             }
         }
         state.idle = false;
+        if matches!(state.phase, Phase::Open)
+            && let Some(mark) = state.pace.as_mut().and_then(|pace| pace.renew())
+        {
+            state.mark(mark);
+        }
         self.refill(&mut state);
         self.room.notify_waiters();
         self.work.notify_one();
@@ -829,6 +894,28 @@ impl State {
         if let Some(keep) = &mut self.keep {
             keep.frames += 1;
         }
+    }
+
+    /// Whether one more message of a room may go; always where it does not count what is unread.
+    fn may_send(&self, unread: Option<u64>) -> bool {
+        match (&self.pace, unread) {
+            (Some(pace), Some(unread)) => pace.may_send(unread),
+            _ => true,
+        }
+    }
+
+    /// One message of a room goes now, behind a mark if it is time for one.
+    fn goes(&mut self, unread: Option<u64>) {
+        if let (Some(pace), Some(unread)) = (&mut self.pace, unread)
+            && let Some(mark) = pace.send(unread)
+        {
+            self.mark(mark);
+        }
+    }
+
+    fn mark(&mut self, mark: u64) {
+        // A number can always be encoded.
+        let _ = self.message(MARK, &mark, None, usize::MAX >> 1);
     }
 
     /// A place behind everything that waits now.

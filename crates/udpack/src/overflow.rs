@@ -11,31 +11,48 @@ use bytes::Bytes;
 
 use crate::control;
 
-/// What happens to a room's messages for a member whose queue is full.
+/// What happens to a room's messages for a member that is too slow for them.
 ///
 /// Nobody waits for such a member. It is told what it lost by a [`Gap`](crate::Gap), at the place where the
 /// messages are missing.
+///
+/// [`DropOldest`](Self::DropOldest) and [`LatestOnly`](Self::LatestOnly) begin as soon as so many messages are on their
+/// way that the member's program has not taken, the others when the channel's queue is full. What the program sends
+/// directly on such a channel takes along what waits before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Overflow {
-    /// What comes while there is no room is lost.
+    /// What comes while there is no room in the queue is lost.
     DropNewest,
-    /// This many messages wait beside the queue, at least one, and no more bytes than the queue itself may hold
-    /// (`Limits::outbound_bytes`, `Limits::replay_bytes`); the oldest of them are lost first.
+    /// This many messages may be on their way unread, at least one, beside those that the path itself holds. As many
+    /// wait behind them, of no more bytes than the channel's queue may hold (`Limits::outbound_bytes`,
+    /// `Limits::replay_bytes`); the oldest of those are lost first.
     DropOldest {
-        /// Messages that may wait.
+        /// Messages that may be unread, and that may wait.
         messages: usize,
     },
-    /// Only the latest message waits.
+    /// One message is on its way unread and only the latest waits behind it: a member is behind by the time that it
+    /// takes for one message, however slow it is.
     LatestOnly,
     /// The channel is closed with `slow_peer`.
     Disconnect,
 }
 
 impl Default for Overflow {
-    /// `DropOldest` with 256 messages.
+    /// `DropOldest` with 1,024 messages.
     fn default() -> Self {
-        Self::DropOldest { messages: 256 }
+        Self::DropOldest { messages: 1024 }
+    }
+}
+
+impl Overflow {
+    /// How many messages may be on their way unread; `None` where only the queue counts.
+    pub(crate) fn unread(self) -> Option<u64> {
+        match self {
+            Self::DropOldest { messages } => Some(messages.max(1) as u64),
+            Self::LatestOnly => Some(1),
+            Self::DropNewest | Self::Disconnect => None,
+        }
     }
 }
 
@@ -70,11 +87,21 @@ pub(crate) struct Overflowing {
     gaps: u64,
 }
 
+/// What comes out of a channel's overflow.
+#[derive(Debug)]
+pub(crate) struct Out {
+    pub(crate) frame: Bytes,
+    /// For a room's message: how many of them may be unread, if that counts.
+    pub(crate) unread: Option<u64>,
+}
+
 #[derive(Debug)]
 struct Lot {
     tag: Arc<Tag>,
     entries: VecDeque<Entry>,
     bytes: usize,
+    /// As the room's policy said last.
+    unread: Option<u64>,
     /// Messages lost after the last entry, and the number of the first of them.
     lost: u64,
     lost_at: u64,
@@ -101,17 +128,24 @@ impl Overflowing {
         self.lots.iter().map(Lot::first).min()
     }
 
+    /// That number, and how many messages may be unread for it to go, if that counts.
+    pub(crate) fn head(&self) -> Option<(u64, Option<u64>)> {
+        let lot = self.lots.iter().min_by_key(|lot| lot.first())?;
+        Some((lot.first(), lot.unread.filter(|_| !lot.entries.is_empty())))
+    }
+
     /// Gaps that came out since this was last asked.
     pub(crate) fn take_gaps(&mut self) -> u64 {
         std::mem::take(&mut self.gaps)
     }
 
-    /// Takes one message in, as the policy says; `max_bytes` bounds each room.
+    /// Takes one message in, as the policy says; `max_bytes` bounds each room. `unread`: see [`Out`].
     pub(crate) fn push(
         &mut self,
         tag: &Arc<Tag>,
         frame: &Bytes,
         policy: Overflow,
+        unread: Option<u64>,
         max_bytes: usize,
     ) -> Push {
         let messages = match policy {
@@ -130,6 +164,7 @@ impl Overflowing {
             lost: std::mem::take(&mut lot.lost),
             frame: frame.clone(),
         };
+        lot.unread = unread;
         lot.bytes += frame.len();
         lot.entries.push_back(entry);
         let mut lost = 0;
@@ -153,7 +188,7 @@ impl Overflowing {
     }
 
     /// The next frame in order: a message, or the `$gap` that belongs before it.
-    pub(crate) fn pop(&mut self) -> Option<Bytes> {
+    pub(crate) fn pop(&mut self) -> Option<Out> {
         let (at, lot) = self
             .lots
             .iter_mut()
@@ -168,15 +203,23 @@ impl Overflowing {
             .then(|| control::encode_gap(&lot.tag.name, lost).ok())
             .flatten();
         self.gaps += u64::from(gap.is_some());
-        let frame = gap.or_else(|| {
-            let entry = lot.entries.pop_front()?;
-            lot.bytes -= entry.frame.len();
-            Some(entry.frame)
-        });
+        let out = match gap {
+            Some(frame) => Some(Out {
+                frame,
+                unread: None,
+            }),
+            None => lot.entries.pop_front().map(|entry| {
+                lot.bytes -= entry.frame.len();
+                Out {
+                    frame: entry.frame,
+                    unread: lot.unread,
+                }
+            }),
+        };
         if lot.entries.is_empty() && lot.lost == 0 {
             self.lots.swap_remove(at);
         }
-        frame
+        out
     }
 
     fn lot(&mut self, tag: &Arc<Tag>) -> &mut Lot {
@@ -189,6 +232,7 @@ impl Overflowing {
                     tag: tag.clone(),
                     entries: VecDeque::new(),
                     bytes: 0,
+                    unread: None,
                     lost: 0,
                     lost_at: 0,
                 });
@@ -246,6 +290,7 @@ mod tests {
     /// Everything that comes out: texts as they are, gaps as `room-lost`.
     fn drain(overflowing: &mut Overflowing) -> Vec<String> {
         std::iter::from_fn(|| overflowing.pop())
+            .map(|out| out.frame)
             .map(
                 |frame| match Message::decode(frame.slice(PREFIX.min(frame.len())..)) {
                     Ok(message) => {
@@ -259,7 +304,7 @@ mod tests {
     }
 
     fn push(overflowing: &mut Overflowing, tag: &Arc<Tag>, text: &'static str, policy: Overflow) {
-        overflowing.push(tag, &frame(text), policy, 100);
+        overflowing.push(tag, &frame(text), policy, None, 100);
     }
 
     #[test]
@@ -293,10 +338,10 @@ mod tests {
         let mut all = Overflowing::default();
         let large = Bytes::from(vec![b'x'; 99]);
         for _ in 0..3 {
-            all.push(&a, &large, Overflow::default(), 100);
+            all.push(&a, &large, Overflow::default(), None, 100);
         }
         assert_eq!(drain(&mut all), ["a-2".to_owned(), "x".repeat(99)]);
-        all.push(&a, &large, Overflow::default(), 10);
+        all.push(&a, &large, Overflow::default(), None, 10);
         assert_eq!(drain(&mut all).len(), 1);
     }
 
@@ -351,7 +396,7 @@ mod tests {
                 };
                 let frame = Bytes::from(format!("{room}:{}", sent[at]));
                 sent[at] += 1;
-                match all.push(&tags[at], &frame, policy, 30) {
+                match all.push(&tags[at], &frame, policy, None, 30) {
                     Push::Queued { lost } => reported += lost,
                     other => {
                         prop_assert_eq!(other, Push::Lost);
@@ -359,11 +404,11 @@ mod tests {
                     }
                 }
                 if pop {
-                    check(all.pop().unwrap(), &mut seen);
+                    check(all.pop().unwrap().frame, &mut seen);
                 }
             }
-            while let Some(frame) = all.pop() {
-                check(frame, &mut seen);
+            while let Some(out) = all.pop() {
+                check(out.frame, &mut seen);
             }
             prop_assert_eq!(seen, sent);
             prop_assert_eq!(gaps, reported);

@@ -461,6 +461,10 @@ impl Channel {
                 name: self.name().into(),
                 rooms: Mutex::new(Some(BTreeMap::new())),
             });
+            let welcome = self.session().welcome();
+            if welcome.is_some_and(|welcome| welcome.marks) {
+                guest.outbox.set_paced();
+            }
             rooms.directory.welcome(&guest);
             // A channel that is over gives its seat up right here.
             let _ = self.outbox().keep(Seat {

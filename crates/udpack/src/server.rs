@@ -780,7 +780,7 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, Clos
             ));
         }
     };
-    let (frame, resume) = (hello.frame, hello.resume.clone());
+    let (frame, resume, marks) = (hello.frame, hello.resume.clone(), hello.marks);
     let hello = Hello::new(hello, conn.remote_address());
     let agent = hello.agent().to_owned();
     let peer = shared
@@ -848,6 +848,7 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, Clos
         resume,
         reason,
         expires,
+        marks,
     };
     let bytes = control::encode_welcome(&welcome, &shared.limits, &shared.timeouts)
         .map_err(|error| CloseReason::local(CloseCode::INTERNAL, error.to_string()))?;

@@ -168,6 +168,15 @@ pub(crate) const SMALL: Bell = Bell(1 << 2);
 /// A volatile message waits that is too large for a datagram.
 pub(crate) const LARGE: Bell = Bell(1 << 3);
 
+/// How far this side has come with one of the channels, as the peer is to be told.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Confirm {
+    /// Frames that it need not keep.
+    pub(crate) received: Option<u64>,
+    /// The last of its marks.
+    pub(crate) mark: Option<u64>,
+}
+
 /// What the application asked the driver to do.
 #[derive(Debug, Default)]
 pub(crate) struct Wishes {
@@ -211,8 +220,8 @@ pub(crate) struct Session {
     resumable: Mutex<Spare<HashMap<ChannelKey, Arc<Pipe>>>>,
     /// Which channels the peer has opened in this session.
     pub(crate) seen: Mutex<Seen>,
-    /// What the peer is to be told it need not keep.
-    confirms: Mutex<Spare<HashMap<ChannelKey, u64>>>,
+    /// What the peer is to be told of what was read.
+    confirms: Mutex<Spare<HashMap<ChannelKey, Confirm>>>,
     /// What resumable channels keep.
     pub(crate) budget: Arc<Budget>,
     pub(crate) tickets: Mutex<Spare<Tickets>>,
@@ -465,6 +474,15 @@ impl Session {
         lock(&self.resumable).get()?.get(&key).cloned()
     }
 
+    /// A live channel.
+    pub(crate) fn live(&self, key: ChannelKey) -> Option<Arc<Pipe>> {
+        self.kept(key).or_else(|| {
+            let pipes = lock(&self.pipes);
+            let mut pipes = pipes.get()?.values().filter_map(Weak::upgrade);
+            pipes.find(|pipe| pipe.key == key)
+        })
+    }
+
     /// The channels that this side opened and keeps for the next connection.
     pub(crate) fn kept_own(&self) -> Vec<Arc<Pipe>> {
         lock(&self.resumable)
@@ -519,17 +537,28 @@ impl Session {
     }
 
     /// The peer will be told that it need not keep the first `frames` of this channel.
-    pub(crate) fn confirm_later(&self, key: ChannelKey, frames: u64) {
+    pub(crate) fn confirm_later(&self, key: Option<ChannelKey>, frames: u64) {
+        if let Some(key) = key {
+            self.tell_later(key, |confirm| confirm.received = Some(frames));
+        }
+    }
+
+    /// The peer will be told that the program has come to this mark of the channel.
+    pub(crate) fn passed_later(&self, key: ChannelKey, mark: u64) {
+        self.tell_later(key, |confirm| confirm.mark = Some(mark));
+    }
+
+    fn tell_later(&self, key: ChannelKey, what: impl FnOnce(&mut Confirm)) {
         let mut confirms = lock(&self.confirms);
         let confirms = confirms.made();
         if confirms.is_empty() {
             self.bells.ring(CONFIRM);
         }
-        confirms.insert(key, frames);
+        what(confirms.entry(key).or_default());
     }
 
     /// What the peer is to be told now.
-    pub(crate) fn take_confirms(&self) -> HashMap<ChannelKey, u64> {
+    pub(crate) fn take_confirms(&self) -> HashMap<ChannelKey, Confirm> {
         lock(&self.confirms).take()
     }
 

@@ -124,7 +124,7 @@ mod library {
     use udpack::wire::{self, FrameDecoder, Message};
 
     /// The protocol events whose tables the library checks by a function of their own.
-    pub(super) const TABLES: [&str; 11] = [
+    pub(super) const TABLES: [&str; 13] = [
         "hello",
         "welcome",
         "open",
@@ -136,6 +136,8 @@ mod library {
         "refresh",
         "refreshed",
         "gap",
+        "mark",
+        "passed",
     ];
 
     #[derive(Debug)]
@@ -207,6 +209,8 @@ mod library {
             "refresh" => wire::decode_refresh(&message).map(drop),
             "refreshed" => wire::decode_refreshed(&message).map(drop),
             "gap" => wire::decode_gap(&message).map(drop),
+            "mark" => wire::decode_mark(&message).map(drop),
+            "passed" => wire::decode_passed(&message).map(drop),
             _ => return Err("no such kind of vector"),
         };
         checked.map_err(|error| error.close_code().name())

@@ -463,7 +463,7 @@ async fn a_resumable_member_stays_and_gets_what_it_missed_or_is_told() {
         };
         let builder = server().limits(shallow()).timeouts(timeouts.clone());
         let (server, _channels) = hall(builder).await;
-        let policy = Overflow::DropOldest { messages: 4 };
+        let policy = Overflow::DropOldest { messages: 8 };
         server.rooms().policy("hall", policy).expect("a room");
         let (address, cut) = path(server.local_addr()).await;
         let socket = client(&server)
@@ -525,7 +525,7 @@ async fn one_stuck_member_of_a_thousand_is_nobody_elses_business() {
             ..Limits::default()
         };
         let (server, mut channels) = hall(server().limits(limits)).await;
-        let policy = Overflow::DropOldest { messages: 8 };
+        let policy = Overflow::DropOldest { messages: 24 };
         server.rooms().policy("hall", policy).expect("a room");
         let (heard, round) = (Arc::new(AtomicUsize::new(0)), Arc::new(Notify::new()));
         let mut readers = tokio::task::JoinSet::new();

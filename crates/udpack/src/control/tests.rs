@@ -111,6 +111,7 @@ fn welcome_tells_how_to_resume_and_why_not() {
         resume: None,
         reason: None,
         expires: None,
+        marks: false,
     };
     let grant = ResumeGrant {
         token: [9; 32],
@@ -122,6 +123,7 @@ fn welcome_tells_how_to_resume_and_why_not() {
             resumed: true,
             resume: Some(grant.clone()),
             expires: Some(Duration::from_millis(1500)),
+            marks: true,
             ..plain.clone()
         },
         Welcome {
