@@ -35,6 +35,8 @@ use crate::router::{Next, Routed, Router};
 pub struct Context {
     channel: Channel,
     message: Message,
+    /// When the handler of a request began, and when its asker stops waiting.
+    begun: Option<Instant>,
     deadline: Option<Instant>,
     router: Routed,
 }
@@ -65,9 +67,16 @@ impl Context {
         self.message.id().is_some()
     }
 
-    /// When the peer stops waiting for the answer, if it said so; the handler is dropped then.
+    /// When the handler of a request is dropped if it has not answered: when its asker stops waiting, or when
+    /// `Timeouts::handler` is over, whichever is sooner. The latter counts anew with each item of the request's stream
+    /// that the handler takes, and not for the items of an answer. `None` for a message that is no request: its handler
+    /// has no end.
     pub fn deadline(&self) -> Option<Instant> {
-        self.deadline
+        let (begun, id) = (self.begun?, self.message.id()?);
+        let moved = self.channel.inner.inbox.calls(|calls| calls.moved(id));
+        let patience = self.channel.session().timeouts.handler;
+        let until = after(moved.unwrap_or(begun), patience);
+        Some(self.deadline.map_or(until, |deadline| deadline.min(until)))
     }
 
     /// The values that the router was given with `state`.
@@ -405,7 +414,20 @@ fn work(
         begun.since
     };
     let late = deadline.is_some_and(|deadline| deadline <= now);
-    Box::pin(async move { request(&answered.channel, router, message, id, deadline, late).await })
+    let asked = Asked {
+        id,
+        begun: now,
+        deadline,
+    };
+    Box::pin(async move { request(&answered.channel, router, message, asked, late).await })
+}
+
+/// What is known of a request that a handler answers.
+#[derive(Clone, Copy)]
+struct Asked {
+    id: u64,
+    begun: Instant,
+    deadline: Option<Instant>,
 }
 
 /// Work that has begun, until it is through or its request is given up.
@@ -474,14 +496,14 @@ async fn request(
     channel: &Channel,
     router: Routed,
     message: Message,
-    id: u64,
-    deadline: Option<Instant>,
+    asked: Asked,
     too_late: bool,
 ) {
+    let Asked { id, deadline, .. } = asked;
     let answer = if too_late {
         late("the deadline has passed").into()
     } else {
-        attend(channel, router, message.clone(), id, deadline).await
+        attend(channel, router, message.clone(), asked).await
     };
     let outcome = match answer.0 {
         Kind::Value(data) => Ok(data),
@@ -514,14 +536,8 @@ async fn request(
 }
 
 /// Runs a request's handler within its time.
-async fn attend(
-    channel: &Channel,
-    router: Routed,
-    message: Message,
-    id: u64,
-    deadline: Option<Instant>,
-) -> Answer {
-    let work = run(channel, router, message, deadline);
+async fn attend(channel: &Channel, router: Routed, message: Message, asked: Asked) -> Answer {
+    let work = run(channel, router, message, Some(asked));
     let mut work = pin!(AssertUnwindSafe(work).catch_unwind());
     // Most handlers answer at once, and need no timer.
     match poll_fn(|cx| Poll::Ready(work.as_mut().poll(cx))).await {
@@ -529,18 +545,22 @@ async fn attend(
         Poll::Ready(Err(_)) => return panicked(channel).into(),
         Poll::Pending => {}
     }
-    Box::pin(patiently(channel, work, id, deadline)).await
+    Box::pin(patiently(channel, work, asked)).await
 }
 
 /// Waits for a handler that did not answer at once.
 async fn patiently(
     channel: &Channel,
     mut work: Pin<&mut impl Future<Output = std::thread::Result<Answer>>>,
-    id: u64,
-    deadline: Option<Instant>,
+    asked: Asked,
 ) -> Answer {
+    let Asked {
+        id,
+        begun,
+        deadline,
+    } = asked;
     let patience = channel.session().timeouts.handler;
-    let mut until = after(Instant::now(), patience);
+    let mut until = after(begun, patience);
     loop {
         let wake = deadline.map_or(until, |deadline| deadline.min(until));
         match tokio::time::timeout_at(wake, &mut work).await {
@@ -561,26 +581,17 @@ async fn patiently(
     }
 }
 
-async fn run(
-    channel: &Channel,
-    router: Routed,
-    message: Message,
-    deadline: Option<Instant>,
-) -> Answer {
-    let cx = context(channel, &router, message, deadline);
+async fn run(channel: &Channel, router: Routed, message: Message, asked: Option<Asked>) -> Answer {
+    let cx = context(channel, &router, message, asked);
     Next::first(router).go_on(cx).await
 }
 
-fn context(
-    channel: &Channel,
-    router: &Routed,
-    message: Message,
-    deadline: Option<Instant>,
-) -> Context {
+fn context(channel: &Channel, router: &Routed, message: Message, asked: Option<Asked>) -> Context {
     Context {
         channel: channel.clone(),
         message,
-        deadline,
+        begun: asked.map(|asked| asked.begun),
+        deadline: asked.and_then(|asked| asked.deadline),
         router: router.clone(),
     }
 }

@@ -149,16 +149,17 @@ async fn the_deadline_travels_and_stops_the_handler() {
         let (_server, _socket, rpc) = rpc(router).await;
         let left: Option<u64> = rpc
             .request("left", &())
-            .timeout(Duration::from_secs(3600))
+            .timeout(Duration::from_secs(20))
             .await
             .expect("a reply");
-        assert_eq!(left, Some(3599));
+        assert_eq!(left, Some(19));
         let endless: Option<u64> = rpc
             .request("left", &())
             .timeout(Duration::MAX)
             .await
             .expect("a reply");
-        assert!(endless.is_none_or(|left| left > 1 << 30), "{endless:?}");
+        // A handler has `Timeouts::handler` at most.
+        assert_eq!(endless, Some(29));
         let error = rpc
             .request::<_, ()>("stuck", &())
             .timeout(Duration::from_millis(50))
@@ -463,4 +464,80 @@ async fn an_asker_that_leaves_ends_the_stream_it_sends() {
         assert_eq!(told.recv().await, Some("dropped"));
     })
     .await;
+}
+
+/// Tells for how long a handler was told that it had, and for how long it had.
+struct Lived(
+    tokio::time::Instant,
+    Option<Duration>,
+    mpsc::UnboundedSender<(Option<Duration>, Duration)>,
+);
+
+impl Drop for Lived {
+    fn drop(&mut self) {
+        let _ = self.2.send((self.1, self.0.elapsed()));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_deadline_that_a_handler_sees_is_when_it_is_dropped() {
+    let test = async {
+        let (tell, mut told) = mpsc::unbounded_channel();
+        let lived = move |cx: &Context| {
+            let now = tokio::time::Instant::now();
+            let told = cx.deadline().map(|deadline| deadline - now);
+            Lived(now, told, tell.clone())
+        };
+        let reads = lived.clone();
+        let router = Router::new()
+            .on("work", move |Data(()), cx: Context| {
+                let lived = lived(&cx);
+                async move {
+                    tokio::time::sleep(Duration::from_secs(100)).await;
+                    drop(lived);
+                }
+            })
+            .on(
+                "read",
+                move |Data(()), cx: Context, mut items: Items<u8>| {
+                    let reads = reads.clone();
+                    async move {
+                        tokio::time::sleep(Duration::from_secs(20)).await;
+                        let _ = items.next().await;
+                        // Reading gave it more time.
+                        let lived = reads(&cx);
+                        std::future::pending::<()>().await;
+                        drop(lived);
+                    }
+                },
+            );
+        let net = udpack::testing::Net::new(1);
+        let builder = udpack::testing::server().channel("rpc", router);
+        let server = net.bind(builder).await.expect("a server");
+        let client = udpack::testing::client(&server);
+        let socket = net.connect(client, &server).await.expect("let in");
+        let channel = socket.open("rpc").await.expect("a channel");
+        let secs = Duration::from_secs;
+        for (asked, had) in [(120, 30), (10, 10), (30, 30)] {
+            let asked = channel.request::<_, ()>("work", &()).timeout(secs(asked));
+            assert!(asked.await.is_err());
+            let (said, lived) = told.recv().await.expect("it was dropped");
+            assert_eq!(said.map(|said| said.as_secs()), Some(had));
+            assert_eq!(lived.as_secs(), had);
+        }
+        let items = stream::iter([1_u8]).chain(stream::pending());
+        let asked = channel
+            .request::<_, ()>("read", &())
+            .with_items(items)
+            .timeout(secs(120));
+        assert!(asked.await.is_err());
+        let (said, lived) = told.recv().await.expect("it was dropped");
+        assert_eq!((said, lived.as_secs()), (Some(secs(30)), 30));
+        // Nobody waits for an event to be handled.
+        channel.send("work", &()).await.expect("alive");
+        let (said, lived) = told.recv().await.expect("it ends");
+        assert_eq!((said, lived), (None, secs(100)));
+    };
+    let in_time = tokio::time::timeout(Duration::from_secs(600), test);
+    assert!(in_time.await.is_ok(), "in time");
 }
