@@ -12,12 +12,13 @@ use futures_util::future::{AbortHandle, Abortable, BoxFuture};
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
 use serde::Serialize;
+use tokio::runtime::Handle;
 use tokio::time::Instant;
 
 use crate::auth::Peer;
 use crate::calls::{Begun, Role};
 use crate::channel::{Channel, RecvError, SendError};
-use crate::code::Fault;
+use crate::code::{CloseCode, CloseReason, Fault};
 use crate::control::{self, GAP, Gap};
 use crate::extensions::Extensions;
 use crate::extract::{EventHandler, Handler};
@@ -29,6 +30,7 @@ use crate::presence::TrackError;
 use crate::request::RequestError;
 use crate::rooms::JoinError;
 use crate::router::{Next, Routed, Router};
+use crate::socket::IntoOutcome;
 
 /// What a handler knows besides its data.
 #[derive(Debug, Clone)]
@@ -260,6 +262,25 @@ impl Handlers {
         self.map(|router| router.concurrency(n))
     }
 
+    /// As [`Router::on_open`].
+    pub fn on_open<F, Fut>(self, hook: F) -> Self
+    where
+        F: Fn(Channel) -> Fut + Send + Sync + 'static,
+        Fut: Future + Send + 'static,
+        Fut::Output: IntoOutcome,
+    {
+        self.map(|router| router.on_open(hook))
+    }
+
+    /// As [`Router::on_close`].
+    pub fn on_close<F, Fut>(self, hook: F) -> Self
+    where
+        F: Fn(Channel) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = ()> + Send + 'static,
+    {
+        self.map(|router| router.on_close(hook))
+    }
+
     /// As [`Router::wrap`].
     pub fn wrap<F, Fut>(self, layer: F) -> Self
     where
@@ -278,7 +299,19 @@ impl Handlers {
     /// # Cancel safety
     /// Dropping the future drops the handlers that run; the messages they had are gone, later ones stay.
     pub async fn run(self) -> Result<(), RecvError> {
-        serve(self.channel, Arc::new(self.router)).await
+        let channel = self.channel.clone();
+        match serve(self.channel, Arc::new(self.router)).await {
+            Ok(()) => Ok(()),
+            Err(Unserved::Ended(error)) => Err(error),
+            Err(Unserved::Hook(error)) => {
+                channel.session().tally.one(Count::HandlersFailed);
+                tracing::warn!(channel = %channel.name(), %error, "an open hook failed");
+                let reason =
+                    CloseReason::local(CloseCode::HANDLER_FAILED, "the channel's handler failed");
+                channel.close_with(reason.clone());
+                Err(RecvError::Closed(reason))
+            }
+        }
     }
 }
 
@@ -307,10 +340,64 @@ internal_faults!(EncodeError, SendError, RequestError, JoinError, TrackError);
 /// One handler at work; `Err` when it was stopped.
 type Job = BoxFuture<'static, Result<(), (Channel, u64)>>;
 
-/// Serves a channel until it ends.
-pub(crate) async fn serve(channel: Channel, router: Arc<Router>) -> Result<(), RecvError> {
+/// Serves a channel until it ends, with the router's hooks around.
+pub(crate) async fn serve(channel: Channel, router: Arc<Router>) -> Result<(), Unserved> {
     // From now on the server's rooms know it: `to_channels` and `to_all` reach it.
     let _ = channel.guest();
+    let closing = Closing(
+        router
+            .has_close_hooks()
+            .then(|| (channel.clone(), router.clone())),
+    );
+    let served = match router.opened(&channel).await {
+        Ok(()) => serve_messages(channel, router)
+            .await
+            .map_err(Unserved::Ended),
+        Err(error) => Err(Unserved::Hook(error)),
+    };
+    closing.close().await;
+    served
+}
+
+/// Why a router no longer serves a channel.
+pub(crate) enum Unserved {
+    Ended(RecvError),
+    /// What an open hook said.
+    Hook(String),
+}
+
+impl fmt::Display for Unserved {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ended(error) => error.fmt(f),
+            Self::Hook(error) => f.write_str(error),
+        }
+    }
+}
+
+/// Runs the close hooks of a channel, also where its service is dropped: then in a task of their own.
+struct Closing(Option<(Channel, Arc<Router>)>);
+
+impl Closing {
+    async fn close(mut self) {
+        if let Some((channel, router)) = self.0.take() {
+            router.closed(&channel).await;
+        }
+    }
+}
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        if let Some((channel, router)) = self.0.take()
+            && let Ok(runtime) = Handle::try_current()
+        {
+            let tasks = channel.session().tasks.clone();
+            tasks.spawn_on(async move { router.closed(&channel).await }, &runtime);
+        }
+    }
+}
+
+async fn serve_messages(channel: Channel, router: Arc<Router>) -> Result<(), RecvError> {
     let at_once = router.at_once();
     let router = Routed::new(router);
     let mut running = FuturesUnordered::<Job>::new();

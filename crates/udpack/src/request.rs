@@ -37,6 +37,9 @@ impl Channel {
     /// `recv`, in a backlog bounded by `Limits::backlog_messages`; when that is full the request fails with
     /// [`RequestError::Backlog`] instead of waiting for ever.
     ///
+    /// To await it the answer's type must be `'static`: a function that is generic over it says
+    /// `R: DeserializeOwned + 'static`.
+    ///
     /// # Cancel safety
     /// Dropping it tells the peer that the answer is no longer wanted.
     pub fn request<T: Serialize + ?Sized, R: DeserializeOwned>(

@@ -26,6 +26,7 @@ use crate::outbox::Outbox;
 use crate::overflow::{Overflow, Push, Tag};
 use crate::presence::{Presence, Tracked};
 use crate::session::{Session, SessionId, lock};
+use crate::socket::Socket;
 
 /// The name in the gaps of what is sent to all channels.
 const ALL: &str = "*";
@@ -95,8 +96,27 @@ pub(crate) struct Guest {
     link: Option<u64>,
     channel: WeakChannel,
     name: Arc<str>,
-    /// Where it is; `None` once the channel is over.
-    rooms: Mutex<Option<BTreeMap<Arc<str>, Arc<Room>>>>,
+    rooms: Mutex<Joined>,
+}
+
+/// Where a channel is, or was when it ended.
+enum Joined {
+    In(BTreeMap<Arc<str>, Arc<Room>>),
+    Over(Vec<Arc<str>>),
+}
+
+impl Joined {
+    /// The channel is over; gives its rooms up.
+    fn end(&mut self) -> BTreeMap<Arc<str>, Arc<Room>> {
+        match self {
+            Self::In(rooms) => {
+                let rooms = std::mem::take(rooms);
+                *self = Self::Over(rooms.keys().cloned().collect());
+                rooms
+            }
+            Self::Over(_) => BTreeMap::new(),
+        }
+    }
 }
 
 /// A channel's hold on its rooms: lies in its outbox, and gives them up when the channel's sending side ends.
@@ -107,9 +127,9 @@ pub(crate) struct Seat {
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        let rooms = lock(&self.guest.rooms).take();
+        let rooms = lock(&self.guest.rooms).end();
         if let Some(directory) = self.directory.upgrade() {
-            directory.left(&self.guest, rooms.unwrap_or_default());
+            directory.left(&self.guest, rooms);
         }
     }
 }
@@ -172,6 +192,24 @@ impl Rooms {
                 guest: guest.clone(),
             })
             .collect()
+    }
+
+    /// Takes all members out of a room, as [`Channel::leave`] does one; says how many there were.
+    pub fn leave(&self, room: &str) -> usize {
+        let members = self.members(room).into_iter();
+        members
+            .filter(|member| self.directory.leave(&member.guest, room))
+            .count()
+    }
+
+    /// Closes the channels of all members of a room, as [`Channel::close`] does one; says how many there were. Their
+    /// sockets stay: close those of [`members`](Self::members) for that.
+    pub fn disconnect(&self, room: &str, code: CloseCode, text: &str) -> usize {
+        let channels = self.members(room).into_iter();
+        let channels = channels.filter_map(|member| member.channel());
+        channels
+            .map(|channel| channel.close_with(CloseReason::local(code, text)))
+            .count()
     }
 
     /// The rooms that there are now: those with members, and those with a policy of their own.
@@ -240,8 +278,19 @@ impl Member {
     }
 
     /// Its channel's name.
-    pub fn channel(&self) -> &str {
+    pub fn name(&self) -> &str {
         &self.guest.name
+    }
+
+    /// Its channel: to send to this member alone, to ask it something, to close it. `None` once nobody holds the
+    /// channel any more.
+    pub fn channel(&self) -> Option<Channel> {
+        self.guest.channel.upgrade()
+    }
+
+    /// The socket its channel belongs to.
+    pub fn socket(&self) -> Socket {
+        Socket::of(&self.guest.session)
     }
 }
 
@@ -250,7 +299,7 @@ impl fmt::Debug for Member {
         f.debug_struct("Member")
             .field("session", &self.session())
             .field("peer", &self.peer())
-            .field("channel", &self.channel())
+            .field("name", &self.name())
             .finish()
     }
 }
@@ -406,7 +455,9 @@ impl Channel {
         let room = {
             let mut table = lock(&rooms.directory.table);
             let mut joined = lock(&guest.rooms);
-            let joined = joined.as_mut().ok_or(JoinError::Closed)?;
+            let Joined::In(joined) = &mut *joined else {
+                return Err(JoinError::Closed);
+            };
             if let Some(room) = joined.get(name) {
                 return Ok((rooms, guest, room.clone()));
             }
@@ -428,23 +479,19 @@ impl Channel {
         let Some((rooms, guest)) = self.guest() else {
             return false;
         };
-        let left = lock(&guest.rooms)
-            .as_mut()
-            .and_then(|joined| joined.remove(room));
-        let Some(room) = left else {
-            return false;
-        };
-        rooms.directory.part(guest, &room, None);
-        true
+        rooms.directory.leave(guest, room)
     }
 
-    /// The rooms it is in, in the order of their names.
+    /// The rooms it is in, in the order of their names; of a channel that is over, those it was in when it ended.
     pub fn rooms(&self) -> Vec<String> {
-        let guest = self.member().get();
-        let joined = guest.map(|guest| lock(&guest.rooms));
-        let joined = joined.as_ref().and_then(|joined| joined.as_ref());
-        let names = joined.into_iter().flatten();
-        names.map(|(name, _)| (**name).to_owned()).collect()
+        let Some(guest) = self.member().get() else {
+            return Vec::new();
+        };
+        let names = |name: &Arc<str>| (**name).to_owned();
+        match &*lock(&guest.rooms) {
+            Joined::In(rooms) => rooms.keys().map(names).collect(),
+            Joined::Over(rooms) => rooms.iter().map(names).collect(),
+        }
     }
 
     /// Makes the channel known to the directory, as `to_channels` and `to_all` see it; `None` at a client.
@@ -459,7 +506,7 @@ impl Channel {
                 link: (!self.outbox().keeps()).then(|| self.session().link().1),
                 channel: self.downgrade(),
                 name: self.name().into(),
-                rooms: Mutex::new(Some(BTreeMap::new())),
+                rooms: Mutex::new(Joined::In(BTreeMap::new())),
             });
             let welcome = self.session().welcome();
             if welcome.is_some_and(|welcome| welcome.marks) {
@@ -529,6 +576,21 @@ impl Directory {
         });
         for room in rooms.values() {
             self.part(guest, room, lost);
+        }
+    }
+
+    /// Takes a channel out of a room; says whether it was in it.
+    fn leave(&self, guest: &Guest, room: &str) -> bool {
+        let left = match &mut *lock(&guest.rooms) {
+            Joined::In(rooms) => rooms.remove(room),
+            Joined::Over(_) => None,
+        };
+        match left {
+            Some(room) => {
+                self.part(guest, &room, None);
+                true
+            }
+            None => false,
         }
     }
 

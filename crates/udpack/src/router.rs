@@ -3,8 +3,10 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::future::Future;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
+use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 
 use crate::channel::Channel;
@@ -15,11 +17,16 @@ use crate::extensions::Extensions;
 use crate::extract::{EventHandler, Handler};
 use crate::handlers::{Answer, Context, serve};
 use crate::message::Message;
+use crate::metrics::Count;
 use crate::socket::{ChannelHandler, IntoOutcome};
 
-type Route = Box<dyn Fn(&Context) -> BoxFuture<'static, Answer> + Send + Sync>;
-type Layer = Box<dyn Fn(Message, Context, Next) -> BoxFuture<'static, Answer> + Send + Sync>;
-type OnGap = Box<dyn Fn(Gap, Context) -> BoxFuture<'static, ()> + Send + Sync>;
+type Route = Arc<dyn Fn(&Context) -> BoxFuture<'static, Answer> + Send + Sync>;
+type Layer = Arc<dyn Fn(Message, Context, Next) -> BoxFuture<'static, Answer> + Send + Sync>;
+type OnGap = Arc<dyn Fn(Gap, Context) -> BoxFuture<'static, ()> + Send + Sync>;
+type OnOpen = Arc<dyn Fn(Channel) -> BoxFuture<'static, Result<(), String>> + Send + Sync>;
+type OnClose = Arc<dyn Fn(Channel) -> BoxFuture<'static, ()> + Send + Sync>;
+/// Gives a router's state one value.
+type Give = Arc<dyn Fn(&Extensions) + Send + Sync>;
 
 /// Handlers by event, with the state and the middleware they share. Give it to `ServerBuilder::channel` or
 /// `ClientBuilder::channel`; for one channel at hand see [`Channel::on`].
@@ -28,6 +35,8 @@ type OnGap = Box<dyn Fn(Gap, Context) -> BoxFuture<'static, ()> + Send + Sync>;
 /// says otherwise. While they run, the channel is read on into its bounded backlog, so a request that its asker
 /// gives up, or whose deadline passes, is seen at once: its handler's future is dropped. When the backlog is
 /// full nothing more is read, so a slow handler slows its own peer down and nobody else.
+///
+/// A clone has the same handlers, hooks and values of state; what is added to it, the other does not have.
 #[must_use = "a router does nothing until a channel is served with it"]
 #[derive(Default)]
 pub struct Router {
@@ -35,9 +44,33 @@ pub struct Router {
     fallback: Option<Route>,
     on_gap: Option<OnGap>,
     layers: Vec<Layer>,
-    state: Arc<Extensions>,
+    open: Vec<OnOpen>,
+    close: Vec<OnClose>,
+    state: Extensions,
+    given: Vec<Give>,
     needs: Vec<fn(&Extensions) -> Option<&'static str>>,
     concurrency: usize,
+}
+
+impl Clone for Router {
+    fn clone(&self) -> Self {
+        let state = Extensions::default();
+        for give in &self.given {
+            give(&state);
+        }
+        Self {
+            table: self.table.clone(),
+            fallback: self.fallback.clone(),
+            on_gap: self.on_gap.clone(),
+            layers: self.layers.clone(),
+            open: self.open.clone(),
+            close: self.close.clone(),
+            state,
+            given: self.given.clone(),
+            needs: self.needs.clone(),
+            concurrency: self.concurrency,
+        }
+    }
 }
 
 impl Router {
@@ -80,13 +113,47 @@ impl Router {
         F: Fn(Gap, Context) -> Fut + Send + Sync + 'static,
         Fut: Future<Output = ()> + Send + 'static,
     {
-        self.on_gap = Some(Box::new(move |gap, cx| Box::pin(handler(gap, cx))));
+        self.on_gap = Some(Arc::new(move |gap, cx| Box::pin(handler(gap, cx))));
         self
     }
 
     /// Gives the handlers a value, which they take as [`State`](crate::State): one of each type.
-    pub fn state<S: Clone + Send + Sync + 'static>(self, state: S) -> Self {
-        self.state.insert(state);
+    pub fn state<S: Clone + Send + Sync + 'static>(mut self, state: S) -> Self {
+        let give = move |to: &Extensions| drop(to.insert(state.clone()));
+        give(&self.state);
+        self.given.push(Arc::new(give));
+        self
+    }
+
+    /// Calls `hook` with each channel before its first message is handled: to join rooms, to greet, to look at who it
+    /// is. An `Err` closes the channel with `handler_failed`; to refuse it with a code of your own, close it here. Of
+    /// several, each runs after the one before.
+    pub fn on_open<F, Fut>(mut self, hook: F) -> Self
+    where
+        F: Fn(Channel) -> Fut + Send + Sync + 'static,
+        Fut: Future + Send + 'static,
+        Fut::Output: IntoOutcome,
+    {
+        self.open.push(Arc::new(move |channel| {
+            let future = hook(channel);
+            Box::pin(async move { future.await.into_outcome() })
+        }));
+        self
+    }
+
+    /// Calls `hook` with each channel once it is served no more, however that came: the peer finished or closed it, its
+    /// connection or session is over, an open hook failed, or the service was stopped. [`Channel::rooms`] gives the rooms
+    /// that it is or was in, [`Channel::close_reason`] why it is over, if it is. Of several, each runs after the one
+    /// before.
+    ///
+    /// When the session is over it has `Timeouts::close` together with the handlers.
+    pub fn on_close<F, Fut>(mut self, hook: F) -> Self
+    where
+        F: Fn(Channel) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = ()> + Send + 'static,
+    {
+        let hook: OnClose = Arc::new(move |channel| Box::pin(hook(channel)));
+        self.close.push(hook);
         self
     }
 
@@ -104,7 +171,7 @@ impl Router {
         F: Fn(Message, Context, Next) -> Fut + Send + Sync + 'static,
         Fut: Future<Output = Answer> + Send + 'static,
     {
-        self.layers.push(Box::new(move |message, cx, next| {
+        self.layers.push(Arc::new(move |message, cx, next| {
             Box::pin(layer(message, cx, next))
         }));
         self
@@ -131,6 +198,29 @@ impl Router {
         self.needs.iter().find_map(|missing| missing(&self.state))
     }
 
+    pub(crate) async fn opened(&self, channel: &Channel) -> Result<(), String> {
+        for hook in &self.open {
+            hook(channel.clone()).await?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn has_close_hooks(&self) -> bool {
+        !self.close.is_empty()
+    }
+
+    /// Runs the close hooks; one that panics keeps none of the others from running.
+    pub(crate) async fn closed(&self, channel: &Channel) {
+        for hook in &self.close {
+            // Called in the future, so that a panic of the function itself is caught as well.
+            let run = async { hook(channel.clone()).await };
+            if AssertUnwindSafe(run).catch_unwind().await.is_err() {
+                channel.session().tally.one(Count::HandlerPanics);
+                tracing::error!(channel = %channel.name(), "a close hook panicked");
+            }
+        }
+    }
+
     fn answer(&self, cx: &Context) -> BoxFuture<'static, Answer> {
         match self.table.get(cx.event()).or(self.fallback.as_ref()) {
             Some(route) => route(cx),
@@ -152,7 +242,7 @@ impl fmt::Debug for Router {
 }
 
 fn route<M, H: Handler<M>>(handler: H) -> Route {
-    Box::new(move |cx| handler.call(cx))
+    Arc::new(move |cx| handler.call(cx))
 }
 
 /// A router as one channel has it. Each message holds it for a while: threads that serve different channels then need
@@ -252,7 +342,11 @@ impl ServeChannel<ByRouter> for Router {
         Service {
             handler: Arc::new(move |channel| {
                 let router = router.clone();
-                Box::pin(async move { serve(channel, router).await.into_outcome() })
+                Box::pin(async move {
+                    serve(channel, router)
+                        .await
+                        .map_err(|error| error.to_string())
+                })
             }),
             missing,
         }

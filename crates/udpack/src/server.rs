@@ -194,6 +194,13 @@ impl Server {
         lock(&self.inner.shared.sockets).all()
     }
 
+    /// The socket of this session, if it is here: the id is what [`Socket::id`] and [`Channel::session_id`] say. Looks
+    /// at all sockets in turn; to speak to somebody often, keep a handle or a room.
+    pub fn socket(&self, id: &str) -> Option<Socket> {
+        let mut sockets = self.sockets().into_iter();
+        sockets.find(|socket| *socket.id() == *id)
+    }
+
     /// The rooms of this server: send to them, see who is there.
     pub fn rooms(&self) -> &Rooms {
         &self.inner.shared.rooms

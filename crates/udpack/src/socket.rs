@@ -275,6 +275,11 @@ impl Channel {
         self.session().peer.get()
     }
 
+    /// The socket this channel belongs to.
+    pub fn socket(&self) -> Socket {
+        Socket::of(self.session())
+    }
+
     /// The id of the socket this channel belongs to.
     pub fn session_id(&self) -> SessionId {
         self.session().id()

@@ -119,7 +119,7 @@ async fn every_member_gets_the_same_bytes_except_who_is_left_out() {
         let mut members: Vec<_> = rooms.members("hall").into_iter().collect();
         assert_eq!(members.len(), 6);
         let member = members.pop().expect("six");
-        assert_eq!(member.channel(), "chat");
+        assert_eq!(member.name(), "chat");
         assert_eq!(
             member.peer().map(|peer| peer.id().to_owned()),
             Some("tester".to_owned())
