@@ -87,6 +87,14 @@ pub(crate) struct ServerArgs {
     #[arg(long, value_name = "SIZE", default_value = "1G")]
     pub(crate) max_file: Size,
 
+    /// Most clients connected at once from one address (an IPv4 address or an IPv6 /64).
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) sockets_per_address: u32,
+
+    /// Wrong tokens from one address, each forgotten after 5 s, from which on its tokens are looked at one a second.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) wrong_tokens: u32,
+
     /// Most bytes of all files together; `none` leaves it to the disk.
     #[arg(long, value_name = "SIZE", default_value = "none")]
     pub(crate) quota: Size,

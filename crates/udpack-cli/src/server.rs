@@ -78,7 +78,7 @@ async fn serve(args: &ServerArgs) -> anyhow::Result<()> {
         .identity(identity)
         .auth(tokens.clone())
         .agent(concat!("udpack-server/", env!("CARGO_PKG_VERSION")))
-        .limits(limits(args.bwlimit.up))
+        .limits(limits(args, args.bwlimit.up))
         .congestion(args.cc.into());
     let server = match &args.qlog {
         Some(dir) => server.qlog(qlog_dir(dir)?),
@@ -152,8 +152,12 @@ async fn sweep(store: &Store) {
 
 /// What arrives within a few seconds at this rate is all that may be under way: whoever fills a larger window
 /// first and is read slowly then takes the pause for a dead peer.
-fn limits(rate: Option<u64>) -> Limits {
-    let limits = Limits::default();
+fn limits(args: &ServerArgs, rate: Option<u64>) -> Limits {
+    let limits = Limits {
+        sockets_per_address: args.sockets_per_address as usize,
+        auth_failures: args.wrong_tokens,
+        ..Limits::default()
+    };
     let Some(rate) = rate else {
         return limits;
     };

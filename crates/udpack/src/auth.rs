@@ -1,4 +1,4 @@
-//! Who may come in: the verifier's interface, what it sees and what it answers, and the penalty for guessing.
+//! Who may come in: the verifier's interface, what it sees and what it answers, and what guessing costs.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -230,46 +230,99 @@ impl Authenticate for crate::tokens::TokenFile {
     }
 }
 
-/// Remembers who failed to authenticate, and for how long to refuse them.
+/// Slows down those who guess, without shutting out who is right.
 ///
-/// Each failure adds 5 s to a sentence that runs down with time; from `failures` × 5 s on the source is
-/// refused until it has run down, at most 600 s (after OpenSSH's `PerSourcePenalties`). Only addresses that
-/// QUIC has validated get here, so nobody can have somebody else refused.
+/// Each wrong token adds 5 s to a time that runs down; an address with `failures` × 5 s of it is slow: its tokens wait for
+/// their turns, which are a pause apart, and only a few may wait. Right ones wait as wrong ones do: if they did not, who
+/// guesses would know at once. Only addresses that QUIC has validated get here, so nobody can slow down somebody else.
 #[derive(Debug)]
 pub(crate) struct Penalties {
-    until: Mutex<HashMap<IpAddr, Instant>>,
+    sources: Mutex<HashMap<IpAddr, Source>>,
     threshold: Duration,
+    pause: Duration,
+}
+
+/// An address of which a token was wrong.
+#[derive(Debug)]
+struct Source {
+    /// When all its wrong tokens are forgotten.
+    until: Instant,
+    /// The next turn that nobody has.
+    turn: Instant,
 }
 
 const SENTENCE: Duration = Duration::from_secs(5);
 const LONGEST: Duration = Duration::from_secs(600);
 const SOURCES: usize = 65_536;
+/// Turns of an address that may be waited for.
+const LINE: u32 = 4;
 
 impl Penalties {
-    pub(crate) fn new(failures: u32) -> Self {
+    pub(crate) fn new(failures: u32, pause: Duration) -> Self {
         Self {
-            until: Mutex::default(),
+            sources: Mutex::default(),
             threshold: SENTENCE * failures.max(1),
+            pause,
         }
     }
 
-    /// How long this source is refused from now on, if it is.
-    pub(crate) fn refused(&self, address: IpAddr, now: Instant) -> Option<Duration> {
-        let until = *lock(&self.until).get(&network(address))?;
-        let left = until.checked_duration_since(now)?;
-        (left > self.threshold - SENTENCE).then_some(left)
+    /// When a token of this address may be looked at, if it must wait.
+    pub(crate) fn turn(&self, address: IpAddr, now: Instant) -> Result<Option<Instant>, Slow> {
+        let mut sources = lock(&self.sources);
+        let Some(source) = sources.get_mut(&network(address)) else {
+            return Ok(None);
+        };
+        let left = source.until.saturating_duration_since(now);
+        if left <= self.threshold - SENTENCE {
+            return Ok(None);
+        }
+        let turn = source.turn.max(now);
+        let last = now + self.pause * LINE;
+        if turn > last {
+            return Err(Slow {
+                wrong: left.as_nanos().div_ceil(SENTENCE.as_nanos()),
+                wait: turn - last,
+            });
+        }
+        source.turn = turn + self.pause;
+        Ok(Some(turn))
     }
 
     pub(crate) fn failed(&self, address: IpAddr, now: Instant) {
-        let mut table = lock(&self.until);
+        let mut table = lock(&self.sources);
         if table.len() >= SOURCES {
-            table.retain(|_, until| *until > now);
+            table.retain(|_, source| source.until > now);
             if table.len() >= SOURCES {
                 return;
             }
         }
-        let until = table.entry(network(address)).or_insert(now);
-        *until = ((*until).max(now) + SENTENCE).min(now + LONGEST);
+        let new = Source {
+            until: now,
+            turn: now,
+        };
+        let source = table.entry(network(address)).or_insert(new);
+        source.until = (source.until.max(now) + SENTENCE).min(now + LONGEST);
+        // The first turn is a pause after the token that made the address slow.
+        source.turn = source.turn.max(now + self.pause);
+    }
+}
+
+/// Too many tokens of a slow address wait already.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Slow {
+    wrong: u128,
+    wait: Duration,
+}
+
+impl fmt::Display for Slow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { wrong, wait } = self;
+        let plural = if *wrong == 1 { "" } else { "s" };
+        let seconds = wait.as_nanos().div_ceil(1_000_000_000);
+        write!(
+            f,
+            "{wrong} wrong token{plural} from this address, again in {seconds} s"
+        )
     }
 }
 
@@ -277,37 +330,59 @@ impl Penalties {
 mod tests {
     use super::*;
 
+    const PAUSE: Duration = Duration::from_secs(1);
+
     #[test]
-    fn the_third_failure_shuts_the_door_for_a_while() {
-        let penalties = Penalties::new(3);
-        let bad: IpAddr = "192.0.2.7".parse().expect("an address");
-        let good: IpAddr = "192.0.2.8".parse().expect("an address");
+    fn after_the_third_wrong_token_an_address_waits_for_its_turns() {
+        let penalties = Penalties::new(3, PAUSE);
+        let slow: IpAddr = "192.0.2.7".parse().expect("an address");
+        let other: IpAddr = "192.0.2.8".parse().expect("an address");
         let start = Instant::now();
-        for _ in 0..2 {
-            penalties.failed(bad, start);
-            assert_eq!(penalties.refused(bad, start), None);
+        for _ in 0..3 {
+            assert_eq!(penalties.turn(slow, start), Ok(None));
+            penalties.failed(slow, start);
         }
-        penalties.failed(bad, start);
-        assert_eq!(penalties.refused(bad, start), Some(SENTENCE * 3));
-        assert_eq!(penalties.refused(good, start), None);
+        for turn in 1..=LINE {
+            let at = start + PAUSE * turn;
+            assert_eq!(penalties.turn(slow, start), Ok(Some(at)));
+        }
+        let full = penalties
+            .turn(slow, start)
+            .expect_err("all turns are taken");
         assert_eq!(
-            penalties.refused(bad, start + SENTENCE),
-            None,
-            "the sentence has run down below the threshold"
+            full.to_string(),
+            "3 wrong tokens from this address, again in 1 s"
         );
+        let turn = penalties.turn(slow, start + PAUSE);
+        assert_eq!(turn, Ok(Some(start + PAUSE * (LINE + 1))));
+        assert_eq!(penalties.turn(other, start), Ok(None));
+        assert_eq!(
+            penalties.turn(slow, start + SENTENCE),
+            Ok(None),
+            "the first is forgotten"
+        );
+    }
+
+    #[test]
+    fn however_many_tokens_were_wrong_they_are_forgotten_in_time() {
+        let penalties = Penalties::new(3, PAUSE);
+        let slow: IpAddr = "192.0.2.7".parse().expect("an address");
+        let start = Instant::now();
         for _ in 0..1000 {
-            penalties.failed(bad, start);
+            penalties.failed(slow, start);
         }
-        assert_eq!(penalties.refused(bad, start), Some(LONGEST));
+        assert_eq!(penalties.turn(slow, start), Ok(Some(start + PAUSE)));
+        let later = start + LONGEST - SENTENCE * 2;
+        assert_eq!(penalties.turn(slow, later), Ok(None));
     }
 
     #[test]
     fn the_table_of_failures_is_bounded() {
-        let penalties = Penalties::new(3);
+        let penalties = Penalties::new(3, PAUSE);
         let now = Instant::now();
         for i in 0..70_000_u32 {
             penalties.failed(IpAddr::V4(i.into()), now);
         }
-        assert!(lock(&penalties.until).len() <= SOURCES);
+        assert!(lock(&penalties.sources).len() <= SOURCES);
     }
 }

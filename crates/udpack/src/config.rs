@@ -22,9 +22,11 @@ pub struct Limits {
     pub channels: u32,
     /// Sockets in all. Default 4,096.
     pub sockets: usize,
-    /// Sockets from one address (IPv4 address or IPv6 /64). Default 64.
+    /// Sockets from one address (IPv4 address or IPv6 /64). Default 64. Where that is fewer than `sockets`, up to a quarter
+    /// of those is kept for the first socket of each address.
     pub sockets_per_address: usize,
-    /// Handshakes and unauthenticated peers at once. Default 256; more are refused.
+    /// Handshakes and unauthenticated peers at once. Default 256; more are refused. Where it is 4 or more, one address may
+    /// have half of them, and half is kept for the first 4 (a 64th) of each address.
     pub handshakes: usize,
     /// From this many handshakes in flight on, new addresses must prove themselves with a QUIC Retry first.
     /// Default 64; 0 demands it always.
@@ -66,7 +68,8 @@ pub struct Limits {
     /// Sum of the connection windows of all admitted sockets, in bytes. Default 512 MiB. Half of it is shared
     /// equally, at least 64 KiB for each; the other half is what windows grow by, where they do.
     pub receive_budget: u64,
-    /// Failed authentications by one address before it is refused for a while. Default 3.
+    /// Wrong tokens of one address, each forgotten after 5 s, from which on it is slowed down: its tokens, right ones too,
+    /// are then looked at one after the other, [`Timeouts::auth_pause`] apart. Default 3.
     pub auth_failures: u32,
     /// Events and keys whose newest volatile message waits, each way, for each socket. Default 1,024.
     pub volatile_keys: usize,
@@ -117,6 +120,9 @@ pub struct Timeouts {
     pub auth: Duration,
     /// A failed authentication is answered no sooner than this, so that failures look alike. Default 100 ms.
     pub auth_failure: Duration,
+    /// Between two tokens of an address that has shown too many wrong ones. Default 1 s. Four may wait for their turn; more
+    /// are refused.
+    pub auth_pause: Duration,
     /// An unfinished frame must be completed, or move on by at least 1 KiB for each second of this, each time
     /// this has passed. Default 30 s.
     pub frame: Duration,
@@ -149,6 +155,7 @@ impl Default for Timeouts {
             handshake: Duration::from_secs(10),
             auth: Duration::from_secs(5),
             auth_failure: Duration::from_millis(100),
+            auth_pause: Duration::from_secs(1),
             frame: Duration::from_secs(30),
             slow_peer: Duration::from_secs(10),
             idle: Duration::from_secs(30),

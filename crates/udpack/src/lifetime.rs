@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::future::{Future, pending};
+use std::net::IpAddr;
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
@@ -16,7 +17,7 @@ use futures_util::future::BoxFuture;
 use tokio::sync::{OwnedMutexGuard, oneshot};
 use tokio::time::Instant;
 
-use crate::auth::{Authenticate, Deny, Hello, Peer, Penalties};
+use crate::auth::{Authenticate, Deny, Hello, Peer, Penalties, Slow};
 use crate::bells::{Bell, Bells};
 use crate::channel::{Channel, WeakChannel};
 use crate::code::{CloseCode, CloseReason};
@@ -43,20 +44,30 @@ pub(crate) type Authorize = Arc<dyn Fn(&Peer, &str) -> Result<(), Deny> + Send +
 pub(crate) struct Guard {
     auth: Arc<dyn Authenticate>,
     authorize: Option<Authorize>,
-    pub(crate) penalties: Penalties,
+    penalties: Penalties,
 }
 
 impl Guard {
     pub(crate) fn new(
         auth: Arc<dyn Authenticate>,
         authorize: Option<Authorize>,
-        failures: u32,
+        penalties: Penalties,
     ) -> Arc<Self> {
         Arc::new(Self {
             auth,
             authorize,
-            penalties: Penalties::new(failures),
+            penalties,
         })
+    }
+
+    /// Waits until a token of this address may be looked at.
+    pub(crate) async fn turn(&self, address: IpAddr, tally: &Tally) -> Result<(), Slow> {
+        let turn = self.penalties.turn(address, Instant::now().into_std())?;
+        if let Some(turn) = turn {
+            tally.one(Count::TokensSlowed);
+            tokio::time::sleep_until(turn.into()).await;
+        }
+        Ok(())
     }
 
     /// Asks the verifier. A refusal is given no sooner than `failure` from now, whatever was wrong; a token
@@ -577,9 +588,8 @@ async fn verify_refresh(
     if !rate.take() {
         return limited("new tokens come too fast");
     }
-    let now = Instant::now().into_std();
-    if guard.penalties.refused(remote.ip(), now).is_some() {
-        return limited("too many tokens of this address were not accepted");
+    if let Err(slow) = guard.turn(remote.ip(), &session.tally).await {
+        return limited(&slow.to_string());
     }
     let hello = HelloMessage {
         token,

@@ -29,7 +29,7 @@ macro_rules! counts {
         #[non_exhaustive]
         pub struct Metrics {
             $(#[doc = $help] pub $field: u64,)*
-            /// Connections refused before their handshake, by reason: `"busy"`, `"draining"`, `"penalty"`.
+            /// Connections refused before their handshake, by reason: `"busy"`, `"draining"`.
             pub knocks_refused: BTreeMap<&'static str, u64>,
             /// Connections refused after their handshake, by the name of the close code.
             pub refused: BTreeMap<&'static str, u64>,
@@ -72,6 +72,7 @@ counts! {
     Admitted admitted counter "udpack_sockets_admitted_total" "Sockets that were let in.";
     HandshakesFailed handshakes_failed counter "udpack_handshakes_failed_total" "Handshakes that failed or took too long.";
     Retries retries counter "udpack_handshake_retries_total" "Connections that had to prove their address first.";
+    TokensSlowed tokens_slowed counter "udpack_tokens_slowed_total" "Tokens that had to wait because of wrong ones from their address.";
     ChannelsOpened channels_opened counter "udpack_channels_opened_total" "Channels that this side opened.";
     ChannelsAccepted channels_accepted counter "udpack_channels_accepted_total" "Channels that the peer opened, refused ones included.";
     ChannelsRefused channels_refused counter "udpack_channels_refused_total" "Channels of the peer that were refused before anybody served them.";
@@ -123,7 +124,7 @@ const WORDS: [Words; 4] = [
 impl Words {
     fn known(self) -> &'static [&'static str] {
         match self {
-            Self::Knocks => &["busy", "draining", "penalty", "other"],
+            Self::Knocks => &["busy", "draining", "other"],
             Self::FaultsSent | Self::FaultsReceived => &[
                 Fault::NO_HANDLER,
                 Fault::BAD_PAYLOAD,

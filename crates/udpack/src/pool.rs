@@ -27,6 +27,7 @@ pub struct Tenant(Kind);
 enum Kind {
     Address(IpAddr),
     Peer(Arc<str>),
+    Unproved,
 }
 
 impl Tenant {
@@ -41,10 +42,16 @@ impl Tenant {
         Self(Kind::Peer(peer.shared_id()))
     }
 
+    /// Everybody whose address is not proved yet, together: anybody can send in the name of any address.
+    pub(crate) fn unproved() -> Self {
+        Self(Kind::Unproved)
+    }
+
     fn noun(&self) -> &'static str {
         match self.0 {
             Kind::Address(_) => "this address",
             Kind::Peer(_) => "this token",
+            Kind::Unproved => "unproved addresses",
         }
     }
 }
@@ -280,11 +287,12 @@ impl Pool {
             minimum,
             ..
         } = self.inner.shares;
-        let held = self.held(tenant);
+        let (held, used) = (self.held(tenant), self.used());
+        let own = held >= each || held >= minimum && used < places;
         PoolFull {
             what: self.inner.what,
             places,
-            own: (held >= each.min(minimum)).then_some((held, tenant.noun())),
+            own: own.then_some((held, tenant.noun())),
         }
     }
 }
@@ -533,7 +541,7 @@ impl fmt::Display for PoolFull {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { what, places, own } = self;
         match own {
-            Some((held, whose)) => write!(f, "{held} {what} of {whose}"),
+            Some((held, whose)) => write!(f, "{held} {what} of {whose} are in use, its share"),
             None => write!(f, "all {places} {what} are in use"),
         }
     }
@@ -572,7 +580,10 @@ mod tests {
         let late = fill(&pool, &tenant("late"));
         assert_eq!(late.len(), 4);
         let full = pool.try_take(&tenant("late")).unwrap_err();
-        assert_eq!(full.to_string(), "4 things of this token");
+        assert_eq!(
+            full.to_string(),
+            "4 things of this token are in use, its share"
+        );
         assert_eq!(pool.used(), 196 + 10 * 4);
         drop((greedy, late));
         assert_eq!(pool.used(), 0);
@@ -592,7 +603,10 @@ mod tests {
         assert_eq!(held.len(), 2);
         let full = pool.try_take(&address).unwrap_err();
         assert!(full.is_own());
-        assert_eq!(full.to_string(), "2 sockets of this address");
+        assert_eq!(
+            full.to_string(),
+            "2 sockets of this address are in use, its share"
+        );
         assert_eq!(pool.refused(), 2);
         assert!(pool.try_take(&tenant("another")).is_ok());
     }

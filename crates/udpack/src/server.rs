@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::future::Future;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -17,17 +17,18 @@ use futures_util::{FutureExt, StreamExt};
 use tokio::net::ToSocketAddrs;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 use tracing::field::Empty;
 
-use crate::auth::{Authenticate, Deny, Hello, Peer};
+use crate::auth::{Authenticate, Deny, Hello, Peer, Penalties};
 use crate::channel::Channel;
 use crate::code::{CloseCode, CloseReason};
 use crate::config::{
     CongestionControl, Drain, FEW_STREAMS, Limits, PREAUTH_BYTES, Timeouts, VOLATILE_STREAMS,
 };
-use crate::control::{self, GoAway, ResumeGrant, ResumeTicket, Welcome};
+use crate::control::{self, GoAway, HelloMessage, ResumeGrant, ResumeTicket, Welcome};
 use crate::driver::{Awaited, Comeback, Control, Link, live};
 use crate::endpoint::{self, ETHERNET_PAYLOAD, InvalidSetting, Route, Via};
 use crate::fingerprint::Fingerprint;
@@ -35,7 +36,7 @@ use crate::identity::{Identity, IdentityError};
 use crate::inbox::{Ending, Inbox};
 use crate::lifetime::{self, Authorize, Guard};
 use crate::metrics::{Count, Metrics, Tally, Words};
-use crate::pool::network;
+use crate::pool::{self, Pool, PoolFull, Shares, Tenant};
 use crate::qlog::Qlog;
 use crate::quiet::Quiet;
 use crate::rooms::Rooms;
@@ -97,10 +98,13 @@ struct Shared {
     past: Mutex<Stats>,
     rooms: Rooms,
     sockets: Mutex<Sockets>,
+    /// Places for sockets, by address.
+    places: Pool,
     /// What the sockets' windows may grow by.
     pool: Arc<windows::Pool>,
     socket_ended: Notify,
-    handshakes: AtomicUsize,
+    /// Places for those who are not let in yet, by address.
+    handshakes: Pool,
     quiet: Quiet,
     draining: AtomicBool,
     pull: AtomicBool,
@@ -132,9 +136,6 @@ type SocketHandler = Arc<dyn Fn(Socket) -> BoxFuture<'static, ()> + Send + Sync>
 #[derive(Default)]
 struct Sockets {
     admitted: HashMap<u64, Socket>,
-    by_source: HashMap<IpAddr, usize>,
-    /// The sum of those.
-    places: usize,
     next: u64,
     /// The window that each socket began with.
     first: u64,
@@ -501,7 +502,13 @@ impl ServerBuilder {
             pool,
             endpoint,
             fingerprint: identity.fingerprint(),
-            guard: Guard::new(auth, self.authorize, self.limits.auth_failures),
+            guard: Guard::new(
+                auth,
+                self.authorize,
+                Penalties::new(self.limits.auth_failures, self.timeouts.auth_pause),
+            ),
+            handshakes: Pool::new("handshakes", handshake_shares(self.limits.handshakes)),
+            places: Pool::new("sockets", socket_shares(&self.limits)),
             registry: Arc::new(registry),
             on_socket: self.on_socket,
             limits: Arc::new(self.limits),
@@ -516,7 +523,6 @@ impl ServerBuilder {
             rooms,
             sockets: Mutex::default(),
             socket_ended: Notify::new(),
-            handshakes: AtomicUsize::new(0),
             quiet: Quiet::default(),
             draining: AtomicBool::new(false),
             pull: AtomicBool::new(!handlers),
@@ -556,53 +562,57 @@ async fn accept_loop(shared: Arc<Shared>) {
             return;
         };
         let address = incoming.remote_address();
-        let in_flight = shared.handshakes.load(Ordering::Relaxed);
-        let penalty = || {
-            shared
-                .guard
-                .penalties
-                .refused(address.ip(), tokio::time::Instant::now().into_std())
+        let proved = incoming.remote_address_validated();
+        let must_prove = !proved && shared.handshakes.used() >= shared.limits.retry_from;
+        let tenant = match proved {
+            true => Tenant::address(address.ip()),
+            false => Tenant::unproved(),
         };
-        let draining = shared.draining.load(Ordering::Relaxed);
-        if draining || in_flight >= shared.limits.handshakes {
-            let why = if draining { "draining" } else { "busy" };
-            shared.tally.word(Words::Knocks, why);
+        if shared.draining.load(Ordering::Relaxed) {
+            shared.tally.word(Words::Knocks, "draining");
             incoming.refuse();
-        } else if !incoming.remote_address_validated()
-            && in_flight >= shared.limits.retry_from
-            && incoming.may_retry()
-        {
+        } else if must_prove && incoming.may_retry() {
             shared.tally.one(Count::Retries);
             let _ = incoming.retry();
-        } else if let Some(left) = penalty() {
-            tracing::debug!(%address, ?left, "refused after failed authentications");
-            shared.tally.word(Words::Knocks, "penalty");
-            incoming.refuse();
-        } else {
-            let handshake = Handshake::begin(shared.clone());
+        } else if let Ok(handshake) = shared.handshakes.try_take(&tenant) {
             let span = tracing::info_span!("conn", peer = %address, session = Empty, id = Empty);
             // In a box, because the task needs the room only for this moment.
             let entering = Box::pin(let_in(shared.clone(), incoming, handshake));
             shared
                 .tasks
                 .spawn(serve(shared.clone(), entering).instrument(span));
+        } else if !proved && incoming.may_retry() {
+            // Those of its own address may have places left.
+            shared.tally.one(Count::Retries);
+            let _ = incoming.retry();
+        } else {
+            shared.tally.word(Words::Knocks, "busy");
+            incoming.refuse();
         }
     }
 }
 
-/// One handshake in flight, from the first packet to admission or refusal.
-struct Handshake(Arc<Shared>);
-
-impl Handshake {
-    fn begin(shared: Arc<Shared>) -> Self {
-        shared.handshakes.fetch_add(1, Ordering::Relaxed);
-        Self(shared)
+/// Half for the first few of each address, and the other half at most for one: few addresses cannot keep all others out.
+fn handshake_shares(places: usize) -> Shares {
+    let shares = Shares::of(places);
+    match places {
+        0..4 => shares,
+        _ => Shares {
+            each: places / 2,
+            reserve: places / 2,
+            ..shares
+        },
     }
 }
 
-impl Drop for Handshake {
-    fn drop(&mut self) {
-        self.0.handshakes.fetch_sub(1, Ordering::Relaxed);
+/// As many for one address as the limits say, and where these leave some, a quarter for the first of each.
+fn socket_shares(limits: &Limits) -> Shares {
+    let (places, each) = (limits.sockets, limits.sockets_per_address);
+    Shares {
+        each,
+        minimum: 1,
+        reserve: places.saturating_sub(each).min(places / 4),
+        ..Shares::of(places)
     }
 }
 
@@ -631,7 +641,7 @@ struct Entered {
     session: Arc<Session>,
     control: Box<Control>,
     queue: Option<mpsc::Sender<Channel>>,
-    place: Place,
+    place: Seat,
     key: u64,
 }
 
@@ -640,7 +650,7 @@ struct Entered {
 async fn let_in(
     shared: Arc<Shared>,
     incoming: quinn::Incoming,
-    handshake: Handshake,
+    handshake: pool::Place,
 ) -> Option<Entered> {
     let connecting = match shared.accept(incoming) {
         Ok(connecting) => connecting,
@@ -672,10 +682,10 @@ async fn let_in(
         Tally::child(shared.tally.clone()),
         None,
     );
-    let place = match Place::take(&shared, conn.remote_address().ip()) {
+    let place = match Seat::take(&shared, conn.remote_address()) {
         Ok(place) => place,
-        Err(text) => {
-            let reason = CloseReason::local(CloseCode::SERVER_BUSY, text);
+        Err(full) => {
+            let reason = CloseReason::local(CloseCode::SERVER_BUSY, full.to_string());
             refuse(&shared, &session, reason).await;
             return None;
         }
@@ -686,10 +696,9 @@ async fn let_in(
             never = crate::volatile::discard(&conn) => match never {},
         }
     };
-    let admission = tokio::time::timeout(shared.timeouts.auth, admission).await;
-    let control = match admission {
-        Ok(Ok(Admitted::New(control))) => control,
-        Ok(Ok(Admitted::Back(control, links))) => {
+    let control = match admission.await {
+        Ok(Admitted::New(control)) => control,
+        Ok(Admitted::Back(control, links)) => {
             // From here on the connection is in the hands of the session's own task.
             links.send(Box::new(Link {
                 conn,
@@ -699,13 +708,7 @@ async fn let_in(
             }));
             return None;
         }
-        Ok(Err(reason)) => {
-            refuse(&shared, &session, reason).await;
-            return None;
-        }
-        Err(_) => {
-            let text = format!("not authenticated within {:?}", shared.timeouts.auth);
-            let reason = CloseReason::local(CloseCode::AUTH_TIMEOUT, text);
+        Err(reason) => {
             refuse(&shared, &session, reason).await;
             return None;
         }
@@ -765,8 +768,36 @@ enum Admitted {
     Back(Box<Control>, mpsc::OwnedPermit<Box<Link>>),
 }
 
-/// Reads `$hello`, asks the verifier, grants the windows and sends `$welcome`.
+/// Reads `$hello` and, in the turn of its address, does what it asks for. The time in which the client must have proved
+/// itself stands still while it waits for its turn.
 async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, CloseReason> {
+    let within = shared.timeouts.auth;
+    let late = |_| {
+        let text = format!("not authenticated within {within:?}");
+        CloseReason::local(CloseCode::AUTH_TIMEOUT, text)
+    };
+    let begun = Instant::now();
+    let first = tokio::time::timeout(within, first_message(session));
+    let first = first.await.map_err(late)??;
+    let left = within.saturating_sub(begun.elapsed());
+    // Who was in before need not wait for what others of its address do, but comes no faster than they may.
+    if !shared.was_in(&first.hello) {
+        let address = session.conn().remote_address().ip();
+        let turn = shared.guard.turn(address, &session.tally).await;
+        turn.map_err(|slow| CloseReason::local(CloseCode::SERVER_BUSY, slow.to_string()))?;
+    }
+    let entered = tokio::time::timeout(left, enter(shared, session, first));
+    entered.await.map_err(late)?
+}
+
+/// The control stream of a connection and the `$hello` on it.
+struct First {
+    send: quinn::SendStream,
+    inbox: Inbox,
+    hello: HelloMessage,
+}
+
+async fn first_message(session: &Arc<Session>) -> Result<First, CloseReason> {
     let conn = &session.conn();
     let (send, recv) = conn
         .accept_bi()
@@ -774,19 +805,28 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, Clos
         .map_err(|error| session.reason_for(&error))?;
     let inbox = Inbox::new(recv, PREAUTH_BYTES as usize);
     let first = std::future::poll_fn(|cx| inbox.poll_first(cx, session, &session.counters)).await;
-    let hello = match first {
-        Ok(message) => control::decode_hello(&message)
-            .map_err(|error| CloseReason::local(error.close_code(), error.to_string()))?,
-        Err(Ending::Violation(reason)) => return Err(reason),
-        Err(Ending::Closed(reason)) if conn.close_reason().is_some() => return Err(reason),
+    match first {
+        Ok(message) => match control::decode_hello(&message) {
+            Ok(hello) => Ok(First { send, inbox, hello }),
+            Err(error) => Err(CloseReason::local(error.close_code(), error.to_string())),
+        },
+        Err(Ending::Violation(reason)) => Err(reason),
+        Err(Ending::Closed(reason)) if conn.close_reason().is_some() => Err(reason),
         // The code of a reset is the peer's word, not ours to repeat.
-        Err(Ending::Finished | Ending::Closed(_)) => {
-            return Err(CloseReason::local(
-                CloseCode::TRUNCATED,
-                "the control stream ended before $hello",
-            ));
-        }
-    };
+        Err(Ending::Finished | Ending::Closed(_)) => Err(CloseReason::local(
+            CloseCode::TRUNCATED,
+            "the control stream ended before $hello",
+        )),
+    }
+}
+
+/// Asks the verifier, grants the windows and sends `$welcome`.
+async fn enter(
+    shared: &Shared,
+    session: &Arc<Session>,
+    First { send, inbox, hello }: First,
+) -> Result<Admitted, CloseReason> {
+    let conn = &session.conn();
     let (frame, resume, marks) = (hello.frame, hello.resume.clone(), hello.marks);
     let hello = Hello::new(hello, conn.remote_address());
     let agent = hello.agent().to_owned();
@@ -910,30 +950,17 @@ async fn refuse(shared: &Shared, session: &Session, reason: CloseReason) {
 }
 
 /// A place among the sockets, counted from before authentication so that the caps cannot be overrun.
-struct Place {
+struct Seat {
     shared: Arc<Shared>,
-    source: IpAddr,
+    _place: pool::Place,
 }
 
-impl Place {
-    fn take(shared: &Arc<Shared>, address: IpAddr) -> Result<Self, String> {
-        let source = network(address);
-        let mut sockets = lock(&shared.sockets);
-        if sockets.places >= shared.limits.sockets {
-            return Err(format!("all {} sockets are in use", shared.limits.sockets));
-        }
-        let mine = sockets.by_source.entry(source).or_default();
-        if *mine >= shared.limits.sockets_per_address {
-            return Err(format!(
-                "all {} sockets of one address are in use",
-                shared.limits.sockets_per_address
-            ));
-        }
-        *mine += 1;
-        sockets.places += 1;
+impl Seat {
+    fn take(shared: &Arc<Shared>, address: SocketAddr) -> Result<Self, PoolFull> {
+        let place = shared.places.try_take(&Tenant::address(address.ip()))?;
         Ok(Self {
             shared: shared.clone(),
-            source,
+            _place: place,
         })
     }
 
@@ -962,17 +989,8 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for Seat {
     fn drop(&mut self) {
-        let mut sockets = lock(&self.shared.sockets);
-        sockets.places -= 1;
-        if let Some(mine) = sockets.by_source.get_mut(&self.source) {
-            *mine -= 1;
-            if *mine == 0 {
-                sockets.by_source.remove(&self.source);
-            }
-        }
-        drop(sockets);
         self.shared.socket_ended.notify_waiters();
     }
 }
@@ -1014,6 +1032,23 @@ impl Shared {
             window: grant.window,
             detached: self.detached.clone(),
             most: self.limits.detached_sockets,
+        })
+    }
+
+    /// Whether a client proves that it was in a session that is still here.
+    fn was_in(&self, hello: &HelloMessage) -> bool {
+        let ticket = hello
+            .resume
+            .as_ref()
+            .and_then(|resume| resume.session.as_ref());
+        let session = ticket.and_then(|ticket| {
+            let kept = lock(&self.kept);
+            kept.get(&ticket.session)
+                .map(|kept| (ticket, kept.session.clone()))
+        });
+        session.is_some_and(|(ticket, session)| {
+            let pause = self.timeouts.auth_pause;
+            lock(&session.tickets).made().shown(&ticket.token, pause)
         })
     }
 

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
 use tokio::sync::Notify;
+use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
 use crate::auth::PeerCell;
@@ -126,6 +127,8 @@ pub(crate) struct Tickets {
     current: Option<[u8; 32]>,
     /// The one in the last `$welcome`.
     next: Option<[u8; 32]>,
+    /// When somebody last came with a good one.
+    shown: Option<Instant>,
 }
 
 impl Tickets {
@@ -139,16 +142,31 @@ impl Tickets {
 
     /// Whether this one is good. If so, no other but it and the one issued next is from now on.
     pub(crate) fn redeem(&mut self, ticket: &[u8; 32]) -> bool {
-        use subtle::ConstantTimeEq;
-        let good = [self.current, self.next]
-            .into_iter()
-            .flatten()
-            .any(|known| known.ct_eq(ticket).into());
+        let good = self.is_good(ticket);
         if good {
             self.current = Some(*ticket);
             self.next = None;
         }
         good
+    }
+
+    /// Whether this one is good, and none was shown within `pause`.
+    pub(crate) fn shown(&mut self, ticket: &[u8; 32], pause: Duration) -> bool {
+        let now = Instant::now();
+        let early = self.shown.is_some_and(|shown| now - shown < pause);
+        let good = self.is_good(ticket) && !early;
+        if good {
+            self.shown = Some(now);
+        }
+        good
+    }
+
+    fn is_good(&self, ticket: &[u8; 32]) -> bool {
+        use subtle::ConstantTimeEq;
+        [self.current, self.next]
+            .into_iter()
+            .flatten()
+            .any(|known| known.ct_eq(ticket).into())
     }
 
     /// The client has the next one: the one before is used up.

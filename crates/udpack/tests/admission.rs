@@ -121,7 +121,7 @@ async fn sockets_of_one_address_are_capped_and_other_addresses_are_not() {
             sockets_per_address: 2,
             ..Limits::default()
         };
-        full_at_two(limits.clone(), "all 2 sockets of one address").await;
+        full_at_two(limits.clone(), "2 sockets of this address").await;
         let server = bind(pinging(server().limits(limits))).await;
         let address = server.local_addr().to_string();
         let _first = connect(&server).await;

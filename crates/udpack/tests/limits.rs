@@ -20,9 +20,9 @@ use tokio::time::Instant;
 use udpack::testing::{self, Net};
 use udpack::wire::decode_close;
 use udpack::{
-    Authenticate, Channel, CloseCode, CloseReason, ConnectError, Context, Deny, Fault, Hello,
-    Limits, Metrics, Peer, PresenceMap, Reconnect, RecvError, RequestError, Server, ServerBuilder,
-    Socket, SocketState, Timeouts,
+    Authenticate, Channel, Client, CloseCode, CloseReason, ConnectError, Context, Deny, Fault,
+    Hello, Limits, Metrics, Peer, PresenceMap, Reconnect, RecvError, RequestError, Server,
+    ServerBuilder, Socket, SocketState, Timeouts,
 };
 
 /// What came of passing a bound.
@@ -110,7 +110,7 @@ async fn every_limit_has_its_end_its_words_and_its_counter() {
         frame: frame => "frame_too_large", "frame of 1001 bytes is above the limit: 1000", 1;
         channels: channels => "no channel", "the peer permits no further channel: 2 may be open", 2;
         sockets: sockets => "server_busy", "all 1 sockets are in use", 1;
-        sockets_per_address: sockets_per_address => "server_busy", "all 1 sockets of one address are in use", 1;
+        sockets_per_address: sockets_per_address => "server_busy", "1 sockets of this address are in use", 1;
         handshakes: handshakes => "server_busy", "the server accepts no connection right now", 1;
         retry_from: retry_from => "proved its address", "", 1;
         channel_rate: channel_rate => "rate_limited", "more than 2 channels a second", 1;
@@ -128,7 +128,7 @@ async fn every_limit_has_its_end_its_words_and_its_counter() {
         connection_window: connection_window => "slow_peer", "the peer took nothing off the channel for 10s", 1;
         send_window: send_window => "full", "within the window", 0;
         receive_budget: receive_budget => "slow_peer", "the peer took nothing off the channel for 10s", 1;
-        auth_failures: auth_failures => "server_busy", "the server accepts no connection right now", 1;
+        auth_failures: auth_failures => "auth_failed", "", 1;
         volatile_keys: volatile_keys => "the newest are left", "8 9", 8;
         volatile_bytes: volatile_bytes => "refused", "is above the limit: 1000", 0;
         socket_buffer: socket_buffer => "served", "", 1;
@@ -142,6 +142,7 @@ async fn every_deadline_has_its_end_its_words_and_its_counter() {
         handshake: handshake => "unreachable", "no answer from 10.1.0.1:45456", 0;
         auth: auth => "auth_timeout", "not authenticated within 5s", 1;
         auth_failure: auth_failure => "auth_failed", "", 1;
+        auth_pause: auth_pause => "server_busy", "2 wrong tokens from this address, again in 1 s", 4;
         frame: frame_time => "frame_timeout", "30s", 1;
         slow_peer: stream_window => "slow_peer", "the peer took nothing off the channel for 10s", 1;
         idle: idle => "timed_out", "nothing was heard from the peer in time", 1;
@@ -160,6 +161,8 @@ async fn every_deadline_has_its_end_its_words_and_its_counter() {
             "handshake" => defaults.handshake,
             "auth" => defaults.auth,
             "auth_failure" => defaults.auth_failure,
+            // Four turns, of which the first is counted from the last wrong token.
+            "auth_pause" => defaults.auth_pause * 4 - defaults.auth_failure,
             "frame" => defaults.frame,
             "slow_peer" => defaults.slow_peer,
             // From the last packet of the peer, which the clock of the test does not see.
@@ -776,7 +779,8 @@ async fn send_window() -> Seen {
     Seen::new("full", "within the window", || 0)
 }
 
-async fn auth_failures() -> Seen {
+/// A server that two wrong tokens make slow, and clients of one address: one whose token is wrong, one whose is right.
+async fn guessed() -> (Server, Client, Client) {
     let net = Net::new(0);
     let verifier = |hello: Hello| async move {
         match hello.token() {
@@ -789,27 +793,50 @@ async fn auth_failures() -> Seen {
         ..Limits::default()
     });
     let server = net.bind(server).await.expect("a free address");
+    let builder = net.attach(testing::client(&server));
+    let client = |token| builder.clone().token(token).build().expect("a client");
+    let (wrong, right) = (client("wrong"), client("right"));
     let address = server.local_addr().to_string();
-    let client = net
-        .attach(testing::client(&server).token("wrong"))
-        .build()
-        .expect("a client");
     for _ in 0..2 {
-        let reason = denied(client.connect(&address).await);
+        let reason = denied(wrong.connect(&address).await);
         assert_eq!(reason.code, CloseCode::AUTH_FAILED);
     }
-    let reason = denied(client.connect(&address).await);
-    // Others are not shut out, and the sentence runs down.
-    let other = testing::client(&server).token("right");
-    net.connect(other, &server).await.expect("let in");
+    (server, wrong, right)
+}
+
+async fn auth_failures() -> Seen {
+    let (server, wrong, right) = guessed().await;
+    let address = server.local_addr().to_string();
+    // It waits for its turn, and then it is looked at.
+    let reason = denied(wrong.connect(&address).await);
+    assert_eq!(server.metrics().tokens_slowed, 1);
     tokio::time::sleep(Duration::from_secs(3600)).await;
-    assert_eq!(
-        denied(client.connect(&address).await).code,
-        CloseCode::AUTH_FAILED
-    );
-    Seen::closed(&reason, move || {
-        word(&server.metrics().knocks_refused, "penalty")
-    })
+    right.connect(&address).await.expect("let in");
+    Seen::closed(&reason, move || server.metrics().tokens_slowed)
+}
+
+async fn auth_pause() -> Seen {
+    let (server, wrong, right) = guessed().await;
+    let address = server.local_addr().to_string();
+    let begun = Instant::now();
+    let turns = std::iter::repeat_n(&wrong, 4).chain([&right, &wrong]);
+    let all = futures_util::future::join_all(turns.map(|client| client.connect(&address))).await;
+    let took = begun.elapsed();
+    let (mut let_in, mut full, mut failed) = (0, None, 0);
+    for result in all {
+        match result {
+            Ok(_) => let_in += 1,
+            Err(error) => match denied(Err(error)) {
+                reason if reason.code == CloseCode::AUTH_FAILED => failed += 1,
+                reason => full = Some(reason),
+            },
+        }
+    }
+    assert_eq!(let_in + failed, 4, "as many as may wait");
+    let reason = full.expect("the others are told");
+    let mut seen = Seen::closed(&reason, move || server.metrics().tokens_slowed);
+    seen.took = took;
+    seen
 }
 
 async fn volatile_keys() -> Seen {

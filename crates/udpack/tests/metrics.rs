@@ -139,18 +139,19 @@ async fn refusals_are_counted_by_their_reason() {
         let now = until(&server, |now| now.refused.len() == 2).await;
         let refused = BTreeMap::from([("auth_failed", 1), ("server_busy", 1)]);
         assert_eq!(now.refused, refused);
-        let barred = client(&server).connect(&address).await;
-        assert!(barred.is_err(), "a penalty for guessing");
-        let now = server.metrics();
-        assert_eq!(now.knocks_refused, BTreeMap::from([("penalty", 1)]));
-        assert_eq!(server.refused(), 3);
+        let slowed = client(&server).connect(&address).await;
+        slowed.expect("let in");
+        let now = until(&server, |now| now.sockets == 0).await;
+        assert_eq!(now.tokens_slowed, 1, "for the wrong one before");
+        assert_eq!(now.knocks_refused, BTreeMap::new());
+        assert_eq!(server.refused(), 2);
         let text = now.prometheus();
         for line in [
             "udpack_sockets 0",
-            "udpack_sockets_admitted_total 1",
+            "udpack_sockets_admitted_total 2",
             "udpack_sockets_refused_total{code=\"auth_failed\"} 1",
-            "udpack_handshakes_refused_total{reason=\"penalty\"} 1",
-            "udpack_sockets_closed_total{code=\"normal\",by=\"peer\"} 1",
+            "udpack_tokens_slowed_total 1",
+            "udpack_sockets_closed_total{code=\"normal\",by=\"peer\"} 2",
         ] {
             assert!(text.lines().any(|found| found == line), "{line}\n{text}");
         }

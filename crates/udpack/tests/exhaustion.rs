@@ -1,0 +1,266 @@
+//! One peer takes all it can get of something, and another one beside it connects and is answered.
+//!
+//! `docs/RESOURCES.md` lists what a peer can use up; each row of [`hogs`] takes one of these to its bound.
+
+#[allow(dead_code, reason = "this binary uses its own part")]
+#[path = "hostile/bare.rs"]
+mod bare;
+mod common;
+
+use std::any::Any;
+use std::future::Future;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bare::Bare;
+use tokio::net::UdpSocket;
+use udpack::testing::{self, Net};
+use udpack::{
+    ClientBuilder, CloseCode, ConnectError, Deny, Hello, Limits, Peer, Reconnect, Server, Socket,
+};
+
+/// A server and the network around it, and a client that was there before.
+struct Site {
+    net: Net,
+    server: Server,
+    early: Socket,
+}
+
+impl Site {
+    async fn new(limits: Limits) -> Self {
+        let net = Net::new(0);
+        let verifier = |hello: Hello| async move {
+            match hello.token() {
+                "wrong" => Err(Deny::auth_failed()),
+                name => Ok(Peer::new(name)),
+            }
+        };
+        let server = testing::server()
+            .auth(verifier)
+            .limits(limits)
+            .channel("echo", common::echo);
+        let server = net.bind(server).await.expect("an address");
+        let good = testing::client(&server).token("good");
+        let early = net.connect(good, &server).await.expect("let in");
+        Self { net, server, early }
+    }
+
+    /// Somebody whom nobody is beside yet.
+    fn hostile(&self) -> ClientBuilder {
+        self.net.attach(testing::client(&self.server).token("bad"))
+    }
+
+    async fn dial(&self, endpoint: &quinn::Endpoint) -> Result<Bare, quinn::ConnectionError> {
+        let config = bare::quic(bare::tls(&[b"udpack/1"]), 64 << 10);
+        Bare::dial(endpoint, self.server.local_addr(), config).await
+    }
+
+    /// Who was there is answered, and who comes now is let in and answered.
+    async fn others_live(&self, what: &str) {
+        let good = testing::client(&self.server).token("good");
+        let late = self.net.connect(good, &self.server).await;
+        let late = late.unwrap_or_else(|error| panic!("{what}: a newcomer: {error}"));
+        for (who, socket) in [("who was there", &self.early), ("a newcomer", &late)] {
+            let channel = socket.open("echo").await;
+            let channel = channel.unwrap_or_else(|error| panic!("{what}: {who}: {error}"));
+            let answer = channel.request::<_, u64>("echo", &7).await;
+            let answer = answer.unwrap_or_else(|error| panic!("{what}: {who}: {error}"));
+            assert_eq!(answer, 7, "{what}: {who}");
+        }
+    }
+}
+
+/// What keeps a resource taken while it lives.
+type Held = Box<dyn Any>;
+type Hogging<'a> = Pin<Box<dyn Future<Output = Held> + 'a>>;
+
+/// One resource: its name, the limits that bound it, and how one peer takes all it can get.
+struct Hog {
+    what: &'static str,
+    limits: Limits,
+    take: fn(&Site) -> Hogging<'_>,
+}
+
+/// More sockets for one address than handshakes.
+fn many_sockets(retry_from: usize) -> Limits {
+    Limits {
+        sockets_per_address: 1024,
+        retry_from,
+        ..Limits::default()
+    }
+}
+
+fn hogs() -> Vec<Hog> {
+    let hog = |what, limits, take| Hog { what, limits, take };
+    vec![
+        hog("handshakes", many_sockets(64), |site| {
+            Box::pin(silent(site))
+        }),
+        hog("handshakes of proved addresses", many_sockets(0), |site| {
+            Box::pin(silent(site))
+        }),
+        hog("sockets of an address", Limits::default(), |site| {
+            Box::pin(sockets(site))
+        }),
+        hog("wrong tokens", Limits::default(), |site| {
+            Box::pin(guesses(site))
+        }),
+    ]
+}
+
+#[tokio::test(start_paused = true)]
+async fn nobody_takes_what_others_need() {
+    for Hog { what, limits, take } in hogs() {
+        let site = Site::new(limits).await;
+        let all = async {
+            let held = take(&site).await;
+            site.others_live(what).await;
+            drop(held);
+        };
+        let within = Duration::from_secs(600);
+        let done = tokio::time::timeout(within, all).await;
+        done.unwrap_or_else(|_| panic!("{what}: somebody waits for ever"));
+    }
+}
+
+/// Shakes hands until it is refused, and says nothing then.
+async fn silent(site: &Site) -> Held {
+    let endpoint = site.net.bare().expect("an address");
+    let mut held = Vec::new();
+    while let Ok(bare) = site.dial(&endpoint).await {
+        held.push(bare);
+        assert!(held.len() <= 256, "nobody refuses it");
+    }
+    assert_eq!(site.server.metrics().knocks_refused["busy"], 1);
+    Box::new((endpoint, held))
+}
+
+async fn sockets(site: &Site) -> Held {
+    let client = site.hostile().build().expect("sound");
+    let address = site.server.local_addr().to_string();
+    let mut held = Vec::new();
+    loop {
+        match client.connect(&address).await {
+            Ok(socket) => held.push(socket),
+            Err(ConnectError::Denied(reason)) => {
+                assert_eq!(reason.code, CloseCode::SERVER_BUSY);
+                let text = "64 sockets of this address are in use, its share";
+                assert_eq!(reason.text, text);
+                return Box::new(held);
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+async fn guesses(site: &Site) -> Held {
+    let client = site.hostile().token("wrong").build().expect("sound");
+    let address = site.server.local_addr().to_string();
+    let tries = (0..100).map(|_| client.connect(&address));
+    let tries = futures_util::future::join_all(tries).await;
+    assert!(tries.iter().all(Result::is_err));
+    Box::new(client)
+}
+
+/// Passes on first packets and `Retry`, and nothing else: every handshake begins and none goes on.
+async fn stalling_path(server: SocketAddr) -> SocketAddr {
+    let front = UdpSocket::bind("127.0.0.1:0").await.expect("a port");
+    let back = UdpSocket::bind("127.0.0.1:0").await.expect("a port");
+    let address = front.local_addr().expect("bound");
+    let kind = |packet: &[u8]| (packet[0] & 0x80 != 0).then_some((packet[0] >> 4) & 3);
+    tokio::spawn(async move {
+        let (mut here, mut there) = (vec![0; 65_536], vec![0; 65_536]);
+        let mut client = None;
+        loop {
+            tokio::select! {
+                Ok((len, from)) = front.recv_from(&mut here) => {
+                    client = Some(from);
+                    if kind(&here[..len]) == Some(0) {
+                        let _ = back.send_to(&here[..len], server).await;
+                    }
+                }
+                Ok((len, _)) = back.recv_from(&mut there) => {
+                    if kind(&there[..len]) == Some(3)
+                        && let Some(client) = client
+                    {
+                        let _ = front.send_to(&there[..len], client).await;
+                    }
+                }
+            }
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn stalled_handshakes_of_one_address_keep_no_other_out() {
+    common::bounded(async {
+        let limits = Limits {
+            handshakes: 8,
+            retry_from: 0,
+            ..Limits::default()
+        };
+        let server = common::bind(common::server().limits(limits)).await;
+        let through = stalling_path(server.local_addr()).await;
+        let here = SocketAddr::from(([127, 0, 0, 1], 0));
+        let endpoint = quinn::Endpoint::client(here).expect("an endpoint");
+        let mut stalled = tokio::task::JoinSet::new();
+        // Half of the handshakes, and then none more.
+        while !server.metrics().knocks_refused.contains_key("busy") {
+            let config = bare::quic(bare::tls(&[b"udpack/1"]), 1 << 20);
+            let connecting = endpoint.connect_with(config, through, "any.name");
+            let connecting = connecting.expect("settings");
+            stalled.spawn(async move { drop(connecting.await) });
+            tokio::task::yield_now().await;
+        }
+        for _ in 0..10 {
+            let elsewhere = SocketAddr::from(([127, 0, 0, 2], 0));
+            let client = common::client(&server).local_address(elsewhere);
+            let socket = client.connect(&server.local_addr().to_string()).await;
+            socket.expect("let in");
+        }
+        assert!(!stalled.is_empty());
+    })
+    .await;
+}
+
+/// Who guesses at an address, without an end, holds up nobody of that address who was in before.
+#[tokio::test(start_paused = true)]
+async fn a_session_comes_back_past_those_who_guess_beside_it() {
+    let all = async {
+        let site = Site::new(Limits::default()).await;
+        let builder = site.hostile();
+        let address = site.server.local_addr().to_string();
+        let socket = builder
+            .clone()
+            .token("good")
+            .reconnect(Reconnect::default())
+            .connect(&address)
+            .await
+            .expect("let in");
+        let channel = socket.channel("echo").resumable().open().await;
+        let channel = channel.expect("open");
+        let echoed = channel.request::<_, u64>("echo", &1).await;
+        assert_eq!(echoed.expect("answered"), 1);
+        let client = Arc::new(builder.token("wrong").build().expect("sound"));
+        let mut guessers = tokio::task::JoinSet::new();
+        for _ in 0..8 {
+            let (client, address) = (client.clone(), address.clone());
+            guessers.spawn(async move {
+                loop {
+                    drop(client.connect(&address).await);
+                }
+            });
+        }
+        site.net.cut_client_for(&socket, Duration::from_secs(40));
+        let echoed = channel.request::<_, u64>("echo", &2);
+        let echoed = echoed.timeout(Duration::from_secs(300)).await;
+        assert_eq!(echoed.expect("answered"), 2);
+        assert_eq!(site.server.metrics().resumed, 1);
+        guessers.shutdown().await;
+    };
+    let within = Duration::from_secs(600);
+    tokio::time::timeout(within, all).await.expect("in time");
+}
