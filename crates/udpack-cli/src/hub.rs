@@ -80,8 +80,7 @@ impl Hub {
                     let _ = channel.reply(&message, &data).await;
                 }
                 Err(error) => {
-                    let fault = Fault::new(Fault::BAD_PAYLOAD, error.to_string());
-                    let _ = channel.fault(&message, &fault).await;
+                    let _ = channel.fault(&message, &Fault::from(error)).await;
                 }
             }
         }

@@ -385,7 +385,7 @@ impl Channel {
             .await;
         match queued.map_err(|error| self.send_error(error)) {
             Err(SendError::Encode(error)) => {
-                let fault = Fault::new(Fault::INTERNAL, "the reply could not be encoded");
+                let fault = Fault::unsendable("the reply", &error);
                 self.send_fault(&fault, id).await?;
                 Err(SendError::Encode(error))
             }

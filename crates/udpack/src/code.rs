@@ -5,10 +5,10 @@
 use std::fmt;
 
 use bytes::Bytes;
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
-use crate::message::DecodeError;
+use crate::message::{DecodeError, EncodeError};
 use crate::text::printable_within;
 
 /// Why a socket or a channel was closed, as a number both sides agree on.
@@ -238,6 +238,8 @@ impl Fault {
     pub const CANCELLED: &'static str = "cancelled";
     /// The handler did not answer in time.
     pub const TIMEOUT: &'static str = "timeout";
+    /// The reply, or an item of it, is above the asker's limit for a frame: `{limit, size}` is the data.
+    pub const REPLY_TOO_LARGE: &'static str = "reply_too_large";
 
     /// A fault with a code of the table above or one of the application's own.
     pub fn new(code: impl Into<String>, message: impl Into<String>) -> Self {
@@ -265,6 +267,69 @@ impl Fault {
             .as_deref()
             .map(crate::message::decode_data)
             .transpose()
+    }
+}
+
+impl Fault {
+    /// What serde found wrong, if this is the fault of data that does not decode or encode: "missing field `a`".
+    /// Safe to print.
+    pub fn reason(&self) -> Option<String> {
+        let said = self.data::<Reason<String>>().ok()??;
+        Some(printable_within(&said.reason, REASON))
+    }
+
+    fn because(self, reason: &dyn fmt::Display) -> Self {
+        let reason = printable_within(&reason.to_string(), REASON);
+        self.with_data(&Reason { reason })
+    }
+
+    /// An answer, or a part of it, that cannot be sent.
+    pub(crate) fn unsendable(what: &str, error: &EncodeError) -> Self {
+        match error {
+            EncodeError::TooLarge { size, limit } => {
+                let text = format!("{what} of {size} bytes is above the asker's limit: {limit}");
+                let size = TooLarge {
+                    limit: *limit as u64,
+                    size: *size as u64,
+                };
+                Self::new(Self::REPLY_TOO_LARGE, text).with_data(&size)
+            }
+            error => {
+                let text = format!("{what} could not be encoded");
+                let source = std::error::Error::source(error);
+                Self::new(Self::INTERNAL, text).because(&said(error, source))
+            }
+        }
+    }
+}
+
+/// The words of an error's source, where it has one.
+fn said(error: &dyn fmt::Display, source: Option<&(dyn std::error::Error + 'static)>) -> String {
+    source.map_or_else(|| error.to_string(), ToString::to_string)
+}
+
+/// The most bytes of serde's words.
+const REASON: usize = 256;
+
+#[derive(Serialize, Deserialize)]
+struct Reason<T> {
+    reason: T,
+}
+
+#[derive(Serialize)]
+struct TooLarge {
+    limit: u64,
+    size: u64,
+}
+
+/// Data that is not what the handler takes, and what serde says about it.
+impl From<DecodeError> for Fault {
+    fn from(error: DecodeError) -> Self {
+        let fault = Self::new(Self::BAD_PAYLOAD, error.to_string());
+        match std::error::Error::source(&error) {
+            Some(source) => fault.because(&source),
+            None => fault,
+        }
     }
 }
 

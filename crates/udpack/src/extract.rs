@@ -57,9 +57,7 @@ pub enum ByExtract {}
 
 impl<T: DeserializeOwned + Send> FromMessage<ByData> for T {
     fn from_message(cx: &Context) -> Result<Self, Fault> {
-        cx.message()
-            .data()
-            .map_err(|error| Fault::new(Fault::BAD_PAYLOAD, error.to_string()))
+        cx.message().data().map_err(Fault::from)
     }
 }
 

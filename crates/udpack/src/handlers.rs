@@ -108,7 +108,7 @@ impl Answer {
     pub fn value<T: Serialize + ?Sized>(value: &T) -> Self {
         match message::encode_data(value) {
             Ok(data) => Self(Kind::Value(data)),
-            Err(_) => no_reply().into(),
+            Err(error) => Fault::unsendable("the reply", &error).into(),
         }
     }
 
@@ -605,7 +605,7 @@ async fn request(
     };
     let fault = match outcome {
         Ok(data) => match channel.answer_raw(id, &data).await {
-            Err(SendError::Encode(_)) => Ok(no_reply()),
+            Err(SendError::Encode(error)) => Ok(Fault::unsendable("the reply", &error)),
             sent => Err(sent),
         },
         Err(fault) => Ok(fault),
@@ -696,8 +696,8 @@ async fn stream_out(
             match send_item(channel, Role::Answerer, id, Ok(item?)).await {
                 Ok(true) => {}
                 Ok(false) | Err(RequestError::Closed(_)) => return Ok(false),
-                Err(RequestError::Send(SendError::Encode(_))) => {
-                    return Err(Fault::new(Fault::INTERNAL, "an item could not be encoded"));
+                Err(RequestError::Send(SendError::Encode(error))) => {
+                    return Err(Fault::unsendable("an item", &error));
                 }
                 Err(RequestError::Send(_)) => return Ok(false),
                 Err(error) => return Err(Fault::new(Fault::INTERNAL, error.to_string())),
@@ -720,7 +720,8 @@ fn log(channel: &Channel, message: &Message, fault: &Fault) {
     channel.session().tally.not_handled(&fault.code);
     if let Some(left_out) = channel.session().quiet.line() {
         let event = crate::text::printable_within(message.event(), 128);
-        tracing::warn!(%event, code = %fault.code, left_out, "message not handled: {}", fault.message);
+        let reason = fault.reason().map(tracing::field::display);
+        tracing::warn!(%event, code = %fault.code, reason, left_out, "message not handled: {}", fault.message);
     }
 }
 
@@ -733,10 +734,6 @@ fn after(time: Instant, patience: Duration) -> Instant {
 fn panicked(channel: &Channel) -> Fault {
     channel.session().tally.one(Count::HandlerPanics);
     Fault::new(Fault::INTERNAL, "the handler failed")
-}
-
-fn no_reply() -> Fault {
-    Fault::new(Fault::INTERNAL, "the reply could not be encoded")
 }
 
 fn late(text: &str) -> Fault {

@@ -293,8 +293,7 @@ impl Streaming {
         E: Into<Fault>,
     {
         let encode = |item: T| {
-            message::encode_data(&item)
-                .map_err(|_| Fault::new(Fault::INTERNAL, "an item could not be encoded"))
+            message::encode_data(&item).map_err(|error| Fault::unsendable("an item", &error))
         };
         Self {
             items: Box::pin(items.map(move |item| item.map_err(Into::into).and_then(encode))),

@@ -5,20 +5,25 @@
 //! leaves the buffer as it was, and refuses what the peer would refuse. Which events there are,
 //! and who may send them when, is decided elsewhere.
 
+use std::cell::Cell;
 use std::fmt;
 use std::io;
 use std::str;
 use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
+use rmp_serde::config::{BytesMode, DefaultConfig, HumanReadableConfig};
 use serde::{Deserialize, Serialize};
 
 use crate::code::CloseCode;
 use crate::control::{self, Gap};
 use crate::frame::PREFIX;
+use crate::message::lenient::Lenient;
 use crate::msgpack::{
-    FieldError, Fields, Head, MsgpackError, Reader, Shape, Walk, validate_within,
+    FieldError, Fields, Head, MAX_ELEMENTS, MsgpackError, Reader, Shape, Walk, validate_within,
 };
+
+mod lenient;
 
 /// One received message.
 ///
@@ -289,9 +294,33 @@ impl MessageError {
 
 /// Decodes one validated value, all of it, into the receiver's type.
 pub(crate) fn decode_data<'a, T: Deserialize<'a>>(data: &'a [u8]) -> Result<T, DecodeError> {
-    let mut reader = rmp_serde::Deserializer::from_read_ref(data);
+    match decode_with(data, |reader| T::deserialize(reader)) {
+        Err(DecodeError::Data(error)) => decode_leniently(data).ok_or(DecodeError::Data(error)),
+        decoded => decoded,
+    }
+}
+
+/// Once more, for types that take bytes only as a sequence of numbers.
+#[cold]
+fn decode_leniently<'a, T: Deserialize<'a>>(data: &'a [u8]) -> Option<T> {
+    let left = Cell::new(MAX_ELEMENTS);
+    decode_with(data, |reader| T::deserialize(Lenient::new(reader, &left))).ok()
+}
+
+/// How data is read: types that have two forms take the one for people, as text.
+type DataReader<'a> = rmp_serde::Deserializer<
+    rmp_serde::decode::ReadRefReader<'a, [u8]>,
+    HumanReadableConfig<DefaultConfig>,
+>;
+
+#[inline(always)]
+fn decode_with<'a, T>(
+    data: &'a [u8],
+    decode: impl FnOnce(&mut DataReader<'a>) -> Result<T, rmp_serde::decode::Error>,
+) -> Result<T, DecodeError> {
+    let mut reader = rmp_serde::Deserializer::from_read_ref(data).with_human_readable();
     reader.set_max_depth(SERDE_DEPTH);
-    let data = T::deserialize(&mut reader).map_err(DecodeError::Data)?;
+    let data = decode(&mut reader).map_err(DecodeError::Data)?;
     // The reader does not say where it stands, but it does say that it is at the end.
     match <()>::deserialize(&mut reader) {
         Err(rmp_serde::decode::Error::InvalidMarkerRead(end))
@@ -302,6 +331,24 @@ pub(crate) fn decode_data<'a, T: Deserialize<'a>>(data: &'a [u8]) -> Result<T, D
         _ => Err(DecodeError::Unread),
     }
 }
+
+/// Writes data as [`decode_data`] reads it: structs as maps, types that have two forms in the one for people.
+#[inline]
+fn write_data<T: Serialize + ?Sized>(
+    to: &mut impl io::Write,
+    data: &T,
+    bytes: BytesMode,
+) -> Result<(), rmp_serde::encode::Error> {
+    let mut writer = rmp_serde::Serializer::new(to)
+        .with_struct_map()
+        .with_human_readable()
+        .with_bytes(bytes);
+    data.serialize(&mut writer)
+}
+
+/// How the writer takes a `Vec<u8>` and a slice: as binary. It goes by the first item, and fails on a list that begins
+/// with a byte and is not one of bytes; such data is written once more, [plainly](BytesMode::Normal).
+const BYTES: BytesMode = BytesMode::ForceIterables;
 
 /// Why a name is no name for an event or a channel.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -461,7 +508,10 @@ pub(crate) fn add_deadline(
 pub(crate) fn encode_data<T: Serialize + ?Sized>(data: &T) -> Result<Vec<u8>, EncodeError> {
     // Room for small ones without being moved.
     let mut buf = Vec::with_capacity(128);
-    rmp_serde::encode::write_named(&mut buf, data).map_err(EncodeError::Serialize)?;
+    if write_data(&mut buf, data, BYTES).is_err() {
+        buf.clear();
+        write_data(&mut buf, data, BytesMode::Normal).map_err(EncodeError::Serialize)?;
+    }
     Ok(buf)
 }
 
@@ -666,7 +716,13 @@ impl<'a> Draft<'a> {
 
     #[inline]
     fn data<T: Serialize + ?Sized>(&mut self, data: &T) -> Result<(), EncodeError> {
-        rmp_serde::encode::write_named(self, data).map_err(EncodeError::Serialize)
+        let (len, size) = (self.buf.len(), self.size);
+        if write_data(self, data, BYTES).is_ok() {
+            return Ok(());
+        }
+        self.buf.truncate(len);
+        self.size = size;
+        write_data(self, data, BytesMode::Normal).map_err(EncodeError::Serialize)
     }
 
     #[inline]

@@ -131,6 +131,7 @@ impl Words {
                 Fault::INTERNAL,
                 Fault::CANCELLED,
                 Fault::TIMEOUT,
+                Fault::REPLY_TOO_LARGE,
                 "application",
             ],
             Self::ResumesRefused => &["unknown", "expired", "identity", "off", "other"],

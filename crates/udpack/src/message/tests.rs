@@ -333,7 +333,7 @@ fn limit_counts_the_body_exactly() {
 #[test]
 fn refuses_to_send_what_a_peer_would_refuse() {
     let mut buf = BytesMut::new();
-    let error = encode(&mut buf, "e", &vec![0_u8; 65_536], None, LIMIT).expect_err("too many");
+    let error = encode(&mut buf, "e", &vec![0_u16; 65_536], None, LIMIT).expect_err("too many");
     assert!(matches!(
         error,
         EncodeError::Refused(MsgpackError::TooManyElements)
