@@ -441,7 +441,7 @@ async fn serve_messages(channel: Channel, router: Arc<Router>) -> Result<(), Rec
 }
 
 /// The next message, for a handler, with what is known of it if it is a request.
-async fn next(channel: &Channel) -> Result<Option<(Message, Option<Begun>)>, RecvError> {
+pub(crate) async fn next(channel: &Channel) -> Result<Option<(Message, Option<Begun>)>, RecvError> {
     let inner = &*channel.inner;
     let mut begun = None;
     let next = poll_fn(|cx| {
@@ -465,7 +465,7 @@ async fn read_on(channel: &Channel) -> NoReply {
 }
 
 /// The peer gave a request up and its handler is gone: say so if there is room, for nobody waits for it.
-fn cancelled(channel: &Channel, id: u64) {
+pub(crate) fn cancelled(channel: &Channel, id: u64) {
     let session = channel.session();
     let fault = Fault::new(Fault::CANCELLED, "the request was given up");
     if let Some(frame) = control::encode_fault(&fault, id, session.frame_limit())
@@ -530,9 +530,9 @@ fn job(channel: &Channel, work: BoxFuture<'static, ()>, id: Option<u64>) -> Job 
 }
 
 /// Forgets a request of the peer when its handler is gone.
-struct Answered {
-    channel: Channel,
-    id: u64,
+pub(crate) struct Answered {
+    pub(crate) channel: Channel,
+    pub(crate) id: u64,
 }
 
 impl Drop for Answered {
@@ -736,6 +736,6 @@ fn panicked(channel: &Channel) -> Fault {
     Fault::new(Fault::INTERNAL, "the handler failed")
 }
 
-fn late(text: &str) -> Fault {
+pub(crate) fn late(text: &str) -> Fault {
     Fault::new(Fault::TIMEOUT, text)
 }

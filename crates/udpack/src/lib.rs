@@ -114,6 +114,7 @@
 #![warn(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod asked;
 mod auth;
 mod bells;
 #[cfg(feature = "bench")]
@@ -179,6 +180,7 @@ mod volatile;
 mod windows;
 mod writer;
 
+pub use asked::Asked;
 pub use auth::{Authenticate, Deny, Hello, Peer};
 pub use channel::{Channel, Closed, RecvError, SendError};
 pub use client::{Client, ClientBuilder, ConnectError};
