@@ -128,6 +128,16 @@ pub(crate) struct ServerArgs {
     #[arg(long, value_name = "CMD", env = "UDPACK_HOOK")]
     pub(crate) hook: Option<PathBuf>,
 
+    /// How long that program may take to answer; a file that it has not answered about by then is refused.
+    #[arg(
+        long,
+        value_name = "DURATION",
+        default_value = "10s",
+        env = "UDPACK_HOOK_TIMEOUT",
+        requires = "hook"
+    )]
+    pub(crate) hook_timeout: Span,
+
     /// Serve counters for Prometheus over HTTP at this address, under /metrics; port 0 picks a free one. Anybody
     /// who reaches it can read them.
     #[arg(long, value_name = "ADDR:PORT", env = "UDPACK_METRICS")]

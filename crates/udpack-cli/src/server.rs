@@ -71,7 +71,7 @@ async fn serve(args: &ServerArgs) -> anyhow::Result<()> {
             )
             .hint("name an executable file with --hook")
         })?;
-        receiver = receiver.hook(hook::Program::new(&found));
+        receiver = receiver.hook(hook::Program::new(&found, args.hook_timeout.0));
     }
     let hub = Hub::new();
     let server = Server::builder()
@@ -106,8 +106,10 @@ async fn serve(args: &ServerArgs) -> anyhow::Result<()> {
     let scraped = async {
         match scrapes {
             Some(scrapes) => {
-                let (server, store) = (server.clone(), store.clone());
-                scrapes.serve(move || metrics::text(&server, &store)).await;
+                let (server, receiver) = (server.clone(), receiver.clone());
+                scrapes
+                    .serve(move || metrics::text(&server, &receiver))
+                    .await;
             }
             None => std::future::pending().await,
         }

@@ -79,6 +79,9 @@ fn counters_are_served_over_http_and_nothing_else_is() {
         "udpack_files_stored_total 1",
         "udpack_files_stored_bytes_total 7",
         "udpack_uploads_open 0",
+        "udpack_places_used{pool=\"files\"} 0",
+        "udpack_places_waiting{pool=\"requests\"} 0",
+        "udpack_places_refused_total{pool=\"hooks\"} 0",
     ] {
         assert!(body.lines().any(|found| found == line), "{line}\n{body}");
     }

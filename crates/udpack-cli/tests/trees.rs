@@ -810,6 +810,18 @@ fn a_hook_refuses_renames_and_is_told() {
 }
 
 #[test]
+fn a_hook_that_does_not_answer_in_its_time_refuses() {
+    let dir = workdir();
+    let path = hook(dir.path(), "exec sleep 1000");
+    let server = Server::start_in(workdir(), &["--hook", &path, "--hook-timeout", "1s"]);
+    write(&dir.path().join("file"), b"content");
+    let out = server.client(dir.path(), &["put", "file"]);
+    assert_eq!(out.code, 6, "{out:?}");
+    assert!(out.stderr.contains("hook"), "{out:?}");
+    assert_eq!(names(&server.uploads()), Vec::<String>::new());
+}
+
+#[test]
 fn a_bandwidth_limit_is_kept() {
     let server = Server::start_in(workdir(), &["--allow-read", "--bwlimit", "none:1M"]);
     let dir = workdir();

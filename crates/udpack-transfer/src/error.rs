@@ -131,8 +131,8 @@ impl TransferError {
 fn by_code(code: &str) -> ErrorKind {
     match code {
         "bad_name" | "exists" | "too_large" | "quota" | "forbidden" | "too_many_uploads"
-        | "unsupported" | "busy" | "superseded" | "not_found" | "is_directory" | "not_a_file"
-        | "not_empty" | "refused" => ErrorKind::Policy,
+        | "too_many_requests" | "unsupported" | "busy" | "superseded" | "not_found"
+        | "is_directory" | "not_a_file" | "not_empty" | "refused" => ErrorKind::Policy,
         "size_mismatch" | "hash_mismatch" | "bad_offset" | "source_changed" => ErrorKind::Integrity,
         "no_space" | "io" => ErrorKind::RemoteStorage,
         "upload_stalled" => ErrorKind::Network,

@@ -33,6 +33,7 @@ mod limiter;
 mod link;
 mod outgoing;
 mod path;
+mod places;
 mod progress;
 mod queries;
 mod queue;

@@ -1,13 +1,14 @@
 //! The downloads of one lane: files read from the store and sent, one after the other, in the order asked.
 
 use tokio::sync::mpsc;
-use udpack::{Channel, CloseCode, SendError};
+use udpack::{Channel, CloseCode, SendError, Tenant};
 
 use crate::jobs::{Job, JobEnd};
 use crate::limiter::{Limiter, Pace};
 use crate::path::RelPath;
+use crate::places;
+use crate::receiver::Receiver;
 use crate::source::{Buffers, Opened, Piece};
-use crate::store::Store;
 use crate::wire::{ChunkFields, ErrorFields, FileFields, FinishFields, Hash, Have};
 use crate::worker::{Outcome, Outcomes};
 
@@ -33,15 +34,15 @@ pub(crate) struct Wanted {
 
 /// Sends what is wanted until the queue is closed or the channel takes no more.
 pub(crate) async fn send_files(
-    store: Store,
+    receiver: Receiver,
     channel: Channel,
-    limit: Limiter,
+    tenant: Tenant,
     mut queue: mpsc::Receiver<Wanted>,
     outcomes: Outcomes,
 ) {
     while let Some(wanted) = queue.recv().await {
         let id = wanted.id;
-        let sent = match send(&store, &channel, &limit, wanted).await {
+        let sent = match send(&receiver, &channel, &tenant, wanted).await {
             Err(error @ SendError::Encode(_)) => {
                 tracing::debug!(%error, "a download does not fit the frames of its client");
                 let text = "a message of this download is above the client's limit for frames";
@@ -66,9 +67,9 @@ pub(crate) async fn send_files(
 
 /// Sends one file; the code if it failed.
 async fn send(
-    store: &Store,
+    receiver: &Receiver,
     channel: &Channel,
-    limit: &Limiter,
+    tenant: &Tenant,
     wanted: Wanted,
 ) -> Result<Option<&'static str>, SendError> {
     let Wanted {
@@ -84,8 +85,28 @@ async fn send(
         job.end(JobEnd::Cancelled);
         return refuse(channel, id, "cancelled", "given up by the client", false).await;
     }
+    let limit = &receiver.limit_out;
+    // The thread that reads has it until it is through.
+    let place = tokio::select! {
+        place = tokio::time::timeout(receiver.config.turn, receiver.places.downloads.take(tenant)) => place,
+        () = unwanted.cancelled() => {
+            job.end(JobEnd::Cancelled);
+            return refuse(channel, id, "cancelled", "given up by the client", false).await;
+        }
+    };
+    let place = match place {
+        Ok(Ok(place)) => place,
+        full => {
+            let text = match full {
+                Ok(Err(full)) => places::too_many("downloads", &full),
+                _ => "too many downloads are under way, and none ended in time".to_owned(),
+            };
+            job.end(JobEnd::Failed(places::TOO_MANY));
+            return refuse(channel, id, places::TOO_MANY, &text, true).await;
+        }
+    };
     let opening = {
-        let store = store.clone();
+        let store = receiver.store().clone();
         tokio::task::spawn_blocking(move || store.read(&path).map(Opened::stored))
     };
     let opened = match opening.await {
@@ -119,7 +140,7 @@ async fn send(
     };
     let pace = Pace::new(slower, LANES, channel.frame_limit());
     pace.adapt(&channel.stats());
-    let mut pieces = opened.read(have, pace.clone(), Buffers::default());
+    let mut pieces = opened.read(have, pace.clone(), Buffers::default(), Some(place));
     loop {
         pace.adapt(&channel.stats());
         let piece = tokio::select! {

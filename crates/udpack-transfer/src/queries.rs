@@ -1,11 +1,9 @@
 //! The requests of a lane: what is there, what it hashes to, and its removal.
 
-use std::sync::Arc;
-
 use serde::Serialize;
-use tokio::sync::Semaphore;
-use udpack::{Channel, Fault, FieldError, Message, SendError};
+use udpack::{Channel, Fault, FieldError, Message, SendError, Tenant};
 
+use crate::places::{self, Places};
 use crate::scope::Scope;
 use crate::store::{Entry, Kind, List, Page, Store, StoreError, check_target};
 use crate::wire::Hash;
@@ -17,8 +15,7 @@ const PAGE: u64 = 1_000;
 #[derive(Debug, Clone)]
 pub(crate) struct Queries {
     pub(crate) store: Store,
-    /// Files read for their hash at once, on the whole server.
-    pub(crate) readers: Arc<Semaphore>,
+    pub(crate) places: Places,
 }
 
 /// What is asked.
@@ -68,12 +65,14 @@ impl Query {
 }
 
 impl Queries {
-    /// Answers one request, whatever it is. Cancel safe in that a removal that has begun goes on.
+    /// Answers one request, whatever it is, when this tenant has its turn. Cancel safe in that a removal that has begun
+    /// goes on.
     pub(crate) async fn answer(
         &self,
         channel: &Channel,
         message: &Message,
         scope: &Scope,
+        tenant: &Tenant,
     ) -> Result<(), SendError> {
         if !matches!(message.event(), "stat" | "list" | "remove" | "hash") {
             let fault = Fault::new(Fault::NO_HANDLER, "no such request on a transfer channel");
@@ -87,13 +86,21 @@ impl Queries {
                 return channel.fault(message, &fault).await;
             }
         };
-        let permit = match &query {
-            Query::Hash(_) => self.readers.clone().acquire_owned().await.ok(),
-            _ => None,
+        let pool = match &query {
+            Query::Hash(_) => &self.places.hashes,
+            _ => &self.places.requests,
+        };
+        let place = match pool.take(tenant).await {
+            Ok(place) => place,
+            Err(full) => {
+                let fault = Fault::new(places::TOO_MANY, places::too_many("requests", &full));
+                return channel.fault(message, &fault).await;
+            }
         };
         let (store, rights) = (self.store.clone(), scope.clone());
         let found = tokio::task::spawn_blocking(move || {
-            let _permit = permit;
+            // Also when nobody waits for it any more.
+            let _place = place;
             find(&store, &rights, query)
         })
         .await;

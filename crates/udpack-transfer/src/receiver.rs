@@ -5,11 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
-use udpack::{Channel, CloseCode, Peer, RecvError, ServerBuilder};
+use udpack::{Channel, CloseCode, Peer, Pool, RecvError, ServerBuilder};
 
 use crate::hook::Hook;
 use crate::jobs::Jobs;
 use crate::limiter::Limiter;
+use crate::places::{Places, cores};
 use crate::queries::Queries;
 use crate::scope::Scope;
 use crate::serving::Serving;
@@ -25,10 +26,12 @@ pub struct ReceiverConfig {
     pub stall: Duration,
     /// Lanes one socket may have at once. Defaults to 16; further ones are closed with `refused`.
     pub lanes_per_socket: usize,
-    /// Files being received at once, all sockets together. Defaults to 256. A further `file` waits for its
+    /// Files being received at once, all sockets together. Defaults to 256, of which a quarter is kept for tokens that
+    /// have few; so it is with all that clients share here, see [`udpack::Shares::of`]. A further `file` waits for its
     /// turn, and its lane with it.
     pub open_files: usize,
-    /// How long it waits before it is refused with `too_many_uploads`. Defaults to 10 s.
+    /// How long it waits before it is refused with `too_many_uploads`, or a download with `too_many_requests`. Defaults
+    /// to 10 s.
     pub turn: Duration,
     /// A client that sends a resumable file and says nothing for this long may be replaced by another one of the
     /// same token. Defaults to 5 s.
@@ -37,6 +40,16 @@ pub struct ReceiverConfig {
     pub pipeline: usize,
     /// Requests of one lane that are answered at once. Defaults to 32.
     pub requests: usize,
+    /// Requests that are answered at once, all sockets together, hashes not counted. Defaults to twice the processors,
+    /// at least 4.
+    pub requests_in_all: usize,
+    /// Whole files of the server that are read for their hash at once: so many for requests, and as many for uploads that
+    /// ask what is there. Defaults to the processors, at least 4.
+    pub hashes: usize,
+    /// Files that are sent at once, all sockets together; each has a thread. Defaults to 128.
+    pub downloads: usize,
+    /// Uploads about which the [`Hook`] is asked at once. Defaults to 16.
+    pub hooks: usize,
     /// What a client may do whose token says nothing of rights. Defaults to uploading only.
     pub default_scope: Scope,
     /// Nobody may upload or remove, whatever the tokens say. Defaults to no.
@@ -53,6 +66,10 @@ impl Default for ReceiverConfig {
             takeover: Duration::from_secs(5),
             pipeline: 512,
             requests: 32,
+            requests_in_all: 2 * cores(2),
+            hashes: cores(4),
+            downloads: 128,
+            hooks: 16,
             default_scope: Scope::default(),
             read_only: false,
         }
@@ -65,7 +82,7 @@ impl Default for ReceiverConfig {
 pub struct Receiver {
     pub(crate) publisher: Publisher,
     pub(crate) config: Arc<ReceiverConfig>,
-    pub(crate) slots: Arc<Semaphore>,
+    pub(crate) places: Places,
     pub(crate) queries: Queries,
     pub(crate) jobs: Jobs,
     pub(crate) hook: Option<Arc<dyn Hook>>,
@@ -85,17 +102,15 @@ impl fmt::Debug for Receiver {
 impl Receiver {
     /// A receiver over this store.
     pub fn new(store: Store, config: ReceiverConfig) -> Self {
-        let slots = Arc::new(Semaphore::new(
-            config.open_files.clamp(1, Semaphore::MAX_PERMITS),
-        ));
+        let places = Places::new(&config);
         Self {
             queries: Queries {
                 store: store.clone(),
-                readers: Arc::new(Semaphore::new(READERS)),
+                places: places.clone(),
             },
             publisher: Publisher::new(store, Writers::new(config.takeover)),
             config: Arc::new(config),
-            slots,
+            places,
             jobs: Jobs::default(),
             hook: None,
             limit_in: Limiter::unlimited(),
@@ -141,6 +156,11 @@ impl Receiver {
     /// none is left, so that they do not hold up the end.
     pub fn shutting_down(&self) {
         self.jobs.close();
+    }
+
+    /// What the clients share, by a short name for counters: how much of it is taken, who waits, who was refused.
+    pub fn pools(&self) -> impl Iterator<Item = (&'static str, &Pool)> {
+        self.places.all().into_iter()
     }
 
     /// The store that the files go to.
@@ -212,6 +232,3 @@ impl NoScope {
 /// The lanes of one socket.
 #[derive(Clone)]
 struct Lanes(Arc<Semaphore>);
-
-/// Files read for their hash at once.
-const READERS: usize = 4;

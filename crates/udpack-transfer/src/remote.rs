@@ -243,7 +243,7 @@ fn failed(error: RequestError, patience: Duration) -> TransferError {
 fn retry(fault: &Fault) -> bool {
     matches!(
         fault.code.as_str(),
-        "busy" | "no_space" | "quota" | "too_many_uploads"
+        "busy" | "no_space" | "quota" | "too_many_requests" | "too_many_uploads"
     )
 }
 

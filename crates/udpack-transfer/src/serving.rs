@@ -3,15 +3,19 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
+use futures_util::FutureExt as _;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
-use udpack::{Channel, CloseCode, Fault, Message, Peer, RecvError, SendError};
+use udpack::{
+    Asked, Channel, CloseCode, Fault, Message, Peer, Place, RecvError, SendError, Tenant,
+};
 
 use crate::hook::HookOffer;
 use crate::jobs::{Job, JobEnd, JobKind};
@@ -19,6 +23,7 @@ use crate::lane::{Action, Lane, Refusal};
 use crate::limiter::Limiter;
 use crate::outgoing::{self, Wanted};
 use crate::path::RelPath;
+use crate::places::{self, Slot};
 use crate::receiver::{NoScope, Receiver};
 use crate::scope::Scope;
 use crate::store::{IfExists, Published, StoreError, Synced, check_target};
@@ -35,6 +40,10 @@ const TICK: Duration = Duration::from_millis(250);
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// How long a new writer waits for the old one to let go.
 const HANDOVER: Duration = Duration::from_secs(15);
+/// Requests that may wait on one lane beside those that are answered.
+const BACKLOG: usize = 1024;
+/// Bytes of all requests of one lane.
+const BACKLOG_BYTES: usize = 1 << 20;
 /// Downloads that may wait on one lane.
 const GETS: usize = 64;
 /// Downloads that the client may leave unconfirmed.
@@ -61,8 +70,14 @@ pub(crate) struct Serving<'a> {
     /// Downloads: the queue of the task that sends them, and what stops each.
     sending: Option<mpsc::Sender<Wanted>>,
     gets: HashMap<u64, CancellationToken>,
-    /// Requests being answered, and the task that sends; they end with the lane.
-    tasks: JoinSet<()>,
+    /// Whose share of the server's places it takes.
+    tenant: Tenant,
+    /// Requests that wait or are answered, their bytes, and the turns of those that are answered; directories and links
+    /// that are made; and the task that sends. They end with the lane.
+    asked: JoinSet<()>,
+    asked_bytes: Arc<AtomicUsize>,
+    turns: Arc<Semaphore>,
+    making: JoinSet<()>,
     sender: JoinSet<()>,
 }
 
@@ -121,7 +136,7 @@ impl Pending {
 
 /// What an offer leads to.
 enum Start {
-    Begin(Box<Task>, OwnedSemaphorePermit),
+    Begin(Box<Task>, Slot),
     /// It was stored before; the answer got lost.
     Known(Published),
     Refused(&'static str, String, bool),
@@ -148,6 +163,7 @@ impl<'a> Serving<'a> {
             owner: peer.as_ref().map_or("", |peer| peer.id()).into(),
             peer,
             receiver,
+            tenant: places::tenant(&channel),
             channel,
             scope,
             lane: Lane::new(),
@@ -159,7 +175,12 @@ impl<'a> Serving<'a> {
             active: Instant::now(),
             sending: None,
             gets: HashMap::new(),
-            tasks: JoinSet::new(),
+            asked: JoinSet::new(),
+            asked_bytes: Arc::default(),
+            turns: Arc::new(Semaphore::new(
+                receiver.config.requests.clamp(1, Semaphore::MAX_PERMITS),
+            )),
+            making: JoinSet::new(),
             sender: JoinSet::new(),
         }
     }
@@ -169,23 +190,29 @@ impl<'a> Serving<'a> {
         ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut finished = false;
         let result = loop {
-            if finished && self.files.is_empty() && self.gets.is_empty() && self.tasks.is_empty() {
+            if finished && self.files.is_empty() && self.gets.is_empty() && self.asked.is_empty() {
                 break Ok(());
             }
             let reading = !finished
                 && self.pending.is_none()
                 && self.files.len() <= self.receiver.config.pipeline
-                && self.tasks.len() < self.receiver.config.requests;
+                && self.asked.len() < self.receiver.config.requests + BACKLOG
+                && self.asked_bytes.load(Ordering::Relaxed) < BACKLOG_BYTES;
             let told = tokio::select! {
                 biased;
                 _ = ticker.tick(), if !self.files.is_empty() => self.tick().await,
                 Some(outcome) = self.found.recv() => self.outcome(outcome).await,
                 waited = wait(&mut self.pending), if self.pending.is_some() => self.waited(waited).await,
-                Some(_) = self.tasks.join_next() => Ok(()),
+                Some(_) = self.asked.join_next() => Ok(()),
+                Some(_) = self.making.join_next() => Ok(()),
                 // What sends ends before the lane does only when the lane takes nothing any more.
                 Some(_) = self.sender.join_next() => break Ok(()),
-                message = self.channel.recv(), if reading => match message {
-                    Ok(Some(message)) => self.message(message).await,
+                message = self.channel.recv_asked(), if reading => match message {
+                    Ok(Some((message, Some(asked)))) => {
+                        self.asked(message, asked);
+                        Ok(())
+                    }
+                    Ok(Some((message, None))) => self.message(message).await,
                     Ok(None) => {
                         finished = true;
                         self.suspend_open();
@@ -234,20 +261,31 @@ impl<'a> Serving<'a> {
         false
     }
 
-    async fn message(&mut self, message: Message) -> Result<(), SendError> {
-        if message.id().is_some() {
-            if !self.entitled() {
-                return Ok(());
-            }
-            let (queries, channel) = (self.receiver.queries.clone(), self.channel.clone());
-            let scope = self.scope.clone();
-            self.tasks.spawn(async move {
-                if let Err(error) = queries.answer(&channel, &message, &scope).await {
-                    tracing::debug!(%error, "a request was not answered");
-                }
-            });
-            return Ok(());
+    /// Has a request answered, unless it is given up before.
+    fn asked(&mut self, message: Message, asked: Asked) {
+        if !self.entitled() {
+            return;
         }
+        let held = Held::new(&self.asked_bytes, message.len());
+        let (queries, turns) = (self.receiver.queries.clone(), self.turns.clone());
+        let (channel, scope, tenant) = (
+            self.channel.clone(),
+            self.scope.clone(),
+            self.tenant.clone(),
+        );
+        self.asked.spawn(async move {
+            let _held = held;
+            let work = async {
+                let _turn = turns.acquire().await;
+                queries.answer(&channel, &message, &scope, &tenant).await
+            };
+            if let Some(Err(error)) = asked.run(work).await {
+                tracing::debug!(%error, "a request was not answered");
+            }
+        });
+    }
+
+    async fn message(&mut self, message: Message) -> Result<(), SendError> {
         let request = match wire::decode(&message) {
             Ok(Some(request)) => request,
             Ok(None) => {
@@ -280,7 +318,6 @@ impl<'a> Serving<'a> {
                 return Ok(());
             }
         };
-        self.active = Instant::now();
         if let Request::Ack { id, .. } = &request
             && let Some((pulse, _)) = self.files.get(id).and_then(|file| file.writer.as_ref())
         {
@@ -288,6 +325,10 @@ impl<'a> Serving<'a> {
             pulse.beat();
         }
         let action = self.lane.on(&request);
+        if self.lane.open().is_some_and(|open| request.id() == open) {
+            // What is said of anything else keeps no file open.
+            self.active = Instant::now();
+        }
         let asks = matches!(
             action,
             Action::Begin(_) | Action::Put | Action::Dir(_) | Action::Link(_) | Action::Send(_)
@@ -390,8 +431,10 @@ impl<'a> Serving<'a> {
         };
         // Most files need not wait for anything.
         let free = task.whole.is_none() || !self.receiver.limit_in.is_limited();
-        let plain = free && !task.offer.resume && self.receiver.hook.is_none();
-        if plain && let Ok(slot) = self.receiver.slots.clone().try_acquire_owned() {
+        let plain = free && !asks_what_is_there(&task.offer) && self.receiver.hook.is_none();
+        let file = || self.receiver.places.files.take(&self.tenant).now_or_never();
+        if plain && let Some(Ok(file)) = file() {
+            let slot = Slot { file, check: None };
             return match stored_before(&self.receiver.publisher, &mut task) {
                 Some(published) => self.outcome(Outcome::Done { id, published }).await,
                 None => {
@@ -400,12 +443,12 @@ impl<'a> Serving<'a> {
                 }
             };
         }
-        let start = Box::pin(start(self.receiver.clone(), task));
+        let start = Box::pin(start(self.receiver.clone(), task, self.tenant.clone()));
         self.pending = Some(Pending::Start { id, start });
         Ok(())
     }
 
-    fn start(&mut self, task: Task, slot: OwnedSemaphorePermit) {
+    fn start(&mut self, task: Task, slot: Slot) {
         let id = task.offer.id;
         let writer = task
             .writer
@@ -551,7 +594,9 @@ impl<'a> Serving<'a> {
         self.files.insert(id, Tracked::new(true));
         let (store, outcomes) = (self.receiver.store().clone(), self.outcomes.clone());
         let tenant = self.scope.tenant();
-        tokio::task::spawn_blocking(move || {
+        let (steps, share) = (self.receiver.places.steps.clone(), self.tenant.clone());
+        let make = move |place| {
+            let _place: Place = place;
             let _ = outcomes.send(match make(&store, tenant.as_ref()) {
                 Ok((path, same)) => Outcome::Done {
                     id,
@@ -565,6 +610,18 @@ impl<'a> Serving<'a> {
                 },
                 Err(error) => Outcome::failed(id, &error),
             });
+        };
+        let outcomes = self.outcomes.clone();
+        self.making.spawn(async move {
+            match steps.take(&share).await {
+                Ok(place) => drop(tokio::task::spawn_blocking(move || make(place))),
+                Err(full) => drop(outcomes.send(Outcome::Error {
+                    id,
+                    code: "too_many_uploads",
+                    message: places::too_many("uploads", &full),
+                    retry: true,
+                })),
+            }
         });
     }
 
@@ -612,9 +669,9 @@ impl<'a> Serving<'a> {
         let queue = self.sending.get_or_insert_with(|| {
             let (queue, wishes) = mpsc::channel(GETS);
             self.sender.spawn(outgoing::send_files(
-                self.receiver.store().clone(),
+                self.receiver.clone(),
                 self.channel.clone(),
-                self.receiver.limit_out.clone(),
+                self.tenant.clone(),
                 wishes,
                 self.outcomes.clone(),
             ));
@@ -842,8 +899,17 @@ impl<'a> Serving<'a> {
 }
 
 /// All that comes before the disk: the operator's word, the right to write, an outcome known already, a place.
-async fn start(receiver: Receiver, mut task: Task) -> Start {
+async fn start(receiver: Receiver, mut task: Task, tenant: Tenant) -> Start {
+    let places = &receiver.places;
+    let full = |full| {
+        let message = places::too_many("uploads", &full);
+        Start::Refused("too_many_uploads", message, true)
+    };
     if let Some(hook) = &receiver.hook {
+        let _place = match places.hooks.take(&tenant).await {
+            Ok(place) => place,
+            Err(error) => return full(error),
+        };
         let offer = HookOffer {
             path: task.path.as_str().to_owned(),
             size: task.offer.size,
@@ -880,14 +946,43 @@ async fn start(receiver: Receiver, mut task: Task) -> Start {
     if let Some(whole) = &task.whole {
         receiver.limit_in.take(whole.bytes.len() as u64).await;
     }
-    let slot = receiver.slots.clone().acquire_owned();
-    match tokio::time::timeout(receiver.config.turn, slot).await {
-        Ok(Ok(slot)) => Start::Begin(Box::new(task), slot),
-        _ => {
+    let file = match tokio::time::timeout(receiver.config.turn, places.files.take(&tenant)).await {
+        Ok(Ok(file)) => file,
+        Ok(Err(error)) => return full(error),
+        Err(_) => {
             let limit = receiver.config.open_files;
             let message = format!("too many uploads: {limit} are open and none ended in time");
-            Start::Refused("too_many_uploads", message, true)
+            return Start::Refused("too_many_uploads", message, true);
         }
+    };
+    let check = match asks_what_is_there(&task.offer) {
+        true => match places.checks.take(&tenant).await {
+            Ok(check) => Some(check),
+            Err(error) => return full(error),
+        },
+        false => None,
+    };
+    Start::Begin(Box::new(task), Slot { file, check })
+}
+
+/// Whether a file that is there may be read as a whole before the first byte of this one comes.
+fn asks_what_is_there(offer: &Offer) -> bool {
+    offer.resume || offer.if_exists == IfExists::Skip
+}
+
+/// Bytes that are counted for as long as this lives.
+struct Held(Arc<AtomicUsize>, usize);
+
+impl Held {
+    fn new(count: &Arc<AtomicUsize>, bytes: usize) -> Self {
+        count.fetch_add(bytes, Ordering::Relaxed);
+        Self(count.clone(), bytes)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.fetch_sub(self.1, Ordering::Relaxed);
     }
 }
 

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 use rustix::fs::OFlags;
 use tokio::sync::mpsc;
+use udpack::Place;
 
 use crate::error::TransferError;
 use crate::limiter::Pace;
@@ -275,13 +276,20 @@ impl Opened {
     }
 
     /// Reads on the blocking pool, hashing on the way, at most a few chunks ahead of whoever takes them.
-    /// Dropping the receiver ends it.
+    /// Dropping the receiver ends it. It holds the place for as long as it has the thread.
     ///
     /// Ranges of `have` that are equal here are passed over. Everything is read once, but for ranges that
     /// differ: these are read again to be sent, and then only those bytes count.
-    pub(crate) fn read(self, have: Have, pace: Pace, buffers: Buffers) -> mpsc::Receiver<Piece> {
+    pub(crate) fn read(
+        self,
+        have: Have,
+        pace: Pace,
+        buffers: Buffers,
+        place: Option<Place>,
+    ) -> mpsc::Receiver<Piece> {
         let (pieces, taken) = mpsc::channel(AHEAD);
         tokio::task::spawn_blocking(move || {
+            let _place = place;
             let mut take = |piece| pieces.blocking_send(piece).is_ok();
             let unwanted = || pieces.is_closed();
             match self.pump(&have, &buffers, &|| pace.chunk(), &mut take, &unwanted) {

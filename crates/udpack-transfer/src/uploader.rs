@@ -760,7 +760,7 @@ impl Lane<'_> {
             self.flight.with(id, |sent| sent.untouched = true);
         }
         pace.adapt(&self.channel.stats());
-        let mut pieces = opened.read(have, pace.clone(), self.shared.buffers.clone());
+        let mut pieces = opened.read(have, pace.clone(), self.shared.buffers.clone(), None);
         let (mut skipped, mut told) = (0, known == 0);
         loop {
             pace.adapt(&self.channel.stats());

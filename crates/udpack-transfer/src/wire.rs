@@ -63,6 +63,24 @@ pub enum Request {
     },
 }
 
+impl Request {
+    /// The number it is about.
+    pub fn id(&self) -> u64 {
+        match self {
+            Self::File(offer) => offer.id,
+            Self::Put(put) => put.offer.id,
+            Self::Dir(offer) => offer.id,
+            Self::Link(offer) => offer.id,
+            Self::Get(wish) => wish.id,
+            Self::Finish(finish) => finish.id,
+            Self::Chunk { id, .. }
+            | Self::Cancel { id, .. }
+            | Self::Done { id }
+            | Self::Ack { id, .. } => *id,
+        }
+    }
+}
+
 /// A `file` message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Offer {

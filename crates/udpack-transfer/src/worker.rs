@@ -13,9 +13,11 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use udpack::Place;
 
 use crate::hook::{Hook, HookStored};
 use crate::path::RelPath;
+use crate::places::Slot;
 use crate::store::{
     Begin, Complete, Existing, IfExists, NewFile, Partial, Published, Store, StoreError, Synced,
     Tenant,
@@ -283,7 +285,8 @@ enum End {
 
 #[derive(Debug)]
 enum Step {
-    Begin,
+    /// With the place that reading what is there takes.
+    Begin(Option<Place>),
     Chunk(Option<u64>, Bytes, OwnedSemaphorePermit),
     /// Some time has passed: a checkpoint may be due.
     Pause,
@@ -297,20 +300,21 @@ impl Incoming {
     pub(crate) fn begin(
         publisher: &Publisher,
         mut task: Task,
-        slot: OwnedSemaphorePermit,
+        slot: Slot,
         outcomes: Outcomes,
         gathered: &mut Gathered,
     ) -> Self {
         let pulse = task.writer.as_ref().map(Writer::pulse);
         let pooled = is_small(&task.offer);
         let whole = task.whole.take();
+        let Slot { file, check } = slot;
         let worker = Worker {
             stage: Stage::New,
             task,
             publisher: publisher.clone(),
             outcomes,
             since: Instant::now(),
-            _slot: slot,
+            _file: file,
         };
         let shared = Arc::new(Shared {
             pooled,
@@ -329,7 +333,7 @@ impl Incoming {
             pulse,
             finished: whole.is_some(),
         };
-        incoming.push(whole.map_or(Step::Begin, Step::Whole), gathered);
+        incoming.push(whole.map_or(Step::Begin(check), Step::Whole), gathered);
         incoming
     }
 
@@ -474,7 +478,8 @@ struct Worker {
     publisher: Publisher,
     outcomes: Outcomes,
     since: Instant,
-    _slot: OwnedSemaphorePermit,
+    /// Its place among the files that are open.
+    _file: Place,
 }
 
 #[derive(Debug)]
@@ -533,7 +538,7 @@ impl Worker {
     fn step(&mut self, step: Step, shared: &Shared) {
         let stage = std::mem::replace(&mut self.stage, Stage::Ended);
         let next = match (step, stage) {
-            (Step::Begin, Stage::New) => self.begin(shared, false),
+            (Step::Begin(_place), Stage::New) => self.begin(shared, false),
             (Step::Chunk(offset, bytes, _room), Stage::Writing(partial)) => {
                 let offset = offset.unwrap_or_else(|| partial.position());
                 write(partial, offset, &bytes, shared).map(|mut partial| {
@@ -553,7 +558,7 @@ impl Worker {
             (Step::Finish(finish), Stage::Writing(partial)) => self.complete(partial, &finish),
             (Step::Finish(finish), Stage::Comparing(comparing)) => self.compare(*comparing, finish),
             // The file has ended; what was on its way is dropped.
-            (Step::Begin | Step::Chunk(..) | Step::Finish(_) | Step::Whole(_), _) => return,
+            (Step::Begin(_) | Step::Chunk(..) | Step::Finish(_) | Step::Whole(_), _) => return,
         };
         match next {
             Ok(stage) => self.stage = stage,

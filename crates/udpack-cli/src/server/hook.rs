@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::process::{Child, Command};
-use tokio::sync::Semaphore;
+use udpack::{Peer, Pool, Shares, Tenant};
 use udpack_transfer::{Accepted, Hook, HookOffer, HookStored};
 
 use crate::output::printable;
@@ -24,10 +24,8 @@ use crate::value::hex;
 pub(super) struct Program {
     path: Arc<Path>,
     limit: Duration,
-    /// Runs of `done` side by side.
-    places: Arc<Semaphore>,
-    /// Runs of `done` that wait for a place.
-    queue: Arc<Semaphore>,
+    /// Runs of `done`, divided by token; those of `accept` are counted by the receiver.
+    places: Pool,
 }
 
 /// One run's environment.
@@ -50,24 +48,28 @@ impl Hook for Program {
     fn done(&self, stored: HookStored) {
         // Wherever the program may go.
         let file = std::path::absolute(&stored.file).unwrap_or(stored.file);
-        self.tell(vec![
+        let tenant = Tenant::peer(&Peer::new(stored.peer.clone()));
+        let variables = vec![
             ("UDPACK_PATH", stored.path.into()),
             ("UDPACK_SIZE", stored.size.to_string().into()),
             ("UDPACK_PEER", stored.peer.into()),
             ("UDPACK_FILE", file.into()),
             ("UDPACK_HASH", hex(&stored.hash).into()),
-        ]);
+        ];
+        self.tell(tenant, variables);
     }
 }
 
 impl Program {
-    /// The program at this path; see [`find`].
-    pub(super) fn new(path: &Path) -> Self {
+    /// The program at this path, see [`find`], which has so long to answer `accept`.
+    pub(super) fn new(path: &Path, limit: Duration) -> Self {
         Self {
             path: path.into(),
-            limit: LIMIT,
-            places: Arc::new(Semaphore::new(SIDE_BY_SIDE)),
-            queue: Arc::new(Semaphore::new(WAITING)),
+            limit,
+            places: Pool::new(
+                "runs of the hook",
+                Shares::of(SIDE_BY_SIDE).with_queue(WAITING),
+            ),
         }
     }
 
@@ -101,17 +103,17 @@ impl Program {
     }
 
     /// Tells of a stored file. Returns at once; a failure is logged, and changes nothing.
-    fn tell(&self, variables: Variables) {
-        let Ok(waiting) = self.queue.clone().try_acquire_owned() else {
-            tracing::warn!(hook = %self.path.display(), "hook is too slow: not told of a file");
-            return;
-        };
+    fn tell(&self, tenant: Tenant, variables: Variables) {
         let program = self.clone();
         tokio::spawn(async move {
-            let Ok(_place) = program.places.acquire().await else {
-                return;
+            let _place = match program.places.take(&tenant).await {
+                Ok(place) => place,
+                Err(full) => {
+                    let hook = program.path.display();
+                    tracing::warn!(%hook, %full, "hook is too slow: not told of a file");
+                    return;
+                }
             };
-            drop(waiting);
             let run = async {
                 let child = program.spawn("done", &variables)?;
                 Ran::of(child).await
@@ -232,14 +234,12 @@ pub(super) fn find(path: &Path) -> io::Result<PathBuf> {
         .ok_or_else(|| io::Error::other("it is in no directory of PATH"))
 }
 
-/// How long `accept` may take: a client waits for it.
-const LIMIT: Duration = Duration::from_secs(10);
 /// How long `done` may take.
 const DONE_LIMIT: Duration = Duration::from_secs(600);
 /// Runs of `done` at once.
 const SIDE_BY_SIDE: usize = 4;
-/// Runs of `done` that may wait; beyond, files are not told of.
-const WAITING: usize = 10_000;
+/// Runs of `done` that may wait, a quarter of them of one token; beyond, files are not told of.
+const WAITING: usize = 40_000;
 /// How long to read on after a program's end.
 const GRACE: Duration = Duration::from_millis(200);
 /// Bytes of a program's first line that are kept.
@@ -259,8 +259,7 @@ mod tests {
 
     async fn ask(text: &str, limit: Duration) -> Accepted {
         let dir = tempfile::tempdir().expect("a directory");
-        let mut program = Program::new(&script(dir.path(), text));
-        program.limit = limit;
+        let program = Program::new(&script(dir.path(), text), limit);
         program.ask(&vec![("UDPACK_PATH", "a $(b)".into())]).await
     }
 
@@ -301,7 +300,7 @@ mod tests {
             ask("exec sleep 1000", Duration::from_millis(50)).await,
             failed
         );
-        let program = Program::new(Path::new("/nonexistent/hook"));
+        let program = Program::new(Path::new("/nonexistent/hook"), Duration::from_secs(30));
         assert_eq!(program.ask(&Vec::new()).await, failed);
     }
 

@@ -16,8 +16,8 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
-use udpack::Server;
-use udpack_transfer::Store;
+use udpack::{Pool, Server};
+use udpack_transfer::Receiver;
 
 use crate::exit::{Failure, Kind};
 
@@ -127,8 +127,9 @@ fn answer(request: &Request<Incoming>, text: &dyn Fn() -> String) -> Response<Fu
     )
 }
 
-/// The counters of the sockets and of the store.
-pub(super) fn text(server: &Server, store: &Store) -> String {
+/// The counters of the sockets, of the store and of what the clients share.
+pub(super) fn text(server: &Server, receiver: &Receiver) -> String {
+    let store = receiver.store();
     let mut text = server.metrics().prometheus();
     let (files, bytes) = store.stored();
     let usage = store.usage();
@@ -161,6 +162,33 @@ pub(super) fn text(server: &Server, store: &Store) -> String {
         text.push_str(&format!(
             "# HELP {name} {help}\n# TYPE {name} {kind}\n{name} {value}\n"
         ));
+    }
+    type Read = fn(&Pool) -> u64;
+    let kinds: [(&str, &str, &str, Read); 3] = [
+        (
+            "udpack_places_used",
+            "gauge",
+            "Places for the work of clients that are taken.",
+            |pool| pool.used() as u64,
+        ),
+        (
+            "udpack_places_waiting",
+            "gauge",
+            "Those who wait for a place.",
+            |pool| pool.waiting() as u64,
+        ),
+        (
+            "udpack_places_refused_total",
+            "counter",
+            "Refusals because there was no place and no room to wait for one.",
+            Pool::refused,
+        ),
+    ];
+    for (name, kind, help, read) in kinds {
+        text.push_str(&format!("# HELP {name} {help}\n# TYPE {name} {kind}\n"));
+        for (pool, places) in receiver.pools() {
+            text.push_str(&format!("{name}{{pool=\"{pool}\"}} {}\n", read(places)));
+        }
     }
     text
 }
