@@ -291,6 +291,43 @@ fn an_empty_standard_input_is_stored_only_where_that_is_allowed() {
 }
 
 #[test]
+#[cfg(target_os = "linux")]
+fn files_that_do_not_tell_their_size_are_stored_whole() {
+    let server = Server::start();
+    let dir = workdir();
+    // By itself, and among many small ones that are sent in batches.
+    for n in 0..40 {
+        write(&dir.path().join(format!("many/{n}")), b"small");
+    }
+    for local in [
+        "/proc/version",
+        "/proc/filesystems",
+        "/sys/kernel/mm/transparent_hugepage/enabled",
+    ] {
+        let Ok(content) = fs::read(local) else {
+            common::skipped(local);
+            continue;
+        };
+        for args in [&["put", local][..], &["put", "many/", local]] {
+            clear(&server);
+            let out = server.client(dir.path(), args);
+            assert_eq!(out.code, 0, "{args:?}: {out:?}");
+            let name = local.rsplit('/').next().expect("a name");
+            let stored = fs::read(server.uploads().join(name)).expect("stored");
+            assert!(stored == content, "{args:?}");
+            let line = format!("{name}  {}  {}\n", content.len(), blake3::hash(&content));
+            assert!(out.stdout.contains(&line), "{args:?}: {out:?}");
+        }
+    }
+    // What cannot be read is named, and not an empty file.
+    let out = server.client(dir.path(), &["put", "/proc/self/mem"]);
+    assert_eq!(out.code, 3, "{out:?}");
+    assert_error(&out.stderr);
+    assert!(out.stderr.contains("/proc/self/mem"), "{out:?}");
+    assert!(fs::metadata(server.uploads().join("mem")).is_err());
+}
+
+#[test]
 fn a_dry_run_lists_refuses_and_counts_what_a_real_one_does() {
     let server = Server::start();
     let dir = workdir();

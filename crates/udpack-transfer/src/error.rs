@@ -36,10 +36,12 @@ pub enum TransferError {
         reason: String,
     },
     /// The local file changed while it was being sent; nothing of it was stored.
-    #[error("file changed while it was being sent: {}", path.display())]
+    #[error("file changed while it was being sent: {}: {change}", path.display())]
     SourceChanged {
         /// The file.
         path: PathBuf,
+        /// What shows it, as a sentence without a capital.
+        change: String,
     },
     /// The server refused the file, or failed to store it.
     #[error("{message}")]
@@ -171,7 +173,10 @@ impl TransferError {
                 path: path.clone(),
                 reason: reason.clone(),
             },
-            Self::SourceChanged { path } => Self::SourceChanged { path: path.clone() },
+            Self::SourceChanged { path, change } => Self::SourceChanged {
+                path: path.clone(),
+                change: change.clone(),
+            },
             Self::Source { path, source } => Self::Source {
                 path: path.clone(),
                 source: source

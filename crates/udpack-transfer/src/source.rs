@@ -2,8 +2,8 @@
 
 use std::fmt;
 use std::fs::{File, Metadata};
-use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::io::{self, IoSliceMut, Read, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -24,6 +24,10 @@ const AHEAD: usize = 4;
 const SPARE: usize = 32;
 /// Bytes read at once where they are only hashed.
 const BLOCK: usize = 1 << 20;
+/// How often a size is asked for again that is another by the time it is looked at.
+const LOOKS: usize = 3;
+/// Bytes of each [`Samples`].
+const SAMPLE: usize = 4096;
 
 /// One thing to upload: bytes from somewhere, a directory or a link, and the name it shall have at the
 /// server. Clones mean the same thing.
@@ -46,7 +50,8 @@ pub(crate) enum Origin {
 }
 
 impl Source {
-    /// A local file. It is opened when its turn comes; it must not change while it is being sent.
+    /// A local file. It is opened when its turn comes. It should not change while it is being sent: what of that can
+    /// be seen fails it. One that has no size, or another than it says, as below `/proc` and `/sys`, is read to its end.
     pub fn file(local: impl Into<PathBuf>, remote: RelPath) -> Self {
         Self::new(remote.as_str(), Origin::File(local.into()))
     }
@@ -143,8 +148,18 @@ impl Source {
         }
     }
 
-    /// Opens it; blocks.
+    /// Opens it, and looks whether a file's size is what it says; blocks.
     pub(crate) fn open(&self) -> Result<Opened, TransferError> {
+        let mut opened = self.open_unseen()?;
+        if let OpenedFrom::File { file, metadata } = &mut opened.from {
+            opened.size = true_size(file, metadata).map_err(|error| self.unreadable(error))?;
+            opened.meta = meta(metadata);
+        }
+        Ok(opened)
+    }
+
+    /// Opens it, and takes a file's word for its size; blocks.
+    fn open_unseen(&self) -> Result<Opened, TransferError> {
         let from = match &self.origin {
             Origin::Memory(bytes) => OpenedFrom::Memory(bytes.clone()),
             Origin::Reader(reader) => OpenedFrom::Reader(reader.clone()),
@@ -180,8 +195,36 @@ impl Source {
             meta,
             from,
             hasher: Box::default(),
+            samples: Samples::default(),
         })
     }
+}
+
+/// The size of a file that has just this many bytes, and of which `metadata` tells; `None` where that is not so, and
+/// only its end will tell.
+fn true_size(file: &File, metadata: &mut Metadata) -> io::Result<Option<u64>> {
+    for _ in 0..LOOKS {
+        let size = metadata.len();
+        let mut byte = [0];
+        // Errors are those of reading it, which tells them.
+        let more = file.read_at(&mut byte, size).unwrap_or(1);
+        let last = match size.checked_sub(1) {
+            // What is larger is no pseudo file, and looking for its end first would cost a disk a seek.
+            Some(last) if size <= CHUNK as u64 => file.read_at(&mut byte, last).unwrap_or(0),
+            _ => 1,
+        };
+        if more == 0 && last == 1 {
+            return Ok(Some(size));
+        }
+        // It may have grown or shrunk between the two looks.
+        let now = file.metadata()?;
+        let moved = now.len() != size;
+        *metadata = now;
+        if !moved {
+            break;
+        }
+    }
+    Ok(None)
 }
 
 /// A reader that is taken once.
@@ -209,6 +252,42 @@ pub(crate) struct Opened {
     from: OpenedFrom,
     /// Over what [`head`](Self::head) gave.
     hasher: Box<blake3::Hasher>,
+    samples: Samples,
+}
+
+/// What was read at a few places of a file, the first one among them: a program that writes through a mapping need not
+/// move the file's times, and is seen only by its bytes.
+#[derive(Debug, Default)]
+struct Samples {
+    /// Blocks that were read.
+    count: u64,
+    taken: Vec<(u64, Box<[u8]>)>,
+}
+
+impl Samples {
+    /// Notes a block that was read at this offset, if it is one of the first or its number a power of two.
+    fn note(&mut self, offset: u64, bytes: &[u8]) {
+        self.count += 1;
+        if self.count.is_power_of_two() {
+            let sample = bytes.get(..SAMPLE).unwrap_or(bytes);
+            self.taken.push((offset, sample.into()));
+        }
+    }
+
+    /// Whether the file has these bytes still.
+    fn hold(&self, file: &File) -> io::Result<bool> {
+        let mut now = [0; SAMPLE];
+        for (offset, bytes) in &self.taken {
+            let room = now.get_mut(..bytes.len()).unwrap_or_default();
+            match file.read_exact_at(room, *offset) {
+                Ok(()) if *room == **bytes => {}
+                Ok(()) => return Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(true)
+    }
 }
 
 #[derive(Debug)]
@@ -249,6 +328,7 @@ impl Opened {
             meta: meta(&metadata),
             from: OpenedFrom::File { file, metadata },
             hasher: Box::default(),
+            samples: Samples::default(),
         })
     }
 
@@ -268,6 +348,9 @@ impl Opened {
                     })?;
                 // Where it has shrunk, the rest will not be found.
                 head.truncate(filled);
+                if !head.is_empty() {
+                    self.samples.note(0, &head);
+                }
                 head.into()
             }
         };
@@ -303,8 +386,9 @@ impl Opened {
         taken
     }
 
-    /// Reads all of it, which is as long as `room`; its hash. Blocks.
-    fn fill(self, room: &mut [u8]) -> Result<[u8; 32], TransferError> {
+    /// Reads all of it, which is as long as `room`; its hash, or `None` where it is longer or shorter, or changed while
+    /// it was read. Blocks.
+    fn fill(self, room: &mut [u8]) -> Result<Option<[u8; 32]>, TransferError> {
         let Self { path, from, .. } = self;
         let failed = |source| TransferError::Source {
             path: path.clone(),
@@ -312,9 +396,9 @@ impl Opened {
         };
         match from {
             OpenedFrom::File { mut file, metadata } => {
-                let filled = read_full(&mut file, room).map_err(failed)?;
-                if filled < room.len() || has_changed(&file, &metadata).map_err(failed)? {
-                    return Err(TransferError::SourceChanged { path });
+                let as_told = read_just(&mut file, room).map_err(failed)?;
+                if !as_told || has_moved(&file, &metadata).map_err(failed)? {
+                    return Ok(None);
                 }
             }
             OpenedFrom::Memory(bytes) if bytes.len() == room.len() => room.copy_from_slice(&bytes),
@@ -322,7 +406,7 @@ impl Opened {
                 return Err(TransferError::NotAFile { path });
             }
         }
-        Ok(*blake3::hash(room).as_bytes())
+        Ok(Some(*blake3::hash(room).as_bytes()))
     }
 
     fn pump(
@@ -338,12 +422,14 @@ impl Opened {
             size,
             from,
             hasher,
+            samples,
             ..
         } = self;
         let mut pump = Pump {
             path: &path,
             at: hasher.count(),
             hasher: *hasher,
+            samples: matches!(from, OpenedFrom::File { .. }).then_some(samples),
             buffers,
             chunk,
             take,
@@ -367,14 +453,17 @@ impl Opened {
                 }
                 pump.send_slice(&bytes, size)?;
             }
+            // Its times and size say nothing of its bytes.
+            (OpenedFrom::File { mut file, .. }, None) => {
+                while pump.send_chunk(&mut file, chunk())? {}
+            }
             (
                 OpenedFrom::File {
                     mut file,
                     metadata: before,
                 },
-                _,
+                Some(size),
             ) => {
-                let size = before.len();
                 for (off, end, theirs) in ranges(have, pump.at, size) {
                     pump.send_to(&mut file, off)?;
                     let hasher = pump.hasher.clone();
@@ -388,9 +477,7 @@ impl Opened {
                     }
                 }
                 pump.send_to(&mut file, size)?;
-                if has_changed(&file, &before).map_err(|error| pump.failed(error))? {
-                    return Err(pump.changed());
-                }
+                pump.settled(&mut file, &before)?;
             }
         }
         let end = Piece::End {
@@ -401,10 +488,17 @@ impl Opened {
     }
 }
 
-/// Whether a file is another one than it was when it was opened.
-fn has_changed(file: &File, before: &Metadata) -> io::Result<bool> {
-    let now = file.metadata()?;
-    Ok(now.len() != before.len() || now.modified().ok() != before.modified().ok())
+/// Whether something was done to a file since it was opened: written to it, or only to what is known about it. A program
+/// that puts the time of modification back does not put back the other one.
+fn has_moved(file: &File, before: &Metadata) -> io::Result<bool> {
+    let stamp = |of: &Metadata| {
+        (
+            (of.dev(), of.ino(), of.len()),
+            (of.mtime(), of.mtime_nsec()),
+            (of.ctime(), of.ctime_nsec()),
+        )
+    };
+    Ok(stamp(&file.metadata()?) != stamp(before))
 }
 
 /// A small file, all of it.
@@ -415,7 +509,8 @@ pub(crate) struct Whole {
     pub(crate) hash: [u8; 32],
 }
 
-/// What each of these holds and the hash of it; `None` for what is larger than `most`, which is at most a chunk.
+/// What each of these holds and the hash of it; `None` for what is larger than `most`, which is at most a chunk, and for
+/// what has another size than it says, or changes meanwhile.
 /// They share memory, which is used again: what is sent a moment later is still in the processor's cache. Blocks.
 pub(crate) fn read_small<'a>(
     sources: impl Iterator<Item = &'a Source>,
@@ -432,7 +527,7 @@ pub(crate) fn read_small<'a>(
     let mut all = Vec::new();
     let mut packs: Vec<Pack> = Vec::new();
     for source in sources {
-        let read = source.open().and_then(|opened| {
+        let read = source.open_unseen().and_then(|opened| {
             let size = match opened.size.map(usize::try_from) {
                 Some(Ok(size)) if size <= most => size,
                 _ => return Ok(None),
@@ -451,7 +546,9 @@ pub(crate) fn read_small<'a>(
             let end = pack.used + size;
             let room = pack.buffer.memory.get_mut(pack.used..end);
             let meta = opened.meta;
-            let hash = opened.fill(room.unwrap_or_default())?;
+            let Some(hash) = opened.fill(room.unwrap_or_default())? else {
+                return Ok(None);
+            };
             pack.used = end;
             pack.files.push((all.len(), end));
             let bytes = Bytes::new();
@@ -553,6 +650,8 @@ struct Pump<'a> {
     /// Over everything up to `at`.
     hasher: blake3::Hasher,
     at: u64,
+    /// Of a file.
+    samples: Option<Samples>,
     buffers: &'a Buffers,
     chunk: &'a dyn Fn() -> usize,
     take: &'a mut dyn FnMut(Piece) -> bool,
@@ -575,10 +674,56 @@ impl Pump<'_> {
         })
     }
 
-    fn changed(&self) -> Stop {
+    fn changed(&self, change: String) -> Stop {
         Stop::Failed(TransferError::SourceChanged {
             path: self.path.to_owned(),
+            change,
         })
+    }
+
+    /// It ends before the size it had when it was opened.
+    fn ended(&self, file: &File) -> Stop {
+        match file.metadata() {
+            Ok(now) if now.len() > self.at => {
+                let (has, at) = (now.len(), self.at);
+                self.changed(format!("it says {has} bytes, and ends soon after {at}"))
+            }
+            Ok(now) => self.changed(format!("only {} bytes are left of it", now.len())),
+            Err(error) => self.failed(error),
+        }
+    }
+
+    /// All of a file was read: whether what was read is one state of it, as far as can be told. Where only its times
+    /// have moved, it is read once more.
+    fn settled(&mut self, file: &mut File, before: &Metadata) -> Result<(), Stop> {
+        let failed = |error| {
+            Stop::Failed(TransferError::Source {
+                path: self.path.to_owned(),
+                source: error,
+            })
+        };
+        let now = file.metadata().map_err(failed)?;
+        if now.len() != before.len() {
+            let (had, has) = (before.len(), now.len());
+            return Err(self.changed(format!("it had {had} bytes and has {has} now")));
+        }
+        let samples = self.samples.take().unwrap_or_default();
+        if !samples.hold(file).map_err(failed)? {
+            return Err(self.changed("its content is another one now".to_owned()));
+        }
+        if !has_moved(file, before).map_err(failed)? {
+            return Ok(());
+        }
+        let read = self.hasher.finalize();
+        let size = std::mem::take(&mut self.at);
+        let hasher = std::mem::take(&mut self.hasher);
+        file.rewind().map_err(failed)?;
+        let again = self.hash(file, 0, size)?;
+        (self.at, self.hasher) = (size, hasher);
+        match again == read {
+            true => Ok(()),
+            false => Err(self.changed("its content is another one now".to_owned())),
+        }
     }
 
     fn give_chunk(&mut self, bytes: Bytes) -> Result<(), Stop> {
@@ -600,7 +745,11 @@ impl Pump<'_> {
         let mut buffer = self.buffers.take(want);
         let filled = read_full(from, buffer.room(want)).map_err(|error| self.failed(error))?;
         if filled > 0 {
-            self.give_chunk(buffer.filled(filled))?;
+            let bytes = buffer.filled(filled);
+            if let Some(samples) = &mut self.samples {
+                samples.note(self.at, &bytes);
+            }
+            self.give_chunk(bytes)?;
         }
         Ok(filled == want)
     }
@@ -610,7 +759,7 @@ impl Pump<'_> {
         while self.at < to {
             let want = least(to - self.at, (self.chunk)());
             if !self.send_chunk(file, want)? {
-                return Err(self.changed());
+                return Err(self.ended(file));
             }
         }
         Ok(())
@@ -638,7 +787,10 @@ impl Pump<'_> {
             buffer.truncate(least(left, BLOCK));
             let filled = read_full(file, &mut buffer).map_err(|error| self.failed(error))?;
             if filled < buffer.len() {
-                return Err(self.changed());
+                return Err(self.ended(file));
+            }
+            if let Some(samples) = &mut self.samples {
+                samples.note(end - left, &buffer);
             }
             self.hasher.update(&buffer);
             if let Some(own) = &mut own {
@@ -681,6 +833,26 @@ fn read_full(from: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
         }
     }
     Ok(filled)
+}
+
+/// Fills the buffer; whether just that many bytes were there.
+fn read_just(from: &mut File, buffer: &mut [u8]) -> io::Result<bool> {
+    let mut filled = 0;
+    let mut beyond = [0];
+    loop {
+        let rest = buffer.get_mut(filled..).unwrap_or_default();
+        let mut room = [IoSliceMut::new(rest), IoSliceMut::new(&mut beyond)];
+        match from.read_vectored(&mut room) {
+            Ok(0) => return Ok(filled == buffer.len()),
+            Ok(count) => filled += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+        if filled >= buffer.len() {
+            // In one read of all there is the next byte was asked for, too.
+            return Ok(filled == buffer.len());
+        }
+    }
 }
 
 /// Time and mode of a local file.
@@ -945,6 +1117,139 @@ mod tests {
             &|| false,
         );
         assert!(matches!(again, Err(Stop::Failed(_))));
+    }
+
+    /// Reads a file to its end, doing this at the first chunk.
+    fn read_while(local: &Path, chunk: usize, act: impl Fn()) -> Result<[u8; 32], String> {
+        let opened = Source::file(local, rel("x")).open().unwrap();
+        let (mut acted, mut end) = (false, None);
+        let mut take = |piece| {
+            if !std::mem::replace(&mut acted, true) {
+                act();
+            }
+            if let Piece::End { hash, .. } = piece {
+                end = Some(hash);
+            }
+            true
+        };
+        let have = Have::new();
+        match opened.pump(&have, &Buffers::default(), &|| chunk, &mut take, &|| false) {
+            Ok(()) => Ok(end.unwrap()),
+            Err(Stop::Failed(TransferError::SourceChanged { change, .. })) => Err(change),
+            Err(Stop::Failed(other)) => panic!("{other}"),
+            Err(Stop::Unwanted) => panic!("it is wanted"),
+        }
+    }
+
+    #[test]
+    fn a_change_is_found_where_its_times_are_put_back_and_a_moved_time_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let local = dir.path().join("x");
+        let bytes = noise(100_000);
+        let write = |at: u64, with: &[u8]| {
+            let file = File::options().write(true).open(&local).unwrap();
+            let before = file.metadata().unwrap().modified().unwrap();
+            file.write_all_at(with, at).unwrap();
+            file.set_modified(before).unwrap();
+        };
+        type Act<'a> = (&'a dyn Fn(), Result<[u8; 32], &'a str>);
+        let touch = || {
+            let file = File::options().write(true).open(&local).unwrap();
+            file.set_modified(std::time::UNIX_EPOCH).unwrap();
+        };
+        let mode = || {
+            let mode = std::fs::Permissions::from_mode(0o640);
+            std::fs::set_permissions(&local, mode).unwrap();
+        };
+        let replace = || {
+            let other = dir.path().join("other");
+            std::fs::write(&other, b"other").unwrap();
+            std::fs::rename(&other, &local).unwrap();
+        };
+        let resize = |size: u64| {
+            let file = File::options().write(true).open(&local).unwrap();
+            file.set_len(size).unwrap();
+        };
+        let whole = hash(&bytes);
+        let cases: [Act<'_>; 8] = [
+            (&|| {}, Ok(whole)),
+            (&touch, Ok(whole)),
+            (&mode, Ok(whole)),
+            // What was opened is read, whatever has its name.
+            (&replace, Ok(whole)),
+            (&|| write(0, b"new"), Err("content")),
+            // No sample lies there.
+            (&|| write(4_097, b"new"), Err("content")),
+            (&|| resize(100_001), Err("had 100000 bytes and has 100001")),
+            (&|| resize(99_999), Err("only 99999 bytes")),
+        ];
+        for (n, (act, expected)) in cases.iter().enumerate() {
+            std::fs::write(&local, &bytes).unwrap();
+            let read = read_while(&local, 10_000, act);
+            match (expected, &read) {
+                (Ok(hash), Ok(read)) => assert_eq!(hash, read, "{n}"),
+                (Err(text), Err(change)) => assert!(change.contains(text), "{n}: {change}"),
+                _ => panic!("{n}: {read:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn samples_show_what_was_written_without_a_trace() {
+        let dir = tempfile::tempdir().unwrap();
+        let local = dir.path().join("x");
+        let bytes = noise(20 * SAMPLE);
+        let mut samples = Samples::default();
+        for (n, block) in bytes.chunks(2 * SAMPLE).enumerate() {
+            samples.note((n * 2 * SAMPLE) as u64, block);
+        }
+        assert_eq!(samples.taken.len(), 4);
+        // The beginning, one in the middle, and what is in none.
+        for (at, seen) in [
+            (0, true),
+            (7, true),
+            (6 * SAMPLE + 1, true),
+            (SAMPLE, false),
+        ] {
+            let mut other = bytes.clone();
+            other[at] ^= 1;
+            std::fs::write(&local, &other).unwrap();
+            let file = File::open(&local).unwrap();
+            assert_eq!(samples.hold(&file).unwrap(), !seen, "{at}");
+        }
+        std::fs::write(&local, &bytes[..SAMPLE]).unwrap();
+        assert!(!samples.hold(&File::open(&local).unwrap()).unwrap());
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn what_does_not_tell_its_size_is_read_to_its_end() {
+        let pseudo = [
+            "/proc/version",
+            "/proc/cpuinfo",
+            "/sys/kernel/mm/transparent_hugepage/enabled",
+        ];
+        for local in pseudo {
+            let Ok(content) = std::fs::read(local) else {
+                continue;
+            };
+            assert!(!content.is_empty());
+            let source = Source::file(local, rel("x"));
+            let small = read_small([&source].into_iter(), CHUNK, &Buffers::default());
+            assert!(matches!(small[..], [Ok(None)]), "{local}: {small:?}");
+            assert_eq!(source.open().unwrap().size, None, "{local}");
+            let (sent, _, _) = run(&source, &Have::new(), 4096);
+            // Some of them differ from one moment to the next, but not in their beginning.
+            assert!(!sent[0].1.is_empty(), "{local}");
+            assert_eq!(sent[0].1[..10], content[..10], "{local}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let local = dir.path().join("x");
+        for len in [0, 1, 4096, 300_000] {
+            std::fs::write(&local, noise(len)).unwrap();
+            let opened = Source::file(&local, rel("x")).open().unwrap();
+            assert_eq!(opened.size, Some(len as u64));
+        }
     }
 
     #[test]

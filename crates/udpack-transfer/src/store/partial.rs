@@ -50,7 +50,7 @@ pub struct Partial {
 pub struct Range {
     /// Where it begins, in bytes from the start of the file.
     pub off: u64,
-    /// Its length in bytes, at most 64 MiB.
+    /// Its length in bytes: at most 64 MiB, and more only of an upload that has more than 256 GiB already.
     pub len: u64,
     /// BLAKE3 of exactly these bytes, read back from the disk.
     pub hash: [u8; 32],
@@ -388,7 +388,7 @@ impl Partial {
         let mut offered = Vec::new();
         let mut total = 0;
         let all: u64 = known.iter().map(|(start, end)| end - start).sum();
-        let most = RANGE.saturating_mul(all.div_ceil(RANGE * RANGES).max(1));
+        let most = longest(all);
         // Goes on with the file's own hash as long as there is no gap.
         let mut whole = (self.position == 0).then(|| self.hasher.clone());
         for (start, end) in known {
@@ -854,6 +854,12 @@ fn read(
     Ok(done)
 }
 
+/// The longest range of an upload that has so many bytes: those of a small one are short, so that one byte that differs
+/// costs little, and those of a large one so long that their number fits into a message.
+fn longest(held: u64) -> u64 {
+    RANGE.saturating_mul(held.div_ceil(RANGE * RANGES).max(1))
+}
+
 /// Longest range whose hash is told by itself: what at most is sent again when one byte of it differs.
 const RANGE: u64 = 64 << 20;
 /// Ranges that an upload without gaps gives at most, half of what a message may hold; beyond, they get longer.
@@ -867,3 +873,25 @@ const BUFFER: u64 = 256 << 10;
 /// What an upload without a declared size reserves ahead, so as not to ask the file system at every
 /// write.
 const SPARE: u64 = 1 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_are_short_up_to_256_gib_and_few_beyond() {
+        let gib = 1 << 30;
+        for (held, expected) in [
+            (0, RANGE),
+            (1, RANGE),
+            (256 * gib, RANGE),
+            (256 * gib + 1, 2 * RANGE),
+            (512 * gib, 2 * RANGE),
+            (1024 * gib, 4 * RANGE),
+            (u64::MAX, (1 << 26) * RANGE),
+        ] {
+            assert_eq!(longest(held), expected, "{held}");
+            assert!(held.div_ceil(longest(held)) <= RANGES, "{held}");
+        }
+    }
+}
