@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Mutex, broadcast};
-use udpack::{Client, CloseReason, ConnectError, GoAway, Outage, Side, Socket};
+use udpack::{Client, CloseReason, ConnectError, GoAway, Outage, Side, Socket, SocketState};
 
 use crate::error::TransferError;
 
@@ -46,7 +46,7 @@ pub struct Link {
 
 #[derive(Debug, Clone)]
 enum Way {
-    /// A socket of the caller's: when it is over, so is the link.
+    /// A socket of the caller's, which may come back by itself: when it is over, so is the link.
     Given(Socket),
     Dial {
         client: Client,
@@ -131,12 +131,7 @@ impl Link {
     /// As for [`socket`](Self::socket).
     pub async fn eager(&self) -> Result<Socket, TransferError> {
         let (client, address) = match &self.way {
-            Way::Given(socket) => {
-                return match socket.close_reason() {
-                    None => Ok(socket.clone()),
-                    Some(reason) => Err(TransferError::Closed(reason)),
-                };
-            }
+            Way::Given(socket) => return self.given(socket).await,
             Way::Dial { client, address } => (client, address),
         };
         let mut state = self.shared.state.lock().await;
@@ -195,6 +190,52 @@ impl Link {
         }
     }
 
+    /// The caller's socket, once it has a connection; one that reconnects is waited for.
+    async fn given(&self, socket: &Socket) -> Result<Socket, TransferError> {
+        let over = || match socket.close_reason() {
+            Some(reason) => Err(TransferError::Closed(reason)),
+            None => Ok(socket.clone()),
+        };
+        let lost = || {
+            matches!(
+                socket.state(),
+                Some(SocketState::Reconnecting { .. } | SocketState::GoingAway(_))
+            )
+        };
+        if !lost() {
+            return over();
+        }
+        // One waits and tells, the others wait for that one.
+        let _state = self.shared.state.lock().await;
+        if !lost() {
+            return over();
+        }
+        let mut states = socket.states();
+        loop {
+            let state = tokio::select! {
+                biased;
+                reason = socket.closed() => return Err(TransferError::Closed(reason)),
+                state = states.next() => state,
+            };
+            match state {
+                Some(SocketState::Reconnecting { attempt, delay, .. }) => {
+                    let _ = self.shared.events.send(LinkEvent::Reconnecting {
+                        attempt,
+                        delay,
+                        reason: "the connection was lost".to_owned(),
+                    });
+                }
+                Some(SocketState::Connected { .. }) => {
+                    let _ = self.shared.events.send(LinkEvent::Connected);
+                    return over();
+                }
+                Some(SocketState::GaveUp(reason)) => return Err(TransferError::Closed(reason)),
+                Some(_) => {}
+                None => return over(),
+            }
+        }
+    }
+
     /// The socket as it is, if it is alive: to close it in good order.
     pub fn live(&self) -> Option<Socket> {
         let socket = match &self.way {
@@ -218,7 +259,11 @@ impl Link {
     /// Whether a lane that ended like this is worth another, on this socket or the next.
     pub(crate) fn mends(&self, error: &TransferError) -> bool {
         let network = matches!(error, TransferError::Closed(_) | TransferError::Silent(_));
-        matches!(self.way, Way::Dial { .. }) && network && error.retry()
+        let comes_back = match &self.way {
+            Way::Dial { .. } => true,
+            Way::Given(socket) => socket.state().is_some() && socket.close_reason().is_none(),
+        };
+        comes_back && network && error.retry()
     }
 
     /// How long to wait before a lane is opened for the `attempt`th time in vain, on a socket that lives.
@@ -240,14 +285,14 @@ impl Link {
 }
 
 impl From<&Socket> for Link {
-    /// A link that never reconnects.
+    /// A link over this socket as long as it lives: it waits for one that reconnects, and never dials itself.
     fn from(socket: &Socket) -> Self {
         Self::over(Way::Given(socket.clone()), None)
     }
 }
 
 impl From<Socket> for Link {
-    /// A link that never reconnects.
+    /// A link over this socket as long as it lives: it waits for one that reconnects, and never dials itself.
     fn from(socket: Socket) -> Self {
         Self::over(Way::Given(socket), None)
     }

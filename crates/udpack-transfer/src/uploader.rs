@@ -60,7 +60,8 @@ pub struct Uploader {
 }
 
 impl Uploader {
-    /// Uploads over this link, or over this socket as long as it lives.
+    /// Uploads over this link, or over this socket as long as it lives: where that one reconnects, the upload goes on
+    /// over its next connection.
     pub fn new(link: impl Into<Link>) -> Self {
         Self {
             link: link.into(),

@@ -15,9 +15,11 @@ use common::{TOKEN, bounded, memory, noise};
 use relay::{Faults, Relay, Way};
 use tempfile::TempDir;
 use tokio::time::Instant;
-use udpack::{Client, Deny, Hello, Identity, Limits, Peer, Server, Timeouts};
+use udpack::{
+    Client, Deny, Hello, Identity, Limits, Peer, Reconnect, Server, Socket, SocketState, Timeouts,
+};
 use udpack_transfer::{
-    Event, Link, Receiver, ReceiverConfig, Source, Store, StoreConfig, Upload, Uploader,
+    Event, Link, Receiver, ReceiverConfig, Remote, Source, Store, StoreConfig, Upload, Uploader,
 };
 
 /// A free port of this machine.
@@ -457,4 +459,76 @@ async fn the_way_may_be_narrower_than_its_first_link_and_change() {
         assert!(seen.undisturbed(), "{seen:?}");
     }
     assert!(relay.tally().large > 0, "{:?}", relay.tally());
+}
+
+/// A socket that reconnects takes its uploads, downloads and questions along.
+#[tokio::test]
+async fn transfers_over_a_socket_go_on_when_it_reconnects() {
+    bounded(async {
+        let site = Site::new(Timeouts {
+            idle: Duration::from_secs(2),
+            keep_alive: Duration::from_millis(500),
+            ..Timeouts::default()
+        });
+        let server = site.serve().await;
+        let way = Way {
+            rate: 4 << 20,
+            ..Way::default()
+        };
+        let relay = Relay::start(server.local_addr(), Faults::both(7, way)).await;
+        let socket = Client::builder()
+            .pin(site.identity.fingerprint())
+            .token(TOKEN)
+            .timeouts(site.timeouts.clone())
+            .limits(Limits {
+                send_window: 1 << 20,
+                ..Limits::default()
+            })
+            .reconnect(Reconnect::default())
+            .connect(&relay.addr())
+            .await
+            .expect("it is let in");
+        let cut = async |socket: &Socket| {
+            let mut states = socket.states();
+            relay.blackhole(true);
+            while !matches!(states.next().await, Some(SocketState::Reconnecting { .. })) {}
+            relay.blackhole(false);
+        };
+        let files = Files::new(7, &[5 * MIB, 5 * MIB, 300_000, 1000, 0]);
+        let mut upload = Uploader::new(&socket).lanes(2).put(files.sources());
+        let seen = files.under_way(&mut upload).await;
+        let (seen, ()) = tokio::join!(files.rest(&mut upload, seen), cut(&socket));
+        site.check(&files);
+        assert!(seen.resumed > 0, "{seen:?}");
+        assert_eq!(socket.close_reason(), None);
+
+        // What is begun afterwards, and what is begun while there is no connection.
+        let files = Files::new(8, &[2 * MIB, 2 * MIB, 1000]);
+        files
+            .arrive(Uploader::new(&socket).put(files.sources()))
+            .await;
+        let files = Files::new(9, &[MIB, 1000]);
+        let begun = async {
+            let mut states = socket.states();
+            while !matches!(states.next().await, Some(SocketState::Reconnecting { .. })) {}
+            files
+                .arrive(Uploader::new(&socket).put(files.sources()))
+                .await
+        };
+        tokio::join!(begun, cut(&socket));
+        site.check(&files);
+
+        let remote = Remote::new(&socket);
+        let path = common::rel("d0/0-1048576.bin");
+        let (entry, ()) = tokio::join!(remote.stat(Some(&path)), cut(&socket));
+        // The answer to a token without the right: it was asked, and has been heard.
+        let refused = entry.expect_err("no right to read").to_string();
+        assert!(refused.contains("no right to read"), "{refused}");
+        server.close(udpack::CloseCode::NORMAL, "").await;
+        let over = Uploader::new(&socket).put(files.sources());
+        let (done, failed) = common::drain(over).await;
+        assert!(done.is_empty(), "{done:?}");
+        assert_eq!(failed.len(), 2, "the socket is over, and says so");
+    })
+    .await;
 }
