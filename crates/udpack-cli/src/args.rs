@@ -607,6 +607,10 @@ pub(crate) struct SendArgs {
     #[arg(long)]
     pub(crate) acked: bool,
 
+    /// Send it as a volatile message: only the newest counts, it may be lost, and nothing is printed.
+    #[arg(long, conflicts_with = "acked")]
+    pub(crate) volatile: bool,
+
     #[command(flatten)]
     pub(crate) ask: AskArgs,
 

@@ -1,7 +1,8 @@
 //! The server's own channels: `events`, where each client hears what the others send, and `ping`.
 //!
 //! A message goes to every other client that can take it now. One that cannot loses it, which is counted and
-//! told: nobody waits for the slowest. History and delivery guarantees are not here.
+//! told: nobody waits for the slowest. Volatile messages of clients that have an `events` channel go the same way.
+//! History and delivery guarantees are not here.
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
@@ -60,17 +61,32 @@ impl Hub {
         let rooms = channel.rooms_handle().context("a server has rooms")?;
         rooms.policy(EVENTS, Overflow::DropNewest)?;
         channel.join(EVENTS)?;
-        while let Some(message) = self.recv(&channel).await? {
-            // Passed on as it came: the server need not understand it.
-            match Encoded::relay(&message) {
-                Ok(relayed) => {
-                    let delivered = send_to_others(&rooms, &channel, &relayed);
-                    let _ = channel.reply(&message, &Delivered { delivered }).await;
+        let messages = async {
+            while let Some(message) = self.recv(&channel).await? {
+                // Passed on as it came: the server need not understand it.
+                match Encoded::relay(&message) {
+                    Ok(relayed) => {
+                        let delivered = send_to_others(&rooms, &channel, &relayed);
+                        let _ = channel.reply(&message, &Delivered { delivered }).await;
+                    }
+                    Err(error) => tracing::debug!(%error, "event not passed on"),
                 }
-                Err(error) => tracing::debug!(%error, "event not passed on"),
             }
+            Ok(())
+        };
+        let (socket, session) = (channel.socket(), channel.session_id());
+        let volatile = async {
+            while let Some(message) = socket.recv_volatile().await {
+                rooms.to(EVENTS).except(&session).relay_volatile(&message);
+            }
+            std::future::pending().await
+        };
+        tokio::select! {
+            // First, so that none is left when the channel ends.
+            biased;
+            never = volatile => never,
+            ended = messages => ended,
         }
-        Ok(())
     }
 
     async fn echo(&self, channel: Channel) -> Result<(), RecvError> {
@@ -178,5 +194,38 @@ mod tests {
         }
         assert!(heard > 0);
         assert!(server.rooms().dropped() > 0, "losses are counted");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn volatile_messages_go_to_all_other_listeners() {
+        let builder = Server::builder()
+            .identity(Identity::generate().expect("a key"))
+            .auth(|_: Hello| async { Ok::<_, Deny>(Peer::new("anybody")) });
+        let server = Hub::new()
+            .attach(builder)
+            .bind("127.0.0.1:0")
+            .await
+            .expect("a port");
+        let (sender, _events) = client(&server, Limits::default()).await;
+        let (first, _events1) = client(&server, Limits::default()).await;
+        let (second, _events2) = client(&server, Limits::default()).await;
+        while server.rooms().members(EVENTS).len() < 3 {
+            tokio::task::yield_now().await;
+        }
+        sender
+            .send_volatile_keyed("cursor", "alice", &(3, 4))
+            .expect("sent");
+        for socket in [first, second] {
+            let taken = tokio::time::timeout(Duration::from_secs(60), socket.recv_volatile());
+            let message = taken.await.expect("in time").expect("a message");
+            assert_eq!((message.event(), message.key()), ("cursor", Some("alice")));
+            assert_eq!(message.data::<(u8, u8)>().expect("a place"), (3, 4));
+        }
+        assert!(
+            tokio::time::timeout(Duration::from_millis(1), sender.recv_volatile())
+                .await
+                .is_err(),
+            "not to its sender"
+        );
     }
 }

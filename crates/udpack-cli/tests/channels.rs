@@ -112,6 +112,24 @@ fn a_listener_whose_connection_is_lost_goes_on_where_it_was() {
 }
 
 #[test]
+fn volatile_messages_reach_those_who_listen() {
+    let server = Server::start();
+    let dir = workdir();
+    let mut listener = listen(dir.path(), &server, &server.url(), &["-c", "3"]);
+    // Too large for a datagram, too: that one has a stream of its own.
+    for data in ["[7,8]".to_owned(), format!("\"{}\"", "x".repeat(5000))] {
+        let args = ["send", "--volatile", "level", &data];
+        let out = server.client(server.dir.path(), &args);
+        assert_eq!((out.code, &*out.stdout), (0, ""), "{out:?}");
+        assert_eq!(
+            listener.line(),
+            format!("{{\"event\":\"level\",\"data\":{data},\"volatile\":true}}")
+        );
+    }
+    assert_eq!(listener.exited().code, 0);
+}
+
+#[test]
 fn pings_and_resumable_requests_outlive_their_connection() {
     let server = Server::start();
     let address = server.value("listening").parse().expect("an address");

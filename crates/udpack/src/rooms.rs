@@ -27,6 +27,7 @@ use crate::overflow::{Overflow, Push, Tag};
 use crate::presence::{Presence, Tracked};
 use crate::session::{Session, SessionId, lock};
 use crate::socket::Socket;
+use crate::volatile::{Ready, Volatile};
 
 /// The name in the gaps of what is sent to all channels.
 const ALL: &str = "*";
@@ -395,6 +396,87 @@ impl<'a> Broadcast<'a> {
             self.directory
                 .dropped
                 .fetch_add(sent.dropped, Ordering::Relaxed);
+        }
+        sent
+    }
+}
+
+/// Volatile messages: to the sockets of the channels.
+impl Broadcast<'_> {
+    /// Sends something of which only the newest counts to the socket of each channel, once however many channels it
+    /// has here; see [`Socket::send_volatile`]. Encoded once, with no wait and no gap: a socket that is slow gets the
+    /// next one.
+    ///
+    /// `Sent` counts sockets, and what gave way to this message there or was too large for a peer.
+    ///
+    /// # Errors
+    /// As [`send`](Self::send).
+    pub fn send_volatile<T: Serialize + ?Sized>(
+        self,
+        event: &str,
+        data: &T,
+    ) -> Result<Sent, EncodeError> {
+        self.send_volatile_encoded(None, &Encoded::new(event, data)?)
+    }
+
+    /// As [`send_volatile`](Self::send_volatile), for several things of one event; see
+    /// [`Socket::send_volatile_keyed`].
+    ///
+    /// # Errors
+    /// As [`send`](Self::send), and when the key is unsound.
+    pub fn send_volatile_keyed<T: Serialize + ?Sized>(
+        self,
+        event: &str,
+        key: &str,
+        data: &T,
+    ) -> Result<Sent, EncodeError> {
+        self.send_volatile_encoded(Some(key), &Encoded::new(event, data)?)
+    }
+
+    /// As [`send_volatile_keyed`](Self::send_volatile_keyed), or without a key as
+    /// [`send_volatile`](Self::send_volatile), with a message that is encoded already.
+    ///
+    /// # Errors
+    /// When the key is unsound.
+    pub fn send_volatile_encoded(
+        self,
+        key: Option<&str>,
+        message: &Encoded,
+    ) -> Result<Sent, EncodeError> {
+        Ok(self.volatile(&Ready::of(message, key)?))
+    }
+
+    /// Sends a volatile message that came from one of them on to the others: event, key and data as they are, without
+    /// decoding and without a copy. Leave its sender out with [`except`](Self::except).
+    pub fn relay_volatile(self, message: &Volatile) -> Sent {
+        // What came can be sent.
+        Ready::relay(message).map_or_else(|_| Sent::default(), |message| self.volatile(&message))
+    }
+
+    fn volatile(self, message: &Ready) -> Sent {
+        let mut sent = Sent::default();
+        let Some(room) = &self.room else {
+            return sent;
+        };
+        let number = self.directory.next();
+        for guest in room.guests().iter() {
+            let session = &guest.session;
+            if self.except.contains(&&*guest.session_id)
+                || session.end.get().is_some()
+                || !session.volatiles.is_first(number)
+            {
+                continue;
+            }
+            match message.send(session) {
+                Ok(dropped) => {
+                    sent.delivered += 1;
+                    sent.dropped += dropped;
+                }
+                Err(_) => {
+                    session.tally.one(Count::VolatileDropped);
+                    sent.dropped += 1;
+                }
+            }
         }
         sent
     }

@@ -12,7 +12,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use quinn::SendDatagramError;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
@@ -22,9 +22,9 @@ use crate::channel::SendError;
 use crate::code::CloseCode;
 use crate::config::{Limits, MIN_FRAME_RATE};
 use crate::frame::PREFIX;
-use crate::message::{self, DecodeError, EncodeError, NameError};
+use crate::message::{self, DecodeError, EncodeError, Encoded, NameError};
 use crate::metrics::Count;
-use crate::msgpack::{Head, MsgpackError, Reader, Shape, Walk, validate_within};
+use crate::msgpack::{Head, MAX_ELEMENTS, MsgpackError, Reader, Shape, Walk, validate_within};
 use crate::session::{LARGE, SMALL, Session, lock};
 use crate::socket::Socket;
 use crate::spare::Spare;
@@ -174,6 +174,16 @@ impl fmt::Debug for Volatile {
     }
 }
 
+impl Encoded {
+    /// A received volatile message to be passed on, as [`relay`](Self::relay) does with others; without its key.
+    ///
+    /// # Errors
+    /// None that is known: what was received can be sent.
+    pub fn relay_volatile(message: &Volatile) -> Result<Self, EncodeError> {
+        Self::from_raw(message.event(), &message.raw())
+    }
+}
+
 /// A string value's text; `None` if it is no string.
 fn text(value: &[u8]) -> Result<Option<&str>, MsgpackError> {
     match Reader::new(value).head()? {
@@ -192,38 +202,130 @@ fn place(event: &str, key: Option<&str>) -> Arc<str> {
     }
 }
 
-fn encode<T: Serialize + ?Sized>(
-    event: &str,
-    key: Option<&str>,
-    data: &T,
-    seq: u64,
-    limit: usize,
-) -> Result<Bytes, EncodeError> {
-    if event.starts_with('$') {
-        return Err(EncodeError::Reserved(event.to_owned()));
+/// A volatile message that can be sent to many sockets: what differs between them is only put behind it.
+pub(crate) struct Ready {
+    /// `[event, data` in the form of any volatile message: its first byte is put anew.
+    front: Bytes,
+    place: Arc<str>,
+}
+
+impl Ready {
+    fn encode<T: Serialize + ?Sized>(
+        event: &str,
+        key: Option<&str>,
+        data: &T,
+        limit: usize,
+    ) -> Result<Self, EncodeError> {
+        if event.starts_with('$') {
+            return Err(EncodeError::Reserved(event.to_owned()));
+        }
+        let mut buf = BytesMut::new();
+        message::encode(&mut buf, event, data, None, limit)?;
+        buf.advance(PREFIX);
+        Self::new(buf.freeze(), event, key)
     }
-    let mut buf = BytesMut::new();
-    // The layout of a request, with the sequence number in the id's place.
-    message::encode(&mut buf, event, data, Some(seq), limit)?;
-    buf.advance(PREFIX);
-    let Some(key) = key else {
-        return Ok(buf.freeze());
-    };
-    message::check_name(key).map_err(EncodeError::Name)?;
-    if let Some(head) = buf.first_mut() {
-        debug_assert_eq!(*head, ARRAY3);
-        *head = ARRAY4;
+
+    /// Of a message that is encoded already.
+    pub(crate) fn of(message: &Encoded, key: Option<&str>) -> Result<Self, EncodeError> {
+        let front = message.bytes().slice(PREFIX..);
+        // What is encoded has an event, and it is text.
+        let event = front.get(1..).map(|rest| Reader::new(rest).head());
+        let event = match event {
+            Some(Ok(Head::Str(event))) => std::str::from_utf8(event).unwrap_or_default(),
+            _ => "",
+        };
+        let place = place(event, key);
+        Self::at(front, place, key)
     }
-    let mut tail = Vec::with_capacity(key.len() + 2);
+
+    /// Of a message that came from somebody, for others: event, data and key as they are, without a copy.
+    pub(crate) fn relay(message: &Volatile) -> Result<Self, EncodeError> {
+        let front = message.body.slice(..message.data.end);
+        Self::at(front, message.place(), message.key())
+    }
+
+    fn new(front: Bytes, event: &str, key: Option<&str>) -> Result<Self, EncodeError> {
+        Self::at(front, place(event, key), key)
+    }
+
+    fn at(front: Bytes, place: Arc<str>, key: Option<&str>) -> Result<Self, EncodeError> {
+        if let Some(key) = key {
+            message::check_name(key).map_err(EncodeError::Name)?;
+        }
+        let ready = Self { front, place };
+        // A short one cannot have too many elements, whatever comes behind.
+        if ready.len(u64::MAX) > MAX_ELEMENTS {
+            let whole = whole(&ready.front, &ready.place, u64::MAX);
+            validate_within(&whole, Shape::default()).map_err(EncodeError::Refused)?;
+        }
+        Ok(ready)
+    }
+
+    /// Its bytes with this number.
+    fn len(&self, seq: u64) -> usize {
+        let key = self
+            .place
+            .split_once('\0')
+            .map_or(0, |(_, key)| key.len() + if key.len() < 32 { 1 } else { 2 });
+        let number = match seq {
+            0..=0x7f => 1,
+            0x80..=0xff => 2,
+            0x100..=0xffff => 3,
+            0x1_0000..=0xffff_ffff => 5,
+            _ => 9,
+        };
+        self.front.len() + number + key
+    }
+
+    fn fits(&self, seq: u64, limit: usize) -> Result<(), EncodeError> {
+        match self.len(seq) {
+            size if size > limit => Err(EncodeError::TooLarge { size, limit }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Queues it for this session; says how many messages were dropped for it, or with it.
+    pub(crate) fn send(&self, session: &Session) -> Result<u64, EncodeError> {
+        let limit = session.frame_limit().min(session.limits.volatile_bytes);
+        let volatiles = &session.volatiles;
+        let seq = volatiles.seq.fetch_add(1, Ordering::Relaxed) + 1;
+        self.fits(seq, limit)?;
+        let dropped = lock(&volatiles.out).made().queue(
+            self.place.clone(),
+            seq,
+            self.front.clone(),
+            &session.limits,
+        );
+        session.tally.add(Count::VolatileDropped, dropped);
+        session.bells.ring(SMALL);
+        Ok(dropped)
+    }
+}
+
+/// What stands behind event and data: the message's number, and the key if it has one.
+fn tail(place: &str, seq: u64) -> Vec<u8> {
+    let key = place.split_once('\0').map(|(_, key)| key);
+    let mut tail = Vec::with_capacity(16 + key.map_or(0, str::len));
     // Writing to a vector cannot fail.
-    let _ = rmp::encode::write_str(&mut tail, key);
-    buf.extend_from_slice(&tail);
-    if buf.len() > limit {
-        let size = buf.len();
-        return Err(EncodeError::TooLarge { size, limit });
+    let _ = rmp::encode::write_uint(&mut tail, seq);
+    if let Some(key) = key {
+        let _ = rmp::encode::write_str(&mut tail, key);
     }
-    validate_within(&buf, Shape::default()).map_err(EncodeError::Refused)?;
-    Ok(buf.freeze())
+    tail
+}
+
+fn head(place: &str) -> u8 {
+    if place.contains('\0') { ARRAY4 } else { ARRAY3 }
+}
+
+/// A message as it travels.
+fn whole(front: &Bytes, place: &str, seq: u64) -> Bytes {
+    let tail = tail(place, seq);
+    let mut body = BytesMut::with_capacity(front.len() + tail.len());
+    body.put_u8(head(place));
+    body.put_slice(front.get(1..).unwrap_or_default());
+    body.put_slice(&tail);
+    body.freeze()
 }
 
 impl Socket {
@@ -271,18 +373,40 @@ impl Socket {
         if session.closing() {
             return Err(SendError::Closed(session.closed_reason()));
         }
-        let volatiles = &session.volatiles;
         let limit = session.frame_limit().min(session.limits.volatile_bytes);
         // Not under the lock: `Serialize` is the application's code.
-        let seq = volatiles.seq.fetch_add(1, Ordering::Relaxed) + 1;
-        let body = encode(event, key, data, seq, limit).map_err(SendError::Encode)?;
-        let dropped =
-            lock(&volatiles.out)
-                .made()
-                .queue(place(event, key), seq, body, &session.limits);
-        session.tally.add(Count::VolatileDropped, dropped);
-        session.bells.ring(SMALL);
-        Ok(())
+        let message = Ready::encode(event, key, data, limit).map_err(SendError::Encode)?;
+        message.send(session).map(drop).map_err(SendError::Encode)
+    }
+
+    /// As [`send_volatile_keyed`](Self::send_volatile_keyed), or without a key as [`send_volatile`](Self::send_volatile),
+    /// with a message that is encoded already.
+    ///
+    /// # Errors
+    /// As [`send_volatile_keyed`](Self::send_volatile_keyed).
+    pub fn send_volatile_encoded(
+        &self,
+        key: Option<&str>,
+        message: &Encoded,
+    ) -> Result<(), SendError> {
+        self.pass_on(Ready::of(message, key))
+    }
+
+    /// Sends a volatile message that came from somebody else on: event, key and data as they are, without decoding.
+    ///
+    /// # Errors
+    /// When the socket is over, or the message exceeds the peer's frame limit or `Limits::volatile_bytes`.
+    pub fn relay_volatile(&self, message: &Volatile) -> Result<(), SendError> {
+        self.pass_on(Ready::relay(message))
+    }
+
+    fn pass_on(&self, message: Result<Ready, EncodeError>) -> Result<(), SendError> {
+        let session = self.session();
+        if session.closing() {
+            return Err(SendError::Closed(session.closed_reason()));
+        }
+        let sent = message.and_then(|message| message.send(session));
+        sent.map(drop).map_err(SendError::Encode)
     }
 
     /// The peer's next volatile message: of those that wait, the one whose event and key have waited longest;
@@ -302,7 +426,10 @@ impl Socket {
             let (first, more) = {
                 let mut waiting = lock(&volatiles.waiting);
                 let latest = waiting.get_mut().map(|waiting| &mut waiting.latest);
-                latest.map_or((None, false), |latest| (latest.pop(), !latest.is_empty()))
+                latest.map_or((None, false), |latest| {
+                    let first = latest.pop().map(|(_, entry)| entry.item);
+                    (first, !latest.is_empty())
+                })
             };
             if more {
                 volatiles.arrived.notify_one();
@@ -323,6 +450,8 @@ impl Socket {
 pub(crate) struct Volatiles {
     /// Volatile messages that were sent so far.
     seq: AtomicU64,
+    /// The last message to many that was queued here.
+    broadcast: AtomicU64,
     out: Mutex<Spare<Out>>,
     waiting: Mutex<Spare<Waiting>>,
     /// Something waits to be taken.
@@ -330,6 +459,11 @@ pub(crate) struct Volatiles {
 }
 
 impl Volatiles {
+    /// Whether this message to many comes here for the first time; a session may have many channels in a room.
+    pub(crate) fn is_first(&self, broadcast: u64) -> bool {
+        self.broadcast.swap(broadcast, Ordering::Relaxed) != broadcast
+    }
+
     /// The small one that has waited longest, with its place and number.
     fn first_small(&self) -> Option<(Arc<str>, u64, Bytes)> {
         let out = lock(&self.out);
@@ -491,10 +625,11 @@ impl<T> Latest<T> {
         Some(entry.item)
     }
 
-    fn pop(&mut self) -> Option<T> {
-        let (_, place) = self.order.first_key_value()?;
-        let place = place.clone();
-        self.remove(&place)
+    fn pop(&mut self) -> Option<(Arc<str>, Entry<T>)> {
+        let (_, place) = self.order.pop_first()?;
+        let entry = self.entries.remove(&place)?;
+        self.bytes -= entry.len;
+        Some((place, entry))
     }
 
     fn first(&self) -> Option<(&Arc<str>, &Entry<T>)> {
@@ -566,11 +701,12 @@ struct Over;
 async fn move_small(session: &Session, conn: &quinn::Connection) -> Result<(), Over> {
     let volatiles = &session.volatiles;
     let mut moved = 0_usize;
-    while let Some((place, seq, body)) = volatiles.first_small() {
+    while let Some((place, seq, front)) = volatiles.first_small() {
         moved = moved.wrapping_add(1);
         if moved.is_multiple_of(TURN) {
             tokio::task::yield_now().await;
         }
+        let body = whole(&front, &place, seq);
         let sent = if conn
             .max_datagram_size()
             .is_some_and(|most| body.len() <= most)
@@ -632,13 +768,18 @@ async fn move_large(session: &Session, conn: &quinn::Connection) -> Result<(), O
         };
         // Only now: until here a newer one could still take its place.
         let first = lock(&volatiles.out).made().large.pop();
-        let Some(body) = first else {
+        let Some((place, entry)) = first else {
             // A stream that carries nothing would be no message.
             session.bells.rung(LARGE).await;
             open = Some(stream);
             continue;
         };
-        match stream.write_chunk(body).await {
+        let mut body = [
+            Bytes::copy_from_slice(&[head(&place)]),
+            entry.item.slice(1..),
+            tail(&place, entry.seq).into(),
+        ];
+        match stream.write_all_chunks(&mut body).await {
             Ok(()) => {
                 // Fails only when the peer has stopped the stream.
                 let _ = stream.finish();

@@ -12,7 +12,10 @@ use bare::{Bare, Value};
 use bytes::Bytes;
 use common::{TOKEN, bind, bounded, client, connect, server};
 use futures_util::FutureExt;
-use udpack::{CloseCode, EncodeError, Limits, SendError, Server, Socket, Timeouts};
+use serde_bytes::ByteBuf;
+use udpack::{
+    Channel, CloseCode, EncodeError, Encoded, Limits, SendError, Server, Socket, Timeouts,
+};
 
 /// Looks again and again until `done`.
 async fn until(mut done: impl FnMut() -> bool) {
@@ -123,7 +126,7 @@ async fn large_ones_take_a_stream_and_the_newest_of_those_that_wait_wins() {
     bounded(async {
         let server = bind(server()).await;
         let (dialled, accepted) = pair(&server).await;
-        let data = |n: u8, len: usize| serde_bytes::ByteBuf::from(vec![n; len]);
+        let data = |n: u8, len: usize| ByteBuf::from(vec![n; len]);
         // The driver has no turn in between: only the last of them is sent.
         for n in 0..50 {
             dialled
@@ -132,10 +135,7 @@ async fn large_ones_take_a_stream_and_the_newest_of_those_that_wait_wins() {
         }
         let message = next(&accepted).await;
         assert_eq!(message.seq(), Some(50));
-        assert_eq!(
-            message.data::<serde_bytes::ByteBuf>().expect("bytes"),
-            data(49, 300_000)
-        );
+        assert_eq!(message.data::<ByteBuf>().expect("bytes"), data(49, 300_000));
         assert_eq!(dialled.metrics().volatile_dropped, 49);
         assert_eq!(dialled.metrics().volatile_sent, 1);
         // One after the other, and small ones beside them.
@@ -151,10 +151,7 @@ async fn large_ones_take_a_stream_and_the_newest_of_those_that_wait_wins() {
             let mut events = [next(&dialled).await, next(&dialled).await];
             events.sort_by(|a, b| a.event().cmp(b.event()));
             assert_eq!(events[0].data::<u8>().expect("a number"), n);
-            assert_eq!(
-                events[1].data::<serde_bytes::ByteBuf>().expect("bytes"),
-                large
-            );
+            assert_eq!(events[1].data::<ByteBuf>().expect("bytes"), large);
         }
         let text = "x".repeat(1200);
         dialled.send_volatile("text", &text).expect("sent");
@@ -381,6 +378,81 @@ async fn a_stream_that_is_too_long_or_never_ends_is_stopped() {
         sound.finish().expect("open");
         assert_eq!(next(&accepted).await.data::<u8>().expect("a number"), 7);
         assert_eq!(accepted.close_reason(), None);
+    })
+    .await;
+}
+
+/// A picture relay: what one client sends goes to all others in the room, not decoded, small or large, once for each socket.
+#[tokio::test]
+async fn a_room_passes_volatile_messages_on_without_decoding() {
+    bounded(async {
+        let server = server().channel("view", |channel: Channel| async move {
+            channel.join("cam").expect("a sound room");
+            channel.send("joined", &()).await.expect("alive");
+            let (socket, session) = (channel.socket(), channel.session_id());
+            let rooms = channel.rooms_handle().expect("a server's");
+            while let Some(message) = socket.recv_volatile().await {
+                let sent = rooms.to("cam").except(&session).relay_volatile(&message);
+                channel
+                    .send("relayed", &sent.delivered)
+                    .await
+                    .expect("alive");
+            }
+        });
+        let server = bind(server).await;
+        let mut clients = Vec::new();
+        for channels in [1, 1, 3] {
+            let socket = connect(&server).await;
+            let mut own = Vec::new();
+            for _ in 0..channels {
+                let channel = socket.open("view").await.expect("a channel");
+                let joined = channel.recv().await.expect("alive").expect("a message");
+                assert_eq!(joined.event(), "joined");
+                own.push(channel);
+            }
+            clients.push((socket, own));
+        }
+        let (sender, own) = &clients[0];
+        for (n, size) in [(1_u64, 100), (2, 100_000)] {
+            let picture = ByteBuf::from(vec![7; size]);
+            let sent = (n, picture);
+            let encoded = Encoded::new("frame", &sent).expect("sound");
+            sender
+                .send_volatile_encoded(Some("left"), &encoded)
+                .expect("sent");
+            let relayed = own[0].recv().await.expect("alive").expect("a message");
+            assert_eq!(relayed.data::<u64>().expect("a number"), 2, "sockets");
+            for (socket, _) in &clients[1..] {
+                let message = next(socket).await;
+                assert_eq!((message.event(), message.key()), ("frame", Some("left")));
+                assert_eq!(message.seq(), Some(n), "the server's own count");
+                assert_eq!(message.data::<(u64, ByteBuf)>().expect("a picture"), sent);
+            }
+        }
+        // From the server, by name and to all; nobody gets it twice.
+        let sent = server.rooms().to("cam").send_volatile("level", &3);
+        assert_eq!(sent.expect("sound").delivered, 3);
+        let sent = server
+            .rooms()
+            .to_channels("view")
+            .send_volatile_keyed("level", "x", &4);
+        assert_eq!(sent.expect("sound").delivered, 3);
+        for (socket, _) in &clients {
+            for level in [3, 4] {
+                assert_eq!(next(socket).await.data::<u8>().expect("a level"), level);
+            }
+            assert!(socket.recv_volatile().now_or_never().is_none());
+        }
+        assert!(server.rooms().to("cam").send_volatile("$gap", &()).is_err());
+        assert_eq!(
+            server
+                .rooms()
+                .to("nobody")
+                .send_volatile("x", &())
+                .expect("sound")
+                .delivered,
+            0
+        );
     })
     .await;
 }

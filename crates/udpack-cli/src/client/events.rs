@@ -9,6 +9,7 @@ use udpack::{Channel, Fault, OpenError, RecvError, Socket, SocketState};
 
 use crate::args::{AskArgs, ChannelArgs, ListenArgs, RequestArgs, Seconds, SendArgs};
 use crate::exit::{Failure, Kind};
+use crate::hub::PING;
 use crate::logging::Console;
 use crate::output;
 use crate::signals::Interrupts;
@@ -20,6 +21,10 @@ use crate::value::{Json, Value};
 struct Line<'a> {
     event: &'a str,
     data: Json<'a>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    volatile: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    key: Option<&'a str>,
 }
 
 /// What becomes of an answer.
@@ -41,10 +46,38 @@ pub(super) async fn send(args: SendArgs, interrupts: Interrupts) -> anyhow::Resu
     };
     let target = asking(&args.connect, &args.ask)?;
     let values = Values::of(&args.json)?;
+    if args.volatile {
+        return send_volatile(&target, args.event, values, args.ask, interrupts).await;
+    }
     ask(
         &target, args.event, values, answer, None, args.ask, interrupts,
     )
     .await
+}
+
+/// Sends each of the values as a volatile message; the channel makes the server's hub pass them on.
+async fn send_volatile(
+    target: &Target,
+    event: String,
+    mut values: Values,
+    args: AskArgs,
+    mut interrupts: Interrupts,
+) -> anyhow::Result<()> {
+    target
+        .run(&mut interrupts, async |socket| {
+            let channel = open(&socket, &args.channel, args.resumable).await?;
+            while let Some(data) = values.next().await? {
+                socket.send_volatile(&event, &data)?;
+            }
+            // They go out ahead of a question, whatever its answer.
+            if let Ok(ping) = socket.open(PING).await {
+                let asked = ping.send_acked("ping", &());
+                let _ = asked.timeout(std::time::Duration::from_secs(5)).await;
+            }
+            finish(&channel).await;
+            Ok(())
+        })
+        .await
 }
 
 pub(super) async fn request(args: RequestArgs, interrupts: Interrupts) -> anyhow::Result<()> {
@@ -225,7 +258,7 @@ pub(super) async fn listen(
                         tell(&format!("listening on {name} at {address}"));
                     }
                     let before = left;
-                    match hear(&channel, &mut left).await {
+                    match hear(&socket, &channel, &mut left).await {
                         Ok(()) => {
                             finish(&channel).await;
                             break;
@@ -249,11 +282,28 @@ pub(super) async fn listen(
         .await
 }
 
-/// Prints the channel's events until it ends, or none are left to be printed.
-async fn hear(channel: &Channel, left: &mut u64) -> anyhow::Result<()> {
-    while *left > 0
-        && let Some(message) = channel.recv().await?
-    {
+/// Prints the channel's events, and the socket's volatile ones, until it ends, or none are left to be printed.
+async fn hear(socket: &Socket, channel: &Channel, left: &mut u64) -> anyhow::Result<()> {
+    while *left > 0 {
+        let message = tokio::select! {
+            Some(message) = socket.recv_volatile() => {
+                *left -= 1;
+                let data: Value = message.data()?;
+                let written = output::json(&Line {
+                    event: message.event(),
+                    data: data.json(),
+                    volatile: true,
+                    key: message.key(),
+                });
+                match written {
+                    Err(error) if output::is_gone(&error) => break,
+                    other => output::unless_gone(other)?,
+                }
+                continue;
+            }
+            message = channel.recv() => message?,
+        };
+        let Some(message) = message else { break };
         let written = if let Some(gap) = message.gap() {
             output::json(&json!({ "gap": { "room": gap.room, "lost": gap.lost } }))
         } else {
@@ -262,6 +312,8 @@ async fn hear(channel: &Channel, left: &mut u64) -> anyhow::Result<()> {
             output::json(&Line {
                 event: message.event(),
                 data: data.json(),
+                volatile: false,
+                key: None,
             })
         };
         match written {

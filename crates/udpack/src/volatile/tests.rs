@@ -1,7 +1,8 @@
 use super::*;
 
 fn body(event: &str, key: Option<&str>, seq: u64) -> Bytes {
-    encode(event, key, &7_u8, seq, 1 << 20).unwrap()
+    let ready = Ready::encode(event, key, &7_u8, 1 << 20).unwrap();
+    whole(&ready.front, &ready.place, seq)
 }
 
 fn limits(keys: usize, bytes: usize) -> Limits {
@@ -61,7 +62,10 @@ fn what_breaks_a_rule_is_refused() {
 
 #[test]
 fn what_the_peer_would_refuse_is_not_sent() {
-    let send = |event, key, limit| encode(event, key, &7_u8, 1, limit).unwrap_err();
+    let send = |event, key, limit| {
+        let ready = Ready::encode(event, key, &7_u8, limit);
+        ready.and_then(|ready| ready.fits(1, limit)).unwrap_err()
+    };
     assert!(matches!(send("$open", None, 100), EncodeError::Reserved(_)));
     assert!(matches!(send("", None, 100), EncodeError::Name(_)));
     assert!(matches!(send("a", Some(""), 100), EncodeError::Name(_)));
@@ -69,6 +73,33 @@ fn what_the_peer_would_refuse_is_not_sent() {
         send("a", Some("key"), 8),
         EncodeError::TooLarge { size: 9, limit: 8 }
     ));
+}
+
+#[test]
+fn what_is_passed_on_keeps_event_data_and_key_and_gets_a_number_of_its_own() {
+    let key = "k".repeat(40);
+    let came = Volatile::decode(body("at", Some(&key), 70_000)).unwrap();
+    let relayed = Ready::relay(&came).unwrap();
+    for seq in [0, 1, 127, 128, 255, 256, 65_535, 65_536, 1 << 32, u64::MAX] {
+        let bytes = whole(&relayed.front, &relayed.place, seq);
+        assert_eq!(bytes, body("at", Some(&key), seq));
+        assert_eq!(bytes.len(), relayed.len(seq));
+    }
+    // Without a number, as others may send it, and from what was encoded for a channel.
+    let bare = Volatile::decode(Bytes::from_static(b"\x92\xa2at\x07")).unwrap();
+    let encoded = Encoded::new("at", &7_u8).unwrap();
+    for ready in [
+        Ready::relay(&bare).unwrap(),
+        Ready::of(&encoded, None).unwrap(),
+        Ready::of(&Encoded::relay_volatile(&came).unwrap(), None).unwrap(),
+    ] {
+        assert_eq!(&*ready.place, "at");
+        assert_eq!(
+            whole(&ready.front, &ready.place, 300),
+            body("at", None, 300)
+        );
+    }
+    assert!(Ready::of(&encoded, Some("a\0b")).is_err());
 }
 
 #[test]
@@ -129,7 +160,7 @@ fn what_waits_is_bounded() {
         assert!(waiting.latest.len() <= 10);
         assert!(waiting.seen.young.len() + waiting.seen.old.len() <= 20);
     }
-    assert_eq!(waiting.latest.pop().unwrap().event(), "event 091");
+    assert_eq!(waiting.latest.pop().unwrap().1.item.event(), "event 091");
     let large = Volatile::decode(body("large", None, 101)).unwrap();
     assert_eq!(waiting.arrived(large, &limits(10, 5)), 1);
 }
@@ -147,6 +178,6 @@ fn what_comes_late_is_dropped() {
     assert_eq!(arrive("a", None, 5), 1, "the same one again");
     assert_eq!(arrive("a", Some("x"), 4), 0, "another place");
     assert_eq!(arrive("a", None, 6), 1, "takes the place of 5");
-    let seqs = std::iter::from_fn(|| waiting.latest.pop()).map(|message| message.seq());
+    let seqs = std::iter::from_fn(|| waiting.latest.pop()).map(|(_, entry)| entry.item.seq());
     assert_eq!(seqs.collect::<Vec<_>>(), [Some(6), Some(4)]);
 }
