@@ -541,3 +541,39 @@ async fn the_deadline_that_a_handler_sees_is_when_it_is_dropped() {
     let in_time = tokio::time::timeout(Duration::from_secs(600), test);
     assert!(in_time.await.is_ok(), "in time");
 }
+
+/// A handler asks its asker, whose handler asks back on the same channel: with one handler at a time that waits for
+/// itself, and ends with the deadline.
+#[tokio::test(start_paused = true)]
+async fn a_chain_that_comes_back_needs_a_free_handler() {
+    let test = async {
+        for (at_once, passes) in [(1, false), (2, true)] {
+            let router = Router::new()
+                .concurrency(at_once)
+                .on("outer", |(), channel: Channel| async move {
+                    channel.request::<_, u8>("inner", &()).await
+                })
+                .on("leaf", |(), _: Context| async { Ok::<_, Fault>(7_u8) });
+            let net = udpack::testing::Net::new(1);
+            let builder = udpack::testing::server().channel("rpc", router);
+            let server = net.bind(builder).await.expect("a server");
+            let client = udpack::testing::client(&server);
+            let socket = net.connect(client, &server).await.expect("let in");
+            let channel = socket.open("rpc").await.expect("a channel");
+            let serving = channel.on("inner", |(), channel: Channel| async move {
+                channel.request::<_, u8>("leaf", &()).await
+            });
+            let serving = tokio::spawn(serving.run());
+            let asked = channel
+                .request::<_, u8>("outer", &())
+                .timeout(Duration::from_secs(5));
+            match asked.await {
+                Ok(reply) => assert_eq!((passes, reply), (true, 7)),
+                Err(error) => assert!(!passes && error.is_timeout(), "{error}"),
+            }
+            serving.abort();
+        }
+    };
+    let in_time = tokio::time::timeout(Duration::from_secs(600), test);
+    assert!(in_time.await.is_ok(), "in time");
+}
