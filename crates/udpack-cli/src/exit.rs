@@ -255,6 +255,12 @@ fn connecting(error: &ConnectError) -> Meaning {
         ConnectError::Resolve { .. } => {
             (Kind::Network, hint("check the host name and the network"))
         }
+        // A server that was reached says more than an address where none is.
+        ConnectError::EachAddress { errors, .. } => {
+            let reached = |error: &&ConnectError| matches!(error, ConnectError::Handshake { .. });
+            let telling = errors.iter().find(reached).or_else(|| errors.last());
+            telling.map_or((Kind::Network, None), connecting)
+        }
         ConnectError::Unreachable { .. } | ConnectError::Dial { .. } => (
             Kind::Network,
             hint(

@@ -16,7 +16,9 @@ use crate::endpoint::{self, InvalidSetting, Via};
 pub fn endpoint(address: SocketAddr, server: Option<ServerConfig>) -> io::Result<Endpoint> {
     let buffer = Limits::default().socket_buffer;
     let payload = Via::System.most_payload();
-    Via::System.open(address, buffer, payload, EndpointConfig::default(), server)
+    let (endpoint, _) =
+        Via::System.open(address, buffer, payload, EndpointConfig::default(), server)?;
+    Ok(endpoint)
 }
 
 /// The settings of an admitted connection, the same at both ends but for the route to the peer, if that is known.

@@ -189,21 +189,42 @@ impl Client {
         let token = self.inner.token.token(self.inner.timeouts.request).await;
         let token = token.map_err(ConnectError::Token)?;
         check_token(&token)?;
-        let mut last = resolve(io::Error::other("the name has no address"));
-        for address in tokio::net::lookup_host((host.as_str(), port))
-            .await
-            .map_err(resolve)?
-        {
-            match self.dial(address, &host, &token, ticket.clone()).await {
+        let addresses = tokio::net::lookup_host((host.as_str(), port)).await;
+        let addresses = addresses.map_err(resolve)?;
+        self.reach_one(&host, addresses, &token, ticket).await
+    }
+
+    /// As [`reach`](Self::reach), at the first of these addresses where there is an answer.
+    async fn reach_one(
+        &self,
+        host: &str,
+        addresses: impl Iterator<Item = SocketAddr>,
+        token: &str,
+        ticket: Option<ResumeTicket>,
+    ) -> Result<Link, ConnectError> {
+        let mut errors = Vec::new();
+        for address in addresses {
+            match self.dial(address, host, token, ticket.clone()).await {
                 Ok(link) => return Ok(link),
                 // The server was reached: another of its addresses would not change its mind.
                 Err(error @ (ConnectError::PinMismatch { .. } | ConnectError::Denied(_))) => {
                     return Err(error);
                 }
-                Err(error) => last = error,
+                Err(error) => errors.push(error),
             }
         }
-        Err(last)
+        let host = host.to_owned();
+        match errors.pop() {
+            None => Err(ConnectError::Resolve {
+                host,
+                source: io::Error::other("the name has no address"),
+            }),
+            Some(only) if errors.is_empty() => Err(only),
+            Some(last) => {
+                errors.push(last);
+                Err(ConnectError::EachAddress { host, errors })
+            }
+        }
     }
 
     async fn dial(
@@ -223,7 +244,7 @@ impl Client {
             SocketAddr::new(any, 0)
         });
         let route = settings.via.route_to(address);
-        let endpoint = settings
+        let (endpoint, _) = settings
             .via
             .open(
                 local,
@@ -240,7 +261,17 @@ impl Client {
                 text: error.to_string(),
             })?;
         let patience = settings.timeouts.handshake;
-        let conn = match tokio::time::timeout(patience, connecting).await {
+        let connecting = async {
+            tokio::select! {
+                conn = tokio::time::timeout(patience, connecting) => Ok(conn),
+                error = settings.via.unreachable(local, address) => Err(error),
+            }
+        };
+        let conn = connecting.await.map_err(|text| ConnectError::Dial {
+            address,
+            text: text.to_owned(),
+        })?;
+        let conn = match conn {
             Ok(Ok(conn)) => conn,
             Ok(Err(error)) => return Err(self.dial_error(address, &error)),
             Err(_) => return Err(ConnectError::Unreachable { address }),
@@ -670,8 +701,9 @@ impl fmt::Debug for ClientBuilder {
 /// | `Address` | no | it stays wrong |
 /// | `Resolve` | yes | the resolver is out of reach as often as the name is wrong |
 /// | `Local` | yes | the system is short of something |
-/// | `Dial` | yes | there is no route at the moment |
+/// | `Dial` | yes | there is no route at the moment, or no server at the port |
 /// | `Unreachable` | yes | the server or the way to it is down |
+/// | `EachAddress` | yes | where one of its errors is worth it |
 /// | `PinMismatch` | no | this is not the server that was asked for |
 /// | `Handshake` | no | the two speak different protocols, or nobody vouches for the server |
 /// | `Denied` | as its reason | [`CloseReason::retry`]: busy, going down, restarted, lost: yes; the token: no |
@@ -711,7 +743,7 @@ pub enum ConnectError {
     /// No local UDP socket could be made.
     #[error("cannot open a local UDP socket")]
     Local(#[source] io::Error),
-    /// The address cannot be dialled.
+    /// The address cannot be dialled, or the system reports that what is sent there does not arrive.
     #[error("cannot dial {address}: {text}")]
     Dial {
         /// The server's address.
@@ -724,6 +756,14 @@ pub enum ConnectError {
     Unreachable {
         /// The server's address.
         address: SocketAddr,
+    },
+    /// The name has several addresses, and none of them leads to the server.
+    #[error("no address of {host} works: {}", one_by_one(.errors))]
+    EachAddress {
+        /// The name.
+        host: String,
+        /// Why, for each address, in the order in which they were tried.
+        errors: Vec<Self>,
     },
     /// The server's key is not the pinned one. The token was not sent.
     #[error("the server's key is not the pinned one: expected {expected}, got {presented}")]
@@ -746,6 +786,11 @@ pub enum ConnectError {
     Denied(CloseReason),
 }
 
+fn one_by_one(errors: &[ConnectError]) -> String {
+    let errors: Vec<String> = errors.iter().map(ConnectError::to_string).collect();
+    errors.join("; ")
+}
+
 impl ConnectError {
     /// Whether trying again later can help.
     pub fn retry(&self) -> bool {
@@ -756,6 +801,7 @@ impl ConnectError {
             | Self::Dial { .. }
             | Self::Unreachable { .. } => true,
             Self::Denied(reason) => reason.retry,
+            Self::EachAddress { errors, .. } => errors.iter().any(Self::retry),
             Self::MissingState { .. }
             | Self::Setting(_)
             | Self::Tls(_)
@@ -811,6 +857,10 @@ mod tests {
                 text: text.clone(),
             },
             ConnectError::Unreachable { address },
+            ConnectError::EachAddress {
+                host: text.clone(),
+                errors: vec![ConnectError::Unreachable { address }],
+            },
             ConnectError::PinMismatch {
                 expected: pin,
                 presented: pin,
@@ -829,6 +879,7 @@ mod tests {
                 | ConnectError::Local(_)
                 | ConnectError::Dial { .. }
                 | ConnectError::Unreachable { .. }
+                | ConnectError::EachAddress { .. }
                 | ConnectError::PinMismatch { .. }
                 | ConnectError::Handshake { .. }
                 | ConnectError::Denied(_) => {}
@@ -863,6 +914,31 @@ mod tests {
                 error => assert_eq!(error.retry(), verdict == "yes", "{name}"),
             }
         }
+    }
+
+    #[tokio::test]
+    async fn the_error_names_every_address_with_its_reason() {
+        let pin = crate::Identity::generate().unwrap().fingerprint();
+        let timeouts = Timeouts {
+            handshake: Duration::from_millis(50),
+            ..Timeouts::default()
+        };
+        let client = Client::builder().pin(pin).timeouts(timeouts);
+        let client = client.build().unwrap();
+        let mute = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let muted = mute.local_addr().unwrap();
+        let unbound = {
+            let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+            socket.local_addr().unwrap()
+        };
+        let addresses = [muted, unbound].into_iter();
+        let reached = client.reach_one("name", addresses, "", None).await;
+        let error = reached.err().expect("nobody is there");
+        let text = format!(
+            "no address of name works: no answer from {muted}; cannot dial {unbound}: connection refused"
+        );
+        assert_eq!(error.to_string(), text);
+        assert!(error.retry() && !error.is_auth());
     }
 
     #[test]

@@ -17,7 +17,7 @@ use crate::config::{
 };
 use crate::congestion::ModelConfig;
 use crate::timer::PromptRuntime;
-use crate::udp::{self, MODEST_PAYLOAD, MOST_PAYLOAD};
+use crate::udp::{self, Bound, MODEST_PAYLOAD, MOST_PAYLOAD, Port};
 use crate::windows;
 
 /// Where the UDP sockets of a server or client come from.
@@ -42,17 +42,35 @@ impl Via {
         payload: Option<u16>,
         mut settings: EndpointConfig,
         server: Option<ServerConfig>,
-    ) -> io::Result<Endpoint> {
+    ) -> io::Result<(Endpoint, Port)> {
         let payload = payload.unwrap_or(ETHERNET_PAYLOAD).max(LEAST_PAYLOAD);
-        let (socket, payload) = match self {
+        let Bound {
+            socket,
+            payload,
+            port,
+        } = match self {
             Self::System => udp::bind(address, buffer, payload)?,
             #[cfg(feature = "testing")]
-            Self::Net(host) => (host.open(address)?, payload),
+            Self::Net(host) => Bound {
+                socket: host.open(address)?,
+                payload,
+                port: Port::default(),
+            },
         };
         // Fails below 1,200 bytes only.
         let _ = settings.max_udp_payload_size(payload);
         let runtime = Arc::new(PromptRuntime);
-        Endpoint::new_with_abstract_socket(settings, server, socket, runtime)
+        let endpoint = Endpoint::new_with_abstract_socket(settings, server, socket, runtime)?;
+        Ok((endpoint, port))
+    }
+
+    /// Ends when the system reports that datagrams from `local` do not reach this peer, and says why.
+    pub(crate) async fn unreachable(&self, local: SocketAddr, peer: SocketAddr) -> &'static str {
+        match self {
+            Self::System => udp::unreachable(local, peer).await,
+            #[cfg(feature = "testing")]
+            Self::Net(_) => std::future::pending().await,
+        }
     }
 
     /// What the kernel knows of the way to this peer; `None` where nobody knows.

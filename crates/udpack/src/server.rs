@@ -45,6 +45,7 @@ use crate::session::{Session, SessionId, lock};
 use crate::socket::{Registry, Socket};
 use crate::speed::{Counters, SpeedMeter, Stats};
 use crate::text::printable_within;
+use crate::udp::Port;
 use crate::windows;
 
 /// Sockets that may wait for `accept`.
@@ -80,6 +81,7 @@ impl Drop for Inner {
 /// What the accept loop and the connection tasks share.
 struct Shared {
     endpoint: quinn::Endpoint,
+    port: Port,
     fingerprint: Fingerprint,
     guard: Arc<Guard>,
     registry: Arc<Registry>,
@@ -245,7 +247,7 @@ impl Server {
 
     /// Serves until `signal` is ready, then drains: refuses new sockets, tells the clients to go away, lets
     /// running channels finish within the drain time, and closes each socket with `shutting_down` when its channels have
-    /// ended, at the latest at the end of that time.
+    /// ended, at the latest at the end of that time. When this returns, the UDP port is free.
     ///
     /// # Errors
     /// When the server stopped by itself: its accept loop failed. A process should exit then.
@@ -307,10 +309,11 @@ impl Server {
         task.abort();
         shared.tasks.close();
         let _ = tokio::time::timeout(Duration::from_secs(1), shared.tasks.wait()).await;
+        shared.port.close();
         Ok(())
     }
 
-    /// Closes every socket at once and stops listening. What is queued is lost; see
+    /// Closes every socket at once and stops listening: when it returns, the UDP port is free. What is queued is lost; see
     /// [`run_until`](Self::run_until) for the graceful way.
     pub async fn close(&self, code: CloseCode, text: &str) {
         let shared = &self.inner.shared;
@@ -321,6 +324,7 @@ impl Server {
         shared.endpoint.close(code.varint(), text.as_bytes());
         shared.tasks.close();
         let _ = tokio::time::timeout(Duration::from_secs(1), shared.endpoint.wait_idle()).await;
+        shared.port.close();
     }
 }
 
@@ -475,7 +479,7 @@ impl ServerBuilder {
         settings.cid_generator(move || {
             Box::new(quinn_proto::HashedConnectionIdGenerator::from_key(cid_key))
         });
-        let endpoint = self
+        let (endpoint, port) = self
             .via
             .open(
                 address,
@@ -501,6 +505,7 @@ impl ServerBuilder {
         let shared = Arc::new(Shared {
             pool,
             endpoint,
+            port,
             fingerprint: identity.fingerprint(),
             guard: Guard::new(
                 auth,

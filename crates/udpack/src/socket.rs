@@ -221,8 +221,8 @@ impl Socket {
     pub fn rebind(&self, local: SocketAddr) -> io::Result<()> {
         let session = &self.inner.session;
         let endpoint = session.endpoint().ok_or(io::ErrorKind::Unsupported)?;
-        let (socket, _) = udp::bind(local, session.limits.socket_buffer, MOST_PAYLOAD)?;
-        endpoint.rebind_abstract(socket)
+        let bound = udp::bind(local, session.limits.socket_buffer, MOST_PAYLOAD)?;
+        endpoint.rebind_abstract(bound.socket)
     }
 
     /// Tells the peer to finish what runs and come back later or elsewhere. Only a server says so.

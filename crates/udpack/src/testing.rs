@@ -358,7 +358,8 @@ impl Net {
     pub fn bare(&self) -> io::Result<quinn::Endpoint> {
         let via = self.attach(Client::builder()).network().clone();
         let anywhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
-        via.open(anywhere, 0, None, quinn::EndpointConfig::default(), None)
+        let (endpoint, _) = via.open(anywhere, 0, None, quinn::EndpointConfig::default(), None)?;
+        Ok(endpoint)
     }
 
     fn set_cut(&self, host: Option<usize>, cut: Cut) {

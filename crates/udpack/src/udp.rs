@@ -1,12 +1,13 @@
 //! The UDP socket: kernel buffers, batches larger than one send, and how large a datagram the route takes.
 
+use std::convert::Infallible;
 use std::fmt;
 use std::future::Future;
 use std::io::{self, IoSliceMut};
 use std::net::{SocketAddr, UdpSocket};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use std::task::{Context, Poll, ready};
 
 use quinn::udp::{RecvMeta, Transmit, UdpSocketState};
@@ -16,6 +17,7 @@ use socket2::{Domain, Protocol, Socket as RawSocket, Type};
 use tokio::io::Interest;
 
 use crate::gather;
+use crate::quiet::Quiet;
 use crate::session::lock;
 
 /// Largest UDP payload that is tried, in bytes, however large a datagram the route takes.
@@ -40,15 +42,62 @@ const IPV6_HEADERS: u32 = 40 + 8;
 
 /// Binds a UDP socket with large kernel buffers, for an endpoint that takes UDP payloads of `payload` bytes, or fewer
 /// where the buffer is small: how many comes with it. Says in the log what to do when the kernel gives less.
-pub(crate) fn bind(
-    address: SocketAddr,
-    buffer: usize,
-    payload: u16,
-) -> io::Result<(Arc<dyn AsyncUdpSocket>, u16)> {
+pub(crate) fn bind(address: SocketAddr, buffer: usize, payload: u16) -> io::Result<Bound> {
     let (socket, granted) = bound(address, buffer)?;
     let payload = taken(payload, granted);
-    let socket = Arc::new(Datagrams::of(socket)?);
-    Ok((Arc::new(Batching::over(socket, payload)), payload))
+    let datagrams = Arc::new(Datagrams::of(socket)?);
+    Ok(Bound {
+        socket: Arc::new(Batching::over(datagrams.clone(), payload)),
+        payload,
+        port: Port(Some(datagrams)),
+    })
+}
+
+/// A UDP socket for a QUIC endpoint.
+pub(crate) struct Bound {
+    pub(crate) socket: Arc<dyn AsyncUdpSocket>,
+    /// Largest UDP payload, in bytes, that it takes.
+    pub(crate) payload: u16,
+    pub(crate) port: Port,
+}
+
+/// The port that an endpoint holds; none where the network is one in memory.
+#[derive(Debug, Default)]
+pub(crate) struct Port(Option<Arc<Datagrams>>);
+
+impl Port {
+    /// Closes the UDP socket, whoever still has connections over it: nothing more is sent or received, and the port can
+    /// be bound at once.
+    pub(crate) fn close(&self) {
+        if let Some(socket) = &self.0 {
+            *socket.io.write().unwrap_or_else(PoisonError::into_inner) = None;
+        }
+    }
+}
+
+/// Ends when the system reports that datagrams to this peer do not arrive, and says why; else never.
+///
+/// QUIC's own socket is not connected, because client and server may change their addresses, and so hears of no ICMP
+/// message. This sends an empty datagram from a connected socket beside it, which QUIC does not look at.
+pub(crate) async fn unreachable(local: SocketAddr, peer: SocketAddr) -> &'static str {
+    let hear = async {
+        let socket = tokio::net::UdpSocket::bind(SocketAddr::new(local.ip(), 0)).await?;
+        socket.connect(peer).await?;
+        socket.send(&[]).await?;
+        loop {
+            socket.recv(&mut [0; 16]).await?;
+        }
+    };
+    let heard: io::Result<Infallible> = hear.await;
+    match heard.map_err(|error| error.kind()) {
+        Err(io::ErrorKind::ConnectionRefused) => "connection refused",
+        Err(io::ErrorKind::HostUnreachable) => "host unreachable",
+        Err(io::ErrorKind::NetworkUnreachable) => "network unreachable",
+        Err(io::ErrorKind::NetworkDown) => "network down",
+        // It says nothing of the way to the peer.
+        Err(_) => std::future::pending().await,
+        Ok(never) => match never {},
+    }
 }
 
 /// Largest UDP payload, in bytes, that an endpoint takes which wants `payload` and has a receive buffer of `granted`
@@ -125,8 +174,10 @@ pub(crate) fn route_payload(peer: SocketAddr) -> Option<u16> {
 /// every other receive finds nothing (requests over 100 sockets: 2.2 receives for each, 1.2 this way).
 #[derive(Debug)]
 struct Datagrams {
-    io: tokio::net::UdpSocket,
+    /// None after it was closed.
+    io: RwLock<Option<Arc<tokio::net::UdpSocket>>>,
     state: UdpSocketState,
+    quiet: Quiet,
     /// The kernel had no room for what was last sent.
     full: AtomicBool,
     /// Messages that the last receive brought.
@@ -138,10 +189,30 @@ impl Datagrams {
     fn of(socket: UdpSocket) -> io::Result<Self> {
         Ok(Self {
             state: UdpSocketState::new((&socket).into())?,
-            io: tokio::net::UdpSocket::from_std(socket)?,
+            io: RwLock::new(Some(Arc::new(tokio::net::UdpSocket::from_std(socket)?))),
+            quiet: Quiet::default(),
             full: AtomicBool::new(false),
             last: AtomicUsize::new(0),
         })
+    }
+
+    fn io(&self) -> RwLockReadGuard<'_, Option<Arc<tokio::net::UdpSocket>>> {
+        self.io.read().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Datagrams {
+    /// Says in the log why a datagram was not sent, unless it was a probe of what the path takes.
+    #[cold]
+    fn not_sent(&self, transmit: &Transmit<'_>, error: &io::Error) {
+        let too_large = rustix::io::Errno::MSGSIZE.raw_os_error();
+        if error.raw_os_error() == Some(too_large) {
+            return;
+        }
+        if let Some(left_out) = self.quiet.line() {
+            let to = transmit.destination;
+            tracing::warn!(%to, %error, left_out, "a datagram could not be sent");
+        }
     }
 }
 
@@ -154,14 +225,25 @@ impl AsyncUdpSocket for Datagrams {
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        let sent = self.io.try_io(Interest::WRITABLE, || {
-            self.state.send((&self.io).into(), transmit)
+        let io = self.io();
+        let Some(io) = &*io else {
+            return Ok(());
+        };
+        let sent = io.try_io(Interest::WRITABLE, || {
+            self.state.try_send((&**io).into(), transmit)
         });
         let full = matches!(&sent, Err(error) if error.kind() == io::ErrorKind::WouldBlock);
         if full != self.full.load(Ordering::Relaxed) {
             self.full.store(full, Ordering::Relaxed);
         }
-        sent
+        match sent {
+            Err(error) if !full => {
+                self.not_sent(transmit, &error);
+                // To QUIC it is lost.
+                Ok(())
+            }
+            sent => sent,
+        }
     }
 
     /// A receive that brings less than it had room for has emptied the socket. Then tokio need not be shown by another
@@ -178,11 +260,15 @@ impl AsyncUdpSocket for Datagrams {
         let room = last.saturating_mul(4).max(8);
         let room = room.min(bufs.len()).min(quinn::udp::BATCH_SIZE);
         let (bufs, _) = bufs.split_at_mut(room);
+        let io = self.io();
+        let Some(io) = &*io else {
+            return Poll::Pending;
+        };
         loop {
-            ready!(self.io.poll_recv_ready(cx))?;
+            ready!(io.poll_recv_ready(cx))?;
             let mut emptied = None;
-            let received = self.io.try_io(Interest::READABLE, || {
-                let count = self.state.recv((&self.io).into(), bufs, meta)?;
+            let received = io.try_io(Interest::READABLE, || {
+                let count = self.state.recv((&**io).into(), bufs, meta)?;
                 if count != last {
                     self.last.store(count, Ordering::Relaxed);
                 }
@@ -201,7 +287,8 @@ impl AsyncUdpSocket for Datagrams {
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.io.local_addr()
+        let io = self.io();
+        io.as_ref().ok_or(io::ErrorKind::NotConnected)?.local_addr()
     }
 
     fn max_transmit_segments(&self) -> usize {
@@ -231,9 +318,11 @@ impl UdpPoller for Room {
         if self.waiting.is_none() && !self.socket.full.load(Ordering::Relaxed) {
             return Poll::Ready(Ok(()));
         }
-        let socket = self.socket.clone();
-        let waiting = (self.waiting)
-            .get_or_insert_with(|| Box::pin(async move { socket.io.writable().await }));
+        let Some(io) = self.socket.io().clone() else {
+            return Poll::Ready(Ok(()));
+        };
+        let waiting =
+            (self.waiting).get_or_insert_with(|| Box::pin(async move { io.writable().await }));
         let room = ready!(waiting.as_mut().poll(cx));
         self.waiting = None;
         Poll::Ready(room)
@@ -447,8 +536,27 @@ pub(crate) mod tests {
     }
 
     #[tokio::test]
+    async fn a_closed_port_is_free_for_another_socket() {
+        let address = SocketAddr::from(([127, 0, 0, 1], 0));
+        let bound = bind(address, 1 << 20, 1472).unwrap();
+        let address = bound.socket.local_addr().unwrap();
+        assert!(UdpSocket::bind(address).is_err());
+        bound.port.close();
+        UdpSocket::bind(address).expect("the port is free");
+        // Whoever still has it sends into the void, and receives nothing.
+        let sent = bound.socket.try_send(&batch(b"late", 1472));
+        sent.expect("as if it were lost");
+        let mut memory = [0; 16];
+        let mut bufs = [IoSliceMut::new(&mut memory)];
+        let mut meta = [RecvMeta::default()];
+        let receive = poll_fn(|cx| Poll::Ready(bound.socket.poll_recv(cx, &mut bufs, &mut meta)));
+        assert!(receive.await.is_pending());
+    }
+
+    #[tokio::test]
     async fn all_is_received_that_comes_in_bursts_of_any_size() {
-        let (socket, _) = bind(SocketAddr::from(([127, 0, 0, 1], 0)), 1 << 20, 1472).unwrap();
+        let bound = bind(SocketAddr::from(([127, 0, 0, 1], 0)), 1 << 20, 1472);
+        let socket = bound.unwrap().socket;
         let to = socket.local_addr().unwrap();
         let from = UdpSocket::bind("127.0.0.1:0").unwrap();
         let mut memory = vec![0; quinn::udp::BATCH_SIZE * 65_536];

@@ -440,6 +440,59 @@ async fn where_nobody_listens_the_client_gives_up_in_time() {
     .await;
 }
 
+#[tokio::test]
+async fn where_the_system_knows_that_nobody_listens_the_attempt_ends_at_once() {
+    bounded(async {
+        let unbound = {
+            let socket = std::net::UdpSocket::bind("127.0.0.1:0").expect("a port");
+            socket.local_addr().expect("bound")
+        };
+        let timeouts = Timeouts {
+            handshake: Duration::from_secs(3600),
+            ..Timeouts::default()
+        };
+        let error = Client::builder()
+            .pin(Identity::generate().expect("a fresh key").fingerprint())
+            .timeouts(timeouts)
+            .connect(&unbound.to_string())
+            .await
+            .expect_err("nobody is there");
+        let text = format!("cannot dial {unbound}: connection refused");
+        assert_eq!(error.to_string(), text);
+        assert!(error.retry() && !error.is_auth(), "{error}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_drained_or_closed_server_leaves_its_port_free_at_once() {
+    bounded(async {
+        let identity = Identity::generate().expect("a fresh key");
+        let builder = || pinging(server().identity(identity.clone()));
+        let mut server = bind(builder()).await;
+        let address = server.local_addr();
+        for drained in [true, true, false] {
+            // Both sides keep what they have of it.
+            let client = client(&server).connect(&address.to_string()).await;
+            let client = client.expect("let in");
+            ping(&client).await;
+            let sockets = server.sockets();
+            if drained {
+                let drain = Drain::within(Duration::from_millis(100));
+                let ended = server.run_until(async {}, drain).await;
+                ended.expect("it served until then");
+            } else {
+                server.close(CloseCode::SHUTTING_DOWN, "").await;
+            }
+            let again = builder().bind(address).await;
+            server = again.expect("the port is free");
+            drop((client, sockets));
+        }
+        ping(&connect(&server).await).await;
+    })
+    .await;
+}
+
 /// A server that is gone at once, without a word: its threads stop where they stand.
 struct Mortal {
     runtime: tokio::runtime::Runtime,

@@ -3,32 +3,70 @@
 mod common;
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use common::{bind, bounded, connect, server};
-use udpack::Channel;
+use udpack::{Channel, Client, Timeouts};
+
+#[derive(Clone, Default)]
+struct Lines(Arc<Mutex<Vec<u8>>>);
+
+impl std::io::Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().expect("sound").extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Lines {
+    /// Takes all lines of this thread: one thread runs both ends, so its default is everybody's.
+    fn listen(&self) -> tracing::subscriber::DefaultGuard {
+        let writer = self.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .with_max_level(tracing::Level::DEBUG)
+            .with_ansi(false)
+            .with_writer(move || writer.clone())
+            .finish();
+        tracing::subscriber::set_default(subscriber)
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8(self.0.lock().expect("sound").clone()).expect("text")
+    }
+}
+
+#[tokio::test]
+async fn a_datagram_that_cannot_be_sent_is_told_in_words() {
+    let lines = Lines::default();
+    let _guard = lines.listen();
+    bounded(async {
+        // The system takes nothing for a broadcast address from whoever did not ask for that.
+        let timeouts = Timeouts {
+            handshake: Duration::from_millis(200),
+            ..Timeouts::default()
+        };
+        let client = Client::builder().timeouts(timeouts);
+        let error = client.connect("255.255.255.255:9").await;
+        error.expect_err("nobody is there");
+        let text = lines.text();
+        let line = text
+            .lines()
+            .find(|line| line.contains("WARN") && line.contains("could not be sent"))
+            .unwrap_or_else(|| panic!("no line: {text}"));
+        assert!(line.contains("to=255.255.255.255:9"), "{line}");
+        assert!(!text.contains("Transmit"), "{text}");
+    })
+    .await;
+}
 
 #[tokio::test]
 async fn spans_name_the_session_and_the_channel() {
-    #[derive(Clone, Default)]
-    struct Lines(Arc<Mutex<Vec<u8>>>);
-    impl std::io::Write for Lines {
-        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            self.0.lock().expect("sound").extend_from_slice(bytes);
-            Ok(bytes.len())
-        }
-        fn flush(&mut self) -> std::io::Result<()> {
-            Ok(())
-        }
-    }
     let lines = Lines::default();
-    let writer = lines.clone();
-    let subscriber = tracing_subscriber::fmt()
-        .with_max_level(tracing::Level::DEBUG)
-        .with_ansi(false)
-        .with_writer(move || writer.clone())
-        .finish();
-    // One thread runs both ends: the default of this thread is everybody's.
-    let _guard = tracing::subscriber::set_default(subscriber);
+    let _guard = lines.listen();
     bounded(async {
         let server = bind(server().channel("chat", |channel: Channel| async move {
             tracing::info!("the handler of {}", channel.name());
@@ -38,7 +76,7 @@ async fn spans_name_the_session_and_the_channel() {
         let channel = socket.open("chat").await.expect("a channel");
         channel.recv().await.expect("an orderly end");
         let id = socket.id().to_string();
-        let text = String::from_utf8(lines.0.lock().expect("sound").clone()).expect("text");
+        let text = lines.text();
         let line = text
             .lines()
             .find(|line| line.contains("the handler of chat"))
