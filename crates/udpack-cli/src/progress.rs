@@ -1,6 +1,7 @@
 //! Progress on standard error: a bar on a terminal, a line every 5 s elsewhere, or nothing.
 //!
-//! It counts what the server acknowledged, and says 100 % only when the last file is done.
+//! It counts what the server acknowledged, and says 100 % only when the last file is done. Speed and time left come
+//! from what was transferred in the last seconds, and not from what was there already.
 
 use std::collections::VecDeque;
 use std::fmt::Write as _;
@@ -19,6 +20,7 @@ pub(crate) struct Meter {
     show: Show,
     console: Console,
     rate: Rate,
+    stall: Stall,
     /// The files under way, by their number, the first begun first.
     under_way: VecDeque<(usize, String)>,
     last: Instant,
@@ -46,7 +48,8 @@ impl Meter {
         Self {
             show,
             console: console.clone(),
-            rate: Rate::new(Instant::now()),
+            rate: Rate::default(),
+            stall: Stall::new(Instant::now()),
             under_way: VecDeque::new(),
             last: Instant::now(),
             note: None,
@@ -56,6 +59,9 @@ impl Meter {
     /// Something that matters more than speed and time left, until it is over.
     pub(crate) fn note(&mut self, note: Option<&'static str>) {
         self.note = note;
+        // The time without a connection says nothing of the next one.
+        self.rate = Rate::default();
+        self.stall = Stall::new(Instant::now());
         if let (Show::Bar(bar), Some(note)) = (&self.show, note) {
             bar.set_message(note);
         }
@@ -81,14 +87,16 @@ impl Meter {
     /// The server has acknowledged more.
     pub(crate) fn update(&mut self, progress: &Progress) {
         let now = Instant::now();
-        let rate = self.rate.update(progress.acked, now);
+        let rate = self.rate.update(progress.moved, now);
+        let stalled = self.stall.update(progress, now).then_some("stalled");
+        let note = self.note.or(stalled);
         match &self.show {
             Show::Bar(bar) => {
-                bar.set_length(progress.total);
-                bar.set_message(match self.note {
-                    Some(note) => note.to_owned(),
-                    None => format!("{}/s eta {}", size(rate), eta(progress, rate)),
-                });
+                match is_final(progress) {
+                    true => bar.set_length(progress.total),
+                    false => bar.unset_length(),
+                }
+                bar.set_message(pace(progress, rate, note));
                 bar.set_prefix(if progress.files > 1 {
                     format!(
                         "{}/{} {}",
@@ -104,8 +112,7 @@ impl Meter {
             Show::Plain => {
                 if now.duration_since(self.last) >= PLAIN_EVERY {
                     self.last = now;
-                    self.console
-                        .line(&plain(progress, rate, self.note, self.name()));
+                    self.console.line(&plain(progress, rate, note, self.name()));
                 }
             }
             Show::None => {}
@@ -114,7 +121,7 @@ impl Meter {
 
     /// Bytes a second, of late.
     pub(crate) fn rate(&self) -> f64 {
-        self.rate.now
+        self.rate.now()
     }
 }
 
@@ -129,11 +136,17 @@ impl Drop for Meter {
 
 fn bar(console: &Console) -> ProgressBar {
     let percent = |state: &ProgressState, w: &mut dyn std::fmt::Write| {
-        let _ = write!(w, "{:>3} %", percent(state.pos(), state.len().unwrap_or(0)));
+        let _ = match state.len() {
+            Some(total) => write!(w, "{:>3} %", percent(state.pos(), total)),
+            None => write!(w, "  - %"),
+        };
     };
     let acked = |state: &ProgressState, w: &mut dyn std::fmt::Write| {
-        let total = state.len().unwrap_or(0);
-        let _ = write!(w, "{} of {}", size(state.pos() as f64), size(total as f64));
+        let acked = size(state.pos() as f64);
+        let _ = match state.len() {
+            Some(total) => write!(w, "{acked} of {}", size(total as f64)),
+            None => write!(w, "{acked}"),
+        };
     };
     let style = ProgressStyle::with_template("{percent_done} [{bar:20}] {acked} {msg}  {prefix}")
         .unwrap_or_else(|_| ProgressStyle::default_bar())
@@ -144,16 +157,16 @@ fn bar(console: &Console) -> ProgressBar {
 }
 
 fn plain(progress: &Progress, rate: f64, note: Option<&str>, name: &str) -> String {
-    let mut line = format!(
-        "{} % {} of {} ",
-        percent(progress.acked, progress.total),
-        size(progress.acked as f64),
-        size(progress.total as f64),
-    );
-    let _ = match note {
-        Some(note) => line.write_str(note),
-        None => write!(line, "{}/s eta {}", size(rate), eta(progress, rate)),
+    let acked = size(progress.acked as f64);
+    let mut line = match is_final(progress) {
+        true => format!(
+            "{} % {acked} of {} ",
+            percent(progress.acked, progress.total),
+            size(progress.total as f64)
+        ),
+        false => format!("{acked} so far "),
     };
+    line.push_str(&pace(progress, rate, note));
     if progress.files > 1 {
         let _ = write!(line, " {} of {} files", progress.files_done, progress.files);
     }
@@ -161,6 +174,19 @@ fn plain(progress: &Progress, rate: f64, note: Option<&str>, name: &str) -> Stri
         let _ = write!(line, " {name}");
     }
     line
+}
+
+/// Whether the total is that of everything, so that a part of it means something.
+fn is_final(progress: &Progress) -> bool {
+    progress.listed && progress.sized
+}
+
+/// Speed and time left, or what matters more.
+fn pace(progress: &Progress, rate: f64, note: Option<&str>) -> String {
+    match note {
+        Some(note) => note.to_owned(),
+        None => format!("{}/s eta {}", size(rate), eta(progress, rate)),
+    }
 }
 
 /// Rounded down, so that 100 means all of it.
@@ -173,10 +199,10 @@ pub(crate) fn percent(done: u64, total: u64) -> u64 {
 
 fn eta(progress: &Progress, rate: f64) -> String {
     let left = progress.total.saturating_sub(progress.acked) as f64;
-    if rate < 1.0 || !progress.listed {
+    if rate < 1.0 || !is_final(progress) || left / rate > LONGEST_ETA {
         return "-".to_owned();
     }
-    duration(Duration::from_secs_f64((left / rate).min(1e8)))
+    duration(Duration::from_secs_f64(left / rate))
 }
 
 /// The end of a long name, which tells more than its beginning.
@@ -218,41 +244,82 @@ pub(crate) fn duration(time: Duration) -> String {
     }
 }
 
-/// Bytes a second over the last second or so.
-#[derive(Debug)]
+/// Bytes a second over the last seconds.
+#[derive(Debug, Default)]
 struct Rate {
-    now: f64,
-    bytes: u64,
-    at: Instant,
-    first: bool,
+    /// How much there was and when, the oldest first; the first one is at most a window old, but for the last before it.
+    seen: VecDeque<(Instant, u64)>,
 }
 
 impl Rate {
-    fn new(at: Instant) -> Self {
-        Self {
-            now: 0.0,
-            bytes: 0,
-            at,
-            first: true,
+    fn update(&mut self, bytes: u64, now: Instant) -> f64 {
+        let soon = |at: &Instant| now.duration_since(*at) < SAMPLE_EVERY;
+        // The first one stays: it is from where the others are counted.
+        if self.seen.len() > 1
+            && self
+                .seen
+                .iter()
+                .rev()
+                .nth(1)
+                .is_some_and(|(at, _)| soon(at))
+        {
+            self.seen.pop_back();
         }
+        self.seen.push_back((now, bytes));
+        let old = |at: &Instant| now.duration_since(*at) >= WINDOW;
+        while self.seen.get(1).is_some_and(|(at, _)| old(at)) {
+            self.seen.pop_front();
+        }
+        self.now()
     }
 
-    fn update(&mut self, bytes: u64, now: Instant) -> f64 {
-        let passed = now.duration_since(self.at).as_secs_f64();
-        if passed < 0.1 {
-            return self.now;
+    fn now(&self) -> f64 {
+        let (Some((from, before)), Some((to, after))) = (self.seen.front(), self.seen.back())
+        else {
+            return 0.0;
+        };
+        let passed = to.duration_since(*from);
+        if passed < SAMPLE_EVERY {
+            return 0.0;
         }
-        let fresh = bytes.saturating_sub(self.bytes) as f64 / passed;
-        // Old readings fade within a second, whatever the interval between updates.
-        let keep = if self.first { 0.0 } else { (-passed).exp() };
-        self.now = self.now * keep + fresh * (1.0 - keep);
-        self.first = false;
-        self.bytes = bytes;
-        self.at = now;
-        self.now
+        after.saturating_sub(*before) as f64 / passed.as_secs_f64()
     }
 }
 
+/// Notices when nothing moves any more.
+#[derive(Debug)]
+struct Stall {
+    since: Instant,
+    last: Option<(u64, u64, usize)>,
+}
+
+impl Stall {
+    fn new(now: Instant) -> Self {
+        Self {
+            since: now,
+            last: None,
+        }
+    }
+
+    /// Whether nothing has moved for a while.
+    fn update(&mut self, progress: &Progress, now: Instant) -> bool {
+        let state = (progress.acked, progress.moved, progress.files_done);
+        if self.last != Some(state) {
+            self.last = Some(state);
+            self.since = now;
+        }
+        now.duration_since(self.since) >= STALLED
+    }
+}
+
+/// How far back a rate looks.
+const WINDOW: Duration = Duration::from_secs(5);
+/// Readings that are closer than this are one.
+const SAMPLE_EVERY: Duration = Duration::from_millis(100);
+/// Without anything that moves for so long, that is what is shown.
+const STALLED: Duration = Duration::from_secs(5);
+/// Seconds: what would take longer is not worth a number.
+const LONGEST_ETA: f64 = 100.0 * 3600.0;
 const PLAIN_EVERY: Duration = Duration::from_secs(5);
 /// Characters of a file name shown beside the bar.
 const NAME: usize = 24;
@@ -281,12 +348,74 @@ mod tests {
         assert_eq!(cut(&"a".repeat(40)).chars().count(), NAME);
     }
 
+    fn progress(acked: u64, total: u64, moved: u64) -> Progress {
+        let mut progress = Progress::default();
+        (progress.acked, progress.total, progress.moved) = (acked, total, moved);
+        (progress.files, progress.listed, progress.sized) = (1, true, true);
+        progress
+    }
+
     #[test]
-    fn the_rate_follows_what_was_acknowledged() {
+    fn the_rate_is_that_of_the_last_seconds() {
         let start = Instant::now();
-        let mut rate = Rate::new(start);
-        assert_eq!(rate.update(1000, start + Duration::from_secs(1)), 1000.0);
-        let later = rate.update(1000, start + Duration::from_secs(11));
-        assert!(later < 1.0, "{later}");
+        let at = |millis: u64| start + Duration::from_millis(millis);
+        let mut rate = Rate::default();
+        assert_eq!(rate.update(0, at(0)), 0.0);
+        assert_eq!(rate.update(100, at(1)), 0.0, "too soon to tell");
+        for n in 1..=100 {
+            let now = rate.update(n * 100, at(n * 100));
+            assert!((now - 1000.0).abs() < 1.0, "{now}");
+        }
+        // It ends with the window, and not a tenth of a byte later.
+        let now = rate.update(10_000, at(12_500));
+        assert!((400.0..600.0).contains(&now), "{now}");
+        assert_eq!(rate.update(10_000, at(15_000)), 0.0);
+        // However often it is asked, little is kept.
+        for n in 0..100_000 {
+            rate.update(10_000 + n, at(20_000) + Duration::from_micros(n * 100));
+        }
+        assert!(rate.seen.len() <= 102, "{}", rate.seen.len());
+    }
+
+    #[test]
+    fn no_time_is_told_that_nobody_knows() {
+        let eta = |progress: &Progress, rate| eta(progress, rate);
+        assert_eq!(eta(&progress(0, 1000, 0), 10.0), "1:40");
+        assert_eq!(eta(&progress(0, 98_000_000, 0), 2.0), "-", "13649 hours");
+        assert_eq!(eta(&progress(0, 1000, 0), 0.0), "-");
+        let mut open = progress(27 << 20, 30 << 20, 27 << 20);
+        open.sized = false;
+        assert_eq!(eta(&open, 1e6), "-");
+        assert_eq!(
+            plain(&open, 1024.0, None, "piped"),
+            "27.0 MiB so far 1.0 KiB/s eta - piped"
+        );
+        open.sized = true;
+        assert_eq!(
+            plain(&open, f64::from(1 << 20), None, "x"),
+            "90 % 27.0 MiB of 30.0 MiB 1.0 MiB/s eta 0:03 x"
+        );
+        open.listed = false;
+        assert!(plain(&open, 1.0, None, "").starts_with("27.0 MiB so far "));
+        assert!(plain(&open, 1.0, Some("stalled"), "").contains(" stalled"));
+    }
+
+    #[test]
+    fn what_does_not_move_for_a_while_is_stalled() {
+        let start = Instant::now();
+        let mut stall = Stall::new(start);
+        let mut after = |secs: u64, acked, moved| {
+            stall.update(
+                &progress(acked, 1000, moved),
+                start + Duration::from_secs(secs),
+            )
+        };
+        assert!(!after(0, 0, 0));
+        assert!(!after(4, 0, 0));
+        assert!(after(5, 0, 0));
+        assert!(!after(6, 1, 0), "what is compared moves, too");
+        assert!(!after(10, 1, 0));
+        assert!(after(11, 1, 0));
+        assert!(!after(12, 1, 1));
     }
 }

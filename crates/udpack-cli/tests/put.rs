@@ -393,3 +393,42 @@ fn a_dry_run_lists_refuses_and_counts_what_a_real_one_does() {
     assert_eq!(out.code, 0, "{out:?}");
     assert!(out.stderr.contains("2 files, 8 B would be sent"), "{out:?}");
 }
+
+#[test]
+fn what_is_there_already_has_no_speed() {
+    let server = Server::start();
+    let dir = workdir();
+    for (name, size) in [("large", 3_000_000), ("small", 300)] {
+        write(&dir.path().join(name), &bytes(size, 4));
+        let first = server.client(dir.path(), &["put", name]);
+        assert!(first.stderr.contains("/s"), "{first:?}");
+        let second = server.client(dir.path(), &["put", name]);
+        assert!(second.stderr.contains("1 already there"), "{second:?}");
+        assert!(!second.stderr.contains("/s"), "{second:?}");
+        let third = server.client(dir.path(), &["put", name, "--json"]);
+        assert_eq!(result(&third.stdout)["rate"], 0.0, "{third:?}");
+    }
+}
+
+#[test]
+fn a_server_that_falls_silent_is_told_of_as_that() {
+    let server = Server::start();
+    let dir = workdir();
+    write(&dir.path().join("large"), &bytes(8 << 20, 4));
+    let mut running = Running::spawn(client(dir.path()).env("UDPACK_URL", server.url()).args([
+        "put",
+        "large",
+        "--bwlimit",
+        "2M",
+        "--progress",
+        "plain",
+        "--json",
+    ]));
+    while !running.line().contains("\"progress\"") {}
+    server.running.signal("STOP");
+    let line = running.told("stalled");
+    assert!(!line.contains("eta"), "{line}");
+    server.running.signal("CONT");
+    let out = running.exited();
+    assert_eq!(out.code, 0, "{out:?}");
+}

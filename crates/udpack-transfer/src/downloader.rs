@@ -121,6 +121,7 @@ impl Downloader {
             lanes: AtomicUsize::new(self.lanes),
             total: AtomicU64::new(0),
             counted: AtomicU64::new(0),
+            moved: AtomicU64::new(0),
             files: AtomicUsize::new(0),
             files_done: AtomicUsize::new(0),
         });
@@ -226,6 +227,8 @@ struct Context {
     lanes: AtomicUsize,
     total: AtomicU64,
     counted: AtomicU64,
+    /// Bytes received, repetitions included.
+    moved: AtomicU64,
     files: AtomicUsize,
     files_done: AtomicUsize,
 }
@@ -257,6 +260,8 @@ impl Context {
             files_done,
             files: self.files.load(Ordering::Relaxed),
             listed: self.queue.fed.load(Ordering::Relaxed),
+            sized: true,
+            moved: self.moved.load(Ordering::Relaxed),
         }
     }
 

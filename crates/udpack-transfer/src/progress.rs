@@ -67,7 +67,7 @@ pub enum Event {
 
 /// How far an upload is. Acknowledged bytes and files never go down; the bytes reach the total only with the
 /// last `done`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Progress {
     /// Bytes that the server has acknowledged, those of files it had already included.
@@ -78,8 +78,14 @@ pub struct Progress {
     pub files_done: usize,
     /// Files listed so far.
     pub files: usize,
-    /// All files are listed: the totals grow no more.
+    /// All files are listed: but for what is not [`sized`](Self::sized), the totals grow no more.
     pub listed: bool,
+    /// Every file listed so far has told its size. What is read to its end, such as standard input, counts in `total`
+    /// only as far as it was read.
+    pub sized: bool,
+    /// Bytes that were transferred in this run, and have arrived: repetitions included, and nothing of what the other
+    /// side had already. A rate is the rate of these.
+    pub moved: u64,
 }
 
 /// One file that arrived.
@@ -229,6 +235,8 @@ mod tests {
             files_done: 0,
             files: 150,
             listed: true,
+            sized: true,
+            moved: 0,
         };
         for expected in 0..150 {
             match feed.next(now).await {
@@ -250,6 +258,8 @@ mod tests {
             files_done,
             files: 1,
             listed: true,
+            sized: true,
+            moved: 0,
         };
         assert!(matches!(
             feed.next(|| now(4, 0)).await,

@@ -80,6 +80,11 @@ impl Item {
         self.source.remote()
     }
 
+    /// Whether only its end tells its size.
+    pub(crate) fn is_unsized(&self) -> bool {
+        matches!(self.source.origin, Origin::Reader(_))
+    }
+
     fn is_small(&self) -> bool {
         matches!(self.source.origin, Origin::File(_) | Origin::Memory(_)) && self.size <= SMALL
     }

@@ -1,7 +1,7 @@
 //! [`Uploader`]: the client's half of an upload. Spreads files over lanes, keeps the lanes full, and brings
 //! what a lost connection interrupted to its end over the next one.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -124,6 +124,8 @@ impl Uploader {
             early: AtomicU64::new(EARLY),
             total: AtomicU64::new(0),
             acked: AtomicU64::new(0),
+            moved: AtomicU64::new(0),
+            unsized_files: AtomicUsize::new(0),
             files_done: AtomicUsize::new(0),
             files: AtomicUsize::new(0),
             lanes: AtomicUsize::new(lanes),
@@ -197,6 +199,10 @@ struct Shared {
     early: AtomicU64,
     total: AtomicU64,
     acked: AtomicU64,
+    /// Bytes sent that have arrived.
+    moved: AtomicU64,
+    /// Files without an outcome whose size only their end tells.
+    unsized_files: AtomicUsize,
     files_done: AtomicUsize,
     files: AtomicUsize,
     /// Lanes that have not failed.
@@ -247,12 +253,20 @@ impl Shared {
         }
     }
 
+    /// A file has its outcome.
+    fn ended(&self, item: &Item) {
+        if item.is_unsized() {
+            self.unsized_files.fetch_sub(1, Ordering::Relaxed);
+        }
+        self.files_done.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Reports a file that did not arrive. What was not acknowledged leaves the total, so that the rest can
     /// still reach 100 % and nothing ever goes down.
     async fn failed(&self, events: &mpsc::Sender<Event>, claim: Claim, error: TransferError) {
         self.total
             .fetch_sub(claim.size.saturating_sub(claim.acked), Ordering::Relaxed);
-        self.files_done.fetch_add(1, Ordering::Relaxed);
+        self.ended(&claim);
         let (index, path) = (claim.index, claim.source.remote().to_owned());
         claim.settle();
         let _ = events.send(Event::Failed { index, path, error }).await;
@@ -270,6 +284,8 @@ impl Shared {
             files_done,
             files: self.files.load(Ordering::Relaxed),
             listed,
+            sized: self.unsized_files.load(Ordering::Relaxed) == 0,
+            moved: self.moved.load(Ordering::Relaxed),
         }
     }
 }
@@ -294,7 +310,11 @@ fn list(sources: impl Iterator<Item = Source>, shared: &Shared, events: &mpsc::S
             Ok(size) => {
                 let size = size.unwrap_or(0);
                 shared.total.fetch_add(size, Ordering::Relaxed);
-                if !shared.queue.push(Item::new(index, source, size)) {
+                let item = Item::new(index, source, size);
+                if item.is_unsized() {
+                    shared.unsized_files.fetch_add(1, Ordering::Relaxed);
+                }
+                if !shared.queue.push(item) {
                     return;
                 }
             }
@@ -318,6 +338,10 @@ struct Sent {
     position: u64,
     /// Bytes passed over.
     skipped: u64,
+    /// Of those, what lies beyond `arrived`: from where to where.
+    ahead: VecDeque<(u64, u64)>,
+    /// How far the server has got.
+    arrived: u64,
     /// Nothing was sent so far in this attempt.
     untouched: bool,
     ready: Option<oneshot::Sender<Have>>,
@@ -329,9 +353,42 @@ impl Sent {
             claim,
             position: 0,
             skipped: 0,
+            ahead: VecDeque::new(),
+            arrived: 0,
             untouched: true,
             ready: None,
         }
+    }
+}
+
+impl Sent {
+    /// The server has these bytes: they are passed over.
+    fn pass(&mut self, offset: u64, len: u64) {
+        self.position = offset + len;
+        self.skipped += len;
+        match self.ahead.back_mut() {
+            Some((_, end)) if *end == offset => *end += len,
+            _ => self.ahead.push_back((offset, offset + len)),
+        }
+    }
+
+    /// The server has got so far; how many of the bytes that this adds were sent.
+    fn arrived(&mut self, recv: u64) -> u64 {
+        let recv = recv.min(self.position);
+        let mut sent = recv.saturating_sub(self.arrived);
+        while let Some((from, end)) = self.ahead.front_mut()
+            && *from < recv
+        {
+            let upto = (*end).min(recv);
+            sent = sent.saturating_sub(upto - *from);
+            *from = upto;
+            if *from < *end {
+                break;
+            }
+            self.ahead.pop_front();
+        }
+        self.arrived = self.arrived.max(recv);
+        sent
     }
 }
 
@@ -813,8 +870,7 @@ impl Lane<'_> {
                     position = offset + len;
                     skipped += len;
                     let known = self.flight.with(id, |sent| {
-                        sent.position = position;
-                        sent.skipped = skipped;
+                        sent.pass(offset, len);
                         if sent.untouched {
                             // All of it from the beginning is there; the last byte counts only with `done`.
                             let acked = position.min(sent.claim.size.saturating_sub(1));
@@ -1013,6 +1069,8 @@ impl Lane<'_> {
             }
             Reply::Ack { id, recv, .. } => {
                 let moved = self.flight.with(id, |sent| {
+                    let arrived = sent.arrived(recv);
+                    self.shared.moved.fetch_add(arrived, Ordering::Relaxed);
                     // The last byte counts only with `done`.
                     let acked = recv
                         .min(sent.position)
@@ -1033,10 +1091,14 @@ impl Lane<'_> {
                 same,
                 sync,
             } => {
-                let Some(sent) = self.flight.take(id) else {
+                let Some(mut sent) = self.flight.take(id) else {
                     return;
                 };
                 self.moved();
+                if !same {
+                    let arrived = sent.arrived(sent.position);
+                    self.shared.moved.fetch_add(arrived, Ordering::Relaxed);
+                }
                 if let Err(error) = self.believed(&sent.claim, size, &hash, same) {
                     self.shared.failed(self.events, sent.claim, error).await;
                     return;
@@ -1044,7 +1106,7 @@ impl Lane<'_> {
                 let mut claim = sent.claim;
                 let own = claim.size;
                 self.shared.acked(&mut claim, own);
-                self.shared.files_done.fetch_add(1, Ordering::Relaxed);
+                self.shared.ended(&claim);
                 // What an earlier offer of this run has stored is not the server's own.
                 let same = same && !claim.unsure;
                 let outcome = Outcome {

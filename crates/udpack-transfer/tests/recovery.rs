@@ -604,6 +604,89 @@ async fn after_a_lost_answer_a_taken_name_is_looked_at() {
     .await;
 }
 
+/// What a rate is made of: bytes that were sent and have arrived, and nothing of what was there already.
+#[tokio::test]
+async fn what_has_moved_is_what_was_sent_and_has_arrived() {
+    bounded(async {
+        let bytes = noise(5, 4 * MIB);
+        let parts = [(MIB, 2 * MIB), (3 * MIB, 3 * MIB + 1000)];
+        let have: Vec<_> = parts
+            .iter()
+            .map(|(from, to)| {
+                let hash = *blake3::hash(&bytes[*from..*to]).as_bytes();
+                (*from as u64, (*to - *from) as u64, hash)
+            })
+            .collect();
+        let there = MIB + 1000;
+        let content = bytes.clone();
+        let server = acted(move |channel| {
+            let (have, content) = (have.clone(), content.clone());
+            async move {
+                while let Some(request) = hear(&channel).await {
+                    match request {
+                        Request::File(offer) => {
+                            say(&channel, "ready", ready(offer.id, &have)).await
+                        }
+                        Request::Chunk { id, offset, bytes } => {
+                            // All there is up to here, and half of what just came.
+                            let recv = offset.expect("an offset") + bytes.len() as u64 / 2;
+                            let ack = [
+                                ("id", id.into()),
+                                ("recv", recv.into()),
+                                ("safe", 0_u64.into()),
+                            ];
+                            say(&channel, "ack", map(ack)).await;
+                        }
+                        Request::Finish(finish) => {
+                            say(&channel, "done", done(finish.id, "x", &content)).await;
+                        }
+                        _ => {}
+                    }
+                }
+            }
+        })
+        .await;
+        let mut upload = Uploader::new(link(&server)).put([memory("x", bytes.clone())]);
+        let mut last = 0;
+        while let Some(event) = upload.next().await {
+            if let Event::Progress(progress) = event {
+                assert!(progress.moved >= last, "it went down");
+                assert!(progress.moved as usize <= bytes.len() - there);
+                assert!(progress.sized);
+                last = progress.moved;
+            }
+        }
+        assert_eq!(upload.progress().moved as usize, bytes.len() - there);
+
+        // One that is there as a whole, large and small; and one whose size nobody knows before its end.
+        let fixture = Fixture::new().await;
+        let socket = fixture.connect().await;
+        for len in [2 * MIB, 300] {
+            let put = || Uploader::new(&socket).put([memory(&format!("{len}"), noise(6, len))]);
+            let mut first = put();
+            while first.next().await.is_some() {}
+            assert_eq!(first.progress().moved as usize, len);
+            let mut second = put();
+            while second.next().await.is_some() {}
+            assert!(second.progress().moved as usize <= EARLY.min(len), "{len}");
+        }
+        let reader = std::io::Cursor::new(noise(7, 3 * MIB));
+        let mut upload = Uploader::new(&socket).put([Source::reader(reader, rel("piped"))]);
+        let mut seen = 0;
+        while let Some(event) = upload.next().await {
+            if let Event::Progress(progress) = event {
+                let over = progress.files_done == 1;
+                assert_eq!(progress.sized, over || progress.files == 0, "{progress:?}");
+                seen += 1;
+            }
+        }
+        assert!(seen > 0);
+        let end = upload.progress();
+        assert!(end.sized && end.moved == 3 * MIB as u64, "{end:?}");
+    })
+    .await;
+}
+
 /// A `done` says what is stored: the client believes it only where that is what it has read.
 #[tokio::test]
 async fn a_done_counts_only_for_the_bytes_of_its_source() {

@@ -143,6 +143,8 @@ pub(super) struct Report {
     same: usize,
     bytes: u64,
     sent: u64,
+    /// Of those, what was sent of files that were not there yet: what a rate is the rate of.
+    moved: u64,
     resumed: u64,
     failures: Failures,
     /// Files that failed before the transfer, which knows nothing of them.
@@ -172,6 +174,7 @@ impl Report {
             same: 0,
             bytes: 0,
             sent: 0,
+            moved: 0,
             resumed: 0,
             failures: Failures::new(console),
             never_begun: 0,
@@ -446,6 +449,9 @@ impl Report {
         self.same += usize::from(outcome.same);
         self.bytes += outcome.size;
         self.sent += outcome.sent;
+        if !outcome.same {
+            self.moved += outcome.sent;
+        }
         let hash = hex(&outcome.hash);
         tracing::info!(
             path = outcome.path,
@@ -517,7 +523,7 @@ impl Report {
             }
         };
         let secs = elapsed.as_secs_f64();
-        let rate = self.sent as f64 / secs.max(1e-6);
+        let rate = self.moved as f64 / secs.max(1e-6);
         let explained = result.as_ref().err().map(Explained::of);
         if self.json {
             let kind = explained.as_ref().map(|explained| explained.kind);
@@ -558,7 +564,7 @@ impl Report {
             self.stored,
             size(self.bytes as f64)
         );
-        if self.sent > 0 {
+        if self.moved > 0 {
             summary.push_str(&format!(", {}/s", size(rate)));
         }
         if self.resumed > 0 {

@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::panic::AssertUnwindSafe;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::Bytes;
@@ -509,6 +510,7 @@ fn write(
         return Err(error);
     }
     job.received = job.received.saturating_add(len);
+    context.moved.fetch_add(len, Ordering::Relaxed);
     // The last byte counts only when the file is stored.
     context.count(job, partial.position().min(size.saturating_sub(1)));
     if let Some(checkpoint) = partial.checkpoint() {
