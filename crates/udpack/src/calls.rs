@@ -372,15 +372,10 @@ impl Calls {
                 }
                 _ => return Taken::Dropped,
             },
-            END => {
-                if Reader::new(&message.raw()).head() != Ok(Head::Nil) {
-                    return bad("$end takes nil");
-                }
-                match self.answering.get_mut(id) {
-                    Some(answering) => answering.flow.ended = true,
-                    None => return Taken::Dropped,
-                }
-            }
+            END => match self.answering.get_mut(id) {
+                Some(answering) => answering.flow.ended = true,
+                None => return Taken::Dropped,
+            },
             CREDIT | WANT => {
                 let Ok(Head::Uint(bytes)) = Reader::new(&message.raw()).head() else {
                     return bad("credit is a number of bytes");
@@ -555,12 +550,7 @@ mod tests {
             let taken = calls.take(message(event, 9, 3));
             assert!(matches!(taken, Taken::Dropped), "{event}: {taken:?}");
         }
-        for (event, data) in [
-            (REPLY, None),
-            (ITEM, None),
-            (CREDIT, Some(1)),
-            (END, Some(1)),
-        ] {
+        for (event, data) in [(REPLY, None), (ITEM, None), (END, None), (CREDIT, Some(1))] {
             let (value, id) = (data.unwrap_or(0), data);
             let frame = match event {
                 CREDIT => control::protocol(event, &"text", id),

@@ -121,6 +121,7 @@ impl Channel {
         let pipe = Arc::new(Pipe {
             key,
             priority: opened.priority,
+            name: (!own && opened.resumable).then(|| opened.name.as_str().into()),
             open: way.first.clone().filter(|_| own && opened.resumable),
             outbox: outbox.clone(),
             inbox: inbox.clone(),

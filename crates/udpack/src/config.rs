@@ -15,7 +15,8 @@ use crate::endpoint::InvalidSetting;
 /// `Limits { channels: 8, ..Limits::default() }`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
-    /// Largest frame, in bytes without its 4-byte prefix. Default 1 MiB + 64 KiB: a 1 MiB chunk and its header.
+    /// Largest frame, in bytes without its 4-byte prefix; at least 4,096. Default 1 MiB + 64 KiB: a 1 MiB chunk and its
+    /// header.
     pub frame: usize,
     /// Channels open at once on one socket, counted for each opener. Default 64. quinn keeps state for each
     /// permitted stream, so a peer is permitted a few at first, and all when it uses those.
@@ -274,6 +275,8 @@ impl Default for Drain {
     }
 }
 
+/// The smallest frame limit that either side may have: every message of the protocol fits.
+pub(crate) const MIN_FRAME: usize = 4096;
 /// Bytes an unauthenticated peer may send in all (also its largest frame).
 pub(crate) const PREAUTH_BYTES: u32 = 16 << 10;
 /// Streams an unauthenticated peer may open: control, and a few channels pipelined behind it.

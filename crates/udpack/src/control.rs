@@ -9,7 +9,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use serde::Serialize;
 
 use crate::code::{CloseCode, CloseReason};
-use crate::config::{Limits, Priority, TOKEN_BYTES, Timeouts};
+use crate::config::{Limits, MIN_FRAME, Priority, TOKEN_BYTES, Timeouts};
 use crate::message::{self, EncodeError, Message, check_name};
 use crate::msgpack::{FieldError, Fields, Head, MAX_DEPTH, MAX_ELEMENTS, Reader};
 use crate::session::cut;
@@ -101,21 +101,19 @@ fn fields<'a>(
             rule: "takes no id",
         });
     }
-    let fields = message
-        .fields()
-        .map_err(|source| ControlError::Field { event, source })?;
-    // The version comes first: the other keys mean nothing before it is known.
-    if matches!(event, HELLO | WELCOME) {
-        let version = fields
-            .u64("v")
-            .map_err(|source| ControlError::Field { event, source })?;
-        if version != VERSION {
-            return Err(ControlError::Version(version));
-        }
+    let field = |source| ControlError::Field { event, source };
+    // The version comes first: what else the map may hold is not known before.
+    if matches!(event, HELLO | WELCOME)
+        && let Some(version) = Fields::peek_u64(&message.raw(), "v")
+        && version != VERSION
+    {
+        return Err(ControlError::Version(version));
     }
-    fields
-        .only(allowed)
-        .map_err(|source| ControlError::Field { event, source })?;
+    let fields = message.fields().map_err(field)?;
+    if matches!(event, HELLO | WELCOME) {
+        fields.u64("v").map_err(field)?;
+    }
+    fields.only(allowed).map_err(field)?;
     Ok(fields)
 }
 
@@ -143,6 +141,15 @@ fn session_id(id: &str, event: &'static str) -> Result<String, ControlError> {
         });
     }
     Ok(id.to_owned())
+}
+
+/// Every message of the protocol fits the frames of both sides.
+fn check_frame(frame: u64, event: &'static str) -> Result<(), ControlError> {
+    if frame < MIN_FRAME as u64 {
+        let rule = "a frame limit is at least 4,096 bytes";
+        return Err(ControlError::Value { event, rule });
+    }
+    Ok(())
 }
 
 fn millis(time: Duration) -> u64 {
@@ -229,6 +236,11 @@ pub fn decode_hello(message: &Message) -> Result<HelloMessage, ControlError> {
         }
         None => None,
     };
+    // 0 is as if it were absent.
+    let frame = frame.filter(|frame| *frame > 0);
+    if let Some(frame) = frame {
+        check_frame(frame, HELLO)?;
+    }
     Ok(HelloMessage {
         token: token.to_owned(),
         agent: printable_within(agent, 128),
@@ -427,12 +439,7 @@ pub fn decode_welcome(message: &Message) -> Result<Welcome, ControlError> {
     let marks = fields.opt_map("ext").map_err(field)?.is_some_and(marks);
     let limits = fields.map("limits").map_err(field)?;
     let frame = limits.u64("frame").map_err(field)?;
-    if frame == 0 {
-        return Err(ControlError::Value {
-            event: WELCOME,
-            rule: "the frame limit is zero",
-        });
-    }
+    check_frame(frame, WELCOME)?;
     Ok(Welcome {
         session,
         agent: printable_within(agent, 128),
@@ -1021,27 +1028,60 @@ pub(crate) fn encode_goaway(goaway: &GoAway) -> Option<Bytes> {
     protocol(GOAWAY, &fields, None).ok()
 }
 
-/// A `$fault`, its code and message read strictly; `data` stays as it came.
-pub(crate) fn decode_fault(message: &Message) -> Result<crate::Fault, ControlError> {
+/// The most bytes that the message of a fault may have.
+const FAULT_MESSAGE: usize = 1024;
+
+/// Reads a `$fault`, its code and message strictly; `data` stays as it came, and unknown keys are passed over.
+///
+/// # Errors
+/// When it is another message, has a missing, doubled or wrongly typed field, a code that breaks the rules for names, or
+/// a message above 1,024 bytes.
+pub fn decode_fault(message: &Message) -> Result<crate::Fault, ControlError> {
     let field = |source| ControlError::Field {
         event: FAULT,
         source,
     };
+    if message.event() != FAULT {
+        return Err(ControlError::Unexpected { expected: FAULT });
+    }
     let fields = message.fields().map_err(field)?;
-    let code = printable_within(fields.str("code").map_err(field)?, 128);
-    let text = printable_within(fields.str("message").map_err(field)?, 1024);
-    let mut fault = crate::Fault::new(code, text);
+    let code = fields.str("code").map_err(field)?;
+    if check_name(code).is_err() {
+        return Err(ControlError::Value {
+            event: FAULT,
+            rule: "a code is 1 to 128 bytes without control characters",
+        });
+    }
+    let text = fields.str("message").map_err(field)?;
+    if text.len() > FAULT_MESSAGE {
+        return Err(ControlError::Value {
+            event: FAULT,
+            rule: "a message is at most 1,024 bytes",
+        });
+    }
+    let mut fault = crate::Fault::new(
+        printable_within(code, message::MAX_NAME),
+        printable_within(text, FAULT_MESSAGE),
+    );
     fault.data = fields.raw("data").map(Bytes::copy_from_slice);
     Ok(fault)
 }
 
 /// A `$fault` for request `id`; without its `data` if that makes it too large for the peer.
 pub(crate) fn encode_fault(fault: &crate::Fault, id: u64, limit: usize) -> Option<Bytes> {
-    let text = cut(&fault.message, 1024);
+    let text = cut(&fault.message, FAULT_MESSAGE);
+    // The peer would close the channel over a code that breaks the rule.
+    let code = match check_name(&fault.code) {
+        Ok(()) => fault.code.as_str(),
+        Err(error) => {
+            tracing::warn!(code = %printable_within(&fault.code, 64), %error, "a fault's code is none; sent as internal");
+            crate::Fault::INTERNAL
+        }
+    };
     let mut map = Vec::new();
     // Writing to a vector cannot fail.
     let _ = rmp::encode::write_map_len(&mut map, 2);
-    for (key, value) in [("code", fault.code.as_str()), ("message", text)] {
+    for (key, value) in [("code", code), ("message", text)] {
         let _ = rmp::encode::write_str(&mut map, key);
         let _ = rmp::encode::write_str(&mut map, value);
     }

@@ -118,6 +118,7 @@ pub(crate) async fn live(
         rate: Rate::new(session.limits.channel_rate),
         lifetime: Lifetime::new(&session),
         resumed: false,
+        stage: Stage::Open,
     };
     let reason = loop {
         let next = match driver
@@ -232,6 +233,8 @@ struct Driver {
     lifetime: Lifetime,
     /// The present connection resumed the session.
     resumed: bool,
+    /// Of the present connection.
+    stage: Stage,
 }
 
 /// The next tick; never, without an interval.
@@ -336,6 +339,11 @@ impl Driver {
     ) -> Outcome {
         let session = self.session.clone();
         let (conn, link) = session.link();
+        self.stage = match session.welcome() {
+            None if session.client => Stage::Greeting,
+            _ if self.resumed => Stage::Listing,
+            _ => Stage::Open,
+        };
         if self.resumed {
             let open = session.kept_own().iter().map(|pipe| pipe.key.id).collect();
             if let Some(frame) = control::encode_channels(open) {
@@ -396,7 +404,7 @@ impl Driver {
                         }
                     },
                     message = poll_fn(|cx| control.inbox.poll_first(cx, &session, &session.counters)) => {
-                        match on_control(&session, message) {
+                        match on_control(&session, &mut self.stage, message) {
                             None => {
                                 if move_at.is_none()
                                     && matches!(comeback, Comeback::Dialled(_))
@@ -481,7 +489,7 @@ impl Driver {
                 () = &mut ended => break,
                 _ = conn.closed() => return Outcome::Moved(reason),
                 message = poll_fn(|cx| control.inbox.poll_first(cx, session, &session.counters)) => {
-                    if on_control(session, message).is_some() {
+                    if on_control(session, &mut self.stage, message).is_some() {
                         // Its patience has ended before ours.
                         conn.close(CloseCode::NORMAL.varint(), b"");
                         return Outcome::Moved(reason);
@@ -597,18 +605,50 @@ async fn at(time: Option<Instant>) {
     }
 }
 
+/// What a connection's control stream has come to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// At a client: `$welcome` comes next.
+    Greeting,
+    /// The session was resumed: the peer's `$channels` comes next.
+    Listing,
+    Open,
+}
+
+impl Stage {
+    /// Whether this event may come now, to a client or to a server. `$close` ends what has begun at any stage.
+    fn admits(self, event: &str, client: bool) -> bool {
+        match event {
+            control::CLOSE => true,
+            control::WELCOME => self == Self::Greeting && client,
+            control::CHANNELS => self == Self::Listing,
+            control::ACK => self == Self::Open,
+            control::GOAWAY | control::REFRESHED => self == Self::Open && client,
+            control::PASSED | control::REFRESH => self == Self::Open && !client,
+            _ => false,
+        }
+    }
+}
+
 /// Acts on a message of the control stream; a reason says that the connection must end.
-fn on_control(session: &Session, message: Result<crate::Message, Ending>) -> Option<CloseReason> {
+fn on_control(
+    session: &Session,
+    stage: &mut Stage,
+    message: Result<crate::Message, Ending>,
+) -> Option<CloseReason> {
     let order = |text: &str| Some(CloseReason::local(CloseCode::PROTOCOL_ORDER, text));
     let refused =
         |error: ControlError| Some(CloseReason::local(error.close_code(), error.to_string()));
     match message {
+        Ok(message) if !stage.admits(message.event(), session.client) => {
+            order("a message that has no place on the control stream now")
+        }
         Ok(message) => match message.event() {
             control::CLOSE => match control::decode_close(&message) {
                 Ok(reason) => Some(reason),
                 Err(error) => refused(error),
             },
-            control::GOAWAY if session.client => match control::decode_goaway(&message) {
+            control::GOAWAY => match control::decode_goaway(&message) {
                 Ok(goaway) => {
                     tracing::info!(text = %goaway.text, "the server is going away");
                     lock(&session.received_goaway).get_or_insert_with(|| Box::new(goaway));
@@ -619,35 +659,34 @@ fn on_control(session: &Session, message: Result<crate::Message, Ending>) -> Opt
                 }
                 Err(error) => refused(error),
             },
-            control::WELCOME if session.client && session.welcome().is_none() => {
-                match control::decode_welcome(&message) {
-                    Ok(welcome) => {
-                        session.peer_frame.store(welcome.frame, Ordering::Relaxed);
-                        tracing::Span::current().record("session", &*welcome.session);
-                        session.tally.one(Count::Admitted);
-                        session.tally.one(Count::Sockets);
-                        session.life.counts_for(welcome.expires);
-                        let admitted = || session.set_welcome(welcome);
-                        match &session.states {
-                            Some(states) => {
-                                let connected = SocketState::Connected {
-                                    resumed: false,
-                                    reason: None,
-                                };
-                                states.set_with(connected, admitted);
-                            }
-                            None => admitted(),
+            control::WELCOME => match control::decode_welcome(&message) {
+                Ok(welcome) => {
+                    *stage = Stage::Open;
+                    session.peer_frame.store(welcome.frame, Ordering::Relaxed);
+                    tracing::Span::current().record("session", &*welcome.session);
+                    session.tally.one(Count::Admitted);
+                    session.tally.one(Count::Sockets);
+                    session.life.counts_for(welcome.expires);
+                    let admitted = || session.set_welcome(welcome);
+                    match &session.states {
+                        Some(states) => {
+                            let connected = SocketState::Connected {
+                                resumed: false,
+                                reason: None,
+                            };
+                            states.set_with(connected, admitted);
                         }
-                        None
+                        None => admitted(),
                     }
-                    Err(error) => refused(error),
+                    None
                 }
-            }
+                Err(error) => refused(error),
+            },
             control::ACK => match control::decode_ack(&message) {
                 Ok(ack) => on_ack(session, ack),
                 Err(error) => refused(error),
             },
-            control::PASSED if !session.client => match control::decode_passed(&message) {
+            control::PASSED => match control::decode_passed(&message) {
                 Ok(passed) => {
                     on_passed(session, passed);
                     None
@@ -656,15 +695,16 @@ fn on_control(session: &Session, message: Result<crate::Message, Ending>) -> Opt
             },
             control::CHANNELS => match control::decode_channels(&message) {
                 Ok(Channels { open }) => {
+                    *stage = Stage::Open;
                     lock(&session.tickets).made().confirm();
                     session.retain_theirs(&open);
                     None
                 }
                 Err(error) => refused(error),
             },
-            control::REFRESH if !session.client => session.life.on_refresh(&message),
-            control::REFRESHED if session.client => session.life.on_refreshed(&message),
-            _ => order("a message that has no place on the control stream now"),
+            control::REFRESH => session.life.on_refresh(&message),
+            // Nothing else is admitted.
+            _ => session.life.on_refreshed(&message),
         },
         Err(Ending::Finished) => order("the control stream ended without $close"),
         Err(Ending::Closed(reason)) if session.conn().close_reason().is_some() => Some(reason),
@@ -759,6 +799,46 @@ async fn write_control_all(session: &Session, send: &mut quinn::SendStream, fram
                     "the peer does not read the control stream",
                 ));
                 return;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The table of `docs/PROTOCOL.md`, row by row: event, at a client, at a server.
+    #[test]
+    fn each_message_has_its_place_on_the_control_stream() {
+        use Stage::{Greeting, Listing, Open};
+        let all = [Greeting, Listing, Open].as_slice();
+        for (event, client, server) in [
+            (control::CLOSE, all, all),
+            (control::WELCOME, &[Greeting], &[]),
+            (control::CHANNELS, &[Listing], &[Listing]),
+            (control::ACK, &[Open], &[Open]),
+            (control::PASSED, &[], &[Open]),
+            (control::REFRESH, &[], &[Open]),
+            (control::REFRESHED, &[Open], &[]),
+            (control::GOAWAY, &[Open], &[]),
+            (control::HELLO, &[], &[]),
+            (control::OPEN, &[], &[]),
+            (control::RESUME, &[], &[]),
+            (control::GAP, &[], &[]),
+            (control::MARK, &[], &[]),
+            (control::REPLY, &[], &[]),
+            ("say", &[], &[]),
+            ("$nonsense", &[], &[]),
+        ] {
+            for stage in all {
+                for (is_client, may) in [(true, client), (false, server)] {
+                    assert_eq!(
+                        stage.admits(event, is_client),
+                        may.contains(stage),
+                        "{event} at {stage:?}, client: {is_client}"
+                    );
+                }
             }
         }
     }

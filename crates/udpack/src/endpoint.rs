@@ -12,7 +12,7 @@ use quinn::{
 };
 
 use crate::config::{
-    CongestionControl, DATAGRAMS_IN, DATAGRAMS_OUT, FEW_STREAMS, Limits, PREAUTH_BYTES,
+    CongestionControl, DATAGRAMS_IN, DATAGRAMS_OUT, FEW_STREAMS, Limits, MIN_FRAME, PREAUTH_BYTES,
     PREAUTH_STREAMS, Timeouts, VOLATILE_STREAMS,
 };
 use crate::congestion::ModelConfig;
@@ -159,8 +159,8 @@ pub(crate) fn transport(
             "keep-alive interval must be below the idle time",
         ));
     }
-    if limits.frame == 0 || u32::try_from(limits.frame).is_err() {
-        return Err(InvalidSetting("frame limit must be 1 to 4294967295"));
+    if limits.frame < MIN_FRAME || u32::try_from(limits.frame).is_err() {
+        return Err(InvalidSetting("frame limit must be 4096 to 4294967295"));
     }
     if limits.channels == 0 || limits.outbound_bytes == 0 || limits.outbound_messages == 0 {
         return Err(InvalidSetting(
@@ -229,7 +229,7 @@ mod tests {
         assert!(!fails(Limits::default(), Timeouts::default()));
         assert!(fails(
             Limits {
-                frame: 0,
+                frame: MIN_FRAME - 1,
                 ..Limits::default()
             },
             Timeouts::default()

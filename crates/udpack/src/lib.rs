@@ -232,8 +232,8 @@ pub mod wire {
     pub use crate::control::{
         Ack, Channels, ControlError, HelloMessage, Open, Passed, Refresh, Refreshed, ResumeGrant,
         ResumeRequest, ResumeTicket, Resumed, Welcome, decode_ack, decode_channels, decode_close,
-        decode_gap, decode_goaway, decode_hello, decode_mark, decode_open, decode_passed,
-        decode_refresh, decode_refreshed, decode_resume, decode_welcome,
+        decode_fault, decode_gap, decode_goaway, decode_hello, decode_mark, decode_open,
+        decode_passed, decode_refresh, decode_refreshed, decode_resume, decode_welcome,
     };
     pub use crate::frame::{FrameDecoder, FrameError, PREFIX};
     pub use crate::message::{Message, MessageError};

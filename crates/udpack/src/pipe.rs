@@ -23,6 +23,8 @@ use crate::writer::{self, Way, Written};
 pub(crate) struct Pipe {
     pub(crate) key: ChannelKey,
     pub(crate) priority: Priority,
+    /// What a resumable channel is called, at its acceptor.
+    pub(crate) name: Option<Box<str>>,
     /// The `$open` it began with, at the opener of a resumable channel.
     pub(crate) open: Option<Bytes>,
     pub(crate) outbox: Arc<Outbox>,
@@ -38,6 +40,11 @@ impl Pipe {
     /// Whether nothing can come of it any more, in either direction.
     pub(crate) fn is_over(&self) -> bool {
         self.outbox.is_over() && self.inbox.ending().is_some()
+    }
+
+    /// Whether this `$open` is that of the channel once more.
+    pub(crate) fn is_of(&self, open: &control::Open) -> bool {
+        self.name.as_deref() == Some(&open.name) && self.priority == open.priority
     }
 
     /// The connection that its present stream came over, at the acceptor.

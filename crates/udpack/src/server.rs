@@ -904,7 +904,7 @@ async fn enter(
     };
     let bytes = control::encode_welcome(&welcome, &shared.limits, &shared.timeouts)
         .map_err(|error| CloseReason::local(CloseCode::INTERNAL, error.to_string()))?;
-    if let Some(frame) = frame.filter(|frame| *frame > 0) {
+    if let Some(frame) = frame {
         session
             .peer_frame
             .store(frame.min(u64::from(u32::MAX)), Ordering::Relaxed);

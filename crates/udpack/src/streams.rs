@@ -58,74 +58,13 @@ pub(crate) async fn serve_stream(
         // Reset or lost before it began: nobody to tell.
         Err(Ending::Closed(_)) => return,
     };
-    let mut first = None;
-    if let Some(received) = open.received {
-        let key = ChannelKey {
-            own: false,
-            id: open.id,
-        };
-        match session.kept(key) {
-            Some(pipe) => return pipe.accept(&session, (conn, link), (send, inbox), received),
-            // It had reached its end here before the opener knew.
-            None if received > 0 || lock(&session.seen).contains(open.id) => {
-                return decline(&session, send, received).await;
-            }
-            None => {
-                let none = Resumed {
-                    received: 0,
-                    done: false,
-                };
-                first = control::encode_resume(none);
-            }
-        }
-    }
-    let known = open.resumable
-        && session
-            .kept(ChannelKey {
-                own: false,
-                id: open.id,
-            })
-            .is_some();
-    let crowded = open.resumable && session.kept_theirs() >= 2 * session.limits.channels as usize;
-    if !crowded {
-        lock(&session.seen).insert(open.id);
-    }
     let name = open.name.clone();
-    session.tally.one(Count::ChannelsAccepted);
-    session.tally.one(Count::MessagesReceived);
-    tracing::Span::current()
-        .record("name", crate::text::printable_within(&name, 128))
-        .record("id", open.id);
-    let opened = Opened {
-        id: open.id,
-        name: open.name,
-        meta: open.meta,
-        priority: open.priority,
-        resumable: open.resumable && !crowded && !known,
+    let begun = begin(&session, open, refusal, (conn, link), send, inbox, counters);
+    let (channel, refusal) = match begun {
+        Begun::Channel(channel, refusal) => (channel, refusal),
+        Begun::WentOn => return,
+        Begun::Over(send, received) => return decline(&session, send, received).await,
     };
-    let way = Way {
-        conn,
-        stream: send,
-        epoch: 0,
-        first,
-    };
-    let channel = Channel::start(session.clone(), opened, false, way, link, inbox, counters);
-    let refusal = refusal.or_else(|| {
-        // In the place of the one that is kept, that one would never end.
-        known.then(|| {
-            let text = format!("resumable channel {} is open already", open.id);
-            CloseReason::local(CloseCode::PROTOCOL_ORDER, text)
-        })
-    });
-    let refusal = refusal.or_else(|| {
-        crowded.then(|| {
-            let text = format!(
-                "{} resumable channels are kept because their end was not confirmed",
-                2 * session.limits.channels
-            );
-            CloseReason::local(CloseCode::RATE_LIMITED, text)
-        })
-    });
     if let Some(reason) = refusal {
         session.tally.one(Count::ChannelsRefused);
         if let Some(left_out) = session.quiet.line() {
@@ -163,6 +102,99 @@ pub(crate) async fn serve_stream(
             }
         }
     }
+}
+
+/// What a stream with a readable `$open` is.
+enum Begun {
+    /// A channel of its own; a reason says that it is refused.
+    Channel(Channel, Option<CloseReason>),
+    /// A channel that was there before goes on over it.
+    WentOn,
+    /// It is of a channel that had reached its end here before the opener knew.
+    Over(quinn::SendStream, u64),
+}
+
+/// Finds out what a stream is and makes it that, one stream of a session at a time: of two that want to be the same
+/// channel one is first.
+fn begin(
+    session: &Arc<Session>,
+    open: control::Open,
+    refusal: Option<CloseReason>,
+    (conn, link): (Arc<quinn::Connection>, u64),
+    send: quinn::SendStream,
+    inbox: Inbox,
+    counters: Arc<Counters>,
+) -> Begun {
+    let mut seen = lock(&session.seen);
+    let key = ChannelKey {
+        own: false,
+        id: open.id,
+    };
+    let kept = match refusal {
+        None => session.kept(key),
+        Some(_) => None,
+    };
+    let mut first = None;
+    match (open.received, &kept) {
+        (Some(received), Some(pipe)) if pipe.is_of(&open) => {
+            drop(seen);
+            pipe.accept(session, (conn, link), (send, inbox), received);
+            return Begun::WentOn;
+        }
+        (Some(received), None) if received > 0 || seen.contains(open.id) => {
+            return Begun::Over(send, received);
+        }
+        (Some(_), None) => {
+            let none = Resumed {
+                received: 0,
+                done: false,
+            };
+            first = control::encode_resume(none);
+        }
+        _ => {}
+    }
+    // In the place of the one that is kept, that one would never end.
+    let refusal = refusal.or_else(|| {
+        kept.is_some().then(|| {
+            let text = match open.received {
+                None => format!("resumable channel {} is open already", open.id),
+                Some(_) => format!("resumable channel {} was opened otherwise", open.id),
+            };
+            CloseReason::local(CloseCode::PROTOCOL_ORDER, text)
+        })
+    });
+    let most = 2 * session.limits.channels as usize;
+    let crowded = open.resumable && session.kept_theirs() >= most;
+    let refusal = refusal.or_else(|| {
+        crowded.then(|| {
+            let text =
+                format!("{most} resumable channels are kept because their end was not confirmed");
+            CloseReason::local(CloseCode::RATE_LIMITED, text)
+        })
+    });
+    if refusal.is_none() {
+        seen.insert(open.id);
+    }
+    session.tally.one(Count::ChannelsAccepted);
+    session.tally.one(Count::MessagesReceived);
+    tracing::Span::current()
+        .record("name", crate::text::printable_within(&open.name, 128))
+        .record("id", open.id);
+    let opened = Opened {
+        id: open.id,
+        name: open.name,
+        meta: open.meta,
+        priority: open.priority,
+        resumable: open.resumable && refusal.is_none(),
+    };
+    let way = Way {
+        conn,
+        stream: send,
+        epoch: 0,
+        first,
+    };
+    let channel = Channel::start(session.clone(), opened, false, way, link, inbox, counters);
+    Begun::Channel(channel, refusal)
 }
 
 /// Tells the opener of a channel that it is over here, and that all it sent was received.

@@ -19,7 +19,7 @@ use proptest::strategy::{Strategy, ValueTree};
 use serde_bytes::ByteBuf;
 use tokio::net::UdpSocket;
 use udpack::wire::{Message, decode_close};
-use udpack::{Client, CloseCode, ConnectError, Limits, Timeouts};
+use udpack::{Channel, Client, CloseCode, ConnectError, Limits, Timeouts};
 use watch::{ALONE, GROWTH, MARK, Site, until, within};
 
 /// Runs one test by itself, and not for ever.
@@ -418,6 +418,56 @@ async fn a_flood_of_the_smallest_frames_starves_nobody() {
 }
 
 /// C1: no more streams than were granted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_two_channels_with_one_number_one_is_served() {
+    alone(async {
+        let server = common::server().channel("hi", |channel: Channel| async move {
+            let _ = channel.send("hi", &channel.is_resumable()).await;
+            channel.closed().await;
+        });
+        let server = common::bind(server).await;
+        let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().expect("an address"));
+        let endpoint = endpoint.expect("an endpoint");
+        for _ in 0..5 {
+            let config = bare::quic(bare::tls(&[b"udpack/1"]), 1 << 20);
+            let bare = Bare::dial(&endpoint, server.local_addr(), config).await;
+            let bare = bare.expect("sound");
+            let mut control = bare.stream().await;
+            let fields = map([
+                ("v", 1.into()),
+                ("token", TOKEN.into()),
+                ("agent", "bare".into()),
+                ("resume", map([])),
+            ]);
+            control.write(&event("$hello", fields)).await;
+            control.message().await.expect("admitted");
+            for id in 1..=30_u64 {
+                let fields = map([
+                    ("id", id.into()),
+                    ("name", "hi".into()),
+                    ("resumable", Value::Raw(vec![0xc3])),
+                ]);
+                let open = event("$open", fields);
+                let (mut one, mut two) = (bare.stream().await, bare.stream().await);
+                tokio::join!(one.write(&open), two.write(&open));
+                let (one, two) = tokio::join!(one.message(), two.message());
+                let mut events = [one, two].map(|message| {
+                    let message = message.expect("a message");
+                    if message.event() == "$close" {
+                        let reason = decode_close(&message).expect("sound");
+                        assert_eq!(reason.code, CloseCode::PROTOCOL_ORDER, "{reason}");
+                    }
+                    message.event().to_owned()
+                });
+                events.sort();
+                assert_eq!(events, ["$close", "hi"], "number {id}");
+            }
+            bare.conn.close(0_u32.into(), b"");
+        }
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn channels_end_at_the_limit_and_come_back() {
     alone(async {

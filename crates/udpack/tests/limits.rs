@@ -107,7 +107,7 @@ async fn check(rows: impl IntoIterator<Item = Row>) -> Vec<(&'static str, Durati
 #[tokio::test(start_paused = true)]
 async fn every_limit_has_its_end_its_words_and_its_counter() {
     check(rows!(Limits {
-        frame: frame => "frame_too_large", "frame of 1001 bytes is above the limit: 1000", 1;
+        frame: frame => "frame_too_large", "frame of 4097 bytes is above the limit: 4096", 1;
         channels: channels => "no channel", "the peer permits no further channel: 2 may be open", 2;
         sockets: sockets => "server_busy", "all 1 sockets are in use", 1;
         sockets_per_address: sockets_per_address => "server_busy", "1 sockets of this address are in use", 1;
@@ -325,14 +325,14 @@ fn word(words: &std::collections::BTreeMap<&'static str, u64>, word: &str) -> u6
 
 async fn frame() -> Seen {
     let (net, server) = serve(Limits {
-        frame: 1000,
+        frame: 4096,
         ..Limits::default()
     })
     .await;
     let bare = bare(&net, &server).await;
     let _control = bare.enter("").await;
     let mut stream = bare.channel(1, "echo").await;
-    stream.write(&1001_u32.to_be_bytes()).await;
+    stream.write(&4097_u32.to_be_bytes()).await;
     let reason = last(&mut stream).await;
     let counted = move || channels_closed(&server.metrics(), CloseCode::FRAME_TOO_LARGE);
     Seen::closed(&reason, counted)

@@ -124,7 +124,7 @@ mod library {
     use udpack::wire::{self, FrameDecoder, Message};
 
     /// The protocol events whose tables the library checks by a function of their own.
-    pub(super) const TABLES: [&str; 13] = [
+    pub(super) const TABLES: [&str; 14] = [
         "hello",
         "welcome",
         "open",
@@ -136,6 +136,7 @@ mod library {
         "refresh",
         "refreshed",
         "gap",
+        "fault",
         "mark",
         "passed",
     ];
@@ -209,6 +210,7 @@ mod library {
             "refresh" => wire::decode_refresh(&message).map(drop),
             "refreshed" => wire::decode_refreshed(&message).map(drop),
             "gap" => wire::decode_gap(&message).map(drop),
+            "fault" => wire::decode_fault(&message).map(drop),
             "mark" => wire::decode_mark(&message).map(drop),
             "passed" => wire::decode_passed(&message).map(drop),
             _ => return Err("no such kind of vector"),

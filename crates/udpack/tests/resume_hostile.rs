@@ -440,29 +440,111 @@ async fn a_channel_goes_on_only_where_both_sides_agree() {
 async fn channels_are_disowned_only_by_who_comes_back() {
     alone(async {
         let site = Site::new().await;
-        let mut guest = site.enter().await;
-        guest.channels(&[1, 2, 3]).await;
-        let mut one = guest.open(1, "echo", None).await;
-        answers(&mut one, "after an early $channels").await;
-        let many: Vec<u64> = (0..50_000).collect();
-        for _ in 0..20 {
-            guest.channels(&many).await;
+        let guest = site.enter().await;
+        // Kept until the connection is gone: dropping them ends the channels.
+        let mut streams = Vec::new();
+        for id in 1..=3 {
+            let mut stream = guest.open(id, "echo", None).await;
+            answers(&mut stream, "before").await;
+            streams.push(stream);
         }
-        answers(&mut one, "after long ones").await;
-        // Those of this connection may be younger than the list.
-        guest.channels(&[2]).await;
-        let mut two = guest.open(2, "echo", None).await;
-        answers(&mut two, "another channel").await;
-        answers(&mut one, "one that is not in the list").await;
         let mut back = site.come("anna", guest.ticket()).await;
         assert!(back.welcome.resumed);
-        back.channels(&[2]).await;
+        drop(streams);
+        // Those of this connection may be younger than the list.
+        let mut three = back.open(3, "echo", Some(1)).await;
+        assert!(!resumed(&mut three).await.done);
+        let mut four = back.open(4, "echo", None).await;
+        answers(&mut four, "a channel that is younger than the list").await;
+        let mut many: Vec<u64> = (1_000..51_000).collect();
+        many.push(2);
+        back.channels(&many).await;
         let mut two = back.open(2, "echo", Some(1)).await;
         assert!(!resumed(&mut two).await.done);
         answers(&mut two, "the one that is in the list").await;
         let mut one = back.open(1, "echo", Some(1)).await;
         assert!(resumed(&mut one).await.done, "it was disowned");
+        answers(&mut three, "one that is not in the list").await;
+        answers(&mut four, "another that is not in the list").await;
+        site.lives("a long list").await;
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_list_of_channels_has_one_place() {
+    alone(async {
+        let site = Site::new().await;
+        let order = CloseCode::PROTOCOL_ORDER;
+        let mut new = site.enter().await;
+        new.channels(&[]).await;
+        assert_eq!(new.closed().await, order, "nothing was resumed");
+        let mut first = site.enter().await;
+        let mut early = site.come("anna", first.ticket()).await;
+        assert!(early.welcome.resumed);
+        early.ack(1, true, 0).await;
+        assert_eq!(early.closed().await, order, "an $ack before the list");
+        first = site.enter().await;
+        let mut twice = site.come("anna", first.ticket()).await;
+        assert!(twice.welcome.resumed);
+        for _ in 0..2 {
+            twice.channels(&[]).await;
+        }
+        assert_eq!(twice.closed().await, order, "two lists");
+        // A session that was not resumed has no list either.
+        let mut unknown = site.come("anna", ticket(&"0".repeat(32), &[0; 32])).await;
+        assert!(!unknown.welcome.resumed);
+        unknown.channels(&[]).await;
+        assert_eq!(unknown.closed().await, order, "another session");
         site.lives("$channels at odd times").await;
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_number_of_a_channel_that_goes_on_is_taken() {
+    alone(async {
+        let site = Site::new().await;
+        let guest = site.enter().await;
+        let mut echo = guest.open(4, "echo", None).await;
+        answers(&mut echo, "before").await;
+        let opening = |id: u64, name: &str, more: &[(&str, Value)]| {
+            let mut fields = vec![("id".into(), id.into()), ("name".into(), name.into())];
+            fields.extend(
+                more.iter()
+                    .map(|(key, value)| ((*key).into(), value.clone())),
+            );
+            event("$open", Value::Map(fields))
+        };
+        let resumable = || ("resumable", flag(true));
+        let received = || ("received", Value::Uint(1));
+        for (what, open) in [
+            ("a plain channel", opening(4, "echo", &[])),
+            ("another resumable one", opening(4, "echo", &[resumable()])),
+            (
+                "one of another name",
+                opening(4, "greet", &[resumable(), received()]),
+            ),
+            (
+                "one of another priority",
+                opening(
+                    4,
+                    "echo",
+                    &[resumable(), received(), ("priority", 2.into())],
+                ),
+            ),
+        ] {
+            let mut stream = guest.bare.stream().await;
+            stream.write(&open).await;
+            let reason = close_of(&mut stream, what).await;
+            assert_eq!(reason.code, CloseCode::PROTOCOL_ORDER, "{what}");
+            answers(&mut echo, what).await;
+        }
+        // The same `$open` once more takes its place.
+        let mut again = guest.open(4, "echo", Some(5)).await;
+        assert!(!resumed(&mut again).await.done);
+        answers(&mut again, "the same once more").await;
+        site.lives("numbers that are taken").await;
     })
     .await;
 }
@@ -588,10 +670,12 @@ async fn parts_of_requests_that_do_not_fit_are_dropped_or_close_the_channel() {
         for name in ["$push", "$item", "$reply"] {
             stream.write(&request(name, block(100_000), 4.into())).await;
         }
-        stream.write(&request("$end", Value::Nil, 4.into())).await;
-        stream
-            .write(&request("$cancel", Value::Nil, 4.into()))
-            .await;
+        // What these two say is not looked at.
+        for data in [Value::Nil, 1.into(), "x".into()] {
+            for name in ["$end", "$cancel"] {
+                stream.write(&request(name, data.clone(), 4.into())).await;
+            }
+        }
         for name in ["$credit", "$want"] {
             stream
                 .write(&request(name, u64::MAX.into(), 4.into()))
@@ -608,7 +692,7 @@ async fn parts_of_requests_that_do_not_fit_are_dropped_or_close_the_channel() {
         stream
             .write(&request("$push", block(100_000), 5.into()))
             .await;
-        stream.write(&request("$end", Value::Nil, 5.into())).await;
+        stream.write(&request("$end", 1.into(), 5.into())).await;
         for _ in 0..20 {
             stream
                 .write(&request("$push", block(100_000), 5.into()))
@@ -642,7 +726,6 @@ async fn parts_of_requests_that_do_not_fit_are_dropped_or_close_the_channel() {
                 request("$want", Value::Int(-1), 1.into()),
                 bad,
             ),
-            ("an end with data", request("$end", 1.into(), 1.into()), bad),
             ("an item of no request", event("$item", 1.into()), bad),
             (
                 "a cancellation of no request",

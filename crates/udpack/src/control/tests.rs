@@ -105,7 +105,7 @@ fn welcome_tells_how_to_resume_and_why_not() {
     let plain = Welcome {
         session: SESSION.to_owned(),
         agent: "s".to_owned(),
-        frame: 1,
+        frame: 4_096,
         channels: 2,
         resumed: false,
         resume: None,
@@ -136,7 +136,7 @@ fn welcome_tells_how_to_resume_and_why_not() {
         assert_eq!(decode_welcome(&read(&frame)), Ok(welcome));
     }
     let both = json!({
-        "v": 1, "session": SESSION, "agent": "s", "limits": {"frame": 1, "channels": 1},
+        "v": 1, "session": SESSION, "agent": "s", "limits": {"frame": 4096, "channels": 1},
         "resumed": true, "reason": "expired",
     });
     assert_eq!(

@@ -431,6 +431,17 @@ fn admission_fields() -> Vec<Case> {
             "a negative limit",
             hello_with([("limits", map([("frame", Value::Int(-5))]))]),
         ),
+        (
+            "frames of 1 byte",
+            hello_with([("limits", map([("frame", uint(1))]))]),
+        ),
+        (
+            "frames of 4,095 bytes",
+            hello_with([("limits", map([("frame", uint(4_095))]))]),
+        ),
+        ("the version twice", {
+            hello_of([("v", uint(1)), ("v", uint(2)), token(), agent()])
+        }),
         ("text for resume", hello_with([("resume", "x".into())])),
         (
             "bytes for resume",
@@ -465,7 +476,36 @@ fn admission_fields() -> Vec<Case> {
             Expect::Socket(CloseCode::VERSION),
         ));
     }
+    // What else the map holds does not matter.
+    for (name, fields) in [
+        ("alone", vec![]),
+        ("and a key that is a number", vec![(uint(7), uint(1))]),
+        ("and a key twice", vec![("a".into(), Value::Nil); 2]),
+        (
+            "and a token above the limit",
+            vec![("token".into(), "x".repeat(600).as_str().into())],
+        ),
+        (
+            "and a binary token",
+            vec![("token".into(), raw(b"\xc4\x00"))],
+        ),
+    ] {
+        for v_first in [true, false] {
+            let mut fields = fields.clone();
+            let at = if v_first { 0 } else { fields.len() };
+            fields.insert(at, ("v".into(), uint(2)));
+            cases.push(first(
+                &format!("A5 version 2 {name}, v first: {v_first}"),
+                event("$hello", Value::Map(fields)),
+                Expect::Socket(CloseCode::VERSION),
+            ));
+        }
+    }
     for (name, bytes) in [
+        (
+            "frames of 4,096 bytes",
+            hello_with([("limits", map([("frame", uint(4_096))]))]),
+        ),
         (
             "anything under ext",
             hello_with([("ext", map([("a", Value::Raw(vec![0x91, 0xc0]))]))]),
@@ -904,6 +944,24 @@ fn messages() -> Vec<Case> {
         ("C6 $cancel without an id", event("$cancel", Value::Nil)),
         ("M10 $fault with a binary code", {
             let fields = map([("code", Value::Bin(vec![b'x'])), ("message", "x".into())]);
+            request("$fault", fields, uint(1))
+        }),
+        ("M10 $fault with an empty code", {
+            let fields = map([("code", "".into()), ("message", "x".into())]);
+            request("$fault", fields, uint(1))
+        }),
+        ("M10 $fault with a code of 129 bytes", {
+            let code = "x".repeat(129);
+            let fields = map([("code", code.as_str().into()), ("message", "x".into())]);
+            request("$fault", fields, uint(1))
+        }),
+        ("M10 $fault with a code that moves the cursor", {
+            let fields = map([("code", "a\u{1b}[2J".into()), ("message", "x".into())]);
+            request("$fault", fields, uint(1))
+        }),
+        ("M10 $fault with a message of 1,025 bytes", {
+            let text = "x".repeat(1025);
+            let fields = map([("code", "x".into()), ("message", text.as_str().into())]);
             request("$fault", fields, uint(1))
         }),
         (
