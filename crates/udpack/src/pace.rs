@@ -70,7 +70,9 @@ impl Pace {
     /// The program has come to this mark; `round_trip` is the time that the path alone takes there and back.
     pub(crate) fn passed(&mut self, mark: u64, round_trip: Duration) {
         // What was never sent cannot have been taken.
-        let mark = mark.min(self.marked);
+        if mark > self.marked {
+            return;
+        }
         self.taken = self.taken.max(mark);
         let Some(probe) = self.probe.take_if(|probe| probe.number <= mark) else {
             return;
@@ -90,5 +92,64 @@ impl Pace {
             None => 0,
         };
         self.last = Some((now, self.taken));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ROUND_TRIP: Duration = Duration::from_millis(100);
+
+    #[test]
+    fn a_mark_is_on_its_way_whenever_nothing_may_go() {
+        // As many as two rooms with different policies send in turn.
+        for unread in [1, 2, 3, 4, 5, 100, 1024] {
+            let mut pace = Pace::default();
+            let mut marks = Vec::new();
+            for _ in 0..7 {
+                marks.extend(pace.send(1024));
+            }
+            while pace.may_send(unread) {
+                marks.extend(pace.send(unread));
+            }
+            marks.extend(pace.blocked());
+            let last = *marks.last().expect("one that ends it");
+            assert_eq!(pace.blocked(), None, "one is enough");
+            pace.passed(last, ROUND_TRIP);
+            assert!(pace.may_send(unread), "{unread}: {marks:?}");
+        }
+    }
+
+    #[test]
+    fn marks_are_rare_where_much_may_be_unread() {
+        let mut pace = Pace::default();
+        let marks = (0..1024).filter(|_| pace.send(1024).is_some()).count();
+        assert_eq!(marks, 4);
+        let mut pace = Pace::default();
+        assert_eq!((pace.send(1), pace.send(1)), (Some(1), Some(2)));
+    }
+
+    #[test]
+    fn what_was_not_sent_or_was_told_before_counts_for_nothing() {
+        let mut pace = Pace::default();
+        assert_eq!((pace.send(1), pace.send(1)), (Some(1), Some(2)));
+        pace.passed(3, ROUND_TRIP);
+        pace.passed(u64::MAX, ROUND_TRIP);
+        assert!(!pace.may_send(1));
+        pace.passed(2, ROUND_TRIP);
+        assert!(pace.may_send(1));
+        pace.passed(1, ROUND_TRIP);
+        assert!(pace.may_send(1));
+    }
+
+    #[test]
+    fn another_connection_is_asked_again() {
+        let mut pace = Pace::default();
+        assert_eq!(pace.renew(), None, "nothing is unread");
+        pace.send(1);
+        assert_eq!(pace.renew(), Some(1));
+        pace.passed(1, ROUND_TRIP);
+        assert_eq!(pace.renew(), None);
     }
 }

@@ -1,12 +1,17 @@
 //! Rooms: the same bytes to everybody, nobody waits for the slowest, and who lost something is told what.
 
+#[allow(dead_code, reason = "the hostile tests use the rest")]
+#[path = "hostile/bare.rs"]
+mod bare;
 mod common;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use common::{bind, bounded, client, connect, path, server};
+use bare::{Bare, Ended, Stream, Value, event, map};
+use common::{TOKEN, bind, bounded, client, connect, path, server};
 use tokio::sync::{Notify, mpsc};
 use udpack::{
     Channel, CloseCode, JoinError, Limits, Message, Overflow, Reconnect, Sent, Server,
@@ -581,4 +586,92 @@ async fn one_stuck_member_of_a_thousand_is_nobody_elses_business() {
     };
     let in_time = tokio::time::timeout(Duration::from_secs(120), test);
     assert!(in_time.await.is_ok(), "in time");
+}
+
+/// A client that is written from the document alone, on a channel in the room `hall`; `marks`: it offers to answer them.
+async fn bare_member(server: &Server, marks: bool) -> (quinn::Endpoint, Stream, Stream) {
+    let endpoint = quinn::Endpoint::client(SocketAddr::from(([127, 0, 0, 1], 0)));
+    let endpoint = endpoint.expect("a free loopback port");
+    let config = bare::quic(bare::tls(&[b"udpack/1"]), 1 << 20);
+    let bare = Bare::dial(&endpoint, server.local_addr(), config);
+    let bare = bare.await.expect("the handshake is sound");
+    let mut control = bare.stream().await;
+    let hello = map([
+        ("v", Value::Uint(1)),
+        ("token", TOKEN.into()),
+        ("agent", "bare".into()),
+        (
+            "ext",
+            map([("mark", Value::Raw(vec![if marks { 0xc3 } else { 0xc2 }]))]),
+        ),
+    ]);
+    control.write(&event("$hello", hello)).await;
+    let welcome = control.message().await.expect("admitted");
+    let welcome = udpack::wire::decode_welcome(&welcome).expect("a welcome");
+    assert_eq!(welcome.marks, marks);
+    let mut channel = bare.channel(1, "chat").await;
+    let joined = channel.message().await.expect("a message");
+    assert_eq!(joined.event(), "joined");
+    (endpoint, control, channel)
+}
+
+fn passed(mark: u64) -> Vec<u8> {
+    let fields = map([
+        ("channel", Value::Uint(1)),
+        ("own", Value::Raw(vec![0xc3])),
+        ("mark", Value::Uint(mark)),
+    ]);
+    event("$passed", fields)
+}
+
+#[tokio::test]
+async fn who_answers_marks_gets_the_latest_and_who_does_not_gets_all_and_no_mark() {
+    bounded(async {
+        let (server, _channels) = hall(server()).await;
+        let policy = Overflow::LatestOnly;
+        server.rooms().policy("hall", policy).expect("a room");
+        let (_plain, _control, mut plain) = bare_member(&server, false).await;
+        let (_answers, mut control, mut answers) = bare_member(&server, true).await;
+        burst(&server, 5);
+        for n in 0..5 {
+            assert_eq!(number(&plain.message().await.expect("alive")), n);
+        }
+        let mark = answers.message().await.expect("alive");
+        assert_eq!(udpack::wire::decode_mark(&mark), Ok(1));
+        assert_eq!(number(&answers.message().await.expect("alive")), 0);
+        // Numbers that no mark had are not looked at.
+        control.write(&passed(0)).await;
+        control.write(&passed(2)).await;
+        control.write(&passed(u64::MAX)).await;
+        control.write(&passed(1)).await;
+        let gap = answers.message().await.expect("alive");
+        assert_eq!(gap.gap().expect("a gap").lost, 3);
+        let mark = answers.message().await.expect("alive");
+        assert_eq!(udpack::wire::decode_mark(&mark), Ok(2));
+        assert_eq!(number(&answers.message().await.expect("alive")), 4);
+        // What breaks the table ends the connection.
+        control.write(&event("$passed", Value::Nil)).await;
+        let Err(Ended::Connection(quinn::ConnectionError::ApplicationClosed(close))) =
+            control.message().await
+        else {
+            panic!("closed with a code");
+        };
+        assert_eq!(
+            close.error_code.into_inner(),
+            CloseCode::BAD_MESSAGE.value()
+        );
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_mark_from_a_client_has_no_place() {
+    bounded(async {
+        let (server, mut channels) = hall(server()).await;
+        let (_endpoint, _control, mut channel) = bare_member(&server, true).await;
+        channel.write(&event("$mark", Value::Uint(1))).await;
+        let there = channels.recv().await.expect("a channel");
+        assert_eq!(there.closed().await.code, CloseCode::PROTOCOL_ORDER);
+    })
+    .await;
 }
