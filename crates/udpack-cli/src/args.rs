@@ -185,7 +185,7 @@ pub(crate) enum TokenCommand {
     New(TokenNewArgs),
     /// List the tokens by name, with what they allow.
     List(TokenListArgs),
-    /// Withdraw a token; clients that use it are cut off.
+    /// Withdraw a token; a server that runs cuts off the clients that use it within two seconds.
     Revoke(TokenRevokeArgs),
 }
 

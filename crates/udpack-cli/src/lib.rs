@@ -26,6 +26,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Parser;
+use listenfd::ListenFd;
 
 use args::{ClientArgs, ServerArgs};
 use exit::Explained;
@@ -33,7 +34,9 @@ use logging::Console;
 
 /// Runs `udpack-server` with these arguments, the first of which is the program's name.
 pub fn server_main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    run::<ServerArgs, _>(args, server::run)
+    // While this is the only thread: it changes the environment.
+    let given = ListenFd::from_env();
+    run::<ServerArgs, _>(args, |args, console| server::run(args, given, console))
 }
 
 /// Runs `udpack-client` with these arguments, the first of which is the program's name.

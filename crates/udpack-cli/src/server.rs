@@ -2,16 +2,19 @@
 
 mod hook;
 mod metrics;
+mod systemd;
 mod tokens;
 mod uploads;
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
+use std::os::unix::fs::MetadataExt as _;
 use std::time::Duration;
 
+use listenfd::ListenFd;
 use serde_json::json;
 use tokio::time::MissedTickBehavior;
-use udpack::{ConnectUrl, Drain, Identity, Limits, Server, TokenFile};
+use udpack::{Authenticate as _, ConnectUrl, Drain, Identity, Limits, Server, TokenFile};
 use udpack_transfer::{Limiter, Receiver, ReceiverConfig, Scope, Store, StoreConfig};
 
 use crate::args::{ServerArgs, ServerCommand};
@@ -24,7 +27,7 @@ use crate::signals::Interrupts;
 use crate::target::qlog_dir;
 use metrics::Scrapes;
 
-pub(crate) async fn run(args: ServerArgs, console: Console) -> anyhow::Result<()> {
+pub(crate) async fn run(args: ServerArgs, given: ListenFd, console: Console) -> anyhow::Result<()> {
     match args.command {
         Some(ServerCommand::Completions { shell }) => {
             return pages::completions::<ServerArgs>(shell);
@@ -35,19 +38,37 @@ pub(crate) async fn run(args: ServerArgs, console: Console) -> anyhow::Result<()
         None => {}
     }
     let _log = logging::start(Role::Server, &args.log, &console)?;
-    let result = serve(&args).await;
+    let result = serve(&args, given).await;
     logging::keep(&result);
     result
 }
 
-async fn serve(args: &ServerArgs) -> anyhow::Result<()> {
+async fn serve(args: &ServerArgs, given: ListenFd) -> anyhow::Result<()> {
     let mut interrupts = Interrupts::catch_with_hangup()?;
 
-    let identity = Identity::load_or_create(&args.keys)?;
-    let tokens = match &args.token_file {
-        Some(path) => TokenFile::open(path)?,
-        None => TokenFile::load_or_create(args.keys.join("token"))?,
+    // What can be wrong with the arguments is found before anything is made, keys last.
+    let socket = match systemd::inherited(given)? {
+        Some(socket) => {
+            tracing::info!("listening on the socket that was passed; --listen is not used");
+            socket
+        }
+        None => Server::listen(&args.listen).await?,
     };
+    let hook = match &args.hook {
+        Some(hook) => Some(hook::find(hook).map_err(|error| {
+            Failure::new(
+                Kind::LocalFile,
+                format!("cannot run the hook {}: {error}", hook.display()),
+            )
+            .hint("name an executable file with --hook")
+        })?),
+        None => None,
+    };
+    let scrapes = match &args.metrics {
+        Some(address) => Some(Scrapes::bind(address).await?),
+        None => None,
+    };
+    let qlog = args.qlog.as_ref().map(|dir| qlog_dir(dir)).transpose()?;
     let config = StoreConfig {
         max_file: args.max_file.0,
         quota: args.quota.0,
@@ -63,16 +84,14 @@ async fn serve(args: &ServerArgs) -> anyhow::Result<()> {
     let limiter = |rate: Option<u64>| rate.map_or_else(Limiter::unlimited, Limiter::new);
     let mut receiver = Receiver::new(store.clone(), receiving(args))
         .limit(limiter(args.bwlimit.up), limiter(args.bwlimit.down));
-    if let Some(hook) = &args.hook {
-        let found = hook::find(hook).map_err(|error| {
-            Failure::new(
-                Kind::LocalFile,
-                format!("cannot run the hook {}: {error}", hook.display()),
-            )
-            .hint("name an executable file with --hook")
-        })?;
-        receiver = receiver.hook(hook::Program::new(&found, args.hook_timeout.0));
+    if let Some(hook) = hook {
+        receiver = receiver.hook(hook::Program::new(&hook, args.hook_timeout.0));
     }
+    let identity = Identity::load_or_create(&args.keys)?;
+    let tokens = match &args.token_file {
+        Some(path) => TokenFile::open(path)?,
+        None => TokenFile::load_or_create(args.keys.join("token"))?,
+    };
     let hub = Hub::new();
     let server = Server::builder()
         .identity(identity)
@@ -80,25 +99,21 @@ async fn serve(args: &ServerArgs) -> anyhow::Result<()> {
         .agent(concat!("udpack-server/", env!("CARGO_PKG_VERSION")))
         .limits(limits(args, args.bwlimit.up))
         .congestion(args.cc.into());
-    let server = match &args.qlog {
-        Some(dir) => server.qlog(qlog_dir(dir)?),
+    let server = match qlog {
+        Some(dir) => server.qlog(dir),
         None => server,
     };
-    let scrapes = match &args.metrics {
-        Some(address) => Some(Scrapes::bind(address).await?),
-        None => None,
-    };
-    let server = hub
-        .attach(receiver.attach(server))
-        .bind(&args.listen)
-        .await?;
+    let server = hub.attach(receiver.attach(server)).bind_to(socket).await?;
 
     announce(args, &server, &tokens, scrapes.as_ref())?;
+    let watcher = systemd::Watcher::from_env();
+    watcher.tell("READY=1");
     let stop = async {
         tokio::select! {
             () = interrupts.first() => {}
             () = sweep(&store) => {}
         }
+        watcher.tell("STOPPING=1");
         tracing::info!(within = ?DRAIN, "shutting down; a second signal ends it at once");
         hub.close();
         receiver.shutting_down();
@@ -117,6 +132,8 @@ async fn serve(args: &ServerArgs) -> anyhow::Result<()> {
     tokio::select! {
         ended = server.run_until(stop, Drain::within(DRAIN)) => ended?,
         () = scraped => {}
+        () = withdraw(&server, &tokens) => {}
+        () = watcher.live() => {}
     }
     tracing::info!("stopped");
     Ok(())
@@ -132,6 +149,30 @@ fn receiving(args: &ServerArgs) -> ReceiverConfig {
         },
         read_only: args.read_only,
         ..ReceiverConfig::default()
+    }
+}
+
+/// Sends clients away whose tokens are withdrawn, soon after the file has changed, for ever. Each socket looks for itself,
+/// too, but less often: it would have to wake for it.
+async fn withdraw(server: &Server, tokens: &TokenFile) {
+    let state = || {
+        let found = std::fs::metadata(tokens.path()).ok()?;
+        Some((found.modified().ok()?, found.len(), found.ino()))
+    };
+    let mut ticks = tokio::time::interval(FOLLOW);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut seen = state();
+    // Once more after a change: whoever was being let in meanwhile is among the sockets by then.
+    let mut again = false;
+    loop {
+        ticks.tick().await;
+        let now = state();
+        let changed = now != seen;
+        if changed || again {
+            seen = now;
+            server.revoke(|peer| !tokens.is_valid(peer));
+        }
+        again = changed;
     }
 }
 
@@ -242,6 +283,8 @@ fn reachable(bound: IpAddr) -> IpAddr {
     }
 }
 
+/// How often it is looked whether the token file has changed.
+const FOLLOW: Duration = Duration::from_secs(1);
 /// How often expired uploads are looked for.
 const SWEEP: Duration = Duration::from_secs(600);
 const LEAST_WINDOW: u32 = 64 << 10;

@@ -6,6 +6,7 @@ use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::UdpSocket;
 use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -572,6 +573,80 @@ fn a_second_server_on_the_same_directory_or_port_is_refused() {
     assert_error(&out.stderr);
     assert_eq!(out.stdout, "", "nothing is announced that does not work");
     first.still_works();
+}
+
+#[test]
+fn what_is_wrong_with_the_arguments_is_found_before_keys_are_made() {
+    let taken = UdpSocket::bind("127.0.0.1:0").expect("a port");
+    let taken = taken.local_addr().expect("an address").to_string();
+    for args in [
+        &["--listen", "nonsense"][..],
+        &["--listen", "host.invalid:1"],
+        &["--listen", &taken],
+        &["--listen", "127.0.0.1:0", "--hook", "/nonexistent"],
+        &["--listen", "127.0.0.1:0", "--metrics", "nonsense"],
+    ] {
+        let dir = workdir();
+        let _held = UdpSocket::bind(&taken);
+        let out = exited(server(dir.path()).args(args));
+        assert!(out.code > 0, "{args:?}: {out:?}");
+        assert_error(&out.stderr);
+        let made = fs::read_dir(dir.path()).expect("a directory").count();
+        assert_eq!(made, 0, "{args:?}");
+    }
+}
+
+#[test]
+fn a_socket_that_was_passed_is_served() {
+    let socket = UdpSocket::bind("127.0.0.1:0").expect("a port");
+    let address = socket.local_addr().expect("an address").to_string();
+    let dir = workdir();
+    let mut program = server(dir.path());
+    // Would fail if it were used.
+    program.args(["--listen", "host.invalid:1"]);
+    let mut program = limited(
+        "export LISTEN_FDS=1 LISTEN_PID=$$; exec 3<&0 </dev/null",
+        program,
+    );
+    program.stdin(std::os::fd::OwnedFd::from(socket));
+    let server = Server::started(program, dir);
+    assert_eq!(server.value("listening"), address);
+    server.still_works();
+}
+
+#[test]
+fn a_socket_of_another_kind_is_refused() {
+    let socket = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let dir = workdir();
+    let mut program = limited(
+        "export LISTEN_FDS=1 LISTEN_PID=$$; exec 3<&0 </dev/null",
+        server(dir.path()),
+    );
+    let out = exited(program.stdin(std::os::fd::OwnedFd::from(socket)));
+    assert_eq!(out.code, 2, "{out:?}");
+    assert_error(&out.stderr);
+    assert!(out.stderr.contains("LISTEN_FDS"), "{out:?}");
+}
+
+#[test]
+fn whoever_started_the_server_is_told_when_it_is_ready_and_when_it_stops() {
+    let dir = workdir();
+    let path = dir.path().join("notify");
+    let watcher = UnixDatagram::bind(&path).expect("a socket");
+    let patience = std::time::Duration::from_secs(30);
+    watcher.set_read_timeout(Some(patience)).expect("a timeout");
+    let heard = || {
+        let mut buffer = [0; 256];
+        let count = watcher.recv(&mut buffer).expect("a word in time");
+        String::from_utf8_lossy(&buffer[..count]).into_owned()
+    };
+    let mut program = server(dir.path());
+    program.args(["--listen", "127.0.0.1:0"]);
+    program.env("NOTIFY_SOCKET", &path);
+    let server = Server::started(program, dir);
+    assert_eq!(heard(), "READY=1");
+    let (code, _dir) = server.terminate("TERM");
+    assert_eq!((code, &*heard()), (0, "STOPPING=1"));
 }
 
 #[test]

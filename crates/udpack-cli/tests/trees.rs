@@ -709,8 +709,20 @@ fn tokens_are_made_listed_and_withdrawn_while_the_server_runs() {
         .code
     };
     until("the new token lets in", || ping() == 0);
+    let mut listener =
+        Running::spawn(
+            client(dir)
+                .env("UDPACK_URL", &url)
+                .args(["listen", "--retries", "0"]),
+        );
+    listener.told("listening on ");
+    // Before each socket looks for itself, every 30 s.
+    let soon = Instant::now() + Duration::from_secs(20);
     let revoked = token(&["revoke", "bob"]);
     assert_eq!((revoked.code, &*revoked.stdout), (0, "revoked bob\n"));
+    let out = listener.exited();
+    assert_eq!(out.code, 4, "{out:?}");
+    assert!(Instant::now() < soon, "who is connected is cut off, too");
     until("it does no more", || ping() == 4);
     for (args, code) in [
         (&["revoke", "bob"][..], 2),

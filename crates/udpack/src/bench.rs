@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use quinn::{Endpoint, EndpointConfig, ServerConfig, TransportConfig};
 
 use crate::config::{CongestionControl, Limits, Timeouts, VOLATILE_STREAMS};
-use crate::endpoint::{self, InvalidSetting, Via};
+use crate::endpoint::{self, At, InvalidSetting, Via};
 
 /// An endpoint on a UDP socket as servers and clients of this library open it.
 ///
@@ -16,8 +16,13 @@ use crate::endpoint::{self, InvalidSetting, Via};
 pub fn endpoint(address: SocketAddr, server: Option<ServerConfig>) -> io::Result<Endpoint> {
     let buffer = Limits::default().socket_buffer;
     let payload = Via::System.most_payload();
-    let (endpoint, _) =
-        Via::System.open(address, buffer, payload, EndpointConfig::default(), server)?;
+    let (endpoint, _) = Via::System.open(
+        At::Address(address),
+        buffer,
+        payload,
+        EndpointConfig::default(),
+        server,
+    )?;
     Ok(endpoint)
 }
 

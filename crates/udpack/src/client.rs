@@ -16,7 +16,7 @@ use crate::code::{CloseCode, CloseReason, Side};
 use crate::config::{CongestionControl, Limits, Timeouts};
 use crate::control::{self, ResumeRequest, ResumeTicket};
 use crate::driver::{Comeback, Control, Link, live};
-use crate::endpoint::{self, InvalidSetting, Route, Via};
+use crate::endpoint::{self, At, InvalidSetting, Route, Via};
 use crate::fingerprint::Fingerprint;
 use crate::inbox::Inbox;
 use crate::lifetime::{TokenSource, check_token};
@@ -247,7 +247,7 @@ impl Client {
         let (endpoint, _) = settings
             .via
             .open(
-                local,
+                At::Address(local),
                 settings.limits.socket_buffer,
                 route.map(|route| route.payload),
                 quinn::EndpointConfig::default(),

@@ -1,7 +1,7 @@
 //! The QUIC settings that server and client share, and the endpoints that have them.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -32,12 +32,12 @@ pub(crate) enum Via {
 }
 
 impl Via {
-    /// A QUIC endpoint on a socket at this address, with kernel buffers of this size where there is a kernel.
+    /// A QUIC endpoint on this socket, or one at this address, with kernel buffers of this size where there is a kernel.
     /// Peers are told to send no larger UDP payloads than `payload` bytes, fewer where the buffers are small; at least
     /// 1,200 are taken.
     pub(crate) fn open(
         &self,
-        address: SocketAddr,
+        at: At,
         buffer: usize,
         payload: Option<u16>,
         mut settings: EndpointConfig,
@@ -49,12 +49,18 @@ impl Via {
             payload,
             port,
         } = match self {
-            Self::System => udp::bind(address, buffer, payload)?,
+            Self::System => match at {
+                At::Address(address) => udp::bind(address, buffer, payload)?,
+                At::Socket(socket) => udp::serve(socket, buffer, payload)?,
+            },
             #[cfg(feature = "testing")]
-            Self::Net(host) => Bound {
-                socket: host.open(address)?,
-                payload,
-                port: Port::default(),
+            Self::Net(host) => match at {
+                At::Address(address) => Bound {
+                    socket: host.open(address)?,
+                    payload,
+                    port: Port::default(),
+                },
+                At::Socket(_) => return Err(io::ErrorKind::Unsupported.into()),
             },
         };
         // Fails below 1,200 bytes only.
@@ -93,6 +99,15 @@ impl Via {
             Self::Net(_) => None,
         }
     }
+}
+
+/// Where an endpoint gets its socket from.
+#[derive(Debug)]
+pub(crate) enum At {
+    /// It binds one.
+    Address(SocketAddr),
+    /// It is given one that is bound.
+    Socket(UdpSocket),
 }
 
 /// The first link to a peer.

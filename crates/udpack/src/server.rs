@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -30,7 +30,7 @@ use crate::config::{
 };
 use crate::control::{self, GoAway, HelloMessage, ResumeGrant, ResumeTicket, Welcome};
 use crate::driver::{Awaited, Comeback, Control, Link, live};
-use crate::endpoint::{self, ETHERNET_PAYLOAD, InvalidSetting, Route, Via};
+use crate::endpoint::{self, At, ETHERNET_PAYLOAD, InvalidSetting, Route, Via};
 use crate::fingerprint::Fingerprint;
 use crate::identity::{Identity, IdentityError};
 use crate::inbox::{Ending, Inbox};
@@ -159,6 +159,16 @@ impl Server {
             via: Via::default(),
             qlog: None,
         }
+    }
+
+    /// Binds a UDP socket as [`ServerBuilder::bind`] does, for [`ServerBuilder::bind_to`]: where it is to be known that
+    /// the address can be had before anything else is done.
+    ///
+    /// # Errors
+    /// When the address cannot be resolved or bound.
+    pub async fn listen(address: impl ToSocketAddrs) -> Result<UdpSocket, BindError> {
+        let address = resolve(address).await?;
+        crate::udp::bound(address).map_err(|source| BindError::Bind { address, source })
     }
 
     /// The address it listens on, with the real port.
@@ -449,16 +459,26 @@ impl ServerBuilder {
     /// When something needed is missing, a setting makes no sense, the address cannot be resolved or bound,
     /// or the identity cannot be used.
     pub async fn bind(self, address: impl ToSocketAddrs) -> Result<Server, BindError> {
+        let address = resolve(address).await?;
+        self.serve_at(address, At::Address(address))
+    }
+
+    /// Starts serving on a UDP socket that is bound already: one of [`Server::listen`], or one that was inherited.
+    ///
+    /// # Errors
+    /// As [`bind`](Self::bind).
+    pub async fn bind_to(self, socket: UdpSocket) -> Result<Server, BindError> {
+        let address = socket.local_addr().map_err(BindError::Address)?;
+        self.serve_at(address, At::Socket(socket))
+    }
+
+    /// Must be called on a runtime.
+    fn serve_at(self, address: SocketAddr, at: At) -> Result<Server, BindError> {
         let identity = self.identity.ok_or(BindError::NoIdentity)?;
         let auth = self.auth.ok_or(BindError::NoAuth)?;
         if let Some((channel, state)) = self.registry.missing {
             return Err(BindError::MissingState { channel, state });
         }
-        let address = tokio::net::lookup_host(address)
-            .await
-            .map_err(BindError::Address)?
-            .next()
-            .ok_or_else(|| BindError::Address(io::Error::other("the name has no address")))?;
         let transport =
             endpoint::transport(&self.limits, &self.timeouts, self.congestion, None, true)?;
         let mut config = quinn::ServerConfig::with_crypto(Arc::new(identity.server_tls()?));
@@ -482,7 +502,7 @@ impl ServerBuilder {
         let (endpoint, port) = self
             .via
             .open(
-                address,
+                at,
                 self.limits.socket_buffer,
                 self.via.most_payload(),
                 settings,
@@ -933,6 +953,14 @@ async fn enter(
         Some(permit) => Admitted::Back(control, permit),
         None => Admitted::New(control),
     })
+}
+
+async fn resolve(address: impl ToSocketAddrs) -> Result<SocketAddr, BindError> {
+    tokio::net::lookup_host(address)
+        .await
+        .map_err(BindError::Address)?
+        .next()
+        .ok_or_else(|| BindError::Address(io::Error::other("the name has no address")))
 }
 
 /// What a drain tells a client: to come back after this time, and a random part of the window.

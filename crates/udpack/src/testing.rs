@@ -50,7 +50,7 @@ use tokio::time::{Instant, Sleep};
 
 use crate::auth::{Deny, Hello, Peer};
 use crate::client::{Client, ClientBuilder, ConnectError};
-use crate::endpoint::Via;
+use crate::endpoint::{At, Via};
 use crate::identity::Identity;
 use crate::server::{BindError, Server, ServerBuilder};
 use crate::session::lock;
@@ -358,7 +358,13 @@ impl Net {
     pub fn bare(&self) -> io::Result<quinn::Endpoint> {
         let via = self.attach(Client::builder()).network().clone();
         let anywhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
-        let (endpoint, _) = via.open(anywhere, 0, None, quinn::EndpointConfig::default(), None)?;
+        let (endpoint, _) = via.open(
+            At::Address(anywhere),
+            0,
+            None,
+            quinn::EndpointConfig::default(),
+            None,
+        )?;
         Ok(endpoint)
     }
 

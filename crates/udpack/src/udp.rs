@@ -40,10 +40,26 @@ const LARGEST: u16 = 65_527;
 const IPV4_HEADERS: u32 = 20 + 8;
 const IPV6_HEADERS: u32 = 40 + 8;
 
-/// Binds a UDP socket with large kernel buffers, for an endpoint that takes UDP payloads of `payload` bytes, or fewer
+/// A UDP socket at this address; for IPv6 also of IPv4 peers.
+pub(crate) fn bound(address: SocketAddr) -> io::Result<UdpSocket> {
+    let socket = RawSocket::new(
+        Domain::for_address(address),
+        Type::DGRAM,
+        Some(Protocol::UDP),
+    )?;
+    if address.is_ipv6() {
+        socket.set_only_v6(false)?;
+    }
+    socket.bind(&address.into())?;
+    Ok(socket.into())
+}
+
+/// Gives a bound UDP socket large kernel buffers, for an endpoint that takes UDP payloads of `payload` bytes, or fewer
 /// where the buffer is small: how many comes with it. Says in the log what to do when the kernel gives less.
-pub(crate) fn bind(address: SocketAddr, buffer: usize, payload: u16) -> io::Result<Bound> {
-    let (socket, granted) = bound(address, buffer)?;
+pub(crate) fn serve(socket: UdpSocket, buffer: usize, payload: u16) -> io::Result<Bound> {
+    let socket = RawSocket::from(socket);
+    let granted = grow_buffers(&socket, buffer);
+    let socket = UdpSocket::from(socket);
     let payload = taken(payload, granted);
     let datagrams = Arc::new(Datagrams::of(socket)?);
     Ok(Bound {
@@ -51,6 +67,11 @@ pub(crate) fn bind(address: SocketAddr, buffer: usize, payload: u16) -> io::Resu
         payload,
         port: Port(Some(datagrams)),
     })
+}
+
+/// Binds a UDP socket and [`serve`]s it.
+pub(crate) fn bind(address: SocketAddr, buffer: usize, payload: u16) -> io::Result<Bound> {
+    serve(bound(address)?, buffer, payload)
 }
 
 /// A UDP socket for a QUIC endpoint.
@@ -113,21 +134,6 @@ fn taken(payload: u16, granted: usize) -> u16 {
     } else {
         payload
     }
-}
-
-/// A socket, and the bytes of its receive buffer.
-fn bound(address: SocketAddr, buffer: usize) -> io::Result<(UdpSocket, usize)> {
-    let socket = RawSocket::new(
-        Domain::for_address(address),
-        Type::DGRAM,
-        Some(Protocol::UDP),
-    )?;
-    if address.is_ipv6() {
-        socket.set_only_v6(false)?;
-    }
-    let granted = grow_buffers(&socket, buffer);
-    socket.bind(&address.into())?;
-    Ok((socket.into(), granted))
 }
 
 /// Says how large the receive buffer is then, in bytes.
@@ -647,8 +653,9 @@ pub(crate) mod tests {
     #[test]
     fn binds_with_the_buffers_it_can_get() {
         let loopback = "127.0.0.1:0".parse().expect("an address");
-        let (socket, granted) = bound(loopback, 1 << 20).expect("loopback");
-        let size = RawSocket::from(socket).recv_buffer_size().expect("a size");
+        let socket = RawSocket::from(bound(loopback).expect("loopback"));
+        let granted = grow_buffers(&socket, 1 << 20);
+        let size = socket.recv_buffer_size().expect("a size");
         assert!(size >= 128 << 10, "{size}");
         assert_eq!(granted, size / 2);
     }
