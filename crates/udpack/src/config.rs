@@ -66,8 +66,10 @@ pub struct Limits {
     pub connection_window: u32,
     /// Bytes quinn may hold unacknowledged for sending, a connection. Default 16 MiB.
     pub send_window: u64,
-    /// Sum of the connection windows of all admitted sockets, in bytes. Default 512 MiB. Half of it is shared
-    /// equally, at least 64 KiB for each; the other half is what windows grow by, where they do.
+    /// Received bytes that a server holds before its programs read them, in all. Default 512 MiB. Half of it are connection
+    /// windows, shared equally, at least 64 KiB for each; a quarter is what windows grow by, where they do. The last
+    /// quarter, at least four times `frame`, is for frames of 64 KiB and more that came in part: each has room for all of
+    /// it before it is read on, half of the room is kept for one frame of each token, and who finds none waits.
     pub receive_budget: u64,
     /// Wrong tokens of one address, each forgotten after 5 s, from which on it is slowed down: its tokens, right ones too,
     /// are then looked at one after the other, [`Timeouts::auth_pause`] apart. Default 3.

@@ -208,6 +208,11 @@ impl FrameDecoder {
         }
     }
 
+    /// The length of the frame under way, if that is large and came in pieces so far.
+    pub(crate) fn large(&self) -> Option<usize> {
+        self.need.filter(|need| *need >= LARGE)
+    }
+
     /// Bytes that were pushed and not returned. After [`next_frame`](Self::next_frame) returned
     /// `None` that is what came of the unfinished frame, prefix included: 0 means between frames.
     pub fn held(&self) -> usize {

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use tokio::time::{Instant, Sleep};
 
 use crate::calls::{Begun, Calls, Taken};
@@ -24,6 +25,7 @@ use crate::frame::FrameDecoder;
 use crate::message::{Message, Parts};
 use crate::metrics::Count;
 use crate::msgpack::Shape;
+use crate::pool::{Place, PoolFull};
 use crate::session::{ChannelKey, Session, lock, lost};
 use crate::spare::Spare;
 use crate::speed::Counters;
@@ -47,6 +49,7 @@ struct State {
     resume: Option<Received>,
     decided: Spare<Decided>,
     decoder: FrameDecoder,
+    room: Spare<Room>,
     /// Chunks taken from QUIC and not yet decoded.
     chunks: VecDeque<Bytes>,
     /// QUIC had as many as were asked for.
@@ -68,6 +71,15 @@ struct State {
     uncounted: u64,
     waiters: Arc<Waiters>,
     waker: Waker,
+}
+
+/// Memory for a large frame that comes in pieces: all of it, before more than its beginning is read. So a frame that has
+/// room can be completed, whatever others lack.
+#[derive(Default)]
+struct Room {
+    place: Option<Place>,
+    /// Waits for its turn.
+    turn: Option<BoxFuture<'static, Result<Place, PoolFull>>>,
 }
 
 /// How the direction ends when its stream is lost, or finished, once that is decided from outside.
@@ -158,6 +170,7 @@ impl Inbox {
             resume: None,
             decided: Spare::default(),
             decoder: FrameDecoder::new(frame_limit),
+            room: Spare::default(),
             chunks: VecDeque::new(),
             more: false,
             backlog: VecDeque::new(),
@@ -200,8 +213,7 @@ impl Inbox {
         state.stream = None;
         // What was not decoded is not counted: the peer sends it again.
         state.chunks = VecDeque::new();
-        state.decoder = FrameDecoder::new(0);
-        state.timer = None;
+        state.forget_frame();
         state.resume.as_mut().map_or(0, |count| {
             count.told = count.frames;
             count.bytes = 0;
@@ -219,6 +231,7 @@ impl Inbox {
         match &state.end {
             None => {
                 state.decoder = next.decoder;
+                state.room = next.room;
                 state.chunks = next.chunks;
                 state.stream = next.stream;
                 drop(state);
@@ -369,8 +382,7 @@ impl Inbox {
             }
             state.end = Some(ending);
             state.chunks = VecDeque::new();
-            state.decoder = FrameDecoder::new(0);
-            state.timer = None;
+            state.forget_frame();
             state.alarm = None;
             drop(state);
             self.waiters.wake_by_ref();
@@ -561,6 +573,12 @@ impl State {
             Err(error) => return Some(Err(self.broken(error.close_code(), &error))),
         };
         self.came(body.len(), session);
+        if self.decoder.is_drained()
+            && self.chunks.is_empty()
+            && let Some(room) = self.room.get_mut()
+        {
+            room.place = None;
+        }
         Some(match Message::decode(body) {
             Ok(message) => Ok(message),
             Err(error) => Err(self.broken(error.close_code(), &error)),
@@ -593,6 +611,9 @@ impl State {
         counters: &Counters,
     ) -> Poll<Result<Message, Ending>> {
         loop {
+            if let Err(end) = std::task::ready!(self.poll_room(session)) {
+                return Poll::Ready(Err(self.ended(end)));
+            }
             if let Some(chunk) = self.chunks.pop_front() {
                 self.decoder.push(chunk);
                 match self.decode(session) {
@@ -638,6 +659,53 @@ impl State {
         }
     }
 
+    /// Ready when the frame under way may be read on. What is not read stays in QUIC's window.
+    fn poll_room(&mut self, session: &Session) -> Poll<Result<(), Ending>> {
+        let (Some(need), Some(frames)) = (self.decoder.large(), session.frames.get()) else {
+            return Poll::Ready(Ok(()));
+        };
+        let room = self.room.made();
+        if room
+            .place
+            .as_ref()
+            .is_some_and(|place| place.amount() >= need)
+        {
+            return Poll::Ready(Ok(()));
+        }
+        room.place = None;
+        if room.turn.is_none() {
+            let (pool, tenant) = &**frames;
+            room.place = pool.offer(tenant, need);
+            if room.place.is_some() {
+                return Poll::Ready(Ok(()));
+            }
+            let (pool, tenant) = (pool.clone(), tenant.clone());
+            room.turn = Some(Box::pin(async move { pool.take_many(&tenant, need).await }));
+            session.tally.one(Count::FramesHeldUp);
+        }
+        let Some(turn) = &mut room.turn else {
+            return Poll::Ready(Ok(()));
+        };
+        // It is not the peer who is late.
+        self.timer = None;
+        let taken = std::task::ready!(turn.as_mut().poll(&mut Context::from_waker(&self.waker)));
+        room.turn = None;
+        match taken {
+            Ok(place) => {
+                room.place = Some(place);
+                Poll::Ready(Ok(()))
+            }
+            Err(full) => Poll::Ready(Err(violation(CloseCode::SERVER_BUSY, &full))),
+        }
+    }
+
+    /// What came of the frame under way is of no use any more.
+    fn forget_frame(&mut self) {
+        self.decoder = FrameDecoder::new(0);
+        self.room = Spare::default();
+        self.timer = None;
+    }
+
     /// Takes what QUIC has; 0 at the end of the stream.
     fn poll_read(&mut self, session: &Session) -> Poll<Result<usize, Ending>> {
         if self.more {
@@ -678,8 +746,7 @@ impl State {
                 // The next connection brings another stream, or the end of the session its reason. A frame
                 // that was only begun will be repeated.
                 self.stream = None;
-                self.decoder = FrameDecoder::new(0);
-                self.timer = None;
+                self.forget_frame();
                 self.poll_read(session)
             }
             Err(error) => Poll::Ready(Err(Ending::Closed(read_reason(session, error)))),
@@ -707,6 +774,9 @@ impl State {
         };
         self.decoder.rest();
         if self.decoder.held() == 0 {
+            if self.room.get().is_some() {
+                self.room = Spare::default();
+            }
             self.timer = None;
             return Poll::Pending;
         }
@@ -773,6 +843,7 @@ impl State {
         }
         self.timer = None;
         self.alarm = None;
+        self.room = Spare::default();
         self.end.get_or_insert(end).clone()
     }
 }

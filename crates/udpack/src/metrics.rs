@@ -76,6 +76,7 @@ counts! {
     ChannelsOpened channels_opened counter "udpack_channels_opened_total" "Channels that this side opened.";
     ChannelsAccepted channels_accepted counter "udpack_channels_accepted_total" "Channels that the peer opened, refused ones included.";
     ChannelsRefused channels_refused counter "udpack_channels_refused_total" "Channels of the peer that were refused before anybody served them.";
+    FramesHeldUp frames_held_up counter "udpack_frames_held_up_total" "Large frames that waited until there was memory for them.";
     MessagesSent messages_sent counter "udpack_messages_sent_total" "Frames written to channels: events, requests, answers and the protocol's own.";
     MessagesReceived messages_received counter "udpack_messages_received_total" "Frames read from channels: events, requests, answers and the protocol's own.";
     RequestsSent requests_sent counter "udpack_requests_sent_total" "Requests to the peer.";

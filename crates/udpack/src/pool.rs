@@ -188,18 +188,21 @@ impl Pool {
         self.try_take_many(tenant, 1)
     }
 
+    /// So many places as one, if the tenant may have them at once; that it may not is no refusal.
+    pub(crate) fn offer(&self, tenant: &Tenant, amount: usize) -> Option<Place> {
+        let taken = self
+            .inner
+            .take_at_once(&mut lock(&self.inner.state), tenant, amount);
+        taken.then(|| self.place(tenant, amount))
+    }
+
     /// So many places as one, all or none.
     ///
     /// # Errors
     /// When the tenant may not have them all at once.
     pub fn try_take_many(&self, tenant: &Tenant, amount: usize) -> Result<Place, PoolFull> {
-        let taken = self
-            .inner
-            .take_at_once(&mut lock(&self.inner.state), tenant, amount);
-        match taken {
-            true => Ok(self.place(tenant, amount)),
-            false => Err(self.refuse(tenant)),
-        }
+        self.offer(tenant, amount)
+            .ok_or_else(|| self.refuse(tenant))
     }
 
     /// A place for this tenant; waits in the queue until there is one.

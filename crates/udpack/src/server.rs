@@ -102,6 +102,8 @@ struct Shared {
     sockets: Mutex<Sockets>,
     /// Places for sockets, by address.
     places: Pool,
+    /// Bytes for large frames that come in pieces, by token.
+    frames: Pool,
     /// What the sockets' windows may grow by.
     pool: Arc<windows::Pool>,
     socket_ended: Notify,
@@ -522,7 +524,12 @@ impl ServerBuilder {
         let (accept_queue, accepted) = mpsc::channel(ACCEPT_QUEUE);
         let rooms = Rooms::new(self.limits.rooms, tokio::runtime::Handle::current());
         let pool = windows::Pool::new(&self.limits);
+        let frames = Pool::new(
+            "bytes of unfinished frames",
+            windows::frame_shares(&self.limits),
+        );
         let shared = Arc::new(Shared {
+            frames,
             pool,
             endpoint,
             port,
@@ -905,6 +912,10 @@ async fn enter(
             .map_err(|Deny { code, text }| CloseReason::local(code, text))?,
         None => {
             let expires = peer.time_left();
+            let tenant = Tenant::peer(&peer);
+            let _ = session
+                .frames
+                .set(Box::new((shared.frames.clone(), tenant)));
             session.peer.set(peer);
             session.life.guarded_by(shared.guard.clone());
             session.life.counts_for(expires);

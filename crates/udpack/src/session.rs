@@ -25,6 +25,7 @@ use crate::metrics::Tally;
 use crate::open::OpenError;
 use crate::outbox::Budget;
 use crate::pipe::Pipe;
+use crate::pool::{Pool, Tenant};
 use crate::quiet::Quiet;
 use crate::reconnect::StateFeed;
 use crate::resume::Seen;
@@ -258,6 +259,8 @@ pub(crate) struct Session {
     pub(crate) volatiles: Volatiles,
     /// How much the peer may send ahead.
     pub(crate) window: ReceiveWindow,
+    /// At a server: bytes for frames that come in pieces, and whose share the peer takes.
+    pub(crate) frames: OnceLock<Box<(Pool, Tenant)>>,
     /// Whose turn it is to write.
     pub(crate) turns: Turns,
     next_channel: AtomicU64,
@@ -302,6 +305,7 @@ impl Session {
             peer_frame: AtomicU64::new(limits.frame as u64),
             budget: Arc::new(Budget::new(limits.resume_bytes)),
             window: ReceiveWindow::new(&limits),
+            frames: OnceLock::new(),
             limits,
             timeouts,
             counters: Counters::child(parent),

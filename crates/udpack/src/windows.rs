@@ -13,6 +13,7 @@ use tokio::time::{Instant, Interval, MissedTickBehavior};
 
 use crate::config::{Limits, MIN_WINDOW};
 use crate::endpoint::varint;
+use crate::pool::Shares;
 use crate::session::lock;
 
 /// Window that a connection begins with, in bytes, where the budget permits. Not smaller, because on a slow path
@@ -31,8 +32,8 @@ pub(crate) fn look() -> Interval {
     interval
 }
 
-/// What the windows of a server's connections may grow by, all together: half of its budget. The other half is
-/// what they begin with.
+/// What the windows of a server's connections may grow by, all together: a quarter of its budget. Half of it is what they
+/// begin with, and the rest is for frames that come in pieces.
 #[derive(Debug)]
 pub(crate) struct Pool {
     free: AtomicU64,
@@ -41,7 +42,7 @@ pub(crate) struct Pool {
 impl Pool {
     pub(crate) fn new(limits: &Limits) -> Arc<Self> {
         Arc::new(Self {
-            free: AtomicU64::new(limits.receive_budget / 2),
+            free: AtomicU64::new(limits.receive_budget / 4),
         })
     }
 
@@ -55,6 +56,21 @@ impl Pool {
                 share(free).map(|share| free - share)
             });
         taken.ok().and_then(share).unwrap_or(0)
+    }
+}
+
+/// How the memory for large frames that come in pieces is divided: a quarter of the budget, in bytes. Half of that is kept
+/// for one frame of each tenant. All may wait that have a channel.
+pub(crate) fn frame_shares(limits: &Limits) -> Shares {
+    let budget = usize::try_from(limits.receive_budget / 4).unwrap_or(usize::MAX);
+    let places = budget.max(limits.frame.saturating_mul(4));
+    Shares {
+        places,
+        each: places,
+        minimum: limits.frame,
+        reserve: places / 2,
+        waiting: usize::MAX,
+        waiting_each: usize::MAX,
     }
 }
 
@@ -269,10 +285,10 @@ mod tests {
             }
         }
         let grown: u64 = states.iter().map(|state| state.grown).sum();
-        assert!(grown <= 32 * MIB, "{grown}");
+        assert!(grown <= 16 * MIB, "{grown}");
         assert_eq!(states[0].window(), 4 * MIB, "{:?}", states[0]);
         assert!(states[1].grown > 0, "{:?}", states[1]);
-        assert_eq!(grown + pool.free.load(Ordering::Relaxed), 32 * MIB);
+        assert_eq!(grown + pool.free.load(Ordering::Relaxed), 16 * MIB);
     }
 
     #[test]

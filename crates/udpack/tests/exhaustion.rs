@@ -15,10 +15,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bare::Bare;
+use serde_bytes::ByteBuf;
 use tokio::net::UdpSocket;
 use udpack::testing::{self, Net};
 use udpack::{
-    ClientBuilder, CloseCode, ConnectError, Deny, Hello, Limits, Peer, Reconnect, Server, Socket,
+    Channel, ClientBuilder, CloseCode, ConnectError, Context, Deny, Fault, Hello, Limits, Peer,
+    Reconnect, Server, Socket,
 };
 
 /// A server and the network around it, and a client that was there before.
@@ -40,7 +42,14 @@ impl Site {
         let server = testing::server()
             .auth(verifier)
             .limits(limits)
-            .channel("echo", common::echo);
+            .channel("echo", common::echo)
+            .channel("deaf", |channel: Channel| async move {
+                channel.closed().await;
+            })
+            .channel("size", |channel: Channel| async move {
+                let size = |bytes: ByteBuf, _: Context| async move { Ok::<_, Fault>(bytes.len()) };
+                channel.on("size", size).run().await
+            });
         let server = net.bind(server).await.expect("an address");
         let good = testing::client(&server).token("good");
         let early = net.connect(good, &server).await.expect("let in");
@@ -68,6 +77,12 @@ impl Site {
             let answer = channel.request::<_, u64>("echo", &7).await;
             let answer = answer.unwrap_or_else(|error| panic!("{what}: {who}: {error}"));
             assert_eq!(answer, 7, "{what}: {who}");
+            let channel = socket.open("size").await;
+            let channel = channel.unwrap_or_else(|error| panic!("{what}: {who}: {error}"));
+            let large = ByteBuf::from(vec![0; 1 << 20]);
+            let answer = channel.request::<_, usize>("size", &large).await;
+            let answer = answer.unwrap_or_else(|error| panic!("{what}: {who}: {error}"));
+            assert_eq!(answer, 1 << 20, "{what}: {who}");
         }
     }
 }
@@ -92,6 +107,13 @@ fn many_sockets(retry_from: usize) -> Limits {
     }
 }
 
+fn small_budget() -> Limits {
+    Limits {
+        receive_budget: 32 << 20,
+        ..Limits::default()
+    }
+}
+
 fn hogs() -> Vec<Hog> {
     let hog = |what, limits, take| Hog { what, limits, take };
     vec![
@@ -107,6 +129,10 @@ fn hogs() -> Vec<Hog> {
         hog("wrong tokens", Limits::default(), |site| {
             Box::pin(guesses(site))
         }),
+        hog("unfinished frames", small_budget(), |site| {
+            Box::pin(unfinished(site))
+        }),
+        hog("windows", small_budget(), |site| Box::pin(unread(site))),
     ]
 }
 
@@ -162,6 +188,54 @@ async fn guesses(site: &Site) -> Held {
     let tries = futures_util::future::join_all(tries).await;
     assert!(tries.iter().all(Result::is_err));
     Box::new(client)
+}
+
+/// Begins the largest frame on every channel of four sockets, and sends all of it but the last byte.
+async fn unfinished(site: &Site) -> Held {
+    let frame = Limits::default().frame;
+    let mut bytes = u32::try_from(frame).expect("fits").to_be_bytes().to_vec();
+    bytes.resize(4 + frame - 1, 0x5a);
+    let bytes = Arc::new(bytes);
+    let mut held = Vec::new();
+    for _ in 0..4 {
+        let endpoint = site.net.bare().expect("an address");
+        let bare = Arc::new(site.dial(&endpoint).await.expect("a sound handshake"));
+        let control = bare.enter("bad").await;
+        let mut writers = tokio::task::JoinSet::new();
+        for id in 0..60 {
+            let (bare, bytes) = (bare.clone(), bytes.clone());
+            writers.spawn(async move {
+                let mut stream = bare.channel(id, "size").await;
+                stream.write(&bytes).await;
+                std::future::pending::<()>().await;
+            });
+        }
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        held.push((endpoint, bare, control, writers));
+    }
+    assert!(site.server.metrics().frames_held_up > 0);
+    Box::new(held)
+}
+
+/// Sends without an end on channels that nobody reads.
+async fn unread(site: &Site) -> Held {
+    let mut held = Vec::new();
+    for _ in 0..4 {
+        let client = site.hostile().build().expect("sound");
+        let address = site.server.local_addr().to_string();
+        let socket = client.connect(&address).await.expect("let in");
+        let mut writers = tokio::task::JoinSet::new();
+        for _ in 0..4 {
+            let channel = socket.open("deaf").await.expect("open");
+            writers.spawn(async move {
+                let block = ByteBuf::from(vec![0; 64 << 10]);
+                while channel.send("block", &block).await.is_ok() {}
+            });
+        }
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        held.push((socket, writers));
+    }
+    Box::new(held)
 }
 
 /// Passes on first packets and `Retry`, and nothing else: every handshake begins and none goes on.

@@ -9,6 +9,7 @@ mod common;
 #[path = "common/heap.rs"]
 mod heap;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bare::{Bare, event};
@@ -323,6 +324,57 @@ async fn a_bare_peers_streams_are_held_within_the_windows() {
         // The peer's own copy of what it could not send is in this heap, too.
         site.bounded("30 full streams");
         assert!(written > 256 << 10, "{written}");
+    })
+    .await;
+}
+
+/// Frames that lack their last byte, on every channel of three sockets: the peer's budget holds for them, too.
+#[tokio::test(start_paused = true)]
+async fn unfinished_frames_are_held_within_the_budget() {
+    alone(async {
+        const BUDGET: usize = 16 << 20;
+        let net = Net::new(0);
+        let limits = Limits {
+            receive_budget: BUDGET as u64,
+            connection_window: 4 << 20,
+            stream_window: 1 << 20,
+            ..Limits::default()
+        };
+        let frame = limits.frame;
+        let server = testing::server()
+            .limits(limits)
+            .channel("echo", common::echo);
+        let server = net.bind(server).await.expect("an address");
+        let mut bytes = u32::try_from(frame).expect("fits").to_be_bytes().to_vec();
+        bytes.resize(4 + frame - 1, 0x5a);
+        let bytes = Arc::new(bytes);
+        let mark = Mark::set();
+        let mut held = Vec::new();
+        for _ in 0..3 {
+            let bare = Arc::new(dial(&net, &server, 64 << 10).await);
+            let control = bare.enter("").await;
+            let mut writers = tokio::task::JoinSet::new();
+            for id in 0..60 {
+                let (bare, bytes) = (bare.clone(), bytes.clone());
+                writers.spawn(async move {
+                    let mut stream = bare.channel(id, "echo").await;
+                    stream.write(&bytes).await;
+                    std::future::pending::<()>().await;
+                });
+            }
+            held.push((bare, control, writers));
+        }
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        assert!(server.metrics().frames_held_up > 0);
+        // With what the sender has under way, which is in this heap, too.
+        mark.bounded(3 * BUDGET, "180 unfinished frames");
+        for (bare, _, _) in &held {
+            bare.conn.close(0_u32.into(), b"");
+        }
+        drop(held);
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        let left = mark.held();
+        assert!(left < 1 << 20, "{left} bytes are left");
     })
     .await;
 }
