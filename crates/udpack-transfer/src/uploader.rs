@@ -107,6 +107,8 @@ impl Uploader {
 
     /// Starts to upload. The sources are listed on a blocking thread, some thousands ahead; of these the
     /// largest is begun first. One that fails does not stop the others.
+    /// Two sources of one name are sent one after the other in their order, and what becomes of the second is the
+    /// policy's word: [`IfExists::Rename`] keeps both, [`IfExists::Overwrite`] the later one.
     ///
     /// Must be called within a tokio runtime.
     pub fn put(

@@ -152,7 +152,7 @@ impl Read for Stdin {
         let count = io::stdin().read(buffer)?;
         if count == 0 && !buffer.is_empty() && !self.allowed {
             return Err(io::Error::other(
-                "it is empty; --allow-empty stores an empty file",
+                "standard input is empty; --allow-empty stores an empty file",
             ));
         }
         self.allowed = true;
