@@ -769,6 +769,8 @@ async fn a_file_that_changes_while_it_is_sent_is_not_finished() {
             lane.say(&get(1, "large")).await;
             // It cannot be sent as a whole before somebody reads.
             assert!(lane.hear().await.line.starts_with("file 1 "));
+            // What changes before it is read is sent as it is then.
+            assert!(lane.hear().await.line.starts_with("chunk 1 0 "));
             change(&path);
             let last = loop {
                 let heard = lane.hear().await;

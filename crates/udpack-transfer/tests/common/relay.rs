@@ -235,7 +235,13 @@ impl Port {
     /// Length and client of the next datagram.
     async fn recv(&self, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr)> {
         match self {
-            Self::Clients(socket) => socket.recv_from(buffer).await,
+            Self::Clients(socket) => loop {
+                let (len, client) = socket.recv_from(buffer).await?;
+                // An empty one only asks whether somebody listens, from another port beside the client's.
+                if len > 0 {
+                    return Ok((len, client));
+                }
+            },
             Self::Server(socket, client) => {
                 let (len, _) = socket.recv_from(buffer).await?;
                 Ok((len, *client))
