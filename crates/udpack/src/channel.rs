@@ -21,7 +21,7 @@ use crate::metrics::{Count, Words};
 use crate::outbox::{Outbox, PushError};
 use crate::pipe::Pipe;
 use crate::rooms::Guest;
-use crate::session::{ChannelKey, End, Lease, Session};
+use crate::session::{ChannelKey, End, Lease, Line, Session, lost};
 use crate::speed::{Counters, SpeedMeter, Stats};
 use crate::writer::Way;
 
@@ -50,8 +50,8 @@ pub(crate) struct Opened {
 
 pub(crate) struct Inner {
     pub(crate) session: Arc<Session>,
-    /// The connection it began on.
-    conn: Arc<quinn::Connection>,
+    /// The connection it began on. A handle that a program keeps must not keep what a lost one still holds to send.
+    conn: Weak<Line>,
     opened: Opened,
     pub(crate) outbox: Arc<Outbox>,
     pub(crate) inbox: Arc<Inbox>,
@@ -132,7 +132,7 @@ impl Channel {
         });
         session.register(pipe.registration, &pipe);
         session.tally.one(Count::Channels);
-        let conn = way.conn.clone();
+        let first = way.conn.clone();
         pipe.spawn_writer(&session, way);
         inbox.belongs_to(key, opened.resumable);
         if opened.resumable {
@@ -151,7 +151,7 @@ impl Channel {
         Self {
             inner: Arc::new(Inner {
                 session,
-                conn,
+                conn: Arc::downgrade(&first),
                 opened,
                 outbox,
                 inbox,
@@ -458,8 +458,10 @@ impl Channel {
             if self.is_resumable() {
                 self.inner.session.end.wait().await
             } else {
-                let error = self.inner.conn.closed().await;
-                self.inner.session.reason_for(&error)
+                match self.inner.conn.upgrade() {
+                    Some(conn) => self.inner.session.reason_for(&conn.closed().await),
+                    None => lost("the connection is lost"),
+                }
             }
         };
         tokio::select! {

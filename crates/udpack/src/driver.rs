@@ -176,6 +176,7 @@ impl Comeback {
         }
         session.set_up(None);
         session.budget.set_detached(true);
+        session.window.lost();
         session.tally.one(Count::Detached);
         let _detached = Detached(&session.tally);
         let next = async {

@@ -749,7 +749,13 @@ impl State {
                 self.forget_frame();
                 self.poll_read(session)
             }
-            Err(error) => Poll::Ready(Err(Ending::Closed(read_reason(session, error)))),
+            Err(error) => {
+                if matches!(error, quinn::ReadError::ConnectionLost(_)) {
+                    // It would keep all that QUIC knows of the connection.
+                    self.stream = None;
+                }
+                Poll::Ready(Err(Ending::Closed(read_reason(session, error))))
+            }
         }
     }
 

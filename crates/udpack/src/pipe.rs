@@ -15,7 +15,7 @@ use crate::inbox::{Ending, Inbox};
 use crate::metrics::Count;
 use crate::outbox::Outbox;
 use crate::resume::Mismatch;
-use crate::session::{ChannelKey, End, Session};
+use crate::session::{ChannelKey, End, Line, Session};
 use crate::speed::Counters;
 use crate::writer::{self, Way, Written};
 
@@ -97,12 +97,7 @@ impl Pipe {
     }
 
     /// Opens another stream for a channel of our own, over connection number `link`, and goes on there.
-    pub(crate) async fn reopen(
-        self: Arc<Self>,
-        session: Arc<Session>,
-        conn: Arc<quinn::Connection>,
-        link: u64,
-    ) {
+    pub(crate) async fn reopen(self: Arc<Self>, session: Arc<Session>, conn: Arc<Line>, link: u64) {
         let Some(open) = &self.open else { return };
         let Some(received) = session.on_link(link, || self.inbox.detach()) else {
             return;
@@ -154,7 +149,7 @@ impl Pipe {
     pub(crate) fn accept(
         self: &Arc<Self>,
         session: &Arc<Session>,
-        (conn, link): (Arc<quinn::Connection>, u64),
+        (conn, link): (Arc<Line>, u64),
         stream: (quinn::SendStream, Inbox),
         received: u64,
     ) {
@@ -179,7 +174,7 @@ impl Pipe {
     fn go_on(
         self: &Arc<Self>,
         session: &Arc<Session>,
-        (conn, link): (Arc<quinn::Connection>, u64),
+        (conn, link): (Arc<Line>, u64),
         (mut stream, inbox): (quinn::SendStream, Inbox),
         received: u64,
         first: Option<Bytes>,

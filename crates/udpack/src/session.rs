@@ -205,9 +205,34 @@ pub(crate) struct Wishes {
     pub(crate) goaway: Option<GoAway>,
 }
 
+/// One connection of a session, with everything that it lends to those who use it. All of that returns together, because
+/// the session's next connection has a `Line` of its own: nothing need be handed back by whoever held it last.
+pub(crate) struct Line {
+    conn: quinn::Connection,
+    /// Whose turn it is to write, and how much bulk is under way.
+    pub(crate) turns: Turns,
+}
+
+impl Line {
+    fn new(conn: quinn::Connection) -> Arc<Self> {
+        Arc::new(Self {
+            conn,
+            turns: Turns::default(),
+        })
+    }
+}
+
+impl Deref for Line {
+    type Target = quinn::Connection;
+
+    fn deref(&self) -> &quinn::Connection {
+        &self.conn
+    }
+}
+
 /// Shared state of one socket.
 pub(crate) struct Session {
-    conn: RwLock<Arc<quinn::Connection>>,
+    conn: RwLock<Arc<Line>>,
     /// Whether this side dialled.
     pub(crate) client: bool,
     pub(crate) peer: PeerCell,
@@ -261,8 +286,6 @@ pub(crate) struct Session {
     pub(crate) window: ReceiveWindow,
     /// At a server: bytes for frames that come in pieces, and whose share the peer takes.
     pub(crate) frames: OnceLock<Box<(Pool, Tenant)>>,
-    /// Whose turn it is to write.
-    pub(crate) turns: Turns,
     next_channel: AtomicU64,
     /// The server's rooms; never set at a client.
     pub(crate) rooms: OnceLock<Rooms>,
@@ -298,7 +321,7 @@ impl Session {
         states: Option<StateFeed>,
     ) -> Arc<Self> {
         Arc::new(Self {
-            conn: RwLock::new(Arc::new(conn)),
+            conn: RwLock::new(Line::new(conn)),
             client,
             peer: PeerCell::default(),
             life: Life::default(),
@@ -333,7 +356,6 @@ impl Session {
             next_key: AtomicU64::new(0),
             sent_before: AtomicU64::new(0),
             volatiles: Volatiles::default(),
-            turns: Turns::default(),
             next_channel: AtomicU64::new(1),
             rooms: OnceLock::new(),
             tasks: TaskTracker::new(),
@@ -344,7 +366,7 @@ impl Session {
     }
 
     /// The connection of this moment.
-    pub(crate) fn conn(&self) -> Arc<quinn::Connection> {
+    pub(crate) fn conn(&self) -> Arc<Line> {
         self.conn
             .read()
             .unwrap_or_else(PoisonError::into_inner)
@@ -409,14 +431,15 @@ impl Session {
         lock(&self.endpoint).as_deref().cloned()
     }
 
-    /// Goes over to another connection and returns its number. Streams of earlier ones belong to nobody now.
+    /// Goes over to another connection and returns its number. Streams of earlier ones belong to nobody now, and what
+    /// an earlier one has given out counts no more.
     pub(crate) fn set_link(
         &self,
         conn: quinn::Connection,
         endpoint: Option<quinn::Endpoint>,
     ) -> u64 {
         let mut link = lock(&self.link);
-        *self.conn.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(conn);
+        *self.conn.write().unwrap_or_else(PoisonError::into_inner) = Line::new(conn);
         *lock(&self.endpoint) = endpoint.map(Box::new);
         *link += 1;
         lock(&self.confirms).take();
@@ -424,7 +447,7 @@ impl Session {
     }
 
     /// The connection of this moment with its number.
-    pub(crate) fn link(&self) -> (Arc<quinn::Connection>, u64) {
+    pub(crate) fn link(&self) -> (Arc<Line>, u64) {
         let link = lock(&self.link);
         (self.conn(), *link)
     }
@@ -454,7 +477,7 @@ impl Session {
     }
 
     /// The connection on which a channel can be opened. Waits for one where the client reconnects.
-    pub(crate) async fn ready(&self) -> Result<(Arc<quinn::Connection>, u64), OpenError> {
+    pub(crate) async fn ready(&self) -> Result<(Arc<Line>, u64), OpenError> {
         loop {
             let mut changed = std::pin::pin!(self.up_changed.notified());
             changed.as_mut().enable();

@@ -15,7 +15,7 @@ use crate::control::{self, Resumed};
 use crate::driver::write_control;
 use crate::inbox::{Ending, Inbox};
 use crate::metrics::Count;
-use crate::session::{ChannelKey, Session, lock};
+use crate::session::{ChannelKey, Line, Session, lock};
 use crate::socket::{ChannelHandler, Registry};
 use crate::speed::Counters;
 use crate::writer::Way;
@@ -25,7 +25,7 @@ pub(crate) async fn serve_stream(
     session: Arc<Session>,
     registry: Arc<Registry>,
     incoming: Option<mpsc::Sender<Channel>>,
-    (conn, link): (Arc<quinn::Connection>, u64),
+    (conn, link): (Arc<Line>, u64),
     send: quinn::SendStream,
     recv: quinn::RecvStream,
 ) {
@@ -120,7 +120,7 @@ fn begin(
     session: &Arc<Session>,
     open: control::Open,
     refusal: Option<CloseReason>,
-    (conn, link): (Arc<quinn::Connection>, u64),
+    (conn, link): (Arc<Line>, u64),
     send: quinn::SendStream,
     inbox: Inbox,
     counters: Arc<Counters>,

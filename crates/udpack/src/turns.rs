@@ -19,7 +19,7 @@ pub(crate) const BULK_FLOOR: u64 = 1 << 20;
 /// keeps everything behind it unacknowledged, does not stop them.
 const BULK_WINDOWS: u64 = 4;
 
-/// Shared by the writers of one socket.
+/// Shared by the writers of one connection.
 #[derive(Debug, Default)]
 pub(crate) struct Turns {
     lots: AtomicU64,
@@ -80,8 +80,8 @@ impl Turns {
         }
     }
 
-    /// Counts these bytes as under way until QUIC and everybody else has let go of them. QUIC does when they
-    /// are acknowledged, or when stream or connection are gone.
+    /// Counts these bytes as under way until QUIC and everybody else has let go of them. QUIC does when they are
+    /// acknowledged, or when nobody has a handle of the connection any more, which may be long after its end.
     pub(crate) fn hold(&self, bytes: Bytes) -> Bytes {
         self.bulk()
             .under_way

@@ -143,22 +143,29 @@ impl ReceiveWindow {
         self.set(&state, conn);
     }
 
-    /// Goes over to another connection of the session.
+    /// Goes over to another connection of the session, which begins as the first one did.
     pub(crate) fn renew(&self, conn: &quinn::Connection) {
         let mut state = lock(&self.state);
+        state.shrink();
         self.read.store(0, Ordering::Relaxed);
         (state.arrived, state.taken, state.unread) = (0, 0, 0);
         self.set(&state, conn);
     }
 
-    /// Gives what it has grown by back to the others. The connection is over.
+    /// Gives what it has grown by back to the others. The connection is over, and another may follow.
+    pub(crate) fn lost(&self) {
+        let mut state = lock(&self.state);
+        state.shrink();
+        // Nor does it grow again by what was left unread.
+        state.unread = 0;
+    }
+
+    /// As [`Self::lost`]; no other follows.
     pub(crate) fn end(&self) {
         let mut state = lock(&self.state);
-        if let Some(pool) = state.pool.take() {
-            pool.free.fetch_add(state.grown, Ordering::Relaxed);
-            state.grown = 0;
-        }
+        state.shrink();
         // Nothing more is taken.
+        state.pool = None;
         state.most = 0;
     }
 
@@ -222,6 +229,14 @@ impl ReceiveWindow {
 impl State {
     fn window(&self) -> u64 {
         self.first.saturating_add(self.grown)
+    }
+
+    /// Gives back what it has grown by.
+    fn shrink(&mut self) {
+        let grown = std::mem::take(&mut self.grown);
+        if let Some(pool) = &self.pool {
+            pool.free.fetch_add(grown, Ordering::Relaxed);
+        }
     }
 
     /// Grows the window to `wanted` bytes, as far as it may.
@@ -289,6 +304,36 @@ mod tests {
         assert_eq!(states[0].window(), 4 * MIB, "{:?}", states[0]);
         assert!(states[1].grown > 0, "{:?}", states[1]);
         assert_eq!(grown + pool.free.load(Ordering::Relaxed), 16 * MIB);
+    }
+
+    #[test]
+    fn all_that_a_window_has_grown_by_returns_with_its_connection() {
+        let limits = Limits {
+            receive_budget: 64 * MIB,
+            ..Limits::default()
+        };
+        let pool = Pool::new(&limits);
+        let windows: Vec<_> = (0..8)
+            .map(|_| {
+                let window = ReceiveWindow::new(&limits);
+                *lock(&window.state) = state(Some(&pool));
+                window
+            })
+            .collect();
+        for round in 0..5 {
+            for window in &windows {
+                let mut state = lock(&window.state);
+                state.seen((round + 1) * 2 * MIB, 0);
+                state.grow(8 * MIB);
+            }
+            assert!(pool.free.load(Ordering::Relaxed) < 32 * MIB);
+            windows.iter().for_each(ReceiveWindow::lost);
+            assert_eq!(pool.free.load(Ordering::Relaxed), 32 * MIB);
+            assert_eq!(lock(&windows[0].state).unread, 0, "nothing to grow by");
+        }
+        windows.iter().for_each(ReceiveWindow::end);
+        windows.iter().for_each(ReceiveWindow::end);
+        assert_eq!(pool.free.load(Ordering::Relaxed), 32 * MIB, "and only once");
     }
 
     #[test]

@@ -13,8 +13,9 @@ use crate::code::{CloseCode, CloseReason};
 use crate::config::Priority;
 use crate::metrics::Count;
 use crate::outbox::{BATCH, COPY_LIMIT, Outbox, TURN, Work};
-use crate::session::{Session, lost};
+use crate::session::{Line, Session, lost};
 use crate::speed::Counters;
+use crate::turns::Turns;
 
 /// How a writer ended.
 pub(crate) enum Written {
@@ -26,7 +27,7 @@ pub(crate) enum Written {
 
 /// Where a writer writes to.
 pub(crate) struct Way {
-    pub(crate) conn: Arc<quinn::Connection>,
+    pub(crate) conn: Arc<Line>,
     pub(crate) stream: quinn::SendStream,
     /// See [`Outbox::rewind`]; 0 for a channel's first stream.
     pub(crate) epoch: u64,
@@ -73,7 +74,14 @@ async fn drive(
     let mut patience = Patience::default();
     if let Some(first) = first {
         batch.push(first);
-        write(&mut stream, &mut batch, session, counters, outbox.priority).await?;
+        write(
+            &mut stream,
+            &mut batch,
+            (session, &conn),
+            counters,
+            outbox.priority,
+        )
+        .await?;
         batch.clear();
     }
     let mut stream = Some(stream);
@@ -88,7 +96,14 @@ async fn drive(
                 },
                 Some(stream),
             ) => {
-                write(stream, &mut batch, session, counters, outbox.priority).await?;
+                write(
+                    stream,
+                    &mut batch,
+                    (session, &conn),
+                    counters,
+                    outbox.priority,
+                )
+                .await?;
                 session.tally.add(Count::MessagesSent, messages as u64);
                 if gaps > 0 {
                     session.tally.add(Count::Gaps, gaps);
@@ -118,7 +133,14 @@ async fn drive(
             (Work::Finish(last), Some(stream)) => {
                 if let Some(last) = last {
                     batch.push(last);
-                    write(stream, &mut batch, session, counters, outbox.priority).await?;
+                    write(
+                        stream,
+                        &mut batch,
+                        (session, &conn),
+                        counters,
+                        outbox.priority,
+                    )
+                    .await?;
                 }
                 // Fails only when the peer has stopped the stream, which `stopped` then reports.
                 let _ = stream.finish();
@@ -193,7 +215,7 @@ async fn confirmed(
 async fn write(
     stream: &mut quinn::SendStream,
     batch: &mut [Bytes],
-    session: &Session,
+    (session, line): (&Session, &Line),
     counters: &Counters,
     priority: Priority,
 ) -> Result<(), CloseReason> {
@@ -207,13 +229,13 @@ async fn write(
         let count = count.count().max(1);
         let (mut turn, later) = rest.split_at_mut(count);
         if priority == Priority::Bulk {
-            bulk_room(session).await?;
+            bulk_room(session, line).await?;
             for bytes in &mut *turn {
-                *bytes = session.turns.hold(std::mem::take(bytes));
+                *bytes = line.turns.hold(std::mem::take(bytes));
             }
         }
         while !turn.is_empty() {
-            let written = progress(stream, turn, session, priority).await?;
+            let written = progress(stream, turn, (session, line), priority).await?;
             counters.sent(written.bytes as u64);
             turn = &mut turn[written.chunks..];
             if session.live_channels() > 1 {
@@ -226,16 +248,15 @@ async fn write(
 }
 
 /// Waits until the bulk channels may have more under way, or the connection is over.
-async fn bulk_room(session: &Session) -> Result<(), CloseReason> {
-    let conn = session.conn();
-    let window = conn.stats().path.cwnd;
-    let room = session
+async fn bulk_room(session: &Session, line: &Line) -> Result<(), CloseReason> {
+    let window = line.stats().path.cwnd;
+    let room = line
         .turns
         .bulk_room(window, session.limits.send_window, TURN);
     tokio::select! {
         biased;
         () = room => Ok(()),
-        error = conn.closed() => Err(session.reason_for(&error)),
+        error = line.closed() => Err(session.reason_for(&error)),
     }
 }
 
@@ -244,22 +265,23 @@ async fn bulk_room(session: &Session) -> Result<(), CloseReason> {
 async fn progress(
     stream: &mut quinn::SendStream,
     rest: &mut [Bytes],
-    session: &Session,
+    (session, line): (&Session, &Line),
     priority: Priority,
 ) -> Result<quinn::Written, CloseReason> {
     // A writer that need not wait asks for no counts: they cost the lock of the connection.
-    if let Some(written) = write_some(stream, rest, session, priority).now_or_never() {
+    if let Some(written) = write_some(stream, rest, &line.turns, priority).now_or_never() {
         return written.map_err(|error| write_reason(session, error));
     }
     let patience: Duration = session.timeouts.slow_peer;
     let (begun, _) = session.counters.totals();
     let mut before = begun;
     loop {
-        let heard = session.conn().stats().udp_rx.datagrams;
-        match tokio::time::timeout(patience, write_some(stream, rest, session, priority)).await {
+        let heard = line.stats().udp_rx.datagrams;
+        match tokio::time::timeout(patience, write_some(stream, rest, &line.turns, priority)).await
+        {
             Ok(Ok(written)) => return Ok(written),
             Ok(Err(error)) => return Err(write_reason(session, error)),
-            Err(_) if session.conn().stats().udp_rx.datagrams == heard => {}
+            Err(_) if line.stats().udp_rx.datagrams == heard => {}
             Err(_) if crowded(begun, before, session) => before = session.counters.totals().0,
             Err(_) => return Err(slow_peer(stream, session)),
         }
@@ -296,14 +318,14 @@ fn slow_path(in_all: u64, of_late: u64, channels: usize) -> bool {
 async fn write_some(
     stream: &mut quinn::SendStream,
     rest: &mut [Bytes],
-    session: &Session,
+    turns: &Turns,
     priority: Priority,
 ) -> Result<quinn::Written, quinn::WriteError> {
     let mut waiting = None;
     let mut let_pass = None;
     std::future::poll_fn(|cx| {
         if waiting.is_some() {
-            let left = let_pass.get_or_insert_with(|| session.turns.let_pass(priority));
+            let left = let_pass.get_or_insert_with(|| turns.let_pass(priority));
             if *left > 0 {
                 *left -= 1;
                 cx.waker().wake_by_ref();
@@ -313,7 +335,7 @@ async fn write_some(
         // `write_chunks` is cancel safe: a future that is not ready has written nothing.
         let written = pin!(stream.write_chunks(rest)).poll(cx);
         if written.is_pending() {
-            waiting.get_or_insert_with(|| session.turns.wait(priority));
+            waiting.get_or_insert_with(|| turns.wait(priority));
             let_pass = None;
         }
         written
