@@ -14,7 +14,7 @@ use tracing::field::Empty;
 use crate::auth::Peer;
 use crate::code::{CloseCode, CloseReason, Side};
 use crate::config::{CongestionControl, Limits, Timeouts};
-use crate::control::{self, ResumeRequest, ResumeTicket};
+use crate::control::{self, GoAway, ResumeRequest, ResumeTicket};
 use crate::driver::{Comeback, Control, Link, live};
 use crate::endpoint::{self, At, InvalidSetting, Route, Via};
 use crate::fingerprint::Fingerprint;
@@ -25,7 +25,7 @@ use crate::qlog::Qlog;
 use crate::reconnect::{Outage, Reconnect, SocketState, StateFeed};
 use crate::router::ServeChannel;
 use crate::server::default_agent;
-use crate::session::{Session, lock};
+use crate::session::{Session, give_up, lock, on_path};
 use crate::socket::{Registry, Socket};
 use crate::speed::Counters;
 use crate::tls::{PinCheck, Trust, client_tls};
@@ -379,6 +379,11 @@ pub(crate) struct Dialler {
 const LASTING: Duration = Duration::from_secs(10);
 
 impl Dialler {
+    /// How long to wait as a server asks: no longer than this side's patience.
+    pub(crate) fn wait(&self, goaway: &GoAway) -> Duration {
+        goaway.wait().min(self.policy.patience)
+    }
+
     /// Makes the next connection, for as long as the policy allows. After a move to the next server, `moved`
     /// says, the one before is the last to be tried.
     pub(crate) async fn next(
@@ -395,7 +400,7 @@ impl Dialler {
             begin += 1;
         } else if let Some(goaway) = lock(&session.received_goaway).take() {
             begin += 1;
-            wait = goaway.wait();
+            wait = self.wait(&goaway);
         }
         self.flaps = if self.since.elapsed() < LASTING {
             self.flaps.saturating_add(1)
@@ -417,7 +422,7 @@ impl Dialler {
             if let Some(states) = &session.states {
                 states.set(SocketState::Reconnecting { attempt, delay });
             }
-            tokio::time::sleep(delay).await;
+            tokio::time::sleep(delay.min(outage.left(&self.policy))).await;
             // Twice each, and the one that has our session first.
             let at = (begin + (attempt as usize - 1) / 2) % servers;
             let Some((url, client)) = self.client.servers(&self.url).nth(at) else {
@@ -464,8 +469,13 @@ impl Client {
         let (conn, inbox) = (&link.conn, &link.control.inbox);
         let denied = |reason| Err(ConnectError::Denied(reason));
         let first = std::future::poll_fn(|cx| inbox.poll_first(cx, session, &session.counters));
-        let Ok(first) = tokio::time::timeout(session.timeouts.auth, first).await else {
-            return denied(crate::session::lost("no $welcome in time"));
+        // The server may wait for the turn of our address, and for its verifier.
+        let within = on_path(session.timeouts.auth.saturating_mul(3), conn);
+        let Ok(first) = tokio::time::timeout(within, first).await else {
+            // It may have let us in, and the session must not end with this connection.
+            give_up(conn);
+            let text = format!("no $welcome within {within:?}");
+            return denied(crate::session::lost(&text));
         };
         match first {
             Ok(message) => match control::decode_welcome(&message) {

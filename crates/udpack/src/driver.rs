@@ -27,7 +27,7 @@ use crate::lifetime::Lifetime;
 use crate::metrics::{Count, Tally, Words};
 use crate::reconnect::SocketState;
 use crate::resume::{Mismatch, Seen};
-use crate::session::{CONFIRM, ChannelKey, Session, WISHED, lock};
+use crate::session::{CONFIRM, ChannelKey, Session, WISHED, give_up, lock};
 use crate::socket::Registry;
 use crate::streams::{Rate, serve_stream};
 use crate::windows;
@@ -88,6 +88,14 @@ impl Awaited {
             Ok(None) | Err(_) => Err(reason),
         }
     }
+
+    /// Tells clients who have come back too late. Who comes from now on is told by the task that let it in.
+    fn turn_away(&mut self, reason: &CloseReason) {
+        self.links.close();
+        while let Ok(link) = self.links.try_recv() {
+            reason.close(&link.conn);
+        }
+    }
 }
 
 /// How the service of one connection ended.
@@ -136,12 +144,22 @@ pub(crate) async fn live(
             }
         };
         match next {
-            Ok(link) => control = driver.change(*link, &mut channels),
+            // What ended the session counts before what would carry it on, whichever was seen first.
+            Ok(link) => match session.end.get() {
+                Some(reason) => {
+                    reason.close(&link.conn);
+                    break reason.clone();
+                }
+                None => control = driver.change(*link, &mut channels),
+            },
             Err(reason) => break reason,
         }
     };
     session.end.set(reason);
     let reason = session.end.wait().await;
+    if let Comeback::Awaited(awaited) = &mut comeback {
+        awaited.turn_away(&reason);
+    }
     session.set_up(None);
     session.fail_resumable(&reason);
     if session.welcome().is_some() {
@@ -195,11 +213,12 @@ impl Comeback {
             }
         };
         tokio::select! {
-            link = next => link,
-            reason = closed => Err(reason),
+            biased;
             // Its token has ended, say: nobody need come back.
             reason = session.end.wait() => Err(reason),
+            reason = closed => Err(reason),
             () = lifetime.run() => std::future::pending().await,
+            link = next => link,
         }
     }
 
@@ -207,9 +226,20 @@ impl Comeback {
     fn survives(&self, reason: &CloseReason) -> bool {
         match self {
             Self::Never => false,
-            // The client said goodbye, or we did; or the path is gone.
-            Self::Awaited(_) => reason.by == Side::Transport,
+            // The client said goodbye, or we did; or the path is gone, or the client has given this connection up.
+            Self::Awaited(_) => {
+                reason.by == Side::Transport
+                    || (reason.by == Side::Peer && reason.code == CloseCode::SUPERSEDED)
+            }
             Self::Dialled(_) => reason.retry && reason.by != Side::Local,
+        }
+    }
+
+    /// How long to wait as the server asks, at a client.
+    fn wait(&self, goaway: &GoAway) -> Duration {
+        match self {
+            Self::Dialled(dialler) => dialler.wait(goaway),
+            Self::Never | Self::Awaited(_) => Duration::ZERO,
         }
     }
 
@@ -268,10 +298,7 @@ impl Driver {
     /// Goes over to another connection.
     fn change(&mut self, link: Link, channels: &mut JoinSet<()>) -> Box<Control> {
         let session = &self.session;
-        session.conn().close(
-            CloseCode::SUPERSEDED.varint(),
-            b"the session goes on over another connection",
-        );
+        give_up(&session.conn());
         lock(&session.received_goaway).take();
         session.prune();
         // The peer's channels come back all at once.
@@ -340,6 +367,10 @@ impl Driver {
     ) -> Outcome {
         let session = self.session.clone();
         let (conn, link) = session.link();
+        if let Some(reason) = session.end.get() {
+            reason.close(&conn);
+            return Outcome::Over(reason.clone());
+        }
         self.stage = match session.welcome() {
             None if session.client => Stage::Greeting,
             _ if self.resumed => Stage::Listing,
@@ -373,6 +404,8 @@ impl Driver {
                         Act::Wait
                     }
                     stream = conn.accept_bi() => match stream {
+                        // QUIC hands out what had come before the end.
+                        Ok(_) if session.end.get().is_some() => Act::Wait,
                         Ok((send, recv)) => {
                             if self.rate.take() {
                                 opened = opened.saturating_add(1);
@@ -412,7 +445,7 @@ impl Driver {
                                     && let Some(goaway) = &*lock(&session.received_goaway)
                                 {
                                     // Until then channels go on; new ones wait for the next server.
-                                    move_at = Some(Instant::now() + goaway.wait());
+                                    move_at = Some(Instant::now() + comeback.wait(goaway));
                                     session.set_up(None);
                                     if let Some(states) = &session.states {
                                         states.set(SocketState::GoingAway(GoAway::clone(goaway)));

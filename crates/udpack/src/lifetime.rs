@@ -526,27 +526,31 @@ async fn ask_again(session: &Session, guard: &Guard) {
     loop {
         let period = session.timeouts.recheck.max(Duration::from_millis(1));
         sleep_until(Instant::now().checked_add(period)).await;
-        let Some(peer) = session.peer.get() else {
-            continue;
-        };
-        // The timer does not run while the machine sleeps, and knows nothing of a clock that was set.
-        if peer.time_left().is_some_and(|left| left.is_zero()) {
-            session.abort(ended());
+        if let Some(reason) = no_longer(session, guard) {
+            session.abort(reason);
             return;
         }
-        let valid = std::panic::catch_unwind(AssertUnwindSafe(|| guard.auth.is_valid(&peer)));
-        let (code, text) = match valid {
-            Ok(true) => continue,
-            Ok(false) => (CloseCode::AUTH_REVOKED, "the token was withdrawn"),
-            Err(_) => {
-                session.tally.one(Count::HandlerPanics);
-                tracing::error!("the verifier panicked");
-                (CloseCode::INTERNAL, "the verifier failed")
-            }
-        };
-        session.abort(CloseReason::local(code, text));
-        return;
     }
+}
+
+/// Why the peer is not welcome any more, if so.
+pub(crate) fn no_longer(session: &Session, guard: &Guard) -> Option<CloseReason> {
+    let peer = session.peer.get()?;
+    // A timer does not run while the machine sleeps, and knows nothing of a clock that was set.
+    if peer.time_left().is_some_and(|left| left.is_zero()) {
+        return Some(ended());
+    }
+    let valid = std::panic::catch_unwind(AssertUnwindSafe(|| guard.auth.is_valid(&peer)));
+    let (code, text) = match valid {
+        Ok(true) => return None,
+        Ok(false) => (CloseCode::AUTH_REVOKED, "the token was withdrawn"),
+        Err(_) => {
+            session.tally.one(Count::HandlerPanics);
+            tracing::error!("the verifier panicked");
+            (CloseCode::INTERNAL, "the verifier failed")
+        }
+    };
+    Some(CloseReason::local(code, text))
 }
 
 /// Answers the peer's `$refresh`es, one after the other.

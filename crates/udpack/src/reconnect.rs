@@ -88,6 +88,12 @@ impl Outage {
         let delay = policy.delay(self.attempts.saturating_add(self.before));
         Some((self.attempts, delay.min(left)))
     }
+
+    /// How much patience is left.
+    pub(crate) fn left(&self, policy: &Reconnect) -> Duration {
+        let spent = self.since.map_or(Duration::ZERO, |since| since.elapsed());
+        policy.patience.saturating_sub(spent)
+    }
 }
 
 impl GoAway {

@@ -24,7 +24,7 @@ use tracing::field::Empty;
 
 use crate::auth::{Authenticate, Deny, Hello, Peer, Penalties};
 use crate::channel::Channel;
-use crate::code::{CloseCode, CloseReason};
+use crate::code::{CloseCode, CloseReason, Side};
 use crate::config::{
     CongestionControl, Drain, FEW_STREAMS, Limits, PREAUTH_BYTES, Timeouts, VOLATILE_STREAMS,
 };
@@ -41,7 +41,7 @@ use crate::qlog::Qlog;
 use crate::quiet::Quiet;
 use crate::rooms::Rooms;
 use crate::router::ServeChannel;
-use crate::session::{Session, SessionId, lock};
+use crate::session::{Session, SessionId, lock, on_path};
 use crate::socket::{Registry, Socket};
 use crate::speed::{Counters, SpeedMeter, Stats};
 use crate::text::printable_within;
@@ -115,6 +115,9 @@ struct Shared {
     accept_queue: mpsc::Sender<Socket>,
     tasks: TaskTracker,
 }
+
+/// A session with the right to hand it a connection; a word of PROTOCOL.md why there is none, otherwise.
+type ComeBack = Result<(Arc<Session>, mpsc::OwnedPermit<Box<Link>>), &'static str>;
 
 /// A session that a client may come back to.
 struct Kept {
@@ -730,14 +733,18 @@ async fn let_in(
     };
     let control = match admission.await {
         Ok(Admitted::New(control)) => control,
-        Ok(Admitted::Back(control, links)) => {
+        Ok(Admitted::Back(control, kept, links)) => {
             // From here on the connection is in the hands of the session's own task.
             links.send(Box::new(Link {
-                conn,
+                conn: conn.clone(),
                 endpoint: None,
                 control,
                 welcome: None,
             }));
+            // Which may have ended before it could take it.
+            if let Some(reason) = kept.end.get() {
+                reason.close(&conn);
+            }
             return None;
         }
         Err(reason) => {
@@ -752,6 +759,10 @@ async fn let_in(
     if late {
         socket.send_goaway(shutting_down(Duration::ZERO, Duration::ZERO));
         drop(socket.close(CloseCode::SHUTTING_DOWN, SHUTTING_DOWN));
+    }
+    // Its token may have been withdrawn after the verifier's word and before a revocation could find the socket.
+    if let Some(reason) = lifetime::no_longer(&session, &shared.guard) {
+        session.abort(reason);
     }
     session.tally.one(Count::Admitted);
     session.tally.one(Count::Sockets);
@@ -797,13 +808,13 @@ enum Admitted {
     /// With a session of its own.
     New(Box<Control>),
     /// For a session that was there before.
-    Back(Box<Control>, mpsc::OwnedPermit<Box<Link>>),
+    Back(Box<Control>, Arc<Session>, mpsc::OwnedPermit<Box<Link>>),
 }
 
 /// Reads `$hello` and, in the turn of its address, does what it asks for. The time in which the client must have proved
 /// itself stands still while it waits for its turn.
 async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, CloseReason> {
-    let within = shared.timeouts.auth;
+    let within = on_path(shared.timeouts.auth, &session.conn());
     let late = |_| {
         let text = format!("not authenticated within {within:?}");
         CloseReason::local(CloseCode::AUTH_TIMEOUT, text)
@@ -872,7 +883,7 @@ async fn enter(
     }
     let no_random = |_| CloseReason::local(CloseCode::INTERNAL, "no random numbers");
     let back = match resume.as_ref().and_then(|resume| resume.session.as_ref()) {
-        Some(ticket) => Some(shared.come_back(ticket, &peer).await),
+        Some(ticket) => Some(shared.come_back(ticket, &peer).await?),
         None => None,
     };
     let (session, back, reason) = match back {
@@ -961,7 +972,7 @@ async fn enter(
             ),
         })?;
     Ok(match back {
-        Some(permit) => Admitted::Back(control, permit),
+        Some(permit) => Admitted::Back(control, session, permit),
         None => Admitted::New(control),
     })
 }
@@ -1098,27 +1109,32 @@ impl Shared {
 
     /// The session that a client wants to go on with, and the right to hand it a connection; why not,
     /// otherwise.
-    async fn come_back(
-        &self,
-        ticket: &ResumeTicket,
-        peer: &Peer,
-    ) -> Result<(Arc<Session>, mpsc::OwnedPermit<Box<Link>>), &'static str> {
-        let (session, links) = lock(&self.kept)
+    ///
+    /// # Errors
+    /// How this side ended the session while its client came back: it gets no new one in its place.
+    async fn come_back(&self, ticket: &ResumeTicket, peer: &Peer) -> Result<ComeBack, CloseReason> {
+        let kept = lock(&self.kept)
             .get(&ticket.session)
-            .map(|kept| (kept.session.clone(), kept.links.clone()))
-            .ok_or("unknown")?;
+            .map(|kept| (kept.session.clone(), kept.links.clone()));
+        let Some((session, links)) = kept else {
+            return Ok(Err("unknown"));
+        };
         if session
             .peer
             .get()
             .is_none_or(|known| !known.same_identity(peer))
         {
-            return Err("identity");
+            return Ok(Err("identity"));
         }
         if !lock(&session.tickets).made().redeem(&ticket.token) {
-            return Err("expired");
+            return Ok(Err("expired"));
         }
-        let permit = links.reserve_owned().await.map_err(|_| "expired")?;
-        Ok((session, permit))
+        let permit = links.reserve_owned().await;
+        match (session.end.get(), permit) {
+            (Some(end), _) if end.by == Side::Local => Err(end.clone()),
+            (None, Ok(permit)) => Ok(Ok((session, permit))),
+            (Some(_), _) | (None, Err(_)) => Ok(Err("expired")),
+        }
     }
 
     fn accept(

@@ -443,6 +443,10 @@ impl Session {
         *lock(&self.endpoint) = endpoint.map(Box::new);
         *link += 1;
         lock(&self.confirms).take();
+        // Who ended the session in the meantime has closed the connection before.
+        if let Some(reason) = self.end.get() {
+            reason.close(&self.conn());
+        }
         *link
     }
 
@@ -645,13 +649,12 @@ impl Session {
 
     /// Ends the connection at once; what is queued is lost.
     pub(crate) fn abort(&self, reason: CloseReason) {
-        let code = reason.code.varint();
-        let text = reason.text.clone();
-        let conn = self.conn();
-        self.sent_before
-            .store(conn.stats().udp_tx.datagrams, Ordering::Relaxed);
-        let _ = self.end.set(reason);
-        conn.close(code, cut(&text, 256).as_bytes());
+        let before = self.conn().stats().udp_tx.datagrams;
+        self.sent_before.store(before, Ordering::Relaxed);
+        let _ = self.end.set(reason.clone());
+        // Either this finds the connection that takes the place of another, or who exchanges them finds the end.
+        let (conn, _) = self.link();
+        reason.close(&conn);
     }
 
     /// Waits until nothing is left to be said on a connection that ended in order: the last word was the peer's,
@@ -788,6 +791,18 @@ pub(crate) fn cut(text: &str, limit: usize) -> &str {
     &text[..end]
 }
 
+/// Gives up a connection of a session that may go on over another: the peer takes it for a loss.
+pub(crate) fn give_up(conn: &quinn::Connection) {
+    let text = b"the session goes on over another connection";
+    conn.close(CloseCode::SUPERSEDED.varint(), text);
+}
+
+/// The time that a peer on this path has for what it must do within `limit`: a message, what is sent again because it was
+/// lost, and its answer take some round trips, however quick the peer is.
+pub(crate) fn on_path(limit: Duration, conn: &quinn::Connection) -> Duration {
+    limit.saturating_add(conn.rtt().saturating_mul(4))
+}
+
 /// The reason for a connection that ended while a channel still needed it.
 pub(crate) fn lost(text: &str) -> CloseReason {
     CloseReason::new(CloseCode::CONNECTION_LOST, text, Side::Transport)
@@ -800,6 +815,11 @@ impl CloseCode {
 }
 
 impl CloseReason {
+    /// Closes a connection for this reason.
+    pub(crate) fn close(&self, conn: &quinn::Connection) {
+        conn.close(self.code.varint(), cut(&self.text, 256).as_bytes());
+    }
+
     /// What QUIC reports, in this library's words.
     pub(crate) fn from_connection(error: &quinn::ConnectionError) -> Self {
         use quinn::ConnectionError as E;

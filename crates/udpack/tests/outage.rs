@@ -4,13 +4,17 @@
 mod common;
 
 use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use common::{client, server};
+use futures_util::future::BoxFuture;
 use serde_bytes::ByteBuf;
 use udpack::testing::Net;
 use udpack::{
-    Channel, Limits, Priority, Reconnect, Server, ServerBuilder, Socket, SocketState, Timeouts,
+    Authenticate, Channel, CloseCode, Context, Deny, Drain, Fault, Hello, Limits, Peer, Priority,
+    Reconnect, Router, Server, ServerBuilder, Socket, SocketState, Timeouts,
 };
 
 /// Time-outs that make a lost connection show within seconds.
@@ -146,4 +150,135 @@ async fn what_a_lost_connection_lent_is_there_again_on_the_next() {
         })
         .await;
     }
+}
+
+/// A resumable channel to a server that answers each number with itself, and how often it has answered.
+async fn asking(net: &Net, server: ServerBuilder) -> (Server, Socket, Channel, Arc<AtomicU64>) {
+    let answered = Arc::new(AtomicU64::new(0));
+    let counted = answered.clone();
+    let answers = Router::new().on("same", move |number: u64, _: Context| {
+        counted.fetch_add(1, Ordering::Relaxed);
+        async move { Ok::<_, Fault>(number) }
+    });
+    let server = server.timeouts(timeouts()).channel("c", answers);
+    let server = net.bind(server).await.expect("an address");
+    let builder = client(&server).timeouts(timeouts()).reconnect(reconnect());
+    let socket = net.connect(builder, &server).await.expect("let in");
+    let channel = socket.channel("c").resumable().open().await;
+    let channel = channel.expect("a channel");
+    let first: u64 = channel.request("same", &1).await.expect("answered");
+    assert_eq!(first, 1);
+    (server, socket, channel, answered)
+}
+
+/// Silence until the connection is lost; then the moment at which so many packets of the way back have arrived.
+async fn on_the_way_back(net: &Net, packets: u64) {
+    net.cut_for(Duration::from_secs(12));
+    tokio::time::sleep(Duration::from_secs(11)).await;
+    let before = net.traffic().delivered;
+    while net.traffic().delivered < before + packets {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+/// Whatever part of an admission takes long, a client that gives it up does not take its session with it.
+#[tokio::test(start_paused = true)]
+async fn an_admission_that_is_late_at_any_step_costs_no_session() {
+    for late in [100, 2_600, 5_200, 20_000, 60_000] {
+        for step in 1..9 {
+            bounded(async {
+                let net = Net::new(step).delay(Duration::from_millis(50));
+                let (server, socket, channel, _) = asking(&net, server()).await;
+                let mut states = socket.states();
+                states.next().await.expect("the present state");
+                on_the_way_back(&net, step).await;
+                let usual = net.path();
+                net.set_path(udpack::testing::Path {
+                    delay: Duration::from_millis(late),
+                    ..usual.clone()
+                });
+                tokio::time::sleep(Duration::from_millis(300)).await;
+                net.set_path(usual);
+                let again = channel
+                    .request::<_, u64>("same", &2)
+                    .timeout(Duration::from_secs(600))
+                    .await;
+                assert_eq!(again.ok(), Some(2), "{late} ms at step {step}");
+                let refused = server.metrics().resumes_refused;
+                let refused: u64 = refused.values().sum();
+                assert_eq!(refused, 0, "{late} ms at step {step}");
+            })
+            .await;
+        }
+    }
+}
+
+/// A verifier that finds a withdrawn token, as a token file does.
+struct Knows(Arc<AtomicBool>);
+
+impl Authenticate for Knows {
+    fn authenticate(&self, _: Hello) -> BoxFuture<'static, Result<Peer, Deny>> {
+        let good = self.0.load(Ordering::Relaxed);
+        Box::pin(async move {
+            match good {
+                true => Ok(Peer::new("anna")),
+                false => Err(Deny::auth_failed()),
+            }
+        })
+    }
+
+    fn is_valid(&self, _: &Peer) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_session_that_is_revoked_at_any_packet_of_its_way_back_answers_nothing_more() {
+    for step in 0..40 {
+        bounded(async {
+            let net = Net::new(step)
+                .delay(Duration::from_millis(10))
+                .jitter(Duration::from_millis(10));
+            let good = Arc::new(AtomicBool::new(true));
+            let verifier = server().auth(Knows(good.clone()));
+            let (server, socket, channel, answered) = asking(&net, verifier).await;
+            on_the_way_back(&net, step).await;
+            good.store(false, Ordering::Relaxed);
+            server.revoke(|_| true);
+            let before = answered.load(Ordering::Relaxed);
+            let asked = channel
+                .request::<_, u64>("same", &2)
+                .timeout(Duration::from_secs(60))
+                .await;
+            assert!(asked.is_err(), "step {step}: {asked:?}");
+            assert_eq!(answered.load(Ordering::Relaxed), before, "step {step}");
+            let reason = socket.closed().await;
+            let codes = [CloseCode::AUTH_REVOKED, CloseCode::AUTH_FAILED];
+            assert!(codes.contains(&reason.code), "step {step}: {reason}");
+            assert!(server.sockets().is_empty(), "step {step}");
+        })
+        .await;
+    }
+}
+
+/// A server names a wait of years; the client waits for as long as its own policy says.
+#[tokio::test(start_paused = true)]
+async fn no_server_makes_a_client_wait_longer_than_its_patience() {
+    bounded(async {
+        let net = Net::new(1);
+        let server = net.bind(server()).await.expect("an address");
+        let policy = Reconnect {
+            patience: Duration::from_secs(60),
+            ..reconnect()
+        };
+        let socket = net.connect(client(&server).reconnect(policy), &server);
+        let socket = socket.await.expect("let in");
+        let years = Duration::from_secs(1 << 40);
+        let drain = Drain::within(Duration::from_secs(1)).spread(years);
+        let drained = server.run_until(std::future::ready(()), drain).await;
+        drained.expect("it served until then");
+        let reason = socket.closed().await;
+        assert!(reason.retry, "{reason}");
+    })
+    .await;
 }
