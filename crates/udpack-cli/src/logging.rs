@@ -11,6 +11,7 @@ use tracing_subscriber::filter::{EnvFilter, LevelFilter};
 use tracing_subscriber::fmt::{self, MakeWriter};
 use tracing_subscriber::layer::{Layer as _, SubscriberExt as _};
 use tracing_subscriber::util::SubscriberInitExt as _;
+use udpack::text::printable_bytes;
 
 use crate::args::LogArgs;
 
@@ -23,7 +24,7 @@ pub(crate) struct Console {
 impl Console {
     /// Writes one line. A closed standard error is nobody's failure.
     pub(crate) fn line(&self, text: &str) {
-        self.write(format!("{text}\n").as_bytes());
+        self.write(&one_line(text.as_bytes()));
     }
 
     /// Does something that may write to the terminal that shows the bars.
@@ -36,6 +37,14 @@ impl Console {
             let _ = io::stderr().lock().write_all(bytes);
         });
     }
+}
+
+/// What is written at once made into one line that leaves a terminal as it is, whatever it holds.
+fn one_line(text: &[u8]) -> Vec<u8> {
+    let text = text.strip_suffix(b"\n").unwrap_or(text);
+    let mut line = printable_bytes(text).into_owned().into_bytes();
+    line.push(b'\n');
+    line
 }
 
 impl Write for Console {
@@ -54,6 +63,29 @@ impl<'a> MakeWriter<'a> for Console {
 
     fn make_writer(&'a self) -> Self {
         self.clone()
+    }
+}
+
+/// A log whose lines stay what they are: text of a peer in them can neither begin another one nor act on the terminal
+/// of whoever reads the file. The subscriber writes each of them at once.
+struct Lines<W>(W);
+
+impl<'a, W: MakeWriter<'a>> MakeWriter<'a> for Lines<W> {
+    type Writer = Lines<W::Writer>;
+
+    fn make_writer(&'a self) -> Self::Writer {
+        Lines(self.0.make_writer())
+    }
+}
+
+impl<W: Write> Write for Lines<W> {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        self.0.write_all(&one_line(line))?;
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
     }
 }
 
@@ -85,7 +117,7 @@ pub(crate) fn start(
         Err(_) => ours(role, level),
     };
     let stderr = fmt::layer()
-        .with_writer(console.clone())
+        .with_writer(Lines(console.clone()))
         .with_ansi(false)
         .with_target(args.verbose > 0)
         .log_internal_errors(false)
@@ -94,7 +126,7 @@ pub(crate) fn start(
         Some(dir) => {
             let (writer, guard) = tracing_appender::non_blocking(rolling(role, dir)?);
             let layer = fmt::layer()
-                .with_writer(writer)
+                .with_writer(Lines(writer))
                 .with_ansi(false)
                 .log_internal_errors(false)
                 .with_filter(ours(role, level.max(LevelFilter::DEBUG)));
@@ -163,3 +195,20 @@ fn rolling(role: Role, dir: &Path) -> anyhow::Result<RollingFileAppender> {
 
 /// Days whose log files are kept.
 const FILES: usize = 14;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_stays_one_line() {
+        for (written, line) in [
+            (&b"a b\n"[..], &b"a b\n"[..]),
+            (b"a\nb\x1b[1m\n", b"a\\nb\\u{1b}[1m\n"),
+            ("\u{9b}2J\u{202e}".as_bytes(), b"\\u{9b}2J\\u{202e}\n"),
+            (b"\xff", b"\\xff\n"),
+        ] {
+            assert_eq!(one_line(written), line);
+        }
+    }
+}

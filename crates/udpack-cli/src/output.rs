@@ -5,16 +5,16 @@
 use std::io::{self, Write};
 
 use serde::Serialize;
+use serde_json::ser::Formatter;
+use udpack::text::is_printable;
 
-/// Writes one line and flushes it, so that a reader sees each result when it is there.
+/// Writes one line and flushes it, so that a reader sees each result when it is there. Whatever is in it, it stays one
+/// line and leaves a terminal as it is.
 pub(crate) fn line(text: &str) -> io::Result<()> {
-    let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes())?;
-    out.write_all(b"\n")?;
-    out.flush()
+    all(format!("{}\n", udpack::text::printable(text)).as_bytes())
 }
 
-/// Writes whole lines and flushes them.
+/// Writes whole lines as they are, and flushes them.
 pub(crate) fn all(lines: &[u8]) -> io::Result<()> {
     let mut out = io::stdout().lock();
     out.write_all(lines)?;
@@ -24,7 +24,8 @@ pub(crate) fn all(lines: &[u8]) -> io::Result<()> {
 /// Adds one JSON value on one line.
 pub(crate) fn add_json<T: Serialize + ?Sized>(lines: &mut Vec<u8>, value: &T) -> io::Result<()> {
     let whole = lines.len();
-    let written = serde_json::to_writer(&mut *lines, value);
+    let mut json = serde_json::Serializer::with_formatter(&mut *lines, Printable);
+    let written = value.serialize(&mut json);
     if written.is_err() {
         lines.truncate(whole);
     }
@@ -35,7 +36,34 @@ pub(crate) fn add_json<T: Serialize + ?Sized>(lines: &mut Vec<u8>, value: &T) ->
 
 /// Writes one JSON value on one line.
 pub(crate) fn json<T: Serialize + ?Sized>(value: &T) -> io::Result<()> {
-    line(&serde_json::to_string(value)?)
+    let mut lines = Vec::new();
+    add_json(&mut lines, value)?;
+    all(&lines)
+}
+
+/// JSON whose text is escaped as [`line`] escapes it, by `\u` so that it means the same to a program.
+struct Printable;
+
+impl Formatter for Printable {
+    fn write_string_fragment<W: ?Sized + Write>(
+        &mut self,
+        out: &mut W,
+        fragment: &str,
+    ) -> io::Result<()> {
+        let mut rest = fragment;
+        while let Some(at) = rest.find(|c| !is_printable(c)) {
+            let (plain, behind) = rest.split_at(at);
+            out.write_all(plain.as_bytes())?;
+            let mut chars = behind.chars();
+            if let Some(c) = chars.next() {
+                for unit in c.encode_utf16(&mut [0; 2]) {
+                    write!(out, "\\u{unit:04x}")?;
+                }
+            }
+            rest = chars.as_str();
+        }
+        out.write_all(rest.as_bytes())
+    }
 }
 
 /// Whether the reader of standard output is gone.
@@ -55,4 +83,25 @@ pub(crate) fn unless_gone(written: io::Result<()>) -> anyhow::Result<()> {
 /// Text that may come from a peer or be a file's name, on one line and with nothing that changes a terminal.
 pub(crate) fn printable(text: &str) -> String {
     udpack::text::printable(text).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_shows_no_character_that_acts_on_a_terminal_and_means_the_same() {
+        let text = "a\u{7f}\u{9b}31m\u{202e}b\u{1b}\n\"\u{e0001}é";
+        let mut out = Vec::new();
+        add_json(&mut out, &serde_json::json!({ text: [text] })).expect("written");
+        let shown = String::from_utf8(out).expect("text");
+        let line = shown.strip_suffix('\n').expect("a line");
+        assert!(line.chars().all(is_printable), "{line}");
+        assert!(
+            line.contains(r#"a\u007f\u009b31m\u202eb\u001b\n\"\udb40\udc01é"#),
+            "{line}"
+        );
+        let back: serde_json::Value = serde_json::from_str(line).expect("JSON");
+        assert_eq!(back[text][0], text);
+    }
 }

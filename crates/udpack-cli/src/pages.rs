@@ -34,6 +34,5 @@ fn render(command: &Command, pages: &mut Vec<u8>) -> io::Result<()> {
 }
 
 fn print(text: &[u8]) -> anyhow::Result<()> {
-    let text = String::from_utf8_lossy(text);
-    output::unless_gone(output::line(text.trim_end()))
+    output::unless_gone(output::all(text))
 }

@@ -13,6 +13,7 @@ use udpack_transfer::Progress;
 
 use crate::args::ProgressArg;
 use crate::logging::Console;
+use crate::output::printable;
 
 /// Shows one run's progress. Dropping it removes the bar.
 #[derive(Debug)]
@@ -69,7 +70,7 @@ impl Meter {
 
     /// A file has begun.
     pub(crate) fn started(&mut self, index: usize, name: String) {
-        self.under_way.push_back((index, name));
+        self.under_way.push_back((index, printable(&name)));
     }
 
     /// A file is done or has failed.
