@@ -1,14 +1,16 @@
 //! Any message's data, between MessagePack and JSON.
 //!
-//! JSON has no binary: a binary value is shown as `{"$bin":"<hex>"}` and read back from it. A timestamp is
-//! shown as `{"$timestamp":[seconds,nanoseconds]}`. Keys keep their order; a key that is no text is shown as
-//! the JSON of its value.
+//! What JSON has no form for is shown as an object with one key, and read back from it: bytes as `{"$bin":"<hex>"}`, a
+//! time as `{"$timestamp":[seconds,nanoseconds]}`, a number that is none or infinite as `{"$float":"nan"}`, `"inf"` or
+//! `"-inf"`, a map with keys that are no text as `{"$map":[[key,value],…]}`. So is a map that would itself be read as one
+//! of these. Numbers beyond 64 bits are refused. Keys keep their order.
 
 use std::fmt;
 use std::io::Read;
 
 use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::ser::{Serialize, SerializeMap, SerializeSeq, Serializer};
+use serde_json::value::RawValue;
 
 /// One MessagePack value. `Serialize` gives it back as it was; [`Value::json`] shows it.
 #[derive(Debug, Clone, PartialEq)]
@@ -29,13 +31,15 @@ pub(crate) enum Value {
 impl Value {
     /// Reads JSON text.
     pub(crate) fn from_json(text: &str) -> Result<Self, serde_json::Error> {
-        serde_json::from_str::<Self>(text)?.with_binary()
+        let value = serde_json::from_str::<Self>(text)?;
+        whole_numbers_fit(text)?;
+        value.read()
     }
 
     /// Reads one JSON value after the other, with or without white space between them. Nothing follows an error.
     pub(crate) fn all_of(text: impl Read) -> impl Iterator<Item = Result<Self, serde_json::Error>> {
-        let values = serde_json::Deserializer::from_reader(text).into_iter();
-        values.map(|value| value.and_then(Self::with_binary))
+        let values = serde_json::Deserializer::from_reader(text).into_iter::<Box<RawValue>>();
+        values.map(|value| value.and_then(|text| Self::from_json(text.get())))
     }
 
     /// Shows it as JSON on one line.
@@ -43,34 +47,107 @@ impl Value {
         Json(self)
     }
 
-    /// Turns every `{"$bin":"<hex>"}` into the bytes it stands for.
-    fn with_binary(self) -> Result<Self, serde_json::Error> {
+    /// Turns what stands for something that JSON has no form for into that.
+    fn read(self) -> Result<Self, serde_json::Error> {
         Ok(match self {
-            Self::Array(items) => Self::Array(
-                items
-                    .into_iter()
-                    .map(Self::with_binary)
-                    .collect::<Result<_, _>>()?,
-            ),
-            Self::Map(entries) => {
-                if let [(Self::Str(key), Self::Str(hex))] = entries.as_slice()
-                    && key == BIN
-                {
-                    let bytes = from_hex(hex).ok_or_else(|| {
-                        de::Error::custom("$bin takes an even number of hex digits")
-                    })?;
-                    return Ok(Self::Bin(bytes));
+            Self::Array(items) => Self::Array(all(items)?),
+            Self::Map(entries) => match <[_; 1]>::try_from(entries) {
+                Ok([(Self::Str(key), value)]) if FORMS.contains(&key.as_str()) => {
+                    stands_for(&key, value)?
                 }
-                Self::Map(
-                    entries
-                        .into_iter()
-                        .map(|(key, value)| Ok((key, value.with_binary()?)))
-                        .collect::<Result<_, serde_json::Error>>()?,
-                )
-            }
+                Ok(entry) => Self::Map(pairs(entry.into())?),
+                Err(entries) => Self::Map(pairs(entries)?),
+            },
             other => other,
         })
     }
+
+    /// Whether JSON has an object for this map that is not read as something else.
+    fn is_object(entries: &[(Self, Self)]) -> bool {
+        match entries {
+            [(Self::Str(key), _)] => !FORMS.contains(&key.as_str()),
+            entries => entries.iter().all(|(key, _)| matches!(key, Self::Str(_))),
+        }
+    }
+}
+
+fn all(items: Vec<Value>) -> Result<Vec<Value>, serde_json::Error> {
+    items.into_iter().map(Value::read).collect()
+}
+
+fn pairs(entries: Vec<(Value, Value)>) -> Result<Vec<(Value, Value)>, serde_json::Error> {
+    let entries = entries.into_iter();
+    entries
+        .map(|(key, value)| Ok((key, value.read()?)))
+        .collect()
+}
+
+/// What `{key: value}` stands for.
+fn stands_for(key: &str, value: Value) -> Result<Value, serde_json::Error> {
+    let read = match (key, value) {
+        (BIN, Value::Str(hex)) => from_hex(&hex).map(Value::Bin),
+        (FLOAT, Value::Str(name)) => match name.as_str() {
+            "nan" => Some(f64::NAN),
+            "inf" => Some(f64::INFINITY),
+            "-inf" => Some(f64::NEG_INFINITY),
+            _ => None,
+        }
+        .map(Value::F64),
+        (SHOWN_TIMESTAMP, Value::Array(parts)) => moment(&parts).map(Value::Timestamp),
+        (MAP, Value::Array(entries)) => {
+            let entry = |entry| match entry {
+                Value::Array(both) => <[Value; 2]>::try_from(both).ok().map(|[k, v]| (k, v)),
+                _ => None,
+            };
+            match entries.into_iter().map(entry).collect::<Option<Vec<_>>>() {
+                Some(entries) => {
+                    let read = |(key, value): (Value, Value)| Ok((key.read()?, value.read()?));
+                    let entries: Result<_, serde_json::Error> =
+                        entries.into_iter().map(read).collect();
+                    return Ok(Value::Map(entries?));
+                }
+                None => None,
+            }
+        }
+        _ => None,
+    };
+    read.ok_or_else(|| {
+        de::Error::custom(match key {
+            BIN => "$bin takes an even number of hex digits",
+            FLOAT => "$float takes \"nan\", \"inf\" or \"-inf\"",
+            MAP => "$map takes a list of pairs [key,value]",
+            _ => "$timestamp takes [seconds,nanoseconds]",
+        })
+    })
+}
+
+/// JSON's whole numbers have no end, ours have 64 bits: a larger one would silently become another number.
+fn whole_numbers_fit(json: &str) -> Result<(), serde_json::Error> {
+    // The text is known to be JSON.
+    let mut rest = json;
+    while let Some(at) = rest.find(|c: char| c == '"' || c == '-' || c.is_ascii_digit()) {
+        rest = &rest[at..];
+        if let Some(text) = rest.strip_prefix('"') {
+            let mut escaped = false;
+            let end = text.find(|c| {
+                let ends = c == '"' && !escaped;
+                escaped = c == '\\' && !escaped;
+                ends
+            });
+            rest = end.map_or("", |end| &text[end + 1..]);
+            continue;
+        }
+        let end = rest.find(|c: char| !(c.is_ascii_digit() || "+-.eE".contains(c)));
+        let (number, behind) = rest.split_at(end.unwrap_or(rest.len()));
+        let whole = !number.contains(['.', 'e', 'E']);
+        if whole && number.parse::<u64>().is_err() && number.parse::<i64>().is_err() {
+            return Err(de::Error::custom(format_args!(
+                "{number} takes more than 64 bits"
+            )));
+        }
+        rest = behind;
+    }
+    Ok(())
 }
 
 impl Serialize for Value {
@@ -212,7 +289,7 @@ impl Serialize for Json<'_> {
             }
             Value::Timestamp(bytes) => {
                 let mut map = serializer.serialize_map(Some(1))?;
-                map.serialize_entry("$timestamp", &timestamp(bytes))?;
+                map.serialize_entry(SHOWN_TIMESTAMP, &timestamp(bytes))?;
                 map.end()
             }
             Value::Array(items) => {
@@ -222,19 +299,32 @@ impl Serialize for Json<'_> {
                 }
                 seq.end()
             }
-            Value::Map(entries) => {
-                let mut map = serializer.serialize_map(Some(entries.len()))?;
-                for (key, value) in entries {
-                    match key {
-                        Value::Str(key) => map.serialize_entry(key, &Json(value))?,
-                        key => map.serialize_entry(&key.json().to_string(), &Json(value))?,
-                    }
-                }
-                map.end()
+            Value::Map(entries) if Value::is_object(entries) => {
+                serializer.collect_map(entries.iter().map(|(key, value)| (key, Json(value))))
             }
+            Value::Map(entries) => {
+                let pairs: Vec<_> = entries
+                    .iter()
+                    .map(|(key, value)| [Json(key), Json(value)])
+                    .collect();
+                serializer.collect_map([(MAP, pairs)])
+            }
+            Value::F32(value) if !value.is_finite() => not_finite(f64::from(*value), serializer),
+            Value::F64(value) if !value.is_finite() => not_finite(*value, serializer),
             plain => plain.serialize(serializer),
         }
     }
+}
+
+fn not_finite<S: Serializer>(value: f64, serializer: S) -> Result<S::Ok, S::Error> {
+    let name = if value.is_nan() {
+        "nan"
+    } else if value > 0.0 {
+        "inf"
+    } else {
+        "-inf"
+    };
+    serializer.collect_map([(FLOAT, name)])
 }
 
 impl fmt::Display for Json<'_> {
@@ -277,7 +367,31 @@ fn timestamp(bytes: &[u8]) -> Option<(i64, u32)> {
     Some((secs, u32::from_be_bytes(*nanos)))
 }
 
+/// The shortest form of seconds since 1970 and nanoseconds.
+fn moment(parts: &[Value]) -> Option<Vec<u8>> {
+    let (secs, nanos) = match parts {
+        [Value::Uint(secs), Value::Uint(nanos)] => (i64::try_from(*secs).ok()?, *nanos),
+        [Value::Int(secs), Value::Uint(nanos)] => (*secs, *nanos),
+        _ => return None,
+    };
+    let nanos = u32::try_from(nanos)
+        .ok()
+        .filter(|nanos| *nanos < 1_000_000_000)?;
+    if let (Ok(secs), 0) = (u32::try_from(secs), nanos) {
+        return Some(secs.to_be_bytes().into());
+    }
+    Some(match u64::try_from(secs) {
+        Ok(secs) if secs < 1 << 34 => (u64::from(nanos) << 34 | secs).to_be_bytes().into(),
+        _ => [&nanos.to_be_bytes()[..], &secs.to_be_bytes()].concat(),
+    })
+}
+
 const BIN: &str = "$bin";
+const FLOAT: &str = "$float";
+const MAP: &str = "$map";
+const SHOWN_TIMESTAMP: &str = "$timestamp";
+/// The keys of objects that stand for something else.
+const FORMS: [&str; 4] = [BIN, FLOAT, MAP, SHOWN_TIMESTAMP];
 /// The name under which the MessagePack library passes extension types through serde.
 const EXT: &str = "_ExtStruct";
 /// The extension type of a timestamp, the only one that a peer accepts.
@@ -346,8 +460,90 @@ mod tests {
     }
 
     #[test]
-    fn keys_that_are_no_text_are_shown_as_json() {
-        let value = Value::Map(vec![(Value::Uint(1), Value::Nil)]);
-        assert_eq!(over_the_wire(&value).json().to_string(), "{\"1\":null}");
+    fn what_json_has_no_form_for_comes_back_as_it_was() {
+        let text = |text: &str| Value::Str(text.to_owned());
+        for (value, shown) in [
+            (
+                Value::Map(vec![
+                    (Value::Uint(1), Value::Nil),
+                    (text("1"), Value::Bool(true)),
+                ]),
+                r#"{"$map":[[1,null],["1",true]]}"#,
+            ),
+            (
+                Value::Map(vec![(text("$bin"), text("00"))]),
+                r#"{"$map":[["$bin","00"]]}"#,
+            ),
+            (
+                Value::Map(vec![(text("$bin"), text("00")), (text("b"), Value::Nil)]),
+                r#"{"$bin":"00","b":null}"#,
+            ),
+            (
+                Value::Map(vec![(
+                    text("$map"),
+                    Value::Array(vec![Value::Bin(vec![7])]),
+                )]),
+                r#"{"$map":[["$map",[{"$bin":"07"}]]]}"#,
+            ),
+            (Value::F64(f64::INFINITY), r#"{"$float":"inf"}"#),
+            (Value::F64(f64::NEG_INFINITY), r#"{"$float":"-inf"}"#),
+            (
+                Value::Timestamp(vec![0, 0, 0, 9]),
+                r#"{"$timestamp":[9,0]}"#,
+            ),
+            (
+                Value::Timestamp(vec![0, 0, 0, 4, 0, 0, 0, 9]),
+                r#"{"$timestamp":[9,1]}"#,
+            ),
+            (
+                Value::Timestamp(vec![0, 0, 0, 7, 255, 255, 255, 255, 255, 255, 255, 255]),
+                r#"{"$timestamp":[-1,7]}"#,
+            ),
+        ] {
+            let heard = over_the_wire(&value);
+            assert_eq!(heard, value);
+            assert_eq!(heard.json().to_string(), shown);
+            assert_eq!(Value::from_json(shown).expect(shown), value);
+        }
+        let nan = over_the_wire(&Value::from_json(r#"{"$float":"nan"}"#).expect("a number"));
+        assert!(matches!(nan, Value::F64(nan) if nan.is_nan()));
+        assert_eq!(nan.json().to_string(), r#"{"$float":"nan"}"#);
+    }
+
+    #[test]
+    fn what_would_become_something_else_is_refused() {
+        for bad in [
+            "18446744073709551616",
+            "[-9223372036854775809]",
+            r#"{"a":[{"b":123456789012345678901234567890}]}"#,
+            r#"{"$float":"1"}"#,
+            r#"{"$float":1}"#,
+            r#"{"$map":[[1]]}"#,
+            r#"{"$map":{}}"#,
+            r#"{"$timestamp":[0,1000000000]}"#,
+            r#"{"$timestamp":null}"#,
+            r#"{"$bin":7}"#,
+            "1e999",
+            "NaN",
+        ] {
+            Value::from_json(bad).expect_err(bad);
+            let streamed = format!("1 {bad}");
+            assert!(
+                Value::all_of(streamed.as_bytes())
+                    .nth(1)
+                    .expect("two")
+                    .is_err(),
+                "{bad}"
+            );
+        }
+        for good in [
+            r#""18446744073709551616 \"""#,
+            "18446744073709551615",
+            "1.8446744073709551616e19",
+            "-0",
+            r#"{"\\":-9223372036854775808}"#,
+        ] {
+            Value::from_json(good).expect(good);
+        }
     }
 }
