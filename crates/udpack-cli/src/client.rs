@@ -43,7 +43,7 @@ pub(crate) async fn run(args: ClientArgs, console: Console) -> anyhow::Result<()
         ClientCommand::Stat(args) => remote::stat(args, &console, interrupts).await,
         ClientCommand::Rm(args) => remote::rm(args, &console, interrupts).await,
         ClientCommand::Verify(args) => verify::run(args, &console, interrupts).await,
-        ClientCommand::Jobs(args) => jobs::run(args, interrupts).await,
+        ClientCommand::Jobs(args) => jobs::run(args, &console, interrupts).await,
         ClientCommand::Demo(args) => demo::run(args, &console, interrupts).await,
         ClientCommand::Send(args) => events::send(args, interrupts).await,
         ClientCommand::Request(args) => events::request(args, interrupts).await,

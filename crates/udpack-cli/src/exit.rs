@@ -31,6 +31,7 @@ pub(crate) enum Kind {
     Fault,
     Partial,
     NoHandler,
+    NotFound,
     Interrupted,
 }
 
@@ -49,6 +50,7 @@ impl Kind {
             Self::Fault => 9,
             Self::Partial => 10,
             Self::NoHandler => 11,
+            Self::NotFound => 12,
             Self::Interrupted => INTERRUPTED,
         }
     }
@@ -67,6 +69,7 @@ impl Kind {
             Self::Fault => "fault",
             Self::Partial => "partial",
             Self::NoHandler => "no_handler",
+            Self::NotFound => "not_found",
             Self::Interrupted => "interrupted",
         }
     }
@@ -243,7 +246,7 @@ fn connecting(error: &ConnectError) -> Meaning {
         ConnectError::PinMismatch { .. } => (
             Kind::Auth,
             hint(
-                "if the server has a new key on purpose, use its new `send` line or copy its pubkey.pem again",
+                "if the server has a new key on purpose, use what `udpack-server url` prints there now, or copy its pubkey.pem again",
             ),
         ),
         ConnectError::Denied(reason) => closed(reason),
@@ -270,7 +273,7 @@ fn connecting(error: &ConnectError) -> Meaning {
         ConnectError::Handshake { text, .. } if text.contains("certificate") => (
             Kind::Auth,
             hint(
-                "give the server's key: its `send` line in UDPACK_URL, --fingerprint, or a copy of its pubkey.pem in --keys",
+                "give the server's key: UDPACK_URL as `udpack-server url` prints it there, --fingerprint, or a copy of its pubkey.pem in --keys",
             ),
         ),
         ConnectError::Handshake { .. } => (
@@ -295,12 +298,12 @@ fn closed(reason: &CloseReason) -> Meaning {
         | CloseCode::FORBIDDEN => (
             Kind::Auth,
             hint(
-                "use the token of the server's `send` line: in UDPACK_URL, UDPACK_TOKEN or --token-file",
+                "set UDPACK_URL to what `udpack-server url` or `token new` prints there, or give the token in UDPACK_TOKEN or --token-file",
             ),
         ),
         CloseCode::NO_SUCH_CHANNEL => (
-            Kind::Other,
-            hint("choose a channel the server serves with --channel"),
+            Kind::NoHandler,
+            hint("choose a channel that the server serves with --channel"),
         ),
         CloseCode::REFUSED => (Kind::Policy, None),
         CloseCode::HANDLER_FAILED | CloseCode::INTERNAL => {
@@ -325,7 +328,14 @@ fn encoding(error: &EncodeError) -> Option<String> {
 fn transferring(error: &TransferError) -> Meaning {
     let hints = match error {
         TransferError::Connect(error) => return connecting(error),
-        TransferError::Refused { code, .. } => refusal(code),
+        TransferError::Refused { code, message, .. } => {
+            let kind = match code.as_str() {
+                "not_found" => Kind::NotFound,
+                "cancelled" => Kind::Policy,
+                _ => kind_of(error.kind()),
+            };
+            return (kind, refusal(code, message));
+        }
         TransferError::Store(error) => keeping(error.code()),
         TransferError::Closed(reason) => {
             return match closed(reason) {
@@ -367,9 +377,18 @@ fn refused(code: &str, message: &str) -> String {
                 .strip_prefix(code)
                 .and_then(|rest| rest.strip_prefix(": "))
                 .unwrap_or(message);
-            format!("the server refused it: {what}")
+            match code {
+                "not_found" => format!("not at the server: {}", unnamed(what)),
+                "cancelled" => format!("ended by somebody else: {what}"),
+                _ => format!("the server refused it: {what}"),
+            }
         }
     }
+}
+
+/// `not found: x` is `x`.
+fn unnamed(what: &str) -> &str {
+    what.strip_prefix("not found: ").unwrap_or(what)
 }
 
 /// The sentence of this machine's own store, which otherwise speaks as a server does.
@@ -382,7 +401,7 @@ fn kept(error: &StoreError) -> String {
 }
 
 /// What to do about the server's error codes.
-fn refusal(code: &str) -> Option<String> {
+fn refusal(code: &str, message: &str) -> Option<String> {
     hint(match code {
         "exists" => {
             "choose another name with --as, leave the file there with --if-exists skip, or, where the server \
@@ -395,12 +414,13 @@ fn refusal(code: &str) -> Option<String> {
         "io" => {
             "the server's storage failed and its log says more; then run the same command again"
         }
-        "forbidden" => {
-            "ask the server's owner for a token whose scope allows it, or, to replace what is there, for another \
-             --overwrite"
+        "forbidden" if message.contains("if_exists") => {
+            "choose another name with --as, or ask the server's owner to start it with another --overwrite"
         }
+        "forbidden" => "ask the server's owner for a token whose scope allows it",
+        "cancelled" => "ask the server's owner why; run the same command again to go on",
         "refused" => "the server's owner decides what is taken",
-        "not_found" => "`udpack-client ls` shows what is there",
+        "not_found" => "`udpack-client ls -R` shows what is there",
         "not_empty" => "remove it with all that is in it by -r",
         "is_directory" => "name what is in it, or use -r",
         "busy" => "another client is sending this file: run the same command again when it is done",
@@ -556,7 +576,6 @@ mod tests {
     fn what_a_server_refuses_says_what_to_do() {
         for (code, exit) in [
             ("forbidden", 6),
-            ("not_found", 6),
             ("not_empty", 6),
             ("refused", 6),
             ("quota", 6),
@@ -585,6 +604,37 @@ mod tests {
         let own = Explained::of(&own.into());
         assert_eq!(own.kind, Kind::Policy);
         assert_eq!(own.text, "the name is taken here: x");
+    }
+
+    #[test]
+    fn what_is_not_there_or_not_served_or_not_allowed_differs() {
+        let refused = |code: &str, message: &str| {
+            Explained::of(
+                &TransferError::Refused {
+                    code: code.to_owned(),
+                    message: message.to_owned(),
+                    retry: false,
+                }
+                .into(),
+            )
+        };
+        let missing = refused("not_found", "not found: a/b");
+        assert_eq!(missing.kind.code(), 12);
+        assert_eq!(missing.text, "not at the server: a/b");
+        assert_eq!(
+            refused("cancelled", "cancelled at the server").kind.code(),
+            6
+        );
+        let right = refused("forbidden", "forbidden: this token has no right to read");
+        assert!(!right.hint.expect("a hint").contains("--overwrite"));
+        let replace = refused(
+            "forbidden",
+            "forbidden: if_exists overwrite is not allowed here",
+        );
+        assert!(replace.hint.expect("a hint").contains("--overwrite"));
+        let reason = CloseReason::new(CloseCode::NO_SUCH_CHANNEL, "", udpack::Side::Peer);
+        let error = Explained::of(&OpenError::Closed(reason).into());
+        assert_eq!(error.kind.code(), 11);
     }
 
     #[test]

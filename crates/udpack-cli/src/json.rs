@@ -1,7 +1,9 @@
-//! What `put`, `get`, `demo` and `verify` print with `--json`: one object a line, `start` first and `result`
-//! last.
+//! What `--json` prints: one object a line, `result` last; of `put`, `get`, `demo` and `verify`, `start` first.
 
 use serde::Serialize;
+
+use crate::exit::{Explained, Kind};
+use crate::output;
 
 /// One line.
 #[derive(Debug, Serialize)]
@@ -102,8 +104,7 @@ pub(crate) enum Line<'a> {
 
 impl Line<'_> {
     /// The `status` of a result that ended with this exit kind.
-    pub(crate) fn status(kind: Option<crate::exit::Kind>) -> &'static str {
-        use crate::exit::Kind;
+    pub(crate) fn status(kind: Option<Kind>) -> &'static str {
         match kind {
             None => "ok",
             Some(Kind::Partial) => "partial",
@@ -111,4 +112,39 @@ impl Line<'_> {
             Some(_) => "error",
         }
     }
+}
+
+/// Ends a command that prints entries and no files: with `--json`, the one `result` line, whatever became of it.
+pub(crate) fn concluded(
+    json: bool,
+    count: usize,
+    result: anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    if json {
+        let error = result.as_ref().err().map(Explained::of);
+        let kind = error.as_ref().map(|error| error.kind);
+        output::unless_gone(output::json(&serde_json::json!({
+            "event": "result",
+            "status": Line::status(kind),
+            "exit": kind.map_or(0, Kind::code),
+            "count": count,
+            "error_kind": kind.map(Kind::name),
+            "error": error.as_ref().map(|error| error.text.as_str()),
+            "hint": error.as_ref().and_then(|error| error.hint.as_deref()),
+        })))?;
+    }
+    result
+}
+
+/// With `--json`, what failed of several.
+pub(crate) fn failed(json: bool, path: &str, error: &Explained) -> anyhow::Result<()> {
+    if !json {
+        return Ok(());
+    }
+    output::unless_gone(output::json(&serde_json::json!({
+        "event": "error",
+        "path": path,
+        "error_kind": error.kind.name(),
+        "error": error.text,
+    })))
 }

@@ -1,17 +1,17 @@
 //! Which server to talk to, which key to expect there, and which token to present.
 
 use std::env;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use udpack::{
-    Client, ClientBuilder, CloseCode, ConnectUrl, DEFAULT_PORT, Fingerprint, FingerprintError,
-    Socket, Timeouts, TokenFile, TokenFileError,
+    Client, ClientBuilder, CloseCode, ConnectError, ConnectUrl, DEFAULT_PORT, Fingerprint,
+    FingerprintError, Socket, Timeouts, TokenFile, TokenFileError,
 };
-use udpack_transfer::{Link, Retry};
+use udpack_transfer::{Link, Retry, TransferError};
 
 use crate::args::ConnectArgs;
-use crate::exit::{Failure, Kind};
+use crate::exit::{Explained, Failure, Kind};
 use crate::signals::Interrupts;
 
 /// A server, and what it takes to be let in.
@@ -19,6 +19,10 @@ use crate::signals::Interrupts;
 pub(crate) struct Target {
     url: ConnectUrl,
     client: Client,
+    /// The file that holds no key, where none was given.
+    no_key: Option<PathBuf>,
+    /// The file that holds no token, where none was given.
+    no_token: Option<PathBuf>,
 }
 
 impl Target {
@@ -45,8 +49,22 @@ impl Target {
             None => public_key(&args.keys)?,
         };
         let token = match url.token() {
-            Some(token) => token.to_owned(),
+            Some(token) => Some(token.to_owned()),
             None => token(args)?,
+        };
+        let looked_at = |name| {
+            let path = args.keys.join(name);
+            Some(std::path::absolute(&path).unwrap_or(path))
+        };
+        let no_key = if pin.is_none() {
+            looked_at("pubkey.pem")
+        } else {
+            None
+        };
+        let no_token = if token.is_none() {
+            looked_at("token")
+        } else {
+            None
         };
         let timeouts = Timeouts {
             handshake: args.connect_timeout.0,
@@ -55,7 +73,7 @@ impl Target {
             ..Timeouts::default()
         };
         let mut client = Client::builder()
-            .token(token)
+            .token(token.unwrap_or_default())
             .agent(concat!("udpack-client/", env!("CARGO_PKG_VERSION")))
             .timeouts(timeouts)
             .congestion(args.cc.into());
@@ -66,7 +84,47 @@ impl Target {
             client = client.qlog(qlog_dir(dir)?);
         }
         let client = set(client).build()?;
-        Ok(Self { url, client })
+        Ok(Self {
+            url,
+            client,
+            no_key,
+            no_token,
+        })
+    }
+
+    /// A server that lets us in without a token, or whose key an authority vouches for, is fine; one that does not is
+    /// told together with what was looked for in vain.
+    fn explained(&self, error: anyhow::Error) -> anyhow::Error {
+        let reason = error.chain().find_map(|error| {
+            if let Some(TransferError::Connect(error)) = error.downcast_ref() {
+                return Some(&**error);
+            }
+            error.downcast_ref::<ConnectError>()
+        });
+        let text = match (reason, &self.no_key, &self.no_token) {
+            (Some(ConnectError::Handshake { text, .. }), Some(path), _)
+                if text.contains("certificate") =>
+            {
+                format!(
+                    "the server's key is not known: neither UDPACK_URL nor --fingerprint gives it, there is no {}, and \
+                     no authority that this system trusts vouches for it",
+                    path.display()
+                )
+            }
+            (Some(ConnectError::Denied(_)), _, Some(path))
+                if Explained::of(&error).kind == Kind::Auth =>
+            {
+                format!(
+                    "the server wants a token: neither UDPACK_URL, UDPACK_TOKEN nor --token-file gives one, and there \
+                     is no {}",
+                    path.display()
+                )
+            }
+            _ => return error,
+        };
+        Failure::new(Kind::Auth, text)
+            .hint("set UDPACK_URL to what `udpack-server url` prints at the server")
+            .into()
     }
 
     /// `HOST:PORT`, for showing.
@@ -84,7 +142,7 @@ impl Target {
         let address = self.address();
         let link = Link::new(self.client.clone(), &*address).retry(retry);
         let first = tokio::select! {
-            socket = link.eager() => socket?,
+            socket = link.eager() => socket.map_err(|error| self.explained(error.into()))?,
             () = interrupts.first() => return Err(Failure::interrupted().into()),
         };
         // The work begins behind the hello; whether the server lets us in shows meanwhile.
@@ -105,7 +163,7 @@ impl Target {
         };
         let result = tokio::select! {
             biased;
-            error = refused => return Err(error.into()),
+            error = refused => return Err(self.explained(error.into())),
             result = work(link.clone()) => result,
             () = interrupts.first() => {
                 if let Some(socket) = link.live() {
@@ -129,7 +187,9 @@ impl Target {
     ) -> anyhow::Result<T> {
         let address = self.address();
         let socket = tokio::select! {
-            socket = self.client.connect(&address) => socket?,
+            socket = self.client.connect(&address) => {
+                socket.map_err(|error| self.explained(error.into()))?
+            }
             () = interrupts.first() => return Err(Failure::interrupted().into()),
         };
         tracing::info!(server = address, session = %socket.id(), "connected");
@@ -196,7 +256,7 @@ fn server(args: &ConnectArgs) -> anyhow::Result<ConnectUrl> {
 /// The text may hold a token: only the reason is shown.
 fn unfit(what: &str, error: &udpack::ConnectUrlError) -> Failure {
     Failure::new(Kind::Usage, format!("{what} is not a server: {error}"))
-        .hint("use HOST[:PORT], or the whole line that the server printed: udpack://TOKEN@HOST:PORT#sha256:HEX")
+        .hint("use HOST[:PORT], or what `udpack-server url` prints at the server: udpack://TOKEN@HOST:PORT#sha256:HEX")
 }
 
 fn public_key(keys: &Path) -> anyhow::Result<Option<Fingerprint>> {
@@ -207,7 +267,8 @@ fn public_key(keys: &Path) -> anyhow::Result<Option<Fingerprint>> {
     }
 }
 
-fn token(args: &ConnectArgs) -> anyhow::Result<String> {
+/// None where nothing gives one.
+fn token(args: &ConnectArgs) -> anyhow::Result<Option<String>> {
     let (path, asked) = match &args.token_file {
         Some(path) => (path.clone(), true),
         None => {
@@ -215,13 +276,13 @@ fn token(args: &ConnectArgs) -> anyhow::Result<String> {
                 .ok()
                 .filter(|token| !token.is_empty())
             {
-                return Ok(token.trim().to_owned());
+                return Ok(Some(token.trim().to_owned()));
             }
             (args.keys.join("token"), false)
         }
     };
     match TokenFile::open(&path) {
-        Ok(file) => file.first_token().ok_or_else(|| {
+        Ok(file) => file.first_token().map(Some).ok_or_else(|| {
             Failure::new(
                 Kind::LocalFile,
                 format!("no token in plain in {}", path.display()),
@@ -231,7 +292,7 @@ fn token(args: &ConnectArgs) -> anyhow::Result<String> {
         }),
         Err(TokenFileError::File(error)) if !asked && error.is_missing() => {
             tracing::debug!("no token found");
-            Ok(String::new())
+            Ok(None)
         }
         Err(error) => Err(error.into()),
     }

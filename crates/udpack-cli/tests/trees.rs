@@ -313,8 +313,8 @@ fn names_of_downloads_follow_slashes_and_as() {
     }
     let to = workdir();
     for (args, code) in [
-        (&["get", "nothing"][..], 6),
-        (&["get", "src/a/"], 6),
+        (&["get", "nothing"][..], 12),
+        (&["get", "src/a/"], 12),
         (&["get", "../src"], 6),
         (&["get", "src/a", "src/a"], 2),
         (&["get", "src", "src/a", "--as", "name"], 2),
@@ -577,7 +577,13 @@ fn ls_stat_and_rm() {
         ls(&["ls", "-l", "t/a b"]),
         "-rw-r-----             5  2023-11-14T22:13:20Z  t/a b\n"
     );
-    let line: Value = serde_json::from_str(&ls(&["ls", "--json", "t/a b"])).expect("json");
+    let line: Value = serde_json::from_str(
+        ls(&["ls", "--json", "t/a b"])
+            .lines()
+            .next()
+            .expect("a line"),
+    )
+    .expect("json");
     assert_eq!(
         (&line["path"], &line["size"], &line["mode"]),
         (&"t/a b".into(), &5.into(), &0o640.into())
@@ -588,9 +594,38 @@ fn ls_stat_and_rm() {
     );
     let out = server.client(dir.path(), &["stat", "t", "missing", "--json"]);
     assert_eq!(out.code, 10, "{out:?}");
-    assert_eq!(out.stdout.lines().count(), 1);
-    assert_eq!(server.client(dir.path(), &["stat", "missing"]).code, 6);
-    assert_eq!(server.client(dir.path(), &["ls", "missing"]).code, 6);
+    let told = events(&out.stdout);
+    let kinds: Vec<_> = told.iter().map(|line| line["event"].clone()).collect();
+    assert_eq!(kinds, ["entry", "error", "result"]);
+    assert_eq!(
+        (&told[1]["path"], &told[1]["error_kind"]),
+        (&"missing".into(), &"not_found".into())
+    );
+    assert_eq!(
+        (&told[2]["exit"], &told[2]["count"]),
+        (&10.into(), &1.into())
+    );
+    assert_eq!(server.client(dir.path(), &["stat", "missing"]).code, 12);
+    for args in [
+        &["ls", "missing"][..],
+        &["stat", "missing"],
+        &["rm", "t/a b"],
+        &["jobs", "--cancel", "7"],
+    ] {
+        let out = server.client(dir.path(), &[args, &["--json"]].concat());
+        let told = result(&out.stdout);
+        assert_eq!(told["exit"], out.code, "{args:?}: {out:?}");
+        assert_ne!(out.code, 0, "{args:?}");
+        assert!(told["error"].is_string(), "{args:?}: {out:?}");
+        let without = ["--to", "127.0.0.1:9", "--connect-timeout", "0.2", "--json"];
+        let out = server.client(dir.path(), &[args, &without].concat());
+        assert_eq!(
+            out.code,
+            result(&out.stdout)["exit"],
+            "no server: {args:?}: {out:?}"
+        );
+    }
+    assert_eq!(server.client(dir.path(), &["ls", "missing"]).code, 12);
 
     // The owner's token says nothing of rights: removing takes one that does.
     let out = server.client(dir.path(), &["rm", "t/a b"]);
@@ -605,7 +640,7 @@ fn ls_stat_and_rm() {
         "{out:?}"
     );
     assert_eq!(rm(&["rm", "t"]).code, 6, "not empty");
-    assert_eq!(rm(&["rm", "missing"]).code, 6);
+    assert_eq!(rm(&["rm", "missing"]).code, 12);
     assert_eq!(rm(&["rm", "/"]).code, 2);
     assert_eq!(rm(&["rm", "-r", "t"]).code, 0);
     assert_eq!(names(&server.uploads()), Vec::<String>::new());
@@ -1052,7 +1087,13 @@ fn jobs_are_listed_watched_and_ended() {
     };
     let out = jobs(&server.url(), &["--json"]);
     assert_eq!(out.code, 0, "{out:?}");
-    let job: Value = serde_json::from_str(out.stdout.trim()).expect("one job");
+    let told = events(&out.stdout);
+    let job = &told[0];
+    assert_eq!(
+        (told.len(), &told[1]["event"]),
+        (2, &"result".into()),
+        "one job: {out:?}"
+    );
     assert_eq!(
         (&job["kind"], &job["path"], &job["state"]),
         (&"put".into(), &"file".into(), &"running".into())
@@ -1065,7 +1106,7 @@ fn jobs_are_listed_watched_and_ended() {
             .args(["jobs", "--watch", "--json"]),
     );
     watching.line();
-    assert_eq!(jobs(&admin, &["--cancel", "999999"]).code, 6);
+    assert_eq!(jobs(&admin, &["--cancel", "999999"]).code, 12);
     let out = jobs(&admin, &["--cancel", &id]);
     assert_eq!(out.code, 0, "{out:?}");
     let out = running.exited();

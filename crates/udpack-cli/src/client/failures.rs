@@ -16,6 +16,8 @@ pub(super) struct Failures {
     alike: bool,
     /// A lost connection has been told.
     network: bool,
+    /// The same again may do better with one of them.
+    again: bool,
     /// The first one's line, until it is known that there is more than it to tell.
     held: Option<String>,
 }
@@ -28,6 +30,7 @@ impl Failures {
             count: 0,
             alike: true,
             network: false,
+            again: false,
             held: None,
         }
     }
@@ -57,6 +60,10 @@ impl Failures {
             }
         }
         self.network |= network;
+        self.again |= matches!(
+            explained.kind,
+            Kind::Other | Kind::Network | Kind::Integrity | Kind::RemoteStorage | Kind::Interrupted
+        );
         match &self.first {
             Some(first) => self.alike &= first.kind == explained.kind,
             None => self.first = Some(explained),
@@ -71,7 +78,8 @@ impl Failures {
     }
 
     /// One failure of one file speaks for itself, and so do equal ones of all files. `did` is what should have
-    /// happened to them: `stored`; `hint` what to do where the failures give no single advice.
+    /// happened to them: `stored`; `hint` what to do where the failures give no single advice, and the same command again
+    /// can do better.
     pub(super) fn verdict(
         &mut self,
         total: usize,
@@ -93,7 +101,11 @@ impl Failures {
             )
         };
         let own = if self.alike { first.hint.clone() } else { None };
-        let hint = own.or_else(|| hint.map(str::to_owned));
+        let hint = own.or_else(|| match hint {
+            Some(again) if self.again => Some(again.to_owned()),
+            Some(_) => Some("the messages above say what is wrong with each".to_owned()),
+            None => None,
+        });
         if total > 1 {
             self.tell();
         }

@@ -1,36 +1,67 @@
 //! `jobs`: the transfers under way at a server.
 
 use serde_json::json;
-use udpack_transfer::{Job, JobKind, JobState, JobsEvent, Remote};
+use udpack_transfer::{Job, JobKind, JobState, JobsEvent, Remote, TransferError};
 
 use crate::args::JobsArgs;
 use crate::exit::{Failure, Kind};
+use crate::json::concluded;
+use crate::logging::Console;
 use crate::output;
 use crate::progress::{duration, percent, size};
 use crate::signals::Interrupts;
 use crate::target::{Target, retry};
 
-pub(super) async fn run(args: JobsArgs, mut interrupts: Interrupts) -> anyhow::Result<()> {
+pub(super) async fn run(
+    args: JobsArgs,
+    console: &Console,
+    interrupts: Interrupts,
+) -> anyhow::Result<()> {
+    let mut count = 0;
+    let result = jobs(&args, console, interrupts, &mut count).await;
+    concluded(args.json, count, result)
+}
+
+async fn jobs(
+    args: &JobsArgs,
+    console: &Console,
+    mut interrupts: Interrupts,
+    count: &mut usize,
+) -> anyhow::Result<()> {
     let target = Target::find(&args.connect)?;
     let result = target
         .run_link(retry(None), &mut interrupts, async |link| {
             let mut jobs = Remote::new(&link).jobs();
             if let Some(id) = args.cancel {
-                jobs.cancel(id).await?;
+                jobs.cancel(id).await.map_err(|error| match error {
+                    TransferError::Refused { code, .. } if code == "not_found" => {
+                        let text = format!("no transfer {id} is under way at the server");
+                        Failure::new(Kind::NotFound, text)
+                            .hint("`udpack-client jobs` lists those that are")
+                            .into()
+                    }
+                    error => anyhow::Error::new(error),
+                })?;
                 return output::unless_gone(if args.json {
-                    output::json(&json!({ "cancelled": id }))
+                    output::json(&json!({ "event": "cancelled", "cancelled": id }))
                 } else {
                     output::line(&format!("cancelled {id}"))
                 });
             }
             while let Some(event) = jobs.next().await {
                 let changed = match event? {
-                    JobsEvent::List(all) => all,
+                    JobsEvent::List(all) => {
+                        if all.is_empty() && !args.json && !args.log.quiet {
+                            console.line("no transfer is under way");
+                        }
+                        all
+                    }
                     JobsEvent::Changed(job) => vec![job],
                     _ => continue,
                 };
                 for job in &changed {
                     let written = show(job, args.json);
+                    *count += 1;
                     if written.as_ref().is_err_and(output::is_gone) {
                         return Ok(());
                     }
@@ -72,6 +103,7 @@ fn show(job: &Job, json: bool) -> std::io::Result<()> {
     };
     if json {
         return output::json(&json!({
+            "event": "job",
             "id": job.id,
             "kind": kind,
             "path": job.path,

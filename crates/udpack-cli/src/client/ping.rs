@@ -6,7 +6,9 @@ use serde_json::json;
 
 use super::events::finish;
 use crate::args::PingArgs;
+use crate::exit::{Explained, Kind};
 use crate::hub::PING;
+use crate::json::Line;
 use crate::output;
 use crate::signals::Interrupts;
 use crate::target::{Target, retry};
@@ -29,10 +31,45 @@ impl Times {
     }
 }
 
-pub(super) async fn run(args: PingArgs, mut interrupts: Interrupts) -> anyhow::Result<()> {
-    let target = Target::find_reconnecting(&args.connect, retry(None))?;
+pub(super) async fn run(args: PingArgs, interrupts: Interrupts) -> anyhow::Result<()> {
     let mut times = Times::default();
-    let result = target
+    let result = ping(&args, interrupts, &mut times).await;
+    let shown = times
+        .min
+        .map(|min| (ms(min), ms(times.sum / times.count), ms(times.max)));
+    if args.json {
+        let error = result.as_ref().err().map(Explained::of);
+        let kind = error.as_ref().map(|error| error.kind);
+        output::unless_gone(output::json(&json!({
+            "event": "result",
+            "status": Line::status(kind),
+            "exit": kind.map_or(0, Kind::code),
+            "count": times.count,
+            "min": shown.map(|(min, _, _)| min),
+            "avg": shown.map(|(_, avg, _)| avg),
+            "max": shown.map(|(_, _, max)| max),
+            "error_kind": kind.map(Kind::name),
+            "error": error.as_ref().map(|error| error.text.as_str()),
+            "hint": error.as_ref().and_then(|error| error.hint.as_deref()),
+        })))?;
+    } else if let Some((min, avg, max)) = shown {
+        let line = format!("min/avg/max  {min:.3}/{avg:.3}/{max:.3} ms");
+        output::unless_gone(output::line(&line))?;
+    }
+    result
+}
+
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+async fn ping(
+    args: &PingArgs,
+    mut interrupts: Interrupts,
+    times: &mut Times,
+) -> anyhow::Result<()> {
+    let target = Target::find_reconnecting(&args.connect, retry(None))?;
+    target
         .run(&mut interrupts, async |socket| {
             let channel = socket.channel(PING).resumable().open().await?;
             let mut ticks = tokio::time::interval(args.interval.0);
@@ -58,20 +95,5 @@ pub(super) async fn run(args: PingArgs, mut interrupts: Interrupts) -> anyhow::R
             finish(&channel).await;
             Ok(())
         })
-        .await;
-    if let Some(min) = times.min {
-        let (min, avg, max) = (ms(min), ms(times.sum / times.count), ms(times.max));
-        output::unless_gone(if args.json {
-            output::json(
-                &json!({ "event": "result", "count": times.count, "min": min, "avg": avg, "max": max }),
-            )
-        } else {
-            output::line(&format!("min/avg/max  {min:.3}/{avg:.3}/{max:.3} ms"))
-        })?;
-    }
-    result
-}
-
-fn ms(time: Duration) -> f64 {
-    time.as_secs_f64() * 1e3
+        .await
 }

@@ -6,6 +6,7 @@ use udpack_transfer::{Entry, Kind as EntryKind, RelPath, Remote};
 use super::failures::Failures;
 use crate::args::{LsArgs, RmArgs, StatArgs};
 use crate::exit::{Explained, Failure, Kind};
+use crate::json::{concluded, failed};
 use crate::logging::Console;
 use crate::output;
 use crate::signals::Interrupts;
@@ -29,7 +30,13 @@ pub(super) fn remote_path(path: &str) -> anyhow::Result<Option<RelPath>> {
     }
 }
 
-pub(super) async fn ls(args: LsArgs, mut interrupts: Interrupts) -> anyhow::Result<()> {
+pub(super) async fn ls(args: LsArgs, interrupts: Interrupts) -> anyhow::Result<()> {
+    let mut count = 0;
+    let result = list(&args, interrupts, &mut count).await;
+    concluded(args.json, count, result)
+}
+
+async fn list(args: &LsArgs, mut interrupts: Interrupts, count: &mut usize) -> anyhow::Result<()> {
     let path = remote_path(args.path.as_deref().unwrap_or_default())?;
     let target = Target::find(&args.connect)?;
     target
@@ -38,12 +45,14 @@ pub(super) async fn ls(args: LsArgs, mut interrupts: Interrupts) -> anyhow::Resu
             if path.is_some() {
                 let entry = remote.stat(path.as_ref()).await?;
                 if entry.kind != EntryKind::Dir {
-                    return output::unless_gone(show(&entry, &args));
+                    *count += 1;
+                    return output::unless_gone(show(&entry, args));
                 }
             }
             let mut listing = remote.list(path.as_ref(), args.recursive);
             while let Some(entry) = listing.next().await {
-                let written = show(&entry?, &args);
+                let written = show(&entry?, args);
+                *count += 1;
                 if written.as_ref().is_err_and(output::is_gone) {
                     break;
                 }
@@ -79,6 +88,7 @@ fn show(entry: &Entry, args: &LsArgs) -> std::io::Result<()> {
 
 fn shown(entry: &Entry) -> Value {
     let mut shown = json!({
+        "event": "entry",
         "path": entry.path,
         "kind": kind(entry.kind),
         "size": entry.size,
@@ -117,7 +127,18 @@ fn mode(entry: &Entry) -> String {
 pub(super) async fn stat(
     args: StatArgs,
     console: &Console,
+    interrupts: Interrupts,
+) -> anyhow::Result<()> {
+    let mut count = 0;
+    let result = describe_all(&args, console, interrupts, &mut count).await;
+    concluded(args.json, count, result)
+}
+
+async fn describe_all(
+    args: &StatArgs,
+    console: &Console,
     mut interrupts: Interrupts,
+    count: &mut usize,
 ) -> anyhow::Result<()> {
     let target = Target::find(&args.connect)?;
     target
@@ -132,6 +153,7 @@ pub(super) async fn stat(
                 match found {
                     Ok(entry) => {
                         failures.tell();
+                        *count += 1;
                         let written = if args.json {
                             output::json(&shown(&entry))
                         } else {
@@ -143,7 +165,9 @@ pub(super) async fn stat(
                         output::unless_gone(written)?;
                     }
                     Err(error) => {
-                        failures.add(path, Explained::of(&error), args.paths.len() == 1);
+                        let explained = Explained::of(&error);
+                        failed(args.json, path, &explained)?;
+                        failures.add(path, explained, args.paths.len() == 1);
                     }
                 }
             }
@@ -173,7 +197,18 @@ fn describe(entry: &Entry) -> std::io::Result<()> {
 pub(super) async fn rm(
     args: RmArgs,
     console: &Console,
+    interrupts: Interrupts,
+) -> anyhow::Result<()> {
+    let mut count = 0;
+    let result = remove(&args, console, interrupts, &mut count).await;
+    concluded(args.json, count, result)
+}
+
+async fn remove(
+    args: &RmArgs,
+    console: &Console,
     mut interrupts: Interrupts,
+    count: &mut usize,
 ) -> anyhow::Result<()> {
     let mut paths = Vec::new();
     for path in &args.paths {
@@ -193,11 +228,12 @@ pub(super) async fn rm(
                 match remote.remove(path, args.recursive).await {
                     Ok(removed) => {
                         failures.tell();
+                        *count += 1;
                         let (files, bytes) = (removed.files, removed.bytes);
                         // What is gone is gone, whether or not somebody reads of it.
                         output::unless_gone(if args.json {
                             output::json(&json!({
-                                "removed": path.as_str(), "files": files, "bytes": bytes
+                                "event": "removed", "removed": path.as_str(), "files": files, "bytes": bytes
                             }))
                         } else {
                             output::line(&format!("removed {path}  {files}  {bytes}"))
@@ -205,6 +241,7 @@ pub(super) async fn rm(
                     }
                     Err(error) => {
                         let explained = Explained::of(&error.into());
+                        failed(args.json, path.as_str(), &explained)?;
                         failures.add(path.as_str(), explained, paths.len() == 1);
                     }
                 }
