@@ -168,6 +168,8 @@ pub(crate) enum ServerCommand {
     /// Show and remove interrupted uploads, also beside a server that runs.
     #[command(subcommand)]
     Uploads(UploadsCommand),
+    /// Print the URL that lets clients in, with the first token of the file: a secret, for UDPACK_URL.
+    Url(UrlArgs),
     /// Print a shell's completion script.
     Completions {
         /// The shell.
@@ -211,7 +213,27 @@ pub(crate) struct TokenNewArgs {
     pub(crate) expires: Option<String>,
 
     #[command(flatten)]
+    pub(crate) at: WhereArgs,
+
+    #[command(flatten)]
     pub(crate) file: TokenFileArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct UrlArgs {
+    #[command(flatten)]
+    pub(crate) at: WhereArgs,
+
+    #[command(flatten)]
+    pub(crate) file: TokenFileArgs,
+}
+
+/// Where clients reach the server.
+#[derive(Debug, Args)]
+pub(crate) struct WhereArgs {
+    /// The server's host name or address. Default: the one it showed at its last start, else the best guess.
+    #[arg(long, value_name = "NAME", env = "UDPACK_PUBLIC_HOST")]
+    pub(crate) public_host: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -600,7 +622,8 @@ pub(crate) struct SendArgs {
     /// The event's name.
     pub(crate) event: String,
 
-    /// Its data. `{"$bin":"<hex>"}` stands for bytes; `-` sends each JSON value on standard input.
+    /// Its data, in JSON; `-` sends each JSON value on standard input. `{"$bin":"<hex>"}` stands for bytes.
+    #[arg(allow_negative_numbers = true)]
     pub(crate) json: String,
 
     /// Ask only whether the handler took it, and print nothing.
@@ -626,8 +649,8 @@ pub(crate) struct RequestArgs {
     /// The event's name.
     pub(crate) event: String,
 
-    /// Its data. `{"$bin":"<hex>"}` stands for bytes; `-` asks with each JSON value on standard input.
-    #[arg(default_value = "null")]
+    /// Its data, in JSON; `-` asks with each JSON value on standard input. `{"$bin":"<hex>"}` stands for bytes.
+    #[arg(default_value = "null", allow_negative_numbers = true)]
     pub(crate) json: String,
 
     /// Take a stream of items for an answer, and print each as it comes.

@@ -5,16 +5,16 @@ mod metrics;
 mod systemd;
 mod tokens;
 mod uploads;
+mod url;
 
-use std::io;
-use std::net::{IpAddr, Ipv4Addr, UdpSocket};
+use std::io::{self, IsTerminal as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::time::Duration;
 
 use listenfd::ListenFd;
 use serde_json::json;
 use tokio::time::MissedTickBehavior;
-use udpack::{Authenticate as _, ConnectUrl, Drain, Identity, Limits, Server, TokenFile};
+use udpack::{Authenticate as _, Drain, Identity, Limits, Server, TokenFile};
 use udpack_transfer::{Limiter, Receiver, ReceiverConfig, Scope, Store, StoreConfig};
 
 use crate::args::{ServerArgs, ServerCommand};
@@ -35,6 +35,7 @@ pub(crate) async fn run(args: ServerArgs, given: ListenFd, console: Console) -> 
         Some(ServerCommand::Man) => return pages::man::<ServerArgs>(),
         Some(ServerCommand::Token(command)) => return tokens::run(&command),
         Some(ServerCommand::Uploads(command)) => return uploads::run(&command),
+        Some(ServerCommand::Url(args)) => return url::run(&args),
         None => {}
     }
     let _log = logging::start(Role::Server, &args.log, &console)?;
@@ -88,9 +89,13 @@ async fn serve(args: &ServerArgs, given: ListenFd) -> anyhow::Result<()> {
         receiver = receiver.hook(hook::Program::new(&hook, args.hook_timeout.0));
     }
     let identity = Identity::load_or_create(&args.keys)?;
-    let tokens = match &args.token_file {
-        Some(path) => TokenFile::open(path)?,
-        None => TokenFile::load_or_create(args.keys.join("token"))?,
+    let (tokens, first_start) = match &args.token_file {
+        Some(path) => (TokenFile::open(path)?, false),
+        None => {
+            let path = args.keys.join("token");
+            let first_start = !path.exists();
+            (TokenFile::load_or_create(path)?, first_start)
+        }
     };
     let hub = Hub::new();
     let server = Server::builder()
@@ -105,7 +110,7 @@ async fn serve(args: &ServerArgs, given: ListenFd) -> anyhow::Result<()> {
     };
     let server = hub.attach(receiver.attach(server)).bind_to(socket).await?;
 
-    announce(args, &server, &tokens, scrapes.as_ref())?;
+    announce(args, &server, &tokens, first_start, scrapes.as_ref())?;
     let watcher = systemd::Watcher::from_env();
     watcher.tell("READY=1");
     let stop = async {
@@ -211,34 +216,37 @@ fn limits(args: &ServerArgs, rate: Option<u64>) -> Limits {
     }
 }
 
-/// Tells where the server is and how to reach it, on standard output: a label and a value a line.
+/// Tells where the server is and how to reach it, on standard output: a label and a value a line, and last a line that
+/// can be pasted where the file is. The token stands in it on a terminal at the first start; else the command that shows it.
 fn announce(
     args: &ServerArgs,
     server: &Server,
     tokens: &TokenFile,
+    first_start: bool,
     scrapes: Option<&Scrapes>,
 ) -> anyhow::Result<()> {
-    let address = server.local_addr();
     let fingerprint = server.fingerprint();
-    let token = tokens.first_token().unwrap_or_else(|| {
-        tracing::warn!(
-            "the token file holds digests only: put a token in place of TOKEN in the `send` line"
-        );
-        "TOKEN".to_owned()
-    });
-    let host = match &args.public_host {
-        Some(host) => host.clone(),
-        None => reachable(address.ip()).to_string(),
+    let url = url::of(
+        server.local_addr(),
+        args.public_host.as_deref(),
+        fingerprint,
+    )?;
+    url::leave(&url, &args.keys);
+    let shown = first_start && !args.json && !args.log.quiet && io::stdout().is_terminal();
+    let send = match tokens.first_token().filter(|_| shown) {
+        Some(token) => format!(
+            "UDPACK_URL='{}' udpack-client put FILE",
+            url.with_token(token)?
+        ),
+        None => {
+            let command = url::command(&args.keys, args.token_file.as_deref());
+            format!("UDPACK_URL=\"$({command})\" udpack-client put FILE")
+        }
     };
-    let url = ConnectUrl::new(&host, address.port())
-        .map_err(|error| Failure::new(Kind::Usage, format!("--public-host: {error}")))?
-        .with_token(token)?
-        .with_pin(fingerprint);
     let mut lines = vec![
-        ("listening", address.to_string()),
+        ("listening", server.local_addr().to_string()),
         ("fingerprint", fingerprint.to_string()),
         ("uploads", args.dir.display().to_string()),
-        ("send", format!("UDPACK_URL='{url}' udpack-client put FILE")),
     ];
     if let Some(scrapes) = scrapes {
         lines.push(("metrics", scrapes.local_addr().to_string()));
@@ -251,36 +259,17 @@ fn announce(
                 output::line(&format!("{label} {value}"))?;
             }
         }
-        Ok(())
+        if args.json {
+            output::json(&json!({ "send": send }))
+        } else {
+            output::line(&send)
+        }
     };
     // The lines are a service; a server without anybody to read them still serves.
     if let Err(error) = print() {
         tracing::warn!(%error, "cannot write to standard output");
     }
     Ok(())
-}
-
-/// The address to dial for a server bound to `bound`: if that is any address, the one this machine has
-/// towards the rest of the world, as far as it knows.
-fn reachable(bound: IpAddr) -> IpAddr {
-    if !bound.is_unspecified() {
-        return bound;
-    }
-    // Connecting a UDP socket sends nothing; it asks the routing table. The addresses are for documentation.
-    let towards = |local: &str, remote: &str| -> io::Result<IpAddr> {
-        let socket = UdpSocket::bind(local)?;
-        socket.connect(remote)?;
-        socket.local_addr().map(|address| address.ip())
-    };
-    let v4 = towards("0.0.0.0:0", "192.0.2.1:9");
-    let found = match v4 {
-        Err(_) if bound.is_ipv6() => towards("[::]:0", "[2001:db8::1]:9"),
-        v4 => v4,
-    };
-    match found {
-        Ok(address) if !address.is_unspecified() => address,
-        _ => IpAddr::V4(Ipv4Addr::LOCALHOST),
-    }
 }
 
 /// How often it is looked whether the token file has changed.

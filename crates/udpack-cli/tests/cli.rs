@@ -11,20 +11,20 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use common::{
-    Running, Server, assert_error, bytes, client, events, exited, is_root, mode, named, quiet,
-    result, server, skipped, staged, until, visible, workdir,
+    Running, Server, assert_error, bytes, client, events, exited, installed, is_root, mode, named,
+    quiet, result, server, skipped, staged, until, visible, workdir,
 };
 use serde_json::Value;
 
 #[test]
-fn first_start_makes_private_keys_and_prints_four_lines() {
+fn first_start_makes_private_keys_and_says_how_to_send() {
     let server = Server::start();
     let labels: Vec<&str> = server
         .lines
         .iter()
         .map(|(label, _)| label.as_str())
         .collect();
-    assert_eq!(labels, ["listening", "fingerprint", "uploads", "send"]);
+    assert_eq!(labels, ["listening", "fingerprint", "uploads"]);
     assert!(!server.value("listening").ends_with(":0"), "the real port");
     assert_eq!(server.value("fingerprint").len(), "sha256:".len() + 64);
     for file in ["prikey.pem", "token"] {
@@ -39,7 +39,103 @@ fn first_start_makes_private_keys_and_prints_four_lines() {
         url.starts_with("udpack://") && url.ends_with(server.value("fingerprint")),
         "{url}"
     );
-    assert!(server.value("send").ends_with("' udpack-client put FILE"));
+    assert!(server.paste.ends_with(" udpack-client put FILE"));
+}
+
+#[test]
+fn the_token_is_shown_on_a_terminal_at_the_first_start_and_else_on_request() {
+    let found = quiet(Command::new("script"), Path::new("/"))
+        .arg("--version")
+        .output();
+    if found.is_err() {
+        skipped("the token on a terminal: no program `script`");
+        return;
+    }
+    let on_a_terminal = |dir: &Path, flags: &str| {
+        let started = format!("udpack-server --listen 127.0.0.1:0 {flags}");
+        let mut running = Running::spawn(
+            quiet(Command::new("script"), dir)
+                .env("PATH", installed())
+                .args(["-qefc", &started, "/dev/null"]),
+        );
+        let mut all = String::new();
+        while !all.contains("udpack-client put FILE") {
+            all.push_str(&running.line());
+            all.push('\n');
+        }
+        drop(running);
+        all
+    };
+    let dir = workdir();
+    let first = on_a_terminal(dir.path(), "");
+    let token = fs::read_to_string(dir.path().join("keys/token")).expect("a token");
+    let token = token.split_whitespace().last().expect("a token").to_owned();
+    let out = exited(server(dir.path()).arg("url"));
+    let url = out.stdout.trim_end();
+    assert!(url.contains(&token), "{url}");
+    let last = first.lines().last().expect("a line").trim_end();
+    assert_eq!(last, format!("UDPACK_URL='{url}' udpack-client put FILE"));
+    assert!(
+        !on_a_terminal(dir.path(), "").contains(&token),
+        "a second start"
+    );
+    let other = workdir();
+    let hushed = on_a_terminal(other.path(), "-q");
+    assert!(!hushed.contains("udpack://"), "{hushed}");
+
+    for args in [&[][..], &["-q"], &["--json"]] {
+        let dir = workdir();
+        let log = dir.path().join("log");
+        let file = fs::File::create(&log).expect("a file");
+        let mut command = server(dir.path());
+        command
+            .args(["--listen", "127.0.0.1:0"])
+            .args(args)
+            .stdout(file);
+        let running = Running::spawn_with(&mut command);
+        let text = || fs::read_to_string(&log).expect("text");
+        until("the last line", || text().contains("put FILE"));
+        drop(running);
+        assert!(!text().contains("udpack://"), "{args:?}: {}", text());
+    }
+}
+
+#[test]
+fn url_needs_a_server_that_has_started_and_a_token_in_plain() {
+    let dir = workdir();
+    let out = exited(server(dir.path()).arg("url"));
+    assert_eq!((out.code, out.stdout.as_str()), (3, ""), "{out:?}");
+    assert_error(&out.stderr);
+    let running = Server::start_in(dir, &["--public-host", "files.example.org"]);
+    let dir = running.dir.path();
+    let port = running
+        .value("listening")
+        .rsplit(':')
+        .next()
+        .expect("a port");
+    let url = running.url();
+    assert!(
+        url.contains(&format!("@files.example.org:{port}#sha256:")),
+        "{url}"
+    );
+    let out = exited(server(dir).args(["url", "--json", "--public-host", "::1"]));
+    let shown: Value = serde_json::from_str(&out.stdout).expect("JSON");
+    assert!(
+        shown["url"]
+            .as_str()
+            .is_some_and(|url| url.contains("@[::1]:"))
+    );
+    let out = exited(server(dir).args(["token", "new", "guest"]));
+    let made = out.stdout.lines().last().expect("a line");
+    assert!(made.starts_with("UDPACK_URL='udpack://"), "{made}");
+    assert!(made.contains("@files.example.org:"), "{made}");
+    let digests = dir.join("digests");
+    let guest = fs::read_to_string(dir.join("keys/token")).expect("tokens");
+    fs::write(&digests, guest.lines().last().expect("a digest")).expect("write");
+    fs::set_permissions(&digests, fs::Permissions::from_mode(0o600)).expect("chmod");
+    let out = exited(server(dir).args(["url", "--token-file"]).arg(&digests));
+    assert_eq!((out.code, out.stdout.as_str()), (3, ""), "{out:?}");
+    assert_error(&out.stderr);
 }
 
 #[test]
@@ -60,7 +156,9 @@ fn first_lines_as_json() {
         Running::spawn(server(dir.path()).args(["--listen", "127.0.0.1:0", "--json"]));
     let mut keys = Vec::new();
     for _ in 0..4 {
-        let line: Value = serde_json::from_str(&running.line()).expect("json");
+        let line = running.line();
+        assert!(!line.contains("udpack://"), "{line}");
+        let line: Value = serde_json::from_str(&line).expect("json");
         keys.extend(line.as_object().expect("an object").keys().cloned());
     }
     assert_eq!(keys, ["listening", "fingerprint", "uploads", "send"]);
@@ -172,18 +270,24 @@ fn the_checkout_needs_no_flags_but_the_address() {
 fn the_pasted_url_works_elsewhere_and_a_token_in_an_argument_is_warned_of() {
     let server = Server::start();
     let dir = workdir();
-    fs::write(dir.path().join("file"), "content").expect("write");
-    let pasted = server
-        .value("send")
-        .replace("udpack-client put FILE", "\"$CLIENT\" put file");
-    let out = exited(
-        quiet(Command::new("sh"), dir.path())
-            .env("CLIENT", env!("CARGO_BIN_EXE_udpack-client"))
-            .args(["-c", &pasted]),
-    );
-    assert_eq!(out.code, 0, "{out:?}");
-    assert!(!out.stderr.contains("UDPACK_URL"), "{out:?}");
-    let out = exited(client(dir.path()).args(["put", "file", "--to", &server.url()]));
+    fs::write(dir.path().join("FILE"), "content").expect("write");
+    fs::write(server.dir.path().join("FILE"), "content").expect("write");
+    let made = exited(common::server(server.dir.path()).args(["token", "new", "guest"]));
+    let guest = made.stdout.lines().last().expect("a line").to_owned();
+    for (at, pasted) in [
+        (server.dir.path(), server.paste.clone()),
+        (dir.path(), guest),
+    ] {
+        let out = exited(
+            quiet(Command::new("sh"), at)
+                .env("PATH", installed())
+                .args(["-c", &pasted]),
+        );
+        assert_eq!(out.code, 0, "{pasted}: {out:?}");
+        assert!(!out.stderr.contains("UDPACK_URL"), "{out:?}");
+    }
+    let args = ["put", "FILE", "--to"];
+    let out = exited(client(dir.path()).args(args).arg(server.url()));
     assert_eq!(out.code, 0, "{out:?}");
     assert!(out.stderr.contains("UDPACK_URL"), "{out:?}");
     let token = server
@@ -215,6 +319,23 @@ fn token_comes_from_file_or_environment() {
     assert_eq!(out.code, 0, "{out:?}");
     let out = exited(client(dir.path()).args(args));
     assert_eq!(out.code, 4, "no token at all: {out:?}");
+    let looked_at = dir.path().join("keys/token");
+    assert!(
+        out.stderr.contains(&*looked_at.to_string_lossy()),
+        "{out:?}"
+    );
+    let out = exited(
+        client(dir.path())
+            .env("UDPACK_TOKEN", token)
+            .args(["ping", "--to", address]),
+    );
+    assert_eq!(out.code, 4, "no key: {out:?}");
+    let looked_at = dir.path().join("keys/pubkey.pem");
+    assert!(
+        out.stderr.contains(&*looked_at.to_string_lossy()),
+        "{out:?}"
+    );
+    assert_error(&out.stderr);
     let digest = dir.path().join("digest");
     fs::write(&digest, format!("me sha256:{}\n", "0".repeat(64))).expect("write");
     fs::set_permissions(&digest, fs::Permissions::from_mode(0o600)).expect("chmod");
@@ -809,7 +930,7 @@ fn an_unknown_channel_is_told() {
             .env("UDPACK_URL", server.url())
             .args(["send", "hello", "1", "--channel", "nobody"]),
     );
-    assert_eq!(out.code, 1, "{out:?}");
+    assert_eq!(out.code, 11, "{out:?}");
     assert_error(&out.stderr);
 }
 

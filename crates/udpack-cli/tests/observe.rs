@@ -29,7 +29,7 @@ fn get(address: &str, path: &str) -> String {
     )
 }
 
-/// A server with these flags, its `send` URL and the address of its metrics.
+/// A server with these flags, its URL and the address of its metrics.
 fn start(dir: &std::path::Path, args: &[&str]) -> (Running, String, String) {
     let mut running = Running::spawn(
         server(dir)
@@ -37,13 +37,8 @@ fn start(dir: &std::path::Path, args: &[&str]) -> (Running, String, String) {
             .args(args),
     );
     let lines: Vec<String> = (0..5).map(|_| running.line()).collect();
-    let url = lines[3]
-        .split('\'')
-        .nth(1)
-        .and_then(|url| url.strip_prefix("UDPACK_URL=").or(Some(url)))
-        .expect("a URL")
-        .to_owned();
-    let metrics = lines[4].strip_prefix("metrics ").expect("the last line");
+    let url = common::url(dir, &lines[4]);
+    let metrics = lines[3].strip_prefix("metrics ").expect("the address");
     assert!(!metrics.ends_with(":0"), "the real port");
     (running, url, metrics.to_owned())
 }

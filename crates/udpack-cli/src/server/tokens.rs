@@ -1,12 +1,12 @@
 //! `udpack-server token`: the tokens of a server, which follows the file by itself.
 
-use std::path::PathBuf;
 use std::time::SystemTime;
 
 use serde_json::{Map, Value, json};
 use udpack::{NewToken, TokenEntry, TokenFile, TokenFileError, TokenLineError, generate_token};
 use udpack_transfer::RelPath;
 
+use super::url;
 use crate::args::{Span, TokenCommand, TokenFileArgs, TokenNewArgs, TokenRevokeArgs};
 use crate::exit::{Failure, Kind};
 use crate::output;
@@ -18,13 +18,6 @@ pub(super) fn run(command: &TokenCommand) -> anyhow::Result<()> {
         TokenCommand::New(args) => new(args),
         TokenCommand::List(args) => list(&args.file),
         TokenCommand::Revoke(args) => revoke(args),
-    }
-}
-
-fn path(args: &TokenFileArgs) -> PathBuf {
-    match &args.token_file {
-        Some(path) => path.clone(),
-        None => args.keys.join("token"),
     }
 }
 
@@ -71,7 +64,7 @@ fn new(args: &TokenNewArgs) -> anyhow::Result<()> {
     if let Some(time) = &args.expires {
         fields.push(("expires".to_owned(), end(time)));
     }
-    let path = path(&args.file);
+    let path = args.file.path();
     if args.file.token_file.is_none() {
         // The first token of a server is its owner's, also when this comes before the first start.
         TokenFile::load_or_create(&path)?;
@@ -84,10 +77,17 @@ fn new(args: &TokenNewArgs) -> anyhow::Result<()> {
         },
     )
     .map_err(unfit)?;
+    // Before the first start there is no key yet, which the URL has to name.
+    let url = match url::base(&args.at, &args.file.keys) {
+        Ok(url) => Some(url.with_token(token.clone())?.to_string()),
+        Err(_) => None,
+    };
     output::unless_gone(if args.file.json {
-        output::json(&json!({ "name": id, "token": token }))
+        output::json(&json!({ "name": id, "token": token, "url": url }))
     } else {
-        output::line(&format!("name {id}")).and_then(|()| output::line(&format!("token {token}")))
+        let mut lines = vec![format!("name {id}"), format!("token {token}")];
+        lines.extend(url.map(|url| format!("UDPACK_URL='{url}' udpack-client put FILE")));
+        lines.iter().try_for_each(|line| output::line(line))
     })
 }
 
@@ -103,7 +103,7 @@ fn end(text: &str) -> String {
 }
 
 fn list(args: &TokenFileArgs) -> anyhow::Result<()> {
-    for entry in TokenFile::open(path(args))?.entries() {
+    for entry in TokenFile::open(args.path())?.entries() {
         let written = if args.json {
             output::json(&shown(&entry))
         } else {
@@ -137,7 +137,7 @@ fn shown(entry: &TokenEntry) -> Value {
 }
 
 fn revoke(args: &TokenRevokeArgs) -> anyhow::Result<()> {
-    let path = path(&args.file);
+    let path = args.file.path();
     if !TokenFile::revoke(&path, &args.name).map_err(unfit)? {
         let text = format!(
             "no token {} in {}",

@@ -200,6 +200,27 @@ pub(crate) struct Server {
     pub(crate) running: Running,
     pub(crate) dir: TempDir,
     pub(crate) lines: Vec<(String, String)>,
+    /// The last line of its start, which can be pasted.
+    pub(crate) paste: String,
+    url: String,
+}
+
+/// The URL of a server that was started here and printed this line; empty where no token is known in plain.
+pub(crate) fn url(dir: &Path, paste: &str) -> String {
+    let command = paste
+        .strip_prefix("UDPACK_URL=\"$(")
+        .and_then(|rest| rest.strip_suffix(")\" udpack-client put FILE"))
+        .expect("a line that can be pasted");
+    let mut shell = quiet(Command::new("sh"), dir);
+    let out = exited(shell.env("PATH", installed()).args(["-c", command]));
+    out.stdout.trim_end().to_owned()
+}
+
+/// The programs under their own names, as after an installation: for `PATH`.
+pub(crate) fn installed() -> String {
+    let bin = Path::new(env!("CARGO_BIN_EXE_udpack-client")).parent();
+    let path = std::env::var("PATH").unwrap_or_default();
+    format!("{}:{path}", bin.expect("a directory").display())
 }
 
 impl Server {
@@ -222,15 +243,19 @@ impl Server {
     pub(crate) fn started(mut program: Command, dir: TempDir) -> Self {
         let mut running = Running::spawn(&mut program);
         let mut lines = Vec::new();
-        for _ in 0..4 {
+        for _ in 0..3 {
             let line = running.line();
             let (label, value) = line.split_once(' ').expect("a label and a value");
             lines.push((label.to_owned(), value.to_owned()));
         }
+        let paste = running.line();
+        let url = url(dir.path(), &paste);
         Self {
             running,
             dir,
             lines,
+            paste,
+            url,
         }
     }
 
@@ -240,11 +265,7 @@ impl Server {
     }
 
     pub(crate) fn url(&self) -> String {
-        self.value("send")
-            .split('\'')
-            .nth(1)
-            .expect("a quoted url")
-            .to_owned()
+        self.url.clone()
     }
 
     /// Runs a client of it, in this directory.
