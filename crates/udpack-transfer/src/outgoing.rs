@@ -81,6 +81,7 @@ async fn send(
         job,
         unwanted,
     } = wanted;
+    let began = std::time::Instant::now();
     if unwanted.is_cancelled() {
         job.end(JobEnd::Cancelled);
         return refuse(channel, id, "cancelled", "given up by the client", false).await;
@@ -168,6 +169,12 @@ async fn send(
                     hash: Hash(hash),
                 };
                 channel.send("finish", &fields).await?;
+                tracing::info!(
+                    path = shown,
+                    bytes = size,
+                    secs = began.elapsed().as_secs_f64(),
+                    "sent"
+                );
                 job.end(JobEnd::Done);
                 return Ok(None);
             }

@@ -98,7 +98,10 @@ impl Queries {
             }
         };
         let (store, rights) = (self.store.clone(), scope.clone());
+        let span = tracing::Span::current();
         let found = tokio::task::spawn_blocking(move || {
+            // The log tells whose request it was.
+            let _logged = span.entered();
             // Also when nobody waits for it any more.
             let _place = place;
             find(&store, &rights, query)

@@ -13,6 +13,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument as _;
 use udpack::{
     Asked, Channel, CloseCode, Fault, Message, Peer, Place, RecvError, SendError, Tenant,
 };
@@ -393,7 +394,7 @@ impl<'a> Serving<'a> {
         self.scope.inside(path).map_err(|error| Refusal {
             id,
             code: "bad_name",
-            message: format!("bad name: {error}"),
+            message: error.to_string(),
         })
     }
 
@@ -428,6 +429,7 @@ impl<'a> Serving<'a> {
             writer: None,
             offer,
             whole,
+            span: tracing::Span::current(),
         };
         // Most files need not wait for anything.
         let free = task.whole.is_none() || !self.receiver.limit_in.is_limited();
@@ -632,7 +634,7 @@ impl<'a> Serving<'a> {
         let path = if self.scope.read {
             self.scope
                 .inside(&wish.path)
-                .map_err(|error| refusal("bad_name", format!("bad name: {error}")))
+                .map_err(|error| refusal("bad_name", error.to_string()))
         } else {
             let (code, message) = Scope::no_right("read");
             Err(refusal(code, message))
@@ -668,13 +670,14 @@ impl<'a> Serving<'a> {
         };
         let queue = self.sending.get_or_insert_with(|| {
             let (queue, wishes) = mpsc::channel(GETS);
-            self.sender.spawn(outgoing::send_files(
+            let sending = outgoing::send_files(
                 self.receiver.clone(),
                 self.channel.clone(),
                 self.tenant.clone(),
                 wishes,
                 self.outcomes.clone(),
-            ));
+            );
+            self.sender.spawn(sending.in_current_span());
             queue
         });
         // There is room: no more than that are counted above.

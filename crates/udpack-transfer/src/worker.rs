@@ -13,6 +13,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tracing::Span;
 use udpack::Place;
 
 use crate::hook::{Hook, HookStored};
@@ -110,6 +111,8 @@ pub(crate) struct Task {
     pub(crate) writer: Option<Writer>,
     /// All of it, where it came with the offer.
     pub(crate) whole: Option<Whole>,
+    /// The socket it comes by, for the log: threads that many files share write it.
+    pub(crate) span: Span,
 }
 
 /// A file that came whole.
@@ -563,7 +566,8 @@ impl Worker {
         match next {
             Ok(stage) => self.stage = stage,
             Err(error) => {
-                tracing::info!(code = error.code(), "upload refused: {error}");
+                let refused = || tracing::info!(code = error.code(), "upload refused: {error}");
+                self.task.span.in_scope(refused);
                 // Who hears of it may offer it again at once.
                 self.task.writer = None;
                 self.tell(Outcome::failed(self.task.offer.id, &error));
@@ -683,6 +687,7 @@ impl Worker {
             since: self.since,
             outcomes: self.outcomes.clone(),
             writer: self.task.writer.take().map(Box::new),
+            span: self.task.span.clone(),
         };
         self.publisher
             .publish(publication, is_small(&self.task.offer));
@@ -740,7 +745,8 @@ impl Worker {
     }
 
     fn was_there(&mut self, path: String, size: u64, hash: [u8; 32]) -> Stage {
-        tracing::info!(%path, bytes = size, "was there already");
+        let told = || tracing::info!(%path, bytes = size, "was there already");
+        self.task.span.in_scope(told);
         self.done(Published {
             path,
             size,
@@ -837,6 +843,7 @@ struct Publication {
     since: Instant,
     outcomes: Outcomes,
     writer: Option<Box<Writer>>,
+    span: Span,
 }
 
 impl std::fmt::Debug for Publisher {
@@ -927,15 +934,17 @@ impl Publisher {
             since,
             outcomes,
             writer,
+            span,
         } in batch
         {
             files.push(complete);
-            owed.push((id, owner, key, since, outcomes, writer));
+            owed.push((id, owner, key, since, outcomes, writer, span));
         }
         let published = self.store.publish(files);
-        for ((id, owner, key, since, outcomes, writer), published) in
+        for ((id, owner, key, since, outcomes, writer, span), published) in
             owed.into_iter().zip(published)
         {
+            let _logged = span.entered();
             let outcome = match published {
                 Ok(published) => {
                     tracing::info!(
