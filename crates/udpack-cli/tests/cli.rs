@@ -52,18 +52,21 @@ fn the_token_is_shown_on_a_terminal_at_the_first_start_and_else_on_request() {
         return;
     }
     let on_a_terminal = |dir: &Path, flags: &str| {
-        let started = format!("udpack-server --listen 127.0.0.1:0 {flags}");
+        let started = format!("echo $$; exec udpack-server --listen 127.0.0.1:0 {flags}");
         let mut running = Running::spawn(
             quiet(Command::new("script"), dir)
                 .env("PATH", installed())
                 .args(["-qefc", &started, "/dev/null"]),
         );
+        let id = running.line();
         let mut all = String::new();
         while !all.contains("udpack-client put FILE") {
             all.push_str(&running.line());
             all.push('\n');
         }
-        drop(running);
+        let killed = Command::new("kill").arg(id.trim()).status();
+        assert!(killed.is_ok_and(|status| status.success()));
+        running.exited();
         all
     };
     let dir = workdir();

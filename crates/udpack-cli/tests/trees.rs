@@ -314,7 +314,7 @@ fn names_of_downloads_follow_slashes_and_as() {
     let to = workdir();
     for (args, code) in [
         (&["get", "nothing"][..], 12),
-        (&["get", "src/a/"], 12),
+        (&["get", "src/a/"], 6),
         (&["get", "../src"], 6),
         (&["get", "src/a", "src/a"], 2),
         (&["get", "src", "src/a", "--as", "name"], 2),
