@@ -31,15 +31,70 @@ Where events were lost, because this client reads more slowly than they come, th
 the server still has it; standard error says whether.";
 
 const EXIT_CODES: &str = "\
-Exit codes: 0 ok, 1 other, 2 usage, 3 local file, 4 token or key not accepted, 5 network (run it again), \
-6 refused by the server's rules, 7 integrity, 8 the server's storage, 9 the request was refused by its handler, \
-10 some of several files failed, 11 nobody there handles such a request, 130 interrupted.";
+Exit codes:
+  0    done
+  1    something else
+  2    wrong usage
+  3    a local file
+  4    token or key not accepted
+  5    network: run it again
+  6    refused by the server's rules
+  7    integrity: the bytes differ
+  8    the server's storage
+  9    the handler refused the request
+  10   some of several files failed
+  11   nobody there handles such a request
+  12   no such file or transfer at the server
+  130  interrupted";
 
 const ENVIRONMENT: &str = "\
 Environment:
-  UDPACK_URL    the server, as its `send` line gives it: udpack://TOKEN@HOST:PORT#sha256:HEX
+  UDPACK_URL    the server, as `udpack-server url` prints it: udpack://TOKEN@HOST:PORT#sha256:HEX
   UDPACK_TOKEN  the token, where neither the URL nor --token-file gives one
+  NO_COLOR      no colours, whatever it is set to
   RUST_LOG      what to log, in place of -q and -v";
+
+const MORE: &str = "More options, examples, environment and exit codes: --help";
+
+const SERVER_EXAMPLES: &str = "\
+Examples:
+  udpack-server                                  files go to ./uploads, key and token to ./keys
+  udpack-server --dir /srv/files --allow-read    clients may also read
+  udpack-server token new guest --expires 30d    another token, and its URL
+  udpack-server url                              the URL of the first token";
+
+const CLIENT_EXAMPLES: &str = "\
+Examples:
+  export UDPACK_URL='udpack://…'                 what `udpack-server url` prints at the server
+  udpack-client put video.mkv photos/            upload a file, and what is in a directory
+  udpack-client get video.mkv --as copy.mkv      download a file
+  udpack-client ls -l                            see what is there";
+
+const PUT_EXAMPLES: &str = "\
+Examples:
+  udpack-client put report.pdf                   stored as report.pdf
+  udpack-client put photos --as backup/          stored as backup/photos/…
+  udpack-client put -p --exclude '*.tmp' work/   what is in work, with modes and times
+  tar c work | udpack-client put - --as work.tar";
+
+const GET_EXAMPLES: &str = "\
+Examples:
+  udpack-client get report.pdf                   into this directory
+  udpack-client get photos/ --as local/          what is in photos, into local
+  udpack-client get / --as mirror/ -p            everything, with modes and times";
+
+const VERIFY_EXAMPLES: &str = "\
+Examples:
+  udpack-client verify photos && rm -r photos    remove what is safely at the server";
+
+const SEND_EXAMPLES: &str = "\
+Examples:
+  udpack-client send hello '{\"text\":\"hi\"}'
+  udpack-client send level -5
+  udpack-client listen | jq -c .data             what others send
+
+What JSON has no form for: {\"$bin\":\"00ff\"} bytes, {\"$timestamp\":[seconds,nanoseconds]} a time, \
+{\"$float\":\"nan\"}, \"inf\" or \"-inf\", {\"$map\":[[1,\"one\"]]} a map with keys that are no text.";
 
 /// Takes uploads over reliable UDP and relays events between clients.
 #[derive(Debug, Parser)]
@@ -48,7 +103,8 @@ Environment:
     version,
     args_conflicts_with_subcommands = true,
     subcommand_negates_reqs = true,
-    after_help = format!("{SIZES}\n\n{HOOK}")
+    after_help = MORE,
+    after_long_help = format!("{SERVER_EXAMPLES}\n\n{SIZES}\n\n{HOOK}\n\n{EXIT_CODES}")
 )]
 pub(crate) struct ServerArgs {
     #[command(subcommand)]
@@ -176,14 +232,20 @@ pub(crate) enum ServerCommand {
         #[arg(value_enum)]
         shell: Shell,
     },
-    /// Print the manual page.
-    Man,
+    /// Print the manual pages, or write each into a file of its own.
+    Man(ManArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ManArgs {
+    /// The directory for the files, such as /usr/local/share/man/man1. Default: all pages, one after the other.
+    pub(crate) dir: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum TokenCommand {
     /// Make a token and print it; only its digest is kept.
-    #[command(after_help = SIZES)]
+    #[command(after_long_help = SIZES)]
     New(TokenNewArgs),
     /// List the tokens by name, with what they allow.
     List(TokenListArgs),
@@ -292,7 +354,7 @@ pub(crate) enum UploadsCommand {
     /// List interrupted uploads, the oldest first.
     List(UploadsListArgs),
     /// Remove interrupted uploads, but for those being written.
-    #[command(after_help = SIZES)]
+    #[command(after_long_help = SIZES)]
     Purge(UploadsPurgeArgs),
 }
 
@@ -326,7 +388,12 @@ pub(crate) struct UploadsDirArgs {
 
 /// Sends files and events over reliable UDP.
 #[derive(Debug, Parser)]
-#[command(name = "udpack-client", version, after_help = format!("{ENVIRONMENT}\n\n{EXIT_CODES}"))]
+#[command(
+    name = "udpack-client",
+    version,
+    after_help = MORE,
+    after_long_help = format!("{CLIENT_EXAMPLES}\n\n{ENVIRONMENT}\n\n{EXIT_CODES}")
+)]
 pub(crate) struct ClientArgs {
     #[command(subcommand)]
     pub(crate) command: ClientCommand,
@@ -335,39 +402,39 @@ pub(crate) struct ClientArgs {
 #[derive(Debug, Subcommand)]
 pub(crate) enum ClientCommand {
     /// Upload files and directories; each file is verified and on the server's disk when it is reported.
-    #[command(after_help = format!("{PATTERNS}\n\n{ENVIRONMENT}\n\n{EXIT_CODES}"))]
+    #[command(after_help = MORE, after_long_help = format!("{PUT_EXAMPLES}\n\n{PATTERNS}\n\n{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Put(PutArgs),
     /// Download files and directories; each file is verified and on disk when it is reported.
-    #[command(after_help = format!("{PATTERNS}\n\n{ENVIRONMENT}\n\n{EXIT_CODES}"))]
+    #[command(after_help = MORE, after_long_help = format!("{GET_EXAMPLES}\n\n{PATTERNS}\n\n{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Get(GetArgs),
     /// List a directory of the server.
-    #[command(after_help = ENVIRONMENT)]
+    #[command(after_help = MORE, after_long_help = format!("{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Ls(LsArgs),
     /// Show what is known of files of the server.
-    #[command(after_help = ENVIRONMENT)]
+    #[command(after_help = MORE, after_long_help = format!("{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Stat(StatArgs),
     /// Remove files of the server.
-    #[command(after_help = format!("{ENVIRONMENT}\n\n{EXIT_CODES}"))]
+    #[command(after_help = MORE, after_long_help = format!("{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Rm(RmArgs),
     /// Compare local files with the server's, byte for byte by their hashes; nothing is sent.
-    #[command(after_help = format!("{PATTERNS}\n\n{ENVIRONMENT}\n\n{EXIT_CODES}"))]
+    #[command(after_help = MORE, after_long_help = format!("{VERIFY_EXAMPLES}\n\n{PATTERNS}\n\n{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Verify(VerifyArgs),
     /// List the transfers that are under way at the server, watch them, or end one.
-    #[command(after_help = ENVIRONMENT)]
+    #[command(after_help = MORE, after_long_help = format!("{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Jobs(JobsArgs),
     /// Show it work: a server and a client in this process upload a file over loopback and verify it.
     Demo(DemoArgs),
     /// Send one event and wait until the server has handled it; prints the reply as JSON.
-    #[command(after_help = ENVIRONMENT)]
+    #[command(after_help = MORE, after_long_help = format!("{SEND_EXAMPLES}\n\n{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Send(SendArgs),
     /// Ask a channel's handler at the server; prints the reply as JSON.
-    #[command(after_help = format!("{ENVIRONMENT}\n\n{EXIT_CODES}"))]
+    #[command(after_help = MORE, after_long_help = format!("{SEND_EXAMPLES}\n\n{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Request(RequestArgs),
     /// Print each event that other clients send, one JSON object a line; comes back after a lost connection.
-    #[command(after_help = format!("{GAPS}\n\n{ENVIRONMENT}"))]
+    #[command(after_help = MORE, after_long_help = format!("{GAPS}\n\n{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Listen(ListenArgs),
     /// Measure the round-trip time through the server's event loop.
-    #[command(after_help = ENVIRONMENT)]
+    #[command(after_help = MORE, after_long_help = format!("{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Ping(PingArgs),
     /// Print a shell's completion script.
     Completions {
@@ -375,8 +442,8 @@ pub(crate) enum ClientCommand {
         #[arg(value_enum)]
         shell: Shell,
     },
-    /// Print the manual pages.
-    Man,
+    /// Print the manual pages, or write each into a file of its own.
+    Man(ManArgs),
 }
 
 #[derive(Debug, Args)]
@@ -468,7 +535,7 @@ pub(crate) struct TreeArgs {
 /// How files are transferred, in either direction.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct TransferArgs {
-    /// How many files to transfer side by side.
+    /// How many files to transfer side by side. Default: 4.
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
     pub(crate) jobs: Option<u8>,
 
@@ -741,6 +808,7 @@ pub(crate) struct PingArgs {
 
 /// Which server, and how to be let in.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Connection")]
 pub(crate) struct ConnectArgs {
     /// The server: HOST, HOST:PORT, or a whole udpack:// URL. Default: UDPACK_URL, else this machine.
     #[arg(long, value_name = "HOST[:PORT]|URL")]
@@ -760,20 +828,26 @@ pub(crate) struct ConnectArgs {
     pub(crate) fingerprint: Option<Fingerprint>,
 
     /// Congestion control for what the client sends.
-    #[arg(long, value_enum, default_value_t = CcArg::Auto)]
+    #[arg(long, value_enum, default_value_t = CcArg::Auto, hide_short_help = true)]
     pub(crate) cc: CcArg,
 
     /// Seconds to wait for the server to answer.
-    #[arg(long, value_name = "SECS", default_value = "10")]
+    #[arg(
+        long,
+        value_name = "SECS",
+        default_value = "10",
+        hide_short_help = true
+    )]
     pub(crate) connect_timeout: Seconds,
 
     /// Write what QUIC does into this directory, a qlog file for each connection.
-    #[arg(long, value_name = "DIR", env = "UDPACK_QLOG")]
+    #[arg(long, value_name = "DIR", env = "UDPACK_QLOG", hide_short_help = true)]
     pub(crate) qlog: Option<PathBuf>,
 }
 
 /// How progress and results are shown.
 #[derive(Debug, Clone, Copy, Args)]
+#[command(next_help_heading = "Output")]
 pub(crate) struct ShowArgs {
     /// Progress on standard error: `plain` is a line every 5 s; `auto` is a bar on a terminal, else plain.
     #[arg(long, value_enum, default_value_t = ProgressArg::Auto, value_name = "STYLE")]
@@ -786,6 +860,7 @@ pub(crate) struct ShowArgs {
 
 /// How much is logged, and where to.
 #[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Output")]
 pub(crate) struct LogArgs {
     /// Only errors.
     #[arg(short, long, conflicts_with = "verbose")]
@@ -796,7 +871,12 @@ pub(crate) struct LogArgs {
     pub(crate) verbose: u8,
 
     /// Also write a log file here, a new one each day.
-    #[arg(long, value_name = "DIR", env = "UDPACK_LOG_DIR")]
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "UDPACK_LOG_DIR",
+        hide_short_help = true
+    )]
     pub(crate) log_dir: Option<PathBuf>,
 }
 
@@ -1016,6 +1096,52 @@ mod tests {
         }
         check(&ServerArgs::command());
         check(&ClientArgs::command());
+    }
+
+    #[test]
+    fn help_fits_the_width_and_names_own_options_before_those_of_the_connection() {
+        fn check(command: &mut clap::Command, width: usize) {
+            let wrapped =
+                |help: clap::builder::StyledStr| crate::pages::wrapped(&help.to_string(), width);
+            let short = wrapped(command.render_help());
+            let long = wrapped(command.render_long_help());
+            for line in short.lines().chain(long.lines()) {
+                // What has no space to be cut at, such as a URL or a list of values.
+                let longest = line.split(' ').map(|word| word.chars().count()).max();
+                let cut = longest.is_none_or(|longest| longest + 40 < width);
+                assert!(!cut || line.chars().count() <= width, "{width}: {line}");
+            }
+            assert!(short.len() <= long.len());
+            for help in [&short, &long] {
+                if let (Some(own), Some(to)) = (help.find("Options:"), help.find("Connection:")) {
+                    assert!(own < to, "{help}");
+                    assert!(help[to..].contains("--to"), "{help}");
+                    assert!(!help[own..to].contains("--fingerprint"), "{help}");
+                }
+            }
+            for sub in command.get_subcommands_mut() {
+                check(sub, width);
+            }
+        }
+        for width in [60, 80, 100] {
+            for command in [ServerArgs::command(), ClientArgs::command()] {
+                let mut command = command.term_width(width);
+                command.build();
+                check(&mut command, width);
+            }
+        }
+        let put = |long: bool| {
+            let mut command = ClientArgs::command();
+            let put = command.find_subcommand_mut("put").expect("a command");
+            let help = if long {
+                put.render_long_help()
+            } else {
+                put.render_help()
+            };
+            help.to_string()
+        };
+        assert!(!put(false).contains("Exit codes:") && put(true).contains("Exit codes:"));
+        assert!(put(true).contains("Examples:"));
     }
 
     #[test]

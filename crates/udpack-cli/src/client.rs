@@ -32,7 +32,7 @@ pub(crate) async fn run(args: ClientArgs, console: Console) -> anyhow::Result<()
         ClientCommand::Listen(args) => &args.log,
         ClientCommand::Ping(args) => &args.log,
         ClientCommand::Completions { shell } => return pages::completions::<ClientArgs>(*shell),
-        ClientCommand::Man => return pages::man::<ClientArgs>(),
+        ClientCommand::Man(args) => return pages::man::<ClientArgs>(args.dir.as_deref()),
     };
     let _log = logging::start(Role::Client, log, &console)?;
     let interrupts = Interrupts::catch()?;
@@ -49,7 +49,7 @@ pub(crate) async fn run(args: ClientArgs, console: Console) -> anyhow::Result<()
         ClientCommand::Request(args) => events::request(args, interrupts).await,
         ClientCommand::Listen(args) => events::listen(args, &console, interrupts).await,
         ClientCommand::Ping(args) => ping::run(args, interrupts).await,
-        ClientCommand::Completions { .. } | ClientCommand::Man => Ok(()),
+        ClientCommand::Completions { .. } | ClientCommand::Man(_) => Ok(()),
     };
     logging::keep(&result);
     result

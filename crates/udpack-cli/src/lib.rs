@@ -20,6 +20,7 @@ mod when;
 
 use std::ffi::OsString;
 use std::future::Future;
+use std::io::{self, IsTerminal as _};
 use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
@@ -27,6 +28,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::Parser;
 use listenfd::ListenFd;
+use clap::error::ErrorKind;
 
 use args::{ClientArgs, ServerArgs};
 use exit::Explained;
@@ -48,11 +50,25 @@ fn run<A: Parser, F: Future<Output = anyhow::Result<()>>>(
     args: impl IntoIterator<Item = OsString>,
     main: impl FnOnce(A, Console) -> F,
 ) -> ExitCode {
-    let args = match A::try_parse_from(args) {
+    let matches = A::command()
+        .term_width(pages::width())
+        .try_get_matches_from(args);
+    let args = match matches.and_then(|mut matches| A::from_arg_matches_mut(&mut matches)) {
         Ok(args) => args,
         Err(error) => {
             // Help and version are no errors, and go to standard output. Nobody may be reading either.
-            let _ = error.print();
+            let _ = match error.kind() {
+                ErrorKind::DisplayHelp => {
+                    let text = error.render();
+                    let text = if io::stdout().is_terminal() && !logging::no_colour() {
+                        text.ansi().to_string()
+                    } else {
+                        text.to_string()
+                    };
+                    output::all(pages::wrapped(&text, pages::width()).as_bytes())
+                }
+                _ => error.print(),
+            };
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
     };

@@ -1,5 +1,6 @@
 //! Logs: on standard error around a live progress bar, and in files if asked.
 
+use std::env;
 use std::io::{self, Write};
 use std::path::Path;
 
@@ -87,6 +88,12 @@ impl<W: Write> Write for Lines<W> {
     fn flush(&mut self) -> io::Result<()> {
         self.0.flush()
     }
+}
+
+/// Whether the user, or the terminal, wants no colours.
+pub(crate) fn no_colour() -> bool {
+    let unwanted = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    unwanted || env::var_os("TERM").is_none_or(|term| term == "dumb" || term.is_empty())
 }
 
 /// Which binary logs: its usual level, and the name of its files.

@@ -1,10 +1,13 @@
 //! Completion scripts and manual pages, made from the same definitions as the command lines.
 
-use std::io;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::{env, fs, io};
 
 use clap::{Command, CommandFactory};
 use clap_complete::Shell;
 
+use crate::exit::{Failure, Kind};
 use crate::output;
 
 /// Prints a shell's completion script.
@@ -12,15 +15,32 @@ pub(crate) fn completions<A: CommandFactory>(shell: Shell) -> anyhow::Result<()>
     let mut command = A::command();
     let name = command.get_name().to_owned();
     let mut script = Vec::new();
-    clap_complete::generate(shell, &mut command, name, &mut script);
+    clap_complete::generate(shell, &mut command, &name, &mut script);
+    if shell == Shell::Bash {
+        // The generator writes the name of a program with a dash in two ways, and finds no command of it.
+        let [wrong, right] = ["__subcmd__", "__"].map(|dash| name.replace('-', dash));
+        script = String::from_utf8_lossy(&script)
+            .replace(&wrong, &right)
+            .into_bytes();
+    }
     print(&script)
 }
 
-/// Prints the manual page, and one for each command below it.
-pub(crate) fn man<A: CommandFactory>() -> anyhow::Result<()> {
-    let mut pages = Vec::new();
+/// Prints the manual pages, or writes each into a file of its own, as `man` looks for them.
+pub(crate) fn man<A: CommandFactory>(dir: Option<&Path>) -> anyhow::Result<()> {
     let mut command = A::command().disable_help_subcommand(true);
     command.build();
+    if let Some(dir) = dir {
+        return fs::create_dir_all(dir)
+            .and_then(|()| clap_mangen::generate_to(command, dir))
+            .map_err(|error| {
+                let text = format!("cannot write into {}: {error}", dir.display());
+                Failure::new(Kind::LocalFile, text)
+                    .hint("choose another directory")
+                    .into()
+            });
+    }
+    let mut pages = Vec::new();
     render(&command, &mut pages)?;
     print(&pages)
 }
@@ -33,6 +53,117 @@ fn render(command: &Command, pages: &mut Vec<u8>) -> io::Result<()> {
         .try_for_each(|sub| render(sub, pages))
 }
 
+/// The same text in lines of at most so many columns, where its words allow that. What goes on below stands below the
+/// text of its line, not below an option's name.
+pub(crate) fn wrapped(text: &str, columns: usize) -> String {
+    let mut out = String::with_capacity(text.len());
+    for line in text.lines() {
+        let line = line.trim_end();
+        let first = line.len() - line.trim_start().len();
+        // Two columns: names, and behind at least two spaces what they mean.
+        let second = line[first..]
+            .rfind("  ")
+            .map(|at| shown(&line[..first + at]) + 2);
+        let hang = second
+            .filter(|at| *at + NARROWEST / 2 <= columns)
+            .unwrap_or(first);
+        let mut at = 0;
+        for (number, word) in line.split(' ').enumerate() {
+            let long = shown(word);
+            if number > 0 && at > hang && at + 1 + long > columns && !word.is_empty() {
+                out.truncate(out.trim_end_matches(' ').len());
+                out.push('\n');
+                out.push_str(&" ".repeat(hang));
+                at = hang;
+            } else if number > 0 {
+                out.push(' ');
+                at += 1;
+            }
+            out.push_str(word);
+            at += long;
+        }
+        out.push('\n');
+    }
+    out
+}
+
+/// The columns that text takes; what sets its style takes none.
+fn shown(text: &str) -> usize {
+    let mut styled = false;
+    let takes = |c: &char| match *c {
+        '\u{1b}' => {
+            styled = true;
+            false
+        }
+        'm' if styled => {
+            styled = false;
+            false
+        }
+        _ => !styled,
+    };
+    text.chars().filter(takes).count()
+}
+
+/// As many columns as help may take: those of the terminal, and of a page that is easy to read.
+pub(crate) fn width() -> usize {
+    let terminal = terminal_columns(&io::stdout());
+    let told = || env::var("COLUMNS").ok()?.parse().ok();
+    terminal
+        .or_else(told)
+        .unwrap_or(WIDEST)
+        .clamp(NARROWEST, WIDEST)
+}
+
+/// The columns of a terminal, if that is one.
+pub(crate) fn terminal_columns(terminal: &impl AsFd) -> Option<usize> {
+    let size = rustix::termios::tcgetwinsize(terminal).ok()?;
+    Some(usize::from(size.ws_col)).filter(|columns| *columns > 0)
+}
+
 fn print(text: &[u8]) -> anyhow::Result<()> {
     output::unless_gone(output::all(text))
+}
+
+const WIDEST: usize = 100;
+/// Narrower, words no longer fit beside their options.
+const NARROWEST: usize = 40;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_lines_go_on_below_their_text() {
+        for (text, columns, lines) in [
+            ("one two three", 8, "one two\nthree\n"),
+            (
+                "  -a, --all  one two three four five",
+                38,
+                "  -a, --all  one two three four five\n",
+            ),
+            (
+                "  -a, --all  one two three four five",
+                34,
+                "  -a, --all  one two three four\n             five\n",
+            ),
+            (
+                "          one two three",
+                18,
+                "          one two\n          three\n",
+            ),
+            (
+                "averylongwordthatcannotbecut it is",
+                10,
+                "averylongwordthatcannotbecut\nit is\n",
+            ),
+            (
+                "\u{1b}[1mone\u{1b}[0m two",
+                7,
+                "\u{1b}[1mone\u{1b}[0m two\n",
+            ),
+            ("", 10, "\n"),
+        ] {
+            assert_eq!(wrapped(text, columns), lines, "{text}");
+        }
+    }
 }
