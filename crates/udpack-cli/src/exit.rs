@@ -152,9 +152,9 @@ impl Explained {
 
     /// Prints the sentence and the hint.
     pub(crate) fn print(&self, console: &Console) {
-        console.line(&format!("error: {}", self.text));
+        console.labelled("error", &self.text);
         if let Some(hint) = &self.hint {
-            console.line(&format!("hint: {hint}"));
+            console.labelled("hint", hint);
         }
     }
 

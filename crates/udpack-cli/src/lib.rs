@@ -27,8 +27,8 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Parser;
-use listenfd::ListenFd;
 use clap::error::ErrorKind;
+use listenfd::ListenFd;
 
 use args::{ClientArgs, ServerArgs};
 use exit::Explained;

@@ -1,7 +1,7 @@
 //! Logs: on standard error around a live progress bar, and in files if asked.
 
 use std::env;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal as _, Write};
 use std::path::Path;
 
 use anyhow::Context as _;
@@ -26,6 +26,22 @@ impl Console {
     /// Writes one line. A closed standard error is nobody's failure.
     pub(crate) fn line(&self, text: &str) {
         self.write(&one_line(text.as_bytes()));
+    }
+
+    /// Writes a line that begins with a word for its kind: `error: …`, in a colour where colours are wanted.
+    pub(crate) fn labelled(&self, label: &str, text: &str) {
+        if !self.colours() {
+            return self.line(&format!("{label}: {text}"));
+        }
+        let colour = if label == "error" { "1;31" } else { "1;36" };
+        let mut line = format!("\u{1b}[{colour}m{label}:\u{1b}[0m ").into_bytes();
+        line.extend(one_line(text.as_bytes()));
+        self.write(&line);
+    }
+
+    /// Whether standard error is a terminal that shows colours to somebody who wants them.
+    pub(crate) fn colours(&self) -> bool {
+        !no_colour() && io::stderr().is_terminal()
     }
 
     /// Does something that may write to the terminal that shows the bars.

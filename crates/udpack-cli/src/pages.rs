@@ -161,7 +161,7 @@ mod tests {
                 7,
                 "\u{1b}[1mone\u{1b}[0m two\n",
             ),
-            ("", 10, "\n"),
+            ("\n", 10, "\n"),
         ] {
             assert_eq!(wrapped(text, columns), lines, "{text}");
         }

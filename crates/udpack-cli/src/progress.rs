@@ -8,12 +8,13 @@ use std::fmt::Write as _;
 use std::io::{IsTerminal as _, stderr};
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressState, ProgressStyle};
+use indicatif::{ProgressBar, ProgressStyle};
 use udpack_transfer::Progress;
 
 use crate::args::ProgressArg;
 use crate::logging::Console;
 use crate::output::printable;
+use crate::pages::terminal_columns;
 
 /// Shows one run's progress. Dropping it removes the bar.
 #[derive(Debug)]
@@ -63,9 +64,6 @@ impl Meter {
         // The time without a connection says nothing of the next one.
         self.rate = Rate::default();
         self.stall = Stall::new(Instant::now());
-        if let (Show::Bar(bar), Some(note)) = (&self.show, note) {
-            bar.set_message(note);
-        }
     }
 
     /// A file has begun.
@@ -93,22 +91,14 @@ impl Meter {
         let note = self.note.or(stalled);
         match &self.show {
             Show::Bar(bar) => {
-                match is_final(progress) {
-                    true => bar.set_length(progress.total),
-                    false => bar.unset_length(),
-                }
-                bar.set_message(pace(progress, rate, note));
-                bar.set_prefix(if progress.files > 1 {
-                    format!(
-                        "{}/{} {}",
-                        progress.files_done,
-                        progress.files,
-                        cut(self.name())
-                    )
+                let columns = terminal_columns(&stderr()).unwrap_or(80);
+                let line = layout(progress, rate, note, self.name(), columns);
+                bar.set_message(if self.console.colours() {
+                    coloured(&line)
                 } else {
-                    cut(self.name())
+                    line
                 });
-                bar.set_position(progress.acked);
+                bar.tick();
             }
             Show::Plain => {
                 if now.duration_since(self.last) >= PLAIN_EVERY {
@@ -136,25 +126,84 @@ impl Drop for Meter {
 }
 
 fn bar(console: &Console) -> ProgressBar {
-    let percent = |state: &ProgressState, w: &mut dyn std::fmt::Write| {
-        let _ = match state.len() {
-            Some(total) => write!(w, "{:>3} %", percent(state.pos(), total)),
-            None => write!(w, "  - %"),
-        };
-    };
-    let acked = |state: &ProgressState, w: &mut dyn std::fmt::Write| {
-        let acked = size(state.pos() as f64);
-        let _ = match state.len() {
-            Some(total) => write!(w, "{acked} of {}", size(total as f64)),
-            None => write!(w, "{acked}"),
-        };
-    };
-    let style = ProgressStyle::with_template("{percent_done} [{bar:20}] {acked} {msg}  {prefix}")
-        .unwrap_or_else(|_| ProgressStyle::default_bar())
-        .with_key("percent_done", percent)
-        .with_key("acked", acked)
-        .progress_chars("=> ");
+    let style =
+        ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
     console.bars.add(ProgressBar::new(0).with_style(style))
+}
+
+/// What fits on one line of a terminal of so many columns: what matters most is left out last, and never cut. A line
+/// that is longer than the terminal is wide would leave parts of itself behind.
+fn layout(
+    progress: &Progress,
+    rate: f64,
+    note: Option<&str>,
+    name: &str,
+    columns: usize,
+) -> String {
+    let known = is_final(progress);
+    let share = percent(progress.acked, progress.total);
+    let mut left = columns.saturating_sub(1);
+    // With the place that each has on the line.
+    let mut pieces: Vec<(u8, String)> = Vec::new();
+    let mut add = |place, piece: String| {
+        let long = piece.chars().count() + usize::from(!pieces.is_empty());
+        if !piece.is_empty() && long <= left {
+            left -= long;
+            pieces.push((place, piece));
+        }
+        left
+    };
+    if known {
+        add(0, format!("{share:>3} %"));
+    }
+    match note {
+        Some(note) => add(3, note.to_owned()),
+        None => add(3, format!("{}/s", size(rate))),
+    };
+    let acked = size(progress.acked as f64);
+    if !known {
+        add(2, acked.clone());
+    }
+    if progress.files > 1 {
+        add(5, format!("{}/{}", progress.files_done, progress.files));
+    }
+    if note.is_none() && known {
+        add(4, format!("eta {}", eta(progress, rate)));
+    }
+    if known {
+        add(2, format!("{acked} of {}", size(progress.total as f64)));
+        let done = usize::try_from(share).unwrap_or(BAR) * BAR / 100;
+        let head = if done < BAR { ">" } else { "" };
+        add(
+            1,
+            format!("[{:<BAR$}]", format!("{}{head}", "=".repeat(done))),
+        );
+    }
+    let room = add(6, String::new());
+    if room > SHORTEST_NAME {
+        add(6, cut(name, room.saturating_sub(1).min(NAME)));
+    }
+    pieces.sort_by_key(|(place, _)| *place);
+    let pieces: Vec<_> = pieces.into_iter().map(|(_, piece)| piece).collect();
+    pieces.join(" ")
+}
+
+/// The same with its bar in green.
+fn coloured(line: &str) -> String {
+    let bar = line
+        .find('[')
+        .and_then(|from| Some((from, from + line[from..].find(']')?)));
+    match bar {
+        Some((from, to)) => {
+            format!(
+                "{}\u{1b}[32m{}\u{1b}[0m{}",
+                &line[..=from],
+                &line[from + 1..to],
+                &line[to..]
+            )
+        }
+        None => line.to_owned(),
+    }
 }
 
 fn plain(progress: &Progress, rate: f64, note: Option<&str>, name: &str) -> String {
@@ -207,12 +256,12 @@ fn eta(progress: &Progress, rate: f64) -> String {
 }
 
 /// The end of a long name, which tells more than its beginning.
-fn cut(name: &str) -> String {
+fn cut(name: &str, most: usize) -> String {
     let count = name.chars().count();
-    if count <= NAME {
+    if count <= most {
         return name.to_owned();
     }
-    let tail: String = name.chars().skip(count + 1 - NAME).collect();
+    let tail: String = name.chars().skip(count + 1 - most).collect();
     format!("…{tail}")
 }
 
@@ -322,12 +371,45 @@ const STALLED: Duration = Duration::from_secs(5);
 /// Seconds: what would take longer is not worth a number.
 const LONGEST_ETA: f64 = 100.0 * 3600.0;
 const PLAIN_EVERY: Duration = Duration::from_secs(5);
-/// Characters of a file name shown beside the bar.
+/// Characters of a file name shown beside the bar, at most.
 const NAME: usize = 24;
+/// What less room than this shows of a name says nothing.
+const SHORTEST_NAME: usize = 8;
+/// Columns within a bar's brackets.
+const BAR: usize = 16;
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_line_fits_every_terminal_and_keeps_what_matters_most() {
+        let mut progress = Progress::default();
+        (progress.acked, progress.total, progress.moved) = (12 << 20, 30 << 20, 12 << 20);
+        (progress.files_done, progress.files) = (99, 10_000);
+        (progress.listed, progress.sized) = (true, true);
+        let name = "a/long/way/down/to/a/file-with-a-name.bin";
+        let line = |columns| layout(&progress, 2.5 * 1024.0 * 1024.0, None, name, columns);
+        for columns in 0..200 {
+            let lost = layout(&progress, 0.0, Some("reconnecting"), name, columns);
+            for line in [line(columns), lost] {
+                assert!(line.chars().count() < columns.max(1), "{columns}: {line}");
+            }
+        }
+        assert_eq!(line(20), " 40 % 2.5 MiB/s");
+        assert_eq!(line(40), " 40 % 2.5 MiB/s eta 0:07 99/10000");
+        assert_eq!(
+            line(120),
+            " 40 % [======>         ] 12.0 MiB of 30.0 MiB 2.5 MiB/s eta 0:07 99/10000 …/a/file-with-a-name.bin"
+        );
+        let lost = |columns| layout(&progress, 0.0, Some("reconnecting"), name, columns);
+        assert_eq!(lost(20), " 40 % reconnecting");
+        progress.listed = false;
+        assert_eq!(
+            layout(&progress, 0.0, None, "", 40),
+            "12.0 MiB 0 B/s 99/10000"
+        );
+    }
 
     #[test]
     fn a_hundred_percent_is_all_of_it() {
@@ -345,8 +427,8 @@ mod tests {
         assert_eq!(size(5.0 * 1024.0 * 1024.0), "5.0 MiB");
         assert_eq!(duration(Duration::from_secs(3)), "0:03");
         assert_eq!(duration(Duration::from_secs(3723)), "1:02:03");
-        assert_eq!(cut("short"), "short");
-        assert_eq!(cut(&"a".repeat(40)).chars().count(), NAME);
+        assert_eq!(cut("short", NAME), "short");
+        assert_eq!(cut(&"a".repeat(40), NAME).chars().count(), NAME);
     }
 
     fn progress(acked: u64, total: u64, moved: u64) -> Progress {

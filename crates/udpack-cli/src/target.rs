@@ -8,7 +8,7 @@ use udpack::{
     Client, ClientBuilder, CloseCode, ConnectError, ConnectUrl, DEFAULT_PORT, Fingerprint,
     FingerprintError, Socket, Timeouts, TokenFile, TokenFileError,
 };
-use udpack_transfer::{Link, Retry, TransferError};
+use udpack_transfer::{Link, LinkEvent, Retry, TransferError};
 
 use crate::args::ConnectArgs;
 use crate::exit::{Explained, Failure, Kind};
@@ -177,6 +177,32 @@ impl Target {
             let _ = tokio::time::timeout(PARTING, socket.close(CloseCode::NORMAL, "done")).await;
         }
         result
+    }
+
+    /// As [`run_link`](Self::run_link), for work that does not tell by itself why it waits.
+    pub(crate) async fn run_link_aloud<T>(
+        &self,
+        retry: Retry,
+        interrupts: &mut Interrupts,
+        work: impl AsyncFnOnce(Link) -> anyhow::Result<T>,
+    ) -> anyhow::Result<T> {
+        self.run_link(retry, interrupts, async |link| {
+            let mut events = link.events();
+            let told = async {
+                while let Some(event) = events.next().await {
+                    if let LinkEvent::Reconnecting { delay, reason, .. } = event {
+                        let secs = delay.as_secs_f64();
+                        tracing::warn!("trying again in {secs:.1} s: {reason}");
+                    }
+                }
+                std::future::pending().await
+            };
+            tokio::select! {
+                result = work(link.clone()) => result,
+                () = told => Err(Failure::interrupted().into()),
+            }
+        })
+        .await
     }
 
     /// Connects, does `work`, and closes. An interrupt closes at once, and what `work` had begun is dropped.

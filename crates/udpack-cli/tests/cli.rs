@@ -104,6 +104,50 @@ fn the_token_is_shown_on_a_terminal_at_the_first_start_and_else_on_request() {
 }
 
 #[test]
+fn a_terminal_shows_the_lines_of_few_files_and_colours_unless_they_are_unwanted() {
+    let found = quiet(Command::new("script"), Path::new("/"))
+        .arg("--version")
+        .output();
+    if found.is_err() {
+        skipped("what a terminal shows: no program `script`");
+        return;
+    }
+    let server = Server::start();
+    let dir = workdir();
+    fs::create_dir(dir.path().join("many")).expect("mkdir");
+    for number in 0..60 {
+        fs::write(dir.path().join(format!("many/{number}")), "content").expect("write");
+    }
+    let shown = |command: &str, no_colour: &str| {
+        let out = exited(
+            quiet(Command::new("script"), dir.path())
+                .env("PATH", installed())
+                .env("UDPACK_URL", server.url())
+                .env("TERM", "xterm")
+                .env("NO_COLOR", no_colour)
+                .args(["-qec", command, "/dev/null"]),
+        );
+        out.stdout
+    };
+    let hash = blake3::hash(b"content").to_string();
+    let few = shown("udpack-client put --progress none many", "");
+    assert_eq!(few.matches(&hash).count(), 20, "{few}");
+    assert!(
+        few.contains("-v lists each") && few.contains("60 files"),
+        "{few}"
+    );
+    let each = shown("udpack-client put --progress none -v many", "");
+    assert_eq!(each.matches(&hash).count(), 60, "{each}");
+    let missing = |no_colour| shown("udpack-client put missing", no_colour);
+    assert!(
+        missing("").contains("\u{1b}[1;31merror:\u{1b}[0m "),
+        "{}",
+        missing("")
+    );
+    assert!(!missing("1").contains('\u{1b}'), "{}", missing("1"));
+}
+
+#[test]
 fn url_needs_a_server_that_has_started_and_a_token_in_plain() {
     let dir = workdir();
     let out = exited(server(dir.path()).arg("url"));
@@ -189,6 +233,12 @@ fn stored_bytes_are_the_bytes_sent_and_stdout_holds_only_results() {
         );
         assert_eq!(mode(&server.uploads().join(name)), 0o600);
     }
+    let out = server.client(dir.path(), &["put", "-q", "one", "--as", "quiet"]);
+    assert_eq!(
+        (out.code, &*out.stdout, &*out.stderr),
+        (0, "", ""),
+        "{out:?}"
+    );
     let names: Vec<String> = (0..20).map(|i| format!("many{i}")).collect();
     for (i, name) in names.iter().enumerate() {
         fs::write(dir.path().join(name), bytes(i * 10_000, 2)).expect("write");

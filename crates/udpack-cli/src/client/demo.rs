@@ -24,7 +24,7 @@ pub(super) async fn run(
     console: &Console,
     mut interrupts: Interrupts,
 ) -> anyhow::Result<()> {
-    let mut report = Report::new(console, args.show.json, args.log.quiet, "stored");
+    let mut report = Report::new(console, args.show.json, &args.log, "stored");
     report.expect(Some(1));
     let result = tokio::select! {
         result = demo(&args, console, &mut report) => result,

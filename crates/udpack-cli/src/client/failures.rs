@@ -48,15 +48,15 @@ impl Failures {
             // Most sentences name the file.
             let text = &explained.text;
             let line = if text.contains(source) {
-                format!("error: {text}")
+                text.clone()
             } else {
-                format!("error: {}: {text}", printable(source))
+                format!("{}: {text}", printable(source))
             };
             if alone && self.count == 1 {
                 self.held = Some(line);
             } else {
                 self.tell();
-                self.console.line(&line);
+                self.console.labelled("error", &line);
             }
         }
         self.network |= network;
@@ -73,7 +73,7 @@ impl Failures {
     /// It is not the only one that was asked for.
     pub(super) fn tell(&mut self) {
         if let Some(line) = self.held.take() {
-            self.console.line(&line);
+            self.console.labelled("error", &line);
         }
     }
 

@@ -30,7 +30,7 @@ async fn jobs(
 ) -> anyhow::Result<()> {
     let target = Target::find(&args.connect)?;
     let result = target
-        .run_link(retry(None), &mut interrupts, async |link| {
+        .run_link_aloud(retry(None), &mut interrupts, async |link| {
             let mut jobs = Remote::new(&link).jobs();
             if let Some(id) = args.cancel {
                 jobs.cancel(id).await.map_err(|error| match error {

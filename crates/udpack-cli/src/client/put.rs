@@ -22,7 +22,7 @@ pub(super) async fn run(
     console: &Console,
     interrupts: Interrupts,
 ) -> anyhow::Result<()> {
-    let mut report = Report::new(console, args.show.json, args.log.quiet, "stored");
+    let mut report = Report::new(console, args.show.json, &args.log, "stored");
     let result = put(&args, console, interrupts, &mut report).await;
     report.finish(result)
 }

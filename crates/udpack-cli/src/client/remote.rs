@@ -40,7 +40,7 @@ async fn list(args: &LsArgs, mut interrupts: Interrupts, count: &mut usize) -> a
     let path = remote_path(args.path.as_deref().unwrap_or_default())?;
     let target = Target::find(&args.connect)?;
     target
-        .run_link(retry(None), &mut interrupts, async |link| {
+        .run_link_aloud(retry(None), &mut interrupts, async |link| {
             let remote = Remote::new(&link);
             if path.is_some() {
                 let entry = remote.stat(path.as_ref()).await?;
@@ -142,7 +142,7 @@ async fn describe_all(
 ) -> anyhow::Result<()> {
     let target = Target::find(&args.connect)?;
     target
-        .run_link(retry(None), &mut interrupts, async |link| {
+        .run_link_aloud(retry(None), &mut interrupts, async |link| {
             let remote = Remote::new(&link);
             let mut failures = Failures::new(console);
             for path in &args.paths {
@@ -221,7 +221,7 @@ async fn remove(
     }
     let target = Target::find(&args.connect)?;
     target
-        .run_link(retry(None), &mut interrupts, async |link| {
+        .run_link_aloud(retry(None), &mut interrupts, async |link| {
             let remote = Remote::new(&link);
             let mut failures = Failures::new(console);
             for path in &paths {

@@ -2,7 +2,7 @@
 //! error, and one verdict over all files.
 
 use std::collections::HashMap;
-use std::io;
+use std::io::{self, IsTerminal as _};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -11,6 +11,7 @@ use tokio::sync::{mpsc, oneshot};
 use udpack_transfer::{Download, Event, Outcome, Progress, Upload};
 
 use super::failures::Failures;
+use crate::args::LogArgs;
 use crate::exit::{Explained, Failure, Kind};
 use crate::json::Line;
 use crate::logging::Console;
@@ -128,6 +129,8 @@ pub(super) struct Report {
     console: Console,
     json: bool,
     quiet: bool,
+    /// Every file gets a line, however many there are and whoever reads them.
+    each: bool,
     /// What happens to files that succeed: `stored`.
     did: &'static str,
     /// Nothing is done to them.
@@ -150,6 +153,8 @@ pub(super) struct Report {
     /// Files that failed before the transfer, which knows nothing of them.
     never_begun: usize,
     last_progress: Option<Instant>,
+    /// That not every file gets a line.
+    told: bool,
     /// Lines of JSON that are not written yet: none while this waits for something to happen.
     unread: Vec<u8>,
     /// More may have happened already.
@@ -159,11 +164,12 @@ pub(super) struct Report {
 }
 
 impl Report {
-    pub(super) fn new(console: &Console, json: bool, quiet: bool, did: &'static str) -> Self {
+    pub(super) fn new(console: &Console, json: bool, log: &LogArgs, did: &'static str) -> Self {
         Self {
             console: console.clone(),
             json,
-            quiet,
+            quiet: log.quiet,
+            each: log.verbose > 0 || !io::stdout().is_terminal(),
             did,
             dry: false,
             began: Instant::now(),
@@ -179,6 +185,7 @@ impl Report {
             failures: Failures::new(console),
             never_begun: 0,
             last_progress: None,
+            told: false,
             unread: Vec::new(),
             gathers: false,
             unwritten: None,
@@ -373,6 +380,20 @@ impl Report {
         }
     }
 
+    /// The line of one file: none where only errors are wanted, and on a terminal only those of the first.
+    fn file_line(&mut self, text: &str) {
+        let many = !self.each && self.stored + self.others > FEW;
+        if self.quiet || self.json || many {
+            if many && !self.told && !self.quiet && !self.json {
+                self.told = true;
+                self.console
+                    .line("further files are not listed here; -v lists each");
+            }
+            return;
+        }
+        self.line(text);
+    }
+
     /// A file failed.
     pub(super) fn failed(&mut self, path: &str, source: &str, error: &anyhow::Error) {
         let explained = Explained::of(error);
@@ -437,7 +458,7 @@ impl Report {
             error: None,
         });
         let mark = if what == Thing::Dir { "/" } else { "" };
-        self.line(&format!("{}{mark}  -  -", output::printable(path)));
+        self.file_line(&format!("{}{mark}  -  -", output::printable(path)));
     }
 
     fn done(&mut self, origin: &Origin, outcome: &Outcome) {
@@ -479,7 +500,7 @@ impl Report {
                 error: None,
             });
         } else {
-            self.line(&format!(
+            self.file_line(&format!(
                 "{}  {}  {hash}",
                 output::printable(&outcome.path),
                 outcome.size
@@ -612,6 +633,8 @@ async fn next(notes: &mut Option<mpsc::Receiver<Note>>) -> Option<Note> {
     }
 }
 
+/// Files that a terminal shows a line of each; of more, the summary says enough.
+const FEW: usize = 20;
 /// Bytes of results that are written at once.
 const UNREAD: usize = 64 << 10;
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);

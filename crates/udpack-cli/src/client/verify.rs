@@ -169,7 +169,7 @@ async fn verify(
     }
     let target = Target::find(&args.connect)?;
     target
-        .run_link(retry(None), interrupts, async |link| {
+        .run_link_aloud(retry(None), interrupts, async |link| {
             let remote = Remote::new(&link);
             let (found, mut entries) = mpsc::channel(AHEAD);
             // Ends with the receiver.
