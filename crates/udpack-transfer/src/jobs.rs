@@ -40,6 +40,28 @@ pub(crate) enum JobEnd {
     Suspended,
 }
 
+/// A transfer that runs, as its server sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Transfer {
+    /// Never used twice while the server runs.
+    pub id: u64,
+    /// Whether a file is sent to a client, and not received.
+    pub is_download: bool,
+    /// The name in the store.
+    pub path: String,
+    /// The id of the client's token.
+    pub peer: String,
+    /// The size in bytes; `None` where it is not known, and for a download.
+    pub size: Option<u64>,
+    /// Bytes received without a gap, or sent.
+    pub bytes: u64,
+    /// Of those received, bytes that a power cut would not take.
+    pub safe: u64,
+    /// How long it runs.
+    pub running: Duration,
+}
+
 /// All jobs of a server. A handle.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Jobs {
@@ -127,6 +149,18 @@ impl Jobs {
             running,
             ended: false,
         }
+    }
+
+    /// All that run now.
+    pub(crate) fn transfers(&self) -> Vec<Transfer> {
+        let all = lock(&self.inner.running);
+        all.values().map(|job| job.transfer()).collect()
+    }
+
+    /// Cancels one; `false` where there is none of this number.
+    pub(crate) fn cancel(&self, id: u64) -> bool {
+        let job = lock(&self.inner.running).get(&id).cloned();
+        job.map(|job| (job.cancel)()).is_some()
     }
 
     /// Sends watchers away once they have heard of the end of all they see.
@@ -301,6 +335,20 @@ impl Watcher {
 }
 
 impl Running {
+    fn transfer(&self) -> Transfer {
+        let (bytes, safe) = self.now();
+        Transfer {
+            id: self.id,
+            is_download: self.kind == JobKind::Get,
+            path: self.path.clone(),
+            peer: self.peer.clone(),
+            size: self.size,
+            bytes,
+            safe,
+            running: self.since.elapsed(),
+        }
+    }
+
     fn now(&self) -> (u64, u64) {
         (
             self.bytes.load(Ordering::Relaxed),

@@ -3,6 +3,7 @@
 use tokio::sync::mpsc;
 use udpack::{Channel, CloseCode, SendError, Tenant};
 
+use crate::hook::{Access, HookAccess};
 use crate::jobs::{Job, JobEnd};
 use crate::limiter::{Limiter, Pace};
 use crate::path::RelPath;
@@ -87,6 +88,19 @@ async fn send(
         return refuse(channel, id, "cancelled", "given up by the client", false).await;
     }
     let limit = &receiver.limit_out;
+    if let Some(hook) = &receiver.hook {
+        let what = HookAccess {
+            path: path.as_str().to_owned(),
+            access: Access::Read,
+            peer: channel
+                .peer()
+                .map_or_else(String::new, |peer| peer.id().to_owned()),
+        };
+        if let Err(reason) = hook.allow(&what).await {
+            job.end(JobEnd::Failed("forbidden"));
+            return refuse(channel, id, "forbidden", &reason, false).await;
+        }
+    }
     // The thread that reads has it until it is through.
     let place = tokio::select! {
         place = tokio::time::timeout(receiver.config.turn, receiver.places.downloads.take(tenant)) => place,

@@ -1,8 +1,11 @@
 //! The requests of a lane: what is there, what it hashes to, and its removal.
 
+use std::sync::Arc;
+
 use serde::Serialize;
 use udpack::{Channel, Fault, FieldError, Message, SendError, Tenant};
 
+use crate::hook::{Access, Hook, HookAccess};
 use crate::places::{self, Places};
 use crate::scope::Scope;
 use crate::store::{Entry, Kind, List, Page, Store, StoreError, check_target};
@@ -12,10 +15,11 @@ use crate::wire::Hash;
 const PAGE: u64 = 1_000;
 
 /// Answers requests from a store.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct Queries {
     pub(crate) store: Store,
     pub(crate) places: Places,
+    pub(crate) hook: Option<Arc<dyn Hook>>,
 }
 
 /// What is asked.
@@ -64,6 +68,39 @@ impl Query {
     }
 }
 
+impl Query {
+    /// Whether the client's token has the right to ask this.
+    fn right(&self, scope: &Scope) -> Result<(), Fault> {
+        let (right, allowed) = match self {
+            Self::Remove { .. } => ("delete", scope.delete),
+            _ => ("read", scope.read),
+        };
+        if allowed {
+            return Ok(());
+        }
+        let (code, message) = Scope::no_right(right);
+        Err(Fault::new(code, message))
+    }
+
+    /// What the operator is asked; `None` where the name is none, which is refused anyway.
+    fn access(&self, scope: &Scope, channel: &Channel) -> Option<HookAccess> {
+        let (path, access) = match self {
+            Self::Stat(path) => (scope.inside_or_root(path), Access::List),
+            Self::List { path, .. } => (scope.inside_or_root(path), Access::List),
+            Self::Remove { path, .. } => (scope.inside(path).map(Some), Access::Remove),
+            Self::Hash(path) => (scope.inside(path).map(Some), Access::Read),
+        };
+        let path = path.ok()?;
+        Some(HookAccess {
+            path: path.map_or_else(String::new, |path| path.as_str().to_owned()),
+            access,
+            peer: channel
+                .peer()
+                .map_or_else(String::new, |peer| peer.id().to_owned()),
+        })
+    }
+}
+
 impl Queries {
     /// Answers one request, whatever it is, when this tenant has its turn. Cancel safe in that a removal that has begun
     /// goes on.
@@ -97,6 +134,15 @@ impl Queries {
                 return channel.fault(message, &fault).await;
             }
         };
+        let right = query.right(scope);
+        if let (Some(hook), Ok(())) = (&self.hook, &right)
+            && let Some(what) = query.access(scope, channel)
+            && let Err(reason) = hook.allow(&what).await
+        {
+            return channel
+                .fault(message, &Fault::new("forbidden", reason))
+                .await;
+        }
         let (store, rights) = (self.store.clone(), scope.clone());
         let span = tracing::Span::current();
         let found = tokio::task::spawn_blocking(move || {
@@ -151,14 +197,7 @@ enum Found {
 }
 
 fn find(store: &Store, scope: &Scope, query: Query) -> Result<Found, Fault> {
-    let (right, allowed) = match &query {
-        Query::Remove { .. } => ("delete", scope.delete),
-        _ => ("read", scope.read),
-    };
-    if !allowed {
-        let (code, message) = Scope::no_right(right);
-        return Err(Fault::new(code, message));
-    }
+    query.right(scope)?;
     look(store, scope, query).map_err(|error| Fault::new(error.code(), error.to_string()))
 }
 

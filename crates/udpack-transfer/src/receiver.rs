@@ -8,7 +8,7 @@ use tokio::sync::Semaphore;
 use udpack::{Channel, CloseCode, Peer, Pool, RecvError, ServerBuilder};
 
 use crate::hook::Hook;
-use crate::jobs::Jobs;
+use crate::jobs::{Jobs, Transfer};
 use crate::limiter::Limiter;
 use crate::places::{Places, cores};
 use crate::queries::Queries;
@@ -107,6 +107,7 @@ impl Receiver {
             queries: Queries {
                 store: store.clone(),
                 places: places.clone(),
+                hook: None,
             },
             publisher: Publisher::new(store, Writers::new(config.takeover)),
             config: Arc::new(config),
@@ -123,6 +124,7 @@ impl Receiver {
     pub fn hook(mut self, hook: impl Hook) -> Self {
         let hook = Arc::new(hook);
         self.publisher = self.publisher.hook(hook.clone());
+        self.queries.hook = Some(hook.clone());
         self.hook = Some(hook);
         self
     }
@@ -156,6 +158,17 @@ impl Receiver {
     /// none is left, so that they do not hold up the end.
     pub fn shutting_down(&self) {
         self.jobs.close();
+    }
+
+    /// The transfers that run now, each with how far it is. What waits for its turn is not among them.
+    pub fn transfers(&self) -> Vec<Transfer> {
+        self.jobs.transfers()
+    }
+
+    /// Cancels a transfer: its client is told `cancelled`, and what is there of an upload is removed. One that is being
+    /// checked runs to its end. `false` where none of this number runs.
+    pub fn cancel(&self, id: u64) -> bool {
+        self.jobs.cancel(id)
     }
 
     /// What the clients share, by a short name for counters: how much of it is taken, who waits, who was refused.

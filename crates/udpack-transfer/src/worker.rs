@@ -16,7 +16,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tracing::Span;
 use udpack::Place;
 
-use crate::hook::{Hook, HookStored};
+use crate::hook::{Hook, HookStored, HookWhole};
 use crate::path::RelPath;
 use crate::places::Slot;
 use crate::store::{
@@ -317,7 +317,7 @@ impl Incoming {
             publisher: publisher.clone(),
             outcomes,
             since: Instant::now(),
-            _file: file,
+            file: Some(file),
         };
         let shared = Arc::new(Shared {
             pooled,
@@ -482,7 +482,7 @@ struct Worker {
     outcomes: Outcomes,
     since: Instant,
     /// Its place among the files that are open.
-    _file: Place,
+    file: Option<Place>,
 }
 
 #[derive(Debug)]
@@ -689,8 +689,12 @@ impl Worker {
             writer: self.task.writer.take().map(Box::new),
             span: self.task.span.clone(),
         };
-        self.publisher
-            .publish(publication, is_small(&self.task.offer));
+        match self.publisher.hook.clone() {
+            Some(hook) => self.publisher.verify(hook, publication, self.file.take()),
+            None => self
+                .publisher
+                .publish(publication, is_small(&self.task.offer)),
+        }
         Ok(Stage::Ended)
     }
 
@@ -877,6 +881,38 @@ impl Publisher {
 
     pub(crate) fn writers(&self) -> &Writers {
         &self.writers
+    }
+
+    /// Publishes a file when the hook agrees, beside this thread. The file keeps its place until then.
+    fn verify(&self, hook: Arc<dyn Hook>, publication: Publication, place: Option<Place>) {
+        let staging = self.store.root().join(".udpack/staging");
+        let complete = &publication.complete;
+        let whole = HookWhole {
+            path: complete.path().as_str().to_owned(),
+            file: staging.join(complete.staged()),
+            size: complete.size(),
+            peer: publication.owner.to_string(),
+        };
+        let publisher = self.clone();
+        tokio::spawn(async move {
+            let agreed = hook.verify(&whole).await;
+            // Files are removed and synced there.
+            tokio::task::spawn_blocking(move || {
+                let _place = place;
+                let reason = match agreed {
+                    Ok(()) => return publisher.publish(publication, false),
+                    Err(reason) => reason,
+                };
+                let (id, outcomes) = (publication.id, publication.outcomes.clone());
+                drop(publication);
+                let _ = outcomes.send(Outcome::Error {
+                    id,
+                    code: "refused",
+                    message: reason,
+                    retry: false,
+                });
+            });
+        });
     }
 
     /// Blocks, unless another thread is publishing already: then that one takes it along. `pooled` says that

@@ -18,16 +18,16 @@ use std::time::Duration;
 
 use common::{Fixture, bounded, noise};
 use raw::{
-    Heard, RawLane, Say, V, cancel, chunk, dir, file, finish, get, link, map, ranges, resumable,
-    with, without,
+    Heard, RawLane, Say, V, cancel, chunk, dir, file, finish, get, link, map, put, ranges,
+    resumable, with, without,
 };
 use serde::Deserialize;
 use tokio::sync::Notify;
 use udpack::{Channel, CloseCode, Deny, Hello, Limits, Peer, RequestError, Socket, TokenFile};
 use udpack_transfer::wire::MetaFields;
 use udpack_transfer::{
-    Accepted, Hook, HookOffer, HookStored, JOBS_CHANNEL, Limiter, Overwrite, Receiver,
-    ReceiverConfig, Store, StoreConfig,
+    Accepted, Answer, Hook, HookAccess, HookOffer, HookStored, HookWhole, JOBS_CHANNEL, Limiter,
+    Overwrite, Receiver, ReceiverConfig, Store, StoreConfig,
 };
 
 const MIB: usize = 1 << 20;
@@ -1800,6 +1800,28 @@ impl Hook for Operator {
         })
     }
 
+    fn allow<'a>(&'a self, what: &'a HookAccess) -> Answer<'a> {
+        let verdict = match (what.access, what.path.as_str()) {
+            (access, path) if path.ends_with("secret") => Err(format!("no {access:?} of it")),
+            _ => Ok(()),
+        };
+        Box::pin(std::future::ready(verdict))
+    }
+
+    fn verify<'a>(&'a self, whole: &'a HookWhole) -> Answer<'a> {
+        let bytes = fs::read(&whole.file).expect("the bytes are there");
+        assert_eq!(bytes.len() as u64, whole.size);
+        let bad = bytes.starts_with(b"virus");
+        Box::pin(async move {
+            tokio::task::yield_now().await;
+            if bad {
+                Err("infected".to_owned())
+            } else {
+                Ok(())
+            }
+        })
+    }
+
     fn done(&self, stored: HookStored) {
         self.stored.lock().expect("sound").push(stored);
     }
@@ -2067,6 +2089,104 @@ async fn errors_and_jobs_keep_to_the_frames_of_their_client() {
         let watcher = socket.open(JOBS_CHANNEL).await.expect("a channel");
         let first = watcher.recv().await.expect("open").expect("a message");
         assert_eq!(first.event(), "jobs");
+    })
+    .await;
+}
+
+// ------------------------------------------------------------------------------ a server's program decides
+
+#[tokio::test]
+async fn the_hook_decides_on_each_file_that_is_read_listed_or_removed() {
+    bounded(async {
+        let world = World::with(|receiver| receiver.hook(Operator::default())).await;
+        for name in ["secret", "plain", "dir/secret"] {
+            world.put(name, b"hello");
+        }
+        let (_socket, mut lane) = world.lane("all").await;
+        for (event, word) in [
+            ("stat", "List"),
+            ("list", "List"),
+            ("hash", "Read"),
+            ("remove", "Remove"),
+        ] {
+            let ask = async |path: &str| {
+                let question = (event, map([("path", path.into())]));
+                lane.request::<serde::de::IgnoredAny>(&question).await
+            };
+            let refused = ("forbidden".to_owned(), format!("no {word} of it"));
+            for path in ["secret", "dir/secret"] {
+                assert_eq!(ask(path).await.map(drop), Err(refused.clone()), "{event}");
+            }
+            if event != "remove" {
+                assert!(ask("plain").await.is_ok(), "{event}");
+            }
+        }
+        lane.say(&get(1, "secret")).await;
+        assert_eq!(lane.hear().await.line, "error 1 forbidden");
+        lane.say(&get(2, "plain")).await;
+        assert_eq!(lane.hear().await.line, "file 2 plain 5");
+        assert!(world.fixture.root().join("dir/secret").exists());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_file_that_the_hook_does_not_verify_gets_no_name() {
+    bounded(async {
+        let operator = Operator::default();
+        let stored = operator.stored.clone();
+        let mut world = World::with(|receiver| receiver.hook(operator)).await;
+        let (socket, mut lane) = world.lane("all").await;
+        let cases = [(1, &b"virus"[..], false), (3, b"sound", true)];
+        for (id, bytes, sound) in cases {
+            let outcome = |id: u64, name: &str| match sound {
+                true => format!("done {id} {name} 5"),
+                false => format!("error {id} refused"),
+            };
+            lane.say(&put(id, "x", bytes)).await;
+            assert_eq!(lane.hear().await.line, outcome(id, "x"));
+            // Also one that is resumed.
+            let id = id + 1;
+            lane.say(&resumable(id, "resumed", 5)).await;
+            assert_eq!(lane.hear().await.line, format!("ready {id} 0"));
+            lane.say(&chunk(id, 0, bytes)).await;
+            lane.say(&finish(id, bytes)).await;
+            assert_eq!(lane.hear().await.line, outcome(id, "resumed"));
+        }
+        assert_eq!(world.fixture.visible(), ["resumed", "x"]);
+        assert_eq!(stored.lock().expect("sound").len(), 2);
+        drop(lane);
+        socket.close(CloseCode::NORMAL, "").await;
+        world.well("files that were not verified").await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_servers_program_sees_each_transfer_and_cancels_one() {
+    bounded(async {
+        let mut held = None;
+        let world = World::with(|receiver| {
+            held = Some(receiver.clone());
+            receiver
+        })
+        .await;
+        let receiver = held.expect("a receiver");
+        let (_socket, mut lane) = world.lane("all").await;
+        assert_eq!(receiver.transfers(), []);
+        lane.say(&file(1, "x", 10)).await;
+        lane.say(&chunk(1, 0, b"hello")).await;
+        lane.acked(1, 5).await;
+        let all = receiver.transfers();
+        assert_eq!(all.len(), 1, "{all:?}");
+        assert_eq!(
+            (&*all[0].path, &*all[0].peer, all[0].size, all[0].bytes),
+            ("x", "all", Some(10), 5)
+        );
+        assert!(!receiver.cancel(all[0].id + 1));
+        assert!(receiver.cancel(all[0].id));
+        assert_eq!(lane.hear().await.line, "error 1 cancelled");
+        assert_eq!(receiver.transfers(), []);
     })
     .await;
 }

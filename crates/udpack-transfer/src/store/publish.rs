@@ -87,6 +87,11 @@ impl Complete {
     pub fn size(&self) -> u64 {
         self.0.size
     }
+
+    /// The name of the file in staging.
+    pub(crate) fn staged(&self) -> &str {
+        &self.0.staged.name
+    }
 }
 
 impl Whole {
