@@ -121,7 +121,11 @@ impl Pipe {
             }
             Ok(message) => control::decode_resume(message).map(Ok),
             Err(_) if conn.close_reason().is_some() => return,
-            Err(Ending::Closed(reason) | Ending::Violation(reason)) => Ok(Err(reason.clone())),
+            Err(Ending::Violation(reason)) => {
+                let reason = reason.clone();
+                return self.refuse(&session, reason, send, Some(inbox));
+            }
+            Err(Ending::Closed(reason)) => Ok(Err(reason.clone())),
             Err(Ending::Finished) => Err(ControlError::Unexpected {
                 expected: control::RESUME,
             }),
@@ -137,10 +141,10 @@ impl Pipe {
                 self.go_on(&session, (conn, link), (send, inbox), received, None);
             }
             Ok(Err(reason)) => self.fail(&session, &reason),
-            Err(error) => self.fail(
-                &session,
-                &CloseReason::local(error.close_code(), error.to_string()),
-            ),
+            Err(error) => {
+                let reason = CloseReason::local(error.close_code(), error.to_string());
+                self.refuse(&session, reason, send, Some(inbox));
+            }
         }
     }
 
@@ -175,7 +179,7 @@ impl Pipe {
         self: &Arc<Self>,
         session: &Arc<Session>,
         (conn, link): (Arc<Line>, u64),
-        (mut stream, inbox): (quinn::SendStream, Inbox),
+        (stream, inbox): (quinn::SendStream, Inbox),
         received: u64,
         first: Option<Bytes>,
     ) {
@@ -205,20 +209,31 @@ impl Pipe {
             Some(Err(Mismatch)) => {
                 let text = "the two sides disagree about what was received";
                 let reason = CloseReason::local(CloseCode::RESUME_MISMATCH, text);
-                self.fail(session, &reason);
-                if let Some(inbox) = inbox {
-                    inbox.stop(reason.code, Ending::Closed(reason.clone()), session);
-                }
-                let last = control::encode_close(reason.code, &reason.text);
-                let within = session.timeouts.close;
-                session.tasks.spawn(async move {
-                    if let Some(last) = last {
-                        let _ = tokio::time::timeout(within, stream.write_chunk(last)).await;
-                    }
-                    let _ = stream.finish();
-                });
+                self.refuse(session, reason, stream, inbox);
             }
         }
+    }
+
+    /// Ends the channel instead of going on with this stream, and tells the peer why.
+    fn refuse(
+        &self,
+        session: &Arc<Session>,
+        reason: CloseReason,
+        mut stream: quinn::SendStream,
+        inbox: Option<Inbox>,
+    ) {
+        self.fail(session, &reason);
+        if let Some(inbox) = inbox {
+            inbox.stop(reason.code, Ending::Closed(reason.clone()), session);
+        }
+        let last = control::encode_close(reason.code, &reason.text);
+        let within = session.timeouts.close;
+        session.tasks.spawn(async move {
+            if let Some(last) = last {
+                let _ = tokio::time::timeout(within, stream.write_chunk(last)).await;
+            }
+            let _ = stream.finish();
+        });
     }
 
     pub(crate) fn spawn_writer(self: &Arc<Self>, session: &Arc<Session>, way: Way) {

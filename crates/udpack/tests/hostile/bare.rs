@@ -232,7 +232,7 @@ pub(crate) enum Ended {
 }
 
 impl Stream {
-    fn new(send: quinn::SendStream, recv: quinn::RecvStream) -> Self {
+    pub(crate) fn new(send: quinn::SendStream, recv: quinn::RecvStream) -> Self {
         Self {
             send,
             recv,
