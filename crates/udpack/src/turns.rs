@@ -63,15 +63,23 @@ impl Turns {
     /// Waits until the bulk channels may have more under way: fewer bytes given to QUIC and not yet
     /// acknowledged than four congestion windows, at least 1 MiB, at most half of `send_window`. Those that
     /// QUIC has not taken, because a peer reads nothing, do not count.
-    pub(crate) async fn bulk_room(&self, congestion_window: u64, send_window: u64, turn: usize) {
-        let most = congestion_window
-            .saturating_mul(BULK_WINDOWS)
-            .min(send_window / 2)
-            .max(BULK_FLOOR);
-        let most = usize::try_from(most).unwrap_or(usize::MAX);
+    ///
+    /// `congestion_window` is asked anew each time: a writer that went on by an old, smaller one would never
+    /// find room beside a writer that goes by the present one.
+    pub(crate) async fn bulk_room(
+        &self,
+        congestion_window: impl Fn() -> u64,
+        send_window: u64,
+        turn: usize,
+    ) {
         loop {
             let mut room = std::pin::pin!(self.bulk().room.notified());
             room.as_mut().enable();
+            let most = congestion_window()
+                .saturating_mul(BULK_WINDOWS)
+                .min(send_window / 2)
+                .max(BULK_FLOOR);
+            let most = usize::try_from(most).unwrap_or(usize::MAX);
             let stuck = turn.saturating_mul(self.blocked(Priority::Bulk).load(Ordering::Relaxed));
             if self.bulk().under_way.load(Ordering::Relaxed) < most.saturating_add(stuck) {
                 return;
@@ -177,11 +185,24 @@ mod tests {
     }
 
     #[test]
+    fn a_writer_that_waits_goes_by_the_present_window() {
+        let turns = Turns::default();
+        let window = AtomicU64::new(0);
+        let _held = turns.hold(Bytes::from(vec![0; BULK_FLOOR as usize + 100]));
+        let waits = turns.bulk_room(|| window.load(Ordering::Relaxed), 16 << 20, 1);
+        let mut waits = std::pin::pin!(waits);
+        assert!(waits.as_mut().now_or_never().is_none());
+        window.store(BULK_FLOOR, Ordering::Relaxed);
+        drop(turns.hold(Bytes::from_static(b"one that is acknowledged")));
+        assert!(waits.now_or_never().is_some(), "the path has grown");
+    }
+
+    #[test]
     fn bulk_waits_until_what_is_under_way_is_let_go() {
         let turns = Turns::default();
         let free = |window| {
             turns
-                .bulk_room(window, 16 << 20, 1)
+                .bulk_room(|| window, 16 << 20, 1)
                 .now_or_never()
                 .is_some()
         };

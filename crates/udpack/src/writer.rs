@@ -121,7 +121,7 @@ async fn drive(
                 tokio::select! {
                     () = outbox.work.notified() => {}
                     end = &mut stopped => return Err(stop_reason(session, end)),
-                    () = tokio::time::sleep(session.timeouts.slow_peer / 2), if watched => {
+                    () = tokio::time::sleep(session.timeouts.slow_peer / PARTS), if watched => {
                         if patience.is_over(outbox, &conn)
                             && let Some(mut stream) = outbox.take_back(epoch)
                         {
@@ -156,39 +156,55 @@ async fn drive(
     }
 }
 
+/// Parts of the slow-peer time. A part counts against the peer only if something was heard from it in that part:
+/// a path that is silent, or was for a while, is the idle timer's business.
+const PARTS: u32 = 4;
+
+/// In how many parts of the slow-peer time a peer was heard although it took nothing.
+struct Heard {
+    datagrams: u64,
+    parts: u32,
+}
+
+impl Heard {
+    fn new(line: &Line) -> Self {
+        Self {
+            datagrams: line.stats().udp_rx.datagrams,
+            parts: 0,
+        }
+    }
+
+    /// Another part has passed. Says whether that makes the whole time.
+    fn part(&mut self, line: &Line) -> bool {
+        let now = line.stats().udp_rx.datagrams;
+        self.parts += u32::from(now != self.datagrams);
+        self.datagrams = now;
+        self.parts >= PARTS
+    }
+}
+
 /// How long a peer that is alive has confirmed nothing while somebody waits for it to.
 #[derive(Default)]
 struct Patience {
-    /// What was confirmed, and how much heard, when the period began.
-    begun: Option<(u64, u64)>,
-    /// Half periods that have passed since without a confirmation, although the peer was heard.
-    strikes: u32,
+    /// What was confirmed when the time began.
+    begun: Option<(u64, Heard)>,
 }
 
 impl Patience {
-    fn watch(&mut self, outbox: &Outbox, conn: &quinn::Connection) -> bool {
+    fn watch(&mut self, outbox: &Outbox, line: &Line) -> bool {
         let stuck = outbox.stuck_at();
-        if stuck.is_none() || stuck != self.begun.map(|(at, _)| at) {
-            self.strikes = 0;
-            self.begun = stuck.map(|at| (at, conn.stats().udp_rx.datagrams));
+        if stuck != self.begun.as_ref().map(|(at, _)| *at) {
+            self.begun = stuck.map(|at| (at, Heard::new(line)));
         }
         stuck.is_some()
     }
 
-    /// Called when half a period has passed. Two are needed, so that a path that just came back is not taken
-    /// for a peer that was there all the time.
-    fn is_over(&mut self, outbox: &Outbox, conn: &quinn::Connection) -> bool {
-        let heard = conn.stats().udp_rx.datagrams;
-        if let (Some((at, before)), Some(now)) = (self.begun, outbox.stuck_at())
-            && at == now
-            && heard != before
-        {
-            self.begun = Some((at, heard));
-            self.strikes += 1;
-        } else {
-            self.strikes = 0;
+    /// Called when a part of the slow-peer time has passed.
+    fn is_over(&mut self, outbox: &Outbox, line: &Line) -> bool {
+        match (&mut self.begun, outbox.stuck_at()) {
+            (Some((at, heard)), Some(now)) if *at == now => heard.part(line),
+            _ => false,
         }
-        self.strikes >= 2
     }
 }
 
@@ -249,10 +265,9 @@ async fn write(
 
 /// Waits until the bulk channels may have more under way, or the connection is over.
 async fn bulk_room(session: &Session, line: &Line) -> Result<(), CloseReason> {
-    let window = line.stats().path.cwnd;
     let room = line
         .turns
-        .bulk_room(window, session.limits.send_window, TURN);
+        .bulk_room(|| line.stats().path.cwnd, session.limits.send_window, TURN);
     tokio::select! {
         biased;
         () = room => Ok(()),
@@ -272,17 +287,19 @@ async fn progress(
     if let Some(written) = write_some(stream, rest, &line.turns, priority).now_or_never() {
         return written.map_err(|error| write_reason(session, error));
     }
-    let patience: Duration = session.timeouts.slow_peer;
+    let part: Duration = session.timeouts.slow_peer / PARTS;
     let (begun, _) = session.counters.totals();
     let mut before = begun;
+    let mut heard = Heard::new(line);
     loop {
-        let heard = line.stats().udp_rx.datagrams;
-        match tokio::time::timeout(patience, write_some(stream, rest, &line.turns, priority)).await
-        {
+        match tokio::time::timeout(part, write_some(stream, rest, &line.turns, priority)).await {
             Ok(Ok(written)) => return Ok(written),
             Ok(Err(error)) => return Err(write_reason(session, error)),
-            Err(_) if line.stats().udp_rx.datagrams == heard => {}
-            Err(_) if crowded(begun, before, session) => before = session.counters.totals().0,
+            Err(_) if !heard.part(line) => {}
+            Err(_) if crowded(begun, before, session) => {
+                before = session.counters.totals().0;
+                heard = Heard::new(line);
+            }
             Err(_) => return Err(slow_peer(stream, session)),
         }
     }
