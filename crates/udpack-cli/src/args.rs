@@ -7,10 +7,11 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use udpack::{CongestionControl, Fingerprint, Priority};
-use udpack_transfer::{IfExists, Overwrite, Pattern, SyncPolicy, parse_size};
+use udpack_transfer::{IfExists, Names, Overwrite, Pattern, SyncPolicy, names, parse_size};
 
 const SIZES: &str = "\
 SIZE is a number of bytes, with K, M, G or T for powers of 1024: 512K, 10M, 1.5G. RATE is a SIZE a second: 10M \
@@ -140,8 +141,13 @@ pub(crate) struct ServerArgs {
     pub(crate) overwrite: OverwriteArg,
 
     /// Largest file; `none` leaves it to the quota and the disk.
-    #[arg(long, value_name = "SIZE", default_value = "1G")]
+    #[arg(long, value_name = "SIZE", default_value = "none")]
     pub(crate) max_file: Size,
+
+    /// Which names may be stored: any that the file system can hold, or only portable ones, which every operating
+    /// system can hold.
+    #[arg(long, value_enum, default_value_t = NamesArg::Any)]
+    pub(crate) names: NamesArg,
 
     /// Most clients connected at once from one address (an IPv4 address or an IPv6 /64).
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
@@ -468,7 +474,7 @@ pub(crate) struct PutArgs {
     pub(crate) connect: ConnectArgs,
 
     /// Name at the server, for a single file or directory; with a `/` at the end, the directory for all.
-    #[arg(long = "as", value_name = "NAME|DIR/")]
+    #[arg(long = "as", value_name = "NAME|DIR/", value_parser = name())]
     pub(crate) name: Option<String>,
 
     #[command(flatten)]
@@ -496,7 +502,7 @@ pub(crate) struct PutArgs {
 #[derive(Debug, Args)]
 pub(crate) struct GetArgs {
     /// Files and directories of the server; `dir/` gets what is in it, `/` everything.
-    #[arg(value_name = "REMOTE", required = true)]
+    #[arg(value_name = "REMOTE", required = true, value_parser = name())]
     pub(crate) paths: Vec<String>,
 
     #[command(flatten)]
@@ -560,6 +566,7 @@ pub(crate) struct TransferArgs {
 #[derive(Debug, Args)]
 pub(crate) struct LsArgs {
     /// The directory. Default: all that this client may see.
+    #[arg(value_parser = name())]
     pub(crate) path: Option<String>,
 
     /// Also kind, mode, size and modification time.
@@ -584,7 +591,7 @@ pub(crate) struct LsArgs {
 #[derive(Debug, Args)]
 pub(crate) struct StatArgs {
     /// The files and directories.
-    #[arg(value_name = "PATH", required = true)]
+    #[arg(value_name = "PATH", required = true, value_parser = name())]
     pub(crate) paths: Vec<String>,
 
     /// Print JSON, one object a line.
@@ -601,7 +608,7 @@ pub(crate) struct StatArgs {
 #[derive(Debug, Args)]
 pub(crate) struct RmArgs {
     /// The files, and with -r the directories.
-    #[arg(value_name = "PATH", required = true)]
+    #[arg(value_name = "PATH", required = true, value_parser = name())]
     pub(crate) paths: Vec<String>,
 
     /// Directories, too, with all that is in them.
@@ -629,7 +636,7 @@ pub(crate) struct VerifyArgs {
     pub(crate) connect: ConnectArgs,
 
     /// Name at the server, for a single file or directory; with a `/` at the end, the directory for all.
-    #[arg(long = "as", value_name = "NAME|DIR/")]
+    #[arg(long = "as", value_name = "NAME|DIR/", value_parser = name())]
     pub(crate) name: Option<String>,
 
     #[command(flatten)]
@@ -975,6 +982,26 @@ impl From<IfExistsArg> for IfExists {
             IfExistsArg::Skip => Self::Skip,
             IfExistsArg::Overwrite => Self::Overwrite,
             IfExistsArg::Rename => Self::Rename,
+        }
+    }
+}
+
+/// A name at the server, which may be any bytes: its text form.
+fn name() -> impl TypedValueParser<Value = String> {
+    OsStringValueParser::new().map(|name| names::from_os(&name).into_owned())
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum NamesArg {
+    Any,
+    Portable,
+}
+
+impl From<NamesArg> for Names {
+    fn from(arg: NamesArg) -> Self {
+        match arg {
+            NamesArg::Any => Self::Any,
+            NamesArg::Portable => Self::Portable,
         }
     }
 }

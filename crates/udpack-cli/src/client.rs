@@ -17,6 +17,15 @@ use crate::logging::{self, Console, Role};
 use crate::pages;
 use crate::signals::Interrupts;
 
+/// The permissions that new files of this process do not get; where the system does not tell, those of others.
+fn umask() -> u32 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let umask = status.lines().find_map(|line| line.strip_prefix("Umask:"));
+    umask
+        .and_then(|umask| u32::from_str_radix(umask.trim(), 8).ok())
+        .unwrap_or(0o077)
+}
+
 pub(crate) async fn run(args: ClientArgs, console: Console) -> anyhow::Result<()> {
     let log = match &args.command {
         ClientCommand::Put(args) => &args.log,

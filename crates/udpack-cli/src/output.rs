@@ -5,8 +5,10 @@
 use std::io::{self, Write};
 
 use serde::Serialize;
+use serde_json::Value;
 use serde_json::ser::Formatter;
 use udpack::text::is_printable;
+use udpack_transfer::names;
 
 /// Writes one line and flushes it, so that a reader sees each result when it is there. Whatever is in it, it stays one
 /// line and leaves a terminal as it is.
@@ -23,15 +25,50 @@ pub(crate) fn all(lines: &[u8]) -> io::Result<()> {
 
 /// Adds one JSON value on one line.
 pub(crate) fn add_json<T: Serialize + ?Sized>(lines: &mut Vec<u8>, value: &T) -> io::Result<()> {
+    // Seldom does a name need more than the value's own text, in its own order.
+    if names::holds_bytes(&serde_json::to_string(value)?) {
+        let mut value = serde_json::to_value(value)?;
+        spell_out(&mut value);
+        add_printable(lines, &value)?;
+    } else {
+        add_printable(lines, value)?;
+    }
+    lines.push(b'\n');
+    Ok(())
+}
+
+fn add_printable<T: Serialize + ?Sized>(lines: &mut Vec<u8>, value: &T) -> io::Result<()> {
     let whole = lines.len();
     let mut json = serde_json::Serializer::with_formatter(&mut *lines, Printable);
     let written = value.serialize(&mut json);
     if written.is_err() {
         lines.truncate(whole);
     }
-    written?;
-    lines.push(b'\n');
-    Ok(())
+    Ok(written?)
+}
+
+/// Shows each name that is not UTF-8 with `\xff` for each such byte; beside it, under its key and `_hex`, stand its
+/// bytes.
+fn spell_out(value: &mut Value) {
+    match value {
+        Value::Object(fields) => {
+            let mut hex = Vec::new();
+            for (key, value) in fields.iter_mut() {
+                if let Value::String(name) = value
+                    && names::holds_bytes(name)
+                {
+                    let bytes = names::bytes(name);
+                    let digits = bytes.iter().map(|byte| format!("{byte:02x}"));
+                    hex.push((format!("{key}_hex"), Value::String(digits.collect())));
+                }
+                spell_out(value);
+            }
+            fields.extend(hex);
+        }
+        Value::Array(values) => values.iter_mut().for_each(spell_out),
+        Value::String(name) if names::holds_bytes(name) => *name = printable(name),
+        _ => {}
+    }
 }
 
 /// Writes one JSON value on one line.
@@ -82,7 +119,7 @@ pub(crate) fn unless_gone(written: io::Result<()>) -> anyhow::Result<()> {
 
 /// Text that may come from a peer or be a file's name, on one line and with nothing that changes a terminal.
 pub(crate) fn printable(text: &str) -> String {
-    udpack::text::printable(text).into_owned()
+    names::shown(text)
 }
 
 #[cfg(test)]
@@ -101,7 +138,7 @@ mod tests {
             line.contains(r#"a\u007f\u009b31m\u202eb\u001b\n\"\udb40\udc01é"#),
             "{line}"
         );
-        let back: serde_json::Value = serde_json::from_str(line).expect("JSON");
+        let back: Value = serde_json::from_str(line).expect("JSON");
         assert_eq!(back[text][0], text);
     }
 }

@@ -74,6 +74,7 @@ async fn serve(args: &ServerArgs, given: ListenFd) -> anyhow::Result<()> {
         max_file: args.max_file.0,
         quota: args.quota.0,
         min_free: args.min_free.map(|size| size.0.unwrap_or(0)),
+        names: args.names.into(),
         overwrite: args.overwrite.into(),
         expire: args.expire.0,
         sync: args.fsync.into(),

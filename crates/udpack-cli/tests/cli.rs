@@ -231,7 +231,10 @@ fn stored_bytes_are_the_bytes_sent_and_stdout_holds_only_results() {
             fs::read(server.uploads().join(name)).expect("stored"),
             content
         );
-        assert_eq!(mode(&server.uploads().join(name)), 0o600);
+        assert_eq!(
+            mode(&server.uploads().join(name)),
+            mode(&dir.path().join(name))
+        );
     }
     let out = server.client(dir.path(), &["put", "-q", "one", "--as", "quiet"]);
     assert_eq!(
@@ -542,7 +545,7 @@ fn a_bad_name_is_6_and_as_helps() {
         )
     };
     for args in [
-        &[][..],
+        &["--as", ".udpack/x"][..],
         &["--as", "../up"],
         &["--as", "/etc/passwd"],
         &["--as", "a/../../b"],

@@ -35,6 +35,7 @@ pub struct Downloader {
     lanes: usize,
     if_exists: IfExists,
     preserve: bool,
+    umask: Option<u32>,
     limit: Limiter,
 }
 
@@ -60,6 +61,7 @@ impl Downloader {
             lanes: 4,
             if_exists: IfExists::default(),
             preserve: false,
+            umask: None,
             limit: Limiter::unlimited(),
         }
     }
@@ -80,6 +82,13 @@ impl Downloader {
     /// Gives the stored files modification times and permissions of those at the server. Defaults to no.
     pub fn preserve(mut self, preserve: bool) -> Self {
         self.preserve = preserve;
+        self
+    }
+
+    /// Without [`preserve`](Self::preserve), gives what is stored its permission bits all the same, but for these, as
+    /// `cp` does with the umask. Defaults to `None`: files are for their owner only.
+    pub fn umask(mut self, umask: Option<u32>) -> Self {
+        self.umask = umask;
         self
     }
 
@@ -114,6 +123,7 @@ impl Downloader {
             store: self.store,
             if_exists: self.if_exists,
             preserve: self.preserve,
+            umask: self.umask,
             limit: self.limit,
             queue: Queue::default(),
             room: Arc::new(Semaphore::new(AHEAD)),
@@ -205,6 +215,14 @@ pub fn apply_entry(
                 retry: false,
             });
         }
+        (Kind::Other, _) => {
+            return Err(TransferError::Refused {
+                code: "not_a_file".to_owned(),
+                message: "neither a file nor a directory nor a link that the server may read"
+                    .to_owned(),
+                retry: false,
+            });
+        }
         (Kind::File, _) => return Ok(false),
     };
     made.map_err(|error| TransferError::Store(Arc::new(error)))
@@ -217,6 +235,7 @@ struct Context {
     store: Store,
     if_exists: IfExists,
     preserve: bool,
+    umask: Option<u32>,
     limit: Limiter,
     queue: Queue,
     /// How far the iterator may be ahead; closed when the download is dropped.
@@ -292,7 +311,7 @@ impl Context {
         self.files_done.fetch_add(1, Ordering::Relaxed);
         let failed = Event::Failed {
             index: job.index,
-            path: job.wanted.local.to_string(),
+            path: job.wanted.local.as_str().to_owned(),
             error,
         };
         let _ = events.send(failed).await;
@@ -477,7 +496,7 @@ async fn settle_all(
         for note in notes.drain(..) {
             match note {
                 Note::Started { index, path, size } => {
-                    let path = path.to_string();
+                    let path = path.as_str().to_owned();
                     let _ = events.send(Event::Started { index, path, size }).await;
                 }
                 Note::Resumed {
@@ -488,7 +507,7 @@ async fn settle_all(
                 } => {
                     let resumed = Event::Resumed {
                         index,
-                        path: path.to_string(),
+                        path: path.as_str().to_owned(),
                         bytes,
                         size,
                     };

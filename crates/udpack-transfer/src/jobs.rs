@@ -415,6 +415,7 @@ struct ListFields<'a> {
 struct JobFields<'a> {
     id: u64,
     kind: &'static str,
+    #[serde(serialize_with = "crate::names::serialize")]
     path: &'a str,
     peer: &'a str,
     size: Option<u64>,

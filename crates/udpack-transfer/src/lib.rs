@@ -31,6 +31,7 @@ mod jobs;
 mod lane;
 mod limiter;
 mod link;
+pub mod names;
 mod outgoing;
 mod path;
 mod places;
@@ -66,8 +67,8 @@ pub use scope::{Scope, ScopeError};
 pub use size::parse_size;
 pub use source::Source;
 pub use store::{
-    Begin, Checkpoint, Complete, Entry, Existing, IfExists, Kind, List, Meta, NewFile, Overwrite,
-    Page, Partial, Published, Range, Removed, Store, StoreConfig, StoreError, Suspended,
+    Begin, Checkpoint, Complete, Entry, Existing, IfExists, Kind, List, Meta, Names, NewFile,
+    Overwrite, Page, Partial, Published, Range, Removed, Store, StoreConfig, StoreError, Suspended,
     SyncPolicy, Synced, Tenant, Time, Usage, check_target, purge, uploads,
 };
 pub use uploader::{Upload, Uploader};

@@ -1,41 +1,80 @@
 //! The only type through which a peer's name becomes a path.
 //!
-//! A name is accepted word for word or refused with the rule it breaks: nothing is decoded,
-//! trimmed, folded or repaired, so two sides can never disagree on what a name means. The rules
-//! hold on every operating system, whatever it would allow itself: a tree sent from one machine can
-//! be fetched to any other. Names are case-sensitive.
+//! Names are bytes, as they are on Unix, and case-sensitive. A name is accepted word for word or refused with the
+//! rule it breaks: nothing is decoded, trimmed, folded or repaired, so two sides can never disagree on what a name
+//! means. Refused is what could leave the root or reach the store's own directory, and what no file can be called;
+//! whether a file system can hold the rest, it says itself. [`RelPath::check_portable`] has the stricter rules for
+//! trees that are to be taken to any other system.
 //!
 //! This module knows no file system. That no symbolic link leads out of a root is the store's part.
 
+use std::borrow::Cow;
+use std::ffi::OsStr;
 use std::fmt;
 use std::str::FromStr;
 
-use udpack::text::{is_printable, printable_within};
+use udpack::text::is_printable;
 use unicode_normalization::{UnicodeNormalization, is_nfc};
+
+use crate::names;
 
 /// A relative path, `/` between its components, that cannot leave the directory it is resolved in.
 ///
 /// ```text
-/// holiday/2024/beach.jpg        accepted
-/// ../x   /x   a\b   .hidden     refused
+/// holiday/2024/beach.jpg   .git/config   a\\b        accepted
+/// ../x   /x   a//b   a/.   .udpack/x                refused
 /// ```
 ///
 /// There is no way to build one but by parsing, so holding a `RelPath` is the proof that the rules
-/// were checked.
+/// were checked. It is kept in its [text form](crate::names): for the file system there is
+/// [`to_os`](Self::to_os), and `Display` escapes what must not reach a terminal or a log, and cuts.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RelPath(Box<str>);
 
 impl RelPath {
-    /// Longest path, in bytes of UTF-8.
-    pub const MAX_BYTES: usize = 1024;
-    /// Longest component, in bytes of UTF-8; leaves room below the 255 of common file systems.
-    pub const MAX_COMPONENT_BYTES: usize = 200;
-    /// Most components in a path.
-    pub const MAX_COMPONENTS: usize = 32;
+    /// Longest path, in bytes: what one system call takes.
+    pub const MAX_BYTES: usize = 4095;
+    /// Longest component, in bytes: what common file systems hold.
+    pub const MAX_COMPONENT_BYTES: usize = 255;
+    /// Most components in a path: each takes a descriptor while a tree is listed or removed.
+    pub const MAX_COMPONENTS: usize = 256;
+    /// Longest path that is portable.
+    pub const PORTABLE_BYTES: usize = 1024;
+    /// Longest component that is portable; leaves room below the 255 of common file systems.
+    pub const PORTABLE_COMPONENT_BYTES: usize = 200;
+    /// Most components of a portable path.
+    pub const PORTABLE_COMPONENTS: usize = 32;
 
-    /// The path as it was received.
+    /// A path of the operating system.
+    ///
+    /// # Errors
+    /// As for parsing.
+    pub fn from_os(path: &OsStr) -> Result<Self, PathError> {
+        names::from_os(path).parse()
+    }
+
+    /// Its [text form](crate::names), which is the path itself when that is UTF-8.
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// Its bytes.
+    pub fn to_bytes(&self) -> Cow<'_, [u8]> {
+        names::bytes(&self.0)
+    }
+
+    /// The path as the operating system takes it.
+    pub fn to_os(&self) -> Cow<'_, OsStr> {
+        names::os(&self.0)
+    }
+
+    /// Whether it keeps the rules that hold on every operating system and in every tool: what can be fetched to any
+    /// other machine.
+    ///
+    /// # Errors
+    /// The first rule that it breaks.
+    pub fn check_portable(&self) -> Result<(), PathError> {
+        check_portable(&self.0).map_err(|rule| PathError::new(rule, &self.0))
     }
 
     /// The components from the root down: at least one, none empty, none `.` or `..`.
@@ -69,8 +108,15 @@ impl RelPath {
 impl FromStr for RelPath {
     type Err = PathError;
 
+    /// Parses a text form.
     fn from_str(path: &str) -> Result<Self, PathError> {
-        check(path).map_err(|rule| PathError::new(rule, path))?;
+        // The same name has one form only.
+        let name = names::bytes(path);
+        let path = match &name {
+            Cow::Borrowed(_) => Cow::Borrowed(path),
+            Cow::Owned(name) => names::from_bytes(name),
+        };
+        check(&path, name.len()).map_err(|rule| PathError::new(rule, &path))?;
         Ok(Self(path.into()))
     }
 }
@@ -91,22 +137,27 @@ impl AsRef<str> for RelPath {
 
 impl fmt::Display for RelPath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&udpack::text::printable_within(
+            &names::shown(&self.0),
+            SHOWN,
+        ))
     }
 }
 
 impl fmt::Debug for RelPath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?}", self.0)
+        write!(f, "\"{self}\"")
     }
 }
 
 /// A path was refused: which rule it breaks, and its beginning, safe to print.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("bad name \"{shown}\": {rule}")]
+#[error("bad name \"{shown}\": {rule}{}", More(*got))]
 pub struct PathError {
     rule: PathRule,
     shown: String,
+    /// How many there are of what there are too many of.
+    got: Option<usize>,
 }
 
 impl PathError {
@@ -116,10 +167,26 @@ impl PathError {
     }
 
     fn new(rule: PathRule, path: &str) -> Self {
+        let longest = |path: &str| path.split('/').map(|name| names::bytes(name).len()).max();
         Self {
             rule,
             shown: printable(path),
+            got: match rule {
+                PathRule::TooLong | PathRule::NotPortableLength => Some(names::bytes(path).len()),
+                PathRule::ComponentTooLong | PathRule::NotPortableComponent => longest(path),
+                PathRule::TooDeep | PathRule::NotPortableDepth => Some(path.split('/').count()),
+                _ => None,
+            },
         }
+    }
+}
+
+/// What was counted, behind the limit.
+struct More(Option<usize>);
+
+impl fmt::Display for More {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.map_or(Ok(()), |got| write!(f, ", it has {got}"))
     }
 }
 
@@ -136,7 +203,17 @@ pub enum PathRule {
     /// Two slashes in a row, or one at the end.
     #[error("a component is empty")]
     EmptyComponent,
-    /// A component is `.` or `..`, or would be after compatibility normalisation (NFKC).
+    /// It holds a NUL, which no file system can hold.
+    #[error("it holds a nul")]
+    Nul,
+    /// The first component is the directory that a store keeps for itself, in upper or lower case, or one of the
+    /// files with which it tries the file system.
+    #[error("it is the server's own: {OWN}")]
+    Own,
+    /// It holds bytes that are not UTF-8.
+    #[error("it is not utf-8")]
+    NotUtf8,
+    /// A component is `.` or `..`, or for portable names would be after compatibility normalisation (NFKC).
     #[error("a component is `.` or `..`")]
     DotComponent,
     /// A component is made of dots and spaces alone, or would be after NFKC.
@@ -172,14 +249,26 @@ pub enum PathRule {
     #[error("a component is a reserved device name")]
     Reserved,
     /// A component has more than [`RelPath::MAX_COMPONENT_BYTES`] bytes.
-    #[error("a component is longer than {} bytes", RelPath::MAX_COMPONENT_BYTES)]
+    #[error("a component may have {} bytes", RelPath::MAX_COMPONENT_BYTES)]
     ComponentTooLong,
     /// The path has more than [`RelPath::MAX_BYTES`] bytes.
-    #[error("it is longer than {} bytes", RelPath::MAX_BYTES)]
+    #[error("it may have {} bytes", RelPath::MAX_BYTES)]
     TooLong,
     /// The path has more than [`RelPath::MAX_COMPONENTS`] components.
-    #[error("it has more than {} components", RelPath::MAX_COMPONENTS)]
+    #[error("it may have {} components", RelPath::MAX_COMPONENTS)]
     TooDeep,
+    /// A component has more than [`RelPath::PORTABLE_COMPONENT_BYTES`] bytes.
+    #[error(
+        "a component may have {} bytes here",
+        RelPath::PORTABLE_COMPONENT_BYTES
+    )]
+    NotPortableComponent,
+    /// The path has more than [`RelPath::PORTABLE_BYTES`] bytes.
+    #[error("it may have {} bytes here", RelPath::PORTABLE_BYTES)]
+    NotPortableLength,
+    /// The path has more than [`RelPath::PORTABLE_COMPONENTS`] components.
+    #[error("it may have {} components here", RelPath::PORTABLE_COMPONENTS)]
+    NotPortableDepth,
     /// The path is not in Unicode normalisation form C.
     #[error("it is not in unicode normalisation form c")]
     NotNfc,
@@ -190,36 +279,77 @@ pub enum PathRule {
 
 /// The beginning of a peer's text, escaped so that it can change neither a terminal nor a log.
 pub(crate) fn printable(text: &str) -> String {
-    printable_within(text, 128)
+    udpack::text::printable_within(&names::shown(text), 128)
 }
 
-/// Whether `name`, which holds no `/`, can be a component of a [`RelPath`].
-pub(crate) fn is_component(name: &str) -> bool {
-    check_component(name).is_ok()
+/// Longest path that is shown, in bytes: messages on the wire have a limit, and may hold two.
+const SHOWN: usize = 256;
+
+/// What a root's own directory is called, and begins the names of its own files beside it.
+pub(crate) const OWN: &str = ".udpack";
+const OWN_FILES: &str = ".udpack-probe-";
+
+/// Whether a root keeps this name for itself. Not only as it stands: a file system may fold case.
+fn is_own(first: &str) -> bool {
+    first.eq_ignore_ascii_case(OWN)
+        || first
+            .get(..OWN_FILES.len())
+            .is_some_and(|start| start.eq_ignore_ascii_case(OWN_FILES))
 }
 
-fn check(path: &str) -> Result<(), PathRule> {
+/// Checks a text form whose name has `len` bytes.
+fn check(path: &str, len: usize) -> Result<(), PathRule> {
     if path.is_empty() {
         return Err(PathRule::Empty);
     }
-    if path.len() > RelPath::MAX_BYTES {
+    if len > RelPath::MAX_BYTES {
         return Err(PathRule::TooLong);
     }
     if path.starts_with('/') {
         return Err(PathRule::Absolute);
     }
-    if path.split('/').count() > RelPath::MAX_COMPONENTS {
+    if path.contains('\0') {
+        return Err(PathRule::Nul);
+    }
+    let mut count = 0;
+    for name in path.split('/') {
+        count += 1;
+        match name {
+            "" => return Err(PathRule::EmptyComponent),
+            "." | ".." => return Err(PathRule::DotComponent),
+            name if count == 1 && is_own(name) => return Err(PathRule::Own),
+            name if name.len() > RelPath::MAX_COMPONENT_BYTES
+                && names::bytes(name).len() > RelPath::MAX_COMPONENT_BYTES =>
+            {
+                return Err(PathRule::ComponentTooLong);
+            }
+            _ => {}
+        }
+    }
+    if count > RelPath::MAX_COMPONENTS {
         return Err(PathRule::TooDeep);
+    }
+    Ok(())
+}
+
+fn check_portable(path: &str) -> Result<(), PathRule> {
+    let name = names::bytes(path);
+    let Ok(path) = std::str::from_utf8(&name) else {
+        return Err(PathRule::NotUtf8);
+    };
+    if path.len() > RelPath::PORTABLE_BYTES {
+        return Err(PathRule::NotPortableLength);
+    }
+    if path.split('/').count() > RelPath::PORTABLE_COMPONENTS {
+        return Err(PathRule::NotPortableDepth);
     }
     path.split('/').try_for_each(check_component)
 }
 
+/// The portable rules for one component.
 fn check_component(name: &str) -> Result<(), PathRule> {
-    if name.is_empty() {
-        return Err(PathRule::EmptyComponent);
-    }
-    if name.len() > RelPath::MAX_COMPONENT_BYTES {
-        return Err(PathRule::ComponentTooLong);
+    if name.len() > RelPath::PORTABLE_COMPONENT_BYTES {
+        return Err(PathRule::NotPortableComponent);
     }
     for c in name.chars() {
         match c {
@@ -300,8 +430,17 @@ mod tests {
     use proptest::prelude::*;
     use std::path::{Component, Path};
 
+    fn portable(name: &str) -> Result<RelPath, PathError> {
+        // The marks of bytes as they stand, for names that are none.
+        let path: RelPath = match name.strip_prefix("raw:") {
+            Some(raw) => raw.parse()?,
+            None => names::from_bytes(name.as_bytes()).parse()?,
+        };
+        path.check_portable().map(|()| path)
+    }
+
     #[test]
-    fn accepts_names_word_for_word() {
+    fn accepts_portable_names_word_for_word() {
         let accepted = [
             "a",
             "a.txt",
@@ -369,19 +508,20 @@ mod tests {
             "k",
         ];
         for name in accepted {
-            let path = RelPath::try_from(name).unwrap_or_else(|error| panic!("{error}"));
+            let path = portable(name).unwrap_or_else(|error| panic!("{error}"));
             assert_eq!(path.as_str(), name);
             assert_eq!(path.to_string(), name);
         }
     }
 
     #[test]
-    fn refuses_names_by_rule() {
+    fn refuses_what_is_not_portable_by_rule() {
         let long = "a".repeat(201);
         let emoji = "😀".repeat(100);
         let huge = "a".repeat(4096);
         let long_path = ["a".repeat(100).as_str(); 11].join("/");
         let deep = ["a"; 33].join("/");
+        let endless = ["a"; 257].join("/");
         let refused: &[(&str, PathRule)] = &[
             ("", Empty),
             (".", DotComponent),
@@ -404,7 +544,7 @@ mod tests {
             ("//x", Absolute),
             ("a/", EmptyComponent),
             ("a//b", EmptyComponent),
-            ("....//x", OnlyDotsAndSpaces),
+            ("....//x", EmptyComponent),
             ("..\\x", Backslash),
             ("\\", Backslash),
             ("a\\b", Backslash),
@@ -416,8 +556,8 @@ mod tests {
             ("x::$DATA", Colon),
             (":", Colon),
             ("a/b:c", Colon),
-            ("a\0b", Control),
-            ("\0", Control),
+            ("a\0b", Nul),
+            ("\0", Nul),
             ("a\nb", Control),
             ("a\r", Control),
             ("a\tb", Control),
@@ -450,8 +590,12 @@ mod tests {
             ("a\u{10fffe}", Invisible),
             ("a\u{fdd0}", Invisible),
             (".a", LeadingDot),
-            (".udpack", LeadingDot),
-            (".udpack/lock", LeadingDot),
+            (".udpack", Own),
+            (".UDPack/lock", Own),
+            (".udpack-probe-0", Own),
+            (".udpacked", LeadingDot),
+            ("a/.udpack", LeadingDot),
+            ("raw:caf\u{10ffe9}", NotUtf8),
             (".ssh/authorized_keys", LeadingDot),
             ("a/.b", LeadingDot),
             ("..a", LeadingDot),
@@ -492,11 +636,12 @@ mod tests {
             ("conout$", Reserved),
             ("ｃｏｎ", Reserved),
             ("ｎul.txt", Reserved),
-            (&long, ComponentTooLong),
+            (&long, NotPortableComponent),
             (&emoji, ComponentTooLong),
             (&huge, TooLong),
-            (&long_path, TooLong),
-            (&deep, TooDeep),
+            (&long_path, NotPortableLength),
+            (&deep, NotPortableDepth),
+            (&endless, TooDeep),
             ("e\u{301}.txt", NotNfc),
             ("\u{212a}", NotNfc),
             ("\u{2126}", NotNfc),
@@ -516,7 +661,7 @@ mod tests {
             ("\u{2100}", SeparatorLookalike),
         ];
         for (name, rule) in refused {
-            match RelPath::try_from(*name) {
+            match portable(name) {
                 Ok(path) => panic!("accepted {path:?}, expected: {rule}"),
                 Err(error) => assert_eq!(error.rule(), *rule, "{error}"),
             }
@@ -524,23 +669,103 @@ mod tests {
     }
 
     #[test]
+    fn every_name_that_a_file_can_have_is_accepted() {
+        let longest = "é".repeat(127);
+        for name in [
+            ".env",
+            ".git/config",
+            "Screenshot 12:30:45.png",
+            "a\\b",
+            "aux.c",
+            "-x",
+            " ",
+            "a ",
+            "...",
+            "a\nb",
+            "\u{1b}[2J",
+            "\u{202e}",
+            "e\u{301}",
+            "caf\u{10ffe9}",
+            "\u{10ff80}",
+            "a/.udpack",
+            ".udpacked",
+            &longest,
+        ] {
+            let path: RelPath = name.parse().unwrap_or_else(|error| panic!("{error}"));
+            assert_eq!(path.as_str(), name);
+            assert_eq!(RelPath::from_os(&path.to_os()).unwrap(), path);
+            assert!(path.to_string().chars().all(is_printable), "{path}");
+        }
+    }
+
+    #[test]
+    fn one_name_has_one_form() {
+        // The characters spell the bytes of an `é`.
+        let spelled: RelPath = "\u{10ffc3}\u{10ffa9}".parse().unwrap();
+        assert_eq!(spelled, "é".parse().unwrap());
+    }
+
+    #[test]
     fn limits_are_inclusive() {
-        assert!(RelPath::try_from("a".repeat(200).as_str()).is_ok());
-        assert!(RelPath::try_from("😀".repeat(50).as_str()).is_ok());
-        assert!(RelPath::try_from(["a"; 32].join("/").as_str()).is_ok());
+        let deep = ["a"; RelPath::MAX_COMPONENTS].join("/");
+        let raw = "\u{10ffe9}".repeat(RelPath::MAX_COMPONENT_BYTES);
+        let full = ["a".repeat(255).as_str(); 15].join("/") + "/" + &"a".repeat(255);
+        assert_eq!(full.len(), RelPath::MAX_BYTES);
+        for name in [&deep, &raw, &full] {
+            name.parse::<RelPath>()
+                .unwrap_or_else(|error| panic!("{error}"));
+        }
+        for (name, rule, text) in [
+            (
+                format!("{deep}/a"),
+                TooDeep,
+                "it may have 256 components, it has 257",
+            ),
+            (
+                format!("{raw}a"),
+                ComponentTooLong,
+                "a component may have 255 bytes, it has 256",
+            ),
+            (
+                format!("{full}a"),
+                TooLong,
+                "it may have 4095 bytes, it has 4096",
+            ),
+        ] {
+            let error = name.parse::<RelPath>().unwrap_err();
+            assert_eq!(error.rule(), rule);
+            assert!(error.to_string().ends_with(text), "{error}");
+        }
+    }
+
+    #[test]
+    fn portable_limits_are_inclusive() {
+        assert!(portable(&"a".repeat(200)).is_ok());
+        assert!(portable(&"😀".repeat(50)).is_ok());
+        assert!(portable(&["a"; 32].join("/")).is_ok());
         let full = format!(
             "{}/{}",
             ["a".repeat(200).as_str(); 5].join("/"),
             "a".repeat(19)
         );
-        assert_eq!(full.len(), 1024);
-        assert!(RelPath::try_from(full.as_str()).is_ok());
+        assert_eq!(full.len(), RelPath::PORTABLE_BYTES);
+        assert!(portable(&full).is_ok());
         assert_eq!(
-            RelPath::try_from(format!("{full}a").as_str())
-                .unwrap_err()
-                .rule(),
-            TooLong
+            portable(&format!("{full}a")).unwrap_err().rule(),
+            NotPortableLength
         );
+    }
+
+    #[test]
+    fn two_bad_names_are_told_apart() {
+        let text = |name: &[u8]| {
+            names::from_bytes(name)
+                .parse::<RelPath>()
+                .unwrap_err()
+                .to_string()
+        };
+        assert_ne!(text(b"\xe9/.."), text(b"\xe8/.."));
+        assert!(text(b"\xe9/..").contains("\\xe9"));
     }
 
     #[test]
@@ -551,12 +776,12 @@ mod tests {
             &"é".repeat(1000),
             &"\u{10ffff}".repeat(255),
         ] {
-            let text = RelPath::try_from(name).unwrap_err().to_string();
+            let text = portable(name).unwrap_err().to_string();
             assert!(text.chars().all(is_printable), "{text}");
             assert!(printable(name).len() <= 128, "{text}");
         }
         assert_eq!(
-            RelPath::try_from("a\nb").unwrap_err().to_string(),
+            portable("a\nb").unwrap_err().to_string(),
             "bad name \"a\\nb\": it holds a control character"
         );
     }
@@ -586,18 +811,20 @@ mod tests {
         #[test]
         fn what_parses_stays_below_its_root(name in hostile()) {
             if let Ok(path) = RelPath::try_from(name.as_str()) {
-                prop_assert_eq!(path.as_str(), &name);
-                prop_assert_eq!(&path.to_string().parse::<RelPath>().unwrap(), &path);
+                prop_assert_eq!(&*path.to_bytes(), &*names::bytes(&name));
+                prop_assert_eq!(&path.as_str().parse::<RelPath>().unwrap(), &path);
                 let root = Path::new("/root/of/it");
-                let joined = root.join(path.as_str());
+                let joined = root.join(path.to_os());
                 prop_assert!(joined.starts_with(root));
                 let below = joined.components().skip(root.components().count());
                 prop_assert!(below.clone().all(|part| matches!(part, Component::Normal(_))));
                 prop_assert_eq!(below.count(), path.components().count());
-                prop_assert_eq!(path.components().collect::<Vec<_>>().join("/"), name.as_str());
+                prop_assert_eq!(path.components().collect::<Vec<_>>().join("/"), path.as_str());
+            }
+            if name.parse::<RelPath>().is_ok_and(|path| path.check_portable().is_ok()) {
                 let folded: String = name.nfkc().collect();
                 prop_assert!(folded.split('/').all(|part| !["", ".", ".."].contains(&part)));
-                prop_assert_eq!(folded.split('/').count(), path.components().count());
+                prop_assert_eq!(folded.split('/').count(), name.split('/').count());
             }
         }
 

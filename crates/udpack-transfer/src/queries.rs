@@ -6,6 +6,7 @@ use serde::Serialize;
 use udpack::{Channel, Fault, FieldError, Message, SendError, Tenant};
 
 use crate::hook::{Access, Hook, HookAccess};
+use crate::names;
 use crate::places::{self, Places};
 use crate::scope::Scope;
 use crate::store::{Entry, Kind, List, Page, Store, StoreError, check_target};
@@ -41,10 +42,10 @@ enum Query {
 impl Query {
     fn read(message: &Message) -> Result<Option<Self>, FieldError> {
         let fields = message.fields()?;
-        let path = || fields.str("path").map(str::to_owned);
+        let path = || names::field(&fields, "path");
         let path_or_root = || {
-            let path = fields.opt_str("path")?;
-            Ok::<_, FieldError>(path.unwrap_or("").to_owned())
+            let path = names::opt_field(&fields, "path")?;
+            Ok::<_, FieldError>(path.unwrap_or_default())
         };
         let recursive = || {
             let recursive = fields.opt_bool("recursive")?;
@@ -55,7 +56,7 @@ impl Query {
             "list" => Self::List {
                 path: path_or_root()?,
                 recursive: recursive()?,
-                after: fields.opt_str("after")?.map(str::to_owned),
+                after: names::opt_field(&fields, "after")?,
                 limit: fields.opt_u64("limit")?.unwrap_or(PAGE),
             },
             "remove" => Self::Remove {
@@ -240,7 +241,7 @@ fn look(store: &Store, scope: &Scope, query: Query) -> Result<Found, StoreError>
         Query::Remove { path, recursive } => {
             let removed = store.remove(&scope.inside(&path)?, recursive)?;
             tracing::info!(
-                path,
+                path = names::shown(&path),
                 files = removed.files,
                 bytes = removed.bytes,
                 "removed"
@@ -263,14 +264,20 @@ fn look(store: &Store, scope: &Scope, query: Query) -> Result<Found, StoreError>
 
 #[derive(Serialize)]
 struct EntryFields<'a> {
+    #[serde(serialize_with = "names::serialize")]
     path: &'a str,
     kind: &'static str,
     size: u64,
     mtime: i64,
     mtime_ns: u32,
     mode: u32,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(
+        skip_serializing_if = "Option::is_none",
+        serialize_with = "names::serialize_opt"
+    )]
     target: Option<&'a str>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    unread: bool,
 }
 
 impl<'a> EntryFields<'a> {
@@ -287,12 +294,14 @@ impl<'a> EntryFields<'a> {
                 Kind::File => "file",
                 Kind::Dir => "dir",
                 Kind::Link => "link",
+                Kind::Other => "other",
             },
             size: entry.size,
             mtime: entry.mtime.secs,
             mtime_ns: entry.mtime.nanos,
             mode: entry.mode,
             target: entry.target.as_deref().filter(below),
+            unread: entry.unread,
         }
     }
 }
@@ -327,8 +336,8 @@ impl<'a> PageFields<'a> {
 
 /// Bytes of a page beside its entries, at most.
 const PAGE_BYTES: usize = 64;
-/// Bytes of an entry beside its path and target, at most: seven keys and what they stand before.
-const ENTRY_BYTES: usize = 96;
+/// Bytes of an entry beside its path and target, at most: eight keys and what they stand before.
+const ENTRY_BYTES: usize = 104;
 
 #[derive(Serialize)]
 struct RemovedFields {

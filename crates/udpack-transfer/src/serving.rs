@@ -576,8 +576,8 @@ impl<'a> Serving<'a> {
                 })
                 .await;
         }
-        self.make(offer.id, move |store, _| {
-            let same = store.make_link(&path, &offer.target, offer.if_exists)?;
+        self.make(offer.id, move |store, tenant| {
+            let same = store.make_link_for(&path, &offer.target, offer.if_exists, tenant)?;
             Ok((path, same))
         });
         Ok(())

@@ -92,6 +92,20 @@ pub struct Meta {
     pub mode: Option<u32>,
 }
 
+impl Meta {
+    /// What of it a copy gets: all, or without the time the permissions that the mask leaves, or nothing.
+    pub(crate) fn kept(self, preserve: bool, umask: Option<u32>) -> Self {
+        if preserve {
+            return self;
+        }
+        let mode = self.mode.zip(umask);
+        Self {
+            mtime: None,
+            mode: mode.map(|(mode, umask)| mode & 0o777 & !umask),
+        }
+    }
+}
+
 /// A quota of its own for what one client may store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tenant {
@@ -133,9 +147,14 @@ pub struct StoreConfig {
     /// Bytes of the file system that uploads leave free. Defaults to `None`: a twentieth of the
     /// file system, or 1 GiB if that is less.
     pub min_free: Option<u64>,
+    /// Which names may be stored. Defaults to [`Names::Any`].
+    pub names: Names,
     /// What a client may ask for, at most, when the name is taken. Defaults to
     /// [`Overwrite::Never`].
     pub overwrite: Overwrite,
+    /// Most interrupted uploads kept of one owner: what is beyond must not be resumable, or wait until some are
+    /// resumed, removed or expired. Defaults to 1,024.
+    pub max_suspended: usize,
     /// Most uploads open at a time. Defaults to 256; each holds one file descriptor.
     pub max_open: usize,
     /// How long an interrupted upload is kept after its last write. Defaults to 24 hours.
@@ -166,13 +185,26 @@ impl Default for StoreConfig {
             max_file: None,
             quota: None,
             min_free: None,
+            names: Names::Any,
             overwrite: Overwrite::Never,
+            max_suspended: 1024,
             max_open: 256,
             expire: Duration::from_secs(24 * 60 * 60),
             sync: SyncPolicy::Auto,
             shared: false,
         }
     }
+}
+
+/// Which names a store takes for what is stored in it. What lies there already is listed, read and removed whatever it
+/// is called.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Names {
+    /// Every [`RelPath`] that the file system can hold.
+    #[default]
+    Any,
+    /// Those that every operating system can hold: see [`RelPath::check_portable`].
+    Portable,
 }
 
 /// What a server grants to clients whose file's name is taken.
@@ -364,15 +396,15 @@ impl Store {
             size,
             if_exists,
             owner,
-            tenant,
             ..
         } = *new;
+        inner.check_name(path)?;
         inner.check_policy(if_exists)?;
         let limit = inner.max_file();
         if let Some(size) = size.filter(|size| *size > limit) {
             return Err(StoreError::TooLarge { size, limit });
         }
-        let mut reservation = Reservation::open(inner, path, tenant)?;
+        let mut reservation = Reservation::open(inner, new)?;
         // What is always sent whole loses nothing when only its end finds the name taken.
         let decided_late = owner.is_none() && if_exists != IfExists::Skip;
         let unlooked = decided_late && new.whole && !inner.expects_taken();
@@ -382,7 +414,18 @@ impl Store {
             inner.found_taken();
             return Ok(Begin::Exists(existing));
         }
+        if if_exists == IfExists::Overwrite
+            && let Some(size) = inner.replaceable(path)
+        {
+            reservation.replaces(size);
+        }
         let key = owner.map(|owner| Key::new(owner, path));
+        if let (Some(owner), Some(key)) = (owner, &key) {
+            let (state, limit) = (inner.state(), inner.config.max_suspended);
+            if !state.suspended.contains_key(key) && state.keeps(owner, limit) {
+                return Err(StoreError::TooManySuspended { limit });
+            }
+        }
         if let Some(key) = &key
             && !reservation.adopt(key)
         {
@@ -434,7 +477,7 @@ impl Store {
             used: state.accounts.used(&None),
             reserved: state.accounts.reserved(&None),
             open: state.open,
-            suspended: state.suspended.values().sum(),
+            suspended: state.suspended(&None),
         }
     }
 }
@@ -536,18 +579,40 @@ struct State {
     open: usize,
     /// Resumable uploads under way, which nobody else may begin.
     live: HashSet<Key>,
-    /// Interrupted uploads, and the bytes each holds.
-    suspended: HashMap<Key, u64>,
+    /// Interrupted uploads.
+    suspended: HashMap<Key, Kept>,
+}
+
+/// An interrupted upload.
+#[derive(Debug)]
+struct Kept {
+    /// Whose it is; empty when its journal cannot be read.
+    owner: String,
+    /// Where it is to go; `None` when its journal cannot be read.
+    path: Option<RelPath>,
+    /// Bytes it holds.
+    held: u64,
 }
 
 impl State {
-    /// Bytes held by interrupted uploads. They count against the store's own quota; whose they will be
-    /// once they are stored is not known before.
+    /// Bytes held by interrupted uploads to below the prefix.
     fn suspended(&self, prefix: &Option<RelPath>) -> u64 {
-        match prefix {
-            None => self.suspended.values().sum(),
-            Some(_) => 0,
-        }
+        let below = self.suspended.values().filter(|kept| match &kept.path {
+            Some(path) => quota::is_below(path, prefix),
+            None => prefix.is_none(),
+        });
+        below.fold(0, |sum, kept| sum.saturating_add(kept.held))
+    }
+
+    /// Whether this owner has this many interrupted uploads.
+    fn keeps(&self, owner: &str, limit: usize) -> bool {
+        self.suspended.len() >= limit
+            && self
+                .suspended
+                .values()
+                .filter(|kept| kept.owner == owner)
+                .count()
+                >= limit
     }
 }
 
@@ -575,6 +640,13 @@ impl Inner {
         self.config.max_file.unwrap_or(OFFSET_MAX).min(OFFSET_MAX)
     }
 
+    fn check_name(&self, path: &RelPath) -> Result<(), StoreError> {
+        match self.config.names {
+            Names::Any => Ok(()),
+            Names::Portable => Ok(path.check_portable()?),
+        }
+    }
+
     fn check_policy(&self, asked: IfExists) -> Result<(), StoreError> {
         let granted = self.config.overwrite;
         if asked.needs() > granted {
@@ -584,11 +656,13 @@ impl Inner {
     }
 
     /// Checks that `need` more bytes may be stored, of which `held` are on the disk already, and says
-    /// how many may be, with the lock held so that they can be taken.
+    /// how many may be, with the lock held so that they can be taken. `credit` are bytes that take no room of a quota:
+    /// those of a file that goes for them.
     fn room(
         &self,
         need: u64,
         held: u64,
+        credit: u64,
         tenant: Option<&Tenant>,
     ) -> Result<(MutexGuard<'_, State>, u64), StoreError> {
         let quota = self.config.quota.map(|quota| (&None, quota));
@@ -596,7 +670,11 @@ impl Inner {
         for (prefix, quota) in quota.into_iter().chain(own) {
             let mut state = self.state();
             let quota = quota.saturating_sub(state.suspended(prefix));
-            let Some(before) = state.accounts.begin_count(prefix, quota, need) else {
+            let Some(before) =
+                state
+                    .accounts
+                    .begin_count(prefix, quota, need.saturating_sub(credit))
+            else {
                 continue;
             };
             drop(state);
@@ -614,7 +692,8 @@ impl Inner {
         for (prefix, quota) in quota.into_iter().chain(own) {
             let left = state
                 .accounts
-                .left(prefix, quota.saturating_sub(state.suspended(prefix)));
+                .left(prefix, quota.saturating_sub(state.suspended(prefix)))
+                .saturating_add(credit);
             if left < need {
                 return Err(StoreError::Quota { need, left, quota });
             }
@@ -639,12 +718,24 @@ impl Inner {
     }
 
     /// The upload of this key could not be taken up: what it holds stays as it was.
-    fn abandon(&self, key: &Key, held: u64) {
+    fn abandon(&self, key: &Key, held: u64, new: &NewFile<'_>) {
         let mut state = self.state();
         state.live.remove(key);
         if held > 0 {
-            state.suspended.insert(key.clone(), held);
+            let kept = Kept {
+                owner: new.owner.unwrap_or_default().to_owned(),
+                path: Some(new.path.clone()),
+                held,
+            };
+            state.suspended.insert(key.clone(), kept);
         }
+    }
+
+    /// The size of the regular file that has the name, if one has.
+    fn replaceable(&self, path: &RelPath) -> Option<u64> {
+        let dir = self.disk.parent(path).ok()??;
+        let there = disk::look(&dir, path.file_name()).ok()??;
+        there.is_file().then(|| there.len())
     }
 
     /// Forgets interrupted uploads that somebody else removed.
@@ -723,6 +814,8 @@ impl Inner {
 struct Reservation {
     inner: Arc<Inner>,
     tenant: Option<Tenant>,
+    /// Whose upload it is, when it can be resumed.
+    owner: Option<Box<str>>,
     /// Its number in the accounts.
     upload: u64,
     bytes: u64,
@@ -734,11 +827,7 @@ struct Reservation {
 }
 
 impl Reservation {
-    fn open(
-        inner: &Arc<Inner>,
-        path: &RelPath,
-        tenant: Option<&Tenant>,
-    ) -> Result<Self, StoreError> {
+    fn open(inner: &Arc<Inner>, new: &NewFile<'_>) -> Result<Self, StoreError> {
         let limit = inner.config.max_open;
         let mut state = inner.state();
         if state.open >= limit {
@@ -747,8 +836,9 @@ impl Reservation {
         state.open += 1;
         Ok(Self {
             inner: Arc::clone(inner),
-            tenant: tenant.cloned(),
-            upload: state.accounts.open(path),
+            tenant: new.tenant.cloned(),
+            owner: new.owner.map(Into::into),
+            upload: state.accounts.open(new.path),
             bytes: 0,
             unwritten: 0,
             open: true,
@@ -761,14 +851,25 @@ impl Reservation {
         let mut state = self.inner.state();
         let free = state.live.insert(key.clone());
         if free {
-            self.held = state.suspended.remove(key).unwrap_or(0);
+            self.held = state.suspended.remove(key).map_or(0, |kept| kept.held);
         }
         free
     }
 
     /// The upload is interrupted: what it holds counts as that from now on.
     fn suspend(self, key: Key, held: u64) {
-        self.inner.state().suspended.insert(key, held);
+        let mut state = self.inner.state();
+        let kept = Kept {
+            owner: self.owner.as_deref().unwrap_or_default().to_owned(),
+            path: state.accounts.path(self.upload),
+            held,
+        };
+        state.suspended.insert(key, kept);
+    }
+
+    /// The upload is to replace a file of this size.
+    fn replaces(&self, size: u64) {
+        self.inner.state().accounts.replaces(self.upload, size);
     }
 
     /// Gives the place among the open uploads back before the bytes.
@@ -782,7 +883,9 @@ impl Reservation {
     /// Reserves `need` more bytes, and `spare` beyond them if there is room.
     fn reserve(&mut self, need: u64, spare: u64) -> Result<(), StoreError> {
         let held = std::mem::take(&mut self.held).min(need);
-        let (mut state, room) = self.inner.room(need, held, self.tenant.as_ref())?;
+        let credit = self.inner.state().accounts.credit(self.upload);
+        let tenant = self.tenant.as_ref();
+        let (mut state, room) = self.inner.room(need, held, credit, tenant)?;
         let taken = need.saturating_add(spare).min(room);
         state.accounts.promise(self.upload, taken);
         state.unwritten = state.unwritten.saturating_add(taken);

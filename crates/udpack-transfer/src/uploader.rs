@@ -55,6 +55,7 @@ pub struct Uploader {
     lanes: usize,
     if_exists: IfExists,
     preserve: bool,
+    umask: Option<u32>,
     resume: bool,
     limiter: Limiter,
 }
@@ -68,6 +69,7 @@ impl Uploader {
             lanes: 4,
             if_exists: IfExists::default(),
             preserve: false,
+            umask: None,
             resume: true,
             limiter: Limiter::unlimited(),
         }
@@ -88,6 +90,13 @@ impl Uploader {
     /// Gives what is stored the modification time and the permission bits that it has here. Defaults to no.
     pub fn preserve(mut self, preserve: bool) -> Self {
         self.preserve = preserve;
+        self
+    }
+
+    /// Without [`preserve`](Self::preserve), gives what is stored its permission bits all the same, but for these, as
+    /// `cp` does with the umask. Defaults to `None`: files are for their owner only.
+    pub fn umask(mut self, umask: Option<u32>) -> Self {
+        self.umask = umask;
         self
     }
 
@@ -983,11 +992,8 @@ impl Lane<'_> {
 
     /// What of it is preserved.
     fn kept(&self, meta: Meta) -> MetaFields {
-        if self.shared.uploader.preserve {
-            meta.into()
-        } else {
-            MetaFields::default()
-        }
+        meta.kept(self.shared.uploader.preserve, self.shared.uploader.umask)
+            .into()
     }
 
     async fn resumed(self, id: u64, source: &Source, bytes: u64) {

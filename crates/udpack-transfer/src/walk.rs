@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 
 use crate::error::TransferError;
 use crate::glob::Exclude;
-use crate::path::{PathRule, RelPath};
+use crate::names;
+use crate::path::RelPath;
 use crate::source::{self, Source};
 
 /// Walks a file or a directory, depth first; what is in a directory comes before the directory itself.
@@ -185,17 +186,10 @@ impl Walk {
         let name = checked(local, remote)?;
         if metadata.is_symlink() {
             let target = fs::read_link(local).map_err(unreadable)?;
-            let target = target.into_os_string().into_string();
-            return match target {
-                Ok(target) => Ok(Some(What::Link {
-                    remote: name,
-                    target,
-                })),
-                Err(_) => Err(TransferError::Name {
-                    path: local.to_owned(),
-                    reason: "it points to a name that is not UTF-8".to_owned(),
-                }),
-            };
+            return Ok(Some(What::Link {
+                remote: name,
+                target: names::from_os(target.as_os_str()).into_owned(),
+            }));
         }
         if !metadata.is_file() {
             return Err(TransferError::NotAFile {
@@ -265,7 +259,7 @@ impl Iterator for Walk {
                     }
                     Some(Ok(entry)) => {
                         let file_name = entry.file_name();
-                        let name = file_name.to_string_lossy();
+                        let name = names::from_os(&file_name);
                         let local = entry.path();
                         let remote = join(&level.remote, &name);
                         let relative = join(&level.relative, &name);
@@ -304,17 +298,8 @@ fn checked(local: &Path, remote: &str) -> Result<RelPath, TransferError> {
         path: local.to_owned(),
         reason,
     };
-    if remote.contains(char::REPLACEMENT_CHARACTER) && local.to_str().is_none() {
-        return Err(refused("its name is not UTF-8".to_owned()));
-    }
-    remote.parse::<RelPath>().map_err(|error| {
-        refused(match error.rule() {
-            PathRule::NotNfc => {
-                format!("{error}; rename it to its composed form (convmv --nfc does it)")
-            }
-            _ => error.to_string(),
-        })
-    })
+    let parsed = remote.parse::<RelPath>();
+    parsed.map_err(|error| refused(error.to_string()))
 }
 
 #[cfg(test)]
@@ -322,7 +307,6 @@ mod tests {
     use std::os::unix::fs::{PermissionsExt as _, symlink};
 
     use super::*;
-    use crate::error::ErrorKind;
 
     /// Every entry as one word and its name, in an order of its own.
     fn walked(walk: Walk) -> Vec<String> {
@@ -454,7 +438,7 @@ mod tests {
     fn what_cannot_be_sent_says_so_and_stops_nothing() {
         let dir = tempfile::tempdir().expect("a directory");
         let root = dir.path();
-        for name in [".hidden", "e\u{301}", "good", "back\\slash"] {
+        for name in [".hidden", ".udpack", "e\u{301}", "good", "back\\slash"] {
             fs::write(root.join(name), "x").expect("write");
         }
         let raw = std::os::unix::ffi::OsStrExt::from_bytes(b"raw\xff");
@@ -464,18 +448,14 @@ mod tests {
             walked(Walk::new(root, "")),
             [
                 "LocalFile socket",
-                "Policy .hidden",
-                "Policy back\\slash",
-                "Policy e\u{301}",
-                "Policy raw\u{fffd}",
+                "Policy .udpack",
+                "file .hidden 1",
+                "file back\\slash 1",
+                "file e\u{301} 1",
                 "file good 1",
+                "file raw\\xff 1",
             ]
         );
-        let nfd = Walk::new(root.join("e\u{301}"), "e\u{301}").next();
-        let Some(What::Failed(error)) = nfd.map(|found| found.what) else {
-            panic!("not NFC");
-        };
-        assert!(error.to_string().contains("convmv"), "{error}");
         assert_eq!(
             walked(Walk::new(root.join("missing"), "m")),
             ["LocalFile m"]
@@ -485,7 +465,6 @@ mod tests {
         fs::set_permissions(&closed, fs::Permissions::from_mode(0o000)).expect("chmod");
         if fs::read_dir(&closed).is_err() {
             assert_eq!(walked(Walk::new(&closed, "c")), ["LocalFile c"]);
-            assert_eq!(error.kind(), ErrorKind::Policy);
         }
         fs::set_permissions(&closed, fs::Permissions::from_mode(0o700)).expect("chmod");
     }
@@ -493,11 +472,14 @@ mod tests {
     #[test]
     fn a_tree_deeper_than_names_may_be_ends_in_an_error() {
         let dir = tempfile::tempdir().expect("a directory");
-        let deep = ["d"; 40].join("/");
+        let deep = ["d"; RelPath::MAX_COMPONENTS + 7].join("/");
         fs::create_dir_all(dir.path().join(deep)).expect("mkdir");
         assert_eq!(
             walked(Walk::new(dir.path(), "")),
-            [format!("Policy {}", ["d"; 33].join("/"))]
+            [format!(
+                "Policy {}",
+                ["d"; RelPath::MAX_COMPONENTS + 1].join("/")
+            )]
         );
     }
 }

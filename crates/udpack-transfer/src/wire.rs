@@ -6,6 +6,7 @@ use bytes::Bytes;
 use serde::Serialize;
 use udpack::{Channel, FieldError, Fields, Message};
 
+use crate::names;
 use crate::store::{IfExists, Meta, Synced, Time};
 
 /// Bytes of file in one `chunk` that this library sends and likes to get.
@@ -226,7 +227,7 @@ pub fn decode(message: &Message) -> Result<Option<Request>, BadMessage> {
         "dir" => read("dir", message, |fields| {
             Ok(Request::Dir(DirOffer {
                 id: fields.u64("id")?,
-                path: fields.str("path")?.to_owned(),
+                path: names::field(fields, "path")?,
                 meta: meta(fields)?,
             }))
         }),
@@ -234,7 +235,7 @@ pub fn decode(message: &Message) -> Result<Option<Request>, BadMessage> {
         "get" => read("get", message, |fields| {
             Ok(Request::Get(Wish {
                 id: fields.u64("id")?,
-                path: fields.str("path")?.to_owned(),
+                path: names::field(fields, "path")?,
                 have: have(fields)?,
                 rate: fields.opt_u64("rate")?,
             }))
@@ -309,8 +310,8 @@ fn link(message: &Message) -> Result<Request, BadMessage> {
     let (offer, word) = read("link", message, |fields| {
         let offer = LinkOffer {
             id: fields.u64("id")?,
-            path: fields.str("path")?.to_owned(),
-            target: fields.str("target")?.to_owned(),
+            path: names::field(fields, "path")?,
+            target: names::field(fields, "target")?,
             if_exists: IfExists::default(),
         };
         Ok((offer, fields.opt_str("if_exists")?.map(str::to_owned)))
@@ -362,7 +363,7 @@ fn put(message: &Message) -> Result<Request, BadMessage> {
         let bytes = message.raw().slice_ref(fields.bin("data")?);
         let offer = Offer {
             id: fields.u64("id")?,
-            path: fields.str("path")?.to_owned(),
+            path: names::field(fields, "path")?,
             size: Some(bytes.len() as u64),
             meta: meta(fields)?,
             if_exists: IfExists::default(),
@@ -397,7 +398,7 @@ fn file(message: &Message) -> Result<Request, BadMessage> {
             } else {
                 fields.u64("id")?
             },
-            path: fields.str(path)?.to_owned(),
+            path: names::field(fields, path)?,
             size: fields.opt_u64(size)?,
             meta: meta(fields)?,
             if_exists: IfExists::default(),
@@ -588,7 +589,7 @@ pub fn decode_reply(message: &Message) -> Result<Option<Reply>, BadMessage> {
         "done" => read("done", message, |fields| {
             Ok(Reply::Done {
                 id: fields.u64("id")?,
-                path: fields.str("path")?.to_owned(),
+                path: names::field(fields, "path")?,
                 size: fields.u64("size")?,
                 hash: hash("hash", fields.bin("hash")?)?,
                 same: fields.opt_bool("same")?.unwrap_or(false),
@@ -598,7 +599,7 @@ pub fn decode_reply(message: &Message) -> Result<Option<Reply>, BadMessage> {
         "file" => read("file", message, |fields| {
             Ok(Reply::File {
                 id: fields.u64("id")?,
-                path: fields.str("path")?.to_owned(),
+                path: names::field(fields, "path")?,
                 size: fields.u64("size")?,
                 meta: meta(fields)?,
             })
@@ -645,6 +646,7 @@ pub(crate) fn printable(text: &str) -> String {
 #[derive(Serialize)]
 pub(crate) struct FileFields<'a> {
     pub(crate) id: u64,
+    #[serde(serialize_with = "names::serialize")]
     pub(crate) path: &'a str,
     pub(crate) size: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -666,6 +668,7 @@ pub(crate) struct FileFields<'a> {
 #[derive(Serialize)]
 pub(crate) struct PutFields<'a> {
     pub(crate) id: u64,
+    #[serde(serialize_with = "names::serialize")]
     pub(crate) path: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) mtime: Option<i64>,
@@ -681,6 +684,7 @@ pub(crate) struct PutFields<'a> {
 #[derive(Serialize)]
 pub(crate) struct DirFields<'a> {
     pub(crate) id: u64,
+    #[serde(serialize_with = "names::serialize")]
     pub(crate) path: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) mtime: Option<i64>,
@@ -693,7 +697,9 @@ pub(crate) struct DirFields<'a> {
 #[derive(Serialize)]
 pub(crate) struct LinkFields<'a> {
     pub(crate) id: u64,
+    #[serde(serialize_with = "names::serialize")]
     pub(crate) path: &'a str,
+    #[serde(serialize_with = "names::serialize")]
     pub(crate) target: &'a str,
     pub(crate) if_exists: &'a str,
 }
@@ -701,6 +707,7 @@ pub(crate) struct LinkFields<'a> {
 #[derive(Serialize)]
 pub(crate) struct GetFields<'a> {
     pub(crate) id: u64,
+    #[serde(serialize_with = "names::serialize")]
     pub(crate) path: &'a str,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) have: Vec<(u64, u64, Hash)>,
@@ -755,6 +762,7 @@ pub(crate) struct AckFields {
 #[derive(Serialize)]
 pub(crate) struct DoneFields<'a> {
     pub(crate) id: u64,
+    #[serde(serialize_with = "names::serialize")]
     pub(crate) path: &'a str,
     pub(crate) size: u64,
     pub(crate) hash: Hash,

@@ -17,6 +17,7 @@ use tracing::Span;
 use udpack::Place;
 
 use crate::hook::{Hook, HookStored, HookWhole};
+use crate::names;
 use crate::path::RelPath;
 use crate::places::Slot;
 use crate::store::{
@@ -615,7 +616,7 @@ impl Worker {
         let len = existing.len();
         if offer.if_exists == IfExists::Skip {
             let hash = existing.hash(&mut |_| {})?;
-            return Ok(self.was_there(existing.path().to_string(), len, hash));
+            return Ok(self.was_there(existing.path().as_str().to_owned(), len, hash));
         }
         if offer.size.is_some_and(|size| size != len) {
             return Err(StoreError::Exists { path: path.clone() });
@@ -743,7 +744,7 @@ impl Worker {
             (None, None) => *received.finalize().as_bytes(),
         };
         Ok(match with {
-            Compared::Existing(_) => self.was_there(path.to_string(), size, hash),
+            Compared::Existing(_) => self.was_there(path.as_str().to_owned(), size, hash),
             Compared::Known(published) => self.done(published),
         })
     }
@@ -997,7 +998,7 @@ impl Publisher {
                         && !published.same
                     {
                         hook.done(HookStored {
-                            file: self.store.root().join(&published.path),
+                            file: self.store.root().join(&*names::os(&published.path)),
                             path: published.path.clone(),
                             size: published.size,
                             hash: published.hash,

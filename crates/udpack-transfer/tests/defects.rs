@@ -130,14 +130,7 @@ async fn b11_a_filename_does_not_lead_out_of_the_root() {
         fs::write(&outside, "as it was").expect("a file");
         let absolute = outside.to_string_lossy().into_owned();
         let mut lane = RawLane::open(&socket).await;
-        for name in [
-            "../outside",
-            "a/../../outside",
-            &absolute,
-            "..\\outside",
-            ".",
-            "a/..",
-        ] {
+        for name in ["../outside", "a/../../outside", &absolute, ".", "a/.."] {
             lane.say(&short_file(name, 4)).await;
             lane.say(&short_chunk(b"evil")).await;
             lane.say(&short_finish()).await;

@@ -304,7 +304,7 @@ fn page(entries: Vec<V>, more: bool) -> V {
 async fn lists_that_lead_elsewhere_or_never_end_are_refused() {
     bounded(async {
         type Pages = fn(usize) -> V;
-        let scripts: [(&str, Pages); 19] = [
+        let scripts: [(&str, Pages); 18] = [
             ("above", |_| page(vec![entry("d/../x", "file")], false)),
             ("above the root", |_| {
                 page(vec![entry("../x", "file")], false)
@@ -312,12 +312,9 @@ async fn lists_that_lead_elsewhere_or_never_end_are_refused() {
             ("absolute", |_| {
                 page(vec![entry("/etc/passwd", "file")], false)
             }),
-            ("hidden", |_| page(vec![entry("d/.ssh", "dir")], false)),
-            ("a backslash", |_| {
-                page(vec![entry("d/a\\b", "file")], false)
-            }),
-            ("a control character", |_| {
-                page(vec![entry("d/a\nb", "file")], false)
+            ("a nul", |_| page(vec![entry("d/a\0b", "file")], false)),
+            ("an empty component", |_| {
+                page(vec![entry("d//b", "file")], false)
             }),
             ("no name", |_| page(vec![entry("", "file")], false)),
             ("beside", |_| page(vec![entry("e", "file")], false)),

@@ -113,6 +113,14 @@ fn text(text: &str) -> Value {
     Value::Str(text.to_owned())
 }
 
+/// A name, from its text form.
+fn name(text: &str) -> Value {
+    match String::from_utf8(udpack_transfer::names::bytes(text).into_owned()) {
+        Ok(name) => Value::Str(name),
+        Err(raw) => Value::Bin(raw.into_bytes()),
+    }
+}
+
 fn int(number: impl Into<i128>) -> Option<Value> {
     Some(Value::Int(number.into()))
 }
@@ -159,7 +167,7 @@ fn asked(request: Request) -> Said {
             };
             let mut said = vec![
                 ("id", int(offer.id).filter(|_| !offer.short)),
-                (path, Some(text(&offer.path))),
+                (path, Some(name(&offer.path))),
                 (size, offer.size.and_then(int)),
                 ("if_exists", policy(offer.if_exists)),
                 ("resume", flag(offer.resume)),
@@ -171,7 +179,7 @@ fn asked(request: Request) -> Said {
         Request::Put(put) => {
             let mut said = vec![
                 ("id", int(put.offer.id)),
-                ("path", Some(text(&put.offer.path))),
+                ("path", Some(name(&put.offer.path))),
                 ("if_exists", policy(put.offer.if_exists)),
                 ("run", put.offer.run.and_then(|run| bin(&run))),
                 ("hash", bin(&put.hash)),
@@ -183,19 +191,19 @@ fn asked(request: Request) -> Said {
             said
         }
         Request::Dir(offer) => {
-            let mut said = vec![("id", int(offer.id)), ("path", Some(text(&offer.path)))];
+            let mut said = vec![("id", int(offer.id)), ("path", Some(name(&offer.path)))];
             said.extend(meta(offer.meta));
             said
         }
         Request::Link(offer) => vec![
             ("id", int(offer.id)),
-            ("path", Some(text(&offer.path))),
-            ("target", Some(text(&offer.target))),
+            ("path", Some(name(&offer.path))),
+            ("target", Some(name(&offer.target))),
             ("if_exists", policy(offer.if_exists)),
         ],
         Request::Get(wish) => vec![
             ("id", int(wish.id)),
-            ("path", Some(text(&wish.path))),
+            ("path", Some(name(&wish.path))),
             ("have", ranges(&wish.have)),
             ("rate", wish.rate.and_then(int)),
         ],
@@ -232,7 +240,7 @@ fn answered(reply: Reply) -> Said {
             sync,
         } => vec![
             ("id", int(id)),
-            ("path", Some(text(&path))),
+            ("path", Some(name(&path))),
             ("size", int(size)),
             ("hash", bin(&hash)),
             ("same", flag(same)),
@@ -253,7 +261,7 @@ fn answered(reply: Reply) -> Said {
         } => {
             let mut said = vec![
                 ("id", int(id)),
-                ("path", Some(text(&path))),
+                ("path", Some(name(&path))),
                 ("size", int(size)),
             ];
             said.extend(meta(fields));

@@ -277,7 +277,7 @@ async fn links_lead_nowhere_but_below_the_root() {
             ("l3", "."),
             ("d/l4", ".."),
             ("l5", "not there"),
-            ("l6", "a/../b"),
+            ("l6", "a\nb"),
         ];
         let bad = [
             "",
@@ -285,14 +285,13 @@ async fn links_lead_nowhere_but_below_the_root() {
             "/",
             "/etc/passwd",
             "../x",
+            "a/../b",
             "a/../../x",
             "a/../..",
             "./../x",
             ".udpack/staging",
             "a/../.udpack",
-            "a\nb",
             "a\0b",
-            "\u{1b}[2J",
         ];
         let long = "x/".repeat(4096);
         let mut id = 0;
@@ -530,7 +529,7 @@ async fn what_cannot_be_downloaded_is_refused_and_the_next_one_comes() {
             0,
         )
         .expect("a fifo");
-        let long = "x".repeat(201);
+        let long = "x".repeat(256);
         let have = |value: V| -> V { value };
         let hash = || V::Bin(vec![7; 32]);
         let range = |off: u64, len: u64| V::Array(vec![off.into(), len.into(), hash()]);
@@ -901,11 +900,11 @@ async fn requests_say_what_is_there_and_remove_it() {
 
         let list = |path: &str, recursive: bool| at(of("list", path), "recursive", recursive);
         for (path, recursive, expected) in [
-            ("", false, vec!["d", "d-z", "link", "out"]),
+            ("", false, vec![".hidden", "d", "d-z", "link", "out"]),
             (
                 "",
                 true,
-                vec!["d", "d/e", "d/e/y", "d/x", "d-z", "link", "out"],
+                vec![".hidden", "d", "d/e", "d/e/y", "d/x", "d-z", "link", "out"],
             ),
             ("d", false, vec!["d/e", "d/x"]),
             ("d", true, vec!["d/e", "d/e/y", "d/x"]),
@@ -944,7 +943,7 @@ async fn requests_say_what_is_there_and_remove_it() {
         let faults: Vec<(Say, &str)> = vec![
             (of("stat", "missing"), "not_found"),
             (of("stat", "../x"), "bad_name"),
-            (of("stat", ".hidden"), "bad_name"),
+            (of("stat", ".hidden/x"), "not_found"),
             (of("stat", ".udpack"), "bad_name"),
             (of("stat", "link/x"), "not_found"),
             (of("list", "missing"), "not_found"),

@@ -1,20 +1,25 @@
 //! `get`: downloads files and directories.
 
 use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
+use tempfile::TempDir;
 use tokio::sync::{mpsc, oneshot};
 use udpack_transfer::{
     Downloader, Entry, Exclude, IfExists, Kind as EntryKind, Limiter, Link, Overwrite, RelPath,
-    Remote, Store, StoreConfig, Wanted, apply_entry,
+    Remote, Store, StoreConfig, Wanted, apply_entry, names,
 };
 
 use super::remote::remote_path;
 use super::report::{Beside, Note, Origin, Origins, Report, Thing, Transfer};
+use super::umask;
 use crate::args::GetArgs;
 use crate::exit::{Failure, Kind};
 use crate::logging::Console;
+use crate::output;
 use crate::progress::Meter;
 use crate::signals::Interrupts;
 use crate::target::{Target, retry};
@@ -43,7 +48,18 @@ async fn get(
     mut interrupts: Interrupts,
     report: &mut Report,
 ) -> anyhow::Result<()> {
-    let place = Place::new(args)?;
+    let sink = args.name.as_deref().and_then(Sink::of);
+    let spool = match &sink {
+        Some(sink) => Some(sink.spool(args, report)?),
+        None => None,
+    };
+    let place = match &spool {
+        Some(spool) => Place {
+            dir: spool.path().to_owned(),
+            name: Some(CONTENT.to_owned()),
+        },
+        None => Place::new(args)?,
+    };
     let names = names(args, &place)?;
     let target = Target::find(&args.connect)?;
     target
@@ -56,6 +72,11 @@ async fn get(
                 let mut roots = Vec::new();
                 for (path, local) in args.paths.iter().zip(names) {
                     match find(&remote, path, local).await {
+                        Ok(root) if sink.is_some() && root.entry.kind != EntryKind::File => {
+                            let error = Failure::new(Kind::Usage, "not a file")
+                                .hint("only a file can be written to what is none");
+                            report.failed(path, path, &error.into());
+                        }
                         Ok(root) => roots.push(root),
                         Err(error) => report.failed(path, path, &error),
                     }
@@ -74,7 +95,14 @@ async fn get(
                 fetch(args, console, &link, &remote, store, roots, report).await
             },
         )
-        .await
+        .await?;
+    if let (Some(sink), Some(spool)) = (sink, spool)
+        && report.all_stored()
+    {
+        let content = spool.path().join(CONTENT);
+        tokio::task::spawn_blocking(move || sink.take(&content)).await??;
+    }
+    Ok(())
 }
 
 async fn fetch(
@@ -108,7 +136,8 @@ async fn fetch(
     });
     let mut downloader = Downloader::new(link, store.clone())
         .if_exists(args.transfer.if_exists.into())
-        .preserve(args.transfer.preserve);
+        .preserve(args.transfer.preserve)
+        .umask(Some(umask()));
     if let Some(jobs) = args.transfer.jobs {
         downloader = downloader.lanes(jobs.into());
     }
@@ -120,7 +149,7 @@ async fn fetch(
     let wanted = std::iter::from_fn(move || {
         let wanted = listed.blocking_recv()?;
         let origin = Origin {
-            shown: wanted.remote.to_string(),
+            shown: wanted.remote.as_str().to_owned(),
             what: Thing::File,
         };
         known.insert(index, origin);
@@ -168,7 +197,7 @@ impl Lister {
     /// Hands every file below a root to `wanted`. Failures go into the notes.
     async fn list(&self, root: &Root, wanted: &mpsc::Sender<Wanted>) {
         match root.entry.kind {
-            EntryKind::File | EntryKind::Link => {
+            EntryKind::File | EntryKind::Link | EntryKind::Other => {
                 self.one(&root.entry, &root.local, wanted).await;
                 return;
             }
@@ -192,8 +221,13 @@ impl Lister {
             if self.exclude.covers(relative, entry.kind == EntryKind::Dir) {
                 continue;
             }
-            if !self.one(&entry, &join(&root.local, relative), wanted).await {
+            let local = join(&root.local, relative);
+            if !self.one(&entry, &local, wanted).await {
                 return;
+            }
+            if entry.unread {
+                let error = Failure::new(Kind::RemoteStorage, UNREAD);
+                self.failed(&local, &entry.path, error.into()).await;
             }
         }
     }
@@ -236,7 +270,7 @@ impl Lister {
                     _ => Thing::Dir,
                 };
                 let note = Note::Made {
-                    path: name.to_string(),
+                    path: name.as_str().to_owned(),
                     source: entry.path.clone(),
                     what,
                     same,
@@ -316,6 +350,78 @@ fn join(dir: &str, name: &str) -> String {
     }
 }
 
+/// What a file can be written to that is no file: standard output, a named pipe, a device.
+#[derive(Debug)]
+enum Sink {
+    Stdout,
+    Path(PathBuf),
+}
+
+impl Sink {
+    fn of(name: &Path) -> Option<Self> {
+        if name == Path::new("-") || name == Path::new("/dev/stdout") {
+            return Some(Self::Stdout);
+        }
+        let metadata = std::fs::metadata(name).ok()?;
+        (!metadata.is_file() && !metadata.is_dir()).then(|| Self::Path(name.to_owned()))
+    }
+
+    /// Where the file lies until all of it is here and verified: nobody reads a byte of a wrong one.
+    fn spool(&self, args: &GetArgs, report: &mut Report) -> anyhow::Result<TempDir> {
+        if args.paths.len() > 1 {
+            return Err(Failure::new(Kind::Usage, "--as NAME takes a single path")
+                .hint("get them one by one")
+                .into());
+        }
+        if matches!(self, Self::Stdout) {
+            if args.show.json {
+                let text = "standard output cannot have both the file and --json";
+                return Err(Failure::new(Kind::Usage, text)
+                    .hint("leave out one of them")
+                    .into());
+            }
+            report.mute();
+        }
+        TempDir::with_prefix("udpack-").map_err(|error| {
+            Failure::new(
+                Kind::LocalFile,
+                format!("cannot make a directory for the file: {error}"),
+            )
+            .hint("set TMPDIR to a directory with room for it")
+            .into()
+        })
+    }
+
+    fn take(&self, content: &Path) -> anyhow::Result<()> {
+        let failed = |error| {
+            let shown = match self {
+                Self::Stdout => "standard output".to_owned(),
+                Self::Path(path) => path.display().to_string(),
+            };
+            Failure::new(Kind::LocalFile, format!("cannot write to {shown}: {error}"))
+        };
+        let mut content = File::open(content).map_err(failed)?;
+        let written = match self {
+            Self::Stdout => {
+                let mut out = io::stdout().lock();
+                io::copy(&mut content, &mut out).and_then(|_| out.flush())
+            }
+            Self::Path(path) => File::options()
+                .write(true)
+                .open(path)
+                .and_then(|mut out| io::copy(&mut content, &mut out).map(drop)),
+        };
+        match written {
+            // The reader has what it wanted.
+            Err(error) if output::is_gone(&error) => Ok(()),
+            written => Ok(written.map_err(failed)?),
+        }
+    }
+}
+
+/// What a file is called while it waits for its sink.
+const CONTENT: &str = "content";
+
 /// Where files are to go.
 #[derive(Debug)]
 struct Place {
@@ -346,16 +452,20 @@ impl Place {
                 .into());
         }
         let name = wanted.file_name().unwrap_or_default();
-        let name = name.to_str().ok_or_else(|| {
-            Failure::new(Kind::Usage, "--as NAME is not UTF-8 text").hint("choose another name")
-        })?;
+        let name = names::from_os(name);
         let dir = match wanted.parent() {
             Some(dir) if dir != Path::new("") => dir.to_owned(),
             _ => PathBuf::from("."),
         };
+        if !dir.is_dir() {
+            let text = format!("cannot write to {}: no such directory", dir.display());
+            return Err(Failure::new(Kind::LocalFile, text)
+                .hint("make it, or name a directory to be made: --as DIR/")
+                .into());
+        }
         Ok(Self {
             dir,
-            name: Some(name.to_owned()),
+            name: Some(name.into_owned()),
         })
     }
 
@@ -403,6 +513,7 @@ fn names(args: &GetArgs, place: &Place) -> anyhow::Result<Vec<String>> {
             && !name.is_empty()
         {
             let text = format!("{other} and {path} would both be stored as {name}");
+            let text = output::printable(&text);
             return Err(Failure::new(Kind::Usage, text)
                 .hint("get them one by one, with --as NAME")
                 .into());
@@ -428,6 +539,8 @@ async fn find(remote: &Remote, path: &str, local: String) -> anyhow::Result<Root
     Ok(Root { entry, local })
 }
 
+/// Said of a directory that is not listed whole.
+pub(super) const UNREAD: &str = "the server cannot list all that is in it";
 /// Entries listed ahead of what is being received.
 const AHEAD: usize = 256;
 

@@ -11,10 +11,11 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use udpack_transfer::{Exclude, Found, RelPath, TransferError, Walk, What};
+use udpack_transfer::{Exclude, Found, RelPath, TransferError, Walk, What, names};
 
 use crate::args::TreeArgs;
 use crate::exit::{Failure, Kind};
+use crate::output;
 
 /// What was asked for, checked as far as that can be done without walking anything.
 #[derive(Debug, Clone)]
@@ -147,9 +148,10 @@ impl Plan {
                 && !asked.clashes
             {
                 let text = format!(
-                    "{} and {} would both be stored as {remote}",
+                    "{} and {} would both be stored as {}",
                     other.display(),
-                    path.display()
+                    path.display(),
+                    output::printable(&remote)
                 );
                 return Err(Failure::new(Kind::Usage, text)
                     .hint("send them one by one, with --as NAME")
@@ -330,7 +332,7 @@ fn is_named(what: &What) -> bool {
 
 /// A path of a list: it is the name at the server, too.
 fn listed(local: PathBuf, dir: &str) -> Root {
-    let name = local.to_string_lossy();
+    let name = names::from_os(local.as_os_str());
     let mut name = name.as_ref();
     while let Some(rest) = name.strip_prefix("./") {
         name = rest;
@@ -343,7 +345,7 @@ fn listed(local: PathBuf, dir: &str) -> Root {
 fn is_left_out(root: &Root, exclude: &Exclude) -> bool {
     match root.local.file_name() {
         Some(name) if !is_content(&root.local) => {
-            exclude.matches(&name.to_string_lossy(), root.local.is_dir())
+            exclude.matches(&names::from_os(name), root.local.is_dir())
         }
         _ => false,
     }
@@ -358,7 +360,7 @@ fn is_content(path: &Path) -> bool {
 /// The path's own name, or what `--as` makes of it. Not yet known to be valid; "" is the server's root.
 fn remote_name(path: &Path, wanted: Option<&str>) -> String {
     let own = || match path.file_name() {
-        Some(name) if !is_content(path) => name.to_string_lossy().into_owned(),
+        Some(name) if !is_content(path) => names::from_os(name).into_owned(),
         _ => String::new(),
     };
     match wanted {

@@ -10,6 +10,7 @@ use udpack_transfer::{Found, Limiter, Source, TransferError, Uploader, What};
 
 use super::plan::{Asked, List, Plan};
 use super::report::{Origin, Origins, Report, Thing, Transfer};
+use super::umask;
 use crate::args::{IfExistsArg, PutArgs};
 use crate::exit::{Failure, Kind};
 use crate::logging::Console;
@@ -89,6 +90,7 @@ async fn put(
                 let mut uploader = Uploader::new(&link)
                     .if_exists(args.transfer.if_exists.into())
                     .preserve(args.transfer.preserve)
+                    .umask(Some(umask()))
                     .resume(!args.no_resume);
                 if let Some(jobs) = args.transfer.jobs {
                     uploader = uploader.lanes(jobs.into());

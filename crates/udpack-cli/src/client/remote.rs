@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 use udpack_transfer::{Entry, Kind as EntryKind, RelPath, Remote};
 
 use super::failures::Failures;
+use super::get::UNREAD;
 use crate::args::{LsArgs, RmArgs, StatArgs};
 use crate::exit::{Explained, Failure, Kind};
 use crate::json::{concluded, failed};
@@ -50,15 +51,31 @@ async fn list(args: &LsArgs, mut interrupts: Interrupts, count: &mut usize) -> a
                 }
             }
             let mut listing = remote.list(path.as_ref(), args.recursive);
+            let mut unread = None;
             while let Some(entry) = listing.next().await {
-                let written = show(&entry?, args);
+                let entry = entry?;
+                if entry.unread {
+                    let (_, count) = unread.get_or_insert_with(|| (entry.path.clone(), 0u64));
+                    *count += 1;
+                }
+                let written = show(&entry, args);
                 *count += 1;
                 if written.as_ref().is_err_and(output::is_gone) {
                     break;
                 }
                 output::unless_gone(written)?;
             }
-            Ok(())
+            match unread {
+                None => Ok(()),
+                Some((first, count)) => {
+                    let first = output::printable(&first);
+                    let text = match count {
+                        1 => format!("{first}: {UNREAD}"),
+                        _ => format!("{first} and {} more: {UNREAD}", count - 1),
+                    };
+                    Err(Failure::new(Kind::RemoteStorage, text).into())
+                }
+            }
         })
         .await
 }
@@ -99,6 +116,9 @@ fn shown(entry: &Entry) -> Value {
     if let (Some(target), Some(shown)) = (&entry.target, shown.as_object_mut()) {
         shown.insert("target".to_owned(), target.clone().into());
     }
+    if let (true, Some(shown)) = (entry.unread, shown.as_object_mut()) {
+        shown.insert("unread".to_owned(), true.into());
+    }
     shown
 }
 
@@ -107,6 +127,7 @@ fn kind(kind: EntryKind) -> &'static str {
         EntryKind::File => "file",
         EntryKind::Dir => "dir",
         EntryKind::Link => "link",
+        EntryKind::Other => "other",
     }
 }
 
@@ -116,6 +137,7 @@ fn mode(entry: &Entry) -> String {
         EntryKind::File => '-',
         EntryKind::Dir => 'd',
         EntryKind::Link => 'l',
+        EntryKind::Other => '?',
     });
     for (bit, letter) in (0..9).rev().zip("rwxrwxrwx".chars()) {
         let set = entry.mode >> bit & 1 == 1;
@@ -236,6 +258,7 @@ async fn remove(
                                 "event": "removed", "removed": path.as_str(), "files": files, "bytes": bytes
                             }))
                         } else {
+                            let path = output::printable(path.as_str());
                             output::line(&format!("removed {path}  {files}  {bytes}"))
                         })?;
                     }
@@ -279,6 +302,7 @@ mod tests {
             mtime: Time { secs: 0, nanos: 0 },
             mode,
             target: None,
+            unread: false,
         };
         assert_eq!(mode(&entry(EntryKind::Dir, 0o750)), "drwxr-x---");
         assert_eq!(mode(&entry(EntryKind::File, 0o604)), "-rw----r--");

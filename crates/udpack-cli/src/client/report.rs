@@ -131,6 +131,8 @@ pub(super) struct Report {
     quiet: bool,
     /// Every file gets a line, however many there are and whoever reads them.
     each: bool,
+    /// Standard output is for something else.
+    mute: bool,
     /// What happens to files that succeed: `stored`.
     did: &'static str,
     /// Nothing is done to them.
@@ -170,6 +172,7 @@ impl Report {
             json,
             quiet: log.quiet,
             each: log.verbose > 0 || !io::stdout().is_terminal(),
+            mute: false,
             did,
             dry: false,
             began: Instant::now(),
@@ -190,6 +193,11 @@ impl Report {
             gathers: false,
             unwritten: None,
         }
+    }
+
+    /// Leaves standard output to something else.
+    pub(super) fn mute(&mut self) {
+        self.mute = true;
     }
 
     /// How many files there are to be, if that is known; tells one failure from many.
@@ -374,7 +382,7 @@ impl Report {
 
     /// A line of a result that is for people only.
     pub(super) fn line(&mut self, text: &str) {
-        if !self.json {
+        if !self.json && !self.mute {
             let written = self.console.around_bars(|| output::line(text));
             self.wrote(written);
         }

@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::process::{Child, Command};
 use udpack::{Peer, Pool, Shares, Tenant};
-use udpack_transfer::{Accepted, Hook, HookOffer, HookStored};
+use udpack_transfer::{Accepted, Hook, HookOffer, HookStored, names};
 
 use crate::output::printable;
 use crate::value::hex;
@@ -38,7 +38,7 @@ impl Hook for Program {
     ) -> Pin<Box<dyn Future<Output = Accepted> + Send + 'a>> {
         let size = offer.size.map_or(String::new(), |size| size.to_string());
         let variables = vec![
-            ("UDPACK_PATH", offer.path.clone().into()),
+            ("UDPACK_PATH", names::os(&offer.path).into_owned()),
             ("UDPACK_SIZE", size.into()),
             ("UDPACK_PEER", offer.peer.clone().into()),
         ];
@@ -50,7 +50,7 @@ impl Hook for Program {
         let file = std::path::absolute(&stored.file).unwrap_or(stored.file);
         let tenant = Tenant::peer(&Peer::new(stored.peer.clone()));
         let variables = vec![
-            ("UDPACK_PATH", stored.path.into()),
+            ("UDPACK_PATH", names::os(&stored.path).into_owned()),
             ("UDPACK_SIZE", stored.size.to_string().into()),
             ("UDPACK_PEER", stored.peer.into()),
             ("UDPACK_FILE", file.into()),
@@ -180,8 +180,8 @@ impl Ran {
         };
         Ok(Self {
             status,
-            stdout: first_line(&out),
-            stderr: first_line(&err),
+            stdout: names::from_bytes(first_line(&out)).into_owned(),
+            stderr: String::from_utf8_lossy(first_line(&err)).into_owned(),
         })
     }
 }
@@ -203,9 +203,9 @@ async fn keep(stream: Option<impl AsyncRead + Unpin>, kept: &mut Vec<u8>) -> io:
     }
 }
 
-fn first_line(bytes: &[u8]) -> String {
-    let text = String::from_utf8_lossy(bytes);
-    text.lines().next().unwrap_or_default().trim().to_owned()
+fn first_line(bytes: &[u8]) -> &[u8] {
+    let line = bytes.split(|byte| *byte == b'\n').next();
+    line.unwrap_or_default().trim_ascii()
 }
 
 /// Finds the program before the server starts: a hook that is missing would refuse everything.

@@ -391,6 +391,10 @@ fn skip(notes: &mpsc::UnboundedSender<Note>, job: &mut Job, bytes: u64, size: u6
     job.resumed = job.resumed.saturating_add(bytes);
 }
 
+#[expect(
+    clippy::large_enum_variant,
+    reason = "it is taken apart where it is made"
+)]
 enum Next {
     Stage(Stage),
     End(End),
@@ -428,7 +432,7 @@ fn prepare(context: &Context, job: &Job, tell: oneshot::Sender<Wish>) -> Result<
         }
         Begin::Exists(existing) => {
             let len = existing.len();
-            let path = existing.path().to_string();
+            let path = existing.path().as_str().to_owned();
             let differs = job.wanted.size.is_some_and(|size| size != len);
             if differs && context.if_exists != IfExists::Skip {
                 return Err(exists(job));
@@ -459,11 +463,7 @@ fn open(
         Stage::Proving { len, .. } if len != size => return Err(exists(job)),
         stage => return Ok(Next::Stage(stage)),
     };
-    let meta = if context.preserve {
-        meta
-    } else {
-        Meta::default()
-    };
+    let meta = meta.kept(context.preserve, context.umask);
     if job.wanted.size.is_none_or(|wanted| wanted == size) {
         return Ok(Next::Stage(Stage::Writing {
             partial,

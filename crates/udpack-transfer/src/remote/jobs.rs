@@ -188,6 +188,7 @@ struct RawJobs {
 struct RawJob {
     id: u64,
     kind: String,
+    #[serde(deserialize_with = "crate::names::deserialize")]
     path: String,
     peer: String,
     #[serde(default)]
@@ -228,7 +229,7 @@ fn job(raw: RawJob) -> Result<Job, TransferError> {
             "get" => JobKind::Get,
             _ => return Err(broken("a job whose kind is none of put, get")),
         },
-        path: crate::wire::printable(&raw.path),
+        path: udpack::text::printable_within(&crate::names::shown(&raw.path), 1024),
         peer: printable(&raw.peer),
         size: raw.size,
         bytes: raw.bytes,

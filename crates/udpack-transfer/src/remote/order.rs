@@ -4,6 +4,7 @@
 
 use super::broken;
 use crate::error::TransferError;
+use crate::names;
 use crate::path::{RelPath, printable};
 use crate::store::{Entry, Kind};
 
@@ -21,7 +22,7 @@ pub(super) struct Order {
 impl Order {
     pub(super) fn new(root: Option<&RelPath>, recursive: bool) -> Self {
         Self {
-            root: root.map_or_else(String::new, RelPath::to_string),
+            root: root.map_or_else(String::new, |path| path.as_str().to_owned()),
             recursive,
             last: None,
             open: Vec::new(),
@@ -33,7 +34,7 @@ impl Order {
         let path = entry.path.as_str();
         let wrong = |what: &str| Err(broken(format!("entry {}: {what}", printable(path))));
         if let Some(last) = &self.last
-            && last.split('/').cmp(path.split('/')) != std::cmp::Ordering::Less
+            && !comes_before(last, path)
         {
             return wrong("it does not come after the one before");
         }
@@ -60,6 +61,13 @@ impl Order {
     }
 }
 
+/// Whether a list has `a` before `b`: component by component, in the order of their bytes.
+fn comes_before(a: &str, b: &str) -> bool {
+    let (a, b) = (names::bytes(a), names::bytes(b));
+    let slash = |byte: &u8| *byte == b'/';
+    a.split(slash).lt(b.split(slash))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -81,6 +89,7 @@ mod tests {
                 mtime: Time { secs: 0, nanos: 0 },
                 mode: 0o644,
                 target: None,
+                unread: false,
             };
             order.check(&entry).map_err(|error| error.to_string())?;
         }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use super::broken;
 use crate::error::TransferError;
+use crate::names;
 use crate::path::{RelPath, printable};
 use crate::store::{Entry, Kind, Removed, Time};
 
@@ -15,7 +16,10 @@ const MAX_TARGET: usize = 4095;
 
 #[derive(Serialize)]
 pub(super) struct PathField<'a> {
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(
+        skip_serializing_if = "Option::is_none",
+        serialize_with = "names::serialize_opt"
+    )]
     path: Option<&'a str>,
 }
 
@@ -29,16 +33,23 @@ impl<'a> PathField<'a> {
 
 #[derive(Serialize)]
 pub(super) struct ListFields<'a> {
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(
+        skip_serializing_if = "Option::is_none",
+        serialize_with = "names::serialize_opt"
+    )]
     pub(super) path: Option<&'a str>,
     pub(super) recursive: bool,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(
+        skip_serializing_if = "Option::is_none",
+        serialize_with = "names::serialize_opt"
+    )]
     pub(super) after: Option<&'a str>,
     pub(super) limit: u64,
 }
 
 #[derive(Serialize)]
 pub(super) struct RemoveFields<'a> {
+    #[serde(serialize_with = "names::serialize")]
     pub(super) path: &'a str,
     pub(super) recursive: bool,
 }
@@ -46,7 +57,7 @@ pub(super) struct RemoveFields<'a> {
 /// What `stat` found; in a list, together with its path.
 #[derive(Debug, Deserialize)]
 pub(super) struct Found {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "names::deserialize_opt")]
     path: Option<String>,
     kind: String,
     size: u64,
@@ -54,14 +65,16 @@ pub(super) struct Found {
     #[serde(default)]
     mtime_ns: u32,
     mode: u32,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "names::deserialize_opt")]
     target: Option<String>,
+    #[serde(default)]
+    unread: bool,
 }
 
 impl Found {
     /// The entry under the name that was asked for, which the answer need not repeat.
     pub(super) fn entry(self, asked: Option<&RelPath>) -> Result<Entry, TransferError> {
-        let path = asked.map_or_else(String::new, RelPath::to_string);
+        let path = asked.map_or_else(String::new, |path| path.as_str().to_owned());
         self.checked(path)
     }
 
@@ -73,7 +86,7 @@ impl Found {
         let path: RelPath = path
             .parse()
             .map_err(|error| broken(format!("an entry with a {error}")))?;
-        self.checked(path.to_string())
+        self.checked(path.as_str().to_owned())
     }
 
     fn checked(self, path: String) -> Result<Entry, TransferError> {
@@ -82,7 +95,8 @@ impl Found {
             "file" => Kind::File,
             "dir" => Kind::Dir,
             "link" => Kind::Link,
-            _ => return Err(wrong("its kind is none of file, dir, link")),
+            "other" => Kind::Other,
+            _ => return Err(wrong("its kind is none of file, dir, link, other")),
         };
         if i64::try_from(self.size).is_err() {
             return Err(wrong("its size is beyond every file"));
@@ -94,7 +108,7 @@ impl Found {
         let target = self.target.filter(|_| kind == Kind::Link);
         if target
             .as_ref()
-            .is_some_and(|target| target.len() > MAX_TARGET)
+            .is_some_and(|target| names::bytes(target).len() > MAX_TARGET)
         {
             return Err(wrong("its target is longer than any"));
         }
@@ -107,6 +121,7 @@ impl Found {
             },
             mode: self.mode & 0o7777,
             target,
+            unread: self.unread && kind == Kind::Dir,
             path,
         })
     }

@@ -16,18 +16,19 @@ use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as 
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use cap_std::fs::{Dir, DirBuilder, DirBuilderExt as _, Metadata, MetadataExt as _};
 use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
 use super::journal::Key;
-use super::{StoreConfig, StoreError};
+use super::{Kept, StoreConfig, StoreError};
+use crate::names;
 use crate::path::RelPath;
 
-/// The store's own directory inside the root; no client's name can begin with a dot.
-pub(super) const PRIVATE: &str = ".udpack";
+/// The store's own directory inside the root; a [`RelPath`] never begins with it.
+pub(super) const PRIVATE: &str = crate::path::OWN;
 const STAGING: &str = "staging";
 const JOURNAL: &str = "journal";
 const LOCK: &str = "lock";
@@ -43,12 +44,14 @@ const PROBE: &str = ".probe";
 const ROOT_PROBE: &str = ".udpack-probe-";
 const DIR_MODE: u32 = 0o700;
 pub(super) const FILE_MODE: u32 = 0o600;
-/// Deepest directory whose files count as used; what clients store lies far above it.
-const COUNT_DEPTH: usize = 64;
+/// Deepest directory whose files count as used; what clients store lies above it.
+const COUNT_DEPTH: usize = RelPath::MAX_COMPONENTS + 1;
 /// Directories remembered as durable before the memory is cleared.
 const DURABLE_LIMIT: usize = 65_536;
 /// Directories held open because names are looked up in them again and again.
 const RECENT: usize = 8;
+/// What a symbolic link counts against a quota: it has no bytes, yet takes room.
+pub(super) const LINK_BYTES: u64 = 1024;
 /// How often a name that others take or remove at the same moment is tried again.
 const TRIES: usize = 16;
 /// How long to wait for a lock that nobody is expected to keep, each time.
@@ -78,8 +81,10 @@ pub(super) struct Disk {
     losses: Mutex<u64>,
     /// New files get the mode asked for.
     exact: bool,
-    /// Held for as long as the store is open.
+    /// Held for as long as the store is open. Its time is when a server last looked at the uploads here.
     lock: File,
+    /// When that was, by the wall clock and by one that cannot be set.
+    seen: Mutex<(SystemTime, Instant)>,
 }
 
 /// Which directory it is, also when an inode is used again: device, inode, time of birth where the file system
@@ -118,7 +123,7 @@ pub(super) struct Swept {
     /// Interrupted uploads that were removed for their age.
     pub(super) expired: u64,
     /// Those that are left, and the bytes each holds. None that is under way.
-    pub(super) suspended: Vec<(Key, u64)>,
+    pub(super) suspended: Vec<(Key, Kept)>,
 }
 
 /// How a staged file gets its name without ever replacing another.
@@ -150,7 +155,12 @@ impl Disk {
             .dir_metadata()
             .map_err(|e| setup("read the staging directory", e))?
             .dev();
+        let seen = lock
+            .metadata()
+            .and_then(|lock| lock.modified())
+            .map_err(|e| setup("read the lock's time", e))?;
         let mut disk = Self {
+            seen: Mutex::new((seen, Instant::now())),
             batches: can_batch(&root),
             root,
             staging,
@@ -334,7 +344,8 @@ impl Disk {
 
     /// Moves a staging file to `name`, replacing a file of that name.
     pub(super) fn replace(&self, staged: &str, dir: &Dir, name: &str) -> io::Result<()> {
-        Ok(rustix::fs::renameat(&self.staging, staged, dir, name)?)
+        let name = names::os(name);
+        Ok(rustix::fs::renameat(&self.staging, staged, dir, &*name)?)
     }
 
     /// The directory that holds `path`, or `None` when it is not there.
@@ -369,7 +380,8 @@ impl Disk {
     /// work that would be in vain.
     pub(super) fn seems_vacant(&self, path: &RelPath) -> bool {
         let within = |dir: BorrowedFd<'_>| {
-            rustix::fs::statat(dir, path.file_name(), AtFlags::SYMLINK_NOFOLLOW)
+            let name = names::os(path.file_name());
+            rustix::fs::statat(dir, &*name, AtFlags::SYMLINK_NOFOLLOW)
         };
         let found = match path.parent() {
             None => within(self.root.as_fd()),
@@ -466,11 +478,8 @@ impl Disk {
                 Ok(child) => child,
                 // Linux says ENOTDIR for a symbolic link, other systems ELOOP.
                 Err(Errno::NOTDIR | Errno::LOOP | Errno::MLINK) => {
-                    let parent = path
-                        .as_str()
-                        .get(..reached - 1)
-                        .unwrap_or_default()
-                        .to_owned();
+                    let parent = path.as_str().get(..reached - 1).unwrap_or_default();
+                    let parent = names::shown(parent);
                     return Err(StoreError::Blocked {
                         path: path.clone(),
                         parent,
@@ -511,6 +520,9 @@ impl Disk {
     ///
     /// Without `start`, or in a shared directory, uploads may be under way: what is locked stays.
     pub(super) fn sweep(&self, expire: Duration, start: bool) -> io::Result<Swept> {
+        if !self.shared {
+            self.forgive(self.unseen())?;
+        }
         let mut swept = Swept::default();
         let mut stale = 0u64;
         let alone = start && !self.shared;
@@ -585,6 +597,41 @@ impl Disk {
         Ok(swept)
     }
 
+    /// How far the wall clock has moved since the last look while no server saw time pass: none was running, or the
+    /// clock was set.
+    fn unseen(&self) -> Duration {
+        let (wall, at) = (SystemTime::now(), Instant::now());
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let (last_wall, last_at) = std::mem::replace(&mut *seen, (wall, at));
+        if let Err(error) = self.lock.set_modified(wall) {
+            tracing::debug!(%error, "cannot set the lock's time");
+        }
+        let moved = wall.duration_since(last_wall).unwrap_or_default();
+        moved.saturating_sub(at.duration_since(last_at))
+    }
+
+    /// Makes interrupted uploads younger by time that no server saw, and none younger than now: they age by what
+    /// servers have seen, so that neither a clock that leaps nor a long pause removes what somebody may come back for.
+    fn forgive(&self, unseen: Duration) -> io::Result<()> {
+        let now = SystemTime::now();
+        for key in self.area().keys()? {
+            let Some(touched) = self.area().touched(&key)? else {
+                continue;
+            };
+            let younger = touched
+                .checked_add(unseen)
+                .map_or(now, |time| time.min(now));
+            if younger == touched {
+                continue;
+            }
+            let name = format!("{}{LOG}", key.as_str());
+            if let Own::Plain(file) = open_own(&self.journal, &name, OFlags::RDWR)? {
+                file.set_modified(younger)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Looks at an upload that has a staging file and a journal.
     fn sweep_one(
         &self,
@@ -604,10 +651,19 @@ impl Disk {
                             "unreadable journal, kept until it expires"
                         );
                     }
-                    swept.suspended.push((key, len));
+                    let kept = kept(area, &key, len)?;
+                    swept.suspended.push((key, kept));
                 }
-                Some(_) => {
+                Some(touched) => {
+                    let kept = kept(area, &key, len)?;
                     area.remove(&key)?;
+                    tracing::info!(
+                        owner = kept.owner,
+                        path = kept.path.map(tracing::field::display),
+                        bytes = len,
+                        hours = age(touched).as_secs() / 3600,
+                        "removed an interrupted upload that expired"
+                    );
                     swept.expired += 1;
                 }
                 None => {}
@@ -620,8 +676,10 @@ impl Disk {
             }
             // Nobody writes it, though somebody looks at it.
             Lock::Busy if alone => {
-                let held = area.held(&key)?;
-                swept.suspended.extend(held.map(|held| (key, held)));
+                if let Some(held) = area.held(&key)? {
+                    let kept = kept(area, &key, held)?;
+                    swept.suspended.push((key, kept));
+                }
             }
             Lock::Busy | Lock::Gone => {}
         }
@@ -697,6 +755,7 @@ impl Disk {
 
 impl Publish {
     fn run(self, staging: &Dir, staged: &str, dir: &Dir, name: &str) -> io::Result<()> {
+        let name = &*names::os(name);
         match self {
             Self::Rename => Ok(rename_new(staging, staged, dir, name)?),
             Self::LinkThenUnlink => {
@@ -748,7 +807,7 @@ impl Names {
 
 /// What stands at `name`, not following it; `None` when nothing does.
 pub(super) fn look(dir: &Dir, name: &str) -> io::Result<Option<Metadata>> {
-    match dir.symlink_metadata(name) {
+    match dir.symlink_metadata(&*names::os(name)) {
         Ok(metadata) => Ok(Some(metadata)),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(e),
@@ -759,7 +818,7 @@ pub(super) fn look(dir: &Dir, name: &str) -> io::Result<Option<Metadata>> {
 pub(super) fn open_file(dir: &Dir, name: &str) -> io::Result<Option<(File, Stat)>> {
     let flags =
         OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let file = match rustix::fs::openat(dir, name, flags, Mode::empty()) {
+    let file = match rustix::fs::openat(dir, &*names::os(name), flags, Mode::empty()) {
         Ok(file) => File::from(file),
         Err(Errno::LOOP | Errno::MLINK | Errno::NXIO) => return Ok(None),
         Err(errno) => return Err(errno.into()),
@@ -877,6 +936,15 @@ fn remove(dir: &Dir, name: &OsStr) -> bool {
     }
 }
 
+/// What is known of an interrupted upload that holds so much.
+fn kept(area: Area<'_>, key: &Key, held: u64) -> io::Result<Kept> {
+    let (owner, path) = match area.record(key)? {
+        Some(record) => (record.head.owner, record.head.path.parse().ok()),
+        None => (String::new(), None),
+    };
+    Ok(Kept { owner, path, held })
+}
+
 /// How long ago that was; what lies in the future is now.
 pub(super) fn age(time: SystemTime) -> Duration {
     SystemTime::now().duration_since(time).unwrap_or_default()
@@ -961,7 +1029,8 @@ fn resolve(root: &Dir, path: Option<&str>, flags: OFlags) -> Result<File, Errno>
         | ResolveFlags::NO_SYMLINKS
         | ResolveFlags::NO_MAGICLINKS
         | ResolveFlags::NO_XDEV;
-    let file = rustix::fs::openat2(root, path.unwrap_or("."), flags, Mode::empty(), within)?;
+    let path = names::os(path.unwrap_or("."));
+    let file = rustix::fs::openat2(root, &*path, flags, Mode::empty(), within)?;
     Ok(File::from(file))
 }
 
@@ -1041,7 +1110,7 @@ pub(super) fn sync_dir(dir: &Dir) -> io::Result<()> {
 }
 
 #[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
-fn rename_new(staging: &Dir, staged: &str, dir: &Dir, name: &str) -> Result<(), Errno> {
+fn rename_new(staging: &Dir, staged: &str, dir: &Dir, name: &OsStr) -> Result<(), Errno> {
     rustix::fs::renameat_with(
         staging,
         staged,
@@ -1052,7 +1121,7 @@ fn rename_new(staging: &Dir, staged: &str, dir: &Dir, name: &str) -> Result<(), 
 }
 
 #[cfg(not(any(target_os = "linux", target_os = "android", target_vendor = "apple")))]
-fn rename_new(_: &Dir, _: &str, _: &Dir, _: &str) -> Result<(), Errno> {
+fn rename_new(_: &Dir, _: &str, _: &Dir, _: &OsStr) -> Result<(), Errno> {
     Err(Errno::NOSYS)
 }
 
@@ -1146,7 +1215,8 @@ fn create_lock(private: &Dir, shared: bool) -> Result<File, StoreError> {
 }
 
 fn open_dir(dir: &Dir, name: &str) -> Result<Dir, Errno> {
-    let dir = rustix::fs::openat(dir, name, DIRECTORY | OFlags::NOFOLLOW, Mode::empty())?;
+    let flags = DIRECTORY | OFlags::NOFOLLOW;
+    let dir = rustix::fs::openat(dir, &*names::os(name), flags, Mode::empty())?;
     Ok(Dir::from_std_file(File::from(dir)))
 }
 
@@ -1155,7 +1225,7 @@ fn open_dir(dir: &Dir, name: &str) -> Result<Dir, Errno> {
 fn create_dir(dir: &Dir, name: &str) -> Result<(), Errno> {
     let mut builder = DirBuilder::new();
     builder.mode(DIR_MODE);
-    match dir.create_dir_with(name, &builder) {
+    match dir.create_dir_with(&*names::os(name), &builder) {
         Ok(()) => rustix::fs::fchmod(open_dir(dir, name)?, Mode::from_raw_mode(DIR_MODE)),
         Err(e) => match Errno::from_io_error(&e) {
             Some(Errno::EXIST) => Ok(()),
@@ -1179,25 +1249,29 @@ fn create_new(dir: &Dir, name: &str, exact: bool) -> io::Result<File> {
     Ok(file)
 }
 
+/// Sums up the files below `dir`, `depth` directories deep. Holds one descriptor for each directory it is in.
 fn count(dir: &Dir, depth: usize) -> io::Result<u64> {
     let mut sum = 0u64;
+    let Some(depth) = depth.checked_sub(1) else {
+        return Ok(sum);
+    };
+    let mut below = Vec::new();
     for entry in dir.entries()? {
         let name = entry?.file_name();
-        let (Some(depth), Ok(metadata)) = (depth.checked_sub(1), dir.symlink_metadata(&name))
-        else {
+        let Ok(metadata) = dir.symlink_metadata(&name) else {
             continue;
         };
         if metadata.is_file() {
             sum = sum.saturating_add(metadata.len());
-        } else if metadata.is_dir()
-            && !(depth + 1 == COUNT_DEPTH && name == PRIVATE)
-            && let Ok(child) = rustix::fs::openat(
-                dir,
-                Path::new(&name),
-                DIRECTORY | OFlags::NOFOLLOW,
-                Mode::empty(),
-            )
-        {
+        } else if metadata.is_symlink() {
+            sum = sum.saturating_add(LINK_BYTES);
+        } else if metadata.is_dir() && !(depth + 1 == COUNT_DEPTH && name == PRIVATE) {
+            below.push(name);
+        }
+    }
+    for name in below {
+        let flags = DIRECTORY | OFlags::NOFOLLOW;
+        if let Ok(child) = rustix::fs::openat(dir, Path::new(&name), flags, Mode::empty()) {
             sum = sum.saturating_add(count(&Dir::from_std_file(File::from(child)), depth)?);
         }
     }

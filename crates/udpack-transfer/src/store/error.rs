@@ -106,6 +106,14 @@ pub enum StoreError {
         /// [`StoreConfig::max_open`](super::StoreConfig::max_open).
         limit: usize,
     },
+    /// Too many interrupted uploads of this owner wait to be resumed.
+    #[error(
+        "too many uploads: {limit} interrupted ones wait to be resumed; resume or remove them, or send without resuming"
+    )]
+    TooManySuspended {
+        /// [`StoreConfig::max_suspended`](super::StoreConfig::max_suspended).
+        limit: usize,
+    },
     /// The bytes received are more or fewer than announced.
     #[error("size mismatch: expected {expected} bytes, got {got}")]
     SizeMismatch {
@@ -203,7 +211,7 @@ impl StoreError {
             Self::TooLarge { .. } | Self::SystemLimit => "too_large",
             Self::Quota { .. } => "quota",
             Self::NoSpace { .. } | Self::DiskFull { .. } | Self::DiskQuota { .. } => "no_space",
-            Self::TooManyUploads { .. } => "too_many_uploads",
+            Self::TooManyUploads { .. } | Self::TooManySuspended { .. } => "too_many_uploads",
             Self::SizeMismatch { .. } => "size_mismatch",
             Self::HashMismatch { .. } => "hash_mismatch",
             Self::Busy { .. } => "busy",
@@ -250,6 +258,7 @@ impl StoreError {
             | Self::SystemLimit
             | Self::SizeMismatch { .. }
             | Self::BadOffset { .. }
+            | Self::TooManySuspended { .. }
             | Self::OtherDevice
             | Self::NoAtomicPublish => false,
         }

@@ -193,7 +193,7 @@ impl Partial {
         let kept = reservation.held;
         if let Err(error) = reservation.reserve(new.size.unwrap_or(kept), 0) {
             if let Some(key) = &key {
-                inner.abandon(key, kept);
+                inner.abandon(key, kept, new);
             }
             return Err(error);
         }
@@ -205,7 +205,7 @@ impl Partial {
             (Some(key), Some(owner)) => match Self::resume(&inner, new, owner, &key) {
                 Ok(Some(found)) => found,
                 other => {
-                    inner.abandon(&key, kept);
+                    inner.abandon(&key, kept, new);
                     other.map_err(failed("open a staging file"))?;
                     return Err(StoreError::Busy {
                         path: new.path.clone(),
@@ -291,7 +291,7 @@ impl Partial {
                 .map_or(0, |since| since.as_secs()),
             size: new.size,
             owner: owner.to_owned(),
-            path: new.path.to_string(),
+            path: new.path.as_str().to_owned(),
         };
         let mut journal = None;
         let mut ranges = Vec::new();

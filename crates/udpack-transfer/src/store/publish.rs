@@ -105,7 +105,7 @@ impl Whole {
             inner.found_taken();
             match self.if_exists {
                 IfExists::Skip => match self.take_over(inner, dir)? {
-                    true => return Ok((self.path.to_string(), true)),
+                    true => return Ok((self.path.as_str().to_owned(), true)),
                     // It was removed meanwhile.
                     false if removals < 3 => {
                         removals += 1;
@@ -114,7 +114,7 @@ impl Whole {
                     false => return Err(self.exists()),
                 },
                 IfExists::Same if self.is_there(inner, dir)? => {
-                    return Ok((self.path.to_string(), true));
+                    return Ok((self.path.as_str().to_owned(), true));
                 }
                 // The file to compare with was removed meanwhile, so the name may be free now.
                 IfExists::Same if removals < 3 => {
@@ -129,7 +129,7 @@ impl Whole {
             break;
         }
         self.reservation.commit(self.size, replaced);
-        Ok((published.to_string(), false))
+        Ok((published.as_str().to_owned(), false))
     }
 
     /// Publishes under `name`; false when something has it.
@@ -381,7 +381,8 @@ fn again(error: &io::Error) -> io::Error {
 /// `a/name.ext` with a number: `a/name (1).ext`.
 fn numbered(path: &RelPath, number: u32) -> String {
     let name = path.file_name();
-    let at = path.as_str().len() - name.len() + name.rfind('.').unwrap_or(name.len());
+    let at = path.as_str().len() - name.len()
+        + name.rfind('.').filter(|at| *at > 0).unwrap_or(name.len());
     let (stem, extension) = path.as_str().split_at(at);
     format!("{stem} ({number}){extension}")
 }

@@ -11,9 +11,26 @@ use crate::path::RelPath;
 pub(super) struct Accounts {
     /// By prefix; `None` is the root, which always has one.
     accounts: HashMap<Option<RelPath>, Account>,
-    /// Where open uploads go, and what is promised to them. There are few.
-    uploads: HashMap<u64, (RelPath, u64)>,
+    /// Open uploads. There are few.
+    uploads: HashMap<u64, Open>,
     next: u64,
+}
+
+/// An upload under way.
+#[derive(Debug)]
+struct Open {
+    /// Where it goes.
+    path: RelPath,
+    /// What is promised to it.
+    bytes: u64,
+    /// Bytes of the file that it is to replace: so many of its own take no room.
+    credit: u64,
+}
+
+impl Open {
+    fn charged(&self) -> u64 {
+        self.bytes.saturating_sub(self.credit)
+    }
 }
 
 #[derive(Debug, Default)]
@@ -50,8 +67,8 @@ impl Accounts {
         let below = self
             .uploads
             .values()
-            .filter(|(path, _)| is_below(path, prefix));
-        below.fold(0, |sum, (_, bytes)| sum.saturating_add(*bytes))
+            .filter(|open| is_below(&open.path, prefix));
+        below.fold(0, |sum, open| sum.saturating_add(open.charged()))
     }
 
     /// Bytes of the quota that are neither used nor reserved.
@@ -94,14 +111,53 @@ impl Accounts {
     pub(super) fn open(&mut self, path: &RelPath) -> u64 {
         let upload = self.next;
         self.next += 1;
-        self.uploads.insert(upload, (path.clone(), 0));
+        let open = Open {
+            path: path.clone(),
+            bytes: 0,
+            credit: 0,
+        };
+        self.uploads.insert(upload, open);
         upload
+    }
+
+    /// An upload is to replace a file of this size. Of several that would, one is credited with it.
+    pub(super) fn replaces(&mut self, upload: u64, size: u64) {
+        let Some(path) = self.uploads.get(&upload).map(|open| open.path.clone()) else {
+            return;
+        };
+        let taken = |open: &Open| open.path == path && open.credit > 0;
+        if !self.uploads.values().any(taken)
+            && let Some(open) = self.uploads.get_mut(&upload)
+        {
+            open.credit = size;
+        }
+    }
+
+    /// Bytes that may still be promised to an upload without taking room.
+    pub(super) fn credit(&self, upload: u64) -> u64 {
+        let left = |open: &Open| open.credit.saturating_sub(open.bytes);
+        self.uploads.get(&upload).map_or(0, left)
+    }
+
+    /// Where an open upload goes.
+    pub(super) fn path(&self, upload: u64) -> Option<RelPath> {
+        self.uploads.get(&upload).map(|open| open.path.clone())
+    }
+
+    /// Something of `bytes` is there now that was no upload.
+    pub(super) fn added(&mut self, path: &RelPath, bytes: u64) {
+        for (prefix, account) in &mut self.accounts {
+            if is_below(path, prefix) {
+                account.used = account.used.saturating_add(bytes);
+                account.published = account.published.saturating_add(bytes);
+            }
+        }
     }
 
     /// Promises more bytes to an upload.
     pub(super) fn promise(&mut self, upload: u64, more: u64) {
-        if let Some((_, bytes)) = self.uploads.get_mut(&upload) {
-            *bytes = bytes.saturating_add(more);
+        if let Some(open) = self.uploads.get_mut(&upload) {
+            open.bytes = open.bytes.saturating_add(more);
         }
     }
 
@@ -112,7 +168,7 @@ impl Accounts {
 
     /// The upload's `size` bytes are published; `replaced` bytes went for it.
     pub(super) fn published(&mut self, upload: u64, size: u64, replaced: u64) {
-        let Some((path, _)) = self.uploads.get(&upload) else {
+        let Some(Open { path, .. }) = self.uploads.get(&upload) else {
             return;
         };
         for (prefix, account) in &mut self.accounts {
@@ -148,7 +204,7 @@ impl Accounts {
     }
 }
 
-fn is_below(path: &RelPath, prefix: &Option<RelPath>) -> bool {
+pub(super) fn is_below(path: &RelPath, prefix: &Option<RelPath>) -> bool {
     prefix.as_ref().is_none_or(|prefix| {
         let rest = path.as_str().strip_prefix(prefix.as_str());
         rest.is_some_and(|rest| rest.starts_with('/'))

@@ -568,7 +568,7 @@ fn renaming_finds_the_first_free_number() {
         put(&store, "dir", b"", IfExists::Rename).unwrap().path,
         "dir (1)"
     );
-    let long = "x".repeat(200);
+    let long = "x".repeat(255);
     put(&store, &long, b"", IfExists::Rename).unwrap();
     assert_eq!(
         put(&store, &long, b"", IfExists::Rename)

@@ -2,8 +2,9 @@
 //! that are made there.
 //!
 //! As everywhere in a store no symbolic link is followed: one on the way to a name counts as
-//! nothing there. What has no name that a [`RelPath`] can hold (hidden files and the store's own
-//! among them) is neither listed nor found.
+//! nothing there. Everything is listed but the store's own, so that what is removed with its directory was to be
+//! seen before: what is neither file, directory nor link as [`Kind::Other`], and a directory whose content cannot be
+//! listed as [`unread`](Entry::unread).
 
 use std::collections::BinaryHeap;
 use std::ffi::{OsStr, OsString};
@@ -11,18 +12,19 @@ use std::io;
 use std::os::unix::ffi::OsStrExt as _;
 
 use cap_std::fs::{Dir, Metadata, MetadataExt as _};
-use rustix::fs::{FileType, Timespec, Timestamps, UTIME_OMIT};
+use rustix::fs::{Timespec, Timestamps, UTIME_OMIT};
 use rustix::io::Errno;
 
 use super::disk::below;
-use super::disk::{self, PRIVATE};
+use super::disk::{self, LINK_BYTES, PRIVATE};
 use super::{Existing, IfExists, Inner, Meta, Store, StoreError, Tenant, Time};
-use crate::path::{self, RelPath};
+use crate::names;
+use crate::path::{PathRule, RelPath};
 
 /// What has a name in a store, as it was at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// Its path from the store's root; empty for the root itself.
+    /// Its path from the store's root, in its [text form](crate::names); empty for the root itself.
     pub path: String,
     /// What it is.
     pub kind: Kind,
@@ -35,6 +37,9 @@ pub struct Entry {
     /// Where a link leads. `None` for a link that [`Store::make_link`] would not make: where it
     /// leads on the server is nobody else's business.
     pub target: Option<String>,
+    /// A directory of which a list lacks something: the server may not read it, or what is in it lies too deep to have
+    /// a path.
+    pub unread: bool,
 }
 
 /// What can have a name in a store and be seen.
@@ -46,6 +51,8 @@ pub enum Kind {
     Dir,
     /// A symbolic link.
     Link,
+    /// A device, a socket, a named pipe, or what the server may not look at. It can be listed and removed, no more.
+    Other,
 }
 
 /// Which entries to list.
@@ -83,8 +90,7 @@ pub struct Removed {
 impl Store {
     /// What has the name; `None` is the root.
     ///
-    /// Fails with [`StoreError::NotFound`] and, for devices and the like,
-    /// [`StoreError::NotAFile`].
+    /// Fails with [`StoreError::NotFound`].
     pub fn stat(&self, path: Option<&RelPath>) -> Result<Entry, StoreError> {
         let inner = &self.inner;
         let Some(path) = path else {
@@ -100,7 +106,7 @@ impl Store {
     /// Costs one reading of each directory on the way to [`List::after`] and of each one in the
     /// page, and memory for one page. What appears or vanishes between two pages may be missed or
     /// not; nothing is listed twice. A directory below that the server may not read is listed
-    /// without content.
+    /// without content, as [`unread`](Entry::unread).
     pub fn list(&self, query: &List<'_>) -> Result<Page, StoreError> {
         let inner = &self.inner;
         let after = query.after.filter(|after| !after.is_empty());
@@ -119,7 +125,7 @@ impl Store {
                         Start::Base | Start::After(_) | Start::Behind => Page::default(),
                     });
                 }
-                below::enter(&dir, path.file_name()).map_err(io::Error::from)
+                below::enter(&dir, &*names::os(path.file_name())).map_err(io::Error::from)
             }
         };
         let dir = dir.map_err(|e| inner.read_failed("open a directory", query.path, e))?;
@@ -152,12 +158,11 @@ impl Store {
     }
 
     /// Removes a file, a link or an empty directory, or, `recursive`, a directory with all that is
-    /// in it, also what has no valid name. What it is called is gone from disk when this returns.
+    /// in it. What it is called is gone from disk when this returns.
     ///
     /// An error in the middle leaves what was not yet removed. Fails with
     /// [`StoreError::NotEmpty`] where something is left in a directory: without `recursive`, when
-    /// something was put there meanwhile, and when another store's directory is there, which is
-    /// never touched.
+    /// something was put there meanwhile, and when it lies too deep to have a path.
     pub fn remove(&self, path: &RelPath, recursive: bool) -> Result<Removed, StoreError> {
         let inner = &self.inner;
         let not_found = || StoreError::NotFound { path: path.clone() };
@@ -171,10 +176,16 @@ impl Store {
             path,
             recursive,
             removed: Removed::default(),
+            links: 0,
         };
-        let found = removal.entry(&dir, OsStr::new(path.file_name()), 0);
+        let found = removal.entry(
+            &dir,
+            &names::os(path.file_name()),
+            path.components().count(),
+        );
         // Also of what a failure left half done.
-        inner.removed(path, removal.removed.bytes);
+        let links = removal.links.saturating_mul(LINK_BYTES);
+        inner.removed(path, removal.removed.bytes.saturating_add(links));
         if !found? {
             return Err(not_found());
         }
@@ -192,7 +203,7 @@ impl Store {
         match entry.kind {
             Kind::File => {}
             Kind::Dir => return Err(StoreError::IsDirectory { path: path.clone() }),
-            Kind::Link => return Err(StoreError::NotAFile { path: path.clone() }),
+            Kind::Link | Kind::Other => return Err(StoreError::NotAFile { path: path.clone() }),
         }
         match inner.open_existing(path, &dir) {
             Ok(Some(existing)) => Ok(existing),
@@ -201,7 +212,7 @@ impl Store {
             Err(StoreError::Exists { .. }) => match inner.find(path)?.1.kind {
                 Kind::File => Err(inner.disk.error("open a file", path, Errno::ACCESS.into())),
                 Kind::Dir => Err(StoreError::IsDirectory { path: path.clone() }),
-                Kind::Link => Err(StoreError::NotAFile { path: path.clone() }),
+                Kind::Link | Kind::Other => Err(StoreError::NotAFile { path: path.clone() }),
             },
             Err(e) => Err(e),
         }
@@ -221,12 +232,14 @@ impl Store {
     ) -> Result<bool, StoreError> {
         let inner = &self.inner;
         let failed = |action| move |e: io::Error| inner.disk.error(action, path, e);
+        inner.check_name(path)?;
         inner.room_for_name(tenant)?;
         let parent = inner.parent_for(path)?;
-        let name = path.file_name();
+        let name = &*names::os(path.file_name());
         let there = below::see(&parent, name).map_err(failed("look up a name"))?;
         if there.is_none() {
-            below::make(&parent, name).map_err(|e| failed("make a directory")(e.into()))?;
+            below::make(&parent, path.file_name())
+                .map_err(|e| failed("make a directory")(e.into()))?;
         }
         let dir = match below::enter(&parent, name) {
             Ok(dir) => dir,
@@ -255,20 +268,33 @@ impl Store {
         target: &str,
         if_exists: IfExists,
     ) -> Result<bool, StoreError> {
+        self.make_link_for(path, target, if_exists, None)
+    }
+
+    /// As [`make_link`](Self::make_link), counted against this quota, too. A link counts as 1 KiB.
+    pub fn make_link_for(
+        &self,
+        path: &RelPath,
+        target: &str,
+        if_exists: IfExists,
+        tenant: Option<&Tenant>,
+    ) -> Result<bool, StoreError> {
         let inner = &self.inner;
         let failed = |action| move |e: io::Error| inner.disk.error(action, path, e);
         let exists = || StoreError::Exists { path: path.clone() };
+        inner.check_name(path)?;
         inner.check_policy(if_exists)?;
         check_target(path, target)?;
-        inner.room_for_name(None)?;
+        inner.room(LINK_BYTES, 0, 0, tenant).map(drop)?;
         let name = path.file_name();
         let mut outcome = exists();
         // Something may come or go between a look and the step that follows.
         for _ in 0..MAX_TRIES {
             let dir = inner.parent_for(path)?;
-            let there = below::see(&dir, name).map_err(failed("look up a name"))?;
+            let there = below::see(&dir, &*names::os(name)).map_err(failed("look up a name"))?;
             let equal = there.as_ref().is_some_and(Metadata::is_symlink)
-                && raw_target(&dir, name).is_some_and(|there| there == target.as_bytes());
+                && raw_target(&dir, &names::os(name))
+                    .is_some_and(|there| there == *names::bytes(target));
             if equal && if_exists != IfExists::Error {
                 disk::sync_dir(&dir).map_err(failed("sync a directory"))?;
                 return Ok(true);
@@ -277,7 +303,7 @@ impl Store {
                 None => 0,
                 Some(_) if if_exists != IfExists::Overwrite => return Err(exists()),
                 Some(there) if there.is_file() => there.len(),
-                Some(there) if there.is_symlink() => 0,
+                Some(there) if there.is_symlink() => LINK_BYTES,
                 Some(_) => return Err(exists()),
             };
             let disk = &inner.disk;
@@ -287,7 +313,10 @@ impl Store {
                 None => disk.publish(&staged, &dir, name),
             };
             let Err(error) = placed else {
-                inner.removed(path, replaced);
+                let mut state = inner.state();
+                state.accounts.removed(path, replaced);
+                state.accounts.added(path, LINK_BYTES);
+                drop(state);
                 disk::sync_dir(&dir).map_err(failed("sync a directory"))?;
                 return Ok(false);
             };
@@ -305,9 +334,13 @@ impl Store {
     }
 }
 
-/// Whether a link called `path` may lead to `target`: a relative path that, read from the link's
-/// directory, names something below the root or the root itself, at every step of the way, and
-/// nothing in the store's own directory. What the names on the way are, is not looked at.
+/// Whether a link called `path` may lead to `target`: a relative path that, read from the link's directory, names
+/// something below the root or the root itself, and nothing in the store's own directory.
+///
+/// `..` may stand only before the first name. A name may be a link, also one that is made later, and what is above the
+/// place it leads to is not what is above the name. With nothing but the link's own directories to go up by, which are
+/// no links and stay where they are, every target stays below the root, whichever links it passes and in whichever
+/// order they were made.
 ///
 /// For a client whose root is not the store's, `path` is what the client calls the link.
 pub fn check_target(path: &RelPath, target: &str) -> Result<(), StoreError> {
@@ -320,25 +353,27 @@ pub fn check_target(path: &RelPath, target: &str) -> Result<(), StoreError> {
     if target.is_empty() {
         return refuse("is empty");
     }
-    if target.len() > MAX_TARGET {
-        return refuse("is too long");
+    if names::bytes(target).len() > MAX_TARGET {
+        return refuse("is longer than 4095 bytes");
     }
-    if target.chars().any(char::is_control) {
-        return refuse("holds a control character");
+    if target.contains('\0') {
+        return refuse("holds a nul");
     }
     if target.starts_with('/') {
         return refuse("is not relative");
     }
-    let mut names: Vec<&str> = path.parents().collect();
+    let mut above = path.parents().count();
+    let mut named = false;
     for component in target.split('/') {
         match component {
             "" | "." => {}
-            ".." if names.pop().is_none() => return refuse("leads out of the root"),
-            ".." => {}
-            name => names.push(name),
-        }
-        if names.first().is_some_and(|name| *name == PRIVATE) {
-            return refuse("leads to the server's own files");
+            ".." if named => return refuse("goes up from a name that may be a link"),
+            ".." if above == 0 => return refuse("leads out of the root"),
+            ".." => above -= 1,
+            name if name.eq_ignore_ascii_case(PRIVATE) => {
+                return refuse("leads to the server's own files");
+            }
+            _ => named = true,
         }
     }
     Ok(())
@@ -348,7 +383,7 @@ impl Entry {
     fn new(path: String, kind: Kind, metadata: &Metadata, target: Option<String>) -> Self {
         let size = match kind {
             Kind::File => metadata.len(),
-            Kind::Dir | Kind::Link => 0,
+            Kind::Dir | Kind::Link | Kind::Other => 0,
         };
         Self {
             path,
@@ -360,21 +395,35 @@ impl Entry {
             },
             mode: metadata.mode() & 0o777,
             target,
+            unread: false,
+        }
+    }
+
+    /// What is there under this name, and nothing more is known of it.
+    fn unseen(path: String) -> Self {
+        Self {
+            path,
+            kind: Kind::Other,
+            size: 0,
+            mtime: Time::default(),
+            mode: 0,
+            target: None,
+            unread: false,
         }
     }
 }
 
 impl Kind {
-    fn of(metadata: &Metadata) -> Option<Self> {
+    fn of(metadata: &Metadata) -> Self {
         let kind = metadata.file_type();
         if kind.is_file() {
-            Some(Self::File)
+            Self::File
         } else if kind.is_dir() {
-            Some(Self::Dir)
+            Self::Dir
         } else if kind.is_symlink() {
-            Some(Self::Link)
+            Self::Link
         } else {
-            None
+            Self::Other
         }
     }
 }
@@ -385,20 +434,19 @@ impl Inner {
         let failed = |e| self.read_failed("look up a name", Some(path), e);
         let mut dir = self.disk.root().map_err(failed)?;
         for component in path.parents() {
-            dir = below::enter(&dir, component).map_err(|e| failed(e.into()))?;
+            dir = below::enter(&dir, &*names::os(component)).map_err(|e| failed(e.into()))?;
         }
-        let metadata = below::see(&dir, path.file_name()).map_err(failed)?;
+        let name = &*names::os(path.file_name());
+        let metadata = below::see(&dir, name).map_err(failed)?;
         let Some(metadata) = metadata else {
             return Err(StoreError::NotFound { path: path.clone() });
         };
-        let Some(kind) = Kind::of(&metadata) else {
-            return Err(StoreError::NotAFile { path: path.clone() });
-        };
+        let kind = Kind::of(&metadata);
         let target = match kind {
-            Kind::Link => target(&dir, path.file_name(), path),
-            Kind::File | Kind::Dir => None,
+            Kind::Link => target(&dir, name, path),
+            Kind::File | Kind::Dir | Kind::Other => None,
         };
-        let entry = Entry::new(path.to_string(), kind, &metadata, target);
+        let entry = Entry::new(path.as_str().to_owned(), kind, &metadata, target);
         Ok((dir, entry))
     }
 
@@ -417,7 +465,8 @@ impl Inner {
     /// Checks that there is room for something that has a name and no bytes. A tenant that has
     /// nothing left gets not even that.
     fn room_for_name(&self, tenant: Option<&Tenant>) -> Result<(), StoreError> {
-        self.room(u64::from(tenant.is_some()), 0, tenant).map(drop)
+        self.room(u64::from(tenant.is_some()), 0, 0, tenant)
+            .map(drop)
     }
 
     /// An error on the way to something that is only looked at. What is no directory holds nothing.
@@ -443,7 +492,7 @@ enum Start {
     /// The directory itself is the last one listed.
     Base,
     /// Behind what has these names below the directory.
-    After(Vec<String>),
+    After(Vec<Vec<u8>>),
     /// Behind everything in it.
     Behind,
 }
@@ -453,15 +502,18 @@ impl Start {
         let Some(after) = after else {
             return Self::Before;
         };
-        let mut names = after.components();
-        for component in base.iter().flat_map(|base| base.components()) {
+        let after = after.to_bytes();
+        let base = base.map(RelPath::to_bytes);
+        let slash = |byte: &u8| *byte == b'/';
+        let mut names = after.split(slash);
+        for component in base.iter().flat_map(|base| base.split(slash)) {
             match names.next().map(|name| name.cmp(component)) {
                 None | Some(std::cmp::Ordering::Less) => return Self::Before,
                 Some(std::cmp::Ordering::Greater) => return Self::Behind,
                 Some(std::cmp::Ordering::Equal) => {}
             }
         }
-        let rest: Vec<String> = names.map(str::to_owned).collect();
+        let rest: Vec<Vec<u8>> = names.map(<[u8]>::to_vec).collect();
         if rest.is_empty() {
             Self::Base
         } else {
@@ -476,28 +528,30 @@ struct Lister<'a> {
     query: &'a List<'a>,
     limit: usize,
     /// What is left of the cursor, from the directory on top of `frames` down.
-    cursor: std::vec::IntoIter<String>,
+    cursor: std::vec::IntoIter<Vec<u8>>,
     /// The directories from the one that is listed down to where the page is.
     frames: Vec<Frame>,
     /// The names, below the directory that is listed, of what was looked at last.
-    last: Option<Vec<String>>,
+    last: Option<Vec<Vec<u8>>>,
 }
 
 /// A directory whose names are being gone through.
 struct Frame {
     dir: Dir,
-    /// What its entries' paths begin with: empty, or ending in `/`.
+    /// What the text forms of its entries' paths begin with: empty, or ending in `/`.
     prefix: String,
     /// Its own name; empty for the directory that is listed.
-    name: String,
+    name: Vec<u8>,
     /// Components of its path.
     depth: usize,
     /// Names left, the next one at the end.
-    names: Vec<String>,
+    names: Vec<Vec<u8>>,
     /// More names follow that are not in `names`.
     cut: bool,
     /// The name whose entry was on an earlier page, though perhaps not all that is in it.
-    passed: Option<String>,
+    passed: Option<Vec<u8>>,
+    /// Something in it has no path.
+    unread: bool,
 }
 
 impl Lister<'_> {
@@ -509,15 +563,15 @@ impl Lister<'_> {
         let dir = base.try_clone().map_err(failed)?;
         let (prefix, depth) = match self.query.path {
             None => (String::new(), 0),
-            Some(path) => (format!("{path}/"), path.components().count()),
+            Some(path) => (format!("{}/", path.as_str()), path.components().count()),
         };
         let mut page = Page::default();
         let mut bytes = 0;
-        let base = Frame::new(dir, prefix, String::new(), depth, self.cursor.next());
-        self.enter(base, self.limit).map_err(|e| {
-            self.inner
-                .read_failed("read a directory", self.query.path, e)
-        })?;
+        let base = Frame::new(dir, prefix, Vec::new(), depth, self.cursor.next());
+        let whole = self.enter(base, self.limit).map_err(failed)?;
+        if !whole {
+            return Err(failed(Errno::NAMETOOLONG.into()));
+        }
         while let Some(frame) = self.frames.last_mut() {
             let Some(name) = frame.names.pop() else {
                 if frame.cut {
@@ -535,13 +589,12 @@ impl Lister<'_> {
                     break;
                 }
             }
-            let path = format!("{}{name}", frame.prefix);
-            let found = match look(&frame.dir, &name, &path) {
+            let path = frame.prefix.clone() + &names::from_bytes(&name);
+            let found = match look(&frame.dir, OsStr::from_bytes(&name), &path) {
                 Ok(found) => found,
+                // The directory may be read, and what is in it not be looked at.
                 Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
-                    tracing::warn!(%path, "no permission to look at what is in a directory");
-                    frame.names.clear();
-                    continue;
+                    Some(Entry::unseen(path.clone()))
                 }
                 Err(e) => return Err(StoreError::io("look at a file", self.query.path, e, || 0)),
             };
@@ -561,24 +614,26 @@ impl Lister<'_> {
             if !passed {
                 page.entries.push(entry);
             }
-            if is_dir && self.query.recursive {
-                self.descend(name, path, self.limit - page.entries.len())?;
+            if is_dir
+                && self.query.recursive
+                && !self.descend(name, path, self.limit - page.entries.len())?
+                && !passed
+                && let Some(entry) = page.entries.last_mut()
+            {
+                entry.unread = true;
             }
         }
         Ok(page)
     }
 
-    /// Goes on with what is in the directory `name` of the one on top.
-    fn descend(&mut self, name: String, path: String, left: usize) -> Result<(), StoreError> {
+    /// Goes on with what is in the directory `name` of the one on top; false when not all of that can be listed.
+    fn descend(&mut self, name: Vec<u8>, path: String, left: usize) -> Result<bool, StoreError> {
         let Some(frame) = self.frames.last() else {
-            return Ok(());
+            return Ok(true);
         };
         let depth = frame.depth + 1;
-        if depth >= RelPath::MAX_COMPONENTS {
-            return Ok(());
-        }
-        let shown = path.clone();
-        let entered = match below::enter(&frame.dir, &name) {
+        let shown = names::shown(&path);
+        let entered = match below::enter(&frame.dir, OsStr::from_bytes(&name)) {
             Ok(dir) => {
                 let next = self.cursor.next();
                 self.enter(Frame::new(dir, path + "/", name, depth, next), left)
@@ -586,13 +641,13 @@ impl Lister<'_> {
             Err(errno) => Err(errno.into()),
         };
         match entered {
-            Ok(()) => Ok(()),
+            Ok(whole) => Ok(whole),
             Err(e) => match Errno::from_io_error(&e) {
                 // It is gone, or something else by now.
-                Some(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::MLINK) => Ok(()),
+                Some(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::MLINK) => Ok(true),
                 Some(Errno::ACCESS | Errno::PERM) => {
-                    tracing::warn!(path = %shown, "no permission to list a directory");
-                    Ok(())
+                    tracing::warn!(path = shown, "no permission to list a directory");
+                    Ok(false)
                 }
                 _ => Err(StoreError::io("read a directory", self.query.path, e, || 0)),
             },
@@ -600,8 +655,8 @@ impl Lister<'_> {
     }
 
     /// Reads a directory's names and puts it on top. Keeps no more names, those of the
-    /// directories below included, than a page can use.
-    fn enter(&mut self, mut frame: Frame, left: usize) -> io::Result<()> {
+    /// directories below included, than a page can use. False when something in it has no path.
+    fn enter(&mut self, mut frame: Frame, left: usize) -> io::Result<bool> {
         // One to see that there are more, and one that an earlier page had.
         let keep = left + 2;
         frame.read(keep)?;
@@ -611,6 +666,7 @@ impl Lister<'_> {
         {
             frame.names.pop();
         }
+        let whole = !frame.unread;
         self.frames.push(frame);
         let total: usize = self.frames.iter().map(|frame| frame.names.len()).sum();
         let mut excess = total.saturating_sub(keep);
@@ -620,17 +676,17 @@ impl Lister<'_> {
             frame.cut |= cut > 0;
             excess -= cut;
         }
-        Ok(())
+        Ok(whole)
     }
 
-    fn remember(&mut self, name: &str) {
-        let names = self.frames.iter().skip(1).map(|frame| frame.name.as_str());
-        self.last = Some(names.chain([name]).map(str::to_owned).collect());
+    fn remember(&mut self, name: &[u8]) {
+        let names = self.frames.iter().skip(1).map(|frame| &frame.name[..]);
+        self.last = Some(names.chain([name]).map(<[u8]>::to_vec).collect());
     }
 }
 
 impl Frame {
-    fn new(dir: Dir, prefix: String, name: String, depth: usize, passed: Option<String>) -> Self {
+    fn new(dir: Dir, prefix: String, name: Vec<u8>, depth: usize, passed: Option<Vec<u8>>) -> Self {
         Self {
             dir,
             prefix,
@@ -639,23 +695,25 @@ impl Frame {
             names: Vec::new(),
             cut: false,
             passed,
+            unread: false,
         }
     }
 
     /// Reads the first `keep` names, from the cursor on.
     fn read(&mut self, keep: usize) -> io::Result<()> {
         let mut first = BinaryHeap::new();
+        let above = names::bytes(&self.prefix).len();
         for entry in rustix::fs::Dir::read_from(&self.dir)? {
             let entry = entry?;
-            let Ok(name) = entry.file_name().to_str() else {
+            let name = entry.file_name().to_bytes();
+            if matches!(name, b"." | b"..") || self.depth == 0 && is_own(name) {
                 continue;
-            };
-            let seen = self.passed.as_deref().is_some_and(|passed| name < passed);
-            if seen
-                || !path::is_component(name)
-                || self.prefix.len() + name.len() > RelPath::MAX_BYTES
-                || !is_listed(&self.dir, name, entry.file_type())
-            {
+            }
+            if above + name.len() > RelPath::MAX_BYTES || self.depth >= RelPath::MAX_COMPONENTS {
+                self.unread = true;
+                continue;
+            }
+            if self.passed.as_deref().is_some_and(|passed| name < passed) {
                 continue;
             }
             if first.len() < keep {
@@ -664,7 +722,7 @@ impl Frame {
             }
             self.cut = true;
             if let Some(mut last) = first.peek_mut()
-                && name < last.as_str()
+                && name < &last[..]
             {
                 *last = name.to_owned();
             }
@@ -675,40 +733,32 @@ impl Frame {
     }
 }
 
-/// What has the name and can be listed; `None` also when it is gone by now.
-fn look(dir: &Dir, name: &str, path: &str) -> io::Result<Option<Entry>> {
+/// Whether this is a name in the root that no client may use.
+fn is_own(name: &[u8]) -> bool {
+    let path = names::from_bytes(name).parse::<RelPath>();
+    path.is_err_and(|error| error.rule() == PathRule::Own)
+}
+
+/// What has the name; `None` when it is gone by now.
+fn look(dir: &Dir, name: &OsStr, path: &str) -> io::Result<Option<Entry>> {
     let Some(metadata) = below::see(dir, name)? else {
         return Ok(None);
     };
-    let (Some(kind), Ok(at)) = (Kind::of(&metadata), path.parse()) else {
-        return Ok(None);
-    };
-    let target = match kind {
-        Kind::Link => target(dir, name, &at),
-        Kind::File | Kind::Dir => None,
+    let kind = Kind::of(&metadata);
+    let target = match (kind, path.parse()) {
+        (Kind::Link, Ok(at)) => target(dir, name, &at),
+        _ => None,
     };
     Ok(Some(Entry::new(path.to_owned(), kind, &metadata, target)))
 }
 
-/// Whether a directory's entry of this kind is listed at all; asks where the file system does not
-/// say.
-fn is_listed(dir: &Dir, name: &str, kind: FileType) -> bool {
-    match kind {
-        FileType::RegularFile | FileType::Directory | FileType::Symlink => true,
-        FileType::Unknown => {
-            below::see(dir, name).is_ok_and(|found| found.as_ref().and_then(Kind::of).is_some())
-        }
-        _ => false,
-    }
-}
-
 /// Where the link leads, if that may be told.
-fn target(dir: &Dir, name: &str, path: &RelPath) -> Option<String> {
-    let target = String::from_utf8(raw_target(dir, name)?).ok()?;
+fn target(dir: &Dir, name: &OsStr, path: &RelPath) -> Option<String> {
+    let target = names::from_bytes(&raw_target(dir, name)?).into_owned();
     check_target(path, &target).ok().map(|()| target)
 }
 
-fn raw_target(dir: &Dir, name: &str) -> Option<Vec<u8>> {
+fn raw_target(dir: &Dir, name: &OsStr) -> Option<Vec<u8>> {
     let target = rustix::fs::readlinkat(dir, name, Vec::new()).ok()?;
     Some(target.into_bytes())
 }
@@ -745,6 +795,7 @@ struct Removal<'a> {
     path: &'a RelPath,
     recursive: bool,
     removed: Removed,
+    links: u64,
 }
 
 impl Removal<'_> {
@@ -765,6 +816,8 @@ impl Removal<'_> {
         self.removed.files += 1;
         if metadata.is_file() {
             self.removed.bytes = self.removed.bytes.saturating_add(metadata.len());
+        } else if metadata.is_symlink() {
+            self.links += 1;
         }
         Ok(true)
     }
@@ -787,9 +840,9 @@ impl Removal<'_> {
         }
     }
 
-    /// Empties a directory, but for another store's own directory.
+    /// Empties a directory whose path has `depth` components.
     fn clear(&mut self, dir: &Dir, depth: usize) -> Result<(), StoreError> {
-        if depth >= MAX_DEPTH {
+        if depth >= RelPath::MAX_COMPONENTS {
             return Err(self.not_empty());
         }
         loop {
@@ -821,7 +874,7 @@ fn batch(dir: &Dir) -> io::Result<Vec<OsString>> {
     for entry in rustix::fs::Dir::read_from(dir)? {
         let entry = entry?;
         let name = OsStr::from_bytes(entry.file_name().to_bytes());
-        if name != "." && name != ".." && name != PRIVATE {
+        if name != "." && name != ".." {
             names.push(name.to_owned());
         }
         if names.len() == BATCH {
@@ -843,8 +896,6 @@ const MAX_PASSES: usize = 16;
 /// Times a link is put in place anew because something came or went meanwhile.
 const MAX_TRIES: usize = 4;
 /// Longest target of a link, in bytes.
-const MAX_TARGET: usize = 4096;
-/// Deepest directory that is removed with its content.
-const MAX_DEPTH: usize = 128;
+const MAX_TARGET: usize = 4095;
 /// Names read at a time from a directory that is being emptied.
 const BATCH: usize = 256;

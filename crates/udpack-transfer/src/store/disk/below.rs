@@ -10,6 +10,7 @@ use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::{COUNT_DEPTH, DIRECTORY, Disk, PART};
+use crate::names;
 use crate::path::RelPath;
 use crate::store::StoreError;
 
@@ -24,7 +25,7 @@ impl Disk {
     pub(in crate::store) fn used_below(&self, prefix: Option<&RelPath>) -> io::Result<u64> {
         let mut dir = self.root()?;
         for component in prefix.iter().flat_map(|prefix| prefix.components()) {
-            dir = match enter(&dir, component) {
+            dir = match enter(&dir, &*names::os(component)) {
                 Ok(dir) => dir,
                 Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::MLINK) => return Ok(0),
                 Err(errno) => return Err(errno.into()),
@@ -36,7 +37,7 @@ impl Disk {
     /// A new symbolic link in the staging directory: its name.
     pub(in crate::store) fn stage_link(&self, target: &str) -> io::Result<String> {
         let name = self.names.next() + PART;
-        rustix::fs::symlinkat(target, &self.staging, &name)?;
+        rustix::fs::symlinkat(&*names::os(target), &self.staging, &name)?;
         Ok(name)
     }
 

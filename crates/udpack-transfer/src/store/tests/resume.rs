@@ -877,6 +877,120 @@ fn uploads_can_be_looked_at_and_purged_beside_an_open_store() {
 }
 
 #[test]
+fn interrupted_uploads_count_against_the_quota_of_their_directory() {
+    let (_dir, store) = open(StoreConfig::default());
+    let tenant = Tenant {
+        prefix: Some(path("t")),
+        quota: 1000,
+    };
+    let begin = |name: &str| {
+        let path = path(name);
+        let new = NewFile {
+            owner: Some("peer"),
+            tenant: Some(&tenant),
+            ..new(&path, Some(600), IfExists::Same)
+        };
+        match store.begin(&new)? {
+            Begin::New(partial) => Ok::<_, StoreError>(partial),
+            Begin::Exists(_) => panic!("nothing is there"),
+        }
+    };
+    let mut partial = begin("t/a").unwrap();
+    partial.write_at(0, &[1; 600]).unwrap();
+    drop(partial);
+    assert_eq!(begin("t/b").unwrap_err().code(), "quota");
+    // It may go on itself, and what lies elsewhere is not counted.
+    drop(begin("t/a").unwrap());
+    drop(resumable(&store, "u/a", Some(600)).unwrap());
+}
+
+#[test]
+fn one_owner_has_so_many_interrupted_uploads() {
+    let (_dir, store) = open(StoreConfig {
+        max_suspended: 2,
+        ..StoreConfig::default()
+    });
+    for name in ["a", "b"] {
+        let mut partial = resumable(&store, name, Some(9)).unwrap();
+        partial.write_at(0, b"1234").unwrap();
+    }
+    let error = resumable(&store, "c", Some(9)).unwrap_err();
+    assert_eq!((error.code(), error.retry()), ("too_many_uploads", false));
+    drop(resumable(&store, "b", Some(9)).unwrap());
+    // Another owner, and what is not to be resumed.
+    let c = path("c");
+    let mut other = new(&c, Some(9), IfExists::Same);
+    assert!(matches!(store.begin(&other).unwrap(), Begin::New(_)));
+    other.owner = Some("other");
+    assert!(matches!(store.begin(&other).unwrap(), Begin::New(_)));
+}
+
+#[test]
+fn a_file_is_replaced_by_one_of_its_size_under_a_quota_of_less_than_both() {
+    let (_dir, store) = open(StoreConfig {
+        quota: Some(1000),
+        overwrite: Overwrite::Always,
+        ..StoreConfig::default()
+    });
+    put(&store, "a", &[1; 600], IfExists::Same).unwrap();
+    let a = path("a");
+    let begin = |size| store.begin(&new(&a, Some(size), IfExists::Overwrite));
+    let first = begin(600).unwrap();
+    // The room of one file is given once.
+    assert_eq!(begin(600).unwrap_err().code(), "quota");
+    drop(first);
+    assert_eq!(begin(1001).unwrap_err().code(), "quota");
+    put(&store, "a", &[2; 600], IfExists::Overwrite).unwrap();
+    put(&store, "a", &[3; 1000], IfExists::Overwrite).unwrap();
+    assert_eq!(store.usage().used, 1000);
+    assert_eq!(
+        put(&store, "b", b"x", IfExists::Same).unwrap_err().code(),
+        "quota"
+    );
+}
+
+#[test]
+fn links_take_room_of_a_quota() {
+    let (_dir, store) = open(StoreConfig {
+        quota: Some(2048),
+        ..StoreConfig::default()
+    });
+    let link = |name: &str| store.make_link(&path(name), "x", IfExists::Same);
+    link("a").unwrap();
+    link("b").unwrap();
+    assert_eq!(link("c").unwrap_err().code(), "quota");
+    store.remove(&path("a"), false).unwrap();
+    link("c").unwrap();
+}
+
+#[test]
+fn a_clock_that_leaps_removes_nothing() {
+    let (dir, store) = open(StoreConfig::default());
+    let mut partial = resumable(&store, "a", Some(9)).unwrap();
+    partial.write_at(0, b"1234").unwrap();
+    drop(partial);
+    drop(store);
+    // As if the clock had shown 2020 until now.
+    let then = SystemTime::UNIX_EPOCH + Duration::from_secs(1_577_836_800);
+    touch(&log_of(&dir, "a"), then);
+    touch(
+        &dir.path().join(".udpack/lock"),
+        then + Duration::from_secs(3600),
+    );
+    let store = again(&dir);
+    assert_eq!(store.usage().suspended, 4);
+    assert_eq!(store.sweep().unwrap(), 0);
+    drop(store);
+    // Time that a server saw counts.
+    touch(&log_of(&dir, "a"), then);
+    touch(
+        &dir.path().join(".udpack/lock"),
+        then + Duration::from_secs(48 * 3600),
+    );
+    assert_eq!(again(&dir).usage().suspended, 0);
+}
+
+#[test]
 fn many_begin_the_same_upload_and_one_writes_it() {
     let (dir, store) = open(StoreConfig::default());
     let barrier = Barrier::new(16);
