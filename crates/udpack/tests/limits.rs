@@ -11,6 +11,7 @@ mod common;
 
 use std::fmt::Display;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bare::{Bare, Ended, Stream, open};
@@ -140,7 +141,7 @@ async fn every_limit_has_its_end_its_words_and_its_counter() {
 async fn every_deadline_has_its_end_its_words_and_its_counter() {
     let times = check(rows!(Timeouts {
         handshake: handshake => "unreachable", "no answer from 10.1.0.1:45456", 0;
-        auth: auth => "auth_timeout", "not authenticated within 5s", 1;
+        auth: auth => "auth_timeout", "not authenticated within 5", 1;
         auth_failure: auth_failure => "auth_failed", "", 1;
         auth_pause: auth_pause => "server_busy", "2 wrong tokens from this address, again in 1 s", 4;
         frame: frame_time => "frame_timeout", "30s", 1;
@@ -1049,8 +1050,9 @@ async fn resume() -> Seen {
     seen
 }
 
-/// Lets everybody in, once.
-struct Once;
+/// Lets everybody in, and finds each token withdrawn when it looks again.
+#[derive(Default)]
+struct Once(AtomicBool);
 
 impl Authenticate for Once {
     fn authenticate(&self, _: Hello) -> BoxFuture<'static, Result<Peer, Deny>> {
@@ -1058,13 +1060,13 @@ impl Authenticate for Once {
     }
 
     fn is_valid(&self, _: &Peer) -> bool {
-        false
+        !self.0.swap(true, Ordering::Relaxed)
     }
 }
 
 async fn recheck() -> Seen {
     let net = Net::new(0);
-    let server = net.bind(testing::server().auth(Once)).await;
+    let server = net.bind(testing::server().auth(Once::default())).await;
     let server = server.expect("a free address");
     let socket = connect(&net, &server).await;
     let begun = Instant::now();
