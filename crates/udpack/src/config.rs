@@ -129,9 +129,9 @@ pub struct Timeouts {
     /// An unfinished frame must be completed, or move on by at least 1 KiB for each second of this, each time
     /// this has passed. Default 30 s.
     pub frame: Duration,
-    /// A peer that is heard from but takes nothing off a channel with queued messages for this long loses the
-    /// channel. It counts in quarters, and only those in which something was heard: a path that is silent for
-    /// less than `idle` costs no channel. Default 10 s.
+    /// A peer that is alive but takes nothing off a channel with queued messages for this long loses the
+    /// channel. It counts in quarters, without those in which something that was sent stood unanswered: a path that
+    /// is silent for less than `idle` costs no channel. Default 10 s.
     pub slow_peer: Duration,
     /// Nothing heard from the peer at all. Default 30 s.
     pub idle: Duration,

@@ -72,6 +72,9 @@ impl Turns {
         send_window: u64,
         turn: usize,
     ) {
+        // Who comes later waits behind who waits already: between a notice and its reader a busy writer would
+        // else take the room each time.
+        let _first = self.bulk().queue.lock().await;
         loop {
             let mut room = std::pin::pin!(self.bulk().room.notified());
             room.as_mut().enable();
@@ -132,6 +135,8 @@ impl Drop for Waiting<'_> {
 #[derive(Debug, Default)]
 struct Bulk {
     under_way: AtomicUsize,
+    /// Held by the one that waits for room; the others wait for it, in order.
+    queue: tokio::sync::Mutex<()>,
     room: Notify,
 }
 

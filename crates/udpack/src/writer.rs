@@ -156,29 +156,37 @@ async fn drive(
     }
 }
 
-/// Parts of the slow-peer time. A part counts against the peer only if something was heard from it in that part:
-/// a path that is silent, or was for a while, is the idle timer's business.
+/// Parts of the slow-peer time. A part does not count against the peer while something that was sent stands
+/// unanswered: such a path is silent, which is the idle timer's business.
 const PARTS: u32 = 4;
 
-/// In how many parts of the slow-peer time a peer was heard although it took nothing.
+/// In how many parts of the slow-peer time a peer took nothing although its path was alive.
 struct Heard {
-    datagrams: u64,
+    received: u64,
+    sent: u64,
+    /// Something was sent since anything was received.
+    unanswered: bool,
     parts: u32,
 }
 
 impl Heard {
     fn new(line: &Line) -> Self {
+        let stats = line.stats();
         Self {
-            datagrams: line.stats().udp_rx.datagrams,
+            received: stats.udp_rx.datagrams,
+            sent: stats.udp_tx.datagrams,
+            unanswered: false,
             parts: 0,
         }
     }
 
     /// Another part has passed. Says whether that makes the whole time.
     fn part(&mut self, line: &Line) -> bool {
-        let now = line.stats().udp_rx.datagrams;
-        self.parts += u32::from(now != self.datagrams);
-        self.datagrams = now;
+        let stats = line.stats();
+        let (received, sent) = (stats.udp_rx.datagrams, stats.udp_tx.datagrams);
+        self.unanswered = received == self.received && (self.unanswered || sent != self.sent);
+        (self.received, self.sent) = (received, sent);
+        self.parts += u32::from(!self.unanswered);
         self.parts >= PARTS
     }
 }
