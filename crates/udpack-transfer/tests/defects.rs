@@ -19,7 +19,8 @@ use raw::{RawLane, V, chunk, file, finish, map, short_chunk, short_file, short_f
 use serde::Serialize;
 use udpack::{Channel, Client, CloseCode, Hello, Identity, Limits, Peer, Server, Socket, Timeouts};
 use udpack_transfer::{
-    ErrorKind, Event, Receiver, ReceiverConfig, Source, Store, StoreConfig, TransferError, Uploader,
+    ErrorKind, Event, Limiter, Receiver, ReceiverConfig, Source, Store, StoreConfig, TransferError,
+    Uploader,
 };
 
 const MIB: usize = 1 << 20;
@@ -654,13 +655,21 @@ async fn b21_a_source_that_is_missing_or_changes_is_an_error_of_its_own() {
             let file = fs::File::create(at("changing")).expect("a file");
             file.set_len(64 << 20).expect("a sparse file");
             let source = Source::file(at("changing"), rel("changing"));
-            let mut upload = Uploader::new(&socket).resume(false).put(vec![source]);
+            let mut upload = Uploader::new(&socket)
+                .resume(false)
+                .limit(Limiter::new(32 * MIB as u64))
+                .put(vec![source]);
+            let mut moved = false;
             let error = loop {
                 match upload.next().await.expect("an outcome") {
-                    Event::Started { .. } if how == "shrinks" => {
+                    // Some of it was read, and the limit keeps the rest for later.
+                    Event::Progress(now) if now.acked == 0 || moved => {}
+                    Event::Progress(_) if how == "shrinks" => {
+                        moved = true;
                         file.set_len(1 << 20).expect("a shorter file");
                     }
-                    Event::Started { .. } => {
+                    Event::Progress(_) => {
+                        moved = true;
                         use std::os::unix::fs::FileExt as _;
                         let before = file.metadata().and_then(|of| of.modified());
                         file.write_all_at(b"new", 60 << 20).expect("written");
@@ -684,10 +693,16 @@ async fn b21_a_source_that_is_missing_or_changes_is_an_error_of_its_own() {
         let file = fs::File::create(at("touched")).expect("a file");
         file.set_len(64 << 20).expect("a sparse file");
         let source = Source::file(at("touched"), rel("touched"));
-        let mut upload = Uploader::new(&socket).resume(false).put(vec![source]);
+        let mut upload = Uploader::new(&socket)
+            .resume(false)
+            .limit(Limiter::new(32 * MIB as u64))
+            .put(vec![source]);
+        let mut moved = false;
         let outcome = loop {
             match upload.next().await.expect("an outcome") {
-                Event::Started { .. } => {
+                Event::Progress(now) if now.acked == 0 || moved => {}
+                Event::Progress(_) => {
+                    moved = true;
                     let long_ago = std::time::SystemTime::UNIX_EPOCH;
                     let times = fs::FileTimes::new().set_modified(long_ago);
                     file.set_times(times).expect("another time");
