@@ -78,7 +78,7 @@ pub(crate) fn json<T: Serialize + ?Sized>(value: &T) -> io::Result<()> {
     all(&lines)
 }
 
-/// JSON whose text is escaped as [`line`] escapes it, by `\u` so that it means the same to a program.
+/// JSON whose text is escaped as [`line()`] escapes it, by `\u` so that it means the same to a program.
 struct Printable;
 
 impl Formatter for Printable {

@@ -6,7 +6,7 @@
 //! The bytes of a name that really holds one of these characters are treated the same, so no two names share a form
 //! and no name loses a byte. Slashes stay slashes.
 //!
-//! At each edge the form is left: [`bytes`] and [`os`] for the file system, [`shown`] for people, and on the wire a
+//! At each edge the form is left: [`bytes()`] and [`os`] for the file system, [`shown`] for people, and on the wire a
 //! name is `str` when it is UTF-8 and `bin` when it is not.
 
 use std::borrow::Cow;

@@ -746,6 +746,9 @@ fn a_tenant_has_a_quota_of_its_own() {
     store
         .make_link(&path("t/d"), "x", IfExists::Overwrite)
         .unwrap();
+    // A link takes more room than the tenant has.
+    assert_eq!(code(begin(&store, "t/e", 1, Some(&tenant))), "quota");
+    store.remove(&path("t/d"), false).unwrap();
     drop(begin(&store, "t/e", 900, Some(&tenant)).unwrap());
     // Also when it goes with more than the tenant's.
     put(&store, "t/c", 900, Some(&tenant));
