@@ -390,12 +390,19 @@ fn modes_travel_as_cp_takes_them() {
 
 #[test]
 fn files_of_any_size_are_taken_by_default() {
-    let server = Server::start();
+    // The quota is asked after the limit of a file's size, and no gigabyte travels.
+    let server = Server::start_in(workdir(), &["--quota", "1M"]);
     let dir = workdir();
     let big = File::create(dir.path().join("big")).expect("create");
     big.set_len((1 << 30) + 1).expect("a sparse file");
     let out = server.client(dir.path(), &["put", "big", "-q"]);
-    assert_eq!(out.code, 0, "{out:?}");
+    assert_eq!(out.code, 6, "{out:?}");
+    assert!(out.stderr.contains("1.0 MB of 1.0 MB left"), "{out:?}");
+    // Where there is a limit, it is what refuses.
+    let server = Server::start_in(workdir(), &["--quota", "1M", "--max-file", "1G"]);
+    let out = server.client(dir.path(), &["put", "big", "-q"]);
+    assert_eq!(out.code, 6, "{out:?}");
+    assert!(!out.stderr.contains("left"), "{out:?}");
 }
 
 #[test]

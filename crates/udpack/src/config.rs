@@ -131,7 +131,7 @@ pub struct Timeouts {
     pub frame: Duration,
     /// A peer that is alive but takes nothing off a channel with queued messages for this long loses the
     /// channel. It counts in quarters, without those in which something that was sent stood unanswered: a path that
-    /// is silent for less than `idle` costs no channel. Default 10 s.
+    /// is silent is the idle timer's business. Default 10 s.
     pub slow_peer: Duration,
     /// Nothing heard from the peer at all. Default 30 s.
     pub idle: Duration,

@@ -156,16 +156,21 @@ async fn drive(
     }
 }
 
-/// Parts of the slow-peer time. A part does not count against the peer while something that was sent stands
-/// unanswered: such a path is silent, which is the idle timer's business.
+/// Parts of the slow-peer time. A part counts against the peer if something was heard in it, or if nothing was said:
+/// a path on which what is sent stays unanswered is silent, which is the idle timer's business.
 const PARTS: u32 = 4;
+/// So many parts must count once the path was silent. QUIC then takes up to 9/8 of the silence to declare lost what
+/// was under way (RFC 9002, section 6.1.2: the latest round trip is as long as the silence), and sends nothing new
+/// before; a silence that a connection outlives is shorter than the idle time, 30 s.
+const PARTS_AFTER_SILENCE: u32 = 4 * PARTS;
 
 /// In how many parts of the slow-peer time a peer took nothing although its path was alive.
 struct Heard {
     received: u64,
     sent: u64,
-    /// Something was sent since anything was received.
-    unanswered: bool,
+    /// A part went by in which something was sent and nothing received. QUIC repeats what was lost at intervals that
+    /// double, so from then on a part in which nothing is said proves nothing.
+    silent: bool,
     parts: u32,
 }
 
@@ -175,7 +180,7 @@ impl Heard {
         Self {
             received: stats.udp_rx.datagrams,
             sent: stats.udp_tx.datagrams,
-            unanswered: false,
+            silent: false,
             parts: 0,
         }
     }
@@ -184,10 +189,15 @@ impl Heard {
     fn part(&mut self, line: &Line) -> bool {
         let stats = line.stats();
         let (received, sent) = (stats.udp_rx.datagrams, stats.udp_tx.datagrams);
-        self.unanswered = received == self.received && (self.unanswered || sent != self.sent);
+        let heard = received != self.received;
+        self.silent |= !heard && sent != self.sent;
         (self.received, self.sent) = (received, sent);
-        self.parts += u32::from(!self.unanswered);
-        self.parts >= PARTS
+        self.parts += u32::from(heard || !self.silent);
+        let whole = match self.silent {
+            true => PARTS_AFTER_SILENCE,
+            false => PARTS,
+        };
+        self.parts >= whole
     }
 }
 
@@ -306,7 +316,7 @@ async fn progress(
             Err(_) if !heard.part(line) => {}
             Err(_) if crowded(begun, before, session) => {
                 before = session.counters.totals().0;
-                heard = Heard::new(line);
+                heard.parts = 0;
             }
             Err(_) => return Err(slow_peer(stream, session)),
         }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
-use common::{client, server};
+use common::{client, reconnect, server, timeouts};
 use futures_util::stream;
 use proptest::prelude::*;
 use tokio::sync::{Semaphore, mpsc};
@@ -23,25 +23,6 @@ use udpack::{
 
 /// Messages each way.
 const MANY: u64 = 10_000;
-
-/// Time-outs that make a lost connection show within seconds.
-fn timeouts() -> Timeouts {
-    Timeouts {
-        idle: Duration::from_secs(5),
-        keep_alive: Duration::from_secs(1),
-        resume: Duration::from_secs(900),
-        ..Timeouts::default()
-    }
-}
-
-fn reconnect() -> Reconnect {
-    Reconnect {
-        first: Duration::from_millis(50),
-        most: Duration::from_secs(2),
-        patience: Duration::from_secs(900),
-        ..Reconnect::default()
-    }
-}
 
 /// Nothing here takes longer than this, on the paused clock.
 async fn bounded<F: Future>(future: F) -> F::Output {

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use tokio::net::UdpSocket;
 use udpack::{
-    Channel, Client, ClientBuilder, Context, Deny, Fault, Hello, Identity, Peer, RecvError, Server,
-    ServerBuilder, Socket,
+    Channel, Client, ClientBuilder, Context, Deny, Fault, Hello, Identity, Peer, Reconnect,
+    RecvError, Server, ServerBuilder, Socket, Timeouts,
 };
 
 /// The token that the test server accepts.
@@ -23,6 +23,26 @@ pub(crate) async fn bounded<F: Future>(future: F) -> F::Output {
     match tokio::time::timeout(Duration::from_secs(30), future).await {
         Ok(output) => output,
         Err(_) => panic!("the test took longer than 30 s"),
+    }
+}
+
+/// Time-outs that make a lost connection show within seconds.
+pub(crate) fn timeouts() -> Timeouts {
+    Timeouts {
+        idle: Duration::from_secs(5),
+        keep_alive: Duration::from_secs(1),
+        resume: Duration::from_secs(900),
+        ..Timeouts::default()
+    }
+}
+
+/// Comes back soon and does not give up.
+pub(crate) fn reconnect() -> Reconnect {
+    Reconnect {
+        first: Duration::from_millis(50),
+        most: Duration::from_secs(2),
+        patience: Duration::from_secs(900),
+        ..Reconnect::default()
     }
 }
 
