@@ -9,6 +9,7 @@ mod exit;
 mod hub;
 mod json;
 mod logging;
+mod memory;
 mod output;
 mod pages;
 mod progress;
@@ -79,6 +80,7 @@ fn run<A: Parser, F: Future<Output = anyhow::Result<()>>>(
         .build()
         .context("cannot start the runtime")
         .and_then(|runtime| {
+            runtime.spawn(memory::give_back());
             let result = runtime.block_on(async {
                 signals::survive_file_size_limit()
                     .context("cannot catch the signal of the limit for file sizes")?;
