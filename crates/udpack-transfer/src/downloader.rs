@@ -52,8 +52,9 @@ pub struct Wanted {
 }
 
 impl Downloader {
-    /// Downloads over this link into this store, which is best opened as
-    /// [`shared`](crate::StoreConfig::shared) and must grant what [`if_exists`](Self::if_exists) asks for.
+    /// Downloads over this link, or over this socket as long as it lives: where that one reconnects, the download goes on
+    /// over its next connection. The store is best opened as [`shared`](crate::StoreConfig::shared) and must grant what
+    /// [`if_exists`](Self::if_exists) asks for.
     pub fn new(link: impl Into<Link>, store: Store) -> Self {
         Self {
             link: link.into(),

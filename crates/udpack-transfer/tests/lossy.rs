@@ -7,7 +7,7 @@ mod relay;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,7 +19,8 @@ use udpack::{
     Client, Deny, Hello, Identity, Limits, Peer, Reconnect, Server, Socket, SocketState, Timeouts,
 };
 use udpack_transfer::{
-    Event, Link, Receiver, ReceiverConfig, Remote, Source, Store, StoreConfig, Upload, Uploader,
+    Downloader, Event, Link, Receiver, ReceiverConfig, Remote, Scope, Source, Store, StoreConfig,
+    Upload, Uploader, Wanted,
 };
 
 /// A free port of this machine.
@@ -62,6 +63,10 @@ impl Site {
     }
 
     async fn serve_at(&self, address: SocketAddr) -> Server {
+        self.serve_with(address, ReceiverConfig::default()).await
+    }
+
+    async fn serve_with(&self, address: SocketAddr, config: ReceiverConfig) -> Server {
         let store = Store::open(self.root(), StoreConfig::default()).expect("a store");
         let server = Server::builder()
             .identity(self.identity.clone())
@@ -73,7 +78,7 @@ impl Site {
                     Err(Deny::auth_failed())
                 }
             });
-        Receiver::new(store, ReceiverConfig::default())
+        Receiver::new(store, config)
             .attach(server)
             .bind(address)
             .await
@@ -118,6 +123,15 @@ impl Files {
             (format!("d{}/{n}-{size}.bin", n % 3), bytes)
         };
         Self(sizes.iter().enumerate().map(file).collect())
+    }
+
+    /// Writes them below this directory.
+    fn put_into(&self, root: &Path) {
+        for (path, bytes) in &self.0 {
+            let path = root.join(path);
+            std::fs::create_dir_all(path.parent().expect("a parent")).expect("directories");
+            std::fs::write(path, bytes).expect("a file");
+        }
     }
 
     fn sources(&self) -> Vec<Source> {
@@ -461,7 +475,31 @@ async fn the_way_may_be_narrower_than_its_first_link_and_change() {
     assert!(relay.tally().large > 0, "{:?}", relay.tally());
 }
 
-/// A socket that reconnects takes its uploads, downloads and questions along.
+/// A socket that reconnects.
+async fn reconnecting(site: &Site, relay: &Relay) -> Socket {
+    Client::builder()
+        .pin(site.identity.fingerprint())
+        .token(TOKEN)
+        .timeouts(site.timeouts.clone())
+        .limits(Limits {
+            send_window: 1 << 20,
+            ..Limits::default()
+        })
+        .reconnect(Reconnect::default())
+        .connect(&relay.addr())
+        .await
+        .expect("it is let in")
+}
+
+/// Nothing passes until this socket has noticed.
+async fn cut(relay: &Relay, socket: &Socket) {
+    let mut states = socket.states();
+    relay.blackhole(true);
+    while !matches!(states.next().await, Some(SocketState::Reconnecting { .. })) {}
+    relay.blackhole(false);
+}
+
+/// A socket that reconnects takes its uploads and questions along.
 #[tokio::test]
 async fn transfers_over_a_socket_go_on_when_it_reconnects() {
     bounded(async {
@@ -476,24 +514,8 @@ async fn transfers_over_a_socket_go_on_when_it_reconnects() {
             ..Way::default()
         };
         let relay = Relay::start(server.local_addr(), Faults::both(7, way)).await;
-        let socket = Client::builder()
-            .pin(site.identity.fingerprint())
-            .token(TOKEN)
-            .timeouts(site.timeouts.clone())
-            .limits(Limits {
-                send_window: 1 << 20,
-                ..Limits::default()
-            })
-            .reconnect(Reconnect::default())
-            .connect(&relay.addr())
-            .await
-            .expect("it is let in");
-        let cut = async |socket: &Socket| {
-            let mut states = socket.states();
-            relay.blackhole(true);
-            while !matches!(states.next().await, Some(SocketState::Reconnecting { .. })) {}
-            relay.blackhole(false);
-        };
+        let socket = reconnecting(&site, &relay).await;
+        let cut = async |socket: &Socket| cut(&relay, socket).await;
         let files = Files::new(7, &[5 * MIB, 5 * MIB, 300_000, 1000, 0]);
         let mut upload = Uploader::new(&socket).lanes(2).put(files.sources());
         let seen = files.under_way(&mut upload).await;
@@ -529,6 +551,87 @@ async fn transfers_over_a_socket_go_on_when_it_reconnects() {
         let (done, failed) = common::drain(over).await;
         assert!(done.is_empty(), "{done:?}");
         assert_eq!(failed.len(), 2, "the socket is over, and says so");
+    })
+    .await;
+}
+
+/// And its downloads.
+#[tokio::test]
+async fn downloads_over_a_socket_go_on_when_it_reconnects() {
+    bounded(async {
+        let site = Site::new(Timeouts {
+            idle: Duration::from_secs(2),
+            keep_alive: Duration::from_millis(500),
+            ..Timeouts::default()
+        });
+        let readable = ReceiverConfig {
+            default_scope: Scope {
+                read: true,
+                ..Scope::default()
+            },
+            ..ReceiverConfig::default()
+        };
+        let server = site.serve_with(ANY, readable).await;
+        let way = Way {
+            rate: 4 << 20,
+            ..Way::default()
+        };
+        let relay = Relay::start(server.local_addr(), Faults::both(11, way)).await;
+        let socket = reconnecting(&site, &relay).await;
+        let here = tempfile::tempdir().expect("a temporary directory");
+        let store = Store::open(here.path(), StoreConfig::default()).expect("a store");
+        let wanted = |files: &Files| -> Vec<Wanted> {
+            let one = |(path, bytes): (&String, &Vec<u8>)| Wanted {
+                remote: common::rel(path),
+                local: common::rel(path),
+                size: Some(bytes.len() as u64),
+            };
+            files.0.iter().map(one).collect()
+        };
+        let check = |files: &Files, seen: &Seen| {
+            assert!(seen.done.values().all(|times| *times == 1), "{seen:?}");
+            assert_eq!(seen.done.len(), files.0.len(), "{seen:?}");
+            for (path, bytes) in &files.0 {
+                let stored = std::fs::read(here.path().join(path)).expect("the file is there");
+                assert!(stored == *bytes, "{path} differs");
+            }
+        };
+
+        let files = Files::new(20, &[5 * MIB, 5 * MIB, 300_000, 1000, 0]);
+        files.put_into(&site.root());
+        let downloader = Downloader::new(&socket, store.clone()).lanes(2);
+        let mut download = downloader.get(wanted(&files));
+        let mut seen = Seen::default();
+        while download.progress().acked < 512 << 10 {
+            let event = download.next().await.expect("more is to come");
+            files.note(event, &mut seen);
+        }
+        let progress = download.progress();
+        assert!(progress.acked < progress.total / 2, "{progress:?}");
+        let rest = async {
+            while let Some(event) = download.next().await {
+                files.note(event, &mut seen);
+            }
+        };
+        tokio::join!(rest, cut(&relay, &socket));
+        check(&files, &seen);
+        assert!(seen.resumed > 0, "{seen:?}");
+        assert_eq!(socket.close_reason(), None);
+
+        // What is begun while there is no connection.
+        let files = Files::new(30, &[MIB, 1000]);
+        files.put_into(&site.root());
+        let mut seen = Seen::default();
+        let begun = async {
+            let mut states = socket.states();
+            while !matches!(states.next().await, Some(SocketState::Reconnecting { .. })) {}
+            let mut download = Downloader::new(&socket, store.clone()).get(wanted(&files));
+            while let Some(event) = download.next().await {
+                files.note(event, &mut seen);
+            }
+        };
+        tokio::join!(begun, cut(&relay, &socket));
+        check(&files, &seen);
     })
     .await;
 }
