@@ -67,9 +67,12 @@ pub(crate) enum Line<'a> {
         /// Bytes that were there of an earlier attempt.
         #[serde(skip_serializing_if = "Option::is_none")]
         resumed: Option<u64>,
-        /// It was there already.
+        /// It was there already, with the same content.
         #[serde(skip_serializing_if = "Option::is_none")]
         same: Option<bool>,
+        /// `--if-exists skip` left another content, whose size and hash these are.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        skipped: Option<bool>,
         /// How the server put it on disk: `file`, `batch` or `none`.
         #[serde(skip_serializing_if = "Option::is_none")]
         sync: Option<String>,
@@ -79,6 +82,13 @@ pub(crate) enum Line<'a> {
         error_kind: Option<&'static str>,
         #[serde(skip_serializing_if = "Option::is_none")]
         error: Option<&'a str>,
+    },
+    /// A file or directory has another modification time than it should have: the file system there cannot hold that.
+    #[serde(rename = "time")]
+    OtherTime {
+        path: &'a str,
+        asked: &'a str,
+        got: &'a str,
     },
     /// How all of it ended; exactly one.
     Result {

@@ -12,8 +12,8 @@ use std::process::Stdio;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use common::{
-    Running, Server, assert_error, bytes, client, events, exited, named, result, server, staged,
-    until, workdir,
+    Running, Server, assert_error, bytes, client, events, exited, named, result, server, skipped,
+    staged, until, workdir,
 };
 use serde_json::Value;
 
@@ -386,6 +386,86 @@ fn modes_travel_as_cp_takes_them() {
         let time = fs::metadata(root.join("run")).expect("run").mtime();
         assert_ne!(time, 1_000_000_000, "times are kept with -p");
     }
+}
+
+/// The year 2500, which ext4 cannot hold.
+const FAR: u64 = 16_725_225_600;
+
+/// The time of a new file in this directory that was to have that of the year 2500.
+fn far_in(dir: &Path) -> i64 {
+    let probe = dir.join("probe");
+    write(&probe, b"");
+    age(&probe, 0o600, FAR, 0);
+    fs::metadata(&probe).expect("a file").mtime()
+}
+
+#[test]
+fn times_that_a_file_system_cannot_hold_are_told() {
+    let near = workdir();
+    let cut = far_in(near.path());
+    let Some(wide) = tempfile::tempdir_in("/dev/shm")
+        .ok()
+        .filter(|dir| cut != FAR.cast_signed() && far_in(dir.path()) == FAR.cast_signed())
+    else {
+        return skipped("it takes a file system that holds the year 2500 and one that does not");
+    };
+    let file = wide.path().join("far");
+    write(&file, b"1");
+    age(&file, 0o600, FAR, 0);
+    write(&wide.path().join("today"), b"2");
+    age(&wide.path().join("today"), 0o600, 1_700_000_000, 5);
+    let narrow = Server::start_in(workdir(), &["--allow-read"]);
+    let told = |stderr: &str| {
+        let lines = stderr.lines();
+        let warnings = lines.filter(|line| line.starts_with("warning: "));
+        Vec::from_iter(warnings.map(str::to_owned))
+    };
+    let put = narrow.client(wide.path(), &["put", "-p", "far", "today"]);
+    assert_eq!(put.code, 0, "{put:?}");
+    let warnings = told(&put.stderr);
+    assert_eq!(warnings.len(), 1, "{put:?}");
+    let parts = [
+        "warning: far:",
+        "2500-01-01T00:00:00Z",
+        "2446-05-10T22:38:55Z",
+    ];
+    for part in parts {
+        assert!(warnings[0].contains(part), "{warnings:?}");
+    }
+    let put = narrow.client(wide.path(), &["put", "-p", "--json", "--as", "b", "far"]);
+    let events = events(&put.stdout);
+    let time = named(&events, "time");
+    assert_eq!(time.len(), 1, "{put:?}");
+    assert_eq!(
+        (&time[0]["path"], &time[0]["asked"], &time[0]["got"]),
+        (
+            &"b".into(),
+            &"2500-01-01T00:00:00Z".into(),
+            &"2446-05-10T22:38:55Z".into()
+        )
+    );
+    // Without -p nobody asked for a time.
+    let put = narrow.client(wide.path(), &["put", "--as", "c", "far"]);
+    assert_eq!((put.code, told(&put.stderr).len()), (0, 0), "{put:?}");
+    narrow.stop();
+
+    // The other way: the server holds it, and this side does not.
+    fs::create_dir(wide.path().join("d")).expect("mkdir");
+    age(&wide.path().join("d"), 0o700, FAR, 0);
+    let roomy = Server::start_in(
+        tempfile::tempdir_in("/dev/shm").expect("a directory"),
+        &["--allow-read"],
+    );
+    let put = roomy.client(wide.path(), &["put", "-p", "far", "d"]);
+    assert_eq!((put.code, told(&put.stderr).len()), (0, 0), "{put:?}");
+    let get = roomy.client(near.path(), &["get", "-p", "far", "d"]);
+    assert_eq!(get.code, 0, "{get:?}");
+    let mut warnings = told(&get.stderr);
+    warnings.sort();
+    assert_eq!(warnings.len(), 2, "{get:?}");
+    assert!(warnings[0].starts_with("warning: d:"), "{warnings:?}");
+    assert!(warnings[1].starts_with("warning: far:"), "{warnings:?}");
+    roomy.stop();
 }
 
 #[test]

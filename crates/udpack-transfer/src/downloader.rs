@@ -18,7 +18,9 @@ use crate::limiter::Limiter;
 use crate::link::Link;
 use crate::path::RelPath;
 use crate::progress::{Event, Feed, Outcome, Progress};
-use crate::store::{Complete, Entry, IfExists, Kind, Meta, Published, Store, StoreError, Synced};
+use crate::store::{
+    Complete, Entry, IfExists, Kind, Meta, OtherTime, Placed, Published, Store, StoreError, Synced,
+};
 use incoming::{End, Ended, Note};
 
 /// Files taken from the iterator ahead of the lanes.
@@ -187,7 +189,7 @@ impl Drop for Download {
 }
 
 /// Makes a directory or a link that a [`Listing`](crate::Listing) gave, under this name in the store, and says
-/// whether it was there. Files are a [`Downloader`]'s; for one this does nothing but say false.
+/// whether it was there. Files are a [`Downloader`]'s: for one this does nothing.
 ///
 /// `preserve` gives a directory its time and permissions: to be done after what is in it was stored, children
 /// before their parents. Blocks: call it from a thread that may.
@@ -201,14 +203,20 @@ pub fn apply_entry(
     local: &RelPath,
     if_exists: IfExists,
     preserve: bool,
-) -> Result<bool, TransferError> {
+) -> Result<Placed, TransferError> {
     let meta = Meta {
         mtime: preserve.then_some(entry.mtime),
         mode: preserve.then_some(entry.mode),
     };
     let made = match (entry.kind, &entry.target) {
         (Kind::Dir, _) => store.make_dir(local, meta, None),
-        (Kind::Link, Some(target)) => store.make_link(local, target, if_exists),
+        (Kind::Link, Some(target)) => {
+            let linked = store.make_link(local, target, if_exists);
+            linked.map(|same| Placed {
+                same,
+                other_time: None,
+            })
+        }
         (Kind::Link, None) => {
             return Err(TransferError::Refused {
                 code: "forbidden".to_owned(),
@@ -224,7 +232,7 @@ pub fn apply_entry(
                 retry: false,
             });
         }
-        (Kind::File, _) => return Ok(false),
+        (Kind::File, _) => return Ok(Placed::default()),
     };
     made.map_err(|error| TransferError::Store(Arc::new(error)))
 }
@@ -298,7 +306,9 @@ impl Context {
             sent: job.received,
             resumed: job.resumed,
             same: arrived.same,
+            skipped: arrived.skipped,
             sync: arrived.sync,
+            other_time: arrived.other_time,
             elapsed: job
                 .since
                 .map_or_else(Default::default, |since| since.elapsed()),
@@ -324,7 +334,9 @@ struct Arrived {
     size: u64,
     hash: [u8; 32],
     same: bool,
+    skipped: bool,
     sync: Option<Synced>,
+    other_time: Option<OtherTime>,
 }
 
 impl From<Published> for Arrived {
@@ -334,7 +346,9 @@ impl From<Published> for Arrived {
             size: published.size,
             hash: published.hash,
             same: published.same,
+            skipped: false,
             sync: Some(published.sync),
+            other_time: published.other_time,
         }
     }
 }
@@ -584,14 +598,25 @@ async fn settle(
 ) {
     match end {
         End::Complete(_) => {}
-        End::Same { path, size, hash } => {
-            asked.stored();
+        End::There {
+            path,
+            size,
+            hash,
+            same,
+        } => {
+            if same {
+                asked.stored();
+            } else {
+                asked.given_up();
+            }
             let arrived = Arrived {
                 path,
                 size,
                 hash,
-                same: true,
+                same,
+                skipped: !same,
                 sync: None,
+                other_time: None,
             };
             context.done(events, job, arrived).await;
         }

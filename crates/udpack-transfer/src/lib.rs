@@ -68,8 +68,8 @@ pub use size::parse_size;
 pub use source::Source;
 pub use store::{
     Begin, Checkpoint, Complete, Entry, Existing, IfExists, Kind, List, Meta, Names, NewFile,
-    Overwrite, Page, Partial, Published, Range, Removed, Store, StoreConfig, StoreError, Suspended,
-    SyncPolicy, Synced, Tenant, Time, Usage, check_target, purge, uploads,
+    OtherTime, Overwrite, Page, Partial, Placed, Published, Range, Removed, Store, StoreConfig,
+    StoreError, Suspended, SyncPolicy, Synced, Tenant, Time, Usage, check_target, purge, uploads,
 };
 pub use uploader::{Upload, Uploader};
 pub use walk::{Found, Walk, What};

@@ -8,7 +8,7 @@ use tokio::time::{Interval, MissedTickBehavior};
 
 use crate::error::TransferError;
 use crate::link::{LinkEvent, LinkEvents};
-use crate::store::Synced;
+use crate::store::{OtherTime, Synced};
 
 /// How often progress is told at most.
 const REPORT: Duration = Duration::from_millis(100);
@@ -104,10 +104,16 @@ pub struct Outcome {
     pub sent: u64,
     /// Bytes that an earlier upload or connection had brought, proved to be equal.
     pub resumed: u64,
-    /// The server had it already.
+    /// It was there already, with these very bytes.
     pub same: bool,
+    /// [`IfExists::Skip`](crate::IfExists::Skip) left what has the name: `size` and `hash` are those of that. Its bytes are
+    /// others than the source's, or nobody could compare them, as those of a reader that is not read.
+    pub skipped: bool,
     /// How it was put on the server's disk, if the server says so.
     pub sync: Option<Synced>,
+    /// Its modification time, where the file system it is on cannot hold the one it should have. Nanoseconds that it
+    /// does not keep are not told.
+    pub other_time: Option<OtherTime>,
     /// From the first offer to `done`.
     pub elapsed: Duration,
 }

@@ -17,6 +17,7 @@ use tokio::time::Instant;
 
 use crate::error::TransferError;
 use crate::source::{Origin, Source};
+use crate::store::Time;
 use crate::wire::CHUNK;
 
 /// Entries that are listed ahead.
@@ -50,6 +51,8 @@ pub(crate) struct Item {
     pub(crate) since: Option<Instant>,
     /// Size and hash of the bytes that this source gave, as the server was last told with its `finish`.
     pub(crate) told: Option<(u64, [u8; 32])>,
+    /// The modification time that the server was last told.
+    pub(crate) mtime: Option<Time>,
     /// That was on a lane that was lost: the server may have stored it.
     pub(crate) unsure: bool,
     /// It is offered once more to find out whether what is there is this file.
@@ -70,6 +73,7 @@ impl Item {
             busy: None,
             since: None,
             told: None,
+            mtime: None,
             unsure: false,
             settle: false,
             not_before: None,

@@ -27,7 +27,7 @@ use crate::path::RelPath;
 use crate::places::{self, Slot};
 use crate::receiver::{NoScope, Receiver};
 use crate::scope::Scope;
-use crate::store::{IfExists, Published, StoreError, Synced, check_target};
+use crate::store::{IfExists, Placed, Published, StoreError, Synced, check_target};
 use crate::wire::{
     self, AckFields, BadMessage, CHUNK, DirOffer, DoneFields, ErrorFields, Hash, LinkOffer, Offer,
     Put, ReadyFields, Request, Wish,
@@ -550,8 +550,8 @@ impl<'a> Serving<'a> {
             Err(refusal) => return self.refuse(refusal).await,
         };
         self.make(offer.id, move |store, tenant| {
-            let same = store.make_dir(&path, offer.meta.into(), tenant)?;
-            Ok((path, same))
+            let made = store.make_dir(&path, offer.meta.into(), tenant)?;
+            Ok((path, made))
         });
         Ok(())
     }
@@ -578,7 +578,8 @@ impl<'a> Serving<'a> {
         }
         self.make(offer.id, move |store, tenant| {
             let same = store.make_link_for(&path, &offer.target, offer.if_exists, tenant)?;
-            Ok((path, same))
+            let other_time = None;
+            Ok((path, Placed { same, other_time }))
         });
         Ok(())
     }
@@ -589,7 +590,7 @@ impl<'a> Serving<'a> {
         make: impl FnOnce(
             &crate::store::Store,
             Option<&crate::store::Tenant>,
-        ) -> Result<(RelPath, bool), StoreError>
+        ) -> Result<(RelPath, Placed), StoreError>
         + Send
         + 'static,
     ) {
@@ -600,7 +601,7 @@ impl<'a> Serving<'a> {
         let make = move |place| {
             let _place: Place = place;
             let _ = outcomes.send(match make(&store, tenant.as_ref()) {
-                Ok((path, same)) => Outcome::Done {
+                Ok((path, Placed { same, other_time })) => Outcome::Done {
                     id,
                     published: Published {
                         path: path.as_str().to_owned(),
@@ -608,6 +609,7 @@ impl<'a> Serving<'a> {
                         hash: *blake3::hash(b"").as_bytes(),
                         same,
                         sync: Synced::File,
+                        other_time,
                     },
                 },
                 Err(error) => Outcome::failed(id, &error),
@@ -726,6 +728,7 @@ impl<'a> Serving<'a> {
                     hash: Hash(published.hash),
                     same: published.same,
                     sync: Some(wire::sync_word(published.sync)),
+                    mtime: published.other_time.map(|time| time.got.secs),
                 };
                 self.channel.send("done", &fields).await
             }

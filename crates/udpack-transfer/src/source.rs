@@ -15,7 +15,7 @@ use udpack::Place;
 use crate::error::TransferError;
 use crate::limiter::Pace;
 use crate::path::RelPath;
-use crate::store::{Existing, Meta, Time};
+use crate::store::{Existing, Meta, Time, hash_file};
 use crate::wire::{CHUNK, Have};
 
 /// Chunks read ahead of the network.
@@ -156,6 +156,21 @@ impl Source {
             opened.meta = meta(metadata);
         }
         Ok(opened)
+    }
+
+    /// BLAKE3 of its bytes, where they can be read again and are so many; blocks.
+    pub(crate) fn fingerprint(&self, size: u64) -> Result<Option<[u8; 32]>, TransferError> {
+        let opened = self.open()?;
+        if opened.size != Some(size) {
+            return Ok(None);
+        }
+        match opened.from {
+            OpenedFrom::Memory(bytes) => Ok(Some(*blake3::hash(&bytes).as_bytes())),
+            OpenedFrom::File { file, .. } => hash_file(&file, &mut |_| {})
+                .map(Some)
+                .map_err(|error| self.unreadable(error)),
+            OpenedFrom::Reader(_) => Ok(None),
+        }
     }
 
     /// Opens it, and takes a file's word for its size; blocks.

@@ -49,7 +49,7 @@ pub use error::StoreError;
 pub use partial::{Checkpoint, Partial, Range};
 pub use publish::{Complete, Published, Synced};
 pub use suspended::{Suspended, purge, uploads};
-pub use tree::{Entry, Kind, List, Page, Removed, check_target};
+pub use tree::{Entry, Kind, List, Page, Placed, Removed, check_target};
 
 /// A moment of a file's clock, as seconds and nanoseconds since 1970; before that, `secs` is negative and
 /// `nanos` still counts forward.
@@ -81,6 +81,15 @@ impl From<SystemTime> for Time {
             }
         }
     }
+}
+
+/// A modification time that a file system could not hold, and the one that the file has instead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct OtherTime {
+    /// What it should be.
+    pub asked: Time,
+    /// What it is.
+    pub got: Time,
 }
 
 /// What a file carries beside its bytes and its name; `None` leaves the store's choice.
@@ -943,7 +952,7 @@ fn meta(stat: &Stat) -> Meta {
     }
 }
 
-fn hash_file(file: &File, progress: &mut dyn FnMut(u64)) -> io::Result<[u8; 32]> {
+pub(crate) fn hash_file(file: &File, progress: &mut dyn FnMut(u64)) -> io::Result<[u8; 32]> {
     let mut hasher = blake3::Hasher::new();
     let mut buffer = vec![0; 256 * 1024];
     let mut offset = 0;

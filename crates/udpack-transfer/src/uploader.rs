@@ -19,7 +19,7 @@ use crate::link::Link;
 use crate::progress::{Event, Feed, Outcome, Progress};
 use crate::queue::{Claim, Item, Next, Queue, SMALL};
 use crate::source::{self, Buffers, Opened, Origin, Piece, Source, Whole};
-use crate::store::{IfExists, Meta};
+use crate::store::{IfExists, Meta, OtherTime, Time};
 use crate::wire::{
     self, AckFields, CancelFields, ChunkFields, DirFields, FileFields, FinishFields, Hash, Have,
     LinkFields, MetaFields, PutFields, Reply, Run,
@@ -677,6 +677,7 @@ impl Lane<'_> {
         let run = self.shared.run(claim.index);
         claim.sent += size;
         claim.told = Some((size, hash));
+        claim.mtime = self.kept(meta).mtime;
         let mut sent = Sent::new(claim);
         sent.position = size;
         sent.untouched = false;
@@ -689,7 +690,7 @@ impl Lane<'_> {
             self.pace.chunk()
         };
         if bytes.len() <= most {
-            let meta = self.kept(meta);
+            let meta = MetaFields::from(self.kept(meta));
             let fields = PutFields {
                 id,
                 path: source.remote(),
@@ -737,6 +738,7 @@ impl Lane<'_> {
         let path = source.remote();
         let settle = claim.settle;
         claim.told = Some((0, *blake3::hash(b"").as_bytes()));
+        claim.mtime = self.kept(meta).mtime;
         self.flight.add(id, Sent::new(claim));
         if let Origin::Link(target) = &source.origin {
             let if_exists = self.policy(settle);
@@ -748,7 +750,7 @@ impl Lane<'_> {
             };
             self.channel.send("link", &fields).await?;
         } else {
-            let meta = self.kept(meta);
+            let meta = MetaFields::from(self.kept(meta));
             let fields = DirFields {
                 id,
                 path,
@@ -791,6 +793,7 @@ impl Lane<'_> {
         let run = self.shared.run(claim.index);
         let offer = self.offer(claim.settle, id, source.remote(), size, meta, ask, run);
         let (tell, ready) = oneshot::channel();
+        claim.mtime = self.kept(meta).mtime;
         let mut sent = Sent::new(claim);
         sent.ready = Some(tell);
         self.flight.add(id, sent);
@@ -967,7 +970,7 @@ impl Lane<'_> {
         resume: bool,
         run: Run,
     ) -> FileFields<'a> {
-        let meta = self.kept(meta);
+        let meta = MetaFields::from(self.kept(meta));
         FileFields {
             id,
             path,
@@ -991,9 +994,8 @@ impl Lane<'_> {
     }
 
     /// What of it is preserved.
-    fn kept(&self, meta: Meta) -> MetaFields {
+    fn kept(&self, meta: Meta) -> Meta {
         meta.kept(self.shared.uploader.preserve, self.shared.uploader.umask)
-            .into()
     }
 
     async fn resumed(self, id: u64, source: &Source, bytes: u64) {
@@ -1098,6 +1100,7 @@ impl Lane<'_> {
                 hash,
                 same,
                 sync,
+                mtime,
             } => {
                 let Some(mut sent) = self.flight.take(id) else {
                     return;
@@ -1116,16 +1119,23 @@ impl Lane<'_> {
                 self.shared.acked(&mut claim, own);
                 self.shared.ended(&claim);
                 // What an earlier offer of this run has stored is not the server's own.
-                let same = same && !claim.unsure;
+                let there = same && !claim.unsure;
+                let same = there && is_source(&claim, size, hash).await;
+                let other_time = claim.mtime.zip(mtime).map(|(asked, secs)| OtherTime {
+                    asked,
+                    got: Time { secs, nanos: 0 },
+                });
                 let outcome = Outcome {
                     index: claim.index,
                     path,
                     size,
                     hash,
                     sent: claim.sent,
-                    resumed: if same { 0 } else { sent.skipped },
+                    resumed: if there { 0 } else { sent.skipped },
                     same,
+                    skipped: there && !same,
                     sync,
+                    other_time,
                     elapsed: claim.since.map_or(Duration::ZERO, |since| since.elapsed()),
                 };
                 claim.settle();
@@ -1212,6 +1222,25 @@ impl Lane<'_> {
         self.flight.moved.store(true, Ordering::Relaxed);
         self.shared.uploader.link.progressed();
     }
+}
+
+/// Whether what is there under the name of this file is the file: by its hash, which is computed here where the server was
+/// told none.
+async fn is_source(claim: &Claim, size: u64, hash: [u8; 32]) -> bool {
+    if let Some(told) = claim.told {
+        return told == (size, hash);
+    }
+    let source = claim.source.clone();
+    let compare = move || match source.fingerprint(size) {
+        Ok(ours) => ours == Some(hash),
+        Err(error) => {
+            tracing::debug!(%error, "cannot compare a file that was skipped");
+            false
+        }
+    };
+    tokio::task::spawn_blocking(compare)
+        .await
+        .unwrap_or_default()
 }
 
 /// Why the server ended a lane in order although files on it have no outcome.

@@ -529,6 +529,8 @@ pub enum Reply {
         same: bool,
         /// How it was put on disk.
         sync: Option<Synced>,
+        /// Its modification time, where that is not the one asked for.
+        mtime: Option<i64>,
     },
     /// A file that was asked for begins.
     File {
@@ -594,6 +596,7 @@ pub fn decode_reply(message: &Message) -> Result<Option<Reply>, BadMessage> {
                 hash: hash("hash", fields.bin("hash")?)?,
                 same: fields.opt_bool("same")?.unwrap_or(false),
                 sync: fields.opt_str("sync")?.and_then(synced),
+                mtime: fields.opt_i64("mtime")?,
             })
         }),
         "file" => read("file", message, |fields| {
@@ -770,6 +773,8 @@ pub(crate) struct DoneFields<'a> {
     pub(crate) same: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) sync: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) mtime: Option<i64>,
 }
 
 #[derive(Serialize)]
@@ -926,6 +931,7 @@ mod tests {
             hash: Hash([9; 32]),
             same: true,
             sync: Some("batch"),
+            mtime: Some(-1),
         };
         assert_eq!(
             decode_reply(&message("done", &done)).unwrap(),
@@ -936,6 +942,7 @@ mod tests {
                 hash: [9; 32],
                 same: true,
                 sync: Some(Synced::Batch),
+                mtime: Some(-1),
             })
         );
         assert_eq!(decode(&message("other", &())).unwrap(), None);

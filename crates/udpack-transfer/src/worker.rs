@@ -758,6 +758,7 @@ impl Worker {
             hash,
             same: true,
             sync: Synced::File,
+            other_time: None,
         })
     }
 

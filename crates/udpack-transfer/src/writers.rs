@@ -288,6 +288,7 @@ mod tests {
             hash: [0; 32],
             same: false,
             sync: Synced::File,
+            other_time: None,
         };
         let key = |n: u64| UploadKey::new("peer", &n.to_string()).in_run(&[0; 16]);
         for n in 0..=OUTCOMES as u64 {

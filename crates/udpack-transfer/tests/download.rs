@@ -234,7 +234,7 @@ async fn a_name_that_is_taken_is_dealt_with_as_asked() {
             &'static [u8],
             &'static [&'static str],
         );
-        let rows: [Row; 7] = [
+        let rows: [Row; 9] = [
             (IfExists::Same, b"server", None, true, b"server", &["f"]),
             (
                 IfExists::Same,
@@ -260,7 +260,16 @@ async fn a_name_that_is_taken_is_dealt_with_as_asked() {
                 b"server",
                 &["f"],
             ),
-            (IfExists::Skip, b"native", None, true, b"native", &["f"]),
+            (IfExists::Skip, b"native", None, false, b"native", &["f"]),
+            (
+                IfExists::Skip,
+                b"longer than it",
+                None,
+                false,
+                b"longer than it",
+                &["f"],
+            ),
+            (IfExists::Skip, b"server", None, true, b"server", &["f"]),
             (
                 IfExists::Overwrite,
                 b"native",
@@ -288,8 +297,12 @@ async fn a_name_that_is_taken_is_dealt_with_as_asked() {
                 let kinds: Vec<_> = failed.iter().map(|(_, error)| error.kind()).collect();
                 assert_eq!(kinds, Vec::from_iter(error), "{what}: {failed:?}");
                 assert_eq!(done.iter().any(|done| done.same), same, "{what}");
-                if same {
-                    assert_eq!(done[0].sent, 0, "{what}");
+                let skips = policy == IfExists::Skip && before != b"server";
+                assert_eq!(done.iter().any(|done| done.skipped), skips, "{what}");
+                if same || skips {
+                    let there = *blake3::hash(before).as_bytes();
+                    let told = (done[0].sent, done[0].size, done[0].hash);
+                    assert_eq!(told, (0, before.len() as u64, there), "{what}");
                 }
                 assert_eq!(here.read("f"), after, "{what}");
                 assert_eq!(here.visible(), names, "{what}");
@@ -495,7 +508,7 @@ async fn a_tree_is_listed_in_order_page_by_page() {
         let store = here.store();
         for entry in &tree[..5] {
             let made = apply_entry(&store, entry, &rel(&entry.path), IfExists::Same, true);
-            assert!(!made.expect("it can be made"), "{entry:?}");
+            assert!(!made.expect("it can be made").same, "{entry:?}");
         }
         assert!(here.path("empty").is_dir());
         assert_eq!(

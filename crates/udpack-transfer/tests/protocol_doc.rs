@@ -238,6 +238,7 @@ fn answered(reply: Reply) -> Said {
             hash,
             same,
             sync,
+            mtime,
         } => vec![
             ("id", int(id)),
             ("path", Some(name(&path))),
@@ -252,6 +253,7 @@ fn answered(reply: Reply) -> Said {
                     Synced::None => text("none"),
                 }),
             ),
+            ("mtime", mtime.and_then(int)),
         ],
         Reply::File {
             id,

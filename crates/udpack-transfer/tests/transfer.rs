@@ -168,7 +168,29 @@ async fn a_taken_name_is_refused_and_what_is_there_stays() {
             .if_exists(IfExists::Skip)
             .put(vec![memory("x", noise(2, 5))]);
         let (done, _) = drain(upload).await;
-        assert_eq!((done[0].same, done[0].size), (true, 1000));
+        let told = |done: &udpack_transfer::Outcome| (done.same, done.skipped, done.size);
+        assert_eq!(told(&done[0]), (false, true, 1000));
+        // Of one size, and too large to be sent before the server has said that it has the name.
+        let local = fixture.dir.path().join("local");
+        let large = noise(3, 700_000);
+        for (content, same) in [(&large, true), (&large, true), (&noise(4, 700_000), false)] {
+            std::fs::write(&local, content).expect("a local file");
+            let upload = Uploader::new(&socket)
+                .if_exists(IfExists::Skip)
+                .put(vec![Source::file(&local, rel("large"))]);
+            let (done, failed) = drain(upload).await;
+            assert!(failed.is_empty(), "{failed:?}");
+            if done[0].sent == 0 || !same {
+                assert_eq!(told(&done[0]), (same, !same, 700_000));
+            }
+            assert!(fixture.stored("large") == large);
+        }
+        let reader = Source::reader(std::io::Cursor::new(large.clone()), rel("large"));
+        let upload = Uploader::new(&socket)
+            .if_exists(IfExists::Skip)
+            .put(vec![reader]);
+        let (done, _) = drain(upload).await;
+        assert!(done[0].same || done[0].skipped, "{done:?}");
         for policy in [IfExists::Overwrite, IfExists::Rename] {
             let upload = Uploader::new(&socket)
                 .if_exists(policy)
@@ -179,7 +201,7 @@ async fn a_taken_name_is_refused_and_what_is_there_stays() {
             );
         }
         assert_eq!(fixture.stored("x"), noise(1, 1000));
-        assert_eq!(fixture.visible(), ["x"]);
+        assert_eq!(fixture.visible(), ["large", "x"]);
         fixture.settled().await;
     })
     .await;
@@ -276,7 +298,7 @@ async fn two_sources_of_one_name_are_taken_one_after_the_other() {
                     let skipped = done.iter().find(|outcome| outcome.index == 1);
                     if policy == IfExists::Skip {
                         let skipped = skipped.expect("skipped is done");
-                        assert!(skipped.same, "{what}");
+                        assert_eq!((skipped.same, skipped.skipped), (false, true), "{what}");
                         assert_eq!(skipped.hash, *blake3::hash(&first).as_bytes(), "{what}");
                     }
                 }
@@ -566,6 +588,42 @@ async fn a_server_that_goes_away_in_order_lets_the_upload_finish() {
         going.await.expect("no panic").expect("an orderly end");
         assert_eq!(fixture.stored("big"), noise(1, 40_000_000));
         assert_eq!(socket.closed().await.code, CloseCode::SHUTTING_DOWN);
+    })
+    .await;
+}
+
+/// A time beyond what file systems hold that count seconds in 34 bits, and one before what any of them holds.
+const FAR: [i64; 3] = [16_725_225_600, -10_000_000_000, 1_700_000_000];
+
+#[tokio::test]
+async fn a_time_that_the_file_system_cannot_hold_is_told_to_the_sender() {
+    use std::os::unix::fs::MetadataExt as _;
+    use udpack_transfer::{Meta, Time};
+    bounded(async {
+        let fixture = Fixture::new().await;
+        let socket = fixture.connect().await;
+        for (number, secs) in FAR.into_iter().enumerate() {
+            let meta = Meta {
+                mtime: Some(Time { secs, nanos: 5 }),
+                mode: None,
+            };
+            let name = format!("d{number}");
+            let upload = Uploader::new(&socket)
+                .preserve(true)
+                .put(vec![Source::dir(rel(&name), meta)]);
+            let (done, failed) = drain(upload).await;
+            assert!(failed.is_empty(), "{failed:?}");
+            let stored = fixture.root().join(&name);
+            let got = std::fs::metadata(stored).expect("it is there").mtime();
+            let told = done[0]
+                .other_time
+                .map(|time| (time.asked.secs, time.got.secs));
+            // What holds it says nothing; what does not says which it is.
+            assert_eq!(told, (got != secs).then_some((secs, got)), "{secs}");
+            if secs > 0 && number == 2 {
+                assert_eq!(told, None, "every file system holds the times of today");
+            }
+        }
     })
     .await;
 }

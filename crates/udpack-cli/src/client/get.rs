@@ -9,8 +9,8 @@ use anyhow::Context as _;
 use tempfile::TempDir;
 use tokio::sync::{mpsc, oneshot};
 use udpack_transfer::{
-    Downloader, Entry, Exclude, IfExists, Kind as EntryKind, Limiter, Link, Overwrite, RelPath,
-    Remote, Store, StoreConfig, Wanted, apply_entry, names,
+    Downloader, Entry, Exclude, IfExists, Kind as EntryKind, Limiter, Link, Overwrite, Placed,
+    RelPath, Remote, Store, StoreConfig, Wanted, apply_entry, names,
 };
 
 use super::remote::remote_path;
@@ -264,7 +264,14 @@ impl Lister {
             apply_entry(&store, &made, &local, if_exists, preserve)
         });
         match made.await {
-            Ok(Ok(same)) => {
+            Ok(Ok(Placed { same, other_time })) => {
+                if let Some(time) = other_time {
+                    let path = name.as_str().to_owned();
+                    let note = Note::OtherTime { path, time };
+                    if self.notes.send(note).await.is_err() {
+                        return false;
+                    }
+                }
                 let what = match entry.kind {
                     EntryKind::Link => Thing::Link,
                     _ => Thing::Dir,

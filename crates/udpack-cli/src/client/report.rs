@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use tokio::sync::{mpsc, oneshot};
-use udpack_transfer::{Download, Event, Outcome, Progress, Upload};
+use udpack_transfer::{Download, Event, OtherTime, Outcome, Progress, Upload};
 
 use super::failures::Failures;
 use crate::args::LogArgs;
@@ -18,6 +18,7 @@ use crate::logging::Console;
 use crate::output;
 use crate::progress::{Meter, percent, size};
 use crate::value::hex;
+use crate::when::utc;
 
 /// Where the files under way come from, by their number. Holds no more than are listed and have no outcome yet.
 #[derive(Debug, Clone, Default)]
@@ -106,6 +107,8 @@ pub(super) enum Note {
         what: Thing,
         same: bool,
     },
+    /// A directory could not be given its time.
+    OtherTime { path: String, time: OtherTime },
     /// Something that is not among the transfer's files failed.
     Failed {
         path: String,
@@ -146,6 +149,8 @@ pub(super) struct Report {
     /// Directories and links made.
     others: usize,
     same: usize,
+    /// Files that were left as they are, with other content.
+    skipped: usize,
     bytes: u64,
     sent: u64,
     /// Of those, what was sent of files that were not there yet: what a rate is the rate of.
@@ -181,6 +186,7 @@ impl Report {
             stored: 0,
             others: 0,
             same: 0,
+            skipped: 0,
             bytes: 0,
             sent: 0,
             moved: 0,
@@ -332,6 +338,7 @@ impl Report {
                 what,
                 same,
             } => self.made(&path, &source, what, same),
+            Note::OtherTime { path, time } => self.other_time(&path, Some(time)),
             Note::Failed {
                 path,
                 source,
@@ -365,6 +372,7 @@ impl Report {
             sent: None,
             resumed: None,
             same: None,
+            skipped: None,
             sync: None,
             secs: None,
             error_kind: None,
@@ -416,6 +424,7 @@ impl Report {
             sent: None,
             resumed: None,
             same: None,
+            skipped: None,
             sync: None,
             secs: None,
             error_kind: Some(explained.kind.name()),
@@ -460,6 +469,7 @@ impl Report {
             sent: None,
             resumed: None,
             same: Some(same),
+            skipped: None,
             sync: None,
             secs: None,
             error_kind: None,
@@ -471,14 +481,16 @@ impl Report {
 
     fn done(&mut self, origin: &Origin, outcome: &Outcome) {
         if origin.what != Thing::File {
-            return self.made(&outcome.path, &origin.shown, origin.what, outcome.same);
+            self.made(&outcome.path, &origin.shown, origin.what, outcome.same);
+            return self.other_time(&outcome.path, outcome.other_time);
         }
         self.failures.tell();
         self.stored += 1;
         self.same += usize::from(outcome.same);
+        self.skipped += usize::from(outcome.skipped);
         self.bytes += outcome.size;
         self.sent += outcome.sent;
-        if !outcome.same {
+        if !outcome.same && !outcome.skipped {
             self.moved += outcome.sent;
         }
         let hash = hex(&outcome.hash);
@@ -487,6 +499,7 @@ impl Report {
             bytes = outcome.size,
             sent = outcome.sent,
             same = outcome.same,
+            skipped = outcome.skipped,
             secs = outcome.elapsed.as_secs_f64(),
             "{}",
             self.did
@@ -502,16 +515,43 @@ impl Report {
                 sent: Some(outcome.sent),
                 resumed: Some(outcome.resumed),
                 same: Some(outcome.same),
+                skipped: outcome.skipped.then_some(true),
                 sync: outcome.sync.map(|sync| sync.to_string()),
                 secs: Some(outcome.elapsed.as_secs_f64()),
                 error_kind: None,
                 error: None,
             });
         } else {
+            let left = if outcome.skipped {
+                "  skipped, other content is there"
+            } else {
+                ""
+            };
             self.file_line(&format!(
-                "{}  {}  {hash}",
+                "{}  {}  {hash}{left}",
                 output::printable(&outcome.path),
                 outcome.size
+            ));
+        }
+        self.other_time(&outcome.path, outcome.other_time);
+    }
+
+    /// Says that a file or directory has not the time that it should have.
+    fn other_time(&mut self, path: &str, time: Option<OtherTime>) {
+        let Some(OtherTime { asked, got }) = time else {
+            return;
+        };
+        let (asked, got) = (utc(asked.secs), utc(got.secs));
+        tracing::warn!(path, asked, got, "the file system cannot hold the time");
+        self.json(&Line::OtherTime {
+            path,
+            asked: &asked,
+            got: &got,
+        });
+        if !self.quiet && !self.json {
+            let path = output::printable(path);
+            self.console.line(&format!(
+                "warning: {path}: modified {asked}, stored with {got}: the file system there cannot hold the time"
             ));
         }
     }
@@ -601,6 +641,12 @@ impl Report {
         }
         if self.same > 0 {
             summary.push_str(&format!(", {} already there", self.same));
+        }
+        if self.skipped > 0 {
+            summary.push_str(&format!(
+                ", {} skipped: other content is there",
+                self.skipped
+            ));
         }
         summary
     }

@@ -229,6 +229,7 @@ impl Tally {
                 sent: None,
                 resumed: None,
                 same: None,
+                skipped: None,
                 sync: None,
                 secs: None,
                 error_kind: explained.as_ref().map(|explained| explained.kind.name()),

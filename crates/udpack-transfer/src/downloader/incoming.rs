@@ -60,11 +60,12 @@ pub(super) struct Ended {
 pub(super) enum End {
     /// Whole and verified; it needs its name.
     Complete(Complete),
-    /// It was there already.
-    Same {
+    /// The name was taken, by the `same` bytes or, with `skip`, by others.
+    There {
         path: String,
         size: u64,
         hash: [u8; 32],
+        same: bool,
     },
     /// The connection was lost; what there is of it is kept where that pays.
     Suspended,
@@ -332,7 +333,9 @@ impl Worker {
                 })
             }
             // It would have come without bytes if it were the same.
-            (Step::Chunk { .. }, Stage::Proving { .. }) => Err(exists(job)),
+            (Step::Chunk { .. }, Stage::Proving { path, len, hash }) => {
+                differs(&self.context, job, path, len, hash)
+            }
             (
                 Step::Finish { size: told, hash },
                 Stage::Writing {
@@ -348,10 +351,14 @@ impl Worker {
             }
             (Step::Finish { hash: theirs, .. }, Stage::Proving { path, len, hash }) => {
                 if theirs == hash {
-                    let size = len;
-                    Ok(Next::End(End::Same { path, size, hash }))
+                    Ok(Next::End(End::There {
+                        path,
+                        size: len,
+                        hash,
+                        same: true,
+                    }))
                 } else {
-                    Err(exists(job))
+                    differs(&self.context, job, path, len, hash)
                 }
             }
             (Step::Prepare(_) | Step::Chunk { .. } | Step::Finish { .. } | Step::End(_), stage) => {
@@ -391,10 +398,6 @@ fn skip(notes: &mpsc::UnboundedSender<Note>, job: &mut Job, bytes: u64, size: u6
     job.resumed = job.resumed.saturating_add(bytes);
 }
 
-#[expect(
-    clippy::large_enum_variant,
-    reason = "it is taken apart where it is made"
-)]
 enum Next {
     Stage(Stage),
     End(End),
@@ -433,14 +436,13 @@ fn prepare(context: &Context, job: &Job, tell: oneshot::Sender<Wish>) -> Result<
         Begin::Exists(existing) => {
             let len = existing.len();
             let path = existing.path().as_str().to_owned();
-            let differs = job.wanted.size.is_some_and(|size| size != len);
-            if differs && context.if_exists != IfExists::Skip {
+            let other_size = job.wanted.size.is_some_and(|size| size != len);
+            if other_size && context.if_exists != IfExists::Skip {
                 return Err(exists(job));
             }
             let hash = existing.hash(&mut |_| {})?;
-            if context.if_exists == IfExists::Skip {
-                let size = len;
-                return Ok(Next::End(End::Same { path, size, hash }));
+            if other_size {
+                return differs(context, job, path, len, hash);
             }
             (Stage::Proving { path, len, hash }, vec![(0, len, hash)])
         }
@@ -460,7 +462,9 @@ fn open(
 ) -> Result<Next, StoreError> {
     let partial = match stage {
         Stage::Waiting(partial) => partial,
-        Stage::Proving { len, .. } if len != size => return Err(exists(job)),
+        Stage::Proving { path, len, hash } if len != size => {
+            return differs(context, job, path, len, hash);
+        }
         stage => return Ok(Next::Stage(stage)),
     };
     let meta = meta.kept(context.preserve, context.umask);
@@ -535,6 +539,25 @@ fn complete(
     }
     let complete = partial.complete(Some(hash), Some(size), meta)?;
     Ok(Next::End(End::Complete(complete)))
+}
+
+/// Another file has the name: with `skip` it stays, and that is all.
+fn differs(
+    context: &Context,
+    job: &Job,
+    path: String,
+    size: u64,
+    hash: [u8; 32],
+) -> Result<Next, StoreError> {
+    match context.if_exists {
+        IfExists::Skip => Ok(Next::End(End::There {
+            path,
+            size,
+            hash,
+            same: false,
+        })),
+        _ => Err(exists(job)),
+    }
 }
 
 fn exists(job: &Job) -> StoreError {

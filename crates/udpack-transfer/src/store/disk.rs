@@ -11,7 +11,7 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
-use std::os::fd::{AsFd as _, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,11 +19,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use cap_std::fs::{Dir, DirBuilder, DirBuilderExt as _, Metadata, MetadataExt as _};
-use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, Stat};
+use rustix::fs::{
+    AtFlags, FileType, FlockOperation, Mode, OFlags, Stat, Timespec, Timestamps, UTIME_OMIT,
+};
 use rustix::io::Errno;
 
 use super::journal::Key;
-use super::{Kept, StoreConfig, StoreError};
+use super::{Kept, OtherTime, StoreConfig, StoreError, Time};
 use crate::names;
 use crate::path::RelPath;
 
@@ -1102,6 +1104,26 @@ fn can_batch(root: &Dir) -> bool {
 #[cfg(not(any(target_os = "linux", target_os = "android")))]
 fn can_batch(_: &Dir) -> bool {
     false
+}
+
+/// Gives a file or a directory this modification time; the one that it has, where that is another second. A file system
+/// that keeps no nanoseconds is no such case.
+pub(super) fn set_modified(file: impl AsFd, path: &RelPath, asked: Time) -> Option<OtherTime> {
+    let times = Timestamps {
+        last_access: Timespec {
+            tv_sec: 0,
+            tv_nsec: UTIME_OMIT,
+        },
+        last_modification: Timespec {
+            tv_sec: asked.secs,
+            tv_nsec: asked.nanos.min(999_999_999).into(),
+        },
+    };
+    if let Err(errno) = rustix::fs::futimens(&file, &times) {
+        tracing::debug!(%path, secs = asked.secs, %errno, "cannot set the modification time");
+    }
+    let got = super::meta(&rustix::fs::fstat(&file).ok()?).mtime?;
+    (got.secs != asked.secs).then_some(OtherTime { asked, got })
 }
 
 /// Puts the entries of a directory on disk.

@@ -7,12 +7,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{Mode, Timespec, Timestamps, UTIME_OMIT};
+use rustix::fs::Mode;
 
-use super::disk::{FILE_MODE, PART};
+use super::disk::{self, FILE_MODE, PART};
 use super::journal::{self, Head, Journal, Key, REWRITE_FROM, merged};
 use super::publish::{Complete, Synced, Whole};
-use super::{IfExists, Inner, Meta, NewFile, Reservation, Store, StoreError, SyncPolicy, Time};
+use super::{
+    IfExists, Inner, Meta, NewFile, OtherTime, Reservation, Store, StoreError, SyncPolicy,
+};
 use crate::path::RelPath;
 
 /// An upload under way, in a staging file no client can name.
@@ -541,7 +543,7 @@ impl Partial {
                 .set_len(self.position)
                 .map_err(|e| self.fail("cut a file", e))?;
         }
-        self.dress(meta)?;
+        let other_time = self.dress(meta)?;
         let disk = &body.inner.disk;
         let sync = match body.inner.config.sync {
             SyncPolicy::Never => Some(Synced::None),
@@ -574,6 +576,7 @@ impl Partial {
             size: self.position,
             hash: got,
             if_exists: self.if_exists,
+            other_time,
             sync,
             losses: body.losses,
             staged,
@@ -587,29 +590,14 @@ impl Partial {
         self.doomed = true;
     }
 
-    /// Gives the file the time and mode it is to have. A time the file system cannot hold is not an error.
-    fn dress(&mut self, meta: Meta) -> Result<(), StoreError> {
+    /// Gives the file the time and mode it is to have. A time the file system cannot hold is not an error: it says so.
+    fn dress(&mut self, meta: Meta) -> Result<Option<OtherTime>, StoreError> {
         if let Some(mode) = meta.mode.filter(|mode| mode & 0o777 != FILE_MODE) {
             rustix::fs::fchmod(&self.body.file, Mode::from_raw_mode(mode & 0o777))
                 .map_err(|e| self.fail("set a file's mode", e.into()))?;
         }
-        if let Some(Time { secs, nanos }) = meta.mtime {
-            let times = Timestamps {
-                last_access: Timespec {
-                    tv_sec: 0,
-                    tv_nsec: UTIME_OMIT,
-                },
-                last_modification: Timespec {
-                    tv_sec: secs,
-                    tv_nsec: nanos.min(999_999_999).into(),
-                },
-            };
-            if let Err(errno) = rustix::fs::futimens(&self.body.file, &times) {
-                let path = &self.body.path;
-                tracing::debug!(%path, secs, %errno, "cannot set the modification time");
-            }
-        }
-        Ok(())
+        let mtime = meta.mtime;
+        Ok(mtime.and_then(|time| disk::set_modified(&self.body.file, &self.body.path, time)))
     }
 
     /// An error when an earlier step failed.

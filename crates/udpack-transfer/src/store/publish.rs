@@ -9,7 +9,7 @@ use cap_std::fs::Dir;
 
 use super::disk::{self, Id, Made};
 use super::partial::{Body, Staged};
-use super::{IfExists, Inner, Reservation, StoreError, SyncPolicy};
+use super::{IfExists, Inner, OtherTime, Reservation, StoreError, SyncPolicy};
 use crate::path::RelPath;
 
 /// A whole, verified file that has no name yet. Dropping it removes it.
@@ -23,6 +23,8 @@ pub(super) struct Whole {
     pub(super) size: u64,
     pub(super) hash: [u8; 32],
     pub(super) if_exists: IfExists,
+    /// The time it has, where that is not the one it should have.
+    pub(super) other_time: Option<OtherTime>,
     /// How its bytes got on disk; `None` when they are not there yet.
     pub(super) sync: Option<Synced>,
     /// Syncs of the whole file system that had failed before its first byte was written.
@@ -48,6 +50,9 @@ pub struct Published {
     pub same: bool,
     /// How its bytes got on disk.
     pub sync: Synced,
+    /// Its modification time, where the file system cannot hold the second that was asked for. `None` of a file that was
+    /// there already.
+    pub other_time: Option<OtherTime>,
 }
 
 /// How a stored file's bytes got on disk.
@@ -245,6 +250,7 @@ pub(super) fn publish(
                     hash: complete.hash,
                     same,
                     sync,
+                    other_time: complete.other_time.filter(|_| !same),
                 })
             });
         outcomes.push(outcome);

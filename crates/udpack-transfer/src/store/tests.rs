@@ -99,6 +99,7 @@ fn publishes_the_bytes_under_the_name() {
                     3_000_000 => Synced::File,
                     _ => Synced::Batch,
                 },
+                other_time: None,
             }
         );
         assert_eq!(fs::read(dir.path().join(name)).unwrap(), bytes);

@@ -12,12 +12,11 @@ use std::io;
 use std::os::unix::ffi::OsStrExt as _;
 
 use cap_std::fs::{Dir, Metadata, MetadataExt as _};
-use rustix::fs::{Timespec, Timestamps, UTIME_OMIT};
 use rustix::io::Errno;
 
 use super::disk::below;
 use super::disk::{self, LINK_BYTES, PRIVATE};
-use super::{Existing, IfExists, Inner, Meta, Store, StoreError, Tenant, Time};
+use super::{Existing, IfExists, Inner, Meta, OtherTime, Store, StoreError, Tenant, Time};
 use crate::names;
 use crate::path::{PathRule, RelPath};
 
@@ -76,6 +75,15 @@ pub struct Page {
     pub entries: Vec<Entry>,
     /// There may be more after the last of them.
     pub more: bool,
+}
+
+/// What making a directory or a link led to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Placed {
+    /// It was there.
+    pub same: bool,
+    /// Its modification time, where the file system cannot hold the second that was asked for.
+    pub other_time: Option<OtherTime>,
 }
 
 /// What was removed.
@@ -218,8 +226,8 @@ impl Store {
         }
     }
 
-    /// Makes a directory and those above it, and says whether it was there. It is on disk when
-    /// this returns.
+    /// Makes a directory and those above it, and says whether it was there, and what time it has if that is not
+    /// the one asked for. It is on disk when this returns.
     ///
     /// It gets the mode (its owner's access is never taken) and the time of `meta` also when it
     /// was there: directories come after the files that made them. Without a mode, a new one is
@@ -229,7 +237,7 @@ impl Store {
         path: &RelPath,
         meta: Meta,
         tenant: Option<&Tenant>,
-    ) -> Result<bool, StoreError> {
+    ) -> Result<Placed, StoreError> {
         let inner = &self.inner;
         let failed = |action| move |e: io::Error| inner.disk.error(action, path, e);
         inner.check_name(path)?;
@@ -249,11 +257,14 @@ impl Store {
             Err(e) => return Err(failed("open a directory")(e.into())),
         };
         inner.disk.check_device(&dir, path)?;
-        set_meta(&dir, path, meta);
+        let other_time = set_meta(&dir, path, meta);
         for dir in [&dir, &parent] {
             disk::sync_dir(dir).map_err(failed("sync a directory"))?;
         }
-        Ok(there.is_some())
+        Ok(Placed {
+            same: there.is_some(),
+            other_time,
+        })
     }
 
     /// Makes a symbolic link in one step, and says whether an equal one was there. It is on disk
@@ -764,29 +775,16 @@ fn raw_target(dir: &Dir, name: &OsStr) -> Option<Vec<u8>> {
 }
 
 /// Sets mode and time of a directory; what the file system cannot or will not hold is not an
-/// error.
-fn set_meta(dir: &Dir, path: &RelPath, meta: Meta) {
+/// error. Says which other time it has.
+fn set_meta(dir: &Dir, path: &RelPath, meta: Meta) -> Option<OtherTime> {
     if let Some(mode) = meta.mode {
         let mode = rustix::fs::Mode::from_raw_mode((mode & 0o777) | 0o700);
         if let Err(errno) = rustix::fs::fchmod(dir, mode) {
             tracing::debug!(%path, %errno, "cannot set a directory's mode");
         }
     }
-    if let Some(time) = meta.mtime {
-        let times = Timestamps {
-            last_access: Timespec {
-                tv_sec: 0,
-                tv_nsec: UTIME_OMIT,
-            },
-            last_modification: Timespec {
-                tv_sec: time.secs,
-                tv_nsec: time.nanos.into(),
-            },
-        };
-        if let Err(errno) = rustix::fs::futimens(dir, &times) {
-            tracing::debug!(%path, %errno, "cannot set a directory's modification time");
-        }
-    }
+    let mtime = meta.mtime;
+    mtime.and_then(|time| disk::set_modified(dir, path, time))
 }
 
 /// Removes one thing and counts what goes.

@@ -390,6 +390,7 @@ impl RawLane {
                 hash,
                 same,
                 sync,
+                ..
             } => Heard {
                 line: format!("done {id} {path} {size}{}", if same { " same" } else { "" }),
                 hash: Some(hash),

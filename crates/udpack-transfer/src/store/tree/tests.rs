@@ -552,17 +552,27 @@ fn reads_regular_files_only() {
 fn makes_directories_with_mode_and_time() {
     let (dir, store) = open(StoreConfig::default());
     let mode = |name: &str| fs::metadata(dir.path().join(name)).unwrap().mode() & 0o7777;
-    assert!(!store.make_dir(&path("x/y"), Meta::default(), None).unwrap());
+    assert!(
+        !store
+            .make_dir(&path("x/y"), Meta::default(), None)
+            .unwrap()
+            .same
+    );
     assert_eq!((mode("x"), mode("x/y")), (0o700, 0o700));
     let meta = Meta {
         mtime: Some(Time { secs: -5, nanos: 7 }),
         mode: Some(0o6055),
     };
-    assert!(store.make_dir(&path("x"), meta, None).unwrap());
+    assert!(store.make_dir(&path("x"), meta, None).unwrap().same);
     assert_eq!(mode("x"), 0o755);
     let entry = store.stat(Some(&path("x"))).unwrap();
     assert_eq!((entry.mode, Some(entry.mtime)), (0o755, meta.mtime));
-    assert!(store.make_dir(&path("x"), Meta::default(), None).unwrap());
+    assert!(
+        store
+            .make_dir(&path("x"), Meta::default(), None)
+            .unwrap()
+            .same
+    );
     assert_eq!(mode("x"), 0o755);
     fs::write(dir.path().join("file"), "").unwrap();
     assert_eq!(
@@ -738,7 +748,12 @@ fn a_tenant_has_a_quota_of_its_own() {
     // Who has none, and who has one elsewhere, goes on.
     drop(begin(&store, "t/e", 1, None).unwrap());
     drop(begin(&store, "u/e", 9, Some(&elsewhere)).unwrap());
-    assert!(store.make_dir(&path("t"), Meta::default(), None).unwrap());
+    assert!(
+        store
+            .make_dir(&path("t"), Meta::default(), None)
+            .unwrap()
+            .same
+    );
     // What is removed is free at once.
     store.remove(&path("t/c"), false).unwrap();
     drop(begin(&store, "t/e", 800, Some(&tenant)).unwrap());
