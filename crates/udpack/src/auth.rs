@@ -9,10 +9,10 @@ use std::time::{Duration, Instant, SystemTime};
 
 use futures_util::future::BoxFuture;
 
+use crate::base::lock;
+use crate::base::pool::{Tenant, network};
 use crate::code::CloseCode;
 use crate::control::HelloMessage;
-use crate::pool::network;
-use crate::session::lock;
 
 /// What a client presents when it wants to come in. Cheap to clone.
 #[derive(Clone)]
@@ -210,6 +210,13 @@ where
 {
     fn authenticate(&self, hello: Hello) -> BoxFuture<'static, Result<Peer, Deny>> {
         Box::pin(self(hello))
+    }
+}
+
+impl Tenant {
+    /// Everybody with the identity of this peer, over all its sockets.
+    pub fn peer(peer: &Peer) -> Self {
+        Self::identity(peer.shared_id())
     }
 }
 

@@ -6,8 +6,9 @@ use std::net::SocketAddr;
 
 use quinn::{Endpoint, EndpointConfig, ServerConfig, TransportConfig};
 
+use crate::config::InvalidSetting;
 use crate::config::{CongestionControl, Limits, Timeouts, VOLATILE_STREAMS};
-use crate::endpoint::{self, At, InvalidSetting, Via};
+use crate::endpoint::{self, At, Via};
 
 /// An endpoint on a UDP socket as servers and clients of this library open it.
 ///

@@ -8,8 +8,8 @@ use bytes::Bytes;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::base::text::printable_within;
 use crate::message::{DecodeError, EncodeError};
-use crate::text::printable_within;
 
 /// Why a socket or a channel was closed, as a number both sides agree on.
 ///

@@ -7,8 +7,6 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::endpoint::InvalidSetting;
-
 /// How much of everything a peer may use. All bounds are enforced; a breach has its own close code.
 ///
 /// Start from `Limits::default()` and change what you must:
@@ -303,3 +301,8 @@ pub(crate) const TOKEN_BYTES: usize = 512;
 pub(crate) const MIN_WINDOW: u64 = 64 << 10;
 /// Slowest acceptable progress of an unfinished frame, in bytes a second.
 pub(crate) const MIN_FRAME_RATE: u64 = 1024;
+
+/// A limit or time that cannot be used; the text says which and why.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("invalid setting: {0}")]
+pub struct InvalidSetting(pub(crate) &'static str);

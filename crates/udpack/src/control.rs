@@ -8,12 +8,12 @@ use std::time::Duration;
 use bytes::{BufMut, Bytes, BytesMut};
 use serde::Serialize;
 
+use crate::base::text::cut;
+use crate::base::text::printable_within;
 use crate::code::{CloseCode, CloseReason};
 use crate::config::{Limits, MIN_FRAME, Priority, TOKEN_BYTES, Timeouts};
 use crate::message::{self, EncodeError, Message, check_name};
 use crate::msgpack::{FieldError, Fields, Head, MAX_DEPTH, MAX_ELEMENTS, Reader};
-use crate::session::cut;
-use crate::text::printable_within;
 
 /// The version this library speaks; also named by the ALPN.
 pub(crate) const VERSION: u64 = 1;

@@ -17,6 +17,8 @@ use tokio::time::{Instant, Interval};
 use tracing::Instrument;
 use tracing::field::Empty;
 
+use crate::base::Rate;
+use crate::base::lock;
 use crate::channel::Channel;
 use crate::client::Dialler;
 use crate::code::{CloseCode, CloseReason, Side};
@@ -27,9 +29,9 @@ use crate::lifetime::Lifetime;
 use crate::metrics::{Count, Tally, Words};
 use crate::reconnect::SocketState;
 use crate::resume::{Mismatch, Seen};
-use crate::session::{CONFIRM, ChannelKey, Session, WISHED, give_up, lock};
+use crate::session::{CONFIRM, ChannelKey, Session, WISHED, give_up};
 use crate::socket::Registry;
-use crate::streams::{Rate, serve_stream};
+use crate::streams::serve_stream;
 use crate::windows;
 
 /// The control stream, in the driver's hands.
@@ -209,7 +211,7 @@ impl Comeback {
                 if let Some(reason) = session.wished_close() {
                     return reason;
                 }
-                session.bells.rung(WISHED).await;
+                session.wake.wait(WISHED).await;
             }
         };
         tokio::select! {
@@ -464,8 +466,8 @@ impl Driver {
                             }),
                         }
                     },
-                    () = session.bells.rung(WISHED) => Act::work(carry_out(&session, &conn, control)),
-                    () = session.bells.rung(CONFIRM) => {
+                    () = session.wake.wait(WISHED) => Act::work(carry_out(&session, &conn, control)),
+                    () = session.wake.wait(CONFIRM) => {
                         confirm_at.get_or_insert_with(|| Instant::now() + CONFIRM_DELAY);
                         Act::Wait
                     },
@@ -529,11 +531,11 @@ impl Driver {
                         return Outcome::Moved(reason);
                     }
                 },
-                () = session.bells.rung(CONFIRM) => {
+                () = session.wake.wait(CONFIRM) => {
                     tokio::time::sleep(CONFIRM_DELAY).await;
                     confirm(session, &mut control.send).await;
                 },
-                () = session.bells.rung(WISHED) => {
+                () = session.wake.wait(WISHED) => {
                     let close = session.wished_close();
                     if let Some(reason) = close {
                         close_gracefully(session, control, reason).await;
@@ -563,7 +565,7 @@ async fn carry_out(
 ) -> Option<Outcome> {
     let (close, goaway) = {
         let mut wishes = lock(&session.wishes);
-        let wishes = wishes.made();
+        let wishes = wishes.get_or_make();
         (wishes.close.clone(), wishes.goaway.take())
     };
     if let Some(frame) = goaway.as_ref().and_then(control::encode_goaway) {
@@ -730,7 +732,7 @@ fn on_control(
             control::CHANNELS => match control::decode_channels(&message) {
                 Ok(Channels { open }) => {
                     *stage = Stage::Open;
-                    lock(&session.tickets).made().confirm();
+                    lock(&session.tickets).get_or_make().confirm();
                     session.retain_theirs(&open);
                     None
                 }

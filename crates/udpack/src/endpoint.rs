@@ -12,8 +12,8 @@ use quinn::{
 };
 
 use crate::config::{
-    CongestionControl, DATAGRAMS_IN, DATAGRAMS_OUT, FEW_STREAMS, Limits, MIN_FRAME, PREAUTH_BYTES,
-    PREAUTH_STREAMS, Timeouts, VOLATILE_STREAMS,
+    CongestionControl, DATAGRAMS_IN, DATAGRAMS_OUT, FEW_STREAMS, InvalidSetting, Limits, MIN_FRAME,
+    PREAUTH_BYTES, PREAUTH_STREAMS, Timeouts, VOLATILE_STREAMS,
 };
 use crate::congestion::ModelConfig;
 use crate::timer::PromptRuntime;
@@ -226,11 +226,6 @@ pub(crate) fn transport(
 pub(crate) fn varint(value: u64) -> VarInt {
     VarInt::from_u64(value).unwrap_or(VarInt::MAX)
 }
-
-/// A limit or time that cannot be used; the text says which and why.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("invalid setting: {0}")]
-pub struct InvalidSetting(pub(crate) &'static str);
 
 #[cfg(test)]
 mod tests {

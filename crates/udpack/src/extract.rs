@@ -6,10 +6,10 @@ use futures_util::future::BoxFuture;
 use serde::de::DeserializeOwned;
 
 use crate::auth::Peer;
+use crate::base::extensions::Extensions;
 use crate::channel::Channel;
 use crate::code::Fault;
 use crate::event::Event;
-use crate::extensions::Extensions;
 use crate::handlers::{Answer, Context, IntoAnswer};
 use crate::items::Items;
 use crate::message::Message;

@@ -16,11 +16,11 @@ use tokio::runtime::Handle;
 use tokio::time::Instant;
 
 use crate::auth::Peer;
+use crate::base::extensions::Extensions;
 use crate::calls::{Begun, Role};
 use crate::channel::{Channel, RecvError, SendError};
 use crate::code::{CloseCode, CloseReason, Fault};
 use crate::control::{self, GAP, Gap};
-use crate::extensions::Extensions;
 use crate::extract::{EventHandler, Handler};
 use crate::inbox::{Ending, NoReply};
 use crate::items::{Streaming, send_item};
@@ -564,8 +564,8 @@ async fn gap(channel: &Channel, router: &Routed, message: Message) {
         return;
     };
     let Some(on_gap) = router.gap_handler() else {
-        if let Some(left_out) = channel.session().quiet.line() {
-            let room = crate::text::printable_within(&gap.room, 128);
+        if let Some(left_out) = channel.session().log_limit.line() {
+            let room = crate::base::text::printable_within(&gap.room, 128);
             tracing::warn!(%room, lost = gap.lost, left_out, "messages of a room are missing");
         }
         return;
@@ -718,8 +718,8 @@ async fn stream_out(
 
 fn log(channel: &Channel, message: &Message, fault: &Fault) {
     channel.session().tally.not_handled(&fault.code);
-    if let Some(left_out) = channel.session().quiet.line() {
-        let event = crate::text::printable_within(message.event(), 128);
+    if let Some(left_out) = channel.session().log_limit.line() {
+        let event = crate::base::text::printable_within(message.event(), 128);
         let reason = fault.reason().map(tracing::field::display);
         tracing::warn!(%event, code = %fault.code, reason, left_out, "message not handled: {}", fault.message);
     }

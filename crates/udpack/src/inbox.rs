@@ -14,6 +14,9 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use tokio::time::{Instant, Sleep};
 
+use crate::base::Lazy;
+use crate::base::lock;
+use crate::base::pool::{Place, PoolFull};
 use crate::calls::{Begun, Calls, Taken};
 use crate::code::{CloseCode, CloseReason};
 use crate::config::MIN_FRAME_RATE;
@@ -25,9 +28,7 @@ use crate::frame::FrameDecoder;
 use crate::message::{Message, Parts};
 use crate::metrics::Count;
 use crate::msgpack::Shape;
-use crate::pool::{Place, PoolFull};
-use crate::session::{ChannelKey, Session, lock, lost};
-use crate::spare::Spare;
+use crate::session::{ChannelKey, Session, lost};
 use crate::speed::Counters;
 
 /// QUIC chunks taken in one call, and in the one after a call that took fewer.
@@ -47,9 +48,9 @@ struct State {
     /// The channel's, where it is one.
     key: Option<ChannelKey>,
     resume: Option<Received>,
-    decided: Spare<Decided>,
+    decided: Lazy<Decided>,
     decoder: FrameDecoder,
-    room: Spare<Room>,
+    room: Lazy<Room>,
     /// Chunks taken from QUIC and not yet decoded.
     chunks: VecDeque<Bytes>,
     /// QUIC had as many as were asked for.
@@ -57,7 +58,7 @@ struct State {
     backlog: VecDeque<Message>,
     backlog_bytes: usize,
     /// Requests of both sides, and what came for them.
-    calls: Spare<Calls>,
+    calls: Lazy<Calls>,
     end: Option<Ending>,
     timer: Option<Pin<Box<Sleep>>>,
     /// The earliest deadline of requests that are waited for, or one that was.
@@ -168,14 +169,14 @@ impl Inbox {
             stream: Some(stream),
             key: None,
             resume: None,
-            decided: Spare::default(),
+            decided: Lazy::default(),
             decoder: FrameDecoder::new(frame_limit),
-            room: Spare::default(),
+            room: Lazy::default(),
             chunks: VecDeque::new(),
             more: false,
             backlog: VecDeque::new(),
             backlog_bytes: 0,
-            calls: Spare::default(),
+            calls: Lazy::default(),
             end: None,
             timer: None,
             alarm: None,
@@ -252,13 +253,13 @@ impl Inbox {
 
     /// Ends the direction with this once what has arrived is read.
     pub(crate) fn fail(&self, ending: Ending) {
-        lock(&self.state).decided.made().on_loss = Some(ending);
+        lock(&self.state).decided.get_or_make().on_loss = Some(ending);
         self.waiters.wake_by_ref();
     }
 
     /// Lets a clean end of the stream read as this reason.
     pub(crate) fn finish_as(&self, reason: CloseReason) {
-        lock(&self.state).decided.made().on_finish = Some(reason);
+        lock(&self.state).decided.get_or_make().on_finish = Some(reason);
     }
 
     /// Raises or lowers the frame limit for frames not yet begun.
@@ -303,7 +304,7 @@ impl Inbox {
 
     /// What is known of the requests on this channel.
     pub(crate) fn calls<T>(&self, look: impl FnOnce(&mut Calls) -> T) -> T {
-        look(lock(&self.state).calls.made())
+        look(lock(&self.state).calls.get_or_make())
     }
 
     /// Waits until `look` finds what it is after. Messages that come before it wait in the backlog, which is
@@ -317,7 +318,7 @@ impl Inbox {
     ) -> Poll<Result<T, NoReply>> {
         let mut state = lock(&self.state);
         loop {
-            if let Some(found) = look(state.calls.made()) {
+            if let Some(found) = look(state.calls.get_or_make()) {
                 return Poll::Ready(Ok(found));
             }
             if let Some(full) = state.backlog_full(session) {
@@ -419,7 +420,7 @@ impl State {
     fn put_back(&mut self, message: Message) {
         self.backlog_bytes += message.len();
         if let Some(id) = message.id() {
-            self.calls.made().queued(id);
+            self.calls.get_or_make().queued(id);
         }
         self.backlog.push_back(message);
     }
@@ -427,8 +428,8 @@ impl State {
     /// A message leaves the inbox: a handler's request is kept in mind, any other is its taker's business.
     fn handed_out(&mut self, message: &Message, serve: Option<&mut Option<Begun>>) {
         match (message.id(), serve) {
-            (Some(id), Some(begun)) => *begun = Some(self.calls.made().begin(id)),
-            (Some(id), None) => self.calls.made().answered(id),
+            (Some(id), Some(begun)) => *begun = Some(self.calls.get_or_make().begin(id)),
+            (Some(id), None) => self.calls.get_or_make().answered(id),
             (None, _) => {}
         }
     }
@@ -462,7 +463,7 @@ impl State {
 
     /// Files a message of the protocol; `None` when it concerns nobody.
     fn file(&mut self, message: Message, session: &Session) -> Option<Step> {
-        let message = match self.calls.made().take(message) {
+        let message = match self.calls.get_or_make().take(message) {
             Taken::Other(message) => message,
             Taken::Dropped => return None,
             Taken::Filed => return Some(Step::Filed),
@@ -519,7 +520,7 @@ impl State {
             (self.backlog.iter().position(waits)).and_then(|at| self.backlog.remove(at))
         {
             self.backlog_bytes -= message.len();
-            self.calls.made().answered(id);
+            self.calls.get_or_make().answered(id);
         }
     }
 
@@ -664,7 +665,7 @@ impl State {
         let (Some(need), Some(frames)) = (self.decoder.large(), session.frames.get()) else {
             return Poll::Ready(Ok(()));
         };
-        let room = self.room.made();
+        let room = self.room.get_or_make();
         if room
             .place
             .as_ref()
@@ -702,7 +703,7 @@ impl State {
     /// What came of the frame under way is of no use any more.
     fn forget_frame(&mut self) {
         self.decoder = FrameDecoder::new(0);
-        self.room = Spare::default();
+        self.room = Lazy::default();
         self.timer = None;
     }
 
@@ -781,7 +782,7 @@ impl State {
         self.decoder.rest();
         if self.decoder.held() == 0 {
             if self.room.get().is_some() {
-                self.room = Spare::default();
+                self.room = Lazy::default();
             }
             self.timer = None;
             return Poll::Pending;
@@ -849,7 +850,7 @@ impl State {
         }
         self.timer = None;
         self.alarm = None;
-        self.room = Spare::default();
+        self.room = Lazy::default();
         self.end.get_or_insert(end).clone()
     }
 }

@@ -18,17 +18,18 @@ use tokio::sync::{OwnedMutexGuard, oneshot};
 use tokio::time::Instant;
 
 use crate::auth::{Authenticate, Deny, Hello, Peer, Penalties, Slow};
-use crate::bells::{Bell, Bells};
+use crate::base::Lazy;
+use crate::base::Rate;
+use crate::base::lock;
+use crate::base::wake::{WakeFlag, WakeFlags};
 use crate::channel::{Channel, WeakChannel};
 use crate::code::{CloseCode, CloseReason};
+use crate::config::InvalidSetting;
 use crate::config::TOKEN_BYTES;
 use crate::control::{self, HelloMessage, Refreshed};
-use crate::endpoint::InvalidSetting;
 use crate::message::Message;
 use crate::metrics::{Count, Tally};
-use crate::session::{Session, lock};
-use crate::spare::Spare;
-use crate::streams::Rate;
+use crate::session::Session;
 
 /// New tokens a client may present each second, with a burst of twice as many.
 const REFRESH_RATE: u32 = 1;
@@ -211,17 +212,17 @@ pub(crate) struct Life {
     channels: Mutex<Vec<WeakChannel>>,
     /// At a client: one refresh at a time, from its being queued to its answer.
     turn: OnceLock<Arc<tokio::sync::Mutex<()>>>,
-    exchange: Mutex<Spare<Exchange>>,
+    exchange: Mutex<Lazy<Exchange>>,
     /// What wakes the driver: [`RENEWED`], [`READY`] and [`ASKED`].
-    bells: Bells,
+    wake: WakeFlags,
 }
 
 /// The token counts for another time than before.
-const RENEWED: Bell = Bell(1);
+const RENEWED: WakeFlag = WakeFlag(1);
 /// There is a frame for the driver.
-const READY: Bell = Bell(1 << 1);
+const READY: WakeFlag = WakeFlag(1 << 1);
 /// There is a token to look at.
-const ASKED: Bell = Bell(1 << 2);
+const ASKED: WakeFlag = WakeFlag(1 << 2);
 
 /// What goes on between the two sides.
 #[derive(Default)]
@@ -264,7 +265,7 @@ impl Life {
             since: Some(now),
             until: left.and_then(|left| now.checked_add(left)),
         };
-        self.bells.ring(RENEWED);
+        self.wake.set(RENEWED);
     }
 
     /// How long the token still counts, if it has an end.
@@ -276,7 +277,7 @@ impl Life {
     /// A new connection carries the session: what was under way on the old one begins again.
     pub(crate) fn reattached(&self) {
         let mut exchange = lock(&self.exchange);
-        let exchange = exchange.made();
+        let exchange = exchange.get_or_make();
         exchange.round += 1;
         exchange.asked = None;
         exchange.busy = false;
@@ -284,7 +285,7 @@ impl Life {
             .waiting
             .as_ref()
             .and_then(|waiting| control::encode_refresh(&waiting.token).ok());
-        self.bells.ring(READY);
+        self.wake.set(READY);
     }
 
     /// Takes a `$refresh` at a server; a reason says that the connection must end.
@@ -294,14 +295,14 @@ impl Life {
             Err(error) => return Some(CloseReason::local(error.close_code(), error.to_string())),
         };
         let mut exchange = lock(&self.exchange);
-        let exchange = exchange.made();
+        let exchange = exchange.get_or_make();
         if exchange.busy {
             let text = "a $refresh before the last one was answered";
             return Some(CloseReason::local(CloseCode::PROTOCOL_ORDER, text));
         }
         exchange.busy = true;
         exchange.asked = Some(token);
-        self.bells.ring(ASKED);
+        self.wake.set(ASKED);
         None
     }
 
@@ -311,7 +312,7 @@ impl Life {
             Ok(refreshed) => refreshed,
             Err(error) => return Some(CloseReason::local(error.close_code(), error.to_string())),
         };
-        let Some(waiting) = lock(&self.exchange).made().waiting.take() else {
+        let Some(waiting) = lock(&self.exchange).get_or_make().waiting.take() else {
             let text = "a $refreshed that nobody asked for";
             return Some(CloseReason::local(CloseCode::PROTOCOL_ORDER, text));
         };
@@ -373,7 +374,7 @@ impl Life {
                     return frame;
                 }
             }
-            self.bells.rung(READY).await;
+            self.wake.wait(READY).await;
         }
     }
 
@@ -387,7 +388,7 @@ impl Life {
                     return (token, exchange.round);
                 }
             }
-            self.bells.rung(ASKED).await;
+            self.wake.wait(ASKED).await;
         }
     }
 }
@@ -428,7 +429,7 @@ pub(crate) async fn refresh(session: &Session, token: String) -> Result<(), Refr
         let (answer, answered) = oneshot::channel();
         {
             let mut exchange = lock(&session.life.exchange);
-            let exchange = exchange.made();
+            let exchange = exchange.get_or_make();
             exchange.waiting = Some(Waiting {
                 token,
                 answer,
@@ -436,7 +437,7 @@ pub(crate) async fn refresh(session: &Session, token: String) -> Result<(), Refr
             });
             exchange.out = Some(frame);
         }
-        session.life.bells.ring(READY);
+        session.life.wake.set(READY);
         match answered.await {
             Ok(answer) => {
                 if answer.is_ok() {
@@ -511,7 +512,7 @@ async fn end_in_time(session: &Session) {
         let until = lock(&life.term).until;
         tokio::select! {
             () = sleep_until(until) => break,
-            () = life.bells.rung(RENEWED) => {}
+            () = life.wake.wait(RENEWED) => {}
         }
     }
     session.abort(ended());
@@ -566,17 +567,17 @@ async fn verify_refreshes(session: &Session, guard: &Guard) {
                 Refreshed::Accepted { expires }
             }
             Err(Deny { code, text }) => {
-                if let Some(left_out) = session.quiet.line() {
+                if let Some(left_out) = session.log_limit.line() {
                     tracing::warn!(%code, text, left_out, "new token refused");
                 }
                 Refreshed::Refused { code, text }
             }
         };
         let mut exchange = lock(&session.life.exchange);
-        let exchange = exchange.made();
+        let exchange = exchange.get_or_make();
         if exchange.round == round {
             exchange.out = control::encode_refreshed(&refreshed);
-            session.life.bells.ring(READY);
+            session.life.wake.set(READY);
         }
     }
 }
@@ -621,16 +622,16 @@ async fn verify_refresh(
 async fn keep_fresh(session: &Session, source: &TokenSource) {
     let life = &session.life;
     loop {
-        life.bells.hush(RENEWED);
+        life.wake.take(RENEWED);
         let now = *lock(&life.term);
         let (Some(since), Some(until)) = (now.since, now.until) else {
-            life.bells.rung(RENEWED).await;
+            life.wake.wait(RENEWED).await;
             continue;
         };
         let mut at = since + two_thirds(until - since).max(REFRESH_PAUSE);
         loop {
             tokio::select! {
-                () = life.bells.rung(RENEWED) => break,
+                () = life.wake.wait(RENEWED) => break,
                 () = tokio::time::sleep_until(at) => {}
             }
             let fresh = async {
@@ -678,7 +679,7 @@ mod tests {
         let (client, server) = (Life::default(), Life::default());
         let refresh = control::encode_refresh("a-new-token").unwrap();
         let (answer, mut answered) = oneshot::channel();
-        lock(&client.exchange).made().waiting = Some(Waiting {
+        lock(&client.exchange).get_or_make().waiting = Some(Waiting {
             token: "a-new-token".to_owned(),
             answer,
             _turn: client.turn().try_lock_owned().unwrap(),

@@ -9,9 +9,9 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use crate::base::sharded::Numbers;
 use crate::code::{CloseCode, CloseReason, Fault, Side};
 use crate::speed::Stats;
-use crate::spread::Numbers;
 
 /// The codes of [`CloseCode::ALL`], the application's, and those nobody knows.
 const CODES: usize = CloseCode::ALL.len() + 2;

@@ -21,6 +21,7 @@ use bytes::{Bytes, BytesMut};
 use serde::Serialize;
 use tokio::sync::Notify;
 
+use crate::base::lock;
 use crate::code::CloseReason;
 use crate::config::Priority;
 use crate::control::MARK;
@@ -30,7 +31,6 @@ use crate::overflow::{Overflow, Overflowing, Push, Tag};
 use crate::pace::Pace;
 use crate::resume::{Mismatch, Retained};
 use crate::rooms::Seat;
-use crate::session::lock;
 use crate::speed::Counters;
 
 /// Small messages gather up to about this size before a new buffer is begun: large, because QUIC looks through

@@ -15,13 +15,14 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::auth::Peer;
+use crate::base::lock;
 use crate::channel::Channel;
 use crate::frame::PREFIX;
 use crate::message::{self, DecodeError, EncodeError, Encoded, Message};
 use crate::msgpack::{FieldError, Shape, Values, Walk, validate};
 use crate::overflow::{Overflow, Push};
 use crate::rooms::{Directory, Guest, JoinError, Room, Rooms};
-use crate::session::{Session, SessionId, lock};
+use crate::session::{Session, SessionId};
 
 /// Everybody who is there: `{room, entries}`, where each entry is `{peer, session, meta}`.
 const STATE: &str = "presence_state";
@@ -364,7 +365,7 @@ impl Room {
             }
             Push::Lost => {
                 presence.told.remove(&guest.key);
-                if let Some(left_out) = guest.session.quiet.line() {
+                if let Some(left_out) = guest.session.log_limit.line() {
                     tracing::warn!(left_out, "a presence is larger than the peer's frames");
                 }
             }

@@ -13,9 +13,9 @@ use futures_util::stream::BoxStream;
 use tokio::sync::broadcast;
 use tokio::time::Instant;
 
+use crate::base::lock;
 use crate::code::CloseReason;
 use crate::control::GoAway;
-use crate::session::lock;
 
 /// SocketState changes that wait for a slow watcher; it misses the oldest.
 const STATES: usize = 32;

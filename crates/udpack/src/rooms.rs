@@ -17,6 +17,7 @@ use serde::Serialize;
 use tokio::runtime::Handle;
 
 use crate::auth::Peer;
+use crate::base::lock;
 use crate::channel::{Channel, WeakChannel};
 use crate::code::{CloseCode, CloseReason};
 use crate::event::Event;
@@ -25,7 +26,7 @@ use crate::metrics::Count;
 use crate::outbox::Outbox;
 use crate::overflow::{Overflow, Push, Tag};
 use crate::presence::{Presence, Tracked};
-use crate::session::{Session, SessionId, lock};
+use crate::session::{Session, SessionId};
 use crate::socket::Socket;
 use crate::volatile::{Ready, Volatile};
 

@@ -9,11 +9,11 @@ use std::sync::Arc;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 
+use crate::base::extensions::Extensions;
 use crate::channel::Channel;
 use crate::code::Fault;
 use crate::control::Gap;
 use crate::event::Event;
-use crate::extensions::Extensions;
 use crate::extract::{EventHandler, Handler};
 use crate::handlers::{Answer, Context, serve};
 use crate::message::Message;

@@ -23,28 +23,30 @@ use tracing::Instrument;
 use tracing::field::Empty;
 
 use crate::auth::{Authenticate, Deny, Hello, Peer, Penalties};
+use crate::base::LogLimit;
+use crate::base::lock;
+use crate::base::pool::{self, Pool, PoolFull, Shares, Tenant};
+use crate::base::text::printable_within;
 use crate::channel::Channel;
 use crate::code::{CloseCode, CloseReason, Side};
+use crate::config::InvalidSetting;
 use crate::config::{
     CongestionControl, Drain, FEW_STREAMS, Limits, PREAUTH_BYTES, Timeouts, VOLATILE_STREAMS,
 };
 use crate::control::{self, GoAway, HelloMessage, ResumeGrant, ResumeTicket, Welcome};
 use crate::driver::{Awaited, Comeback, Control, Link, live};
-use crate::endpoint::{self, At, ETHERNET_PAYLOAD, InvalidSetting, Route, Via};
+use crate::endpoint::{self, At, ETHERNET_PAYLOAD, Route, Via};
 use crate::fingerprint::Fingerprint;
 use crate::identity::{Identity, IdentityError};
 use crate::inbox::{Ending, Inbox};
 use crate::lifetime::{self, Authorize, Guard};
 use crate::metrics::{Count, Metrics, Tally, Words};
-use crate::pool::{self, Pool, PoolFull, Shares, Tenant};
 use crate::qlog::Qlog;
-use crate::quiet::Quiet;
 use crate::rooms::Rooms;
 use crate::router::ServeChannel;
-use crate::session::{Session, SessionId, lock, on_path};
+use crate::session::{Session, SessionId, on_path};
 use crate::socket::{Registry, Socket};
 use crate::speed::{Counters, SpeedMeter, Stats};
-use crate::text::printable_within;
 use crate::udp::Port;
 use crate::windows;
 
@@ -109,7 +111,7 @@ struct Shared {
     socket_ended: Notify,
     /// Places for those who are not let in yet, by address.
     handshakes: Pool,
-    quiet: Quiet,
+    log_limit: LogLimit,
     draining: AtomicBool,
     pull: AtomicBool,
     accept_queue: mpsc::Sender<Socket>,
@@ -558,7 +560,7 @@ impl ServerBuilder {
             rooms,
             sockets: Mutex::default(),
             socket_ended: Notify::new(),
-            quiet: Quiet::default(),
+            log_limit: LogLimit::default(),
             draining: AtomicBool::new(false),
             pull: AtomicBool::new(!handlers),
             accept_queue,
@@ -901,7 +903,10 @@ async fn enter(
     };
     let resume = match resume {
         Some(_) if !window.is_zero() => Some(ResumeGrant {
-            token: lock(&session.tickets).made().issue().map_err(no_random)?,
+            token: lock(&session.tickets)
+                .get_or_make()
+                .issue()
+                .map_err(no_random)?,
             window,
         }),
         _ => None,
@@ -997,7 +1002,7 @@ fn shutting_down(retry_after: Duration, window: Duration) -> GoAway {
 
 async fn refuse(shared: &Shared, session: &Session, reason: CloseReason) {
     session.tally.refused(reason.code);
-    if let Some(left_out) = shared.quiet.line() {
+    if let Some(left_out) = shared.log_limit.line() {
         tracing::warn!(%reason, left_out, "refused");
     }
     session.abort(reason);
@@ -1103,7 +1108,9 @@ impl Shared {
         });
         session.is_some_and(|(ticket, session)| {
             let pause = self.timeouts.auth_pause;
-            lock(&session.tickets).made().shown(&ticket.token, pause)
+            lock(&session.tickets)
+                .get_or_make()
+                .shown(&ticket.token, pause)
         })
     }
 
@@ -1126,7 +1133,7 @@ impl Shared {
         {
             return Ok(Err("identity"));
         }
-        if !lock(&session.tickets).made().redeem(&ticket.token) {
+        if !lock(&session.tickets).get_or_make().redeem(&ticket.token) {
             return Ok(Err("expired"));
         }
         let permit = links.reserve_owned().await;

@@ -7,7 +7,7 @@ use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -15,32 +15,29 @@ use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
 use crate::auth::PeerCell;
-use crate::bells::{Bell, Bells};
+use crate::base::Lazy;
+use crate::base::LogLimit;
+use crate::base::extensions::Extensions;
+use crate::base::lock;
+use crate::base::pool::{Pool, Tenant};
+use crate::base::text::cut;
+use crate::base::text::printable_within;
+use crate::base::wake::{WakeFlag, WakeFlags};
 use crate::code::{CloseCode, CloseReason, Side};
 use crate::config::{Limits, Timeouts};
 use crate::control::{GoAway, Welcome};
-use crate::extensions::Extensions;
 use crate::lifetime::Life;
 use crate::metrics::Tally;
 use crate::open::OpenError;
 use crate::outbox::Budget;
 use crate::pipe::Pipe;
-use crate::pool::{Pool, Tenant};
-use crate::quiet::Quiet;
 use crate::reconnect::StateFeed;
 use crate::resume::Seen;
 use crate::rooms::Rooms;
-use crate::spare::Spare;
 use crate::speed::Counters;
-use crate::text::printable_within;
 use crate::turns::Turns;
 use crate::volatile::Volatiles;
 use crate::windows::ReceiveWindow;
-
-/// Locks a mutex whose data stays sound when a holder panics.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// A reason that is set once and can be awaited.
 #[derive(Debug, Default)]
@@ -179,13 +176,13 @@ impl Tickets {
 }
 
 /// The application has left a wish.
-pub(crate) const WISHED: Bell = Bell(1);
+pub(crate) const WISHED: WakeFlag = WakeFlag(1);
 /// There is something to confirm.
-pub(crate) const CONFIRM: Bell = Bell(1 << 1);
+pub(crate) const CONFIRM: WakeFlag = WakeFlag(1 << 1);
 /// A volatile message waits to be sent.
-pub(crate) const SMALL: Bell = Bell(1 << 2);
+pub(crate) const SMALL: WakeFlag = WakeFlag(1 << 2);
 /// A volatile message waits that is too large for a datagram.
-pub(crate) const LARGE: Bell = Bell(1 << 3);
+pub(crate) const LARGE: WakeFlag = WakeFlag(1 << 3);
 
 /// How far this side has come with one of the channels, as the peer is to be told.
 #[derive(Debug, Clone, Copy, Default)]
@@ -253,22 +250,22 @@ pub(crate) struct Session {
     pub(crate) peer_frame: AtomicU64,
     pub(crate) end: End,
     /// Bounds what this peer's misbehaviour puts into the log.
-    pub(crate) quiet: Quiet,
-    pub(crate) wishes: Mutex<Spare<Wishes>>,
+    pub(crate) log_limit: LogLimit,
+    pub(crate) wishes: Mutex<Lazy<Wishes>>,
     /// What wakes the driver: [`WISHED`], [`CONFIRM`], [`SMALL`] and [`LARGE`].
-    pub(crate) bells: Bells,
+    pub(crate) wake: WakeFlags,
     pub(crate) received_goaway: Mutex<Option<Box<GoAway>>>,
     /// The live channels, so that a close can flush them.
-    pipes: Mutex<Spare<HashMap<u64, Weak<Pipe>>>>,
+    pipes: Mutex<Lazy<HashMap<u64, Weak<Pipe>>>>,
     /// Those that can go on over another connection.
-    resumable: Mutex<Spare<HashMap<ChannelKey, Arc<Pipe>>>>,
+    resumable: Mutex<Lazy<HashMap<ChannelKey, Arc<Pipe>>>>,
     /// Which channels the peer has opened in this session.
     pub(crate) seen: Mutex<Seen>,
     /// What the peer is to be told of what was read.
-    confirms: Mutex<Spare<HashMap<ChannelKey, Confirm>>>,
+    confirms: Mutex<Lazy<HashMap<ChannelKey, Confirm>>>,
     /// What resumable channels keep.
     pub(crate) budget: Arc<Budget>,
-    pub(crate) tickets: Mutex<Spare<Tickets>>,
+    pub(crate) tickets: Mutex<Lazy<Tickets>>,
     /// The number of the present connection, counted from 1.
     link: Mutex<u64>,
     /// That number while channels can be opened on it.
@@ -339,9 +336,9 @@ impl Session {
             admitted: Notify::new(),
             agent: OnceLock::new(),
             end: End::default(),
-            quiet: Quiet::default(),
+            log_limit: LogLimit::default(),
             wishes: Mutex::default(),
-            bells: Bells::default(),
+            wake: WakeFlags::default(),
             received_goaway: Mutex::default(),
             pipes: Mutex::default(),
             resumable: Mutex::default(),
@@ -515,7 +512,9 @@ impl Session {
 
     /// Keeps a channel for the next connection.
     pub(crate) fn keep(&self, pipe: &Arc<Pipe>) {
-        lock(&self.resumable).made().insert(pipe.key, pipe.clone());
+        lock(&self.resumable)
+            .get_or_make()
+            .insert(pipe.key, pipe.clone());
     }
 
     /// A channel kept for the next connection.
@@ -566,7 +565,7 @@ impl Session {
         let open: HashSet<_> = open.iter().collect();
         let (_, link) = self.link();
         let gone: Vec<_> = lock(&self.resumable)
-            .made()
+            .get_or_make()
             .extract_if(|key, pipe| !key.own && pipe.link() < link && !open.contains(&key.id))
             .collect();
         for (_, pipe) in gone {
@@ -599,9 +598,9 @@ impl Session {
 
     fn tell_later(&self, key: ChannelKey, what: impl FnOnce(&mut Confirm)) {
         let mut confirms = lock(&self.confirms);
-        let confirms = confirms.made();
+        let confirms = confirms.get_or_make();
         if confirms.is_empty() {
-            self.bells.ring(CONFIRM);
+            self.wake.set(CONFIRM);
         }
         what(confirms.entry(key).or_default());
     }
@@ -628,10 +627,10 @@ impl Session {
     /// Leaves the wish to close; the first one counts.
     pub(crate) fn wish_close(&self, code: CloseCode, text: String) {
         let mut wishes = lock(&self.wishes);
-        let wishes = wishes.made();
+        let wishes = wishes.get_or_make();
         if wishes.close.is_none() {
             wishes.close = Some(CloseReason::local(code, text));
-            self.bells.ring(WISHED);
+            self.wake.set(WISHED);
         }
     }
 
@@ -686,7 +685,7 @@ impl Session {
 
     pub(crate) fn register(&self, registration: u64, pipe: &Arc<Pipe>) {
         lock(&self.pipes)
-            .made()
+            .get_or_make()
             .insert(registration, Arc::downgrade(pipe));
     }
 
@@ -780,15 +779,6 @@ impl fmt::Debug for Session {
             .field("end", &self.end.get())
             .finish_non_exhaustive()
     }
-}
-
-/// The longest prefix of `text` with at most `limit` bytes.
-pub(crate) fn cut(text: &str, limit: usize) -> &str {
-    let mut end = text.len().min(limit);
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    &text[..end]
 }
 
 /// Gives up a connection of a session that may go on over another: the peer takes it for a loss.

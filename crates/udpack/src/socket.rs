@@ -15,12 +15,13 @@ use crate::channel::{Channel, Closed};
 use crate::code::{CloseCode, CloseReason};
 use crate::control::GoAway;
 
-use crate::extensions::Extensions;
+use crate::base::extensions::Extensions;
+use crate::base::lock;
 use crate::lifetime::{self, RefreshError};
 use crate::metrics::Metrics;
 use crate::reconnect::{SocketState, SocketStates, StateFeed};
 use crate::router::ServeChannel;
-use crate::session::{Lease, Session, SessionId, WISHED, lock};
+use crate::session::{Lease, Session, SessionId, WISHED};
 use crate::speed::{SpeedMeter, Stats};
 use crate::udp::{self, MOST_PAYLOAD};
 
@@ -227,8 +228,8 @@ impl Socket {
 
     /// Tells the peer to finish what runs and come back later or elsewhere. Only a server says so.
     pub(crate) fn send_goaway(&self, goaway: GoAway) {
-        lock(&self.inner.session.wishes).made().goaway = Some(goaway);
-        self.inner.session.bells.ring(WISHED);
+        lock(&self.inner.session.wishes).get_or_make().goaway = Some(goaway);
+        self.inner.session.wake.set(WISHED);
     }
 
     /// Channels that are open on this socket at this side.

@@ -12,7 +12,7 @@ use std::time::Duration;
 use futures_util::Stream;
 use tokio::time::{Instant, Interval, MissedTickBehavior};
 
-use crate::spread::Numbers;
+use crate::base::sharded::Numbers;
 
 /// Application bytes of an endpoint, a socket or a channel: whole frames, both ways.
 #[derive(Debug)]

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use futures_util::FutureExt;
 use tokio::sync::mpsc;
-use tokio::time::Instant;
 
+use crate::base::lock;
 use crate::channel::{Channel, Opened};
 use crate::code::{CloseCode, CloseReason};
 use crate::config::Priority;
@@ -15,7 +15,7 @@ use crate::control::{self, Resumed};
 use crate::driver::write_control;
 use crate::inbox::{Ending, Inbox};
 use crate::metrics::Count;
-use crate::session::{ChannelKey, Line, Session, lock};
+use crate::session::{ChannelKey, Line, Session};
 use crate::socket::{ChannelHandler, Registry};
 use crate::speed::Counters;
 use crate::writer::Way;
@@ -67,7 +67,7 @@ pub(crate) async fn serve_stream(
     };
     if let Some(reason) = refusal {
         session.tally.one(Count::ChannelsRefused);
-        if let Some(left_out) = session.quiet.line() {
+        if let Some(left_out) = session.log_limit.line() {
             tracing::warn!(%reason, left_out, "channel refused");
         }
         channel.close_with(reason);
@@ -84,7 +84,7 @@ pub(crate) async fn serve_stream(
                 session.tally.one(Count::ChannelsRefused);
                 let text = format!(
                     "no channel named {:?} is served here",
-                    crate::text::printable_within(&name, 128)
+                    crate::base::text::printable_within(&name, 128)
                 );
                 channel.close_with(CloseReason::local(CloseCode::NO_SUCH_CHANNEL, text));
                 return;
@@ -178,7 +178,7 @@ fn begin(
     session.tally.one(Count::ChannelsAccepted);
     session.tally.one(Count::MessagesReceived);
     tracing::Span::current()
-        .record("name", crate::text::printable_within(&open.name, 128))
+        .record("name", crate::base::text::printable_within(&open.name, 128))
         .record("id", open.id);
     let opened = Opened {
         id: open.id,
@@ -246,46 +246,5 @@ fn nameless() -> control::Open {
         priority: Priority::default(),
         resumable: false,
         received: None,
-    }
-}
-
-/// So many `per_second`, with a burst of twice as many.
-pub(crate) struct Rate {
-    per_second: f64,
-    left: f64,
-    at: Instant,
-    granted: u32,
-}
-
-impl Rate {
-    pub(crate) fn new(per_second: u32) -> Self {
-        let per_second = f64::from(per_second.max(1));
-        Self {
-            per_second,
-            left: per_second * 2.0,
-            at: Instant::now(),
-            granted: 0,
-        }
-    }
-
-    /// So many are permitted beyond the rate.
-    pub(crate) fn grant(&mut self, more: u32) {
-        self.granted = more;
-    }
-
-    pub(crate) fn take(&mut self) -> bool {
-        if self.granted > 0 {
-            self.granted -= 1;
-            return true;
-        }
-        let now = Instant::now();
-        let gained = (now - self.at).as_secs_f64() * self.per_second;
-        self.left = (self.left + gained).min(self.per_second * 2.0);
-        self.at = now;
-        if self.left < 1.0 {
-            return false;
-        }
-        self.left -= 1.0;
-        true
     }
 }

@@ -144,7 +144,7 @@ struct Key {
 
 impl Key {
     #[inline]
-    fn made(&self) -> Option<&dyn PacketKey> {
+    fn get_or_make(&self) -> Option<&dyn PacketKey> {
         match self.made.get() {
             Some(made) => Some(&**made),
             None => self.make(),
@@ -171,7 +171,7 @@ impl PacketKey for Key {
         header: &[u8],
         payload: &mut [u8],
     ) -> Result<Tag, Error> {
-        let key = self.made().ok_or(Error::EncryptError)?;
+        let key = self.get_or_make().ok_or(Error::EncryptError)?;
         key.encrypt_in_place(packet_number, header, payload)
     }
 
@@ -181,7 +181,7 @@ impl PacketKey for Key {
         header: &[u8],
         payload: &'a mut [u8],
     ) -> Result<&'a [u8], Error> {
-        let key = self.made().ok_or(Error::DecryptError)?;
+        let key = self.get_or_make().ok_or(Error::DecryptError)?;
         key.decrypt_in_place(packet_number, header, payload)
     }
 
@@ -190,10 +190,11 @@ impl PacketKey for Key {
     }
 
     fn confidentiality_limit(&self) -> u64 {
-        self.made().map_or(0, PacketKey::confidentiality_limit)
+        self.get_or_make()
+            .map_or(0, PacketKey::confidentiality_limit)
     }
 
     fn integrity_limit(&self) -> u64 {
-        self.made().map_or(0, PacketKey::integrity_limit)
+        self.get_or_make().map_or(0, PacketKey::integrity_limit)
     }
 }

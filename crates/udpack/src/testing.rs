@@ -49,11 +49,11 @@ use quinn::{AsyncUdpSocket, UdpPoller};
 use tokio::time::{Instant, Sleep};
 
 use crate::auth::{Deny, Hello, Peer};
+use crate::base::lock;
 use crate::client::{Client, ClientBuilder, ConnectError};
 use crate::endpoint::{At, Via};
 use crate::identity::Identity;
 use crate::server::{BindError, Server, ServerBuilder};
-use crate::session::lock;
 use crate::socket::Socket;
 use crate::url::DEFAULT_PORT;
 

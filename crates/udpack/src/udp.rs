@@ -16,9 +16,9 @@ use rustix::net::sockopt;
 use socket2::{Domain, Protocol, Socket as RawSocket, Type};
 use tokio::io::Interest;
 
+use crate::base::LogLimit;
+use crate::base::lock;
 use crate::gather;
-use crate::quiet::Quiet;
-use crate::session::lock;
 
 /// Largest UDP payload that is tried, in bytes, however large a datagram the route takes.
 ///
@@ -183,7 +183,7 @@ struct Datagrams {
     /// None after it was closed.
     io: RwLock<Option<Arc<tokio::net::UdpSocket>>>,
     state: UdpSocketState,
-    quiet: Quiet,
+    log_limit: LogLimit,
     /// The kernel had no room for what was last sent.
     full: AtomicBool,
     /// Messages that the last receive brought.
@@ -196,7 +196,7 @@ impl Datagrams {
         Ok(Self {
             state: UdpSocketState::new((&socket).into())?,
             io: RwLock::new(Some(Arc::new(tokio::net::UdpSocket::from_std(socket)?))),
-            quiet: Quiet::default(),
+            log_limit: LogLimit::default(),
             full: AtomicBool::new(false),
             last: AtomicUsize::new(0),
         })
@@ -215,7 +215,7 @@ impl Datagrams {
         if error.raw_os_error() == Some(too_large) {
             return;
         }
-        if let Some(left_out) = self.quiet.line() {
+        if let Some(left_out) = self.log_limit.line() {
             let to = transmit.destination;
             tracing::warn!(%to, %error, left_out, "a datagram could not be sent");
         }

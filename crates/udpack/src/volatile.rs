@@ -18,6 +18,8 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use crate::base::Lazy;
+use crate::base::lock;
 use crate::channel::SendError;
 use crate::code::CloseCode;
 use crate::config::{Limits, MIN_FRAME_RATE};
@@ -25,9 +27,8 @@ use crate::frame::PREFIX;
 use crate::message::{self, DecodeError, EncodeError, Encoded, NameError};
 use crate::metrics::Count;
 use crate::msgpack::{Head, MAX_ELEMENTS, MsgpackError, Reader, Shape, Walk, validate_within};
-use crate::session::{LARGE, SMALL, Session, lock};
+use crate::session::{LARGE, SMALL, Session};
 use crate::socket::Socket;
-use crate::spare::Spare;
 
 /// Messages moved in one go, before others of the same task get their turn.
 const TURN: usize = 64;
@@ -290,14 +291,14 @@ impl Ready {
         let volatiles = &session.volatiles;
         let seq = volatiles.seq.fetch_add(1, Ordering::Relaxed) + 1;
         self.fits(seq, limit)?;
-        let dropped = lock(&volatiles.out).made().queue(
+        let dropped = lock(&volatiles.out).get_or_make().queue(
             self.place.clone(),
             seq,
             self.front.clone(),
             &session.limits,
         );
         session.tally.add(Count::VolatileDropped, dropped);
-        session.bells.ring(SMALL);
+        session.wake.set(SMALL);
         Ok(dropped)
     }
 }
@@ -452,8 +453,8 @@ pub(crate) struct Volatiles {
     seq: AtomicU64,
     /// The last message to many that was queued here.
     broadcast: AtomicU64,
-    out: Mutex<Spare<Out>>,
-    waiting: Mutex<Spare<Waiting>>,
+    out: Mutex<Lazy<Out>>,
+    waiting: Mutex<Lazy<Waiting>>,
     /// Something waits to be taken.
     arrived: Notify,
 }
@@ -685,7 +686,7 @@ async fn send_small(session: &Session, conn: &quinn::Connection) {
     let volatiles = &session.volatiles;
     loop {
         if volatiles.first_small().is_none() {
-            session.bells.rung(SMALL).await;
+            session.wake.wait(SMALL).await;
             continue;
         }
         // In a box, as with the large ones: a connection needs no room for it while nothing is sent.
@@ -714,7 +715,7 @@ async fn move_small(session: &Session, conn: &quinn::Connection) -> Result<(), O
             tokio::select! {
                 biased;
                 // Perhaps there is a newer one now.
-                () = session.bells.rung(SMALL) => continue,
+                () = session.wake.wait(SMALL) => continue,
                 sent = conn.send_datagram_wait(body) => sent,
             }
         } else {
@@ -723,7 +724,7 @@ async fn move_small(session: &Session, conn: &quinn::Connection) -> Result<(), O
         match sent {
             Ok(()) => {
                 let mut out = lock(&volatiles.out);
-                let out = out.made();
+                let out = out.get_or_make();
                 // Else it was replaced, and so counted as dropped, in the very moment.
                 if out.small.seq(&place) == Some(seq) {
                     out.small.remove(&place);
@@ -732,8 +733,8 @@ async fn move_small(session: &Session, conn: &quinn::Connection) -> Result<(), O
             }
             Err(SendDatagramError::ConnectionLost(_)) => return Err(Over),
             Err(_) => {
-                lock(&volatiles.out).made().is_large(&place, seq);
-                session.bells.ring(LARGE);
+                lock(&volatiles.out).get_or_make().is_large(&place, seq);
+                session.wake.set(LARGE);
             }
         }
     }
@@ -748,7 +749,7 @@ async fn send_large(session: &Session, conn: &quinn::Connection) {
     let volatiles = &session.volatiles;
     loop {
         if !volatiles.any_large() {
-            session.bells.rung(LARGE).await;
+            session.wake.wait(LARGE).await;
             continue;
         }
         if Box::pin(move_large(session, conn)).await.is_err() {
@@ -767,10 +768,10 @@ async fn move_large(session: &Session, conn: &quinn::Connection) -> Result<(), O
             None => conn.open_uni().await.map_err(|_| Over)?,
         };
         // Only now: until here a newer one could still take its place.
-        let first = lock(&volatiles.out).made().large.pop();
+        let first = lock(&volatiles.out).get_or_make().large.pop();
         let Some((place, entry)) = first else {
             // A stream that carries nothing would be no message.
-            session.bells.rung(LARGE).await;
+            session.wake.wait(LARGE).await;
             open = Some(stream);
             continue;
         };
@@ -822,7 +823,7 @@ async fn take_stream(session: &Session, mut stream: quinn::RecvStream) {
         Err(code) => {
             if let Some(code) = code {
                 let _ = stream.stop(code.varint());
-                if let Some(left_out) = session.quiet.line() {
+                if let Some(left_out) = session.log_limit.line() {
                     tracing::warn!(%code, left_out, "volatile message given up");
                 }
             }
@@ -865,14 +866,14 @@ fn take(session: &Session, body: Bytes) {
         Ok(message) => {
             session.tally.one(Count::VolatileReceived);
             let dropped = lock(&session.volatiles.waiting)
-                .made()
+                .get_or_make()
                 .arrived(message, &session.limits);
             session.tally.add(Count::VolatileDropped, dropped);
             session.volatiles.arrived.notify_one();
         }
         Err(error) => {
             session.tally.one(Count::VolatileMalformed);
-            if let Some(left_out) = session.quiet.line() {
+            if let Some(left_out) = session.log_limit.line() {
                 tracing::warn!(%error, left_out, "volatile message refused");
             }
         }

@@ -330,7 +330,7 @@ fn slow_peer(stream: &mut quinn::SendStream, session: &Session) -> CloseReason {
         "the peer took nothing off the channel for {:?}",
         session.timeouts.slow_peer
     );
-    if let Some(left_out) = session.quiet.line() {
+    if let Some(left_out) = session.log_limit.line() {
         tracing::warn!(left_out, "channel closed: {text}");
     }
     CloseReason::local(CloseCode::SLOW_PEER, text)

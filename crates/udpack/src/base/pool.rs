@@ -16,8 +16,7 @@ use std::sync::{Arc, Mutex};
 
 use tokio::sync::oneshot;
 
-use crate::auth::Peer;
-use crate::session::lock;
+use crate::base::lock;
 
 /// Whose share of a [`Pool`] a place is taken from. Cheap to clone.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -37,9 +36,9 @@ impl Tenant {
         Self(Kind::Address(network(address)))
     }
 
-    /// Everybody with the identity of this peer, over all its sockets.
-    pub fn peer(peer: &Peer) -> Self {
-        Self(Kind::Peer(peer.shared_id()))
+    /// Everybody with this identity.
+    pub(crate) fn identity(id: Arc<str>) -> Self {
+        Self(Kind::Peer(id))
     }
 
     /// Everybody whose address is not proved yet, together: anybody can send in the name of any address.
@@ -559,7 +558,7 @@ mod tests {
     use super::*;
 
     fn tenant(name: &str) -> Tenant {
-        Tenant::peer(&Peer::new(name))
+        Tenant::identity(name.into())
     }
 
     /// Takes places until none is given.

@@ -93,6 +93,15 @@ fn push(out: &mut String, c: char) {
     }
 }
 
+/// The longest prefix of `text` with at most `limit` bytes.
+pub(crate) fn cut(text: &str, limit: usize) -> &str {
+    let mut end = text.len().min(limit);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -2,15 +2,15 @@
 
 /// A value in a box that is made when it is first needed.
 #[derive(Debug)]
-pub(crate) struct Spare<T>(Option<Box<T>>);
+pub(crate) struct Lazy<T>(Option<Box<T>>);
 
-impl<T> Default for Spare<T> {
+impl<T> Default for Lazy<T> {
     fn default() -> Self {
         Self(None)
     }
 }
 
-impl<T> Spare<T> {
+impl<T> Lazy<T> {
     pub(crate) fn get(&self) -> Option<&T> {
         self.0.as_deref()
     }
@@ -28,8 +28,8 @@ impl<T> Spare<T> {
     }
 }
 
-impl<T: Default> Spare<T> {
-    pub(crate) fn made(&mut self) -> &mut T {
+impl<T: Default> Lazy<T> {
+    pub(crate) fn get_or_make(&mut self) -> &mut T {
         self.0.get_or_insert_default()
     }
 }

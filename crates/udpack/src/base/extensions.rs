@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Mutex, PoisonError};
 
-use crate::spare::Spare;
+use crate::base::Lazy;
 
 type Values = HashMap<TypeId, Box<dyn Any + Send + Sync>>;
 
@@ -14,7 +14,7 @@ type Values = HashMap<TypeId, Box<dyn Any + Send + Sync>>;
 /// Values are handed out as clones; put something shared behind an `Arc`.
 #[derive(Default)]
 pub struct Extensions {
-    values: Mutex<Spare<Values>>,
+    values: Mutex<Lazy<Values>>,
 }
 
 impl Extensions {
@@ -22,7 +22,7 @@ impl Extensions {
     pub fn insert<T: Send + Sync + 'static>(&self, value: T) -> Option<T> {
         let old = self
             .lock()
-            .made()
+            .get_or_make()
             .insert(TypeId::of::<T>(), Box::new(value))?;
         old.downcast().ok().map(|old| *old)
     }
@@ -42,7 +42,7 @@ impl Extensions {
         make: impl FnOnce() -> T,
     ) -> T {
         let mut values = self.lock();
-        let values = values.made();
+        let values = values.get_or_make();
         if let Some(value) = values
             .get(&TypeId::of::<T>())
             .and_then(|value| value.downcast_ref::<T>())
@@ -64,7 +64,7 @@ impl Extensions {
             .map(|value| *value)
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Spare<Values>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Lazy<Values>> {
         self.values.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

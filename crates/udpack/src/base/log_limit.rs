@@ -3,14 +3,14 @@
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use crate::session::lock;
+use crate::base::lock;
 
 /// Lines in one second that one source may cause.
 const LINES: u32 = 5;
 
 /// Lets through a few lines a second.
 #[derive(Debug, Default)]
-pub(crate) struct Quiet {
+pub(crate) struct LogLimit {
     state: Mutex<State>,
 }
 
@@ -21,7 +21,7 @@ struct State {
     left_out: u64,
 }
 
-impl Quiet {
+impl LogLimit {
     /// Whether a line may be written now: then with the number of lines left out since the last one.
     pub(crate) fn line(&self) -> Option<u64> {
         self.line_at(Instant::now())
@@ -51,16 +51,16 @@ mod tests {
 
     #[test]
     fn a_flood_becomes_a_few_lines_and_a_count() {
-        let quiet = Quiet::default();
+        let log_limit = LogLimit::default();
         let now = Instant::now();
         let written = (0..1000)
-            .filter_map(|_| quiet.line_at(now))
+            .filter_map(|_| log_limit.line_at(now))
             .collect::<Vec<_>>();
         assert_eq!(written, vec![0; LINES as usize]);
         assert_eq!(
-            quiet.line_at(now + Duration::from_secs(1)),
+            log_limit.line_at(now + Duration::from_secs(1)),
             Some(1000 - u64::from(LINES))
         );
-        assert_eq!(quiet.line_at(now + Duration::from_secs(1)), Some(0));
+        assert_eq!(log_limit.line_at(now + Duration::from_secs(1)), Some(0));
     }
 }
