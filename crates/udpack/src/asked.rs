@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use crate::channel::{Channel, RecvError};
 use crate::handlers::{Answered, cancelled, late, next};
-use crate::message::Message;
+use crate::wire::message::Message;
 
 impl Channel {
     /// The next message as [`recv`](Self::recv) gives it; with a request comes what its asker says of it.

@@ -11,8 +11,8 @@ use futures_util::future::BoxFuture;
 
 use crate::base::lock;
 use crate::base::pool::{Tenant, network};
-use crate::code::CloseCode;
-use crate::control::HelloMessage;
+use crate::wire::code::CloseCode;
+use crate::wire::control::HelloMessage;
 
 /// What a client presents when it wants to come in. Cheap to clone.
 #[derive(Clone)]

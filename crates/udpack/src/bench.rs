@@ -6,9 +6,9 @@ use std::net::SocketAddr;
 
 use quinn::{Endpoint, EndpointConfig, ServerConfig, TransportConfig};
 
-use crate::config::InvalidSetting;
-use crate::config::{CongestionControl, Limits, Timeouts, VOLATILE_STREAMS};
 use crate::endpoint::{self, At, Via};
+use crate::wire::config::InvalidSetting;
+use crate::wire::config::{CongestionControl, Limits, Timeouts, VOLATILE_STREAMS};
 
 /// An endpoint on a UDP socket as servers and clients of this library open it.
 ///

@@ -8,10 +8,10 @@ use std::collections::{HashMap, VecDeque};
 use futures_util::future::AbortHandle;
 use tokio::time::Instant;
 
-use crate::code::CloseCode;
-use crate::control::{self, CANCEL, CREDIT, END, FAULT, ITEM, PUSH, REPLY, WANT};
-use crate::message::Message;
-use crate::msgpack::{Head, Reader};
+use crate::wire::code::CloseCode;
+use crate::wire::control::{self, CANCEL, CREDIT, END, FAULT, ITEM, PUSH, REPLY, WANT};
+use crate::wire::message::Message;
+use crate::wire::msgpack::{Head, Reader};
 
 /// Bytes of a request's stream that may be under way before its receiver takes them, each direction.
 pub(crate) const STREAM_CREDIT: u64 = 256 << 10;
@@ -470,7 +470,7 @@ mod tests {
             ITEM | PUSH => control::protocol(event, &data, Some(id)),
             _ => control::protocol(event, &(), Some(id)),
         };
-        Message::decode(frame.unwrap().slice(crate::frame::PREFIX..)).unwrap()
+        Message::decode(frame.unwrap().slice(crate::wire::frame::PREFIX..)).unwrap()
     }
 
     fn filed(calls: &mut Calls, message: Message) {
@@ -556,7 +556,7 @@ mod tests {
                 CREDIT => control::protocol(event, &"text", id),
                 _ => control::protocol(event, &value, id),
             };
-            let bad = Message::decode(frame.unwrap().slice(crate::frame::PREFIX..)).unwrap();
+            let bad = Message::decode(frame.unwrap().slice(crate::wire::frame::PREFIX..)).unwrap();
             let taken = calls.take(bad);
             assert!(
                 matches!(taken, Taken::Violation(CloseCode::BAD_MESSAGE, _)),

@@ -12,17 +12,17 @@ use futures_util::future::BoxFuture;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::code::{CloseCode, CloseReason, Fault};
-use crate::config::Priority;
-use crate::control::{self, REPLY};
 use crate::inbox::{Ending, Inbox};
-use crate::message::{DecodeError, EncodeError, Encoded, Message};
 use crate::metrics::{Count, Words};
 use crate::outbox::{Outbox, PushError};
 use crate::pipe::Pipe;
 use crate::rooms::Guest;
 use crate::session::{ChannelKey, End, Lease, Line, Session, lost};
 use crate::speed::{Counters, SpeedMeter, Stats};
+use crate::wire::code::{CloseCode, CloseReason, Fault};
+use crate::wire::config::Priority;
+use crate::wire::control::{self, REPLY};
+use crate::wire::message::{DecodeError, EncodeError, Encoded, Message};
 use crate::writer::Way;
 
 /// A named, ordered, bidirectional exchange of `[event, data]` messages with one peer.
@@ -183,7 +183,7 @@ impl Channel {
             .opened
             .meta
             .as_deref()
-            .map(crate::message::decode_data)
+            .map(crate::wire::message::decode_data)
             .transpose()
     }
 

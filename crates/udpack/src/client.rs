@@ -13,10 +13,6 @@ use tracing::field::Empty;
 
 use crate::auth::Peer;
 use crate::base::lock;
-use crate::code::{CloseCode, CloseReason, Side};
-use crate::config::InvalidSetting;
-use crate::config::{CongestionControl, Limits, Timeouts};
-use crate::control::{self, GoAway, ResumeRequest, ResumeTicket};
 use crate::driver::{Comeback, Control, Link, live};
 use crate::endpoint::{self, At, Route, Via};
 use crate::fingerprint::Fingerprint;
@@ -32,6 +28,10 @@ use crate::socket::{Registry, Socket};
 use crate::speed::Counters;
 use crate::tls::{PinCheck, Trust, client_tls};
 use crate::url::{ConnectUrl, DEFAULT_PORT};
+use crate::wire::code::{CloseCode, CloseReason, Side};
+use crate::wire::config::InvalidSetting;
+use crate::wire::config::{CongestionControl, Limits, Timeouts};
+use crate::wire::control::{self, GoAway, ResumeRequest, ResumeTicket};
 
 /// A client's settings; each `connect` makes a socket of its own. Cheap to clone.
 #[derive(Clone)]

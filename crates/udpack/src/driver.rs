@@ -21,9 +21,6 @@ use crate::base::Rate;
 use crate::base::lock;
 use crate::channel::Channel;
 use crate::client::Dialler;
-use crate::code::{CloseCode, CloseReason, Side};
-use crate::config::USED_STREAMS;
-use crate::control::{self, Ack, Channels, ControlError, GoAway, Passed, Welcome};
 use crate::inbox::{Ending, Inbox};
 use crate::lifetime::Lifetime;
 use crate::metrics::{Count, Tally, Words};
@@ -33,6 +30,9 @@ use crate::session::{CONFIRM, ChannelKey, Session, WISHED, give_up};
 use crate::socket::Registry;
 use crate::streams::serve_stream;
 use crate::windows;
+use crate::wire::code::{CloseCode, CloseReason, Side};
+use crate::wire::config::USED_STREAMS;
+use crate::wire::control::{self, Ack, Channels, ControlError, GoAway, Passed, Welcome};
 
 /// The control stream, in the driver's hands.
 pub(crate) struct Control {

@@ -11,14 +11,14 @@ use quinn::{
     TransportConfig, VarInt,
 };
 
-use crate::config::{
-    CongestionControl, DATAGRAMS_IN, DATAGRAMS_OUT, FEW_STREAMS, InvalidSetting, Limits, MIN_FRAME,
-    PREAUTH_BYTES, PREAUTH_STREAMS, Timeouts, VOLATILE_STREAMS,
-};
 use crate::congestion::ModelConfig;
 use crate::timer::PromptRuntime;
 use crate::udp::{self, Bound, MODEST_PAYLOAD, MOST_PAYLOAD, Port};
 use crate::windows;
+use crate::wire::config::{
+    CongestionControl, DATAGRAMS_IN, DATAGRAMS_OUT, FEW_STREAMS, InvalidSetting, Limits, MIN_FRAME,
+    PREAUTH_BYTES, PREAUTH_STREAMS, Timeouts, VOLATILE_STREAMS,
+};
 
 /// Where the UDP sockets of a server or client come from.
 #[derive(Debug, Clone, Default)]

@@ -8,13 +8,13 @@ use serde::de::DeserializeOwned;
 use crate::auth::Peer;
 use crate::base::extensions::Extensions;
 use crate::channel::Channel;
-use crate::code::Fault;
 use crate::event::Event;
 use crate::handlers::{Answer, Context, IntoAnswer};
 use crate::items::Items;
-use crate::message::Message;
 use crate::rooms::Rooms;
 use crate::socket::Socket;
+use crate::wire::code::Fault;
+use crate::wire::message::Message;
 
 /// Something that a handler may take as any of its arguments.
 pub trait Extract: Sized + Send {

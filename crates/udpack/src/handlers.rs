@@ -19,18 +19,18 @@ use crate::auth::Peer;
 use crate::base::extensions::Extensions;
 use crate::calls::{Begun, Role};
 use crate::channel::{Channel, RecvError, SendError};
-use crate::code::{CloseCode, CloseReason, Fault};
-use crate::control::{self, GAP, Gap};
 use crate::extract::{EventHandler, Handler};
 use crate::inbox::{Ending, NoReply};
 use crate::items::{Streaming, send_item};
-use crate::message::{self, EncodeError, Encoded, Message};
 use crate::metrics::{Count, Words};
 use crate::presence::TrackError;
 use crate::request::RequestError;
 use crate::rooms::JoinError;
 use crate::router::{Next, Routed, Router};
 use crate::socket::IntoOutcome;
+use crate::wire::code::{CloseCode, CloseReason, Fault};
+use crate::wire::control::{self, GAP, Gap};
+use crate::wire::message::{self, EncodeError, Encoded, Message};
 
 /// What a handler knows besides its data.
 #[derive(Debug, Clone)]

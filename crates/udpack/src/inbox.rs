@@ -18,18 +18,18 @@ use crate::base::Lazy;
 use crate::base::lock;
 use crate::base::pool::{Place, PoolFull};
 use crate::calls::{Begun, Calls, Taken};
-use crate::code::{CloseCode, CloseReason};
-use crate::config::MIN_FRAME_RATE;
-use crate::control::{
+use crate::metrics::Count;
+use crate::session::{ChannelKey, Session, lost};
+use crate::speed::Counters;
+use crate::wire::code::{CloseCode, CloseReason};
+use crate::wire::config::MIN_FRAME_RATE;
+use crate::wire::control::{
     self, ACK, Ack, CHANNELS, CLOSE, GAP, GOAWAY, HELLO, MARK, OPEN, PASSED, REFRESH, REFRESHED,
     RESUME, WELCOME,
 };
-use crate::frame::FrameDecoder;
-use crate::message::{Message, Parts};
-use crate::metrics::Count;
-use crate::msgpack::Shape;
-use crate::session::{ChannelKey, Session, lost};
-use crate::speed::Counters;
+use crate::wire::frame::FrameDecoder;
+use crate::wire::message::{Message, Parts};
+use crate::wire::msgpack::Shape;
 
 /// QUIC chunks taken in one call, and in the one after a call that took fewer.
 const CHUNKS: usize = 32;

@@ -15,10 +15,10 @@ use tokio::time::{Instant, Sleep};
 
 use crate::calls::{Next, Role};
 use crate::channel::{Channel, SendError};
-use crate::code::Fault;
-use crate::control::{self, END, FAULT};
-use crate::message::{self, EncodeError, Encoded};
 use crate::request::{Pending, RequestError};
+use crate::wire::code::Fault;
+use crate::wire::control::{self, END, FAULT};
+use crate::wire::message::{self, EncodeError, Encoded};
 
 /// A stream of items that belongs to a request.
 ///

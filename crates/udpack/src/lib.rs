@@ -123,16 +123,12 @@ pub mod bench;
 mod calls;
 mod channel;
 mod client;
-mod code;
-mod config;
 mod congestion;
-mod control;
 mod driver;
 mod endpoint;
 mod event;
 mod extract;
 mod fingerprint;
-mod frame;
 mod gather;
 mod handlers;
 mod handshake;
@@ -140,9 +136,7 @@ mod identity;
 mod inbox;
 mod items;
 mod lifetime;
-mod message;
 mod metrics;
-mod msgpack;
 mod open;
 mod outbox;
 mod overflow;
@@ -172,6 +166,7 @@ mod udp;
 mod url;
 mod volatile;
 mod windows;
+pub mod wire;
 mod writer;
 
 pub use asked::Asked;
@@ -181,9 +176,6 @@ pub use base::pool::{Place, Pool, PoolFull, Shares, Tenant};
 pub use base::text;
 pub use channel::{Channel, Closed, RecvError, SendError};
 pub use client::{Client, ClientBuilder, ConnectError};
-pub use code::{CloseCode, CloseReason, Fault, Side};
-pub use config::{CongestionControl, Drain, InvalidSetting, Limits, Priority, Timeouts};
-pub use control::{Gap, GoAway};
 pub use event::Event;
 pub use extract::{ByData, ByExtract, Data, EventHandler, Extract, FromMessage, Handler, State};
 pub use fingerprint::{Fingerprint, FingerprintError};
@@ -191,9 +183,7 @@ pub use handlers::{Answer, Context, Handlers, IntoAnswer};
 pub use identity::{Identity, IdentityError};
 pub use items::{Items, Streaming};
 pub use lifetime::RefreshError;
-pub use message::{DecodeError, EncodeError, Encoded, Message, NameError};
 pub use metrics::{Ends, Metrics};
-pub use msgpack::{FieldError, Fields, Values};
 pub use open::{OpenChannel, OpenError};
 pub use overflow::Overflow;
 pub use presence::{PresenceDiff, PresenceEntry, PresenceMap, TrackError};
@@ -211,27 +201,17 @@ pub use tokens::{NewToken, TokenEntry, TokenFile, TokenFileError, TokenLineError
 pub use udpack_derive::Event;
 pub use url::{ConnectUrl, ConnectUrlError, DEFAULT_PORT};
 pub use volatile::{Volatile, VolatileError};
+pub use wire::code::{CloseCode, CloseReason, Fault, Side};
+pub use wire::config::{CongestionControl, Drain, InvalidSetting, Limits, Priority, Timeouts};
+pub use wire::control::{Gap, GoAway};
+pub use wire::message::{DecodeError, EncodeError, Encoded, Message, NameError};
+pub use wire::msgpack::{FieldError, Fields, Values};
 
 /// What the derive macro's code names; not for anyone else.
 #[doc(hidden)]
 pub mod __private {
     pub use serde::Serialize;
     pub use serde::de::DeserializeOwned;
-}
-
-/// The pieces of the wire format, for programs that look at it from outside: proxies, test tools, fuzzers.
-///
-/// Pure functions over bytes; see `docs/PROTOCOL.md`.
-pub mod wire {
-    pub use crate::control::{
-        Ack, Channels, ControlError, HelloMessage, Open, Passed, Refresh, Refreshed, ResumeGrant,
-        ResumeRequest, ResumeTicket, Resumed, Welcome, decode_ack, decode_channels, decode_close,
-        decode_fault, decode_gap, decode_goaway, decode_hello, decode_mark, decode_open,
-        decode_passed, decode_refresh, decode_refreshed, decode_resume, decode_welcome,
-    };
-    pub use crate::frame::{FrameDecoder, FrameError, PREFIX};
-    pub use crate::message::{Message, MessageError};
-    pub use crate::msgpack::{MAX_DEPTH, MAX_ELEMENTS, MsgpackError, validate};
 }
 
 #[cfg(doctest)]

@@ -23,13 +23,13 @@ use crate::base::Rate;
 use crate::base::lock;
 use crate::base::wake::{WakeFlag, WakeFlags};
 use crate::channel::{Channel, WeakChannel};
-use crate::code::{CloseCode, CloseReason};
-use crate::config::InvalidSetting;
-use crate::config::TOKEN_BYTES;
-use crate::control::{self, HelloMessage, Refreshed};
-use crate::message::Message;
 use crate::metrics::{Count, Tally};
 use crate::session::Session;
+use crate::wire::code::{CloseCode, CloseReason};
+use crate::wire::config::InvalidSetting;
+use crate::wire::config::TOKEN_BYTES;
+use crate::wire::control::{self, HelloMessage, Refreshed};
+use crate::wire::message::Message;
 
 /// New tokens a client may present each second, with a burst of twice as many.
 const REFRESH_RATE: u32 = 1;
@@ -671,7 +671,7 @@ mod tests {
     use super::*;
 
     fn message(frame: &Bytes) -> Message {
-        Message::decode(frame.slice(crate::frame::PREFIX..)).unwrap()
+        Message::decode(frame.slice(crate::wire::frame::PREFIX..)).unwrap()
     }
 
     #[test]

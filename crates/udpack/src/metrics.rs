@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crate::base::sharded::Numbers;
-use crate::code::{CloseCode, CloseReason, Fault, Side};
 use crate::speed::Stats;
+use crate::wire::code::{CloseCode, CloseReason, Fault, Side};
 
 /// The codes of [`CloseCode::ALL`], the application's, and those nobody knows.
 const CODES: usize = CloseCode::ALL.len() + 2;

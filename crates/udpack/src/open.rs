@@ -6,14 +6,14 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::channel::{Channel, Opened, SendError};
-use crate::code::CloseReason;
-use crate::config::Priority;
-use crate::control::{self, GoAway};
 use crate::inbox::Inbox;
-use crate::message::EncodeError;
 use crate::metrics::Count;
 use crate::socket::Socket;
 use crate::speed::Counters;
+use crate::wire::code::CloseReason;
+use crate::wire::config::Priority;
+use crate::wire::control::{self, GoAway};
+use crate::wire::message::EncodeError;
 use crate::writer::Way;
 
 impl Socket {
@@ -108,7 +108,7 @@ impl<'a, T: Serialize + Sync + ?Sized> OpenChannel<'a, T> {
     pub async fn open(self) -> Result<Channel, OpenError> {
         let Self { socket, name, .. } = self;
         let session = socket.session();
-        crate::message::check_name(name).map_err(EncodeError::Name)?;
+        crate::wire::message::check_name(name).map_err(EncodeError::Name)?;
         if name.starts_with('$') {
             return Err(EncodeError::Reserved(name.to_owned()).into());
         }

@@ -22,16 +22,16 @@ use serde::Serialize;
 use tokio::sync::Notify;
 
 use crate::base::lock;
-use crate::code::CloseReason;
-use crate::config::Priority;
-use crate::control::MARK;
-use crate::message::{self, EncodeError, Encoded};
 use crate::metrics::{Count, Tally};
 use crate::overflow::{Overflow, Overflowing, Push, Tag};
 use crate::pace::Pace;
 use crate::resume::{Mismatch, Retained};
 use crate::rooms::Seat;
 use crate::speed::Counters;
+use crate::wire::code::CloseReason;
+use crate::wire::config::Priority;
+use crate::wire::control::MARK;
+use crate::wire::message::{self, EncodeError, Encoded};
 
 /// Small messages gather up to about this size before a new buffer is begun: large, because QUIC looks through
 /// all buffers that are not acknowledged for each packet; less than a turn, which would be cut in two.
@@ -335,7 +335,7 @@ impl Outbox {
         if unread.is_none() {
             self.release(&mut state);
         }
-        let fits = frame.len().saturating_sub(crate::frame::PREFIX) <= limit;
+        let fits = frame.len().saturating_sub(crate::wire::frame::PREFIX) <= limit;
         let push = if !fits {
             state.overflow.lose(tag);
             Push::Lost
@@ -998,7 +998,7 @@ impl State {
 }
 
 fn check_size(frame: usize, limit: usize) -> Result<(), EncodeError> {
-    match frame.saturating_sub(crate::frame::PREFIX) {
+    match frame.saturating_sub(crate::wire::frame::PREFIX) {
         size if size > limit => Err(EncodeError::TooLarge { size, limit }),
         _ => Ok(()),
     }

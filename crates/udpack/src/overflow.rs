@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::control;
+use crate::wire::control;
 
 /// What happens to a room's messages for a member that is too slow for them.
 ///
@@ -272,8 +272,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::frame::PREFIX;
-    use crate::message::Message;
+    use crate::wire::frame::PREFIX;
+    use crate::wire::message::Message;
 
     fn tag(id: u64, name: &str) -> Arc<Tag> {
         Arc::new(Tag {

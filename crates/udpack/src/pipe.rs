@@ -8,15 +8,15 @@ use std::time::Duration;
 use bytes::Bytes;
 use tracing::Instrument;
 
-use crate::code::{CloseCode, CloseReason, Side};
-use crate::config::Priority;
-use crate::control::{self, ControlError, Resumed};
 use crate::inbox::{Ending, Inbox};
 use crate::metrics::Count;
 use crate::outbox::Outbox;
 use crate::resume::Mismatch;
 use crate::session::{ChannelKey, End, Line, Session};
 use crate::speed::Counters;
+use crate::wire::code::{CloseCode, CloseReason, Side};
+use crate::wire::config::Priority;
+use crate::wire::control::{self, ControlError, Resumed};
 use crate::writer::{self, Way, Written};
 
 /// A channel as its streams see it: what they carry to and fro, one after the other if it is resumable.

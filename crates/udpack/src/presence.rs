@@ -17,12 +17,12 @@ use serde::de::DeserializeOwned;
 use crate::auth::Peer;
 use crate::base::lock;
 use crate::channel::Channel;
-use crate::frame::PREFIX;
-use crate::message::{self, DecodeError, EncodeError, Encoded, Message};
-use crate::msgpack::{FieldError, Shape, Values, Walk, validate};
 use crate::overflow::{Overflow, Push};
 use crate::rooms::{Directory, Guest, JoinError, Room, Rooms};
 use crate::session::{Session, SessionId};
+use crate::wire::frame::PREFIX;
+use crate::wire::message::{self, DecodeError, EncodeError, Encoded, Message};
+use crate::wire::msgpack::{FieldError, Shape, Values, Walk, validate};
 
 /// Everybody who is there: `{room, entries}`, where each entry is `{peer, session, meta}`.
 const STATE: &str = "presence_state";

@@ -14,8 +14,8 @@ use tokio::sync::broadcast;
 use tokio::time::Instant;
 
 use crate::base::lock;
-use crate::code::CloseReason;
-use crate::control::GoAway;
+use crate::wire::code::CloseReason;
+use crate::wire::control::GoAway;
 
 /// SocketState changes that wait for a slow watcher; it misses the oldest.
 const STATES: usize = 32;

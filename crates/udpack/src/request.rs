@@ -15,13 +15,13 @@ use tokio::time::Instant;
 
 use crate::calls::{Calls, Reply, Role};
 use crate::channel::{Channel, RecvError, SendError, application_event};
-use crate::code::{CloseCode, CloseReason, Fault};
-use crate::control::{self, CANCEL, FAULT};
 use crate::event::Event;
 use crate::inbox::{Ending, NoReply};
 use crate::items::{Items, Pump, pump};
-use crate::message::{self, DecodeError, Encoded, Message};
 use crate::metrics::{Count, Words};
+use crate::wire::code::{CloseCode, CloseReason, Fault};
+use crate::wire::control::{self, CANCEL, FAULT};
+use crate::wire::message::{self, DecodeError, Encoded, Message};
 
 /// Where the way is short, a deadline ends at both sides in the same tick of the clock: whose timer is first
 /// makes no difference to the asker.

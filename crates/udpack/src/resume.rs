@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use bytes::{Buf, Bytes};
 
-use crate::frame::PREFIX;
+use crate::wire::frame::PREFIX;
 
 /// Frames handed to a stream, from the first that the peer has not confirmed on.
 #[derive(Debug, Default)]

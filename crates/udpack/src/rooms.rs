@@ -19,9 +19,7 @@ use tokio::runtime::Handle;
 use crate::auth::Peer;
 use crate::base::lock;
 use crate::channel::{Channel, WeakChannel};
-use crate::code::{CloseCode, CloseReason};
 use crate::event::Event;
-use crate::message::{EncodeError, Encoded, NameError, check_name};
 use crate::metrics::Count;
 use crate::outbox::Outbox;
 use crate::overflow::{Overflow, Push, Tag};
@@ -29,6 +27,8 @@ use crate::presence::{Presence, Tracked};
 use crate::session::{Session, SessionId};
 use crate::socket::Socket;
 use crate::volatile::{Ready, Volatile};
+use crate::wire::code::{CloseCode, CloseReason};
+use crate::wire::message::{EncodeError, Encoded, NameError, check_name};
 
 /// The name in the gaps of what is sent to all channels.
 const ALL: &str = "*";

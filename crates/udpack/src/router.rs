@@ -11,14 +11,14 @@ use futures_util::future::BoxFuture;
 
 use crate::base::extensions::Extensions;
 use crate::channel::Channel;
-use crate::code::Fault;
-use crate::control::Gap;
 use crate::event::Event;
 use crate::extract::{EventHandler, Handler};
 use crate::handlers::{Answer, Context, serve};
-use crate::message::Message;
 use crate::metrics::Count;
 use crate::socket::{ChannelHandler, IntoOutcome};
+use crate::wire::code::Fault;
+use crate::wire::control::Gap;
+use crate::wire::message::Message;
 
 type Route = Arc<dyn Fn(&Context) -> BoxFuture<'static, Answer> + Send + Sync>;
 type Layer = Arc<dyn Fn(Message, Context, Next) -> BoxFuture<'static, Answer> + Send + Sync>;

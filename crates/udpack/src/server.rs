@@ -28,12 +28,6 @@ use crate::base::lock;
 use crate::base::pool::{self, Pool, PoolFull, Shares, Tenant};
 use crate::base::text::printable_within;
 use crate::channel::Channel;
-use crate::code::{CloseCode, CloseReason, Side};
-use crate::config::InvalidSetting;
-use crate::config::{
-    CongestionControl, Drain, FEW_STREAMS, Limits, PREAUTH_BYTES, Timeouts, VOLATILE_STREAMS,
-};
-use crate::control::{self, GoAway, HelloMessage, ResumeGrant, ResumeTicket, Welcome};
 use crate::driver::{Awaited, Comeback, Control, Link, live};
 use crate::endpoint::{self, At, ETHERNET_PAYLOAD, Route, Via};
 use crate::fingerprint::Fingerprint;
@@ -49,6 +43,12 @@ use crate::socket::{Registry, Socket};
 use crate::speed::{Counters, SpeedMeter, Stats};
 use crate::udp::Port;
 use crate::windows;
+use crate::wire::code::{CloseCode, CloseReason, Side};
+use crate::wire::config::InvalidSetting;
+use crate::wire::config::{
+    CongestionControl, Drain, FEW_STREAMS, Limits, PREAUTH_BYTES, Timeouts, VOLATILE_STREAMS,
+};
+use crate::wire::control::{self, GoAway, HelloMessage, ResumeGrant, ResumeTicket, Welcome};
 
 /// Sockets that may wait for `accept`.
 const ACCEPT_QUEUE: usize = 128;

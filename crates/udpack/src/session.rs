@@ -23,9 +23,6 @@ use crate::base::pool::{Pool, Tenant};
 use crate::base::text::cut;
 use crate::base::text::printable_within;
 use crate::base::wake::{WakeFlag, WakeFlags};
-use crate::code::{CloseCode, CloseReason, Side};
-use crate::config::{Limits, Timeouts};
-use crate::control::{GoAway, Welcome};
 use crate::lifetime::Life;
 use crate::metrics::Tally;
 use crate::open::OpenError;
@@ -38,6 +35,9 @@ use crate::speed::Counters;
 use crate::turns::Turns;
 use crate::volatile::Volatiles;
 use crate::windows::ReceiveWindow;
+use crate::wire::code::{CloseCode, CloseReason, Side};
+use crate::wire::config::{Limits, Timeouts};
+use crate::wire::control::{GoAway, Welcome};
 
 /// A reason that is set once and can be awaited.
 #[derive(Debug, Default)]

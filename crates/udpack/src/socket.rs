@@ -12,8 +12,8 @@ use tokio::sync::{Mutex, mpsc};
 
 use crate::auth::Peer;
 use crate::channel::{Channel, Closed};
-use crate::code::{CloseCode, CloseReason};
-use crate::control::GoAway;
+use crate::wire::code::{CloseCode, CloseReason};
+use crate::wire::control::GoAway;
 
 use crate::base::extensions::Extensions;
 use crate::base::lock;

@@ -9,15 +9,15 @@ use tokio::sync::mpsc;
 
 use crate::base::lock;
 use crate::channel::{Channel, Opened};
-use crate::code::{CloseCode, CloseReason};
-use crate::config::Priority;
-use crate::control::{self, Resumed};
 use crate::driver::write_control;
 use crate::inbox::{Ending, Inbox};
 use crate::metrics::Count;
 use crate::session::{ChannelKey, Line, Session};
 use crate::socket::{ChannelHandler, Registry};
 use crate::speed::Counters;
+use crate::wire::code::{CloseCode, CloseReason};
+use crate::wire::config::Priority;
+use crate::wire::control::{self, Resumed};
 use crate::writer::Way;
 
 /// Reads a new stream's `$open` and hands the channel to whoever serves its name.

@@ -11,7 +11,7 @@ use std::sync::{Arc, OnceLock};
 use bytes::Bytes;
 use tokio::sync::Notify;
 
-use crate::config::Priority;
+use crate::wire::config::Priority;
 
 /// Bytes that the bulk channels of a connection may have under way however narrow the path seems.
 pub(crate) const BULK_FLOOR: u64 = 1 << 20;

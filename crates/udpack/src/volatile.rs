@@ -21,14 +21,16 @@ use tokio::time::Instant;
 use crate::base::Lazy;
 use crate::base::lock;
 use crate::channel::SendError;
-use crate::code::CloseCode;
-use crate::config::{Limits, MIN_FRAME_RATE};
-use crate::frame::PREFIX;
-use crate::message::{self, DecodeError, EncodeError, Encoded, NameError};
 use crate::metrics::Count;
-use crate::msgpack::{Head, MAX_ELEMENTS, MsgpackError, Reader, Shape, Walk, validate_within};
 use crate::session::{LARGE, SMALL, Session};
 use crate::socket::Socket;
+use crate::wire::code::CloseCode;
+use crate::wire::config::{Limits, MIN_FRAME_RATE};
+use crate::wire::frame::PREFIX;
+use crate::wire::message::{self, DecodeError, EncodeError, Encoded, NameError};
+use crate::wire::msgpack::{
+    Head, MAX_ELEMENTS, MsgpackError, Reader, Shape, Walk, validate_within,
+};
 
 /// Messages moved in one go, before others of the same task get their turn.
 const TURN: usize = 64;

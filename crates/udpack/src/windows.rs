@@ -13,8 +13,8 @@ use tokio::time::{Instant, Interval, MissedTickBehavior};
 
 use crate::base::lock;
 use crate::base::pool::Shares;
-use crate::config::{Limits, MIN_WINDOW};
 use crate::endpoint::varint;
+use crate::wire::config::{Limits, MIN_WINDOW};
 
 /// Window that a connection begins with, in bytes, where the budget permits. Not smaller, because on a slow path
 /// writers fill a small one for seconds, and the control stream finds no room beside them.

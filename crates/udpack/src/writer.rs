@@ -9,13 +9,13 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::FutureExt;
 
-use crate::code::{CloseCode, CloseReason};
-use crate::config::Priority;
 use crate::metrics::Count;
 use crate::outbox::{BATCH, COPY_LIMIT, Outbox, TURN, Work};
 use crate::session::{Line, Session, lost};
 use crate::speed::Counters;
 use crate::turns::Turns;
+use crate::wire::code::{CloseCode, CloseReason};
+use crate::wire::config::Priority;
 
 /// How a writer ended.
 pub(crate) enum Written {

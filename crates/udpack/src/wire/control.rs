@@ -10,10 +10,10 @@ use serde::Serialize;
 
 use crate::base::text::cut;
 use crate::base::text::printable_within;
-use crate::code::{CloseCode, CloseReason};
-use crate::config::{Limits, MIN_FRAME, Priority, TOKEN_BYTES, Timeouts};
-use crate::message::{self, EncodeError, Message, check_name};
-use crate::msgpack::{FieldError, Fields, Head, MAX_DEPTH, MAX_ELEMENTS, Reader};
+use crate::wire::code::{CloseCode, CloseReason};
+use crate::wire::config::{Limits, MIN_FRAME, Priority, TOKEN_BYTES, Timeouts};
+use crate::wire::message::{self, EncodeError, Message, check_name};
+use crate::wire::msgpack::{FieldError, Fields, Head, MAX_DEPTH, MAX_ELEMENTS, Reader};
 
 /// The version this library speaks; also named by the ALPN.
 pub(crate) const VERSION: u64 = 1;
@@ -619,7 +619,7 @@ pub(crate) fn encode_open<T: Serialize + ?Sized>(
 /// The `$open` that a resumable channel began with, once more: with the number of frames received since.
 pub(crate) fn reopen(open: &Bytes, received: u64) -> Option<Bytes> {
     // What `encode_open` writes: prefix, array of two, the event, and a map of fewer than 15 fields.
-    let map = crate::frame::PREFIX + 2 + OPEN.len();
+    let map = crate::wire::frame::PREFIX + 2 + OPEN.len();
     let (head, rest) = (open.get(..map)?, open.get(map + 1..)?);
     let fields = open
         .get(map)
@@ -631,9 +631,9 @@ pub(crate) fn reopen(open: &Bytes, received: u64) -> Option<Bytes> {
     rmp::encode::write_str(&mut writer, "received").ok()?;
     rmp::encode::write_uint(&mut writer, received).ok()?;
     let mut frame = writer.into_inner();
-    let length = u32::try_from(frame.len() - crate::frame::PREFIX).ok()?;
+    let length = u32::try_from(frame.len() - crate::wire::frame::PREFIX).ok()?;
     frame
-        .get_mut(..crate::frame::PREFIX)?
+        .get_mut(..crate::wire::frame::PREFIX)?
         .copy_from_slice(&length.to_be_bytes());
     Some(frame.freeze())
 }

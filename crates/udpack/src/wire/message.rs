@@ -15,11 +15,11 @@ use bytes::{BufMut, Bytes, BytesMut};
 use rmp_serde::config::{BytesMode, DefaultConfig, HumanReadableConfig};
 use serde::{Deserialize, Serialize};
 
-use crate::code::CloseCode;
-use crate::control::{self, Gap};
-use crate::frame::PREFIX;
-use crate::message::lenient::Lenient;
-use crate::msgpack::{
+use crate::wire::code::CloseCode;
+use crate::wire::control::{self, Gap};
+use crate::wire::frame::PREFIX;
+use crate::wire::message::lenient::Lenient;
+use crate::wire::msgpack::{
     FieldError, Fields, Head, MAX_ELEMENTS, MsgpackError, Reader, Shape, Walk, validate_within,
 };
 

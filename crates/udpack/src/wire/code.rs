@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::base::text::printable_within;
-use crate::message::{DecodeError, EncodeError};
+use crate::wire::message::{DecodeError, EncodeError};
 
 /// Why a socket or a channel was closed, as a number both sides agree on.
 ///
@@ -254,7 +254,9 @@ impl Fault {
     /// peer, is left out.
     #[must_use]
     pub fn with_data<T: Serialize + ?Sized>(mut self, data: &T) -> Self {
-        self.data = crate::message::encode_data(data).ok().map(Bytes::from);
+        self.data = crate::wire::message::encode_data(data)
+            .ok()
+            .map(Bytes::from);
         self
     }
 
@@ -265,7 +267,7 @@ impl Fault {
     pub fn data<T: DeserializeOwned>(&self) -> Result<Option<T>, DecodeError> {
         self.data
             .as_deref()
-            .map(crate::message::decode_data)
+            .map(crate::wire::message::decode_data)
             .transpose()
     }
 }

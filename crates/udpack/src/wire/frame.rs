@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 
-use crate::code::CloseCode;
+use crate::wire::code::CloseCode;
 use bytes::{Buf, Bytes, BytesMut};
 
 /// Bytes of the length prefix: an unsigned 32-bit integer, most significant byte first.

@@ -7,7 +7,7 @@ fn message(event: &str, data: &Value) -> Message {
 }
 
 fn read(frame: &Bytes) -> Message {
-    Message::decode(frame.slice(crate::frame::PREFIX..)).unwrap()
+    Message::decode(frame.slice(crate::wire::frame::PREFIX..)).unwrap()
 }
 
 /// A frame whose data is a map with a binary value, which JSON cannot say.

@@ -1,0 +1,20 @@
+//! The pieces of the wire format, for programs that look at it from outside: proxies, test tools, fuzzers.
+//!
+//! Pure functions over bytes, and the limits that they keep; see `docs/PROTOCOL.md`. Nothing here knows tokio or QUIC.
+
+pub(crate) mod code;
+pub(crate) mod config;
+pub(crate) mod control;
+pub(crate) mod frame;
+pub(crate) mod message;
+pub(crate) mod msgpack;
+
+pub use control::{
+    Ack, Channels, ControlError, HelloMessage, Open, Passed, Refresh, Refreshed, ResumeGrant,
+    ResumeRequest, ResumeTicket, Resumed, Welcome, decode_ack, decode_channels, decode_close,
+    decode_fault, decode_gap, decode_goaway, decode_hello, decode_mark, decode_open, decode_passed,
+    decode_refresh, decode_refreshed, decode_resume, decode_welcome,
+};
+pub use frame::{FrameDecoder, FrameError, PREFIX};
+pub use message::{Message, MessageError};
+pub use msgpack::{MAX_DEPTH, MAX_ELEMENTS, MsgpackError, validate};
