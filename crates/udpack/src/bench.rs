@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 
 use quinn::{Endpoint, EndpointConfig, ServerConfig, TransportConfig};
 
-use crate::endpoint::{self, At, Via};
+use crate::transport::endpoint::{self, At, Via};
 use crate::wire::config::InvalidSetting;
 use crate::wire::config::{CongestionControl, Limits, Timeouts, VOLATILE_STREAMS};
 

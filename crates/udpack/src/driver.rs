@@ -29,7 +29,7 @@ use crate::resume::{Mismatch, Seen};
 use crate::session::{CONFIRM, ChannelKey, Session, WISHED, give_up};
 use crate::socket::Registry;
 use crate::streams::serve_stream;
-use crate::windows;
+use crate::transport::windows;
 use crate::wire::code::{CloseCode, CloseReason, Side};
 use crate::wire::config::USED_STREAMS;
 use crate::wire::control::{self, Ack, Channels, ControlError, GoAway, Passed, Welcome};

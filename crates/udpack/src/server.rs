@@ -29,20 +29,20 @@ use crate::base::pool::{self, Pool, PoolFull, Shares, Tenant};
 use crate::base::text::printable_within;
 use crate::channel::Channel;
 use crate::driver::{Awaited, Comeback, Control, Link, live};
-use crate::endpoint::{self, At, ETHERNET_PAYLOAD, Route, Via};
 use crate::fingerprint::Fingerprint;
 use crate::identity::{Identity, IdentityError};
 use crate::inbox::{Ending, Inbox};
 use crate::lifetime::{self, Authorize, Guard};
 use crate::metrics::{Count, Metrics, Tally, Words};
-use crate::qlog::Qlog;
 use crate::rooms::Rooms;
 use crate::router::ServeChannel;
 use crate::session::{Session, SessionId, on_path};
 use crate::socket::{Registry, Socket};
 use crate::speed::{Counters, SpeedMeter, Stats};
-use crate::udp::Port;
-use crate::windows;
+use crate::transport::endpoint::{self, At, ETHERNET_PAYLOAD, Route, Via};
+use crate::transport::qlog::Qlog;
+use crate::transport::udp::Port;
+use crate::transport::windows;
 use crate::wire::code::{CloseCode, CloseReason, Side};
 use crate::wire::config::InvalidSetting;
 use crate::wire::config::{
@@ -175,7 +175,7 @@ impl Server {
     /// When the address cannot be resolved or bound.
     pub async fn listen(address: impl ToSocketAddrs) -> Result<UdpSocket, BindError> {
         let address = resolve(address).await?;
-        crate::udp::bound(address).map_err(|source| BindError::Bind { address, source })
+        crate::transport::udp::bound(address).map_err(|source| BindError::Bind { address, source })
     }
 
     /// The address it listens on, with the real port.

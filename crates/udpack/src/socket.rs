@@ -23,7 +23,7 @@ use crate::reconnect::{SocketState, SocketStates, StateFeed};
 use crate::router::ServeChannel;
 use crate::session::{Lease, Session, SessionId, WISHED};
 use crate::speed::{SpeedMeter, Stats};
-use crate::udp::{self, MOST_PAYLOAD};
+use crate::transport::udp::{self, MOST_PAYLOAD};
 
 /// Channels that may wait for `accept_channel`, a socket.
 const CHANNEL_QUEUE: usize = 64;

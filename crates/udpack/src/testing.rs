@@ -51,10 +51,10 @@ use tokio::time::{Instant, Sleep};
 use crate::auth::{Deny, Hello, Peer};
 use crate::base::lock;
 use crate::client::{Client, ClientBuilder, ConnectError};
-use crate::endpoint::{At, Via};
 use crate::identity::Identity;
 use crate::server::{BindError, Server, ServerBuilder};
 use crate::socket::Socket;
+use crate::transport::endpoint::{At, Via};
 use crate::url::DEFAULT_PORT;
 
 /// Largest UDP payload that passes, in bytes: Ethernet's 1,500 less the headers.

@@ -16,7 +16,7 @@ use std::task::{Context, Poll};
 use quinn::udp::{EcnCodepoint, Transmit};
 use quinn::{AsyncUdpSocket, UdpPoller};
 
-use crate::udp::SEND;
+use crate::transport::udp::SEND;
 
 /// Datagrams after which quinn ends a poll, though it may have more (`MAX_TRANSMIT_DATAGRAMS` in its `connection.rs`).
 const TURN: usize = 20;
@@ -267,7 +267,7 @@ mod tests {
     use std::task::Waker;
 
     use super::*;
-    use crate::udp::tests::{Kernel, batch};
+    use crate::transport::udp::tests::{Kernel, batch};
 
     const DATAGRAM: usize = 1452;
 

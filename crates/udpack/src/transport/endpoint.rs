@@ -11,10 +11,10 @@ use quinn::{
     TransportConfig, VarInt,
 };
 
-use crate::congestion::ModelConfig;
-use crate::timer::PromptRuntime;
-use crate::udp::{self, Bound, MODEST_PAYLOAD, MOST_PAYLOAD, Port};
-use crate::windows;
+use crate::transport::congestion::ModelConfig;
+use crate::transport::timer::PromptRuntime;
+use crate::transport::udp::{self, Bound, MODEST_PAYLOAD, MOST_PAYLOAD, Port};
+use crate::transport::windows;
 use crate::wire::config::{
     CongestionControl, DATAGRAMS_IN, DATAGRAMS_OUT, FEW_STREAMS, InvalidSetting, Limits, MIN_FRAME,
     PREAUTH_BYTES, PREAUTH_STREAMS, Timeouts, VOLATILE_STREAMS,

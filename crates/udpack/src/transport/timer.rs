@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use quinn::{AsyncTimer, AsyncUdpSocket, Runtime, TokioRuntime};
 
-use crate::gather::Gather;
+use crate::transport::gather::Gather;
 
 /// By how much a timer is early the first time that it is set for an instant: what tokio's are late on average. quinn looks
 /// at the clock, sends what the pacer has by then, and sets the timer again, for another instant or, when it was too

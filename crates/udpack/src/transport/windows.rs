@@ -13,7 +13,7 @@ use tokio::time::{Instant, Interval, MissedTickBehavior};
 
 use crate::base::lock;
 use crate::base::pool::Shares;
-use crate::endpoint::varint;
+use crate::transport::endpoint::varint;
 use crate::wire::config::{Limits, MIN_WINDOW};
 
 /// Window that a connection begins with, in bytes, where the budget permits. Not smaller, because on a slow path

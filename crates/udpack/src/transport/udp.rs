@@ -18,7 +18,7 @@ use tokio::io::Interest;
 
 use crate::base::LogLimit;
 use crate::base::lock;
-use crate::gather;
+use crate::transport::gather;
 
 /// Largest UDP payload that is tried, in bytes, however large a datagram the route takes.
 ///
