@@ -199,7 +199,7 @@ impl Link {
         let lost = || {
             matches!(
                 socket.state(),
-                Some(SocketState::Reconnecting { .. } | SocketState::GoingAway(_))
+                SocketState::Reconnecting { .. } | SocketState::GoingAway(_)
             )
         };
         if !lost() {
@@ -229,7 +229,7 @@ impl Link {
                     let _ = self.shared.events.send(LinkEvent::Connected);
                     return over();
                 }
-                Some(SocketState::GaveUp(reason)) => return Err(TransferError::Closed(reason)),
+                Some(SocketState::Closed(reason)) => return Err(TransferError::Closed(reason)),
                 Some(_) => {}
                 None => return over(),
             }
@@ -261,7 +261,7 @@ impl Link {
         let network = matches!(error, TransferError::Closed(_) | TransferError::Silent(_));
         let comes_back = match &self.way {
             Way::Dial { .. } => true,
-            Way::Given(socket) => socket.state().is_some() && socket.close_reason().is_none(),
+            Way::Given(socket) => socket.reconnects() && socket.close_reason().is_none(),
         };
         comes_back && network && error.retry()
     }

@@ -18,7 +18,7 @@ use crate::fingerprint::Fingerprint;
 use crate::inbox::Inbox;
 use crate::lifetime::{TokenSource, check_token};
 use crate::metrics::Tally;
-use crate::reconnect::{Outage, Reconnect, SocketState, StateFeed};
+use crate::reconnect::{Outage, Reconnect, SocketState};
 use crate::router::ServeChannel;
 use crate::server::default_agent;
 use crate::session::{Session, give_up, on_path};
@@ -140,7 +140,7 @@ impl Client {
                 settings.timeouts.clone(),
                 Counters::root(),
                 Tally::root(),
-                settings.reconnect.map(|_| StateFeed::new()),
+                settings.reconnect.is_some(),
             )
         });
         session.set_endpoint(first.endpoint);
@@ -394,6 +394,7 @@ impl Dialler {
         mut reason: CloseReason,
         moved: bool,
     ) -> Result<Link, CloseReason> {
+        let lost = Instant::now().into_std();
         let servers = 1 + self.client.inner.fallbacks.len();
         let mut begin = self.serving;
         // A server that goes away has told when to come; then its turn has come already.
@@ -421,9 +422,11 @@ impl Dialler {
             };
             wait = Duration::ZERO;
             tracing::info!(attempt, ?delay, %reason, "reconnecting");
-            if let Some(states) = &session.states {
-                states.set(SocketState::Reconnecting { attempt, delay });
-            }
+            session.states.set(SocketState::Reconnecting {
+                attempt,
+                delay,
+                since: lost,
+            });
             tokio::time::sleep(delay.min(outage.left(&self.policy))).await;
             // Twice each, and the one that has our session first.
             let at = (begin + (attempt as usize - 1) / 2) % servers;

@@ -168,9 +168,7 @@ pub(crate) async fn live(
         session.tally.less(Count::Sockets);
         session.tally.closed(&reason);
     }
-    if let Some(states) = &session.states {
-        states.set(SocketState::GaveUp(reason.clone()));
-    }
+    session.states.set(SocketState::Closed(reason.clone()));
     // Handlers see the end in their next `recv`; give those that only wait for it the time to leave.
     let grace = async { while channels.join_next().await.is_some() {} };
     let _ = tokio::time::timeout(session.timeouts.close, grace).await;
@@ -202,7 +200,11 @@ impl Comeback {
         let next = async {
             match self {
                 Self::Never => Err(reason),
-                Self::Awaited(awaited) => awaited.next(reason).await,
+                Self::Awaited(awaited) => {
+                    let since = Instant::now().into_std();
+                    session.states.set(SocketState::Detached { since });
+                    awaited.next(reason).await
+                }
                 Self::Dialled(dialler) => dialler.next(session, reason, moved).await.map(Box::new),
             }
         };
@@ -351,12 +353,10 @@ impl Driver {
             rooms.resumed(session, number);
         }
         tracing::info!(session = %session.id(), resumed = self.resumed, "connected again");
-        if let Some(states) = &session.states {
-            states.set(SocketState::Connected {
-                resumed: self.resumed,
-                reason,
-            });
-        }
+        session.states.set(SocketState::Connected {
+            resumed: self.resumed,
+            reason,
+        });
         link.control
     }
 
@@ -402,7 +402,7 @@ impl Driver {
                 let act = tokio::select! {
                     never = &mut volatile => match never {},
                     () = tick(&mut look) => {
-                        session.window.stuck(&conn);
+                        session.look();
                         Act::Wait
                     }
                     stream = conn.accept_bi() => match stream {
@@ -449,9 +449,8 @@ impl Driver {
                                     // Until then channels go on; new ones wait for the next server.
                                     move_at = Some(Instant::now() + comeback.wait(goaway));
                                     session.set_up(None);
-                                    if let Some(states) = &session.states {
-                                        states.set(SocketState::GoingAway(GoAway::clone(goaway)));
-                                    }
+                                    let state = SocketState::GoingAway(GoAway::clone(goaway));
+                                    session.states.set(state);
                                 }
                                 Act::Wait
                             }
@@ -688,7 +687,7 @@ fn on_control(
                 Ok(goaway) => {
                     tracing::info!(text = %goaway.text, "the server is going away");
                     lock(&session.received_goaway).get_or_insert_with(|| Box::new(goaway));
-                    if session.states.is_none() {
+                    if !session.reconnects {
                         session.set_up(None);
                     }
                     None
@@ -704,16 +703,11 @@ fn on_control(
                     session.tally.one(Count::Sockets);
                     session.life.counts_for(welcome.expires);
                     let admitted = || session.set_welcome(welcome);
-                    match &session.states {
-                        Some(states) => {
-                            let connected = SocketState::Connected {
-                                resumed: false,
-                                reason: None,
-                            };
-                            states.set_with(connected, admitted);
-                        }
-                        None => admitted(),
-                    }
+                    let connected = SocketState::Connected {
+                        resumed: false,
+                        reason: None,
+                    };
+                    session.states.set_with(connected, admitted);
                     None
                 }
                 Err(error) => refused(error),

@@ -1,4 +1,4 @@
-//! Coming back after a lost connection: how often and how soon, and what the application sees of it.
+//! Coming back after a lost connection: how often and how soon, and what the application sees of a connection.
 
 use std::collections::hash_map::RandomState;
 use std::fmt;
@@ -6,12 +6,11 @@ use std::hash::BuildHasher;
 use std::pin::Pin;
 use std::sync::Mutex;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::Stream;
 use futures_util::stream::BoxStream;
 use tokio::sync::broadcast;
-use tokio::time::Instant;
 
 use crate::base::lock;
 use crate::wire::code::CloseReason;
@@ -60,7 +59,7 @@ impl Reconnect {
 /// The time without success, measured against a [`Reconnect`] policy. A new one begins with each success.
 #[derive(Debug, Default)]
 pub struct Outage {
-    since: Option<Instant>,
+    since: Option<tokio::time::Instant>,
     attempts: u32,
     /// Waits that have grown already.
     before: u32,
@@ -78,7 +77,7 @@ impl Outage {
     /// The number of the next try, counted from 1, and how long to wait for it; `None` when it is time to give
     /// up. The time counts from the first call.
     pub fn next(&mut self, policy: &Reconnect) -> Option<(u32, Duration)> {
-        let since = *self.since.get_or_insert_with(Instant::now);
+        let since = *self.since.get_or_insert_with(tokio::time::Instant::now);
         let left = policy.patience.checked_sub(since.elapsed())?;
         let spent = policy.attempts.is_some_and(|most| self.attempts >= most);
         if left.is_zero() || spent {
@@ -109,7 +108,7 @@ fn part(whole: Duration) -> Duration {
     whole.mul_f64(random as f64 / (1_u64 << 53) as f64)
 }
 
-/// What the connection of a client that reconnects is doing.
+/// What the connection of a socket is doing. The same at both ends, but for who makes the next one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SocketState {
@@ -124,31 +123,77 @@ pub enum SocketState {
         /// `not_resumed`.
         reason: Option<String>,
     },
-    /// The server is going away; the client moves when its turn has come.
+    /// At a client that reconnects: the server is going away; the client moves when its turn has come.
     GoingAway(GoAway),
-    /// The connection is lost; it is made again after the delay.
+    /// The connection stands, but the peer does not answer: it is dead, asleep or out of reach. When it is heard again,
+    /// the state is `Connected` with `resumed`, or `GoingAway`; else the connection is lost after its idle time.
+    Silent {
+        /// When it was last heard, to within a second.
+        since: Instant,
+    },
+    /// At a server: the connection is lost; the session waits for its client, at most for `Timeouts::resume`.
+    Detached {
+        /// When it was found lost.
+        since: Instant,
+    },
+    /// At a client that reconnects: the connection is lost; it is made again after the delay.
     Reconnecting {
         /// Which try, counted from 1 since the last success.
         attempt: u32,
         /// How long until then.
         delay: Duration,
+        /// When the connection was found lost.
+        since: Instant,
     },
     /// There will be no other connection; the socket is over.
-    GaveUp(CloseReason),
+    Closed(CloseReason),
 }
 
+impl SocketState {
+    /// Whether the peer is there: `Connected` or `GoingAway`.
+    pub fn is_connected(&self) -> bool {
+        matches!(self, Self::Connected { .. } | Self::GoingAway(_))
+    }
+}
+
+/// How long an answer may take, beside the round trips of [`on_path`], until the peer counts as silent. QUIC asks after
+/// `Timeouts::keep_alive` without a word from the peer, and asks again and again in this time.
+///
+/// [`on_path`]: crate::session::on_path
+pub(crate) const ANSWER: Duration = Duration::from_secs(3);
+
 /// The present state and everybody who watches it.
-pub(crate) struct StateFeed {
-    now: Mutex<SocketState>,
-    changes: broadcast::Sender<SocketState>,
+pub(crate) struct StateFeed(Mutex<Feed>);
+
+struct Feed {
+    now: SocketState,
+    /// The state that returns when a silent peer is heard again.
+    before: Option<SocketState>,
+    /// Datagrams that the present connection has received, and when the last was found.
+    datagrams: u64,
+    heard: tokio::time::Instant,
+    /// Made for the first who watches: few sockets are watched.
+    changes: Option<broadcast::Sender<SocketState>>,
+}
+
+impl Feed {
+    fn change(&mut self, state: SocketState) {
+        self.now.clone_from(&state);
+        if let Some(changes) = &self.changes {
+            let _ = changes.send(state);
+        }
+    }
 }
 
 impl StateFeed {
     pub(crate) fn new() -> Self {
-        Self {
-            now: Mutex::new(SocketState::Connecting),
-            changes: broadcast::Sender::new(STATES),
-        }
+        Self(Mutex::new(Feed {
+            now: SocketState::Connecting,
+            before: None,
+            datagrams: 0,
+            heard: tokio::time::Instant::now(),
+            changes: None,
+        }))
     }
 
     pub(crate) fn set(&self, state: SocketState) {
@@ -157,42 +202,79 @@ impl StateFeed {
 
     /// Changes to `state` together with what `change` does: nobody finds the one without the other.
     pub(crate) fn set_with(&self, state: SocketState, change: impl FnOnce()) {
-        let mut now = lock(&self.now);
+        let mut feed = lock(&self.0);
         change();
-        now.clone_from(&state);
-        let _ = self.changes.send(state);
+        feed.before = None;
+        if let SocketState::Connected { .. } = state {
+            feed.datagrams = 0;
+            feed.heard = tokio::time::Instant::now();
+        }
+        feed.change(state);
+    }
+
+    /// The present connection has received so many datagrams. Without a new one for `patience` the peer is silent.
+    pub(crate) fn listen(&self, datagrams: u64, patience: Duration) {
+        let mut feed = lock(&self.0);
+        if datagrams != feed.datagrams {
+            feed.datagrams = datagrams;
+            feed.heard = tokio::time::Instant::now();
+            if let Some(before) = feed.before.take() {
+                feed.change(before);
+            }
+        } else if feed.now.is_connected() && feed.heard.elapsed() >= patience {
+            let since = feed.heard.into_std();
+            feed.before = Some(match &feed.now {
+                SocketState::Connected { .. } => SocketState::Connected {
+                    resumed: true,
+                    reason: None,
+                },
+                other => other.clone(),
+            });
+            feed.change(SocketState::Silent { since });
+        }
     }
 
     pub(crate) fn now(&self) -> SocketState {
-        lock(&self.now).clone()
+        lock(&self.0).now.clone()
+    }
+
+    pub(crate) fn is_connected(&self) -> bool {
+        lock(&self.0).now.is_connected()
     }
 
     pub(crate) fn watch(&self) -> SocketStates {
-        let now = lock(&self.now);
-        let changes = self.changes.subscribe();
-        let first = futures_util::stream::iter([now.clone()]);
-        let rest = futures_util::stream::unfold(changes, async |mut changes| {
-            loop {
-                match changes.recv().await {
-                    Ok(state) => return Some((state, changes)),
-                    Err(broadcast::error::RecvError::Lagged(_)) => {}
-                    Err(broadcast::error::RecvError::Closed) => return None,
-                }
-            }
-        });
-        SocketStates(Box::pin(futures_util::StreamExt::chain(first, rest)))
+        let mut feed = lock(&self.0);
+        let changes = feed
+            .changes
+            .get_or_insert_with(|| broadcast::Sender::new(STATES))
+            .subscribe();
+        let states = futures_util::stream::unfold(
+            (Some(feed.now.clone()), Some(changes)),
+            async |(first, changes)| {
+                let mut changes = changes?;
+                let state = match first {
+                    Some(state) => state,
+                    None => loop {
+                        match changes.recv().await {
+                            Ok(state) => break state,
+                            Err(broadcast::error::RecvError::Lagged(_)) => {}
+                            Err(broadcast::error::RecvError::Closed) => return None,
+                        }
+                    },
+                };
+                let over = matches!(state, SocketState::Closed(_));
+                Some((state, (None, (!over).then_some(changes))))
+            },
+        );
+        SocketStates(Box::pin(states))
     }
 }
 
-/// The state of a client's connection: the present one first, then each change. A watcher that lags by more
-/// than 32 changes misses the oldest. Ends when the socket is gone.
+/// The state of a socket's connection: the present one first, then each change. A watcher that lags by more
+/// than 32 changes misses the oldest. Ends behind [`SocketState::Closed`].
 pub struct SocketStates(BoxStream<'static, SocketState>);
 
 impl SocketStates {
-    pub(crate) fn none() -> Self {
-        Self(Box::pin(futures_util::stream::empty()))
-    }
-
     /// The next state; `None` when there will be no other.
     ///
     /// # Cancel safety

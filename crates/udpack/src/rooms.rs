@@ -294,6 +294,11 @@ impl Member {
     pub fn socket(&self) -> Socket {
         Socket::of(&self.guest.session)
     }
+
+    /// Whether it is there; see [`Socket::is_connected`].
+    pub fn is_connected(&self) -> bool {
+        self.guest.session.states.is_connected()
+    }
 }
 
 impl fmt::Debug for Member {

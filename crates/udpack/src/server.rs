@@ -34,6 +34,7 @@ use crate::identity::{Identity, IdentityError};
 use crate::inbox::{Ending, Inbox};
 use crate::lifetime::{self, Authorize, Guard};
 use crate::metrics::{Count, Metrics, Tally, Words};
+use crate::reconnect::SocketState;
 use crate::rooms::Rooms;
 use crate::router::ServeChannel;
 use crate::session::{Session, SessionId, on_path};
@@ -209,7 +210,8 @@ impl Server {
         }
     }
 
-    /// The admitted sockets of this moment.
+    /// The admitted sockets of this moment, those too whose client is out of reach: `filter(Socket::is_connected)` leaves
+    /// out these.
     pub fn sockets(&self) -> Vec<Socket> {
         lock(&self.inner.shared.sockets).all()
     }
@@ -591,7 +593,7 @@ async fn accept_loop(shared: Arc<Shared>) {
         let incoming = tokio::select! {
             incoming = shared.endpoint.accept() => incoming,
             _ = look.tick() => {
-                shared.look_for_stuck();
+                shared.look();
                 continue;
             }
         };
@@ -717,7 +719,7 @@ async fn let_in(
         shared.timeouts.clone(),
         shared.counters.clone(),
         Tally::child(shared.tally.clone()),
-        None,
+        false,
     );
     let place = match Seat::take(&shared, conn.remote_address()) {
         Ok(place) => place,
@@ -755,6 +757,10 @@ async fn let_in(
         }
     };
     drop(handshake);
+    session.states.set(SocketState::Connected {
+        resumed: false,
+        reason: None,
+    });
     let _ = session.rooms.set(shared.rooms.clone());
     let (socket, queue) = Socket::new(session.clone(), shared.registry.pull);
     let (key, late) = place.enter(socket.clone());
@@ -1191,11 +1197,10 @@ impl Shared {
         Some(config)
     }
 
-    /// Lets the windows grow of connections on which much lies unread.
-    fn look_for_stuck(&self) {
+    /// Looks after all sockets.
+    fn look(&self) {
         for socket in lock(&self.sockets).admitted.values() {
-            let session = socket.session();
-            session.window.stuck(&session.conn());
+            socket.session().look();
         }
     }
 

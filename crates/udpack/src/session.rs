@@ -28,7 +28,7 @@ use crate::metrics::Tally;
 use crate::open::OpenError;
 use crate::outbox::Budget;
 use crate::pipe::Pipe;
-use crate::reconnect::StateFeed;
+use crate::reconnect::{ANSWER, StateFeed};
 use crate::resume::Seen;
 use crate::rooms::Rooms;
 use crate::speed::Counters;
@@ -271,8 +271,10 @@ pub(crate) struct Session {
     /// That number while channels can be opened on it.
     up: Mutex<Option<u64>>,
     up_changed: Notify,
-    /// At a client that reconnects: what becomes of its connections.
-    pub(crate) states: Option<Box<StateFeed>>,
+    /// A client that makes another connection when one is lost.
+    pub(crate) reconnects: bool,
+    /// What becomes of its connections.
+    pub(crate) states: StateFeed,
     pub(crate) channel_ended: Notify,
     next_key: AtomicU64,
     /// Datagrams that the connection had sent when this side ended it.
@@ -315,7 +317,7 @@ impl Session {
         timeouts: Arc<Timeouts>,
         parent: Arc<Counters>,
         tally: Arc<Tally>,
-        states: Option<StateFeed>,
+        reconnects: bool,
     ) -> Arc<Self> {
         Arc::new(Self {
             conn: RwLock::new(Line::new(conn)),
@@ -348,7 +350,8 @@ impl Session {
             link: Mutex::new(1),
             up: Mutex::new(Some(1)),
             up_changed: Notify::new(),
-            states: states.map(Box::new),
+            reconnects,
+            states: StateFeed::new(),
             channel_ended: Notify::new(),
             next_key: AtomicU64::new(0),
             sent_before: AtomicU64::new(0),
@@ -375,6 +378,16 @@ impl Session {
         if self.window.read(bytes) {
             self.window.used(&self.conn());
         }
+    }
+
+    /// Looks after what nobody tells: bytes that nobody reads, and a peer that does not answer. To be called with each
+    /// tick of [`look`](crate::transport::windows::look).
+    pub(crate) fn look(&self) {
+        let conn = self.conn();
+        let received = conn.stats().udp_rx;
+        self.window.stuck(&conn, received);
+        let patience = on_path(self.timeouts.keep_alive.saturating_add(ANSWER), &conn);
+        self.states.listen(received.datagrams, patience);
     }
 
     /// Makes the connection end with its last handle; called once, at a client.
@@ -488,7 +501,7 @@ impl Session {
             if self.is_up() {
                 return Ok(self.link());
             }
-            if self.states.is_none() {
+            if !self.reconnects {
                 let goaway = lock(&self.received_goaway).clone();
                 return Err(match goaway {
                     Some(goaway) => OpenError::GoingAway(*goaway),

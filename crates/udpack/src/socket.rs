@@ -19,7 +19,7 @@ use crate::base::extensions::Extensions;
 use crate::base::lock;
 use crate::lifetime::{self, RefreshError};
 use crate::metrics::Metrics;
-use crate::reconnect::{SocketState, SocketStates, StateFeed};
+use crate::reconnect::{SocketState, SocketStates};
 use crate::router::ServeChannel;
 use crate::session::{Lease, Session, SessionId, WISHED};
 use crate::speed::{SpeedMeter, Stats};
@@ -200,18 +200,28 @@ impl Socket {
             .cloned()
     }
 
-    /// What becomes of the connection of a client that reconnects (`ClientBuilder::reconnect`): the present
-    /// state, then each change. Empty for other sockets.
+    /// What becomes of this socket's connection: the present state, then each change.
     pub fn states(&self) -> SocketStates {
-        match &self.inner.session.states {
-            Some(states) => states.watch(),
-            None => SocketStates::none(),
-        }
+        self.inner.session.states.watch()
     }
 
-    /// The present state of a client that reconnects; `None` for other sockets.
-    pub fn state(&self) -> Option<SocketState> {
-        self.inner.session.states.as_deref().map(StateFeed::now)
+    /// What this socket's connection is doing.
+    pub fn state(&self) -> SocketState {
+        self.inner.session.states.now()
+    }
+
+    /// Whether the peer is there: connected, let in, and heard of late. Then it is worth something to ask it.
+    ///
+    /// A peer that dies says nothing. It is missed at the latest after `Timeouts::keep_alive`, 3 s for the answer, 4 round
+    /// trips and 2 s more, as often as this is looked at: 15 s by default. Until its idle time is over it may be heard again,
+    /// and then nothing is lost.
+    pub fn is_connected(&self) -> bool {
+        self.inner.session.states.is_connected()
+    }
+
+    /// Whether this socket makes another connection when it has lost one; see `ClientBuilder::reconnect`.
+    pub fn reconnects(&self) -> bool {
+        self.inner.session.reconnects
     }
 
     /// Sends from another local address from now on, as when the device has moved to another network. The

@@ -814,7 +814,7 @@ async fn who_was_let_in_finds_itself_connected() {
                 resumed: false,
                 reason: None,
             };
-            assert_eq!(socket.state(), Some(connected));
+            assert_eq!(socket.state(), connected);
             socket.close(CloseCode::NORMAL, "").await;
         }
     })

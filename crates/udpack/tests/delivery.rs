@@ -153,7 +153,7 @@ async fn again(states: &mut SocketStates) -> (bool, Option<String>) {
     loop {
         match states.next().await.expect("another state") {
             SocketState::Connected { resumed, reason } => return (resumed, reason),
-            SocketState::GaveUp(reason) => panic!("gave up: {reason}"),
+            SocketState::Closed(reason) => panic!("gave up: {reason}"),
             _ => {}
         }
     }
@@ -1148,7 +1148,7 @@ async fn closing_a_socket_that_is_away_takes_no_time() {
         );
         assert!(channel.recv().await.expect("normal").is_none());
         assert!(channel.send("n", &1).await.expect_err("over").is_closed());
-        assert!(matches!(here.state(), Some(SocketState::GaveUp(_))));
+        assert!(matches!(here.state(), SocketState::Closed(_)));
     })
     .await;
 }
@@ -1224,7 +1224,7 @@ async fn a_socket_gives_up_when_its_patience_ends() {
                 "{:?}",
                 begun.elapsed()
             );
-            assert_eq!(here.state(), Some(SocketState::GaveUp(reason.clone())));
+            assert_eq!(here.state(), SocketState::Closed(reason.clone()));
             assert!(reason.retry, "{reason}");
             let error = channel.recv().await.expect_err("not in order");
             assert_eq!(error.reason().code, reason.code);

@@ -518,7 +518,7 @@ async fn resume_bytes() -> Seen {
     ];
     let mut states = socket.states();
     net.cut();
-    while matches!(states.next().await, Some(SocketState::Connected { .. })) {}
+    while !matches!(states.next().await, Some(SocketState::Reconnecting { .. })) {}
     // In turn: the bound is that of both together.
     let block = ByteBuf::from(vec![0; 1_000]);
     let mut taken = 0;

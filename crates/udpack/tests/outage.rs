@@ -58,7 +58,7 @@ async fn lose(net: &Net, socket: &Socket) {
     loop {
         match states.next().await.expect("another state") {
             SocketState::Connected { resumed, .. } => return assert!(resumed),
-            SocketState::GaveUp(reason) => panic!("gave up: {reason}"),
+            SocketState::Closed(reason) => panic!("gave up: {reason}"),
             _ => {}
         }
     }
@@ -315,7 +315,7 @@ async fn open(socket: &Socket, name: &str, priority: Priority, resumable: bool) 
 /// Waits until the socket is connected again.
 async fn comes_back(socket: &Socket) {
     let mut states = socket.states();
-    while !matches!(socket.state(), Some(SocketState::Connected { .. })) {
+    while !socket.is_connected() {
         tokio::time::timeout(3 * MINUTE, states.next())
             .await
             .expect("in time");

@@ -307,7 +307,7 @@ async fn a_lost_connection_shows_nobody_leaving_unless_they_do_not_come_back_to_
 
         let mut states = anna.states();
         cut.store(true, Ordering::Relaxed);
-        while matches!(states.next().await, Some(SocketState::Connected { .. })) {}
+        while !matches!(states.next().await, Some(SocketState::Reconnecting { .. })) {}
         // At the server, too, the channel has ended with its connection.
         at.closed().await;
         while server.rooms().members("hall").len() > 1 {

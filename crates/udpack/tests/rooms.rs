@@ -488,7 +488,7 @@ async fn a_resumable_member_stays_and_gets_what_it_missed_or_is_told() {
         let mut first = 0;
         for count in [10, 100] {
             cut.store(true, Ordering::Relaxed);
-            while matches!(states.next().await, Some(SocketState::Connected { .. })) {}
+            while !matches!(states.next().await, Some(SocketState::Reconnecting { .. })) {}
             let (mut dropped, mut lost, end) = (0, 0, first + count);
             for n in first..end {
                 let sent = server.rooms().to("hall").send("line", &(n, "x"));

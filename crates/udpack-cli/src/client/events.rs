@@ -263,7 +263,7 @@ pub(super) async fn listen(
                             finish(&channel).await;
                             break;
                         }
-                        Err(error) if socket.state().is_none() => return Err(error),
+                        Err(error) if !socket.reconnects() => return Err(error),
                         Err(error) => match error.downcast_ref::<RecvError>() {
                             Some(ended) if ended.reason().retry => {}
                             _ => return Err(error),
@@ -337,6 +337,10 @@ fn change(before: Option<&SocketState>, state: &SocketState) -> Option<String> {
         SocketState::GoingAway(goaway) => {
             let text = output::printable(&goaway.text);
             Some(format!("{text}; connecting again"))
+        }
+        SocketState::Silent { .. } => Some("the server does not answer".to_owned()),
+        SocketState::Connected { .. } if matches!(before, Some(SocketState::Silent { .. })) => {
+            Some("the server answers again; nothing is lost".to_owned())
         }
         SocketState::Connected { resumed: true, .. } => {
             Some("connected again: the session is resumed, nothing is lost".to_owned())

@@ -196,9 +196,9 @@ impl ReceiveWindow {
         }
     }
 
-    /// Grows the window if more than half of it lies unread. To be called with each tick of [`look`].
-    pub(crate) fn stuck(&self, conn: &quinn::Connection) {
-        let udp = conn.stats().udp_rx;
+    /// Grows the window if more than half of it lies unread, by what the connection has received. To be called with each
+    /// tick of [`look`].
+    pub(crate) fn stuck(&self, conn: &quinn::Connection, udp: quinn::UdpStats) {
         let arrived = udp
             .bytes
             .saturating_sub(udp.datagrams.saturating_mul(OVERHEAD));

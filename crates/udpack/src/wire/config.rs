@@ -131,9 +131,15 @@ pub struct Timeouts {
     /// channel. It counts in quarters, without those in which something that was sent stood unanswered: a path that
     /// is silent is the idle timer's business. Default 10 s.
     pub slow_peer: Duration,
-    /// Nothing heard from the peer at all. Default 30 s.
+    /// Nothing heard from the peer at all: then its connection is lost. It begins anew with the first thing that is sent
+    /// after the last that came, so a peer that is dead is given up after `idle` to `idle` + `keep_alive`. A shorter silence
+    /// costs nothing. Default 30 s.
     pub idle: Duration,
-    /// QUIC keep-alive interval; must be well below `idle`. Default 10 s.
+    /// Nothing heard from the peer for so long, and QUIC asks it for a sign of life; must be well below `idle`. An idle socket
+    /// sends and receives one packet in this time, and a peer that is gone shows as [`SocketState::Silent`] within this, 5 s
+    /// and 4 round trips. Half of it would cost twice the packets, and with a mobile's radio more of its battery. Default 10 s.
+    ///
+    /// [`SocketState::Silent`]: crate::SocketState::Silent
     pub keep_alive: Duration,
     /// How long a server keeps a session whose connection is lost, for a client that asked for it. Default 60 s;
     /// 0 keeps none.
