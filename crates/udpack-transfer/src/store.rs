@@ -40,9 +40,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use cap_std::fs::Dir;
 
 use crate::path::RelPath;
-use disk::Disk;
+use disk::{Disk, Made};
 use journal::Key;
-use quota::Accounts;
+use quota::{Accounts, LEAST, charge};
 use rustix::fs::Stat;
 
 pub use error::StoreError;
@@ -120,7 +120,7 @@ impl Meta {
 pub struct Tenant {
     /// Where its files lie; `None` for the root.
     pub prefix: Option<RelPath>,
-    /// Most bytes of all files there, uploads under way included.
+    /// Most bytes of all that is there, counted as for [`StoreConfig::quota`].
     pub quota: u64,
 }
 
@@ -147,8 +147,8 @@ pub struct NewFile<'a> {
 pub struct StoreConfig {
     /// Largest file, in bytes. Defaults to `None`: the quota and the disk are the limit.
     pub max_file: Option<u64>,
-    /// Most bytes of all files below the root together, uploads under way included. Defaults to
-    /// `None`: the disk is the limit.
+    /// Most bytes of all files below the root together, uploads under way included. A link, a directory and an
+    /// empty file count 1,024 bytes each. Defaults to `None`: the disk is the limit.
     ///
     /// Counted when the store is opened and again, at most every half minute, before an upload is
     /// refused for it.
@@ -311,7 +311,7 @@ pub enum Begin {
 /// How full a store is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// Bytes of published files. Counts what was there before only where a quota is set.
+    /// What is published, as a quota counts it. Counts what was there before only where a quota is set.
     pub used: u64,
     /// Bytes promised to open uploads, written or not.
     pub reserved: u64,
@@ -426,7 +426,7 @@ impl Store {
         if if_exists == IfExists::Overwrite
             && let Some(size) = inner.replaceable(path)
         {
-            reservation.replaces(size);
+            reservation.replaces(charge(size));
         }
         let key = owner.map(|owner| Key::new(owner, path));
         if let (Some(owner), Some(key)) = (owner, &key) {
@@ -721,9 +721,37 @@ impl Inner {
         Ok((state, room.min((free - keep).saturating_add(held))))
     }
 
-    /// What had this name is gone, `bytes` in all.
+    /// What had this name, and what was in it, is gone: it counted `bytes`.
     fn removed(&self, path: &RelPath, bytes: u64) {
         self.state().accounts.removed(path, bytes);
+    }
+
+    /// The directory that is to hold `path`, made if need be, and counted.
+    fn make_parent(&self, path: &RelPath, made: &mut Vec<Made>) -> Result<Dir, StoreError> {
+        let before = made.len();
+        let dir = self.disk.make_parent(path, made);
+        let new = made
+            .iter()
+            .skip(before)
+            .filter_map(|made| made.new.as_ref());
+        let mut new = new.peekable();
+        if new.peek().is_some() {
+            let mut state = self.state();
+            new.for_each(|new| state.accounts.added(new, LEAST));
+        }
+        dir
+    }
+
+    /// What the directories count that must be made for this name; 0 where no quota counts them.
+    fn parents_charge(&self, path: &RelPath, tenant: Option<&Tenant>) -> u64 {
+        if self.config.quota.is_none() && tenant.is_none() {
+            return 0;
+        }
+        // The directory of the tenant itself is not below it.
+        let prefix = tenant.and_then(|tenant| tenant.prefix.as_ref());
+        let above = prefix.map_or(0, |prefix| prefix.components().count());
+        let most = path.parents().count().saturating_sub(above);
+        LEAST.saturating_mul(self.disk.missing_parents(path).min(most) as u64)
     }
 
     /// The upload of this key could not be taken up: what it holds stays as it was.
@@ -828,6 +856,8 @@ struct Reservation {
     /// Its number in the accounts.
     upload: u64,
     bytes: u64,
+    /// Of those, what the directories count that must be made for it.
+    parents: u64,
     unwritten: u64,
     /// It counts as open.
     open: bool,
@@ -849,6 +879,7 @@ impl Reservation {
             owner: new.owner.map(Into::into),
             upload: state.accounts.open(new.path),
             bytes: 0,
+            parents: 0,
             unwritten: 0,
             open: true,
             held: 0,
@@ -889,6 +920,23 @@ impl Reservation {
         }
     }
 
+    /// Reserves what a file of this size counts, and the directories that must be made for it. Of one of unknown size,
+    /// what was there before, and something in any case: a full quota takes no file at all.
+    fn begin(&mut self, path: &RelPath, size: Option<u64>, kept: u64) -> Result<(), StoreError> {
+        self.parents = self.inner.parents_charge(path, self.tenant.as_ref());
+        let need = size.map_or(kept.max(1), charge);
+        self.reserve(need.saturating_add(self.parents), 0)
+    }
+
+    /// Reserves for a file that has grown to so many bytes, and `spare` beyond them if there is room.
+    fn grow(&mut self, size: u64, spare: u64) -> Result<(), StoreError> {
+        let need = size.saturating_add(self.parents);
+        match need.checked_sub(self.bytes) {
+            Some(more) if more > 0 => self.reserve(more, spare),
+            _ => Ok(()),
+        }
+    }
+
     /// Reserves `need` more bytes, and `spare` beyond them if there is room.
     fn reserve(&mut self, need: u64, spare: u64) -> Result<(), StoreError> {
         let held = std::mem::take(&mut self.held).min(need);
@@ -922,10 +970,12 @@ impl Reservation {
         state.unwritten = state.unwritten.saturating_sub(len);
     }
 
-    /// The upload's `size` bytes are published; `replaced` bytes went for it.
+    /// The upload's `size` bytes are published; what went for it counted `replaced`.
     fn commit(&self, size: u64, replaced: u64) {
         let mut state = self.inner.state();
-        state.accounts.published(self.upload, size, replaced);
+        state
+            .accounts
+            .published(self.upload, charge(size), replaced);
     }
 }
 

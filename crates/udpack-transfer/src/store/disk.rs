@@ -25,6 +25,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use super::journal::Key;
+use super::quota::{LEAST, charge};
 use super::{Kept, OtherTime, StoreConfig, StoreError, Time};
 use crate::names;
 use crate::path::RelPath;
@@ -52,8 +53,6 @@ const COUNT_DEPTH: usize = RelPath::MAX_COMPONENTS + 1;
 const DURABLE_LIMIT: usize = 65_536;
 /// Directories held open because names are looked up in them again and again.
 const RECENT: usize = 8;
-/// What a symbolic link counts against a quota: it has no bytes, yet takes room.
-pub(super) const LINK_BYTES: u64 = 1024;
 /// How often a name that others take or remove at the same moment is tried again.
 const TRIES: usize = 16;
 /// How long to wait for a lock that nobody is expected to keep, each time.
@@ -99,6 +98,8 @@ pub(super) struct Id(u64, u64, i64, u32);
 pub(super) struct Made {
     pub(super) parent: Dir,
     pub(super) child: Id,
+    /// Its path, where it was not there before.
+    pub(super) new: Option<RelPath>,
 }
 
 /// What locking a staging file led to.
@@ -405,6 +406,25 @@ impl Disk {
         Ok(dir)
     }
 
+    /// How many of the directories on the way to `path` are missing. Where that cannot be told, none: making them will.
+    pub(super) fn missing_parents(&self, path: &RelPath) -> usize {
+        if resolve(&self.root, path.parent(), DIRECTORY | OFlags::PATH).is_ok() {
+            return 0;
+        }
+        let Ok(mut dir) = self.root.try_clone() else {
+            return 0;
+        };
+        let mut parents = path.parents();
+        while let Some(component) = parents.next() {
+            dir = match open_dir(&dir, component) {
+                Ok(dir) => dir,
+                Err(Errno::NOENT) => return 1 + parents.count(),
+                Err(_) => return 0,
+            };
+        }
+        0
+    }
+
     /// Whether nothing has this name, found out at once; false when that takes a closer look.
     pub(super) fn is_vacant(&self, path: &RelPath) -> bool {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -469,9 +489,11 @@ impl Disk {
         let mut reached = 0;
         for component in path.parents() {
             reached += component.len() + 1;
+            let mut new = false;
             let child = match open_dir(&dir, component) {
                 Err(Errno::NOENT) if !create => return Ok(None),
                 Err(Errno::NOENT) => {
+                    new = true;
                     create_dir(&dir, component).and_then(|()| open_dir(&dir, component))
                 }
                 opened => opened,
@@ -502,8 +524,10 @@ impl Disk {
             if let Some(made) = &mut made {
                 // Also when another upload, or an earlier run, made it an instant ago.
                 let child = id(&dir).map_err(|e| failed("read a directory", e))?;
-                if !self.is_durable(&child) {
-                    made.push(Made { parent, child });
+                if new || !self.is_durable(&child) {
+                    let path = path.as_str().get(..reached - 1).unwrap_or_default();
+                    let new = path.parse().ok().filter(|_| new);
+                    made.push(Made { parent, child, new });
                 }
             }
         }
@@ -1271,7 +1295,7 @@ fn create_new(dir: &Dir, name: &str, exact: bool) -> io::Result<File> {
     Ok(file)
 }
 
-/// Sums up the files below `dir`, `depth` directories deep. Holds one descriptor for each directory it is in.
+/// Sums up what is below `dir` and counts against a quota, `depth` directories deep. Holds one descriptor for each directory it is in.
 fn count(dir: &Dir, depth: usize) -> io::Result<u64> {
     let mut sum = 0u64;
     let Some(depth) = depth.checked_sub(1) else {
@@ -1283,11 +1307,14 @@ fn count(dir: &Dir, depth: usize) -> io::Result<u64> {
         let Ok(metadata) = dir.symlink_metadata(&name) else {
             continue;
         };
-        if metadata.is_file() {
-            sum = sum.saturating_add(metadata.len());
-        } else if metadata.is_symlink() {
-            sum = sum.saturating_add(LINK_BYTES);
-        } else if metadata.is_dir() && !(depth + 1 == COUNT_DEPTH && name == PRIVATE) {
+        if depth + 1 == COUNT_DEPTH && name == PRIVATE {
+            continue;
+        }
+        sum = sum.saturating_add(match metadata.is_file() {
+            true => charge(metadata.len()),
+            false => LEAST,
+        });
+        if metadata.is_dir() {
             below.push(name);
         }
     }

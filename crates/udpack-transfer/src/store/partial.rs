@@ -193,7 +193,7 @@ impl Partial {
         let inner = reservation.inner.clone();
         let losses = inner.disk.losses();
         let kept = reservation.held;
-        if let Err(error) = reservation.reserve(new.size.unwrap_or(kept), 0) {
+        if let Err(error) = reservation.begin(new.path, new.size, kept) {
             if let Some(key) = &key {
                 inner.abandon(key, kept, new);
             }
@@ -456,10 +456,8 @@ impl Partial {
                     self.doomed = true;
                     return Err(StoreError::TooLarge { size: total, limit });
                 }
-                if let Some(reservation) = &mut self.reservation
-                    && total > reservation.bytes
-                {
-                    reservation.reserve(total - reservation.bytes, SPARE)?;
+                if let Some(reservation) = &mut self.reservation {
+                    reservation.grow(total, SPARE)?;
                 }
             }
         }

@@ -9,6 +9,7 @@ use cap_std::fs::Dir;
 
 use super::disk::{self, Id, Made};
 use super::partial::{Body, Staged};
+use super::quota::charge;
 use super::{IfExists, Inner, OtherTime, Reservation, StoreError, SyncPolicy};
 use crate::path::RelPath;
 
@@ -166,12 +167,12 @@ impl Whole {
         Err(self.exists())
     }
 
-    /// Publishes in place of a regular file, and returns that file's size.
+    /// Publishes in place of a regular file, and returns what that file counted.
     fn replace(&mut self, inner: &Inner, dir: &Dir, name: &str) -> Result<u64, StoreError> {
         let failed = |action, e| inner.disk.error(action, &self.path, e);
         let replaced = match disk::look(dir, name).map_err(|e| failed("look up a name", e))? {
             Some(metadata) if !metadata.is_file() => return Err(self.exists()),
-            Some(metadata) => metadata.len(),
+            Some(metadata) => charge(metadata.len()),
             None => 0,
         };
         match inner.disk.replace(&self.staged.name, dir, name) {
@@ -316,7 +317,7 @@ impl<'a> Dirs<'a> {
         if self.open.len() + self.made.len() >= OPEN_LIMIT {
             self.flush(outcomes);
         }
-        let dir = Arc::new(self.inner.disk.make_parent(path, &mut self.made)?);
+        let dir = Arc::new(self.inner.make_parent(path, &mut self.made)?);
         self.changed.push(dir.clone());
         self.open.insert(parent.to_owned(), dir.clone());
         Ok(dir)

@@ -5,6 +5,17 @@ use std::time::{Duration, Instant};
 
 use crate::path::RelPath;
 
+/// What a directory, a link and an empty file count: they have no bytes, yet take room.
+pub(super) const LEAST: u64 = 1024;
+
+/// What a file of this size counts.
+pub(super) fn charge(size: u64) -> u64 {
+    match size {
+        0 => LEAST,
+        size => size,
+    }
+}
+
 /// How much lies below the root and below every prefix that has a quota, and what open uploads add
 /// to that.
 #[derive(Debug)]
@@ -144,7 +155,7 @@ impl Accounts {
         self.uploads.get(&upload).map(|open| open.path.clone())
     }
 
-    /// Something of `bytes` is there now that was no upload.
+    /// Something that counts `bytes` is there now, and was no upload.
     pub(super) fn added(&mut self, path: &RelPath, bytes: u64) {
         for (prefix, account) in &mut self.accounts {
             if is_below(path, prefix) {
@@ -166,7 +177,7 @@ impl Accounts {
         self.uploads.remove(&upload);
     }
 
-    /// The upload's `size` bytes are published; `replaced` bytes went for it.
+    /// The upload is published, which counts `size`; what went for it counted `replaced`.
     pub(super) fn published(&mut self, upload: u64, size: u64, replaced: u64) {
         let Some(Open { path, .. }) = self.uploads.get(&upload) else {
             return;
@@ -179,7 +190,7 @@ impl Accounts {
         }
     }
 
-    /// What had this name is gone, `bytes` in all.
+    /// What had this name, and what was in it, is gone: it counted `bytes`.
     pub(super) fn removed(&mut self, path: &RelPath, bytes: u64) {
         for (prefix, account) in &mut self.accounts {
             let inside = prefix

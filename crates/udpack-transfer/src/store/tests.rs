@@ -108,11 +108,12 @@ fn publishes_the_bytes_under_the_name() {
     assert_eq!(
         store.usage(),
         Usage {
-            used: 3_000_007,
+            used: 3_000_007 + 3 * 1024,
             reserved: 0,
             open: 0,
             suspended: 0,
-        }
+        },
+        "an empty file and two directories"
     );
 }
 
@@ -440,11 +441,12 @@ fn of_many_uploads_of_one_name_exactly_one_wins() {
         assert_eq!(
             store.usage(),
             Usage {
-                used: 1000,
+                used: 1000 + 1024,
                 reserved: 0,
                 open: 0,
                 suspended: 0,
-            }
+            },
+            "the file and its directory"
         );
     }
 }
@@ -591,8 +593,8 @@ fn renaming_finds_the_first_free_number() {
 
 #[test]
 fn the_quota_counts_files_and_reservations() {
-    // A link counts for the room it takes, whatever it leads to.
-    const LINKS: u64 = 2 * 1024;
+    // Two links, whatever they lead to, and two directories.
+    const NAMES: u64 = 4 * 1024;
     let dir = TempDir::new().unwrap();
     fs::create_dir_all(dir.path().join("old/deep")).unwrap();
     fs::write(dir.path().join("old/deep/file"), [0; 100]).unwrap();
@@ -601,25 +603,25 @@ fn the_quota_counts_files_and_reservations() {
     let store = Store::open(
         dir.path(),
         StoreConfig {
-            quota: Some(1000 + LINKS),
+            quota: Some(1000 + NAMES),
             ..StoreConfig::default()
         },
     )
     .unwrap();
-    assert_eq!(store.usage().used, 100 + LINKS);
+    assert_eq!(store.usage().used, 100 + NAMES);
     let first = begin(&store, "a", Some(600), IfExists::Same).unwrap();
     let error = begin(&store, "b", Some(301), IfExists::Same).unwrap_err();
     assert_eq!((error.code(), error.retry()), ("quota", true));
     assert_eq!(
         error.to_string(),
-        "quota: needs 301 bytes, 300 bytes of 3.0 kB left"
+        "quota: needs 301 bytes, 300 bytes of 5.0 kB left"
     );
     assert_eq!(staging(&dir), 1);
     let second = begin(&store, "b", Some(300), IfExists::Same).unwrap();
     assert_eq!(
         store.usage(),
         Usage {
-            used: 100 + LINKS,
+            used: 100 + NAMES,
             reserved: 900,
             open: 2,
             suspended: 0,
@@ -636,7 +638,7 @@ fn the_quota_counts_files_and_reservations() {
     assert_eq!(
         store.usage(),
         Usage {
-            used: 1000 + LINKS,
+            used: 1000 + NAMES,
             reserved: 0,
             open: 0,
             suspended: 0,

@@ -15,7 +15,8 @@ use cap_std::fs::{Dir, Metadata, MetadataExt as _};
 use rustix::io::Errno;
 
 use super::disk::below;
-use super::disk::{self, LINK_BYTES, PRIVATE};
+use super::disk::{self, PRIVATE};
+use super::quota::{LEAST, charge};
 use super::{Existing, IfExists, Inner, Meta, OtherTime, Store, StoreError, Tenant, Time};
 use crate::names;
 use crate::path::{PathRule, RelPath};
@@ -184,7 +185,7 @@ impl Store {
             path,
             recursive,
             removed: Removed::default(),
-            links: 0,
+            counted: 0,
         };
         let found = removal.entry(
             &dir,
@@ -192,8 +193,7 @@ impl Store {
             path.components().count(),
         );
         // Also of what a failure left half done.
-        let links = removal.links.saturating_mul(LINK_BYTES);
-        inner.removed(path, removal.removed.bytes.saturating_add(links));
+        inner.removed(path, removal.counted);
         if !found? {
             return Err(not_found());
         }
@@ -241,13 +241,16 @@ impl Store {
         let inner = &self.inner;
         let failed = |action| move |e: io::Error| inner.disk.error(action, path, e);
         inner.check_name(path)?;
-        inner.room_for_name(tenant)?;
+        if inner.disk.is_vacant(path) {
+            inner.room_for_name(path, tenant)?;
+        }
         let parent = inner.parent_for(path)?;
         let name = &*names::os(path.file_name());
         let there = below::see(&parent, name).map_err(failed("look up a name"))?;
         if there.is_none() {
             below::make(&parent, path.file_name())
                 .map_err(|e| failed("make a directory")(e.into()))?;
+            inner.state().accounts.added(path, LEAST);
         }
         let dir = match below::enter(&parent, name) {
             Ok(dir) => dir,
@@ -282,7 +285,7 @@ impl Store {
         self.make_link_for(path, target, if_exists, None)
     }
 
-    /// As [`make_link`](Self::make_link), counted against this quota, too. A link counts as 1 KiB.
+    /// As [`make_link`](Self::make_link), counted against this quota, too.
     pub fn make_link_for(
         &self,
         path: &RelPath,
@@ -296,7 +299,7 @@ impl Store {
         inner.check_name(path)?;
         inner.check_policy(if_exists)?;
         check_target(path, target)?;
-        inner.room(LINK_BYTES, 0, 0, tenant).map(drop)?;
+        inner.room_for_name(path, tenant)?;
         let name = path.file_name();
         let mut outcome = exists();
         // Something may come or go between a look and the step that follows.
@@ -313,8 +316,8 @@ impl Store {
             let replaced = match &there {
                 None => 0,
                 Some(_) if if_exists != IfExists::Overwrite => return Err(exists()),
-                Some(there) if there.is_file() => there.len(),
-                Some(there) if there.is_symlink() => LINK_BYTES,
+                Some(there) if there.is_file() => charge(there.len()),
+                Some(there) if there.is_symlink() => LEAST,
                 Some(_) => return Err(exists()),
             };
             let disk = &inner.disk;
@@ -326,7 +329,7 @@ impl Store {
             let Err(error) = placed else {
                 let mut state = inner.state();
                 state.accounts.removed(path, replaced);
-                state.accounts.added(path, LINK_BYTES);
+                state.accounts.added(path, LEAST);
                 drop(state);
                 disk::sync_dir(&dir).map_err(failed("sync a directory"))?;
                 return Ok(false);
@@ -464,7 +467,7 @@ impl Inner {
     /// The directory in which `path` is to be made, itself made and durable.
     fn parent_for(&self, path: &RelPath) -> Result<Dir, StoreError> {
         let mut made = Vec::new();
-        let dir = self.disk.make_parent(path, &mut made)?;
+        let dir = self.make_parent(path, &mut made)?;
         for made in &made {
             disk::sync_dir(&made.parent)
                 .map_err(|e| self.disk.error("sync a directory", path, e))?;
@@ -473,11 +476,10 @@ impl Inner {
         Ok(dir)
     }
 
-    /// Checks that there is room for something that has a name and no bytes. A tenant that has
-    /// nothing left gets not even that.
-    fn room_for_name(&self, tenant: Option<&Tenant>) -> Result<(), StoreError> {
-        self.room(u64::from(tenant.is_some()), 0, 0, tenant)
-            .map(drop)
+    /// Checks that there is room for something that has a name and no bytes, and for the directories on the way to it.
+    fn room_for_name(&self, path: &RelPath, tenant: Option<&Tenant>) -> Result<(), StoreError> {
+        let need = LEAST.saturating_add(self.parents_charge(path, tenant));
+        self.room(need, 0, 0, tenant).map(drop)
     }
 
     /// An error on the way to something that is only looked at. What is no directory holds nothing.
@@ -793,7 +795,8 @@ struct Removal<'a> {
     path: &'a RelPath,
     recursive: bool,
     removed: Removed,
-    links: u64,
+    /// What that counted against a quota.
+    counted: u64,
 }
 
 impl Removal<'_> {
@@ -812,11 +815,12 @@ impl Removal<'_> {
             Err(e) => return Err(self.failed("remove a file", e.into())),
         }
         self.removed.files += 1;
+        let mut counted = LEAST;
         if metadata.is_file() {
             self.removed.bytes = self.removed.bytes.saturating_add(metadata.len());
-        } else if metadata.is_symlink() {
-            self.links += 1;
+            counted = charge(metadata.len());
         }
+        self.counted = self.counted.saturating_add(counted);
         Ok(true)
     }
 
@@ -831,7 +835,10 @@ impl Removal<'_> {
             self.clear(&child, depth)?;
         }
         match below::remove_dir(dir, name) {
-            Ok(()) => Ok(true),
+            Ok(()) => {
+                self.counted = self.counted.saturating_add(LEAST);
+                Ok(true)
+            }
             Err(Errno::NOENT) => Ok(false),
             Err(Errno::NOTEMPTY | Errno::EXIST) => Err(self.not_empty()),
             Err(e) => Err(self.failed("remove a directory", e.into())),

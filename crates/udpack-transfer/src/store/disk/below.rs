@@ -20,7 +20,7 @@ impl Disk {
         self.root.try_clone()
     }
 
-    /// Bytes of all regular files below a directory, or the root, the store's own directory left
+    /// What all that is below a directory, or the root, counts against a quota, the store's own directory left
     /// out; 0 where no such directory is.
     pub(in crate::store) fn used_below(&self, prefix: Option<&RelPath>) -> io::Result<u64> {
         let mut dir = self.root()?;

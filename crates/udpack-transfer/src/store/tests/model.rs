@@ -458,6 +458,15 @@ fn step(real: &mut Real, model: &mut Model, happens: &Happens) {
     }
 }
 
+/// Directories below this one, but for the store's own.
+fn dirs(dir: &Path) -> u64 {
+    let entries = fs::read_dir(dir).unwrap().map(Result::unwrap);
+    let dirs = entries.filter(|entry| entry.file_type().unwrap().is_dir());
+    dirs.filter(|dir| dir.file_name() != ".udpack")
+        .map(|dir| 1 + dirs(&dir.path()))
+        .sum()
+}
+
 /// What must hold after every step.
 fn check(real: &Real, model: &Model) {
     for (slot, upload) in &model.open {
@@ -479,8 +488,11 @@ fn check(real: &Real, model: &Model) {
     let usage = real.store().usage();
     let kept = model.kept.values().map(|kept| kept.disk.len() as u64);
     assert_eq!(usage.suspended, kept.sum::<u64>());
-    let used = model.published.values().map(|bytes| bytes.len() as u64);
-    assert_eq!(usage.used, used.sum::<u64>());
+    let used = model.published.values().map(|bytes| match bytes.len() {
+        0 => 1024,
+        len => len as u64,
+    });
+    assert_eq!(usage.used, used.sum::<u64>() + 1024 * dirs(real.dir.path()));
     if model.open.is_empty() && model.complete.is_empty() {
         assert_eq!((usage.reserved, usage.open), (0, 0));
         let state = real.store().inner.state();

@@ -633,9 +633,10 @@ fn a_batch_is_published_in_order_and_failures_stay_alone() {
     assert_eq!(
         store.usage(),
         Usage {
-            used: 4004,
+            used: 4004 + 20 * 1024,
             ..Usage::default()
-        }
+        },
+        "with 20 directories"
     );
     assert!(store.publish(Vec::new()).is_empty());
 }
@@ -961,6 +962,54 @@ fn links_take_room_of_a_quota() {
     assert_eq!(link("c").unwrap_err().code(), "quota");
     store.remove(&path("a"), false).unwrap();
     link("c").unwrap();
+}
+
+#[test]
+fn directories_and_empty_files_take_room_of_a_quota() {
+    let config = StoreConfig {
+        quota: Some(5 * 1024),
+        overwrite: Overwrite::Always,
+        ..StoreConfig::default()
+    };
+    let (dir, store) = open(config.clone());
+    let used = |store: &Store| store.usage().used;
+    let full = |result: Result<(), StoreError>| {
+        assert_eq!(result.unwrap_err().code(), "quota");
+    };
+    let empty = |store: &Store, name: &str| put(store, name, b"", IfExists::Same).map(drop);
+    let dir_of = |store: &Store, name: &str| {
+        let made = store.make_dir(&path(name), Meta::default(), None);
+        made.map(drop)
+    };
+    empty(&store, "a").unwrap();
+    assert_eq!(used(&store), 1024);
+    // The directories on the way count, once.
+    empty(&store, "x/y/b").unwrap();
+    assert_eq!(used(&store), 4 * 1024);
+    full(empty(&store, "z/c"));
+    full(dir_of(&store, "z/c"));
+    assert_eq!(staging(&dir), 0);
+    assert!(!dir.path().join("z").exists(), "nothing is made in vain");
+    dir_of(&store, "x/d").unwrap();
+    assert_eq!(used(&store), 5 * 1024);
+    full(empty(&store, "c"));
+    full(dir_of(&store, "c"));
+    full(put(&store, "c", b"1", IfExists::Same).map(drop));
+    // One whose size is not told, neither.
+    let c = path("c");
+    full(store.begin(&new(&c, None, IfExists::Same)).map(drop));
+    // What is there needs no room.
+    dir_of(&store, "x/d").unwrap();
+    put(&store, "a", b"1234", IfExists::Overwrite).unwrap();
+    assert_eq!(used(&store), 4 * 1024 + 4);
+    drop(store);
+    let store = Store::open(dir.path(), config).unwrap();
+    assert_eq!(used(&store), 4 * 1024 + 4, "counted anew after a restart");
+    full(empty(&store, "c"));
+    store.remove(&path("x"), true).unwrap();
+    assert_eq!(used(&store), 4);
+    empty(&store, "x/c").unwrap();
+    assert_eq!(used(&store), 2 * 1024 + 4);
 }
 
 #[test]

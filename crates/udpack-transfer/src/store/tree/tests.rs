@@ -726,7 +726,8 @@ fn a_tenant_has_a_quota_of_its_own() {
     fs::create_dir_all(dir.path().join("t/old")).unwrap();
     fs::write(dir.path().join("t/old/file"), [0; 100]).unwrap();
     fs::write(dir.path().join("tt"), [0; 5000]).unwrap();
-    let (tenant, elsewhere) = (tenant("t", 1000), tenant("u", 9));
+    // The directory in it counts 1,024 of these.
+    let (tenant, elsewhere) = (tenant("t", 2024), tenant("u", 9));
     // Opened before the tenant was first seen, by somebody else.
     let other = begin(&store, "t/other", 50, None).unwrap();
     let _away = begin(&store, "u", 5000, None).unwrap();
@@ -735,7 +736,7 @@ fn a_tenant_has_a_quota_of_its_own() {
     assert_eq!((error.code(), error.retry()), ("quota", true));
     assert_eq!(
         error.to_string(),
-        "quota: needs 251 bytes, 250 bytes of 1.0 kB left"
+        "quota: needs 251 bytes, 250 bytes of 2.0 kB left"
     );
     drop((first, other));
     put(&store, "t/c", 800, Some(&tenant));
@@ -768,22 +769,22 @@ fn a_tenant_has_a_quota_of_its_own() {
     // Also when it goes with more than the tenant's.
     put(&store, "t/c", 900, Some(&tenant));
     store.remove(&path("t"), true).unwrap();
-    drop(begin(&store, "t/e", 1000, Some(&tenant)).unwrap());
-    assert_eq!(code(begin(&store, "t/e", 1001, Some(&tenant))), "quota");
+    drop(begin(&store, "t/e", 2024, Some(&tenant)).unwrap());
+    assert_eq!(code(begin(&store, "t/e", 2025, Some(&tenant))), "quota");
 }
 
 #[test]
 fn a_tenant_of_the_root_and_the_store_s_quota_both_hold() {
     let (dir, store) = open(StoreConfig {
-        quota: Some(1000),
+        quota: Some(3000),
         ..StoreConfig::default()
     });
     let (small, large) = (root_tenant(500), root_tenant(5000));
     put(&store, "a", 400, None);
     assert_eq!(code(begin(&store, "b", 101, Some(&small))), "quota");
-    assert_eq!(code(begin(&store, "b", 601, Some(&large))), "quota");
+    assert_eq!(code(begin(&store, "b", 2601, Some(&large))), "quota");
     drop(begin(&store, "b", 100, Some(&small)).unwrap());
-    drop(begin(&store, "b", 600, Some(&large)).unwrap());
+    drop(begin(&store, "b", 2600, Some(&large)).unwrap());
     store.remove(&path("a"), false).unwrap();
     assert_eq!(store.usage().used, 0);
     // Removed behind our back: found at the next count.
