@@ -90,6 +90,12 @@ pub(crate) enum Line<'a> {
         asked: &'a str,
         got: &'a str,
     },
+    /// Parts of files that are kept to be resumed, of this run and of others.
+    Kept {
+        dir: &'a str,
+        files: usize,
+        bytes: u64,
+    },
     /// How all of it ended; exactly one.
     Result {
         /// `ok`, `error`, `partial` or `interrupted`.

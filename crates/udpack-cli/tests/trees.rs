@@ -356,6 +356,13 @@ fn get_writes_to_what_is_no_file() {
     assert_eq!(out.code, 3, "{out:?}");
     assert!(!dir.path().join("no").exists());
     assert!(!dir.path().join(".udpack").exists());
+    // A directory is made where one is named, and none above it.
+    let out = server.client(dir.path(), &["get", "f", "--as", "no/such/"]);
+    assert_eq!(out.code, 3, "{out:?}");
+    assert!(!dir.path().join("no").exists());
+    let out = server.client(dir.path(), &["get", "f", "--as", "new/"]);
+    assert_eq!(out.code, 0, "{out:?}");
+    assert!(dir.path().join("new/f").exists());
 }
 
 #[test]
@@ -1310,6 +1317,80 @@ fn a_killed_download_goes_on_where_it_was() {
     assert!(fs::read(dir.path().join("dir/file")).expect("a file") == content);
     assert_eq!(names(dir.path()), ["dir", "dir/file"]);
     assert!(!dir.path().join(".udpack").exists());
+}
+
+#[test]
+fn an_interrupted_download_says_where_its_part_is_kept() {
+    let server = Server::start_in(workdir(), &["--allow-read"]);
+    write(&server.uploads().join("file"), &bytes(40 << 20, 9));
+    let dir = workdir();
+    let interrupted = |from: u64| {
+        let mut running =
+            Running::spawn(client(dir.path()).env("UDPACK_URL", server.url()).args([
+                "get",
+                "--json",
+                "--bwlimit",
+                "none:8M",
+                "file",
+            ]));
+        until("it goes on", || {
+            let line: Value = serde_json::from_str(&running.line()).expect("json");
+            let bytes = line["bytes"].as_u64();
+            from == 0 && line["event"] == "start"
+                || line["event"] == "progress" && bytes.is_some_and(|now| now > from)
+        });
+        running.signal("INT");
+        running.exited()
+    };
+    let out = interrupted(16 << 20);
+    assert_eq!(out.code, 130, "{out:?}");
+    let told = out.stderr.lines().find(|line| line.contains("./.udpack"));
+    let told = told.unwrap_or_else(|| panic!("{out:?}"));
+    assert!(told.contains("to be resumed"), "{told}");
+    assert!(told.ends_with("rm -r ./.udpack"), "{told}");
+    let events = events(&out.stdout);
+    let kept = named(&events, "kept");
+    assert_eq!(
+        (&kept[0]["dir"], &kept[0]["files"]),
+        (&"./.udpack".into(), &1.into())
+    );
+    assert!(
+        kept[0]["bytes"]
+            .as_u64()
+            .is_some_and(|bytes| bytes > 15 << 20)
+    );
+    assert!(dir.path().join(".udpack").exists());
+    assert_eq!(names(dir.path()), Vec::<String>::new());
+    // What is said works, and where nothing is kept nothing stays.
+    fs::remove_dir_all(dir.path().join(".udpack")).expect("it is removed");
+    write(&server.uploads().join("file"), &bytes(1000, 9));
+    let out = server.client(dir.path(), &["get", "file"]);
+    assert_eq!(out.code, 0, "{out:?}");
+    assert!(!out.stderr.contains(".udpack"), "{out:?}");
+    assert!(!dir.path().join(".udpack").exists());
+    // Small files are not kept.
+    for n in 0..50 {
+        write(
+            &server.uploads().join(format!("many/{n}")),
+            &bytes(500_000, n),
+        );
+    }
+    let mut running = Running::spawn(client(dir.path()).env("UDPACK_URL", server.url()).args([
+        "get",
+        "--json",
+        "--bwlimit",
+        "none:1M",
+        "many",
+    ]));
+    until("it goes on", || running.line().contains("\"progress\""));
+    running.signal("INT");
+    let out = running.exited();
+    assert_eq!(out.code, 130, "{out:?}");
+    assert!(!out.stderr.contains(".udpack"), "{out:?}");
+    assert!(
+        !dir.path().join(".udpack").exists(),
+        "nothing is kept in it"
+    );
 }
 
 #[test]

@@ -192,7 +192,8 @@ impl Drop for Download {
 /// whether it was there. Files are a [`Downloader`]'s: for one this does nothing.
 ///
 /// `preserve` gives a directory its time and permissions: to be done after what is in it was stored, children
-/// before their parents. Blocks: call it from a thread that may.
+/// before their parents. Without it a directory that was not there gets its permissions but for those of `umask`, as
+/// [`Downloader::umask`] says of files. Blocks: call it from a thread that may.
 ///
 /// # Errors
 /// [`TransferError::Store`]: among others when a link leads out of the store, or elsewhere than the one that
@@ -203,13 +204,17 @@ pub fn apply_entry(
     local: &RelPath,
     if_exists: IfExists,
     preserve: bool,
+    umask: Option<u32>,
 ) -> Result<Placed, TransferError> {
     let meta = Meta {
         mtime: preserve.then_some(entry.mtime),
         mode: preserve.then_some(entry.mode),
     };
     let made = match (entry.kind, &entry.target) {
-        (Kind::Dir, _) => store.make_dir(local, meta, None),
+        (Kind::Dir, _) => {
+            let new_mode = umask.map(|umask| entry.mode & 0o777 & !umask);
+            store.make_dir_with(local, meta, new_mode, None)
+        }
         (Kind::Link, Some(target)) => {
             let linked = store.make_link(local, target, if_exists);
             linked.map(|same| Placed {

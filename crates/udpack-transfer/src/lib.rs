@@ -67,7 +67,7 @@ pub use scope::{Scope, ScopeError};
 pub use size::parse_size;
 pub use source::Source;
 pub use store::{
-    Begin, Checkpoint, Complete, Entry, Existing, IfExists, Kind, List, Meta, Names, NewFile,
+    Begin, Checkpoint, Complete, Entry, Existing, IfExists, Kind, Left, List, Meta, Names, NewFile,
     OtherTime, Overwrite, Page, Partial, Placed, Published, Range, Removed, Store, StoreConfig,
     StoreError, Suspended, SyncPolicy, Synced, Tenant, Time, Usage, check_target, purge, uploads,
 };

@@ -35,7 +35,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use cap_std::fs::Dir;
 
@@ -166,7 +166,8 @@ pub struct StoreConfig {
     pub max_suspended: usize,
     /// Most uploads open at a time. Defaults to 256; each holds one file descriptor.
     pub max_open: usize,
-    /// How long an interrupted upload is kept after its last write. Defaults to 24 hours.
+    /// How long an interrupted upload is kept after its last write, in time during which a store was open here.
+    /// Defaults to 24 hours.
     pub expire: Duration,
     /// What is put on disk before a file counts as stored. Defaults to [`SyncPolicy::Auto`].
     pub sync: SyncPolicy,
@@ -319,6 +320,15 @@ pub struct Usage {
     pub open: usize,
     /// Bytes of interrupted uploads that are kept to be resumed.
     pub suspended: u64,
+}
+
+/// What a store keeps when it is closed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Left {
+    /// Interrupted uploads that can be resumed.
+    pub uploads: usize,
+    /// Bytes that they hold.
+    pub bytes: u64,
 }
 
 impl Store {
@@ -477,6 +487,23 @@ impl Store {
     pub fn stored(&self) -> (u64, u64) {
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         (count(&self.inner.files), count(&self.inner.bytes))
+    }
+
+    /// Waits until nothing else holds this store, at most so long, then lets go of its directory, and says what is kept
+    /// there for later: for a program that ends, as what is dropped of its transfers is put aside beside it.
+    ///
+    /// # Drop
+    /// Dropping the future lets go without waiting.
+    pub async fn close(self, within: Duration) -> Left {
+        let deadline = Instant::now() + within;
+        while Arc::strong_count(&self.inner) > 1 && Instant::now() < deadline {
+            tokio::time::sleep(CLOSE_LOOKS).await;
+        }
+        let state = self.inner.state();
+        Left {
+            uploads: state.suspended.len(),
+            bytes: state.suspended(&None),
+        }
     }
 
     /// How full the store is now.
@@ -924,7 +951,7 @@ impl Reservation {
     /// what was there before, and something in any case: a full quota takes no file at all.
     fn begin(&mut self, path: &RelPath, size: Option<u64>, kept: u64) -> Result<(), StoreError> {
         self.parents = self.inner.parents_charge(path, self.tenant.as_ref());
-        let need = size.map_or(kept.max(1), charge);
+        let need = size.map_or_else(|| kept.max(1), charge);
         self.reserve(need.saturating_add(self.parents), 0)
     }
 
@@ -1023,3 +1050,5 @@ pub(crate) fn hash_file(file: &File, progress: &mut dyn FnMut(u64)) -> io::Resul
 /// Files that are looked up before they are written once a name was taken: what is sent again comes in thousands.
 const LOOKS: u32 = 1_024;
 const GIB: u64 = 1 << 30;
+/// How often a store that is closed looks whether it is still in use.
+const CLOSE_LOOKS: Duration = Duration::from_millis(5);

@@ -507,7 +507,7 @@ async fn a_tree_is_listed_in_order_page_by_page() {
         let here = Here::new();
         let store = here.store();
         for entry in &tree[..5] {
-            let made = apply_entry(&store, entry, &rel(&entry.path), IfExists::Same, true);
+            let made = apply_entry(&store, entry, &rel(&entry.path), IfExists::Same, true, None);
             assert!(!made.expect("it can be made").same, "{entry:?}");
         }
         assert!(here.path("empty").is_dir());

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use tempfile::TempDir;
@@ -62,7 +63,8 @@ async fn get(
     };
     let names = names(args, &place)?;
     let target = Target::find(&args.connect)?;
-    target
+    let mut opened = None;
+    let result = target
         .run_link(
             retry(args.transfer.retries),
             &mut interrupts,
@@ -92,10 +94,18 @@ async fn get(
                 }
                 report.start(&target.address(), bytes);
                 let store = place.open(args.transfer.if_exists.into()).await?;
+                opened = Some(store.clone());
                 fetch(args, console, &link, &remote, store, roots, report).await
             },
         )
-        .await?;
+        .await;
+    if let Some(store) = opened {
+        let left = store.close(CLOSING).await;
+        if left.uploads > 0 && spool.is_none() {
+            report.left(&place.dir.join(".udpack"), left);
+        }
+    }
+    result?;
     if let (Some(sink), Some(spool)) = (sink, spool)
         && report.all_stored()
     {
@@ -122,6 +132,7 @@ async fn fetch(
         store: store.clone(),
         exclude: args.exclude.iter().cloned().collect(),
         if_exists: args.transfer.if_exists.into(),
+        umask: umask(),
         notes,
     };
     // Ends with the receivers it feeds.
@@ -190,6 +201,7 @@ struct Lister {
     store: Store,
     exclude: Exclude,
     if_exists: IfExists,
+    umask: u32,
     notes: mpsc::Sender<Note>,
 }
 
@@ -258,10 +270,10 @@ impl Lister {
 
     /// Makes a directory or a link; `tell` whoever reads the results.
     async fn make(&self, entry: &Entry, name: RelPath, preserve: bool, tell: bool) -> bool {
-        let (store, if_exists) = (self.store.clone(), self.if_exists);
+        let (store, if_exists, umask) = (self.store.clone(), self.if_exists, Some(self.umask));
         let (made, local) = (entry.clone(), name.clone());
         let made = tokio::task::spawn_blocking(move || {
-            apply_entry(&store, &made, &local, if_exists, preserve)
+            apply_entry(&store, &made, &local, if_exists, preserve, umask)
         });
         match made.await {
             Ok(Ok(Placed { same, other_time })) => {
@@ -448,6 +460,13 @@ impl Place {
         let is_dir =
             wanted.as_os_str().as_encoded_bytes().ends_with(b"/") || wanted.file_name().is_none();
         if is_dir {
+            let above = wanted.parent().filter(|above| *above != Path::new(""));
+            if !wanted.is_dir()
+                && let Some(above) = above
+                && !above.is_dir()
+            {
+                return Err(no_dir(above));
+            }
             return Ok(Self {
                 dir: wanted.clone(),
                 name: None,
@@ -465,10 +484,7 @@ impl Place {
             _ => PathBuf::from("."),
         };
         if !dir.is_dir() {
-            let text = format!("cannot write to {}: no such directory", dir.display());
-            return Err(Failure::new(Kind::LocalFile, text)
-                .hint("make it, or name a directory to be made: --as DIR/")
-                .into());
+            return Err(no_dir(&dir));
         }
         Ok(Self {
             dir,
@@ -491,7 +507,17 @@ impl Place {
             ..StoreConfig::default()
         };
         let dir = self.dir.clone();
-        let opened = tokio::task::spawn_blocking(move || Store::open(dir, config))
+        let open = move || {
+            // With the permissions that the umask leaves; the store's own way is for itself alone.
+            match std::fs::create_dir(&dir) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                    tracing::debug!(dir = %dir.display(), %error, "cannot make the directory");
+                }
+                _ => {}
+            }
+            Store::open(dir, config)
+        };
+        let opened = tokio::task::spawn_blocking(open)
             .await
             .context("cannot open the directory")?;
         opened.map_err(|error| {
@@ -503,6 +529,13 @@ impl Place {
             .into()
         })
     }
+}
+
+fn no_dir(dir: &Path) -> anyhow::Error {
+    let text = format!("cannot write to {}: no such directory", dir.display());
+    Failure::new(Kind::LocalFile, text)
+        .hint("make it; --as DIR/ makes DIR alone")
+        .into()
 }
 
 /// The name in the store for each of the paths asked for.
@@ -548,6 +581,8 @@ async fn find(remote: &Remote, path: &str, local: String) -> anyhow::Result<Root
 
 /// Said of a directory that is not listed whole.
 pub(super) const UNREAD: &str = "the server cannot list all that is in it";
+/// How long what is under way may take to be put aside.
+const CLOSING: Duration = Duration::from_secs(10);
 /// Entries listed ahead of what is being received.
 const AHEAD: usize = 256;
 

@@ -3,12 +3,13 @@
 
 use std::collections::HashMap;
 use std::io::{self, IsTerminal as _};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use tokio::sync::{mpsc, oneshot};
-use udpack_transfer::{Download, Event, OtherTime, Outcome, Progress, Upload};
+use udpack_transfer::{Download, Event, Left, OtherTime, Outcome, Progress, Upload};
 
 use super::failures::Failures;
 use crate::args::LogArgs;
@@ -166,6 +167,8 @@ pub(super) struct Report {
     unread: Vec<u8>,
     /// More may have happened already.
     gathers: bool,
+    /// Where parts of files are kept to be resumed, and how much of them.
+    left: Option<(PathBuf, Left)>,
     /// Standard output failed, other than by being closed.
     unwritten: Option<io::Error>,
 }
@@ -197,6 +200,7 @@ impl Report {
             told: false,
             unread: Vec::new(),
             gathers: false,
+            left: None,
             unwritten: None,
         }
     }
@@ -204,6 +208,11 @@ impl Report {
     /// Leaves standard output to something else.
     pub(super) fn mute(&mut self) {
         self.mute = true;
+    }
+
+    /// What the end shall say is kept to be resumed.
+    pub(super) fn left(&mut self, dir: &Path, left: Left) {
+        self.left = Some((dir.to_owned(), left));
     }
 
     /// How many files there are to be, if that is known; tells one failure from many.
@@ -594,6 +603,7 @@ impl Report {
         let secs = elapsed.as_secs_f64();
         let rate = self.moved as f64 / secs.max(1e-6);
         let explained = result.as_ref().err().map(Explained::of);
+        self.tell_left();
         if self.json {
             let kind = explained.as_ref().map(|explained| explained.kind);
             self.json(&Line::Result {
@@ -619,6 +629,30 @@ impl Report {
         match self.unwritten {
             Some(error) => Err(error).context("cannot write to standard output"),
             None => Ok(()),
+        }
+    }
+
+    fn tell_left(&mut self) {
+        let Some((dir, left)) = self.left.take() else {
+            return;
+        };
+        let dir = dir.display().to_string();
+        self.json(&Line::Kept {
+            dir: &dir,
+            files: left.uploads,
+            bytes: left.bytes,
+        });
+        if !self.quiet {
+            let files = match left.uploads {
+                1 => "a file",
+                _ => "files",
+            };
+            self.console.line(&format!(
+                "{} of {files} kept in {} to be resumed; to give that up: rm -r {}",
+                size(left.bytes as f64),
+                output::printable(&dir),
+                output::printable(&dir)
+            ));
         }
     }
 

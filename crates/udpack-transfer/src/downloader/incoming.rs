@@ -398,6 +398,10 @@ fn skip(notes: &mpsc::UnboundedSender<Note>, job: &mut Job, bytes: u64, size: u6
     job.resumed = job.resumed.saturating_add(bytes);
 }
 
+#[allow(
+    clippy::large_enum_variant,
+    reason = "it is taken apart where it is made"
+)]
 enum Next {
     Stage(Stage),
     End(End),

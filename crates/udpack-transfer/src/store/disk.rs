@@ -82,7 +82,7 @@ pub(super) struct Disk {
     losses: Mutex<u64>,
     /// New files get the mode asked for.
     exact: bool,
-    /// Held for as long as the store is open. Its time is when a server last looked at the uploads here.
+    /// Held for as long as the store is open. Its time is when a store last looked at the uploads here.
     lock: File,
     /// When that was, by the wall clock and by one that cannot be set.
     seen: Mutex<(SystemTime, Instant)>,
@@ -546,9 +546,7 @@ impl Disk {
     ///
     /// Without `start`, or in a shared directory, uploads may be under way: what is locked stays.
     pub(super) fn sweep(&self, expire: Duration, start: bool) -> io::Result<Swept> {
-        if !self.shared {
-            self.forgive(self.unseen())?;
-        }
+        self.forgive(self.unseen())?;
         let mut swept = Swept::default();
         let mut stale = 0u64;
         let alone = start && !self.shared;
@@ -623,12 +621,17 @@ impl Disk {
         Ok(swept)
     }
 
-    /// How far the wall clock has moved since the last look while no server saw time pass: none was running, or the
-    /// clock was set.
+    /// How far the wall clock has moved since the last look while no store saw time pass: none was open, or the
+    /// clock was set. Of several that share a directory each begins where the last of them looked.
     fn unseen(&self) -> Duration {
         let (wall, at) = (SystemTime::now(), Instant::now());
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        let (last_wall, last_at) = std::mem::replace(&mut *seen, (wall, at));
+        let (mut last_wall, last_at) = std::mem::replace(&mut *seen, (wall, at));
+        if self.shared
+            && let Ok(looked) = self.lock.metadata().and_then(|lock| lock.modified())
+        {
+            last_wall = looked;
+        }
         if let Err(error) = self.lock.set_modified(wall) {
             tracing::debug!(%error, "cannot set the lock's time");
         }

@@ -238,6 +238,17 @@ impl Store {
         meta: Meta,
         tenant: Option<&Tenant>,
     ) -> Result<Placed, StoreError> {
+        self.make_dir_with(path, meta, None, tenant)
+    }
+
+    /// As [`make_dir`](Self::make_dir), with a mode for a directory that was not there.
+    pub(crate) fn make_dir_with(
+        &self,
+        path: &RelPath,
+        meta: Meta,
+        new_mode: Option<u32>,
+        tenant: Option<&Tenant>,
+    ) -> Result<Placed, StoreError> {
         let inner = &self.inner;
         let failed = |action| move |e: io::Error| inner.disk.error(action, path, e);
         inner.check_name(path)?;
@@ -260,6 +271,11 @@ impl Store {
             Err(e) => return Err(failed("open a directory")(e.into())),
         };
         inner.disk.check_device(&dir, path)?;
+        let new_mode = new_mode.filter(|_| there.is_none());
+        let meta = Meta {
+            mode: meta.mode.or(new_mode),
+            ..meta
+        };
         let other_time = set_meta(&dir, path, meta);
         for dir in [&dir, &parent] {
             disk::sync_dir(dir).map_err(failed("sync a directory"))?;

@@ -461,8 +461,9 @@ fn step(real: &mut Real, model: &mut Model, happens: &Happens) {
 /// Directories below this one, but for the store's own.
 fn dirs(dir: &Path) -> u64 {
     let entries = fs::read_dir(dir).unwrap().map(Result::unwrap);
-    let dirs = entries.filter(|entry| entry.file_type().unwrap().is_dir());
-    dirs.filter(|dir| dir.file_name() != ".udpack")
+    let below = entries.filter(|entry| entry.file_type().unwrap().is_dir());
+    below
+        .filter(|dir| dir.file_name() != ".udpack")
         .map(|dir| 1 + dirs(&dir.path()))
         .sum()
 }

@@ -1040,6 +1040,76 @@ fn a_clock_that_leaps_removes_nothing() {
 }
 
 #[test]
+fn in_a_shared_directory_only_time_that_was_seen_ages_what_is_kept() {
+    let shared = || StoreConfig {
+        shared: true,
+        ..StoreConfig::default()
+    };
+    let (dir, store) = open(shared());
+    let mut partial = resumable(&store, "a", Some(9)).unwrap();
+    partial.write_at(0, b"1234").unwrap();
+    drop(partial);
+    drop(store);
+    let open = || Store::open(dir.path(), shared()).unwrap();
+    let then = SystemTime::UNIX_EPOCH + Duration::from_secs(1_577_836_800);
+    let hours = |hours: u64| then + Duration::from_secs(hours * 3600);
+    let lock = dir.path().join(".udpack/lock");
+    // Nobody came here for years.
+    touch(&log_of(&dir, "a"), then);
+    touch(&lock, hours(1));
+    let first = open();
+    assert_eq!(first.usage().suspended, 4);
+    // A second one beside it forgives nothing again, and the clock leaps under both.
+    let second = open();
+    touch(&log_of(&dir, "a"), then);
+    touch(&lock, then);
+    assert_eq!(second.sweep().unwrap(), 0);
+    assert_eq!(first.sweep().unwrap(), 0);
+    drop((first, second));
+    touch(&log_of(&dir, "a"), then);
+    touch(&lock, hours(48));
+    assert_eq!(open().usage().suspended, 0, "48 hours were seen");
+    assert!(
+        !dir.path().join(".udpack").exists(),
+        "nothing is kept in it"
+    );
+}
+
+#[tokio::test]
+async fn who_closes_a_store_is_told_what_stays() {
+    let config = StoreConfig {
+        shared: true,
+        ..StoreConfig::default()
+    };
+    let (dir, store) = open(config.clone());
+    let mut partial = resumable(&store, "a", Some(9)).unwrap();
+    partial.write_at(0, b"1234").unwrap();
+    let (dropped, wait) = std::sync::mpsc::channel::<()>();
+    let elsewhere = thread::spawn(move || {
+        wait.recv().unwrap_err();
+        drop(partial);
+    });
+    let closing = store.close(Duration::from_secs(60));
+    let mut closing = std::pin::pin!(closing);
+    assert!(
+        tokio::time::timeout(Duration::ZERO, &mut closing)
+            .await
+            .is_err(),
+        "the upload is open"
+    );
+    drop(dropped);
+    let left = closing.await;
+    elsewhere.join().unwrap();
+    assert_eq!((left.uploads, left.bytes), (1, 4));
+    assert!(dir.path().join(".udpack").exists());
+    let store = Store::open(dir.path(), config).unwrap();
+    resumable(&store, "a", Some(9)).unwrap().discard();
+    let left = store.close(Duration::from_secs(60)).await;
+    assert_eq!((left.uploads, left.bytes), (0, 0));
+    assert!(!dir.path().join(".udpack").exists());
+}
+
+#[test]
 fn many_begin_the_same_upload_and_one_writes_it() {
     let (dir, store) = open(StoreConfig::default());
     let barrier = Barrier::new(16);
