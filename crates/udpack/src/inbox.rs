@@ -9,6 +9,7 @@ use std::future::Future;
 use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -19,8 +20,9 @@ use crate::base::lock;
 use crate::base::pool::{Place, PoolFull};
 use crate::calls::{Begun, Calls, Taken};
 use crate::metrics::Count;
-use crate::session::{ChannelKey, Session, lost};
+use crate::session::{ChannelKey, Session, lost, on_path};
 use crate::speed::Counters;
+use crate::transport::heard::Heard;
 use crate::wire::code::{CloseCode, CloseReason};
 use crate::wire::config::MIN_FRAME_RATE;
 use crate::wire::control::{
@@ -60,7 +62,7 @@ struct State {
     /// Requests of both sides, and what came for them.
     calls: Lazy<Calls>,
     end: Option<Ending>,
-    timer: Option<Pin<Box<Sleep>>>,
+    timer: Option<Box<Timer>>,
     /// The earliest deadline of requests that are waited for, or one that was.
     alarm: Option<Pin<Box<Sleep>>>,
     /// Bytes received in all, and how many there were when the timer was set.
@@ -72,6 +74,46 @@ struct State {
     uncounted: u64,
     waiters: Arc<Waiters>,
     waker: Waker,
+}
+
+/// The time of an unfinished frame, in halves of a period.
+struct Timer {
+    sleep: Pin<Box<Sleep>>,
+    half: Duration,
+    heard: Heard,
+    /// Those in a row that count.
+    halves: u32,
+}
+
+impl Timer {
+    fn new(half: Duration, heard: Heard) -> Self {
+        Self {
+            sleep: Box::pin(tokio::time::sleep(half)),
+            half,
+            heard,
+            halves: 0,
+        }
+    }
+
+    fn restart(&mut self, half: Duration, heard: Heard) {
+        (self.half, self.heard, self.halves) = (half, heard, 0);
+        self.sleep.as_mut().reset(Instant::now() + half);
+    }
+
+    /// Ready at the end of a half; `true` when that ends a period.
+    fn poll_period(&mut self, cx: &mut Context<'_>, session: &Session) -> Poll<bool> {
+        std::task::ready!(self.sleep.as_mut().poll(cx));
+        self.sleep.as_mut().reset(Instant::now() + self.half);
+        self.halves = match self.heard.counts(&session.conn()) {
+            true => self.halves + 1,
+            false => 0,
+        };
+        let over = self.halves >= 2;
+        if over {
+            self.halves = 0;
+        }
+        Poll::Ready(over)
+    }
 }
 
 /// Memory for a large frame that comes in pieces: all of it, before more than its beginning is read. So a frame that has
@@ -97,10 +139,6 @@ struct Received {
     frames: u64,
     /// What the peer was told of that.
     told: u64,
-    /// Packets heard from the peer when the timer of an unfinished frame was set.
-    heard: u64,
-    /// Half periods in a row in which the peer was heard.
-    strikes: u32,
     /// Bytes received since then.
     bytes: usize,
     /// The peer has ended its direction.
@@ -201,8 +239,6 @@ impl Inbox {
         state.resume = count.then_some(Received {
             frames: 0,
             told: 0,
-            heard: 0,
-            strikes: 0,
             bytes: 0,
             over: false,
         });
@@ -774,11 +810,6 @@ impl State {
     /// What may go on over another connection is not ended by a silent path: two half periods in which the
     /// peer was heard make a whole one.
     fn poll_timer(&mut self, session: &Session) -> Poll<()> {
-        let whole = session.timeouts.frame;
-        let period = match &self.resume {
-            Some(_) => whole / 2,
-            None => whole,
-        };
         self.decoder.rest();
         if self.decoder.held() == 0 {
             if self.room.get().is_some() {
@@ -787,43 +818,30 @@ impl State {
             self.timer = None;
             return Poll::Pending;
         }
-        let waker = self.waker.clone();
-        let mut cx = Context::from_waker(&waker);
         let fresh = std::mem::take(&mut self.completed) || self.timer.is_none();
         if fresh {
             self.mark = self.received;
-            if let Some(count) = &mut self.resume {
-                count.heard = session.conn().stats().udp_rx.datagrams;
-                count.strikes = 0;
-            }
-            if let Some(timer) = &mut self.timer {
-                timer.as_mut().reset(Instant::now() + period);
+            let conn = session.conn();
+            let half = on_path(session.timeouts.frame, &conn) / 2;
+            let heard = Heard::new(&conn);
+            match &mut self.timer {
+                Some(timer) => timer.restart(half, heard),
+                None => self.timer = Some(Box::new(Timer::new(half, heard))),
             }
         }
-        loop {
-            let timer = match &mut self.timer {
-                Some(timer) => timer,
-                None => self.timer.insert(Box::pin(tokio::time::sleep(period))),
-            };
-            std::task::ready!(timer.as_mut().poll(&mut cx));
-            if let Some(count) = &mut self.resume {
-                let heard = session.conn().stats().udp_rx.datagrams;
-                count.strikes = match heard != std::mem::replace(&mut count.heard, heard) {
-                    true => count.strikes + 1,
-                    false => 0,
-                };
-                if count.strikes < 2 {
-                    timer.as_mut().reset(Instant::now() + period);
-                    continue;
-                }
-                count.strikes = 0;
+        let waker = self.waker.clone();
+        let mut cx = Context::from_waker(&waker);
+        while let Some(timer) = &mut self.timer {
+            if !std::task::ready!(timer.poll_period(&mut cx, session)) {
+                continue;
             }
-            if (self.received - self.mark) < MIN_FRAME_RATE.saturating_mul(whole.as_secs().max(1)) {
+            let least = MIN_FRAME_RATE.saturating_mul(session.timeouts.frame.as_secs().max(1));
+            if self.received - self.mark < least {
                 return Poll::Ready(());
             }
             self.mark = self.received;
-            timer.as_mut().reset(Instant::now() + period);
         }
+        Poll::Pending
     }
 
     /// Ready at this time. One timer serves all who wait, and is only moved for who comes before the others: to set one

@@ -4,6 +4,7 @@
 pub(crate) mod congestion;
 pub(crate) mod endpoint;
 mod gather;
+pub(crate) mod heard;
 pub(crate) mod qlog;
 mod timer;
 pub(crate) mod udp;

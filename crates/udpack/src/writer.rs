@@ -11,8 +11,9 @@ use futures_util::FutureExt;
 
 use crate::metrics::Count;
 use crate::outbox::{BATCH, COPY_LIMIT, Outbox, TURN, Work};
-use crate::session::{Line, Session, lost};
+use crate::session::{Line, Session, lost, on_path};
 use crate::speed::Counters;
+use crate::transport::heard::Heard;
 use crate::turns::Turns;
 use crate::wire::code::{CloseCode, CloseReason};
 use crate::wire::config::Priority;
@@ -121,7 +122,7 @@ async fn drive(
                 tokio::select! {
                     () = outbox.work.notified() => {}
                     end = &mut stopped => return Err(stop_reason(session, end)),
-                    () = tokio::time::sleep(session.timeouts.slow_peer / PARTS), if watched => {
+                    () = tokio::time::sleep(part(session, &conn)), if watched => {
                         if patience.is_over(outbox, &conn)
                             && let Some(mut stream) = outbox.take_back(epoch)
                         {
@@ -156,44 +157,36 @@ async fn drive(
     }
 }
 
-/// Parts of the slow-peer time. A part counts against the peer if something was heard in it, or if nothing was said:
-/// a path on which what is sent stays unanswered is silent, which is the idle timer's business.
+/// Parts of the slow-peer time; see [`Heard`] for those that count.
 const PARTS: u32 = 4;
 /// So many parts must count once the path was silent. QUIC then takes up to 9/8 of the silence to declare lost what
 /// was under way (RFC 9002, section 6.1.2: the latest round trip is as long as the silence), and sends nothing new
 /// before; a silence that a connection outlives is shorter than the idle time, 30 s.
 const PARTS_AFTER_SILENCE: u32 = 4 * PARTS;
 
+/// A part of the time in which a peer on this path must take something.
+fn part(session: &Session, line: &Line) -> Duration {
+    on_path(session.timeouts.slow_peer, line) / PARTS
+}
+
 /// In how many parts of the slow-peer time a peer took nothing although its path was alive.
-struct Heard {
-    received: u64,
-    sent: u64,
-    /// A part went by in which something was sent and nothing received. QUIC repeats what was lost at intervals that
-    /// double, so from then on a part in which nothing is said proves nothing.
-    silent: bool,
+struct Passed {
+    heard: Heard,
     parts: u32,
 }
 
-impl Heard {
+impl Passed {
     fn new(line: &Line) -> Self {
-        let stats = line.stats();
         Self {
-            received: stats.udp_rx.datagrams,
-            sent: stats.udp_tx.datagrams,
-            silent: false,
+            heard: Heard::new(line),
             parts: 0,
         }
     }
 
     /// Another part has passed. Says whether that makes the whole time.
     fn part(&mut self, line: &Line) -> bool {
-        let stats = line.stats();
-        let (received, sent) = (stats.udp_rx.datagrams, stats.udp_tx.datagrams);
-        let heard = received != self.received;
-        self.silent |= !heard && sent != self.sent;
-        (self.received, self.sent) = (received, sent);
-        self.parts += u32::from(heard || !self.silent);
-        let whole = match self.silent {
+        self.parts += u32::from(self.heard.counts(line));
+        let whole = match self.heard.was_silent() {
             true => PARTS_AFTER_SILENCE,
             false => PARTS,
         };
@@ -205,14 +198,14 @@ impl Heard {
 #[derive(Default)]
 struct Patience {
     /// What was confirmed when the time began.
-    begun: Option<(u64, Heard)>,
+    begun: Option<(u64, Passed)>,
 }
 
 impl Patience {
     fn watch(&mut self, outbox: &Outbox, line: &Line) -> bool {
         let stuck = outbox.stuck_at();
         if stuck != self.begun.as_ref().map(|(at, _)| *at) {
-            self.begun = stuck.map(|at| (at, Heard::new(line)));
+            self.begun = stuck.map(|at| (at, Passed::new(line)));
         }
         stuck.is_some()
     }
@@ -220,7 +213,7 @@ impl Patience {
     /// Called when a part of the slow-peer time has passed.
     fn is_over(&mut self, outbox: &Outbox, line: &Line) -> bool {
         match (&mut self.begun, outbox.stuck_at()) {
-            (Some((at, heard)), Some(now)) if *at == now => heard.part(line),
+            (Some((at, passed)), Some(now)) if *at == now => passed.part(line),
             _ => false,
         }
     }
@@ -305,18 +298,18 @@ async fn progress(
     if let Some(written) = write_some(stream, rest, &line.turns, priority).now_or_never() {
         return written.map_err(|error| write_reason(session, error));
     }
-    let part: Duration = session.timeouts.slow_peer / PARTS;
+    let part = part(session, line);
     let (begun, _) = session.counters.totals();
     let mut before = begun;
-    let mut heard = Heard::new(line);
+    let mut passed = Passed::new(line);
     loop {
         match tokio::time::timeout(part, write_some(stream, rest, &line.turns, priority)).await {
             Ok(Ok(written)) => return Ok(written),
             Ok(Err(error)) => return Err(write_reason(session, error)),
-            Err(_) if !heard.part(line) => {}
+            Err(_) if !passed.part(line) => {}
             Err(_) if crowded(begun, before, session) => {
                 before = session.counters.totals().0;
-                heard.parts = 0;
+                passed.parts = 0;
             }
             Err(_) => return Err(slow_peer(stream, session)),
         }

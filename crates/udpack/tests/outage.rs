@@ -435,3 +435,37 @@ async fn a_cut_below_the_idle_time_costs_no_quiet_channel_and_no_member_of_a_roo
         }
     }
 }
+
+/// A large frame that comes slowly, and a silence longer than its time in the middle of it.
+#[tokio::test(start_paused = true)]
+async fn a_silence_within_a_large_frame_is_not_the_sender_being_slow() {
+    for resumable in [false, true] {
+        for begins in [5, 9, 14] {
+            let net = Net::new(3).delay(Duration::from_millis(20)).rate(20_000);
+            let times = udpack::Timeouts {
+                frame: Duration::from_secs(10),
+                ..udpack::Timeouts::default()
+            };
+            let server = udpack::testing::server().timeouts(times).accept_channels();
+            let server = net.bind(server).await.expect("an address");
+            let (here, there) = tokio::join!(connect(&net, &server), server.accept());
+            let there = there.expect("a socket");
+            let (ours, theirs) = tokio::join!(
+                open(&here, "c", Priority::Normal, resumable),
+                there.accept_channel()
+            );
+            let theirs = theirs.expect("its other end");
+            // 50 seconds of it.
+            let large = ByteBuf::from(vec![7; 1_000_000]);
+            ours.send("large", &large).await.expect("queued");
+            let net = net.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep(Duration::from_secs(begins)).await;
+                net.cut_for(Duration::from_secs(12));
+            });
+            let came = tokio::time::timeout(10 * MINUTE, theirs.recv()).await;
+            let came = came.expect("in time").expect("the channel lives");
+            assert!(came.expect("a message").len() > 1_000_000);
+        }
+    }
+}
