@@ -31,7 +31,7 @@ use crate::url::{ConnectUrl, DEFAULT_PORT};
 use crate::wire::code::{CloseCode, CloseReason, Side};
 use crate::wire::config::InvalidSetting;
 use crate::wire::config::{CongestionControl, Limits, Timeouts};
-use crate::wire::control::{self, GoAway, ResumeRequest, ResumeTicket};
+use crate::wire::control::{self, ResumeRequest, ResumeTicket};
 
 /// A client's settings; each `connect` makes a socket of its own. Cheap to clone.
 #[derive(Clone)]
@@ -288,16 +288,19 @@ impl Client {
             control::encode_hello(token, &settings.agent, &settings.limits, resume.as_ref())
                 .map_err(|_| ConnectError::Setting(InvalidSetting("the token cannot be sent")))?;
         let _ = send.set_priority(i32::MAX);
-        send.write_chunk(hello).await.map_err(|_| {
-            ConnectError::Denied(crate::session::lost("the connection ended before $hello"))
+        send.write_chunk(hello).await.map_err(|error| {
+            ConnectError::Denied(match error {
+                quinn::WriteError::ConnectionLost(error) => CloseReason::from_connection(&error),
+                _ => CloseReason::local(
+                    CloseCode::PROTOCOL_ORDER,
+                    "the control stream was stopped before $hello",
+                ),
+            })
         })?;
         Ok(Link {
             conn,
             endpoint: Some(endpoint),
-            control: Box::new(Control {
-                send,
-                inbox: Inbox::new(recv, settings.limits.frame),
-            }),
+            control: Box::new(Control::new(send, Inbox::new(recv, settings.limits.frame))),
             welcome: None,
         })
     }
@@ -381,9 +384,9 @@ pub(crate) struct Dialler {
 const LASTING: Duration = Duration::from_secs(10);
 
 impl Dialler {
-    /// How long to wait as a server asks: no longer than this side's patience.
-    pub(crate) fn wait(&self, goaway: &GoAway) -> Duration {
-        goaway.wait().min(self.policy.patience)
+    /// How long it waits at most when a server asks it to.
+    pub(crate) fn patience(&self) -> Duration {
+        self.policy.patience
     }
 
     /// Makes the next connection, for as long as the policy allows. After a move to the next server, `moved`
@@ -401,9 +404,9 @@ impl Dialler {
         let mut wait = Duration::ZERO;
         if moved {
             begin += 1;
-        } else if let Some(goaway) = lock(&session.received_goaway).take() {
+        } else if let Some(leaving) = lock(&session.received_goaway).take() {
             begin += 1;
-            wait = self.wait(&goaway);
+            wait = leaving.turn.saturating_duration_since(Instant::now());
         }
         self.flaps = if self.since.elapsed() < LASTING {
             self.flaps.saturating_add(1)

@@ -26,18 +26,41 @@ use crate::lifetime::Lifetime;
 use crate::metrics::{Count, Tally, Words};
 use crate::reconnect::SocketState;
 use crate::resume::{Mismatch, Seen};
-use crate::session::{CONFIRM, ChannelKey, Session, WISHED, give_up};
+use crate::session::{CONFIRM, ChannelKey, Leaving, Session, WISHED, give_up, on_path};
 use crate::socket::Registry;
 use crate::streams::serve_stream;
 use crate::transport::windows;
 use crate::wire::code::{CloseCode, CloseReason, Side};
 use crate::wire::config::USED_STREAMS;
-use crate::wire::control::{self, Ack, Channels, ControlError, GoAway, Passed, Welcome};
+use crate::wire::control::{self, Ack, Channels, ControlError, Passed, Welcome};
 
 /// The control stream, in the driver's hands.
 pub(crate) struct Control {
     pub(crate) send: quinn::SendStream,
     pub(crate) inbox: Inbox,
+    /// The peer reads no more of it. It may have said why, or end the connection; at this time it has not.
+    stopped: Option<Instant>,
+}
+
+impl Control {
+    /// The first of all that waits to be sent.
+    pub(crate) fn new(send: quinn::SendStream, inbox: Inbox) -> Self {
+        let _ = send.set_priority(i32::MAX);
+        Self {
+            send,
+            inbox,
+            stopped: None,
+        }
+    }
+
+    /// Writes small frames; a peer that does not even take those within the close time is given up.
+    async fn write(&mut self, session: &Session, frames: &mut [Bytes]) {
+        let written = write_small(session, &mut self.send, frames).await;
+        if let Err(quinn::WriteError::Stopped(_)) = written {
+            let within = on_path(session.timeouts.close / 5, &session.conn());
+            self.stopped.get_or_insert_with(|| Instant::now() + within);
+        }
+    }
 }
 
 /// A connection on which a session goes on, or another begins.
@@ -239,11 +262,12 @@ impl Comeback {
         }
     }
 
-    /// How long to wait as the server asks, at a client.
-    fn wait(&self, goaway: &GoAway) -> Duration {
+    /// How long a client waits at most when a server asks it to.
+    fn patience(&self) -> Duration {
         match self {
-            Self::Dialled(dialler) => dialler.wait(goaway),
-            Self::Never | Self::Awaited(_) => Duration::ZERO,
+            Self::Dialled(dialler) => dialler.patience(),
+            // It does not come back: the time is only told.
+            Self::Never | Self::Awaited(_) => Duration::from_secs(86_400),
         }
     }
 
@@ -381,9 +405,10 @@ impl Driver {
         if self.resumed {
             let open = session.kept_own().iter().map(|pipe| pipe.key.id).collect();
             if let Some(frame) = control::encode_channels(open) {
-                Box::pin(write_control(&session, &mut control.send, frame)).await;
+                Box::pin(control.write(&session, &mut [frame])).await;
             }
         }
+        let patience = comeback.patience();
         let mut confirm_at = None;
         let mut move_at: Option<Instant> = None;
         // The control stream is one of the server's.
@@ -440,16 +465,16 @@ impl Driver {
                         }
                     },
                     message = poll_fn(|cx| control.inbox.poll_first(cx, &session, &session.counters)) => {
-                        match on_control(&session, &mut self.stage, message) {
+                        match on_control(&session, &mut self.stage, patience, message) {
                             None => {
-                                if move_at.is_none()
-                                    && matches!(comeback, Comeback::Dialled(_))
-                                    && let Some(goaway) = &*lock(&session.received_goaway)
+                                if matches!(comeback, Comeback::Dialled(_))
+                                    && let Some(leaving) = lock(&session.received_goaway).as_deref()
+                                    && move_at != Some(leaving.turn)
                                 {
                                     // Until then channels go on; new ones wait for the next server.
-                                    move_at = Some(Instant::now() + comeback.wait(goaway));
+                                    move_at = Some(leaving.turn);
                                     session.set_up(None);
-                                    let state = SocketState::GoingAway(GoAway::clone(goaway));
+                                    let state = SocketState::GoingAway(leaving.goaway.clone());
                                     session.states.set(state);
                                 }
                                 Act::Wait
@@ -473,10 +498,15 @@ impl Driver {
                     () = at(confirm_at) => {
                         confirm_at = None;
                         Act::work(async {
-                            confirm(&session, &mut control.send).await;
+                            confirm(&session, control).await;
                             None
                         })
                     },
+                    () = at(control.stopped) => {
+                        control.stopped = None;
+                        session.abort(unread());
+                        Act::Wait
+                    }
                     link = comeback.replaced() => Act::Over(Outcome::Replaced(link)),
                     () = at(move_at) => {
                         let reason = CloseReason::new(
@@ -485,10 +515,12 @@ impl Driver {
                             Side::Transport,
                         );
                         session.finish_channels_because(&reason);
-                        Act::work(async { Some(self.leave(control, channels, reason).await) })
+                        Act::work(async {
+                            Some(self.leave(control, channels, patience, reason).await)
+                        })
                     },
                     frame = self.lifetime.next() => Act::work(async {
-                        write_control(&session, &mut control.send, frame).await;
+                        control.write(&session, &mut [frame]).await;
                         None
                     }),
                     Some(ended) = channels.join_next() => {
@@ -513,6 +545,7 @@ impl Driver {
         &mut self,
         control: &mut Control,
         channels: &mut JoinSet<()>,
+        patience: Duration,
         reason: CloseReason,
     ) -> Outcome {
         let session = &self.session.clone();
@@ -524,7 +557,7 @@ impl Driver {
                 () = &mut ended => break,
                 _ = conn.closed() => return Outcome::Moved(reason),
                 message = poll_fn(|cx| control.inbox.poll_first(cx, session, &session.counters)) => {
-                    if on_control(session, &mut self.stage, message).is_some() {
+                    if on_control(session, &mut self.stage, patience, message).is_some() {
                         // Its patience has ended before ours.
                         conn.close(CloseCode::NORMAL.varint(), b"");
                         return Outcome::Moved(reason);
@@ -532,7 +565,7 @@ impl Driver {
                 },
                 () = session.wake.wait(CONFIRM) => {
                     tokio::time::sleep(CONFIRM_DELAY).await;
-                    confirm(session, &mut control.send).await;
+                    confirm(session, control).await;
                 },
                 () = session.wake.wait(WISHED) => {
                     let close = session.wished_close();
@@ -542,15 +575,20 @@ impl Driver {
                         return Outcome::Over(session.reason_for(&error));
                     }
                 },
-                frame = self.lifetime.next() => write_control(session, &mut control.send, frame).await,
+                frame = self.lifetime.next() => control.write(session, &mut [frame]).await,
+                () = at(control.stopped) => {
+                    session.abort(unread());
+                    return Outcome::Over(session.closed_reason());
+                },
                 Some(ended) = channels.join_next() => reap(session, ended),
             }
         }
         if let Some(frame) = control::encode_close(CloseCode::NORMAL, "") {
-            write_control(session, &mut control.send, frame).await;
+            control.write(session, &mut [frame]).await;
             let _ = control.send.finish();
         }
-        let _ = tokio::time::timeout(session.timeouts.close, conn.closed()).await;
+        let within = on_path(session.timeouts.close, &conn);
+        let _ = tokio::time::timeout(within, conn.closed()).await;
         conn.close(CloseCode::NORMAL.varint(), b"");
         Outcome::Moved(reason)
     }
@@ -568,7 +606,7 @@ async fn carry_out(
         (wishes.close.clone(), wishes.goaway.take())
     };
     if let Some(frame) = goaway.as_ref().and_then(control::encode_goaway) {
-        write_control(session, &mut control.send, frame).await;
+        control.write(session, &mut [frame]).await;
     }
     let reason = close?;
     close_gracefully(session, control, reason).await;
@@ -590,7 +628,8 @@ async fn take_leave(session: &Session, conn: &quinn::Connection, reason: CloseRe
         // The peer has flushed its channels and leaves the last word to us. What we have queued gets a moment
         // too; a peer that no longer reads cannot hold us up.
         session.finish_channels();
-        session.channels_done(session.timeouts.close / 5).await;
+        let within = on_path(session.timeouts.close / 5, conn);
+        session.channels_done(within).await;
         let (code, text) = (reason.code.varint(), reason.text.clone());
         session.end.set(reason);
         conn.close(code, text.as_bytes());
@@ -602,7 +641,7 @@ async fn take_leave(session: &Session, conn: &quinn::Connection, reason: CloseRe
 }
 
 /// Tells the peer what it need not keep any more, and how far the program has come.
-async fn confirm(session: &Session, send: &mut quinn::SendStream) {
+async fn confirm(session: &Session, control: &mut Control) {
     let mut frames = Vec::new();
     for (key, confirm) in session.take_confirms() {
         let (channel, own) = (key.id, key.own);
@@ -619,7 +658,7 @@ async fn confirm(session: &Session, send: &mut quinn::SendStream) {
                 .and_then(|mark| control::encode_passed(Passed { channel, own, mark })),
         );
     }
-    write_control_all(session, send, &mut frames).await;
+    control.write(session, &mut frames).await;
 }
 
 fn reap(session: &Session, ended: Result<(), tokio::task::JoinError>) {
@@ -669,6 +708,7 @@ impl Stage {
 fn on_control(
     session: &Session,
     stage: &mut Stage,
+    patience: Duration,
     message: Result<crate::Message, Ending>,
 ) -> Option<CloseReason> {
     let order = |text: &str| Some(CloseReason::local(CloseCode::PROTOCOL_ORDER, text));
@@ -686,7 +726,13 @@ fn on_control(
             control::GOAWAY => match control::decode_goaway(&message) {
                 Ok(goaway) => {
                     tracing::info!(text = %goaway.text, "the server is going away");
-                    lock(&session.received_goaway).get_or_insert_with(|| Box::new(goaway));
+                    let turn = Instant::now() + goaway.wait().min(patience);
+                    let mut leaving = lock(&session.received_goaway);
+                    // Of several the soonest: a server that says it again can hurry a client, not hold it.
+                    if leaving.as_ref().is_none_or(|before| turn < before.turn) {
+                        *leaving = Some(Box::new(Leaving { goaway, turn }));
+                    }
+                    drop(leaving);
                     if !session.reconnects {
                         session.set_up(None);
                     }
@@ -779,12 +825,13 @@ fn on_ack(session: &Session, ack: Ack) -> Option<CloseReason> {
 
 /// Flushes the channels, tells the peer, and leaves the last word to it; all within the close time.
 async fn close_gracefully(session: &Session, control: &mut Control, reason: CloseReason) {
-    let within = session.timeouts.close;
+    let within = on_path(session.timeouts.close, &session.conn());
     let deadline = Instant::now() + within;
     session.finish_channels();
     session.channels_done(within).await;
     if let Some(frame) = control::encode_close(reason.code, &reason.text) {
-        let written = write_control(session, &mut control.send, frame);
+        let frames = &mut [frame];
+        let written = control.write(session, frames);
         let _ = tokio::time::timeout(within, written).await;
         let _ = control.send.finish();
     }
@@ -804,22 +851,30 @@ async fn close_gracefully(session: &Session, control: &mut Control, reason: Clos
     session.abort(reason);
 }
 
-/// Writes one small frame; a peer that does not even take that within the close time is given up.
-pub(crate) async fn write_control(session: &Session, send: &mut quinn::SendStream, frame: Bytes) {
-    write_control_all(session, send, &mut [frame]).await;
+/// Why a connection ends whose peer has stopped its control stream.
+fn unread() -> CloseReason {
+    CloseReason::local(CloseCode::PROTOCOL_ORDER, "the control stream was stopped")
 }
 
-/// Writes small frames, as [`write_control`] does one.
-async fn write_control_all(session: &Session, send: &mut quinn::SendStream, frames: &mut [Bytes]) {
+/// Writes small frames to a stream of the protocol; a peer that does not even take those within the close time is given up.
+///
+/// # Errors
+/// When the stream takes nothing any more.
+pub(crate) async fn write_small(
+    session: &Session,
+    send: &mut quinn::SendStream,
+    frames: &mut [Bytes],
+) -> Result<(), quinn::WriteError> {
     let mut writing = std::pin::pin!(send.write_all_chunks(frames));
     loop {
         let conn = session.conn();
         let heard = conn.stats().udp_rx.datagrams;
-        match tokio::time::timeout(session.timeouts.close, &mut writing).await {
-            Ok(Ok(())) => return,
+        let within = on_path(session.timeouts.close, &conn);
+        match tokio::time::timeout(within, &mut writing).await {
+            Ok(Ok(())) => return Ok(()),
             Ok(Err(error)) => {
                 tracing::debug!(%error, "control stream not writable");
-                return;
+                return Err(error);
             }
             // A path that is silent is the idle timer's business.
             Err(_) if conn.stats().udp_rx.datagrams == heard => {}
@@ -828,7 +883,7 @@ async fn write_control_all(session: &Session, send: &mut quinn::SendStream, fram
                     CloseCode::SLOW_PEER,
                     "the peer does not read the control stream",
                 ));
-                return;
+                return Ok(());
             }
         }
     }

@@ -969,8 +969,7 @@ async fn enter(
     let few = FEW_STREAMS.min(shared.limits.channels.saturating_add(1));
     conn.set_max_concurrent_bi_streams(few.into());
     conn.set_max_concurrent_uni_streams(VOLATILE_STREAMS.into());
-    let mut control = Box::new(Control { send, inbox });
-    let _ = control.send.set_priority(i32::MAX);
+    let mut control = Box::new(Control::new(send, inbox));
     control
         .send
         .write_chunk(bytes)

@@ -193,6 +193,13 @@ pub(crate) struct Confirm {
     pub(crate) mark: Option<u64>,
 }
 
+/// What a server that goes away has said, and when it is this client's turn to leave it.
+#[derive(Debug, Clone)]
+pub(crate) struct Leaving {
+    pub(crate) goaway: GoAway,
+    pub(crate) turn: Instant,
+}
+
 /// What the application asked the driver to do.
 #[derive(Debug, Default)]
 pub(crate) struct Wishes {
@@ -254,7 +261,7 @@ pub(crate) struct Session {
     pub(crate) wishes: Mutex<Lazy<Wishes>>,
     /// What wakes the driver: [`WISHED`], [`CONFIRM`], [`SMALL`] and [`LARGE`].
     pub(crate) wake: WakeFlags,
-    pub(crate) received_goaway: Mutex<Option<Box<GoAway>>>,
+    pub(crate) received_goaway: Mutex<Option<Box<Leaving>>>,
     /// The live channels, so that a close can flush them.
     pipes: Mutex<Lazy<HashMap<u64, Weak<Pipe>>>>,
     /// Those that can go on over another connection.
@@ -502,9 +509,9 @@ impl Session {
                 return Ok(self.link());
             }
             if !self.reconnects {
-                let goaway = lock(&self.received_goaway).clone();
-                return Err(match goaway {
-                    Some(goaway) => OpenError::GoingAway(*goaway),
+                let leaving = lock(&self.received_goaway).clone();
+                return Err(match leaving {
+                    Some(leaving) => OpenError::GoingAway(leaving.goaway),
                     None => OpenError::Closed(lost("the connection is lost")),
                 });
             }
@@ -803,7 +810,13 @@ pub(crate) fn give_up(conn: &quinn::Connection) {
 /// The time that a peer on this path has for what it must do within `limit`: a message, what is sent again because it was
 /// lost, and its answer take some round trips, however quick the peer is.
 pub(crate) fn on_path(limit: Duration, conn: &quinn::Connection) -> Duration {
-    limit.saturating_add(conn.rtt().saturating_mul(4))
+    limit.saturating_add(trips(conn.rtt()))
+}
+
+/// The time for some round trips, of which each takes so long. Bounded, because a peer can make a path look as long as it
+/// likes.
+pub(crate) fn trips(rtt: Duration) -> Duration {
+    rtt.saturating_mul(4).min(Duration::from_secs(60))
 }
 
 /// The reason for a connection that ended while a channel still needed it.

@@ -193,11 +193,11 @@ impl Socket {
         self.inner.session.end.get().cloned()
     }
 
-    /// The server's word that it is going down, if it has sent one.
+    /// The server's word that it is going down, if it has sent one; of several the one that names the soonest time.
     pub fn goaway(&self) -> Option<GoAway> {
         lock(&self.inner.session.received_goaway)
-            .as_deref()
-            .cloned()
+            .as_ref()
+            .map(|leaving| leaving.goaway.clone())
     }
 
     /// What becomes of this socket's connection: the present state, then each change.

@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 
 use crate::base::lock;
 use crate::channel::{Channel, Opened};
-use crate::driver::write_control;
+use crate::driver::write_small;
 use crate::inbox::{Ending, Inbox};
 use crate::metrics::Count;
 use crate::session::{ChannelKey, Line, Session};
@@ -204,7 +204,8 @@ async fn decline(session: &Session, mut send: quinn::SendStream, received: u64) 
         done: true,
     };
     if let Some(frame) = control::encode_resume(done) {
-        write_control(session, &mut send, frame).await;
+        // Who has stopped the stream does not want to know.
+        let _ = write_small(session, &mut send, &mut [frame]).await;
         let _ = send.finish();
     }
 }
