@@ -23,6 +23,7 @@ pub fn endpoint(address: SocketAddr, server: Option<ServerConfig>) -> io::Result
         payload,
         EndpointConfig::default(),
         server,
+        None,
     )?;
     Ok(endpoint)
 }

@@ -21,11 +21,11 @@ use crate::metrics::Tally;
 use crate::reconnect::{Outage, Reconnect, SocketState};
 use crate::router::ServeChannel;
 use crate::server::default_agent;
-use crate::session::{Session, give_up, on_path};
+use crate::session::{Session, give_up, on_path, trips};
 use crate::socket::{Registry, Socket};
 use crate::speed::Counters;
 use crate::tls::{PinCheck, Trust, client_tls};
-use crate::transport::endpoint::{self, At, Route, Via};
+use crate::transport::endpoint::{self, At, FirstWord, Route, Via};
 use crate::transport::qlog::Qlog;
 use crate::url::{ConnectUrl, DEFAULT_PORT};
 use crate::wire::code::{CloseCode, CloseReason, Side};
@@ -246,6 +246,7 @@ impl Client {
             SocketAddr::new(any, 0)
         });
         let route = settings.via.route_to(address);
+        let heard = FirstWord::default();
         let (endpoint, _) = settings
             .via
             .open(
@@ -254,6 +255,7 @@ impl Client {
                 route.map(|route| route.payload),
                 quinn::EndpointConfig::default(),
                 None,
+                Some(heard.clone()),
             )
             .map_err(ConnectError::Local)?;
         let connecting = endpoint
@@ -262,10 +264,11 @@ impl Client {
                 address,
                 text: error.to_string(),
             })?;
-        let patience = settings.timeouts.handshake;
+        let patience = patience(settings.timeouts.handshake, &heard);
         let connecting = async {
             tokio::select! {
-                conn = tokio::time::timeout(patience, connecting) => Ok(conn),
+                conn = connecting => Ok(Some(conn)),
+                () = patience => Ok(None),
                 error = settings.via.unreachable(local, address) => Err(error),
             }
         };
@@ -274,9 +277,9 @@ impl Client {
             text: text.to_owned(),
         })?;
         let conn = match conn {
-            Ok(Ok(conn)) => conn,
-            Ok(Err(error)) => return Err(self.dial_error(address, &error)),
-            Err(_) => return Err(ConnectError::Unreachable { address }),
+            Some(Ok(conn)) => conn,
+            Some(Err(error)) => return Err(self.dial_error(address, &error)),
+            None => return Err(ConnectError::Unreachable { address }),
         };
         let (mut send, recv) = conn
             .open_bi()
@@ -365,6 +368,16 @@ impl fmt::Debug for Client {
             .field("pin", &self.inner.pin.as_ref().map(|(pin, _)| pin))
             .field("agent", &self.inner.agent)
             .finish_non_exhaustive()
+    }
+}
+
+/// Ends when a handshake that begins now has taken too long: `limit`, and as soon as something was heard, some times as long
+/// as that took.
+async fn patience(limit: Duration, heard: &FirstWord) {
+    let begun = Instant::now();
+    tokio::time::sleep_until(begun + limit).await;
+    if let Some(first) = heard.get() {
+        tokio::time::sleep_until(begun + limit + trips(*first - begun)).await;
     }
 }
 
@@ -498,7 +511,8 @@ impl Client {
             },
             Err(_) => {
                 // The reason is the connection's, which may come a moment after the end of the stream.
-                let error = tokio::time::timeout(session.timeouts.auth, conn.closed()).await;
+                let within = on_path(session.timeouts.auth, conn);
+                let error = tokio::time::timeout(within, conn.closed()).await;
                 denied(match error {
                     Ok(error) => CloseReason::from_connection(&error),
                     Err(_) => crate::session::lost("the control stream ended before $welcome"),

@@ -37,7 +37,7 @@ use crate::metrics::{Count, Metrics, Tally, Words};
 use crate::reconnect::SocketState;
 use crate::rooms::Rooms;
 use crate::router::ServeChannel;
-use crate::session::{Session, SessionId, on_path};
+use crate::session::{Session, SessionId, on_path, trips};
 use crate::socket::{Registry, Socket};
 use crate::speed::{Counters, SpeedMeter, Stats};
 use crate::transport::endpoint::{self, At, ETHERNET_PAYLOAD, Route, Via};
@@ -310,6 +310,12 @@ impl Server {
         for socket in self.sockets() {
             drop(socket.close(CloseCode::SHUTTING_DOWN, SHUTTING_DOWN));
         }
+        let longest = self
+            .sockets()
+            .iter()
+            .map(|socket| socket.session().conn().rtt())
+            .max();
+        let within = shared.timeouts.close + trips(longest.unwrap_or_default());
         let gone = async {
             loop {
                 let mut ended = std::pin::pin!(shared.socket_ended.notified());
@@ -320,7 +326,7 @@ impl Server {
                 ended.await;
             }
         };
-        let _ = tokio::time::timeout(shared.timeouts.close + Duration::from_secs(1), gone).await;
+        let _ = tokio::time::timeout(within + Duration::from_secs(1), gone).await;
         shared
             .endpoint
             .close(CloseCode::SHUTTING_DOWN.varint(), SHUTTING_DOWN.as_bytes());
@@ -516,6 +522,7 @@ impl ServerBuilder {
                 self.via.most_payload(),
                 settings,
                 Some(config.clone()),
+                None,
             )
             .map_err(|source| BindError::Bind { address, source })?;
         let settings = ConnectionSettings {

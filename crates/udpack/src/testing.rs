@@ -364,6 +364,7 @@ impl Net {
             None,
             quinn::EndpointConfig::default(),
             None,
+            None,
         )?;
         Ok(endpoint)
     }

@@ -2,14 +2,18 @@
 
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
-use std::sync::Arc;
+use std::pin::Pin;
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use quinn::congestion::{BbrConfig, ControllerFactory, CubicConfig, NewRenoConfig};
+use quinn::udp::{RecvMeta, Transmit};
 use quinn::{
-    AckFrequencyConfig, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig,
-    TransportConfig, VarInt,
+    AckFrequencyConfig, AsyncUdpSocket, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig,
+    ServerConfig, TransportConfig, UdpPoller, VarInt,
 };
+use tokio::time::Instant;
 
 use crate::transport::congestion::ModelConfig;
 use crate::transport::timer::PromptRuntime;
@@ -34,7 +38,7 @@ pub(crate) enum Via {
 impl Via {
     /// A QUIC endpoint on this socket, or one at this address, with kernel buffers of this size where there is a kernel.
     /// Peers are told to send no larger UDP payloads than `payload` bytes, fewer where the buffers are small; at least
-    /// 1,200 are taken.
+    /// 1,200 are taken. `heard` is told of the first datagram that comes.
     pub(crate) fn open(
         &self,
         at: At,
@@ -42,6 +46,7 @@ impl Via {
         payload: Option<u16>,
         mut settings: EndpointConfig,
         server: Option<ServerConfig>,
+        heard: Option<FirstWord>,
     ) -> io::Result<(Endpoint, Port)> {
         let payload = payload.unwrap_or(ETHERNET_PAYLOAD).max(LEAST_PAYLOAD);
         let Bound {
@@ -62,6 +67,13 @@ impl Via {
                 },
                 At::Socket(_) => return Err(io::ErrorKind::Unsupported.into()),
             },
+        };
+        let socket = match &heard {
+            None => socket,
+            Some(first) => Arc::new(Ear {
+                socket,
+                first: first.clone(),
+            }),
         };
         // Fails below 1,200 bytes only.
         let _ = settings.max_udp_payload_size(payload);
@@ -98,6 +110,55 @@ impl Via {
             #[cfg(feature = "testing")]
             Self::Net(_) => None,
         }
+    }
+}
+
+/// When the first datagram came to an endpoint: the only thing that a client can measure of its path before it is connected.
+pub(crate) type FirstWord = Arc<OnceLock<Instant>>;
+
+/// A socket that tells of the first datagram that comes.
+#[derive(Debug)]
+struct Ear {
+    socket: Arc<dyn AsyncUdpSocket>,
+    first: FirstWord,
+}
+
+impl AsyncUdpSocket for Ear {
+    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+        self.socket.clone().create_io_poller()
+    }
+
+    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        self.socket.try_send(transmit)
+    }
+
+    fn poll_recv(
+        &self,
+        cx: &mut Context<'_>,
+        bufs: &mut [io::IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> Poll<io::Result<usize>> {
+        let received = ready!(self.socket.poll_recv(cx, bufs, meta));
+        if let Ok(1..) = received {
+            self.first.get_or_init(Instant::now);
+        }
+        Poll::Ready(received)
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.socket.local_addr()
+    }
+
+    fn max_transmit_segments(&self) -> usize {
+        self.socket.max_transmit_segments()
+    }
+
+    fn max_receive_segments(&self) -> usize {
+        self.socket.max_receive_segments()
+    }
+
+    fn may_fragment(&self) -> bool {
+        self.socket.may_fragment()
     }
 }
 

@@ -112,7 +112,8 @@ impl Default for Limits {
     }
 }
 
-/// How long anything may take.
+/// How long anything may take. What crosses a path (`auth`, `frame`, `slow_peer`, `close`) has 4 round trips more, as QUIC measures
+/// them, at most 60 s; the client's `handshake` has 4 times what the server's first packet took.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Timeouts {
     /// QUIC handshake. Default 10 s (quinn itself has none).
@@ -125,7 +126,7 @@ pub struct Timeouts {
     /// are refused.
     pub auth_pause: Duration,
     /// An unfinished frame must be completed, or move on by at least 1 KiB for each second of this, each time
-    /// this has passed. Default 30 s.
+    /// this has passed. It counts in halves, without those in which something that was sent stood unanswered. Default 30 s.
     pub frame: Duration,
     /// A peer that is alive but takes nothing off a channel with queued messages for this long loses the
     /// channel. It counts in quarters, without those in which something that was sent stood unanswered: a path that
