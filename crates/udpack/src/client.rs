@@ -1,5 +1,6 @@
 //! [`Client`]: how to reach a server, whom to trust and what to present; makes [`Socket`]s.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -108,26 +109,16 @@ impl Client {
             .map_err(|_| ConnectError::Address(address.to_owned()))?;
         let mut outage = Outage::default();
         let (first, serving) = loop {
-            let mut last = None;
-            for (at, (url, client)) in self.servers(&url).enumerate() {
-                match client.reach(url, None).await {
-                    Ok(link) => {
-                        last = Some(Ok((link, at)));
-                        break;
-                    }
-                    Err(error) => last = last.or(Some(Err(error))),
-                }
-            }
-            match (last, settings.reconnect) {
-                (Some(Ok(reached)), _) => break reached,
-                (Some(Err(error)), Some(policy)) if policy.first_too && error.retry() => {
-                    match outage.next(&policy) {
-                        Some((_, delay)) => tokio::time::sleep(delay).await,
-                        None => return Err(error),
-                    }
-                }
-                (Some(Err(error)), _) => return Err(error),
-                (None, _) => return Err(ConnectError::Address(address.to_owned())),
+            let error = match self.reach_any(&url).await {
+                Ok(reached) => break reached,
+                Err(error) => error,
+            };
+            match settings.reconnect {
+                Some(policy) if policy.first_too && error.retry() => match outage.next(&policy) {
+                    Some((_, delay)) => tokio::time::sleep(delay).await,
+                    None => return Err(error),
+                },
+                _ => return Err(error),
             }
         };
         let remote = first.conn.remote_address();
@@ -177,6 +168,24 @@ impl Client {
         std::iter::once((url, self)).chain(fallbacks.map(|(url, client)| (url, client)))
     }
 
+    /// Connects to the first of the servers that can be reached, and says which it is.
+    async fn reach_any(&self, url: &ConnectUrl) -> Result<(Link, usize), ConnectError> {
+        let mut errors = Vec::new();
+        for (at, (url, client)) in self.servers(url).enumerate() {
+            match client.reach(url, None).await {
+                Ok(link) => return Ok((link, at)),
+                Err(error) => errors.push((url.authority(), error)),
+            }
+        }
+        match errors.pop() {
+            Some((_, only)) if errors.is_empty() => Err(only),
+            last => {
+                errors.extend(last);
+                Err(ConnectError::EachServer { errors })
+            }
+        }
+    }
+
     /// Connects to one of the server's addresses and introduces us.
     async fn reach(
         &self,
@@ -193,20 +202,23 @@ impl Client {
         check_token(&token)?;
         let addresses = tokio::net::lookup_host((host.as_str(), port)).await;
         let addresses = addresses.map_err(resolve)?;
-        self.reach_one(&host, addresses, &token, ticket).await
+        self.reach_one(url, addresses, &token, ticket).await
     }
 
     /// As [`reach`](Self::reach), at the first of these addresses where there is an answer.
     async fn reach_one(
         &self,
-        host: &str,
+        url: &ConnectUrl,
         addresses: impl Iterator<Item = SocketAddr>,
         token: &str,
         ticket: Option<ResumeTicket>,
     ) -> Result<Link, ConnectError> {
         let mut errors = Vec::new();
         for address in addresses {
-            match self.dial(address, host, token, ticket.clone()).await {
+            match self
+                .dial(address, url.server_name(), token, ticket.clone())
+                .await
+            {
                 Ok(link) => return Ok(link),
                 // The server was reached: another of its addresses would not change its mind.
                 Err(error @ (ConnectError::PinMismatch { .. } | ConnectError::Denied(_))) => {
@@ -215,7 +227,7 @@ impl Client {
                 Err(error) => errors.push(error),
             }
         }
-        let host = host.to_owned();
+        let host = url.host().to_owned();
         match errors.pop() {
             None => Err(ConnectError::Resolve {
                 host,
@@ -393,6 +405,16 @@ pub(crate) struct Dialler {
     flaps: u32,
 }
 
+/// Why there is no connection to any server: the last reason, and the words of all where several were tried.
+fn of_all(mut reason: CloseReason, said: BTreeMap<usize, (String, String)>) -> CloseReason {
+    if said.len() > 1 {
+        let said = said.into_values();
+        let said = said.map(|(server, text)| format!("{server}: {text}"));
+        reason.text = said.collect::<Vec<_>>().join("; ");
+    }
+    reason
+}
+
 /// A connection that is lost sooner did not last: the next waits grow, as if it had not been made.
 const LASTING: Duration = Duration::from_secs(10);
 
@@ -427,9 +449,11 @@ impl Dialler {
             0
         };
         let mut outage = Outage::after(self.flaps);
+        // What became of the last try at each server.
+        let mut said = BTreeMap::new();
         loop {
             let Some((attempt, delay)) = outage.next(&self.policy) else {
-                return Err(reason);
+                return Err(of_all(reason, said));
             };
             let delay = if moved && attempt == 1 {
                 Duration::ZERO
@@ -470,6 +494,7 @@ impl Dialler {
                     if !error.retry() {
                         return Err(now);
                     }
+                    said.insert(at, (url.authority(), now.text.clone()));
                     reason = now;
                 }
             }
@@ -736,6 +761,7 @@ impl fmt::Debug for ClientBuilder {
 /// | `Dial` | yes | there is no route at the moment, or no server at the port |
 /// | `Unreachable` | yes | the server or the way to it is down |
 /// | `EachAddress` | yes | where one of its errors is worth it |
+/// | `EachServer` | yes | where one of its errors is worth it |
 /// | `PinMismatch` | no | this is not the server that was asked for |
 /// | `Handshake` | no | the two speak different protocols, or nobody vouches for the server |
 /// | `Denied` | as its reason | [`CloseReason::retry`]: busy, going down, restarted, lost: yes; the token: no |
@@ -797,6 +823,13 @@ pub enum ConnectError {
         /// Why, for each address, in the order in which they were tried.
         errors: Vec<Self>,
     },
+    /// There are several servers, and none of them can be reached.
+    #[error("no server can be reached: {}", server_by_server(.errors))]
+    EachServer {
+        /// Each server as `HOST:PORT`, and why, in the order in which they were tried: the one that was asked for, then those
+        /// of [`ClientBuilder::fallback`].
+        errors: Vec<(String, Self)>,
+    },
     /// The server's key is not the pinned one. The token was not sent.
     #[error("the server's key is not the pinned one: expected {expected}, got {presented}")]
     PinMismatch {
@@ -818,6 +851,13 @@ pub enum ConnectError {
     Denied(CloseReason),
 }
 
+fn server_by_server(errors: &[(String, ConnectError)]) -> String {
+    let errors = errors
+        .iter()
+        .map(|(server, error)| format!("{server}: {error}"));
+    errors.collect::<Vec<_>>().join("; ")
+}
+
 fn one_by_one(errors: &[ConnectError]) -> String {
     let errors: Vec<String> = errors.iter().map(ConnectError::to_string).collect();
     errors.join("; ")
@@ -834,6 +874,7 @@ impl ConnectError {
             | Self::Unreachable { .. } => true,
             Self::Denied(reason) => reason.retry,
             Self::EachAddress { errors, .. } => errors.iter().any(Self::retry),
+            Self::EachServer { errors } => errors.iter().any(|(_, error)| error.retry()),
             Self::MissingState { .. }
             | Self::Setting(_)
             | Self::Tls(_)
@@ -847,6 +888,7 @@ impl ConnectError {
     pub fn is_auth(&self) -> bool {
         match self {
             Self::PinMismatch { .. } => true,
+            Self::EachServer { errors } => errors.iter().any(|(_, error)| error.is_auth()),
             Self::Denied(reason) => matches!(
                 reason.code,
                 CloseCode::AUTH_FAILED
@@ -893,6 +935,9 @@ mod tests {
                 host: text.clone(),
                 errors: vec![ConnectError::Unreachable { address }],
             },
+            ConnectError::EachServer {
+                errors: vec![(text.clone(), ConnectError::Unreachable { address })],
+            },
             ConnectError::PinMismatch {
                 expected: pin,
                 presented: pin,
@@ -912,6 +957,7 @@ mod tests {
                 | ConnectError::Dial { .. }
                 | ConnectError::Unreachable { .. }
                 | ConnectError::EachAddress { .. }
+                | ConnectError::EachServer { .. }
                 | ConnectError::PinMismatch { .. }
                 | ConnectError::Handshake { .. }
                 | ConnectError::Denied(_) => {}
@@ -964,10 +1010,65 @@ mod tests {
             socket.local_addr().unwrap()
         };
         let addresses = [muted, unbound].into_iter();
-        let reached = client.reach_one("name", addresses, "", None).await;
+        let url = ConnectUrl::new("name", 1).unwrap();
+        let reached = client.reach_one(&url, addresses, "", None).await;
         let error = reached.err().expect("nobody is there");
         let text = format!(
             "no address of name works: no answer from {muted}; cannot dial {unbound}: connection refused"
+        );
+        assert_eq!(error.to_string(), text);
+        assert!(error.retry() && !error.is_auth());
+    }
+
+    /// What the system's resolver makes of a zone goes into the address; TLS is told the address alone.
+    #[cfg(target_os = "linux")]
+    #[tokio::test]
+    async fn a_zone_is_the_scope_of_the_address() {
+        let url: ConnectUrl = "[fe80::1%lo]:9".parse().unwrap();
+        let mut found = tokio::net::lookup_host((url.host(), url.port()))
+            .await
+            .unwrap();
+        match found.next() {
+            Some(SocketAddr::V6(address)) => assert_ne!(address.scope_id(), 0),
+            other => panic!("{other:?}"),
+        }
+        let pin = crate::Identity::generate().unwrap().fingerprint();
+        let timeouts = Timeouts {
+            handshake: Duration::from_millis(50),
+            ..Timeouts::default()
+        };
+        let client = Client::builder()
+            .pin(pin)
+            .timeouts(timeouts)
+            .build()
+            .unwrap();
+        let error = client.connect("[fe80::1%lo]:9").await.err().unwrap();
+        let text = error.to_string();
+        // Nobody is there; what it is called is no fault.
+        assert!(error.retry() && !text.contains("name"), "{text}");
+        let error = client.connect("[fe80::1%nothing]:9").await.err().unwrap();
+        assert_eq!(error.to_string(), "cannot resolve fe80::1%nothing");
+    }
+
+    #[tokio::test]
+    async fn the_error_names_every_server_with_its_reason() {
+        let pin = crate::Identity::generate().unwrap().fingerprint();
+        let timeouts = Timeouts {
+            handshake: Duration::from_millis(50),
+            ..Timeouts::default()
+        };
+        let mute = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let muted = mute.local_addr().unwrap();
+        let unbound = {
+            let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+            socket.local_addr().unwrap()
+        };
+        let client = Client::builder().pin(pin).timeouts(timeouts);
+        let client = client.fallback(unbound.to_string(), None).build().unwrap();
+        let error = client.connect(&muted.to_string()).await.err().unwrap();
+        let text = format!(
+            "no server can be reached: {muted}: no answer from {muted}; \
+             {unbound}: cannot dial {unbound}: connection refused"
         );
         assert_eq!(error.to_string(), text);
         assert!(error.retry() && !error.is_auth());

@@ -16,7 +16,8 @@ pub const DEFAULT_PORT: u16 = 45456;
 /// Where to connect, with which token, and which key to expect there.
 ///
 /// Parses from `udpack://[TOKEN@]HOST[:PORT][#sha256:HEX]` and from a bare `HOST[:PORT]`; the host
-/// is a DNS name, an IPv4 address or an IPv6 address in brackets. `Display` gives the whole line
+/// is a DNS name, an IPv4 address or an IPv6 address in brackets, a link-local one with its zone
+/// (`[fe80::1%eth0]`, the percent sign as it is). `Display` gives the whole line
 /// back, token included; `Debug` hides the token.
 #[derive(Clone, PartialEq, Eq)]
 pub struct ConnectUrl {
@@ -33,9 +34,9 @@ impl ConnectUrl {
     ///
     /// When `host` is neither a DNS name nor an address, or `port` is 0.
     pub fn new(host: &str, port: u16) -> Result<Self, ConnectUrlError> {
-        let host = match host.parse::<Ipv6Addr>() {
-            Ok(address) => address.to_string(),
-            Err(_) => parse_host(host)?,
+        let host = match parse_v6(host) {
+            Some(address) => address,
+            None => parse_host(host)?,
         };
         if port == 0 {
             return Err(ConnectUrlError::Port);
@@ -73,9 +74,24 @@ impl ConnectUrl {
         self.token.as_deref()
     }
 
-    /// Returns the host in lower case, an IPv6 address without its brackets.
+    /// Returns the host in lower case, an IPv6 address without its brackets and with its zone.
     pub fn host(&self) -> &str {
         &self.host
+    }
+
+    /// The host without the zone of its address: what the server is called.
+    pub(crate) fn server_name(&self) -> &str {
+        self.host
+            .split_once('%')
+            .map_or(&*self.host, |(name, _)| name)
+    }
+
+    /// `HOST:PORT`.
+    pub(crate) fn authority(&self) -> String {
+        match self.host.contains(':') {
+            true => format!("[{}]:{}", self.host, self.port),
+            false => format!("{}:{}", self.host, self.port),
+        }
     }
 
     /// Returns the port.
@@ -93,11 +109,7 @@ impl ConnectUrl {
         if let Some(token) = token {
             write!(f, "{token}@")?;
         }
-        if self.host.contains(':') {
-            write!(f, "[{}]:{}", self.host, self.port)?;
-        } else {
-            write!(f, "{}:{}", self.host, self.port)?;
-        }
+        f.write_str(&self.authority())?;
         match self.pin {
             Some(pin) => write!(f, "#{pin}"),
             None => Ok(()),
@@ -163,7 +175,8 @@ pub enum ConnectUrlError {
     Token,
     /// The host is not a name or an address.
     #[error(
-        "bad host: expected a DNS name in ASCII, an IPv4 address, or an IPv6 address in brackets"
+        "bad host: expected a DNS name in ASCII, an IPv4 address, or an IPv6 address in brackets \
+         (a link-local one may have a zone: [fe80::1%eth0])"
     )]
     Host,
     /// The port is not a number from 1 to 65535.
@@ -204,14 +217,29 @@ fn split_port(authority: &str) -> Result<(&str, u16), ConnectUrlError> {
     }
 }
 
+/// An IPv6 address in its one form, with the zone of a link-local one: `fe80::1%eth0`. A zone is a name of this host's, so it is
+/// kept as it is.
+fn parse_v6(text: &str) -> Option<String> {
+    let (address, zone) = match text.split_once('%') {
+        Some((address, zone)) => (address, Some(zone)),
+        None => (text, None),
+    };
+    let address: Ipv6Addr = address.parse().ok()?;
+    let Some(zone) = zone else {
+        return Some(address.to_string());
+    };
+    let good = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    let good = (1..=MAX_ZONE).contains(&zone.len()) && zone.bytes().all(good);
+    (good && address.is_unicast_link_local()).then(|| format!("{address}%{zone}"))
+}
+
 /// Checks a host and brings it to its one form: lower case, an IPv6 address without brackets.
 fn parse_host(host: &str) -> Result<String, ConnectUrlError> {
     if let Some(address) = host
         .strip_prefix('[')
         .and_then(|host| host.strip_suffix(']'))
     {
-        let address: Ipv6Addr = address.parse().map_err(|_| ConnectUrlError::Host)?;
-        return Ok(address.to_string());
+        return parse_v6(address).ok_or(ConnectUrlError::Host);
     }
     let label = |label: &str| {
         let good = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
@@ -236,6 +264,8 @@ fn parse_host(host: &str) -> Result<String, ConnectUrlError> {
 }
 
 const SCHEME: &str = "udpack://";
+/// Longest zone, in bytes: more than the 15 of an interface's name on Linux.
+const MAX_ZONE: usize = 32;
 
 #[cfg(test)]
 mod tests {
@@ -248,6 +278,27 @@ mod tests {
     fn parse(text: &str) -> ConnectUrl {
         text.parse()
             .unwrap_or_else(|error| panic!("{text}: {error}"))
+    }
+
+    #[test]
+    fn a_link_local_address_has_a_zone() {
+        for zone in ["eth0", "2", "br-lan", "eth0.100", "Wi_Fi"] {
+            for text in [
+                format!("[fe80::1%{zone}]:9000"),
+                format!("udpack://t@[FE80:0::1%{zone}]:9000#sha256:{HEX}"),
+            ] {
+                let url = parse(&text);
+                assert_eq!(url.host(), format!("fe80::1%{zone}"));
+                assert_eq!(url.server_name(), "fe80::1");
+                assert_eq!(url.authority(), format!("[fe80::1%{zone}]:9000"));
+                assert_eq!(parse(&url.to_string()), url);
+                assert_eq!(
+                    ConnectUrl::new(url.host(), 9000).unwrap().host(),
+                    url.host()
+                );
+            }
+        }
+        assert_eq!(parse("example.com").server_name(), "example.com");
     }
 
     #[test]
@@ -308,7 +359,12 @@ mod tests {
             ("::1", "host"),
             ("[::1", "host"),
             ("[::1]80", "host"),
-            ("[fe80::1%eth0]", "host"),
+            ("fe80::1%eth0", "host"),
+            ("[fe80::1%]", "host"),
+            ("[fe80::1%25eth0%1]", "host"),
+            ("[fe80::1%eth 0]", "host"),
+            ("[2001:db8::1%eth0]", "host"),
+            ("[%eth0]", "host"),
             ("[127.0.0.1]", "host"),
             ("a b", "host"),
             ("ho\nst", "host"),
