@@ -24,6 +24,7 @@ use tracing::field::Empty;
 
 use crate::auth::{Authenticate, Deny, Hello, Peer, Penalties};
 use crate::base::LogLimit;
+use crate::base::Rate;
 use crate::base::lock;
 use crate::base::pool::{self, Pool, PoolFull, Shares, Tenant};
 use crate::base::text::printable_within;
@@ -112,6 +113,8 @@ struct Shared {
     socket_ended: Notify,
     /// Places for those who are not let in yet, by address.
     handshakes: Pool,
+    /// Places for those who are told that there is none.
+    farewells: Pool,
     log_limit: LogLimit,
     draining: AtomicBool,
     pull: AtomicBool,
@@ -554,6 +557,7 @@ impl ServerBuilder {
                 Penalties::new(self.limits.auth_failures, self.timeouts.auth_pause),
             ),
             handshakes: Pool::new("handshakes", handshake_shares(self.limits.handshakes)),
+            farewells: Pool::new("farewells", Shares::of(FAREWELLS)),
             places: Pool::new("sockets", socket_shares(&self.limits)),
             registry: Arc::new(registry),
             on_socket: self.on_socket,
@@ -596,6 +600,7 @@ impl fmt::Debug for ServerBuilder {
 
 async fn accept_loop(shared: Arc<Shared>) {
     let mut look = windows::look();
+    let mut farewells = Rate::new(FAREWELL_RATE);
     loop {
         let incoming = tokio::select! {
             incoming = shared.endpoint.accept() => incoming,
@@ -620,21 +625,55 @@ async fn accept_loop(shared: Arc<Shared>) {
         } else if must_prove && incoming.may_retry() {
             shared.tally.one(Count::Retries);
             let _ = incoming.retry();
-        } else if let Ok(handshake) = shared.handshakes.try_take(&tenant) {
-            let span = tracing::info_span!("conn", peer = %address, session = Empty, id = Empty);
-            // In a box, because the task needs the room only for this moment.
-            let entering = Box::pin(let_in(shared.clone(), incoming, handshake));
-            shared
-                .tasks
-                .spawn(serve(shared.clone(), entering).instrument(span));
-        } else if !proved && incoming.may_retry() {
-            // Those of its own address may have places left.
-            shared.tally.one(Count::Retries);
-            let _ = incoming.retry();
         } else {
-            shared.tally.word(Words::Knocks, "busy");
-            incoming.refuse();
+            match shared.handshakes.try_take(&tenant) {
+                Ok(handshake) => {
+                    let span =
+                        tracing::info_span!("conn", peer = %address, session = Empty, id = Empty);
+                    // In a box, because the task needs the room only for this moment.
+                    let entering = Box::pin(let_in(shared.clone(), incoming, handshake));
+                    shared
+                        .tasks
+                        .spawn(serve(shared.clone(), entering).instrument(span));
+                }
+                Err(_) if !proved && incoming.may_retry() => {
+                    // Those of its own address may have places left.
+                    shared.tally.one(Count::Retries);
+                    let _ = incoming.retry();
+                }
+                Err(full) => {
+                    shared.tally.word(Words::Knocks, "busy");
+                    match shared.farewells.try_take(&tenant) {
+                        Ok(place) if proved && farewells.take() => {
+                            let told = say_why(shared.clone(), incoming, full, place);
+                            shared.tasks.spawn(told);
+                        }
+                        _ => incoming.refuse(),
+                    }
+                }
+            }
         }
+    }
+}
+
+/// Those who are told at the same time why there is no place for them, and how many a second. QUIC refuses a handshake with a
+/// number and no word. To say a word the server must complete it, which is work that the refused could make at will.
+const FAREWELLS: usize = 16;
+const FAREWELL_RATE: u32 = 16;
+
+/// Completes a handshake only to say why there is no place.
+async fn say_why(
+    shared: Arc<Shared>,
+    incoming: quinn::Incoming,
+    full: PoolFull,
+    _place: pool::Place,
+) {
+    let Ok(connecting) = shared.accept(incoming) else {
+        return;
+    };
+    if let Ok(Ok(conn)) = tokio::time::timeout(shared.timeouts.handshake, connecting).await {
+        let text = format!("{full}; try again in a few seconds");
+        CloseReason::local(CloseCode::SERVER_BUSY, text).close(&conn);
     }
 }
 

@@ -155,8 +155,9 @@ async fn nobody_takes_what_others_need() {
 async fn silent(site: &Site) -> Held {
     let endpoint = site.net.bare().expect("an address");
     let mut held = Vec::new();
-    while let Ok(bare) = site.dial(&endpoint).await {
-        held.push(bare);
+    // The last one is told why, and closed.
+    while !site.server.metrics().knocks_refused.contains_key("busy") {
+        held.push(site.dial(&endpoint).await.expect("a sound handshake"));
         assert!(held.len() <= 256, "nobody refuses it");
     }
     assert_eq!(site.server.metrics().knocks_refused["busy"], 1);
@@ -337,4 +338,59 @@ async fn a_session_comes_back_past_those_who_guess_beside_it() {
     };
     let within = Duration::from_secs(600);
     tokio::time::timeout(within, all).await.expect("in time");
+}
+
+/// Words are for those who come now and then: of a flood most get the number alone.
+#[tokio::test(start_paused = true)]
+async fn who_finds_no_place_is_told_why_and_a_flood_is_not() {
+    let site = Site::new(Limits {
+        handshakes: 4,
+        ..Limits::default()
+    })
+    .await;
+    let endpoint = site.net.bare().expect("an address");
+    let address = site.server.local_addr();
+    let settings = || bare::quic(bare::tls(&[b"udpack/1"]), 1 << 20);
+    let mut held = Vec::new();
+    while !site.server.metrics().knocks_refused.contains_key("busy") {
+        let bare = Bare::dial(&endpoint, address, settings()).await;
+        held.push(bare.expect("a sound handshake"));
+        assert!(held.len() <= 5, "nobody refuses it");
+    }
+    let why = |error: quinn::ConnectionError| match error {
+        quinn::ConnectionError::ApplicationClosed(close) => {
+            let text = String::from_utf8(close.reason.to_vec()).expect("text");
+            let code = CloseCode::new(close.error_code.into_inner());
+            assert_eq!(code, CloseCode::SERVER_BUSY, "{text}");
+            text
+        }
+        quinn::ConnectionError::ConnectionClosed(close) => {
+            let refused = quinn::TransportErrorCode::CONNECTION_REFUSED;
+            assert_eq!(close.error_code, refused);
+            String::new()
+        }
+        other => panic!("{other}"),
+    };
+    let last = held.pop().expect("at least one was refused");
+    let words = why(last.conn.closed().await);
+    assert!(
+        words.ends_with(" of this address are in use, its share; try again in a few seconds"),
+        "{words}"
+    );
+    let begun = tokio::time::Instant::now();
+    let mut told = 0;
+    for _ in 0..60 {
+        let text = match Bare::dial(&endpoint, address, settings()).await {
+            Ok(bare) => why(bare.conn.closed().await),
+            Err(error) => why(error),
+        };
+        assert!(text == words || text.is_empty(), "{text}");
+        told += usize::from(text == words);
+    }
+    let most = 32 + 16 * (begun.elapsed().as_secs() as usize + 1);
+    assert!(
+        told > 0 && told <= most && told < 60,
+        "{told} of 60 were told"
+    );
+    drop(held);
 }

@@ -112,7 +112,7 @@ async fn every_limit_has_its_end_its_words_and_its_counter() {
         channels: channels => "no channel", "the peer permits no further channel: 2 may be open", 2;
         sockets: sockets => "server_busy", "all 1 sockets are in use", 1;
         sockets_per_address: sockets_per_address => "server_busy", "1 sockets of this address are in use", 1;
-        handshakes: handshakes => "server_busy", "the server accepts no connection right now", 1;
+        handshakes: handshakes => "server_busy", "all 1 handshakes are in use; try again in a few seconds", 1;
         retry_from: retry_from => "proved its address", "", 1;
         channel_rate: channel_rate => "rate_limited", "more than 2 channels a second", 1;
         outbound_bytes: outbound_bytes => "full", "10000 bytes", 1;
