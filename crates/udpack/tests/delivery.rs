@@ -4,21 +4,22 @@
 mod common;
 
 use std::future::Future;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
 use common::{client, reconnect, server, timeouts};
+use futures_util::future::BoxFuture;
 use futures_util::stream;
 use proptest::prelude::*;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::Instant;
 use udpack::testing::Net;
 use udpack::{
-    Channel, ClientBuilder, CloseCode, Context, Deny, Drain, Fault, Hello, Identity, Items, Limits,
-    Message, Peer, PresenceMap, Reconnect, RecvError, Router, SendError, Server, ServerBuilder,
-    Socket, SocketState, SocketStates, Streaming, Timeouts,
+    Authenticate, Channel, ClientBuilder, CloseCode, Context, Deny, Drain, Fault, Hello, Identity,
+    Items, Limits, Message, Peer, PresenceMap, Reconnect, RecvError, Router, SendError, Server,
+    ServerBuilder, Socket, SocketState, SocketStates, Streaming, Timeouts,
 };
 
 /// Messages each way.
@@ -274,6 +275,115 @@ async fn a_loss_at_any_step_of_the_way_back_is_one_more_loss() {
             connections[1..].iter().all(|resumed| *resumed),
             "step {step}: {connections:?}"
         );
+    }
+}
+
+/// A step of an admission.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// The client's first packet, and what it repeats of it.
+    Dial,
+    /// `$hello`, on its way.
+    Hello,
+    /// What the verifier says to it.
+    Verdict,
+    /// `$welcome`, on its way.
+    Welcome,
+}
+
+/// One way of the network that admissions are late on.
+const WAY: Duration = Duration::from_millis(50);
+
+/// Makes one step of one admission late.
+#[derive(Clone)]
+struct Late {
+    net: Net,
+    step: Stage,
+    by: Duration,
+    armed: Arc<AtomicBool>,
+}
+
+impl Late {
+    fn is(&self, step: Stage) -> bool {
+        self.step == step && self.armed.swap(false, Ordering::Relaxed)
+    }
+
+    /// The client dials now.
+    fn dials(&self) {
+        let Self { net, by, .. } = self.clone();
+        if self.is(Stage::Dial) {
+            net.cut_for(by);
+        } else if self.is(Stage::Hello) {
+            tokio::spawn(async move {
+                // The handshake's answer has come, and `$hello` is on its way.
+                tokio::time::sleep(2 * WAY + WAY / 2).await;
+                net.cut_for(by);
+            });
+        }
+    }
+}
+
+impl Authenticate for Late {
+    fn authenticate(&self, hello: Hello) -> BoxFuture<'static, Result<Peer, Deny>> {
+        let late = self.clone();
+        Box::pin(async move {
+            if hello.token() != common::TOKEN {
+                return Err(Deny::auth_failed());
+            }
+            if late.is(Stage::Verdict) {
+                tokio::time::sleep(late.by).await;
+            } else if late.is(Stage::Welcome) {
+                late.net.cut_for(late.by);
+            }
+            Ok(Peer::new("tester"))
+        })
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_admission_that_is_late_at_any_named_step_loses_nothing() {
+    for step in [Stage::Dial, Stage::Hello, Stage::Verdict, Stage::Welcome] {
+        for by in [100, 500, 1_000, 2_600, 5_200, 10_000, 20_000, 60_000] {
+            let net = Net::new(by).delay(WAY);
+            let late = Late {
+                net: net.clone(),
+                step,
+                by: Duration::from_millis(by),
+                armed: Arc::default(),
+            };
+            bounded(async {
+                let pace = Duration::from_millis(5);
+                let (tell, heard) = mpsc::unbounded_channel();
+                let server = counting(pace, tell).auth(late.clone());
+                let server = net.bind(server).await.expect("an address");
+                let dials = late.clone();
+                let token = move || {
+                    dials.dials();
+                    std::future::ready(Ok::<_, String>(common::TOKEN.to_owned()))
+                };
+                let builder = client(&server).token_with(token);
+                let builder = builder.timeouts(timeouts()).reconnect(reconnect());
+                let socket = net.connect(builder, &server).await.expect("let in");
+                let channel = socket.channel("numbers").resumable().open().await;
+                let channel = channel.expect("a channel");
+                let trouble = async {
+                    tokio::time::sleep(Duration::from_millis(700)).await;
+                    let mut states = socket.states();
+                    net.cut();
+                    while !matches!(states.next().await, Some(SocketState::Reconnecting { .. })) {}
+                    net.mend();
+                    late.armed.store(true, Ordering::Relaxed);
+                };
+                let connections = count(&socket, &channel, heard, pace, trouble).await;
+                let armed = late.armed.load(Ordering::Relaxed);
+                assert!(!armed, "{step:?} was not late by {by} ms");
+                assert!(
+                    connections.len() >= 2 && connections[1..].iter().all(|resumed| *resumed),
+                    "{step:?} late by {by} ms: {connections:?}"
+                );
+            })
+            .await;
+        }
     }
 }
 
