@@ -1050,6 +1050,18 @@ mod tests {
         assert_eq!(error.to_string(), "cannot resolve fe80::1%nothing");
     }
 
+    #[test]
+    fn who_gives_up_tells_what_each_server_said_last() {
+        let last = CloseReason::local(CloseCode::TIMED_OUT, "no answer");
+        let said = |server: &str, text: &str| (server.to_owned(), text.to_owned());
+        let one = BTreeMap::from([(0, said("a:1", "no answer"))]);
+        assert_eq!(of_all(last.clone(), one), last);
+        let two = [(1, said("b:1", "busy")), (0, said("a:1", "no answer"))];
+        let reason = of_all(last.clone(), BTreeMap::from(two));
+        assert_eq!(reason.text, "a:1: no answer; b:1: busy");
+        assert_eq!((reason.code, reason.retry), (last.code, last.retry));
+    }
+
     #[tokio::test]
     async fn the_error_names_every_server_with_its_reason() {
         let pin = crate::Identity::generate().unwrap().fingerprint();
