@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,12 +22,13 @@ use crate::metrics::Tally;
 use crate::reconnect::{Outage, Reconnect, SocketState};
 use crate::router::ServeChannel;
 use crate::server::default_agent;
-use crate::session::{Session, give_up, on_path, trips};
+use crate::session::{Session, give_up, on_path};
 use crate::socket::{Registry, Socket};
 use crate::speed::Counters;
-use crate::tls::{PinCheck, Trust, client_tls};
-use crate::transport::endpoint::{self, At, FirstWord, Route, Via};
-use crate::transport::qlog::Qlog;
+use crate::tls::PinMismatch;
+use crate::transport::dialer::{DialError, Dialer, DialerError};
+use crate::transport::endpoint::Via;
+use crate::transport::{ConnectionError, StreamError};
 use crate::url::{ConnectUrl, DEFAULT_PORT};
 use crate::wire::code::{CloseCode, CloseReason, Side};
 use crate::wire::config::InvalidSetting;
@@ -41,20 +42,16 @@ pub struct Client {
 }
 
 struct Settings {
-    config: quinn::ClientConfig,
-    pin: Option<(Fingerprint, PinCheck)>,
+    dialer: Dialer,
+    pin: Option<Fingerprint>,
     token: TokenSource,
     agent: String,
     registry: Arc<Registry>,
     limits: Arc<Limits>,
     timeouts: Arc<Timeouts>,
-    bind: Option<SocketAddr>,
     reconnect: Option<Reconnect>,
     /// Servers to go to when the one that was asked for is gone.
     fallbacks: Vec<(ConnectUrl, Client)>,
-    via: Via,
-    congestion: CongestionControl,
-    qlog: Option<Qlog>,
 }
 
 impl Client {
@@ -136,7 +133,7 @@ impl Client {
         });
         session.set_endpoint(first.endpoint);
         let server = match &settings.pin {
-            Some((pin, _)) => Peer::new(pin.to_string()),
+            Some(pin) => Peer::new(pin.to_string()),
             None => Peer::new(url.host()),
         };
         session.peer.set(server);
@@ -249,64 +246,20 @@ impl Client {
         ticket: Option<ResumeTicket>,
     ) -> Result<Link, ConnectError> {
         let settings = &self.inner;
-        let local = settings.bind.unwrap_or_else(|| {
-            let any = if address.is_ipv6() {
-                IpAddr::V6(Ipv6Addr::UNSPECIFIED)
-            } else {
-                IpAddr::V4(Ipv4Addr::UNSPECIFIED)
-            };
-            SocketAddr::new(any, 0)
-        });
-        let route = settings.via.route_to(address);
-        let heard = FirstWord::default();
-        let (endpoint, _) = settings
-            .via
-            .open(
-                At::Address(local),
-                settings.limits.socket_buffer,
-                route.map(|route| route.payload),
-                quinn::EndpointConfig::default(),
-                None,
-                Some(heard.clone()),
-            )
-            .map_err(ConnectError::Local)?;
-        let connecting = endpoint
-            .connect_with(self.config(address, route)?, address, host)
-            .map_err(|error| ConnectError::Dial {
-                address,
-                text: error.to_string(),
-            })?;
-        let patience = patience(settings.timeouts.handshake, &heard);
-        let connecting = async {
-            tokio::select! {
-                conn = connecting => Ok(Some(conn)),
-                () = patience => Ok(None),
-                error = settings.via.unreachable(local, address) => Err(error),
-            }
-        };
-        let conn = connecting.await.map_err(|text| ConnectError::Dial {
-            address,
-            text: text.to_owned(),
-        })?;
-        let conn = match conn {
-            Some(Ok(conn)) => conn,
-            Some(Err(error)) => return Err(self.dial_error(address, &error)),
-            None => return Err(ConnectError::Unreachable { address }),
-        };
-        let (mut send, recv) = conn
-            .open_bi()
-            .await
-            .map_err(|error| ConnectError::Denied(CloseReason::from_connection(&error)))?;
+        let dialled = settings.dialer.dial(address, host).await;
+        let (conn, endpoint) = dialled.map_err(|error| self.dial_error(address, error))?;
+        let opened = conn.open_bi().await;
+        let (mut send, recv) = opened.map_err(|error| ConnectError::Denied(error.reason()))?;
         let resume = (settings.reconnect.is_some() || ticket.is_some())
             .then_some(ResumeRequest { session: ticket });
         let hello =
             control::encode_hello(token, &settings.agent, &settings.limits, resume.as_ref())
                 .map_err(|_| ConnectError::Setting(InvalidSetting("the token cannot be sent")))?;
-        let _ = send.set_priority(i32::MAX);
-        send.write_chunk(hello).await.map_err(|error| {
+        send.set_priority(i32::MAX);
+        send.write(hello).await.map_err(|error| {
             ConnectError::Denied(match error {
-                quinn::WriteError::ConnectionLost(error) => CloseReason::from_connection(&error),
-                _ => CloseReason::local(
+                StreamError::Lost(error) => error.reason(),
+                StreamError::Peer(_) | StreamError::Ended => CloseReason::local(
                     CloseCode::PROTOCOL_ORDER,
                     "the control stream was stopped before $hello",
                 ),
@@ -320,46 +273,22 @@ impl Client {
         })
     }
 
-    /// The settings of one more connection, to this address by this route.
-    fn config(
-        &self,
-        address: SocketAddr,
-        route: Option<Route>,
-    ) -> Result<quinn::ClientConfig, InvalidSetting> {
-        let settings = &self.inner;
-        let mut transport = endpoint::transport(
-            &settings.limits,
-            &settings.timeouts,
-            settings.congestion,
-            route,
-            false,
-        )?;
-        if let Some(qlog) = &settings.qlog
-            && let Some(stream) = qlog.stream(address)
-        {
-            transport.qlog_stream(Some(stream));
-        }
-        let mut config = settings.config.clone();
-        config.transport_config(Arc::new(transport));
-        Ok(config)
-    }
-
-    fn dial_error(&self, address: SocketAddr, error: &quinn::ConnectionError) -> ConnectError {
-        if let Some((expected, check)) = &self.inner.pin
-            && let Some(mismatch) = check.mismatch(error)
-        {
-            return ConnectError::PinMismatch {
-                expected: *expected,
-                presented: mismatch.presented,
-            };
-        }
+    fn dial_error(&self, address: SocketAddr, error: DialError) -> ConnectError {
         match error {
-            quinn::ConnectionError::TimedOut => ConnectError::Unreachable { address },
-            quinn::ConnectionError::ApplicationClosed(_) => {
-                ConnectError::Denied(CloseReason::from_connection(error))
-            }
-            _ => {
-                let reason = CloseReason::from_connection(error);
+            DialError::Local(error) => ConnectError::Local(error),
+            DialError::Setting(setting) => ConnectError::Setting(setting),
+            DialError::Refused(text) => ConnectError::Dial { address, text },
+            DialError::Silent => ConnectError::Unreachable { address },
+            DialError::Pin(PinMismatch {
+                expected,
+                presented,
+            }) => ConnectError::PinMismatch {
+                expected,
+                presented,
+            },
+            DialError::Handshake(ConnectionError::Peer(reason)) => ConnectError::Denied(reason),
+            DialError::Handshake(error) => {
+                let reason = error.reason();
                 // Busy; or it was restarted between the first packet and the last of the handshake.
                 if reason.retry {
                     ConnectError::Denied(reason)
@@ -377,19 +306,9 @@ impl Client {
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Client")
-            .field("pin", &self.inner.pin.as_ref().map(|(pin, _)| pin))
+            .field("pin", &self.inner.pin)
             .field("agent", &self.inner.agent)
             .finish_non_exhaustive()
-    }
-}
-
-/// Ends when a handshake that begins now has taken too long: `limit`, and as soon as something was heard, some times as long
-/// as that took.
-async fn patience(limit: Duration, heard: &FirstWord) {
-    let begun = Instant::now();
-    tokio::time::sleep_until(begun + limit).await;
-    if let Some(first) = heard.get() {
-        tokio::time::sleep_until(begun + limit + trips(*first - begun)).await;
     }
 }
 
@@ -530,7 +449,7 @@ impl Client {
                     Ok(link)
                 }
                 Err(error) => {
-                    conn.close(error.close_code().varint(), b"");
+                    conn.close(error.close_code(), "");
                     denied(CloseReason::local(error.close_code(), error.to_string()))
                 }
             },
@@ -539,7 +458,7 @@ impl Client {
                 let within = on_path(session.timeouts.auth, conn);
                 let error = tokio::time::timeout(within, conn.closed()).await;
                 denied(match error {
-                    Ok(error) => CloseReason::from_connection(&error),
+                    Ok(error) => error.reason(),
                     Err(_) => crate::session::lost("the control stream ended before $welcome"),
                 })
             }
@@ -694,12 +613,18 @@ impl ClientBuilder {
         if let TokenSource::Fixed(token) = &self.token {
             check_token(token)?;
         }
-        let trust = self.pin.map_or(Trust::PlatformRoots, Trust::Pin);
-        let (tls, check) =
-            client_tls(trust).map_err(|error| ConnectError::Tls(error.to_string()))?;
-        let config = quinn::ClientConfig::new(Arc::new(tls));
-        // Said now rather than at the first connection.
-        endpoint::transport(&self.limits, &self.timeouts, self.congestion, None, false)?;
+        let (limits, timeouts) = (Arc::new(self.limits), Arc::new(self.timeouts));
+        let dialer = Dialer::new(
+            self.pin,
+            (limits.clone(), timeouts.clone()),
+            self.congestion,
+            (self.via, self.bind),
+            self.qlog,
+        )
+        .map_err(|error| match error {
+            DialerError::Setting(setting) => ConnectError::Setting(setting),
+            DialerError::Tls(error) => ConnectError::Tls(error.to_string()),
+        })?;
         if let Some((channel, state)) = self.registry.missing {
             return Err(ConnectError::MissingState { channel, state });
         }
@@ -707,19 +632,15 @@ impl ClientBuilder {
         registry.pull |= registry.is_empty();
         Ok(Client {
             inner: Arc::new(Settings {
-                config,
-                pin: self.pin.map(|pin| (pin, check)),
+                dialer,
+                pin: self.pin,
                 token: self.token,
                 agent: self.agent,
                 registry: Arc::new(registry),
-                limits: Arc::new(self.limits),
-                timeouts: Arc::new(self.timeouts),
-                bind: self.bind,
+                limits,
+                timeouts,
                 reconnect: self.reconnect,
                 fallbacks,
-                via: self.via,
-                congestion: self.congestion,
-                qlog: self.qlog.map(|dir| Qlog::new(dir, "client")),
             }),
         })
     }
@@ -1091,9 +1012,14 @@ mod tests {
         let pin = crate::Identity::generate().unwrap().fingerprint();
         let client = Client::builder().pin(pin).build().unwrap();
         let address = SocketAddr::from(([127, 0, 0, 1], 1));
-        let error = client.dial_error(address, &quinn::ConnectionError::Reset);
+        let ended = |code, by| {
+            let reason = CloseReason::new(code, "", by);
+            DialError::Handshake(ConnectionError::Transport(reason))
+        };
+        let reset = ended(CloseCode::PEER_RESTARTED, Side::Transport);
+        let error = client.dial_error(address, reset);
         assert!(error.retry() && !error.is_auth(), "{error:?}");
-        let error = client.dial_error(address, &quinn::ConnectionError::VersionMismatch);
+        let error = client.dial_error(address, ended(CloseCode::VERSION, Side::Peer));
         assert!(!error.retry(), "{error:?}");
     }
 }

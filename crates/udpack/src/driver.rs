@@ -30,13 +30,14 @@ use crate::session::{CONFIRM, ChannelKey, Leaving, Session, WISHED, give_up, on_
 use crate::socket::Registry;
 use crate::streams::serve_stream;
 use crate::transport::windows;
+use crate::transport::{Connection, Endpoint, SendStream, StreamError};
 use crate::wire::code::{CloseCode, CloseReason, Side};
 use crate::wire::config::USED_STREAMS;
 use crate::wire::control::{self, Ack, Channels, ControlError, Passed, Welcome};
 
 /// The control stream, in the driver's hands.
 pub(crate) struct Control {
-    pub(crate) send: quinn::SendStream,
+    pub(crate) send: SendStream,
     pub(crate) inbox: Inbox,
     /// The peer reads no more of it. It may have said why, or end the connection; at this time it has not.
     stopped: Option<Instant>,
@@ -44,8 +45,8 @@ pub(crate) struct Control {
 
 impl Control {
     /// The first of all that waits to be sent.
-    pub(crate) fn new(send: quinn::SendStream, inbox: Inbox) -> Self {
-        let _ = send.set_priority(i32::MAX);
+    pub(crate) fn new(send: SendStream, inbox: Inbox) -> Self {
+        send.set_priority(i32::MAX);
         Self {
             send,
             inbox,
@@ -56,7 +57,7 @@ impl Control {
     /// Writes small frames; a peer that does not even take those within the close time is given up.
     async fn write(&mut self, session: &Session, frames: &mut [Bytes]) {
         let written = write_small(session, &mut self.send, frames).await;
-        if let Err(quinn::WriteError::Stopped(_)) = written {
+        if let Err(StreamError::Peer(_)) = written {
             let within = on_path(session.timeouts.close / 5, &session.conn());
             self.stopped.get_or_insert_with(|| Instant::now() + within);
         }
@@ -65,9 +66,9 @@ impl Control {
 
 /// A connection on which a session goes on, or another begins.
 pub(crate) struct Link {
-    pub(crate) conn: quinn::Connection,
+    pub(crate) conn: Connection,
     /// A client's.
-    pub(crate) endpoint: Option<quinn::Endpoint>,
+    pub(crate) endpoint: Option<Endpoint>,
     pub(crate) control: Box<Control>,
     /// At a client, what the server has said.
     pub(crate) welcome: Option<Welcome>,
@@ -118,7 +119,7 @@ impl Awaited {
     fn turn_away(&mut self, reason: &CloseReason) {
         self.links.close();
         while let Ok(link) = self.links.try_recv() {
-            reason.close(&link.conn);
+            link.conn.close_because(reason);
         }
     }
 }
@@ -172,7 +173,7 @@ pub(crate) async fn live(
             // What ended the session counts before what would carry it on, whichever was seen first.
             Ok(link) => match session.end.get() {
                 Some(reason) => {
-                    reason.close(&link.conn);
+                    link.conn.close_because(reason);
                     break reason.clone();
                 }
                 None => control = driver.change(*link, &mut channels),
@@ -394,7 +395,7 @@ impl Driver {
         let session = self.session.clone();
         let (conn, link) = session.link();
         if let Some(reason) = session.end.get() {
-            reason.close(&conn);
+            conn.close_because(reason);
             return Outcome::Over(reason.clone());
         }
         self.stage = match session.welcome() {
@@ -482,7 +483,7 @@ impl Driver {
                             // The control stream may tell of a lost connection before the connection does.
                             Some(reason) if reason.by != Side::Local && comeback.survives(&reason) => {
                                 // It will not be there for us, but perhaps another is.
-                                conn.close(reason.code.varint(), reason.text.as_bytes());
+                                conn.close_because(&reason);
                                 Act::Over(Outcome::Lost(reason))
                             }
                             Some(reason) => Act::work(async {
@@ -559,7 +560,7 @@ impl Driver {
                 message = poll_fn(|cx| control.inbox.poll_first(cx, session, &session.counters)) => {
                     if on_control(session, &mut self.stage, patience, message).is_some() {
                         // Its patience has ended before ours.
-                        conn.close(CloseCode::NORMAL.varint(), b"");
+                        conn.close(CloseCode::NORMAL, "");
                         return Outcome::Moved(reason);
                     }
                 },
@@ -585,21 +586,17 @@ impl Driver {
         }
         if let Some(frame) = control::encode_close(CloseCode::NORMAL, "") {
             control.write(session, &mut [frame]).await;
-            let _ = control.send.finish();
+            control.send.finish();
         }
         let within = on_path(session.timeouts.close, &conn);
         let _ = tokio::time::timeout(within, conn.closed()).await;
-        conn.close(CloseCode::NORMAL.varint(), b"");
+        conn.close(CloseCode::NORMAL, "");
         Outcome::Moved(reason)
     }
 }
 
 /// Does what the application wished for.
-async fn carry_out(
-    session: &Session,
-    conn: &quinn::Connection,
-    control: &mut Control,
-) -> Option<Outcome> {
+async fn carry_out(session: &Session, conn: &Connection, control: &mut Control) -> Option<Outcome> {
     let (close, goaway) = {
         let mut wishes = lock(&session.wishes);
         let wishes = wishes.get_or_make();
@@ -615,24 +612,23 @@ async fn carry_out(
 }
 
 /// Permits the peer all the streams that its channels may need.
-fn permit_all(session: &Session, conn: &quinn::Connection) {
+fn permit_all(session: &Session, conn: &Connection) {
     // The control stream takes one of the client's.
     let most = session.limits.channels;
     let most = most.saturating_add(u32::from(!session.client));
-    conn.set_max_concurrent_bi_streams(most.into());
+    conn.permit_bi(most);
 }
 
 /// Ends a connection because of what came on the control stream.
-async fn take_leave(session: &Session, conn: &quinn::Connection, reason: CloseReason) -> Outcome {
+async fn take_leave(session: &Session, conn: &Connection, reason: CloseReason) -> Outcome {
     if reason.by == Side::Peer {
         // The peer has flushed its channels and leaves the last word to us. What we have queued gets a moment
         // too; a peer that no longer reads cannot hold us up.
         session.finish_channels();
         let within = on_path(session.timeouts.close / 5, conn);
         session.channels_done(within).await;
-        let (code, text) = (reason.code.varint(), reason.text.clone());
-        session.end.set(reason);
-        conn.close(code, text.as_bytes());
+        session.end.set(reason.clone());
+        conn.close_because(&reason);
     } else {
         session.abort(reason);
     }
@@ -783,7 +779,7 @@ fn on_control(
             _ => session.life.on_refreshed(&message),
         },
         Err(Ending::Finished) => order("the control stream ended without $close"),
-        Err(Ending::Closed(reason)) if session.conn().close_reason().is_some() => Some(reason),
+        Err(Ending::Closed(reason)) if session.conn().is_over() => Some(reason),
         Err(Ending::Closed(_)) => order("the control stream was reset"),
         Err(Ending::Violation(reason)) => Some(reason),
     }
@@ -833,7 +829,7 @@ async fn close_gracefully(session: &Session, control: &mut Control, reason: Clos
         let frames = &mut [frame];
         let written = control.write(session, frames);
         let _ = tokio::time::timeout(within, written).await;
-        let _ = control.send.finish();
+        control.send.finish();
     }
     // When both sides close at once, neither would wait for the other's last word: a `$close` from the peer
     // is as good as the end. Anything else on the control stream no longer matters.
@@ -862,13 +858,13 @@ fn unread() -> CloseReason {
 /// When the stream takes nothing any more.
 pub(crate) async fn write_small(
     session: &Session,
-    send: &mut quinn::SendStream,
+    send: &mut SendStream,
     frames: &mut [Bytes],
-) -> Result<(), quinn::WriteError> {
-    let mut writing = std::pin::pin!(send.write_all_chunks(frames));
+) -> Result<(), StreamError> {
+    let mut writing = std::pin::pin!(send.write_all(frames));
     loop {
         let conn = session.conn();
-        let heard = conn.stats().udp_rx.datagrams;
+        let heard = conn.stats().datagrams_received;
         let within = on_path(session.timeouts.close, &conn);
         match tokio::time::timeout(within, &mut writing).await {
             Ok(Ok(())) => return Ok(()),
@@ -877,7 +873,7 @@ pub(crate) async fn write_small(
                 return Err(error);
             }
             // A path that is silent is the idle timer's business.
-            Err(_) if conn.stats().udp_rx.datagrams == heard => {}
+            Err(_) if conn.stats().datagrams_received == heard => {}
             Err(_) => {
                 session.abort(CloseReason::local(
                     CloseCode::SLOW_PEER,

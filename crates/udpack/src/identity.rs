@@ -9,8 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use aws_lc_rs::{hkdf, hmac};
-use quinn::crypto::{HandshakeTokenKey, HmacKey};
+use aws_lc_rs::hkdf;
 use rcgen::{KeyPair, PublicKeyData};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -151,9 +150,8 @@ impl Identity {
     /// neither the private key nor another derived key. Whoever can make a server with this key
     /// answer for a connection of another server with the same key can end that connection, so two
     /// servers that run at the same time must not share a key (RFC 9000, section 21.11).
-    pub(crate) fn reset_key(&self) -> Arc<dyn HmacKey> {
-        let secret: [u8; 32] = self.derive(RESET_LABEL);
-        Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &secret))
+    pub(crate) fn reset_secret(&self) -> [u8; 32] {
+        self.derive(RESET_LABEL)
     }
 
     /// Returns the key that marks connection ids as this server's own.
@@ -162,9 +160,8 @@ impl Identity {
     }
 
     /// Returns the key that seals address validation tokens, which outlive a restart this way.
-    pub(crate) fn token_key(&self) -> Arc<dyn HandshakeTokenKey> {
-        let secret: [u8; 32] = self.derive(TOKEN_LABEL);
-        Arc::new(hkdf::Salt::new(hkdf::HKDF_SHA256, &[]).extract(&secret))
+    pub(crate) fn address_secret(&self) -> [u8; 32] {
+        self.derive(TOKEN_LABEL)
     }
 
     fn self_signed(key: KeyPair) -> Result<Self, IdentityError> {
@@ -545,21 +542,10 @@ mod tests {
         let other = Identity::generate().unwrap();
         assert_eq!(first.cid_key(), again.cid_key());
         assert_ne!(first.cid_key(), other.cid_key());
-        let reset = |identity: &Identity| {
-            let mut out = [0; 32];
-            identity.reset_key().sign(b"connection", &mut out);
-            out
-        };
-        assert_eq!(reset(&first), reset(&again));
-        assert_ne!(reset(&first), reset(&other));
-        let sealed = |identity: &Identity| {
-            let mut out = b"address".to_vec();
-            let key = identity.token_key().aead_from_hkdf(b"nonce");
-            key.seal(&mut out, b"").unwrap();
-            out
-        };
-        assert_eq!(sealed(&first), sealed(&again));
-        assert_ne!(sealed(&first), sealed(&other));
+        assert_eq!(first.reset_secret(), again.reset_secret());
+        assert_ne!(first.reset_secret(), other.reset_secret());
+        assert_eq!(first.address_secret(), again.address_secret());
+        assert_ne!(first.address_secret(), other.address_secret());
         let labels = [RESET_LABEL, CID_LABEL, TOKEN_LABEL].map(|label| first.derive::<8>(label));
         assert!(labels[0] != labels[1] && labels[1] != labels[2] && labels[0] != labels[2]);
     }

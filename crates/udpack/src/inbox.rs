@@ -23,6 +23,7 @@ use crate::metrics::Count;
 use crate::session::{ChannelKey, Session, lost, on_path};
 use crate::speed::Counters;
 use crate::transport::heard::Heard;
+use crate::transport::{RecvStream, StreamError};
 use crate::wire::code::{CloseCode, CloseReason};
 use crate::wire::config::MIN_FRAME_RATE;
 use crate::wire::control::{
@@ -46,7 +47,7 @@ pub(crate) struct Inbox {
 
 struct State {
     /// None while a resumable channel has no connection.
-    stream: Option<quinn::RecvStream>,
+    stream: Option<RecvStream>,
     /// The channel's, where it is one.
     key: Option<ChannelKey>,
     resume: Option<Received>,
@@ -200,7 +201,7 @@ pub(crate) enum NoReply {
 }
 
 impl Inbox {
-    pub(crate) fn new(stream: quinn::RecvStream, frame_limit: usize) -> Self {
+    pub(crate) fn new(stream: RecvStream, frame_limit: usize) -> Self {
         let waiters = Arc::new(Waiters::default());
         let waker = Waker::from(waiters.clone());
         let state = State {
@@ -278,7 +279,7 @@ impl Inbox {
             // The peer may not have heard of it yet.
             Some(Ending::Closed(reason) | Ending::Violation(reason)) => {
                 if let Some(mut stream) = next.stream {
-                    let _ = stream.stop(reason.code.varint());
+                    stream.stop(reason.code);
                 }
                 if let Some(count) = &state.resume {
                     count.refuse(state.key, session);
@@ -415,7 +416,7 @@ impl Inbox {
         }
         if state.end.is_none() {
             if let Some(stream) = &mut state.stream {
-                let _ = stream.stop(code.varint());
+                stream.stop(code);
             }
             state.end = Some(ending);
             state.chunks = VecDeque::new();
@@ -757,7 +758,7 @@ impl State {
         let mut chunks: [Bytes; N] = std::array::from_fn(|_| Bytes::new());
         // `read_chunks` is cancel safe: a future that is not ready has taken nothing.
         let read = match &mut self.stream {
-            Some(stream) => pin!(stream.read_chunks(&mut chunks)).poll(&mut cx),
+            Some(stream) => stream.poll_read(&mut cx, &mut chunks),
             None => match self
                 .decided
                 .get()
@@ -779,7 +780,7 @@ impl State {
                 Poll::Ready(Ok(bytes))
             }
             Ok(None) => Poll::Ready(Ok(0)),
-            Err(quinn::ReadError::ConnectionLost(_)) if self.resume.is_some() => {
+            Err(StreamError::Lost(_)) if self.resume.is_some() => {
                 // The next connection brings another stream, or the end of the session its reason. A frame
                 // that was only begun will be repeated.
                 self.stream = None;
@@ -787,7 +788,7 @@ impl State {
                 self.poll_read(session)
             }
             Err(error) => {
-                if matches!(error, quinn::ReadError::ConnectionLost(_)) {
+                if matches!(error, StreamError::Lost(_)) {
                     // It would keep all that QUIC knows of the connection.
                     self.stream = None;
                 }
@@ -864,7 +865,7 @@ impl State {
 
     fn ended(&mut self, end: Ending) -> Ending {
         if let (Ending::Violation(reason), Some(stream)) = (&end, &mut self.stream) {
-            let _ = stream.stop(reason.code.varint());
+            stream.stop(reason.code);
         }
         self.timer = None;
         self.alarm = None;
@@ -885,16 +886,11 @@ fn violation(code: CloseCode, text: &dyn std::fmt::Display) -> Ending {
     Ending::Violation(CloseReason::local(code, text.to_string()))
 }
 
-fn read_reason(session: &Session, error: quinn::ReadError) -> CloseReason {
+fn read_reason(session: &Session, error: StreamError) -> CloseReason {
     match error {
-        quinn::ReadError::Reset(code) => CloseReason::peer(
-            CloseCode::new(code.into_inner()),
-            "the peer gave the channel up",
-        ),
-        quinn::ReadError::ConnectionLost(error) => session.reason_for(&error),
-        quinn::ReadError::ClosedStream
-        | quinn::ReadError::IllegalOrderedRead
-        | quinn::ReadError::ZeroRttRejected => lost("the stream is closed"),
+        StreamError::Peer(code) => CloseReason::peer(code, "the peer gave the channel up"),
+        StreamError::Lost(error) => session.reason_for(&error),
+        StreamError::Ended => lost("the stream is closed"),
     }
 }
 

@@ -10,8 +10,6 @@
 //! the same bounds, and repeats it on the channel's next stream. Its writer ends with each connection.
 
 use std::collections::{BTreeSet, VecDeque};
-use std::future::Future;
-use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
@@ -28,6 +26,7 @@ use crate::pace::Pace;
 use crate::resume::{Mismatch, Retained};
 use crate::rooms::Seat;
 use crate::speed::Counters;
+use crate::transport::SendStream;
 use crate::wire::code::CloseReason;
 use crate::wire::config::Priority;
 use crate::wire::control::MARK;
@@ -79,7 +78,7 @@ struct State {
     /// The writer sleeps and wants to be woken.
     idle: bool,
     /// Its stream meanwhile, of the present epoch.
-    lent: Option<quinn::SendStream>,
+    lent: Option<SendStream>,
     /// Bytes that had come from the peer when a sender last wrote to it.
     heard: u64,
     phase: Phase,
@@ -464,7 +463,7 @@ impl Outbox {
         let mut chunk = [message];
         // Whoever finds no room there, or an error, finds it again: the writer, with a waker.
         let mut cx = Context::from_waker(Waker::noop());
-        let written = match pin!(stream.write_chunks(&mut chunk)).poll(&mut cx) {
+        let written = match stream.poll_write(&mut cx, &mut chunk) {
             Poll::Ready(Ok(written)) => written.bytes,
             Poll::Ready(Err(_)) | Poll::Pending => 0,
         };
@@ -762,7 +761,7 @@ impl Outbox {
     }
 
     /// The stream that the sleeping writer of this epoch has lent.
-    pub(crate) fn take_back(&self, epoch: u64) -> Option<quinn::SendStream> {
+    pub(crate) fn take_back(&self, epoch: u64) -> Option<SendStream> {
         let mut state = lock(&self.state);
         (state.epoch == epoch).then(|| state.lent.take()).flatten()
     }
@@ -771,7 +770,7 @@ impl Outbox {
     pub(crate) fn take(
         &self,
         epoch: u64,
-        stream: &mut Option<quinn::SendStream>,
+        stream: &mut Option<SendStream>,
         batch: &mut Vec<Bytes>,
     ) -> Work {
         let mut state = lock(&self.state);

@@ -14,6 +14,7 @@ use crate::outbox::Outbox;
 use crate::resume::Mismatch;
 use crate::session::{ChannelKey, End, Line, Session};
 use crate::speed::Counters;
+use crate::transport::SendStream;
 use crate::wire::code::{CloseCode, CloseReason, Side};
 use crate::wire::config::Priority;
 use crate::wire::control::{self, ControlError, Resumed};
@@ -104,9 +105,9 @@ impl Pipe {
         };
         let opened = async {
             let (mut send, recv) = conn.open_bi().await.ok()?;
-            let _ = send.set_priority(self.priority.quic());
+            send.set_priority(self.priority.quic());
             let frame = control::reopen(open, received)?;
-            send.write_chunk(frame).await.ok()?;
+            send.write(frame).await.ok()?;
             let inbox = Inbox::new(recv, session.limits.frame);
             let first = poll_fn(|cx| inbox.poll_first(cx, &session, &self.counters)).await;
             Some((send, inbox, first))
@@ -120,7 +121,7 @@ impl Pipe {
                 control::decode_close(message).map(Err)
             }
             Ok(message) => control::decode_resume(message).map(Ok),
-            Err(_) if conn.close_reason().is_some() => return,
+            Err(_) if conn.is_over() => return,
             Err(Ending::Violation(reason)) => {
                 let reason = reason.clone();
                 return self.refuse(&session, reason, send, Some(inbox));
@@ -154,7 +155,7 @@ impl Pipe {
         self: &Arc<Self>,
         session: &Arc<Session>,
         (conn, link): (Arc<Line>, u64),
-        stream: (quinn::SendStream, Inbox),
+        stream: (SendStream, Inbox),
         received: u64,
     ) {
         let detached = session.on_link(link, || {
@@ -179,11 +180,11 @@ impl Pipe {
         self: &Arc<Self>,
         session: &Arc<Session>,
         (conn, link): (Arc<Line>, u64),
-        (stream, inbox): (quinn::SendStream, Inbox),
+        (stream, inbox): (SendStream, Inbox),
         received: u64,
         first: Option<Bytes>,
     ) {
-        let _ = stream.set_priority(self.priority.quic());
+        stream.set_priority(self.priority.quic());
         let mut inbox = Some(inbox);
         let went_on = session.on_link(link, || {
             let rewound = self.outbox.rewind(received)?;
@@ -219,7 +220,7 @@ impl Pipe {
         &self,
         session: &Arc<Session>,
         reason: CloseReason,
-        mut stream: quinn::SendStream,
+        mut stream: SendStream,
         inbox: Option<Inbox>,
     ) {
         self.fail(session, &reason);
@@ -230,15 +231,14 @@ impl Pipe {
         let within = session.timeouts.close;
         session.tasks.spawn(async move {
             if let Some(last) = last {
-                let _ = tokio::time::timeout(within, stream.write_chunk(last)).await;
+                let _ = tokio::time::timeout(within, stream.write(last)).await;
             }
-            let _ = stream.finish();
+            stream.finish();
         });
     }
 
     pub(crate) fn spawn_writer(self: &Arc<Self>, session: &Arc<Session>, way: Way) {
-        // Fails only on a stream that has ended, as the writer will find.
-        let _ = way.stream.set_priority(self.priority.quic());
+        way.stream.set_priority(self.priority.quic());
         let (pipe, session) = (self.clone(), session.clone());
         let tasks = session.tasks.clone();
         let writer = async move {
@@ -246,7 +246,7 @@ impl Pipe {
             let written =
                 writer::write_loop(pipe.outbox.clone(), way, session.clone(), counters).await;
             if let Written::Ended(Err(mut reason)) = written {
-                if reason.by == Side::Peer && session.conn().close_reason().is_none() {
+                if reason.by == Side::Peer && !session.conn().is_over() {
                     reason = closing_words(&pipe.inbox, &session, &pipe.counters)
                         .await
                         .unwrap_or(reason);

@@ -197,7 +197,7 @@ impl Rooms {
                 _ = session.end.wait() => return,
             }
             if let Some(directory) = directory.upgrade()
-                && session.conn().close_reason().is_none()
+                && !session.conn().is_over()
             {
                 for name in directory.tracked.rooms(&id) {
                     directory.clear(&name, &id, |entry| {

@@ -660,7 +660,7 @@ impl Directory {
         let session = &guest.session;
         let lost = guest.link.filter(|link| {
             let (conn, now) = session.link();
-            session.end.get().is_none() && (*link < now || conn.close_reason().is_some())
+            session.end.get().is_none() && (*link < now || conn.is_over())
         });
         for room in rooms.values() {
             self.part(guest, room, lost);

@@ -38,13 +38,14 @@ use crate::metrics::{Count, Metrics, Tally, Words};
 use crate::reconnect::SocketState;
 use crate::rooms::Rooms;
 use crate::router::ServeChannel;
-use crate::session::{Session, SessionId, on_path, trips};
+use crate::session::{Session, SessionId, on_path};
 use crate::socket::{Registry, Socket};
 use crate::speed::{Counters, SpeedMeter, Stats};
-use crate::transport::endpoint::{self, At, ETHERNET_PAYLOAD, Route, Via};
-use crate::transport::qlog::Qlog;
-use crate::transport::udp::Port;
+use crate::transport::endpoint::{At, Via};
+use crate::transport::listener::{Incoming, ListenError, Listener};
+use crate::transport::trips;
 use crate::transport::windows;
+use crate::transport::{SendStream, StreamError};
 use crate::wire::code::{CloseCode, CloseReason, Side};
 use crate::wire::config::InvalidSetting;
 use crate::wire::config::{
@@ -74,8 +75,8 @@ struct Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         self.shared
-            .endpoint
-            .close(CloseCode::SHUTTING_DOWN.varint(), b"the server is gone");
+            .listener
+            .close(CloseCode::SHUTTING_DOWN, "the server is gone");
         if let Some(task) = lock(&self.accepting).take() {
             task.abort();
         }
@@ -84,8 +85,7 @@ impl Drop for Inner {
 
 /// What the accept loop and the connection tasks share.
 struct Shared {
-    endpoint: quinn::Endpoint,
-    port: Port,
+    listener: Listener,
     fingerprint: Fingerprint,
     guard: Arc<Guard>,
     registry: Arc<Registry>,
@@ -93,7 +93,6 @@ struct Shared {
     limits: Arc<Limits>,
     timeouts: Arc<Timeouts>,
     agent: String,
-    settings: ConnectionSettings,
     counters: Arc<Counters>,
     /// Sessions that a client may come back to, by id.
     kept: Mutex<HashMap<String, Kept>>,
@@ -130,19 +129,6 @@ struct Kept {
     session: Arc<Session>,
     links: mpsc::Sender<Box<Link>>,
 }
-
-/// The QUIC settings of accepted connections.
-struct ConnectionSettings {
-    config: quinn::ServerConfig,
-    congestion: CongestionControl,
-    via: Via,
-    qlog: Option<Qlog>,
-    /// Those without a qlog file, by the route.
-    made: Mutex<HashMap<Option<Route>, Arc<quinn::ServerConfig>>>,
-}
-
-/// Settings kept for paths of different size: a host has few.
-const SETTINGS_KEPT: usize = 16;
 
 type SocketHandler = Arc<dyn Fn(Socket) -> BoxFuture<'static, ()> + Send + Sync>;
 
@@ -187,7 +173,7 @@ impl Server {
         // Cannot fail on a bound socket; the unspecified address is the honest fallback.
         self.inner
             .shared
-            .endpoint
+            .listener
             .local_addr()
             .unwrap_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0)))
     }
@@ -331,13 +317,13 @@ impl Server {
         };
         let _ = tokio::time::timeout(within + Duration::from_secs(1), gone).await;
         shared
-            .endpoint
-            .close(CloseCode::SHUTTING_DOWN.varint(), SHUTTING_DOWN.as_bytes());
-        let _ = tokio::time::timeout(Duration::from_secs(1), shared.endpoint.wait_idle()).await;
+            .listener
+            .close(CloseCode::SHUTTING_DOWN, SHUTTING_DOWN);
+        let _ = tokio::time::timeout(Duration::from_secs(1), shared.listener.wait_idle()).await;
         task.abort();
         shared.tasks.close();
         let _ = tokio::time::timeout(Duration::from_secs(1), shared.tasks.wait()).await;
-        shared.port.close();
+        shared.listener.free_port();
         Ok(())
     }
 
@@ -349,10 +335,10 @@ impl Server {
         for socket in self.sockets() {
             socket.abort(code, text);
         }
-        shared.endpoint.close(code.varint(), text.as_bytes());
+        shared.listener.close(code, text);
         shared.tasks.close();
-        let _ = tokio::time::timeout(Duration::from_secs(1), shared.endpoint.wait_idle()).await;
-        shared.port.close();
+        let _ = tokio::time::timeout(Duration::from_secs(1), shared.listener.wait_idle()).await;
+        shared.listener.free_port();
     }
 }
 
@@ -497,74 +483,44 @@ impl ServerBuilder {
         if let Some((channel, state)) = self.registry.missing {
             return Err(BindError::MissingState { channel, state });
         }
-        let transport =
-            endpoint::transport(&self.limits, &self.timeouts, self.congestion, None, true)?;
-        let mut config = quinn::ServerConfig::with_crypto(Arc::new(identity.server_tls()?));
-        config
-            .transport_config(Arc::new(transport))
-            .token_key(identity.token_key())
-            .max_incoming(self.limits.handshakes.saturating_mul(4).max(1))
-            .incoming_buffer_size(64 << 10)
-            .incoming_buffer_size_total(16 << 20);
-        // Keys that come from the identity let a restarted server tell its old clients at once that their
-        // connections are gone (RFC 9000, section 10.3), instead of leaving them to their idle time.
-        // quinn sends at most one such reset in 20 ms: of a hundred clients that knock together, most would come
-        // away empty and knock again later and later. Nothing is lost without that ration: a reset is shorter
-        // than the packet it answers, and only connection ids that bear the mark of this key are answered.
-        let mut settings = quinn::EndpointConfig::new(identity.reset_key());
-        settings.min_reset_interval(Duration::ZERO);
-        let cid_key = identity.cid_key();
-        settings.cid_generator(move || {
-            Box::new(quinn_proto::HashedConnectionIdGenerator::from_key(cid_key))
-        });
-        let (endpoint, port) = self
-            .via
-            .open(
-                at,
-                self.limits.socket_buffer,
-                self.via.most_payload(),
-                settings,
-                Some(config.clone()),
-                None,
-            )
-            .map_err(|source| BindError::Bind { address, source })?;
-        let settings = ConnectionSettings {
-            config,
-            congestion: self.congestion,
-            via: self.via,
-            qlog: self.qlog.map(|dir| Qlog::new(dir, "server")),
-            made: Mutex::default(),
-        };
+        let (limits, timeouts) = (Arc::new(self.limits), Arc::new(self.timeouts));
+        let listener = Listener::open(
+            &identity,
+            (limits.clone(), timeouts.clone()),
+            self.congestion,
+            (self.via, at),
+            self.qlog,
+        )
+        .map_err(|error| match error {
+            ListenError::Setting(setting) => BindError::Setting(setting),
+            ListenError::Identity(error) => BindError::Identity(error),
+            ListenError::Bind(source) => BindError::Bind { address, source },
+        })?;
         let mut registry = self.registry;
         let handlers = !registry.is_empty() || self.on_socket.is_some();
         registry.pull |= registry.is_empty();
         let (accept_queue, accepted) = mpsc::channel(ACCEPT_QUEUE);
-        let rooms = Rooms::new(self.limits.rooms, tokio::runtime::Handle::current());
-        let pool = windows::Pool::new(&self.limits);
-        let frames = Pool::new(
-            "bytes of unfinished frames",
-            windows::frame_shares(&self.limits),
-        );
+        let rooms = Rooms::new(limits.rooms, tokio::runtime::Handle::current());
+        let pool = windows::Pool::new(&limits);
+        let frames = Pool::new("bytes of unfinished frames", windows::frame_shares(&limits));
         let shared = Arc::new(Shared {
             frames,
             pool,
-            endpoint,
-            port,
+            listener,
             fingerprint: identity.fingerprint(),
             guard: Guard::new(
                 auth,
                 self.authorize,
-                Penalties::new(self.limits.auth_failures, self.timeouts.auth_pause),
+                Penalties::new(limits.auth_failures, timeouts.auth_pause),
             ),
-            handshakes: Pool::new("handshakes", handshake_shares(self.limits.handshakes)),
+            handshakes: Pool::new("handshakes", handshake_shares(limits.handshakes)),
             farewells: Pool::new("farewells", Shares::of(FAREWELLS)),
-            places: Pool::new("sockets", socket_shares(&self.limits)),
+            places: Pool::new("sockets", socket_shares(&limits)),
             registry: Arc::new(registry),
             on_socket: self.on_socket,
-            limits: Arc::new(self.limits),
-            timeouts: Arc::new(self.timeouts),
+            limits,
+            timeouts,
             agent: self.agent,
-            settings,
             counters: Counters::shared(),
             kept: Mutex::default(),
             detached: Arc::default(),
@@ -603,7 +559,7 @@ async fn accept_loop(shared: Arc<Shared>) {
     let mut farewells = Rate::new(FAREWELL_RATE);
     loop {
         let incoming = tokio::select! {
-            incoming = shared.endpoint.accept() => incoming,
+            incoming = shared.listener.accept() => incoming,
             _ = look.tick() => {
                 shared.look();
                 continue;
@@ -613,7 +569,7 @@ async fn accept_loop(shared: Arc<Shared>) {
             return;
         };
         let address = incoming.remote_address();
-        let proved = incoming.remote_address_validated();
+        let proved = incoming.is_proved();
         let must_prove = !proved && shared.handshakes.used() >= shared.limits.retry_from;
         let tenant = match proved {
             true => Tenant::address(address.ip()),
@@ -624,7 +580,7 @@ async fn accept_loop(shared: Arc<Shared>) {
             incoming.refuse();
         } else if must_prove && incoming.may_retry() {
             shared.tally.one(Count::Retries);
-            let _ = incoming.retry();
+            incoming.retry();
         } else {
             match shared.handshakes.try_take(&tenant) {
                 Ok(handshake) => {
@@ -639,7 +595,7 @@ async fn accept_loop(shared: Arc<Shared>) {
                 Err(_) if !proved && incoming.may_retry() => {
                     // Those of its own address may have places left.
                     shared.tally.one(Count::Retries);
-                    let _ = incoming.retry();
+                    incoming.retry();
                 }
                 Err(full) => {
                     shared.tally.word(Words::Knocks, "busy");
@@ -662,18 +618,11 @@ const FAREWELLS: usize = 16;
 const FAREWELL_RATE: u32 = 16;
 
 /// Completes a handshake only to say why there is no place.
-async fn say_why(
-    shared: Arc<Shared>,
-    incoming: quinn::Incoming,
-    full: PoolFull,
-    _place: pool::Place,
-) {
-    let Ok(connecting) = shared.accept(incoming) else {
-        return;
-    };
-    if let Ok(Ok(conn)) = tokio::time::timeout(shared.timeouts.handshake, connecting).await {
+async fn say_why(shared: Arc<Shared>, incoming: Incoming, full: PoolFull, _place: pool::Place) {
+    let handshaking = shared.listener.handshake(incoming);
+    if let Ok(Ok(conn)) = tokio::time::timeout(shared.timeouts.handshake, handshaking).await {
         let text = format!("{full}; try again in a few seconds");
-        CloseReason::local(CloseCode::SERVER_BUSY, text).close(&conn);
+        conn.close(CloseCode::SERVER_BUSY, &text);
     }
 }
 
@@ -734,22 +683,15 @@ struct Entered {
 /// that was there before.
 async fn let_in(
     shared: Arc<Shared>,
-    incoming: quinn::Incoming,
+    incoming: Incoming,
     handshake: pool::Place,
 ) -> Option<Entered> {
-    let connecting = match shared.accept(incoming) {
-        Ok(connecting) => connecting,
-        Err(error) => {
-            shared.tally.one(Count::HandshakesFailed);
-            tracing::debug!(%error, "handshake not begun");
-            return None;
-        }
-    };
-    let conn = match tokio::time::timeout(shared.timeouts.handshake, connecting).await {
+    let handshaking = shared.listener.handshake(incoming);
+    let conn = match tokio::time::timeout(shared.timeouts.handshake, handshaking).await {
         Ok(Ok(conn)) => conn,
         Ok(Err(error)) => {
             shared.tally.one(Count::HandshakesFailed);
-            tracing::debug!(%error, "handshake failed");
+            tracing::debug!(error = %error.reason(), "handshake failed");
             return None;
         }
         Err(_) => {
@@ -793,7 +735,7 @@ async fn let_in(
             }));
             // Which may have ended before it could take it.
             if let Some(reason) = kept.end.get() {
-                reason.close(&conn);
+                conn.close_because(reason);
             }
             return None;
         }
@@ -889,7 +831,7 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, Clos
 
 /// The control stream of a connection and the `$hello` on it.
 struct First {
-    send: quinn::SendStream,
+    send: SendStream,
     inbox: Inbox,
     hello: HelloMessage,
 }
@@ -908,7 +850,7 @@ async fn first_message(session: &Arc<Session>) -> Result<First, CloseReason> {
             Err(error) => Err(CloseReason::local(error.close_code(), error.to_string())),
         },
         Err(Ending::Violation(reason)) => Err(reason),
-        Err(Ending::Closed(reason)) if conn.close_reason().is_some() => Err(reason),
+        Err(Ending::Closed(reason)) if conn.is_over() => Err(reason),
         // The code of a reset is the peer's word, not ours to repeat.
         Err(Ending::Finished | Ending::Closed(_)) => Err(CloseReason::local(
             CloseCode::TRUNCATED,
@@ -1013,15 +955,15 @@ async fn enter(
     inbox.set_frame_limit(shared.limits.frame);
     // The control stream takes one of the slots.
     let few = FEW_STREAMS.min(shared.limits.channels.saturating_add(1));
-    conn.set_max_concurrent_bi_streams(few.into());
-    conn.set_max_concurrent_uni_streams(VOLATILE_STREAMS.into());
+    conn.permit_bi(few);
+    conn.permit_uni(VOLATILE_STREAMS);
     let mut control = Box::new(Control::new(send, inbox));
     control
         .send
-        .write_chunk(bytes)
+        .write(bytes)
         .await
         .map_err(|error| match error {
-            quinn::WriteError::ConnectionLost(error) => session.reason_for(&error),
+            StreamError::Lost(error) => session.reason_for(&error),
             _ => CloseReason::local(
                 CloseCode::PROTOCOL_ORDER,
                 "the control stream was stopped before $welcome",
@@ -1193,53 +1135,6 @@ impl Shared {
             (None, Ok(permit)) => Ok(Ok((session, permit))),
             (Some(_), _) | (None, Err(_)) => Ok(Err("expired")),
         }
-    }
-
-    fn accept(
-        &self,
-        incoming: quinn::Incoming,
-    ) -> Result<quinn::Connecting, quinn::ConnectionError> {
-        match self.settings_for(incoming.remote_address()) {
-            Some(config) => incoming.accept_with(config),
-            None => incoming.accept(),
-        }
-    }
-
-    /// The settings of a connection with this peer; `None` are those of the endpoint.
-    fn settings_for(&self, peer: SocketAddr) -> Option<Arc<quinn::ServerConfig>> {
-        let settings = &self.settings;
-        // quinn keeps a buffer of the largest datagram it ever tried: too much for each of many idle sockets.
-        let route = settings.via.route_to(peer).map(|route| Route {
-            payload: route.payload.min(ETHERNET_PAYLOAD),
-            ..route
-        });
-        let stream = settings.qlog.as_ref().and_then(|qlog| qlog.stream(peer));
-        if stream.is_none()
-            && let Some(config) = lock(&settings.made).get(&route)
-        {
-            return Some(config.clone());
-        }
-        let mut transport = endpoint::transport(
-            &self.limits,
-            &self.timeouts,
-            settings.congestion,
-            route,
-            true,
-        )
-        .ok()?;
-        let logged = stream.is_some();
-        transport.qlog_stream(stream);
-        let mut config = settings.config.clone();
-        config.transport_config(Arc::new(transport));
-        let config = Arc::new(config);
-        if !logged {
-            let mut made = lock(&settings.made);
-            if made.len() >= SETTINGS_KEPT {
-                made.clear();
-            }
-            made.insert(route, config.clone());
-        }
-        Some(config)
     }
 
     /// Looks after all sockets.

@@ -20,8 +20,6 @@ use crate::base::LogLimit;
 use crate::base::extensions::Extensions;
 use crate::base::lock;
 use crate::base::pool::{Pool, Tenant};
-use crate::base::text::cut;
-use crate::base::text::printable_within;
 use crate::base::wake::{WakeFlag, WakeFlags};
 use crate::lifetime::Life;
 use crate::metrics::Tally;
@@ -33,6 +31,7 @@ use crate::resume::Seen;
 use crate::rooms::Rooms;
 use crate::speed::Counters;
 use crate::transport::windows::ReceiveWindow;
+use crate::transport::{Connection, ConnectionError, Endpoint, trips};
 use crate::turns::Turns;
 use crate::volatile::Volatiles;
 use crate::wire::code::{CloseCode, CloseReason, Side};
@@ -212,13 +211,13 @@ pub(crate) struct Wishes {
 /// One connection of a session, with everything that it lends to those who use it. All of that returns together, because
 /// the session's next connection has a `Line` of its own: nothing need be handed back by whoever held it last.
 pub(crate) struct Line {
-    conn: quinn::Connection,
+    conn: Connection,
     /// Whose turn it is to write, and how much bulk is under way.
     pub(crate) turns: Turns,
 }
 
 impl Line {
-    fn new(conn: quinn::Connection) -> Arc<Self> {
+    fn new(conn: Connection) -> Arc<Self> {
         Arc::new(Self {
             conn,
             turns: Turns::default(),
@@ -227,9 +226,9 @@ impl Line {
 }
 
 impl Deref for Line {
-    type Target = quinn::Connection;
+    type Target = Connection;
 
-    fn deref(&self) -> &quinn::Connection {
+    fn deref(&self) -> &Connection {
         &self.conn
     }
 }
@@ -298,7 +297,7 @@ pub(crate) struct Session {
     /// Writer tasks; each ends with its channel or with the connection.
     pub(crate) tasks: TaskTracker,
     /// A client's endpoint lives as long as its connection.
-    endpoint: Mutex<Option<Box<quinn::Endpoint>>>,
+    endpoint: Mutex<Option<Box<Endpoint>>>,
     /// At a client: what its handles hold, so that the last one to go closes the connection.
     lease: OnceLock<Weak<Lease>>,
     /// The socket's handle, for handlers that ask for it.
@@ -318,7 +317,7 @@ impl Drop for Lease {
 
 impl Session {
     pub(crate) fn new(
-        conn: quinn::Connection,
+        conn: Connection,
         client: bool,
         limits: Arc<Limits>,
         timeouts: Arc<Timeouts>,
@@ -391,10 +390,10 @@ impl Session {
     /// tick of [`look`](crate::transport::windows::look).
     pub(crate) fn look(&self) {
         let conn = self.conn();
-        let received = conn.stats().udp_rx;
-        self.window.stuck(&conn, received);
+        let stats = conn.stats();
+        self.window.stuck(&conn, &stats);
         let patience = on_path(self.timeouts.keep_alive.saturating_add(ANSWER), &conn);
-        self.states.listen(received.datagrams, patience);
+        self.states.listen(stats.datagrams_received, patience);
     }
 
     /// Makes the connection end with its last handle; called once, at a client.
@@ -439,22 +438,18 @@ impl Session {
     }
 
     /// Keeps a client's first endpoint.
-    pub(crate) fn set_endpoint(&self, endpoint: Option<quinn::Endpoint>) {
+    pub(crate) fn set_endpoint(&self, endpoint: Option<Endpoint>) {
         *lock(&self.endpoint) = endpoint.map(Box::new);
     }
 
     /// A client's endpoint of this moment.
-    pub(crate) fn endpoint(&self) -> Option<quinn::Endpoint> {
+    pub(crate) fn endpoint(&self) -> Option<Endpoint> {
         lock(&self.endpoint).as_deref().cloned()
     }
 
     /// Goes over to another connection and returns its number. Streams of earlier ones belong to nobody now, and what
     /// an earlier one has given out counts no more.
-    pub(crate) fn set_link(
-        &self,
-        conn: quinn::Connection,
-        endpoint: Option<quinn::Endpoint>,
-    ) -> u64 {
+    pub(crate) fn set_link(&self, conn: Connection, endpoint: Option<Endpoint>) -> u64 {
         let mut link = lock(&self.link);
         *self.conn.write().unwrap_or_else(PoisonError::into_inner) = Line::new(conn);
         *lock(&self.endpoint) = endpoint.map(Box::new);
@@ -462,7 +457,7 @@ impl Session {
         lock(&self.confirms).take();
         // Who ended the session in the meantime has closed the connection before.
         if let Some(reason) = self.end.get() {
-            reason.close(&self.conn());
+            self.conn().close_because(reason);
         }
         *link
     }
@@ -632,16 +627,16 @@ impl Session {
 
     /// Why the connection ended, in the best words known: a reason given here or by the peer's `$close` beats
     /// what QUIC reports.
-    pub(crate) fn reason_for(&self, error: &quinn::ConnectionError) -> CloseReason {
+    pub(crate) fn reason_for(&self, error: &ConnectionError) -> CloseReason {
         if let Some(reason) = self.end.get() {
             return reason.clone();
         }
-        if matches!(error, quinn::ConnectionError::LocallyClosed)
+        if *error == ConnectionError::Local
             && let Some(reason) = self.wished_close()
         {
             return reason;
         }
-        CloseReason::from_connection(error)
+        error.reason()
     }
 
     /// Leaves the wish to close; the first one counts.
@@ -668,12 +663,12 @@ impl Session {
 
     /// Ends the connection at once; what is queued is lost.
     pub(crate) fn abort(&self, reason: CloseReason) {
-        let before = self.conn().stats().udp_tx.datagrams;
+        let before = self.conn().stats().datagrams_sent;
         self.sent_before.store(before, Ordering::Relaxed);
         let _ = self.end.set(reason.clone());
         // Either this finds the connection that takes the place of another, or who exchanges them finds the end.
         let (conn, _) = self.link();
-        reason.close(&conn);
+        conn.close_because(&reason);
     }
 
     /// Waits until nothing is left to be said on a connection that ended in order: the last word was the peer's,
@@ -681,8 +676,8 @@ impl Session {
     /// ever.
     pub(crate) async fn parted(&self) {
         let conn = self.conn();
-        match conn.close_reason() {
-            Some(quinn::ConnectionError::LocallyClosed) => {}
+        match conn.error() {
+            Some(ConnectionError::Local) => {}
             Some(_) => return,
             None => return std::future::pending().await,
         }
@@ -693,8 +688,8 @@ impl Session {
         {
             return std::future::pending().await;
         }
-        // quinn's task does not tell, but counts.
-        while conn.stats().udp_tx.datagrams <= self.sent_before.load(Ordering::Relaxed) {
+        // The transport does not tell, but counts.
+        while conn.stats().datagrams_sent <= self.sent_before.load(Ordering::Relaxed) {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
@@ -802,108 +797,18 @@ impl fmt::Debug for Session {
 }
 
 /// Gives up a connection of a session that may go on over another: the peer takes it for a loss.
-pub(crate) fn give_up(conn: &quinn::Connection) {
-    let text = b"the session goes on over another connection";
-    conn.close(CloseCode::SUPERSEDED.varint(), text);
+pub(crate) fn give_up(conn: &Connection) {
+    let text = "the session goes on over another connection";
+    conn.close(CloseCode::SUPERSEDED, text);
 }
 
 /// The time that a peer on this path has for what it must do within `limit`: a message, what is sent again because it was
 /// lost, and its answer take some round trips, however quick the peer is.
-pub(crate) fn on_path(limit: Duration, conn: &quinn::Connection) -> Duration {
+pub(crate) fn on_path(limit: Duration, conn: &Connection) -> Duration {
     limit.saturating_add(trips(conn.rtt()))
-}
-
-/// The time for some round trips, of which each takes so long. Bounded, because a peer can make a path look as long as it
-/// likes.
-pub(crate) fn trips(rtt: Duration) -> Duration {
-    rtt.saturating_mul(4).min(Duration::from_secs(60))
 }
 
 /// The reason for a connection that ended while a channel still needed it.
 pub(crate) fn lost(text: &str) -> CloseReason {
     CloseReason::new(CloseCode::CONNECTION_LOST, text, Side::Transport)
-}
-
-impl CloseCode {
-    pub(crate) fn varint(self) -> quinn::VarInt {
-        quinn::VarInt::from_u64(self.value()).unwrap_or(quinn::VarInt::MAX)
-    }
-}
-
-impl CloseReason {
-    /// Closes a connection for this reason.
-    pub(crate) fn close(&self, conn: &quinn::Connection) {
-        conn.close(self.code.varint(), cut(&self.text, 256).as_bytes());
-    }
-
-    /// What QUIC reports, in this library's words.
-    pub(crate) fn from_connection(error: &quinn::ConnectionError) -> Self {
-        use quinn::ConnectionError as E;
-        match error {
-            E::ApplicationClosed(close) => Self::peer(
-                CloseCode::new(close.error_code.into_inner()),
-                &String::from_utf8_lossy(&close.reason),
-            ),
-            E::ConnectionClosed(close)
-                if close.error_code == quinn::TransportErrorCode::CONNECTION_REFUSED =>
-            {
-                Self::new(
-                    CloseCode::SERVER_BUSY,
-                    "the server accepts no connection right now",
-                    Side::Peer,
-                )
-            }
-            E::ConnectionClosed(close) => Self::new(
-                CloseCode::TRANSPORT_ERROR,
-                printable_within(&close.to_string(), 256),
-                Side::Transport,
-            ),
-            E::TimedOut => Self::new(
-                CloseCode::TIMED_OUT,
-                "nothing was heard from the peer in time",
-                Side::Transport,
-            ),
-            E::Reset => Self::new(
-                CloseCode::PEER_RESTARTED,
-                "the peer no longer knows this connection",
-                Side::Transport,
-            ),
-            E::VersionMismatch => Self::new(
-                CloseCode::VERSION,
-                "the peer speaks no common QUIC version",
-                Side::Peer,
-            ),
-            E::LocallyClosed => Self::new(
-                CloseCode::CONNECTION_LOST,
-                "the endpoint was closed",
-                Side::Local,
-            ),
-            E::TransportError(e) => Self::new(
-                CloseCode::TRANSPORT_ERROR,
-                printable_within(&e.to_string(), 256),
-                Side::Transport,
-            ),
-            E::CidsExhausted => Self::new(
-                CloseCode::TRANSPORT_ERROR,
-                "connection ids are exhausted",
-                Side::Transport,
-            ),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_refused_connection_reads_as_busy_and_may_be_retried() {
-        let close = quinn::ConnectionClose {
-            error_code: quinn::TransportErrorCode::CONNECTION_REFUSED,
-            frame_type: None,
-            reason: bytes::Bytes::new(),
-        };
-        let reason = CloseReason::from_connection(&quinn::ConnectionError::ConnectionClosed(close));
-        assert_eq!((reason.code, reason.retry), (CloseCode::SERVER_BUSY, true));
-    }
 }

@@ -23,7 +23,6 @@ use crate::reconnect::{SocketState, SocketStates};
 use crate::router::ServeChannel;
 use crate::session::{Lease, Session, SessionId, WISHED};
 use crate::speed::{SpeedMeter, Stats};
-use crate::transport::udp::{self, MOST_PAYLOAD};
 
 /// Channels that may wait for `accept_channel`, a socket.
 const CHANNEL_QUEUE: usize = 64;
@@ -232,8 +231,7 @@ impl Socket {
     pub fn rebind(&self, local: SocketAddr) -> io::Result<()> {
         let session = &self.inner.session;
         let endpoint = session.endpoint().ok_or(io::ErrorKind::Unsupported)?;
-        let bound = udp::bind(local, session.limits.socket_buffer, MOST_PAYLOAD)?;
-        endpoint.rebind_abstract(bound.socket)
+        endpoint.rebind(local, session.limits.socket_buffer)
     }
 
     /// Tells the peer to finish what runs and come back later or elsewhere. Only a server says so.
@@ -251,11 +249,8 @@ impl Socket {
     pub fn speed(&self) -> SpeedMeter {
         let session = self.inner.session.clone();
         SpeedMeter::new(Box::new(move || {
-            session
-                .conn()
-                .close_reason()
-                .is_none()
-                .then(|| Stats::of(&session.conn(), &session.counters))
+            let conn = session.conn();
+            (!conn.is_over()).then(|| Stats::of(&conn, &session.counters))
         }))
     }
 

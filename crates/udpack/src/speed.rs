@@ -13,6 +13,7 @@ use futures_util::Stream;
 use tokio::time::{Instant, Interval, MissedTickBehavior};
 
 use crate::base::sharded::Numbers;
+use crate::transport::Connection;
 
 /// Application bytes of an endpoint, a socket or a channel: whole frames, both ways.
 #[derive(Debug)]
@@ -88,19 +89,19 @@ pub struct Stats {
 }
 
 impl Stats {
-    pub(crate) fn of(conn: &quinn::Connection, counters: &Counters) -> Self {
+    pub(crate) fn of(conn: &Connection, counters: &Counters) -> Self {
         let stats = conn.stats();
         let (sent, received) = counters.totals();
         Self {
             sent,
             received,
-            wire_sent: stats.udp_tx.bytes,
-            wire_received: stats.udp_rx.bytes,
-            packets_sent: stats.path.sent_packets,
-            packets_lost: stats.path.lost_packets,
-            rtt: stats.path.rtt,
-            cwnd: stats.path.cwnd,
-            mtu: stats.path.current_mtu,
+            wire_sent: stats.bytes_sent,
+            wire_received: stats.bytes_received,
+            packets_sent: stats.packets_sent,
+            packets_lost: stats.packets_lost,
+            rtt: stats.rtt,
+            cwnd: stats.congestion_window,
+            mtu: stats.mtu,
         }
     }
 

@@ -15,6 +15,7 @@ use crate::metrics::Count;
 use crate::session::{ChannelKey, Line, Session};
 use crate::socket::{ChannelHandler, Registry};
 use crate::speed::Counters;
+use crate::transport::{RecvStream, SendStream};
 use crate::wire::code::{CloseCode, CloseReason};
 use crate::wire::config::Priority;
 use crate::wire::control::{self, Resumed};
@@ -26,8 +27,8 @@ pub(crate) async fn serve_stream(
     registry: Arc<Registry>,
     incoming: Option<mpsc::Sender<Channel>>,
     (conn, link): (Arc<Line>, u64),
-    send: quinn::SendStream,
-    recv: quinn::RecvStream,
+    send: SendStream,
+    recv: RecvStream,
 ) {
     let inbox = Inbox::new(recv, session.limits.frame);
     let counters = Counters::child(session.counters.clone());
@@ -111,7 +112,7 @@ enum Begun {
     /// A channel that was there before goes on over it.
     WentOn,
     /// It is of a channel that had reached its end here before the opener knew.
-    Over(quinn::SendStream, u64),
+    Over(SendStream, u64),
 }
 
 /// Finds out what a stream is and makes it that, one stream of a session at a time: of two that want to be the same
@@ -121,7 +122,7 @@ fn begin(
     open: control::Open,
     refusal: Option<CloseReason>,
     (conn, link): (Arc<Line>, u64),
-    send: quinn::SendStream,
+    send: SendStream,
     inbox: Inbox,
     counters: Arc<Counters>,
 ) -> Begun {
@@ -198,7 +199,7 @@ fn begin(
 }
 
 /// Tells the opener of a channel that it is over here, and that all it sent was received.
-async fn decline(session: &Session, mut send: quinn::SendStream, received: u64) {
+async fn decline(session: &Session, mut send: SendStream, received: u64) {
     let done = Resumed {
         received,
         done: true,
@@ -206,7 +207,7 @@ async fn decline(session: &Session, mut send: quinn::SendStream, received: u64) 
     if let Some(frame) = control::encode_resume(done) {
         // Who has stopped the stream does not want to know.
         let _ = write_small(session, &mut send, &mut [frame]).await;
-        let _ = send.finish();
+        send.finish();
     }
 }
 

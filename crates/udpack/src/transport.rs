@@ -2,10 +2,26 @@
 //! below, windows, pacing and congestion control. The only place that knows QUIC.
 
 pub(crate) mod congestion;
+pub(crate) mod connection;
+pub(crate) mod dialer;
 pub(crate) mod endpoint;
 mod gather;
 pub(crate) mod heard;
+pub(crate) mod listener;
 pub(crate) mod qlog;
 mod timer;
 pub(crate) mod udp;
 pub(crate) mod windows;
+
+pub(crate) use connection::{
+    Connection, ConnectionError, ConnectionStats, DatagramError, Endpoint, RecvStream, SendStream,
+    StreamError, Written,
+};
+
+use std::time::Duration;
+
+/// The time for some round trips, of which each takes so long. Bounded, because a peer can make a path look as long as it
+/// likes.
+pub(crate) fn trips(rtt: Duration) -> Duration {
+    rtt.saturating_mul(4).min(Duration::from_secs(60))
+}

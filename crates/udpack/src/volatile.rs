@@ -13,7 +13,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use quinn::SendDatagramError;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -24,6 +23,7 @@ use crate::channel::SendError;
 use crate::metrics::Count;
 use crate::session::{LARGE, SMALL, Session};
 use crate::socket::Socket;
+use crate::transport::{Connection, DatagramError, RecvStream, StreamError};
 use crate::wire::code::CloseCode;
 use crate::wire::config::{Limits, MIN_FRAME_RATE};
 use crate::wire::frame::PREFIX;
@@ -655,7 +655,7 @@ impl<T> Latest<T> {
 
 /// Moves volatile messages over one connection, both ways; the driver polls it. It never ends, and may be
 /// dropped at any time: a message that was being moved is lost then.
-pub(crate) async fn serve(session: &Session, conn: &quinn::Connection) -> Infallible {
+pub(crate) async fn serve(session: &Session, conn: &Connection) -> Infallible {
     let sending = async {
         let admitted = session.welcome().is_some();
         // In a box, as all that is rare here: the socket's task needs no room for it in between.
@@ -672,7 +672,7 @@ pub(crate) async fn serve(session: &Session, conn: &quinn::Connection) -> Infall
 }
 
 /// Drops what a peer sends that was not let in yet: it shall not gather.
-pub(crate) async fn discard(conn: &quinn::Connection) -> Infallible {
+pub(crate) async fn discard(conn: &Connection) -> Infallible {
     let mut dropped = 0_usize;
     while conn.read_datagram().await.is_ok() {
         dropped = dropped.wrapping_add(1);
@@ -684,7 +684,7 @@ pub(crate) async fn discard(conn: &quinn::Connection) -> Infallible {
 }
 
 /// Sends what fits into datagrams, as QUIC has room, until the connection is over.
-async fn send_small(session: &Session, conn: &quinn::Connection) {
+async fn send_small(session: &Session, conn: &Connection) {
     let volatiles = &session.volatiles;
     loop {
         if volatiles.first_small().is_none() {
@@ -701,7 +701,7 @@ async fn send_small(session: &Session, conn: &quinn::Connection) {
 /// The connection is over.
 struct Over;
 
-async fn move_small(session: &Session, conn: &quinn::Connection) -> Result<(), Over> {
+async fn move_small(session: &Session, conn: &Connection) -> Result<(), Over> {
     let volatiles = &session.volatiles;
     let mut moved = 0_usize;
     while let Some((place, seq, front)) = volatiles.first_small() {
@@ -718,10 +718,10 @@ async fn move_small(session: &Session, conn: &quinn::Connection) -> Result<(), O
                 biased;
                 // Perhaps there is a newer one now.
                 () = session.wake.wait(SMALL) => continue,
-                sent = conn.send_datagram_wait(body) => sent,
+                sent = conn.send_datagram(body) => sent,
             }
         } else {
-            Err(SendDatagramError::TooLarge)
+            Err(DatagramError::TooLarge)
         };
         match sent {
             Ok(()) => {
@@ -733,8 +733,8 @@ async fn move_small(session: &Session, conn: &quinn::Connection) -> Result<(), O
                     session.tally.one(Count::VolatileSent);
                 }
             }
-            Err(SendDatagramError::ConnectionLost(_)) => return Err(Over),
-            Err(_) => {
+            Err(DatagramError::Lost) => return Err(Over),
+            Err(DatagramError::TooLarge) => {
                 lock(&volatiles.out).get_or_make().is_large(&place, seq);
                 session.wake.set(LARGE);
             }
@@ -747,7 +747,7 @@ async fn move_small(session: &Session, conn: &quinn::Connection) -> Result<(), O
 ///
 /// The peer permits one stream at a time. One that has begun goes on although there is a newer one: were it
 /// given up, something that changes faster than it travels would never arrive.
-async fn send_large(session: &Session, conn: &quinn::Connection) {
+async fn send_large(session: &Session, conn: &Connection) {
     let volatiles = &session.volatiles;
     loop {
         if !volatiles.any_large() {
@@ -760,7 +760,7 @@ async fn send_large(session: &Session, conn: &quinn::Connection) {
     }
 }
 
-async fn move_large(session: &Session, conn: &quinn::Connection) -> Result<(), Over> {
+async fn move_large(session: &Session, conn: &Connection) -> Result<(), Over> {
     let volatiles = &session.volatiles;
     let mut open = None;
     loop {
@@ -782,19 +782,18 @@ async fn move_large(session: &Session, conn: &quinn::Connection) -> Result<(), O
             entry.item.slice(1..),
             tail(&place, entry.seq).into(),
         ];
-        match stream.write_all_chunks(&mut body).await {
+        match stream.write_all(&mut body).await {
             Ok(()) => {
-                // Fails only when the peer has stopped the stream.
-                let _ = stream.finish();
+                stream.finish();
                 session.tally.one(Count::VolatileSent);
             }
-            Err(quinn::WriteError::ConnectionLost(_)) => return Err(Over),
+            Err(StreamError::Lost(_)) => return Err(Over),
             Err(_) => session.tally.one(Count::VolatileDropped),
         }
     }
 }
 
-async fn take_datagrams(session: &Session, conn: &quinn::Connection) {
+async fn take_datagrams(session: &Session, conn: &Connection) {
     let mut moved = 0_usize;
     loop {
         match conn.read_datagram().await {
@@ -809,7 +808,7 @@ async fn take_datagrams(session: &Session, conn: &quinn::Connection) {
     }
 }
 
-async fn take_streams(session: &Session, conn: &quinn::Connection) {
+async fn take_streams(session: &Session, conn: &Connection) {
     loop {
         let reading = match conn.accept_uni().await {
             Ok(stream) => Box::pin(take_stream(session, stream)),
@@ -819,12 +818,12 @@ async fn take_streams(session: &Session, conn: &quinn::Connection) {
     }
 }
 
-async fn take_stream(session: &Session, mut stream: quinn::RecvStream) {
+async fn take_stream(session: &Session, mut stream: RecvStream) {
     match read(&mut stream, session).await {
         Ok(body) => take(session, body),
         Err(code) => {
             if let Some(code) = code {
-                let _ = stream.stop(code.varint());
+                stream.stop(code);
                 if let Some(left_out) = session.log_limit.line() {
                     tracing::warn!(%code, left_out, "volatile message given up");
                 }
@@ -835,21 +834,18 @@ async fn take_stream(session: &Session, mut stream: quinn::RecvStream) {
 }
 
 /// Reads one message to its end; fails with the code to stop it with, or none when the sender has given it up.
-async fn read(
-    stream: &mut quinn::RecvStream,
-    session: &Session,
-) -> Result<Bytes, Option<CloseCode>> {
+async fn read(stream: &mut RecvStream, session: &Session) -> Result<Bytes, Option<CloseCode>> {
     let limit = session.limits.frame.min(session.limits.volatile_bytes);
     let period = session.timeouts.frame;
     let least = MIN_FRAME_RATE.saturating_mul(period.as_secs().max(1));
     let (mut body, mut mark) = (Vec::new(), 0);
     let mut deadline = Instant::now() + period;
     loop {
-        match tokio::time::timeout_at(deadline, stream.read_chunk(limit, true)).await {
-            Ok(Ok(Some(chunk))) if body.len() + chunk.bytes.len() > limit => {
+        match tokio::time::timeout_at(deadline, stream.read(limit)).await {
+            Ok(Ok(Some(chunk))) if body.len() + chunk.len() > limit => {
                 return Err(Some(CloseCode::FRAME_TOO_LARGE));
             }
-            Ok(Ok(Some(chunk))) => body.extend_from_slice(&chunk.bytes),
+            Ok(Ok(Some(chunk))) => body.extend_from_slice(&chunk),
             Ok(Ok(None)) => return Ok(Bytes::from(body.into_boxed_slice())),
             Ok(Err(_)) => return Err(None),
             Err(_) if ((body.len() - mark) as u64) < least => {

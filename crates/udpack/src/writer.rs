@@ -1,7 +1,5 @@
 //! The task that writes a channel's queue to its stream, and gives up a peer that takes nothing.
 
-use std::future::Future;
-use std::pin::pin;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
@@ -14,6 +12,7 @@ use crate::outbox::{BATCH, COPY_LIMIT, Outbox, TURN, Work};
 use crate::session::{Line, Session, lost, on_path};
 use crate::speed::Counters;
 use crate::transport::heard::Heard;
+use crate::transport::{Connection, SendStream, StreamError, Written as Taken};
 use crate::turns::Turns;
 use crate::wire::code::{CloseCode, CloseReason};
 use crate::wire::config::Priority;
@@ -29,7 +28,7 @@ pub(crate) enum Written {
 /// Where a writer writes to.
 pub(crate) struct Way {
     pub(crate) conn: Arc<Line>,
-    pub(crate) stream: quinn::SendStream,
+    pub(crate) stream: SendStream,
     /// See [`Outbox::rewind`]; 0 for a channel's first stream.
     pub(crate) epoch: u64,
     /// Goes out before the queue and is not part of it.
@@ -50,7 +49,7 @@ pub(crate) async fn write_loop(
     let result = match driven {
         Ok(true) => Ok(()),
         Ok(false) => return Written::Detached,
-        Err(_) if outbox.keeps() && conn.close_reason().is_some() => return Written::Detached,
+        Err(_) if outbox.keeps() && conn.is_over() => return Written::Detached,
         Err(reason) => Err(reason),
     };
     outbox.end(result.clone());
@@ -143,8 +142,8 @@ async fn drive(
                     )
                     .await?;
                 }
-                // Fails only when the peer has stopped the stream, which `stopped` then reports.
-                let _ = stream.finish();
+                // If the peer has stopped the stream, `stopped` reports it.
+                stream.finish();
                 match stopped.await {
                     Ok(None) => {}
                     end => return Err(stop_reason(session, end)),
@@ -222,14 +221,14 @@ impl Patience {
 /// The peer's transport has everything. Where what is written is kept, its program must have it too.
 async fn confirmed(
     outbox: &Outbox,
-    conn: &quinn::Connection,
+    conn: &Connection,
     session: &Session,
 ) -> Result<(), CloseReason> {
     let lost = conn.closed();
     let mut lost = std::pin::pin!(lost);
     while outbox.keeps() {
         if outbox.is_refused() {
-            return Err(stopped_by_peer(CloseCode::NORMAL.varint()));
+            return Err(stopped_by_peer(CloseCode::NORMAL));
         }
         tokio::select! {
             () = outbox.work.notified() => {}
@@ -240,7 +239,7 @@ async fn confirmed(
 }
 
 async fn write(
-    stream: &mut quinn::SendStream,
+    stream: &mut SendStream,
     batch: &mut [Bytes],
     (session, line): (&Session, &Line),
     counters: &Counters,
@@ -276,9 +275,11 @@ async fn write(
 
 /// Waits until the bulk channels may have more under way, or the connection is over.
 async fn bulk_room(session: &Session, line: &Line) -> Result<(), CloseReason> {
-    let room = line
-        .turns
-        .bulk_room(|| line.stats().path.cwnd, session.limits.send_window, TURN);
+    let room = line.turns.bulk_room(
+        || line.stats().congestion_window,
+        session.limits.send_window,
+        TURN,
+    );
     tokio::select! {
         biased;
         () = room => Ok(()),
@@ -289,14 +290,14 @@ async fn bulk_room(session: &Session, line: &Line) -> Result<(), CloseReason> {
 /// Writes some of `rest`. A peer that is alive but grants nothing for the slow-peer time loses the channel; a
 /// silent path is the idle timer's business, and on a slow one each waits for its turn.
 async fn progress(
-    stream: &mut quinn::SendStream,
+    stream: &mut SendStream,
     rest: &mut [Bytes],
     (session, line): (&Session, &Line),
     priority: Priority,
-) -> Result<quinn::Written, CloseReason> {
+) -> Result<Taken, CloseReason> {
     // A writer that need not wait asks for no counts: they cost the lock of the connection.
     if let Some(written) = write_some(stream, rest, &line.turns, priority).now_or_never() {
-        return written.map_err(|error| write_reason(session, error));
+        return written.map_err(|error| stream_reason(session, error));
     }
     let part = part(session, line);
     let (begun, _) = session.counters.totals();
@@ -305,7 +306,7 @@ async fn progress(
     loop {
         match tokio::time::timeout(part, write_some(stream, rest, &line.turns, priority)).await {
             Ok(Ok(written)) => return Ok(written),
-            Ok(Err(error)) => return Err(write_reason(session, error)),
+            Ok(Err(error)) => return Err(stream_reason(session, error)),
             Err(_) if !passed.part(line) => {}
             Err(_) if crowded(begun, before, session) => {
                 before = session.counters.totals().0;
@@ -316,9 +317,9 @@ async fn progress(
     }
 }
 
-fn slow_peer(stream: &mut quinn::SendStream, session: &Session) -> CloseReason {
+fn slow_peer(stream: &mut SendStream, session: &Session) -> CloseReason {
     session.tally.one(Count::SlowPeers);
-    let _ = stream.reset(CloseCode::SLOW_PEER.varint());
+    stream.reset(CloseCode::SLOW_PEER);
     let text = format!(
         "the peer took nothing off the channel for {:?}",
         session.timeouts.slow_peer
@@ -344,11 +345,11 @@ fn slow_path(in_all: u64, of_late: u64, channels: usize) -> bool {
 
 /// Writes as much as QUIC takes now, or waits for its turn.
 async fn write_some(
-    stream: &mut quinn::SendStream,
+    stream: &mut SendStream,
     rest: &mut [Bytes],
     turns: &Turns,
     priority: Priority,
-) -> Result<quinn::Written, quinn::WriteError> {
+) -> Result<Taken, StreamError> {
     let mut waiting = None;
     let mut let_pass = None;
     std::future::poll_fn(|cx| {
@@ -360,8 +361,7 @@ async fn write_some(
                 return Poll::Pending;
             }
         }
-        // `write_chunks` is cancel safe: a future that is not ready has written nothing.
-        let written = pin!(stream.write_chunks(rest)).poll(cx);
+        let written = stream.poll_write(cx, rest);
         if written.is_pending() {
             waiting.get_or_insert_with(|| turns.wait(priority));
             let_pass = None;
@@ -371,33 +371,24 @@ async fn write_some(
     .await
 }
 
-fn write_reason(session: &Session, error: quinn::WriteError) -> CloseReason {
+fn stream_reason(session: &Session, error: StreamError) -> CloseReason {
     match error {
-        quinn::WriteError::Stopped(code) => stopped_by_peer(code),
-        quinn::WriteError::ConnectionLost(error) => session.reason_for(&error),
-        quinn::WriteError::ClosedStream | quinn::WriteError::ZeroRttRejected => {
-            lost("the stream is closed")
-        }
+        StreamError::Peer(code) => stopped_by_peer(code),
+        StreamError::Lost(error) => session.reason_for(&error),
+        StreamError::Ended => lost("the stream is closed"),
     }
 }
 
-fn stop_reason(
-    session: &Session,
-    end: Result<Option<quinn::VarInt>, quinn::StoppedError>,
-) -> CloseReason {
+fn stop_reason(session: &Session, end: Result<Option<CloseCode>, StreamError>) -> CloseReason {
     match end {
         Ok(Some(code)) => stopped_by_peer(code),
         Ok(None) => lost("the stream is closed"),
-        Err(quinn::StoppedError::ConnectionLost(error)) => session.reason_for(&error),
-        Err(quinn::StoppedError::ZeroRttRejected) => lost("early data was rejected"),
+        Err(error) => stream_reason(session, error),
     }
 }
 
-fn stopped_by_peer(code: quinn::VarInt) -> CloseReason {
-    CloseReason::peer(
-        CloseCode::new(code.into_inner()),
-        "the peer reads no more from this channel",
-    )
+fn stopped_by_peer(code: CloseCode) -> CloseReason {
+    CloseReason::peer(code, "the peer reads no more from this channel")
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@ use quinn::{
 use tokio::time::Instant;
 
 use crate::transport::congestion::ModelConfig;
+use crate::transport::connection::varint;
 use crate::transport::timer::PromptRuntime;
 use crate::transport::udp::{self, Bound, MODEST_PAYLOAD, MOST_PAYLOAD, Port};
 use crate::transport::windows;
@@ -281,11 +282,6 @@ pub(crate) fn transport(
         .ack_frequency_config(Some(ack_frequency()))
         .congestion_controller_factory(factory);
     Ok(transport)
-}
-
-/// A number as QUIC takes it; larger ones become the largest.
-pub(crate) fn varint(value: u64) -> VarInt {
-    VarInt::from_u64(value).unwrap_or(VarInt::MAX)
 }
 
 #[cfg(test)]

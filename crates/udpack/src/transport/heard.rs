@@ -1,5 +1,7 @@
 //! Whether time counts against a peer: only time in which the path to it was alive.
 
+use crate::transport::Connection;
+
 /// What was said and heard on a connection, part by part of a time. A part counts if something was heard in it, or if
 /// nothing was said: a path on which what is sent stays unanswered is silent, which is the idle timer's business.
 pub(crate) struct Heard {
@@ -11,19 +13,19 @@ pub(crate) struct Heard {
 }
 
 impl Heard {
-    pub(crate) fn new(conn: &quinn::Connection) -> Self {
+    pub(crate) fn new(conn: &Connection) -> Self {
         let stats = conn.stats();
         Self {
-            received: stats.udp_rx.datagrams,
-            sent: stats.udp_tx.datagrams,
+            received: stats.datagrams_received,
+            sent: stats.datagrams_sent,
             silent: false,
         }
     }
 
     /// Another part has passed. Says whether it counts.
-    pub(crate) fn counts(&mut self, conn: &quinn::Connection) -> bool {
+    pub(crate) fn counts(&mut self, conn: &Connection) -> bool {
         let stats = conn.stats();
-        let (received, sent) = (stats.udp_rx.datagrams, stats.udp_tx.datagrams);
+        let (received, sent) = (stats.datagrams_received, stats.datagrams_sent);
         let heard = received != self.received;
         self.silent |= !heard && sent != self.sent;
         (self.received, self.sent) = (received, sent);

@@ -13,7 +13,7 @@ use tokio::time::{Instant, Interval, MissedTickBehavior};
 
 use crate::base::lock;
 use crate::base::pool::Shares;
-use crate::transport::endpoint::varint;
+use crate::transport::{Connection, ConnectionStats};
 use crate::wire::config::{Limits, MIN_WINDOW};
 
 /// Window that a connection begins with, in bytes, where the budget permits. Not smaller, because on a slow path
@@ -131,20 +131,20 @@ impl ReceiveWindow {
     }
 
     /// Gives an admitted connection of a server the window to begin with.
-    pub(crate) fn admit(&self, first: u64, pool: &Arc<Pool>, conn: &quinn::Connection) {
+    pub(crate) fn admit(&self, first: u64, pool: &Arc<Pool>, conn: &Connection) {
         lock(&self.state).pool = Some(pool.clone());
         self.resize(first, conn);
     }
 
     /// Changes the window that it began with; what it has grown by it keeps.
-    pub(crate) fn resize(&self, first: u64, conn: &quinn::Connection) {
+    pub(crate) fn resize(&self, first: u64, conn: &Connection) {
         let mut state = lock(&self.state);
         state.first = first;
         self.set(&state, conn);
     }
 
     /// Goes over to another connection of the session, which begins as the first one did.
-    pub(crate) fn renew(&self, conn: &quinn::Connection) {
+    pub(crate) fn renew(&self, conn: &Connection) {
         let mut state = lock(&self.state);
         state.shrink();
         self.read.store(0, Ordering::Relaxed);
@@ -176,7 +176,7 @@ impl ReceiveWindow {
     }
 
     /// Grows the window if a quarter of it was read within a round trip.
-    pub(crate) fn used(&self, conn: &quinn::Connection) {
+    pub(crate) fn used(&self, conn: &Connection) {
         let rtt = conn.rtt();
         let mut state = lock(&self.state);
         if self.read.load(Ordering::Relaxed) < self.look_at.load(Ordering::Relaxed) {
@@ -198,10 +198,9 @@ impl ReceiveWindow {
 
     /// Grows the window if more than half of it lies unread, by what the connection has received. To be called with each
     /// tick of [`look`].
-    pub(crate) fn stuck(&self, conn: &quinn::Connection, udp: quinn::UdpStats) {
-        let arrived = udp
-            .bytes
-            .saturating_sub(udp.datagrams.saturating_mul(OVERHEAD));
+    pub(crate) fn stuck(&self, conn: &Connection, stats: &ConnectionStats) {
+        let overhead = stats.datagrams_received.saturating_mul(OVERHEAD);
+        let arrived = stats.bytes_received.saturating_sub(overhead);
         let mut state = lock(&self.state);
         state.seen(arrived, self.read.load(Ordering::Relaxed));
         if state.unread > state.window() / 2 {
@@ -211,11 +210,11 @@ impl ReceiveWindow {
         }
     }
 
-    fn set(&self, state: &State, conn: &quinn::Connection) {
+    fn set(&self, state: &State, conn: &Connection) {
         let window = state.window();
         self.look_later(window);
         if state.most > 0 {
-            conn.set_receive_window(varint(window));
+            conn.set_receive_window(window);
         }
     }
 

@@ -1,0 +1,164 @@
+//! The dialling side of a transport.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::fingerprint::Fingerprint;
+use crate::tls::{PinCheck, PinMismatch, TlsError, Trust, client_tls};
+use crate::transport::endpoint::{self, At, FirstWord, Route, Via};
+use crate::transport::qlog::Qlog;
+use crate::transport::{Connection, ConnectionError, Endpoint, trips};
+use crate::wire::config::{CongestionControl, InvalidSetting, Limits, Timeouts};
+
+/// Makes connections to servers, each from a port of its own.
+pub(crate) struct Dialer {
+    config: quinn::ClientConfig,
+    pin: Option<PinCheck>,
+    limits: Arc<Limits>,
+    timeouts: Arc<Timeouts>,
+    congestion: CongestionControl,
+    via: Via,
+    local: Option<SocketAddr>,
+    qlog: Option<Qlog>,
+}
+
+/// Why a [`Dialer`] could not be made.
+pub(crate) enum DialerError {
+    Setting(InvalidSetting),
+    Tls(TlsError),
+}
+
+/// Why a server could not be reached.
+#[derive(Debug)]
+pub(crate) enum DialError {
+    /// No port could be opened here.
+    Local(io::Error),
+    Setting(InvalidSetting),
+    /// This address cannot be dialled, or the system says that it is not reachable; with the reason.
+    Refused(String),
+    /// Nothing was heard in time.
+    Silent,
+    /// The server has another key than the pinned one.
+    Pin(PinMismatch),
+    /// The handshake failed.
+    Handshake(ConnectionError),
+}
+
+impl Dialer {
+    /// For servers with this key, or with a certificate that the platform's CAs vouch for. `local` is where to dial from.
+    pub(crate) fn new(
+        pin: Option<Fingerprint>,
+        (limits, timeouts): (Arc<Limits>, Arc<Timeouts>),
+        congestion: CongestionControl,
+        (via, local): (Via, Option<SocketAddr>),
+        qlog: Option<PathBuf>,
+    ) -> Result<Self, DialerError> {
+        // Said now rather than at the first connection.
+        endpoint::transport(&limits, &timeouts, congestion, None, false)
+            .map_err(DialerError::Setting)?;
+        let trust = pin.map_or(Trust::PlatformRoots, Trust::Pin);
+        let (tls, check) = client_tls(trust).map_err(DialerError::Tls)?;
+        Ok(Self {
+            config: quinn::ClientConfig::new(Arc::new(tls)),
+            pin: pin.map(|_| check),
+            limits,
+            timeouts,
+            congestion,
+            via,
+            local,
+            qlog: qlog.map(|dir| Qlog::new(dir, "client")),
+        })
+    }
+
+    /// Connects to this address of the server `host`. The endpoint must live as long as the connection.
+    ///
+    /// # Cancel safety
+    /// A dropped future gives the connection up.
+    pub(crate) async fn dial(
+        &self,
+        address: SocketAddr,
+        host: &str,
+    ) -> Result<(Connection, Endpoint), DialError> {
+        let local = self.local.unwrap_or_else(|| {
+            let any = match address {
+                SocketAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+                SocketAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            };
+            SocketAddr::new(any, 0)
+        });
+        let route = self.via.route_to(address);
+        let heard = FirstWord::default();
+        let (endpoint, _) = self
+            .via
+            .open(
+                At::Address(local),
+                self.limits.socket_buffer,
+                route.map(|route| route.payload),
+                quinn::EndpointConfig::default(),
+                None,
+                Some(heard.clone()),
+            )
+            .map_err(DialError::Local)?;
+        let config = self.config(address, route).map_err(DialError::Setting)?;
+        let connecting = endpoint
+            .connect_with(config, address, host)
+            .map_err(|error| DialError::Refused(error.to_string()))?;
+        let connected = tokio::select! {
+            connected = connecting => connected,
+            () = patience(self.timeouts.handshake, &heard) => return Err(DialError::Silent),
+            error = self.via.unreachable(local, address) => {
+                return Err(DialError::Refused(error.to_owned()));
+            }
+        };
+        match connected {
+            Ok(conn) => Ok((Connection::quic(conn), Endpoint::quic(endpoint))),
+            Err(error) => Err(self.failed(error)),
+        }
+    }
+
+    /// The settings of one more connection, to this address by this route.
+    fn config(
+        &self,
+        address: SocketAddr,
+        route: Option<Route>,
+    ) -> Result<quinn::ClientConfig, InvalidSetting> {
+        let (limits, timeouts) = (&self.limits, &self.timeouts);
+        let mut transport = endpoint::transport(limits, timeouts, self.congestion, route, false)?;
+        if let Some(qlog) = &self.qlog
+            && let Some(stream) = qlog.stream(address)
+        {
+            transport.qlog_stream(Some(stream));
+        }
+        let mut config = self.config.clone();
+        config.transport_config(Arc::new(transport));
+        Ok(config)
+    }
+
+    fn failed(&self, error: quinn::ConnectionError) -> DialError {
+        if let quinn::ConnectionError::TransportError(error) = &error
+            && let Some(check) = &self.pin
+            && let Some(mismatch) = check.mismatch(&error.reason)
+        {
+            return DialError::Pin(mismatch);
+        }
+        match ConnectionError::from(error) {
+            ConnectionError::TimedOut => DialError::Silent,
+            error => DialError::Handshake(error),
+        }
+    }
+}
+
+/// Ends when a handshake that begins now has taken too long: `limit`, and as soon as something was heard, some times as long
+/// as that took.
+async fn patience(limit: Duration, heard: &FirstWord) {
+    let begun = Instant::now();
+    tokio::time::sleep_until(begun + limit).await;
+    if let Some(first) = heard.get() {
+        tokio::time::sleep_until(begun + limit + trips(*first - begun)).await;
+    }
+}

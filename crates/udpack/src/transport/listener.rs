@@ -1,0 +1,205 @@
+//! The accepting side of a transport: a UDP port on which connections arrive.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use aws_lc_rs::{hkdf, hmac};
+
+use crate::base::lock;
+use crate::identity::{Identity, IdentityError};
+use crate::transport::endpoint::{self, At, ETHERNET_PAYLOAD, Route, Via};
+use crate::transport::qlog::Qlog;
+use crate::transport::udp::Port;
+use crate::transport::{Connection, ConnectionError, Endpoint};
+use crate::wire::code::CloseCode;
+use crate::wire::config::{CongestionControl, InvalidSetting, Limits, Timeouts};
+
+/// Settings kept for paths of different size: a host has few.
+const SETTINGS_KEPT: usize = 16;
+
+/// A port on which connections arrive.
+pub(crate) struct Listener {
+    endpoint: Endpoint,
+    port: Port,
+    limits: Arc<Limits>,
+    timeouts: Arc<Timeouts>,
+    congestion: CongestionControl,
+    config: quinn::ServerConfig,
+    via: Via,
+    qlog: Option<Qlog>,
+    /// The settings of connections without a qlog file, by the route.
+    made: Mutex<HashMap<Option<Route>, Arc<quinn::ServerConfig>>>,
+}
+
+/// Why a port could not be opened.
+pub(crate) enum ListenError {
+    Setting(InvalidSetting),
+    Identity(IdentityError),
+    Bind(io::Error),
+}
+
+impl Listener {
+    /// Opens a port for this identity. Must be called on a runtime.
+    pub(crate) fn open(
+        identity: &Identity,
+        (limits, timeouts): (Arc<Limits>, Arc<Timeouts>),
+        congestion: CongestionControl,
+        (via, at): (Via, At),
+        qlog: Option<PathBuf>,
+    ) -> Result<Self, ListenError> {
+        let transport = endpoint::transport(&limits, &timeouts, congestion, None, true)
+            .map_err(ListenError::Setting)?;
+        let tls = identity.server_tls().map_err(ListenError::Identity)?;
+        let salt = hkdf::Salt::new(hkdf::HKDF_SHA256, &[]);
+        let address_key = salt.extract(&identity.address_secret());
+        let mut config = quinn::ServerConfig::with_crypto(Arc::new(tls));
+        config
+            .transport_config(Arc::new(transport))
+            .token_key(Arc::new(address_key))
+            .max_incoming(limits.handshakes.saturating_mul(4).max(1))
+            .incoming_buffer_size(64 << 10)
+            .incoming_buffer_size_total(16 << 20);
+        // Keys that come from the identity let a restarted server tell its old clients at once that their
+        // connections are gone (RFC 9000, section 10.3), instead of leaving them to their idle time.
+        // quinn sends at most one such reset in 20 ms: of a hundred clients that knock together, most would come
+        // away empty and knock again later and later. Nothing is lost without that ration: a reset is shorter
+        // than the packet it answers, and only connection ids that bear the mark of this key are answered.
+        let reset_key = hmac::Key::new(hmac::HMAC_SHA256, &identity.reset_secret());
+        let mut settings = quinn::EndpointConfig::new(Arc::new(reset_key));
+        settings.min_reset_interval(Duration::ZERO);
+        let cid_key = identity.cid_key();
+        settings.cid_generator(move || {
+            Box::new(quinn_proto::HashedConnectionIdGenerator::from_key(cid_key))
+        });
+        let (endpoint, port) = via
+            .open(
+                at,
+                limits.socket_buffer,
+                via.most_payload(),
+                settings,
+                Some(config.clone()),
+                None,
+            )
+            .map_err(ListenError::Bind)?;
+        Ok(Self {
+            endpoint: Endpoint::quic(endpoint),
+            port,
+            limits,
+            timeouts,
+            congestion,
+            config,
+            via,
+            qlog: qlog.map(|dir| Qlog::new(dir, "server")),
+            made: Mutex::default(),
+        })
+    }
+
+    /// The next connection that somebody wants; `None` once the port is closed.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub(crate) async fn accept(&self) -> Option<Incoming> {
+        Some(Incoming(self.endpoint.as_quic().accept().await?))
+    }
+
+    /// Carries out the handshake of a connection.
+    ///
+    /// # Cancel safety
+    /// A dropped future gives the connection up.
+    pub(crate) async fn handshake(
+        &self,
+        incoming: Incoming,
+    ) -> Result<Connection, ConnectionError> {
+        let connecting = match self.settings_for(incoming.remote_address()) {
+            Some(config) => incoming.0.accept_with(config),
+            None => incoming.0.accept(),
+        };
+        Ok(Connection::quic(connecting?.await?))
+    }
+
+    pub(crate) fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.endpoint.local_addr()
+    }
+
+    /// Ends all connections, and takes no more.
+    pub(crate) fn close(&self, code: CloseCode, text: &str) {
+        self.endpoint.close(code, text);
+    }
+
+    /// Waits until no connection is left.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub(crate) async fn wait_idle(&self) {
+        self.endpoint.wait_idle().await;
+    }
+
+    /// Frees the port, whoever still has a handle of a connection: nothing more is sent or received.
+    pub(crate) fn free_port(&self) {
+        self.port.close();
+    }
+
+    /// The settings of a connection with this peer; `None` are those of the port.
+    fn settings_for(&self, peer: SocketAddr) -> Option<Arc<quinn::ServerConfig>> {
+        // quinn keeps a buffer of the largest datagram it ever tried: too much for each of many idle sockets.
+        let route = self.via.route_to(peer).map(|route| Route {
+            payload: route.payload.min(ETHERNET_PAYLOAD),
+            ..route
+        });
+        let stream = self.qlog.as_ref().and_then(|qlog| qlog.stream(peer));
+        if stream.is_none()
+            && let Some(config) = lock(&self.made).get(&route)
+        {
+            return Some(config.clone());
+        }
+        let (limits, timeouts) = (&self.limits, &self.timeouts);
+        let mut transport =
+            endpoint::transport(limits, timeouts, self.congestion, route, true).ok()?;
+        let logged = stream.is_some();
+        transport.qlog_stream(stream);
+        let mut config = self.config.clone();
+        config.transport_config(Arc::new(transport));
+        let config = Arc::new(config);
+        if !logged {
+            let mut made = lock(&self.made);
+            if made.len() >= SETTINGS_KEPT {
+                made.clear();
+            }
+            made.insert(route, config.clone());
+        }
+        Some(config)
+    }
+}
+
+/// A connection that somebody wants. Dropping it refuses it.
+pub(crate) struct Incoming(quinn::Incoming);
+
+impl Incoming {
+    pub(crate) fn remote_address(&self) -> SocketAddr {
+        self.0.remote_address()
+    }
+
+    /// Whether the peer has shown that it receives at its address (RFC 9000, section 8.1).
+    pub(crate) fn is_proved(&self) -> bool {
+        self.0.remote_address_validated()
+    }
+
+    /// Whether the peer can be asked to prove its address.
+    pub(crate) fn may_retry(&self) -> bool {
+        self.0.may_retry()
+    }
+
+    /// Asks the peer to prove its address and to come again. Where it did already, it is refused.
+    pub(crate) fn retry(self) {
+        let _ = self.0.retry();
+    }
+
+    /// Tells the peer that no connection is accepted now.
+    pub(crate) fn refuse(self) {
+        self.0.refuse();
+    }
+}
