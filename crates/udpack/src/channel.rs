@@ -1,5 +1,18 @@
 //! [`Channel`]: ordered messages both ways on one bidirectional QUIC stream.
 
+pub(crate) mod calls;
+pub(crate) mod inbox;
+pub(crate) mod items;
+pub(crate) mod outbox;
+pub(crate) mod overflow;
+pub(crate) mod pace;
+pub(crate) mod pipe;
+pub(crate) mod request;
+pub(crate) mod resume;
+pub(crate) mod turns;
+pub(crate) mod volatile;
+pub(crate) mod writer;
+
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
@@ -12,18 +25,18 @@ use futures_util::future::BoxFuture;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::inbox::{Ending, Inbox};
+use crate::channel::inbox::{Ending, Inbox};
+use crate::channel::outbox::{Outbox, PushError};
+use crate::channel::pipe::Pipe;
+use crate::channel::writer::Way;
+use crate::metrics::speed::{Counters, SpeedMeter, Stats};
 use crate::metrics::{Count, Words};
-use crate::outbox::{Outbox, PushError};
-use crate::pipe::Pipe;
-use crate::rooms::Guest;
+use crate::serve::rooms::Guest;
 use crate::session::{ChannelKey, End, Lease, Line, Session, lost};
-use crate::speed::{Counters, SpeedMeter, Stats};
 use crate::wire::code::{CloseCode, CloseReason, Fault};
 use crate::wire::config::Priority;
 use crate::wire::control::{self, REPLY};
 use crate::wire::message::{DecodeError, EncodeError, Encoded, Message};
-use crate::writer::Way;
 
 /// A named, ordered, bidirectional exchange of `[event, data]` messages with one peer.
 ///

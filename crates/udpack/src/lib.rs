@@ -114,87 +114,58 @@
 #![warn(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
-mod asked;
-mod auth;
 mod base;
 #[cfg(feature = "bench")]
 #[doc(hidden)]
 pub mod bench;
-mod calls;
 mod channel;
 mod client;
-mod driver;
-mod event;
-mod extract;
-mod fingerprint;
-mod handlers;
-mod handshake;
-mod identity;
-mod inbox;
-mod items;
-mod lifetime;
 mod metrics;
-mod open;
-mod outbox;
-mod overflow;
-mod pace;
-mod pipe;
-mod presence;
-mod reconnect;
-mod request;
-mod resume;
-mod rooms;
-mod router;
-mod secret_file;
+mod serve;
 mod server;
 mod session;
-mod socket;
-mod speed;
-mod streams;
-mod suites;
 #[cfg(feature = "testing")]
 pub mod testing;
-mod tls;
-mod tokens;
 mod transport;
-mod turns;
-mod url;
-mod volatile;
+mod trust;
 pub mod wire;
-mod writer;
 
-pub use asked::Asked;
-pub use auth::{Authenticate, Deny, Hello, Peer};
 pub use base::extensions::Extensions;
 pub use base::pool::{Place, Pool, PoolFull, Shares, Tenant};
 pub use base::text;
+pub use channel::items::{Items, Streaming};
+pub use channel::overflow::Overflow;
+pub use channel::request::{Request, RequestError};
+pub use channel::volatile::{Volatile, VolatileError};
 pub use channel::{Channel, Closed, RecvError, SendError};
 pub use client::{Client, ClientBuilder, ConnectError};
-pub use event::Event;
-pub use extract::{ByData, ByExtract, Data, EventHandler, Extract, FromMessage, Handler, State};
-pub use fingerprint::{Fingerprint, FingerprintError};
-pub use handlers::{Answer, Context, Handlers, IntoAnswer};
-pub use identity::{Identity, IdentityError};
-pub use items::{Items, Streaming};
-pub use lifetime::RefreshError;
+pub use metrics::speed::{Speed, SpeedMeter, Stats};
 pub use metrics::{Ends, Metrics};
-pub use open::{OpenChannel, OpenError};
-pub use overflow::Overflow;
-pub use presence::{PresenceDiff, PresenceEntry, PresenceMap, TrackError};
-pub use reconnect::{Outage, Reconnect, SocketState, SocketStates};
-pub use request::{Request, RequestError};
-pub use rooms::{Broadcast, JoinError, Member, Rooms, Sent};
-pub use router::{ByFunction, ByRouter, Next, Router, ServeChannel, Service};
-pub use secret_file::SecretFileError;
+pub use serve::asked::Asked;
+pub use serve::event::Event;
+pub use serve::extract::{
+    ByData, ByExtract, Data, EventHandler, Extract, FromMessage, Handler, State,
+};
+pub use serve::handlers::{Answer, Context, Handlers, IntoAnswer};
+pub use serve::presence::{PresenceDiff, PresenceEntry, PresenceMap, TrackError};
+pub use serve::rooms::{Broadcast, JoinError, Member, Rooms, Sent};
+pub use serve::router::{ByFunction, ByRouter, Next, Router, ServeChannel, Service};
 pub use server::{BindError, Server, ServerBuilder, ServerError};
 pub use session::SessionId;
-pub use socket::{IntoOutcome, Socket};
-pub use speed::{Speed, SpeedMeter, Stats};
-pub use tokens::{NewToken, TokenEntry, TokenFile, TokenFileError, TokenLineError, generate_token};
+pub use session::lifetime::RefreshError;
+pub use session::open::{OpenChannel, OpenError};
+pub use session::reconnect::{Outage, Reconnect, SocketState, SocketStates};
+pub use session::socket::{IntoOutcome, Socket};
+pub use trust::auth::{Authenticate, Deny, Hello, Peer};
+pub use trust::fingerprint::{Fingerprint, FingerprintError};
+pub use trust::identity::{Identity, IdentityError};
+pub use trust::secret_file::SecretFileError;
+pub use trust::tokens::{
+    NewToken, TokenEntry, TokenFile, TokenFileError, TokenLineError, generate_token,
+};
+pub use trust::url::{ConnectUrl, ConnectUrlError, DEFAULT_PORT};
 #[cfg(feature = "derive")]
 pub use udpack_derive::Event;
-pub use url::{ConnectUrl, ConnectUrlError, DEFAULT_PORT};
-pub use volatile::{Volatile, VolatileError};
 pub use wire::code::{CloseCode, CloseReason, Fault, Side};
 pub use wire::config::{CongestionControl, Drain, InvalidSetting, Limits, Priority, Timeouts};
 pub use wire::control::{Gap, GoAway};

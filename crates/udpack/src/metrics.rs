@@ -4,13 +4,15 @@
 //! unless somebody asks. [`Metrics`] is one reading, and [`Metrics::prometheus`] its text for a scraper.
 //! Names of peers never become labels: the number of series is fixed.
 
+pub(crate) mod speed;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crate::base::sharded::Numbers;
-use crate::speed::Stats;
+use crate::metrics::speed::Stats;
 use crate::wire::code::{CloseCode, CloseReason, Fault, Side};
 
 /// The codes of [`CloseCode::ALL`], the application's, and those nobody knows.

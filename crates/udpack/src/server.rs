@@ -22,30 +22,30 @@ use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 use tracing::field::Empty;
 
-use crate::auth::{Authenticate, Deny, Hello, Peer, Penalties};
 use crate::base::LogLimit;
 use crate::base::Rate;
 use crate::base::lock;
 use crate::base::pool::{self, Pool, PoolFull, Shares, Tenant};
 use crate::base::text::printable_within;
 use crate::channel::Channel;
-use crate::driver::{Awaited, Comeback, Control, Link, live};
-use crate::fingerprint::Fingerprint;
-use crate::identity::{Identity, IdentityError};
-use crate::inbox::{Ending, Inbox};
-use crate::lifetime::{self, Authorize, Guard};
+use crate::channel::inbox::{Ending, Inbox};
+use crate::metrics::speed::{Counters, SpeedMeter, Stats};
 use crate::metrics::{Count, Metrics, Tally, Words};
-use crate::reconnect::SocketState;
-use crate::rooms::Rooms;
-use crate::router::ServeChannel;
+use crate::serve::rooms::Rooms;
+use crate::serve::router::ServeChannel;
+use crate::session::driver::{Awaited, Comeback, Control, Link, live};
+use crate::session::lifetime::{self, Authorize, Guard};
+use crate::session::reconnect::SocketState;
+use crate::session::socket::{Registry, Socket};
 use crate::session::{Session, SessionId, on_path};
-use crate::socket::{Registry, Socket};
-use crate::speed::{Counters, SpeedMeter, Stats};
 use crate::transport::endpoint::{At, Via};
 use crate::transport::listener::{Incoming, ListenError, Listener};
 use crate::transport::trips;
 use crate::transport::windows;
 use crate::transport::{SendStream, StreamError};
+use crate::trust::auth::{Authenticate, Deny, Hello, Peer, Penalties};
+use crate::trust::fingerprint::Fingerprint;
+use crate::trust::identity::{Identity, IdentityError};
 use crate::wire::code::{CloseCode, CloseReason, Side};
 use crate::wire::config::InvalidSetting;
 use crate::wire::config::{
@@ -720,7 +720,7 @@ async fn let_in(
     let admission = async {
         tokio::select! {
             control = admit(&shared, &session) => control,
-            never = crate::volatile::discard(&conn) => match never {},
+            never = crate::channel::volatile::discard(&conn) => match never {},
         }
     };
     let control = match admission.await {

@@ -3,6 +3,13 @@
 //! `Socket` and `Channel` are handles over this; the driver task of a socket (`socket.rs`) acts on the
 //! wishes left here.
 
+pub(crate) mod driver;
+pub(crate) mod lifetime;
+pub(crate) mod open;
+pub(crate) mod reconnect;
+pub(crate) mod socket;
+pub(crate) mod streams;
+
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::ops::Deref;
@@ -14,26 +21,26 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
-use crate::auth::PeerCell;
 use crate::base::Lazy;
 use crate::base::LogLimit;
 use crate::base::extensions::Extensions;
 use crate::base::lock;
 use crate::base::pool::{Pool, Tenant};
 use crate::base::wake::{WakeFlag, WakeFlags};
-use crate::lifetime::Life;
+use crate::channel::outbox::Budget;
+use crate::channel::pipe::Pipe;
+use crate::channel::resume::Seen;
+use crate::channel::turns::Turns;
+use crate::channel::volatile::Volatiles;
 use crate::metrics::Tally;
-use crate::open::OpenError;
-use crate::outbox::Budget;
-use crate::pipe::Pipe;
-use crate::reconnect::{ANSWER, StateFeed};
-use crate::resume::Seen;
-use crate::rooms::Rooms;
-use crate::speed::Counters;
+use crate::metrics::speed::Counters;
+use crate::serve::rooms::Rooms;
+use crate::session::lifetime::Life;
+use crate::session::open::OpenError;
+use crate::session::reconnect::{ANSWER, StateFeed};
 use crate::transport::windows::ReceiveWindow;
 use crate::transport::{Connection, ConnectionError, Endpoint, trips};
-use crate::turns::Turns;
-use crate::volatile::Volatiles;
+use crate::trust::auth::PeerCell;
 use crate::wire::code::{CloseCode, CloseReason, Side};
 use crate::wire::config::{Limits, Timeouts};
 use crate::wire::control::{GoAway, Welcome};
@@ -301,7 +308,7 @@ pub(crate) struct Session {
     /// At a client: what its handles hold, so that the last one to go closes the connection.
     lease: OnceLock<Weak<Lease>>,
     /// The socket's handle, for handlers that ask for it.
-    pub(crate) handle: OnceLock<Weak<crate::socket::Handle>>,
+    pub(crate) handle: OnceLock<Weak<socket::Handle>>,
 }
 
 /// Held by the handles of a client's socket and by its channels; the connection closes with the last one.

@@ -48,14 +48,14 @@ use quinn::udp::{EcnCodepoint, RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, UdpPoller};
 use tokio::time::{Instant, Sleep};
 
-use crate::auth::{Deny, Hello, Peer};
 use crate::base::lock;
 use crate::client::{Client, ClientBuilder, ConnectError};
-use crate::identity::Identity;
 use crate::server::{BindError, Server, ServerBuilder};
-use crate::socket::Socket;
+use crate::session::socket::Socket;
 use crate::transport::endpoint::{At, Via};
-use crate::url::DEFAULT_PORT;
+use crate::trust::auth::{Deny, Hello, Peer};
+use crate::trust::identity::Identity;
+use crate::trust::url::DEFAULT_PORT;
 
 /// Largest UDP payload that passes, in bytes: Ethernet's 1,500 less the headers.
 const MTU: usize = 1472;

@@ -8,11 +8,11 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::fingerprint::Fingerprint;
-use crate::tls::{PinCheck, PinMismatch, TlsError, Trust, client_tls};
 use crate::transport::endpoint::{self, At, FirstWord, Route, Via};
 use crate::transport::qlog::Qlog;
 use crate::transport::{Connection, ConnectionError, Endpoint, trips};
+use crate::trust::fingerprint::Fingerprint;
+use crate::trust::tls::{PinCheck, PinMismatch, TlsError, Trust, client_tls};
 use crate::wire::config::{CongestionControl, InvalidSetting, Limits, Timeouts};
 
 /// Makes connections to servers, each from a port of its own.

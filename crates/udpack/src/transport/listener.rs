@@ -10,11 +10,11 @@ use std::time::Duration;
 use aws_lc_rs::{hkdf, hmac};
 
 use crate::base::lock;
-use crate::identity::{Identity, IdentityError};
 use crate::transport::endpoint::{self, At, ETHERNET_PAYLOAD, Route, Via};
 use crate::transport::qlog::Qlog;
 use crate::transport::udp::Port;
 use crate::transport::{Connection, ConnectionError, Endpoint};
+use crate::trust::identity::{Identity, IdentityError};
 use crate::wire::code::CloseCode;
 use crate::wire::config::{CongestionControl, InvalidSetting, Limits, Timeouts};
 

@@ -5,14 +5,14 @@ use std::future::Future;
 use futures_util::future::BoxFuture;
 use serde::de::DeserializeOwned;
 
-use crate::auth::Peer;
 use crate::base::extensions::Extensions;
 use crate::channel::Channel;
-use crate::event::Event;
-use crate::handlers::{Answer, Context, IntoAnswer};
-use crate::items::Items;
-use crate::rooms::Rooms;
-use crate::socket::Socket;
+use crate::channel::items::Items;
+use crate::serve::event::Event;
+use crate::serve::handlers::{Answer, Context, IntoAnswer};
+use crate::serve::rooms::Rooms;
+use crate::session::socket::Socket;
+use crate::trust::auth::Peer;
 use crate::wire::code::Fault;
 use crate::wire::message::Message;
 

@@ -11,11 +11,11 @@ use futures_util::future::BoxFuture;
 
 use crate::base::extensions::Extensions;
 use crate::channel::Channel;
-use crate::event::Event;
-use crate::extract::{EventHandler, Handler};
-use crate::handlers::{Answer, Context, serve};
 use crate::metrics::Count;
-use crate::socket::{ChannelHandler, IntoOutcome};
+use crate::serve::event::Event;
+use crate::serve::extract::{EventHandler, Handler};
+use crate::serve::handlers::{Answer, Context, serve};
+use crate::session::socket::{ChannelHandler, IntoOutcome};
 use crate::wire::code::Fault;
 use crate::wire::control::Gap;
 use crate::wire::message::Message;

@@ -220,7 +220,7 @@ impl Tenant {
     }
 }
 
-impl Authenticate for crate::tokens::TokenFile {
+impl Authenticate for crate::trust::tokens::TokenFile {
     fn authenticate(&self, hello: Hello) -> BoxFuture<'static, Result<Peer, Deny>> {
         // The time is looked at only when the token is right: who guesses learns nothing of it.
         let verdict = match self.find(hello.token()) {

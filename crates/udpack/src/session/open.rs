@@ -5,16 +5,16 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::channel::inbox::Inbox;
+use crate::channel::writer::Way;
 use crate::channel::{Channel, Opened, SendError};
-use crate::inbox::Inbox;
 use crate::metrics::Count;
-use crate::socket::Socket;
-use crate::speed::Counters;
+use crate::metrics::speed::Counters;
+use crate::session::socket::Socket;
 use crate::wire::code::CloseReason;
 use crate::wire::config::Priority;
 use crate::wire::control::{self, GoAway};
 use crate::wire::message::EncodeError;
-use crate::writer::Way;
 
 impl Socket {
     /// Begins to open a channel of this name: choose what it needs, then call [`open`](OpenChannel::open).

@@ -13,12 +13,12 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
-use crate::calls::{Calls, Reply, Role};
+use crate::channel::calls::{Calls, Reply, Role};
+use crate::channel::inbox::{Ending, NoReply};
+use crate::channel::items::{Items, Pump, pump};
 use crate::channel::{Channel, RecvError, SendError, application_event};
-use crate::event::Event;
-use crate::inbox::{Ending, NoReply};
-use crate::items::{Items, Pump, pump};
 use crate::metrics::{Count, Words};
+use crate::serve::event::Event;
 use crate::wire::code::{CloseCode, CloseReason, Fault};
 use crate::wire::control::{self, CANCEL, FAULT};
 use crate::wire::message::{self, DecodeError, Encoded, Message};

@@ -22,9 +22,9 @@ use rustls::{
 use rustls_platform_verifier::Verifier;
 use time::OffsetDateTime;
 
-use crate::fingerprint::Fingerprint;
-use crate::handshake::ServerTls;
-use crate::suites::suites;
+use crate::trust::fingerprint::Fingerprint;
+use crate::trust::handshake::ServerTls;
+use crate::trust::suites::suites;
 
 /// The application protocol, with its version, that both sides must agree on.
 pub(crate) const ALPN: &[u8] = b"udpack/1";

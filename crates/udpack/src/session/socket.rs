@@ -10,19 +10,19 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 use tokio::sync::{Mutex, mpsc};
 
-use crate::auth::Peer;
 use crate::channel::{Channel, Closed};
+use crate::trust::auth::Peer;
 use crate::wire::code::{CloseCode, CloseReason};
 use crate::wire::control::GoAway;
 
 use crate::base::extensions::Extensions;
 use crate::base::lock;
-use crate::lifetime::{self, RefreshError};
 use crate::metrics::Metrics;
-use crate::reconnect::{SocketState, SocketStates};
-use crate::router::ServeChannel;
+use crate::metrics::speed::{SpeedMeter, Stats};
+use crate::serve::router::ServeChannel;
+use crate::session::lifetime::{self, RefreshError};
+use crate::session::reconnect::{SocketState, SocketStates};
 use crate::session::{Lease, Session, SessionId, WISHED};
-use crate::speed::{SpeedMeter, Stats};
 
 /// Channels that may wait for `accept_channel`, a socket.
 const CHANNEL_QUEUE: usize = 64;

@@ -241,8 +241,8 @@ mod tests {
     use rustls::quic::ClientConnection;
 
     use super::*;
-    use crate::identity::Identity;
-    use crate::tls::{ALPN, Trust, client_config, server_config};
+    use crate::trust::identity::Identity;
+    use crate::trust::tls::{ALPN, Trust, client_config, server_config};
 
     /// A client and a server's session, until neither has anything left to say.
     fn shaken(

@@ -7,13 +7,13 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::FutureExt;
 
+use crate::channel::outbox::{BATCH, COPY_LIMIT, Outbox, TURN, Work};
+use crate::channel::turns::Turns;
 use crate::metrics::Count;
-use crate::outbox::{BATCH, COPY_LIMIT, Outbox, TURN, Work};
+use crate::metrics::speed::Counters;
 use crate::session::{Line, Session, lost, on_path};
-use crate::speed::Counters;
 use crate::transport::heard::Heard;
 use crate::transport::{Connection, SendStream, StreamError, Written as Taken};
-use crate::turns::Turns;
 use crate::wire::code::{CloseCode, CloseReason};
 use crate::wire::config::Priority;
 

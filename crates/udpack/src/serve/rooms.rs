@@ -16,17 +16,17 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use tokio::runtime::Handle;
 
-use crate::auth::Peer;
 use crate::base::lock;
+use crate::channel::outbox::Outbox;
+use crate::channel::overflow::{Overflow, Push, Tag};
+use crate::channel::volatile::{Ready, Volatile};
 use crate::channel::{Channel, WeakChannel};
-use crate::event::Event;
 use crate::metrics::Count;
-use crate::outbox::Outbox;
-use crate::overflow::{Overflow, Push, Tag};
-use crate::presence::{Presence, Tracked};
+use crate::serve::event::Event;
+use crate::serve::presence::{Presence, Tracked};
+use crate::session::socket::Socket;
 use crate::session::{Session, SessionId};
-use crate::socket::Socket;
-use crate::volatile::{Ready, Volatile};
+use crate::trust::auth::Peer;
 use crate::wire::code::{CloseCode, CloseReason};
 use crate::wire::message::{EncodeError, Encoded, NameError, check_name};
 

@@ -20,12 +20,12 @@ use serde::Serialize;
 use tokio::sync::Notify;
 
 use crate::base::lock;
+use crate::channel::overflow::{Overflow, Overflowing, Push, Tag};
+use crate::channel::pace::Pace;
+use crate::channel::resume::{Mismatch, Retained};
+use crate::metrics::speed::Counters;
 use crate::metrics::{Count, Tally};
-use crate::overflow::{Overflow, Overflowing, Push, Tag};
-use crate::pace::Pace;
-use crate::resume::{Mismatch, Retained};
-use crate::rooms::Seat;
-use crate::speed::Counters;
+use crate::serve::rooms::Seat;
 use crate::transport::SendStream;
 use crate::wire::code::CloseReason;
 use crate::wire::config::Priority;

@@ -14,9 +14,9 @@ use std::time::{Duration, SystemTime};
 
 use subtle::{Choice, ConstantTimeEq};
 
-use crate::auth::Peer;
-use crate::fingerprint::{decode_hex, sha256};
-use crate::secret_file::{self, SecretFileError, Version};
+use crate::trust::auth::Peer;
+use crate::trust::fingerprint::{decode_hex, sha256};
+use crate::trust::secret_file::{self, SecretFileError, Version};
 
 /// The tokens a server accepts, read from a file that may change while the server runs.
 ///

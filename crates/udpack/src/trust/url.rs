@@ -7,8 +7,8 @@ use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
-use crate::fingerprint::{Fingerprint, FingerprintError};
-use crate::tokens::{MAX_TOKEN, is_token_byte};
+use crate::trust::fingerprint::{Fingerprint, FingerprintError};
+use crate::trust::tokens::{MAX_TOKEN, is_token_byte};
 
 /// The port a server listens on unless told otherwise.
 pub const DEFAULT_PORT: u16 = 45456;

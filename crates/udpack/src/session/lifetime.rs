@@ -17,7 +17,6 @@ use futures_util::future::BoxFuture;
 use tokio::sync::{OwnedMutexGuard, oneshot};
 use tokio::time::Instant;
 
-use crate::auth::{Authenticate, Deny, Hello, Peer, Penalties, Slow};
 use crate::base::Lazy;
 use crate::base::Rate;
 use crate::base::lock;
@@ -25,6 +24,7 @@ use crate::base::wake::{WakeFlag, WakeFlags};
 use crate::channel::{Channel, WeakChannel};
 use crate::metrics::{Count, Tally};
 use crate::session::Session;
+use crate::trust::auth::{Authenticate, Deny, Hello, Peer, Penalties, Slow};
 use crate::wire::code::{CloseCode, CloseReason};
 use crate::wire::config::InvalidSetting;
 use crate::wire::config::TOKEN_BYTES;

@@ -14,12 +14,12 @@ use bytes::{Bytes, BytesMut};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::auth::Peer;
 use crate::base::lock;
 use crate::channel::Channel;
-use crate::overflow::{Overflow, Push};
-use crate::rooms::{Directory, Guest, JoinError, Room, Rooms};
+use crate::channel::overflow::{Overflow, Push};
+use crate::serve::rooms::{Directory, Guest, JoinError, Room, Rooms};
 use crate::session::{Session, SessionId};
+use crate::trust::auth::Peer;
 use crate::wire::frame::PREFIX;
 use crate::wire::message::{self, DecodeError, EncodeError, Encoded, Message};
 use crate::wire::msgpack::{FieldError, Shape, Values, Walk, validate};

@@ -10,7 +10,7 @@ use futures_util::future::{AbortHandle, Abortable};
 use tokio::time::Instant;
 
 use crate::channel::{Channel, RecvError};
-use crate::handlers::{Answered, cancelled, late, next};
+use crate::serve::handlers::{Answered, cancelled, late, next};
 use crate::wire::message::Message;
 
 impl Channel {

@@ -20,15 +20,15 @@ use tracing::field::Empty;
 use crate::base::Rate;
 use crate::base::lock;
 use crate::channel::Channel;
+use crate::channel::inbox::{Ending, Inbox};
+use crate::channel::resume::{Mismatch, Seen};
 use crate::client::Dialler;
-use crate::inbox::{Ending, Inbox};
-use crate::lifetime::Lifetime;
 use crate::metrics::{Count, Tally, Words};
-use crate::reconnect::SocketState;
-use crate::resume::{Mismatch, Seen};
+use crate::session::lifetime::Lifetime;
+use crate::session::reconnect::SocketState;
+use crate::session::socket::Registry;
+use crate::session::streams::serve_stream;
 use crate::session::{CONFIRM, ChannelKey, Leaving, Session, WISHED, give_up, on_path};
-use crate::socket::Registry;
-use crate::streams::serve_stream;
 use crate::transport::windows;
 use crate::transport::{Connection, Endpoint, SendStream, StreamError};
 use crate::wire::code::{CloseCode, CloseReason, Side};
@@ -420,7 +420,7 @@ impl Driver {
             permit_all(&session, &conn);
         }
         control.inbox.rest();
-        let mut volatile = pin!(crate::volatile::serve(&session, &conn));
+        let mut volatile = pin!(crate::channel::volatile::serve(&session, &conn));
         // A server looks at all its connections in one go.
         let mut look = session.client.then(windows::look);
         loop {

@@ -13,9 +13,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::time::{Instant, Sleep};
 
-use crate::calls::{Next, Role};
+use crate::channel::calls::{Next, Role};
+use crate::channel::request::{Pending, RequestError};
 use crate::channel::{Channel, SendError};
-use crate::request::{Pending, RequestError};
 use crate::wire::code::Fault;
 use crate::wire::control::{self, END, FAULT};
 use crate::wire::message::{self, EncodeError, Encoded};

@@ -15,10 +15,10 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::ParsedCertificate;
 
-use crate::fingerprint::Fingerprint;
-use crate::handshake::ServerTls;
-use crate::secret_file::{self, SecretFileError};
-use crate::tls::{self, CertificateSource};
+use crate::trust::fingerprint::Fingerprint;
+use crate::trust::handshake::ServerTls;
+use crate::trust::secret_file::{self, SecretFileError};
+use crate::trust::tls::{self, CertificateSource};
 
 /// A server's key pair and the certificates that go with it.
 ///
@@ -307,7 +307,7 @@ impl KeyFiles {
     }
 
     fn read_public(&self) -> Result<Option<Fingerprint>, IdentityError> {
-        use crate::fingerprint::FingerprintError;
+        use crate::trust::fingerprint::FingerprintError;
 
         let path = &self.public;
         match Fingerprint::from_public_key_file(path) {

@@ -8,18 +8,18 @@ use futures_util::FutureExt;
 use tokio::sync::mpsc;
 
 use crate::base::lock;
+use crate::channel::inbox::{Ending, Inbox};
+use crate::channel::writer::Way;
 use crate::channel::{Channel, Opened};
-use crate::driver::write_small;
-use crate::inbox::{Ending, Inbox};
 use crate::metrics::Count;
+use crate::metrics::speed::Counters;
+use crate::session::driver::write_small;
+use crate::session::socket::{ChannelHandler, Registry};
 use crate::session::{ChannelKey, Line, Session};
-use crate::socket::{ChannelHandler, Registry};
-use crate::speed::Counters;
 use crate::transport::{RecvStream, SendStream};
 use crate::wire::code::{CloseCode, CloseReason};
 use crate::wire::config::Priority;
 use crate::wire::control::{self, Resumed};
-use crate::writer::Way;
 
 /// Reads a new stream's `$open` and hands the channel to whoever serves its name.
 pub(crate) async fn serve_stream(

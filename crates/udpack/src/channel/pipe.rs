@@ -8,17 +8,17 @@ use std::time::Duration;
 use bytes::Bytes;
 use tracing::Instrument;
 
-use crate::inbox::{Ending, Inbox};
+use crate::channel::inbox::{Ending, Inbox};
+use crate::channel::outbox::Outbox;
+use crate::channel::resume::Mismatch;
+use crate::channel::writer::{self, Way, Written};
 use crate::metrics::Count;
-use crate::outbox::Outbox;
-use crate::resume::Mismatch;
+use crate::metrics::speed::Counters;
 use crate::session::{ChannelKey, End, Line, Session};
-use crate::speed::Counters;
 use crate::transport::SendStream;
 use crate::wire::code::{CloseCode, CloseReason, Side};
 use crate::wire::config::Priority;
 use crate::wire::control::{self, ControlError, Resumed};
-use crate::writer::{self, Way, Written};
 
 /// A channel as its streams see it: what they carry to and fro, one after the other if it is resumable.
 pub(crate) struct Pipe {

@@ -1,0 +1,11 @@
+//! Who a peer is and whether it may come in: keys and certificates, tokens, verifiers, addresses that carry both.
+
+pub(crate) mod auth;
+pub(crate) mod fingerprint;
+pub(crate) mod handshake;
+pub(crate) mod identity;
+pub(crate) mod secret_file;
+pub(crate) mod suites;
+pub(crate) mod tls;
+pub(crate) mod tokens;
+pub(crate) mod url;
