@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use tokio::time::Instant;
 use tracing::Instrument;
 use tracing::field::Empty;
@@ -16,12 +17,12 @@ use crate::base::lock;
 use crate::channel::inbox::Inbox;
 use crate::metrics::Tally;
 use crate::metrics::speed::Counters;
-use crate::serve::router::ServeChannel;
-use crate::server::default_agent;
-use crate::session::driver::{Comeback, Control, Link, live};
+use crate::session::default_agent;
+use crate::session::driver::{Comeback, Control, Link, Redial, live};
 use crate::session::lifetime::{TokenSource, check_token};
 use crate::session::reconnect::{Outage, Reconnect, SocketState};
-use crate::session::socket::{Registry, Socket};
+use crate::session::service::{Registry, ServeChannel};
+use crate::session::socket::Socket;
 use crate::session::{Session, give_up, on_path};
 use crate::transport::dialer::{DialError, Dialer, DialerError};
 use crate::transport::endpoint::Via;
@@ -337,15 +338,23 @@ fn of_all(mut reason: CloseReason, said: BTreeMap<usize, (String, String)>) -> C
 /// A connection that is lost sooner did not last: the next waits grow, as if it had not been made.
 const LASTING: Duration = Duration::from_secs(10);
 
-impl Dialler {
-    /// How long it waits at most when a server asks it to.
-    pub(crate) fn patience(&self) -> Duration {
+impl Redial for Dialler {
+    fn patience(&self) -> Duration {
         self.policy.patience
     }
 
-    /// Makes the next connection, for as long as the policy allows. After a move to the next server, `moved`
-    /// says, the one before is the last to be tried.
-    pub(crate) async fn next(
+    fn next<'a>(
+        &'a mut self,
+        session: &'a Arc<Session>,
+        reason: CloseReason,
+        moved: bool,
+    ) -> BoxFuture<'a, Result<Link, CloseReason>> {
+        Box::pin(self.dial_again(session, reason, moved))
+    }
+}
+
+impl Dialler {
+    async fn dial_again(
         &mut self,
         session: &Arc<Session>,
         mut reason: CloseReason,
@@ -580,11 +589,6 @@ impl ClientBuilder {
     pub(crate) fn via(mut self, via: Via) -> Self {
         self.via = via;
         self
-    }
-
-    #[cfg(feature = "testing")]
-    pub(crate) fn network(&self) -> &Via {
-        &self.via
     }
 
     /// Writes what QUIC does into this directory, a file for each connection; see `ServerBuilder::qlog`.

@@ -142,20 +142,20 @@ pub use client::{Client, ClientBuilder, ConnectError};
 pub use metrics::speed::{Speed, SpeedMeter, Stats};
 pub use metrics::{Ends, Metrics};
 pub use serve::asked::Asked;
-pub use serve::event::Event;
 pub use serve::extract::{
     ByData, ByExtract, Data, EventHandler, Extract, FromMessage, Handler, State,
 };
 pub use serve::handlers::{Answer, Context, Handlers, IntoAnswer};
 pub use serve::presence::{PresenceDiff, PresenceEntry, PresenceMap, TrackError};
 pub use serve::rooms::{Broadcast, JoinError, Member, Rooms, Sent};
-pub use serve::router::{ByFunction, ByRouter, Next, Router, ServeChannel, Service};
+pub use serve::router::{ByRouter, Next, Router};
 pub use server::{BindError, Server, ServerBuilder, ServerError};
 pub use session::SessionId;
 pub use session::lifetime::RefreshError;
 pub use session::open::{OpenChannel, OpenError};
 pub use session::reconnect::{Outage, Reconnect, SocketState, SocketStates};
-pub use session::socket::{IntoOutcome, Socket};
+pub use session::service::{ByFunction, IntoOutcome, ServeChannel, Service};
+pub use session::socket::Socket;
 pub use trust::auth::{Authenticate, Deny, Hello, Peer};
 pub use trust::fingerprint::{Fingerprint, FingerprintError};
 pub use trust::identity::{Identity, IdentityError};
@@ -169,6 +169,7 @@ pub use udpack_derive::Event;
 pub use wire::code::{CloseCode, CloseReason, Fault, Side};
 pub use wire::config::{CongestionControl, Drain, InvalidSetting, Limits, Priority, Timeouts};
 pub use wire::control::{Gap, GoAway};
+pub use wire::event::Event;
 pub use wire::message::{DecodeError, EncodeError, Encoded, Message, NameError};
 pub use wire::msgpack::{FieldError, Fields, Values};
 

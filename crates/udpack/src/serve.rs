@@ -1,7 +1,6 @@
 //! What a program serves with: handlers by event, their arguments, rooms and presence.
 
 pub(crate) mod asked;
-pub(crate) mod event;
 pub(crate) mod extract;
 pub(crate) mod handlers;
 pub(crate) mod presence;

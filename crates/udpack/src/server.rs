@@ -32,12 +32,12 @@ use crate::channel::inbox::{Ending, Inbox};
 use crate::metrics::speed::{Counters, SpeedMeter, Stats};
 use crate::metrics::{Count, Metrics, Tally, Words};
 use crate::serve::rooms::Rooms;
-use crate::serve::router::ServeChannel;
 use crate::session::driver::{Awaited, Comeback, Control, Link, live};
 use crate::session::lifetime::{self, Authorize, Guard};
 use crate::session::reconnect::SocketState;
-use crate::session::socket::{Registry, Socket};
-use crate::session::{Session, SessionId, on_path};
+use crate::session::service::{Registry, ServeChannel};
+use crate::session::socket::Socket;
+use crate::session::{Session, SessionId, default_agent, on_path};
 use crate::transport::endpoint::{At, Via};
 use crate::transport::listener::{Incoming, ListenError, Listener};
 use crate::transport::trips;
@@ -749,7 +749,7 @@ async fn let_in(
         resumed: false,
         reason: None,
     });
-    let _ = session.rooms.set(shared.rooms.clone());
+    let _ = session.rooms.set(Arc::new(shared.rooms.clone()));
     let (socket, queue) = Socket::new(session.clone(), shared.registry.pull);
     let (key, late) = place.enter(socket.clone());
     if late {
@@ -1155,10 +1155,6 @@ impl Shared {
         }
         stats
     }
-}
-
-pub(crate) fn default_agent() -> String {
-    concat!("udpack/", env!("CARGO_PKG_VERSION")).to_owned()
 }
 
 /// Why a server could not start.

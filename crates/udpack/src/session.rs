@@ -7,9 +7,11 @@ pub(crate) mod driver;
 pub(crate) mod lifetime;
 pub(crate) mod open;
 pub(crate) mod reconnect;
+pub(crate) mod service;
 pub(crate) mod socket;
 pub(crate) mod streams;
 
+use std::any::Any;
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::ops::Deref;
@@ -34,7 +36,6 @@ use crate::channel::turns::Turns;
 use crate::channel::volatile::Volatiles;
 use crate::metrics::Tally;
 use crate::metrics::speed::Counters;
-use crate::serve::rooms::Rooms;
 use crate::session::lifetime::Life;
 use crate::session::open::OpenError;
 use crate::session::reconnect::{ANSWER, StateFeed};
@@ -240,6 +241,12 @@ impl Deref for Line {
     }
 }
 
+/// What a server has for all its sessions, and what hears of them.
+pub(crate) trait Attached: Any + Send + Sync {
+    /// The session goes on over connection number `link`.
+    fn resumed(&self, session: &Arc<Session>, link: u64);
+}
+
 /// Shared state of one socket.
 pub(crate) struct Session {
     conn: RwLock<Arc<Line>>,
@@ -300,7 +307,7 @@ pub(crate) struct Session {
     pub(crate) frames: OnceLock<Box<(Pool, Tenant)>>,
     next_channel: AtomicU64,
     /// The server's rooms; never set at a client.
-    pub(crate) rooms: OnceLock<Rooms>,
+    pub(crate) rooms: OnceLock<Arc<dyn Attached>>,
     /// Writer tasks; each ends with its channel or with the connection.
     pub(crate) tasks: TaskTracker,
     /// A client's endpoint lives as long as its connection.
@@ -801,6 +808,11 @@ impl fmt::Debug for Session {
             .field("end", &self.end.get())
             .finish_non_exhaustive()
     }
+}
+
+/// What a side calls itself unless the program says otherwise.
+pub(crate) fn default_agent() -> String {
+    concat!("udpack/", env!("CARGO_PKG_VERSION")).to_owned()
 }
 
 /// Gives up a connection of a session that may go on over another: the peer takes it for a loss.

@@ -8,6 +8,8 @@ pub(crate) mod endpoint;
 mod gather;
 pub(crate) mod heard;
 pub(crate) mod listener;
+#[cfg(feature = "testing")]
+pub(crate) mod memory;
 pub(crate) mod qlog;
 mod timer;
 pub(crate) mod udp;

@@ -5,6 +5,7 @@
 pub(crate) mod code;
 pub(crate) mod config;
 pub(crate) mod control;
+pub(crate) mod event;
 pub(crate) mod frame;
 pub(crate) mod message;
 pub(crate) mod msgpack;

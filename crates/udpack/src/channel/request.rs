@@ -18,9 +18,9 @@ use crate::channel::inbox::{Ending, NoReply};
 use crate::channel::items::{Items, Pump, pump};
 use crate::channel::{Channel, RecvError, SendError, application_event};
 use crate::metrics::{Count, Words};
-use crate::serve::event::Event;
 use crate::wire::code::{CloseCode, CloseReason, Fault};
 use crate::wire::control::{self, CANCEL, FAULT};
+use crate::wire::event::Event;
 use crate::wire::message::{self, DecodeError, Encoded, Message};
 
 /// Where the way is short, a deadline ends at both sides in the same tick of the clock: whose timer is first

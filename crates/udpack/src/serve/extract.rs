@@ -8,12 +8,12 @@ use serde::de::DeserializeOwned;
 use crate::base::extensions::Extensions;
 use crate::channel::Channel;
 use crate::channel::items::Items;
-use crate::serve::event::Event;
 use crate::serve::handlers::{Answer, Context, IntoAnswer};
 use crate::serve::rooms::Rooms;
 use crate::session::socket::Socket;
 use crate::trust::auth::Peer;
 use crate::wire::code::Fault;
+use crate::wire::event::Event;
 use crate::wire::message::Message;
 
 /// Something that a handler may take as any of its arguments.

@@ -26,7 +26,7 @@ use crate::serve::extract::{EventHandler, Handler};
 use crate::serve::presence::TrackError;
 use crate::serve::rooms::JoinError;
 use crate::serve::router::{Next, Routed, Router};
-use crate::session::socket::IntoOutcome;
+use crate::session::service::IntoOutcome;
 use crate::trust::auth::Peer;
 use crate::wire::code::{CloseCode, CloseReason, Fault};
 use crate::wire::control::{self, GAP, Gap};

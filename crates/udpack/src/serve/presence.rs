@@ -182,7 +182,7 @@ impl Rooms {
 
     /// A session goes on over connection number `link`: what it had tracked on channels that ended with an earlier
     /// one leaves, unless it is tracked again in time.
-    pub(crate) fn resumed(&self, session: &Arc<Session>, link: u64) {
+    pub(super) fn expect_again(&self, session: &Arc<Session>, link: u64) {
         let id = session.id();
         let directory = self.directory();
         if directory.tracked.rooms(&id).is_empty() {

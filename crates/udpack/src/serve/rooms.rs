@@ -7,6 +7,7 @@
 //! Order of locks: the table, then a guest's list of rooms, then a room's presence, then the tracked sessions, then
 //! an outbox. A seat is dropped with none of them held.
 
+use std::any::Any;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,12 +23,12 @@ use crate::channel::overflow::{Overflow, Push, Tag};
 use crate::channel::volatile::{Ready, Volatile};
 use crate::channel::{Channel, WeakChannel};
 use crate::metrics::Count;
-use crate::serve::event::Event;
 use crate::serve::presence::{Presence, Tracked};
 use crate::session::socket::Socket;
-use crate::session::{Session, SessionId};
+use crate::session::{Attached, Session, SessionId};
 use crate::trust::auth::Peer;
 use crate::wire::code::{CloseCode, CloseReason};
+use crate::wire::event::Event;
 use crate::wire::message::{EncodeError, Encoded, NameError, check_name};
 
 /// The name in the gaps of what is sent to all channels.
@@ -142,7 +143,19 @@ impl fmt::Debug for Seat {
     }
 }
 
+impl Attached for Rooms {
+    fn resumed(&self, session: &Arc<Session>, link: u64) {
+        self.expect_again(session, link);
+    }
+}
+
 impl Rooms {
+    /// Those of a session's server; none at a client.
+    fn of(session: &Session) -> Option<&Self> {
+        let attached: &dyn Any = &**session.rooms.get()?;
+        attached.downcast_ref()
+    }
+
     pub(crate) fn new(max_rooms: usize, runtime: Handle) -> Self {
         Self {
             directory: Arc::new(Directory {
@@ -521,7 +534,7 @@ pub enum JoinError {
 impl Channel {
     /// The rooms of the server that this channel belongs to; `None` at a client, which has none.
     pub fn rooms_handle(&self) -> Option<Rooms> {
-        self.session().rooms.get().cloned()
+        Rooms::of(self.session()).cloned()
     }
 
     /// Joins a room: what is sent to it from now on also goes to this channel's peer. Joining twice is joining
@@ -584,7 +597,7 @@ impl Channel {
 
     /// Makes the channel known to the directory, as `to_channels` and `to_all` see it; `None` at a client.
     pub(crate) fn guest(&self) -> Option<(&Rooms, &Arc<Guest>)> {
-        let rooms = self.session().rooms.get()?;
+        let rooms = Rooms::of(self.session())?;
         let guest = self.member().get_or_init(|| {
             let guest = Arc::new(Guest {
                 key: rooms.directory.next(),

@@ -12,12 +12,12 @@ use futures_util::future::BoxFuture;
 use crate::base::extensions::Extensions;
 use crate::channel::Channel;
 use crate::metrics::Count;
-use crate::serve::event::Event;
 use crate::serve::extract::{EventHandler, Handler};
 use crate::serve::handlers::{Answer, Context, serve};
-use crate::session::socket::{ChannelHandler, IntoOutcome};
+use crate::session::service::{IntoOutcome, ServeChannel, Service};
 use crate::wire::code::Fault;
 use crate::wire::control::Gap;
+use crate::wire::event::Event;
 use crate::wire::message::Message;
 
 type Route = Arc<dyn Fn(&Context) -> BoxFuture<'static, Answer> + Send + Sync>;
@@ -287,47 +287,6 @@ impl fmt::Debug for Next {
             .field("router", &self.router)
             .field("at", &self.at)
             .finish()
-    }
-}
-
-/// What serves the channels of a name: an async function of the channel, or a [`Router`]. `M` is found by the
-/// compiler.
-pub trait ServeChannel<M> {
-    #[doc(hidden)]
-    fn into_service(self) -> Service;
-}
-
-/// A handler of channels, ready for use.
-pub struct Service {
-    pub(crate) handler: ChannelHandler,
-    /// The type of a state that the handlers need and nobody gave.
-    pub(crate) missing: Option<&'static str>,
-}
-
-impl fmt::Debug for Service {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Service").finish_non_exhaustive()
-    }
-}
-
-/// Channels are served by a function.
-#[derive(Debug)]
-pub enum ByFunction {}
-
-impl<F, Fut, O> ServeChannel<ByFunction> for F
-where
-    F: Fn(Channel) -> Fut + Send + Sync + 'static,
-    Fut: Future<Output = O> + Send + 'static,
-    O: IntoOutcome + 'static,
-{
-    fn into_service(self) -> Service {
-        Service {
-            handler: Arc::new(move |channel| {
-                let future = self(channel);
-                Box::pin(async move { future.await.into_outcome() })
-            }),
-            missing: None,
-        }
     }
 }
 

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, Interval};
@@ -22,11 +23,10 @@ use crate::base::lock;
 use crate::channel::Channel;
 use crate::channel::inbox::{Ending, Inbox};
 use crate::channel::resume::{Mismatch, Seen};
-use crate::client::Dialler;
 use crate::metrics::{Count, Tally, Words};
 use crate::session::lifetime::Lifetime;
 use crate::session::reconnect::SocketState;
-use crate::session::socket::Registry;
+use crate::session::service::Registry;
 use crate::session::streams::serve_stream;
 use crate::session::{CONFIRM, ChannelKey, Leaving, Session, WISHED, give_up, on_path};
 use crate::transport::windows;
@@ -81,7 +81,22 @@ pub(crate) enum Comeback {
     /// From the client.
     Awaited(Awaited),
     /// From us.
-    Dialled(Box<Dialler>),
+    Dialled(Box<dyn Redial>),
+}
+
+/// Makes the next connection of a client's session.
+pub(crate) trait Redial: Send {
+    /// How long it waits at most when a server asks it to.
+    fn patience(&self) -> Duration;
+
+    /// Makes the next connection, for as long as the policy allows. After a move to the next server, `moved` says, the
+    /// one before is the last to be tried.
+    fn next<'a>(
+        &'a mut self,
+        session: &'a Arc<Session>,
+        reason: CloseReason,
+        moved: bool,
+    ) -> BoxFuture<'a, Result<Link, CloseReason>>;
 }
 
 /// What a server does about a client that may come back.
@@ -705,7 +720,7 @@ fn on_control(
     session: &Session,
     stage: &mut Stage,
     patience: Duration,
-    message: Result<crate::Message, Ending>,
+    message: Result<crate::wire::message::Message, Ending>,
 ) -> Option<CloseReason> {
     let order = |text: &str| Some(CloseReason::local(CloseCode::PROTOCOL_ORDER, text));
     let refused =

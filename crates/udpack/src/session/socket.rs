@@ -1,13 +1,11 @@
 //! [`Socket`]: the handle of one admitted session, and the handlers that serve its channels by name.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use futures_util::future::BoxFuture;
 use tokio::sync::{Mutex, mpsc};
 
 use crate::channel::{Channel, Closed};
@@ -19,7 +17,6 @@ use crate::base::extensions::Extensions;
 use crate::base::lock;
 use crate::metrics::Metrics;
 use crate::metrics::speed::{SpeedMeter, Stats};
-use crate::serve::router::ServeChannel;
 use crate::session::lifetime::{self, RefreshError};
 use crate::session::reconnect::{SocketState, SocketStates};
 use crate::session::{Lease, Session, SessionId, WISHED};
@@ -294,59 +291,5 @@ impl Channel {
     /// The application's values that belong to this channel's socket.
     pub fn extensions(&self) -> &Extensions {
         &self.session().extensions
-    }
-}
-
-/// What a channel handler may return.
-pub trait IntoOutcome: Send {
-    /// `Err` closes the channel with `handler_failed`; the text goes to the log, not to the peer.
-    ///
-    /// # Errors
-    /// The handler's own error, as text.
-    fn into_outcome(self) -> Result<(), String>;
-}
-
-impl IntoOutcome for () {
-    fn into_outcome(self) -> Result<(), String> {
-        Ok(())
-    }
-}
-
-impl<E: fmt::Display + Send> IntoOutcome for Result<(), E> {
-    fn into_outcome(self) -> Result<(), String> {
-        self.map_err(|error| error.to_string())
-    }
-}
-
-pub(crate) type ChannelHandler =
-    Arc<dyn Fn(Channel) -> BoxFuture<'static, Result<(), String>> + Send + Sync>;
-
-/// The handlers of a server or client, by channel name.
-#[derive(Clone, Default)]
-pub(crate) struct Registry {
-    pub(crate) handlers: HashMap<String, ChannelHandler>,
-    /// Channels nobody is registered for go to `accept_channel`; otherwise they are refused.
-    pub(crate) pull: bool,
-    /// A channel whose handlers need a state that nobody gave, and the state's type.
-    pub(crate) missing: Option<(String, &'static str)>,
-}
-
-impl Registry {
-    pub(crate) fn insert<M>(&mut self, name: String, handler: impl ServeChannel<M>) {
-        let service = handler.into_service();
-        if let (None, Some(state)) = (&self.missing, service.missing) {
-            self.missing = Some((name.clone(), state));
-        }
-        self.handlers.insert(name, service.handler);
-    }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.handlers.is_empty()
-    }
-}
-
-impl fmt::Debug for Registry {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_set().entries(self.handlers.keys()).finish()
     }
 }

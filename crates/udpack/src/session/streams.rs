@@ -14,7 +14,7 @@ use crate::channel::{Channel, Opened};
 use crate::metrics::Count;
 use crate::metrics::speed::Counters;
 use crate::session::driver::write_small;
-use crate::session::socket::{ChannelHandler, Registry};
+use crate::session::service::{ChannelHandler, Registry};
 use crate::session::{ChannelKey, Line, Session};
 use crate::transport::{RecvStream, SendStream};
 use crate::wire::code::{CloseCode, CloseReason};

@@ -33,7 +33,7 @@ pub(crate) enum Via {
     System,
     /// A network in memory.
     #[cfg(feature = "testing")]
-    Net(crate::testing::Host),
+    Net(crate::transport::memory::Host),
 }
 
 impl Via {

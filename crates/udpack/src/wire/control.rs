@@ -1036,7 +1036,7 @@ const FAULT_MESSAGE: usize = 1024;
 /// # Errors
 /// When it is another message, has a missing, doubled or wrongly typed field, a code that breaks the rules for names, or
 /// a message above 1,024 bytes.
-pub fn decode_fault(message: &Message) -> Result<crate::Fault, ControlError> {
+pub fn decode_fault(message: &Message) -> Result<crate::wire::code::Fault, ControlError> {
     let field = |source| ControlError::Field {
         event: FAULT,
         source,
@@ -1059,7 +1059,7 @@ pub fn decode_fault(message: &Message) -> Result<crate::Fault, ControlError> {
             rule: "a message is at most 1,024 bytes",
         });
     }
-    let mut fault = crate::Fault::new(
+    let mut fault = crate::wire::code::Fault::new(
         printable_within(code, message::MAX_NAME),
         printable_within(text, FAULT_MESSAGE),
     );
@@ -1068,14 +1068,18 @@ pub fn decode_fault(message: &Message) -> Result<crate::Fault, ControlError> {
 }
 
 /// A `$fault` for request `id`; without its `data` if that makes it too large for the peer.
-pub(crate) fn encode_fault(fault: &crate::Fault, id: u64, limit: usize) -> Option<Bytes> {
+pub(crate) fn encode_fault(
+    fault: &crate::wire::code::Fault,
+    id: u64,
+    limit: usize,
+) -> Option<Bytes> {
     let text = cut(&fault.message, FAULT_MESSAGE);
     // The peer would close the channel over a code that breaks the rule.
     let code = match check_name(&fault.code) {
         Ok(()) => fault.code.as_str(),
         Err(error) => {
             tracing::warn!(code = %printable_within(&fault.code, 64), %error, "a fault's code is none; sent as internal");
-            crate::Fault::INTERNAL
+            crate::wire::code::Fault::INTERNAL
         }
     };
     let mut map = Vec::new();
