@@ -40,7 +40,7 @@ use crate::session::lifetime::Life;
 use crate::session::open::OpenError;
 use crate::session::reconnect::{ANSWER, StateFeed};
 use crate::transport::windows::ReceiveWindow;
-use crate::transport::{Connection, ConnectionError, Endpoint, trips};
+use crate::transport::{Connection, ConnectionError, Endpoint, on_path};
 use crate::trust::auth::PeerCell;
 use crate::wire::code::{CloseCode, CloseReason, Side};
 use crate::wire::config::{Limits, Timeouts};
@@ -819,12 +819,6 @@ pub(crate) fn default_agent() -> String {
 pub(crate) fn give_up(conn: &Connection) {
     let text = "the session goes on over another connection";
     conn.close(CloseCode::SUPERSEDED, text);
-}
-
-/// The time that a peer on this path has for what it must do within `limit`: a message, what is sent again because it was
-/// lost, and its answer take some round trips, however quick the peer is.
-pub(crate) fn on_path(limit: Duration, conn: &Connection) -> Duration {
-    limit.saturating_add(trips(conn.rtt()))
 }
 
 /// The reason for a connection that ended while a channel still needed it.

@@ -27,3 +27,9 @@ use std::time::Duration;
 pub(crate) fn trips(rtt: Duration) -> Duration {
     rtt.saturating_mul(4).min(Duration::from_secs(60))
 }
+
+/// The time that a peer on this path has for what it must do within `limit`: a message, what is sent again because it was
+/// lost, and its answer take some round trips, however quick the peer is.
+pub(crate) fn on_path(limit: Duration, conn: &Connection) -> Duration {
+    limit.saturating_add(trips(conn.rtt()))
+}
