@@ -1,6 +1,7 @@
 //! [`Channel`]: ordered messages both ways on one bidirectional QUIC stream.
 
 pub(crate) mod calls;
+pub(crate) mod carrier;
 pub(crate) mod inbox;
 pub(crate) mod items;
 pub(crate) mod outbox;
@@ -10,9 +11,9 @@ pub(crate) mod pipe;
 pub(crate) mod request;
 pub(crate) mod resume;
 pub(crate) mod turns;
-pub(crate) mod volatile;
 pub(crate) mod writer;
 
+use std::any::Any;
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
@@ -25,14 +26,13 @@ use futures_util::future::BoxFuture;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::channel::carrier::{Carrier, ChannelKey, End, Line, lost};
 use crate::channel::inbox::{Ending, Inbox};
 use crate::channel::outbox::{Outbox, PushError};
 use crate::channel::pipe::Pipe;
 use crate::channel::writer::Way;
 use crate::metrics::speed::{Counters, SpeedMeter, Stats};
 use crate::metrics::{Count, Words};
-use crate::serve::rooms::Guest;
-use crate::session::{ChannelKey, End, Lease, Line, Session, lost};
 use crate::wire::code::{CloseCode, CloseReason, Fault};
 use crate::wire::config::Priority;
 use crate::wire::control::{self, REPLY};
@@ -62,7 +62,9 @@ pub(crate) struct Opened {
 }
 
 pub(crate) struct Inner {
-    pub(crate) session: Arc<Session>,
+    pub(crate) carrier: Arc<Carrier>,
+    /// What the channel keeps for the session it belongs to.
+    owner: Box<dyn Any + Send + Sync>,
     /// The connection it began on. A handle that a program keeps must not keep what a lost one still holds to send.
     conn: Weak<Line>,
     opened: Opened,
@@ -72,8 +74,7 @@ pub(crate) struct Inner {
     pub(crate) end: Arc<End>,
     pub(crate) next_request: AtomicU64,
     /// What stands for this channel in rooms, from the first one on; only at a server.
-    member: OnceLock<Arc<Guest>>,
-    _lease: Option<Arc<Lease>>,
+    member: OnceLock<Box<dyn Any + Send + Sync>>,
 }
 
 impl Drop for Inner {
@@ -83,8 +84,8 @@ impl Drop for Inner {
             CloseCode::NORMAL,
             "the channel was dropped",
         ));
-        self.inbox.stop(CloseCode::NORMAL, end, &self.session);
-        self.session.prune();
+        self.inbox.stop(CloseCode::NORMAL, end, &self.carrier);
+        self.carrier.prune();
     }
 }
 
@@ -105,18 +106,18 @@ impl Channel {
     /// Puts a channel over a stream; its writer runs until the channel or the connection ends. `own` says that
     /// this side opened it.
     pub(crate) fn start(
-        session: Arc<Session>,
+        carrier: Arc<Carrier>,
+        owner: Box<dyn Any + Send + Sync>,
         opened: Opened,
         own: bool,
-        way: Way,
-        link: u64,
+        (way, link): (Way, u64),
         inbox: Inbox,
         counters: Arc<Counters>,
     ) -> Self {
         let key = ChannelKey { own, id: opened.id };
-        let limits = &session.limits;
+        let limits = &carrier.limits;
         let (bytes, messages, budget) = if opened.resumable {
-            let budget = session.budget.clone();
+            let budget = carrier.receive.budget.clone();
             (limits.replay_bytes, limits.replay_messages, Some(budget))
         } else {
             (limits.outbound_bytes, limits.outbound_messages, None)
@@ -127,7 +128,7 @@ impl Channel {
             opened.priority,
             budget,
             counters.clone(),
-            session.tally.clone(),
+            carrier.tally.clone(),
         );
         let inbox = Arc::new(inbox);
         let end = Arc::new(End::default());
@@ -140,30 +141,30 @@ impl Channel {
             inbox: inbox.clone(),
             counters: counters.clone(),
             end: end.clone(),
-            registration: session.next_registration(),
+            registration: carrier.next_registration(),
             link: AtomicU64::new(link),
         });
-        session.register(pipe.registration, &pipe);
-        session.tally.one(Count::Channels);
+        carrier.register(pipe.registration, &pipe);
+        carrier.tally.one(Count::Channels);
         let first = way.conn.clone();
-        pipe.spawn_writer(&session, way);
+        pipe.spawn_writer(&carrier, way);
         inbox.belongs_to(key, opened.resumable);
         if opened.resumable {
-            session.keep(&pipe);
+            carrier.keep(&pipe);
             // Those that are kept have been ended by then.
-            if let Some(reason) = session.end.get() {
-                pipe.fail(&session, reason);
+            if let Some(reason) = carrier.end.get() {
+                pipe.fail(&carrier, reason);
             }
-            let (conn, now) = session.link();
+            let (conn, now) = carrier.link();
             if own && now != link {
                 // The connection was exchanged in the meantime, and this channel was not among those kept.
-                session.tasks.spawn(pipe.reopen(session.clone(), conn, now));
+                carrier.tasks.spawn(pipe.reopen(carrier.clone(), conn, now));
             }
         }
-        let lease = session.lease();
         Self {
             inner: Arc::new(Inner {
-                session,
+                carrier,
+                owner,
                 conn: Arc::downgrade(&first),
                 opened,
                 outbox,
@@ -172,7 +173,6 @@ impl Channel {
                 end,
                 next_request: AtomicU64::new(1),
                 member: OnceLock::new(),
-                _lease: lease,
             }),
         }
     }
@@ -205,15 +205,19 @@ impl Channel {
         self.inner.opened.priority
     }
 
-    pub(crate) fn session(&self) -> &Arc<Session> {
-        &self.inner.session
+    pub(crate) fn carrier(&self) -> &Arc<Carrier> {
+        &self.inner.carrier
+    }
+
+    pub(crate) fn owner(&self) -> &(dyn Any + Send + Sync) {
+        &*self.inner.owner
     }
 
     pub(crate) fn outbox(&self) -> &Arc<Outbox> {
         &self.inner.outbox
     }
 
-    pub(crate) fn member(&self) -> &OnceLock<Arc<Guest>> {
+    pub(crate) fn member(&self) -> &OnceLock<Box<dyn Any + Send + Sync>> {
         &self.inner.member
     }
 
@@ -235,9 +239,9 @@ impl Channel {
     ) -> Result<(), SendError> {
         application_event(event)?;
         let Inner {
-            outbox, session, ..
+            outbox, carrier, ..
         } = &*self.inner;
-        let limit = session.frame_limit();
+        let limit = carrier.frame_limit();
         let queued = match outbox.try_message(event, data, None, limit) {
             Ok(true) => return Ok(()),
             // Boxed, so that the future of a message that finds room stays small: moving it costs more than
@@ -258,7 +262,7 @@ impl Channel {
         data: &T,
     ) -> Result<bool, SendError> {
         application_event(event)?;
-        let limit = self.inner.session.frame_limit();
+        let limit = self.inner.carrier.frame_limit();
         self.inner
             .outbox
             .try_message(event, data, None, limit)
@@ -273,7 +277,7 @@ impl Channel {
     /// # Cancel safety
     /// As [`send`](Self::send).
     pub async fn send_encoded(&self, message: &Encoded) -> Result<(), SendError> {
-        let limit = self.inner.session.frame_limit();
+        let limit = self.inner.carrier.frame_limit();
         let queued = self.inner.outbox.encoded(message, limit).await;
         queued.map_err(|error| self.send_error(error))
     }
@@ -283,7 +287,7 @@ impl Channel {
     /// # Errors
     /// As [`send_encoded`](Self::send_encoded).
     pub fn try_send_encoded(&self, message: &Encoded) -> Result<bool, SendError> {
-        let limit = self.inner.session.frame_limit();
+        let limit = self.inner.carrier.frame_limit();
         self.inner
             .outbox
             .try_encoded(message, limit)
@@ -306,7 +310,7 @@ impl Channel {
         payload: Bytes,
     ) -> Result<(), SendError> {
         application_event(event)?;
-        let limit = self.inner.session.frame_limit();
+        let limit = self.inner.carrier.frame_limit();
         let outbox = &self.inner.outbox;
         let queued = outbox.bulk(event, header, key, &payload, limit).await;
         queued.map_err(|error| self.send_error(error))
@@ -314,7 +318,7 @@ impl Channel {
 
     /// The largest message that the peer takes, in bytes without the prefix of its frame. A larger one fails to be sent.
     pub fn frame_limit(&self) -> usize {
-        self.inner.session.frame_limit()
+        self.inner.carrier.frame_limit()
     }
 
     /// The next message; `Ok(None)` after the peer has finished or closed with `normal`.
@@ -332,7 +336,7 @@ impl Channel {
         match poll_fn(|cx| {
             inner
                 .inbox
-                .poll_recv(cx, &inner.session, &inner.counters, None)
+                .poll_recv(cx, &inner.carrier, &inner.counters, None)
         })
         .await
         {
@@ -369,7 +373,7 @@ impl Channel {
 
     /// As [`try_send_encoded`](Self::try_send_encoded), of a frame that is taken if it is queued.
     pub(crate) fn try_send_frame(&self, frame: &mut BytesMut) -> Result<bool, SendError> {
-        let limit = self.inner.session.frame_limit();
+        let limit = self.inner.carrier.frame_limit();
         let queued = self.inner.outbox.try_frame(frame, limit);
         queued.map_err(|error| self.send_error(error))
     }
@@ -381,7 +385,7 @@ impl Channel {
 
     /// Answers a request with data that is encoded already; waits for room as [`send`](Self::send) does.
     pub(crate) async fn answer_raw(&self, id: u64, data: &[u8]) -> Result<(), SendError> {
-        let limit = self.inner.session.frame_limit();
+        let limit = self.inner.carrier.frame_limit();
         let queued = self.inner.outbox.raw(REPLY, data, id, limit).await;
         queued.map_err(|error| self.send_error(error))
     }
@@ -391,7 +395,7 @@ impl Channel {
         id: u64,
         data: &T,
     ) -> Result<(), SendError> {
-        let limit = self.inner.session.frame_limit();
+        let limit = self.inner.carrier.frame_limit();
         let queued = self
             .inner
             .outbox
@@ -408,9 +412,9 @@ impl Channel {
     }
 
     pub(crate) async fn send_fault(&self, fault: &Fault, id: u64) -> Result<(), SendError> {
-        let session = &self.inner.session;
-        session.tally.word(Words::FaultsSent, &fault.code);
-        match control::encode_fault(fault, id, session.frame_limit()) {
+        let carrier = &self.inner.carrier;
+        carrier.tally.word(Words::FaultsSent, &fault.code);
+        match control::encode_fault(fault, id, carrier.frame_limit()) {
             Some(frame) => self.send_frame(frame).await,
             None => Ok(()),
         }
@@ -456,7 +460,7 @@ impl Channel {
         self.inner.inbox.stop(
             reason.code,
             Ending::Closed(reason.clone()),
-            &self.inner.session,
+            &self.inner.carrier,
         );
         self.inner.end.set(reason);
     }
@@ -469,10 +473,10 @@ impl Channel {
             let _ = self.inner.outbox.wait_ended().await;
             // The other direction's end is seen by whoever reads; the socket's end by everybody.
             if self.is_resumable() {
-                self.inner.session.end.wait().await
+                self.inner.carrier.end.wait().await
             } else {
                 match self.inner.conn.upgrade() {
-                    Some(conn) => self.inner.session.reason_for(&conn.closed().await),
+                    Some(conn) => self.inner.carrier.reason_for(&conn.closed().await),
                     None => lost("the connection is lost"),
                 }
             }
@@ -511,16 +515,16 @@ impl Channel {
 
     /// The numbers so far: bytes are this channel's, packets, round-trip time and window its socket's.
     pub fn stats(&self) -> Stats {
-        Stats::of(&self.inner.session.conn(), &self.inner.counters)
+        Stats::of(&self.inner.carrier.conn(), &self.inner.counters)
     }
 
     /// What moves on this channel, each second. Round-trip time, loss and window are the socket's.
     pub fn speed(&self) -> SpeedMeter {
-        let session = self.inner.session.clone();
+        let carrier = self.inner.carrier.clone();
         let counters = self.inner.counters.clone();
         let end = self.inner.end.clone();
         SpeedMeter::new(Box::new(move || {
-            (end.get().is_none()).then(|| Stats::of(&session.conn(), &counters))
+            (end.get().is_none()).then(|| Stats::of(&carrier.conn(), &counters))
         }))
     }
 
@@ -558,16 +562,6 @@ impl Channel {
                 SendError::Closed(self.inner.end.get().cloned().unwrap_or(reason))
             }
         }
-    }
-}
-
-impl fmt::Debug for Channel {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Channel")
-            .field("id", &self.inner.opened.id)
-            .field("name", &self.inner.opened.name)
-            .field("session", &self.inner.session.id())
-            .finish_non_exhaustive()
     }
 }
 

@@ -450,7 +450,7 @@ impl Client {
             // It may have let us in, and the session must not end with this connection.
             give_up(conn);
             let text = format!("no $welcome within {within:?}");
-            return denied(crate::session::lost(&text));
+            return denied(crate::channel::carrier::lost(&text));
         };
         match first {
             Ok(message) => match control::decode_welcome(&message) {
@@ -469,7 +469,9 @@ impl Client {
                 let error = tokio::time::timeout(within, conn.closed()).await;
                 denied(match error {
                     Ok(error) => error.reason(),
-                    Err(_) => crate::session::lost("the control stream ended before $welcome"),
+                    Err(_) => {
+                        crate::channel::carrier::lost("the control stream ended before $welcome")
+                    }
                 })
             }
         }

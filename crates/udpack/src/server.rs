@@ -721,7 +721,7 @@ async fn let_in(
     let admission = async {
         tokio::select! {
             control = admit(&shared, &session) => control,
-            never = crate::channel::volatile::discard(&conn) => match never {},
+            never = crate::session::volatile::discard(&conn) => match never {},
         }
     };
     let control = match admission.await {
@@ -925,6 +925,7 @@ async fn enter(
             let expires = peer.time_left();
             let tenant = Tenant::peer(&peer);
             let _ = session
+                .receive
                 .frames
                 .set(Box::new((shared.frames.clone(), tenant)));
             session.peer.set(peer);
@@ -948,6 +949,7 @@ async fn enter(
         .map_err(|error| CloseReason::local(CloseCode::INTERNAL, error.to_string()))?;
     if let Some(frame) = frame {
         session
+            .receive
             .peer_frame
             .store(frame.min(u64::from(u32::MAX)), Ordering::Relaxed);
     }
@@ -1028,6 +1030,7 @@ impl Seat {
         let first = sockets.share(&self.shared.limits);
         let session = socket.session();
         session
+            .receive
             .window
             .admit(first, &self.shared.pool, &session.conn());
         (key, late)
@@ -1039,7 +1042,7 @@ impl Seat {
         let mut sockets = lock(&self.shared.sockets);
         sockets.admitted.remove(&key);
         sockets.share(&self.shared.limits);
-        session.window.end();
+        session.receive.window.end();
     }
 }
 
@@ -1061,7 +1064,7 @@ impl Sockets {
             self.first = first;
             for socket in self.admitted.values() {
                 let session = socket.session();
-                session.window.resize(first, &session.conn());
+                session.receive.window.resize(first, &session.conn());
             }
         }
         first

@@ -19,9 +19,9 @@ use crate::base::Lazy;
 use crate::base::lock;
 use crate::base::pool::{Place, PoolFull};
 use crate::channel::calls::{Begun, Calls, Taken};
+use crate::channel::carrier::{Carrier, ChannelKey, lost};
 use crate::metrics::Count;
 use crate::metrics::speed::Counters;
-use crate::session::{ChannelKey, Session, lost};
 use crate::transport::heard::Heard;
 use crate::transport::on_path;
 use crate::transport::{RecvStream, StreamError};
@@ -103,10 +103,10 @@ impl Timer {
     }
 
     /// Ready at the end of a half; `true` when that ends a period.
-    fn poll_period(&mut self, cx: &mut Context<'_>, session: &Session) -> Poll<bool> {
+    fn poll_period(&mut self, cx: &mut Context<'_>, carrier: &Carrier) -> Poll<bool> {
         std::task::ready!(self.sleep.as_mut().poll(cx));
         self.sleep.as_mut().reset(Instant::now() + self.half);
-        self.halves = match self.heard.counts(&session.conn()) {
+        self.halves = match self.heard.counts(&carrier.conn()) {
             true => self.halves + 1,
             false => 0,
         };
@@ -153,19 +153,19 @@ impl Received {
     /// Received bytes that the peer is told of at the latest.
     const BYTES: usize = 128 << 10;
 
-    fn tell(&mut self, key: Option<ChannelKey>, session: &Session) {
+    fn tell(&mut self, key: Option<ChannelKey>, carrier: &Carrier) {
         if self.told != self.frames {
             self.told = self.frames;
             self.bytes = 0;
-            session.confirm_later(key, self.frames);
+            carrier.confirm_later(key, self.frames);
         }
     }
 
     /// Tells the peer that nothing more is taken. That the stream was stopped it need not hear: its own end of
     /// the stream may come first.
-    fn refuse(&self, key: Option<ChannelKey>, session: &Session) {
+    fn refuse(&self, key: Option<ChannelKey>, carrier: &Carrier) {
         if !self.over {
-            session.confirm_later(key, Ack::REFUSED);
+            carrier.confirm_later(key, Ack::REFUSED);
         }
     }
 }
@@ -261,7 +261,7 @@ impl Inbox {
     }
 
     /// Goes on with the stream of `next`, whose first frame has been read.
-    pub(crate) fn attach(&self, next: Self, session: &Session) {
+    pub(crate) fn attach(&self, next: Self, carrier: &Carrier) {
         let next = next
             .state
             .into_inner()
@@ -283,7 +283,7 @@ impl Inbox {
                     stream.stop(reason.code);
                 }
                 if let Some(count) = &state.resume {
-                    count.refuse(state.key, session);
+                    count.refuse(state.key, carrier);
                 }
             }
         }
@@ -310,7 +310,7 @@ impl Inbox {
     pub(crate) fn poll_recv(
         &self,
         cx: &mut Context<'_>,
-        session: &Session,
+        carrier: &Carrier,
         counters: &Counters,
         serve: Option<&mut Option<Begun>>,
     ) -> Poll<Result<Message, Ending>> {
@@ -318,19 +318,19 @@ impl Inbox {
         while let Some(message) = state.backlog.pop_front() {
             state.backlog_bytes -= message.len();
             if message.event() == MARK {
-                state.passed(&message, session);
+                state.passed(&message, carrier);
                 continue;
             }
             state.handed_out(&message, serve);
             return Poll::Ready(Ok(message));
         }
         loop {
-            match std::task::ready!(state.poll_step(cx, session, counters)) {
+            match std::task::ready!(state.poll_step(cx, carrier, counters)) {
                 Step::Message(message) => {
                     state.handed_out(&message, serve);
                     return Poll::Ready(Ok(message));
                 }
-                Step::Mark(message) => state.passed(&message, session),
+                Step::Mark(message) => state.passed(&message, carrier),
                 Step::Filed => self.waiters.wake_others(cx.waker()),
                 Step::End(end) => {
                     self.waiters.wake_by_ref();
@@ -350,7 +350,7 @@ impl Inbox {
     pub(crate) fn poll_calls<T>(
         &self,
         cx: &mut Context<'_>,
-        session: &Session,
+        carrier: &Carrier,
         counters: &Counters,
         mut look: impl FnMut(&mut Calls) -> Option<T>,
     ) -> Poll<Result<T, NoReply>> {
@@ -359,10 +359,10 @@ impl Inbox {
             if let Some(found) = look(state.calls.get_or_make()) {
                 return Poll::Ready(Ok(found));
             }
-            if let Some(full) = state.backlog_full(session) {
+            if let Some(full) = state.backlog_full(carrier) {
                 return Poll::Ready(Err(full));
             }
-            match std::task::ready!(state.poll_step(cx, session, counters)) {
+            match std::task::ready!(state.poll_step(cx, carrier, counters)) {
                 // The program has not come to a mark before it takes what was before it.
                 Step::Message(message) | Step::Mark(message) => {
                     state.put_back(message);
@@ -386,11 +386,11 @@ impl Inbox {
     pub(crate) fn poll_first(
         &self,
         cx: &mut Context<'_>,
-        session: &Session,
+        carrier: &Carrier,
         counters: &Counters,
     ) -> Poll<Result<Message, Ending>> {
         let mut state = lock(&self.state);
-        state.poll_decoded(cx, session, counters)
+        state.poll_decoded(cx, carrier, counters)
     }
 
     /// The end of the receiving direction, for somebody who does not read: messages before it wait in the
@@ -398,11 +398,11 @@ impl Inbox {
     pub(crate) fn poll_end(
         &self,
         cx: &mut Context<'_>,
-        session: &Session,
+        carrier: &Carrier,
         counters: &Counters,
     ) -> Poll<Option<Ending>> {
         let nothing = |_: &mut Calls| None::<std::convert::Infallible>;
-        match std::task::ready!(self.poll_calls(cx, session, counters, nothing)) {
+        match std::task::ready!(self.poll_calls(cx, carrier, counters, nothing)) {
             Err(NoReply::End(end)) => Poll::Ready(Some(end)),
             Err(NoReply::Backlog { .. }) => Poll::Ready(None),
             Ok(never) => match never {},
@@ -410,10 +410,10 @@ impl Inbox {
     }
 
     /// Refuses everything that may still come.
-    pub(crate) fn stop(&self, code: CloseCode, ending: Ending, session: &Session) {
+    pub(crate) fn stop(&self, code: CloseCode, ending: Ending, carrier: &Carrier) {
         let mut state = lock(&self.state);
         if let Some(count) = &state.resume {
-            count.refuse(state.key, session);
+            count.refuse(state.key, carrier);
         }
         if state.end.is_none() {
             if let Some(stream) = &mut state.stream {
@@ -439,11 +439,11 @@ impl Inbox {
 }
 
 impl State {
-    fn backlog_full(&self, session: &Session) -> Option<NoReply> {
+    fn backlog_full(&self, carrier: &Carrier) -> Option<NoReply> {
         let full = |most, of| Some(NoReply::Backlog { most, of });
         let (messages, bytes) = (
-            session.limits.backlog_messages,
-            session.limits.backlog_bytes,
+            carrier.limits.backlog_messages,
+            carrier.limits.backlog_bytes,
         );
         if self.backlog.len() >= messages {
             full(messages, "messages")
@@ -477,36 +477,36 @@ impl State {
     fn poll_step(
         &mut self,
         cx: &mut Context<'_>,
-        session: &Session,
+        carrier: &Carrier,
         counters: &Counters,
     ) -> Poll<Step> {
         loop {
-            let polled = self.poll_decoded(cx, session, counters);
-            self.count(session, matches!(polled, Poll::Ready(Ok(_))));
+            let polled = self.poll_decoded(cx, carrier, counters);
+            self.count(carrier, matches!(polled, Poll::Ready(Ok(_))));
             let message = match std::task::ready!(polled) {
                 Ok(message) => message,
                 Err(end) => return Poll::Ready(Step::End(end)),
             };
             if !message.is_reserved() {
                 if message.id().is_some() {
-                    session.tally.one(Count::RequestsReceived);
+                    carrier.tally.one(Count::RequestsReceived);
                 }
                 return Poll::Ready(Step::Message(message));
             }
-            if let Some(step) = self.file(message, session) {
+            if let Some(step) = self.file(message, carrier) {
                 return Poll::Ready(step);
             }
         }
     }
 
     /// Files a message of the protocol; `None` when it concerns nobody.
-    fn file(&mut self, message: Message, session: &Session) -> Option<Step> {
+    fn file(&mut self, message: Message, carrier: &Carrier) -> Option<Step> {
         let message = match self.calls.get_or_make().take(message) {
             Taken::Other(message) => message,
             Taken::Dropped => return None,
             Taken::Filed => return Some(Step::Filed),
             Taken::Cancelled(id) => {
-                session.tally.one(Count::RequestsCancelled);
+                carrier.tally.one(Count::RequestsCancelled);
                 self.cancelled(id);
                 return Some(Step::Filed);
             }
@@ -520,14 +520,14 @@ impl State {
                     Ok(reason) => Ending::Closed(reason),
                     Err(error) => violation(error.close_code(), &error),
                 };
-                self.count_end(session);
+                self.count_end(carrier);
                 end
             }
             GAP => match control::decode_gap(&message) {
                 Ok(_) => return Some(Step::Message(message)),
                 Err(error) => violation(error.close_code(), &error),
             },
-            MARK if session.client => match control::decode_mark(&message) {
+            MARK if carrier.client => match control::decode_mark(&message) {
                 Ok(_) => return Some(Step::Mark(message)),
                 Err(error) => violation(error.close_code(), &error),
             },
@@ -545,9 +545,9 @@ impl State {
     }
 
     /// The program has come to this mark.
-    fn passed(&self, mark: &Message, session: &Session) {
+    fn passed(&self, mark: &Message, carrier: &Carrier) {
         if let (Some(key), Ok(mark)) = (self.key, control::decode_mark(mark)) {
-            session.passed_later(key, mark);
+            carrier.passed_later(key, mark);
         }
     }
 
@@ -563,11 +563,11 @@ impl State {
     }
 
     /// Counts messages, a batch at a time: until none is left, or there are many.
-    fn count(&mut self, session: &Session, message: bool) {
+    fn count(&mut self, carrier: &Carrier, message: bool) {
         self.uncounted += u64::from(message);
         if self.uncounted > 0 && (!message || self.uncounted >= COUNTED) {
             let messages = std::mem::take(&mut self.uncounted);
-            session.tally.add(Count::MessagesReceived, messages);
+            carrier.tally.add(Count::MessagesReceived, messages);
         }
     }
 
@@ -576,29 +576,29 @@ impl State {
     fn poll_decoded(
         &mut self,
         cx: &mut Context<'_>,
-        session: &Session,
+        carrier: &Carrier,
         counters: &Counters,
     ) -> Poll<Result<Message, Ending>> {
         if let Some(end) = &self.end {
             return Poll::Ready(Err(end.clone()));
         }
-        match self.decode(session) {
+        match self.decode(carrier) {
             Some(decoded) => Poll::Ready(decoded),
-            None => self.poll_more(cx, session, counters),
+            None => self.poll_more(cx, carrier, counters),
         }
     }
 
     /// The next message, if the decoder has all of it. Most are looked at where they lie, and taken when they are found
     /// to be sound: then nothing is moved before it is complete.
     #[inline(always)]
-    fn decode(&mut self, session: &Session) -> Option<Result<Message, Ending>> {
+    fn decode(&mut self, carrier: &Carrier) -> Option<Result<Message, Ending>> {
         let (len, parts) = match self.decoder.whole() {
             Ok(Some(body)) => (body.len(), Parts::of(body, Shape::default())),
             Ok(None) if self.decoder.is_drained() => return None,
-            Ok(None) => return self.decode_pieces(session),
+            Ok(None) => return self.decode_pieces(carrier),
             Err(error) => return Some(Err(self.broken(error.close_code(), &error))),
         };
-        self.came(len, session);
+        self.came(len, carrier);
         Some(match parts {
             Ok(parts) => Ok(Message::of(self.decoder.take_whole(len), parts)),
             Err(error) => Err(self.broken(error.close_code(), &error)),
@@ -606,12 +606,12 @@ impl State {
     }
 
     /// As [`decode`](Self::decode), of a frame in several pieces.
-    fn decode_pieces(&mut self, session: &Session) -> Option<Result<Message, Ending>> {
+    fn decode_pieces(&mut self, carrier: &Carrier) -> Option<Result<Message, Ending>> {
         let body = match self.decoder.next_frame() {
             Ok(body) => body?,
             Err(error) => return Some(Err(self.broken(error.close_code(), &error))),
         };
-        self.came(body.len(), session);
+        self.came(body.len(), carrier);
         if self.decoder.is_drained()
             && self.chunks.is_empty()
             && let Some(room) = self.room.get_mut()
@@ -626,13 +626,13 @@ impl State {
 
     /// A frame with a body of so many bytes is complete.
     #[inline(always)]
-    fn came(&mut self, len: usize, session: &Session) {
+    fn came(&mut self, len: usize, carrier: &Carrier) {
         self.completed = true;
         if let Some(count) = &mut self.resume {
             count.frames += 1;
             count.bytes += len;
             if count.frames - count.told >= Received::FRAMES || count.bytes >= Received::BYTES {
-                count.tell(self.key, session);
+                count.tell(self.key, carrier);
             }
         }
     }
@@ -646,23 +646,23 @@ impl State {
     fn poll_more(
         &mut self,
         cx: &mut Context<'_>,
-        session: &Session,
+        carrier: &Carrier,
         counters: &Counters,
     ) -> Poll<Result<Message, Ending>> {
         loop {
-            if let Err(end) = std::task::ready!(self.poll_room(session)) {
+            if let Err(end) = std::task::ready!(self.poll_room(carrier)) {
                 return Poll::Ready(Err(self.ended(end)));
             }
             if let Some(chunk) = self.chunks.pop_front() {
                 self.decoder.push(chunk);
-                match self.decode(session) {
+                match self.decode(carrier) {
                     Some(decoded) => return Poll::Ready(decoded),
                     None => continue,
                 }
             }
             // Before QUIC is asked: what comes right after it said no wakes those who are known by then.
             self.waiters.add(cx.waker());
-            match self.poll_read(session) {
+            match self.poll_read(carrier) {
                 Poll::Ready(Ok(0)) => {
                     let decided = self.decided.get_mut();
                     let on_finish = decided.and_then(|decided| decided.on_finish.take());
@@ -671,25 +671,25 @@ impl State {
                         (Ok(()), None) => Ending::Finished,
                         (Err(error), _) => violation(error.close_code(), &error),
                     };
-                    self.count_end(session);
+                    self.count_end(carrier);
                     return Poll::Ready(Err(self.ended(end)));
                 }
                 Poll::Ready(Ok(bytes)) => {
                     self.received += bytes as u64;
                     counters.received(bytes as u64);
-                    session.read(bytes as u64);
+                    carrier.read(bytes as u64);
                 }
                 Poll::Ready(Err(end)) => return Poll::Ready(Err(self.ended(end))),
                 Poll::Pending => {
                     if let Some(count) = &mut self.resume {
-                        count.tell(self.key, session);
+                        count.tell(self.key, carrier);
                     }
-                    std::task::ready!(self.poll_timer(session));
+                    std::task::ready!(self.poll_timer(carrier));
                     let end = violation(
                         CloseCode::FRAME_TIMEOUT,
                         &format_args!(
                             "an unfinished frame grew by less than {MIN_FRAME_RATE} bytes a second for {:?}",
-                            session.timeouts.frame
+                            carrier.timeouts.frame
                         ),
                     );
                     return Poll::Ready(Err(self.ended(end)));
@@ -699,8 +699,9 @@ impl State {
     }
 
     /// Ready when the frame under way may be read on. What is not read stays in QUIC's window.
-    fn poll_room(&mut self, session: &Session) -> Poll<Result<(), Ending>> {
-        let (Some(need), Some(frames)) = (self.decoder.large(), session.frames.get()) else {
+    fn poll_room(&mut self, carrier: &Carrier) -> Poll<Result<(), Ending>> {
+        let (Some(need), Some(frames)) = (self.decoder.large(), carrier.receive.frames.get())
+        else {
             return Poll::Ready(Ok(()));
         };
         let room = self.room.get_or_make();
@@ -720,7 +721,7 @@ impl State {
             }
             let (pool, tenant) = (pool.clone(), tenant.clone());
             room.turn = Some(Box::pin(async move { pool.take_many(&tenant, need).await }));
-            session.tally.one(Count::FramesHeldUp);
+            carrier.tally.one(Count::FramesHeldUp);
         }
         let Some(turn) = &mut room.turn else {
             return Poll::Ready(Ok(()));
@@ -746,15 +747,15 @@ impl State {
     }
 
     /// Takes what QUIC has; 0 at the end of the stream.
-    fn poll_read(&mut self, session: &Session) -> Poll<Result<usize, Ending>> {
+    fn poll_read(&mut self, carrier: &Carrier) -> Poll<Result<usize, Ending>> {
         if self.more {
-            self.poll_chunks::<CHUNKS>(session)
+            self.poll_chunks::<CHUNKS>(carrier)
         } else {
-            self.poll_chunks::<FEW_CHUNKS>(session)
+            self.poll_chunks::<FEW_CHUNKS>(carrier)
         }
     }
 
-    fn poll_chunks<const N: usize>(&mut self, session: &Session) -> Poll<Result<usize, Ending>> {
+    fn poll_chunks<const N: usize>(&mut self, carrier: &Carrier) -> Poll<Result<usize, Ending>> {
         let mut cx = Context::from_waker(&self.waker);
         let mut chunks: [Bytes; N] = std::array::from_fn(|_| Bytes::new());
         // `read_chunks` is cancel safe: a future that is not ready has taken nothing.
@@ -786,24 +787,24 @@ impl State {
                 // that was only begun will be repeated.
                 self.stream = None;
                 self.forget_frame();
-                self.poll_read(session)
+                self.poll_read(carrier)
             }
             Err(error) => {
                 if matches!(error, StreamError::Lost(_)) {
                     // It would keep all that QUIC knows of the connection.
                     self.stream = None;
                 }
-                Poll::Ready(Err(Ending::Closed(read_reason(session, error))))
+                Poll::Ready(Err(Ending::Closed(read_reason(carrier, error))))
             }
         }
     }
 
     /// The peer has ended its direction, which counts as one more frame.
-    fn count_end(&mut self, session: &Session) {
+    fn count_end(&mut self, carrier: &Carrier) {
         if let Some(count) = &mut self.resume {
             count.frames += 1;
             count.over = true;
-            count.tell(self.key, session);
+            count.tell(self.key, carrier);
         }
     }
 
@@ -811,7 +812,7 @@ impl State {
     ///
     /// What may go on over another connection is not ended by a silent path: two half periods in which the
     /// peer was heard make a whole one.
-    fn poll_timer(&mut self, session: &Session) -> Poll<()> {
+    fn poll_timer(&mut self, carrier: &Carrier) -> Poll<()> {
         self.decoder.rest();
         if self.decoder.held() == 0 {
             if self.room.get().is_some() {
@@ -823,8 +824,8 @@ impl State {
         let fresh = std::mem::take(&mut self.completed) || self.timer.is_none();
         if fresh {
             self.mark = self.received;
-            let conn = session.conn();
-            let half = on_path(session.timeouts.frame, &conn) / 2;
+            let conn = carrier.conn();
+            let half = on_path(carrier.timeouts.frame, &conn) / 2;
             let heard = Heard::new(&conn);
             match &mut self.timer {
                 Some(timer) => timer.restart(half, heard),
@@ -834,10 +835,10 @@ impl State {
         let waker = self.waker.clone();
         let mut cx = Context::from_waker(&waker);
         while let Some(timer) = &mut self.timer {
-            if !std::task::ready!(timer.poll_period(&mut cx, session)) {
+            if !std::task::ready!(timer.poll_period(&mut cx, carrier)) {
                 continue;
             }
-            let least = MIN_FRAME_RATE.saturating_mul(session.timeouts.frame.as_secs().max(1));
+            let least = MIN_FRAME_RATE.saturating_mul(carrier.timeouts.frame.as_secs().max(1));
             if self.received - self.mark < least {
                 return Poll::Ready(());
             }
@@ -887,10 +888,10 @@ fn violation(code: CloseCode, text: &dyn std::fmt::Display) -> Ending {
     Ending::Violation(CloseReason::local(code, text.to_string()))
 }
 
-fn read_reason(session: &Session, error: StreamError) -> CloseReason {
+fn read_reason(carrier: &Carrier, error: StreamError) -> CloseReason {
     match error {
         StreamError::Peer(code) => CloseReason::peer(code, "the peer gave the channel up"),
-        StreamError::Lost(error) => session.reason_for(&error),
+        StreamError::Lost(error) => carrier.reason_for(&error),
         StreamError::Ended => lost("the stream is closed"),
     }
 }

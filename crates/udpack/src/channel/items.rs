@@ -78,7 +78,7 @@ pub(crate) async fn send_item(
     id: u64,
     item: Result<Vec<u8>, EncodeError>,
 ) -> Result<bool, RequestError> {
-    let limit = channel.session().frame_limit();
+    let limit = channel.carrier().frame_limit();
     let frame = item
         .and_then(|data| message::encode_raw(role.item(), &data, id, limit))
         .map_err(|error| RequestError::Send(SendError::Encode(error)))?;
@@ -146,7 +146,7 @@ impl<T> Items<T> {
             let Ok(frame) = control::protocol(role.grant(), &bytes, Some(id)) else {
                 return;
             };
-            let limit = inner.session.frame_limit();
+            let limit = inner.carrier.frame_limit();
             let frame = Encoded::from_frame(frame);
             match inner.outbox.try_encoded(&frame, limit) {
                 Ok(true) => {}
@@ -207,7 +207,7 @@ impl<T: DeserializeOwned> Stream for Items<T> {
         let (role, id) = (this.role, this.id);
         let next = inner
             .inbox
-            .poll_calls(cx, &inner.session, &inner.counters, |calls| {
+            .poll_calls(cx, &inner.carrier, &inner.counters, |calls| {
                 calls.next(role, id)
             });
         match next {

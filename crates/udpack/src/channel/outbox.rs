@@ -9,6 +9,7 @@
 //! The queue of a resumable channel keeps what was written until the peer has confirmed it, counts it against
 //! the same bounds, and repeats it on the channel's next stream. Its writer ends with each connection.
 
+use std::any::Any;
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -25,12 +26,14 @@ use crate::channel::pace::Pace;
 use crate::channel::resume::{Mismatch, Retained};
 use crate::metrics::speed::Counters;
 use crate::metrics::{Count, Tally};
-use crate::serve::rooms::Seat;
 use crate::transport::SendStream;
 use crate::wire::code::CloseReason;
 use crate::wire::config::Priority;
 use crate::wire::control::MARK;
 use crate::wire::message::{self, EncodeError, Encoded};
+
+/// What is dropped when the sending side of a channel ends.
+type Seat = Box<dyn Any + Send>;
 
 /// Small messages gather up to about this size before a new buffer is begun: large, because QUIC looks through
 /// all buffers that are not acknowledged for each packet; less than a turn, which would be cut in two.

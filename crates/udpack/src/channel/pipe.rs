@@ -8,13 +8,13 @@ use std::time::Duration;
 use bytes::Bytes;
 use tracing::Instrument;
 
+use crate::channel::carrier::{Carrier, ChannelKey, End, Line};
 use crate::channel::inbox::{Ending, Inbox};
 use crate::channel::outbox::Outbox;
 use crate::channel::resume::Mismatch;
 use crate::channel::writer::{self, Way, Written};
 use crate::metrics::Count;
 use crate::metrics::speed::Counters;
-use crate::session::{ChannelKey, End, Line, Session};
 use crate::transport::SendStream;
 use crate::wire::code::{CloseCode, CloseReason, Side};
 use crate::wire::config::Priority;
@@ -54,20 +54,20 @@ impl Pipe {
     }
 
     /// Ends the channel because there will be no other stream for it. What has arrived can still be read.
-    pub(crate) fn fail(&self, session: &Session, reason: &CloseReason) {
+    pub(crate) fn fail(&self, carrier: &Carrier, reason: &CloseReason) {
         self.end.set(reason.clone());
         self.outbox.end(Err(reason.clone()));
         self.inbox.fail(Ending::Closed(reason.clone()));
-        self.unregister(session);
+        self.unregister(carrier);
     }
 
     /// Counts the channel as one that is over.
-    fn unregister(&self, session: &Session) {
-        if session.unregister(self.registration) {
+    fn unregister(&self, carrier: &Carrier) {
+        if carrier.unregister(self.registration) {
             let finished = || CloseReason::local(CloseCode::NORMAL, "");
             let reason = self.end.get().cloned().unwrap_or_else(finished);
-            session.tally.less(Count::Channels);
-            session.tally.channel_closed(&reason);
+            carrier.tally.less(Count::Channels);
+            carrier.tally.channel_closed(&reason);
         }
     }
 
@@ -98,9 +98,9 @@ impl Pipe {
     }
 
     /// Opens another stream for a channel of our own, over connection number `link`, and goes on there.
-    pub(crate) async fn reopen(self: Arc<Self>, session: Arc<Session>, conn: Arc<Line>, link: u64) {
+    pub(crate) async fn reopen(self: Arc<Self>, carrier: Arc<Carrier>, conn: Arc<Line>, link: u64) {
         let Some(open) = &self.open else { return };
-        let Some(received) = session.on_link(link, || self.inbox.detach()) else {
+        let Some(received) = carrier.on_link(link, || self.inbox.detach()) else {
             return;
         };
         let opened = async {
@@ -108,8 +108,8 @@ impl Pipe {
             send.set_priority(self.priority.quic());
             let frame = control::reopen(open, received)?;
             send.write(frame).await.ok()?;
-            let inbox = Inbox::new(recv, session.limits.frame);
-            let first = poll_fn(|cx| inbox.poll_first(cx, &session, &self.counters)).await;
+            let inbox = Inbox::new(recv, carrier.limits.frame);
+            let first = poll_fn(|cx| inbox.poll_first(cx, &carrier, &self.counters)).await;
             Some((send, inbox, first))
         };
         let Some((send, inbox, first)) = opened.await else {
@@ -124,7 +124,7 @@ impl Pipe {
             Err(_) if conn.is_over() => return,
             Err(Ending::Violation(reason)) => {
                 let reason = reason.clone();
-                return self.refuse(&session, reason, send, Some(inbox));
+                return self.refuse(&carrier, reason, send, Some(inbox));
             }
             Err(Ending::Closed(reason)) => Ok(Err(reason.clone())),
             Err(Ending::Finished) => Err(ControlError::Unexpected {
@@ -135,16 +135,16 @@ impl Pipe {
             Ok(Ok(Resumed { done: true, .. })) => {
                 self.outbox.end(Ok(()));
                 self.inbox.fail(Ending::Finished);
-                self.unregister(&session);
-                session.prune();
+                self.unregister(&carrier);
+                carrier.prune();
             }
             Ok(Ok(Resumed { received, .. })) => {
-                self.go_on(&session, (conn, link), (send, inbox), received, None);
+                self.go_on(&carrier, (conn, link), (send, inbox), received, None);
             }
-            Ok(Err(reason)) => self.fail(&session, &reason),
+            Ok(Err(reason)) => self.fail(&carrier, &reason),
             Err(error) => {
                 let reason = CloseReason::local(error.close_code(), error.to_string());
-                self.refuse(&session, reason, send, Some(inbox));
+                self.refuse(&carrier, reason, send, Some(inbox));
             }
         }
     }
@@ -153,12 +153,12 @@ impl Pipe {
     /// `link`; the peer has this many frames.
     pub(crate) fn accept(
         self: &Arc<Self>,
-        session: &Arc<Session>,
+        carrier: &Arc<Carrier>,
         (conn, link): (Arc<Line>, u64),
         stream: (SendStream, Inbox),
         received: u64,
     ) {
-        let detached = session.on_link(link, || {
+        let detached = carrier.on_link(link, || {
             self.link.store(link, Ordering::Relaxed);
             self.inbox.detach()
         });
@@ -168,7 +168,7 @@ impl Pipe {
             done: false,
         };
         self.go_on(
-            session,
+            carrier,
             (conn, link),
             stream,
             received,
@@ -178,7 +178,7 @@ impl Pipe {
 
     fn go_on(
         self: &Arc<Self>,
-        session: &Arc<Session>,
+        carrier: &Arc<Carrier>,
         (conn, link): (Arc<Line>, u64),
         (stream, inbox): (SendStream, Inbox),
         received: u64,
@@ -186,10 +186,10 @@ impl Pipe {
     ) {
         stream.set_priority(self.priority.quic());
         let mut inbox = Some(inbox);
-        let went_on = session.on_link(link, || {
+        let went_on = carrier.on_link(link, || {
             let rewound = self.outbox.rewind(received)?;
             if let Some(inbox) = inbox.take() {
-                self.inbox.attach(inbox, session);
+                self.inbox.attach(inbox, carrier);
             }
             Ok(rewound)
         });
@@ -205,12 +205,12 @@ impl Pipe {
                     epoch,
                     first,
                 };
-                self.spawn_writer(session, way);
+                self.spawn_writer(carrier, way);
             }
             Some(Err(Mismatch)) => {
                 let text = "the two sides disagree about what was received";
                 let reason = CloseReason::local(CloseCode::RESUME_MISMATCH, text);
-                self.refuse(session, reason, stream, inbox);
+                self.refuse(carrier, reason, stream, inbox);
             }
         }
     }
@@ -218,18 +218,18 @@ impl Pipe {
     /// Ends the channel instead of going on with this stream, and tells the peer why.
     fn refuse(
         &self,
-        session: &Arc<Session>,
+        carrier: &Arc<Carrier>,
         reason: CloseReason,
         mut stream: SendStream,
         inbox: Option<Inbox>,
     ) {
-        self.fail(session, &reason);
+        self.fail(carrier, &reason);
         if let Some(inbox) = inbox {
-            inbox.stop(reason.code, Ending::Closed(reason.clone()), session);
+            inbox.stop(reason.code, Ending::Closed(reason.clone()), carrier);
         }
         let last = control::encode_close(reason.code, &reason.text);
-        let within = session.timeouts.close;
-        session.tasks.spawn(async move {
+        let within = carrier.timeouts.close;
+        carrier.tasks.spawn(async move {
             if let Some(last) = last {
                 let _ = tokio::time::timeout(within, stream.write(last)).await;
             }
@@ -237,17 +237,17 @@ impl Pipe {
         });
     }
 
-    pub(crate) fn spawn_writer(self: &Arc<Self>, session: &Arc<Session>, way: Way) {
+    pub(crate) fn spawn_writer(self: &Arc<Self>, carrier: &Arc<Carrier>, way: Way) {
         way.stream.set_priority(self.priority.quic());
-        let (pipe, session) = (self.clone(), session.clone());
-        let tasks = session.tasks.clone();
+        let (pipe, carrier) = (self.clone(), carrier.clone());
+        let tasks = carrier.tasks.clone();
         let writer = async move {
             let counters = pipe.counters.clone();
             let written =
-                writer::write_loop(pipe.outbox.clone(), way, session.clone(), counters).await;
+                writer::write_loop(pipe.outbox.clone(), way, carrier.clone(), counters).await;
             if let Written::Ended(Err(mut reason)) = written {
-                if reason.by == Side::Peer && !session.conn().is_over() {
-                    reason = closing_words(&pipe.inbox, &session, &pipe.counters)
+                if reason.by == Side::Peer && !carrier.conn().is_over() {
+                    reason = closing_words(&pipe.inbox, &carrier, &pipe.counters)
                         .await
                         .unwrap_or(reason);
                 }
@@ -256,8 +256,8 @@ impl Pipe {
                 }
             }
             if pipe.outbox.is_over() {
-                pipe.unregister(&session);
-                session.prune();
+                pipe.unregister(&carrier);
+                carrier.prune();
             }
         };
         tasks.spawn(writer.in_current_span());
@@ -267,10 +267,10 @@ impl Pipe {
 /// The peer has stopped our stream: its `$close`, which says why, may be on the way or unread.
 async fn closing_words(
     inbox: &Inbox,
-    session: &Session,
+    carrier: &Carrier,
     counters: &Counters,
 ) -> Option<CloseReason> {
-    let end = poll_fn(|cx| inbox.poll_end(cx, session, counters));
+    let end = poll_fn(|cx| inbox.poll_end(cx, carrier, counters));
     match tokio::time::timeout(Duration::from_secs(1), end).await {
         Ok(Some(Ending::Closed(reason))) => Some(reason),
         Ok(Some(Ending::Finished | Ending::Violation(_)) | None) | Err(_) => None,

@@ -81,7 +81,7 @@ impl Channel {
         decode: fn(&Message) -> Result<R, DecodeError>,
     ) -> Request<R> {
         let id = self.inner.next_request.fetch_add(1, Ordering::Relaxed);
-        let limit = self.inner.session.frame_limit();
+        let limit = self.inner.carrier.frame_limit();
         let mut frame = BytesMut::with_capacity(FRAME);
         let encoded = application_event(event).and_then(|()| {
             message::encode(&mut frame, event, data, Some(id), limit).map_err(SendError::Encode)
@@ -118,7 +118,7 @@ impl Channel {
         fault: &Message,
         deadline: Option<(Instant, Duration)>,
     ) -> RequestError {
-        let tally = &self.inner.session.tally;
+        let tally = &self.inner.carrier.tally;
         match control::decode_fault(fault) {
             Ok(fault) => {
                 tally.word(Words::FaultsReceived, &fault.code);
@@ -141,7 +141,7 @@ impl Channel {
 
     /// Why there is no reply: it did not come in time.
     pub(crate) fn too_late(&self, limit: Duration) -> RequestError {
-        self.inner.session.tally.one(Count::RequestsTimedOut);
+        self.inner.carrier.tally.one(Count::RequestsTimedOut);
         RequestError::Timeout(limit)
     }
 
@@ -154,7 +154,7 @@ impl Channel {
         poll_fn(|cx| {
             inner
                 .inbox
-                .poll_calls(cx, &inner.session, &inner.counters, &mut look)
+                .poll_calls(cx, &inner.carrier, &inner.counters, &mut look)
         })
         .await
     }
@@ -201,7 +201,7 @@ impl<R> Request<R> {
         let channel = self.channel.clone();
         let limit = self
             .timeout
-            .unwrap_or(channel.inner.session.timeouts.request);
+            .unwrap_or(channel.inner.carrier.timeouts.request);
         let deadline = Instant::now()
             .checked_add(limit)
             .map(|until| (until, limit));
@@ -218,9 +218,9 @@ impl<R> Request<R> {
         }
         let (inner, id) = (&*channel.inner, self.id);
         let reply = poll_fn(|cx| {
-            let (session, counters) = (&inner.session, &inner.counters);
+            let (carrier, counters) = (&inner.carrier, &inner.counters);
             let look = |calls: &mut Calls| calls.reply(id);
-            match inner.inbox.poll_calls(cx, session, counters, look) {
+            match inner.inbox.poll_calls(cx, carrier, counters, look) {
                 Poll::Ready(reply) => Poll::Ready(Ok(reply)),
                 Poll::Pending => match deadline {
                     None => Poll::Pending,
@@ -287,10 +287,10 @@ impl<R> Request<R> {
         let mut frame = frame.map_err(RequestError::Send)?;
         let inner = &self.channel.inner;
         if let Some(limit) = limit {
-            message::add_deadline(&mut frame, limit, inner.session.frame_limit())
+            message::add_deadline(&mut frame, limit, inner.carrier.frame_limit())
                 .map_err(|error| RequestError::Send(SendError::Encode(error)))?;
         }
-        inner.session.tally.one(Count::RequestsSent);
+        inner.carrier.tally.one(Count::RequestsSent);
         inner.inbox.calls(|calls| calls.ask(self.id, stream));
         let pending = Pending {
             channel: self.channel.clone(),

@@ -7,11 +7,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::FutureExt;
 
+use crate::channel::carrier::{Carrier, Line, lost};
 use crate::channel::outbox::{BATCH, COPY_LIMIT, Outbox, TURN, Work};
 use crate::channel::turns::Turns;
 use crate::metrics::Count;
 use crate::metrics::speed::Counters;
-use crate::session::{Line, Session, lost};
 use crate::transport::heard::Heard;
 use crate::transport::on_path;
 use crate::transport::{Connection, SendStream, StreamError, Written as Taken};
@@ -40,11 +40,11 @@ pub(crate) struct Way {
 pub(crate) async fn write_loop(
     outbox: Arc<Outbox>,
     way: Way,
-    session: Arc<Session>,
+    carrier: Arc<Carrier>,
     counters: Arc<Counters>,
 ) -> Written {
     let (conn, epoch) = (way.conn.clone(), way.epoch);
-    let driven = drive(&outbox, way, &session, &counters).await;
+    let driven = drive(&outbox, way, &carrier, &counters).await;
     // The stream keeps its connection, and must not while the channel waits for another.
     drop(outbox.take_back(epoch));
     let result = match driven {
@@ -61,7 +61,7 @@ pub(crate) async fn write_loop(
 async fn drive(
     outbox: &Outbox,
     way: Way,
-    session: &Session,
+    carrier: &Carrier,
     counters: &Counters,
 ) -> Result<bool, CloseReason> {
     let Way {
@@ -78,7 +78,7 @@ async fn drive(
         write(
             &mut stream,
             &mut batch,
-            (session, &conn),
+            (carrier, &conn),
             counters,
             outbox.priority,
         )
@@ -100,14 +100,14 @@ async fn drive(
                 write(
                     stream,
                     &mut batch,
-                    (session, &conn),
+                    (carrier, &conn),
                     counters,
                     outbox.priority,
                 )
                 .await?;
-                session.tally.add(Count::MessagesSent, messages as u64);
+                carrier.tally.add(Count::MessagesSent, messages as u64);
                 if gaps > 0 {
-                    session.tally.add(Count::Gaps, gaps);
+                    carrier.tally.add(Count::Gaps, gaps);
                 }
                 outbox.written(bytes, messages);
                 batch.clear();
@@ -121,12 +121,12 @@ async fn drive(
                 let watched = patience.watch(outbox, &conn);
                 tokio::select! {
                     () = outbox.work.notified() => {}
-                    end = &mut stopped => return Err(stop_reason(session, end)),
-                    () = tokio::time::sleep(part(session, &conn)), if watched => {
+                    end = &mut stopped => return Err(stop_reason(carrier, end)),
+                    () = tokio::time::sleep(part(carrier, &conn)), if watched => {
                         if patience.is_over(outbox, &conn)
                             && let Some(mut stream) = outbox.take_back(epoch)
                         {
-                            return Err(slow_peer(&mut stream, session));
+                            return Err(slow_peer(&mut stream, carrier));
                         }
                     }
                 }
@@ -137,7 +137,7 @@ async fn drive(
                     write(
                         stream,
                         &mut batch,
-                        (session, &conn),
+                        (carrier, &conn),
                         counters,
                         outbox.priority,
                     )
@@ -147,9 +147,9 @@ async fn drive(
                 stream.finish();
                 match stopped.await {
                     Ok(None) => {}
-                    end => return Err(stop_reason(session, end)),
+                    end => return Err(stop_reason(carrier, end)),
                 }
-                return confirmed(outbox, &conn, session).await.map(|()| true);
+                return confirmed(outbox, &conn, carrier).await.map(|()| true);
             }
             // Dropping the stream ends it.
             (Work::Gone | Work::Batch { .. } | Work::Finish(_), _) => return Ok(false),
@@ -165,8 +165,8 @@ const PARTS: u32 = 4;
 const PARTS_AFTER_SILENCE: u32 = 4 * PARTS;
 
 /// A part of the time in which a peer on this path must take something.
-fn part(session: &Session, line: &Line) -> Duration {
-    on_path(session.timeouts.slow_peer, line) / PARTS
+fn part(carrier: &Carrier, line: &Line) -> Duration {
+    on_path(carrier.timeouts.slow_peer, line) / PARTS
 }
 
 /// In how many parts of the slow-peer time a peer took nothing although its path was alive.
@@ -223,7 +223,7 @@ impl Patience {
 async fn confirmed(
     outbox: &Outbox,
     conn: &Connection,
-    session: &Session,
+    carrier: &Carrier,
 ) -> Result<(), CloseReason> {
     let lost = conn.closed();
     let mut lost = std::pin::pin!(lost);
@@ -233,7 +233,7 @@ async fn confirmed(
         }
         tokio::select! {
             () = outbox.work.notified() => {}
-            error = &mut lost => return Err(session.reason_for(&error)),
+            error = &mut lost => return Err(carrier.reason_for(&error)),
         }
     }
     Ok(())
@@ -242,7 +242,7 @@ async fn confirmed(
 async fn write(
     stream: &mut SendStream,
     batch: &mut [Bytes],
-    (session, line): (&Session, &Line),
+    (carrier, line): (&Carrier, &Line),
     counters: &Counters,
     priority: Priority,
 ) -> Result<(), CloseReason> {
@@ -256,16 +256,16 @@ async fn write(
         let count = count.count().max(1);
         let (mut turn, later) = rest.split_at_mut(count);
         if priority == Priority::Bulk {
-            bulk_room(session, line).await?;
+            bulk_room(carrier, line).await?;
             for bytes in &mut *turn {
                 *bytes = line.turns.hold(std::mem::take(bytes));
             }
         }
         while !turn.is_empty() {
-            let written = progress(stream, turn, (session, line), priority).await?;
+            let written = progress(stream, turn, (carrier, line), priority).await?;
             counters.sent(written.bytes as u64);
             turn = &mut turn[written.chunks..];
-            if session.live_channels() > 1 {
+            if carrier.live_channels() > 1 {
                 tokio::task::yield_now().await;
             }
         }
@@ -275,16 +275,16 @@ async fn write(
 }
 
 /// Waits until the bulk channels may have more under way, or the connection is over.
-async fn bulk_room(session: &Session, line: &Line) -> Result<(), CloseReason> {
+async fn bulk_room(carrier: &Carrier, line: &Line) -> Result<(), CloseReason> {
     let room = line.turns.bulk_room(
         || line.stats().congestion_window,
-        session.limits.send_window,
+        carrier.limits.send_window,
         TURN,
     );
     tokio::select! {
         biased;
         () = room => Ok(()),
-        error = line.closed() => Err(session.reason_for(&error)),
+        error = line.closed() => Err(carrier.reason_for(&error)),
     }
 }
 
@@ -293,39 +293,39 @@ async fn bulk_room(session: &Session, line: &Line) -> Result<(), CloseReason> {
 async fn progress(
     stream: &mut SendStream,
     rest: &mut [Bytes],
-    (session, line): (&Session, &Line),
+    (carrier, line): (&Carrier, &Line),
     priority: Priority,
 ) -> Result<Taken, CloseReason> {
     // A writer that need not wait asks for no counts: they cost the lock of the connection.
     if let Some(written) = write_some(stream, rest, &line.turns, priority).now_or_never() {
-        return written.map_err(|error| stream_reason(session, error));
+        return written.map_err(|error| stream_reason(carrier, error));
     }
-    let part = part(session, line);
-    let (begun, _) = session.counters.totals();
+    let part = part(carrier, line);
+    let (begun, _) = carrier.counters.totals();
     let mut before = begun;
     let mut passed = Passed::new(line);
     loop {
         match tokio::time::timeout(part, write_some(stream, rest, &line.turns, priority)).await {
             Ok(Ok(written)) => return Ok(written),
-            Ok(Err(error)) => return Err(stream_reason(session, error)),
+            Ok(Err(error)) => return Err(stream_reason(carrier, error)),
             Err(_) if !passed.part(line) => {}
-            Err(_) if crowded(begun, before, session) => {
-                before = session.counters.totals().0;
+            Err(_) if crowded(begun, before, carrier) => {
+                before = carrier.counters.totals().0;
                 passed.parts = 0;
             }
-            Err(_) => return Err(slow_peer(stream, session)),
+            Err(_) => return Err(slow_peer(stream, carrier)),
         }
     }
 }
 
-fn slow_peer(stream: &mut SendStream, session: &Session) -> CloseReason {
-    session.tally.one(Count::SlowPeers);
+fn slow_peer(stream: &mut SendStream, carrier: &Carrier) -> CloseReason {
+    carrier.tally.one(Count::SlowPeers);
     stream.reset(CloseCode::SLOW_PEER);
     let text = format!(
         "the peer took nothing off the channel for {:?}",
-        session.timeouts.slow_peer
+        carrier.timeouts.slow_peer
     );
-    if let Some(left_out) = session.log_limit.line() {
+    if let Some(left_out) = carrier.log_limit.line() {
         tracing::warn!(left_out, "channel closed: {text}");
     }
     CloseReason::local(CloseCode::SLOW_PEER, text)
@@ -333,9 +333,9 @@ fn slow_peer(stream: &mut SendStream, session: &Session) -> CloseReason {
 
 /// Whether a channel that waits has reason to wait on: the connection has sent `begun` bytes when it began to,
 /// and `before` when it was last asked.
-fn crowded(begun: u64, before: u64, session: &Session) -> bool {
-    let (now, _) = session.counters.totals();
-    slow_path(now - begun, now - before, session.live_channels())
+fn crowded(begun: u64, before: u64, carrier: &Carrier) -> bool {
+    let (now, _) = carrier.counters.totals();
+    slow_path(now - begun, now - before, carrier.live_channels())
 }
 
 /// Whether the bytes that all `channels` wrote while one of them waited, in all and of late, are too few to say
@@ -372,19 +372,19 @@ async fn write_some(
     .await
 }
 
-fn stream_reason(session: &Session, error: StreamError) -> CloseReason {
+fn stream_reason(carrier: &Carrier, error: StreamError) -> CloseReason {
     match error {
         StreamError::Peer(code) => stopped_by_peer(code),
-        StreamError::Lost(error) => session.reason_for(&error),
+        StreamError::Lost(error) => carrier.reason_for(&error),
         StreamError::Ended => lost("the stream is closed"),
     }
 }
 
-fn stop_reason(session: &Session, end: Result<Option<CloseCode>, StreamError>) -> CloseReason {
+fn stop_reason(carrier: &Carrier, end: Result<Option<CloseCode>, StreamError>) -> CloseReason {
     match end {
         Ok(Some(code)) => stopped_by_peer(code),
         Ok(None) => lost("the stream is closed"),
-        Err(error) => stream_reason(session, error),
+        Err(error) => stream_reason(carrier, error),
     }
 }
 

@@ -448,7 +448,7 @@ pub(crate) async fn next(channel: &Channel) -> Result<Option<(Message, Option<Be
         let serve = Some(&mut begun);
         inner
             .inbox
-            .poll_recv(cx, &inner.session, &inner.counters, serve)
+            .poll_recv(cx, &inner.carrier, &inner.counters, serve)
     });
     match next.await {
         Ok(message) => Ok(Some((message, begun))),

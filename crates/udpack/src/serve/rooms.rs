@@ -20,11 +20,11 @@ use tokio::runtime::Handle;
 use crate::base::lock;
 use crate::channel::outbox::Outbox;
 use crate::channel::overflow::{Overflow, Push, Tag};
-use crate::channel::volatile::{Ready, Volatile};
 use crate::channel::{Channel, WeakChannel};
 use crate::metrics::Count;
 use crate::serve::presence::{Presence, Tracked};
 use crate::session::socket::Socket;
+use crate::session::volatile::{Ready, Volatile};
 use crate::session::{Attached, Session, SessionId};
 use crate::trust::auth::Peer;
 use crate::wire::code::{CloseCode, CloseReason};
@@ -585,7 +585,8 @@ impl Channel {
 
     /// The rooms it is in, in the order of their names; of a channel that is over, those it was in when it ended.
     pub fn rooms(&self) -> Vec<String> {
-        let Some(guest) = self.member().get() else {
+        let guest = self.member().get().and_then(|guest| guest.downcast_ref());
+        let Some(guest): Option<&Arc<Guest>> = guest else {
             return Vec::new();
         };
         let names = |name: &Arc<str>| (**name).to_owned();
@@ -615,13 +616,13 @@ impl Channel {
             }
             rooms.directory.welcome(&guest);
             // A channel that is over gives its seat up right here.
-            let _ = self.outbox().keep(Seat {
+            let _ = self.outbox().keep(Box::new(Seat {
                 directory: Arc::downgrade(&rooms.directory),
                 guest: guest.clone(),
-            });
-            guest
+            }));
+            Box::new(guest)
         });
-        Some((rooms, guest))
+        Some((rooms, guest.downcast_ref()?))
     }
 }
 

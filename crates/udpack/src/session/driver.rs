@@ -21,6 +21,7 @@ use tracing::field::Empty;
 use crate::base::Rate;
 use crate::base::lock;
 use crate::channel::Channel;
+use crate::channel::carrier::{CONFIRM, ChannelKey, WISHED};
 use crate::channel::inbox::{Ending, Inbox};
 use crate::channel::resume::{Mismatch, Seen};
 use crate::metrics::{Count, Tally, Words};
@@ -28,7 +29,7 @@ use crate::session::lifetime::Lifetime;
 use crate::session::reconnect::SocketState;
 use crate::session::service::Registry;
 use crate::session::streams::serve_stream;
-use crate::session::{CONFIRM, ChannelKey, Leaving, Session, WISHED, give_up};
+use crate::session::{Leaving, Session, give_up};
 use crate::transport::on_path;
 use crate::transport::windows;
 use crate::transport::{Connection, Endpoint, SendStream, StreamError};
@@ -233,8 +234,8 @@ impl Comeback {
             }
         }
         session.set_up(None);
-        session.budget.set_detached(true);
-        session.window.lost();
+        session.receive.budget.set_detached(true);
+        session.receive.window.lost();
         session.tally.one(Count::Detached);
         let _detached = Detached(&session.tally);
         let next = async {
@@ -250,7 +251,7 @@ impl Comeback {
         };
         let closed = async {
             loop {
-                if let Some(reason) = session.wished_close() {
+                if let Some(reason) = session.asked_close() {
                     return reason;
                 }
                 session.wake.wait(WISHED).await;
@@ -355,7 +356,10 @@ impl Driver {
         self.resumed = true;
         if let Some(welcome) = link.welcome {
             self.resumed = welcome.resumed;
-            session.peer_frame.store(welcome.frame, Ordering::Relaxed);
+            session
+                .receive
+                .peer_frame
+                .store(welcome.frame, Ordering::Relaxed);
             if !welcome.resumed {
                 let words = welcome
                     .reason
@@ -377,11 +381,11 @@ impl Driver {
         }
         session.life.reattached();
         let number = session.set_link(link.conn, link.endpoint);
-        session.budget.set_detached(false);
+        session.receive.budget.set_detached(false);
         let conn = session.conn();
-        session.window.renew(&conn);
+        session.receive.window.renew(&conn);
         for pipe in session.kept_own() {
-            channels.spawn(pipe.reopen(session.clone(), conn.clone(), number));
+            channels.spawn(pipe.reopen(session.carrier.clone(), conn.clone(), number));
         }
         session.set_up(Some(number));
         if self.resumed {
@@ -436,7 +440,7 @@ impl Driver {
             permit_all(&session, &conn);
         }
         control.inbox.rest();
-        let mut volatile = pin!(crate::channel::volatile::serve(&session, &conn));
+        let mut volatile = pin!(crate::session::volatile::serve(&session, &conn));
         // A server looks at all its connections in one go.
         let mut look = session.client.then(windows::look);
         loop {
@@ -585,7 +589,7 @@ impl Driver {
                     confirm(session, control).await;
                 },
                 () = session.wake.wait(WISHED) => {
-                    let close = session.wished_close();
+                    let close = session.asked_close();
                     if let Some(reason) = close {
                         close_gracefully(session, control, reason).await;
                         let error = conn.closed().await;
@@ -613,12 +617,9 @@ impl Driver {
 
 /// Does what the application wished for.
 async fn carry_out(session: &Session, conn: &Connection, control: &mut Control) -> Option<Outcome> {
-    let (close, goaway) = {
-        let mut wishes = lock(&session.wishes);
-        let wishes = wishes.get_or_make();
-        (wishes.close.clone(), wishes.goaway.take())
-    };
-    if let Some(frame) = goaway.as_ref().and_then(control::encode_goaway) {
+    let close = session.asked_close();
+    let goaway = lock(&session.goaway).take();
+    if let Some(frame) = goaway.as_deref().and_then(control::encode_goaway) {
         control.write(session, &mut [frame]).await;
     }
     let reason = close?;
@@ -755,7 +756,10 @@ fn on_control(
             control::WELCOME => match control::decode_welcome(&message) {
                 Ok(welcome) => {
                     *stage = Stage::Open;
-                    session.peer_frame.store(welcome.frame, Ordering::Relaxed);
+                    session
+                        .receive
+                        .peer_frame
+                        .store(welcome.frame, Ordering::Relaxed);
                     tracing::Span::current().record("session", &*welcome.session);
                     session.tally.one(Count::Admitted);
                     session.tally.one(Count::Sockets);

@@ -161,7 +161,7 @@ impl<'a, T: Serialize + Sync + ?Sized> OpenChannel<'a, T> {
         session.tally.one(Count::ChannelsOpened);
         let span = tracing::debug_span!(parent: &session.span, "channel", name, id);
         let session = session.clone();
-        Ok(span.in_scope(|| Channel::start(session, opened, true, way, link, inbox, counters)))
+        Ok(span.in_scope(|| session.channel(opened, true, (way, link), inbox, counters)))
     }
 }
 
@@ -204,7 +204,7 @@ impl From<SendError> for OpenError {
         match error {
             SendError::Encode(error) => Self::Encode(error),
             SendError::Closed(reason) => Self::Closed(reason),
-            SendError::Finished => Self::Closed(crate::session::lost(
+            SendError::Finished => Self::Closed(crate::channel::carrier::lost(
                 "the channel ended while it was opened",
             )),
         }

@@ -15,11 +15,12 @@ use crate::wire::control::GoAway;
 
 use crate::base::extensions::Extensions;
 use crate::base::lock;
+use crate::channel::carrier::WISHED;
 use crate::metrics::Metrics;
 use crate::metrics::speed::{SpeedMeter, Stats};
 use crate::session::lifetime::{self, RefreshError};
 use crate::session::reconnect::{SocketState, SocketStates};
-use crate::session::{Lease, Session, SessionId, WISHED};
+use crate::session::{Lease, Session, SessionId};
 
 /// Channels that may wait for `accept_channel`, a socket.
 const CHANNEL_QUEUE: usize = 64;
@@ -155,7 +156,7 @@ impl Socket {
     /// Acts at once; awaiting the result waits for the end, at most `Timeouts::close` and a little. Calling
     /// it again, or when the socket is already over, changes nothing: the first reason stays.
     pub fn close(&self, code: CloseCode, text: impl Into<String>) -> Closed {
-        self.inner.session.wish_close(code, text.into());
+        self.inner.session.ask_close(code, text.into());
         let socket = self.clone();
         Closed {
             future: Box::pin(async move { socket.closed().await }),
@@ -233,7 +234,7 @@ impl Socket {
 
     /// Tells the peer to finish what runs and come back later or elsewhere. Only a server says so.
     pub(crate) fn send_goaway(&self, goaway: GoAway) {
-        lock(&self.inner.session.wishes).get_or_make().goaway = Some(goaway);
+        *lock(&self.inner.session.goaway) = Some(Box::new(goaway));
         self.inner.session.wake.set(WISHED);
     }
 

@@ -8,14 +8,15 @@ use futures_util::FutureExt;
 use tokio::sync::mpsc;
 
 use crate::base::lock;
+use crate::channel::carrier::{ChannelKey, Line};
 use crate::channel::inbox::{Ending, Inbox};
 use crate::channel::writer::Way;
 use crate::channel::{Channel, Opened};
 use crate::metrics::Count;
 use crate::metrics::speed::Counters;
+use crate::session::Session;
 use crate::session::driver::write_small;
 use crate::session::service::{ChannelHandler, Registry};
-use crate::session::{ChannelKey, Line, Session};
 use crate::transport::{RecvStream, SendStream};
 use crate::wire::code::{CloseCode, CloseReason};
 use crate::wire::config::Priority;
@@ -139,7 +140,7 @@ fn begin(
     match (open.received, &kept) {
         (Some(received), Some(pipe)) if pipe.is_of(&open) => {
             drop(seen);
-            pipe.accept(session, (conn, link), (send, inbox), received);
+            pipe.accept(&session.carrier, (conn, link), (send, inbox), received);
             return Begun::WentOn;
         }
         (Some(received), None) if received > 0 || seen.contains(open.id) => {
@@ -194,7 +195,7 @@ fn begin(
         epoch: 0,
         first,
     };
-    let channel = Channel::start(session.clone(), opened, false, way, link, inbox, counters);
+    let channel = session.channel(opened, false, (way, link), inbox, counters);
     Begun::Channel(channel, refusal)
 }
 

@@ -19,10 +19,11 @@ use tokio::time::Instant;
 
 use crate::base::Lazy;
 use crate::base::lock;
+use crate::base::wake::WakeFlag;
 use crate::channel::SendError;
 use crate::metrics::Count;
+use crate::session::Session;
 use crate::session::socket::Socket;
-use crate::session::{LARGE, SMALL, Session};
 use crate::transport::{Connection, DatagramError, RecvStream, StreamError};
 use crate::wire::code::CloseCode;
 use crate::wire::config::{Limits, MIN_FRAME_RATE};
@@ -31,6 +32,11 @@ use crate::wire::message::{self, DecodeError, EncodeError, Encoded, NameError};
 use crate::wire::msgpack::{
     Head, MAX_ELEMENTS, MsgpackError, Reader, Shape, Walk, validate_within,
 };
+
+/// A volatile message waits to be sent.
+pub(crate) const SMALL: WakeFlag = WakeFlag(1 << 2);
+/// A volatile message waits that is too large for a datagram.
+pub(crate) const LARGE: WakeFlag = WakeFlag(1 << 3);
 
 /// Messages moved in one go, before others of the same task get their turn.
 const TURN: usize = 64;

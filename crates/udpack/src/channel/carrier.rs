@@ -1,0 +1,468 @@
+//! [`Carrier`]: what the channels of a session share and need of it.
+//!
+//! A channel knows its carrier and nothing else of its session. The carrier holds the connection of the moment, the
+//! limits, the counters, the channels that are live and how it all ends. The session (`session.rs`) owns it, puts the
+//! next connection into it and acts on what is left here: a close that is asked for, counts to confirm.
+//!
+//! # Locks
+//! In this order, none across an `.await`: the number of the connection (`number`), the connection, the channels kept,
+//! an outbox or inbox, the counts to confirm, the close that is asked for.
+
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::ops::Deref;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio_util::task::TaskTracker;
+
+use crate::base::pool::{Pool, Tenant};
+use crate::base::wake::{WakeFlag, WakeFlags};
+use crate::base::{Lazy, LogLimit, lock};
+use crate::channel::outbox::Budget;
+use crate::channel::pipe::Pipe;
+use crate::channel::turns::Turns;
+use crate::metrics::Tally;
+use crate::metrics::speed::Counters;
+use crate::transport::windows::ReceiveWindow;
+use crate::transport::{Connection, ConnectionError};
+use crate::wire::code::{CloseCode, CloseReason, Side};
+use crate::wire::config::{Limits, Timeouts};
+
+/// A reason that is set once and can be awaited.
+#[derive(Debug, Default)]
+pub(crate) struct End {
+    reason: OnceLock<Box<CloseReason>>,
+    set: Notify,
+}
+
+impl End {
+    /// Sets the reason unless one is set already; says whether it did.
+    pub(crate) fn set(&self, reason: CloseReason) -> bool {
+        let first = self.reason.set(Box::new(reason)).is_ok();
+        if first {
+            self.set.notify_waiters();
+        }
+        first
+    }
+
+    pub(crate) fn get(&self) -> Option<&CloseReason> {
+        self.reason.get().map(|reason| &**reason)
+    }
+
+    pub(crate) async fn wait(&self) -> CloseReason {
+        loop {
+            let mut notified = std::pin::pin!(self.set.notified());
+            notified.as_mut().enable();
+            if let Some(reason) = self.get() {
+                return reason.clone();
+            }
+            notified.await;
+        }
+    }
+}
+
+/// Names a channel in its session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct ChannelKey {
+    /// This side opened it.
+    pub(crate) own: bool,
+    /// The opener's number for it.
+    pub(crate) id: u64,
+}
+
+/// The application wants to close, or to tell the peer something.
+pub(crate) const WISHED: WakeFlag = WakeFlag(1);
+/// There is something to confirm.
+pub(crate) const CONFIRM: WakeFlag = WakeFlag(1 << 1);
+/// How far this side has come with one of the channels, as the peer is to be told.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Confirm {
+    /// Frames that it need not keep.
+    pub(crate) received: Option<u64>,
+    /// The last of its marks.
+    pub(crate) mark: Option<u64>,
+}
+
+/// One connection of a session, with everything that it lends to those who use it. All of that returns together, because
+/// the session's next connection has a `Line` of its own: nothing need be handed back by whoever held it last.
+pub(crate) struct Line {
+    conn: Connection,
+    /// Whose turn it is to write, and how much bulk is under way.
+    pub(crate) turns: Turns,
+}
+
+impl Line {
+    fn new(conn: Connection) -> Arc<Self> {
+        Arc::new(Self {
+            conn,
+            turns: Turns::default(),
+        })
+    }
+}
+
+impl Deref for Line {
+    type Target = Connection;
+
+    fn deref(&self) -> &Connection {
+        &self.conn
+    }
+}
+
+/// What the channels of a session share and need of it. See the [module](self).
+pub(crate) struct Carrier {
+    conn: RwLock<Arc<Line>>,
+    /// The number of the present connection, counted from 1.
+    number: Mutex<u64>,
+    /// Whether this side dialled.
+    pub(crate) client: bool,
+    pub(crate) limits: Arc<Limits>,
+    pub(crate) timeouts: Arc<Timeouts>,
+    pub(crate) counters: Arc<Counters>,
+    pub(crate) tally: Arc<Tally>,
+    /// Bounds what this peer's misbehaviour puts into the log.
+    pub(crate) log_limit: LogLimit,
+    pub(crate) end: End,
+    /// Why the application wants to close, once it does.
+    close: Mutex<Option<Box<CloseReason>>>,
+    /// What wakes the session's task.
+    pub(crate) wake: WakeFlags,
+    pub(crate) registry: Registry,
+    /// What the peer is to be told of what was read.
+    confirms: Mutex<Lazy<HashMap<ChannelKey, Confirm>>>,
+    pub(crate) receive: Receive,
+    /// Writer tasks; each ends with its channel or with the connection.
+    pub(crate) tasks: TaskTracker,
+}
+
+/// The channels of a session.
+#[derive(Default)]
+pub(crate) struct Registry {
+    /// The live ones, so that a close can flush them.
+    pipes: Mutex<Lazy<HashMap<u64, Weak<Pipe>>>>,
+    /// Those that can go on over another connection.
+    resumable: Mutex<Lazy<HashMap<ChannelKey, Arc<Pipe>>>>,
+    /// One has ended.
+    ended: Notify,
+    next_key: AtomicU64,
+}
+
+/// How much may come in and go out.
+pub(crate) struct Receive {
+    /// Largest frame the peer takes.
+    pub(crate) peer_frame: AtomicU64,
+    /// How much the peer may send ahead.
+    pub(crate) window: ReceiveWindow,
+    /// At a server: bytes for frames that come in pieces, and whose share the peer takes.
+    pub(crate) frames: OnceLock<Box<(Pool, Tenant)>>,
+    /// What resumable channels keep.
+    pub(crate) budget: Arc<Budget>,
+}
+
+impl Carrier {
+    pub(crate) fn new(
+        conn: Connection,
+        client: bool,
+        (limits, timeouts): (Arc<Limits>, Arc<Timeouts>),
+        parent: Arc<Counters>,
+        tally: Arc<Tally>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            conn: RwLock::new(Line::new(conn)),
+            number: Mutex::new(1),
+            client,
+            receive: Receive {
+                peer_frame: AtomicU64::new(limits.frame as u64),
+                window: ReceiveWindow::new(&limits),
+                frames: OnceLock::new(),
+                budget: Arc::new(Budget::new(limits.resume_bytes)),
+            },
+            limits,
+            timeouts,
+            counters: Counters::child(parent),
+            tally,
+            log_limit: LogLimit::default(),
+            end: End::default(),
+            close: Mutex::default(),
+            wake: WakeFlags::default(),
+            registry: Registry::default(),
+            confirms: Mutex::default(),
+            tasks: TaskTracker::new(),
+        })
+    }
+
+    /// Goes over to another connection and returns its number. Streams of earlier ones belong to nobody now, and what
+    /// an earlier one has given out counts no more.
+    pub(crate) fn set_connection(&self, conn: Connection) -> u64 {
+        let mut number = lock(&self.number);
+        *self.conn.write().unwrap_or_else(PoisonError::into_inner) = Line::new(conn);
+        *number += 1;
+        lock(&self.confirms).take();
+        // Who ended the session in the meantime has closed the connection before.
+        if let Some(reason) = self.end.get() {
+            self.conn().close_because(reason);
+        }
+        *number
+    }
+
+    /// The connection of this moment.
+    pub(crate) fn conn(&self) -> Arc<Line> {
+        self.conn
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Counts bytes that a channel has taken from QUIC, and grows the connection's window with them.
+    pub(crate) fn read(&self, bytes: u64) {
+        if self.receive.window.read(bytes) {
+            self.receive.window.used(&self.conn());
+        }
+    }
+
+    /// Largest frame this side may send, in bytes.
+    pub(crate) fn frame_limit(&self) -> usize {
+        usize::try_from(self.receive.peer_frame.load(Ordering::Relaxed)).unwrap_or(usize::MAX)
+    }
+
+    /// The connection of this moment with its number.
+    pub(crate) fn link(&self) -> (Arc<Line>, u64) {
+        let number = lock(&self.number);
+        (self.conn(), *number)
+    }
+
+    /// Does something while connection number `link` is the present one, and nothing if it is no longer.
+    pub(crate) fn on_link<T>(&self, link: u64, act: impl FnOnce() -> T) -> Option<T> {
+        let present = lock(&self.number);
+        (*present == link).then(act)
+    }
+
+    pub(crate) fn closed_reason(&self) -> CloseReason {
+        self.end
+            .get()
+            .cloned()
+            .or_else(|| self.asked_close())
+            .unwrap_or_else(|| lost("the socket is over"))
+    }
+
+    /// Keeps a channel for the next connection.
+    pub(crate) fn keep(&self, pipe: &Arc<Pipe>) {
+        lock(&self.registry.resumable)
+            .get_or_make()
+            .insert(pipe.key, pipe.clone());
+    }
+
+    /// A channel kept for the next connection.
+    pub(crate) fn kept(&self, key: ChannelKey) -> Option<Arc<Pipe>> {
+        lock(&self.registry.resumable).get()?.get(&key).cloned()
+    }
+
+    /// A live channel.
+    pub(crate) fn live(&self, key: ChannelKey) -> Option<Arc<Pipe>> {
+        self.kept(key).or_else(|| {
+            let pipes = lock(&self.registry.pipes);
+            let mut pipes = pipes.get()?.values().filter_map(Weak::upgrade);
+            pipes.find(|pipe| pipe.key == key)
+        })
+    }
+
+    /// The channels that this side opened and keeps for the next connection.
+    pub(crate) fn kept_own(&self) -> Vec<Arc<Pipe>> {
+        lock(&self.registry.resumable)
+            .get()
+            .into_iter()
+            .flat_map(HashMap::values)
+            .filter(|pipe| pipe.key.own)
+            .cloned()
+            .collect()
+    }
+
+    /// How many channels that the peer opened are kept.
+    pub(crate) fn kept_theirs(&self) -> usize {
+        lock(&self.registry.resumable)
+            .get()
+            .into_iter()
+            .flat_map(HashMap::keys)
+            .filter(|key| !key.own)
+            .count()
+    }
+
+    /// Forgets channels of which nothing can come any more.
+    pub(crate) fn prune(&self) {
+        if let Some(resumable) = lock(&self.registry.resumable).get_mut() {
+            resumable.retain(|_, pipe| !pipe.is_over());
+        }
+    }
+
+    /// The peer keeps these of the channels that it opened; the others are over, but for those that it has
+    /// opened on this connection: their streams may overtake the list.
+    pub(crate) fn retain_theirs(&self, open: &[u64]) {
+        let open: HashSet<_> = open.iter().collect();
+        let (_, link) = self.link();
+        let gone: Vec<_> = lock(&self.registry.resumable)
+            .get_or_make()
+            .extract_if(|key, pipe| !key.own && pipe.link() < link && !open.contains(&key.id))
+            .collect();
+        for (_, pipe) in gone {
+            pipe.fail(
+                self,
+                &CloseReason::peer(CloseCode::NORMAL, "the peer has ended the channel"),
+            );
+        }
+    }
+
+    /// Ends all channels that waited for another connection.
+    pub(crate) fn fail_resumable(&self, reason: &CloseReason) {
+        let pipes = lock(&self.registry.resumable).take();
+        for pipe in pipes.into_values() {
+            pipe.fail(self, reason);
+        }
+    }
+
+    /// The peer will be told that it need not keep the first `frames` of this channel.
+    pub(crate) fn confirm_later(&self, key: Option<ChannelKey>, frames: u64) {
+        if let Some(key) = key {
+            self.tell_later(key, |confirm| confirm.received = Some(frames));
+        }
+    }
+
+    /// The peer will be told that the program has come to this mark of the channel.
+    pub(crate) fn passed_later(&self, key: ChannelKey, mark: u64) {
+        self.tell_later(key, |confirm| confirm.mark = Some(mark));
+    }
+
+    fn tell_later(&self, key: ChannelKey, what: impl FnOnce(&mut Confirm)) {
+        let mut confirms = lock(&self.confirms);
+        let confirms = confirms.get_or_make();
+        if confirms.is_empty() {
+            self.wake.set(CONFIRM);
+        }
+        what(confirms.entry(key).or_default());
+    }
+
+    /// What the peer is to be told now.
+    pub(crate) fn take_confirms(&self) -> HashMap<ChannelKey, Confirm> {
+        lock(&self.confirms).take()
+    }
+
+    /// Why the connection ended, in the best words known: a reason given here or by the peer's `$close` beats
+    /// what QUIC reports.
+    pub(crate) fn reason_for(&self, error: &ConnectionError) -> CloseReason {
+        if let Some(reason) = self.end.get() {
+            return reason.clone();
+        }
+        if *error == ConnectionError::Local
+            && let Some(reason) = self.asked_close()
+        {
+            return reason;
+        }
+        error.reason()
+    }
+
+    /// Asks for a close; the first reason counts.
+    pub(crate) fn ask_close(&self, code: CloseCode, text: String) {
+        let mut close = lock(&self.close);
+        if close.is_none() {
+            *close = Some(Box::new(CloseReason::local(code, text)));
+            self.wake.set(WISHED);
+        }
+    }
+
+    /// Why the application wants to close, if it does.
+    pub(crate) fn asked_close(&self) -> Option<CloseReason> {
+        lock(&self.close).as_deref().cloned()
+    }
+
+    /// Whether the session is over, or the application wants to close.
+    pub(crate) fn closing(&self) -> bool {
+        self.end.get().is_some() || lock(&self.close).is_some()
+    }
+
+    pub(crate) fn next_registration(&self) -> u64 {
+        self.registry.next_key.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(crate) fn register(&self, registration: u64, pipe: &Arc<Pipe>) {
+        lock(&self.registry.pipes)
+            .get_or_make()
+            .insert(registration, Arc::downgrade(pipe));
+    }
+
+    /// Says whether it was there.
+    pub(crate) fn unregister(&self, registration: u64) -> bool {
+        let was_there = lock(&self.registry.pipes)
+            .get_mut()
+            .is_some_and(|pipes| pipes.remove(&registration).is_some());
+        if was_there {
+            self.registry.ended.notify_waiters();
+        }
+        was_there
+    }
+
+    fn live_pipes(&self) -> Vec<Arc<Pipe>> {
+        lock(&self.registry.pipes)
+            .get()
+            .into_iter()
+            .flat_map(HashMap::values)
+            .filter_map(Weak::upgrade)
+            .collect()
+    }
+
+    /// Channels whose writer has not ended yet.
+    pub(crate) fn live_channels(&self) -> usize {
+        lock(&self.registry.pipes).get().map_or(0, HashMap::len)
+    }
+
+    /// Lets every channel send what is queued and then end, for good: nothing is kept any more.
+    pub(crate) fn finish_channels(&self) {
+        for pipe in self.live_pipes() {
+            pipe.forget();
+            pipe.finish();
+        }
+    }
+
+    /// Lets every channel send what is queued and then end for this reason.
+    pub(crate) fn finish_channels_because(&self, reason: &CloseReason) {
+        for pipe in self.live_pipes() {
+            pipe.finish_because(reason);
+        }
+    }
+
+    /// Waits until no channel is live.
+    pub(crate) async fn all_channels_done(&self) {
+        loop {
+            let mut ended = std::pin::pin!(self.registry.ended.notified());
+            ended.as_mut().enable();
+            if self.live_channels() == 0 {
+                return;
+            }
+            ended.await;
+        }
+    }
+
+    /// Waits until no channel is live, at most `within`.
+    pub(crate) async fn channels_done(&self, within: Duration) -> bool {
+        let conn = self.conn();
+        tokio::select! {
+            () = self.all_channels_done() => true,
+            _ = conn.closed() => true,
+            () = tokio::time::sleep(within) => false,
+        }
+    }
+}
+
+/// The reason for a connection that ended while a channel still needed it.
+pub(crate) fn lost(text: &str) -> CloseReason {
+    CloseReason::new(CloseCode::CONNECTION_LOST, text, Side::Transport)
+}
+
+impl fmt::Debug for Carrier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Carrier")
+            .field("remote", &self.conn().remote_address())
+            .field("end", &self.end.get())
+            .finish_non_exhaustive()
+    }
+}
