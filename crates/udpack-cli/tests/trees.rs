@@ -484,7 +484,7 @@ fn files_of_any_size_are_taken_by_default() {
     big.set_len((1 << 30) + 1).expect("a sparse file");
     let out = server.client(dir.path(), &["put", "big", "-q"]);
     assert_eq!(out.code, 6, "{out:?}");
-    assert!(out.stderr.contains("1.0 MB of 1.0 MB left"), "{out:?}");
+    assert!(out.stderr.contains("1.0 MiB of 1.0 MiB left"), "{out:?}");
     // Where there is a limit, it is what refuses.
     let server = Server::start_in(workdir(), &["--quota", "1M", "--max-file", "1G"]);
     let out = server.client(dir.path(), &["put", "big", "-q"]);

@@ -64,7 +64,7 @@ pub use progress::{Event, Outcome, Progress};
 pub use receiver::{Receiver, ReceiverConfig};
 pub use remote::{Job, JobKind, JobState, Jobs, JobsEvent, Listing, Remote};
 pub use scope::{Scope, ScopeError};
-pub use size::parse_size;
+pub use size::{format_size, parse_size};
 pub use source::Source;
 pub use store::{
     Begin, Checkpoint, Complete, Entry, Existing, IfExists, Kind, Left, List, Meta, Names, NewFile,

@@ -46,9 +46,45 @@ pub fn parse_size(text: &str) -> Result<u64, &'static str> {
     whole.checked_add(part).ok_or(LARGE)
 }
 
+/// Shows a number of bytes to people, in the units that [`parse_size`] reads: `700 B`, `1.5 GiB`. Rounded down, so that
+/// what is said to be free is free.
+pub fn format_size(bytes: u64) -> String {
+    const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let unit = bytes.checked_ilog2().unwrap_or(0) / 10;
+    let Some(name) = (unit as usize).checked_sub(1).and_then(|at| UNITS.get(at)) else {
+        return format!("{bytes} B");
+    };
+    let shift = unit * 10;
+    let whole = bytes >> shift;
+    let tenths = ((u128::from(bytes) * 10) >> shift) % 10;
+    format!("{whole}.{tenths} {name}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_are_shown_as_they_are_read() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1.0 KiB"),
+            (1536, "1.5 KiB"),
+            (2047, "1.9 KiB"),
+            (5 << 20, "5.0 MiB"),
+            ((1 << 30) - 1, "1023.9 MiB"),
+            (3_199_999_999, "2.9 GiB"),
+            (7 << 40, "7.0 TiB"),
+            (u64::MAX, "15.9 EiB"),
+        ] {
+            assert_eq!(format_size(bytes), text);
+        }
+        for text in ["1.5 KiB", "5.0 MiB", "2.9 GiB"] {
+            let bytes = parse_size(&text.replace(' ', "")).unwrap();
+            assert_eq!(format_size(bytes + 1), text, "{bytes}");
+        }
+    }
 
     #[test]
     fn sizes_are_powers_of_1024() {

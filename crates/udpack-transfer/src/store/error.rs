@@ -10,6 +10,7 @@ use rustix::io::Errno;
 
 use super::{IfExists, Overwrite};
 use crate::path::{PathError, RelPath};
+use crate::size::format_size;
 
 /// Why the store did not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -295,29 +296,12 @@ impl StoreError {
     }
 }
 
-/// A size for people: decimal units, one digit after the point.
+/// A size for people.
 struct Bytes(u64);
 
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const UNITS: [(u64, &str); 4] = [
-            (1_000_000_000_000, "TB"),
-            (1_000_000_000, "GB"),
-            (1_000_000, "MB"),
-            (1_000, "kB"),
-        ];
-        for (unit, name) in UNITS {
-            if self.0 >= unit {
-                // Rounded down, so that what is said to be free is free.
-                return write!(
-                    f,
-                    "{}.{} {name}",
-                    self.0 / unit,
-                    self.0 % unit / (unit / 10)
-                );
-            }
-        }
-        write!(f, "{} bytes", self.0)
+        f.write_str(&format_size(self.0))
     }
 }
 
@@ -334,19 +318,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_read_well() {
-        for (size, text) in [
-            (0, "0 bytes"),
-            (999, "999 bytes"),
-            (1000, "1.0 kB"),
-            (3_199_999_999, "3.1 GB"),
-            (u64::MAX, "18446744.0 TB"),
-        ] {
-            assert_eq!(Bytes(size).to_string(), text);
-        }
-    }
-
-    #[test]
     fn full_disk_and_names_have_their_own_codes() {
         let path: RelPath = "a".parse().unwrap();
         let code = |errno: Errno| StoreError::io("write", Some(&path), errno.into(), || 7).code();
@@ -358,7 +329,7 @@ mod tests {
         assert_eq!(code(Errno::ROFS), "io");
         assert_eq!(
             StoreError::io("write", None, Errno::NOSPC.into(), || 7_000).to_string(),
-            "no space: server ran out of space, 7.0 kB free"
+            "no space: server ran out of space, 6.8 KiB free"
         );
     }
 }

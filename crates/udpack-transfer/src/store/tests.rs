@@ -614,7 +614,7 @@ fn the_quota_counts_files_and_reservations() {
     assert_eq!((error.code(), error.retry()), ("quota", true));
     assert_eq!(
         error.to_string(),
-        "quota: needs 301 bytes, 300 bytes of 5.0 kB left"
+        "quota: needs 301 B, 300 B of 4.9 KiB left"
     );
     assert_eq!(staging(&dir), 1);
     let second = begin(&store, "b", Some(300), IfExists::Same).unwrap();

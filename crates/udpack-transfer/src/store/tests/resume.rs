@@ -546,7 +546,7 @@ fn the_quota_counts_what_is_kept() {
     let error = begin(&store, "b", Some(401), IfExists::Same).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "quota: needs 401 bytes, 400 bytes of 1.0 kB left"
+        "quota: needs 401 B, 400 B of 1000 B left"
     );
     drop(begin(&store, "b", Some(400), IfExists::Same).unwrap());
     // It does not count twice when it is taken up; refused, it is kept.

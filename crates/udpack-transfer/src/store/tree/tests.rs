@@ -736,7 +736,7 @@ fn a_tenant_has_a_quota_of_its_own() {
     assert_eq!((error.code(), error.retry()), ("quota", true));
     assert_eq!(
         error.to_string(),
-        "quota: needs 251 bytes, 250 bytes of 2.0 kB left"
+        "quota: needs 251 B, 250 B of 1.9 KiB left"
     );
     drop((first, other));
     put(&store, "t/c", 800, Some(&tenant));
