@@ -3,9 +3,9 @@
 use std::env;
 use std::io::{self, IsTerminal as _, Write};
 use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::Context as _;
-use indicatif::MultiProgress;
 use tracing_appender::non_blocking::WorkerGuard;
 use tracing_appender::rolling::{RollingFileAppender, Rotation};
 use tracing_subscriber::filter::{EnvFilter, LevelFilter};
@@ -16,13 +16,37 @@ use udpack::text::printable_bytes;
 
 use crate::args::LogArgs;
 
-/// Standard error, shared by bars and lines: a line clears the bar, and the bar is drawn again below it.
+/// Standard error, shared by a live line and lines that stay: one that stays takes the live line's place, and the live
+/// line is written again below it.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Console {
-    pub(crate) bars: MultiProgress,
+    live: Arc<Mutex<String>>,
 }
 
 impl Console {
+    /// Shows this as the live line; an empty one takes it away. It must be shorter than the terminal is wide.
+    pub(crate) fn live(&self, line: String) {
+        let mut live = self.lock();
+        if *live != line {
+            Self::draw(&line);
+            *live = line;
+        }
+    }
+
+    /// Writes the live line over the one that stands there.
+    ///
+    /// The cursor stays at its beginning. A terminal that becomes narrower than the line may break it in two, and moves
+    /// the cursor with what stands under it: all remains are then behind the cursor, where this erases them. With the
+    /// cursor at the line's end they would be in front of it, in a number of rows that depends on the terminal.
+    fn draw(line: &str) {
+        let drawn = format!("\r{line}\u{1b}[J\r");
+        let _ = io::stderr().lock().write_all(drawn.as_bytes());
+    }
+
+    fn lock(&self) -> MutexGuard<'_, String> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Writes one line. A closed standard error is nobody's failure.
     pub(crate) fn line(&self, text: &str) {
         self.write(&one_line(text.as_bytes()));
@@ -44,13 +68,20 @@ impl Console {
         !no_colour() && io::stderr().is_terminal()
     }
 
-    /// Does something that may write to the terminal that shows the bars.
-    pub(crate) fn around_bars<T>(&self, write: impl FnOnce() -> T) -> T {
-        self.bars.suspend(write)
+    /// Does something that writes whole lines to the terminal that shows the live line. It must not use this console.
+    pub(crate) fn above<T>(&self, write: impl FnOnce() -> T) -> T {
+        let live = self.lock();
+        if live.is_empty() {
+            return write();
+        }
+        Self::draw("");
+        let written = write();
+        Self::draw(&live);
+        written
     }
 
     fn write(&self, bytes: &[u8]) {
-        self.around_bars(|| {
+        self.above(|| {
             let _ = io::stderr().lock().write_all(bytes);
         });
     }
@@ -109,7 +140,12 @@ impl<W: Write> Write for Lines<W> {
 /// Whether the user, or the terminal, wants no colours.
 pub(crate) fn no_colour() -> bool {
     let unwanted = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-    unwanted || env::var_os("TERM").is_none_or(|term| term == "dumb" || term.is_empty())
+    unwanted || is_dumb()
+}
+
+/// Whether the terminal, if there is one, takes text and nothing else.
+pub(crate) fn is_dumb() -> bool {
+    env::var_os("TERM").is_none_or(|term| term == "dumb" || term.is_empty())
 }
 
 /// Which binary logs: its usual level, and the name of its files.

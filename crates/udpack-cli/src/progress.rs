@@ -8,11 +8,10 @@ use std::fmt::Write as _;
 use std::io::{IsTerminal as _, stderr};
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
-use udpack_transfer::Progress;
+use udpack_transfer::{Progress, format_size};
 
 use crate::args::ProgressArg;
-use crate::logging::Console;
+use crate::logging::{Console, is_dumb};
 use crate::output::printable;
 use crate::pages::terminal_columns;
 
@@ -26,13 +25,16 @@ pub(crate) struct Meter {
     /// The files under way, by their number, the first begun first.
     under_way: VecDeque<(usize, String)>,
     last: Instant,
+    /// How far it was when it was last asked.
+    progress: Progress,
     /// Shown in place of speed and time left.
     note: Option<&'static str>,
 }
 
 #[derive(Debug)]
 enum Show {
-    Bar(ProgressBar),
+    /// With the time of its last change.
+    Bar(Option<Instant>),
     Plain,
     None,
 }
@@ -40,12 +42,12 @@ enum Show {
 impl Meter {
     pub(crate) fn new(style: ProgressArg, quiet: bool, console: &Console) -> Self {
         let show = match style {
-            ProgressArg::Bar => Show::Bar(bar(console)),
-            ProgressArg::Plain => Show::Plain,
             ProgressArg::None => Show::None,
             ProgressArg::Auto if quiet => Show::None,
-            ProgressArg::Auto if stderr().is_terminal() => Show::Bar(bar(console)),
-            ProgressArg::Auto => Show::Plain,
+            ProgressArg::Auto | ProgressArg::Bar if stderr().is_terminal() && !is_dumb() => {
+                Show::Bar(None)
+            }
+            _ => Show::Plain,
         };
         Self {
             show,
@@ -54,6 +56,7 @@ impl Meter {
             stall: Stall::new(Instant::now()),
             under_way: VecDeque::new(),
             last: Instant::now(),
+            progress: Progress::default(),
             note: None,
         }
     }
@@ -64,6 +67,10 @@ impl Meter {
         // The time without a connection says nothing of the next one.
         self.rate = Rate::default();
         self.stall = Stall::new(Instant::now());
+        if let Show::Bar(drawn) = &mut self.show {
+            *drawn = None;
+            self.update(&{ self.progress });
+        }
     }
 
     /// A file has begun.
@@ -89,16 +96,18 @@ impl Meter {
         let rate = self.rate.update(progress.moved, now);
         let stalled = self.stall.update(progress, now).then_some("stalled");
         let note = self.note.or(stalled);
-        match &self.show {
-            Show::Bar(bar) => {
-                let columns = terminal_columns(&stderr()).unwrap_or(80);
-                let line = layout(progress, rate, note, self.name(), columns);
-                bar.set_message(if self.console.colours() {
-                    coloured(&line)
-                } else {
-                    line
-                });
-                bar.tick();
+        self.progress = *progress;
+        match self.show {
+            Show::Bar(drawn) => {
+                if drawn.is_none_or(|drawn| now.duration_since(drawn) >= BAR_EVERY) {
+                    self.show = Show::Bar(Some(now));
+                    let columns = terminal_columns(&stderr()).unwrap_or(80);
+                    let line = layout(progress, rate, note, self.name(), columns);
+                    self.console.live(match self.console.colours() {
+                        true => coloured(&line),
+                        false => line,
+                    });
+                }
             }
             Show::Plain => {
                 if now.duration_since(self.last) >= PLAIN_EVERY {
@@ -118,17 +127,8 @@ impl Meter {
 
 impl Drop for Meter {
     fn drop(&mut self) {
-        if let Show::Bar(bar) = &self.show {
-            bar.finish_and_clear();
-            self.console.bars.remove(bar);
-        }
+        self.console.live(String::new());
     }
-}
-
-fn bar(console: &Console) -> ProgressBar {
-    let style =
-        ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
-    console.bars.add(ProgressBar::new(0).with_style(style))
 }
 
 /// What fits on one line of a terminal of so many columns: what matters most is left out last, and never cut. A line
@@ -146,7 +146,7 @@ fn layout(
     // With the place that each has on the line.
     let mut pieces: Vec<(u8, String)> = Vec::new();
     let mut add = |place, piece: String| {
-        let long = piece.chars().count() + usize::from(!pieces.is_empty());
+        let long = columns_of(&piece) + usize::from(!pieces.is_empty());
         if !piece.is_empty() && long <= left {
             left -= long;
             pieces.push((place, piece));
@@ -257,30 +257,32 @@ fn eta(progress: &Progress, rate: f64) -> String {
 
 /// The end of a long name, which tells more than its beginning.
 fn cut(name: &str, most: usize) -> String {
-    let count = name.chars().count();
-    if count <= most {
+    if columns_of(name) <= most {
         return name.to_owned();
     }
-    let tail: String = name.chars().skip(count + 1 - most).collect();
-    format!("…{tail}")
+    let mut left = most.saturating_sub(1);
+    let fits = |c: &char| {
+        let rest = left.checked_sub(columns(*c));
+        left = rest.unwrap_or(0);
+        rest.is_some()
+    };
+    let tail: Vec<char> = name.chars().rev().take_while(fits).collect();
+    format!("…{}", tail.into_iter().rev().collect::<String>())
 }
 
-/// A number of bytes for people, in powers of 1024.
+/// Columns that a text takes on a terminal, at most.
+fn columns_of(text: &str) -> usize {
+    text.chars().map(columns).sum()
+}
+
+/// From the Hangul on characters may be two columns wide; whether one of those is depends on the terminal, too.
+fn columns(c: char) -> usize {
+    if c < '\u{1100}' || c == '…' { 1 } else { 2 }
+}
+
+/// A number of bytes for people, or of bytes a second.
 pub(crate) fn size(bytes: f64) -> String {
-    const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
-    if bytes < 1024.0 {
-        return format!("{bytes:.0} B");
-    }
-    let mut value = bytes;
-    let mut unit = "B";
-    for next in UNITS {
-        if value < 1024.0 {
-            break;
-        }
-        value /= 1024.0;
-        unit = next;
-    }
-    format!("{value:.1} {unit}")
+    format_size(bytes as u64)
 }
 
 /// A time for people: `1:02:03`, `2:03`, or `0:03`.
@@ -370,6 +372,8 @@ const SAMPLE_EVERY: Duration = Duration::from_millis(100);
 const STALLED: Duration = Duration::from_secs(5);
 /// Seconds: what would take longer is not worth a number.
 const LONGEST_ETA: f64 = 100.0 * 3600.0;
+/// The bar changes no sooner than after so long.
+const BAR_EVERY: Duration = Duration::from_millis(50);
 const PLAIN_EVERY: Duration = Duration::from_secs(5);
 /// Characters of a file name shown beside the bar, at most.
 const NAME: usize = 24;
@@ -396,6 +400,17 @@ mod tests {
                 assert!(line.chars().count() < columns.max(1), "{columns}: {line}");
             }
         }
+        let wide = "東京/写真/二〇二六年十一月二十九日の夜.jpeg";
+        let line_of = |name, columns| layout(&progress, 0.0, None, name, columns);
+        for columns in 0..200 {
+            let line = line_of(wide, columns);
+            assert!(columns_of(&line) < columns.max(1), "{columns}: {line}");
+        }
+        assert!(
+            line_of(wide, 120).ends_with(" …十一月二十九日の夜.jpeg"),
+            "{}",
+            line_of(wide, 120)
+        );
         assert_eq!(line(20), " 40 % 2.5 MiB/s");
         assert_eq!(line(40), " 40 % 2.5 MiB/s eta 0:07 99/10000");
         assert_eq!(
@@ -421,10 +436,7 @@ mod tests {
 
     #[test]
     fn numbers_are_short() {
-        assert_eq!(size(0.0), "0 B");
-        assert_eq!(size(1023.0), "1023 B");
         assert_eq!(size(1536.0), "1.5 KiB");
-        assert_eq!(size(5.0 * 1024.0 * 1024.0), "5.0 MiB");
         assert_eq!(duration(Duration::from_secs(3)), "0:03");
         assert_eq!(duration(Duration::from_secs(3723)), "1:02:03");
         assert_eq!(cut("short", NAME), "short");

@@ -400,7 +400,7 @@ impl Report {
     /// A line of a result that is for people only.
     pub(super) fn line(&mut self, text: &str) {
         if !self.json && !self.mute {
-            let written = self.console.around_bars(|| output::line(text));
+            let written = self.console.above(|| output::line(text));
             self.wrote(written);
         }
     }
@@ -698,7 +698,7 @@ impl Report {
     /// Writes the lines of JSON that have gathered.
     fn write_out(&mut self) {
         if !self.unread.is_empty() {
-            let written = self.console.around_bars(|| output::all(&self.unread));
+            let written = self.console.above(|| output::all(&self.unread));
             self.unread.clear();
             self.wrote(written);
         }
