@@ -209,7 +209,7 @@ fn meaning(error: &(dyn std::error::Error + 'static)) -> Option<Meaning> {
         return Some(match error {
             error if error.is_timeout() => (
                 Kind::Network,
-                hint("try again, and check that the server is well"),
+                hint("check that the server is well, or let `request --timeout SECS` wait longer"),
             ),
             RequestError::NoHandler => (
                 Kind::NoHandler,
@@ -293,7 +293,6 @@ fn closed(reason: &CloseReason) -> Meaning {
         CloseCode::AUTH_FAILED
         | CloseCode::AUTH_REQUIRED
         | CloseCode::AUTH_REVOKED
-        | CloseCode::AUTH_TIMEOUT
         | CloseCode::AUTH_EXPIRED
         | CloseCode::FORBIDDEN => (
             Kind::Auth,
@@ -309,7 +308,10 @@ fn closed(reason: &CloseReason) -> Meaning {
         CloseCode::HANDLER_FAILED | CloseCode::INTERNAL => {
             (Kind::Other, hint("the server failed; its log says more"))
         }
-        code if code.retry() || code == CloseCode::TRANSPORT_ERROR => {
+        code if code.retry()
+            || code == CloseCode::TRANSPORT_ERROR
+            || code == CloseCode::AUTH_TIMEOUT =>
+        {
             (Kind::Network, hint("run the same command again"))
         }
         _ => (Kind::Other, None),
@@ -344,11 +346,12 @@ fn transferring(error: &TransferError) -> Meaning {
                 known => known,
             };
         }
+        TransferError::Source { source, .. } if EmptyStdin::is(source) => {
+            hint("check the command before the pipe; with --allow-empty an empty file is stored")
+        }
         TransferError::Source { .. } => hint("check the path and its permissions"),
         TransferError::NotAFile { .. } => hint("leave it out with --exclude"),
-        TransferError::Name { .. } => {
-            hint("rename it, leave it out with --exclude, or send it by itself with --as NAME")
-        }
+        TransferError::Name { .. } => hint(ANOTHER_NAME),
         TransferError::Mismatch | TransferError::Silent(_) => hint("run the same command again"),
         TransferError::SourceChanged { .. } => hint("send it again when nothing writes to it"),
         _ => None,
@@ -403,13 +406,21 @@ fn kept(error: &StoreError) -> String {
 /// What to do about the server's error codes.
 fn refusal(code: &str, message: &str) -> Option<String> {
     hint(match code {
+        "exists" if message.contains(" is in the way of ") => {
+            "remove or rename at the server what is in the way, or choose another name with --as"
+        }
         "exists" => {
             "choose another name with --as, leave the file there with --if-exists skip, or, where the server \
              allows it, use --if-exists rename or overwrite"
         }
-        "bad_name" => "choose another name with --as",
-        "too_large" => "ask for a larger --max-file at the server",
-        "quota" => "remove files at the server, or ask for a larger --quota",
+        "bad_name" => ANOTHER_NAME,
+        "too_large" if message.contains("system") => {
+            "ask the server's owner to let its process write larger files (ulimit -f, LimitFSIZE)"
+        }
+        "too_large" => "ask the server's owner for a larger --max-file",
+        "quota" => {
+            "remove files at the server with `udpack-client rm`, or ask its owner for a larger quota"
+        }
         "no_space" => "free space at the server, then run the same command again",
         "io" => {
             "the server's storage failed and its log says more; then run the same command again"
@@ -424,8 +435,12 @@ fn refusal(code: &str, message: &str) -> Option<String> {
         "not_empty" => "remove it with all that is in it by -r",
         "is_directory" => "name what is in it, or use -r",
         "busy" => "another client is sending this file: run the same command again when it is done",
-        "superseded" => "a later run of the same command took over",
+        "superseded" => "a later run of the same command took over: wait for that one",
         "unsupported" => "use a server and a client of the same version",
+        "too_many_uploads" if message.contains("interrupted") => {
+            "run the interrupted commands again to their ends, or ask the server's owner to run `udpack-server \
+             uploads purge`; with --no-resume this one is sent now"
+        }
         "too_many_uploads" | "upload_stalled" => "run the same command again in a moment",
         "hash_mismatch" | "size_mismatch" | "bad_offset" => "run the same command again",
         "source_changed" => "send it again when nothing writes to it",
@@ -510,6 +525,27 @@ fn secret_hint(error: &SecretFileError) -> String {
         _ => "check the file and its permissions".to_owned(),
     }
 }
+
+/// Nothing was on standard input: what its reader gives as the reason of its error.
+#[derive(Debug)]
+pub(crate) struct EmptyStdin;
+
+impl EmptyStdin {
+    fn is(error: &std::io::Error) -> bool {
+        error.get_ref().is_some_and(|error| error.is::<Self>())
+    }
+}
+
+impl fmt::Display for EmptyStdin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("standard input is empty")
+    }
+}
+
+impl std::error::Error for EmptyStdin {}
+
+const ANOTHER_NAME: &str =
+    "rename it, leave it out with --exclude, or send it by itself with --as NAME";
 
 fn hint(text: &str) -> Option<String> {
     Some(text.to_owned())

@@ -270,7 +270,10 @@ fn an_empty_standard_input_is_stored_only_where_that_is_allowed() {
     ] {
         assert_eq!(out.code, 3, "{out:?}");
         assert_error(&out.stderr);
-        assert!(out.stderr.contains("--allow-empty"), "{out:?}");
+        assert!(out.stderr.contains("standard input is empty\n"), "{out:?}");
+        let hint = out.stderr.lines().last().expect("a hint");
+        assert!(hint.contains("--allow-empty"), "{out:?}");
+        assert!(!hint.contains("permissions"), "{out:?}");
         assert!(visible(&server.uploads()).is_empty());
     }
     for out in [

@@ -76,7 +76,7 @@ async fn get(
                     match find(&remote, path, local).await {
                         Ok(root) if sink.is_some() && root.entry.kind != EntryKind::File => {
                             let error = Failure::new(Kind::Usage, "not a file")
-                                .hint("only a file can be written to what is none");
+                                .hint("name a single file, or a directory after --as");
                             report.failed(path, path, &error.into());
                         }
                         Ok(root) => roots.push(root),
@@ -389,14 +389,16 @@ impl Sink {
     fn spool(&self, args: &GetArgs, report: &mut Report) -> anyhow::Result<TempDir> {
         if args.paths.len() > 1 {
             return Err(Failure::new(Kind::Usage, "--as NAME takes a single path")
-                .hint("get them one by one")
+                .hint(
+                    "get them one by one, or name a directory after --as, with a slash at its end",
+                )
                 .into());
         }
         if matches!(self, Self::Stdout) {
             if args.show.json {
                 let text = "standard output cannot have both the file and --json";
                 return Err(Failure::new(Kind::Usage, text)
-                    .hint("leave out one of them")
+                    .hint("leave out --json, or name a file after --as")
                     .into());
             }
             report.mute();

@@ -403,7 +403,7 @@ fn check(path: &Path, remote: &str, links: bool) -> anyhow::Result<Option<u64>> 
     } else if !metadata.is_symlink() {
         let text = format!("not a regular file: {}", path.display());
         return Err(Failure::new(Kind::LocalFile, text)
-            .hint("send what it gives with `put - --as NAME`")
+            .hint("send what it gives: udpack-client put - --as NAME < PIPE")
             .into());
     }
     if !is_content {

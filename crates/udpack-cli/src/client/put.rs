@@ -12,7 +12,7 @@ use super::plan::{Asked, List, Plan};
 use super::report::{Origin, Origins, Report, Thing, Transfer};
 use super::umask;
 use crate::args::{IfExistsArg, PutArgs};
-use crate::exit::{Failure, Kind};
+use crate::exit::{EmptyStdin, Failure, Kind};
 use crate::logging::Console;
 use crate::progress::Meter;
 use crate::signals::Interrupts;
@@ -153,9 +153,7 @@ impl Read for Stdin {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let count = io::stdin().read(buffer)?;
         if count == 0 && !buffer.is_empty() && !self.allowed {
-            return Err(io::Error::other(
-                "standard input is empty; --allow-empty stores an empty file",
-            ));
+            return Err(io::Error::other(EmptyStdin));
         }
         self.allowed = true;
         Ok(count)

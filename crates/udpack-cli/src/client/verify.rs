@@ -87,7 +87,7 @@ pub(super) async fn run(
                 tally.wrong
             );
             Err(Failure::new(Kind::Integrity, text)
-                .hint("`udpack-client put` sends what is missing; what differs needs --if-exists")
+                .hint("`udpack-client put` sends what is missing; what differs needs --if-exists overwrite or rename")
                 .into())
         }
         Ok(()) if total == 0 => Err(Failure::new(

@@ -53,7 +53,7 @@ fn new(args: &TokenNewArgs) -> anyhow::Result<()> {
         })?;
         if prefix.as_str().contains(char::is_whitespace) {
             return Err(Failure::new(Kind::Usage, "--prefix must not hold spaces")
-                .hint("the token file separates its fields by spaces")
+                .hint("choose a directory without spaces in its name: the token file separates its fields by them")
                 .into());
         }
         fields.push(("prefix".to_owned(), prefix.to_string()));
