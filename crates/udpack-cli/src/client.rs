@@ -1,6 +1,7 @@
 //! `udpack-client`: one module for each command that talks to a server.
 
 mod demo;
+mod dry;
 mod events;
 mod failures;
 mod get;

@@ -647,19 +647,6 @@ fn usage_errors_are_2() {
 }
 
 #[test]
-fn a_dry_run_sends_nothing() {
-    let dir = workdir();
-    fs::write(dir.path().join("file"), "content").expect("write");
-    let out = exited(client(dir.path()).args(["put", "-n", "file", "--as", "to/"]));
-    assert_eq!(
-        (out.code, out.stdout.as_str()),
-        (0, "to/file  7  -\n"),
-        "{}",
-        out.stderr
-    );
-}
-
-#[test]
 fn a_full_disk_is_8_and_the_server_goes_on() {
     let dir = workdir();
     let Some(disk) = common::Tmpfs::mount(&dir.path().join("disk"), "8m") else {

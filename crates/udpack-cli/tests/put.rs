@@ -395,6 +395,89 @@ fn a_dry_run_lists_refuses_and_counts_what_a_real_one_does() {
     );
     assert_eq!(out.code, 0, "{out:?}");
     assert!(out.stderr.contains("2 files, 8 B would be sent"), "{out:?}");
+    let mut lines: Vec<&str> = out.stdout.lines().collect();
+    lines.sort_unstable();
+    assert_eq!(lines, ["a  3  -", "b/c  5  -", "hollow/  -  -"]);
+}
+
+#[test]
+fn a_dry_run_asks_the_server_what_has_the_names() {
+    let server = Server::start_in(workdir(), &["--allow-read", "--overwrite", "always"]);
+    let dir = workdir();
+    write(&dir.path().join("t/same"), b"123");
+    write(&dir.path().join("t/other"), b"123");
+    write(&dir.path().join("t/longer"), b"12345");
+    write(&dir.path().join("t/new"), b"1");
+    write(&dir.path().join("t/dir"), b"1");
+    for (link, target) in [("link", "same"), ("turned", "new")] {
+        std::os::unix::fs::symlink(target, dir.path().join("t").join(link)).expect("symlink");
+    }
+    let there = || {
+        clear(&server);
+        write(&server.uploads().join("t/same"), b"123");
+        write(&server.uploads().join("t/other"), b"456");
+        write(&server.uploads().join("t/longer"), b"1");
+        fs::create_dir(server.uploads().join("t/dir")).expect("mkdir");
+        for (link, target) in [("link", "same"), ("turned", "same")] {
+            std::os::unix::fs::symlink(target, server.uploads().join("t").join(link))
+                .expect("symlink");
+        }
+    };
+    for policy in ["same", "error", "skip", "overwrite", "rename"] {
+        there();
+        let args = ["put", "t", "--links", "--json", "--if-exists", policy];
+        let dry = server.client(dir.path(), &[&args[..], &["-n"]].concat());
+        assert!(fs::metadata(server.uploads().join("t/new")).is_err());
+        let real = server.client(dir.path(), &args);
+        assert_eq!(dry.code, real.code, "{policy}: {dry:?} {real:?}");
+        let failed = |out: &Exited| {
+            let all = events(&out.stdout);
+            let mut files: Vec<_> = named(&all, "file")
+                .into_iter()
+                .map(|file| {
+                    let failed = file["status"] == "error";
+                    let field = |name: &str| file[name].to_string();
+                    // A name that the server chooses shows only in a real run.
+                    (field("source"), failed, field("error"))
+                })
+                .collect();
+            files.sort();
+            files
+        };
+        assert_eq!(failed(&dry), failed(&real), "{policy}");
+        let (dry_end, real_end) = (result(&dry.stdout), result(&real.stdout));
+        for field in ["exit", "failed", "files", "error_kind", "error"] {
+            assert_eq!(dry_end[field], real_end[field], "{policy} {field}");
+        }
+    }
+    there();
+    let args = ["put", "-n", "--links", "t/same", "t/new", "t/link"];
+    let out = server.client(dir.path(), &[&args[..], &["--as", "t/"]].concat());
+    assert_eq!((out.code, &*out.stdout), (0, "t/new  1  -\n"), "{out:?}");
+    assert!(
+        out.stderr
+            .contains("1 file, 1 B would be sent, 1 already there"),
+        "{out:?}"
+    );
+    // Who may not read is told that.
+    let server = Server::start();
+    write(&server.uploads().join("t/new"), b"2");
+    let out = server.client(dir.path(), &["put", "-n", "t/new"]);
+    assert_eq!((out.code, &*out.stdout), (0, "new  1  -\n"), "{out:?}");
+    assert!(out.stderr.contains("this token may not read"), "{out:?}");
+    // As in a real run, there must be a server.
+    let out = exited(client(dir.path()).args([
+        "put",
+        "-n",
+        "t/new",
+        "--to",
+        "127.0.0.1:1",
+        "--connect-timeout",
+        "0.2",
+        "--retries",
+        "0",
+    ]));
+    assert_eq!((out.code, &*out.stdout), (5, ""), "{out:?}");
 }
 
 #[test]

@@ -889,18 +889,6 @@ fn one_bad_file_does_not_stop_the_others() {
 }
 
 #[test]
-fn a_dry_run_shows_a_tree() {
-    let dir = workdir();
-    write(&dir.path().join("t/a"), b"123");
-    fs::create_dir(dir.path().join("t/b")).expect("mkdir");
-    let out = exited(client(dir.path()).args(["put", "-n", "t", "--as", "x/"]));
-    assert_eq!(out.code, 0, "{out:?}");
-    let mut lines: Vec<&str> = out.stdout.lines().collect();
-    lines.sort_unstable();
-    assert_eq!(lines, ["x/t/a  3  -", "x/t/b/  -  -"]);
-}
-
-#[test]
 fn ls_stat_and_rm() {
     let server = Server::start_in(workdir(), &["--allow-read"]);
     let dir = workdir();

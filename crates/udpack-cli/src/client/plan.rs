@@ -11,6 +11,9 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use anyhow::Context as _;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use udpack_transfer::{Exclude, Found, RelPath, TransferError, Walk, What, names};
 
 use crate::args::TreeArgs;
@@ -265,6 +268,41 @@ impl Plan {
         })
     }
 
+    /// Does `work` for every entry, `jobs` of them side by side, and `done` with what comes of each, until that fails.
+    pub(super) async fn each<T: Send + 'static, F: Future<Output = T> + Send + 'static>(
+        self,
+        jobs: u8,
+        work: impl Fn(Found) -> F,
+        mut done: impl FnMut(T) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
+        let (found, mut entries) = mpsc::channel(AHEAD);
+        // Ends with the receiver.
+        tokio::task::spawn_blocking(move || {
+            for entry in self.walk() {
+                if found.blocking_send(entry).is_err() {
+                    return;
+                }
+            }
+        });
+        let mut running = JoinSet::new();
+        let mut more = true;
+        while more || !running.is_empty() {
+            let room = running.len() < usize::from(jobs);
+            tokio::select! {
+                entry = entries.recv(), if more && room => match entry {
+                    Some(entry) => {
+                        running.spawn(work(entry));
+                    }
+                    None => more = false,
+                },
+                Some(result) = running.join_next() => {
+                    done(result.context("what was to be done for a file failed")?)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn entries(&self) -> impl Iterator<Item = Found> + Send + use<> {
         let exclude: Exclude = self.tree.exclude.iter().cloned().collect();
         let (links, every_dir) = (self.tree.links, self.every_dir);
@@ -415,6 +453,9 @@ fn check(path: &Path, remote: &str, links: bool) -> anyhow::Result<Option<u64>> 
     }
     Ok(metadata.is_file().then_some(metadata.len()))
 }
+
+/// Entries walked ahead of what is done with them.
+const AHEAD: usize = 64;
 
 #[cfg(test)]
 mod tests {

@@ -1,13 +1,13 @@
 //! `put`: uploads files and directories.
 
-use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
 use anyhow::Context as _;
 use udpack::CloseCode;
-use udpack_transfer::{Found, Limiter, Source, TransferError, Uploader, What};
+use udpack_transfer::{Found, Limiter, Remote, Source, Uploader, What};
 
+use super::dry;
 use super::plan::{Asked, List, Plan};
 use super::report::{Origin, Origins, Report, Thing, Transfer};
 use super::umask;
@@ -73,14 +73,20 @@ async fn put(
                 .into());
         }
     }
-    if args.dry_run {
-        show(&plan, report);
-        return nothing(args, report);
-    }
     if plan.is_empty() {
         return nothing(args, report);
     }
     let target = Target::find(&args.connect)?;
+    if args.dry_run {
+        target
+            .run_link_aloud(
+                retry(args.transfer.retries),
+                &mut interrupts,
+                async |link| dry::run(args, console, &Remote::new(&link), plan, report).await,
+            )
+            .await?;
+        return nothing(args, report);
+    }
     report.start(&target.address(), plan.bytes);
     target
         .run_link(
@@ -160,7 +166,7 @@ impl Read for Stdin {
     }
 }
 
-fn thing(found: &Found) -> Thing {
+pub(super) fn thing(found: &Found) -> Thing {
     match &found.what {
         What::Dir { .. } => Thing::Dir,
         What::Link { .. } => Thing::Link,
@@ -198,27 +204,4 @@ fn sources(
             origins.insert(index, origin);
             source
         })
-}
-
-/// What would be sent, and what could not be.
-fn show(plan: &Plan, report: &mut Report) {
-    if let Some(name) = &plan.stdin {
-        report.planned(name.as_str(), "-", Thing::File, None);
-    }
-    for found in plan.walk() {
-        let local = found.local.display().to_string();
-        let what = thing(&found);
-        match found.what {
-            What::File { size, .. } => match File::open(&found.local) {
-                Ok(_) => report.planned(&found.remote, &local, what, Some(size)),
-                Err(source) => {
-                    let path = found.local;
-                    let error = TransferError::Source { path, source };
-                    report.failed(&found.remote, &local, &error.into());
-                }
-            },
-            What::Failed(error) => report.failed(&found.remote, &local, &error.into()),
-            _ => report.planned(&found.remote, &local, what, None),
-        }
-    }
 }

@@ -74,6 +74,16 @@ impl Origins {
     }
 }
 
+/// What a dry run finds would become of something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fate {
+    Send,
+    /// It is there already.
+    Same,
+    /// Something else is there, and stays.
+    Skip,
+}
+
 /// A transfer in either direction.
 #[derive(Debug)]
 pub(super) enum Transfer {
@@ -361,13 +371,29 @@ impl Report {
         self.stored + self.others + self.failures.count() == 0
     }
 
-    /// What would be done, were this not a dry run; the size is not known of standard input.
-    pub(super) fn planned(&mut self, path: &str, source: &str, what: Thing, size: Option<u64>) {
-        self.failures.tell();
+    /// What would become of something, were this not a dry run, or why it would be refused. The size is not known of
+    /// standard input.
+    pub(super) fn planned(
+        &mut self,
+        path: &str,
+        source: &str,
+        what: Thing,
+        size: Option<u64>,
+        fate: anyhow::Result<Fate>,
+    ) {
         self.dry = true;
+        let fate = match fate {
+            Ok(fate) => fate,
+            Err(error) => return self.failed(path, source, &error),
+        };
+        self.failures.tell();
+        let bytes = size.unwrap_or(0);
         if what == Thing::File {
             self.stored += 1;
-            self.bytes += size.unwrap_or(0);
+            self.bytes += bytes;
+            self.same += usize::from(fate == Fate::Same);
+            self.skipped += usize::from(fate == Fate::Skip);
+            self.moved += if fate == Fate::Send { bytes } else { 0 };
         } else {
             self.others += 1;
         }
@@ -380,13 +406,16 @@ impl Report {
             hash: None,
             sent: None,
             resumed: None,
-            same: None,
-            skipped: None,
+            same: Some(fate == Fate::Same),
+            skipped: (fate == Fate::Skip).then_some(true),
             sync: None,
             secs: None,
             error_kind: None,
             error: None,
         });
+        if fate != Fate::Send {
+            return;
+        }
         let mark = if what == Thing::Dir { "/" } else { "" };
         let size = size.map_or_else(|| "-".to_owned(), |size| size.to_string());
         self.line(&format!("{}{mark}  {size}  -", output::printable(path)));
@@ -601,7 +630,8 @@ impl Report {
             }
         };
         let secs = elapsed.as_secs_f64();
-        let rate = self.moved as f64 / secs.max(1e-6);
+        let sent = if self.dry { 0 } else { self.moved };
+        let rate = sent as f64 / secs.max(1e-6);
         let explained = result.as_ref().err().map(Explained::of);
         self.tell_left();
         if self.json {
@@ -659,8 +689,10 @@ impl Report {
     fn summary(&self, secs: f64, rate: f64) -> String {
         let files = if self.stored == 1 { "file" } else { "files" };
         if self.dry {
-            let bytes = size(self.bytes as f64);
-            return format!("{} {files}, {bytes} would be sent", self.stored);
+            let count = self.stored - self.same - self.skipped;
+            let files = if count == 1 { "file" } else { "files" };
+            let bytes = size(self.moved as f64);
+            return format!("{count} {files}, {bytes} would be sent{}", self.unsent());
         }
         let mut summary = format!(
             "{} {files}, {} in {secs:.2} s",
@@ -673,16 +705,22 @@ impl Report {
         if self.resumed > 0 {
             summary.push_str(&format!(", {} resumed", size(self.resumed as f64)));
         }
+        summary + &self.unsent()
+    }
+
+    /// What was there already, for the summary.
+    fn unsent(&self) -> String {
+        let mut left = String::new();
         if self.same > 0 {
-            summary.push_str(&format!(", {} already there", self.same));
+            left.push_str(&format!(", {} already there", self.same));
         }
         if self.skipped > 0 {
-            summary.push_str(&format!(
+            left.push_str(&format!(
                 ", {} skipped: other content is there",
                 self.skipped
             ));
         }
-        summary
+        left
     }
 
     fn json(&mut self, line: &Line<'_>) {

@@ -6,8 +6,6 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::Context as _;
-use tokio::sync::mpsc;
-use tokio::task::JoinSet;
 use udpack_transfer::{Found, Kind as EntryKind, RelPath, Remote, TransferError, What};
 
 use super::failures::Failures;
@@ -171,39 +169,20 @@ async fn verify(
     target
         .run_link_aloud(retry(None), interrupts, async |link| {
             let remote = Remote::new(&link);
-            let (found, mut entries) = mpsc::channel(AHEAD);
-            // Ends with the receiver.
-            tokio::task::spawn_blocking(move || {
-                for entry in plan.walk() {
-                    if found.blocking_send(entry).is_err() {
-                        return;
+            plan.each(
+                args.jobs,
+                |found| compare(remote.clone(), found),
+                |compared| {
+                    // Without the server there is nothing to compare with.
+                    if let Err(error) = &compared.verdict
+                        && matches!(Explained::of(error).kind, Kind::Network | Kind::Auth)
+                    {
+                        return compared.verdict.map(drop);
                     }
-                }
-            });
-            let mut running = JoinSet::new();
-            let mut more = true;
-            while more || !running.is_empty() {
-                let room = running.len() < usize::from(args.jobs);
-                tokio::select! {
-                    entry = entries.recv(), if more && room => match entry {
-                        Some(entry) => {
-                            running.spawn(compare(remote.clone(), entry));
-                        }
-                        None => more = false,
-                    },
-                    Some(compared) = running.join_next() => {
-                        let compared = compared.context("a comparison failed")?;
-                        // Without the server there is nothing to compare with.
-                        if let Err(error) = &compared.verdict
-                            && matches!(Explained::of(error).kind, Kind::Network | Kind::Auth)
-                        {
-                            return compared.verdict.map(|_| ());
-                        }
-                        tally.add(&compared)?;
-                    }
-                }
-            }
-            Ok(())
+                    tally.add(&compared)
+                },
+            )
+            .await
         })
         .await
 }
@@ -321,7 +300,7 @@ async fn file(remote: &Remote, name: &RelPath, compared: &mut Compared) -> anyho
 }
 
 /// Takes a name that is not there for an answer.
-fn existing<T>(answer: Result<T, TransferError>) -> anyhow::Result<Option<T>> {
+pub(super) fn existing<T>(answer: Result<T, TransferError>) -> anyhow::Result<Option<T>> {
     match answer {
         Ok(found) => Ok(Some(found)),
         Err(TransferError::Refused { code, .. }) if code == "not_found" => Ok(None),
@@ -329,11 +308,9 @@ fn existing<T>(answer: Result<T, TransferError>) -> anyhow::Result<Option<T>> {
     }
 }
 
-fn hash(path: &Path) -> io::Result<(u64, [u8; 32])> {
+/// Size and BLAKE3. Blocks.
+pub(super) fn hash(path: &Path) -> io::Result<(u64, [u8; 32])> {
     let mut hasher = blake3::Hasher::new();
     hasher.update_reader(File::open(path)?)?;
     Ok((hasher.count(), *hasher.finalize().as_bytes()))
 }
-
-/// Entries walked ahead of the comparison.
-const AHEAD: usize = 64;
