@@ -13,6 +13,7 @@ use common::{Running, Server, assert_error, client, exited, until, workdir};
 use relay::{Faults, Relay};
 use serde_json::Value;
 use tokio::sync::mpsc;
+use udpack::text::is_printable;
 use udpack::{Channel, CloseCode, Context, Deny, Fault, Hello, Identity, Message, Peer, Streaming};
 
 fn runtime() -> tokio::runtime::Runtime {
@@ -257,6 +258,93 @@ fn a_listener_outlives_its_server_and_says_that_events_may_be_lost() {
     }
 }
 
+/// Whether a terminal shows all of it as it is.
+fn is_plain(text: &str) -> bool {
+    text.chars().all(|c| c == '\n' || is_printable(c))
+}
+
+/// DEL, two sequences that C1 controls begin, and two that turn the direction of what is written.
+const ACTS: &str = "\u{7f}DEL \u{9b}31mRED \u{9d}0;title\u{9c} \u{202e}RLO \u{2066}ISO";
+
+#[test]
+fn what_others_send_never_acts_on_the_terminal() {
+    let server = Server::start_in(workdir(), &["--allow-read"]);
+    let dir = workdir();
+    let mut listener = listen(dir.path(), &server, &server.url(), &["-c", "4"]);
+    let data = serde_json::json!({ "a": ACTS, ACTS: [ACTS] });
+    let name = "ev\u{202e}";
+    for args in [
+        &["send", "say", &data.to_string()][..],
+        &["send", "--volatile", "say", &data.to_string()],
+        &["send", name, "1"],
+    ] {
+        let out = server.client(dir.path(), args);
+        assert_eq!(out.code, 0, "{args:?} {out:?}");
+        let line = listener.line();
+        assert!(is_plain(&line), "{line:?}");
+        let line: Value = serde_json::from_str(&line).expect("JSON");
+        if args.contains(&name) {
+            assert_eq!(line["event"], name, "it means the same");
+        } else {
+            assert_eq!(line["data"], data, "it means the same");
+        }
+    }
+    // Names with control characters do not travel.
+    let out = server.client(dir.path(), &["send", "ev\u{9b}31m", "1"]);
+    assert_eq!(out.code, 2, "{out:?}");
+    assert_error(&out.stderr);
+    assert!(is_plain(&out.stderr), "{out:?}");
+
+    // Names of files are bytes, and are stored.
+    let file = format!("{ACTS}\u{1b}[2J\n.txt");
+    std::fs::write(dir.path().join(&file), "content").expect("write");
+    for args in [
+        &["put"][..],
+        &["put", "--if-exists", "error"],
+        &["put", "-n", "--if-exists", "error"],
+        &["stat"],
+        &["ls", "-l"],
+        &["verify"],
+        &["get", "--as", "copy"],
+        &["get", "--if-exists", "error"],
+        &["rm"],
+        &["stat"],
+        &["rm"],
+        &["verify"],
+    ] {
+        for json in [&[][..], &["--json"]] {
+            let args = [args, json, &["--", &file]].concat();
+            let out = server.client(dir.path(), &args);
+            for text in [&out.stdout, &out.stderr] {
+                assert!(is_plain(text), "{args:?}: {out:?}");
+            }
+            for line in out.stdout.lines().filter(|_| !json.is_empty()) {
+                serde_json::from_str::<Value>(line).expect("JSON");
+            }
+        }
+    }
+}
+
+#[test]
+fn negative_numbers_are_data_and_no_options() {
+    let server = Server::start();
+    let dir = workdir();
+    let numbers = ["-5", "-0.5", "-1e3", "-9223372036854775808"];
+    let mut listener = listen(dir.path(), &server, &server.url(), &["-c", "9"]);
+    for number in numbers {
+        for verb in ["send", "request"] {
+            let out = server.client(dir.path(), &[verb, "level", number]);
+            assert_eq!(out.code, 0, "{verb} {number}: {out:?}");
+            let line: Value = serde_json::from_str(&listener.line()).expect("JSON");
+            let data: Value = serde_json::from_str(number).expect("JSON");
+            assert_eq!(line["data"], data, "{verb} {number}");
+        }
+    }
+    // What is no number is still an option.
+    let out = server.client(dir.path(), &["send", "level", "-x"]);
+    assert_eq!(out.code, 2, "{out:?}");
+}
+
 #[test]
 fn requests_stream_and_acknowledgements_say_that_a_handler_returned() {
     let runtime = runtime();
@@ -271,6 +359,12 @@ fn requests_stream_and_acknowledgements_say_that_a_handler_returned() {
                     })
                     .on("double", |n: u64, _: Context| async move {
                         Ok::<_, Fault>(n * 2)
+                    })
+                    .on("echo", |data: String, _: Context| async move {
+                        Ok::<_, Fault>(data)
+                    })
+                    .on("curse", |data: String, _: Context| async move {
+                        Err::<(), _>(Fault::new("cursed", data))
                     })
                     .on("fail", |_: Message, _: Context| async move {
                         Err::<(), _>(Fault::new("too_late", "come back tomorrow"))
@@ -311,6 +405,15 @@ fn requests_stream_and_acknowledgements_say_that_a_handler_returned() {
     assert_eq!((out.code, out.stdout.as_str()), (0, ""), "{out:?}");
     let out = run(&["send", "fail", "-", "--acked"], "1\n");
     assert_eq!(out.code, 9, "{out:?}");
+    let text = serde_json::json!(ACTS).to_string();
+    let out = run(&["request", "echo", &text], "");
+    assert_eq!(out.code, 0, "{out:?}");
+    assert!(is_plain(&out.stdout), "{out:?}");
+    let reply: Value = serde_json::from_str(&out.stdout).expect("JSON");
+    assert_eq!(reply, ACTS);
+    let out = run(&["request", "curse", &text], "");
+    assert_eq!(out.code, 9, "{out:?}");
+    assert!(is_plain(&out.stderr), "{out:?}");
     let out = run(&["send", "nothing", "1", "--acked"], "");
     assert_eq!(out.code, 11, "{out:?}");
     let out = run(&["send", "double", "-"], "1 {");
