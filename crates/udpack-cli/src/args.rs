@@ -36,15 +36,15 @@ Exit codes:
   0    done
   1    something else
   2    wrong usage
-  3    a local file
-  4    token or key not accepted
+  3    a local file is missing or unreadable, or there was nothing to send
+  4    the token was refused, or the server's key is not the pinned one
   5    network: run it again
-  6    refused by the server's rules
-  7    integrity: the bytes differ
-  8    the server's storage
+  6    refused by the server's rules, or cancelled
+  7    the bytes differ
+  8    the server's disk: full, or failing
   9    the handler refused the request
   10   some of several files failed
-  11   nobody there handles such a request
+  11   no handler for this request, or no such channel
   12   no such file or transfer at the server
   130  interrupted";
 
@@ -132,11 +132,11 @@ pub(crate) struct ServerArgs {
     #[arg(long, value_name = "FILE", env = "UDPACK_TOKEN_FILE")]
     pub(crate) token_file: Option<PathBuf>,
 
-    /// The host name or address to show in the `send` line. Default: the best guess.
+    /// The host name or address to show in the URL. Default: the best guess.
     #[arg(long, value_name = "NAME", env = "UDPACK_PUBLIC_HOST")]
     pub(crate) public_host: Option<String>,
 
-    /// What clients may ask for, at most, when a name is taken.
+    /// The most permissive option that clients may use when a name is taken.
     #[arg(long, value_enum, default_value_t = OverwriteArg::Never)]
     pub(crate) overwrite: OverwriteArg,
 
@@ -224,7 +224,7 @@ pub(crate) struct ServerArgs {
 /// What the server does besides serving.
 #[derive(Debug, Subcommand)]
 pub(crate) enum ServerCommand {
-    /// Make, show and withdraw the tokens that let clients in; a server that runs follows at once.
+    /// Create, list and revoke the tokens that let clients in; a server that runs follows within two seconds.
     #[command(subcommand)]
     Token(TokenCommand),
     /// Show and remove interrupted uploads, also beside a server that runs.
@@ -255,7 +255,7 @@ pub(crate) enum TokenCommand {
     New(TokenNewArgs),
     /// List the tokens by name, with what they allow.
     List(TokenListArgs),
-    /// Withdraw a token; a server that runs cuts off the clients that use it within two seconds.
+    /// Revoke a token; a server that runs cuts off the clients that use it within two seconds.
     Revoke(TokenRevokeArgs),
 }
 
@@ -276,7 +276,7 @@ pub(crate) struct TokenNewArgs {
     #[arg(long, value_name = "SIZE")]
     pub(crate) quota: Option<Size>,
 
-    /// When it ends: after a time such as 30d or 12h, or at one such as 2027-01-31 or 2027-01-31T12:00:00Z.
+    /// When it expires: after a time such as 30d or 12h, or at one such as 2027-01-31 or 2027-01-31T12:00:00Z.
     #[arg(long, value_name = "TIME")]
     pub(crate) expires: Option<String>,
 
@@ -433,13 +433,13 @@ pub(crate) enum ClientCommand {
     /// Send one event and wait until the server has handled it; prints the reply as JSON.
     #[command(after_help = MORE, after_long_help = format!("{SEND_EXAMPLES}\n\n{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Send(SendArgs),
-    /// Ask a channel's handler at the server; prints the reply as JSON.
+    /// Send a request on any channel of the server; prints the reply as JSON.
     #[command(after_help = MORE, after_long_help = format!("{SEND_EXAMPLES}\n\n{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Request(RequestArgs),
     /// Print each event that other clients send, one JSON object a line; comes back after a lost connection.
     #[command(after_help = MORE, after_long_help = format!("{GAPS}\n\n{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Listen(ListenArgs),
-    /// Measure the round-trip time through the server's event loop.
+    /// Measure application round-trip time.
     #[command(after_help = MORE, after_long_help = format!("{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Ping(PingArgs),
     /// Print a shell's completion script.
@@ -487,8 +487,9 @@ pub(crate) struct PutArgs {
     #[arg(long)]
     pub(crate) no_resume: bool,
 
-    /// Show what would be sent and what this side refuses, and send nothing. The server is not asked: what it
-    /// refuses (a name taken, a quota) shows only in a real run.
+    /// Show what would be sent and what would be refused, and send nothing. The server is asked what has each name,
+    /// where the token may read. What else it refuses shows only in a real run: its --overwrite, --names, --max-file,
+    /// --quota, the space on its disk, its --hook.
     #[arg(short = 'n', long)]
     pub(crate) dry_run: bool,
 
@@ -704,7 +705,7 @@ pub(crate) struct SendArgs {
     #[arg(long)]
     pub(crate) acked: bool,
 
-    /// Send it as a volatile message: only the newest counts, it may be lost, and nothing is printed.
+    /// Send it as a volatile message: only the latest value is kept, it may be lost, and nothing is printed.
     #[arg(long, conflicts_with = "acked")]
     pub(crate) volatile: bool,
 
