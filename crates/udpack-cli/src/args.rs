@@ -470,9 +470,6 @@ pub(crate) struct PutArgs {
     #[arg(long)]
     pub(crate) allow_empty: bool,
 
-    #[command(flatten)]
-    pub(crate) connect: ConnectArgs,
-
     /// Name at the server, for a single file or directory; with a `/` at the end, the directory for all.
     #[arg(long = "as", value_name = "NAME|DIR/", value_parser = name())]
     pub(crate) name: Option<String>,
@@ -494,6 +491,9 @@ pub(crate) struct PutArgs {
     pub(crate) dry_run: bool,
 
     #[command(flatten)]
+    pub(crate) connect: ConnectArgs,
+
+    #[command(flatten)]
     pub(crate) show: ShowArgs,
 
     #[command(flatten)]
@@ -506,9 +506,6 @@ pub(crate) struct GetArgs {
     #[arg(value_name = "REMOTE", required = true, value_parser = name())]
     pub(crate) paths: Vec<String>,
 
-    #[command(flatten)]
-    pub(crate) connect: ConnectArgs,
-
     /// Local name, for a single file or directory; with a `/` at the end, the directory for all.
     #[arg(long = "as", value_name = "NAME|DIR/")]
     pub(crate) name: Option<PathBuf>,
@@ -519,6 +516,9 @@ pub(crate) struct GetArgs {
 
     #[command(flatten)]
     pub(crate) transfer: TransferArgs,
+
+    #[command(flatten)]
+    pub(crate) connect: ConnectArgs,
 
     #[command(flatten)]
     pub(crate) show: ShowArgs,
@@ -633,9 +633,6 @@ pub(crate) struct VerifyArgs {
     #[arg(value_name = "PATH", required = true)]
     pub(crate) paths: Vec<PathBuf>,
 
-    #[command(flatten)]
-    pub(crate) connect: ConnectArgs,
-
     /// Name at the server, for a single file or directory; with a `/` at the end, the directory for all.
     #[arg(long = "as", value_name = "NAME|DIR/", value_parser = name())]
     pub(crate) name: Option<String>,
@@ -650,6 +647,9 @@ pub(crate) struct VerifyArgs {
     /// Print JSON, one object a line, the last one `result`.
     #[arg(long)]
     pub(crate) json: bool,
+
+    #[command(flatten)]
+    pub(crate) connect: ConnectArgs,
 
     #[command(flatten)]
     pub(crate) log: LogArgs,
@@ -1169,6 +1169,31 @@ mod tests {
         };
         assert!(!put(false).contains("Exit codes:") && put(true).contains("Exit codes:"));
         assert!(put(true).contains("Examples:"));
+    }
+
+    #[test]
+    fn each_option_stands_under_its_heading() {
+        fn check(command: &clap::Command) {
+            let name = command.get_name();
+            let connects = command.get_arguments().any(|arg| arg.get_id() == "to");
+            for arg in command.get_arguments() {
+                let expected = match arg.get_id().as_str() {
+                    "to" | "keys" | "token_file" | "fingerprint" | "cc" | "connect_timeout"
+                    | "qlog"
+                        if connects =>
+                    {
+                        Some("Connection")
+                    }
+                    "progress" | "quiet" | "verbose" | "log_dir" => Some("Output"),
+                    "json" => arg.get_help_heading(),
+                    _ => None,
+                };
+                assert_eq!(arg.get_help_heading(), expected, "{name} {arg}");
+            }
+            command.get_subcommands().for_each(check);
+        }
+        check(&ServerArgs::command());
+        check(&ClientArgs::command());
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use udpack::{
     BindError, CloseCode, CloseReason, ConnectError, EncodeError, FingerprintError, IdentityError,
-    OpenError, RecvError, RequestError, SecretFileError, SendError, TokenFileError,
+    OpenError, RecvError, RequestError, SecretFileError, SendError, Side, TokenFileError,
 };
 use udpack_transfer::{ErrorKind, StoreError, TransferError};
 
@@ -142,8 +142,14 @@ impl Explained {
             }
             _ => match error.downcast_ref() {
                 Some(TransferError::Refused { code, message, .. }) => refused(code, message),
+                Some(TransferError::Source { source, .. }) if EmptyStdin::is(source) => {
+                    source.to_string()
+                }
                 Some(TransferError::Store(error)) => kept(error),
-                _ => format!("{error:#}"),
+                _ => match ended(error) {
+                    Some(reason) => format!("the server ended it: {}", reason.text),
+                    None => format!("{error:#}"),
+                },
             },
         });
         let hint = hint.or_else(|| usual_hint(kind));
@@ -382,7 +388,7 @@ fn refused(code: &str, message: &str) -> String {
                 .unwrap_or(message);
             match code {
                 "not_found" => format!("not at the server: {}", unnamed(what)),
-                "cancelled" => format!("ended by somebody else: {what}"),
+                "cancelled" => what.to_owned(),
                 _ => format!("the server refused it: {what}"),
             }
         }
@@ -428,8 +434,14 @@ fn refusal(code: &str, message: &str) -> Option<String> {
         "forbidden" if message.contains("if_exists") => {
             "choose another name with --as, or ask the server's owner to start it with another --overwrite"
         }
+        "forbidden" if message.contains("the target of the link") => {
+            "leave the link out with --exclude, or send what it points to, without --links"
+        }
         "forbidden" => "ask the server's owner for a token whose scope allows it",
         "cancelled" => "ask the server's owner why; run the same command again to go on",
+        "refused" if message.contains("hook failed") => {
+            "ask the server's owner: its hook failed or took too long, and the server's log says why"
+        }
         "refused" => "the server's owner decides what is taken",
         "not_found" => "`udpack-client ls -R` shows what is there",
         "not_empty" => "remove it with all that is in it by -r",
@@ -526,6 +538,22 @@ fn secret_hint(error: &SecretFileError) -> String {
     }
 }
 
+/// Why the server ended a channel or a socket, where it says so in words.
+fn ended(error: &anyhow::Error) -> Option<&CloseReason> {
+    let reason = error.chain().find_map(|error| {
+        if let Some(RequestError::Closed(reason) | RequestError::Send(SendError::Closed(reason))) =
+            error.downcast_ref()
+        {
+            return Some(reason);
+        }
+        if let Some(OpenError::Closed(reason)) = error.downcast_ref() {
+            return Some(reason);
+        }
+        error.downcast_ref().map(RecvError::reason)
+    })?;
+    (reason.by == Side::Peer && !reason.text.is_empty()).then_some(reason)
+}
+
 /// Nothing was on standard input: what its reader gives as the reason of its error.
 #[derive(Debug)]
 pub(crate) struct EmptyStdin;
@@ -589,7 +617,7 @@ mod tests {
     #[test]
     fn how_a_connection_ended_decides_the_code() {
         let exit = |code: CloseCode| {
-            let reason = CloseReason::new(code, "", udpack::Side::Peer);
+            let reason = CloseReason::new(code, "", Side::Peer);
             let denied = Explained::of(&ConnectError::Denied(reason.clone()).into());
             let lost = Explained::of(&TransferError::Closed(reason).into());
             if denied.kind != Kind::Other {
@@ -661,6 +689,15 @@ mod tests {
             refused("cancelled", "cancelled at the server").kind.code(),
             6
         );
+        assert_eq!(
+            refused("cancelled", "cancelled: cancelled at the server").text,
+            "cancelled at the server"
+        );
+        let link = "forbidden: the target of the link a leads out of the root";
+        let link = refused("forbidden", link);
+        assert!(link.hint.expect("a hint").contains("--exclude"));
+        let hook = refused("refused", "refused: the server's hook failed");
+        assert!(hook.hint.expect("a hint").contains("log"));
         let right = refused("forbidden", "forbidden: this token has no right to read");
         assert!(!right.hint.expect("a hint").contains("--overwrite"));
         let replace = refused(
@@ -668,9 +705,20 @@ mod tests {
             "forbidden: if_exists overwrite is not allowed here",
         );
         assert!(replace.hint.expect("a hint").contains("--overwrite"));
-        let reason = CloseReason::new(CloseCode::NO_SUCH_CHANNEL, "", udpack::Side::Peer);
+        let reason = CloseReason::new(CloseCode::NO_SUCH_CHANNEL, "", Side::Peer);
         let error = Explained::of(&OpenError::Closed(reason).into());
         assert_eq!(error.kind.code(), 11);
+        let text = "no channel named \"x\" is served here";
+        let reason = CloseReason::new(CloseCode::NO_SUCH_CHANNEL, text, Side::Peer);
+        for error in [
+            anyhow::Error::new(OpenError::Closed(reason.clone())),
+            RequestError::Closed(reason.clone()).into(),
+            RecvError::Closed(reason).into(),
+        ] {
+            let error = Explained::of(&error);
+            assert_eq!(error.text, format!("the server ended it: {text}"));
+            assert_eq!(error.kind.code(), 11);
+        }
     }
 
     #[test]

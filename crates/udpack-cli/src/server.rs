@@ -34,7 +34,7 @@ pub(crate) async fn run(args: ServerArgs, given: ListenFd, console: Console) -> 
         }
         Some(ServerCommand::Man(args)) => return pages::man::<ServerArgs>(args.dir.as_deref()),
         Some(ServerCommand::Token(command)) => return tokens::run(&command),
-        Some(ServerCommand::Uploads(command)) => return uploads::run(&command),
+        Some(ServerCommand::Uploads(command)) => return uploads::run(&command, &console),
         Some(ServerCommand::Url(args)) => return url::run(&args),
         None => {}
     }

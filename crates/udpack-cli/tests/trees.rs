@@ -1052,10 +1052,7 @@ fn tokens_are_made_listed_and_withdrawn_while_the_server_runs() {
     let listed = token(&["list"]);
     assert_eq!(listed.code, 0, "{listed:?}");
     let line = listed.stdout.lines().find(|line| line.starts_with("bob"));
-    assert_eq!(
-        line,
-        Some("bob  scope=read,write  prefix=b  quota=1073741824")
-    );
+    assert_eq!(line, Some("bob  scope=read,write  prefix=b  quota=1.0GiB"));
     let secret = url.split(['/', '@']).nth(2).expect("a token");
     assert!(!listed.stdout.contains(secret), "lists show no secrets");
     let json = token(&["list", "--json"]);

@@ -764,4 +764,5 @@ const FEW: usize = 20;
 /// Bytes of results that are written at once.
 const UNREAD: usize = 64 << 10;
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
-const AGAIN: &str = "run the same command again: it goes on where it was, and what is there is not transferred twice";
+const AGAIN: &str =
+    "run the same command again: it resumes, and transfers nothing twice that is there";

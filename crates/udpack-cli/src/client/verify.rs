@@ -81,7 +81,7 @@ pub(super) async fn run(
         Ok(()) if tally.wrong > 0 => {
             tally.failures.tell();
             let text = format!(
-                "{} of {total} are not at the server as they are here",
+                "{} of {total} are missing at the server or differ there",
                 tally.wrong
             );
             Err(Failure::new(Kind::Integrity, text)

@@ -4,7 +4,7 @@ use std::time::SystemTime;
 
 use serde_json::{Map, Value, json};
 use udpack::{NewToken, TokenEntry, TokenFile, TokenFileError, TokenLineError, generate_token};
-use udpack_transfer::RelPath;
+use udpack_transfer::{RelPath, format_size};
 
 use super::url;
 use crate::args::{Span, TokenCommand, TokenFileArgs, TokenNewArgs, TokenRevokeArgs};
@@ -109,7 +109,11 @@ fn list(args: &TokenFileArgs) -> anyhow::Result<()> {
         } else {
             let mut line = output::printable(entry.id());
             for (key, value) in entry.fields() {
-                line.push_str(&format!("  {key}={}", output::printable(value)));
+                let value = match (key.as_str(), value.parse::<u64>()) {
+                    ("quota", Ok(bytes)) => format_size(bytes).replace(' ', ""),
+                    _ => output::printable(value),
+                };
+                line.push_str(&format!("  {key}={value}"));
             }
             if entry.is_expired() {
                 line.push_str("  (expired)");

@@ -5,19 +5,24 @@ use udpack_transfer::{StoreError, Suspended, purge, uploads};
 
 use crate::args::{UploadsCommand, UploadsDirArgs, UploadsPurgeArgs};
 use crate::exit::{Failure, Kind};
+use crate::logging::Console;
 use crate::output;
 use crate::when;
 
 /// Blocks: nothing else is going on.
-pub(super) fn run(command: &UploadsCommand) -> anyhow::Result<()> {
+pub(super) fn run(command: &UploadsCommand, console: &Console) -> anyhow::Result<()> {
     match command {
-        UploadsCommand::List(args) => list(&args.dir),
+        UploadsCommand::List(args) => list(&args.dir, console),
         UploadsCommand::Purge(args) => remove(args),
     }
 }
 
-fn list(args: &UploadsDirArgs) -> anyhow::Result<()> {
-    for upload in uploads(existing(args)?).map_err(|error| unusable(args, error))? {
+fn list(args: &UploadsDirArgs, console: &Console) -> anyhow::Result<()> {
+    let waiting = uploads(existing(args)?).map_err(|error| unusable(args, error))?;
+    if waiting.is_empty() && !args.json {
+        console.line("no interrupted upload is waiting");
+    }
+    for upload in waiting {
         let written = if args.json {
             output::json(&json!({
                 "key": upload.key,
