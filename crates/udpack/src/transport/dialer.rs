@@ -49,6 +49,10 @@ pub(crate) enum DialError {
     Handshake(ConnectionError),
 }
 
+/// Without an answer for so long, a dial asks the system whether anybody is there. Most handshakes are over by then, and
+/// to ask takes a socket of its own.
+const UNANSWERED: Duration = Duration::from_millis(100);
+
 impl Dialer {
     /// For servers with this key, or with a certificate that the platform's CAs vouch for. `local` is where to dial from.
     pub(crate) fn new(
@@ -108,10 +112,11 @@ impl Dialer {
         let connecting = endpoint
             .connect_with(config, address, host)
             .map_err(|error| DialError::Refused(error.to_string()))?;
+        let pause = UNANSWERED.min(self.timeouts.handshake / 4);
         let connected = tokio::select! {
             connected = connecting => connected,
             () = patience(self.timeouts.handshake, &heard) => return Err(DialError::Silent),
-            error = self.via.unreachable(local, address) => {
+            error = self.via.unreachable(local, address, pause) => {
                 return Err(DialError::Refused(error.to_owned()));
             }
         };

@@ -83,10 +83,16 @@ impl Via {
         Ok((endpoint, port))
     }
 
-    /// Ends when the system reports that datagrams from `local` do not reach this peer, and says why.
-    pub(crate) async fn unreachable(&self, local: SocketAddr, peer: SocketAddr) -> &'static str {
+    /// Ends when the system reports that datagrams from `local` do not reach this peer, and says why. Asks it after
+    /// `pause`.
+    pub(crate) async fn unreachable(
+        &self,
+        local: SocketAddr,
+        peer: SocketAddr,
+        pause: Duration,
+    ) -> &'static str {
         match self {
-            Self::System => udp::unreachable(local, peer).await,
+            Self::System => udp::unreachable(local, peer, pause).await,
             #[cfg(feature = "testing")]
             Self::Net(_) => std::future::pending().await,
         }

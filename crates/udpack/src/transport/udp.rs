@@ -9,6 +9,7 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use quinn::udp::{RecvMeta, Transmit, UdpSocketState};
 use quinn::{AsyncUdpSocket, UdpPoller};
@@ -96,12 +97,17 @@ impl Port {
     }
 }
 
-/// Ends when the system reports that datagrams to this peer do not arrive, and says why; else never.
+/// Ends when the system reports that datagrams to this peer do not arrive, and says why; else never. Asks after `pause`.
 ///
 /// QUIC's own socket is not connected, because client and server may change their addresses, and so hears of no ICMP
 /// message. This sends an empty datagram from a connected socket beside it, which QUIC does not look at.
-pub(crate) async fn unreachable(local: SocketAddr, peer: SocketAddr) -> &'static str {
+pub(crate) async fn unreachable(
+    local: SocketAddr,
+    peer: SocketAddr,
+    pause: Duration,
+) -> &'static str {
     let hear = async {
+        tokio::time::sleep(pause).await;
         let socket = tokio::net::UdpSocket::bind(SocketAddr::new(local.ip(), 0)).await?;
         socket.connect(peer).await?;
         socket.send(&[]).await?;
