@@ -612,9 +612,9 @@ impl State {
             Err(error) => return Some(Err(self.broken(error.close_code(), &error))),
         };
         self.came(body.len(), carrier);
-        if self.decoder.is_drained()
+        if let Some(room) = self.room.get_mut()
+            && self.decoder.is_drained()
             && self.chunks.is_empty()
-            && let Some(room) = self.room.get_mut()
         {
             room.place = None;
         }

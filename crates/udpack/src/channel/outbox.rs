@@ -342,7 +342,7 @@ impl Outbox {
             state.overflow.lose(tag);
             Push::Lost
         } else if state.waiting.is_empty()
-            && state.overflow.first().is_none()
+            && state.overflow.is_empty()
             && self.has_room(&state)
             && state.may_send(unread)
         {
@@ -417,7 +417,7 @@ impl Outbox {
         let mut state = lock(&self.state);
         state.check_open()?;
         self.release(&mut state);
-        if !self.has_room(&state) || state.overflow.first().is_some() {
+        if !self.has_room(&state) || !state.overflow.is_empty() {
             return Ok(false);
         }
         push(&mut state).map_err(PushError::Encode)?;
@@ -550,7 +550,7 @@ impl Outbox {
     /// nor overtake it.
     fn release(&self, state: &mut State) {
         if state.waiting.is_empty() {
-            while self.has_room(state) && state.overflow.first().is_some() {
+            while !state.overflow.is_empty() && self.has_room(state) {
                 self.take_over(state);
             }
         }
@@ -759,7 +759,7 @@ impl Outbox {
     pub(crate) fn stuck_at(&self) -> Option<u64> {
         let state = lock(&self.state);
         let keep = state.keep.as_ref()?;
-        let waits = !state.waiting.is_empty() || state.overflow.first().is_some();
+        let waits = !state.waiting.is_empty() || !state.overflow.is_empty();
         (waits && !self.has_room(&state)).then(|| keep.retained.confirmed())
     }
 

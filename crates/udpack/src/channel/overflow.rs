@@ -123,6 +123,11 @@ impl Overflowing {
         number
     }
 
+    /// Whether nothing comes out next.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.lots.is_empty()
+    }
+
     /// The number of what comes out next.
     pub(crate) fn first(&self) -> Option<u64> {
         self.lots.iter().map(Lot::first).min()

@@ -717,9 +717,20 @@ impl<'a> Draft<'a> {
     #[inline]
     fn data<T: Serialize + ?Sized>(&mut self, data: &T) -> Result<(), EncodeError> {
         let (len, size) = (self.buf.len(), self.size);
-        if write_data(self, data, BYTES).is_ok() {
-            return Ok(());
+        match write_data(self, data, BYTES) {
+            Ok(()) => Ok(()),
+            Err(_) => self.plain(data, len, size),
         }
+    }
+
+    /// Writes data once more, in the place of what was written of it before.
+    #[cold]
+    fn plain<T: Serialize + ?Sized>(
+        &mut self,
+        data: &T,
+        len: usize,
+        size: usize,
+    ) -> Result<(), EncodeError> {
         self.buf.truncate(len);
         self.size = size;
         write_data(self, data, BytesMode::Normal).map_err(EncodeError::Serialize)
