@@ -2,10 +2,8 @@
 
 pub(crate) mod auth;
 pub(crate) mod fingerprint;
-pub(crate) mod handshake;
 pub(crate) mod identity;
 pub(crate) mod secret_file;
-pub(crate) mod suites;
 pub(crate) mod tls;
 pub(crate) mod tokens;
 pub(crate) mod url;

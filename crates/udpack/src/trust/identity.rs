@@ -10,13 +10,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use aws_lc_rs::hkdf;
+use quinn::crypto::rustls::QuicServerConfig;
 use rcgen::{KeyPair, PublicKeyData};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::ParsedCertificate;
 
 use crate::trust::fingerprint::Fingerprint;
-use crate::trust::handshake::ServerTls;
 use crate::trust::secret_file::{self, SecretFileError};
 use crate::trust::tls::{self, CertificateSource};
 
@@ -134,13 +134,8 @@ impl Identity {
     }
 
     /// Returns the TLS side of a server endpoint that proves this identity.
-    pub(crate) fn server_tls(&self) -> Result<ServerTls, IdentityError> {
+    pub(crate) fn server_tls(&self) -> Result<QuicServerConfig, IdentityError> {
         tls::server_tls(self.inner.certificates.clone()).map_err(IdentityError::crypto)
-    }
-
-    #[cfg(test)]
-    pub(crate) fn certificates(&self) -> Arc<CertificateSource> {
-        self.inner.certificates.clone()
     }
 
     /// Returns the key for stateless resets: with a lasting key, a server that was restarted can

@@ -9,22 +9,24 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
-use quinn::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig};
+use quinn::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig, QuicServerConfig};
 use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, KeyPair, KeyUsagePurpose};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::aws_lc_rs::cipher_suite::{
+    TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384, TLS13_CHACHA20_POLY1305_SHA256,
+};
 use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::{ClientHello, ParsedCertificate, ResolvesServerCert};
 use rustls::sign::{CertifiedKey, SigningKey};
 use rustls::{
     CertificateError, DigitallySignedStruct, OtherError, PeerIncompatible, SignatureScheme,
+    SupportedCipherSuite,
 };
 use rustls_platform_verifier::Verifier;
 use time::OffsetDateTime;
 
 use crate::trust::fingerprint::Fingerprint;
-use crate::trust::handshake::ServerTls;
-use crate::trust::suites::suites;
 
 /// The application protocol, with its version, that both sides must agree on.
 pub(crate) const ALPN: &[u8] = b"udpack/1";
@@ -48,8 +50,10 @@ pub(crate) fn client_tls(trust: Trust) -> Result<(QuicClientConfig, PinCheck), T
 }
 
 /// Makes the server side of TLS.
-pub(crate) fn server_tls(certificates: Arc<CertificateSource>) -> Result<ServerTls, TlsError> {
-    Ok(ServerTls::new(server_config(certificates)?)?)
+pub(crate) fn server_tls(
+    certificates: Arc<CertificateSource>,
+) -> Result<QuicServerConfig, TlsError> {
+    Ok(QuicServerConfig::try_from(server_config(certificates)?)?)
 }
 
 /// Why no TLS configuration could be made.
@@ -319,10 +323,17 @@ pub(crate) fn server_config(
     Ok(config)
 }
 
+/// What is offered and taken, the fastest first.
+const SUITES: [SupportedCipherSuite; 3] = [
+    TLS13_AES_128_GCM_SHA256,
+    TLS13_AES_256_GCM_SHA384,
+    TLS13_CHACHA20_POLY1305_SHA256,
+];
+
 /// Named, because rustls' own choice panics as soon as any dependency enables a second one.
 fn provider() -> Arc<CryptoProvider> {
     Arc::new(CryptoProvider {
-        cipher_suites: suites(),
+        cipher_suites: SUITES.to_vec(),
         ..aws_lc_rs::default_provider()
     })
 }
@@ -354,8 +365,11 @@ mod tests {
     use std::time::Duration;
 
     use quinn::crypto::rustls::HandshakeData;
-    use quinn::{ClientConfig, ConnectionError, Endpoint, ServerConfig, TransportErrorCode};
-    use rustls::CipherSuite;
+    use quinn::crypto::{ServerConfig as _, Session};
+    use quinn::{ClientConfig, ConnectionError, Endpoint, ServerConfig, Side, TransportErrorCode};
+    use quinn_proto::transport_parameters::TransportParameters;
+    use rustls::HandshakeKind;
+    use rustls::quic::{ClientConnection, Version};
 
     use super::*;
 
@@ -395,7 +409,7 @@ mod tests {
 
     /// Shakes hands over loopback and returns the protocol that was agreed on.
     async fn handshake(
-        server: ServerTls,
+        server: QuicServerConfig,
         client: QuicClientConfig,
     ) -> Result<Vec<u8>, ConnectionError> {
         let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
@@ -418,16 +432,9 @@ mod tests {
 
     #[tokio::test]
     async fn every_suite_carries_data_across_updates_of_its_keys() {
-        let names: Vec<_> = suites().iter().map(|suite| suite.suite()).collect();
-        let expected = [
-            CipherSuite::TLS13_AES_128_GCM_SHA256,
-            CipherSuite::TLS13_AES_256_GCM_SHA384,
-            CipherSuite::TLS13_CHACHA20_POLY1305_SHA256,
-        ];
-        assert_eq!(names, expected);
-        let initial = suites()[0].tls13().unwrap().quic_suite().unwrap();
+        let initial = SUITES[0].tls13().unwrap().quic_suite().unwrap();
         let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        for suite in suites() {
+        for suite in SUITES {
             let key = key();
             let mut config =
                 rustls::ClientConfig::builder_with_provider(Arc::new(CryptoProvider {
@@ -469,6 +476,58 @@ mod tests {
                     accepted.force_key_update();
                 }
             }
+        }
+    }
+
+    /// A client and a server's session, until neither has anything left to say.
+    fn shaken(
+        client: &Arc<rustls::ClientConfig>,
+        server: &Arc<QuicServerConfig>,
+    ) -> (ClientConnection, Box<dyn Session>) {
+        let parameters = TransportParameters::read(Side::Server, &mut &[][..]).unwrap();
+        let mut said = Vec::new();
+        parameters.write(&mut said);
+        let name = ServerName::try_from("any.name").unwrap();
+        let mut client = ClientConnection::new(client.clone(), Version::V1, name, said).unwrap();
+        let mut server = server.clone().start_session(1, &parameters);
+        for _ in 0..4 {
+            let mut bytes = Vec::new();
+            while client.write_hs(&mut bytes).is_some() {}
+            if !bytes.is_empty() {
+                server.read_handshake(&bytes).unwrap();
+            }
+            loop {
+                let mut bytes = Vec::new();
+                let keys = server.write_handshake(&mut bytes);
+                if !bytes.is_empty() {
+                    client.read_hs(&bytes).unwrap();
+                }
+                if keys.is_none() && bytes.is_empty() {
+                    break;
+                }
+            }
+        }
+        assert!(!client.is_handshaking() && !server.is_handshaking());
+        (client, server)
+    }
+
+    #[test]
+    fn a_client_comes_back_by_its_ticket_and_nothing_is_said_after_the_handshake() {
+        let key = key();
+        let server = Arc::new(server_tls(issuing(&key)).unwrap());
+        let (client, _) = client_config(Trust::Pin(fingerprint(&key))).unwrap();
+        let client = Arc::new(client);
+        for kind in [HandshakeKind::Full, HandshakeKind::Resumed] {
+            // The last word of the first is the ticket for the second.
+            let (client, mut server) = shaken(&client, &server);
+            assert_eq!(client.handshake_kind(), Some(kind));
+            let data = server.handshake_data().unwrap();
+            let data = data.downcast::<HandshakeData>().unwrap();
+            assert_eq!(data.protocol.as_deref(), Some(ALPN));
+            assert!(server.peer_identity().is_none());
+            // A key update of TLS.
+            let refused = server.read_handshake(&[24, 0, 0, 1, 0]).unwrap_err();
+            assert_eq!(refused.code, TransportErrorCode::crypto(10));
         }
     }
 
@@ -564,7 +623,7 @@ mod tests {
         for protocols in [vec![], vec![b"h3".to_vec()], vec![b"udpack/2".to_vec()]] {
             let mut server = server_config(issuing(&key)).unwrap();
             server.alpn_protocols.clone_from(&protocols);
-            let server = ServerTls::new(server).unwrap();
+            let server = QuicServerConfig::try_from(server).unwrap();
             let (client, _) = pinned(fingerprint(&key));
             assert_no_protocol(handshake(server, client).await);
 
