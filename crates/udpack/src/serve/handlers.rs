@@ -506,11 +506,11 @@ fn work(
         begun: now,
         deadline,
     };
-    Box::pin(async move { request(&answered.channel, router, message, asked, late).await })
+    // The future is moved into its box: what it holds by value in two places costs each request twice.
+    Box::pin(async move { request(&answered.channel, router, &message, &asked, late).await })
 }
 
 /// What is known of a request that a handler answers.
-#[derive(Clone, Copy)]
 struct Asked {
     id: u64,
     begun: Instant,
@@ -582,15 +582,15 @@ async fn gap(channel: &Channel, router: &Routed, message: Message) {
 async fn request(
     channel: &Channel,
     router: Routed,
-    message: Message,
-    asked: Asked,
+    message: &Message,
+    asked: &Asked,
     too_late: bool,
 ) {
-    let Asked { id, deadline, .. } = asked;
+    let Asked { id, deadline, .. } = *asked;
     let answer = if too_late {
         late("the deadline has passed").into()
     } else {
-        attend(channel, router, message.clone(), asked).await
+        attend(channel, router, message, asked).await
     };
     let outcome = match answer.0 {
         Kind::Value(data) => Ok(data),
@@ -612,7 +612,7 @@ async fn request(
     };
     let sent = match fault {
         Ok(fault) => {
-            log(channel, &message, &fault);
+            log(channel, message, &fault);
             Box::pin(channel.send_fault(&fault, id)).await
         }
         Err(sent) => sent,
@@ -623,8 +623,8 @@ async fn request(
 }
 
 /// Runs a request's handler within its time.
-async fn attend(channel: &Channel, router: Routed, message: Message, asked: Asked) -> Answer {
-    let work = run(channel, router, message, Some(asked));
+async fn attend(channel: &Channel, router: Routed, message: &Message, asked: &Asked) -> Answer {
+    let work = run(channel, router, message.clone(), Some(asked));
     let mut work = pin!(AssertUnwindSafe(work).catch_unwind());
     // Most handlers answer at once, and need no timer.
     match poll_fn(|cx| Poll::Ready(work.as_mut().poll(cx))).await {
@@ -639,13 +639,13 @@ async fn attend(channel: &Channel, router: Routed, message: Message, asked: Aske
 async fn patiently(
     channel: &Channel,
     mut work: Pin<&mut impl Future<Output = std::thread::Result<Answer>>>,
-    asked: Asked,
+    asked: &Asked,
 ) -> Answer {
     let Asked {
         id,
         begun,
         deadline,
-    } = asked;
+    } = *asked;
     let patience = channel.session().timeouts.handler;
     let mut until = after(begun, patience);
     loop {
@@ -668,12 +668,17 @@ async fn patiently(
     }
 }
 
-async fn run(channel: &Channel, router: Routed, message: Message, asked: Option<Asked>) -> Answer {
+fn run(
+    channel: &Channel,
+    router: Routed,
+    message: Message,
+    asked: Option<&Asked>,
+) -> impl Future<Output = Answer> + use<> {
     let cx = context(channel, &router, message, asked);
-    Next::first(router).go_on(cx).await
+    Next::first(router).go_on(cx)
 }
 
-fn context(channel: &Channel, router: &Routed, message: Message, asked: Option<Asked>) -> Context {
+fn context(channel: &Channel, router: &Routed, message: Message, asked: Option<&Asked>) -> Context {
     Context {
         channel: channel.clone(),
         message,
