@@ -183,8 +183,8 @@ pub(crate) enum Ending {
 
 enum Step {
     Message(Message),
-    /// A sound `$mark`.
-    Mark(Message),
+    /// A sound `$mark`. In a box, so that a step is no larger for it than a message is.
+    Mark(Box<Message>),
     /// A part of a request was filed; whoever waits for it should look.
     Filed,
     End(Ending),
@@ -330,7 +330,7 @@ impl Inbox {
                     state.handed_out(&message, serve);
                     return Poll::Ready(Ok(message));
                 }
-                Step::Mark(message) => state.passed(&message, carrier),
+                Step::Mark(mark) => state.passed(&mark, carrier),
                 Step::Filed => self.waiters.wake_others(cx.waker()),
                 Step::End(end) => {
                     self.waiters.wake_by_ref();
@@ -363,9 +363,13 @@ impl Inbox {
                 return Poll::Ready(Err(full));
             }
             match std::task::ready!(state.poll_step(cx, carrier, counters)) {
-                // The program has not come to a mark before it takes what was before it.
-                Step::Message(message) | Step::Mark(message) => {
+                Step::Message(message) => {
                     state.put_back(message);
+                    self.waiters.wake_others(cx.waker());
+                }
+                // The program has not come to a mark before it takes what was before it.
+                Step::Mark(mark) => {
+                    state.put_back(*mark);
                     self.waiters.wake_others(cx.waker());
                 }
                 Step::Filed => self.waiters.wake_others(cx.waker()),
@@ -464,6 +468,7 @@ impl State {
     }
 
     /// A message leaves the inbox: a handler's request is kept in mind, any other is its taker's business.
+    #[inline(always)]
     fn handed_out(&mut self, message: &Message, serve: Option<&mut Option<Begun>>) {
         match (message.id(), serve) {
             (Some(id), Some(begun)) => *begun = Some(self.calls.get_or_make().begin(id)),
@@ -528,7 +533,7 @@ impl State {
                 Err(error) => violation(error.close_code(), &error),
             },
             MARK if carrier.client => match control::decode_mark(&message) {
-                Ok(_) => return Some(Step::Mark(message)),
+                Ok(_) => return Some(Step::Mark(Box::new(message))),
                 Err(error) => violation(error.close_code(), &error),
             },
             HELLO | WELCOME | OPEN | GOAWAY | RESUME | ACK | MARK | PASSED | CHANNELS | REFRESH
@@ -699,9 +704,18 @@ impl State {
     }
 
     /// Ready when the frame under way may be read on. What is not read stays in QUIC's window.
+    #[inline(always)]
     fn poll_room(&mut self, carrier: &Carrier) -> Poll<Result<(), Ending>> {
-        let (Some(need), Some(frames)) = (self.decoder.large(), carrier.receive.frames.get())
-        else {
+        match self.decoder.large() {
+            Some(need) => self.poll_large(need, carrier),
+            None => Poll::Ready(Ok(())),
+        }
+    }
+
+    /// Apart, because most frames are not large: reading them would pay for what this has on its stack.
+    #[cold]
+    fn poll_large(&mut self, need: usize, carrier: &Carrier) -> Poll<Result<(), Ending>> {
+        let Some(frames) = carrier.receive.frames.get() else {
             return Poll::Ready(Ok(()));
         };
         let room = self.room.get_or_make();
