@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::Context as _;
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
 use tracing_appender::non_blocking::WorkerGuard;
 use tracing_appender::rolling::{RollingFileAppender, Rotation};
 use tracing_subscriber::filter::{EnvFilter, LevelFilter};
@@ -15,36 +16,45 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 use udpack::text::printable_bytes;
 
 use crate::args::LogArgs;
+use crate::pages::terminal_columns;
 
 /// Standard error, shared by a live line and lines that stay: one that stays takes the live line's place, and the live
 /// line is written again below it.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub(crate) struct Console {
-    live: Arc<Mutex<String>>,
+    bars: MultiProgress,
+    live: Arc<Mutex<Option<ProgressBar>>>,
+}
+
+impl Default for Console {
+    fn default() -> Self {
+        let target = ProgressDrawTarget::term_like_with_hz(Box::new(LiveLine::default()), u8::MAX);
+        Self {
+            bars: MultiProgress::with_draw_target(target),
+            live: Arc::default(),
+        }
+    }
 }
 
 impl Console {
     /// Shows this as the live line; an empty one takes it away. It must be shorter than the terminal is wide.
     pub(crate) fn live(&self, line: String) {
-        let mut live = self.lock();
-        if *live != line {
-            Self::draw(&line);
-            *live = line;
+        let mut live = lock(&self.live);
+        if line.is_empty() {
+            if let Some(bar) = live.take() {
+                bar.finish_and_clear();
+                self.bars.remove(&bar);
+            }
+            return;
         }
-    }
-
-    /// Writes the live line over the one that stands there.
-    ///
-    /// The cursor stays at its beginning. A terminal that becomes narrower than the line may break it in two, and moves
-    /// the cursor with what stands under it: all remains are then behind the cursor, where this erases them. With the
-    /// cursor at the line's end they would be in front of it, in a number of rows that depends on the terminal.
-    fn draw(line: &str) {
-        let drawn = format!("\r{line}\u{1b}[J\r");
-        let _ = io::stderr().lock().write_all(drawn.as_bytes());
-    }
-
-    fn lock(&self) -> MutexGuard<'_, String> {
-        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+        let bar = live.get_or_insert_with(|| {
+            let style = ProgressStyle::with_template("{msg}");
+            let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+            self.bars.add(ProgressBar::new(0).with_style(style))
+        });
+        if bar.message() != line {
+            bar.set_message(line);
+        }
     }
 
     /// Writes one line. A closed standard error is nobody's failure.
@@ -70,14 +80,11 @@ impl Console {
 
     /// Does something that writes whole lines to the terminal that shows the live line. It must not use this console.
     pub(crate) fn above<T>(&self, write: impl FnOnce() -> T) -> T {
-        let live = self.lock();
-        if live.is_empty() {
-            return write();
+        let live = lock(&self.live);
+        match *live {
+            None => write(),
+            Some(_) => self.bars.suspend(write),
         }
-        Self::draw("");
-        let written = write();
-        Self::draw(&live);
-        written
     }
 
     fn write(&self, bytes: &[u8]) {
@@ -85,6 +92,66 @@ impl Console {
             let _ = io::stderr().lock().write_all(bytes);
         });
     }
+}
+
+/// Where the live line is drawn: standard error, with the cursor left at the line's beginning.
+///
+/// A terminal that becomes narrower than the line may break it in two, and moves the cursor with what stands under it: all
+/// remains are then behind the cursor, where the next drawing erases them. With the cursor at the line's end, where
+/// indicatif's own terminal leaves it, they would be in front of it, in a number of rows that depends on the terminal.
+#[derive(Debug, Default)]
+struct LiveLine {
+    drawn: Mutex<String>,
+}
+
+impl TermLike for LiveLine {
+    fn width(&self) -> u16 {
+        let columns = terminal_columns(&io::stderr()).unwrap_or(80);
+        u16::try_from(columns).unwrap_or(u16::MAX)
+    }
+
+    /// There is one row, and the cursor is at its beginning.
+    fn move_cursor_up(&self, _: usize) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn move_cursor_down(&self, _: usize) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn move_cursor_right(&self, _: usize) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn move_cursor_left(&self, _: usize) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn write_line(&self, line: &str) -> io::Result<()> {
+        self.write_str(line)
+    }
+
+    fn write_str(&self, text: &str) -> io::Result<()> {
+        lock(&self.drawn).push_str(text);
+        Ok(())
+    }
+
+    fn clear_line(&self) -> io::Result<()> {
+        lock(&self.drawn).clear();
+        Ok(())
+    }
+
+    /// Writes over the line that stands there. A closed standard error is nobody's failure.
+    fn flush(&self) -> io::Result<()> {
+        let drawn = std::mem::take(&mut *lock(&self.drawn));
+        let drawn = format!("\r{}\u{1b}[J\r", drawn.trim_end());
+        let _ = io::stderr().lock().write_all(drawn.as_bytes());
+        Ok(())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What is written at once made into one line that leaves a terminal as it is, whatever it holds.
