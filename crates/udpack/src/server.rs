@@ -1,58 +1,48 @@
 //! [`Server`]: one UDP port, one identity, many sockets.
 
+mod admission;
+
 use std::collections::HashMap;
 use std::fmt;
 use std::future::Future;
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::path::PathBuf;
-use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
-use futures_util::{FutureExt, StreamExt};
 use tokio::net::ToSocketAddrs;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
-use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
-use tracing::Instrument;
-use tracing::field::Empty;
 
+use self::admission::{FAREWELLS, accept_loop, handshake_shares, socket_shares};
 use crate::base::LogLimit;
-use crate::base::Rate;
 use crate::base::lock;
-use crate::base::pool::{self, Pool, PoolFull, Shares, Tenant};
-use crate::base::text::printable_within;
-use crate::channel::Channel;
-use crate::channel::inbox::{Ending, Inbox};
+use crate::base::pool::{Pool, Shares};
 use crate::metrics::speed::{Counters, SpeedMeter, Stats};
-use crate::metrics::{Count, Metrics, Tally, Words};
+use crate::metrics::{Metrics, Tally};
 use crate::serve::rooms::Rooms;
-use crate::session::driver::{Awaited, Comeback, Control, Link, live};
-use crate::session::lifetime::{self, Authorize, Guard};
-use crate::session::reconnect::SocketState;
+use crate::session::driver::{Awaited, Comeback, Link};
+use crate::session::lifetime::{Authorize, Guard};
 use crate::session::service::{Registry, ServeChannel};
 use crate::session::socket::Socket;
-use crate::session::{Session, SessionId, default_agent};
+use crate::session::{Session, default_agent};
 use crate::transport::endpoint::{At, Via};
-use crate::transport::listener::{Incoming, ListenError, Listener};
-use crate::transport::on_path;
+use crate::transport::listener::{ListenError, Listener};
 use crate::transport::trips;
 use crate::transport::windows;
-use crate::transport::{SendStream, StreamError};
-use crate::trust::auth::{Authenticate, Deny, Hello, Peer, Penalties};
+use crate::trust::auth::{Authenticate, Deny, Peer, Penalties};
 use crate::trust::fingerprint::Fingerprint;
 use crate::trust::identity::{Identity, IdentityError};
 use crate::wire::code::{CloseCode, CloseReason, Side};
 use crate::wire::config::InvalidSetting;
-use crate::wire::config::{
-    CongestionControl, Drain, FEW_STREAMS, Limits, PREAUTH_BYTES, Timeouts, VOLATILE_STREAMS,
-};
-use crate::wire::control::{self, GoAway, HelloMessage, ResumeGrant, ResumeTicket, Welcome};
+use crate::wire::config::{CongestionControl, Drain, Limits, Timeouts};
+use crate::wire::control::{GoAway, HelloMessage, ResumeTicket};
 
 /// Sockets that may wait for `accept`.
 const ACCEPT_QUEUE: usize = 128;
@@ -555,429 +545,6 @@ impl fmt::Debug for ServerBuilder {
     }
 }
 
-async fn accept_loop(shared: Arc<Shared>) {
-    let mut look = windows::look();
-    let mut farewells = Rate::new(FAREWELL_RATE);
-    loop {
-        let incoming = tokio::select! {
-            incoming = shared.listener.accept() => incoming,
-            _ = look.tick() => {
-                shared.look();
-                continue;
-            }
-        };
-        let Some(incoming) = incoming else {
-            return;
-        };
-        let address = incoming.remote_address();
-        let proved = incoming.is_proved();
-        let must_prove = !proved && shared.handshakes.used() >= shared.limits.retry_from;
-        let tenant = match proved {
-            true => Tenant::address(address.ip()),
-            false => Tenant::unproved(),
-        };
-        if shared.draining.load(Ordering::Relaxed) {
-            shared.tally.word(Words::Knocks, "draining");
-            incoming.refuse();
-        } else if must_prove && incoming.may_retry() {
-            shared.tally.one(Count::Retries);
-            incoming.retry();
-        } else {
-            match shared.handshakes.try_take(&tenant) {
-                Ok(handshake) => {
-                    let span =
-                        tracing::info_span!("conn", peer = %address, session = Empty, id = Empty);
-                    // In a box, because the task needs the room only for this moment.
-                    let entering = Box::pin(let_in(shared.clone(), incoming, handshake));
-                    shared
-                        .tasks
-                        .spawn(serve(shared.clone(), entering).instrument(span));
-                }
-                Err(_) if !proved && incoming.may_retry() => {
-                    // Those of its own address may have places left.
-                    shared.tally.one(Count::Retries);
-                    incoming.retry();
-                }
-                Err(full) => {
-                    shared.tally.word(Words::Knocks, "busy");
-                    match shared.farewells.try_take(&tenant) {
-                        Ok(place) if proved && farewells.take() => {
-                            let told = say_why(shared.clone(), incoming, full, place);
-                            shared.tasks.spawn(told);
-                        }
-                        _ => incoming.refuse(),
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// Those who are told at the same time why there is no place for them, and how many a second. QUIC refuses a handshake with a
-/// number and no word. To say a word the server must complete it, which is work that the refused could make at will.
-const FAREWELLS: usize = 16;
-const FAREWELL_RATE: u32 = 16;
-
-/// Completes a handshake only to say why there is no place.
-async fn say_why(shared: Arc<Shared>, incoming: Incoming, full: PoolFull, _place: pool::Place) {
-    let handshaking = shared.listener.handshake(incoming);
-    if let Ok(Ok(conn)) = tokio::time::timeout(shared.timeouts.handshake, handshaking).await {
-        let text = format!("{full}; try again in a few seconds");
-        conn.close(CloseCode::SERVER_BUSY, &text);
-    }
-}
-
-/// Half for the first few of each address, and the other half at most for one: few addresses cannot keep all others out.
-fn handshake_shares(places: usize) -> Shares {
-    let shares = Shares::of(places);
-    match places {
-        0..4 => shares,
-        _ => Shares {
-            each: places / 2,
-            reserve: places / 2,
-            ..shares
-        },
-    }
-}
-
-/// As many for one address as the limits say, and where these leave some, a quarter for the first of each.
-fn socket_shares(limits: &Limits) -> Shares {
-    let (places, each) = (limits.sockets, limits.sockets_per_address);
-    Shares {
-        each,
-        minimum: 1,
-        reserve: places.saturating_sub(each).min(places / 4),
-        ..Shares::of(places)
-    }
-}
-
-/// One connection from its first packet to its end.
-async fn serve(shared: Arc<Shared>, entering: Pin<Box<impl Future<Output = Option<Entered>>>>) {
-    let Some(entered) = entering.await else {
-        return;
-    };
-    let Entered {
-        session,
-        control,
-        queue,
-        place,
-        key,
-    } = entered;
-    let comeback = shared.keep(&session);
-    let registry = shared.registry.clone();
-    let reason = live(session.clone(), control, registry, queue, comeback).await;
-    lock(&shared.kept).remove(session.id().as_str());
-    tracing::info!(%reason, "disconnected");
-    place.leave(key, &session);
-}
-
-/// A socket that was let in, with all that its task needs.
-struct Entered {
-    session: Arc<Session>,
-    control: Box<Control>,
-    queue: Option<mpsc::Sender<Channel>>,
-    place: Seat,
-    key: u64,
-}
-
-/// A connection from its first packet to admission; `None` when it does not come to that, or belongs to a session
-/// that was there before.
-async fn let_in(
-    shared: Arc<Shared>,
-    incoming: Incoming,
-    handshake: pool::Place,
-) -> Option<Entered> {
-    let handshaking = shared.listener.handshake(incoming);
-    let conn = match tokio::time::timeout(shared.timeouts.handshake, handshaking).await {
-        Ok(Ok(conn)) => conn,
-        Ok(Err(error)) => {
-            shared.tally.one(Count::HandshakesFailed);
-            tracing::debug!(error = %error.reason(), "handshake failed");
-            return None;
-        }
-        Err(_) => {
-            shared.tally.one(Count::HandshakesFailed);
-            tracing::debug!("handshake took too long");
-            return None;
-        }
-    };
-    let session = Session::new(
-        conn.clone(),
-        false,
-        shared.limits.clone(),
-        shared.timeouts.clone(),
-        shared.counters.clone(),
-        Tally::child(shared.tally.clone()),
-        false,
-    );
-    let place = match Seat::take(&shared, conn.remote_address()) {
-        Ok(place) => place,
-        Err(full) => {
-            let reason = CloseReason::local(CloseCode::SERVER_BUSY, full.to_string());
-            refuse(&shared, &session, reason).await;
-            return None;
-        }
-    };
-    let admission = async {
-        tokio::select! {
-            control = admit(&shared, &session) => control,
-            never = crate::session::volatile::discard(&conn) => match never {},
-        }
-    };
-    let control = match admission.await {
-        Ok(Admitted::New(control)) => control,
-        Ok(Admitted::Back(control, kept, links)) => {
-            // From here on the connection is in the hands of the session's own task.
-            links.send(Box::new(Link {
-                conn: conn.clone(),
-                endpoint: None,
-                control,
-                welcome: None,
-            }));
-            // Which may have ended before it could take it.
-            if let Some(reason) = kept.end.get() {
-                conn.close_because(reason);
-            }
-            return None;
-        }
-        Err(reason) => {
-            refuse(&shared, &session, reason).await;
-            return None;
-        }
-    };
-    drop(handshake);
-    session.states.set(SocketState::Connected {
-        resumed: false,
-        reason: None,
-    });
-    let _ = session.rooms.set(Arc::new(shared.rooms.clone()));
-    let (socket, queue) = Socket::new(session.clone(), shared.registry.pull);
-    let (key, late) = place.enter(socket.clone());
-    if late {
-        socket.send_goaway(shutting_down(Duration::ZERO, Duration::ZERO));
-        drop(socket.close(CloseCode::SHUTTING_DOWN, SHUTTING_DOWN));
-    }
-    // Its token may have been withdrawn after the verifier's word and before a revocation could find the socket.
-    if let Some(reason) = lifetime::no_longer(&session, &shared.guard) {
-        session.abort(reason);
-    }
-    session.tally.one(Count::Admitted);
-    session.tally.one(Count::Sockets);
-    tracing::Span::current()
-        .record("session", tracing::field::display(session.id()))
-        .record("id", printable_within(socket.peer().id(), 128));
-    tracing::info!(agent = socket.agent(), "connected");
-    if shared.pull.load(Ordering::Relaxed) && shared.accept_queue.try_send(socket.clone()).is_err()
-    {
-        let text = "too many sockets wait to be accepted";
-        session.abort(CloseReason::local(CloseCode::SERVER_BUSY, text));
-    }
-    if let Some(handler) = shared.on_socket.clone() {
-        // Inside the block, because a handler may panic before it gives a future.
-        let handler =
-            std::panic::AssertUnwindSafe(async move { handler(socket).await }).catch_unwind();
-        let gone = session.clone();
-        let panicked = session.tally.clone();
-        shared.tasks.spawn(
-            async move {
-                tokio::select! {
-                    outcome = handler => if outcome.is_err() {
-                        panicked.one(Count::HandlerPanics);
-                        tracing::error!("the socket's handler panicked");
-                    },
-                    _ = gone.end.wait() => {}
-                }
-            }
-            .in_current_span(),
-        );
-    }
-    Some(Entered {
-        session,
-        control,
-        queue,
-        place,
-        key,
-    })
-}
-
-/// A connection that was let in.
-enum Admitted {
-    /// With a session of its own.
-    New(Box<Control>),
-    /// For a session that was there before.
-    Back(Box<Control>, Arc<Session>, mpsc::OwnedPermit<Box<Link>>),
-}
-
-/// Reads `$hello` and, in the turn of its address, does what it asks for. The time in which the client must have proved
-/// itself stands still while it waits for its turn.
-async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, CloseReason> {
-    let within = on_path(shared.timeouts.auth, &session.conn());
-    let late = |_| {
-        let text = format!("not authenticated within {within:?}");
-        CloseReason::local(CloseCode::AUTH_TIMEOUT, text)
-    };
-    let begun = Instant::now();
-    let first = tokio::time::timeout(within, first_message(session));
-    let first = first.await.map_err(late)??;
-    let left = within.saturating_sub(begun.elapsed());
-    // Who was in before need not wait for what others of its address do, but comes no faster than they may.
-    if !shared.was_in(&first.hello) {
-        let address = session.conn().remote_address().ip();
-        let turn = shared.guard.turn(address, &session.tally).await;
-        turn.map_err(|slow| CloseReason::local(CloseCode::SERVER_BUSY, slow.to_string()))?;
-    }
-    let entered = tokio::time::timeout(left, enter(shared, session, first));
-    entered.await.map_err(late)?
-}
-
-/// The control stream of a connection and the `$hello` on it.
-struct First {
-    send: SendStream,
-    inbox: Inbox,
-    hello: HelloMessage,
-}
-
-async fn first_message(session: &Arc<Session>) -> Result<First, CloseReason> {
-    let conn = &session.conn();
-    let (send, recv) = conn
-        .accept_bi()
-        .await
-        .map_err(|error| session.reason_for(&error))?;
-    let inbox = Inbox::new(recv, PREAUTH_BYTES as usize);
-    let first = std::future::poll_fn(|cx| inbox.poll_first(cx, session, &session.counters)).await;
-    match first {
-        Ok(message) => match control::decode_hello(&message) {
-            Ok(hello) => Ok(First { send, inbox, hello }),
-            Err(error) => Err(CloseReason::local(error.close_code(), error.to_string())),
-        },
-        Err(Ending::Violation(reason)) => Err(reason),
-        Err(Ending::Closed(reason)) if conn.is_over() => Err(reason),
-        // The code of a reset is the peer's word, not ours to repeat.
-        Err(Ending::Finished | Ending::Closed(_)) => Err(CloseReason::local(
-            CloseCode::TRUNCATED,
-            "the control stream ended before $hello",
-        )),
-    }
-}
-
-/// Asks the verifier, grants the windows and sends `$welcome`.
-async fn enter(
-    shared: &Shared,
-    session: &Arc<Session>,
-    First { send, inbox, hello }: First,
-) -> Result<Admitted, CloseReason> {
-    let conn = &session.conn();
-    let (frame, resume, marks) = (hello.frame, hello.resume.clone(), hello.marks);
-    let hello = Hello::new(hello, conn.remote_address());
-    let agent = hello.agent().to_owned();
-    let peer = shared
-        .guard
-        .verify(hello, shared.timeouts.auth_failure, &shared.tally)
-        .await
-        .map_err(|Deny { code, text }| CloseReason::local(code, text))?;
-    if shared.draining.load(Ordering::Relaxed) {
-        return Err(CloseReason::local(CloseCode::SHUTTING_DOWN, SHUTTING_DOWN));
-    }
-    let no_random = |_| CloseReason::local(CloseCode::INTERNAL, "no random numbers");
-    let back = match resume.as_ref().and_then(|resume| resume.session.as_ref()) {
-        Some(ticket) => Some(shared.come_back(ticket, &peer).await?),
-        None => None,
-    };
-    let (session, back, reason) = match back {
-        Some(Ok((kept, permit))) => (kept, Some(permit), None),
-        Some(Err(reason)) => {
-            session.tally.word(Words::ResumesRefused, reason);
-            (session.clone(), None, Some(reason.to_owned()))
-        }
-        None => (session.clone(), None, None),
-    };
-    let window = shared.timeouts.resume;
-    let reason = match &resume {
-        Some(_) if window.is_zero() => Some("off".to_owned()),
-        _ => reason,
-    };
-    let resume = match resume {
-        Some(_) if !window.is_zero() => Some(ResumeGrant {
-            token: lock(&session.tickets)
-                .get_or_make()
-                .issue()
-                .map_err(no_random)?,
-            window,
-        }),
-        _ => None,
-    };
-    let id = match &back {
-        Some(_) => session.id(),
-        None => {
-            let mut id = [0_u8; 16];
-            aws_lc_rs::rand::fill(&mut id).map_err(no_random)?;
-            SessionId::new(
-                &id.iter()
-                    .map(|byte| format!("{byte:02x}"))
-                    .collect::<String>(),
-            )
-        }
-    };
-    let expires = match &back {
-        Some(_) => lifetime::renew(&session, peer)
-            .map_err(|Deny { code, text }| CloseReason::local(code, text))?,
-        None => {
-            let expires = peer.time_left();
-            let tenant = Tenant::peer(&peer);
-            let _ = session
-                .receive
-                .frames
-                .set(Box::new((shared.frames.clone(), tenant)));
-            session.peer.set(peer);
-            session.life.guarded_by(shared.guard.clone());
-            session.life.counts_for(expires);
-            expires
-        }
-    };
-    let welcome = Welcome {
-        session: id.to_string(),
-        agent: shared.agent.clone(),
-        frame: shared.limits.frame as u64,
-        channels: u64::from(shared.limits.channels),
-        resumed: back.is_some(),
-        resume,
-        reason,
-        expires,
-        marks,
-    };
-    let bytes = control::encode_welcome(&welcome, &shared.limits, &shared.timeouts)
-        .map_err(|error| CloseReason::local(CloseCode::INTERNAL, error.to_string()))?;
-    if let Some(frame) = frame {
-        session
-            .receive
-            .peer_frame
-            .store(frame.min(u64::from(u32::MAX)), Ordering::Relaxed);
-    }
-    let _ = session.agent.set(agent);
-    session.set_welcome(welcome);
-    inbox.set_frame_limit(shared.limits.frame);
-    // The control stream takes one of the slots.
-    let few = FEW_STREAMS.min(shared.limits.channels.saturating_add(1));
-    conn.permit_bi(few);
-    conn.permit_uni(VOLATILE_STREAMS);
-    let mut control = Box::new(Control::new(send, inbox));
-    control
-        .send
-        .write(bytes)
-        .await
-        .map_err(|error| match error {
-            StreamError::Lost(error) => session.reason_for(&error),
-            _ => CloseReason::local(
-                CloseCode::PROTOCOL_ORDER,
-                "the control stream was stopped before $welcome",
-            ),
-        })?;
-    Ok(match back {
-        Some(permit) => Admitted::Back(control, session, permit),
-        None => Admitted::New(control),
-    })
-}
-
 async fn resolve(address: impl ToSocketAddrs) -> Result<SocketAddr, BindError> {
     tokio::net::lookup_host(address)
         .await
@@ -993,62 +560,6 @@ fn shutting_down(retry_after: Duration, window: Duration) -> GoAway {
         text: SHUTTING_DOWN.to_owned(),
         retry_after,
         window,
-    }
-}
-
-async fn refuse(shared: &Shared, session: &Session, reason: CloseReason) {
-    session.tally.refused(reason.code);
-    if let Some(left_out) = shared.log_limit.line() {
-        tracing::warn!(%reason, left_out, "refused");
-    }
-    session.abort(reason);
-    session.conn().closed().await;
-}
-
-/// A place among the sockets, counted from before authentication so that the caps cannot be overrun.
-struct Seat {
-    shared: Arc<Shared>,
-    _place: pool::Place,
-}
-
-impl Seat {
-    fn take(shared: &Arc<Shared>, address: SocketAddr) -> Result<Self, PoolFull> {
-        let place = shared.places.try_take(&Tenant::address(address.ip()))?;
-        Ok(Self {
-            shared: shared.clone(),
-            _place: place,
-        })
-    }
-
-    /// The socket's key, and whether it comes too late to be one of those whom a drain tells to go.
-    fn enter(&self, socket: Socket) -> (u64, bool) {
-        let mut sockets = lock(&self.shared.sockets);
-        let late = self.shared.draining.load(Ordering::Relaxed);
-        let key = sockets.next;
-        sockets.next += 1;
-        sockets.admitted.insert(key, socket.clone());
-        let first = sockets.share(&self.shared.limits);
-        let session = socket.session();
-        session
-            .receive
-            .window
-            .admit(first, &self.shared.pool, &session.conn());
-        (key, late)
-    }
-
-    fn leave(&self, key: u64, session: &Session) {
-        let last = Stats::of(&session.conn(), &session.counters);
-        lock(&self.shared.past).add_wire(&Stats { cwnd: 0, ..last });
-        let mut sockets = lock(&self.shared.sockets);
-        sockets.admitted.remove(&key);
-        sockets.share(&self.shared.limits);
-        session.receive.window.end();
-    }
-}
-
-impl Drop for Seat {
-    fn drop(&mut self) {
-        self.shared.socket_ended.notify_waiters();
     }
 }
 
