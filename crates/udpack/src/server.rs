@@ -31,7 +31,7 @@ use crate::session::driver::{Awaited, Comeback, Link};
 use crate::session::lifetime::{Authorize, Guard};
 use crate::session::service::{Registry, ServeChannel};
 use crate::session::socket::Socket;
-use crate::session::{Session, default_agent};
+use crate::session::{Attached, Session, default_agent};
 use crate::transport::endpoint::{At, Via};
 use crate::transport::listener::{ListenError, Listener};
 use crate::transport::trips;
@@ -93,6 +93,8 @@ struct Shared {
     /// Wire numbers of the sockets that are gone.
     past: Mutex<Stats>,
     rooms: Rooms,
+    /// The same, as each session has it.
+    attached: Arc<dyn Attached>,
     sockets: Mutex<Sockets>,
     /// Places for sockets, by address.
     places: Pool,
@@ -517,6 +519,7 @@ impl ServerBuilder {
             detached: Arc::default(),
             tally: Tally::shared(),
             past: Mutex::default(),
+            attached: Arc::new(rooms.clone()),
             rooms,
             sockets: Mutex::default(),
             socket_ended: Notify::new(),

@@ -29,7 +29,7 @@ use crate::session::{Session, SessionId};
 use crate::transport::listener::Incoming;
 use crate::transport::on_path;
 use crate::transport::windows;
-use crate::transport::{SendStream, StreamError};
+use crate::transport::{Connection, SendStream, StreamError};
 use crate::trust::auth::{Deny, Hello};
 use crate::wire::code::{CloseCode, CloseReason};
 use crate::wire::config::{FEW_STREAMS, Limits, PREAUTH_BYTES, VOLATILE_STREAMS};
@@ -169,20 +169,7 @@ async fn let_in(
     incoming: Incoming,
     handshake: pool::Place,
 ) -> Option<Entered> {
-    let handshaking = shared.listener.handshake(incoming);
-    let conn = match tokio::time::timeout(shared.timeouts.handshake, handshaking).await {
-        Ok(Ok(conn)) => conn,
-        Ok(Err(error)) => {
-            shared.tally.one(Count::HandshakesFailed);
-            tracing::debug!(error = %error.reason(), "handshake failed");
-            return None;
-        }
-        Err(_) => {
-            shared.tally.one(Count::HandshakesFailed);
-            tracing::debug!("handshake took too long");
-            return None;
-        }
-    };
+    let conn = shake_hands(&shared, incoming).await?;
     let session = Session::new(
         conn.clone(),
         false,
@@ -209,17 +196,7 @@ async fn let_in(
     let control = match admission.await {
         Ok(Admitted::New(control)) => control,
         Ok(Admitted::Back(control, kept, links)) => {
-            // From here on the connection is in the hands of the session's own task.
-            links.send(Box::new(Link {
-                conn: conn.clone(),
-                endpoint: None,
-                control,
-                welcome: None,
-            }));
-            // Which may have ended before it could take it.
-            if let Some(reason) = kept.end.get() {
-                conn.close_because(reason);
-            }
+            hand_over(conn, control, &kept, links);
             return None;
         }
         Err(reason) => {
@@ -232,7 +209,7 @@ async fn let_in(
         resumed: false,
         reason: None,
     });
-    let _ = session.rooms.set(Arc::new(shared.rooms.clone()));
+    let _ = session.rooms.set(shared.attached.clone());
     let (socket, queue) = Socket::new(session.clone(), shared.registry.pull);
     let (key, late) = place.enter(socket.clone());
     if late {
@@ -254,25 +231,7 @@ async fn let_in(
         let text = "too many sockets wait to be accepted";
         session.abort(CloseReason::local(CloseCode::SERVER_BUSY, text));
     }
-    if let Some(handler) = shared.on_socket.clone() {
-        // Inside the block, because a handler may panic before it gives a future.
-        let handler =
-            std::panic::AssertUnwindSafe(async move { handler(socket).await }).catch_unwind();
-        let gone = session.clone();
-        let panicked = session.tally.clone();
-        shared.tasks.spawn(
-            async move {
-                tokio::select! {
-                    outcome = handler => if outcome.is_err() {
-                        panicked.one(Count::HandlerPanics);
-                        tracing::error!("the socket's handler panicked");
-                    },
-                    _ = gone.end.wait() => {}
-                }
-            }
-            .in_current_span(),
-        );
-    }
+    run_socket_handler(&shared, socket);
     Some(Entered {
         session,
         control,
@@ -280,6 +239,58 @@ async fn let_in(
         place,
         key,
     })
+}
+
+/// The connection once its handshake is over; `None`, counted, if it failed or took too long.
+async fn shake_hands(shared: &Shared, incoming: Incoming) -> Option<Connection> {
+    let handshaking = shared.listener.handshake(incoming);
+    let why = match tokio::time::timeout(shared.timeouts.handshake, handshaking).await {
+        Ok(Ok(conn)) => return Some(conn),
+        Ok(Err(error)) => error.reason().to_string(),
+        Err(_) => "it took too long".to_owned(),
+    };
+    shared.tally.one(Count::HandshakesFailed);
+    tracing::debug!(why, "handshake failed");
+    None
+}
+
+/// Gives a connection to the session that its client came back to. From here on it is in the hands of that session's task.
+fn hand_over(
+    conn: Connection,
+    control: Box<Control>,
+    kept: &Session,
+    links: mpsc::OwnedPermit<Box<Link>>,
+) {
+    links.send(Box::new(Link {
+        conn: conn.clone(),
+        endpoint: None,
+        control,
+        welcome: None,
+    }));
+    // Which may have ended before it could take it.
+    if let Some(reason) = kept.end.get() {
+        conn.close_because(reason);
+    }
+}
+
+/// Runs the program's handler of sockets, if it has one, until that or the socket ends.
+fn run_socket_handler(shared: &Shared, socket: Socket) {
+    let Some(handler) = shared.on_socket.clone() else {
+        return;
+    };
+    let session = socket.session().clone();
+    // Inside the block, because a handler may panic before it gives a future.
+    let handler = std::panic::AssertUnwindSafe(async move { handler(socket).await }).catch_unwind();
+    let run = async move {
+        tokio::select! {
+            outcome = handler => if outcome.is_err() {
+                session.tally.one(Count::HandlerPanics);
+                tracing::error!("the socket's handler panicked");
+            },
+            _ = session.end.wait() => {}
+        }
+    };
+    shared.tasks.spawn(run.in_current_span());
 }
 
 /// A connection that was let in.
@@ -390,15 +401,7 @@ async fn enter(
     };
     let id = match &back {
         Some(_) => session.id(),
-        None => {
-            let mut id = [0_u8; 16];
-            aws_lc_rs::rand::fill(&mut id).map_err(no_random)?;
-            SessionId::new(
-                &id.iter()
-                    .map(|byte| format!("{byte:02x}"))
-                    .collect::<String>(),
-            )
-        }
+        None => new_session_id().map_err(no_random)?,
     };
     let expires = match &back {
         Some(_) => lifetime::renew(&session, peer)
@@ -443,21 +446,26 @@ async fn enter(
     conn.permit_bi(few);
     conn.permit_uni(VOLATILE_STREAMS);
     let mut control = Box::new(Control::new(send, inbox));
-    control
-        .send
-        .write(bytes)
-        .await
-        .map_err(|error| match error {
-            StreamError::Lost(error) => session.reason_for(&error),
-            _ => CloseReason::local(
-                CloseCode::PROTOCOL_ORDER,
-                "the control stream was stopped before $welcome",
-            ),
-        })?;
+    let sent = control.send.write(bytes).await;
+    sent.map_err(|error| match error {
+        StreamError::Lost(error) => session.reason_for(&error),
+        StreamError::Peer(_) | StreamError::Ended => CloseReason::local(
+            CloseCode::PROTOCOL_ORDER,
+            "the control stream was stopped before $welcome",
+        ),
+    })?;
     Ok(match back {
         Some(permit) => Admitted::Back(control, session, permit),
         None => Admitted::New(control),
     })
+}
+
+/// A random name: 32 hexadecimal digits.
+fn new_session_id() -> Result<SessionId, aws_lc_rs::error::Unspecified> {
+    let mut id = [0_u8; 16];
+    aws_lc_rs::rand::fill(&mut id)?;
+    let digits: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok(SessionId::new(&digits))
 }
 
 async fn refuse(shared: &Shared, session: &Session, reason: CloseReason) {
