@@ -630,7 +630,7 @@ impl ClientBuilder {
         )
         .map_err(|error| match error {
             DialerError::Setting(setting) => ConnectError::Setting(setting),
-            DialerError::Tls(error) => ConnectError::Tls(error.to_string()),
+            DialerError::Tls(text) => ConnectError::Tls(text),
         })?;
         if let Some((channel, state)) = self.registry.missing {
             return Err(ConnectError::MissingState { channel, state });

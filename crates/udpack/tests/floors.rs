@@ -1,7 +1,10 @@
-//! The floors of ARCHITECTURE.md hold: no module imports from a floor above its own.
+//! The floors of ARCHITECTURE.md hold: no module imports from a floor above its own, and QUIC's types stay on theirs.
 
 use std::fs;
 use std::path::{Path, PathBuf};
+
+/// Files that may name quinn outside `transport/`: what benchmarks take of it.
+const QUIC_ALSO: [&str; 1] = ["bench.rs"];
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
@@ -125,6 +128,23 @@ fn upward(of: &str) -> Vec<String> {
 fn nothing_imports_from_a_floor_above() {
     let none: [String; 0] = [];
     assert_eq!(upward("crates/udpack/src"), none);
+}
+
+#[test]
+fn only_the_transport_names_quic() {
+    let dir = root().join("crates/udpack/src");
+    let named: Vec<_> = sources(&dir)
+        .into_iter()
+        .filter(|path| {
+            let code = code(path);
+            code.contains("quinn::") || code.contains("quinn_proto::")
+        })
+        .map(|path| path.strip_prefix(&dir).expect("below it").to_owned())
+        .filter(|path| {
+            !path.starts_with("transport") && !QUIC_ALSO.iter().any(|also| path.ends_with(also))
+        })
+        .collect();
+    assert_eq!(named, Vec::<PathBuf>::new());
 }
 
 #[test]

@@ -6,13 +6,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use quinn::crypto::rustls::QuicClientConfig;
 use tokio::time::Instant;
 
 use crate::transport::endpoint::{self, At, FirstWord, Route, Via};
 use crate::transport::qlog::Qlog;
 use crate::transport::{Connection, ConnectionError, Endpoint, trips};
 use crate::trust::fingerprint::Fingerprint;
-use crate::trust::tls::{PinCheck, PinMismatch, TlsError, Trust, client_tls};
+use crate::trust::tls::{PinCheck, PinMismatch, Trust, client_config};
 use crate::wire::config::{CongestionControl, InvalidSetting, Limits, Timeouts};
 
 /// Makes connections to servers, each from a port of its own.
@@ -30,7 +31,7 @@ pub(crate) struct Dialer {
 /// Why a [`Dialer`] could not be made.
 pub(crate) enum DialerError {
     Setting(InvalidSetting),
-    Tls(TlsError),
+    Tls(String),
 }
 
 /// Why a server could not be reached.
@@ -66,7 +67,10 @@ impl Dialer {
         endpoint::transport(&limits, &timeouts, congestion, None, false)
             .map_err(DialerError::Setting)?;
         let trust = pin.map_or(Trust::PlatformRoots, Trust::Pin);
-        let (tls, check) = client_tls(trust).map_err(DialerError::Tls)?;
+        let (tls, check) =
+            client_config(trust).map_err(|error| DialerError::Tls(error.to_string()))?;
+        let tls =
+            QuicClientConfig::try_from(tls).map_err(|error| DialerError::Tls(error.to_string()))?;
         Ok(Self {
             config: quinn::ClientConfig::new(Arc::new(tls)),
             pin: pin.map(|_| check),

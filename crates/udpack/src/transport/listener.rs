@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use aws_lc_rs::{hkdf, hmac};
+use quinn::crypto::rustls::QuicServerConfig;
 
 use crate::base::lock;
 use crate::transport::endpoint::{self, At, ETHERNET_PAYLOAD, Route, Via};
@@ -54,6 +55,8 @@ impl Listener {
         let transport = endpoint::transport(&limits, &timeouts, congestion, None, true)
             .map_err(ListenError::Setting)?;
         let tls = identity.server_tls().map_err(ListenError::Identity)?;
+        let tls = QuicServerConfig::try_from(tls)
+            .map_err(|error| ListenError::Identity(IdentityError::crypto(error)))?;
         let salt = hkdf::Salt::new(hkdf::HKDF_SHA256, &[]);
         let address_key = salt.extract(&identity.address_secret());
         let mut config = quinn::ServerConfig::with_crypto(Arc::new(tls));

@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use aws_lc_rs::hkdf;
-use quinn::crypto::rustls::QuicServerConfig;
 use rcgen::{KeyPair, PublicKeyData};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -134,8 +133,8 @@ impl Identity {
     }
 
     /// Returns the TLS side of a server endpoint that proves this identity.
-    pub(crate) fn server_tls(&self) -> Result<QuicServerConfig, IdentityError> {
-        tls::server_tls(self.inner.certificates.clone()).map_err(IdentityError::crypto)
+    pub(crate) fn server_tls(&self) -> Result<rustls::ServerConfig, IdentityError> {
+        tls::server_config(self.inner.certificates.clone()).map_err(IdentityError::crypto)
     }
 
     /// Returns the key for stateless resets: with a lasting key, a server that was restarted can
@@ -265,7 +264,7 @@ pub enum IdentityError {
 }
 
 impl IdentityError {
-    fn crypto(error: impl std::error::Error + Send + Sync + 'static) -> Self {
+    pub(crate) fn crypto(error: impl std::error::Error + Send + Sync + 'static) -> Self {
         Self::Crypto(Box::new(error))
     }
 }

@@ -9,7 +9,6 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
-use quinn::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig, QuicServerConfig};
 use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, KeyPair, KeyUsagePurpose};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::aws_lc_rs::cipher_suite::{
@@ -40,22 +39,6 @@ pub(crate) enum Trust {
     PlatformRoots,
 }
 
-/// Makes the client side of TLS, and the place where a refused key is noted.
-///
-/// One configuration serves any number of connections and should be kept: it remembers sessions,
-/// which makes reconnecting cheaper.
-pub(crate) fn client_tls(trust: Trust) -> Result<(QuicClientConfig, PinCheck), TlsError> {
-    let (config, check) = client_config(trust)?;
-    Ok((QuicClientConfig::try_from(config)?, check))
-}
-
-/// Makes the server side of TLS.
-pub(crate) fn server_tls(
-    certificates: Arc<CertificateSource>,
-) -> Result<QuicServerConfig, TlsError> {
-    Ok(QuicServerConfig::try_from(server_config(certificates)?)?)
-}
-
 /// Why no TLS configuration could be made.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum TlsError {
@@ -68,9 +51,6 @@ pub(crate) enum TlsError {
     /// The clock shows a time that certificates cannot express.
     #[error("the clock shows a year that no certificate can hold")]
     Clock(#[from] time::error::ComponentRange),
-    /// The provider lacks the cipher that QUIC begins with.
-    #[error("no cipher suite for the first packets")]
-    Suite(#[from] NoInitialCipherSuite),
 }
 
 /// The server's key was not the pinned one.
@@ -289,6 +269,10 @@ impl ServerCertVerifier for PinVerifier {
     }
 }
 
+/// Makes the client side of TLS, and the place where a refused key is noted.
+///
+/// One configuration serves any number of connections and should be kept: it remembers sessions,
+/// which makes reconnecting cheaper.
 pub(crate) fn client_config(trust: Trust) -> Result<(rustls::ClientConfig, PinCheck), TlsError> {
     let check = PinCheck::default();
     let verifier: Arc<dyn ServerCertVerifier> = match trust {
@@ -309,6 +293,7 @@ pub(crate) fn client_config(trust: Trust) -> Result<(rustls::ClientConfig, PinCh
     Ok((config, check))
 }
 
+/// Makes the server side of TLS.
 pub(crate) fn server_config(
     certificates: Arc<CertificateSource>,
 ) -> Result<rustls::ServerConfig, TlsError> {
@@ -364,7 +349,7 @@ mod tests {
     use std::sync::atomic::{AtomicI64, Ordering};
     use std::time::Duration;
 
-    use quinn::crypto::rustls::HandshakeData;
+    use quinn::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
     use quinn::crypto::{ServerConfig as _, Session};
     use quinn::{ClientConfig, ConnectionError, Endpoint, ServerConfig, Side, TransportErrorCode};
     use quinn_proto::transport_parameters::TransportParameters;
@@ -401,6 +386,15 @@ mod tests {
 
     fn issuing(key: &Arc<KeyPair>) -> Arc<CertificateSource> {
         Arc::new(CertificateSource::issuing(key.clone()).unwrap())
+    }
+
+    fn client_tls(trust: Trust) -> Result<(QuicClientConfig, PinCheck), TlsError> {
+        let (config, check) = client_config(trust)?;
+        Ok((QuicClientConfig::try_from(config).unwrap(), check))
+    }
+
+    fn server_tls(certificates: Arc<CertificateSource>) -> Result<QuicServerConfig, TlsError> {
+        Ok(QuicServerConfig::try_from(server_config(certificates)?).unwrap())
     }
 
     fn pinned(fingerprint: Fingerprint) -> (QuicClientConfig, PinCheck) {
