@@ -47,6 +47,14 @@ fn upload() {
     assert_eq!(last_line("upload"), "20971537 bytes are stored");
 }
 
+#[test]
+fn fetch() {
+    assert_eq!(
+        last_line("fetch"),
+        "20971520 bytes of beach.jpg are in memory"
+    );
+}
+
 fn last_line(example: &str) -> String {
     let mut child = Command::new(program(example))
         .stdin(Stdio::null())

@@ -332,6 +332,32 @@ fn get_writes_to_what_is_no_file() {
             .code,
         0
     );
+    // Standard output under other names, a file or a pipe; another descriptor.
+    let shell = |script: &str| {
+        let mut shell = std::process::Command::new("sh");
+        shell
+            .current_dir(dir.path())
+            .env("UDPACK_URL", server.url())
+            .args(["-c", script])
+            .arg(client(dir.path()).get_program());
+        shell.output().expect("it runs")
+    };
+    for script in [
+        "\"$0\" get f --as /dev/fd/1",
+        "\"$0\" get f --as /proc/self/fd/1",
+        "\"$0\" get f --as /dev/fd/1 > to && cat to",
+        "\"$0\" get f --as /dev/fd/3 3> to > /dev/null && cat to",
+        "\"$0\" get f --as - | cat",
+    ] {
+        let out = shell(script);
+        assert!(out.status.success(), "{script}: {out:?}");
+        assert!(out.stdout == content, "{script}: nothing but the file");
+    }
+    // Who has enough is no failure; where nothing is staged, no room is needed for it.
+    let out = shell("TMPDIR=/nowhere \"$0\" get f --as - | head -c 5");
+    assert!(out.stdout == content[..5] && !String::from_utf8_lossy(&out.stderr).contains("error"));
+    let out = shell("\"$0\" get f --as /dev/full; echo $?");
+    assert_eq!(out.stdout, b"3\n", "{out:?}");
     let fifo = dir.path().join("fifo");
     assert!(
         std::process::Command::new("mkfifo")

@@ -17,11 +17,12 @@ use crate::error::TransferError;
 use crate::limiter::Limiter;
 use crate::link::Link;
 use crate::path::RelPath;
-use crate::progress::{Event, Feed, Outcome, Progress};
+use crate::progress::{Event, Feed, Files, Moving, Outcome, Progress, Watch};
 use crate::store::{
     Complete, Entry, IfExists, Kind, Meta, OtherTime, Placed, Published, Store, StoreError, Synced,
 };
 use incoming::{End, Ended, Note};
+pub(crate) use lane::{ACK, BREAKS, HASHED, SILENCE};
 
 /// Files taken from the iterator ahead of the lanes.
 const AHEAD: usize = 256;
@@ -137,6 +138,7 @@ impl Downloader {
             moved: AtomicU64::new(0),
             files: AtomicUsize::new(0),
             files_done: AtomicUsize::new(0),
+            under_way: Files::default(),
         });
         let (events, happened) = mpsc::channel(256);
         let (notes, noted) = mpsc::unbounded_channel();
@@ -176,6 +178,18 @@ impl Download {
         self.feed.next(|| self.context.progress()).await
     }
 
+    /// Tells how far it is, and how far each file is, to whoever wants to know: beside the events, and as often as asked
+    /// for.
+    pub fn watch(&self) -> Watch {
+        let context = Arc::downgrade(&self.context);
+        Watch::new(move || {
+            let context = context.upgrade()?;
+            let files = context.under_way.list()?;
+            let whole = context.progress();
+            Some(Moving { whole, files })
+        })
+    }
+
     /// How far it is. Total and number of files grow while the iterator is read.
     pub fn progress(&self) -> Progress {
         self.context.progress()
@@ -184,6 +198,7 @@ impl Download {
 
 impl Drop for Download {
     fn drop(&mut self) {
+        self.context.under_way.close();
         self.context.room.close();
     }
 }
@@ -264,6 +279,7 @@ struct Context {
     moved: AtomicU64,
     files: AtomicUsize,
     files_done: AtomicUsize,
+    under_way: Files,
 }
 
 impl Context {
@@ -274,6 +290,7 @@ impl Context {
         self.total.fetch_add(size, Ordering::Relaxed);
         self.total.fetch_sub(job.size, Ordering::Relaxed);
         job.size = size;
+        self.under_way.resize(job.index, size);
     }
 
     /// This much of the file is here.
@@ -281,6 +298,7 @@ impl Context {
         if let Some(more) = bytes.checked_sub(job.counted) {
             self.counted.fetch_add(more, Ordering::Relaxed);
             job.counted = bytes;
+            self.under_way.moved(job.index, bytes);
         }
     }
 
@@ -302,6 +320,7 @@ impl Context {
         self.resize(&mut job, arrived.size);
         let all = job.size;
         self.count(&mut job, all);
+        self.under_way.end(job.index);
         self.files_done.fetch_add(1, Ordering::Relaxed);
         let outcome = Outcome {
             index: job.index,
@@ -324,6 +343,7 @@ impl Context {
     async fn failed(&self, events: &mpsc::Sender<Event>, job: Job, error: TransferError) {
         self.total
             .fetch_sub(job.size - job.counted, Ordering::Relaxed);
+        self.under_way.end(job.index);
         self.files_done.fetch_add(1, Ordering::Relaxed);
         let failed = Event::Failed {
             index: job.index,

@@ -59,6 +59,9 @@ pub enum TransferError {
     /// The local directory does not take the file, or could not store it: downloads only.
     #[error(transparent)]
     Store(Arc<StoreError>),
+    /// What the file was to be written to does not take it: of [`Fetch`](crate::Fetch) only.
+    #[error("cannot write what arrived")]
+    Write(#[source] io::Error),
     /// The connection or the lane ended first: whether the file was stored is unknown. Asking again with
     /// [`IfExists::Same`](crate::IfExists::Same) settles it.
     #[error("the connection ended before the server confirmed the file: {0}")]
@@ -99,7 +102,7 @@ impl TransferError {
     /// The kind.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Source { .. } | Self::NotAFile { .. } => ErrorKind::LocalFile,
+            Self::Source { .. } | Self::NotAFile { .. } | Self::Write(_) => ErrorKind::LocalFile,
             Self::Name { .. } => ErrorKind::Policy,
             Self::SourceChanged { .. } | Self::Mismatch => ErrorKind::Integrity,
             Self::Closed(_) | Self::Silent(_) => ErrorKind::Network,
@@ -122,11 +125,20 @@ impl TransferError {
             Self::Closed(reason) => reason.retry,
             Self::Connect(error) => error.retry(),
             Self::Silent(_) | Self::SourceChanged { .. } | Self::Mismatch => true,
-            Self::Source { .. } | Self::NotAFile { .. } | Self::Name { .. } | Self::Protocol(_) => {
-                false
-            }
+            Self::Source { .. }
+            | Self::NotAFile { .. }
+            | Self::Name { .. }
+            | Self::Write(_)
+            | Self::Protocol(_) => false,
         }
     }
+}
+
+/// The same error of the system once more.
+fn same(error: &io::Error) -> io::Error {
+    error
+        .raw_os_error()
+        .map_or_else(|| error.kind().into(), io::Error::from_raw_os_error)
 }
 
 /// What kind of trouble a code of `docs/PROTOCOL.md` §11 stands for.
@@ -179,10 +191,9 @@ impl TransferError {
             },
             Self::Source { path, source } => Self::Source {
                 path: path.clone(),
-                source: source
-                    .raw_os_error()
-                    .map_or_else(|| source.kind().into(), io::Error::from_raw_os_error),
+                source: same(source),
             },
+            Self::Write(error) => Self::Write(same(error)),
             Self::Refused {
                 code,
                 message,

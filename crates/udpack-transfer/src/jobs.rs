@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use tokio::time::MissedTickBehavior;
+use tokio::time::{Interval, MissedTickBehavior};
 use udpack::{Channel, CloseCode, Fault, Message, RecvError, SendError};
 
 use crate::scope::Scope;
@@ -60,6 +60,44 @@ pub struct Transfer {
     pub safe: u64,
     /// How long it runs.
     pub running: Duration,
+}
+
+/// The transfers of a [`Receiver`](crate::Receiver), told whenever they change.
+///
+/// # Drop
+/// Ends nothing but the telling.
+#[derive(Debug)]
+pub struct TransferWatch {
+    jobs: Jobs,
+    ticker: Interval,
+    told: Option<Vec<Transfer>>,
+}
+
+impl TransferWatch {
+    /// All that run now, as soon as one has begun, moved or ended since what was told last, and four times a second at
+    /// most. `None` when none runs and the server shuts down ([`Receiver::shutting_down`](crate::Receiver::shutting_down)).
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn next(&mut self) -> Option<Vec<Transfer>> {
+        loop {
+            self.ticker.tick().await;
+            // Read first: what begins after it is told.
+            let over = self.jobs.inner.over.load(Ordering::Relaxed);
+            let now = self.jobs.transfers();
+            let state = |all: &[Transfer]| {
+                let state = all.iter().map(|one| (one.id, one.bytes, one.safe));
+                state.collect::<Vec<_>>()
+            };
+            if self.told.as_deref().map(state) != Some(state(&now)) {
+                self.told = Some(now.clone());
+                return Some(now);
+            }
+            if over && now.is_empty() {
+                return None;
+            }
+        }
+    }
 }
 
 /// All jobs of a server. A handle.
@@ -155,6 +193,17 @@ impl Jobs {
     pub(crate) fn transfers(&self) -> Vec<Transfer> {
         let all = lock(&self.inner.running);
         all.values().map(|job| job.transfer()).collect()
+    }
+
+    /// Tells of all of them. Must be called within a tokio runtime.
+    pub(crate) fn told(&self) -> TransferWatch {
+        let mut ticker = tokio::time::interval(TICK);
+        ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        TransferWatch {
+            jobs: self.clone(),
+            ticker,
+            told: None,
+        }
     }
 
     /// Cancels one; `false` where there is none of this number.

@@ -1,7 +1,7 @@
 //! Verified file transfer on [`udpack`] channels.
 //!
 //! A [`Receiver`] serves the files of a [`Store`]. An [`Uploader`] sends files to it and a [`Downloader`] gets
-//! them, over a `Socket` or over a [`Link`] that survives the loss of one; a [`Remote`] asks what is there and
+//! them, a [`Fetch`] reads one into memory or any writer, over a `Socket` or over a [`Link`] that survives the loss of one; a [`Remote`] asks what is there and
 //! watches what is transferred. All use the public interface of `udpack` only. The messages are in
 //! `docs/PROTOCOL.md`, section 11.
 //!
@@ -25,6 +25,7 @@
 
 mod downloader;
 mod error;
+mod fetch;
 mod glob;
 mod hook;
 mod jobs;
@@ -53,14 +54,15 @@ mod writers;
 
 pub use downloader::{Download, Downloader, Wanted, apply_entry};
 pub use error::{ErrorKind, TransferError};
+pub use fetch::{Fetch, FetchError, Fetched};
 pub use glob::{Exclude, Pattern, PatternError};
 pub use hook::{Accepted, Access, Answer, Hook, HookAccess, HookOffer, HookStored, HookWhole};
-pub use jobs::Transfer;
+pub use jobs::{Transfer, TransferWatch};
 pub use lane::{Action, Lane, Refusal};
 pub use limiter::Limiter;
 pub use link::{Link, LinkEvent, LinkEvents, Retry};
 pub use path::{PathError, PathRule, RelPath};
-pub use progress::{Event, Outcome, Progress};
+pub use progress::{Event, FileProgress, Moving, Outcome, Progress, Watch};
 pub use receiver::{Receiver, ReceiverConfig};
 pub use remote::{Job, JobKind, JobState, Jobs, JobsEvent, Listing, Remote};
 pub use scope::{Scope, ScopeError};

@@ -1,5 +1,9 @@
 //! What uploads and downloads tell while they run.
 
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -116,6 +120,137 @@ pub struct Outcome {
     pub other_time: Option<OtherTime>,
     /// From the first offer to `done`.
     pub elapsed: Duration,
+}
+
+/// How far one file is that has begun and has no outcome.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct FileProgress {
+    /// Which of the sources, or of the files wanted, counted from 0.
+    pub index: usize,
+    /// The name that it is to get.
+    pub path: String,
+    /// Its size in bytes; of what tells only at its end, what was read so far.
+    pub size: u64,
+    /// Bytes of it that have arrived, and been acknowledged or written. The last of them counts with its outcome only.
+    pub bytes: u64,
+}
+
+/// How far a transfer is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Moving {
+    /// Everything together.
+    pub whole: Progress,
+    /// Each file that has begun and has no outcome, in the order of the sources. Some hundreds at most.
+    pub files: Vec<FileProgress>,
+}
+
+/// What an [`Upload`](crate::Upload) or a [`Download`](crate::Download) tells of how far it is, for a program that draws
+/// it: `let mut watch = upload.watch();`, moved to where it is drawn.
+///
+/// # Drop
+/// Ends nothing but the telling.
+pub struct Watch {
+    look: Box<dyn Fn() -> Option<Moving> + Send>,
+    ticker: Interval,
+    told: Option<Moving>,
+    over: bool,
+}
+
+impl Watch {
+    /// Must be called within a tokio runtime.
+    pub(crate) fn new(look: impl Fn() -> Option<Moving> + Send + 'static) -> Self {
+        let mut ticker = tokio::time::interval(REPORT);
+        ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Self {
+            look: Box::new(look),
+            ticker,
+            told: None,
+            over: false,
+        }
+    }
+
+    /// How far it is, as soon as that is something else than was told last, and ten times a second at most; what was
+    /// in between is left out. `None` after every file has its outcome, and when the transfer was dropped. The events need
+    /// to be taken meanwhile: nothing goes on without that.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn next(&mut self) -> Option<Moving> {
+        while !self.over {
+            self.ticker.tick().await;
+            let Some(now) = (self.look)() else {
+                break;
+            };
+            self.over = now.whole.listed && now.whole.files_done >= now.whole.files;
+            if self.told.as_ref() != Some(&now) {
+                self.told = Some(now.clone());
+                return Some(now);
+            }
+        }
+        self.over = true;
+        None
+    }
+}
+
+impl fmt::Debug for Watch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Watch")
+            .field("told", &self.told)
+            .field("over", &self.over)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The files under way of one transfer.
+#[derive(Debug, Default)]
+pub(crate) struct Files {
+    files: Mutex<BTreeMap<usize, FileProgress>>,
+    over: AtomicBool,
+}
+
+impl Files {
+    pub(crate) fn begin(&self, index: usize, path: &str, size: u64) {
+        let begun = FileProgress {
+            index,
+            path: path.to_owned(),
+            size,
+            bytes: 0,
+        };
+        self.lock().insert(index, begun);
+    }
+
+    pub(crate) fn resize(&self, index: usize, size: u64) {
+        if let Some(file) = self.lock().get_mut(&index) {
+            file.size = size;
+        }
+    }
+
+    pub(crate) fn moved(&self, index: usize, bytes: u64) {
+        if let Some(file) = self.lock().get_mut(&index) {
+            file.bytes = bytes;
+        }
+    }
+
+    pub(crate) fn end(&self, index: usize) {
+        self.lock().remove(&index);
+    }
+
+    /// The transfer was given up.
+    pub(crate) fn close(&self) {
+        self.over.store(true, Ordering::Relaxed);
+    }
+
+    /// All of them; `None` once the transfer was given up.
+    pub(crate) fn list(&self) -> Option<Vec<FileProgress>> {
+        let over = self.over.load(Ordering::Relaxed);
+        (!over).then(|| self.lock().values().cloned().collect())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<usize, FileProgress>> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Progress {

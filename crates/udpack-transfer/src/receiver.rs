@@ -8,7 +8,7 @@ use tokio::sync::Semaphore;
 use udpack::{Channel, CloseCode, Peer, Pool, RecvError, ServerBuilder};
 
 use crate::hook::Hook;
-use crate::jobs::{Jobs, Transfer};
+use crate::jobs::{Jobs, Transfer, TransferWatch};
 use crate::limiter::Limiter;
 use crate::places::{Places, cores};
 use crate::queries::Queries;
@@ -163,6 +163,12 @@ impl Receiver {
     /// The transfers that run now, each with how far it is. What waits for its turn is not among them.
     pub fn transfers(&self) -> Vec<Transfer> {
         self.jobs.transfers()
+    }
+
+    /// Tells of [`transfers`](Self::transfers) whenever they change, for a program that shows them. Must be called within a
+    /// tokio runtime.
+    pub fn watch(&self) -> TransferWatch {
+        self.jobs.told()
     }
 
     /// Cancels a transfer: its client is told `cancelled`, and what is there of an upload is removed. One that is being

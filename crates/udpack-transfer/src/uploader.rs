@@ -16,7 +16,7 @@ use crate::CHANNEL;
 use crate::error::TransferError;
 use crate::limiter::{Limiter, Pace, SMALLEST};
 use crate::link::Link;
-use crate::progress::{Event, Feed, Outcome, Progress};
+use crate::progress::{Event, Feed, Files, Moving, Outcome, Progress, Watch};
 use crate::queue::{Claim, Item, Next, Queue, SMALL};
 use crate::source::{self, Buffers, Opened, Origin, Piece, Source, Whole};
 use crate::store::{IfExists, Meta, OtherTime, Time};
@@ -139,6 +139,7 @@ impl Uploader {
             unsized_files: AtomicUsize::new(0),
             files_done: AtomicUsize::new(0),
             files: AtomicUsize::new(0),
+            under_way: Files::default(),
             lanes: AtomicUsize::new(lanes),
         });
         let (events, happened) = mpsc::channel(256);
@@ -180,10 +181,23 @@ impl Upload {
     pub fn progress(&self) -> Progress {
         self.shared.progress()
     }
+
+    /// Tells how far it is, and how far each file is, to whoever wants to know: beside the events, and as often as asked
+    /// for.
+    pub fn watch(&self) -> Watch {
+        let shared = Arc::downgrade(&self.shared);
+        Watch::new(move || {
+            let shared = shared.upgrade()?;
+            let files = shared.under_way.list()?;
+            let whole = shared.progress();
+            Some(Moving { whole, files })
+        })
+    }
 }
 
 impl Drop for Upload {
     fn drop(&mut self) {
+        self.shared.under_way.close();
         self.shared.queue.close();
     }
 }
@@ -216,6 +230,7 @@ struct Shared {
     unsized_files: AtomicUsize,
     files_done: AtomicUsize,
     files: AtomicUsize,
+    under_way: Files,
     /// Lanes that have not failed.
     lanes: AtomicUsize,
 }
@@ -237,6 +252,7 @@ impl Shared {
         self.total.fetch_add(size, Ordering::Relaxed);
         self.total.fetch_sub(item.size, Ordering::Relaxed);
         item.size = size;
+        self.under_way.resize(item.index, size);
     }
 
     /// How many bytes of a file may go out before the server has told what it has of it, on a path with this
@@ -261,6 +277,7 @@ impl Shared {
         if acked > item.acked {
             self.acked.fetch_add(acked - item.acked, Ordering::Relaxed);
             item.acked = acked;
+            self.under_way.moved(item.index, acked);
         }
     }
 
@@ -269,6 +286,7 @@ impl Shared {
         if item.is_unsized() {
             self.unsized_files.fetch_sub(1, Ordering::Relaxed);
         }
+        self.under_way.end(item.index);
         self.files_done.fetch_add(1, Ordering::Relaxed);
     }
 
@@ -949,6 +967,8 @@ impl Lane<'_> {
         }
         if claim.since.is_none() {
             claim.since = Some(Instant::now());
+            let (index, name) = (claim.index, claim.source.remote());
+            self.shared.under_way.begin(index, name, size.unwrap_or(0));
             let started = Event::Started {
                 index: claim.index,
                 path: claim.source.remote().to_owned(),
@@ -1244,7 +1264,7 @@ async fn is_source(claim: &Claim, size: u64, hash: [u8; 32]) -> bool {
 }
 
 /// Why the server ended a lane in order although files on it have no outcome.
-fn lane_end(channel: &Channel, socket: &Socket) -> CloseReason {
+pub(crate) fn lane_end(channel: &Channel, socket: &Socket) -> CloseReason {
     if let Some(reason) = channel.close_reason().or_else(|| socket.close_reason()) {
         return reason;
     }

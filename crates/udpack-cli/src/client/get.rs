@@ -1,17 +1,23 @@
 //! `get`: downloads files and directories.
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::{self, Write as _};
+use std::fs::{File, Metadata};
+use std::io;
+use std::os::fd::AsFd as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::task::{self, Poll};
 use std::time::Duration;
 
 use anyhow::Context as _;
-use tempfile::TempDir;
-use tokio::sync::{mpsc, oneshot};
+use tokio::io::AsyncWrite;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
 use udpack_transfer::{
-    Downloader, Entry, Exclude, IfExists, Kind as EntryKind, Limiter, Link, Overwrite, Placed,
-    RelPath, Remote, Store, StoreConfig, Wanted, apply_entry, names,
+    Downloader, Entry, Exclude, Fetch, FetchError, IfExists, Kind as EntryKind, Limiter, Link,
+    Overwrite, Placed, Progress, RelPath, Remote, Store, StoreConfig, TransferError, Wanted,
+    apply_entry, names,
 };
 
 use super::remote::remote_path;
@@ -50,14 +56,14 @@ async fn get(
     report: &mut Report,
 ) -> anyhow::Result<()> {
     let sink = args.name.as_deref().and_then(Sink::of);
-    let spool = match &sink {
-        Some(sink) => Some(sink.spool(args, report)?),
-        None => None,
-    };
-    let place = match &spool {
-        Some(spool) => Place {
-            dir: spool.path().to_owned(),
-            name: Some(CONTENT.to_owned()),
+    if let Some(sink) = &sink {
+        sink.check(args, report)?;
+    }
+    let place = match sink {
+        // Nothing is stored.
+        Some(_) => Place {
+            dir: PathBuf::new(),
+            name: None,
         },
         None => Place::new(args)?,
     };
@@ -93,6 +99,9 @@ async fn get(
                     return Ok(());
                 }
                 report.start(&target.address(), bytes);
+                if let (Some(sink), [root]) = (&sink, &roots[..]) {
+                    return pour(args, console, &link, sink.clone(), root, report).await;
+                }
                 let store = place.open(args.transfer.if_exists.into()).await?;
                 opened = Some(store.clone());
                 fetch(args, console, &link, &remote, store, roots, report).await
@@ -101,18 +110,11 @@ async fn get(
         .await;
     if let Some(store) = opened {
         let left = store.close(CLOSING).await;
-        if left.uploads > 0 && spool.is_none() {
+        if left.uploads > 0 {
             report.left(&place.dir.join(".udpack"), left);
         }
     }
-    result?;
-    if let (Some(sink), Some(spool)) = (sink, spool)
-        && report.all_stored()
-    {
-        let content = spool.path().join(CONTENT);
-        tokio::task::spawn_blocking(move || sink.take(&content)).await??;
-    }
-    Ok(())
+    result
 }
 
 async fn fetch(
@@ -370,7 +372,7 @@ fn join(dir: &str, name: &str) -> String {
 }
 
 /// What a file can be written to that is no file: standard output, a named pipe, a device.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum Sink {
     Stdout,
     Path(PathBuf),
@@ -382,11 +384,16 @@ impl Sink {
             return Some(Self::Stdout);
         }
         let metadata = std::fs::metadata(name).ok()?;
-        (!metadata.is_file() && !metadata.is_dir()).then(|| Self::Path(name.to_owned()))
+        if is_stdout(&metadata) {
+            return Some(Self::Stdout);
+        }
+        let is_fd = name.starts_with("/dev/fd") || name.starts_with("/proc/self/fd");
+        let is_file = metadata.is_file() && !is_fd;
+        (!is_file && !metadata.is_dir()).then(|| Self::Path(name.to_owned()))
     }
 
-    /// Where the file lies until all of it is here and verified: nobody reads a byte of a wrong one.
-    fn spool(&self, args: &GetArgs, report: &mut Report) -> anyhow::Result<TempDir> {
+    /// Checks that one file is asked for, and leaves standard output to it.
+    fn check(&self, args: &GetArgs, report: &mut Report) -> anyhow::Result<()> {
         if args.paths.len() > 1 {
             return Err(Failure::new(Kind::Usage, "--as NAME takes a single path")
                 .hint(
@@ -403,45 +410,97 @@ impl Sink {
             }
             report.mute();
         }
-        TempDir::with_prefix("udpack-").map_err(|error| {
-            Failure::new(
-                Kind::LocalFile,
-                format!("cannot make a directory for the file: {error}"),
-            )
-            .hint("set TMPDIR to a directory with room for it")
-            .into()
-        })
+        Ok(())
     }
 
-    fn take(&self, content: &Path) -> anyhow::Result<()> {
-        let failed = |error| {
-            let shown = match self {
-                Self::Stdout => "standard output".to_owned(),
-                Self::Path(path) => path.display().to_string(),
-            };
-            Failure::new(Kind::LocalFile, format!("cannot write to {shown}: {error}"))
-        };
-        let mut content = File::open(content).map_err(failed)?;
-        let written = match self {
-            Self::Stdout => {
-                let mut out = io::stdout().lock();
-                io::copy(&mut content, &mut out).and_then(|_| out.flush())
-            }
-            Self::Path(path) => File::options()
-                .write(true)
-                .open(path)
-                .and_then(|mut out| io::copy(&mut content, &mut out).map(drop)),
-        };
-        match written {
-            // The reader has what it wanted.
-            Err(error) if output::is_gone(&error) => Ok(()),
-            written => Ok(written.map_err(failed)?),
+    /// Opens it, which may wait for who reads a named pipe. Blocks.
+    fn open(&self) -> anyhow::Result<Writer> {
+        match self {
+            Self::Stdout => Ok(Writer(Box::new(io::stdout()))),
+            Self::Path(path) => match File::options().write(true).open(path) {
+                Ok(file) => Ok(Writer(Box::new(file))),
+                Err(error) => {
+                    let text = format!("cannot write to {}: {error}", path.display());
+                    Err(Failure::new(Kind::LocalFile, text).into())
+                }
+            },
         }
     }
 }
 
-/// What a file is called while it waits for its sink.
-const CONTENT: &str = "content";
+/// Whether this is what standard output leads to, whatever its name.
+fn is_stdout(metadata: &Metadata) -> bool {
+    let stdout = io::stdout().as_fd().try_clone_to_owned();
+    let stdout = stdout.and_then(|stdout| File::from(stdout).metadata());
+    stdout.is_ok_and(|stdout| (stdout.dev(), stdout.ino()) == (metadata.dev(), metadata.ino()))
+}
+
+/// What blocks, as something that is waited for. The runtime gives the other tasks of its thread to another one meanwhile.
+struct Writer(Box<dyn io::Write + Send>);
+
+impl AsyncWrite for Writer {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        _: &mut task::Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Poll::Ready(tokio::task::block_in_place(|| self.0.write(bytes)))
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, _: &mut task::Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(tokio::task::block_in_place(|| self.0.flush()))
+    }
+
+    fn poll_shutdown(
+        self: Pin<&mut Self>,
+        context: &mut task::Context<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.poll_flush(context)
+    }
+}
+
+/// Writes a file to what is no file, as it comes. What is written is known to be right only when this has ended well;
+/// the last bytes are written only then.
+async fn pour(
+    args: &GetArgs,
+    console: &Console,
+    link: &Link,
+    sink: Sink,
+    root: &Root,
+    report: &mut Report,
+) -> anyhow::Result<()> {
+    let path: RelPath = root.entry.path.parse()?;
+    let mut writer = tokio::task::spawn_blocking(move || sink.open())
+        .await
+        .context("cannot open what to write to")??;
+    let (tell, progress) = watch::channel(Progress::default());
+    let mut fetch = Fetch::new(link).progress(tell);
+    if let Some(rate) = args.transfer.bwlimit.down {
+        fetch = fetch.limit(Limiter::new(rate));
+    }
+    let name = match &args.name {
+        Some(name) => names::from_os(name.as_os_str()).into_owned(),
+        None => String::new(),
+    };
+    let shown = root.entry.path.clone();
+    // A task of its own: writing may block for as long as nobody reads.
+    let mut fetching = JoinSet::new();
+    fetching.spawn(async move { fetch.read(&path, &mut writer).await });
+    let mut meter = Meter::new(args.show.progress, args.log.quiet, console);
+    let fetched = async {
+        match fetching.join_next().await {
+            Some(Ok(fetched)) => fetched,
+            _ => Err(FetchError {
+                written: 0,
+                cause: TransferError::Protocol("writing the file failed".to_owned()),
+            }),
+        }
+    };
+    report
+        .follow_fetch(fetched, progress, link.events(), &name, &shown, &mut meter)
+        .await;
+    Ok(())
+}
 
 /// Where files are to go.
 #[derive(Debug)]

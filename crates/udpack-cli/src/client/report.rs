@@ -8,8 +8,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use tokio::sync::{mpsc, oneshot};
-use udpack_transfer::{Download, Event, Left, OtherTime, Outcome, Progress, Upload};
+use tokio::sync::{mpsc, oneshot, watch};
+use udpack_transfer::{
+    Download, Event, FetchError, Fetched, Left, LinkEvent, LinkEvents, OtherTime, Outcome,
+    Progress, TransferError, Upload,
+};
 
 use super::failures::Failures;
 use crate::args::LogArgs;
@@ -294,6 +297,63 @@ impl Report {
         }
         self.write_out();
         self.ended = Some(Instant::now());
+    }
+
+    /// Follows a file that is written to what is no file, to its end.
+    pub(super) async fn follow_fetch(
+        &mut self,
+        fetching: impl Future<Output = Result<Fetched, FetchError>>,
+        progress: watch::Receiver<Progress>,
+        links: LinkEvents,
+        path: &str,
+        source: &str,
+        meter: &mut Meter,
+    ) {
+        let origins = Origins::default();
+        let origin = Origin {
+            shown: source.to_owned(),
+            what: Thing::File,
+        };
+        origins.insert(0, origin);
+        meter.started(0, path.to_owned());
+        let mut fetching = std::pin::pin!(fetching);
+        let mut links = Some(links);
+        let mut tick = tokio::time::interval(PROGRESS_EVERY);
+        let fetched = loop {
+            let event = tokio::select! {
+                biased;
+                fetched = &mut fetching => break fetched,
+                event = next_link(&mut links) => match event {
+                    Some(LinkEvent::Reconnecting { attempt, delay, reason }) => {
+                        Event::Reconnecting { attempt, delay, reason }
+                    }
+                    Some(LinkEvent::Connected) => Event::Connected,
+                    Some(_) => continue,
+                    None => {
+                        links = None;
+                        continue;
+                    }
+                },
+                _ = tick.tick() => Event::Progress(*progress.borrow()),
+            };
+            self.event(event, &origins, meter);
+        };
+        self.ended = Some(Instant::now());
+        meter.ended(0);
+        match fetched {
+            Ok(fetched) => {
+                let mut outcome = Outcome::from(fetched);
+                path.clone_into(&mut outcome.path);
+                self.done(&origins.take(0), &outcome);
+            }
+            // The reader has what it wanted.
+            Err(FetchError {
+                cause: TransferError::Write(error),
+                ..
+            }) if output::is_gone(&error) => {}
+            Err(error) if error.written == 0 => self.failed(path, source, &error.cause.into()),
+            Err(error) => self.failed(path, source, &error.into()),
+        }
     }
 
     fn event(&mut self, event: Event, origins: &Origins, meter: &mut Meter) {
@@ -748,6 +808,14 @@ impl Report {
         {
             self.unwritten.get_or_insert(error);
         }
+    }
+}
+
+/// What happens to the link; never, once nothing more will.
+async fn next_link(links: &mut Option<LinkEvents>) -> Option<LinkEvent> {
+    match links {
+        Some(links) => links.next().await,
+        None => std::future::pending().await,
     }
 }
 

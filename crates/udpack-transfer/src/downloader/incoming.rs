@@ -305,6 +305,8 @@ impl Worker {
             (Step::Open { size, meta }, stage) => {
                 if !job.started {
                     job.started = true;
+                    let name = job.wanted.local.as_str();
+                    self.context.under_way.begin(job.index, name, size);
                     let _ = self.notes.send(Note::Started {
                         index: job.index,
                         path: job.wanted.local.clone(),

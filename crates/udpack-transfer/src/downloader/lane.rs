@@ -26,13 +26,13 @@ const AHEAD: u64 = 8 << 20;
 /// What a file counts as whose size nobody has told yet.
 const UNTOLD: u64 = AHEAD / 4;
 /// Silence of the server while it owes an answer.
-const SILENCE: Duration = Duration::from_secs(60);
+pub(crate) const SILENCE: Duration = Duration::from_secs(60);
 /// What a server surely hashes in a second: while it compares what is here with what it has, it is silent.
-const HASHED: u64 = 20 << 20;
+pub(crate) const HASHED: u64 = 20 << 20;
 /// How often the server is told how far a file is.
-const ACK: Duration = Duration::from_millis(250);
+pub(crate) const ACK: Duration = Duration::from_millis(250);
 /// Lanes that may break one after the other, on sockets that live, without a file moving.
-const BREAKS: u32 = 5;
+pub(crate) const BREAKS: u32 = 5;
 
 /// What a lane has to say beside asking for files.
 #[derive(Debug, Clone, Copy)]
