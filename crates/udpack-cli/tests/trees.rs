@@ -395,10 +395,31 @@ fn get_writes_to_what_is_no_file() {
 fn modes_travel_as_cp_takes_them() {
     let server = Server::start_in(workdir(), &["--allow-read"]);
     let dir = workdir();
-    for (name, mode) in [("t/run", 0o775), ("t/text", 0o664), ("t/own", 0o600)] {
+    for (name, mode) in [
+        ("t/run", 0o775),
+        ("t/text", 0o664),
+        ("t/own", 0o600),
+        ("t/open/dir/x", 0o600),
+        ("t/closed/dir/x", 0o600),
+    ] {
         write(&dir.path().join(name), name.as_bytes());
         age(&dir.path().join(name), mode, 1_000_000_000, 0);
     }
+    fs::create_dir(dir.path().join("t/empty")).expect("mkdir");
+    let dirs = [
+        ("t/open/dir", 0o755),
+        ("t/open", 0o775),
+        ("t/closed/dir", 0o755),
+        ("t/closed", 0o700),
+        ("t/empty", 0o777),
+        ("t", 0o755),
+    ];
+    for (name, mode) in dirs {
+        age(&dir.path().join(name), mode, 1_000_000_000, 0);
+    }
+    // One that is there keeps what it has.
+    fs::create_dir_all(server.uploads().join("t")).expect("mkdir");
+    age(&server.uploads().join("t"), 0o711, 1, 0);
     let masked = |command: &mut std::process::Command, args: &str| {
         let bin = command.get_program().to_owned();
         let mut shell = std::process::Command::new("sh");
@@ -416,8 +437,22 @@ fn modes_travel_as_cp_takes_them() {
             (mode("run"), mode("text"), mode("own")),
             (0o750, 0o640, 0o600)
         );
+        let modes = ["open", "open/dir", "closed", "closed/dir", "empty"].map(mode);
+        assert_eq!(modes, [0o750, 0o750, 0o700, 0o750, 0o750]);
         let time = fs::metadata(root.join("run")).expect("run").mtime();
         assert_ne!(time, 1_000_000_000, "times are kept with -p");
+    }
+    let mode_at =
+        |path: std::path::PathBuf| fs::metadata(path).expect("it is there").mode() & 0o777;
+    assert_eq!(mode_at(server.uploads().join("t")), 0o711);
+    assert_eq!(mode_at(dir.path().join("back")), 0o750);
+    // What only the name asks for is made as any directory is.
+    for (args, made) in [
+        ("put t/text --as new/er/x", "new/er"),
+        ("put - --as std/in < t/text", "std"),
+    ] {
+        assert_eq!(masked(&mut client(dir.path()), args), 0, "{args}");
+        assert_eq!(mode_at(server.uploads().join(made)), 0o750, "{args}");
     }
 }
 

@@ -228,7 +228,7 @@ pub fn apply_entry(
     let made = match (entry.kind, &entry.target) {
         (Kind::Dir, _) => {
             let new_mode = umask.map(|umask| entry.mode & 0o777 & !umask);
-            store.make_dir_with(local, meta, new_mode, None)
+            store.make_dir_with(local, meta, &[], new_mode, None)
         }
         (Kind::Link, Some(target)) => {
             let linked = store.make_link(local, target, if_exists);

@@ -353,6 +353,7 @@ mod tests {
             meta: MetaFields::default(),
             if_exists: IfExists::Same,
             resume: false,
+            dirs: Vec::new(),
             run: None,
             short: false,
         })
@@ -522,6 +523,7 @@ mod tests {
             Request::Dir(DirOffer {
                 id,
                 path: "d".into(),
+                dirs: Vec::new(),
                 meta: MetaFields::default(),
             })
         };
@@ -635,6 +637,7 @@ mod tests {
                 meta: MetaFields::default(),
                 if_exists: IfExists::Same,
                 resume: false,
+                dirs: Vec::new(),
                 run: None,
                 short: true,
             })

@@ -145,6 +145,7 @@ async fn send(
         mode: meta.mode,
         if_exists: None,
         resume: false,
+        dirs: Vec::new(),
         run: None,
     };
     channel.send("file", &fields).await?;

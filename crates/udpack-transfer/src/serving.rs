@@ -550,7 +550,7 @@ impl<'a> Serving<'a> {
             Err(refusal) => return self.refuse(refusal).await,
         };
         self.make(offer.id, move |store, tenant| {
-            let made = store.make_dir(&path, offer.meta.into(), tenant)?;
+            let made = store.make_dir_with(&path, offer.meta.into(), &offer.dirs, None, tenant)?;
             Ok((path, made))
         });
         Ok(())
@@ -577,7 +577,8 @@ impl<'a> Serving<'a> {
                 .await;
         }
         self.make(offer.id, move |store, tenant| {
-            let same = store.make_link_for(&path, &offer.target, offer.if_exists, tenant)?;
+            let same =
+                store.make_link_for(&path, &offer.target, offer.if_exists, &offer.dirs, tenant)?;
             let other_time = None;
             Ok((path, Placed { same, other_time }))
         });

@@ -36,6 +36,7 @@ pub struct Source {
     remote: Box<str>,
     /// Of a file, in bytes, where whoever listed it has looked.
     listed: Option<u64>,
+    dirs: Arc<[u32]>,
     pub(crate) origin: Origin,
 }
 
@@ -88,8 +89,22 @@ impl Source {
         Self {
             remote: remote.into(),
             listed: None,
+            dirs: Arc::default(),
             origin,
         }
+    }
+
+    /// Permissions for the directories at the server that must be made for it, the last for the one that it is in, the one
+    /// before for the one above that, and so on. They count where [`Uploader::umask`](crate::Uploader::umask) is set, less
+    /// its bits; other directories are for their owner only. Defaults to none.
+    pub fn dirs(mut self, modes: impl Into<Arc<[u32]>>) -> Self {
+        self.dirs = modes.into();
+        self
+    }
+
+    /// Those permissions.
+    pub(crate) fn dir_modes(&self) -> &[u32] {
+        &self.dirs
     }
 
     /// A regular file that is known to have had this size a moment ago.

@@ -138,6 +138,9 @@ pub struct NewFile<'a> {
     pub owner: Option<&'a str>,
     /// The quota it counts against beside the store's own.
     pub tenant: Option<&'a Tenant>,
+    /// Permissions for the directories that must be made on the way, the last for the one that holds the file; those
+    /// without are their owner's alone. Their owner's own access is never taken.
+    pub dirs: &'a [u32],
     /// All of its bytes are here already: a name that turns out to be taken in the end costs no more than that.
     pub whole: bool,
 }
@@ -754,9 +757,14 @@ impl Inner {
     }
 
     /// The directory that is to hold `path`, made if need be, and counted.
-    fn make_parent(&self, path: &RelPath, made: &mut Vec<Made>) -> Result<Dir, StoreError> {
+    fn make_parent(
+        &self,
+        path: &RelPath,
+        modes: &[u32],
+        made: &mut Vec<Made>,
+    ) -> Result<Dir, StoreError> {
         let before = made.len();
-        let dir = self.disk.make_parent(path, made);
+        let dir = self.disk.make_parent(path, modes, made);
         let new = made
             .iter()
             .skip(before)

@@ -716,13 +716,14 @@ impl Lane<'_> {
                 mtime_ns: meta.mtime_ns,
                 mode: meta.mode,
                 if_exists: self.policy(settle),
+                dirs: self.dirs(&source),
                 run,
                 hash: Hash(hash),
             };
             let sent = self.channel.send_bulk("put", &fields, "data", bytes).await;
             return Ok(sent?);
         }
-        let offer = self.offer(settle, id, source.remote(), Some(size), meta, false, run);
+        let offer = self.offer(settle, id, &source, Some(size), meta, false, run);
         self.channel.send("file", &offer).await?;
         let mut rest = bytes;
         let mut off = 0;
@@ -765,6 +766,7 @@ impl Lane<'_> {
                 path,
                 target,
                 if_exists,
+                dirs: self.dirs(&source),
             };
             self.channel.send("link", &fields).await?;
         } else {
@@ -775,6 +777,7 @@ impl Lane<'_> {
                 mtime: meta.mtime,
                 mtime_ns: meta.mtime_ns,
                 mode: meta.mode,
+                dirs: self.dirs(&source),
             };
             self.channel.send("dir", &fields).await?;
         }
@@ -809,7 +812,7 @@ impl Lane<'_> {
         let ask =
             size.is_some_and(|size| uploader.resume && (size > SMALL || same) && size > early);
         let run = self.shared.run(claim.index);
-        let offer = self.offer(claim.settle, id, source.remote(), size, meta, ask, run);
+        let offer = self.offer(claim.settle, id, &source, size, meta, ask, run);
         let (tell, ready) = oneshot::channel();
         claim.mtime = self.kept(meta).mtime;
         let mut sent = Sent::new(claim);
@@ -984,7 +987,7 @@ impl Lane<'_> {
         &'a self,
         settle: bool,
         id: u64,
-        path: &'a str,
+        source: &'a Source,
         size: Option<u64>,
         meta: Meta,
         resume: bool,
@@ -993,13 +996,14 @@ impl Lane<'_> {
         let meta = MetaFields::from(self.kept(meta));
         FileFields {
             id,
-            path,
+            path: source.remote(),
             size,
             mtime: meta.mtime,
             mtime_ns: meta.mtime_ns,
             mode: meta.mode,
             if_exists: Some(self.policy(settle)),
             resume,
+            dirs: self.dirs(source),
             run: Some(run),
         }
     }
@@ -1011,6 +1015,15 @@ impl Lane<'_> {
         } else {
             &self.shared.if_exists
         }
+    }
+
+    /// The permissions of the directories that must be made for it.
+    fn dirs(&self, source: &Source) -> Vec<u32> {
+        let Some(umask) = self.shared.uploader.umask else {
+            return Vec::new();
+        };
+        let modes = source.dir_modes().iter();
+        modes.map(|mode| mode & 0o777 & !umask).collect()
     }
 
     /// What of it is preserved.

@@ -7,6 +7,7 @@ use std::fs::{self, Metadata, ReadDir};
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::error::TransferError;
 use crate::glob::Exclude;
@@ -41,6 +42,9 @@ struct Level {
     /// The path from the walk's root; empty for that itself.
     relative: String,
     entries: ReadDir,
+    /// Permissions of the directories on the way to what is in it, itself included, as far as they have names at the
+    /// server.
+    modes: Arc<[u32]>,
     /// Device and inode: a link to a directory that is being read leads in a circle.
     id: (u64, u64),
     empty: bool,
@@ -55,6 +59,8 @@ pub struct Found {
     pub remote: String,
     /// What it is.
     pub what: What,
+    /// Permissions for the directories at the server that must be made for it: see [`Source::dirs`].
+    pub dirs: Arc<[u32]>,
 }
 
 /// What an entry is, with the name at the server that has been checked.
@@ -87,7 +93,7 @@ pub enum What {
 impl From<Found> for Source {
     /// What is to be uploaded of it. A directory's time and mode are looked up now.
     fn from(found: Found) -> Self {
-        match found.what {
+        let source = match found.what {
             What::File { remote, size } => Self::listed(found.local, &remote, size),
             What::Dir { remote } => match fs::metadata(&found.local) {
                 Ok(metadata) => Self::dir(remote, source::meta(&metadata)),
@@ -98,7 +104,8 @@ impl From<Found> for Source {
             },
             What::Link { remote, target } => Self::link(remote, target),
             What::Failed(error) => Self::failed(found.remote, error),
-        }
+        };
+        source.dirs(found.dirs)
     }
 }
 
@@ -133,7 +140,8 @@ impl Walk {
 
     /// Looks at one entry: `None` for a directory, which is entered, and for what is left out.
     fn look(&mut self, local: PathBuf, remote: String, relative: &str) -> Option<Found> {
-        let what = match self.what(&local, &remote, relative) {
+        let dirs = self.dirs(&remote);
+        let what = match self.what(&local, &remote, relative, &dirs) {
             Ok(what) => what?,
             Err(error) => What::Failed(error),
         };
@@ -141,7 +149,17 @@ impl Walk {
             local,
             remote,
             what,
+            dirs,
         })
+    }
+
+    /// The permissions for the directories above this name.
+    fn dirs(&self, remote: &str) -> Arc<[u32]> {
+        match self.above.last() {
+            Some(level) => level.modes.clone(),
+            // Those that only the name asks for are like any that are made.
+            None => vec![MADE; remote.matches('/').count()].into(),
+        }
     }
 
     fn what(
@@ -149,6 +167,7 @@ impl Walk {
         local: &Path,
         remote: &str,
         relative: &str,
+        dirs: &Arc<[u32]>,
     ) -> Result<Option<What>, TransferError> {
         let unreadable = |source| TransferError::Source {
             path: local.to_owned(),
@@ -178,6 +197,14 @@ impl Walk {
                 local: local.to_owned(),
                 remote: remote.to_owned(),
                 relative: relative.to_owned(),
+                modes: match remote {
+                    "" => dirs.clone(),
+                    _ => dirs
+                        .iter()
+                        .copied()
+                        .chain([metadata.mode() & 0o777])
+                        .collect(),
+                },
                 id,
                 empty: true,
             });
@@ -225,10 +252,12 @@ impl Walk {
             Ok(remote) => What::Dir { remote },
             Err(error) => What::Failed(error),
         };
+        let dirs = self.dirs(&level.remote);
         Some(Found {
             local: level.local,
             remote: level.remote,
             what,
+            dirs,
         })
     }
 }
@@ -255,6 +284,7 @@ impl Iterator for Walk {
                                 source,
                             }),
                             local: level.local,
+                            dirs: Arc::default(),
                         })
                     }
                     Some(Ok(entry)) => {
@@ -283,6 +313,9 @@ impl Iterator for Walk {
         }
     }
 }
+
+/// Permissions of a directory that nothing else is known of.
+const MADE: u32 = 0o777;
 
 fn join(dir: &str, name: &str) -> String {
     if dir.is_empty() {

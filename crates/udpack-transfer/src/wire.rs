@@ -7,6 +7,7 @@ use serde::Serialize;
 use udpack::{Channel, FieldError, Fields, Message};
 
 use crate::names;
+use crate::path::RelPath;
 use crate::store::{IfExists, Meta, Synced, Time};
 
 /// Bytes of file in one `chunk` that this library sends and likes to get.
@@ -97,6 +98,9 @@ pub struct Offer {
     pub if_exists: IfExists,
     /// Whether the client asks for `ready`, and what it has sent shall outlive the connection.
     pub resume: bool,
+    /// Permission bits for the directories that must be made on the way, the last for the one that holds the file, the one
+    /// before for the one above it, and so on; those without are their owner's alone.
+    pub dirs: Vec<u32>,
     /// The run of the client's program that this offer belongs to: an offer of the same file by the same run
     /// is the same upload, taken up again.
     pub run: Option<[u8; 16]>,
@@ -157,6 +161,8 @@ pub struct DirOffer {
     pub path: String,
     /// Modification time and permission bits, as far as told.
     pub meta: MetaFields,
+    /// As of an [`Offer`], for those above it.
+    pub dirs: Vec<u32>,
 }
 
 /// A `link` message.
@@ -168,6 +174,8 @@ pub struct LinkOffer {
     pub path: String,
     /// What it points to; not yet checked.
     pub target: String,
+    /// As of an [`Offer`].
+    pub dirs: Vec<u32>,
     /// What to do when the name is taken.
     pub if_exists: IfExists,
 }
@@ -229,6 +237,7 @@ pub fn decode(message: &Message) -> Result<Option<Request>, BadMessage> {
                 id: fields.u64("id")?,
                 path: names::field(fields, "path")?,
                 meta: meta(fields)?,
+                dirs: dirs(fields)?,
             }))
         }),
         "link" => link(message),
@@ -273,6 +282,24 @@ fn meta(fields: &Fields<'_>) -> Result<MetaFields, FieldError> {
     })
 }
 
+/// Reads `dirs`: as many as a path can have directories, at most; absent is none.
+fn dirs(fields: &Fields<'_>) -> Result<Vec<u32>, FieldError> {
+    let Some(mut modes) = fields.opt_array("dirs")? else {
+        return Ok(Vec::new());
+    };
+    if modes.remaining() > RelPath::MAX_COMPONENTS {
+        return Err(FieldError::WrongType {
+            key: "dirs",
+            expected: "array of at most 256 numbers",
+        });
+    }
+    let mut dirs = Vec::with_capacity(modes.remaining());
+    while modes.remaining() > 0 {
+        dirs.push(u32::try_from(modes.next_u64()? & 0o777).unwrap_or(0));
+    }
+    Ok(dirs)
+}
+
 /// Reads `have`: at most [`RANGES`], in order, none empty, none overlapping; absent is none.
 fn have(fields: &Fields<'_>) -> Result<Have, FieldError> {
     let wrong = FieldError::WrongType {
@@ -312,6 +339,7 @@ fn link(message: &Message) -> Result<Request, BadMessage> {
             id: fields.u64("id")?,
             path: names::field(fields, "path")?,
             target: names::field(fields, "target")?,
+            dirs: dirs(fields)?,
             if_exists: IfExists::default(),
         };
         Ok((offer, fields.opt_str("if_exists")?.map(str::to_owned)))
@@ -368,6 +396,7 @@ fn put(message: &Message) -> Result<Request, BadMessage> {
             meta: meta(fields)?,
             if_exists: IfExists::default(),
             resume: false,
+            dirs: dirs(fields)?,
             run: run(fields)?,
             short: false,
         };
@@ -403,6 +432,7 @@ fn file(message: &Message) -> Result<Request, BadMessage> {
             meta: meta(fields)?,
             if_exists: IfExists::default(),
             resume: fields.opt_bool("resume")?.unwrap_or(false),
+            dirs: dirs(fields)?,
             run: run(fields)?,
             short,
         };
@@ -663,6 +693,8 @@ pub(crate) struct FileFields<'a> {
     pub(crate) if_exists: Option<&'a str>,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub(crate) resume: bool,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) dirs: Vec<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) run: Option<Run>,
 }
@@ -680,6 +712,8 @@ pub(crate) struct PutFields<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) mode: Option<u32>,
     pub(crate) if_exists: &'a str,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) dirs: Vec<u32>,
     pub(crate) run: Run,
     pub(crate) hash: Hash,
 }
@@ -695,6 +729,8 @@ pub(crate) struct DirFields<'a> {
     pub(crate) mtime_ns: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) mode: Option<u32>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) dirs: Vec<u32>,
 }
 
 #[derive(Serialize)]
@@ -705,6 +741,8 @@ pub(crate) struct LinkFields<'a> {
     #[serde(serialize_with = "names::serialize")]
     pub(crate) target: &'a str,
     pub(crate) if_exists: &'a str,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) dirs: Vec<u32>,
 }
 
 #[derive(Serialize)]
@@ -880,6 +918,7 @@ mod tests {
             mode: Some(0o644),
             if_exists: Some("rename"),
             resume: true,
+            dirs: vec![0o750, 0o755],
             run: Some(Run([3; 16])),
         };
         assert_eq!(
@@ -895,6 +934,7 @@ mod tests {
                 },
                 if_exists: IfExists::Rename,
                 resume: true,
+                dirs: vec![0o750, 0o755],
                 run: Some([3; 16]),
                 short: false,
             }))

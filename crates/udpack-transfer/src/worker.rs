@@ -594,6 +594,7 @@ impl Worker {
             if_exists: offer.if_exists,
             owner: offer.resume.then_some(&**owner),
             tenant: tenant.as_ref(),
+            dirs: &offer.dirs,
             whole,
         };
         let store = &self.publisher.store;

@@ -157,6 +157,10 @@ fn meta(meta: MetaFields) -> Said {
     ]
 }
 
+fn modes(dirs: &[u32]) -> Option<Value> {
+    (!dirs.is_empty()).then(|| Value::Array(dirs.iter().filter_map(|mode| int(*mode)).collect()))
+}
+
 fn asked(request: Request) -> Said {
     match request {
         Request::File(offer) => {
@@ -172,6 +176,7 @@ fn asked(request: Request) -> Said {
                 ("if_exists", policy(offer.if_exists)),
                 ("resume", flag(offer.resume)),
                 ("run", offer.run.and_then(|run| bin(&run))),
+                ("dirs", modes(&offer.dirs)),
             ];
             said.extend(meta(offer.meta));
             said
@@ -182,6 +187,7 @@ fn asked(request: Request) -> Said {
                 ("path", Some(name(&put.offer.path))),
                 ("if_exists", policy(put.offer.if_exists)),
                 ("run", put.offer.run.and_then(|run| bin(&run))),
+                ("dirs", modes(&put.offer.dirs)),
                 ("hash", bin(&put.hash)),
                 ("data", bin(&put.bytes)),
             ];
@@ -191,7 +197,11 @@ fn asked(request: Request) -> Said {
             said
         }
         Request::Dir(offer) => {
-            let mut said = vec![("id", int(offer.id)), ("path", Some(name(&offer.path)))];
+            let mut said = vec![
+                ("id", int(offer.id)),
+                ("path", Some(name(&offer.path))),
+                ("dirs", modes(&offer.dirs)),
+            ];
             said.extend(meta(offer.meta));
             said
         }
@@ -199,6 +209,7 @@ fn asked(request: Request) -> Said {
             ("id", int(offer.id)),
             ("path", Some(name(&offer.path))),
             ("target", Some(name(&offer.target))),
+            ("dirs", modes(&offer.dirs)),
             ("if_exists", policy(offer.if_exists)),
         ],
         Request::Get(wish) => vec![

@@ -186,7 +186,8 @@ fn sources(
             what: Thing::File,
         };
         let allowed = allow_empty;
-        (Source::reader(Stdin { allowed }, name), origin)
+        let dirs = vec![0o777; name.parents().count()];
+        (Source::reader(Stdin { allowed }, name).dirs(dirs), origin)
     });
     let walked = plan.walk().map(|found| {
         let origin = Origin {

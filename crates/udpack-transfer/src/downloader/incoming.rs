@@ -417,6 +417,7 @@ fn begin(context: &Context, job: &Job, size: Option<u64>) -> Result<Begin, Store
         if_exists: context.if_exists,
         owner: resumed.then_some(OWNER),
         tenant: None,
+        dirs: &[],
         whole: false,
     })
 }

@@ -359,11 +359,12 @@ impl Disk {
         self.walk(path, None)
     }
 
-    /// The directory that holds `path`, made if need be. What must be synced for it to stay is added to `made`;
+    /// The directory that holds `path`, made if need be, with these modes for the last ones. What must be synced for it to stay is added to `made`;
     /// once that is done, tell [`made_durable`](Self::made_durable).
     pub(super) fn make_parent(
         &self,
         path: &RelPath,
+        modes: &[u32],
         made: &mut Vec<Made>,
     ) -> Result<Dir, StoreError> {
         if let Ok(dir) = resolve(&self.root, path.parent(), DIRECTORY)
@@ -374,7 +375,7 @@ impl Disk {
         {
             return Ok(dir);
         }
-        let dir = self.walk(path, Some(made))?;
+        let dir = self.walk(path, Some((made, modes)))?;
         dir.ok_or_else(|| self.error("create a directory", path, Errno::NOENT.into()))
     }
 
@@ -478,7 +479,7 @@ impl Disk {
     fn walk(
         &self,
         path: &RelPath,
-        mut made: Option<&mut Vec<Made>>,
+        mut made: Option<(&mut Vec<Made>, &[u32])>,
     ) -> Result<Option<Dir>, StoreError> {
         let create = made.is_some();
         let failed = |action, cause| self.error(action, path, cause);
@@ -487,6 +488,7 @@ impl Disk {
             .try_clone()
             .map_err(|e| failed("open the root", e))?;
         let mut reached = 0;
+        let mut left = path.parents().count();
         for component in path.parents() {
             reached += component.len() + 1;
             let mut new = false;
@@ -520,8 +522,18 @@ impl Disk {
                     ));
                 }
             };
+            left -= 1;
             let parent = std::mem::replace(&mut dir, child);
-            if let Some(made) = &mut made {
+            if let Some((made, modes)) = &mut made {
+                let mode = modes
+                    .len()
+                    .checked_sub(left + 1)
+                    .and_then(|at| modes.get(at));
+                if new && let Some(mode) = mode {
+                    let mode = Mode::from_raw_mode((mode & 0o777) | DIR_MODE);
+                    rustix::fs::fchmod(&dir, mode)
+                        .map_err(|e| failed("set a directory's mode", e.into()))?;
+                }
                 // Also when another upload, or an earlier run, made it an instant ago.
                 let child = id(&dir).map_err(|e| failed("read a directory", e))?;
                 if new || !self.is_durable(&child) {

@@ -27,6 +27,7 @@ pub struct Partial {
     pub(super) body: Arc<Body>,
     size: Option<u64>,
     if_exists: IfExists,
+    dirs: Box<[u32]>,
     /// `None` only while it is being dropped.
     reservation: Option<Reservation>,
     hasher: Box<blake3::Hasher>,
@@ -262,6 +263,7 @@ impl Partial {
             body: Arc::new(body),
             size: new.size,
             if_exists: new.if_exists,
+            dirs: new.dirs.into(),
             reservation: Some(reservation),
             hasher: Box::default(),
             snapshot: None,
@@ -574,6 +576,7 @@ impl Partial {
             size: self.position,
             hash: got,
             if_exists: self.if_exists,
+            dirs: std::mem::take(&mut self.dirs),
             other_time,
             sync,
             losses: body.losses,

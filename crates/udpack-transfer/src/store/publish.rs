@@ -24,6 +24,8 @@ pub(super) struct Whole {
     pub(super) size: u64,
     pub(super) hash: [u8; 32],
     pub(super) if_exists: IfExists,
+    /// Modes of the directories that must be made for it.
+    pub(super) dirs: Box<[u32]>,
     /// The time it has, where that is not the one it should have.
     pub(super) other_time: Option<OtherTime>,
     /// How its bytes got on disk; `None` when they are not there yet.
@@ -243,7 +245,7 @@ pub(super) fn publish(
                 inner.disk.error("sync a file", &complete.path, cause)
             })
             .and_then(|sync| {
-                let dir = dirs.of(&complete.path, &mut outcomes)?;
+                let dir = dirs.of(&complete.path, &complete.dirs, &mut outcomes)?;
                 let (path, same) = complete.name(inner, &dir)?;
                 Ok(Published {
                     path,
@@ -308,6 +310,7 @@ impl<'a> Dirs<'a> {
     fn of(
         &mut self,
         path: &RelPath,
+        modes: &[u32],
         outcomes: &mut [Result<Published, StoreError>],
     ) -> Result<Arc<Dir>, StoreError> {
         let parent = path.parent().unwrap_or_default();
@@ -317,7 +320,7 @@ impl<'a> Dirs<'a> {
         if self.open.len() + self.made.len() >= OPEN_LIMIT {
             self.flush(outcomes);
         }
-        let dir = Arc::new(self.inner.make_parent(path, &mut self.made)?);
+        let dir = Arc::new(self.inner.make_parent(path, modes, &mut self.made)?);
         self.changed.push(dir.clone());
         self.open.insert(parent.to_owned(), dir.clone());
         Ok(dir)

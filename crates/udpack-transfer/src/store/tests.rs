@@ -22,6 +22,7 @@ fn the_end_finds_names_taken_for_what_came_whole_until_it_has_found_one() {
     let whole = |store: &Store, name: &str, bytes: &[u8], if_exists| {
         let name = path(name);
         let begun = store.begin(&NewFile {
+            dirs: &[],
             whole: true,
             ..new(&name, Some(bytes.len() as u64), if_exists)
         })?;
@@ -1173,6 +1174,7 @@ fn new(path: &RelPath, size: Option<u64>, if_exists: IfExists) -> NewFile<'_> {
         if_exists,
         owner: None,
         tenant: None,
+        dirs: &[],
         whole: false,
     }
 }

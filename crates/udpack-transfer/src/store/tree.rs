@@ -238,14 +238,16 @@ impl Store {
         meta: Meta,
         tenant: Option<&Tenant>,
     ) -> Result<Placed, StoreError> {
-        self.make_dir_with(path, meta, None, tenant)
+        self.make_dir_with(path, meta, &[], None, tenant)
     }
 
-    /// As [`make_dir`](Self::make_dir), with a mode for a directory that was not there.
+    /// As [`make_dir`](Self::make_dir), with modes for the directories above that must be made, as in
+    /// [`NewFile::dirs`](super::NewFile::dirs), and one for the directory if it was not there.
     pub(crate) fn make_dir_with(
         &self,
         path: &RelPath,
         meta: Meta,
+        dirs: &[u32],
         new_mode: Option<u32>,
         tenant: Option<&Tenant>,
     ) -> Result<Placed, StoreError> {
@@ -255,7 +257,7 @@ impl Store {
         if inner.disk.is_vacant(path) {
             inner.room_for_name(path, tenant)?;
         }
-        let parent = inner.parent_for(path)?;
+        let parent = inner.parent_for(path, dirs)?;
         let name = &*names::os(path.file_name());
         let there = below::see(&parent, name).map_err(failed("look up a name"))?;
         if there.is_none() {
@@ -298,15 +300,17 @@ impl Store {
         target: &str,
         if_exists: IfExists,
     ) -> Result<bool, StoreError> {
-        self.make_link_for(path, target, if_exists, None)
+        self.make_link_for(path, target, if_exists, &[], None)
     }
 
-    /// As [`make_link`](Self::make_link), counted against this quota, too.
+    /// As [`make_link`](Self::make_link), with modes for the directories that must be made, as in
+    /// [`NewFile::dirs`](super::NewFile::dirs), and counted against this quota, too.
     pub fn make_link_for(
         &self,
         path: &RelPath,
         target: &str,
         if_exists: IfExists,
+        dirs: &[u32],
         tenant: Option<&Tenant>,
     ) -> Result<bool, StoreError> {
         let inner = &self.inner;
@@ -320,7 +324,7 @@ impl Store {
         let mut outcome = exists();
         // Something may come or go between a look and the step that follows.
         for _ in 0..MAX_TRIES {
-            let dir = inner.parent_for(path)?;
+            let dir = inner.parent_for(path, dirs)?;
             let there = below::see(&dir, &*names::os(name)).map_err(failed("look up a name"))?;
             let equal = there.as_ref().is_some_and(Metadata::is_symlink)
                 && raw_target(&dir, &names::os(name))
@@ -481,9 +485,9 @@ impl Inner {
     }
 
     /// The directory in which `path` is to be made, itself made and durable.
-    fn parent_for(&self, path: &RelPath) -> Result<Dir, StoreError> {
+    fn parent_for(&self, path: &RelPath, dirs: &[u32]) -> Result<Dir, StoreError> {
         let mut made = Vec::new();
-        let dir = self.make_parent(path, &mut made)?;
+        let dir = self.make_parent(path, dirs, &mut made)?;
         for made in &made {
             disk::sync_dir(&made.parent)
                 .map_err(|e| self.disk.error("sync a directory", path, e))?;

@@ -242,6 +242,7 @@ fn step(real: &mut Real, model: &mut Model, happens: &Happens) {
                 },
                 owner: owner.map(|owner| OWNERS[owner]),
                 tenant: None,
+                dirs: &[],
                 whole: false,
             });
             let key = owner.map(|owner| (name, owner));

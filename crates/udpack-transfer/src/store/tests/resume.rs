@@ -702,7 +702,7 @@ fn directories_are_durable_once_and_again_when_made_again() {
         store
             .inner
             .disk
-            .make_parent(&path(name), &mut made)
+            .make_parent(&path(name), &[], &mut made)
             .unwrap();
         made.len()
     };

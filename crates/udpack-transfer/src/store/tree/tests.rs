@@ -809,6 +809,7 @@ fn a_tenant_s_upload_of_unknown_size_stops_at_its_quota() {
         if_exists: IfExists::Same,
         owner: None,
         tenant: Some(&own),
+        dirs: &[],
         whole: false,
     });
     let Begin::New(mut partial) = begun.unwrap() else {
@@ -908,6 +909,7 @@ fn begin(
         if_exists: IfExists::Same,
         owner: None,
         tenant,
+        dirs: &[],
         whole: false,
     })?;
     match begun {
