@@ -44,6 +44,41 @@ fn start(dir: &std::path::Path, args: &[&str]) -> (Running, String, String) {
 }
 
 #[test]
+fn the_log_names_address_and_token_of_what_is_stored_sent_and_removed() {
+    let dir = workdir();
+    let (mut running, url, _) = start(dir.path(), &["--allow-read"]);
+    let token = ["token", "new", "camera7", "--scope", "read,write,delete"];
+    let out = exited(server(dir.path()).args(token));
+    assert_eq!(out.code, 0, "{out:?}");
+    let token = out
+        .stdout
+        .lines()
+        .find_map(|line| line.strip_prefix("token "));
+    let (_, server) = url.split_once('@').expect("a token");
+    let url = format!("udpack://{}@{server}", token.expect("it is printed"));
+    std::fs::write(dir.path().join("small"), "content").expect("write");
+    std::fs::write(dir.path().join("large"), vec![7; 3 << 20]).expect("write");
+    let mut logged = |args: &[&str], said: &str, path: &str| {
+        let out = exited(client(dir.path()).env("UDPACK_URL", &url).args(args));
+        assert_eq!(out.code, 0, "{out:?}");
+        let line = running.told(said);
+        for part in [
+            "peer=127.0.0.1:",
+            "id=\"camera7\"",
+            &format!("path=\"{path}\""),
+        ] {
+            assert!(line.contains(part), "{part} is not in {line}");
+        }
+    };
+    // Small files are stored by threads that many share, large ones by threads of their own.
+    logged(&["put", "small"], " stored ", "small");
+    logged(&["put", "large"], " stored ", "large");
+    logged(&["put", "small"], "was there already", "small");
+    logged(&["get", "large", "--as", "back"], " sent ", "large");
+    logged(&["rm", "small"], " removed ", "small");
+}
+
+#[test]
 fn counters_are_served_over_http_and_nothing_else_is() {
     let dir = workdir();
     let (_server, url, metrics) = start(dir.path(), &[]);

@@ -274,7 +274,7 @@ impl<'a> Serving<'a> {
             self.scope.clone(),
             self.tenant.clone(),
         );
-        self.asked.spawn(async move {
+        let asking = async move {
             let _held = held;
             let work = async {
                 let _turn = turns.acquire().await;
@@ -283,7 +283,8 @@ impl<'a> Serving<'a> {
             if let Some(Err(error)) = asked.run(work).await {
                 tracing::debug!(%error, "a request was not answered");
             }
-        });
+        };
+        self.asked.spawn(asking.in_current_span());
     }
 
     async fn message(&mut self, message: Message) -> Result<(), SendError> {
@@ -599,7 +600,9 @@ impl<'a> Serving<'a> {
         let (store, outcomes) = (self.receiver.store().clone(), self.outcomes.clone());
         let tenant = self.scope.tenant();
         let (steps, share) = (self.receiver.places.steps.clone(), self.tenant.clone());
+        let span = tracing::Span::current();
         let make = move |place| {
+            let _logged = span.entered();
             let _place: Place = place;
             let _ = outcomes.send(match make(&store, tenant.as_ref()) {
                 Ok((path, Placed { same, other_time })) => Outcome::Done {

@@ -751,7 +751,7 @@ impl Worker {
     }
 
     fn was_there(&mut self, path: String, size: u64, hash: [u8; 32]) -> Stage {
-        let told = || tracing::info!(%path, bytes = size, "was there already");
+        let told = || tracing::info!(path, bytes = size, "was there already");
         self.task.span.in_scope(told);
         self.done(Published {
             path,

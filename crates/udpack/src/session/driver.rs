@@ -29,7 +29,7 @@ use crate::session::lifetime::Lifetime;
 use crate::session::reconnect::SocketState;
 use crate::session::service::Registry;
 use crate::session::streams::serve_stream;
-use crate::session::{Leaving, Session, give_up};
+use crate::session::{Leaving, Session, give_up, or_around};
 use crate::transport::on_path;
 use crate::transport::windows;
 use crate::transport::{Connection, Endpoint, SendStream, StreamError};
@@ -468,7 +468,9 @@ impl Driver {
                                     (conn.clone(), link),
                                     send,
                                     recv,
+                                    span.clone(),
                                 );
+                                let span = or_around(span, tracing::Span::current());
                                 channels.spawn(serve.instrument(span));
                             } else {
                                 let text = format!("more than {} channels a second", session.limits.channel_rate);

@@ -22,7 +22,8 @@ use crate::wire::code::{CloseCode, CloseReason};
 use crate::wire::config::Priority;
 use crate::wire::control::{self, Resumed};
 
-/// Reads a new stream's `$open` and hands the channel to whoever serves its name.
+/// Reads a new stream's `$open` and hands the channel to whoever serves its name. The span is the channel's, which learns
+/// its name here. It need not be the one this runs in: see [`or_around`](crate::session::or_around).
 pub(crate) async fn serve_stream(
     session: Arc<Session>,
     registry: Arc<Registry>,
@@ -30,6 +31,7 @@ pub(crate) async fn serve_stream(
     (conn, link): (Arc<Line>, u64),
     send: SendStream,
     recv: RecvStream,
+    span: tracing::Span,
 ) {
     let inbox = Inbox::new(recv, session.limits.frame);
     let counters = Counters::child(session.counters.clone());
@@ -61,6 +63,8 @@ pub(crate) async fn serve_stream(
         Err(Ending::Closed(_)) => return,
     };
     let name = open.name.clone();
+    span.record("name", crate::base::text::printable_within(&name, 128))
+        .record("id", open.id);
     let begun = begin(&session, open, refusal, (conn, link), send, inbox, counters);
     let (channel, refusal) = match begun {
         Begun::Channel(channel, refusal) => (channel, refusal),
@@ -179,9 +183,6 @@ fn begin(
     }
     session.tally.one(Count::ChannelsAccepted);
     session.tally.one(Count::MessagesReceived);
-    tracing::Span::current()
-        .record("name", crate::base::text::printable_within(&open.name, 128))
-        .record("id", open.id);
     let opened = Opened {
         id: open.id,
         name: open.name,
