@@ -157,7 +157,7 @@ pub(crate) struct ServerArgs {
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) wrong_tokens: u32,
 
-    /// Most bytes of all files together; `none` leaves it to the disk.
+    /// Most bytes of all files together, each empty file, directory and link counted as 1,024; `none` leaves it to the disk.
     #[arg(long, value_name = "SIZE", default_value = "none")]
     pub(crate) quota: Size,
 
@@ -272,7 +272,7 @@ pub(crate) struct TokenNewArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) prefix: Option<String>,
 
-    /// Most bytes of all files below its directory together.
+    /// Most bytes of all files below its directory together, each empty file, directory and link counted as 1,024.
     #[arg(long, value_name = "SIZE")]
     pub(crate) quota: Option<Size>,
 
