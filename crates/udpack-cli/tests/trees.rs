@@ -406,7 +406,9 @@ fn modes_travel_as_cp_takes_them() {
         age(&dir.path().join(name), mode, 1_000_000_000, 0);
     }
     fs::create_dir(dir.path().join("t/empty")).expect("mkdir");
+    fs::create_dir(dir.path().join("t/there")).expect("mkdir");
     let dirs = [
+        ("t/there", 0o777),
         ("t/open/dir", 0o755),
         ("t/open", 0o775),
         ("t/closed/dir", 0o755),
@@ -418,8 +420,11 @@ fn modes_travel_as_cp_takes_them() {
         age(&dir.path().join(name), mode, 1_000_000_000, 0);
     }
     // One that is there keeps what it has.
-    fs::create_dir_all(server.uploads().join("t")).expect("mkdir");
-    age(&server.uploads().join("t"), 0o711, 1, 0);
+    for root in [server.uploads(), dir.path().join("back")] {
+        fs::create_dir_all(root.join("t/there")).expect("mkdir");
+        age(&root.join("t/there"), 0o701, 1, 0);
+        age(&root.join("t"), 0o711, 1, 0);
+    }
     let masked = |command: &mut std::process::Command, args: &str| {
         let bin = command.get_program().to_owned();
         let mut shell = std::process::Command::new("sh");
@@ -439,13 +444,12 @@ fn modes_travel_as_cp_takes_them() {
         );
         let modes = ["open", "open/dir", "closed", "closed/dir", "empty"].map(mode);
         assert_eq!(modes, [0o750, 0o750, 0o700, 0o750, 0o750]);
+        assert_eq!((mode("there"), mode(".")), (0o701, 0o711));
         let time = fs::metadata(root.join("run")).expect("run").mtime();
         assert_ne!(time, 1_000_000_000, "times are kept with -p");
     }
     let mode_at =
         |path: std::path::PathBuf| fs::metadata(path).expect("it is there").mode() & 0o777;
-    assert_eq!(mode_at(server.uploads().join("t")), 0o711);
-    assert_eq!(mode_at(dir.path().join("back")), 0o750);
     // What only the name asks for is made as any directory is.
     for (args, made) in [
         ("put t/text --as new/er/x", "new/er"),

@@ -551,7 +551,11 @@ impl<'a> Serving<'a> {
             Err(refusal) => return self.refuse(refusal).await,
         };
         self.make(offer.id, move |store, tenant| {
-            let made = store.make_dir_with(&path, offer.meta.into(), &offer.dirs, None, tenant)?;
+            let (new, above) = match offer.dirs.split_last() {
+                Some((new, above)) => (Some(*new), above),
+                None => (None, &[][..]),
+            };
+            let made = store.make_dir_with(&path, offer.meta.into(), above, new, tenant)?;
             Ok((path, made))
         });
         Ok(())

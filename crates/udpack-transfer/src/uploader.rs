@@ -770,14 +770,19 @@ impl Lane<'_> {
             };
             self.channel.send("link", &fields).await?;
         } else {
-            let meta = MetaFields::from(self.kept(meta));
+            // Permissions that are not preserved are for a directory that must be made.
+            let mut dirs = self.dirs(&source);
+            if let Some(umask) = self.shared.uploader.umask {
+                dirs.push(meta.mode.unwrap_or(0) & 0o777 & !umask);
+            }
+            let meta = MetaFields::from(meta.kept(self.shared.uploader.preserve, None));
             let fields = DirFields {
                 id,
                 path,
                 mtime: meta.mtime,
                 mtime_ns: meta.mtime_ns,
                 mode: meta.mode,
-                dirs: self.dirs(&source),
+                dirs,
             };
             self.channel.send("dir", &fields).await?;
         }

@@ -161,7 +161,7 @@ pub struct DirOffer {
     pub path: String,
     /// Modification time and permission bits, as far as told.
     pub meta: MetaFields,
-    /// As of an [`Offer`], for those above it.
+    /// As of an [`Offer`], the last for the directory itself if it must be made.
     pub dirs: Vec<u32>,
 }
 
