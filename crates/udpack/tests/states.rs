@@ -6,68 +6,8 @@ mod bare;
 #[path = "hostile/states.rs"]
 mod site;
 
-use bare::{Value, event, map, request};
-use site::{Outcome, STATES, Site, State};
+use site::{Outcome, STATES, Site, State, messages};
 use udpack::CloseCode;
-
-/// A sound one of each message, of events that belong to nobody, and of an application's.
-fn messages() -> Vec<(&'static str, Vec<u8>)> {
-    let flag = |on: bool| Value::Raw(vec![if on { 0xc3 } else { 0xc2 }]);
-    let close = || map([("code", 0.into()), ("text", "".into())]);
-    let channel = |more: (&str, Value)| map([("channel", 1.into()), ("own", flag(true)), more]);
-    let fault = map([("code", "x".into()), ("message", "x".into())]);
-    let hello = [
-        ("v", 1.into()),
-        ("token", "t".into()),
-        ("agent", "a".into()),
-    ];
-    let limits = map([("frame", 65_536.into()), ("channels", 1.into())]);
-    let welcome = [
-        ("v", 1.into()),
-        ("session", "0".repeat(32).as_str().into()),
-        ("agent", "a".into()),
-        ("limits", limits),
-    ];
-    let goaway = [
-        ("code", 1.into()),
-        ("text", "".into()),
-        ("retry_after_ms", 0.into()),
-        ("window_ms", 0.into()),
-    ];
-    let bare = [
-        ("$hello", map(hello)),
-        ("$welcome", map(welcome)),
-        ("$refresh", map([("token", "anyone".into())])),
-        ("$refreshed", map([])),
-        ("$channels", map([("open", Value::Array(vec![]))])),
-        ("$ack", channel(("received", 0.into()))),
-        ("$passed", channel(("mark", 1.into()))),
-        ("$goaway", map(goaway)),
-        ("$open", map([("id", 2.into()), ("name", "echo".into())])),
-        (
-            "$resume",
-            map([("received", 0.into()), ("done", flag(false))]),
-        ),
-        ("$gap", map([("room", "r".into()), ("lost", 1.into())])),
-        ("$mark", 1.into()),
-        ("$close", close()),
-        ("$nonsense", Value::Nil),
-        ("say", Value::Nil),
-    ];
-    let about = [
-        ("$reply", Value::Nil),
-        ("$fault", fault),
-        ("$item", Value::Nil),
-        ("$want", 1.into()),
-        ("$cancel", Value::Nil),
-        ("$push", Value::Nil),
-        ("$end", Value::Nil),
-        ("$credit", 1.into()),
-    ];
-    let bare = bare.map(|(name, data)| (name, event(name, data)));
-    let about = about.map(|(name, data)| (name, request(name, data, 7.into())));
-    bare.into_iter().chain(about).collect()
-}
 
 /// What the document says becomes of it.
 fn expected(state: State, message: &str) -> Outcome {
