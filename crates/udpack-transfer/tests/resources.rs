@@ -2,6 +2,8 @@
 //! it were alone. `docs/RESOURCES.md` names these tests.
 
 mod common;
+#[path = "raw/hogs.rs"]
+mod hogs;
 #[path = "raw/mod.rs"]
 mod raw;
 
@@ -11,20 +13,18 @@ use std::pin::Pin;
 use std::time::Duration;
 
 use common::{Fixture, bounded, noise};
-use raw::{RawLane, V, chunk, dir, file, finish, get, map, put, resumable, with};
+use hogs::{Grip, HOGS, Hog, LARGE, MANY, is_exhausted};
+use raw::{RawLane, chunk, dir, file, finish, get, map, put, resumable};
 use tokio::task::JoinSet;
-use udpack::{Deny, Hello, Peer, Pool, Socket};
+use udpack::{Deny, Hello, Peer, Pool, Tenant};
 use udpack_transfer::{
     Accepted, Hook, HookOffer, HookStored, Receiver, ReceiverConfig, Store, StoreConfig,
 };
 
 /// The hostile token; every other is a good client's.
 const HOSTILE: &str = "hostile";
-/// Sockets of the hostile token, and lanes of each.
+/// Its sockets.
 const SOCKETS: usize = 3;
-const LANES: usize = 16;
-/// Requests of one of its lanes.
-const REQUESTS: usize = 48;
 
 /// Never answers for the hostile client, and at once for all others.
 struct Stuck;
@@ -78,11 +78,11 @@ impl World {
             Ok::<_, Deny>(Peer::new(hello.token()).with_claims(claims))
         })
         .await;
-        let large = fs::File::create(fixture.root().join("large")).expect("a file");
+        let large = fs::File::create(fixture.root().join(LARGE)).expect("a file");
         large.set_len(64 << 20).expect("a hole");
-        fs::create_dir(fixture.root().join("many")).expect("a directory");
+        fs::create_dir(fixture.root().join(MANY)).expect("a directory");
         for n in 0..2000 {
-            fs::write(fixture.root().join(format!("many/{n}")), "").expect("a file");
+            fs::write(fixture.root().join(format!("{MANY}/{n}")), "").expect("a file");
         }
         Self { fixture, receiver }
     }
@@ -92,17 +92,10 @@ impl World {
         pools.find(|(known, _)| *known == name).expect("a pool").1
     }
 
-    /// Waits until the hostile token holds all that it may of this, and more of it wait where they can.
-    async fn exhausted(&self, name: &str, waits: bool) {
-        let pool = self.pool(name);
-        let shares = pool.shares();
-        let most = shares.places - shares.reserve + shares.minimum;
-        loop {
-            let held = pool.held(&udpack::Tenant::peer(&Peer::new(HOSTILE)));
-            assert!(held <= most, "{name}: {held} of {most}");
-            if held == most && (!waits || pool.waiting() > 0) {
-                return;
-            }
+    /// Waits until the hostile token holds all that it may of this, and more of it wait.
+    async fn exhausted(&self, name: &str) {
+        let (pool, tenant) = (self.pool(name), Tenant::peer(&Peer::new(HOSTILE)));
+        while !is_exhausted(pool, &tenant) {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
     }
@@ -134,101 +127,24 @@ impl World {
     }
 }
 
-/// What the hostile client holds; its sockets and tasks end with it.
-#[derive(Default)]
-struct Grip {
-    sockets: Vec<Socket>,
-    lanes: Vec<RawLane>,
-    asking: JoinSet<()>,
-}
-
-impl Grip {
-    /// Opens all lanes it may have.
-    async fn new(world: &World) -> Self {
-        let mut grip = Self::default();
-        for _ in 0..SOCKETS {
-            let socket = world.fixture.connect_as(HOSTILE).await;
-            for _ in 0..LANES {
-                grip.lanes.push(RawLane::open(&socket).await);
-            }
-            grip.sockets.push(socket);
-        }
-        grip
-    }
-
-    /// Says this on each lane, with a number.
-    async fn say(&self, say: impl Fn(usize) -> raw::Say) {
-        for (n, lane) in self.lanes.iter().enumerate() {
-            lane.say(&say(n)).await;
-        }
-    }
-
-    /// Asks this on each lane, again as soon as it is answered.
-    fn ask(&mut self, event: &'static str, question: V) {
-        for lane in &self.lanes {
-            for _ in 0..REQUESTS {
-                let (channel, question) = (lane.channel.clone(), question.clone());
-                self.asking.spawn(async move {
-                    loop {
-                        let answer = channel
-                            .request::<_, serde::de::IgnoredAny>(event, &question)
-                            .timeout(Duration::from_secs(600));
-                        if answer.await.is_err() {
-                            return;
-                        }
-                    }
-                });
-            }
-        }
-    }
-}
-
-/// How each kind of place is used up: its name, whether more wait, and the hostile client's doing.
-type Case = (&'static str, bool, fn(&mut Grip) -> Doing<'_>);
-type Doing<'a> = Pin<Box<dyn Future<Output = ()> + Send + 'a>>;
-
-const CASES: &[Case] = &[
-    ("files", true, |grip| {
-        Box::pin(grip.say(|n| file(1, &format!("h{n}"), 10)))
-    }),
-    // Nobody reads what is sent: each holds a thread.
-    ("downloads", true, |grip| {
-        Box::pin(grip.say(|_| get(1, "large")))
-    }),
-    ("requests", true, |grip| {
-        grip.ask("list", map([("path", "many".into()), ("limit", 1.into())]));
-        Box::pin(std::future::ready(()))
-    }),
-    ("hashes", true, |grip| {
-        grip.ask("hash", map([("path", "large".into())]));
-        Box::pin(std::future::ready(()))
-    }),
-    // No right to read is needed for these.
-    ("checks", true, |grip| {
-        Box::pin(grip.say(|_| {
-            let (event, offer) = file(1, "large", 1);
-            (event, with(offer, "if_exists", "skip"))
-        }))
-    }),
-    ("hooks", true, |grip| {
-        Box::pin(grip.say(|n| file(1, &format!("h{n}"), 10)))
-    }),
-];
-
+/// One after the other: side by side they would wait for each other, being one thread.
 #[tokio::test]
 async fn a_token_that_takes_all_it_can_get_keeps_nobody_else_waiting() {
-    bounded(async {
-        let cases = (1..).zip(CASES).map(|(n, (name, waits, take))| async move {
+    for (n, Hog { name, take }) in (1..).zip(HOGS) {
+        bounded(async {
             let world = World::new(*name == "hooks").await;
-            let mut grip = Grip::new(&world).await;
+            let mut sockets = Vec::new();
+            for _ in 0..SOCKETS {
+                sockets.push(world.fixture.connect_as(HOSTILE).await);
+            }
+            let mut grip = Grip::over(sockets).await;
             take(&mut grip).await;
-            world.exhausted(name, *waits).await;
+            world.exhausted(name).await;
             world.serves_another(n).await;
             assert_eq!(world.pool(name).refused(), 0, "{name}");
-        });
-        futures_util::future::join_all(cases).await;
-    })
-    .await;
+        })
+        .await;
+    }
 }
 
 #[tokio::test]
@@ -272,7 +188,7 @@ async fn a_request_that_waits_is_given_up_by_cancel_and_by_its_deadline() {
         let pool = world.pool("hashes");
         let mut held = Vec::new();
         for n in 0.. {
-            match pool.try_take(&udpack::Tenant::peer(&Peer::new(format!("tenant-{n}")))) {
+            match pool.try_take(&Tenant::peer(&Peer::new(format!("tenant-{n}")))) {
                 Ok(place) => held.push(place),
                 Err(_) => break,
             }
@@ -324,7 +240,7 @@ async fn a_lane_takes_files_while_its_requests_wait() {
         let pool = world.pool("hashes");
         let mut held = Vec::new();
         for n in 0.. {
-            match pool.try_take(&udpack::Tenant::peer(&Peer::new(format!("tenant-{n}")))) {
+            match pool.try_take(&Tenant::peer(&Peer::new(format!("tenant-{n}")))) {
                 Ok(place) => held.push(place),
                 Err(_) => break,
             }
