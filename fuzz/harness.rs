@@ -29,6 +29,17 @@ pub fn within(budget: usize, read: impl Fn()) {
     panic!("memory is lost each time");
 }
 
+/// Bytes that are allocated now; the highest number from here on is what [`peak`] tells.
+pub fn held() -> usize {
+    MEMORY.reset_peak_usage();
+    MEMORY.current_usage()
+}
+
+/// The most bytes that were allocated at any moment since [`held`].
+pub fn peak() -> usize {
+    MEMORY.peak_usage()
+}
+
 /// Panics unless `text`, which quotes a stranger, is safe and short enough for a log line.
 pub fn assert_printable(text: &str) {
     assert!(text.len() <= 512, "{} bytes of text", text.len());
