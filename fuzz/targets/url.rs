@@ -2,6 +2,8 @@
 //! means the same, and only the URL's own text ever shows its token.
 #![no_main]
 
+use std::net::Ipv6Addr;
+
 use libfuzzer_sys::{Corpus, fuzz_target};
 use udpack::{ConnectUrl, Fingerprint};
 use udpack_fuzz::{assert_printable, within};
@@ -36,11 +38,18 @@ fn check_url(text: &str) {
     );
     assert_ne!(url.port(), 0);
     assert!(!url.host().is_empty());
-    assert!(
-        url.host()
-            .bytes()
+    let plain = |text: &str| {
+        text.bytes()
             .all(|byte| byte.is_ascii_graphic() && !b"/@#?%[]".contains(&byte))
-    );
+    };
+    match url.host().split_once('%') {
+        Some((address, zone)) => {
+            let address: Ipv6Addr = address.parse().expect("only IPv6 addresses have a zone");
+            assert!(address.is_unicast_link_local());
+            assert!(!zone.is_empty() && plain(zone));
+        }
+        None => assert!(plain(url.host())),
+    }
 
     let rebuilt = ConnectUrl::new(url.host(), url.port()).expect("its own parts");
     let rebuilt = match url.token() {
