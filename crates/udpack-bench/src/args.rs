@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 use udpack_transfer::parse_size;
 
-use crate::document;
+use crate::{beside, document};
 
 /// Measures udpack beside raw quinn, in turns, in processes of their own.
 #[derive(Debug, Parser)]
@@ -40,8 +40,13 @@ pub(crate) enum Command {
     SmallFiles(Options),
     /// All of them, messages and ping with 1 and with 100 sockets
     All(Options),
+    /// A good client beside a hostile one that has taken all it can get of one thing, for each such thing
+    Beside(beside::Options),
     /// Fill docs/BENCHMARKS.md with results, and draw its charts
     Document(document::Options),
+    /// Takes all it can get of one thing until standard input ends
+    #[command(hide = true)]
+    Hog(beside::Target),
     /// Serves one arm until standard input ends
     #[command(hide = true)]
     Serve(Peer),

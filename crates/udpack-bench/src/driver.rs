@@ -118,7 +118,7 @@ impl<'a> Bench<'a> {
 
     /// One turn of an arm.
     fn run(&self, arm: Arm) -> anyhow::Result<Run> {
-        let before = children_cpu()?;
+        let before = cpu("self", Whose::Children)?;
         let told = match (self.scenario, arm) {
             (Scenario::Upload | Scenario::SmallFiles, Arm::Udpack) => programs::run(self)?,
             (Scenario::Idle, _) => {
@@ -144,7 +144,7 @@ impl<'a> Bench<'a> {
         Ok(Run {
             values: told.values,
             lost: told.lost,
-            cpu: children_cpu()? - before,
+            cpu: cpu("self", Whose::Children)? - before,
         })
     }
 
@@ -281,18 +281,23 @@ impl Drop for Side {
     }
 }
 
-/// Seconds of processor time of all children that were waited for, and of theirs.
-fn children_cpu() -> anyhow::Result<f64> {
-    let stat = fs::read_to_string("/proc/self/stat")?;
+/// Whose processor time.
+#[derive(Clone, Copy)]
+pub(crate) enum Whose {
+    Own = 11,
+    /// All children that were waited for, and theirs.
+    Children = 13,
+}
+
+/// Seconds of processor time by a process's number, or `self`.
+pub(crate) fn cpu(process: &str, whose: Whose) -> anyhow::Result<f64> {
+    let path = format!("/proc/{process}/stat");
+    let stat = fs::read_to_string(&path)?;
     // The program's name may hold anything; it ends with the last parenthesis.
-    let (_, fields) = stat.rsplit_once(')').context("/proc/self/stat")?;
-    let mut times = fields.split_whitespace().skip(13).map(str::parse::<u64>);
-    let mut time = || {
-        times
-            .next()
-            .context("no times of children")?
-            .context("not a time")
-    };
+    let (_, fields) = stat.rsplit_once(')').context(path)?;
+    let fields = fields.split_whitespace().skip(whose as usize);
+    let mut times = fields.map(str::parse::<u64>);
+    let mut time = || times.next().context("no times")?.context("not a time");
     let ticks = time()? + time()?;
     Ok(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
 }

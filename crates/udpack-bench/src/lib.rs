@@ -5,6 +5,7 @@
 //! which less arrived fails. Every connection is a client of its own, with a UDP socket of its own.
 
 mod args;
+mod beside;
 mod chart;
 mod document;
 mod driver;
@@ -42,6 +43,8 @@ pub fn main(heap: Heap) -> ExitCode {
         Command::Fanout(options) => driver::run(&[Scenario::Fanout], &options),
         Command::Interference(options) => driver::run(&[Scenario::Interference], &options),
         Command::SmallFiles(options) => driver::run(&[Scenario::SmallFiles], &options),
+        Command::Beside(options) => beside::run(&options),
+        Command::Hog(target) => beside::hold(&target),
         Command::Document(options) => document::fill(&options),
         Command::All(options) => driver::run(&Scenario::ALL, &options),
     };

@@ -137,3 +137,20 @@ fn only_the_arms_that_are_asked_for_run() {
     let summary = &arms["udpack"]["summary"]["rate"];
     assert!(summary["to_quinn"].is_null() && summary["to_tuned"].is_number());
 }
+
+#[test]
+fn a_good_client_beside_a_hostile_one() {
+    let output = Command::new("timeout")
+        .args(["60", BENCH, "beside", "--rounds", "1"])
+        .args(["--only", "sockets of an address,hooks"])
+        .output()
+        .expect("timeout is there");
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{told}");
+    let table = String::from_utf8(output.stdout).expect("text");
+    for row in ["| sockets of an address | ", "| hooks | "] {
+        let line = table.lines().find(|line| line.starts_with(row));
+        let line = line.unwrap_or_else(|| panic!("{table}"));
+        assert_eq!(line.matches(" = ").count(), 3, "{line}");
+    }
+}
