@@ -23,61 +23,37 @@
     warn(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)
 )]
 
-mod downloader;
-mod error;
-mod fetch;
-mod glob;
-mod hook;
-mod jobs;
-mod lane;
-mod limiter;
-mod link;
-pub mod names;
-mod outgoing;
-mod path;
-mod places;
-mod progress;
-mod queries;
-mod queue;
-mod receiver;
-mod remote;
-mod scope;
-mod serving;
-mod size;
-mod source;
+mod base;
+mod client;
+mod local;
+mod server;
 mod store;
-mod uploader;
-mod walk;
 pub mod wire;
-mod worker;
-mod writers;
 
-pub use downloader::{Download, Downloader, Wanted, apply_entry};
-pub use error::{ErrorKind, TransferError};
-pub use fetch::{Fetch, FetchError, Fetched};
-pub use glob::{Exclude, Pattern, PatternError};
-pub use hook::{Accepted, Access, Answer, Hook, HookAccess, HookOffer, HookStored, HookWhole};
-pub use jobs::{Transfer, TransferWatch};
-pub use lane::{Action, Lane, Refusal};
-pub use limiter::Limiter;
-pub use link::{Link, LinkEvent, LinkEvents, Retry};
-pub use path::{PathError, PathRule, RelPath};
-pub use progress::{Event, FileProgress, Moving, Outcome, Progress, Watch};
-pub use receiver::{Receiver, ReceiverConfig};
-pub use remote::{Job, JobKind, JobState, Jobs, JobsEvent, Listing, Remote};
-pub use scope::{Scope, ScopeError};
-pub use size::{format_size, parse_size};
-pub use source::Source;
+pub use base::glob::{Exclude, Pattern, PatternError};
+pub use base::names;
+pub use base::path::{PathError, PathRule, RelPath};
+pub use base::size::{format_size, parse_size};
+pub use client::downloader::{Download, Downloader, Wanted, apply_entry};
+pub use client::fetch::{Fetch, FetchError, Fetched};
+pub use client::link::{Link, LinkEvent, LinkEvents, Retry};
+pub use client::progress::{Event, FileProgress, Moving, Outcome, Progress, Watch};
+pub use client::remote::{Job, JobKind, JobState, Jobs, JobsEvent, Listing, Remote};
+pub use client::uploader::{Upload, Uploader};
+pub use local::error::{ErrorKind, TransferError};
+pub use local::limiter::Limiter;
+pub use local::source::Source;
+pub use local::walk::{Found, Walk, What};
+pub use server::hook::{
+    Accepted, Access, Answer, Hook, HookAccess, HookOffer, HookStored, HookWhole,
+};
+pub use server::jobs::{Transfer, TransferWatch};
+pub use server::receiver::{Receiver, ReceiverConfig};
+pub use server::scope::{Scope, ScopeError};
 pub use store::{
     Begin, Checkpoint, Complete, Entry, Existing, IfExists, Kind, Left, List, Meta, Names, NewFile,
     OtherTime, Overwrite, Page, Partial, Placed, Published, Range, Removed, Store, StoreConfig,
     StoreError, Suspended, SyncPolicy, Synced, Tenant, Time, Usage, check_target, purge, uploads,
 };
-pub use uploader::{Upload, Uploader};
-pub use walk::{Found, Walk, What};
-
-/// The name of the channels that are lanes.
-pub const CHANNEL: &str = "transfer";
-
-/// The name of the channels on which a server's transfers are watched.
-pub const JOBS_CHANNEL: &str = "transfers";
+pub use wire::lane::{Action, Lane, Refusal};
+pub use wire::{CHANNEL, JOBS_CHANNEL};

@@ -39,7 +39,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use cap_std::fs::Dir;
 
-use crate::path::RelPath;
+use crate::base::path::RelPath;
 use disk::{Disk, Made};
 use journal::Key;
 use quota::{Accounts, LEAST, charge};

@@ -2,13 +2,21 @@
 //!
 //! Unknown keys are ignored, wrong types are not. Nothing here does I/O or keeps state.
 
+pub(crate) mod lane;
+
 use bytes::Bytes;
 use serde::Serialize;
 use udpack::{Channel, FieldError, Fields, Message};
 
-use crate::names;
-use crate::path::RelPath;
+use crate::base::names;
+use crate::base::path::RelPath;
 use crate::store::{IfExists, Meta, Synced, Time};
+
+/// The name of the channels that are lanes.
+pub const CHANNEL: &str = "transfer";
+
+/// The name of the channels on which a server's transfers are watched.
+pub const JOBS_CHANNEL: &str = "transfers";
 
 /// Bytes of file in one `chunk` that this library sends and likes to get.
 pub const CHUNK: usize = 256 << 10;
@@ -652,7 +660,7 @@ pub fn decode_reply(message: &Message) -> Result<Option<Reply>, BadMessage> {
         "error" => read("error", message, |fields| {
             Ok(Reply::Error {
                 id: fields.u64("id")?,
-                code: crate::path::printable(fields.str("code")?),
+                code: crate::base::path::printable(fields.str("code")?),
                 message: printable(fields.str("message")?),
                 retry: fields.bool("retry")?,
             })

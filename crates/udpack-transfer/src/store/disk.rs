@@ -27,11 +27,11 @@ use rustix::io::Errno;
 use super::journal::Key;
 use super::quota::{LEAST, charge};
 use super::{Kept, OtherTime, StoreConfig, StoreError, Time};
-use crate::names;
-use crate::path::RelPath;
+use crate::base::names;
+use crate::base::path::RelPath;
 
 /// The store's own directory inside the root; a [`RelPath`] never begins with it.
-pub(super) const PRIVATE: &str = crate::path::OWN;
+pub(super) const PRIVATE: &str = crate::base::path::OWN;
 const STAGING: &str = "staging";
 const JOURNAL: &str = "journal";
 const LOCK: &str = "lock";

@@ -9,8 +9,8 @@ use std::io;
 use rustix::io::Errno;
 
 use super::{IfExists, Overwrite};
-use crate::path::{PathError, RelPath};
-use crate::size::format_size;
+use crate::base::path::{PathError, RelPath};
+use crate::base::size::format_size;
 
 /// Why the store did not do what was asked.
 #[derive(Debug, thiserror::Error)]

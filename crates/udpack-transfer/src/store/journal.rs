@@ -16,8 +16,8 @@ use std::io;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::sync::Arc;
 
-use crate::names;
-use crate::path::RelPath;
+use crate::base::names;
+use crate::base::path::RelPath;
 
 /// Longest journal that is read; it is rewritten long before.
 const READ_LIMIT: u64 = 1 << 20;

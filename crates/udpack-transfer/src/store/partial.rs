@@ -15,7 +15,7 @@ use super::publish::{Complete, Synced, Whole};
 use super::{
     IfExists, Inner, Meta, NewFile, OtherTime, Reservation, Store, StoreError, SyncPolicy,
 };
-use crate::path::RelPath;
+use crate::base::path::RelPath;
 
 /// An upload under way, in a staging file no client can name.
 ///

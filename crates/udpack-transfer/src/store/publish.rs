@@ -11,7 +11,7 @@ use super::disk::{self, Id, Made};
 use super::partial::{Body, Staged};
 use super::quota::charge;
 use super::{IfExists, Inner, OtherTime, Reservation, StoreError, SyncPolicy};
-use crate::path::RelPath;
+use crate::base::path::RelPath;
 
 /// A whole, verified file that has no name yet. Dropping it removes it.
 #[derive(Debug)]

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use crate::path::RelPath;
+use crate::base::path::RelPath;
 
 /// What a directory, a link and an empty file count: they have no bytes, yet take room.
 pub(super) const LEAST: u64 = 1024;

@@ -18,13 +18,13 @@ use super::disk::below;
 use super::disk::{self, PRIVATE};
 use super::quota::{LEAST, charge};
 use super::{Existing, IfExists, Inner, Meta, OtherTime, Store, StoreError, Tenant, Time};
-use crate::names;
-use crate::path::{PathRule, RelPath};
+use crate::base::names;
+use crate::base::path::{PathRule, RelPath};
 
 /// What has a name in a store, as it was at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// Its path from the store's root, in its [text form](crate::names); empty for the root itself.
+    /// Its path from the store's root, in its [text form](crate::base::names); empty for the root itself.
     pub path: String,
     /// What it is.
     pub kind: Kind,

@@ -10,8 +10,8 @@ use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::{COUNT_DEPTH, DIRECTORY, Disk, PART};
-use crate::names;
-use crate::path::RelPath;
+use crate::base::names;
+use crate::base::path::RelPath;
 use crate::store::StoreError;
 
 impl Disk {

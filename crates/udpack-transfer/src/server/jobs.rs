@@ -12,7 +12,7 @@ use serde::Serialize;
 use tokio::time::{Interval, MissedTickBehavior};
 use udpack::{Channel, CloseCode, Fault, Message, RecvError, SendError};
 
-use crate::scope::Scope;
+use crate::server::scope::Scope;
 
 /// How often a job's progress is told at most.
 const TICK: Duration = Duration::from_millis(250);
@@ -464,7 +464,7 @@ struct ListFields<'a> {
 struct JobFields<'a> {
     id: u64,
     kind: &'static str,
-    #[serde(serialize_with = "crate::names::serialize")]
+    #[serde(serialize_with = "crate::base::names::serialize")]
     path: &'a str,
     peer: &'a str,
     size: Option<u64>,

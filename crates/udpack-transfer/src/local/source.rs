@@ -12,9 +12,9 @@ use rustix::fs::OFlags;
 use tokio::sync::mpsc;
 use udpack::Place;
 
-use crate::error::TransferError;
-use crate::limiter::Pace;
-use crate::path::RelPath;
+use crate::base::path::RelPath;
+use crate::local::error::TransferError;
+use crate::local::limiter::Pace;
 use crate::store::{Existing, Meta, Time, hash_file};
 use crate::wire::{CHUNK, Have};
 

@@ -6,9 +6,9 @@ use serde::de::{Error, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::broken;
-use crate::error::TransferError;
-use crate::names;
-use crate::path::{RelPath, printable};
+use crate::base::names;
+use crate::base::path::{RelPath, printable};
+use crate::local::error::TransferError;
 use crate::store::{Entry, Kind, Removed, Time};
 
 /// Longest target of a symbolic link, in bytes: what Linux can hold.

@@ -12,14 +12,14 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use udpack::{Channel, CloseCode, CloseReason, Priority, SendError, Side, Socket};
 
-use crate::CHANNEL;
-use crate::error::TransferError;
-use crate::limiter::{Limiter, Pace, SMALLEST};
-use crate::link::Link;
-use crate::progress::{Event, Feed, Files, Moving, Outcome, Progress, Watch};
-use crate::queue::{Claim, Item, Next, Queue, SMALL};
-use crate::source::{self, Buffers, Opened, Origin, Piece, Source, Whole};
+use crate::client::link::Link;
+use crate::client::progress::{Event, Feed, Files, Moving, Outcome, Progress, Watch};
+use crate::client::queue::{Claim, Item, Next, Queue, SMALL};
+use crate::local::error::TransferError;
+use crate::local::limiter::{Limiter, Pace, SMALLEST};
+use crate::local::source::{self, Buffers, Opened, Origin, Piece, Source, Whole};
 use crate::store::{IfExists, Meta, OtherTime, Time};
+use crate::wire::CHANNEL;
 use crate::wire::{
     self, AckFields, CancelFields, ChunkFields, DirFields, FileFields, FinishFields, Hash, Have,
     LinkFields, MetaFields, PutFields, Reply, Run,

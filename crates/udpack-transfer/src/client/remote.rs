@@ -16,11 +16,11 @@ use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 use udpack::{Channel, Fault, RequestError, SendError};
 
-use crate::CHANNEL;
-use crate::error::TransferError;
-use crate::link::Link;
-use crate::path::{RelPath, printable};
+use crate::base::path::{RelPath, printable};
+use crate::client::link::Link;
+use crate::local::error::TransferError;
 use crate::store::{Entry, Removed};
+use crate::wire::CHANNEL;
 use order::Order;
 
 pub use jobs::{Job, JobKind, JobState, Jobs, JobsEvent};

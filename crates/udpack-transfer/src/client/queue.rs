@@ -15,8 +15,8 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use crate::error::TransferError;
-use crate::source::{Origin, Source};
+use crate::local::error::TransferError;
+use crate::local::source::{Origin, Source};
 use crate::store::Time;
 use crate::wire::CHUNK;
 

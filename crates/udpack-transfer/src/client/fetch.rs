@@ -14,15 +14,15 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use udpack::{Channel, CloseCode, Priority, Socket};
 
-use crate::CHANNEL;
-use crate::downloader::{ACK, BREAKS, HASHED, SILENCE};
-use crate::error::TransferError;
-use crate::limiter::Limiter;
-use crate::link::Link;
-use crate::path::RelPath;
-use crate::progress::{Outcome, Progress};
+use crate::base::path::RelPath;
+use crate::client::downloader::{ACK, BREAKS, HASHED, SILENCE};
+use crate::client::link::Link;
+use crate::client::progress::{Outcome, Progress};
+use crate::client::uploader::lane_end;
+use crate::local::error::TransferError;
+use crate::local::limiter::Limiter;
 use crate::store::{Meta, StoreError};
-use crate::uploader::lane_end;
+use crate::wire::CHANNEL;
 use crate::wire::{self, AckFields, Finish, GetFields, Have, IdField, Reply};
 
 /// How to fetch a file without a store.

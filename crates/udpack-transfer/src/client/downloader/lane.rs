@@ -11,10 +11,10 @@ use udpack::{Channel, CloseCode, CloseReason, Message, Priority, Side, Socket};
 
 use super::incoming::{End, Incoming, Note, Wish};
 use super::{Context, lock};
-use crate::CHANNEL;
-use crate::error::TransferError;
-use crate::progress::Event;
+use crate::client::progress::Event;
+use crate::local::error::TransferError;
 use crate::store::{Meta, Time};
+use crate::wire::CHANNEL;
 use crate::wire::{self, AckFields, CancelFields, Finish, GetFields, IdField, MetaFields, Reply};
 
 /// Files that may be asked for and not stored yet. The server lets 64 wait, and may learn late that one of

@@ -4,8 +4,8 @@ use std::borrow::Cow;
 
 use udpack::Peer;
 
-use crate::path::{PathError, RelPath};
-use crate::size::parse_size;
+use crate::base::path::{PathError, RelPath};
+use crate::base::size::parse_size;
 use crate::store::Tenant;
 
 /// The rights of one client.
@@ -73,7 +73,7 @@ impl Scope {
                     "write" => scope.write = true,
                     "delete" => scope.delete = true,
                     "admin" => scope.admin = true,
-                    other => return Err(ScopeError::Right(crate::path::printable(other))),
+                    other => return Err(ScopeError::Right(crate::base::path::printable(other))),
                 }
             }
         }

@@ -13,11 +13,11 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use crate::error::TransferError;
-use crate::limiter::Limiter;
-use crate::link::Link;
-use crate::path::RelPath;
-use crate::progress::{Event, Feed, Files, Moving, Outcome, Progress, Watch};
+use crate::base::path::RelPath;
+use crate::client::link::Link;
+use crate::client::progress::{Event, Feed, Files, Moving, Outcome, Progress, Watch};
+use crate::local::error::TransferError;
+use crate::local::limiter::Limiter;
 use crate::store::{
     Complete, Entry, IfExists, Kind, Meta, OtherTime, Placed, Published, Store, StoreError, Synced,
 };

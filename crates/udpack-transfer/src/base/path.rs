@@ -16,7 +16,7 @@ use std::str::FromStr;
 use udpack::text::is_printable;
 use unicode_normalization::{UnicodeNormalization, is_nfc};
 
-use crate::names;
+use crate::base::names;
 
 /// A relative path, `/` between its components, that cannot leave the directory it is resolved in.
 ///
@@ -26,7 +26,7 @@ use crate::names;
 /// ```
 ///
 /// There is no way to build one but by parsing, so holding a `RelPath` is the proof that the rules
-/// were checked. It is kept in its [text form](crate::names): for the file system there is
+/// were checked. It is kept in its [text form](crate::base::names): for the file system there is
 /// [`to_os`](Self::to_os), and `Display` escapes what must not reach a terminal or a log, and cuts.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RelPath(Box<str>);
@@ -53,7 +53,7 @@ impl RelPath {
         names::from_os(path).parse()
     }
 
-    /// Its [text form](crate::names), which is the path itself when that is UTF-8.
+    /// Its [text form](crate::base::names), which is the path itself when that is UTF-8.
     pub fn as_str(&self) -> &str {
         &self.0
     }

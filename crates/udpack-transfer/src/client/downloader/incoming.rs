@@ -14,8 +14,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use super::lane::Asked;
 use super::{Context, Job, lock};
-use crate::error::TransferError;
-use crate::path::RelPath;
+use crate::base::path::RelPath;
+use crate::local::error::TransferError;
 use crate::store::{Begin, Complete, IfExists, Meta, NewFile, Partial, StoreError};
 use crate::wire::{Have, RANGES};
 

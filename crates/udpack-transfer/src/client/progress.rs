@@ -10,8 +10,8 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{Interval, MissedTickBehavior};
 
-use crate::error::TransferError;
-use crate::link::{LinkEvent, LinkEvents};
+use crate::client::link::{LinkEvent, LinkEvents};
+use crate::local::error::TransferError;
 use crate::store::{OtherTime, Synced};
 
 /// How often progress is told at most.

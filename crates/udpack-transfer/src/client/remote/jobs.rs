@@ -7,9 +7,9 @@ use serde::{Deserialize, Serialize};
 use udpack::{Channel, Message};
 
 use super::{LOSSES, PATIENCE, broken, failed};
-use crate::error::TransferError;
-use crate::link::Link;
-use crate::path::printable;
+use crate::base::path::printable;
+use crate::client::link::Link;
+use crate::local::error::TransferError;
 
 /// The name of the channels that show transfers.
 const CHANNEL: &str = "transfers";
@@ -188,7 +188,7 @@ struct RawJobs {
 struct RawJob {
     id: u64,
     kind: String,
-    #[serde(deserialize_with = "crate::names::deserialize")]
+    #[serde(deserialize_with = "crate::base::names::deserialize")]
     path: String,
     peer: String,
     #[serde(default)]
@@ -229,7 +229,7 @@ fn job(raw: RawJob) -> Result<Job, TransferError> {
             "get" => JobKind::Get,
             _ => return Err(broken("a job whose kind is none of put, get")),
         },
-        path: udpack::text::printable_within(&crate::names::shown(&raw.path), 1024),
+        path: udpack::text::printable_within(&crate::base::names::shown(&raw.path), 1024),
         peer: printable(&raw.peer),
         size: raw.size,
         bytes: raw.bytes,

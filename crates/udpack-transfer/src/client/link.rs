@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::sync::{Mutex, broadcast};
 use udpack::{Client, CloseReason, ConnectError, GoAway, Outage, Side, Socket, SocketState};
 
-use crate::error::TransferError;
+use crate::local::error::TransferError;
 
 /// How a [`Link`] comes back after a lost connection. Success is that the transfer moves
 /// ([`Link::progressed`]), not the connection alone.

@@ -3,15 +3,15 @@
 use tokio::sync::mpsc;
 use udpack::{Channel, CloseCode, SendError, Tenant};
 
-use crate::hook::{Access, HookAccess};
-use crate::jobs::{Job, JobEnd};
-use crate::limiter::{Limiter, Pace};
-use crate::path::RelPath;
-use crate::places;
-use crate::receiver::Receiver;
-use crate::source::{Buffers, Opened, Piece};
+use crate::base::path::RelPath;
+use crate::local::limiter::{Limiter, Pace};
+use crate::local::source::{Buffers, Opened, Piece};
+use crate::server::hook::{Access, HookAccess};
+use crate::server::jobs::{Job, JobEnd};
+use crate::server::places;
+use crate::server::receiver::Receiver;
+use crate::server::worker::{Outcome, Outcomes};
 use crate::wire::{ChunkFields, ErrorFields, FileFields, FinishFields, Hash, Have};
-use crate::worker::{Outcome, Outcomes};
 
 /// How many lanes a client most likely has; the server does not know.
 const LANES: usize = 4;
@@ -195,7 +195,10 @@ async fn send(
             }
             Some(Piece::Failed(error)) => {
                 tracing::warn!(path = shown, %error, "cannot send a file");
-                let changed = matches!(error, crate::error::TransferError::SourceChanged { .. });
+                let changed = matches!(
+                    error,
+                    crate::local::error::TransferError::SourceChanged { .. }
+                );
                 let (code, text) = if changed {
                     ("source_changed", "the file changed while it was being sent")
                 } else {

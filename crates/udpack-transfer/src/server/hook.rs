@@ -8,7 +8,7 @@ use std::pin::Pin;
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct HookOffer {
-    /// The name in the store, valid, in its [text form](crate::names).
+    /// The name in the store, valid, in its [text form](crate::base::names).
     pub path: String,
     /// Its size in bytes, if told.
     pub size: Option<u64>,
@@ -20,7 +20,7 @@ pub struct HookOffer {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct HookStored {
-    /// The name in the store, in its [text form](crate::names).
+    /// The name in the store, in its [text form](crate::base::names).
     pub path: String,
     /// Where that is on the server's file system.
     pub file: PathBuf,

@@ -16,16 +16,16 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tracing::Span;
 use udpack::Place;
 
-use crate::hook::{Hook, HookStored, HookWhole};
-use crate::names;
-use crate::path::RelPath;
-use crate::places::Slot;
+use crate::base::names;
+use crate::base::path::RelPath;
+use crate::server::hook::{Hook, HookStored, HookWhole};
+use crate::server::places::Slot;
+use crate::server::writers::{Pulse, UploadKey, Writer, Writers};
 use crate::store::{
     Begin, Complete, Existing, IfExists, NewFile, Partial, Published, Store, StoreError, Synced,
     Tenant,
 };
 use crate::wire::{Finish, Have, Offer, RANGES};
-use crate::writers::{Pulse, UploadKey, Writer, Writers};
 
 /// Chunks of one file that may wait for the disk.
 const QUEUE: usize = 8;

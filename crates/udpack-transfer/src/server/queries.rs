@@ -5,10 +5,10 @@ use std::sync::Arc;
 use serde::Serialize;
 use udpack::{Channel, Fault, FieldError, Message, SendError, Tenant};
 
-use crate::hook::{Access, Hook, HookAccess};
-use crate::names;
-use crate::places::{self, Places};
-use crate::scope::Scope;
+use crate::base::names;
+use crate::server::hook::{Access, Hook, HookAccess};
+use crate::server::places::{self, Places};
+use crate::server::scope::Scope;
 use crate::store::{Entry, Kind, List, Page, Store, StoreError, check_target};
 use crate::wire::Hash;
 

@@ -9,11 +9,11 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::error::TransferError;
-use crate::glob::Exclude;
-use crate::names;
-use crate::path::RelPath;
-use crate::source::{self, Source};
+use crate::base::glob::Exclude;
+use crate::base::names;
+use crate::base::path::RelPath;
+use crate::local::error::TransferError;
+use crate::local::source::{self, Source};
 
 /// Walks a file or a directory, depth first; what is in a directory comes before the directory itself.
 ///

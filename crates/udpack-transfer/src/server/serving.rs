@@ -18,22 +18,22 @@ use udpack::{
     Asked, Channel, CloseCode, Fault, Message, Peer, Place, RecvError, SendError, Tenant,
 };
 
-use crate::hook::HookOffer;
-use crate::jobs::{Job, JobEnd, JobKind};
-use crate::lane::{Action, Lane, Refusal};
-use crate::limiter::Limiter;
-use crate::outgoing::{self, Wanted};
-use crate::path::RelPath;
-use crate::places::{self, Slot};
-use crate::receiver::{NoScope, Receiver};
-use crate::scope::Scope;
+use crate::base::path::RelPath;
+use crate::local::limiter::Limiter;
+use crate::server::hook::HookOffer;
+use crate::server::jobs::{Job, JobEnd, JobKind};
+use crate::server::outgoing::{self, Wanted};
+use crate::server::places::{self, Slot};
+use crate::server::receiver::{NoScope, Receiver};
+use crate::server::scope::Scope;
+use crate::server::worker::{Gathered, Incoming, Outcome, Outcomes, Publisher, Task, Whole};
+use crate::server::writers::{Claim, Pulse, Replaced, UploadKey, Writer};
 use crate::store::{IfExists, Placed, Published, StoreError, Synced, check_target};
+use crate::wire::lane::{Action, Lane, Refusal};
 use crate::wire::{
     self, AckFields, BadMessage, CHUNK, DirOffer, DoneFields, ErrorFields, Hash, LinkOffer, Offer,
     Put, ReadyFields, Request, Wish,
 };
-use crate::worker::{Gathered, Incoming, Outcome, Outcomes, Publisher, Task, Whole};
-use crate::writers::{Claim, Pulse, Replaced, UploadKey, Writer};
 
 /// How often the lane looks after its files.
 const TICK: Duration = Duration::from_millis(250);

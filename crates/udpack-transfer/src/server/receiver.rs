@@ -7,17 +7,17 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 use udpack::{Channel, CloseCode, Peer, Pool, RecvError, ServerBuilder};
 
-use crate::hook::Hook;
-use crate::jobs::{Jobs, Transfer, TransferWatch};
-use crate::limiter::Limiter;
-use crate::places::{Places, cores};
-use crate::queries::Queries;
-use crate::scope::Scope;
-use crate::serving::Serving;
+use crate::local::limiter::Limiter;
+use crate::server::hook::Hook;
+use crate::server::jobs::{Jobs, Transfer, TransferWatch};
+use crate::server::places::{Places, cores};
+use crate::server::queries::Queries;
+use crate::server::scope::Scope;
+use crate::server::serving::Serving;
+use crate::server::worker::Publisher;
+use crate::server::writers::Writers;
 use crate::store::Store;
-use crate::worker::Publisher;
-use crate::writers::Writers;
-use crate::{CHANNEL, JOBS_CHANNEL};
+use crate::wire::{CHANNEL, JOBS_CHANNEL};
 
 /// Bounds of a [`Receiver`].
 #[derive(Debug, Clone, PartialEq, Eq)]

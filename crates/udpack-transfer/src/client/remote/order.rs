@@ -3,9 +3,9 @@
 //! This is what makes a list end, and what keeps an entry from lying below a file or a link.
 
 use super::broken;
-use crate::error::TransferError;
-use crate::names;
-use crate::path::{RelPath, printable};
+use crate::base::names;
+use crate::base::path::{RelPath, printable};
+use crate::local::error::TransferError;
 use crate::store::{Entry, Kind};
 
 /// Checks one list, entry by entry. Keeps no more than the last path and the directories above it.

@@ -7,7 +7,7 @@ use std::thread;
 
 use udpack::{Channel, Place, Pool, PoolFull, Shares, Tenant};
 
-use crate::receiver::ReceiverConfig;
+use crate::server::receiver::ReceiverConfig;
 
 /// Those who may wait for a place of one kind; a quarter of them may be of one token.
 const WAITING: usize = 16_384;

@@ -1,0 +1,12 @@
+//! The server's half: one lane and what it decides, the disk work of files, requests, jobs, the operator's word.
+
+pub(crate) mod hook;
+pub(crate) mod jobs;
+pub(crate) mod outgoing;
+pub(crate) mod places;
+pub(crate) mod queries;
+pub(crate) mod receiver;
+pub(crate) mod scope;
+pub(crate) mod serving;
+pub(crate) mod worker;
+pub(crate) mod writers;
