@@ -315,12 +315,9 @@ impl Inbox {
         serve: Option<&mut Option<Begun>>,
     ) -> Poll<Result<Message, Ending>> {
         let mut state = lock(&self.state);
-        while let Some(message) = state.backlog.pop_front() {
-            state.backlog_bytes -= message.len();
-            if message.event() == MARK {
-                state.passed(&message, carrier);
-                continue;
-            }
+        if !state.backlog.is_empty()
+            && let Some(message) = state.next_waiting(carrier)
+        {
             state.handed_out(&message, serve);
             return Poll::Ready(Ok(message));
         }
@@ -465,6 +462,19 @@ impl State {
             self.calls.get_or_make().queued(id);
         }
         self.backlog.push_back(message);
+    }
+
+    /// The first message of the backlog, with the marks before it passed.
+    #[cold]
+    fn next_waiting(&mut self, carrier: &Carrier) -> Option<Message> {
+        while let Some(message) = self.backlog.pop_front() {
+            self.backlog_bytes -= message.len();
+            if message.event() != MARK {
+                return Some(message);
+            }
+            self.passed(&message, carrier);
+        }
+        None
     }
 
     /// A message leaves the inbox: a handler's request is kept in mind, any other is its taker's business.
