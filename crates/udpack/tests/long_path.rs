@@ -83,9 +83,15 @@ async fn a_close_over_a_path_of_seconds_loses_nothing() {
     }
 }
 
-/// A reader that is as slow as its path is not slow.
+/// A reader that is as slow as its path is not slow, also where a message takes the path longer than a reader may.
 #[tokio::test(start_paused = true)]
 async fn nobody_is_slow_on_a_path_of_seconds() {
+    for (block, count) in [(64 << 10, 160), (1 << 20, 10)] {
+        blocks_arrive(block, count).await;
+    }
+}
+
+async fn blocks_arrive(block: usize, count: usize) {
     let (_net, server, here) = far(Duration::from_millis(4_500)).await;
     let there = server.accept().await.expect("a socket");
     let (ours, theirs) = tokio::join!(here.channel("c").resumable().open(), there.accept_channel());
@@ -98,11 +104,11 @@ async fn nobody_is_slow_on_a_path_of_seconds() {
         bytes
     });
     // More than what may be unconfirmed, several times.
-    let block = serde_bytes::ByteBuf::from(vec![7; 64 << 10]);
-    for _ in 0..160 {
-        ours.send("block", &block).await.expect("alive");
+    let bytes = serde_bytes::ByteBuf::from(vec![7; block]);
+    for _ in 0..count {
+        ours.send("block", &bytes).await.expect("alive");
     }
     ours.finish().await.expect("all was taken");
-    assert!(reader.await.expect("no panic") >= 160 * (64 << 10));
+    assert!(reader.await.expect("no panic") >= count * block);
     assert_eq!(here.metrics().slow_peers, 0);
 }

@@ -763,6 +763,11 @@ impl Outbox {
         (waits && !self.has_room(&state)).then(|| keep.retained.confirmed())
     }
 
+    /// Bytes of what is queued, and of what is kept until the peer confirms it.
+    pub(crate) fn unconfirmed_bytes(&self) -> u64 {
+        lock(&self.state).queued_bytes as u64
+    }
+
     /// The stream that the sleeping writer of this epoch has lent.
     pub(crate) fn take_back(&self, epoch: u64) -> Option<SendStream> {
         let mut state = lock(&self.state);

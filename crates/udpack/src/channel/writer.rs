@@ -14,7 +14,7 @@ use crate::metrics::Count;
 use crate::metrics::speed::Counters;
 use crate::transport::heard::Heard;
 use crate::transport::on_path;
-use crate::transport::{Connection, SendStream, StreamError, Written as Taken};
+use crate::transport::{Connection, ConnectionStats, SendStream, StreamError, Written as Taken};
 use crate::wire::code::{CloseCode, CloseReason};
 use crate::wire::config::Priority;
 
@@ -123,7 +123,7 @@ async fn drive(
                     () = outbox.work.notified() => {}
                     end = &mut stopped => return Err(stop_reason(carrier, end)),
                     () = tokio::time::sleep(part(carrier, &conn)), if watched => {
-                        if patience.is_over(outbox, &conn)
+                        if patience.is_over(outbox, &conn, carrier.live_channels())
                             && let Some(mut stream) = outbox.take_back(epoch)
                         {
                             return Err(slow_peer(&mut stream, carrier));
@@ -197,25 +197,57 @@ impl Passed {
 /// How long a peer that is alive has confirmed nothing while somebody waits for it to.
 #[derive(Default)]
 struct Patience {
-    /// What was confirmed when the time began.
-    begun: Option<(u64, Passed)>,
+    begun: Option<Stuck>,
+}
+
+/// A wait for the peer to confirm something.
+struct Stuck {
+    /// What was confirmed when it began.
+    at: u64,
+    passed: Passed,
+    /// What the connection had sent when it began, and when that was last looked at.
+    begun: ConnectionStats,
+    before: ConnectionStats,
 }
 
 impl Patience {
     fn watch(&mut self, outbox: &Outbox, line: &Line) -> bool {
         let stuck = outbox.stuck_at();
-        if stuck != self.begun.as_ref().map(|(at, _)| *at) {
-            self.begun = stuck.map(|at| (at, Passed::new(line)));
+        if stuck != self.begun.as_ref().map(|stuck| stuck.at) {
+            self.begun = stuck.map(|at| {
+                let now = line.stats();
+                Stuck {
+                    at,
+                    passed: Passed::new(line),
+                    begun: now,
+                    before: now,
+                }
+            });
         }
         stuck.is_some()
     }
 
-    /// Called when a part of the slow-peer time has passed.
-    fn is_over(&mut self, outbox: &Outbox, line: &Line) -> bool {
-        match (&mut self.begun, outbox.stuck_at()) {
-            (Some((at, passed)), Some(now)) if *at == now => passed.part(line),
-            _ => false,
+    /// Called when a part of the slow-peer time has passed, on a connection with so many channels.
+    ///
+    /// A peer confirms whole messages. As long as the path may not yet have carried what is unconfirmed, and carries
+    /// something of channels, the path is slow, not the peer.
+    fn is_over(&mut self, outbox: &Outbox, line: &Line, channels: usize) -> bool {
+        let Some(stuck) = &mut self.begun else {
+            return false;
+        };
+        if outbox.stuck_at() != Some(stuck.at) || !stuck.passed.part(line) {
+            return false;
         }
+        let now = line.stats();
+        let in_all = now.bytes_sent - stuck.begun.bytes_sent;
+        let of_late = now.stream_frames_sent - stuck.before.stream_frames_sent;
+        let slow_path =
+            of_late > 0 && in_all / (channels.max(1) as u64) < outbox.unconfirmed_bytes();
+        if slow_path {
+            stuck.before = now;
+            stuck.passed.parts = 0;
+        }
+        !slow_path
     }
 }
 

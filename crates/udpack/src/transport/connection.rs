@@ -32,6 +32,8 @@ pub(crate) struct ConnectionStats {
     /// UDP datagrams sent and received.
     pub(crate) datagrams_sent: u64,
     pub(crate) datagrams_received: u64,
+    /// Frames of streams sent.
+    pub(crate) stream_frames_sent: u64,
     /// Packets sent, and those of them declared lost.
     pub(crate) packets_sent: u64,
     pub(crate) packets_lost: u64,
@@ -170,6 +172,7 @@ impl Connection {
             bytes_received: stats.udp_rx.bytes,
             datagrams_sent: stats.udp_tx.datagrams,
             datagrams_received: stats.udp_rx.datagrams,
+            stream_frames_sent: stats.frame_tx.stream,
             packets_sent: stats.path.sent_packets,
             packets_lost: stats.path.lost_packets,
             rtt: stats.path.rtt,
