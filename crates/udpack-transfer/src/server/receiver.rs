@@ -40,11 +40,12 @@ pub struct ReceiverConfig {
     pub pipeline: usize,
     /// Requests of one lane that are answered at once. Defaults to 32.
     pub requests: usize,
-    /// Requests that are answered at once, all sockets together, hashes not counted. Defaults to twice the processors,
-    /// at least 4.
+    /// Requests that are answered at once, all sockets together, hashes not counted; of one token as many as half of the
+    /// processors, at least 1. Defaults to twice the processors, at least 4.
     pub requests_in_all: usize,
     /// Whole files of the server that are read for their hash at once: so many for requests, and as many for uploads that
-    /// ask what is there. Defaults to the processors, at least 4.
+    /// ask what is there; of one token as many of each as half of the processors, at least 1. Defaults to the processors, at
+    /// least 4.
     pub hashes: usize,
     /// Files that are sent at once, all sockets together; each has a thread. Defaults to 128.
     pub downloads: usize,

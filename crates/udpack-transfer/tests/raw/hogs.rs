@@ -76,7 +76,9 @@ pub(crate) const HOGS: &[Hog] = &[
 /// When it holds more.
 pub(crate) fn is_exhausted(pool: &Pool, tenant: &Tenant) -> bool {
     let shares = pool.shares();
-    let most = shares.places - shares.reserve + shares.minimum;
+    let most = shares
+        .each
+        .min(shares.places - shares.reserve + shares.minimum);
     let held = pool.held(tenant);
     assert!(held <= most, "{held} of {most}");
     held == most && pool.waiting() > 0
