@@ -30,7 +30,7 @@ impl<E: fmt::Display + Send> IntoOutcome for Result<(), E> {
     }
 }
 
-/// What serves the channels of a name: an async function of the channel, or a [`Router`]. `M` is found by the
+/// What serves the channels of a name: an async function of the channel, or a [`Router`](crate::Router). `M` is found by the
 /// compiler.
 pub trait ServeChannel<M> {
     #[doc(hidden)]
