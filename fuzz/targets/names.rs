@@ -158,6 +158,7 @@ impl Site {
             if_exists: IfExists::Error,
             owner: None,
             tenant: None,
+            dirs: &[],
             whole: true,
         })?;
         let Begin::New(mut partial) = begun else {
