@@ -198,8 +198,9 @@ impl Server {
         lock(&self.inner.shared.sockets).all()
     }
 
-    /// The socket of this session, if it is here: the id is what [`Socket::id`] and [`Channel::session_id`](crate::Channel::session_id) say. Looks
-    /// at all sockets in turn; to speak to somebody often, keep a handle or a room.
+    /// The socket of this session, if it is here: the id is what [`Socket::id`] and
+    /// [`Channel::session_id`](crate::Channel::session_id) say. Looks at all sockets in turn; to speak to somebody often, keep
+    /// a handle or a room.
     pub fn socket(&self, id: &str) -> Option<Socket> {
         let mut sockets = self.sockets().into_iter();
         sockets.find(|socket| *socket.id() == *id)
