@@ -4,12 +4,12 @@
 #[allow(dead_code, reason = "this binary uses its own part")]
 #[path = "hostile/bare.rs"]
 mod bare;
+#[path = "hostile/serving.rs"]
+mod serving;
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use bare::{Bare, Stream, Value, event, map};
-use quinn::crypto::rustls::QuicServerConfig;
 use rustls::pki_types::PrivateKeyDer;
 use tokio::time::Instant;
 use udpack::testing::{self, Net};
@@ -103,21 +103,10 @@ fn fake(net: &Net) -> (quinn::Endpoint, ClientBuilder) {
     let certificate = params.self_signed(&key).expect("a certificate");
     let identity = Identity::from_pem(&certificate.pem(), &key.serialize_pem());
     let pin = identity.expect("they belong together").fingerprint();
-    let mut tls = rustls::ServerConfig::builder_with_provider(Arc::new(
-        rustls::crypto::aws_lc_rs::default_provider(),
-    ))
-    .with_protocol_versions(&[&rustls::version::TLS13])
-    .expect("the provider has TLS 1.3")
-    .with_no_client_auth()
-    .with_single_cert(
-        vec![certificate.der().clone()],
-        PrivateKeyDer::Pkcs8(key.serialize_der().into()),
-    )
-    .expect("they belong together");
-    tls.alpn_protocols = vec![b"udpack/1".to_vec()];
-    let crypto = QuicServerConfig::try_from(tls).expect("a suite for the first packets");
+    let key = PrivateKeyDer::Pkcs8(key.serialize_der().into());
+    let config = serving::serving(certificate.der().clone(), key);
     let endpoint = net.bare().expect("an address");
-    endpoint.set_server_config(Some(quinn::ServerConfig::with_crypto(Arc::new(crypto))));
+    endpoint.set_server_config(Some(config));
     (endpoint, net.attach(Client::builder().pin(pin).token("t")))
 }
 

@@ -8,6 +8,8 @@ mod bare;
 mod common;
 #[path = "common/heap.rs"]
 mod heap;
+#[path = "hostile/serving.rs"]
+mod serving;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +18,6 @@ use bare::{Bare, Stream};
 use futures_util::FutureExt;
 use futures_util::future::try_join_all;
 use heap::{Mark, alone};
-use quinn::crypto::rustls::QuicServerConfig;
 use rustls::pki_types::PrivateKeyDer;
 use tokio::time::Instant;
 use udpack::testing::{self, Net};
@@ -51,20 +52,8 @@ async fn bare_cost(net: &Net, transport: quinn::TransportConfig) -> usize {
     let key = rcgen::KeyPair::generate().expect("a key");
     let params = rcgen::CertificateParams::new(vec!["any.name".to_owned()]).expect("a name");
     let certificate = params.self_signed(&key).expect("a certificate");
-    let mut tls = rustls::ServerConfig::builder_with_provider(Arc::new(
-        rustls::crypto::aws_lc_rs::default_provider(),
-    ))
-    .with_protocol_versions(&[&rustls::version::TLS13])
-    .expect("the provider has TLS 1.3")
-    .with_no_client_auth()
-    .with_single_cert(
-        vec![certificate.der().clone()],
-        PrivateKeyDer::Pkcs8(key.serialize_der().into()),
-    )
-    .expect("they belong together");
-    tls.alpn_protocols = vec![b"udpack/1".to_vec()];
-    let crypto = QuicServerConfig::try_from(tls).expect("a suite for the first packets");
-    let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
+    let key = PrivateKeyDer::Pkcs8(key.serialize_der().into());
+    let mut config = serving::serving(certificate.der().clone(), key);
     config.transport_config(Arc::new(transport));
     let server = net.bare().expect("an address");
     server.set_server_config(Some(config));
