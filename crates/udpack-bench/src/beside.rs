@@ -14,10 +14,8 @@ mod hogs;
 mod raw;
 
 use std::fs;
-use std::future::Future;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::available_parallelism;
@@ -33,10 +31,7 @@ use udpack::{
     Channel, Client, Context, Deny, Fault, Fingerprint, Hello, Identity, Peer, Router, Server,
     Socket, Tenant,
 };
-use udpack_transfer::{
-    Accepted, Event, Hook, HookOffer, HookStored, Receiver, ReceiverConfig, Source, Store,
-    StoreConfig, Uploader,
-};
+use udpack_transfer::{Event, Receiver, ReceiverConfig, Source, Store, StoreConfig, Uploader};
 
 use crate::driver::{Whose, cpu};
 use crate::report::Machine;
@@ -242,7 +237,7 @@ impl Site {
         };
         let mut receiver = Receiver::new(Store::open(&root, config)?, ReceiverConfig::default());
         if row.name == "hooks" {
-            receiver = receiver.hook(Stuck);
+            receiver = receiver.hook(hogs::Stuck(HOSTILE));
         }
         fs::File::create(root.join(hogs::LARGE))?.set_len(LARGE)?;
         fs::create_dir(root.join(hogs::MANY))?;
@@ -381,25 +376,6 @@ async fn flood(channel: Channel, counts: Arc<Counts>) -> Result<(), udpack::Send
             .flooded
             .fetch_add(block.len() as u64, Ordering::Relaxed);
     }
-}
-
-/// Never answers for the hostile client, and at once for all others.
-struct Stuck;
-
-impl Hook for Stuck {
-    fn accept<'a>(
-        &'a self,
-        offer: &'a HookOffer,
-    ) -> Pin<Box<dyn Future<Output = Accepted> + Send + 'a>> {
-        Box::pin(async move {
-            if offer.peer == HOSTILE {
-                std::future::pending::<()>().await;
-            }
-            Ok(None)
-        })
-    }
-
-    fn done(&self, _: HookStored) {}
 }
 
 /// Takes all it can get of one row and holds it, until standard input ends.

@@ -8,42 +8,19 @@ mod hogs;
 mod raw;
 
 use std::fs;
-use std::future::Future;
-use std::pin::Pin;
 use std::time::Duration;
 
 use common::{Fixture, bounded, noise};
-use hogs::{Grip, HOGS, Hog, LARGE, MANY, is_exhausted};
+use hogs::{Grip, HOGS, Hog, LARGE, MANY, Stuck, is_exhausted};
 use raw::{RawLane, chunk, dir, file, finish, get, map, put, resumable};
 use tokio::task::JoinSet;
 use udpack::{Deny, Hello, Peer, Pool, Tenant};
-use udpack_transfer::{
-    Accepted, Hook, HookOffer, HookStored, Receiver, ReceiverConfig, Store, StoreConfig,
-};
+use udpack_transfer::{Receiver, ReceiverConfig, Store, StoreConfig};
 
 /// The hostile token; every other is a good client's.
 const HOSTILE: &str = "hostile";
 /// Its sockets.
 const SOCKETS: usize = 3;
-
-/// Never answers for the hostile client, and at once for all others.
-struct Stuck;
-
-impl Hook for Stuck {
-    fn accept<'a>(
-        &'a self,
-        offer: &'a HookOffer,
-    ) -> Pin<Box<dyn Future<Output = Accepted> + Send + 'a>> {
-        Box::pin(async move {
-            if offer.peer == HOSTILE {
-                std::future::pending::<()>().await;
-            }
-            Ok(None)
-        })
-    }
-
-    fn done(&self, _: HookStored) {}
-}
 
 struct World {
     fixture: Fixture,
@@ -67,7 +44,7 @@ impl World {
         };
         let mut receiver = Receiver::new(store, config);
         if with_hook {
-            receiver = receiver.hook(Stuck);
+            receiver = receiver.hook(Stuck(HOSTILE));
         }
         let fixture = Fixture::serve(dir, receiver.clone(), |hello: Hello| async move {
             let claims = [("scope", "read,write,delete")];

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio::task::JoinSet;
 use udpack::{Pool, Socket, Tenant};
+use udpack_transfer::{Accepted, Hook, HookOffer, HookStored};
 
 use super::raw::{RawLane, Say, V, file, get, map, with};
 
@@ -69,6 +70,25 @@ pub(crate) const HOGS: &[Hog] = &[
         take: |grip| Box::pin(grip.say(|n| file(1, &format!("h{n}"), 10))),
     },
 ];
+
+/// A hook that never answers for this identity, and at once for all others.
+pub(crate) struct Stuck(pub(crate) &'static str);
+
+impl Hook for Stuck {
+    fn accept<'a>(
+        &'a self,
+        offer: &'a HookOffer,
+    ) -> Pin<Box<dyn Future<Output = Accepted> + Send + 'a>> {
+        Box::pin(async move {
+            if offer.peer == self.0 {
+                std::future::pending::<()>().await;
+            }
+            Ok(None)
+        })
+    }
+
+    fn done(&self, _: HookStored) {}
+}
 
 /// Whether this tenant holds all that it may, and more of it wait.
 ///
