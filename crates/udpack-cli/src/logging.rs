@@ -99,6 +99,9 @@ impl Console {
 /// A terminal that becomes narrower than the line may break it in two, and moves the cursor with what stands under it: all
 /// remains are then behind the cursor, where the next drawing erases them. With the cursor at the line's end, where
 /// indicatif's own terminal leaves it, they would be in front of it, in a number of rows that depends on the terminal.
+///
+/// A line made for the width that the terminal had a moment ago must not break either, so the terminal does not wrap
+/// while it is written (DECAWM, mode 7).
 #[derive(Debug, Default)]
 struct LiveLine {
     drawn: Mutex<String>,
@@ -144,7 +147,7 @@ impl TermLike for LiveLine {
     /// Writes over the line that stands there. A closed standard error is nobody's failure.
     fn flush(&self) -> io::Result<()> {
         let drawn = std::mem::take(&mut *lock(&self.drawn));
-        let drawn = format!("\r{}\u{1b}[J\r", drawn.trim_end());
+        let drawn = format!("\u{1b}[?7l\r{}\u{1b}[J\r\u{1b}[?7h", drawn.trim_end());
         let _ = io::stderr().lock().write_all(drawn.as_bytes());
         Ok(())
     }
