@@ -81,7 +81,7 @@ pub enum DecodeError {
     /// The data is something else.
     #[error("data does not have the expected type")]
     Data(#[source] rmp_serde::decode::Error),
-    /// The type left a part of the data unread.
+    /// The type left a part of an array or a map unread.
     #[error("data is longer than the expected type")]
     Unread,
 }
@@ -320,16 +320,26 @@ fn decode_with<'a, T>(
 ) -> Result<T, DecodeError> {
     let mut reader = rmp_serde::Deserializer::from_read_ref(data).with_human_readable();
     reader.set_max_depth(SERDE_DEPTH);
-    let data = decode(&mut reader).map_err(DecodeError::Data)?;
+    let decoded = decode(&mut reader).map_err(DecodeError::Data)?;
+    if !may_be_read_in_part(data) {
+        return Ok(decoded);
+    }
     // The reader does not say where it stands, but it does say that it is at the end.
     match <()>::deserialize(&mut reader) {
         Err(rmp_serde::decode::Error::InvalidMarkerRead(end))
             if end.kind() == io::ErrorKind::UnexpectedEof =>
         {
-            Ok(data)
+            Ok(decoded)
         }
         _ => Err(DecodeError::Unread),
     }
+}
+
+/// Whether one value is an array or a map: a type may leave a part of those unread. Of other values it reads all or
+/// nothing, and asking the reader for its end costs as much as reading short text.
+#[inline]
+fn may_be_read_in_part(value: &[u8]) -> bool {
+    matches!(value, [0x80..=0x9f | 0xdc..=0xdf, ..])
 }
 
 /// Writes data as [`decode_data`] reads it: structs as maps, types that have two forms in the one for people.

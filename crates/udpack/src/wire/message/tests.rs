@@ -246,6 +246,10 @@ fn data_of_another_type_is_an_error() {
         message.data::<Nothing>(),
         Err(DecodeError::Unread)
     ));
+    let map = decode(&[0x92, 0xa1, b'e', 0x81, 1, 2]).expect("a message");
+    assert!(matches!(map.data::<Nothing>(), Err(DecodeError::Unread)));
+    let one = decode(&[0x92, 0xa1, b'e', 0xa1, b'x']).expect("a message");
+    assert!(one.data::<Nothing>().is_ok());
 }
 
 #[test]
