@@ -5,10 +5,10 @@
 use bytes::Bytes;
 use libfuzzer_sys::{Corpus, fuzz_target};
 use udpack::wire::{
-    ControlError, HelloMessage, Message, Refreshed, decode_ack, decode_channels, decode_close,
-    decode_gap, decode_goaway, decode_hello, decode_open, decode_refresh, decode_refreshed,
-    decode_resume, decode_welcome, validate,
+    Ack, Channels, ControlError, Decode, HelloMessage, Message, Open, Refresh, Refreshed, Resumed,
+    Welcome, validate,
 };
+use udpack::{CloseReason, Gap, GoAway};
 use udpack_fuzz::{assert_printable, within};
 
 fuzz_target!(|input: &[u8]| -> Corpus {
@@ -21,7 +21,7 @@ fuzz_target!(|input: &[u8]| -> Corpus {
 
 fn check(message: &Message) {
     let mut accepted = 0;
-    if let Some(hello) = kept(decode_hello(message), "$hello", message) {
+    if let Some(hello) = kept(HelloMessage::decode(message), "$hello", message) {
         accepted += 1;
         assert!(hello.token.len() <= 512);
         assert_printable(&hello.agent);
@@ -42,7 +42,7 @@ fn check(message: &Message) {
         }
         assert_eq!(shown, format!("{other:?}"), "a token in a log");
     }
-    if let Some(welcome) = kept(decode_welcome(message), "$welcome", message) {
+    if let Some(welcome) = kept(Welcome::decode(message), "$welcome", message) {
         accepted += 1;
         assert!(is_session(&welcome.session));
         assert!(!welcome.resumed || welcome.reason.is_none());
@@ -59,7 +59,7 @@ fn check(message: &Message) {
         assert!(welcome.frame >= 4096);
         assert_printable(&welcome.agent);
     }
-    if let Some(open) = kept(decode_open(message), "$open", message) {
+    if let Some(open) = kept(Open::decode(message), "$open", message) {
         accepted += 1;
         assert!((1..=128).contains(&open.name.len()));
         assert!(!open.name.starts_with('$'));
@@ -69,36 +69,36 @@ fn check(message: &Message) {
             assert_eq!(validate(&meta), Ok(()));
         }
     }
-    if let Some(reason) = kept(decode_close(message), "$close", message) {
+    if let Some(reason) = kept(CloseReason::decode(message), "$close", message) {
         accepted += 1;
         assert_printable(&reason.to_string());
     }
-    if let Some(goaway) = kept(decode_goaway(message), "$goaway", message) {
+    if let Some(goaway) = kept(GoAway::decode(message), "$goaway", message) {
         accepted += 1;
         assert_printable(&goaway.text);
     }
-    if let Some(channels) = kept(decode_channels(message), "$channels", message) {
+    if let Some(channels) = kept(Channels::decode(message), "$channels", message) {
         accepted += 1;
         assert!(channels.open.len() <= message.len());
     }
-    if kept(decode_resume(message), "$resume", message).is_some() {
+    if kept(Resumed::decode(message), "$resume", message).is_some() {
         accepted += 1;
     }
-    if kept(decode_ack(message), "$ack", message).is_some() {
+    if kept(Ack::decode(message), "$ack", message).is_some() {
         accepted += 1;
     }
-    if let Some(refresh) = kept(decode_refresh(message), "$refresh", message) {
+    if let Some(refresh) = kept(Refresh::decode(message), "$refresh", message) {
         accepted += 1;
         assert!(refresh.token.len() <= 512);
         assert_eq!(format!("{refresh:?}"), "Refresh { .. }", "a token in a log");
     }
-    if let Some(refreshed) = kept(decode_refreshed(message), "$refreshed", message) {
+    if let Some(refreshed) = kept(Refreshed::decode(message), "$refreshed", message) {
         accepted += 1;
         if let Refreshed::Refused { text, .. } = refreshed {
             assert_printable(&text);
         }
     }
-    if let Some(gap) = kept(decode_gap(message), "$gap", message) {
+    if let Some(gap) = kept(Gap::decode(message), "$gap", message) {
         accepted += 1;
         assert!((1..=128).contains(&gap.room.len()));
         assert_ne!(gap.lost, 0);

@@ -20,8 +20,8 @@ use libfuzzer_sys::{Corpus, fuzz_target};
 use quinn::ConnectionError;
 use tokio::runtime::{Builder, Runtime};
 use tokio::time::{sleep, timeout};
-use udpack::CloseCode;
-use udpack::wire::decode_close;
+use udpack::wire::Decode;
+use udpack::{CloseCode, CloseReason};
 use udpack_fuzz::{held, peak};
 
 use site::{Outcome, STATES, Site, State};
@@ -223,7 +223,7 @@ impl Peer<'_> {
             let close = async {
                 while let Ok(message) = stream.message().await {
                     if message.event() == "$close" {
-                        assert_allowed(decode_close(&message).expect("a sound $close").code);
+                        assert_allowed(CloseReason::decode(&message).expect("a sound $close").code);
                     }
                 }
             };

@@ -35,7 +35,7 @@ use crate::metrics::speed::{Counters, SpeedMeter, Stats};
 use crate::metrics::{Count, Words};
 use crate::wire::code::{CloseCode, CloseReason, Fault};
 use crate::wire::config::Priority;
-use crate::wire::control::{self, REPLY};
+use crate::wire::control::{self, ProtocolEvent};
 use crate::wire::message::{DecodeError, EncodeError, Encoded, Message};
 
 /// A named, ordered, bidirectional exchange of `[event, data]` messages with one peer.
@@ -386,7 +386,11 @@ impl Channel {
     /// Answers a request with data that is encoded already; waits for room as [`send`](Self::send) does.
     pub(crate) async fn answer_raw(&self, id: u64, data: &[u8]) -> Result<(), SendError> {
         let limit = self.inner.carrier.frame_limit();
-        let queued = self.inner.outbox.raw(REPLY, data, id, limit).await;
+        let queued = self
+            .inner
+            .outbox
+            .raw(ProtocolEvent::Reply.name(), data, id, limit)
+            .await;
         queued.map_err(|error| self.send_error(error))
     }
 
@@ -399,7 +403,7 @@ impl Channel {
         let queued = self
             .inner
             .outbox
-            .message(REPLY, data, Some(id), limit)
+            .message(ProtocolEvent::Reply.name(), data, Some(id), limit)
             .await;
         match queued.map_err(|error| self.send_error(error)) {
             Err(SendError::Encode(error)) => {

@@ -35,7 +35,7 @@ use crate::trust::url::{ConnectUrl, DEFAULT_PORT};
 use crate::wire::code::{CloseCode, CloseReason, Side};
 use crate::wire::config::InvalidSetting;
 use crate::wire::config::{CongestionControl, Limits, Timeouts};
-use crate::wire::control::{self, ResumeRequest, ResumeTicket};
+use crate::wire::control::{self, Decode, ResumeRequest, ResumeTicket, Welcome};
 
 /// A client's settings; each `connect` makes a socket of its own. Cheap to clone.
 #[derive(Clone)]
@@ -453,14 +453,14 @@ impl Client {
             return denied(crate::channel::carrier::lost(&text));
         };
         match first {
-            Ok(message) => match control::decode_welcome(&message) {
+            Ok(message) => match Welcome::decode(&message) {
                 Ok(welcome) => {
                     link.welcome = Some(welcome);
                     Ok(link)
                 }
                 Err(error) => {
                     conn.close(error.close_code(), "");
-                    denied(CloseReason::local(error.close_code(), error.to_string()))
+                    denied(error.reason())
                 }
             },
             Err(_) => {

@@ -11,10 +11,8 @@ pub(crate) mod message;
 pub(crate) mod msgpack;
 
 pub use control::{
-    Ack, Channels, ControlError, HelloMessage, Open, Passed, Refresh, Refreshed, ResumeGrant,
-    ResumeRequest, ResumeTicket, Resumed, Welcome, decode_ack, decode_channels, decode_close,
-    decode_fault, decode_gap, decode_goaway, decode_hello, decode_mark, decode_open, decode_passed,
-    decode_refresh, decode_refreshed, decode_resume, decode_welcome,
+    Ack, Channels, ControlError, Decode, HelloMessage, Mark, Open, Passed, Refresh, Refreshed,
+    ResumeGrant, ResumeRequest, ResumeTicket, Resumed, Welcome,
 };
 pub use frame::{FrameDecoder, FrameError, PREFIX};
 pub use message::{Message, MessageError};

@@ -17,6 +17,7 @@ use heap::{Mark, alone, dial};
 use serde_bytes::ByteBuf;
 use tokio::time::Instant;
 use udpack::testing::{self, Net};
+use udpack::wire::{Decode, Welcome};
 use udpack::{
     Channel, ClientBuilder, CloseCode, Context, Fault, Limits, Reconnect, RequestError, SendError,
     Server, Socket,
@@ -524,7 +525,7 @@ async fn a_peer_that_never_confirms_loses_its_channels() {
         ]);
         control.write(&event("$hello", hello)).await;
         let welcome = control.message().await.expect("admitted");
-        let welcome = udpack::wire::decode_welcome(&welcome).expect("a sound $welcome");
+        let welcome = Welcome::decode(&welcome).expect("a sound $welcome");
         assert!(welcome.resume.is_some());
         let mut streams = Vec::new();
         for id in 1..=10_u64 {

@@ -18,8 +18,8 @@ use futures_util::FutureExt;
 use proptest::strategy::{Strategy, ValueTree};
 use serde_bytes::ByteBuf;
 use tokio::net::UdpSocket;
-use udpack::wire::{Message, decode_close};
-use udpack::{Channel, Client, CloseCode, ConnectError, Limits, Timeouts};
+use udpack::wire::{Decode, Message};
+use udpack::{Channel, Client, CloseCode, CloseReason, ConnectError, Limits, Timeouts};
 use watch::{ALONE, GROWTH, MARK, Site, until, within};
 
 /// Runs one test by itself, and not for ever.
@@ -107,7 +107,7 @@ async fn run(site: &Site, case: &Case) {
             assert_eq!(end, Ended::Fin, "{name}");
             let last = last.unwrap_or_else(|| panic!("{name}: no $close"));
             assert_eq!(last.event(), "$close", "{name}");
-            let reason = decode_close(&last).expect("a sound $close");
+            let reason = CloseReason::decode(&last).expect("a sound $close");
             assert_eq!(reason.code, *code, "{name}: {reason}");
             assert!(!reason.text.is_empty(), "{name}: no text");
             if !ended {
@@ -325,7 +325,7 @@ async fn announced_frames_that_never_come_hold_nothing() {
         );
         for stream in &mut streams {
             let close = stream.message().await.expect("$close");
-            let reason = decode_close(&close).expect("a sound $close");
+            let reason = CloseReason::decode(&close).expect("a sound $close");
             assert_eq!(reason.code, CloseCode::FRAME_TIMEOUT);
         }
         assert!(
@@ -366,7 +366,7 @@ async fn a_mebibyte_of_tiny_values_is_refused_in_bounded_memory() {
                 let mut stream = bare.channel(id, "echo").await;
                 stream.write(message).await;
                 let close = stream.message().await.expect("$close");
-                let reason = decode_close(&close).expect("a sound $close");
+                let reason = CloseReason::decode(&close).expect("a sound $close");
                 assert_eq!(reason.code, CloseCode::BAD_MSGPACK, "{item:?}");
             }
             assert!(site.grown() < 16 << 10, "{} KiB for {item:?}", site.grown());
@@ -454,7 +454,7 @@ async fn of_two_channels_with_one_number_one_is_served() {
                 let mut events = [one, two].map(|message| {
                     let message = message.expect("a message");
                     if message.event() == "$close" {
-                        let reason = decode_close(&message).expect("sound");
+                        let reason = CloseReason::decode(&message).expect("sound");
                         assert_eq!(reason.code, CloseCode::PROTOCOL_ORDER, "{reason}");
                     }
                     message.event().to_owned()
@@ -519,7 +519,7 @@ async fn channels_that_never_begin_are_given_back() {
             }
             for stream in &mut streams {
                 let close = stream.message().await.expect("$close");
-                let reason = decode_close(&close).expect("a sound $close");
+                let reason = CloseReason::decode(&close).expect("a sound $close");
                 assert_eq!(reason.code, CloseCode::FRAME_TIMEOUT, "round {round}");
             }
         }

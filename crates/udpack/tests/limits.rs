@@ -19,7 +19,7 @@ use futures_util::future::BoxFuture;
 use serde_bytes::ByteBuf;
 use tokio::time::Instant;
 use udpack::testing::{self, Net};
-use udpack::wire::decode_close;
+use udpack::wire::Decode;
 use udpack::{
     Authenticate, Channel, Client, CloseCode, CloseReason, ConnectError, Context, Deny, Fault,
     Hello, Limits, Metrics, Peer, PresenceMap, Reconnect, RecvError, RequestError, Server,
@@ -293,7 +293,7 @@ async fn last(stream: &mut Stream) -> CloseReason {
     loop {
         let message = stream.message().await.expect("a $close");
         if message.event() == "$close" {
-            return decode_close(&message).expect("a sound $close");
+            return CloseReason::decode(&message).expect("a sound $close");
         }
     }
 }

@@ -121,7 +121,7 @@ fn close_code_row(line: &str) -> Option<(u64, &str, bool)> {
 /// The only place that touches the library.
 mod library {
     use bytes::Bytes;
-    use udpack::wire::{self, FrameDecoder, Message};
+    use udpack::wire::{self, Decode, FrameDecoder, Message};
 
     /// The protocol events whose tables the library checks by a function of their own.
     pub(super) const TABLES: [&str; 14] = [
@@ -199,20 +199,20 @@ mod library {
         let message = Message::decode(Bytes::copy_from_slice(body))
             .map_err(|error| error.close_code().name())?;
         let checked = match kind {
-            "hello" => wire::decode_hello(&message).map(drop),
-            "welcome" => wire::decode_welcome(&message).map(drop),
-            "open" => wire::decode_open(&message).map(drop),
-            "close" => wire::decode_close(&message).map(drop),
-            "goaway" => wire::decode_goaway(&message).map(drop),
-            "channels" => wire::decode_channels(&message).map(drop),
-            "resume" => wire::decode_resume(&message).map(drop),
-            "ack" => wire::decode_ack(&message).map(drop),
-            "refresh" => wire::decode_refresh(&message).map(drop),
-            "refreshed" => wire::decode_refreshed(&message).map(drop),
-            "gap" => wire::decode_gap(&message).map(drop),
-            "fault" => wire::decode_fault(&message).map(drop),
-            "mark" => wire::decode_mark(&message).map(drop),
-            "passed" => wire::decode_passed(&message).map(drop),
+            "hello" => wire::HelloMessage::decode(&message).map(drop),
+            "welcome" => wire::Welcome::decode(&message).map(drop),
+            "open" => wire::Open::decode(&message).map(drop),
+            "close" => udpack::CloseReason::decode(&message).map(drop),
+            "goaway" => udpack::GoAway::decode(&message).map(drop),
+            "channels" => wire::Channels::decode(&message).map(drop),
+            "resume" => wire::Resumed::decode(&message).map(drop),
+            "ack" => wire::Ack::decode(&message).map(drop),
+            "refresh" => wire::Refresh::decode(&message).map(drop),
+            "refreshed" => wire::Refreshed::decode(&message).map(drop),
+            "gap" => udpack::Gap::decode(&message).map(drop),
+            "fault" => udpack::Fault::decode(&message).map(drop),
+            "mark" => wire::Mark::decode(&message).map(drop),
+            "passed" => wire::Passed::decode(&message).map(drop),
             _ => return Err("no such kind of vector"),
         };
         checked.map_err(|error| error.close_code().name())

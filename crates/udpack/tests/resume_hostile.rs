@@ -15,10 +15,7 @@ use bare::{Bare, Ended, Stream, Value, event, frame_of, map, request};
 use heap::{Mark, alone, dial};
 use serde_bytes::ByteBuf;
 use udpack::testing::{self, Net};
-use udpack::wire::{
-    Refreshed, Resumed, Welcome, decode_ack, decode_channels, decode_close, decode_refreshed,
-    decode_resume, decode_welcome,
-};
+use udpack::wire::{Ack, Channels, Decode, Refreshed, Resumed, Welcome};
 use udpack::{
     Channel, CloseCode, CloseReason, Context, Deny, Fault, Hello, Items, Limits, Message, Peer,
     Server,
@@ -118,7 +115,7 @@ impl Site {
         let mut control = bare.stream().await;
         control.write(&hello(token, resume)).await;
         let welcome = control.message().await.expect("admitted");
-        let welcome = decode_welcome(&welcome).expect("a sound $welcome");
+        let welcome = Welcome::decode(&welcome).expect("a sound $welcome");
         Guest {
             bare,
             control,
@@ -216,7 +213,7 @@ async fn close_of(stream: &mut Stream, what: &str) -> CloseReason {
         let message = stream.message().await;
         let message = message.unwrap_or_else(|end| panic!("{what}: {end:?} without $close"));
         if message.event() == "$close" {
-            let reason = decode_close(&message).expect("a sound $close");
+            let reason = CloseReason::decode(&message).expect("a sound $close");
             assert!(!reason.text.is_empty(), "{what}: no text");
             return reason;
         }
@@ -228,7 +225,7 @@ async fn said(stream: &mut Stream) -> Message {
 }
 
 async fn resumed(stream: &mut Stream) -> Resumed {
-    decode_resume(&said(stream).await).expect("a sound $resume")
+    Resumed::decode(&said(stream).await).expect("a sound $resume")
 }
 
 async fn answers(stream: &mut Stream, what: &str) {
@@ -283,7 +280,7 @@ async fn only_the_right_ticket_of_the_same_identity_resumes_and_only_once() {
         assert!(again.welcome.resumed);
         assert_eq!(back.closed().await, CloseCode::SUPERSEDED);
         back = again;
-        let sent = decode_channels(&said(&mut back.control).await).expect("a sound $channels");
+        let sent = Channels::decode(&said(&mut back.control).await).expect("a sound $channels");
         assert!(sent.open.is_empty());
         back.channels(&[1]).await;
         let mut own = back.open(1, "echo", Some(0)).await;
@@ -633,7 +630,7 @@ async fn a_flood_of_new_tokens_is_refused() {
         for n in 0..20 {
             let token = format!("anna {n}");
             guest.control.write(&refresh(&token)).await;
-            let answer = decode_refreshed(&said(&mut guest.control).await);
+            let answer = Refreshed::decode(&said(&mut guest.control).await);
             match answer.expect("a sound $refreshed") {
                 Refreshed::Accepted { expires } => assert_eq!(expires, None),
                 Refreshed::Refused { code, .. } => {
@@ -647,7 +644,7 @@ async fn a_flood_of_new_tokens_is_refused() {
         // Somebody else's.
         tokio::time::sleep(Duration::from_secs(5)).await;
         guest.control.write(&refresh("bert")).await;
-        let answer = decode_refreshed(&said(&mut guest.control).await);
+        let answer = Refreshed::decode(&said(&mut guest.control).await);
         assert!(
             matches!(answer, Ok(Refreshed::Refused { code, .. }) if code == CloseCode::FORBIDDEN)
         );
@@ -792,7 +789,7 @@ async fn parts_of_requests_that_do_not_fit_are_dropped_or_close_the_channel() {
         let mut guest = guest;
         let mut kept = guest.open(200, "echo", None).await;
         answers(&mut kept, "a resumable channel").await;
-        let ack = decode_ack(&said(&mut guest.control).await).expect("a sound $ack");
+        let ack = Ack::decode(&said(&mut guest.control).await).expect("a sound $ack");
         assert_eq!((ack.channel, ack.own, ack.received), (200, false, 1));
         site.lives("parts of requests").await;
     })

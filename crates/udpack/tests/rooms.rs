@@ -13,6 +13,7 @@ use std::time::Duration;
 use bare::{Bare, Ended, Stream, Value, event, map};
 use common::{TOKEN, bind, bounded, client, connect, path, server};
 use tokio::sync::{Notify, mpsc};
+use udpack::wire::{Decode, Mark, Welcome};
 use udpack::{
     Channel, CloseCode, JoinError, Limits, Message, Overflow, Reconnect, Sent, Server,
     ServerBuilder, Socket, SocketState, Timeouts,
@@ -607,7 +608,7 @@ async fn bare_member(server: &Server, marks: bool) -> (quinn::Endpoint, Stream, 
     ]);
     control.write(&event("$hello", hello)).await;
     let welcome = control.message().await.expect("admitted");
-    let welcome = udpack::wire::decode_welcome(&welcome).expect("a welcome");
+    let welcome = Welcome::decode(&welcome).expect("a welcome");
     assert_eq!(welcome.marks, marks);
     let mut channel = bare.channel(1, "chat").await;
     let joined = channel.message().await.expect("a message");
@@ -637,7 +638,7 @@ async fn who_answers_marks_gets_the_latest_and_who_does_not_gets_all_and_no_mark
             assert_eq!(number(&plain.message().await.expect("alive")), n);
         }
         let mark = answers.message().await.expect("alive");
-        assert_eq!(udpack::wire::decode_mark(&mark), Ok(1));
+        assert_eq!(Mark::decode(&mark), Ok(Mark(1)));
         assert_eq!(number(&answers.message().await.expect("alive")), 0);
         // Numbers that no mark had are not looked at.
         control.write(&passed(0)).await;
@@ -647,7 +648,7 @@ async fn who_answers_marks_gets_the_latest_and_who_does_not_gets_all_and_no_mark
         let gap = answers.message().await.expect("alive");
         assert_eq!(gap.gap().expect("a gap").lost, 3);
         let mark = answers.message().await.expect("alive");
-        assert_eq!(udpack::wire::decode_mark(&mark), Ok(2));
+        assert_eq!(Mark::decode(&mark), Ok(Mark(2)));
         assert_eq!(number(&answers.message().await.expect("alive")), 4);
         // What breaks the table ends the connection.
         control.write(&event("$passed", Value::Nil)).await;

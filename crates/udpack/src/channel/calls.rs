@@ -9,7 +9,7 @@ use futures_util::future::AbortHandle;
 use tokio::time::Instant;
 
 use crate::wire::code::CloseCode;
-use crate::wire::control::{self, CANCEL, CREDIT, END, FAULT, ITEM, PUSH, REPLY, WANT};
+use crate::wire::control::ProtocolEvent;
 use crate::wire::message::Message;
 use crate::wire::msgpack::{Head, Reader};
 
@@ -27,18 +27,18 @@ pub(crate) enum Role {
 
 impl Role {
     /// The event that carries this side's items.
-    pub(crate) fn item(self) -> &'static str {
+    pub(crate) fn item(self) -> ProtocolEvent {
         match self {
-            Self::Asker => PUSH,
-            Self::Answerer => ITEM,
+            Self::Asker => ProtocolEvent::Push,
+            Self::Answerer => ProtocolEvent::Item,
         }
     }
 
     /// The event that lets the other side send on.
-    pub(crate) fn grant(self) -> &'static str {
+    pub(crate) fn grant(self) -> ProtocolEvent {
         match self {
-            Self::Asker => CREDIT,
-            Self::Answerer => WANT,
+            Self::Asker => ProtocolEvent::Credit,
+            Self::Answerer => ProtocolEvent::Want,
         }
     }
 }
@@ -172,8 +172,6 @@ pub(crate) enum Taken {
     Cancelled(u64),
     /// It came too late to matter.
     Dropped,
-    /// It is none of a request's.
-    Other(Message),
     /// It must not be: the channel closes.
     Violation(CloseCode, String),
 }
@@ -335,35 +333,23 @@ impl Calls {
         Some(true)
     }
 
-    /// Files a message of the protocol that came on the channel.
-    pub(crate) fn take(&mut self, message: Message) -> Taken {
-        let event = message.event();
-        if !matches!(
-            event,
-            REPLY | FAULT | CANCEL | ITEM | PUSH | END | CREDIT | WANT
-        ) {
-            return Taken::Other(message);
-        }
-        if event == FAULT
-            && let Err(error) = control::decode_fault(&message)
-        {
-            return Taken::Violation(error.close_code(), error.to_string());
-        }
+    /// Files a message of this event, which has passed the table of the protocol's messages and is a request's.
+    pub(crate) fn take(&mut self, event: ProtocolEvent, message: Message) -> Taken {
         let Some(id) = message.id() else {
             return bad("an answer or a part of a stream without its request's id");
         };
         match event {
-            REPLY | FAULT => match self.asked.get_mut(id) {
+            ProtocolEvent::Reply | ProtocolEvent::Fault => match self.asked.get_mut(id) {
                 Some(asked) if asked.last.is_none() => asked.last = Some(message),
                 _ => return Taken::Dropped,
             },
-            ITEM => match self.asked.get_mut(id) {
+            ProtocolEvent::Item => match self.asked.get_mut(id) {
                 Some(asked) if asked.last.is_some() => return Taken::Dropped,
                 Some(asked) if asked.stream => return asked.flow.put(message),
                 Some(asked) => asked.unwanted = true,
                 None => return Taken::Dropped,
             },
-            PUSH => match self.answering.get_mut(id) {
+            ProtocolEvent::Push => match self.answering.get_mut(id) {
                 Some(answering) if !answering.flow.ended && !answering.cancelled => {
                     if !answering.begun {
                         self.waiting += message.len();
@@ -372,18 +358,17 @@ impl Calls {
                 }
                 _ => return Taken::Dropped,
             },
-            END => match self.answering.get_mut(id) {
+            ProtocolEvent::End => match self.answering.get_mut(id) {
                 Some(answering) => answering.flow.ended = true,
                 None => return Taken::Dropped,
             },
-            CREDIT | WANT => {
+            ProtocolEvent::Credit | ProtocolEvent::Want => {
                 let Ok(Head::Uint(bytes)) = Reader::new(&message.raw()).head() else {
                     return bad("credit is a number of bytes");
                 };
-                let role = if event == WANT {
-                    Role::Asker
-                } else {
-                    Role::Answerer
+                let role = match event {
+                    ProtocolEvent::Want => Role::Asker,
+                    _ => Role::Answerer,
                 };
                 match self.flow(role, id) {
                     Some(flow) => flow.spent = flow.spent.saturating_sub(bytes),
@@ -460,21 +445,27 @@ fn bad(text: &str) -> Taken {
 
 #[cfg(test)]
 mod tests {
+    use super::ProtocolEvent::{Cancel, Credit, End, Item, Push, Reply, Want};
     use super::*;
+    use crate::wire::control;
 
     /// A message of the protocol with `len` bytes of data, or with that number.
-    fn message(event: &str, id: u64, len: usize) -> Message {
+    fn message(event: ProtocolEvent, id: u64, len: usize) -> Message {
         let data = "x".repeat(len);
         let frame = match event {
-            CREDIT | WANT => control::protocol(event, &len, Some(id)),
-            ITEM | PUSH => control::protocol(event, &data, Some(id)),
-            _ => control::protocol(event, &(), Some(id)),
+            Credit | Want => control::frame(event, &len, Some(id)),
+            Item | Push => control::frame(event, &data, Some(id)),
+            _ => control::frame(event, &(), Some(id)),
         };
         Message::decode(frame.unwrap().slice(crate::wire::frame::PREFIX..)).unwrap()
     }
 
+    fn take(calls: &mut Calls, message: Message) -> Taken {
+        calls.take(ProtocolEvent::of(&message).unwrap(), message)
+    }
+
     fn filed(calls: &mut Calls, message: Message) {
-        let taken = calls.take(message);
+        let taken = take(calls, message);
         assert!(matches!(taken, Taken::Filed), "{taken:?}");
     }
 
@@ -507,18 +498,18 @@ mod tests {
     fn items_above_the_credit_are_a_violation_and_credit_given_back_counts_again() {
         let mut calls = Calls::default();
         calls.ask(1, true);
-        filed(&mut calls, message(ITEM, 1, 200_000));
-        let over = calls.take(message(ITEM, 1, 100_000));
+        filed(&mut calls, message(Item, 1, 200_000));
+        let over = take(&mut calls, message(Item, 1, 100_000));
         assert!(
             matches!(over, Taken::Violation(CloseCode::BACKLOG, _)),
             "{over:?}"
         );
         assert!(matches!(calls.next(Role::Asker, 1), Some(Next::Item(_))));
         let bytes = calls.grant(Role::Asker, 1, false).unwrap();
-        assert_eq!(bytes as usize, message(ITEM, 1, 200_000).len());
+        assert_eq!(bytes as usize, message(Item, 1, 200_000).len());
         assert_eq!(calls.grant(Role::Asker, 1, true), None, "given back once");
         // One item of any size is allowed when nothing is outstanding.
-        filed(&mut calls, message(ITEM, 1, 1_000_000));
+        filed(&mut calls, message(Item, 1, 1_000_000));
     }
 
     #[test]
@@ -531,10 +522,10 @@ mod tests {
             "one always"
         );
         assert_eq!(calls.spend(Role::Asker, 1, 1), None);
-        filed(&mut calls, message(WANT, 1, 1_000_000));
+        filed(&mut calls, message(Want, 1, 1_000_000));
         assert_eq!(calls.spend(Role::Asker, 1, 200_000), Some(true));
         assert_eq!(calls.spend(Role::Asker, 1, 100_000), None);
-        filed(&mut calls, message(REPLY, 1, 0));
+        filed(&mut calls, message(Reply, 1, 0));
         assert_eq!(calls.spend(Role::Asker, 1, 1), Some(false));
         assert_eq!(
             calls.spend(Role::Answerer, 1, 1),
@@ -546,21 +537,21 @@ mod tests {
     #[test]
     fn what_belongs_to_no_request_is_dropped_and_what_breaks_the_rules_is_not() {
         let mut calls = Calls::default();
-        for event in [REPLY, ITEM, PUSH, END, CREDIT, WANT] {
-            let taken = calls.take(message(event, 9, 3));
-            assert!(matches!(taken, Taken::Dropped), "{event}: {taken:?}");
+        for event in [Reply, Item, Push, End, Credit, Want] {
+            let taken = take(&mut calls, message(event, 9, 3));
+            assert!(matches!(taken, Taken::Dropped), "{event:?}: {taken:?}");
         }
-        for (event, data) in [(REPLY, None), (ITEM, None), (END, None), (CREDIT, Some(1))] {
+        for (event, data) in [(Reply, None), (Item, None), (End, None), (Credit, Some(1))] {
             let (value, id) = (data.unwrap_or(0), data);
             let frame = match event {
-                CREDIT => control::protocol(event, &"text", id),
-                _ => control::protocol(event, &value, id),
+                Credit => control::frame(event, &"text", id),
+                _ => control::frame(event, &value, id),
             };
             let bad = Message::decode(frame.unwrap().slice(crate::wire::frame::PREFIX..)).unwrap();
-            let taken = calls.take(bad);
+            let taken = take(&mut calls, bad);
             assert!(
                 matches!(taken, Taken::Violation(CloseCode::BAD_MESSAGE, _)),
-                "{event}: {taken:?}"
+                "{event:?}: {taken:?}"
             );
         }
     }
@@ -570,23 +561,23 @@ mod tests {
         let mut calls = Calls::default();
         for id in [1, 2] {
             calls.queued(id);
-            filed(&mut calls, message(PUSH, id, 1000));
+            filed(&mut calls, message(Push, id, 1000));
         }
-        let one = message(PUSH, 1, 1000).len();
+        let one = message(Push, 1, 1000).len();
         assert_eq!(calls.waiting(), 2 * one);
         calls.begin(1);
         assert_eq!(calls.waiting(), one);
         assert!(matches!(
-            calls.take(message(CANCEL, 2, 0)),
+            take(&mut calls, message(Cancel, 2, 0)),
             Taken::Cancelled(2)
         ));
         calls.answered(2);
         assert_eq!(calls.waiting(), 0);
         let (handle, _) = AbortHandle::new_pair();
         calls.guard(1, handle.clone());
-        calls.take(message(CANCEL, 1, 0));
+        take(&mut calls, message(Cancel, 1, 0));
         assert!(handle.is_aborted());
-        filed(&mut calls, message(END, 1, 0));
+        filed(&mut calls, message(End, 1, 0));
         assert!(matches!(calls.next(Role::Answerer, 1), Some(Next::Item(_))));
         assert!(matches!(calls.next(Role::Answerer, 1), Some(Next::End)));
     }

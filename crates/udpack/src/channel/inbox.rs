@@ -27,10 +27,7 @@ use crate::transport::on_path;
 use crate::transport::{RecvStream, StreamError};
 use crate::wire::code::{CloseCode, CloseReason};
 use crate::wire::config::MIN_FRAME_RATE;
-use crate::wire::control::{
-    self, ACK, Ack, CHANNELS, CLOSE, GAP, GOAWAY, HELLO, MARK, OPEN, PASSED, REFRESH, REFRESHED,
-    RESUME, WELCOME,
-};
+use crate::wire::control::{Ack, Decode, Mark, ProtocolEvent, ProtocolMessage};
 use crate::wire::frame::FrameDecoder;
 use crate::wire::message::{Message, Parts};
 use crate::wire::msgpack::Shape;
@@ -469,7 +466,7 @@ impl State {
     fn next_waiting(&mut self, carrier: &Carrier) -> Option<Message> {
         while let Some(message) = self.backlog.pop_front() {
             self.backlog_bytes -= message.len();
-            if message.event() != MARK {
+            if !ProtocolEvent::Mark.is(&message) {
                 return Some(message);
             }
             self.passed(&message, carrier);
@@ -516,52 +513,55 @@ impl State {
 
     /// Files a message of the protocol; `None` when it concerns nobody.
     fn file(&mut self, message: Message, carrier: &Carrier) -> Option<Step> {
-        let message = match self.calls.get_or_make().take(message) {
-            Taken::Other(message) => message,
-            Taken::Dropped => return None,
-            Taken::Filed => return Some(Step::Filed),
-            Taken::Cancelled(id) => {
-                carrier.tally.one(Count::RequestsCancelled);
-                self.cancelled(id);
-                return Some(Step::Filed);
-            }
-            Taken::Violation(code, text) => {
-                return Some(Step::End(self.ended(violation(code, &text))));
-            }
-        };
-        let end = match message.event() {
-            CLOSE => {
-                let end = match control::decode_close(&message) {
-                    Ok(reason) => Ending::Closed(reason),
-                    Err(error) => violation(error.close_code(), &error),
-                };
-                self.count_end(carrier);
-                end
-            }
-            GAP => match control::decode_gap(&message) {
-                Ok(_) => return Some(Step::Message(message)),
-                Err(error) => violation(error.close_code(), &error),
-            },
-            MARK if carrier.client => match control::decode_mark(&message) {
-                Ok(_) => return Some(Step::Mark(Box::new(message))),
-                Err(error) => violation(error.close_code(), &error),
-            },
-            HELLO | WELCOME | OPEN | GOAWAY | RESUME | ACK | MARK | PASSED | CHANNELS | REFRESH
-            | REFRESHED => violation(
-                CloseCode::PROTOCOL_ORDER,
-                &"a message that has no place on a channel now",
-            ),
-            _ => violation(
+        let end = match ProtocolEvent::of(&message) {
+            None => violation(
                 CloseCode::BAD_MESSAGE,
                 &"an event of the protocol that has no place on a channel",
             ),
+            Some(event) if !is_admitted(event, carrier.client) => violation(
+                CloseCode::PROTOCOL_ORDER,
+                &"a message that has no place on a channel now",
+            ),
+            Some(event) => {
+                if event == ProtocolEvent::Close {
+                    self.count_end(carrier);
+                }
+                match event.read(&message) {
+                    Ok(ProtocolMessage::Close(reason)) => Ending::Closed(reason),
+                    Ok(ProtocolMessage::Gap(_)) => return Some(Step::Message(message)),
+                    Ok(ProtocolMessage::Mark(_)) => return Some(Step::Mark(Box::new(message))),
+                    Ok(_) => return self.file_call(event, message, carrier),
+                    Err(error) => Ending::Violation(error.reason()),
+                }
+            }
         };
         Some(Step::End(self.ended(end)))
     }
 
+    /// Files a message that belongs to a request; `None` when it concerns nobody.
+    fn file_call(
+        &mut self,
+        event: ProtocolEvent,
+        message: Message,
+        carrier: &Carrier,
+    ) -> Option<Step> {
+        match self.calls.get_or_make().take(event, message) {
+            Taken::Dropped => return None,
+            Taken::Filed => {}
+            Taken::Cancelled(id) => {
+                carrier.tally.one(Count::RequestsCancelled);
+                self.cancelled(id);
+            }
+            Taken::Violation(code, text) => {
+                return Some(Step::End(self.ended(violation(code, &text))));
+            }
+        }
+        Some(Step::Filed)
+    }
+
     /// The program has come to this mark.
     fn passed(&self, mark: &Message, carrier: &Carrier) {
-        if let (Some(key), Ok(mark)) = (self.key, control::decode_mark(mark)) {
+        if let (Some(key), Ok(Mark(mark))) = (self.key, Mark::decode(mark)) {
             carrier.passed_later(key, mark);
         }
     }
@@ -905,6 +905,18 @@ impl std::fmt::Debug for Inbox {
         f.debug_struct("Inbox")
             .field("end", &self.ending())
             .finish_non_exhaustive()
+    }
+}
+
+/// Whether this event may come on a channel behind its first message, to a client or to a server.
+fn is_admitted(event: ProtocolEvent, client: bool) -> bool {
+    use ProtocolEvent as Event;
+    match event {
+        Event::Close | Event::Gap | Event::Reply | Event::Fault | Event::Cancel => true,
+        Event::Push | Event::End | Event::Want | Event::Item | Event::Credit => true,
+        Event::Mark => client,
+        Event::Hello | Event::Welcome | Event::Open | Event::Resume | Event::Channels => false,
+        Event::Ack | Event::Passed | Event::Refresh | Event::Refreshed | Event::GoAway => false,
     }
 }
 

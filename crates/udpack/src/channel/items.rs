@@ -17,7 +17,7 @@ use crate::channel::calls::{Next, Role};
 use crate::channel::request::{Pending, RequestError};
 use crate::channel::{Channel, SendError};
 use crate::wire::code::Fault;
-use crate::wire::control::{self, END, FAULT};
+use crate::wire::control::{self, ProtocolEvent};
 use crate::wire::message::{self, EncodeError, Encoded};
 
 /// A stream of items that belongs to a request.
@@ -62,7 +62,7 @@ where
             }
         }
         if role == Role::Asker
-            && let Ok(end) = control::protocol(END, &(), Some(id))
+            && let Ok(end) = control::frame(ProtocolEvent::End, &(), Some(id))
         {
             let sent = channel.send_frame(end).await;
             sent.map_err(RequestError::Send)?;
@@ -80,7 +80,7 @@ pub(crate) async fn send_item(
 ) -> Result<bool, RequestError> {
     let limit = channel.carrier().frame_limit();
     let frame = item
-        .and_then(|data| message::encode_raw(role.item(), &data, id, limit))
+        .and_then(|data| message::encode_raw(role.item().name(), &data, id, limit))
         .map_err(|error| RequestError::Send(SendError::Encode(error)))?;
     let spend = channel.until(|calls| calls.spend(role, id, frame.len()));
     if !spend.await.map_err(|error| channel.no_answer(error))? {
@@ -143,7 +143,7 @@ impl<T> Items<T> {
             let Some(bytes) = inner.inbox.calls(|calls| calls.grant(role, id, all)) else {
                 return;
             };
-            let Ok(frame) = control::protocol(role.grant(), &bytes, Some(id)) else {
+            let Ok(frame) = control::frame(role.grant(), &bytes, Some(id)) else {
                 return;
             };
             let limit = inner.carrier.frame_limit();
@@ -219,7 +219,7 @@ impl<T: DeserializeOwned> Stream for Items<T> {
                 }
             }
             Poll::Ready(Ok(Next::Last(last))) => {
-                if last.event() == FAULT {
+                if ProtocolEvent::Fault.is(&last) {
                     let deadline = this.deadline.as_ref();
                     let deadline = deadline.map(|(sleep, limit)| (sleep.deadline(), *limit));
                     let error = this.channel.refused(&last, deadline);

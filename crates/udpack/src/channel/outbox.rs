@@ -29,7 +29,7 @@ use crate::metrics::{Count, Tally};
 use crate::transport::SendStream;
 use crate::wire::code::CloseReason;
 use crate::wire::config::Priority;
-use crate::wire::control::MARK;
+use crate::wire::control::ProtocolEvent;
 use crate::wire::message::{self, EncodeError, Encoded};
 
 /// What is dropped when the sending side of a channel ends.
@@ -922,7 +922,7 @@ impl State {
 
     fn mark(&mut self, mark: u64) {
         // A number can always be encoded.
-        let _ = self.message(MARK, &mark, None, usize::MAX >> 1);
+        let _ = self.message(ProtocolEvent::Mark.name(), &mark, None, usize::MAX >> 1);
     }
 
     /// A place behind everything that waits now.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::wire::control;
+use crate::wire::control::{self, Gap};
 
 /// What happens to a room's messages for a member that is too slow for them.
 ///
@@ -205,7 +205,10 @@ impl Overflowing {
         };
         // A name that a room could be made with always makes a sound gap.
         let gap = (lost > 0)
-            .then(|| control::encode_gap(&lot.tag.name, lost).ok())
+            .then(|| {
+                let room = lot.tag.name.to_string();
+                control::encode(&Gap { room, lost })
+            })
             .flatten();
         self.gaps += u64::from(gap.is_some());
         let out = match gap {
@@ -277,6 +280,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::wire::control::Decode;
     use crate::wire::frame::PREFIX;
     use crate::wire::message::Message;
 
@@ -299,7 +303,7 @@ mod tests {
             .map(
                 |frame| match Message::decode(frame.slice(PREFIX.min(frame.len())..)) {
                     Ok(message) => {
-                        let gap = control::decode_gap(&message).unwrap();
+                        let gap = Gap::decode(&message).unwrap();
                         format!("{}-{}", gap.room, gap.lost)
                     }
                     Err(_) => String::from_utf8(frame.to_vec()).unwrap(),
@@ -378,7 +382,7 @@ mod tests {
             let mut check = |frame: Bytes, seen: &mut [u64; 3]| {
                 match Message::decode(frame.slice(PREFIX.min(frame.len())..)) {
                     Ok(message) => {
-                        let gap = control::decode_gap(&message).unwrap();
+                        let gap = Gap::decode(&message).unwrap();
                         let room = tags.iter().position(|tag| *tag.name == *gap.room).unwrap();
                         seen[room] += gap.lost;
                         gaps += gap.lost;

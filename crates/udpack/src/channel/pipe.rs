@@ -18,7 +18,7 @@ use crate::metrics::speed::Counters;
 use crate::transport::SendStream;
 use crate::wire::code::{CloseCode, CloseReason, Side};
 use crate::wire::config::Priority;
-use crate::wire::control::{self, ControlError, Resumed};
+use crate::wire::control::{self, ControlError, Decode, ProtocolEvent, Resumed};
 
 /// A channel as its streams see it: what they carry to and fro, one after the other if it is resumable.
 pub(crate) struct Pipe {
@@ -117,10 +117,10 @@ impl Pipe {
             return;
         };
         let answer = match &first {
-            Ok(message) if message.event() == control::CLOSE => {
-                control::decode_close(message).map(Err)
+            Ok(message) if ProtocolEvent::Close.is(message) => {
+                CloseReason::decode(message).map(Err)
             }
-            Ok(message) => control::decode_resume(message).map(Ok),
+            Ok(message) => Resumed::decode(message).map(Ok),
             Err(_) if conn.is_over() => return,
             Err(Ending::Violation(reason)) => {
                 let reason = reason.clone();
@@ -128,7 +128,7 @@ impl Pipe {
             }
             Err(Ending::Closed(reason)) => Ok(Err(reason.clone())),
             Err(Ending::Finished) => Err(ControlError::Unexpected {
-                expected: control::RESUME,
+                expected: ProtocolEvent::Resume.name(),
             }),
         };
         match answer {
@@ -142,10 +142,7 @@ impl Pipe {
                 self.go_on(&carrier, (conn, link), (send, inbox), received, None);
             }
             Ok(Err(reason)) => self.fail(&carrier, &reason),
-            Err(error) => {
-                let reason = CloseReason::local(error.close_code(), error.to_string());
-                self.refuse(&carrier, reason, send, Some(inbox));
-            }
+            Err(error) => self.refuse(&carrier, error.reason(), send, Some(inbox)),
         }
     }
 
@@ -172,7 +169,7 @@ impl Pipe {
             (conn, link),
             stream,
             received,
-            control::encode_resume(answer),
+            control::encode(&answer),
         );
     }
 

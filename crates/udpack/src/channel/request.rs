@@ -19,7 +19,7 @@ use crate::channel::items::{Items, Pump, pump};
 use crate::channel::{Channel, RecvError, SendError, application_event};
 use crate::metrics::{Count, Words};
 use crate::wire::code::{CloseCode, CloseReason, Fault};
-use crate::wire::control::{self, CANCEL, FAULT};
+use crate::wire::control::{self, Decode, ProtocolEvent};
 use crate::wire::event::Event;
 use crate::wire::message::{self, DecodeError, Encoded, Message};
 
@@ -119,7 +119,7 @@ impl Channel {
         deadline: Option<(Instant, Duration)>,
     ) -> RequestError {
         let tally = &self.inner.carrier.tally;
-        match control::decode_fault(fault) {
+        match Fault::decode(fault) {
             Ok(fault) => {
                 tally.word(Words::FaultsReceived, &fault.code);
                 match fault.code.as_str() {
@@ -270,7 +270,7 @@ impl<R> Request<R> {
     ) -> Result<R, RequestError> {
         match reply {
             Reply::Stream => Err(RequestError::Stream),
-            Reply::Message(fault) if fault.event() == FAULT => {
+            Reply::Message(fault) if ProtocolEvent::Fault.is(&fault) => {
                 Err(self.channel.refused(&fault, deadline))
             }
             Reply::Message(reply) => (self.decode)(&reply).map_err(RequestError::Decode),
@@ -397,7 +397,7 @@ impl Drop for Pending {
         let inner = &self.channel.inner;
         if inner.inbox.calls(|calls| calls.forget(self.id))
             && self.sent
-            && let Ok(cancel) = control::protocol(CANCEL, &(), Some(self.id))
+            && let Ok(cancel) = control::frame(ProtocolEvent::Cancel, &(), Some(self.id))
         {
             let _ = inner.outbox.force(&cancel);
         }

@@ -29,7 +29,7 @@ use crate::serve::router::{Next, Routed, Router};
 use crate::session::service::IntoOutcome;
 use crate::trust::auth::Peer;
 use crate::wire::code::{CloseCode, CloseReason, Fault};
-use crate::wire::control::{self, GAP, Gap};
+use crate::wire::control::{self, Decode, Gap, ProtocolEvent};
 use crate::wire::message::{self, EncodeError, Encoded, Message};
 
 /// What a handler knows besides its data.
@@ -544,7 +544,7 @@ impl Drop for Answered {
 
 /// Handles a message that nobody waits to see answered.
 async fn event(channel: &Channel, router: Routed, message: Message) {
-    if message.event() == GAP {
+    if ProtocolEvent::Gap.is(&message) {
         return gap(channel, &router, message).await;
     }
     let work = run(channel, router, message.clone(), None);
@@ -560,7 +560,7 @@ async fn event(channel: &Channel, router: Routed, message: Message) {
 
 /// Tells that messages of a room are missing here.
 async fn gap(channel: &Channel, router: &Routed, message: Message) {
-    let Ok(gap) = control::decode_gap(&message) else {
+    let Ok(gap) = Gap::decode(&message) else {
         return;
     };
     let Some(on_gap) = router.gap_handler() else {

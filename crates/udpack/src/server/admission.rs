@@ -33,7 +33,7 @@ use crate::transport::{Connection, SendStream, StreamError};
 use crate::trust::auth::{Deny, Hello};
 use crate::wire::code::{CloseCode, CloseReason};
 use crate::wire::config::{FEW_STREAMS, Limits, PREAUTH_BYTES, VOLATILE_STREAMS};
-use crate::wire::control::{self, HelloMessage, ResumeGrant, Welcome};
+use crate::wire::control::{self, Decode, HelloMessage, ResumeGrant, Welcome};
 
 use super::{SHUTTING_DOWN, Shared, shutting_down};
 
@@ -339,9 +339,9 @@ async fn first_message(session: &Arc<Session>) -> Result<First, CloseReason> {
     let inbox = Inbox::new(recv, PREAUTH_BYTES as usize);
     let first = std::future::poll_fn(|cx| inbox.poll_first(cx, session, &session.counters)).await;
     match first {
-        Ok(message) => match control::decode_hello(&message) {
+        Ok(message) => match HelloMessage::decode(&message) {
             Ok(hello) => Ok(First { send, inbox, hello }),
-            Err(error) => Err(CloseReason::local(error.close_code(), error.to_string())),
+            Err(error) => Err(error.reason()),
         },
         Err(Ending::Violation(reason)) => Err(reason),
         Err(Ending::Closed(reason)) if conn.is_over() => Err(reason),

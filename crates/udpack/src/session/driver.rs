@@ -35,7 +35,10 @@ use crate::transport::windows;
 use crate::transport::{Connection, Endpoint, SendStream, StreamError};
 use crate::wire::code::{CloseCode, CloseReason, Side};
 use crate::wire::config::USED_STREAMS;
-use crate::wire::control::{self, Ack, Channels, ControlError, Passed, Welcome};
+use crate::wire::control::{
+    self, Ack, Channels, GoAway, Passed, ProtocolEvent, ProtocolMessage, Welcome,
+};
+use crate::wire::message::Message;
 
 /// The control stream, in the driver's hands.
 pub(crate) struct Control {
@@ -425,7 +428,7 @@ impl Driver {
         };
         if self.resumed {
             let open = session.kept_own().iter().map(|pipe| pipe.key.id).collect();
-            if let Some(frame) = control::encode_channels(open) {
+            if let Some(frame) = control::encode(&Channels { open }) {
                 Box::pin(control.write(&session, &mut [frame])).await;
             }
         }
@@ -661,16 +664,14 @@ async fn confirm(session: &Session, control: &mut Control) {
     for (key, confirm) in session.take_confirms() {
         let (channel, own) = (key.id, key.own);
         frames.extend(confirm.received.and_then(|received| {
-            control::encode_ack(Ack {
+            control::encode(&Ack {
                 channel,
                 own,
                 received,
             })
         }));
         frames.extend(
-            confirm
-                .mark
-                .and_then(|mark| control::encode_passed(Passed { channel, own, mark })),
+            (confirm.mark).and_then(|mark| control::encode(&Passed { channel, own, mark })),
         );
     }
     control.write(session, &mut frames).await;
@@ -706,14 +707,15 @@ enum Stage {
 
 impl Stage {
     /// Whether this event may come now, to a client or to a server. `$close` ends what has begun at any stage.
-    fn admits(self, event: &str, client: bool) -> bool {
+    fn admits(self, event: ProtocolEvent, client: bool) -> bool {
+        use ProtocolEvent as Event;
         match event {
-            control::CLOSE => true,
-            control::WELCOME => self == Self::Greeting && client,
-            control::CHANNELS => self == Self::Listing,
-            control::ACK => self == Self::Open,
-            control::GOAWAY | control::REFRESHED => self == Self::Open && client,
-            control::PASSED | control::REFRESH => self == Self::Open && !client,
+            Event::Close => true,
+            Event::Welcome => self == Self::Greeting && client,
+            Event::Channels => self == Self::Listing,
+            Event::Ack => self == Self::Open,
+            Event::GoAway | Event::Refreshed => self == Self::Open && client,
+            Event::Passed | Event::Refresh => self == Self::Open && !client,
             _ => false,
         }
     }
@@ -724,87 +726,70 @@ fn on_control(
     session: &Session,
     stage: &mut Stage,
     patience: Duration,
-    message: Result<crate::wire::message::Message, Ending>,
+    message: Result<Message, Ending>,
 ) -> Option<CloseReason> {
     let order = |text: &str| Some(CloseReason::local(CloseCode::PROTOCOL_ORDER, text));
-    let refused =
-        |error: ControlError| Some(CloseReason::local(error.close_code(), error.to_string()));
-    match message {
-        Ok(message) if !stage.admits(message.event(), session.client) => {
-            order("a message that has no place on the control stream now")
+    let message = match message {
+        Ok(message) => message,
+        Err(Ending::Finished) => return order("the control stream ended without $close"),
+        Err(Ending::Closed(reason)) if session.conn().is_over() => return Some(reason),
+        Err(Ending::Closed(_)) => return order("the control stream was reset"),
+        Err(Ending::Violation(reason)) => return Some(reason),
+    };
+    let event = ProtocolEvent::of(&message).filter(|event| stage.admits(*event, session.client));
+    let Some(event) = event else {
+        return order("a message that has no place on the control stream now");
+    };
+    match event.read(&message) {
+        Err(error) => return Some(error.reason()),
+        Ok(ProtocolMessage::Close(reason)) => return Some(reason),
+        Ok(ProtocolMessage::GoAway(goaway)) => on_goaway(session, goaway, patience),
+        Ok(ProtocolMessage::Welcome(welcome)) => {
+            *stage = Stage::Open;
+            on_welcome(session, welcome);
         }
-        Ok(message) => match message.event() {
-            control::CLOSE => match control::decode_close(&message) {
-                Ok(reason) => Some(reason),
-                Err(error) => refused(error),
-            },
-            control::GOAWAY => match control::decode_goaway(&message) {
-                Ok(goaway) => {
-                    tracing::info!(text = %goaway.text, "the server is going away");
-                    let turn = Instant::now() + goaway.wait().min(patience);
-                    let mut leaving = lock(&session.received_goaway);
-                    // Of several the soonest: a server that says it again can hurry a client, not hold it.
-                    if leaving.as_ref().is_none_or(|before| turn < before.turn) {
-                        *leaving = Some(Box::new(Leaving { goaway, turn }));
-                    }
-                    drop(leaving);
-                    if !session.reconnects {
-                        session.set_up(None);
-                    }
-                    None
-                }
-                Err(error) => refused(error),
-            },
-            control::WELCOME => match control::decode_welcome(&message) {
-                Ok(welcome) => {
-                    *stage = Stage::Open;
-                    session
-                        .receive
-                        .peer_frame
-                        .store(welcome.frame, Ordering::Relaxed);
-                    tracing::Span::current().record("session", &*welcome.session);
-                    session.tally.one(Count::Admitted);
-                    session.tally.one(Count::Sockets);
-                    session.life.counts_for(welcome.expires);
-                    let admitted = || session.set_welcome(welcome);
-                    let connected = SocketState::Connected {
-                        resumed: false,
-                        reason: None,
-                    };
-                    session.states.set_with(connected, admitted);
-                    None
-                }
-                Err(error) => refused(error),
-            },
-            control::ACK => match control::decode_ack(&message) {
-                Ok(ack) => on_ack(session, ack),
-                Err(error) => refused(error),
-            },
-            control::PASSED => match control::decode_passed(&message) {
-                Ok(passed) => {
-                    on_passed(session, passed);
-                    None
-                }
-                Err(error) => refused(error),
-            },
-            control::CHANNELS => match control::decode_channels(&message) {
-                Ok(Channels { open }) => {
-                    *stage = Stage::Open;
-                    lock(&session.tickets).get_or_make().confirm();
-                    session.retain_theirs(&open);
-                    None
-                }
-                Err(error) => refused(error),
-            },
-            control::REFRESH => session.life.on_refresh(&message),
-            // Nothing else is admitted.
-            _ => session.life.on_refreshed(&message),
-        },
-        Err(Ending::Finished) => order("the control stream ended without $close"),
-        Err(Ending::Closed(reason)) if session.conn().is_over() => Some(reason),
-        Err(Ending::Closed(_)) => order("the control stream was reset"),
-        Err(Ending::Violation(reason)) => Some(reason),
+        Ok(ProtocolMessage::Ack(ack)) => return on_ack(session, ack),
+        Ok(ProtocolMessage::Passed(passed)) => on_passed(session, passed),
+        Ok(ProtocolMessage::Channels(Channels { open })) => {
+            *stage = Stage::Open;
+            lock(&session.tickets).get_or_make().confirm();
+            session.retain_theirs(&open);
+        }
+        Ok(ProtocolMessage::Refresh(refresh)) => return session.life.on_refresh(refresh),
+        Ok(ProtocolMessage::Refreshed(refreshed)) => return session.life.on_refreshed(refreshed),
+        // Nothing else is admitted.
+        Ok(_) => {}
     }
+    None
+}
+
+fn on_goaway(session: &Session, goaway: GoAway, patience: Duration) {
+    tracing::info!(text = %goaway.text, "the server is going away");
+    let turn = Instant::now() + goaway.wait().min(patience);
+    let mut leaving = lock(&session.received_goaway);
+    // Of several the soonest: a server that says it again can hurry a client, not hold it.
+    if leaving.as_ref().is_none_or(|before| turn < before.turn) {
+        *leaving = Some(Box::new(Leaving { goaway, turn }));
+    }
+    drop(leaving);
+    if !session.reconnects {
+        session.set_up(None);
+    }
+}
+
+fn on_welcome(session: &Session, welcome: Welcome) {
+    let peer_frame = &session.receive.peer_frame;
+    peer_frame.store(welcome.frame, Ordering::Relaxed);
+    tracing::Span::current().record("session", &*welcome.session);
+    session.tally.one(Count::Admitted);
+    session.tally.one(Count::Sockets);
+    session.life.counts_for(welcome.expires);
+    let admitted = || session.set_welcome(welcome);
+    let connected = SocketState::Connected {
+        resumed: false,
+        reason: None,
+    };
+    session.states.set_with(connected, admitted);
 }
 
 fn on_passed(session: &Session, passed: Passed) {
@@ -859,7 +844,7 @@ async fn close_gracefully(session: &Session, control: &mut Control, reason: Clos
         while let Ok(message) =
             poll_fn(|cx| control.inbox.poll_first(cx, session, &session.counters)).await
         {
-            if message.event() == control::CLOSE {
+            if ProtocolEvent::Close.is(&message) {
                 return;
             }
         }
@@ -917,27 +902,30 @@ mod tests {
         use Stage::{Greeting, Listing, Open};
         let all = [Greeting, Listing, Open].as_slice();
         for (event, client, server) in [
-            (control::CLOSE, all, all),
-            (control::WELCOME, &[Greeting], &[]),
-            (control::CHANNELS, &[Listing], &[Listing]),
-            (control::ACK, &[Open], &[Open]),
-            (control::PASSED, &[], &[Open]),
-            (control::REFRESH, &[], &[Open]),
-            (control::REFRESHED, &[Open], &[]),
-            (control::GOAWAY, &[Open], &[]),
-            (control::HELLO, &[], &[]),
-            (control::OPEN, &[], &[]),
-            (control::RESUME, &[], &[]),
-            (control::GAP, &[], &[]),
-            (control::MARK, &[], &[]),
-            (control::REPLY, &[], &[]),
+            ("$close", all, all),
+            ("$welcome", &[Greeting], &[]),
+            ("$channels", &[Listing], &[Listing]),
+            ("$ack", &[Open], &[Open]),
+            ("$passed", &[], &[Open]),
+            ("$refresh", &[], &[Open]),
+            ("$refreshed", &[Open], &[]),
+            ("$goaway", &[Open], &[]),
+            ("$hello", &[], &[]),
+            ("$open", &[], &[]),
+            ("$resume", &[], &[]),
+            ("$gap", &[], &[]),
+            ("$mark", &[], &[]),
+            ("$reply", &[], &[]),
             ("say", &[], &[]),
             ("$nonsense", &[], &[]),
         ] {
+            let admitted = |stage: Stage, is_client| {
+                ProtocolEvent::named(event).is_some_and(|event| stage.admits(event, is_client))
+            };
             for stage in all {
                 for (is_client, may) in [(true, client), (false, server)] {
                     assert_eq!(
-                        stage.admits(event, is_client),
+                        admitted(*stage, is_client),
                         may.contains(stage),
                         "{event} at {stage:?}, client: {is_client}"
                     );

@@ -28,8 +28,7 @@ use crate::trust::auth::{Authenticate, Deny, Hello, Peer, Penalties, Slow};
 use crate::wire::code::{CloseCode, CloseReason};
 use crate::wire::config::InvalidSetting;
 use crate::wire::config::TOKEN_BYTES;
-use crate::wire::control::{self, HelloMessage, Refreshed};
-use crate::wire::message::Message;
+use crate::wire::control::{self, HelloMessage, Refresh, Refreshed};
 
 /// New tokens a client may present each second, with a burst of twice as many.
 const REFRESH_RATE: u32 = 1;
@@ -240,7 +239,7 @@ struct Exchange {
 }
 
 struct Waiting {
-    token: String,
+    refresh: Refresh,
     answer: oneshot::Sender<Result<(), RefreshError>>,
     _turn: OwnedMutexGuard<()>,
 }
@@ -284,16 +283,12 @@ impl Life {
         exchange.out = exchange
             .waiting
             .as_ref()
-            .and_then(|waiting| control::encode_refresh(&waiting.token).ok());
+            .and_then(|waiting| control::encode(&waiting.refresh));
         self.wake.set(READY);
     }
 
     /// Takes a `$refresh` at a server; a reason says that the connection must end.
-    pub(crate) fn on_refresh(&self, message: &Message) -> Option<CloseReason> {
-        let token = match control::decode_refresh(message) {
-            Ok(refresh) => refresh.token,
-            Err(error) => return Some(CloseReason::local(error.close_code(), error.to_string())),
-        };
+    pub(crate) fn on_refresh(&self, Refresh { token }: Refresh) -> Option<CloseReason> {
         let mut exchange = lock(&self.exchange);
         let exchange = exchange.get_or_make();
         if exchange.busy {
@@ -307,11 +302,7 @@ impl Life {
     }
 
     /// Takes a `$refreshed` at a client; a reason says that the connection must end.
-    pub(crate) fn on_refreshed(&self, message: &Message) -> Option<CloseReason> {
-        let refreshed = match control::decode_refreshed(message) {
-            Ok(refreshed) => refreshed,
-            Err(error) => return Some(CloseReason::local(error.close_code(), error.to_string())),
-        };
+    pub(crate) fn on_refreshed(&self, refreshed: Refreshed) -> Option<CloseReason> {
         let Some(waiting) = lock(&self.exchange).get_or_make().waiting.take() else {
             let text = "a $refreshed that nobody asked for";
             return Some(CloseReason::local(CloseCode::PROTOCOL_ORDER, text));
@@ -418,8 +409,10 @@ pub(crate) async fn refresh(session: &Session, token: String) -> Result<(), Refr
         return Err(RefreshError::NotClient);
     }
     check_token(&token)?;
-    let frame = control::encode_refresh(&token)
-        .map_err(|_| RefreshError::Token(InvalidSetting("the token cannot be sent")))?;
+    let refresh = Refresh { token };
+    let frame = control::encode(&refresh).ok_or(RefreshError::Token(InvalidSetting(
+        "the token cannot be sent",
+    )))?;
     let exchange = async {
         session
             .wait_admitted()
@@ -431,7 +424,7 @@ pub(crate) async fn refresh(session: &Session, token: String) -> Result<(), Refr
             let mut exchange = lock(&session.life.exchange);
             let exchange = exchange.get_or_make();
             exchange.waiting = Some(Waiting {
-                token,
+                refresh,
                 answer,
                 _turn: turn,
             });
@@ -669,35 +662,42 @@ async fn sleep_until(at: Option<Instant>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire::message::Message;
 
-    fn message(frame: &Bytes) -> Message {
-        Message::decode(frame.slice(crate::wire::frame::PREFIX..)).unwrap()
+    fn refresh(token: &str) -> Refresh {
+        let token = token.to_owned();
+        Refresh { token }
+    }
+
+    fn read<T: control::Decode>(frame: &Bytes) -> T {
+        let message = Message::decode(frame.slice(crate::wire::frame::PREFIX..)).unwrap();
+        T::decode(&message).unwrap()
     }
 
     #[test]
     fn a_new_connection_begins_the_exchange_anew_on_both_sides() {
         let (client, server) = (Life::default(), Life::default());
-        let refresh = control::encode_refresh("a-new-token").unwrap();
+        let frame = control::encode(&refresh("a-new-token")).unwrap();
         let (answer, mut answered) = oneshot::channel();
         lock(&client.exchange).get_or_make().waiting = Some(Waiting {
-            token: "a-new-token".to_owned(),
+            refresh: refresh("a-new-token"),
             answer,
             _turn: client.turn().try_lock_owned().unwrap(),
         });
-        assert_eq!(server.on_refresh(&message(&refresh)), None);
-        let twice = server.on_refresh(&message(&refresh)).unwrap();
+        assert_eq!(server.on_refresh(read(&frame)), None);
+        let twice = server.on_refresh(read(&frame)).unwrap();
         assert_eq!(twice.code, CloseCode::PROTOCOL_ORDER);
         client.reattached();
         server.reattached();
         let again = client.next_frame().now_or_never().unwrap();
-        assert_eq!(again, refresh);
-        assert_eq!(server.on_refresh(&message(&again)), None);
+        assert_eq!(again, frame);
+        assert_eq!(server.on_refresh(read(&again)), None);
         let (token, round) = server.next_asked().now_or_never().unwrap();
         assert_eq!((token.as_str(), round), ("a-new-token", 1));
         let yes = control::encode_refreshed(&Refreshed::Accepted { expires: None }).unwrap();
-        assert_eq!(client.on_refreshed(&message(&yes)), None);
+        assert_eq!(client.on_refreshed(read(&yes)), None);
         answered.try_recv().unwrap().unwrap();
-        let unasked = client.on_refreshed(&message(&yes)).unwrap();
+        let unasked = client.on_refreshed(read(&yes)).unwrap();
         assert_eq!(unasked.code, CloseCode::PROTOCOL_ORDER);
     }
 

@@ -20,7 +20,7 @@ use crate::session::service::{ChannelHandler, Registry};
 use crate::transport::{RecvStream, SendStream};
 use crate::wire::code::{CloseCode, CloseReason};
 use crate::wire::config::Priority;
-use crate::wire::control::{self, Resumed};
+use crate::wire::control::{self, Decode, Open, Resumed};
 
 /// Reads a new stream's `$open` and hands the channel to whoever serves its name. The span is the channel's, which learns
 /// its name here. It need not be the one this runs in: see [`or_around`](crate::session::or_around).
@@ -44,12 +44,9 @@ pub(crate) async fn serve_stream(
         ))),
     };
     let (open, refusal) = match first {
-        Ok(message) => match control::decode_open(&message) {
+        Ok(message) => match Open::decode(&message) {
             Ok(open) => (open, None),
-            Err(error) => (
-                nameless(),
-                Some(CloseReason::local(error.close_code(), error.to_string())),
-            ),
+            Err(error) => (nameless(), Some(error.reason())),
         },
         Err(Ending::Violation(reason)) => (nameless(), Some(reason)),
         Err(Ending::Finished) => {
@@ -124,7 +121,7 @@ enum Begun {
 /// channel one is first.
 fn begin(
     session: &Arc<Session>,
-    open: control::Open,
+    open: Open,
     refusal: Option<CloseReason>,
     (conn, link): (Arc<Line>, u64),
     send: SendStream,
@@ -155,7 +152,7 @@ fn begin(
                 received: 0,
                 done: false,
             };
-            first = control::encode_resume(none);
+            first = control::encode(&none);
         }
         _ => {}
     }
@@ -206,7 +203,7 @@ async fn decline(session: &Session, mut send: SendStream, received: u64) {
         received,
         done: true,
     };
-    if let Some(frame) = control::encode_resume(done) {
+    if let Some(frame) = control::encode(&done) {
         // Who has stopped the stream does not want to know.
         let _ = write_small(session, &mut send, &mut [frame]).await;
         send.finish();
@@ -242,8 +239,8 @@ async fn run_handler(handler: &ChannelHandler, channel: Channel) {
     }
 }
 
-fn nameless() -> control::Open {
-    control::Open {
+fn nameless() -> Open {
+    Open {
         id: 0,
         name: String::new(),
         meta: None,

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::base::text::cut;
 use crate::base::text::printable_within;
-use crate::wire::code::{CloseCode, CloseReason};
+use crate::wire::code::{CloseCode, CloseReason, Fault};
 use crate::wire::config::{Limits, MIN_FRAME, Priority, TOKEN_BYTES, Timeouts};
 use crate::wire::message::{self, EncodeError, Message, check_name};
 use crate::wire::msgpack::{FieldError, Fields, Head, MAX_DEPTH, MAX_ELEMENTS, Reader};
@@ -18,27 +18,148 @@ use crate::wire::msgpack::{FieldError, Fields, Head, MAX_DEPTH, MAX_ELEMENTS, Re
 /// The version this library speaks; also named by the ALPN.
 pub(crate) const VERSION: u64 = 1;
 
-pub(crate) const HELLO: &str = "$hello";
-pub(crate) const WELCOME: &str = "$welcome";
-pub(crate) const OPEN: &str = "$open";
-pub(crate) const CLOSE: &str = "$close";
-pub(crate) const GOAWAY: &str = "$goaway";
-pub(crate) const RESUME: &str = "$resume";
-pub(crate) const ACK: &str = "$ack";
-pub(crate) const REFRESH: &str = "$refresh";
-pub(crate) const REFRESHED: &str = "$refreshed";
-pub(crate) const GAP: &str = "$gap";
-pub(crate) const MARK: &str = "$mark";
-pub(crate) const PASSED: &str = "$passed";
-pub(crate) const REPLY: &str = "$reply";
-pub(crate) const FAULT: &str = "$fault";
-pub(crate) const CHANNELS: &str = "$channels";
-pub(crate) const CANCEL: &str = "$cancel";
-pub(crate) const PUSH: &str = "$push";
-pub(crate) const END: &str = "$end";
-pub(crate) const WANT: &str = "$want";
-pub(crate) const ITEM: &str = "$item";
-pub(crate) const CREDIT: &str = "$credit";
+/// The one table of the protocol's events: what each is called, and what it is read into, if anything.
+macro_rules! events {
+    ($($event:ident = $name:literal $(is $of:ty)?,)*) => {
+        /// An event of the protocol, by its name.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub(crate) enum ProtocolEvent {
+            $($event,)*
+        }
+
+        impl ProtocolEvent {
+            #[cfg(test)]
+            pub(crate) const ALL: &[Self] = &[$(Self::$event,)*];
+
+            /// The name, as it stands in a message.
+            pub(crate) const fn name(self) -> &'static str {
+                match self {
+                    $(Self::$event => $name,)*
+                }
+            }
+
+            /// The event of this name; `None` for one that the protocol does not know.
+            pub(crate) fn named(name: &str) -> Option<Self> {
+                match name {
+                    $($name => Some(Self::$event),)*
+                    _ => None,
+                }
+            }
+
+            /// Reads a message of this event.
+            pub(crate) fn read(self, message: &Message) -> Result<ProtocolMessage, ControlError> {
+                Ok(match self {
+                    $(Self::$event => ProtocolMessage::$event$((<$of>::decode(message)?))?,)*
+                })
+            }
+        }
+
+        /// A message of the protocol, read.
+        #[expect(dead_code, reason = "what begins a stream is read by its type, as are gaps, marks and faults")]
+        pub(crate) enum ProtocolMessage {
+            $($event$(($of))?,)*
+        }
+
+        $($(impl Named for $of {
+            const EVENT: ProtocolEvent = ProtocolEvent::$event;
+        })?)*
+    };
+}
+
+events! {
+    // First what is frequent: names are compared in this order.
+    // On channels, for a request: with its id, and what they carry is read by whoever it is for.
+    Reply = "$reply",
+    Fault = "$fault" is Fault,
+    Cancel = "$cancel",
+    Push = "$push",
+    End = "$end",
+    Want = "$want",
+    Item = "$item",
+    Credit = "$credit",
+    // Streams begin with these.
+    Hello = "$hello" is HelloMessage,
+    Welcome = "$welcome" is Welcome,
+    Open = "$open" is Open,
+    Resume = "$resume" is Resumed,
+    // On the control stream.
+    Channels = "$channels" is Channels,
+    Ack = "$ack" is Ack,
+    Passed = "$passed" is Passed,
+    Refresh = "$refresh" is Refresh,
+    Refreshed = "$refreshed" is Refreshed,
+    GoAway = "$goaway" is GoAway,
+    // There and on channels.
+    Close = "$close" is CloseReason,
+    // On channels.
+    Gap = "$gap" is Gap,
+    Mark = "$mark" is Mark,
+}
+
+impl ProtocolEvent {
+    /// The event of a message; `None` for the application's, and for what the protocol does not know.
+    pub(crate) fn of(message: &Message) -> Option<Self> {
+        Self::named(message.event())
+    }
+
+    /// Whether the message is one of this event.
+    pub(crate) fn is(self, message: &Message) -> bool {
+        message.event() == self.name()
+    }
+}
+
+/// What an event of the table is read into.
+pub(crate) trait Named {
+    const EVENT: ProtocolEvent;
+}
+
+/// A message of the protocol that is read into this type.
+pub trait Decode: Sized {
+    /// Reads a message.
+    ///
+    /// # Errors
+    /// When it is another message, has an id although it answers no request, or breaks the table of its event in
+    /// `docs/PROTOCOL.md`: a field that is missing, unknown, doubled or of another type, or a value that is not allowed.
+    fn decode(message: &Message) -> Result<Self, ControlError>;
+}
+
+impl<T: Named + Read> Decode for T {
+    fn decode(message: &Message) -> Result<Self, ControlError> {
+        let event = T::EVENT.name();
+        if !T::EVENT.is(message) {
+            return Err(ControlError::Unexpected { expected: event });
+        }
+        T::read(message).map_err(|bad| match bad {
+            Bad::Field(source) => ControlError::Field { event, source },
+            Bad::Rule(rule) => ControlError::Value { event, rule },
+            Bad::Other(error) => error,
+        })
+    }
+}
+
+/// The content of a message whose event has been looked at.
+trait Read: Sized {
+    fn read(message: &Message) -> Result<Self, Bad>;
+}
+
+/// What is wrong with a message, without its event.
+enum Bad {
+    Field(FieldError),
+    Rule(&'static str),
+    Other(ControlError),
+}
+
+impl From<FieldError> for Bad {
+    fn from(error: FieldError) -> Self {
+        Self::Field(error)
+    }
+}
+
+impl From<&'static str> for Bad {
+    fn from(rule: &'static str) -> Self {
+        Self::Rule(rule)
+    }
+}
 
 /// A protocol message that cannot be accepted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -75,10 +196,17 @@ pub enum ControlError {
 }
 
 impl ControlError {
+    /// Why whatever the message came on is closed.
+    pub(crate) fn reason(&self) -> CloseReason {
+        CloseReason::local(self.close_code(), self.to_string())
+    }
+
     /// The close code that tells the peer.
     pub fn close_code(&self) -> CloseCode {
         match self {
-            Self::Unexpected { expected: HELLO } => CloseCode::AUTH_REQUIRED,
+            Self::Unexpected { expected } if *expected == ProtocolEvent::Hello.name() => {
+                CloseCode::AUTH_REQUIRED
+            }
             Self::Unexpected { .. } => CloseCode::PROTOCOL_ORDER,
             Self::Field { .. } | Self::Value { .. } => CloseCode::BAD_MESSAGE,
             Self::Version(_) => CloseCode::VERSION,
@@ -87,69 +215,56 @@ impl ControlError {
     }
 }
 
-fn fields<'a>(
-    message: &'a Message,
-    event: &'static str,
-    allowed: &[&str],
-) -> Result<Fields<'a>, ControlError> {
-    if message.event() != event {
-        return Err(ControlError::Unexpected { expected: event });
-    }
-    if message.id().is_some() {
-        return Err(ControlError::Value {
-            event,
-            rule: "takes no id",
-        });
-    }
-    let field = |source| ControlError::Field { event, source };
-    // The version comes first: what else the map may hold is not known before.
-    if matches!(event, HELLO | WELCOME)
-        && let Some(version) = Fields::peek_u64(&message.raw(), "v")
-        && version != VERSION
-    {
-        return Err(ControlError::Version(version));
-    }
-    let fields = message.fields().map_err(field)?;
-    if matches!(event, HELLO | WELCOME) {
-        fields.u64("v").map_err(field)?;
-    }
-    fields.only(allowed).map_err(field)?;
+fn check(sound: bool, rule: &'static str) -> Result<(), Bad> {
+    if sound { Ok(()) } else { Err(Bad::Rule(rule)) }
+}
+
+/// The data of a message that stands for itself: a map with these keys.
+fn map<'a>(message: &'a Message, keys: &[&str]) -> Result<Fields<'a>, Bad> {
+    check(message.id().is_none(), "takes no id")?;
+    let fields = message.fields()?;
+    fields.only(keys)?;
     Ok(fields)
 }
 
-/// Bytes of a resume token.
-const RESUME_TOKEN: usize = 32;
-
-fn resume_token(
-    fields: &Fields<'_>,
-    event: &'static str,
-) -> Result<[u8; RESUME_TOKEN], ControlError> {
-    let token = fields
-        .bin("token")
-        .map_err(|source| ControlError::Field { event, source })?;
-    token.try_into().map_err(|_| ControlError::Value {
-        event,
-        rule: "a resume token is 32 bytes",
-    })
+/// As [`map`]. The version comes first: what else the map may hold is not known before.
+fn versioned<'a>(message: &'a Message, keys: &[&str]) -> Result<Fields<'a>, Bad> {
+    check(message.id().is_none(), "takes no id")?;
+    if let Some(version) = Fields::peek_u64(&message.raw(), "v")
+        && version != VERSION
+    {
+        return Err(Bad::Other(ControlError::Version(version)));
+    }
+    let fields = message.fields()?;
+    fields.u64("v")?;
+    fields.only(keys)?;
+    Ok(fields)
 }
 
-fn session_id(id: &str, event: &'static str) -> Result<String, ControlError> {
-    if id.len() != 32 || !id.bytes().all(|b| b.is_ascii_hexdigit()) {
-        return Err(ControlError::Value {
-            event,
-            rule: "session is not 32 hexadecimal digits",
-        });
-    }
+fn resume_token(fields: &Fields<'_>) -> Result<[u8; 32], Bad> {
+    let token = fields.bin("token")?.try_into();
+    token.map_err(|_| Bad::Rule("a resume token is 32 bytes"))
+}
+
+fn session_id(id: &str) -> Result<String, Bad> {
+    let sound = id.len() == 32 && id.bytes().all(|b| b.is_ascii_hexdigit());
+    check(sound, "session is not 32 hexadecimal digits")?;
     Ok(id.to_owned())
 }
 
-/// Every message of the protocol fits the frames of both sides.
-fn check_frame(frame: u64, event: &'static str) -> Result<(), ControlError> {
-    if frame < MIN_FRAME as u64 {
-        let rule = "a frame limit is at least 4,096 bytes";
-        return Err(ControlError::Value { event, rule });
+fn client_token(token: &str) -> Result<String, Bad> {
+    match token.len() {
+        ..=TOKEN_BYTES => Ok(token.to_owned()),
+        len => Err(Bad::Other(ControlError::TokenTooLong(len))),
     }
-    Ok(())
+}
+
+/// Every message of the protocol fits the frames of both sides.
+fn check_frame(frame: u64) -> Result<(), Bad> {
+    check(
+        frame >= MIN_FRAME as u64,
+        "a frame limit is at least 4,096 bytes",
+    )
 }
 
 fn millis(time: Duration) -> u64 {
@@ -203,51 +318,36 @@ impl std::fmt::Debug for HelloMessage {
     }
 }
 
-/// Reads a `$hello`.
-///
-/// # Errors
-/// When it is another message, has a missing, unknown, doubled or wrongly typed field, speaks another
-/// version, or carries a token over 512 bytes.
-pub fn decode_hello(message: &Message) -> Result<HelloMessage, ControlError> {
-    let field = |source| ControlError::Field {
-        event: HELLO,
-        source,
-    };
-    let fields = fields(
-        message,
-        HELLO,
-        &["v", "token", "agent", "limits", "resume", "ext"],
-    )?;
-    let token = fields.str("token").map_err(field)?;
-    if token.len() > TOKEN_BYTES {
-        return Err(ControlError::TokenTooLong(token.len()));
+impl Read for HelloMessage {
+    fn read(message: &Message) -> Result<Self, Bad> {
+        let keys = ["v", "token", "agent", "limits", "resume", "ext"];
+        let fields = versioned(message, &keys)?;
+        let token = client_token(fields.str("token")?)?;
+        let agent = fields.str("agent")?;
+        let resume = match fields.opt_map("resume")? {
+            Some(resume) => Some(resume_request(&resume)?),
+            None => None,
+        };
+        let marks = fields.opt_map("ext")?.is_some_and(marks);
+        let frame = match fields.opt_map("limits")? {
+            Some(limits) => {
+                limits.only(&["frame", "channels"])?;
+                limits.opt_u64("channels")?;
+                limits.opt_u64("frame")?
+            }
+            None => None,
+        };
+        // 0 is as if it were absent.
+        let frame = frame.filter(|frame| *frame > 0);
+        frame.map_or(Ok(()), check_frame)?;
+        Ok(Self {
+            token,
+            agent: printable_within(agent, 128),
+            frame,
+            resume,
+            marks,
+        })
     }
-    let agent = fields.str("agent").map_err(field)?;
-    let resume = match fields.opt_map("resume").map_err(field)? {
-        Some(resume) => Some(resume_request(&resume)?),
-        None => None,
-    };
-    let marks = fields.opt_map("ext").map_err(field)?.is_some_and(marks);
-    let frame = match fields.opt_map("limits").map_err(field)? {
-        Some(limits) => {
-            limits.only(&["frame", "channels"]).map_err(field)?;
-            limits.opt_u64("channels").map_err(field)?;
-            limits.opt_u64("frame").map_err(field)?
-        }
-        None => None,
-    };
-    // 0 is as if it were absent.
-    let frame = frame.filter(|frame| *frame > 0);
-    if let Some(frame) = frame {
-        check_frame(frame, HELLO)?;
-    }
-    Ok(HelloMessage {
-        token: token.to_owned(),
-        agent: printable_within(agent, 128),
-        frame,
-        resume,
-        marks,
-    })
 }
 
 /// Whether the sender offers to answer `$mark`.
@@ -261,26 +361,15 @@ struct Ext {
     mark: bool,
 }
 
-fn resume_request(resume: &Fields<'_>) -> Result<ResumeRequest, ControlError> {
-    let field = |source| ControlError::Field {
-        event: HELLO,
-        source,
-    };
-    resume.only(&["session", "token"]).map_err(field)?;
-    let session = resume.opt_str("session").map_err(field)?;
-    let token = resume.opt_bin("token").map_err(field)?;
-    let session = match (session, token) {
+fn resume_request(resume: &Fields<'_>) -> Result<ResumeRequest, Bad> {
+    resume.only(&["session", "token"])?;
+    let session = match (resume.opt_str("session")?, resume.opt_bin("token")?) {
         (None, None) => None,
         (Some(session), Some(_)) => Some(ResumeTicket {
-            session: session_id(session, HELLO)?,
-            token: resume_token(resume, HELLO)?,
+            session: session_id(session)?,
+            token: resume_token(resume)?,
         }),
-        _ => {
-            return Err(ControlError::Value {
-                event: HELLO,
-                rule: "resume has a session and its token, or neither",
-            });
-        }
+        _ => return Err("resume has a session and its token, or neither".into()),
     };
     Ok(ResumeRequest { session })
 }
@@ -336,8 +425,8 @@ pub(crate) fn encode_hello(
         frame: limits.frame as u64,
         channels: u64::from(limits.channels),
     };
-    protocol(
-        HELLO,
+    frame(
+        ProtocolEvent::Hello,
         &HelloFields {
             v: VERSION,
             token,
@@ -391,19 +480,9 @@ impl std::fmt::Debug for ResumeGrant {
     }
 }
 
-/// Reads a `$welcome`.
-///
-/// # Errors
-/// When it is another message or has a missing, unknown, doubled or wrongly typed field.
-pub fn decode_welcome(message: &Message) -> Result<Welcome, ControlError> {
-    let field = |source| ControlError::Field {
-        event: WELCOME,
-        source,
-    };
-    let fields = fields(
-        message,
-        WELCOME,
-        &[
+impl Read for Welcome {
+    fn read(message: &Message) -> Result<Self, Bad> {
+        let keys = [
             "v",
             "session",
             "agent",
@@ -413,44 +492,43 @@ pub fn decode_welcome(message: &Message) -> Result<Welcome, ControlError> {
             "reason",
             "expires_ms",
             "ext",
-        ],
-    )?;
-    let session = session_id(fields.str("session").map_err(field)?, WELCOME)?;
-    let agent = fields.str("agent").map_err(field)?;
-    let resumed = fields.opt_bool("resumed").map_err(field)?.unwrap_or(false);
-    let resume = match fields.opt_map("resume").map_err(field)? {
-        Some(resume) => {
-            resume.only(&["token", "window_ms"]).map_err(field)?;
-            Some(ResumeGrant {
-                token: resume_token(&resume, WELCOME)?,
-                window: Duration::from_millis(resume.u64("window_ms").map_err(field)?),
-            })
-        }
-        None => None,
-    };
-    let reason = fields.opt_str("reason").map_err(field)?;
-    if resumed && reason.is_some() {
-        return Err(ControlError::Value {
-            event: WELCOME,
-            rule: "a resumed session has no reason why not",
-        });
+        ];
+        let fields = versioned(message, &keys)?;
+        let session = session_id(fields.str("session")?)?;
+        let agent = fields.str("agent")?;
+        let resumed = fields.opt_bool("resumed")?.unwrap_or(false);
+        let resume = match fields.opt_map("resume")? {
+            Some(resume) => {
+                resume.only(&["token", "window_ms"])?;
+                Some(ResumeGrant {
+                    token: resume_token(&resume)?,
+                    window: Duration::from_millis(resume.u64("window_ms")?),
+                })
+            }
+            None => None,
+        };
+        let reason = fields.opt_str("reason")?;
+        check(
+            !resumed || reason.is_none(),
+            "a resumed session has no reason why not",
+        )?;
+        let expires = fields.opt_u64("expires_ms")?;
+        let marks = fields.opt_map("ext")?.is_some_and(marks);
+        let limits = fields.map("limits")?;
+        let frame = limits.u64("frame")?;
+        check_frame(frame)?;
+        Ok(Self {
+            session,
+            agent: printable_within(agent, 128),
+            frame,
+            channels: limits.u64("channels")?,
+            resumed,
+            resume,
+            reason: reason.map(|reason| printable_within(reason, 128)),
+            expires: expires.map(Duration::from_millis),
+            marks,
+        })
     }
-    let expires = fields.opt_u64("expires_ms").map_err(field)?;
-    let marks = fields.opt_map("ext").map_err(field)?.is_some_and(marks);
-    let limits = fields.map("limits").map_err(field)?;
-    let frame = limits.u64("frame").map_err(field)?;
-    check_frame(frame, WELCOME)?;
-    Ok(Welcome {
-        session,
-        agent: printable_within(agent, 128),
-        frame,
-        channels: limits.u64("channels").map_err(field)?,
-        resumed,
-        resume,
-        reason: reason.map(|reason| printable_within(reason, 128)),
-        expires: expires.map(Duration::from_millis),
-        marks,
-    })
 }
 
 #[derive(Serialize)]
@@ -521,7 +599,7 @@ pub(crate) fn encode_welcome(
         expires_ms: welcome.expires.map(millis),
         ext: welcome.marks.then_some(Ext { mark: true }),
     };
-    protocol(WELCOME, &fields, None)
+    frame(ProtocolEvent::Welcome, &fields, None)
 }
 
 /// The first message on a channel's stream.
@@ -542,56 +620,38 @@ pub struct Open {
     pub received: Option<u64>,
 }
 
-/// Reads an `$open`.
-///
-/// # Errors
-/// When it is another message, has a missing, unknown, doubled or wrongly typed field, a name that breaks
-/// the rules for names, a priority above 2, or `received` on a channel that is not resumable.
-pub fn decode_open(message: &Message) -> Result<Open, ControlError> {
-    let field = |source| ControlError::Field {
-        event: OPEN,
-        source,
-    };
-    let fields = fields(
-        message,
-        OPEN,
-        &["id", "name", "meta", "priority", "resumable", "received"],
-    )?;
-    let id = fields.u64("id").map_err(field)?;
-    let name = fields.str("name").map_err(field)?;
-    if check_name(name).is_err() || name.starts_with('$') {
-        return Err(ControlError::Value {
-            event: OPEN,
-            rule: "a channel name is 1 to 128 bytes without control characters and does not start with $",
-        });
+impl Read for Open {
+    fn read(message: &Message) -> Result<Self, Bad> {
+        let keys = ["id", "name", "meta", "priority", "resumable", "received"];
+        let fields = map(message, &keys)?;
+        let id = fields.u64("id")?;
+        let name = fields.str("name")?;
+        check(
+            check_name(name).is_ok() && !name.starts_with('$'),
+            "a channel name is 1 to 128 bytes without control characters and does not start with $",
+        )?;
+        let meta = fields.raw("meta").map(Bytes::copy_from_slice);
+        let priority = match fields.opt_u64("priority")? {
+            Some(priority) => {
+                Priority::try_from(priority).map_err(|_| Bad::Rule("a priority is 0, 1 or 2"))?
+            }
+            None => Priority::default(),
+        };
+        let resumable = fields.opt_bool("resumable")?.unwrap_or(false);
+        let received = fields.opt_u64("received")?;
+        check(
+            received.is_none() || resumable,
+            "only a resumable channel can go on",
+        )?;
+        Ok(Self {
+            id,
+            name: name.to_owned(),
+            meta,
+            priority,
+            resumable,
+            received,
+        })
     }
-    let meta = fields.raw("meta").map(Bytes::copy_from_slice);
-    let priority = match fields.opt_u64("priority").map_err(field)? {
-        Some(priority) => Priority::try_from(priority).map_err(|_| ControlError::Value {
-            event: OPEN,
-            rule: "a priority is 0, 1 or 2",
-        })?,
-        None => Priority::default(),
-    };
-    let resumable = fields
-        .opt_bool("resumable")
-        .map_err(field)?
-        .unwrap_or(false);
-    let received = fields.opt_u64("received").map_err(field)?;
-    if received.is_some() && !resumable {
-        return Err(ControlError::Value {
-            event: OPEN,
-            rule: "only a resumable channel can go on",
-        });
-    }
-    Ok(Open {
-        id,
-        name: name.to_owned(),
-        meta,
-        priority,
-        resumable,
-        received,
-    })
 }
 
 /// What an `$open` says. Fields with their default value are left out.
@@ -613,13 +673,13 @@ pub(crate) fn encode_open<T: Serialize + ?Sized>(
     open: &OpenRequest<'_, T>,
     limit: usize,
 ) -> Result<Bytes, EncodeError> {
-    protocol_within(OPEN, open, None, limit)
+    frame_within(ProtocolEvent::Open, open, None, limit)
 }
 
 /// The `$open` that a resumable channel began with, once more: with the number of frames received since.
 pub(crate) fn reopen(open: &Bytes, received: u64) -> Option<Bytes> {
     // What `encode_open` writes: prefix, array of two, the event, and a map of fewer than 15 fields.
-    let map = crate::wire::frame::PREFIX + 2 + OPEN.len();
+    let map = crate::wire::frame::PREFIX + 2 + ProtocolEvent::Open.name().len();
     let (head, rest) = (open.get(..map)?, open.get(map + 1..)?);
     let fields = open
         .get(map)
@@ -646,26 +706,16 @@ pub struct Channels {
     pub open: Vec<u64>,
 }
 
-/// Reads a `$channels`.
-///
-/// # Errors
-/// When it is another message or has a missing, unknown, doubled or wrongly typed field.
-pub fn decode_channels(message: &Message) -> Result<Channels, ControlError> {
-    let field = |source| ControlError::Field {
-        event: CHANNELS,
-        source,
-    };
-    let fields = fields(message, CHANNELS, &["open"])?;
-    let mut values = fields.array("open").map_err(field)?;
-    let mut open = Vec::new();
-    while values.remaining() > 0 {
-        open.push(values.next_u64().map_err(field)?);
+impl Read for Channels {
+    fn read(message: &Message) -> Result<Self, Bad> {
+        let fields = map(message, &["open"])?;
+        let mut values = fields.array("open")?;
+        let mut open = Vec::new();
+        while values.remaining() > 0 {
+            open.push(values.next_u64()?);
+        }
+        Ok(Self { open })
     }
-    Ok(Channels { open })
-}
-
-pub(crate) fn encode_channels(open: Vec<u64>) -> Option<Bytes> {
-    protocol(CHANNELS, &Channels { open }, None).ok()
 }
 
 /// The acceptor's answer to an `$open` with `received`: its first frame on the new stream.
@@ -677,24 +727,14 @@ pub struct Resumed {
     pub done: bool,
 }
 
-/// Reads a `$resume`.
-///
-/// # Errors
-/// When it is another message or has a missing, unknown, doubled or wrongly typed field.
-pub fn decode_resume(message: &Message) -> Result<Resumed, ControlError> {
-    let field = |source| ControlError::Field {
-        event: RESUME,
-        source,
-    };
-    let fields = fields(message, RESUME, &["received", "done"])?;
-    Ok(Resumed {
-        received: fields.u64("received").map_err(field)?,
-        done: fields.bool("done").map_err(field)?,
-    })
-}
-
-pub(crate) fn encode_resume(resumed: Resumed) -> Option<Bytes> {
-    protocol(RESUME, &resumed, None).ok()
+impl Read for Resumed {
+    fn read(message: &Message) -> Result<Self, Bad> {
+        let fields = map(message, &["received", "done"])?;
+        Ok(Self {
+            received: fields.u64("received")?,
+            done: fields.bool("done")?,
+        })
+    }
 }
 
 /// Frames of one channel that need not be kept any longer.
@@ -714,22 +754,15 @@ impl Ack {
     pub const REFUSED: u64 = u64::MAX;
 }
 
-/// Reads an `$ack`.
-///
-/// # Errors
-/// When it is another message or has a missing, unknown, doubled or wrongly typed field.
-pub fn decode_ack(message: &Message) -> Result<Ack, ControlError> {
-    let field = |source| ControlError::Field { event: ACK, source };
-    let fields = fields(message, ACK, &["channel", "own", "received"])?;
-    Ok(Ack {
-        channel: fields.u64("channel").map_err(field)?,
-        own: fields.bool("own").map_err(field)?,
-        received: fields.u64("received").map_err(field)?,
-    })
-}
-
-pub(crate) fn encode_ack(ack: Ack) -> Option<Bytes> {
-    protocol(ACK, &ack, None).ok()
+impl Read for Ack {
+    fn read(message: &Message) -> Result<Self, Bad> {
+        let fields = map(message, &["channel", "own", "received"])?;
+        Ok(Self {
+            channel: fields.u64("channel")?,
+            own: fields.bool("own")?,
+            received: fields.u64("received")?,
+        })
+    }
 }
 
 /// How far the program that reads a channel has come.
@@ -743,47 +776,33 @@ pub struct Passed {
     pub mark: u64,
 }
 
-/// Reads a `$passed`.
-///
-/// # Errors
-/// When it is another message or has a missing, unknown, doubled or wrongly typed field.
-pub fn decode_passed(message: &Message) -> Result<Passed, ControlError> {
-    let field = |source| ControlError::Field {
-        event: PASSED,
-        source,
-    };
-    let fields = fields(message, PASSED, &["channel", "own", "mark"])?;
-    Ok(Passed {
-        channel: fields.u64("channel").map_err(field)?,
-        own: fields.bool("own").map_err(field)?,
-        mark: fields.u64("mark").map_err(field)?,
-    })
+impl Read for Passed {
+    fn read(message: &Message) -> Result<Self, Bad> {
+        let fields = map(message, &["channel", "own", "mark"])?;
+        Ok(Self {
+            channel: fields.u64("channel")?,
+            own: fields.bool("own")?,
+            mark: fields.u64("mark")?,
+        })
+    }
 }
 
-pub(crate) fn encode_passed(passed: Passed) -> Option<Bytes> {
-    protocol(PASSED, &passed, None).ok()
-}
+/// The number of a place in the order of a channel's messages, which the peer hears of when its program has come to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Mark(pub u64);
 
-/// Reads a `$mark`: its number.
-///
-/// # Errors
-/// When it is another message, has an id, or its data is no number from 0 to 2^64 - 1.
-pub fn decode_mark(message: &Message) -> Result<u64, ControlError> {
-    let value = |rule| ControlError::Value { event: MARK, rule };
-    if message.event() != MARK {
-        return Err(ControlError::Unexpected { expected: MARK });
-    }
-    if message.id().is_some() {
-        return Err(value("takes no id"));
-    }
-    match Reader::new(&message.raw()).head() {
-        Ok(Head::Uint(mark)) => Ok(mark),
-        _ => Err(value("is a number from 0 to 2^64 - 1")),
+impl Read for Mark {
+    fn read(message: &Message) -> Result<Self, Bad> {
+        check(message.id().is_none(), "takes no id")?;
+        match Reader::new(&message.raw()).head() {
+            Ok(Head::Uint(mark)) => Ok(Self(mark)),
+            _ => Err("is a number from 0 to 2^64 - 1".into()),
+        }
     }
 }
 
 /// A new token of the client in the place of the one it came with. `Debug` leaves it out.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Serialize)]
 pub struct Refresh {
     /// The new token.
     pub token: String,
@@ -795,33 +814,12 @@ impl std::fmt::Debug for Refresh {
     }
 }
 
-/// Reads a `$refresh`.
-///
-/// # Errors
-/// When it is another message, has a missing, unknown, doubled or wrongly typed field, or a token over 512
-/// bytes.
-pub fn decode_refresh(message: &Message) -> Result<Refresh, ControlError> {
-    let field = |source| ControlError::Field {
-        event: REFRESH,
-        source,
-    };
-    let fields = fields(message, REFRESH, &["token"])?;
-    let token = fields.str("token").map_err(field)?;
-    if token.len() > TOKEN_BYTES {
-        return Err(ControlError::TokenTooLong(token.len()));
+impl Read for Refresh {
+    fn read(message: &Message) -> Result<Self, Bad> {
+        let fields = map(message, &["token"])?;
+        let token = client_token(fields.str("token")?)?;
+        Ok(Self { token })
     }
-    Ok(Refresh {
-        token: token.to_owned(),
-    })
-}
-
-#[derive(Serialize)]
-struct RefreshFields<'a> {
-    token: &'a str,
-}
-
-pub(crate) fn encode_refresh(token: &str) -> Result<Bytes, EncodeError> {
-    protocol(REFRESH, &RefreshFields { token }, None)
 }
 
 /// The server's answer to a `$refresh`.
@@ -841,32 +839,20 @@ pub enum Refreshed {
     },
 }
 
-/// Reads a `$refreshed`.
-///
-/// # Errors
-/// When it is another message, has an unknown, doubled or wrongly typed field, or is half an acceptance and
-/// half a refusal.
-pub fn decode_refreshed(message: &Message) -> Result<Refreshed, ControlError> {
-    let field = |source| ControlError::Field {
-        event: REFRESHED,
-        source,
-    };
-    let fields = fields(message, REFRESHED, &["expires_ms", "code", "text"])?;
-    let expires = fields.opt_u64("expires_ms").map_err(field)?;
-    let code = fields.opt_u64("code").map_err(field)?;
-    let text = fields.opt_str("text").map_err(field)?;
-    match (expires, code, text) {
-        (expires, None, None) => Ok(Refreshed::Accepted {
-            expires: expires.map(Duration::from_millis),
-        }),
-        (None, Some(code), Some(text)) => Ok(Refreshed::Refused {
-            code: CloseCode::new(code),
-            text: printable_within(text, 256),
-        }),
-        _ => Err(ControlError::Value {
-            event: REFRESHED,
-            rule: "a refusal is a code and a text, and nothing else",
-        }),
+impl Read for Refreshed {
+    fn read(message: &Message) -> Result<Self, Bad> {
+        let fields = map(message, &["expires_ms", "code", "text"])?;
+        let expires = fields.opt_u64("expires_ms")?;
+        match (expires, fields.opt_u64("code")?, fields.opt_str("text")?) {
+            (expires, None, None) => Ok(Self::Accepted {
+                expires: expires.map(Duration::from_millis),
+            }),
+            (None, Some(code), Some(text)) => Ok(Self::Refused {
+                code: CloseCode::new(code),
+                text: printable_within(text, 256),
+            }),
+            _ => Err("a refusal is a code and a text, and nothing else".into()),
+        }
     }
 }
 
@@ -893,11 +879,11 @@ pub(crate) fn encode_refreshed(refreshed: &Refreshed) -> Option<Bytes> {
             text: Some(cut(text, 256)),
         },
     };
-    protocol(REFRESHED, &fields, None).ok()
+    frame(ProtocolEvent::Refreshed, &fields, None).ok()
 }
 
 /// Messages of a room that this member was too slow for and will not get.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Gap {
     /// The room.
     pub room: String,
@@ -905,56 +891,29 @@ pub struct Gap {
     pub lost: u64,
 }
 
-/// Reads a `$gap`.
-///
-/// # Errors
-/// When it is another message, has a missing, unknown, doubled or wrongly typed field, a room that breaks the
-/// rules for names, or tells that nothing is missing.
-pub fn decode_gap(message: &Message) -> Result<Gap, ControlError> {
-    let field = |source| ControlError::Field { event: GAP, source };
-    let fields = fields(message, GAP, &["room", "lost"])?;
-    let room = fields.str("room").map_err(field)?;
-    if check_name(room).is_err() {
-        return Err(ControlError::Value {
-            event: GAP,
-            rule: "a room's name is 1 to 128 bytes without control characters",
-        });
+impl Read for Gap {
+    fn read(message: &Message) -> Result<Self, Bad> {
+        let fields = map(message, &["room", "lost"])?;
+        let room = fields.str("room")?;
+        check(
+            check_name(room).is_ok(),
+            "a room's name is 1 to 128 bytes without control characters",
+        )?;
+        let lost = fields.u64("lost")?;
+        check(lost > 0, "nothing is missing")?;
+        Ok(Self {
+            room: room.to_owned(),
+            lost,
+        })
     }
-    let lost = fields.u64("lost").map_err(field)?;
-    if lost == 0 {
-        return Err(ControlError::Value {
-            event: GAP,
-            rule: "nothing is missing",
-        });
+}
+
+impl Read for CloseReason {
+    fn read(message: &Message) -> Result<Self, Bad> {
+        let fields = map(message, &["code", "text"])?;
+        let code = CloseCode::new(fields.u64("code")?);
+        Ok(Self::peer(code, fields.str("text")?))
     }
-    Ok(Gap {
-        room: room.to_owned(),
-        lost,
-    })
-}
-
-#[derive(Serialize)]
-struct GapFields<'a> {
-    room: &'a str,
-    lost: u64,
-}
-
-pub(crate) fn encode_gap(room: &str, lost: u64) -> Result<Bytes, EncodeError> {
-    protocol(GAP, &GapFields { room, lost }, None)
-}
-
-/// Reads a `$close`.
-///
-/// # Errors
-/// When it is another message or has a missing, unknown, doubled or wrongly typed field.
-pub fn decode_close(message: &Message) -> Result<CloseReason, ControlError> {
-    let field = |source| ControlError::Field {
-        event: CLOSE,
-        source,
-    };
-    let fields = fields(message, CLOSE, &["code", "text"])?;
-    let code = CloseCode::new(fields.u64("code").map_err(field)?);
-    Ok(CloseReason::peer(code, fields.str("text").map_err(field)?))
 }
 
 #[derive(Serialize)]
@@ -964,15 +923,8 @@ struct CloseFields<'a> {
 }
 
 pub(crate) fn encode_close(code: CloseCode, text: &str) -> Option<Bytes> {
-    protocol(
-        CLOSE,
-        &CloseFields {
-            code: code.value(),
-            text: cut(text, 256),
-        },
-        None,
-    )
-    .ok()
+    let (code, text) = (code.value(), cut(text, 256));
+    frame(ProtocolEvent::Close, &CloseFields { code, text }, None).ok()
 }
 
 /// The server's word that it is going down: finish what runs, come back later or elsewhere.
@@ -988,26 +940,16 @@ pub struct GoAway {
     pub window: Duration,
 }
 
-/// Reads a `$goaway`.
-///
-/// # Errors
-/// When it is another message or has a missing, unknown, doubled or wrongly typed field.
-pub fn decode_goaway(message: &Message) -> Result<GoAway, ControlError> {
-    let field = |source| ControlError::Field {
-        event: GOAWAY,
-        source,
-    };
-    let fields = fields(
-        message,
-        GOAWAY,
-        &["code", "text", "retry_after_ms", "window_ms"],
-    )?;
-    Ok(GoAway {
-        code: CloseCode::new(fields.u64("code").map_err(field)?),
-        text: printable_within(fields.str("text").map_err(field)?, 256),
-        retry_after: Duration::from_millis(fields.u64("retry_after_ms").map_err(field)?),
-        window: Duration::from_millis(fields.u64("window_ms").map_err(field)?),
-    })
+impl Read for GoAway {
+    fn read(message: &Message) -> Result<Self, Bad> {
+        let fields = map(message, &["code", "text", "retry_after_ms", "window_ms"])?;
+        Ok(Self {
+            code: CloseCode::new(fields.u64("code")?),
+            text: printable_within(fields.str("text")?, 256),
+            retry_after: Duration::from_millis(fields.u64("retry_after_ms")?),
+            window: Duration::from_millis(fields.u64("window_ms")?),
+        })
+    }
 }
 
 #[derive(Serialize)]
@@ -1025,61 +967,44 @@ pub(crate) fn encode_goaway(goaway: &GoAway) -> Option<Bytes> {
         retry_after_ms: millis(goaway.retry_after),
         window_ms: millis(goaway.window),
     };
-    protocol(GOAWAY, &fields, None).ok()
+    frame(ProtocolEvent::GoAway, &fields, None).ok()
 }
 
 /// The most bytes that the message of a fault may have.
 const FAULT_MESSAGE: usize = 1024;
 
-/// Reads a `$fault`, its code and message strictly; `data` stays as it came, and unknown keys are passed over.
-///
-/// # Errors
-/// When it is another message, has a missing, doubled or wrongly typed field, a code that breaks the rules for names, or
-/// a message above 1,024 bytes.
-pub fn decode_fault(message: &Message) -> Result<crate::wire::code::Fault, ControlError> {
-    let field = |source| ControlError::Field {
-        event: FAULT,
-        source,
-    };
-    if message.event() != FAULT {
-        return Err(ControlError::Unexpected { expected: FAULT });
+/// Its code and message are read strictly; `data` stays as it came, and unknown keys are passed over.
+impl Read for Fault {
+    fn read(message: &Message) -> Result<Self, Bad> {
+        let fields = message.fields()?;
+        let code = fields.str("code")?;
+        check(
+            check_name(code).is_ok(),
+            "a code is 1 to 128 bytes without control characters",
+        )?;
+        let text = fields.str("message")?;
+        check(
+            text.len() <= FAULT_MESSAGE,
+            "a message is at most 1,024 bytes",
+        )?;
+        let mut fault = Self::new(
+            printable_within(code, message::MAX_NAME),
+            printable_within(text, FAULT_MESSAGE),
+        );
+        fault.data = fields.raw("data").map(Bytes::copy_from_slice);
+        Ok(fault)
     }
-    let fields = message.fields().map_err(field)?;
-    let code = fields.str("code").map_err(field)?;
-    if check_name(code).is_err() {
-        return Err(ControlError::Value {
-            event: FAULT,
-            rule: "a code is 1 to 128 bytes without control characters",
-        });
-    }
-    let text = fields.str("message").map_err(field)?;
-    if text.len() > FAULT_MESSAGE {
-        return Err(ControlError::Value {
-            event: FAULT,
-            rule: "a message is at most 1,024 bytes",
-        });
-    }
-    let mut fault = crate::wire::code::Fault::new(
-        printable_within(code, message::MAX_NAME),
-        printable_within(text, FAULT_MESSAGE),
-    );
-    fault.data = fields.raw("data").map(Bytes::copy_from_slice);
-    Ok(fault)
 }
 
 /// A `$fault` for request `id`; without its `data` if that makes it too large for the peer.
-pub(crate) fn encode_fault(
-    fault: &crate::wire::code::Fault,
-    id: u64,
-    limit: usize,
-) -> Option<Bytes> {
+pub(crate) fn encode_fault(fault: &Fault, id: u64, limit: usize) -> Option<Bytes> {
     let text = cut(&fault.message, FAULT_MESSAGE);
     // The peer would close the channel over a code that breaks the rule.
     let code = match check_name(&fault.code) {
         Ok(()) => fault.code.as_str(),
         Err(error) => {
             tracing::warn!(code = %printable_within(&fault.code, 64), %error, "a fault's code is none; sent as internal");
-            crate::wire::code::Fault::INTERNAL
+            Fault::INTERNAL
         }
     };
     let mut map = Vec::new();
@@ -1089,7 +1014,7 @@ pub(crate) fn encode_fault(
         let _ = rmp::encode::write_str(&mut map, key);
         let _ = rmp::encode::write_str(&mut map, value);
     }
-    let plain = |map: &[u8]| message::encode_raw(FAULT, map, id, limit).ok();
+    let plain = |map: &[u8]| message::encode_raw(ProtocolEvent::Fault.name(), map, id, limit).ok();
     let Some(data) = &fault.data else {
         return plain(&map);
     };
@@ -1102,23 +1027,28 @@ pub(crate) fn encode_fault(
     plain(&full).or_else(|| plain(&map))
 }
 
+/// One whole frame with a message that is written as it is kept.
+pub(crate) fn encode<T: Named + Serialize>(message: &T) -> Option<Bytes> {
+    frame(T::EVENT, message, None).ok()
+}
+
 /// One whole frame with a protocol message in it.
-pub(crate) fn protocol<T: Serialize + ?Sized>(
-    event: &str,
+pub(crate) fn frame<T: Serialize + ?Sized>(
+    event: ProtocolEvent,
     data: &T,
     id: Option<u64>,
 ) -> Result<Bytes, EncodeError> {
-    protocol_within(event, data, id, usize::MAX >> 1)
+    frame_within(event, data, id, usize::MAX >> 1)
 }
 
-pub(crate) fn protocol_within<T: Serialize + ?Sized>(
-    event: &str,
+fn frame_within<T: Serialize + ?Sized>(
+    event: ProtocolEvent,
     data: &T,
     id: Option<u64>,
     limit: usize,
 ) -> Result<Bytes, EncodeError> {
     let mut buf = BytesMut::new();
-    message::encode(&mut buf, event, data, id, limit)?;
+    message::encode(&mut buf, event.name(), data, id, limit)?;
     Ok(buf.freeze())
 }
 

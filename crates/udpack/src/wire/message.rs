@@ -16,7 +16,7 @@ use rmp_serde::config::{BytesMode, DefaultConfig, HumanReadableConfig};
 use serde::{Deserialize, Serialize};
 
 use crate::wire::code::CloseCode;
-use crate::wire::control::{self, Gap};
+use crate::wire::control::{Decode, Gap};
 use crate::wire::frame::PREFIX;
 use crate::wire::message::lenient::Lenient;
 use crate::wire::msgpack::{
@@ -227,7 +227,7 @@ impl Message {
     /// What a `$gap` says: messages of a room that were lost on the way here. The one event of the protocol that
     /// `recv` hands out.
     pub fn gap(&self) -> Option<Gap> {
-        control::decode_gap(self).ok()
+        Gap::decode(self).ok()
     }
 
     /// The data as the MessagePack that came: a slice of the frame, not a copy.

@@ -5,8 +5,8 @@
 use std::time::Duration;
 
 use udpack::testing::{self, Net};
-use udpack::wire::{Message, Welcome, decode_close, decode_welcome};
-use udpack::{Channel, CloseCode, Context, Fault, Items, Limits, Server};
+use udpack::wire::{Decode, Message, Welcome};
+use udpack::{Channel, CloseCode, CloseReason, Context, Fault, Items, Limits, Server};
 
 use crate::bare::{self, Bare, Stream, Value, event, map, request};
 
@@ -201,7 +201,7 @@ impl Site {
         }
         control.write(&event("$hello", Value::Map(fields))).await;
         let welcome = control.message().await.expect("admitted");
-        let welcome = decode_welcome(&welcome).expect("a sound $welcome");
+        let welcome = Welcome::decode(&welcome).expect("a sound $welcome");
         (bare, control, welcome)
     }
 
@@ -349,7 +349,7 @@ pub(crate) async fn until_answered(stream: &mut Stream) -> Outcome {
 }
 
 fn code(message: &Message) -> CloseCode {
-    decode_close(message).expect("a sound $close").code
+    CloseReason::decode(message).expect("a sound $close").code
 }
 
 /// Reads what the server says, so that it is never held up.

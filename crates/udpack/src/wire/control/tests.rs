@@ -2,8 +2,8 @@ use serde_json::{Value, json};
 
 use super::*;
 
-fn message(event: &str, data: &Value) -> Message {
-    read(&protocol(event, data, None).unwrap())
+fn message(event: ProtocolEvent, data: &Value) -> Message {
+    read(&frame(event, data, None).unwrap())
 }
 
 fn read(frame: &Bytes) -> Message {
@@ -11,7 +11,7 @@ fn read(frame: &Bytes) -> Message {
 }
 
 /// A frame whose data is a map with a binary value, which JSON cannot say.
-fn with_token(event: &str, outer: &Value, inner: &Value, token: &[u8]) -> Message {
+fn with_token(event: ProtocolEvent, outer: &Value, inner: &Value, token: &[u8]) -> Message {
     struct Inner<'a>(&'a Value, &'a [u8]);
     impl Serialize for Inner<'_> {
         fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -36,7 +36,7 @@ fn with_token(event: &str, outer: &Value, inner: &Value, token: &[u8]) -> Messag
             map.end()
         }
     }
-    read(&protocol(event, &Outer(outer, Inner(inner, token)), None).unwrap())
+    read(&frame(event, &Outer(outer, Inner(inner, token)), None).unwrap())
 }
 
 fn rule<T: std::fmt::Debug>(result: Result<T, ControlError>) -> &'static str {
@@ -65,7 +65,7 @@ fn hello_says_that_it_can_resume_or_what_it_resumes_or_nothing() {
         }),
     ] {
         let frame = encode_hello("t", "a", &Limits::default(), resume.as_ref()).unwrap();
-        let hello = decode_hello(&read(&frame)).unwrap();
+        let hello = HelloMessage::decode(&read(&frame)).unwrap();
         assert_eq!(hello.resume, resume);
     }
 }
@@ -73,7 +73,9 @@ fn hello_says_that_it_can_resume_or_what_it_resumes_or_nothing() {
 #[test]
 fn hello_with_half_a_ticket_is_refused() {
     let outer = json!({"v": 1, "token": "t", "agent": "a"});
-    let with = |inner: Value, token: &[u8]| decode_hello(&with_token(HELLO, &outer, &inner, token));
+    let with = |inner: Value, token: &[u8]| {
+        HelloMessage::decode(&with_token(ProtocolEvent::Hello, &outer, &inner, token))
+    };
     assert_eq!(
         rule(with(json!({}), &[7; 32])),
         "resume has a session and its token, or neither"
@@ -88,13 +90,13 @@ fn hello_with_half_a_ticket_is_refused() {
     );
     let alone = json!({"v": 1, "token": "t", "agent": "a", "resume": {"session": SESSION}});
     assert_eq!(
-        rule(decode_hello(&message(HELLO, &alone))),
+        rule(HelloMessage::decode(&message(ProtocolEvent::Hello, &alone))),
         "resume has a session and its token, or neither"
     );
     for wrong in [json!("x"), json!([]), json!({"more": 1})] {
         let data = json!({"v": 1, "token": "t", "agent": "a", "resume": wrong});
         assert_eq!(
-            code(decode_hello(&message(HELLO, &data))),
+            code(HelloMessage::decode(&message(ProtocolEvent::Hello, &data))),
             CloseCode::BAD_MESSAGE
         );
     }
@@ -133,14 +135,14 @@ fn welcome_tells_how_to_resume_and_why_not() {
         },
     ] {
         let frame = encode_welcome(&welcome, &Limits::default(), &Timeouts::default()).unwrap();
-        assert_eq!(decode_welcome(&read(&frame)), Ok(welcome));
+        assert_eq!(Welcome::decode(&read(&frame)), Ok(welcome));
     }
     let both = json!({
         "v": 1, "session": SESSION, "agent": "s", "limits": {"frame": 4096, "channels": 1},
         "resumed": true, "reason": "expired",
     });
     assert_eq!(
-        rule(decode_welcome(&message(WELCOME, &both))),
+        rule(Welcome::decode(&message(ProtocolEvent::Welcome, &both))),
         "a resumed session has no reason why not"
     );
 }
@@ -180,7 +182,7 @@ fn open_carries_priority_and_what_was_received() {
         (Priority::Normal, true, Some(u64::MAX)),
     ] {
         let frame = encode_open(&request(priority, resumable, received), 1024).unwrap();
-        let open = decode_open(&read(&frame)).unwrap();
+        let open = Open::decode(&read(&frame)).unwrap();
         assert_eq!(
             (open.priority, open.resumable, open.received),
             (priority, resumable, received)
@@ -203,7 +205,7 @@ fn open_with_a_strange_priority_or_a_needless_count_is_refused() {
         data.as_object_mut()
             .unwrap()
             .extend(more.as_object().unwrap().clone());
-        decode_open(&message(OPEN, &data))
+        Open::decode(&message(ProtocolEvent::Open, &data))
     };
     assert_eq!(
         rule(open(json!({"priority": 3}))),
@@ -234,7 +236,7 @@ fn resume_and_ack_go_through_unchanged() {
         },
     ] {
         assert_eq!(
-            decode_resume(&read(&encode_resume(resumed).unwrap())),
+            Resumed::decode(&read(&encode(&resumed).unwrap())),
             Ok(resumed)
         );
     }
@@ -243,7 +245,7 @@ fn resume_and_ack_go_through_unchanged() {
         own: true,
         received: 300,
     };
-    assert_eq!(decode_ack(&read(&encode_ack(ack).unwrap())), Ok(ack));
+    assert_eq!(Ack::decode(&read(&encode(&ack).unwrap())), Ok(ack));
     for data in [
         json!({"received": 1}),
         json!({"received": 1, "done": 1}),
@@ -251,7 +253,7 @@ fn resume_and_ack_go_through_unchanged() {
         json!({"received": 1, "done": true, "more": 1}),
     ] {
         assert_eq!(
-            code(decode_resume(&message(RESUME, &data))),
+            code(Resumed::decode(&message(ProtocolEvent::Resume, &data))),
             CloseCode::BAD_MESSAGE
         );
     }
@@ -261,7 +263,7 @@ fn resume_and_ack_go_through_unchanged() {
         json!({"channel": "1", "own": true, "received": 1}),
     ] {
         assert_eq!(
-            code(decode_ack(&message(ACK, &data))),
+            code(Ack::decode(&message(ProtocolEvent::Ack, &data))),
             CloseCode::BAD_MESSAGE
         );
     }
@@ -269,14 +271,20 @@ fn resume_and_ack_go_through_unchanged() {
 
 #[test]
 fn a_token_is_refreshed_or_refused() {
-    let frame = encode_refresh("new").unwrap();
+    let frame = encode(&Refresh {
+        token: "new".to_owned(),
+    })
+    .unwrap();
     assert_eq!(
-        decode_refresh(&read(&frame)).map(|refresh| refresh.token),
+        Refresh::decode(&read(&frame)).map(|refresh| refresh.token),
         Ok("new".to_owned())
     );
-    let long = encode_refresh(&"x".repeat(513)).unwrap();
+    let long = encode(&Refresh {
+        token: "x".repeat(513),
+    })
+    .unwrap();
     assert_eq!(
-        decode_refresh(&read(&long)),
+        Refresh::decode(&read(&long)),
         Err(ControlError::TokenTooLong(513))
     );
 
@@ -291,7 +299,7 @@ fn a_token_is_refreshed_or_refused() {
         },
     ] {
         let frame = encode_refreshed(&refreshed).unwrap();
-        assert_eq!(decode_refreshed(&read(&frame)), Ok(refreshed));
+        assert_eq!(Refreshed::decode(&read(&frame)), Ok(refreshed));
     }
     for data in [
         json!({"code": 1}),
@@ -299,21 +307,26 @@ fn a_token_is_refreshed_or_refused() {
         json!({"expires_ms": 1, "code": 1, "text": "no"}),
     ] {
         assert_eq!(
-            rule(decode_refreshed(&message(REFRESHED, &data))),
+            rule(Refreshed::decode(&message(ProtocolEvent::Refreshed, &data))),
             "a refusal is a code and a text, and nothing else"
         );
     }
 }
 
+fn gap_frame(room: &str, lost: u64) -> Bytes {
+    let room = room.to_owned();
+    encode(&Gap { room, lost }).unwrap()
+}
+
 #[test]
 fn a_gap_names_a_room_and_at_least_one_message() {
-    let frame = encode_gap("lobby", 3).unwrap();
+    let frame = gap_frame("lobby", 3);
     let gap = Gap {
         room: "lobby".to_owned(),
         lost: 3,
     };
-    assert_eq!(decode_gap(&read(&frame)), Ok(gap));
-    let bad = |room: &str, lost: u64| rule(decode_gap(&read(&encode_gap(room, lost).unwrap())));
+    assert_eq!(Gap::decode(&read(&frame)), Ok(gap));
+    let bad = |room: &str, lost: u64| rule(Gap::decode(&read(&gap_frame(room, lost))));
     assert_eq!(bad("lobby", 0), "nothing is missing");
     assert_eq!(
         bad("a\nb", 1),
@@ -327,13 +340,33 @@ fn a_gap_names_a_room_and_at_least_one_message() {
 
 #[test]
 fn none_of_them_takes_an_id() {
-    let id = |event: &str| {
-        let frame = protocol(event, &json!({}), Some(1)).unwrap();
+    let id = |event: ProtocolEvent| {
+        let frame = frame(event, &json!({}), Some(1)).unwrap();
         read(&frame)
     };
-    assert_eq!(rule(decode_resume(&id(RESUME))), "takes no id");
-    assert_eq!(rule(decode_ack(&id(ACK))), "takes no id");
-    assert_eq!(rule(decode_refresh(&id(REFRESH))), "takes no id");
-    assert_eq!(rule(decode_refreshed(&id(REFRESHED))), "takes no id");
-    assert_eq!(rule(decode_gap(&id(GAP))), "takes no id");
+    assert_eq!(
+        rule(Resumed::decode(&id(ProtocolEvent::Resume))),
+        "takes no id"
+    );
+    assert_eq!(rule(Ack::decode(&id(ProtocolEvent::Ack))), "takes no id");
+    assert_eq!(
+        rule(Refresh::decode(&id(ProtocolEvent::Refresh))),
+        "takes no id"
+    );
+    assert_eq!(
+        rule(Refreshed::decode(&id(ProtocolEvent::Refreshed))),
+        "takes no id"
+    );
+    assert_eq!(rule(Gap::decode(&id(ProtocolEvent::Gap))), "takes no id");
+}
+
+#[test]
+fn every_event_is_found_by_its_name() {
+    for event in ProtocolEvent::ALL {
+        assert!(event.name().starts_with('$'));
+        assert_eq!(ProtocolEvent::named(event.name()), Some(*event));
+    }
+    for name in ["say", "hello", "$", "$nonsense", "$Hello"] {
+        assert_eq!(ProtocolEvent::named(name), None);
+    }
 }
