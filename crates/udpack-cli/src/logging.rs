@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
 use tracing_appender::non_blocking::WorkerGuard;
 use tracing_appender::rolling::{RollingFileAppender, Rotation};
-use tracing_subscriber::filter::{EnvFilter, LevelFilter};
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::{self, MakeWriter};
 use tracing_subscriber::layer::{Layer as _, SubscriberExt as _};
 use tracing_subscriber::util::SubscriberInitExt as _;
@@ -241,9 +241,10 @@ pub(crate) fn start(
         (false, 1) => usual.max(LevelFilter::DEBUG),
         (false, _) => LevelFilter::TRACE,
     };
-    let on_stderr = match EnvFilter::try_from_default_env() {
-        Ok(filter) => filter,
-        Err(_) => ours(role, level),
+    let asked = env::var("RUST_LOG").ok().filter(|text| !text.is_empty());
+    let on_stderr = match asked.map(|text| text.parse()) {
+        Some(Ok(filter)) => filter,
+        Some(Err(_)) | None => ours(role, level),
     };
     let stderr = fmt::layer()
         .with_writer(Lines(console.clone()))
@@ -278,27 +279,40 @@ pub(crate) fn keep<T>(result: &anyhow::Result<T>) {
     }
 }
 
-/// This level for our own crates; of the others only what should worry somebody.
-fn ours(role: Role, level: LevelFilter) -> EnvFilter {
+/// A module of the libraries whose warnings the client does not show, where its source is, and what it shows.
+const SILENCED: [(&str, &str, LevelFilter); 2] = [
+    // Small UDP buffers concern the server; in front of every command the warning would be noise.
+    (
+        "udpack::transport::udp",
+        "udpack/src/transport/udp.rs",
+        LevelFilter::ERROR,
+    ),
+    // What a directory of this machine refuses becomes the error of the file and is printed there.
+    (
+        "udpack_transfer::store",
+        "udpack-transfer/src/store.rs",
+        LevelFilter::OFF,
+    ),
+];
+
+/// This level for our own crates; of the others only warnings and errors.
+fn ours(role: Role, level: LevelFilter) -> Targets {
     let others = match level {
         LevelFilter::TRACE => LevelFilter::DEBUG,
         level => level.min(LevelFilter::WARN),
     };
-    let mut directives = others.to_string();
+    let mut filter = Targets::new().with_default(others);
     if level < LevelFilter::DEBUG {
-        // Logs as an error what becomes the error of the connection, and is told there.
-        directives.push_str(",rustls_platform_verifier=off");
+        // Logs as an error what becomes the error of the connection and is printed there.
+        filter = filter.with_target("rustls_platform_verifier", LevelFilter::OFF);
     }
     for target in ["udpack", "udpack_transfer", "udpack_cli"] {
-        directives.push_str(&format!(",{target}={level}"));
+        filter = filter.with_target(target, level);
     }
     if matches!(role, Role::Client) && level < LevelFilter::DEBUG {
-        // That UDP buffers are small is the server's word; before every command it would be noise.
-        directives.push_str(",udpack::endpoint=error");
-        // What a directory of this machine refuses becomes the error of the file, and is told there.
-        directives.push_str(",udpack_transfer::store=off");
+        filter = filter.with_targets(SILENCED.map(|(target, _, level)| (target, level)));
     }
-    EnvFilter::new(directives)
+    filter
 }
 
 fn rolling(role: Role, dir: &Path) -> anyhow::Result<RollingFileAppender> {
@@ -328,6 +342,18 @@ const FILES: usize = 14;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_the_client_silences_is_where_the_libraries_have_it() {
+        for (target, source, _) in SILENCED {
+            let crates = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+            assert!(crates.join(source).is_file(), "{target}");
+        }
+        let filter = ours(Role::Client, LevelFilter::WARN);
+        let warns = |target| filter.would_enable(target, &tracing::Level::WARN);
+        assert!(warns("udpack::session") && warns("quinn"));
+        assert!(!warns("udpack::transport::udp") && !warns("udpack_transfer::store::disk"));
+    }
 
     #[test]
     fn a_line_stays_one_line() {

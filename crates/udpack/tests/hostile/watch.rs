@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 use serde_bytes::ByteBuf;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::layer::{Layer as _, SubscriberExt as _};
 use udpack::{
     Channel, CloseCode, Context, Fault, Limits, RecvError, Server, ServerBuilder, Socket, Timeouts,
 };
@@ -336,10 +338,11 @@ pub(crate) fn leaked() -> Vec<String> {
 pub(crate) fn capture_logs() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        let subscriber = tracing_subscriber::fmt()
-            .with_env_filter("udpack=trace,quinn=info,quinn_proto=info")
-            .with_writer(Listener)
-            .finish();
+        let heard = Targets::new()
+            .with_target("udpack", LevelFilter::TRACE)
+            .with_targets(["quinn", "quinn_proto"].map(|target| (target, LevelFilter::INFO)));
+        let layer = tracing_subscriber::fmt::layer().with_writer(Listener);
+        let subscriber = tracing_subscriber::registry().with(layer.with_filter(heard));
         tracing::subscriber::set_global_default(subscriber).expect("the first subscriber");
     });
 }
