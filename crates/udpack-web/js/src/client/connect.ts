@@ -1,0 +1,141 @@
+/** From options to a socket. */
+
+import { type Clock, realClock } from '../base/async.js';
+import { reportError } from '../base/emitter.js';
+import { UsageError } from '../base/errors.js';
+import { type Channel, internals } from '../channel/channel.js';
+import { Session } from '../session/session.js';
+import { RECONNECT, type Reconnect } from '../session/state.js';
+import { type TokenWanted } from '../session/token.js';
+import { type Connection, type Dial } from '../transport/transport.js';
+import { dialWebTransport } from '../transport/webtransport.js';
+import { CloseReason, Code } from '../wire/codes.js';
+import { DEFAULT_FRAME, MIN_FRAME } from '../wire/frame.js';
+import { discover, hashOf } from './discover.js';
+import { Socket } from './socket.js';
+
+export interface ConnectOptions {
+  /** `https://HOST:PORT/udpack`; of several each try takes the next. */
+  url?: string | readonly string[];
+  /** Instead of `url`: where the page's server tells its address and hashes. `/.well-known/udpack.json` unless given. */
+  discover?: string;
+  /** With `url`: SHA-256 of the server's certificate, as base64 or hexadecimal, when no CA has signed it. */
+  hashes?: readonly string[];
+  /** What lets the client in. */
+  token?: string;
+  /** Or who fetches it: at each connect, and in time before the last one ends. */
+  getToken?: (wanted: { reason: TokenWanted }) => string | Promise<string>;
+  /** Channels that the server may open, by name. A handler that throws or rejects closes its channel with `handler_failed`. */
+  channels?: Readonly<Record<string, (channel: Channel) => unknown>>;
+  /** How to come back after a lost connection; false never does. */
+  reconnect?: Partial<Reconnect> | boolean;
+  /** Whether channels go on over the next connection. They do unless this is false. */
+  resume?: boolean;
+  /** Gives up the first connect. */
+  signal?: AbortSignal;
+  /** Name and version of the program, for the server's log. */
+  agent?: string;
+  limits?: {
+    /** The largest message that this side takes, in bytes. */
+    frame?: number;
+    /** Channels that the server may have open. */
+    channels?: number;
+  };
+  timeouts?: {
+    /** For the handshake, and again for the admission, in milliseconds. */
+    connect?: number;
+    /** For a graceful close, in milliseconds. */
+    close?: number;
+  };
+  /** Another transport: makes a connection to a URL. */
+  dial?: Dial;
+  /** Another time, for tests. */
+  clock?: Clock;
+  /** Other chances, for tests: from 0 to 1, without 1. */
+  random?: () => number;
+}
+
+const AGENT = 'udpack-js/0.1.0';
+const CHANNELS = 64;
+
+/**
+ * Connects, and resolves when the server has let the client in. Rejects with `ConnectError`, whose `retry` says whether
+ * trying again can help, or with the signal's reason. The first connect is tried once for each URL.
+ */
+export async function connect(options: ConnectOptions = {}): Promise<Socket> {
+  const { token, getToken, clock = realClock, random = Math.random, reconnect = true, limits = {}, timeouts = {} } = options;
+  const source = getToken ?? token;
+  if (source === undefined || (getToken && token !== undefined)) {
+    throw new UsageError('connect needs a token or getToken, one of them');
+  }
+  const frame = limits.frame ?? DEFAULT_FRAME;
+  if (!(frame >= MIN_FRAME)) {
+    throw new UsageError(`limits.frame is at least ${MIN_FRAME}`);
+  }
+  const servers = serversOf(options, clock);
+  let next = 0;
+  const session = new Session({
+    dial: (signal) => {
+      const dial = servers[next % servers.length] as (signal: AbortSignal) => Promise<Connection>;
+      next += 1;
+      return dial(signal);
+    },
+    first: servers.length,
+    token: source,
+    agent: options.agent ?? AGENT,
+    resume: options.resume ?? true,
+    reconnect: reconnect === false ? undefined : { ...RECONNECT, ...(reconnect === true ? {} : reconnect) },
+    accept: (channel) => accept(options.channels ?? {}, channel),
+    frame,
+    channels: limits.channels ?? CHANNELS,
+    connectMs: timeouts.connect ?? 10_000,
+    closeMs: timeouts.close ?? 5000,
+    clock,
+    random,
+  });
+  const socket = new Socket(session, frame);
+  await session.start(options.signal);
+  return socket;
+}
+
+function serversOf(options: ConnectOptions, clock: Clock): ((signal: AbortSignal) => Promise<Connection>)[] {
+  const { url, hashes, dial } = options;
+  const known = hashes?.map(hashOf);
+  const by: (signal: AbortSignal, url: string, hashes?: readonly Uint8Array[]) => Promise<Connection> = (signal, to, certificates) =>
+    dial ? dial(to, signal) : dialWebTransport(to, signal, { clock, ...(certificates && { hashes: certificates }) });
+  if (url !== undefined) {
+    const urls = typeof url === 'string' ? [url] : url;
+    if (urls.length === 0) {
+      throw new UsageError('connect needs a URL');
+    }
+    return urls.map((each) => (signal) => by(signal, each, known));
+  }
+  const address = options.discover ?? '/.well-known/udpack.json';
+  return [
+    async (signal) => {
+      const endpoint = await discover(address, signal);
+      return by(signal, endpoint.url, endpoint.hashes);
+    },
+  ];
+}
+
+function accept(handlers: Readonly<Record<string, (channel: Channel) => unknown>>, channel: Channel): CloseReason | undefined {
+  if (!Object.hasOwn(handlers, channel.name)) {
+    return new CloseReason(Code.NO_SUCH_CHANNEL, 'nobody handles channels of this name', 'local');
+  }
+  const handler = handlers[channel.name] as (channel: Channel) => unknown;
+  // Behind the present code: the channel has its stream then.
+  queueMicrotask(() => {
+    void (async () => {
+      try {
+        await handler(channel);
+      } catch (error) {
+        if (channel[internals].end === undefined) {
+          reportError(error);
+        }
+        channel[internals].close(new CloseReason(Code.HANDLER_FAILED, 'the handler of the channel failed', 'local'));
+      }
+    })();
+  });
+  return undefined;
+}

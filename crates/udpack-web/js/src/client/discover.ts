@@ -1,0 +1,44 @@
+/** Where a page's own server is, and by which certificates it is known: `/.well-known/udpack.json`. */
+
+import { ConnectError } from '../base/errors.js';
+import { CloseReason, Code } from '../wire/codes.js';
+
+export interface Endpoint {
+  readonly url: string;
+  /** SHA-256 of the certificates that the server has or will have next. None: a CA has signed it. */
+  readonly hashes: Uint8Array[];
+}
+
+/** Asks for it anew: a restart or a renewal changes the hashes. Rejects with `ConnectError`. */
+export async function discover(address: string, signal: AbortSignal): Promise<Endpoint> {
+  let told: { url?: unknown; hashes?: unknown };
+  try {
+    const response = await fetch(address, { cache: 'no-store', signal });
+    if (!response.ok) {
+      throw new Error(`${address} answers ${response.status}`);
+    }
+    told = (await response.json()) as typeof told;
+  } catch (error) {
+    throw new ConnectError(new CloseReason(Code.CONNECTION_LOST, `the page's server does not answer: ${error}`, 'transport'));
+  }
+  const { url, hashes = [] } = told;
+  if (typeof url !== 'string' || !Array.isArray(hashes) || !hashes.every((hash) => typeof hash === 'string')) {
+    throw new ConnectError(new CloseReason(Code.TRANSPORT_ERROR, `${address} is no udpack.json`, 'transport'));
+  }
+  try {
+    return { url, hashes: hashes.map(hashOf) };
+  } catch {
+    throw new ConnectError(new CloseReason(Code.TRANSPORT_ERROR, `${address} has a hash that is none`, 'transport'));
+  }
+}
+
+/** A SHA-256 as bytes: from base64 or 64 hexadecimal digits. Throws for anything else. */
+export function hashOf(text: string): Uint8Array {
+  const bytes = /^[0-9a-fA-F]{64}$/.test(text)
+    ? Uint8Array.from(text.match(/../g) as string[], (digits) => Number.parseInt(digits, 16))
+    : Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+  if (bytes.length !== 32) {
+    throw new Error('a SHA-256 has 32 bytes');
+  }
+  return bytes;
+}
