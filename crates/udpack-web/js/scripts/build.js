@@ -1,0 +1,41 @@
+// Bundles the package into `dist/udpack.js`. With `--check` it writes nothing and compares: the bundle is committed,
+// because programs without Node embed it.
+import { readFileSync, writeFileSync, mkdirSync } from 'node:fs';
+import { fileURLToPath } from 'node:url';
+import { build } from 'esbuild';
+
+process.chdir(fileURLToPath(new URL('..', import.meta.url)));
+const check = process.argv.includes('--check');
+
+const { outputFiles } = await build({
+  entryPoints: ['src/index.ts'],
+  outfile: 'dist/udpack.js',
+  bundle: true,
+  format: 'esm',
+  target: 'es2022',
+  minify: true,
+  sourcemap: 'linked',
+  write: false,
+  banner: { js: '/*! udpack, MIT OR Apache-2.0. Contains parts of @msgpack/msgpack, Copyright 2019 The MessagePack Community, ISC. */' },
+});
+
+let differs = false;
+mkdirSync('dist', { recursive: true });
+for (const { path, contents } of outputFiles) {
+  const name = path.slice(path.lastIndexOf('/') + 1);
+  if (!check) {
+    writeFileSync(`dist/${name}`, contents);
+    continue;
+  }
+  let committed;
+  try {
+    committed = readFileSync(`dist/${name}`);
+  } catch {
+    committed = Buffer.alloc(0);
+  }
+  if (!committed.equals(contents)) {
+    console.error(`dist/${name} is not what the sources make: run \`npm run build\` and commit it`);
+    differs = true;
+  }
+}
+process.exit(differs ? 1 : 0);

@@ -1,0 +1,56 @@
+/** The package as it is shipped: the bundle's size, what it needs of its surroundings, and the programs of the documents. */
+
+import assert from 'node:assert/strict';
+import { spawnSync } from 'node:child_process';
+import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { test } from 'node:test';
+import { fileURLToPath } from 'node:url';
+import { gzipSync } from 'node:zlib';
+
+const root = fileURLToPath(new URL('../..', import.meta.url));
+const repository = fileURLToPath(new URL('../../../../..', import.meta.url));
+const LIMIT = 25_000;
+
+function run(...args: string[]): string {
+  const { status, stdout, stderr } = spawnSync(process.execPath, args, { cwd: root, encoding: 'utf8' });
+  assert.equal(status, 0, `${stdout}${stderr}`);
+  return stdout;
+}
+
+test('the committed bundle is what the sources make', () => {
+  run('scripts/build.js', '--check');
+});
+
+test('the bundle has at most 25 kB, compressed', (t) => {
+  const bytes = gzipSync(readFileSync(`${root}/dist/udpack.js`), { level: 9 }).length;
+  t.diagnostic(`${bytes} bytes`);
+  assert.ok(bytes <= LIMIT, `${bytes} bytes`);
+});
+
+test('the bundle loads where there is no page, and says what is missing', () => {
+  const program = `
+    const { connect, ConnectError } = await import('${root}/dist/udpack.js');
+    if (typeof document !== 'undefined' || typeof WebTransport !== 'undefined') throw new Error('this tests nothing');
+    try { await connect({ url: 'https://127.0.0.1:1/udpack', token: 'x' }); } catch (error) {
+      console.log(error instanceof ConnectError, error.code, error.retry, error.message.includes('WebTransport'));
+    }`;
+  assert.equal(run('--input-type=module', '--eval', program).trim(), 'true 243 false true');
+});
+
+/** The TypeScript programs of a document. */
+function programs(path: string): string[] {
+  const text = readFileSync(path, 'utf8');
+  return [...text.matchAll(/^```ts\n(.*?)^```$/gms)].map(([, program]) => program as string);
+}
+
+test('the programs of the guide and the README compile, and the chat has at most 25 lines', () => {
+  const all = [...programs(`${repository}/docs/GUIDE.md`), ...programs(`${root}/README.md`)];
+  assert.ok(all.length >= 2, `${all.length} programs`);
+  const chat = all.find((program) => program.includes("'chat'"));
+  assert.ok(chat && chat.trimEnd().split('\n').length <= 25, 'the chat has more than 25 lines');
+  mkdirSync(`${root}/build/programs`, { recursive: true });
+  for (const [index, program] of all.entries()) writeFileSync(`${root}/build/programs/${index}.ts`, `${program}\nexport {};\n`);
+  const options = { lib: ['ES2023', 'ESNext.Disposable', 'DOM', 'DOM.AsyncIterable'], noEmit: true, rootDir: '../..', noUnusedLocals: false, paths: { udpack: ['../../src/index.ts'] } };
+  writeFileSync(`${root}/build/programs/tsconfig.json`, JSON.stringify({ extends: '../../tsconfig.json', compilerOptions: options, include: ['*.ts'] }));
+  run('node_modules/typescript/bin/tsc', '-p', 'build/programs/tsconfig.json');
+});
