@@ -38,6 +38,14 @@ fn rpc() {
 }
 
 #[test]
+fn sink() {
+    assert_eq!(
+        last_line("sink"),
+        "2 bodies of 20971537 bytes are in the archive"
+    );
+}
+
+#[test]
 fn telemetry() {
     assert_eq!(last_line("telemetry"), "all are in the harbour");
 }

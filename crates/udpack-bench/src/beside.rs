@@ -316,7 +316,10 @@ impl Site {
         let channel = early.open("echo").await?;
         for n in 0..TIMES {
             let name = format!("{n}-{}", times.asked[0].len());
-            let unique = format!("{name}-{}", self.receiver.store().stored().0);
+            let unique = format!(
+                "{name}-{}",
+                self.receiver.store().map_or(0, |store| store.stored().0)
+            );
             let begun = Instant::now();
             let source = Source::bytes(vec![n as u8; UPLOAD], unique.parse()?);
             let mut upload = Uploader::new(early).put([source]);

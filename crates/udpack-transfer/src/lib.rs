@@ -1,6 +1,6 @@
 //! Verified file transfer on [`udpack`] channels.
 //!
-//! A [`Receiver`] serves the files of a [`Store`]. An [`Uploader`] sends files to it and a [`Downloader`] gets
+//! A [`Receiver`] serves the files of a [`Store`], or of any other [`Sink`]. An [`Uploader`] sends files to it and a [`Downloader`] gets
 //! them, a [`Fetch`] reads one into memory or any writer, over a `Socket` or over a [`Link`] that survives the loss of one; a [`Remote`] asks what is there and
 //! watches what is transferred. All use the public interface of `udpack` only. The messages are in
 //! `docs/PROTOCOL.md`, section 11.
@@ -30,6 +30,15 @@ mod server;
 mod store;
 pub mod wire;
 
+/// Tests for sinks of your own; with the feature `testing`.
+#[cfg(any(test, feature = "testing"))]
+pub mod testing {
+    pub use crate::store::sink::conformance::sink_conforms;
+}
+
+/// The bytes of a file, as a [`Sink`] gets them.
+pub use bytes::Bytes;
+
 pub use base::glob::{Exclude, Pattern, PatternError};
 pub use base::names;
 pub use base::path::{PathError, PathRule, RelPath};
@@ -51,9 +60,11 @@ pub use server::jobs::{Transfer, TransferWatch};
 pub use server::receiver::{Receiver, ReceiverConfig};
 pub use server::scope::{Scope, ScopeError};
 pub use store::{
-    Begin, Checkpoint, Complete, Entry, Existing, IfExists, Kind, Left, List, Meta, Names, NewFile,
-    OtherTime, Overwrite, Page, Partial, Placed, Published, Range, Removed, Store, StoreConfig,
-    StoreError, Suspended, SyncPolicy, Synced, Tenant, Time, Usage, check_target, purge, uploads,
+    Abilities, Begin, Begun, Checkpoint, Complete, DiskUpload, Durable, Entry, Existing, Expected,
+    IfExists, Kind, Left, List, Memory, MemoryUpload, MemoryWhole, Meta, Names, NewDir, NewFile,
+    NewLink, NewUpload, OtherTime, Overwrite, Page, Partial, Placed, Published, Range, ReadAt,
+    Removed, Sink, Store, StoreConfig, StoreError, Stored, Suspended, SyncPolicy, Synced, Tenant,
+    Time, Usage, check_target, purge, uploads,
 };
 pub use wire::lane::{Action, Lane, Refusal};
 pub use wire::{CHANNEL, JOBS_CHANNEL};

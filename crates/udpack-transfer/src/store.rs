@@ -22,6 +22,7 @@ mod journal;
 mod partial;
 mod publish;
 mod quota;
+pub(crate) mod sink;
 mod suspended;
 #[cfg(test)]
 mod tests;
@@ -48,6 +49,10 @@ use rustix::fs::Stat;
 pub use error::StoreError;
 pub use partial::{Checkpoint, Partial, Range};
 pub use publish::{Complete, Published, Synced};
+pub use sink::{
+    Abilities, Begun, DiskUpload, Durable, Expected, Memory, MemoryUpload, MemoryWhole, NewDir,
+    NewLink, NewUpload, ReadAt, Sink, Stored,
+};
 pub use suspended::{Suspended, purge, uploads};
 pub use tree::{Entry, Kind, List, Page, Placed, Removed, check_target};
 
@@ -382,6 +387,11 @@ impl Store {
     /// the store stays with it.
     pub fn root(&self) -> &Path {
         &self.inner.root
+    }
+
+    /// Where its staging files lie.
+    pub(crate) fn staging(&self) -> PathBuf {
+        disk::staging_of(&self.inner.root)
     }
 
     /// What the store was opened with.

@@ -129,10 +129,10 @@ fn answer(request: &Request<Incoming>, text: &dyn Fn() -> String) -> Response<Fu
 
 /// The counters of the sockets, of the store and of what the clients share.
 pub(super) fn text(server: &Server, receiver: &Receiver) -> String {
-    let store = receiver.store();
     let mut text = server.metrics().prometheus();
-    let (files, bytes) = store.stored();
-    let usage = store.usage();
+    let ((files, bytes), usage) = receiver
+        .store()
+        .map_or_else(Default::default, |store| (store.stored(), store.usage()));
     for (name, kind, help, value) in [
         (
             "udpack_files_stored_total",

@@ -15,7 +15,7 @@ use udpack::Place;
 use crate::base::path::RelPath;
 use crate::local::error::TransferError;
 use crate::local::limiter::Pace;
-use crate::store::{Existing, Meta, Time, hash_file};
+use crate::store::{Existing, Meta, Stored, Time, hash_file};
 use crate::wire::{CHUNK, Have};
 
 /// Chunks read ahead of the network.
@@ -285,6 +285,28 @@ pub(crate) struct Opened {
     samples: Samples,
 }
 
+/// Reads a file of a sink on a thread that may block.
+struct KeptReader {
+    stored: Stored,
+    at: u64,
+}
+
+impl Read for KeptReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let reading = self.stored.read_at(self.at, buffer.len());
+        let bytes = tokio::runtime::Handle::current()
+            .block_on(reading)
+            .map_err(io::Error::other)?;
+        let (Some(room), true) = (buffer.get_mut(..bytes.len()), self.at <= self.stored.size())
+        else {
+            return Err(io::Error::other("a sink gave more than it was asked for"));
+        };
+        room.copy_from_slice(&bytes);
+        self.at += bytes.len() as u64;
+        Ok(bytes.len())
+    }
+}
+
 /// What was read at a few places of a file, the first one among them: a program that writes through a mapping need not
 /// move the file's times, and is seen only by its bytes.
 #[derive(Debug, Default)]
@@ -360,6 +382,20 @@ impl Opened {
             hasher: Box::default(),
             samples: Samples::default(),
         })
+    }
+
+    /// A file of a sink, to be sent from its beginning. It must be read within a runtime.
+    pub(crate) fn kept(stored: Stored) -> Self {
+        let (path, size, meta) = (stored.path().as_str().into(), stored.size(), stored.meta());
+        let reader: Box<dyn Read + Send> = Box::new(KeptReader { stored, at: 0 });
+        Self {
+            path,
+            size: Some(size),
+            meta,
+            from: OpenedFrom::Reader(Reader(Arc::new(Mutex::new(Some(reader))))),
+            hasher: Box::default(),
+            samples: Samples::default(),
+        }
     }
 
     /// Its first bytes, `most` of them or all; none of a reader. What reads it afterwards begins behind them.

@@ -5,11 +5,12 @@ use udpack::{Channel, CloseCode, SendError, Tenant};
 
 use crate::base::path::RelPath;
 use crate::local::limiter::{Limiter, Pace};
-use crate::local::source::{Buffers, Opened, Piece};
+use crate::local::source::{Buffers, Piece};
 use crate::server::hook::{Access, HookAccess};
 use crate::server::jobs::{Job, JobEnd};
 use crate::server::places;
 use crate::server::receiver::Receiver;
+use crate::server::target::TargetFile;
 use crate::server::worker::{Outcome, Outcomes};
 use crate::wire::{ChunkFields, ErrorFields, FileFields, FinishFields, Hash, Have};
 
@@ -121,16 +122,17 @@ async fn send(
         }
     };
     let opening = {
-        let store = receiver.store().clone();
-        tokio::task::spawn_blocking(move || store.read(&path).map(Opened::stored))
+        let target = receiver.target().clone();
+        let reading = target.clone();
+        target.run(async move { reading.read(&path).await.map(TargetFile::open) })
     };
     let opened = match opening.await {
-        Ok(Ok(Ok(opened))) => opened,
-        Ok(Err(error)) => {
+        Ok(Some(Ok(Ok(opened)))) => opened,
+        Ok(Some(Err(error))) => {
             job.end(JobEnd::Failed(error.code()));
             return refuse(channel, id, error.code(), &error.to_string(), error.retry()).await;
         }
-        Ok(Ok(Err(_))) | Err(_) => {
+        Ok(Some(Ok(Err(_))) | None) | Err(_) => {
             job.end(JobEnd::Failed("internal"));
             return refuse(channel, id, "internal", "the server failed to read", true).await;
         }

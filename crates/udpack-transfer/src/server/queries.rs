@@ -3,22 +3,24 @@
 use std::sync::Arc;
 
 use serde::Serialize;
+use tracing::Instrument as _;
 use udpack::{Channel, Fault, FieldError, Message, SendError, Tenant};
 
 use crate::base::names;
 use crate::server::hook::{Access, Hook, HookAccess};
 use crate::server::places::{self, Places};
 use crate::server::scope::Scope;
-use crate::store::{Entry, Kind, List, Page, Store, StoreError, check_target};
+use crate::server::target::Target;
+use crate::store::{Entry, Kind, List, Page, StoreError, check_target};
 use crate::wire::Hash;
 
 /// Entries of one page where the client does not say.
 const PAGE: u64 = 1_000;
 
-/// Answers requests from a store.
+/// Answers requests about what is there.
 #[derive(Clone)]
 pub(crate) struct Queries {
-    pub(crate) store: Store,
+    pub(crate) target: Target,
     pub(crate) places: Places,
     pub(crate) hook: Option<Arc<dyn Hook>>,
 }
@@ -144,23 +146,25 @@ impl Queries {
                 .fault(message, &Fault::new("forbidden", reason))
                 .await;
         }
-        let (store, rights) = (self.store.clone(), scope.clone());
-        let span = tracing::Span::current();
-        let found = tokio::task::spawn_blocking(move || {
-            // The log tells whose request it was.
-            let _logged = span.entered();
+        let (target, rights) = (self.target.clone(), scope.clone());
+        let finding = async move {
             // Also when nobody waits for it any more.
             let _place = place;
-            find(&store, &rights, query)
-        })
-        .await;
+            find(&target, &rights, query).await
+        };
+        // The log tells whose request it was.
+        let found = self.target.run(finding.in_current_span()).await;
+        let found = found.ok().flatten().unwrap_or_else(|| {
+            let text = "the server failed to answer";
+            Err(Fault::new(Fault::INTERNAL, text))
+        });
         match found {
-            Ok(Ok(Found::Entry(entry))) => {
+            Ok(Found::Entry(entry)) => {
                 channel
                     .reply(message, &EntryFields::new(&entry, scope))
                     .await
             }
-            Ok(Ok(Found::Page { entries, more })) => {
+            Ok(Found::Page { entries, more }) => {
                 let page = PageFields::within(channel.frame_limit(), &entries, more, scope);
                 if page.entries.is_empty() && !entries.is_empty() {
                     let text = "an entry is longer than the client's limit for frames";
@@ -170,20 +174,16 @@ impl Queries {
                 }
                 channel.reply(message, &page).await
             }
-            Ok(Ok(Found::Removed { files, bytes })) => {
+            Ok(Found::Removed { files, bytes }) => {
                 channel
                     .reply(message, &RemovedFields { files, bytes })
                     .await
             }
-            Ok(Ok(Found::Hash { size, hash })) => {
+            Ok(Found::Hash { size, hash }) => {
                 channel.reply(message, &HashFields { size, hash }).await
             }
-            Ok(Err(mut fault)) => {
+            Err(mut fault) => {
                 fault.message = scope.outside_of(&fault.message).into_owned();
-                channel.fault(message, &fault).await
-            }
-            Err(_) => {
-                let fault = Fault::new(Fault::INTERNAL, "the server failed to answer");
                 channel.fault(message, &fault).await
             }
         }
@@ -197,16 +197,17 @@ enum Found {
     Hash { size: u64, hash: Hash },
 }
 
-fn find(store: &Store, scope: &Scope, query: Query) -> Result<Found, Fault> {
+async fn find(target: &Target, scope: &Scope, query: Query) -> Result<Found, Fault> {
     query.right(scope)?;
-    look(store, scope, query).map_err(|error| Fault::new(error.code(), error.to_string()))
+    let found = look(target, scope, query).await;
+    found.map_err(|error| Fault::new(error.code(), error.to_string()))
 }
 
-fn look(store: &Store, scope: &Scope, query: Query) -> Result<Found, StoreError> {
+async fn look(target: &Target, scope: &Scope, query: Query) -> Result<Found, StoreError> {
     match query {
         Query::Stat(path) => {
             let path = scope.inside_or_root(&path)?;
-            Ok(Found::Entry(store.stat(path.as_ref())?))
+            Ok(Found::Entry(target.stat(path.as_ref()).await?))
         }
         Query::List {
             path,
@@ -219,13 +220,13 @@ fn look(store: &Store, scope: &Scope, query: Query) -> Result<Found, StoreError>
                 None => None,
                 Some(after) => Some(scope.inside(after)?),
             };
-            let page = store.list(&List {
+            let query = List {
                 path: path.as_ref(),
                 recursive,
                 after: after.as_ref().map(|after| after.as_str()),
                 limit: usize::try_from(limit).unwrap_or(usize::MAX),
-            });
-            let page = match page {
+            };
+            let page = match target.list(&query).await {
                 // A client's root is there, also before anything was stored below it.
                 Err(StoreError::NotFound { .. }) if path == scope.prefix => Page {
                     entries: Vec::new(),
@@ -239,7 +240,7 @@ fn look(store: &Store, scope: &Scope, query: Query) -> Result<Found, StoreError>
             })
         }
         Query::Remove { path, recursive } => {
-            let removed = store.remove(&scope.inside(&path)?, recursive)?;
+            let removed = target.remove(&scope.inside(&path)?, recursive).await?;
             tracing::info!(
                 path = names::shown(&path),
                 files = removed.files,
@@ -252,10 +253,10 @@ fn look(store: &Store, scope: &Scope, query: Query) -> Result<Found, StoreError>
             })
         }
         Query::Hash(path) => {
-            let file = store.read(&scope.inside(&path)?)?;
-            let hash = file.fingerprint(&mut |_| {})?;
+            let file = target.read(&scope.inside(&path)?).await?;
+            let hash = file.fingerprint().await?;
             Ok(Found::Hash {
-                size: file.len(),
+                size: file.size(),
                 hash: Hash(hash),
             })
         }

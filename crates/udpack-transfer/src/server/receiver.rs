@@ -14,9 +14,10 @@ use crate::server::places::{Places, cores};
 use crate::server::queries::Queries;
 use crate::server::scope::Scope;
 use crate::server::serving::Serving;
+use crate::server::target::Target;
 use crate::server::worker::Publisher;
 use crate::server::writers::Writers;
-use crate::store::Store;
+use crate::store::{Sink, Store};
 use crate::wire::{CHANNEL, JOBS_CHANNEL};
 
 /// Bounds of a [`Receiver`].
@@ -77,8 +78,8 @@ impl Default for ReceiverConfig {
     }
 }
 
-/// Serves the files of a [`Store`]: takes uploads, sends downloads, answers what is there. A handle: clones
-/// share the store and the bounds.
+/// Serves the files of a [`Store`], or of any other [`Sink`]: takes uploads, sends downloads, answers what is there. A
+/// handle: clones share the store and the bounds.
 #[derive(Clone)]
 pub struct Receiver {
     pub(crate) publisher: Publisher,
@@ -94,7 +95,7 @@ pub struct Receiver {
 impl fmt::Debug for Receiver {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Receiver")
-            .field("store", self.store())
+            .field("store", &self.store())
             .field("config", &self.config)
             .finish_non_exhaustive()
     }
@@ -103,14 +104,23 @@ impl fmt::Debug for Receiver {
 impl Receiver {
     /// A receiver over this store.
     pub fn new(store: Store, config: ReceiverConfig) -> Self {
+        Self::over(Target::Disk(store), config)
+    }
+
+    /// A receiver whose files go into this sink. What the sink cannot do is refused with `unsupported`.
+    pub fn into_sink(sink: impl Sink, config: ReceiverConfig) -> Self {
+        Self::over(Target::new(sink), config)
+    }
+
+    fn over(target: Target, config: ReceiverConfig) -> Self {
         let places = Places::new(&config);
         Self {
             queries: Queries {
-                store: store.clone(),
+                target: target.clone(),
                 places: places.clone(),
                 hook: None,
             },
-            publisher: Publisher::new(store, Writers::new(config.takeover)),
+            publisher: Publisher::new(target, Writers::new(config.takeover)),
             config: Arc::new(config),
             places,
             jobs: Jobs::default(),
@@ -183,9 +193,13 @@ impl Receiver {
         self.places.all().into_iter()
     }
 
-    /// The store that the files go to.
-    pub fn store(&self) -> &Store {
-        self.publisher.store()
+    /// The store that the files go to; `None` where they go into another [`Sink`].
+    pub fn store(&self) -> Option<&Store> {
+        self.target().store()
+    }
+
+    pub(crate) fn target(&self) -> &Target {
+        self.publisher.target()
     }
 
     /// Serves one lane until the client finishes it.

@@ -28,7 +28,9 @@ use crate::server::receiver::{NoScope, Receiver};
 use crate::server::scope::Scope;
 use crate::server::worker::{Gathered, Incoming, Outcome, Outcomes, Publisher, Task, Whole};
 use crate::server::writers::{Claim, Pulse, Replaced, UploadKey, Writer};
-use crate::store::{IfExists, Placed, Published, StoreError, Synced, check_target};
+use crate::store::{
+    IfExists, NewDir, NewLink, Placed, Published, StoreError, Synced, check_target,
+};
 use crate::wire::lane::{Action, Lane, Refusal};
 use crate::wire::{
     self, AckFields, BadMessage, CHUNK, DirOffer, DoneFields, ErrorFields, Hash, LinkOffer, Offer,
@@ -550,12 +552,15 @@ impl<'a> Serving<'a> {
             Ok(path) => path,
             Err(refusal) => return self.refuse(refusal).await,
         };
-        self.make(offer.id, move |store, tenant| {
-            let (new, above) = match offer.dirs.split_last() {
-                Some((new, above)) => (Some(*new), above),
-                None => (None, &[][..]),
+        let (target, tenant) = (self.receiver.target().clone(), self.scope.tenant());
+        self.make(offer.id, async move {
+            let new = NewDir {
+                path: &path,
+                meta: offer.meta.into(),
+                dirs: &offer.dirs,
+                tenant: tenant.as_ref(),
             };
-            let made = store.make_dir_with(&path, offer.meta.into(), above, new, tenant)?;
+            let made = target.make_dir(&new).await?;
             Ok((path, made))
         });
         Ok(())
@@ -581,11 +586,17 @@ impl<'a> Serving<'a> {
                 })
                 .await;
         }
-        self.make(offer.id, move |store, tenant| {
-            let same =
-                store.make_link_for(&path, &offer.target, offer.if_exists, &offer.dirs, tenant)?;
-            let other_time = None;
-            Ok((path, Placed { same, other_time }))
+        let (target, tenant) = (self.receiver.target().clone(), self.scope.tenant());
+        self.make(offer.id, async move {
+            let new = NewLink {
+                path: &path,
+                target: &offer.target,
+                if_exists: offer.if_exists,
+                dirs: &offer.dirs,
+                tenant: tenant.as_ref(),
+            };
+            let made = target.make_link(&new).await?;
+            Ok((path, made))
         });
         Ok(())
     }
@@ -593,22 +604,14 @@ impl<'a> Serving<'a> {
     fn make(
         &mut self,
         id: u64,
-        make: impl FnOnce(
-            &crate::store::Store,
-            Option<&crate::store::Tenant>,
-        ) -> Result<(RelPath, Placed), StoreError>
-        + Send
-        + 'static,
+        make: impl Future<Output = Result<(RelPath, Placed), StoreError>> + Send + 'static,
     ) {
         self.files.insert(id, Tracked::new(true));
-        let (store, outcomes) = (self.receiver.store().clone(), self.outcomes.clone());
-        let tenant = self.scope.tenant();
+        let (target, outcomes) = (self.receiver.target().clone(), self.outcomes.clone());
         let (steps, share) = (self.receiver.places.steps.clone(), self.tenant.clone());
-        let span = tracing::Span::current();
-        let make = move |place| {
-            let _logged = span.entered();
-            let _place: Place = place;
-            let _ = outcomes.send(match make(&store, tenant.as_ref()) {
+        let make = move |place: Place| async move {
+            let _place = place;
+            let _ = outcomes.send(match make.await {
                 Ok((path, Placed { same, other_time })) => Outcome::Done {
                     id,
                     published: Published {
@@ -624,9 +627,10 @@ impl<'a> Serving<'a> {
             });
         };
         let outcomes = self.outcomes.clone();
+        let span = tracing::Span::current();
         self.making.spawn(async move {
             match steps.take(&share).await {
-                Ok(place) => drop(tokio::task::spawn_blocking(move || make(place))),
+                Ok(place) => drop(target.run(make(place).instrument(span))),
                 Err(full) => drop(outcomes.send(Outcome::Error {
                     id,
                     code: "too_many_uploads",

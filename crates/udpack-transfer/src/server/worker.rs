@@ -1,6 +1,7 @@
-//! One incoming file on the blocking pool: what the disk must do, in order, off the async threads.
+//! One incoming file: what its target must do, in order, beside the lane.
 //!
-//! A file's steps queue here, bounded. A large file has a thread for as long as it has steps, and none while it
+//! A file's steps queue here, bounded. What a sink must do is a task for as long as there are steps. A store on disk
+//! blocks, so its steps run on the blocking pool, where the same futures are ready at once. A large file has a thread for as long as it has steps, and none while it
 //! waits, so a thousand slow uploads cost a thousand small queues and a slow one nobody but itself. Small files
 //! take turns on a few threads: ten thousand of them must not be a crowd that fights for the same locks. Those
 //! that are complete go on to the [`Publisher`], which puts many of them on disk at once.
@@ -12,19 +13,17 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use bytes::Bytes;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use futures_util::FutureExt as _;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
 use tracing::Span;
 use udpack::Place;
 
-use crate::base::names;
 use crate::base::path::RelPath;
 use crate::server::hook::{Hook, HookStored, HookWhole};
 use crate::server::places::Slot;
+use crate::server::target::{Started, Target, TargetFile, TargetUpload, TargetWhole};
 use crate::server::writers::{Pulse, UploadKey, Writer, Writers};
-use crate::store::{
-    Begin, Complete, Existing, IfExists, NewFile, Partial, Published, Store, StoreError, Synced,
-    Tenant,
-};
+use crate::store::{Expected, IfExists, NewUpload, Published, StoreError, Synced, Tenant};
 use crate::wire::{Finish, Have, Offer, RANGES};
 
 /// Chunks of one file that may wait for the disk.
@@ -135,12 +134,15 @@ pub(crate) struct Incoming {
 
 #[derive(Debug)]
 struct Shared {
-    /// It takes turns in the pool; any other file gets a thread to itself.
+    target: Target,
+    /// It takes turns in the pool; any other file of a store gets a thread to itself.
     pooled: bool,
     queue: Mutex<Queue>,
     room: Arc<Semaphore>,
     received: AtomicU64,
     safe: OnceLock<Arc<AtomicU64>>,
+    /// Ends a step that waits.
+    ended: Notify,
 }
 
 #[derive(Debug)]
@@ -229,8 +231,8 @@ impl Pool {
                 };
                 file
             };
-            let more = std::panic::catch_unwind(AssertUnwindSafe(|| file.run()));
-            if more.unwrap_or_default() {
+            let more = std::panic::catch_unwind(AssertUnwindSafe(|| file.run().now_or_never()));
+            if more.ok().flatten().unwrap_or_default() {
                 self.submit([file]);
             }
         }
@@ -309,7 +311,8 @@ impl Incoming {
         gathered: &mut Gathered,
     ) -> Self {
         let pulse = task.writer.as_ref().map(Writer::pulse);
-        let pooled = is_small(&task.offer);
+        let target = publisher.target.clone();
+        let pooled = is_small(&task.offer) && target.store().is_some();
         let whole = task.whole.take();
         let Slot { file, check } = slot;
         let worker = Worker {
@@ -321,6 +324,7 @@ impl Incoming {
             file: Some(file),
         };
         let shared = Arc::new(Shared {
+            target,
             pooled,
             queue: Mutex::new(Queue {
                 steps: VecDeque::new(),
@@ -331,6 +335,7 @@ impl Incoming {
             room: Arc::new(Semaphore::new(QUEUE)),
             received: AtomicU64::new(0),
             safe: OnceLock::new(),
+            ended: Notify::new(),
         });
         let incoming = Self {
             shared,
@@ -398,7 +403,8 @@ impl Incoming {
             if shared.pooled {
                 gathered.add(shared);
             } else {
-                tokio::task::spawn_blocking(move || while shared.run() {});
+                let target = shared.target.clone();
+                target.run(async move { while shared.run().await {} });
             }
         }
     }
@@ -413,11 +419,12 @@ impl Incoming {
             queue.steps.clear();
             queue.worker.take()
         };
+        self.shared.ended.notify_one();
         // Syncing or removing a large staging file takes time: not on this thread, where there is a choice.
         if let Some(worker) = worker
-            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+            && tokio::runtime::Handle::try_current().is_ok()
         {
-            runtime.spawn_blocking(move || worker.end(end));
+            self.shared.target.run(worker.end(end));
         }
     }
 }
@@ -436,29 +443,41 @@ impl Shared {
     }
 
     /// Carries out steps; says whether there are more after a fair share.
-    fn run(&self) -> bool {
+    async fn run(&self) -> bool {
         let Some(mut worker) = self.lock().worker.take() else {
             return false;
         };
         for turn in 0..=SHARE {
-            let step = {
+            let next = {
                 let mut queue = self.lock();
-                if let Some(end) = queue.end {
-                    drop(queue);
-                    worker.end(end);
+                match queue.end {
+                    Some(end) => Err(end),
+                    None => match (turn < SHARE).then(|| queue.steps.pop_front()).flatten() {
+                        Some(step) => Ok(step),
+                        None => {
+                            queue.running = !queue.steps.is_empty();
+                            queue.worker = Some(worker);
+                            return queue.running;
+                        }
+                    },
+                }
+            };
+            let step = match next {
+                Ok(step) => step,
+                Err(end) => {
+                    worker.end(end).await;
                     return false;
                 }
-                let step = (turn < SHARE).then(|| queue.steps.pop_front()).flatten();
-                let Some(step) = step else {
-                    queue.running = !queue.steps.is_empty();
-                    queue.worker = Some(worker);
-                    return queue.running;
-                };
-                step
             };
             let last = matches!(step, Step::Finish(_) | Step::Whole(_));
             let (id, outcomes) = (worker.task.offer.id, worker.outcomes.clone());
-            let done = std::panic::catch_unwind(AssertUnwindSafe(|| worker.step(step, self)));
+            let working = AssertUnwindSafe(worker.step(step, self)).catch_unwind();
+            let done = tokio::select! {
+                biased;
+                done = working => done,
+                // What it waited for may never come, and nobody wants it any more.
+                () = self.ended.notified(), if !last => Ok(()),
+            };
             if done.is_err() {
                 tracing::error!("storing a file panicked");
                 let _ = outcomes.send(Outcome::broken(id));
@@ -493,7 +512,7 @@ struct Worker {
 )]
 enum Stage {
     New,
-    Writing(Partial),
+    Writing(TargetUpload),
     /// There is a file to be equal to: compare instead of write.
     Comparing(Box<Comparing>),
     Ended,
@@ -511,7 +530,7 @@ struct Comparing {
 #[derive(Debug)]
 enum Compared {
     /// The file that has the name, and the size.
-    Existing(Existing),
+    Existing(TargetFile),
     /// What the same run has stored before.
     Known(Published),
 }
@@ -519,64 +538,81 @@ enum Compared {
 impl Compared {
     fn len(&self) -> u64 {
         match self {
-            Self::Existing(existing) => existing.len(),
+            Self::Existing(existing) => existing.size(),
             Self::Known(published) => published.size,
         }
     }
 
-    fn hash(&self) -> Result<[u8; 32], StoreError> {
+    async fn hash(&self) -> Result<[u8; 32], StoreError> {
         match self {
-            Self::Existing(existing) => existing.hash(&mut |_| {}),
+            Self::Existing(existing) => existing.hash().await,
             Self::Known(published) => Ok(published.hash),
         }
     }
 }
 
 impl Worker {
-    fn end(self, end: End) {
-        if let (End::Discard, Stage::Writing(partial)) = (end, self.stage) {
-            partial.discard();
+    async fn end(self, end: End) {
+        // Its writer lets go only after that.
+        if let Stage::Writing(upload) = self.stage {
+            match end {
+                End::Suspend if self.task.offer.resume => upload.suspend().await,
+                End::Suspend | End::Discard => upload.abort().await,
+            }
         }
     }
 
-    fn step(&mut self, step: Step, shared: &Shared) {
-        let stage = std::mem::replace(&mut self.stage, Stage::Ended);
-        let next = match (step, stage) {
-            (Step::Begin(_place), Stage::New) => self.begin(shared, false),
-            (Step::Chunk(offset, bytes, _room), Stage::Writing(partial)) => {
-                let offset = offset.unwrap_or_else(|| partial.position());
-                write(partial, offset, &bytes, shared).map(|mut partial| {
-                    checkpoint(&mut partial);
-                    Stage::Writing(partial)
-                })
-            }
-            (Step::Pause, Stage::Writing(mut partial)) => {
-                checkpoint(&mut partial);
-                Ok(Stage::Writing(partial))
-            }
-            (Step::Pause, stage) => Ok(stage),
-            (Step::Chunk(_, bytes, _room), Stage::Comparing(comparing)) => {
-                take(&self.task.path, comparing, &bytes, shared).map(Stage::Comparing)
-            }
-            (Step::Whole(whole), Stage::New) => self.whole(&whole, shared),
-            (Step::Finish(finish), Stage::Writing(partial)) => self.complete(partial, &finish),
-            (Step::Finish(finish), Stage::Comparing(comparing)) => self.compare(*comparing, finish),
-            // The file has ended; what was on its way is dropped.
-            (Step::Begin(_) | Step::Chunk(..) | Step::Finish(_) | Step::Whole(_), _) => return,
+    async fn step(&mut self, step: Step, shared: &Shared) {
+        let done = match step {
+            Step::Begin(_place) => self.begin(shared, false).await,
+            Step::Chunk(offset, bytes, _room) => self.chunk(offset, bytes, shared).await,
+            Step::Pause => self.checkpoint().await,
+            Step::Whole(whole) => self.whole(whole, shared).await,
+            Step::Finish(finish) => self.finish(finish).await,
         };
-        match next {
-            Ok(stage) => self.stage = stage,
-            Err(error) => {
-                let refused = || tracing::info!(code = error.code(), "upload refused: {error}");
-                self.task.span.in_scope(refused);
-                // Who hears of it may offer it again at once.
-                self.task.writer = None;
-                self.tell(Outcome::failed(self.task.offer.id, &error));
+        let Err(error) = done else {
+            return;
+        };
+        // What cannot be written is gone.
+        if let Stage::Writing(upload) = std::mem::replace(&mut self.stage, Stage::Ended) {
+            upload.abort().await;
+        }
+        let refused = || tracing::info!(code = error.code(), "upload refused: {error}");
+        self.task.span.in_scope(refused);
+        // Who hears of it may offer it again at once.
+        self.task.writer = None;
+        self.tell(Outcome::failed(self.task.offer.id, &error));
+    }
+
+    async fn chunk(
+        &mut self,
+        offset: Option<u64>,
+        bytes: Bytes,
+        shared: &Shared,
+    ) -> Result<(), StoreError> {
+        match &mut self.stage {
+            Stage::Writing(upload) => {
+                let offset = offset.unwrap_or_else(|| upload.position());
+                upload.write(offset, bytes).await?;
+                shared.received.store(upload.position(), Ordering::Relaxed);
             }
+            Stage::Comparing(comparing) => {
+                return take(&self.task.path, comparing, &bytes, shared);
+            }
+            // The file has ended; what was on its way is dropped.
+            Stage::New | Stage::Ended => {}
+        }
+        self.checkpoint().await
+    }
+
+    async fn checkpoint(&mut self) -> Result<(), StoreError> {
+        match &mut self.stage {
+            Stage::Writing(upload) => upload.checkpoint().await,
+            Stage::New | Stage::Comparing(_) | Stage::Ended => Ok(()),
         }
     }
 
-    fn begin(&mut self, shared: &Shared, whole: bool) -> Result<Stage, StoreError> {
+    async fn begin(&mut self, shared: &Shared, whole: bool) -> Result<(), StoreError> {
         if let Some(known) = self.task.known.take() {
             return self.again(known);
         }
@@ -588,21 +624,22 @@ impl Worker {
             ..
         } = &self.task;
         let id = offer.id;
-        let new = NewFile {
+        let new = NewUpload {
             path,
+            peer: owner,
             size: offer.size,
+            meta: offer.meta.into(),
             if_exists: offer.if_exists,
-            owner: offer.resume.then_some(&**owner),
+            resumable: offer.resume,
             tenant: tenant.as_ref(),
             dirs: &offer.dirs,
             whole,
         };
-        let store = &self.publisher.store;
-        let existing = match store.begin(&new)? {
-            Begin::New(mut partial) => {
-                let _ = shared.safe.set(partial.safe());
+        let existing = match self.publisher.target.begin(&new).await? {
+            Started::New(mut upload) => {
+                let _ = shared.safe.set(upload.safe());
                 if offer.resume {
-                    let have = partial.have(&mut |_| {})?;
+                    let have = upload.have().await?;
                     let have = have
                         .into_iter()
                         .take(RANGES)
@@ -610,37 +647,39 @@ impl Worker {
                         .collect();
                     self.tell(Outcome::Ready { id, have });
                 }
-                return Ok(Stage::Writing(partial));
+                self.stage = Stage::Writing(upload);
+                return Ok(());
             }
-            Begin::Exists(existing) => existing,
+            Started::Exists(existing) => existing,
         };
-        let len = existing.len();
+        let len = existing.size();
         if offer.if_exists == IfExists::Skip {
-            let hash = existing.hash(&mut |_| {})?;
-            return Ok(self.was_there(existing.path().as_str().to_owned(), len, hash));
+            let hash = existing.hash().await?;
+            self.was_there(existing.path().as_str().to_owned(), len, hash);
+            return Ok(());
         }
         if offer.size.is_some_and(|size| size != len) {
             return Err(StoreError::Exists { path: path.clone() });
         }
         let mut hash = None;
         if offer.resume {
-            let known = existing.hash(&mut |_| {})?;
+            let known = existing.hash().await?;
             hash = Some(known);
             self.tell(Outcome::Ready {
                 id,
                 have: vec![(0, len, known)],
             });
         }
-        let received = blake3::Hasher::new();
-        Ok(Stage::Comparing(Box::new(Comparing {
+        self.stage = Stage::Comparing(Box::new(Comparing {
             with: Compared::Existing(existing),
             hash,
-            received,
-        })))
+            received: blake3::Hasher::new(),
+        }));
+        Ok(())
     }
 
     /// The run has stored a file under this name before, and its client may not know it: is it this one?
-    fn again(&mut self, known: Published) -> Result<Stage, StoreError> {
+    fn again(&mut self, known: Published) -> Result<(), StoreError> {
         let Task { offer, path, .. } = &self.task;
         if offer.size.is_some_and(|size| size != known.size) {
             return Err(StoreError::Exists { path: path.clone() });
@@ -649,40 +688,52 @@ impl Worker {
             let (id, have) = (offer.id, vec![(0, known.size, known.hash)]);
             self.tell(Outcome::Ready { id, have });
         }
-        Ok(Stage::Comparing(Box::new(Comparing {
+        self.stage = Stage::Comparing(Box::new(Comparing {
             hash: Some(known.hash),
             with: Compared::Known(known),
             received: blake3::Hasher::new(),
-        })))
+        }));
+        Ok(())
     }
 
     /// Begins and ends a file.
-    fn whole(&mut self, whole: &Whole, shared: &Shared) -> Result<Stage, StoreError> {
+    async fn whole(&mut self, whole: Whole, shared: &Shared) -> Result<(), StoreError> {
         let Whole { hash, bytes } = whole;
         let finish = Finish {
             id: self.task.offer.id,
             size: self.task.offer.size,
-            hash: Some(*hash),
+            hash: Some(hash),
         };
-        match self.begin(shared, true)? {
-            Stage::Writing(partial) => {
-                let partial = write(partial, 0, bytes, shared)?;
-                self.complete(partial, &finish)
+        self.begin(shared, true).await?;
+        match &mut self.stage {
+            Stage::Writing(upload) => {
+                upload.write(0, bytes).await?;
+                shared.received.store(upload.position(), Ordering::Relaxed);
             }
-            Stage::Comparing(comparing) => {
-                let comparing = take(&self.task.path, comparing, bytes, shared)?;
-                self.compare(*comparing, finish)
-            }
-            ended => Ok(ended),
+            Stage::Comparing(comparing) => take(&self.task.path, comparing, &bytes, shared)?,
+            Stage::New | Stage::Ended => {}
+        }
+        self.finish(finish).await
+    }
+
+    async fn finish(&mut self, finish: Finish) -> Result<(), StoreError> {
+        match std::mem::replace(&mut self.stage, Stage::Ended) {
+            Stage::Writing(upload) => self.complete(upload, &finish).await,
+            Stage::Comparing(comparing) => self.compare(*comparing, finish).await,
+            Stage::New | Stage::Ended => Ok(()),
         }
     }
 
     /// All bytes are here: are they right?
-    fn complete(&mut self, partial: Partial, finish: &Finish) -> Result<Stage, StoreError> {
-        let size = finish.size.or(self.task.offer.size);
-        let complete = partial.complete(finish.hash, size, self.task.offer.meta.into())?;
+    async fn complete(&mut self, upload: TargetUpload, finish: &Finish) -> Result<(), StoreError> {
+        let expected = Expected {
+            size: finish.size.or(self.task.offer.size),
+            hash: finish.hash,
+            meta: self.task.offer.meta.into(),
+        };
+        let size = expected.size.unwrap_or_else(|| upload.position());
         let publication = Publication {
-            complete,
+            complete: upload.finish(expected).await?,
             id: self.task.offer.id,
             owner: self.task.owner.clone(),
             key: self.task.key,
@@ -692,16 +743,26 @@ impl Worker {
             span: self.task.span.clone(),
         };
         match self.publisher.hook.clone() {
-            Some(hook) => self.publisher.verify(hook, publication, self.file.take()),
-            None => self
-                .publisher
-                .publish(publication, is_small(&self.task.offer)),
+            Some(hook) => {
+                let whole = HookWhole {
+                    path: self.task.path.as_str().to_owned(),
+                    file: publication.complete.staged_at(&self.publisher.target),
+                    size,
+                    peer: self.task.owner.to_string(),
+                };
+                let place = self.file.take();
+                self.publisher.verify(hook, whole, publication, place);
+            }
+            None => {
+                let pooled = is_small(&self.task.offer);
+                self.publisher.publish(publication, pooled).await;
+            }
         }
-        Ok(Stage::Ended)
+        Ok(())
     }
 
     /// The name was taken: is what the client has the same?
-    fn compare(&mut self, comparing: Comparing, finish: Finish) -> Result<Stage, StoreError> {
+    async fn compare(&mut self, comparing: Comparing, finish: Finish) -> Result<(), StoreError> {
         let Comparing {
             with,
             hash,
@@ -734,7 +795,7 @@ impl Worker {
             }
             let theirs = match hash {
                 Some(hash) => hash,
-                None => with.hash()?,
+                None => with.hash().await?,
             };
             if size != with.len() || finish.hash.unwrap_or(got) != theirs {
                 return Err(StoreError::Exists { path });
@@ -744,13 +805,14 @@ impl Worker {
             (Some(hash), _) | (None, Some(hash)) => hash,
             (None, None) => *received.finalize().as_bytes(),
         };
-        Ok(match with {
+        match with {
             Compared::Existing(_) => self.was_there(path.as_str().to_owned(), size, hash),
             Compared::Known(published) => self.done(published),
-        })
+        }
+        Ok(())
     }
 
-    fn was_there(&mut self, path: String, size: u64, hash: [u8; 32]) -> Stage {
+    fn was_there(&mut self, path: String, size: u64, hash: [u8; 32]) {
         let told = || tracing::info!(path, bytes = size, "was there already");
         self.task.span.in_scope(told);
         self.done(Published {
@@ -760,16 +822,15 @@ impl Worker {
             same: true,
             sync: Synced::File,
             other_time: None,
-        })
+        });
     }
 
-    fn done(&mut self, published: Published) -> Stage {
+    fn done(&mut self, published: Published) {
         self.task.writer = None;
         self.tell(Outcome::Done {
             id: self.task.offer.id,
             published,
         });
-        Stage::Ended
     }
 
     fn tell(&self, outcome: Outcome) {
@@ -778,33 +839,13 @@ impl Worker {
     }
 }
 
-/// Writes bytes of a file; one that cannot be written is gone.
-fn write(
-    mut partial: Partial,
-    offset: u64,
-    bytes: &[u8],
-    shared: &Shared,
-) -> Result<Partial, StoreError> {
-    match partial.write_at(offset, bytes) {
-        Ok(()) => {
-            let position = partial.position();
-            shared.received.store(position, Ordering::Relaxed);
-            Ok(partial)
-        }
-        Err(error) => {
-            partial.discard();
-            Err(error)
-        }
-    }
-}
-
 /// Takes bytes of a file that is there already.
 fn take(
     path: &RelPath,
-    mut comparing: Box<Comparing>,
+    comparing: &mut Comparing,
     bytes: &[u8],
     shared: &Shared,
-) -> Result<Box<Comparing>, StoreError> {
+) -> Result<(), StoreError> {
     comparing.received.update(bytes);
     let count = comparing.received.count();
     shared.received.store(count, Ordering::Relaxed);
@@ -812,21 +853,14 @@ fn take(
         // It cannot be equal any more, and what was not declared has no other end.
         return Err(StoreError::Exists { path: path.clone() });
     }
-    Ok(comparing)
-}
-
-/// Makes durable what is due, beside the writes that follow.
-fn checkpoint(partial: &mut Partial) {
-    if let Some(checkpoint) = partial.checkpoint() {
-        tokio::task::spawn_blocking(move || checkpoint.run());
-    }
+    Ok(())
 }
 
 /// Gives complete files their names. What has to be synced first waits for the others of its kind, so that
 /// one sync serves all that came while the one before was running.
 #[derive(Clone)]
 pub(crate) struct Publisher {
-    store: Store,
+    target: Target,
     writers: Writers,
     hook: Option<Arc<dyn Hook>>,
     waiting: Arc<Mutex<Waiting>>,
@@ -843,7 +877,7 @@ struct Waiting {
 #[derive(Debug)]
 struct Publication {
     // Before the writer, which lets go only after the file has its name.
-    complete: Complete,
+    complete: TargetWhole,
     id: u64,
     owner: Arc<str>,
     key: Option<UploadKey>,
@@ -855,9 +889,7 @@ struct Publication {
 
 impl std::fmt::Debug for Publisher {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Publisher")
-            .field("store", &self.store)
-            .finish_non_exhaustive()
+        f.debug_struct("Publisher").finish_non_exhaustive()
     }
 }
 
@@ -868,9 +900,9 @@ impl Publisher {
         self
     }
 
-    pub(crate) fn new(store: Store, writers: Writers) -> Self {
+    pub(crate) fn new(target: Target, writers: Writers) -> Self {
         Self {
-            store,
+            target,
             writers,
             hook: None,
             waiting: Arc::default(),
@@ -878,8 +910,8 @@ impl Publisher {
         }
     }
 
-    pub(crate) fn store(&self) -> &Store {
-        &self.store
+    pub(crate) fn target(&self) -> &Target {
+        &self.target
     }
 
     pub(crate) fn writers(&self) -> &Writers {
@@ -887,27 +919,32 @@ impl Publisher {
     }
 
     /// Publishes a file when the hook agrees, beside this thread. The file keeps its place until then.
-    fn verify(&self, hook: Arc<dyn Hook>, publication: Publication, place: Option<Place>) {
-        let staging = self.store.root().join(".udpack/staging");
-        let complete = &publication.complete;
-        let whole = HookWhole {
-            path: complete.path().as_str().to_owned(),
-            file: staging.join(complete.staged()),
-            size: complete.size(),
-            peer: publication.owner.to_string(),
-        };
+    fn verify(
+        &self,
+        hook: Arc<dyn Hook>,
+        whole: HookWhole,
+        publication: Publication,
+        place: Option<Place>,
+    ) {
         let publisher = self.clone();
         tokio::spawn(async move {
             let agreed = hook.verify(&whole).await;
             // Files are removed and synced there.
-            tokio::task::spawn_blocking(move || {
+            publisher.target.clone().run(async move {
                 let _place = place;
                 let reason = match agreed {
-                    Ok(()) => return publisher.publish(publication, false),
+                    Ok(()) => return publisher.publish(publication, false).await,
                     Err(reason) => reason,
                 };
-                let (id, outcomes) = (publication.id, publication.outcomes.clone());
-                drop(publication);
+                let Publication {
+                    complete,
+                    id,
+                    outcomes,
+                    writer,
+                    ..
+                } = publication;
+                complete.discard().await;
+                drop(writer);
                 let _ = outcomes.send(Outcome::Error {
                     id,
                     code: "refused",
@@ -918,23 +955,27 @@ impl Publisher {
         });
     }
 
-    /// Blocks, unless another thread is publishing already: then that one takes it along. `pooled` says that
-    /// this thread is one of the pool.
-    fn publish(&self, publication: Publication, pooled: bool) {
-        if publication.complete.is_synced() {
-            return self.run(vec![publication]);
+    /// Blocks, where a store has to sync, unless another thread is publishing already: then that one takes it along.
+    /// `pooled` says that this thread is one of the pool.
+    async fn publish(&self, publication: Publication, pooled: bool) {
+        if !publication.complete.waits() {
+            return self.run(vec![publication]).await;
         }
-        let mut waiting = self.waiting();
-        waiting.publications.push(publication);
-        if std::mem::replace(&mut waiting.busy, true) {
+        if self.joins(publication) {
             return;
         }
-        drop(waiting);
         if pooled {
             self.pool.aside(|| self.publish_waiting());
         } else {
             self.publish_waiting();
         }
+    }
+
+    /// Adds it to those that wait; whether a thread is at work that will take it along.
+    fn joins(&self, publication: Publication) -> bool {
+        let mut waiting = self.waiting();
+        waiting.publications.push(publication);
+        std::mem::replace(&mut waiting.busy, true)
     }
 
     fn publish_waiting(&self) {
@@ -951,7 +992,8 @@ impl Publisher {
                 .iter()
                 .map(|publication| (publication.id, publication.outcomes.clone()))
                 .collect();
-            let done = std::panic::catch_unwind(AssertUnwindSafe(|| self.run(batch)));
+            let done =
+                std::panic::catch_unwind(AssertUnwindSafe(|| self.run(batch).now_or_never()));
             if done.is_err() {
                 tracing::error!("publishing files panicked");
                 for (id, outcomes) in owed {
@@ -962,7 +1004,7 @@ impl Publisher {
         }
     }
 
-    fn run(&self, batch: Vec<Publication>) {
+    async fn run(&self, batch: Vec<Publication>) {
         let mut owed = Vec::with_capacity(batch.len());
         let mut files = Vec::with_capacity(batch.len());
         for Publication {
@@ -974,12 +1016,13 @@ impl Publisher {
             outcomes,
             writer,
             span,
+            ..
         } in batch
         {
             files.push(complete);
             owed.push((id, owner, key, since, outcomes, writer, span));
         }
-        let published = self.store.publish(files);
+        let published = self.target.publish(files).await;
         for ((id, owner, key, since, outcomes, writer, span), published) in
             owed.into_iter().zip(published)
         {
@@ -1000,7 +1043,7 @@ impl Publisher {
                         && !published.same
                     {
                         hook.done(HookStored {
-                            file: self.store.root().join(&*names::os(&published.path)),
+                            file: self.target.stored_at(&published.path),
                             path: published.path.clone(),
                             size: published.size,
                             hash: published.hash,

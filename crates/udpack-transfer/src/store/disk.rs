@@ -13,7 +13,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -118,6 +118,11 @@ pub(super) enum Lock {
 pub(super) struct Area<'a> {
     staging: &'a Dir,
     journal: &'a Dir,
+}
+
+/// The staging directory of the store with this root.
+pub(super) fn staging_of(root: &Path) -> PathBuf {
+    root.join(PRIVATE).join(STAGING)
 }
 
 /// What was found in the store's own directory.

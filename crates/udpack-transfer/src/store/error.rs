@@ -175,6 +175,18 @@ pub enum StoreError {
         /// Where the next byte belongs.
         expected: u64,
     },
+    /// This sink cannot do that.
+    #[error("the server's sink cannot {what}")]
+    Unsupported {
+        /// What was asked for, as in "cannot list".
+        what: &'static str,
+    },
+    /// The sink cannot do it now, and may be able to later.
+    #[error("the server's sink failed: {why}")]
+    Unavailable {
+        /// What the client is told.
+        why: String,
+    },
     /// An earlier write of this upload failed, so that it can only be dropped.
     #[error("an earlier write of this upload failed")]
     Broken,
@@ -218,7 +230,10 @@ impl StoreError {
             Self::Busy { .. } => "busy",
             Self::BadOffset { .. } => "bad_offset",
             Self::OtherDevice | Self::Io { .. } => "io",
-            Self::Broken | Self::Locked | Self::NoAtomicPublish => "internal",
+            Self::Unsupported { .. } => "unsupported",
+            Self::Unavailable { .. } | Self::Broken | Self::Locked | Self::NoAtomicPublish => {
+                "internal"
+            }
         }
     }
 
@@ -232,6 +247,7 @@ impl StoreError {
             | Self::TooManyUploads { .. }
             | Self::HashMismatch { .. }
             | Self::Busy { .. }
+            | Self::Unavailable { .. }
             | Self::Broken
             | Self::Locked => true,
             Self::Io { cause, .. } => matches!(
@@ -254,6 +270,7 @@ impl StoreError {
             | Self::IsDirectory { .. }
             | Self::NotAFile { .. }
             | Self::NotEmpty { .. }
+            | Self::Unsupported { .. }
             | Self::BadTarget { .. }
             | Self::TooLarge { .. }
             | Self::SystemLimit

@@ -505,6 +505,17 @@ impl Partial {
         })
     }
 
+    /// Makes all that was written durable, now. Nothing to do for an upload that is not
+    /// [resumable](Self::resumable).
+    pub(crate) fn make_durable(&mut self) -> Result<(), StoreError> {
+        self.check()?;
+        self.unsynced = 0;
+        self.since = None;
+        let mut work = self.body.work();
+        let made = self.body.make_durable(&mut work);
+        made.map_err(|()| StoreError::Broken)
+    }
+
     /// Checks size and hash: it is whole then, and needs only its name, which
     /// [`Store::publish`](super::Store::publish) gives it.
     ///
@@ -854,8 +865,8 @@ const RANGE: u64 = 64 << 20;
 /// Ranges that an upload without gaps gives at most, half of what a message may hold; beyond, they get longer.
 const RANGES: u64 = 4_096;
 /// Bytes after which, and time after which, what was written is made durable.
-const CHECKPOINT_BYTES: u64 = 64 << 20;
-const CHECKPOINT_EVERY: Duration = Duration::from_secs(1);
+pub(super) const CHECKPOINT_BYTES: u64 = 64 << 20;
+pub(super) const CHECKPOINT_EVERY: Duration = Duration::from_secs(1);
 /// Size from which on a file is put on disk by a call of its own.
 const ALONE_FROM: u64 = 1 << 20;
 const BUFFER: u64 = 256 << 10;

@@ -389,7 +389,7 @@ fn again(error: &io::Error) -> io::Error {
 }
 
 /// `a/name.ext` with a number: `a/name (1).ext`.
-fn numbered(path: &RelPath, number: u32) -> String {
+pub(super) fn numbered(path: &RelPath, number: u32) -> String {
     let name = path.file_name();
     let at = path.as_str().len() - name.len()
         + name.rfind('.').filter(|at| *at > 0).unwrap_or(name.len());
@@ -398,7 +398,7 @@ fn numbered(path: &RelPath, number: u32) -> String {
 }
 
 /// Highest number tried for a free name.
-const LAST_NUMBER: u32 = 999;
+pub(super) const LAST_NUMBER: u32 = 999;
 /// Directories of a batch that are held open before they are synced.
 const OPEN_LIMIT: usize = 64;
 /// Directories that are synced one by one; more are by one call for the whole file system.

@@ -17,7 +17,9 @@ use rustix::io::Errno;
 use super::disk::below;
 use super::disk::{self, PRIVATE};
 use super::quota::{LEAST, charge};
-use super::{Existing, IfExists, Inner, Meta, OtherTime, Store, StoreError, Tenant, Time};
+use super::{
+    Existing, IfExists, Inner, Meta, NewDir, NewLink, OtherTime, Store, StoreError, Tenant, Time,
+};
 use crate::base::names;
 use crate::base::path::{PathRule, RelPath};
 
@@ -285,6 +287,30 @@ impl Store {
         Ok(Placed {
             same: there.is_some(),
             other_time,
+        })
+    }
+
+    /// As [`make_dir`](Self::make_dir), for a [`Sink`](super::Sink).
+    pub(crate) fn place_dir(&self, new: &NewDir<'_>) -> Result<Placed, StoreError> {
+        let (own, above) = match new.dirs.split_last() {
+            Some((own, above)) => (Some(*own), above),
+            None => (None, new.dirs),
+        };
+        self.make_dir_with(new.path, new.meta, above, own, new.tenant)
+    }
+
+    /// As [`make_link`](Self::make_link), for a [`Sink`](super::Sink).
+    pub(crate) fn place_link(&self, new: &NewLink<'_>) -> Result<Placed, StoreError> {
+        let NewLink {
+            path,
+            target,
+            if_exists,
+            dirs,
+            tenant,
+        } = *new;
+        Ok(Placed {
+            same: self.make_link_for(path, target, if_exists, dirs, tenant)?,
+            other_time: None,
         })
     }
 
@@ -913,7 +939,7 @@ fn batch(dir: &Dir) -> io::Result<Vec<OsString>> {
 mod tests;
 
 /// Most entries in a page.
-const MAX_ENTRIES: usize = 4_000;
+pub(super) const MAX_ENTRIES: usize = 4_000;
 /// Most bytes of paths and targets in a page of more than one entry.
 const MAX_NAME_BYTES: usize = 256 * 1024;
 /// Times a page is begun anew because all that was read vanished meanwhile.

@@ -69,7 +69,7 @@ impl Fixture {
             .bind("127.0.0.1:0")
             .await
             .expect("a free port");
-        let store = receiver.store().clone();
+        let store = receiver.store().expect("a store").clone();
         Self { server, store, dir }
     }
 
