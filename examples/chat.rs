@@ -1,5 +1,5 @@
-//! Rooms: a line is encoded once and goes to every member. One who reads too slowly holds up nobody: it loses
-//! lines, and is told how many and where.
+//! Rooms: a line is encoded once and goes to every member. A member that reads too slowly delays nobody: it
+//! loses lines and learns how many and where.
 //!
 //! Run it with `cargo run --example chat`.
 

@@ -1,5 +1,5 @@
-//! The transfer inside a program that has its own use for the bytes: a file goes up with a progress that is pushed to
-//! whoever draws it, and comes back into memory, verified, without a file on the way.
+//! File transfer inside a program: uploads a file with progress pushed to a watcher, and reads it back into memory,
+//! verified, without a local file.
 //!
 //! Run it with `cargo run --example fetch`.
 
@@ -48,7 +48,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     }
     drawing.await?;
 
-    // Only an `Ok` makes these bytes the file. After an error they are to be thrown away.
+    // The bytes are the file only after an `Ok`. After an error they must be discarded.
     let mut bytes = Vec::new();
     let fetched = Fetch::new(&socket)
         .read(&"beach.jpg".parse()?, &mut bytes)

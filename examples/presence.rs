@@ -1,5 +1,5 @@
-//! Presence: who is in a room. Somebody whose connection is lost and resumed is there all the time; nobody is
-//! told that he left or came.
+//! Presence: who is in a room. A peer whose connection is lost and resumed stays present; the others see
+//! it neither leave nor join.
 //!
 //! The network is in memory and its clock jumps: half a minute of silence takes no time.
 //!

@@ -33,18 +33,18 @@ async fn sum(_: Data<()>, mut numbers: Items<u64>) -> Result<u64, Fault> {
     Ok(sum)
 }
 
-/// Never answers. Whoever holds the other end of `told` sees when it begins and when its future is dropped.
-async fn ponder(_: Data<()>, State(told): State<mpsc::Sender<mpsc::Sender<()>>>) {
+/// Never answers. The other end of `starts` receives when it begins and when its future is dropped.
+async fn ponder(_: Data<()>, State(starts): State<mpsc::Sender<mpsc::Sender<()>>>) {
     let (alive, _watched) = mpsc::channel(1);
-    let _ = told.send(alive).await;
+    let _ = starts.send(alive).await;
     std::future::pending().await
 }
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
-    let (told, mut begun) = mpsc::channel::<mpsc::Sender<()>>(1);
+    let (starts, mut begun) = mpsc::channel::<mpsc::Sender<()>>(1);
     let desk = Router::new().event(divide).on("count", count);
-    let desk = desk.on("sum", sum).on("ponder", ponder).state(told);
+    let desk = desk.on("sum", sum).on("ponder", ponder).state(starts);
     let server = Server::builder()
         .identity(Identity::generate()?)
         .auth(async |_: Hello| Ok(Peer::new("guest")))

@@ -11,7 +11,7 @@ use udpack::{Client, Hello, Identity, Peer, SendError, Server, Socket};
 const SHIPS: [&str; 3] = ["ann", "bea", "eve"];
 const HARBOUR: u32 = 100;
 
-/// Tells each ship's position, again and again, until the other side has seen enough.
+/// Sends each ship's position repeatedly until the other side has seen enough.
 async fn sail(socket: &Socket) -> Result<(), SendError> {
     let mut clock = tokio::time::interval(Duration::from_millis(2));
     for mile in 0.. {
@@ -23,7 +23,7 @@ async fn sail(socket: &Socket) -> Result<(), SendError> {
     Ok(())
 }
 
-/// Looks less often than they are sent: what was replaced meanwhile is never seen.
+/// Reads less often than positions are sent: replaced ones are never seen.
 async fn watch(socket: &Socket) -> Result<(), Box<dyn Error>> {
     let mut ships = BTreeMap::new();
     while let Some(message) = socket.recv_volatile().await {

@@ -1,4 +1,4 @@
-//! How a run ends: every error becomes an exit code, one sentence, and a hint what to do next.
+//! How a run ends: every error becomes an exit code, one sentence, and a hint for the next step.
 //!
 //! The one place that knows which error means what to a user. Codes are a contract with scripts.
 
@@ -75,7 +75,7 @@ impl Kind {
     }
 }
 
-/// An error that knows its exit code, for what no library reports.
+/// An error with its exit code, for failures that no library reports.
 #[derive(Debug)]
 pub(crate) struct Failure {
     kind: Kind,
@@ -101,7 +101,7 @@ impl Failure {
         self.kind
     }
 
-    /// Ctrl-C, or being told to stop.
+    /// Ctrl-C or SIGTERM.
     pub(crate) fn interrupted() -> Self {
         Self::new(Kind::Interrupted, "interrupted")
     }
@@ -264,7 +264,7 @@ fn connecting(error: &ConnectError) -> Meaning {
         ConnectError::Resolve { .. } => {
             (Kind::Network, hint("check the host name and the network"))
         }
-        // A server that was reached says more than an address where none is.
+        // The error of a server that was reached is more useful than that of an address without one.
         ConnectError::EachAddress { errors, .. } => {
             let reached = |error: &&ConnectError| matches!(error, ConnectError::Handshake { .. });
             let telling = errors.iter().find(reached).or_else(|| errors.last());
@@ -347,7 +347,7 @@ fn transferring(error: &TransferError) -> Meaning {
         TransferError::Store(error) => keeping(error.code()),
         TransferError::Closed(reason) => {
             return match closed(reason) {
-                // However orderly it ended: the file's fate is unknown, and asking again settles it.
+                // Even after an orderly end the file's outcome is unknown; running the command again settles it.
                 (Kind::Other, None) => (Kind::Network, hint("run the same command again")),
                 known => known,
             };
@@ -377,7 +377,7 @@ fn kind_of(kind: ErrorKind) -> Kind {
     }
 }
 
-/// The server's sentence, made into one that tells who says so.
+/// The server's sentence, marked as the server's.
 fn refused(code: &str, message: &str) -> String {
     match message.strip_prefix("exists: ") {
         Some(what) if code == "exists" => format!("the name is taken at the server: {what}"),
@@ -400,7 +400,7 @@ fn unnamed(what: &str) -> &str {
     what.strip_prefix("not found: ").unwrap_or(what)
 }
 
-/// The sentence of this machine's own store, which otherwise speaks as a server does.
+/// The sentence of the local store, without the words that only a server would use.
 fn kept(error: &StoreError) -> String {
     let text = error.to_string();
     match text.strip_prefix("exists: ") {
@@ -515,7 +515,7 @@ fn storing(error: &StoreError) -> Meaning {
     }
 }
 
-/// The secret file that is at the bottom of it, if one is.
+/// The secret file that caused the error, if there is one.
 fn secret_file(error: &anyhow::Error) -> Option<&SecretFileError> {
     if let Some(error) = error.downcast_ref::<SecretFileError>() {
         return Some(error);
@@ -554,7 +554,7 @@ fn ended(error: &anyhow::Error) -> Option<&CloseReason> {
     (reason.by == Side::Peer && !reason.text.is_empty()).then_some(reason)
 }
 
-/// Nothing was on standard input: what its reader gives as the reason of its error.
+/// Standard input was empty: the reason in its reader's error.
 #[derive(Debug)]
 pub(crate) struct EmptyStdin;
 

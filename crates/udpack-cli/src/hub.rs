@@ -1,7 +1,7 @@
-//! The server's own channels: `events`, where each client hears what the others send, and `ping`.
+//! The server's own channels: `events`, which relays each client's messages to the others, and `ping`.
 //!
-//! A message goes to every other client that can take it now. One that cannot loses it, which is counted and
-//! told: nobody waits for the slowest. Volatile messages of clients that have an `events` channel go the same way.
+//! A message goes to every other client that can take it now. A client that cannot loses it and receives a
+//! gap: sending never waits for the slowest. Volatile messages of clients that have an `events` channel go the same way.
 //! History and delivery guarantees are not here.
 
 use anyhow::Context;
@@ -15,7 +15,7 @@ use crate::value::Value;
 
 /// The channel whose messages go to all other clients.
 pub(crate) const EVENTS: &str = "events";
-/// The channel whose requests come back as they are.
+/// The channel that echoes requests.
 pub(crate) const PING: &str = "ping";
 
 /// Serves the server's own channels. A handle.
@@ -27,7 +27,7 @@ pub(crate) struct Hub {
 /// The reply to a request on `events`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Delivered {
-    /// Other clients that the event is on its way to.
+    /// Other clients that the event was queued for.
     pub(crate) delivered: u64,
 }
 
@@ -52,7 +52,7 @@ impl Hub {
             })
     }
 
-    /// Closes all channels served here, so that nobody who merely listens holds up the end of the server.
+    /// Closes all channels served here, so that idle listeners do not delay the server's end.
     pub(crate) fn close(&self) {
         self.over.send_replace(true);
     }
@@ -116,7 +116,7 @@ impl Hub {
     }
 }
 
-/// Says on how many ways it is.
+/// Replies for how many clients it was queued.
 fn send_to_others(rooms: &Rooms, from: &Channel, message: &Encoded) -> u64 {
     let sent = rooms
         .to(EVENTS)

@@ -1,7 +1,7 @@
 //! The programs `udpack-server` and `udpack-client`: arguments in, exit code out.
 //!
-//! Standard output carries results, standard error everything else. What the programs do is in the
-//! libraries; here is only how they are asked and how they tell.
+//! Standard output carries results, standard error everything else. The work is done in the
+//! libraries; this crate has arguments, output and exit codes only.
 
 mod args;
 mod client;
@@ -37,7 +37,7 @@ use logging::Console;
 
 /// Runs `udpack-server` with these arguments, the first of which is the program's name.
 pub fn server_main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    // While this is the only thread: it changes the environment.
+    // Before other threads start, because it changes the environment.
     let given = ListenFd::from_env();
     run::<ServerArgs, _>(args, |args, console| server::run(args, given, console))
 }
@@ -57,7 +57,7 @@ fn run<A: Parser, F: Future<Output = anyhow::Result<()>>>(
     let args = match matches.and_then(|mut matches| A::from_arg_matches_mut(&mut matches)) {
         Ok(args) => args,
         Err(error) => {
-            // Help and version are no errors, and go to standard output. Nobody may be reading either.
+            // Help and version are not errors and go to standard output, which may be closed.
             let _ = match error.kind() {
                 ErrorKind::DisplayHelp => {
                     let text = error.render();
@@ -86,7 +86,7 @@ fn run<A: Parser, F: Future<Output = anyhow::Result<()>>>(
                     .context("cannot catch the signal of the limit for file sizes")?;
                 main(args, console.clone()).await
             });
-            // A blocking read of a slow disk must not hold up the end.
+            // A blocking read of a slow disk must not delay the exit.
             runtime.shutdown_timeout(Duration::from_millis(500));
             result
         });

@@ -57,7 +57,7 @@ impl Console {
         }
     }
 
-    /// Writes one line. A closed standard error is nobody's failure.
+    /// Writes one line. A closed standard error is not a failure.
     pub(crate) fn line(&self, text: &str) {
         self.write(&one_line(text.as_bytes()));
     }
@@ -78,7 +78,7 @@ impl Console {
         !no_colour() && io::stderr().is_terminal()
     }
 
-    /// Does something that writes whole lines to the terminal that shows the live line. It must not use this console.
+    /// Runs `write`, which prints whole lines, with the live line hidden. It must not use this console.
     pub(crate) fn above<T>(&self, write: impl FnOnce() -> T) -> T {
         let live = lock(&self.live);
         match *live {
@@ -144,7 +144,7 @@ impl TermLike for LiveLine {
         Ok(())
     }
 
-    /// Writes over the line that stands there. A closed standard error is nobody's failure.
+    /// Writes over the line that stands there. A closed standard error is not a failure.
     fn flush(&self) -> io::Result<()> {
         let drawn = std::mem::take(&mut *lock(&self.drawn));
         let drawn = format!("\u{1b}[?7l\r{}\u{1b}[J\r\u{1b}[?7h", drawn.trim_end());
@@ -157,7 +157,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What is written at once made into one line that leaves a terminal as it is, whatever it holds.
+/// Turns one write into one line without anything that controls a terminal.
 fn one_line(text: &[u8]) -> Vec<u8> {
     let text = text.strip_suffix(b"\n").unwrap_or(text);
     let mut line = printable_bytes(text).into_owned().into_bytes();
@@ -184,8 +184,8 @@ impl<'a> MakeWriter<'a> for Console {
     }
 }
 
-/// A log whose lines stay what they are: text of a peer in them can neither begin another one nor act on the terminal
-/// of whoever reads the file. The subscriber writes each of them at once.
+/// A log writer that escapes each line: text from a peer can neither begin another line nor control the terminal of
+/// a reader. The subscriber passes each line in one write.
 struct Lines<W>(W);
 
 impl<'a, W: MakeWriter<'a>> MakeWriter<'a> for Lines<W> {
@@ -272,7 +272,7 @@ pub(crate) fn start(
     Ok(guard)
 }
 
-/// Puts an error that ends the program into the log file; on standard error it is told in its own form.
+/// Writes an error that ends the program into the log file; standard error gets it in another form.
 pub(crate) fn keep<T>(result: &anyhow::Result<T>) {
     if let Err(error) = result {
         tracing::debug!(error = format!("{error:#}"), "failed");

@@ -1,8 +1,8 @@
-//! Gives memory that is no longer used back to the system while nobody speaks.
+//! Returns unused memory to the system while the program is idle.
 //!
 //! The programs' allocator keeps pages that were freed for a second, in case they are wanted again, and looks for those
 //! whose time is up only when some thread allocates or ends. A program that falls idle after much work does neither, and
-//! would keep tens of MB until somebody speaks. So after work a thread is started that ends at once.
+//! would keep tens of MB until the next activity. So after work a thread is started that ends at once.
 
 use std::thread;
 use std::time::Duration;
@@ -10,14 +10,14 @@ use std::time::Duration;
 use rustix::time::{ClockId, clock_gettime};
 use tokio::time::MissedTickBehavior;
 
-/// How often it is looked whether the program worked: longer than the allocator keeps pages.
+/// How often the processor time is checked; longer than the allocator keeps pages.
 const LOOK: Duration = Duration::from_secs(2);
 /// Processor time that counts as work: far more than a connection costs that is only kept alive.
 const WORK: Duration = Duration::from_millis(10);
 /// How many threads end after work, at one look each: the first may be too early for what was freed just before it.
 const ENDS: u32 = 2;
 
-/// Does so for ever. What it costs: a look at a clock each [`LOOK`], and after work two threads of 0.1 ms.
+/// Runs for ever. It reads a clock each [`LOOK`], and after work starts two threads of 0.1 ms.
 pub(crate) async fn give_back() {
     let mut ticks = tokio::time::interval(LOOK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -32,7 +32,7 @@ pub(crate) async fn give_back() {
         }
         if left > 0 {
             left -= 1;
-            // Without a thread the memory is kept until there is one.
+            // If no thread can be started, the memory is kept until the next try.
             let _ = thread::Builder::new()
                 .name("memory".to_owned())
                 .spawn(|| ());

@@ -1,6 +1,6 @@
 //! Standard output: results, line by line, and nothing else.
 //!
-//! A reader that went away (`| head`) is no failure of ours and never a panic.
+//! A closed standard output (`| head`) is neither a failure nor a panic.
 
 use std::io::{self, Write};
 
@@ -108,7 +108,7 @@ pub(crate) fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::BrokenPipe
 }
 
-/// Takes a closed standard output for a success: nobody wants the rest.
+/// Treats a closed standard output as success.
 pub(crate) fn unless_gone(written: io::Result<()>) -> anyhow::Result<()> {
     use anyhow::Context as _;
     match written {

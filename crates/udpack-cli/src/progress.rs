@@ -61,7 +61,7 @@ impl Meter {
         }
     }
 
-    /// Something that matters more than speed and time left, until it is over.
+    /// A state shown in place of speed and time left, until it ends.
     pub(crate) fn note(&mut self, note: Option<&'static str>) {
         self.note = note;
         // The time without a connection says nothing of the next one.
@@ -338,7 +338,7 @@ impl Rate {
     }
 }
 
-/// Notices when nothing moves any more.
+/// Detects a stalled transfer.
 #[derive(Debug)]
 struct Stall {
     since: Instant,
@@ -377,7 +377,7 @@ const BAR_EVERY: Duration = Duration::from_millis(50);
 const PLAIN_EVERY: Duration = Duration::from_secs(5);
 /// Characters of a file name shown beside the bar, at most.
 const NAME: usize = 24;
-/// What less room than this shows of a name says nothing.
+/// A name is not shown in less room than this.
 const SHORTEST_NAME: usize = 8;
 /// Columns within a bar's brackets.
 const BAR: usize = 16;

@@ -145,7 +145,7 @@ async fn serve(args: &ServerArgs, given: ListenFd) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What tokens that say nothing of it allow.
+/// The rights of tokens without a scope.
 fn receiving(args: &ServerArgs) -> ReceiverConfig {
     ReceiverConfig {
         default_scope: Scope {
@@ -158,7 +158,7 @@ fn receiving(args: &ServerArgs) -> ReceiverConfig {
     }
 }
 
-/// Sends clients away whose tokens are withdrawn, soon after the file has changed, for ever. Each socket looks for itself,
+/// Disconnects clients with revoked tokens soon after the file has changed. Runs for ever. Each socket looks for itself,
 /// too, but less often: it would have to wake for it.
 async fn withdraw(server: &Server, tokens: &TokenFile) {
     let state = || {
@@ -182,7 +182,7 @@ async fn withdraw(server: &Server, tokens: &TokenFile) {
     }
 }
 
-/// Removes interrupted uploads that nobody came back for, for ever.
+/// Removes expired interrupted uploads. Runs for ever.
 async fn sweep(store: &Store) {
     let mut ticks = tokio::time::interval(SWEEP);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);

@@ -1,6 +1,6 @@
-//! What went wrong with some of many: counted, told once each, and one verdict in the end.
+//! Failures of some of many items: counted, each printed once, and one exit code at the end.
 //!
-//! However many there are, only the first is kept.
+//! Only the first error is kept.
 
 use crate::exit::{Explained, Failure, Kind};
 use crate::logging::Console;

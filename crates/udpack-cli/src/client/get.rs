@@ -392,7 +392,7 @@ impl Sink {
         (!is_file && !metadata.is_dir()).then(|| Self::Path(name.to_owned()))
     }
 
-    /// Checks that one file is asked for, and leaves standard output to it.
+    /// Checks that one file is requested, and leaves standard output to it.
     fn check(&self, args: &GetArgs, report: &mut Report) -> anyhow::Result<()> {
         if args.paths.len() > 1 {
             return Err(Failure::new(Kind::Usage, "--as NAME takes a single path")

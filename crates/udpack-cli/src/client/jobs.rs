@@ -75,7 +75,7 @@ async fn jobs(
         })
         .await;
     match result {
-        // An interrupt is how one stops watching.
+        // An interrupt ends watching normally.
         Err(error) if args.watch && is_interrupt(&error) => Ok(()),
         result => result,
     }

@@ -110,8 +110,8 @@ async fn put(
                 report
                     .follow(Transfer::Up(upload), None, &origins, &mut meter)
                     .await;
-                // Every file has its outcome: there is nothing to take leave for, which takes two round trips.
-                // The last of them may be here before the word that the server has let us in.
+                // Every file has its outcome: a graceful close would only add two round trips.
+                // The last outcome may arrive before `$welcome`.
                 if let Some(socket) = link.live()
                     && socket.admitted().await.is_ok()
                 {
@@ -124,7 +124,7 @@ async fn put(
         .await
 }
 
-/// Does what blocks beside the wait for an interrupt.
+/// Runs blocking work while waiting for an interrupt.
 async fn blocking<T: Send + 'static>(
     interrupts: &mut Interrupts,
     work: impl FnOnce() -> T + Send + 'static,
@@ -135,7 +135,7 @@ async fn blocking<T: Send + 'static>(
     }
 }
 
-/// A run that was asked for something and found nothing to do says so.
+/// Fails a run that found nothing to do.
 fn nothing(args: &PutArgs, report: &Report) -> anyhow::Result<()> {
     if args.allow_empty || !report.is_empty() {
         return Ok(());

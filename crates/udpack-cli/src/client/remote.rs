@@ -252,7 +252,7 @@ async fn remove(
                         failures.tell();
                         *count += 1;
                         let (files, bytes) = (removed.files, removed.bytes);
-                        // What is gone is gone, whether or not somebody reads of it.
+                        // The removal is done even if standard output is closed.
                         output::unless_gone(if args.json {
                             output::json(&json!({
                                 "event": "removed", "removed": path.as_str(), "files": files, "bytes": bytes

@@ -1,5 +1,5 @@
-//! What a transfer tells while it runs and when it ends: results on standard output, the rest on standard
-//! error, and one verdict over all files.
+//! Reports a transfer while it runs and when it ends: results on standard output, the rest on standard
+//! error, and one exit code for all files.
 
 use std::collections::HashMap;
 use std::io::{self, IsTerminal as _};
@@ -77,7 +77,7 @@ impl Origins {
     }
 }
 
-/// What a dry run finds would become of something.
+/// The outcome that a dry run predicts for an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fate {
     Send,
@@ -111,7 +111,7 @@ impl Transfer {
     }
 }
 
-/// What happens beside the files of a transfer.
+/// Events beside those of the transfer's files.
 #[derive(Debug)]
 pub(super) enum Note {
     /// A directory or a link was made here.
@@ -131,12 +131,12 @@ pub(super) enum Note {
     },
 }
 
-/// What goes on beside a transfer, on tasks of its own.
+/// Work beside a transfer, on tasks of its own.
 #[derive(Debug)]
 pub(super) struct Beside {
-    /// What it tells, until it is over.
+    /// Its events, until it has ended.
     pub(super) notes: mpsc::Receiver<Note>,
-    /// Told when the transfer itself is over.
+    /// Signalled when the transfer itself has ended.
     pub(super) over: oneshot::Sender<()>,
 }
 
@@ -148,7 +148,7 @@ pub(super) struct Report {
     quiet: bool,
     /// Every file gets a line, however many there are and whoever reads them.
     each: bool,
-    /// Standard output is for something else.
+    /// Standard output carries a file.
     mute: bool,
     /// What happens to files that succeed: `stored`.
     did: &'static str,
@@ -218,7 +218,7 @@ impl Report {
         }
     }
 
-    /// Leaves standard output to something else.
+    /// Leaves standard output to a file.
     pub(super) fn mute(&mut self) {
         self.mute = true;
     }
@@ -270,7 +270,7 @@ impl Report {
                     }
                     continue;
                 }
-                // Nothing moves: that must show, too.
+                // Nothing moves: the display must show that, too.
                 _ = tick.tick() => {
                     meter.update(&transfer.progress());
                     continue;
@@ -346,7 +346,7 @@ impl Report {
                 path.clone_into(&mut outcome.path);
                 self.done(&origins.take(0), &outcome);
             }
-            // The reader has what it wanted.
+            // The reader closed its end.
             Err(FetchError {
                 cause: TransferError::Write(error),
                 ..

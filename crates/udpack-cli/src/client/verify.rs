@@ -173,7 +173,7 @@ async fn verify(
                 args.jobs,
                 |found| compare(remote.clone(), found),
                 |compared| {
-                    // Without the server there is nothing to compare with.
+                    // A comparison needs the server.
                     if let Err(error) = &compared.verdict
                         && matches!(Explained::of(error).kind, Kind::Network | Kind::Auth)
                     {
@@ -277,7 +277,7 @@ async fn file(remote: &Remote, name: &RelPath, compared: &mut Compared) -> anyho
     let theirs = remote.hash(name);
     let (ours, theirs) = tokio::join!(ours, theirs);
     let theirs = match theirs {
-        // Another kind of thing has the name.
+        // The name belongs to another kind of entry.
         Err(TransferError::Refused { code, .. })
             if matches!(code.as_str(), "is_directory" | "not_a_file") =>
         {
@@ -299,7 +299,7 @@ async fn file(remote: &Remote, name: &RelPath, compared: &mut Compared) -> anyho
     })
 }
 
-/// Takes a name that is not there for an answer.
+/// Turns `not_found` into `None`.
 pub(super) fn existing<T>(answer: Result<T, TransferError>) -> anyhow::Result<Option<T>> {
     match answer {
         Ok(found) => Ok(Some(found)),

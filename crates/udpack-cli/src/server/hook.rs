@@ -1,4 +1,4 @@
-//! The operator's program that is asked before a file is taken, and told of each that is stored.
+//! The operator's program, which is run before a file is accepted and after it is stored.
 //!
 //! It is run directly, by no shell, with one argument and what it needs to know in its environment: a name from
 //! a peer is never part of a command line. It gets none of the server's standard streams.
@@ -46,7 +46,7 @@ impl Hook for Program {
     }
 
     fn done(&self, stored: HookStored) {
-        // Wherever the program may go.
+        // Independent of the working directory.
         let file = std::path::absolute(&stored.file).unwrap_or(stored.file);
         let tenant = Tenant::peer(&Peer::new(stored.peer.clone()));
         let variables = vec![
@@ -102,7 +102,7 @@ impl Program {
         Ok(Some(ran.stdout).filter(|name| !name.is_empty()))
     }
 
-    /// Tells of a stored file. Returns at once; a failure is logged, and changes nothing.
+    /// Runs the program for a stored file. Returns at once; a failure is logged and changes nothing.
     fn tell(&self, tenant: Tenant, variables: Variables) {
         let program = self.clone();
         tokio::spawn(async move {
@@ -172,7 +172,7 @@ impl Ran {
                     child.wait().await?
                 }
                 status = child.wait() => {
-                    // What was written before the end is in the pipes by now.
+                    // Output written before the end is in the pipes by now.
                     let _ = tokio::time::timeout(GRACE, reading).await;
                     status?
                 }

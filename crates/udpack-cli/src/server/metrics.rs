@@ -68,7 +68,7 @@ impl Scrapes {
                     Ok((stream, _)) => stream,
                     Err(error) => {
                         tracing::debug!(%error, "no connection for metrics");
-                        // Out of file descriptors, say: that passes.
+                        // For example, no file descriptors are left; this is temporary.
                         tokio::time::sleep(Duration::from_millis(100)).await;
                         continue;
                     }

@@ -1,5 +1,5 @@
-//! What systemd, or anything that does as it does, wants of a service: a socket that it has bound, and words on how the
-//! service does (`sd_listen_fds`, `sd_notify`).
+//! The interface of systemd: a socket that it has bound, and notifications about the service's state
+//! (`sd_listen_fds`, `sd_notify`).
 
 use std::io;
 use std::net::UdpSocket;
@@ -11,7 +11,7 @@ use listenfd::ListenFd;
 
 use crate::exit::{Failure, Kind};
 
-/// The UDP socket that this process was started with, if it was started with any. What else it was given is told.
+/// The UDP socket that systemd passed to this process, if any. Other passed sockets are logged.
 pub(super) fn inherited(mut given: ListenFd) -> anyhow::Result<Option<UdpSocket>> {
     match given.len() {
         0 => return Ok(None),
@@ -31,16 +31,16 @@ pub(super) fn inherited(mut given: ListenFd) -> anyhow::Result<Option<UdpSocket>
     Ok(socket)
 }
 
-/// Whoever started this process and wants to hear how it does; nobody, mostly.
+/// The receiver of notifications, if there is one.
 #[derive(Debug)]
 pub(super) struct Watcher {
     to: Option<(UnixDatagram, SocketAddr)>,
-    /// How often it wants a sign of life.
+    /// The watchdog interval.
     pub(super) alive: Option<Duration>,
 }
 
 impl Watcher {
-    /// As the environment says. What cannot be done is told, and is no reason not to serve.
+    /// Reads the environment. Errors are logged and do not stop the server.
     pub(super) fn from_env() -> Self {
         let to = std::env::var_os("NOTIFY_SOCKET").and_then(|name| {
             let name = name.as_encoded_bytes();
@@ -60,7 +60,7 @@ impl Watcher {
         let for_us =
             std::env::var("WATCHDOG_PID").map_or(true, |pid| pid.parse() == Ok(std::process::id()));
         let alive = std::env::var("WATCHDOG_USEC").ok().filter(|_| for_us);
-        // Twice as often as it is looked for.
+        // Twice in each watchdog interval.
         let alive = alive.and_then(|micros| micros.parse().ok());
         Self {
             to,
@@ -68,7 +68,7 @@ impl Watcher {
         }
     }
 
-    /// Tells it.
+    /// Sends a notification.
     pub(super) fn tell(&self, state: &str) {
         let Some((socket, address)) = &self.to else {
             return;
@@ -78,7 +78,7 @@ impl Watcher {
         }
     }
 
-    /// Gives signs of life for ever, where they are wanted.
+    /// Sends watchdog notifications for ever, if they are requested.
     pub(super) async fn live(&self) {
         let Some(every) = self.alive.filter(|every| !every.is_zero()) else {
             return std::future::pending().await;

@@ -159,7 +159,7 @@ fn revoke(args: &TokenRevokeArgs) -> anyhow::Result<()> {
     })
 }
 
-/// Tells what the operator asked for that cannot be from a file that is not sound.
+/// Distinguishes an impossible request of the operator from a damaged file.
 fn unfit(error: TokenFileError) -> anyhow::Error {
     let hint = match &error {
         TokenFileError::IdTaken { .. } => "choose another name, or revoke that one first",

@@ -69,7 +69,7 @@ fn remove(args: &UploadsPurgeArgs) -> anyhow::Result<()> {
     })
 }
 
-/// A directory that is not there has no uploads; more likely it was another that was meant.
+/// A missing directory has no uploads; probably another one was meant.
 fn existing(args: &UploadsDirArgs) -> anyhow::Result<&std::path::Path> {
     if args.dir.is_dir() {
         return Ok(&args.dir);

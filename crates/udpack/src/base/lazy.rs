@@ -1,4 +1,4 @@
-//! Room for what most sockets never use.
+//! A value that is boxed, and made only when it is first used: most sockets use few of these.
 
 /// A value in a box that is made when it is first needed.
 #[derive(Debug)]

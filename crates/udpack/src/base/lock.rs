@@ -1,4 +1,4 @@
-//! Locking that outlives a panic.
+//! A lock that ignores poisoning.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

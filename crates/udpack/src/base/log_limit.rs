@@ -1,14 +1,14 @@
-//! Keeps a peer from filling the log: so many lines a second, then a count of what was left out.
+//! Limits how many log lines a peer can cause each second, and counts those left out.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use crate::base::lock;
 
-/// Lines in one second that one source may cause.
+/// Log lines that one source may cause in one second.
 const LINES: u32 = 5;
 
-/// Lets through a few lines a second.
+/// A limiter for log lines.
 #[derive(Debug, Default)]
 pub(crate) struct LogLimit {
     state: Mutex<State>,
@@ -22,7 +22,7 @@ struct State {
 }
 
 impl LogLimit {
-    /// Whether a line may be written now: then with the number of lines left out since the last one.
+    /// Returns the number of lines left out since the last one if a line may be written now, else `None`.
     pub(crate) fn line(&self) -> Option<u64> {
         self.line_at(Instant::now())
     }

@@ -1,8 +1,8 @@
 //! [`Pool`]: places for the work that peers cause, divided among those who cause it.
 //!
-//! A pool holds a fixed number of places. Whoever begins some work takes one for its [`Tenant`] and gives it back by
+//! A pool holds a fixed number of places. A caller takes one for its [`Tenant`] before some work and gives it back by
 //! dropping it. Each tenant has a minimum, and a part of the places is kept for the minimums alone, so a tenant that
-//! takes all it can get leaves room for the next one. Who finds no place may wait in a queue of bounded length; a place
+//! takes all it can get leaves room for the next one. A caller that finds no place may wait in a queue of bounded length; a place
 //! that becomes free goes to the tenant that holds the fewest.
 //!
 //! A pool knows nothing of what the places stand for: handshakes, sockets, files, processes, bytes. It keeps no state for
@@ -30,18 +30,18 @@ enum Kind {
 }
 
 impl Tenant {
-    /// Everybody at this address: one IPv4 address, or the /64 network of an IPv6 address. For what happens before a peer
-    /// is admitted.
+    /// All peers at this address: one IPv4 address, or the /64 network of an IPv6 address. Used before a peer is
+    /// admitted.
     pub fn address(address: IpAddr) -> Self {
         Self(Kind::Address(network(address)))
     }
 
-    /// Everybody with this identity.
+    /// All peers with this identity.
     pub(crate) fn identity(id: Arc<str>) -> Self {
         Self(Kind::Peer(id))
     }
 
-    /// Everybody whose address is not proved yet, together: anybody can send in the name of any address.
+    /// All peers whose address QUIC has not validated yet, as one tenant: a source address can be forged.
     pub(crate) fn unproved() -> Self {
         Self(Kind::Unproved)
     }
@@ -81,9 +81,9 @@ pub struct Shares {
     /// Places that no tenant takes beyond its minimum. The first `reserve / minimum` tenants are sure of their minimum,
     /// whatever the others hold.
     pub reserve: usize,
-    /// Most takers that wait, in all. A quarter of it is kept for tenants of whom nobody waits.
+    /// Largest number of waiting callers. A quarter of the queue is kept for tenants without a waiting caller.
     pub waiting: usize,
-    /// Most takers of one tenant that wait.
+    /// Largest number of waiting callers of one tenant.
     pub waiting_each: usize,
 }
 
@@ -147,11 +147,11 @@ struct State {
     beyond: usize,
     waiting: usize,
     tenants: HashMap<Tenant, Share>,
-    /// Counts those who got a place or came to wait.
+    /// The next ticket: one is drawn for each place that is assigned and each caller that begins to wait.
     ticket: u64,
 }
 
-/// What a tenant holds and awaits; never nothing of either.
+/// What a tenant holds and awaits; removed when both are zero.
 #[derive(Default)]
 struct Share {
     held: usize,
@@ -187,7 +187,7 @@ impl Pool {
         self.try_take_many(tenant, 1)
     }
 
-    /// So many places as one, if the tenant may have them at once; that it may not is no refusal.
+    /// Several places as one, if the tenant may have them at once. A `None` is not counted as a refusal.
     pub(crate) fn offer(&self, tenant: &Tenant, amount: usize) -> Option<Place> {
         let taken = self
             .inner
@@ -195,7 +195,7 @@ impl Pool {
         taken.then(|| self.place(tenant, amount))
     }
 
-    /// So many places as one, all or none.
+    /// Several places as one, all or none.
     ///
     /// # Errors
     /// When the tenant may not have them all at once.
@@ -215,7 +215,7 @@ impl Pool {
         self.take_many(tenant, 1).await
     }
 
-    /// So many places as one; waits in the queue until there are all. More than a tenant may ever hold are cut to that.
+    /// Several places as one; waits in the queue until all are free. A number above the tenant's maximum is reduced to it.
     ///
     /// # Errors
     /// When the queue is full.
@@ -258,12 +258,12 @@ impl Pool {
         state.tenants.get(tenant).map_or(0, |share| share.held)
     }
 
-    /// Takers that wait.
+    /// Callers that wait.
     pub fn waiting(&self) -> usize {
         lock(&self.inner.state).waiting
     }
 
-    /// Takers that were refused so far.
+    /// Callers that were refused so far.
     pub fn refused(&self) -> u64 {
         self.inner.refused.load(Ordering::Relaxed)
     }
@@ -314,7 +314,7 @@ impl Inner {
     fn take_at_once(&self, state: &mut State, tenant: &Tenant, amount: usize) -> bool {
         let share = state.tenants.get(tenant);
         let held = share.map_or(0, |share| share.held);
-        // Nobody overtakes those of the same tenant.
+        // A new caller does not overtake waiting callers of its tenant.
         if share.is_some_and(|share| !share.queue.is_empty())
             || !state.may(&self.shares, held, amount)
         {
@@ -324,7 +324,7 @@ impl Inner {
         true
     }
 
-    /// Changes the state so that places or turns may become free, and lets those have them who wait.
+    /// Applies a change that may free places, then assigns free places to waiting callers.
     fn free(self: &Arc<Self>, change: impl FnOnce(&mut State)) {
         let assigned = {
             let mut state = lock(&self.state);
@@ -337,7 +337,7 @@ impl Inner {
                 tenant,
                 amount: waiter.amount,
             };
-            // Who waits no longer lets it drop, which brings it back here.
+            // If the receiver is gone, the place is dropped here, which runs this function again.
             drop(waiter.give.send(place));
         }
     }
@@ -420,7 +420,7 @@ impl State {
         Some((self.ticket, given))
     }
 
-    /// Who no longer waits leaves the queue.
+    /// Removes a caller that no longer waits from the queue.
     fn leave(&mut self, tenant: &Tenant, ticket: u64) {
         if let Some(share) = self.tenants.get_mut(tenant)
             && let Some(at) = share
@@ -434,7 +434,7 @@ impl State {
         }
     }
 
-    /// Gives free places to those who wait: the tenant that holds the fewest first, of these the one that got a place
+    /// Assigns free places to waiting callers: the tenant that holds the fewest first, of these the one that got a place
     /// the longest ago.
     fn assign(&mut self, shares: &Shares) -> Vec<(Tenant, Waiter)> {
         let mut assigned = Vec::new();
@@ -472,7 +472,7 @@ fn beyond(shares: &Shares, held: usize) -> usize {
     held.saturating_sub(shares.minimum)
 }
 
-/// Somebody in the queue, who leaves it when dropped.
+/// A waiting caller; dropping it leaves the queue.
 struct Queued<'a> {
     pool: &'a Pool,
     tenant: &'a Tenant,
@@ -533,7 +533,7 @@ pub struct PoolFull {
 }
 
 impl PoolFull {
-    /// Whether it is the tenant itself who holds all that it may.
+    /// Whether the tenant itself holds all that it may.
     pub fn is_own(&self) -> bool {
         self.own.is_some()
     }

@@ -1,9 +1,9 @@
-//! Numbers that many threads count into at once.
+//! Counters that many threads increment at once.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-/// Threads that count without being in each other's way.
+/// How many threads can count without sharing a cache line.
 const LINES: usize = 16;
 
 /// `N` numbers. Shared by all sockets of a server they lie in several lines of cache, so that threads need not take
@@ -14,7 +14,7 @@ pub(crate) enum Numbers<const N: usize> {
     Spread(Box<[Line<N>; LINES]>),
 }
 
-/// Two lines, because processors fetch them in pairs.
+/// Two cache lines, because processors fetch them in pairs.
 #[derive(Debug)]
 #[repr(align(128))]
 pub(crate) struct Line<const N: usize>([AtomicU64; N]);
@@ -44,7 +44,7 @@ impl<const N: usize> Numbers<N> {
         }
     }
 
-    /// Number `at`; 0 while more was seen to be taken away than added, by threads that are not done.
+    /// Counter `at`; 0 while concurrent threads have subtracted more than is added so far.
     pub(crate) fn get(&self, at: usize) -> u64 {
         let of = |numbers: &[AtomicU64; N]| {
             let number = numbers.get(at);
@@ -63,7 +63,7 @@ impl<const N: usize> Numbers<N> {
     }
 }
 
-/// Where this thread counts.
+/// The shard of this thread.
 #[inline]
 fn line() -> usize {
     static NEXT: AtomicUsize = AtomicUsize::new(0);

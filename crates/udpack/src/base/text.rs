@@ -1,4 +1,4 @@
-//! Text of a peer made safe to show: the one place that says what a terminal or a log may get as it is.
+//! Makes text from a peer safe to print: decides which characters a terminal or a log receives unescaped.
 //!
 //! Names, reasons and messages come from the other side. Printed as they are they could move the cursor, change
 //! colours and titles, reorder what stands beside them, or hide in it. Whoever prints such text passes it through
@@ -6,10 +6,10 @@
 
 use std::borrow::Cow;
 
-/// Stands where text was cut.
+/// The mark where text was cut.
 const CUT: char = '…';
 
-/// Whether this character can be shown as it is: it is seen, and leaves alone how others are shown.
+/// Whether this character can be printed unescaped: it is visible and does not change how others are displayed.
 ///
 /// Not so are control characters (C0, DEL, C1), line and paragraph separators, bidirectional controls, zero-width
 /// characters, fillers, tags and noncharacters. Variation selectors are: ordinary emoji and Japanese names carry them.
@@ -32,7 +32,7 @@ fn is_invisible(c: char) -> bool {
 
 /// The text with everything escaped that is not [printable](is_printable): `\n`, `\u{1b}`.
 ///
-/// It takes one line and is as long as it needs to be.
+/// The result has one line and any length.
 pub fn printable(text: &str) -> Cow<'_, str> {
     if text.chars().all(is_printable) {
         return Cow::Borrowed(text);
@@ -47,7 +47,7 @@ pub fn printable(text: &str) -> Cow<'_, str> {
 /// As [`printable`], and cut to at most `limit` bytes; `…` stands where something is missing.
 pub fn printable_within(text: &str, limit: usize) -> String {
     let mut out = String::with_capacity(text.len().min(limit));
-    // As much as fits with the mark of a cut behind it.
+    // The longest prefix that leaves room for the mark.
     let mut whole = 0;
     for c in text.chars() {
         push(&mut out, c);

@@ -1,7 +1,7 @@
 //! [`Asked`]: a request of the peer for a program that reads its channel itself, without a [`Router`](crate::Router).
 //!
-//! `recv` hands out the message alone; what the asker says of its request later (`$cancel`) and how long it waits would be
-//! lost. This keeps both. What the answer is and when work begins are the program's business.
+//! `recv` returns the message alone, without its deadline and without a later `$cancel`. This type keeps both. The program
+//! decides what to answer and when to begin.
 
 use std::fmt;
 use std::future::Future;
@@ -14,7 +14,7 @@ use crate::serve::handlers::{Answered, cancelled, late, next};
 use crate::wire::message::Message;
 
 impl Channel {
-    /// The next message as [`recv`](Self::recv) gives it; with a request comes what its asker says of it.
+    /// The next message as [`recv`](Self::recv) gives it; a request comes with its deadline and cancellation.
     ///
     /// `$cancel` is seen only while somebody reads: a program that works on requests goes on reading meanwhile.
     ///
@@ -41,7 +41,7 @@ impl Channel {
     }
 }
 
-/// What the asker of a request says of it. Dropping it forgets the request; answer it by
+/// A request's deadline and cancellation. Dropping it forgets the request; answer it by
 /// [`Channel::reply`] or [`Channel::fault`].
 #[must_use = "a request that is forgotten is never cancelled"]
 pub struct Asked {
@@ -51,7 +51,7 @@ pub struct Asked {
 }
 
 impl Asked {
-    /// When the asker stops waiting, if it said so.
+    /// The requester's deadline, if it gave one.
     pub fn deadline(&self) -> Option<Instant> {
         self.deadline
     }

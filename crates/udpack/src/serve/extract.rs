@@ -18,13 +18,13 @@ use crate::wire::message::Message;
 
 /// Something that a handler may take as any of its arguments.
 pub trait Extract: Sized + Send {
-    /// Takes it out of what is known of the message.
+    /// Extracts it from the message and its context.
     ///
     /// # Errors
     /// A fault, when it is not there: the handler does not run, and a request is refused with it.
     fn extract(cx: &Context) -> Result<Self, Fault>;
 
-    /// What must be in the router's state for this to be there, by the name of its type, and is not.
+    /// The name of the type that this needs from the router's state and that is missing there.
     fn missing(state: &Extensions) -> Option<&'static str> {
         let _ = state;
         None
@@ -160,8 +160,8 @@ pub trait Handler<M>: Send + Sync + 'static {
     fn missing(state: &Extensions) -> Option<&'static str>;
 }
 
-/// A [`Handler`] whose first argument is an [`Event`]: it need not be told the event's name, and returns what
-/// the event's type says.
+/// A [`Handler`] whose first argument is an [`Event`], which gives the event's name and the type of the
+/// reply.
 pub trait EventHandler<M>: Handler<M> {
     /// The event it handles.
     type Event: Event;

@@ -92,8 +92,8 @@ impl Context {
     }
 }
 
-/// What a handler answers with: a value, a fault, or a stream of items. Middleware sees it; nobody is told it
-/// when the message was no request.
+/// What a handler answers with: a value, a fault, or a stream of items. Middleware sees it; it is
+/// not sent when the message was no request.
 pub struct Answer(Kind);
 
 enum Kind {
@@ -324,7 +324,7 @@ impl fmt::Debug for Handlers {
     }
 }
 
-/// Lets handlers use `?` on the library's errors: whoever asked is told as `internal`.
+/// Lets handlers use `?` on the library's errors: the requester gets `internal`.
 macro_rules! internal_faults {
     ($($error:ty),*) => {$(
         impl From<$error> for Fault {
@@ -362,7 +362,7 @@ pub(crate) async fn serve(channel: Channel, router: Arc<Router>) -> Result<(), U
 /// Why a router no longer serves a channel.
 pub(crate) enum Unserved {
     Ended(RecvError),
-    /// What an open hook said.
+    /// The error of an open hook.
     Hook(String),
 }
 
@@ -401,7 +401,7 @@ async fn serve_messages(channel: Channel, router: Arc<Router>) -> Result<(), Rec
     let at_once = router.at_once();
     let router = Routed::new(router);
     let mut running = FuturesUnordered::<Job>::new();
-    // What `read_on` found: nothing more is to be read until a handler is through.
+    // Why `read_on` stopped: nothing more is read until a handler has finished.
     let mut full = false;
     let mut end = None;
     loop {
@@ -418,7 +418,7 @@ async fn serve_messages(channel: Channel, router: Arc<Router>) -> Result<(), Rec
                 Ok(Some((message, begun))) => {
                     let id = begun.map(|begun| begun.id);
                     let mut work = work(&channel, &router, message, begun);
-                    // Most are through at once, and need nothing of what follows.
+                    // Most handlers finish at once and need nothing of what follows.
                     if poll_fn(|cx| Poll::Ready(work.as_mut().poll(cx))).await.is_pending() {
                         running.push(job(&channel, work, id));
                     }
@@ -456,7 +456,7 @@ pub(crate) async fn next(channel: &Channel) -> Result<Option<(Message, Option<Be
     }
 }
 
-/// Reads into the backlog while handlers run, so that what concerns them is seen; says why it stopped.
+/// Reads into the backlog while handlers run, so that `$cancel` takes effect; returns why it stopped.
 async fn read_on(channel: &Channel) -> NoReply {
     match channel.until(|_| None::<std::convert::Infallible>).await {
         Err(stop) => stop,
@@ -464,7 +464,7 @@ async fn read_on(channel: &Channel) -> NoReply {
     }
 }
 
-/// The peer gave a request up and its handler is gone: say so if there is room, for nobody waits for it.
+/// The peer cancelled a request and its handler was dropped: confirm that if the queue has room; nothing waits for it.
 pub(crate) fn cancelled(channel: &Channel, id: u64) {
     let session = channel.session();
     let fault = Fault::new(Fault::CANCELLED, "the request was given up");
@@ -517,7 +517,7 @@ struct Asked {
     deadline: Option<Instant>,
 }
 
-/// Work that has begun, until it is through or its request is given up.
+/// Work that has begun, until it finishes or its request is cancelled.
 fn job(channel: &Channel, work: BoxFuture<'static, ()>, id: Option<u64>) -> Job {
     let Some(id) = id else {
         return Box::pin(work.map(Ok));
@@ -542,7 +542,7 @@ impl Drop for Answered {
     }
 }
 
-/// Handles a message that nobody waits to see answered.
+/// Handles a message that is not a request.
 async fn event(channel: &Channel, router: Routed, message: Message) {
     if ProtocolEvent::Gap.is(&message) {
         return gap(channel, &router, message).await;
@@ -558,7 +558,7 @@ async fn event(channel: &Channel, router: Routed, message: Message) {
     }
 }
 
-/// Tells that messages of a room are missing here.
+/// Reports a gap in a room's messages.
 async fn gap(channel: &Channel, router: &Routed, message: Message) {
     let Ok(gap) = Gap::decode(&message) else {
         return;
@@ -598,7 +598,7 @@ async fn request(
         // What is rare is in boxes: the future of each request is moved there, with the room for all it may do.
         Kind::Stream(stream) => match Box::pin(stream_out(channel, id, stream, deadline)).await {
             Ok(true) => Ok(vec![0xc0]),
-            // The channel is over or nobody listens any more.
+            // The channel is closed or the requester no longer waits.
             Ok(false) => return,
             Err(fault) => Err(fault),
         },
@@ -688,7 +688,7 @@ fn context(channel: &Channel, router: &Routed, message: Message, asked: Option<&
     }
 }
 
-/// Sends the items of an answer; `false` when there is nobody to send them to.
+/// Sends the items of an answer; `false` when the requester no longer waits.
 async fn stream_out(
     channel: &Channel,
     id: u64,
@@ -731,7 +731,7 @@ fn log(channel: &Channel, message: &Message, fault: &Fault) {
 }
 
 fn after(time: Instant, patience: Duration) -> Instant {
-    // Whatever cannot be told is as good as never.
+    // A deadline beyond the clock's range is no deadline.
     time.checked_add(patience)
         .unwrap_or_else(|| time + Duration::from_secs(1 << 30))
 }

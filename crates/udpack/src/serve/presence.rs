@@ -1,10 +1,10 @@
-//! Presence: who is in a room, with what they say about themselves, told to all members as it changes.
+//! Presence: the members of a room with their metadata, sent to all members as it changes.
 //!
 //! An entry belongs to a session: it outlives a lost connection for as long as the session may come back, and
-//! saying the same again changes nothing, so a resume shows nobody leaving or joining.
+//! tracking the same metadata again changes nothing, so a resume shows nobody leaving or joining.
 //!
 //! Each member is sent the whole state first and changes from then on. A member with no room in its queue gets
-//! the whole state again instead, the latest only, so that it is never out of date for longer than it is slow.
+//! the whole state again instead, the latest only, so that it is up to date as soon as it has caught up.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
@@ -40,7 +40,7 @@ const ROOM_ELEMENTS: usize = 60_000;
 pub(crate) struct Presence {
     entries: BTreeMap<SessionId, Entry>,
     /// Members that have been sent the state.
-    told: HashSet<u64>,
+    informed: HashSet<u64>,
     bytes: usize,
     elements: usize,
 }
@@ -69,10 +69,10 @@ struct TrackedTable {
 }
 
 impl Tracked {
-    /// Says whether the session was not tracked anywhere: then somebody must wait for its end.
+    /// Returns whether the session was not tracked before: then a task must wait for its end.
     fn add(&self, session: &SessionId, room: &Arc<str>) -> bool {
         let mut table = lock(&self.table);
-        // An empty set stays for as long as the session: somebody waits for its end already.
+        // An empty set stays for as long as the session, because a task already waits for its end.
         let first = !table.rooms.contains_key(session);
         let rooms = table.rooms.entry(session.clone()).or_default();
         rooms.insert(room.clone());
@@ -180,9 +180,9 @@ impl Rooms {
         tasks.spawn_on(over, &self.directory().runtime);
     }
 
-    /// A session goes on over connection number `link`: what it had tracked on channels that ended with an earlier
+    /// A session goes on over connection number `connection`: what it had tracked on channels that ended with an earlier
     /// one leaves, unless it is tracked again in time.
-    pub(super) fn expect_again(&self, session: &Arc<Session>, link: u64) {
+    pub(super) fn expect_again(&self, session: &Arc<Session>, connection: u64) {
         let id = session.id();
         let directory = self.directory();
         if directory.tracked.rooms(&id).is_empty() {
@@ -193,7 +193,7 @@ impl Rooms {
         let late = async move {
             tokio::select! {
                 () = tokio::time::sleep(session.timeouts.presence) => {}
-                // Then everything of it goes anyway.
+                // Then all its entries are removed anyway.
                 _ = session.end.wait() => return,
             }
             if let Some(directory) = directory.upgrade()
@@ -201,7 +201,7 @@ impl Rooms {
             {
                 for name in directory.tracked.rooms(&id) {
                     directory.clear(&name, &id, |entry| {
-                        entry.lost.is_some_and(|lost| lost < link)
+                        entry.lost.is_some_and(|lost| lost < connection)
                     });
                 }
             }
@@ -247,7 +247,7 @@ impl Room {
     /// Sends the state to a new member, if there is any.
     pub(crate) fn greet(&self, guest: &Guest) {
         let mut presence = lock(&self.presence);
-        if !presence.is_empty() && !presence.told.contains(&guest.key) {
+        if !presence.is_empty() && !presence.informed.contains(&guest.key) {
             let mut state = None;
             self.tell_state(&mut presence, guest, &mut state);
         }
@@ -296,7 +296,7 @@ impl Room {
         let session = &guest.session_id;
         {
             let mut presence = lock(&self.presence);
-            presence.told.remove(&guest.key);
+            presence.informed.remove(&guest.key);
             if lost.is_some()
                 && let Some(entry) = presence.entries.get_mut(session)
                 && entry.guest == guest.key
@@ -329,14 +329,14 @@ impl Room {
         true
     }
 
-    /// Tells every member: what has changed, or everything if that is not enough.
+    /// Sends every member the change, or the whole state where a change is not enough.
     fn announce(&self, presence: &mut Presence, diff: &Encoded) {
         let mut state = None;
         for guest in self.guests().iter() {
             let limit = guest.session.frame_limit();
-            let told = presence.told.contains(&guest.key)
+            let informed = presence.informed.contains(&guest.key)
                 && matches!(guest.outbox.try_encoded(diff, limit), Ok(true));
-            if !told {
+            if !informed {
                 self.tell_state(presence, guest, &mut state);
             }
         }
@@ -361,10 +361,10 @@ impl Room {
             false,
         ) {
             Push::Queued { .. } => {
-                presence.told.insert(guest.key);
+                presence.informed.insert(guest.key);
             }
             Push::Lost => {
-                presence.told.remove(&guest.key);
+                presence.informed.remove(&guest.key);
                 if let Some(left_out) = guest.session.log_limit.line() {
                     tracing::warn!(left_out, "a presence is larger than the peer's frames");
                 }
@@ -422,7 +422,7 @@ fn write_len<R>(write: impl FnOnce(&mut Vec<u8>, u32) -> R, data: &mut Vec<u8>, 
     let _ = write(data, u32::try_from(len).unwrap_or(u32::MAX));
 }
 
-/// Who is present in one room, as its members are told: feed it every message of the channel.
+/// Who is present in one room, built from the messages of a channel: pass every message to [`apply`](Self::apply).
 ///
 /// A peer is known by its id and has one meta for each of its sessions. What a server may put in here is bounded:
 /// entries beyond 1 MiB in all are left out.
@@ -501,14 +501,14 @@ impl PresenceMap {
 
     /// Takes a message in and says what it changed; `None` for a message that is not about this room's presence.
     pub fn apply(&mut self, message: &Message) -> Option<PresenceDiff> {
-        let told = match message.event() {
+        let lists = match message.event() {
             STATE => self.read(message, &["entries"]),
             DIFF => self.read(message, &["joins", "leaves"]),
             _ => return None,
         };
-        let mut told = told.ok()?.into_iter();
+        let mut lists = lists.ok()?.into_iter();
         let mut diff = PresenceDiff::default();
-        match (message.event(), told.next()?, told.next()) {
+        match (message.event(), lists.next()?, lists.next()) {
             (STATE, entries, _) => self.replace(entries, &mut diff),
             (_, joins, leaves) => {
                 for entry in leaves.into_iter().flatten() {

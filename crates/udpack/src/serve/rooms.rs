@@ -1,8 +1,8 @@
-//! Rooms: one message, encoded once, to many channels of a server; nobody waits for the slowest.
+//! Rooms: one message, encoded once, for many channels of a server; sending never waits for a slow member.
 //!
 //! A room is a list of channels. To send, the list is taken as it stands (one pointer is copied) and the same
-//! bytes are queued for each member in turn, without any lock but that member's own. What a member has no room
-//! for is the room's policy's business ([`Overflow`]).
+//! bytes are queued for each member in turn, without any lock but that member's own. The room's policy decides what happens where
+//! a member's queue is full ([`Overflow`]).
 //!
 //! Order of locks: the table, then a guest's list of rooms, then a room's presence, then the tracked sessions, then
 //! an outbox. A seat is dropped with none of them held.
@@ -63,7 +63,7 @@ struct Table {
 /// One room, or one of the lists that are kept like one.
 pub(crate) struct Room {
     pub(crate) tag: Arc<Tag>,
-    /// What marks the state of the presence in a member's queue.
+    /// The key of the presence state in a member's queue.
     pub(crate) presence_tag: Arc<Tag>,
     /// In ascending order of their keys. Whoever sends takes the list as it stands.
     guests: Mutex<Arc<Vec<Arc<Guest>>>>,
@@ -71,17 +71,17 @@ pub(crate) struct Room {
     pub(crate) presence: Mutex<Presence>,
 }
 
-/// How a room is sent to.
+/// How messages to a room are sent.
 #[derive(Default)]
 struct Sending {
     /// As set by the application; such a room stays when it is empty.
     policy: Option<Overflow>,
-    /// When somebody last began to.
+    /// When a send last began.
     begun: Option<Instant>,
 }
 
 impl Sending {
-    /// Somebody begins to. Says whether the room was quiet before.
+    /// Records the begin of a send. Returns whether the room was idle before.
     fn begin(&mut self) -> bool {
         let now = Instant::now();
         let before = self.begun.replace(now);
@@ -89,14 +89,14 @@ impl Sending {
     }
 }
 
-/// A channel as the directory knows it; it does not keep the channel alive.
+/// A channel in the directory; it does not keep the channel alive.
 pub(crate) struct Guest {
     pub(crate) key: u64,
     pub(crate) session: Arc<Session>,
     pub(crate) session_id: SessionId,
     pub(crate) outbox: Arc<Outbox>,
     /// The number of the connection that the channel ends with, unless it is resumable.
-    link: Option<u64>,
+    connection: Option<u64>,
     channel: WeakChannel,
     name: Arc<str>,
     rooms: Mutex<Joined>,
@@ -109,7 +109,7 @@ enum Joined {
 }
 
 impl Joined {
-    /// The channel is over; gives its rooms up.
+    /// Leaves all rooms, because the channel has ended.
     fn end(&mut self) -> BTreeMap<Arc<str>, Arc<Room>> {
         match self {
             Self::In(rooms) => {
@@ -144,8 +144,8 @@ impl fmt::Debug for Seat {
 }
 
 impl Attached for Rooms {
-    fn resumed(&self, session: &Arc<Session>, link: u64) {
-        self.expect_again(session, link);
+    fn resumed(&self, session: &Arc<Session>, connection: u64) {
+        self.expect_again(session, connection);
     }
 }
 
@@ -375,7 +375,7 @@ impl<'a> Broadcast<'a> {
         let Some(room) = &self.room else {
             return sent;
         };
-        let (policy, quiet) = {
+        let (policy, idle) = {
             let mut sending = lock(&room.sending);
             (sending.policy.unwrap_or_default(), sending.begin())
         };
@@ -388,7 +388,7 @@ impl<'a> Broadcast<'a> {
             let dropped = sent.dropped;
             match guest
                 .outbox
-                .push_room(&room.tag, message.bytes(), limit, policy, quiet)
+                .push_room(&room.tag, message.bytes(), limit, policy, idle)
             {
                 Push::Queued { lost } => {
                     tally.one(Count::RoomSent);
@@ -514,7 +514,7 @@ impl fmt::Debug for Broadcast<'_> {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum JoinError {
-    /// The room's name is no name.
+    /// The room's name is not valid.
     #[error("room's {0}")]
     Name(#[from] NameError),
     /// The channel belongs to a client's socket: rooms are a server's.
@@ -605,7 +605,7 @@ impl Channel {
                 session: self.session().clone(),
                 session_id: self.session().id(),
                 outbox: self.outbox().clone(),
-                link: (!self.outbox().keeps()).then(|| self.session().link().1),
+                connection: (!self.outbox().keeps()).then(|| self.session().link().1),
                 channel: self.downgrade(),
                 name: self.name().into(),
                 rooms: Mutex::new(Joined::In(BTreeMap::new())),
@@ -672,9 +672,9 @@ impl Directory {
         }
         // A lost connection alone ends no presence: the session may come back.
         let session = &guest.session;
-        let lost = guest.link.filter(|link| {
+        let lost = guest.connection.filter(|connection| {
             let (conn, now) = session.link();
-            session.end.get().is_none() && (*link < now || conn.is_over())
+            session.end.get().is_none() && (*connection < now || conn.is_over())
         });
         for room in rooms.values() {
             self.part(guest, room, lost);
@@ -702,7 +702,7 @@ impl Directory {
         self.sweep(room);
     }
 
-    /// Removes a room that nobody needs any more.
+    /// Removes a room without members and policy.
     pub(crate) fn sweep(&self, room: &Arc<Room>) {
         lock(&self.table).sweep(room);
     }
@@ -759,7 +759,7 @@ impl Room {
         }
     }
 
-    /// Says whether nobody is left.
+    /// Returns whether no member is left.
     fn remove(&self, key: u64) -> bool {
         let mut guests = lock(&self.guests);
         if let Ok(at) = guests.binary_search_by_key(&key, |guest| guest.key) {

@@ -193,7 +193,7 @@ impl Router {
         self.table.keys()
     }
 
-    /// The type of a state that a handler needs and nobody gave.
+    /// The type of a state that a handler needs and that is missing.
     pub(crate) fn missing(&self) -> Option<&'static str> {
         self.needs.iter().find_map(|missing| missing(&self.state))
     }
@@ -245,11 +245,11 @@ fn route<M, H: Handler<M>>(handler: H) -> Route {
     Arc::new(move |cx| handler.call(cx))
 }
 
-/// A router as one channel has it. Each message holds it for a while: threads that serve different channels then need
-/// not take the count of who holds it from each other.
+/// A router as one channel has it. Each message holds a reference: with one `Arc` for each channel, threads that
+/// serve different channels do not share its reference count.
 pub(crate) type Routed = Arc<Arc<Router>>;
 
-/// What follows a piece of middleware: the next one, or the handler. See [`Router::wrap`].
+/// The next middleware or the handler. See [`Router::wrap`].
 pub struct Next {
     router: Routed,
     at: usize,

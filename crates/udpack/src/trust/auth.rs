@@ -1,4 +1,4 @@
-//! Who may come in: the verifier's interface, what it sees and what it answers, and what guessing costs.
+//! Authentication: the verifier's interface, what it is given, what it answers, and how guessing is slowed down.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -14,7 +14,7 @@ use crate::base::pool::{Tenant, network};
 use crate::wire::code::CloseCode;
 use crate::wire::control::HelloMessage;
 
-/// What a client presents when it wants to come in. Cheap to clone.
+/// What a client presents for authentication. Cheap to clone.
 #[derive(Clone)]
 pub struct Hello {
     inner: Arc<(HelloMessage, SocketAddr)>,
@@ -88,7 +88,7 @@ impl Peer {
         self
     }
 
-    /// Until when it is welcome; `None` without an end.
+    /// When its token expires; `None` if never.
     pub fn expires(&self) -> Option<SystemTime> {
         self.expires
     }
@@ -130,7 +130,7 @@ impl fmt::Debug for Peer {
     }
 }
 
-/// Who is known at a session; another token of the same identity may bring other claims.
+/// The identity of a session; a new token of the same identity may bring other claims.
 #[derive(Debug, Default)]
 pub(crate) struct PeerCell(RwLock<Option<Peer>>);
 
@@ -163,7 +163,7 @@ impl Deny {
         }
     }
 
-    /// The token was right and its time is over.
+    /// The token was right but has expired.
     pub fn auth_expired() -> Self {
         Self {
             code: CloseCode::AUTH_EXPIRED,
@@ -185,16 +185,16 @@ impl Deny {
     }
 }
 
-/// Decides who may come in.
+/// Decides which clients are admitted.
 ///
 /// Implemented for async closures that take a [`Hello`] and return `Result<Peer, Deny>`, and for
 /// [`TokenFile`](crate::TokenFile). A verifier that panics or does not answer within `Timeouts::auth` admits
 /// nobody.
 pub trait Authenticate: Send + Sync + 'static {
-    /// Looks at `hello` and says who this is, or refuses.
+    /// Checks `hello` and returns the peer's identity, or refuses.
     fn authenticate(&self, hello: Hello) -> BoxFuture<'static, Result<Peer, Deny>>;
 
-    /// Whether a peer that was let in is still welcome; `false` closes its socket with `auth_revoked`. Asked of
+    /// Whether an admitted peer's token is still valid; `false` closes its socket with `auth_revoked`. Asked of
     /// each socket every `Timeouts::recheck`; must not block. One that panics ends the socket. Defaults to
     /// `true`.
     fn is_valid(&self, peer: &Peer) -> bool {
@@ -222,7 +222,7 @@ impl Tenant {
 
 impl Authenticate for crate::trust::tokens::TokenFile {
     fn authenticate(&self, hello: Hello) -> BoxFuture<'static, Result<Peer, Deny>> {
-        // The time is looked at only when the token is right: who guesses learns nothing of it.
+        // The expiry is checked only when the token is right, so that a guess reveals nothing about it.
         let verdict = match self.find(hello.token()) {
             None => Err(Deny::auth_failed()),
             Some(entry) if entry.is_expired() => Err(Deny::auth_expired()),
@@ -237,11 +237,11 @@ impl Authenticate for crate::trust::tokens::TokenFile {
     }
 }
 
-/// Slows down those who guess, without shutting out who is right.
+/// Slows down guessing without locking out clients with a right token.
 ///
 /// Each wrong token adds 5 s to a time that runs down; an address with `failures` × 5 s of it is slow: its tokens wait for
-/// their turns, which are a pause apart, and only a few may wait. Right ones wait as wrong ones do: if they did not, who
-/// guesses would know at once. Only addresses that QUIC has validated get here, so nobody can slow down somebody else.
+/// their turns, which are a pause apart, and only a few may wait. Right ones wait as wrong ones do; otherwise a
+/// guesser would learn at once which is right. Only addresses that QUIC has validated are counted, so a forged address slows down nobody.
 #[derive(Debug)]
 pub(crate) struct Penalties {
     sources: Mutex<HashMap<IpAddr, Source>>,
@@ -249,19 +249,19 @@ pub(crate) struct Penalties {
     pause: Duration,
 }
 
-/// An address of which a token was wrong.
+/// An address that presented a wrong token.
 #[derive(Debug)]
 struct Source {
     /// When all its wrong tokens are forgotten.
     until: Instant,
-    /// The next turn that nobody has.
+    /// The next free turn.
     turn: Instant,
 }
 
 const SENTENCE: Duration = Duration::from_secs(5);
 const LONGEST: Duration = Duration::from_secs(600);
 const SOURCES: usize = 65_536;
-/// Turns of an address that may be waited for.
+/// How many tokens of one address may wait.
 const LINE: u32 = 4;
 
 impl Penalties {
@@ -273,7 +273,7 @@ impl Penalties {
         }
     }
 
-    /// When a token of this address may be looked at, if it must wait.
+    /// When a token of this address may be checked, if it must wait.
     pub(crate) fn turn(&self, address: IpAddr, now: Instant) -> Result<Option<Instant>, Slow> {
         let mut sources = lock(&self.sources);
         let Some(source) = sources.get_mut(&network(address)) else {

@@ -1,4 +1,4 @@
-//! What a server is, across restarts: one private key, kept in a directory.
+//! A server's identity across restarts: one private key, kept in a directory.
 //!
 //! The key is the identity. Certificates are made from it in memory and thrown away, and every
 //! other long-lived secret of an endpoint is derived from it, so that nothing else has to be kept.

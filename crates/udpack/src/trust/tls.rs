@@ -1,8 +1,8 @@
-//! The TLS 1.3 configurations of both sides: who a server proves to be, and what a client believes.
+//! The TLS 1.3 configurations of both sides: what a server proves, and what a client trusts.
 //!
 //! A server signs with its lasting key under a short-lived certificate that is replaced while the
-//! server runs. A client believes one pinned key or the platform's certificate authorities; there
-//! is no third way, and none that skips the check. 0-RTT is off on both sides: early data can be
+//! server runs. A client trusts one pinned key or the platform's certificate authorities; the
+//! check cannot be skipped. 0-RTT is off on both sides: early data can be
 //! replayed, and the first thing a client sends is its token.
 
 use std::fmt;
@@ -208,7 +208,7 @@ impl Issued {
     }
 }
 
-/// Believes one key and nothing else.
+/// Trusts one key and nothing else.
 ///
 /// Names, dates and authorities do not matter: the key is the identity. Only the end-entity's key
 /// counts, so the pinned certificate is worthless as an intermediate behind another one; and the

@@ -104,7 +104,7 @@ impl TokenFile {
 
     /// Whether `entry` is still in the file, with the same token.
     ///
-    /// For closing the connections of a token that was taken away.
+    /// Used to close the connections of a revoked token.
     pub fn contains(&self, entry: &TokenEntry) -> bool {
         let set = self.current();
         set.get(&entry.digest)
@@ -301,7 +301,7 @@ where
         if changed {
             return Ok(true);
         }
-        // Somebody who does not ask for the lock, such as an editor, was faster: once more with theirs.
+        // A program that does not take the lock, such as an editor, was faster: try again with its content.
     }
     Err(TokenFileError::Busy {
         path: path.to_owned(),
@@ -364,7 +364,7 @@ impl TokenEntry {
         self.expires.is_some_and(is_over)
     }
 
-    /// Who comes with this entry's token.
+    /// The peer that presents this entry's token.
     pub(crate) fn peer(&self) -> Peer {
         let mut peer = Peer::new(&self.id).with_claims(self.fields.clone());
         peer.digest = Some(self.digest);
@@ -821,7 +821,7 @@ const MAX_ID: usize = 64;
 const MAX_FILE: u64 = 256 * 1024 * 1024;
 /// How long one change of the file waits for another.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How often a change is tried against somebody who takes no lock.
+/// How often a change is retried against a program that takes no lock.
 const EDITS: usize = 10;
 const TICK: Duration = Duration::from_millis(100);
 const NO_DIGEST: Digest = [0; 32];

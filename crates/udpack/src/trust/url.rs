@@ -1,4 +1,4 @@
-//! The one line that tells a client everything: `udpack://TOKEN@HOST:PORT#sha256:HEX`.
+//! The URL that holds all a client needs: `udpack://TOKEN@HOST:PORT#sha256:HEX`.
 //!
 //! Nothing is percent-decoded. Every part has an alphabet that needs no escaping, and what is
 //! outside of it is refused, so that a line means the same to every program that reads it.
