@@ -820,7 +820,7 @@ impl Inner {
         there.is_file().then(|| there.len())
     }
 
-    /// Forgets interrupted uploads that somebody else removed.
+    /// Forgets interrupted uploads that another process removed.
     fn recount_suspended(&self) {
         let known: Vec<Key> = self.state().suspended.keys().cloned().collect();
         let gone = known.iter().filter(|key| !self.disk.is_staged(key));

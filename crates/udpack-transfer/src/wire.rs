@@ -100,7 +100,7 @@ pub struct Offer {
     pub path: String,
     /// Its size in bytes, if known.
     pub size: Option<u64>,
-    /// Modification time and permission bits, as far as told.
+    /// Modification time and permission bits, as far as known.
     pub meta: MetaFields,
     /// What to do when the name is taken.
     pub if_exists: IfExists,
@@ -167,7 +167,7 @@ pub struct DirOffer {
     pub id: u64,
     /// Where it shall be; not yet checked.
     pub path: String,
-    /// Modification time and permission bits, as far as told.
+    /// Modification time and permission bits, as far as known.
     pub meta: MetaFields,
     /// As of an [`Offer`], the last for the directory itself if it must be made.
     pub dirs: Vec<u32>,

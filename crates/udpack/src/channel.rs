@@ -443,7 +443,7 @@ impl Channel {
             .map_err(SendError::Closed)
     }
 
-    /// Closes both directions: what is queued still goes out, then the peer is told code and text.
+    /// Closes both directions: what is queued is still sent, then code and text.
     ///
     /// Acts at once; awaiting the result waits until the writer has ended. Calling it again, or on a channel
     /// that is already over, changes nothing: the first reason stays.
@@ -475,7 +475,7 @@ impl Channel {
     pub async fn closed(&self) -> CloseReason {
         let both_done = async {
             let _ = self.inner.outbox.wait_ended().await;
-            // The other direction's end is seen by whoever reads; the socket's end by everybody.
+            // A reader sees the other direction's end, everybody the socket's end.
             if self.is_resumable() {
                 self.inner.carrier.end.wait().await
             } else {

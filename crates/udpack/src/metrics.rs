@@ -1,7 +1,7 @@
 //! Metrics: what happened on a socket or a server, as counts.
 //!
 //! [`Tally`] counts with relaxed atomic additions, a socket's into its server's as well; nothing else runs
-//! unless somebody asks. [`Metrics`] is one reading, and [`Metrics::prometheus`] its text for a scraper.
+//! until a reading is asked for. [`Metrics`] is one reading, and [`Metrics::prometheus`] its text for a scraper.
 //! Names of peers never become labels: the number of series is fixed.
 
 pub(crate) mod speed;

@@ -46,7 +46,7 @@ use crate::wire::control::{GoAway, HelloMessage, ResumeTicket};
 
 /// Sockets that may wait for `accept`.
 const ACCEPT_QUEUE: usize = 128;
-/// What a client is told when the server drains.
+/// The close text when the server drains.
 const SHUTTING_DOWN: &str = "the server is shutting down";
 
 /// A bound server. A handle: clones share one server; when the last is dropped, the server closes at once.
@@ -103,9 +103,9 @@ struct Shared {
     /// What the sockets' windows may grow by.
     pool: Arc<windows::Pool>,
     socket_ended: Notify,
-    /// Places for those who are not let in yet, by address.
+    /// Places for peers that are not admitted yet, by address.
     handshakes: Pool,
-    /// Places for those who are told that there is none.
+    /// Places for refusals with a text.
     farewells: Pool,
     log_limit: LogLimit,
     draining: AtomicBool,
@@ -179,7 +179,7 @@ impl Server {
     /// The next admitted socket; `None` once the server is closed.
     ///
     /// Sockets queue here only when no handler is registered, or from the first call on. At most 128 wait;
-    /// further clients are told `server_busy`.
+    /// further clients are refused with `server_busy`.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -199,7 +199,7 @@ impl Server {
     }
 
     /// The socket of this session, if it is here: the id is what [`Socket::id`] and
-    /// [`Channel::session_id`](crate::Channel::session_id) say. Looks at all sockets in turn; to speak to somebody often, keep
+    /// [`Channel::session_id`](crate::Channel::session_id) say. Looks at all sockets in turn; to reach a client often, keep
     /// a handle or a room.
     pub fn socket(&self, id: &str) -> Option<Socket> {
         let mut sockets = self.sockets().into_iter();
@@ -213,7 +213,7 @@ impl Server {
 
     /// Closes the sockets of all peers that `whom` picks, at once and with `auth_revoked`. Returns how many.
     ///
-    /// A client that is just being let in is not among them: withdraw its token first, so that the verifier's
+    /// A client that is being admitted is not among them: revoke its token first, so that the verifier's
     /// `is_valid` finds it.
     pub fn revoke(&self, whom: impl Fn(&Peer) -> bool) -> usize {
         let revoked = self.sockets().into_iter();

@@ -80,14 +80,14 @@ impl fmt::Debug for SessionId {
     }
 }
 
-/// What proves that somebody who wants to resume a session was in it.
+/// The tickets of a session: a client that resumes it must present one.
 #[derive(Default)]
 pub(crate) struct Tickets {
     /// The one the client came with last; good until it has shown that it has the next.
     current: Option<[u8; 32]>,
     /// The one in the last `$welcome`.
     next: Option<[u8; 32]>,
-    /// When somebody last came with a good one.
+    /// When a valid one was last presented.
     shown: Option<Instant>,
 }
 
@@ -137,7 +137,7 @@ impl Tickets {
     }
 }
 
-/// What a server that goes away has said, and when it is this client's turn to leave it.
+/// The `$goaway` of a server, and when this client must leave it.
 #[derive(Debug, Clone)]
 pub(crate) struct Leaving {
     pub(crate) goaway: GoAway,
@@ -163,7 +163,7 @@ pub(crate) struct Session {
     pub(crate) admitted: Notify,
     /// The peer's agent text, set at the server.
     pub(crate) agent: OnceLock<String>,
-    /// At a server: what the peer is to be told about going away.
+    /// At a server: the `$goaway` to send.
     pub(crate) goaway: Mutex<Option<Box<GoAway>>>,
     pub(crate) received_goaway: Mutex<Option<Box<Leaving>>>,
     /// Which channels the peer has opened in this session.
@@ -434,7 +434,7 @@ impl Session {
             if self.welcome().is_some() {
                 return Ok(());
             }
-            // Who was let in and has left since was let in.
+            // A peer that was admitted and has left counts as admitted.
             tokio::select! {
                 biased;
                 () = admitted => {}

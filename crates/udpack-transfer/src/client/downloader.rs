@@ -178,7 +178,7 @@ impl Download {
         self.feed.next(|| self.context.progress()).await
     }
 
-    /// Tells how far it is, and how far each file is, to whoever wants to know: beside the events, and as often as asked
+    /// Returns a watcher of the progress, of the whole and of each file: beside the events, and as often as asked
     /// for.
     pub fn watch(&self) -> Watch {
         let context = Arc::downgrade(&self.context);

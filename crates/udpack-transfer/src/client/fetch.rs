@@ -1,7 +1,7 @@
 //! [`Fetch`]: one file of a server into memory, or into anything else that bytes can be written to.
 //!
 //! Nothing is stored on the way, so bytes are written before all of them are known to be right. The last ones are
-//! held back until they are: whoever has a whole file has the right one.
+//! held back until they are: a complete file is a verified one.
 
 use std::fmt;
 use std::io;
@@ -116,7 +116,7 @@ impl Fetch {
         self
     }
 
-    /// Puts here how far it is whenever bytes have come. Who watches sees the newest, however slow it is.
+    /// Stores the progress here whenever bytes have arrived. A slow watcher sees the latest value.
     pub fn progress(mut self, progress: watch::Sender<Progress>) -> Self {
         self.progress = Some(progress);
         self
@@ -307,7 +307,7 @@ impl<W: AsyncWrite + Unpin + ?Sized> Arriving<'_, W> {
         }
     }
 
-    /// Takes the next bytes; `told` is how many the server was told to be here already.
+    /// Takes the next bytes; `told` is how many the server knows to be here already.
     async fn chunk(&mut self, offset: u64, bytes: Bytes, told: u64) -> Result<(), TransferError> {
         let position = self.hasher.count();
         let size = self.file.map_or(0, |(size, _)| size);

@@ -1,6 +1,6 @@
 //! [`Link`]: a server to which a transfer comes back when the connection is lost.
 //!
-//! One link, one socket at a time: whoever needs it asks for it, and the first to find it gone connects
+//! One link, one socket at a time: each task that needs it asks for it, and the first to find it gone connects
 //! again while the others wait. What a reconnect cannot mend (a refused token, another key, another
 //! version) is final.
 
@@ -240,7 +240,7 @@ impl Link {
     pub fn live(&self) -> Option<Socket> {
         let socket = match &self.way {
             Way::Given(socket) => Some(socket.clone()),
-            // Whoever holds it is connecting.
+            // Its holder is connecting.
             Way::Dial { .. } => self.shared.state.try_lock().ok()?.socket.clone(),
         };
         socket.filter(|socket| socket.close_reason().is_none())
@@ -341,7 +341,7 @@ impl Lost {
         let reason = told
             .filter(|reason| reason.retry)
             .or_else(|| socket.close_reason())?;
-        // Over, so it is known whether it was ever let in.
+        // It has ended, so it is known whether it was ever admitted.
         if socket.close_reason().is_some()
             && let Err(reason) = socket.admitted().await
         {

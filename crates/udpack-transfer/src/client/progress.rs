@@ -14,7 +14,7 @@ use crate::client::link::{LinkEvent, LinkEvents};
 use crate::local::error::TransferError;
 use crate::store::{OtherTime, Synced};
 
-/// How often progress is told at most.
+/// How often progress is reported at most.
 const REPORT: Duration = Duration::from_millis(100);
 /// Events taken from the tasks at once, at most.
 const GATHERED: usize = 64;
@@ -84,7 +84,7 @@ pub struct Progress {
     pub files: usize,
     /// All files are listed: but for what is not [`sized`](Self::sized), the totals grow no more.
     pub listed: bool,
-    /// Every file listed so far has told its size. What is read to its end, such as standard input, counts in `total`
+    /// The size of every file listed so far is known. What is read to its end, such as standard input, counts in `total`
     /// only as far as it was read.
     pub sized: bool,
     /// Bytes that were transferred in this run, and have arrived: repetitions included, and nothing of what the other
@@ -116,7 +116,7 @@ pub struct Outcome {
     /// How it was put on the server's disk, if the server says so.
     pub sync: Option<Synced>,
     /// Its modification time, where the file system it is on cannot hold the one it should have. Nanoseconds that it
-    /// does not keep are not told.
+    /// does not keep are not reported.
     pub other_time: Option<OtherTime>,
     /// From the first offer to `done`.
     pub elapsed: Duration,
@@ -266,7 +266,7 @@ impl Progress {
 pub(crate) struct Feed {
     tasks: JoinSet<()>,
     happened: mpsc::Receiver<Event>,
-    /// Those taken together and not told yet, the next one last.
+    /// Those taken together and not reported yet, the next one last.
     gathered: Vec<Event>,
     /// `None` when nothing more will come.
     link_events: Option<LinkEvents>,
@@ -316,7 +316,7 @@ impl Feed {
                 }
                 _ = self.ticker.tick() => {
                     let now = progress();
-                    // The counters are ahead of the events: that all is done is told after the last of them.
+                    // The counters are ahead of the events: the end is reported after the last of them.
                     if !now.is_complete() && let Some(event) = self.changed(now) {
                         return Some(event);
                     }

@@ -49,9 +49,9 @@ pub(crate) struct Item {
     pub(crate) busy: Option<Instant>,
     /// When it was first offered.
     pub(crate) since: Option<Instant>,
-    /// Size and hash of the bytes that this source gave, as the server was last told with its `finish`.
+    /// Size and hash of the bytes that this source gave, as last sent in `finish`.
     pub(crate) told: Option<(u64, [u8; 32])>,
-    /// The modification time that the server was last told.
+    /// The modification time that was last sent to the server.
     pub(crate) mtime: Option<Time>,
     /// That was on a lane that was lost: the server may have stored it.
     pub(crate) unsure: bool,

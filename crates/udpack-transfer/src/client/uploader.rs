@@ -33,7 +33,7 @@ const SILENCE: Duration = Duration::from_secs(60);
 const ALIVE: Duration = Duration::from_secs(5);
 /// The longest range of an unfinished file that a server proves at once: what is longer is a finished one.
 const RANGE: u64 = 64 << 20;
-/// Bytes of a run, all lanes together, that at most are sent before the server has told what it has of their files: the
+/// Bytes of a run, all lanes together, that at most are sent before the server has said what it has of their files: the
 /// link has nothing else to carry then. Congestion control lets 38 KB out in the first round trip of a connection.
 const EARLY: u64 = 64 << 10;
 /// The longest chunk of these: nothing is known of the path yet.
@@ -182,7 +182,7 @@ impl Upload {
         self.shared.progress()
     }
 
-    /// Tells how far it is, and how far each file is, to whoever wants to know: beside the events, and as often as asked
+    /// Returns a watcher of the progress, of the whole and of each file: beside the events, and as often as asked
     /// for.
     pub fn watch(&self) -> Watch {
         let shared = Arc::downgrade(&self.shared);
@@ -255,7 +255,7 @@ impl Shared {
         self.under_way.resize(item.index, size);
     }
 
-    /// How many bytes of a file may go out before the server has told what it has of it, on a path with this
+    /// How many bytes of a file may be sent before the server has said what it has of it, on a path with this
     /// window: what does not leave before the answer is here would only be in the way of what follows.
     fn early(&self, item: &Item, window: u64) -> usize {
         // What was sent before is there, most likely.
@@ -501,7 +501,7 @@ async fn lane(shared: Arc<Shared>, events: mpsc::Sender<Event>) {
         let Err(error) = serve(&shared, &socket, next, &flight, &events).await else {
             return;
         };
-        // What was never let in is the link's business.
+        // The link handles a socket that was never admitted.
         let admitted = socket.admitted().await.is_ok();
         let left: Vec<_> = lock(&flight.files).drain().collect();
         let mends = link.mends(&error);
@@ -967,7 +967,7 @@ impl Lane<'_> {
         Ok(true)
     }
 
-    /// An entry is about to be offered; the first time this is told.
+    /// An entry is about to be offered; reported once.
     async fn start(self, claim: &mut Claim, size: Option<u64>) -> Source {
         // The file may have grown or shrunk since it was listed.
         if let Some(size) = size {

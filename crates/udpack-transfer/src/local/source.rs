@@ -34,7 +34,7 @@ const SAMPLE: usize = 4096;
 #[derive(Debug, Clone)]
 pub struct Source {
     remote: Box<str>,
-    /// Of a file, in bytes, where whoever listed it has looked.
+    /// Size of a file in bytes, if the listing has it.
     listed: Option<u64>,
     dirs: Arc<[u32]>,
     pub(crate) origin: Origin,
@@ -424,7 +424,7 @@ impl Opened {
         Ok(head)
     }
 
-    /// Reads on the blocking pool, hashing on the way, at most a few chunks ahead of whoever takes them.
+    /// Reads on the blocking pool, hashing on the way, at most a few chunks ahead of the reader.
     /// Dropping the receiver ends it. It holds the place for as long as it has the thread.
     ///
     /// Ranges of `have` that are equal here are passed over. Everything is read once, but for ranges that
@@ -759,7 +759,7 @@ impl Pump<'_> {
         }
     }
 
-    /// All of a file was read: whether what was read is one state of it, as far as can be told. Where only its times
+    /// All of a file was read: whether what was read is one state of it, as far as can be detected. Where only its times
     /// have moved, it is read once more.
     fn settled(&mut self, file: &mut File, before: &Metadata) -> Result<(), Stop> {
         let failed = |error| {
@@ -1107,7 +1107,7 @@ mod tests {
                 vec![range(0, 50), range(100, 200), range(300, all)],
                 vec![(0, 100), (200, 300)],
             ),
-            // One that was begun in the middle cannot be told equal any more.
+            // A file that was begun in the middle cannot be compared any more.
             (
                 100,
                 vec![range(0, 50), range(50, 200), range(300, all)],

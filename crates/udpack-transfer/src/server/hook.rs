@@ -10,7 +10,7 @@ use std::pin::Pin;
 pub struct HookOffer {
     /// The name in the store, valid, in its [text form](crate::base::names).
     pub path: String,
-    /// Its size in bytes, if told.
+    /// Its size in bytes, if known.
     pub size: Option<u64>,
     /// The id of the client's token.
     pub peer: String,
@@ -52,7 +52,7 @@ pub struct HookWhole {
 pub enum Access {
     /// To get a file, or its hash.
     Read,
-    /// To list a directory, or to be told of one entry.
+    /// To list a directory, or to stat one entry.
     List,
     /// To remove it, and what is below.
     Remove,
@@ -113,7 +113,7 @@ pub trait Hook: Send + Sync + 'static {
         offer: &'a HookOffer,
     ) -> Pin<Box<dyn Future<Output = Accepted> + Send + 'a>>;
 
-    /// Before what is there is read, listed or removed; `Err` is told to the client with `forbidden`. Of a directory that
+    /// Before what is there is read, listed or removed; `Err` is sent to the client with `forbidden`. Of a directory that
     /// is listed or removed it is asked once, not for each entry. Allows everything unless it is implemented.
     fn allow<'a>(&'a self, what: &'a HookAccess) -> Answer<'a> {
         let _ = what;
@@ -121,13 +121,13 @@ pub trait Hook: Send + Sync + 'static {
     }
 
     /// When all bytes of a file are here and are what the client sent, before the file has its name and the client its
-    /// `done`; `Err` removes it and is told to the client with `refused`. A file that is found to be there already is not
+    /// `done`; `Err` removes it and is sent to the client with `refused`. A file that is found to be there already is not
     /// asked about. Agrees unless it is implemented.
     fn verify<'a>(&'a self, whole: &'a HookWhole) -> Answer<'a> {
         let _ = whole;
         Box::pin(std::future::ready(Ok(())))
     }
 
-    /// After the file is stored and before or while the client is told. Must not block: start what takes time.
+    /// Called after the file is stored, before or while the client is notified. Must not block: start what takes time.
     fn done(&self, stored: HookStored);
 }

@@ -1,7 +1,7 @@
 //! The transfers of a server as others may watch them: the channel `transfers`.
 //!
 //! A watcher gets the list, then each change, coalesced: of several states of one job within a quarter of a
-//! second the latest. The end of a job is always told. Nobody waits for a watcher.
+//! second the latest. The end of a job is always sent. Transfers never wait for a watcher.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -14,7 +14,7 @@ use udpack::{Channel, CloseCode, Fault, Message, RecvError, SendError};
 
 use crate::server::scope::Scope;
 
-/// How often a job's progress is told at most.
+/// How often a job's progress is sent at most.
 const TICK: Duration = Duration::from_millis(250);
 /// Ended jobs that may wait for one watcher; one that is further behind is closed.
 const BACKLOG: usize = 16_384;
@@ -62,7 +62,7 @@ pub struct Transfer {
     pub running: Duration,
 }
 
-/// The transfers of a [`Receiver`](crate::Receiver), told whenever they change.
+/// Watches the transfers of a [`Receiver`](crate::Receiver).
 ///
 /// # Drop
 /// Ends nothing but the telling.
@@ -74,7 +74,7 @@ pub struct TransferWatch {
 }
 
 impl TransferWatch {
-    /// All that run now, as soon as one has begun, moved or ended since what was told last, and four times a second at
+    /// All that run now, as soon as one has begun, moved or ended since the last call, and four times a second at
     /// most. `None` when none runs and the server shuts down ([`Receiver::shutting_down`](crate::Receiver::shutting_down)).
     ///
     /// # Cancel safety
@@ -82,7 +82,7 @@ impl TransferWatch {
     pub async fn next(&mut self) -> Option<Vec<Transfer>> {
         loop {
             self.ticker.tick().await;
-            // Read first: what begins after it is told.
+            // Read first, so that what begins afterwards is reported.
             let over = self.jobs.inner.over.load(Ordering::Relaxed);
             let now = self.jobs.transfers();
             let state = |all: &[Transfer]| {
@@ -160,7 +160,7 @@ struct Ended {
 }
 
 impl Jobs {
-    /// A job begins. `cancel` is called when somebody cancels it, from any thread, perhaps more than once.
+    /// A job begins. `cancel` is called when it is cancelled, from any thread, perhaps more than once.
     pub(crate) fn start(
         &self,
         kind: JobKind,

@@ -55,7 +55,7 @@ pub(crate) async fn send_files(
         let failed = match sent {
             Ok(failed) => failed,
             Err(error) => {
-                // A client that cannot be told what became of it hears that by the end of the lane.
+                // A client to which the outcome cannot be sent learns it from the end of the lane.
                 if !error.is_closed() {
                     channel.close(CloseCode::FRAME_TOO_LARGE, error.to_string());
                 }

@@ -77,7 +77,7 @@ fn half(places: usize) -> Shares {
 /// The code of what finds no place and no room to wait for one, but for uploads.
 pub(crate) const TOO_MANY: &str = "too_many_requests";
 
-/// What a client is told that finds none.
+/// The refusal for a client that finds no place.
 pub(crate) fn too_many(what: &str, full: &PoolFull) -> String {
     format!("too many {what}: {full}, and as many wait as may")
 }
@@ -92,7 +92,7 @@ pub(crate) struct Slot {
 
 /// Whose share the work of this channel counts against.
 pub(crate) fn tenant(channel: &Channel) -> Tenant {
-    // Whoever has a channel was admitted.
+    // A peer with a channel was admitted.
     channel.peer().map_or_else(
         || Tenant::address(std::net::Ipv4Addr::UNSPECIFIED.into()),
         |peer| Tenant::peer(&peer),

@@ -182,7 +182,7 @@ impl Receiver {
         self.jobs.told()
     }
 
-    /// Cancels a transfer: its client is told `cancelled`, and what is there of an upload is removed. One that is being
+    /// Cancels a transfer: its client receives `cancelled`, and what is there of an upload is removed. One that is being
     /// checked runs to its end. `false` where none of this number runs.
     pub fn cancel(&self, id: u64) -> bool {
         self.jobs.cancel(id)
@@ -205,7 +205,7 @@ impl Receiver {
     /// Serves one lane until the client finishes it.
     ///
     /// # Errors
-    /// As [`Channel::recv`]. Failures of single files are told to the client and are no error here.
+    /// As [`Channel::recv`]. Failures of single files are sent to the client and are no error here.
     ///
     /// # Cancel safety
     /// Dropping the future ends the file that is open: it is put aside if it can be resumed, else removed.
@@ -225,7 +225,7 @@ impl Receiver {
         let peer = channel.peer();
         match self.scope(peer.as_ref()) {
             Ok(scope) => match Serving::new(self, channel, scope, peer).run().await {
-                // A client with nothing left to be told need not finish its lanes before it leaves.
+                // A client without outstanding outcomes need not finish its lanes before it leaves.
                 Err(error) if error.reason().code == CloseCode::NORMAL => Ok(()),
                 served => served,
             },
@@ -259,7 +259,7 @@ impl Receiver {
 pub(crate) struct NoScope;
 
 impl NoScope {
-    /// What the client is told.
+    /// The text for the client.
     pub(crate) const TEXT: &str = "the rights of this token are not understood";
 }
 

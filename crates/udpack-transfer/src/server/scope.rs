@@ -11,7 +11,7 @@ use crate::store::Tenant;
 /// The rights of one client.
 ///
 /// They stand in the fields of its token's entry: `scope=read,write,delete,admin`, `prefix=a/b`, `quota=10G`.
-/// A prefix is the client's root: all it names lies below, and it is told names without it, so that it
+/// A prefix is the client's root: all it names lies below, and it receives names without it, so that it
 /// cannot even find out what lies beside.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Scope {

@@ -1025,7 +1025,7 @@ fn stored_before(publisher: &Publisher, task: &mut Task) -> Option<Published> {
     None
 }
 
-/// The right to write an upload, waiting for an old writer that was told to let go.
+/// The right to write an upload, waiting for an old writer that was asked to stop.
 async fn claim(receiver: &Receiver, key: UploadKey, run: Option<[u8; 16]>) -> Option<Writer> {
     let claiming = async {
         loop {

@@ -309,7 +309,7 @@ impl TargetFile {
         }
     }
 
-    /// Its hash, when it may be told as stored.
+    /// Its hash, when it may be reported as stored.
     pub(crate) async fn hash(&self) -> Result<[u8; 32], StoreError> {
         match self {
             Self::Disk(existing) => existing.hash(&mut |_| {}),

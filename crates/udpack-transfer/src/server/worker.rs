@@ -60,11 +60,11 @@ pub(crate) enum Outcome {
         message: String,
         retry: bool,
     },
-    /// Somebody with the right to do so has cancelled it.
+    /// It was cancelled by its owner or an admin.
     Cancelled {
         id: u64,
     },
-    /// A download is on its way, or has failed and the client was told.
+    /// A download is under way, or has failed and the client was notified.
     Sent {
         id: u64,
         failed: Option<&'static str>,

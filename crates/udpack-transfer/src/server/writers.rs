@@ -2,7 +2,7 @@
 //!
 //! An upload belongs to one writer at a time. The same run of a client that comes back takes its own upload
 //! over at once, anybody of the same token does after the writer has been silent for a while, and everybody
-//! else is told `busy`. So two clients never push each other off.
+//! else receives `busy`. So two clients never displace each other.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -81,7 +81,7 @@ pub(crate) enum Claim {
     Writer(Writer),
     /// A live client writes it.
     Busy,
-    /// Its writer was told to let go; ask again when this is closed.
+    /// Its writer was asked to stop; try again when this is closed.
     Wait(watch::Receiver<()>),
 }
 
@@ -115,7 +115,7 @@ impl Pulse {
 }
 
 impl Writers {
-    /// Nobody writes yet. Who says nothing for `silent` may be replaced.
+    /// No writer yet. A writer that is silent for `silent` may be replaced.
     pub(crate) fn new(silent: Duration) -> Self {
         Self {
             silent,

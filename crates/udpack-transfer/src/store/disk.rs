@@ -210,7 +210,7 @@ impl Disk {
 
     /// Puts everything on disk that was written to the file system; how often that failed before.
     ///
-    /// A failure is told to one caller only, while it may concern the bytes of others, too: what was begun
+    /// The kernel reports a failure to one caller only, while it may concern the bytes of others, too: what was begun
     /// when [`losses`](Self::losses) was lower than what this returns must not be taken for stored.
     pub(super) fn sync_all(&self) -> io::Result<u64> {
         let mut losses = self.losses.lock().unwrap_or_else(PoisonError::into_inner);
@@ -657,7 +657,7 @@ impl Disk {
     }
 
     /// Makes interrupted uploads younger by time that no server saw, and none younger than now: they age by what
-    /// servers have seen, so that neither a clock that leaps nor a long pause removes what somebody may come back for.
+    /// servers have seen, so that neither a clock that leaps nor a long pause removes what a client may resume.
     fn forgive(&self, unseen: Duration) -> io::Result<()> {
         let now = SystemTime::now();
         for key in self.area().keys()? {
@@ -720,7 +720,7 @@ impl Disk {
                     tracing::warn!(name, %error, "cannot remove a stale staging file");
                 }
             }
-            // Nobody writes it, though somebody looks at it.
+            // No upload writes it, though another process reads it.
             Lock::Busy if alone => {
                 if let Some(held) = area.held(&key)? {
                     let kept = kept(area, &key, held)?;
@@ -1057,7 +1057,7 @@ fn lock_part(staging: &Dir, name: &str, access: OFlags) -> io::Result<Lock> {
     )
 }
 
-/// False when somebody else holds it.
+/// False when another process holds it.
 fn try_lock(file: &File) -> io::Result<bool> {
     match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(true),
@@ -1271,7 +1271,7 @@ fn create_lock(private: &Dir, shared: bool) -> Result<File, StoreError> {
         Err(errno) => return Err(setup("lock the directory", errno.into())),
     }
     if shared {
-        // Whoever used it last may have removed it before it was locked.
+        // Its last user may have removed it before it was locked.
         let held = rustix::fs::fstat(&lock).map_err(failed)?;
         if held.st_nlink == 0 {
             return Err(failed(Errno::NOENT));

@@ -1,4 +1,4 @@
-//! What the store refuses and what fails below it, with the code a client is told.
+//! Refusals of the store and failures below it, with the code that a client receives.
 //!
 //! Every text is fit to be sent to a peer: it holds the peer's own relative name and numbers, never
 //! a path of the server.
@@ -126,7 +126,7 @@ pub enum StoreError {
     /// The bytes received are not the bytes sent.
     #[error("hash mismatch: expected {}, got {}", Hex(expected), Hex(got))]
     HashMismatch {
-        /// BLAKE3 as told by the sender.
+        /// BLAKE3 as sent by the sender.
         expected: [u8; 32],
         /// BLAKE3 of what was received.
         got: [u8; 32],
@@ -184,7 +184,7 @@ pub enum StoreError {
     /// The sink cannot do it now, and may be able to later.
     #[error("the server's sink failed: {why}")]
     Unavailable {
-        /// What the client is told.
+        /// The text for the client.
         why: String,
     },
     /// An earlier write of this upload failed, so that it can only be dropped.

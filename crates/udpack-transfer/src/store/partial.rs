@@ -546,7 +546,7 @@ impl Partial {
             return Err(StoreError::HashMismatch { expected, got });
         }
         let body = self.body.clone();
-        // Waits for a checkpoint that runs: a failure to write would be told to only one of us.
+        // Waits for a checkpoint that runs: the kernel would report a failed write to only one of the two.
         let mut work = body.work();
         self.check()?;
         if self.end > self.position {
@@ -860,7 +860,7 @@ fn longest(held: u64) -> u64 {
     RANGE.saturating_mul(held.div_ceil(RANGE * RANGES).max(1))
 }
 
-/// Longest range whose hash is told by itself: what at most is sent again when one byte of it differs.
+/// Longest range with a hash of its own: the most that is sent again when one byte of it differs.
 const RANGE: u64 = 64 << 20;
 /// Ranges that an upload without gaps gives at most, half of what a message may hold; beyond, they get longer.
 const RANGES: u64 = 4_096;

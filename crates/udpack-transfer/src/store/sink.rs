@@ -240,7 +240,7 @@ pub struct NewUpload<'a> {
     pub path: &'a RelPath,
     /// The id of the client's token; empty where there is none.
     pub peer: &'a str,
-    /// Its size in bytes, if told.
+    /// Its size in bytes, if known.
     pub size: Option<u64>,
     /// Its modification time and mode, if told.
     pub meta: Meta,
@@ -285,7 +285,7 @@ pub enum Begun<U> {
 /// What a file has to be when all of it is here.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Expected {
-    /// Its size in bytes, if told.
+    /// Its size in bytes, if known.
     pub size: Option<u64>,
     /// BLAKE3 of all its bytes, if told.
     pub hash: Option<[u8; 32]>,

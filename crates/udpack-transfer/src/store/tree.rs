@@ -811,7 +811,7 @@ fn look(dir: &Dir, name: &OsStr, path: &str) -> io::Result<Option<Entry>> {
     Ok(Some(Entry::new(path.to_owned(), kind, &metadata, target)))
 }
 
-/// Where the link leads, if that may be told.
+/// The link's target, if the client may see it.
 fn target(dir: &Dir, name: &OsStr, path: &RelPath) -> Option<String> {
     let target = names::from_bytes(&raw_target(dir, name)?).into_owned();
     check_target(path, &target).ok().map(|()| target)

@@ -34,7 +34,7 @@ struct Open {
     short: bool,
     size: Option<u64>,
     next: u64,
-    /// What the client was told that we have, as (offset, end): it may pass over that.
+    /// Ranges that the client knows to be here, as (offset, end): it may skip them.
     have: Vec<(u64, u64)>,
 }
 
@@ -154,7 +154,7 @@ impl Lane {
         }
     }
 
-    /// The client was told that we have these ranges of the open file.
+    /// The client knows that these ranges of the open file are here.
     pub fn told(&mut self, id: u64, have: &Have) {
         if let State::Open(open) = &mut self.state
             && open.id == id
@@ -166,7 +166,7 @@ impl Lane {
         }
     }
 
-    /// A download failed on our side, and the client was told.
+    /// A download failed on this side, and the client was notified.
     pub fn unsent(&mut self, id: u64) {
         self.gets.remove(&id);
     }

@@ -1,6 +1,6 @@
 //! The requests of one channel, both ways: what has come for them, what waits, and the credit of their streams.
 //!
-//! Pure bookkeeping, kept by the inbox under its lock and fed by whoever reads the channel. It knows no
+//! Pure bookkeeping, kept by the inbox under its lock and fed by the reader of the channel. It knows no
 //! connection: requests outlive one where their channel does.
 
 use std::collections::{HashMap, VecDeque};
@@ -166,7 +166,7 @@ struct Flow {
 /// What became of a message of the protocol.
 #[derive(Debug)]
 pub(crate) enum Taken {
-    /// It concerns somebody who may wait for it.
+    /// A task may wait for it.
     Filed,
     /// The peer gave up this request: it may still stand in the backlog.
     Cancelled(u64),

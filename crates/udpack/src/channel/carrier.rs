@@ -77,7 +77,7 @@ pub(crate) struct ChannelKey {
 pub(crate) const WISHED: WakeFlag = WakeFlag(1);
 /// There is something to confirm.
 pub(crate) const CONFIRM: WakeFlag = WakeFlag(1 << 1);
-/// How far this side has come with one of the channels, as the peer is to be told.
+/// How far this side has read one of the channels, to be sent to the peer.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Confirm {
     /// Frames that it need not keep.
@@ -87,7 +87,7 @@ pub(crate) struct Confirm {
 }
 
 /// One connection of a session, with everything that it lends to those who use it. All of that returns together, because
-/// the session's next connection has a `Line` of its own: nothing need be handed back by whoever held it last.
+/// the session's next connection has a `Line` of its own: its last holder need not hand anything back.
 pub(crate) struct Line {
     conn: Connection,
     /// Whose turn it is to write, and how much bulk is under way.
@@ -130,7 +130,7 @@ pub(crate) struct Carrier {
     /// What wakes the session's task.
     pub(crate) wake: WakeFlags,
     pub(crate) registry: Registry,
-    /// What the peer is to be told of what was read.
+    /// Acknowledgements and passed marks that are not sent yet.
     confirms: Mutex<Lazy<HashMap<ChannelKey, Confirm>>>,
     pub(crate) receive: Receive,
     /// Writer tasks; each ends with its channel or with the connection.
@@ -321,14 +321,14 @@ impl Carrier {
         }
     }
 
-    /// The peer will be told that it need not keep the first `frames` of this channel.
+    /// Queues an acknowledgement: the peer need not keep the first `frames` of this channel.
     pub(crate) fn confirm_later(&self, key: Option<ChannelKey>, frames: u64) {
         if let Some(key) = key {
             self.tell_later(key, |confirm| confirm.received = Some(frames));
         }
     }
 
-    /// The peer will be told that the program has come to this mark of the channel.
+    /// Queues `$passed`: the program has read up to this mark of the channel.
     pub(crate) fn passed_later(&self, key: ChannelKey, mark: u64) {
         self.tell_later(key, |confirm| confirm.mark = Some(mark));
     }
@@ -342,7 +342,7 @@ impl Carrier {
         what(confirms.entry(key).or_default());
     }
 
-    /// What the peer is to be told now.
+    /// The acknowledgements and passed marks to send now.
     pub(crate) fn take_confirms(&self) -> HashMap<ChannelKey, Confirm> {
         lock(&self.confirms).take()
     }

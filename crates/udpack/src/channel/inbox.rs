@@ -1,4 +1,4 @@
-//! The receiving half of a channel: bytes from QUIC to messages, driven by whoever waits for one.
+//! The receiving half of a channel: bytes from QUIC to messages, driven by the task that waits for one.
 //!
 //! There is no reader task: `recv` and `request` pull on the same state, so unread bytes stay in QUIC's
 //! window and slow the peer down. All progress (a half-received frame, messages that arrived while a reply
@@ -136,7 +136,7 @@ struct Decided {
 struct Received {
     /// Frames since the channel began; one more when the peer has ended its direction.
     frames: u64,
-    /// What the peer was told of that.
+    /// The count that was last sent to the peer.
     told: u64,
     /// Bytes received since then.
     bytes: usize,
@@ -145,9 +145,9 @@ struct Received {
 }
 
 impl Received {
-    /// Received frames that the peer is told of at the latest.
+    /// Received frames after which an acknowledgement is due.
     const FRAMES: u64 = 256;
-    /// Received bytes that the peer is told of at the latest.
+    /// Received bytes after which an acknowledgement is due.
     const BYTES: usize = 128 << 10;
 
     fn tell(&mut self, key: Option<ChannelKey>, carrier: &Carrier) {
@@ -182,7 +182,7 @@ enum Step {
     Message(Message),
     /// A sound `$mark`. In a box, so that a step is no larger for it than a message is.
     Mark(Box<Message>),
-    /// A part of a request was filed; whoever waits for it should look.
+    /// A part of a request was filed; its waiting task should look.
     Filed,
     End(Ending),
 }
@@ -375,7 +375,7 @@ impl Inbox {
         }
     }
 
-    /// Ready at this time, for whoever waits by [`poll_calls`](Self::poll_calls).
+    /// Ready at this time, for a task that waits by [`poll_calls`](Self::poll_calls).
     pub(crate) fn poll_until(&self, until: Instant) -> Poll<()> {
         lock(&self.state).poll_alarm(until)
     }
@@ -391,7 +391,7 @@ impl Inbox {
         state.poll_decoded(cx, carrier, counters)
     }
 
-    /// The end of the receiving direction, for somebody who does not read: messages before it wait in the
+    /// The end of the receiving direction, for a task that does not read: messages before it wait in the
     /// backlog. `None` when that is full first.
     pub(crate) fn poll_end(
         &self,
@@ -452,7 +452,7 @@ impl State {
         }
     }
 
-    /// Keeps a message for whoever calls `recv` next.
+    /// Keeps a message for the next `recv`.
     fn put_back(&mut self, message: Message) {
         self.backlog_bytes += message.len();
         if let Some(id) = message.id() {

@@ -153,7 +153,7 @@ impl<T> Items<T> {
                 Ok(false) => {
                     let outbox = inner.outbox.clone();
                     self.granting = Some(Box::pin(async move {
-                        // A channel that is over is told by reading.
+                        // Reading reports a channel that has ended.
                         let _ = outbox.encoded(&frame, limit).await;
                     }));
                 }

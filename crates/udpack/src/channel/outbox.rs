@@ -3,7 +3,7 @@
 //! A message is encoded straight into the queue, so it is either queued whole or not at all, whatever
 //! happens to the future that queued it. The writer takes what has gathered and hands it to QUIC in one go:
 //! many small sends share packets without any timer. Only what follows upon something heard from the peer, an
-//! answer or the next question, its sender writes itself: somebody waits for it, and it saves a task's wake-up. So does
+//! answer or the next question, its sender writes itself: the peer waits for it, and it saves a task's wake-up. So does
 //! who sends to a quiet room: it saves one for each member.
 //!
 //! The queue of a resumable channel keeps what was written until the peer has confirmed it, counts it against
@@ -464,7 +464,7 @@ impl Outbox {
         };
         let copy = state.keep.is_some().then(|| message.clone());
         let mut chunk = [message];
-        // Whoever finds no room there, or an error, finds it again: the writer, with a waker.
+        // No room and errors are left to the writer, which finds them again and has a waker.
         let mut cx = Context::from_waker(Waker::noop());
         let written = match stream.poll_write(&mut cx, &mut chunk) {
             Poll::Ready(Ok(written)) => written.bytes,
@@ -589,7 +589,7 @@ impl Outbox {
         self.finish_with(last, None);
     }
 
-    /// As [`finish`](Self::finish); who still wants to send is told why.
+    /// As [`finish`](Self::finish); later senders get the reason.
     pub(crate) fn finish_because(&self, reason: CloseReason) {
         self.finish_with(None, Some(reason));
     }
@@ -768,13 +768,13 @@ impl Outbox {
         lock(&self.state).queued_bytes as u64
     }
 
-    /// The stream that the sleeping writer of this epoch has lent.
+    /// The stream of this epoch, while its writer sleeps.
     pub(crate) fn take_back(&self, epoch: u64) -> Option<SendStream> {
         let mut state = lock(&self.state);
         (state.epoch == epoch).then(|| state.lent.take()).flatten()
     }
 
-    /// What the writer of this epoch is to do. While it sleeps, its stream is lent to the queue.
+    /// What the writer of this epoch must do next. While it sleeps, senders may use its stream.
     pub(crate) fn take(
         &self,
         epoch: u64,

@@ -51,7 +51,7 @@ impl Pace {
         (self.marked <= self.taken && self.taken < self.sent).then(|| self.mark())
     }
 
-    /// The connection was exchanged: what the peer told last may be lost. As [`blocked`](Self::blocked).
+    /// The connection was replaced: the peer's last `$passed` may be lost. As [`blocked`](Self::blocked).
     pub(crate) fn renew(&mut self) -> Option<u64> {
         self.probe = None;
         (self.taken < self.sent).then(|| self.mark())

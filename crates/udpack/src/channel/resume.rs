@@ -1,4 +1,4 @@
-//! What lets a channel go on over another connection: frames are kept until the peer has told that it has them.
+//! Resuming a channel on another connection: frames are kept until the peer has acknowledged them.
 //!
 //! Pure bookkeeping, no I/O. Each direction of a resumable channel counts its frames from 1, `$open` and
 //! `$resume` left out; the end of the direction counts as one more. The receiver tells its count, and a
@@ -33,7 +33,7 @@ impl Retained {
         self.confirmed
     }
 
-    /// Forgets the frames up to number `received` and returns how many bytes those were. A number told before
+    /// Forgets the frames up to number `received` and returns how many bytes those were. A number acknowledged before
     /// is an old message that came late: nothing happens.
     pub(crate) fn confirm(&mut self, received: u64) -> Result<usize, Mismatch> {
         let mut bytes = 0;

@@ -194,7 +194,7 @@ impl Passed {
     }
 }
 
-/// How long a peer that is alive has confirmed nothing while somebody waits for it to.
+/// How long a peer that is alive has confirmed nothing while a sender waits for it.
 #[derive(Default)]
 struct Patience {
     begun: Option<Stuck>,

@@ -1,6 +1,6 @@
 //! Speed: what moved in the last period, as numbers.
 //!
-//! Counting costs a few atomic additions per batch of messages; nothing else runs unless somebody asks. A
+//! Counting costs a few atomic additions per batch of messages; nothing else runs until a reading is asked for. A
 //! [`SpeedMeter`] takes the difference between two readings itself, so there is no sampling task to own.
 
 use std::fmt;

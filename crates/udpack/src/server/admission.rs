@@ -95,7 +95,7 @@ pub(super) async fn accept_loop(shared: Arc<Shared>) {
     }
 }
 
-/// Those who are told at the same time why there is no place for them, and how many a second. QUIC refuses a handshake with a
+/// Concurrent refusals with a text, and how many a second. QUIC refuses a handshake with a
 /// number and no word. To say a word the server must complete it, which is work that the refused could make at will.
 pub(super) const FAREWELLS: usize = 16;
 const FAREWELL_RATE: u32 = 16;
@@ -153,7 +153,7 @@ async fn serve(shared: Arc<Shared>, entering: Pin<Box<impl Future<Output = Optio
     place.leave(key, &session);
 }
 
-/// A socket that was let in, with all that its task needs.
+/// An admitted socket, with all that its task needs.
 struct Entered {
     session: Arc<Session>,
     control: Box<Control>,
@@ -293,7 +293,7 @@ fn run_socket_handler(shared: &Shared, socket: Socket) {
     shared.tasks.spawn(run.in_current_span());
 }
 
-/// A connection that was let in.
+/// An admitted connection.
 enum Admitted {
     /// With a session of its own.
     New(Box<Control>),

@@ -75,7 +75,7 @@ pub(crate) struct Link {
     /// A client's.
     pub(crate) endpoint: Option<Endpoint>,
     pub(crate) control: Box<Control>,
-    /// At a client, what the server has said.
+    /// At a client, the server's `$goaway`.
     pub(crate) welcome: Option<Welcome>,
 }
 
@@ -135,7 +135,7 @@ impl Awaited {
         }
     }
 
-    /// Tells clients who have come back too late. Who comes from now on is told by the task that let it in.
+    /// Informs waiting clients that they are too late. The admitting task informs later ones.
     fn turn_away(&mut self, reason: &CloseReason) {
         self.links.close();
         while let Ok(link) = self.links.try_recv() {
@@ -287,7 +287,7 @@ impl Comeback {
     fn patience(&self) -> Duration {
         match self {
             Self::Dialled(dialler) => dialler.patience(),
-            // It does not come back: the time is only told.
+            // This side does not dial again: the time is only shown.
             Self::Never | Self::Awaited(_) => Duration::from_secs(86_400),
         }
     }
@@ -797,7 +797,7 @@ fn on_passed(session: &Session, passed: Passed) {
         own: !passed.own,
         id: passed.channel,
     };
-    // One that is over here may still be told of.
+    // The peer may still report on a channel that has ended here.
     if let Some(pipe) = session.live(key) {
         // What the peer's library gathers for a while is not its program's delay.
         let round_trip = session.conn().rtt() + CONFIRM_DELAY;

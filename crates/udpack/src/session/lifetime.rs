@@ -1,4 +1,4 @@
-//! How long a peer stays let in: the end of its token, a new token in its place, withdrawal, and which channels
+//! How long a peer stays admitted: token expiry, refresh, revocation, and which channels
 //! it may still have.
 //!
 //! [`Life`] is the session's part, [`Lifetime`] what its driver owns: all timers and everything that is asked
@@ -171,7 +171,7 @@ pub enum RefreshError {
     /// The server refused it; the socket stays as it was until the old token ends.
     #[error("the server refused the new token: {code}: {text}")]
     Denied {
-        /// Why: `auth_failed`, `auth_expired`, `forbidden` (somebody else's), `rate_limited` and the like.
+        /// Why: `auth_failed`, `auth_expired`, `forbidden` (another identity's token), `rate_limited` and the like.
         code: CloseCode,
         /// Why, for people; cut and escaped.
         text: String,

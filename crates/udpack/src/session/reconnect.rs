@@ -114,7 +114,7 @@ fn part(whole: Duration) -> Duration {
 pub enum SocketState {
     /// The first connection is being made.
     Connecting,
-    /// Connected and let in.
+    /// Connected and admitted.
     Connected {
         /// The session goes on: resumable channels lost nothing. The first connection of a socket resumes
         /// nothing.

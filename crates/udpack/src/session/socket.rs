@@ -127,7 +127,7 @@ impl Socket {
         &self.inner.session.extensions
     }
 
-    /// Waits until the server has let this client in. A socket from `connect` has been let in already; one
+    /// Waits until the server has admitted this client. A socket from `connect` is admitted already; one
     /// from `connect_eager` may be used in the meantime.
     ///
     /// # Errors
@@ -163,7 +163,7 @@ impl Socket {
         }
     }
 
-    /// Closes now: what is queued is lost, the peer is told code and text if the path carries it.
+    /// Closes now: what is queued is lost; code and text are sent once, without retransmission.
     pub fn abort(&self, code: CloseCode, text: impl Into<String>) {
         self.inner.session.abort(CloseReason::local(code, text));
     }
@@ -207,7 +207,7 @@ impl Socket {
         self.inner.session.states.now()
     }
 
-    /// Whether the peer is there: connected, let in, and heard of late. Then it is worth something to ask it.
+    /// Whether the peer is reachable: connected, admitted, and not silent.
     ///
     /// A peer that dies says nothing. It is missed at the latest after `Timeouts::keep_alive`, 3 s for the answer, 4 round
     /// trips and 2 s more, as often as this is looked at: 15 s by default. Until its idle time is over it may be heard again,

@@ -22,7 +22,7 @@ use crate::wire::code::{CloseCode, CloseReason};
 use crate::wire::config::Priority;
 use crate::wire::control::{self, Decode, Open, Resumed};
 
-/// Reads a new stream's `$open` and hands the channel to whoever serves its name. The span is the channel's, which learns
+/// Reads a new stream's `$open` and passes the channel to the service of its name. The span is the channel's, which learns
 /// its name here. It need not be the one this runs in: see [`or_around`](crate::session::or_around).
 pub(crate) async fn serve_stream(
     session: Arc<Session>,

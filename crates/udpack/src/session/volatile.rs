@@ -247,7 +247,7 @@ impl Ready {
         Self::at(front, place, key)
     }
 
-    /// Of a message that came from somebody, for others: event, data and key as they are, without a copy.
+    /// A relayed message: event, data and key as they are, without a copy.
     pub(crate) fn relay(message: &Volatile) -> Result<Self, EncodeError> {
         let front = message.body.slice(..message.data.end);
         Self::at(front, message.place(), message.key())
@@ -401,7 +401,7 @@ impl Socket {
         self.pass_on(Ready::of(message, key))
     }
 
-    /// Sends a volatile message that came from somebody else on: event, key and data as they are, without decoding.
+    /// Relays a volatile message of another socket: event, key and data as they are, without decoding.
     ///
     /// # Errors
     /// When the socket is over, or the message exceeds the peer's frame limit or `Limits::volatile_bytes`.
@@ -677,7 +677,7 @@ pub(crate) async fn serve(session: &Session, conn: &Connection) -> Infallible {
     std::future::pending().await
 }
 
-/// Drops what a peer sends that was not let in yet: it shall not gather.
+/// Drops what a peer sends before admission, so that it does not accumulate.
 pub(crate) async fn discard(conn: &Connection) -> Infallible {
     let mut dropped = 0_usize;
     while conn.read_datagram().await.is_ok() {

@@ -38,8 +38,8 @@ pub(crate) enum Via {
 
 impl Via {
     /// A QUIC endpoint on this socket, or one at this address, with kernel buffers of this size where there is a kernel.
-    /// Peers are told to send no larger UDP payloads than `payload` bytes, fewer where the buffers are small; at least
-    /// 1,200 are taken. `heard` is told of the first datagram that comes.
+    /// The transport parameters ask peers to send no larger UDP payloads than `payload` bytes, fewer where the buffers are small; at least
+    /// 1,200 are taken. `heard` is notified of the first datagram that arrives.
     pub(crate) fn open(
         &self,
         at: At,

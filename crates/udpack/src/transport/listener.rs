@@ -101,7 +101,7 @@ impl Listener {
         })
     }
 
-    /// The next connection that somebody wants; `None` once the port is closed.
+    /// The next incoming connection attempt; `None` once the port is closed.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -141,7 +141,7 @@ impl Listener {
         self.endpoint.wait_idle().await;
     }
 
-    /// Frees the port, whoever still has a handle of a connection: nothing more is sent or received.
+    /// Frees the port even while handles of connections exist: nothing more is sent or received.
     pub(crate) fn free_port(&self) {
         self.port.close();
     }
@@ -178,7 +178,7 @@ impl Listener {
     }
 }
 
-/// A connection that somebody wants. Dropping it refuses it.
+/// An incoming connection attempt. Dropping it refuses it.
 pub(crate) struct Incoming(quinn::Incoming);
 
 impl Incoming {

@@ -62,7 +62,7 @@ impl Default for Path {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Traffic {
-    /// Packets that somebody sent.
+    /// Packets sent.
     pub sent: u64,
     /// Copies that were handed to their receiver.
     pub delivered: u64,

@@ -14,7 +14,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Largest file; the connection goes on without.
 const FILE_BYTES: u64 = 256 << 20;
-/// Files in the lifetime of one endpoint: whoever merely knocks must not fill the disk.
+/// Files in the lifetime of one endpoint: connection attempts alone must not fill the disk.
 const FILES: u64 = 4096;
 /// Events gather up to this size before they are written.
 const BUFFER: usize = 64 << 10;
@@ -43,7 +43,7 @@ impl Qlog {
         }
     }
 
-    /// The stream of one more connection; none when no file can be made, which is told in the log.
+    /// The stream of one more connection; none when no file can be made, which is logged.
     pub(crate) fn stream(&self, peer: SocketAddr) -> Option<quinn::QlogStream> {
         let Inner { dir, side, made } = &*self.inner;
         let number = made.fetch_add(1, Ordering::Relaxed);

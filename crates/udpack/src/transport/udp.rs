@@ -88,7 +88,7 @@ pub(crate) struct Bound {
 pub(crate) struct Port(Option<Arc<Datagrams>>);
 
 impl Port {
-    /// Closes the UDP socket, whoever still has connections over it: nothing more is sent or received, and the port can
+    /// Closes the UDP socket even while connections use it: nothing more is sent or received, and the port can
     /// be bound at once.
     pub(crate) fn close(&self) {
         if let Some(socket) = &self.0 {
@@ -555,7 +555,7 @@ pub(crate) mod tests {
         assert!(UdpSocket::bind(address).is_err());
         bound.port.close();
         UdpSocket::bind(address).expect("the port is free");
-        // Whoever still has it sends into the void, and receives nothing.
+        // Remaining users send nothing and receive nothing.
         let sent = bound.socket.try_send(&batch(b"late", 1472));
         sent.expect("as if it were lost");
         let mut memory = [0; 16];

@@ -19,7 +19,7 @@ use crate::wire::config::{Limits, MIN_WINDOW};
 /// Window that a connection begins with, in bytes, where the budget permits. Not smaller, because on a slow path
 /// writers fill a small one for seconds, and the control stream finds no room beside them.
 const FIRST: u64 = 12 << 20;
-/// How often somebody looks for what nobody reads. Short against the time after which a peer whose channel takes
+/// How often unread bytes are looked for. Short against the time after which a peer whose channel takes
 /// nothing is given up.
 const LOOK: Duration = Duration::from_secs(1);
 /// Of what arrives: packets' headers, and frames that carry no data of channels; in bytes a packet.
@@ -103,7 +103,7 @@ struct State {
     pool: Option<Arc<Pool>>,
     /// When the window was last looked at because of what was read.
     since: Instant,
-    /// What had arrived, and been read, when somebody last looked for what nobody reads.
+    /// Bytes that had arrived and been read at the last look for unread ones.
     arrived: u64,
     taken: u64,
     unread: u64,
@@ -180,7 +180,7 @@ impl ReceiveWindow {
         let rtt = conn.rtt();
         let mut state = lock(&self.state);
         if self.read.load(Ordering::Relaxed) < self.look_at.load(Ordering::Relaxed) {
-            // Somebody else has looked in the meantime.
+            // Another thread has looked in the meantime.
             return;
         }
         let now = Instant::now();

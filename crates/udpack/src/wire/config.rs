@@ -191,7 +191,7 @@ pub enum Priority {
     /// As the others.
     #[default]
     Normal,
-    /// Before all others: what somebody waits for.
+    /// Before all others: what a user waits for.
     High,
 }
 
@@ -298,7 +298,7 @@ pub(crate) const FEW_STREAMS: u32 = 6;
 pub(crate) const USED_STREAMS: u32 = 3;
 /// Unidirectional streams an admitted peer may have open: volatile messages that are too large for a datagram.
 pub(crate) const VOLATILE_STREAMS: u32 = 1;
-/// Bytes of datagrams that wait in QUIC to be read; there is always somebody who reads.
+/// Bytes of datagrams that wait in QUIC to be read; the driver always reads them.
 pub(crate) const DATAGRAMS_IN: usize = 64 << 10;
 /// Bytes of datagrams that wait in QUIC to be sent. Few: what waits before can still be replaced by newer.
 pub(crate) const DATAGRAMS_OUT: usize = 16 << 10;

@@ -422,7 +422,7 @@ fn begin(context: &Context, job: &Job, size: Option<u64>) -> Result<Begin, Store
     })
 }
 
-/// What the partial holds, as the server is told.
+/// What the partial holds, as sent to the server.
 fn have(partial: &mut Partial) -> Result<Have, StoreError> {
     if !partial.resumable() {
         return Ok(Have::new());

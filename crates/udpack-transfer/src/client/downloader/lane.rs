@@ -23,13 +23,13 @@ const WINDOW: usize = 48;
 /// Bytes that may be asked for and not received yet, when there is more than one file. As much as a lane takes
 /// in a round trip: what is larger is better left to the other lanes.
 const AHEAD: u64 = 8 << 20;
-/// What a file counts as whose size nobody has told yet.
+/// What a file of unknown size counts as.
 const UNTOLD: u64 = AHEAD / 4;
 /// Silence of the server while it owes an answer.
 pub(crate) const SILENCE: Duration = Duration::from_secs(60);
 /// What a server surely hashes in a second: while it compares what is here with what it has, it is silent.
 pub(crate) const HASHED: u64 = 20 << 20;
-/// How often the server is told how far a file is.
+/// How often progress of a file is sent to the server.
 pub(crate) const ACK: Duration = Duration::from_millis(250);
 /// Lanes that may break one after the other, on sockets that live, without a file moving.
 pub(crate) const BREAKS: u32 = 5;
@@ -219,7 +219,7 @@ struct Lane<'a> {
     channel: &'a Channel,
     /// The file that is being sent to us.
     current: Option<u64>,
-    /// When the server was last told how far a file is.
+    /// When progress of a file was last sent to the server.
     acked: Instant,
     moved: bool,
 }

@@ -60,7 +60,7 @@ pub enum JobState {
     Done,
     /// It has not, and will not by itself.
     Failed,
-    /// Somebody gave it up.
+    /// It was cancelled.
     Cancelled,
     /// It was interrupted, and what has arrived is kept.
     Suspended,
