@@ -64,7 +64,7 @@ impl Limiter {
     }
 
     /// Whether there is a limit at all.
-    pub fn is_limited(&self) -> bool {
+    pub(crate) fn is_limited(&self) -> bool {
         self.inner.is_some()
     }
 

@@ -109,7 +109,7 @@ impl Scope {
     ///
     /// # Errors
     /// As [`inside`](Self::inside).
-    pub fn inside_or_root(&self, path: &str) -> Result<Option<RelPath>, PathError> {
+    pub(crate) fn inside_or_root(&self, path: &str) -> Result<Option<RelPath>, PathError> {
         if path.is_empty() {
             return Ok(self.prefix.clone());
         }

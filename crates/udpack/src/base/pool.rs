@@ -199,7 +199,7 @@ impl Pool {
     ///
     /// # Errors
     /// When the tenant may not have them all at once.
-    pub fn try_take_many(&self, tenant: &Tenant, amount: usize) -> Result<Place, PoolFull> {
+    pub(crate) fn try_take_many(&self, tenant: &Tenant, amount: usize) -> Result<Place, PoolFull> {
         self.offer(tenant, amount)
             .ok_or_else(|| self.refuse(tenant))
     }
@@ -222,7 +222,11 @@ impl Pool {
     ///
     /// # Cancel safety
     /// As [`take`](Self::take).
-    pub async fn take_many(&self, tenant: &Tenant, amount: usize) -> Result<Place, PoolFull> {
+    pub(crate) async fn take_many(
+        &self,
+        tenant: &Tenant,
+        amount: usize,
+    ) -> Result<Place, PoolFull> {
         let shares = &self.inner.shares;
         let amount = amount.min(shares.most());
         let waits = {

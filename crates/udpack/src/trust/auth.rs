@@ -101,7 +101,7 @@ impl Peer {
 
     /// Whether both are the same one, whatever else is known of them: their ids are equal. A token can be
     /// refreshed and a session resumed only by the same identity.
-    pub fn same_identity(&self, other: &Self) -> bool {
+    pub(crate) fn same_identity(&self, other: &Self) -> bool {
         self.id == other.id
     }
 
