@@ -123,7 +123,7 @@ fn send_to_others(rooms: &Rooms, from: &Channel, message: &Encoded) -> u64 {
         .except(&from.session_id())
         .send_encoded(message);
     if sent.dropped > 0 && sent.dropped == rooms.dropped() {
-        tracing::warn!("a slow listener loses events; each is told how many");
+        tracing::warn!("a slow listener loses events and receives their number");
     }
     sent.delivered
 }

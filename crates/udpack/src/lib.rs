@@ -7,17 +7,17 @@
 //!
 //! | for | see |
 //! | --- | --- |
-//! | serving, and going down in good order | [`Server`], [`ServerBuilder`], [`Drain`] |
-//! | who may come in, for how long, to which channels | [`Authenticate`], [`TokenFile`], [`Peer`], [`ServerBuilder::authorize`] |
-//! | connecting, and coming back | [`Client`], [`Reconnect`], [`Socket::states`] |
+//! | serving and draining | [`Server`], [`ServerBuilder`], [`Drain`] |
+//! | authentication, token expiry, authorization of channels | [`Authenticate`], [`TokenFile`], [`Peer`], [`ServerBuilder::authorize`] |
+//! | connecting and reconnecting | [`Client`], [`Reconnect`], [`Socket::states`] |
 //! | messages | [`Channel`], [`Message`], [`Event`], [`Priority`] |
 //! | handlers | [`Router`], [`Extract`], [`Context`] |
-//! | questions and answers, streams of items | [`Request`], [`Items`], [`Streaming`], [`Fault`] |
-//! | one message to many, and who is there | [`Rooms`], [`Overflow`], [`Gap`], [`PresenceMap`] |
-//! | what only counts while it is new | [`Socket::send_volatile`], [`Volatile`] |
-//! | how things end | [`CloseReason`], [`CloseCode`] |
-//! | sharing what peers use up | [`Pool`], [`Tenant`] |
-//! | what happens | [`Metrics`], [`SpeedMeter`], [`ServerBuilder::qlog`] |
+//! | requests and replies, streams of items | [`Request`], [`Items`], [`Streaming`], [`Fault`] |
+//! | rooms and presence | [`Rooms`], [`Overflow`], [`Gap`], [`PresenceMap`] |
+//! | volatile messages | [`Socket::send_volatile`], [`Volatile`] |
+//! | close codes and reasons | [`CloseReason`], [`CloseCode`] |
+//! | dividing resources among peers | [`Pool`], [`Tenant`] |
+//! | counters, rates, qlog | [`Metrics`], [`SpeedMeter`], [`ServerBuilder::qlog`] |
 //!
 //! A server and a client:
 //!
@@ -45,7 +45,7 @@
 //! # Ok(()) }
 //! ```
 //!
-//! Typed events, sent and asked; messages in one's own hands instead of a router's:
+//! Typed events and requests; messages received without a router:
 //!
 //! ```no_run
 //! # use serde::{Deserialize, Serialize};
@@ -82,7 +82,7 @@
 //! # Ok(()) }
 //! ```
 //!
-//! Rooms, at a server: encoded once, never waiting for the slowest, who is told what it missed:
+//! Rooms, at a server: a message is encoded once and never waits for a slow member, which receives a gap:
 //!
 //! ```no_run
 //! # use udpack::{Channel, Data, Fault, Rooms};
@@ -173,7 +173,7 @@ pub use wire::event::Event;
 pub use wire::message::{DecodeError, EncodeError, Encoded, Message, NameError};
 pub use wire::msgpack::{FieldError, Fields, Values};
 
-/// What the derive macro's code names; not for anyone else.
+/// Names for the code of the derive macro; not public API.
 #[doc(hidden)]
 pub mod __private {
     pub use serde::Serialize;

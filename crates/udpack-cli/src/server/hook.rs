@@ -110,7 +110,7 @@ impl Program {
                 Ok(place) => place,
                 Err(full) => {
                     let hook = program.path.display();
-                    tracing::warn!(%hook, %full, "hook is too slow: not told of a file");
+                    tracing::warn!(%hook, %full, "hook is too slow: it is not run for a stored file");
                     return;
                 }
             };

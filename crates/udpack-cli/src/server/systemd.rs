@@ -52,7 +52,7 @@ impl Watcher {
             match address.and_then(|address| Ok((UnixDatagram::unbound()?, address))) {
                 Ok(to) => Some(to),
                 Err(error) => {
-                    tracing::warn!(%error, "NOTIFY_SOCKET cannot be used: nobody is told that the server is ready");
+                    tracing::warn!(%error, "NOTIFY_SOCKET cannot be used: readiness is not reported");
                     None
                 }
             }
@@ -74,7 +74,7 @@ impl Watcher {
             return;
         };
         if let Err(error) = socket.send_to_addr(state.as_bytes(), address) {
-            tracing::warn!(%error, state, "whoever started the server cannot be told");
+            tracing::warn!(%error, state, "cannot notify the service manager");
         }
     }
 

@@ -223,7 +223,7 @@ impl Jobs {
         let scope = match Scope::of(peer.as_ref(), default) {
             Ok(scope) => scope,
             Err(error) => {
-                tracing::error!(%error, "the token's entry is unusable");
+                tracing::error!(%error, "the entry of a token is unusable");
                 channel.close(CloseCode::REFUSED, "forbidden");
                 return Ok(());
             }
