@@ -425,6 +425,16 @@ test('close sends what is queued, then code and text, and await using does', asy
   assert.deepEqual([reason.code, reason.text, reason.by], [0x1234, 'done with it', 'local']);
 });
 
+test('a close while the server still speaks confirms nothing that was not sent', async () => {
+  const { socket, server, clock } = await setup();
+  const channel = await socket.open('quiet');
+  await settle();
+  await channel.close();
+  await clock.advance(100);
+  const acks = server.session.control_.filter(({ event }) => event === '$ack').map(({ data }) => (data as { received: unknown }).received);
+  assert.deepEqual(acks, [2n ** 64n - 1n]);
+});
+
 test('a close of the server arrives behind its last message, with code and text', async () => {
   const { socket } = await setup({}, (server) => server.handlers.set('brief', (channel) => { channel.send('bye', 1); channel.close(0x41, 'not today'); }));
   const channel = await socket.open('brief');

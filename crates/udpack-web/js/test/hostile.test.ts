@@ -85,7 +85,7 @@ test('a reset of the control stream before $welcome ends the connect', async () 
     stream.send.reset(7);
     return true;
   };
-  await assert.rejects(start(server, clock), { name: 'ConnectError', code: Code.CONNECTION_LOST });
+  await assert.rejects(start(server, clock), { name: 'ConnectError', code: Code.PROTOCOL_ORDER });
 });
 
 /** What comes on the control stream after `$welcome`, and the code that ends the connection. */

@@ -4,6 +4,7 @@ import { type CloseReason, Code, codeRetry } from '../wire/codes.js';
 
 /** The base of all errors of this library. */
 export class UdpackError extends Error {
+  override readonly name: string = 'UdpackError';
   /** The close code that says the same on the wire. */
   readonly code: number;
   /** Whether the same call, later and unchanged, can succeed. */
@@ -11,7 +12,6 @@ export class UdpackError extends Error {
 
   constructor(code: number, message: string, retry = codeRetry(code)) {
     super(message);
-    this.name = new.target.name;
     this.code = code;
     this.retry = retry;
   }
@@ -19,6 +19,7 @@ export class UdpackError extends Error {
 
 /** No connection was made: nobody answered, or the server said no. */
 export class ConnectError extends UdpackError {
+  override readonly name: string = 'ConnectError';
   readonly reason: CloseReason;
 
   constructor(reason: CloseReason) {
@@ -29,6 +30,7 @@ export class ConnectError extends UdpackError {
 
 /** The channel or the socket is over. What was asked on it may or may not have been carried out. */
 export class ClosedError extends UdpackError {
+  override readonly name: string = 'ClosedError';
   readonly reason: CloseReason;
 
   constructor(reason: CloseReason) {
@@ -39,6 +41,7 @@ export class ClosedError extends UdpackError {
 
 /** The data cannot be sent: a type that msgpack has not, too deep, too many values, too large, a bad name. */
 export class EncodeError extends UdpackError {
+  override readonly name: string = 'EncodeError';
   constructor(message: string, code: number = Code.BAD_MESSAGE) {
     super(code, message);
   }
@@ -46,6 +49,7 @@ export class EncodeError extends UdpackError {
 
 /** The peer's handler refused a request, or this side's handler refuses one by throwing it. */
 export class Fault extends UdpackError {
+  override readonly name: string = 'Fault';
   /** For programs: `no_handler`, `bad_payload`, `timeout`, `cancelled`, or a word of the application. */
   readonly fault: string;
   /** Whatever the application adds. */
@@ -60,6 +64,7 @@ export class Fault extends UdpackError {
 
 /** The deadline is over. The peer was told, and stops too. */
 export class TimeoutError extends UdpackError {
+  override readonly name: string = 'TimeoutError';
   constructor(what: string) {
     super(Code.TIMED_OUT, `${what}: no answer in time`);
   }
@@ -67,6 +72,7 @@ export class TimeoutError extends UdpackError {
 
 /** More messages came before the answer than the channel's queue holds, and nobody reads them. */
 export class BacklogError extends UdpackError {
+  override readonly name: string = 'BacklogError';
   constructor() {
     super(Code.BACKLOG, 'more messages came before the answer than the queue holds, and nobody reads them');
   }
@@ -74,6 +80,7 @@ export class BacklogError extends UdpackError {
 
 /** The server did not take a new token. The one before stays good until its own end. */
 export class RefreshError extends UdpackError {
+  override readonly name: string = 'RefreshError';
   constructor(code: number, text: string) {
     super(code, `the new token is refused: ${text}`);
   }
@@ -81,10 +88,13 @@ export class RefreshError extends UdpackError {
 
 /** A call that makes no sense in the present state, such as reading a channel in two ways. */
 export class UsageError extends UdpackError {
+  override readonly name: string = 'UsageError';
   constructor(message: string) {
     super(Code.INTERNAL, message);
   }
 }
 
 /** The peer broke a rule of the protocol. `code` is what it is told. */
-export class WireError extends UdpackError {}
+export class WireError extends UdpackError {
+  override readonly name: string = 'WireError';
+}

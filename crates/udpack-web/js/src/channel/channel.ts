@@ -453,7 +453,8 @@ export class ChannelCore implements AskSender {
     try {
       while (!stale() && (awaitsResume || !this.notReading)) {
         const body = await reader.next();
-        if (stale()) {
+        if (stale() || (this.notReading && !awaitsResume)) {
+          // The end of a stream that this side has stopped is no end of the peer's.
           return;
         }
         if (body === null) {
@@ -470,25 +471,25 @@ export class ChannelCore implements AskSender {
           if (this.notReading) {
             this.stopReading(Code.NORMAL);
           }
-        } else if (!(await this.take(message, body.length + 4, stale))) {
+        } else if (!(await this.take(message, body.length + 4, stream, stale))) {
           return;
         }
       }
     } catch (error) {
-      if (stale()) {
+      if (stale() || (this.notReading && !awaitsResume)) {
         return;
       }
       if (error instanceof WireError) {
         this.close(new CloseReason(error.code, error.message, 'local'));
       } else if (error instanceof StreamEnd) {
-        this.onReset(stream, error.code);
+        this.onClosed(stream, new CloseReason(error.code, '', 'peer'));
       }
       // Otherwise the connection is over, which the session sees.
     }
   }
 
   /** Takes in one message. False when nothing more is to be read. */
-  private async take(message: WireMessage, size: number, stale: () => boolean): Promise<boolean> {
+  private async take(message: WireMessage, size: number, stream: BidiStream, stale: () => boolean): Promise<boolean> {
     const { event } = message;
     if (ASKER_SIDE.has(event)) {
       this.asked.take(message, size);
@@ -498,7 +499,7 @@ export class ChannelCore implements AskSender {
       const reason = decodeClose(message);
       this.peerOver = true;
       this.count(2, size);
-      this.onClosed(reason);
+      this.onClosed(stream, reason);
       return false;
     } else if (ELSEWHERE.has(event)) {
       throw new WireError(Code.PROTOCOL_ORDER, `${event} has no place here`);
@@ -595,17 +596,12 @@ export class ChannelCore implements AskSender {
   }
 
   /** The peer has closed it: it reads nothing more of this side. */
-  private onClosed(reason: CloseReason): void {
-    this.outbox.refuse();
-    this.outbox.finish();
-    this.conclude(reason);
-  }
-
-  private onReset(stream: BidiStream, code: number): void {
+  private onClosed(stream: BidiStream, reason: CloseReason): void {
     this.peerOver = true;
-    stream.send.reset(code);
+    this.outbox.detach();
+    stream.send.reset(reason.code);
     this.outbox.refuse();
-    this.conclude(new CloseReason(code, '', 'peer'));
+    this.conclude(reason);
   }
 
   /** The peer has stopped this side's direction. What it still says is read first, and tells why. */

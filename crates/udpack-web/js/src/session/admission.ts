@@ -4,7 +4,7 @@ import { type Clock, within } from '../base/async.js';
 import { ConnectError, WireError } from '../base/errors.js';
 import { FrameReader, type Heard } from '../channel/reader.js';
 import { Outbox } from '../channel/outbox.js';
-import { type BidiStream, type Connection } from '../transport/transport.js';
+import { type BidiStream, type Connection, ConnectionEnd } from '../transport/transport.js';
 import { CloseReason, Code } from '../wire/codes.js';
 import { decodeClose, decodeWelcome, encodeHello, type Hello, type Welcome } from '../wire/control.js';
 import { DEFAULT_FRAME } from '../wire/frame.js';
@@ -12,6 +12,8 @@ import { decodeMessage, encodeFrame } from '../wire/message.js';
 
 /** Before the server has said what it takes. */
 const HELLO_FRAME = 16 << 10;
+/** From the end of the control stream until that of the connection is no longer waited for. */
+export const GONE_MS = 1000;
 /** From when the server has stopped the control stream until that breaks the order. */
 const STOPPED_MS = 1000;
 const CONTROL_QUEUE = { bytes: 256 << 10, frames: 1024 };
@@ -52,10 +54,10 @@ export async function admit(connection: Connection, hello: Hello, clock: Clock, 
       connection.close(error.code, error.message);
       throw new ConnectError(new CloseReason(error.code, error.message, 'local'));
     }
-    // The stream is over, and so is the connection, which says why.
-    const lost = new CloseReason(Code.CONNECTION_LOST, 'the control stream is gone', 'transport');
-    const reason = await within(clock, ms, connection.closed, () => lost);
-    connection.close(Code.NORMAL, '');
+    // The stream is over; the connection's end may be behind it, and says why.
+    const ended = new CloseReason(Code.PROTOCOL_ORDER, 'the control stream ended where $welcome belongs', 'local');
+    const reason = await within(clock, GONE_MS, connection.closed, () => ended);
+    connection.close(reason.code, reason.text);
     throw new ConnectError(reason);
   } finally {
     over.catch(() => {});
@@ -68,7 +70,7 @@ async function introduce(connection: Connection, hello: Hello, clock: Clock, hea
   const reader = new FrameReader(stream.receive, DEFAULT_FRAME, clock, heard);
   const body = await reader.next();
   if (body === null) {
-    throw new WireError(Code.PROTOCOL_ORDER, 'the control stream ended where $welcome belongs');
+    throw new ConnectionEnd();
   }
   const message = decodeMessage(body);
   if (message.event === '$close') {

@@ -7,7 +7,7 @@ import { type Clock, Deferred, Signal, sleep, type Stop, within } from '../base/
 import { Emitter } from '../base/emitter.js';
 import { ClosedError, ConnectError, WireError } from '../base/errors.js';
 import { type Channel, internals } from '../channel/channel.js';
-import { type Connection } from '../transport/transport.js';
+import { type Connection, ConnectionEnd } from '../transport/transport.js';
 import { CloseReason, Code, sendable } from '../wire/codes.js';
 import {
   decodeAck,
@@ -21,7 +21,7 @@ import {
 } from '../wire/control.js';
 import { decodeMessage, encodeFrame, type WireMessage } from '../wire/message.js';
 import { Acks } from './acks.js';
-import { admit, type Link } from './admission.js';
+import { admit, GONE_MS, type Link } from './admission.js';
 import { type Accept, Channels } from './channels.js';
 import { delay, type Reconnect, type SocketState } from './state.js';
 import { TokenKeeper, type TokenSource, type TokenWanted } from './token.js';
@@ -62,6 +62,8 @@ interface Outcome {
 }
 
 const CONTROL_FRAME = 4096;
+/** Between `$close` and the end of the control stream. */
+const FIN_MS = 3000;
 
 export class Session extends Emitter<SessionEvents> {
   readonly channels: Channels;
@@ -308,7 +310,7 @@ export class Session extends Emitter<SessionEvents> {
       while (true) {
         const body = await link.reader.next();
         if (body === null) {
-          throw new WireError(Code.PROTOCOL_ORDER, 'the control stream ended without $close');
+          throw new ConnectionEnd();
         }
         const message = decodeMessage(body);
         if (message.event === '$close') {
@@ -327,9 +329,9 @@ export class Session extends Emitter<SessionEvents> {
       if (error instanceof WireError) {
         return new CloseReason(error.code, error.message, 'local');
       }
-      // A reset of the control stream breaks the order; a lost connection says so itself.
-      const lost = new CloseReason(Code.PROTOCOL_ORDER, 'the control stream was reset', 'local');
-      return within<CloseReason | undefined>(this.options.clock, 1000, link.connection.closed.then(() => undefined), () => lost);
+      // An end of the control stream without `$close` breaks the order. That of the connection may be behind it, and counts.
+      const ended = new CloseReason(Code.PROTOCOL_ORDER, 'the control stream ended without $close', 'local');
+      return within<CloseReason | undefined>(this.options.clock, GONE_MS, link.connection.closed.then(() => undefined), () => ended);
     }
   }
 
@@ -371,6 +373,7 @@ export class Session extends Emitter<SessionEvents> {
   private async wind(reason: CloseReason, done: (channel: Channel) => boolean): Promise<void> {
     const { clock, closeMs } = this.options;
     this.channels.stopOpening();
+    const until = clock.now() + closeMs;
     let late = false;
     const stop = clock.after(closeMs, () => {
       late = true;
@@ -386,6 +389,9 @@ export class Session extends Emitter<SessionEvents> {
       late ||= this.link === undefined;
     }
     stop();
+    if (this.link) {
+      await within(clock, Math.max(0, until - clock.now()), this.link.connection.finished(), () => {});
+    }
   }
 
   /** Closes the connection from this side, in order. */
@@ -394,8 +400,13 @@ export class Session extends Emitter<SessionEvents> {
     const until = clock.now() + closeMs;
     await this.wind(reason, (channel) => channel[internals].outbox.flushed);
     link.control.push(encodeFrame(CONTROL_FRAME, '$close', { code: reason.code, text: sendable(reason.text) }));
-    link.control.finish();
-    await within(clock, Math.max(0, until - clock.now()), link.connection.closed, () => reason);
+    // The server ends the connection when it has read everything. The end of the stream is for one that waits for it:
+    // Chromium 156 loses the page when a session ends while that of a stream is on its way.
+    const over = link.connection.closed.then(() => true);
+    if (!(await within(clock, FIN_MS, over, () => false))) {
+      link.control.finish();
+      await within(clock, Math.max(0, until - clock.now()), over, () => false);
+    }
     link.connection.close(reason.code, sendable(reason.text, 256));
   }
 

@@ -55,7 +55,8 @@ class Pipe implements ByteSender, ByteReceiver {
 
   async read(): Promise<Uint8Array | null> {
     while (true) {
-      if (this.link.over || this.stopCode !== undefined) throw new ConnectionEnd();
+      if (this.stopCode !== undefined) return null;
+      if (this.link.over) throw new ConnectionEnd();
       if (this.resetCode !== undefined) throw new StreamEnd(this.resetCode);
       const chunk = this.chunks.shift();
       if (chunk) {
@@ -182,6 +183,8 @@ export class MemoryConnection implements Connection {
   readDatagram(): Promise<Uint8Array | null> {
     return this.next(this.datagrams);
   }
+
+  async finished(): Promise<void> {}
 
   close(code: number, text: string): void {
     const cut = text.slice(0, TEXT_BYTES);

@@ -21,7 +21,7 @@ export interface ByteSender {
 export interface ByteReceiver {
   /** The next bytes, `null` at the orderly end. Rejects with {@link StreamEnd} or when the connection is over. */
   read(): Promise<Uint8Array | null>;
-  /** Reads nothing more. */
+  /** Reads nothing more: a read that waits, and any other, gives `null`. */
   stop(code: number): void;
 }
 
@@ -60,6 +60,8 @@ export interface Connection {
   /** Resolves when it was taken or dropped. */
   sendDatagram(bytes: Uint8Array): Promise<void>;
   readDatagram(): Promise<Uint8Array | null>;
+  /** Resolves when no end of a stream is on its way to the peer. */
+  finished(): Promise<void>;
   /** Ends it at once, for both sides. */
   close(code: number, text: string): void;
   /** Why it is over. Never rejects. */

@@ -76,11 +76,13 @@ function streamError(code: number): unknown {
 
 class Sender implements ByteSender {
   private readonly writer: WritableStreamDefaultWriter<Uint8Array>;
+  private readonly finishing: Set<Promise<void>>;
   private readonly stop = new Deferred<number>();
   readonly stopped = this.stop.promise;
 
-  constructor(stream: WritableStream<Uint8Array>) {
+  constructor(stream: WritableStream<Uint8Array>, finishing: Set<Promise<void>>) {
     this.writer = stream.getWriter();
+    this.finishing = finishing;
     this.writer.closed.catch((error: unknown) => {
       const code = streamCode(error);
       if (code !== undefined) {
@@ -100,10 +102,14 @@ class Sender implements ByteSender {
   }
 
   async finish(): Promise<void> {
+    const closing = this.writer.close();
+    this.finishing.add(closing);
     try {
-      await this.writer.close();
+      await closing;
     } catch (error) {
       throw ended(error);
+    } finally {
+      this.finishing.delete(closing);
     }
   }
 
@@ -141,6 +147,7 @@ class WebTransportConnection implements Connection {
   private readonly uni: ReadableStreamDefaultReader<ReadableStream<Uint8Array>>;
   private readonly datagramsIn: ReadableStreamDefaultReader<Uint8Array>;
   private datagramsOut: WritableStreamDefaultWriter<Uint8Array> | undefined;
+  private readonly finishing = new Set<Promise<void>>();
   private local: CloseReason | undefined;
   private over = false;
   readonly closed: Promise<CloseReason>;
@@ -167,16 +174,16 @@ class WebTransportConnection implements Connection {
   async openBidi(priority?: number): Promise<BidiStream> {
     const options = priority === undefined ? {} : { sendOrder: priority };
     const stream = await this.opened(() => this.transport.createBidirectionalStream(options));
-    return { send: new Sender(stream.writable), receive: new Receiver(stream.readable) };
+    return { send: this.sender(stream.writable), receive: new Receiver(stream.readable) };
   }
 
   async openUni(): Promise<ByteSender> {
-    return new Sender(await this.opened(() => this.transport.createUnidirectionalStream()));
+    return this.sender(await this.opened(() => this.transport.createUnidirectionalStream()));
   }
 
   async acceptBidi(): Promise<BidiStream | null> {
     const stream = await next(this.bidi);
-    return stream && { send: new Sender(stream.writable), receive: new Receiver(stream.readable) };
+    return stream && { send: this.sender(stream.writable), receive: new Receiver(stream.readable) };
   }
 
   async acceptUni(): Promise<ByteReceiver | null> {
@@ -210,13 +217,27 @@ class WebTransportConnection implements Connection {
     return next(this.datagramsIn);
   }
 
+  /** Chromium 156 loses the page when a session ends while the end of one of its streams is on its way. */
+  async finished(): Promise<void> {
+    while (this.finishing.size > 0 && !this.over) {
+      await Promise.allSettled(this.finishing);
+    }
+  }
+
   close(code: number, text: string): void {
-    this.local ??= new CloseReason(code, text, 'local');
+    if (this.over || this.local) {
+      return;
+    }
+    this.local = new CloseReason(code, text, 'local');
     try {
       this.transport.close({ closeCode: code <= 0xffff_ffff ? code : Code.NORMAL, reason: cut(text) });
     } catch {
       // It is over already.
     }
+  }
+
+  private sender(stream: WritableStream<Uint8Array>): Sender {
+    return new Sender(stream, this.finishing);
   }
 
   /** Chromium rejects at once when the peer permits no further stream yet; others wait. */

@@ -1,0 +1,335 @@
+/**
+ * The committed bundle in a real Chromium, against the real server (`examples/web.rs`). Skipped aloud where either is
+ * missing; with `UDPACK_BROWSER=required` that is a failure.
+ */
+
+import assert from 'node:assert/strict';
+import { type ChildProcessWithoutNullStreams, spawn } from 'node:child_process';
+import { existsSync, readFileSync } from 'node:fs';
+import { createServer, type Server } from 'node:http';
+import type { AddressInfo } from 'node:net';
+import { createInterface } from 'node:readline';
+import { after, before, test } from 'node:test';
+import { fileURLToPath } from 'node:url';
+import { type Browser, chromium, type Page } from 'playwright-core';
+import { Relay } from './relay.js';
+
+const CHROMIUM = process.env.CHROMIUM ?? '/usr/bin/chromium';
+const repository = fileURLToPath(new URL('../../../../..', import.meta.url));
+const SERVER = process.env.UDPACK_WEB_SERVER ?? `${process.env.CARGO_TARGET_DIR ?? `${repository}target`}/debug/examples/web`;
+const missing = [CHROMIUM, SERVER].filter((path) => !existsSync(path));
+const skip = missing.length > 0 && process.env.UDPACK_BROWSER !== 'required' ? `SKIPPED: not there: ${missing.join(', ')}` : false;
+
+/** What a server prints for its pages. */
+interface Endpoint {
+  url: string;
+  hashes: string[];
+  token: string;
+}
+
+class WebServer {
+  private constructor(
+    private readonly process: ChildProcessWithoutNullStreams,
+    readonly endpoint: Endpoint,
+  ) {}
+
+  static async start(address = '127.0.0.1:0'): Promise<WebServer> {
+    const process = spawn(SERVER, [address]);
+    const lines = createInterface({ input: process.stdout });
+    const [line] = (await new Promise<string[]>((resolve, reject) => {
+      lines.once('line', (line) => resolve([line]));
+      process.once('exit', (code) => reject(new Error(`the server ended with ${code}`)));
+    })) as [string];
+    return new WebServer(process, JSON.parse(line) as Endpoint);
+  }
+
+  get port(): number {
+    return Number(new URL(this.endpoint.url).port);
+  }
+
+  /** Drains: its clients are told to go. */
+  drain(): void {
+    this.process.stdin.end();
+  }
+
+  kill(): Promise<void> {
+    const over = new Promise<void>((resolve) => this.process.once('exit', () => resolve()));
+    this.process.kill('SIGKILL');
+    return over;
+  }
+}
+
+let browser: Browser;
+let pages: Server;
+let server: WebServer;
+let page: Page;
+
+before(async () => {
+  if (skip) return;
+  pages = createServer((request, response) => {
+    const script = request.url === '/udpack.js';
+    response.setHeader('content-type', script ? 'text/javascript' : 'text/html');
+    response.end(script ? readFileSync(`${repository}crates/udpack-web/js/dist/udpack.js`) : '<!doctype html><title>test</title>');
+  });
+  await new Promise<void>((resolve) => pages.listen(0, '127.0.0.1', resolve));
+  server = await WebServer.start();
+  // Every stream has pipes in shared memory, which containers have little of.
+  const args = ['--no-sandbox', '--disable-dev-shm-usage'];
+  browser = await chromium.launch({ executablePath: CHROMIUM, headless: true, args });
+  page = await fresh();
+});
+
+after(async () => {
+  if (skip) return;
+  await browser.close();
+  pages.close();
+  await server.kill();
+});
+
+/** A page of its own. What goes wrong in it without being caught fails the test that looks. */
+const uncaught: string[] = [];
+async function fresh(): Promise<Page> {
+  const page = await browser.newPage();
+  page.on('pageerror', (error) => uncaught.push(`${error}`));
+  await page.goto(`http://127.0.0.1:${(pages.address() as AddressInfo).port}/`);
+  return page;
+}
+
+test('a page connects by the hash of the certificate, and speaks on channels', { skip }, async () => {
+  const got = await page.evaluate(async ({ url, hashes, token }) => {
+    const { connect } = await import('/udpack.js' as string);
+    const socket = await connect({ url, hashes, token });
+    const echo = await socket.open('echo');
+    const all = [1, 'größe', [1.5, null, true], { a: { b: [] } }, 2 ** 40, -(2 ** 40)];
+    for (const data of all) await echo.send('say', data);
+    const back = [];
+    for (const _ of all) back.push((await echo.receive()).data);
+    const bytes = new Uint8Array(300_000).map((_, at) => at % 251);
+    await echo.send('bytes', bytes);
+    const answer = (await echo.receive()).data;
+    const same = answer instanceof Uint8Array && answer.length === bytes.length && answer.every((byte, at) => byte === bytes[at]);
+    const state = socket.state;
+    const reason = await socket.close(0, 'bye');
+    return { back, same, state, reason: [reason.code, reason.by] };
+  }, server.endpoint);
+  assert.deepEqual(got.back, [1, 'größe', [1.5, null, true], { a: { b: [] } }, 2 ** 40, -(2 ** 40)]);
+  assert.equal(got.same, true);
+  assert.deepEqual(got.state, { state: 'connected', resumed: false });
+  assert.deepEqual(got.reason, [0, 'local']);
+});
+
+test('it runs in a Worker', { skip }, async () => {
+  const got = await page.evaluate(async (endpoint) => {
+    const program = `
+      onmessage = async ({ data: { url, hashes, token, bundle } }) => {
+        const { connect } = await import(bundle);
+        await using socket = await connect({ url, hashes, token });
+        const math = await socket.open('math');
+        postMessage(await math.request('add', [20, 22]));
+      };`;
+    const worker = new Worker(URL.createObjectURL(new Blob([program], { type: 'text/javascript' })), { type: 'module' });
+    const answer = new Promise((resolve, reject) => {
+      worker.onmessage = ({ data }) => resolve(data);
+      worker.onerror = ({ message }) => reject(new Error(message));
+    });
+    worker.postMessage({ ...endpoint, bundle: `${location.origin}/udpack.js` });
+    return answer;
+  }, server.endpoint);
+  assert.equal(got, 42);
+});
+
+test('requests, items both ways, a channel that the server opens, refusals', { skip }, async () => {
+  const got = await page.evaluate(async ({ url, hashes, token }) => {
+    const { connect } = await import('/udpack.js' as string);
+    const asked: unknown[] = [];
+    const mine = (channel: { on(event: string, handler: (data: unknown) => unknown): void }): void =>
+      channel.on('hello', (data) => {
+        asked.push(data);
+        return 'from the page';
+      });
+    const socket = await connect({ url, hashes, token, channels: { mine } });
+    const math = await socket.open('math');
+    const sums = await Promise.all(Array.from({ length: 200 }, (_, n) => math.request('add', [n, n])));
+    const fault = await math.request('add', [2 ** 53, Number.MAX_SAFE_INTEGER]).then(String, (error: { fault: string }) => error.fault);
+    const big = await math.request('add', [2n ** 62n, 2n ** 61n]).then(String);
+    const overflow = await math.request('add', [2n ** 62n, 2n ** 62n]).catch((error: { fault: string; message: string }) => [error.fault, error.message]);
+    const unknown = await math.request('nonsense').catch((error: { fault: string }) => error.fault);
+    const items: unknown[] = [];
+    for await (const item of math.stream('count', 20_000)) items.push(item);
+    const total = await math.request('sum', null, { items: Array.from({ length: 20_000 }, (_, n) => n) });
+    const callBack = await math.request('call back', 'mine');
+    const refused = await (await socket.open('nobody')).closed;
+    await socket.close();
+    return { sums, fault, big, overflow, unknown, count: items.length, last: items.at(-1), total, callBack, asked, refused: [refused.code, refused.name, refused.by] };
+  }, server.endpoint);
+  assert.deepEqual(got.sums, Array.from({ length: 200 }, (_, n) => 2 * n));
+  assert.equal(got.big, `${2n ** 62n + 2n ** 61n}`);
+  assert.deepEqual(got.overflow, ['overflow', 'the sum is too large']);
+  assert.equal(got.unknown, 'no_handler');
+  assert.deepEqual([got.count, got.last, got.total], [20_000, 20_000, 199_990_000]);
+  assert.deepEqual([got.callBack, got.asked], ['from the page', ['from the server']]);
+  assert.deepEqual(got.refused, [0x40, 'no_such_channel', 'peer']);
+});
+
+test('volatile messages by datagram and by stream come back with event and key', { skip }, async () => {
+  const got = await page.evaluate(async ({ url, hashes, token }) => {
+    const { connect } = await import('/udpack.js' as string);
+    const socket = await connect({ url, hashes, token });
+    socket.sendLatest('cursor', 'alice', 7);
+    const first = await socket.receiveVolatile();
+    socket.sendVolatile('load', 8);
+    const second = await socket.receiveVolatile();
+    // Too long for a datagram; the server answers numbers only, and must still be there.
+    socket.sendVolatile('picture', new Uint8Array(100_000));
+    socket.sendVolatile('load', 9);
+    const third = await socket.receiveVolatile();
+    await socket.close();
+    return [first, second, third];
+  }, server.endpoint);
+  assert.deepEqual(got.map((message) => [message.event, message.data, message.key ?? null]), [['cursor', 7, 'alice'], ['load', 8, null], ['load', 9, null]]);
+});
+
+test('64 channels at once, each with its own order', { skip }, async () => {
+  const got = await page.evaluate(async ({ url, hashes, token }) => {
+    const { connect } = await import('/udpack.js' as string);
+    const socket = await connect({ url, hashes, token });
+    const each = async (channel: number): Promise<boolean> => {
+      const echo = await socket.open('echo', { resumable: channel % 2 === 0 });
+      for (let n = 0; n < 50; n += 1) void echo.send('n', [channel, n]);
+      for (let n = 0; n < 50; n += 1) if (String((await echo.receive()).data) !== `${channel},${n}`) return false;
+      // Its place is free again for those that wait.
+      await echo.close();
+      return true;
+    };
+    const all = await Promise.all(Array.from({ length: 90 }, (_, channel) => each(channel)));
+    await socket.close();
+    return all.every(Boolean);
+  }, server.endpoint);
+  assert.equal(got, true);
+});
+
+test('a wrong token, a wrong path, a wrong hash', { skip }, async () => {
+  const got = await page.evaluate(async ({ url, hashes, token }) => {
+    const { connect } = await import('/udpack.js' as string);
+    const failure = (options: object): Promise<unknown> =>
+      connect(options).catch((error: { name: string; code: number; retry: boolean }) => [error.name, error.code, error.retry]);
+    return [
+      await failure({ url, hashes, token: 'wrong' }),
+      await failure({ url: `${url}/elsewhere`, hashes, token }),
+      await failure({ url, hashes: ['00'.repeat(32)], token }),
+    ];
+  }, server.endpoint);
+  assert.deepEqual(got, [
+    ['ConnectError', 0x21, false],
+    ['ConnectError', 0xf0, true],
+    ['ConnectError', 0xf0, true],
+  ]);
+});
+
+test('10,000 messages each way through cuts: none lost, doubled or reordered', { skip }, async (t) => {
+  const relay = await Relay.start(server.port);
+  const page = await fresh();
+  await page.exposeFunction('cut', () => relay.cut());
+  await page.exposeFunction('mend', () => relay.mend());
+  const got = await page.evaluate(
+    async ({ url, hashes, token }) => {
+      const { connect } = await import('/udpack.js' as string);
+      const { cut, mend } = globalThis as unknown as { cut(): Promise<void>; mend(): Promise<void> };
+      const COUNT = 10_000;
+      const CUTS = 6;
+      const socket = await connect({ url, hashes, token, reconnect: { first: 20 } });
+      const resumed: boolean[] = [];
+      let lost = Promise.resolve();
+      socket.on('state', (state: { state: string; resumed: boolean }) => {
+        if (state.state === 'connected') resumed.push(state.resumed);
+        // The path stays away until the page has seen that it is.
+        if (state.state === 'reconnecting') lost = lost.then(mend).catch(() => {});
+      });
+      const echo = await socket.open('echo');
+      const sending = (async () => {
+        for (let n = 0; n < COUNT; n += 1) await echo.send('n', n);
+      })();
+      const wrong: unknown[] = [];
+      for (let n = 0; n < COUNT; n += 1) {
+        const { data } = await echo.receive();
+        if (data !== n) wrong.push([n, data]);
+        if (n % Math.floor(COUNT / (CUTS + 1)) === 500) {
+          await cut();
+          // Something to send, so that the browser sees at once that nobody is there.
+          void echo.send('again', n);
+          await echo.receive().then(({ event, data }: { event: string; data: unknown }) => {
+            if (event === 'again') return;
+            if (data !== n + 1) wrong.push([n + 1, data]);
+            n += 1;
+          });
+        }
+      }
+      await sending;
+      await socket.close();
+      return { wrong, resumed };
+    },
+    { ...server.endpoint, url: `https://127.0.0.1:${relay.port}/udpack` },
+  );
+  t.diagnostic(`${relay.cuts} cuts`);
+  assert.deepEqual(got.wrong, []);
+  assert.ok(got.resumed.length >= 3 && got.resumed.every(Boolean), `${got.resumed}`);
+  await page.close();
+  await relay.cut();
+});
+
+test('a server that drains is left, and the next on its address is found', { skip }, async () => {
+  const first = await WebServer.start();
+  const page = await fresh();
+  await page.exposeFunction('drain', () => first.drain());
+  const second = await WebServer.start();
+  const got = await page.evaluate(
+    async ({ urls, hashes, token }) => {
+      const { connect } = await import('/udpack.js' as string);
+      const { drain } = globalThis as unknown as { drain(): Promise<void> };
+      const socket = await connect({ url: urls, hashes, token, reconnect: { first: 20 } });
+      const echo = await socket.open('echo');
+      await echo.send('first', 0);
+      await echo.receive();
+      await echo.send('before', 1);
+      const goAway = new Promise<{ reason: { code: number } }>((resolve) => socket.on('goaway', resolve));
+      const again = new Promise<void>((resolve) => socket.on('state', ({ state }: { state: string }) => state === 'connected' && resolve()));
+      await drain();
+      const { reason } = await goAway;
+      await again;
+      const answer = (await echo.receive())?.data;
+      const moved = await echo.closed;
+      const next = await socket.open('echo');
+      await next.send('after', 2);
+      const after = (await next.receive()).data;
+      await socket.close();
+      return [reason.code, answer, moved.name, after];
+    },
+    { urls: [first.endpoint.url, second.endpoint.url], hashes: [...first.endpoint.hashes, ...second.endpoint.hashes], token: first.endpoint.token },
+  );
+  assert.deepEqual(got, [0x01, 1, 'moved', 2]);
+  await page.close();
+  await second.kill();
+  await first.kill();
+});
+
+test('a server that is killed is missed at once by who has something to send', { skip }, async () => {
+  const doomed = await WebServer.start();
+  const page = await fresh();
+  await page.exposeFunction('kill', () => doomed.kill());
+  const got = await page.evaluate(async ({ url, hashes, token }) => {
+    const { connect } = await import('/udpack.js' as string);
+    const { kill } = globalThis as unknown as { kill(): Promise<void> };
+    const socket = await connect({ url, hashes, token, reconnect: false });
+    const echo = await socket.open('echo');
+    await kill();
+    void echo.send('x', 1);
+    const reason = await socket.closed;
+    return [reason.name, reason.by, (await echo.closed).name];
+  }, doomed.endpoint);
+  assert.deepEqual(got, ['connection_lost', 'transport', 'connection_lost']);
+  await page.close();
+});
+
+test('nothing in any page went uncaught', { skip }, () => {
+  assert.deepEqual(uncaught, []);
+});
