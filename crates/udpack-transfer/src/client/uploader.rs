@@ -634,6 +634,86 @@ fn load(claims: Vec<Claim>, buffers: &Buffers) -> Vec<Loaded> {
         .collect()
 }
 
+/// Opens a source, and reads so much of it.
+async fn open(source: Source, early: usize) -> Result<(Opened, Bytes), TransferError> {
+    let opened = tokio::task::spawn_blocking(move || {
+        let mut opened = source.open()?;
+        opened.head(early).map(|head| (opened, head))
+    });
+    opened.await.unwrap_or_else(|_| Err(reader_failed()))
+}
+
+fn reader_failed() -> TransferError {
+    TransferError::Protocol("the reader failed".to_owned())
+}
+
+/// A file of which the first bytes are sent.
+struct Sending {
+    id: u64,
+    source: Source,
+    size: Option<u64>,
+    /// Bytes that were sent before the server told what it has.
+    early: u64,
+    /// Where that ends.
+    known: u64,
+    /// The server has a finished file of this size.
+    stored: bool,
+    position: u64,
+    skipped: u64,
+    /// All that the server has was looked at.
+    told: bool,
+}
+
+impl Sending {
+    fn new(id: u64, source: Source, size: Option<u64>, early: u64, have: &Have) -> Self {
+        let whole = |(off, len, _): &(u64, u64, _)| *off == 0 && *len > RANGE && Some(*len) == size;
+        let known = have
+            .last()
+            .map_or(0, |(off, len, _)| off.saturating_add(*len));
+        Self {
+            id,
+            source,
+            size,
+            early,
+            known,
+            stored: have.first().is_some_and(whole),
+            position: early,
+            skipped: 0,
+            told: known == 0,
+        }
+    }
+
+    /// Notes that this piece is the first behind all that the server has; how much of that was passed over, if that
+    /// is worth telling.
+    fn passes(&mut self, piece: &Piece) -> Option<u64> {
+        let at = match piece {
+            Piece::Chunk { offset, .. } | Piece::Same { offset, .. } => *offset,
+            Piece::End { size, .. } => *size,
+            Piece::Failed(_) => self.position,
+        };
+        if self.told || at < self.known {
+            return None;
+        }
+        self.told = true;
+        let rest = self
+            .size
+            .is_some_and(|size| self.early + self.skipped < size);
+        (rest && self.skipped > 0).then_some(self.skipped)
+    }
+
+    /// Another file of this size is stored.
+    fn exists(&self) -> TransferError {
+        TransferError::Refused {
+            code: "exists".to_owned(),
+            message: format!(
+                "a different file of the same size is stored as {}",
+                self.source.remote()
+            ),
+            retry: false,
+        }
+    }
+}
+
 impl Lane<'_> {
     /// Sends entry after entry; one that fails here has its event sent here.
     async fn send_all(self, first: Next) -> Result<(), LaneOver> {
@@ -791,19 +871,9 @@ impl Lane<'_> {
 
     async fn send_file(self, id: u64, mut claim: Claim, few: bool) -> Result<(), LaneOver> {
         let early = self.shared.early(&claim, self.channel.stats().cwnd);
-        let source = claim.source.clone();
-        let opened = tokio::task::spawn_blocking(move || {
-            let mut opened = source.open()?;
-            opened.head(early).map(|head| (opened, head))
-        });
-        let (opened, mut head) = match opened.await {
-            Ok(Ok(opened)) => opened,
-            Ok(Err(error)) => {
-                self.shared.failed(self.events, claim, error).await;
-                return Ok(());
-            }
-            Err(_) => {
-                let error = TransferError::Protocol("the reader failed".to_owned());
+        let (opened, head) = match open(claim.source.clone(), early).await {
+            Ok(opened) => opened,
+            Err(error) => {
                 self.shared.failed(self.events, claim, error).await;
                 return Ok(());
             }
@@ -824,16 +894,8 @@ impl Lane<'_> {
         sent.ready = Some(tell);
         self.flight.add(id, sent);
         self.channel.send("file", &offer).await?;
-        let pace = self.pace;
-        let mut position = 0;
-        while !head.is_empty() {
-            pace.adapt(&self.channel.stats());
-            let len = head.len().min(pace.chunk()).min(EARLY_CHUNK);
-            let bytes = head.split_to(len);
-            if !self.send_chunk(id, size, position, bytes).await? {
-                return Ok(());
-            }
-            position += len as u64;
+        if !self.send_head(id, size, head).await? {
+            return Ok(());
         }
         let have = if ask {
             match ready.await {
@@ -844,86 +906,65 @@ impl Lane<'_> {
         } else {
             Have::new()
         };
-        let stored = match have.first() {
-            Some((0, len, _)) => *len > RANGE && Some(*len) == size,
-            _ => false,
-        };
-        let known = have
-            .last()
-            .map_or(0, |(off, len, _)| off.saturating_add(*len));
         if let Some((0, len, _)) = have.first()
             && *len >= early
         {
             // What was sent already is in it, or that will show.
             self.flight.with(id, |sent| sent.untouched = true);
         }
-        pace.adapt(&self.channel.stats());
-        let mut pieces = opened.read(have, pace.clone(), self.shared.buffers.clone(), None);
-        let (mut skipped, mut told) = (0, known == 0);
-        loop {
-            pace.adapt(&self.channel.stats());
-            let piece = match tokio::time::timeout(ALIVE, pieces.recv()).await {
-                Ok(Some(piece)) => piece,
-                Ok(None) => {
-                    let error = TransferError::Protocol("the reader failed".to_owned());
-                    return self.give_up(id, error).await;
-                }
-                // A slow source, or much to compare: the server must not think that nobody is here.
-                Err(_) => {
-                    if self.flight.with(id, |_| ()).is_none() {
-                        return Ok(());
-                    }
-                    let alive = AckFields {
-                        id,
-                        recv: position,
-                        safe: 0,
-                    };
-                    self.channel.send("ack", &alive).await?;
-                    continue;
-                }
-            };
-            if stored && matches!(piece, Piece::Chunk { .. }) {
-                // What is longer than a range is a finished file, and it is another one.
-                let error = TransferError::Refused {
-                    code: "exists".to_owned(),
-                    message: format!(
-                        "a different file of the same size is stored as {}",
-                        source.remote()
-                    ),
-                    retry: false,
-                };
-                return self.give_up(id, error).await;
+        let sending = Sending::new(id, source, size, early, &have);
+        self.pace.adapt(&self.channel.stats());
+        let buffers = self.shared.buffers.clone();
+        let pieces = opened.read(have, self.pace.clone(), buffers, None);
+        self.send_pieces(sending, pieces).await
+    }
+
+    /// Sends the first bytes of a file; `false` when it has its outcome already.
+    async fn send_head(
+        self,
+        id: u64,
+        size: Option<u64>,
+        mut head: Bytes,
+    ) -> Result<bool, LaneOver> {
+        let mut position = 0;
+        while !head.is_empty() {
+            self.pace.adapt(&self.channel.stats());
+            let len = head.len().min(self.pace.chunk()).min(EARLY_CHUNK);
+            let bytes = head.split_to(len);
+            if !self.send_chunk(id, size, position, bytes).await? {
+                return Ok(false);
             }
-            let at = match &piece {
-                Piece::Chunk { offset, .. } | Piece::Same { offset, .. } => *offset,
-                Piece::End { size, .. } => *size,
-                Piece::Failed(_) => position,
-            };
-            if !told && at >= known {
-                told = true;
-                if skipped > 0 && size.is_some_and(|size| early + skipped < size) {
-                    self.resumed(id, &source, skipped).await;
-                }
+            position += len as u64;
+        }
+        Ok(true)
+    }
+
+    /// Sends the rest of a file, as it is read, and its end.
+    async fn send_pieces(
+        self,
+        mut sending: Sending,
+        mut pieces: mpsc::Receiver<Piece>,
+    ) -> Result<(), LaneOver> {
+        let id = sending.id;
+        while let Some(piece) = self.next_piece(&sending, &mut pieces).await? {
+            if sending.stored && matches!(piece, Piece::Chunk { .. }) {
+                // What is longer than a range is a finished file, and it is another one.
+                return self.give_up(id, sending.exists()).await;
+            }
+            if let Some(skipped) = sending.passes(&piece) {
+                self.resumed(id, &sending.source, skipped).await;
             }
             match piece {
                 Piece::Same { offset, len } => {
-                    position = offset + len;
-                    skipped += len;
-                    let known = self.flight.with(id, |sent| {
-                        sent.pass(offset, len);
-                        if sent.untouched {
-                            // All of it from the beginning is there; the last byte counts only with `done`.
-                            let acked = position.min(sent.claim.size.saturating_sub(1));
-                            self.shared.acked(&mut sent.claim, acked);
-                        }
-                    });
-                    if known.is_none() {
+                    sending.position = offset + len;
+                    sending.skipped += len;
+                    if !self.pass(id, offset, len) {
                         return Ok(());
                     }
                 }
                 Piece::Chunk { offset, bytes } => {
-                    position = offset + bytes.len() as u64;
-                    if !self.send_chunk(id, size, offset, bytes).await? {
+                    sending.position = offset + bytes.len() as u64;
+                    if !self.send_chunk(id, sending.size, offset, bytes).await? {
                         return Ok(());
                     }
                 }
@@ -936,6 +977,46 @@ impl Lane<'_> {
                 Piece::Failed(error) => return self.give_up(id, error).await,
             }
         }
+        Ok(())
+    }
+
+    /// What was read next of a file; `None` when it has its outcome already.
+    async fn next_piece(
+        self,
+        sending: &Sending,
+        pieces: &mut mpsc::Receiver<Piece>,
+    ) -> Result<Option<Piece>, LaneOver> {
+        loop {
+            self.pace.adapt(&self.channel.stats());
+            if let Ok(piece) = tokio::time::timeout(ALIVE, pieces.recv()).await {
+                return Ok(Some(
+                    piece.unwrap_or_else(|| Piece::Failed(reader_failed())),
+                ));
+            }
+            // A slow source, or much to compare: the server must not think that nobody is here.
+            if self.flight.with(sending.id, |_| ()).is_none() {
+                return Ok(None);
+            }
+            let alive = AckFields {
+                id: sending.id,
+                recv: sending.position,
+                safe: 0,
+            };
+            self.channel.send("ack", &alive).await?;
+        }
+    }
+
+    /// The server has these bytes; `false` when the file has its outcome already.
+    fn pass(self, id: u64, offset: u64, len: u64) -> bool {
+        let known = self.flight.with(id, |sent| {
+            sent.pass(offset, len);
+            if sent.untouched {
+                // All of it from the beginning is there; the last byte counts only with `done`.
+                let acked = (offset + len).min(sent.claim.size.saturating_sub(1));
+                self.shared.acked(&mut sent.claim, acked);
+            }
+        });
+        known.is_some()
     }
 
     /// Sends bytes of a file, of this size where that is known; `false` when it has its outcome already: what was
@@ -1131,81 +1212,95 @@ impl Lane<'_> {
                     self.moved();
                 }
             }
-            Reply::Done {
-                id,
-                path,
-                size,
-                hash,
-                same,
-                sync,
-                mtime,
-            } => {
-                let Some(mut sent) = self.flight.take(id) else {
-                    return;
-                };
-                self.moved();
-                if !same {
-                    let arrived = sent.arrived(sent.position);
-                    self.shared.moved.fetch_add(arrived, Ordering::Relaxed);
-                }
-                if let Err(error) = self.believed(&sent.claim, size, &hash, same) {
-                    self.shared.failed(self.events, sent.claim, error).await;
-                    return;
-                }
-                let mut claim = sent.claim;
-                let own = claim.size;
-                self.shared.acked(&mut claim, own);
-                self.shared.ended(&claim);
-                // What an earlier offer of this run has stored is not the server's own.
-                let there = same && !claim.unsure;
-                let same = there && is_source(&claim, size, hash).await;
-                let other_time = claim.mtime.zip(mtime).map(|(asked, secs)| OtherTime {
-                    asked,
-                    got: Time { secs, nanos: 0 },
-                });
-                let outcome = Outcome {
-                    index: claim.index,
-                    path,
-                    size,
-                    hash,
-                    sent: claim.sent,
-                    resumed: if there { 0 } else { sent.skipped },
-                    same,
-                    skipped: there && !same,
-                    sync,
-                    other_time,
-                    elapsed: claim.since.map_or(Duration::ZERO, |since| since.elapsed()),
-                };
-                claim.settle();
-                let _ = self.events.send(Event::Done(outcome)).await;
-            }
-            Reply::Error {
-                id,
-                code,
-                message,
-                retry,
-            } => {
-                let Some(sent) = self.flight.take(id) else {
-                    return;
-                };
-                let mut claim = sent.claim;
-                let error = match lock(&self.flight.given_up).remove(&id) {
-                    Some(own) => own,
-                    None => {
-                        if self.again(&mut claim, &code, retry) {
-                            tracing::debug!(code, message, "offered again");
-                            return;
-                        }
-                        TransferError::Refused {
-                            code,
-                            message,
-                            retry,
-                        }
-                    }
-                };
-                self.shared.failed(self.events, claim, error).await;
-            }
+            done @ Reply::Done { .. } => self.done(done).await,
+            error @ Reply::Error { .. } => self.refused(error).await,
         }
+    }
+
+    /// A file is stored, as the server says.
+    async fn done(self, reply: Reply) {
+        let Reply::Done {
+            id,
+            path,
+            size,
+            hash,
+            same,
+            sync,
+            mtime,
+        } = reply
+        else {
+            return;
+        };
+        let Some(mut sent) = self.flight.take(id) else {
+            return;
+        };
+        self.moved();
+        if !same {
+            let arrived = sent.arrived(sent.position);
+            self.shared.moved.fetch_add(arrived, Ordering::Relaxed);
+        }
+        if let Err(error) = self.believed(&sent.claim, size, &hash, same) {
+            self.shared.failed(self.events, sent.claim, error).await;
+            return;
+        }
+        let mut claim = sent.claim;
+        let own = claim.size;
+        self.shared.acked(&mut claim, own);
+        self.shared.ended(&claim);
+        // What an earlier offer of this run has stored is not the server's own.
+        let there = same && !claim.unsure;
+        let same = there && is_source(&claim, size, hash).await;
+        let other_time = claim.mtime.zip(mtime).map(|(asked, secs)| OtherTime {
+            asked,
+            got: Time { secs, nanos: 0 },
+        });
+        let outcome = Outcome {
+            index: claim.index,
+            path,
+            size,
+            hash,
+            sent: claim.sent,
+            resumed: if there { 0 } else { sent.skipped },
+            same,
+            skipped: there && !same,
+            sync,
+            other_time,
+            elapsed: claim.since.map_or(Duration::ZERO, |since| since.elapsed()),
+        };
+        claim.settle();
+        let _ = self.events.send(Event::Done(outcome)).await;
+    }
+
+    /// The server has refused a file, or it was given up here.
+    async fn refused(self, reply: Reply) {
+        let Reply::Error {
+            id,
+            code,
+            message,
+            retry,
+        } = reply
+        else {
+            return;
+        };
+        let Some(sent) = self.flight.take(id) else {
+            return;
+        };
+        let mut claim = sent.claim;
+        let error = match lock(&self.flight.given_up).remove(&id) {
+            Some(own) => own,
+            None => {
+                if self.again(&mut claim, &code, retry) {
+                    tracing::debug!(code, message, "offered again");
+                    return;
+                }
+                TransferError::Refused {
+                    code,
+                    message,
+                    retry,
+                }
+            }
+        };
+        self.shared.failed(self.events, claim, error).await;
     }
 
     /// A `done` counts only where size and hash are those of the bytes that this source gave. After `skip` what is
