@@ -340,6 +340,51 @@ test('a peer that reads nothing fills the queue, and send waits', async () => {
   assert.ok(queued < 1400, 'what waited was not queued');
 });
 
+test('messages that wait for room keep their order, and no number of them waits unseen', async () => {
+  let there: ServerChannel | undefined;
+  const { socket, server, clock } = await setup({}, (server) => server.handlers.set('stuck', (channel) => { there = channel; }));
+  const channel = await socket.open('stuck');
+  await settle();
+  const data = new Uint8Array(100_000);
+  server.down = true;
+  server.link.cut();
+  await settle();
+  let next = 0;
+  while (channel.hasRoom) void channel.send('n', [next++, data]);
+  for (let n = 0; n < 20; n += 1) void channel.send('n', [next++, data]);
+  // Whenever there is room again: another one tries to be first.
+  const sending = (async () => {
+    for (let n = 0; n < 200; n += 1) {
+      void channel.send('n', [next++]);
+      await Promise.resolve();
+    }
+  })();
+  server.down = false;
+  await sending;
+  for (let n = 0; n < 40; n += 1) {
+    void channel.send('n', [next++]);
+    await clock.advance(20);
+  }
+  await clock.until(() => there?.got.length === next, 'the last message');
+  assert.deepEqual(there?.got.map(({ data }) => (data as number[])[0]), Array.from({ length: next }, (_, n) => n));
+
+  server.link.cut();
+  server.down = true;
+  await settle();
+  assert.throws(() => { for (let n = 0; n < 100_000; n += 1) void channel.send('n', data.subarray(0, 10_000)); }, { name: 'BacklogError' });
+});
+
+test('channels are opened no faster than the server takes them', async () => {
+  const { socket, server, clock } = await setup({}, (server) => { server.limits = { frame: 1 << 20, channels: 1000, channel_rate: 10 }; });
+  const opening = Promise.all(Array.from({ length: 40 }, () => socket.open('quiet')));
+  await settle();
+  assert.equal(server.session.accepted.size, 20);
+  await clock.advance(1000);
+  assert.equal(server.session.accepted.size, 30);
+  await clock.result(opening);
+  assert.equal(clock.now(), 2000);
+});
+
 test('an application that does not read slows its peer, and unread messages before an answer are a backlog', async () => {
   const { socket, server } = await setup({}, (server) => {
     server.handlers.set('talker', (channel) => {

@@ -70,11 +70,11 @@ export class TimeoutError extends UdpackError {
   }
 }
 
-/** More messages came before the answer than the channel's queue holds, and nobody reads them. */
+/** More waits than a queue holds: messages that came before an answer and nobody reads, or that nobody waits to send. */
 export class BacklogError extends UdpackError {
   override readonly name: string = 'BacklogError';
-  constructor() {
-    super(Code.BACKLOG, 'more messages came before the answer than the queue holds, and nobody reads them');
+  constructor(message = 'more messages came before the answer than the queue holds, and nobody reads them') {
+    super(Code.BACKLOG, message);
   }
 }
 

@@ -4,7 +4,7 @@
  */
 
 import { type Clock, Deferred, handled } from '../base/async.js';
-import { ClosedError, UsageError, WireError } from '../base/errors.js';
+import { BacklogError, ClosedError, UsageError, WireError } from '../base/errors.js';
 import { type BidiStream, StreamEnd } from '../transport/transport.js';
 import { CloseReason, Code, sendable } from '../wire/codes.js';
 import { decodeClose, decodeGap, decodeMark, decodeResume, type Gap, type Open, type Priority } from '../wire/control.js';
@@ -24,6 +24,8 @@ const SEND = { bytes: 1 << 20, frames: 1024 };
 const SEND_RESUMABLE = { bytes: 4 << 20, frames: 65_536 };
 /** What has come and is not taken. */
 const RECEIVE = { bytes: 1 << 20, messages: 1024 };
+/** Frames that may wait for room in the queue, each for a promise that somebody holds. */
+const LINE = 1024;
 /** Requests of the peer that are not answered. */
 const ANSWERS = 1024;
 
@@ -95,9 +97,11 @@ export class Channel<In extends EventMap = EventMap, Out extends EventMap = Even
    * It rejects with `ClosedError` when the channel ends first; nobody need look.
    *
    * @throws {EncodeError} At once, when the data cannot be sent.
+   * @throws {BacklogError} At once, when 1,024 messages wait for room already: nobody looks at the promises.
    */
   send<E extends Name<Out>>(event: E, data?: DataOf<Out[E]>): Promise<void> {
     checkEvent(event);
+    this[internals].checkLine();
     return handled(this[internals].queue(this[internals].frame(event, data)));
   }
 
@@ -221,6 +225,8 @@ export class ChannelCore implements AskSender {
   private readonly channel: Channel;
   private readonly inbox = new Inbox<Entry>(RECEIVE);
   private readonly answers = new Map<U64, Answer>();
+  /** Frames that wait for room. */
+  private readonly line: { frame: Uint8Array; turn: Deferred<void> }[] = [];
   private stream: BidiStream | undefined;
   private stoppedWith: number | undefined;
   private use: 'none' | 'handlers' | 'receive' = 'none';
@@ -270,11 +276,44 @@ export class ChannelCore implements AskSender {
 
   async queue(frame: Uint8Array): Promise<void> {
     this.checkSending();
-    while (!this.hasRoom) {
-      await this.outbox.changed.wait();
-      this.checkSending();
+    if (this.line.length === 0 && this.hasRoom) {
+      this.outbox.push(frame);
+      return;
     }
-    this.outbox.push(frame);
+    const turn = new Deferred<void>();
+    this.line.push({ frame, turn });
+    if (this.line.length === 1) {
+      void this.serveLine();
+    }
+    await turn.promise;
+  }
+
+  /** Takes those that wait for room one after the other: who asked first is sent first. */
+  private async serveLine(): Promise<void> {
+    for (let first = this.line[0]; first; first = this.line[0]) {
+      try {
+        this.checkSending();
+      } catch (error) {
+        for (const { turn } of this.line.splice(0)) {
+          turn.reject(error);
+        }
+        return;
+      }
+      if (this.hasRoom) {
+        this.outbox.push(first.frame);
+        this.line.shift();
+        first.turn.resolve();
+      } else {
+        await this.outbox.changed.wait();
+      }
+    }
+  }
+
+  /** Refuses to let more wait than a program means to that looks at what `send` returns. */
+  checkLine(): void {
+    if (this.line.length >= LINE) {
+      throw new BacklogError(`${LINE} messages wait for room in the queue already: await what send returns`);
+    }
   }
 
   queueNow(frame: Uint8Array): void {

@@ -9,7 +9,7 @@ import { RECONNECT, type Reconnect } from '../session/state.js';
 import { type TokenWanted } from '../session/token.js';
 import { type Connection, type Dial } from '../transport/transport.js';
 import { dialWebTransport } from '../transport/webtransport.js';
-import { CloseReason, Code } from '../wire/codes.js';
+import { CloseReason, Code, sendable } from '../wire/codes.js';
 import { DEFAULT_FRAME, MIN_FRAME } from '../wire/frame.js';
 import { discover, hashOf } from './discover.js';
 import { Socket } from './socket.js';
@@ -33,7 +33,7 @@ export interface ConnectOptions {
   resume?: boolean;
   /** Gives up the first connect. */
   signal?: AbortSignal;
-  /** Name and version of the program, for the server's log. */
+  /** Name and version of the program, for the server's log; cut to 32 characters. */
   agent?: string;
   limits?: {
     /** The largest message that this side takes, in bytes. */
@@ -82,7 +82,7 @@ export async function connect(options: ConnectOptions = {}): Promise<Socket> {
     },
     first: servers.length,
     token: source,
-    agent: options.agent ?? AGENT,
+    agent: sendable(options.agent ?? AGENT, 32),
     resume: options.resume ?? true,
     reconnect: reconnect === false ? undefined : { ...RECONNECT, ...(reconnect === true ? {} : reconnect) },
     accept: (channel) => accept(options.channels ?? {}, channel),

@@ -2,7 +2,7 @@
  * The channels of a session: opening, accepting, going on over another connection, forgetting (PROTOCOL.md §7, §8).
  */
 
-import { type Clock, handled, Signal, within } from '../base/async.js';
+import { type Clock, handled, Signal, sleep, within } from '../base/async.js';
 import { WireError } from '../base/errors.js';
 import { Channel, type ChannelHost, internals } from '../channel/channel.js';
 import { FrameReader, type Heard } from '../channel/reader.js';
@@ -12,6 +12,7 @@ import { decodeOpen, encodeOpen, type Open } from '../wire/control.js';
 import { decodeMessage, encodeFrame, type U64 } from '../wire/message.js';
 import { type Acks } from './acks.js';
 import { type Link } from './admission.js';
+import { Rate } from './rate.js';
 import { Seen } from './seen.js';
 
 const OPEN_MS = 30_000;
@@ -38,6 +39,7 @@ export class Channels implements ChannelHost {
   private nextId = 1;
   private link: Link | undefined;
   private closing = false;
+  private rate: Rate;
   private canResume = false;
 
   constructor(clock: Clock, acks: Acks, receiveLimit: number, acceptMost: number, accept: Accept) {
@@ -46,6 +48,7 @@ export class Channels implements ChannelHost {
     this.receiveLimit = receiveLimit;
     this.acceptMost = acceptMost;
     this.accept = accept;
+    this.rate = new Rate(clock, 100);
   }
 
   /** All that are not forgotten. */
@@ -104,6 +107,10 @@ export class Channels implements ChannelHost {
     while (this.own.size >= link.welcome.channels && this.link === link && !this.closing) {
       await this.changed.wait();
     }
+    const due = this.rate.take();
+    if (due > 0) {
+      await Promise.race([sleep(this.clock, due), link.connection.closed]);
+    }
     if (this.link !== link || this.closing) {
       return undefined;
     }
@@ -135,6 +142,7 @@ export class Channels implements ChannelHost {
     this.sendLimit = link.welcome.frame;
     this.heard.at = this.clock.now();
     this.canResume = link.welcome.resume !== undefined;
+    this.rate = new Rate(this.clock, link.welcome.channelRate);
     if (link.welcome.resumed) {
       const resumable = [...this.own.values()].filter((channel) => channel.resumable);
       const open = resumable.map((channel) => channel.id);

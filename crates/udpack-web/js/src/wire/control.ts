@@ -4,12 +4,14 @@ import { WireError } from '../base/errors.js';
 import { CloseReason, Code, printable } from './codes.js';
 import { Fields } from './fields.js';
 import { MIN_FRAME } from './frame.js';
-import { isName, plain, type U64, U64_MAX, type WireMessage } from './message.js';
+import { isName, isU64, plain, type U64, U64_MAX, type WireMessage } from './message.js';
 
 export const VERSION = 1;
 /** Bytes that a token may have. */
 export const TOKEN_BYTES = 512;
 const RESUME_TOKEN_BYTES = 32;
+/** Channels a second that a server takes that does not say. */
+const CHANNEL_RATE = 100;
 
 /** Bulk, normal, high. */
 export type Priority = 0 | 1 | 2;
@@ -37,6 +39,8 @@ export interface Welcome {
   readonly frame: number;
   /** Channels that the client may have open. */
   readonly channels: number;
+  /** Channels that it may open a second, and twice as many at once. */
+  readonly channelRate: number;
   readonly resumed: boolean;
   readonly reason?: string;
   readonly resume?: { readonly token: Uint8Array; readonly windowMs: number };
@@ -206,6 +210,7 @@ export function decodeWelcome(message: WireMessage): Welcome {
   const frame = limits.u64('frame');
   frameLimit(fields, frame);
   const channels = limits.u64('channels');
+  const rate = limits.raw('channel_rate');
   const resumed = fields.optBool('resumed') ?? false;
   const reason = fields.optText('reason');
   if (resumed && reason !== undefined) {
@@ -219,6 +224,7 @@ export function decodeWelcome(message: WireMessage): Welcome {
     agent,
     frame: Number(frame),
     channels: Number(channels),
+    channelRate: isU64(rate) && rate > 0 ? Number(rate) : CHANNEL_RATE,
     resumed,
     marks: marks(fields),
     ...(reason !== undefined && { reason: printable(reason, 128) }),
