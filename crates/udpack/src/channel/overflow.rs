@@ -13,7 +13,7 @@ use crate::wire::control::{self, Gap};
 
 /// What happens to a room's messages for a member that is too slow for them.
 ///
-/// Sending never waits for such a member. A [`Gap`](crate::Gap) reports what it lost, at the place where the
+/// Sending never waits for such a member. A [`Gap`] reports what it lost, at the place where the
 /// messages are missing.
 ///
 /// [`DropOldest`](Self::DropOldest) and [`LatestOnly`](Self::LatestOnly) begin as soon as so many messages are on their
