@@ -93,7 +93,7 @@ impl From<SystemTime> for Time {
 pub struct OtherTime {
     /// What it should be.
     pub asked: Time,
-    /// What it is.
+    /// The time that the file has.
     pub got: Time,
 }
 

@@ -181,7 +181,7 @@ impl PathError {
     }
 }
 
-/// What was counted, behind the limit.
+/// The count, after the limit.
 struct More(Option<usize>);
 
 impl fmt::Display for More {

@@ -1,5 +1,5 @@
 //! [`Downloader`]: the client's half of a download. Asks for files on several lanes and keeps them full;
-//! stores what comes as a server stores uploads: staged, verified, on disk, and only then visible.
+//! stores received files as a server stores uploads: staged, verified, on disk, and only then visible.
 
 mod incoming;
 mod lane;
@@ -283,9 +283,9 @@ struct Context {
 }
 
 impl Context {
-    /// The file is as large as this, whatever was thought before.
+    /// Corrects the file's size.
     fn resize(&self, job: &mut Job, size: u64) {
-        // What was counted stays counted: progress never goes down.
+        // Counted bytes stay counted: progress never decreases.
         let size = size.max(job.counted);
         self.total.fetch_add(size, Ordering::Relaxed);
         self.total.fetch_sub(job.size, Ordering::Relaxed);
@@ -524,7 +524,7 @@ fn feed(context: Arc<Context>, wanted: impl Iterator<Item = Wanted> + Send + 'st
     });
 }
 
-/// Takes files from their workers, publishes what is complete, many at a time, and reports every outcome.
+/// Takes files from their workers, publishes complete ones in batches, and reports every outcome.
 async fn settle_all(
     context: Arc<Context>,
     mut noted: mpsc::UnboundedReceiver<Note>,
@@ -588,7 +588,7 @@ async fn settle_all(
     }
 }
 
-/// As many results as there were files, whatever happens.
+/// Always returns as many results as there were files.
 async fn publish(
     store: &Store,
     batch: Vec<Complete>,
@@ -656,7 +656,7 @@ async fn settle(
                 TransferError::Store(error) if matches!(**error, StoreError::HashMismatch { .. })
             );
             if corrupt && !job.again {
-                // What was resumed from may have been damaged. The store has removed it: once more, all of it.
+                // The resumed part may have been damaged. The store has removed it: download the whole file again.
                 tracing::warn!(path = %job.wanted.local, "the bytes are not the server's: once more");
                 job.again = true;
                 return context.queue.put_back(job);

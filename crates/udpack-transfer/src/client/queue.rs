@@ -32,7 +32,7 @@ const GATHER: Duration = Duration::from_millis(5);
 const BATCH: usize = 64;
 const BATCH_BYTES: u64 = 1 << 20;
 
-/// One entry on its way, with what is known of it so far.
+/// One entry under way, with its state so far.
 #[derive(Debug)]
 pub(crate) struct Item {
     pub(crate) index: usize,
@@ -186,7 +186,7 @@ impl Queue {
         })
     }
 
-    /// Adds an entry; blocks while the window is full. `false` when nobody wants more.
+    /// Adds an entry; blocks while the window is full. `false` when nothing is taken from the queue any more.
     pub(crate) fn push(&self, item: Item) -> bool {
         let mut state = self.lock();
         while state.entries >= WINDOW && !state.closed {
@@ -219,7 +219,7 @@ impl Queue {
         self.lock().listed
     }
 
-    /// Nobody takes from the queue any more.
+    /// The queue has no takers any more.
     pub(crate) fn close(&self) {
         self.lock().closed = true;
         self.room.notify_all();
@@ -416,7 +416,7 @@ impl State {
         self.ready.pop_first().map(|(_, item)| item)
     }
 
-    /// Takes any, whatever it waits for.
+    /// Takes any entry, even one that waits.
     fn any(&mut self) -> Option<Item> {
         if let Some(item) = self.pop(Instant::now()) {
             return Some(item);
@@ -482,7 +482,7 @@ impl Drop for Claim {
         state.claimed -= 1;
         if self.settled {
             let more = state.settle(&item);
-            // Nobody waits for less than this.
+            // No task waits for this outcome.
             if !more && !state.is_over() {
                 return;
             }

@@ -254,7 +254,7 @@ fn broken(text: impl Into<String>) -> TransferError {
 /// The entries of a directory, page by page. One page is fetched ahead, however many there are.
 ///
 /// # Drop
-/// Gives up what is being fetched.
+/// Cancels the pending request.
 #[derive(Debug)]
 pub struct Listing {
     remote: Remote,

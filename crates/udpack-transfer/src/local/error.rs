@@ -141,7 +141,7 @@ fn same(error: &io::Error) -> io::Error {
         .map_or_else(|| error.kind().into(), io::Error::from_raw_os_error)
 }
 
-/// What kind of trouble a code of `docs/PROTOCOL.md` §11 stands for.
+/// The kind of error that a code of `docs/PROTOCOL.md` §11 stands for.
 fn by_code(code: &str) -> ErrorKind {
     match code {
         "bad_name" | "exists" | "too_large" | "quota" | "forbidden" | "too_many_uploads"

@@ -19,7 +19,7 @@ const BURST: u64 = 8;
 /// How long one chunk may be on its way.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// A bucket of bytes that fills at a steady rate. Clones share one bucket, those who wait are served in the
+/// A bucket of bytes that fills at a steady rate. Clones share one bucket; waiting callers are served in the
 /// order in which they came: lanes that share a limiter get equal turns.
 #[derive(Debug, Clone)]
 pub struct Limiter {
@@ -82,7 +82,7 @@ impl Limiter {
         bucket.fill(rate, burst);
         let missing = (bytes as f64).min(burst) - bucket.level;
         if missing > 0.0 {
-            // A day at most: nobody asks for so little that this matters, and times stay representable.
+            // At most a day, so that times stay representable; no sensible rate waits that long.
             let wait = (missing / rate).min(86_400.0);
             tokio::time::sleep(Duration::from_secs_f64(wait)).await;
             bucket.fill(rate, burst);

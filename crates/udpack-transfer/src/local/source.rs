@@ -51,8 +51,8 @@ pub(crate) enum Origin {
 }
 
 impl Source {
-    /// A local file. It is opened when its turn comes. It should not change while it is being sent: what of that can
-    /// be seen fails it. One that has no size, or another than it says, as below `/proc` and `/sys`, is read to its end.
+    /// A local file. It is opened when it is about to be sent. It should not change while it is being sent: a change
+    /// that is detected fails it. A file that reports no size or a false one, as below `/proc` and `/sys`, is read to its end.
     pub fn file(local: impl Into<PathBuf>, remote: RelPath) -> Self {
         Self::new(remote.as_str(), Origin::File(local.into()))
     }
@@ -163,7 +163,7 @@ impl Source {
         }
     }
 
-    /// Opens it, and looks whether a file's size is what it says; blocks.
+    /// Opens it, and checks whether a file's size is the reported one; blocks.
     pub(crate) fn open(&self) -> Result<Opened, TransferError> {
         let mut opened = self.open_unseen()?;
         if let OpenedFrom::File { file, metadata } = &mut opened.from {
@@ -195,7 +195,7 @@ impl Source {
             Origin::Reader(reader) => OpenedFrom::Reader(reader.clone()),
             Origin::File(path) => {
                 let failed = |error| self.unreadable(error);
-                // Opening a FIFO would wait for its other end; this way it is seen for what it is.
+                // Without O_NONBLOCK opening a FIFO would wait for its other end.
                 let nonblocking = OFlags::NONBLOCK.bits().cast_signed();
                 let file = File::options()
                     .read(true)
@@ -239,7 +239,7 @@ fn true_size(file: &File, metadata: &mut Metadata) -> io::Result<Option<u64>> {
         // Errors are those of reading it, which tells them.
         let more = file.read_at(&mut byte, size).unwrap_or(1);
         let last = match size.checked_sub(1) {
-            // What is larger is no pseudo file, and looking for its end first would cost a disk a seek.
+            // A larger file is not a pseudo file, and seeking to its end first would cost time on a disk.
             Some(last) if size <= CHUNK as u64 => file.read_at(&mut byte, last).unwrap_or(0),
             _ => 1,
         };
@@ -640,7 +640,7 @@ pub(crate) fn read_small<'a>(
     all
 }
 
-/// Memory that files are read into, used again once QUIC has let go of what was in it: pages that were just
+/// Buffers that files are read into, used again once QUIC has released them: pages that were just
 /// given back would have to be cleared again. Clones share it.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Buffers(Arc<Mutex<Vec<Vec<u8>>>>);
@@ -679,7 +679,7 @@ impl Buffer {
         self.memory.get_mut(..want).unwrap_or_default()
     }
 
-    /// What was read, without a copy.
+    /// The bytes that were read, without a copy.
     fn filled(mut self, filled: usize) -> Bytes {
         self.filled = filled;
         Bytes::from_owner(self)
@@ -705,7 +705,7 @@ impl Drop for Buffer {
 
 /// Why reading ended early.
 enum Stop {
-    /// Nobody takes the pieces any more.
+    /// The receiver of the chunks is gone.
     Unwanted,
     Failed(TransferError),
 }
@@ -799,7 +799,7 @@ impl Pump<'_> {
         self.give(Piece::Chunk { offset, bytes })
     }
 
-    /// What comes before `end` is at the server; it is hashed already.
+    /// The server has the bytes before `end`; they are hashed already.
     fn same(&mut self, end: u64) -> Result<(), Stop> {
         let offset = std::mem::replace(&mut self.at, end);
         let len = end - offset;

@@ -20,7 +20,7 @@ use crate::local::source::{self, Source};
 /// The order of the entries in a directory is the file system's. Blocks.
 #[derive(Debug)]
 pub struct Walk {
-    /// What is still to be looked at; the root at first.
+    /// Entries still to be visited; the root at first.
     root: Option<(PathBuf, String)>,
     above: Vec<Level>,
     options: Options,
@@ -57,7 +57,7 @@ pub struct Found {
     pub local: PathBuf,
     /// The name it shall have at the server. A valid one, unless it failed.
     pub remote: String,
-    /// What it is.
+    /// The kind of the entry.
     pub what: What,
     /// Permissions for the directories at the server that must be made for it: see [`Source::dirs`].
     pub dirs: Arc<[u32]>,
@@ -83,7 +83,7 @@ pub enum What {
     Link {
         /// Its name at the server.
         remote: RelPath,
-        /// What it points to, word for word.
+        /// Its target, byte for byte.
         target: String,
     },
     /// It cannot be sent.
@@ -175,7 +175,7 @@ impl Walk {
         };
         let metadata = match self.metadata(local) {
             Ok(metadata) => metadata,
-            // Left out by its name, whatever it is.
+            // Excluded by its name, regardless of its kind.
             Err(_) if self.left_out(relative, false) => return Ok(None),
             Err(error) => return Err(unreadable(error)),
         };
@@ -297,7 +297,7 @@ impl Iterator for Walk {
                     }
                 }
             };
-            // What was found, or entered, makes its directory one that is not empty.
+            // An entry that was found or entered makes its directory non-empty.
             let entered = self.above.len() > depth;
             let parent = match (found.is_some(), entered) {
                 (_, true) => depth.checked_sub(1),

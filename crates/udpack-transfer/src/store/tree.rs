@@ -28,7 +28,7 @@ use crate::base::path::{PathRule, RelPath};
 pub struct Entry {
     /// Its path from the store's root, in its [text form](crate::base::names); empty for the root itself.
     pub path: String,
-    /// What it is.
+    /// The kind of the entry.
     pub kind: Kind,
     /// Bytes of a file; 0 for everything else.
     pub size: u64,

@@ -26,7 +26,7 @@ const OWNER: &str = "download";
 /// Files from this size on are kept when they are interrupted, to be resumed.
 const RESUMED: u64 = 1 << 20;
 
-/// What comes out of a file's worker.
+/// Events of a file's worker.
 #[derive(Debug)]
 pub(super) enum Note {
     /// The server has begun to send it.
@@ -179,7 +179,7 @@ impl Incoming {
         self.push(Step::Finish { size, hash });
     }
 
-    /// Ends the file like this, whatever was still to be written.
+    /// Ends the file with this result and drops unwritten bytes.
     pub(super) fn end(mut self, end: End) {
         self.released = true;
         self.shared.lock().steps.clear();
@@ -264,7 +264,7 @@ struct Worker {
 #[derive(Debug)]
 enum Stage {
     New,
-    /// Asked for, with what is there of it.
+    /// Requested, with the ranges that are here.
     Waiting(Partial),
     /// A file has the name: is it the same?
     Proving {
@@ -297,7 +297,7 @@ impl Worker {
             return self.ended(end);
         }
         let Some((job, _, _)) = &mut self.work else {
-            // It has its outcome; what was on its way is dropped.
+            // It has its outcome; chunks under way are dropped.
             return;
         };
         let next = match (step, stage) {
@@ -387,7 +387,7 @@ impl Worker {
     }
 }
 
-/// The server has left out what is here.
+/// The server skipped the ranges that are here.
 fn skip(notes: &mpsc::UnboundedSender<Note>, job: &mut Job, bytes: u64, size: u64) {
     if bytes > 0 && job.resumed == 0 {
         let _ = notes.send(Note::Resumed {
@@ -455,7 +455,7 @@ fn prepare(context: &Context, job: &Job, tell: oneshot::Sender<Wish>) -> Result<
         }
     };
     let remote = job.wanted.remote.clone();
-    // Nobody listens when the lane is gone: its end comes as the next step.
+    // The lane is gone: its end arrives as the next step.
     let _ = tell.send(Wish { remote, have });
     Ok(Next::Stage(stage))
 }

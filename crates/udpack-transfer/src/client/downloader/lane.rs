@@ -21,13 +21,13 @@ use crate::wire::{self, AckFields, CancelFields, Finish, GetFields, IdField, Met
 /// them does so no more.
 const WINDOW: usize = 48;
 /// Bytes that may be asked for and not received yet, when there is more than one file. As much as a lane takes
-/// in a round trip: what is larger is better left to the other lanes.
+/// in a round trip: larger files are better left to other lanes.
 const AHEAD: u64 = 8 << 20;
 /// What a file of unknown size counts as.
 const UNTOLD: u64 = AHEAD / 4;
 /// Silence of the server while it owes an answer.
 pub(crate) const SILENCE: Duration = Duration::from_secs(60);
-/// What a server surely hashes in a second: while it compares what is here with what it has, it is silent.
+/// Bytes that any server hashes in a second: it is silent while it compares the local ranges with its file.
 pub(crate) const HASHED: u64 = 20 << 20;
 /// How often progress of a file is sent to the server.
 pub(crate) const ACK: Duration = Duration::from_millis(250);
@@ -189,7 +189,7 @@ async fn connect(context: &Context) -> Result<(Socket, Channel), TransferError> 
     Ok((socket, channel))
 }
 
-/// A lane can do no more. The others go on with the queue; with the last one, what is left fails.
+/// A lane has ended. The others continue with the queue; when the last one ends, the remaining files fail.
 async fn failed(context: &Context, events: &mpsc::Sender<Event>, error: &TransferError) {
     if context.lanes.fetch_sub(1, Ordering::Relaxed) > 1 {
         return;
@@ -477,7 +477,7 @@ impl Lane<'_> {
 /// The channel takes no more.
 struct LaneOver;
 
-/// The half of a lane that speaks: it alone waits when the channel is full, so that what comes is taken
+/// The sending half of a lane: it alone waits when the channel is full, so that arriving messages are taken
 /// meanwhile.
 struct Asking<'a> {
     context: &'a Arc<Context>,
@@ -560,7 +560,7 @@ impl Asking<'_> {
         self.send("get", &fields).await
     }
 
-    /// Says what is to be said while it waits for something.
+    /// Sends pending messages while it waits for something.
     async fn meanwhile<T>(&mut self, wait: impl Future<Output = T>) -> Result<T, LaneOver> {
         let mut wait = std::pin::pin!(wait);
         loop {
