@@ -1,5 +1,5 @@
-// Bundles the package into `dist/udpack.js`. With `--check` it writes nothing and compares: the bundle is committed,
-// because programs without Node embed it.
+// Bundles the client into `dist/udpack.js`, and file transfer, with its BLAKE3, into `dist/transfer.js`. With `--check` it writes nothing and compares: the bundles are committed,
+// because programs without Node embed them.
 import { readFileSync, writeFileSync, mkdirSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
 import { build } from 'esbuild';
@@ -8,15 +8,15 @@ process.chdir(fileURLToPath(new URL('..', import.meta.url)));
 const check = process.argv.includes('--check');
 
 const { outputFiles } = await build({
-  entryPoints: ['src/index.ts'],
-  outfile: 'dist/udpack.js',
+  entryPoints: { udpack: 'src/index.ts', transfer: 'src/transfer/index.ts' },
+  outdir: 'dist',
   bundle: true,
   format: 'esm',
   target: 'es2022',
   minify: true,
   sourcemap: 'linked',
   write: false,
-  banner: { js: '/*! udpack, MIT OR Apache-2.0. Contains parts of @msgpack/msgpack, Copyright 2019 The MessagePack Community, ISC. */' },
+  banner: { js: '/*! udpack, MIT OR Apache-2.0. Contains parts of @msgpack/msgpack, Copyright 2019 The MessagePack Community, ISC, or of hash-wasm, Copyright 2020 Dani Biro, MIT. */' },
 });
 
 let differs = false;

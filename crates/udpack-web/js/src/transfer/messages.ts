@@ -1,0 +1,98 @@
+/** What a server says on a lane (PROTOCOL.md §11). Unknown keys are ignored; what breaks its table is an error here. */
+
+import { type Message } from '../channel/message.js';
+
+/** What a transfer ends with when it does not succeed: a code of PROTOCOL.md §11, or this side's own word. */
+export class TransferError extends Error {
+  override readonly name: string = 'TransferError';
+  /** `exists`, `quota`, `cancelled` and so on. */
+  readonly reason: string;
+  /** Whether the same again, later, makes sense. */
+  readonly retry: boolean;
+
+  constructor(reason: string, message: string, retry: boolean) {
+    super(message);
+    this.reason = reason;
+    this.retry = retry;
+  }
+}
+
+/** A range that a side holds, and its hash. */
+export interface Range {
+  readonly off: number;
+  readonly len: number;
+  readonly hash: Uint8Array;
+}
+
+export interface Done {
+  readonly path: string;
+  readonly size: number;
+  readonly hash: Uint8Array;
+  /** The file was there already, and nothing was written. */
+  readonly same: boolean;
+}
+
+/** A field of a message, checked by its type. */
+export class Said {
+  readonly id: number;
+  private readonly fields: Readonly<Record<string, unknown>>;
+
+  constructor(message: Pick<Message, 'event' | 'data'>) {
+    if (message.data === null || typeof message.data !== 'object' || message.data instanceof Map) {
+      throw broken(`${message.event} has no fields`);
+    }
+    this.fields = message.data as Record<string, unknown>;
+    this.id = this.number('id');
+  }
+
+  number(key: string): number {
+    const value = this.fields[key];
+    return typeof value === 'number' && Number.isSafeInteger(value) && value >= 0 ? value : this.bad(key);
+  }
+
+  text(key: string): string {
+    const value = this.fields[key];
+    return typeof value === 'string' ? value : this.bad(key);
+  }
+
+  flag(key: string): boolean {
+    return this.fields[key] === true;
+  }
+
+  bytes(key: string): Uint8Array {
+    const value = this.fields[key];
+    return value instanceof Uint8Array ? value : this.bad(key);
+  }
+
+  ranges(key: string): Range[] {
+    const value = this.fields[key];
+    if (!Array.isArray(value)) {
+      return this.bad(key);
+    }
+    let from = 0;
+    return value.map((range: unknown) => {
+      const [off, len, hash] = (Array.isArray(range) ? range : []) as unknown[];
+      if (!Number.isSafeInteger(off) || !Number.isSafeInteger(len) || !(hash instanceof Uint8Array) || (off as number) < from || (len as number) < 0) {
+        return this.bad(key);
+      }
+      from = (off as number) + (len as number);
+      return { off: off as number, len: len as number, hash };
+    });
+  }
+
+  error(): TransferError {
+    return new TransferError(this.text('code'), this.text('message'), this.flag('retry'));
+  }
+
+  done(): Done {
+    return { path: this.text('path'), size: this.number('size'), hash: this.bytes('hash'), same: this.flag('same') };
+  }
+
+  private bad(key: string): never {
+    throw broken(`${key} is missing or of another type`);
+  }
+}
+
+function broken(message: string): TransferError {
+  return new TransferError('bad_message', `the server breaks the protocol: ${message}`, false);
+}
