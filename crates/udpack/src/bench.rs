@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 
 use quinn::{Endpoint, EndpointConfig, ServerConfig, TransportConfig};
 
-use crate::transport::endpoint::{self, At, Via};
+use crate::transport::endpoint::{self, At, Side, Via};
 use crate::wire::config::InvalidSetting;
 use crate::wire::config::{CongestionControl, Limits, Timeouts, VOLATILE_STREAMS};
 
@@ -36,7 +36,7 @@ pub fn transport(peer: Option<SocketAddr>) -> Result<TransportConfig, InvalidSet
     let (limits, timeouts) = (Limits::default(), Timeouts::default());
     let congestion = CongestionControl::default();
     let route = peer.and_then(|peer| Via::System.route_to(peer));
-    let mut transport = endpoint::transport(&limits, &timeouts, congestion, route, false)?;
+    let mut transport = endpoint::transport(&limits, &timeouts, congestion, route, Side::Client)?;
     transport
         .receive_window(limits.connection_window.into())
         .max_concurrent_bidi_streams(limits.channels.into())

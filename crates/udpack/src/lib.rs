@@ -159,6 +159,7 @@ pub use session::volatile::{Volatile, VolatileError};
 pub use trust::auth::{Authenticate, Deny, Hello, Peer};
 pub use trust::fingerprint::{Fingerprint, FingerprintError};
 pub use trust::identity::{Identity, IdentityError};
+pub use trust::origin::{Origins, Transport, Web};
 pub use trust::secret_file::SecretFileError;
 pub use trust::tokens::{
     NewToken, TokenEntry, TokenFile, TokenFileError, TokenLineError, generate_token,

@@ -39,6 +39,7 @@ use crate::transport::windows;
 use crate::trust::auth::{Authenticate, Deny, Peer, Penalties};
 use crate::trust::fingerprint::Fingerprint;
 use crate::trust::identity::{Identity, IdentityError};
+use crate::trust::origin::Web;
 use crate::wire::code::{CloseCode, CloseReason, Side};
 use crate::wire::config::InvalidSetting;
 use crate::wire::config::{CongestionControl, Drain, Limits, Timeouts};
@@ -148,6 +149,7 @@ impl Server {
             agent: default_agent(),
             via: Via::default(),
             qlog: None,
+            web: None,
         }
     }
 
@@ -310,6 +312,7 @@ impl Server {
             }
         };
         let _ = tokio::time::timeout(within + Duration::from_secs(1), gone).await;
+        shared.listener.farewells().await;
         shared
             .listener
             .close(CloseCode::SHUTTING_DOWN, SHUTTING_DOWN);
@@ -329,6 +332,7 @@ impl Server {
         for socket in self.sockets() {
             socket.abort(code, text);
         }
+        shared.listener.farewells().await;
         shared.listener.close(code, text);
         shared.tasks.close();
         let _ = tokio::time::timeout(Duration::from_secs(1), shared.listener.wait_idle()).await;
@@ -359,6 +363,7 @@ pub struct ServerBuilder {
     agent: String,
     via: Via,
     qlog: Option<PathBuf>,
+    web: Option<Web>,
 }
 
 impl ServerBuilder {
@@ -435,6 +440,15 @@ impl ServerBuilder {
         self
     }
 
+    /// Serves browsers as well, on the same UDP port, by WebTransport: the same channels and the same limits. Defaults to
+    /// serving none.
+    ///
+    /// A page connects to `https://HOST:PORT/udpack`, and needs a certificate that the browser trusts.
+    pub fn web(mut self, web: Web) -> Self {
+        self.web = Some(web);
+        self
+    }
+
     #[cfg(feature = "testing")]
     pub(crate) fn via(mut self, via: Via) -> Self {
         self.via = via;
@@ -484,6 +498,7 @@ impl ServerBuilder {
             self.congestion,
             (self.via, at),
             self.qlog,
+            self.web,
         )
         .map_err(|error| match error {
             ListenError::Setting(setting) => BindError::Setting(setting),

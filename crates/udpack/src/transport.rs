@@ -13,6 +13,7 @@ pub(crate) mod memory;
 pub(crate) mod qlog;
 mod timer;
 pub(crate) mod udp;
+pub(crate) mod web;
 pub(crate) mod windows;
 
 pub(crate) use connection::{

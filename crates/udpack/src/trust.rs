@@ -3,6 +3,7 @@
 pub(crate) mod auth;
 pub(crate) mod fingerprint;
 pub(crate) mod identity;
+pub(crate) mod origin;
 pub(crate) mod secret_file;
 pub(crate) mod tls;
 pub(crate) mod tokens;

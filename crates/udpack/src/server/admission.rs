@@ -361,7 +361,7 @@ async fn enter(
 ) -> Result<Admitted, CloseReason> {
     let conn = &session.conn();
     let (frame, resume, marks) = (hello.frame, hello.resume.clone(), hello.marks);
-    let hello = Hello::new(hello, conn.remote_address());
+    let hello = Hello::new(hello, conn.remote_address(), conn.transport());
     let agent = hello.agent().to_owned();
     let peer = shared
         .guard
@@ -442,8 +442,11 @@ async fn enter(
     session.set_welcome(welcome);
     inbox.set_frame_limit(shared.limits.frame);
     // The control stream takes one of the slots.
-    let few = FEW_STREAMS.min(shared.limits.channels.saturating_add(1));
-    conn.permit_bi(few);
+    let all = shared.limits.channels.saturating_add(1);
+    conn.permit_bi(match conn.waits_for_streams() {
+        true => FEW_STREAMS.min(all),
+        false => all,
+    });
     conn.permit_uni(VOLATILE_STREAMS);
     let mut control = Box::new(Control::new(send, inbox));
     let sent = control.send.write(bytes).await;

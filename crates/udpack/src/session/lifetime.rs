@@ -597,7 +597,7 @@ async fn verify_refresh(
         marks: false,
     };
     let verdict = guard.verify(
-        Hello::new(hello, remote),
+        Hello::new(hello, remote, session.conn().transport()),
         session.timeouts.auth_failure,
         &session.tally,
     );

@@ -10,6 +10,7 @@ use tokio::sync::{Mutex, mpsc};
 
 use crate::channel::{Channel, Closed};
 use crate::trust::auth::Peer;
+use crate::trust::origin::Transport;
 use crate::wire::code::{CloseCode, CloseReason};
 use crate::wire::control::GoAway;
 
@@ -115,6 +116,11 @@ impl Socket {
         } else {
             session.agent.get().cloned().unwrap_or_default()
         }
+    }
+
+    /// What the present connection speaks, or the last one did: QUIC, or WebTransport from a page of some origin.
+    pub fn transport(&self) -> Transport {
+        self.inner.session.conn().transport()
     }
 
     /// The peer's address as of now; it may change when the peer moves.

@@ -679,13 +679,16 @@ pub(crate) async fn serve(session: &Session, conn: &Connection) -> Infallible {
 
 /// Drops what a peer sends before admission, so that it does not accumulate.
 pub(crate) async fn discard(conn: &Connection) -> Infallible {
-    let mut dropped = 0_usize;
-    while conn.read_datagram().await.is_ok() {
-        dropped = dropped.wrapping_add(1);
-        if dropped.is_multiple_of(TURN) {
-            tokio::task::yield_now().await;
+    let datagrams = async {
+        let mut dropped = 0_usize;
+        while conn.read_datagram().await.is_ok() {
+            dropped = dropped.wrapping_add(1);
+            if dropped.is_multiple_of(TURN) {
+                tokio::task::yield_now().await;
+            }
         }
-    }
+    };
+    tokio::join!(datagrams, conn.refuse_early());
     std::future::pending().await
 }
 

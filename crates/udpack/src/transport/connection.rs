@@ -1,4 +1,4 @@
-//! A connection to a peer and its streams, whatever carries them. Today that is QUIC.
+//! A connection to a peer and its streams, whatever carries them: QUIC itself, or WebTransport over it.
 //!
 //! The rest of the crate knows only these types: codes are those of the protocol, errors say what became of the
 //! connection, and nothing of the transport's own interface shows.
@@ -7,6 +7,7 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -14,6 +15,8 @@ use bytes::Bytes;
 
 use crate::base::text::{cut, printable_within};
 use crate::transport::udp::{self, MOST_PAYLOAD};
+use crate::transport::web;
+use crate::trust::origin::Transport;
 use crate::wire::code::{CloseCode, CloseReason, Side};
 
 /// Bytes of text that travel with a close, at most.
@@ -21,7 +24,11 @@ const CLOSE_TEXT: usize = 256;
 
 /// A connection to a peer. Cheap to clone; the connection lives as long as its last handle or stream.
 #[derive(Debug, Clone)]
-pub(crate) struct Connection(quinn::Connection);
+pub(crate) struct Connection {
+    quic: quinn::Connection,
+    /// The session on it, where it is one of a browser.
+    web: Option<Arc<web::Session>>,
+}
 
 /// Cumulative numbers of a connection.
 #[derive(Debug, Clone, Copy)]
@@ -47,7 +54,30 @@ pub(crate) struct ConnectionStats {
 
 impl Connection {
     pub(crate) fn quic(conn: quinn::Connection) -> Self {
-        Self(conn)
+        Self {
+            quic: conn,
+            web: None,
+        }
+    }
+
+    pub(crate) fn web(conn: quinn::Connection, session: Arc<web::Session>) -> Self {
+        Self {
+            quic: conn,
+            web: Some(session),
+        }
+    }
+
+    /// What it speaks below the protocol.
+    pub(crate) fn transport(&self) -> Transport {
+        match &self.web {
+            None => Transport::Quic,
+            Some(web) => web.transport(),
+        }
+    }
+
+    /// Whether the peer's program waits when it may open no further stream. A browser fails at once.
+    pub(crate) fn waits_for_streams(&self) -> bool {
+        self.web.is_none()
     }
 
     /// Opens a stream both ways, as soon as the peer permits one more.
@@ -55,8 +85,20 @@ impl Connection {
     /// # Cancel safety
     /// Cancel safe.
     pub(crate) async fn open_bi(&self) -> Result<(SendStream, RecvStream), ConnectionError> {
-        let (send, recv) = self.0.open_bi().await?;
-        Ok((SendStream(send), RecvStream(recv)))
+        let (send, recv) = self
+            .quic
+            .open_bi()
+            .await
+            .map_err(|error| self.over(error))?;
+        match &self.web {
+            None => Ok((SendStream::new(send, None), RecvStream::new(recv, None))),
+            Some(web) => {
+                // Until the header is written nobody must tell the peer to stop.
+                let recv = RecvStream::new(recv, Some(web));
+                let send = web.begin_bi(send).await?;
+                Ok((SendStream::new(send, Some(web)), recv))
+            }
+        }
     }
 
     /// The next stream both ways that the peer opens.
@@ -64,8 +106,15 @@ impl Connection {
     /// # Cancel safety
     /// Cancel safe.
     pub(crate) async fn accept_bi(&self) -> Result<(SendStream, RecvStream), ConnectionError> {
-        let (send, recv) = self.0.accept_bi().await?;
-        Ok((SendStream(send), RecvStream(recv)))
+        let (send, recv) = match &self.web {
+            None => self.quic.accept_bi().await?,
+            Some(web) => match web.accept_bi().await {
+                Some(streams) => streams,
+                None => return Err(self.closed().await),
+            },
+        };
+        let web = self.web.as_ref();
+        Ok((SendStream::new(send, web), RecvStream::new(recv, web)))
     }
 
     /// Opens a stream to the peer alone, as soon as the peer permits one more.
@@ -73,7 +122,15 @@ impl Connection {
     /// # Cancel safety
     /// Cancel safe.
     pub(crate) async fn open_uni(&self) -> Result<SendStream, ConnectionError> {
-        Ok(SendStream(self.0.open_uni().await?))
+        let stream = self
+            .quic
+            .open_uni()
+            .await
+            .map_err(|error| self.over(error))?;
+        match &self.web {
+            None => Ok(SendStream::new(stream, None)),
+            Some(web) => Ok(SendStream::new(web.begin_uni(stream).await?, Some(web))),
+        }
     }
 
     /// The next stream from the peer alone.
@@ -81,27 +138,57 @@ impl Connection {
     /// # Cancel safety
     /// Cancel safe.
     pub(crate) async fn accept_uni(&self) -> Result<RecvStream, ConnectionError> {
-        Ok(RecvStream(self.0.accept_uni().await?))
+        match &self.web {
+            None => Ok(RecvStream::new(self.quic.accept_uni().await?, None)),
+            Some(web) => match web.accept_uni().await {
+                Some(stream) => Ok(RecvStream::one_way(stream, web)),
+                None => Err(self.closed().await),
+            },
+        }
+    }
+
+    /// Refuses the streams to this side alone that come from a peer which was not let in yet, until the connection is over.
+    /// A server that serves browsers must permit some from the first packet on, before it knows who comes. Those of a
+    /// browser's session wait instead.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub(crate) async fn refuse_early(&self) {
+        while self.web.is_none()
+            && let Ok(mut stream) = self.accept_uni().await
+        {
+            stream.stop(CloseCode::PROTOCOL_ORDER);
+        }
     }
 
     /// How many streams both ways the peer may have open at once.
     pub(crate) fn permit_bi(&self, streams: u32) {
-        self.0.set_max_concurrent_bi_streams(streams.into());
+        let streams = match &self.web {
+            None => streams,
+            Some(_) => web::permitted(streams.saturating_add(web::OWN_BI)),
+        };
+        self.quic.set_max_concurrent_bi_streams(streams.into());
     }
 
     /// How many streams to this side alone the peer may have open at once.
     pub(crate) fn permit_uni(&self, streams: u32) {
-        self.0.set_max_concurrent_uni_streams(streams.into());
+        let own = self.web.as_ref().map_or(0, |_| web::OWN_UNI);
+        let streams = streams.saturating_add(own);
+        self.quic.set_max_concurrent_uni_streams(streams.into());
     }
 
     /// How many bytes the peer may send ahead of what is read, over all streams.
     pub(crate) fn set_receive_window(&self, bytes: u64) {
-        self.0.set_receive_window(varint(bytes));
+        self.quic.set_receive_window(varint(bytes));
     }
 
     /// Largest datagram that can be sent now, in bytes; `None` where none can.
     pub(crate) fn max_datagram_size(&self) -> Option<usize> {
-        self.0.max_datagram_size()
+        let most = self.quic.max_datagram_size()?;
+        match &self.web {
+            None => Some(most),
+            Some(web) => most.checked_sub(web::wire::prefix_len(web.id())),
+        }
     }
 
     /// Sends a datagram, as soon as there is room for it. It may be lost.
@@ -110,25 +197,39 @@ impl Connection {
     /// Cancel safe: a dropped future has sent nothing.
     pub(crate) async fn send_datagram(&self, datagram: Bytes) -> Result<(), DatagramError> {
         use quinn::SendDatagramError as E;
-        let sent = self.0.send_datagram_wait(datagram).await;
+        let datagram = match &self.web {
+            None => datagram,
+            Some(web) => web::wire::datagram(web.id(), &datagram),
+        };
+        let sent = self.quic.send_datagram_wait(datagram).await;
         sent.map_err(|error| match error {
             E::ConnectionLost(_) => DatagramError::Lost,
             E::UnsupportedByPeer | E::Disabled | E::TooLarge => DatagramError::TooLarge,
         })
     }
 
-    /// The next datagram of the peer. It is a slice of a buffer in which others came.
+    /// The next datagram of the peer. It is a slice of a buffer in which others came. One that is of no session here is
+    /// empty: it carries no message, but counts.
     ///
     /// # Cancel safety
     /// Cancel safe.
     pub(crate) async fn read_datagram(&self) -> Result<Bytes, ConnectionError> {
-        Ok(self.0.read_datagram().await?)
+        let read = self.quic.read_datagram().await;
+        let datagram = read.map_err(|error| self.over(error))?;
+        match &self.web {
+            None => Ok(datagram),
+            Some(web) => Ok(web::wire::datagram_body(web.id(), datagram).unwrap_or_default()),
+        }
     }
 
     /// Ends the connection at once; streams that are under way are lost. Of `text` the peer gets the first 256 bytes.
+    /// A browser hears it first, for which it has four round trips or 2 s.
     pub(crate) fn close(&self, code: CloseCode, text: &str) {
-        self.0
-            .close(varint(code.value()), cut(text, CLOSE_TEXT).as_bytes());
+        let text = cut(text, CLOSE_TEXT);
+        match &self.web {
+            None => self.quic.close(varint(code.value()), text.as_bytes()),
+            Some(web) => web.close(code, text),
+        }
     }
 
     /// [`close`](Self::close) for this reason.
@@ -136,37 +237,43 @@ impl Connection {
         self.close(reason.code, &reason.text);
     }
 
-    /// Waits until the connection is over.
+    /// Waits until the connection is over, and what was to be said with it.
     ///
     /// # Cancel safety
     /// Cancel safe.
     pub(crate) async fn closed(&self) -> ConnectionError {
-        self.0.closed().await.into()
+        let error = self.quic.closed().await;
+        self.over(error)
     }
 
     /// Why the connection is over, if it is.
     pub(crate) fn error(&self) -> Option<ConnectionError> {
-        self.0.close_reason().map(ConnectionError::from)
+        let ended = self.web.as_ref().and_then(|web| web.ended());
+        ended.or_else(|| self.quic.close_reason().map(|error| self.over(error)))
     }
 
     /// Whether the connection is over.
     pub(crate) fn is_over(&self) -> bool {
-        self.0.close_reason().is_some()
+        self.error().is_some()
+    }
+
+    fn over(&self, error: quinn::ConnectionError) -> ConnectionError {
+        over(self.web.as_ref(), error)
     }
 
     /// Where the peer is now.
     pub(crate) fn remote_address(&self) -> SocketAddr {
-        self.0.remote_address()
+        self.quic.remote_address()
     }
 
     /// Smoothed round-trip time.
     pub(crate) fn rtt(&self) -> Duration {
-        self.0.rtt()
+        self.quic.rtt()
     }
 
     /// The numbers of this moment. Takes the lock of the connection.
     pub(crate) fn stats(&self) -> ConnectionStats {
-        let stats = self.0.stats();
+        let stats = self.quic.stats();
         ConnectionStats {
             bytes_sent: stats.udp_tx.bytes,
             bytes_received: stats.udp_rx.bytes,
@@ -179,6 +286,14 @@ impl Connection {
             congestion_window: stats.path.cwnd,
             mtu: stats.path.current_mtu,
         }
+    }
+}
+
+/// Why a connection is over, with what its session says about it.
+fn over(web: Option<&Arc<web::Session>>, error: quinn::ConnectionError) -> ConnectionError {
+    match web {
+        None => error.into(),
+        Some(web) => web.over(error),
     }
 }
 
@@ -321,31 +436,49 @@ pub(crate) enum StreamError {
     Ended,
 }
 
-impl From<quinn::WriteError> for StreamError {
-    fn from(error: quinn::WriteError) -> Self {
-        use quinn::WriteError as E;
-        match error {
-            E::Stopped(code) => Self::Peer(CloseCode::new(code.into_inner())),
-            E::ConnectionLost(error) => Self::Lost(error.into()),
-            E::ClosedStream | E::ZeroRttRejected => Self::Ended,
-        }
+/// A code of the protocol as QUIC carries it.
+fn code_out(web: Option<&Arc<web::Session>>, code: CloseCode) -> quinn::VarInt {
+    varint(match web {
+        None => code.value(),
+        Some(_) => web::wire::to_http3(code),
+    })
+}
+
+/// And back.
+fn code_in(web: Option<&Arc<web::Session>>, code: quinn::VarInt) -> CloseCode {
+    match web {
+        None => CloseCode::new(code.into_inner()),
+        Some(_) => web::wire::from_http3(code.into_inner()),
     }
 }
 
-impl From<quinn::ReadError> for StreamError {
-    fn from(error: quinn::ReadError) -> Self {
-        use quinn::ReadError as E;
-        match error {
-            E::Reset(code) => Self::Peer(CloseCode::new(code.into_inner())),
-            E::ConnectionLost(error) => Self::Lost(error.into()),
-            E::ClosedStream | E::IllegalOrderedRead | E::ZeroRttRejected => Self::Ended,
-        }
+#[cold]
+fn write_error(web: Option<&Arc<web::Session>>, error: quinn::WriteError) -> StreamError {
+    use quinn::WriteError as E;
+    match error {
+        E::Stopped(code) => StreamError::Peer(code_in(web, code)),
+        E::ConnectionLost(error) => StreamError::Lost(over(web, error)),
+        E::ClosedStream | E::ZeroRttRejected => StreamError::Ended,
+    }
+}
+
+#[cold]
+fn read_error(web: Option<&Arc<web::Session>>, error: quinn::ReadError) -> StreamError {
+    use quinn::ReadError as E;
+    match error {
+        E::Reset(code) => StreamError::Peer(code_in(web, code)),
+        E::ConnectionLost(error) => StreamError::Lost(over(web, error)),
+        E::ClosedStream | E::IllegalOrderedRead | E::ZeroRttRejected => StreamError::Ended,
     }
 }
 
 /// The sending side of a stream. Dropping it ends the stream as [`finish`](Self::finish) does.
 #[derive(Debug)]
-pub(crate) struct SendStream(quinn::SendStream);
+pub(crate) struct SendStream {
+    quic: quinn::SendStream,
+    /// The session whose stream it is, where it is one of a browser.
+    web: Option<Arc<web::Session>>,
+}
 
 /// What one write has taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -356,10 +489,17 @@ pub(crate) struct Written {
 }
 
 impl SendStream {
+    fn new(quic: quinn::SendStream, web: Option<&Arc<web::Session>>) -> Self {
+        Self {
+            quic,
+            web: web.cloned(),
+        }
+    }
+
     /// Which of the connection's streams goes first: the one with the larger number.
     pub(crate) fn set_priority(&self, priority: i32) {
         // Fails only on a stream that has ended, as its next writer finds.
-        let _ = self.0.set_priority(priority);
+        let _ = self.quic.set_priority(priority);
     }
 
     /// Writes as much as the peer and this side's windows take now. What was taken is cut from the front of `chunks`.
@@ -369,10 +509,10 @@ impl SendStream {
         chunks: &mut [Bytes],
     ) -> Poll<Result<Written, StreamError>> {
         // `write_chunks` is cancel safe: a future that is not ready has written nothing.
-        let written = pin!(self.0.write_chunks(chunks)).poll(cx);
-        written.map(|written| {
-            let quinn::Written { bytes, chunks } = written?;
-            Ok(Written { bytes, chunks })
+        let written = pin!(self.quic.write_chunks(chunks)).poll(cx);
+        written.map(|written| match written {
+            Ok(quinn::Written { bytes, chunks }) => Ok(Written { bytes, chunks }),
+            Err(error) => Err(write_error(self.web.as_ref(), error)),
         })
     }
 
@@ -381,7 +521,8 @@ impl SendStream {
     /// # Cancel safety
     /// Not cancel safe: a dropped future may have written a part.
     pub(crate) async fn write_all(&mut self, chunks: &mut [Bytes]) -> Result<(), StreamError> {
-        Ok(self.0.write_all_chunks(chunks).await?)
+        let written = self.quic.write_all_chunks(chunks).await;
+        written.map_err(|error| write_error(self.web.as_ref(), error))
     }
 
     /// Writes this.
@@ -389,17 +530,18 @@ impl SendStream {
     /// # Cancel safety
     /// As [`write_all`](Self::write_all).
     pub(crate) async fn write(&mut self, chunk: Bytes) -> Result<(), StreamError> {
-        Ok(self.0.write_chunk(chunk).await?)
+        let written = self.quic.write_chunk(chunk).await;
+        written.map_err(|error| write_error(self.web.as_ref(), error))
     }
 
     /// Ends the stream behind what was written. Does nothing to one that has ended or that the peer has stopped.
     pub(crate) fn finish(&mut self) {
-        let _ = self.0.finish();
+        let _ = self.quic.finish();
     }
 
     /// Ends the stream at once; what the peer has not got is lost. Does nothing to one that has ended.
     pub(crate) fn reset(&mut self, code: CloseCode) {
-        let _ = self.0.reset(varint(code.value()));
+        let _ = self.quic.reset(code_out(self.web.as_ref(), code));
     }
 
     /// Waits until the peer has everything (`None`) or reads no more (the code).
@@ -409,12 +551,13 @@ impl SendStream {
     pub(crate) fn stopped(
         &self,
     ) -> impl Future<Output = Result<Option<CloseCode>, StreamError>> + Send + Sync + 'static {
-        let stopped = self.0.stopped();
+        let stopped = self.quic.stopped();
+        let web = self.web.clone();
         async move {
             match stopped.await {
-                Ok(code) => Ok(code.map(|code| CloseCode::new(code.into_inner()))),
+                Ok(code) => Ok(code.map(|code| code_in(web.as_ref(), code))),
                 Err(quinn::StoppedError::ConnectionLost(error)) => {
-                    Err(StreamError::Lost(error.into()))
+                    Err(StreamError::Lost(over(web.as_ref(), error)))
                 }
                 Err(quinn::StoppedError::ZeroRttRejected) => Err(StreamError::Ended),
             }
@@ -422,19 +565,51 @@ impl SendStream {
     }
 }
 
-/// The receiving side of a stream. Dropping it before its end tells the peer that nothing more is read.
+/// The receiving side of a stream. Dropping it before its end tells the peer that nothing more is read; a browser, which
+/// would throw away what it has received on the stream, is told only when it goes on all the same.
 #[derive(Debug)]
-pub(crate) struct RecvStream(quinn::RecvStream);
+pub(crate) struct RecvStream {
+    /// Gone once nothing more is read.
+    quic: Option<quinn::RecvStream>,
+    /// The session whose stream it is, where it is one of a browser.
+    web: Option<Arc<web::Session>>,
+    /// It is the half of a stream both ways.
+    half: bool,
+}
 
 impl RecvStream {
+    fn new(quic: quinn::RecvStream, web: Option<&Arc<web::Session>>) -> Self {
+        Self {
+            quic: Some(quic),
+            web: web.cloned(),
+            half: true,
+        }
+    }
+
+    fn one_way(quic: quinn::RecvStream, web: &Arc<web::Session>) -> Self {
+        let mut stream = Self::new(quic, Some(web));
+        stream.half = false;
+        stream
+    }
+
     /// Fills `chunks` from the front with what has arrived, in order, and says how many; `None` at the end.
     pub(crate) fn poll_read(
         &mut self,
         cx: &mut Context<'_>,
         chunks: &mut [Bytes],
     ) -> Poll<Result<Option<usize>, StreamError>> {
-        let read = pin!(self.0.read_chunks(chunks)).poll(cx);
-        read.map_err(StreamError::from)
+        let Some(quic) = &mut self.quic else {
+            return Poll::Ready(Err(StreamError::Ended));
+        };
+        let read = std::task::ready!(pin!(quic.read_chunks(chunks)).poll(cx));
+        Poll::Ready(match read {
+            Ok(Some(count)) => Ok(Some(count)),
+            Ok(None) => {
+                self.ended();
+                Ok(None)
+            }
+            Err(error) => Err(read_error(self.web.as_ref(), error)),
+        })
     }
 
     /// The next bytes, at most so many; `None` at the end.
@@ -442,13 +617,45 @@ impl RecvStream {
     /// # Cancel safety
     /// Cancel safe.
     pub(crate) async fn read(&mut self, most: usize) -> Result<Option<Bytes>, StreamError> {
-        let chunk = self.0.read_chunk(most, true).await?;
-        Ok(chunk.map(|chunk| chunk.bytes))
+        let Some(quic) = &mut self.quic else {
+            return Err(StreamError::Ended);
+        };
+        match quic.read_chunk(most, true).await {
+            Ok(Some(chunk)) => Ok(Some(chunk.bytes)),
+            Ok(None) => {
+                self.ended();
+                Ok(None)
+            }
+            Err(error) => Err(read_error(self.web.as_ref(), error)),
+        }
+    }
+
+    /// Everything was read: there is nobody to tell anything when it is dropped.
+    fn ended(&mut self) {
+        if self.web.is_some() {
+            self.half = false;
+        }
     }
 
     /// Reads no more, and tells the peer so. Does nothing to a stream that has ended.
     pub(crate) fn stop(&mut self, code: CloseCode) {
-        let _ = self.0.stop(varint(code.value()));
+        if let Some(web) = &self.web
+            && self.half
+        {
+            if let Some(quic) = self.quic.take() {
+                web.drain(quic, code);
+            }
+        } else if let Some(quic) = &mut self.quic {
+            let _ = quic.stop(code_out(self.web.as_ref(), code));
+        }
+    }
+}
+
+impl Drop for RecvStream {
+    fn drop(&mut self) {
+        if self.web.is_some() {
+            self.stop(CloseCode::NORMAL);
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use quinn::crypto::rustls::QuicClientConfig;
 use tokio::time::Instant;
 
-use crate::transport::endpoint::{self, At, FirstWord, Route, Via};
+use crate::transport::endpoint::{self, At, FirstWord, Route, Side, Via};
 use crate::transport::qlog::Qlog;
 use crate::transport::{Connection, ConnectionError, Endpoint, trips};
 use crate::trust::fingerprint::Fingerprint;
@@ -64,7 +64,7 @@ impl Dialer {
         qlog: Option<PathBuf>,
     ) -> Result<Self, DialerError> {
         // Said now rather than at the first connection.
-        endpoint::transport(&limits, &timeouts, congestion, None, false)
+        endpoint::transport(&limits, &timeouts, congestion, None, Side::Client)
             .map_err(DialerError::Setting)?;
         let trust = pin.map_or(Trust::PlatformRoots, Trust::Pin);
         let (tls, check) =
@@ -137,7 +137,8 @@ impl Dialer {
         route: Option<Route>,
     ) -> Result<quinn::ClientConfig, InvalidSetting> {
         let (limits, timeouts) = (&self.limits, &self.timeouts);
-        let mut transport = endpoint::transport(limits, timeouts, self.congestion, route, false)?;
+        let mut transport =
+            endpoint::transport(limits, timeouts, self.congestion, route, Side::Client)?;
         if let Some(qlog) = &self.qlog
             && let Some(stream) = qlog.stream(address)
         {

@@ -19,6 +19,7 @@ use crate::transport::congestion::ModelConfig;
 use crate::transport::connection::varint;
 use crate::transport::timer::PromptRuntime;
 use crate::transport::udp::{self, Bound, MODEST_PAYLOAD, MOST_PAYLOAD, Port};
+use crate::transport::web::OWN_UNI;
 use crate::transport::windows;
 use crate::wire::config::{
     CongestionControl, DATAGRAMS_IN, DATAGRAMS_OUT, FEW_STREAMS, InvalidSetting, Limits, MIN_FRAME,
@@ -225,6 +226,16 @@ fn ack_frequency() -> AckFrequencyConfig {
 /// of them. RFC 9002 recommends 333 ms, for networks slower than those with 1 Mbit/s; Chromium uses 100 ms.
 const INITIAL_RTT: Duration = Duration::from_millis(100);
 
+/// Whose settings they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Side {
+    Client,
+    Server {
+        /// It serves browsers, too.
+        web: bool,
+    },
+}
+
 /// The QUIC settings of one side, for a path that begins with `route`. A server
 /// starts small and grants more on admission; both permit a few streams until these are used.
 pub(crate) fn transport(
@@ -232,7 +243,7 @@ pub(crate) fn transport(
     timeouts: &Timeouts,
     congestion: CongestionControl,
     route: Option<Route>,
-    server: bool,
+    side: Side,
 ) -> Result<TransportConfig, InvalidSetting> {
     let mut transport = TransportConfig::default();
     let idle = IdleTimeout::try_from(timeouts.idle)
@@ -256,12 +267,17 @@ pub(crate) fn transport(
         CongestionControl::Bbr => Arc::new(BbrConfig::default()),
         CongestionControl::NewReno => Arc::new(NewRenoConfig::default()),
     };
-    let (window, streams, volatile) = if server {
-        let streams = PREAUTH_STREAMS.min(limits.channels.saturating_add(1));
-        (u64::from(PREAUTH_BYTES), streams, 0)
-    } else {
-        let streams = FEW_STREAMS.min(limits.channels);
-        (windows::first(limits, 1), streams, VOLATILE_STREAMS)
+    let (window, streams, one_way) = match side {
+        Side::Server { web } => {
+            let streams = PREAUTH_STREAMS.min(limits.channels.saturating_add(1));
+            // Whether the client is a browser shows only later in the handshake.
+            let one_way = if web { OWN_UNI } else { 0 };
+            (u64::from(PREAUTH_BYTES), streams, one_way)
+        }
+        Side::Client => {
+            let streams = FEW_STREAMS.min(limits.channels);
+            (windows::first(limits, 1), streams, VOLATILE_STREAMS)
+        }
     };
     // The kernel knows the whole path. A probe of 65,487 bytes is parsed byte for byte by its receiver: 0.6 ms of each
     // handshake. quinn's own controllers begin with windows that one such packet would not fit.
@@ -277,7 +293,7 @@ pub(crate) fn transport(
         .max_idle_timeout(Some(idle))
         .keep_alive_interval(Some(timeouts.keep_alive))
         .max_concurrent_bidi_streams(streams.into())
-        .max_concurrent_uni_streams(volatile.into())
+        .max_concurrent_uni_streams(one_way.into())
         .datagram_receive_buffer_size(Some(DATAGRAMS_IN))
         .datagram_send_buffer_size(DATAGRAMS_OUT)
         .stream_receive_window(limits.stream_window.into())
@@ -297,7 +313,14 @@ mod tests {
     #[test]
     fn refuses_settings_that_cannot_work() {
         let fails = |limits: Limits, timeouts: Timeouts| {
-            transport(&limits, &timeouts, CongestionControl::Auto, None, true).is_err()
+            transport(
+                &limits,
+                &timeouts,
+                CongestionControl::Auto,
+                None,
+                Side::Server { web: false },
+            )
+            .is_err()
         };
         assert!(!fails(Limits::default(), Timeouts::default()));
         assert!(fails(

@@ -8,14 +8,18 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use aws_lc_rs::{hkdf, hmac};
-use quinn::crypto::rustls::QuicServerConfig;
+use quinn::crypto::rustls::{HandshakeData, QuicServerConfig};
+use tokio_util::task::TaskTracker;
 
 use crate::base::lock;
-use crate::transport::endpoint::{self, At, ETHERNET_PAYLOAD, Route, Via};
+use crate::transport::endpoint::{self, At, ETHERNET_PAYLOAD, Route, Side, Via};
 use crate::transport::qlog::Qlog;
 use crate::transport::udp::Port;
+use crate::transport::web;
 use crate::transport::{Connection, ConnectionError, Endpoint};
 use crate::trust::identity::{Identity, IdentityError};
+use crate::trust::origin::Web;
+use crate::trust::tls::ALPN;
 use crate::wire::code::CloseCode;
 use crate::wire::config::{CongestionControl, InvalidSetting, Limits, Timeouts};
 
@@ -32,6 +36,10 @@ pub(crate) struct Listener {
     config: quinn::ServerConfig,
     via: Via,
     qlog: Option<Qlog>,
+    /// How browsers are served, if they are.
+    web: Option<Web>,
+    /// Closes that browsers are just being told of.
+    farewells: TaskTracker,
     /// The settings of connections without a qlog file, by the route.
     made: Mutex<HashMap<Option<Route>, Arc<quinn::ServerConfig>>>,
 }
@@ -51,10 +59,17 @@ impl Listener {
         congestion: CongestionControl,
         (via, at): (Via, At),
         qlog: Option<PathBuf>,
+        web: Option<Web>,
     ) -> Result<Self, ListenError> {
-        let transport = endpoint::transport(&limits, &timeouts, congestion, None, true)
+        let side = Side::Server { web: web.is_some() };
+        let transport = endpoint::transport(&limits, &timeouts, congestion, None, side)
             .map_err(ListenError::Setting)?;
-        let tls = identity.server_tls().map_err(ListenError::Identity)?;
+        let protocols = match &web {
+            None => vec![ALPN],
+            Some(_) => vec![ALPN, web::wire::ALPN],
+        };
+        let tls = identity.server_tls(&protocols);
+        let tls = tls.map_err(ListenError::Identity)?;
         let tls = QuicServerConfig::try_from(tls)
             .map_err(|error| ListenError::Identity(IdentityError::crypto(error)))?;
         let salt = hkdf::Salt::new(hkdf::HKDF_SHA256, &[]);
@@ -88,6 +103,9 @@ impl Listener {
                 None,
             )
             .map_err(ListenError::Bind)?;
+        let farewells = TaskTracker::new();
+        // So that waiting for them ends whenever there are none.
+        farewells.close();
         Ok(Self {
             endpoint: Endpoint::quic(endpoint),
             port,
@@ -97,6 +115,8 @@ impl Listener {
             config,
             via,
             qlog: qlog.map(|dir| Qlog::new(dir, "server")),
+            web,
+            farewells,
             made: Mutex::default(),
         })
     }
@@ -109,7 +129,7 @@ impl Listener {
         Some(Incoming(self.endpoint.as_quic().accept().await?))
     }
 
-    /// Carries out the handshake of a connection.
+    /// Carries out the handshake of a connection; with a browser, up to its session.
     ///
     /// # Cancel safety
     /// A dropped future gives the connection up.
@@ -121,7 +141,38 @@ impl Listener {
             Some(config) => incoming.0.accept_with(config),
             None => incoming.0.accept(),
         };
-        Ok(Connection::quic(connecting?.await?))
+        let mut connecting = connecting?;
+        let Some(web) = &self.web else {
+            return Ok(Connection::quic(connecting.await?));
+        };
+        let data = connecting.handshake_data().await?;
+        let data = data.downcast::<HandshakeData>().ok();
+        let protocol = data.and_then(|data| data.protocol);
+        if protocol.as_deref() != Some(web::wire::ALPN) {
+            return Ok(Connection::quic(connecting.await?));
+        }
+        let (conn, handshake) = match connecting.into_0rtt() {
+            Ok(begun) => begun,
+            // Not at a server: it may send before it has heard the client's last word.
+            Err(connecting) => return Ok(Connection::quic(connecting.await?)),
+        };
+        let terms = web::Terms {
+            web,
+            header: self.timeouts.frame,
+            streams: self.limits.channels,
+            farewells: &self.farewells,
+        };
+        // In a box, as all that only browsers need: the connection's task needs no room for it.
+        let session = Box::pin(web::establish(conn.clone(), handshake, terms)).await?;
+        Ok(Connection::web(conn, session))
+    }
+
+    /// Waits until browsers have heard of the closes that are under way, 2 s at most.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub(crate) async fn farewells(&self) {
+        self.farewells.wait().await;
     }
 
     pub(crate) fn local_addr(&self) -> io::Result<SocketAddr> {
@@ -160,8 +211,11 @@ impl Listener {
             return Some(config.clone());
         }
         let (limits, timeouts) = (&self.limits, &self.timeouts);
+        let side = Side::Server {
+            web: self.web.is_some(),
+        };
         let mut transport =
-            endpoint::transport(limits, timeouts, self.congestion, route, true).ok()?;
+            endpoint::transport(limits, timeouts, self.congestion, route, side).ok()?;
         let logged = stream.is_some();
         transport.qlog_stream(stream);
         let mut config = self.config.clone();

@@ -11,19 +11,20 @@ use futures_util::future::BoxFuture;
 
 use crate::base::lock;
 use crate::base::pool::{Tenant, network};
+use crate::trust::origin::Transport;
 use crate::wire::code::CloseCode;
 use crate::wire::control::HelloMessage;
 
 /// What a client presents for authentication. Cheap to clone.
 #[derive(Clone)]
 pub struct Hello {
-    inner: Arc<(HelloMessage, SocketAddr)>,
+    inner: Arc<(HelloMessage, SocketAddr, Transport)>,
 }
 
 impl Hello {
-    pub(crate) fn new(message: HelloMessage, remote: SocketAddr) -> Self {
+    pub(crate) fn new(message: HelloMessage, remote: SocketAddr, transport: Transport) -> Self {
         Self {
-            inner: Arc::new((message, remote)),
+            inner: Arc::new((message, remote, transport)),
         }
     }
 
@@ -40,6 +41,11 @@ impl Hello {
     /// Where the client connects from. QUIC has validated the address.
     pub fn remote(&self) -> SocketAddr {
         self.inner.1
+    }
+
+    /// What the client connects by, and from which page if it is one.
+    pub fn transport(&self) -> &Transport {
+        &self.inner.2
     }
 }
 

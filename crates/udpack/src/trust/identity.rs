@@ -132,9 +132,13 @@ impl Identity {
         self.inner.key.public_key_pem()
     }
 
-    /// Returns the TLS side of a server endpoint that proves this identity.
-    pub(crate) fn server_tls(&self) -> Result<rustls::ServerConfig, IdentityError> {
-        tls::server_config(self.inner.certificates.clone()).map_err(IdentityError::crypto)
+    /// Returns the TLS side of a server endpoint that proves this identity and speaks these protocols.
+    pub(crate) fn server_tls(
+        &self,
+        protocols: &[&[u8]],
+    ) -> Result<rustls::ServerConfig, IdentityError> {
+        let certificates = self.inner.certificates.clone();
+        tls::server_config(certificates, protocols).map_err(IdentityError::crypto)
     }
 
     /// Returns the key for stateless resets: with a lasting key, a server that was restarted can
@@ -563,7 +567,7 @@ mod tests {
             identity.fingerprint(),
             Fingerprint::of_public_key_pem(&key.public_key_pem()).unwrap()
         );
-        identity.server_tls().unwrap();
+        identity.server_tls(&[tls::ALPN]).unwrap();
 
         let other = new_key().unwrap().serialize_pem();
         assert!(matches!(

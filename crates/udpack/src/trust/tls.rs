@@ -293,15 +293,16 @@ pub(crate) fn client_config(trust: Trust) -> Result<(rustls::ClientConfig, PinCh
     Ok((config, check))
 }
 
-/// Makes the server side of TLS.
+/// Makes the server side of TLS, for clients that speak one of these protocols.
 pub(crate) fn server_config(
     certificates: Arc<CertificateSource>,
+    protocols: &[&[u8]],
 ) -> Result<rustls::ServerConfig, TlsError> {
     let mut config = rustls::ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_no_client_auth()
         .with_cert_resolver(certificates);
-    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.alpn_protocols = protocols.iter().map(|name| name.to_vec()).collect();
     config.max_early_data_size = 0;
     // A client uses one, and is given the next when it does.
     config.send_tls13_tickets = 1;
@@ -394,7 +395,7 @@ mod tests {
     }
 
     fn server_tls(certificates: Arc<CertificateSource>) -> Result<QuicServerConfig, TlsError> {
-        Ok(QuicServerConfig::try_from(server_config(certificates)?).unwrap())
+        Ok(QuicServerConfig::try_from(server_config(certificates, &[ALPN])?).unwrap())
     }
 
     fn pinned(fingerprint: Fingerprint) -> (QuicClientConfig, PinCheck) {
@@ -615,7 +616,7 @@ mod tests {
     async fn both_sides_insist_on_the_protocol() {
         let key = key();
         for protocols in [vec![], vec![b"h3".to_vec()], vec![b"udpack/2".to_vec()]] {
-            let mut server = server_config(issuing(&key)).unwrap();
+            let mut server = server_config(issuing(&key), &[ALPN]).unwrap();
             server.alpn_protocols.clone_from(&protocols);
             let server = QuicServerConfig::try_from(server).unwrap();
             let (client, _) = pinned(fingerprint(&key));
@@ -642,7 +643,12 @@ mod tests {
     #[test]
     fn early_data_is_off_on_both_sides() {
         let key = key();
-        assert_eq!(server_config(issuing(&key)).unwrap().max_early_data_size, 0);
+        assert_eq!(
+            server_config(issuing(&key), &[ALPN])
+                .unwrap()
+                .max_early_data_size,
+            0
+        );
         let (client, _) = client_config(Trust::Pin(fingerprint(&key))).unwrap();
         assert!(!client.enable_early_data);
     }

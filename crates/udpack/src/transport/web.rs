@@ -1,0 +1,576 @@
+//! WebTransport: sessions of browsers over HTTP/3, on the port that serves QUIC as well.
+//!
+//! A connection carries one session. What is between the connection and its streams is read and written here: SETTINGS,
+//! the request that asks for the session, the first bytes of each stream, the capsule that ends it. A stream that is handed
+//! on has its header behind it, so that from there on its bytes go the same way as those of any other.
+
+mod read;
+pub(crate) mod wire;
+
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use quinn::{RecvStream, SendStream};
+use tokio::sync::{Notify, mpsc};
+use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
+
+use self::read::{Event, Frames, Reading, Shared, error_of};
+use self::wire::{Fault, code, frame, uni};
+use crate::base::lock;
+use crate::base::text::{cut, printable_within};
+use crate::transport::connection::{ConnectionError, varint};
+use crate::transport::trips;
+use crate::trust::origin::{Transport, Web};
+use crate::wire::code::{CloseCode, CloseReason, Side};
+use crate::wire::config::PREAUTH_BYTES;
+
+/// Unidirectional streams that HTTP/3 itself needs of a client, for the life of the connection: control and two of QPACK.
+/// Firefox gives a connection up that permits fewer at the handshake.
+pub(crate) const OWN_UNI: u32 = 3;
+/// Bidirectional streams that it needs: the one of the request.
+pub(crate) const OWN_BI: u32 = 1;
+
+/// What to permit so that so many streams can be had at any time: quinn tells the peer of those that have ended only when
+/// they are more than an eighth, and some end whose end is not known here yet. A browser that has none left at such a
+/// moment fails instead of waiting.
+pub(crate) fn permitted(streams: u32) -> u32 {
+    streams.saturating_add(streams / 4).saturating_add(1)
+}
+
+/// Streams of a session that may come before its request; further ones are turned away.
+const EARLY: usize = 2;
+/// Bytes that a client may say on control stream and request once it has a session: GREASE, mostly.
+const SPARE: u64 = 64 << 10;
+/// Bytes that come on a stream whose reader has gone before the peer is told to stop.
+const DRAINED: usize = 256 << 10;
+/// Unidirectional streams that may wait to be taken.
+const UNI_QUEUE: usize = 4;
+/// How long a close may take to reach the client.
+const FAREWELL: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+
+/// A session, held by its connection's handles and streams. With the last of them it ends.
+#[derive(Debug)]
+pub(crate) struct Session {
+    state: Arc<State>,
+    bi: tokio::sync::Mutex<mpsc::Receiver<(SendStream, RecvStream)>>,
+    uni: tokio::sync::Mutex<mpsc::Receiver<RecvStream>>,
+    /// A stream may be dropped where there is no runtime.
+    runtime: tokio::runtime::Handle,
+}
+
+/// What its task and its holders share.
+#[derive(Debug)]
+struct State {
+    /// The stream of the request.
+    id: u64,
+    transport: Transport,
+    end: OnceLock<End>,
+    ended: Notify,
+    farewells: TaskTracker,
+    /// While a close is under way.
+    farewell: Mutex<Option<TaskTrackerToken>>,
+}
+
+/// How a session ended.
+#[derive(Debug)]
+enum End {
+    /// By us, with what the client is to hear.
+    Local(CloseCode, String),
+    /// By the client, or by a fault of its.
+    Over(ConnectionError),
+}
+
+impl State {
+    /// The first end counts.
+    fn end(&self, end: End) {
+        let mut farewell = lock(&self.farewell);
+        if self.end.set(end).is_ok() {
+            *farewell = Some(self.farewells.token());
+            self.ended.notify_one();
+        }
+    }
+
+    /// Nothing more is said.
+    fn told(&self) {
+        lock(&self.farewell).take();
+    }
+}
+
+impl Session {
+    /// What the connection is.
+    pub(super) fn transport(&self) -> Transport {
+        self.state.transport.clone()
+    }
+
+    /// The stream that its datagrams name.
+    pub(super) fn id(&self) -> u64 {
+        self.state.id
+    }
+
+    /// The next stream both ways of the client; `None` once the session is over.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub(super) async fn accept_bi(&self) -> Option<(SendStream, RecvStream)> {
+        self.bi.lock().await.recv().await
+    }
+
+    /// The next stream from the client alone; `None` once the session is over.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub(super) async fn accept_uni(&self) -> Option<RecvStream> {
+        self.uni.lock().await.recv().await
+    }
+
+    /// Begins a stream both ways that was opened.
+    ///
+    /// # Cancel safety
+    /// A dropped future has given the stream up.
+    pub(super) async fn begin_bi(&self, stream: SendStream) -> Result<SendStream, ConnectionError> {
+        self.begin(stream, frame::WEBTRANSPORT).await
+    }
+
+    /// Begins a stream to the client alone, as [`begin_bi`](Self::begin_bi).
+    pub(super) async fn begin_uni(
+        &self,
+        stream: SendStream,
+    ) -> Result<SendStream, ConnectionError> {
+        self.begin(stream, uni::WEBTRANSPORT).await
+    }
+
+    async fn begin(&self, stream: SendStream, kind: u64) -> Result<SendStream, ConnectionError> {
+        /// Resets a stream whose header is not written: without it the client knows nothing of it.
+        struct Unsaid(Option<SendStream>);
+        impl Drop for Unsaid {
+            fn drop(&mut self) {
+                if let Some(stream) = &mut self.0 {
+                    let _ = stream.reset(varint(wire::to_http3(CloseCode::CANCELLED)));
+                }
+            }
+        }
+        let mut unsaid = Unsaid(Some(stream));
+        let header = wire::stream_header(kind, self.state.id);
+        if let Some(stream) = &mut unsaid.0
+            && let Err(quinn::WriteError::ConnectionLost(error)) = stream.write_chunk(header).await
+        {
+            return Err(self.over(error));
+        }
+        // One that the client has stopped already says so to its writer.
+        unsaid.0.take().ok_or(ConnectionError::Local)
+    }
+
+    /// Ends the session: the client gets code and text, at most 1,024 bytes of it, then the connection is closed.
+    pub(super) fn close(&self, code: CloseCode, text: &str) {
+        let text = cut(text, wire::CLOSE_TEXT).to_owned();
+        self.state.end(End::Local(code, text));
+    }
+
+    /// How the session ended, if it has.
+    pub(super) fn ended(&self) -> Option<ConnectionError> {
+        self.state.end.get().map(|end| match end {
+            End::Local(..) => ConnectionError::Local,
+            End::Over(error) => error.clone(),
+        })
+    }
+
+    /// Why its connection is over.
+    pub(super) fn over(&self, error: quinn::ConnectionError) -> ConnectionError {
+        self.ended().unwrap_or_else(|| lost(error))
+    }
+
+    /// Reads a stream on that nobody wants, up to its end: a browser that is told to stop throws away what it has received
+    /// on the stream and not read yet. One that goes on and on is told all the same.
+    pub(super) fn drain(&self, mut stream: RecvStream, code: CloseCode) {
+        if self.state.end.get().is_some() {
+            return;
+        }
+        self.runtime.spawn(async move {
+            let mut left = DRAINED;
+            while let Ok(Some(chunk)) = stream.read_chunk(left, true).await {
+                left -= chunk.bytes.len();
+                if left == 0 {
+                    let _ = stream.stop(varint(wire::to_http3(code)));
+                    return;
+                }
+            }
+        });
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.state.end(End::Local(CloseCode::NORMAL, String::new()));
+    }
+}
+
+/// How a connection ended without a word on the session: a tab that was frozen, a browser that was ended.
+fn lost(error: quinn::ConnectionError) -> ConnectionError {
+    match error {
+        quinn::ConnectionError::ApplicationClosed(close) => {
+            let said = printable_within(&String::from_utf8_lossy(&close.reason), 128);
+            let code = close.error_code.into_inner();
+            let text = format!("the browser ended the connection: {code:#x} {said}");
+            let code = CloseCode::CONNECTION_LOST;
+            ConnectionError::Transport(CloseReason::new(code, text.trim_end(), Side::Transport))
+        }
+        error => error.into(),
+    }
+}
+
+/// What a server needs to know to begin sessions.
+pub(super) struct Terms<'a> {
+    pub(super) web: &'a Web,
+    /// Within this time a stream must say what it is.
+    pub(super) header: Duration,
+    /// Streams both ways that a client may have open.
+    pub(super) streams: u32,
+    /// Closes that are under way.
+    pub(super) farewells: &'a TaskTracker,
+}
+
+/// Carries the session's part of a handshake out: SETTINGS both ways, the request and its answer.
+///
+/// # Cancel safety
+/// A dropped future gives the connection up.
+pub(super) async fn establish(
+    conn: quinn::Connection,
+    handshake: quinn::ZeroRttAccepted,
+    terms: Terms<'_>,
+) -> Result<Arc<Session>, ConnectionError> {
+    let shared = Arc::new(Shared::new(PREAUTH_BYTES.into(), terms.header));
+    let mut layer = Layer::new(conn.clone(), shared);
+    // With the server's first packets, before it has heard anything but the client's first: a browser waits for it.
+    let control = async {
+        let mut stream = conn.open_uni().await?;
+        let _ = stream.set_priority(i32::MAX);
+        let written = stream.write_chunk(wire::settings()).await;
+        written.map(|()| stream).map_err(|_| {
+            let closed = conn.close_reason();
+            closed.unwrap_or(quinn::ConnectionError::LocallyClosed)
+        })
+    };
+    let control = control.await.map_err(lost)?;
+    handshake.await;
+    let asked = match layer.asked(terms.web).await {
+        Ok(asked) => asked,
+        Err(Unasked::Lost(error)) => return Err(lost(error)),
+        Err(Unasked::Fault(fault)) => return Err(fail(&conn, &fault)),
+        Err(Unasked::Refused(stream, status)) => {
+            refuse(&conn, stream, status).await;
+            let text = format!("a request for a session was answered with the status {status}");
+            return Err(ConnectionError::Transport(CloseReason::new(
+                CloseCode::TRANSPORT_ERROR,
+                text,
+                Side::Local,
+            )));
+        }
+    };
+    let Asked {
+        mut request,
+        frames,
+        id,
+        origin,
+        early,
+        early_uni,
+    } = asked;
+    let _ = request.set_priority(i32::MAX);
+    if request.write_chunk(wire::answer(200)).await.is_err() {
+        return Err(fail(&conn, &GONE));
+    }
+    layer.shared.budget.add(SPARE);
+    layer.reading.push(Box::pin(frames.capsules()));
+    let state = Arc::new(State {
+        id,
+        transport: Transport::WebTransport { origin },
+        end: OnceLock::new(),
+        ended: Notify::new(),
+        farewells: terms.farewells.clone(),
+        farewell: Mutex::default(),
+    });
+    let (bi, taken_bi) = mpsc::channel((terms.streams as usize).saturating_add(EARLY).max(1));
+    let (uni, taken_uni) = mpsc::channel(UNI_QUEUE);
+    let session = Arc::new(Session {
+        state: state.clone(),
+        bi: tokio::sync::Mutex::new(taken_bi),
+        uni: tokio::sync::Mutex::new(taken_uni),
+        runtime: tokio::runtime::Handle::current(),
+    });
+    let task = Task {
+        layer,
+        state,
+        request,
+        _control: control,
+        bi,
+        uni,
+    };
+    for (id, streams) in early {
+        task.hand_bi(id, streams);
+    }
+    for (id, stream) in early_uni {
+        task.hand_uni(id, stream);
+    }
+    tokio::spawn(task.run());
+    Ok(session)
+}
+
+const GONE: Fault = wire::fault(
+    code::REQUEST_INCOMPLETE,
+    "the request was given up before its answer",
+);
+
+/// Ends a connection because of what came on it.
+fn fail(conn: &quinn::Connection, fault: &Fault) -> ConnectionError {
+    conn.close(varint(fault.code), fault.text.as_bytes());
+    let text = format!("WebTransport: {} ({:#x})", fault.text, fault.code);
+    ConnectionError::Transport(CloseReason::new(
+        CloseCode::TRANSPORT_ERROR,
+        text,
+        Side::Local,
+    ))
+}
+
+/// Answers a request with a status, and ends the connection once that has arrived.
+async fn refuse(conn: &quinn::Connection, mut stream: SendStream, status: u16) {
+    let said = async {
+        if stream.write_chunk(wire::answer(status)).await.is_ok() && stream.finish().is_ok() {
+            let _ = stream.stopped().await;
+        }
+    };
+    let _ = tokio::time::timeout(farewell_time(conn), said).await;
+    conn.close(varint(code::NO_ERROR), b"");
+}
+
+/// How long a client has to take the last word.
+fn farewell_time(conn: &quinn::Connection) -> Duration {
+    trips(conn.rtt()).clamp(FAREWELL.0, FAREWELL.1)
+}
+
+/// Why a connection did not come to a session.
+enum Unasked {
+    Lost(quinn::ConnectionError),
+    Fault(Fault),
+    Refused(SendStream, u16),
+}
+
+/// A request for a session that is granted, and what came with it.
+struct Asked {
+    request: SendStream,
+    frames: Frames,
+    /// The request's stream.
+    id: u64,
+    origin: Option<Arc<str>>,
+    early: Vec<(u64, (SendStream, RecvStream))>,
+    early_uni: Vec<(u64, RecvStream)>,
+}
+
+/// A connection whose streams are read until they have said what they are.
+struct Layer {
+    conn: quinn::Connection,
+    shared: Arc<Shared>,
+    reading: FuturesUnordered<Reading>,
+    /// Streams both ways are read one after the other, so that the first of a session is known: the control stream.
+    in_turn: bool,
+    /// One of them is being read.
+    turn: bool,
+}
+
+impl Layer {
+    fn new(conn: quinn::Connection, shared: Arc<Shared>) -> Self {
+        Self {
+            conn,
+            shared,
+            reading: FuturesUnordered::new(),
+            in_turn: true,
+            turn: false,
+        }
+    }
+
+    /// What the client does next.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    async fn next(&mut self) -> Result<Event, quinn::ConnectionError> {
+        loop {
+            let next = tokio::select! {
+                Some(event) = self.reading.next() => {
+                    if event.is_of_both() {
+                        self.turn = false;
+                    }
+                    return Ok(event);
+                }
+                streams = self.conn.accept_bi(), if !(self.in_turn && self.turn) => {
+                    self.turn = true;
+                    let (send, recv) = streams?;
+                    self.shared.clone().both(send, recv)
+                }
+                stream = self.conn.accept_uni() => self.shared.clone().uni(stream?),
+            };
+            self.reading.push(next);
+        }
+    }
+
+    /// Waits for SETTINGS and for the request, in any order, and decides.
+    async fn asked(&mut self, web: &Web) -> Result<Asked, Unasked> {
+        let (mut settings, mut asked) = (false, None);
+        let (mut early, mut early_uni) = (Vec::new(), Vec::new());
+        loop {
+            match self.next().await.map_err(Unasked::Lost)? {
+                Event::Settings(frames) => {
+                    settings = true;
+                    self.reading.push(Box::pin(frames.control()));
+                }
+                Event::Request(request, _, Err(status)) if asked.is_none() => {
+                    return Err(Unasked::Refused(request, status));
+                }
+                Event::Request(request, frames, Ok(said)) if asked.is_none() => {
+                    asked = Some((request, frames, said));
+                }
+                Event::Request(mut request, ..) => {
+                    let _ = request.reset(varint(code::REQUEST_REJECTED));
+                }
+                Event::Both(id, streams) if early.len() < EARLY => early.push((id, streams)),
+                Event::Both(_, streams) => reject(streams),
+                Event::Uni(id, stream) if early_uni.is_empty() => early_uni.push((id, stream)),
+                Event::Uni(_, mut stream) => {
+                    let _ = stream.stop(varint(code::BUFFERED_STREAM_REJECTED));
+                }
+                Event::Unsaid | Event::Nothing => {}
+                Event::Fault(fault) => return Err(Unasked::Fault(fault)),
+                Event::Closed(..) | Event::Gone => return Err(Unasked::Fault(GONE)),
+            }
+            if settings && let Some((request, frames, said)) = asked.take() {
+                if !web.is_at(&said.path) {
+                    return Err(Unasked::Refused(request, wire::NOT_FOUND));
+                }
+                let origin = said.origin.as_deref();
+                if !web.allows(origin, &said.host) {
+                    return Err(Unasked::Refused(request, wire::FORBIDDEN));
+                }
+                let origin = origin.map(|origin| printable_within(origin, 256).into());
+                return Ok(Asked {
+                    id: u64::from(request.id()),
+                    request,
+                    frames,
+                    origin,
+                    early,
+                    early_uni,
+                });
+            }
+        }
+    }
+}
+
+/// Turns a stream away that nobody waits for.
+fn reject((mut send, mut recv): (SendStream, RecvStream)) {
+    let _ = send.reset(varint(code::BUFFERED_STREAM_REJECTED));
+    let _ = recv.stop(varint(code::BUFFERED_STREAM_REJECTED));
+}
+
+/// The task of a session, from the answer to the end.
+struct Task {
+    layer: Layer,
+    state: Arc<State>,
+    request: SendStream,
+    _control: SendStream,
+    bi: mpsc::Sender<(SendStream, RecvStream)>,
+    uni: mpsc::Sender<RecvStream>,
+}
+
+impl Task {
+    async fn run(mut self) {
+        let state = self.state.clone();
+        loop {
+            let event = tokio::select! {
+                () = state.ended.notified() => break self.leave().await,
+                event = self.layer.next() => event,
+            };
+            match event {
+                Ok(event) => self.take(event),
+                Err(error) => break state.end(End::Over(lost(error))),
+            }
+        }
+        state.told();
+    }
+
+    fn take(&mut self, event: Event) {
+        match event {
+            Event::Both(id, streams) => {
+                self.layer.in_turn &= id != self.state.id;
+                self.hand_bi(id, streams);
+            }
+            Event::Uni(id, stream) => self.hand_uni(id, stream),
+            Event::Request(mut request, frames, _) => {
+                // There is one session on a connection, and nothing else to ask for.
+                let _ = request.reset(varint(code::REQUEST_REJECTED));
+                frames.stop(code::REQUEST_REJECTED);
+            }
+            Event::Closed(code, text) => {
+                let reason = CloseReason::peer(CloseCode::new(code.into()), &text);
+                self.state.end(End::Over(ConnectionError::Peer(reason)));
+            }
+            Event::Gone => {
+                let text = "the browser gave the session up";
+                let reason = CloseReason::new(CloseCode::CONNECTION_LOST, text, Side::Transport);
+                self.state
+                    .end(End::Over(ConnectionError::Transport(reason)));
+            }
+            Event::Fault(fault) => {
+                let error = fail(&self.layer.conn, &fault);
+                self.state.end(End::Over(error));
+            }
+            // The control stream has said its SETTINGS.
+            Event::Settings(_) | Event::Unsaid | Event::Nothing => {}
+        }
+    }
+
+    fn hand_bi(&self, id: u64, streams: (SendStream, RecvStream)) {
+        if id == self.state.id {
+            if let Err(error) = self.bi.try_send(streams) {
+                reject(error_of(error));
+            }
+        } else {
+            reject(streams);
+        }
+    }
+
+    fn hand_uni(&self, id: u64, stream: RecvStream) {
+        let left = match id == self.state.id {
+            true => self.uni.try_send(stream).err().map(error_of),
+            false => Some(stream),
+        };
+        if let Some(mut stream) = left {
+            let _ = stream.stop(varint(code::BUFFERED_STREAM_REJECTED));
+        }
+    }
+
+    /// Says how the session ended, and ends the connection once the client knows.
+    async fn leave(self) {
+        let Self {
+            layer,
+            state,
+            mut request,
+            ..
+        } = self;
+        let conn = &layer.conn;
+        let said = async {
+            if let Some(End::Local(code, text)) = state.end.get() {
+                let capsule: Bytes = wire::close_capsule(wire::code_u32(*code), text);
+                if request.write_chunk(capsule).await.is_err() {
+                    return;
+                }
+            }
+            let _ = request.finish();
+            // A client that has heard it closes the connection.
+            conn.closed().await;
+        };
+        let _ = tokio::time::timeout(farewell_time(conn), said).await;
+        conn.close(varint(code::NO_ERROR), b"");
+        // Only now, because to drop the request's other half tells a browser to throw away what it has not read.
+        drop(layer);
+    }
+}
