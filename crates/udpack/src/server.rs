@@ -40,6 +40,7 @@ use crate::trust::auth::{Authenticate, Deny, Peer, Penalties};
 use crate::trust::fingerprint::Fingerprint;
 use crate::trust::identity::{Identity, IdentityError};
 use crate::trust::origin::Web;
+use crate::trust::tls::CertificateSource;
 use crate::wire::code::{CloseCode, CloseReason, Side};
 use crate::wire::config::InvalidSetting;
 use crate::wire::config::{CongestionControl, Drain, Limits, Timeouts};
@@ -79,6 +80,7 @@ impl Drop for Inner {
 struct Shared {
     listener: Listener,
     fingerprint: Fingerprint,
+    certificates: Arc<CertificateSource>,
     guard: Arc<Guard>,
     registry: Arc<Registry>,
     on_socket: Option<SocketHandler>,
@@ -176,6 +178,17 @@ impl Server {
     /// What clients pin.
     pub fn fingerprint(&self) -> Fingerprint {
         self.inner.shared.fingerprint
+    }
+
+    /// What a page gives a browser in place of a certificate authority's word, as `serverCertificateHashes`: SHA-256 of
+    /// the current certificate and of the one that follows it. None where the certificate was given, or the key is not
+    /// ECDSA P-256, as browsers demand.
+    ///
+    /// Each certificate is served for 6.5 days at most, so a page asks for the hashes before each attempt to connect. With
+    /// [`ServerBuilder::web`] and an identity of [`Identity::load_or_create`] both are kept beside the key, in
+    /// `webcert.pem`, and a restart changes neither.
+    pub fn certificate_hashes(&self) -> Vec<[u8; 32]> {
+        self.inner.shared.certificates.hashes()
     }
 
     /// The next admitted socket; `None` once the server is closed.
@@ -443,7 +456,8 @@ impl ServerBuilder {
     /// Serves browsers as well, on the same UDP port, by WebTransport: the same channels and the same limits. Defaults to
     /// serving none.
     ///
-    /// A page connects to `https://HOST:PORT/udpack`, and needs a certificate that the browser trusts.
+    /// A page connects to `https://HOST:PORT/udpack`. It needs the hashes of
+    /// [`Server::certificate_hashes`], or a certificate that the browser trusts.
     pub fn web(mut self, web: Web) -> Self {
         self.web = Some(web);
         self
@@ -492,6 +506,9 @@ impl ServerBuilder {
             return Err(BindError::MissingState { channel, state });
         }
         let (limits, timeouts) = (Arc::new(self.limits), Arc::new(self.timeouts));
+        if self.web.is_some() {
+            identity.keep_certificates();
+        }
         let listener = Listener::open(
             &identity,
             (limits.clone(), timeouts.clone()),
@@ -517,6 +534,7 @@ impl ServerBuilder {
             pool,
             listener,
             fingerprint: identity.fingerprint(),
+            certificates: identity.certificates().clone(),
             guard: Guard::new(
                 auth,
                 self.authorize,

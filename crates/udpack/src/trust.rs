@@ -1,6 +1,7 @@
 //! Who a peer is and whether it may come in: keys and certificates, tokens, verifiers, addresses that carry both.
 
 pub(crate) mod auth;
+pub(crate) mod certificate;
 pub(crate) mod fingerprint;
 pub(crate) mod identity;
 pub(crate) mod origin;

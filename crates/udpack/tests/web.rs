@@ -342,6 +342,26 @@ async fn without_the_option_nobody_speaks_http3() {
 }
 
 #[tokio::test]
+async fn a_page_that_knows_the_hashes_needs_no_other_trust() {
+    bounded(async {
+        let server = site(|server| server).await;
+        let hashes = server.certificate_hashes();
+        assert_eq!(hashes.len(), 2);
+        let known = |hashes: Vec<[u8; 32]>| {
+            let hashes = hashes.into_iter().map(Vec::from).collect();
+            web_transport_quinn::ClientBuilder::new()
+                .with_server_certificate_hashes(hashes)
+                .expect("a client")
+        };
+        let url = page::url(&server, "/udpack");
+        let connected = known(hashes).connect(url.clone()).await;
+        connected.expect("the current one is among them");
+        assert!(known(vec![[0; 32]]).connect(url).await.is_err());
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn limits_hold_for_pages_as_for_others() {
     bounded(async {
         let limits = Limits {

@@ -1,7 +1,8 @@
 //! A server's identity across restarts: one private key, kept in a directory.
 //!
-//! The key is the identity. Certificates are made from it in memory and thrown away, and every
-//! other long-lived secret of an endpoint is derived from it, so that nothing else has to be kept.
+//! The key is the identity. Certificates are made from it in memory and thrown away (kept only for
+//! browsers, which know them by their hash), and every other long-lived secret of an endpoint is
+//! derived from it, so that nothing else has to be kept.
 //! Nothing here reads a passphrase or replaces a key that exists: when in doubt it refuses.
 
 use std::fmt;
@@ -32,6 +33,8 @@ struct Inner {
     fingerprint: Fingerprint,
     certificates: Arc<CertificateSource>,
     derived: hkdf::Prk,
+    /// Where certificates for browsers may be kept.
+    kept: Option<PathBuf>,
 }
 
 impl Identity {
@@ -72,7 +75,8 @@ impl Identity {
             None => files.read_public()?,
         };
         files.check_pair(public, &key)?;
-        Self::self_signed(key)
+        let certificates = dir.as_ref().join(CERTIFICATE_FILE);
+        Self::new(key, Some(certificates), CertificateSource::issuing)
     }
 
     /// Loads the identity kept in `dir`, and writes nothing.
@@ -119,7 +123,7 @@ impl Identity {
         if *leaf_spki != *key.subject_public_key_info() {
             return Err(IdentityError::CertificateMismatch);
         }
-        Self::new(key, |key| CertificateSource::given(key, chain))
+        Self::new(key, None, |key| CertificateSource::given(key, chain))
     }
 
     /// Returns what clients pin.
@@ -139,6 +143,16 @@ impl Identity {
     ) -> Result<rustls::ServerConfig, IdentityError> {
         let certificates = self.inner.certificates.clone();
         tls::server_config(certificates, protocols).map_err(IdentityError::crypto)
+    }
+
+    /// Keeps the certificates from now on where the key is kept, if it is, so that their hashes outlast a restart.
+    pub(crate) fn keep_certificates(&self) {
+        self.inner.certificates.keep(self.inner.kept.clone());
+    }
+
+    /// Where the hashes of the certificates come from.
+    pub(crate) fn certificates(&self) -> &Arc<CertificateSource> {
+        &self.inner.certificates
     }
 
     /// Returns the key for stateless resets: with a lasting key, a server that was restarted can
@@ -163,10 +177,10 @@ impl Identity {
     }
 
     fn self_signed(key: KeyPair) -> Result<Self, IdentityError> {
-        Self::new(key, CertificateSource::issuing)
+        Self::new(key, None, CertificateSource::issuing)
     }
 
-    fn new<F>(key: KeyPair, certificates: F) -> Result<Self, IdentityError>
+    fn new<F>(key: KeyPair, kept: Option<PathBuf>, certificates: F) -> Result<Self, IdentityError>
     where
         F: FnOnce(Arc<KeyPair>) -> Result<CertificateSource, tls::TlsError>,
     {
@@ -177,6 +191,7 @@ impl Identity {
                 fingerprint: Fingerprint::of_spki(&key.subject_public_key_info()),
                 certificates: Arc::new(certificates(key.clone()).map_err(IdentityError::crypto)?),
                 derived: salt.extract(key.serialized_der()),
+                kept,
                 key,
             }),
         })
@@ -371,6 +386,7 @@ impl hkdf::KeyType for Length {
 
 const PRIVATE_KEY_FILE: &str = "prikey.pem";
 const PUBLIC_KEY_FILE: &str = "pubkey.pem";
+const CERTIFICATE_FILE: &str = "webcert.pem";
 const MAX_KEY_FILE: u64 = 64 * 1024;
 
 const DERIVATION_SALT: &[u8] = b"udpack identity v1";

@@ -6,10 +6,11 @@
 //! replayed, and the first thing a client sends is its token.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
-use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, KeyPair, KeyUsagePurpose};
+use rcgen::KeyPair;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::aws_lc_rs::cipher_suite::{
     TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384, TLS13_CHACHA20_POLY1305_SHA256,
@@ -23,8 +24,8 @@ use rustls::{
     SupportedCipherSuite,
 };
 use rustls_platform_verifier::Verifier;
-use time::OffsetDateTime;
 
+use crate::trust::certificate::{Issued, Kept};
 use crate::trust::fingerprint::Fingerprint;
 
 /// The application protocol, with its version, that both sides must agree on.
@@ -98,18 +99,21 @@ enum Mode {
     /// Issued from the key itself, again and again.
     Issued {
         issuer: Arc<KeyPair>,
-        current: Mutex<Issued>,
+        served: Box<Mutex<Served>>,
         clock: Clock,
     },
     /// Given from outside and served unchanged.
     Given(Arc<CertifiedKey>),
 }
 
-/// A certificate and the seconds since 1970 between which it is valid.
-struct Issued {
-    certificate: Arc<CertifiedKey>,
-    not_before: i64,
-    not_after: i64,
+/// The certificate that is served, and what is to follow it.
+struct Served {
+    current: Issued,
+    /// Made ahead where somebody wants to know it.
+    next: Option<Issued>,
+    ahead: bool,
+    /// Where both are kept.
+    file: Option<Kept>,
 }
 
 type Clock = Box<dyn Fn() -> i64 + Send + Sync>;
@@ -134,39 +138,128 @@ impl CertificateSource {
 
     fn issuing_by(issuer: Arc<KeyPair>, clock: Clock) -> Result<Self, TlsError> {
         let key = signing_key(&issuer)?;
-        let first = Issued::new(&issuer, &key, clock())?;
+        let served = Served {
+            current: Issued::new(&issuer, &key, clock())?,
+            next: None,
+            ahead: false,
+            file: None,
+        };
         Ok(Self {
             key,
             mode: Mode::Issued {
                 issuer,
-                current: Mutex::new(first),
+                served: Box::new(Mutex::new(served)),
                 clock,
             },
         })
+    }
+
+    /// Makes the next certificate ahead from now on, and keeps it and the current one in this file, so that a restart
+    /// changes neither. Where the file cannot be used it says so in the log and goes on without.
+    pub(crate) fn keep(&self, file: Option<PathBuf>) {
+        if let Mode::Issued {
+            issuer,
+            served,
+            clock,
+        } = &self.mode
+        {
+            let mut served = served.lock().unwrap_or_else(PoisonError::into_inner);
+            served.ahead = true;
+            served.file = file.map(Kept::at);
+            if let Some((current, next)) = served.kept(issuer, &self.key) {
+                (served.current, served.next) = (current, Some(next));
+            }
+            served.renew(issuer, &self.key, clock());
+        }
+    }
+
+    /// SHA-256 of the current certificate and of the next, where they are issued here for a key that browsers take so.
+    pub(crate) fn hashes(&self) -> Vec<[u8; 32]> {
+        match &self.mode {
+            Mode::Issued {
+                issuer,
+                served,
+                clock,
+            } if issuer.algorithm() == &rcgen::PKCS_ECDSA_P256_SHA256 => {
+                let mut served = served.lock().unwrap_or_else(PoisonError::into_inner);
+                served.ahead = true;
+                served.renew(issuer, &self.key, clock());
+                let next = served.next.iter();
+                std::iter::once(&served.current)
+                    .chain(next)
+                    .map(Issued::hash)
+                    .collect()
+            }
+            Mode::Issued { .. } | Mode::Given(_) => Vec::new(),
+        }
     }
 
     /// Returns the certificate to serve now.
     ///
     /// Renewal happens here, on a handshake, so that it needs no task and no shutdown.
     fn current(&self) -> Arc<CertifiedKey> {
-        let (issuer, current, clock) = match &self.mode {
-            Mode::Given(certificate) => return certificate.clone(),
+        match &self.mode {
+            Mode::Given(certificate) => certificate.clone(),
             Mode::Issued {
                 issuer,
-                current,
+                served,
                 clock,
-            } => (issuer, current, clock),
-        };
-        let now = clock();
-        let mut current = current.lock().unwrap_or_else(PoisonError::into_inner);
-        if current.is_stale(now) {
-            match Issued::new(issuer, &self.key, now) {
-                Ok(issued) => *current = issued,
-                // Clients that pin the key do not look at the dates, so the old one still serves.
-                Err(error) => tracing::error!(%error, "certificate not renewed"),
+            } => {
+                let mut served = served.lock().unwrap_or_else(PoisonError::into_inner);
+                served.renew(issuer, &self.key, clock());
+                served.current.certificate.clone()
             }
         }
-        current.certificate.clone()
+    }
+}
+
+impl Served {
+    /// Sees to it that the current certificate is young, and that there is a next one where it is wanted.
+    fn renew(&mut self, issuer: &KeyPair, key: &Arc<dyn SigningKey>, now: i64) {
+        if !self.current.is_stale(now) && (self.next.is_some() || !self.ahead) {
+            return;
+        }
+        // Another process with the same key may have been faster.
+        if self.current.is_stale(now)
+            && let Some((current, next)) = self.kept(issuer, key)
+        {
+            (self.current, self.next) = (current, Some(next));
+        }
+        let mut renewed = || -> Result<(), TlsError> {
+            if self.current.is_stale(now) {
+                let next = self.next.take().filter(|next| !next.is_stale(now));
+                self.current = match next {
+                    Some(next) => next,
+                    None => Issued::new(issuer, key, now)?,
+                };
+            }
+            if self.next.is_none() && self.ahead {
+                self.next = Some(self.current.next(issuer, key)?);
+            }
+            Ok(())
+        };
+        match renewed() {
+            Ok(()) => {
+                if let (Some(file), Some(next)) = (&mut self.file, &self.next)
+                    && let Err(error) = file.write(&self.current, next)
+                {
+                    tracing::warn!(%error, "certificates not kept");
+                }
+            }
+            // Clients that pin the key do not look at the dates, so the old one still serves.
+            Err(error) => tracing::error!(%error, "certificate not renewed"),
+        }
+    }
+
+    /// What the file holds, if it is of this key.
+    fn kept(&mut self, issuer: &KeyPair, key: &Arc<dyn SigningKey>) -> Option<(Issued, Issued)> {
+        match self.file.as_mut()?.read(issuer, key) {
+            Ok(kept) => kept,
+            Err(error) => {
+                tracing::warn!(%error, "kept certificates not used");
+                None
+            }
+        }
     }
 }
 
@@ -179,32 +272,6 @@ impl fmt::Debug for CertificateSource {
 impl ResolvesServerCert for CertificateSource {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         Some(self.current())
-    }
-}
-
-impl Issued {
-    fn new(issuer: &KeyPair, key: &Arc<dyn SigningKey>, now: i64) -> Result<Self, TlsError> {
-        let not_before = now.saturating_sub(BACKDATE);
-        let not_after = not_before.saturating_add(VALIDITY);
-
-        let mut params = CertificateParams::new(SUBJECT_NAMES.map(str::to_owned))?;
-        params.not_before = OffsetDateTime::from_unix_timestamp(not_before)?;
-        params.not_after = OffsetDateTime::from_unix_timestamp(not_after)?;
-        params
-            .distinguished_name
-            .push(DnType::CommonName, SUBJECT_NAMES[0]);
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
-        let certificate = params.self_signed(issuer)?;
-        Ok(Self {
-            certificate: Arc::new(CertifiedKey::new(vec![certificate.into()], key.clone())),
-            not_before,
-            not_after,
-        })
-    }
-
-    fn is_stale(&self, now: i64) -> bool {
-        now < self.not_before || self.not_after.saturating_sub(now) < VALIDITY / 2
     }
 }
 
@@ -324,7 +391,7 @@ fn provider() -> Arc<CryptoProvider> {
     })
 }
 
-fn signing_key(key: &KeyPair) -> Result<Arc<dyn SigningKey>, TlsError> {
+pub(crate) fn signing_key(key: &KeyPair) -> Result<Arc<dyn SigningKey>, TlsError> {
     let der = PrivateKeyDer::try_from(key.serialized_der().to_vec())
         .map_err(|reason| rustls::Error::General(reason.to_owned()))?;
     Ok(provider().key_provider.load_private_key(der)?)
@@ -337,12 +404,6 @@ fn unix_now() -> i64 {
         Err(before) => seconds(before.duration()).map_or(i64::MIN, |seconds| -seconds),
     }
 }
-
-/// Browsers pin certificates that live at most 14 days; this stays well inside.
-const VALIDITY: i64 = 13 * 24 * 60 * 60;
-/// How far behind a client's clock may be.
-const BACKDATE: i64 = 60 * 60;
-const SUBJECT_NAMES: [&str; 2] = ["udpack", "localhost"];
 
 #[cfg(test)]
 mod tests {
@@ -358,6 +419,7 @@ mod tests {
     use rustls::quic::{ClientConnection, Version};
 
     use super::*;
+    use crate::trust::certificate::{BACKDATE, VALIDITY, hash_of};
 
     const NOW: i64 = 1_800_000_000;
 
@@ -687,13 +749,64 @@ mod tests {
     }
 
     #[test]
-    fn a_certificate_lives_at_most_13_days() {
-        let key = key();
-        let signer = signing_key(&key).unwrap();
-        let issued = Issued::new(&key, &signer, NOW).unwrap();
-        assert_eq!(issued.not_before, NOW - 3600);
-        assert_eq!(issued.not_after - issued.not_before, 13 * 24 * 3600);
-        issued.certificate.keys_match().unwrap();
+    fn the_next_certificate_is_known_ahead_and_follows() {
+        let now = Arc::new(AtomicI64::new(NOW));
+        let clock = {
+            let now = now.clone();
+            Box::new(move || now.load(Ordering::Relaxed))
+        };
+        let source = CertificateSource::issuing_by(key(), clock).unwrap();
+        let at = |time: i64| {
+            now.store(time, Ordering::Relaxed);
+            <[_; 2]>::try_from(source.hashes()).unwrap()
+        };
+        let half = VALIDITY / 2;
+        let [first, second] = at(NOW);
+        assert_eq!(at(NOW - BACKDATE + half), [first, second]);
+        let [then, third] = at(NOW - BACKDATE + half + 1);
+        assert_eq!(then, second);
+        let leaf = source.current();
+        assert_eq!(hash_of(leaf.end_entity_cert().unwrap()), second);
+        // Nobody came for so long that the next one is old as well.
+        let [fourth, fifth] = at(NOW + 3 * VALIDITY);
+        let mut all = vec![first, second, third, fourth, fifth];
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all.len(), 5);
+    }
+
+    #[test]
+    fn kept_certificates_outlive_a_restart_and_other_keys_do_not_use_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("webcert.pem");
+        let start = |key: &Arc<KeyPair>, now: i64| {
+            let source = CertificateSource::issuing_by(key.clone(), Box::new(move || now)).unwrap();
+            source.keep(Some(file.clone()));
+            <[_; 2]>::try_from(source.hashes()).unwrap()
+        };
+        let (ours, theirs) = (key(), key());
+        let [first, second] = start(&ours, NOW);
+        assert_eq!(start(&ours, NOW + 60), [first, second]);
+        let later = NOW - BACKDATE + VALIDITY / 2 + 1;
+        let [then, third] = start(&ours, later);
+        assert_eq!(then, second);
+        assert_eq!(start(&ours, later), [second, third]);
+        let other = start(&theirs, later);
+        assert!(!other.contains(&second) && !other.contains(&third));
+        assert_eq!(start(&theirs, later), other);
+        std::fs::write(&file, "valid from never").unwrap();
+        let anew = start(&theirs, later);
+        assert!(!anew.contains(&other[0]));
+        assert_eq!(start(&theirs, later), anew);
+    }
+
+    #[test]
+    fn only_keys_that_browsers_take_have_hashes() {
+        let key = KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();
+        assert!(issuing(&Arc::new(key)).hashes().is_empty());
+        let key = self::key();
+        let given = forged(vec![certificate(&key)], &key);
+        assert!(given.hashes().is_empty());
     }
 
     #[test]

@@ -1,0 +1,197 @@
+//! Certificates that a server issues to itself, and the file that keeps them.
+//!
+//! A browser that is told a certificate's hash instead of trusting an authority takes it for at most 14 days. So there are
+//! always two, of which the second follows the first, and a page that knows both hashes can connect at any time. They are
+//! kept in a file because a certificate that is issued anew has another hash, whatever its key.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use aws_lc_rs::digest;
+use rcgen::{
+    CertificateParams, DnType, ExtendedKeyUsagePurpose, KeyPair, KeyUsagePurpose, PublicKeyData,
+};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+use rustls::server::ParsedCertificate;
+use rustls::sign::{CertifiedKey, SigningKey};
+use time::OffsetDateTime;
+
+use crate::trust::secret_file::{self, SecretFileError, Version};
+use crate::trust::tls::TlsError;
+
+/// Browsers take certificates by their hash that live at most 14 days; this stays well inside.
+pub(crate) const VALIDITY: i64 = 13 * 24 * 60 * 60;
+/// How far behind a client's clock may be, in seconds.
+pub(crate) const BACKDATE: i64 = 60 * 60;
+const SUBJECT_NAMES: [&str; 2] = ["udpack", "localhost"];
+
+/// A certificate and the seconds since 1970 between which it is valid.
+pub(crate) struct Issued {
+    pub(crate) certificate: Arc<CertifiedKey>,
+    pem: String,
+    not_before: i64,
+    not_after: i64,
+}
+
+impl Issued {
+    /// One to use from now on.
+    pub(crate) fn new(
+        issuer: &KeyPair,
+        key: &Arc<dyn SigningKey>,
+        now: i64,
+    ) -> Result<Self, TlsError> {
+        Self::from(issuer, key, now.saturating_sub(BACKDATE))
+    }
+
+    /// The one to use when this has grown old.
+    pub(crate) fn next(
+        &self,
+        issuer: &KeyPair,
+        key: &Arc<dyn SigningKey>,
+    ) -> Result<Self, TlsError> {
+        let then = self.not_before.saturating_add(VALIDITY / 2);
+        Self::new(issuer, key, then)
+    }
+
+    fn from(
+        issuer: &KeyPair,
+        key: &Arc<dyn SigningKey>,
+        not_before: i64,
+    ) -> Result<Self, TlsError> {
+        let not_after = not_before.saturating_add(VALIDITY);
+        let mut params = CertificateParams::new(SUBJECT_NAMES.map(str::to_owned))?;
+        params.not_before = OffsetDateTime::from_unix_timestamp(not_before)?;
+        params.not_after = OffsetDateTime::from_unix_timestamp(not_after)?;
+        params
+            .distinguished_name
+            .push(DnType::CommonName, SUBJECT_NAMES[0]);
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        let certificate = params.self_signed(issuer)?;
+        Ok(Self {
+            pem: certificate.pem(),
+            certificate: Arc::new(CertifiedKey::new(vec![certificate.into()], key.clone())),
+            not_before,
+            not_after,
+        })
+    }
+
+    pub(crate) fn is_stale(&self, now: i64) -> bool {
+        now < self.not_before || self.not_after.saturating_sub(now) < VALIDITY / 2
+    }
+
+    /// What a browser compares.
+    pub(crate) fn hash(&self) -> [u8; 32] {
+        self.certificate
+            .end_entity_cert()
+            .map(hash_of)
+            .unwrap_or_default()
+    }
+
+    /// One of a file, if it is of this key.
+    fn parse(text: &str, issuer: &KeyPair, key: &Arc<dyn SigningKey>) -> Option<Self> {
+        let (not_before, pem) = text.split_once('\n')?;
+        let not_before: i64 = not_before.trim().parse().ok()?;
+        let der = CertificateDer::from_pem_slice(pem.as_bytes()).ok()?;
+        let of = ParsedCertificate::try_from(&der).ok()?;
+        let ours = issuer.subject_public_key_info();
+        (*of.subject_public_key_info() == *ours).then(|| Self {
+            certificate: Arc::new(CertifiedKey::new(vec![der], key.clone())),
+            pem: pem.to_owned(),
+            not_before,
+            not_after: not_before.saturating_add(VALIDITY),
+        })
+    }
+}
+
+/// SHA-256 of a certificate's DER.
+pub(crate) fn hash_of(certificate: &CertificateDer<'_>) -> [u8; 32] {
+    let hash = digest::digest(&digest::SHA256, certificate);
+    <[u8; 32]>::try_from(hash.as_ref()).unwrap_or_default()
+}
+
+/// The file that keeps the current certificate and the next.
+pub(crate) struct Kept {
+    path: PathBuf,
+    version: Option<Version>,
+}
+
+impl Kept {
+    pub(crate) fn at(path: PathBuf) -> Self {
+        Self {
+            path,
+            version: None,
+        }
+    }
+
+    /// The certificates in it, if it is there and they are of this key.
+    pub(crate) fn read(
+        &mut self,
+        issuer: &KeyPair,
+        key: &Arc<dyn SigningKey>,
+    ) -> Result<Option<(Issued, Issued)>, SecretFileError> {
+        let (text, version) = match secret_file::read(&self.path, MAX_FILE) {
+            Ok(read) => read,
+            Err(error) if error.is_missing() => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        self.version = Some(version);
+        let text = String::from_utf8_lossy(&text);
+        let mut parts = text.split(MARK).skip(1);
+        let mut next = || Issued::parse(parts.next()?, issuer, key);
+        Ok(next().zip(next()))
+    }
+
+    /// Puts these into it. One that another process has just written stays.
+    pub(crate) fn write(&mut self, current: &Issued, next: &Issued) -> Result<(), SecretFileError> {
+        let one = |issued: &Issued| format!("{MARK}{}\n{}", issued.not_before, issued.pem);
+        let text = format!("{TITLE}{}{}", one(current), one(next));
+        let written = match self.version {
+            None => secret_file::create(&self.path, text.as_bytes())?,
+            Some(version) => secret_file::replace(&self.path, text.as_bytes(), version)?,
+        };
+        if written {
+            let (_, version) = secret_file::read(&self.path, MAX_FILE)?;
+            self.version = Some(version);
+        }
+        Ok(())
+    }
+}
+
+/// What a file says of itself.
+const TITLE: &str =
+    "Certificates for browsers: the current one, then the next. Renewed by the server.\n";
+/// Before the seconds since 1970 from which on a certificate is valid.
+const MARK: &str = "valid from ";
+const MAX_FILE: u64 = 16 << 10;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::trust::tls::signing_key;
+
+    const NOW: i64 = 1_800_000_000;
+
+    #[test]
+    fn a_certificate_lives_at_most_13_days() {
+        let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap();
+        let signer = signing_key(&key).unwrap();
+        let issued = Issued::new(&key, &signer, NOW).unwrap();
+        assert_eq!(issued.not_before, NOW - 3600);
+        assert_eq!(issued.not_after - issued.not_before, 13 * 24 * 3600);
+        issued.certificate.keys_match().unwrap();
+    }
+
+    #[test]
+    fn the_next_one_is_valid_an_hour_before_its_turn() {
+        let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap();
+        let signer = signing_key(&key).unwrap();
+        let issued = Issued::new(&key, &signer, NOW).unwrap();
+        let next = issued.next(&key, &signer).unwrap();
+        let turn = issued.not_before + VALIDITY / 2 + 1;
+        assert!(issued.is_stale(turn) && !issued.is_stale(turn - 1));
+        assert_eq!(next.not_before, turn - 1 - BACKDATE);
+        assert!(!next.is_stale(turn));
+    }
+}
