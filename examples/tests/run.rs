@@ -63,6 +63,11 @@ fn fetch() {
     );
 }
 
+#[test]
+fn web() {
+    assert_eq!(last_line("web"), "nobody is left");
+}
+
 fn last_line(example: &str) -> String {
     let mut child = Command::new(program(example))
         .stdin(Stdio::null())

@@ -1,0 +1,123 @@
+//! A server for browsers, and for other clients on the same port: what a page needs to connect stands in the first line
+//! that it prints, as JSON.
+//!
+//! `cargo run --example web -- [ADDRESS [ORIGIN...]]` serves until its input ends; without an origin every page may
+//! connect.
+
+use std::error::Error;
+use std::fmt::Write;
+use std::io::Read;
+
+use futures_util::stream;
+use serde::{Deserialize, Serialize};
+use serde_bytes::ByteBuf;
+use udpack::{
+    Channel, Data, Deny, Drain, Fault, Hello, Identity, Items, Origins, Peer, Router, Server,
+    Socket, Streaming, Web,
+};
+
+const TOKEN: &str = "open sesame";
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn Error>> {
+    let mut arguments = std::env::args().skip(1);
+    let address = arguments.next().unwrap_or_else(|| "127.0.0.1:0".to_owned());
+    let origins: Vec<String> = arguments.collect();
+    let origins = match origins.is_empty() {
+        true => Origins::Any,
+        false => Origins::Only(origins),
+    };
+    let math = Router::new()
+        .on("add", async |Data((a, b)): Data<(i64, i64)>| {
+            let sum = a.checked_add(b);
+            sum.ok_or_else(|| Fault::new("overflow", "the sum is too large"))
+        })
+        .on("count", async |Data(most): Data<u64>| {
+            Streaming::new(stream::iter(1..=most))
+        })
+        .on("sum", sum)
+        .on("call back", call_back);
+    let server = Server::builder()
+        .identity(Identity::generate()?)
+        .auth(admit)
+        .web(Web::new().origins(origins))
+        .channel("echo", echo)
+        .channel("math", math)
+        .connection(repeat)
+        .bind(address)
+        .await?;
+
+    let mut hashes = Vec::new();
+    for hash in server.certificate_hashes() {
+        let mut digits = String::new();
+        for byte in hash {
+            write!(digits, "{byte:02x}")?;
+        }
+        hashes.push(format!("\"{digits}\""));
+    }
+    let (address, hashes) = (server.local_addr(), hashes.join(","));
+    let pin = server.fingerprint();
+    println!(
+        r#"{{"url":"https://{address}/udpack","hashes":[{hashes}],"token":"{TOKEN}","pin":"{pin}"}}"#
+    );
+    let ended = tokio::task::spawn_blocking(|| std::io::stdin().read_to_end(&mut Vec::new()));
+    server.run_until(ended, Drain::default()).await?;
+    println!("nobody is left");
+    Ok(())
+}
+
+async fn admit(hello: Hello) -> Result<Peer, Deny> {
+    match hello.token() {
+        TOKEN => Ok(Peer::new("guest")),
+        _ => Err(Deny::auth_failed()),
+    }
+}
+
+/// What pages send: anything that JSON can say, or bytes.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum Anything {
+    Json(serde_json::Value),
+    Bytes(ByteBuf),
+}
+
+/// Sends each message back as it came.
+async fn echo(channel: Channel) -> Result<(), Box<dyn Error + Send + Sync>> {
+    while let Some(message) = channel.recv().await? {
+        let data: Anything = message.data()?;
+        channel.send(message.event(), &data).await?;
+    }
+    Ok(())
+}
+
+async fn sum(_: Data<()>, mut numbers: Items<u64>) -> Result<u64, Fault> {
+    let mut sum = 0;
+    while let Some(number) = numbers.next().await {
+        sum += number?;
+    }
+    Ok(sum)
+}
+
+/// Opens a channel to whoever asks, says hello there and waits for an answer.
+async fn call_back(Data(name): Data<String>, socket: Socket) -> Result<String, Fault> {
+    let failed = |error: &dyn Error| Fault::new("failed", error.to_string());
+    let channel = socket.open(&name).await.map_err(|error| failed(&error))?;
+    let answer = channel.request("hello", "from the server").await;
+    answer.map_err(|error| failed(&error))
+}
+
+/// Sends volatile messages back with the key they came with.
+async fn repeat(socket: Socket) {
+    while let Some(message) = socket.recv_volatile().await {
+        let Ok(data) = message.data::<i64>() else {
+            continue;
+        };
+        let sent = match message.key() {
+            Some(key) => socket.send_volatile_keyed(message.event(), key, &data),
+            None => socket.send_volatile(message.event(), &data),
+        };
+        if sent.is_err() {
+            return;
+        }
+    }
+}
