@@ -93,10 +93,9 @@ impl Connection {
         match &self.web {
             None => Ok((SendStream::new(send, None), RecvStream::new(recv, None))),
             Some(web) => {
-                // Until the header is written nobody must tell the peer to stop.
-                let recv = RecvStream::new(recv, Some(web));
                 let send = web.begin_bi(send).await?;
-                Ok((SendStream::new(send, Some(web)), recv))
+                let web = Some(web);
+                Ok((SendStream::new(send, web), RecvStream::new(recv, web)))
             }
         }
     }
@@ -110,7 +109,7 @@ impl Connection {
             None => self.quic.accept_bi().await?,
             Some(web) => match web.accept_bi().await {
                 Some(streams) => streams,
-                None => return Err(self.closed().await),
+                None => return Err(self.gone().await),
             },
         };
         let web = self.web.as_ref();
@@ -142,7 +141,7 @@ impl Connection {
             None => Ok(RecvStream::new(self.quic.accept_uni().await?, None)),
             Some(web) => match web.accept_uni().await {
                 Some(stream) => Ok(RecvStream::one_way(stream, web)),
-                None => Err(self.closed().await),
+                None => Err(self.gone().await),
             },
         }
     }
@@ -244,6 +243,14 @@ impl Connection {
     pub(crate) async fn closed(&self) -> ConnectionError {
         let error = self.quic.closed().await;
         self.over(error)
+    }
+
+    /// Waits until what this side says with a close was said; what the peer has said is known at once.
+    async fn gone(&self) -> ConnectionError {
+        match self.error() {
+            Some(error) if error != ConnectionError::Local => error,
+            _ => self.closed().await,
+        }
     }
 
     /// Why the connection is over, if it is.

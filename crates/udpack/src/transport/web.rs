@@ -283,6 +283,7 @@ pub(super) async fn establish(
         return Err(fail(&conn, &GONE));
     }
     layer.shared.budget.add(SPARE);
+    layer.in_turn = early.is_empty();
     layer.reading.push(Box::pin(frames.capsules()));
     let state = Arc::new(State {
         id,
@@ -430,9 +431,7 @@ impl Layer {
                 Event::Request(request, frames, Ok(said)) if asked.is_none() => {
                     asked = Some((request, frames, said));
                 }
-                Event::Request(mut request, ..) => {
-                    let _ = request.reset(varint(code::REQUEST_REJECTED));
-                }
+                Event::Request(request, frames, _) => refuse_second(request, frames),
                 Event::Both(id, streams) if early.len() < EARLY => early.push((id, streams)),
                 Event::Both(_, streams) => reject(streams),
                 Event::Uni(id, stream) if early_uni.is_empty() => early_uni.push((id, stream)),
@@ -471,6 +470,12 @@ fn reject((mut send, mut recv): (SendStream, RecvStream)) {
     let _ = recv.stop(varint(code::BUFFERED_STREAM_REJECTED));
 }
 
+/// Turns a further request away: there is one session on a connection, and nothing else to ask for.
+fn refuse_second(mut request: SendStream, frames: Frames) {
+    let _ = request.reset(varint(code::REQUEST_REJECTED));
+    frames.stop(code::REQUEST_REJECTED);
+}
+
 /// The task of a session, from the answer to the end.
 struct Task {
     layer: Layer,
@@ -504,11 +509,7 @@ impl Task {
                 self.hand_bi(id, streams);
             }
             Event::Uni(id, stream) => self.hand_uni(id, stream),
-            Event::Request(mut request, frames, _) => {
-                // There is one session on a connection, and nothing else to ask for.
-                let _ = request.reset(varint(code::REQUEST_REJECTED));
-                frames.stop(code::REQUEST_REJECTED);
-            }
+            Event::Request(request, frames, _) => refuse_second(request, frames),
             Event::Closed(code, text) => {
                 let reason = CloseReason::peer(CloseCode::new(code.into()), &text);
                 self.state.end(End::Over(ConnectionError::Peer(reason)));
@@ -554,8 +555,12 @@ impl Task {
             layer,
             state,
             mut request,
-            ..
+            _control,
+            bi,
+            uni,
         } = self;
+        // Who waits for streams need not wait for the last word.
+        drop((bi, uni));
         let conn = &layer.conn;
         let said = async {
             if let Some(End::Local(code, text)) = state.end.get() {

@@ -109,11 +109,11 @@ impl Shared {
                     match request.await {
                         Ok(Ok(said)) => return Event::Request(streams.0, streams.1, said),
                         Ok(Err(Cut::Fault(fault))) => return Event::Fault(fault),
-                        Ok(Err(Cut::Ended | Cut::Over)) | Err(_) => streams,
+                        Ok(Err(Cut::Ended | Cut::Short | Cut::Over)) | Err(_) => streams,
                     }
                 }
                 Ok(Err(Cut::Fault(fault))) => return Event::Fault(fault),
-                Ok(Err(Cut::Ended | Cut::Over)) | Err(_) => streams,
+                Ok(Err(Cut::Ended | Cut::Short | Cut::Over)) | Err(_) => streams,
             };
             let _ = send.reset(varint(code::REQUEST_INCOMPLETE));
             let _ = frames.stream.stop(varint(code::REQUEST_INCOMPLETE));
@@ -131,7 +131,7 @@ impl Shared {
                 match tokio::time::timeout(within, head(&mut frames, uni::WEBTRANSPORT)).await {
                     Ok(Ok(head)) => head,
                     Ok(Err(Cut::Fault(fault))) => return Event::Fault(fault),
-                    Ok(Err(Cut::Ended | Cut::Over)) => return Event::Nothing,
+                    Ok(Err(Cut::Ended | Cut::Short | Cut::Over)) => return Event::Nothing,
                     Err(_) => {
                         frames.stop(code::STREAM_CREATION);
                         return Event::Nothing;
@@ -175,6 +175,8 @@ impl Shared {
 enum Cut {
     /// It ended.
     Ended,
+    /// It ended within something.
+    Short,
     /// The client has reset it.
     Over,
     /// What came is not allowed.
@@ -182,11 +184,19 @@ enum Cut {
 }
 
 impl Cut {
+    /// The same of a stream of which more was to come.
+    fn within(self) -> Self {
+        match self {
+            Self::Ended => Self::Short,
+            other => other,
+        }
+    }
+
     /// The same of a stream that must not end.
     fn critical(self) -> Fault {
         match self {
             Self::Fault(fault) => fault,
-            Self::Ended | Self::Over => {
+            Self::Ended | Self::Short | Self::Over => {
                 fault(code::CLOSED_CRITICAL_STREAM, "a stream ended that must not")
             }
         }
@@ -281,6 +291,12 @@ impl Frames {
         }
     }
 
+    /// Some of so many bytes that are still to come.
+    async fn part(&mut self, left: u64) -> Result<Bytes, Cut> {
+        let most = usize::try_from(left).unwrap_or(usize::MAX);
+        self.some(most).await.map_err(Cut::within)
+    }
+
     /// A number of QUIC's variable length.
     async fn number(&mut self) -> Result<u64, Cut> {
         let first = self.some(1).await?;
@@ -288,7 +304,7 @@ impl Frames {
         let mut value = u64::from(first & 0x3f);
         let mut rest = (1_usize << (first >> 6)) - 1;
         while rest > 0 {
-            let bytes = self.some(rest).await?;
+            let bytes = self.some(rest).await.map_err(Cut::within)?;
             rest -= bytes.len();
             value = bytes
                 .iter()
@@ -301,7 +317,8 @@ impl Frames {
     async fn frame(&mut self) -> Result<(u64, u64), Cut> {
         let kind = self.number().await?;
         self.shared.budget.take(2)?;
-        Ok((kind, self.number().await?))
+        let length = self.number().await.map_err(Cut::within)?;
+        Ok((kind, length))
     }
 
     /// What a frame holds. The bytes are paid for before there is memory for them.
@@ -310,7 +327,7 @@ impl Frames {
         let mut left = usize::try_from(length).unwrap_or_default();
         let mut payload = Vec::new();
         while left > 0 {
-            let bytes = self.some(left).await?;
+            let bytes = self.some(left).await.map_err(Cut::within)?;
             left -= bytes.len();
             payload.extend_from_slice(&bytes);
         }
@@ -322,10 +339,7 @@ impl Frames {
         self.shared.budget.take(length)?;
         let mut left = length;
         while left > 0 {
-            left -= self
-                .some(usize::try_from(left).unwrap_or(usize::MAX))
-                .await?
-                .len() as u64;
+            left -= self.part(left).await?.len() as u64;
         }
         Ok(())
     }
@@ -393,9 +407,7 @@ impl Frames {
     ) -> Result<Option<(u32, String)>, Cut> {
         let mut left = length;
         while left > 0 {
-            let bytes = self
-                .some(usize::try_from(left).unwrap_or(usize::MAX))
-                .await?;
+            let bytes = self.part(left).await?;
             self.shared.budget.take(bytes.len() as u64)?;
             left -= bytes.len() as u64;
             if let Some(closed) = capsules.push(&bytes)? {
@@ -409,7 +421,9 @@ impl Frames {
 fn within_capsule(cut: Cut) -> Event {
     match cut {
         Cut::Fault(fault) => Event::Fault(fault),
-        Cut::Ended => Event::Fault(fault(code::MESSAGE, "the request's stream ended too early")),
+        Cut::Ended | Cut::Short => {
+            Event::Fault(fault(code::MESSAGE, "the request's stream ended too early"))
+        }
         Cut::Over => Event::Gone,
     }
 }
