@@ -245,7 +245,7 @@ impl Connection {
         self.over(error)
     }
 
-    /// Waits until what this side says with a close was said; what the peer has said is known at once.
+    /// Why the connection is over: at once if the peer closed it, after the close was sent if this side did.
     async fn gone(&self) -> ConnectionError {
         match self.error() {
             Some(error) if error != ConnectionError::Local => error,
@@ -637,7 +637,7 @@ impl RecvStream {
         }
     }
 
-    /// Everything was read: there is nobody to tell anything when it is dropped.
+    /// The stream was read to its end, so dropping it need not drain it.
     fn ended(&mut self) {
         if self.web.is_some() {
             self.half = false;

@@ -1,8 +1,8 @@
 //! WebTransport: sessions of browsers over HTTP/3, on the port that serves QUIC as well.
 //!
-//! A connection carries one session. What is between the connection and its streams is read and written here: SETTINGS,
-//! the request that asks for the session, the first bytes of each stream, the capsule that ends it. A stream that is handed
-//! on has its header behind it, so that from there on its bytes go the same way as those of any other.
+//! A connection carries one session. This module reads and writes what HTTP/3 and WebTransport add to QUIC: SETTINGS, the
+//! request that opens the session, the header of each stream, the capsule that closes the session. It hands a stream on
+//! only after the header, so channels read and write the streams of both transports in the same way.
 
 mod read;
 pub(crate) mod wire;
@@ -28,15 +28,16 @@ use crate::trust::origin::{Transport, Web};
 use crate::wire::code::{CloseCode, CloseReason, Side};
 use crate::wire::config::PREAUTH_BYTES;
 
-/// Unidirectional streams that HTTP/3 itself needs of a client, for the life of the connection: control and two of QPACK.
-/// Firefox gives a connection up that permits fewer at the handshake.
+/// Unidirectional streams that a client needs for HTTP/3 itself, as long as the connection lives: one for control, two for
+/// QPACK. Firefox closes a connection that permits fewer in the handshake.
 pub(crate) const OWN_UNI: u32 = 3;
-/// Bidirectional streams that it needs: the one of the request.
+/// Bidirectional streams that a client needs for HTTP/3 itself: the one of the request.
 pub(crate) const OWN_BI: u32 = 1;
 
-/// What to permit so that so many streams can be had at any time: quinn tells the peer of those that have ended only when
-/// they are more than an eighth, and some end whose end is not known here yet. A browser that has none left at such a
-/// moment fails instead of waiting.
+/// How many streams to permit so that a browser can have `streams` open at any time.
+///
+/// quinn announces new credit only when more than an eighth of the permitted streams have ended, and the last
+/// acknowledgements of some streams are still under way. A browser without credit fails at once instead of waiting.
 pub(crate) fn permitted(streams: u32) -> u32 {
     streams.saturating_add(streams / 4).saturating_add(1)
 }
@@ -45,14 +46,14 @@ pub(crate) fn permitted(streams: u32) -> u32 {
 const EARLY: usize = 2;
 /// Bytes that a client may say on control stream and request once it has a session: GREASE, mostly.
 const SPARE: u64 = 64 << 10;
-/// Bytes that come on a stream whose reader has gone before the peer is told to stop.
+/// Bytes that are read and dropped on a stream without a reader, before the peer gets STOP_SENDING.
 const DRAINED: usize = 256 << 10;
 /// Unidirectional streams that may wait to be taken.
 const UNI_QUEUE: usize = 4;
-/// How long a close may take to reach the client.
+/// Shortest and longest time to wait until the client has received a close.
 const FAREWELL: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 
-/// A session, held by its connection's handles and streams. With the last of them it ends.
+/// A session. The handles and streams of its connection hold it; it ends when the last of them is dropped.
 #[derive(Debug)]
 pub(crate) struct Session {
     state: Arc<State>,
@@ -78,9 +79,9 @@ struct State {
 /// How a session ended.
 #[derive(Debug)]
 enum End {
-    /// By us, with what the client is to hear.
+    /// This side closed it, with this code and text.
     Local(CloseCode, String),
-    /// By the client, or by a fault of its.
+    /// The client closed it, or broke HTTP/3.
     Over(ConnectionError),
 }
 
@@ -94,7 +95,7 @@ impl State {
         }
     }
 
-    /// Nothing more is said.
+    /// The close was sent, as far as that was possible.
     fn told(&self) {
         lock(&self.farewell).take();
     }
@@ -183,8 +184,8 @@ impl Session {
         self.ended().unwrap_or_else(|| lost(error))
     }
 
-    /// Reads a stream on that nobody wants, up to its end: a browser that is told to stop throws away what it has received
-    /// on the stream and not read yet. One that goes on and on is told all the same.
+    /// Reads the rest of a stream and drops it. STOP_SENDING would make Firefox discard data that it has received on the
+    /// stream and not read yet. A client that sends more than 256 KiB gets it all the same.
     pub(super) fn drain(&self, mut stream: RecvStream, code: CloseCode) {
         if self.state.end.get().is_some() {
             return;
@@ -208,7 +209,7 @@ impl Drop for Session {
     }
 }
 
-/// How a connection ended without a word on the session: a tab that was frozen, a browser that was ended.
+/// The error of a connection that ended without a close of its session, as when the browser freezes a tab or is killed.
 fn lost(error: quinn::ConnectionError) -> ConnectionError {
     match error {
         quinn::ConnectionError::ApplicationClosed(close) => {
@@ -244,7 +245,7 @@ pub(super) async fn establish(
 ) -> Result<Arc<Session>, ConnectionError> {
     let shared = Arc::new(Shared::new(PREAUTH_BYTES.into(), terms.header));
     let mut layer = Layer::new(conn.clone(), shared);
-    // With the server's first packets, before it has heard anything but the client's first: a browser waits for it.
+    // Sent before the handshake is complete (0.5-RTT), because browsers wait for it before they send their request.
     let control = async {
         let mut stream = conn.open_uni().await?;
         let _ = stream.set_priority(i32::MAX);
@@ -559,7 +560,7 @@ impl Task {
             bi,
             uni,
         } = self;
-        // Who waits for streams need not wait for the last word.
+        // Ends `accept_bi` and `accept_uni` before the close is sent.
         drop((bi, uni));
         let conn = &layer.conn;
         let said = async {
@@ -570,12 +571,13 @@ impl Task {
                 }
             }
             let _ = request.finish();
-            // A client that has heard it closes the connection.
+            // The client closes the connection when it has read the close.
             conn.closed().await;
         };
         let _ = tokio::time::timeout(farewell_time(conn), said).await;
         conn.close(varint(code::NO_ERROR), b"");
-        // Only now, because to drop the request's other half tells a browser to throw away what it has not read.
+        // Dropped last: it holds the receiving half of the request, and dropping that sends STOP_SENDING, on which Firefox
+        // would discard the close.
         drop(layer);
     }
 }

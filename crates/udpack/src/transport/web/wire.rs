@@ -169,7 +169,7 @@ pub(super) fn request(section: &[u8]) -> Result<Result<Request, u16>, Fault> {
             path: request.url.path().to_owned(),
             host: request.url.host_str().unwrap_or_default().to_owned(),
             origin: request.headers.get("origin").map(|origin| {
-                // One that is no text is that of nobody.
+                // An origin with control characters or other bytes matches no page.
                 origin.to_str().unwrap_or("null").to_owned()
             }),
         })),
