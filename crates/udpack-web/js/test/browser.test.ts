@@ -67,9 +67,9 @@ let page: Page;
 before(async () => {
   if (skip) return;
   pages = createServer((request, response) => {
-    const script = request.url === '/udpack.js';
+    const script = request.url === '/udpack.js' || request.url === '/transfer.js';
     response.setHeader('content-type', script ? 'text/javascript' : 'text/html');
-    response.end(script ? readFileSync(`${repository}crates/udpack-web/js/dist/udpack.js`) : '<!doctype html><title>test</title>');
+    response.end(script ? readFileSync(`${repository}crates/udpack-web/js/dist${request.url}`) : '<!doctype html><title>test</title>');
   });
   await new Promise<void>((resolve) => pages.listen(0, '127.0.0.1', resolve));
   server = await WebServer.start();
@@ -206,6 +206,20 @@ test('64 channels at once, each with its own order', { skip }, async () => {
     return all.every(Boolean);
   }, server.endpoint);
   assert.equal(got, true);
+});
+
+test('file transfer loads in a page, hashes, and fails each file where a server has no lanes', { skip }, async () => {
+  const got = await page.evaluate(async ({ url, hashes, token }) => {
+    const { connect } = await import('/udpack.js' as string);
+    const { download, upload } = await import('/transfer.js' as string);
+    const socket = await connect({ url, hashes, token });
+    const files = [new File(['hello'], 'a.txt'), new File([new Uint8Array(200_000)], 'b.bin')];
+    const all = await upload(socket, files).done;
+    const missed = await download(socket, 'a.txt').next().catch((error: { name: string; reason: string; retry: boolean }) => [error.name, error.reason, error.retry]);
+    await socket.close();
+    return [all.map((file: { state: string; error: { reason: string } }) => [file.state, file.error.reason]), missed];
+  }, server.endpoint);
+  assert.deepEqual(got, [[['failed', 'lane_closed'], ['failed', 'lane_closed']], ['TransferError', 'lane_closed', false]]);
 });
 
 test('a wrong token, a wrong path, a wrong hash', { skip }, async () => {

@@ -8,6 +8,7 @@ import * as control from '../src/wire/control.js';
 import { FrameDecoder } from '../src/wire/frame.js';
 import { decodeMessage, decodeVolatile, encodeFrame, encodeVolatile, plain, type WireMessage } from '../src/wire/message.js';
 import { Float, Reader } from '../src/wire/msgpack.js';
+import { Said, TransferError } from '../src/transfer/messages.js';
 import { blocks, DOCUMENT, readHex, readJson, type Vector, vectors } from './document.js';
 
 /** Fewer than these, and the reader of the document has gone blind. */
@@ -125,16 +126,31 @@ function checkVolatile(vector: Vector): void {
   }
 }
 
+/** What a server says on a lane of file transfer. */
+function checkReply(vector: Vector): void {
+  const message = decodeMessage(vector.bytes);
+  let reason: string | undefined;
+  try {
+    new Said(message);
+  } catch (error) {
+    assert.ok(error instanceof TransferError, `${error}`);
+    reason = error.reason;
+  }
+  assert.equal(reason, vector.refusal);
+  if (reason === undefined) checkMessage(vector);
+}
+
 function check(vector: Vector): void {
   switch (vector.kind) {
     case 'frame':
       return checkFrames(vector);
     case 'datagram':
       return checkVolatile(vector);
-    case 'lane':
     case 'lane-reply':
+      return checkReply(vector);
+    case 'lane':
     case 'ask':
-      // Their tables are file transfer's; what those refuse must still be a message.
+      // A client sends these; what a server refuses of them must still be a message.
       if (vector.refusal !== undefined) decodeMessage(vector.bytes);
       else checkMessage(vector);
       return;

@@ -62,6 +62,8 @@ interface Outcome {
 }
 
 const CONTROL_FRAME = 4096;
+/** How long a close waits for the server to end its directions, too. */
+const LINGER_MS = 1000;
 /** Between `$close` and the end of the control stream. */
 const FIN_MS = 3000;
 
@@ -370,12 +372,12 @@ export class Session extends Emitter<SessionEvents> {
   }
 
   /** Finishes all channels, and waits until what is queued is sent and what still comes is read, as long as the time allows. */
-  private async wind(reason: CloseReason, done: (channel: Channel) => boolean): Promise<void> {
-    const { clock, closeMs } = this.options;
+  private async wind(reason: CloseReason, ms: number, done: (channel: Channel) => boolean): Promise<void> {
+    const { clock } = this.options;
     this.channels.stopOpening();
-    const until = clock.now() + closeMs;
+    const until = clock.now() + ms;
     let late = false;
-    const stop = clock.after(closeMs, () => {
+    const stop = clock.after(ms, () => {
       late = true;
       this.channels.changed.wake();
     });
@@ -398,7 +400,9 @@ export class Session extends Emitter<SessionEvents> {
   private async leave(link: Link, reason: CloseReason): Promise<void> {
     const { clock, closeMs } = this.options;
     const until = clock.now() + closeMs;
-    await this.wind(reason, (channel) => channel[internals].outbox.flushed);
+    // Most servers end and confirm at once: Chromium 156 may lose the page when something still comes as the session ends.
+    await this.wind(reason, Math.min(closeMs, LINGER_MS), (channel) => channel[internals].outbox.done && channel[internals].peerFinished);
+    await this.wind(reason, Math.max(0, until - clock.now()), (channel) => channel[internals].outbox.flushed);
     link.control.push(encodeFrame(CONTROL_FRAME, '$close', { code: reason.code, text: sendable(reason.text) }));
     // The server ends the connection when it has read everything. The end of the stream is for one that waits for it:
     // Chromium 156 loses the page when a session ends while that of a stream is on its way.
@@ -413,13 +417,13 @@ export class Session extends Emitter<SessionEvents> {
   /** Leaves this server for another: nothing that was accepted is overtaken by what comes after. */
   private async move(link: Link): Promise<void> {
     const moved = new CloseReason(Code.MOVED, 'moved to another server', 'local');
-    await this.wind(moved, (channel) => channel[internals].outbox.flushed && channel[internals].peerFinished);
+    await this.wind(moved, this.options.closeMs, (channel) => channel[internals].outbox.flushed && channel[internals].peerFinished);
     await this.leave(link, new CloseReason(Code.NORMAL, '', 'local'));
   }
 
   /** The server closes the connection: finishes what runs, then the connection can end. */
   private async agree(link: Link, reason: CloseReason): Promise<void> {
-    await this.wind(reason, (channel) => channel[internals].outbox.flushed && channel[internals].peerFinished);
+    await this.wind(reason, this.options.closeMs, (channel) => channel[internals].outbox.flushed && channel[internals].peerFinished);
     link.control.finish();
     const over = link.connection.closed.then(() => {});
     await within(this.options.clock, this.options.closeMs, Promise.race([link.control.untilFlushed(), over]), () => {});

@@ -91,7 +91,7 @@ async function* one(lane: Lane, path: string, hash: Hash, got: () => number, sig
         throw said.error();
       }
       if (event === 'chunk') {
-        const bytes = said.bytes('chunk');
+        const bytes = said.part('chunk');
         if (said.number('off') !== got()) {
           throw new TransferError('source_changed', 'the file has changed since it was begun', false);
         }
@@ -99,7 +99,7 @@ async function* one(lane: Lane, path: string, hash: Hash, got: () => number, sig
         yield bytes;
       } else if (event === 'finish') {
         ended = true;
-        if (said.number('size') !== got() || !equal(said.bytes('hash'), hash.peek())) {
+        if (said.number('size') !== got() || !equal(said.hash('hash'), hash.peek())) {
           throw new TransferError('hash_mismatch', 'what came is not the file', false);
         }
         await lane.send('done', { id }).catch(() => {});

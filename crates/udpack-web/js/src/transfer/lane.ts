@@ -2,7 +2,8 @@
 
 import { type Channel } from '../channel/channel.js';
 import { type Socket } from '../client/socket.js';
-import { Said, TransferError } from './messages.js';
+import { Code } from '../wire/codes.js';
+import { isSaid, Said, TransferError } from './messages.js';
 
 /** Hears what the server says of one file. */
 export interface Listener {
@@ -66,7 +67,7 @@ export class Lane {
     let failure: TransferError;
     try {
       for await (const message of this.channel) {
-        if (message.isRequest || !EVENTS.has(message.event)) {
+        if (message.isRequest || !isSaid(message.event)) {
           continue;
         }
         const said = new Said(message);
@@ -77,14 +78,12 @@ export class Lane {
       failure = error instanceof TransferError ? error : lostBy(error);
     }
     this.failure = failure;
-    void this.channel.close();
+    void this.channel.close(failure.reason === 'bad_message' ? Code.BAD_MESSAGE : Code.NORMAL, failure.message);
     for (const listener of [...this.listeners.values()]) {
       listener.lost(failure);
     }
   }
 }
-
-const EVENTS: ReadonlySet<string> = new Set(['ready', 'ack', 'done', 'error', 'file', 'chunk', 'finish']);
 
 function lostBy(error: unknown): TransferError {
   const { message = `${error}`, retry = false } = (error ?? {}) as { message?: string; retry?: boolean };

@@ -32,7 +32,23 @@ export interface Done {
   readonly same: boolean;
 }
 
-/** A field of a message, checked by its type. */
+/** What each message has beside its id. */
+const TABLES: Readonly<Record<string, (said: Said) => unknown>> = {
+  ready: (said) => [said.ranges('have'), said.number('chunk')],
+  ack: (said) => [said.number('recv'), said.number('safe')],
+  done: (said) => said.done(),
+  error: (said) => said.error(),
+  file: (said) => [said.name('path'), said.number('size')],
+  chunk: (said) => [said.number('off'), said.part('chunk')],
+  finish: (said) => [said.number('size'), said.hash('hash')],
+};
+
+/** Whether the event is one of those that a server says on a lane. */
+export function isSaid(event: string): boolean {
+  return Object.hasOwn(TABLES, event);
+}
+
+/** One message of a server, checked against its table. Its fields by their type. */
 export class Said {
   readonly id: number;
   private readonly fields: Readonly<Record<string, unknown>>;
@@ -43,6 +59,7 @@ export class Said {
     }
     this.fields = message.data as Record<string, unknown>;
     this.id = this.number('id');
+    TABLES[message.event]?.(this);
   }
 
   number(key: string): number {
@@ -55,13 +72,26 @@ export class Said {
     return typeof value === 'string' ? value : this.bad(key);
   }
 
-  flag(key: string): boolean {
-    return this.fields[key] === true;
+  /** A name is text where it is UTF-8, and binary where it is not. */
+  name(key: string): string {
+    const value = this.fields[key];
+    return value instanceof Uint8Array ? new TextDecoder().decode(value) : this.text(key);
   }
 
-  bytes(key: string): Uint8Array {
+  flag(key: string): boolean {
     const value = this.fields[key];
-    return value instanceof Uint8Array ? value : this.bad(key);
+    return typeof value === 'boolean' ? value : this.bad(key);
+  }
+
+  hash(key: string): Uint8Array {
+    const value = this.fields[key];
+    return value instanceof Uint8Array && value.length === 32 ? value : this.bad(key);
+  }
+
+  /** Bytes of a file, at least one. */
+  part(key: string): Uint8Array {
+    const value = this.fields[key];
+    return value instanceof Uint8Array && value.length > 0 ? value : this.bad(key);
   }
 
   ranges(key: string): Range[] {
@@ -72,7 +102,7 @@ export class Said {
     let from = 0;
     return value.map((range: unknown) => {
       const [off, len, hash] = (Array.isArray(range) ? range : []) as unknown[];
-      if (!Number.isSafeInteger(off) || !Number.isSafeInteger(len) || !(hash instanceof Uint8Array) || (off as number) < from || (len as number) < 0) {
+      if (!Number.isSafeInteger(off) || !Number.isSafeInteger(len) || !(hash instanceof Uint8Array && hash.length === 32) || (off as number) < from || (len as number) < 0) {
         return this.bad(key);
       }
       from = (off as number) + (len as number);
@@ -85,7 +115,15 @@ export class Said {
   }
 
   done(): Done {
-    return { path: this.text('path'), size: this.number('size'), hash: this.bytes('hash'), same: this.flag('same') };
+    const same = this.has('same') && this.flag('same');
+    if (this.has('sync')) {
+      this.text('sync');
+    }
+    return { path: this.name('path'), size: this.number('size'), hash: this.hash('hash'), same };
+  }
+
+  private has(key: string): boolean {
+    return (this.fields[key] ?? undefined) !== undefined;
   }
 
   private bad(key: string): never {
