@@ -18,8 +18,8 @@ SIZE is a number of bytes, with K, M, G or T for powers of 1024: 512K, 10M, 1.5G
 for each direction, 10M:1M for up and down. DURATION is a number with s, m, h or d: 90s, 24h, 7d.";
 
 const PATTERNS: &str = "\
-GLOB is matched as in .gitignore: *.o leaves out every file of such a name, /doc/*.html those at that place, \
-build/ each directory of that name.";
+GLOB is matched as in .gitignore: *.o excludes every entry with such a name, /doc/*.html only entries at that place, \
+build/ every directory of that name.";
 
 const HOOK: &str = "\
 CMD is run with one argument, `accept` before a file is taken or `done` once it is stored, and UDPACK_PATH, \
@@ -27,9 +27,9 @@ UDPACK_SIZE, UDPACK_PEER in its environment; for `done` also UDPACK_FILE and UDP
 an exit code other than 0 and a line on standard error, and renames with a line on standard output.";
 
 const GAPS: &str = "\
-Where events were lost, because this client reads more slowly than they come, there is a line \
-{\"gap\":{\"room\":NAME,\"lost\":COUNT}} in their place. After a lost connection the session goes on without loss if \
-the server still has it; standard error says whether.";
+Where events were lost, because this client reads too slowly, there is a line \
+{\"gap\":{\"room\":NAME,\"lost\":COUNT}} in their place. After a lost connection the session continues without loss if \
+the server still has it; standard error reports which.";
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -153,7 +153,7 @@ pub(crate) struct ServerArgs {
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) sockets_per_address: u32,
 
-    /// Wrong tokens from one address, each forgotten after 5 s, from which on its tokens are looked at one a second.
+    /// Wrong tokens from one address, each forgotten after 5 s, from which on its tokens are checked one a second.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) wrong_tokens: u32,
 
@@ -161,7 +161,7 @@ pub(crate) struct ServerArgs {
     #[arg(long, value_name = "SIZE", default_value = "none")]
     pub(crate) quota: Size,
 
-    /// What uploads leave free on the disk. Default: a twentieth of it, at most 1G.
+    /// Free space that uploads leave on the disk. Default: a twentieth of it, at most 1G.
     #[arg(long, value_name = "SIZE")]
     pub(crate) min_free: Option<Size>,
 
@@ -169,12 +169,12 @@ pub(crate) struct ServerArgs {
     #[arg(long)]
     pub(crate) allow_read: bool,
 
-    /// Takes no files: every client may read, none may write or remove, whatever its token says.
+    /// Accepts no files: every client may read, none may write or remove, whatever its token says.
     #[arg(long, conflicts_with = "allow_read")]
     pub(crate) read_only: bool,
 
-    /// When files are put on disk for good: `auto` before they are reported, small ones in batches; `always`
-    /// each by itself; `never` leaves it to the system, and a power cut may cost what was reported.
+    /// When files are synced to disk: `auto` before they are reported, small ones in batches; `always` each by
+    /// itself; `never` leaves it to the system, and a power cut may lose files that were reported.
     #[arg(long, value_enum, default_value_t = FsyncArg::Auto)]
     pub(crate) fsync: FsyncArg,
 
@@ -186,11 +186,11 @@ pub(crate) struct ServerArgs {
     #[arg(long, value_name = "RATE[:RATE]", default_value = "none")]
     pub(crate) bwlimit: Rates,
 
-    /// A program to ask before each file is taken, and to tell of each that is stored.
+    /// A program to run before each file is accepted, and after each is stored.
     #[arg(long, value_name = "CMD", env = "UDPACK_HOOK")]
     pub(crate) hook: Option<PathBuf>,
 
-    /// How long that program may take to answer; a file that it has not answered about by then is refused.
+    /// How long that program may take to answer; then the file is refused.
     #[arg(
         long,
         value_name = "DURATION",
@@ -416,7 +416,7 @@ pub(crate) enum ClientCommand {
     /// List a directory of the server.
     #[command(after_help = MORE, after_long_help = format!("{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Ls(LsArgs),
-    /// Show what is known of files of the server.
+    /// Show kind, size, time and mode of files of the server.
     #[command(after_help = MORE, after_long_help = format!("{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Stat(StatArgs),
     /// Remove files of the server.
@@ -436,7 +436,7 @@ pub(crate) enum ClientCommand {
     /// Send a request on any channel of the server; prints the reply as JSON.
     #[command(after_help = MORE, after_long_help = format!("{SEND_EXAMPLES}\n\n{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Request(RequestArgs),
-    /// Print each event that other clients send, one JSON object a line; comes back after a lost connection.
+    /// Print each event that other clients send, one JSON object a line; reconnects after a lost connection.
     #[command(after_help = MORE, after_long_help = format!("{GAPS}\n\n{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Listen(ListenArgs),
     /// Measure application round-trip time.
@@ -480,7 +480,7 @@ pub(crate) struct PutArgs {
     #[command(flatten)]
     pub(crate) transfer: TransferArgs,
 
-    /// Begin files anew that were interrupted; the server keeps nothing of them for later either.
+    /// Start interrupted files from the beginning; the server keeps nothing of them for a later resume either.
     #[arg(long)]
     pub(crate) no_resume: bool,
 
@@ -574,7 +574,7 @@ pub(crate) struct LsArgs {
     #[arg(short)]
     pub(crate) long: bool,
 
-    /// Also what is in directories, at any depth.
+    /// Also the content of directories, at any depth.
     #[arg(short = 'R', long)]
     pub(crate) recursive: bool,
 
@@ -612,7 +612,7 @@ pub(crate) struct RmArgs {
     #[arg(value_name = "PATH", required = true, value_parser = name())]
     pub(crate) paths: Vec<String>,
 
-    /// Directories, too, with all that is in them.
+    /// Directories too, with all their content.
     #[arg(short, long)]
     pub(crate) recursive: bool,
 
@@ -657,7 +657,7 @@ pub(crate) struct VerifyArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct JobsArgs {
-    /// Go on, with a line whenever a transfer moves or ends.
+    /// Keep running, with a line whenever a transfer moves or ends.
     #[arg(long)]
     pub(crate) watch: bool,
 
@@ -752,7 +752,7 @@ pub(crate) struct AskArgs {
     #[command(flatten)]
     pub(crate) channel: ChannelArgs,
 
-    /// Go on over a new connection when the present one is lost; nothing is lost or sent twice by that.
+    /// Continue on a new connection when the present one is lost, without losing or repeating messages.
     #[arg(long)]
     pub(crate) resumable: bool,
 
@@ -768,7 +768,7 @@ pub(crate) struct ChannelArgs {
     #[arg(long, default_value = crate::hub::EVENTS)]
     pub(crate) channel: String,
 
-    /// Before or after what else moves between the two programs.
+    /// The channel's priority over other channels of the connection.
     #[arg(long, value_enum, default_value_t = PriorityArg::Normal)]
     pub(crate) priority: PriorityArg,
 }
@@ -814,7 +814,7 @@ pub(crate) struct PingArgs {
     pub(crate) log: LogArgs,
 }
 
-/// Which server, and how to be let in.
+/// The server, and how to authenticate.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Connection")]
 pub(crate) struct ConnectArgs {
