@@ -38,8 +38,10 @@ pub struct Partial {
     end: u64,
     /// Durable ranges beyond `position`, as the journal knew them when the upload was begun.
     ahead: Vec<(u64, u64)>,
-    /// Those of them that were given out, joined.
+    /// Those of them that were given out, and what was written ahead of its turn, joined: what may be left out.
     offered: Vec<(u64, u64)>,
+    /// Where what was written ahead of its turn begins and ends; nothing of it is durable.
+    early: Option<Box<(u64, u64)>>,
     /// Bytes written since the last checkpoint was begun, and when the first of them came.
     pub(super) unsynced: u64,
     since: Option<Instant>,
@@ -271,6 +273,7 @@ impl Partial {
             end: found.held,
             ahead: found.ranges,
             offered: Vec::new(),
+            early: None,
             unsynced: 0,
             since: None,
             broken: false,
@@ -443,6 +446,40 @@ impl Partial {
         }
         let len = bytes.len() as u64;
         let total = offset.saturating_add(len);
+        self.make_room(total)?;
+        self.skip_to(offset)?;
+        if !self.holds(bytes)? {
+            self.put(offset, bytes)?;
+        }
+        self.hasher.update(bytes);
+        self.position = total;
+        self.body.position.store(total, Ordering::Release);
+        if self.resumable() && len > 0 {
+            self.unsynced = self.unsynced.saturating_add(len);
+            self.since.get_or_insert_with(Instant::now);
+        }
+        Ok(())
+    }
+
+    /// Writes `bytes` at `offset`, which is not before [`position`](Self::position), in any order. What comes ahead of
+    /// its turn is read back when its turn has come, and is not durable before that.
+    pub(crate) fn write_any(&mut self, offset: u64, bytes: &[u8]) -> Result<(), StoreError> {
+        if offset < self.position || self.may_skip_to(offset) {
+            return self.write_at(offset, bytes);
+        }
+        self.check()?;
+        let end = offset.saturating_add(bytes.len() as u64);
+        self.make_room(end)?;
+        self.put(offset, bytes)?;
+        let early = self.early.get_or_insert_with(|| Box::new((offset, end)));
+        **early = (early.0.min(offset), early.1.max(end));
+        self.offered.push((offset, end));
+        self.offered = merged(std::mem::take(&mut self.offered));
+        Ok(())
+    }
+
+    /// Refuses a file of this size, or has room for it.
+    fn make_room(&mut self, total: u64) -> Result<(), StoreError> {
         match self.size {
             Some(expected) if total > expected => {
                 self.doomed = true;
@@ -463,27 +500,23 @@ impl Partial {
                 }
             }
         }
-        self.skip_to(offset)?;
-        if !self.holds(bytes)? {
-            self.body
-                .file
-                .write_all_at(bytes, offset)
-                .map_err(|e| self.fail("write a file", e))?;
-            // It may have taken in what was just overwritten.
-            self.snapshot = None;
-        }
-        self.hasher.update(bytes);
-        self.position = total;
-        self.body.position.store(total, Ordering::Release);
-        if total > self.end {
+        Ok(())
+    }
+
+    /// Writes to the staging file.
+    fn put(&mut self, offset: u64, bytes: &[u8]) -> Result<(), StoreError> {
+        self.body
+            .file
+            .write_all_at(bytes, offset)
+            .map_err(|e| self.fail("write a file", e))?;
+        // It may have taken in what was just overwritten.
+        self.snapshot = None;
+        let end = offset.saturating_add(bytes.len() as u64);
+        if end > self.end {
             if let Some(reservation) = &mut self.reservation {
-                reservation.wrote(total - self.end);
+                reservation.wrote(end - self.end);
             }
-            self.end = total;
-        }
-        if self.resumable() && len > 0 {
-            self.unsynced = self.unsynced.saturating_add(len);
-            self.since.get_or_insert_with(Instant::now);
+            self.end = end;
         }
         Ok(())
     }
@@ -530,7 +563,8 @@ impl Partial {
         self.check()?;
         // Whatever goes wrong from here on, there is nothing to come back to.
         self.doomed = true;
-        for expected in [self.size, size].into_iter().flatten() {
+        let early = self.early.as_ref().map(|early| early.1);
+        for expected in [self.size, size, early].into_iter().flatten() {
             if self.may_skip_to(expected) {
                 self.skip_to(expected)?;
             }
@@ -679,6 +713,13 @@ impl Partial {
         read.map_err(|e| self.fail("read a staging file", e))?;
         self.position = offset;
         self.body.position.store(offset, Ordering::Release);
+        if self.early.as_ref().is_some_and(|early| early.0 < offset) {
+            if self.resumable() {
+                self.unsynced = self.unsynced.saturating_add(offset - before);
+                self.since.get_or_insert_with(Instant::now);
+            }
+            return Ok(());
+        }
         // Where nothing waited to be synced, all up to here is on disk.
         let _ =
             self.body

@@ -90,7 +90,8 @@ pub trait Sink: Send + Sync + 'static {
 
     /// Takes bytes that begin at this offset, all or none of them.
     ///
-    /// Without [`Abilities::any_order`] that is where the bytes before ended, or the end of a range of
+    /// With [`Abilities::any_order`] that is any place; bytes that came before need not be taken again, but may be refused
+    /// with [`StoreError::BadOffset`]. Without it that is where the bytes before ended, or the end of a range of
     /// [`have`](Self::have) that begins there or before: any other is refused with [`StoreError::BadOffset`], and the
     /// upload goes on. Bytes of such a range may come once more, as a client may send its first ones before it is told what
     /// is there. What lies beyond the declared size is refused with [`StoreError::SizeMismatch`].

@@ -92,7 +92,7 @@ impl Sink for Store {
 
     fn abilities(&self) -> Abilities {
         Abilities {
-            any_order: false,
+            any_order: true,
             resume: true,
             names: true,
             read: true,
@@ -138,7 +138,7 @@ impl Sink for Store {
         bytes: Bytes,
     ) -> Result<(), StoreError> {
         upload
-            .on(move |partial| partial.write_at(offset, &bytes))
+            .on(move |partial| partial.write_any(offset, &bytes))
             .await
     }
 

@@ -46,6 +46,45 @@ fn an_interrupted_upload_goes_on_where_it_was() {
 }
 
 #[test]
+fn what_came_ahead_of_its_turn_is_durable_only_when_it_is_synced() {
+    let (_dir, store) = open(StoreConfig::default());
+    let bytes = noise(3 * MIB);
+    let mut partial = resumable(&store, "a", Some(3 * MIB as u64)).unwrap();
+    let safe = partial.safe();
+    let safe = || safe.load(Ordering::Relaxed);
+    for at in [2 * MIB, MIB, 0] {
+        let part = &bytes[at..at + MIB];
+        partial.write_any(at as u64, part).unwrap();
+    }
+    assert_eq!((partial.position(), safe()), (MIB as u64, 0));
+    partial.make_durable().unwrap();
+    assert_eq!(safe(), MIB as u64);
+    // Passing over what was written says nothing of the disk.
+    partial.write_any(3 * MIB as u64, b"").unwrap();
+    assert_eq!((partial.position(), safe()), (3 * MIB as u64, MIB as u64));
+    partial.make_durable().unwrap();
+    assert_eq!(safe(), 3 * MIB as u64);
+    drop(partial);
+    let mut partial = resumable(&store, "a", Some(3 * MIB as u64)).unwrap();
+    assert_eq!(have(&mut partial), [range(0, &bytes)]);
+}
+
+#[test]
+fn a_gap_before_what_came_ahead_of_its_turn_is_missing_bytes() {
+    let (dir, store) = open(StoreConfig::default());
+    let mut partial = resumable(&store, "a", None).unwrap();
+    partial.write_any(0, &[1; 10]).unwrap();
+    partial.write_any(20, &[1; 10]).unwrap();
+    let error = partial.finish(None, None).unwrap_err();
+    let missing = StoreError::SizeMismatch {
+        expected: 30,
+        got: 10,
+    };
+    assert_eq!(error.to_string(), missing.to_string());
+    assert_eq!(files(&dir), 0);
+}
+
+#[test]
 fn what_is_sent_although_it_is_there_is_not_written_again() {
     // Whether the bytes that are sent before the rest is passed over are those that lie there.
     for same in [true, false] {
