@@ -9,7 +9,7 @@ use udpack::{
     BindError, CloseCode, CloseReason, ConnectError, EncodeError, FingerprintError, IdentityError,
     OpenError, RecvError, RequestError, SecretFileError, SendError, Side, TokenFileError,
 };
-use udpack_transfer::{ErrorKind, StoreError, TransferError};
+use udpack_transfer::{Code, ErrorKind, StoreError, TransferError};
 
 use crate::logging::Console;
 use crate::output::printable;
@@ -135,13 +135,11 @@ impl Explained {
                 .unwrap_or((Kind::Other, None)),
         };
         let text = printable(&match secret {
-            // The advice in its text is the hint's part.
-            Some(secret) if secret.to_string().contains(ADVICE) => {
-                let text = secret.to_string();
-                text.split(ADVICE).next().unwrap_or_default().to_owned()
+            Some(secret @ (SecretFileError::Mode { .. } | SecretFileError::Owner { .. })) => {
+                secret.problem()
             }
             _ => match error.downcast_ref() {
-                Some(TransferError::Refused { code, message, .. }) => refused(code, message),
+                Some(TransferError::Refused { code, message, .. }) => refused(*code, message),
                 Some(TransferError::Source { source, .. }) if EmptyStdin::is(source) => {
                     source.to_string()
                 }
@@ -266,7 +264,12 @@ fn connecting(error: &ConnectError) -> Meaning {
         }
         // The error of a server that was reached is more useful than that of an address without one.
         ConnectError::EachAddress { errors, .. } => {
-            let reached = |error: &&ConnectError| matches!(error, ConnectError::Handshake { .. });
+            let reached = |error: &&ConnectError| {
+                matches!(
+                    error,
+                    ConnectError::Untrusted { .. } | ConnectError::Handshake { .. }
+                )
+            };
             let telling = errors.iter().find(reached).or_else(|| errors.last());
             telling.map_or((Kind::Network, None), connecting)
         }
@@ -276,7 +279,7 @@ fn connecting(error: &ConnectError) -> Meaning {
                 "check that udpack-server runs there, that host and port are right, and that UDP is let through",
             ),
         ),
-        ConnectError::Handshake { text, .. } if text.contains("certificate") => (
+        ConnectError::Untrusted { .. } => (
             Kind::Auth,
             hint(
                 "give the server's key: UDPACK_URL as `udpack-server url` prints it there, --fingerprint, or a copy of its pubkey.pem in --keys",
@@ -336,15 +339,8 @@ fn encoding(error: &EncodeError) -> Option<String> {
 fn transferring(error: &TransferError) -> Meaning {
     let hints = match error {
         TransferError::Connect(error) => return connecting(error),
-        TransferError::Refused { code, message, .. } => {
-            let kind = match code.as_str() {
-                "not_found" => Kind::NotFound,
-                "cancelled" => Kind::Policy,
-                _ => kind_of(error.kind()),
-            };
-            return (kind, refusal(code, message));
-        }
-        TransferError::Store(error) => keeping(error.code()),
+        TransferError::Refused { code, .. } => refusal(*code),
+        TransferError::Store(error) => keeping(error.refusal()),
         TransferError::Closed(reason) => {
             return match closed(reason) {
                 // Even after an orderly end the file's outcome is unknown; running the command again settles it.
@@ -371,6 +367,7 @@ fn kind_of(kind: ErrorKind) -> Kind {
         ErrorKind::Auth => Kind::Auth,
         ErrorKind::Network => Kind::Network,
         ErrorKind::Policy => Kind::Policy,
+        ErrorKind::NotFound => Kind::NotFound,
         ErrorKind::Integrity => Kind::Integrity,
         ErrorKind::RemoteStorage => Kind::RemoteStorage,
         _ => Kind::Other,
@@ -378,97 +375,88 @@ fn kind_of(kind: ErrorKind) -> Kind {
 }
 
 /// The server's sentence, marked as the server's.
-fn refused(code: &str, message: &str) -> String {
-    match message.strip_prefix("exists: ") {
-        Some(what) if code == "exists" => format!("the name is taken at the server: {what}"),
-        _ => {
-            let what = message
-                .strip_prefix(code)
-                .and_then(|rest| rest.strip_prefix(": "))
-                .unwrap_or(message);
-            match code {
-                "not_found" => format!("not at the server: {}", unnamed(what)),
-                "cancelled" => what.to_owned(),
-                _ => format!("the server refused it: {what}"),
-            }
-        }
+fn refused(code: Code, message: &str) -> String {
+    let what = code.detail(message);
+    match code {
+        Code::Exists | Code::Blocked => format!("the name is taken at the server: {what}"),
+        Code::NotFound => format!("not at the server: {what}"),
+        Code::Cancelled => what.to_owned(),
+        _ => format!("the server refused it: {what}"),
     }
-}
-
-/// `not found: x` is `x`.
-fn unnamed(what: &str) -> &str {
-    what.strip_prefix("not found: ").unwrap_or(what)
 }
 
 /// The sentence of the local store, without the words that only a server would use.
 fn kept(error: &StoreError) -> String {
     let text = error.to_string();
-    match text.strip_prefix("exists: ") {
-        Some(what) => format!("the name is taken here: {what}"),
-        None => text,
+    match error.refusal() {
+        code @ (Code::Exists | Code::Blocked) => {
+            format!("the name is taken here: {}", code.detail(&text))
+        }
+        _ => text,
     }
 }
 
 /// What to do about the server's error codes.
-fn refusal(code: &str, message: &str) -> Option<String> {
+fn refusal(code: Code) -> Option<String> {
     hint(match code {
-        "exists" if message.contains(" is in the way of ") => {
+        Code::Blocked => {
             "remove or rename at the server what is in the way, or choose another name with --as"
         }
-        "exists" => {
+        Code::Exists => {
             "choose another name with --as, leave the file there with --if-exists skip, or, where the server \
              allows it, use --if-exists rename or overwrite"
         }
-        "bad_name" => ANOTHER_NAME,
-        "too_large" if message.contains("system") => {
+        Code::BadName => ANOTHER_NAME,
+        Code::SystemLimit => {
             "ask the server's owner to let its process write larger files (ulimit -f, LimitFSIZE)"
         }
-        "too_large" => "ask the server's owner for a larger --max-file",
-        "quota" => {
+        Code::TooLarge => "ask the server's owner for a larger --max-file",
+        Code::Quota => {
             "remove files at the server with `udpack-client rm`, or ask its owner for a larger quota"
         }
-        "no_space" => "free space at the server, then run the same command again",
-        "io" => {
+        Code::NoSpace => "free space at the server, then run the same command again",
+        Code::Io => {
             "the server's storage failed and its log says more; then run the same command again"
         }
-        "forbidden" if message.contains("if_exists") => {
+        Code::NotGranted => {
             "choose another name with --as, or ask the server's owner to start it with another --overwrite"
         }
-        "forbidden" if message.contains("the target of the link") => {
+        Code::BadTarget => {
             "leave the link out with --exclude, or send what it points to, without --links"
         }
-        "forbidden" => "ask the server's owner for a token whose scope allows it",
-        "cancelled" => "ask the server's owner why; run the same command again to go on",
-        "refused" if message.contains("hook failed") => {
-            "ask the server's owner: its hook failed or took too long, and the server's log says why"
+        Code::Forbidden => "ask the server's owner for a token whose scope allows it",
+        Code::Cancelled => "ask the server's owner why; run the same command again to go on",
+        Code::Refused => {
+            "the server's owner decides what is taken; if its hook failed, the server's log says why"
         }
-        "refused" => "the server's owner decides what is taken",
-        "not_found" => "`udpack-client ls -R` shows what is there",
-        "not_empty" => "remove it with all that is in it by -r",
-        "is_directory" => "name what is in it, or use -r",
-        "busy" => "another client is sending this file: run the same command again when it is done",
-        "superseded" => "a later run of the same command took over: wait for that one",
-        "unsupported" => "use a server and a client of the same version",
-        "too_many_uploads" if message.contains("interrupted") => {
+        Code::NotFound => "`udpack-client ls -R` shows what is there",
+        Code::NotEmpty => "remove it with all that is in it by -r",
+        Code::IsDirectory => "name what is in it, or use -r",
+        Code::Busy => {
+            "another client is sending this file: run the same command again when it is done"
+        }
+        Code::Superseded => "a later run of the same command took over: wait for that one",
+        Code::Unsupported => "use a server and a client of the same version",
+        Code::TooManySuspended => {
             "run the interrupted commands again to their ends, or ask the server's owner to run `udpack-server \
              uploads purge`; with --no-resume this one is sent now"
         }
-        "too_many_uploads" | "upload_stalled" => "run the same command again in a moment",
-        "hash_mismatch" | "size_mismatch" | "bad_offset" => "run the same command again",
-        "source_changed" => "send it again when nothing writes to it",
+        Code::TooManyUploads | Code::UploadStalled => "run the same command again in a moment",
+        Code::HashMismatch | Code::SizeMismatch | Code::BadOffset => "run the same command again",
+        Code::SourceChanged => "send it again when nothing writes to it",
         _ => return None,
     })
 }
 
 /// What to do about the same codes where they are about this machine's own directory.
-fn keeping(code: &str) -> Option<String> {
+fn keeping(code: Code) -> Option<String> {
     hint(match code {
-        "exists" | "is_directory" | "not_a_file" => {
+        Code::Exists | Code::Blocked | Code::IsDirectory | Code::NotAFile => {
             "choose another name with --as, or use --if-exists skip, rename or overwrite"
         }
-        "bad_name" => "choose another name with --as",
-        "no_space" => "free space, then run the same command again",
-        "busy" => "another command is fetching this file: run this one again when it is done",
+        Code::BadName => "choose another name with --as",
+        Code::NoSpace => "free space, then run the same command again",
+        Code::Busy => "another command is fetching this file: run this one again when it is done",
         _ => "check the directory and its permissions, or choose another one with --as DIR/",
     })
 }
@@ -579,9 +567,6 @@ fn hint(text: &str) -> Option<String> {
     Some(text.to_owned())
 }
 
-/// What stands before the advice in the text of a [`SecretFileError`].
-const ADVICE: &str = ": run ";
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -603,7 +588,7 @@ mod tests {
             ("upload_stalled", 5),
         ] {
             let error = TransferError::Refused {
-                code: code.to_owned(),
+                code: Code::read(code, None),
                 message: "because\u{1b}[2J".to_owned(),
                 retry: false,
             };
@@ -647,7 +632,7 @@ mod tests {
             ("hash_mismatch", 7),
         ] {
             let error = TransferError::Refused {
-                code: code.to_owned(),
+                code: Code::read(code, None),
                 message: format!("{code}: why"),
                 retry: false,
             };
@@ -672,36 +657,41 @@ mod tests {
 
     #[test]
     fn what_is_not_there_or_not_served_or_not_allowed_differs() {
-        let refused = |code: &str, message: &str| {
+        let refused = |code: Code, message: &str| {
             Explained::of(
                 &TransferError::Refused {
-                    code: code.to_owned(),
+                    code,
                     message: message.to_owned(),
                     retry: false,
                 }
                 .into(),
             )
         };
-        let missing = refused("not_found", "not found: a/b");
+        let missing = refused(Code::NotFound, "not found: a/b");
         assert_eq!(missing.kind.code(), 12);
         assert_eq!(missing.text, "not at the server: a/b");
         assert_eq!(
-            refused("cancelled", "cancelled at the server").kind.code(),
+            refused(Code::Cancelled, "cancelled at the server")
+                .kind
+                .code(),
             6
         );
         assert_eq!(
-            refused("cancelled", "cancelled: cancelled at the server").text,
+            refused(Code::Cancelled, "cancelled: cancelled at the server").text,
             "cancelled at the server"
         );
         let link = "forbidden: the target of the link a leads out of the root";
-        let link = refused("forbidden", link);
+        let link = refused(Code::BadTarget, link);
         assert!(link.hint.expect("a hint").contains("--exclude"));
-        let hook = refused("refused", "refused: the server's hook failed");
+        let hook = refused(Code::Refused, "refused: the server's hook failed");
         assert!(hook.hint.expect("a hint").contains("log"));
-        let right = refused("forbidden", "forbidden: this token has no right to read");
+        let right = refused(
+            Code::Forbidden,
+            "forbidden: this token has no right to read",
+        );
         assert!(!right.hint.expect("a hint").contains("--overwrite"));
         let replace = refused(
-            "forbidden",
+            Code::NotGranted,
             "forbidden: if_exists overwrite is not allowed here",
         );
         assert!(replace.hint.expect("a hint").contains("--overwrite"));

@@ -102,15 +102,11 @@ impl Target {
             error.downcast_ref::<ConnectError>()
         });
         let text = match (reason, &self.no_key, &self.no_token) {
-            (Some(ConnectError::Handshake { text, .. }), Some(path), _)
-                if text.contains("certificate") =>
-            {
-                format!(
-                    "the server's key is not known: neither UDPACK_URL nor --fingerprint gives it, there is no {}, and \
-                     no authority that this system trusts vouches for it",
-                    path.display()
-                )
-            }
+            (Some(ConnectError::Untrusted { .. }), Some(path), _) => format!(
+                "the server's key is not known: neither UDPACK_URL nor --fingerprint gives it, there is no {}, and \
+                 no authority that this system trusts vouches for it",
+                path.display()
+            ),
             (Some(ConnectError::Denied(_)), _, Some(path))
                 if Explained::of(&error).kind == Kind::Auth =>
             {

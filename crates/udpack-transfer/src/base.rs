@@ -1,5 +1,6 @@
-//! Names that cannot escape, sizes and patterns: what knows nothing of the rest.
+//! Names that cannot escape, codes of errors, sizes and patterns: what knows nothing of the rest.
 
+pub(crate) mod code;
 pub(crate) mod glob;
 pub mod names;
 pub(crate) mod path;

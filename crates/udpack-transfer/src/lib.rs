@@ -39,6 +39,7 @@ pub mod testing {
 /// The bytes of a file, as a [`Sink`] gets them.
 pub use bytes::Bytes;
 
+pub use base::code::{Code, ErrorKind};
 pub use base::glob::{Exclude, Pattern, PatternError};
 pub use base::names;
 pub use base::path::{PathError, PathRule, RelPath};
@@ -49,7 +50,7 @@ pub use client::link::{Link, LinkEvent, LinkEvents, Retry};
 pub use client::progress::{Event, FileProgress, Moving, Outcome, Progress, Watch};
 pub use client::remote::{Job, JobKind, JobState, Jobs, JobsEvent, Listing, Remote};
 pub use client::uploader::{Upload, Uploader};
-pub use local::error::{ErrorKind, TransferError};
+pub use local::error::TransferError;
 pub use local::limiter::Limiter;
 pub use local::source::Source;
 pub use local::walk::{Found, Walk, What};

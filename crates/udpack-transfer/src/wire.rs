@@ -8,6 +8,7 @@ use bytes::Bytes;
 use serde::Serialize;
 use udpack::{Channel, FieldError, Fields, Message};
 
+use crate::base::code::Code;
 use crate::base::names;
 use crate::base::path::RelPath;
 use crate::store::{IfExists, Meta, Synced, Time};
@@ -598,6 +599,8 @@ pub enum Reply {
         id: u64,
         /// The code of `docs/PROTOCOL.md`.
         code: String,
+        /// Which of the several things that the code stands for it is.
+        why: Option<String>,
         /// A sentence.
         message: String,
         /// Whether the same again, later, makes sense.
@@ -661,6 +664,7 @@ pub fn decode_reply(message: &Message) -> Result<Option<Reply>, BadMessage> {
             Ok(Reply::Error {
                 id: fields.u64("id")?,
                 code: crate::base::path::printable(fields.str("code")?),
+                why: fields.opt_str("why")?.map(crate::base::path::printable),
                 message: printable(fields.str("message")?),
                 retry: fields.bool("retry")?,
             })
@@ -826,7 +830,9 @@ pub(crate) struct DoneFields<'a> {
 #[derive(Serialize)]
 pub(crate) struct ErrorFields<'a> {
     pub(crate) id: u64,
-    pub(crate) code: &'a str,
+    pub(crate) code: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) why: Option<&'static str>,
     pub(crate) message: &'a str,
     pub(crate) retry: bool,
 }
@@ -836,7 +842,7 @@ impl<'a> ErrorFields<'a> {
     pub(crate) fn new(
         channel: &Channel,
         id: u64,
-        code: &'a str,
+        code: Code,
         message: &'a str,
         retry: bool,
     ) -> Self {
@@ -844,7 +850,8 @@ impl<'a> ErrorFields<'a> {
         let cut = message.floor_char_boundary(room.min(message.len()));
         Self {
             id,
-            code,
+            code: code.as_str(),
+            why: code.why(),
             message: message.get(..cut).unwrap_or_default(),
             retry,
         }

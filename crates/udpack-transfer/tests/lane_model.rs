@@ -324,7 +324,7 @@ fn word(action: &Action) -> &'static str {
         Action::Begin(_) => "begin",
         Action::Write => "write",
         Action::Finish(_) => "finish",
-        Action::Abort(Refusal { code, .. }) | Action::Refuse(Refusal { code, .. }) => code,
+        Action::Abort(Refusal { code, .. }) | Action::Refuse(Refusal { code, .. }) => code.as_str(),
         Action::Suspend(Refusal { code, .. }) => {
             assert_eq!(*code, "cancelled");
             "kept"

@@ -13,7 +13,7 @@ use serde::de::IgnoredAny;
 use udpack::{Channel, Message, RequestError};
 use udpack_transfer::wire::{self, Have, MetaFields, Reply, Request};
 use udpack_transfer::{
-    CHANNEL, IfExists, JOBS_CHANNEL, ReceiverConfig, Scope, StoreConfig, Synced,
+    CHANNEL, Code, IfExists, JOBS_CHANNEL, ReceiverConfig, Scope, StoreConfig, Synced,
 };
 use vectors::{Value, Vector, read_msgpack, vectors};
 
@@ -295,16 +295,43 @@ fn answered(reply: Reply) -> Said {
         Reply::Error {
             id,
             code,
+            why,
             message,
             retry,
         } => vec![
             ("id", int(id)),
             ("code", Some(text(&code))),
+            ("why", why.as_deref().map(text)),
             ("message", Some(text(&message))),
             ("retry", flag(retry)),
         ],
         other => panic!("a message that this test does not know: {other:?}"),
     }
+}
+
+/// Rows of two tables of the document: code, usual `retry`; code, `why`.
+#[test]
+fn the_codes_of_the_document_are_those_of_the_library() {
+    let document = include_str!("../../../docs/PROTOCOL.md");
+    let begin = document.find("### Error codes").expect("the section");
+    let end = document[begin..].find("### Paths").expect("the next");
+    let documented: Vec<_> = document[begin..begin + end]
+        .lines()
+        .filter_map(|line| {
+            let mut cells = line.strip_prefix("| `")?.split(" | ");
+            let code = cells.next()?.trim_end_matches('`');
+            let cell = cells.next()?;
+            let why = cell.strip_prefix('`').map(|why| why.trim_end_matches('`'));
+            Some((code, why, cell == "yes"))
+        })
+        .collect();
+    let rows = |of_several: bool| {
+        let all = Code::ALL.iter().copied();
+        all.filter(move |code| code.why().is_some() == of_several)
+            .map(move |code| (code.as_str(), code.why(), !of_several && code.retry()))
+    };
+    let known: Vec<_> = rows(false).chain(rows(true)).collect();
+    assert_eq!(documented, known);
 }
 
 /// The requests, asked of a server whose directory is empty: it answers something else than that they break

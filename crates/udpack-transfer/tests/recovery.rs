@@ -547,7 +547,7 @@ async fn answered(
 
 fn code(error: &TransferError) -> &str {
     match error {
-        TransferError::Refused { code, .. } => code,
+        TransferError::Refused { code, .. } => code.as_str(),
         other => panic!("{other}"),
     }
 }

@@ -253,7 +253,7 @@ async fn a_server_serves_files_that_are_in_memory() {
 
 fn code(error: &TransferError) -> &str {
     match error {
-        TransferError::Refused { code, .. } => code,
+        TransferError::Refused { code, .. } => code.as_str(),
         other => panic!("{other}"),
     }
 }

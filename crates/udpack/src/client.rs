@@ -288,6 +288,7 @@ impl Client {
                 expected,
                 presented,
             },
+            DialError::Untrusted(text) => ConnectError::Untrusted { address, text },
             DialError::Handshake(ConnectionError::Peer(reason)) => ConnectError::Denied(reason),
             DialError::Handshake(error) => {
                 let reason = error.reason();
@@ -691,7 +692,8 @@ impl fmt::Debug for ClientBuilder {
 /// | `EachAddress` | yes | where one of its errors is worth it |
 /// | `EachServer` | yes | where one of its errors is worth it |
 /// | `PinMismatch` | no | this is not the server that was asked for |
-/// | `Handshake` | no | the two speak different protocols, or nobody vouches for the server |
+/// | `Untrusted` | no | nobody vouches for the server |
+/// | `Handshake` | no | the two speak different protocols |
 /// | `Denied` | as its reason | [`CloseReason::retry`]: busy, going down, restarted, lost: yes; the token: no |
 ///
 /// The verdicts on close codes are in `docs/PROTOCOL.md`, section 9.
@@ -766,7 +768,15 @@ pub enum ConnectError {
         /// What the server has.
         presented: Fingerprint,
     },
-    /// The handshake failed: another protocol, a certificate nobody vouches for, and the like.
+    /// Nobody whom the platform trusts vouches for the server, or not for one of this name or at this time.
+    #[error("handshake with {address} failed: {text}")]
+    Untrusted {
+        /// The server's address.
+        address: SocketAddr,
+        /// What is wrong with its certificate.
+        text: String,
+    },
+    /// The handshake failed: another protocol, and the like.
     #[error("handshake with {address} failed: {text}")]
     Handshake {
         /// The server's address.
@@ -808,6 +818,7 @@ impl ConnectError {
             | Self::Tls(_)
             | Self::Address(_)
             | Self::PinMismatch { .. }
+            | Self::Untrusted { .. }
             | Self::Handshake { .. } => false,
         }
     }
@@ -870,6 +881,10 @@ mod tests {
                 expected: pin,
                 presented: pin,
             },
+            ConnectError::Untrusted {
+                address,
+                text: text.clone(),
+            },
             ConnectError::Handshake { address, text },
             ConnectError::Denied(CloseReason::local(CloseCode::SERVER_BUSY, "")),
         ];
@@ -887,6 +902,7 @@ mod tests {
                 | ConnectError::EachAddress { .. }
                 | ConnectError::EachServer { .. }
                 | ConnectError::PinMismatch { .. }
+                | ConnectError::Untrusted { .. }
                 | ConnectError::Handshake { .. }
                 | ConnectError::Denied(_) => {}
             }

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::Context as _;
 use udpack_transfer::{
-    Found, IfExists, Kind as EntryKind, RelPath, Remote, StoreError, TransferError, What,
+    Code, Found, IfExists, Kind as EntryKind, RelPath, Remote, StoreError, TransferError, What,
 };
 
 use super::plan::Plan;
@@ -38,7 +38,10 @@ pub(super) async fn run(
 ) -> anyhow::Result<()> {
     let asks = match remote.stat(None).await {
         Ok(_) => true,
-        Err(TransferError::Refused { code, .. }) if code == "forbidden" => {
+        Err(TransferError::Refused {
+            code: Code::Forbidden,
+            ..
+        }) => {
             if !args.log.quiet {
                 console.line(
                     "this token may not read: which names are taken at the server is not known",
@@ -162,7 +165,7 @@ fn unreadable(path: &Path, source: io::Error) -> TransferError {
 fn exists(name: &RelPath) -> anyhow::Error {
     let error = StoreError::Exists { path: name.clone() };
     TransferError::Refused {
-        code: error.code().to_owned(),
+        code: error.refusal(),
         message: error.to_string(),
         retry: false,
     }

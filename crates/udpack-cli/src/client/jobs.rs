@@ -1,7 +1,7 @@
 //! `jobs`: the transfers under way at a server.
 
 use serde_json::json;
-use udpack_transfer::{Job, JobKind, JobState, JobsEvent, Remote, TransferError};
+use udpack_transfer::{Code, Job, JobKind, JobState, JobsEvent, Remote, TransferError};
 
 use crate::args::JobsArgs;
 use crate::exit::{Failure, Kind};
@@ -34,7 +34,10 @@ async fn jobs(
             let mut jobs = Remote::new(&link).jobs();
             if let Some(id) = args.cancel {
                 jobs.cancel(id).await.map_err(|error| match error {
-                    TransferError::Refused { code, .. } if code == "not_found" => {
+                    TransferError::Refused {
+                        code: Code::NotFound,
+                        ..
+                    } => {
                         let text = format!("no transfer {id} is under way at the server");
                         Failure::new(Kind::NotFound, text)
                             .hint("`udpack-client jobs` lists those that are")

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::Context as _;
-use udpack_transfer::{Found, Kind as EntryKind, RelPath, Remote, TransferError, What};
+use udpack_transfer::{Code, Found, Kind as EntryKind, RelPath, Remote, TransferError, What};
 
 use super::failures::Failures;
 use super::plan::{Asked, Plan};
@@ -278,11 +278,10 @@ async fn file(remote: &Remote, name: &RelPath, compared: &mut Compared) -> anyho
     let (ours, theirs) = tokio::join!(ours, theirs);
     let theirs = match theirs {
         // The name belongs to another kind of entry.
-        Err(TransferError::Refused { code, .. })
-            if matches!(code.as_str(), "is_directory" | "not_a_file") =>
-        {
-            return Ok(Verdict::Differs);
-        }
+        Err(TransferError::Refused {
+            code: Code::IsDirectory | Code::NotAFile,
+            ..
+        }) => return Ok(Verdict::Differs),
         theirs => existing(theirs)?,
     };
     let ours = ours.context("the local file was not read")?;
@@ -303,7 +302,10 @@ async fn file(remote: &Remote, name: &RelPath, compared: &mut Compared) -> anyho
 pub(super) fn existing<T>(answer: Result<T, TransferError>) -> anyhow::Result<Option<T>> {
     match answer {
         Ok(found) => Ok(Some(found)),
-        Err(TransferError::Refused { code, .. }) if code == "not_found" => Ok(None),
+        Err(TransferError::Refused {
+            code: Code::NotFound,
+            ..
+        }) => Ok(None),
         Err(error) => Err(error.into()),
     }
 }

@@ -13,6 +13,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use crate::base::code::Code;
 use crate::base::path::RelPath;
 use crate::client::link::Link;
 use crate::client::progress::{Event, Feed, Files, Moving, Outcome, Progress, Watch};
@@ -239,14 +240,14 @@ pub fn apply_entry(
         }
         (Kind::Link, None) => {
             return Err(TransferError::Refused {
-                code: "forbidden".to_owned(),
+                code: Code::Forbidden,
                 message: "the server does not say where the link leads".to_owned(),
                 retry: false,
             });
         }
         (Kind::Other, _) => {
             return Err(TransferError::Refused {
-                code: "not_a_file".to_owned(),
+                code: Code::NotAFile,
                 message: "neither a file nor a directory nor a link that the server may read"
                     .to_owned(),
                 retry: false,

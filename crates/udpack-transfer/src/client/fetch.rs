@@ -14,6 +14,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use udpack::{Channel, CloseCode, Priority, Socket};
 
+use crate::base::code::Code;
 use crate::base::path::RelPath;
 use crate::client::downloader::{ACK, BREAKS, HASHED, SILENCE};
 use crate::client::link::Link;
@@ -288,11 +289,12 @@ impl<W: AsyncWrite + Unpin + ?Sized> Arriving<'_, W> {
                 Some(Reply::Error {
                     id: ID,
                     code,
+                    why,
                     message,
                     retry,
                 }) => {
                     return Err(TransferError::Refused {
-                        code,
+                        code: Code::read(&code, why.as_deref()),
                         message,
                         retry,
                     });
@@ -410,7 +412,7 @@ fn wrong(error: StoreError) -> TransferError {
 
 fn changed() -> TransferError {
     TransferError::Refused {
-        code: "source_changed".to_owned(),
+        code: Code::SourceChanged,
         message: "the file changed at the server while it was read".to_owned(),
         retry: true,
     }

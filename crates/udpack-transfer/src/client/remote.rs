@@ -14,9 +14,10 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
-use udpack::{Channel, Fault, RequestError, SendError};
+use udpack::{Channel, RequestError, SendError};
 
-use crate::base::path::{RelPath, printable};
+use crate::base::code::Code;
+use crate::base::path::RelPath;
 use crate::client::link::Link;
 use crate::local::error::TransferError;
 use crate::store::{Entry, Removed};
@@ -111,7 +112,7 @@ impl Remote {
             .await
         {
             Ok(gone) => Ok(gone.removed()),
-            Err(TransferError::Refused { code, .. }) if lost && code == "not_found" => {
+            Err(TransferError::Refused { code, .. }) if lost && code == Code::NotFound => {
                 Ok(Removed { files: 0, bytes: 0 })
             }
             Err(error) => Err(error),
@@ -217,19 +218,23 @@ fn failed(error: RequestError, patience: Duration) -> TransferError {
     match error {
         // The deadline passed, here or at the server, whichever saw it first.
         error if error.is_timeout() => TransferError::Silent(patience),
-        RequestError::Fault(fault) => TransferError::Refused {
-            retry: retry(&fault),
-            code: printable(&fault.code),
-            message: crate::wire::printable(&fault.message),
-        },
+        RequestError::Fault(fault) => {
+            let code = Code::read(&fault.code, None);
+            TransferError::Refused {
+                code,
+                message: crate::wire::printable(&fault.message),
+                // Faults do not say.
+                retry: code.retry(),
+            }
+        }
         RequestError::NoHandler => TransferError::Refused {
-            code: "unsupported".to_owned(),
+            code: Code::Unsupported,
             message: "the server does not know this request".to_owned(),
             retry: false,
         },
         RequestError::Cancelled => TransferError::Refused {
             retry: true,
-            code: Fault::CANCELLED.to_owned(),
+            code: Code::Cancelled,
             message: "the server gave the request up".to_owned(),
         },
         RequestError::Closed(reason) | RequestError::Send(SendError::Closed(reason)) => {
@@ -237,14 +242,6 @@ fn failed(error: RequestError, patience: Duration) -> TransferError {
         }
         other => TransferError::Protocol(other.to_string()),
     }
-}
-
-/// Whether the same request may succeed later: faults do not say, their codes do.
-fn retry(fault: &Fault) -> bool {
-    matches!(
-        fault.code.as_str(),
-        "busy" | "no_space" | "quota" | "too_many_requests" | "too_many_uploads"
-    )
 }
 
 fn broken(text: impl Into<String>) -> TransferError {

@@ -12,6 +12,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use udpack::{Channel, CloseCode, CloseReason, Priority, SendError, Side, Socket};
 
+use crate::base::code::Code;
 use crate::client::link::Link;
 use crate::client::progress::{Event, Feed, Files, Moving, Outcome, Progress, Watch};
 use crate::client::queue::{Claim, Item, Next, Queue, SMALL};
@@ -704,7 +705,7 @@ impl Sending {
     /// Another file of this size is stored.
     fn exists(&self) -> TransferError {
         TransferError::Refused {
-            code: "exists".to_owned(),
+            code: Code::Exists,
             message: format!(
                 "a different file of the same size is stored as {}",
                 self.source.remote()
@@ -1276,12 +1277,14 @@ impl Lane<'_> {
         let Reply::Error {
             id,
             code,
+            why,
             message,
             retry,
         } = reply
         else {
             return;
         };
+        let code = Code::read(&code, why.as_deref());
         let Some(sent) = self.flight.take(id) else {
             return;
         };
@@ -1289,8 +1292,8 @@ impl Lane<'_> {
         let error = match lock(&self.flight.given_up).remove(&id) {
             Some(own) => own,
             None => {
-                if self.again(&mut claim, &code, retry) {
-                    tracing::debug!(code, message, "offered again");
+                if self.again(&mut claim, code, retry) {
+                    tracing::debug!(%code, message, "offered again");
                     return;
                 }
                 TransferError::Refused {
@@ -1324,24 +1327,24 @@ impl Lane<'_> {
     }
 
     /// Whether a refused file is offered once more, and when.
-    fn again(self, claim: &mut Claim, code: &str, retry: bool) -> bool {
+    fn again(self, claim: &mut Claim, code: Code, retry: bool) -> bool {
         if claim.source.is_spent() {
             return false;
         }
         let now = Instant::now();
         match code {
-            "exists" if claim.unsure && !claim.settle => {
+            Code::Exists | Code::Blocked if claim.unsure && !claim.settle => {
                 // It may be what we stored before the answer was lost.
                 claim.settle = self.shared.uploader.if_exists == IfExists::Error;
                 claim.settle
             }
-            "busy" => {
+            Code::Busy => {
                 let since = *claim.busy.get_or_insert(now);
                 claim.not_before = Some(now + BUSY_PAUSE);
                 now + BUSY_PAUSE <= since + BUSY
             }
             // Room on a disk does not come back within seconds.
-            "quota" | "no_space" => false,
+            Code::Quota | Code::NoSpace => false,
             _ if retry && claim.tries < TRIES => {
                 claim.not_before = Some(now + TRY_PAUSE * 2_u32.pow(claim.tries));
                 claim.tries += 1;

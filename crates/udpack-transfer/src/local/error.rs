@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use udpack::{CloseCode, CloseReason, ConnectError, OpenError, RecvError, Side};
 
+use crate::base::code::{Code, ErrorKind};
 use crate::store::StoreError;
 
 /// Why one file was not transferred.
@@ -47,7 +48,7 @@ pub enum TransferError {
     #[error("{message}")]
     Refused {
         /// The code of `docs/PROTOCOL.md` §11.
-        code: String,
+        code: Code,
         /// The server's sentence.
         message: String,
         /// Whether the same again, later, makes sense.
@@ -78,26 +79,6 @@ pub enum TransferError {
     Protocol(String),
 }
 
-/// What kind of trouble a [`TransferError`] is: what a program's exit code or a user's next step depends on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum ErrorKind {
-    /// The local file.
-    LocalFile,
-    /// The connection.
-    Network,
-    /// The server does not let us in, or is not the one we trust.
-    Auth,
-    /// The server's rules: name taken, quota, size, name.
-    Policy,
-    /// Bytes that are not those that were sent.
-    Integrity,
-    /// The server's disk.
-    RemoteStorage,
-    /// Anything else.
-    Other,
-}
-
 impl TransferError {
     /// The kind.
     pub fn kind(&self) -> ErrorKind {
@@ -109,9 +90,10 @@ impl TransferError {
             Self::Connect(error) if error.is_auth() => ErrorKind::Auth,
             Self::Connect(_) => ErrorKind::Network,
             Self::Protocol(_) => ErrorKind::Other,
-            Self::Refused { code, .. } => by_code(code),
-            Self::Store(error) => match by_code(error.code()) {
+            Self::Refused { code, .. } => code.kind(),
+            Self::Store(error) => match error.refusal().kind() {
                 ErrorKind::RemoteStorage | ErrorKind::Other => ErrorKind::LocalFile,
+                ErrorKind::NotFound => ErrorKind::Policy,
                 kind => kind,
             },
         }
@@ -139,19 +121,6 @@ fn same(error: &io::Error) -> io::Error {
     error
         .raw_os_error()
         .map_or_else(|| error.kind().into(), io::Error::from_raw_os_error)
-}
-
-/// The kind of error that a code of `docs/PROTOCOL.md` §11 stands for.
-fn by_code(code: &str) -> ErrorKind {
-    match code {
-        "bad_name" | "exists" | "too_large" | "quota" | "forbidden" | "too_many_uploads"
-        | "too_many_requests" | "unsupported" | "busy" | "superseded" | "not_found"
-        | "is_directory" | "not_a_file" | "not_empty" | "refused" => ErrorKind::Policy,
-        "size_mismatch" | "hash_mismatch" | "bad_offset" | "source_changed" => ErrorKind::Integrity,
-        "no_space" | "io" => ErrorKind::RemoteStorage,
-        "upload_stalled" => ErrorKind::Network,
-        _ => ErrorKind::Other,
-    }
 }
 
 impl From<RecvError> for TransferError {
@@ -199,7 +168,7 @@ impl TransferError {
                 message,
                 retry,
             } => Self::Refused {
-                code: code.clone(),
+                code: *code,
                 message: message.clone(),
                 retry: *retry,
             },

@@ -12,6 +12,7 @@ use serde::Serialize;
 use tokio::time::{Interval, MissedTickBehavior};
 use udpack::{Channel, CloseCode, Fault, Message, RecvError, SendError};
 
+use crate::base::code::Code;
 use crate::server::scope::Scope;
 
 /// How often a job's progress is sent at most.
@@ -34,7 +35,7 @@ pub(crate) enum JobKind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum JobEnd {
     Done,
-    Failed(&'static str),
+    Failed(Code),
     Cancelled,
     /// What is there of it waits to be resumed.
     Suspended,
@@ -349,12 +350,14 @@ impl Jobs {
         let job = lock(&self.inner.running).get(&id).cloned();
         let fault = match job {
             // What one may not see is not there.
-            Some(job) if !watcher.sees(&job) => Fault::new("forbidden", "not a job of yours"),
+            Some(job) if !watcher.sees(&job) => {
+                Fault::new(Code::Forbidden.as_str(), "not a job of yours")
+            }
             Some(job) => {
                 (job.cancel)();
                 return channel.reply(message, &()).await;
             }
-            None => Fault::new("not_found", "no such job is running"),
+            None => Fault::new(Code::NotFound.as_str(), "no such job is running"),
         };
         channel.fault(message, &fault).await
     }
@@ -486,7 +489,7 @@ fn fields<'a>(
     let (state, code) = match end {
         None => ("running", None),
         Some(JobEnd::Done) => ("done", None),
-        Some(JobEnd::Failed(code)) => ("failed", Some(code)),
+        Some(JobEnd::Failed(code)) => ("failed", Some(code.as_str())),
         Some(JobEnd::Cancelled) => ("cancelled", None),
         Some(JobEnd::Suspended) => ("suspended", None),
     };

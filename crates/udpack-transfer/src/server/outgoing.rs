@@ -3,6 +3,7 @@
 use tokio::sync::mpsc;
 use udpack::{Channel, CloseCode, SendError, Tenant};
 
+use crate::base::code::Code;
 use crate::base::path::RelPath;
 use crate::local::limiter::{Limiter, Pace};
 use crate::local::source::{Buffers, Piece};
@@ -48,7 +49,7 @@ pub(crate) async fn send_files(
             Err(error @ SendError::Encode(_)) => {
                 tracing::debug!(%error, "a download does not fit the frames of its client");
                 let text = "a message of this download is above the client's limit for frames";
-                refuse(&channel, id, "unsupported", text, false).await
+                refuse(&channel, id, Code::Unsupported, text, false).await
             }
             sent => sent,
         };
@@ -73,7 +74,7 @@ async fn send(
     channel: &Channel,
     tenant: &Tenant,
     wanted: Wanted,
-) -> Result<Option<&'static str>, SendError> {
+) -> Result<Option<Code>, SendError> {
     let Wanted {
         id,
         path,
@@ -86,7 +87,14 @@ async fn send(
     let began = std::time::Instant::now();
     if unwanted.is_cancelled() {
         job.end(JobEnd::Cancelled);
-        return refuse(channel, id, "cancelled", "given up by the client", false).await;
+        return refuse(
+            channel,
+            id,
+            Code::Cancelled,
+            "given up by the client",
+            false,
+        )
+        .await;
     }
     let limit = &receiver.limit_out;
     if let Some(hook) = &receiver.hook {
@@ -98,8 +106,8 @@ async fn send(
                 .map_or_else(String::new, |peer| peer.id().to_owned()),
         };
         if let Err(reason) = hook.allow(&what).await {
-            job.end(JobEnd::Failed("forbidden"));
-            return refuse(channel, id, "forbidden", &reason, false).await;
+            job.end(JobEnd::Failed(Code::Forbidden));
+            return refuse(channel, id, Code::Forbidden, &reason, false).await;
         }
     }
     // The thread that reads has it until it is through.
@@ -107,7 +115,7 @@ async fn send(
         place = tokio::time::timeout(receiver.config.turn, receiver.places.downloads.take(tenant)) => place,
         () = unwanted.cancelled() => {
             job.end(JobEnd::Cancelled);
-            return refuse(channel, id, "cancelled", "given up by the client", false).await;
+            return refuse(channel, id, Code::Cancelled, "given up by the client", false).await;
         }
     };
     let place = match place {
@@ -129,12 +137,26 @@ async fn send(
     let opened = match opening.await {
         Ok(Some(Ok(Ok(opened)))) => opened,
         Ok(Some(Err(error))) => {
-            job.end(JobEnd::Failed(error.code()));
-            return refuse(channel, id, error.code(), &error.to_string(), error.retry()).await;
+            job.end(JobEnd::Failed(error.refusal()));
+            return refuse(
+                channel,
+                id,
+                error.refusal(),
+                &error.to_string(),
+                error.retry(),
+            )
+            .await;
         }
         Ok(Some(Ok(Err(_))) | None) | Err(_) => {
-            job.end(JobEnd::Failed("internal"));
-            return refuse(channel, id, "internal", "the server failed to read", true).await;
+            job.end(JobEnd::Failed(Code::Internal));
+            return refuse(
+                channel,
+                id,
+                Code::Internal,
+                "the server failed to read",
+                true,
+            )
+            .await;
         }
     };
     let meta = crate::wire::MetaFields::from(opened.meta);
@@ -165,7 +187,7 @@ async fn send(
             piece = pieces.recv() => piece,
             () = unwanted.cancelled() => {
                 job.end(JobEnd::Cancelled);
-                return refuse(channel, id, "cancelled", "given up by the client", false).await;
+                return refuse(channel, id, Code::Cancelled, "given up by the client", false).await;
             }
         };
         match piece {
@@ -202,16 +224,26 @@ async fn send(
                     crate::local::error::TransferError::SourceChanged { .. }
                 );
                 let (code, text) = if changed {
-                    ("source_changed", "the file changed while it was being sent")
+                    (
+                        Code::SourceChanged,
+                        "the file changed while it was being sent",
+                    )
                 } else {
-                    ("io", "the server cannot read the file")
+                    (Code::Io, "the server cannot read the file")
                 };
                 job.end(JobEnd::Failed(code));
                 return refuse(channel, id, code, text, changed).await;
             }
             None => {
-                job.end(JobEnd::Failed("internal"));
-                return refuse(channel, id, "internal", "the server failed to read", true).await;
+                job.end(JobEnd::Failed(Code::Internal));
+                return refuse(
+                    channel,
+                    id,
+                    Code::Internal,
+                    "the server failed to read",
+                    true,
+                )
+                .await;
             }
         }
     }
@@ -220,10 +252,10 @@ async fn send(
 async fn refuse(
     channel: &Channel,
     id: u64,
-    code: &'static str,
+    code: Code,
     message: &str,
     retry: bool,
-) -> Result<Option<&'static str>, SendError> {
+) -> Result<Option<Code>, SendError> {
     let fields = ErrorFields::new(channel, id, code, message, retry);
     channel.send("error", &fields).await?;
     Ok(Some(code))

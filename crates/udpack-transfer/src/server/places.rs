@@ -7,6 +7,7 @@ use std::thread;
 
 use udpack::{Channel, Place, Pool, PoolFull, Shares, Tenant};
 
+use crate::base::code::Code;
 use crate::server::receiver::ReceiverConfig;
 
 /// Those who may wait for a place of one kind; a quarter of them may be of one token.
@@ -75,7 +76,7 @@ fn half(places: usize) -> Shares {
 }
 
 /// The code of what finds no place and no room to wait for one, but for uploads.
-pub(crate) const TOO_MANY: &str = "too_many_requests";
+pub(crate) const TOO_MANY: Code = Code::TooManyRequests;
 
 /// The refusal for a client that finds no place.
 pub(crate) fn too_many(what: &str, full: &PoolFull) -> String {

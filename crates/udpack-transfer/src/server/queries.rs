@@ -6,6 +6,7 @@ use serde::Serialize;
 use tracing::Instrument as _;
 use udpack::{Channel, Fault, FieldError, Message, SendError, Tenant};
 
+use crate::base::code::Code;
 use crate::base::names;
 use crate::server::hook::{Access, Hook, HookAccess};
 use crate::server::places::{self, Places};
@@ -82,7 +83,7 @@ impl Query {
             return Ok(());
         }
         let (code, message) = Scope::no_right(right);
-        Err(Fault::new(code, message))
+        Err(Fault::new(code.as_str(), message))
     }
 
     /// What the operator is asked; `None` where the name is none, which is refused anyway.
@@ -133,7 +134,10 @@ impl Queries {
         let place = match pool.take(tenant).await {
             Ok(place) => place,
             Err(full) => {
-                let fault = Fault::new(places::TOO_MANY, places::too_many("requests", &full));
+                let fault = Fault::new(
+                    places::TOO_MANY.as_str(),
+                    places::too_many("requests", &full),
+                );
                 return channel.fault(message, &fault).await;
             }
         };
@@ -143,7 +147,7 @@ impl Queries {
             && let Err(reason) = hook.allow(&what).await
         {
             return channel
-                .fault(message, &Fault::new("forbidden", reason))
+                .fault(message, &Fault::new(Code::Forbidden.as_str(), reason))
                 .await;
         }
         let (target, rights) = (self.target.clone(), scope.clone());
@@ -169,7 +173,7 @@ impl Queries {
                 if page.entries.is_empty() && !entries.is_empty() {
                     let text = "an entry is longer than the client's limit for frames";
                     return channel
-                        .fault(message, &Fault::new("unsupported", text))
+                        .fault(message, &Fault::new(Code::Unsupported.as_str(), text))
                         .await;
                 }
                 channel.reply(message, &page).await

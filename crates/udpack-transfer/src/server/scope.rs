@@ -4,6 +4,7 @@ use std::borrow::Cow;
 
 use udpack::Peer;
 
+use crate::base::code::Code;
 use crate::base::path::{PathError, RelPath};
 use crate::base::size::parse_size;
 use crate::store::Tenant;
@@ -87,9 +88,9 @@ impl Scope {
     }
 
     /// The refusal of what this client has no right to.
-    pub(crate) fn no_right(right: &str) -> (&'static str, String) {
+    pub(crate) fn no_right(right: &str) -> (Code, String) {
         let message = format!("forbidden: this token has no right to {right}");
-        ("forbidden", message)
+        (Code::Forbidden, message)
     }
 
     /// The file that the client calls `path`.

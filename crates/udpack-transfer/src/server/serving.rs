@@ -18,6 +18,7 @@ use udpack::{
     Asked, Channel, CloseCode, Fault, Message, Peer, Place, RecvError, SendError, Tenant,
 };
 
+use crate::base::code::Code;
 use crate::base::path::RelPath;
 use crate::local::limiter::Limiter;
 use crate::server::hook::HookOffer;
@@ -142,7 +143,7 @@ enum Start {
     Begin(Box<Task>, Slot),
     /// It was stored before; the answer got lost.
     Known(Published),
-    Refused(&'static str, String, bool),
+    Refused(Code, String, bool),
 }
 
 /// What was waited for.
@@ -306,12 +307,12 @@ impl<'a> Serving<'a> {
                     return Ok(());
                 }
                 if self.lane.malformed(id) {
-                    self.discard(id, JobEnd::Failed("bad_message"));
+                    self.discard(id, JobEnd::Failed(Code::BadMessage));
                 }
                 return self
                     .refuse(Refusal {
                         id,
-                        code: "bad_message",
+                        code: Code::BadMessage,
                         message: format!("{event}: {text}"),
                     })
                     .await;
@@ -364,7 +365,7 @@ impl<'a> Serving<'a> {
             }
             Action::Abort(refusal) => {
                 let end = match refusal.code {
-                    "cancelled" => JobEnd::Cancelled,
+                    Code::Cancelled => JobEnd::Cancelled,
                     code => JobEnd::Failed(code),
                 };
                 self.discard(refusal.id, end);
@@ -396,7 +397,7 @@ impl<'a> Serving<'a> {
         }
         self.scope.inside(path).map_err(|error| Refusal {
             id,
-            code: "bad_name",
+            code: Code::BadName,
             message: error.to_string(),
         })
     }
@@ -409,7 +410,7 @@ impl<'a> Serving<'a> {
             return self
                 .refuse(Refusal {
                     id,
-                    code: "protocol_order",
+                    code: Code::ProtocolOrder,
                     message,
                 })
                 .await;
@@ -581,7 +582,7 @@ impl<'a> Serving<'a> {
             return self
                 .refuse(Refusal {
                     id: offer.id,
-                    code: error.code(),
+                    code: error.refusal(),
                     message: error.to_string(),
                 })
                 .await;
@@ -633,7 +634,7 @@ impl<'a> Serving<'a> {
                 Ok(place) => drop(target.run(make(place).instrument(span))),
                 Err(full) => drop(outcomes.send(Outcome::Error {
                     id,
-                    code: "too_many_uploads",
+                    code: Code::TooManyUploads,
                     message: places::too_many("uploads", &full),
                     retry: true,
                 })),
@@ -648,7 +649,7 @@ impl<'a> Serving<'a> {
         let path = if self.scope.read {
             self.scope
                 .inside(&wish.path)
-                .map_err(|error| refusal("bad_name", error.to_string()))
+                .map_err(|error| refusal(Code::BadName, error.to_string()))
         } else {
             let (code, message) = Scope::no_right("read");
             Err(refusal(code, message))
@@ -656,7 +657,7 @@ impl<'a> Serving<'a> {
         let path = path.and_then(|path| {
             if self.gets.len() >= GETS || self.lane.gets() > UNCONFIRMED {
                 let message = format!("more than {GETS} downloads wait on this lane");
-                return Err(refusal("protocol_order", message));
+                return Err(refusal(Code::ProtocolOrder, message));
             }
             Ok(path)
         });
@@ -763,7 +764,7 @@ impl<'a> Serving<'a> {
                 }
                 self.lane.ended(id);
                 self.discard(id, JobEnd::Cancelled);
-                self.error(id, "cancelled", "cancelled at the server", false)
+                self.error(id, Code::Cancelled, "cancelled at the server", false)
                     .await
             }
             Outcome::Sent { id, failed } => {
@@ -806,7 +807,7 @@ impl<'a> Serving<'a> {
             self.lane.ended(id);
             self.suspend(id);
             let message = format!("nothing came for {:?}", self.receiver.config.stall);
-            self.error(id, "upload_stalled", &message, true).await?;
+            self.error(id, Code::UploadStalled, &message, true).await?;
         }
         let mut acks = Vec::new();
         let mut replaced = Vec::new();
@@ -847,7 +848,7 @@ impl<'a> Serving<'a> {
             self.lane.ended(id);
             self.suspend(id);
             let message = "another offer of this upload has taken it over";
-            self.error(id, "superseded", message, own).await?;
+            self.error(id, Code::Superseded, message, own).await?;
         }
         for ack in acks {
             self.channel.send("ack", &ack).await?;
@@ -899,14 +900,14 @@ impl<'a> Serving<'a> {
     }
 
     async fn refuse(&mut self, Refusal { id, code, message }: Refusal) -> Result<(), SendError> {
-        tracing::debug!(code, "refused: {message}");
+        tracing::debug!(%code, "refused: {message}");
         self.error(id, code, &message, false).await
     }
 
     async fn error(
         &mut self,
         id: u64,
-        code: &str,
+        code: Code,
         message: &str,
         retry: bool,
     ) -> Result<(), SendError> {
@@ -921,7 +922,7 @@ async fn start(receiver: Receiver, mut task: Task, tenant: Tenant) -> Start {
     let places = &receiver.places;
     let full = |full| {
         let message = places::too_many("uploads", &full);
-        Start::Refused("too_many_uploads", message, true)
+        Start::Refused(Code::TooManyUploads, message, true)
     };
     if let Some(hook) = &receiver.hook {
         let _place = match places.hooks.take(&tenant).await {
@@ -940,10 +941,10 @@ async fn start(receiver: Receiver, mut task: Task, tenant: Tenant) -> Start {
                 Err(error) => {
                     tracing::error!(%error, "the hook gave a bad name");
                     let message = "the operator's hook gave a bad name".to_owned();
-                    return Start::Refused("refused", message, false);
+                    return Start::Refused(Code::Refused, message, false);
                 }
             },
-            Err(message) => return Start::Refused("refused", message, false),
+            Err(message) => return Start::Refused(Code::Refused, message, false),
         }
     }
     if task.offer.resume {
@@ -954,7 +955,7 @@ async fn start(receiver: Receiver, mut task: Task, tenant: Tenant) -> Start {
                 let error = StoreError::Busy {
                     path: task.path.clone(),
                 };
-                return Start::Refused(error.code(), error.to_string(), error.retry());
+                return Start::Refused(error.refusal(), error.to_string(), error.retry());
             }
         }
     }
@@ -970,7 +971,7 @@ async fn start(receiver: Receiver, mut task: Task, tenant: Tenant) -> Start {
         Err(_) => {
             let limit = receiver.config.open_files;
             let message = format!("too many uploads: {limit} are open and none ended in time");
-            return Start::Refused("too_many_uploads", message, true);
+            return Start::Refused(Code::TooManyUploads, message, true);
         }
     };
     let check = match asks_what_is_there(&task.offer) {

@@ -18,6 +18,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
 use tracing::Span;
 use udpack::Place;
 
+use crate::base::code::Code;
 use crate::base::path::RelPath;
 use crate::server::hook::{Hook, HookStored, HookWhole};
 use crate::server::places::Slot;
@@ -56,7 +57,7 @@ pub(crate) enum Outcome {
     },
     Error {
         id: u64,
-        code: &'static str,
+        code: Code,
         message: String,
         retry: bool,
     },
@@ -67,7 +68,7 @@ pub(crate) enum Outcome {
     /// A download is under way, or has failed and the client was notified.
     Sent {
         id: u64,
-        failed: Option<&'static str>,
+        failed: Option<Code>,
     },
 }
 
@@ -75,7 +76,7 @@ impl Outcome {
     pub(crate) fn failed(id: u64, error: &StoreError) -> Self {
         Self::Error {
             id,
-            code: error.code(),
+            code: error.refusal(),
             message: error.to_string(),
             retry: error.retry(),
         }
@@ -84,7 +85,7 @@ impl Outcome {
     fn broken(id: u64) -> Self {
         Self::Error {
             id,
-            code: "internal",
+            code: Code::Internal,
             message: "the server failed to store the file".to_owned(),
             retry: true,
         }
@@ -947,7 +948,7 @@ impl Publisher {
                 drop(writer);
                 let _ = outcomes.send(Outcome::Error {
                     id,
-                    code: "refused",
+                    code: Code::Refused,
                     message: reason,
                     retry: false,
                 });

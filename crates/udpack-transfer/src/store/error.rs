@@ -9,6 +9,7 @@ use std::io;
 use rustix::io::Errno;
 
 use super::{IfExists, Overwrite};
+use crate::base::code::Code;
 use crate::base::path::{PathError, RelPath};
 use crate::base::size::format_size;
 
@@ -213,26 +214,35 @@ pub enum StoreError {
 impl StoreError {
     /// The error's code on the wire.
     pub fn code(&self) -> &'static str {
+        self.refusal().as_str()
+    }
+
+    /// What the error is to whom it is told.
+    pub fn refusal(&self) -> Code {
         match self {
-            Self::Name(_) | Self::Unstorable { .. } => "bad_name",
-            Self::Exists { .. } | Self::Blocked { .. } => "exists",
-            Self::Forbidden { .. } | Self::BadTarget { .. } => "forbidden",
-            Self::NotFound { .. } => "not_found",
-            Self::IsDirectory { .. } => "is_directory",
-            Self::NotAFile { .. } => "not_a_file",
-            Self::NotEmpty { .. } => "not_empty",
-            Self::TooLarge { .. } | Self::SystemLimit => "too_large",
-            Self::Quota { .. } => "quota",
-            Self::NoSpace { .. } | Self::DiskFull { .. } | Self::DiskQuota { .. } => "no_space",
-            Self::TooManyUploads { .. } | Self::TooManySuspended { .. } => "too_many_uploads",
-            Self::SizeMismatch { .. } => "size_mismatch",
-            Self::HashMismatch { .. } => "hash_mismatch",
-            Self::Busy { .. } => "busy",
-            Self::BadOffset { .. } => "bad_offset",
-            Self::OtherDevice | Self::Io { .. } => "io",
-            Self::Unsupported { .. } => "unsupported",
+            Self::Name(_) | Self::Unstorable { .. } => Code::BadName,
+            Self::Exists { .. } => Code::Exists,
+            Self::Blocked { .. } => Code::Blocked,
+            Self::Forbidden { .. } => Code::NotGranted,
+            Self::BadTarget { .. } => Code::BadTarget,
+            Self::NotFound { .. } => Code::NotFound,
+            Self::IsDirectory { .. } => Code::IsDirectory,
+            Self::NotAFile { .. } => Code::NotAFile,
+            Self::NotEmpty { .. } => Code::NotEmpty,
+            Self::TooLarge { .. } => Code::TooLarge,
+            Self::SystemLimit => Code::SystemLimit,
+            Self::Quota { .. } => Code::Quota,
+            Self::NoSpace { .. } | Self::DiskFull { .. } | Self::DiskQuota { .. } => Code::NoSpace,
+            Self::TooManyUploads { .. } => Code::TooManyUploads,
+            Self::TooManySuspended { .. } => Code::TooManySuspended,
+            Self::SizeMismatch { .. } => Code::SizeMismatch,
+            Self::HashMismatch { .. } => Code::HashMismatch,
+            Self::Busy { .. } => Code::Busy,
+            Self::BadOffset { .. } => Code::BadOffset,
+            Self::OtherDevice | Self::Io { .. } => Code::Io,
+            Self::Unsupported { .. } => Code::Unsupported,
             Self::Unavailable { .. } | Self::Broken | Self::Locked | Self::NoAtomicPublish => {
-                "internal"
+                Code::Internal
             }
         }
     }

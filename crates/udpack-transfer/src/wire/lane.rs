@@ -5,6 +5,7 @@
 
 use std::collections::HashSet;
 
+use crate::base::code::Code;
 use crate::wire::{DirOffer, Finish, Have, LinkOffer, Offer, Request, Wish};
 
 /// Where a lane stands.
@@ -93,7 +94,7 @@ pub struct Refusal {
     /// The file.
     pub id: u64,
     /// The code of `docs/PROTOCOL.md`.
-    pub code: &'static str,
+    pub code: Code,
     /// A sentence.
     pub message: String,
 }
@@ -181,7 +182,7 @@ impl Lane {
         if self.last.is_some_and(|last| id <= last) {
             return Err(Refusal {
                 id,
-                code: "protocol_order",
+                code: Code::ProtocolOrder,
                 message: "ids on a lane only go up".to_owned(),
             });
         }
@@ -196,7 +197,7 @@ impl Lane {
         match open {
             Some(open) => Err(Refusal {
                 id,
-                code: "protocol_order",
+                code: Code::ProtocolOrder,
                 message: format!("file {open} is still open on this lane"),
             }),
             None => {
@@ -224,7 +225,7 @@ impl Lane {
         if offer.short {
             if let Some(open) = self.open() {
                 let message = format!("file {open} is still open on this lane");
-                return refuse(offer.id, "protocol_order", message);
+                return refuse(offer.id, Code::ProtocolOrder, message);
             }
         } else if let Err(refusal) = self.between(offer.id) {
             return Action::Refuse(refusal);
@@ -243,12 +244,12 @@ impl Lane {
         let open = match &mut self.state {
             State::Open(open) if open.id == id => open,
             State::Dropping { id: dropped } if *dropped == id => return Action::Ignore,
-            _ => return refuse(id, "protocol_order", "no such file is open".to_owned()),
+            _ => return refuse(id, Code::ProtocolOrder, "no such file is open".to_owned()),
         };
         if open.short != offset.is_none() {
             return self.abort(
                 id,
-                "bad_message",
+                Code::BadMessage,
                 "the two forms are mixed within one file".to_owned(),
             );
         }
@@ -257,20 +258,20 @@ impl Lane {
         if offset < expected || !open.covered(offset) {
             return self.abort(
                 id,
-                "bad_offset",
+                Code::BadOffset,
                 format!("chunk out of place, expected offset {expected}"),
             );
         }
         let Some(next) = offset.checked_add(len) else {
             return self.abort(
                 id,
-                "size_mismatch",
+                Code::SizeMismatch,
                 "more bytes than any file has".to_owned(),
             );
         };
         if let Some(size) = open.size.filter(|size| next > *size) {
             let message = format!("size mismatch: expected {size} bytes, got {next}");
-            return self.abort(id, "size_mismatch", message);
+            return self.abort(id, Code::SizeMismatch, message);
         }
         open.next = next;
         Action::Write
@@ -283,7 +284,7 @@ impl Lane {
                 if open.short != finish.hash.is_none() {
                     let action = self.abort(
                         id,
-                        "bad_message",
+                        Code::BadMessage,
                         "the two forms are mixed within one file".to_owned(),
                     );
                     // Its `finish` has come: nothing more is on its way.
@@ -297,7 +298,7 @@ impl Lane {
                 self.state = State::Idle;
                 Action::Ignore
             }
-            _ => refuse(id, "protocol_order", "no such file is open".to_owned()),
+            _ => refuse(id, Code::ProtocolOrder, "no such file is open".to_owned()),
         }
     }
 
@@ -310,7 +311,7 @@ impl Lane {
                 self.state = State::Idle;
                 let refusal = Refusal {
                     id,
-                    code: "cancelled",
+                    code: Code::Cancelled,
                     message: "given up by the client".to_owned(),
                 };
                 if keep {
@@ -324,17 +325,17 @@ impl Lane {
                 Action::Ignore
             }
             _ if self.last >= Some(id) => Action::Ignore,
-            _ => refuse(id, "protocol_order", "no such file is open".to_owned()),
+            _ => refuse(id, Code::ProtocolOrder, "no such file is open".to_owned()),
         }
     }
 
-    fn abort(&mut self, id: u64, code: &'static str, message: String) -> Action {
+    fn abort(&mut self, id: u64, code: Code, message: String) -> Action {
         self.state = State::Dropping { id };
         Action::Abort(Refusal { id, code, message })
     }
 }
 
-fn refuse(id: u64, code: &'static str, message: String) -> Action {
+fn refuse(id: u64, code: Code, message: String) -> Action {
     Action::Refuse(Refusal { id, code, message })
 }
 
@@ -389,7 +390,7 @@ mod tests {
     fn code(action: &Action) -> &'static str {
         match action {
             Action::Abort(refusal) | Action::Suspend(refusal) | Action::Refuse(refusal) => {
-                refusal.code
+                refusal.code.as_str()
             }
             Action::Dir(_) => "dir",
             Action::Link(_) => "link",

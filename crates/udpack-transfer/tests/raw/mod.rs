@@ -400,6 +400,7 @@ impl RawLane {
             Reply::Error {
                 id,
                 code,
+                why: _,
                 message,
                 retry,
             } => Heard {

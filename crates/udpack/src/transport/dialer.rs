@@ -46,6 +46,8 @@ pub(crate) enum DialError {
     Silent,
     /// The server has another key than the pinned one.
     Pin(PinMismatch),
+    /// Nobody vouches for the server, or not for this one; with the reason.
+    Untrusted(String),
     /// The handshake failed.
     Handshake(ConnectionError),
 }
@@ -156,11 +158,25 @@ impl Dialer {
         {
             return DialError::Pin(mismatch);
         }
+        let untrusted = match &error {
+            quinn::ConnectionError::TransportError(error) => {
+                is_about_certificate(u64::from(error.code))
+            }
+            _ => false,
+        };
         match ConnectionError::from(error) {
             ConnectionError::TimedOut => DialError::Silent,
+            error if untrusted => DialError::Untrusted(error.reason().text),
             error => DialError::Handshake(error),
         }
     }
+}
+
+/// Whether this code of QUIC carries an alert of TLS about the server's certificate.
+fn is_about_certificate(code: u64) -> bool {
+    // `bad_certificate` to `certificate_unknown`, `unknown_ca`, `access_denied`, `decrypt_error` of a signature, and
+    // `bad_certificate_status_response`.
+    matches!(code.checked_sub(0x100), Some(42..=46 | 48 | 49 | 51 | 113))
 }
 
 /// Ends when a handshake that begins now has taken too long: `limit`, and as soon as something was heard, some times as long

@@ -42,10 +42,7 @@ pub enum SecretFileError {
         path: PathBuf,
     },
     /// Its mode gives others access.
-    #[error(
-        "{} has mode {mode:04o}, so others on this machine can use the secret in it: run chmod 600 {}",
-        path.display(), path.display()
-    )]
+    #[error("{}: run chmod 600 {}", open_to_others(path, *mode), path.display())]
     Mode {
         /// The file.
         path: PathBuf,
@@ -53,10 +50,7 @@ pub enum SecretFileError {
         mode: u32,
     },
     /// It belongs to somebody else.
-    #[error(
-        "{} belongs to user {owner}, who could change the secret in it: run chown {user} {}",
-        path.display(), path.display()
-    )]
+    #[error("{}: run chown {user} {}", owned_by(path, *owner), path.display())]
     Owner {
         /// The file.
         path: PathBuf,
@@ -89,6 +83,25 @@ impl SecretFileError {
     pub fn is_missing(&self) -> bool {
         matches!(self, Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound)
     }
+
+    /// What is wrong, without what to do about it.
+    pub fn problem(&self) -> String {
+        match self {
+            Self::Mode { path, mode } => open_to_others(path, *mode),
+            Self::Owner { path, owner, .. } => owned_by(path, *owner),
+            other => other.to_string(),
+        }
+    }
+}
+
+fn open_to_others(path: &Path, mode: u32) -> String {
+    let path = path.display();
+    format!("{path} has mode {mode:04o}, so others on this machine can use the secret in it")
+}
+
+fn owned_by(path: &Path, owner: u32) -> String {
+    let path = path.display();
+    format!("{path} belongs to user {owner}, who could change the secret in it")
 }
 
 /// Reads the secret file at `path`, and says which version of it was read.

@@ -11,6 +11,7 @@ use udpack::{Channel, CloseCode, CloseReason, Message, Priority, Side, Socket};
 
 use super::incoming::{End, Incoming, Note, Wish};
 use super::{Context, lock};
+use crate::base::code::Code;
 use crate::client::progress::Event;
 use crate::local::error::TransferError;
 use crate::store::{Meta, Time};
@@ -365,6 +366,7 @@ impl Lane<'_> {
             Some(Reply::Error {
                 id,
                 code,
+                why,
                 message,
                 retry,
             }) => {
@@ -385,7 +387,7 @@ impl Lane<'_> {
                 flight.changed.notify_waiters();
                 if let Some(incoming) = file.incoming {
                     incoming.end(End::Failed(TransferError::Refused {
-                        code,
+                        code: Code::read(&code, why.as_deref()),
                         message,
                         retry,
                     }));
