@@ -18,129 +18,145 @@ use crate::wire::code::{CloseCode, CloseReason, Fault, Side};
 /// The codes of [`CloseCode::ALL`], the application's, and those nobody knows.
 const CODES: usize = CloseCode::ALL.len() + 2;
 
-macro_rules! counts {
-    ($($variant:ident $field:ident $kind:ident $name:literal $help:literal;)*) => {
+/// The one table of metrics: what is counted is a field of [`Metrics`] and a family of its text.
+macro_rules! metrics {
+    (
+        numbers { $($count:ident $field:ident $kind:ident $name:literal $help:literal;)* }
+        words { $($(#[$doc:meta])* $word:ident $words:ident $label:literal $family:literal $about:literal $known:expr;)* }
+        ends { $($(#[$end_doc:meta])* $end:ident $ends:ident $end_name:literal $end_help:literal;)* }
+        stats { $($stat:ident $stat_kind:ident $stat_name:literal $stat_help:literal;)* }
+    ) => {
         /// One plain number of a [`Tally`].
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-        pub(crate) enum Count { $($variant),* }
+        pub(crate) enum Count { $($count),* }
 
-        const COUNTS: usize = [$(Count::$variant),*].len();
+        const COUNTS: usize = [$(Count::$count),*].len();
+
+        /// What a [`Tally`] counts by word; the last word takes what is none of the others.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub(crate) enum Words { $($(#[$doc])* $word),* }
+
+        const WORDS: usize = [$(Words::$word),*].len();
+
+        impl Words {
+            fn known(self) -> &'static [&'static str] {
+                match self { $(Self::$word => $known),* }
+            }
+        }
+
+        /// What a [`Tally`] counts by how it ended.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        enum Ended { $($end),* }
+
+        const ENDED: usize = [$(Ended::$end),*].len();
 
         /// What happened so far on one socket, or on a server with all its sockets, past ones included.
         #[derive(Debug, Clone, Default, PartialEq, Eq)]
         #[non_exhaustive]
         pub struct Metrics {
             $(#[doc = $help] pub $field: u64,)*
-            /// Connections refused before their handshake, by reason: `"busy"`, `"draining"`.
-            pub knocks_refused: BTreeMap<&'static str, u64>,
-            /// Connections refused after their handshake, by the name of the close code.
-            pub refused: BTreeMap<&'static str, u64>,
-            /// Admitted sockets that ended, by code and side.
-            pub closed: Vec<Ends>,
-            /// Channels that ended, by code and side; those that both sides merely finished as `normal`.
-            pub channels_closed: Vec<Ends>,
-            /// Requests of the peer that were answered with a fault, by its code; codes of the application's
-            /// own together as `"application"`.
-            pub faults_sent: BTreeMap<&'static str, u64>,
-            /// Requests to the peer that were answered with a fault, by its code.
-            pub faults_received: BTreeMap<&'static str, u64>,
-            /// Sessions that could not be resumed, by reason: `"unknown"`, `"expired"`, `"identity"`, `"off"`
-            /// or `"other"`.
-            pub resumes_refused: BTreeMap<&'static str, u64>,
+            $($(#[$doc])* pub $words: BTreeMap<&'static str, u64>,)*
+            $($(#[$end_doc])* pub $ends: Vec<Ends>,)*
             /// Bytes and packets; round-trip time, MTU and window are this moment's.
             pub stats: Stats,
         }
 
         impl Metrics {
-            /// The plain numbers: name, `counter` or `gauge`, help, value.
-            fn plain(&self) -> [(&'static str, &'static str, &'static str, u64); COUNTS] {
-                [$(($name, stringify!($kind), $help, self.$field)),*]
+            fn read(tally: &Tally, stats: Stats) -> Self {
+                Self {
+                    $($field: tally.get(Count::$count),)*
+                    $($words: tally.words(Words::$word),)*
+                    $($ends: tally.ends(Ended::$end),)*
+                    stats,
+                }
             }
 
-            fn read(tally: &Tally) -> Self {
-                Self {
-                    $($field: tally.get(Count::$variant),)*
-                    ..Self::default()
-                }
+            fn write(&self, text: &mut Exposition) {
+                $(text.number($name, stringify!($kind), $help, self.$field);)*
+                $(text.words($family, $label, $about, &self.$words);)*
+                $(text.ends($end_name, $end_help, &self.$ends);)*
+                $(text.number($stat_name, stringify!($stat_kind), $stat_help, self.stats.$stat);)*
             }
         }
     };
 }
 
-counts! {
-    Sockets sockets gauge "udpack_sockets" "Admitted sockets of this moment.";
-    Detached detached gauge "udpack_sessions_detached" "Sessions whose connection is lost and that may still be resumed.";
-    Channels channels gauge "udpack_channels" "Channels open at this moment.";
-    Admitted admitted counter "udpack_sockets_admitted_total" "Sockets that were let in.";
-    HandshakesFailed handshakes_failed counter "udpack_handshakes_failed_total" "Handshakes that failed or took too long.";
-    Retries retries counter "udpack_handshake_retries_total" "Connections that had to prove their address first.";
-    TokensSlowed tokens_slowed counter "udpack_tokens_slowed_total" "Tokens that had to wait because of wrong ones from their address.";
-    ChannelsOpened channels_opened counter "udpack_channels_opened_total" "Channels that this side opened.";
-    ChannelsAccepted channels_accepted counter "udpack_channels_accepted_total" "Channels that the peer opened, refused ones included.";
-    ChannelsRefused channels_refused counter "udpack_channels_refused_total" "Channels of the peer that were refused before anybody served them.";
-    FramesHeldUp frames_held_up counter "udpack_frames_held_up_total" "Large frames that waited until there was memory for them.";
-    MessagesSent messages_sent counter "udpack_messages_sent_total" "Frames written to channels: events, requests, answers and the protocol's own.";
-    MessagesReceived messages_received counter "udpack_messages_received_total" "Frames read from channels: events, requests, answers and the protocol's own.";
-    RequestsSent requests_sent counter "udpack_requests_sent_total" "Requests to the peer.";
-    RequestsReceived requests_received counter "udpack_requests_received_total" "Requests of the peer.";
-    RequestsTimedOut requests_timed_out counter "udpack_requests_timed_out_total" "Requests to the peer without an answer in time.";
-    RequestsCancelled requests_cancelled counter "udpack_requests_cancelled_total" "Requests of the peer that it gave up.";
-    HandlerPanics handler_panics counter "udpack_handler_panics_total" "Handlers of sockets, channels and events that panicked, and verifiers.";
-    HandlersFailed handlers_failed counter "udpack_channel_handlers_failed_total" "Channel handlers that returned an error.";
-    UnknownEvents unknown_events counter "udpack_unknown_events_total" "Messages with an event that no handler takes.";
-    BadPayloads bad_payloads counter "udpack_bad_payloads_total" "Messages whose data does not fit their handler.";
-    SlowPeers slow_peers counter "udpack_slow_peers_total" "Channels lost because the peer took nothing off them.";
-    Gaps gaps counter "udpack_room_gaps_total" "Gaps announced to members of rooms.";
-    RoomSent room_sent counter "udpack_room_messages_sent_total" "Room messages queued for a member.";
-    RoomDropped room_dropped counter "udpack_room_messages_dropped_total" "Room messages that a member did not get.";
-    VolatileSent volatile_sent counter "udpack_volatile_sent_total" "Volatile messages sent.";
-    VolatileReceived volatile_received counter "udpack_volatile_received_total" "Volatile messages received.";
-    VolatileDropped volatile_dropped counter "udpack_volatile_dropped_total" "Volatile messages replaced by newer ones or dropped, at either end of their way.";
-    VolatileMalformed volatile_malformed counter "udpack_volatile_malformed_total" "Datagrams of the peer that are no message.";
-    Resumed resumed counter "udpack_sessions_resumed_total" "Sessions that went on over a new connection.";
-    Reconnects reconnects counter "udpack_reconnects_total" "Times this client connected again by itself.";
-    Refreshed refreshed counter "udpack_tokens_refreshed_total" "Tokens replaced while connected.";
-    Expired expired counter "udpack_tokens_expired_total" "Sockets closed because their token expired.";
-    Revoked revoked counter "udpack_tokens_revoked_total" "Sockets closed because their token was withdrawn.";
-}
-
-/// A table of a [`Tally`] that is counted by word; the last word takes what is none of the others.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Words {
-    /// Connections refused before their handshake.
-    Knocks,
-    /// Faults this side sent.
-    FaultsSent,
-    /// Faults the peer sent.
-    FaultsReceived,
-    /// Sessions that were not resumed.
-    ResumesRefused,
-}
-
-const WORDS: [Words; 4] = [
-    Words::Knocks,
-    Words::FaultsSent,
-    Words::FaultsReceived,
-    Words::ResumesRefused,
-];
-
-impl Words {
-    fn known(self) -> &'static [&'static str] {
-        match self {
-            Self::Knocks => &["busy", "draining", "other"],
-            Self::FaultsSent | Self::FaultsReceived => &[
-                Fault::NO_HANDLER,
-                Fault::BAD_PAYLOAD,
-                Fault::INTERNAL,
-                Fault::CANCELLED,
-                Fault::TIMEOUT,
-                Fault::REPLY_TOO_LARGE,
-                "application",
-            ],
-            Self::ResumesRefused => &["unknown", "expired", "identity", "off", "other"],
-        }
+metrics! {
+    numbers {
+        Sockets sockets gauge "udpack_sockets" "Admitted sockets of this moment.";
+        Detached detached gauge "udpack_sessions_detached" "Sessions whose connection is lost and that may still be resumed.";
+        Channels channels gauge "udpack_channels" "Channels open at this moment.";
+        Admitted admitted counter "udpack_sockets_admitted_total" "Sockets that were let in.";
+        HandshakesFailed handshakes_failed counter "udpack_handshakes_failed_total" "Handshakes that failed or took too long.";
+        Retries retries counter "udpack_handshake_retries_total" "Connections that had to prove their address first.";
+        TokensSlowed tokens_slowed counter "udpack_tokens_slowed_total" "Tokens that had to wait because of wrong ones from their address.";
+        ChannelsOpened channels_opened counter "udpack_channels_opened_total" "Channels that this side opened.";
+        ChannelsAccepted channels_accepted counter "udpack_channels_accepted_total" "Channels that the peer opened, refused ones included.";
+        ChannelsRefused channels_refused counter "udpack_channels_refused_total" "Channels of the peer that were refused before anybody served them.";
+        FramesHeldUp frames_held_up counter "udpack_frames_held_up_total" "Large frames that waited until there was memory for them.";
+        MessagesSent messages_sent counter "udpack_messages_sent_total" "Frames written to channels: events, requests, answers and the protocol's own.";
+        MessagesReceived messages_received counter "udpack_messages_received_total" "Frames read from channels: events, requests, answers and the protocol's own.";
+        RequestsSent requests_sent counter "udpack_requests_sent_total" "Requests to the peer.";
+        RequestsReceived requests_received counter "udpack_requests_received_total" "Requests of the peer.";
+        RequestsTimedOut requests_timed_out counter "udpack_requests_timed_out_total" "Requests to the peer without an answer in time.";
+        RequestsCancelled requests_cancelled counter "udpack_requests_cancelled_total" "Requests of the peer that it gave up.";
+        HandlerPanics handler_panics counter "udpack_handler_panics_total" "Handlers of sockets, channels and events that panicked, and verifiers.";
+        HandlersFailed handlers_failed counter "udpack_channel_handlers_failed_total" "Channel handlers that returned an error.";
+        UnknownEvents unknown_events counter "udpack_unknown_events_total" "Messages with an event that no handler takes.";
+        BadPayloads bad_payloads counter "udpack_bad_payloads_total" "Messages whose data does not fit their handler.";
+        SlowPeers slow_peers counter "udpack_slow_peers_total" "Channels lost because the peer took nothing off them.";
+        Gaps gaps counter "udpack_room_gaps_total" "Gaps announced to members of rooms.";
+        RoomSent room_sent counter "udpack_room_messages_sent_total" "Room messages queued for a member.";
+        RoomDropped room_dropped counter "udpack_room_messages_dropped_total" "Room messages that a member did not get.";
+        VolatileSent volatile_sent counter "udpack_volatile_sent_total" "Volatile messages sent.";
+        VolatileReceived volatile_received counter "udpack_volatile_received_total" "Volatile messages received.";
+        VolatileDropped volatile_dropped counter "udpack_volatile_dropped_total" "Volatile messages replaced by newer ones or dropped, at either end of their way.";
+        VolatileMalformed volatile_malformed counter "udpack_volatile_malformed_total" "Datagrams of the peer that are no message.";
+        Resumed resumed counter "udpack_sessions_resumed_total" "Sessions that went on over a new connection.";
+        Reconnects reconnects counter "udpack_reconnects_total" "Times this client connected again by itself.";
+        Refreshed refreshed counter "udpack_tokens_refreshed_total" "Tokens replaced while connected.";
+        Expired expired counter "udpack_tokens_expired_total" "Sockets closed because their token expired.";
+        Revoked revoked counter "udpack_tokens_revoked_total" "Sockets closed because their token was withdrawn.";
+    }
+    words {
+        /// Connections refused before their handshake, by reason: `"busy"`, `"draining"`.
+        Knocks knocks_refused "reason" "udpack_handshakes_refused_total" "Connections refused before their handshake." &["busy", "draining", "other"];
+        /// Connections refused after their handshake, by the name of the close code.
+        Refused refused "code" "udpack_sockets_refused_total" "Connections refused after their handshake, by close code." &CODE_NAMES;
+        /// Requests of the peer that were answered with a fault, by its code; codes of the application's own together as
+        /// `"application"`.
+        FaultsSent faults_sent "code" "udpack_faults_sent_total" "Requests of the peer answered with a fault, by its code." FAULTS;
+        /// Requests to the peer that were answered with a fault, by its code.
+        FaultsReceived faults_received "code" "udpack_faults_received_total" "Requests to the peer answered with a fault, by its code." FAULTS;
+        /// Sessions that could not be resumed, by reason: `"unknown"`, `"expired"`, `"identity"`, `"off"` or `"other"`.
+        ResumesRefused resumes_refused "reason" "udpack_sessions_not_resumed_total" "Sessions that could not be resumed, by reason." &["unknown", "expired", "identity", "off", "other"];
+    }
+    ends {
+        /// Admitted sockets that ended, by code and side.
+        Sockets closed "udpack_sockets_closed_total" "Admitted sockets that ended, by close code and side.";
+        /// Channels that ended, by code and side; those that both sides merely finished as `normal`.
+        Channels channels_closed "udpack_channels_closed_total" "Channels that ended, by close code and side.";
+    }
+    stats {
+        sent counter "udpack_sent_bytes_total" "Application bytes handed to QUIC.";
+        received counter "udpack_received_bytes_total" "Application bytes taken from QUIC.";
+        wire_sent counter "udpack_wire_sent_bytes_total" "UDP payload bytes sent.";
+        wire_received counter "udpack_wire_received_bytes_total" "UDP payload bytes received.";
+        packets_sent counter "udpack_packets_sent_total" "Packets sent.";
+        packets_lost counter "udpack_packets_lost_total" "Packets declared lost.";
+        cwnd gauge "udpack_congestion_window_bytes" "Congestion windows of the live connections together.";
     }
 }
+
+const FAULTS: &[&str] = &[
+    Fault::NO_HANDLER,
+    Fault::BAD_PAYLOAD,
+    Fault::INTERNAL,
+    Fault::CANCELLED,
+    Fault::TIMEOUT,
+    Fault::REPLY_TOO_LARGE,
+    "application",
+];
 
 /// Counters of one code table each, made when first needed: most stay empty.
 #[derive(Debug, Default)]
@@ -182,10 +198,8 @@ pub(crate) struct Tally {
 /// What is counted by word or by code; made when first needed.
 #[derive(Debug, Default)]
 struct Tables {
-    words: [Table; WORDS.len()],
-    refused: Table,
-    closed: [Table; SIDES.len()],
-    channels_closed: [Table; SIDES.len()],
+    words: [Table; WORDS],
+    ends: [[Table; SIDES.len()]; ENDED],
 }
 
 impl Tally {
@@ -243,9 +257,7 @@ impl Tally {
 
     /// A connection was refused after its handshake.
     pub(crate) fn refused(&self, code: CloseCode) {
-        for tally in self.each() {
-            tally.tables().refused.add(CODES, place(code));
-        }
+        self.word(Words::Refused, code.name());
     }
 
     /// An admitted socket ended.
@@ -255,19 +267,17 @@ impl Tally {
             (Side::Local, CloseCode::AUTH_REVOKED) => self.one(Count::Revoked),
             _ => {}
         }
-        for tally in self.each() {
-            if let Some(table) = tally.tables().closed.get(reason.by as usize) {
-                table.add(CODES, place(reason.code));
-            }
-        }
+        self.ended(Ended::Sockets, reason);
     }
 
     /// A channel ended.
     pub(crate) fn channel_closed(&self, reason: &CloseReason) {
+        self.ended(Ended::Channels, reason);
+    }
+
+    fn ended(&self, what: Ended, reason: &CloseReason) {
         for tally in self.each() {
-            if let Some(table) = tally.tables().channels_closed.get(reason.by as usize) {
-                table.add(CODES, place(reason.code));
-            }
+            tally.tables().ends[what as usize][reason.by as usize].add(CODES, place(reason.code));
         }
     }
 
@@ -277,9 +287,7 @@ impl Tally {
         let last = known.len() - 1;
         let at = known.iter().position(|known| *known == word);
         for tally in self.each() {
-            if let Some(table) = tally.tables().words.get(what as usize) {
-                table.add(known.len(), at.unwrap_or(last));
-            }
+            tally.tables().words[what as usize].add(known.len(), at.unwrap_or(last));
         }
     }
 
@@ -294,44 +302,27 @@ impl Tally {
 
     /// Connections refused so far, before or after their handshake.
     pub(crate) fn all_refused(&self) -> u64 {
-        let tables = self.tables();
-        let knocks = tables.words.get(Words::Knocks as usize);
-        let knocks = knocks.into_iter().flat_map(|table| table.read(|_| ""));
-        let refused = tables.refused.read(|_| "");
-        knocks.chain(refused).map(|(_, count)| count).sum()
+        let refused = [Words::Knocks, Words::Refused].map(|what| self.words(what));
+        refused.iter().flat_map(BTreeMap::values).sum()
     }
 
     pub(crate) fn metrics(&self, stats: Stats) -> Metrics {
-        let tables = self.tables();
-        let words = |what: Words| {
-            let name = |at: usize| what.known().get(at).copied().unwrap_or("other");
-            let table = tables.words.get(what as usize);
-            table
-                .into_iter()
-                .flat_map(|table| table.read(name))
-                .collect()
-        };
-        let ends = |tables: &[Table; SIDES.len()]| {
-            let tables = SIDES.into_iter().zip(tables);
-            tables
-                .flat_map(|(by, table)| {
-                    table
-                        .read(code_name)
-                        .map(move |(code, count)| Ends { code, by, count })
-                })
-                .collect()
-        };
-        Metrics {
-            knocks_refused: words(Words::Knocks),
-            refused: tables.refused.read(code_name).collect(),
-            closed: ends(&tables.closed),
-            channels_closed: ends(&tables.channels_closed),
-            faults_sent: words(Words::FaultsSent),
-            faults_received: words(Words::FaultsReceived),
-            resumes_refused: words(Words::ResumesRefused),
-            stats,
-            ..Metrics::read(self)
-        }
+        Metrics::read(self, stats)
+    }
+
+    fn words(&self, what: Words) -> BTreeMap<&'static str, u64> {
+        let known = what.known();
+        let table = &self.tables().words[what as usize];
+        table.read(|at| known[at]).collect()
+    }
+
+    fn ends(&self, what: Ended) -> Vec<Ends> {
+        let tables = SIDES.into_iter().zip(&self.tables().ends[what as usize]);
+        let counts = tables.flat_map(|(by, table)| {
+            let counts = table.read(code_name);
+            counts.map(move |(code, count)| Ends { code, by, count })
+        });
+        counts.collect()
     }
 }
 
@@ -346,12 +337,20 @@ fn place(code: CloseCode) -> usize {
     }
 }
 
-fn code_name(at: usize) -> &'static str {
-    match CloseCode::ALL.get(at) {
-        Some(code) => code.name(),
-        None if at == CODES - 2 => "application",
-        None => "unknown",
+/// The names of what is counted at these places.
+const CODE_NAMES: [&str; CODES] = {
+    let mut names = ["unknown"; CODES];
+    names[CODES - 2] = "application";
+    let mut at = 0;
+    while at < CloseCode::ALL.len() {
+        names[at] = CloseCode::ALL[at].name();
+        at += 1;
     }
+    names
+};
+
+fn code_name(at: usize) -> &'static str {
+    CODE_NAMES[at]
 }
 
 /// How many ended with one code by one side.
@@ -373,120 +372,8 @@ impl Metrics {
     /// line.
     pub fn prometheus(&self) -> String {
         let mut text = Exposition::default();
-        for (name, kind, help, value) in self.plain() {
-            text.family(name, kind, help);
-            text.sample(name, &[], value);
-        }
-        let words = [
-            (
-                "udpack_handshakes_refused_total",
-                "reason",
-                "Connections refused before their handshake.",
-                &self.knocks_refused,
-            ),
-            (
-                "udpack_sockets_refused_total",
-                "code",
-                "Connections refused after their handshake, by close code.",
-                &self.refused,
-            ),
-            (
-                "udpack_faults_sent_total",
-                "code",
-                "Requests of the peer answered with a fault, by its code.",
-                &self.faults_sent,
-            ),
-            (
-                "udpack_faults_received_total",
-                "code",
-                "Requests to the peer answered with a fault, by its code.",
-                &self.faults_received,
-            ),
-            (
-                "udpack_sessions_not_resumed_total",
-                "reason",
-                "Sessions that could not be resumed, by reason.",
-                &self.resumes_refused,
-            ),
-        ];
-        for (name, label, help, values) in words {
-            text.family(name, "counter", help);
-            for (value, count) in values {
-                text.sample(name, &[(label, value)], *count);
-            }
-        }
-        let ends = [
-            (
-                "udpack_sockets_closed_total",
-                "Admitted sockets that ended, by close code and side.",
-                &self.closed,
-            ),
-            (
-                "udpack_channels_closed_total",
-                "Channels that ended, by close code and side.",
-                &self.channels_closed,
-            ),
-        ];
-        for (name, help, ends) in ends {
-            text.family(name, "counter", help);
-            for Ends { code, by, count } in ends {
-                let by = match by {
-                    Side::Local => "local",
-                    Side::Peer => "peer",
-                    Side::Transport => "transport",
-                };
-                text.sample(name, &[("code", code), ("by", by)], *count);
-            }
-        }
+        self.write(&mut text);
         let stats = &self.stats;
-        let numbers = [
-            (
-                "udpack_sent_bytes_total",
-                "counter",
-                "Application bytes handed to QUIC.",
-                stats.sent,
-            ),
-            (
-                "udpack_received_bytes_total",
-                "counter",
-                "Application bytes taken from QUIC.",
-                stats.received,
-            ),
-            (
-                "udpack_wire_sent_bytes_total",
-                "counter",
-                "UDP payload bytes sent.",
-                stats.wire_sent,
-            ),
-            (
-                "udpack_wire_received_bytes_total",
-                "counter",
-                "UDP payload bytes received.",
-                stats.wire_received,
-            ),
-            (
-                "udpack_packets_sent_total",
-                "counter",
-                "Packets sent.",
-                stats.packets_sent,
-            ),
-            (
-                "udpack_packets_lost_total",
-                "counter",
-                "Packets declared lost.",
-                stats.packets_lost,
-            ),
-            (
-                "udpack_congestion_window_bytes",
-                "gauge",
-                "Congestion windows of the live connections together.",
-                stats.cwnd,
-            ),
-        ];
-        for (name, kind, help, value) in numbers {
-            text.family(name, kind, help);
-            text.sample(name, &[], value);
-        }
         // A server has no round-trip time of its own.
         if !stats.rtt.is_zero() {
             let name = "udpack_rtt_seconds";
@@ -508,6 +395,30 @@ impl Exposition {
         let help = help.replace('\\', "\\\\").replace('\n', "\\n");
         self.line(format_args!("# HELP {name} {help}"));
         self.line(format_args!("# TYPE {name} {kind}"));
+    }
+
+    fn number(&mut self, name: &str, kind: &str, help: &str, value: u64) {
+        self.family(name, kind, help);
+        self.sample(name, &[], value);
+    }
+
+    fn words(&mut self, name: &str, label: &str, help: &str, words: &BTreeMap<&str, u64>) {
+        self.family(name, "counter", help);
+        for (word, count) in words {
+            self.sample(name, &[(label, word)], *count);
+        }
+    }
+
+    fn ends(&mut self, name: &str, help: &str, ends: &[Ends]) {
+        self.family(name, "counter", help);
+        for Ends { code, by, count } in ends {
+            let by = match by {
+                Side::Local => "local",
+                Side::Peer => "peer",
+                Side::Transport => "transport",
+            };
+            self.sample(name, &[("code", code), ("by", by)], *count);
+        }
     }
 
     fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: impl fmt::Display) {

@@ -28,7 +28,7 @@ macro_rules! codes {
 
             /// The code's name as the documentation spells it; `"application"` for the application's own
             /// codes, `"unknown"` for a code this version does not define.
-            pub fn name(self) -> &'static str {
+            pub const fn name(self) -> &'static str {
                 match self.0 {
                     $($value => $name,)*
                     value if value >= Self::APPLICATION => "application",
