@@ -30,10 +30,10 @@ use crate::transport::listener::Incoming;
 use crate::transport::on_path;
 use crate::transport::windows;
 use crate::transport::{Connection, SendStream, StreamError};
-use crate::trust::auth::{Deny, Hello};
+use crate::trust::auth::{Deny, Hello, Peer};
 use crate::wire::code::{CloseCode, CloseReason};
 use crate::wire::config::{FEW_STREAMS, Limits, PREAUTH_BYTES, VOLATILE_STREAMS};
-use crate::wire::control::{self, Decode, HelloMessage, ResumeGrant, Welcome};
+use crate::wire::control::{self, Decode, HelloMessage, ResumeGrant, ResumeRequest, Welcome};
 
 use super::{SHUTTING_DOWN, Shared, shutting_down};
 
@@ -353,7 +353,7 @@ async fn first_message(session: &Arc<Session>) -> Result<First, CloseReason> {
     }
 }
 
-/// Asks the verifier, grants the windows and sends `$welcome`.
+/// Asks the verifier, takes the client into its session or a new one, and sends `$welcome`.
 async fn enter(
     shared: &Shared,
     session: &Arc<Session>,
@@ -367,64 +367,35 @@ async fn enter(
         .guard
         .verify(hello, shared.timeouts.auth_failure, &shared.tally)
         .await
-        .map_err(|Deny { code, text }| CloseReason::local(code, text))?;
+        .map_err(denied)?;
     if shared.draining.load(Ordering::Relaxed) {
         return Err(CloseReason::local(CloseCode::SHUTTING_DOWN, SHUTTING_DOWN));
     }
-    let no_random = |_| CloseReason::local(CloseCode::INTERNAL, "no random numbers");
-    let back = match resume.as_ref().and_then(|resume| resume.session.as_ref()) {
-        Some(ticket) => Some(shared.come_back(ticket, &peer).await?),
-        None => None,
+    let Found {
+        session,
+        permit,
+        refused,
+    } = find(shared, session, resume.as_ref(), &peer).await?;
+    let (resume, reason) = match resume {
+        Some(_) if shared.timeouts.resume.is_zero() => (None, Some("off".to_owned())),
+        Some(_) => (Some(grant(shared, &session)?), refused),
+        None => (None, refused),
     };
-    let (session, back, reason) = match back {
-        Some(Ok((kept, permit))) => (kept, Some(permit), None),
-        Some(Err(reason)) => {
-            session.tally.word(Words::ResumesRefused, reason);
-            (session.clone(), None, Some(reason.to_owned()))
-        }
-        None => (session.clone(), None, None),
+    let back = permit.is_some();
+    let id = match back {
+        true => session.id(),
+        false => new_session_id().map_err(no_random)?,
     };
-    let window = shared.timeouts.resume;
-    let reason = match &resume {
-        Some(_) if window.is_zero() => Some("off".to_owned()),
-        _ => reason,
-    };
-    let resume = match resume {
-        Some(_) if !window.is_zero() => Some(ResumeGrant {
-            token: lock(&session.tickets)
-                .get_or_make()
-                .issue()
-                .map_err(no_random)?,
-            window,
-        }),
-        _ => None,
-    };
-    let id = match &back {
-        Some(_) => session.id(),
-        None => new_session_id().map_err(no_random)?,
-    };
-    let expires = match &back {
-        Some(_) => lifetime::renew(&session, peer)
-            .map_err(|Deny { code, text }| CloseReason::local(code, text))?,
-        None => {
-            let expires = peer.time_left();
-            let tenant = Tenant::peer(&peer);
-            let _ = session
-                .receive
-                .frames
-                .set(Box::new((shared.frames.clone(), tenant)));
-            session.peer.set(peer);
-            session.life.guarded_by(shared.guard.clone());
-            session.life.counts_for(expires);
-            expires
-        }
+    let expires = match back {
+        true => lifetime::renew(&session, peer).map_err(denied)?,
+        false => belong(shared, &session, peer),
     };
     let welcome = Welcome {
         session: id.to_string(),
         agent: shared.agent.clone(),
         frame: shared.limits.frame as u64,
         channels: u64::from(shared.limits.channels),
-        resumed: back.is_some(),
+        resumed: back,
         resume,
         reason,
         expires,
@@ -433,10 +404,8 @@ async fn enter(
     let bytes = control::encode_welcome(&welcome, &shared.limits, &shared.timeouts)
         .map_err(|error| CloseReason::local(CloseCode::INTERNAL, error.to_string()))?;
     if let Some(frame) = frame {
-        session
-            .receive
-            .peer_frame
-            .store(frame.min(u64::from(u32::MAX)), Ordering::Relaxed);
+        let peer_frame = &session.receive.peer_frame;
+        peer_frame.store(frame.min(u64::from(u32::MAX)), Ordering::Relaxed);
     }
     let _ = session.agent.set(agent);
     session.set_welcome(welcome);
@@ -457,10 +426,72 @@ async fn enter(
             "the control stream was stopped before $welcome",
         ),
     })?;
-    Ok(match back {
+    Ok(match permit {
         Some(permit) => Admitted::Back(control, session, permit),
         None => Admitted::New(control),
     })
+}
+
+/// The session of a client that was let in.
+struct Found {
+    session: Arc<Session>,
+    /// It is the one that the client came back to.
+    permit: Option<mpsc::OwnedPermit<Box<Link>>>,
+    /// Why it is not, although the client wanted to come back.
+    refused: Option<String>,
+}
+
+/// Finds the session that the client comes back to; `fresh` where there is none.
+async fn find(
+    shared: &Shared,
+    fresh: &Arc<Session>,
+    resume: Option<&ResumeRequest>,
+    peer: &Peer,
+) -> Result<Found, CloseReason> {
+    let mut found = Found {
+        session: fresh.clone(),
+        permit: None,
+        refused: None,
+    };
+    if let Some(ticket) = resume.and_then(|resume| resume.session.as_ref()) {
+        match shared.come_back(ticket, peer).await? {
+            Ok((kept, permit)) => (found.session, found.permit) = (kept, Some(permit)),
+            Err(reason) => {
+                fresh.tally.word(Words::ResumesRefused, reason);
+                found.refused = Some(reason.to_owned());
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// What the client needs to come back later.
+fn grant(shared: &Shared, session: &Session) -> Result<ResumeGrant, CloseReason> {
+    let token = lock(&session.tickets).get_or_make().issue();
+    Ok(ResumeGrant {
+        token: token.map_err(no_random)?,
+        window: shared.timeouts.resume,
+    })
+}
+
+/// Makes a new session this peer's; says how long its token stays good.
+fn belong(shared: &Shared, session: &Session, peer: Peer) -> Option<Duration> {
+    let expires = peer.time_left();
+    let tenant = Tenant::peer(&peer);
+    let frames = &session.receive.frames;
+    let _ = frames.set(Box::new((shared.frames.clone(), tenant)));
+    session.peer.set(peer);
+    session.life.guarded_by(shared.guard.clone());
+    session.life.counts_for(expires);
+    expires
+}
+
+fn denied(Deny { code, text }: Deny) -> CloseReason {
+    CloseReason::local(code, text)
+}
+
+fn no_random(_: aws_lc_rs::error::Unspecified) -> CloseReason {
+    CloseReason::local(CloseCode::INTERNAL, "no random numbers")
 }
 
 /// A random name: 32 hexadecimal digits.
