@@ -21,7 +21,7 @@ use tracing::field::Empty;
 use crate::base::Rate;
 use crate::base::lock;
 use crate::channel::Channel;
-use crate::channel::carrier::{CONFIRM, ChannelKey, WISHED};
+use crate::channel::carrier::{CONFIRM, ChannelKey, Line, WISHED};
 use crate::channel::inbox::{Ending, Inbox};
 use crate::channel::resume::{Mismatch, Seen};
 use crate::metrics::{Count, Tally, Words};
@@ -32,7 +32,7 @@ use crate::session::streams::serve_stream;
 use crate::session::{Leaving, Session, give_up, or_around};
 use crate::transport::on_path;
 use crate::transport::windows;
-use crate::transport::{Connection, Endpoint, SendStream, StreamError};
+use crate::transport::{Connection, Endpoint, RecvStream, SendStream, StreamError};
 use crate::wire::code::{CloseCode, CloseReason, Side};
 use crate::wire::config::USED_STREAMS;
 use crate::wire::control::{
@@ -283,6 +283,14 @@ impl Comeback {
         }
     }
 
+    /// What the end of a connection for this reason is to its session.
+    fn after(&self, reason: CloseReason) -> Outcome {
+        match self.survives(&reason) {
+            true => Outcome::Lost(reason),
+            false => Outcome::Over(reason),
+        }
+    }
+
     /// How long a client waits at most when a server asks it to.
     fn patience(&self) -> Duration {
         match self {
@@ -337,6 +345,49 @@ enum Act<'a> {
 impl<'a> Act<'a> {
     fn work(work: impl Future<Output = Option<Outcome>> + Send + 'a) -> Self {
         Self::Work(Box::pin(work))
+    }
+}
+
+/// What a driver knows of the connection that it serves.
+struct Present {
+    /// How long a client waits at most when a server asks it to.
+    patience: Duration,
+    /// Streams that the peer has opened, until they are as many as say that it needs them all.
+    opened: u32,
+    /// When what has gathered is confirmed.
+    confirm_at: Option<Instant>,
+    /// When the session moves to the next server.
+    move_at: Option<Instant>,
+}
+
+impl Present {
+    fn begin(session: &Session, conn: &Connection, comeback: &Comeback) -> Self {
+        // The control stream is one of the server's.
+        let mut opened = u32::from(!session.client);
+        if session.kept_theirs() > 0 {
+            // They come back all at once.
+            opened = USED_STREAMS;
+            permit_all(session, conn);
+        }
+        Self {
+            patience: comeback.patience(),
+            opened,
+            confirm_at: None,
+            move_at: None,
+        }
+    }
+
+    /// The server may have said that it goes away. Until the session's turn channels go on; new ones wait for the next
+    /// server.
+    fn prepare_to_move(&mut self, session: &Session) {
+        if let Some(leaving) = lock(&session.received_goaway).as_deref()
+            && self.move_at != Some(leaving.turn)
+        {
+            self.move_at = Some(leaving.turn);
+            session.set_up(None);
+            let state = SocketState::GoingAway(leaving.goaway.clone());
+            session.states.set(state);
+        }
     }
 }
 
@@ -421,27 +472,8 @@ impl Driver {
             conn.close_because(reason);
             return Outcome::Over(reason.clone());
         }
-        self.stage = match session.welcome() {
-            None if session.client => Stage::Greeting,
-            _ if self.resumed => Stage::Listing,
-            _ => Stage::Open,
-        };
-        if self.resumed {
-            let open = session.kept_own().iter().map(|pipe| pipe.key.id).collect();
-            if let Some(frame) = control::encode(&Channels { open }) {
-                Box::pin(control.write(&session, &mut [frame])).await;
-            }
-        }
-        let patience = comeback.patience();
-        let mut confirm_at = None;
-        let mut move_at: Option<Instant> = None;
-        // The control stream is one of the server's.
-        let mut opened = u32::from(!session.client);
-        if session.kept_theirs() > 0 {
-            // They come back all at once.
-            opened = USED_STREAMS;
-            permit_all(&session, &conn);
-        }
+        self.begin(control).await;
+        let mut present = Present::begin(&session, &conn, comeback);
         control.inbox.rest();
         let mut volatile = pin!(crate::session::volatile::serve(&session, &conn));
         // A server looks at all its connections in one go.
@@ -455,74 +487,23 @@ impl Driver {
                         Act::Wait
                     }
                     stream = conn.accept_bi() => match stream {
-                        // QUIC hands out what had come before the end.
-                        Ok(_) if session.end.get().is_some() => Act::Wait,
-                        Ok((send, recv)) => {
-                            if self.rate.take() {
-                                opened = opened.saturating_add(1);
-                                if opened == USED_STREAMS {
-                                    permit_all(&session, &conn);
-                                }
-                                let span = tracing::debug_span!("channel", name = Empty, id = Empty);
-                                let serve = serve_stream(
-                                    session.clone(),
-                                    self.registry.clone(),
-                                    self.incoming.clone(),
-                                    (conn.clone(), link),
-                                    send,
-                                    recv,
-                                    span.clone(),
-                                );
-                                let span = or_around(span, tracing::Span::current());
-                                channels.spawn(serve.instrument(span));
-                            } else {
-                                let text = format!("more than {} channels a second", session.limits.channel_rate);
-                                session.abort(CloseReason::local(CloseCode::RATE_LIMITED, text));
-                            }
+                        Ok(stream) => {
+                            self.accept((&conn, link), stream, &mut present, channels);
                             Act::Wait
                         }
-                        Err(error) => {
-                            let reason = session.reason_for(&error);
-                            Act::Over(if comeback.survives(&reason) {
-                                Outcome::Lost(reason)
-                            } else {
-                                Outcome::Over(reason)
-                            })
-                        }
+                        Err(error) => Act::Over(comeback.after(session.reason_for(&error))),
                     },
                     message = poll_fn(|cx| control.inbox.poll_first(cx, &session, &session.counters)) => {
-                        match on_control(&session, &mut self.stage, patience, message) {
-                            None => {
-                                if matches!(comeback, Comeback::Dialled(_))
-                                    && let Some(leaving) = lock(&session.received_goaway).as_deref()
-                                    && move_at != Some(leaving.turn)
-                                {
-                                    // Until then channels go on; new ones wait for the next server.
-                                    move_at = Some(leaving.turn);
-                                    session.set_up(None);
-                                    let state = SocketState::GoingAway(leaving.goaway.clone());
-                                    session.states.set(state);
-                                }
-                                Act::Wait
-                            }
-                            // The control stream may tell of a lost connection before the connection does.
-                            Some(reason) if reason.by != Side::Local && comeback.survives(&reason) => {
-                                // It will not be there for us, but perhaps another is.
-                                conn.close_because(&reason);
-                                Act::Over(Outcome::Lost(reason))
-                            }
-                            Some(reason) => Act::work(async {
-                                Some(take_leave(&session, &conn, reason).await)
-                            }),
-                        }
-                    },
+                        self.hear((&session, &conn), message, &mut present, comeback)
+                    }
                     () = session.wake.wait(WISHED) => Act::work(carry_out(&session, &conn, control)),
                     () = session.wake.wait(CONFIRM) => {
-                        confirm_at.get_or_insert_with(|| Instant::now() + CONFIRM_DELAY);
+                        let soon = || Instant::now() + CONFIRM_DELAY;
+                        present.confirm_at.get_or_insert_with(soon);
                         Act::Wait
                     },
-                    () = at(confirm_at) => {
-                        confirm_at = None;
+                    () = at(present.confirm_at) => {
+                        present.confirm_at = None;
                         Act::work(async {
                             confirm(&session, control).await;
                             None
@@ -534,17 +515,9 @@ impl Driver {
                         Act::Wait
                     }
                     link = comeback.replaced() => Act::Over(Outcome::Replaced(link)),
-                    () = at(move_at) => {
-                        let reason = CloseReason::new(
-                            CloseCode::MOVED,
-                            "the server goes away; open the channel again",
-                            Side::Transport,
-                        );
-                        session.finish_channels_because(&reason);
-                        Act::work(async {
-                            Some(self.leave(control, channels, patience, reason).await)
-                        })
-                    },
+                    () = at(present.move_at) => Act::work(async {
+                        Some(self.leave(control, channels, present.patience).await)
+                    }),
                     frame = self.lifetime.next() => Act::work(async {
                         control.write(&session, &mut [frame]).await;
                         None
@@ -566,16 +539,99 @@ impl Driver {
         }
     }
 
-    /// Serves a connection whose channels are ending, until they have ended, and takes leave of it.
+    /// Finds out what comes first on the control stream of a connection, and says what is ours to say first.
+    async fn begin(&mut self, control: &mut Control) {
+        let session = &self.session;
+        self.stage = match session.welcome() {
+            None if session.client => Stage::Greeting,
+            _ if self.resumed => Stage::Listing,
+            _ => Stage::Open,
+        };
+        if self.resumed {
+            let open = session.kept_own().iter().map(|pipe| pipe.key.id).collect();
+            if let Some(frame) = control::encode(&Channels { open }) {
+                Box::pin(control.write(session, &mut [frame])).await;
+            }
+        }
+    }
+
+    /// Takes a stream that the peer has opened.
+    fn accept(
+        &mut self,
+        (conn, link): (&Arc<Line>, u64),
+        (send, recv): (SendStream, RecvStream),
+        present: &mut Present,
+        channels: &mut JoinSet<()>,
+    ) {
+        let session = &self.session;
+        // QUIC hands out what had come before the end.
+        if session.end.get().is_some() {
+            return;
+        }
+        if !self.rate.take() {
+            let most = session.limits.channel_rate;
+            let text = format!("more than {most} channels a second");
+            session.abort(CloseReason::local(CloseCode::RATE_LIMITED, text));
+            return;
+        }
+        present.opened = present.opened.saturating_add(1);
+        if present.opened == USED_STREAMS {
+            permit_all(session, conn);
+        }
+        let span = tracing::debug_span!("channel", name = Empty, id = Empty);
+        let serve = serve_stream(
+            session.clone(),
+            self.registry.clone(),
+            self.incoming.clone(),
+            (conn.clone(), link),
+            send,
+            recv,
+            span.clone(),
+        );
+        let span = or_around(span, tracing::Span::current());
+        channels.spawn(serve.instrument(span));
+    }
+
+    /// Acts on a message of the control stream, or on the stream's end.
+    fn hear<'a>(
+        &mut self,
+        (session, conn): (&'a Session, &'a Connection),
+        message: Result<Message, Ending>,
+        present: &mut Present,
+        comeback: &Comeback,
+    ) -> Act<'a> {
+        match on_control(session, &mut self.stage, present.patience, message) {
+            None => {
+                if let Comeback::Dialled(_) = comeback {
+                    present.prepare_to_move(session);
+                }
+                Act::Wait
+            }
+            // The control stream may tell of a lost connection before the connection does.
+            Some(reason) if reason.by != Side::Local && comeback.survives(&reason) => {
+                // It will not be there for us, but perhaps another is.
+                conn.close_because(&reason);
+                Act::Over(Outcome::Lost(reason))
+            }
+            Some(reason) => Act::work(async move { Some(take_leave(session, conn, reason).await) }),
+        }
+    }
+
+    /// Ends the channels of a connection, serves it until they have ended, and takes leave of it.
     async fn leave(
         &mut self,
         control: &mut Control,
         channels: &mut JoinSet<()>,
         patience: Duration,
-        reason: CloseReason,
     ) -> Outcome {
         let session = &self.session.clone();
         let conn = session.conn();
+        let reason = CloseReason::new(
+            CloseCode::MOVED,
+            "the server goes away; open the channel again",
+            Side::Transport,
+        );
+        session.finish_channels_because(&reason);
         let ended = session.all_channels_done();
         let mut ended = std::pin::pin!(ended);
         loop {
