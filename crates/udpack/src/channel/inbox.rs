@@ -52,27 +52,93 @@ struct State {
     decided: Lazy<Decided>,
     decoder: FrameDecoder,
     room: Lazy<Room>,
-    /// Chunks taken from QUIC and not yet decoded.
-    chunks: VecDeque<Bytes>,
-    /// QUIC had as many as were asked for.
-    more: bool,
-    backlog: VecDeque<Message>,
-    backlog_bytes: usize,
+    unread: Unread,
+    backlog: Backlog,
     /// Requests of both sides, and what came for them.
     calls: Lazy<Calls>,
     end: Option<Ending>,
-    timer: Option<Box<Timer>>,
+    progress: Progress,
     /// The earliest deadline of requests that are waited for, or one that was.
     alarm: Option<Pin<Box<Sleep>>>,
+    /// Messages that the tally does not hold yet.
+    uncounted: u64,
+    waiters: Arc<Waiters>,
+    waker: Waker,
+}
+
+/// What was taken from QUIC and is not decoded.
+#[derive(Default)]
+struct Unread {
+    chunks: VecDeque<Bytes>,
+    /// QUIC had as many as were asked for.
+    more: bool,
+}
+
+/// Messages that came while somebody waited for something else, and stand before what is read next.
+#[derive(Default)]
+struct Backlog {
+    messages: VecDeque<Message>,
+    bytes: usize,
+}
+
+impl Backlog {
+    fn push(&mut self, message: Message) {
+        self.bytes += message.len();
+        self.messages.push_back(message);
+    }
+
+    fn pop(&mut self) -> Option<Message> {
+        let message = self.messages.pop_front()?;
+        self.bytes -= message.len();
+        Some(message)
+    }
+
+    /// Takes out the request with this id; says whether it was here.
+    fn remove(&mut self, id: u64) -> bool {
+        let waits = |message: &Message| message.id() == Some(id);
+        let at = self.messages.iter().position(waits);
+        let message = at.and_then(|at| self.messages.remove(at));
+        self.bytes -= message.as_ref().map_or(0, Message::len);
+        message.is_some()
+    }
+}
+
+/// How an unfinished frame grows: by too little for too long is a fault of the peer.
+#[derive(Default)]
+struct Progress {
+    timer: Option<Box<Timer>>,
     /// Bytes received in all, and how many there were when the timer was set.
     received: u64,
     mark: u64,
     /// A frame was completed since the timer was last looked at.
     completed: bool,
-    /// Messages that the tally does not hold yet.
-    uncounted: u64,
-    waiters: Arc<Waiters>,
-    waker: Waker,
+}
+
+impl Progress {
+    /// Ready when the frame has grown by too little for a period.
+    fn poll(&mut self, cx: &mut Context<'_>, carrier: &Carrier) -> Poll<()> {
+        if std::mem::take(&mut self.completed) || self.timer.is_none() {
+            self.mark = self.received;
+            let conn = carrier.conn();
+            let half = on_path(carrier.timeouts.frame, &conn) / 2;
+            let heard = Heard::new(&conn);
+            match &mut self.timer {
+                Some(timer) => timer.restart(half, heard),
+                None => self.timer = Some(Box::new(Timer::new(half, heard))),
+            }
+        }
+        while let Some(timer) = &mut self.timer {
+            if !std::task::ready!(timer.poll_period(cx, carrier)) {
+                continue;
+            }
+            let least = MIN_FRAME_RATE.saturating_mul(carrier.timeouts.frame.as_secs().max(1));
+            if self.received - self.mark < least {
+                return Poll::Ready(());
+            }
+            self.mark = self.received;
+        }
+        Poll::Pending
+    }
 }
 
 /// The time of an unfinished frame, in halves of a period.
@@ -209,17 +275,12 @@ impl Inbox {
             decided: Lazy::default(),
             decoder: FrameDecoder::new(frame_limit),
             room: Lazy::default(),
-            chunks: VecDeque::new(),
-            more: false,
-            backlog: VecDeque::new(),
-            backlog_bytes: 0,
+            unread: Unread::default(),
+            backlog: Backlog::default(),
             calls: Lazy::default(),
             end: None,
-            timer: None,
+            progress: Progress::default(),
             alarm: None,
-            received: 0,
-            mark: 0,
-            completed: false,
             uncounted: 0,
             waiters: waiters.clone(),
             waker,
@@ -248,7 +309,7 @@ impl Inbox {
         let mut state = lock(&self.state);
         state.stream = None;
         // What was not decoded is not counted: the peer sends it again.
-        state.chunks = VecDeque::new();
+        state.unread.chunks = VecDeque::new();
         state.forget_frame();
         state.resume.as_mut().map_or(0, |count| {
             count.told = count.frames;
@@ -268,7 +329,7 @@ impl Inbox {
             None => {
                 state.decoder = next.decoder;
                 state.room = next.room;
-                state.chunks = next.chunks;
+                state.unread.chunks = next.unread.chunks;
                 state.stream = next.stream;
                 drop(state);
                 self.waiters.wake_by_ref();
@@ -312,7 +373,7 @@ impl Inbox {
         serve: Option<&mut Option<Begun>>,
     ) -> Poll<Result<Message, Ending>> {
         let mut state = lock(&self.state);
-        if !state.backlog.is_empty()
+        if !state.backlog.messages.is_empty()
             && let Some(message) = state.next_waiting(carrier)
         {
             state.handed_out(&message, serve);
@@ -418,7 +479,7 @@ impl Inbox {
                 stream.stop(code);
             }
             state.end = Some(ending);
-            state.chunks = VecDeque::new();
+            state.unread.chunks = VecDeque::new();
             state.forget_frame();
             state.alarm = None;
             drop(state);
@@ -428,7 +489,7 @@ impl Inbox {
 
     /// Lets go of memory that is only kept to be used again, before a time in which little comes.
     pub(crate) fn rest(&self) {
-        lock(&self.state).chunks.shrink_to_fit();
+        lock(&self.state).unread.chunks.shrink_to_fit();
     }
 
     pub(crate) fn ending(&self) -> Option<Ending> {
@@ -443,9 +504,9 @@ impl State {
             carrier.limits.backlog_messages,
             carrier.limits.backlog_bytes,
         );
-        if self.backlog.len() >= messages {
+        if self.backlog.messages.len() >= messages {
             full(messages, "messages")
-        } else if self.backlog_bytes + self.calls.get().map_or(0, Calls::waiting) >= bytes {
+        } else if self.backlog.bytes + self.calls.get().map_or(0, Calls::waiting) >= bytes {
             full(bytes, "bytes")
         } else {
             None
@@ -454,18 +515,16 @@ impl State {
 
     /// Keeps a message for the next `recv`.
     fn put_back(&mut self, message: Message) {
-        self.backlog_bytes += message.len();
         if let Some(id) = message.id() {
             self.calls.get_or_make().queued(id);
         }
-        self.backlog.push_back(message);
+        self.backlog.push(message);
     }
 
     /// The first message of the backlog, with the marks before it passed.
     #[cold]
     fn next_waiting(&mut self, carrier: &Carrier) -> Option<Message> {
-        while let Some(message) = self.backlog.pop_front() {
-            self.backlog_bytes -= message.len();
+        while let Some(message) = self.backlog.pop() {
             if !ProtocolEvent::Mark.is(&message) {
                 return Some(message);
             }
@@ -568,11 +627,7 @@ impl State {
 
     /// The peer gave a request up: if nobody has taken it yet, nobody need.
     fn cancelled(&mut self, id: u64) {
-        let waits = |message: &Message| message.id() == Some(id);
-        if let Some(message) =
-            (self.backlog.iter().position(waits)).and_then(|at| self.backlog.remove(at))
-        {
-            self.backlog_bytes -= message.len();
+        if self.backlog.remove(id) {
             self.calls.get_or_make().answered(id);
         }
     }
@@ -629,7 +684,7 @@ impl State {
         self.came(body.len(), carrier);
         if let Some(room) = self.room.get_mut()
             && self.decoder.is_drained()
-            && self.chunks.is_empty()
+            && self.unread.chunks.is_empty()
         {
             room.place = None;
         }
@@ -642,7 +697,7 @@ impl State {
     /// A frame with a body of so many bytes is complete.
     #[inline(always)]
     fn came(&mut self, len: usize, carrier: &Carrier) {
-        self.completed = true;
+        self.progress.completed = true;
         if let Some(count) = &mut self.resume {
             count.frames += 1;
             count.bytes += len;
@@ -668,7 +723,7 @@ impl State {
             if let Err(end) = std::task::ready!(self.poll_room(carrier)) {
                 return Poll::Ready(Err(self.ended(end)));
             }
-            if let Some(chunk) = self.chunks.pop_front() {
+            if let Some(chunk) = self.unread.chunks.pop_front() {
                 self.decoder.push(chunk);
                 match self.decode(carrier) {
                     Some(decoded) => return Poll::Ready(decoded),
@@ -690,7 +745,7 @@ impl State {
                     return Poll::Ready(Err(self.ended(end)));
                 }
                 Poll::Ready(Ok(bytes)) => {
-                    self.received += bytes as u64;
+                    self.progress.received += bytes as u64;
                     counters.received(bytes as u64);
                     carrier.read(bytes as u64);
                 }
@@ -751,7 +806,7 @@ impl State {
             return Poll::Ready(Ok(()));
         };
         // It is not the peer who is late.
-        self.timer = None;
+        self.progress.timer = None;
         let taken = std::task::ready!(turn.as_mut().poll(&mut Context::from_waker(&self.waker)));
         room.turn = None;
         match taken {
@@ -767,12 +822,12 @@ impl State {
     fn forget_frame(&mut self) {
         self.decoder = FrameDecoder::new(0);
         self.room = Lazy::default();
-        self.timer = None;
+        self.progress.timer = None;
     }
 
     /// Takes what QUIC has; 0 at the end of the stream.
     fn poll_read(&mut self, carrier: &Carrier) -> Poll<Result<usize, Ending>> {
-        if self.more {
+        if self.unread.more {
             self.poll_chunks::<CHUNKS>(carrier)
         } else {
             self.poll_chunks::<FEW_CHUNKS>(carrier)
@@ -794,14 +849,14 @@ impl State {
                 None => return Poll::Pending,
             },
         };
-        self.more = false;
+        self.unread.more = false;
         match std::task::ready!(read) {
             Ok(Some(count)) => {
-                self.more = count == N;
+                self.unread.more = count == N;
                 let mut bytes = 0;
                 for chunk in chunks.into_iter().take(count) {
                     bytes += chunk.len();
-                    self.chunks.push_back(chunk);
+                    self.unread.chunks.push_back(chunk);
                 }
                 Poll::Ready(Ok(bytes))
             }
@@ -842,33 +897,11 @@ impl State {
             if self.room.get().is_some() {
                 self.room = Lazy::default();
             }
-            self.timer = None;
+            self.progress.timer = None;
             return Poll::Pending;
         }
-        let fresh = std::mem::take(&mut self.completed) || self.timer.is_none();
-        if fresh {
-            self.mark = self.received;
-            let conn = carrier.conn();
-            let half = on_path(carrier.timeouts.frame, &conn) / 2;
-            let heard = Heard::new(&conn);
-            match &mut self.timer {
-                Some(timer) => timer.restart(half, heard),
-                None => self.timer = Some(Box::new(Timer::new(half, heard))),
-            }
-        }
-        let waker = self.waker.clone();
-        let mut cx = Context::from_waker(&waker);
-        while let Some(timer) = &mut self.timer {
-            if !std::task::ready!(timer.poll_period(&mut cx, carrier)) {
-                continue;
-            }
-            let least = MIN_FRAME_RATE.saturating_mul(carrier.timeouts.frame.as_secs().max(1));
-            if self.received - self.mark < least {
-                return Poll::Ready(());
-            }
-            self.mark = self.received;
-        }
-        Poll::Pending
+        self.progress
+            .poll(&mut Context::from_waker(&self.waker), carrier)
     }
 
     /// Ready at this time. One timer serves all who wait, and is only moved for who comes before the others: to set one
@@ -893,7 +926,7 @@ impl State {
         if let (Ending::Violation(reason), Some(stream)) = (&end, &mut self.stream) {
             stream.stop(reason.code);
         }
-        self.timer = None;
+        self.progress.timer = None;
         self.alarm = None;
         self.room = Lazy::default();
         self.end.get_or_insert(end).clone()

@@ -65,19 +65,12 @@ pub(crate) struct Outbox {
 
 #[derive(Debug)]
 struct State {
-    segments: VecDeque<Segment>,
-    tail: BytesMut,
-    tail_messages: usize,
+    frames: Frames,
     queued_bytes: usize,
     queued_messages: usize,
-    /// Numbers of those who wait for room, drawn from `overflow`: nothing that came to it later goes before them.
+    /// Numbers of those who wait for room, drawn from those of the rooms: nothing that came to it later goes before them.
     waiting: BTreeSet<u64>,
-    /// Messages of rooms that found no room here, or wait until the peer has read those before them.
-    overflow: Overflowing,
-    /// How far the peer is behind with them; in rooms, where it tells.
-    pace: Option<Box<Pace>>,
-    /// The channel's place in its rooms, given up with the channel.
-    seat: Option<Seat>,
+    rooms: Membership,
     /// The writer sleeps and wants to be woken.
     idle: bool,
     /// Its stream meanwhile, of the present epoch.
@@ -95,6 +88,32 @@ struct State {
     refused: bool,
     /// Which stream the queue goes to; a writer of an earlier one stops.
     epoch: u64,
+}
+
+/// What the channel is for its rooms.
+#[derive(Debug, Default)]
+struct Membership {
+    /// Messages that found no room in the queue, or wait until the peer has read those before them.
+    overflow: Overflowing,
+    /// How far the peer is behind with them, where it tells.
+    pace: Option<Box<Pace>>,
+    /// The channel's place in them, given up with the channel.
+    seat: Option<Seat>,
+}
+
+impl Membership {
+    /// Whether one more message may go; always where it does not count what is unread.
+    fn may_send(&self, unread: Option<u64>) -> bool {
+        match (&self.pace, unread) {
+            (Some(pace), Some(unread)) => pace.may_send(unread),
+            _ => true,
+        }
+    }
+
+    /// One message goes now; behind this mark, if it is time for one.
+    fn goes(&mut self, unread: Option<u64>) -> Option<u64> {
+        self.pace.as_mut()?.send(unread?)
+    }
 }
 
 #[derive(Debug)]
@@ -146,6 +165,62 @@ struct Segment {
     messages: usize,
 }
 
+/// Frames that are to be written, in their order.
+#[derive(Debug, Default)]
+struct Frames {
+    segments: VecDeque<Segment>,
+    /// Where small ones gather, behind the segments.
+    tail: BytesMut,
+    tail_messages: usize,
+}
+
+impl Frames {
+    /// One more message stands in the tail.
+    fn grew(&mut self) {
+        self.tail_messages += 1;
+        if self.tail.len() >= SEGMENT {
+            self.cut_tail();
+        }
+    }
+
+    fn cut_tail(&mut self) {
+        if !self.tail.is_empty() {
+            let bytes = self.tail.split().freeze();
+            let messages = std::mem::take(&mut self.tail_messages);
+            self.push(bytes, messages);
+        }
+    }
+
+    fn push(&mut self, bytes: Bytes, messages: usize) {
+        self.segments.push_back(Segment { bytes, messages });
+    }
+
+    /// The next piece to be written, no longer than a turn.
+    fn piece(&mut self) -> Option<Segment> {
+        if self.segments.is_empty() {
+            self.cut_tail();
+        }
+        let mut segment = self.segments.pop_front()?;
+        if segment.bytes.len() > TURN {
+            let bytes = segment.bytes.split_off(TURN);
+            // The messages in it count as sent with its last piece.
+            let messages = std::mem::take(&mut segment.messages);
+            self.segments.push_front(Segment { bytes, messages });
+        }
+        Some(segment)
+    }
+
+    /// Bytes and messages.
+    fn size(&self) -> (usize, usize) {
+        let tail = (self.tail.len(), self.tail_messages);
+        self.segments
+            .iter()
+            .fold(tail, |(bytes, messages), segment| {
+                (bytes + segment.bytes.len(), messages + segment.messages)
+            })
+    }
+}
+
 #[derive(Debug)]
 enum Phase {
     Open,
@@ -188,15 +263,11 @@ impl Outbox {
     ) -> Arc<Self> {
         Arc::new(Self {
             state: Mutex::new(State {
-                segments: VecDeque::new(),
-                tail: BytesMut::new(),
-                tail_messages: 0,
+                frames: Frames::default(),
                 queued_bytes: 0,
                 queued_messages: 0,
                 waiting: BTreeSet::new(),
-                overflow: Overflowing::default(),
-                pace: None,
-                seat: None,
+                rooms: Membership::default(),
                 idle: false,
                 lent: None,
                 heard: 0,
@@ -279,25 +350,22 @@ impl Outbox {
         limit: usize,
     ) -> Result<(), PushError> {
         self.when_room(|state| {
-            let size =
-                message::encode_bulk(&mut state.tail, event, header, key, payload.len(), limit)?;
+            let tail = &mut state.frames.tail;
+            let size = message::encode_bulk(tail, event, header, key, payload.len(), limit)?;
             if payload.len() <= COPY_LIMIT {
                 // Four times as much at once: to double it copies what is there more often.
-                let room = state.tail.capacity() - state.tail.len();
-                if room < payload.len() && state.tail.len() >= COPY_LIMIT {
-                    state.tail.reserve((3 * state.tail.len()).min(TURN));
+                let room = tail.capacity() - tail.len();
+                if room < payload.len() && tail.len() >= COPY_LIMIT {
+                    tail.reserve((3 * tail.len()).min(TURN));
                 }
-                state.tail.extend_from_slice(payload);
+                tail.extend_from_slice(payload);
                 state.grew(size);
                 return Ok(());
             }
             state.grew(size.saturating_sub(payload.len()));
-            state.cut_tail();
+            state.frames.cut_tail();
             state.queue(payload.len());
-            state.segments.push_back(Segment {
-                bytes: payload.clone(),
-                messages: 0,
-            });
+            state.frames.push(payload.clone(), 0);
             Ok(())
         })
         .await
@@ -332,22 +400,22 @@ impl Outbox {
         if state.check_open().is_err() {
             return Push::Over;
         }
-        let paced = state.pace.is_some() && !tag.replaces;
+        let paced = state.rooms.pace.is_some() && !tag.replaces;
         let unread = policy.unread().filter(|_| paced);
         if unread.is_none() {
             self.release(&mut state);
         }
         let fits = frame.len().saturating_sub(crate::wire::frame::PREFIX) <= limit;
         let push = if !fits {
-            state.overflow.lose(tag);
+            state.rooms.overflow.lose(tag);
             Push::Lost
         } else if state.waiting.is_empty()
-            && state.overflow.is_empty()
+            && state.rooms.overflow.is_empty()
             && self.has_room(&state)
-            && state.may_send(unread)
+            && state.rooms.may_send(unread)
         {
             state.goes(unread);
-            if direct && self.may_write(&state, frame.len()) && state.tail.is_empty() {
+            if direct && self.may_write(&state, frame.len()) && state.frames.tail.is_empty() {
                 state.count(frame.len());
                 if self.write_message(&mut state, frame.clone()) {
                     return Push::Queued { lost: 0 };
@@ -359,6 +427,7 @@ impl Outbox {
             return Push::Queued { lost: 0 };
         } else {
             state
+                .rooms
                 .overflow
                 .push(tag, frame, policy, unread, self.max_bytes)
         };
@@ -368,13 +437,13 @@ impl Outbox {
 
     /// The peer tells how far its program has come with the messages of rooms, so that their policies may go by it.
     pub(crate) fn set_paced(&self) {
-        lock(&self.state).pace.get_or_insert_default();
+        lock(&self.state).rooms.pace.get_or_insert_default();
     }
 
     /// The peer's program has come to this mark, over a path with this round trip.
     pub(crate) fn passed(&self, mark: u64, round_trip: Duration) {
         let mut state = lock(&self.state);
-        if let Some(pace) = &mut state.pace {
+        if let Some(pace) = &mut state.rooms.pace {
             pace.passed(mark, round_trip);
             self.refill(&mut state);
         }
@@ -386,7 +455,7 @@ impl Outbox {
         if state.check_open().is_err() {
             return Err(seat);
         }
-        state.seat = Some(seat);
+        state.rooms.seat = Some(seat);
         Ok(())
     }
 
@@ -417,7 +486,7 @@ impl Outbox {
         let mut state = lock(&self.state);
         state.check_open()?;
         self.release(&mut state);
-        if !self.has_room(&state) || !state.overflow.is_empty() {
+        if !self.has_room(&state) || !state.rooms.overflow.is_empty() {
             return Ok(false);
         }
         push(&mut state).map_err(PushError::Encode)?;
@@ -432,14 +501,14 @@ impl Outbox {
     fn write_now(&self, state: &mut State) -> bool {
         let (_, heard) = self.counters.totals();
         if heard == state.heard
-            || state.tail_messages != 1
-            || !self.may_write(state, state.tail.len())
+            || state.frames.tail_messages != 1
+            || !self.may_write(state, state.frames.tail.len())
         {
             return false;
         }
         state.heard = heard;
-        state.tail_messages = 0;
-        let message = std::mem::take(&mut state.tail).freeze();
+        state.frames.tail_messages = 0;
+        let message = std::mem::take(&mut state.frames.tail).freeze();
         self.write_message(state, message)
     }
 
@@ -449,17 +518,14 @@ impl Outbox {
         state.lent.is_some()
             && self.priority != Priority::Bulk
             && size <= COPY_LIMIT
-            && state.segments.is_empty()
+            && state.frames.segments.is_empty()
     }
 
     /// Writes one message, which is counted already and stands nowhere, to the stream of the sleeping writer.
     /// `false`: what is left of it is queued, for the writer.
     fn write_message(&self, state: &mut State, message: Bytes) -> bool {
         let Some(stream) = &mut state.lent else {
-            state.segments.push_back(Segment {
-                bytes: message,
-                messages: 1,
-            });
+            state.frames.push(message, 1);
             return false;
         };
         let copy = state.keep.is_some().then(|| message.clone());
@@ -490,7 +556,7 @@ impl Outbox {
         if bytes.is_empty() {
             return true;
         }
-        state.segments.push_back(Segment { bytes, messages: 1 });
+        state.frames.push(bytes, 1);
         false
     }
 
@@ -515,7 +581,7 @@ impl Outbox {
             {
                 let mut state = lock(&self.state);
                 state.check_open()?;
-                let first = state.overflow.first();
+                let first = state.rooms.overflow.first();
                 if self.has_room(&state) && first.is_none_or(|first| turn.number < first) {
                     push(&mut state).map_err(PushError::Encode)?;
                     self.wake(&mut state);
@@ -531,11 +597,11 @@ impl Outbox {
     fn refill(&self, state: &mut State) {
         let first_in_line = state.waiting.first().copied();
         while self.has_room(state)
-            && let Some((first, unread)) = state.overflow.head()
+            && let Some((first, unread)) = state.rooms.overflow.head()
             && first_in_line.is_none_or(|waiting| first < waiting)
         {
             // Who waits in line behind it is not to wait for the peer's program.
-            if first_in_line.is_none() && !state.may_send(unread) {
+            if first_in_line.is_none() && !state.rooms.may_send(unread) {
                 self.ask(state);
                 break;
             }
@@ -550,14 +616,14 @@ impl Outbox {
     /// nor overtake it.
     fn release(&self, state: &mut State) {
         if state.waiting.is_empty() {
-            while !state.overflow.is_empty() && self.has_room(state) {
+            while !state.rooms.overflow.is_empty() && self.has_room(state) {
                 self.take_over(state);
             }
         }
     }
 
     fn take_over(&self, state: &mut State) {
-        if let Some(out) = state.overflow.pop() {
+        if let Some(out) = state.rooms.overflow.pop() {
             state.goes(out.unread);
             state.append(&out.frame);
             self.wake(state);
@@ -566,7 +632,7 @@ impl Outbox {
 
     /// Messages wait until the peer has read others: it must tell when.
     fn ask(&self, state: &mut State) {
-        if let Some(mark) = state.pace.as_mut().and_then(|pace| pace.blocked()) {
+        if let Some(mark) = state.rooms.pace.as_mut().and_then(|pace| pace.blocked()) {
             state.mark(mark);
             self.wake(state);
         }
@@ -600,13 +666,13 @@ impl Outbox {
             state.phase = Phase::Finishing(last);
             state.why = why;
             // What waits beside the queue is bounded: it goes along.
-            while let Some(out) = state.overflow.pop() {
+            while let Some(out) = state.rooms.overflow.pop() {
                 state.append(&out.frame);
             }
             self.wake(&mut state);
             self.room.notify_waiters();
             // Leaving the rooms takes their locks.
-            let seat = state.seat.take();
+            let seat = state.rooms.seat.take();
             drop(state);
             drop(seat);
         }
@@ -640,8 +706,7 @@ impl Outbox {
         if matches!(state.phase, Phase::Ended(_)) {
             return;
         }
-        state.segments = VecDeque::new();
-        state.tail = BytesMut::new();
+        state.frames = Frames::default();
         let queued = state.queued_bytes;
         state.unqueue(queued);
         state.queued_messages = 0;
@@ -650,13 +715,11 @@ impl Outbox {
             _ => 0,
         };
         state.keep = None;
-        state.overflow = Overflowing::default();
-        state.pace = None;
+        let rooms = std::mem::take(&mut state.rooms);
         state.phase = Phase::Ended(result);
         let lent = state.lent.take();
-        let seat = state.seat.take();
         drop(state);
-        drop((lent, seat));
+        drop((lent, rooms));
         self.room.notify_waiters();
         self.ended.notify_waiters();
         self.work.notify_one();
@@ -704,12 +767,16 @@ impl Outbox {
         if let Some(keep) = &mut state.keep {
             let again = keep.retained.take();
             for bytes in again.into_iter().rev() {
-                state.segments.push_front(Segment { bytes, messages: 0 });
+                let messages = 0;
+                state
+                    .frames
+                    .segments
+                    .push_front(Segment { bytes, messages });
             }
         }
         state.idle = false;
         if matches!(state.phase, Phase::Open)
-            && let Some(mark) = state.pace.as_mut().and_then(|pace| pace.renew())
+            && let Some(mark) = state.rooms.pace.as_mut().and_then(|pace| pace.renew())
         {
             state.mark(mark);
         }
@@ -723,20 +790,10 @@ impl Outbox {
     pub(crate) fn forget(&self) {
         let mut state = lock(&self.state);
         if state.keep.is_some() {
-            let unsent = state
-                .segments
-                .iter()
-                .map(|segment| segment.bytes.len())
-                .sum::<usize>()
-                + state.tail.len();
-            let kept = state.queued_bytes.saturating_sub(unsent);
+            let (bytes, messages) = state.frames.size();
+            let kept = state.queued_bytes.saturating_sub(bytes);
             state.unqueue(kept);
-            state.queued_messages = state
-                .segments
-                .iter()
-                .map(|segment| segment.messages)
-                .sum::<usize>()
-                + state.tail_messages;
+            state.queued_messages = messages;
             state.keep = None;
             self.refill(&mut state);
             self.room.notify_waiters();
@@ -759,7 +816,7 @@ impl Outbox {
     pub(crate) fn stuck_at(&self) -> Option<u64> {
         let state = lock(&self.state);
         let keep = state.keep.as_ref()?;
-        let waits = !state.waiting.is_empty() || !state.overflow.is_empty();
+        let waits = !state.waiting.is_empty() || !state.rooms.overflow.is_empty();
         (waits && !self.has_room(&state)).then(|| keep.retained.confirmed())
     }
 
@@ -790,21 +847,9 @@ impl Outbox {
         }
         let (mut bytes, mut messages) = (0, 0);
         while batch.len() < BATCH {
-            if state.segments.is_empty() {
-                state.cut_tail();
-            }
-            let Some(mut segment) = state.segments.pop_front() else {
+            let Some(segment) = state.frames.piece() else {
                 break;
             };
-            if segment.bytes.len() > TURN {
-                let rest = segment.bytes.split_off(TURN);
-                // The messages in it count as sent with its last piece.
-                let messages = std::mem::take(&mut segment.messages);
-                state.segments.push_front(Segment {
-                    bytes: rest,
-                    messages,
-                });
-            }
             bytes += segment.bytes.len();
             messages += segment.messages;
             batch.push(segment.bytes);
@@ -818,11 +863,11 @@ impl Outbox {
             return Work::Batch {
                 bytes,
                 messages,
-                gaps: state.overflow.take_gaps(),
+                gaps: state.rooms.overflow.take_gaps(),
             };
         }
         // A quiet channel keeps no buffer.
-        state.tail = BytesMut::new();
+        state.frames.tail = BytesMut::new();
         match &mut state.phase {
             Phase::Finishing(last) => {
                 let last = last.take();
@@ -903,19 +948,9 @@ impl State {
         }
     }
 
-    /// Whether one more message of a room may go; always where it does not count what is unread.
-    fn may_send(&self, unread: Option<u64>) -> bool {
-        match (&self.pace, unread) {
-            (Some(pace), Some(unread)) => pace.may_send(unread),
-            _ => true,
-        }
-    }
-
     /// One message of a room goes now, behind a mark if it is time for one.
     fn goes(&mut self, unread: Option<u64>) {
-        if let (Some(pace), Some(unread)) = (&mut self.pace, unread)
-            && let Some(mark) = pace.send(unread)
-        {
+        if let Some(mark) = self.rooms.goes(unread) {
             self.mark(mark);
         }
     }
@@ -927,7 +962,7 @@ impl State {
 
     /// A place behind everything that waits now.
     fn join_line(&mut self) -> u64 {
-        let number = self.overflow.number();
+        let number = self.rooms.overflow.number();
         self.waiting.insert(number);
         number
     }
@@ -939,13 +974,13 @@ impl State {
         id: Option<u64>,
         limit: usize,
     ) -> Result<(), EncodeError> {
-        let size = message::encode(&mut self.tail, event, data, id, limit)?;
+        let size = message::encode(&mut self.frames.tail, event, data, id, limit)?;
         self.grew(size);
         Ok(())
     }
 
     fn raw(&mut self, event: &str, data: &[u8], id: u64, limit: usize) -> Result<(), EncodeError> {
-        let size = message::append_raw(&mut self.tail, event, data, id, limit)?;
+        let size = message::append_raw(&mut self.frames.tail, event, data, id, limit)?;
         self.grew(size);
         Ok(())
     }
@@ -958,24 +993,21 @@ impl State {
     /// One more message of `size` bytes stands in the tail.
     fn grew(&mut self, size: usize) {
         self.count(size);
-        self.tail_messages += 1;
-        if self.tail.len() >= SEGMENT {
-            self.cut_tail();
-        }
+        self.frames.grew();
     }
 
     fn copy(&mut self, frame: &[u8]) {
-        self.tail.extend_from_slice(frame);
+        self.frames.tail.extend_from_slice(frame);
         self.grew(frame.len());
     }
 
     /// Its memory is the tail's where that has none: a quiet channel's.
     fn take_frame(&mut self, frame: &mut BytesMut) {
-        if self.tail.capacity() > 0 {
+        if self.frames.tail.capacity() > 0 {
             return self.copy(frame);
         }
         let size = frame.len();
-        self.tail = std::mem::take(frame);
+        self.frames.tail = std::mem::take(frame);
         self.grew(size);
     }
 
@@ -983,23 +1015,9 @@ impl State {
         if bytes.len() <= COPY_LIMIT {
             self.copy(bytes);
         } else {
-            self.cut_tail();
+            self.frames.cut_tail();
             self.count(bytes.len());
-            self.segments.push_back(Segment {
-                bytes: bytes.clone(),
-                messages: 1,
-            });
-        }
-    }
-
-    fn cut_tail(&mut self) {
-        if !self.tail.is_empty() {
-            let bytes = self.tail.split().freeze();
-            self.segments.push_back(Segment {
-                bytes,
-                messages: self.tail_messages,
-            });
-            self.tail_messages = 0;
+            self.frames.push(bytes.clone(), 1);
         }
     }
 }
