@@ -13,7 +13,6 @@ use tokio::time::Instant;
 use tracing::Instrument;
 use tracing::field::Empty;
 
-use crate::base::lock;
 use crate::channel::inbox::Inbox;
 use crate::metrics::Tally;
 use crate::metrics::speed::Counters;
@@ -369,7 +368,7 @@ impl Dialler {
         let mut wait = Duration::ZERO;
         if moved {
             begin += 1;
-        } else if let Some(leaving) = lock(&session.received_goaway).take() {
+        } else if let Some(leaving) = session.departure.forget() {
             begin += 1;
             wait = leaving.turn.saturating_duration_since(Instant::now());
         }

@@ -82,39 +82,62 @@ struct Shared {
     fingerprint: Fingerprint,
     certificates: Arc<CertificateSource>,
     guard: Arc<Guard>,
-    registry: Arc<Registry>,
-    on_socket: Option<SocketHandler>,
+    service: Service,
     limits: Arc<Limits>,
     timeouts: Arc<Timeouts>,
     agent: String,
     counters: Arc<Counters>,
-    /// Sessions that a client may come back to, by id.
-    kept: Mutex<HashMap<String, Kept>>,
-    /// How many of them have no connection.
-    detached: Arc<AtomicUsize>,
+    sessions: Sessions,
     tally: Arc<Tally>,
-    /// Wire numbers of the sockets that are gone.
-    past: Mutex<Stats>,
+    sockets: Roster,
+    places: Places,
+    log_limit: LogLimit,
+    draining: AtomicBool,
+    tasks: TaskTracker,
+}
+
+/// What a socket is given to when it is admitted.
+struct Service {
+    registry: Arc<Registry>,
+    on_socket: Option<SocketHandler>,
     rooms: Rooms,
     /// The same, as each session has it.
     attached: Arc<dyn Attached>,
-    sockets: Mutex<Sockets>,
-    /// Places for sockets, by address.
-    places: Pool,
+    accept_queue: mpsc::Sender<Socket>,
+    /// Somebody takes sockets off that queue.
+    pull: AtomicBool,
+}
+
+/// Sessions that a client may come back to.
+#[derive(Default)]
+struct Sessions {
+    /// By id.
+    kept: Mutex<HashMap<String, Kept>>,
+    /// How many of them have no connection.
+    detached: Arc<AtomicUsize>,
+}
+
+/// What connections take up.
+struct Places {
+    /// Those for sockets, by address.
+    sockets: Pool,
+    /// Those for peers that are not admitted yet, by address.
+    handshakes: Pool,
+    /// Those for refusals with a text.
+    farewells: Pool,
     /// Bytes for large frames that come in pieces, by token.
     frames: Pool,
     /// What the sockets' windows may grow by.
-    pool: Arc<windows::Pool>,
-    socket_ended: Notify,
-    /// Places for peers that are not admitted yet, by address.
-    handshakes: Pool,
-    /// Places for refusals with a text.
-    farewells: Pool,
-    log_limit: LogLimit,
-    draining: AtomicBool,
-    pull: AtomicBool,
-    accept_queue: mpsc::Sender<Socket>,
-    tasks: TaskTracker,
+    windows: Arc<windows::Pool>,
+}
+
+/// The sockets of this moment, and what is left of those before.
+#[derive(Default)]
+struct Roster {
+    now: Mutex<Sockets>,
+    /// Wire numbers of the sockets that are gone.
+    past: Mutex<Stats>,
+    ended: Notify,
 }
 
 /// A session with the right to hand it a connection; a word of PROTOCOL.md why there is none, otherwise.
@@ -199,7 +222,11 @@ impl Server {
     /// # Cancel safety
     /// Cancel safe.
     pub async fn accept(&self) -> Option<Socket> {
-        self.inner.shared.pull.store(true, Ordering::Relaxed);
+        self.inner
+            .shared
+            .service
+            .pull
+            .store(true, Ordering::Relaxed);
         let mut accepted = self.inner.accepted.lock().await;
         tokio::select! {
             socket = accepted.recv() => socket,
@@ -210,7 +237,7 @@ impl Server {
     /// The admitted sockets of this moment, those too whose client is out of reach: `filter(Socket::is_connected)` leaves
     /// out these.
     pub fn sockets(&self) -> Vec<Socket> {
-        lock(&self.inner.shared.sockets).all()
+        lock(&self.inner.shared.sockets.now).all()
     }
 
     /// The socket of this session, if it is here: the id is what [`Socket::id`] and
@@ -223,7 +250,7 @@ impl Server {
 
     /// The rooms of this server: send to them, see who is there.
     pub fn rooms(&self) -> &Rooms {
-        &self.inner.shared.rooms
+        &self.inner.shared.service.rooms
     }
 
     /// Closes the sockets of all peers that `whom` picks, at once and with `auth_revoked`. Returns how many.
@@ -282,7 +309,7 @@ impl Server {
         }
         let shared = &self.inner.shared;
         let sockets = {
-            let sockets = lock(&shared.sockets);
+            let sockets = lock(&shared.sockets.now);
             shared.draining.store(true, Ordering::Relaxed);
             sockets.all()
         };
@@ -316,9 +343,9 @@ impl Server {
         let within = shared.timeouts.close + trips(longest.unwrap_or_default());
         let gone = async {
             loop {
-                let mut ended = std::pin::pin!(shared.socket_ended.notified());
+                let mut ended = std::pin::pin!(shared.sockets.ended.notified());
                 ended.as_mut().enable();
-                if lock(&shared.sockets).admitted.is_empty() {
+                if lock(&shared.sockets.now).admitted.is_empty() {
                     break;
                 }
                 ended.await;
@@ -529,9 +556,22 @@ impl ServerBuilder {
         let rooms = Rooms::new(limits.rooms, tokio::runtime::Handle::current());
         let pool = windows::Pool::new(&limits);
         let frames = Pool::new("bytes of unfinished frames", windows::frame_shares(&limits));
-        let shared = Arc::new(Shared {
+        let service = Service {
+            registry: Arc::new(registry),
+            on_socket: self.on_socket,
+            attached: Arc::new(rooms.clone()),
+            rooms,
+            accept_queue,
+            pull: AtomicBool::new(!handlers),
+        };
+        let places = Places {
+            sockets: Pool::new("sockets", socket_shares(&limits)),
+            handshakes: Pool::new("handshakes", handshake_shares(limits.handshakes)),
+            farewells: Pool::new("farewells", Shares::of(FAREWELLS)),
             frames,
-            pool,
+            windows: pool,
+        };
+        let shared = Arc::new(Shared {
             listener,
             fingerprint: identity.fingerprint(),
             certificates: identity.certificates().clone(),
@@ -540,27 +580,17 @@ impl ServerBuilder {
                 self.authorize,
                 Penalties::new(limits.auth_failures, timeouts.auth_pause),
             ),
-            handshakes: Pool::new("handshakes", handshake_shares(limits.handshakes)),
-            farewells: Pool::new("farewells", Shares::of(FAREWELLS)),
-            places: Pool::new("sockets", socket_shares(&limits)),
-            registry: Arc::new(registry),
-            on_socket: self.on_socket,
+            service,
             limits,
             timeouts,
             agent: self.agent,
             counters: Counters::shared(),
-            kept: Mutex::default(),
-            detached: Arc::default(),
+            sessions: Sessions::default(),
             tally: Tally::shared(),
-            past: Mutex::default(),
-            attached: Arc::new(rooms.clone()),
-            rooms,
-            sockets: Mutex::default(),
-            socket_ended: Notify::new(),
+            sockets: Roster::default(),
+            places,
             log_limit: LogLimit::default(),
             draining: AtomicBool::new(false),
-            pull: AtomicBool::new(!handlers),
-            accept_queue,
             tasks: TaskTracker::new(),
         });
         let accepting = tokio::spawn(accept_loop(shared.clone()));
@@ -631,11 +661,11 @@ impl Shared {
             session: session.clone(),
             links,
         };
-        lock(&self.kept).insert(session.id().to_string(), kept);
+        lock(&self.sessions.kept).insert(session.id().to_string(), kept);
         Comeback::Awaited(Awaited {
             links: awaited,
             window: grant.window,
-            detached: self.detached.clone(),
+            detached: self.sessions.detached.clone(),
             most: self.limits.detached_sockets,
         })
     }
@@ -647,7 +677,7 @@ impl Shared {
             .as_ref()
             .and_then(|resume| resume.session.as_ref());
         let session = ticket.and_then(|ticket| {
-            let kept = lock(&self.kept);
+            let kept = lock(&self.sessions.kept);
             kept.get(&ticket.session)
                 .map(|kept| (ticket, kept.session.clone()))
         });
@@ -665,7 +695,7 @@ impl Shared {
     /// # Errors
     /// How this side ended the session while its client came back: it gets no new one in its place.
     async fn come_back(&self, ticket: &ResumeTicket, peer: &Peer) -> Result<ComeBack, CloseReason> {
-        let kept = lock(&self.kept)
+        let kept = lock(&self.sessions.kept)
             .get(&ticket.session)
             .map(|kept| (kept.session.clone(), kept.links.clone()));
         let Some((session, links)) = kept else {
@@ -691,17 +721,17 @@ impl Shared {
 
     /// Looks after all sockets.
     fn look(&self) {
-        for socket in lock(&self.sockets).admitted.values() {
+        for socket in lock(&self.sockets.now).admitted.values() {
             socket.session().look();
         }
     }
 
     fn stats(&self) -> Stats {
         let (sent, received) = self.counters.totals();
-        let mut stats = *lock(&self.past);
+        let mut stats = *lock(&self.sockets.past);
         stats.sent = sent;
         stats.received = received;
-        let sockets = lock(&self.sockets).all();
+        let sockets = lock(&self.sockets.now).all();
         for socket in sockets {
             stats.add_wire(&socket.stats());
         }

@@ -158,37 +158,147 @@ pub(crate) struct Session {
     /// The span of the connection, parent of its channels'.
     pub(crate) span: tracing::Span,
     pub(crate) extensions: Extensions,
-    /// What the server announced (at the client) or has announced (at the server); set on admission.
-    welcome: RwLock<Option<Arc<Welcome>>>,
-    pub(crate) admitted: Notify,
-    /// The peer's agent text, set at the server.
-    pub(crate) agent: OnceLock<String>,
-    /// At a server: the `$goaway` to send.
-    pub(crate) goaway: Mutex<Option<Box<GoAway>>>,
-    pub(crate) received_goaway: Mutex<Option<Box<Leaving>>>,
-    /// Which channels the peer has opened in this session.
-    pub(crate) seen: Mutex<Seen>,
+    admission: Admission,
+    pub(crate) departure: Departure,
+    pub(crate) numbers: ChannelNumbers,
     pub(crate) tickets: Mutex<Lazy<Tickets>>,
-    /// The number of the present connection while channels can be opened on it.
-    up: Mutex<Option<u64>>,
-    up_changed: Notify,
-    /// A client that makes another connection when one is lost.
-    pub(crate) reconnects: bool,
+    reach: Reach,
     /// What becomes of its connections.
     pub(crate) states: StateFeed,
     /// Datagrams that the connection had sent when this side ended it.
     sent_before: AtomicU64,
     /// Volatile messages that wait, both ways.
     pub(crate) volatiles: Volatiles,
-    next_channel: AtomicU64,
     /// The server's rooms; never set at a client.
     pub(crate) rooms: OnceLock<Arc<dyn Attached>>,
+    pub(crate) handles: Handles,
+}
+
+/// What the two sides told each other on admission.
+#[derive(Default)]
+struct Admission {
+    /// What the server announced (at the client) or has announced (at the server).
+    welcome: RwLock<Option<Arc<Welcome>>>,
+    changed: Notify,
+    /// What the peer calls itself, at the server.
+    agent: OnceLock<String>,
+}
+
+impl Admission {
+    fn welcome(&self) -> Option<Arc<Welcome>> {
+        let welcome = self.welcome.read();
+        welcome.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set(&self, welcome: Welcome) {
+        *self.welcome.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(welcome));
+        self.changed.notify_waiters();
+    }
+
+    /// Waits for it, or for the end that came instead.
+    async fn wait(&self, carrier: &Carrier) -> Result<(), CloseReason> {
+        loop {
+            let mut changed = std::pin::pin!(self.changed.notified());
+            changed.as_mut().enable();
+            if self.welcome().is_some() {
+                return Ok(());
+            }
+            // A peer that was admitted and has left counts as admitted.
+            tokio::select! {
+                biased;
+                () = changed => {}
+                reason = carrier.end.wait() => {
+                    return self.welcome().map(|_| ()).ok_or(reason);
+                }
+            }
+        }
+    }
+}
+
+/// A server's word that it goes away.
+#[derive(Default)]
+pub(crate) struct Departure {
+    /// At a server: the `$goaway` to send.
+    announced: Mutex<Option<Box<GoAway>>>,
+    /// At a client: what it was told.
+    heard: Mutex<Option<Box<Leaving>>>,
+}
+
+impl Departure {
+    pub(crate) fn announce(&self, goaway: GoAway) {
+        *lock(&self.announced) = Some(Box::new(goaway));
+    }
+
+    /// What is to be said now.
+    pub(crate) fn take_announced(&self) -> Option<Box<GoAway>> {
+        lock(&self.announced).take()
+    }
+
+    /// Of several the soonest counts: a server that says it again can hurry a client, not hold it.
+    pub(crate) fn hear(&self, leaving: Leaving) {
+        let mut heard = lock(&self.heard);
+        if (heard.as_ref()).is_none_or(|before| leaving.turn < before.turn) {
+            *heard = Some(Box::new(leaving));
+        }
+    }
+
+    pub(crate) fn heard(&self) -> Option<Leaving> {
+        lock(&self.heard).as_deref().cloned()
+    }
+
+    /// When it is this client's turn.
+    pub(crate) fn turn(&self) -> Option<Instant> {
+        Some(lock(&self.heard).as_ref()?.turn)
+    }
+
+    /// The next server has not said it.
+    pub(crate) fn forget(&self) -> Option<Box<Leaving>> {
+        lock(&self.heard).take()
+    }
+}
+
+/// The numbers of a session's channels.
+pub(crate) struct ChannelNumbers {
+    next: AtomicU64,
+    /// Which channels the peer has opened.
+    pub(crate) seen: Mutex<Seen>,
+}
+
+/// How a session reaches its peer at this moment.
+struct Reach {
+    /// The number of the present connection while channels can be opened on it.
+    up: Mutex<Option<u64>>,
+    changed: Notify,
+    /// A client that makes another connection when one is lost.
+    reconnects: bool,
     /// A client's endpoint lives as long as its connection.
     endpoint: Mutex<Option<Box<Endpoint>>>,
-    /// At a client: what its handles hold, so that the last one to go closes the connection.
+}
+
+impl Reach {
+    fn set_up(&self, link: Option<u64>) {
+        *lock(&self.up) = link;
+        self.changed.notify_waiters();
+    }
+
+    fn is_up(&self) -> bool {
+        lock(&self.up).is_some()
+    }
+
+    fn down(&self, link: u64) {
+        if lock(&self.up).take_if(|up| *up == link).is_some() {
+            self.changed.notify_waiters();
+        }
+    }
+}
+
+/// The handles of a session, which it does not keep alive.
+#[derive(Default)]
+pub(crate) struct Handles {
+    /// At a client: what they hold, so that the last one to go closes the connection.
     lease: OnceLock<Weak<Lease>>,
-    /// The socket's handle, for handlers that ask for it.
-    pub(crate) handle: OnceLock<Weak<socket::Handle>>,
+    /// The socket's, for handlers that ask for it.
+    pub(crate) socket: OnceLock<Weak<socket::Handle>>,
 }
 
 impl Deref for Session {
@@ -242,24 +352,24 @@ impl Session {
             life: Life::default(),
             span: tracing::Span::current(),
             extensions: Extensions::default(),
-            welcome: RwLock::default(),
-            admitted: Notify::new(),
-            agent: OnceLock::new(),
-            goaway: Mutex::default(),
-            received_goaway: Mutex::default(),
-            seen: Mutex::default(),
+            admission: Admission::default(),
+            departure: Departure::default(),
+            numbers: ChannelNumbers {
+                next: AtomicU64::new(1),
+                seen: Mutex::default(),
+            },
             tickets: Mutex::default(),
-            up: Mutex::new(Some(1)),
-            up_changed: Notify::new(),
-            reconnects,
+            reach: Reach {
+                up: Mutex::new(Some(1)),
+                changed: Notify::new(),
+                reconnects,
+                endpoint: Mutex::default(),
+            },
             states: StateFeed::new(),
             sent_before: AtomicU64::new(0),
             volatiles: Volatiles::default(),
-            next_channel: AtomicU64::new(1),
             rooms: OnceLock::new(),
-            endpoint: Mutex::default(),
-            lease: OnceLock::new(),
-            handle: OnceLock::new(),
+            handles: Handles::default(),
         })
     }
 
@@ -303,30 +413,35 @@ impl Session {
         let lease = Arc::new(Lease {
             carrier: self.carrier.clone(),
         });
-        let _ = self.lease.set(Arc::downgrade(&lease));
+        let _ = self.handles.lease.set(Arc::downgrade(&lease));
         lease
     }
 
     /// One more holder of the lease, at a client.
     pub(crate) fn lease(&self) -> Option<Arc<Lease>> {
-        self.lease.get()?.upgrade()
+        self.handles.lease.get()?.upgrade()
     }
 
     pub(crate) fn next_channel_id(&self) -> u64 {
-        self.next_channel.fetch_add(1, Ordering::Relaxed)
+        self.numbers.next.fetch_add(1, Ordering::Relaxed)
     }
 
     /// What was announced on admission.
     pub(crate) fn welcome(&self) -> Option<Arc<Welcome>> {
-        self.welcome
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.admission.welcome()
     }
 
     pub(crate) fn set_welcome(&self, welcome: Welcome) {
-        *self.welcome.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(welcome));
-        self.admitted.notify_waiters();
+        self.admission.set(welcome);
+    }
+
+    /// What the peer calls itself, at the server.
+    pub(crate) fn agent(&self) -> &str {
+        self.admission.agent.get().map_or("", String::as_str)
+    }
+
+    pub(crate) fn set_agent(&self, agent: String) {
+        let _ = self.admission.agent.set(agent);
     }
 
     pub(crate) fn id(&self) -> SessionId {
@@ -336,42 +451,44 @@ impl Session {
 
     /// Keeps a client's first endpoint.
     pub(crate) fn set_endpoint(&self, endpoint: Option<Endpoint>) {
-        *lock(&self.endpoint) = endpoint.map(Box::new);
+        *lock(&self.reach.endpoint) = endpoint.map(Box::new);
     }
 
     /// A client's endpoint of this moment.
     pub(crate) fn endpoint(&self) -> Option<Endpoint> {
-        lock(&self.endpoint).as_deref().cloned()
+        lock(&self.reach.endpoint).as_deref().cloned()
     }
 
     /// Goes over to another connection and returns its number.
     pub(crate) fn set_link(&self, conn: Connection, endpoint: Option<Endpoint>) -> u64 {
-        *lock(&self.endpoint) = endpoint.map(Box::new);
+        *lock(&self.reach.endpoint) = endpoint.map(Box::new);
         self.set_connection(conn)
     }
 
     /// Channels can be opened on this connection; on none, as long as it says `None`.
     pub(crate) fn set_up(&self, link: Option<u64>) {
-        *lock(&self.up) = link;
-        self.up_changed.notify_waiters();
+        self.reach.set_up(link);
+    }
+
+    /// A client that makes another connection when one is lost.
+    pub(crate) fn reconnects(&self) -> bool {
+        self.reach.reconnects
     }
 
     /// Whether there is a connection on which channels can be opened.
     pub(crate) fn is_up(&self) -> bool {
-        lock(&self.up).is_some()
+        self.reach.is_up()
     }
 
     /// This connection is found lost before its driver has.
     pub(crate) fn down(&self, link: u64) {
-        if lock(&self.up).take_if(|up| *up == link).is_some() {
-            self.up_changed.notify_waiters();
-        }
+        self.reach.down(link);
     }
 
     /// The connection on which a channel can be opened. Waits for one where the client reconnects.
     pub(crate) async fn ready(&self) -> Result<(Arc<Line>, u64), OpenError> {
         loop {
-            let mut changed = std::pin::pin!(self.up_changed.notified());
+            let mut changed = std::pin::pin!(self.reach.changed.notified());
             changed.as_mut().enable();
             if self.closing() {
                 return Err(OpenError::Closed(self.closed_reason()));
@@ -379,9 +496,8 @@ impl Session {
             if self.is_up() {
                 return Ok(self.link());
             }
-            if !self.reconnects {
-                let leaving = lock(&self.received_goaway).clone();
-                return Err(match leaving {
+            if !self.reconnects() {
+                return Err(match self.departure.heard() {
                     Some(leaving) => OpenError::GoingAway(leaving.goaway),
                     None => OpenError::Closed(lost("the connection is lost")),
                 });
@@ -428,21 +544,7 @@ impl Session {
 
     /// Waits for admission, or for the end that came instead.
     pub(crate) async fn wait_admitted(&self) -> Result<(), CloseReason> {
-        loop {
-            let mut admitted = std::pin::pin!(self.admitted.notified());
-            admitted.as_mut().enable();
-            if self.welcome().is_some() {
-                return Ok(());
-            }
-            // A peer that was admitted and has left counts as admitted.
-            tokio::select! {
-                biased;
-                () = admitted => {}
-                reason = self.end.wait() => {
-                    return self.welcome().map(|_| ()).ok_or(reason);
-                }
-            }
-        }
+        self.admission.wait(&self.carrier).await
     }
 }
 

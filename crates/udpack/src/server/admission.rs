@@ -53,7 +53,7 @@ pub(super) async fn accept_loop(shared: Arc<Shared>) {
         };
         let address = incoming.remote_address();
         let proved = incoming.is_proved();
-        let must_prove = !proved && shared.handshakes.used() >= shared.limits.retry_from;
+        let must_prove = !proved && shared.places.handshakes.used() >= shared.limits.retry_from;
         let tenant = match proved {
             true => Tenant::address(address.ip()),
             false => Tenant::unproved(),
@@ -65,7 +65,7 @@ pub(super) async fn accept_loop(shared: Arc<Shared>) {
             shared.tally.one(Count::Retries);
             incoming.retry();
         } else {
-            match shared.handshakes.try_take(&tenant) {
+            match shared.places.handshakes.try_take(&tenant) {
                 Ok(handshake) => {
                     let span =
                         tracing::info_span!("conn", peer = %address, session = Empty, id = Empty);
@@ -82,7 +82,7 @@ pub(super) async fn accept_loop(shared: Arc<Shared>) {
                 }
                 Err(full) => {
                     shared.tally.word(Words::Knocks, "busy");
-                    match shared.farewells.try_take(&tenant) {
+                    match shared.places.farewells.try_take(&tenant) {
                         Ok(place) if proved && farewells.take() => {
                             let told = say_why(shared.clone(), incoming, full, place);
                             shared.tasks.spawn(told);
@@ -146,9 +146,9 @@ async fn serve(shared: Arc<Shared>, entering: Pin<Box<impl Future<Output = Optio
         key,
     } = entered;
     let comeback = shared.keep(&session);
-    let registry = shared.registry.clone();
+    let registry = shared.service.registry.clone();
     let reason = live(session.clone(), control, registry, queue, comeback).await;
-    lock(&shared.kept).remove(session.id().as_str());
+    lock(&shared.sessions.kept).remove(session.id().as_str());
     tracing::info!(%reason, "disconnected");
     place.leave(key, &session);
 }
@@ -209,8 +209,8 @@ async fn let_in(
         resumed: false,
         reason: None,
     });
-    let _ = session.rooms.set(shared.attached.clone());
-    let (socket, queue) = Socket::new(session.clone(), shared.registry.pull);
+    let _ = session.rooms.set(shared.service.attached.clone());
+    let (socket, queue) = Socket::new(session.clone(), shared.service.registry.pull);
     let (key, late) = place.enter(socket.clone());
     if late {
         socket.send_goaway(shutting_down(Duration::ZERO, Duration::ZERO));
@@ -226,7 +226,12 @@ async fn let_in(
         .record("session", tracing::field::display(session.id()))
         .record("id", printable_within(socket.peer().id(), 128));
     tracing::info!(agent = socket.agent(), "connected");
-    if shared.pull.load(Ordering::Relaxed) && shared.accept_queue.try_send(socket.clone()).is_err()
+    if shared.service.pull.load(Ordering::Relaxed)
+        && shared
+            .service
+            .accept_queue
+            .try_send(socket.clone())
+            .is_err()
     {
         let text = "too many sockets wait to be accepted";
         session.abort(CloseReason::local(CloseCode::SERVER_BUSY, text));
@@ -275,7 +280,7 @@ fn hand_over(
 
 /// Runs the program's handler of sockets, if it has one, until that or the socket ends.
 fn run_socket_handler(shared: &Shared, socket: Socket) {
-    let Some(handler) = shared.on_socket.clone() else {
+    let Some(handler) = shared.service.on_socket.clone() else {
         return;
     };
     let session = socket.session().clone();
@@ -407,7 +412,7 @@ async fn enter(
         let peer_frame = &session.receive.peer_frame;
         peer_frame.store(frame.min(u64::from(u32::MAX)), Ordering::Relaxed);
     }
-    let _ = session.agent.set(agent);
+    session.set_agent(agent);
     session.set_welcome(welcome);
     inbox.set_frame_limit(shared.limits.frame);
     // The control stream takes one of the slots.
@@ -479,7 +484,7 @@ fn belong(shared: &Shared, session: &Session, peer: Peer) -> Option<Duration> {
     let expires = peer.time_left();
     let tenant = Tenant::peer(&peer);
     let frames = &session.receive.frames;
-    let _ = frames.set(Box::new((shared.frames.clone(), tenant)));
+    let _ = frames.set(Box::new((shared.places.frames.clone(), tenant)));
     session.peer.set(peer);
     session.life.guarded_by(shared.guard.clone());
     session.life.counts_for(expires);
@@ -519,7 +524,10 @@ struct Seat {
 
 impl Seat {
     fn take(shared: &Arc<Shared>, address: SocketAddr) -> Result<Self, PoolFull> {
-        let place = shared.places.try_take(&Tenant::address(address.ip()))?;
+        let place = shared
+            .places
+            .sockets
+            .try_take(&Tenant::address(address.ip()))?;
         Ok(Self {
             shared: shared.clone(),
             _place: place,
@@ -528,7 +536,7 @@ impl Seat {
 
     /// The socket's key, and whether it comes too late to be one of those whom a drain tells to go.
     fn enter(&self, socket: Socket) -> (u64, bool) {
-        let mut sockets = lock(&self.shared.sockets);
+        let mut sockets = lock(&self.shared.sockets.now);
         let late = self.shared.draining.load(Ordering::Relaxed);
         let key = sockets.next;
         sockets.next += 1;
@@ -538,14 +546,14 @@ impl Seat {
         session
             .receive
             .window
-            .admit(first, &self.shared.pool, &session.conn());
+            .admit(first, &self.shared.places.windows, &session.conn());
         (key, late)
     }
 
     fn leave(&self, key: u64, session: &Session) {
         let last = Stats::of(&session.conn(), &session.counters);
-        lock(&self.shared.past).add_wire(&Stats { cwnd: 0, ..last });
-        let mut sockets = lock(&self.shared.sockets);
+        lock(&self.shared.sockets.past).add_wire(&Stats { cwnd: 0, ..last });
+        let mut sockets = lock(&self.shared.sockets.now);
         sockets.admitted.remove(&key);
         sockets.share(&self.shared.limits);
         session.receive.window.end();
@@ -554,6 +562,6 @@ impl Seat {
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        self.shared.socket_ended.notify_waiters();
+        self.shared.sockets.ended.notify_waiters();
     }
 }

@@ -380,13 +380,12 @@ impl Present {
     /// The server may have said that it goes away. Until the session's turn channels go on; new ones wait for the next
     /// server.
     fn prepare_to_move(&mut self, session: &Session) {
-        if let Some(leaving) = lock(&session.received_goaway).as_deref()
-            && self.move_at != Some(leaving.turn)
+        if self.move_at != session.departure.turn()
+            && let Some(leaving) = session.departure.heard()
         {
             self.move_at = Some(leaving.turn);
             session.set_up(None);
-            let state = SocketState::GoingAway(leaving.goaway.clone());
-            session.states.set(state);
+            session.states.set(SocketState::GoingAway(leaving.goaway));
         }
     }
 }
@@ -399,7 +398,7 @@ impl Driver {
     fn change(&mut self, link: Link, channels: &mut JoinSet<()>) -> Box<Control> {
         let session = &self.session;
         give_up(&session.conn());
-        lock(&session.received_goaway).take();
+        session.departure.forget();
         session.prune();
         // The peer's channels come back all at once.
         self.rate.grant(session.limits.channels);
@@ -428,7 +427,7 @@ impl Driver {
                 ));
                 reason = Some(words);
                 // Another session counts its channels from the beginning.
-                *lock(&session.seen) = Seen::default();
+                *lock(&session.numbers.seen) = Seen::default();
             }
             session.life.counts_for(welcome.expires);
             session.set_welcome(welcome);
@@ -679,7 +678,7 @@ impl Driver {
 /// Does what the application wished for.
 async fn carry_out(session: &Session, conn: &Connection, control: &mut Control) -> Option<Outcome> {
     let close = session.asked_close();
-    let goaway = lock(&session.goaway).take();
+    let goaway = session.departure.take_announced();
     if let Some(frame) = goaway.as_deref().and_then(control::encode_goaway) {
         control.write(session, &mut [frame]).await;
     }
@@ -822,13 +821,8 @@ fn on_control(
 fn on_goaway(session: &Session, goaway: GoAway, patience: Duration) {
     tracing::info!(text = %goaway.text, "the server is going away");
     let turn = Instant::now() + goaway.wait().min(patience);
-    let mut leaving = lock(&session.received_goaway);
-    // Of several the soonest: a server that says it again can hurry a client, not hold it.
-    if leaving.as_ref().is_none_or(|before| turn < before.turn) {
-        *leaving = Some(Box::new(Leaving { goaway, turn }));
-    }
-    drop(leaving);
-    if !session.reconnects {
+    session.departure.hear(Leaving { goaway, turn });
+    if !session.reconnects() {
         session.set_up(None);
     }
 }

@@ -591,7 +591,7 @@ async fn verify_refresh(
     }
     let hello = HelloMessage {
         token,
-        agent: session.agent.get().cloned().unwrap_or_default(),
+        agent: session.agent().to_owned(),
         frame: None,
         resume: None,
         marks: false,

@@ -129,7 +129,7 @@ impl<'a, T: Serialize + Sync + ?Sized> OpenChannel<'a, T> {
                 match conn.open_bi().await {
                     Ok((stream, recv)) => return Ok((conn, link, stream, recv)),
                     // Where the client reconnects, there will be another one.
-                    Err(_) if session.reconnects && !session.closing() => session.down(link),
+                    Err(_) if session.reconnects() && !session.closing() => session.down(link),
                     Err(error) => return Err(OpenError::Closed(session.reason_for(&error))),
                 }
             }

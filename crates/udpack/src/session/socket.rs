@@ -15,7 +15,6 @@ use crate::wire::code::{CloseCode, CloseReason};
 use crate::wire::control::GoAway;
 
 use crate::base::extensions::Extensions;
-use crate::base::lock;
 use crate::channel::carrier::WISHED;
 use crate::metrics::Metrics;
 use crate::metrics::speed::{SpeedMeter, Stats};
@@ -52,13 +51,13 @@ impl Socket {
             incoming: incoming.map(Mutex::new),
             _lease: lease,
         });
-        let _ = inner.session.handle.set(Arc::downgrade(&inner));
+        let _ = inner.session.handles.socket.set(Arc::downgrade(&inner));
         (Self { inner }, queue)
     }
 
     /// A handle of this session: one more of those there are, or one that accepts no channels when all are gone.
     pub(crate) fn of(session: &Arc<Session>) -> Self {
-        let inner = session.handle.get().and_then(Weak::upgrade);
+        let inner = session.handles.socket.get().and_then(Weak::upgrade);
         Self {
             inner: inner.unwrap_or_else(|| {
                 Arc::new(Handle {
@@ -114,7 +113,7 @@ impl Socket {
                 .welcome()
                 .map_or_else(String::new, |welcome| welcome.agent.clone())
         } else {
-            session.agent.get().cloned().unwrap_or_default()
+            session.agent().to_owned()
         }
     }
 
@@ -198,9 +197,8 @@ impl Socket {
 
     /// The server's word that it is going down, if it has sent one; of several the one that names the soonest time.
     pub fn goaway(&self) -> Option<GoAway> {
-        lock(&self.inner.session.received_goaway)
-            .as_ref()
-            .map(|leaving| leaving.goaway.clone())
+        let leaving = self.inner.session.departure.heard()?;
+        Some(leaving.goaway)
     }
 
     /// What becomes of this socket's connection: the present state, then each change.
@@ -224,7 +222,7 @@ impl Socket {
 
     /// Whether this socket makes another connection when it has lost one; see `ClientBuilder::reconnect`.
     pub fn reconnects(&self) -> bool {
-        self.inner.session.reconnects
+        self.inner.session.reconnects()
     }
 
     /// Sends from another local address from now on, as when the device has moved to another network. The
@@ -240,7 +238,7 @@ impl Socket {
 
     /// Tells the peer to finish what runs and come back later or elsewhere. Only a server says so.
     pub(crate) fn send_goaway(&self, goaway: GoAway) {
-        *lock(&self.inner.session.goaway) = Some(Box::new(goaway));
+        self.inner.session.departure.announce(goaway);
         self.inner.session.wake.set(WISHED);
     }
 

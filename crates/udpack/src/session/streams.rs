@@ -128,7 +128,7 @@ fn begin(
     inbox: Inbox,
     counters: Arc<Counters>,
 ) -> Begun {
-    let mut seen = lock(&session.seen);
+    let mut seen = lock(&session.numbers.seen);
     let key = ChannelKey {
         own: false,
         id: open.id,
