@@ -58,9 +58,7 @@ pub(crate) struct Serving<'a> {
     receiver: &'a Receiver,
     channel: Channel,
     scope: Scope,
-    /// Whose scope that is, as known then.
-    peer: Option<Peer>,
-    owner: Arc<str>,
+    client: Client,
     lane: Lane,
     /// Files that still owe the client an outcome.
     files: HashMap<u64, Tracked>,
@@ -71,18 +69,54 @@ pub(crate) struct Serving<'a> {
     found: mpsc::UnboundedReceiver<Outcome>,
     /// When the client last did something about the open file.
     active: Instant,
-    /// Downloads: the queue of the task that sends them, and what stops each.
-    sending: Option<mpsc::Sender<Wanted>>,
-    gets: HashMap<u64, CancellationToken>,
+    downloads: Downloads,
+    requests: Requests,
+    /// Directories and links that are made. They end with the lane, as do the tasks of requests and downloads.
+    making: JoinSet<()>,
+}
+
+/// Whom the lane serves.
+struct Client {
+    /// Whose scope the lane has, as known when it got it.
+    peer: Option<Peer>,
+    owner: Arc<str>,
     /// Whose share of the server's places it takes.
     tenant: Tenant,
-    /// Requests that wait or are answered, their bytes, and the turns of those that are answered; directories and links
-    /// that are made; and the task that sends. They end with the lane.
-    asked: JoinSet<()>,
-    asked_bytes: Arc<AtomicUsize>,
+}
+
+/// What the client wants to get.
+#[derive(Default)]
+struct Downloads {
+    /// The queue of the task that sends them.
+    queue: Option<mpsc::Sender<Wanted>>,
+    /// What stops each.
+    stops: HashMap<u64, CancellationToken>,
+    task: JoinSet<()>,
+}
+
+/// Requests that wait or are answered.
+struct Requests {
+    tasks: JoinSet<()>,
+    bytes: Arc<AtomicUsize>,
+    /// Of those that are answered.
     turns: Arc<Semaphore>,
-    making: JoinSet<()>,
-    sender: JoinSet<()>,
+}
+
+impl Requests {
+    /// So many are answered at once.
+    fn new(most: usize) -> Self {
+        let most = most.clamp(1, Semaphore::MAX_PERMITS);
+        Self {
+            tasks: JoinSet::new(),
+            bytes: Arc::default(),
+            turns: Arc::new(Semaphore::new(most)),
+        }
+    }
+
+    /// Whether there is room for one more behind those that may be answered at once.
+    fn has_room(&self, most: usize) -> bool {
+        self.tasks.len() < most + BACKLOG && self.bytes.load(Ordering::Relaxed) < BACKLOG_BYTES
+    }
 }
 
 struct Tracked {
@@ -164,10 +198,12 @@ impl<'a> Serving<'a> {
     ) -> Self {
         let (outcomes, found) = mpsc::unbounded_channel();
         Self {
-            owner: peer.as_ref().map_or("", |peer| peer.id()).into(),
-            peer,
+            client: Client {
+                owner: peer.as_ref().map_or("", |peer| peer.id()).into(),
+                peer,
+                tenant: places::tenant(&channel),
+            },
             receiver,
-            tenant: places::tenant(&channel),
             channel,
             scope,
             lane: Lane::new(),
@@ -177,15 +213,9 @@ impl<'a> Serving<'a> {
             outcomes,
             found,
             active: Instant::now(),
-            sending: None,
-            gets: HashMap::new(),
-            asked: JoinSet::new(),
-            asked_bytes: Arc::default(),
-            turns: Arc::new(Semaphore::new(
-                receiver.config.requests.clamp(1, Semaphore::MAX_PERMITS),
-            )),
+            downloads: Downloads::default(),
+            requests: Requests::new(receiver.config.requests),
             making: JoinSet::new(),
-            sender: JoinSet::new(),
         }
     }
 
@@ -194,23 +224,25 @@ impl<'a> Serving<'a> {
         ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut finished = false;
         let result = loop {
-            if finished && self.files.is_empty() && self.gets.is_empty() && self.asked.is_empty() {
+            let nothing_owed = self.files.is_empty()
+                && self.downloads.stops.is_empty()
+                && self.requests.tasks.is_empty();
+            if finished && nothing_owed {
                 break Ok(());
             }
             let reading = !finished
                 && self.pending.is_none()
                 && self.files.len() <= self.receiver.config.pipeline
-                && self.asked.len() < self.receiver.config.requests + BACKLOG
-                && self.asked_bytes.load(Ordering::Relaxed) < BACKLOG_BYTES;
+                && self.requests.has_room(self.receiver.config.requests);
             let told = tokio::select! {
                 biased;
                 _ = ticker.tick(), if !self.files.is_empty() => self.tick().await,
                 Some(outcome) = self.found.recv() => self.outcome(outcome).await,
                 waited = wait(&mut self.pending), if self.pending.is_some() => self.waited(waited).await,
-                Some(_) = self.asked.join_next() => Ok(()),
+                Some(_) = self.requests.tasks.join_next() => Ok(()),
                 Some(_) = self.making.join_next() => Ok(()),
                 // What sends ends before the lane does only when the lane takes nothing any more.
-                Some(_) = self.sender.join_next() => break Ok(()),
+                Some(_) = self.downloads.task.join_next() => break Ok(()),
                 message = self.channel.recv_asked(), if reading => match message {
                     Ok(Some((message, Some(asked)))) => {
                         self.asked(message, asked);
@@ -250,12 +282,12 @@ impl<'a> Serving<'a> {
     /// before goes on; a lane that would lead to another directory from now on is closed: `false`.
     fn entitled(&mut self) -> bool {
         let peer = self.channel.peer();
-        if peer == self.peer {
+        if peer == self.client.peer {
             return true;
         }
         let text = match self.receiver.scope(peer.as_ref()) {
             Ok(scope) if scope.prefix == self.scope.prefix => {
-                (self.scope, self.peer) = (scope, peer);
+                (self.scope, self.client.peer) = (scope, peer);
                 return true;
             }
             Ok(_) => "this token leads to another directory",
@@ -270,12 +302,12 @@ impl<'a> Serving<'a> {
         if !self.entitled() {
             return;
         }
-        let held = Held::new(&self.asked_bytes, message.len());
-        let (queries, turns) = (self.receiver.queries.clone(), self.turns.clone());
+        let held = Held::new(&self.requests.bytes, message.len());
+        let (queries, turns) = (self.receiver.queries.clone(), self.requests.turns.clone());
         let (channel, scope, tenant) = (
             self.channel.clone(),
             self.scope.clone(),
-            self.tenant.clone(),
+            self.client.tenant.clone(),
         );
         let asking = async move {
             let _held = held;
@@ -287,7 +319,7 @@ impl<'a> Serving<'a> {
                 tracing::debug!(%error, "a request was not answered");
             }
         };
-        self.asked.spawn(asking.in_current_span());
+        self.requests.tasks.spawn(asking.in_current_span());
     }
 
     async fn message(&mut self, message: Message) -> Result<(), SendError> {
@@ -380,7 +412,7 @@ impl<'a> Serving<'a> {
             Action::Link(offer) => self.link(offer).await,
             Action::Send(wish) => self.wish(wish).await,
             Action::Sent { id, stored: _ } => {
-                if let Some(get) = self.gets.get(&id) {
+                if let Some(get) = self.downloads.stops.get(&id) {
                     get.cancel();
                 }
                 Ok(())
@@ -426,7 +458,7 @@ impl<'a> Serving<'a> {
         self.files.insert(id, Tracked::new(our_turn));
         let mut task = Task {
             path,
-            owner: self.owner.clone(),
+            owner: self.client.owner.clone(),
             tenant: self.scope.tenant(),
             key: None,
             known: None,
@@ -438,7 +470,13 @@ impl<'a> Serving<'a> {
         // Most files need not wait for anything.
         let free = task.whole.is_none() || !self.receiver.limit_in.is_limited();
         let plain = free && !asks_what_is_there(&task.offer) && self.receiver.hook.is_none();
-        let file = || self.receiver.places.files.take(&self.tenant).now_or_never();
+        let file = || {
+            self.receiver
+                .places
+                .files
+                .take(&self.client.tenant)
+                .now_or_never()
+        };
         if plain && let Some(Ok(file)) = file() {
             let slot = Slot { file, check: None };
             return match stored_before(&self.receiver.publisher, &mut task) {
@@ -449,7 +487,11 @@ impl<'a> Serving<'a> {
                 }
             };
         }
-        let start = Box::pin(start(self.receiver.clone(), task, self.tenant.clone()));
+        let start = Box::pin(start(
+            self.receiver.clone(),
+            task,
+            self.client.tenant.clone(),
+        ));
         self.pending = Some(Pending::Start { id, start });
         Ok(())
     }
@@ -485,7 +527,7 @@ impl<'a> Serving<'a> {
     ) -> Job {
         self.receiver
             .jobs
-            .start(kind, path, &self.owner, size, cancel)
+            .start(kind, path, &self.client.owner, size, cancel)
     }
 
     fn chunk(&mut self, id: u64, offset: Option<u64>, bytes: Bytes) {
@@ -609,7 +651,10 @@ impl<'a> Serving<'a> {
     ) {
         self.files.insert(id, Tracked::new(true));
         let (target, outcomes) = (self.receiver.target().clone(), self.outcomes.clone());
-        let (steps, share) = (self.receiver.places.steps.clone(), self.tenant.clone());
+        let (steps, share) = (
+            self.receiver.places.steps.clone(),
+            self.client.tenant.clone(),
+        );
         let make = move |place: Place| async move {
             let _place = place;
             let _ = outcomes.send(match make.await {
@@ -655,7 +700,7 @@ impl<'a> Serving<'a> {
             Err(refusal(code, message))
         };
         let path = path.and_then(|path| {
-            if self.gets.len() >= GETS || self.lane.gets() > UNCONFIRMED {
+            if self.downloads.stops.len() >= GETS || self.lane.gets() > UNCONFIRMED {
                 let message = format!("more than {GETS} downloads wait on this lane");
                 return Err(refusal(Code::ProtocolOrder, message));
             }
@@ -673,7 +718,7 @@ impl<'a> Serving<'a> {
             let unwanted = unwanted.clone();
             move || unwanted.cancel()
         });
-        self.gets.insert(id, unwanted.clone());
+        self.downloads.stops.insert(id, unwanted.clone());
         let wanted = Wanted {
             id,
             path,
@@ -683,16 +728,16 @@ impl<'a> Serving<'a> {
             job,
             unwanted,
         };
-        let queue = self.sending.get_or_insert_with(|| {
+        let queue = self.downloads.queue.get_or_insert_with(|| {
             let (queue, wishes) = mpsc::channel(GETS);
             let sending = outgoing::send_files(
                 self.receiver.clone(),
                 self.channel.clone(),
-                self.tenant.clone(),
+                self.client.tenant.clone(),
                 wishes,
                 self.outcomes.clone(),
             );
-            self.sender.spawn(sending.in_current_span());
+            self.downloads.task.spawn(sending.in_current_span());
             queue
         });
         // There is room: no more than that are counted above.
@@ -768,7 +813,7 @@ impl<'a> Serving<'a> {
                     .await
             }
             Outcome::Sent { id, failed } => {
-                self.gets.remove(&id);
+                self.downloads.stops.remove(&id);
                 if failed.is_some() {
                     self.lane.unsent(id);
                 }
