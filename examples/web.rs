@@ -1,5 +1,5 @@
 //! A server for browsers, and for other clients on the same port: what a page needs to connect stands in the first line
-//! that it prints, as JSON.
+//! that it prints, as JSON. It takes files, too, and keeps them until it ends.
 //!
 //! `cargo run --example web -- [ADDRESS [ORIGIN...]]` serves until its input ends; without an origin every page may
 //! connect.
@@ -15,6 +15,7 @@ use udpack::{
     Channel, Data, Deny, Drain, Fault, Hello, Identity, Items, Origins, Peer, Router, Server,
     Socket, Streaming, Web,
 };
+use udpack_transfer::{Receiver, ReceiverConfig, Scope, Store, StoreConfig};
 
 const TOKEN: &str = "open sesame";
 
@@ -37,7 +38,17 @@ async fn main() -> Result<(), Box<dyn Error>> {
         })
         .on("sum", sum)
         .on("call back", call_back);
-    let server = Server::builder()
+    let files = tempfile::tempdir()?;
+    let config = ReceiverConfig {
+        default_scope: Scope {
+            read: true,
+            ..Scope::default()
+        },
+        ..ReceiverConfig::default()
+    };
+    let receiver = Receiver::new(Store::open(files.path(), StoreConfig::default())?, config);
+    let server = receiver
+        .attach(Server::builder())
         .identity(Identity::generate()?)
         .auth(admit)
         .web(Web::new().origins(origins))
@@ -56,9 +67,9 @@ async fn main() -> Result<(), Box<dyn Error>> {
         hashes.push(format!("\"{digits}\""));
     }
     let (address, hashes) = (server.local_addr(), hashes.join(","));
-    let pin = server.fingerprint();
+    let (pin, files) = (server.fingerprint(), files.path().display());
     println!(
-        r#"{{"url":"https://{address}/udpack","hashes":[{hashes}],"token":"{TOKEN}","pin":"{pin}"}}"#
+        r#"{{"url":"https://{address}/udpack","hashes":[{hashes}],"token":"{TOKEN}","pin":"{pin}","files":"{files}"}}"#
     );
     let ended = tokio::task::spawn_blocking(|| std::io::stdin().read_to_end(&mut Vec::new()));
     server.run_until(ended, Drain::default()).await?;

@@ -5,7 +5,7 @@
 
 import assert from 'node:assert/strict';
 import { type ChildProcessWithoutNullStreams, spawn } from 'node:child_process';
-import { existsSync, readFileSync } from 'node:fs';
+import { existsSync, readdirSync, readFileSync } from 'node:fs';
 import { createServer, type Server } from 'node:http';
 import type { AddressInfo } from 'node:net';
 import { createInterface } from 'node:readline';
@@ -25,6 +25,8 @@ interface Endpoint {
   url: string;
   hashes: string[];
   token: string;
+  /** The directory that holds what is uploaded. */
+  files: string;
 }
 
 class WebServer {
@@ -208,18 +210,133 @@ test('64 channels at once, each with its own order', { skip }, async () => {
   assert.equal(got, true);
 });
 
-test('file transfer loads in a page, hashes, and fails each file where a server has no lanes', { skip }, async () => {
+/** What the pages upload: bytes that differ from file to file and within each. */
+function content(size: number, seed: number): Uint8Array {
+  const bytes = new Uint8Array(size);
+  for (let at = 0, x = seed + 1; at < size; at += 1) {
+    x = (x * 1103515245 + 12345) & 0x7fffffff;
+    bytes[at] = x >> 16;
+  }
+  return bytes;
+}
+
+test('files of a page are on the server\'s disk when they are done, and come back', { skip }, async () => {
+  const sizes = [0, 1, 65_536, 65_537, 1_000_000, 9_000_000];
+  await page.addScriptTag({ content: `globalThis.content = ${content}` });
+  const got = await page.evaluate(
+    async ({ url, hashes, token, sizes }) => {
+      const { connect } = await import('/udpack.js' as string);
+      const { download, upload } = await import('/transfer.js' as string);
+      const { content } = globalThis as unknown as { content(size: number, seed: number): Uint8Array };
+      const socket = await connect({ url, hashes, token });
+      const files = sizes.map((size, seed) => new File([content(size, seed) as BlobPart], `${size}.bin`));
+      const path = (file: File): string => `from a page/größe/${file.name}`;
+      const running = upload(socket, files, { path });
+      const all = await running.done;
+      const back = [];
+      for (const [seed, size] of sizes.entries()) {
+        let at = 0;
+        let same = true;
+        const wanted = content(size, seed);
+        for await (const bytes of download(socket, `from a page/größe/${size}.bin`)) {
+          same &&= (bytes as Uint8Array).every((byte, n) => byte === wanted[at + n]);
+          at += bytes.length;
+        }
+        back.push(same && at === size);
+      }
+      const again = await upload(socket, files, { path }).done;
+      const other = await upload(socket, [new File(['other'], '1.bin')], { path }).done;
+      const kept = await upload(socket, [new File(['other'], '1.bin')], { path, ifExists: 'rename' }).done;
+      await socket.close();
+      const ends = (files: { state: string; received: number; safe: number; error?: { reason: string } }[]): unknown[] =>
+        files.map(({ state, received, safe, error }) => [state, received, safe, error?.reason ?? '']);
+      return { all: ends(all), back, again: ends(again), other: ends(other), kept: ends(kept), total: running.total };
+    },
+    { ...server.endpoint, sizes },
+  );
+  const done = sizes.map((size) => ['done', size, size, '']);
+  const sum = sizes.reduce((sum, size) => sum + size, 0);
+  assert.deepEqual(got.all, done);
+  assert.deepEqual(got.back, sizes.map(() => true));
+  assert.deepEqual(got.again, done);
+  assert.deepEqual(got.other.map((file) => (file as string[])[0]), ['failed']);
+  assert.equal((got.other[0] as string[])[3], 'exists');
+  // A server renames only where its operator said so.
+  assert.deepEqual(got.kept.map((file) => (file as string[])[3]), ['forbidden']);
+  assert.deepEqual(got.total, { bytes: sum, received: sum });
+  const stored = `${server.endpoint.files}/from a page/größe`;
+  for (const [seed, size] of sizes.entries()) {
+    assert.ok(readFileSync(`${stored}/${size}.bin`).equals(content(size, seed)), `${size} bytes`);
+  }
+  assert.equal(readdirSync(stored).length, sizes.length);
+});
+
+test('300 small files of a page arrive whole', { skip }, async () => {
+  await page.addScriptTag({ content: `globalThis.content = ${content}` });
   const got = await page.evaluate(async ({ url, hashes, token }) => {
     const { connect } = await import('/udpack.js' as string);
-    const { download, upload } = await import('/transfer.js' as string);
+    const { upload } = await import('/transfer.js' as string);
+    const { content } = globalThis as unknown as { content(size: number, seed: number): Uint8Array };
     const socket = await connect({ url, hashes, token });
-    const files = [new File(['hello'], 'a.txt'), new File([new Uint8Array(200_000)], 'b.bin')];
-    const all = await upload(socket, files).done;
-    const missed = await download(socket, 'a.txt').next().catch((error: { name: string; reason: string; retry: boolean }) => [error.name, error.reason, error.retry]);
+    const files = Array.from({ length: 300 }, (_, n) => new File([content(100 + 37 * n, n) as BlobPart], `${n}.bin`));
+    const all = await upload(socket, files, { path: (file: File) => `many/${file.name}` }).done;
     await socket.close();
-    return [all.map((file: { state: string; error: { reason: string } }) => [file.state, file.error.reason]), missed];
+    return all.filter((file: { state: string }) => file.state !== 'done').map((file: { path: string; error: unknown }) => `${file.path}: ${file.error}`);
   }, server.endpoint);
-  assert.deepEqual(got, [[['failed', 'lane_closed'], ['failed', 'lane_closed']], ['TransferError', 'lane_closed', false]]);
+  assert.deepEqual(got, []);
+  const stored = `${server.endpoint.files}/many`;
+  for (let n = 0; n < 300; n += 1) {
+    assert.ok(readFileSync(`${stored}/${n}.bin`).equals(content(100 + 37 * n, n)), `file ${n}`);
+  }
+  assert.equal(readdirSync(stored).length, 300);
+});
+
+test('an upload goes on over a cut, and one that is cancelled leaves nothing', { skip }, async (t) => {
+  const relay = await Relay.start(server.port);
+  const page = await fresh();
+  await page.exposeFunction('cut', () => relay.cut());
+  await page.exposeFunction('mend', () => relay.mend());
+  await page.addScriptTag({ content: `globalThis.content = ${content}` });
+  const size = 24_000_000;
+  const got = await page.evaluate(
+    async ({ url, hashes, token, size }) => {
+      const { connect } = await import('/udpack.js' as string);
+      const { upload } = await import('/transfer.js' as string);
+      const { content, cut, mend } = globalThis as unknown as { content(size: number, seed: number): Uint8Array; cut(): Promise<void>; mend(): Promise<void> };
+      const socket = await connect({ url, hashes, token, reconnect: { first: 20 } });
+      const states: string[] = [];
+      socket.on('state', ({ state }: { state: string }) => {
+        states.push(state);
+        if (state === 'reconnecting') void mend().catch(() => {});
+      });
+      const running = upload(socket, [new File([content(size, 9) as BlobPart], 'cut.bin')]);
+      let cutAt = 0;
+      for await (const _ of running) {
+        const { received } = running.total;
+        if (cutAt === 0 && received > size / 4) {
+          cutAt = received;
+          await cut();
+        }
+      }
+      const [file] = await running.done;
+      const second = upload(socket, [new File([content(size, 10) as BlobPart], 'given up.bin')]);
+      for await (const _ of second) {
+        if (second.total.received > 0) second.cancel();
+      }
+      const [cancelled] = await second.done;
+      await socket.close();
+      return { state: file.state, error: `${file.error}`, cutAt, states, cancelled: [cancelled.state, cancelled.error?.reason] };
+    },
+    { ...server.endpoint, url: `https://127.0.0.1:${relay.port}/udpack`, size },
+  );
+  t.diagnostic(`cut at ${got.cutAt} of ${size} bytes: ${got.states}`);
+  assert.equal(got.state, 'done', got.error);
+  assert.ok(got.cutAt > 0 && got.states.includes('reconnecting'), `${got.states}`);
+  assert.deepEqual(got.cancelled, ['failed', 'cancelled']);
+  assert.ok(readFileSync(`${server.endpoint.files}/cut.bin`).equals(content(size, 9)));
+  assert.ok(!existsSync(`${server.endpoint.files}/given up.bin`));
+  await page.close();
+  await relay.cut();
 });
 
 test('a wrong token, a wrong path, a wrong hash', { skip }, async () => {
