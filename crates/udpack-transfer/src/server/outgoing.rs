@@ -1,19 +1,22 @@
 //! The downloads of one lane: files read from the store and sent, one after the other, in the order asked.
 
+use std::time::Instant;
+
 use tokio::sync::mpsc;
-use udpack::{Channel, CloseCode, SendError, Tenant};
+use udpack::{Channel, CloseCode, Place, SendError, Tenant};
 
 use crate::base::code::Code;
 use crate::base::path::RelPath;
+use crate::local::error::TransferError;
 use crate::local::limiter::{Limiter, Pace};
-use crate::local::source::{Buffers, Piece};
+use crate::local::source::{Buffers, Opened, Piece};
 use crate::server::hook::{Access, HookAccess};
 use crate::server::jobs::{Job, JobEnd};
 use crate::server::places;
 use crate::server::receiver::Receiver;
 use crate::server::target::TargetFile;
 use crate::server::worker::{Outcome, Outcomes};
-use crate::wire::{ChunkFields, ErrorFields, FileFields, FinishFields, Hash, Have};
+use crate::wire::{ChunkFields, ErrorFields, FileFields, FinishFields, Hash, Have, MetaFields};
 
 /// How many lanes a client most likely has; the server does not know.
 const LANES: usize = 4;
@@ -68,101 +71,142 @@ pub(crate) async fn send_files(
     }
 }
 
+/// Why a file is not sent, or not to its end.
+enum Failed {
+    Refused {
+        code: Code,
+        text: String,
+        retry: bool,
+    },
+    /// The lane takes no more.
+    Lane(SendError),
+}
+
+impl Failed {
+    fn refused(code: Code, text: impl Into<String>, retry: bool) -> Self {
+        let text = text.into();
+        Self::Refused { code, text, retry }
+    }
+
+    fn given_up() -> Self {
+        Self::refused(Code::Cancelled, "given up by the client", false)
+    }
+
+    fn unread() -> Self {
+        Self::refused(Code::Internal, "the server failed to read", true)
+    }
+}
+
+impl From<SendError> for Failed {
+    fn from(error: SendError) -> Self {
+        Self::Lane(error)
+    }
+}
+
 /// Sends one file; the code if it failed.
 async fn send(
     receiver: &Receiver,
     channel: &Channel,
     tenant: &Tenant,
-    wanted: Wanted,
+    mut wanted: Wanted,
 ) -> Result<Option<Code>, SendError> {
-    let Wanted {
-        id,
-        path,
-        shown,
-        have,
-        taken,
-        job,
-        unwanted,
-    } = wanted;
-    let began = std::time::Instant::now();
-    if unwanted.is_cancelled() {
-        job.end(JobEnd::Cancelled);
-        return refuse(
-            channel,
-            id,
-            Code::Cancelled,
-            "given up by the client",
-            false,
-        )
-        .await;
-    }
-    let limit = &receiver.limit_out;
-    if let Some(hook) = &receiver.hook {
-        let what = HookAccess {
-            path: path.as_str().to_owned(),
-            access: Access::Read,
-            peer: channel
-                .peer()
-                .map_or_else(String::new, |peer| peer.id().to_owned()),
-        };
-        if let Err(reason) = hook.allow(&what).await {
-            job.end(JobEnd::Failed(Code::Forbidden));
-            return refuse(channel, id, Code::Forbidden, &reason, false).await;
+    let have = std::mem::take(&mut wanted.have);
+    match try_send(receiver, channel, tenant, &wanted, have).await {
+        Ok(()) => {
+            wanted.job.end(JobEnd::Done);
+            Ok(None)
+        }
+        Err(Failed::Lane(error)) => Err(error),
+        Err(Failed::Refused { code, text, retry }) => {
+            wanted.job.end(match code {
+                Code::Cancelled => JobEnd::Cancelled,
+                code => JobEnd::Failed(code),
+            });
+            refuse(channel, wanted.id, code, &text, retry).await
         }
     }
-    // The thread that reads has it until it is through.
+}
+
+async fn try_send(
+    receiver: &Receiver,
+    channel: &Channel,
+    tenant: &Tenant,
+    wanted: &Wanted,
+    have: Have,
+) -> Result<(), Failed> {
+    let began = Instant::now();
+    if wanted.unwanted.is_cancelled() {
+        return Err(Failed::given_up());
+    }
+    allow(receiver, channel, &wanted.path).await?;
+    let place = place(receiver, tenant, wanted).await?;
+    let opened = open(receiver, &wanted.path).await?;
+    announce(channel, wanted, &opened).await?;
+    let (limit, taken) = (&receiver.limit_out, &wanted.taken);
+    let slower = if taken.chunk() < limit.chunk() {
+        taken
+    } else {
+        limit
+    };
+    let pace = Pace::new(slower, LANES, channel.frame_limit());
+    pace.adapt(&channel.stats());
+    let pieces = opened.read(have, pace.clone(), Buffers::default(), Some(place));
+    let bytes = send_pieces(channel, wanted, limit, &pace, pieces).await?;
+    let secs = began.elapsed().as_secs_f64();
+    tracing::info!(path = wanted.shown, bytes, secs, "sent");
+    Ok(())
+}
+
+/// Asks the hook, if there is one.
+async fn allow(receiver: &Receiver, channel: &Channel, path: &RelPath) -> Result<(), Failed> {
+    let Some(hook) = &receiver.hook else {
+        return Ok(());
+    };
+    let peer = channel.peer();
+    let what = HookAccess {
+        path: path.as_str().to_owned(),
+        access: Access::Read,
+        peer: peer.map_or_else(String::new, |peer| peer.id().to_owned()),
+    };
+    let allowed = hook.allow(&what).await;
+    allowed.map_err(|reason| Failed::refused(Code::Forbidden, reason, false))
+}
+
+/// A place among the downloads. The thread that reads has it until it is through.
+async fn place(receiver: &Receiver, tenant: &Tenant, wanted: &Wanted) -> Result<Place, Failed> {
+    let taking = receiver.places.downloads.take(tenant);
     let place = tokio::select! {
-        place = tokio::time::timeout(receiver.config.turn, receiver.places.downloads.take(tenant)) => place,
-        () = unwanted.cancelled() => {
-            job.end(JobEnd::Cancelled);
-            return refuse(channel, id, Code::Cancelled, "given up by the client", false).await;
-        }
+        place = tokio::time::timeout(receiver.config.turn, taking) => place,
+        () = wanted.unwanted.cancelled() => return Err(Failed::given_up()),
     };
-    let place = match place {
-        Ok(Ok(place)) => place,
-        full => {
-            let text = match full {
-                Ok(Err(full)) => places::too_many("downloads", &full),
-                _ => "too many downloads are under way, and none ended in time".to_owned(),
-            };
-            job.end(JobEnd::Failed(places::TOO_MANY));
-            return refuse(channel, id, places::TOO_MANY, &text, true).await;
-        }
+    let text = match place {
+        Ok(Ok(place)) => return Ok(place),
+        Ok(Err(full)) => places::too_many("downloads", &full),
+        Err(_) => "too many downloads are under way, and none ended in time".to_owned(),
     };
-    let opening = {
-        let target = receiver.target().clone();
-        let reading = target.clone();
-        target.run(async move { reading.read(&path).await.map(TargetFile::open) })
-    };
-    let opened = match opening.await {
-        Ok(Some(Ok(Ok(opened)))) => opened,
+    Err(Failed::refused(places::TOO_MANY, text, true))
+}
+
+async fn open(receiver: &Receiver, path: &RelPath) -> Result<Opened, Failed> {
+    let target = receiver.target().clone();
+    let (reading, path) = (target.clone(), path.clone());
+    let opening = target.run(async move { reading.read(&path).await.map(TargetFile::open) });
+    match opening.await {
+        Ok(Some(Ok(Ok(opened)))) => Ok(opened),
         Ok(Some(Err(error))) => {
-            job.end(JobEnd::Failed(error.refusal()));
-            return refuse(
-                channel,
-                id,
-                error.refusal(),
-                &error.to_string(),
-                error.retry(),
-            )
-            .await;
+            let (code, retry) = (error.refusal(), error.retry());
+            Err(Failed::refused(code, error.to_string(), retry))
         }
-        Ok(Some(Ok(Err(_))) | None) | Err(_) => {
-            job.end(JobEnd::Failed(Code::Internal));
-            return refuse(
-                channel,
-                id,
-                Code::Internal,
-                "the server failed to read",
-                true,
-            )
-            .await;
-        }
-    };
-    let meta = crate::wire::MetaFields::from(opened.meta);
+        Ok(Some(Ok(Err(_))) | None) | Err(_) => Err(Failed::unread()),
+    }
+}
+
+/// Says what comes.
+async fn announce(channel: &Channel, wanted: &Wanted, opened: &Opened) -> Result<(), SendError> {
+    let meta = MetaFields::from(opened.meta);
     let fields = FileFields {
-        id,
-        path: &shown,
+        id: wanted.id,
+        path: &wanted.shown,
         size: opened.size,
         mtime: meta.mtime,
         mtime_ns: meta.mtime_ns,
@@ -172,79 +216,51 @@ async fn send(
         dirs: Vec::new(),
         run: None,
     };
-    channel.send("file", &fields).await?;
-    let slower = if taken.chunk() < limit.chunk() {
-        &taken
-    } else {
-        limit
-    };
-    let pace = Pace::new(slower, LANES, channel.frame_limit());
-    pace.adapt(&channel.stats());
-    let mut pieces = opened.read(have, pace.clone(), Buffers::default(), Some(place));
+    channel.send("file", &fields).await
+}
+
+/// Sends what is read until its end; returns its size.
+async fn send_pieces(
+    channel: &Channel,
+    wanted: &Wanted,
+    limit: &Limiter,
+    pace: &Pace,
+    mut pieces: mpsc::Receiver<Piece>,
+) -> Result<u64, Failed> {
+    let (id, job) = (wanted.id, &wanted.job);
     loop {
         pace.adapt(&channel.stats());
         let piece = tokio::select! {
             piece = pieces.recv() => piece,
-            () = unwanted.cancelled() => {
-                job.end(JobEnd::Cancelled);
-                return refuse(channel, id, Code::Cancelled, "given up by the client", false).await;
-            }
+            () = wanted.unwanted.cancelled() => return Err(Failed::given_up()),
         };
         match piece {
             Some(Piece::Chunk { offset, bytes }) => {
-                let end = offset + bytes.len() as u64;
-                limit.take(bytes.len() as u64).await;
-                taken.take(bytes.len() as u64).await;
-                channel
-                    .send_bulk("chunk", &ChunkFields { id, off: offset }, "chunk", bytes)
-                    .await?;
-                job.update(end, 0);
+                let len = bytes.len() as u64;
+                limit.take(len).await;
+                wanted.taken.take(len).await;
+                let fields = ChunkFields { id, off: offset };
+                channel.send_bulk("chunk", &fields, "chunk", bytes).await?;
+                job.update(offset + len, 0);
             }
             Some(Piece::Same { offset, len }) => job.update(offset + len, 0),
             Some(Piece::End { size, hash }) => {
-                let fields = FinishFields {
-                    id,
-                    size,
-                    hash: Hash(hash),
-                };
-                channel.send("finish", &fields).await?;
-                tracing::info!(
-                    path = shown,
-                    bytes = size,
-                    secs = began.elapsed().as_secs_f64(),
-                    "sent"
-                );
-                job.end(JobEnd::Done);
-                return Ok(None);
+                let hash = Hash(hash);
+                channel
+                    .send("finish", &FinishFields { id, size, hash })
+                    .await?;
+                return Ok(size);
             }
             Some(Piece::Failed(error)) => {
-                tracing::warn!(path = shown, %error, "cannot send a file");
-                let changed = matches!(
-                    error,
-                    crate::local::error::TransferError::SourceChanged { .. }
-                );
-                let (code, text) = if changed {
-                    (
-                        Code::SourceChanged,
-                        "the file changed while it was being sent",
-                    )
+                tracing::warn!(path = wanted.shown, %error, "cannot send a file");
+                return Err(if matches!(error, TransferError::SourceChanged { .. }) {
+                    let text = "the file changed while it was being sent";
+                    Failed::refused(Code::SourceChanged, text, true)
                 } else {
-                    (Code::Io, "the server cannot read the file")
-                };
-                job.end(JobEnd::Failed(code));
-                return refuse(channel, id, code, text, changed).await;
+                    Failed::refused(Code::Io, "the server cannot read the file", false)
+                });
             }
-            None => {
-                job.end(JobEnd::Failed(Code::Internal));
-                return refuse(
-                    channel,
-                    id,
-                    Code::Internal,
-                    "the server failed to read",
-                    true,
-                )
-                .await;
-            }
+            None => return Err(Failed::unread()),
         }
     }
 }
