@@ -570,7 +570,9 @@ impl State {
         }
     }
 
-    /// Files a message of the protocol; `None` when it concerns nobody.
+    /// Files a message of the protocol; `None` when it concerns nobody. Not inlined: the messages of the application, which
+    /// pass by it, would be moved once more for its sake.
+    #[inline(never)]
     fn file(&mut self, message: Message, carrier: &Carrier) -> Option<Step> {
         let end = match ProtocolEvent::of(&message) {
             None => violation(
