@@ -9,11 +9,14 @@ export class TransferError extends Error {
   readonly reason: string;
   /** Whether the same again, later, makes sense. */
   readonly retry: boolean;
+  /** Which of the several things that its reason stands for it is, where the server says so: `blocked` of `exists`. */
+  readonly why: string | undefined;
 
-  constructor(reason: string, message: string, retry: boolean) {
+  constructor(reason: string, message: string, retry: boolean, why?: string) {
     super(message);
     this.reason = reason;
     this.retry = retry;
+    this.why = why;
   }
 }
 
@@ -111,7 +114,8 @@ export class Said {
   }
 
   error(): TransferError {
-    return new TransferError(this.text('code'), this.text('message'), this.flag('retry'));
+    const why = this.has('why') ? this.text('why') : undefined;
+    return new TransferError(this.text('code'), this.text('message'), this.flag('retry'), why);
   }
 
   done(): Done {
