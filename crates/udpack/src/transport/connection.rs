@@ -93,7 +93,7 @@ impl Connection {
         match &self.web {
             None => Ok((SendStream::new(send, None), RecvStream::new(recv, None))),
             Some(web) => {
-                let send = web.begin_bi(send).await?;
+                let send = Box::pin(web.begin_bi(send)).await?;
                 let web = Some(web);
                 Ok((SendStream::new(send, web), RecvStream::new(recv, web)))
             }
@@ -107,9 +107,9 @@ impl Connection {
     pub(crate) async fn accept_bi(&self) -> Result<(SendStream, RecvStream), ConnectionError> {
         let (send, recv) = match &self.web {
             None => self.quic.accept_bi().await?,
-            Some(web) => match web.accept_bi().await {
+            Some(web) => match Box::pin(web.accept_bi()).await {
                 Some(streams) => streams,
-                None => return Err(self.gone().await),
+                None => return Err(Box::pin(self.gone()).await),
             },
         };
         let web = self.web.as_ref();
@@ -128,7 +128,10 @@ impl Connection {
             .map_err(|error| self.over(error))?;
         match &self.web {
             None => Ok(SendStream::new(stream, None)),
-            Some(web) => Ok(SendStream::new(web.begin_uni(stream).await?, Some(web))),
+            Some(web) => Ok(SendStream::new(
+                Box::pin(web.begin_uni(stream)).await?,
+                Some(web),
+            )),
         }
     }
 
@@ -139,9 +142,9 @@ impl Connection {
     pub(crate) async fn accept_uni(&self) -> Result<RecvStream, ConnectionError> {
         match &self.web {
             None => Ok(RecvStream::new(self.quic.accept_uni().await?, None)),
-            Some(web) => match web.accept_uni().await {
+            Some(web) => match Box::pin(web.accept_uni()).await {
                 Some(stream) => Ok(RecvStream::one_way(stream, web)),
-                None => Err(self.gone().await),
+                None => Err(Box::pin(self.gone()).await),
             },
         }
     }
