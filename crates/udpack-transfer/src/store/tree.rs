@@ -891,10 +891,11 @@ impl Removal<'_> {
         }
     }
 
-    /// Empties a directory whose path has `depth` components.
+    /// Empties a directory whose path has `depth` components. What lies too deep to have a path stays, and the
+    /// directory's removal finds it.
     fn clear(&mut self, dir: &Dir, depth: usize) -> Result<(), StoreError> {
         if depth >= RelPath::MAX_COMPONENTS {
-            return Err(self.not_empty());
+            return Ok(());
         }
         loop {
             let names = batch(dir).map_err(|e| self.failed("read a directory", e))?;

@@ -306,13 +306,13 @@ fn what_a_list_lacks_is_told_by_the_directory_above() {
             .collect::<Vec<_>>()
     };
     assert_eq!(unread(&store), [0; 0]);
-    fs::create_dir(
-        dir.path()
-            .join(["d"; RelPath::MAX_COMPONENTS + 1].join("/")),
-    )
-    .unwrap();
+    let beyond = ["d"; RelPath::MAX_COMPONENTS + 1].join("/");
+    fs::create_dir(dir.path().join(&beyond)).unwrap();
     assert_eq!(unread(&store), [RelPath::MAX_COMPONENTS]);
     assert_eq!(code(store.remove(&path("d"), true)), "not_empty");
+    fs::remove_dir(dir.path().join(&beyond)).unwrap();
+    assert_eq!(store.remove(&path("d"), true).unwrap(), Removed::default());
+    assert_eq!(all(&store), [""; 0]);
 }
 
 #[test]
