@@ -16,6 +16,14 @@ async fn site(change: impl FnOnce(udpack::ServerBuilder) -> udpack::ServerBuilde
     bind(change(server().web(Web::new()))).await
 }
 
+/// A page that was let in, and its control stream.
+async fn admitted(server: &Server) -> (Page, Stream) {
+    let page = Page::connect(server).await;
+    let mut control = page.hello(TOKEN).await;
+    control.welcome().await;
+    (page, control)
+}
+
 #[tokio::test]
 async fn a_page_is_let_in_asks_and_is_answered() {
     bounded(async {
@@ -45,9 +53,7 @@ async fn a_page_is_let_in_asks_and_is_answered() {
 async fn all_channels_may_be_opened_at_once_and_for_each_that_ends_another() {
     bounded(async {
         let server = site(|server| server.channel("echo", echo)).await;
-        let page = Page::connect(&server).await;
-        let mut control = page.hello(TOKEN).await;
-        control.welcome().await;
+        let (page, _control) = admitted(&server).await;
         let mut channels = std::collections::VecDeque::new();
         // A browser does not wait for permission: it must be there.
         for id in 1..=200_u64 {
@@ -78,9 +84,7 @@ async fn all_channels_may_be_opened_at_once_and_for_each_that_ends_another() {
 async fn the_server_opens_channels_to_a_page() {
     bounded(async {
         let server = site(|server| server).await;
-        let page = Page::connect(&server).await;
-        let mut control = page.hello(TOKEN).await;
-        control.welcome().await;
+        let (page, _control) = admitted(&server).await;
         let socket = server.accept().await.expect("a socket");
         let channel = socket.open("news").await.expect("a channel");
         let asking = async { channel.request::<u64, u64>("how many", &3_u64).await };
@@ -103,9 +107,7 @@ async fn the_server_opens_channels_to_a_page() {
 async fn volatile_messages_go_both_ways_in_datagrams_and_streams() {
     bounded(async {
         let server = site(|server| server).await;
-        let page = Page::connect(&server).await;
-        let mut control = page.hello(TOKEN).await;
-        control.welcome().await;
+        let (page, _control) = admitted(&server).await;
         let socket = server.accept().await.expect("a socket");
 
         page.session
@@ -138,9 +140,7 @@ async fn volatile_messages_go_both_ways_in_datagrams_and_streams() {
 async fn a_page_hears_code_and_text_of_a_close() {
     bounded(async {
         let server = site(|server| server).await;
-        let page = Page::connect(&server).await;
-        let mut control = page.hello(TOKEN).await;
-        control.welcome().await;
+        let (page, _control) = admitted(&server).await;
         let socket = server.accept().await.expect("a socket");
         let text = "ü".repeat(200);
         socket.abort(CloseCode::new(0x1234), &text);
@@ -154,9 +154,7 @@ async fn a_page_hears_code_and_text_of_a_close() {
 async fn a_server_hears_code_and_text_of_a_close() {
     bounded(async {
         let server = site(|server| server).await;
-        let page = Page::connect(&server).await;
-        let mut control = page.hello(TOKEN).await;
-        control.welcome().await;
+        let (page, _control) = admitted(&server).await;
         let socket = server.accept().await.expect("a socket");
         page.session.close(0x2001, b"that was all");
         let reason = socket.closed().await;
@@ -184,9 +182,7 @@ async fn a_refusal_comes_as_code_and_text_of_a_session_that_stood() {
 async fn a_close_of_the_server_reaches_its_pages() {
     bounded(async {
         let server = site(|server| server).await;
-        let page = Page::connect(&server).await;
-        let mut control = page.hello(TOKEN).await;
-        control.welcome().await;
+        let (page, _control) = admitted(&server).await;
         let (closed, ()) = tokio::join!(
             page.closed(),
             server.close(CloseCode::SHUTTING_DOWN, "see you")
@@ -200,9 +196,7 @@ async fn a_close_of_the_server_reaches_its_pages() {
 async fn resets_and_stops_carry_the_protocols_codes_both_ways() {
     bounded(async {
         let server = site(|server| server).await;
-        let page = Page::connect(&server).await;
-        let mut control = page.hello(TOKEN).await;
-        control.welcome().await;
+        let (page, _control) = admitted(&server).await;
         let socket = server.accept().await.expect("a socket");
 
         let mut stream = page.open(1, "one").await;
@@ -250,9 +244,7 @@ async fn what_was_sent_last_is_read_although_the_server_wants_no_more() {
     bounded(async {
         let last = |channel: Channel| async move { channel.send("last", "word").await };
         let server = site(|server| server.channel("last", last)).await;
-        let page = Page::connect(&server).await;
-        let mut control = page.hello(TOKEN).await;
-        control.welcome().await;
+        let (page, _control) = admitted(&server).await;
         let mut stream = page.open(1, "last").await;
         let (event, data, _) = stream.next::<String>().await;
         assert_eq!((event.as_str(), data.as_str()), ("last", "word"));
@@ -320,9 +312,7 @@ async fn a_page_of_another_host_or_at_another_path_is_refused_by_status() {
 async fn other_clients_use_the_same_port() {
     bounded(async {
         let server = site(|server| server.channel("echo", echo)).await;
-        let page = Page::connect(&server).await;
-        let mut control = page.hello(TOKEN).await;
-        control.welcome().await;
+        let (_page, _control) = admitted(&server).await;
         let socket = common::connect(&server).await;
         assert_eq!(socket.transport(), Transport::Quic);
         let channel = socket.open("echo").await.expect("a channel");
