@@ -234,6 +234,18 @@ pub struct Abilities {
     pub remove: bool,
 }
 
+impl Abilities {
+    /// All of them.
+    pub(crate) const ALL: Self = Self {
+        any_order: true,
+        resume: true,
+        names: true,
+        read: true,
+        list: true,
+        remove: true,
+    };
+}
+
 /// What is to be stored.
 #[derive(Clone, Copy, Debug)]
 pub struct NewUpload<'a> {

@@ -91,14 +91,7 @@ impl Sink for Store {
     type Whole = Complete;
 
     fn abilities(&self) -> Abilities {
-        Abilities {
-            any_order: true,
-            resume: true,
-            names: true,
-            read: true,
-            list: true,
-            remove: true,
-        }
+        Abilities::ALL
     }
 
     async fn begin(&self, new: &NewUpload<'_>) -> Result<Begun<DiskUpload>, StoreError> {

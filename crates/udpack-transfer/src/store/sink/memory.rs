@@ -527,14 +527,7 @@ impl Sink for Memory {
     type Whole = MemoryWhole;
 
     fn abilities(&self) -> Abilities {
-        Abilities {
-            any_order: true,
-            resume: true,
-            names: true,
-            read: true,
-            list: true,
-            remove: true,
-        }
+        Abilities::ALL
     }
 
     async fn begin(&self, new: &NewUpload<'_>) -> Result<Begun<MemoryUpload>, StoreError> {
