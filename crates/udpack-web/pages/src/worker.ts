@@ -1,0 +1,1 @@
+/** Hashes for the page, beside it. */
