@@ -260,3 +260,76 @@ test('a connection that is given up on the way back is closed as superseded', as
   assert.deepEqual(await Promise.all(ends), [Code.SUPERSEDED]);
   assert.deepEqual(socket.state, { state: 'connected', resumed: true });
 });
+
+/** A page that is left and comes back. */
+function turn(page: EventTarget, type: 'pagehide' | 'pageshow', persisted: boolean): void {
+  page.dispatchEvent(Object.assign(new Event(type), { persisted }));
+}
+
+test('a page that may come back keeps its session, however long it sleeps, and goes on with it', async () => {
+  const server = new FakeServer();
+  const clock = new FakeClock();
+  const page = new EventTarget();
+  const states: string[] = [];
+  const atServer: unknown[] = [];
+  server.handlers.set('numbers', (channel) => {
+    channel.onMessage = ({ data }) => atServer.push(data);
+  });
+  const socket = await clock.result(start(server, clock, { page }));
+  socket.on('state', ({ state }) => states.push(state));
+  const { sessionId } = socket;
+  const channel = await clock.result(socket.open('numbers'));
+  await channel.send('n', 1);
+  await settle();
+  const { link } = server;
+  turn(page, 'pagehide', true);
+  const left = await link.server.closed;
+  assert.deepEqual([left.code, left.by], [Code.SUPERSEDED, 'peer']);
+  await channel.send('n', 2);
+  // Longer than it would try to come back.
+  await clock.advance(3_600_000);
+  assert.deepEqual(states, ['reconnecting']);
+  assert.equal(server.link, link);
+  turn(page, 'pageshow', true);
+  await clock.until(() => atServer.length === 2, 'the second message');
+  assert.deepEqual(states, ['reconnecting', 'reconnecting', 'connected']);
+  assert.equal(socket.sessionId, sessionId);
+  assert.deepEqual(atServer, [1, 2]);
+  await clock.result(socket.close());
+});
+
+test('a page that falls asleep while it reconnects does not end its session', async () => {
+  const server = new FakeServer();
+  const clock = new FakeClock();
+  const page = new EventTarget();
+  const socket = await clock.result(start(server, clock, { page }));
+  const channel = await clock.result(socket.open('numbers', {}));
+  void channel;
+  server.link.cut();
+  let asleep = false;
+  server.onLink = () => {
+    if (asleep) return;
+    asleep = true;
+    turn(page, 'pagehide', true);
+  };
+  await clock.until(() => asleep, 'the next connection');
+  await clock.advance(60_000);
+  assert.equal(socket.state.state, 'reconnecting');
+  turn(page, 'pageshow', true);
+  await clock.until(() => socket.state.state === 'connected', 'the connection');
+  assert.deepEqual(socket.state, { state: 'connected', resumed: true });
+  await clock.result(socket.close());
+});
+
+test('a page that is left for good ends its session', async () => {
+  const server = new FakeServer();
+  const clock = new FakeClock();
+  const page = new EventTarget();
+  const socket = await clock.result(start(server, clock, { page }));
+  const { link } = server;
+  turn(page, 'pagehide', false);
+  const left = await link.server.closed;
+  assert.deepEqual([left.code, left.by], [Code.NORMAL, 'peer']);
+  const reason = await clock.result(socket.closed);
+  assert.deepEqual([reason.code, reason.by], [Code.NORMAL, 'local']);
+});

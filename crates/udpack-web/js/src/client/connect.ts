@@ -12,6 +12,7 @@ import { dialWebTransport } from '../transport/webtransport.js';
 import { CloseReason, Code, sendable } from '../wire/codes.js';
 import { DEFAULT_FRAME, MIN_FRAME } from '../wire/frame.js';
 import { discover, hashOf } from './discover.js';
+import { follow, windowHere } from './page.js';
 import { Socket } from './socket.js';
 
 export interface ConnectOptions {
@@ -47,6 +48,11 @@ export interface ConnectOptions {
     /** For a graceful close, in milliseconds. */
     close?: number;
   };
+  /**
+   * Whose `pagehide` and `pageshow` say that the page goes and comes back: its window unless given, nobody's with null. A
+   * page that may come back gives its connection up and has the server keep the session; one that will not ends it.
+   */
+  page?: EventTarget | null;
   /** Another transport: makes a connection to a URL. */
   dial?: Dial;
   /** Another time, for tests. */
@@ -95,6 +101,10 @@ export async function connect(options: ConnectOptions = {}): Promise<Socket> {
   });
   const socket = new Socket(session, frame);
   await session.start(options.signal);
+  const page = options.page === undefined ? windowHere() : options.page;
+  if (page) {
+    follow(page, session);
+  }
   return socket;
 }
 

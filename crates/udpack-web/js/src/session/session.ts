@@ -64,6 +64,8 @@ interface Outcome {
 const CONTROL_FRAME = 4096;
 /** How long a close waits for the server to end its directions, too. */
 const LINGER_MS = 1000;
+/** What a server is told of a page that may come back. */
+const SLEEPS = 'the page sleeps';
 /** Between `$close` and the end of the control stream. */
 const FIN_MS = 3000;
 
@@ -82,6 +84,7 @@ export class Session extends Emitter<SessionEvents> {
   private wish: CloseReason | undefined;
   private dialling: AbortController | undefined;
   private hurry = false;
+  private asleep = false;
   private turn: { at: number; goAway: GoAway; stop: Stop } | undefined;
 
   constructor(options: SessionOptions) {
@@ -158,6 +161,26 @@ export class Session extends Emitter<SessionEvents> {
     this.wishes.wake();
   }
 
+  /** Gives the connection up for a while: the server keeps the session, and no other connection is made until `wake`. */
+  sleep(): void {
+    if (this.options.reconnect) {
+      this.asleep = true;
+      this.dialling?.abort();
+      this.link?.connection.close(Code.SUPERSEDED, SLEEPS);
+    }
+  }
+
+  wake(): void {
+    this.asleep = false;
+    this.reconnectNow();
+  }
+
+  /** Ends the session without waiting for anything: its page is going. */
+  quit(): void {
+    this.link?.connection.close(Code.NORMAL, '');
+    void this.close(new CloseReason(Code.NORMAL, 'the page is left', 'local'));
+  }
+
   /** One try: connect, and be let in. */
   private async dial(wanted: TokenWanted, signal?: AbortSignal): Promise<Link> {
     const { clock, connectMs } = this.options;
@@ -177,7 +200,7 @@ export class Session extends Emitter<SessionEvents> {
         connection.close(Code.NORMAL, '');
         signal.throwIfAborted();
       }
-      controller.signal.addEventListener('abort', () => connection.close(Code.NORMAL, ''));
+      controller.signal.addEventListener('abort', () => connection.close(this.asleep ? Code.SUPERSEDED : Code.NORMAL, ''));
       const hello = {
         token,
         agent: this.options.agent,
@@ -211,7 +234,8 @@ export class Session extends Emitter<SessionEvents> {
       this.up(link);
       const { reason, moved } = await this.drive(link);
       const { reconnect } = this.options;
-      const comesBack = reconnect !== undefined && this.wish === undefined && (moved || (reason.retry && reason.by !== 'local'));
+      const slept = reason.by === 'local' && reason.code === Code.SUPERSEDED;
+      const comesBack = reconnect !== undefined && this.wish === undefined && (moved || slept || (reason.retry && reason.by !== 'local'));
       // A session goes on where its connection was lost. One that a side has closed with a code is over.
       const goesOn = comesBack && !moved && (reason.by === 'transport' || reason.code === Code.SUPERSEDED);
       if (!goesOn) {
@@ -291,6 +315,9 @@ export class Session extends Emitter<SessionEvents> {
     const move = (): void =>
       void part({ reason: new CloseReason(Code.MOVED, 'moved to another server', 'local'), moved: true }, this.move(link));
     void connection.closed.then(ended);
+    if (this.asleep) {
+      connection.close(Code.SUPERSEDED, SLEEPS);
+    }
     void wished();
     void this.readControl(link, (goAway) => this.onGoAway(goAway, move)).then((reason) => {
       if (reason) {
@@ -432,11 +459,20 @@ export class Session extends Emitter<SessionEvents> {
   /** The next connection; why there is none, otherwise. */
   private async comeBack(policy: Reconnect, lost: CloseReason, moved: boolean): Promise<Link | CloseReason> {
     const { clock, random } = this.options;
-    const since = clock.now();
+    let since = clock.now();
     const turn = moved ? since : (this.turn?.at ?? since);
     this.turn = undefined;
     let reason = lost;
     for (let attempt = 1; ; attempt += 1) {
+      if (this.asleep) {
+        this.change({ state: 'reconnecting', attempt: 1, retryInMs: 0, reason });
+        while (this.asleep && this.wish === undefined) {
+          await this.wishes.wait();
+        }
+        // The time in which the page slept is not one in which the server did not answer.
+        since = clock.now();
+        attempt = 1;
+      }
       const left = policy.patience - (clock.now() - since);
       if (attempt > policy.attempts || left <= 0) {
         return reason;
@@ -453,6 +489,9 @@ export class Session extends Emitter<SessionEvents> {
       } catch (error) {
         if (this.wish) {
           return this.wish;
+        }
+        if (this.asleep) {
+          continue;
         }
         if (!(error instanceof ConnectError) || !error.retry) {
           return error instanceof ConnectError ? error.reason : new CloseReason(Code.INTERNAL, `${error}`, 'local');
