@@ -61,6 +61,9 @@ class WebServer {
   }
 }
 
+// Every stream has pipes in shared memory, which containers have little of.
+const ARGUMENTS = ['--no-sandbox', '--disable-dev-shm-usage'];
+
 let browser: Browser;
 let pages: Server;
 let server: WebServer;
@@ -69,15 +72,13 @@ let page: Page;
 before(async () => {
   if (skip) return;
   pages = createServer((request, response) => {
-    const script = request.url === '/udpack.js' || request.url === '/transfer.js';
+    const script = ['/udpack.js', '/transfer.js', '/hash-worker.js'].includes(request.url ?? '');
     response.setHeader('content-type', script ? 'text/javascript' : 'text/html');
     response.end(script ? readFileSync(`${repository}crates/udpack-web/js/dist${request.url}`) : '<!doctype html><title>test</title>');
   });
   await new Promise<void>((resolve) => pages.listen(0, '127.0.0.1', resolve));
   server = await WebServer.start();
-  // Every stream has pipes in shared memory, which containers have little of.
-  const args = ['--no-sandbox', '--disable-dev-shm-usage'];
-  browser = await chromium.launch({ executablePath: CHROMIUM, headless: true, args });
+  browser = await chromium.launch({ executablePath: CHROMIUM, headless: true, args: ARGUMENTS });
   page = await fresh();
 });
 
@@ -93,8 +94,12 @@ const uncaught: string[] = [];
 async function fresh(): Promise<Page> {
   const page = await browser.newPage();
   page.on('pageerror', (error) => uncaught.push(`${error}`));
-  await page.goto(`http://127.0.0.1:${(pages.address() as AddressInfo).port}/`);
+  await page.goto(address());
   return page;
+}
+
+function address(): string {
+  return `http://127.0.0.1:${(pages.address() as AddressInfo).port}/`;
 }
 
 test('a page connects by the hash of the certificate, and speaks on channels', { skip }, async () => {
@@ -230,7 +235,7 @@ test('files of a page are on the server\'s disk when they are done, and come bac
       const { content } = globalThis as unknown as { content(size: number, seed: number): Uint8Array };
       const socket = await connect({ url, hashes, token });
       const files = sizes.map((size, seed) => new File([content(size, seed) as BlobPart], `${size}.bin`));
-      const path = (file: File): string => `from a page/größe/${file.name}`;
+      const path = (name: string): string => `from a page/größe/${name}`;
       const running = upload(socket, files, { path });
       const all = await running.done;
       const back = [];
@@ -263,7 +268,7 @@ test('files of a page are on the server\'s disk when they are done, and come bac
   assert.equal((got.other[0] as string[])[3], 'exists');
   // A server renames only where its operator said so.
   assert.deepEqual(got.kept.map((file) => (file as string[])[3]), ['forbidden']);
-  assert.deepEqual(got.total, { bytes: sum, received: sum });
+  assert.deepEqual(got.total, { files: 6, done: 6, failed: 0, bytes: sum, received: sum, safe: sum, complete: true });
   const stored = `${server.endpoint.files}/from a page/größe`;
   for (const [seed, size] of sizes.entries()) {
     assert.ok(readFileSync(`${stored}/${size}.bin`).equals(content(size, seed)), `${size} bytes`);
@@ -279,7 +284,7 @@ test('300 small files of a page arrive whole', { skip }, async () => {
     const { content } = globalThis as unknown as { content(size: number, seed: number): Uint8Array };
     const socket = await connect({ url, hashes, token });
     const files = Array.from({ length: 300 }, (_, n) => new File([content(100 + 37 * n, n) as BlobPart], `${n}.bin`));
-    const all = await upload(socket, files, { path: (file: File) => `many/${file.name}` }).done;
+    const all = await upload(socket, files, { path: (name: string) => `many/${name}` }).done;
     await socket.close();
     return all.filter((file: { state: string }) => file.state !== 'done').map((file: { path: string; error: unknown }) => `${file.path}: ${file.error}`);
   }, server.endpoint);
@@ -321,7 +326,7 @@ test('an upload goes on over a cut, and one that is cancelled leaves nothing', {
       const [file] = await running.done;
       const second = upload(socket, [new File([content(size, 10) as BlobPart], 'given up.bin')]);
       for await (const _ of second) {
-        if (second.total.received > 0) second.cancel();
+        if (second.total.received > 0) await second.cancel();
       }
       const [cancelled] = await second.done;
       await socket.close();
@@ -337,6 +342,52 @@ test('an upload goes on over a cut, and one that is cancelled leaves nothing', {
   assert.ok(!existsSync(`${server.endpoint.files}/given up.bin`));
   await page.close();
   await relay.cut();
+});
+
+test('a directory of a page arrives as it is, hashed in a Worker, and a paused upload goes on', { skip }, async () => {
+  const page = await fresh();
+  const workers: string[] = [];
+  page.on('worker', (worker) => workers.push(new URL(worker.url()).pathname));
+  await page.addScriptTag({ content: `globalThis.content = ${content}` });
+  const got = await page.evaluate(async ({ url, hashes, token }) => {
+    const { connect } = await import('/udpack.js' as string);
+    const { upload } = await import('/transfer.js' as string);
+    const { content } = globalThis as unknown as { content(size: number, seed: number): Uint8Array };
+    const socket = await connect({ url, hashes, token });
+    const root = await navigator.storage.getDirectory();
+    const top = await root.getDirectoryHandle('folder', { create: true });
+    const sub = await top.getDirectoryHandle('größe', { create: true });
+    await top.getDirectoryHandle('empty', { create: true });
+    const fill = async (directory: FileSystemDirectoryHandle, name: string, size: number): Promise<void> => {
+      const stream = await (await directory.getFileHandle(name, { create: true })).createWritable();
+      await stream.write(content(size, size) as BufferSource as never);
+      await stream.close();
+    };
+    await fill(top, 'a.bin', 10);
+    await fill(sub, 'b.bin', 8_000_000);
+    const running = upload(socket, top);
+    const states = new Set<string>();
+    let held = false;
+    for await (const files of running) {
+      for (const { state } of files) states.add(state);
+      if (!held && files.some(({ received, size }: { received: number; size: number }) => received > 0 && received < size)) {
+        held = true;
+        running.pause();
+        await new Promise((resolve) => setTimeout(resolve, 50));
+        states.add(running.files.map(({ state }: { state: string }) => state).sort().at(-1) as string);
+        running.resume();
+      }
+    }
+    await socket.close();
+    return { ends: (await running.done).map(({ path, state, error }: { path: string; state: string; error: unknown }) => `${path} ${state} ${error ?? ''}`).sort(), states: [...states], total: running.total };
+  }, server.endpoint);
+  assert.deepEqual(got.ends, ['folder/a.bin done ', 'folder/empty done ', 'folder/größe/b.bin done ']);
+  const stored = `${server.endpoint.files}/folder`;
+  assert.ok(readFileSync(`${stored}/a.bin`).equals(content(10, 10)));
+  assert.ok(readFileSync(`${stored}/größe/b.bin`).equals(content(8_000_000, 8_000_000)));
+  assert.deepEqual(readdirSync(`${stored}/empty`), []);
+  assert.deepEqual(workers, ['/hash-worker.js']);
+  await page.close();
 });
 
 test('a wrong token, a wrong path, a wrong hash', { skip }, async () => {

@@ -5,7 +5,7 @@ import { File } from 'node:buffer';
 import { test } from 'node:test';
 import { connect, type Socket } from '../src/index.js';
 import { hashOf } from '../src/transfer/blake3.js';
-import { download, jobs, TransferError, upload } from '../src/transfer/index.js';
+import { download, dropped, type DroppedEntry, jobs, TransferError, upload } from '../src/transfer/index.js';
 import type { WireMessage } from '../src/wire/message.js';
 import { settle } from './clock.js';
 import { FakeServer, type ServerChannel, TOKEN } from './server.js';
@@ -22,6 +22,7 @@ interface Fields {
   hash: Uint8Array;
   run: Uint8Array;
   resume: boolean;
+  keep?: boolean;
   if_exists: string;
   have: [number, number, Uint8Array][];
 }
@@ -32,6 +33,7 @@ class Lanes {
   /** What an interrupted upload has left. */
   readonly partial = new Map<string, Uint8Array>();
   readonly got: WireMessage[] = [];
+  readonly directories: string[] = [];
   /** Called with each message first; true takes it. */
   before: (channel: ServerChannel, event: string, fields: Fields) => boolean = () => false;
 
@@ -57,6 +59,16 @@ class Lanes {
         channel.send('ack', { id: fields.id, recv: open.end, safe: 0 });
       }
       if (message.event === 'finish' && open) void this.finish(channel, { ...open.fields }, open.bytes, fields.hash);
+      if (message.event === 'dir') {
+        assert.equal(open, undefined, 'a directory while a file is open');
+        this.directories.push(fields.path);
+        channel.send('done', { id: fields.id, path: fields.path, size: 0, hash: new Uint8Array(32) });
+      }
+      if (message.event === 'cancel' && open?.fields.id === fields.id) {
+        if (fields.keep) this.partial.set(open.fields.path, open.bytes.slice(0, open.end));
+        else this.partial.delete(open.fields.path);
+      }
+      if (message.event === 'finish' || message.event === 'cancel') open = undefined;
       if (message.event === 'cancel') channel.send('error', { id: fields.id, code: 'cancelled', message: 'by the client', retry: false });
     };
   };
@@ -94,7 +106,7 @@ test('files small and large are stored over several lanes', async () => {
   const { lanes, socket, server } = await setup();
   const contents = Array.from({ length: 30 }, (_, n) => bytes(n % 3 === 0 ? 150_000 + n : 10 * n, n));
   const seen: number[] = [];
-  const up = upload(socket, contents.map((content, n) => file(`${n}.bin`, content)), { path: ({ name }) => `dir/${name}` });
+  const up = upload(socket, contents.map((content, n) => file(`${n}.bin`, content)), { path: (own) => `dir/${own}` });
   const watching = (async () => {
     for await (const files of up) seen.push(files.filter(({ state }) => state === 'done').length);
   })();
@@ -104,7 +116,8 @@ test('files small and large are stored over several lanes', async () => {
   for (const [n, content] of contents.entries()) assert.ok(Buffer.from(content).equals(lanes.stored.get(`dir/${n}.bin`) as Uint8Array));
   assert.equal(server.session.seen.size, 4);
   assert.equal(seen.at(-1), 30);
-  assert.deepEqual(up.total, { bytes: contents.reduce((sum, { length }) => sum + length, 0), received: contents.reduce((sum, { length }) => sum + length, 0) });
+  const size = contents.reduce((sum, { length }) => sum + length, 0);
+  assert.deepEqual(up.total, { files: 30, done: 30, failed: 0, bytes: size, received: size, safe: size, complete: true });
   await socket.close();
 });
 
@@ -155,7 +168,7 @@ test('a conflict, a refusal and a lie fail the one file', async () => {
     return true;
   };
   const files = ['taken', 'lie', 'skipped', 'fine'].map((name) => file(name, bytes(10)));
-  const all = await upload(socket, files, { ifExists: ({ name }) => (name === 'skipped' ? 'skip' : 'error') }).done;
+  const all = await upload(socket, files, { ifExists: (path) => (path === 'skipped' ? 'skip' : 'error') }).done;
   assert.deepEqual(all.map(({ state, error }) => [state, error?.reason]), [['failed', 'exists'], ['failed', 'hash_mismatch'], ['done', undefined], ['done', undefined]]);
   await socket.close();
 });
@@ -175,6 +188,173 @@ test('a file can be given up, and all of them', async () => {
   const controller = new AbortController();
   controller.abort();
   assert.deepEqual((await upload(socket, files, { signal: controller.signal }).done).map(({ state }) => state), ['failed', 'failed']);
+  await socket.close();
+});
+
+test('a paused file sends nothing and stays at the server; then it goes on with what is missing', async () => {
+  const { lanes, socket } = await setup();
+  const content = bytes(700_000);
+  const up = upload(socket, file('a.bin', content), { lanes: 1 });
+  lanes.before = (_, event, { off }) => {
+    if (event === 'chunk' && off === 300_000) up.pause();
+    return false;
+  };
+  while (!lanes.got.some(({ event }) => event === 'cancel')) await settle();
+  await settle();
+  assert.equal(up.files[0]?.state, 'paused');
+  assert.ok(lanes.partial.has('a.bin'));
+  assert.equal((lanes.got.at(-1)?.data as Fields).keep, true);
+  const before = lanes.got.length;
+  await settle();
+  assert.equal(lanes.got.length, before);
+  lanes.before = () => false;
+  const kept = lanes.partial.get('a.bin')?.length as number;
+  up.resume();
+  assert.deepEqual((await up.done).map(({ state }) => state), ['done']);
+  const again = lanes.got.slice(before).filter(({ event }) => event === 'chunk').reduce((sum, { data }) => sum + (data as Fields).chunk.length, 0);
+  assert.equal(again, content.length - kept);
+  assert.ok(Buffer.from(content).equals(lanes.stored.get('a.bin') as Uint8Array));
+  await socket.close();
+});
+
+test('one file is paused while the others go on, and files that are added later are paused with all', async () => {
+  const { lanes, socket } = await setup();
+  const files = [file('a.bin', bytes(10)), file('b.bin', bytes(20))];
+  const up = upload(socket, files, { lanes: 1 });
+  up.pause('a.bin');
+  while (up.total.done === 0) await settle();
+  await settle();
+  assert.deepEqual(up.files.map(({ state }) => state), ['paused', 'done']);
+  up.resume(files[0]);
+  await up.done;
+  async function* late(): AsyncGenerator<globalThis.File> {
+    await settle();
+    yield file('c.bin', bytes(30));
+  }
+  const next = upload(socket, late());
+  next.pause();
+  while (!next.total.complete) await settle();
+  await settle();
+  assert.deepEqual(next.files.map(({ path, state }) => [path, state]), [['c.bin', 'paused']]);
+  next.resume();
+  await next.done;
+  assert.deepEqual([...lanes.stored.keys()], ['b.bin', 'a.bin', 'c.bin']);
+  await socket.close();
+});
+
+test('a file that is given up is gone at the server: on its lane, paused, and after a lost connection', async () => {
+  const { lanes, socket, server } = await setup();
+  const files = ['sent', 'paused', 'lost'].map((name) => file(name, bytes(400_000)));
+  const up = upload(socket, files, { lanes: 1 });
+  let cut = false;
+  const stages: string[] = [];
+  const removals: Promise<void>[] = [];
+  lanes.before = (_, event, { id, path }) => {
+    if (event === 'file') stages.push(path);
+    if (event !== 'chunk') return false;
+    const at = stages.at(-1);
+    if (at === 'sent') removals.push(up.cancel('sent'));
+    if (at === 'paused') up.pause('paused');
+    if (at === 'lost' && !cut) {
+      cut = true;
+      lanes.partial.set('lost', new Uint8Array(id));
+      server.link.cut();
+      removals.push(up.cancel('lost'));
+    }
+    return false;
+  };
+  while (!cut || up.files[1]?.state !== 'paused') await settle();
+  assert.ok(lanes.partial.has('paused'));
+  await Promise.all([...removals, up.cancel()]);
+  assert.deepEqual(lanes.partial, new Map());
+  assert.deepEqual((await up.done).map(({ state, error }) => [state, error?.reason]), Array(3).fill(['failed', 'cancelled']));
+  assert.equal(lanes.stored.size, 0);
+  await socket.close();
+});
+
+test('who is asked about a taken name decides, one file after the other', async () => {
+  const { lanes, socket } = await setup();
+  const taken = new Set(['a', 'b', 'c', 'd']);
+  lanes.before = (channel, event, { id, path, if_exists }) => {
+    if (event !== 'put' || !taken.has(path) || if_exists === 'overwrite') return false;
+    if (if_exists === 'skip') channel.send('done', { id, path, size: 3, hash: new Uint8Array(32), same: true });
+    else channel.send('error', { id, code: 'exists', message: 'the name is taken', retry: false, ...(path === 'd' && { why: 'blocked' }) });
+    return true;
+  };
+  const asked: string[] = [];
+  let open = 0;
+  const onConflict = async ({ path, state }: { path: string; state: string }) => {
+    open += 1;
+    assert.deepEqual([open, state], [1, 'asking']);
+    await settle();
+    open -= 1;
+    asked.push(path);
+    return path === 'a' ? 'overwrite' : path === 'b' ? 'skip' : 'error';
+  };
+  const up = upload(socket, ['a', 'b', 'c', 'd', 'e'].map((name) => file(name, bytes(10))), { onConflict });
+  const all = await up.done;
+  assert.deepEqual(asked.sort(), ['a', 'b', 'c']);
+  assert.deepEqual(all.map(({ state, error }) => error?.reason ?? state), ['done', 'done', 'exists', 'exists', 'done']);
+  assert.deepEqual([...lanes.stored.keys()].sort(), ['a', 'e']);
+  await socket.close();
+});
+
+test('what is offered again says so', async () => {
+  const { lanes, socket } = await setup();
+  let refused = false;
+  lanes.before = (channel, event, { id }) => {
+    if (event !== 'put' || refused) return false;
+    refused = true;
+    channel.send('error', { id, code: 'quota', message: 'above what may be stored', retry: true });
+    return true;
+  };
+  const up = upload(socket, file('a', bytes(10)));
+  const told: unknown[] = [];
+  up.on('retry', ({ file, error, inMs }) => told.push([file.path, file.state, file.retries, error.reason, inMs]));
+  const [only] = await up.done;
+  assert.deepEqual(told, [['a', 'waiting', 1, 'quota', 1000]]);
+  assert.deepEqual([only?.state, only?.retries, only?.trouble?.reason], ['done', 1, 'quota']);
+  await socket.close();
+});
+
+/** A directory as a browser hands it out: a handle, or what was dropped. */
+type Tree = { [name: string]: Tree | Uint8Array };
+
+function handleOf(name: string, tree: Tree | Uint8Array): FileSystemDirectoryHandle {
+  if (tree instanceof Uint8Array) return { kind: 'file', name, getFile: async () => file(name, tree) } as unknown as FileSystemDirectoryHandle;
+  async function* values(): AsyncGenerator<unknown> {
+    for (const [child, inner] of Object.entries(tree as Tree)) yield handleOf(child, inner);
+  }
+  const entries = (): never => assert.fail('a directory is not a list of sources');
+  return { kind: 'directory', name, values, [Symbol.asyncIterator]: entries } as unknown as FileSystemDirectoryHandle;
+}
+
+function droppedOf(name: string, tree: Tree | Uint8Array): DroppedEntry {
+  if (tree instanceof Uint8Array) {
+    const get = (done: (file: globalThis.File) => void, failed: (error: unknown) => void): void =>
+      name === 'locked' ? failed(new Error('not allowed')) : done(file(name, tree));
+    return { name, isFile: true, isDirectory: false, file: get } as DroppedEntry;
+  }
+  const children = Object.entries(tree).map(([child, inner]) => droppedOf(child, inner));
+  const createReader = () => ({ readEntries: (done: (entries: DroppedEntry[]) => void) => done(children.splice(0, 2)) });
+  return { name, isFile: false, isDirectory: true, createReader } as DroppedEntry;
+}
+
+test('a directory goes with all that is in it, an empty one too, from a handle and from a drop', async () => {
+  const { lanes, socket } = await setup();
+  const tree = { 'a.txt': bytes(5), sub: { 'b.bin': bytes(150_000), deep: { 'c.txt': bytes(7) } }, empty: {}, d: bytes(1), e: bytes(2) };
+  const from = upload(socket, handleOf('tree', tree), { lanes: 2 });
+  assert.deepEqual((await from.done).map(({ state }) => state), Array(6).fill('done'));
+  const paths = ['tree/a.txt', 'tree/d', 'tree/e', 'tree/sub/b.bin', 'tree/sub/deep/c.txt'];
+  assert.deepEqual([...lanes.stored.keys()].sort(), paths);
+  assert.deepEqual(lanes.directories, ['tree/empty']);
+  lanes.stored.clear();
+  const item = (entry: DroppedEntry) => ({ kind: 'file', webkitGetAsEntry: () => entry, getAsFile: () => null });
+  const sources = dropped({ items: [item(droppedOf('tree', { ...tree, locked: bytes(1) })), { kind: 'string', getAsFile: () => null }, { kind: 'file', getAsFile: () => file('f', bytes(3)) }] });
+  const all = await upload(socket, sources, { path: (own) => `in/${own}` }).done;
+  assert.deepEqual(all.filter(({ state }) => state !== 'done').map(({ path, error }) => [path, error?.reason, error?.message]), [['in/tree/locked', 'unreadable', 'it cannot be read: not allowed']]);
+  assert.deepEqual([...lanes.stored.keys()].sort(), ['in/f', ...paths.map((path) => `in/${path}`)]);
+  assert.deepEqual(lanes.directories, ['tree/empty', 'in/tree/empty']);
   await socket.close();
 });
 

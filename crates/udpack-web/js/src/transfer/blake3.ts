@@ -27,11 +27,13 @@ export class Hash {
   }
 }
 
-/** The hash of all of `bytes`. */
+let shared: Promise<IHasher> | undefined;
+
+/** The hash of all of `bytes`, in this thread. */
 export async function hashOf(bytes: Uint8Array): Promise<Uint8Array> {
-  const hash = await Hash.create();
-  hash.update(bytes);
-  return hash.peek();
+  // One instance for all small files: to make one costs more than to hash them.
+  const hasher = await (shared ??= createBLAKE3());
+  return hasher.init().update(bytes).digest('binary');
 }
 
 export function equal(a: Uint8Array, b: Uint8Array): boolean {
