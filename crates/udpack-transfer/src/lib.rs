@@ -27,6 +27,7 @@ mod base;
 mod client;
 mod local;
 mod server;
+mod staging;
 mod store;
 pub mod wire;
 

@@ -8,6 +8,5 @@ pub(crate) mod queries;
 pub(crate) mod receiver;
 pub(crate) mod scope;
 pub(crate) mod serving;
-pub(crate) mod target;
 pub(crate) mod worker;
 pub(crate) mod writers;

@@ -14,8 +14,8 @@ use crate::server::hook::{Access, HookAccess};
 use crate::server::jobs::{Job, JobEnd};
 use crate::server::places;
 use crate::server::receiver::Receiver;
-use crate::server::target::TargetFile;
 use crate::server::worker::{Outcome, Outcomes};
+use crate::staging::target::TargetFile;
 use crate::wire::{ChunkFields, ErrorFields, FileFields, FinishFields, Hash, Have, MetaFields};
 
 /// How many lanes a client most likely has; the server does not know.

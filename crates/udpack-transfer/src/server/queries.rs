@@ -11,7 +11,7 @@ use crate::base::names;
 use crate::server::hook::{Access, Hook, HookAccess};
 use crate::server::places::{self, Places};
 use crate::server::scope::Scope;
-use crate::server::target::Target;
+use crate::staging::target::Target;
 use crate::store::{Entry, Kind, List, Page, StoreError, check_target};
 use crate::wire::Hash;
 

@@ -14,9 +14,9 @@ use crate::server::places::{Places, cores};
 use crate::server::queries::Queries;
 use crate::server::scope::Scope;
 use crate::server::serving::Serving;
-use crate::server::target::Target;
 use crate::server::worker::Publisher;
 use crate::server::writers::Writers;
+use crate::staging::target::Target;
 use crate::store::{Sink, Store};
 use crate::wire::{CHANNEL, JOBS_CHANNEL};
 

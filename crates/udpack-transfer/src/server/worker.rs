@@ -22,8 +22,8 @@ use crate::base::code::Code;
 use crate::base::path::RelPath;
 use crate::server::hook::{Hook, HookStored, HookWhole};
 use crate::server::places::Slot;
-use crate::server::target::{Started, Target, TargetFile, TargetUpload, TargetWhole};
 use crate::server::writers::{Pulse, UploadKey, Writer, Writers};
+use crate::staging::target::{Started, Target, TargetFile, TargetUpload, TargetWhole};
 use crate::store::{Expected, IfExists, NewUpload, Published, StoreError, Synced, Tenant};
 use crate::wire::{Finish, Have, Offer, RANGES};
 
