@@ -8,5 +8,5 @@ pub(crate) mod queries;
 pub(crate) mod receiver;
 pub(crate) mod scope;
 pub(crate) mod serving;
-pub(crate) mod worker;
+pub(crate) mod upload;
 pub(crate) mod writers;

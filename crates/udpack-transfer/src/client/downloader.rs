@@ -19,15 +19,18 @@ use crate::client::link::Link;
 use crate::client::progress::{Event, Feed, Files, Moving, Outcome, Progress, Watch};
 use crate::local::error::TransferError;
 use crate::local::limiter::Limiter;
+use crate::staging::file::Gathered;
+use crate::staging::publisher::Staging;
+use crate::staging::target::Target;
 use crate::store::{
-    Complete, Entry, IfExists, Kind, Meta, OtherTime, Placed, Published, Store, StoreError, Synced,
+    Entry, IfExists, Kind, Meta, OtherTime, Placed, Published, Store, StoreError, Synced,
 };
-use incoming::{End, Ended, Note};
+use incoming::{Arriving, End, Ended, Note};
 pub(crate) use lane::{ACK, BREAKS, HASHED, SILENCE};
 
 /// Files taken from the iterator ahead of the lanes.
 const AHEAD: usize = 256;
-/// Files that are published together at most.
+/// Notes of workers that are taken together at most.
 const BATCH: usize = 256;
 
 /// How to download: from which server, into which store, on how many lanes.
@@ -125,7 +128,7 @@ impl Downloader {
         let link_events = self.link.events();
         let context = Arc::new(Context {
             link: self.link,
-            store: self.store,
+            staging: Staging::new(Target::Disk(self.store)),
             if_exists: self.if_exists,
             preserve: self.preserve,
             umask: self.umask,
@@ -262,7 +265,7 @@ pub fn apply_entry(
 #[derive(Debug)]
 struct Context {
     link: Link,
-    store: Store,
+    staging: Staging<Arriving>,
     if_exists: IfExists,
     preserve: bool,
     umask: Option<u32>,
@@ -284,6 +287,11 @@ struct Context {
 }
 
 impl Context {
+    /// What small files of a server are gathered in; of a download none is.
+    fn gathered(&self) -> Gathered<Arriving> {
+        self.staging.gathered()
+    }
+
     /// Corrects the file's size.
     fn resize(&self, job: &mut Job, size: u64) {
         // Counted bytes stay counted: progress never decreases.
@@ -355,6 +363,7 @@ impl Context {
     }
 }
 
+#[derive(Debug)]
 struct Arrived {
     path: String,
     size: u64,
@@ -525,7 +534,7 @@ fn feed(context: Arc<Context>, wanted: impl Iterator<Item = Wanted> + Send + 'st
     });
 }
 
-/// Takes files from their workers, publishes complete ones in batches, and reports every outcome.
+/// Takes files from their workers and reports every outcome.
 async fn settle_all(
     context: Arc<Context>,
     mut noted: mpsc::UnboundedReceiver<Note>,
@@ -533,7 +542,6 @@ async fn settle_all(
 ) {
     let mut notes = Vec::with_capacity(BATCH);
     while noted.recv_many(&mut notes, BATCH).await > 0 {
-        let (mut batch, mut waiting) = (Vec::new(), Vec::new());
         for note in notes.drain(..) {
             match note {
                 Note::Started { index, path, size } => {
@@ -559,62 +567,17 @@ async fn settle_all(
                         job,
                         end,
                         asked,
-                        _slot: slot,
+                        slot,
                     } = *ended;
-                    match end {
-                        End::Complete(complete) => {
-                            batch.push(complete);
-                            waiting.push((job, asked, slot));
-                        }
-                        other => settle(&context, &events, job, asked, other).await,
-                    }
+                    drop(slot);
+                    settle(&context, &events, job, asked, end).await;
                 }
-            }
-        }
-        if batch.is_empty() {
-            continue;
-        }
-        let published = publish(&context.store, batch, waiting.len()).await;
-        for ((job, asked, slot), result) in waiting.into_iter().zip(published) {
-            drop(slot);
-            match result {
-                Ok(arrived) => {
-                    asked.stored();
-                    context.done(&events, job, arrived).await;
-                    context.queue.settled();
-                }
-                Err(error) => settle(&context, &events, job, asked, End::Failed(error)).await,
             }
         }
     }
 }
 
-/// Always returns as many results as there were files.
-async fn publish(
-    store: &Store,
-    batch: Vec<Complete>,
-    files: usize,
-) -> Vec<Result<Arrived, TransferError>> {
-    let store = store.clone();
-    let published = tokio::task::spawn_blocking(move || store.publish(batch)).await;
-    let mut results: Vec<_> = published
-        .unwrap_or_default()
-        .into_iter()
-        .map(|result| {
-            result
-                .map(Arrived::from)
-                .map_err(|error| TransferError::Store(Arc::new(error)))
-        })
-        .collect();
-    results.resize_with(files, || {
-        Err(TransferError::Protocol(
-            "storing the file failed".to_owned(),
-        ))
-    });
-    results
-}
-
-/// Deals with a file that needs no publishing.
+/// Reports what became of a file, or has it tried again.
 async fn settle(
     context: &Context,
     events: &mpsc::Sender<Event>,
@@ -623,27 +586,12 @@ async fn settle(
     end: End,
 ) {
     match end {
-        End::Complete(_) => {}
-        End::There {
-            path,
-            size,
-            hash,
-            same,
-        } => {
-            if same {
-                asked.stored();
-            } else {
+        End::Arrived(arrived) => {
+            if arrived.skipped {
                 asked.given_up();
+            } else {
+                asked.stored();
             }
-            let arrived = Arrived {
-                path,
-                size,
-                hash,
-                same,
-                skipped: !same,
-                sync: None,
-                other_time: None,
-            };
             context.done(events, job, arrived).await;
         }
         End::Suspended => {

@@ -14,7 +14,7 @@ use crate::server::hook::{Access, HookAccess};
 use crate::server::jobs::{Job, JobEnd};
 use crate::server::places;
 use crate::server::receiver::Receiver;
-use crate::server::worker::{Outcome, Outcomes};
+use crate::server::upload::{Outcome, Outcomes};
 use crate::staging::target::TargetFile;
 use crate::wire::{ChunkFields, ErrorFields, FileFields, FinishFields, Hash, Have, MetaFields};
 

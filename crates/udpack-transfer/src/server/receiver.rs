@@ -14,7 +14,7 @@ use crate::server::places::{Places, cores};
 use crate::server::queries::Queries;
 use crate::server::scope::Scope;
 use crate::server::serving::Serving;
-use crate::server::worker::Publisher;
+use crate::server::upload::Uploads;
 use crate::server::writers::Writers;
 use crate::staging::target::Target;
 use crate::store::{Sink, Store};
@@ -82,7 +82,7 @@ impl Default for ReceiverConfig {
 /// handle: clones share the store and the bounds.
 #[derive(Clone)]
 pub struct Receiver {
-    pub(crate) publisher: Publisher,
+    pub(crate) uploads: Uploads,
     pub(crate) config: Arc<ReceiverConfig>,
     pub(crate) places: Places,
     pub(crate) queries: Queries,
@@ -120,7 +120,7 @@ impl Receiver {
                 places: places.clone(),
                 hook: None,
             },
-            publisher: Publisher::new(target, Writers::new(config.takeover)),
+            uploads: Uploads::new(target, Writers::new(config.takeover)),
             config: Arc::new(config),
             places,
             jobs: Jobs::default(),
@@ -134,7 +134,7 @@ impl Receiver {
     #[must_use]
     pub fn hook(mut self, hook: impl Hook) -> Self {
         let hook = Arc::new(hook);
-        self.publisher = self.publisher.hook(hook.clone());
+        self.uploads = self.uploads.hook(hook.clone());
         self.queries.hook = Some(hook.clone());
         self.hook = Some(hook);
         self
@@ -199,7 +199,7 @@ impl Receiver {
     }
 
     pub(crate) fn target(&self) -> &Target {
-        self.publisher.target()
+        self.uploads.target()
     }
 
     /// Serves one lane until the client finishes it.

@@ -27,8 +27,9 @@ use crate::server::outgoing::{self, Wanted};
 use crate::server::places::{self, Slot};
 use crate::server::receiver::{NoScope, Receiver};
 use crate::server::scope::Scope;
-use crate::server::worker::{Gathered, Incoming, Outcome, Outcomes, Publisher, Task, Whole};
+use crate::server::upload::{Outcome, Outcomes, Task, Upload, Uploads};
 use crate::server::writers::{Claim, Pulse, Replaced, UploadKey, Writer};
+use crate::staging::file::{Gathered, Incoming, Whole};
 use crate::store::{
     IfExists, NewDir, NewLink, Placed, Published, StoreError, Synced, check_target,
 };
@@ -64,7 +65,7 @@ pub(crate) struct Serving<'a> {
     files: HashMap<u64, Tracked>,
     pending: Option<Pending>,
     /// Small files with steps that no thread knows of yet.
-    gathered: Gathered,
+    gathered: Gathered<Upload>,
     outcomes: Outcomes,
     found: mpsc::UnboundedReceiver<Outcome>,
     /// When the client last did something about the open file.
@@ -121,7 +122,7 @@ impl Requests {
 
 struct Tracked {
     /// `None` while the file waits for its turn.
-    incoming: Option<Incoming>,
+    incoming: Option<Incoming<Upload>>,
     /// The client waits for our `ready`, not we for its chunks.
     our_turn: bool,
     acked: u64,
@@ -209,7 +210,7 @@ impl<'a> Serving<'a> {
             lane: Lane::new(),
             files: HashMap::new(),
             pending: None,
-            gathered: Gathered::new(&receiver.publisher),
+            gathered: receiver.uploads.gathered(),
             outcomes,
             found,
             active: Instant::now(),
@@ -391,7 +392,7 @@ impl<'a> Serving<'a> {
             Action::Finish(finish) => {
                 let tracked = self.files.get_mut(&finish.id);
                 if let Some(incoming) = tracked.and_then(|tracked| tracked.incoming.as_mut()) {
-                    incoming.finish(finish, &mut self.gathered);
+                    incoming.finish(finish.size, finish.hash, &mut self.gathered);
                 }
                 Ok(())
             }
@@ -479,7 +480,7 @@ impl<'a> Serving<'a> {
         };
         if plain && let Some(Ok(file)) = file() {
             let slot = Slot { file, check: None };
-            return match stored_before(&self.receiver.publisher, &mut task) {
+            return match stored_before(&self.receiver.uploads, &mut task) {
                 Some(published) => self.outcome(Outcome::Done { id, published }).await,
                 None => {
                     self.start(task, slot);
@@ -509,8 +510,8 @@ impl<'a> Serving<'a> {
             }
         });
         let outcomes = self.outcomes.clone();
-        let publisher = &self.receiver.publisher;
-        let incoming = Incoming::begin(publisher, task, slot, outcomes, &mut self.gathered);
+        let uploads = &self.receiver.uploads;
+        let incoming = uploads.begin(task, slot, outcomes, &mut self.gathered);
         if let Some(tracked) = self.files.get_mut(&id) {
             tracked.incoming = Some(incoming);
             tracked.job = Some(job);
@@ -917,7 +918,7 @@ impl<'a> Serving<'a> {
         self.unpend(id);
         if let Some(tracked) = self.files.remove(&id) {
             if let Some(incoming) = tracked.incoming {
-                incoming.discard();
+                incoming.end(true, drop);
             }
             if let Some(job) = tracked.job {
                 job.end(end);
@@ -1004,7 +1005,7 @@ async fn start(receiver: Receiver, mut task: Task, tenant: Tenant) -> Start {
             }
         }
     }
-    if let Some(published) = stored_before(&receiver.publisher, &mut task) {
+    if let Some(published) = stored_before(&receiver.uploads, &mut task) {
         return Start::Known(published);
     }
     if let Some(whole) = &task.whole {
@@ -1052,11 +1053,11 @@ impl Drop for Held {
 
 /// What this run's earlier offer of the file led to, where that is known and the file is seen to be that one. Else
 /// notes under which key the outcome shall be known, and to what the file has to be equal.
-fn stored_before(publisher: &Publisher, task: &mut Task) -> Option<Published> {
+fn stored_before(uploads: &Uploads, task: &mut Task) -> Option<Published> {
     let run = task.offer.run.as_ref()?;
     let key = UploadKey::new(&task.owner, task.path.as_str()).in_run(run);
     task.key = Some(key);
-    let known = publisher.writers().outcome(key)?;
+    let known = uploads.writers().outcome(key)?;
     let skips = task.offer.if_exists == IfExists::Skip;
     let equal = match &task.whole {
         Some(whole) => whole.hash == known.hash && whole.bytes.len() as u64 == known.size,
@@ -1075,7 +1076,7 @@ fn stored_before(publisher: &Publisher, task: &mut Task) -> Option<Published> {
 async fn claim(receiver: &Receiver, key: UploadKey, run: Option<[u8; 16]>) -> Option<Writer> {
     let claiming = async {
         loop {
-            match receiver.publisher.writers().claim(key, run) {
+            match receiver.uploads.writers().claim(key, run) {
                 Claim::Writer(writer) => return Some(writer),
                 Claim::Busy => return None,
                 Claim::Wait(mut gone) => {

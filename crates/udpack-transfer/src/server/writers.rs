@@ -108,9 +108,9 @@ impl Pulse {
         *lock(&self.active) = Instant::now();
     }
 
-    /// The writer is about to let go: who asks now does not find it busy, but waits for that.
-    pub(crate) fn leave(&self) {
-        self.leaving.store(true, Ordering::Release);
+    /// To be set when the writer is about to let go: who asks then does not find it busy, but waits for that.
+    pub(crate) fn leaving(&self) -> Arc<AtomicBool> {
+        self.leaving.clone()
     }
 }
 
@@ -240,7 +240,7 @@ mod tests {
         let key = UploadKey::new("peer", "x");
         let first = writer(writers.claim(key, A));
         assert!(matches!(writers.claim(key, B), Claim::Busy));
-        first.pulse().leave();
+        first.pulse().leaving().store(true, Ordering::Release);
         let Claim::Wait(mut gone) = writers.claim(key, B) else {
             panic!("it leaves");
         };

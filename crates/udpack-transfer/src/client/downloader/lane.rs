@@ -9,12 +9,13 @@ use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 use udpack::{Channel, CloseCode, CloseReason, Message, Priority, Side, Socket};
 
-use super::incoming::{End, Incoming, Note, Wish};
+use super::incoming::{self, Arriving, End, Note, Wish};
 use super::{Context, lock};
 use crate::base::code::Code;
 use crate::client::progress::Event;
 use crate::local::error::TransferError;
-use crate::store::{Meta, Time};
+use crate::staging::file::Incoming;
+use crate::store::Meta;
 use crate::wire::CHANNEL;
 use crate::wire::{self, AckFields, CancelFields, Finish, GetFields, IdField, MetaFields, Reply};
 
@@ -84,7 +85,7 @@ struct Flight {
 #[derive(Debug)]
 struct File {
     /// `None` once all of it has come.
-    incoming: Option<Incoming>,
+    incoming: Option<Incoming<Arriving>>,
     /// The server was asked.
     asked: bool,
     /// The server has begun to send it.
@@ -201,6 +202,11 @@ async fn failed(context: &Context, events: &mpsc::Sender<Event>, error: &Transfe
     }
 }
 
+/// Ends a file that will not come. What there is of it is kept where trying again makes sense.
+fn fail(incoming: Incoming<Arriving>, error: TransferError) {
+    incoming.end(!error.retry(), |file| file.ended(End::Failed(error)));
+}
+
 /// How a lane ended.
 enum Ended {
     /// There is nothing more to do.
@@ -264,11 +270,11 @@ impl Lane<'_> {
         let mends = self.context.link.mends(&error);
         let left = std::mem::take(&mut *lock(&flight.files));
         for incoming in left.into_values().filter_map(|file| file.incoming) {
-            incoming.end(if mends {
-                End::Suspended
+            if mends {
+                incoming.end(false, |file| file.ended(End::Suspended));
             } else {
-                End::Failed(error.again())
-            });
+                fail(incoming, error.again());
+            }
         }
         Ended::Broken {
             error,
@@ -333,7 +339,7 @@ impl Lane<'_> {
                     && let Some(incoming) = &file.incoming
                 {
                     file.left = file.size.saturating_sub(recv);
-                    incoming.write(offset, bytes, room);
+                    incoming.write(Some(offset), bytes, room, &mut self.context.gathered());
                 }
                 flight.changed.notify_waiters();
                 self.progressed();
@@ -354,11 +360,11 @@ impl Lane<'_> {
                     Some(_) => return Err(format!("the end of file {id}, which is not open")),
                     None => None,
                 };
-                let Some(incoming) = incoming else {
+                let Some(mut incoming) = incoming else {
                     return self.late(flight, id);
                 };
                 self.current = None;
-                incoming.finish(size, hash);
+                incoming.finish(Some(size), Some(hash), &mut self.context.gathered());
                 flight.changed.notify_waiters();
                 self.progressed();
                 Ok(true)
@@ -386,11 +392,12 @@ impl Lane<'_> {
                 }
                 flight.changed.notify_waiters();
                 if let Some(incoming) = file.incoming {
-                    incoming.end(End::Failed(TransferError::Refused {
+                    let error = TransferError::Refused {
                         code: Code::read(&code, why.as_deref()),
                         message,
                         retry,
-                    }));
+                    };
+                    fail(incoming, error);
                 }
                 Ok(true)
             }
@@ -428,12 +435,9 @@ impl Lane<'_> {
             }) => {
                 *begun = true;
                 (*told, *left) = (size, size);
-                let mtime = meta.mtime.map(|secs| Time {
-                    secs,
-                    nanos: meta.mtime_ns,
-                });
-                let mode = meta.mode;
-                incoming.open(size, Meta { mtime, mode });
+                let meta = Meta::from(meta).kept(self.context.preserve, self.context.umask);
+                let resume = incoming::is_resumed(size);
+                incoming.open(size, meta, resume, &mut self.context.gathered());
                 self.current = Some(id);
                 Ok(true)
             }
@@ -518,7 +522,8 @@ impl Asking<'_> {
                 // Held so that the worker cannot be done with the file before it is known here.
                 let mut files = lock(&flight.files);
                 let notes = self.notes.clone();
-                let (incoming, wish) = Incoming::prepare(context.clone(), job, place, asked, notes);
+                let (incoming, wish) =
+                    incoming::prepare(context, job, place, asked, notes, &mut context.gathered());
                 let file = File {
                     incoming: Some(incoming),
                     asked: false,

@@ -1,6 +1,6 @@
 //! A [`Store`] as a [`Sink`] for everybody: each call runs on a thread that may block.
 //!
-//! The server has threads of its own for a store and calls it there (`server/target.rs`); this is for programs that put a
+//! The server has threads of its own for a store and calls it there (`staging/target.rs`); this is for programs that put a
 //! sink of theirs in front of a store, and for the tests that every sink passes.
 
 use std::path::PathBuf;

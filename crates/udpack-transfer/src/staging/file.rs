@@ -1,0 +1,813 @@
+//! One incoming file: what its target must do, in order, beside the lane that it comes by.
+//!
+//! A file's steps queue here, bounded. What a sink must do is a task for as long as there are steps. A store on disk
+//! blocks, so its steps run on the blocking pool, where the same futures are ready at once. A large file has a thread
+//! for as long as it has steps, and none while it waits, so a thousand slow uploads cost a thousand small queues and a
+//! slow one nobody but itself. Small files of a server take turns on a few threads ([`pool`](super::pool)). Those that
+//! are complete go on to [`Staging::publish`], which puts many of them on disk at once.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::future::Future;
+use std::panic::AssertUnwindSafe;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use bytes::Bytes;
+use futures_util::FutureExt as _;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use udpack::Place;
+
+pub(crate) use super::pool::Gathered;
+use super::publisher::Staging;
+use super::target::{Started, Target, TargetFile, TargetUpload, TargetWhole};
+use crate::base::path::RelPath;
+use crate::store::{Expected, IfExists, Meta, NewUpload, Published, StoreError, Synced, Tenant};
+use crate::wire::{Have, RANGES};
+
+/// Chunks of one file that may wait for the disk.
+const QUEUE: usize = 8;
+/// Steps of one file before the next has its turn.
+const SHARE: u32 = 16;
+
+/// Whom a file is received for: hears what is there, what was written, and what became of it. It is dropped unheard when
+/// its lane gives the file up. One that is dropped by a panic must tell that the file failed.
+pub(crate) trait Recipient: fmt::Debug + Send + Sized + 'static {
+    /// It is told what has the name, and has that compared by the sender, instead of comparing what comes. A file that is
+    /// passed over may then be another one, and what failed for lack of space is kept.
+    const DOWNLOADS: bool;
+
+    /// The sender has said how large the file is: of a download only.
+    fn opened(&mut self, _size: u64) {}
+
+    /// What need not be sent: only where it can be resumed, or the recipient downloads.
+    fn ready(&mut self, have: Have);
+
+    /// So many bytes were written up to this position, after so many that were there.
+    fn wrote(&mut self, _skipped: u64, _len: u64, _position: u64) {}
+
+    /// A file that is there already stays, and this is it: [`Published::same`] says whether it is this one.
+    fn was_there(self, file: Published);
+
+    /// All bytes are here and right, `skipped` of them at the end were there; the file is to be
+    /// [published](Staging::publish).
+    fn complete(
+        self,
+        staging: &Staging<Self>,
+        complete: TargetWhole,
+        size: u64,
+        skipped: u64,
+    ) -> impl Future<Output = ()> + Send;
+
+    /// The file has its name, or failed.
+    fn stored(self, stored: Result<Published, StoreError>);
+
+    /// Storing it panicked.
+    fn broken(self);
+}
+
+/// What a file is to become.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    /// The name in the target.
+    pub(crate) path: RelPath,
+    /// Whose it is.
+    pub(crate) peer: Arc<str>,
+    /// Its size in bytes, if known.
+    pub(crate) size: Option<u64>,
+    pub(crate) meta: Meta,
+    pub(crate) if_exists: IfExists,
+    /// What is interrupted is kept, and what was kept is taken up.
+    pub(crate) resume: bool,
+    pub(crate) tenant: Option<Tenant>,
+    /// Permission bits of directories that must be made.
+    pub(crate) dirs: Vec<u32>,
+    /// What the sender is known to have stored under this name before: nothing else may come under it.
+    pub(crate) known: Option<Published>,
+    /// Its steps are short, and taken in turns with others of its kind.
+    pub(crate) small: bool,
+    /// Set when the file is given up and only has to be cleaned up.
+    pub(crate) leaving: Option<Arc<AtomicBool>>,
+}
+
+/// A file that came whole.
+#[derive(Debug)]
+pub(crate) struct Whole {
+    /// As its sender says.
+    pub(crate) hash: [u8; 32],
+    pub(crate) bytes: Bytes,
+}
+
+/// A file's first step.
+#[derive(Debug)]
+pub(crate) enum First {
+    /// Looks at the name and the space, with the place that reading what is there takes.
+    Look(Option<Place>),
+    /// All that there is to do, for one that came whole.
+    Whole(Whole),
+}
+
+/// A lane's handle on one file. Dropping it before [`finish`](Self::finish) ends the file: what can be
+/// resumed is put aside, the rest is removed.
+#[derive(Debug)]
+pub(crate) struct Incoming<R: Recipient> {
+    shared: Arc<Shared<R>>,
+    leaving: Option<Arc<AtomicBool>>,
+    finished: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct Shared<R> {
+    target: Target,
+    /// It takes turns in the pool; any other file of a store gets a thread to itself.
+    pooled: bool,
+    queue: Mutex<Queue<R>>,
+    room: Arc<Semaphore>,
+    received: AtomicU64,
+    safe: OnceLock<Arc<AtomicU64>>,
+    /// Ends a step that waits.
+    ended: Notify,
+}
+
+#[derive(Debug)]
+struct Queue<R> {
+    steps: VecDeque<Step>,
+    /// It waits in the pool, or a thread of it has the worker.
+    running: bool,
+    worker: Option<Worker<R>>,
+    end: Option<End<R>>,
+}
+
+/// How a file ends that gets no `finish`.
+struct End<R> {
+    /// What is there of it is removed even if it could be resumed.
+    discard: bool,
+    /// Told when that is done.
+    tell: Box<dyn FnOnce(R) + Send>,
+}
+
+impl<R> fmt::Debug for End<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("End")
+            .field("discard", &self.discard)
+            .finish_non_exhaustive()
+    }
+}
+
+#[derive(Debug)]
+enum Step {
+    First(First),
+    Open {
+        size: u64,
+        meta: Meta,
+        resume: bool,
+    },
+    Chunk(Option<u64>, Bytes, OwnedSemaphorePermit),
+    /// Some time has passed: a checkpoint may be due.
+    Pause,
+    Finish {
+        size: Option<u64>,
+        hash: Option<[u8; 32]>,
+    },
+}
+
+impl<R: Recipient> Incoming<R> {
+    /// Begins a file, or takes it up again.
+    pub(crate) fn begin(
+        staging: &Staging<R>,
+        plan: Plan,
+        recipient: R,
+        first: First,
+        gathered: &mut Gathered<R>,
+    ) -> Self {
+        let target = staging.target.clone();
+        let incoming = Self {
+            leaving: plan.leaving.clone(),
+            finished: matches!(first, First::Whole(_)),
+            shared: Arc::new(Shared {
+                pooled: plan.small && target.store().is_some(),
+                target,
+                queue: Mutex::new(Queue {
+                    steps: VecDeque::new(),
+                    running: false,
+                    worker: Some(Worker {
+                        stage: Stage::New,
+                        plan,
+                        opened: None,
+                        staging: staging.clone(),
+                        recipient: Some(recipient),
+                    }),
+                    end: None,
+                }),
+                room: Arc::new(Semaphore::new(QUEUE)),
+                received: AtomicU64::new(0),
+                safe: OnceLock::new(),
+                ended: Notify::new(),
+            }),
+        };
+        incoming.push(Step::First(first), gathered);
+        incoming
+    }
+
+    /// The sender begins to send a file of this size; whether one of that size is kept when it is interrupted.
+    pub(crate) fn open(&self, size: u64, meta: Meta, resume: bool, gathered: &mut Gathered<R>) {
+        self.push(Step::Open { size, meta, resume }, gathered);
+    }
+
+    /// Where a chunk must wait for its turn before it is [`write`](Self::write)n.
+    pub(crate) fn room(&self) -> Arc<Semaphore> {
+        self.shared.room.clone()
+    }
+
+    /// The next chunk; without an offset it follows the one before.
+    pub(crate) fn write(
+        &self,
+        offset: Option<u64>,
+        bytes: Bytes,
+        room: OwnedSemaphorePermit,
+        gathered: &mut Gathered<R>,
+    ) {
+        self.push(Step::Chunk(offset, bytes, room), gathered);
+    }
+
+    /// Lets the file run to its end by itself; its recipient hears of that.
+    pub(crate) fn finish(
+        &mut self,
+        size: Option<u64>,
+        hash: Option<[u8; 32]>,
+        gathered: &mut Gathered<R>,
+    ) {
+        self.finished = true;
+        self.push(Step::Finish { size, hash }, gathered);
+    }
+
+    /// Ends the file without what was not written yet, and then tells its recipient, unless that has heard of its end.
+    /// `discard` removes what is there of it, also where it could be resumed.
+    pub(crate) fn end(mut self, discard: bool, tell: impl FnOnce(R) + Send + 'static) {
+        self.finished = true;
+        let tell = Box::new(tell);
+        self.give_up(End { discard, tell });
+    }
+
+    /// Bytes received and written so far, without a gap.
+    pub(crate) fn received(&self) -> u64 {
+        self.shared.received.load(Ordering::Relaxed)
+    }
+
+    /// Of those, bytes that a power cut would not take.
+    pub(crate) fn safe(&self) -> u64 {
+        let safe = self.shared.safe.get();
+        safe.map_or(0, |safe| safe.load(Ordering::Relaxed))
+            .min(self.received())
+    }
+
+    /// Looks whether something should be made durable, in case nothing comes any more.
+    pub(crate) fn pause(&self, gathered: &mut Gathered<R>) {
+        if self.safe() < self.received() && self.shared.lock().steps.is_empty() {
+            self.push(Step::Pause, gathered);
+        }
+    }
+
+    fn push(&self, step: Step, gathered: &mut Gathered<R>) {
+        let mut queue = self.shared.lock();
+        queue.steps.push_back(step);
+        let idle = !std::mem::replace(&mut queue.running, true);
+        drop(queue);
+        if idle {
+            let shared = self.shared.clone();
+            if shared.pooled {
+                gathered.add(shared);
+            } else {
+                let target = shared.target.clone();
+                target.run(async move { while shared.run().await {} });
+            }
+        }
+    }
+
+    fn give_up(&self, end: End<R>) {
+        if let Some(leaving) = &self.leaving {
+            leaving.store(true, Ordering::Release);
+        }
+        let idle = {
+            let mut queue = self.shared.lock();
+            queue.steps.clear();
+            match queue.worker.take() {
+                Some(worker) => Some((worker, end)),
+                None => {
+                    queue.end = Some(end);
+                    None
+                }
+            }
+        };
+        self.shared.ended.notify_one();
+        // Syncing or removing a large staging file takes time: not on this thread, where there is a choice.
+        if let Some((worker, end)) = idle
+            && tokio::runtime::Handle::try_current().is_ok()
+        {
+            self.shared.target.run(worker.end(end));
+        }
+    }
+}
+
+impl<R: Recipient> Drop for Incoming<R> {
+    fn drop(&mut self) {
+        if !self.finished {
+            self.give_up(End {
+                discard: false,
+                tell: Box::new(drop),
+            });
+        }
+    }
+}
+
+impl<R> Shared<R> {
+    fn lock(&self) -> MutexGuard<'_, Queue<R>> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<R: Recipient> Shared<R> {
+    /// Carries out steps; says whether there are more after a fair share.
+    pub(super) async fn run(&self) -> bool {
+        let Some(mut worker) = self.lock().worker.take() else {
+            return false;
+        };
+        for turn in 0..=SHARE {
+            let next = {
+                let mut queue = self.lock();
+                match queue.end.take() {
+                    Some(end) => Err(end),
+                    None => match (turn < SHARE).then(|| queue.steps.pop_front()).flatten() {
+                        Some(step) => Ok(step),
+                        None => {
+                            queue.running = !queue.steps.is_empty();
+                            queue.worker = Some(worker);
+                            return queue.running;
+                        }
+                    },
+                }
+            };
+            let step = match next {
+                Ok(step) => step,
+                Err(end) => {
+                    worker.end(end).await;
+                    return false;
+                }
+            };
+            let last = matches!(step, Step::Finish { .. } | Step::First(First::Whole(_)));
+            let working = AssertUnwindSafe(worker.step(step, self)).catch_unwind();
+            let done = tokio::select! {
+                biased;
+                done = working => done,
+                // What it waited for may never come, and nobody wants it any more.
+                () = self.ended.notified(), if !last => Ok(()),
+            };
+            if done.is_err() {
+                tracing::error!("storing a file panicked");
+                worker.stage = Stage::Ended;
+                if let Some(recipient) = worker.recipient.take() {
+                    recipient.broken();
+                }
+            }
+            if last {
+                // Its place among the files that are open is free.
+                return false;
+            }
+        }
+        false
+    }
+}
+
+/// What one file needs, wherever it runs.
+#[derive(Debug)]
+struct Worker<R> {
+    // Before the recipient, who lets go of the upload only after its staging file has been let go of.
+    stage: Stage,
+    plan: Plan,
+    /// Its size, as told by [`Step::Open`].
+    opened: Option<u64>,
+    staging: Staging<R>,
+    /// `None` once it has heard of the end.
+    recipient: Option<R>,
+}
+
+#[derive(Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "what is large is also what there are most of"
+)]
+enum Stage {
+    New,
+    Writing(TargetUpload),
+    /// There is a file to be equal to: compare instead of write.
+    Comparing(Box<Comparing>),
+    Ended,
+}
+
+#[derive(Debug)]
+struct Comparing {
+    with: Compared,
+    /// Its hash, once known.
+    hash: Option<[u8; 32]>,
+    received: blake3::Hasher,
+}
+
+/// What the bytes of an offer shall be equal to.
+#[derive(Debug)]
+enum Compared {
+    /// The file that has the name, and the size.
+    Existing(TargetFile),
+    /// What the same run has stored before.
+    Known(Published),
+}
+
+impl Compared {
+    fn len(&self) -> u64 {
+        match self {
+            Self::Existing(existing) => existing.size(),
+            Self::Known(published) => published.size,
+        }
+    }
+
+    async fn hash(&self) -> Result<[u8; 32], StoreError> {
+        match self {
+            Self::Existing(existing) => existing.hash().await,
+            Self::Known(published) => Ok(published.hash),
+        }
+    }
+}
+
+impl<R: Recipient> Worker<R> {
+    async fn end(mut self, End { discard, tell }: End<R>) {
+        // A recipient lets go, and hears of it, only after that.
+        if let Stage::Writing(upload) = std::mem::replace(&mut self.stage, Stage::Ended) {
+            put_aside(upload, self.plan.resume && !discard).await;
+        }
+        if let Some(recipient) = self.recipient {
+            tell(recipient);
+        }
+    }
+
+    async fn step(&mut self, step: Step, shared: &Shared<R>) {
+        let done = match step {
+            Step::First(First::Look(_place)) => self.begin(shared, false).await,
+            Step::First(First::Whole(whole)) => self.whole(whole, shared).await,
+            Step::Open { size, meta, resume } => self.open(size, meta, resume, shared).await,
+            Step::Chunk(offset, bytes, _room) => self.chunk(offset, bytes, shared).await,
+            Step::Pause => self.checkpoint().await,
+            Step::Finish { size, hash } => self.finish(size, hash).await,
+        };
+        let Err(error) = done else {
+            return;
+        };
+        if let Stage::Writing(upload) = std::mem::replace(&mut self.stage, Stage::Ended) {
+            // What a server cannot write is gone.
+            put_aside(upload, R::DOWNLOADS && error.retry()).await;
+        }
+        if let Some(recipient) = self.recipient.take() {
+            recipient.stored(Err(error));
+        }
+    }
+
+    async fn chunk(
+        &mut self,
+        offset: Option<u64>,
+        bytes: Bytes,
+        shared: &Shared<R>,
+    ) -> Result<(), StoreError> {
+        match &mut self.stage {
+            Stage::Writing(upload) => {
+                let (before, len) = (upload.position(), bytes.len() as u64);
+                let offset = offset.unwrap_or(before);
+                let got = offset.saturating_add(len);
+                if let Some(expected) = self.opened.filter(|size| got > *size) {
+                    return Err(StoreError::SizeMismatch { expected, got });
+                }
+                upload.write(offset, bytes).await?;
+                let position = upload.position();
+                shared.received.store(position, Ordering::Relaxed);
+                if let Some(recipient) = &mut self.recipient {
+                    recipient.wrote(offset.saturating_sub(before), len, position);
+                }
+            }
+            // It would have come without bytes if it were the same.
+            Stage::Comparing(_) if R::DOWNLOADS => return self.other(),
+            Stage::Comparing(comparing) => {
+                return take(&self.plan.path, comparing, &bytes, shared);
+            }
+            // The file has ended; what was on its way is dropped.
+            Stage::New | Stage::Ended => {}
+        }
+        self.checkpoint().await
+    }
+
+    async fn checkpoint(&mut self) -> Result<(), StoreError> {
+        match &mut self.stage {
+            Stage::Writing(upload) => upload.checkpoint().await,
+            Stage::New | Stage::Comparing(_) | Stage::Ended => Ok(()),
+        }
+    }
+
+    /// Begins the upload in the target, and says what is durable of it.
+    async fn start(
+        &mut self,
+        shared: &Shared<R>,
+        whole: bool,
+    ) -> Result<(Started, Have), StoreError> {
+        let plan = &self.plan;
+        let new = NewUpload {
+            path: &plan.path,
+            peer: &plan.peer,
+            size: plan.size,
+            meta: plan.meta,
+            if_exists: plan.if_exists,
+            resumable: plan.resume,
+            tenant: plan.tenant.as_ref(),
+            dirs: &plan.dirs,
+            whole,
+        };
+        let mut started = self.staging.target.begin(&new).await?;
+        let mut have = Have::new();
+        if let Started::New(upload) = &mut started {
+            let _ = shared.safe.set(upload.safe());
+            if plan.resume {
+                let ranges = upload.have().await?.into_iter().take(RANGES);
+                have.extend(ranges.map(|range| (range.off, range.len, range.hash)));
+            }
+        }
+        Ok((started, have))
+    }
+
+    async fn begin(&mut self, shared: &Shared<R>, whole: bool) -> Result<(), StoreError> {
+        if let Some(known) = self.plan.known.take() {
+            return self.again(known);
+        }
+        let existing = match self.start(shared, whole).await? {
+            (Started::New(upload), have) => {
+                self.stage = Stage::Writing(upload);
+                self.ready(have);
+                return Ok(());
+            }
+            (Started::Exists(existing), _) => existing,
+        };
+        let len = existing.size();
+        let other_size = self.plan.size.is_some_and(|size| size != len);
+        if self.plan.if_exists != IfExists::Skip {
+            if other_size {
+                return Err(self.exists());
+            }
+        } else if !R::DOWNLOADS || other_size {
+            let hash = existing.hash().await?;
+            self.was_there(
+                existing.path().as_str().to_owned(),
+                len,
+                hash,
+                !R::DOWNLOADS,
+            );
+            return Ok(());
+        }
+        let mut hash = None;
+        if self.plan.resume || R::DOWNLOADS {
+            let known = existing.hash().await?;
+            hash = Some(known);
+            self.ready(vec![(0, len, known)]);
+        }
+        self.compare_with(Compared::Existing(existing), hash);
+        Ok(())
+    }
+
+    /// The run has stored a file under this name before, and its client may not know it: is it this one?
+    fn again(&mut self, known: Published) -> Result<(), StoreError> {
+        if self.plan.size.is_some_and(|size| size != known.size) {
+            return Err(self.exists());
+        }
+        self.ready(vec![(0, known.size, known.hash)]);
+        let hash = known.hash;
+        self.compare_with(Compared::Known(known), Some(hash));
+        Ok(())
+    }
+
+    fn compare_with(&mut self, with: Compared, hash: Option<[u8; 32]>) {
+        self.stage = Stage::Comparing(Box::new(Comparing {
+            with,
+            hash,
+            received: blake3::Hasher::new(),
+        }));
+    }
+
+    fn ready(&mut self, have: Have) {
+        if (self.plan.resume || R::DOWNLOADS)
+            && let Some(recipient) = &mut self.recipient
+        {
+            recipient.ready(have);
+        }
+    }
+
+    /// The sender begins to send: a file of this size.
+    async fn open(
+        &mut self,
+        size: u64,
+        meta: Meta,
+        resume: bool,
+        shared: &Shared<R>,
+    ) -> Result<(), StoreError> {
+        if let Some(recipient) = &mut self.recipient {
+            recipient.opened(size);
+        }
+        (self.opened, self.plan.meta) = (Some(size), meta);
+        let expected = self.plan.size.replace(size);
+        match std::mem::replace(&mut self.stage, Stage::Ended) {
+            Stage::Comparing(comparing) if comparing.with.len() != size => {
+                self.stage = Stage::Comparing(comparing);
+                return self.other();
+            }
+            // What is reserved, and what there is of it, must be looked at anew.
+            Stage::Writing(upload) if expected.is_some_and(|expected| expected != size) => {
+                put_aside(upload, self.plan.resume).await;
+                self.plan.resume = resume;
+                match self.start(shared, false).await? {
+                    (Started::New(upload), _) => self.stage = Stage::Writing(upload),
+                    (Started::Exists(_), _) => return Err(self.exists()),
+                }
+            }
+            stage => self.stage = stage,
+        }
+        Ok(())
+    }
+
+    /// Begins and ends a file.
+    async fn whole(&mut self, whole: Whole, shared: &Shared<R>) -> Result<(), StoreError> {
+        let Whole { hash, bytes } = whole;
+        self.begin(shared, true).await?;
+        match &mut self.stage {
+            Stage::Writing(upload) => {
+                upload.write(0, bytes).await?;
+                shared.received.store(upload.position(), Ordering::Relaxed);
+            }
+            Stage::Comparing(comparing) => take(&self.plan.path, comparing, &bytes, shared)?,
+            Stage::New | Stage::Ended => {}
+        }
+        self.finish(self.plan.size, Some(hash)).await
+    }
+
+    async fn finish(
+        &mut self,
+        size: Option<u64>,
+        hash: Option<[u8; 32]>,
+    ) -> Result<(), StoreError> {
+        match std::mem::replace(&mut self.stage, Stage::Ended) {
+            Stage::Writing(upload) => self.complete(upload, size, hash).await,
+            Stage::Comparing(comparing) => self.compare(*comparing, size, hash).await,
+            Stage::New | Stage::Ended => Ok(()),
+        }
+    }
+
+    /// All bytes are here: are they right?
+    async fn complete(
+        &mut self,
+        upload: TargetUpload,
+        size: Option<u64>,
+        hash: Option<[u8; 32]>,
+    ) -> Result<(), StoreError> {
+        if let (Some(expected), Some(got)) = (self.opened, size)
+            && expected != got
+        {
+            put_aside(upload, false).await;
+            return Err(StoreError::SizeMismatch { expected, got });
+        }
+        let expected = Expected {
+            size: size.or(self.plan.size),
+            hash,
+            meta: self.plan.meta,
+        };
+        let position = upload.position();
+        let size = expected.size.unwrap_or(position);
+        let complete = upload.finish(expected).await?;
+        if let Some(recipient) = self.recipient.take() {
+            let skipped = size.saturating_sub(position);
+            recipient
+                .complete(&self.staging, complete, size, skipped)
+                .await;
+        }
+        Ok(())
+    }
+
+    /// The name was taken: is what the sender has the same?
+    async fn compare(
+        &mut self,
+        comparing: Comparing,
+        told: Option<u64>,
+        their_hash: Option<[u8; 32]>,
+    ) -> Result<(), StoreError> {
+        let Comparing {
+            with,
+            hash,
+            received,
+        } = comparing;
+        let count = received.count();
+        let size = told.unwrap_or(count);
+        // Not all sent, but the hash told in `ready` given back: the sender has compared for itself.
+        let proved = (count == 0 || count < with.len())
+            && hash.is_some()
+            && their_hash == hash
+            && size == with.len();
+        if !proved {
+            if count > 0 || hash.is_none() {
+                let mut told = [self.plan.size, told].into_iter().flatten();
+                if let Some(expected) = told.find(|expected| *expected != count) {
+                    return Err(StoreError::SizeMismatch {
+                        expected,
+                        got: count,
+                    });
+                }
+            }
+            let got = *received.finalize().as_bytes();
+            if let Some(expected) = their_hash
+                && expected != got
+                && (count > 0 || hash.is_none())
+            {
+                return Err(StoreError::HashMismatch { expected, got });
+            }
+            let theirs = match hash {
+                Some(hash) => hash,
+                None => with.hash().await?,
+            };
+            if size != with.len() || their_hash.unwrap_or(got) != theirs {
+                self.compare_with(with, hash);
+                return self.other();
+            }
+        }
+        let hash = match (hash, their_hash) {
+            (Some(hash), _) | (None, Some(hash)) => hash,
+            (None, None) => *received.finalize().as_bytes(),
+        };
+        match with {
+            Compared::Existing(_) => {
+                self.was_there(self.plan.path.as_str().to_owned(), size, hash, true);
+            }
+            Compared::Known(published) => self.stays(published),
+        }
+        Ok(())
+    }
+
+    /// What has the name is another file. A download passes it over, if it shall.
+    fn other(&mut self) -> Result<(), StoreError> {
+        if R::DOWNLOADS
+            && self.plan.if_exists == IfExists::Skip
+            && let Stage::Comparing(comparing) = std::mem::replace(&mut self.stage, Stage::Ended)
+            && let (Compared::Existing(existing), Some(hash)) = (comparing.with, comparing.hash)
+        {
+            let path = existing.path().as_str().to_owned();
+            self.was_there(path, existing.size(), hash, false);
+            return Ok(());
+        }
+        Err(self.exists())
+    }
+
+    fn exists(&self) -> StoreError {
+        StoreError::Exists {
+            path: self.plan.path.clone(),
+        }
+    }
+
+    fn was_there(&mut self, path: String, size: u64, hash: [u8; 32], same: bool) {
+        self.stays(Published {
+            path,
+            size,
+            hash,
+            same,
+            sync: Synced::File,
+            other_time: None,
+        });
+    }
+
+    fn stays(&mut self, published: Published) {
+        if let Some(recipient) = self.recipient.take() {
+            recipient.was_there(published);
+        }
+    }
+}
+
+async fn put_aside(upload: TargetUpload, keep: bool) {
+    match keep {
+        true => upload.suspend().await,
+        false => upload.abort().await,
+    }
+}
+
+/// Takes bytes of a file that is there already.
+fn take<R>(
+    path: &RelPath,
+    comparing: &mut Comparing,
+    bytes: &[u8],
+    shared: &Shared<R>,
+) -> Result<(), StoreError> {
+    comparing.received.update(bytes);
+    let count = comparing.received.count();
+    shared.received.store(count, Ordering::Relaxed);
+    if count > comparing.with.len() {
+        // It cannot be equal any more, and what was not declared has no other end.
+        return Err(StoreError::Exists { path: path.clone() });
+    }
+    Ok(())
+}

@@ -1,0 +1,144 @@
+//! The threads that small files of a store take turns on: ten thousand of them must not be a crowd that fights for the
+//! same locks.
+
+use std::collections::VecDeque;
+use std::panic::AssertUnwindSafe;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use futures_util::FutureExt as _;
+
+use super::file::{Recipient, Shared};
+
+/// Threads for each core: some of them wait for the disk.
+const THREADS_PER_CORE: usize = 4;
+/// Waiting files for each of them: a thread more costs more than these take.
+const FILES_PER_THREAD: usize = 32;
+/// Small files that a lane hands over at once, at most.
+const GATHERED: usize = 32;
+const FEWEST_THREADS: usize = 8;
+const MOST_THREADS: usize = 64;
+
+/// The threads that small files take turns on.
+#[derive(Debug)]
+pub(super) struct Pool<R> {
+    most: usize,
+    ready: Mutex<Ready<R>>,
+}
+
+#[derive(Debug)]
+struct Ready<R> {
+    files: VecDeque<Arc<Shared<R>>>,
+    threads: usize,
+}
+
+impl<R: Recipient> Pool<R> {
+    pub(super) fn new() -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            most: (cores * THREADS_PER_CORE).clamp(FEWEST_THREADS, MOST_THREADS),
+            ready: Mutex::new(Ready {
+                files: VecDeque::new(),
+                threads: 0,
+            }),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Ready<R>> {
+        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the files' steps carried out when their turn comes.
+    fn submit(self: &Arc<Self>, files: impl IntoIterator<Item = Arc<Shared<R>>>) {
+        let mut ready = self.lock();
+        ready.files.extend(files);
+        self.staff(ready);
+    }
+
+    /// Starts threads while there are more files than those at work soon come to.
+    fn staff(self: &Arc<Self>, mut ready: MutexGuard<'_, Ready<R>>) {
+        let wanted = ready.files.len().div_ceil(FILES_PER_THREAD).min(self.most);
+        let more = wanted.saturating_sub(ready.threads);
+        ready.threads += more;
+        drop(ready);
+        for _ in 0..more {
+            let pool = self.clone();
+            tokio::task::spawn_blocking(move || pool.run());
+        }
+    }
+
+    /// Does on a thread of the pool what may wait for the disk; another takes its place meanwhile.
+    pub(super) fn aside(self: &Arc<Self>, wait: impl FnOnce()) {
+        /// Also after a panic.
+        struct Back<'a, R: Recipient>(&'a Pool<R>);
+        impl<R: Recipient> Drop for Back<'_, R> {
+            fn drop(&mut self) {
+                self.0.lock().threads += 1;
+            }
+        }
+        let mut ready = self.lock();
+        ready.threads = ready.threads.saturating_sub(1);
+        let _back = Back(self);
+        self.staff(ready);
+        wait();
+    }
+
+    fn run(self: Arc<Self>) {
+        loop {
+            let file = {
+                let mut ready = self.lock();
+                let Some(file) = ready.files.pop_front() else {
+                    ready.threads -= 1;
+                    return;
+                };
+                file
+            };
+            let more = std::panic::catch_unwind(AssertUnwindSafe(|| file.run().now_or_never()));
+            if more.ok().flatten().unwrap_or_default() {
+                self.submit([file]);
+            }
+        }
+    }
+}
+
+/// Small files of one lane that have steps, before the pool hears of them: what came in one go is handed over
+/// by one call, and each file's steps are carried out in one turn. Dropping it hands them over.
+#[derive(Debug)]
+pub(crate) struct Gathered<R: Recipient> {
+    pool: Arc<Pool<R>>,
+    files: Vec<Arc<Shared<R>>>,
+}
+
+impl<R: Recipient> Gathered<R> {
+    pub(super) fn new(pool: &Arc<Pool<R>>) -> Self {
+        Self {
+            pool: pool.clone(),
+            files: Vec::new(),
+        }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.files.is_empty()
+    }
+
+    /// Lets them begin; to be called before waiting for anything.
+    pub(crate) fn hand_over(&mut self) {
+        if !self.files.is_empty() {
+            self.pool.submit(self.files.drain(..));
+        }
+    }
+
+    pub(super) fn add(&mut self, file: Arc<Shared<R>>) {
+        self.files.push(file);
+        if self.files.len() >= GATHERED {
+            self.hand_over();
+        }
+    }
+}
+
+impl<R: Recipient> Drop for Gathered<R> {
+    fn drop(&mut self) {
+        if tokio::runtime::Handle::try_current().is_ok() {
+            self.hand_over();
+        }
+    }
+}
