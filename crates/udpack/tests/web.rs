@@ -9,7 +9,6 @@ use std::time::Duration;
 use common::{TOKEN, bind, bounded, echo, server};
 use page::{Page, Stream, message};
 use udpack::{Channel, CloseCode, Limits, Origins, Server, Transport, Web};
-use web_transport_quinn::{SessionError, WebTransportError};
 
 /// A server that serves browsers.
 async fn site(change: impl FnOnce(udpack::ServerBuilder) -> udpack::ServerBuilder) -> Server {
@@ -388,12 +387,4 @@ async fn a_session_without_a_word_is_over_in_time() {
         assert_eq!(CloseCode::new(code.into()), CloseCode::AUTH_TIMEOUT);
     })
     .await;
-}
-
-/// Of the session's errors, what the server has said.
-fn said(error: SessionError) -> (u32, String) {
-    match error {
-        SessionError::WebTransportError(WebTransportError::Closed(code, text)) => (code, text),
-        error => panic!("no close: {error}"),
-    }
 }

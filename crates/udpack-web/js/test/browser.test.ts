@@ -390,6 +390,37 @@ test('a directory of a page arrives as it is, hashed in a Worker, and a paused u
   await page.close();
 });
 
+test('a page that is left and comes back as it was goes on with its session', { skip }, async () => {
+  const page = await fresh();
+  const got = await page.evaluate(async ({ url, hashes, token }) => {
+    const { connect } = await import('/udpack.js' as string);
+    const socket = await connect({ url, hashes, token });
+    const { sessionId } = socket;
+    const echo = await socket.open('echo');
+    await echo.send('before', 1);
+    const states: unknown[] = [];
+    const again = new Promise<void>((resolve) =>
+      socket.on('state', ({ state, resumed }: { state: string; resumed?: boolean }) => {
+        states.push(resumed ?? state);
+        if (state === 'connected') resolve();
+      }),
+    );
+    // Playwright cannot follow a page into the cache and back: the events are made by hand.
+    dispatchEvent(Object.assign(new Event('pagehide'), { persisted: true }));
+    await echo.send('meanwhile', 2);
+    while (states.length === 0) await new Promise((resolve) => setTimeout(resolve, 10));
+    const asleep = socket.state.state;
+    dispatchEvent(Object.assign(new Event('pageshow'), { persisted: true }));
+    await again;
+    const back = [(await echo.receive()).data, (await echo.receive()).data];
+    const same = sessionId === socket.sessionId;
+    await socket.close();
+    return { asleep, back, same, last: states.filter((state) => state !== 'reconnecting')[0] };
+  }, server.endpoint);
+  assert.deepEqual(got, { asleep: 'reconnecting', back: [1, 2], same: true, last: true });
+  await page.close();
+});
+
 test('a wrong token, a wrong path, a wrong hash', { skip }, async () => {
   const got = await page.evaluate(async ({ url, hashes, token }) => {
     const { connect } = await import('/udpack.js' as string);

@@ -6,7 +6,7 @@
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -482,12 +482,96 @@ fn read_error(web: Option<&Arc<web::Session>>, error: quinn::ReadError) -> Strea
     }
 }
 
+/// What a stream has ended with, and whether to look at the session before that is said: a browser that ends its session
+/// first resets and stops all streams, with a code of HTTP/3.
+enum Ended {
+    So(StreamError),
+    With(Arc<web::Session>),
+}
+
+impl Ended {
+    fn new(
+        web: Option<&Arc<web::Session>>,
+        error: StreamError,
+        code: Option<quinn::VarInt>,
+    ) -> Self {
+        match (web, code) {
+            (Some(web), Some(code)) if !web::wire::is_code(code.into_inner()) => {
+                Self::With(web.clone())
+            }
+            _ => Self::So(error),
+        }
+    }
+
+    #[cold]
+    fn writing(web: Option<&Arc<web::Session>>, error: quinn::WriteError) -> Self {
+        let code = match &error {
+            quinn::WriteError::Stopped(code) => Some(*code),
+            _ => None,
+        };
+        Self::new(web, write_error(web, error), code)
+    }
+
+    #[cold]
+    fn reading(web: Option<&Arc<web::Session>>, error: quinn::ReadError) -> Self {
+        let code = match &error {
+            quinn::ReadError::Reset(code) => Some(*code),
+            _ => None,
+        };
+        Self::new(web, read_error(web, error), code)
+    }
+
+    /// The error, once the session's end is known or does not come.
+    async fn error(self) -> StreamError {
+        match self {
+            Self::So(error) => error,
+            Self::With(web) => match web.ending().await {
+                Some(error) => StreamError::Lost(error),
+                None => StreamError::Peer(CloseCode::CANCELLED),
+            },
+        }
+    }
+}
+
+/// How a stream has ended, which QUIC tells once.
+enum Ending {
+    Under(Pin<Box<dyn Future<Output = StreamError> + Send + Sync>>),
+    Known(StreamError),
+}
+
+impl std::fmt::Debug for Ending {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Ending")
+    }
+}
+
+impl Ending {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<StreamError> {
+        if let Self::Under(error) = self {
+            *self = Self::Known(std::task::ready!(error.as_mut().poll(cx)));
+        }
+        match self {
+            Self::Known(error) => Poll::Ready(error.clone()),
+            Self::Under(_) => Poll::Pending,
+        }
+    }
+
+    /// Polls the error of a stream that has ended, and keeps it in `place`.
+    fn keep(place: &mut Option<Self>, ended: Ended, cx: &mut Context<'_>) -> Poll<StreamError> {
+        match ended {
+            Ended::So(error) => Poll::Ready(error),
+            with @ Ended::With(_) => place.insert(Self::Under(Box::pin(with.error()))).poll(cx),
+        }
+    }
+}
+
 /// The sending side of a stream. Dropping it ends the stream as [`finish`](Self::finish) does.
 #[derive(Debug)]
 pub(crate) struct SendStream {
     quic: quinn::SendStream,
     /// The session whose stream it is, where it is one of a browser.
     web: Option<Arc<web::Session>>,
+    ending: Option<Ending>,
 }
 
 /// What one write has taken.
@@ -503,6 +587,7 @@ impl SendStream {
         Self {
             quic,
             web: web.cloned(),
+            ending: None,
         }
     }
 
@@ -519,11 +604,17 @@ impl SendStream {
         chunks: &mut [Bytes],
     ) -> Poll<Result<Written, StreamError>> {
         // `write_chunks` is cancel safe: a future that is not ready has written nothing.
-        let written = pin!(self.quic.write_chunks(chunks)).poll(cx);
-        written.map(|written| match written {
-            Ok(quinn::Written { bytes, chunks }) => Ok(Written { bytes, chunks }),
-            Err(error) => Err(write_error(self.web.as_ref(), error)),
-        })
+        if let Some(ending) = &mut self.ending {
+            return ending.poll(cx).map(Err);
+        }
+        let written = std::task::ready!(pin!(self.quic.write_chunks(chunks)).poll(cx));
+        match written {
+            Ok(quinn::Written { bytes, chunks }) => Poll::Ready(Ok(Written { bytes, chunks })),
+            Err(error) => {
+                let ended = Ended::writing(self.web.as_ref(), error);
+                Ending::keep(&mut self.ending, ended, cx).map(Err)
+            }
+        }
     }
 
     /// Writes all of `chunks`.
@@ -531,8 +622,10 @@ impl SendStream {
     /// # Cancel safety
     /// Not cancel safe: a dropped future may have written a part.
     pub(crate) async fn write_all(&mut self, chunks: &mut [Bytes]) -> Result<(), StreamError> {
-        let written = self.quic.write_all_chunks(chunks).await;
-        written.map_err(|error| write_error(self.web.as_ref(), error))
+        match self.quic.write_all_chunks(chunks).await {
+            Ok(()) => Ok(()),
+            Err(error) => Err(Ended::writing(self.web.as_ref(), error).error().await),
+        }
     }
 
     /// Writes this.
@@ -540,8 +633,10 @@ impl SendStream {
     /// # Cancel safety
     /// As [`write_all`](Self::write_all).
     pub(crate) async fn write(&mut self, chunk: Bytes) -> Result<(), StreamError> {
-        let written = self.quic.write_chunk(chunk).await;
-        written.map_err(|error| write_error(self.web.as_ref(), error))
+        match self.quic.write_chunk(chunk).await {
+            Ok(()) => Ok(()),
+            Err(error) => Err(Ended::writing(self.web.as_ref(), error).error().await),
+        }
     }
 
     /// Ends the stream behind what was written. Does nothing to one that has ended or that the peer has stopped.
@@ -565,7 +660,14 @@ impl SendStream {
         let web = self.web.clone();
         async move {
             match stopped.await {
-                Ok(code) => Ok(code.map(|code| code_in(web.as_ref(), code))),
+                Ok(None) => Ok(None),
+                Ok(Some(code)) => {
+                    let error = StreamError::Peer(code_in(web.as_ref(), code));
+                    match Ended::new(web.as_ref(), error, Some(code)).error().await {
+                        StreamError::Peer(code) => Ok(Some(code)),
+                        error => Err(error),
+                    }
+                }
                 Err(quinn::StoppedError::ConnectionLost(error)) => {
                     Err(StreamError::Lost(over(web.as_ref(), error)))
                 }
@@ -585,6 +687,7 @@ pub(crate) struct RecvStream {
     web: Option<Arc<web::Session>>,
     /// It is the half of a stream both ways.
     half: bool,
+    ending: Option<Ending>,
 }
 
 impl RecvStream {
@@ -593,6 +696,7 @@ impl RecvStream {
             quic: Some(quic),
             web: web.cloned(),
             half: true,
+            ending: None,
         }
     }
 
@@ -608,18 +712,24 @@ impl RecvStream {
         cx: &mut Context<'_>,
         chunks: &mut [Bytes],
     ) -> Poll<Result<Option<usize>, StreamError>> {
+        if let Some(ending) = &mut self.ending {
+            return ending.poll(cx).map(Err);
+        }
         let Some(quic) = &mut self.quic else {
             return Poll::Ready(Err(StreamError::Ended));
         };
         let read = std::task::ready!(pin!(quic.read_chunks(chunks)).poll(cx));
-        Poll::Ready(match read {
-            Ok(Some(count)) => Ok(Some(count)),
+        match read {
+            Ok(Some(count)) => Poll::Ready(Ok(Some(count))),
             Ok(None) => {
                 self.ended();
-                Ok(None)
+                Poll::Ready(Ok(None))
             }
-            Err(error) => Err(read_error(self.web.as_ref(), error)),
-        })
+            Err(error) => {
+                let ended = Ended::reading(self.web.as_ref(), error);
+                Ending::keep(&mut self.ending, ended, cx).map(Err)
+            }
+        }
     }
 
     /// The next bytes, at most so many; `None` at the end.
@@ -627,16 +737,27 @@ impl RecvStream {
     /// # Cancel safety
     /// Cancel safe.
     pub(crate) async fn read(&mut self, most: usize) -> Result<Option<Bytes>, StreamError> {
-        let Some(quic) = &mut self.quic else {
-            return Err(StreamError::Ended);
-        };
-        match quic.read_chunk(most, true).await {
-            Ok(Some(chunk)) => Ok(Some(chunk.bytes)),
-            Ok(None) => {
-                self.ended();
-                Ok(None)
+        if self.ending.is_none() {
+            let Some(quic) = &mut self.quic else {
+                return Err(StreamError::Ended);
+            };
+            match quic.read_chunk(most, true).await {
+                Ok(Some(chunk)) => return Ok(Some(chunk.bytes)),
+                Ok(None) => {
+                    self.ended();
+                    return Ok(None);
+                }
+                Err(error) => match Ended::reading(self.web.as_ref(), error) {
+                    Ended::So(error) => return Err(error),
+                    with @ Ended::With(_) => {
+                        self.ending = Some(Ending::Under(Box::pin(with.error())))
+                    }
+                },
             }
-            Err(error) => Err(read_error(self.web.as_ref(), error)),
+        }
+        match &mut self.ending {
+            Some(ending) => Err(std::future::poll_fn(|cx| ending.poll(cx)).await),
+            None => Err(StreamError::Ended),
         }
     }
 

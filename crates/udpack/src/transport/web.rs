@@ -52,6 +52,8 @@ const DRAINED: usize = 256 << 10;
 const UNI_QUEUE: usize = 4;
 /// Shortest and longest time to wait until the client has received a close.
 const FAREWELL: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+/// From the end of a stream by HTTP/3's own code until the session that goes on is believed.
+const ENDING: Duration = Duration::from_secs(3);
 
 /// A session. The handles and streams of its connection hold it; it ends when the last of them is dropped.
 #[derive(Debug)]
@@ -61,6 +63,7 @@ pub(crate) struct Session {
     uni: tokio::sync::Mutex<mpsc::Receiver<RecvStream>>,
     /// A stream may be dropped where there is no runtime.
     runtime: tokio::runtime::Handle,
+    conn: quinn::Connection,
 }
 
 /// What its task and its holders share.
@@ -177,6 +180,13 @@ impl Session {
             End::Local(..) => ConnectionError::Local,
             End::Over(error) => error.clone(),
         })
+    }
+
+    /// Why the session ends, where one of its streams has ended with a code of HTTP/3: a browser that ends a session
+    /// says so on every stream first. `None` if it goes on.
+    pub(super) async fn ending(&self) -> Option<ConnectionError> {
+        let over = tokio::time::timeout(ENDING, self.conn.closed()).await;
+        over.ok().map(|error| self.over(error))
     }
 
     /// Why its connection is over.
@@ -301,6 +311,7 @@ pub(super) async fn establish(
         bi: tokio::sync::Mutex::new(taken_bi),
         uni: tokio::sync::Mutex::new(taken_uni),
         runtime: tokio::runtime::Handle::current(),
+        conn: layer.conn.clone(),
     });
     let task = Task {
         layer,

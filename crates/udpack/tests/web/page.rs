@@ -10,7 +10,9 @@ use serde_json::Value;
 use udpack::Server;
 use web_transport_quinn::proto::ConnectRequest;
 use web_transport_quinn::proto::http::{HeaderName, HeaderValue};
-use web_transport_quinn::{ClientBuilder, RecvStream, SendStream, Session};
+use web_transport_quinn::{
+    ClientBuilder, RecvStream, SendStream, Session, SessionError, WebTransportError,
+};
 
 /// A session with a server.
 pub(crate) struct Page {
@@ -112,7 +114,7 @@ impl Page {
     /// With what code and text the server has closed the session.
     pub(crate) async fn closed(&self) -> (u32, String) {
         let closed = tokio::time::timeout(Duration::from_secs(10), self.session.closed());
-        super::said(closed.await.expect("closed in time"))
+        said(closed.await.expect("closed in time"))
     }
 }
 
@@ -184,5 +186,13 @@ impl Stream {
     /// Whether nothing follows.
     pub(crate) async fn ended(&mut self) -> bool {
         matches!(self.recv.read_chunk(1, true).await, Ok(None))
+    }
+}
+
+/// Of the session's errors, what the server has said.
+pub(crate) fn said(error: SessionError) -> (u32, String) {
+    match error {
+        SessionError::WebTransportError(WebTransportError::Closed(code, text)) => (code, text),
+        error => panic!("no close: {error}"),
     }
 }

@@ -304,12 +304,17 @@ pub(crate) fn to_http3(code: CloseCode) -> u64 {
     error_to_http3(code_u32(code))
 }
 
+/// Whether the code of a reset or stop is one of WebTransport's. HTTP/3's own end the streams of a session that ends.
+pub(crate) fn is_code(wire: u64) -> bool {
+    // Every 31st point is none.
+    error_from_http3(wire).is_some_and(|code| error_to_http3(code) == wire)
+}
+
 /// The code of a reset or stop as one of the protocol; one that is not WebTransport's says no more than that the stream
 /// was given up.
 pub(crate) fn from_http3(wire: u64) -> CloseCode {
     match error_from_http3(wire) {
-        // Every 31st point is none of WebTransport's.
-        Some(code) if error_to_http3(code) == wire => CloseCode::new(code.into()),
+        Some(code) if is_code(wire) => CloseCode::new(code.into()),
         _ => CloseCode::CANCELLED,
     }
 }
