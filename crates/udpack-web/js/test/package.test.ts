@@ -54,3 +54,14 @@ test('the programs of the guide and the README compile, and the chat has at most
   writeFileSync(`${root}/build/programs/tsconfig.json`, JSON.stringify({ extends: '../../tsconfig.json', compilerOptions: options, include: ['*.ts'] }));
   run('node_modules/typescript/bin/tsc', '-p', 'build/programs/tsconfig.json');
 });
+
+test('the programs of the example pages are sound, and none is long', () => {
+  const scripts = ['chat', 'call', 'progress'].map((name) => `${repository}/examples/browser-${name}/page.js`);
+  const lines = scripts.map((script) => readFileSync(script, 'utf8').trimEnd().split('\n').length);
+  assert.ok((lines[0] as number) <= 25, `the chat has ${lines[0]} lines`);
+  assert.ok(lines.every((count) => count <= 80), `${lines}`);
+  mkdirSync(`${root}/build/pages`, { recursive: true });
+  const compilerOptions = { lib: ['ES2023', 'ESNext.Disposable', 'DOM', 'DOM.AsyncIterable'], allowJs: true, checkJs: true, noEmit: true, rootDir: repository, noImplicitAny: true, exactOptionalPropertyTypes: false, noUncheckedIndexedAccess: false, verbatimModuleSyntax: false, module: 'ESNext', moduleResolution: 'Bundler', paths: { udpack: ['../../src/index.ts'] } };
+  writeFileSync(`${root}/build/pages/tsconfig.json`, JSON.stringify({ extends: '../../tsconfig.json', compilerOptions, include: [], files: scripts }));
+  run('node_modules/typescript/bin/tsc', '-p', 'build/pages/tsconfig.json');
+});
