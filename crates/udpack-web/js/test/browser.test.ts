@@ -490,6 +490,44 @@ test('10,000 messages each way through cuts: none lost, doubled or reordered', {
   await relay.cut();
 });
 
+test('64 channels of two pages answer while an upload fills one of them', { skip }, async (t) => {
+  // More by hand, in whole megabytes: UDPACK_UPLOAD_BYTES=1000000000.
+  const size = Number(process.env.UDPACK_UPLOAD_BYTES ?? 48_000_000);
+  const ask = async ({ url, hashes, token, size }: Endpoint & { size: number }) => {
+    const { connect } = await import('/udpack.js' as string);
+    const { upload } = await import('/transfer.js' as string);
+    const socket = await connect({ url, hashes, token });
+    const channels = await Promise.all(Array.from({ length: size > 0 ? 56 : 64 }, () => socket.open('math')));
+    const part = new Uint8Array(1_000_000).map((_, at) => (at * 31 + (at >> 8)) & 0xff);
+    const file = new File(Array.from({ length: size / part.length }, () => part), 'beside.bin');
+    const running = size > 0 ? upload(socket, file, { ifExists: 'same' }) : undefined;
+    let over = false;
+    const begun = performance.now();
+    void (running?.done ?? new Promise((resolve) => setTimeout(resolve, 2000))).then(() => (over = true));
+    const times: number[] = [];
+    let wrong = 0;
+    for (let n = 0; !over; n += 1) {
+      const asked = performance.now();
+      wrong += (await channels[n % channels.length].request('add', [n, 1])) === n + 1 ? 0 : 1;
+      times.push(performance.now() - asked);
+      await new Promise((resolve) => setTimeout(resolve, 2));
+    }
+    const secs = (performance.now() - begun) / 1000;
+    const [only] = (await running?.done) ?? [];
+    await socket.close();
+    times.sort((a, b) => a - b);
+    return { wrong, asked: times.length, p99: times[Math.floor(times.length * 0.99)] as number, secs, state: only?.state ?? 'done' };
+  };
+  const [one, other] = [await fresh(), await fresh()];
+  const got = await Promise.all([one.evaluate(ask, { ...server.endpoint, size }), other.evaluate(ask, { ...server.endpoint, size: 0 })]);
+  const [full, quiet] = got;
+  t.diagnostic(`p99 of ${full.asked} requests beside the upload ${full.p99.toFixed(1)} ms, of ${quiet.asked} in the other page ${quiet.p99.toFixed(1)} ms; ${(size / full.secs / 2 ** 20).toFixed(1)} MiB/s`);
+  assert.deepEqual(got.map(({ wrong, state }) => [wrong, state]), [[0, 'done'], [0, 'done']]);
+  assert.ok(full.asked > 0 && quiet.asked > 0);
+  await one.close();
+  await other.close();
+});
+
 test('a server that drains is left, and the next on its address is found', { skip }, async () => {
   const first = await WebServer.start();
   const page = await fresh();
