@@ -19,4 +19,5 @@ const tests = readdirSync('build/test')
   .filter((name) => name.endsWith('.test.js'))
   .filter((name) => wanted.length === 0 || wanted.some((part) => name.includes(part)))
   .map((name) => `build/test/${name}`);
-run(process.execPath, '--enable-source-maps', '--test', '--test-timeout=300000', ...tests);
+// Node 20 has WebSocket only by this option.
+run(process.execPath, '--enable-source-maps', '--experimental-websocket', '--test', '--test-timeout=300000', ...tests);
