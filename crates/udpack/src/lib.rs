@@ -109,6 +109,7 @@
 //!
 //! # Features
 //! - `derive` (on by default): `#[derive(Event)]`.
+//! - `https`: `Https`, TLS over TCP for the pages that a program serves beside its server.
 //! - `testing`: the module `testing`, a network in memory for tests.
 //! - `bench`: for this repository's benchmarks alone.
 #![warn(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)]
@@ -158,6 +159,8 @@ pub use session::socket::Socket;
 pub use session::volatile::{Volatile, VolatileError};
 pub use trust::auth::{Authenticate, Deny, Hello, Peer};
 pub use trust::fingerprint::{Fingerprint, FingerprintError};
+#[cfg(feature = "https")]
+pub use trust::https::{Https, HttpsStream};
 pub use trust::identity::{Identity, IdentityError};
 pub use trust::origin::{Origins, Transport, Web};
 pub use trust::secret_file::SecretFileError;

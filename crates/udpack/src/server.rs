@@ -38,6 +38,8 @@ use crate::transport::trips;
 use crate::transport::windows;
 use crate::trust::auth::{Authenticate, Deny, Peer, Penalties};
 use crate::trust::fingerprint::Fingerprint;
+#[cfg(feature = "https")]
+use crate::trust::https::Https;
 use crate::trust::identity::{Identity, IdentityError};
 use crate::trust::origin::Web;
 use crate::trust::tls::CertificateSource;
@@ -212,6 +214,20 @@ impl Server {
     /// `webcert.pem`, and a restart changes neither.
     pub fn certificate_hashes(&self) -> Vec<[u8; 32]> {
         self.inner.shared.certificates.hashes()
+    }
+
+    /// TLS for what is served to browsers over TCP, under the same certificates.
+    ///
+    /// # Errors
+    /// When the cryptographic library refuses the key.
+    #[cfg(feature = "https")]
+    pub fn https(&self) -> Result<Https, IdentityError> {
+        Https::new(self.inner.shared.certificates.clone())
+    }
+
+    /// The bounds that it keeps.
+    pub fn limits(&self) -> &Limits {
+        &self.inner.shared.limits
     }
 
     /// The next admitted socket; `None` once the server is closed.

@@ -3,6 +3,8 @@
 pub(crate) mod auth;
 pub(crate) mod certificate;
 pub(crate) mod fingerprint;
+#[cfg(feature = "https")]
+pub(crate) mod https;
 pub(crate) mod identity;
 pub(crate) mod origin;
 pub(crate) mod secret_file;

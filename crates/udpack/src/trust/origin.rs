@@ -1,6 +1,7 @@
 //! Web pages as clients: where on a server they connect, and which pages may.
 
 use std::fmt;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 /// How a server serves browsers, for [`ServerBuilder::web`](crate::ServerBuilder::web): at which path, and for which
@@ -16,6 +17,8 @@ use std::sync::Arc;
 pub struct Web {
     path: String,
     origins: Origins,
+    /// The names beside those that nobody else can own; `None` is any name.
+    hosts: Option<Vec<String>>,
 }
 
 impl Web {
@@ -24,6 +27,7 @@ impl Web {
         Self {
             path: "/udpack".to_owned(),
             origins: Origins::SameHost,
+            hosts: None,
         }
     }
 
@@ -42,13 +46,45 @@ impl Web {
         self
     }
 
+    /// The names by which browsers reach this server. Addresses, names without a dot and names that end in `.local` or
+    /// `.localhost` are always among them. A session under another name is answered with the status 403. Without this
+    /// every name will do.
+    ///
+    /// Whoever owns a name can let it point to this server's address after a page was loaded from it ("DNS rebinding").
+    /// Such a page then is one of the same host, although its author has nothing to do with this server. Pages at addresses
+    /// and at these names are not in the hands of others.
+    #[must_use]
+    pub fn hosts<H: Into<String>>(mut self, hosts: impl IntoIterator<Item = H>) -> Self {
+        self.hosts = Some(hosts.into_iter().map(Into::into).collect());
+        self
+    }
+
+    /// Whether browsers may reach the server under this name or address, which is without a port; an IPv6 address has its
+    /// brackets.
+    pub fn is_host(&self, host: &str) -> bool {
+        let Some(hosts) = &self.hosts else {
+            return true;
+        };
+        is_nobodys(host) || hosts.iter().any(|one| one.eq_ignore_ascii_case(host))
+    }
+
+    /// Whether a page of this origin may connect to the server under this name or address.
+    pub fn is_origin(&self, origin: &str, host: &str) -> bool {
+        self.origins.allow(origin, host)
+    }
+
+    /// The path of [`path`](Self::path).
+    pub fn url_path(&self) -> &str {
+        &self.path
+    }
+
     pub(crate) fn is_at(&self, path: &str) -> bool {
         self.path == path
     }
 
     pub(crate) fn allows(&self, origin: Option<&str>, host: &str) -> bool {
         // Programs that are no browser send none, and could send any.
-        origin.is_none_or(|origin| self.origins.allow(origin, host))
+        origin.is_none_or(|origin| self.is_host(host) && self.is_origin(origin, host))
     }
 }
 
@@ -71,6 +107,8 @@ pub enum Origins {
     /// Pages of these origins, each as the browser writes it: `https://example.com`, `http://127.0.0.1:8080`. Letters of
     /// either case are the same.
     Only(Vec<String>),
+    /// Pages of the same host, and of these origins.
+    SameHostAnd(Vec<String>),
     /// Every page. A page of somebody else that knows a token can then use it.
     Any,
 }
@@ -81,33 +119,48 @@ impl Origins {
         Self::Only(origins.into_iter().map(Into::into).collect())
     }
 
+    /// The host of an origin; an IPv6 address keeps its brackets. `None` where the text is no origin of a web page.
+    pub fn host(origin: &str) -> Option<&str> {
+        let rest = origin
+            .strip_prefix("https://")
+            .or_else(|| origin.strip_prefix("http://"))?;
+        let end = match rest.strip_prefix('[') {
+            Some(address) => address.find(']')? + 2,
+            None => rest.find(':').unwrap_or(rest.len()),
+        };
+        let (host, port) = rest.split_at(end);
+        let sound = port.is_empty()
+            || port
+                .strip_prefix(':')
+                .is_some_and(|digits| digits.bytes().all(|byte| byte.is_ascii_digit()));
+        (sound && !host.is_empty()).then_some(host)
+    }
+
     /// Whether a page of this origin may connect to a server that it knows as `host`, without a port.
     fn allow(&self, origin: &str, host: &str) -> bool {
+        let same = || Self::host(origin).is_some_and(|page| page.eq_ignore_ascii_case(host));
+        let is_in = |list: &[String]| list.iter().any(|one| one.eq_ignore_ascii_case(origin));
         match self {
             Self::Any => true,
-            Self::Only(origins) => origins.iter().any(|one| one.eq_ignore_ascii_case(origin)),
-            Self::SameHost => {
-                host_of(origin).is_some_and(|of_page| of_page.eq_ignore_ascii_case(host))
-            }
+            Self::Only(origins) => is_in(origins),
+            Self::SameHost => same(),
+            Self::SameHostAnd(origins) => same() || is_in(origins),
         }
     }
 }
 
-/// The host of an origin; an IPv6 address keeps its brackets.
-fn host_of(origin: &str) -> Option<&str> {
-    let rest = origin
-        .strip_prefix("https://")
-        .or_else(|| origin.strip_prefix("http://"))?;
-    let end = match rest.strip_prefix('[') {
-        Some(address) => address.find(']')? + 2,
-        None => rest.find(':').unwrap_or(rest.len()),
-    };
-    let (host, port) = rest.split_at(end);
-    let sound = port.is_empty()
-        || port
-            .strip_prefix(':')
-            .is_some_and(|digits| digits.bytes().all(|byte| byte.is_ascii_digit()));
-    (sound && !host.is_empty()).then_some(host)
+/// Whether it is an address, or a name that no public name server gives out.
+fn is_nobodys(host: &str) -> bool {
+    let v6 = host
+        .strip_prefix('[')
+        .and_then(|rest| rest.strip_suffix(']'));
+    let lower = host.to_ascii_lowercase();
+    host.parse::<Ipv4Addr>().is_ok()
+        || v6.is_some_and(|text| text.parse::<Ipv6Addr>().is_ok())
+        || (!host.is_empty() && !host.contains(['.', '[', ':', '@']))
+        || [".local", ".localhost"]
+            .iter()
+            .any(|end| lower.ends_with(end))
 }
 
 /// What a socket's connection speaks below the protocol.
@@ -176,6 +229,36 @@ mod tests {
     }
 
     #[test]
+    fn a_name_that_others_may_own_is_a_host_only_if_it_is_listed() {
+        let web = Web::new().hosts(["files.example.com"]);
+        for (host, known) in [
+            ("127.0.0.1", true),
+            ("[::1]", true),
+            ("[fe80::1]", true),
+            ("localhost", true),
+            ("nas", true),
+            ("nas.local", true),
+            ("app.LOCALHOST", true),
+            ("Files.Example.com", true),
+            ("example.com", false),
+            ("evil.files.example.com", false),
+            ("127.0.0.1.evil.net", false),
+            ("evil.net", false),
+            ("evil.", false),
+            ("[::1].evil", false),
+            ("[evil.net]", false),
+            ("", false),
+        ] {
+            assert_eq!(web.is_host(host), known, "{host}");
+            let origin = format!("https://{host}");
+            let allowed = web.allows(Some(&origin), host);
+            assert_eq!(allowed, known, "a page of {host}");
+            assert!(web.allows(None, host), "no page at {host}");
+            assert!(Web::new().is_host(host), "{host}");
+        }
+    }
+
+    #[test]
     fn a_list_allows_what_is_in_it_and_any_allows_all() {
         let list = Origins::only(["https://a.example", "http://localhost:3000"]);
         assert!(list.allow("https://a.example", "b.example"));
@@ -184,6 +267,10 @@ mod tests {
         assert!(!list.allow("https://a.example:444", "b.example"));
         assert!(!list.allow("null", "b.example"));
         assert!(Origins::Any.allow("null", "b.example"));
+        let both = Origins::SameHostAnd(vec!["https://a.example".to_owned()]);
+        assert!(both.allow("https://a.example", "b.example"));
+        assert!(both.allow("https://b.example:1", "b.example"));
+        assert!(!both.allow("https://c.example", "b.example"));
     }
 
     #[test]
