@@ -205,6 +205,18 @@ pub(crate) struct ServerArgs {
     #[arg(long, value_name = "ADDR:PORT", env = "UDPACK_METRICS")]
     pub(crate) metrics: Option<String>,
 
+    /// Serve pages for browsers at this address, over TCP: upload, download and more, in a browser, with a token. Default: the
+    /// address and the port number of --listen. By HTTPS with the server's own certificate, which browsers warn of, and by
+    /// HTTP as well where only this machine can reach it.
+    #[cfg(feature = "web")]
+    #[arg(long, value_name = "ADDR:PORT", num_args = 0..=1, env = "UDPACK_WEB")]
+    pub(crate) web: Option<Option<String>>,
+
+    /// Pages of other servers that may connect from a browser, too, such as https://example.com; can be given several times.
+    #[cfg(feature = "web")]
+    #[arg(long, value_name = "ORIGIN", requires = "web")]
+    pub(crate) web_origin: Vec<Origin>,
+
     /// Write what QUIC does into this directory, a qlog file for each connection; costs time and disk.
     #[arg(long, value_name = "DIR", env = "UDPACK_QLOG")]
     pub(crate) qlog: Option<PathBuf>,
@@ -289,6 +301,11 @@ pub(crate) struct TokenNewArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct UrlArgs {
+    /// Print the link for browsers instead, of a server that runs or ran with --web.
+    #[cfg(feature = "web")]
+    #[arg(long)]
+    pub(crate) web: bool,
+
     #[command(flatten)]
     pub(crate) at: WhereArgs,
 
@@ -333,6 +350,25 @@ pub(crate) struct TokenFileArgs {
     /// Print JSON, one object a line.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Where a page of another server comes from.
+#[cfg(feature = "web")]
+#[derive(Debug, Clone)]
+pub(crate) struct Origin(pub(crate) String);
+
+#[cfg(feature = "web")]
+impl FromStr for Origin {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match udpack::Origins::host(text) {
+            Some(_) => Ok(Self(text.to_owned())),
+            None => {
+                Err("not an origin, such as https://example.com or http://127.0.0.1:8080".into())
+            }
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -13,6 +13,8 @@ mod memory;
 mod output;
 mod pages;
 mod progress;
+#[cfg(feature = "web")]
+mod qr;
 mod server;
 mod signals;
 mod target;

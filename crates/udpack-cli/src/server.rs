@@ -6,6 +6,8 @@ mod systemd;
 mod tokens;
 mod uploads;
 mod url;
+#[cfg(feature = "web")]
+mod web;
 
 use std::io::{self, IsTerminal as _};
 use std::os::unix::fs::MetadataExt as _;
@@ -16,6 +18,7 @@ use serde_json::json;
 use tokio::time::MissedTickBehavior;
 use udpack::{Authenticate as _, Drain, Identity, Limits, Server, TokenFile};
 use udpack_transfer::{Limiter, Receiver, ReceiverConfig, Scope, Store, StoreConfig};
+use udpack_web::{HttpListener, Site};
 
 use crate::args::{ServerArgs, ServerCommand};
 use crate::exit::{Failure, Kind};
@@ -23,9 +26,10 @@ use crate::hub::Hub;
 use crate::logging::{self, Console, Role};
 use crate::output;
 use crate::pages;
+#[cfg(feature = "web")]
+use crate::qr;
 use crate::signals::Interrupts;
 use crate::target::qlog_dir;
-use metrics::Scrapes;
 
 pub(crate) async fn run(args: ServerArgs, given: ListenFd, console: Console) -> anyhow::Result<()> {
     match args.command {
@@ -66,9 +70,11 @@ async fn serve(args: &ServerArgs, given: ListenFd) -> anyhow::Result<()> {
         None => None,
     };
     let scrapes = match &args.metrics {
-        Some(address) => Some(Scrapes::bind(address).await?),
+        Some(address) => Some(scrapes_at(address).await?),
         None => None,
     };
+    #[cfg(feature = "web")]
+    let web = web::bind(args, socket.local_addr()?).await?;
     let qlog = args.qlog.as_ref().map(|dir| qlog_dir(dir)).transpose()?;
     let config = StoreConfig {
         max_file: args.max_file.0,
@@ -109,9 +115,22 @@ async fn serve(args: &ServerArgs, given: ListenFd) -> anyhow::Result<()> {
         Some(dir) => server.qlog(dir),
         None => server,
     };
+    #[cfg(feature = "web")]
+    let server = match &web {
+        Some(port) => server.web(port.web.clone()),
+        None => server,
+    };
     let server = hub.attach(receiver.attach(server)).bind_to(socket).await?;
 
-    announce(args, &server, &tokens, first_start, scrapes.as_ref())?;
+    let mut places = Vec::new();
+    if let Some(scrapes) = &scrapes {
+        places.push(("metrics", scrapes.local_addr().to_string()));
+    }
+    #[cfg(feature = "web")]
+    let link = web.as_ref().map(|port| port.link(args));
+    #[cfg(not(feature = "web"))]
+    let link = None;
+    announce(args, &server, &tokens, first_start, places, link)?;
     let watcher = systemd::Watcher::from_env();
     watcher.tell("READY=1");
     let stop = async {
@@ -124,25 +143,44 @@ async fn serve(args: &ServerArgs, given: ListenFd) -> anyhow::Result<()> {
         hub.close();
         receiver.shutting_down();
     };
-    let scraped = async {
-        match scrapes {
-            Some(scrapes) => {
-                let (server, receiver) = (server.clone(), receiver.clone());
-                scrapes
-                    .serve(move || metrics::text(&server, &receiver))
-                    .await;
-            }
-            None => std::future::pending().await,
-        }
+    let counters = || {
+        let (server, receiver) = (server.clone(), receiver.clone());
+        Site::counters(move || metrics::text(&server, &receiver))
     };
+    let scraped = scrapes.map(|listener| (listener, counters()));
+    #[cfg(feature = "web")]
+    let browsed = web.map(|port| {
+        let site = counters().pages(port.pages(&server));
+        (port.listener, site)
+    });
+    #[cfg(not(feature = "web"))]
+    let browsed = None;
     tokio::select! {
         ended = server.run_until(stop, Drain::within(DRAIN)) => ended?,
-        () = scraped => {}
+        failed = http(scraped) => failed?,
+        failed = http(browsed) => failed?,
         () = withdraw(&server, &tokens) => {}
         () = watcher.live() => {}
     }
     tracing::info!("stopped");
     Ok(())
+}
+
+/// Serves by HTTP for ever.
+async fn http(served: Option<(HttpListener, Site)>) -> anyhow::Result<()> {
+    let Some((listener, site)) = served else {
+        return std::future::pending().await;
+    };
+    Ok(listener.serve(site).await?)
+}
+
+async fn scrapes_at(address: &str) -> anyhow::Result<HttpListener> {
+    HttpListener::bind(address).await.map_err(|error| {
+        let text = format!("cannot serve metrics at {address}: {error}");
+        Failure::new(Kind::Other, text)
+            .hint("choose another address with --metrics, such as 127.0.0.1:9645")
+            .into()
+    })
 }
 
 /// The rights of tokens without a scope.
@@ -224,7 +262,8 @@ fn announce(
     server: &Server,
     tokens: &TokenFile,
     first_start: bool,
-    scrapes: Option<&Scrapes>,
+    places: Vec<(&'static str, String)>,
+    link: Option<String>,
 ) -> anyhow::Result<()> {
     let fingerprint = server.fingerprint();
     let url = url::of(
@@ -249,8 +288,21 @@ fn announce(
         ("fingerprint", fingerprint.to_string()),
         ("uploads", args.dir.display().to_string()),
     ];
-    if let Some(scrapes) = scrapes {
-        lines.push(("metrics", scrapes.local_addr().to_string()));
+    lines.extend(places);
+    #[cfg(feature = "web")]
+    web::leave(link.as_deref(), &args.keys);
+    #[cfg(feature = "web")]
+    let mut pictured = None;
+    if let Some(link) = link {
+        #[cfg(feature = "web")]
+        let link = match tokens.first_token().filter(|_| shown) {
+            Some(token) => {
+                let link = web::with_token(&link, &token);
+                pictured.insert(link).clone()
+            }
+            None => link,
+        };
+        lines.push(("web", link));
     }
     let print = || -> io::Result<()> {
         for (label, value) in &lines {
@@ -259,6 +311,10 @@ fn announce(
             } else {
                 output::line(&format!("{label} {value}"))?;
             }
+        }
+        #[cfg(feature = "web")]
+        if let Some(link) = &pictured {
+            qr::show(link)?;
         }
         if args.json {
             output::json(&json!({ "send": send }))

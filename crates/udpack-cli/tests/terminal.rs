@@ -6,23 +6,12 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use common::{Running, Server, bytes, exited, installed, quiet, skipped, until, workdir};
+use common::{Running, Server, bytes, exited, has_program, installed, quiet, until, workdir};
 use tempfile::TempDir;
-
-/// Whether there is such a program; says so if there is none.
-fn has(program: &str, version: &str) -> bool {
-    let found = quiet(Command::new(program), Path::new("/"))
-        .arg(version)
-        .output();
-    if found.is_err() {
-        skipped(&format!("what a terminal shows: no program `{program}`"));
-    }
-    found.is_ok()
-}
 
 #[test]
 fn the_bar_says_that_it_reconnects_and_goes_on() {
-    if !has("script", "--version") {
+    if !has_program("script", "--version") {
         return;
     }
     let first = Server::start();
@@ -103,7 +92,7 @@ impl Drop for Terminal {
 
 #[test]
 fn a_terminal_that_changes_its_width_keeps_no_remains_of_the_bar() {
-    if !has("tmux", "-V") {
+    if !has_program("tmux", "-V") {
         return;
     }
     let server = Server::start();

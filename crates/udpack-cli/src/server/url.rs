@@ -10,13 +10,14 @@ use std::path::Path;
 use serde_json::json;
 use udpack::{ConnectUrl, DEFAULT_PORT, Fingerprint, FingerprintError, TokenFile, TokenFileError};
 
+#[cfg(feature = "web")]
+use super::web;
 use crate::args::{TokenFileArgs, UrlArgs, WhereArgs};
 use crate::exit::{Failure, Kind};
 use crate::output;
 
 /// Prints the whole URL. Blocks.
 pub(super) fn run(args: &UrlArgs) -> anyhow::Result<()> {
-    let url = base(&args.at, &args.file.keys)?;
     let path = args.file.path();
     let tokens = match TokenFile::open(&path) {
         Err(TokenFileError::File(error)) if error.is_missing() => {
@@ -30,7 +31,13 @@ pub(super) fn run(args: &UrlArgs) -> anyhow::Result<()> {
         Failure::new(Kind::LocalFile, text)
             .hint("make a token with `udpack-server token new`, which prints its URL once")
     })?;
-    let url = url.with_token(token)?.to_string();
+    #[cfg(feature = "web")]
+    if args.web {
+        let link = web::left(&args.file.keys)?;
+        return web::show(&web::with_token(&link, &token), args.file.json);
+    }
+    let url = base(&args.at, &args.file.keys)?.with_token(token)?;
+    let url = url.to_string();
     output::unless_gone(if args.file.json {
         output::json(&json!({ "url": url }))
     } else {
@@ -117,7 +124,7 @@ fn shown(path: &Path) -> String {
 
 /// The address to dial for a server bound to `bound`: if that is any address, the one this machine has
 /// towards the rest of the world, as far as it knows.
-fn reachable(bound: IpAddr) -> IpAddr {
+pub(super) fn reachable(bound: IpAddr) -> IpAddr {
     if !bound.is_unspecified() {
         return bound;
     }

@@ -44,6 +44,17 @@ pub(crate) fn skipped(what: &str) {
     let _ = writeln!(std::io::stderr(), "skipped: {what}");
 }
 
+/// Whether there is such a program; says so if there is none.
+pub(crate) fn has_program(program: &str, version: &str) -> bool {
+    let found = quiet(Command::new(program), Path::new("/"))
+        .arg(version)
+        .output();
+    if found.is_err() {
+        skipped(&format!("no program `{program}`"));
+    }
+    found.is_ok()
+}
+
 /// Waits for something that comes about by itself.
 pub(crate) fn until(what: &str, mut come: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;

@@ -59,7 +59,7 @@ export class Site {
       const path = new URL(request.url ?? '/', 'http://host').pathname;
       if (path === '/.well-known/udpack.json') {
         response.setHeader('content-type', 'application/json');
-        return response.end(JSON.stringify({ url: endpoint.url, hashes: endpoint.hashes }));
+        return response.end(JSON.stringify({ protocol: 'udpack/1', host: null, port: Number(new URL(endpoint.url).port), path: '/udpack', hashes: endpoint.hashes }));
       }
       const name = path === '/' ? 'index.html' : path.slice(1);
       const file = `${repository}crates/udpack-web/pages/dist/${name}`;

@@ -11,21 +11,31 @@ export interface Endpoint {
 
 /** Asks for it anew: a restart or a renewal changes the hashes. Rejects with `ConnectError`. */
 export async function discover(address: string, signal: AbortSignal): Promise<Endpoint> {
-  let told: { url?: unknown; hashes?: unknown };
+  let told: { protocol?: unknown; host?: unknown; port?: unknown; path?: unknown; hashes?: unknown };
+  let asked = address;
   try {
     const response = await fetch(address, { cache: 'no-store', signal });
     if (!response.ok) {
       throw new Error(`${address} answers ${response.status}`);
     }
+    asked = response.url;
     told = (await response.json()) as typeof told;
   } catch (error) {
     throw new ConnectError(new CloseReason(Code.CONNECTION_LOST, `the page's server does not answer: ${error}`, 'transport'));
   }
-  const { url, hashes = [] } = told;
-  if (typeof url !== 'string' || !Array.isArray(hashes) || !hashes.every((hash) => typeof hash === 'string')) {
+  const { protocol, host, port, path, hashes = [] } = told;
+  if (
+    protocol !== 'udpack/1' ||
+    !(host === null || typeof host === 'string') ||
+    typeof port !== 'number' ||
+    typeof path !== 'string' ||
+    !Array.isArray(hashes) ||
+    !hashes.every((hash) => typeof hash === 'string')
+  ) {
     throw new ConnectError(new CloseReason(Code.TRANSPORT_ERROR, `${address} is no udpack.json`, 'transport'));
   }
   try {
+    const url = `https://${host ?? new URL(asked).hostname}:${port}${path}`;
     return { url, hashes: hashes.map(hashOf) };
   } catch {
     throw new ConnectError(new CloseReason(Code.TRANSPORT_ERROR, `${address} has a hash that is none`, 'transport'));

@@ -1,0 +1,116 @@
+//! `--web`: the pages for browsers, and the link to them.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::Path;
+
+use serde_json::json;
+use udpack::{Origins, Server, Web};
+use udpack_web::{HttpListener, Pages};
+
+use super::url;
+use crate::args::ServerArgs;
+use crate::exit::{Failure, Kind};
+use crate::output;
+use crate::qr;
+
+/// The port for browsers, and how the server is to treat them.
+#[derive(Debug)]
+pub(super) struct Port {
+    pub(super) listener: HttpListener,
+    pub(super) web: Web,
+    host: Option<String>,
+}
+
+/// The port that the arguments ask for. `udp` is where the server listens.
+pub(super) async fn bind(args: &ServerArgs, udp: SocketAddr) -> anyhow::Result<Option<Port>> {
+    let Some(address) = &args.web else {
+        return Ok(None);
+    };
+    let address = address.clone().unwrap_or_else(|| udp.to_string());
+    let listener = HttpListener::bind(&*address).await.map_err(|error| {
+        let text = format!("cannot serve pages at {address}: {error}");
+        Failure::new(Kind::Other, text)
+            .hint("choose another address with --web, such as 127.0.0.1:8080")
+    })?;
+    let origins: Vec<String> = args.web_origin.iter().map(|one| one.0.clone()).collect();
+    let hosts = origins.iter().filter_map(|origin| Origins::host(origin));
+    let hosts = hosts.chain(args.public_host.as_deref());
+    let web = Web::new().hosts(hosts);
+    let host = match origins.is_empty() {
+        true => None,
+        false => args.public_host.clone(),
+    };
+    let web = web.origins(match origins.is_empty() {
+        true => Origins::SameHost,
+        false => Origins::SameHostAnd(origins),
+    });
+    Ok(Some(Port {
+        listener,
+        web,
+        host,
+    }))
+}
+
+impl Port {
+    pub(super) fn pages(&self, server: &Server) -> Pages {
+        Pages::new(server.clone(), self.web.clone()).host(self.host.clone())
+    }
+
+    /// The address of the pages, without a token.
+    pub(super) fn link(&self, args: &ServerArgs) -> String {
+        let address = self.listener.local_addr();
+        let (scheme, host) = match &args.public_host {
+            Some(host) => ("https", host.clone()),
+            None if address.ip().is_loopback() => ("http", address.ip().to_string()),
+            None => ("https", url::reachable(address.ip()).to_string()),
+        };
+        let host = match host.contains(':') {
+            true => format!("[{host}]"),
+            false => host,
+        };
+        format!("{scheme}://{host}:{}/", address.port())
+    }
+}
+
+/// With this token, which the page takes out of the address bar at once. It is behind the `#`, so that the browser sends it to
+/// nobody.
+pub(super) fn with_token(link: &str, token: &str) -> String {
+    format!("{link}#t={token}")
+}
+
+/// Leaves the link for [`left`], or takes away that of an earlier start.
+pub(super) fn leave(link: Option<&str>, keys: &Path) {
+    let file = keys.join(LINK);
+    let done = match link {
+        Some(link) => std::fs::write(file, format!("{link}\n")),
+        None => std::fs::remove_file(file).or_else(|error| match error.kind() {
+            io::ErrorKind::NotFound => Ok(()),
+            _ => Err(error),
+        }),
+    };
+    if let Err(error) = done {
+        tracing::debug!(%error, "the link is not left beside the key");
+    }
+}
+
+/// The link that the last start left.
+pub(super) fn left(keys: &Path) -> anyhow::Result<String> {
+    let text = std::fs::read_to_string(keys.join(LINK)).ok();
+    text.map(|text| text.trim().to_owned()).ok_or_else(|| {
+        Failure::new(Kind::LocalFile, "the server was not started with --web")
+            .hint("start it with --web, or name the directory of its key with --keys")
+            .into()
+    })
+}
+
+/// Prints a link, and on a terminal a picture of it for a telephone.
+pub(super) fn show(link: &str, json: bool) -> anyhow::Result<()> {
+    if json {
+        return output::unless_gone(output::json(&json!({ "web": link })));
+    }
+    output::unless_gone(output::line(link))?;
+    output::unless_gone(qr::show(link))
+}
+
+const LINK: &str = "web";
