@@ -80,9 +80,8 @@ impl fmt::Display for Synced {
 }
 
 impl Complete {
-    /// Whether its bytes are on disk, or need not be, so that [`Store::publish`](super::Store::publish) has
-    /// no need to see to that.
-    pub fn is_synced(&self) -> bool {
+    /// Whether its bytes are on disk, or need not be, so that `Store::publish` has no need to see to that.
+    pub(crate) fn is_synced(&self) -> bool {
         self.0.sync.is_some()
     }
 

@@ -331,7 +331,7 @@ impl Store {
 
     /// As [`make_link`](Self::make_link), with modes for the directories that must be made, as in
     /// [`NewFile::dirs`](super::NewFile::dirs), and counted against this quota, too.
-    pub fn make_link_for(
+    fn make_link_for(
         &self,
         path: &RelPath,
         target: &str,

@@ -66,13 +66,6 @@ pub enum JobState {
     Suspended,
 }
 
-impl JobState {
-    /// Whether nothing more will happen.
-    pub fn is_over(self) -> bool {
-        self != Self::Running
-    }
-}
-
 /// What [`Jobs::next`] gives.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
