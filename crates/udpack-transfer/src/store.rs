@@ -422,6 +422,16 @@ impl Store {
     /// writes the file ([`StoreError::Busy`]); the quota and the disk have room. For an upload without an owner the
     /// name may be looked up in a directory that was replaced a moment ago: then the end finds it taken.
     pub fn begin(&self, new: &NewFile<'_>) -> Result<Begin, StoreError> {
+        self.begin_with(new, None)
+    }
+
+    /// As [`begin`](Self::begin), of a file that most likely gets this mode in the end: one that is never resumed has it from
+    /// the beginning, where that costs no call.
+    pub(crate) fn begin_with(
+        &self,
+        new: &NewFile<'_>,
+        mode: Option<u32>,
+    ) -> Result<Begin, StoreError> {
         let inner = &self.inner;
         let NewFile {
             path,
@@ -463,7 +473,7 @@ impl Store {
         {
             return Err(StoreError::Busy { path: path.clone() });
         }
-        match Partial::begin(new, key, reservation) {
+        match Partial::begin(new, mode, key, reservation) {
             // What is there needs no room.
             Err(error) if unlooked => match inner.occupant(path, if_exists)? {
                 Some(existing) => Ok(Begin::Exists(existing)),

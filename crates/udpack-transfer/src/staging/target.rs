@@ -99,7 +99,7 @@ impl Target {
     pub(crate) async fn begin(&self, new: &NewUpload<'_>) -> Result<Started, StoreError> {
         Ok(match self {
             Self::Disk(store) => {
-                let begun = store.begin(&NewFile {
+                let file = NewFile {
                     path: new.path,
                     size: new.size,
                     if_exists: new.if_exists,
@@ -107,7 +107,8 @@ impl Target {
                     tenant: new.tenant,
                     dirs: new.dirs,
                     whole: new.whole,
-                })?;
+                };
+                let begun = store.begin_with(&file, new.meta.mode)?;
                 match begun {
                     Begin::New(partial) => Started::New(TargetUpload::Disk(partial)),
                     Begin::Exists(existing) => Started::Exists(TargetFile::Disk(existing)),

@@ -82,6 +82,8 @@ pub(super) struct Disk {
     losses: Mutex<u64>,
     /// New files get the mode asked for.
     exact: bool,
+    /// Those of a file's permission bits that a new file in staging gets when it is made with them.
+    granted: u32,
     /// Held for as long as the store is open. Its time is when a store last looked at the uploads here.
     lock: File,
     /// When that was, by the wall clock and by one that cannot be set.
@@ -181,6 +183,7 @@ impl Disk {
             shared: config.shared,
             losses: Mutex::default(),
             exact: false,
+            granted: 0,
             lock,
         };
         let swept = disk
@@ -233,14 +236,19 @@ impl Disk {
         Ok(stat.f_blocks.saturating_mul(stat.f_frsize))
     }
 
-    /// A new staging file that is never resumed, open for reading and writing, and its name.
-    pub(super) fn stage(&self) -> io::Result<(File, String)> {
+    /// A new staging file that is never resumed, open for reading and writing, its name, and its mode: this one, where new
+    /// files get it without a call of its own. Nobody else can come into the directory that it is in.
+    pub(super) fn stage(&self, mode: Option<u32>) -> io::Result<(File, String, u32)> {
+        let granted = |mode: &u32| mode & !self.granted == 0 && mode & FILE_MODE == FILE_MODE;
+        let mode = mode.map(|mode| mode & 0o777).filter(granted);
+        let exact = self.exact || mode.is_some();
+        let mode = mode.unwrap_or(FILE_MODE);
         for _ in 0..TRIES {
             let name = self.names.next() + PART;
-            let file = create_new(&self.staging, &name, self.exact)?;
+            let file = create_new(&self.staging, &name, mode, exact)?;
             // Another process may have taken it for a leftover before it was locked.
             if !self.shared || (try_lock(&file)? && rustix::fs::fstat(&file)?.st_nlink == 1) {
-                return Ok((file, name));
+                return Ok((file, name, mode));
             }
             let _ = self.staging.remove_file(&name);
         }
@@ -301,7 +309,7 @@ impl Disk {
         let name = format!("{}{NEW}", key.as_str());
         match self.journal.remove_file(&name) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
-            _ => create_new(&self.journal, &name, self.exact),
+            _ => create_new(&self.journal, &name, FILE_MODE, self.exact),
         }
     }
 
@@ -779,14 +787,25 @@ impl Disk {
         second: &str,
         target: &str,
     ) -> Result<bool, StoreError> {
-        for name in [staged, second] {
-            self.exact = create_new(&self.staging, name, false)
-                .and_then(|file| {
-                    file.sync_all()?;
-                    Ok(file.metadata()?.mode() & 0o7777 == FILE_MODE)
-                })
-                .map_err(|e| setup("write a probe file", e))?;
-        }
+        let probe = |name, mode, exact| {
+            let made = create_new(&self.staging, name, mode, exact).and_then(|file| {
+                let made = file.metadata()?.mode() & 0o7777;
+                if made != FILE_MODE {
+                    file.set_permissions(std::fs::Permissions::from_mode(FILE_MODE))?;
+                }
+                file.sync_all()?;
+                Ok(made)
+            });
+            made.map_err(|e| setup("write a probe file", e))
+        };
+        let exact = probe(staged, FILE_MODE, false)? == FILE_MODE;
+        let granted = probe(second, 0o777, true)?;
+        self.exact = exact;
+        self.granted = if exact && granted <= 0o777 {
+            granted
+        } else {
+            0
+        };
         match way.run(&self.staging, staged, &self.root, target) {
             Ok(()) => {}
             Err(e) if is_unsupported(&e) => return Ok(false),
@@ -1300,17 +1319,17 @@ fn create_dir(dir: &Dir, name: &str) -> Result<(), Errno> {
     }
 }
 
-/// A new file for us alone; `exact` spares the look at its mode.
-fn create_new(dir: &Dir, name: &str, exact: bool) -> io::Result<File> {
+/// A new file with this mode; `exact` spares the look at it.
+fn create_new(dir: &Dir, name: &str, mode: u32, exact: bool) -> io::Result<File> {
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let file = File::from(rustix::fs::openat(
         dir,
         name,
         flags,
-        Mode::from_raw_mode(FILE_MODE),
+        Mode::from_raw_mode(mode),
     )?);
-    if !exact && file.metadata()?.mode() & 0o7777 != FILE_MODE {
-        file.set_permissions(std::fs::Permissions::from_mode(FILE_MODE))?;
+    if !exact && file.metadata()?.mode() & 0o7777 != mode {
+        file.set_permissions(std::fs::Permissions::from_mode(mode))?;
     }
     Ok(file)
 }

@@ -27,6 +27,8 @@ pub struct Partial {
     pub(super) body: Arc<Body>,
     size: Option<u64>,
     if_exists: IfExists,
+    /// Permission bits that the staging file has.
+    mode: u32,
     dirs: Box<[u32]>,
     /// `None` only while it is being dropped.
     reservation: Option<Reservation>,
@@ -190,6 +192,7 @@ impl Partial {
     /// Opens the staging file, a kept one where there is one.
     pub(super) fn begin(
         new: &NewFile<'_>,
+        wanted: Option<u32>,
         key: Option<Key>,
         mut reservation: Reservation,
     ) -> Result<Self, StoreError> {
@@ -206,6 +209,7 @@ impl Partial {
             let inner = &inner;
             move |e| inner.disk.error(action, new.path, e)
         };
+        let mut mode = FILE_MODE;
         let found = match (key, new.owner) {
             (Some(key), Some(owner)) => match Self::resume(&inner, new, owner, &key) {
                 Ok(Some(found)) => found,
@@ -218,10 +222,11 @@ impl Partial {
                 }
             },
             _ => {
-                let (file, name) = inner
+                let (file, name, made) = inner
                     .disk
-                    .stage()
+                    .stage(wanted)
                     .map_err(failed("create a staging file"))?;
+                mode = made;
                 Found {
                     file,
                     staged: Staged {
@@ -265,6 +270,7 @@ impl Partial {
             body: Arc::new(body),
             size: new.size,
             if_exists: new.if_exists,
+            mode,
             dirs: new.dirs.into(),
             reservation: Some(reservation),
             hasher: Box::default(),
@@ -638,8 +644,9 @@ impl Partial {
 
     /// Gives the file the time and mode it is to have. A time the file system cannot hold is not an error: it says so.
     fn dress(&mut self, meta: Meta) -> Result<Option<OtherTime>, StoreError> {
-        if let Some(mode) = meta.mode.filter(|mode| mode & 0o777 != FILE_MODE) {
-            rustix::fs::fchmod(&self.body.file, Mode::from_raw_mode(mode & 0o777))
+        let mode = meta.mode.unwrap_or(FILE_MODE) & 0o777;
+        if mode != self.mode {
+            rustix::fs::fchmod(&self.body.file, Mode::from_raw_mode(mode))
                 .map_err(|e| self.fail("set a file's mode", e.into()))?;
         }
         let mtime = meta.mtime;

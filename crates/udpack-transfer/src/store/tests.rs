@@ -1302,3 +1302,57 @@ fn mount(at: &Path, options: &str) -> bool {
 fn skipped(why: &str) {
     let _ = writeln!(io::stderr(), "skipped: {why}");
 }
+
+#[test]
+fn a_file_is_made_with_the_mode_that_it_gets_and_ends_with_the_one_asked_for() {
+    let (_dir, store) = open(StoreConfig::default());
+    let path: RelPath = "x".parse().unwrap();
+    // The test may run under any umask: what that takes is set at the end only.
+    for (made, asked) in [
+        (Some(0o644), Some(0o644)),
+        (Some(0o700), Some(0o700)),
+        (Some(0o644), Some(0o640)),
+        (Some(0o777), Some(0o777)),
+        (Some(0o444), Some(0o444)),
+        (Some(0o644), None),
+        (None, Some(0o666)),
+    ] {
+        let new = NewFile {
+            path: &path,
+            size: Some(1),
+            if_exists: IfExists::Error,
+            owner: None,
+            tenant: None,
+            dirs: &[],
+            whole: false,
+        };
+        let Begin::New(mut partial) = store.begin_with(&new, made).unwrap() else {
+            panic!("nothing has the name");
+        };
+        partial.write_at(0, b"x").unwrap();
+        let staged: Vec<_> = fs::read_dir(store.staging())
+            .unwrap()
+            .map(|entry| entry.unwrap().metadata().unwrap())
+            .filter(|metadata| metadata.len() == 1)
+            .map(|metadata| metadata.permissions().mode() & 0o7777)
+            .collect();
+        let usable = made.filter(|mode| mode & 0o600 == 0o600).unwrap_or(0o600);
+        assert!(
+            staged == [usable] || staged == [0o600],
+            "{made:?}: {staged:?}"
+        );
+        if usable == 0o700 {
+            assert_eq!(staged, [0o700], "no umask takes the owner's");
+        }
+        let meta = Meta {
+            mtime: None,
+            mode: asked,
+        };
+        let complete = partial.complete(None, None, meta).unwrap();
+        store.publish(vec![complete]).pop().unwrap().unwrap();
+        let file = store.root().join("x");
+        let mode = fs::metadata(&file).unwrap().permissions().mode() & 0o7777;
+        assert_eq!(mode, asked.unwrap_or(0o600), "{made:?}");
+        fs::remove_file(file).unwrap();
+    }
+}

@@ -23,6 +23,9 @@ const OWNER: &str = "download";
 /// Files from this size on are kept when they are interrupted, to be resumed.
 const RESUMED: u64 = 1 << 20;
 
+/// The permission bits that most files have at a server, before the umask.
+const USUAL_MODE: u32 = 0o644;
+
 /// Events of a file's worker.
 #[derive(Debug)]
 pub(super) enum Note {
@@ -84,7 +87,11 @@ pub(super) fn prepare(
         path: job.wanted.local.clone(),
         peer: OWNER.into(),
         size: job.wanted.size,
-        meta: Meta::default(),
+        // What most files have; what this one has the server says when it begins to send.
+        meta: Meta {
+            mtime: None,
+            mode: context.umask.map(|umask| USUAL_MODE & !umask),
+        },
         if_exists: context.if_exists,
         resume: job.wanted.size.is_none_or(is_resumed),
         tenant: None,
