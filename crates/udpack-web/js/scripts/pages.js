@@ -10,7 +10,7 @@ const SOURCE = '../pages/src';
 const TARGET = '../pages/dist';
 
 const { outputFiles } = await build({
-  entryPoints: { app: `${SOURCE}/main.ts`, style: `${SOURCE}/app.css`, worker: `${SOURCE}/worker.ts` },
+  entryPoints: { app: `${SOURCE}/main.ts`, style: `${SOURCE}/app.css`, worker: 'src/transfer/hash-worker.ts' },
   entryNames: '[name]',
   outdir: TARGET,
   bundle: true,

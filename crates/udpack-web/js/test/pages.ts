@@ -1,20 +1,16 @@
-/**
- * The pages in a real Chromium: a server for them with their policy, the transfer server behind it, and what tests do to a
- * page over and over.
- */
+/** The pages in a real Chromium, as `udpack-server --web` serves them; and what tests do to a page over and over. */
 
 import assert from 'node:assert/strict';
-import { type ChildProcessWithoutNullStreams, spawn } from 'node:child_process';
-import { existsSync, mkdirSync, readFileSync } from 'node:fs';
-import { createServer, type Server } from 'node:http';
-import type { AddressInfo } from 'node:net';
+import { type ChildProcess, spawn, spawnSync } from 'node:child_process';
+import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
 import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
 import { type Browser, type BrowserContext, type BrowserContextOptions, chromium, type Page } from 'playwright-core';
 
 const CHROMIUM = process.env.CHROMIUM ?? '/usr/bin/chromium';
 const repository = fileURLToPath(new URL('../../../../..', import.meta.url));
-const SERVER = process.env.UDPACK_WEB_SERVER ?? `${process.env.CARGO_TARGET_DIR ?? `${repository}target`}/debug/examples/web`;
+const SERVER = process.env.UDPACK_SERVER ?? `${process.env.CARGO_TARGET_DIR ?? `${repository}target`}/debug/udpack-server`;
 const missing = [CHROMIUM, SERVER].filter((path) => !existsSync(path));
 /** Why browser tests cannot run here, if they cannot. */
 export const skip = missing.length > 0 && process.env.UDPACK_BROWSER !== 'required' ? `SKIPPED: not there: ${missing.join(', ')}` : false;
@@ -22,78 +18,64 @@ export const skip = missing.length > 0 && process.env.UDPACK_BROWSER !== 'requir
 /** Where screenshots go: to be looked at, not to be kept. */
 export const SHOTS = fileURLToPath(new URL('../../shots/', import.meta.url));
 
-/** The policy that a server sends with the pages. */
-function policy(server: string): string {
-  return [
-    "default-src 'none'",
-    "script-src 'self' 'wasm-unsafe-eval'",
-    "style-src 'self'",
-    "img-src 'self' blob:",
-    `connect-src 'self' ${server}`,
-    "worker-src 'self'",
-    "base-uri 'none'",
-    "form-action 'none'",
-    "frame-ancestors 'none'",
-  ].join('; ');
-}
-
-const TYPES: Record<string, string> = { html: 'text/html', js: 'text/javascript', css: 'text/css', svg: 'image/svg+xml' };
-
-/** A transfer server, and a server for its pages. */
+/** A server in a directory of its own. */
 export class Site {
   private constructor(
-    private readonly process: ChildProcessWithoutNullStreams,
-    private readonly pages: Server,
-    readonly endpoint: { url: string; hashes: string[]; token: string; files: string },
+    private readonly directory: string,
+    private readonly process: ChildProcess,
+    readonly origin: string,
+    /** Where uploads are stored. */
+    readonly files: string,
   ) {}
 
-  static async start(command: string[] = [SERVER], environment: NodeJS.ProcessEnv = {}): Promise<Site> {
-    const server = spawn(command[0] as string, command.slice(1), { env: { ...process.env, ...environment } });
-    server.stderr.pipe(process.stderr);
-    const line = await new Promise<string>((resolve, reject) => {
-      createInterface({ input: server.stdout }).once('line', resolve);
+  /** `around` runs the server, as in a namespace of its own; `{}` stands for the server and its arguments. */
+  static async start({ options = [], around = ['{}'] }: { options?: string[]; around?: string[] } = {}): Promise<Site> {
+    const directory = mkdtempSync(`${tmpdir()}/udpack-site-`);
+    const line = [SERVER, '--quiet', '--listen', '127.0.0.1:0', '--web', '127.0.0.1:0', '--json', ...options];
+    const [command, ...rest] = around.flatMap((word) => (word === '{}' ? line : [word])) as [string, ...string[]];
+    const server = spawn(command, rest, { cwd: directory, stdio: ['ignore', 'pipe', 'inherit'] });
+    const web = await new Promise<string>((resolve, reject) => {
+      createInterface({ input: server.stdout }).on('line', (text) => {
+        const { web } = JSON.parse(text) as { web?: string };
+        if (web) resolve(web);
+      });
       server.once('exit', (code) => reject(new Error(`the server ended with ${code}`)));
     });
-    const endpoint = JSON.parse(line) as Site['endpoint'];
-    const pages = createServer((request, response) => {
-      const path = new URL(request.url ?? '/', 'http://host').pathname;
-      if (path === '/.well-known/udpack.json') {
-        response.setHeader('content-type', 'application/json');
-        return response.end(JSON.stringify({ protocol: 'udpack/1', host: null, port: Number(new URL(endpoint.url).port), path: '/udpack', hashes: endpoint.hashes }));
-      }
-      const name = path === '/' ? 'index.html' : path.slice(1);
-      const file = `${repository}crates/udpack-web/pages/dist/${name}`;
-      if (!/^[a-z.]+$/.test(name) || !existsSync(file)) {
-        response.statusCode = 404;
-        return response.end();
-      }
-      response.setHeader('content-type', TYPES[name.slice(name.lastIndexOf('.') + 1)] as string);
-      response.setHeader('content-security-policy', policy(new URL(endpoint.url).origin));
-      return response.end(readFileSync(file));
-    });
-    await new Promise<void>((resolve) => pages.listen(0, '127.0.0.1', resolve));
-    return new Site(server, pages, endpoint);
+    const site = new Site(directory, server, new URL(web).origin, `${directory}/uploads`);
+    if (!process.env.UDPACK_PAGES) {
+      const embedded = Buffer.from(await (await fetch(`${site.origin}/app.js`)).arrayBuffer());
+      assert.ok(embedded.equals(readFileSync(`${repository}crates/udpack-web/pages/dist/app.js`)), `${SERVER} has other pages in it: build it anew`);
+    }
+    return site;
   }
 
-  /** The link that a server prints. */
+  /** The link that the server prints: its first token may write, and read where the server lets all. */
   get link(): string {
-    return `${this.origin}/#t=${encodeURIComponent(this.endpoint.token)}`;
+    return this.run('url', '--web').trim();
   }
 
-  get origin(): string {
-    return `http://127.0.0.1:${(this.pages.address() as AddressInfo).port}`;
+  /** The link of a new token with these rights. */
+  linkFor(scope: string, ...options: string[]): string {
+    const { token } = JSON.parse(this.run('token', 'new', `test-${Math.random()}`, '--scope', scope, '--json', ...options)) as { token: string };
+    return `${this.origin}/#t=${token}`;
   }
 
-  get files(): string {
-    return this.endpoint.files;
+  /** What the server keeps of interrupted uploads. */
+  interrupted(): string {
+    return this.run('uploads', 'list', '--json').trim();
+  }
+
+  private run(...args: string[]): string {
+    const { status, stdout, stderr } = spawnSync(SERVER, args, { cwd: this.directory, encoding: 'utf8' });
+    assert.equal(status, 0, stderr);
+    return stdout;
   }
 
   async stop(): Promise<void> {
-    this.pages.closeAllConnections();
-    this.pages.close();
     const over = new Promise((resolve) => this.process.once('exit', resolve));
     this.process.kill('SIGKILL');
     await over;
+    rmSync(this.directory, { recursive: true, force: true });
   }
 }
 
@@ -104,14 +86,21 @@ export function launch(): Promise<Browser> {
 
 /** How a reader may have set up the browser. */
 export const LOOKS = {
-  light: { colorScheme: 'light', viewport: { width: 1180, height: 780 } },
-  dark: { colorScheme: 'dark', viewport: { width: 1180, height: 780 } },
-  phone: { colorScheme: 'light', viewport: { width: 390, height: 780 }, hasTouch: true, deviceScaleFactor: 2 },
+  light: { colorScheme: 'light', reducedMotion: 'reduce', viewport: { width: 1180, height: 780 } },
+  dark: { colorScheme: 'dark', reducedMotion: 'reduce', viewport: { width: 1180, height: 780 } },
+  phone: { colorScheme: 'light', reducedMotion: 'reduce', viewport: { width: 390, height: 780 }, hasTouch: true, deviceScaleFactor: 2 },
 } as const satisfies Record<string, BrowserContextOptions>;
 
 /** Opens a link in a browser of its own. What goes wrong in the page, or breaks its policy, fails `clean`. */
 export async function open(browser: Browser, link: string, options: BrowserContextOptions = LOOKS.light): Promise<{ page: Page; context: BrowserContext; clean(): void }> {
   const context = await browser.newContext({ locale: 'en-GB', ...options });
+  if (process.env.UDPACK_PAGES) {
+    // While pages are written: the scripts and styles on the disk instead of those in the server.
+    await context.route(/\/(app\.js|app\.css|worker\.js|icon\.svg)$/, async (route) => {
+      const name = new URL(route.request().url()).pathname.slice(1);
+      await route.fulfill({ response: await route.fetch(), body: readFileSync(`${repository}crates/udpack-web/pages/dist/${name}`) });
+    });
+  }
   const page = await context.newPage();
   const wrong: string[] = [];
   page.on('pageerror', (error) => wrong.push(`${error}`));
@@ -123,7 +112,7 @@ export async function open(browser: Browser, link: string, options: BrowserConte
 }
 
 export async function connected(page: Page): Promise<void> {
-  await page.locator('.state[data-look=good]').waitFor({ timeout: 20_000 });
+  await page.locator('.state[data-look=good]').waitFor({ timeout: 10_000 });
 }
 
 export async function shot(page: Page, name: string): Promise<void> {
@@ -139,4 +128,13 @@ export async function violations(page: Page): Promise<string[]> {
     const { violations } = await axe.run({ resultTypes: ['violations'] });
     return violations.flatMap(({ id, nodes }) => nodes.map(({ html, failureSummary }) => `${id}: ${html.slice(0, 200)}: ${failureSummary}`));
   });
+}
+
+/** Drags files and folders of this machine onto the page, as a hand does. */
+export async function drop(page: Page, ...files: string[]): Promise<void> {
+  const session = await page.context().newCDPSession(page);
+  for (const type of ['dragEnter', 'dragOver', 'drop'] as const) {
+    await session.send('Input.dispatchDragEvent', { type, x: 300, y: 300, data: { items: [], files, dragOperationsMask: 1 } });
+  }
+  await session.detach();
 }

@@ -33,7 +33,7 @@ export class Frame {
     root: HTMLElement,
     private readonly all: readonly Tab[],
   ) {
-    const brand = h('div', { class: 'brand' }, icon('upload'), h('h1', {}, 'udpack'));
+    const brand = h('div', { class: 'brand' }, h('img', { src: 'icon.svg', alt: '', width: 26, height: 26 }), h('h1', {}, 'udpack'));
     const skip = h('a', { class: 'skip', href: '#main', onclick: (event: Event) => (event.preventDefault(), this.main.focus()) }, t('skip'));
     root.append(skip, h('header', { class: 'top' }, brand, this.tabs, this.state), this.main, ...notices());
     this.tabs.hidden = true;

@@ -1,1 +1,0 @@
-/** Hashes for the page, beside it. */
