@@ -439,6 +439,14 @@ impl Compared {
 
 impl<R: Recipient> Worker<R> {
     async fn end(mut self, End { discard, tell }: End<R>) {
+        // An offer that is given up before its first step took up nothing: what an earlier one left goes all the same.
+        if discard
+            && self.plan.resume
+            && matches!(self.stage, Stage::New)
+            && let Ok(Started::New(upload)) = self.take_up(false).await
+        {
+            self.stage = Stage::Writing(upload);
+        }
         // A recipient lets go, and hears of it, only after that.
         if let Stage::Writing(upload) = std::mem::replace(&mut self.stage, Stage::Ended) {
             put_aside(upload, self.plan.resume && !discard).await;
@@ -508,12 +516,8 @@ impl<R: Recipient> Worker<R> {
         }
     }
 
-    /// Begins the upload in the target, and says what is durable of it.
-    async fn start(
-        &mut self,
-        shared: &Shared<R>,
-        whole: bool,
-    ) -> Result<(Started, Have), StoreError> {
+    /// Begins the upload in the target.
+    async fn take_up(&mut self, whole: bool) -> Result<Started, StoreError> {
         let plan = &self.plan;
         let new = NewUpload {
             path: &plan.path,
@@ -526,11 +530,20 @@ impl<R: Recipient> Worker<R> {
             dirs: &plan.dirs,
             whole,
         };
-        let mut started = self.staging.target.begin(&new).await?;
+        self.staging.target.begin(&new).await
+    }
+
+    /// Begins the upload in the target, and says what is durable of it.
+    async fn start(
+        &mut self,
+        shared: &Shared<R>,
+        whole: bool,
+    ) -> Result<(Started, Have), StoreError> {
+        let mut started = self.take_up(whole).await?;
         let mut have = Have::new();
         if let Started::New(upload) = &mut started {
             let _ = shared.safe.set(upload.safe());
-            if plan.resume {
+            if self.plan.resume {
                 let ranges = upload.have().await?.into_iter().take(RANGES);
                 have.extend(ranges.map(|range| (range.off, range.len, range.hash)));
             }
@@ -810,4 +823,87 @@ fn take<R>(
         return Err(StoreError::Exists { path: path.clone() });
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::oneshot;
+
+    use super::*;
+    use crate::store::{Memory, Store, StoreConfig};
+
+    /// Hears of everything and does nothing.
+    #[derive(Debug)]
+    struct Nobody;
+
+    impl Recipient for Nobody {
+        const DOWNLOADS: bool = false;
+
+        fn ready(&mut self, _have: Have) {}
+
+        fn was_there(self, _file: Published) {}
+
+        async fn complete(
+            self,
+            _staging: &Staging<Self>,
+            _complete: TargetWhole,
+            _size: u64,
+            _skipped: u64,
+        ) {
+        }
+
+        fn stored(self, _stored: Result<Published, StoreError>) {}
+
+        fn broken(self) {}
+    }
+
+    fn offer(staging: &Staging<Nobody>) -> Incoming<Nobody> {
+        let plan = Plan {
+            path: "x".parse().expect("a path"),
+            peer: "peer".into(),
+            size: Some(300_000),
+            meta: Meta::default(),
+            if_exists: IfExists::Error,
+            resume: true,
+            tenant: None,
+            dirs: Vec::new(),
+            known: None,
+            small: false,
+            leaving: None,
+        };
+        let first = First::Look(None);
+        Incoming::begin(staging, plan, Nobody, first, &mut staging.gathered())
+    }
+
+    async fn ended(incoming: Incoming<Nobody>, discard: bool) {
+        let (tell, told) = oneshot::channel();
+        incoming.end(discard, move |_| tell.send(()).expect("it waits"));
+        told.await.expect("told");
+    }
+
+    /// An offer with 200,000 bytes is put aside, and another ends before its first step.
+    async fn leave_and_give_up(target: Target) {
+        let staging = Staging::new(target);
+        let incoming = offer(&staging);
+        let room = incoming.room().acquire_owned().await.expect("room");
+        let gathered = &mut staging.gathered();
+        incoming.write(Some(0), vec![7; 200_000].into(), room, gathered);
+        // The step gives its room back when the bytes are written.
+        let most = u32::try_from(QUEUE).expect("few");
+        drop(incoming.room().acquire_many_owned(most).await);
+        ended(incoming, false).await;
+        ended(offer(&staging), true).await;
+    }
+
+    #[tokio::test]
+    async fn what_is_given_up_before_its_first_step_leaves_nothing_of_an_earlier_offer() {
+        let memory = Memory::new(1 << 20);
+        leave_and_give_up(Target::new(memory.clone())).await;
+        assert_eq!(memory.used(), 0);
+
+        let dir = tempfile::tempdir().expect("a directory");
+        let store = Store::open(dir.path(), StoreConfig::default()).expect("a store");
+        leave_and_give_up(Target::Disk(store)).await;
+        assert_eq!(crate::store::uploads(dir.path()).expect("a list"), []);
+    }
 }
