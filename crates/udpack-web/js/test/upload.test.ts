@@ -4,7 +4,7 @@ import assert from 'node:assert/strict';
 import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { after, before, test } from 'node:test';
-import type { Browser, Page } from 'playwright-core';
+import type { Browser, FileChooser, Page } from 'playwright-core';
 import { connected, drop, launch, LOOKS, open, shot, Site, skip, violations } from './pages.js';
 
 /** BLAKE3 of `words`. */
@@ -242,9 +242,10 @@ test('the keyboard alone uploads, moves in the list, cancels, and sees the hash'
   const { page, context, clean } = await open(browser, site.link);
   await connected(page);
   await page.evaluate(() => Object.assign(globalThis, { showOpenFilePicker: undefined }));
+  // Early: the browser must have been told to hold choosers back before Enter opens one.
+  const chooser = new Promise<FileChooser>((resolve) => page.once('filechooser', resolve));
   const focused = (): Promise<string> => page.evaluate(() => `${document.activeElement?.getAttribute('aria-label') ?? document.activeElement?.textContent}`);
   for (let n = 0; n < 12 && (await focused()) !== 'Choose files'; n += 1) await page.keyboard.press('Tab');
-  const chooser = page.waitForEvent('filechooser');
   await page.keyboard.press('Enter');
   await (await chooser).setFiles([`${here}/keys/1.txt`, `${here}/keys/2.txt`]);
   await page.getByText('2 of 2 files').waitFor({ timeout: 30_000 });
