@@ -55,9 +55,8 @@ pub(super) fn base(at: &WhereArgs, keys: &Path) -> anyhow::Result<ConnectUrl> {
         }
         pin => pin?,
     };
-    let left: Option<ConnectUrl> = std::fs::read_to_string(keys.join(ADDRESS))
-        .ok()
-        .and_then(|text| text.trim().parse().ok());
+    let left: Option<ConnectUrl> =
+        left_line(keys, ADDRESS).and_then(|address| address.parse().ok());
     let host = match (&at.public_host, &left) {
         (Some(host), _) => host.clone(),
         (None, Some(left)) => left.host().to_owned(),
@@ -87,10 +86,28 @@ fn named(host: &str, port: u16) -> anyhow::Result<ConnectUrl> {
 
 /// Leaves the address for [`base`]. Without it that goes by its flags.
 pub(super) fn leave(url: &ConnectUrl, keys: &Path) {
-    let address = crate::target::address(url);
-    if let Err(error) = std::fs::write(keys.join(ADDRESS), format!("{address}\n")) {
-        tracing::debug!(%error, "the address is not left beside the key");
+    leave_line(keys, ADDRESS, Some(&crate::target::address(url)));
+}
+
+/// Leaves a line for later commands in a file beside the key, or takes away that of an earlier start.
+pub(super) fn leave_line(keys: &Path, name: &str, line: Option<&str>) {
+    let file = keys.join(name);
+    let done = match line {
+        Some(line) => std::fs::write(file, format!("{line}\n")),
+        None => std::fs::remove_file(file).or_else(|error| match error.kind() {
+            io::ErrorKind::NotFound => Ok(()),
+            _ => Err(error),
+        }),
+    };
+    if let Err(error) = done {
+        tracing::debug!(%error, "no line is left in {name} beside the key");
     }
+}
+
+/// The line that the last start left.
+pub(super) fn left_line(keys: &Path, name: &str) -> Option<String> {
+    let text = std::fs::read_to_string(keys.join(name)).ok()?;
+    Some(text.trim().to_owned())
 }
 
 /// The command that prints the URL of a server with these files.

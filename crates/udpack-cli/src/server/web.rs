@@ -1,6 +1,5 @@
 //! `--web`: the pages for browsers, and the link to them.
 
-use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
 
@@ -81,23 +80,12 @@ pub(super) fn with_token(link: &str, token: &str) -> String {
 
 /// Leaves the link for [`left`], or takes away that of an earlier start.
 pub(super) fn leave(link: Option<&str>, keys: &Path) {
-    let file = keys.join(LINK);
-    let done = match link {
-        Some(link) => std::fs::write(file, format!("{link}\n")),
-        None => std::fs::remove_file(file).or_else(|error| match error.kind() {
-            io::ErrorKind::NotFound => Ok(()),
-            _ => Err(error),
-        }),
-    };
-    if let Err(error) = done {
-        tracing::debug!(%error, "the link is not left beside the key");
-    }
+    url::leave_line(keys, LINK, link);
 }
 
 /// The link that the last start left.
 pub(super) fn left(keys: &Path) -> anyhow::Result<String> {
-    let text = std::fs::read_to_string(keys.join(LINK)).ok();
-    text.map(|text| text.trim().to_owned()).ok_or_else(|| {
+    url::left_line(keys, LINK).ok_or_else(|| {
         Failure::new(Kind::LocalFile, "the server was not started with --web")
             .hint("start it with --web, or name the directory of its key with --keys")
             .into()
