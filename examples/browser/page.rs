@@ -1,7 +1,6 @@
 //! The page of an example: served over plain HTTP on this machine, with the client that it imports, and where its server is.
 
 use std::error::Error;
-use std::fmt::Write;
 use std::io;
 use std::time::Duration;
 
@@ -52,19 +51,12 @@ async fn serve(listener: TcpListener, page: Page, endpoint: String) {
 fn endpoint(server: &Server) -> String {
     let mut hashes = Vec::new();
     for hash in server.certificate_hashes() {
-        let mut digits = String::new();
-        for byte in hash {
-            let _ = write!(digits, "{byte:02x}");
-        }
+        let digits = hash.map(|byte| format!("{byte:02x}")).concat();
         hashes.push(format!("\"{digits}\""));
     }
-    let (address, port, hashes) = (
-        server.local_addr(),
-        server.local_addr().port(),
-        hashes.join(","),
-    );
+    let (port, hashes) = (server.local_addr().port(), hashes.join(","));
     format!(
-        r#"{{"url":"https://{address}/udpack","protocol":"udpack/1","host":null,"port":{port},"path":"/udpack","hashes":[{hashes}]}}"#
+        r#"{{"protocol":"udpack/1","host":null,"port":{port},"path":"/udpack","hashes":[{hashes}]}}"#
     )
 }
 

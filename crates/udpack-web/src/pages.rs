@@ -1,7 +1,5 @@
 //! The pages for browsers, and where these find the server.
 
-use std::fmt::Write as _;
-
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::header::{self, HeaderName, HeaderValue};
@@ -77,21 +75,15 @@ impl Pages {
 
     /// Where the server is, and by which certificates it is known.
     fn address(&self, asked: &HeaderMap, host: &str) -> Answer {
-        let hex = |hash: &[u8; 32]| {
-            let digits = String::with_capacity(64);
-            hash.iter().fold(digits, |mut digits, byte| {
-                let _ = write!(digits, "{byte:02x}");
-                digits
-            })
-        };
-        let hashes: Vec<String> = self.server.certificate_hashes().iter().map(hex).collect();
+        let hex = |hash: [u8; 32]| hash.map(|byte| format!("{byte:02x}")).concat();
+        let hashes = self.server.certificate_hashes().into_iter().map(hex);
         let limits = self.server.limits();
         let text = json!({
             "protocol": "udpack/1",
             "host": self.host,
             "port": self.server.local_addr().port(),
             "path": self.web.url_path(),
-            "hashes": hashes,
+            "hashes": hashes.collect::<Vec<_>>(),
             "limits": { "frame": limits.frame, "channels": limits.channels },
         });
         let mut answer = plain(StatusCode::OK, format!("{text}\n"));
