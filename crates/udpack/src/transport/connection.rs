@@ -536,7 +536,8 @@ impl Ended {
 /// How a stream has ended, which QUIC tells once.
 enum Ending {
     Under(Pin<Box<dyn Future<Output = StreamError> + Send + Sync>>),
-    Known(StreamError),
+    // In a box, because every stream has room for it and few need it.
+    Known(Box<StreamError>),
 }
 
 impl std::fmt::Debug for Ending {
@@ -548,10 +549,10 @@ impl std::fmt::Debug for Ending {
 impl Ending {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<StreamError> {
         if let Self::Under(error) = self {
-            *self = Self::Known(std::task::ready!(error.as_mut().poll(cx)));
+            *self = Self::Known(Box::new(std::task::ready!(error.as_mut().poll(cx))));
         }
         match self {
-            Self::Known(error) => Poll::Ready(error.clone()),
+            Self::Known(error) => Poll::Ready(StreamError::clone(error)),
             Self::Under(_) => Poll::Pending,
         }
     }
@@ -603,10 +604,10 @@ impl SendStream {
         cx: &mut Context<'_>,
         chunks: &mut [Bytes],
     ) -> Poll<Result<Written, StreamError>> {
-        // `write_chunks` is cancel safe: a future that is not ready has written nothing.
         if let Some(ending) = &mut self.ending {
             return ending.poll(cx).map(Err);
         }
+        // `write_chunks` is cancel safe: a future that is not ready has written nothing.
         let written = std::task::ready!(pin!(self.quic.write_chunks(chunks)).poll(cx));
         match written {
             Ok(quinn::Written { bytes, chunks }) => Poll::Ready(Ok(Written { bytes, chunks })),
