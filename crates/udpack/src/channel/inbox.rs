@@ -30,7 +30,6 @@ use crate::wire::config::MIN_FRAME_RATE;
 use crate::wire::control::{Ack, Decode, Mark, ProtocolEvent, ProtocolMessage};
 use crate::wire::frame::FrameDecoder;
 use crate::wire::message::{Message, Parts};
-use crate::wire::msgpack::Shape;
 
 /// QUIC chunks taken in one call, and in the one after a call that took fewer.
 const CHUNKS: usize = 32;
@@ -373,9 +372,23 @@ impl Inbox {
         serve: Option<&mut Option<Begun>>,
     ) -> Poll<Result<Message, Ending>> {
         let mut state = lock(&self.state);
-        if !state.backlog.messages.is_empty()
-            && let Some(message) = state.next_waiting(carrier)
-        {
+        match state.next_common(carrier) {
+            Some(message) => Poll::Ready(Ok(message)),
+            None => self.poll_any(&mut state, cx, carrier, counters, serve),
+        }
+    }
+
+    /// As [`poll_recv`](Self::poll_recv), whatever comes. Not inlined: what it keeps on its stack is stored for each message.
+    #[inline(never)]
+    fn poll_any(
+        &self,
+        state: &mut State,
+        cx: &mut Context<'_>,
+        carrier: &Carrier,
+        counters: &Counters,
+        serve: Option<&mut Option<Begun>>,
+    ) -> Poll<Result<Message, Ending>> {
+        if let Some(message) = state.next_waiting(carrier) {
             state.handed_out(&message, serve);
             return Poll::Ready(Ok(message));
         }
@@ -521,8 +534,21 @@ impl State {
         self.backlog.push(message);
     }
 
+    /// The next message, if it is of the most common form and lies whole in what was read: it is looked at where it lies
+    /// and taken once, straight to the caller.
+    #[inline]
+    fn next_common(&mut self, carrier: &Carrier) -> Option<Message> {
+        if self.end.is_some() || !self.backlog.messages.is_empty() {
+            return None;
+        }
+        let body = self.decoder.whole().ok()??;
+        let (len, parts) = (body.len(), Parts::common(body)?);
+        self.came(len, carrier);
+        self.count(carrier, true);
+        Some(Message::of(self.decoder.take_whole(len), parts))
+    }
+
     /// The first message of the backlog, with the marks before it passed.
-    #[cold]
     fn next_waiting(&mut self, carrier: &Carrier) -> Option<Message> {
         while let Some(message) = self.backlog.pop() {
             if !ProtocolEvent::Mark.is(&message) {
@@ -534,7 +560,6 @@ impl State {
     }
 
     /// A message leaves the inbox: a handler's request is kept in mind, any other is its taker's business.
-    #[inline(always)]
     fn handed_out(&mut self, message: &Message, serve: Option<&mut Option<Begun>>) {
         match (message.id(), serve) {
             (Some(id), Some(begun)) => *begun = Some(self.calls.get_or_make().begin(id)),
@@ -544,7 +569,6 @@ impl State {
     }
 
     /// Decodes the next message and files what belongs to the protocol.
-    #[inline(always)]
     fn poll_step(
         &mut self,
         cx: &mut Context<'_>,
@@ -644,7 +668,6 @@ impl State {
     }
 
     /// The next message of any kind. Most lie whole in what was read before.
-    #[inline(always)]
     fn poll_decoded(
         &mut self,
         cx: &mut Context<'_>,
@@ -660,25 +683,8 @@ impl State {
         }
     }
 
-    /// The next message, if the decoder has all of it. Most are looked at where they lie, and taken when they are found
-    /// to be sound: then nothing is moved before it is complete.
-    #[inline(always)]
+    /// The next message, if the decoder has all of it.
     fn decode(&mut self, carrier: &Carrier) -> Option<Result<Message, Ending>> {
-        let (len, parts) = match self.decoder.whole() {
-            Ok(Some(body)) => (body.len(), Parts::of(body, Shape::default())),
-            Ok(None) if self.decoder.is_drained() => return None,
-            Ok(None) => return self.decode_pieces(carrier),
-            Err(error) => return Some(Err(self.broken(error.close_code(), &error))),
-        };
-        self.came(len, carrier);
-        Some(match parts {
-            Ok(parts) => Ok(Message::of(self.decoder.take_whole(len), parts)),
-            Err(error) => Err(self.broken(error.close_code(), &error)),
-        })
-    }
-
-    /// As [`decode`](Self::decode), of a frame in several pieces.
-    fn decode_pieces(&mut self, carrier: &Carrier) -> Option<Result<Message, Ending>> {
         let body = match self.decoder.next_frame() {
             Ok(body) => body?,
             Err(error) => return Some(Err(self.broken(error.close_code(), &error))),
@@ -690,10 +696,7 @@ impl State {
         {
             room.place = None;
         }
-        Some(match Message::decode(body) {
-            Ok(message) => Ok(message),
-            Err(error) => Err(self.broken(error.close_code(), &error)),
-        })
+        Some(Message::decode(body).map_err(|error| self.broken(error.close_code(), &error)))
     }
 
     /// A frame with a body of so many bytes is complete.
@@ -771,7 +774,6 @@ impl State {
     }
 
     /// Ready when the frame under way may be read on. What is not read stays in QUIC's window.
-    #[inline(always)]
     fn poll_room(&mut self, carrier: &Carrier) -> Poll<Result<(), Ending>> {
         match self.decoder.large() {
             Some(need) => self.poll_large(need, carrier),

@@ -20,7 +20,8 @@ use crate::wire::control::{Decode, Gap};
 use crate::wire::frame::PREFIX;
 use crate::wire::message::lenient::Lenient;
 use crate::wire::msgpack::{
-    FieldError, Fields, Head, MAX_ELEMENTS, MsgpackError, Reader, Shape, Walk, validate_within,
+    FieldError, Fields, Head, MAX_DEPTH, MAX_ELEMENTS, MsgpackError, Reader, Shape, Walk,
+    validate_within,
 };
 
 mod lenient;
@@ -36,7 +37,7 @@ pub struct Message {
 }
 
 /// Where the parts of a sound message lie in its frame's body.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Parts {
     /// Where the data ends, and id and deadline begin; it begins where the event ends.
     data_end: usize,
@@ -87,12 +88,33 @@ pub enum DecodeError {
 }
 
 impl Parts {
+    /// The parts of a sound message of the most common form: `[event, data]` with an event of the application, of 1 to 31
+    /// printable ASCII characters. `None` of every other body; [`of`](Self::of) says what that is.
+    ///
+    /// This makes no values of errors. To keep those apart from results at each step costs as much as the check itself.
+    #[inline]
+    pub(crate) fn common(body: &[u8]) -> Option<Self> {
+        let [ARRAY_OF_2, head @ 0xa1..=0xbf, rest @ ..] = body else {
+            return None;
+        };
+        let event_len = head & !STR;
+        let (name, data) = rest.split_at_checked(event_len.into())?;
+        if !is_plain(name) || name.first() == Some(&RESERVED) || !is_sound_data(data) {
+            return None;
+        }
+        Some(Self {
+            data_end: body.len(),
+            event_at: 2,
+            event_len,
+            values: 2,
+        })
+    }
+
     /// Checks the body of one frame, all of it in one pass.
     ///
     /// # Errors
     ///
     /// As [`Message::decode`].
-    #[inline(always)]
     pub(crate) fn of(body: &[u8], shape: Shape) -> Result<Self, MessageError> {
         let mut walk = Walk::new(body, shape)?;
         let arity = match walk.enter()? {
@@ -485,6 +507,20 @@ fn is_one_text(data: &[u8]) -> bool {
     matches!(reader.head(), Ok(Head::Str(_))) && reader.left() == 0
 }
 
+/// Whether this is one sound value within the limits of a message's data: the message's array and its event count, too.
+#[inline]
+fn is_sound_data(data: &[u8]) -> bool {
+    let mut reader = Reader::new(data);
+    if let Ok(Head::Str(text)) = reader.head() {
+        return reader.left() == 0 && (text.is_ascii() || str::from_utf8(text).is_ok());
+    }
+    let inside = Shape {
+        depth: MAX_DEPTH - 1,
+        elements: MAX_ELEMENTS - 2,
+    };
+    validate_within(data, inside).is_ok()
+}
+
 /// Makes a request, one whole frame that [`encode`] made, say how long its answer is waited for.
 ///
 /// # Errors
@@ -729,7 +765,8 @@ impl<'a> Draft<'a> {
         let (len, size) = (self.buf.len(), self.size);
         match write_data(self, data, BYTES) {
             Ok(()) => Ok(()),
-            Err(_) => self.plain(data, len, size),
+            // The error goes along, so that nothing is dropped where there is none.
+            Err(error) => self.plain(error, data, len, size),
         }
     }
 
@@ -737,6 +774,7 @@ impl<'a> Draft<'a> {
     #[cold]
     fn plain<T: Serialize + ?Sized>(
         &mut self,
+        _: rmp_serde::encode::Error,
         data: &T,
         len: usize,
         size: usize,
@@ -879,6 +917,8 @@ const SERDE_DEPTH: usize = 64;
 const MAP16: u8 = 0xde;
 
 const ARRAY: u8 = 0x90;
+
+const ARRAY_OF_2: u8 = ARRAY | 2;
 
 const ARRAY_OF_4: u8 = ARRAY | 4;
 

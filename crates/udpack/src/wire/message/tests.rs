@@ -13,7 +13,11 @@ use super::*;
 
 const LIMIT: usize = 1 << 20;
 
+/// Every body that a test reads shows as well that the short way to a message's parts says nothing else than the long one.
 fn decode(body: &[u8]) -> Result<Message, MessageError> {
+    if let Some(parts) = Parts::common(body) {
+        assert_eq!(Parts::of(body, Shape::default()), Ok(parts), "{body:02x?}");
+    }
     Message::decode(Bytes::copy_from_slice(body))
 }
 
@@ -64,6 +68,41 @@ fn event_and_data_are_an_array_of_two() {
         Ok("hi")
     );
     assert!(!message.is_reserved());
+}
+
+#[test]
+fn the_short_way_to_the_parts_has_the_limits_of_the_long_one() {
+    let nested = |depth: usize| [b"\x92\xa1e".to_vec(), vec![0x91; depth - 2], vec![0x90]].concat();
+    let long = |elements: u16| {
+        let len = elements.to_be_bytes();
+        let nils = vec![0xc0; usize::from(elements)];
+        [b"\x92\xa1e\xdc".to_vec(), len.to_vec(), nils].concat()
+    };
+    // The message's own array, its event and the array of the data are three of the 65,536 values.
+    let sound: [Vec<u8>; 6] = [
+        b"\x92\xa1e\xc0".to_vec(),
+        b"\x92\xa1e\xa3\xe2\x82\xac".to_vec(),
+        b"\x92\xa1e\xd9\x01a".to_vec(),
+        b"\x92\xa1e\x81\xa1a\x01".to_vec(),
+        nested(MAX_DEPTH),
+        long(65_533),
+    ];
+    for body in sound {
+        decode(&body).expect("a message");
+        assert!(Parts::common(&body).is_some(), "{:02x?}", &body[..4]);
+    }
+    let unsound: [Vec<u8>; 6] = [
+        b"\x92\xa1e".to_vec(),
+        b"\x92\xa1e\xc0\xc0".to_vec(),
+        b"\x92\xa1e\xa1\xff".to_vec(),
+        b"\x92\xa1\x07\xc0".to_vec(),
+        nested(MAX_DEPTH + 1),
+        long(65_534),
+    ];
+    for body in unsound {
+        decode(&body).expect_err("no message");
+        assert_eq!(Parts::common(&body), None);
+    }
 }
 
 #[test]
@@ -503,7 +542,7 @@ proptest! {
     ) {
         let body = body_of(&event, &data, id);
         let len = body.len() + PREFIX;
-        let message = Message::decode(body).expect("a message");
+        let message = decode(&body).expect("a message");
         prop_assert_eq!(message.event(), event);
         prop_assert_eq!(message.id(), id);
         prop_assert_eq!(message.len(), len);
