@@ -80,6 +80,8 @@ pub(crate) enum Arm {
     Quinn,
     /// Raw quinn with the transport settings and the UDP socket of udpack.
     Tuned,
+    /// The same server, to which browsers connect: sessions of web-transport-quinn's client.
+    Web,
     /// Raw quinn with its defaults, one write for each message.
     QuinnEach,
     /// tokio-tungstenite over TLS, each message flushed.
@@ -270,6 +272,7 @@ impl Scenario {
                 Arm::Nats,
                 Arm::Udp,
             ],
+            Self::Idle => &[Arm::Udpack, Arm::Quinn, Arm::Tuned, Arm::Web],
             _ => &[Arm::Udpack, Arm::Quinn, Arm::Tuned],
         }
     }
@@ -368,6 +371,7 @@ impl Arm {
             Self::Udpack => "udpack",
             Self::Quinn => "quinn",
             Self::Tuned => "tuned",
+            Self::Web => "web",
             Self::QuinnEach => "quinn-each",
             Self::Wss => "wss",
             Self::WssBatch => "wss-batch",

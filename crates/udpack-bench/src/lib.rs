@@ -17,6 +17,7 @@ mod raw;
 mod report;
 mod stats;
 mod udp;
+mod web;
 mod wss;
 
 use std::process::ExitCode;

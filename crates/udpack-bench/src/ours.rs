@@ -16,7 +16,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use udpack::{
     Channel, Client, CloseCode, Context, Deny, Encoded, Fault, Hello, Identity, Limits, Peer,
-    RecvError, Router, Server, Socket, wire::PREFIX,
+    RecvError, Router, Server, Socket, Web, wire::PREFIX,
 };
 use udpack_transfer::{
     Event, IfExists, Overwrite, Receiver, ReceiverConfig, RelPath, Source, Store, StoreConfig,
@@ -27,7 +27,7 @@ use crate::args::{Load, Scenario};
 use crate::peer::{Marks, Ready, Told};
 use crate::stats::rank;
 
-const TOKEN: &str = "benchmarks-have-no-secrets";
+pub(crate) const TOKEN: &str = "benchmarks-have-no-secrets";
 /// Longest that a receiver may take to count what is still on its way.
 const LAST: Duration = Duration::from_secs(120);
 /// Bytes in one call of `send_bulk`, and in one write of raw quinn.
@@ -52,11 +52,12 @@ pub(crate) const TEXT: &str = "a message of sixty-four bytes with its heads and 
 #[derive(Serialize)]
 struct Nothing {}
 
-/// Starts a server for all scenarios; with a directory, one that takes files as well.
+/// Starts a server for all scenarios; with a directory, one that takes files as well. `browsers`: it serves those, too.
 pub(crate) async fn serve(
     listen: SocketAddr,
     load: &Load,
     files: Option<&Path>,
+    browsers: bool,
 ) -> anyhow::Result<(Ready, Server)> {
     // Defaults, but that all sockets come from one address, and one after the other without a pause.
     let sockets = Limits::default().sockets.max(load.sockets + AT_ONCE);
@@ -80,6 +81,11 @@ pub(crate) async fn serve(
         .channel("echo", Router::new().on("echo", echo))
         .channel("mirror", mirror)
         .channel("room", room);
+    let server = if browsers {
+        server.web(Web::new())
+    } else {
+        server
+    };
     let server = match files {
         Some(dir) => {
             let config = StoreConfig {
@@ -162,7 +168,7 @@ pub(crate) async fn drive(
         Scenario::Messages => messages(&dialler, load).await,
         Scenario::Ping => ping(&dialler, load).await,
         Scenario::Handshakes => handshakes(&dialler, load).await,
-        Scenario::Idle => idle(&dialler, load, marks).await,
+        Scenario::Idle => idle(load, marks, |count| dialler.many(count)).await,
         Scenario::Fanout => fanout(&dialler, load).await,
         Scenario::Interference => interference(&dialler, load).await,
         Scenario::Upload | Scenario::SmallFiles => bail!("the real programs do that"),
@@ -336,12 +342,17 @@ pub(crate) fn handshake_values(
         .value("p99.9 of 32", rank(beside, 0.999))
 }
 
-async fn idle(dialler: &Dialler, load: &Load, marks: Marks) -> anyhow::Result<Told> {
+/// Memory of `load.sockets` connections, as `many` makes them, on which nothing happens.
+pub(crate) async fn idle<T>(
+    load: &Load,
+    marks: Marks,
+    many: impl AsyncFn(usize) -> anyhow::Result<Vec<T>>,
+) -> anyhow::Result<Told> {
     // What the first connections leave behind in both processes belongs to none of the others.
-    let _first = dialler.many(AT_ONCE).await?;
+    let _first = many(AT_ONCE).await?;
     tokio::time::sleep(Duration::from_secs_f64(load.seconds)).await;
     let before = marks.mark()?;
-    let _sockets = dialler.many(load.sockets).await?;
+    let _connections = many(load.sockets).await?;
     tokio::time::sleep(Duration::from_secs_f64(load.seconds)).await;
     let after = marks.mark()?;
     let (rss, heap) = before.each(after, load.sockets);

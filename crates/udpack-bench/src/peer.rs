@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::Heap;
 use crate::args::{Arm, Load, Peer};
 use crate::raw::Settings;
-use crate::{nats, ours, raw, udp, wss};
+use crate::{nats, ours, raw, udp, web, wss};
 
 /// The longest that a client may take.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -116,8 +116,9 @@ pub(crate) fn serve(peer: &Peer, heap: Heap) -> anyhow::Result<()> {
 async fn start(peer: &Peer, load: &Load) -> anyhow::Result<(Ready, Box<dyn Any>)> {
     let listen = peer.listen;
     Ok(match peer.arm {
-        Arm::Udpack => {
-            let (ready, server) = ours::serve(listen, load, peer.dir.as_deref()).await?;
+        Arm::Udpack | Arm::Web => {
+            let browsers = peer.arm == Arm::Web;
+            let (ready, server) = ours::serve(listen, load, peer.dir.as_deref(), browsers).await?;
             (ready, Box::new(server))
         }
         Arm::Quinn | Arm::QuinnEach => raw::serve(listen, Settings::Defaults)?,
@@ -156,6 +157,7 @@ pub(crate) fn drive(peer: &Peer, heap: Heap) -> anyhow::Result<()> {
                     let client = raw::Client::new(&ready, Settings::Defaults)?;
                     client.drive(peer, &load, true, marks).await
                 }
+                Arm::Web => web::drive(peer.scenario, &ready, &load, marks).await,
                 Arm::Wss => wss::drive(peer.scenario, &ready, &load, 1).await,
                 Arm::WssBatch => wss::drive(peer.scenario, &ready, &load, 256).await,
                 Arm::Nats => nats::drive(peer.scenario, &ready, &load).await,

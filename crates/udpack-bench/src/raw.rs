@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
@@ -24,7 +24,7 @@ use tokio::task::JoinSet;
 
 use crate::args::{Load, Peer, Scenario};
 use crate::ours::{
-    AT_ONCE, CHUNK, EVENT, FANOUT_WINDOW, MESSAGE, TEXT, all, handshake_values,
+    AT_ONCE, CHUNK, EVENT, FANOUT_WINDOW, MESSAGE, TEXT, all, handshake_values, idle,
     interference_values, millis_since, ping_values, ramp, tick, tick_count,
 };
 use crate::peer::{Marks, Ready, Told};
@@ -344,7 +344,7 @@ impl Client {
             Scenario::Messages => self.messages(load, each).await,
             Scenario::Ping => self.ping(load).await,
             Scenario::Handshakes => self.handshakes(load).await,
-            Scenario::Idle => self.idle(load, marks).await,
+            Scenario::Idle => idle(load, marks, |count| self.many(count)).await,
             Scenario::Fanout => self.fanout(load).await,
             Scenario::Interference => self.interference(load).await,
             Scenario::SmallFiles => {
@@ -453,21 +453,6 @@ impl Client {
         let beside: Vec<f64> = shakes.buffer_unordered(AT_ONCE).try_collect().await?;
         let beside_took = begun.elapsed().as_secs_f64();
         Ok(handshake_values(&alone, alone_took, &beside, beside_took))
-    }
-
-    async fn idle(&self, load: &Load, marks: Marks) -> anyhow::Result<Told> {
-        let _first = self.many(AT_ONCE).await?;
-        tokio::time::sleep(Duration::from_secs_f64(load.seconds)).await;
-        let before = marks.mark()?;
-        let _conns = self.many(load.sockets).await?;
-        tokio::time::sleep(Duration::from_secs_f64(load.seconds)).await;
-        let after = marks.mark()?;
-        let (rss, heap) = before.each(after, load.sockets);
-        let told = Told::default().value("client RSS", rss);
-        Ok(match heap {
-            Some(heap) => told.value("client heap", heap),
-            None => told,
-        })
     }
 
     async fn fanout(&self, load: &Load) -> anyhow::Result<Told> {
