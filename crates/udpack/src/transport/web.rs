@@ -4,6 +4,7 @@
 //! request that opens the session, the header of each stream, the capsule that closes the session. It hands a stream on
 //! only after the header, so channels read and write the streams of both transports in the same way.
 
+mod handover;
 mod read;
 pub(crate) mod wire;
 
@@ -14,11 +15,12 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use quinn::{RecvStream, SendStream};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::Notify;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
-use self::read::{Event, Frames, Reading, Shared, error_of};
+use self::handover::Handover;
+use self::read::{Event, Frames, Reading, Shared};
 use self::wire::{Fault, code, frame, uni};
 use crate::base::lock;
 use crate::base::text::{cut, printable_within};
@@ -59,8 +61,6 @@ const ENDING: Duration = Duration::from_secs(3);
 #[derive(Debug)]
 pub(crate) struct Session {
     state: Arc<State>,
-    bi: tokio::sync::Mutex<mpsc::Receiver<(SendStream, RecvStream)>>,
-    uni: tokio::sync::Mutex<mpsc::Receiver<RecvStream>>,
     /// A stream may be dropped where there is no runtime.
     runtime: tokio::runtime::Handle,
     conn: quinn::Connection,
@@ -72,6 +72,9 @@ struct State {
     /// The stream of the request.
     id: u64,
     transport: Transport,
+    /// Streams of the client that nobody has taken yet.
+    bi: Handover<(SendStream, RecvStream)>,
+    uni: Handover<RecvStream>,
     end: OnceLock<End>,
     ended: Notify,
     farewells: TaskTracker,
@@ -94,6 +97,9 @@ impl State {
         let mut farewell = lock(&self.farewell);
         if self.end.set(end).is_ok() {
             *farewell = Some(self.farewells.token());
+            // Ends `accept_bi` and `accept_uni` before the close is sent.
+            self.bi.close();
+            self.uni.close();
             self.ended.notify_one();
         }
     }
@@ -120,7 +126,7 @@ impl Session {
     /// # Cancel safety
     /// Cancel safe.
     pub(super) async fn accept_bi(&self) -> Option<(SendStream, RecvStream)> {
-        self.bi.lock().await.recv().await
+        self.state.bi.take().await
     }
 
     /// The next stream from the client alone; `None` once the session is over.
@@ -128,7 +134,7 @@ impl Session {
     /// # Cancel safety
     /// Cancel safe.
     pub(super) async fn accept_uni(&self) -> Option<RecvStream> {
-        self.uni.lock().await.recv().await
+        self.state.uni.take().await
     }
 
     /// Begins a stream both ways that was opened.
@@ -299,17 +305,15 @@ pub(super) async fn establish(
     let state = Arc::new(State {
         id,
         transport: Transport::WebTransport { origin },
+        bi: Handover::new((terms.streams as usize).saturating_add(EARLY)),
+        uni: Handover::new(UNI_QUEUE),
         end: OnceLock::new(),
         ended: Notify::new(),
         farewells: terms.farewells.clone(),
         farewell: Mutex::default(),
     });
-    let (bi, taken_bi) = mpsc::channel((terms.streams as usize).saturating_add(EARLY).max(1));
-    let (uni, taken_uni) = mpsc::channel(UNI_QUEUE);
     let session = Arc::new(Session {
         state: state.clone(),
-        bi: tokio::sync::Mutex::new(taken_bi),
-        uni: tokio::sync::Mutex::new(taken_uni),
         runtime: tokio::runtime::Handle::current(),
         conn: layer.conn.clone(),
     });
@@ -318,8 +322,6 @@ pub(super) async fn establish(
         state,
         request,
         _control: control,
-        bi,
-        uni,
     };
     for (id, streams) in early {
         task.hand_bi(id, streams);
@@ -450,6 +452,7 @@ impl Layer {
                 Event::Uni(_, mut stream) => {
                     let _ = stream.stop(varint(code::BUFFERED_STREAM_REJECTED));
                 }
+                Event::Then(reading) => self.reading.push(reading),
                 Event::Unsaid | Event::Nothing => {}
                 Event::Fault(fault) => return Err(Unasked::Fault(fault)),
                 Event::Closed(..) | Event::Gone => return Err(Unasked::Fault(GONE)),
@@ -494,8 +497,6 @@ struct Task {
     state: Arc<State>,
     request: SendStream,
     _control: SendStream,
-    bi: mpsc::Sender<(SendStream, RecvStream)>,
-    uni: mpsc::Sender<RecvStream>,
 }
 
 impl Task {
@@ -536,6 +537,7 @@ impl Task {
                 let error = fail(&self.layer.conn, &fault);
                 self.state.end(End::Over(error));
             }
+            Event::Then(reading) => self.layer.reading.push(reading),
             // The control stream has said its SETTINGS.
             Event::Settings(_) | Event::Unsaid | Event::Nothing => {}
         }
@@ -543,8 +545,8 @@ impl Task {
 
     fn hand_bi(&self, id: u64, streams: (SendStream, RecvStream)) {
         if id == self.state.id {
-            if let Err(error) = self.bi.try_send(streams) {
-                reject(error_of(error));
+            if let Err(streams) = self.state.bi.push(streams) {
+                reject(streams);
             }
         } else {
             reject(streams);
@@ -553,7 +555,7 @@ impl Task {
 
     fn hand_uni(&self, id: u64, stream: RecvStream) {
         let left = match id == self.state.id {
-            true => self.uni.try_send(stream).err().map(error_of),
+            true => self.state.uni.push(stream).err(),
             false => Some(stream),
         };
         if let Some(mut stream) = left {
@@ -568,11 +570,7 @@ impl Task {
             state,
             mut request,
             _control,
-            bi,
-            uni,
         } = self;
-        // Ends `accept_bi` and `accept_uni` before the close is sent.
-        drop((bi, uni));
         let conn = &layer.conn;
         let said = async {
             if let Some(End::Local(code, text)) = state.end.get() {

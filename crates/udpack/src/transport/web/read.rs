@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use quinn::{ReadError, RecvStream, SendStream};
-use tokio::sync::mpsc::error::TrySendError;
 
 use super::wire::{self, Capsules, FIELD_SECTION, Fault, Request, code, fault, frame, uni};
 use crate::transport::connection::varint;
@@ -19,6 +18,9 @@ pub(super) type Reading = Pin<Box<dyn Future<Output = Event> + Send>>;
 pub(super) enum Event {
     /// SETTINGS; the control stream goes on.
     Settings(Frames),
+    /// A stream that goes on for as long as the connection. It is read in a future of its own, which is smaller than the
+    /// one that found out what it is.
+    Then(Reading),
     /// A request for a session, or the status with which to answer another.
     Request(SendStream, Frames, Result<Request, u16>),
     /// A stream of this session, its header read.
@@ -44,13 +46,6 @@ impl Event {
             self,
             Self::Request(..) | Self::Both(..) | Self::Unsaid | Self::Fault(_)
         )
-    }
-}
-
-/// What could not be sent.
-pub(super) fn error_of<T>(error: TrySendError<T>) -> T {
-    match error {
-        TrySendError::Full(value) | TrySendError::Closed(value) => value,
     }
 }
 
@@ -121,7 +116,7 @@ impl Shared {
         })
     }
 
-    /// Reads a stream from the client alone until it has said what it is. Those of QPACK are read to their end.
+    /// Reads a stream from the client alone until it has said what it is.
     pub(super) fn uni(self: Arc<Self>, stream: RecvStream) -> Reading {
         Box::pin(async move {
             let within = self.within;
@@ -159,8 +154,12 @@ impl Shared {
                 Head::Other(uni::QPACK_DECODER) if shared.decoder.swap(true, Ordering::Relaxed) => {
                     second("a second decoder stream")
                 }
-                Head::Other(uni::QPACK_ENCODER) => frames.qpack(code::QPACK_ENCODER_STREAM).await,
-                Head::Other(uni::QPACK_DECODER) => frames.qpack(code::QPACK_DECODER_STREAM).await,
+                Head::Other(uni::QPACK_ENCODER) => {
+                    Event::Then(Box::pin(frames.qpack(code::QPACK_ENCODER_STREAM)))
+                }
+                Head::Other(uni::QPACK_DECODER) => {
+                    Event::Then(Box::pin(frames.qpack(code::QPACK_DECODER_STREAM)))
+                }
                 Head::Other(_) => {
                     // GREASE, or something of the future (RFC 9114, section 6.2).
                     frames.stop(code::STREAM_CREATION);
