@@ -212,7 +212,7 @@ pub(crate) struct ServerArgs {
     #[arg(long, value_name = "ADDR:PORT", num_args = 0..=1, env = "UDPACK_WEB")]
     pub(crate) web: Option<Option<String>>,
 
-    /// Pages of other servers that may connect from a browser, too, such as https://example.com; can be given several times.
+    /// Pages of other servers that may connect from a browser, too, such as `https://example.com`; can be given several times.
     #[cfg(feature = "web")]
     #[arg(long, value_name = "ORIGIN", requires = "web")]
     pub(crate) web_origin: Vec<Origin>,
