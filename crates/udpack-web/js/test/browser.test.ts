@@ -11,14 +11,13 @@ import type { AddressInfo } from 'node:net';
 import { createInterface } from 'node:readline';
 import { after, before, test } from 'node:test';
 import { fileURLToPath } from 'node:url';
-import { type Browser, chromium, type Page } from 'playwright-core';
+import type { Browser, Page } from 'playwright-core';
+import { launch, without } from './chromium.js';
 import { Relay } from './relay.js';
 
-const CHROMIUM = process.env.CHROMIUM ?? '/usr/bin/chromium';
 const repository = fileURLToPath(new URL('../../../../..', import.meta.url));
 const SERVER = process.env.UDPACK_WEB_SERVER ?? `${process.env.CARGO_TARGET_DIR ?? `${repository}target`}/debug/examples/web`;
-const missing = [CHROMIUM, SERVER].filter((path) => !existsSync(path));
-const skip = missing.length > 0 && process.env.UDPACK_BROWSER !== 'required' ? `SKIPPED: not there: ${missing.join(', ')}` : false;
+const skip = without(SERVER);
 
 /** What a server prints for its pages. */
 interface Endpoint {
@@ -61,9 +60,6 @@ class WebServer {
   }
 }
 
-// Every stream has pipes in shared memory, which containers have little of.
-const ARGUMENTS = ['--no-sandbox', '--disable-dev-shm-usage'];
-
 let browser: Browser;
 let pages: Server;
 let server: WebServer;
@@ -78,7 +74,7 @@ before(async () => {
   });
   await new Promise<void>((resolve) => pages.listen(0, '127.0.0.1', resolve));
   server = await WebServer.start();
-  browser = await chromium.launch({ executablePath: CHROMIUM, headless: true, args: ARGUMENTS });
+  browser = await launch();
   page = await fresh();
 });
 

@@ -5,20 +5,18 @@
 
 import assert from 'node:assert/strict';
 import { type ChildProcess, spawn } from 'node:child_process';
-import { existsSync } from 'node:fs';
 import { createInterface, type Interface } from 'node:readline';
 import { after, before, test } from 'node:test';
 import { fileURLToPath } from 'node:url';
-import { type Browser, chromium, type Page } from 'playwright-core';
+import type { Browser, Page } from 'playwright-core';
+import { launch, without } from './chromium.js';
 
-const CHROMIUM = process.env.CHROMIUM ?? '/usr/bin/chromium';
 const root = fileURLToPath(new URL('../..', import.meta.url));
 const repository = fileURLToPath(new URL('../../../../..', import.meta.url));
 const EXAMPLES = `${process.env.CARGO_TARGET_DIR ?? `${repository}target`}/debug/examples`;
 const NAMES = ['chat', 'call', 'progress'] as const;
 type Name = (typeof NAMES)[number];
-const missing = [CHROMIUM, `${EXAMPLES}/browser-peer`, ...NAMES.map((name) => `${EXAMPLES}/browser-${name}`)].filter((path) => !existsSync(path));
-const skip = missing.length > 0 && process.env.UDPACK_BROWSER !== 'required' ? `SKIPPED: not there: ${missing.join(', ')}` : false;
+const skip = without(`${EXAMPLES}/browser-peer`, ...NAMES.map((name) => `${EXAMPLES}/browser-${name}`));
 
 let browser: Browser;
 const running: ChildProcess[] = [];
@@ -26,7 +24,7 @@ const uncaught: string[] = [];
 
 before(async () => {
   if (skip) return;
-  browser = await chromium.launch({ executablePath: CHROMIUM, headless: true, args: ['--no-sandbox', '--disable-dev-shm-usage'] });
+  browser = await launch();
 });
 
 after(async () => {

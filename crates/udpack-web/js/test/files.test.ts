@@ -7,7 +7,8 @@ import { fileURLToPath } from 'node:url';
 import { build } from 'esbuild';
 import type { Browser, Page } from 'playwright-core';
 import decodeQR from 'qr/decode.js';
-import { connected, launch, LOOKS, open, shot, Site, skip, violations } from './pages.js';
+import { launch } from './chromium.js';
+import { connected, LOOKS, open, shot, Site, skip, violations } from './pages.js';
 
 /** A picture of 1 × 1. */
 const PIXEL = Buffer.from('iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==', 'base64');

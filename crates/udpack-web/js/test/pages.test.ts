@@ -6,7 +6,8 @@ import { after, before, test } from 'node:test';
 import { fileURLToPath } from 'node:url';
 import { build } from 'esbuild';
 import type { Browser } from 'playwright-core';
-import { connected, launch, LOOKS, open, shot, Site, skip, violations } from './pages.js';
+import { launch } from './chromium.js';
+import { connected, LOOKS, open, shot, Site, skip, violations } from './pages.js';
 
 const pages = fileURLToPath(new URL('../../../pages/', import.meta.url));
 

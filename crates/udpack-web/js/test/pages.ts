@@ -2,18 +2,17 @@
 
 import assert from 'node:assert/strict';
 import { type ChildProcess, spawn, spawnSync } from 'node:child_process';
-import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { mkdirSync, mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
-import { type Browser, type BrowserContext, type BrowserContextOptions, chromium, type Page } from 'playwright-core';
+import type { Browser, BrowserContext, BrowserContextOptions, Page } from 'playwright-core';
+import { without } from './chromium.js';
 
-const CHROMIUM = process.env.CHROMIUM ?? '/usr/bin/chromium';
 const repository = fileURLToPath(new URL('../../../../..', import.meta.url));
 const SERVER = process.env.UDPACK_SERVER ?? `${process.env.CARGO_TARGET_DIR ?? `${repository}target`}/debug/udpack-server`;
-const missing = [CHROMIUM, SERVER].filter((path) => !existsSync(path));
 /** Why browser tests cannot run here, if they cannot. */
-export const skip = missing.length > 0 && process.env.UDPACK_BROWSER !== 'required' ? `SKIPPED: not there: ${missing.join(', ')}` : false;
+export const skip = without(SERVER);
 
 /** Where screenshots go: to be looked at, not to be kept. */
 export const SHOTS = fileURLToPath(new URL('../../shots/', import.meta.url));
@@ -77,11 +76,6 @@ export class Site {
     await over;
     rmSync(this.directory, { recursive: true, force: true });
   }
-}
-
-export function launch(): Promise<Browser> {
-  // Every stream has pipes in shared memory, which containers have little of.
-  return chromium.launch({ executablePath: CHROMIUM, headless: true, args: ['--no-sandbox', '--disable-dev-shm-usage'] });
 }
 
 /** How a reader may have set up the browser. */

@@ -5,7 +5,8 @@ import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, 
 import { tmpdir } from 'node:os';
 import { after, before, test } from 'node:test';
 import type { Browser, FileChooser, Page } from 'playwright-core';
-import { connected, drop, launch, LOOKS, open, shot, Site, skip, violations } from './pages.js';
+import { launch } from './chromium.js';
+import { connected, drop, LOOKS, open, shot, Site, skip, violations } from './pages.js';
 
 /** BLAKE3 of `words`. */
 const WORDS = '073acf80c9f552574db02fad710110d3b1cb06724ee70e3bfb8bb33a5d803ea1';
