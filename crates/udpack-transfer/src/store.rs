@@ -376,6 +376,7 @@ impl Store {
                 min_free,
                 root: root.to_owned(),
                 state,
+                replacing: Mutex::new(()),
                 taken: AtomicU32::new(0),
                 files: AtomicU64::new(0),
                 bytes: AtomicU64::new(0),
@@ -624,6 +625,8 @@ struct Inner {
     min_free: u64,
     root: PathBuf,
     state: Mutex<State>,
+    /// Held from the look at what has a name until it is replaced or removed, so that each file is counted out once.
+    replacing: Mutex<()>,
     /// Files for which it still pays to look whether their names are taken before they are written.
     taken: AtomicU32,
     files: AtomicU64,
@@ -676,6 +679,12 @@ impl State {
 }
 
 impl Inner {
+    fn replacing(&self) -> MutexGuard<'_, ()> {
+        self.replacing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         // No code panics while it holds the lock, and each change leaves the numbers consistent.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)

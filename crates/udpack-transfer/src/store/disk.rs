@@ -507,10 +507,10 @@ impl Disk {
             let mut new = false;
             let child = match open_dir(&dir, component) {
                 Err(Errno::NOENT) if !create => return Ok(None),
-                Err(Errno::NOENT) => {
-                    new = true;
-                    create_dir(&dir, component).and_then(|()| open_dir(&dir, component))
-                }
+                Err(Errno::NOENT) => create_dir(&dir, component).and_then(|made| {
+                    new = made;
+                    open_dir(&dir, component)
+                }),
                 opened => opened,
             };
             let child = match child {
@@ -1249,7 +1249,7 @@ fn create_root(root: &Path) -> io::Result<()> {
 /// Opens a directory of the store's own, made if need be, closed to everybody else.
 fn private_dir(parent: &Dir, name: &str) -> Result<Dir, StoreError> {
     let open = || match create_dir(parent, name) {
-        Ok(()) => open_dir(parent, name),
+        Ok(_) => open_dir(parent, name),
         Err(errno) => Err(errno),
     };
     let dir = open().map_err(|e| setup("open the store's own directory", e.into()))?;
@@ -1305,15 +1305,18 @@ fn open_dir(dir: &Dir, name: &str) -> Result<Dir, Errno> {
     Ok(Dir::from_std_file(File::from(dir)))
 }
 
-/// Makes a directory that only we can enter, whatever the umask; one that is there already stays as
-/// it is.
-fn create_dir(dir: &Dir, name: &str) -> Result<(), Errno> {
+/// Makes a directory that only we can enter, whatever the umask. One that is there already stays as
+/// it is, and the answer is false.
+fn create_dir(dir: &Dir, name: &str) -> Result<bool, Errno> {
     let mut builder = DirBuilder::new();
     builder.mode(DIR_MODE);
     match dir.create_dir_with(&*names::os(name), &builder) {
-        Ok(()) => rustix::fs::fchmod(open_dir(dir, name)?, Mode::from_raw_mode(DIR_MODE)),
+        Ok(()) => {
+            rustix::fs::fchmod(open_dir(dir, name)?, Mode::from_raw_mode(DIR_MODE))?;
+            Ok(true)
+        }
         Err(e) => match Errno::from_io_error(&e) {
-            Some(Errno::EXIST) => Ok(()),
+            Some(Errno::EXIST) => Ok(false),
             errno => Err(errno.unwrap_or(Errno::IO)),
         },
     }

@@ -171,6 +171,7 @@ impl Whole {
     /// Publishes in place of a regular file, and returns what that file counted.
     fn replace(&mut self, inner: &Inner, dir: &Dir, name: &str) -> Result<u64, StoreError> {
         let failed = |action, e| inner.disk.error(action, &self.path, e);
+        let _replacing = inner.replacing();
         let replaced = match disk::look(dir, name).map_err(|e| failed("look up a name", e))? {
             Some(metadata) if !metadata.is_file() => return Err(self.exists()),
             Some(metadata) => charge(metadata.len()),

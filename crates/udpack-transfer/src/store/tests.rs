@@ -453,6 +453,35 @@ fn of_many_uploads_of_one_name_exactly_one_wins() {
 }
 
 #[test]
+fn what_many_make_replace_and_remove_at_once_is_counted_once() {
+    const RACERS: u64 = 8;
+    for round in 0..50 {
+        let (_dir, store) = open(StoreConfig {
+            overwrite: Overwrite::Always,
+            ..StoreConfig::default()
+        });
+        let barrier = Barrier::new(RACERS as usize);
+        thread::scope(|scope| {
+            for n in 0..RACERS {
+                let (store, barrier) = (&store, &barrier);
+                scope.spawn(move || {
+                    let bytes = vec![0; 100 * (n as usize + 1)];
+                    barrier.wait();
+                    put(store, "new/way/name", &bytes, IfExists::Overwrite).unwrap();
+                    store
+                        .make_dir(&path("other/dir"), Meta::default(), None)
+                        .unwrap();
+                    // Of all, one finds it; some find what a later one put there.
+                    let _ = store.remove(&path("new/way/name"), false);
+                });
+            }
+        });
+        let used = store.usage().used;
+        assert_eq!(used, 4 * 1024, "round {round}: four directories, no file");
+    }
+}
+
+#[test]
 fn the_link_fallback_replaces_nothing_either() {
     let (dir, mut store) = open(StoreConfig::default());
     Arc::get_mut(&mut store.inner)

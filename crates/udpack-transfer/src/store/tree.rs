@@ -262,9 +262,10 @@ impl Store {
         let parent = inner.parent_for(path, dirs)?;
         let name = &*names::os(path.file_name());
         let there = below::see(&parent, name).map_err(failed("look up a name"))?;
-        if there.is_none() {
-            below::make(&parent, path.file_name())
+        let made = there.is_none()
+            && below::make(&parent, path.file_name())
                 .map_err(|e| failed("make a directory")(e.into()))?;
+        if made {
             inner.state().accounts.added(path, LEAST);
         }
         let dir = match below::enter(&parent, name) {
@@ -275,7 +276,7 @@ impl Store {
             Err(e) => return Err(failed("open a directory")(e.into())),
         };
         inner.disk.check_device(&dir, path)?;
-        let new_mode = new_mode.filter(|_| there.is_none());
+        let new_mode = new_mode.filter(|_| made);
         let meta = Meta {
             mode: meta.mode.or(new_mode),
             ..meta
@@ -285,7 +286,7 @@ impl Store {
             disk::sync_dir(dir).map_err(failed("sync a directory"))?;
         }
         Ok(Placed {
-            same: there.is_some(),
+            same: !made,
             other_time,
         })
     }
@@ -351,11 +352,13 @@ impl Store {
         // Something may come or go between a look and the step that follows.
         for _ in 0..MAX_TRIES {
             let dir = inner.parent_for(path, dirs)?;
+            let replacing = inner.replacing();
             let there = below::see(&dir, &*names::os(name)).map_err(failed("look up a name"))?;
             let equal = there.as_ref().is_some_and(Metadata::is_symlink)
                 && raw_target(&dir, &names::os(name))
                     .is_some_and(|there| there == *names::bytes(target));
             if equal && if_exists != IfExists::Error {
+                drop(replacing);
                 disk::sync_dir(&dir).map_err(failed("sync a directory"))?;
                 return Ok(true);
             }
@@ -372,6 +375,7 @@ impl Store {
                 Some(_) => disk.replace(&staged, &dir, name),
                 None => disk.publish(&staged, &dir, name),
             };
+            drop(replacing);
             let Err(error) = placed else {
                 let mut state = inner.state();
                 state.accounts.removed(path, replaced);
@@ -849,10 +853,12 @@ impl Removal<'_> {
     /// Removes what has the name; false when nothing had it.
     fn entry(&mut self, dir: &Dir, name: &OsStr, depth: usize) -> Result<bool, StoreError> {
         let failed = |e| self.failed("look up a name", e);
+        let replacing = self.inner.replacing();
         let Some(metadata) = below::see(dir, name).map_err(failed)? else {
             return Ok(false);
         };
         if metadata.is_dir() {
+            drop(replacing);
             return self.dir(dir, name, depth);
         }
         match below::unlink(dir, name) {
@@ -860,6 +866,7 @@ impl Removal<'_> {
             Err(Errno::NOENT) => return Ok(false),
             Err(e) => return Err(self.failed("remove a file", e.into())),
         }
+        drop(replacing);
         self.removed.files += 1;
         let mut counted = LEAST;
         if metadata.is_file() {

@@ -63,8 +63,8 @@ pub(in crate::store) fn enter(dir: &Dir, name: impl rustix::path::Arg) -> Result
     Ok(Dir::from_std_file(File::from(dir)))
 }
 
-/// Makes a directory that only we can enter; one that is there already stays as it is.
-pub(in crate::store) fn make(dir: &Dir, name: &str) -> Result<(), Errno> {
+/// Makes a directory that only we can enter. One that is there already stays as it is, and the answer is false.
+pub(in crate::store) fn make(dir: &Dir, name: &str) -> Result<bool, Errno> {
     super::create_dir(dir, name)
 }
 
