@@ -95,9 +95,10 @@ impl Failures {
         } else if count == total && self.alike {
             Failure::new(first.kind, format!("none of the {count} files was {did}"))
         } else {
+            let were = if count == 1 { "was" } else { "were" };
             Failure::new(
                 Kind::Partial,
-                format!("{count} of {total} files were not {did}"),
+                format!("{count} of {total} files {were} not {did}"),
             )
         };
         let own = if self.alike { first.hint.clone() } else { None };
