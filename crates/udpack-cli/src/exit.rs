@@ -264,14 +264,17 @@ fn connecting(error: &ConnectError) -> Meaning {
         }
         // The error of a server that was reached is more useful than that of an address without one.
         ConnectError::EachAddress { errors, .. } => {
-            let reached = |error: &&ConnectError| {
+            let reached = |(_, error): &&(_, ConnectError)| {
                 matches!(
                     error,
-                    ConnectError::Untrusted { .. } | ConnectError::Handshake { .. }
+                    ConnectError::PinMismatch { .. }
+                        | ConnectError::Untrusted { .. }
+                        | ConnectError::Handshake { .. }
+                        | ConnectError::Denied(_)
                 )
             };
             let telling = errors.iter().find(reached).or_else(|| errors.last());
-            telling.map_or((Kind::Network, None), connecting)
+            telling.map_or((Kind::Network, None), |(_, error)| connecting(error))
         }
         ConnectError::Unreachable { .. } | ConnectError::Dial { .. } => (
             Kind::Network,

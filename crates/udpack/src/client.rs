@@ -14,6 +14,7 @@ use tracing::Instrument;
 use tracing::field::Empty;
 
 use crate::channel::inbox::Inbox;
+use crate::client::race::{Attempt, Way};
 use crate::metrics::Tally;
 use crate::metrics::speed::Counters;
 use crate::session::default_agent;
@@ -26,7 +27,7 @@ use crate::session::{Session, give_up};
 use crate::transport::dialer::{DialError, Dialer, DialerError};
 use crate::transport::endpoint::Via;
 use crate::transport::on_path;
-use crate::transport::{ConnectionError, StreamError};
+use crate::transport::{Connection, ConnectionError, Endpoint, StreamError};
 use crate::trust::auth::Peer;
 use crate::trust::fingerprint::Fingerprint;
 use crate::trust::tls::PinMismatch;
@@ -35,6 +36,8 @@ use crate::wire::code::{CloseCode, CloseReason, Side};
 use crate::wire::config::InvalidSetting;
 use crate::wire::config::{CongestionControl, Limits, Timeouts};
 use crate::wire::control::{self, Decode, ResumeRequest, ResumeTicket, Welcome};
+
+mod race;
 
 /// A client's settings; each `connect` makes a socket of its own. Cheap to clone.
 #[derive(Clone)]
@@ -77,6 +80,10 @@ impl Client {
     /// Connects to `HOST[:PORT]` and waits until the server has let us in. The default port is 45456.
     ///
     /// With [`ClientBuilder::reconnect`] the socket comes back by itself when its connection is lost.
+    ///
+    /// All addresses of the name are tried, IPv6 and IPv4 in turn, each 250 ms after the one before it or as soon as an earlier
+    /// one has failed (RFC 8305). The first server that proves its key is introduced to us, and nobody else hears of the token;
+    /// its word is final. At most 32 addresses are tried.
     ///
     /// # Errors
     /// See [`ConnectError`].
@@ -146,6 +153,7 @@ impl Client {
                 url,
                 policy,
                 serving,
+                won: BTreeMap::from([(serving, remote)]),
                 since: Instant::now(),
                 flaps: 0,
             })),
@@ -170,7 +178,7 @@ impl Client {
     async fn reach_any(&self, url: &ConnectUrl) -> Result<(Link, usize), ConnectError> {
         let mut errors = Vec::new();
         for (at, (url, client)) in self.servers(url).enumerate() {
-            match client.reach(url, None).await {
+            match client.reach(url, None, None).await {
                 Ok(link) => return Ok((link, at)),
                 Err(error) => errors.push((url.authority(), error)),
             }
@@ -184,54 +192,49 @@ impl Client {
         }
     }
 
-    /// Connects to one of the server's addresses and introduces us.
+    /// Connects to the server at whichever of its addresses answers first, and introduces us there. The address `last` is
+    /// tried first.
     async fn reach(
         &self,
         url: &ConnectUrl,
         ticket: Option<ResumeTicket>,
+        last: Option<SocketAddr>,
     ) -> Result<Link, ConnectError> {
-        let (host, port) = (url.host().to_owned(), url.port());
-        let resolve = |source| ConnectError::Resolve {
-            host: host.clone(),
-            source,
-        };
         let token = self.inner.token.token(self.inner.timeouts.request).await;
         let token = token.map_err(ConnectError::Token)?;
         check_token(&token)?;
-        let addresses = tokio::net::lookup_host((host.as_str(), port)).await;
-        let addresses = addresses.map_err(resolve)?;
-        self.reach_one(url, addresses, &token, ticket).await
+        let addresses = self.inner.dialer.lookup(url.host(), url.port()).await;
+        let addresses = addresses.map_err(|source| ConnectError::Resolve {
+            host: url.host().to_owned(),
+            source,
+        })?;
+        let (conn, endpoint) = self.dial_any(url, race::in_turn(addresses, last)).await?;
+        self.introduce(conn, endpoint, &token, ticket).await
     }
 
-    /// As [`reach`](Self::reach), at the first of these addresses where there is an answer.
-    async fn reach_one(
+    /// Makes these attempts until one leads to the server. That another server answers, one with another key for instance, or that
+    /// one has no place, ends only its own attempt. The others that are under way then are dropped before they say who we are.
+    async fn dial_any(
         &self,
         url: &ConnectUrl,
-        addresses: impl Iterator<Item = SocketAddr>,
-        token: &str,
-        ticket: Option<ResumeTicket>,
-    ) -> Result<Link, ConnectError> {
-        let mut errors = Vec::new();
-        for address in addresses {
-            match self
-                .dial(address, url.server_name(), token, ticket.clone())
-                .await
-            {
-                Ok(link) => return Ok(link),
-                // The server was reached: another of its addresses would not change its mind.
-                Err(error @ (ConnectError::PinMismatch { .. } | ConnectError::Denied(_))) => {
-                    return Err(error);
-                }
-                Err(error) => errors.push(error),
-            }
-        }
+        attempts: Vec<Attempt>,
+    ) -> Result<(Connection, Endpoint), ConnectError> {
+        let raced = race::race(attempts, |attempt| self.dial(attempt, url.server_name()));
+        let errors = match raced.await {
+            Ok(reached) => return Ok(reached),
+            Err(errors) => errors,
+        };
         let host = url.host().to_owned();
+        let errors = errors.into_iter();
+        let mut errors: Vec<_> = errors
+            .map(|(tried, error)| (tried.address, error))
+            .collect();
         match errors.pop() {
             None => Err(ConnectError::Resolve {
                 host,
                 source: io::Error::other("the name has no address"),
             }),
-            Some(only) if errors.is_empty() => Err(only),
+            Some((_, only)) if errors.is_empty() => Err(only),
             Some(last) => {
                 errors.push(last);
                 Err(ConnectError::EachAddress { host, errors })
@@ -239,16 +242,28 @@ impl Client {
         }
     }
 
+    /// Connects by one attempt; the server has proved its key then, and knows nothing of us.
     async fn dial(
         &self,
-        address: SocketAddr,
+        attempt: Attempt,
         host: &str,
+    ) -> Result<(Connection, Endpoint), ConnectError> {
+        let Attempt { address, way, .. } = attempt;
+        let dialled = match way {
+            Way::Quic => self.inner.dialer.dial(address, host).await,
+        };
+        dialled.map_err(|error| self.dial_error(address, error))
+    }
+
+    /// Says on a new connection who we are.
+    async fn introduce(
+        &self,
+        conn: Connection,
+        endpoint: Endpoint,
         token: &str,
         ticket: Option<ResumeTicket>,
     ) -> Result<Link, ConnectError> {
         let settings = &self.inner;
-        let dialled = settings.dialer.dial(address, host).await;
-        let (conn, endpoint) = dialled.map_err(|error| self.dial_error(address, error))?;
         let opened = conn.open_bi().await;
         let (mut send, recv) = opened.map_err(|error| ConnectError::Denied(error.reason()))?;
         let resume = (settings.reconnect.is_some() || ticket.is_some())
@@ -321,6 +336,8 @@ pub(crate) struct Dialler {
     policy: Reconnect,
     /// Which of the servers it was connected to last.
     serving: usize,
+    /// At which address each of them answered last.
+    won: BTreeMap<usize, SocketAddr>,
     /// Since when, and how many connections in a row did not last.
     since: Instant,
     flaps: u32,
@@ -402,8 +419,12 @@ impl Dialler {
             let Some((url, client)) = self.client.servers(&self.url).nth(at) else {
                 return Err(reason);
             };
-            match client.come_back(session, url).await {
+            match client
+                .come_back(session, url, self.won.get(&at).copied())
+                .await
+            {
                 Ok(link) => {
+                    self.won.insert(at, link.conn.remote_address());
                     self.since = Instant::now();
                     self.serving = at;
                     return Ok(link);
@@ -433,14 +454,19 @@ impl Dialler {
 
 impl Client {
     /// Connects with what proves that the session is ours, and hears what the server says to that.
-    async fn come_back(&self, session: &Session, url: &ConnectUrl) -> Result<Link, ConnectError> {
+    async fn come_back(
+        &self,
+        session: &Session,
+        url: &ConnectUrl,
+        last: Option<SocketAddr>,
+    ) -> Result<Link, ConnectError> {
         let ticket = session.welcome().and_then(|welcome| {
             Some(ResumeTicket {
                 session: welcome.session.clone(),
                 token: welcome.resume.as_ref()?.token,
             })
         });
-        let mut link = self.reach(url, ticket).await?;
+        let mut link = self.reach(url, ticket, last).await?;
         let (conn, inbox) = (&link.conn, &link.control.inbox);
         let denied = |reason| Err(ConnectError::Denied(reason));
         let first = std::future::poll_fn(|cx| inbox.poll_first(cx, session, &session.counters));
@@ -749,8 +775,8 @@ pub enum ConnectError {
     EachAddress {
         /// The name.
         host: String,
-        /// Why, for each address, in the order in which they were tried.
-        errors: Vec<Self>,
+        /// Each address and why, in the order in which they were tried.
+        errors: Vec<(SocketAddr, Self)>,
     },
     /// There are several servers, and none of them can be reached.
     #[error("no server can be reached: {}", server_by_server(.errors))]
@@ -795,9 +821,17 @@ fn server_by_server(errors: &[(String, ConnectError)]) -> String {
     errors.collect::<Vec<_>>().join("; ")
 }
 
-fn one_by_one(errors: &[ConnectError]) -> String {
-    let errors: Vec<String> = errors.iter().map(ConnectError::to_string).collect();
-    errors.join("; ")
+fn one_by_one(errors: &[(SocketAddr, ConnectError)]) -> String {
+    let errors = errors.iter().map(|(address, error)| match error {
+        // They name it themselves.
+        ConnectError::Dial { .. }
+        | ConnectError::Unreachable { .. }
+        | ConnectError::Untrusted { .. }
+        | ConnectError::Handshake { .. } => error.to_string(),
+        ConnectError::Local(source) => format!("{address}: {error}: {source}"),
+        _ => format!("{address}: {error}"),
+    });
+    errors.collect::<Vec<_>>().join("; ")
 }
 
 impl ConnectError {
@@ -810,7 +844,7 @@ impl ConnectError {
             | Self::Dial { .. }
             | Self::Unreachable { .. } => true,
             Self::Denied(reason) => reason.retry,
-            Self::EachAddress { errors, .. } => errors.iter().any(Self::retry),
+            Self::EachAddress { errors, .. } => errors.iter().any(|(_, error)| error.retry()),
             Self::EachServer { errors } => errors.iter().any(|(_, error)| error.retry()),
             Self::MissingState { .. }
             | Self::Setting(_)
@@ -826,6 +860,7 @@ impl ConnectError {
     pub fn is_auth(&self) -> bool {
         match self {
             Self::PinMismatch { .. } => true,
+            Self::EachAddress { errors, .. } => errors.iter().any(|(_, error)| error.is_auth()),
             Self::EachServer { errors } => errors.iter().any(|(_, error)| error.is_auth()),
             Self::Denied(reason) => matches!(
                 reason.code,
@@ -871,7 +906,7 @@ mod tests {
             ConnectError::Unreachable { address },
             ConnectError::EachAddress {
                 host: text.clone(),
-                errors: vec![ConnectError::Unreachable { address }],
+                errors: vec![(address, ConnectError::Unreachable { address })],
             },
             ConnectError::EachServer {
                 errors: vec![(text.clone(), ConnectError::Unreachable { address })],
@@ -952,10 +987,10 @@ mod tests {
             let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
             socket.local_addr().unwrap()
         };
-        let addresses = [muted, unbound].into_iter();
+        let attempts = race::in_turn(vec![muted, unbound], None);
         let url = ConnectUrl::new("name", 1).unwrap();
-        let reached = client.reach_one(&url, addresses, "", None).await;
-        let error = reached.err().expect("nobody is there");
+        let reached = client.dial_any(&url, attempts).await;
+        let error = reached.expect_err("nobody is there");
         let text = format!(
             "no address of name works: no answer from {muted}; cannot dial {unbound}: connection refused"
         );

@@ -85,6 +85,11 @@ impl Dialer {
         })
     }
 
+    /// The addresses of this name, in the order in which the system would try them.
+    pub(crate) async fn lookup(&self, host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
+        self.via.lookup(host, port).await
+    }
+
     /// Connects to this address of the server `host`. The endpoint must live as long as the connection.
     ///
     /// # Cancel safety

@@ -84,6 +84,15 @@ impl Via {
         Ok((endpoint, port))
     }
 
+    /// The addresses of this name.
+    pub(crate) async fn lookup(&self, host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
+        match self {
+            Self::System => Ok(tokio::net::lookup_host((host, port)).await?.collect()),
+            #[cfg(feature = "testing")]
+            Self::Net(net) => net.lookup(host, port),
+        }
+    }
+
     /// Ends when the system reports that datagrams from `local` do not reach this peer, and says why. Asks it after
     /// `pause`.
     pub(crate) async fn unreachable(

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, IoSliceMut};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
@@ -94,6 +94,7 @@ impl Net {
                 seed,
                 path: Path::default(),
                 cut: Cut::default(),
+                names: HashMap::new(),
                 hosts: Vec::new(),
                 servers: 0,
                 addresses: 0,
@@ -206,8 +207,9 @@ impl Net {
         };
         let State { ports, at, .. } = &mut *state;
         for (id, port) in ports.iter_mut() {
-            if port.host == Some(index) && port.address.ip() == from {
+            if port.host == Some(index) && of_client(port.address.ip()) == from {
                 at.remove(&port.address);
+                let to = in_family(to, port.address.is_ipv6());
                 port.address.set_ip(to);
                 at.insert(port.address, *id);
             }
@@ -215,8 +217,22 @@ impl Net {
         Some(to)
     }
 
+    /// Gives these addresses a name, for clients to connect to. Addresses where nobody is swallow what is sent there.
+    ///
+    /// ```
+    /// # let net = udpack::testing::Net::new(1);
+    /// net.name("twice.example", ["fd00::1".parse().unwrap(), "10.1.0.1".parse().unwrap()]);
+    /// ```
+    pub fn name(&self, name: &str, addresses: impl IntoIterator<Item = IpAddr>) {
+        let addresses = addresses.into_iter().collect();
+        lock(&self.state)
+            .names
+            .insert(name.to_ascii_lowercase(), addresses);
+    }
+
     /// The client with this IP address.
     pub(crate) fn host_at(&self, ip: IpAddr) -> Option<usize> {
+        let ip = of_client(ip);
         let state = lock(&self.state);
         state.hosts.iter().position(|host| host.ip == ip)
     }
@@ -285,7 +301,40 @@ pub(crate) struct Host {
     client: Option<usize>,
 }
 
+/// A client's address in one of the families: it has `fd00::10.129.0.1` beside 10.129.0.1.
+fn in_family(ip: IpAddr, v6: bool) -> IpAddr {
+    match ip {
+        IpAddr::V4(ip) if v6 => {
+            let [a, b, c, d] = ip.octets().map(u16::from);
+            Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, a << 8 | b, c << 8 | d).into()
+        }
+        ip => ip,
+    }
+}
+
+/// The IPv4 address of the client that has this address.
+fn of_client(ip: IpAddr) -> IpAddr {
+    match ip {
+        IpAddr::V6(ip) if ip.segments().starts_with(&[0xfd00, 0, 0, 0, 0, 0]) => {
+            let [.., a, b, c, d] = ip.octets();
+            Ipv4Addr::new(a, b, c, d).into()
+        }
+        ip => ip,
+    }
+}
+
 impl Host {
+    /// The addresses of a name that was given, or of an address.
+    pub(crate) fn lookup(&self, host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
+        let named = lock(&self.net.state).names.get(host).cloned();
+        let found = match named {
+            Some(found) => found,
+            None => vec![host.parse().map_err(|_| io::ErrorKind::NotFound)?],
+        };
+        let found = found.into_iter().map(|ip| SocketAddr::new(ip, port));
+        Ok(found.collect())
+    }
+
     /// A socket: for a client at its present IP address and a new port, for a server at `address`.
     pub(crate) fn open(&self, address: SocketAddr) -> io::Result<Arc<dyn AsyncUdpSocket>> {
         let mut state = lock(&self.net.state);
@@ -294,7 +343,7 @@ impl Host {
                 let host = state.hosts.get_mut(index).ok_or(io::ErrorKind::NotFound)?;
                 let port = host.next_port;
                 host.next_port = port.checked_add(1).unwrap_or(FIRST_PORT);
-                SocketAddr::new(host.ip, port)
+                SocketAddr::new(in_family(host.ip, address.is_ipv6()), port)
             }
             None => address,
         };
@@ -326,6 +375,7 @@ struct State {
     seed: u64,
     path: Path,
     cut: Cut,
+    names: HashMap<String, Vec<IpAddr>>,
     /// The clients, in the order in which they were attached.
     hosts: Vec<HostState>,
     servers: u32,
