@@ -4,99 +4,34 @@
  */
 
 import assert from 'node:assert/strict';
-import { type ChildProcessWithoutNullStreams, spawn } from 'node:child_process';
 import { existsSync, readdirSync, readFileSync } from 'node:fs';
-import { createServer, type Server } from 'node:http';
-import type { AddressInfo } from 'node:net';
-import { createInterface } from 'node:readline';
 import { after, before, test } from 'node:test';
-import { fileURLToPath } from 'node:url';
 import type { Browser, Page } from 'playwright-core';
-import { launch, without } from './chromium.js';
+import { launch } from './chromium.js';
 import { Relay } from './relay.js';
-
-const repository = fileURLToPath(new URL('../../../../..', import.meta.url));
-const SERVER = process.env.UDPACK_WEB_SERVER ?? `${process.env.CARGO_TARGET_DIR ?? `${repository}target`}/debug/examples/web`;
-const skip = without(SERVER);
-
-/** What a server prints for its pages. */
-interface Endpoint {
-  url: string;
-  hashes: string[];
-  token: string;
-  /** The directory that holds what is uploaded. */
-  files: string;
-}
-
-class WebServer {
-  private constructor(
-    private readonly process: ChildProcessWithoutNullStreams,
-    readonly endpoint: Endpoint,
-  ) {}
-
-  static async start(address = '127.0.0.1:0'): Promise<WebServer> {
-    const process = spawn(SERVER, [address]);
-    const lines = createInterface({ input: process.stdout });
-    const [line] = (await new Promise<string[]>((resolve, reject) => {
-      lines.once('line', (line) => resolve([line]));
-      process.once('exit', (code) => reject(new Error(`the server ended with ${code}`)));
-    })) as [string];
-    return new WebServer(process, JSON.parse(line) as Endpoint);
-  }
-
-  get port(): number {
-    return Number(new URL(this.endpoint.url).port);
-  }
-
-  /** Drains: its clients are told to go. */
-  drain(): void {
-    this.process.stdin.end();
-  }
-
-  kill(): Promise<void> {
-    const over = new Promise<void>((resolve) => this.process.once('exit', () => resolve()));
-    this.process.kill('SIGKILL');
-    return over;
-  }
-}
+import { content, type Endpoint, Pages, skip, WebServer } from './web.js';
 
 let browser: Browser;
-let pages: Server;
+let pages: Pages;
 let server: WebServer;
 let page: Page;
 
 before(async () => {
   if (skip) return;
-  pages = createServer((request, response) => {
-    const script = ['/udpack.js', '/transfer.js', '/hash-worker.js'].includes(request.url ?? '');
-    response.setHeader('content-type', script ? 'text/javascript' : 'text/html');
-    response.end(script ? readFileSync(`${repository}crates/udpack-web/js/dist${request.url}`) : '<!doctype html><title>test</title>');
-  });
-  await new Promise<void>((resolve) => pages.listen(0, '127.0.0.1', resolve));
   server = await WebServer.start();
   browser = await launch();
+  pages = await Pages.start(browser);
   page = await fresh();
 });
 
 after(async () => {
   if (skip) return;
   await browser.close();
-  pages.close();
+  pages.stop();
   await server.kill();
 });
 
-/** A page of its own. What goes wrong in it without being caught fails the test that looks. */
-const uncaught: string[] = [];
-async function fresh(): Promise<Page> {
-  const page = await browser.newPage();
-  page.on('pageerror', (error) => uncaught.push(`${error}`));
-  await page.goto(address());
-  return page;
-}
-
-function address(): string {
-  return `http://127.0.0.1:${(pages.address() as AddressInfo).port}/`;
-}
+const fresh = (): Promise<Page> => pages.open();
 
 test('a page connects by the hash of the certificate, and speaks on channels', { skip }, async () => {
   const got = await page.evaluate(async ({ url, hashes, token }) => {
@@ -210,16 +145,6 @@ test('64 channels at once, each with its own order', { skip }, async () => {
   }, server.endpoint);
   assert.equal(got, true);
 });
-
-/** What the pages upload: bytes that differ from file to file and within each. */
-function content(size: number, seed: number): Uint8Array {
-  const bytes = new Uint8Array(size);
-  for (let at = 0, x = seed + 1; at < size; at += 1) {
-    x = (x * 1103515245 + 12345) & 0x7fffffff;
-    bytes[at] = x >> 16;
-  }
-  return bytes;
-}
 
 test('files of a page are on the server\'s disk when they are done, and come back', { skip }, async () => {
   const sizes = [0, 1, 65_536, 65_537, 1_000_000, 9_000_000];
@@ -578,5 +503,5 @@ test('a server that is killed is missed at once by who has something to send', {
 });
 
 test('nothing in any page went uncaught', { skip }, () => {
-  assert.deepEqual(uncaught, []);
+  assert.deepEqual(pages.uncaught, []);
 });
