@@ -373,9 +373,9 @@ export class ChannelCore implements AskSender {
     this.wind(new CloseReason(Code.NORMAL, '', 'local'));
   }
 
-  /** Ends this direction; once the peer has ended its own, the channel is over for this reason. */
+  /** Ends this direction; once the peer has ended its own, the channel is over for this reason, the first that was given. */
   wind(reason: CloseReason): void {
-    this.orderly = reason;
+    this.orderly ??= reason;
     this.outbox.finish();
     if (this.peerOver) {
       this.conclude(reason);
@@ -468,6 +468,9 @@ export class ChannelCore implements AskSender {
       throw new ClosedError(new CloseReason(this.stoppedWith, 'the peer takes nothing more', 'peer'));
     }
     if (this.outbox.ended) {
+      if (this.orderly && this.orderly.code !== Code.NORMAL) {
+        throw new ClosedError(this.orderly);
+      }
       throw new UsageError('this direction of the channel is finished');
     }
   }

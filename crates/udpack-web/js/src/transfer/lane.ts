@@ -55,7 +55,8 @@ export class Lane {
     try {
       await this.channel.send(event, data);
     } catch (error) {
-      throw this.failure ?? lostBy(error);
+      // It may still hear of files whose bytes are all sent; nothing more goes there.
+      throw (this.failure ??= lostBy(error));
     }
   }
 
