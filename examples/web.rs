@@ -1,12 +1,13 @@
 //! A server for browsers, and for other clients on the same port: what a page needs to connect stands in the first line
 //! that it prints, as JSON. It takes files, too, and keeps them until it ends.
 //!
-//! `cargo run --example web -- [ADDRESS [ORIGIN...]]` serves until its input ends; without an origin every page may
-//! connect.
+//! `cargo run --example web -- [--dir DIR] [ADDRESS [ORIGIN...]]` serves until its input ends; without an origin every page
+//! may connect. In DIR it keeps its keys and files for the next run.
 
 use std::error::Error;
 use std::fmt::Write;
 use std::io::Read;
+use std::path::PathBuf;
 
 use futures_util::stream;
 use serde::{Deserialize, Serialize};
@@ -21,7 +22,10 @@ const TOKEN: &str = "open sesame";
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
-    let mut arguments = std::env::args().skip(1);
+    let mut arguments = std::env::args().skip(1).peekable();
+    let kept = arguments.next_if_eq("--dir").map(|_| arguments.next());
+    let kept = kept.map(|dir| dir.map(PathBuf::from).ok_or("--dir needs a directory"));
+    let kept = kept.transpose()?;
     let address = arguments.next().unwrap_or_else(|| "127.0.0.1:0".to_owned());
     let origins: Vec<String> = arguments.collect();
     let origins = match origins.is_empty() {
@@ -38,7 +42,14 @@ async fn main() -> Result<(), Box<dyn Error>> {
         })
         .on("sum", sum)
         .on("call back", call_back);
-    let files = tempfile::tempdir()?;
+    let temporary = tempfile::tempdir()?;
+    let (identity, files) = match kept {
+        Some(dir) => (
+            Identity::load_or_create(dir.join("keys"))?,
+            dir.join("files"),
+        ),
+        None => (Identity::generate()?, temporary.path().to_owned()),
+    };
     let config = ReceiverConfig {
         default_scope: Scope {
             read: true,
@@ -46,10 +57,10 @@ async fn main() -> Result<(), Box<dyn Error>> {
         },
         ..ReceiverConfig::default()
     };
-    let receiver = Receiver::new(Store::open(files.path(), StoreConfig::default())?, config);
+    let receiver = Receiver::new(Store::open(&files, StoreConfig::default())?, config);
     let server = receiver
         .attach(Server::builder())
-        .identity(Identity::generate()?)
+        .identity(identity)
         .auth(admit)
         .web(Web::new().origins(origins))
         .channel("echo", echo)
@@ -67,7 +78,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         hashes.push(format!("\"{digits}\""));
     }
     let (address, hashes) = (server.local_addr(), hashes.join(","));
-    let (pin, files) = (server.fingerprint(), files.path().display());
+    let (pin, files) = (server.fingerprint(), files.display());
     println!(
         r#"{{"url":"https://{address}/udpack","hashes":[{hashes}],"token":"{TOKEN}","pin":"{pin}","files":"{files}"}}"#
     );

@@ -5,6 +5,10 @@ import { createSocket, type Socket } from 'node:dgram';
 export class Relay {
   /** How often it was cut. */
   cuts = 0;
+  /** Bytes that it has passed on to the server. */
+  passed = 0;
+  /** Loses everything, so that nobody learns anything, until it is false again. */
+  silent = false;
   private front: Socket | undefined;
   private readonly backs = new Map<number, Socket>();
 
@@ -42,13 +46,15 @@ export class Relay {
     this.front = front;
     front.on('error', () => {});
     front.on('message', (bytes, from) => {
+      if (this.silent) return;
       let back = this.backs.get(from.port);
       if (!back) {
         back = createSocket('udp4');
         back.on('error', () => {});
-        back.on('message', (answer) => this.front?.send(answer, from.port, '127.0.0.1'));
+        back.on('message', (answer) => void (this.silent || this.front?.send(answer, from.port, '127.0.0.1')));
         this.backs.set(from.port, back);
       }
+      this.passed += bytes.length;
       back.send(bytes, this.server, '127.0.0.1');
     });
   }

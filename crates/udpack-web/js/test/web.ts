@@ -29,8 +29,9 @@ export class WebServer {
     readonly endpoint: Endpoint,
   ) {}
 
-  static async start(address = '127.0.0.1:0'): Promise<WebServer> {
-    const process = spawn(SERVER, [address]);
+  /** In `dir` it finds the keys and files of the one before it. */
+  static async start({ address = '127.0.0.1:0', dir }: { address?: string; dir?: string } = {}): Promise<WebServer> {
+    const process = spawn(SERVER, [...(dir ? ['--dir', dir] : []), address]);
     const lines = createInterface({ input: process.stdout });
     const [line] = (await new Promise<string[]>((resolve, reject) => {
       lines.once('line', (line) => resolve([line]));
@@ -43,9 +44,11 @@ export class WebServer {
     return Number(new URL(this.endpoint.url).port);
   }
 
-  /** Drains: its clients are told to go. */
-  drain(): void {
+  /** Drains: its clients are told to go. Resolves when it has ended. */
+  async drain(): Promise<void> {
+    const over = new Promise((resolve) => this.process.once('exit', resolve));
     this.process.stdin.end();
+    await over;
   }
 
   kill(): Promise<void> {
