@@ -276,7 +276,7 @@ pub(crate) struct TokenNewArgs {
     /// Its name, which logs and lists show. Default: a random one.
     pub(crate) name: Option<String>,
 
-    /// What it allows: read, write, delete, admin, with commas between. Default: what the server allows all.
+    /// What it allows: read, write, delete, watch, admin, with commas between. Default: what the server allows all.
     #[arg(long, value_enum, value_delimiter = ',', value_name = "SCOPE")]
     pub(crate) scope: Vec<ScopeArg>,
 
@@ -376,6 +376,7 @@ pub(crate) enum ScopeArg {
     Read,
     Write,
     Delete,
+    Watch,
     Admin,
 }
 
@@ -386,6 +387,7 @@ impl ScopeArg {
             Self::Read => "read",
             Self::Write => "write",
             Self::Delete => "delete",
+            Self::Watch => "watch",
             Self::Admin => "admin",
         }
     }

@@ -17,7 +17,7 @@ use listenfd::ListenFd;
 use serde_json::json;
 use tokio::time::MissedTickBehavior;
 use udpack::{Authenticate as _, Drain, Identity, Limits, Server, TokenFile};
-use udpack_transfer::{Limiter, Receiver, ReceiverConfig, Scope, Store, StoreConfig};
+use udpack_transfer::{Control, Limiter, Receiver, ReceiverConfig, Scope, Store, StoreConfig};
 use udpack_web::{HttpListener, Site};
 
 use crate::args::{ServerArgs, ServerCommand};
@@ -105,6 +105,7 @@ async fn serve(args: &ServerArgs, given: ListenFd) -> anyhow::Result<()> {
         }
     };
     let hub = Hub::new();
+    let control = Control::new(&receiver);
     let server = Server::builder()
         .identity(identity)
         .auth(tokens.clone())
@@ -120,7 +121,8 @@ async fn serve(args: &ServerArgs, given: ListenFd) -> anyhow::Result<()> {
         Some(port) => server.web(port.web.clone()),
         None => server,
     };
-    let server = hub.attach(receiver.attach(server)).bind_to(socket).await?;
+    let server = control.attach(hub.attach(receiver.attach(server)));
+    let server = server.bind_to(socket).await?;
 
     let mut places = Vec::new();
     if let Some(scrapes) = &scrapes {
@@ -136,11 +138,13 @@ async fn serve(args: &ServerArgs, given: ListenFd) -> anyhow::Result<()> {
     let stop = async {
         tokio::select! {
             () = interrupts.first() => {}
+            () = control.drain_asked() => {}
             () = sweep(&store) => {}
         }
         watcher.tell("STOPPING=1");
         tracing::info!(within = ?DRAIN, "shutting down; a second signal ends it at once");
         hub.close();
+        control.shutting_down();
         receiver.shutting_down();
     };
     let counters = || {
@@ -160,6 +164,7 @@ async fn serve(args: &ServerArgs, given: ListenFd) -> anyhow::Result<()> {
         failed = http(scraped) => failed?,
         failed = http(browsed) => failed?,
         () = withdraw(&server, &tokens) => {}
+        () = control.run(&server) => {}
         () = watcher.live() => {}
     }
     tracing::info!("stopped");

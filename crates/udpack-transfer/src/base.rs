@@ -4,4 +4,5 @@ pub(crate) mod code;
 pub(crate) mod glob;
 pub mod names;
 pub(crate) mod path;
+pub(crate) mod phase;
 pub(crate) mod size;

@@ -44,17 +44,19 @@ pub use base::code::{Code, ErrorKind};
 pub use base::glob::{Exclude, Pattern, PatternError};
 pub use base::names;
 pub use base::path::{PathError, PathRule, RelPath};
+pub use base::phase::Phase;
 pub use base::size::{format_size, parse_size};
 pub use client::downloader::{Download, Downloader, Wanted, apply_entry};
 pub use client::fetch::{Fetch, FetchError, Fetched};
 pub use client::link::{Link, LinkEvent, LinkEvents, Retry};
 pub use client::progress::{Event, FileProgress, Moving, Outcome, Progress, Watch};
-pub use client::remote::{Job, JobKind, JobState, Jobs, JobsEvent, Listing, Remote};
+pub use client::remote::{Job, JobKind, JobState, Jobs, JobsEvent, Listing, Remote, StatsWatch};
 pub use client::uploader::{Upload, Uploader};
 pub use local::error::TransferError;
 pub use local::limiter::Limiter;
 pub use local::source::Source;
 pub use local::walk::{Found, Walk, What};
+pub use server::control::Control;
 pub use server::hook::{
     Accepted, Access, Answer, Hook, HookAccess, HookOffer, HookStored, HookWhole,
 };
@@ -65,8 +67,9 @@ pub use store::{
     Abilities, Begin, Begun, Checkpoint, Complete, DiskUpload, Durable, Entry, Existing, Expected,
     IfExists, Kind, Left, List, Memory, MemoryUpload, MemoryWhole, Meta, Names, NewDir, NewFile,
     NewLink, NewUpload, OtherTime, Overwrite, Page, Partial, Placed, Published, Range, ReadAt,
-    Removed, Sink, Store, StoreConfig, StoreError, Stored, Suspended, SyncPolicy, Synced, Tenant,
-    Time, Usage, check_target, purge, uploads,
+    Removed, Sink, Space, Store, StoreConfig, StoreError, Stored, Suspended, SyncPolicy, Synced,
+    Tenant, Time, Usage, check_target, purge, uploads,
 };
 pub use wire::lane::{Action, Lane, Refusal};
-pub use wire::{CHANNEL, JOBS_CHANNEL};
+pub use wire::stats::{JobCounts, QuotaStats, RoomStats, ServerStats, SocketStats};
+pub use wire::{CHANNEL, JOBS_CHANNEL, STATS_CHANNEL};

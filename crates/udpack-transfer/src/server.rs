@@ -1,5 +1,6 @@
 //! The server's half: one lane and what it decides, the disk work of files, requests, jobs, the operator's word.
 
+pub(crate) mod control;
 pub(crate) mod hook;
 pub(crate) mod jobs;
 pub(crate) mod outgoing;

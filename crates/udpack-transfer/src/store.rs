@@ -330,6 +330,15 @@ pub struct Usage {
     pub suspended: u64,
 }
 
+/// What the file system of a store has, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Space {
+    /// For this process to take.
+    pub free: u64,
+    /// In all.
+    pub total: u64,
+}
+
 /// What a store keeps when it is closed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Left {
@@ -511,6 +520,32 @@ impl Store {
     pub fn stored(&self) -> (u64, u64) {
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         (count(&self.inner.files), count(&self.inner.bytes))
+    }
+
+    /// What of this quota is taken: by files, uploads under way and interrupted ones. `None` before the files were counted,
+    /// which the first upload under the quota does.
+    pub fn used(&self, tenant: &Tenant) -> Option<u64> {
+        let state = self.inner.state();
+        let prefix = &tenant.prefix;
+        let files = state.accounts.counted(prefix)?;
+        let promised = state.accounts.reserved(prefix);
+        Some(
+            files
+                .saturating_add(promised)
+                .saturating_add(state.suspended(prefix)),
+        )
+    }
+
+    /// What its file system has. Blocks as long as that takes to answer.
+    ///
+    /// # Errors
+    /// When the file system does not say.
+    pub fn space(&self) -> io::Result<Space> {
+        let disk = &self.inner.disk;
+        Ok(Space {
+            free: disk.available()?,
+            total: disk.capacity()?,
+        })
     }
 
     /// Waits until nothing else holds this store, at most so long, then lets go of its directory, and says what is kept

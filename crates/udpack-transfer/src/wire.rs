@@ -3,6 +3,7 @@
 //! Unknown keys are ignored, wrong types are not. Nothing here does I/O or keeps state.
 
 pub(crate) mod lane;
+pub(crate) mod stats;
 
 use bytes::Bytes;
 use serde::Serialize;
@@ -18,6 +19,9 @@ pub const CHANNEL: &str = "transfer";
 
 /// The name of the channels on which a server's transfers are watched.
 pub const JOBS_CHANNEL: &str = "transfers";
+
+/// The name of the channels on which the state of a server is watched.
+pub const STATS_CHANNEL: &str = "stats";
 
 /// Bytes of file in one `chunk` that this library sends and likes to get.
 pub const CHUNK: usize = 256 << 10;

@@ -26,6 +26,7 @@ async fn open_server() -> Fixture {
             read: true,
             write: true,
             delete: true,
+            watch: true,
             admin: true,
             prefix: None,
             quota: None,
@@ -573,7 +574,9 @@ async fn transfers_are_watched_and_cancelled() {
             loop {
                 match jobs.next().await {
                     Some(Ok(JobsEvent::Changed(job))) if job.state == JobState::Running => {
-                        jobs.cancel(job.id).await.expect("it may be cancelled");
+                        jobs.cancel(job.id, None)
+                            .await
+                            .expect("it may be cancelled");
                     }
                     Some(Ok(JobsEvent::Changed(job))) => break job,
                     Some(Ok(_)) => {}
@@ -587,7 +590,7 @@ async fn transfers_are_watched_and_cancelled() {
             matches!(&failed[0].1, TransferError::Refused { code, .. } if code == "cancelled"),
             "{failed:?}"
         );
-        let unknown = jobs.cancel(u64::MAX).await;
+        let unknown = jobs.cancel(u64::MAX, None).await;
         assert!(
             matches!(&unknown, Err(TransferError::Refused { code, .. }) if code == "not_found"),
             "{unknown:?}"

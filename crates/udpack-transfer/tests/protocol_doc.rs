@@ -10,17 +10,18 @@ use std::fmt::Write as _;
 use bytes::Bytes;
 use common::{Fixture, bounded};
 use serde::de::IgnoredAny;
-use udpack::{Channel, Message, RequestError};
+use udpack::{Channel, Deny, Encoded, Hello, Message, Peer, RequestError};
 use udpack_transfer::wire::{self, Have, MetaFields, Reply, Request};
 use udpack_transfer::{
-    CHANNEL, Code, IfExists, JOBS_CHANNEL, ReceiverConfig, Scope, StoreConfig, Synced,
+    CHANNEL, Code, Control, IfExists, JOBS_CHANNEL, Receiver, ReceiverConfig, STATS_CHANNEL, Scope,
+    ServerStats, Store, StoreConfig, Synced,
 };
 use vectors::{Value, Vector, read_msgpack, vectors};
 
 /// Fewer than these, and the parser has gone blind.
 const MIN_ACCEPTED: usize = 59;
 const MIN_REFUSED: usize = 94;
-const MIN_ASKED: usize = 20;
+const MIN_ASKED: usize = 33;
 
 /// What a message was read as: each key of its table, `None` for what is absent, nil, or as if absent.
 type Said = Vec<(&'static str, Option<Value>)>;
@@ -342,31 +343,59 @@ async fn every_vector_of_a_request_holds() {
         let rights = Scope {
             read: true,
             delete: true,
+            admin: true,
             ..Scope::default()
         };
         let config = ReceiverConfig {
             default_scope: rights,
             ..ReceiverConfig::default()
         };
-        let fixture = Fixture::with(StoreConfig::default(), config).await;
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let store = Store::open(dir.path().join("up"), StoreConfig::default()).expect("a store");
+        let receiver = Receiver::new(store, config);
+        let control = Control::new(&receiver);
+        let anybody = |_: Hello| async { Ok::<_, Deny>(Peer::new("tester")) };
+        let more = |server| control.attach(server);
+        let fixture = Fixture::serve_more(dir, receiver, anybody, more).await;
+        let looking = fixture.server.clone();
+        let looking = tokio::spawn(async move { control.run(&looking).await });
         let socket = fixture.connect().await;
         let lane = socket.open(CHANNEL).await.expect("a lane");
         let jobs = socket.open(JOBS_CHANNEL).await.expect("the list of jobs");
+        let stats = socket.open(STATS_CHANNEL).await.expect("the state");
         let mut asked = 0;
         let mut failures = String::new();
         for vector in vectors().iter().filter(|vector| vector.kind() == "ask") {
             asked += 1;
-            let of_jobs = vector.name().starts_with("jobs");
-            let channel = if of_jobs { &jobs } else { &lane };
+            let channel = match vector.name() {
+                name if name.starts_with("jobs") => &jobs,
+                name if name.starts_with("stats") => &stats,
+                _ => &lane,
+            };
             if let Err(why) = ask(channel, vector).await {
                 writeln!(failures, "{}: {why}", vector.name())
                     .expect("writing to a string succeeds");
             }
         }
+        looking.abort();
         assert!(asked >= MIN_ASKED, "vectors found: {asked}");
         assert!(failures.is_empty(), "vectors that do not hold:\n{failures}");
     })
     .await;
+}
+
+/// What a server tells of its state is read whole, and written as it was.
+#[test]
+fn the_state_of_the_document_is_that_of_the_library() {
+    let vectors = vectors();
+    let vector = vectors.iter().find(|vector| vector.name() == "stats");
+    let vector = vector.expect("a vector named `stats`");
+    let bytes = Bytes::from(vector.bytes().expect("sound bytes"));
+    let message = Message::decode(bytes.clone()).expect("a message");
+    let stats: ServerStats = message.data().expect("the state");
+    assert_eq!(stats.sockets[0].rtt, 0.03125);
+    let frame = Encoded::new("stats", &stats).expect("it can be told");
+    assert_eq!(frame.bytes()[4..], bytes);
 }
 
 async fn ask(channel: &Channel, vector: &Vector) -> Result<(), String> {

@@ -2182,8 +2182,8 @@ async fn the_servers_program_sees_each_transfer_and_cancels_one() {
             (&*all[0].path, &*all[0].peer, all[0].size, all[0].bytes),
             ("x", "all", Some(10), 5)
         );
-        assert!(!receiver.cancel(all[0].id + 1));
-        assert!(receiver.cancel(all[0].id));
+        assert!(!receiver.cancel(all[0].id + 1, None));
+        assert!(receiver.cancel(all[0].id, Some("by the program")));
         assert_eq!(lane.hear().await.line, "error 1 cancelled");
         assert_eq!(receiver.transfers(), []);
     })

@@ -174,9 +174,9 @@ pub(crate) struct Session {
     pub(crate) handles: Handles,
 }
 
-/// What the two sides told each other on admission.
-#[derive(Default)]
+/// What the two sides told each other on admission, and when they began.
 struct Admission {
+    begun: Instant,
     /// What the server announced (at the client) or has announced (at the server).
     welcome: RwLock<Option<Arc<Welcome>>>,
     changed: Notify,
@@ -185,6 +185,15 @@ struct Admission {
 }
 
 impl Admission {
+    fn new() -> Self {
+        Self {
+            begun: Instant::now(),
+            welcome: RwLock::default(),
+            changed: Notify::new(),
+            agent: OnceLock::new(),
+        }
+    }
+
     fn welcome(&self) -> Option<Arc<Welcome>> {
         let welcome = self.welcome.read();
         welcome.unwrap_or_else(PoisonError::into_inner).clone()
@@ -352,7 +361,7 @@ impl Session {
             life: Life::default(),
             span: tracing::Span::current(),
             extensions: Extensions::default(),
-            admission: Admission::default(),
+            admission: Admission::new(),
             departure: Departure::default(),
             numbers: ChannelNumbers {
                 next: AtomicU64::new(1),
@@ -396,6 +405,11 @@ impl Session {
             inbox,
             counters,
         )
+    }
+
+    /// How long it is there.
+    pub(crate) fn age(&self) -> Duration {
+        self.admission.begun.elapsed()
     }
 
     /// Looks after what nobody tells: bytes that nobody reads, and a peer that does not answer. To be called with each

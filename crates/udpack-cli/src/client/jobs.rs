@@ -33,7 +33,7 @@ async fn jobs(
         .run_link_aloud(retry(None), &mut interrupts, async |link| {
             let mut jobs = Remote::new(&link).jobs();
             if let Some(id) = args.cancel {
-                jobs.cancel(id).await.map_err(|error| match error {
+                jobs.cancel(id, None).await.map_err(|error| match error {
                     TransferError::Refused {
                         code: Code::NotFound,
                         ..

@@ -3,6 +3,8 @@
 
 mod jobs;
 mod order;
+mod stats;
+mod watching;
 mod wire;
 
 use std::collections::VecDeque;
@@ -25,6 +27,7 @@ use crate::wire::CHANNEL;
 use order::Order;
 
 pub use jobs::{Job, JobKind, JobState, Jobs, JobsEvent};
+pub use stats::StatsWatch;
 
 /// Entries asked for at a time.
 const PAGE: usize = 512;
@@ -137,6 +140,13 @@ impl Remote {
     /// Nothing is asked before the first [`Jobs::next`].
     pub fn jobs(&self) -> Jobs {
         Jobs::new(self.inner.link.clone())
+    }
+
+    /// The state of the server, for a client that may watch it.
+    ///
+    /// Nothing is asked before the first [`StatsWatch::next`].
+    pub fn stats(&self) -> StatsWatch {
+        StatsWatch::new(self.inner.link.clone())
     }
 
     async fn ask<T, R>(

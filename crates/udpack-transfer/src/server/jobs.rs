@@ -3,16 +3,23 @@
 //! A watcher gets the list, then each change, coalesced: of several states of one job within a quarter of a
 //! second the latest. The end of a job is always sent. Transfers never wait for a watcher.
 
+mod pace;
+mod recent;
+
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use tokio::time::{Interval, MissedTickBehavior};
 use udpack::{Channel, CloseCode, Fault, Message, RecvError, SendError};
 
+use self::pace::Pace;
+use self::recent::{Counts, Ended, Recent};
 use crate::base::code::Code;
+use crate::base::phase::{Phase, PhaseCell};
 use crate::server::scope::Scope;
 
 /// How often a job's progress is sent at most.
@@ -21,8 +28,10 @@ const TICK: Duration = Duration::from_millis(250);
 const BACKLOG: usize = 16_384;
 /// Jobs in the first list.
 const LIST: usize = 512;
-/// Bytes of a job in a message beside its path and peer, at most.
-const JOB_BYTES: usize = 160;
+/// Bytes of a job in a message beside its path, peer and text, at most.
+const JOB_BYTES: usize = 256;
+/// Bytes of the reason that is given with `cancel`, and of the text that is kept of an end, at most.
+const TEXT: usize = 256;
 
 /// Whether a job brings a file or takes one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,10 +41,11 @@ pub(crate) enum JobKind {
 }
 
 /// How a job ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum JobEnd {
     Done,
-    Failed(Code),
+    /// With the sentence that its client gets.
+    Failed(Code, String),
     Cancelled,
     /// What is there of it waits to be resumed.
     Suspended,
@@ -53,8 +63,14 @@ pub struct Transfer {
     pub path: String,
     /// The id of the client's token.
     pub peer: String,
-    /// The size in bytes; `None` where it is not known, and for a download.
+    /// The size in bytes; `None` where it is not known, or not yet.
     pub size: Option<u64>,
+    /// What it is doing.
+    pub phase: Phase,
+    /// Bytes a second, of the last two seconds or so.
+    pub rate: u64,
+    /// No byte has moved for 5 s, though some should.
+    pub stalled: bool,
     /// Bytes received without a gap, or sent.
     pub bytes: u64,
     /// Of those received, bytes that a power cut would not take.
@@ -87,7 +103,8 @@ impl TransferWatch {
             let over = self.jobs.inner.over.load(Ordering::Relaxed);
             let now = self.jobs.transfers();
             let state = |all: &[Transfer]| {
-                let state = all.iter().map(|one| (one.id, one.bytes, one.safe));
+                let state =
+                    (all.iter()).map(|one| (one.id, one.bytes, one.safe, one.phase, one.stalled));
                 state.collect::<Vec<_>>()
             };
             if self.told.as_deref().map(state) != Some(state(&now)) {
@@ -111,6 +128,7 @@ pub(crate) struct Jobs {
 struct Inner {
     next: AtomicU64,
     running: Mutex<BTreeMap<u64, Arc<Running>>>,
+    recent: Recent,
     watchers: Mutex<HashMap<u64, Arc<Watcher>>>,
     /// Watchers go when there is nothing left to see.
     over: AtomicBool,
@@ -122,11 +140,28 @@ struct Running {
     /// The name in the store.
     path: String,
     peer: String,
-    size: Option<u64>,
+    size: OnceLock<u64>,
     since: Instant,
+    phase: PhaseCell,
+    pace: Mutex<Pace>,
     bytes: AtomicU64,
     safe: AtomicU64,
-    cancel: Box<dyn Fn() + Send + Sync>,
+    /// `None` once it has ended.
+    cancel: Mutex<Option<Cancel>>,
+    /// That it was cancelled at the server, and why, if somebody said so.
+    cancelled: OnceLock<Option<String>>,
+}
+
+type Cancel = Arc<dyn Fn() + Send + Sync>;
+
+/// What a watcher is told of a job that runs; while it stays the same, nothing is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct State {
+    bytes: u64,
+    safe: u64,
+    phase: Phase,
+    stalled: bool,
+    rate: u64,
 }
 
 impl std::fmt::Debug for Running {
@@ -135,6 +170,20 @@ impl std::fmt::Debug for Running {
             .field("id", &self.id)
             .field("path", &self.path)
             .finish_non_exhaustive()
+    }
+}
+
+/// Notes what a job is doing, and how far it is. A handle.
+#[derive(Debug, Clone)]
+pub(crate) struct JobNotes(Arc<Running>);
+
+impl JobNotes {
+    pub(crate) fn phase(&self, phase: Phase) {
+        self.0.phase.set(phase);
+    }
+
+    pub(crate) fn bytes(&self, bytes: u64) {
+        self.0.bytes.fetch_max(bytes, Ordering::Relaxed);
     }
 }
 
@@ -149,13 +198,14 @@ pub(crate) struct Job {
 #[derive(Debug)]
 struct Watcher {
     peer: String,
+    watches: bool,
     admin: bool,
-    ended: Mutex<Ended>,
+    ended: Mutex<Unheard>,
 }
 
 #[derive(Debug, Default)]
-struct Ended {
-    jobs: VecDeque<(Arc<Running>, JobEnd)>,
+struct Unheard {
+    jobs: VecDeque<Arc<Ended>>,
     /// More ended than the backlog holds.
     lost: bool,
 }
@@ -171,16 +221,23 @@ impl Jobs {
         cancel: impl Fn() + Send + Sync + 'static,
     ) -> Job {
         let id = self.inner.next.fetch_add(1, Ordering::Relaxed) + 1;
+        let since = Instant::now();
         let running = Arc::new(Running {
             id,
             kind,
             path: path.to_owned(),
             peer: peer.to_owned(),
-            size,
-            since: Instant::now(),
+            size: size.map_or_else(OnceLock::new, OnceLock::from),
+            since,
+            phase: PhaseCell::new(match kind {
+                JobKind::Put => Phase::Receiving,
+                JobKind::Get => Phase::Waiting,
+            }),
+            pace: Mutex::new(Pace::new(since)),
             bytes: AtomicU64::new(0),
             safe: AtomicU64::new(0),
-            cancel: Box::new(cancel),
+            cancel: Mutex::new(Some(Arc::new(cancel))),
+            cancelled: OnceLock::new(),
         });
         lock(&self.inner.running).insert(id, running.clone());
         Job {
@@ -207,10 +264,23 @@ impl Jobs {
         }
     }
 
-    /// Cancels one; `false` where there is none of this number.
-    pub(crate) fn cancel(&self, id: u64) -> bool {
+    /// Cancels one, and tells its client why; `false` where there is none of this number.
+    pub(crate) fn cancel(&self, id: u64, reason: Option<&str>) -> bool {
         let job = lock(&self.inner.running).get(&id).cloned();
-        job.map(|job| (job.cancel)()).is_some()
+        job.map(|job| job.cancel(reason)).is_some()
+    }
+
+    /// How many run, each way, and how many have ended, and how.
+    pub(crate) fn counts(&self) -> (usize, usize, Counts) {
+        let running = lock(&self.inner.running);
+        let puts = running.values().filter(|job| job.kind == JobKind::Put);
+        let puts = puts.count();
+        (puts, running.len() - puts, self.inner.recent.counts())
+    }
+
+    /// Whether watchers are to go as soon as nothing runs any more, and nothing does.
+    pub(crate) fn is_over(&self) -> bool {
+        self.inner.over.load(Ordering::Relaxed) && lock(&self.inner.running).is_empty()
     }
 
     /// Sends watchers away once they have heard of the end of all they see.
@@ -233,27 +303,14 @@ impl Jobs {
             peer: peer
                 .as_ref()
                 .map_or_else(String::new, |peer| peer.id().to_owned()),
+            watches: scope.watches(),
             admin: scope.admin,
             ended: Mutex::default(),
         });
         let _seat = self.seat(&watcher);
         let mut told = HashMap::new();
-        let mut list = Vec::new();
-        let running = self.running(&watcher);
-        // What does not fit into one message follows as changes.
-        let mut room = channel.frame_limit().saturating_sub(JOB_BYTES);
-        for job in running.iter().take(LIST) {
-            let fields = fields(job, None, &scope, &watcher);
-            let bytes = JOB_BYTES + fields.path.len() + fields.peer.len();
-            if bytes > room {
-                break;
-            }
-            room -= bytes;
-            told.insert(job.id, job.now());
-            list.push(fields);
-        }
-        if channel
-            .send("jobs", &ListFields { jobs: list })
+        if self
+            .list(&channel, &watcher, &scope, &mut told)
             .await
             .is_err()
         {
@@ -296,19 +353,61 @@ impl Jobs {
         Ok(())
     }
 
+    /// Tells what runs, and what has ended of late.
+    async fn list(
+        &self,
+        channel: &Channel,
+        watcher: &Watcher,
+        scope: &Scope,
+        told: &mut HashMap<u64, State>,
+    ) -> Result<(), SendError> {
+        let running = self.running(watcher);
+        let recent = self.inner.recent.all();
+        let seen = recent.iter().filter(|job| watcher.sees(&job.job));
+        // What does not fit into one message follows as changes.
+        let mut room = channel.frame_limit().saturating_sub(JOB_BYTES);
+        let mut fits = |fields: &JobFields<'_>| {
+            let text = fields.text.as_ref().map_or(0, |text| text.len());
+            let bytes = JOB_BYTES + fields.path.len() + fields.peer.len() + text;
+            let left = room.checked_sub(bytes);
+            room = left.unwrap_or(0);
+            left.is_some()
+        };
+        let mut list = ListFields::default();
+        for job in running.iter().take(LIST) {
+            let now = job.now();
+            let fields = fields(job, now, None, scope, watcher);
+            if !fits(&fields) {
+                break;
+            }
+            told.insert(job.id, now);
+            list.jobs.push(fields);
+        }
+        for ended in seen {
+            let now = ended.job.now();
+            let mut fields = fields(&ended.job, now, Some(ended), scope, watcher);
+            fields.ago = Some(ended.at.elapsed().as_secs_f64());
+            if !fits(&fields) {
+                break;
+            }
+            list.ended.push(fields);
+        }
+        channel.send("jobs", &list).await
+    }
+
     /// Tells what changed; false when the watcher has missed the end of a job.
     async fn tell(
         &self,
         channel: &Channel,
         watcher: &Watcher,
         scope: &Scope,
-        told: &mut HashMap<u64, (u64, u64)>,
+        told: &mut HashMap<u64, State>,
     ) -> Result<bool, SendError> {
         for job in self.running(watcher) {
             let now = job.now();
             if told.insert(job.id, now) != Some(now) {
                 channel
-                    .send("job", &fields(&job, None, scope, watcher))
+                    .send("job", &fields(&job, now, None, scope, watcher))
                     .await?;
             }
         }
@@ -320,12 +419,13 @@ impl Jobs {
                 }
                 ended.jobs.pop_front()
             };
-            let Some((job, end)) = next else {
+            let Some(ended) = next else {
                 return Ok(true);
             };
+            let job = &ended.job;
             told.remove(&job.id);
             channel
-                .send("job", &fields(&job, Some(end), scope, watcher))
+                .send("job", &fields(job, job.now(), Some(&ended), scope, watcher))
                 .await?;
         }
     }
@@ -340,21 +440,30 @@ impl Jobs {
             let fault = Fault::new(Fault::NO_HANDLER, "no such event on a channel of jobs");
             return channel.fault(message, &fault).await;
         }
-        let id = match message.fields().and_then(|fields| fields.u64("job")) {
-            Ok(id) => id,
-            Err(error) => {
-                let fault = Fault::new(Fault::BAD_PAYLOAD, error.to_string());
+        let asked = message.fields().and_then(|fields| {
+            let id = fields.u64("job")?;
+            Ok((id, fields.opt_str("reason")?))
+        });
+        let asked = match asked {
+            Ok((id, reason)) => sound_reason(reason).map(|reason| (id, reason)),
+            Err(error) => Err(error.to_string()),
+        };
+        let (id, reason) = match asked {
+            Ok(asked) => asked,
+            Err(text) => {
+                let fault = Fault::new(Fault::BAD_PAYLOAD, text);
                 return channel.fault(message, &fault).await;
             }
         };
         let job = lock(&self.inner.running).get(&id).cloned();
         let fault = match job {
-            // What one may not see is not there.
-            Some(job) if !watcher.sees(&job) => {
+            Some(job) if !watcher.ends(&job) => {
                 Fault::new(Code::Forbidden.as_str(), "not a job of yours")
             }
             Some(job) => {
-                (job.cancel)();
+                let by = watcher.peer.as_str();
+                tracing::info!(job = id, path = job.path, by, reason, "cancelled");
+                job.cancel(reason);
                 return channel.reply(message, &()).await;
             }
             None => Fault::new(Code::NotFound.as_str(), "no such job is running"),
@@ -382,38 +491,94 @@ impl Jobs {
 
 impl Watcher {
     fn sees(&self, job: &Running) -> bool {
+        self.watches || self.peer == job.peer
+    }
+
+    fn ends(&self, job: &Running) -> bool {
         self.admin || self.peer == job.peer
     }
 }
 
 impl Running {
+    fn cancel(&self, reason: Option<&str>) {
+        let reason = reason.map(|reason| udpack::text::printable_within(reason, TEXT));
+        // The first reason counts.
+        let _ = self.cancelled.set(reason);
+        let cancel = lock(&self.cancel).clone();
+        if let Some(cancel) = cancel {
+            cancel();
+        }
+    }
+
     fn transfer(&self) -> Transfer {
-        let (bytes, safe) = self.now();
+        let State {
+            bytes,
+            safe,
+            phase,
+            stalled,
+            rate,
+        } = self.now();
         Transfer {
             id: self.id,
             is_download: self.kind == JobKind::Get,
             path: self.path.clone(),
             peer: self.peer.clone(),
-            size: self.size,
+            size: self.size.get().copied(),
+            phase,
+            rate,
+            stalled,
             bytes,
             safe,
             running: self.since.elapsed(),
         }
     }
 
-    fn now(&self) -> (u64, u64) {
-        (
-            self.bytes.load(Ordering::Relaxed),
-            self.safe.load(Ordering::Relaxed),
-        )
+    fn now(&self) -> State {
+        // In this order: all that was written before a phase is seen in it.
+        let phase = self.phase.get();
+        let bytes = self.bytes.load(Ordering::Relaxed);
+        let now = Instant::now();
+        let mut pace = lock(&self.pace);
+        pace.look(bytes, now);
+        State {
+            bytes,
+            safe: self.safe.load(Ordering::Relaxed).min(bytes),
+            phase,
+            stalled: pace.is_stalled(phase, now),
+            rate: if phase.moves() { pace.rate() } else { 0 },
+        }
     }
 }
 
 impl Job {
     /// How far it is, in bytes.
     pub(crate) fn update(&self, bytes: u64, safe: u64) {
-        self.running.bytes.store(bytes, Ordering::Relaxed);
+        self.running.bytes.fetch_max(bytes, Ordering::Relaxed);
         self.running.safe.store(safe, Ordering::Relaxed);
+    }
+
+    /// Bytes that were there before the first moved.
+    pub(crate) fn skip(&self, bytes: u64) {
+        lock(&self.running.pace).skip(bytes, Instant::now());
+    }
+
+    /// The size has become known.
+    pub(crate) fn sized(&self, size: u64) {
+        let _ = self.running.size.set(size);
+    }
+
+    /// For those who work at it.
+    pub(crate) fn notes(&self) -> JobNotes {
+        JobNotes(self.running.clone())
+    }
+
+    /// What its client is told when it is cancelled.
+    pub(crate) fn cancelled(&self) -> String {
+        match self.running.cancelled.get() {
+            Some(Some(reason)) => format!("cancelled at the server: {reason}"),
+            Some(None) => "cancelled at the server".to_owned(),
+            None => "given up by the client".to_owned(),
+        }
     }
 
     /// It is over.
@@ -427,13 +592,15 @@ impl Job {
         }
         let inner = &self.jobs.inner;
         lock(&inner.running).remove(&self.running.id);
+        drop(lock(&self.running.cancel).take());
+        let ended = inner.recent.add(&self.running, end);
         for watcher in lock(&inner.watchers).values() {
             if watcher.sees(&self.running) {
-                let mut ended = lock(&watcher.ended);
-                if ended.jobs.len() < BACKLOG {
-                    ended.jobs.push_back((self.running.clone(), end));
+                let mut unheard = lock(&watcher.ended);
+                if unheard.jobs.len() < BACKLOG {
+                    unheard.jobs.push_back(ended.clone());
                 } else {
-                    ended.lost = true;
+                    unheard.lost = true;
                 }
             }
         }
@@ -458,9 +625,10 @@ impl Drop for Seat {
     }
 }
 
-#[derive(Serialize)]
+#[derive(Default, Serialize)]
 struct ListFields<'a> {
     jobs: Vec<JobFields<'a>>,
+    ended: Vec<JobFields<'a>>,
 }
 
 #[derive(Serialize)]
@@ -474,26 +642,39 @@ struct JobFields<'a> {
     bytes: u64,
     safe: u64,
     state: &'static str,
+    /// Of one that runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    phase: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rate: Option<u64>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    stalled: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     code: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    text: Option<Cow<'a, str>>,
     secs: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ago: Option<f64>,
 }
 
 fn fields<'a>(
     job: &'a Running,
-    end: Option<JobEnd>,
+    now: State,
+    ended: Option<&'a Ended>,
     scope: &Scope,
     watcher: &Watcher,
 ) -> JobFields<'a> {
-    let (bytes, safe) = job.now();
-    let (state, code) = match end {
+    let (state, code) = match ended.map(|ended| &ended.end) {
         None => ("running", None),
         Some(JobEnd::Done) => ("done", None),
-        Some(JobEnd::Failed(code)) => ("failed", Some(code.as_str())),
+        Some(JobEnd::Failed(code, _)) => ("failed", Some(code.as_str())),
         Some(JobEnd::Cancelled) => ("cancelled", None),
         Some(JobEnd::Suspended) => ("suspended", None),
     };
     let own = watcher.peer == job.peer;
+    let runs = ended.is_none();
+    let text = ended.and_then(Ended::text);
     JobFields {
         id: job.id,
         kind: match job.kind {
@@ -506,12 +687,35 @@ fn fields<'a>(
             &job.path
         },
         peer: &job.peer,
-        size: job.size,
-        bytes,
-        safe,
+        size: job.size.get().copied(),
+        bytes: now.bytes,
+        safe: now.safe,
         state,
+        phase: runs.then(|| now.phase.as_str()),
+        rate: runs.then_some(now.rate),
+        stalled: runs && now.stalled,
         code,
-        secs: job.since.elapsed().as_secs_f64(),
+        text: match own {
+            true => text.map(|text| scope.outside_of(text)),
+            false => text.map(Cow::Borrowed),
+        },
+        secs: match ended {
+            Some(ended) => ended.at.saturating_duration_since(job.since),
+            None => job.since.elapsed(),
+        }
+        .as_secs_f64(),
+        ago: None,
+    }
+}
+
+/// A reason as it may be passed on: one line that can be printed, and not a long one. An empty one is none.
+pub(crate) fn sound_reason(reason: Option<&str>) -> Result<Option<&str>, String> {
+    match reason {
+        Some(reason) if reason.len() > TEXT => Err(format!("reason: more than {TEXT} bytes")),
+        Some(reason) if !reason.chars().all(udpack::text::is_printable) => {
+            Err("reason: a character that cannot be printed".to_owned())
+        }
+        reason => Ok(reason.filter(|reason| !reason.is_empty())),
     }
 }
 

@@ -7,6 +7,7 @@ use udpack::{Channel, CloseCode, Place, SendError, Tenant};
 
 use crate::base::code::Code;
 use crate::base::path::RelPath;
+use crate::base::phase::Phase;
 use crate::local::error::TransferError;
 use crate::local::limiter::{Limiter, Pace};
 use crate::local::source::{Buffers, Opened, Piece};
@@ -88,8 +89,8 @@ impl Failed {
         Self::Refused { code, text, retry }
     }
 
-    fn given_up() -> Self {
-        Self::refused(Code::Cancelled, "given up by the client", false)
+    fn given_up(wanted: &Wanted) -> Self {
+        Self::refused(Code::Cancelled, wanted.job.cancelled(), false)
     }
 
     fn unread() -> Self {
@@ -120,7 +121,7 @@ async fn send(
         Err(Failed::Refused { code, text, retry }) => {
             wanted.job.end(match code {
                 Code::Cancelled => JobEnd::Cancelled,
-                code => JobEnd::Failed(code),
+                code => JobEnd::Failed(code, text.clone()),
             });
             refuse(channel, wanted.id, code, &text, retry).await
         }
@@ -136,11 +137,15 @@ async fn try_send(
 ) -> Result<(), Failed> {
     let began = Instant::now();
     if wanted.unwanted.is_cancelled() {
-        return Err(Failed::given_up());
+        return Err(Failed::given_up(wanted));
     }
     allow(receiver, channel, &wanted.path).await?;
     let place = place(receiver, tenant, wanted).await?;
     let opened = open(receiver, &wanted.path).await?;
+    if let Some(size) = opened.size {
+        wanted.job.sized(size);
+    }
+    wanted.job.notes().phase(Phase::Sending);
     announce(channel, wanted, &opened).await?;
     let (limit, taken) = (&receiver.limit_out, &wanted.taken);
     let slower = if taken.chunk() < limit.chunk() {
@@ -177,7 +182,7 @@ async fn place(receiver: &Receiver, tenant: &Tenant, wanted: &Wanted) -> Result<
     let taking = receiver.places.downloads.take(tenant);
     let place = tokio::select! {
         place = tokio::time::timeout(receiver.config.turn, taking) => place,
-        () = wanted.unwanted.cancelled() => return Err(Failed::given_up()),
+        () = wanted.unwanted.cancelled() => return Err(Failed::given_up(wanted)),
     };
     let text = match place {
         Ok(Ok(place)) => return Ok(place),
@@ -232,7 +237,7 @@ async fn send_pieces(
         pace.adapt(&channel.stats());
         let piece = tokio::select! {
             piece = pieces.recv() => piece,
-            () = wanted.unwanted.cancelled() => return Err(Failed::given_up()),
+            () = wanted.unwanted.cancelled() => return Err(Failed::given_up(wanted)),
         };
         match piece {
             Some(Piece::Chunk { offset, bytes }) => {
@@ -243,7 +248,10 @@ async fn send_pieces(
                 channel.send_bulk("chunk", &fields, "chunk", bytes).await?;
                 job.update(offset + len, 0);
             }
-            Some(Piece::Same { offset, len }) => job.update(offset + len, 0),
+            Some(Piece::Same { offset, len }) => {
+                job.update(offset + len, 0);
+                job.skip(offset + len);
+            }
             Some(Piece::End { size, hash }) => {
                 let hash = Hash(hash);
                 channel

@@ -182,10 +182,10 @@ impl Receiver {
         self.jobs.told()
     }
 
-    /// Cancels a transfer: its client receives `cancelled`, and what is there of an upload is removed. One that is being
+    /// Cancels a transfer: its client receives `cancelled` with this reason in its text, and what is there of an upload is removed. One that is being
     /// checked runs to its end. `false` where none of this number runs.
-    pub fn cancel(&self, id: u64) -> bool {
-        self.jobs.cancel(id)
+    pub fn cancel(&self, id: u64, reason: Option<&str>) -> bool {
+        self.jobs.cancel(id, reason)
     }
 
     /// What the clients share, by a short name for counters: how much of it is taken, who waits, who was refused.

@@ -11,7 +11,7 @@ use crate::store::Tenant;
 
 /// The rights of one client.
 ///
-/// They stand in the fields of its token's entry: `scope=read,write,delete,admin`, `prefix=a/b`, `quota=10G`.
+/// They stand in the fields of its token's entry: `scope=read,write,delete,watch,admin`, `prefix=a/b`, `quota=10G`.
 /// A prefix is the client's root: all it names lies below, and it receives names without it, so that it
 /// cannot even find out what lies beside.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,7 +22,9 @@ pub struct Scope {
     pub write: bool,
     /// May remove, and replace where the server grants it.
     pub delete: bool,
-    /// May watch and cancel the transfers of others.
+    /// May see the transfers of others, and the state of the server.
+    pub watch: bool,
+    /// May see as one who may watch, cancel the transfers of others, close sockets, and shut the server down.
     pub admin: bool,
     /// The directory that is its root.
     pub prefix: Option<RelPath>,
@@ -37,6 +39,7 @@ impl Default for Scope {
             read: false,
             write: true,
             delete: false,
+            watch: false,
             admin: false,
             prefix: None,
             quota: None,
@@ -48,7 +51,7 @@ impl Default for Scope {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ScopeError {
     /// A word of `scope` that is no right.
-    #[error("unknown right {0:?} in scope, expected read, write, delete or admin")]
+    #[error("unknown right {0:?} in scope, expected read, write, delete, watch or admin")]
     Right(String),
     /// `prefix` is no path.
     #[error("prefix: {0}")]
@@ -67,12 +70,14 @@ impl Scope {
         let claim = |key| peer.and_then(|peer| peer.claim(key));
         let mut scope = default.clone();
         if let Some(rights) = claim("scope") {
-            (scope.read, scope.write, scope.delete, scope.admin) = (false, false, false, false);
+            (scope.read, scope.write, scope.delete) = (false, false, false);
+            (scope.watch, scope.admin) = (false, false);
             for right in rights.split(',') {
                 match right {
                     "read" => scope.read = true,
                     "write" => scope.write = true,
                     "delete" => scope.delete = true,
+                    "watch" => scope.watch = true,
                     "admin" => scope.admin = true,
                     other => return Err(ScopeError::Right(crate::base::path::printable(other))),
                 }
@@ -85,6 +90,11 @@ impl Scope {
             scope.quota = Some(parse_size(quota).map_err(ScopeError::Quota)?);
         }
         Ok(scope)
+    }
+
+    /// Whether it sees the transfers of others, and the state of the server.
+    pub fn watches(&self) -> bool {
+        self.watch || self.admin
     }
 
     /// The refusal of what this client has no right to.
@@ -187,6 +197,10 @@ mod tests {
         let all = scope(&[("scope", "read,write,delete,admin"), ("quota", "2K")]).unwrap();
         assert!(all.read && all.write && all.delete && all.admin);
         assert_eq!(all.quota, Some(2048));
+        assert!(all.watches() && !all.watch);
+        let watcher = scope(&[("scope", "watch")]).unwrap();
+        assert!(watcher.watches() && !watcher.admin && !watcher.read && !watcher.write);
+        assert!(!reader.watches());
         for bad in ["", "read,", "Read", "write read", "all"] {
             assert!(
                 matches!(scope(&[("scope", bad)]), Err(ScopeError::Right(_))),

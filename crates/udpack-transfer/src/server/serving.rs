@@ -339,14 +339,15 @@ impl<'a> Serving<'a> {
                     // It has its error: it was on its way, sound or not.
                     return Ok(());
                 }
+                let message = format!("{event}: {text}");
                 if self.lane.malformed(id) {
-                    self.discard(id, JobEnd::Failed(Code::BadMessage));
+                    self.discard(id, JobEnd::Failed(Code::BadMessage, message.clone()));
                 }
                 return self
                     .refuse(Refusal {
                         id,
                         code: Code::BadMessage,
-                        message: format!("{event}: {text}"),
+                        message,
                     })
                     .await;
             }
@@ -399,7 +400,7 @@ impl<'a> Serving<'a> {
             Action::Abort(refusal) => {
                 let end = match refusal.code {
                     Code::Cancelled => JobEnd::Cancelled,
-                    code => JobEnd::Failed(code),
+                    code => JobEnd::Failed(code, refusal.message.clone()),
                 };
                 self.discard(refusal.id, end);
                 self.refuse(refusal).await
@@ -511,7 +512,8 @@ impl<'a> Serving<'a> {
         });
         let outcomes = self.outcomes.clone();
         let uploads = &self.receiver.uploads;
-        let incoming = uploads.begin(task, slot, outcomes, &mut self.gathered);
+        let notes = job.notes();
+        let incoming = uploads.begin(task, slot, notes, outcomes, &mut self.gathered);
         if let Some(tracked) = self.files.get_mut(&id) {
             tracked.incoming = Some(incoming);
             tracked.job = Some(job);
@@ -768,6 +770,9 @@ impl<'a> Serving<'a> {
                     return Ok(());
                 };
                 tracked.our_turn = false;
+                if let Some(job) = &tracked.job {
+                    job.skip(have.iter().map(|(_, len, _)| len).sum());
+                }
                 self.lane.told(id, &have);
                 let fields = ReadyFields {
                     id,
@@ -797,7 +802,7 @@ impl<'a> Serving<'a> {
                 message,
                 retry,
             } => {
-                if !self.settle(id, JobEnd::Failed(code)) {
+                if !self.settle(id, JobEnd::Failed(code, message.clone())) {
                     return Ok(());
                 }
                 self.error(id, code, &message, retry).await
@@ -809,9 +814,10 @@ impl<'a> Serving<'a> {
                     return Ok(());
                 }
                 self.lane.ended(id);
+                let job = self.files.get(&id).and_then(|file| file.job.as_ref());
+                let message = job.map(Job::cancelled).unwrap_or_default();
                 self.discard(id, JobEnd::Cancelled);
-                self.error(id, Code::Cancelled, "cancelled at the server", false)
-                    .await
+                self.error(id, Code::Cancelled, &message, false).await
             }
             Outcome::Sent { id, failed } => {
                 self.downloads.stops.remove(&id);

@@ -9,7 +9,9 @@ use udpack::Place;
 
 use crate::base::code::Code;
 use crate::base::path::RelPath;
+use crate::base::phase::Phase;
 use crate::server::hook::{Hook, HookStored, HookWhole};
+use crate::server::jobs::JobNotes;
 use crate::server::places::Slot;
 use crate::server::writers::{Pulse, UploadKey, Writer, Writers};
 use crate::staging::file::{First, Gathered, Incoming, Plan, Recipient, Whole};
@@ -126,6 +128,7 @@ impl Uploads {
         &self,
         task: Task,
         slot: Slot,
+        notes: JobNotes,
         outcomes: Outcomes,
         gathered: &mut Gathered<Upload>,
     ) -> Incoming<Upload> {
@@ -141,6 +144,7 @@ impl Uploads {
             key: task.key,
             since: Instant::now(),
             small,
+            notes,
             span: task.span,
             file: Some(file),
             leaving: Leaving {
@@ -182,6 +186,7 @@ pub(crate) struct Upload {
     key: Option<UploadKey>,
     since: Instant,
     small: bool,
+    notes: JobNotes,
     span: Span,
     /// Its place among the files that are open.
     file: Option<Place>,
@@ -230,6 +235,14 @@ impl Drop for Leaving {
 
 impl Recipient for Upload {
     const DOWNLOADS: bool = false;
+
+    fn phase(&self, phase: Phase) {
+        self.notes.phase(phase);
+    }
+
+    fn wrote(&mut self, _skipped: u64, _len: u64, position: u64) {
+        self.notes.bytes(position);
+    }
 
     fn ready(&mut self, have: Have) {
         let id = self.leaving.id;
@@ -322,6 +335,7 @@ impl Upload {
         complete: TargetWhole,
         place: Option<Place>,
     ) {
+        self.notes.phase(Phase::Checking);
         tokio::spawn(async move {
             let agreed = hook.verify(&whole).await;
             // Files are removed and synced there.

@@ -22,6 +22,7 @@ pub(crate) use super::pool::Gathered;
 use super::publisher::Staging;
 use super::target::{Started, Target, TargetFile, TargetUpload, TargetWhole};
 use crate::base::path::RelPath;
+use crate::base::phase::Phase;
 use crate::store::{Expected, IfExists, Meta, NewUpload, Published, StoreError, Synced, Tenant};
 use crate::wire::{Have, RANGES};
 
@@ -36,6 +37,9 @@ pub(crate) trait Recipient: fmt::Debug + Send + Sized + 'static {
     /// It is told what has the name, and has that compared by the sender, instead of comparing what comes. A file that is
     /// passed over may then be another one, and what failed for lack of space is kept.
     const DOWNLOADS: bool;
+
+    /// What is being done with it changes.
+    fn phase(&self, _phase: Phase) {}
 
     /// The sender has said how large the file is: of a download only.
     fn opened(&mut self, _size: u64) {}
@@ -456,6 +460,17 @@ impl<R: Recipient> Worker<R> {
         }
     }
 
+    fn phase(&self, phase: Phase) {
+        if let Some(recipient) = &self.recipient {
+            recipient.phase(phase);
+        }
+    }
+
+    /// Whether a file that is there, or a part of this one, may be read as a whole at first.
+    fn looks(&self) -> bool {
+        self.plan.resume || self.plan.if_exists == IfExists::Skip
+    }
+
     async fn step(&mut self, step: Step, shared: &Shared<R>) {
         let done = match step {
             Step::First(First::Look(_place)) => self.begin(shared, false).await,
@@ -552,6 +567,15 @@ impl<R: Recipient> Worker<R> {
     }
 
     async fn begin(&mut self, shared: &Shared<R>, whole: bool) -> Result<(), StoreError> {
+        if self.looks() {
+            self.phase(Phase::Checking);
+        }
+        let begun = self.look(shared, whole).await;
+        self.phase(Phase::Receiving);
+        begun
+    }
+
+    async fn look(&mut self, shared: &Shared<R>, whole: bool) -> Result<(), StoreError> {
         if let Some(known) = self.plan.known.take() {
             return self.again(known);
         }
@@ -668,6 +692,7 @@ impl<R: Recipient> Worker<R> {
         size: Option<u64>,
         hash: Option<[u8; 32]>,
     ) -> Result<(), StoreError> {
+        self.phase(Phase::Checking);
         match std::mem::replace(&mut self.stage, Stage::Ended) {
             Stage::Writing(upload) => self.complete(upload, size, hash).await,
             Stage::Comparing(comparing) => self.compare(*comparing, size, hash).await,
@@ -695,7 +720,13 @@ impl<R: Recipient> Worker<R> {
         };
         let position = upload.position();
         let size = expected.size.unwrap_or(position);
-        let complete = upload.finish(expected).await?;
+        let recipient = self.recipient.as_mut();
+        let mut syncing = move || {
+            if let Some(recipient) = &recipient {
+                recipient.phase(Phase::Syncing);
+            }
+        };
+        let complete = upload.finish(expected, &mut syncing).await?;
         if let Some(recipient) = self.recipient.take() {
             let skipped = size.saturating_sub(position);
             recipient
@@ -905,5 +936,96 @@ mod tests {
         let store = Store::open(dir.path(), StoreConfig::default()).expect("a store");
         leave_and_give_up(Target::Disk(store)).await;
         assert_eq!(crate::store::uploads(dir.path()).expect("a list"), []);
+    }
+
+    /// Notes what it is told, and publishes what is whole.
+    #[derive(Debug)]
+    struct Noting {
+        phases: Arc<Mutex<Vec<Phase>>>,
+        stored: Option<oneshot::Sender<Result<Published, StoreError>>>,
+    }
+
+    impl Recipient for Noting {
+        const DOWNLOADS: bool = false;
+
+        fn phase(&self, phase: Phase) {
+            self.phases.lock().expect("sound").push(phase);
+        }
+
+        fn ready(&mut self, _have: Have) {}
+
+        fn was_there(self, file: Published) {
+            self.stored(Ok(file));
+        }
+
+        async fn complete(
+            self,
+            staging: &Staging<Self>,
+            complete: TargetWhole,
+            _size: u64,
+            _skipped: u64,
+        ) {
+            staging.publish(complete, self, false).await;
+        }
+
+        fn stored(mut self, stored: Result<Published, StoreError>) {
+            if let Some(tell) = self.stored.take() {
+                tell.send(stored).expect("it waits");
+            }
+        }
+
+        fn broken(self) {}
+    }
+
+    /// The phases of a file of this size that is received whole.
+    async fn phases_of(size: usize, resume: bool) -> Vec<Phase> {
+        let dir = tempfile::tempdir().expect("a directory");
+        let store = Store::open(dir.path(), StoreConfig::default()).expect("a store");
+        let staging = Staging::new(Target::Disk(store));
+        let (tell, told) = oneshot::channel();
+        let phases = Arc::<Mutex<Vec<Phase>>>::default();
+        let noting = Noting {
+            phases: phases.clone(),
+            stored: Some(tell),
+        };
+        let plan = Plan {
+            path: "x".parse().expect("a path"),
+            peer: "peer".into(),
+            size: Some(size as u64),
+            meta: Meta::default(),
+            if_exists: IfExists::Error,
+            resume,
+            tenant: None,
+            dirs: Vec::new(),
+            known: None,
+            small: false,
+            leaving: None,
+        };
+        let bytes = vec![7; size];
+        let hash = *blake3::hash(&bytes).as_bytes();
+        let gathered = &mut staging.gathered();
+        let mut incoming = Incoming::begin(&staging, plan, noting, First::Look(None), gathered);
+        let room = incoming.room().acquire_owned().await.expect("room");
+        incoming.write(Some(0), bytes.into(), room, gathered);
+        incoming.finish(Some(size as u64), Some(hash), gathered);
+        told.await.expect("told").expect("stored");
+        let phases = phases.lock().expect("sound");
+        phases.clone()
+    }
+
+    #[tokio::test]
+    async fn a_file_is_received_then_checked_then_synced_then_stored() {
+        use Phase::{Checking, Receiving, Storing, Syncing};
+        // A large one is synced by itself, small ones by those that give them their names.
+        let large = phases_of(4 << 20, false).await;
+        assert_eq!(large, [Receiving, Checking, Syncing, Storing]);
+        let resumable = phases_of(4 << 20, true).await;
+        assert_eq!(resumable, [Checking, Receiving, Checking, Syncing, Storing]);
+        let small = phases_of(1000, false).await;
+        assert_eq!(small[..2], [Receiving, Checking]);
+        assert!(
+            [Syncing, Storing].contains(small.last().expect("more")),
+            "{small:?}"
+        );
     }
 }

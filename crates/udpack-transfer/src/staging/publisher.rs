@@ -8,6 +8,7 @@ use futures_util::FutureExt as _;
 use super::file::Recipient;
 use super::pool::{Gathered, Pool};
 use super::target::{Target, TargetWhole};
+use crate::base::phase::Phase;
 
 /// Most files that are published together.
 const BATCH: usize = 1024;
@@ -70,6 +71,10 @@ impl<R: Recipient> Staging<R> {
     /// publishing already: then that one takes it along. `pooled` says that this thread is one of the pool.
     pub(crate) async fn publish(&self, complete: TargetWhole, recipient: R, pooled: bool) {
         let waits = complete.waits();
+        recipient.phase(match waits {
+            true => Phase::Syncing,
+            false => Phase::Storing,
+        });
         let publication = Publication {
             complete,
             recipient,

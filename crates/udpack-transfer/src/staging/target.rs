@@ -246,11 +246,16 @@ impl TargetUpload {
         }
     }
 
-    pub(crate) async fn finish(self, expected: Expected) -> Result<TargetWhole, StoreError> {
+    /// All bytes are here. `syncing` is called when they are right and go to disk.
+    pub(crate) async fn finish(
+        self,
+        expected: Expected,
+        syncing: &mut (dyn FnMut() + Send),
+    ) -> Result<TargetWhole, StoreError> {
         match self {
             Self::Disk(partial) => {
                 let Expected { size, hash, meta } = expected;
-                let complete = partial.complete(hash, size, meta)?;
+                let complete = partial.complete_telling(hash, size, meta, syncing)?;
                 Ok(TargetWhole::Disk(complete))
             }
             Self::Sink(upload) => upload.upload.finish(expected).await.map(TargetWhole::Sink),

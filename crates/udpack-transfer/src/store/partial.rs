@@ -561,10 +561,21 @@ impl Partial {
     /// What [`have`](Self::have) gave may be left out at the end, too. A large file is put on disk here, a small
     /// one by `publish`, together with others. On an error nothing of it is left.
     pub fn complete(
+        self,
+        hash: Option<[u8; 32]>,
+        size: Option<u64>,
+        meta: Meta,
+    ) -> Result<Complete, StoreError> {
+        self.complete_telling(hash, size, meta, &mut || {})
+    }
+
+    /// As [`complete`](Self::complete); `syncing` is called before the bytes of a large file are put on disk.
+    pub(crate) fn complete_telling(
         mut self,
         hash: Option<[u8; 32]>,
         size: Option<u64>,
         meta: Meta,
+        syncing: &mut dyn FnMut(),
     ) -> Result<Complete, StoreError> {
         self.check()?;
         // Whatever goes wrong from here on, there is nothing to come back to.
@@ -600,6 +611,7 @@ impl Partial {
             SyncPolicy::Never => Some(Synced::None),
             SyncPolicy::Auto if self.position < ALONE_FROM && disk.batches() => None,
             SyncPolicy::Auto | SyncPolicy::Always => {
+                syncing();
                 // Once only: after a failed sync the kernel may have dropped the bytes, and a second one
                 // would not tell.
                 body.file

@@ -73,6 +73,12 @@ impl Accounts {
         self.accounts.get(prefix).map_or(0, |account| account.used)
     }
 
+    /// The same, and `None` where they were not counted.
+    pub(super) fn counted(&self, prefix: &Option<RelPath>) -> Option<u64> {
+        let account = self.accounts.get(prefix)?;
+        account.counted.map(|_| account.used)
+    }
+
     /// Bytes promised to open uploads below the prefix.
     pub(super) fn reserved(&self, prefix: &Option<RelPath>) -> u64 {
         let below = self

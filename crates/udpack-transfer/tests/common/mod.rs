@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 use udpack::{
-    Authenticate, Client, CloseCode, Deny, Hello, Identity, Limits, Peer, Server, Socket,
+    Authenticate, Client, CloseCode, Deny, Hello, Identity, Limits, Peer, Server, ServerBuilder,
+    Socket,
 };
 use udpack_transfer::{
     Event, Outcome, Receiver, ReceiverConfig, RelPath, Source, Store, StoreConfig, StoreError,
@@ -61,11 +62,20 @@ impl Fixture {
 
     /// A server of this receiver, which lets in whom it is told to.
     pub(crate) async fn serve(dir: TempDir, receiver: Receiver, auth: impl Authenticate) -> Self {
+        Self::serve_more(dir, receiver, auth, |server| server).await
+    }
+
+    /// As [`serve`](Self::serve), with more channels.
+    pub(crate) async fn serve_more(
+        dir: TempDir,
+        receiver: Receiver,
+        auth: impl Authenticate,
+        more: impl FnOnce(ServerBuilder) -> ServerBuilder,
+    ) -> Self {
         let server = Server::builder()
             .identity(Identity::generate().expect("a key"))
             .auth(auth);
-        let server = receiver
-            .attach(server)
+        let server = more(receiver.attach(server))
             .bind("127.0.0.1:0")
             .await
             .expect("a free port");

@@ -233,6 +233,18 @@ impl Rooms {
         table.rooms.keys().map(|name| (**name).to_owned()).collect()
     }
 
+    /// The rooms that there are now, as [`names`](Self::names) has them, each with how many members it has.
+    pub fn sizes(&self) -> Vec<(String, usize)> {
+        let rooms: Vec<_> = {
+            let table = lock(&self.directory.table);
+            table.rooms.values().cloned().collect()
+        };
+        rooms
+            .iter()
+            .map(|room| ((*room.tag.name).to_owned(), room.guests().len()))
+            .collect()
+    }
+
     /// Says what happens to this room's messages for members whose queues are full, from the next message on.
     ///
     /// The room then stays when nobody is in it, until it is given the default policy again.

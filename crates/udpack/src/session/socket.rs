@@ -242,6 +242,11 @@ impl Socket {
         self.inner.session.wake.set(WISHED);
     }
 
+    /// How long its session exists, over all its connections.
+    pub fn age(&self) -> Duration {
+        self.inner.session.age()
+    }
+
     /// Channels that are open on this socket at this side.
     pub fn channels(&self) -> usize {
         self.inner.session.live_channels()

@@ -4,15 +4,15 @@ use std::fmt;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use udpack::{Channel, Message};
+use udpack::Message;
 
-use super::{LOSSES, PATIENCE, broken, failed};
+use super::broken;
+use super::watching::Watching;
 use crate::base::path::printable;
+use crate::base::phase::Phase;
 use crate::client::link::Link;
 use crate::local::error::TransferError;
-
-/// The name of the channels that show transfers.
-const CHANNEL: &str = "transfers";
+use crate::wire::JOBS_CHANNEL;
 
 /// A transfer at the server.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,6 +28,12 @@ pub struct Job {
     pub peer: String,
     /// The file's size in bytes, if known.
     pub size: Option<u64>,
+    /// What it is doing, while it runs and where the server says so.
+    pub phase: Option<Phase>,
+    /// Bytes a second, of the last two seconds or so.
+    pub rate: u64,
+    /// No byte has moved for a while, though some should.
+    pub stalled: bool,
     /// Bytes transferred.
     pub bytes: u64,
     /// Of those, bytes that a power cut would not take.
@@ -36,8 +42,23 @@ pub struct Job {
     pub state: JobState,
     /// Why it failed: a code of `docs/PROTOCOL.md` §11.
     pub code: Option<String>,
+    /// The sentence about a failure, or the reason that was given with a cancel; safe to print.
+    pub text: Option<String>,
     /// How long it has been running, or ran.
     pub elapsed: Duration,
+    /// Of those in [`JobsEvent::Ended`]: how long ago it ended.
+    pub ago: Option<Duration>,
+}
+
+impl Job {
+    /// How long it will take from now on, at its rate of the moment.
+    pub fn eta(&self) -> Option<Duration> {
+        let left = self.size?.checked_sub(self.bytes)?;
+        let runs = self.state == JobState::Running && self.rate > 0;
+        Duration::try_from_secs_f64(left as f64 / self.rate as f64)
+            .ok()
+            .filter(|_| runs)
+    }
 }
 
 /// Which way a transfer goes.
@@ -72,6 +93,8 @@ pub enum JobState {
 pub enum JobsEvent {
     /// All there are: first of all, and again after the connection was lost.
     List(Vec<Job>),
+    /// Those that ended before, the last first, as far as the server remembers them. Follows a list.
+    Ended(Vec<Job>),
     /// One that is new or has changed.
     Changed(Job),
 }
@@ -81,18 +104,17 @@ pub enum JobsEvent {
 /// # Drop
 /// Stops watching.
 pub struct Jobs {
-    link: Link,
-    channel: Option<Channel>,
-    losses: u32,
+    watching: Watching,
+    /// Came with the list before.
+    ended: Option<Vec<Job>>,
     over: bool,
 }
 
 impl Jobs {
     pub(super) fn new(link: Link) -> Self {
         Self {
-            link,
-            channel: None,
-            losses: 0,
+            watching: Watching::new(link, JOBS_CHANNEL),
+            ended: None,
             over: false,
         }
     }
@@ -110,53 +132,49 @@ impl Jobs {
         event
     }
 
-    /// Gives a transfer up: one's own, or anyone's for an administrator. Its last state comes as an event.
+    /// Gives a transfer up: one's own, or anyone's for an administrator. Its client is told the reason: one line that can be
+    /// printed, of at most 256 bytes. Its last state comes as an event.
     ///
     /// # Errors
-    /// [`TransferError::Refused`] with `forbidden` or `not_found`, and those of the connection.
+    /// [`TransferError::Refused`] with `forbidden`, `not_found`, or an unknown code where the reason is not such a line, and
+    /// those of the connection.
     ///
     /// # Cancel safety
     /// Dropping it gives the request up; the server may follow it all the same.
-    pub async fn cancel(&mut self, id: u64) -> Result<(), TransferError> {
-        let channel = self.channel().await?;
-        let asked = CancelFields { job: id };
-        let request = channel.request::<_, ()>("cancel", &asked);
-        let answer = request.timeout(PATIENCE).await;
-        answer.map_err(|error| failed(error, PATIENCE))
-    }
-
-    async fn channel(&mut self) -> Result<Channel, TransferError> {
-        if let Some(channel) = &self.channel {
-            return Ok(channel.clone());
-        }
-        let socket = self.link.socket().await?;
-        let channel = socket.open(CHANNEL).await?;
-        self.channel = Some(channel.clone());
-        Ok(channel)
+    pub async fn cancel(&mut self, id: u64, reason: Option<&str>) -> Result<(), TransferError> {
+        let asked = CancelFields { job: id, reason };
+        self.watching.ask("cancel", &asked).await
     }
 
     async fn event(&mut self) -> Result<Option<JobsEvent>, TransferError> {
-        loop {
-            let channel = self.channel().await?;
-            match channel.recv().await {
-                Ok(Some(message)) => {
-                    let event = decode(&message)?;
-                    self.losses = 0;
-                    self.link.progressed();
-                    if event.is_some() {
-                        return Ok(event);
-                    }
-                }
-                Ok(None) => return Ok(None),
-                Err(error) => {
-                    self.channel = None;
-                    self.losses += 1;
-                    let error = error.into();
-                    if !self.link.mends(&error) || self.losses >= LOSSES {
-                        return Err(error);
-                    }
-                }
+        if let Some(ended) = self.ended.take() {
+            return Ok(Some(JobsEvent::Ended(ended)));
+        }
+        while let Some(message) = self.watching.next().await? {
+            let event = self.decode(&message)?;
+            if event.is_some() {
+                return Ok(event);
             }
+        }
+        Ok(None)
+    }
+
+    /// Reads an event; `None` for one of a later version.
+    fn decode(&mut self, message: &Message) -> Result<Option<JobsEvent>, TransferError> {
+        let wrong = |error: udpack::DecodeError| broken(format!("{}: {error}", message.event()));
+        let all = |raw: Vec<RawJob>| raw.into_iter().map(job).collect::<Result<Vec<_>, _>>();
+        match message.event() {
+            "jobs" => {
+                let raw: RawJobs = message.data().map_err(wrong)?;
+                let ended = raw.ended.map(all).transpose()?;
+                self.ended = ended.filter(|ended| !ended.is_empty());
+                Ok(Some(JobsEvent::List(all(raw.jobs)?)))
+            }
+            "job" => {
+                let raw: RawJob = message.data().map_err(wrong)?;
+                Ok(Some(JobsEvent::Changed(job(raw)?)))
+            }
+            _ => Ok(None),
         }
     }
 }
@@ -168,13 +186,17 @@ impl fmt::Debug for Jobs {
 }
 
 #[derive(Serialize)]
-struct CancelFields {
+struct CancelFields<'a> {
     job: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<&'a str>,
 }
 
 #[derive(Deserialize)]
 struct RawJobs {
     jobs: Vec<RawJob>,
+    #[serde(default)]
+    ended: Option<Vec<RawJob>>,
 }
 
 #[derive(Deserialize)]
@@ -192,26 +214,19 @@ struct RawJob {
     safe: u64,
     state: String,
     #[serde(default)]
+    phase: Option<String>,
+    #[serde(default)]
+    rate: u64,
+    #[serde(default)]
+    stalled: bool,
+    #[serde(default)]
     code: Option<String>,
     #[serde(default)]
+    text: Option<String>,
+    #[serde(default)]
     secs: f64,
-}
-
-/// Reads an event; `None` for one of a later version.
-fn decode(message: &Message) -> Result<Option<JobsEvent>, TransferError> {
-    let wrong = |error: udpack::DecodeError| broken(format!("{}: {error}", message.event()));
-    match message.event() {
-        "jobs" => {
-            let raw: RawJobs = message.data().map_err(wrong)?;
-            let jobs = raw.jobs.into_iter().map(job).collect::<Result<_, _>>()?;
-            Ok(Some(JobsEvent::List(jobs)))
-        }
-        "job" => {
-            let raw: RawJob = message.data().map_err(wrong)?;
-            Ok(Some(JobsEvent::Changed(job(raw)?)))
-        }
-        _ => Ok(None),
-    }
+    #[serde(default)]
+    ago: Option<f64>,
 }
 
 fn job(raw: RawJob) -> Result<Job, TransferError> {
@@ -235,7 +250,15 @@ fn job(raw: RawJob) -> Result<Job, TransferError> {
             "suspended" => JobState::Suspended,
             _ => return Err(broken("a job whose state is not known")),
         },
+        // A word of a later version says nothing here.
+        phase: raw.phase.as_deref().and_then(Phase::from_word),
+        rate: raw.rate,
+        stalled: raw.stalled,
         code: raw.code.as_deref().map(printable),
+        text: (raw.text.as_deref()).map(|text| udpack::text::printable_within(text, 1024)),
         elapsed: Duration::try_from_secs_f64(raw.secs).unwrap_or_default(),
+        ago: raw
+            .ago
+            .and_then(|ago| Duration::try_from_secs_f64(ago).ok()),
     })
 }
