@@ -218,6 +218,35 @@ async fn the_error_names_each_address_and_its_reason() {
     .await;
 }
 
+/// Both attempts are under way at once, and the later answer does not hide what the earlier one said.
+#[tokio::test(start_paused = true)]
+async fn two_wrong_keys_are_both_named() {
+    bounded(async {
+        let net = Net::new(9).delay(Duration::from_millis(300));
+        let (key, others) = (identity(), [identity(), identity()]);
+        let mut servers = Vec::new();
+        for other in &others {
+            servers.push(counting(&net, other).await.0);
+        }
+        let addresses = servers.iter().map(|server| server.local_addr().ip());
+        net.name("host.example", addresses);
+        let error = client(&net, &key).connect("host.example").await;
+        let ConnectError::EachAddress { errors, .. } = error.expect_err("none is right") else {
+            panic!("two addresses");
+        };
+        for ((address, error), (server, other)) in errors.iter().zip(servers.iter().zip(&others)) {
+            assert_eq!(*address, server.local_addr());
+            match error {
+                ConnectError::PinMismatch { presented, .. } => {
+                    assert_eq!(*presented, other.fingerprint());
+                }
+                error => panic!("{error}"),
+            }
+        }
+    })
+    .await;
+}
+
 async fn connected_again(socket: &Socket) {
     let mut states = socket.states();
     let mut lost = false;

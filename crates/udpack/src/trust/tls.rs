@@ -5,6 +5,7 @@
 //! check cannot be skipped. 0-RTT is off on both sides: early data can be
 //! replayed, and the first thing a client sends is its token.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -66,28 +67,35 @@ pub(crate) struct PinMismatch {
 
 /// Remembers why the pin refused a server.
 ///
-/// The transport reduces a verifier's error to a line of text; this keeps the typed one.
+/// The transport reduces a verifier's error to a line of text; this keeps the typed ones of the latest attempts, several of which may be
+/// under way at once.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct PinCheck(Arc<Mutex<Option<PinMismatch>>>);
+pub(crate) struct PinCheck(Arc<Mutex<VecDeque<PinMismatch>>>);
 
 impl PinCheck {
     /// Returns the mismatch that ended a connection attempt, if that is what the transport's `text` says.
     pub(crate) fn mismatch(&self, text: &str) -> Option<PinMismatch> {
-        let mismatch = (*self.lock())?;
-        // An older attempt's mismatch says nothing about this one's end. The text is rustls' own,
+        // Another attempt's mismatch says nothing about this one's end. The text is rustls' own,
         // but it quotes the error that the verifier gave.
-        text.contains(&mismatch.presented.to_string())
-            .then_some(mismatch)
+        let quoted = |mismatch: &&PinMismatch| text.contains(&mismatch.presented.to_string());
+        self.lock().iter().find(quoted).copied()
     }
 
-    fn note(&self, mismatch: Option<PinMismatch>) {
-        *self.lock() = mismatch;
+    fn note(&self, mismatch: PinMismatch) {
+        let mut kept = self.lock();
+        if !kept.contains(&mismatch) {
+            kept.truncate(MISMATCHES - 1);
+            kept.push_front(mismatch);
+        }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Option<PinMismatch>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, VecDeque<PinMismatch>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+/// As many as there are attempts to connect at once, or more.
+const MISMATCHES: usize = 32;
 
 /// Where a server's certificate comes from.
 pub(crate) struct CertificateSource {
@@ -299,14 +307,13 @@ impl ServerCertVerifier for PinVerifier {
         let spki = ParsedCertificate::try_from(end_entity)?.subject_public_key_info();
         let presented = Fingerprint::of_spki(&spki);
         if presented == self.expected {
-            self.check.note(None);
             return Ok(ServerCertVerified::assertion());
         }
         let mismatch = PinMismatch {
             expected: self.expected,
             presented,
         };
-        self.check.note(Some(mismatch));
+        self.check.note(mismatch);
         Err(CertificateError::Other(OtherError(Arc::new(mismatch))).into())
     }
 
@@ -594,7 +601,7 @@ mod tests {
         let (client, check) = pinned(fingerprint(&key));
         let protocol = handshake(server_tls(issuing(&key)).unwrap(), client).await;
         assert_eq!(protocol.unwrap(), b"udpack/1");
-        assert!(check.lock().is_none());
+        assert!(check.lock().is_empty());
     }
 
     #[tokio::test]
