@@ -111,11 +111,12 @@ pub(crate) struct ServerArgs {
     #[command(subcommand)]
     pub(crate) command: Option<ServerCommand>,
 
-    /// Address and UDP port to listen on; port 0 picks a free one.
+    /// Address and UDP port to listen on; port 0 picks a free one. The default is all addresses, of IPv6 and IPv4. A link-local
+    /// one has its network interface: `[fe80::1%eth0]:45456`.
     #[arg(
         long,
         value_name = "ADDR:PORT",
-        default_value = "0.0.0.0:45456",
+        default_value = "[::]:45456",
         env = "UDPACK_LISTEN"
     )]
     pub(crate) listen: String,

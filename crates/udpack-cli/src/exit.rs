@@ -474,7 +474,7 @@ fn binding(error: &BindError) -> Meaning {
                     "stop the program that uses the port, or choose another port with --listen",
                 ),
                 AddrNotAvailable => {
-                    hint("choose an address of this machine, or 0.0.0.0 for all, with --listen")
+                    hint("choose an address of this machine, or [::] for all, with --listen")
                 }
                 PermissionDenied => hint("choose a port above 1023 with --listen"),
                 _ => None,
@@ -482,7 +482,7 @@ fn binding(error: &BindError) -> Meaning {
         ),
         BindError::Address(_) => (
             Kind::Usage,
-            hint("use ADDR:PORT with --listen, such as 0.0.0.0:45456"),
+            hint("use ADDR:PORT with --listen, such as [::]:45456"),
         ),
         BindError::Setting(_) => (Kind::Usage, None),
         _ => (Kind::Other, None),

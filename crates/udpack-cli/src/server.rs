@@ -10,13 +10,14 @@ mod url;
 mod web;
 
 use std::io::{self, IsTerminal as _};
+use std::net::UdpSocket;
 use std::os::unix::fs::MetadataExt as _;
 use std::time::Duration;
 
 use listenfd::ListenFd;
 use serde_json::json;
 use tokio::time::MissedTickBehavior;
-use udpack::{Authenticate as _, Drain, Identity, Limits, Server, TokenFile};
+use udpack::{Authenticate as _, BindError, Drain, Identity, Limits, Server, TokenFile};
 use udpack_transfer::{Control, Limiter, Receiver, ReceiverConfig, Scope, Store, StoreConfig};
 use udpack_web::{HttpListener, Site};
 
@@ -57,7 +58,7 @@ async fn serve(args: &ServerArgs, given: ListenFd) -> anyhow::Result<()> {
             tracing::info!("listening on the socket that was passed; --listen is not used");
             socket
         }
-        None => Server::listen(&args.listen).await?,
+        None => listen(&args.listen).await?,
     };
     let hook = match &args.hook {
         Some(hook) => Some(hook::find(hook).map_err(|error| {
@@ -169,6 +170,21 @@ async fn serve(args: &ServerArgs, given: ListenFd) -> anyhow::Result<()> {
     }
     tracing::info!("stopped");
     Ok(())
+}
+
+/// Binds the UDP port.
+async fn listen(address: &str) -> Result<UdpSocket, BindError> {
+    // The resolver knows a zone only without brackets and port.
+    let zoned = address.strip_prefix('[').filter(|rest| rest.contains('%'));
+    let parts = zoned.and_then(|rest| rest.split_once("]:"));
+    match parts.and_then(|(host, port)| Some((host, port.parse().ok()?))) {
+        Some((host, port)) => {
+            let found = udpack::lookup(host, port).await;
+            let found = found.map_err(BindError::Address)?;
+            Server::listen(&*found).await
+        }
+        None => Server::listen(address).await,
+    }
 }
 
 /// Serves by HTTP for ever.

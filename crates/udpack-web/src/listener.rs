@@ -86,7 +86,9 @@ impl HttpListener {
             let (stream, from) = tokio::select! {
                 Some(_) = connections.join_next() => continue,
                 accepted = self.listener.accept() => match accepted {
-                    Ok(accepted) => accepted,
+                    Ok((stream, from)) => {
+                        (stream, SocketAddr::new(from.ip().to_canonical(), from.port()))
+                    }
                     Err(error) => {
                         tracing::debug!(%error, "no connection for HTTP");
                         // For example, no file descriptors are left; this is temporary.

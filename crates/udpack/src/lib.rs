@@ -157,6 +157,7 @@ pub use session::reconnect::{Outage, Reconnect, SocketState, SocketStates};
 pub use session::service::{ByFunction, IntoOutcome, ServeChannel, Service};
 pub use session::socket::Socket;
 pub use session::volatile::{Volatile, VolatileError};
+pub use transport::lookup::lookup;
 pub use trust::auth::{Authenticate, Deny, Hello, Peer};
 pub use trust::fingerprint::{Fingerprint, FingerprintError};
 #[cfg(feature = "https")]

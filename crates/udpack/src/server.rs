@@ -522,7 +522,8 @@ impl ServerBuilder {
         self
     }
 
-    /// Binds the UDP port and starts serving.
+    /// Binds the UDP port and starts serving. `[::]:PORT` is all addresses of the machine, of IPv6 and IPv4; where the system has no
+    /// IPv6, those of IPv4, and the log says so. Answers leave from the address that was asked.
     ///
     /// # Errors
     /// When something needed is missing, a setting makes no sense, the address cannot be resolved or bound,

@@ -8,6 +8,7 @@ pub(crate) mod endpoint;
 mod gather;
 pub(crate) mod heard;
 pub(crate) mod listener;
+pub(crate) mod lookup;
 #[cfg(feature = "testing")]
 pub(crate) mod memory;
 pub(crate) mod qlog;

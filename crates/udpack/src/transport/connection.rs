@@ -14,6 +14,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use crate::base::text::{cut, printable_within};
+use crate::transport::lookup::unmapped;
 use crate::transport::udp::{self, MOST_PAYLOAD};
 use crate::transport::web;
 use crate::trust::origin::Transport;
@@ -273,7 +274,7 @@ impl Connection {
 
     /// Where the peer is now.
     pub(crate) fn remote_address(&self) -> SocketAddr {
-        self.quic.remote_address()
+        unmapped(self.quic.remote_address())
     }
 
     /// Smoothed round-trip time.

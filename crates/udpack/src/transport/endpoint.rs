@@ -17,6 +17,7 @@ use tokio::time::Instant;
 
 use crate::transport::congestion::ModelConfig;
 use crate::transport::connection::varint;
+use crate::transport::lookup;
 use crate::transport::timer::PromptRuntime;
 use crate::transport::udp::{self, Bound, MODEST_PAYLOAD, MOST_PAYLOAD, Port};
 use crate::transport::web::OWN_UNI;
@@ -87,7 +88,7 @@ impl Via {
     /// The addresses of this name.
     pub(crate) async fn lookup(&self, host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
         match self {
-            Self::System => Ok(tokio::net::lookup_host((host, port)).await?.collect()),
+            Self::System => lookup::lookup(host, port).await,
             #[cfg(feature = "testing")]
             Self::Net(net) => net.lookup(host, port),
         }

@@ -13,6 +13,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::base::lock;
 use crate::transport::endpoint::{self, At, ETHERNET_PAYLOAD, Route, Side, Via};
+use crate::transport::lookup::unmapped;
 use crate::transport::qlog::Qlog;
 use crate::transport::udp::Port;
 use crate::transport::web;
@@ -237,7 +238,7 @@ pub(crate) struct Incoming(quinn::Incoming);
 
 impl Incoming {
     pub(crate) fn remote_address(&self) -> SocketAddr {
-        self.0.remote_address()
+        unmapped(self.0.remote_address())
     }
 
     /// Whether the peer has shown that it receives at its address (RFC 9000, section 8.1).

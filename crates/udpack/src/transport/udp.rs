@@ -20,6 +20,7 @@ use tokio::io::Interest;
 use crate::base::LogLimit;
 use crate::base::lock;
 use crate::transport::gather;
+use crate::transport::lookup::unmapped;
 
 /// Largest UDP payload that is tried, in bytes, however large a datagram the route takes.
 ///
@@ -41,8 +42,36 @@ const LARGEST: u16 = 65_527;
 const IPV4_HEADERS: u32 = 20 + 8;
 const IPV6_HEADERS: u32 = 40 + 8;
 
-/// A UDP socket at this address; for IPv6 also of IPv4 peers.
+/// A UDP socket at this address; for IPv6 also of IPv4 peers. All of a machine's addresses, `[::]`, are those of IPv4 where the system has no
+/// IPv6; the log says so.
 pub(crate) fn bound(address: SocketAddr) -> io::Result<UdpSocket> {
+    bound_by(open, address)
+}
+
+fn bound_by(
+    open: impl Fn(SocketAddr) -> io::Result<UdpSocket>,
+    address: SocketAddr,
+) -> io::Result<UdpSocket> {
+    let all = address.is_ipv6() && address.ip().is_unspecified();
+    match open(address) {
+        Err(error) if all && is_without_ipv6(&error) => {
+            let address = SocketAddr::from(([0, 0, 0, 0], address.port()));
+            tracing::warn!(%error, listening = %address, "this system has no IPv6; only IPv4 is served");
+            open(address)
+        }
+        opened => opened,
+    }
+}
+
+fn is_without_ipv6(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    let code = error.raw_os_error();
+    [Errno::AFNOSUPPORT, Errno::ADDRNOTAVAIL]
+        .iter()
+        .any(|errno| code == Some(errno.raw_os_error()))
+}
+
+fn open(address: SocketAddr) -> io::Result<UdpSocket> {
     let socket = RawSocket::new(
         Domain::for_address(address),
         Type::DGRAM,
@@ -170,7 +199,7 @@ fn grow_buffers(socket: &RawSocket, wanted: usize) -> usize {
 /// Largest UDP payload, in bytes, that leaves for this peer in one piece as far as the kernel knows, at most
 /// [`MOST_PAYLOAD`]; `None` where it does not tell. What lies behind the first link only probes find out.
 pub(crate) fn route_payload(peer: SocketAddr) -> Option<u16> {
-    let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
+    let peer = unmapped(peer);
     let socket =
         RawSocket::new(Domain::for_address(peer), Type::DGRAM, Some(Protocol::UDP)).ok()?;
     // Sends nothing: it looks the route up.
@@ -664,6 +693,21 @@ pub(crate) mod tests {
         let size = socket.recv_buffer_size().expect("a size");
         assert!(size >= 128 << 10, "{size}");
         assert_eq!(granted, size / 2);
+    }
+
+    #[test]
+    fn without_ipv6_all_addresses_are_those_of_ipv4() {
+        let none = |address: SocketAddr| match address.is_ipv6() {
+            true => Err(rustix::io::Errno::AFNOSUPPORT.into()),
+            false => open(address),
+        };
+        let all = SocketAddr::from(([0_u16; 8], 0));
+        let socket = bound_by(none, all).expect("IPv4");
+        assert!(socket.local_addr().unwrap().is_ipv4());
+        let one = SocketAddr::from(([0, 0, 0, 0, 0, 0, 0, 1], 0));
+        bound_by(none, one).expect_err("another address was not asked for");
+        let taken = |_| Err(io::ErrorKind::AddrInUse.into());
+        bound_by(taken, all).expect_err("the port is not free");
     }
 
     #[test]
