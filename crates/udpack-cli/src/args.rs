@@ -277,7 +277,7 @@ pub(crate) struct TokenNewArgs {
     /// Its name, which logs and lists show. Default: a random one.
     pub(crate) name: Option<String>,
 
-    /// What it allows: read, write, delete, watch, admin, with commas between. Default: what the server allows all.
+    /// What it allows: read, write, delete, share, watch, admin, with commas between. Default: what the server allows all.
     #[arg(long, value_enum, value_delimiter = ',', value_name = "SCOPE")]
     pub(crate) scope: Vec<ScopeArg>,
 
@@ -292,6 +292,10 @@ pub(crate) struct TokenNewArgs {
     /// When it expires: after a time such as 30d or 12h, or at one such as 2027-01-31 or 2027-01-31T12:00:00Z.
     #[arg(long, value_name = "TIME")]
     pub(crate) expires: Option<String>,
+
+    /// For the first client alone that comes with it, and for 24 hours from then on.
+    #[arg(long)]
+    pub(crate) once: bool,
 
     #[command(flatten)]
     pub(crate) at: WhereArgs,
@@ -378,6 +382,7 @@ pub(crate) enum ScopeArg {
     Write,
     Delete,
     Watch,
+    Share,
     Admin,
 }
 
@@ -389,6 +394,7 @@ impl ScopeArg {
             Self::Write => "write",
             Self::Delete => "delete",
             Self::Watch => "watch",
+            Self::Share => "share",
             Self::Admin => "admin",
         }
     }

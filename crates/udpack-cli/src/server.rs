@@ -105,6 +105,11 @@ async fn serve(args: &ServerArgs, given: ListenFd) -> anyhow::Result<()> {
             (TokenFile::load_or_create(path)?, first_start)
         }
     };
+    #[cfg(feature = "web")]
+    let link = web.as_ref().map(|port| port.link(args));
+    #[cfg(not(feature = "web"))]
+    let link = None;
+    let receiver = receiver.sharing(tokens.clone(), link.clone());
     let hub = Hub::new();
     let control = Control::new(&receiver);
     let server = Server::builder()
@@ -129,10 +134,6 @@ async fn serve(args: &ServerArgs, given: ListenFd) -> anyhow::Result<()> {
     if let Some(scrapes) = &scrapes {
         places.push(("metrics", scrapes.local_addr().to_string()));
     }
-    #[cfg(feature = "web")]
-    let link = web.as_ref().map(|port| port.link(args));
-    #[cfg(not(feature = "web"))]
-    let link = None;
     announce(args, &server, &tokens, first_start, places, link)?;
     let watcher = systemd::Watcher::from_env();
     watcher.tell("READY=1");

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use udpack::{
     Client, ClientBuilder, CloseCode, ConnectError, ConnectUrl, DEFAULT_PORT, Fingerprint,
-    FingerprintError, Socket, Timeouts, TokenFile, TokenFileError,
+    FingerprintError, Socket, Timeouts, TokenFile, TokenFileError, claimed_token,
 };
 use udpack_transfer::{Link, LinkEvent, Retry, TransferError};
 
@@ -73,7 +73,7 @@ impl Target {
             ..Timeouts::default()
         };
         let mut client = Client::builder()
-            .token(token.unwrap_or_default())
+            .token(claimed_token(&token.unwrap_or_default()))
             .agent(concat!("udpack-client/", env!("CARGO_PKG_VERSION")))
             .timeouts(timeouts)
             .congestion(args.cc.into());

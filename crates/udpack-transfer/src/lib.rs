@@ -50,7 +50,10 @@ pub use client::downloader::{Download, Downloader, Wanted, apply_entry};
 pub use client::fetch::{Fetch, FetchError, Fetched};
 pub use client::link::{Link, LinkEvent, LinkEvents, Retry};
 pub use client::progress::{Event, FileProgress, Moving, Outcome, Progress, Watch};
-pub use client::remote::{Job, JobKind, JobState, Jobs, JobsEvent, Listing, Remote, StatsWatch};
+pub use client::remote::{
+    Job, JobKind, JobState, Jobs, JobsEvent, Listing, Remote, Rights, ShareEntry, ShareWish,
+    Shared, StatsWatch,
+};
 pub use client::uploader::{Upload, Uploader};
 pub use local::error::TransferError;
 pub use local::limiter::Limiter;

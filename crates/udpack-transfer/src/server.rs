@@ -9,5 +9,6 @@ pub(crate) mod queries;
 pub(crate) mod receiver;
 pub(crate) mod scope;
 pub(crate) mod serving;
+pub(crate) mod sharing;
 pub(crate) mod upload;
 pub(crate) mod writers;

@@ -127,6 +127,16 @@ pub struct Tenant {
     pub prefix: Option<RelPath>,
     /// Most bytes of all that is there, counted as for [`StoreConfig::quota`].
     pub quota: u64,
+    /// The quota of the client that has let this one in, which counts too.
+    pub outer: Option<Box<Self>>,
+}
+
+impl Tenant {
+    /// Its quota and those that count with it, each with the directory it is for.
+    fn quotas(tenant: Option<&Self>) -> impl Iterator<Item = (&Option<RelPath>, u64)> + Clone {
+        let all = std::iter::successors(tenant, |one| one.outer.as_deref());
+        all.map(|one| (&one.prefix, one.quota))
+    }
 }
 
 /// What is to be stored.
@@ -565,6 +575,15 @@ impl Store {
         }
     }
 
+    /// Bytes that a client of this quota, and of those that count with it, may still store. The space on the disk is another
+    /// matter. Blocks: files are counted where that was not done lately.
+    ///
+    /// # Errors
+    /// When the files cannot be counted.
+    pub fn left(&self, tenant: &Tenant) -> Result<u64, StoreError> {
+        self.inner.left(tenant)
+    }
+
     /// How full the store is now.
     pub fn usage(&self) -> Usage {
         let state = self.inner.state();
@@ -768,31 +787,12 @@ impl Inner {
         credit: u64,
         tenant: Option<&Tenant>,
     ) -> Result<(MutexGuard<'_, State>, u64), StoreError> {
-        let quota = self.config.quota.map(|quota| (&None, quota));
-        let own = tenant.map(|tenant| (&tenant.prefix, tenant.quota));
-        for (prefix, quota) in quota.into_iter().chain(own) {
-            let mut state = self.state();
-            let quota = quota.saturating_sub(state.suspended(prefix));
-            let Some(before) =
-                state
-                    .accounts
-                    .begin_count(prefix, quota, need.saturating_sub(credit))
-            else {
-                continue;
-            };
-            drop(state);
-            // Files may have been removed behind our back. The walk takes its time, so others go
-            // on meanwhile.
-            let counted = self
-                .disk
-                .used_below(prefix.as_ref())
-                .map_err(|e| StoreError::io("count the files", None, e, || 0))?;
-            self.recount_suspended();
-            self.state().accounts.end_count(prefix, before, counted);
-        }
+        let store = self.config.quota.map(|quota| (&None, quota));
+        let quotas = store.into_iter().chain(Tenant::quotas(tenant));
+        self.count(quotas.clone(), need.saturating_sub(credit))?;
         let state = self.state();
         let mut room = u64::MAX;
-        for (prefix, quota) in quota.into_iter().chain(own) {
+        for (prefix, quota) in quotas {
             let left = state
                 .accounts
                 .left(prefix, quota.saturating_sub(state.suspended(prefix)))
@@ -813,6 +813,43 @@ impl Inner {
             return Err(StoreError::NoSpace { free, keep, need });
         }
         Ok((state, room.min((free - keep).saturating_add(held))))
+    }
+
+    /// Counts the files that these quotas are for, where that must be before `need` more bytes are refused.
+    fn count<'a>(
+        &self,
+        quotas: impl Iterator<Item = (&'a Option<RelPath>, u64)>,
+        need: u64,
+    ) -> Result<(), StoreError> {
+        for (prefix, quota) in quotas {
+            let mut state = self.state();
+            let quota = quota.saturating_sub(state.suspended(prefix));
+            let Some(before) = state.accounts.begin_count(prefix, quota, need) else {
+                continue;
+            };
+            drop(state);
+            // Files may have been removed behind our back. The walk takes its time, so others go
+            // on meanwhile.
+            let counted = self
+                .disk
+                .used_below(prefix.as_ref())
+                .map_err(|e| StoreError::io("count the files", None, e, || 0))?;
+            self.recount_suspended();
+            self.state().accounts.end_count(prefix, before, counted);
+        }
+        Ok(())
+    }
+
+    /// Bytes that a client of these quotas may still store.
+    fn left(&self, tenant: &Tenant) -> Result<u64, StoreError> {
+        let quotas = Tenant::quotas(Some(tenant));
+        self.count(quotas.clone(), 1)?;
+        let state = self.state();
+        let left = quotas.map(|(prefix, quota)| {
+            let quota = quota.saturating_sub(state.suspended(prefix));
+            state.accounts.left(prefix, quota)
+        });
+        Ok(left.min().unwrap_or(u64::MAX))
     }
 
     /// What had this name, and what was in it, is gone: it counted `bytes`.

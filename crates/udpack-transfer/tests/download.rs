@@ -28,8 +28,7 @@ async fn open_server() -> Fixture {
             delete: true,
             watch: true,
             admin: true,
-            prefix: None,
-            quota: None,
+            ..Scope::default()
         },
         ..ReceiverConfig::default()
     };

@@ -21,7 +21,7 @@ use vectors::{Value, Vector, read_msgpack, vectors};
 /// Fewer than these, and the parser has gone blind.
 const MIN_ACCEPTED: usize = 59;
 const MIN_REFUSED: usize = 94;
-const MIN_ASKED: usize = 33;
+const MIN_ASKED: usize = 45;
 
 /// What a message was read as: each key of its table, `None` for what is absent, nil, or as if absent.
 type Said = Vec<(&'static str, Option<Value>)>;

@@ -166,7 +166,8 @@ pub use trust::identity::{Identity, IdentityError};
 pub use trust::origin::{Origins, Transport, Web};
 pub use trust::secret_file::SecretFileError;
 pub use trust::tokens::{
-    NewToken, TokenEntry, TokenFile, TokenFileError, TokenLineError, generate_token,
+    NewShare, NewToken, Share, TokenEntry, TokenFile, TokenFileError, TokenLineError,
+    claimed_token, generate_token,
 };
 pub use trust::url::{ConnectUrl, ConnectUrlError, DEFAULT_PORT};
 #[cfg(feature = "derive")]

@@ -64,6 +64,9 @@ fn new(args: &TokenNewArgs) -> anyhow::Result<()> {
     if let Some(time) = &args.expires {
         fields.push(("expires".to_owned(), end(time)));
     }
+    if args.once {
+        fields.push(("once".to_owned(), "open".to_owned()));
+    }
     let path = args.file.path();
     if args.file.token_file.is_none() {
         // The first token of a server is its owner's, also when this comes before the first start.
@@ -111,7 +114,7 @@ fn list(args: &TokenFileArgs) -> anyhow::Result<()> {
             for (key, value) in entry.fields() {
                 let value = match (key.as_str(), value.parse::<u64>()) {
                     ("quota", Ok(bytes)) => format_size(bytes).replace(' ', ""),
-                    _ => output::printable(value),
+                    _ => told(&entry, key, value),
                 };
                 line.push_str(&format!("  {key}={value}"));
             }
@@ -132,12 +135,21 @@ fn shown(entry: &TokenEntry) -> Value {
     let mut shown = Map::new();
     shown.insert("name".to_owned(), entry.id().into());
     for (key, value) in entry.fields() {
-        shown.insert(key.clone(), value.clone().into());
+        shown.insert(key.clone(), told(entry, key, value).into());
     }
     if entry.is_expired() {
         shown.insert("expired".to_owned(), true.into());
     }
     Value::Object(shown)
+}
+
+/// The value of a field, without digests that say nothing to people.
+fn told(entry: &TokenEntry, key: &str, value: &str) -> String {
+    match (key, entry.parent()) {
+        ("parent", Some(parent)) => parent.to_owned(),
+        ("once", _) if entry.is_used() => "used".to_owned(),
+        _ => output::printable(value),
+    }
 }
 
 fn revoke(args: &TokenRevokeArgs) -> anyhow::Result<()> {

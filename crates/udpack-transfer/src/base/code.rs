@@ -119,6 +119,8 @@ codes! {
     TooManySuspended = "too_many_uploads" ("interrupted"), false, Policy;
     /// Too many requests or downloads are under way.
     TooManyRequests = "too_many_requests", true, Policy;
+    /// The token has as many shares as it may have.
+    TooManyShares = "too_many_shares", false, Policy;
     /// Nothing came for too long.
     UploadStalled = "upload_stalled", true, Network;
     /// The operator does not want the file.

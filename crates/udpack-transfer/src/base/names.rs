@@ -133,11 +133,11 @@ pub(crate) fn serialize<S: Serializer>(text: &str, serializer: S) -> Result<S::O
 
 /// As [`serialize`], for one that may be absent.
 pub(crate) fn serialize_opt<S: Serializer>(
-    text: &Option<&str>,
+    text: &Option<impl AsRef<str>>,
     serializer: S,
 ) -> Result<S::Ok, S::Error> {
     match text {
-        Some(text) => serialize(text, serializer),
+        Some(text) => serialize(text.as_ref(), serializer),
         None => serializer.serialize_none(),
     }
 }

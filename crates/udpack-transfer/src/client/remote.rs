@@ -28,6 +28,7 @@ use order::Order;
 
 pub use jobs::{Job, JobKind, JobState, Jobs, JobsEvent};
 pub use stats::StatsWatch;
+pub use wire::{Rights, ShareEntry, ShareWish, Shared};
 
 /// Entries asked for at a time.
 const PAGE: usize = 512;
@@ -133,6 +134,62 @@ impl Remote {
         let asked = wire::PathField::new(Some(path));
         let hashed: wire::Hashed = self.ask("hash", &asked, LONG).await?;
         Ok((hashed.size, hashed.hash.0))
+    }
+
+    /// What this client's token may do.
+    ///
+    /// # Errors
+    /// As for [`stat`](Self::stat); [`Code::Unsupported`] from a server that does not tell.
+    ///
+    /// # Cancel safety
+    /// As for [`stat`](Self::stat).
+    pub async fn rights(&self) -> Result<Rights, TransferError> {
+        let told: wire::Told = self.ask("rights", &wire::Nothing {}, PATIENCE).await?;
+        told.rights()
+    }
+
+    /// Makes a token for somebody else, who may do with it no more than this client may. It ends when it is
+    /// [revoked](Self::unshare) or expires, or this client's own token does.
+    ///
+    /// When the answer was lost with the connection it is asked again, and then one share may be left that nobody knows.
+    ///
+    /// # Errors
+    /// [`TransferError::Refused`] with `forbidden`, `quota`, `too_many_shares`, `bad_name` among others, with
+    /// [`Code::Unsupported`] by a server that makes none; and those of the connection.
+    ///
+    /// # Cancel safety
+    /// Dropping it gives the request up; the server may make the share all the same.
+    pub async fn share(&self, wish: &ShareWish) -> Result<Shared, TransferError> {
+        self.ask("share", &wire::ShareFields::of(wish), PATIENCE)
+            .await
+    }
+
+    /// The shares that this client's token has made, those that expired left out. Their tokens nobody knows but those who have
+    /// them.
+    ///
+    /// # Errors
+    /// As for [`share`](Self::share).
+    ///
+    /// # Cancel safety
+    /// As for [`stat`](Self::stat).
+    pub async fn shares(&self) -> Result<Vec<ShareEntry>, TransferError> {
+        let told: wire::Shares = self.ask("shares", &wire::Nothing {}, PATIENCE).await?;
+        told.shares
+            .into_iter()
+            .map(wire::ShareTold::entry)
+            .collect()
+    }
+
+    /// Revokes one of them by its name: who came with it is sent away.
+    ///
+    /// # Errors
+    /// As for [`share`](Self::share), and [`TransferError::Refused`] with `not_found`.
+    ///
+    /// # Cancel safety
+    /// Dropping it gives the request up; the server may revoke the share all the same.
+    pub async fn unshare(&self, name: &str) -> Result<(), TransferError> {
+        self.ask("unshare", &wire::NameField { name }, PATIENCE)
+            .await
     }
 
     /// The transfers that run at the server, as far as this client may see them.

@@ -1,4 +1,4 @@
-//! The requests of a lane: what is there, what it hashes to, and its removal.
+//! The requests of a lane: what is there, what it hashes to, and its removal. Those about tokens are passed on.
 
 use std::sync::Arc;
 
@@ -11,6 +11,7 @@ use crate::base::names;
 use crate::server::hook::{Access, Hook, HookAccess};
 use crate::server::places::{self, Places};
 use crate::server::scope::Scope;
+use crate::server::sharing::{Asked, Sharing, Told};
 use crate::staging::target::Target;
 use crate::store::{Entry, Kind, List, Page, StoreError, check_target};
 use crate::wire::Hash;
@@ -24,6 +25,7 @@ pub(crate) struct Queries {
     pub(crate) target: Target,
     pub(crate) places: Places,
     pub(crate) hook: Option<Arc<dyn Hook>>,
+    pub(crate) sharing: Option<Sharing>,
 }
 
 /// What is asked.
@@ -115,6 +117,12 @@ impl Queries {
         scope: &Scope,
         tenant: &Tenant,
     ) -> Result<(), SendError> {
+        if Asked::is_one(message.event()) {
+            return match self.of_tokens(channel, message, scope, tenant).await {
+                Ok(told) => channel.reply(message, &told).await,
+                Err(fault) => channel.fault(message, &fault).await,
+            };
+        }
         if !matches!(message.event(), "stat" | "list" | "remove" | "hash") {
             let fault = Fault::new(Fault::NO_HANDLER, "no such request on a transfer channel");
             return channel.fault(message, &fault).await;
@@ -191,6 +199,34 @@ impl Queries {
                 channel.fault(message, &fault).await
             }
         }
+    }
+}
+
+impl Queries {
+    /// Answers what is asked about tokens, on a thread that may block. What it changes it changes also when nobody waits.
+    async fn of_tokens(
+        &self,
+        channel: &Channel,
+        message: &Message,
+        scope: &Scope,
+        tenant: &Tenant,
+    ) -> Result<Told, Fault> {
+        let asked = Asked::read(message)
+            .map_err(|error| Fault::new(Fault::BAD_PAYLOAD, error.to_string()))?;
+        let place = self.places.requests.take(tenant).await.map_err(|full| {
+            let text = places::too_many("requests", &full);
+            Fault::new(places::TOO_MANY.as_str(), text)
+        })?;
+        let (sharing, target) = (self.sharing.clone(), self.target.clone());
+        let (scope, peer) = (scope.clone(), channel.peer());
+        let span = tracing::Span::current();
+        let telling = tokio::task::spawn_blocking(move || {
+            let _place = place;
+            let _span = span.enter();
+            asked.answer(sharing.as_ref(), &target, &scope, peer.as_ref())
+        });
+        let failed = |_| Err(Fault::new(Fault::INTERNAL, "the server failed to answer"));
+        telling.await.unwrap_or_else(failed)
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
-use udpack::{Channel, CloseCode, Peer, Pool, RecvError, ServerBuilder};
+use udpack::{Channel, CloseCode, Peer, Pool, RecvError, ServerBuilder, TokenFile};
 
 use crate::local::limiter::Limiter;
 use crate::server::hook::Hook;
@@ -14,6 +14,7 @@ use crate::server::places::{Places, cores};
 use crate::server::queries::Queries;
 use crate::server::scope::Scope;
 use crate::server::serving::Serving;
+use crate::server::sharing::Sharing;
 use crate::server::upload::Uploads;
 use crate::server::writers::Writers;
 use crate::staging::target::Target;
@@ -119,6 +120,7 @@ impl Receiver {
                 target: target.clone(),
                 places: places.clone(),
                 hook: None,
+                sharing: None,
             },
             uploads: Uploads::new(target, Writers::new(config.takeover)),
             config: Arc::new(config),
@@ -137,6 +139,14 @@ impl Receiver {
         self.uploads = self.uploads.hook(hook.clone());
         self.queries.hook = Some(hook.clone());
         self.hook = Some(hook);
+        self
+    }
+
+    /// Lets clients with the right `share` make tokens for others, which are kept in this file: the one whose tokens let the
+    /// clients in. `web` is the address of the pages for browsers, such as `https://files.example.org/`, for links to them.
+    #[must_use]
+    pub fn sharing(mut self, tokens: TokenFile, web: Option<String>) -> Self {
+        self.queries.sharing = Some(Sharing::new(tokens, web));
         self
     }
 

@@ -5,15 +5,17 @@ use std::borrow::Cow;
 use udpack::Peer;
 
 use crate::base::code::Code;
+use crate::base::names;
 use crate::base::path::{PathError, RelPath};
 use crate::base::size::parse_size;
 use crate::store::Tenant;
 
 /// The rights of one client.
 ///
-/// They stand in the fields of its token's entry: `scope=read,write,delete,watch,admin`, `prefix=a/b`, `quota=10G`.
+/// They stand in the fields of its token's entry: `scope=read,write,delete,share,watch,admin`, `prefix=a/b`, `quota=10G`.
 /// A prefix is the client's root: all it names lies below, and it receives names without it, so that it
-/// cannot even find out what lies beside.
+/// cannot even find out what lies beside. One with characters that the token file has not is
+/// `prefix-encoded=a%20b`. Where the token was made by another one, both must allow what is done.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Scope {
     /// May fetch, list and compare.
@@ -22,14 +24,18 @@ pub struct Scope {
     pub write: bool,
     /// May remove, and replace where the server grants it.
     pub delete: bool,
+    /// May make tokens of its own that may do no more than it may itself.
+    pub share: bool,
     /// May see the transfers of others, and the state of the server.
     pub watch: bool,
-    /// May see as one who may watch, cancel the transfers of others, close sockets, and shut the server down.
+    /// May see as one who may watch, cancel the transfers of others, close sockets, shut the server down, and do what `share` is for.
     pub admin: bool,
     /// The directory that is its root.
     pub prefix: Option<RelPath>,
     /// Most bytes of all files below its root.
     pub quota: Option<u64>,
+    /// The quotas of the tokens that this one depends on.
+    pub outer: Option<Tenant>,
 }
 
 impl Default for Scope {
@@ -40,9 +46,11 @@ impl Default for Scope {
             write: true,
             delete: false,
             watch: false,
+            share: false,
             admin: false,
             prefix: None,
             quota: None,
+            outer: None,
         }
     }
 }
@@ -51,7 +59,7 @@ impl Default for Scope {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ScopeError {
     /// A word of `scope` that is no right.
-    #[error("unknown right {0:?} in scope, expected read, write, delete, watch or admin")]
+    #[error("unknown right {0:?} in scope, expected read, write, delete, share, watch or admin")]
     Right(String),
     /// `prefix` is no path.
     #[error("prefix: {0}")]
@@ -59,6 +67,9 @@ pub enum ScopeError {
     /// `quota` is no size.
     #[error("quota: {0}")]
     Quota(&'static str),
+    /// `prefix` does not lie below that of the token it depends on.
+    #[error("the prefix lies outside of the one of its parent")]
+    Outside,
 }
 
 impl Scope {
@@ -71,13 +82,14 @@ impl Scope {
         let mut scope = default.clone();
         if let Some(rights) = claim("scope") {
             (scope.read, scope.write, scope.delete) = (false, false, false);
-            (scope.watch, scope.admin) = (false, false);
+            (scope.share, scope.watch, scope.admin) = (false, false, false);
             for right in rights.split(',') {
                 match right {
                     "read" => scope.read = true,
                     "write" => scope.write = true,
                     "delete" => scope.delete = true,
                     "watch" => scope.watch = true,
+                    "share" => scope.share = true,
                     "admin" => scope.admin = true,
                     other => return Err(ScopeError::Right(crate::base::path::printable(other))),
                 }
@@ -86,10 +98,60 @@ impl Scope {
         if let Some(prefix) = claim("prefix") {
             scope.prefix = Some(prefix.trim_end_matches('/').parse()?);
         }
+        if let Some(prefix) = claim(ENCODED) {
+            scope.prefix = Some(names::from_bytes(&decoded(prefix)).parse()?);
+        }
         if let Some(quota) = claim("quota") {
             scope.quota = Some(parse_size(quota).map_err(ScopeError::Quota)?);
         }
-        Ok(scope)
+        match peer.and_then(Peer::parent) {
+            Some(parent) => scope.within(&Self::of(Some(parent), default)?),
+            None => Ok(scope),
+        }
+    }
+
+    /// What both may do.
+    fn within(self, parent: &Self) -> Result<Self, ScopeError> {
+        let prefix = match (self.prefix, &parent.prefix) {
+            (None, parent) => parent.clone(),
+            (Some(own), Some(parent)) if !is_below(&own, parent) => {
+                return Err(ScopeError::Outside);
+            }
+            (own, _) => own,
+        };
+        Ok(Self {
+            read: self.read && parent.read,
+            write: self.write && parent.write,
+            delete: self.delete && parent.delete,
+            share: self.share && parent.may_share(),
+            watch: self.watch && parent.watches(),
+            admin: self.admin && parent.admin,
+            prefix,
+            quota: self.quota,
+            outer: parent.tenant(),
+        })
+    }
+
+    /// Whether it may make tokens of its own.
+    pub(crate) fn may_share(&self) -> bool {
+        self.share || self.admin
+    }
+
+    /// The fields of an entry whose root is this directory.
+    pub(crate) fn prefix_field(prefix: &RelPath) -> (String, String) {
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/._-~+,@=".contains(&byte);
+        let bytes = prefix.to_bytes();
+        if bytes.iter().all(|byte| plain(*byte)) {
+            return ("prefix".to_owned(), prefix.as_str().to_owned());
+        }
+        let mut text = String::with_capacity(bytes.len() * 2);
+        for byte in bytes.iter() {
+            match plain(*byte) {
+                true => text.push(char::from(*byte)),
+                false => text.push_str(&format!("%{byte:02X}")),
+            }
+        }
+        (ENCODED.to_owned(), text)
     }
 
     /// Whether it sees the transfers of others, and the state of the server.
@@ -166,12 +228,46 @@ impl Scope {
 
     /// The quota as the store counts it.
     pub fn tenant(&self) -> Option<Tenant> {
-        self.quota.map(|quota| Tenant {
-            prefix: self.prefix.clone(),
-            quota,
-        })
+        match self.quota {
+            None => self.outer.clone(),
+            Some(quota) => Some(Tenant {
+                prefix: self.prefix.clone(),
+                quota,
+                outer: self.outer.clone().map(Box::new),
+            }),
+        }
     }
 }
+
+/// Whether a directory is the other one or lies below.
+fn is_below(path: &RelPath, parent: &RelPath) -> bool {
+    let rest = path.as_str().strip_prefix(parent.as_str());
+    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
+/// The bytes of a name that is percent-encoded; what is no escape stands for itself.
+fn decoded(text: &str) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((first, behind)) = rest.split_first() {
+        let hex = (*first == b'%').then(|| behind.get(..2)).flatten();
+        let hex = hex.and_then(|hex| std::str::from_utf8(hex).ok());
+        match hex.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
+            Some(byte) => {
+                bytes.push(byte);
+                rest = behind.get(2..).unwrap_or_default();
+            }
+            None => {
+                bytes.push(*first);
+                rest = behind;
+            }
+        }
+    }
+    bytes
+}
+
+/// The field of an entry whose root has characters that a field cannot hold.
+const ENCODED: &str = "prefix-encoded";
 
 #[cfg(test)]
 mod tests {
@@ -194,8 +290,8 @@ mod tests {
         assert_eq!(default, Scope::default());
         let reader = scope(&[("scope", "read")]).unwrap();
         assert!(reader.read && !reader.write && !reader.delete && !reader.admin);
-        let all = scope(&[("scope", "read,write,delete,admin"), ("quota", "2K")]).unwrap();
-        assert!(all.read && all.write && all.delete && all.admin);
+        let all = scope(&[("scope", "read,write,delete,share,admin"), ("quota", "2K")]).unwrap();
+        assert!(all.read && all.write && all.delete && all.share && all.admin);
         assert_eq!(all.quota, Some(2048));
         assert!(all.watches() && !all.watch);
         let watcher = scope(&[("scope", "watch")]).unwrap();
@@ -215,6 +311,62 @@ mod tests {
             scope(&[("prefix", "../x")]),
             Err(ScopeError::Prefix(_))
         ));
+    }
+
+    fn peer(claims: &[(&str, &str)]) -> Peer {
+        let claims = claims
+            .iter()
+            .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
+        Peer::new("somebody").with_claims(claims.collect())
+    }
+
+    #[test]
+    fn a_share_may_do_what_its_parent_may_too() {
+        let below = |parent: &[(&str, &str)], own: &[(&str, &str)]| {
+            let peer = peer(own).with_parent(peer(parent));
+            Scope::of(Some(&peer), &Scope::default())
+        };
+        let all = ("scope", "read,write,delete,share,admin");
+        // The operator takes rights from the parent: they are gone here, too.
+        let scope = below(&[("scope", "write")], &[all]).unwrap();
+        assert!(scope.write);
+        assert!(!scope.read && !scope.delete && !scope.share && !scope.admin);
+        let scope = below(&[("prefix", "a/b"), ("quota", "9")], &[all]).unwrap();
+        assert_eq!(scope.prefix.as_ref().map(RelPath::as_str), Some("a/b"));
+        let tenant = scope.tenant().unwrap();
+        assert_eq!((tenant.quota, tenant.outer), (9, None));
+        let own = [("prefix", "a/b/c"), ("quota", "5")];
+        let scope = below(&[("prefix", "a/b"), ("quota", "9")], &own).unwrap();
+        let tenant = scope.tenant().unwrap();
+        assert_eq!((tenant.quota, tenant.outer.unwrap().quota), (5, 9));
+        for outside in ["a", "a/bc", "b"] {
+            assert_eq!(
+                below(&[("prefix", "a/b")], &[("prefix", outside)]),
+                Err(ScopeError::Outside),
+                "{outside}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_prefix_of_any_characters_stands_in_a_field() {
+        for (bytes, field) in [
+            (&b"a/b.c"[..], ("prefix", "a/b.c")),
+            (b"a b/c", ("prefix-encoded", "a%20b/c")),
+            (b"100%", ("prefix-encoded", "100%25")),
+            ("\u{7167}".as_bytes(), ("prefix-encoded", "%E7%85%A7")),
+            (b"\xff#", ("prefix-encoded", "%FF%23")),
+        ] {
+            let prefix: RelPath = names::from_bytes(bytes).parse().unwrap();
+            let (key, value) = Scope::prefix_field(&prefix);
+            assert_eq!((&*key, &*value), field);
+            let read = scope(&[(&key, &value)]).unwrap();
+            assert_eq!(read.prefix, Some(prefix));
+        }
+        for bad in ["%2E%2E/x", "..", "%2Fx", "%"] {
+            let read = scope(&[("prefix-encoded", bad)]);
+            assert_eq!(read.is_ok(), bad == "%", "{bad}");
+        }
     }
 
     #[test]

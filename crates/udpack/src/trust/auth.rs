@@ -12,6 +12,7 @@ use futures_util::future::BoxFuture;
 use crate::base::lock;
 use crate::base::pool::{Tenant, network};
 use crate::trust::origin::Transport;
+use crate::trust::tokens::{Found, TokenEntry};
 use crate::wire::code::CloseCode;
 use crate::wire::control::HelloMessage;
 
@@ -66,6 +67,7 @@ pub struct Peer {
     expires: Option<SystemTime>,
     /// Which token of a file it came with.
     pub(crate) digest: Option<[u8; 32]>,
+    parent: Option<Arc<Self>>,
 }
 
 impl Peer {
@@ -76,6 +78,7 @@ impl Peer {
             claims: Arc::new([]),
             expires: None,
             digest: None,
+            parent: None,
         }
     }
 
@@ -92,6 +95,21 @@ impl Peer {
     pub fn expires_at(mut self, time: SystemTime) -> Self {
         self.expires = Some(time);
         self
+    }
+
+    /// The same peer, let in by a token that `parent` has made. It may do what both may, and is welcome as long as
+    /// both are.
+    #[must_use]
+    pub fn with_parent(mut self, parent: Self) -> Self {
+        let ends = [self.expires, parent.expires].into_iter().flatten();
+        self.expires = ends.min();
+        self.parent = Some(Arc::new(parent));
+        self
+    }
+
+    /// Whose token made this one's.
+    pub fn parent(&self) -> Option<&Self> {
+        self.parent.as_deref()
     }
 
     /// When its token expires; `None` if never.
@@ -229,15 +247,35 @@ impl Tenant {
 impl Authenticate for crate::trust::tokens::TokenFile {
     fn authenticate(&self, hello: Hello) -> BoxFuture<'static, Result<Peer, Deny>> {
         // The expiry is checked only when the token is right, so that a guess reveals nothing about it.
+        let judged = |tokens: &Self, entry: Option<TokenEntry>| {
+            let peer = entry.and_then(|entry| tokens.peer(&entry));
+            let peer = peer.ok_or_else(Deny::auth_failed)?;
+            match peer.time_left() {
+                Some(Duration::ZERO) => Err(Deny::auth_expired()),
+                _ => Ok(peer),
+            }
+        };
         let verdict = match self.find(hello.token()) {
-            None => Err(Deny::auth_failed()),
-            Some(entry) if entry.is_expired() => Err(Deny::auth_expired()),
-            Some(entry) => Ok(entry.peer()),
+            None => judged(self, None),
+            Some(Found::Entry(entry)) => judged(self, Some(entry)),
+            Some(Found::Open(entry)) => match judged(self, Some(entry)) {
+                Err(deny) => Err(deny),
+                Ok(_) => {
+                    let tokens = self.clone();
+                    return Box::pin(async move {
+                        // The file is changed, which blocks.
+                        let binding = tokio::task::spawn_blocking(move || {
+                            judged(&tokens, tokens.bind(hello.token()))
+                        });
+                        binding.await.unwrap_or_else(|_| Err(Deny::auth_failed()))
+                    });
+                }
+            },
         };
         Box::pin(std::future::ready(verdict))
     }
 
-    /// Whether the token that the peer came with is still in the file, under its id.
+    /// Whether the token that the peer came with is still in the file, under its id, and all that it depends on.
     fn is_valid(&self, peer: &Peer) -> bool {
         self.has(peer)
     }

@@ -5,6 +5,10 @@
 //! Blank lines and everything from a word that starts with `#` are ignored. Edits take effect on
 //! the next login. Tokens are random, not passwords: they are hashed once, without stretching,
 //! which would only hand unknown peers a lever on the processor.
+//!
+//! The field `parent=ID:HEX` makes an entry a share: a token that another token made, here the one of that id and
+//! digest. It is in force as long as its parent is. The field `once=open` is for the first client alone: the entry
+//! becomes `once=HEX`, the digest of a secret that this client has chosen.
 
 use std::collections::HashMap;
 use std::fmt::{self, Write as _};
@@ -84,32 +88,169 @@ impl TokenFile {
     ///
     /// The file is read again first if it changed. If it is gone or no longer acceptable, the last
     /// good set stays in force and the log says so. An unknown token and a wrong one take the same
-    /// path and the same time.
+    /// path and the same time. A token for one client is bound to this one if it is the first, which changes the
+    /// file; then this blocks.
     pub fn verify(&self, token: &str) -> Option<TokenEntry> {
-        self.find(token).filter(|entry| !entry.is_expired())
+        let found = match self.find(token)? {
+            Found::Entry(entry) => entry,
+            Found::Open(_) => self.bind(token)?,
+        };
+        let peer = self.current().peer(&found)?;
+        peer.expires()
+            .is_none_or(|time| !is_over(time))
+            .then_some(found)
     }
 
     /// The entry that `token` belongs to, expired or not.
-    pub(crate) fn find(&self, token: &str) -> Option<TokenEntry> {
+    pub(crate) fn find(&self, token: &str) -> Option<Found> {
         self.current().verify(token)
     }
 
-    /// Whether the entry that this peer was made of is still in the file, with the same token.
+    /// The peer that presents the token of this entry, if all that the entry depends on is still there.
+    pub(crate) fn peer(&self, entry: &TokenEntry) -> Option<Peer> {
+        self.current().peer(entry)
+    }
+
+    /// Binds a token that no client has used so far to the one that presents it now. Blocks.
+    pub(crate) fn bind(&self, token: &str) -> Option<TokenEntry> {
+        let bound = edit(&self.inner.path, |path, content| {
+            let (Some(content), Some((_, secret))) = (content, split_once_token(token)) else {
+                return Ok(None);
+            };
+            let set = TokenSet::parse(path, content)?;
+            let Some(Found::Open(entry)) = set.verify(token) else {
+                return Ok(None);
+            };
+            let line = entry
+                .bound(&sha256(secret.as_bytes()))
+                .line(&entry.digest)?;
+            Ok(Some(changed(content, |found| {
+                (found.id == entry.id).then(|| line.clone())
+            })))
+        });
+        if let Err(error) = bound {
+            let path = self.inner.path.display();
+            tracing::error!(%path, %error, "a token for one client cannot be bound to it, and is refused");
+            return None;
+        }
+        match self.find(token)? {
+            Found::Entry(entry) => Some(entry),
+            Found::Open(_) => None,
+        }
+    }
+
+    /// Whether the entry that this peer was made of is still in the file, with the same token, and what it depends on.
     pub(crate) fn has(&self, peer: &Peer) -> bool {
         let set = self.current();
         peer.digest
             .and_then(|digest| set.get(&digest))
-            .is_some_and(|found| found.id == peer.id())
+            .is_some_and(|found| found.id == peer.id() && set.stands(found))
     }
 
-    /// Whether `entry` is still in the file, with the same token.
+    /// Whether `entry` is still in the file, with the same token, and what it depends on.
     ///
     /// Used to close the connections of a revoked token.
     pub fn contains(&self, entry: &TokenEntry) -> bool {
         let set = self.current();
         set.get(&entry.digest)
-            .is_some_and(|found| found.id == entry.id)
+            .is_some_and(|found| found.id == entry.id && set.stands(found))
     }
+
+    /// Whether a peer came with a token of this file, so that it can have shares.
+    pub fn can_share(&self, peer: &Peer) -> bool {
+        self.has(peer)
+    }
+
+    /// Makes a share for this peer: a token of its own that is in force as long as the peer's is. Its line is added as by
+    /// [`issue`](Self::issue), and lines of shares that have expired go. What the share may do is for the caller to judge. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// When the peer's token is not in the file any more, or has [`MAX_SHARES`](Self::MAX_SHARES); else as [`issue`](Self::issue).
+    pub fn share(&self, peer: &Peer, new: NewShare) -> Result<Share, TokenFileError> {
+        let path = &self.inner.path;
+        let gone = || TokenFileError::NoParent {
+            path: path.clone(),
+            id: peer.id().to_owned(),
+        };
+        let parent = Parent {
+            id: peer.id().to_owned(),
+            digest: peer.digest.ok_or_else(gone)?,
+        };
+        let token = match new.once {
+            true => format!("{ONCE_TOKEN}{}", generate_token()),
+            false => generate_token(),
+        };
+        let random = generate_token();
+        let tail = random.chars().filter(char::is_ascii_alphanumeric).take(10);
+        let id: String = "link-".chars().chain(tail).collect();
+        let mut fields = new.fields;
+        let mut add = |key: &str, value: String| fields.push((key.to_owned(), value));
+        if let Some(time) = new.expires {
+            add(
+                EXPIRES,
+                format_time(time).ok_or(TokenFileError::New(TokenLineError::Expires))?,
+            );
+        }
+        if new.once {
+            add(ONCE, OPEN.to_owned());
+        }
+        add(PARENT, parent.to_string());
+        let new = NewToken { id, fields };
+        let line = new.line(&sha256(token.as_bytes()))?;
+        edit(path, |path, content| {
+            let content = content.unwrap_or_default();
+            let set = TokenSet::parse(path, content)?;
+            let stands = set
+                .get(&parent.digest)
+                .filter(|entry| entry.id == parent.id);
+            if !stands.is_some_and(|entry| set.stands(entry) && !entry.is_expired()) {
+                return Err(gone());
+            }
+            let of = |entry: &TokenEntry| entry.parent.as_ref() == Some(&parent);
+            let alive = set
+                .entries
+                .iter()
+                .filter(|entry| of(entry) && !entry.is_expired());
+            if alive.count() >= Self::MAX_SHARES {
+                return Err(TokenFileError::TooManyShares {
+                    limit: Self::MAX_SHARES,
+                });
+            }
+            let over = |entry: &TokenEntry| of(entry) && entry.is_expired();
+            let kept = changed(content, |entry| over(entry).then(String::new));
+            Ok(Some(with_line(kept, &line)))
+        })?;
+        Ok(Share { id: new.id, token })
+    }
+
+    /// The shares of this peer that have not expired, in the order of the file.
+    pub fn shares(&self, peer: &Peer) -> Vec<TokenEntry> {
+        let set = self.current();
+        let of = |entry: &&TokenEntry| entry.is_share_of(peer) && !entry.is_expired();
+        set.entries.iter().filter(of).cloned().collect()
+    }
+
+    /// Removes the line of one of this peer's shares. Returns whether there was one. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// When the file is not acceptable or cannot be changed.
+    pub fn unshare(&self, peer: &Peer, id: &str) -> Result<bool, TokenFileError> {
+        edit(&self.inner.path, |path, content| {
+            let content = content.unwrap_or_default();
+            let entries = TokenSet::entries(path, content)?;
+            let is = |entry: &TokenEntry| entry.id == id && entry.is_share_of(peer);
+            // The parent's own line stays, so this is not the last one.
+            Ok(entries
+                .iter()
+                .any(is)
+                .then(|| changed(content, |entry| is(entry).then(String::new))))
+        })
+    }
+
+    /// Most shares that one token may have at a time.
+    pub const MAX_SHARES: usize = 64;
 
     /// Returns the first token in force that the file holds in plain, for a client on the same machine.
     ///
@@ -141,7 +282,11 @@ impl TokenFile {
     /// When the id is in the file, when the id or a field cannot be written, when the file is not acceptable
     /// (see [`open`](Self::open); one without entries is), or when it cannot be changed. It is unchanged then.
     pub fn issue(path: impl AsRef<Path>, new: &NewToken) -> Result<String, TokenFileError> {
-        let token = generate_token();
+        let once = new.fields.iter().any(|(key, _)| key == ONCE);
+        let token = match once {
+            true => format!("{ONCE_TOKEN}{}", generate_token()),
+            false => generate_token(),
+        };
         if new
             .fields
             .iter()
@@ -165,20 +310,15 @@ impl TokenFile {
                     id: new.id.clone(),
                 });
             }
-            let mut content = content.unwrap_or_default().to_vec();
-            if content.last().is_some_and(|byte| *byte != b'\n') {
-                content.push(b'\n');
-            }
-            content.extend_from_slice(line.as_bytes());
-            Ok(Some(content))
+            Ok(Some(with_line(content.unwrap_or_default().to_vec(), &line)))
         })?;
         Ok(token)
     }
 
     /// Removes the line of `id` from the file at `path`. Returns whether there was one.
     ///
-    /// A line without an id goes by the id that [`entries`](Self::entries) shows for it. All other lines stay
-    /// byte for byte; the file is replaced as by [`issue`](Self::issue). Blocks.
+    /// A line without an id goes by the id that [`entries`](Self::entries) shows for it. The lines of its shares go
+    /// with it. All other lines stay byte for byte; the file is replaced as by [`issue`](Self::issue). Blocks.
     ///
     /// # Errors
     ///
@@ -195,13 +335,18 @@ impl TokenFile {
             if !entries.iter().any(|entry| entry.id == id) {
                 return Ok(None);
             }
-            if entries.len() == 1 {
+            let goes = |entry: &TokenEntry| {
+                entry.id == id || entry.parent.as_ref().is_some_and(|parent| parent.id == id)
+            };
+            if entries.iter().all(goes) {
                 return Err(TokenFileError::LastToken {
                     path: path.to_owned(),
                     id: id.to_owned(),
                 });
             }
-            Ok(Some(without(content, id)))
+            Ok(Some(changed(content, |entry| {
+                goes(entry).then(String::new)
+            })))
         })
     }
 
@@ -241,8 +386,57 @@ pub struct NewToken {
     /// The id: 1 to 64 characters from `A-Z a-z 0-9 . _ @ -`.
     pub id: String,
     /// Fields: each key once, from `a-z 0-9 _ -`; values without white space or control characters. The field
-    /// `expires` holds a time to come: like 2027-01-31T12:00:00Z, or seconds since 1970.
+    /// `expires` holds a time to come: like 2027-01-31T12:00:00Z, or seconds since 1970. `once=open` is for the
+    /// first client that presents the token.
     pub fields: Vec<(String, String)>,
+}
+
+/// What a share is to stand for; see [`TokenFile::share`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NewShare {
+    /// Fields as those of a [`NewToken`], without `expires`, `once` and `parent`.
+    pub fields: Vec<(String, String)>,
+    /// When it ends, to the second; `None` with the token of its peer.
+    pub expires: Option<SystemTime>,
+    /// Whether it is for the first client alone that presents it.
+    pub once: bool,
+}
+
+/// A share that was made.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Share {
+    /// The id of its entry.
+    pub id: String,
+    /// Its token, which is nowhere else.
+    pub token: String,
+}
+
+impl fmt::Debug for Share {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Share").field(&self.id).finish()
+    }
+}
+
+/// The token that a client presents for `token`: itself, or for a token of one client itself and a secret of this
+/// client, `once~…~SECRET`, which is made here unless it has one already.
+///
+/// The first client that presents such a token has it for itself from then on. It must present the same secret each time, so
+/// keep what this returns and not what was given.
+pub fn claimed_token(token: &str) -> String {
+    match split_once_token(token) {
+        None if token.starts_with(ONCE_TOKEN) => {
+            let token = token.strip_suffix('~').unwrap_or(token);
+            format!("{token}~{}", generate_token())
+        }
+        _ => token.to_owned(),
+    }
+}
+
+/// A token for one client in its two parts: what the file has the digest of, and the secret of the client.
+fn split_once_token(token: &str) -> Option<(&str, &str)> {
+    let (head, secret) = token.strip_prefix(ONCE_TOKEN)?.split_once('~')?;
+    let head = token.get(..ONCE_TOKEN.len() + head.len())?;
+    (secret.len() >= MIN_TOKEN).then_some((head, secret))
 }
 
 impl NewToken {
@@ -308,24 +502,34 @@ where
     })
 }
 
-/// Returns `content`, which was read as sound before, without the line of `id`.
-fn without(content: &[u8], id: &str) -> Vec<u8> {
+/// Returns `content`, which was read as sound before, with other lines for the entries for which `change` returns one.
+fn changed(content: &[u8], change: impl Fn(&TokenEntry) -> Option<String>) -> Vec<u8> {
     let mark: &[u8] = "\u{feff}".as_bytes();
     let (mut kept, rest) = match content.strip_prefix(mark) {
         Some(rest) => (mark.to_vec(), rest),
         None => (Vec::with_capacity(content.len()), content),
     };
     for line in rest.split_inclusive(|byte| *byte == b'\n') {
-        let is = std::str::from_utf8(line).is_ok_and(|text| {
+        let new = std::str::from_utf8(line).ok().and_then(|text| {
             lines(text)
                 .filter_map(|(_, text)| parse_line(text).ok())
-                .any(|line| line.into_entry().id == id)
+                .find_map(|line| change(&line.into_entry()))
         });
-        if !is {
-            kept.extend_from_slice(line);
+        match new {
+            Some(new) => kept.extend_from_slice(new.as_bytes()),
+            None => kept.extend_from_slice(line),
         }
     }
     kept
+}
+
+/// Returns `content` with a line behind it.
+fn with_line(mut content: Vec<u8>, line: &str) -> Vec<u8> {
+    if content.last().is_some_and(|byte| *byte != b'\n') {
+        content.push(b'\n');
+    }
+    content.extend_from_slice(line.as_bytes());
+    content
 }
 
 /// One line of a token file: who the token stands for.
@@ -335,6 +539,54 @@ pub struct TokenEntry {
     fields: Vec<(String, String)>,
     expires: Option<SystemTime>,
     digest: Digest,
+    parent: Option<Parent>,
+    once: Option<Once>,
+}
+
+/// The entry whose token made a share.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Parent {
+    id: String,
+    digest: Digest,
+}
+
+impl fmt::Display for Parent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:", self.id)?;
+        self.digest
+            .iter()
+            .try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl std::str::FromStr for Parent {
+    type Err = TokenLineError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let parts = text.split_once(':').filter(|(id, _)| is_id(id));
+        let (id, hex) = parts.ok_or(TokenLineError::Parent)?;
+        Ok(Self {
+            id: id.to_owned(),
+            digest: decode_hex(hex.as_bytes()).ok_or(TokenLineError::Parent)?,
+        })
+    }
+}
+
+/// Which client a token for one client belongs to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Once {
+    /// The next one that presents it.
+    Open,
+    /// The one with this secret.
+    Bound(Digest),
+}
+
+/// What a token was found to be.
+pub(crate) enum Found {
+    /// That of this entry.
+    Entry(TokenEntry),
+    /// That of this entry, which no client has presented so far.
+    Open(TokenEntry),
 }
 
 impl TokenEntry {
@@ -364,8 +616,45 @@ impl TokenEntry {
         self.expires.is_some_and(is_over)
     }
 
-    /// The peer that presents this entry's token.
-    pub(crate) fn peer(&self) -> Peer {
+    /// The id of the entry whose token made this one, if it is a share.
+    pub fn parent(&self) -> Option<&str> {
+        self.parent.as_ref().map(|parent| parent.id.as_str())
+    }
+
+    /// Whether it is for one client alone.
+    pub fn is_once(&self) -> bool {
+        self.once.is_some()
+    }
+
+    /// Whether it is for one client alone, and that one has come.
+    pub fn is_used(&self) -> bool {
+        matches!(self.once, Some(Once::Bound(_)))
+    }
+
+    /// Whether this peer's token made it.
+    fn is_share_of(&self, peer: &Peer) -> bool {
+        let of = |parent: &Parent| parent.id == peer.id() && Some(parent.digest) == peer.digest;
+        self.parent.as_ref().is_some_and(of)
+    }
+
+    /// The same entry for the client with this secret alone, and not for long.
+    fn bound(&self, secret: &Digest) -> NewToken {
+        let end = SystemTime::now() + CLAIMED;
+        let end = self.expires.map_or(end, |time| time.min(end));
+        let mut fields = self.fields.clone();
+        fields.retain(|(key, _)| key != ONCE && key != EXPIRES);
+        let hex: String = secret.iter().map(|byte| format!("{byte:02x}")).collect();
+        fields.push((ONCE.to_owned(), hex));
+        let end = format_time(end).map(|end| (EXPIRES.to_owned(), end));
+        fields.extend(end);
+        NewToken {
+            id: self.id.clone(),
+            fields,
+        }
+    }
+
+    /// The peer that presents this entry's token, its parent aside.
+    fn alone(&self) -> Peer {
         let mut peer = Peer::new(&self.id).with_claims(self.fields.clone());
         peer.digest = Some(self.digest);
         match self.expires {
@@ -423,6 +712,20 @@ pub enum TokenFileError {
         /// The id.
         id: String,
     },
+    /// The token that a share would depend on is not in force.
+    #[error("there is no token {id} in {} any more", path.display())]
+    NoParent {
+        /// The file.
+        path: PathBuf,
+        /// The id.
+        id: String,
+    },
+    /// A token has as many shares as it may have.
+    #[error("one token may have {limit} shares: revoke one first")]
+    TooManyShares {
+        /// The most.
+        limit: usize,
+    },
     /// The id or the fields of a new token cannot be written.
     #[error("{0}")]
     New(TokenLineError),
@@ -468,6 +771,12 @@ pub enum TokenLineError {
     /// The field `expires` holds no time.
     #[error("expires is a time like 2027-01-31T12:00:00Z, or seconds since 1970")]
     Expires,
+    /// The field `parent` names no entry.
+    #[error("parent is ID:HEX, an id and the SHA-256 digest of its token")]
+    Parent,
+    /// The field `once` is not understood.
+    #[error("once is open, or the SHA-256 digest of a client's secret")]
+    Once,
     /// A new token would have ended already.
     #[error("expires is a time that has passed")]
     Expired,
@@ -618,14 +927,64 @@ impl TokenSet {
         self.entries.get(*self.index.get(digest)?)
     }
 
-    fn verify(&self, token: &str) -> Option<TokenEntry> {
+    fn verify(&self, token: &str) -> Option<Found> {
+        if let Some(entry) = self.find(token).filter(|entry| entry.once.is_none()) {
+            return Some(Found::Entry(entry.clone()));
+        }
+        let (head, secret) = split_once_token(token)?;
+        let entry = self.find(head)?;
+        match entry.once? {
+            Once::Open => Some(Found::Open(entry.clone())),
+            Once::Bound(digest) => {
+                let equal = digest.ct_eq(&sha256(secret.as_bytes()));
+                bool::from(equal).then(|| Found::Entry(entry.clone()))
+            }
+        }
+    }
+
+    fn find(&self, token: &str) -> Option<&TokenEntry> {
         let digest = sha256(token.as_bytes());
         // Where in the table a digest falls tells nothing about a token that was not guessed
         // whole. The comparison that decides always runs, against a digest of nothing if need be.
         let found = self.index.get(&digest).map(|index| &self.entries[*index]);
         let (candidate, known) = found.map_or((&NO_DIGEST, 0), |entry| (&entry.digest, 1));
         let equal = candidate.ct_eq(&digest) & Choice::from(known);
-        found.filter(|_| bool::from(equal)).cloned()
+        found.filter(|_| bool::from(equal))
+    }
+
+    /// The entries that this one depends on, the nearest first; `None` where one is missing.
+    fn parents(&self, entry: &TokenEntry) -> Option<Vec<&TokenEntry>> {
+        let mut parents = Vec::new();
+        let mut next = &entry.parent;
+        while let Some(parent) = next {
+            let found = self.get(&parent.digest)?;
+            if found.id != parent.id || parents.len() == MAX_PARENTS {
+                return None;
+            }
+            parents.push(found);
+            next = &found.parent;
+        }
+        Some(parents)
+    }
+
+    /// Whether all that an entry depends on is in force.
+    fn stands(&self, entry: &TokenEntry) -> bool {
+        let in_force = |parents: Vec<&TokenEntry>| parents.iter().all(|one| !one.is_expired());
+        self.parents(entry).is_some_and(in_force)
+    }
+
+    /// The peer that presents an entry's token, welcome as long as all that the entry depends on.
+    fn peer(&self, entry: &TokenEntry) -> Option<Peer> {
+        let mut above: Option<Peer> = None;
+        let parents = self.parents(entry)?;
+        for entry in parents.into_iter().rev().chain([entry]) {
+            let peer = entry.alone();
+            above = Some(match above {
+                Some(parent) => peer.with_parent(parent),
+                None => peer,
+            });
+        }
+        above
     }
 }
 
@@ -635,6 +994,8 @@ struct Line<'a> {
     secret: Secret<'a>,
     fields: Vec<(String, String)>,
     expires: Option<SystemTime>,
+    parent: Option<Parent>,
+    once: Option<Once>,
 }
 
 enum Secret<'a> {
@@ -660,6 +1021,8 @@ impl Line<'_> {
             fields: self.fields,
             expires: self.expires,
             digest,
+            parent: self.parent,
+            once: self.once,
         }
     }
 
@@ -698,15 +1061,23 @@ fn parse_line(line: &str) -> Result<Line<'_>, TokenLineError> {
         None => Secret::Plain(checked_token(secret)?),
     };
     let fields = parse_fields(fields)?;
-    let expires = match fields.iter().find(|(key, _)| key == EXPIRES) {
-        Some((_, value)) => Some(parse_time(value).ok_or(TokenLineError::Expires)?),
-        None => None,
+    let value = |key| {
+        let found = fields.iter().find(|(name, _)| name == key);
+        found.map(|(_, value)| value.as_str())
     };
+    let expires = value(EXPIRES).map(|text| parse_time(text).ok_or(TokenLineError::Expires));
+    let once = value(ONCE).map(|text| match decode_hex(text.as_bytes()) {
+        _ if text == OPEN => Ok(Once::Open),
+        digest => digest.map(Once::Bound).ok_or(TokenLineError::Once),
+    });
+    let parent = value(PARENT).map(str::parse);
     Ok(Line {
         id,
         secret,
+        expires: expires.transpose()?,
+        parent: parent.transpose()?,
+        once: once.transpose()?,
         fields,
-        expires,
     })
 }
 
@@ -750,6 +1121,18 @@ fn parse_time(text: &str) -> Option<SystemTime> {
             .assume_utc()
             .into(),
     )
+}
+
+/// A time as [`parse_time`] reads it, to the second; `None` in the years that it cannot write.
+fn format_time(time: SystemTime) -> Option<String> {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).ok()?;
+    let time = time::OffsetDateTime::from_unix_timestamp(since.as_secs().try_into().ok()?).ok()?;
+    let (year, month, day) = time.to_calendar_date();
+    let (hour, minute, second) = time.to_hms();
+    let month = u8::from(month);
+    Some(format!(
+        "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z"
+    ))
 }
 
 fn is_over(time: SystemTime) -> bool {
@@ -813,6 +1196,17 @@ fn base64url(bytes: &[u8]) -> String {
 
 /// The field that ends an entry.
 const EXPIRES: &str = "expires";
+/// The field that names the entry whose token made a share.
+const PARENT: &str = "parent";
+/// Longest line of shares of shares.
+const MAX_PARENTS: usize = 4;
+/// The field of a token for one client, and its value before that one has come.
+const ONCE: &str = "once";
+const OPEN: &str = "open";
+/// What a token for one client begins with, so that a client knows that it must add a secret.
+const ONCE_TOKEN: &str = "once~";
+/// How long the one client may use its token.
+const CLAIMED: Duration = Duration::from_secs(24 * 60 * 60);
 const DEFAULT_ID: &str = "default";
 const MIN_TOKEN: usize = 22;
 pub(crate) const MAX_TOKEN: usize = 512;
@@ -836,6 +1230,13 @@ mod tests {
 
     const TOKEN: &str = "abcdefghijklmnopqrstuv";
     const OTHER: &str = "ABCDEFGHIJKLMNOPQRSTUV";
+
+    /// The entry of a token in a set.
+    fn found(set: &TokenSet, token: &str) -> Option<TokenEntry> {
+        match set.verify(token)? {
+            Found::Entry(entry) | Found::Open(entry) => Some(entry),
+        }
+    }
 
     fn put(path: &Path, content: impl AsRef<[u8]>) {
         // As an editor does it: a new file under the old name.
@@ -941,19 +1342,19 @@ mod tests {
             digest.to_uppercase()
         );
         let set = parse(&text).unwrap();
-        let anonymous = set.verify(TOKEN).unwrap();
+        let anonymous = found(&set, TOKEN).unwrap();
         assert_eq!(
             anonymous.id(),
             format!("token-{}", &hex(&sha256(TOKEN.as_bytes()))[..8])
         );
         assert!(anonymous.fields().is_empty());
-        let alice = set.verify(OTHER).unwrap();
+        let alice = found(&set, OTHER).unwrap();
         assert_eq!(alice.id(), "alice");
         assert_eq!(alice.field("scope"), Some("put"));
         assert_eq!(alice.field("dir"), Some("in/a=b"));
         assert_eq!(alice.field("none"), None);
         assert_eq!(
-            set.verify("hashed-token-hashed-token").unwrap().id(),
+            found(&set, "hashed-token-hashed-token").unwrap().id(),
             "bob@x.org"
         );
         assert_eq!(set.entries.len(), 3);
@@ -975,7 +1376,7 @@ mod tests {
             &digest,
             &"x".repeat(1 << 20),
         ] {
-            assert!(set.verify(wrong).is_none());
+            assert!(found(&set, wrong).is_none());
         }
     }
 
@@ -1407,15 +1808,227 @@ mod tests {
         ));
         let tokens = TokenFile::open(&path).unwrap();
         assert!(tokens.verify(TOKEN).is_none());
-        assert!(tokens.find(TOKEN).unwrap().is_expired());
+        let old = tokens.entries().remove(0);
+        assert!(old.is_expired() && tokens.peer(&old).is_some());
         let anna = tokens.verify(OTHER).unwrap();
         assert!(!anna.is_expired());
-        assert_eq!(anna.peer().expires(), anna.expires());
+        let peer = tokens.peer(&anna).unwrap();
+        assert_eq!(peer.expires(), anna.expires());
         assert_eq!(tokens.first_token().as_deref(), Some(OTHER));
-        assert!(tokens.has(&anna.peer()));
+        assert!(tokens.has(&peer));
         assert!(
             !tokens.has(&Peer::new("anna")),
             "an id alone proves nothing"
+        );
+    }
+
+    fn peer(tokens: &TokenFile, token: &str) -> Option<Peer> {
+        tokens.peer(&tokens.verify(token)?)
+    }
+
+    #[test]
+    fn a_share_is_in_force_as_long_as_its_parent() {
+        let (_dir, path) = file(format!("alice {TOKEN} quota=9\nbob {OTHER} x=y\n"));
+        let tokens = TokenFile::open(&path).unwrap();
+        let alice = peer(&tokens, TOKEN).unwrap();
+        let bob = peer(&tokens, OTHER).unwrap();
+        let new = NewShare {
+            fields: vec![("prefix".to_owned(), "a".to_owned())],
+            ..NewShare::default()
+        };
+        let share = tokens.share(&alice, new.clone()).unwrap();
+        assert!(
+            !std::fs::read_to_string(&path)
+                .unwrap()
+                .contains(&share.token)
+        );
+        let visitor = peer(&tokens, &share.token).unwrap();
+        assert_eq!(
+            (visitor.id(), visitor.claim("prefix")),
+            (&*share.id, Some("a"))
+        );
+        let parent = visitor.parent().unwrap();
+        assert_eq!((parent.id(), parent.claim("quota")), ("alice", Some("9")));
+        assert!(tokens.has(&visitor));
+        assert_eq!(tokens.shares(&alice)[0].id(), share.id);
+        assert!(tokens.shares(&bob).is_empty());
+
+        // Nobody else revokes it, and it revokes nothing.
+        assert!(!tokens.unshare(&bob, &share.id).unwrap());
+        assert!(!tokens.unshare(&alice, "bob").unwrap());
+        assert!(tokens.unshare(&alice, &share.id).unwrap());
+        assert!(!tokens.has(&visitor) && tokens.verify(&share.token).is_none());
+
+        let share = tokens.share(&alice, new.clone()).unwrap();
+        let visitor = peer(&tokens, &share.token).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        // The operator ends the parent early: the share ends with it.
+        put(
+            &path,
+            text.replace("quota=9", "expires=2001-01-01T00:00:00Z"),
+        );
+        assert!(!tokens.has(&visitor) && tokens.verify(&share.token).is_none());
+        assert!(matches!(
+            tokens.share(&alice, new.clone()),
+            Err(TokenFileError::NoParent { .. })
+        ));
+        put(&path, &text);
+        assert!(tokens.has(&visitor));
+        // Another token under the same name is another parent.
+        put(&path, text.replace(TOKEN, "zzzzzzzzzzzzzzzzzzzzzz"));
+        assert!(!tokens.has(&visitor) && tokens.verify(&share.token).is_none());
+        put(&path, &text);
+        assert!(TokenFile::revoke(&path, "alice").unwrap());
+        assert!(!tokens.has(&visitor) && tokens.verify(&share.token).is_none());
+        assert_eq!(
+            std::fs::read_to_string(&path).unwrap(),
+            format!("bob {OTHER} x=y\n"),
+            "its shares go with it"
+        );
+        assert!(
+            tokens.share(&Peer::new("bob"), new).is_err(),
+            "not of the file"
+        );
+    }
+
+    #[test]
+    fn a_token_has_so_many_shares_and_those_that_ended_go() {
+        let (_dir, path) = file(format!("alice {TOKEN}\nbob {OTHER}\n"));
+        let tokens = TokenFile::open(&path).unwrap();
+        let alice = peer(&tokens, TOKEN).unwrap();
+        for _ in 0..TokenFile::MAX_SHARES {
+            tokens.share(&alice, NewShare::default()).unwrap();
+        }
+        let full = tokens.share(&alice, NewShare::default());
+        assert!(matches!(
+            full,
+            Err(TokenFileError::TooManyShares { limit: 64 })
+        ));
+        let bob = peer(&tokens, OTHER).unwrap();
+        tokens.share(&bob, NewShare::default()).unwrap();
+
+        let ended = tokens.shares(&alice)[0].id().to_owned();
+        let text = std::fs::read_to_string(&path).unwrap();
+        let lines = text.lines().map(|line| match line.starts_with(&ended) {
+            true => format!("{line} expires=1000000000\n"),
+            false => format!("{line}\n"),
+        });
+        put(&path, lines.collect::<String>());
+        assert_eq!(tokens.shares(&alice).len(), 63);
+        let share = tokens.share(&alice, NewShare::default()).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(!text.contains(&ended) && text.contains(&share.id));
+        assert_eq!(tokens.shares(&alice).len(), 64);
+    }
+
+    #[test]
+    fn a_share_of_a_share_depends_on_both_and_no_ring_of_them_stands() {
+        let (_dir, path) = file(format!("alice {TOKEN} expires=4102444800\n"));
+        let tokens = TokenFile::open(&path).unwrap();
+        let mut above = peer(&tokens, TOKEN).unwrap();
+        let mut made = Vec::new();
+        for _ in 0..MAX_PARENTS {
+            let share = tokens.share(&above, NewShare::default()).unwrap();
+            above = peer(&tokens, &share.token).unwrap();
+            assert_eq!(above.expires(), parse_time("4102444800"));
+            made.push(share);
+        }
+        let deepest = tokens.share(&above, NewShare::default()).unwrap();
+        assert!(tokens.verify(&deepest.token).is_none(), "too deep");
+        let first = made[0].id.clone();
+        assert!(TokenFile::revoke(&path, &first).unwrap());
+        assert!(
+            made.iter()
+                .all(|share| tokens.verify(&share.token).is_none())
+        );
+
+        let (one, two) = (
+            hex(&sha256(TOKEN.as_bytes())),
+            hex(&sha256(OTHER.as_bytes())),
+        );
+        put(
+            &path,
+            format!("a {TOKEN} parent=b:{two}\nb {OTHER} parent=a:{one}\n"),
+        );
+        assert!(tokens.verify(TOKEN).is_none() && tokens.verify(OTHER).is_none());
+    }
+
+    #[test]
+    fn a_token_for_one_client_is_for_the_first() {
+        let (_dir, path) = file(format!("alice {TOKEN}\n"));
+        let tokens = TokenFile::open(&path).unwrap();
+        let alice = peer(&tokens, TOKEN).unwrap();
+        let once = NewShare {
+            once: true,
+            ..NewShare::default()
+        };
+        let share = tokens.share(&alice, once).unwrap();
+        let issued = TokenFile::issue(&path, &new_token("guest", &[("once", "open")])).unwrap();
+        for token in [&share.token, &issued] {
+            assert!(token.starts_with("once~"));
+            let before = std::fs::read_to_string(&path).unwrap();
+            // Without a secret, or with one that could be guessed, nobody comes in and nothing is used up.
+            for bad in [token.clone(), format!("{token}~"), format!("{token}~short")] {
+                assert!(tokens.verify(&bad).is_none(), "{bad}");
+            }
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), before);
+
+            let mine = claimed_token(token);
+            assert_eq!(claimed_token(&mine), mine);
+            let found = tokens.verify(&mine).unwrap();
+            assert!(found.is_used());
+            let most = SystemTime::now() + CLAIMED;
+            assert!(found.expires().unwrap() <= most);
+            assert!(tokens.verify(&mine).is_some(), "again, after a reload");
+            let other = claimed_token(token);
+            assert_ne!(other, mine);
+            assert!(tokens.verify(&other).is_none());
+            // So it is after a restart.
+            let again = TokenFile::open(&path).unwrap();
+            assert!(again.verify(&mine).is_some() && again.verify(&other).is_none());
+        }
+        assert_eq!(claimed_token(TOKEN), TOKEN);
+        assert!(tokens.entries()[0].once.is_none() && tokens.verify(TOKEN).is_some());
+    }
+
+    #[test]
+    fn of_those_who_come_together_one_has_the_token() {
+        let (_dir, path) = file(format!("alice {TOKEN}\n"));
+        let token = TokenFile::issue(&path, &new_token("guest", &[("once", "open")])).unwrap();
+        let tokens = TokenFile::open(&path).unwrap();
+        let barrier = std::sync::Barrier::new(8);
+        let admitted = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..8)
+                .map(|_| {
+                    scope.spawn(|| {
+                        let mine = claimed_token(&token);
+                        barrier.wait();
+                        tokens.verify(&mine).is_some()
+                    })
+                })
+                .collect();
+            let ended = threads.into_iter().map(|thread| thread.join().unwrap());
+            ended.filter(|admitted| *admitted).count()
+        });
+        assert_eq!(admitted, 1);
+    }
+
+    #[test]
+    fn bad_fields_of_shares_are_refused() {
+        for (fields, problem) in [
+            ("once=yes", TokenLineError::Once),
+            ("once=00ff", TokenLineError::Once),
+            ("parent=alice", TokenLineError::Parent),
+            ("parent=alice:00", TokenLineError::Parent),
+            ("parent=a/b:00", TokenLineError::Parent),
+        ] {
+            let error = parse_line(&format!("x {TOKEN} {fields}")).err().unwrap();
+            assert_eq!(error, problem, "{fields}");
+        }
+        let text = "2024-02-29T23:59:07Z";
+        assert_eq!(
+            format_time(parse_time(text).unwrap()).as_deref(),
+            Some(text)
         );
     }
 }

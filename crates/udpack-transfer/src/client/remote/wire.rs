@@ -1,6 +1,7 @@
 //! The requests of [`Remote`](super::Remote) and the raw shapes of their answers, before they are checked.
 
 use std::fmt;
+use std::time::Duration;
 
 use serde::de::{Error, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -184,4 +185,233 @@ impl<'de> Deserialize<'de> for Digest {
 
         deserializer.deserialize_bytes(Bytes)
     }
+}
+
+/// Of a request without fields.
+#[derive(Serialize)]
+pub(super) struct Nothing {}
+
+#[derive(Serialize)]
+pub(super) struct NameField<'a> {
+    pub(super) name: &'a str,
+}
+
+/// What a share is to be; see [`Remote::share`](super::Remote::share).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ShareWish {
+    /// The directory that is to be its root; `None` for this client's own.
+    pub prefix: Option<RelPath>,
+    /// Most bytes of all files there; `None` for what this client has left.
+    pub quota: Option<u64>,
+    /// For how long; `None` for as long as this client's token. Whole seconds, at least one.
+    pub expires: Option<Duration>,
+    /// Whether it is for the first client that comes with it.
+    pub once: bool,
+    /// To list and fetch.
+    pub read: bool,
+    /// To upload.
+    pub write: bool,
+}
+
+impl Default for ShareWish {
+    /// To upload into this client's own root.
+    fn default() -> Self {
+        Self {
+            prefix: None,
+            quota: None,
+            expires: None,
+            once: false,
+            read: false,
+            write: true,
+        }
+    }
+}
+
+#[derive(Serialize)]
+pub(super) struct ShareFields<'a> {
+    #[serde(
+        skip_serializing_if = "Option::is_none",
+        serialize_with = "names::serialize_opt"
+    )]
+    prefix: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    quota: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    expires_s: Option<u64>,
+    once: bool,
+    read: bool,
+    write: bool,
+}
+
+impl<'a> ShareFields<'a> {
+    pub(super) fn of(wish: &'a ShareWish) -> Self {
+        Self {
+            prefix: wish.prefix.as_ref().map(RelPath::as_str),
+            quota: wish.quota,
+            expires_s: wish.expires.map(|time| time.as_secs()),
+            once: wish.once,
+            read: wish.read,
+            write: wish.write,
+        }
+    }
+}
+
+/// A share that was made.
+#[derive(Clone, PartialEq, Eq, Deserialize)]
+#[non_exhaustive]
+pub struct Shared {
+    /// Its name, to revoke it by.
+    pub name: String,
+    /// Its token, which is nowhere else.
+    pub token: String,
+    /// The address of the server's pages with the token in it, where the server has any.
+    #[serde(default)]
+    pub url: Option<String>,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Shared").field(&self.name).finish()
+    }
+}
+
+/// What a token may do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Rights {
+    /// To list and fetch.
+    pub read: bool,
+    /// To upload.
+    pub write: bool,
+    /// To remove.
+    pub delete: bool,
+    /// To make shares.
+    pub share: bool,
+    /// To see and cancel the transfers of others.
+    pub admin: bool,
+    /// To see the transfers of others.
+    pub watch: bool,
+    /// Whether it is for this client alone.
+    pub once: bool,
+    /// The directory that is its root, as its server calls it; `None` for the server's own, and of a share.
+    pub prefix: Option<RelPath>,
+    /// Most bytes of all files below its root, and how many of them are left.
+    pub quota: Option<(u64, u64)>,
+    /// When it expires, counted from now.
+    pub expires_in: Option<Duration>,
+}
+
+#[derive(Deserialize)]
+pub(super) struct Told {
+    #[serde(default)]
+    read: bool,
+    #[serde(default)]
+    write: bool,
+    #[serde(default)]
+    delete: bool,
+    #[serde(default)]
+    share: bool,
+    #[serde(default)]
+    admin: bool,
+    #[serde(default)]
+    watch: bool,
+    #[serde(default)]
+    once: bool,
+    #[serde(default, deserialize_with = "names::deserialize_opt")]
+    prefix: Option<String>,
+    #[serde(default)]
+    quota: Option<u64>,
+    #[serde(default)]
+    quota_left: Option<u64>,
+    #[serde(default)]
+    expires_ms: Option<u64>,
+}
+
+impl Told {
+    pub(super) fn rights(self) -> Result<Rights, TransferError> {
+        Ok(Rights {
+            read: self.read,
+            write: self.write,
+            delete: self.delete,
+            share: self.share,
+            admin: self.admin,
+            watch: self.watch,
+            once: self.once,
+            prefix: root(self.prefix)?,
+            quota: self
+                .quota
+                .map(|quota| (quota, self.quota_left.unwrap_or(quota))),
+            expires_in: self.expires_ms.map(Duration::from_millis),
+        })
+    }
+}
+
+/// A share as its maker sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ShareEntry {
+    /// Its name, to revoke it by. Printable.
+    pub name: String,
+    /// The directory that is its root; `None` for its maker's own.
+    pub prefix: Option<RelPath>,
+    /// To list and fetch.
+    pub read: bool,
+    /// To upload.
+    pub write: bool,
+    /// Whether it is for one client.
+    pub once: bool,
+    /// Whether that one has come.
+    pub used: bool,
+    /// Most bytes of all files there.
+    pub quota: Option<u64>,
+    /// When it expires, counted from now.
+    pub expires_in: Option<Duration>,
+}
+
+#[derive(Deserialize)]
+pub(super) struct Shares {
+    pub(super) shares: Vec<ShareTold>,
+}
+
+#[derive(Deserialize)]
+pub(super) struct ShareTold {
+    name: String,
+    #[serde(default, deserialize_with = "names::deserialize_opt")]
+    prefix: Option<String>,
+    #[serde(default)]
+    read: bool,
+    #[serde(default)]
+    write: bool,
+    #[serde(default)]
+    once: bool,
+    #[serde(default)]
+    used: bool,
+    #[serde(default)]
+    quota: Option<u64>,
+    #[serde(default)]
+    expires_ms: Option<u64>,
+}
+
+impl ShareTold {
+    pub(super) fn entry(self) -> Result<ShareEntry, TransferError> {
+        Ok(ShareEntry {
+            name: printable(&self.name),
+            prefix: root(self.prefix)?,
+            read: self.read,
+            write: self.write,
+            once: self.once,
+            used: self.used,
+            quota: self.quota,
+            expires_in: self.expires_ms.map(Duration::from_millis),
+        })
+    }
+}
+
+/// A directory that is a root, `None` for that of whoever is told.
+fn root(prefix: Option<String>) -> Result<Option<RelPath>, TransferError> {
+    let prefix = prefix.filter(|prefix| !prefix.is_empty());
+    let parsed = prefix.map(|prefix| prefix.parse());
+    parsed
+        .transpose()
+        .map_err(|error| broken(format!("a prefix with a {error}")))
 }

@@ -119,6 +119,7 @@ impl<'a> Looker<'a> {
             let tenant = Tenant {
                 prefix: None,
                 quota,
+                outer: None,
             };
             QuotaStats::of(None, None, store.used(&tenant), quota)
         });

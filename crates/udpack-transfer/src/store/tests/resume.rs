@@ -922,6 +922,7 @@ fn interrupted_uploads_count_against_the_quota_of_their_directory() {
     let tenant = Tenant {
         prefix: Some(path("t")),
         quota: 1000,
+        outer: None,
     };
     let begin = |name: &str| {
         let path = path(name);

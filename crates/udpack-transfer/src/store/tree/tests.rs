@@ -887,6 +887,7 @@ fn tenant(prefix: &str, quota: u64) -> Tenant {
     Tenant {
         prefix: Some(path(prefix)),
         quota,
+        outer: None,
     }
 }
 
@@ -894,6 +895,7 @@ fn root_tenant(quota: u64) -> Tenant {
     Tenant {
         prefix: None,
         quota,
+        outer: None,
     }
 }
 
