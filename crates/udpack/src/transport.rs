@@ -12,6 +12,7 @@ pub(crate) mod lookup;
 #[cfg(feature = "testing")]
 pub(crate) mod memory;
 pub(crate) mod qlog;
+pub(crate) mod quic;
 mod timer;
 pub(crate) mod udp;
 pub(crate) mod web;

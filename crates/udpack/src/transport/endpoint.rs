@@ -16,8 +16,8 @@ use quinn::{
 use tokio::time::Instant;
 
 use crate::transport::congestion::ModelConfig;
-use crate::transport::connection::varint;
 use crate::transport::lookup;
+use crate::transport::quic::varint;
 use crate::transport::timer::PromptRuntime;
 use crate::transport::udp::{self, Bound, MODEST_PAYLOAD, MOST_PAYLOAD, Port};
 use crate::transport::web::OWN_UNI;

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use quinn::{ReadError, RecvStream, SendStream};
 
 use super::wire::{self, Capsules, FIELD_SECTION, Fault, Request, code, fault, frame, uni};
-use crate::transport::connection::varint;
+use crate::transport::quic::varint;
 
 /// A stream that is being read.
 pub(super) type Reading = Pin<Box<dyn Future<Output = Event> + Send>>;
