@@ -56,6 +56,8 @@ struct Settings {
     reconnect: Option<Reconnect>,
     /// Servers to go to when the one that was asked for is gone.
     fallbacks: Vec<(ConnectUrl, Client)>,
+    /// What is dialled.
+    over: TransportChoice,
 }
 
 impl Client {
@@ -72,6 +74,7 @@ impl Client {
             bind: None,
             reconnect: None,
             fallbacks: Vec::new(),
+            over: TransportChoice::default(),
             via: Via::default(),
             qlog: None,
         }
@@ -208,7 +211,9 @@ impl Client {
             host: url.host().to_owned(),
             source,
         })?;
-        let (conn, endpoint) = self.dial_any(url, race::in_turn(addresses, last)).await?;
+        let (conn, endpoint) = self
+            .dial_any(url, race::in_turn(addresses, last, self.inner.over))
+            .await?;
         self.introduce(conn, endpoint, &token, ticket).await
     }
 
@@ -251,6 +256,7 @@ impl Client {
         let Attempt { address, way, .. } = attempt;
         let dialled = match way {
             Way::Quic => self.inner.dialer.dial(address, host).await,
+            Way::WebSocket => self.inner.dialer.dial_websocket(address, host).await,
         };
         dialled.map_err(|error| self.dial_error(address, error))
     }
@@ -327,6 +333,18 @@ impl fmt::Debug for Client {
             .field("agent", &self.inner.agent)
             .finish_non_exhaustive()
     }
+}
+
+/// What a client connects over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum TransportChoice {
+    /// QUIC alone.
+    #[default]
+    Quic,
+    /// A WebSocket over TCP alone, at the same port number: for networks that let no UDP pass. Everything works over it as
+    /// over QUIC; a lost packet holds up all channels, though, and a change of address ends the connection.
+    WebSocket,
 }
 
 /// What brings a client's socket back when its connection is lost.
@@ -518,6 +536,7 @@ pub struct ClientBuilder {
     bind: Option<SocketAddr>,
     reconnect: Option<Reconnect>,
     fallbacks: Vec<(String, Option<Fingerprint>)>,
+    over: TransportChoice,
     via: Via,
     qlog: Option<PathBuf>,
 }
@@ -614,6 +633,12 @@ impl ClientBuilder {
         self
     }
 
+    /// What to connect over. Defaults to [`TransportChoice::Quic`].
+    pub fn transport(mut self, over: TransportChoice) -> Self {
+        self.over = over;
+        self
+    }
+
     #[cfg(feature = "testing")]
     pub(crate) fn via(mut self, via: Via) -> Self {
         self.via = via;
@@ -674,6 +699,7 @@ impl ClientBuilder {
                 timeouts,
                 reconnect: self.reconnect,
                 fallbacks,
+                over: self.over,
             }),
         })
     }
@@ -987,7 +1013,7 @@ mod tests {
             let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
             socket.local_addr().unwrap()
         };
-        let attempts = race::in_turn(vec![muted, unbound], None);
+        let attempts = race::in_turn(vec![muted, unbound], None, TransportChoice::Quic);
         let url = ConnectUrl::new("name", 1).unwrap();
         let reached = client.dial_any(&url, attempts).await;
         let error = reached.expect_err("nobody is there");

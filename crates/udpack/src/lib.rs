@@ -138,7 +138,7 @@ pub use channel::items::{Items, Streaming};
 pub use channel::overflow::Overflow;
 pub use channel::request::{Request, RequestError};
 pub use channel::{Channel, Closed, RecvError, SendError};
-pub use client::{Client, ClientBuilder, ConnectError};
+pub use client::{Client, ClientBuilder, ConnectError, TransportChoice};
 pub use metrics::speed::{Speed, SpeedMeter, Stats};
 pub use metrics::{Ends, Metrics};
 pub use serve::asked::Asked;

@@ -15,6 +15,7 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::ToSocketAddrs;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
@@ -24,6 +25,7 @@ use self::admission::{FAREWELLS, accept_loop, handshake_shares, socket_shares};
 use crate::base::LogLimit;
 use crate::base::lock;
 use crate::base::pool::{Pool, Shares};
+use crate::base::text::printable_within;
 use crate::metrics::speed::{Counters, SpeedMeter, Stats};
 use crate::metrics::{Metrics, Tally};
 use crate::serve::rooms::Rooms;
@@ -34,6 +36,8 @@ use crate::session::socket::Socket;
 use crate::session::{Attached, Session, default_agent};
 use crate::transport::endpoint::{At, Via};
 use crate::transport::listener::{ListenError, Listener};
+use crate::transport::lookup::unmapped;
+use crate::transport::mux::Ends;
 use crate::transport::trips;
 use crate::transport::windows;
 use crate::trust::auth::{Authenticate, Deny, Peer, Penalties};
@@ -41,7 +45,7 @@ use crate::trust::fingerprint::Fingerprint;
 #[cfg(feature = "https")]
 use crate::trust::https::Https;
 use crate::trust::identity::{Identity, IdentityError};
-use crate::trust::origin::Web;
+use crate::trust::origin::{Transport, Web};
 use crate::trust::tls::CertificateSource;
 use crate::wire::code::{CloseCode, CloseReason, Side};
 use crate::wire::config::InvalidSetting;
@@ -223,6 +227,26 @@ impl Server {
     #[cfg(feature = "https")]
     pub fn https(&self) -> Result<Https, IdentityError> {
         Https::new(self.inner.shared.certificates.clone())
+    }
+
+    /// Takes in a client over TCP: `stream` is a WebSocket whose HTTP handshake is over, at the path
+    /// `/udpack` and with the subprotocol `qmux-02.udpack-1`. TLS, HTTP and which pages may connect were the business of
+    /// whoever hands it over; `from` is the client's address, `origin` the page's, where there is one. From there on it is
+    /// a client like any other: the same limits, the same verifier.
+    ///
+    /// # Cancel safety
+    /// Dropping the future drops the connection.
+    pub async fn take_websocket<S>(&self, stream: S, from: SocketAddr, origin: Option<&str>)
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let origin = origin.map(|origin| printable_within(origin, 256).into());
+        let ends = Ends {
+            local: None,
+            remote: unmapped(from),
+            transport: Transport::WebSocket { origin },
+        };
+        self.inner.shared.listener.take_in(stream, ends).await;
     }
 
     /// The bounds that it keeps.

@@ -1,6 +1,7 @@
 //! What carries a session: connections and their streams, the endpoints that make and accept them, the UDP socket
 //! below, windows, pacing and congestion control. The only place that knows QUIC.
 
+pub(crate) mod carriers;
 pub(crate) mod congestion;
 pub(crate) mod connection;
 pub(crate) mod dialer;
@@ -11,11 +12,13 @@ pub(crate) mod listener;
 pub(crate) mod lookup;
 #[cfg(feature = "testing")]
 pub(crate) mod memory;
+pub(crate) mod mux;
 pub(crate) mod qlog;
 pub(crate) mod quic;
 mod timer;
 pub(crate) mod udp;
 pub(crate) mod web;
+pub(crate) mod websocket;
 pub(crate) mod windows;
 
 pub(crate) use connection::{

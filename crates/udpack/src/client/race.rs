@@ -8,6 +8,8 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use tokio::time::Instant;
 
+use crate::client::TransportChoice;
+
 /// One thing to try: an address, and by which transport to go there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Attempt {
@@ -21,6 +23,7 @@ pub(crate) struct Attempt {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Way {
     Quic,
+    WebSocket,
 }
 
 /// How long an attempt is alone before the next one begins: what RFC 8305 recommends.
@@ -28,9 +31,17 @@ const PAUSE: Duration = Duration::from_millis(250);
 /// Most addresses of one name that are tried. Each costs a socket until the race is over.
 const MOST: usize = 32;
 
-/// An attempt over QUIC for each of these addresses: `last`, where it is one of them, before the others, which stay in the
+/// An attempt for each of these addresses: `last`, where it is one of them, before the others, which stay in the
 /// order of the resolver; then IPv6 and IPv4 take turns, so that one family without a route does not hold up the other.
-pub(crate) fn in_turn(addresses: Vec<SocketAddr>, last: Option<SocketAddr>) -> Vec<Attempt> {
+pub(crate) fn in_turn(
+    addresses: Vec<SocketAddr>,
+    last: Option<SocketAddr>,
+    over: TransportChoice,
+) -> Vec<Attempt> {
+    let way = match over {
+        TransportChoice::Quic => Way::Quic,
+        TransportChoice::WebSocket => Way::WebSocket,
+    };
     let mut sorted = addresses;
     // Stable: the others keep their order.
     sorted.sort_by_key(|address| Some(*address) != last);
@@ -49,7 +60,7 @@ pub(crate) fn in_turn(addresses: Vec<SocketAddr>, last: Option<SocketAddr>) -> V
         {
             attempts.push(Attempt {
                 address,
-                way: Way::Quic,
+                way,
                 pause: PAUSE,
             });
         }
@@ -112,7 +123,7 @@ mod tests {
 
     fn order(texts: &[&str], last: Option<&str>) -> Vec<String> {
         let last = last.map(|text| text.parse().unwrap());
-        let attempts = in_turn(addresses(texts), last);
+        let attempts = in_turn(addresses(texts), last, TransportChoice::Quic);
         attempts
             .iter()
             .map(|attempt| attempt.address.to_string())
@@ -139,7 +150,10 @@ mod tests {
     #[test]
     fn a_name_with_very_many_addresses_is_not_tried_at_all_of_them() {
         let many = (0..4000).map(|n| SocketAddr::from(([10, 1, (n >> 8) as u8, n as u8], 1)));
-        assert_eq!(in_turn(many.collect(), None).len(), MOST);
+        assert_eq!(
+            in_turn(many.collect(), None, TransportChoice::Quic).len(),
+            MOST
+        );
     }
 
     /// Runs a race among as many addresses as there are outcomes (when it ends, and whether it wins), and says who won and
@@ -148,18 +162,21 @@ mod tests {
         let begun = Instant::now();
         let starts = Mutex::new(Vec::new());
         let attempts = (0..outcomes.len()).map(|n| SocketAddr::from(([10, 0, 0, 1], n as u16)));
-        let outcome = race(in_turn(attempts.collect(), None), |attempt| {
-            let number = usize::from(attempt.address.port());
-            let (takes, wins) = outcomes[number];
-            starts
-                .lock()
-                .unwrap()
-                .push(begun.elapsed().as_millis() as u64);
-            async move {
-                tokio::time::sleep(Duration::from_millis(takes)).await;
-                if wins { Ok(number) } else { Err(number) }
-            }
-        });
+        let outcome = race(
+            in_turn(attempts.collect(), None, TransportChoice::Quic),
+            |attempt| {
+                let number = usize::from(attempt.address.port());
+                let (takes, wins) = outcomes[number];
+                starts
+                    .lock()
+                    .unwrap()
+                    .push(begun.elapsed().as_millis() as u64);
+                async move {
+                    tokio::time::sleep(Duration::from_millis(takes)).await;
+                    if wins { Ok(number) } else { Err(number) }
+                }
+            },
+        );
         let outcome = tokio::time::timeout(Duration::from_secs(600), outcome).await;
         let outcome = outcome.expect("a race ends");
         let errors = |errors: Vec<(Attempt, usize)>| errors.into_iter().map(|(_, n)| n).collect();

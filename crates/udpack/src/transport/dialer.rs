@@ -11,14 +11,18 @@ use tokio::time::Instant;
 
 use crate::transport::endpoint::{self, At, FirstWord, Route, Side, Via};
 use crate::transport::qlog::Qlog;
-use crate::transport::{Connection, ConnectionError, Endpoint, trips};
+use crate::transport::{Connection, ConnectionError, Endpoint, quic, trips, websocket};
 use crate::trust::fingerprint::Fingerprint;
 use crate::trust::tls::{PinCheck, PinMismatch, Trust, client_config};
 use crate::wire::config::{CongestionControl, InvalidSetting, Limits, Timeouts};
+#[cfg(feature = "testing")]
+use crate::{transport::mux, trust::origin::Transport};
 
 /// Makes connections to servers, each from a port of its own.
 pub(crate) struct Dialer {
     config: quinn::ClientConfig,
+    /// The same trust for TCP.
+    tls: Arc<rustls::ClientConfig>,
     pin: Option<PinCheck>,
     limits: Arc<Limits>,
     timeouts: Arc<Timeouts>,
@@ -71,10 +75,13 @@ impl Dialer {
         let trust = pin.map_or(Trust::PlatformRoots, Trust::Pin);
         let (tls, check) =
             client_config(trust).map_err(|error| DialerError::Tls(error.to_string()))?;
+        let mut over_tcp = tls.clone();
+        over_tcp.alpn_protocols = vec![b"http/1.1".to_vec()];
         let tls =
             QuicClientConfig::try_from(tls).map_err(|error| DialerError::Tls(error.to_string()))?;
         Ok(Self {
             config: quinn::ClientConfig::new(Arc::new(tls)),
+            tls: Arc::new(over_tcp),
             pin: pin.map(|_| check),
             limits,
             timeouts,
@@ -132,9 +139,47 @@ impl Dialer {
             }
         };
         match connected {
-            Ok(conn) => Ok((Connection::quic(conn), Endpoint::quic(endpoint))),
+            Ok(conn) => {
+                let endpoint = Endpoint::Quic(quic::Endpoint::quic(endpoint));
+                Ok((Connection::quic(conn), endpoint))
+            }
             Err(error) => Err(self.failed(error)),
         }
+    }
+
+    /// Connects to this address of the server `host` over TCP.
+    ///
+    /// # Cancel safety
+    /// A dropped future gives the connection up.
+    pub(crate) async fn dial_websocket(
+        &self,
+        address: SocketAddr,
+        host: &str,
+    ) -> Result<(Connection, Endpoint), DialError> {
+        let conn = match &self.via {
+            Via::System => {
+                let way = websocket::Way {
+                    tls: &self.tls,
+                    pin: self.pin.as_ref(),
+                    limits: &self.limits,
+                    timeouts: &self.timeouts,
+                    local: self.local,
+                };
+                way.dial(address, host).await?
+            }
+            #[cfg(feature = "testing")]
+            Via::Net(net) => {
+                let (stream, local) = net.connect(address).await.map_err(DialError::Local)?;
+                let socket = mux::upgraded(stream, mux::Side::Client).await;
+                let ends = mux::Ends {
+                    local: Some(local),
+                    remote: address,
+                    transport: Transport::WebSocket { origin: None },
+                };
+                websocket::begin(socket, ends, &self.limits, &self.timeouts).await?
+            }
+        };
+        Ok((Connection::Mux(conn.clone()), Endpoint::Mux(conn)))
     }
 
     /// The settings of one more connection, to this address by this route.

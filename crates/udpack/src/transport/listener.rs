@@ -9,15 +9,19 @@ use std::time::Duration;
 
 use aws_lc_rs::{hkdf, hmac};
 use quinn::crypto::rustls::{HandshakeData, QuicServerConfig};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_util::task::TaskTracker;
 
 use crate::base::lock;
+use crate::transport::carriers::{self, Carriers};
 use crate::transport::endpoint::{self, At, ETHERNET_PAYLOAD, Route, Side, Via};
 use crate::transport::lookup::unmapped;
+use crate::transport::mux::{self, Ends};
 use crate::transport::qlog::Qlog;
+use crate::transport::quic::Endpoint;
 use crate::transport::udp::Port;
 use crate::transport::web;
-use crate::transport::{Connection, ConnectionError, Endpoint};
+use crate::transport::{Connection, ConnectionError};
 use crate::trust::identity::{Identity, IdentityError};
 use crate::trust::origin::Web;
 use crate::trust::tls::ALPN;
@@ -31,6 +35,8 @@ const SETTINGS_KEPT: usize = 16;
 pub(crate) struct Listener {
     endpoint: Endpoint,
     port: Port,
+    /// Connections over TCP.
+    carriers: Arc<Carriers>,
     limits: Arc<Limits>,
     timeouts: Arc<Timeouts>,
     congestion: CongestionControl,
@@ -94,6 +100,11 @@ impl Listener {
         settings.cid_generator(move || {
             Box::new(quinn_proto::HashedConnectionIdGenerator::from_key(cid_key))
         });
+        let carriers = Carriers::new(limits.clone(), timeouts.clone());
+        #[cfg(feature = "testing")]
+        if let (Via::Net(host), At::Address(address)) = (&via, &at) {
+            host.take_streams(*address, &carriers);
+        }
         let (endpoint, port) = via
             .open(
                 at,
@@ -110,6 +121,7 @@ impl Listener {
         Ok(Self {
             endpoint: Endpoint::quic(endpoint),
             port,
+            carriers,
             limits,
             timeouts,
             congestion,
@@ -127,7 +139,10 @@ impl Listener {
     /// # Cancel safety
     /// Cancel safe.
     pub(crate) async fn accept(&self) -> Option<Incoming> {
-        Some(Incoming(self.endpoint.as_quic().accept().await?))
+        tokio::select! {
+            incoming = self.endpoint.as_quic().accept() => Some(Incoming::Quic(incoming?)),
+            conn = self.carriers.next() => Some(Incoming::Mux(conn)),
+        }
     }
 
     /// Carries out the handshake of a connection; with a browser, up to its session.
@@ -138,9 +153,16 @@ impl Listener {
         &self,
         incoming: Incoming,
     ) -> Result<Connection, ConnectionError> {
+        let incoming = match incoming {
+            Incoming::Quic(incoming) => incoming,
+            Incoming::Mux(conn) => {
+                conn.begun().await?;
+                return Ok(Connection::Mux(conn));
+            }
+        };
         let connecting = match self.settings_for(incoming.remote_address()) {
-            Some(config) => incoming.0.accept_with(config),
-            None => incoming.0.accept(),
+            Some(config) => incoming.accept_with(config),
+            None => incoming.accept(),
         };
         let mut connecting = connecting?;
         let Some(web) = &self.web else {
@@ -176,12 +198,21 @@ impl Listener {
         self.farewells.wait().await;
     }
 
+    /// Takes in a connection over TCP, behind the handshake of its WebSocket.
+    pub(crate) async fn take_in<S>(&self, stream: S, ends: Ends)
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        self.carriers.take_in(stream, ends).await;
+    }
+
     pub(crate) fn local_addr(&self) -> io::Result<SocketAddr> {
         self.endpoint.local_addr()
     }
 
     /// Ends all connections, and takes no more.
     pub(crate) fn close(&self, code: CloseCode, text: &str) {
+        self.carriers.close(code, text);
         self.endpoint.close(code, text);
     }
 
@@ -191,6 +222,7 @@ impl Listener {
     /// Cancel safe.
     pub(crate) async fn wait_idle(&self) {
         self.endpoint.wait_idle().await;
+        self.carriers.wait_idle().await;
     }
 
     /// Frees the port even while handles of connections exist: nothing more is sent or received.
@@ -234,30 +266,52 @@ impl Listener {
 }
 
 /// An incoming connection attempt. Dropping it refuses it.
-pub(crate) struct Incoming(quinn::Incoming);
+#[expect(
+    clippy::large_enum_variant,
+    reason = "it lives for a moment, and nearly all are of the large kind"
+)]
+pub(crate) enum Incoming {
+    Quic(quinn::Incoming),
+    Mux(mux::Connection),
+}
 
 impl Incoming {
     pub(crate) fn remote_address(&self) -> SocketAddr {
-        unmapped(self.0.remote_address())
+        unmapped(match self {
+            Self::Quic(incoming) => incoming.remote_address(),
+            Self::Mux(conn) => conn.remote_address(),
+        })
     }
 
-    /// Whether the peer has shown that it receives at its address (RFC 9000, section 8.1).
+    /// Whether the peer has shown that it receives at its address (RFC 9000, section 8.1). TCP demands it.
     pub(crate) fn is_proved(&self) -> bool {
-        self.0.remote_address_validated()
+        match self {
+            Self::Quic(incoming) => incoming.remote_address_validated(),
+            Self::Mux(_) => true,
+        }
     }
 
     /// Whether the peer can be asked to prove its address.
     pub(crate) fn may_retry(&self) -> bool {
-        self.0.may_retry()
+        match self {
+            Self::Quic(incoming) => incoming.may_retry(),
+            Self::Mux(_) => false,
+        }
     }
 
     /// Asks the peer to prove its address and to come again. Where it did already, it is refused.
     pub(crate) fn retry(self) {
-        let _ = self.0.retry();
+        match self {
+            Self::Quic(incoming) => drop(incoming.retry()),
+            Self::Mux(conn) => carriers::busy(&conn),
+        }
     }
 
     /// Tells the peer that no connection is accepted now.
     pub(crate) fn refuse(self) {
-        self.0.refuse();
+        match self {
+            Self::Quic(incoming) => incoming.refuse(),
+            Self::Mux(conn) => carriers::busy(&conn),
+        }
     }
 }

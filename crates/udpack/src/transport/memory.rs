@@ -4,17 +4,22 @@ use std::collections::{BTreeMap, HashMap};
 use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
 use quinn::udp::{EcnCodepoint, RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, UdpPoller};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, ReadHalf, WriteHalf, duplex, split};
+use tokio::sync::mpsc;
 use tokio::time::{Instant, Sleep};
 
 use crate::base::lock;
+use crate::transport::carriers::Carriers;
 use crate::transport::endpoint::{At, Via};
+use crate::transport::mux::Ends;
+use crate::trust::origin::Transport;
 use crate::trust::url::DEFAULT_PORT;
 
 /// Largest UDP payload that passes, in bytes: Ethernet's 1,500 less the headers.
@@ -100,6 +105,7 @@ impl Net {
                 addresses: 0,
                 ports: HashMap::new(),
                 at: HashMap::new(),
+                streams: HashMap::new(),
                 next_port: 0,
                 next_packet: 0,
                 traffic: Traffic::default(),
@@ -370,6 +376,93 @@ impl Host {
     }
 }
 
+impl Host {
+    /// Byte streams to this address of a server go to these.
+    pub(crate) fn take_streams(&self, address: SocketAddr, to: &Arc<Carriers>) {
+        let mut state = lock(&self.net.state);
+        state.streams.insert(address, Arc::downgrade(to));
+    }
+
+    /// Opens a byte stream to a server, as TCP would: nothing is lost on it, and a cut delays what is sent in it.
+    pub(crate) async fn connect(&self, to: SocketAddr) -> io::Result<(DuplexStream, SocketAddr)> {
+        let host = self.client.ok_or(io::ErrorKind::Unsupported)?;
+        let (server, from) = {
+            let mut state = lock(&self.net.state);
+            let server = state.streams.get(&to).and_then(Weak::upgrade);
+            let from = state.hosts.get_mut(host).ok_or(io::ErrorKind::NotFound)?;
+            let port = from.next_port;
+            from.next_port = port.checked_add(1).unwrap_or(FIRST_PORT);
+            (server, SocketAddr::new(from.ip, port))
+        };
+        let server = server.ok_or(io::ErrorKind::ConnectionRefused)?;
+        let way = Server {
+            address: to,
+            carriers: Arc::downgrade(&server),
+        };
+        let ((here, near), (far, there)) = (duplex(PIPE), duplex(PIPE));
+        let ((near_in, near_out), (far_in, far_out)) = (split(near), split(far));
+        tokio::spawn(relay(
+            self.net.clone(),
+            (host, way.clone()),
+            near_in,
+            far_out,
+        ));
+        tokio::spawn(relay(self.net.clone(), (host, way), far_in, near_out));
+        let ends = Ends {
+            local: None,
+            remote: from,
+            transport: Transport::WebSocket { origin: None },
+        };
+        server.take_in(there, ends).await;
+        Ok((here, from))
+    }
+}
+
+/// Bytes that a pipe holds.
+const PIPE: usize = 64 << 10;
+/// Pieces on their way through a relay.
+const RELAYED: usize = 64;
+
+/// Carries one direction of a byte stream between a client and a server, until either end is gone.
+async fn relay(
+    net: Net,
+    (host, server): (usize, Server),
+    mut from: ReadHalf<DuplexStream>,
+    mut to: WriteHalf<DuplexStream>,
+) {
+    let (pieces, mut arriving) = mpsc::channel::<(Instant, Bytes)>(RELAYED);
+    let net = &net;
+    let reading = async move {
+        let mut buffer = vec![0; MTU];
+        while let Ok(count @ 1..) = from.read(&mut buffer).await {
+            let due = Instant::now() + lock(&net.state).path.delay;
+            let piece = Bytes::copy_from_slice(&buffer[..count]);
+            if pieces.send((due, piece)).await.is_err() {
+                break;
+            }
+        }
+    };
+    let writing = async move {
+        while let Some((due, piece)) = arriving.recv().await {
+            tokio::time::sleep_until(due).await;
+            loop {
+                let passes = lock(&net.state).passes(host, &server);
+                match passes {
+                    Ok(true) => break,
+                    Ok(false) => tokio::time::sleep(Duration::from_millis(10)).await,
+                    Err(Broken) => return,
+                }
+            }
+            lock(&net.state).traffic.delivered += 1;
+            if to.write_all(&piece).await.is_err() {
+                return;
+            }
+        }
+        let _ = to.shutdown().await;
+    };
+    tokio::join!(reading, writing);
+}
+
 #[derive(Debug)]
 struct State {
     seed: u64,
@@ -382,6 +475,8 @@ struct State {
     addresses: u32,
     ports: HashMap<u64, PortState>,
     at: HashMap<SocketAddr, u64>,
+    /// Who takes byte streams at an address.
+    streams: HashMap<SocketAddr, Weak<Carriers>>,
     next_port: u64,
     next_packet: u64,
     traffic: Traffic,
@@ -617,9 +712,35 @@ impl State {
     fn unplug(&mut self, address: SocketAddr) {
         if let Some(id) = self.at.remove(&address) {
             self.ports.remove(&id);
+            self.streams.remove(&address);
         }
     }
+
+    /// Whether a byte stream between a client and a server passes: not while it is cut, or nobody is at the server's address.
+    ///
+    /// # Errors
+    /// When another server is there, who knows nothing of the stream.
+    fn passes(&self, host: usize, server: &Server) -> Result<bool, Broken> {
+        let now = Instant::now();
+        let there = self.streams.get(&server.address);
+        match there {
+            Some(there) if !there.ptr_eq(&server.carriers) => return Err(Broken),
+            _ => {}
+        }
+        let cut =
+            self.cut.holds(now) || self.hosts.get(host).is_none_or(|host| host.cut.holds(now));
+        Ok(there.is_some() && !cut)
+    }
 }
+
+/// A server that takes byte streams.
+#[derive(Clone)]
+struct Server {
+    address: SocketAddr,
+    carriers: Weak<Carriers>,
+}
+
+struct Broken;
 
 /// Longest wait for the rate.
 const QUEUE: Duration = Duration::from_millis(100);
@@ -695,6 +816,7 @@ impl Drop for Port {
         let mut state = lock(&self.net.state);
         if let Some(port) = state.ports.remove(&self.id) {
             state.at.remove(&port.address);
+            state.streams.remove(&port.address);
         }
     }
 }

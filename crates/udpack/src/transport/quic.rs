@@ -210,11 +210,6 @@ impl Connection {
         }
     }
 
-    /// [`close`](Self::close) for this reason.
-    pub(crate) fn close_because(&self, reason: &CloseReason) {
-        self.close(reason.code, &reason.text);
-    }
-
     /// Waits until the connection is over, and what was to be said with it.
     ///
     /// # Cancel safety
@@ -236,11 +231,6 @@ impl Connection {
     pub(crate) fn error(&self) -> Option<ConnectionError> {
         let ended = self.web.as_ref().and_then(|web| web.ended());
         ended.or_else(|| self.quic.close_reason().map(|error| self.over(error)))
-    }
-
-    /// Whether the connection is over.
-    pub(crate) fn is_over(&self) -> bool {
-        self.error().is_some()
     }
 
     fn over(&self, error: quinn::ConnectionError) -> ConnectionError {

@@ -175,6 +175,11 @@ pub enum Transport {
         /// The page's origin, such as `https://example.com`.
         origin: Option<Arc<str>>,
     },
+    /// A WebSocket over TCP, where the network lets no UDP pass; the origin as with WebTransport.
+    WebSocket {
+        /// The page's origin, such as `https://example.com`.
+        origin: Option<Arc<str>>,
+    },
 }
 
 impl Transport {
@@ -182,7 +187,7 @@ impl Transport {
     pub fn origin(&self) -> Option<&str> {
         match self {
             Self::Quic => None,
-            Self::WebTransport { origin } => origin.as_deref(),
+            Self::WebTransport { origin } | Self::WebSocket { origin } => origin.as_deref(),
         }
     }
 
@@ -197,6 +202,7 @@ impl fmt::Debug for Transport {
         match self {
             Self::Quic => f.write_str("Quic"),
             Self::WebTransport { origin } => f.debug_tuple("WebTransport").field(origin).finish(),
+            Self::WebSocket { origin } => f.debug_tuple("WebSocket").field(origin).finish(),
         }
     }
 }

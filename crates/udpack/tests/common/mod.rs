@@ -12,7 +12,7 @@ use std::time::Duration;
 use tokio::net::UdpSocket;
 use udpack::{
     Channel, Client, ClientBuilder, Context, Deny, Fault, Hello, Identity, Peer, Reconnect,
-    RecvError, Server, ServerBuilder, Socket, Timeouts,
+    RecvError, Server, ServerBuilder, Socket, Timeouts, TransportChoice,
 };
 
 /// The token that the test server accepts.
@@ -63,7 +63,16 @@ async fn verify(hello: Hello) -> Result<Peer, Deny> {
 
 /// A client builder that trusts this server and presents the right token.
 pub(crate) fn client(server: &Server) -> ClientBuilder {
-    Client::builder().pin(server.fingerprint()).token(TOKEN)
+    let client = Client::builder().pin(server.fingerprint()).token(TOKEN);
+    match over_tcp() {
+        true => client.transport(TransportChoice::WebSocket),
+        false => client,
+    }
+}
+
+/// Whether this binary of tests is about WebSockets.
+pub(crate) fn over_tcp() -> bool {
+    env!("CARGO_CRATE_NAME").ends_with("_websocket")
 }
 
 /// Connects a client that is let in.

@@ -1,0 +1,188 @@
+//! Dials a server over TCP: TLS 1.3 by the same trust as over QUIC, then a WebSocket.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use rustls::pki_types::ServerName;
+use socket2::SockRef;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::time::{Instant, timeout_at};
+use tokio_rustls::TlsConnector;
+use tokio_tungstenite::tungstenite::client::ClientRequestBuilder;
+use tokio_tungstenite::tungstenite::http::Uri;
+use tokio_tungstenite::{client_async_with_config, tungstenite};
+use tokio_util::task::TaskTracker;
+
+use crate::base::text::printable_within;
+use crate::transport::connection::ConnectionError;
+use crate::transport::dialer::DialError;
+use crate::transport::mux::{self, Ends, Side};
+use crate::transport::trips;
+use crate::trust::origin::Transport;
+use crate::trust::tls::PinCheck;
+use crate::wire::code::{self, CloseCode, CloseReason};
+use crate::wire::config::{Limits, Timeouts};
+
+/// Where a server takes WebSockets.
+pub(crate) const PATH: &str = "/udpack";
+/// What is spoken in them: version 2 of the draft of QMux, and in it this protocol.
+pub(crate) const SUBPROTOCOL: &str = "qmux-02.udpack-1";
+/// Bytes that the kernel may hold which it has not sent. What is urgent waits behind them.
+const UNSENT: u32 = 128 << 10;
+
+/// Sets a TCP socket up for a connection: small records leave at once, and few wait in the kernel.
+pub(crate) fn prepare(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    // A kernel that knows no such bound only makes urgent messages wait longer.
+    let _ = SockRef::from(stream).set_tcp_notsent_lowat(UNSENT);
+    Ok(())
+}
+
+/// What a dial over TCP needs to know.
+pub(super) struct Way<'a> {
+    pub(super) tls: &'a Arc<rustls::ClientConfig>,
+    pub(super) pin: Option<&'a PinCheck>,
+    pub(super) limits: &'a Limits,
+    pub(super) timeouts: &'a Timeouts,
+    pub(super) local: Option<SocketAddr>,
+}
+
+impl Way<'_> {
+    /// Connects to this address of the server `host`.
+    ///
+    /// # Cancel safety
+    /// A dropped future gives the connection up.
+    pub(super) async fn dial(
+        &self,
+        address: SocketAddr,
+        host: &str,
+    ) -> Result<mux::Connection, DialError> {
+        let begun = Instant::now();
+        let limit = self.timeouts.handshake;
+        let stream = timeout_at(begun + limit, self.tcp(address));
+        let stream = stream.await.map_err(|_| DialError::Silent)??;
+        // What was measured of the path.
+        let limit = limit + trips(begun.elapsed());
+        let rest = timeout_at(begun + limit, self.over(stream, address, host));
+        rest.await.map_err(|_| DialError::Silent)?
+    }
+
+    async fn tcp(&self, address: SocketAddr) -> Result<TcpStream, DialError> {
+        let socket = match address {
+            SocketAddr::V4(_) => TcpSocket::new_v4(),
+            SocketAddr::V6(_) => TcpSocket::new_v6(),
+        };
+        let socket = socket.map_err(DialError::Local)?;
+        if let Some(local) = self.local {
+            // The port is UDP's.
+            let local = SocketAddr::new(local.ip(), 0);
+            socket.bind(local).map_err(DialError::Local)?;
+        }
+        let stream = socket.connect(address).await;
+        let stream = stream.map_err(|error| DialError::Refused(said(&error)))?;
+        prepare(&stream).map_err(DialError::Local)?;
+        Ok(stream)
+    }
+
+    async fn over(
+        &self,
+        stream: TcpStream,
+        address: SocketAddr,
+        host: &str,
+    ) -> Result<mux::Connection, DialError> {
+        let local = stream.local_addr().ok();
+        let name = ServerName::try_from(host.to_owned())
+            .map_err(|error| DialError::Refused(error.to_string()))?;
+        let connector = TlsConnector::from(self.tls.clone());
+        let stream = connector.connect(name, stream).await;
+        let stream = stream.map_err(|error| self.failed(&error))?;
+        let socket = handshake(stream, host, address.port()).await?;
+        let ends = Ends {
+            local,
+            remote: address,
+            transport: Transport::WebSocket { origin: None },
+        };
+        begin(socket, ends, self.limits, self.timeouts).await
+    }
+
+    fn failed(&self, error: &io::Error) -> DialError {
+        let text = error.to_string();
+        if let Some(check) = self.pin
+            && let Some(mismatch) = check.mismatch(&text)
+        {
+            return DialError::Pin(mismatch);
+        }
+        let tls = error.get_ref().and_then(|inner| inner.downcast_ref());
+        let text = printable_within(&text, 256);
+        match tls {
+            Some(rustls::Error::InvalidCertificate(_)) => DialError::Untrusted(text),
+            Some(_) => ended(CloseCode::TRANSPORT_ERROR, text),
+            None => ended(CloseCode::CONNECTION_LOST, text),
+        }
+    }
+}
+
+type Socket<S> = tokio_tungstenite::WebSocketStream<S>;
+
+/// Asks for a WebSocket.
+async fn handshake<S>(stream: S, host: &str, port: u16) -> Result<Socket<S>, DialError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let authority = match host.contains(':') {
+        true => format!("[{host}]:{port}"),
+        false => format!("{host}:{port}"),
+    };
+    let uri: Uri = format!("wss://{authority}{PATH}")
+        .parse()
+        .map_err(|_| DialError::Refused("the name has no place in a URL".to_owned()))?;
+    let request = ClientRequestBuilder::new(uri).with_sub_protocol(SUBPROTOCOL);
+    let config = Some(mux::socket_config());
+    match client_async_with_config(request, stream, config).await {
+        Ok((socket, _)) => Ok(socket),
+        Err(tungstenite::Error::Http(answer)) => {
+            let text = format!("the server answers {} to a WebSocket", answer.status());
+            Err(ended(CloseCode::TRANSPORT_ERROR, text))
+        }
+        Err(tungstenite::Error::Io(error)) => Err(ended(CloseCode::CONNECTION_LOST, said(&error))),
+        Err(error) => {
+            let text = printable_within(&error.to_string(), 256);
+            Err(ended(CloseCode::TRANSPORT_ERROR, text))
+        }
+    }
+}
+
+/// Begins a connection of a client over a WebSocket.
+pub(super) async fn begin<S>(
+    socket: Socket<S>,
+    ends: Ends,
+    limits: &Limits,
+    timeouts: &Timeouts,
+) -> Result<mux::Connection, DialError>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let tasks = TaskTracker::new();
+    let conn = mux::Connection::begin(socket, Side::Client, ends, (limits, timeouts), &tasks);
+    let begun = tokio::time::timeout(timeouts.handshake, conn.begun()).await;
+    match begun {
+        Ok(Ok(())) => Ok(conn),
+        Ok(Err(error)) => Err(DialError::Handshake(error)),
+        Err(_) => Err(DialError::Silent),
+    }
+}
+
+fn ended(code: CloseCode, text: String) -> DialError {
+    let reason = CloseReason::new(code, text, code::Side::Transport);
+    DialError::Handshake(ConnectionError::Transport(reason))
+}
+
+/// What the system says of an error, without its number.
+fn said(error: &io::Error) -> String {
+    let text = error.to_string();
+    let text = text.split(" (os error").next().unwrap_or(&text);
+    printable_within(&text.to_lowercase(), 256)
+}
