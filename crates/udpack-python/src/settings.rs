@@ -1,0 +1,71 @@
+//! Settings by name: limits, timeouts, and how to reconnect.
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use udpack::{Limits, Reconnect, Timeouts};
+
+use crate::channel::seconds;
+
+macro_rules! by_name {
+    ($settings:expr, $dict:expr, $what:literal, $value:ident => $read:expr, [$($field:ident),* $(,)?]) => {
+        for (name, $value) in $dict.items().iter().map(|item| item.extract::<(String, Bound<'_, PyAny>)>()).collect::<PyResult<Vec<_>>>()? {
+            match name.as_str() {
+                $(stringify!($field) => $settings.$field = $read,)*
+                other => {
+                    let known = [$(stringify!($field)),*].join(", ");
+                    let text = format!(concat!("there is no ", $what, " {:?}; there are {}"), other, known);
+                    return Err(PyValueError::new_err(text));
+                }
+            }
+        }
+    };
+}
+
+pub(crate) fn timeouts(dict: Option<&Bound<'_, PyDict>>) -> PyResult<Timeouts> {
+    let mut timeouts = Timeouts::default();
+    if let Some(dict) = dict {
+        by_name!(timeouts, dict, "timeout", value => seconds(value.extract()?)?, [
+            handshake, auth, auth_failure, auth_pause, frame, slow_peer, idle, keep_alive, resume, close, request, handler,
+            recheck, presence,
+        ]);
+    }
+    Ok(timeouts)
+}
+
+pub(crate) fn limits(dict: Option<&Bound<'_, PyDict>>) -> PyResult<Limits> {
+    let mut limits = Limits::default();
+    if let Some(dict) = dict {
+        by_name!(limits, dict, "limit", value => value.extract()?, [
+            frame, channels, sockets, sockets_per_address, handshakes, retry_from, channel_rate, outbound_bytes,
+            outbound_messages, replay_bytes, replay_messages, resume_bytes, detached_sockets, backlog_messages,
+            backlog_bytes, rooms, rooms_per_channel, stream_window, connection_window, send_window, receive_budget,
+            auth_failures, volatile_keys, volatile_bytes, socket_buffer,
+        ]);
+    }
+    Ok(limits)
+}
+
+/// `True`, `False`, or a dict of `attempts`, `patience`, `first`, `most` and `first_too`.
+pub(crate) fn reconnect(value: &Bound<'_, PyAny>) -> PyResult<Option<Reconnect>> {
+    if let Ok(on) = value.extract::<bool>() {
+        return Ok(on.then(Reconnect::default));
+    }
+    let dict = value.cast::<PyDict>()?;
+    let mut reconnect = Reconnect::default();
+    for (name, value) in dict.iter() {
+        match name.extract::<String>()?.as_str() {
+            "attempts" => reconnect.attempts = value.extract()?,
+            "patience" => reconnect.patience = seconds(value.extract()?)?,
+            "first" => reconnect.first = seconds(value.extract()?)?,
+            "most" => reconnect.most = seconds(value.extract()?)?,
+            "first_too" => reconnect.first_too = value.extract()?,
+            other => {
+                return Err(PyValueError::new_err(format!(
+                    "there is no setting {other:?} of reconnect"
+                )));
+            }
+        }
+    }
+    Ok(Some(reconnect))
+}
