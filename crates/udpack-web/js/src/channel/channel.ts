@@ -271,7 +271,7 @@ export class ChannelCore implements AskSender {
   }
 
   frame(event: string, data: unknown, id?: U64, deadline?: number): Uint8Array {
-    return encodeFrame(this.host.sendLimit, event, data, id, deadline);
+    return encodeFrame(this.host.sendLimit, event, data, id, deadline, this.outbox.memory);
   }
 
   async queue(frame: Uint8Array): Promise<void> {

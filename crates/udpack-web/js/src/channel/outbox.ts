@@ -12,6 +12,8 @@ import { type U64, U64_MAX } from '../wire/message.js';
 
 /** Small frames go to the transport together, up to so many bytes. */
 const GATHER = 64 << 10;
+/** Larger frames leave their memory to the next, so much of it. */
+const SPARE = 8;
 
 export interface OutboxLimits {
   readonly bytes: number;
@@ -43,6 +45,7 @@ export class Outbox {
   private endConfirmed = false;
   private endWanted = false;
   private refusedByPeer = false;
+  private readonly spare: ArrayBufferLike[] = [];
   /** Wakes when something was queued, written or confirmed. */
   readonly changed = new Signal();
 
@@ -51,6 +54,12 @@ export class Outbox {
     this.resumable = resumable;
     this.on = on;
   }
+
+  /** Memory for a frame: that of a large one which is written, since a browser takes longer to give new memory than to copy. */
+  readonly memory = (length: number): Uint8Array => {
+    const buffer = length > GATHER ? this.spare.pop() : undefined;
+    return buffer && buffer.byteLength >= length ? new Uint8Array(buffer, 0, length) : new Uint8Array(length);
+  };
 
   /** Bytes that are queued, or written and not confirmed. */
   get bytes(): number {
@@ -161,6 +170,9 @@ export class Outbox {
           await sender.write(chunk.bytes);
           if (!this.resumable && this.sender === sender) {
             this.drop(Math.min(chunk.count, this.frames.length));
+            if (chunk.bytes.length > GATHER && this.spare.length < SPARE) {
+              this.spare.push(chunk.bytes.buffer);
+            }
           }
           this.changed.wake();
         } else if (this.endWanted || this.refusedByPeer) {

@@ -3,7 +3,7 @@
 import { Hash } from './blake3.js';
 import { type Answer, type Told } from './hasher.js';
 
-const scope = globalThis as unknown as { onmessage: (event: { data: Told }) => void; postMessage(answer: Answer): void };
+const scope = globalThis as unknown as { onmessage: (event: { data: Told }) => void; postMessage(answer: Answer, transfer?: ArrayBufferLike[]): void };
 const hashes = new Map<number, Hash>();
 
 async function take(told: Told): Promise<void> {
@@ -11,7 +11,8 @@ async function take(told: Told): Promise<void> {
     for (const id of told.add) {
       (await hashFor(id)).update(told.bytes);
     }
-    scope.postMessage({ added: told.bytes.length });
+    const { length, buffer } = told.bytes;
+    scope.postMessage({ added: length, buffer }, [buffer]);
   } else if ('peek' in told) {
     scope.postMessage({ hash: (await hashFor(told.peek)).peek(), of: told.peek });
   } else {

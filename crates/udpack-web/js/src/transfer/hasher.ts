@@ -13,9 +13,13 @@ export interface Hasher {
   readonly failed: boolean;
   /** A new one. */
   begin(): number;
+  /** Memory to read into: what was hashed before leaves its own for this, so that a browser need not collect it. */
+  buffer(): ArrayBuffer;
+  /** Takes memory back whose bytes need not be hashed. */
+  free(buffer: ArrayBufferLike): void;
   /**
-   * Adds bytes to each of some hashes. Takes the bytes: their memory may be the Worker's afterwards. Resolves when there
-   * is room for more. Rejects with `TransferError`.
+   * Adds bytes to each of some hashes. Takes the bytes: their memory is the Worker's for a while, and `buffer`'s afterwards.
+   * Resolves when there is room for more. Rejects with `TransferError`.
    */
   update(ids: readonly number[], bytes: Uint8Array): Promise<void>;
   /** The hash of what came so far. More may come. Rejects with `TransferError`. */
@@ -28,10 +32,13 @@ export interface Hasher {
 
 /** What the Worker is told, and what it answers: `ready` first, then to each `add` the bytes, to each `peek` the hash. */
 export type Told = { add: readonly number[]; bytes: Uint8Array } | { peek: number } | { end: number };
-export type Answer = { ready: true } | { added: number } | { hash: Uint8Array; of: number };
+export type Answer = { ready: true } | { added: number; buffer: ArrayBufferLike } | { hash: Uint8Array; of: number };
 
 /** Bytes that the Worker has been given and has not hashed. */
 const AHEAD = 8 << 20;
+/** What is read at once, and how many such buffers are kept: as many as the Worker may have, and those of the lanes. */
+const READ = 256 << 10;
+const FREE = AHEAD / READ + 16;
 /** How long the Worker may take to start. */
 const START_MS = 5000;
 
@@ -49,7 +56,22 @@ export async function openHasher(script: string | URL | false | undefined): Prom
   return new ThreadHasher();
 }
 
-export class ThreadHasher implements Hasher {
+class Buffers {
+  private readonly unused: ArrayBuffer[] = [];
+
+  buffer(): ArrayBuffer {
+    return this.unused.pop() ?? new ArrayBuffer(READ);
+  }
+
+  free(buffer: ArrayBufferLike): void {
+    // Others come where a browser reads into memory of its own.
+    if (buffer instanceof ArrayBuffer && buffer.byteLength === READ && this.unused.length < FREE) {
+      this.unused.push(buffer);
+    }
+  }
+}
+
+export class ThreadHasher extends Buffers implements Hasher {
   readonly failed = false;
   private readonly hashes = new Map<number, Promise<Hash>>();
   private next = 1;
@@ -65,6 +87,7 @@ export class ThreadHasher implements Hasher {
     for (const id of ids) {
       (await this.hashes.get(id))?.update(bytes);
     }
+    this.free(bytes.buffer);
   }
 
   async peek(id: number): Promise<Uint8Array> {
@@ -80,7 +103,7 @@ export class ThreadHasher implements Hasher {
   }
 }
 
-class WorkerHasher implements Hasher {
+class WorkerHasher extends Buffers implements Hasher {
   private readonly worker: Worker;
   private readonly peeks = new Map<number, Deferred<Uint8Array>>();
   private readonly moved = new Signal();
@@ -89,6 +112,7 @@ class WorkerHasher implements Hasher {
   private failure: TransferError | undefined;
 
   private constructor(worker: Worker) {
+    super();
     this.worker = worker;
     worker.onmessage = ({ data }: MessageEvent<Answer>) => this.onAnswer(data);
     worker.onerror = (event) => {
@@ -128,8 +152,7 @@ class WorkerHasher implements Hasher {
 
   async update(ids: readonly number[], bytes: Uint8Array): Promise<void> {
     this.ahead += bytes.length;
-    const isWhole = bytes.byteLength === bytes.buffer.byteLength;
-    this.worker.postMessage({ add: ids, bytes } satisfies Told, isWhole ? [bytes.buffer] : []);
+    this.worker.postMessage({ add: ids, bytes } satisfies Told, [bytes.buffer]);
     while (this.ahead > AHEAD && this.failure === undefined) {
       await this.moved.wait();
     }
@@ -170,6 +193,7 @@ class WorkerHasher implements Hasher {
   private onAnswer(answer: Answer): void {
     if ('added' in answer) {
       this.ahead -= answer.added;
+      this.free(answer.buffer);
       this.moved.wake();
     } else if ('hash' in answer) {
       this.peeks.get(answer.of)?.resolve(answer.hash);

@@ -545,7 +545,7 @@ export class Upload {
     const whole = hasher.begin();
     const send = async (from: number, to: number, hashes: boolean): Promise<void> => {
       let off = from;
-      for await (const bytes of read(file, from, to)) {
+      for await (const bytes of read(file, from, to, hasher)) {
         for (let at = 0; at < bytes.length && !stop(); at += chunk) {
           const part = bytes.subarray(at, at + chunk);
           // The bytes come last, so that they can be passed on without being copied.
@@ -555,9 +555,11 @@ export class Upload {
         if (stop()) {
           return;
         }
+        // Last: their memory is the Worker's then.
         if (hashes) {
-          // Last: their memory is the Worker's then.
           await hasher.update([whole], bytes);
+        } else {
+          hasher.free(bytes.buffer);
         }
       }
     };
@@ -569,7 +571,7 @@ export class Upload {
         }
         await send(at, off, true);
         const here = hasher.begin();
-        for await (const bytes of read(file, off, off + len)) {
+        for await (const bytes of read(file, off, off + len, hasher)) {
           await hasher.update([here, whole], bytes);
           if (stop()) {
             break;
@@ -604,15 +606,15 @@ function headOf(entry: Entry, id: number, file: File): Record<string, unknown> {
   return { id, path: entry.path, mtime: Math.floor(file.lastModified / 1000), if_exists: entry.ifExists, run: entry.run };
 }
 
-/** The bytes of a part of a file, as the browser reads them. Throws when there are fewer. */
-async function* read(file: File, from: number, to: number): AsyncGenerator<Uint8Array, void, undefined> {
+/** The bytes of a part of a file, in memory of the hasher's where the browser can. Throws when there are fewer. */
+async function* read(file: File, from: number, to: number, hasher: Hasher): AsyncGenerator<Uint8Array, void, undefined> {
   let left = to - from;
   if (left === 0) {
     return;
   }
-  const reader = file.slice(from, to).stream().getReader();
+  const { reader, next } = readerOf(file.slice(from, to).stream(), hasher);
   try {
-    for (let part = await reader.read(); !part.done; part = await reader.read()) {
+    for (let part = await next(); !part.done; part = await next()) {
       left -= part.value.length;
       yield part.value;
     }
@@ -622,6 +624,37 @@ async function* read(file: File, from: number, to: number): AsyncGenerator<Uint8
   if (left !== 0) {
     throw new TransferError('source_changed', 'the file has become shorter while it was read', true);
   }
+}
+
+interface Reading {
+  readonly reader: { cancel(): Promise<void> };
+  next(): Promise<{ done: false; value: Uint8Array } | { done: true; value?: unknown }>;
+}
+
+/** Chromium reads into memory that it is given several times as fast as into its own, which it has to collect, too. */
+function readerOf(stream: ReadableStream<Uint8Array<ArrayBuffer>>, hasher: Hasher): Reading {
+  try {
+    const reader = stream.getReader({ mode: 'byob' });
+    return { reader, next: () => fill(reader, hasher.buffer()) };
+  } catch {
+    const reader = stream.getReader();
+    return { reader, next: () => reader.read() };
+  }
+}
+
+/** A buffer full of bytes, or what there is left of them: each message costs, and a browser gives few bytes at once. */
+async function fill(reader: ReadableStreamBYOBReader, into: ArrayBuffer): ReturnType<Reading['next']> {
+  let buffer = into;
+  let length = 0;
+  while (length < buffer.byteLength) {
+    const { done, value } = await reader.read(new Uint8Array(buffer, length));
+    buffer = value?.buffer ?? buffer;
+    if (done) {
+      break;
+    }
+    length += value.length;
+  }
+  return length > 0 ? { done: false, value: new Uint8Array(buffer, 0, length) } : { done: true };
 }
 
 function closed(error: unknown): TransferError {

@@ -10,9 +10,12 @@ export const DEFAULT_FRAME = 1_114_112;
 /** No side may announce a smaller limit. */
 export const MIN_FRAME = 4096;
 
+/** Gives memory for so many bytes, whatever is in it. */
+export type Memory = (length: number) => Uint8Array;
+
 /** A whole frame around a body. The body is copied. */
-export function frameOf(body: Uint8Array): Uint8Array {
-  const frame = new Uint8Array(PREFIX + body.length);
+export function frameOf(body: Uint8Array, memory: Memory = (length) => new Uint8Array(length)): Uint8Array {
+  const frame = memory(PREFIX + body.length);
   new DataView(frame.buffer).setUint32(0, body.length);
   frame.set(body, PREFIX);
   return frame;

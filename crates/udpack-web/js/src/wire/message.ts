@@ -2,7 +2,7 @@
 
 import { EncodeError, WireError } from '../base/errors.js';
 import { Code } from './codes.js';
-import { frameOf } from './frame.js';
+import { frameOf, type Memory } from './frame.js';
 import { encode, Float, Reader } from './msgpack.js';
 
 /** A u64: a `number` up to 2^53 - 1, a `bigint` above. */
@@ -133,7 +133,7 @@ export function decodeVolatile(body: Uint8Array): WireVolatile {
  *
  * @throws {EncodeError} When the data cannot be sent, or is longer than `limit`.
  */
-export function encodeFrame(limit: number, event: string, data: unknown, id?: U64, deadline?: number): Uint8Array {
+export function encodeFrame(limit: number, event: string, data: unknown, id?: U64, deadline?: number, memory?: Memory): Uint8Array {
   const items = [event, data];
   if (id !== undefined) {
     items.push(id);
@@ -145,7 +145,7 @@ export function encodeFrame(limit: number, event: string, data: unknown, id?: U6
   if (body.length > limit) {
     throw new EncodeError(`the message has ${body.length} bytes, the peer takes ${limit}`, Code.FRAME_TOO_LARGE);
   }
-  return frameOf(body);
+  return frameOf(body, memory);
 }
 
 /**
