@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 use udpack_transfer::parse_size;
 
-use crate::{beside, document};
+use crate::{beside, document, page};
 
 /// Measures udpack beside raw quinn, in turns, in processes of their own.
 #[derive(Debug, Parser)]
@@ -47,6 +47,9 @@ pub(crate) enum Command {
     /// Takes all it can get of one thing until standard input ends
     #[command(hide = true)]
     Hog(beside::Target),
+    /// Counts what pages send to it, until standard input ends
+    #[command(hide = true)]
+    PageSink(page::Options),
     /// Serves one arm until standard input ends
     #[command(hide = true)]
     Serve(Peer),

@@ -11,6 +11,7 @@ mod document;
 mod driver;
 mod nats;
 mod ours;
+mod page;
 mod peer;
 mod programs;
 mod raw;
@@ -46,6 +47,7 @@ pub fn main(heap: Heap) -> ExitCode {
         Command::SmallFiles(options) => driver::run(&[Scenario::SmallFiles], &options),
         Command::Beside(options) => beside::run(&options),
         Command::Hog(target) => beside::hold(&target),
+        Command::PageSink(options) => page::run(&options),
         Command::Document(options) => document::fill(&options),
         Command::All(options) => driver::run(&Scenario::ALL, &options),
     };

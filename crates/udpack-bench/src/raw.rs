@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
@@ -48,6 +48,8 @@ const ECHO: u8 = b'e';
 const JOIN: u8 = b'j';
 /// Says it to all who joined before.
 const SAY: u8 = b'p';
+
+const DAY: Duration = Duration::from_secs(86_400);
 
 /// The transport settings of both sides.
 #[derive(Debug, Clone, Copy)]
@@ -624,10 +626,15 @@ fn tag(frame: &[u8; FRAME]) -> u64 {
 
 /// TLS of a server with a fresh certificate, and the certificate in hexadecimal.
 pub(crate) fn server_tls(alpn: &[&[u8]]) -> anyhow::Result<(rustls::ServerConfig, String)> {
-    let made = rcgen::generate_simple_self_signed(["localhost".to_owned()])?;
-    let key = PrivateKeyDer::try_from(made.signing_key.serialize_der())
-        .map_err(|reason| anyhow::anyhow!(reason))?;
-    let certificate = made.cert.der().clone();
+    let pair = rcgen::KeyPair::generate()?;
+    let mut params = rcgen::CertificateParams::new(["localhost".to_owned()])?;
+    // Browsers that are told its hash take one of at most 14 days.
+    let now = SystemTime::now();
+    params.not_before = (now - DAY).into();
+    params.not_after = (now + 7 * DAY).into();
+    let certificate = params.self_signed(&pair)?.der().clone();
+    let key =
+        PrivateKeyDer::try_from(pair.serialize_der()).map_err(|reason| anyhow::anyhow!(reason))?;
     let hex = certificate
         .iter()
         .map(|byte| format!("{byte:02x}"))
