@@ -696,3 +696,33 @@ fn entries<'py>(py: Python<'py>, entries: &[PresenceEntry]) -> PyResult<Bound<'p
 pub(crate) fn sent(py: Python<'_>, result: Result<(), SendError>) -> PyResult<()> {
     result.map_err(|error| Failure::from(error).raise(py))
 }
+
+/// The body of a message, as it travels.
+#[pyfunction]
+pub(crate) fn pack<'py>(
+    py: Python<'py>,
+    event: &str,
+    data: &Bound<'py, PyAny>,
+) -> PyResult<Bound<'py, PyBytes>> {
+    let message = encode(py, event, data)?;
+    let frame = message.bytes();
+    Ok(PyBytes::new(py, &frame[udpack::wire::PREFIX..]))
+}
+
+/// Event, data and id of a message's body.
+#[pyfunction]
+pub(crate) fn unpack<'py>(
+    py: Python<'py>,
+    body: &[u8],
+) -> PyResult<(String, Bound<'py, PyAny>, Option<u64>)> {
+    let message = Message::decode(Bytes::copy_from_slice(body)).map_err(|error| {
+        Failure::new(
+            "ProtocolError",
+            error.close_code().name(),
+            error.to_string(),
+        )
+        .raise(py)
+    })?;
+    let data = value::decode(py, &message.raw())?;
+    Ok((message.event().to_owned(), data, message.id()))
+}

@@ -46,6 +46,8 @@ fn _udpack(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<transfer::PyLink>()?;
     module.add_class::<transfer::Transfer>()?;
     module.add_function(wrap_pyfunction!(runtime::forked, module)?)?;
+    module.add_function(wrap_pyfunction!(channel::pack, module)?)?;
+    module.add_function(wrap_pyfunction!(channel::unpack, module)?)?;
     module.add_function(wrap_pyfunction!(socket::connect, module)?)?;
     module.add_function(wrap_pyfunction!(socket::close_codes, module)?)?;
     module.add_function(wrap_pyfunction!(server::bind, module)?)

@@ -222,30 +222,44 @@ impl Op {
         }
     }
 
+    /// Waits on this thread, at most this many seconds; says whether it is over.
+    fn ready(slf: Bound<'_, Self>, timeout: f64) -> PyResult<bool> {
+        let until = crate::channel::seconds(timeout)?;
+        await_on_thread(&slf, Instant::now().checked_add(until))
+    }
+
     /// Waits for the result on this thread, at most this many seconds.
     #[pyo3(signature = (timeout=None))]
     fn wait(slf: Bound<'_, Self>, timeout: Option<f64>) -> PyResult<Py<PyAny>> {
-        let py = slf.py();
-        let waker = Waker::from(Arc::new(Unpark(thread::current())));
-        let until = timeout.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+        let until = timeout.map(crate::channel::seconds).transpose()?;
         let until = until.and_then(|limit| Instant::now().checked_add(limit));
-        loop {
-            if slf.borrow_mut().poll_with(&waker)? {
-                return slf.borrow_mut().take(py);
-            }
-            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
-            if left.is_some_and(|left| left.is_zero()) {
-                slf.borrow_mut().cancel();
-                return Err(PyTimeoutError::new_err("not done in time"));
-            }
-            py.detach(|| thread::park_timeout(left.map_or(SIGNALS, |left| left.min(SIGNALS))));
-            py.check_signals()
-                .inspect_err(|_| slf.borrow_mut().cancel())?;
+        if await_on_thread(&slf, until)? {
+            return slf.borrow_mut().take(slf.py());
         }
+        slf.borrow_mut().cancel();
+        Err(PyTimeoutError::new_err("not done in time"))
     }
 
     /// Gives the operation up, as dropping its future does.
     fn cancel(&mut self) {
         self.state = State::Over;
+    }
+}
+
+/// Polls on this thread until the operation is over, or until then. A signal's exception gives the operation up.
+fn await_on_thread(op: &Bound<'_, Op>, until: Option<Instant>) -> PyResult<bool> {
+    let py = op.py();
+    let waker = Waker::from(Arc::new(Unpark(thread::current())));
+    loop {
+        if op.borrow_mut().poll_with(&waker)? {
+            return Ok(true);
+        }
+        let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+        if left.is_some_and(|left| left.is_zero()) {
+            return Ok(false);
+        }
+        py.detach(|| thread::park_timeout(left.map_or(SIGNALS, |left| left.min(SIGNALS))));
+        py.check_signals()
+            .inspect_err(|_| op.borrow_mut().cancel())?;
     }
 }

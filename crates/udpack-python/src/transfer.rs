@@ -3,6 +3,7 @@
 use std::io::{self, Read};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use pyo3::IntoPyObjectExt;
 use pyo3::exceptions::PyValueError;
@@ -21,6 +22,8 @@ use crate::socket::{Dial, PySocket, dial};
 
 /// Bytes that are read of a Python file object at once.
 const CHUNK: usize = 1 << 20;
+/// How long the end of a download may take.
+const CLOSING: Duration = Duration::from_secs(5);
 /// Events that cross the GIL together at most.
 const EVENTS: usize = 256;
 
@@ -128,7 +131,7 @@ impl PyLink {
             uploader = uploader.limit(Limiter::new(rate));
         }
         let upload = uploader.put(parts.into_iter().flatten());
-        Ok(Transfer::new(Moving::Up(upload)))
+        Ok(Transfer::new(Moving::Up(upload), None))
     }
 
     /// Begins to download `wanted`, pairs of names at the server and below `dir`.
@@ -170,7 +173,7 @@ impl PyLink {
                 size,
             });
         }
-        let mut downloader = Downloader::new(&*self.link, store)
+        let mut downloader = Downloader::new(&*self.link, store.clone())
             .if_exists(exists)
             .umask(Some(0o022));
         if let Some(lanes) = get(settings, "lanes")? {
@@ -182,7 +185,8 @@ impl PyLink {
         if let Some(rate) = get(settings, "limit")? {
             downloader = downloader.limit(Limiter::new(rate));
         }
-        Ok(Transfer::new(Moving::Down(downloader.get(files))))
+        let download = Moving::Down(downloader.get(files));
+        Ok(Transfer::new(download, Some(store)))
     }
 
     /// Reads a file into memory; gives `(bytes, outcome)`.
@@ -311,24 +315,42 @@ impl Moving {
 /// An upload or a download under way. Dropping it gives up what is unfinished.
 #[pyclass(module = "udpack._udpack", frozen)]
 pub(crate) struct Transfer {
-    moving: Held<Arc<Mutex<Moving>>>,
+    moving: Held<Arc<Mutex<Option<Moving>>>>,
+    /// Where a download puts its files.
+    store: Held<Option<Store>>,
 }
 
 impl Transfer {
-    fn new(moving: Moving) -> Self {
+    fn new(moving: Moving, store: Option<Store>) -> Self {
         Self {
-            moving: Held::new(Arc::new(Mutex::new(moving))),
+            moving: Held::new(Arc::new(Mutex::new(Some(moving)))),
+            store: Held::new(store),
         }
     }
 }
 
 #[pymethods]
 impl Transfer {
+    /// Gives up what is unfinished, and lets go of the directory of a download.
+    fn close(&self) -> PyResult<Op> {
+        let (moving, store) = (self.moving.clone(), self.store.clone());
+        Op::with(async move {
+            moving.lock().await.take();
+            if let Some(store) = store {
+                store.close(CLOSING).await;
+            }
+            output(|py| Ok(py.None()))
+        })
+    }
+
     /// What happened, as a list of dicts; `None` when every file has its outcome.
     fn next(&self) -> PyResult<Op> {
         let moving = self.moving.clone();
         Op::with(async move {
             let mut moving = moving.lock().await;
+            let Some(moving) = moving.as_mut() else {
+                return output(|py| Ok(py.None()));
+            };
             let mut events: Vec<Event> = Vec::new();
             events.extend(moving.next().await);
             while !events.is_empty() && events.len() < EVENTS {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 
 import pytest
@@ -69,6 +70,7 @@ async def test_bytes_file_objects_and_directories(tmp_path):
         restored = tmp_path / "restored"
         assert (restored / "a" / "b" / "three.bin").read_bytes() == pattern(300_000)
         assert (restored / "one.txt").read_text() == "one"
+        assert not (restored / ".udpack").exists()
 
 
 async def test_what_is_refused_says_why(tmp_path):
@@ -101,3 +103,36 @@ async def test_a_file_object_that_fails(tmp_path):
         with pytest.raises(udpack.TransferError, match="the disk is gone"):
             await in_time(udpack.upload(socket, Broken(), remote="x"))
         assert not (tmp_path / "store" / "x").exists()
+
+
+async def test_a_cancelled_upload_is_resumed(tmp_path):
+    server = store(tmp_path)
+    content = pattern(24_000_000)
+    (tmp_path / "big").write_bytes(content)
+    async with server.listen("127.0.0.1:0"), client(server) as socket:
+        begun = asyncio.Event()
+
+        def progress(now):
+            if now.bytes > 0:
+                begun.set()
+
+        uploading = asyncio.create_task(udpack.upload(socket, tmp_path / "big", progress=progress, limit=20_000_000))
+        await in_time(begun.wait())
+        uploading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await uploading
+        assert not (tmp_path / "store" / "big").exists()
+        (done,) = await in_time(udpack.upload(socket, tmp_path / "big"))
+        assert (tmp_path / "store" / "big").read_bytes() == content
+        assert done.size == len(content)
+
+
+async def test_a_progress_callback_that_fails_ends_the_upload(tmp_path):
+    server = store(tmp_path)
+
+    def progress(now):
+        raise LookupError("the bar is gone")
+
+    async with server.listen("127.0.0.1:0"), client(server) as socket:
+        with pytest.raises(LookupError):
+            await in_time(udpack.upload(socket, pattern(1_000_000), remote="x", progress=progress))

@@ -121,8 +121,11 @@ async def _follow(
     over: _udpack.Link, transfer: _udpack.Transfer, progress: OnProgress | None, own: bool
 ) -> list[Outcome]:
     tally = Tally(progress)
-    while (events := await run(transfer.next())) is not None:
-        tally.take(events)
+    try:
+        while (events := await run(transfer.next())) is not None:
+            tally.take(events)
+    finally:
+        await run(transfer.close())
     if own:
         await run(over.close())
     return tally.result()
