@@ -207,8 +207,8 @@ pub(crate) struct ServerArgs {
     pub(crate) metrics: Option<String>,
 
     /// Serve pages for browsers at this address, over TCP: upload, download and more, in a browser, with a token. Default: the
-    /// address and the port number of --listen. By HTTPS with the server's own certificate, which browsers warn of, and by
-    /// HTTP as well where only this machine can reach it.
+    /// address and the port number of --listen. By HTTPS with the server's own certificate, which browsers warn of, or with
+    /// that of --tls-cert; and by HTTP as well where only this machine can reach it.
     #[cfg(feature = "web")]
     #[arg(long, value_name = "ADDR:PORT", num_args = 0..=1, env = "UDPACK_WEB")]
     pub(crate) web: Option<Option<String>>,
@@ -217,6 +217,22 @@ pub(crate) struct ServerArgs {
     #[cfg(feature = "web")]
     #[arg(long, value_name = "ORIGIN", requires = "web")]
     pub(crate) web_origin: Vec<Origin>,
+
+    /// A certificate chain for browsers in PEM, signed by an authority that they trust, the server's own first (certbot's
+    /// fullchain.pem). Read again when it changes, and on SIGHUP. Other clients get the server's own key as before.
+    #[cfg(feature = "web")]
+    #[arg(long, value_name = "FILE", requires_all = ["web", "tls_key"], env = "UDPACK_TLS_CERT")]
+    pub(crate) tls_cert: Option<PathBuf>,
+
+    /// The private key of that certificate in PEM (certbot's privkey.pem).
+    #[cfg(feature = "web")]
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "tls_cert",
+        env = "UDPACK_TLS_KEY"
+    )]
+    pub(crate) tls_key: Option<PathBuf>,
 
     /// Write what QUIC does into this directory, a qlog file for each connection; costs time and disk.
     #[arg(long, value_name = "DIR", env = "UDPACK_QLOG")]

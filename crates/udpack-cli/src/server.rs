@@ -155,16 +155,13 @@ async fn serve(args: &ServerArgs, given: ListenFd) -> anyhow::Result<()> {
     };
     let scraped = scrapes.map(|listener| (listener, counters()));
     #[cfg(feature = "web")]
-    let browsed = web.map(|port| {
-        let site = counters().pages(port.pages(&server));
-        (port.listener, site)
-    });
+    let browsed = web::serve(web, counters(), &server);
     #[cfg(not(feature = "web"))]
-    let browsed = None;
+    let browsed = std::future::pending::<anyhow::Result<()>>();
     tokio::select! {
         ended = server.run_until(stop, Drain::within(DRAIN)) => ended?,
         failed = http(scraped) => failed?,
-        failed = http(browsed) => failed?,
+        failed = browsed => failed?,
         () = withdraw(&server, &tokens) => {}
         () = control.run(&server) => {}
         () = watcher.live() => {}

@@ -3,14 +3,15 @@
 
 mod common;
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
-use std::path::Path;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use common::{Running, exited, has_program, installed, quiet, server, workdir};
+use common::{Running, client, exited, has_program, installed, quiet, server, workdir};
 use serde_json::Value;
 
 /// A server with pages, and the link that it prints.
@@ -105,6 +106,143 @@ fn what_cannot_be_is_told_before_anything_is_made() {
     let out = exited(server(dir.path()).args(alone));
     assert_eq!(out.code, 2, "{out:?}");
     assert!(!dir.path().join("keys").exists());
+}
+
+/// An authority, and the files that it has signed.
+struct Authority {
+    issuer: rcgen::CertifiedIssuer<'static, rcgen::KeyPair>,
+    chain: PathBuf,
+    key: PathBuf,
+}
+
+impl Authority {
+    fn new(dir: &Path) -> Self {
+        let mut params = rcgen::CertificateParams::default();
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let key = rcgen::KeyPair::generate().expect("a key");
+        Self {
+            issuer: rcgen::CertifiedIssuer::self_signed(params, key).expect("an authority"),
+            chain: dir.join("fullchain.pem"),
+            key: dir.join("privkey.pem"),
+        }
+    }
+
+    /// Signs a new key, and replaces the files one after the other.
+    fn sign(&self) {
+        let key = rcgen::KeyPair::generate().expect("a key");
+        let params = rcgen::CertificateParams::new(["files.example".to_owned()]);
+        let leaf = params.expect("a name").signed_by(&key, &self.issuer);
+        let chain = leaf.expect("a certificate").pem() + &self.issuer.pem();
+        for (path, text) in [(&self.chain, chain), (&self.key, key.serialize_pem())] {
+            let new = path.with_extension("new");
+            fs::write(&new, text).expect("written");
+            fs::set_permissions(&new, Permissions::from_mode(0o600)).expect("ours");
+            fs::rename(new, path).expect("renamed");
+        }
+    }
+
+    fn args(&self) -> [String; 6] {
+        let path = |path: &Path| path.display().to_string();
+        let [chain, key] = [path(&self.chain), path(&self.key)];
+        let [cert, secret] = ["--tls-cert".to_owned(), "--tls-key".to_owned()];
+        let name = ["--public-host".to_owned(), "files.example".to_owned()];
+        let [host, name] = name;
+        [cert, chain, secret, key, host, name]
+    }
+
+    /// The certificate that a client is served that trusts this authority and nobody else, and what it reads.
+    fn served(&self, port: &str, path: &str) -> (Vec<u8>, String) {
+        let provider = rustls::crypto::aws_lc_rs::default_provider();
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(self.issuer.der().clone()).expect("an authority");
+        let config = rustls::ClientConfig::builder_with_provider(provider.into())
+            .with_safe_default_protocol_versions()
+            .expect("TLS 1.3")
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let name = "files.example".try_into().expect("a name");
+        let tls = rustls::ClientConnection::new(config.into(), name).expect("a client");
+        let tcp = TcpStream::connect(format!("127.0.0.1:{port}")).expect("somebody listens");
+        let patience = Some(Duration::from_secs(30));
+        tcp.set_read_timeout(patience).expect("a timeout");
+        let mut stream = rustls::StreamOwned::new(tls, tcp);
+        let request = format!(
+            "GET {path} HTTP/1.1\r\nHost: files.example:{port}\r\nConnection: close\r\n\r\n"
+        );
+        stream.write_all(request.as_bytes()).expect("trusted");
+        let mut text = String::new();
+        stream.read_to_string(&mut text).expect("an answer");
+        let chain = stream.conn.peer_certificates().expect("a chain");
+        assert_eq!(chain.len(), 2);
+        let (_, body) = text.split_once("\r\n\r\n").expect("a body");
+        (chain[0].to_vec(), body.to_owned())
+    }
+}
+
+#[test]
+fn a_certificate_of_an_authority_is_served_to_browsers_and_follows_its_files() {
+    let dir = workdir();
+    let authority = Authority::new(dir.path());
+    authority.sign();
+    let args = authority.args();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let (mut running, link) = start(dir.path(), &args);
+    let port = link
+        .strip_prefix("https://files.example:")
+        .expect("by its name");
+    let port = port.trim_end_matches('/');
+    let (first, told) = authority.served(port, "/.well-known/udpack.json");
+    let told: Value = serde_json::from_str(&told).expect("JSON");
+    assert_eq!(told["hashes"], serde_json::json!([]));
+
+    // Who pins the server's key does so as before.
+    let file = dir.path().join("a file");
+    fs::write(&file, "bytes").expect("written");
+    let paste = exited(server(dir.path()).args(["url", "--public-host", "127.0.0.1"])).stdout;
+    let out = exited(
+        client(dir.path())
+            .env("UDPACK_URL", paste.trim())
+            .arg("put")
+            .arg(&file),
+    );
+    assert_eq!(out.code, 0, "{out:?}");
+
+    authority.sign();
+    running.told("the certificate for browsers was read again");
+    let (second, _) = authority.served(port, "/healthz");
+    assert_ne!(second, first);
+    fs::write(&authority.chain, "no certificate").expect("written");
+    running.signal("HUP");
+    let told = running.told("the certificate for browsers stays as it was");
+    let path = authority.chain.display().to_string();
+    assert!(told.contains(&path), "{told}");
+    assert_eq!(authority.served(port, "/healthz").0, second);
+    running.signal("TERM");
+    assert_eq!(running.exited().code, 0);
+}
+
+#[test]
+fn files_that_are_no_certificate_are_named() {
+    let dir = workdir();
+    let authority = Authority::new(dir.path());
+    authority.sign();
+    let refused = |what: &str| {
+        let web = ["--listen", "127.0.0.1:0", "--web", "127.0.0.1:0"];
+        let out = exited(server(dir.path()).args(web).args(authority.args()));
+        assert_eq!(out.code, 3, "{out:?}");
+        assert!(out.stderr.contains(what), "{out:?}");
+        assert!(out.stderr.contains("--tls-key"), "{out:?}");
+        assert!(!dir.path().join("keys").exists());
+    };
+    fs::set_permissions(&authority.key, Permissions::from_mode(0o604)).expect("ours");
+    refused("privkey.pem has mode 0604");
+    fs::write(&authority.key, "no key").expect("written");
+    fs::set_permissions(&authority.key, Permissions::from_mode(0o600)).expect("ours");
+    refused("no private key in ");
+    fs::remove_file(&authority.chain).expect("removed");
+    refused("fullchain.pem: No such file");
+    let alone = ["--web", "--tls-cert", "x"];
+    assert_eq!(exited(server(dir.path()).args(alone)).code, 2);
 }
 
 #[test]

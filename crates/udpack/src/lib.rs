@@ -170,6 +170,7 @@ pub use trust::tokens::{
     claimed_token, generate_token,
 };
 pub use trust::url::{ConnectUrl, ConnectUrlError, DEFAULT_PORT};
+pub use trust::web_certificate::{WebCertificate, WebCertificateError};
 #[cfg(feature = "derive")]
 pub use udpack_derive::Event;
 pub use wire::code::{CloseCode, CloseReason, Fault, Side};

@@ -46,7 +46,7 @@ use crate::trust::fingerprint::Fingerprint;
 use crate::trust::https::Https;
 use crate::trust::identity::{Identity, IdentityError};
 use crate::trust::origin::{Transport, Web};
-use crate::trust::tls::CertificateSource;
+use crate::trust::web_certificate::Certificates;
 use crate::wire::code::{CloseCode, CloseReason, Side};
 use crate::wire::config::InvalidSetting;
 use crate::wire::config::{CongestionControl, Drain, Limits, Timeouts};
@@ -86,7 +86,7 @@ impl Drop for Inner {
 struct Shared {
     listener: Listener,
     fingerprint: Fingerprint,
-    certificates: Arc<CertificateSource>,
+    certificates: Arc<Certificates>,
     guard: Arc<Guard>,
     service: Service,
     limits: Arc<Limits>,
@@ -210,8 +210,8 @@ impl Server {
     }
 
     /// What a page gives a browser in place of a certificate authority's word, as `serverCertificateHashes`: SHA-256 of
-    /// the current certificate and of the one that follows it. None where the certificate was given, or the key is not
-    /// ECDSA P-256, as browsers demand.
+    /// the current certificate and of the one that follows it. None where browsers get one of an authority
+    /// ([`Web::certificate`]), where it was given with the key, or where the key is not ECDSA P-256, as browsers demand.
     ///
     /// Each certificate is served for 6.5 days at most, so a page asks for the hashes before each attempt to connect. With
     /// [`ServerBuilder::web`] and an identity of [`Identity::load_or_create`] both are kept beside the key, in
@@ -574,11 +574,13 @@ impl ServerBuilder {
             return Err(BindError::MissingState { channel, state });
         }
         let (limits, timeouts) = (Arc::new(self.limits), Arc::new(self.timeouts));
-        if self.web.is_some() {
+        let web_certificate = self.web.as_ref().and_then(Web::web_certificate);
+        if self.web.is_some() && web_certificate.is_none() {
             identity.keep_certificates();
         }
+        let certificates = Arc::new(identity.certificates(web_certificate.cloned()));
         let listener = Listener::open(
-            &identity,
+            (&identity, &certificates),
             (limits.clone(), timeouts.clone()),
             self.congestion,
             (self.via, at),
@@ -615,7 +617,7 @@ impl ServerBuilder {
         let shared = Arc::new(Shared {
             listener,
             fingerprint: identity.fingerprint(),
-            certificates: identity.certificates().clone(),
+            certificates,
             guard: Guard::new(
                 auth,
                 self.authorize,

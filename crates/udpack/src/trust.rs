@@ -11,3 +11,4 @@ pub(crate) mod secret_file;
 pub(crate) mod tls;
 pub(crate) mod tokens;
 pub(crate) mod url;
+pub(crate) mod web_certificate;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use common::{TOKEN, bind, bounded, echo, server};
 use page::{Page, Stream, message};
-use udpack::{Channel, CloseCode, Limits, Origins, Server, Transport, Web};
+use udpack::{Channel, CloseCode, Limits, Origins, Server, Transport, Web, WebCertificate};
 
 /// A server that serves browsers.
 async fn site(change: impl FnOnce(udpack::ServerBuilder) -> udpack::ServerBuilder) -> Server {
@@ -346,6 +346,35 @@ async fn a_page_that_knows_the_hashes_needs_no_other_trust() {
         let connected = known(hashes).connect(url.clone()).await;
         connected.expect("the current one is among them");
         assert!(known(vec![[0; 32]]).connect(url).await.is_err());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn with_a_certificate_of_an_authority_a_page_needs_no_hash_and_others_pin_as_before() {
+    bounded(async {
+        let key = rcgen::KeyPair::generate().expect("a key");
+        let names = vec!["127.0.0.1".to_owned(), "localhost".to_owned()];
+        let params = rcgen::CertificateParams::new(names).expect("names");
+        let signed = params.self_signed(&key).expect("a certificate");
+        let dir = tempfile::tempdir().expect("a directory");
+        let (chain, secret) = (dir.path().join("chain.pem"), dir.path().join("key.pem"));
+        std::fs::write(&chain, signed.pem()).expect("written");
+        std::fs::write(&secret, key.serialize_pem()).expect("written");
+        let private = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+        std::fs::set_permissions(&secret, private).expect("a file of ours");
+        let certificate = WebCertificate::load(&chain, &secret).expect("sound files");
+        let web = Web::new().certificate(certificate);
+        let server = bind(server().web(web)).await;
+        assert!(server.certificate_hashes().is_empty());
+
+        let trusting = web_transport_quinn::ClientBuilder::new()
+            .with_server_certificates(vec![signed.der().clone()])
+            .expect("a client");
+        let url = page::url(&server, "/udpack");
+        trusting.connect(url).await.expect("a session");
+        let socket = common::connect(&server).await;
+        assert_eq!(socket.transport(), Transport::Quic);
     })
     .await;
 }

@@ -2,10 +2,13 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
+use std::time::Duration;
 
 use serde_json::json;
-use udpack::{Origins, Server, Web};
-use udpack_web::{HttpListener, Pages};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::MissedTickBehavior;
+use udpack::{Origins, Server, Web, WebCertificate, WebCertificateError};
+use udpack_web::{HttpListener, Pages, Site};
 
 use super::url;
 use crate::args::ServerArgs;
@@ -19,6 +22,7 @@ pub(super) struct Port {
     pub(super) listener: HttpListener,
     pub(super) web: Web,
     host: Option<String>,
+    certificate: Option<WebCertificate>,
 }
 
 /// The port that the arguments ask for. `udp` is where the server listens.
@@ -44,12 +48,83 @@ pub(super) async fn bind(args: &ServerArgs, udp: SocketAddr) -> anyhow::Result<O
         true => Origins::SameHost,
         false => Origins::SameHostAnd(origins),
     });
+    let certificate = args.tls_cert.as_deref().zip(args.tls_key.as_deref());
+    let certificate = certificate.map(certificate_of).transpose()?;
+    let web = match &certificate {
+        Some(certificate) => web.certificate(certificate.clone()),
+        None => web,
+    };
+    if certificate.is_some() && args.public_host.is_none() {
+        tracing::warn!(
+            "--tls-cert without --public-host: the link has an address, and the certificate a name"
+        );
+    }
     Ok(Some(Port {
         listener,
         web,
         host,
+        certificate,
     }))
 }
+
+fn certificate_of((chain, key): (&Path, &Path)) -> anyhow::Result<WebCertificate> {
+    WebCertificate::load(chain, key).map_err(|error| {
+        Failure::new(Kind::LocalFile, said(error))
+            .hint("give --tls-cert the chain (certbot's fullchain.pem) and --tls-key its key (privkey.pem)")
+            .into()
+    })
+}
+
+/// With its cause.
+fn said(error: WebCertificateError) -> String {
+    format!("{:#}", anyhow::Error::new(error))
+}
+
+/// Serves the pages for ever, if there are any.
+pub(super) async fn serve(port: Option<Port>, site: Site, server: &Server) -> anyhow::Result<()> {
+    let Some(port) = port else {
+        return std::future::pending().await;
+    };
+    let site = site.pages(port.pages(server));
+    tokio::select! {
+        ended = port.listener.serve(site) => Ok(ended?),
+        failed = follow(port.certificate) => failed,
+    }
+}
+
+/// Reads a certificate again when its files have changed, and on SIGHUP. Runs for ever.
+async fn follow(certificate: Option<WebCertificate>) -> anyhow::Result<()> {
+    let Some(certificate) = certificate else {
+        return std::future::pending().await;
+    };
+    let mut asked = signal(SignalKind::hangup())?;
+    let mut ticks = tokio::time::interval(FOLLOW);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    // The two files are not replaced together: they are read once nothing has changed since the last look.
+    let mut changing = false;
+    loop {
+        let due = tokio::select! {
+            _ = asked.recv() => true,
+            _ = ticks.tick() => std::mem::replace(&mut changing, certificate.has_changed()) && changing,
+        };
+        if !due {
+            continue;
+        }
+        changing = false;
+        let reading = certificate.clone();
+        match tokio::task::spawn_blocking(move || reading.reload()).await {
+            Ok(Ok(())) => tracing::info!("the certificate for browsers was read again"),
+            Ok(Err(error)) => {
+                let error = said(error);
+                tracing::error!(error, "the certificate for browsers stays as it was");
+            }
+            Err(error) => tracing::error!(%error, "the certificate for browsers was not read"),
+        }
+    }
+}
+
+/// How often it is looked whether the certificate has changed.
+const FOLLOW: Duration = Duration::from_secs(2);
 
 impl Port {
     pub(super) fn pages(&self, server: &Server) -> Pages {

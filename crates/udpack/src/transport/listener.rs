@@ -24,7 +24,8 @@ use crate::transport::web;
 use crate::transport::{Connection, ConnectionError};
 use crate::trust::identity::{Identity, IdentityError};
 use crate::trust::origin::Web;
-use crate::trust::tls::ALPN;
+use crate::trust::tls::{self, ALPN};
+use crate::trust::web_certificate::Certificates;
 use crate::wire::code::CloseCode;
 use crate::wire::config::{CongestionControl, InvalidSetting, Limits, Timeouts};
 
@@ -61,7 +62,7 @@ pub(crate) enum ListenError {
 impl Listener {
     /// Opens a port for this identity. Must be called on a runtime.
     pub(crate) fn open(
-        identity: &Identity,
+        (identity, certificates): (&Identity, &Arc<Certificates>),
         (limits, timeouts): (Arc<Limits>, Arc<Timeouts>),
         congestion: CongestionControl,
         (via, at): (Via, At),
@@ -75,8 +76,8 @@ impl Listener {
             None => vec![ALPN],
             Some(_) => vec![ALPN, web::wire::ALPN],
         };
-        let tls = identity.server_tls(&protocols);
-        let tls = tls.map_err(ListenError::Identity)?;
+        let tls = tls::server_config(certificates.clone(), &protocols)
+            .map_err(|error| ListenError::Identity(IdentityError::crypto(error)))?;
         let tls = QuicServerConfig::try_from(tls)
             .map_err(|error| ListenError::Identity(IdentityError::crypto(error)))?;
         let salt = hkdf::Salt::new(hkdf::HKDF_SHA256, &[]);

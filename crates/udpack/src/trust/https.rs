@@ -11,7 +11,8 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use crate::trust::identity::IdentityError;
-use crate::trust::tls::{self, CertificateSource};
+use crate::trust::tls;
+use crate::trust::web_certificate::Certificates;
 
 /// TLS 1.3 for HTTP/1.1 over TCP, under the certificates that browsers get from the same server by QUIC. Cheap to clone.
 ///
@@ -22,7 +23,7 @@ pub struct Https {
 }
 
 impl Https {
-    pub(crate) fn new(certificates: Arc<CertificateSource>) -> Result<Self, IdentityError> {
+    pub(crate) fn new(certificates: Arc<Certificates>) -> Result<Self, IdentityError> {
         let config = tls::server_config(certificates, &[b"http/1.1"]);
         let config = config.map_err(IdentityError::crypto)?;
         Ok(Self {

@@ -19,6 +19,7 @@ use rustls::server::ParsedCertificate;
 use crate::trust::fingerprint::Fingerprint;
 use crate::trust::secret_file::{self, SecretFileError};
 use crate::trust::tls::{self, CertificateSource};
+use crate::trust::web_certificate::{Certificates, WebCertificate};
 
 /// A server's key pair and the certificates that go with it.
 ///
@@ -136,23 +137,14 @@ impl Identity {
         self.inner.key.public_key_pem()
     }
 
-    /// Returns the TLS side of a server endpoint that proves this identity and speaks these protocols.
-    pub(crate) fn server_tls(
-        &self,
-        protocols: &[&[u8]],
-    ) -> Result<rustls::ServerConfig, IdentityError> {
-        let certificates = self.inner.certificates.clone();
-        tls::server_config(certificates, protocols).map_err(IdentityError::crypto)
+    /// Returns the certificates of a server of this identity; `web` is for browsers in place of its own.
+    pub(crate) fn certificates(&self, web: Option<WebCertificate>) -> Certificates {
+        Certificates::new(self.inner.certificates.clone(), web)
     }
 
     /// Keeps the certificates from now on where the key is kept, if it is, so that their hashes outlast a restart.
     pub(crate) fn keep_certificates(&self) {
         self.inner.certificates.keep(self.inner.kept.clone());
-    }
-
-    /// Where the hashes of the certificates come from.
-    pub(crate) fn certificates(&self) -> &Arc<CertificateSource> {
-        &self.inner.certificates
     }
 
     /// Returns the key for stateless resets: with a lasting key, a server that was restarted can
@@ -583,7 +575,8 @@ mod tests {
             identity.fingerprint(),
             Fingerprint::of_public_key_pem(&key.public_key_pem()).unwrap()
         );
-        identity.server_tls(&[tls::ALPN]).unwrap();
+        let certificates = Arc::new(identity.certificates(None));
+        tls::server_config(certificates, &[tls::ALPN]).unwrap();
 
         let other = new_key().unwrap().serialize_pem();
         assert!(matches!(

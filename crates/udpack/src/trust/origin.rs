@@ -4,6 +4,8 @@ use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
+use crate::trust::web_certificate::WebCertificate;
+
 /// How a server serves browsers, for [`ServerBuilder::web`](crate::ServerBuilder::web): at which path, and for which
 /// pages.
 ///
@@ -19,6 +21,7 @@ pub struct Web {
     origins: Origins,
     /// The names beside those that nobody else can own; `None` is any name.
     hosts: Option<Vec<String>>,
+    certificate: Option<WebCertificate>,
 }
 
 impl Web {
@@ -28,6 +31,7 @@ impl Web {
             path: "/udpack".to_owned(),
             origins: Origins::SameHost,
             hosts: None,
+            certificate: None,
         }
     }
 
@@ -57,6 +61,19 @@ impl Web {
     pub fn hosts<H: Into<String>>(mut self, hosts: impl IntoIterator<Item = H>) -> Self {
         self.hosts = Some(hosts.into_iter().map(Into::into).collect());
         self
+    }
+
+    /// A certificate that browsers trust by its authority, for WebTransport and [`Server::https`](crate::Server::https), in place of
+    /// those that the server issues to itself. Clients that speak `udpack/1` get the server's own key as before.
+    #[must_use]
+    pub fn certificate(mut self, certificate: WebCertificate) -> Self {
+        self.certificate = Some(certificate);
+        self
+    }
+
+    /// The certificate of [`certificate`](Self::certificate).
+    pub(crate) fn web_certificate(&self) -> Option<&WebCertificate> {
+        self.certificate.as_ref()
     }
 
     /// Whether browsers may reach the server under this name or address, which is without a port; an IPv6 address has its

@@ -369,7 +369,7 @@ pub(crate) fn client_config(trust: Trust) -> Result<(rustls::ClientConfig, PinCh
 
 /// Makes the server side of TLS, for clients that speak one of these protocols.
 pub(crate) fn server_config(
-    certificates: Arc<CertificateSource>,
+    certificates: Arc<dyn ResolvesServerCert>,
     protocols: &[&[u8]],
 ) -> Result<rustls::ServerConfig, TlsError> {
     let mut config = rustls::ServerConfig::builder_with_provider(provider())
@@ -391,7 +391,7 @@ const SUITES: [SupportedCipherSuite; 3] = [
 ];
 
 /// Named, because rustls' own choice panics as soon as any dependency enables a second one.
-fn provider() -> Arc<CryptoProvider> {
+pub(crate) fn provider() -> Arc<CryptoProvider> {
     Arc::new(CryptoProvider {
         cipher_suites: SUITES.to_vec(),
         ..aws_lc_rs::default_provider()
@@ -401,7 +401,14 @@ fn provider() -> Arc<CryptoProvider> {
 pub(crate) fn signing_key(key: &KeyPair) -> Result<Arc<dyn SigningKey>, TlsError> {
     let der = PrivateKeyDer::try_from(key.serialized_der().to_vec())
         .map_err(|reason| rustls::Error::General(reason.to_owned()))?;
-    Ok(provider().key_provider.load_private_key(der)?)
+    Ok(loaded_key(der)?)
+}
+
+/// A private key to sign with.
+pub(crate) fn loaded_key(
+    der: PrivateKeyDer<'static>,
+) -> Result<Arc<dyn SigningKey>, rustls::Error> {
+    provider().key_provider.load_private_key(der)
 }
 
 fn unix_now() -> i64 {
