@@ -223,6 +223,8 @@ struct Datagrams {
     full: AtomicBool,
     /// Messages that the last receive brought.
     last: AtomicUsize,
+    /// The kernel has refused to cut a send into datagrams.
+    divides: AtomicBool,
 }
 
 impl Datagrams {
@@ -234,6 +236,7 @@ impl Datagrams {
             log_limit: LogLimit::default(),
             full: AtomicBool::new(false),
             last: AtomicUsize::new(0),
+            divides: AtomicBool::new(false),
         })
     }
 
@@ -243,6 +246,17 @@ impl Datagrams {
 }
 
 impl Datagrams {
+    /// Says in the log, once, that the kernel or the driver takes one datagram a send only. quinn's state of the socket then hands over no more.
+    #[cold]
+    fn told_refusal(&self, error: &io::Error) {
+        if !self.divides.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                %error,
+                "the network interface refuses to cut sends into datagrams (GSO): each datagram is sent by itself, which costs speed"
+            );
+        }
+    }
+
     /// Says in the log why a datagram was not sent, unless it was a probe of what the path takes.
     #[cold]
     fn not_sent(&self, transmit: &Transmit<'_>, error: &io::Error) {
@@ -255,6 +269,43 @@ impl Datagrams {
             tracing::warn!(%to, %error, left_out, "a datagram could not be sent");
         }
     }
+}
+
+/// Sends several datagrams together, or, where that is refused, which `refused` is told, one by one: a driver or a tunnel may refuse what the
+/// kernel offers, and shows that only with the first such send, of which nothing leaves.
+fn divided(
+    mut send: impl FnMut(&Transmit<'_>) -> io::Result<()>,
+    transmit: &Transmit<'_>,
+    refused: impl FnOnce(&io::Error),
+) -> io::Result<()> {
+    let error = match (send(transmit), transmit.segment_size) {
+        (Err(error), Some(segment)) if segment > 0 && is_refusal(&error) => error,
+        (sent, _) => return sent,
+    };
+    refused(&error);
+    let segment = transmit.segment_size.unwrap_or(SEND).max(1);
+    for (at, contents) in transmit.contents.chunks(segment).enumerate() {
+        let sent = send(&Transmit {
+            destination: transmit.destination,
+            ecn: transmit.ecn,
+            contents,
+            segment_size: None,
+            src_ip: transmit.src_ip,
+        });
+        match sent {
+            // What has left must not be handed over again; the rest is lost, once in a socket's life.
+            Err(error) if at > 0 && error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            sent => sent?,
+        }
+    }
+    Ok(())
+}
+
+/// What Linux says when a driver or a tunnel does not cut sends into datagrams.
+fn is_refusal(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    let code = error.raw_os_error();
+    code == Some(Errno::IO.raw_os_error()) || code == Some(Errno::INVAL.raw_os_error())
 }
 
 impl AsyncUdpSocket for Datagrams {
@@ -271,7 +322,8 @@ impl AsyncUdpSocket for Datagrams {
             return Ok(());
         };
         let sent = io.try_io(Interest::WRITABLE, || {
-            self.state.try_send((&**io).into(), transmit)
+            let send = |part: &Transmit<'_>| self.state.try_send((&**io).into(), part);
+            divided(send, transmit, |error| self.told_refusal(error))
         });
         let full = matches!(&sent, Err(error) if error.kind() == io::ErrorKind::WouldBlock);
         if full != self.full.load(Ordering::Relaxed) {
@@ -693,6 +745,56 @@ pub(crate) mod tests {
         let size = socket.recv_buffer_size().expect("a size");
         assert!(size >= 128 << 10, "{size}");
         assert_eq!(granted, size / 2);
+    }
+
+    #[test]
+    fn what_may_not_leave_together_leaves_one_by_one() {
+        use rustix::io::Errno;
+        let contents: Vec<u8> = (0..2500).map(|n| (n % 251) as u8).collect();
+        for refusal in [Errno::IO, Errno::INVAL] {
+            let (mut sent, mut told) = (Vec::new(), 0);
+            let kernel = |part: &Transmit<'_>| match part.segment_size {
+                Some(_) => Err(refusal.into()),
+                None => {
+                    sent.push(part.contents.to_vec());
+                    Ok(())
+                }
+            };
+            divided(kernel, &batch(&contents, 1200), |_| told += 1).expect("it is sent");
+            assert_eq!(sent, contents.chunks(1200).collect::<Vec<_>>());
+            assert_eq!(told, 1);
+        }
+        // Another error is not about segments, nor is one of a single datagram.
+        let mut tries = 0;
+        let unreachable = |_: &Transmit<'_>| {
+            tries += 1;
+            Err(Errno::NETUNREACH.into())
+        };
+        let sent = divided(unreachable, &batch(&contents, 1200), |_| panic!("told"));
+        sent.expect_err("no way");
+        let refused = |_: &Transmit<'_>| Err(Errno::INVAL.into());
+        let sent = divided(refused, &batch(&contents[..1200], 1200), |_| panic!("told"));
+        sent.expect_err("it was alone");
+        assert_eq!(tries, 1);
+    }
+
+    #[test]
+    fn one_that_finds_no_room_begins_again_only_if_nothing_has_left() {
+        use rustix::io::Errno;
+        let contents = vec![1; 3600];
+        for (room, ends) in [(0, false), (1, true), (3, true)] {
+            let mut sent = 0;
+            let kernel = |part: &Transmit<'_>| match part.segment_size {
+                Some(_) => Err(Errno::IO.into()),
+                None if sent == room => Err(io::ErrorKind::WouldBlock.into()),
+                None => {
+                    sent += 1;
+                    Ok(())
+                }
+            };
+            let outcome = divided(kernel, &batch(&contents, 1200), |_| {});
+            assert_eq!((outcome.is_ok(), sent), (ends, room));
+        }
     }
 
     #[test]
