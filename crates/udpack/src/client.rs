@@ -29,6 +29,7 @@ use crate::transport::endpoint::Via;
 use crate::transport::on_path;
 use crate::transport::{Connection, ConnectionError, Endpoint, StreamError};
 use crate::trust::auth::Peer;
+use crate::trust::certificate::dates;
 use crate::trust::fingerprint::Fingerprint;
 use crate::trust::tls::PinMismatch;
 use crate::trust::url::{ConnectUrl, DEFAULT_PORT};
@@ -166,6 +167,38 @@ impl Client {
         // Owned by the connection: the driver ends when the session does, and the last handle ends that.
         tokio::spawn(live(session, first.control, registry, queue, comeback).instrument(span));
         Ok(socket)
+    }
+
+    /// Makes a handshake with one address of a server, and closes it again. The server is not told who we are, so no token is
+    /// needed, and its program hears of nothing. For finding out what works; `host` is what the server is called.
+    ///
+    /// # Errors
+    /// See [`ConnectError`].
+    ///
+    /// # Cancel safety
+    /// A dropped future closes what it had begun.
+    pub async fn handshake(
+        &self,
+        address: SocketAddr,
+        host: &str,
+    ) -> Result<Handshake, ConnectError> {
+        let url = ConnectUrl::new(host, DEFAULT_PORT)
+            .map_err(|_| ConnectError::Address(host.to_owned()))?;
+        let begun = Instant::now();
+        let attempt = Attempt {
+            address,
+            way: Way::Quic,
+            pause: Duration::ZERO,
+        };
+        let (conn, endpoint) = self.dial(attempt, url.server_name()).await?;
+        let shaken = Handshake {
+            took: begun.elapsed(),
+            rtt: conn.rtt(),
+            valid: conn.certificate().and_then(|der| dates(&der)),
+        };
+        conn.close(CloseCode::NORMAL, "only a handshake");
+        let _ = tokio::time::timeout(FAREWELL, endpoint.wait_idle()).await;
+        Ok(shaken)
     }
 
     /// The server asked for, then those to go to in its stead.
@@ -325,6 +358,21 @@ impl Client {
         }
     }
 }
+
+/// What a [`Client::handshake`] showed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Handshake {
+    /// From the first packet to the proof that the server has its key.
+    pub took: Duration,
+    /// Round-trip time.
+    pub rtt: Duration,
+    /// Between which times the server's certificate is valid, in seconds since 1970. A pin does not look at them.
+    pub valid: Option<(i64, i64)>,
+}
+
+/// How long the close of a handshake may take to leave.
+const FAREWELL: Duration = Duration::from_millis(200);
 
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -138,7 +138,7 @@ pub use channel::items::{Items, Streaming};
 pub use channel::overflow::Overflow;
 pub use channel::request::{Request, RequestError};
 pub use channel::{Channel, Closed, RecvError, SendError};
-pub use client::{Client, ClientBuilder, ConnectError, TransportChoice};
+pub use client::{Client, ClientBuilder, ConnectError, Handshake, TransportChoice};
 pub use metrics::speed::{Speed, SpeedMeter, Stats};
 pub use metrics::{Ends, Metrics};
 pub use serve::asked::Asked;
@@ -158,6 +158,7 @@ pub use session::service::{ByFunction, IntoOutcome, ServeChannel, Service};
 pub use session::socket::Socket;
 pub use session::volatile::{Volatile, VolatileError};
 pub use transport::lookup::lookup;
+pub use transport::probe;
 pub use trust::auth::{Authenticate, Deny, Hello, Peer};
 pub use trust::fingerprint::{Fingerprint, FingerprintError};
 #[cfg(feature = "https")]

@@ -13,6 +13,7 @@ pub(crate) mod lookup;
 #[cfg(feature = "testing")]
 pub(crate) mod memory;
 pub(crate) mod mux;
+pub mod probe;
 pub(crate) mod qlog;
 pub(crate) mod quic;
 mod timer;

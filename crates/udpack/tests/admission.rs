@@ -873,7 +873,10 @@ async fn relay(server: SocketAddr) -> (SocketAddr, Arc<Mutex<Option<u8>>>) {
         let mut buffer = vec![0; 65_536];
         while let Ok((len, from)) = socket.recv_from(&mut buffer).await {
             let to = if from == server {
-                seen.lock().expect("no panic").get_or_insert(buffer[0]);
+                // A client on loopback first asks for the versions; that is answered by one without a version.
+                if buffer[1..5] != [0; 4] {
+                    seen.lock().expect("no panic").get_or_insert(buffer[0]);
+                }
                 client
             } else {
                 client = Some(from);

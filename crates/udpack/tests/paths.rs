@@ -4,15 +4,19 @@
 #[path = "common/namespaces.rs"]
 mod namespaces;
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::net::SocketAddr;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use namespaces::{Host, Hosts};
 use serde_bytes::ByteBuf;
+use tokio::net::UdpSocket;
 use udpack::{
-    Channel, Client, Context, Deny, Fault, Fingerprint, Hello, Identity, Peer, Server, Socket,
+    Channel, Client, Context, Deny, Fault, Fingerprint, Hello, Identity, Peer, Server,
+    ServerBuilder, Socket,
 };
 
 /// Everything here ends within this.
@@ -33,35 +37,37 @@ struct Served {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Serves `who` (from which address you come), and `bytes` (as many as you ask for).
+/// Serves `who` (from which address you come), `bytes` (as many as you ask for) and `count` (how many you send).
+fn talking() -> ServerBuilder {
+    let talk = |channel: Channel| async move {
+        let peer = channel.socket().remote_address().to_string();
+        channel
+            .on("who", move |(): (), _: Context| {
+                let peer = peer.clone();
+                async move { Ok::<_, Fault>(peer) }
+            })
+            .on("bytes", |count: usize, _: Context| async move {
+                Ok::<_, Fault>(ByteBuf::from(vec![7; count]))
+            })
+            .on("count", |bytes: ByteBuf, _: Context| async move {
+                Ok::<_, Fault>(bytes.len())
+            })
+            .run()
+            .await
+    };
+    Server::builder()
+        .identity(Identity::generate().expect("random numbers"))
+        .auth(|_: Hello| async { Ok::<_, Deny>(Peer::new("tester")) })
+        .channel("talk", talk)
+}
+
+/// Serves on a host.
 fn serve(host: &Host, listen: &'static str) -> Served {
     let (tell, told) = mpsc::channel();
     let (stop, stopped) = tokio::sync::oneshot::channel();
     let thread = host.run(move || {
         block_on(async move {
-            let talk = |channel: Channel| async move {
-                let peer = channel.socket().remote_address().to_string();
-                channel
-                    .on("who", move |(): (), _: Context| {
-                        let peer = peer.clone();
-                        async move { Ok::<_, Fault>(peer) }
-                    })
-                    .on("bytes", |count: usize, _: Context| async move {
-                        Ok::<_, Fault>(ByteBuf::from(vec![7; count]))
-                    })
-                    .on("count", |bytes: ByteBuf, _: Context| async move {
-                        Ok::<_, Fault>(bytes.len())
-                    })
-                    .run()
-                    .await
-            };
-            let server = Server::builder()
-                .identity(Identity::generate().expect("random numbers"))
-                .auth(|_: Hello| async { Ok::<_, Deny>(Peer::new("tester")) })
-                .channel("talk", talk)
-                .bind(listen)
-                .await
-                .expect("the address is free");
+            let server = talking().bind(listen).await.expect("the address is free");
             let _ = tell.send((server.fingerprint(), server.local_addr()));
             let _ = stopped.await;
         });
@@ -178,6 +184,75 @@ fn packets_above_1280_bytes_that_vanish_hold_nothing_up() {
         // Of about a thousand packets each way none but probes was larger, and a lost probe is no lost packet.
         assert!(stats.packets_lost < 50, "{stats:?}");
     }
+}
+
+/// A forwarder on this machine: loopback takes 65,536 bytes, and what is behind it 1,280.
+async fn forward(to: SocketAddr) -> SocketAddr {
+    let front = Arc::new(UdpSocket::bind("127.0.0.1:0").await.expect("a port"));
+    let address = front.local_addr().expect("an address");
+    tokio::spawn(async move {
+        let mut clients = HashMap::new();
+        let mut memory = vec![0; 65_536];
+        while let Ok((length, client)) = front.recv_from(&mut memory).await {
+            if length > 1252 {
+                continue;
+            }
+            let back = match clients.entry(client) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(free) => {
+                    let back = Arc::new(UdpSocket::bind("127.0.0.1:0").await.expect("a port"));
+                    back.connect(to).await.expect("the server");
+                    tokio::spawn(answers(back.clone(), front.clone(), client));
+                    free.insert(back)
+                }
+            };
+            let _ = back.send(&memory[..length]).await;
+        }
+    });
+    address
+}
+
+/// Passes on what comes from the server.
+async fn answers(back: Arc<UdpSocket>, front: Arc<UdpSocket>, client: SocketAddr) {
+    let mut memory = vec![0; 65_536];
+    while let Ok(length) = back.recv(&mut memory).await {
+        if length <= 1252 {
+            let _ = front.send_to(&memory[..length], client).await;
+        }
+    }
+}
+
+#[test]
+fn a_forwarder_on_this_machine_is_no_loopback() {
+    block_on(async {
+        let server = talking().bind("127.0.0.1:0").await.expect("a free port");
+        let address = forward(server.local_addr()).await;
+        let client = Client::builder().pin(server.fingerprint());
+        let socket = client.connect(&address.to_string()).await.expect("let in");
+        let channel = socket.open("talk").await.expect("a channel");
+        let bytes: ByteBuf = channel.request("bytes", &(64 << 10)).await.expect("bytes");
+        let count: usize = channel.request("count", &bytes).await.expect("a number");
+        assert_eq!(count, 64 << 10);
+        // Not one packet was too large, but for probes, which do not count as lost.
+        let (here, there) = (socket.metrics().stats, server.metrics().stats);
+        assert_eq!((here.packets_lost, there.packets_lost), (0, 0));
+        assert!(here.mtu <= 1252, "{here:?}");
+    });
+}
+
+#[test]
+fn loopback_itself_is_used_to_the_full() {
+    block_on(async {
+        let server = talking().bind("127.0.0.1:0").await.expect("a free port");
+        let client = Client::builder().pin(server.fingerprint());
+        let address = server.local_addr().to_string();
+        let socket = client.connect(&address).await.expect("let in");
+        let channel = socket.open("talk").await.expect("a channel");
+        // At once, or a round trip later where the machine is too busy to show in time that loopback is whole.
+        while socket.metrics().stats.mtu < 16_368 {
+            let _: String = channel.request("who", &()).await.expect("an answer");
+        }
+    });
 }
 
 #[test]

@@ -31,7 +31,7 @@ use crate::transport::on_path;
 use crate::transport::windows;
 use crate::transport::{Connection, SendStream, StreamError};
 use crate::trust::auth::{Deny, Hello, Peer};
-use crate::wire::code::{CloseCode, CloseReason};
+use crate::wire::code::{CloseCode, CloseReason, Side};
 use crate::wire::config::{FEW_STREAMS, Limits, PREAUTH_BYTES, VOLATILE_STREAMS};
 use crate::wire::control::{self, Decode, HelloMessage, ResumeGrant, ResumeRequest, Welcome};
 
@@ -508,6 +508,11 @@ fn new_session_id() -> Result<SessionId, aws_lc_rs::error::Unspecified> {
 }
 
 async fn refuse(shared: &Shared, session: &Session, reason: CloseReason) {
+    // A client that tries several addresses leaves all but one before it says who it is.
+    if reason.by == Side::Peer && reason.code == CloseCode::NORMAL {
+        tracing::debug!(%reason, "left before $hello");
+        return;
+    }
     session.tally.refused(reason.code);
     if let Some(left_out) = shared.log_limit.line() {
         tracing::warn!(%reason, left_out, "refused");

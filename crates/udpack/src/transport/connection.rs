@@ -211,6 +211,14 @@ impl Connection {
         }
     }
 
+    /// The certificate that a server has shown by QUIC, in DER.
+    pub(crate) fn certificate(&self) -> Option<Vec<u8>> {
+        match self {
+            Self::Quic(conn) => conn.certificate(),
+            Self::Mux(_) => None,
+        }
+    }
+
     /// Smoothed round-trip time.
     pub(crate) fn rtt(&self) -> Duration {
         match self {

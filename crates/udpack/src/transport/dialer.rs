@@ -113,7 +113,8 @@ impl Dialer {
             };
             SocketAddr::new(any, 0)
         });
-        let route = self.via.route_to(address);
+        let route = self.via.proved_route_to(address).await;
+        let route = route.map_err(|_| DialError::Refused("connection refused".to_owned()))?;
         let heard = FirstWord::default();
         let (endpoint, _) = self
             .via

@@ -17,6 +17,7 @@ use tokio::time::Instant;
 
 use crate::transport::congestion::ModelConfig;
 use crate::transport::lookup;
+use crate::transport::probe;
 use crate::transport::quic::varint;
 use crate::transport::timer::PromptRuntime;
 use crate::transport::udp::{self, Bound, MODEST_PAYLOAD, MOST_PAYLOAD, Port};
@@ -109,12 +110,29 @@ impl Via {
         }
     }
 
+    /// What the kernel knows of the way to this peer. Over loopback a server has shown that it is the whole path, by an answer to a
+    /// datagram of that size, or it counts as any other way: a forwarder may listen there, behind which less gets through.
+    ///
+    /// # Errors
+    /// When nobody listens at this port of this machine.
+    pub(crate) async fn proved_route_to(&self, peer: SocketAddr) -> io::Result<Option<Route>> {
+        let Some(route) = self.route_to(peer) else {
+            return Ok(None);
+        };
+        let proved = match route.local {
+            true => probe::takes(peer, route.payload, PROOF).await?,
+            false => false,
+        };
+        Ok(Some(Route { proved, ..route }))
+    }
+
     /// What the kernel knows of the way to this peer; `None` where nobody knows.
     pub(crate) fn route_to(&self, peer: SocketAddr) -> Option<Route> {
         match self {
             Self::System => Some(Route {
                 payload: udp::route_payload(peer)?,
                 local: peer.ip().to_canonical().is_loopback(),
+                proved: false,
             }),
             #[cfg(feature = "testing")]
             Self::Net(_) => None,
@@ -194,9 +212,14 @@ pub(crate) enum At {
 pub(crate) struct Route {
     /// Largest UDP payload, in bytes, that it takes and that is worth trying.
     pub(crate) payload: u16,
-    /// It is the loopback interface: the whole path.
+    /// It is the loopback interface: the whole path, unless a forwarder listens there.
     pub(crate) local: bool,
+    /// A datagram of this size was answered: connections may begin with it.
+    pub(crate) proved: bool,
 }
+
+/// How long a server on this machine may take to show that the way to it is whole.
+const PROOF: Duration = Duration::from_millis(25);
 
 /// Every path takes such a UDP payload (RFC 9000, section 14).
 const LEAST_PAYLOAD: u16 = 1200;
@@ -206,7 +229,7 @@ pub(crate) const ETHERNET_PAYLOAD: u16 = 1472;
 /// How to find out what a path takes whose first link is this; `None` is unknown.
 fn mtu_discovery(route: Option<Route>) -> MtuDiscoveryConfig {
     let mut discovery = MtuDiscoveryConfig::default();
-    if let Some(Route { payload, local }) = route {
+    if let Some(Route { payload, local, .. }) = route {
         discovery.upper_bound(payload);
         if local || payload <= ETHERNET_PAYLOAD {
             // A bisection that would end within more than half of its range begins with the bound itself: one
@@ -289,11 +312,12 @@ pub(crate) fn transport(
             (windows::first(limits, 1), streams, VOLATILE_STREAMS)
         }
     };
-    // The kernel knows the whole path. A probe of 65,487 bytes is parsed byte for byte by its receiver: 0.6 ms of each
-    // handshake. quinn's own controllers begin with windows that one such packet would not fit.
+    // A probe of 65,487 bytes is parsed byte for byte by its receiver: 0.6 ms of each handshake. quinn's own controllers begin
+    // with windows that one such packet would not fit.
     if let Some(Route {
         payload,
-        local: true,
+        proved: true,
+        ..
     }) = route
         && congestion == CongestionControl::Auto
     {

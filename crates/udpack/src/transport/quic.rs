@@ -9,6 +9,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
+use rustls::pki_types::CertificateDer;
 
 use crate::base::text::{cut, printable_within};
 use crate::transport::connection::{
@@ -240,6 +241,13 @@ impl Connection {
     /// Where the peer is now.
     pub(crate) fn remote_address(&self) -> SocketAddr {
         unmapped(self.quic.remote_address())
+    }
+
+    /// The certificate that the peer has shown, in DER.
+    pub(crate) fn certificate(&self) -> Option<Vec<u8>> {
+        let shown = self.quic.peer_identity()?;
+        let chain = shown.downcast::<Vec<CertificateDer<'static>>>().ok()?;
+        Some(chain.first()?.to_vec())
     }
 
     /// Smoothed round-trip time.

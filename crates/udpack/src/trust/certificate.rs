@@ -105,6 +105,76 @@ impl Issued {
     }
 }
 
+/// The seconds since 1970 between which a certificate of X.509 is valid; `None` where it is none.
+pub(crate) fn dates(certificate: &[u8]) -> Option<(i64, i64)> {
+    let (SEQUENCE, mut outer) = element(&mut &*certificate)? else {
+        return None;
+    };
+    let (SEQUENCE, mut fields) = element(&mut outer)? else {
+        return None;
+    };
+    // The version may be missing; before the dates stand the serial number, the algorithm and the issuer.
+    if element(&mut { fields })?.0 == VERSION {
+        element(&mut fields)?;
+    }
+    for _ in 0..3 {
+        element(&mut fields)?;
+    }
+    let (SEQUENCE, mut dates) = element(&mut fields)? else {
+        return None;
+    };
+    Some((date(element(&mut dates)?)?, date(element(&mut dates)?)?))
+}
+
+const SEQUENCE: u8 = 0x30;
+const VERSION: u8 = 0xa0;
+const UTC_TIME: u8 = 0x17;
+const GENERALIZED_TIME: u8 = 0x18;
+
+/// Takes one element of DER from the front: its tag and its content.
+fn element<'a>(rest: &mut &'a [u8]) -> Option<(u8, &'a [u8])> {
+    let (&[tag, first], mut behind) = rest.split_first_chunk::<2>()?;
+    let length = match first {
+        0..=0x7f => usize::from(first),
+        0x81..=0x83 => {
+            let (bytes, after) = behind.split_at_checked(usize::from(first & 0x7f))?;
+            behind = after;
+            bytes
+                .iter()
+                .fold(0, |length, byte| length << 8 | usize::from(*byte))
+        }
+        _ => return None,
+    };
+    let (content, after) = behind.split_at_checked(length)?;
+    *rest = after;
+    Some((tag, content))
+}
+
+/// The seconds since 1970 of a time of DER, which is `YYMMDDHHMMSSZ` or `YYYYMMDDHHMMSSZ`.
+fn date((tag, text): (u8, &[u8])) -> Option<i64> {
+    let text = std::str::from_utf8(text).ok()?.strip_suffix('Z')?;
+    if !text.bytes().all(|byte| byte.is_ascii_digit()) {
+        return None;
+    }
+    let (year, rest) = match tag {
+        UTC_TIME => {
+            let (year, rest) = text.split_at_checked(2)?;
+            let year: i32 = year.parse().ok()?;
+            (year + if year < 50 { 2000 } else { 1900 }, rest)
+        }
+        GENERALIZED_TIME => {
+            let (year, rest) = text.split_at_checked(4)?;
+            (year.parse().ok()?, rest)
+        }
+        _ => return None,
+    };
+    let part = |at: usize| rest.get(at..at + 2)?.parse::<u8>().ok();
+    let month = time::Month::try_from(part(0)?).ok()?;
+    let date = time::Date::from_calendar_date(year, month, part(2)?).ok()?;
+    let time = date.with_hms(part(4)?, part(6)?, part(8)?).ok()?;
+    Some(time.assume_utc().unix_timestamp())
+}
+
 /// SHA-256 of a certificate's DER.
 pub(crate) fn hash_of(certificate: &CertificateDer<'_>) -> [u8; 32] {
     let hash = digest::digest(&digest::SHA256, certificate);
@@ -181,6 +251,27 @@ mod tests {
         assert_eq!(issued.not_before, NOW - 3600);
         assert_eq!(issued.not_after - issued.not_before, 13 * 24 * 3600);
         issued.certificate.keys_match().unwrap();
+    }
+
+    #[test]
+    fn the_dates_of_a_certificate_can_be_read() {
+        let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap();
+        let signer = signing_key(&key).unwrap();
+        // The latter is after 2049, when the form of dates changes.
+        for now in [NOW, 2_600_000_000, 800_000_000] {
+            let issued = Issued::new(&key, &signer, now).unwrap();
+            let der = issued.certificate.end_entity_cert().unwrap();
+            assert_eq!(dates(der), Some((issued.not_before, issued.not_after)));
+            for cut in 0..der.len().min(200) {
+                assert_eq!(dates(&der[..cut]), None, "{cut}");
+            }
+            // Whatever is wrong with it, it is read to an end.
+            for at in 0..200 {
+                let mut other = der.to_vec();
+                other[at] ^= 0x81;
+                dates(&other);
+            }
+        }
     }
 
     #[test]
