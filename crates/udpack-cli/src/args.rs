@@ -31,6 +31,10 @@ Where events were lost, because this client reads too slowly, there is a line \
 {\"gap\":{\"room\":NAME,\"lost\":COUNT}} in their place. After a lost connection the session continues without loss if \
 the server still has it; standard error reports which.";
 
+const DOCTOR: &str = "\
+Neither key nor token is needed: without them only the network is looked at. Exit code 0 says that a connection is possible; the last line \
+may name what makes it slow all the same.";
+
 const EXIT_CODES: &str = "\
 Exit codes:
   0    done
@@ -503,6 +507,10 @@ pub(crate) enum ClientCommand {
     /// Measure application round-trip time.
     #[command(after_help = MORE, after_long_help = format!("{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Ping(PingArgs),
+    /// Find out what works from here to a server, and what does not and why: names, each address by UDP and TCP, the size of
+    /// packets, loss, key, token, clock.
+    #[command(after_help = MORE, after_long_help = format!("{DOCTOR}\n\n{ENVIRONMENT}\n\n{EXIT_CODES}"))]
+    Doctor(DoctorArgs),
     /// Print a shell's completion script.
     Completions {
         /// The shell.
@@ -846,6 +854,23 @@ pub(crate) struct ListenArgs {
     /// Connect again at most so many times in a row; 0 ends with the connection. Default: for up to 5 minutes.
     #[arg(long, value_name = "N")]
     pub(crate) retries: Option<u32>,
+
+    #[command(flatten)]
+    pub(crate) connect: ConnectArgs,
+
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// The server, as for --to: HOST, HOST:PORT, or a whole udpack:// URL.
+    #[arg(value_name = "HOST[:PORT]|URL", conflicts_with = "to")]
+    pub(crate) server: Option<String>,
+
+    /// Print JSON, one object.
+    #[arg(long)]
+    pub(crate) json: bool,
 
     #[command(flatten)]
     pub(crate) connect: ConnectArgs,

@@ -1,6 +1,7 @@
 //! `udpack-client`: one module for each command that talks to a server.
 
 mod demo;
+mod doctor;
 mod dry;
 mod events;
 mod failures;
@@ -41,6 +42,7 @@ pub(crate) async fn run(args: ClientArgs, console: Console) -> anyhow::Result<()
         ClientCommand::Request(args) => &args.log,
         ClientCommand::Listen(args) => &args.log,
         ClientCommand::Ping(args) => &args.log,
+        ClientCommand::Doctor(args) => &args.log,
         ClientCommand::Completions { shell } => return pages::completions::<ClientArgs>(*shell),
         ClientCommand::Man(args) => return pages::man::<ClientArgs>(args.dir.as_deref()),
     };
@@ -59,6 +61,7 @@ pub(crate) async fn run(args: ClientArgs, console: Console) -> anyhow::Result<()
         ClientCommand::Request(args) => events::request(args, interrupts).await,
         ClientCommand::Listen(args) => events::listen(args, &console, interrupts).await,
         ClientCommand::Ping(args) => ping::run(args, interrupts).await,
+        ClientCommand::Doctor(args) => doctor::run(args, interrupts).await,
         ClientCommand::Completions { .. } | ClientCommand::Man(_) => Ok(()),
     };
     logging::keep(&result);

@@ -128,6 +128,24 @@ impl Target {
         address(&self.url)
     }
 
+    pub(crate) fn url(&self) -> &ConnectUrl {
+        &self.url
+    }
+
+    pub(crate) fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// Whether anything gave a key to expect.
+    pub(crate) fn has_key(&self) -> bool {
+        self.no_key.is_none()
+    }
+
+    /// Whether anything gave a token to present.
+    pub(crate) fn has_token(&self) -> bool {
+        self.no_token.is_none()
+    }
+
     /// As [`run`](Self::run), with a link that connects again when the connection is lost.
     pub(crate) async fn run_link<T>(
         &self,

@@ -1,0 +1,271 @@
+//! Asks the network. Every question has an end; those to different addresses are asked at once.
+
+use std::env;
+use std::io;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant, SystemTime};
+
+use futures_util::future::join_all;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use udpack::probe::{Answer, Probe};
+use udpack::{Client, CloseCode, ConnectError};
+
+use super::{Address, Dns, Path, Reach, Report, Session, Tls, Trips};
+use crate::hub::PING;
+use crate::target::Target;
+use crate::value::Value;
+use crate::when;
+
+/// How long the first answer may take, and how often and how soon the question is asked again.
+const FIRST: [Duration; 6] = [
+    Duration::from_millis(300),
+    Duration::from_millis(300),
+    Duration::from_millis(600),
+    Duration::from_millis(600),
+    Duration::from_secs(1),
+    Duration::from_secs(1),
+];
+/// How long TCP may take.
+const TCP: Duration = Duration::from_secs(4);
+/// Round trips that are measured.
+const TRIPS: u32 = 20;
+/// Between two of them.
+const BETWEEN: Duration = Duration::from_millis(20);
+/// How long pings over a session may take together.
+const PINGS: Duration = Duration::from_secs(10);
+/// Datagrams of one size that must all be lost before it is taken to be too large.
+const TRIES: u32 = 4;
+/// The size is found to so many bytes.
+const FINE: u16 = 4;
+/// The least and, on an Ethernet, the most that is tried: bytes of UDP payload.
+const LEAST: u16 = 1200;
+const ETHERNET: [u16; 2] = [1472, 1452];
+/// More addresses of a name than this are not looked at.
+const MOST: usize = 16;
+
+pub(super) async fn all(target: &Target) -> Report {
+    let url = target.url();
+    let mut report = Report {
+        server: target.address(),
+        key: target.has_key(),
+        token: target.has_token(),
+        proxies: proxies(),
+        clock: when::unix(SystemTime::now()),
+        ..Report::default()
+    };
+    let begun = Instant::now();
+    let found = udpack::lookup(url.host(), url.port()).await;
+    report.dns = Dns {
+        took: begun.elapsed(),
+        error: found.as_ref().err().map(ToString::to_string),
+    };
+    let mut found = found.unwrap_or_default();
+    if found.is_empty() && report.dns.error.is_none() {
+        report.dns.error = Some("it has no address".to_owned());
+    }
+    found.truncate(MOST);
+    let looked_at = found.into_iter().map(|at| address(target, at));
+    report.addresses = join_all(looked_at).await;
+    let greeted = |at: &Address| matches!(at.tls, Tls::Done { .. });
+    if report.token && report.addresses.iter().any(greeted) {
+        report.session = Some(session(target).await);
+    }
+    report
+}
+
+/// One address by all ways.
+async fn address(target: &Target, address: SocketAddr) -> Address {
+    let ((udp, trips, path), tcp) = tokio::join!(udp(address), tcp(address));
+    let tls = match udp {
+        Reach::Answered(_) => handshake(target, address).await,
+        _ => Tls::Not,
+    };
+    Address {
+        address,
+        udp,
+        trips,
+        path,
+        tls,
+        tcp,
+    }
+}
+
+async fn udp(address: SocketAddr) -> (Reach, Trips, Option<Path>) {
+    let probe = match Probe::to(address).await {
+        Ok(probe) => probe,
+        Err(error) => return (refusal(&error), Trips::default(), None),
+    };
+    let begun = Instant::now();
+    let mut first = Reach::Silent(Duration::ZERO);
+    for patience in FIRST {
+        match probe.ask(LEAST, patience).await {
+            Ok(Answer::Came(took)) => {
+                first = Reach::Answered(took);
+                break;
+            }
+            Ok(_) => first = Reach::Silent(begun.elapsed()),
+            Err(error) => {
+                first = refusal(&error);
+                break;
+            }
+        }
+    }
+    let Reach::Answered(took) = first else {
+        return (first, Trips::default(), None);
+    };
+    let patience = (took * 3 + Duration::from_millis(150)).min(Duration::from_secs(2));
+    let mut trips = Trips::default();
+    for _ in 0..TRIPS {
+        trips.add(came(&probe, LEAST, patience).await);
+        tokio::time::sleep(BETWEEN).await;
+    }
+    let path = path(&probe, address, patience).await;
+    (first, trips, Some(path))
+}
+
+async fn came(probe: &Probe, payload: u16, patience: Duration) -> Option<Duration> {
+    match probe.ask(payload, patience).await {
+        Ok(Answer::Came(took)) => Some(took),
+        _ => None,
+    }
+}
+
+/// Finds the largest datagram that gets through, at most what the first link takes.
+async fn path(probe: &Probe, address: SocketAddr, patience: Duration) -> Path {
+    let [v4, v6] = ETHERNET;
+    let ethernet = if address.is_ipv6() { v6 } else { v4 };
+    // Beyond an Ethernet the way out says little: jumbo frames and loopback end at this machine or this network.
+    let link = probe.first_link().unwrap_or(ethernet).min(ethernet);
+    let passes = async |payload| {
+        for _ in 0..TRIES {
+            if came(probe, payload, patience).await.is_some() {
+                return true;
+            }
+        }
+        false
+    };
+    let (mut through, mut lost) = (LEAST, link.saturating_add(1));
+    if link <= LEAST || passes(link).await {
+        return Path {
+            through: link,
+            link,
+        };
+    }
+    while lost - through > FINE {
+        let middle = through + (lost - through) / 2;
+        match passes(middle).await {
+            true => through = middle,
+            false => lost = middle,
+        }
+    }
+    Path { through, link }
+}
+
+fn refusal(error: &io::Error) -> Reach {
+    use io::ErrorKind::{ConnectionRefused, PermissionDenied};
+    match error.kind() {
+        ConnectionRefused => Reach::Refused,
+        PermissionDenied => Reach::Forbidden,
+        _ => Reach::NoRoute(error.to_string()),
+    }
+}
+
+async fn tcp(address: SocketAddr) -> Reach {
+    let begun = Instant::now();
+    match timeout(TCP, TcpStream::connect(address)).await {
+        Ok(Ok(_)) => Reach::Answered(begun.elapsed()),
+        Ok(Err(error)) if error.kind() == io::ErrorKind::TimedOut => Reach::Silent(begun.elapsed()),
+        Ok(Err(error)) => refusal(&error),
+        Err(_) => Reach::Silent(TCP),
+    }
+}
+
+async fn handshake(target: &Target, address: SocketAddr) -> Tls {
+    let client: &Client = target.client();
+    match client.handshake(address, target.url().host()).await {
+        Ok(done) => Tls::Done {
+            took: done.took,
+            valid: done.valid,
+        },
+        Err(ConnectError::PinMismatch { presented, .. }) => Tls::OtherKey(presented.to_string()),
+        Err(ConnectError::Untrusted { text, .. }) => {
+            let dates = text.contains("expired") || text.contains("not valid yet");
+            match target.has_key() || dates {
+                true => Tls::Untrusted { text, dates },
+                // Nobody said whom to expect; that is another question than whether the network works.
+                false => Tls::Not,
+            }
+        }
+        Err(error) => Tls::Failed(error.to_string()),
+    }
+}
+
+async fn session(target: &Target) -> Session {
+    let socket = match target.client().connect(&target.address()).await {
+        Ok(socket) => socket,
+        Err(error) if error.is_auth() => return Session::Refused(error.to_string()),
+        Err(error) => return Session::Failed(error.to_string()),
+    };
+    let mut trips = Trips::default();
+    let pings = async {
+        let channel = socket.open(PING).await.map_err(|error| error.to_string())?;
+        for number in 0..u64::from(TRIPS) {
+            let begun = Instant::now();
+            let asked = channel.request::<_, Value>("ping", &number).await;
+            asked.map_err(|error| error.to_string())?;
+            trips.add(Some(begun.elapsed()));
+        }
+        Ok::<(), String>(())
+    };
+    let pinged = timeout(PINGS, pings).await;
+    let _ = timeout(PINGS, socket.close(CloseCode::NORMAL, "done")).await;
+    match pinged {
+        // A server that serves other channels answers no pings, and has let us in all the same.
+        Ok(Ok(()) | Err(_)) => Session::In { trips },
+        Err(_) if trips.came == 0 => Session::In { trips },
+        Err(_) => Session::Failed(format!("{} of {TRIPS} pings within {PINGS:?}", trips.came)),
+    }
+}
+
+/// The variables that name a proxy, in either case, without the user and password that a URL of one may hold.
+fn proxies() -> Vec<(&'static str, String)> {
+    let names = [
+        "HTTPS_PROXY",
+        "https_proxy",
+        "ALL_PROXY",
+        "all_proxy",
+        "NO_PROXY",
+        "no_proxy",
+    ];
+    let set = names.into_iter().filter_map(|name| {
+        let value = env::var(name).ok().filter(|value| !value.is_empty())?;
+        Some((name, without_secret(&value)))
+    });
+    set.collect()
+}
+
+fn without_secret(url: &str) -> String {
+    match (url.split_once("://"), url.rsplit_once('@')) {
+        (_, None) => url.to_owned(),
+        (Some((scheme, _)), Some((_, host))) => format!("{scheme}://…@{host}"),
+        (None, Some((_, host))) => format!("…@{host}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_proxys_password_is_not_shown() {
+        for (url, shown) in [
+            ("http://user:pass@proxy:3128", "http://…@proxy:3128"),
+            ("user:p@ss@proxy:3128", "…@proxy:3128"),
+            ("http://proxy:3128", "http://proxy:3128"),
+            (".example.com,10.0.0.0/8", ".example.com,10.0.0.0/8"),
+        ] {
+            assert_eq!(without_secret(url), shown);
+        }
+    }
+}

@@ -1,0 +1,346 @@
+//! From answers to their cause. Asks nobody.
+
+use super::{Address, Reach, Report, Session, Tls, Verdict};
+use crate::client::doctor::show;
+use crate::exit::Kind;
+use crate::when;
+
+/// From this share of lost round trips on a path is called lossy.
+const LOSSY: f64 = 0.03;
+
+/// The one cause that explains the most: what keeps a connection from being made before what makes it slow.
+pub(super) fn of(report: &Report) -> Verdict {
+    if let Some(error) = &report.dns.error {
+        let cause = format!("the name does not resolve: {error}");
+        return broken("dns", Kind::Network, cause);
+    }
+    let answering = |address: &&Address| matches!(address.udp, Reach::Answered(_));
+    let answering: Vec<_> = report.addresses.iter().filter(answering).collect();
+    if answering.is_empty() {
+        return unreachable(report);
+    }
+    if let Some(verdict) = answering.iter().find_map(|address| clock(report, address)) {
+        return verdict;
+    }
+    let greeted = answering
+        .iter()
+        .any(|at| matches!(at.tls, Tls::Done { .. } | Tls::Not));
+    if !greeted && let Some(verdict) = answering.iter().find_map(|address| handshake(address)) {
+        return verdict;
+    }
+    match &report.session {
+        Some(Session::Refused(text)) => {
+            let cause = format!("the server does not let us in: {text}");
+            return broken("token", Kind::Auth, cause);
+        }
+        Some(Session::Failed(text)) => {
+            let cause = format!("the server answers, but the session failed: {text}");
+            return broken("session", Kind::Network, cause);
+        }
+        Some(Session::In { .. }) | None => {}
+    }
+    slow(report, &answering)
+}
+
+fn broken(name: &'static str, kind: Kind, cause: String) -> Verdict {
+    Verdict {
+        name,
+        cause,
+        kind: Some(kind),
+    }
+}
+
+fn works(name: &'static str, cause: String) -> Verdict {
+    Verdict {
+        name,
+        cause,
+        kind: None,
+    }
+}
+
+/// Nobody answers by UDP. The reason that says most counts.
+fn unreachable(report: &Report) -> Verdict {
+    let network = |name, cause| broken(name, Kind::Network, cause);
+    let all = &report.addresses;
+    let port = report.server.rsplit(':').next().unwrap_or_default();
+    if let Some(at) = all.iter().find(|at| at.udp == Reach::Refused) {
+        let ip = at.address.ip();
+        return network(
+            "port",
+            format!(
+                "nobody listens at UDP port {port} of {ip}: the server does not run, or the port is another"
+            ),
+        );
+    }
+    if all.iter().any(|at| at.udp == Reach::Forbidden) {
+        let cause = "this machine's own firewall keeps UDP to the server from leaving".to_owned();
+        return network("firewall", cause);
+    }
+    let no_route = all.iter().filter_map(|at| match &at.udp {
+        Reach::NoRoute(text) => Some(text),
+        _ => None,
+    });
+    let no_route: Vec<_> = no_route.collect();
+    if let Some(text) = no_route.first().filter(|_| no_route.len() == all.len()) {
+        let cause = format!("this machine has no route to the server: {text}");
+        return network("route", cause);
+    }
+    let tcp = |wanted: fn(&Reach) -> bool| all.iter().any(|at| wanted(&at.tcp));
+    if tcp(|reach| matches!(reach, Reach::Answered(_))) {
+        let cause = format!(
+            "UDP is blocked on the way: TCP to port {port} gets through, UDP gets no answer"
+        );
+        return network("no_udp", cause);
+    }
+    if tcp(|reach| *reach == Reach::Refused) {
+        let cause = format!(
+            "UDP is blocked on the way or at the server: its machine answers by TCP, UDP port {port} stays silent"
+        );
+        return network("no_udp", cause);
+    }
+    let cause = "the server's machine answers neither UDP nor TCP: it is off, the address is another, or a firewall keeps all out";
+    network("silent", cause.to_owned())
+}
+
+/// This machine and the certificate disagree about the time.
+fn clock(report: &Report, at: &Address) -> Option<Verdict> {
+    let here = when::utc(report.clock);
+    match &at.tls {
+        Tls::Done {
+            valid: Some((from, to)),
+            ..
+        } => {
+            let off = match report.clock {
+                now if now < *from => from - now,
+                now if now > *to => now - to,
+                _ => return None,
+            };
+            let cause = format!(
+                "a clock is wrong: here it is {here}, the server's certificate counts from {} to {}, so they are {} or more apart",
+                when::utc(*from),
+                when::utc(*to),
+                show::long(off)
+            );
+            Some(works("clock", cause))
+        }
+        Tls::Untrusted { text, dates: true } => {
+            let cause = format!(
+                "this machine's clock ({here}) is wrong, or the server's certificate is out of date: {text}"
+            );
+            Some(broken("clock", Kind::Auth, cause))
+        }
+        _ => None,
+    }
+}
+
+/// The server answers, and it is not the one that we trust.
+fn handshake(at: &Address) -> Option<Verdict> {
+    let address = at.address;
+    Some(match &at.tls {
+        Tls::OtherKey(presented) => broken(
+            "key",
+            Kind::Auth,
+            format!("{address} has another key than the one to expect: {presented}"),
+        ),
+        Tls::Untrusted { text, .. } => broken(
+            "certificate",
+            Kind::Auth,
+            format!("nobody vouches for the server, and no key is given to expect: {text}"),
+        ),
+        Tls::Failed(text) => broken(
+            "handshake",
+            Kind::Network,
+            format!("{address} answers, but no connection comes about: {text}"),
+        ),
+        Tls::Done { .. } | Tls::Not => return None,
+    })
+}
+
+/// A connection is possible. What makes it slow?
+fn slow(report: &Report, answering: &[&Address]) -> Verdict {
+    let lossy = |at: &&&Address| at.trips.loss() >= LOSSY && at.trips.sent - at.trips.came > 1;
+    if let Some(at) = answering.iter().find(lossy) {
+        let (lost, sent) = (at.trips.sent - at.trips.came, at.trips.sent);
+        let cause = format!(
+            "the path loses packets: {lost} of {sent} round trips to {} did not come back",
+            at.address
+        );
+        return works("loss", cause);
+    }
+    for at in answering {
+        if let Some(path) = at.path
+            && path.through < path.link
+        {
+            let headers = if at.address.is_ipv6() { 48 } else { 28 };
+            let (through, link) = (path.through + headers, path.link + headers);
+            let cause = format!(
+                "packets of more than {through} bytes vanish on the way (this machine's link takes {link}): a tunnel or VPN; transfers work, with smaller packets"
+            );
+            return works("mtu", cause);
+        }
+    }
+    let dead = report.addresses.len() - answering.len();
+    if dead > 0 {
+        let verb = if dead == 1 { "does" } else { "do" };
+        let all = report.addresses.len();
+        let cause = format!(
+            "everything works, but {dead} of {all} addresses {verb} not answer: connecting may take 250 ms longer for each"
+        );
+        return works("address", cause);
+    }
+    works("ok", "everything works".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::{Dns, Path, Trips};
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(10);
+    const NOW: i64 = 1_800_000_000;
+
+    fn good() -> Address {
+        Address {
+            address: "192.0.2.7:45456".parse().unwrap(),
+            udp: Reach::Answered(MS),
+            trips: Trips {
+                sent: 20,
+                came: 20,
+                min: MS,
+                sum: MS * 20,
+                max: MS,
+            },
+            path: Some(Path {
+                through: 1472,
+                link: 1472,
+            }),
+            tls: Tls::Done {
+                took: MS,
+                valid: Some((NOW - 86_400, NOW + 86_400)),
+            },
+            tcp: Reach::Refused,
+        }
+    }
+
+    fn verdict(addresses: &[Address]) -> Verdict {
+        of(&report(addresses))
+    }
+
+    fn report(addresses: &[Address]) -> Report {
+        Report {
+            server: "host:45456".to_owned(),
+            addresses: addresses.to_vec(),
+            clock: NOW,
+            ..Report::default()
+        }
+    }
+
+    fn mute(tcp: Reach) -> Address {
+        Address {
+            udp: Reach::Silent(MS),
+            trips: Trips::default(),
+            path: None,
+            tls: Tls::Not,
+            tcp,
+            ..good()
+        }
+    }
+
+    #[test]
+    fn a_good_network_is_called_so() {
+        let verdict = verdict(&[good()]);
+        assert_eq!((verdict.name, verdict.kind), ("ok", None));
+        assert_eq!(verdict.cause, "everything works");
+    }
+
+    #[test]
+    fn silence_has_a_cause_by_what_tcp_says() {
+        let opens = Reach::Answered(MS);
+        for (tcp, name) in [
+            (opens, "no_udp"),
+            (Reach::Refused, "no_udp"),
+            (Reach::Silent(MS), "silent"),
+        ] {
+            let verdict = verdict(&[mute(tcp)]);
+            assert_eq!((verdict.name, verdict.kind), (name, Some(Kind::Network)));
+        }
+    }
+
+    #[test]
+    fn an_empty_port_and_a_missing_route_are_told_apart() {
+        let at = |udp| Address {
+            udp,
+            ..mute(Reach::Silent(MS))
+        };
+        let no_route = || at(Reach::NoRoute("network unreachable".to_owned()));
+        assert_eq!(verdict(&[no_route()]).name, "route");
+        assert_eq!(verdict(&[no_route(), at(Reach::Refused)]).name, "port");
+        // IPv6 without a route says nothing of why IPv4 is silent.
+        assert_eq!(verdict(&[no_route(), mute(Reach::Refused)]).name, "no_udp");
+        assert_eq!(verdict(&[at(Reach::Forbidden)]).name, "firewall");
+        let mut unnamed = report(&[]);
+        unnamed.dns = Dns {
+            took: MS,
+            error: Some("no such name".to_owned()),
+        };
+        assert_eq!(of(&unnamed).name, "dns");
+    }
+
+    #[test]
+    fn a_clock_a_year_off_is_said_however_it_shows() {
+        let year = 365 * 86_400;
+        for off in [-year, year] {
+            let mut report = report(&[good()]);
+            report.clock += off;
+            let verdict = of(&report);
+            assert_eq!((verdict.name, verdict.kind), ("clock", None));
+            assert!(verdict.cause.contains("364 days"), "{}", verdict.cause);
+        }
+        let tls = Tls::Untrusted {
+            text: "certificate expired".to_owned(),
+            dates: true,
+        };
+        let verdict = verdict(&[Address { tls, ..good() }]);
+        assert_eq!((verdict.name, verdict.kind), ("clock", Some(Kind::Auth)));
+    }
+
+    #[test]
+    fn what_is_slow_is_no_failure() {
+        let mut lossy = good();
+        lossy.trips.came = 13;
+        assert_eq!(verdict(&[lossy]).name, "loss");
+        // One of twenty may be chance.
+        let mut once = good();
+        once.trips.came = 19;
+        assert_eq!(verdict(&[once]).name, "ok");
+        let mut narrow = good();
+        narrow.path = Some(Path {
+            through: 1272,
+            link: 1472,
+        });
+        let narrow = verdict(&[narrow]);
+        assert_eq!((narrow.name, narrow.kind), ("mtu", None));
+        assert!(
+            narrow.cause.contains("more than 1300 bytes"),
+            "{}",
+            narrow.cause
+        );
+        let verdict = verdict(&[good(), mute(Reach::Silent(MS))]);
+        assert_eq!((verdict.name, verdict.kind), ("address", None));
+    }
+
+    #[test]
+    fn a_wrong_key_at_every_address_is_the_cause() {
+        let other = Address {
+            tls: Tls::OtherKey("sha256:00".to_owned()),
+            ..good()
+        };
+        assert_eq!(verdict(std::slice::from_ref(&other)).name, "key");
+        assert_eq!(verdict(&[other, good()]).name, "ok");
+        let mut refused = report(&[good()]);
+        refused.session = Some(Session::Refused("no".to_owned()));
+        assert_eq!(of(&refused).kind, Some(Kind::Auth));
+    }
+}
