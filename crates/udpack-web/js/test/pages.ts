@@ -10,7 +10,7 @@ import type { Browser, BrowserContext, BrowserContextOptions, Page } from 'playw
 import { without } from './chromium.js';
 
 const repository = fileURLToPath(new URL('../../../../..', import.meta.url));
-const SERVER = process.env.UDPACK_SERVER ?? `${process.env.CARGO_TARGET_DIR ?? `${repository}target`}/debug/udpack-server`;
+export const SERVER = process.env.UDPACK_SERVER ?? `${process.env.CARGO_TARGET_DIR ?? `${repository}target`}/debug/udpack-server`;
 /** Why browser tests cannot run here, if they cannot. */
 export const skip = without(SERVER);
 
@@ -19,13 +19,18 @@ export const SHOTS = fileURLToPath(new URL('../../shots/', import.meta.url));
 
 /** A server in a directory of its own. */
 export class Site {
+  /** The code with which it ends by itself. */
+  readonly ended: Promise<number | null>;
+
   private constructor(
     private readonly directory: string,
     private readonly process: ChildProcess,
     readonly origin: string,
     /** Where uploads are stored. */
     readonly files: string,
-  ) {}
+  ) {
+    this.ended = new Promise((resolve) => process.once('exit', resolve));
+  }
 
   /** `around` runs the server, as in a namespace of its own; `{}` stands for the server and its arguments. */
   static async start({ options = [], around = ['{}'] }: { options?: string[]; around?: string[] } = {}): Promise<Site> {
@@ -59,6 +64,11 @@ export class Site {
     return `${this.origin}/#t=${token}`;
   }
 
+  /** The address for programs, with the first token. */
+  get url(): string {
+    return this.run('url').trim();
+  }
+
   /** What the server keeps of interrupted uploads. */
   interrupted(): string {
     return this.run('uploads', 'list', '--json').trim();
@@ -71,9 +81,8 @@ export class Site {
   }
 
   async stop(): Promise<void> {
-    const over = new Promise((resolve) => this.process.once('exit', resolve));
     this.process.kill('SIGKILL');
-    await over;
+    await this.ended;
     rmSync(this.directory, { recursive: true, force: true });
   }
 }

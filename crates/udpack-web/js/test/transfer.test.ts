@@ -419,9 +419,10 @@ test('jobs are told as they come, and can be ended', async () => {
   const { server, socket } = await setup();
   const job = (id: number, state: string) => ({ id, kind: 'put', path: 'a', peer: 'me', size: 5, bytes: 1, safe: 0, state, secs: 0.5 });
   server.handlers.set('transfers', (channel) => {
-    channel.send('jobs', { jobs: [job(1, 'running')] });
+    channel.send('jobs', { jobs: [job(1, 'running')], ended: [job(0, 'failed')] });
     channel.onMessage = ({ event, data, id }) => {
       if (event !== 'cancel') return;
+      assert.equal((data as { reason?: string }).reason, 'too large');
       channel.send('$reply', null, id);
       channel.send('job', job((data as { job: number }).job, 'cancelled'));
     };
@@ -430,10 +431,10 @@ test('jobs are told as they come, and can be ended', async () => {
   const states: string[] = [];
   for await (const told of watch) {
     states.push(...told.map(({ id, state }) => `${id} ${state}`));
-    if (states.length === 1) await watch.cancel(1);
-    else break;
+    if (states.length === 2) await watch.cancel(1, 'too large');
+    else if (states.length > 2) break;
   }
-  assert.deepEqual(states, ['1 running', '1 cancelled']);
+  assert.deepEqual(states, ['1 running', '0 failed', '1 cancelled']);
   await watch.close();
   await socket.close();
 });

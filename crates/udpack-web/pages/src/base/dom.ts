@@ -51,9 +51,12 @@ const ICONS = {
   eye: 'M2.5 12S6 5.5 12 5.5 21.5 12 21.5 12 18 18.5 12 18.5 2.5 12 2.5 12zM12 9.2a2.8 2.8 0 100 5.6 2.8 2.8 0 000-5.6z',
   file: 'M6 3h8l4 4v14H6zM14 3v4h4',
   folder: 'M3 6h6l2 2h10v11H3z',
+  globe: 'M12 3a9 9 0 100 18 9 9 0 000-18zM3 12h18M12 3c3 3 3.5 6 3.5 9s-.5 6-3.5 9c-3-3-3.5-6-3.5-9S9 6 12 3z',
   link: 'M10 14a4 4 0 005.7 0l3-3A4 4 0 0013 5.3L11.8 6.5M14 10a4 4 0 00-5.7 0l-3 3A4 4 0 0011 18.7l1.2-1.2',
+  people: 'M9 11a3.5 3.5 0 100-7 3.5 3.5 0 000 7zM2.5 20c0-4 3-6 6.5-6s6.5 2 6.5 6M16 4.5a3.5 3.5 0 010 6.5M18 14.5c2 .8 3.5 2.5 3.5 5.5',
   pause: 'M8 5v14M16 5v14',
   play: 'M7 5l12 7-12 7z',
+  power: 'M12 3v8M6.5 6.5a8 8 0 1011 0',
   retry: 'M19 8a8 8 0 10.8 6M19.5 3.5V8H15',
   skip: 'M5 12h14M13 6l6 6-6 6',
   upload: 'M12 16V5m-5 4l5-5 5 5M5 20h14',
@@ -65,14 +68,17 @@ export type IconName = keyof typeof ICONS;
 
 /** An icon beside a text, or in a button that has a label: nothing is told of it. */
 export function icon(name: IconName): SVGSVGElement {
-  const svg = document.createElementNS('http://www.w3.org/2000/svg', 'svg');
-  const path = document.createElementNS('http://www.w3.org/2000/svg', 'path');
-  svg.setAttribute('viewBox', '0 0 24 24');
-  svg.setAttribute('class', 'icon');
-  svg.setAttribute('aria-hidden', 'true');
-  path.setAttribute('d', ICONS[name]);
-  svg.append(path);
-  return svg;
+  return draw('svg', { viewBox: '0 0 24 24', class: 'icon', 'aria-hidden': 'true' }, draw('path', { d: ICONS[name] }));
+}
+
+/** As `h`, for drawings. */
+export function draw<K extends keyof SVGElementTagNameMap>(tag: K, attributes: Readonly<Record<string, string | number>> = {}, ...children: (Node | string)[]): SVGElementTagNameMap[K] {
+  const element = document.createElementNS('http://www.w3.org/2000/svg', tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    setAttribute(element, name, value);
+  }
+  element.append(...children);
+  return element;
 }
 
 /** Another drawing for an icon that is there. */
