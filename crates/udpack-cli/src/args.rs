@@ -493,6 +493,9 @@ pub(crate) enum ClientCommand {
     /// List the transfers that are under way at the server, watch them, or end one.
     #[command(after_help = MORE, after_long_help = format!("{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Jobs(JobsArgs),
+    /// Show the state of the server: traffic, connections, rooms, memory, disk, quotas. Takes a token with the scope `watch` or `admin`.
+    #[command(after_help = MORE, after_long_help = format!("{ENVIRONMENT}\n\n{EXIT_CODES}"))]
+    Stats(StatsArgs),
     /// Show it work: a server and a client in this process upload a file over loopback and verify it.
     Demo(DemoArgs),
     /// Send one event and wait until the server has handled it; prints the reply as JSON.
@@ -730,9 +733,46 @@ pub(crate) struct JobsArgs {
     #[arg(long)]
     pub(crate) watch: bool,
 
+    /// List those too that ended of late, and why.
+    #[arg(long)]
+    pub(crate) ended: bool,
+
     /// End this transfer; one of another client takes a token with the scope `admin`.
-    #[arg(long, value_name = "ID", conflicts_with = "watch")]
+    #[arg(long, value_name = "ID", conflicts_with_all = ["watch", "ended"])]
     pub(crate) cancel: Option<u64>,
+
+    /// Why, in one line of at most 256 bytes; the client of the transfer is told.
+    #[arg(long, value_name = "TEXT", requires = "cancel")]
+    pub(crate) reason: Option<String>,
+
+    /// Print JSON, one object a line.
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    #[command(flatten)]
+    pub(crate) connect: ConnectArgs,
+
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StatsArgs {
+    /// Keep running, with a line whenever something has changed.
+    #[arg(long)]
+    pub(crate) watch: bool,
+
+    /// Close the connection with this id, for a token with the scope `admin`.
+    #[arg(long, value_name = "ID", conflicts_with = "watch")]
+    pub(crate) kick: Option<String>,
+
+    /// Why, in one line of at most 256 bytes; the client is told.
+    #[arg(long, value_name = "TEXT", requires = "kick")]
+    pub(crate) reason: Option<String>,
+
+    /// Have the server shut down in order, for a token with the scope `admin`.
+    #[arg(long, conflicts_with_all = ["watch", "kick"])]
+    pub(crate) drain: bool,
 
     /// Print JSON, one object a line.
     #[arg(long)]

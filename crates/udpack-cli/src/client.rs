@@ -12,6 +12,7 @@ mod plan;
 mod put;
 mod remote;
 mod report;
+mod stats;
 mod verify;
 
 use crate::args::{ClientArgs, ClientCommand};
@@ -37,6 +38,7 @@ pub(crate) async fn run(args: ClientArgs, console: Console) -> anyhow::Result<()
         ClientCommand::Rm(args) => &args.log,
         ClientCommand::Verify(args) => &args.log,
         ClientCommand::Jobs(args) => &args.log,
+        ClientCommand::Stats(args) => &args.log,
         ClientCommand::Demo(args) => &args.log,
         ClientCommand::Send(args) => &args.log,
         ClientCommand::Request(args) => &args.log,
@@ -56,6 +58,7 @@ pub(crate) async fn run(args: ClientArgs, console: Console) -> anyhow::Result<()
         ClientCommand::Rm(args) => remote::rm(args, &console, interrupts).await,
         ClientCommand::Verify(args) => verify::run(args, &console, interrupts).await,
         ClientCommand::Jobs(args) => jobs::run(args, &console, interrupts).await,
+        ClientCommand::Stats(args) => stats::run(args, interrupts).await,
         ClientCommand::Demo(args) => demo::run(args, &console, interrupts).await,
         ClientCommand::Send(args) => events::send(args, interrupts).await,
         ClientCommand::Request(args) => events::request(args, interrupts).await,

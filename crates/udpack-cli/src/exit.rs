@@ -305,13 +305,13 @@ fn closed(reason: &CloseReason) -> Meaning {
         CloseCode::AUTH_FAILED
         | CloseCode::AUTH_REQUIRED
         | CloseCode::AUTH_REVOKED
-        | CloseCode::AUTH_EXPIRED
-        | CloseCode::FORBIDDEN => (
+        | CloseCode::AUTH_EXPIRED => (
             Kind::Auth,
             hint(
                 "set UDPACK_URL to what `udpack-server url` or `token new` prints there, or give the token in UDPACK_TOKEN or --token-file",
             ),
         ),
+        CloseCode::FORBIDDEN => (Kind::Auth, hint("ask the server's operator")),
         CloseCode::NO_SUCH_CHANNEL => (
             Kind::NoHandler,
             hint("choose a channel that the server serves with --channel"),

@@ -1566,7 +1566,8 @@ fn jobs_are_listed_watched_and_ended() {
         (&"put".into(), &"file".into(), &"running".into())
     );
     let id = job["id"].to_string();
-    assert!(jobs(&server.url(), &[]).stdout.contains("  put  running  "));
+    let shown = jobs(&server.url(), &[]).stdout;
+    assert!(shown.contains("  put  receiving  "), "{shown}");
     let mut watching = Running::spawn(
         client(dir.path())
             .env("UDPACK_URL", &admin)
@@ -1574,15 +1575,84 @@ fn jobs_are_listed_watched_and_ended() {
     );
     watching.line();
     assert_eq!(jobs(&admin, &["--cancel", "999999"]).code, 12);
-    let out = jobs(&admin, &["--cancel", &id]);
+    let out = jobs(&admin, &["--cancel", &id, "--reason", "two\nlines"]);
+    assert_ne!(out.code, 0, "{out:?}");
+    let out = jobs(
+        &admin,
+        &["--cancel", &id, "--reason", "too large for today"],
+    );
     assert_eq!(out.code, 0, "{out:?}");
     let out = running.exited();
     assert_ne!(out.code, 0, "{out:?}");
+    let told = "cancelled at the server: too large for today";
+    assert!(out.stderr.contains(told), "{out:?}");
     until("the watcher hears of the end", || {
         let job: Value = serde_json::from_str(&watching.line()).expect("json");
         job["state"] == "cancelled"
     });
     watching.signal("INT");
     assert_eq!(watching.exited().code, 0);
+    let shown = jobs(&admin, &["--ended"]).stdout;
+    assert!(
+        shown.contains("  put  cancelled (too large for today)  "),
+        "{shown}"
+    );
     server.still_works();
+}
+
+#[test]
+fn the_state_of_the_server_is_shown_and_an_admin_acts_on_it() {
+    let mut server = Server::start_in(workdir(), &["--allow-read"]);
+    let dir = workdir();
+    write(&dir.path().join("file"), &bytes(60 << 20, 8));
+    let mut running = slow_upload(&server, dir.path(), "4M", 1 << 20);
+    let guard = server.new_token(&["guard", "--scope", "watch"]);
+    let admin = server.new_token(&["boss", "--scope", "admin"]);
+    let stats = |url: &str, args: &[&str]| {
+        exited(
+            client(dir.path())
+                .env("UDPACK_URL", url)
+                .arg("stats")
+                .args(args),
+        )
+    };
+    let out = stats(&server.url(), &[]);
+    assert_eq!((out.code, out.stdout.as_str()), (6, ""), "{out:?}");
+    let out = stats(&guard, &["--json"]);
+    assert_eq!(out.code, 0, "{out:?}");
+    let told = &events(&out.stdout)[0];
+    assert_eq!(
+        (&told["jobs"]["puts"], &told["sockets_in_all"]),
+        (&1.into(), &2.into())
+    );
+    let sockets = told["sockets"].as_array().expect("a list");
+    let sender = sockets.iter().find(|socket| socket["peer"] == "default");
+    let id = sender.expect("the sender")["id"]
+        .as_str()
+        .expect("an id")
+        .to_owned();
+    let shown = stats(&guard, &[]).stdout;
+    for part in [
+        "running 1 uploads, 0 downloads",
+        "connections 2",
+        &format!("  {id}  default  quic  "),
+    ] {
+        assert!(shown.contains(part), "{part}: {shown}");
+    }
+    for act in [&["--kick", &id][..], &["--drain"]] {
+        let out = stats(&guard, act);
+        assert_eq!(out.code, 6, "{out:?}");
+    }
+    assert_eq!(stats(&admin, &["--kick", "nobody"]).code, 12);
+    let out = stats(&admin, &["--kick", &id, "--reason", "maintenance"]);
+    assert_eq!(out.code, 0, "{out:?}");
+    let out = running.exited();
+    assert_ne!(out.code, 0, "{out:?}");
+    assert!(
+        out.stderr.contains("closed by an operator: maintenance"),
+        "{out:?}"
+    );
+    let out = stats(&admin, &["--drain"]);
+    assert_eq!(out.code, 0, "{out:?}");
+    assert_eq!(server.running.exited().code, 0);
 }

@@ -1,7 +1,11 @@
 //! `jobs`: the transfers under way at a server.
 
+use std::time::Duration;
+
 use serde_json::json;
-use udpack_transfer::{Code, Job, JobKind, JobState, JobsEvent, Remote, TransferError};
+use udpack_transfer::{
+    Code, Job, JobKind, JobState, Jobs, JobsEvent, Phase, Remote, TransferError,
+};
 
 use crate::args::JobsArgs;
 use crate::exit::{Failure, Kind};
@@ -33,7 +37,8 @@ async fn jobs(
         .run_link_aloud(retry(None), &mut interrupts, async |link| {
             let mut jobs = Remote::new(&link).jobs();
             if let Some(id) = args.cancel {
-                jobs.cancel(id, None).await.map_err(|error| match error {
+                let cancelled = jobs.cancel(id, args.reason.as_deref()).await;
+                cancelled.map_err(|error| match error {
                     TransferError::Refused {
                         code: Code::NotFound,
                         ..
@@ -51,7 +56,9 @@ async fn jobs(
                     output::line(&format!("cancelled {id}"))
                 });
             }
-            while let Some(event) = jobs.next().await {
+            // Those that ended follow the list, if the server remembers any.
+            let mut listed = false;
+            while let Some(event) = more(&mut jobs, listed && !args.watch).await {
                 let changed = match event? {
                     JobsEvent::List(all) => {
                         if all.is_empty() && !args.json && !args.log.quiet {
@@ -59,6 +66,7 @@ async fn jobs(
                         }
                         all
                     }
+                    JobsEvent::Ended(all) if args.ended => all,
                     JobsEvent::Changed(job) => vec![job],
                     _ => continue,
                 };
@@ -70,9 +78,10 @@ async fn jobs(
                     }
                     output::unless_gone(written)?;
                 }
-                if !args.watch {
+                if !args.watch && (listed || !args.ended) {
                     break;
                 }
+                listed = true;
             }
             Ok(())
         })
@@ -84,7 +93,20 @@ async fn jobs(
     }
 }
 
-fn is_interrupt(error: &anyhow::Error) -> bool {
+/// What the server tells next, or only what it has told already.
+async fn more(jobs: &mut Jobs, told: bool) -> Option<Result<JobsEvent, TransferError>> {
+    match told {
+        // What came with the list is there.
+        true => tokio::time::timeout(Duration::ZERO, jobs.next())
+            .await
+            .ok()
+            .flatten()
+            .filter(|event| !matches!(event, Ok(JobsEvent::Changed(_)))),
+        false => jobs.next().await,
+    }
+}
+
+pub(super) fn is_interrupt(error: &anyhow::Error) -> bool {
     error
         .downcast_ref::<Failure>()
         .is_some_and(|failure| failure.kind() == Kind::Interrupted)
@@ -115,21 +137,37 @@ fn show(job: &Job, json: bool) -> std::io::Result<()> {
             "bytes": job.bytes,
             "safe": job.safe,
             "state": state,
+            "phase": job.phase.map(Phase::as_str),
+            "rate": job.rate,
+            "stalled": job.stalled,
+            "eta": job.eta().map(|eta| eta.as_secs_f64()),
             "code": job.code,
+            "text": job.text,
             "secs": job.elapsed.as_secs_f64(),
+            "ago": job.ago.map(|ago| ago.as_secs_f64()),
         }));
     }
     let share = match job.size {
         Some(total) => format!("{} % of {}", percent(job.bytes, total), size(total as f64)),
         None => size(job.bytes as f64),
     };
-    let why = match &job.code {
-        Some(code) => format!(" ({})", output::printable(code)),
+    let state = match job.phase {
+        _ if job.stalled => "stalled",
+        Some(phase) => phase.as_str(),
+        None => state,
+    };
+    let why = match (&job.text, &job.code) {
+        (Some(text), _) => format!(" ({})", output::printable(text)),
+        (None, Some(code)) => format!(" ({})", output::printable(code)),
+        (None, None) => String::new(),
+    };
+    let pace = match job.eta() {
+        Some(eta) => format!(", {}/s, eta {}", size(job.rate as f64), duration(eta)),
         None => String::new(),
     };
     // The path comes last: it may hold spaces.
     output::line(&format!(
-        "{}  {kind}  {state}{why}  {share}  {}  {}  {}",
+        "{}  {kind}  {state}{why}  {share}{pace}  {}  {}  {}",
         job.id,
         duration(job.elapsed),
         output::printable(&job.peer),
