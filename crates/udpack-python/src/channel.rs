@@ -8,6 +8,7 @@ use futures_util::{FutureExt as _, Stream};
 use pyo3::IntoPyObjectExt;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyBytes, PyDict, PyList, PyString, PyTuple};
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
@@ -202,6 +203,22 @@ impl PyChannel {
             }
             Err(error) => Err(Failure::from(error).raise(py)),
         }
+    }
+
+    /// Queues messages, pairs of event and data, as long as there is room. `None`, or how many were queued and an
+    /// operation that waits for room for one more and queues it.
+    fn send_many(
+        &self,
+        py: Python<'_>,
+        messages: Vec<(PyBackedStr, Bound<'_, PyAny>)>,
+    ) -> PyResult<Option<(usize, Op)>> {
+        let _entered = enter()?;
+        for (index, (event, data)) in messages.iter().enumerate() {
+            if let Some(waiting) = self.send(py, event, data)? {
+                return Ok(Some((index + 1, waiting)));
+            }
+        }
+        Ok(None)
     }
 
     /// Queues a message if there is room; says whether there was.

@@ -9,6 +9,7 @@ use std::future::Future;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use futures_util::FutureExt as _;
 use pyo3::IntoPyObjectExt;
@@ -32,6 +33,9 @@ use crate::value::{self, Value};
 
 /// Questions that wait for Python, and that it takes together at most.
 const QUESTIONS: usize = 256;
+
+/// How long the end of a store may take, when its server has ended.
+const CLOSING: Duration = Duration::from_secs(5);
 
 /// What Python is asked.
 enum Question {
@@ -162,7 +166,7 @@ fn auth(builder: ServerBuilder, tokens: Tokens, asker: Asker) -> ServerBuilder {
 }
 
 /// Files that a server takes and gives.
-fn receiver(dir: PathBuf, settings: &Bound<'_, PyDict>) -> PyResult<Receiver> {
+fn receiver(dir: PathBuf, settings: &Bound<'_, PyDict>) -> PyResult<(Store, Receiver)> {
     let flag = |name: &str| -> PyResult<bool> {
         let value = settings.get_item(name)?;
         Ok(value
@@ -189,13 +193,11 @@ fn receiver(dir: PathBuf, settings: &Bound<'_, PyDict>) -> PyResult<Receiver> {
         delete: flag("allow_delete")?,
         ..Scope::default()
     };
-    Ok(Receiver::new(
-        store,
-        ReceiverConfig {
-            default_scope: scope,
-            ..ReceiverConfig::default()
-        },
-    ))
+    let config = ReceiverConfig {
+        default_scope: scope,
+        ..ReceiverConfig::default()
+    };
+    Ok((store.clone(), Receiver::new(store, config)))
 }
 
 /// Starts a server; gives a `Server`.
@@ -255,8 +257,11 @@ pub(crate) fn bind(
     for name in channels {
         builder = builder.channel(name, whole(asker.clone()));
     }
+    let mut store = None;
     if let Some(dir) = setting("uploads")? {
-        builder = receiver(dir.extract()?, settings)?.attach(builder);
+        let (opened, receiver) = receiver(dir.extract()?, settings)?;
+        builder = receiver.attach(builder);
+        store = Some(opened);
     }
     let inbox = Inbox {
         questions: asked,
@@ -267,7 +272,8 @@ pub(crate) fn bind(
         move |py, server| {
             let inbox = Arc::new(tokio::sync::Mutex::new(inbox));
             PyServer {
-                inner: Held::new(server),
+                inner: Held::new(Mutex::new(Some(server))),
+                store: Held::new(Mutex::new(store)),
                 inbox: Held::new(inbox),
             }
             .into_py_any(py)
@@ -278,21 +284,33 @@ pub(crate) fn bind(
 /// A server that runs.
 #[pyclass(name = "Server", module = "udpack._udpack", frozen)]
 pub(crate) struct PyServer {
-    inner: Held<Server>,
+    /// Until it is closed.
+    inner: Held<Mutex<Option<Server>>>,
+    /// Where uploads go.
+    store: Held<Mutex<Option<Store>>>,
     inbox: Held<Arc<tokio::sync::Mutex<Inbox>>>,
+}
+
+impl PyServer {
+    fn server(&self) -> PyResult<Server> {
+        let server = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        server
+            .clone()
+            .ok_or_else(|| Failure::new("UdpackError", "stopped", "the server is closed").into())
+    }
 }
 
 #[pymethods]
 impl PyServer {
     #[getter]
-    fn address(&self) -> (String, u16) {
-        let address = self.inner.local_addr();
-        (address.ip().to_string(), address.port())
+    fn address(&self) -> PyResult<(String, u16)> {
+        let address = self.server()?.local_addr();
+        Ok((address.ip().to_string(), address.port()))
     }
 
     #[getter]
-    fn key(&self) -> String {
-        self.inner.fingerprint().to_string()
+    fn key(&self) -> PyResult<String> {
+        Ok(self.server()?.fingerprint().to_string())
     }
 
     /// The next questions: `("channel", number, Served)`, `("message", number, Call)`, `("token", number, Judged)`, or
@@ -340,7 +358,7 @@ impl PyServer {
     ) -> PyResult<(u64, u64)> {
         let _entered = enter()?;
         let message = encode(py, event, data)?;
-        let mut to = self.inner.rooms().to(room);
+        let mut to = self.server()?.rooms().to(room);
         if let Some(session) = except_session {
             to = to.except(session);
         }
@@ -360,7 +378,7 @@ impl PyServer {
     ) -> PyResult<(u64, u64)> {
         let _entered = enter()?;
         let data = value::from_python(data)?;
-        let mut to = self.inner.rooms().to(room);
+        let mut to = self.server()?.rooms().to(room);
         if let Some(session) = except_session {
             to = to.except(session);
         }
@@ -373,18 +391,18 @@ impl PyServer {
     }
 
     /// The members of a room: `(peer, session, channel name)` of each.
-    fn members(&self, room: &str) -> Vec<(Option<String>, String, String)> {
-        let members = self.inner.rooms().members(room);
+    fn members(&self, room: &str) -> PyResult<Vec<(Option<String>, String, String)>> {
+        let members = self.server()?.rooms().members(room);
         let one = |member: udpack::Member| {
             let peer = member.peer().map(|peer| peer.id().to_owned());
             (peer, member.session().to_string(), member.name().to_owned())
         };
-        members.into_iter().map(one).collect()
+        Ok(members.into_iter().map(one).collect())
     }
 
     #[getter]
-    fn room_names(&self) -> Vec<String> {
-        self.inner.rooms().names()
+    fn room_names(&self) -> PyResult<Vec<String>> {
+        Ok(self.server()?.rooms().names())
     }
 
     /// What becomes of a member that is slow.
@@ -401,12 +419,12 @@ impl PyServer {
                 )));
             }
         };
-        let set = self.inner.rooms().policy(room, overflow);
+        let set = self.server()?.rooms().policy(room, overflow);
         set.map_err(|error| PyErr::from(Failure::from(error)))
     }
 
     fn sockets(&self, py: Python<'_>) -> PyResult<Vec<Py<PySocket>>> {
-        let sockets = self.inner.sockets().into_iter();
+        let sockets = self.server()?.sockets().into_iter();
         sockets
             .map(|socket| Py::new(py, PySocket::new(socket)))
             .collect()
@@ -415,22 +433,37 @@ impl PyServer {
     /// Closes at once the sockets of a peer; gives how many.
     fn revoke(&self, peer: &str) -> PyResult<usize> {
         let _entered = enter()?;
-        Ok(self.inner.revoke(|known| known.id() == peer))
+        Ok(self.server()?.revoke(|known| known.id() == peer))
     }
 
     /// Closes everything.
     #[pyo3(signature = (number=1, text="the server shuts down"))]
     fn close(&self, number: u64, text: &str) -> PyResult<Op> {
-        let (server, text) = (self.inner.clone(), text.to_owned());
+        let text = text.to_owned();
+        let server = self
+            .inner
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let store = self
+            .store
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         Op::with(async move {
-            server.close(CloseCode::new(number), &text).await;
+            if let Some(server) = server {
+                server.close(CloseCode::new(number), &text).await;
+            }
+            if let Some(store) = store {
+                store.close(CLOSING).await;
+            }
             output(|py| Ok(py.None()))
         })
     }
 
     /// Sends the clients away, and lets what runs finish within some seconds.
     fn drain(&self, within: f64) -> PyResult<Op> {
-        let server = self.inner.clone();
+        let server = self.server()?;
         let drain = Drain::within(crate::channel::seconds(within)?);
         Op::new(
             async move { server.run_until(std::future::ready(()), drain).await },

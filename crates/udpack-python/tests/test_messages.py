@@ -349,3 +349,26 @@ async def test_backpressure_makes_send_wait():
         await in_time(waiting)
         await in_time(channel.finish())
     assert got == [100_000] * 2000
+
+
+async def test_many_messages_at_once():
+    async with served(echo()) as socket:
+        channel = await socket.open("echo")
+        sending = asyncio.create_task(channel.send_many(("n", number) for number in range(5000)))
+        got = [(await in_time(channel.recv()))[1] for _ in range(5000)]
+        await sending
+        assert got == list(range(5000))
+        with pytest.raises(udpack.EncodeError):
+            await channel.send_many([("n", 1), ("n", object()), ("n", 2)])
+        await channel.finish()
+        assert [data async for _, data in channel] == [1]
+
+
+async def test_a_server_can_listen_again(tmp_path):
+    server = udpack.Server(tokens=TOKENS, uploads=tmp_path / "store", allow_read=True)
+    for number in range(3):
+        async with server.listen("127.0.0.1:0"), client(server) as socket:
+            await in_time(udpack.upload(socket, b"x", remote=str(number)))
+    with pytest.raises(udpack.UdpackError) as caught:
+        server.address
+    assert caught.value.code == "stopped"

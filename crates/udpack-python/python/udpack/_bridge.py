@@ -30,17 +30,18 @@ class _Waiting:
             if entry is None:
                 continue
             op, future = entry
+            # One that was cancelled a moment ago must take nothing: nobody would get it.
+            if future.done():
+                continue
             try:
                 if not op.poll(self.bridge):
                     continue
             except BaseException as error:
                 del self.entries[number]
-                if not future.done():
-                    future.set_exception(error)
+                future.set_exception(error)
                 continue
             del self.entries[number]
-            if not future.done():
-                future.set_result(None)
+            future.set_result(None)
 
 
 _loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Waiting] = weakref.WeakKeyDictionary()

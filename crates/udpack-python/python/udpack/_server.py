@@ -223,9 +223,10 @@ class Server:
             try:
                 await run(core.close())
             finally:
-                asking.cancel()
-                for task in list(self._tasks.values()):
+                tasks = [asking, *self._tasks.values()]
+                for task in tasks:
                     task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
 
     async def serve(self, address: str = "0.0.0.0:45456") -> None:
         """Serves until it is cancelled."""
