@@ -1,12 +1,9 @@
-/** The files page, in a real Chromium: directories, downloads, images, and the dialog of drop links. */
+/** The files page, in a real Chromium: directories, downloads, images. */
 
 import assert from 'node:assert/strict';
 import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { after, before, test } from 'node:test';
-import { fileURLToPath } from 'node:url';
-import { build } from 'esbuild';
 import type { Browser, Page } from 'playwright-core';
-import decodeQR from 'qr/decode.js';
 import { launch } from './chromium.js';
 import { connected, LOOKS, open, shot, Site, skip, violations } from './pages.js';
 
@@ -136,50 +133,6 @@ test('a token that may not read sees no files', { skip }, async () => {
   } finally {
     await writer.stop();
   }
-});
-
-test('the dialog of a drop link asks for what was chosen, and shows link and code', { skip }, async () => {
-  const { page, context, clean } = await open(browser, site.link);
-  await files(page);
-  // The dialog itself, with a server that answers as one that makes links.
-  const contents = `
-    import { share } from './files/share.ts';
-    globalThis.asked = [];
-    const session = { ask: async (...asked) => (globalThis.asked.push(asked), { token: 'a+b' }) };
-    void share(session, 'photos');`;
-  const { outputFiles } = await build({ stdin: { contents, resolveDir: fileURLToPath(new URL('../../../pages/src', import.meta.url)), loader: 'ts' }, bundle: true, format: 'esm', write: false, nodePaths: ['node_modules'], alias: { udpack: './src/index.ts', 'udpack/transfer': './src/transfer/index.ts' } });
-  await context.route('**/share.js', (route) => route.fulfill({ contentType: 'text/javascript', body: Buffer.from(outputFiles[0]?.contents ?? []) }));
-  await page.addScriptTag({ url: '/share.js', type: 'module' });
-  const dialog = page.getByRole('dialog');
-  await dialog.getByLabel('Folder that uploads go to').fill('/photos/from friends/');
-  await dialog.getByLabel('Room, in MB').fill('250');
-  await dialog.getByLabel('Valid for').selectOption({ label: '1 week' });
-  await dialog.getByLabel('For one upload session only').check();
-  assert.deepEqual(await violations(page), []);
-  await shot(page, 'share-light');
-  await dialog.getByRole('button', { name: 'Make the link' }).click();
-  await dialog.getByRole('img', { name: 'QR code' }).waitFor();
-  assert.deepEqual(await violations(page), []);
-  await shot(page, 'share-done-light');
-  assert.deepEqual(await page.evaluate(() => (globalThis as unknown as { asked: unknown }).asked), [['share', { prefix: 'photos/from friends', once: true, quota: 250_000_000, expires_s: 604_800 }]]);
-  const link = await dialog.getByRole('textbox', { name: 'Link' }).inputValue();
-  assert.equal(link, `${site.origin}/#t=a%2Bb`);
-  const code = await dialog.getByRole('img', { name: 'QR code' }).evaluate((svg) => {
-    const size = Number(svg.getAttribute('viewBox')?.split(' ')[2]);
-    const dots = [...(svg.querySelector('path')?.getAttribute('d') ?? '').matchAll(/M(\d+) (\d+)/g)].map(([, x, y]) => [Number(x), Number(y)]);
-    return { size, dots };
-  });
-  const scale = 8;
-  const data = new Uint8Array(code.size * code.size * scale * scale * 4).fill(255);
-  for (const [x, y] of code.dots as [number, number][]) {
-    for (let n = 0; n < scale * scale; n += 1) {
-      const at = ((y * scale + Math.floor(n / scale)) * code.size * scale + x * scale + (n % scale)) * 4;
-      data.fill(0, at, at + 3);
-    }
-  }
-  assert.equal(decodeQR({ width: code.size * scale, height: code.size * scale, data }), link);
-  clean();
-  await context.close();
 });
 
 for (const [look, options] of Object.entries(LOOKS)) {

@@ -6,7 +6,7 @@ import { duration } from '../base/format.js';
 import { announce, notices } from '../base/notice.js';
 import { begin, type Mount, type Mounted, type Rights, type Session } from './session.js';
 import { t } from './text.js';
-import { forgetToken, keepToken, takeToken, tokenOf } from './token.js';
+import { forgetToken, isOnce, keepToken, takeToken, tokenOf } from './token.js';
 
 export interface Tab {
   name: 'upload' | 'files' | 'activity';
@@ -78,7 +78,7 @@ export class Frame {
         }
         reason = why;
       }
-      const text = advice(reason);
+      const text = reason.code === Code.AUTH_FAILED && isOnce(token) ? t('used') : advice(reason);
       if (!reason.retry) {
         return this.stop(text, reason.code === Code.AUTH_FAILED);
       }

@@ -33,6 +33,7 @@ export const t = texts(
     tryNow: 'Try now',
     unreachable: 'The server does not answer. If it runs, a firewall between here and there may block UDP to its port.',
     upload: 'Upload',
+    used: 'This link was for one browser, and has been used in another one. Ask whoever sent it for a new one.',
     wrong: 'The server does not know this link. Check that all of it was copied, or ask whoever sent it for a new one.',
   },
   {
@@ -64,6 +65,7 @@ export const t = texts(
     tryNow: '立即重试',
     unreachable: '服务器没有响应。如果它正在运行，可能是中间的防火墙阻止了通往该端口的 UDP。',
     upload: '上传',
+    used: '此链接仅供一个浏览器使用，并且已在别处使用过。请向发送者索取新链接。',
     wrong: '服务器不认识此链接。请检查是否复制完整，或向发送者索取新链接。',
   },
 );

@@ -7,8 +7,7 @@ export function takeToken(): string | undefined {
   const token = tokenOf(location.hash);
   if (token !== undefined) {
     history.replaceState(history.state, '', location.pathname + location.search);
-    keepToken(token);
-    return token;
+    return keepToken(token);
   }
   return sessionStorage.getItem(KEY) ?? undefined;
 }
@@ -19,8 +18,26 @@ export function tokenOf(fragment: string): string | undefined {
   return token === null || token === '' ? undefined : token;
 }
 
-export function keepToken(token: string): void {
-  sessionStorage.setItem(KEY, token);
+/** Keeps a token for this tab; what the server is to be told from then on. */
+export function keepToken(token: string): string {
+  const kept = sessionStorage.getItem(KEY);
+  const mine = kept?.startsWith(`${token}~`) ? kept : claimed(token);
+  sessionStorage.setItem(KEY, mine);
+  return mine;
+}
+
+/** Whether a token is for the first browser alone that comes with it. */
+export function isOnce(token: string): boolean {
+  return token.startsWith('once~');
+}
+
+/** Such a token with a secret of this tab: who knows the link alone comes in no more. */
+function claimed(token: string): string {
+  if (!isOnce(token) || token.indexOf('~', 5) >= 0) {
+    return token;
+  }
+  const secret = btoa(String.fromCharCode(...crypto.getRandomValues(new Uint8Array(32))));
+  return `${token}~${secret.replaceAll('+', '-').replaceAll('/', '_').replaceAll('=', '')}`;
 }
 
 export function forgetToken(): void {
