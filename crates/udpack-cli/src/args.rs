@@ -92,6 +92,12 @@ const VERIFY_EXAMPLES: &str = "\
 Examples:
   udpack-client verify photos && rm -r photos    remove what is safely at the server";
 
+const SHARE_EXAMPLES: &str = "\
+Examples:
+  udpack-client share inbox --quota 2G --expires 7d   to upload into inbox
+  udpack-client share inbox/anna --once               for the first who opens it
+  udpack-client share photos --no-upload              to look and fetch";
+
 const SEND_EXAMPLES: &str = "\
 Examples:
   udpack-client send hello '{\"text\":\"hi\"}'
@@ -493,6 +499,9 @@ pub(crate) enum ClientCommand {
     /// List the transfers that are under way at the server, watch them, or end one.
     #[command(after_help = MORE, after_long_help = format!("{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Jobs(JobsArgs),
+    /// Make a drop link: a token for somebody else, for a directory of the server, which may do no more than this client's.
+    #[command(after_help = MORE, after_long_help = format!("{SHARE_EXAMPLES}\n\n{ENVIRONMENT}\n\n{EXIT_CODES}"))]
+    Share(ShareArgs),
     /// Show the state of the server: traffic, connections, rooms, memory, disk, quotas. Takes a token with the scope `watch` or `admin`.
     #[command(after_help = MORE, after_long_help = format!("{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Stats(StatsArgs),
@@ -894,6 +903,51 @@ pub(crate) struct ListenArgs {
     /// Connect again at most so many times in a row; 0 ends with the connection. Default: for up to 5 minutes.
     #[arg(long, value_name = "N")]
     pub(crate) retries: Option<u32>,
+
+    #[command(flatten)]
+    pub(crate) connect: ConnectArgs,
+
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ShareArgs {
+    /// The directory that it is for, which is the root for whoever has the link. Default: that of this client.
+    #[arg(value_name = "DIR", value_parser = name())]
+    pub(crate) path: Option<String>,
+
+    /// Most bytes of all files there. Default: what this client's own token has left.
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) quota: Option<Size>,
+
+    /// How long it is good for, such as 12h or 7d. Default: as long as this client's own token.
+    #[arg(long, value_name = "TIME")]
+    pub(crate) expires: Option<Span>,
+
+    /// For the first browser or client alone that comes with it, and for 24 hours from then on.
+    #[arg(long)]
+    pub(crate) once: bool,
+
+    /// To list and fetch, too.
+    #[arg(long)]
+    pub(crate) read: bool,
+
+    /// To list and fetch only.
+    #[arg(long)]
+    pub(crate) no_upload: bool,
+
+    /// List the links that this client's token has made.
+    #[arg(long, conflicts_with_all = ["path", "quota", "expires", "once", "read", "no_upload"])]
+    pub(crate) list: bool,
+
+    /// Revoke one of them by its name: who came with it is sent away.
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["list", "path", "quota", "expires", "once", "read", "no_upload"])]
+    pub(crate) revoke: Option<String>,
+
+    /// Print JSON, one object a line.
+    #[arg(long)]
+    pub(crate) json: bool,
 
     #[command(flatten)]
     pub(crate) connect: ConnectArgs,

@@ -12,6 +12,7 @@ mod plan;
 mod put;
 mod remote;
 mod report;
+mod share;
 mod stats;
 mod verify;
 
@@ -38,6 +39,7 @@ pub(crate) async fn run(args: ClientArgs, console: Console) -> anyhow::Result<()
         ClientCommand::Rm(args) => &args.log,
         ClientCommand::Verify(args) => &args.log,
         ClientCommand::Jobs(args) => &args.log,
+        ClientCommand::Share(args) => &args.log,
         ClientCommand::Stats(args) => &args.log,
         ClientCommand::Demo(args) => &args.log,
         ClientCommand::Send(args) => &args.log,
@@ -58,6 +60,7 @@ pub(crate) async fn run(args: ClientArgs, console: Console) -> anyhow::Result<()
         ClientCommand::Rm(args) => remote::rm(args, &console, interrupts).await,
         ClientCommand::Verify(args) => verify::run(args, &console, interrupts).await,
         ClientCommand::Jobs(args) => jobs::run(args, &console, interrupts).await,
+        ClientCommand::Share(args) => share::run(args, interrupts).await,
         ClientCommand::Stats(args) => stats::run(args, interrupts).await,
         ClientCommand::Demo(args) => demo::run(args, &console, interrupts).await,
         ClientCommand::Send(args) => events::send(args, interrupts).await,

@@ -444,6 +444,9 @@ fn refusal(code: Code) -> Option<String> {
             "run the interrupted commands again to their ends, or ask the server's owner to run `udpack-server \
              uploads purge`; with --no-resume this one is sent now"
         }
+        Code::TooManyShares => {
+            "revoke one with `udpack-client share --revoke NAME`; --list shows them"
+        }
         Code::TooManyUploads | Code::UploadStalled => "run the same command again in a moment",
         Code::HashMismatch | Code::SizeMismatch | Code::BadOffset => "run the same command again",
         Code::SourceChanged => "send it again when nothing writes to it",

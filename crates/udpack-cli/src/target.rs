@@ -18,6 +18,8 @@ use crate::signals::Interrupts;
 #[derive(Debug)]
 pub(crate) struct Target {
     url: ConnectUrl,
+    /// The key to expect; `None` where an authority vouches for the server.
+    pin: Option<Fingerprint>,
     client: Client,
     /// The file that holds no key, where none was given.
     no_key: Option<PathBuf>,
@@ -86,6 +88,7 @@ impl Target {
         let client = set(client).build()?;
         Ok(Self {
             url,
+            pin,
             client,
             no_key,
             no_token,
@@ -144,6 +147,16 @@ impl Target {
     /// Whether anything gave a token to present.
     pub(crate) fn has_token(&self) -> bool {
         self.no_token.is_none()
+    }
+
+    /// The same server with another token, for somebody else.
+    pub(crate) fn url_with(&self, token: &str) -> anyhow::Result<String> {
+        let url = ConnectUrl::new(self.url.host(), self.url.port())?.with_token(token)?;
+        let url = match self.pin {
+            Some(pin) => url.with_pin(pin),
+            None => url,
+        };
+        Ok(url.to_string())
     }
 
     /// As [`run`](Self::run), with a link that connects again when the connection is lost.

@@ -245,6 +245,87 @@ fn files_that_are_no_certificate_are_named() {
     assert_eq!(exited(server(dir.path()).args(alone)).code, 2);
 }
 
+/// The objects that a command prints.
+fn printed(out: &common::Exited) -> Vec<Value> {
+    assert_eq!(out.code, 0, "{out:?}");
+    let lines = out.stdout.lines();
+    lines
+        .map(|line| serde_json::from_str(line).expect("JSON"))
+        .collect()
+}
+
+#[test]
+fn a_link_is_made_listed_and_revoked() {
+    let dir = workdir();
+    let (_running, link) = start(dir.path(), &[]);
+    let new = ["token", "new", "anna", "--scope", "write,share", "--json"];
+    let host = ["--public-host", "127.0.0.1"];
+    let anna = printed(&exited(server(dir.path()).args(new).args(host)));
+    let anna = anna[0]["url"].as_str().expect("a URL").to_owned();
+    let file = dir.path().join("file");
+    fs::write(&file, vec![7; 5_000]).expect("written");
+    let run =
+        |url: &str, args: &[&str]| exited(client(dir.path()).env("UDPACK_URL", url).args(args));
+    let put = |url: &str| run(url, &["put", file.to_str().expect("text")]);
+
+    let wanted = [
+        "share",
+        "in box/anna/",
+        "--quota",
+        "6K",
+        "--expires",
+        "7d",
+        "--json",
+    ];
+    let made = printed(&run(&anna, &wanted)).remove(0);
+    let text = |key: &str| made[key].as_str().expect("text").to_owned();
+    assert_eq!(text("web"), format!("{link}#t={}", text("token")));
+    assert_eq!(put(&text("url")).code, 0);
+    let stored = dir.path().join("uploads/in box/anna/file");
+    assert_eq!(fs::read(stored).expect("stored").len(), 5_000);
+    fs::write(&file, vec![8; 5_000]).expect("written");
+    let full = run(&text("url"), &["put", "file", "--as", "other"]);
+    assert_eq!(full.code, 6, "{full:?}");
+    assert!(full.stderr.contains("quota"), "{full:?}");
+    let read = run(&anna, &["share", "--read"]);
+    assert_eq!(read.code, 6, "{read:?}");
+    assert!(read.stderr.contains("no right to read"), "{read:?}");
+
+    let once = run(&anna, &["share", "--once"]);
+    assert_eq!(once.code, 0, "{once:?}");
+    let line = once.stdout.lines().last().expect("a line");
+    let url = line.split('\'').nth(1).expect("a URL").to_owned();
+    assert!(url.starts_with("udpack://once~"), "{once:?}");
+    assert_eq!(put(&url).code, 0);
+    let again = put(&url);
+    assert_eq!(again.code, 4, "{again:?}");
+
+    let listed = printed(&run(&anna, &["share", "--list", "--json"]));
+    let shares: Vec<_> = listed
+        .iter()
+        .filter(|line| line["event"] == "share")
+        .collect();
+    assert_eq!(shares.len(), 2);
+    assert_eq!(
+        (&shares[0]["prefix"], &shares[0]["used"]),
+        (&"in box/anna".into(), &false.into())
+    );
+    assert_eq!(
+        (&shares[1]["once"], &shares[1]["used"]),
+        (&true.into(), &true.into())
+    );
+    assert_eq!(run(&anna, &["share", "--revoke", &text("name")]).code, 0);
+    assert_eq!(put(&text("url")).code, 4);
+    let gone = run(&anna, &["share", "--revoke", &text("name")]);
+    assert_eq!(gone.code, 12, "{gone:?}");
+    let list = run(&anna, &["share", "--list"]).stdout;
+    assert_eq!(list.lines().count(), 1, "{list}");
+    assert!(
+        list.contains("  /  write  ends in 24 hours  used"),
+        "{list}"
+    );
+}
+
 #[test]
 fn a_terminal_sees_the_token_and_its_picture_once() {
     if !has_program("script", "--version") {
