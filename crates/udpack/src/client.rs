@@ -44,6 +44,8 @@ mod race;
 #[derive(Clone)]
 pub struct Client {
     inner: Arc<Settings>,
+    /// The address to try first.
+    first: Option<SocketAddr>,
 }
 
 struct Settings {
@@ -169,7 +171,17 @@ impl Client {
         Ok(socket)
     }
 
-    /// Makes a handshake with one address of a server, and closes it again. The server is not told who we are, so no token is
+    /// The same client, which tries this address before the others of a name that has it. For programs that connect again by
+    /// themselves: the address that worked last, [`Socket::remote_address`], costs no wait for those that do not. Sockets with
+    /// [`ClientBuilder::reconnect`] do so anyway.
+    pub fn beginning_with(&self, address: SocketAddr) -> Self {
+        Self {
+            inner: self.inner.clone(),
+            first: Some(address),
+        }
+    }
+
+    /// Makes a handshake with one address of a server, over a WebSocket or else over QUIC, and closes it again. The server is not told who we are, so no token is
     /// needed, and its program hears of nothing. For finding out what works; `host` is what the server is called.
     ///
     /// # Errors
@@ -181,13 +193,18 @@ impl Client {
         &self,
         address: SocketAddr,
         host: &str,
+        over: TransportChoice,
     ) -> Result<Handshake, ConnectError> {
         let url = ConnectUrl::new(host, DEFAULT_PORT)
             .map_err(|_| ConnectError::Address(host.to_owned()))?;
         let begun = Instant::now();
+        let way = match over == TransportChoice::WebSocket {
+            true => Way::WebSocket,
+            false => Way::Quic,
+        };
         let attempt = Attempt {
             address,
-            way: Way::Quic,
+            way,
             pause: Duration::ZERO,
         };
         let (conn, endpoint) = self.dial(attempt, url.server_name()).await?;
@@ -245,7 +262,10 @@ impl Client {
             source,
         })?;
         let (conn, endpoint) = self
-            .dial_any(url, race::in_turn(addresses, last, self.inner.over))
+            .dial_any(
+                url,
+                race::in_turn(addresses, last.or(self.first), self.inner.over),
+            )
             .await?;
         self.introduce(conn, endpoint, &token, ticket).await
     }
@@ -367,7 +387,8 @@ pub struct Handshake {
     pub took: Duration,
     /// Round-trip time.
     pub rtt: Duration,
-    /// Between which times the server's certificate is valid, in seconds since 1970. A pin does not look at them.
+    /// Between which times the server's certificate is valid, in seconds since 1970; `None` over a WebSocket. A pin does not look at
+    /// them.
     pub valid: Option<(i64, i64)>,
 }
 
@@ -737,6 +758,7 @@ impl ClientBuilder {
         let mut registry = self.registry;
         registry.pull |= registry.is_empty();
         Ok(Client {
+            first: None,
             inner: Arc::new(Settings {
                 dialer,
                 pin: self.pin,

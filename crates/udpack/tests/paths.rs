@@ -186,6 +186,27 @@ fn packets_above_1280_bytes_that_vanish_hold_nothing_up() {
     }
 }
 
+/// The way changes below a connection, to a tunnel for instance.
+#[test]
+fn a_path_that_shrinks_below_a_connection_carries_on() {
+    let Some(hosts) = Hosts::new() else { return };
+    let hosts = Arc::new(hosts);
+    let served = serve(&hosts.server, "[::]:4433");
+    let path = hosts.clone();
+    let stats = with(
+        &hosts.client,
+        &served,
+        "10.203.0.2:4433",
+        |socket| async move {
+            let before = exchange(socket.clone()).await;
+            assert_eq!(before.mtu, 1472, "{before:?}");
+            path.lose("meta l4proto udp meta length gt 1280");
+            exchange(socket).await
+        },
+    );
+    assert!(stats.mtu <= 1252, "{stats:?}");
+}
+
 /// A forwarder on this machine: loopback takes 65,536 bytes, and what is behind it 1,280.
 async fn forward(to: SocketAddr) -> SocketAddr {
     let front = Arc::new(UdpSocket::bind("127.0.0.1:0").await.expect("a port"));

@@ -247,6 +247,28 @@ async fn two_wrong_keys_are_both_named() {
     .await;
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_program_that_connects_again_may_begin_where_it_was_connected() {
+    bounded(async {
+        let net = Net::new(10);
+        let key = identity();
+        let (server, _) = counting(&net, &key).await;
+        let there = server.local_addr();
+        net.name("host.example", [dead(2), dead(1), there.ip()]);
+        let client = client(&net, &key).build().expect("good settings");
+        let begun = Instant::now();
+        let again = client.beginning_with(there);
+        again.connect("host.example").await.expect("let in");
+        assert!(begun.elapsed() < Duration::from_millis(200));
+        assert_eq!(net.traffic().astray, 0);
+        // An address that the name has lost is not tried.
+        let elsewhere = client.beginning_with(SocketAddr::new(dead(3), there.port()));
+        let socket = elsewhere.connect("host.example").await.expect("let in");
+        assert_eq!(socket.remote_address(), there);
+    })
+    .await;
+}
+
 async fn connected_again(socket: &Socket) {
     let mut states = socket.states();
     let mut lost = false;

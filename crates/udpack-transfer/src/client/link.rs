@@ -153,6 +153,11 @@ impl Link {
             Some(Some(lost)) => Some(lost),
             None => None,
         };
+        // The address that worked last is tried first.
+        let client = match &state.socket {
+            Some(socket) => &client.beginning_with(socket.remote_address()),
+            None => client,
+        };
         let mut again = false;
         loop {
             if let Some(Lost { error, wait }) = lost {
