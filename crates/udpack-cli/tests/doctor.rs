@@ -279,3 +279,39 @@ fn a_refused_token_and_another_key_are_told_apart() {
     let (before, _) = url.split_once("#sha256:").expect("a key");
     assert_eq!(ask(&format!("{before}#sha256:{}", "00".repeat(32))), "key");
 }
+
+/// By the name and by the number of the interface; and one that is not there is named.
+#[test]
+fn a_server_listens_on_a_link_local_address() {
+    let Some(hosts) = Hosts::new() else { return };
+    let link = hosts.server.ip("-o link show eth0").expect("a link");
+    let number = link.split(':').next().expect("its number").to_owned();
+    for zone in ["eth0", &number] {
+        let dir = workdir();
+        let mut command = on(
+            &hosts.server,
+            env!("CARGO_BIN_EXE_udpack-server"),
+            dir.path(),
+        );
+        command.args(["--listen", &format!("[fe80::2%{zone}]:4433")]);
+        let _server = Server::started(command, dir);
+        let (report, code) = report(&doctor(&hosts, "", &["[fe80::2%eth0]:4433", "--json"]));
+        assert_eq!(
+            (report["cause"].as_str(), code),
+            (Some("ok"), 0),
+            "{report}"
+        );
+        let other = doctor(&hosts, "", &["10.203.0.2:4433", "--json"]);
+        assert_eq!(self::report(&other).0["cause"], "port", "{other:?}");
+    }
+    let dir = workdir();
+    let mut command = on(
+        &hosts.server,
+        env!("CARGO_BIN_EXE_udpack-server"),
+        dir.path(),
+    );
+    let out = exited(command.args(["--listen", "[fe80::2%nothing]:4433"]));
+    assert_eq!(out.code, 2, "{out:?}");
+    let text = "there is no network interface nothing here, only lo, eth0";
+    assert!(out.stderr.contains(text), "{out:?}");
+}

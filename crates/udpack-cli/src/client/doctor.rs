@@ -39,7 +39,7 @@ struct Dns {
     error: Option<String>,
 }
 
-/// One address of the server. Another transport than QUIC over UDP gets a field here.
+/// One address of the server.
 #[derive(Debug, Clone)]
 struct Address {
     address: SocketAddr,
@@ -48,6 +48,8 @@ struct Address {
     path: Option<Path>,
     tls: Tls,
     tcp: Reach,
+    /// A handshake over a WebSocket, where there is TCP.
+    wss: Tls,
 }
 
 /// What became of a first packet.

@@ -9,7 +9,7 @@ use futures_util::future::join_all;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use udpack::probe::{Answer, Probe};
-use udpack::{Client, CloseCode, ConnectError};
+use udpack::{CloseCode, ConnectError, TransportChoice};
 
 use super::{Address, Dns, Path, Reach, Report, Session, Tls, Trips};
 use crate::hub::PING;
@@ -77,10 +77,23 @@ pub(super) async fn all(target: &Target) -> Report {
 /// One address by all ways.
 async fn address(target: &Target, address: SocketAddr) -> Address {
     let ((udp, trips, path), tcp) = tokio::join!(udp(address), tcp(address));
-    let tls = match udp {
-        Reach::Answered(_) => handshake(target, address).await,
-        _ => Tls::Not,
+    let quic = async {
+        match udp {
+            Reach::Answered(_) => handshake(target, address, TransportChoice::Quic).await,
+            _ => Tls::Not,
+        }
     };
+    let wss = async {
+        match tcp {
+            Reach::Answered(_) => {
+                let made = handshake(target, address, TransportChoice::WebSocket);
+                let silent = |_| Tls::Failed(format!("no answer within {TCP:?}"));
+                timeout(TCP, made).await.unwrap_or_else(silent)
+            }
+            _ => Tls::Not,
+        }
+    };
+    let (tls, wss) = tokio::join!(quic, wss);
     Address {
         address,
         udp,
@@ -88,6 +101,7 @@ async fn address(target: &Target, address: SocketAddr) -> Address {
         path,
         tls,
         tcp,
+        wss,
     }
 }
 
@@ -181,9 +195,11 @@ async fn tcp(address: SocketAddr) -> Reach {
     }
 }
 
-async fn handshake(target: &Target, address: SocketAddr) -> Tls {
-    let client: &Client = target.client();
-    match client.handshake(address, target.url().host()).await {
+async fn handshake(target: &Target, address: SocketAddr, over: TransportChoice) -> Tls {
+    let made = target
+        .client()
+        .handshake(address, target.url().host(), over);
+    match made.await {
         Ok(done) => Tls::Done {
             took: done.took,
             valid: done.valid,

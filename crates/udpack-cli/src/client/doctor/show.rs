@@ -48,6 +48,10 @@ pub(super) fn lines(report: &Report, verdict: &Verdict) -> Vec<String> {
             tls => line("  tls", tls_text(tls)),
         }
         line("  tcp", reach(&at.tcp, "open"));
+        match &at.wss {
+            Tls::Not => {}
+            wss => line("  wss", tls_text(wss)),
+        }
     }
     if let Some(session) = &report.session {
         line("session", session_text(session));
@@ -199,15 +203,20 @@ fn address_json(at: &Address) -> Value {
         "udp": reach_json(&at.udp),
         "trips": trips_json(&at.trips),
         "mtu": at.path.map(|path| json!({ "through": path.through, "tried": path.link })),
-        "tls": match &at.tls {
-            Tls::Not => json!({ "status": "not_tried" }),
-            Tls::Done { took, .. } => json!({ "status": "ok", "ms": millis(*took) }),
-            Tls::OtherKey(key) => json!({ "status": "other_key", "presented": key }),
-            Tls::Untrusted { text, .. } => json!({ "status": "untrusted", "text": text }),
-            Tls::Failed(text) => json!({ "status": "failed", "text": text }),
-        },
+        "tls": tls_json(&at.tls),
         "tcp": reach_json(&at.tcp),
+        "wss": tls_json(&at.wss),
     })
+}
+
+fn tls_json(tls: &Tls) -> Value {
+    match tls {
+        Tls::Not => json!({ "status": "not_tried" }),
+        Tls::Done { took, .. } => json!({ "status": "ok", "ms": millis(*took) }),
+        Tls::OtherKey(key) => json!({ "status": "other_key", "presented": key }),
+        Tls::Untrusted { text, .. } => json!({ "status": "untrusted", "text": text }),
+        Tls::Failed(text) => json!({ "status": "failed", "text": text }),
+    }
 }
 
 fn reach_json(reach: &Reach) -> Value {

@@ -86,6 +86,12 @@ fn unreachable(report: &Report) -> Verdict {
         return network("route", cause);
     }
     let tcp = |wanted: fn(&Reach) -> bool| all.iter().any(|at| wanted(&at.tcp));
+    if all.iter().any(|at| matches!(at.wss, Tls::Done { .. })) {
+        let cause = format!(
+            "UDP is blocked on the way: what works is a WebSocket over TCP, port {port} (--transport wss)"
+        );
+        return network("no_udp", cause);
+    }
     if tcp(|reach| matches!(reach, Reach::Answered(_))) {
         let cause = format!(
             "UDP is blocked on the way: TCP to port {port} gets through, UDP gets no answer"
@@ -221,6 +227,7 @@ mod tests {
                 valid: Some((NOW - 86_400, NOW + 86_400)),
             },
             tcp: Reach::Refused,
+            wss: Tls::Not,
         }
     }
 
