@@ -71,18 +71,20 @@ async def udpack_client(args: argparse.Namespace) -> None:
             say(rate=args.messages / (time.perf_counter() - begun))
         else:
             channel = await socket.open(args.channel)
-            await times(args.requests, lambda: channel.request(args.event, 1))
+            await times(args.requests, lambda: channel.request(args.event, 1), args.pause)
 
 
-async def times(requests: int, ask) -> None:
+async def times(requests: int, ask, pause: float = 0.0) -> None:
     for _ in range(min(200, requests)):
         await ask()
     taken = []
     for _ in range(requests):
+        if pause:
+            await asyncio.sleep(pause)
         begun = time.perf_counter()
         await ask()
         taken.append(time.perf_counter() - begun)
-    say(p50=statistics.median(taken) * 1e6)
+    say(p50=statistics.median(taken) * 1e6, mean=statistics.mean(taken) * 1e6)
 
 
 async def socketio_server(_: argparse.Namespace) -> None:
@@ -236,26 +238,28 @@ def of_rust(args: argparse.Namespace, directory: Path) -> tuple[subprocess.Popen
     )
     assert server.stdout is not None
     for line in server.stdout:
-        if "UDPACK_URL=" in line:
-            return server, line.split("'")[1]
+        if line.startswith("uploads "):
+            told = [str(args.bin / "udpack-server"), "url"]
+            url = subprocess.run(told, cwd=directory, stdout=subprocess.PIPE, text=True, check=True)
+            return server, url.stdout.strip()
     raise SystemExit("udpack-server does not say where it listens")
 
 
 def requests_beside_rust(args: argparse.Namespace) -> tuple[float, float]:
-    """The same question to the same server: microseconds of the Rust client and of Python."""
+    """The same question to the same server, a hundred times a second: mean microseconds of the Rust client and of Python."""
     with tempfile.TemporaryDirectory() as directory:
         server, url = of_rust(args, Path(directory))
         try:
             environment = os.environ | {"UDPACK_URL": url}
-            count = str(args.requests)
+            count = str(min(args.requests, 1000))
             rust = subprocess.run(
-                [str(args.bin / "udpack-client"), "ping", "-c", count, "--interval", "0", "--json"],
+                [str(args.bin / "udpack-client"), "ping", "-c", count, "--interval", "0.01", "--json"],
                 env=environment, capture_output=True, text=True, check=True,
             )
             client = Process(
-                "udpack-client", scenario="request", requests=args.requests, address=url, channel="ping", event="ping"
+                "udpack-client", scenario="request", requests=count, address=url, channel="ping", event="ping", pause=0.01
             )
-            return json.loads(rust.stdout.splitlines()[-1])["avg"] * 1e3, client.line()["p50"]
+            return json.loads(rust.stdout.splitlines()[-1])["avg"] * 1e3, client.line()["mean"]
         finally:
             server.terminate()
             server.wait()
@@ -298,7 +302,7 @@ def drive(args: argparse.Namespace) -> None:
             print(f"{scenario:8} {name:9} {statistics.median(found[name]):>12,.0f} {'/s' if unit == 'rate' else 'µs'}")
     if (args.bin / "udpack-server").exists():
         rust, python = requests_beside_rust(args)
-        print(f"request  Rust client {rust:.0f} µs (mean), Python {python:.0f} µs (p50): {python / rust:.2f} times")
+        print(f"request  Rust client {rust:.0f} µs, Python {python:.0f} µs (means): {python / rust:.2f} times")
         rust, python = uploads(args)
         print(f"upload   Rust client {rust:,.0f} MB/s, Python {python:,.0f} MB/s: {python / rust:.2f} times")
     else:
@@ -314,6 +318,7 @@ def main() -> None:
     parser.add_argument("--bin", type=Path, default=Path("target/release"), help="where udpack-server is")
     for hidden in ("side", "address", "key", "scenario"):
         parser.add_argument(f"--{hidden}", help=argparse.SUPPRESS)
+    parser.add_argument("--pause", type=float, default=0.0, help=argparse.SUPPRESS)
     parser.add_argument("--token", default="t", help=argparse.SUPPRESS)
     parser.add_argument("--channel", default="rpc", help=argparse.SUPPRESS)
     parser.add_argument("--event", default="echo", help=argparse.SUPPRESS)
