@@ -202,6 +202,12 @@ async function until(condition, seconds = 300) {
 }
 
 function stored(server, way, path, at) {
+  if (way.drops) {
+    // After a kill it takes the name for taken, and finds another.
+    const [name, wanted] = [path.slice(path.lastIndexOf('/') + 1), statSync(path).size];
+    const names = readdirSync(server.files).filter((other) => other.startsWith(name) && !other.endsWith('.PARTIAL') && statSync(`${server.files}/${other}`).size === wanted);
+    return `${server.files}/${names[0]}`;
+  }
   if (!way.unnamed) return `${server.files}/${path.slice(path.lastIndexOf('/') + 1)}`;
   const wanted = statSync(path).size;
   const names = readdirSync(server.files).filter((name) => !name.endsWith('.json') && statSync(`${server.files}/${name}`).size === wanted);
@@ -227,7 +233,7 @@ async function ready(browser, server, way, paths) {
       await page.waitForTimeout(500);
     }
     page.on('dialog', (dialog) => void dialog.accept());
-    const there = () => paths.every((path) => existsSync(stored(server, way, path)) && statSync(stored(server, way, path)).size === statSync(path).size) && !readdirSync(server.files).some((name) => name.endsWith('.PARTIAL'));
+    const there = () => paths.every((path) => existsSync(stored(server, way, path)));
     const send = async () => {
       await drag('drop');
       // It asks whether these files are meant.
