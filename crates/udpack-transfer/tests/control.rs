@@ -449,6 +449,48 @@ async fn figures_agree_with_what_was_sent_and_leave_out_the_telling() {
     when(&mut watch, "all gone", |stats| stats.sockets_in_all == 2).await;
 }
 
+/// What was received in each of the last seconds, together.
+async fn history(socket: &Socket) -> u64 {
+    #[derive(serde::Deserialize)]
+    struct History {
+        every: f64,
+        received: Vec<u64>,
+        sent: Vec<u64>,
+    }
+    let channel = socket.open(STATS_CHANNEL).await.expect("a channel");
+    let message = bounded("the first message", channel.recv()).await;
+    let message = message.expect("open").expect("a message");
+    assert_eq!(message.event(), "history");
+    let history: History = message.data().expect("sound");
+    assert_eq!(
+        (history.every, history.sent.len()),
+        (1.0, history.received.len())
+    );
+    assert!(history.received.len() <= 300);
+    channel.close(CloseCode::NORMAL, "");
+    history.received.iter().sum()
+}
+
+#[tokio::test]
+async fn who_begins_to_watch_learns_what_moved_before() {
+    const SIZE: u64 = 3_000_000;
+    let world = World::new().await;
+    let guard = world.socket("guard").await;
+    let (_writer, mut lane) = world.lane("writer").await;
+    let bytes = noise(1, 100_000);
+    lane.say(&file(1, "x", SIZE)).await;
+    for at in (0..SIZE).step_by(bytes.len()) {
+        lane.say(&chunk(1, at, &bytes)).await;
+    }
+    lane.acked(1, SIZE).await;
+    bounded("the second in which it came is over", async {
+        while history(&guard).await < SIZE {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn quotas_are_told_of_clients_that_are_there() {
     let world = World::new().await;

@@ -318,6 +318,13 @@ impl Server {
         }))
     }
 
+    /// Application bytes received and sent so far, all sockets together, past ones included: those of [`stats`](Self::stats), at
+    /// the cost of two additions however many sockets there are.
+    pub fn traffic(&self) -> (u64, u64) {
+        let (sent, received) = self.inner.shared.counters.totals();
+        (received, sent)
+    }
+
     /// The numbers so far, all sockets together, past ones included.
     pub fn stats(&self) -> Stats {
         self.inner.shared.stats()

@@ -1,7 +1,8 @@
 //! [`Control`]: a server as its operators see it, and what they may do with it: the channel `stats`.
 //!
-//! One task looks at the server, four times a second at most and only while somebody watches. It leaves what it sees in one
-//! place, and each watcher sends the latest from there: who is slow skips what is old. Nothing is sent while nothing changes.
+//! One task looks at the server, four times a second at most and only while somebody watches; else it notes the traffic of each
+//! second, which is two numbers. It leaves what it sees in one place, and each watcher sends the latest from there: who is
+//! slow skips what is old. Nothing is sent while nothing changes.
 
 mod look;
 
@@ -16,7 +17,7 @@ use udpack::{
     Channel, CloseCode, Encoded, Fault, Message, RecvError, SendError, Server, ServerBuilder,
 };
 
-use self::look::Looker;
+use self::look::{History, Looker};
 use crate::base::code::Code;
 use crate::server::jobs::sound_reason;
 use crate::server::receiver::Receiver;
@@ -28,6 +29,8 @@ use crate::wire::stats::ServerStats;
 const TICK: Duration = Duration::from_millis(250);
 /// And how often where there are many sockets: each look takes some microseconds for each of them.
 const SLOW_TICK: Duration = Duration::from_secs(1);
+/// How often traffic is noted while nobody watches.
+const SECOND: Duration = Duration::from_secs(1);
 /// So many are many.
 const MANY: u64 = 1024;
 /// The text for a client whose token lacks the right.
@@ -71,6 +74,7 @@ struct Inner {
     /// The server, while it is looked at.
     server: Mutex<Option<Server>>,
     latest: watch::Sender<Option<Arc<Told>>>,
+    history: Mutex<History>,
     /// Somebody has begun to watch, and waits for the first that is told.
     joined: Notify,
     waits: AtomicBool,
@@ -108,6 +112,7 @@ impl Control {
                 began: Instant::now(),
                 server: Mutex::new(None),
                 latest: watch::Sender::new(None),
+                history: Mutex::default(),
                 joined: Notify::new(),
                 waits: AtomicBool::new(false),
                 drain: Notify::new(),
@@ -126,7 +131,7 @@ impl Control {
         })
     }
 
-    /// Looks at the server for those who watch. Never ends. One at a time.
+    /// Looks at the server for those who watch, and once a second at its traffic. Never ends. One at a time.
     ///
     /// # Drop
     /// Nobody is told anything new any more.
@@ -139,8 +144,9 @@ impl Control {
         ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             if inner.latest.receiver_count() == 0 {
-                looker.rest();
-                inner.joined.notified().await;
+                looker.note();
+                let _ = tokio::time::timeout(SECOND, inner.joined.notified()).await;
+                continue;
             }
             ticker.tick().await;
             let stats = looker.look().await;
@@ -218,6 +224,9 @@ impl Control {
             now != peer && !inner.receiver.scope(now.as_ref()).is_ok_and(same)
         };
         let own: ToldTo = channel.extensions().get_or_insert_with(ToldTo::default);
+        if inner.tell_history(&channel, &own).await.is_err() {
+            return Ok(());
+        }
         let mut latest = inner.latest.subscribe();
         inner.waits.store(true, Ordering::Relaxed);
         inner.joined.notify_one();
@@ -325,6 +334,25 @@ impl Inner {
             }
         }
         let frame = shorter.as_ref().unwrap_or(&told.frame);
+        self.send(channel, frame, own).await
+    }
+
+    /// What was before, as much of it as a frame of this peer holds.
+    async fn tell_history(&self, channel: &Channel, own: &ToldTo) -> Result<(), SendError> {
+        let most = channel.frame_limit() / History::BYTES;
+        let frame = {
+            let history = lock(&self.history);
+            Encoded::new("history", &history.fields(most))?
+        };
+        self.send(channel, &frame, own).await
+    }
+
+    async fn send(
+        &self,
+        channel: &Channel,
+        frame: &Encoded,
+        own: &ToldTo,
+    ) -> Result<(), SendError> {
         // Noted before it is sent: a look meanwhile finds it sent at the latest.
         let bytes = frame.len() as u64;
         self.told.fetch_add(bytes, Ordering::Relaxed);

@@ -82,7 +82,7 @@ pub struct SocketStats {
     pub peer: String,
     /// The address of its peer.
     pub address: String,
-    /// What its connection speaks: `quic` or `web`.
+    /// What its connection speaks: `quic`, `webtransport` or `websocket`.
     pub transport: String,
     /// What its peer's program calls itself.
     pub agent: String,

@@ -193,6 +193,8 @@ test('who may only watch sees the same, and has no button that changes anything'
   const client = new Client(site, 'put', '--bwlimit', '200k', sample('watched.bin', 20 * MB));
   await page.locator('.job', { hasText: 'watched.bin' }).waitFor(PATIENCE);
   await page.getByText('Read only').waitFor(PATIENCE);
+  // What moved before the page was there is in the chart at once: the server has been running for longer.
+  await page.waitForFunction(() => (document.querySelector('.plot .line.first')?.getAttribute('d') ?? '').split('L').length > 20, undefined, PATIENCE);
   for (const name of [/^Cancel/, /^Disconnect/, /^Shut down/]) assert.equal(await page.getByRole('button', { name }).count(), 0, `${name}`);
   await view(page, 'Connections');
   await page.locator('.peer', { hasText: 'udpack-client' }).focus();

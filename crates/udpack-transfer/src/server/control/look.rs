@@ -5,9 +5,10 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use udpack::{Server, Socket};
+use serde::Serialize;
+use udpack::{Server, Socket, Transport};
 
-use super::{Inner, ToldTo};
+use super::{Inner, ToldTo, lock};
 use crate::server::scope::Scope;
 use crate::store::{Space, Tenant};
 use crate::wire::stats::{JobCounts, QuotaStats, RoomStats, ServerStats, SocketStats};
@@ -21,12 +22,89 @@ const OVER: Duration = Duration::from_secs(2);
 /// How often the disk is asked for its space.
 const DISK: Duration = Duration::from_secs(2);
 
-/// Looks at one server, and remembers what rates are made of.
+/// The traffic of the last seconds: bytes received and sent in each, the oldest first.
+#[derive(Default)]
+pub(super) struct History {
+    seconds: VecDeque<(u64, u64)>,
+    /// When the last of them ended, and bytes received and sent until then.
+    until: Option<(Instant, u64, u64)>,
+    /// The same at each look of late: what rates are made of.
+    recent: VecDeque<(Instant, u64, u64)>,
+}
+
+#[derive(Serialize)]
+pub(super) struct HistoryFields {
+    every: f64,
+    received: Vec<u64>,
+    sent: Vec<u64>,
+}
+
+impl History {
+    /// Seconds that are kept.
+    const KEPT: usize = 300;
+    /// Bytes of one in a message, at most; more than the rest of the message takes, for a few of them.
+    pub(super) const BYTES: usize = 24;
+
+    /// So much has moved until now. What several seconds share is divided among them.
+    fn note(&mut self, now: Instant, received: u64, sent: u64) {
+        self.recent.push_back((now, received, sent));
+        while let Some((second, ..)) = self.recent.get(1)
+            && now.saturating_duration_since(*second) >= OVER
+        {
+            self.recent.pop_front();
+        }
+        let Some((then, received_then, sent_then)) = self.until else {
+            self.until = Some((now, received, sent));
+            return;
+        };
+        let seconds = now.saturating_duration_since(then).as_secs();
+        if seconds == 0 {
+            return;
+        }
+        let second = (
+            received.saturating_sub(received_then) / seconds,
+            sent.saturating_sub(sent_then) / seconds,
+        );
+        for _ in 0..seconds.min(Self::KEPT as u64) {
+            if self.seconds.len() >= Self::KEPT {
+                self.seconds.pop_front();
+            }
+            self.seconds.push_back(second);
+        }
+        self.until = Some((then + Duration::from_secs(seconds), received, sent));
+    }
+
+    /// Bytes received and sent a second.
+    fn rates(&self) -> (u64, u64) {
+        let (Some((since, before, sent_before)), Some((now, received, sent))) =
+            (self.recent.front(), self.recent.back())
+        else {
+            return (0, 0);
+        };
+        let secs = now.saturating_duration_since(*since).as_secs_f64();
+        let rate = |now: u64, before: u64| match secs > 0.0 {
+            true => (now.saturating_sub(before) as f64 / secs) as u64,
+            false => 0,
+        };
+        (rate(*received, *before), rate(*sent, *sent_before))
+    }
+
+    /// At most so many of the last ones.
+    pub(super) fn fields(&self, most: usize) -> HistoryFields {
+        let first = self.seconds.len().saturating_sub(most);
+        let (received, sent) = self.seconds.iter().skip(first).copied().unzip();
+        HistoryFields {
+            every: 1.0,
+            received,
+            sent,
+        }
+    }
+}
+
+/// Looks at one server.
 pub(super) struct Looker<'a> {
     inner: &'a Inner,
     server: &'a Server,
-    /// When, and bytes received and sent until then.
-    moved: VecDeque<(Instant, u64, u64)>,
     space: Option<(Instant, Option<Space>)>,
 }
 
@@ -35,26 +113,27 @@ impl<'a> Looker<'a> {
         Self {
             inner,
             server,
-            moved: VecDeque::new(),
             space: None,
         }
     }
 
-    /// Nobody watches for now.
-    pub(super) fn rest(&mut self) {
-        self.moved.clear();
+    /// Notes what has moved; bytes received and sent.
+    pub(super) fn note(&self) -> (u64, u64) {
+        let (received, sent) = self.server.traffic();
+        let sent = sent.saturating_sub(self.inner.told.load(Ordering::Relaxed));
+        lock(&self.inner.history).note(Instant::now(), received, sent);
+        (received, sent)
     }
 
     pub(super) async fn look(&mut self) -> ServerStats {
-        let all = self.server.stats();
-        let told = self.inner.told.load(Ordering::Relaxed);
+        let (received, sent) = self.note();
         let sockets = self.server.sockets();
         let (puts, gets, ended) = self.inner.receiver.jobs.counts();
         let mut stats = ServerStats {
             uptime: self.inner.began.elapsed().as_secs_f64(),
             draining: self.inner.draining.load(Ordering::Relaxed),
-            received: all.received,
-            sent: all.sent.saturating_sub(told),
+            received,
+            sent,
             jobs: JobCounts {
                 puts: puts as u64,
                 gets: gets as u64,
@@ -69,32 +148,13 @@ impl<'a> Looker<'a> {
             sockets: busiest(&sockets),
             ..ServerStats::default()
         };
-        (stats.receive_rate, stats.send_rate) = self.rates(stats.received, stats.sent);
+        (stats.receive_rate, stats.send_rate) = lock(&self.inner.history).rates();
         (stats.rooms_in_all, stats.rooms) = self.rooms();
         if let Some(store) = self.inner.receiver.store() {
             (stats.files, stats.stored) = store.stored();
         }
         stats.set_space(self.space().await);
         stats
-    }
-
-    fn rates(&mut self, received: u64, sent: u64) -> (u64, u64) {
-        let now = Instant::now();
-        self.moved.push_back((now, received, sent));
-        while let Some((second, ..)) = self.moved.get(1)
-            && now.saturating_duration_since(*second) >= OVER
-        {
-            self.moved.pop_front();
-        }
-        let Some((since, before, sent_before)) = self.moved.front() else {
-            return (0, 0);
-        };
-        let secs = now.saturating_duration_since(*since).as_secs_f64();
-        let rate = |now: u64, before: u64| match secs > 0.0 {
-            true => (now.saturating_sub(before) as f64 / secs) as u64,
-            false => 0,
-        };
-        (rate(received, *before), rate(sent, *sent_before))
     }
 
     fn rooms(&self) -> (u64, Vec<RoomStats>) {
@@ -182,9 +242,11 @@ fn busiest(sockets: &[Socket]) -> Vec<SocketStats> {
             id: socket.id().as_str().to_owned(),
             peer: socket.peer().id().to_owned(),
             address: socket.remote_address().to_string(),
-            transport: match socket.transport().is_web() {
-                true => "web",
-                false => "quic",
+            transport: match socket.transport() {
+                Transport::Quic => "quic",
+                Transport::WebTransport { .. } => "webtransport",
+                Transport::WebSocket { .. } => "websocket",
+                _ => "other",
             }
             .to_owned(),
             agent: socket.agent(),
@@ -208,4 +270,28 @@ fn memory() -> Option<u64> {
         .find_map(|line| line.strip_prefix("VmRSS:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn seconds_are_kept_in_order_and_no_more_than_there_is_room_for() {
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        let mut history = History::default();
+        history.note(at(0), 1000, 10);
+        history.note(at(900), 1500, 10);
+        assert_eq!(history.seconds, []);
+        history.note(at(1100), 3000, 10);
+        // Looked at late: each of both seconds has its half.
+        history.note(at(3050), 4000, 30);
+        assert_eq!(history.seconds, [(2000, 0), (500, 10), (500, 10)]);
+        let told = history.fields(2);
+        assert_eq!((told.received, told.sent), (vec![500, 500], vec![10, 10]));
+        history.note(at(10_000_000), 4000, 30);
+        assert_eq!(history.seconds.len(), History::KEPT);
+        assert!(history.seconds.iter().all(|second| *second == (0, 0)));
+    }
 }

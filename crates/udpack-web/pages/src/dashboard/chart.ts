@@ -18,6 +18,8 @@ const LEFT = 78;
 const RIGHT = 14;
 const TOP = 10;
 const BOTTOM = 24;
+/** The highest rate that the scale has at least, in bytes a second. */
+const LEAST = 4000;
 /** Lines across, besides the one at the bottom. */
 const STEPS = 4;
 
@@ -52,6 +54,12 @@ export class Chart {
     }
   }
 
+  /** What was before the page was there: rates of so many milliseconds each, the oldest first. */
+  before(received: readonly number[], sent: readonly number[], every: number, now = performance.now()): void {
+    this.samples.length = 0;
+    received.forEach((rate, index) => this.sample([rate, sent[index] ?? 0], now - (received.length - 1 - index) * every));
+  }
+
   close(): void {
     this.resized.disconnect();
   }
@@ -61,9 +69,11 @@ export class Chart {
     if (width === 0) {
       return;
     }
-    const most = Math.max(...this.samples.flatMap(({ values }) => values), 1);
-    const step = niceStep(most / STEPS);
-    const top = step * Math.max(1, Math.ceil(most / step));
+    const most = Math.max(0, ...this.samples.flatMap(({ values }) => values));
+    // Nothing at all is shown below a scale of some use.
+    const scale = Math.max(most, LEAST);
+    const step = niceStep(scale / STEPS);
+    const top = step * Math.ceil(scale / step);
     const age = now - (this.samples[0]?.at ?? now);
     const { span, every } = SPANS.find(({ span }) => age <= span) ?? SPANS[2];
     const x = (at: number): number => LEFT + (width - LEFT - RIGHT) * (1 - (now - at) / span);
@@ -80,7 +90,7 @@ export class Chart {
       setAttribute(this.areas[which], 'd', first && last && line ? `${line}L${x(last.at).toFixed(1)} ${base}L${Math.max(LEFT, x(first.at)).toFixed(1)} ${base}Z` : '');
       setText(this.figures[which], rate(this.samples.at(-1)?.values[which] ?? 0));
     }
-    setAttribute(this.svg, 'aria-label', t('chart', { first: this.names[0], a: this.figures[0].textContent ?? '', second: this.names[1], b: this.figures[1].textContent ?? '', most: rate(most > 1 ? most : 0) }));
+    setAttribute(this.svg, 'aria-label', t('chart', { first: this.names[0], a: this.figures[0].textContent ?? '', second: this.names[1], b: this.figures[1].textContent ?? '', most: rate(most) }));
   }
 }
 

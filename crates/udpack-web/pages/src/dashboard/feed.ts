@@ -72,10 +72,11 @@ export class Feed {
   private stats: Channel | undefined;
   private over = false;
 
-  /** `onchange` is called whenever something is told. */
+  /** `onchange` is called whenever something is told, and `onhistory` with the bytes a second of the time before. */
   constructor(
     private readonly socket: Socket,
     private readonly onchange: () => void,
+    private readonly onhistory: (received: number[], sent: number[], everyMs: number) => void,
   ) {
     void this.keep(() => this.watchJobs());
     void this.keep(() => this.watchStats());
@@ -158,7 +159,11 @@ export class Feed {
     const channel = (await this.socket.open('stats', { resumable: false })) as unknown as Channel;
     this.stats = channel;
     for await (const { event, data } of channel) {
-      if (event === 'stats') {
+      if (event === 'history') {
+        const { every, received, sent } = data as { every: number; received: (number | bigint)[]; sent: (number | bigint)[] };
+        const rates = (moved: (number | bigint)[]): number[] => moved.map((bytes) => Number(bytes) / every);
+        this.onhistory(rates(received), rates(sent), every * 1000);
+      } else if (event === 'stats') {
         this.take(data as Record<string, unknown>);
         this.onchange();
       }

@@ -120,7 +120,7 @@ export function peerName({ told }: Peer): string {
 export function peerRow(peer: Peer, own: boolean, kick: ((one: Peer) => void) | undefined): Row<Peer> {
   const button = kick && !own ? iconButton('close', t('kickOne', { name: peerName(peer) }), () => kick(peer)) : kick && h('span', { class: 'no-act' });
   const cells = new Cells('peer', button);
-  const web = peer.told.transport === 'web';
+  const web = peer.told.transport !== 'quic';
   setIcon(cells.mark, web ? 'globe' : 'link');
   return {
     root: cells.root,

@@ -61,7 +61,11 @@ class ActivityPage {
 
   constructor(root: HTMLElement, { rights, socket }: Session) {
     const { admin } = rights;
-    this.feed = new Feed(socket, () => this.update());
+    this.feed = new Feed(
+      socket,
+      () => this.update(),
+      (received, sent, every) => this.chart.before(received, sent, every),
+    );
     const sample = (): void => {
       const { state } = this.feed;
       if (state !== undefined) {
