@@ -10,7 +10,7 @@ use std::time::Duration;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
-use udpack::{CongestionControl, Fingerprint, Priority};
+use udpack::{CongestionControl, Fingerprint, Priority, TransportChoice};
 use udpack_transfer::{IfExists, Names, Overwrite, Pattern, SyncPolicy, names, parse_size};
 
 const SIZES: &str = "\
@@ -222,6 +222,10 @@ pub(crate) struct ServerArgs {
     #[cfg(feature = "web")]
     #[arg(long, value_name = "ADDR:PORT", num_args = 0..=1, env = "UDPACK_WEB")]
     pub(crate) web: Option<Option<String>>,
+
+    /// Do not listen on TCP. Otherwise clients whose network lets no UDP pass connect over TCP, at the port number of --listen.
+    #[arg(long)]
+    pub(crate) no_tcp: bool,
 
     /// Pages of other servers that may connect from a browser, too, such as `https://example.com`; can be given several times.
     #[cfg(feature = "web")]
@@ -1015,6 +1019,16 @@ pub(crate) struct ConnectArgs {
     #[arg(long, value_name = "HEX")]
     pub(crate) fingerprint: Option<Fingerprint>,
 
+    /// What to connect over.
+    #[arg(
+        long,
+        value_enum,
+        default_value_t = TransportArg::Auto,
+        env = "UDPACK_TRANSPORT",
+        hide_short_help = true
+    )]
+    pub(crate) transport: TransportArg,
+
     /// Congestion control for what the client sends.
     #[arg(long, value_enum, default_value_t = CcArg::Auto, hide_short_help = true)]
     pub(crate) cc: CcArg,
@@ -1074,6 +1088,26 @@ pub(crate) enum ProgressArg {
     Bar,
     Plain,
     None,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum TransportArg {
+    /// QUIC over UDP; TCP where that does not answer within 300 ms.
+    Auto,
+    /// QUIC over UDP alone.
+    Quic,
+    /// A WebSocket over TCP alone.
+    Wss,
+}
+
+impl From<TransportArg> for TransportChoice {
+    fn from(arg: TransportArg) -> Self {
+        match arg {
+            TransportArg::Auto => Self::Auto,
+            TransportArg::Quic => Self::Quic,
+            TransportArg::Wss => Self::WebSocket,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]

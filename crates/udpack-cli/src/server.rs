@@ -10,6 +10,7 @@ mod url;
 mod web;
 
 use std::io::{self, IsTerminal as _};
+use std::net::SocketAddr;
 use std::net::UdpSocket;
 use std::os::unix::fs::MetadataExt as _;
 use std::time::Duration;
@@ -17,7 +18,7 @@ use std::time::Duration;
 use listenfd::ListenFd;
 use serde_json::json;
 use tokio::time::MissedTickBehavior;
-use udpack::{Authenticate as _, BindError, Drain, Identity, Limits, Server, TokenFile};
+use udpack::{Authenticate as _, BindError, Drain, Identity, Limits, Server, TokenFile, Web};
 use udpack_transfer::{Control, Limiter, Receiver, ReceiverConfig, Scope, Store, StoreConfig};
 use udpack_web::{HttpListener, Site};
 
@@ -76,6 +77,11 @@ async fn serve(args: &ServerArgs, given: ListenFd) -> anyhow::Result<()> {
     };
     #[cfg(feature = "web")]
     let web = web::bind(args, socket.local_addr()?).await?;
+    #[cfg(feature = "web")]
+    let taken = web.as_ref().map(|port| port.listener.local_addr());
+    #[cfg(not(feature = "web"))]
+    let taken = None;
+    let tcp = tcp(args, socket.local_addr()?, taken).await;
     let qlog = args.qlog.as_ref().map(|dir| qlog_dir(dir)).transpose()?;
     let config = StoreConfig {
         max_file: args.max_file.0,
@@ -155,13 +161,15 @@ async fn serve(args: &ServerArgs, given: ListenFd) -> anyhow::Result<()> {
     };
     let scraped = scrapes.map(|listener| (listener, counters()));
     #[cfg(feature = "web")]
-    let browsed = web::serve(web, counters(), &server);
+    let browsed = web::serve(web, counters(), &server, !args.no_tcp);
     #[cfg(not(feature = "web"))]
     let browsed = std::future::pending::<anyhow::Result<()>>();
+    let carried = tcp.map(|listener| (listener, Site::of(server.clone(), Web::new())));
     tokio::select! {
         ended = server.run_until(stop, Drain::within(DRAIN)) => ended?,
         failed = http(scraped) => failed?,
         failed = browsed => failed?,
+        failed = http(carried) => failed?,
         () = withdraw(&server, &tokens) => {}
         () = control.run(&server) => {}
         () = watcher.live() => {}
@@ -191,6 +199,27 @@ async fn http(served: Option<(HttpListener, Site)>) -> anyhow::Result<()> {
         return std::future::pending().await;
     };
     Ok(listener.serve(site).await?)
+}
+
+/// The TCP port for clients whose network lets no UDP pass: the one with the number of the UDP port, unless pages are served there
+/// already, and then WebSockets beside them. Without it the server serves all others.
+async fn tcp(
+    args: &ServerArgs,
+    udp: SocketAddr,
+    pages: Option<SocketAddr>,
+) -> Option<HttpListener> {
+    if args.no_tcp || pages.is_some_and(|pages| pages.port() == udp.port()) {
+        return None;
+    }
+    match HttpListener::bind(udp).await {
+        Ok(listener) => Some(listener),
+        Err(error) => {
+            tracing::warn!(
+                "not listening on TCP, so only clients that reach {udp} over UDP can connect: {error}; --no-tcp keeps this quiet"
+            );
+            None
+        }
+    }
 }
 
 async fn scrapes_at(address: &str) -> anyhow::Result<HttpListener> {

@@ -78,7 +78,8 @@ impl Target {
             .token(claimed_token(&token.unwrap_or_default()))
             .agent(concat!("udpack-client/", env!("CARGO_PKG_VERSION")))
             .timeouts(timeouts)
-            .congestion(args.cc.into());
+            .congestion(args.cc.into())
+            .transport(args.transport.into());
         if let Some(pin) = pin {
             client = client.pin(pin);
         }

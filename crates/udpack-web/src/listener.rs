@@ -17,7 +17,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use udpack::{Pool, Shares, Tenant};
+use udpack::{Pool, Server, Shares, Tenant};
 
 use crate::rate::Rates;
 use crate::site::{self, Site, Way};
@@ -72,9 +72,8 @@ impl HttpListener {
     /// Dropping the future drops all connections and frees the port.
     pub async fn serve(self, site: Site) -> io::Result<()> {
         let port = Arc::new(Port {
-            #[cfg(feature = "pages")]
-            https: match &site.pages {
-                Some(pages) => Some(pages.server().https().map_err(io::Error::other)?),
+            https: match server(&site) {
+                Some(server) => Some(server.https().map_err(io::Error::other)?),
                 None => None,
             },
             site,
@@ -120,7 +119,6 @@ impl HttpListener {
 struct Port {
     site: Site,
     rates: Mutex<Rates>,
-    #[cfg(feature = "pages")]
     https: Option<udpack::Https>,
 }
 
@@ -134,10 +132,7 @@ impl Port {
 
     /// These ask for several files over one connection; a scraper asks once and then not for long.
     fn is_for_browsers(&self) -> bool {
-        #[cfg(feature = "pages")]
-        return self.https.is_some();
-        #[cfg(not(feature = "pages"))]
-        false
+        self.https.is_some()
     }
 
     async fn connection(
@@ -152,8 +147,7 @@ impl Port {
             inside: stream.local_addr()?.ip().to_canonical().is_loopback(),
         };
         // Whole answers are written; there is nothing to wait for.
-        stream.set_nodelay(true)?;
-        #[cfg(feature = "pages")]
+        Server::prepare_tcp(&stream)?;
         if let Some(https) = &self.https {
             let mut first = [0];
             // No request begins as TLS does, and no handshake as a request.
@@ -171,11 +165,11 @@ impl Port {
 
     async fn requests<S>(&self, stream: S, way: Way, tenant: Tenant) -> Result<(), Failed>
     where
-        S: AsyncRead + AsyncWrite + Unpin,
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
         let service = service_fn(|request: Request<Incoming>| {
             let answer = match self.may_ask(&tenant) {
-                true => self.site.answer(&request, way),
+                true => self.site.answer::<S>(request, way),
                 false => site::too_often(),
             };
             async move { Ok::<_, Infallible>(answer) }
@@ -188,6 +182,7 @@ impl Port {
                 .max_buf_size(HEAD_BYTES)
                 .max_headers(HEADERS)
                 .serve_connection(TokioIo::new(stream), service)
+                .with_upgrades()
         );
         if let Ok(ended) = timeout(LIFE, connection.as_mut()).await {
             return Ok(ended?);
@@ -203,6 +198,14 @@ impl fmt::Debug for Port {
     }
 }
 
+/// The server whose certificates are shown.
+fn server(site: &Site) -> Option<&Server> {
+    #[cfg(feature = "pages")]
+    if let Some(pages) = &site.pages {
+        return Some(pages.server());
+    }
+    site.sockets.as_ref().map(|sockets| &sockets.server)
+}
+
 /// The first byte of a TLS handshake.
-#[cfg(feature = "pages")]
 const TLS: u8 = 22;

@@ -6,24 +6,26 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use http_body_util::Full;
+use hyper::body::Incoming;
 use hyper::header::{ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use hyper::{HeaderMap, Method, Request, Response, StatusCode, header};
+use tokio::io::{AsyncRead, AsyncWrite};
+use udpack::{Server, Web};
+
+use crate::sockets::Sockets;
 
 pub(crate) type Answer = Response<Full<Bytes>>;
 
 /// What a listener serves. Cheap to clone.
 #[derive(Clone)]
 pub struct Site {
-    counters: Arc<dyn Fn() -> String + Send + Sync>,
+    counters: Option<Arc<dyn Fn() -> String + Send + Sync>>,
+    pub(crate) sockets: Option<Sockets>,
     #[cfg(feature = "pages")]
     pub(crate) pages: Option<Arc<crate::Pages>>,
 }
 
 /// How a request came.
-#[cfg_attr(
-    not(feature = "pages"),
-    expect(dead_code, reason = "counters are for anybody")
-)]
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Way {
     pub(crate) from: SocketAddr,
@@ -37,9 +39,30 @@ impl Site {
     /// Counters under `/metrics`, for anybody who can reach the port, and nothing else.
     pub fn counters(text: impl Fn() -> String + Send + Sync + 'static) -> Self {
         Self {
-            counters: Arc::new(text),
+            counters: Some(Arc::new(text)),
+            sockets: None,
             #[cfg(feature = "pages")]
             pages: None,
+        }
+    }
+
+    /// Nothing but WebSockets: see [`websockets`](Self::websockets).
+    pub fn of(server: Server, web: Web) -> Self {
+        Self {
+            counters: None,
+            sockets: Some(Sockets { server, web }),
+            #[cfg(feature = "pages")]
+            pages: None,
+        }
+    }
+
+    /// WebSockets that carry sessions as well, for clients that cannot reach the server over UDP: at the path of `web`, and
+    /// for the pages that it lets connect. Only inside TLS, but for programs of this machine.
+    #[must_use]
+    pub fn websockets(self, server: Server, web: Web) -> Self {
+        Self {
+            sockets: Some(Sockets { server, web }),
+            ..self
         }
     }
 
@@ -53,15 +76,25 @@ impl Site {
         }
     }
 
-    pub(crate) fn answer<B>(&self, request: &Request<B>, way: Way) -> Answer {
-        let mut answer = match refused(request) {
-            Some(refused) => refused,
-            #[cfg(feature = "pages")]
-            None if self.pages.is_some() => self.page(request, way),
-            None => self.counter(request, way),
+    pub(crate) fn answer<S>(&self, request: Request<Incoming>, way: Way) -> Answer
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let mut answer = match (refused(&request), &self.sockets) {
+            (Some(refused), _) => refused,
+            (None, Some(sockets)) if sockets.is_at(&request) => sockets.answer::<S>(request, way),
+            (None, _) => self.text(&request, way),
         };
         guard(answer.headers_mut());
         answer
+    }
+
+    fn text<B>(&self, request: &Request<B>, way: Way) -> Answer {
+        match () {
+            #[cfg(feature = "pages")]
+            () if self.pages.is_some() => self.page(request, way),
+            () => self.counter(request, way),
+        }
     }
 
     #[cfg(feature = "pages")]
@@ -73,10 +106,13 @@ impl Site {
     }
 
     fn counter<B>(&self, request: &Request<B>, _way: Way) -> Answer {
+        let Some(counters) = &self.counters else {
+            return plain(StatusCode::NOT_FOUND, "there is nothing here\n");
+        };
         if request.uri().path() != "/metrics" {
             return plain(StatusCode::NOT_FOUND, "the counters are under /metrics\n");
         }
-        let mut answer = plain(StatusCode::OK, (self.counters)());
+        let mut answer = plain(StatusCode::OK, counters());
         let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
         answer.headers_mut().insert(CONTENT_TYPE, kind);
         answer

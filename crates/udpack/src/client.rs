@@ -1,11 +1,11 @@
 //! [`Client`]: how to reach a server, whom to trust and what to present; makes [`Socket`]s.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use tracing::Instrument;
 use tracing::field::Empty;
 
+use crate::base::lock;
 use crate::channel::inbox::Inbox;
 use crate::client::race::{Attempt, Way};
 use crate::metrics::Tally;
@@ -31,6 +32,7 @@ use crate::transport::{Connection, ConnectionError, Endpoint, StreamError};
 use crate::trust::auth::Peer;
 use crate::trust::certificate::dates;
 use crate::trust::fingerprint::Fingerprint;
+use crate::trust::origin::Transport;
 use crate::trust::tls::PinMismatch;
 use crate::trust::url::{ConnectUrl, DEFAULT_PORT};
 use crate::wire::code::{CloseCode, CloseReason, Side};
@@ -59,8 +61,9 @@ struct Settings {
     reconnect: Option<Reconnect>,
     /// Servers to go to when the one that was asked for is gone.
     fallbacks: Vec<(ConnectUrl, Client)>,
-    /// What is dialled.
+    /// What is dialled, and what won of it where it could be either.
     over: TransportChoice,
+    won: Won,
 }
 
 impl Client {
@@ -261,12 +264,11 @@ impl Client {
             host: url.host().to_owned(),
             source,
         })?;
+        let over = (self.inner.over, self.inner.won.was_websocket(url));
         let (conn, endpoint) = self
-            .dial_any(
-                url,
-                race::in_turn(addresses, last.or(self.first), self.inner.over),
-            )
+            .dial_any(url, race::in_turn(addresses, last.or(self.first), over))
             .await?;
+        self.inner.won.note(url, self.inner.over, &conn);
         self.introduce(conn, endpoint, &token, ticket).await
     }
 
@@ -280,7 +282,7 @@ impl Client {
         let raced = race::race(attempts, |attempt| self.dial(attempt, url.server_name()));
         let errors = match raced.await {
             Ok(reached) => return Ok(reached),
-            Err(errors) => errors,
+            Err(errors) => without_echoes(errors),
         };
         let host = url.host().to_owned();
         let errors = errors.into_iter();
@@ -404,10 +406,75 @@ impl fmt::Debug for Client {
     }
 }
 
+/// The errors of attempts, without those that only say of TCP what QUIC's say of the same address, or that nobody is there.
+fn without_echoes(errors: Vec<(Attempt, ConnectError)>) -> Vec<(Attempt, ConnectError)> {
+    let by_quic: Vec<_> = errors
+        .iter()
+        .filter(|(tried, _)| tried.way == Way::Quic)
+        .map(|(tried, error)| (tried.address, std::mem::discriminant(error)))
+        .collect();
+    let echoes = |tried: &Attempt, error: &ConnectError| {
+        let nobody = matches!(
+            error,
+            ConnectError::Dial { .. } | ConnectError::Unreachable { .. } | ConnectError::Local(_)
+        );
+        let same = std::mem::discriminant(error);
+        let said = |(address, error): &(SocketAddr, _)| {
+            *address == tried.address && (nobody || *error == same)
+        };
+        tried.way == Way::WebSocket && by_quic.iter().any(said)
+    };
+    let errors = errors.into_iter();
+    errors
+        .filter(|(tried, error)| !echoes(tried, error))
+        .collect()
+}
+
+/// The servers that were reached by a WebSocket, and when.
+#[derive(Default)]
+struct Won(Mutex<HashMap<String, Instant>>);
+
+/// How long it is remembered that a WebSocket won.
+const REMEMBERED: Duration = Duration::from_secs(24 * 60 * 60);
+/// Servers that are remembered.
+const SERVERS: usize = 64;
+
+impl Won {
+    fn was_websocket(&self, url: &ConnectUrl) -> bool {
+        let won = lock(&self.0);
+        won.get(&url.authority())
+            .is_some_and(|at| at.elapsed() < REMEMBERED)
+    }
+
+    fn note(&self, url: &ConnectUrl, over: TransportChoice, conn: &Connection) {
+        let mut won = lock(&self.0);
+        let server = url.authority();
+        match conn.transport() {
+            Transport::WebSocket { .. } => {
+                if over == TransportChoice::Auto && !won.contains_key(&server) {
+                    tracing::warn!(server, "connected over TCP: nothing was heard over UDP");
+                }
+                if won.len() >= SERVERS {
+                    won.clear();
+                }
+                won.insert(server, Instant::now());
+            }
+            _ if won.remove(&server).is_some() => {
+                tracing::warn!(server, "connected over UDP again");
+            }
+            _ => {}
+        }
+    }
+}
+
 /// What a client connects over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum TransportChoice {
+    /// QUIC, and 300 ms later a WebSocket as well; the first whose server has proved its key is taken. Where it was the
+    /// WebSocket, both begin at once next time. Each reconnect chooses again: a session goes on over TCP when UDP stops to
+    /// pass, and over QUIC when it passes again.
+    Auto,
     /// QUIC alone.
     #[default]
     Quic,
@@ -770,6 +837,7 @@ impl ClientBuilder {
                 reconnect: self.reconnect,
                 fallbacks,
                 over: self.over,
+                won: Won::default(),
             }),
         })
     }
@@ -1083,7 +1151,7 @@ mod tests {
             let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
             socket.local_addr().unwrap()
         };
-        let attempts = race::in_turn(vec![muted, unbound], None, TransportChoice::Quic);
+        let attempts = race::in_turn(vec![muted, unbound], None, (TransportChoice::Quic, false));
         let url = ConnectUrl::new("name", 1).unwrap();
         let reached = client.dial_any(&url, attempts).await;
         let error = reached.expect_err("nobody is there");

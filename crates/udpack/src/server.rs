@@ -16,7 +16,7 @@ use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::ToSocketAddrs;
+use tokio::net::{TcpStream, ToSocketAddrs};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 use tokio_util::task::TaskTracker;
@@ -247,6 +247,15 @@ impl Server {
             transport: Transport::WebSocket { origin },
         };
         self.inner.shared.listener.take_in(stream, ends).await;
+    }
+
+    /// Sets a TCP connection up that may come to carry a session: small records leave at once, and what is urgent waits
+    /// behind little in the kernel.
+    ///
+    /// # Errors
+    /// When the connection is over.
+    pub fn prepare_tcp(stream: &TcpStream) -> io::Result<()> {
+        crate::transport::websocket::prepare(stream)
     }
 
     /// The bounds that it keeps.

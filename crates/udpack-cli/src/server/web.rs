@@ -80,12 +80,21 @@ fn said(error: WebCertificateError) -> String {
     format!("{:#}", anyhow::Error::new(error))
 }
 
-/// Serves the pages for ever, if there are any.
-pub(super) async fn serve(port: Option<Port>, site: Site, server: &Server) -> anyhow::Result<()> {
+/// Serves the pages for ever, if there are any, and WebSockets for clients beside them.
+pub(super) async fn serve(
+    port: Option<Port>,
+    site: Site,
+    server: &Server,
+    websockets: bool,
+) -> anyhow::Result<()> {
     let Some(port) = port else {
         return std::future::pending().await;
     };
     let site = site.pages(port.pages(server));
+    let site = match websockets {
+        true => site.websockets(server.clone(), port.web),
+        false => site,
+    };
     tokio::select! {
         ended = port.listener.serve(site) => Ok(ended?),
         failed = follow(port.certificate) => failed,

@@ -31,17 +31,18 @@ const PAUSE: Duration = Duration::from_millis(250);
 /// Most addresses of one name that are tried. Each costs a socket until the race is over.
 const MOST: usize = 32;
 
-/// An attempt for each of these addresses: `last`, where it is one of them, before the others, which stay in the
+/// How much later than QUIC a WebSocket is tried: enough for a handshake over most paths.
+const LATER: Duration = Duration::from_millis(300);
+
+/// Attempts at these addresses: `last`, where it is one of them, before the others, which stay in the
 /// order of the resolver; then IPv6 and IPv4 take turns, so that one family without a route does not hold up the other.
+/// Where both transports are tried, each address is by both; `websocket` says that it was the WebSocket which won before, and
+/// need not wait.
 pub(crate) fn in_turn(
     addresses: Vec<SocketAddr>,
     last: Option<SocketAddr>,
-    over: TransportChoice,
+    (over, websocket): (TransportChoice, bool),
 ) -> Vec<Attempt> {
-    let way = match over {
-        TransportChoice::Quic => Way::Quic,
-        TransportChoice::WebSocket => Way::WebSocket,
-    };
     let mut sorted = addresses;
     // Stable: the others keep their order.
     sorted.sort_by_key(|address| Some(*address) != last);
@@ -49,24 +50,42 @@ pub(crate) fn in_turn(
     let (mut these, mut others): (VecDeque<_>, VecDeque<_>) = sorted
         .into_iter()
         .partition(|address| address.is_ipv6() == first_is_v6);
-    let mut attempts = Vec::new();
+    let mut order: Vec<SocketAddr> = Vec::new();
     while let Some(address) = these.pop_front() {
         if !others.is_empty() {
             std::mem::swap(&mut these, &mut others);
         }
-        if attempts
-            .iter()
-            .all(|attempt: &Attempt| attempt.address != address)
-        {
-            attempts.push(Attempt {
-                address,
-                way,
-                pause: PAUSE,
-            });
+        if !order.contains(&address) && order.len() < MOST {
+            order.push(address);
         }
     }
-    attempts.truncate(MOST);
-    attempts
+    let later = match websocket {
+        true => Duration::ZERO,
+        false => LATER,
+    };
+    let ways: &[(Way, Duration)] = match over {
+        TransportChoice::Quic => &[(Way::Quic, Duration::ZERO)],
+        TransportChoice::WebSocket => &[(Way::WebSocket, Duration::ZERO)],
+        TransportChoice::Auto => &[(Way::Quic, Duration::ZERO), (Way::WebSocket, later)],
+    };
+    let mut begins: Vec<_> = order
+        .into_iter()
+        .zip(0..)
+        .flat_map(|(address, turn)| {
+            ways.iter()
+                .map(move |(way, later)| (PAUSE * turn + *later, address, *way))
+        })
+        .collect();
+    begins.sort_by_key(|(at, ..)| *at);
+    let mut before = Duration::ZERO;
+    begins
+        .into_iter()
+        .map(|(at, address, way)| Attempt {
+            address,
+            way,
+            pause: at - std::mem::replace(&mut before, at),
+        })
+        .collect()
 }
 
 /// Makes attempts until one succeeds, and drops those that are under way then. If none does: each with its error, in the order in
@@ -123,7 +142,7 @@ mod tests {
 
     fn order(texts: &[&str], last: Option<&str>) -> Vec<String> {
         let last = last.map(|text| text.parse().unwrap());
-        let attempts = in_turn(addresses(texts), last, TransportChoice::Quic);
+        let attempts = in_turn(addresses(texts), last, (TransportChoice::Quic, false));
         attempts
             .iter()
             .map(|attempt| attempt.address.to_string())
@@ -141,6 +160,39 @@ mod tests {
     }
 
     #[test]
+    fn a_websocket_is_tried_at_each_address_300_ms_behind_quic_or_at_once_where_it_won_before() {
+        let [a, b, _] = V4;
+        for (websocket, expected) in [
+            (
+                false,
+                [
+                    (a, Way::Quic, 0),
+                    (b, Way::Quic, 250),
+                    (a, Way::WebSocket, 50),
+                    (b, Way::WebSocket, 250),
+                ],
+            ),
+            (
+                true,
+                [
+                    (a, Way::Quic, 0),
+                    (a, Way::WebSocket, 0),
+                    (b, Way::Quic, 250),
+                    (b, Way::WebSocket, 0),
+                ],
+            ),
+        ] {
+            let attempts = in_turn(addresses(&[a, b]), None, (TransportChoice::Auto, websocket));
+            let attempts: Vec<_> = attempts
+                .iter()
+                .map(|one| (one.address.to_string(), one.way, one.pause.as_millis()))
+                .collect();
+            let expected = expected.map(|(address, way, pause)| (address.to_owned(), way, pause));
+            assert_eq!(attempts, expected);
+        }
+    }
+
+    #[test]
     fn what_worked_last_comes_first() {
         let ([a, b, c], [x, y, _]) = (V4, V6);
         assert_eq!(order(&[x, y, a, b], Some(b)), [b, x, a, y]);
@@ -151,7 +203,7 @@ mod tests {
     fn a_name_with_very_many_addresses_is_not_tried_at_all_of_them() {
         let many = (0..4000).map(|n| SocketAddr::from(([10, 1, (n >> 8) as u8, n as u8], 1)));
         assert_eq!(
-            in_turn(many.collect(), None, TransportChoice::Quic).len(),
+            in_turn(many.collect(), None, (TransportChoice::Quic, false)).len(),
             MOST
         );
     }
@@ -163,7 +215,7 @@ mod tests {
         let starts = Mutex::new(Vec::new());
         let attempts = (0..outcomes.len()).map(|n| SocketAddr::from(([10, 0, 0, 1], n as u16)));
         let outcome = race(
-            in_turn(attempts.collect(), None, TransportChoice::Quic),
+            in_turn(attempts.collect(), None, (TransportChoice::Quic, false)),
             |attempt| {
                 let number = usize::from(attempt.address.port());
                 let (takes, wins) = outcomes[number];

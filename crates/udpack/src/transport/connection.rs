@@ -254,6 +254,7 @@ pub(crate) enum Endpoint {
 }
 
 impl Endpoint {
+    #[cfg(feature = "testing")]
     pub(crate) fn local_addr(&self) -> io::Result<SocketAddr> {
         match self {
             Self::Quic(endpoint) => endpoint.local_addr(),

@@ -13,7 +13,7 @@ use crate::transport::endpoint::{self, At, FirstWord, Route, Side, Via};
 use crate::transport::qlog::Qlog;
 use crate::transport::{Connection, ConnectionError, Endpoint, quic, trips, websocket};
 use crate::trust::fingerprint::Fingerprint;
-use crate::trust::tls::{PinCheck, PinMismatch, Trust, client_config};
+use crate::trust::tls::{ALPN, PinCheck, PinMismatch, Trust, client_config};
 use crate::wire::config::{CongestionControl, InvalidSetting, Limits, Timeouts};
 #[cfg(feature = "testing")]
 use crate::{transport::mux, trust::origin::Transport};
@@ -77,6 +77,10 @@ impl Dialer {
             client_config(trust).map_err(|error| DialerError::Tls(error.to_string()))?;
         let mut over_tcp = tls.clone();
         over_tcp.alpn_protocols = vec![b"http/1.1".to_vec()];
+        if pin.is_some() {
+            // A server that has another certificate for browsers shows its own to those who offer this.
+            over_tcp.alpn_protocols.push(ALPN.to_vec());
+        }
         let tls =
             QuicClientConfig::try_from(tls).map_err(|error| DialerError::Tls(error.to_string()))?;
         Ok(Self {

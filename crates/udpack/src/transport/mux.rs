@@ -71,6 +71,10 @@ struct Shared {
 /// The two ends of a connection.
 #[derive(Debug, Clone)]
 pub(crate) struct Ends {
+    #[cfg_attr(
+        not(feature = "testing"),
+        expect(dead_code, reason = "tests find a client by it")
+    )]
     pub(crate) local: Option<SocketAddr>,
     pub(crate) remote: SocketAddr,
     pub(crate) transport: Transport,
@@ -185,6 +189,7 @@ impl Connection {
         self.shared().ends.remote
     }
 
+    #[cfg(feature = "testing")]
     pub(super) fn local_addr(&self) -> Option<SocketAddr> {
         self.shared().ends.local
     }

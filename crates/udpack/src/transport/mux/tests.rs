@@ -567,3 +567,61 @@ async fn a_close_arrives_behind_what_was_sent_and_closed_waits_for_it() {
     tasks.close();
     tasks.wait().await;
 }
+
+/// The table of `docs/PROTOCOL.md`, row by row.
+#[test]
+fn the_documents_records_are_ours() {
+    let served = Parameters {
+        idle: 30_000,
+        data: 16 << 10,
+        own_stream: 8 << 20,
+        peers_stream: 8 << 20,
+        one_way: 8 << 20,
+        streams: [4, 0],
+        datagram: 1472,
+        record: 65_535,
+    };
+    let ours: [Bytes; 12] = [
+        record(|b| served.encode(b)),
+        record(|b| {
+            wire::put_stream(b, 0, 0, 2, false);
+            b.extend_from_slice(b"ab");
+        }),
+        record(|b| wire::put_stream(b, 4, 300, 0, true)),
+        record(|b| wire::put_reset(b, 4, 0x32, 5)),
+        record(|b| wire::put_stop(b, 4, 0x42)),
+        record(|b| wire::put_max_data(b, 65_536)),
+        record(|b| wire::put_max_stream_data(b, 4, 1000)),
+        record(|b| {
+            wire::put_max_streams(b, false, 7);
+            wire::put_max_streams(b, true, 2);
+        }),
+        record(|b| {
+            wire::put_ping(b, false, 5);
+            wire::put_ping(b, true, 5);
+        }),
+        record(|b| wire::put_datagram(b, b"\x92\xa2at\x05")),
+        record(|b| wire::put_close(b, true, 0x21, "no")),
+        record(|b| wire::put_close(b, false, 3, "x")),
+    ];
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/PROTOCOL.md");
+    let text = std::fs::read_to_string(path).unwrap();
+    let table = text
+        .split("| record | bytes |\n| --- | --- |\n")
+        .nth(1)
+        .unwrap();
+    let rows: Vec<_> = table
+        .lines()
+        .take_while(|line| line.starts_with('|'))
+        .map(|line| line.trim_matches('|').rsplit_once('|').unwrap())
+        .collect();
+    assert_eq!(rows.len(), ours.len());
+    for ((what, bytes), mut made) in rows.into_iter().zip(ours) {
+        let hex: Vec<_> = made.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(hex.join(" "), bytes.trim().trim_matches('`'), "{what}");
+        while wire::next(&mut made).unwrap().is_some() {}
+    }
+    // And parameters are read back as they were.
+    let mut made = record(|b| served.encode(b));
+    assert_eq!(wire::next(&mut made), Ok(Some(Frame::Parameters(served))));
+}
