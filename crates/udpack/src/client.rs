@@ -473,7 +473,7 @@ impl Won {
 pub enum TransportChoice {
     /// QUIC, and 300 ms later a WebSocket as well; the first whose server has proved its key is taken. Where it was the
     /// WebSocket, both begin at once next time. Each reconnect chooses again: a session goes on over TCP when UDP stops to
-    /// pass, and over QUIC when it passes again.
+    /// pass. It stays there while that connection lasts, also when UDP passes again.
     Auto,
     /// QUIC alone.
     #[default]

@@ -99,6 +99,7 @@ impl Net {
                 seed,
                 path: Path::default(),
                 cut: Cut::default(),
+                no_udp: false,
                 names: HashMap::new(),
                 hosts: Vec::new(),
                 servers: 0,
@@ -182,6 +183,15 @@ impl Net {
     /// Ends a [`cut`](Self::cut) of the whole network. What one client's cut severs stays so.
     pub fn mend(&self) {
         lock(&self.state).cut = Cut::default();
+    }
+
+    /// Lets no packet of UDP pass, or lets them pass again; what goes over TCP passes. As a firewall does.
+    pub fn block_udp(&self, block: bool) {
+        let mut state = lock(&self.state);
+        state.no_udp = block;
+        if block {
+            state.drop_in_flight(None);
+        }
     }
 
     pub(crate) fn set_cut(&self, host: Option<usize>, cut: Cut) {
@@ -468,6 +478,8 @@ struct State {
     seed: u64,
     path: Path,
     cut: Cut,
+    /// No packet passes, but byte streams do.
+    no_udp: bool,
     names: HashMap<String, Vec<IpAddr>>,
     /// The clients, in the order in which they were attached.
     hosts: Vec<HostState>,
@@ -613,7 +625,7 @@ impl State {
             &mut host.down
         };
         let fate = lane.fate();
-        if self.cut.holds(now) || host.cut.holds(now) {
+        if self.no_udp || self.cut.holds(now) || host.cut.holds(now) {
             self.traffic.cut += 1;
             return None;
         }
