@@ -22,6 +22,10 @@ fn on(host: &Host, program: &str, dir: &Path) -> Command {
 
 /// `udpack-server` on the server's host.
 fn serve(hosts: &Hosts) -> Server {
+    serve_with(hosts, &[])
+}
+
+fn serve_with(hosts: &Hosts, args: &[&str]) -> Server {
     let dir = workdir();
     let mut command = on(
         &hosts.server,
@@ -29,6 +33,7 @@ fn serve(hosts: &Hosts) -> Server {
         dir.path(),
     );
     command.args(["--listen", "[::]:4433", "--public-host", "10.203.0.2"]);
+    command.args(args);
     Server::started(command, dir)
 }
 
@@ -65,7 +70,8 @@ fn a_network_that_works_is_called_so_on_one_screen() {
         "  udp    answers, ",
         "  mtu    datagrams of up to 1472 bytes arrive, of 1472 tried",
         "  tls    the expected server, ",
-        "  tcp    refused: nobody listens there",
+        "  tcp    open, ",
+        "  wss    the expected server, ",
         "session  let in; 20 pings, min/avg/max ",
         "proxy    none",
         "clock    20",
@@ -94,7 +100,7 @@ fn a_network_that_works_is_called_so_on_one_screen() {
 #[test]
 fn no_udp() {
     let Some(hosts) = Hosts::new() else { return };
-    let server = serve(&hosts);
+    let server = serve_with(&hosts, &["--no-tcp"]);
     hosts.server.nft("meta l4proto udp", "drop");
     // TCP is refused, and then taken.
     for open in [false, true] {
@@ -117,6 +123,33 @@ fn no_udp() {
         let tcp = if open { "ok" } else { "refused" };
         assert_eq!(report["addresses"][0]["tcp"]["status"], tcp, "{report}");
     }
+}
+
+#[test]
+fn no_udp_and_a_server_that_takes_websockets() {
+    let Some(hosts) = Hosts::new() else { return };
+    let server = serve(&hosts);
+    hosts.server.nft("meta l4proto udp", "drop");
+    let out = doctor(&hosts, &server.url(), &["--json"]);
+    let (report, code) = report(&out);
+    assert_eq!(
+        (report["cause"].as_str(), code),
+        (Some("no_udp"), 0),
+        "{report}"
+    );
+    let text = report["text"].as_str().expect("a text");
+    assert!(text.contains("sessions go over TCP, port 4433"), "{text}");
+    assert_eq!(report["addresses"][0]["wss"]["status"], "ok", "{report}");
+    // And so they do, with no flag.
+    let dir = workdir();
+    std::fs::write(dir.path().join("file"), b"over TCP").expect("a file");
+    let program = env!("CARGO_BIN_EXE_udpack-client");
+    let mut put = on(&hosts.client, program, dir.path());
+    put.env("UDPACK_URL", server.url()).args(["put", "file"]);
+    let put = exited(&mut put);
+    assert_eq!(put.code, 0, "{put:?}");
+    assert!(put.stderr.contains("connected over TCP"), "{put:?}");
+    assert!(put.stdout.starts_with("file  8  "), "{put:?}");
 }
 
 #[test]
