@@ -1392,8 +1392,8 @@ mod tests {
             let connects = command.get_arguments().any(|arg| arg.get_id() == "to");
             for arg in command.get_arguments() {
                 let expected = match arg.get_id().as_str() {
-                    "to" | "keys" | "token_file" | "fingerprint" | "cc" | "connect_timeout"
-                    | "qlog"
+                    "to" | "keys" | "token_file" | "fingerprint" | "transport" | "cc"
+                    | "connect_timeout" | "qlog"
                         if connects =>
                     {
                         Some("Connection")
@@ -1402,7 +1402,7 @@ mod tests {
                     "json" => arg.get_help_heading(),
                     _ => None,
                 };
-                assert_eq!(arg.get_help_heading(), expected, "{name} {arg}");
+                assert_eq!(arg.get_help_heading(), expected, "{name} {}", arg.get_id());
             }
             command.get_subcommands().for_each(check);
         }
