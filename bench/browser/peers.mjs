@@ -6,7 +6,7 @@
  *   node bench/browser/peers.mjs [OPTION…]        as root: in a network namespace of its own, whose bytes are counted
  *
  *   --bin DIR       udpack-server; default: target/release
- *   --peers DIR     where the others are; default: /tmp/peers. What is not there is left out, and it is said how to get it
+ *   --peers DIR     where the others are; default: target/peers. What is not there is left out, and it is said how to get it
  *   --size 1G       of the large file
  *   --rounds 3      in each, every server has one turn at each of the three
  *   --ways A,B      only these
@@ -33,7 +33,7 @@ const target = process.env.CARGO_TARGET_DIR ?? `${repository}target`;
 const { values: options } = parseArgs({
   options: {
     bin: { type: 'string', default: `${target}/release` },
-    peers: { type: 'string', default: '/tmp/peers' },
+    peers: { type: 'string', default: 'target/peers' },
     size: { type: 'string', default: '1G' },
     rounds: { type: 'string', default: '3' },
     ways: { type: 'string' },
