@@ -46,18 +46,25 @@ impl Open {
 
 #[derive(Debug, Default)]
 struct Account {
-    used: u64,
+    /// Below zero for a moment where what goes is counted before what came: threads count after they have changed the disk.
+    used: i128,
     /// Bytes published since the account was made: tells a count under way what it may have missed.
     published: u64,
     /// When the files were last counted; `None` when `used` says nothing.
     counted: Option<Instant>,
 }
 
+impl Account {
+    fn used(&self) -> u64 {
+        u64::try_from(self.used.max(0)).unwrap_or(u64::MAX)
+    }
+}
+
 impl Accounts {
     /// `used` is what lies below the root, if that was counted.
     pub(super) fn new(used: Option<u64>) -> Self {
         let root = Account {
-            used: used.unwrap_or(0),
+            used: used.unwrap_or(0).into(),
             published: 0,
             counted: used.map(|_| Instant::now()),
         };
@@ -70,13 +77,13 @@ impl Accounts {
 
     /// Bytes of the files below the prefix, as far as they were counted.
     pub(super) fn used(&self, prefix: &Option<RelPath>) -> u64 {
-        self.accounts.get(prefix).map_or(0, |account| account.used)
+        self.accounts.get(prefix).map_or(0, Account::used)
     }
 
     /// The same, and `None` where they were not counted.
     pub(super) fn counted(&self, prefix: &Option<RelPath>) -> Option<u64> {
         let account = self.accounts.get(prefix)?;
-        account.counted.map(|_| account.used)
+        account.counted.map(|_| account.used())
     }
 
     /// Bytes promised to open uploads below the prefix.
@@ -120,7 +127,9 @@ impl Accounts {
     /// Ends the count that gave `before`.
     pub(super) fn end_count(&mut self, prefix: &Option<RelPath>, before: u64, counted: u64) {
         let account = self.accounts.entry(prefix.clone()).or_default();
-        account.used = counted.saturating_add(account.published.saturating_sub(before));
+        account.used = counted
+            .saturating_add(account.published.saturating_sub(before))
+            .into();
         account.counted = Some(Instant::now());
     }
 
@@ -165,7 +174,7 @@ impl Accounts {
     pub(super) fn added(&mut self, path: &RelPath, bytes: u64) {
         for (prefix, account) in &mut self.accounts {
             if is_below(path, prefix) {
-                account.used = account.used.saturating_add(bytes);
+                account.used += i128::from(bytes);
                 account.published = account.published.saturating_add(bytes);
             }
         }
@@ -181,6 +190,16 @@ impl Accounts {
     /// An upload is over, with what was promised to it.
     pub(super) fn close(&mut self, upload: u64) {
         self.uploads.remove(&upload);
+        self.settle();
+    }
+
+    /// What is below zero once nothing is under way was never counted: others put it there, and it is gone.
+    fn settle(&mut self) {
+        if self.uploads.is_empty() {
+            for account in self.accounts.values_mut() {
+                account.used = account.used.max(0);
+            }
+        }
     }
 
     /// The upload is published, which counts `size`; what went for it counted `replaced`.
@@ -190,7 +209,7 @@ impl Accounts {
         };
         for (prefix, account) in &mut self.accounts {
             if is_below(path, prefix) {
-                account.used = account.used.saturating_add(size).saturating_sub(replaced);
+                account.used += i128::from(size) - i128::from(replaced);
                 account.published = account.published.saturating_add(size);
             }
         }
@@ -205,9 +224,10 @@ impl Accounts {
             if inside {
                 account.counted = None;
             } else if is_below(path, prefix) {
-                account.used = account.used.saturating_sub(bytes);
+                account.used -= i128::from(bytes);
             }
         }
+        self.settle();
     }
 
     /// As if the last counts were long ago; false when the clock does not reach that far back.

@@ -482,6 +482,15 @@ fn what_many_make_replace_and_remove_at_once_is_counted_once() {
 }
 
 #[test]
+fn what_others_put_there_is_not_credited_when_it_goes() {
+    let (dir, store) = open(StoreConfig::default());
+    fs::write(dir.path().join("theirs"), vec![0; 5000]).unwrap();
+    store.remove(&path("theirs"), false).unwrap();
+    put(&store, "ours", b"ten bytes!", IfExists::Error).unwrap();
+    assert_eq!(store.usage().used, 10);
+}
+
+#[test]
 fn the_link_fallback_replaces_nothing_either() {
     let (dir, mut store) = open(StoreConfig::default());
     Arc::get_mut(&mut store.inner)
