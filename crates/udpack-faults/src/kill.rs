@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum};
 
 use crate::ledger::leftovers;
-use crate::load::{Load, Running};
+use crate::load::{Load, Must, Running};
 use crate::rig::{self, Rig};
 use crate::rng::Rng;
 
@@ -69,7 +69,7 @@ pub(crate) fn run(args: &KillArgs, rig: &Rig, mut rng: Rng) -> anyhow::Result<bo
         let instant = Duration::from_millis(load.rng.range(5, 300));
         match victim {
             Victim::Nobody => {
-                load.settle(running, true)?;
+                load.settle(running, Must::Always)?;
                 load.finish()?;
                 load.ledger.check(&uploads, false)?;
                 if cycle % CLEAR_EVERY < args.finish_every && cycle != args.cycles {
@@ -86,7 +86,7 @@ pub(crate) fn run(args: &KillArgs, rig: &Rig, mut rng: Rng) -> anyhow::Result<bo
                     server.kill();
                     kill_all(&mut running);
                 }
-                load.settle(running, false)?;
+                load.settle(running, Must::Not)?;
                 load.ledger.check(&uploads, false)?;
                 load.edit_some(&uploads)?;
                 server = rig.server(port, &uploads)?;
@@ -98,7 +98,7 @@ pub(crate) fn run(args: &KillArgs, rig: &Rig, mut rng: Rng) -> anyhow::Result<bo
                 } else if let Some(first) = running.first_mut() {
                     first.put.kill();
                 }
-                load.settle(running, false)?;
+                load.settle(running, Must::Not)?;
                 load.ledger.check(&uploads, false)?;
             }
             Victim::Server => {
@@ -106,7 +106,11 @@ pub(crate) fn run(args: &KillArgs, rig: &Rig, mut rng: Rng) -> anyhow::Result<bo
                 server.kill();
                 thread::sleep(Duration::from_millis(load.rng.range(0, 40)));
                 server = rig.server(port, &uploads)?;
-                load.settle(running, args.recovery == Recovery::On)?;
+                let must = match args.recovery {
+                    Recovery::On => Must::OnceMet,
+                    Recovery::Off => Must::Not,
+                };
+                load.settle(running, must)?;
                 load.ledger.check(&uploads, false)?;
             }
         }

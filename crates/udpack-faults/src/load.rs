@@ -54,6 +54,17 @@ pub(crate) struct Load {
     made: u64,
 }
 
+/// Which commands have to succeed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Must {
+    /// None: they were disturbed.
+    Not,
+    /// Those that had met the server before it was killed.
+    OnceMet,
+    /// All of them.
+    Always,
+}
+
 impl Load {
     /// Makes the sources: of all kinds of sizes, below and above what is special to the server.
     pub(crate) fn new(rig: &Rig, port: u16, mut rng: Rng, large: &[u64]) -> anyhow::Result<Self> {
@@ -104,10 +115,15 @@ impl Load {
     /// Waits for commands that were killed or that nothing disturbs any more, and takes down what they told.
     ///
     /// With `must`, each has to succeed. Returns whether all did.
-    pub(crate) fn settle(&mut self, running: Vec<Running>, must: bool) -> anyhow::Result<bool> {
+    pub(crate) fn settle(&mut self, running: Vec<Running>, must: Must) -> anyhow::Result<bool> {
         let mut all = true;
         for Running { task, put } in running {
             let told = put.finish(PATIENCE)?;
+            let must = match must {
+                Must::Not => false,
+                Must::OnceMet => !told.unmet,
+                Must::Always => true,
+            };
             all &= self.take(task, &told, must)?;
         }
         Ok(all)
@@ -122,7 +138,7 @@ impl Load {
                 .into_iter()
                 .map(|task| self.run(task))
                 .collect::<anyhow::Result<Vec<_>>>()?;
-            self.settle(running, true)?;
+            self.settle(running, Must::Always)?;
             tasks = rest;
         }
         Ok(())

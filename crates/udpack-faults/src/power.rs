@@ -12,7 +12,7 @@ use anyhow::{Context as _, bail};
 use clap::Args;
 
 use crate::ledger::leftovers;
-use crate::load::{Load, PATIENCE, Running};
+use crate::load::{Load, Must, PATIENCE, Running};
 use crate::rig::{self, Rig};
 use crate::rng::Rng;
 
@@ -98,7 +98,7 @@ pub(crate) fn run(args: &PowerArgs, rig: &Rig, mut rng: Rng) -> anyhow::Result<b
         let clients = 2 + load.rng.index(2);
         let mut running = load.start(clients)?;
         if finishing {
-            load.settle(running, true)?;
+            load.settle(running, Must::Always)?;
             load.finish()?;
             running = Vec::new();
             if server.ended()?.is_some() {
@@ -118,7 +118,7 @@ pub(crate) fn run(args: &PowerArgs, rig: &Rig, mut rng: Rng) -> anyhow::Result<b
             running.put.kill();
         }
         server.kill();
-        load.settle(running, false)?;
+        load.settle(running, Must::Not)?;
         disk.unmount()?;
         if cycle % TELL_EVERY == 0 {
             let tally = load.ledger.tally;

@@ -251,6 +251,8 @@ pub(crate) struct Told {
     pub(crate) success: bool,
     /// It had to be killed because it did not end in time.
     pub(crate) stuck: bool,
+    /// It ended over the network before it sent a byte: nobody was there when it came, which it does not try again.
+    pub(crate) unmet: bool,
 }
 
 impl Put {
@@ -313,6 +315,8 @@ impl Told {
         } else if let Some(error) = text("error") {
             let path = text("path").unwrap_or("all");
             self.errors.push(format!("{path}: {error}"));
+            let none = |key: &str| line.get(key).and_then(Value::as_u64) == Some(0);
+            self.unmet = text("error_kind") == Some("network") && none("sent") && none("failed");
         }
     }
 }
