@@ -170,9 +170,18 @@ impl Whole {
 
     /// Publishes in place of a regular file, and returns what that file counted.
     fn replace(&mut self, inner: &Inner, dir: &Dir, name: &str) -> Result<u64, StoreError> {
-        let failed = |action, e| inner.disk.error(action, &self.path, e);
+        let path = self.path.clone();
+        let failed = |action, e| inner.disk.error(action, &path, e);
         let _replacing = inner.replacing();
-        let replaced = match disk::look(dir, name).map_err(|e| failed("look up a name", e))? {
+        let mut there = disk::look(dir, name).map_err(|e| failed("look up a name", e))?;
+        if there.is_none() {
+            // Removed meanwhile. Whoever publishes another now does so without the lock.
+            if self.try_name(inner, dir, name)? {
+                return Ok(0);
+            }
+            there = disk::look(dir, name).map_err(|e| failed("look up a name", e))?;
+        }
+        let replaced = match there {
             Some(metadata) if !metadata.is_file() => return Err(self.exists()),
             Some(metadata) => charge(metadata.len()),
             None => 0,
