@@ -3,12 +3,13 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use quinn::crypto::rustls::QuicClientConfig;
 use tokio::time::Instant;
 
+use crate::base::lock;
 use crate::transport::endpoint::{self, At, FirstWord, Route, Side, Via};
 use crate::transport::qlog::Qlog;
 use crate::transport::{Connection, ConnectionError, Endpoint, quic, trips, websocket};
@@ -30,7 +31,12 @@ pub(crate) struct Dialer {
     via: Via,
     local: Option<SocketAddr>,
     qlog: Option<Qlog>,
+    /// Where on this machine the way was last shown to be whole, for which payload, and when.
+    proved: Mutex<Option<(SocketAddr, u16, Instant)>>,
 }
+
+/// For so long nobody need show it again: a forwarder that takes the port meanwhile is found by its losses.
+const PROVED_FOR: Duration = Duration::from_secs(60);
 
 /// Why a [`Dialer`] could not be made.
 pub(crate) enum DialerError {
@@ -93,6 +99,7 @@ impl Dialer {
             via,
             local,
             qlog: qlog.map(|dir| Qlog::new(dir, "client")),
+            proved: Mutex::new(None),
         })
     }
 
@@ -117,7 +124,7 @@ impl Dialer {
             };
             SocketAddr::new(any, 0)
         });
-        let route = self.via.proved_route_to(address).await;
+        let route = self.proved_route_to(address).await;
         let route = route.map_err(|_| DialError::Refused("connection refused".to_owned()))?;
         let heard = FirstWord::default();
         let (endpoint, _) = self
@@ -185,6 +192,27 @@ impl Dialer {
             }
         };
         Ok((Connection::Mux(conn.clone()), Endpoint::Mux(conn)))
+    }
+
+    /// See [`Via::proved_route_to`]. What the last proof showed counts for a while: it costs as much as a handshake.
+    async fn proved_route_to(&self, address: SocketAddr) -> io::Result<Option<Route>> {
+        let last = *lock(&self.proved);
+        if let Some((at, payload, when)) = last
+            && at == address
+            && when.elapsed() < PROVED_FOR
+            && let Some(route) = self.via.route_to(address)
+            && route.payload == payload
+        {
+            return Ok(Some(Route {
+                proved: true,
+                ..route
+            }));
+        }
+        let route = self.via.proved_route_to(address).await?;
+        if let Some(route) = route.filter(|route| route.proved) {
+            *lock(&self.proved) = Some((address, route.payload, Instant::now()));
+        }
+        Ok(route)
     }
 
     /// The settings of one more connection, to this address by this route.
