@@ -102,6 +102,15 @@ pub(crate) async fn race<T, E, F: Future<Output = Result<T, E>>>(
     let mut failed: Vec<(usize, Attempt, E)> = Vec::new();
     let mut due = Instant::now();
     loop {
+        // Not by a timer where there is nothing to wait for: that takes a millisecond.
+        while Instant::now() >= due
+            && let Some((at, attempt)) = waiting.next()
+        {
+            let made = make(attempt);
+            running.push(async move { (at, attempt, made.await) });
+            let pause = waiting.peek().map(|(_, next)| next.pause);
+            due = Instant::now() + pause.unwrap_or_default();
+        }
         tokio::select! {
             biased;
             Some((at, attempt, ended)) = running.next() => match ended {
@@ -111,14 +120,7 @@ pub(crate) async fn race<T, E, F: Future<Output = Result<T, E>>>(
                     due = Instant::now();
                 }
             },
-            () = tokio::time::sleep_until(due), if waiting.peek().is_some() => {
-                if let Some((at, attempt)) = waiting.next() {
-                    let made = make(attempt);
-                    running.push(async move { (at, attempt, made.await) });
-                }
-                let pause = waiting.peek().map(|(_, next)| next.pause);
-                due = Instant::now() + pause.unwrap_or_default();
-            }
+            () = tokio::time::sleep_until(due), if waiting.peek().is_some() => {}
             else => break,
         }
     }
