@@ -6,15 +6,14 @@ mod raw;
 
 use std::fs;
 use std::future::{Future, IntoFuture as _};
-use std::os::unix::fs::PermissionsExt as _;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{Fixture, noise};
+use common::{Fixture, noise, token, token_file};
 use raw::{RawLane, V, chunk, file, finish, get, map};
 use tokio::sync::Notify;
-use udpack::{Channel, CloseCode, Drain, RequestError, Socket, TokenFile};
+use udpack::{Channel, CloseCode, Drain, RequestError, Socket};
 use udpack_transfer::{
     Accepted, Answer, Code, Control, Hook, HookOffer, HookStored, HookWhole, JOBS_CHANNEL, Job,
     JobState, Jobs, JobsEvent, Phase, Receiver, ReceiverConfig, Remote, STATS_CHANNEL, ServerStats,
@@ -63,14 +62,7 @@ impl World {
         let store = Store::open(dir.path().join("up"), StoreConfig::default()).expect("a store");
         let receiver = change(Receiver::new(store, config));
         let tokens = dir.path().join("tokens");
-        let lines: String = CLIENTS
-            .iter()
-            .map(|(name, fields)| format!("{name} {} {fields}\n", token(name)))
-            .collect();
-        fs::write(&tokens, lines).expect("a file");
-        let private = fs::Permissions::from_mode(0o600);
-        fs::set_permissions(&tokens, private).expect("a file of ours");
-        let tokens = TokenFile::open(&tokens).expect("sound entries");
+        let tokens = token_file(&tokens, CLIENTS);
         let control = Control::new(&receiver);
         let more = |server| control.attach(server);
         let fixture = Fixture::serve_more(dir, receiver.clone(), tokens, more).await;
@@ -93,10 +85,6 @@ impl World {
         let lane = RawLane::open(&socket).await;
         (socket, lane)
     }
-}
-
-fn token(name: &str) -> String {
-    format!("{name}-has-a-token-that-only-tests-know")
 }
 
 /// The state when it is this.

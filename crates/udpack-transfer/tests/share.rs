@@ -2,11 +2,10 @@
 
 mod common;
 
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use common::{Fixture, bounded, drain, rel};
+use common::{Fixture, bounded, drain, rel, token, token_file};
 use udpack::{Client, CloseCode, ConnectError, Socket, TokenFile, claimed_token};
 use udpack_transfer::{
     Code, Receiver, ReceiverConfig, RelPath, Remote, ShareWish, Source, Store, StoreConfig,
@@ -24,10 +23,6 @@ const CLIENTS: &[(&str, &str)] = &[
     ("reader", "scope=read,share"),
 ];
 
-fn token(name: &str) -> String {
-    format!("{name}-has-a-token-that-only-tests-know")
-}
-
 struct World {
     fixture: Fixture,
     tokens: PathBuf,
@@ -41,13 +36,8 @@ impl World {
     async fn with(config: ReceiverConfig) -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let store = Store::open(dir.path().join("up"), StoreConfig::default()).expect("a store");
-        let lines = CLIENTS.iter();
-        let lines = lines.map(|(name, fields)| format!("{name} {} {fields}\n", token(name)));
         let path = dir.path().join("tokens");
-        std::fs::write(&path, lines.collect::<String>()).expect("a file");
-        let private = std::fs::Permissions::from_mode(0o600);
-        std::fs::set_permissions(&path, private).expect("a file of ours");
-        let tokens = TokenFile::open(&path).expect("sound entries");
+        let tokens = token_file(&path, CLIENTS);
         let web = Some("https://files.example/".to_owned());
         let receiver = Receiver::new(store, config).sharing(tokens.clone(), web);
         let fixture = Fixture::serve(dir, receiver, tokens).await;

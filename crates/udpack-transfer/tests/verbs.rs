@@ -16,14 +16,14 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use common::{Fixture, bounded, noise};
+use common::{Fixture, bounded, noise, token, token_file};
 use raw::{
     Heard, RawLane, Say, V, cancel, chunk, dir, file, finish, get, link, map, put, ranges,
     resumable, with, without,
 };
 use serde::Deserialize;
 use tokio::sync::Notify;
-use udpack::{Channel, CloseCode, Deny, Hello, Limits, Peer, RequestError, Socket, TokenFile};
+use udpack::{Channel, CloseCode, Deny, Hello, Limits, Peer, RequestError, Socket};
 use udpack_transfer::wire::MetaFields;
 use udpack_transfer::{
     Accepted, Answer, Hook, HookAccess, HookOffer, HookStored, HookWhole, JOBS_CHANNEL, Limiter,
@@ -49,10 +49,6 @@ const CLIENTS: &[(&str, &str)] = &[
 ];
 
 /// The token of one of them.
-fn token(name: &str) -> String {
-    format!("{name}-has-a-token-that-only-tests-know")
-}
-
 struct World {
     fixture: Fixture,
     files: u64,
@@ -72,14 +68,7 @@ impl World {
         let store = Store::open(dir.path().join("up"), store).expect("a store");
         let receiver = change(Receiver::new(store, ReceiverConfig::default()));
         let tokens = dir.path().join("tokens");
-        let lines: String = CLIENTS
-            .iter()
-            .map(|(name, fields)| format!("{name} {} {fields}\n", token(name)))
-            .collect();
-        fs::write(&tokens, lines).expect("a file");
-        let private = fs::Permissions::from_mode(0o600);
-        fs::set_permissions(&tokens, private).expect("a file of ours");
-        let tokens = TokenFile::open(&tokens).expect("sound entries");
+        let tokens = token_file(&tokens, CLIENTS);
         let fixture = Fixture::serve(dir, receiver, tokens).await;
         Self { fixture, files: 0 }
     }

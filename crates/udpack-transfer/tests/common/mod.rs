@@ -8,7 +8,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 use udpack::{
     Authenticate, Client, CloseCode, Deny, Hello, Identity, Limits, Peer, Server, ServerBuilder,
-    Socket,
+    Socket, TokenFile,
 };
 use udpack_transfer::{
     Event, Outcome, Receiver, ReceiverConfig, RelPath, Source, Store, StoreConfig, StoreError,
@@ -248,4 +248,22 @@ pub(crate) async fn drain(
     assert_eq!(progress.files_done, progress.files);
     done.sort_by_key(|outcome| outcome.index);
     (done, failed)
+}
+
+/// The token of the client with this name.
+pub(crate) fn token(name: &str) -> String {
+    format!("{name}-has-a-token-that-only-tests-know")
+}
+
+/// A token file at this path, with an entry for each client: its name and its fields.
+pub(crate) fn token_file(path: &Path, clients: &[(&str, &str)]) -> TokenFile {
+    use std::os::unix::fs::PermissionsExt as _;
+    let lines: String = clients
+        .iter()
+        .map(|(name, fields)| format!("{name} {} {fields}\n", token(name)))
+        .collect();
+    std::fs::write(path, lines).expect("a file");
+    let private = std::fs::Permissions::from_mode(0o600);
+    std::fs::set_permissions(path, private).expect("a file of ours");
+    TokenFile::open(path).expect("sound entries")
 }
