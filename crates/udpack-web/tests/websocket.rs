@@ -13,6 +13,9 @@ use udpack::{
 };
 use udpack_web::{HttpListener, Site};
 
+#[path = "../../udpack/tests/hostile/tls.rs"]
+mod trusting;
+
 const LOCAL: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 0);
 
 async fn bounded<F: Future>(future: F) -> F::Output {
@@ -118,10 +121,7 @@ async fn tcp_is_taken_where_udp_is_silent() {
 async fn answer(server: &Server, address: SocketAddr, request: &str) -> Option<u16> {
     let certificates = server.certificate_hashes();
     assert!(!certificates.is_empty());
-    let config = rustls::ClientConfig::builder()
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(trust::Anyone::new()))
-        .with_no_client_auth();
+    let config = trusting::tls(&[b"http/1.1"]);
     let tcp = TcpStream::connect(address).await.unwrap();
     let name = "localhost".try_into().unwrap();
     let connector = TlsConnector::from(Arc::new(config));
@@ -196,55 +196,4 @@ async fn what_asks_for_no_websocket_as_it_should_gets_a_status() {
         assert!(socket.is_ok());
     })
     .await;
-}
-
-mod trust {
-    use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-    use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-    use rustls::{DigitallySignedStruct, Error, SignatureScheme};
-
-    /// Whose certificate it is, is not what is tested.
-    #[derive(Debug)]
-    pub(super) struct Anyone;
-
-    impl Anyone {
-        pub(super) fn new() -> Self {
-            Self
-        }
-    }
-
-    impl ServerCertVerifier for Anyone {
-        fn verify_server_cert(
-            &self,
-            _: &CertificateDer<'_>,
-            _: &[CertificateDer<'_>],
-            _: &ServerName<'_>,
-            _: &[u8],
-            _: UnixTime,
-        ) -> Result<ServerCertVerified, Error> {
-            Ok(ServerCertVerified::assertion())
-        }
-
-        fn verify_tls12_signature(
-            &self,
-            _: &[u8],
-            _: &CertificateDer<'_>,
-            _: &DigitallySignedStruct,
-        ) -> Result<HandshakeSignatureValid, Error> {
-            Ok(HandshakeSignatureValid::assertion())
-        }
-
-        fn verify_tls13_signature(
-            &self,
-            _: &[u8],
-            _: &CertificateDer<'_>,
-            _: &DigitallySignedStruct,
-        ) -> Result<HandshakeSignatureValid, Error> {
-            Ok(HandshakeSignatureValid::assertion())
-        }
-
-        fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-            vec![SignatureScheme::ECDSA_NISTP256_SHA256]
-        }
-    }
 }
