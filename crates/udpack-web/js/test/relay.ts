@@ -9,6 +9,8 @@ export class Relay {
   passed = 0;
   /** Loses everything, so that nobody learns anything, until it is false again. */
   silent = false;
+  /** Loses longer packets on their way to the server: what a file is made of does not get there, messages do. */
+  longest = Infinity;
   private front: Socket | undefined;
   private readonly backs = new Map<number, Socket>();
 
@@ -46,7 +48,7 @@ export class Relay {
     this.front = front;
     front.on('error', () => {});
     front.on('message', (bytes, from) => {
-      if (this.silent) return;
+      if (this.silent || bytes.length > this.longest) return;
       let back = this.backs.get(from.port);
       if (!back) {
         back = createSocket('udp4');
