@@ -2,15 +2,15 @@
 
 pub(crate) mod calls;
 pub(crate) mod carrier;
+pub(crate) mod channel_core;
 pub(crate) mod inbox;
 pub(crate) mod items;
 pub(crate) mod outbox;
 pub(crate) mod overflow;
 pub(crate) mod pace;
-pub(crate) mod pipe;
 pub(crate) mod request;
 pub(crate) mod resume;
-pub(crate) mod turns;
+pub(crate) mod write_scheduler;
 pub(crate) mod writer;
 
 use std::any::Any;
@@ -26,10 +26,10 @@ use futures_util::future::BoxFuture;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::channel::carrier::{Carrier, ChannelKey, End, Line, lost};
+use crate::channel::carrier::{Carrier, ChannelKey, End, SessionConnection, lost};
+use crate::channel::channel_core::ChannelCore;
 use crate::channel::inbox::{Ending, Inbox};
 use crate::channel::outbox::{Outbox, PushError};
-use crate::channel::pipe::Pipe;
 use crate::channel::writer::Way;
 use crate::metrics::speed::{Counters, SpeedMeter, Stats};
 use crate::metrics::{Count, Words};
@@ -66,7 +66,7 @@ pub(crate) struct Inner {
     /// What the channel keeps for the session it belongs to.
     owner: Box<dyn Any + Send + Sync>,
     /// The connection it began on. A handle that a program keeps must not keep what a lost one still holds to send.
-    conn: Weak<Line>,
+    conn: Weak<SessionConnection>,
     opened: Opened,
     pub(crate) outbox: Arc<Outbox>,
     pub(crate) inbox: Arc<Inbox>,
@@ -110,7 +110,7 @@ impl Channel {
         owner: Box<dyn Any + Send + Sync>,
         opened: Opened,
         own: bool,
-        (way, link): (Way, u64),
+        (way, number): (Way, u64),
         inbox: Inbox,
         counters: Arc<Counters>,
     ) -> Self {
@@ -128,11 +128,11 @@ impl Channel {
             opened.priority,
             budget,
             counters.clone(),
-            carrier.tally.clone(),
+            carrier.counts.clone(),
         );
         let inbox = Arc::new(inbox);
         let end = Arc::new(End::default());
-        let pipe = Arc::new(Pipe {
+        let core = Arc::new(ChannelCore {
             key,
             priority: opened.priority,
             name: (!own && opened.resumable).then(|| opened.name.as_str().into()),
@@ -142,23 +142,23 @@ impl Channel {
             counters: counters.clone(),
             end: end.clone(),
             registration: carrier.next_registration(),
-            link: AtomicU64::new(link),
+            connection_number: AtomicU64::new(number),
         });
-        carrier.register(pipe.registration, &pipe);
-        carrier.tally.one(Count::Channels);
+        carrier.register(core.registration, &core);
+        carrier.counts.one(Count::Channels);
         let first = way.conn.clone();
-        pipe.spawn_writer(&carrier, way);
+        core.spawn_writer(&carrier, way);
         inbox.belongs_to(key, opened.resumable);
         if opened.resumable {
-            carrier.keep(&pipe);
+            carrier.keep(&core);
             // Those that are kept have been ended by then.
             if let Some(reason) = carrier.end.get() {
-                pipe.fail(&carrier, reason);
+                core.fail(&carrier, reason);
             }
-            let (conn, now) = carrier.link();
-            if own && now != link {
+            let (conn, now) = carrier.current();
+            if own && now != number {
                 // The connection was exchanged in the meantime, and this channel was not among those kept.
-                carrier.tasks.spawn(pipe.reopen(carrier.clone(), conn, now));
+                carrier.tasks.spawn(core.reopen(carrier.clone(), conn, now));
             }
         }
         Self {
@@ -417,7 +417,7 @@ impl Channel {
 
     pub(crate) async fn send_fault(&self, fault: &Fault, id: u64) -> Result<(), SendError> {
         let carrier = &self.inner.carrier;
-        carrier.tally.word(Words::FaultsSent, &fault.code);
+        carrier.counts.word(Words::FaultsSent, &fault.code);
         match control::encode_fault(fault, id, carrier.frame_limit()) {
             Some(frame) => self.send_frame(frame).await,
             None => Ok(()),

@@ -16,10 +16,10 @@ use tracing::field::Empty;
 use crate::base::lock;
 use crate::channel::inbox::Inbox;
 use crate::client::race::{Attempt, Way};
-use crate::metrics::Tally;
+use crate::metrics::Counts;
 use crate::metrics::speed::Counters;
 use crate::session::default_agent;
-use crate::session::driver::{Comeback, Control, Link, Redial, live};
+use crate::session::driver::{Comeback, Control, Established, Redial, live};
 use crate::session::lifetime::{TokenSource, check_token};
 use crate::session::reconnect::{Outage, Reconnect, SocketState};
 use crate::session::service::{Registry, ServeChannel};
@@ -144,7 +144,7 @@ impl Client {
                 settings.limits.clone(),
                 settings.timeouts.clone(),
                 Counters::root(),
-                Tally::root(),
+                Counts::root(),
                 settings.reconnect.is_some(),
             )
         });
@@ -231,11 +231,11 @@ impl Client {
     }
 
     /// Connects to the first of the servers that can be reached, and says which it is.
-    async fn reach_any(&self, url: &ConnectUrl) -> Result<(Link, usize), ConnectError> {
+    async fn reach_any(&self, url: &ConnectUrl) -> Result<(Established, usize), ConnectError> {
         let mut errors = Vec::new();
         for (at, (url, client)) in self.servers(url).enumerate() {
             match client.reach(url, None, None).await {
-                Ok(link) => return Ok((link, at)),
+                Ok(established) => return Ok((established, at)),
                 Err(error) => errors.push((url.authority(), error)),
             }
         }
@@ -255,7 +255,7 @@ impl Client {
         url: &ConnectUrl,
         ticket: Option<ResumeTicket>,
         last: Option<SocketAddr>,
-    ) -> Result<Link, ConnectError> {
+    ) -> Result<Established, ConnectError> {
         let token = self.inner.token.token(self.inner.timeouts.request).await;
         let token = token.map_err(ConnectError::Token)?;
         check_token(&token)?;
@@ -323,7 +323,7 @@ impl Client {
         endpoint: Endpoint,
         token: &str,
         ticket: Option<ResumeTicket>,
-    ) -> Result<Link, ConnectError> {
+    ) -> Result<Established, ConnectError> {
         let settings = &self.inner;
         let opened = conn.open_bi().await;
         let (mut send, recv) = opened.map_err(|error| ConnectError::Denied(error.reason()))?;
@@ -342,7 +342,7 @@ impl Client {
                 ),
             })
         })?;
-        Ok(Link {
+        Ok(Established {
             conn,
             endpoint: Some(endpoint),
             control: Box::new(Control::new(send, Inbox::new(recv, settings.limits.frame))),
@@ -520,7 +520,7 @@ impl Redial for Dialler {
         session: &'a Arc<Session>,
         reason: CloseReason,
         moved: bool,
-    ) -> BoxFuture<'a, Result<Link, CloseReason>> {
+    ) -> BoxFuture<'a, Result<Established, CloseReason>> {
         Box::pin(self.dial_again(session, reason, moved))
     }
 }
@@ -531,7 +531,7 @@ impl Dialler {
         session: &Arc<Session>,
         mut reason: CloseReason,
         moved: bool,
-    ) -> Result<Link, CloseReason> {
+    ) -> Result<Established, CloseReason> {
         let lost = Instant::now().into_std();
         let servers = 1 + self.client.inner.fallbacks.len();
         let mut begin = self.serving;
@@ -577,11 +577,11 @@ impl Dialler {
                 .come_back(session, url, self.won.get(&at).copied())
                 .await
             {
-                Ok(link) => {
-                    self.won.insert(at, link.conn.remote_address());
+                Ok(established) => {
+                    self.won.insert(at, established.conn.remote_address());
                     self.since = Instant::now();
                     self.serving = at;
-                    return Ok(link);
+                    return Ok(established);
                 }
                 Err(error) => {
                     let now = match &error {
@@ -613,15 +613,15 @@ impl Client {
         session: &Session,
         url: &ConnectUrl,
         last: Option<SocketAddr>,
-    ) -> Result<Link, ConnectError> {
+    ) -> Result<Established, ConnectError> {
         let ticket = session.welcome().and_then(|welcome| {
             Some(ResumeTicket {
                 session: welcome.session.clone(),
                 token: welcome.resume.as_ref()?.token,
             })
         });
-        let mut link = self.reach(url, ticket, last).await?;
-        let (conn, inbox) = (&link.conn, &link.control.inbox);
+        let mut established = self.reach(url, ticket, last).await?;
+        let (conn, inbox) = (&established.conn, &established.control.inbox);
         let denied = |reason| Err(ConnectError::Denied(reason));
         let first = std::future::poll_fn(|cx| inbox.poll_first(cx, session, &session.counters));
         // The server may wait for the turn of our address, and for its verifier.
@@ -635,8 +635,8 @@ impl Client {
         match first {
             Ok(message) => match Welcome::decode(&message) {
                 Ok(welcome) => {
-                    link.welcome = Some(welcome);
-                    Ok(link)
+                    established.welcome = Some(welcome);
+                    Ok(established)
                 }
                 Err(error) => {
                     conn.close(error.close_code(), "");

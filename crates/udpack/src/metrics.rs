@@ -1,6 +1,6 @@
-//! Metrics: what happened on a socket or a server, as counts.
+//! Metrics: what happened on a socket or a server, as numbers.
 //!
-//! [`Tally`] counts with relaxed atomic additions, a socket's into its server's as well; nothing else runs
+//! [`Counts`] counts with relaxed atomic additions, a socket's into its server's as well; nothing else runs
 //! until a reading is asked for. [`Metrics`] is one reading, and [`Metrics::prometheus`] its text for a scraper.
 //! Names of peers never become labels: the number of series is fixed.
 
@@ -26,13 +26,13 @@ macro_rules! metrics {
         ends { $($(#[$end_doc:meta])* $end:ident $ends:ident $end_name:literal $end_help:literal;)* }
         stats { $($stat:ident $stat_kind:ident $stat_name:literal $stat_help:literal;)* }
     ) => {
-        /// One plain number of a [`Tally`].
+        /// One plain number of a [`Counts`].
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
         pub(crate) enum Count { $($count),* }
 
         const COUNTS: usize = [$(Count::$count),*].len();
 
-        /// What a [`Tally`] counts by word; the last word takes what is none of the others.
+        /// What a [`Counts`] counts by word; the last word takes what is none of the others.
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
         pub(crate) enum Words { $($(#[$doc])* $word),* }
 
@@ -44,7 +44,7 @@ macro_rules! metrics {
             }
         }
 
-        /// What a [`Tally`] counts by how it ended.
+        /// What a [`Counts`] counts by how it ended.
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
         enum Ended { $($end),* }
 
@@ -62,11 +62,11 @@ macro_rules! metrics {
         }
 
         impl Metrics {
-            fn read(tally: &Tally, stats: Stats) -> Self {
+            fn read(counts: &Counts, stats: Stats) -> Self {
                 Self {
-                    $($field: tally.get(Count::$count),)*
-                    $($words: tally.words(Words::$word),)*
-                    $($ends: tally.ends(Ended::$end),)*
+                    $($field: counts.get(Count::$count),)*
+                    $($words: counts.words(Words::$word),)*
+                    $($ends: counts.ends(Ended::$end),)*
                     stats,
                 }
             }
@@ -187,10 +187,10 @@ impl Table {
     }
 }
 
-/// Counts of one socket, or of one endpoint; a socket's tally counts into its endpoint's as well.
+/// Counts of one socket, or of one endpoint; those of a socket are added to its endpoint's as well.
 #[derive(Debug)]
-pub(crate) struct Tally {
-    counts: Numbers<COUNTS>,
+pub(crate) struct Counts {
+    numbers: Numbers<COUNTS>,
     tables: OnceLock<Box<Tables>>,
     parent: Option<Arc<Self>>,
 }
@@ -202,7 +202,7 @@ struct Tables {
     ends: [[Table; SIDES.len()]; ENDED],
 }
 
-impl Tally {
+impl Counts {
     /// Of one socket alone.
     pub(crate) fn root() -> Arc<Self> {
         Self::make(Numbers::plain(), None)
@@ -217,9 +217,9 @@ impl Tally {
         Self::make(Numbers::plain(), Some(parent))
     }
 
-    fn make(counts: Numbers<COUNTS>, parent: Option<Arc<Self>>) -> Arc<Self> {
+    fn make(numbers: Numbers<COUNTS>, parent: Option<Arc<Self>>) -> Arc<Self> {
         Arc::new(Self {
-            counts,
+            numbers,
             tables: OnceLock::new(),
             parent,
         })
@@ -229,15 +229,15 @@ impl Tally {
         self.tables.get_or_init(Box::default)
     }
 
-    /// This tally and those it counts into.
+    /// These counts and those that they are added to.
     fn each(&self) -> impl Iterator<Item = &Self> {
-        std::iter::successors(Some(self), |tally| tally.parent.as_deref())
+        std::iter::successors(Some(self), |counts| counts.parent.as_deref())
     }
 
     /// `n` more of something.
     pub(crate) fn add(&self, what: Count, n: u64) {
-        for tally in self.each() {
-            tally.counts.add(what as usize, n);
+        for counts in self.each() {
+            counts.numbers.add(what as usize, n);
         }
     }
 
@@ -252,7 +252,7 @@ impl Tally {
     }
 
     fn get(&self, what: Count) -> u64 {
-        self.counts.get(what as usize)
+        self.numbers.get(what as usize)
     }
 
     /// A connection was refused after its handshake.
@@ -276,8 +276,8 @@ impl Tally {
     }
 
     fn ended(&self, what: Ended, reason: &CloseReason) {
-        for tally in self.each() {
-            tally.tables().ends[what as usize][reason.by as usize].add(CODES, place(reason.code));
+        for counts in self.each() {
+            counts.tables().ends[what as usize][reason.by as usize].add(CODES, place(reason.code));
         }
     }
 
@@ -286,8 +286,8 @@ impl Tally {
         let known = what.known();
         let last = known.len() - 1;
         let at = known.iter().position(|known| *known == word);
-        for tally in self.each() {
-            tally.tables().words[what as usize].add(known.len(), at.unwrap_or(last));
+        for counts in self.each() {
+            counts.tables().words[what as usize].add(known.len(), at.unwrap_or(last));
         }
     }
 
@@ -453,8 +453,8 @@ mod tests {
 
     #[test]
     fn a_socket_counts_into_its_server() {
-        let server = Tally::shared();
-        let (a, b) = (Tally::child(server.clone()), Tally::child(server.clone()));
+        let server = Counts::shared();
+        let (a, b) = (Counts::child(server.clone()), Counts::child(server.clone()));
         a.one(Count::Sockets);
         b.one(Count::Sockets);
         b.less(Count::Sockets);
@@ -492,10 +492,10 @@ mod tests {
 
     #[test]
     fn the_text_is_one_family_after_the_other() {
-        let tally = Tally::root();
-        tally.one(Count::Admitted);
-        tally.closed(&CloseReason::local(CloseCode::NORMAL, ""));
-        let text = tally.metrics(Stats::default()).prometheus();
+        let counts = Counts::root();
+        counts.one(Count::Admitted);
+        counts.closed(&CloseReason::local(CloseCode::NORMAL, ""));
+        let text = counts.metrics(Stats::default()).prometheus();
         let mut known: Vec<&str> = Vec::new();
         let mut family = "";
         for line in text.lines() {

@@ -27,9 +27,9 @@ use crate::base::lock;
 use crate::base::pool::{Pool, Shares};
 use crate::base::text::printable_within;
 use crate::metrics::speed::{Counters, SpeedMeter, Stats};
-use crate::metrics::{Metrics, Tally};
+use crate::metrics::{Counts, Metrics};
 use crate::serve::rooms::Rooms;
-use crate::session::driver::{Awaited, Comeback, Link};
+use crate::session::driver::{Awaited, Comeback, Established};
 use crate::session::lifetime::{Authorize, Guard};
 use crate::session::service::{Registry, ServeChannel};
 use crate::session::socket::Socket;
@@ -94,7 +94,7 @@ struct Shared {
     agent: String,
     counters: Arc<Counters>,
     sessions: Sessions,
-    tally: Arc<Tally>,
+    counts: Arc<Counts>,
     sockets: Roster,
     places: Places,
     log_limit: LogLimit,
@@ -147,12 +147,12 @@ struct Roster {
 }
 
 /// A session with the right to hand it a connection; a word of PROTOCOL.md why there is none, otherwise.
-type ComeBack = Result<(Arc<Session>, mpsc::OwnedPermit<Box<Link>>), &'static str>;
+type ComeBack = Result<(Arc<Session>, mpsc::OwnedPermit<Box<Established>>), &'static str>;
 
 /// A session that a client may come back to.
 struct Kept {
     session: Arc<Session>,
-    links: mpsc::Sender<Box<Link>>,
+    next_connections: mpsc::Sender<Box<Established>>,
 }
 
 type SocketHandler = Arc<dyn Fn(Socket) -> BoxFuture<'static, ()> + Send + Sync>;
@@ -316,7 +316,7 @@ impl Server {
 
     /// Connections refused so far, for whatever reason.
     pub fn refused(&self) -> u64 {
-        self.inner.shared.tally.all_refused()
+        self.inner.shared.counts.all_refused()
     }
 
     /// What moves through this server, each second, all sockets together.
@@ -342,7 +342,7 @@ impl Server {
     /// What happened so far, all sockets together, past ones included.
     pub fn metrics(&self) -> Metrics {
         let shared = &self.inner.shared;
-        shared.tally.metrics(shared.stats())
+        shared.counts.metrics(shared.stats())
     }
 
     /// Serves until `signal` is ready, then drains: refuses new sockets, tells the clients to go away, lets
@@ -645,7 +645,7 @@ impl ServerBuilder {
             agent: self.agent,
             counters: Counters::shared(),
             sessions: Sessions::default(),
-            tally: Tally::shared(),
+            counts: Counts::shared(),
             sockets: Roster::default(),
             places,
             log_limit: LogLimit::default(),
@@ -715,14 +715,14 @@ impl Shared {
         let Some(grant) = grant else {
             return Comeback::Never;
         };
-        let (links, awaited) = mpsc::channel(1);
+        let (next_connections, awaited) = mpsc::channel(1);
         let kept = Kept {
             session: session.clone(),
-            links,
+            next_connections,
         };
         lock(&self.sessions.kept).insert(session.id().to_string(), kept);
         Comeback::Awaited(Awaited {
-            links: awaited,
+            next_connections: awaited,
             window: grant.window,
             detached: self.sessions.detached.clone(),
             most: self.limits.detached_sockets,
@@ -756,8 +756,8 @@ impl Shared {
     async fn come_back(&self, ticket: &ResumeTicket, peer: &Peer) -> Result<ComeBack, CloseReason> {
         let kept = lock(&self.sessions.kept)
             .get(&ticket.session)
-            .map(|kept| (kept.session.clone(), kept.links.clone()));
-        let Some((session, links)) = kept else {
+            .map(|kept| (kept.session.clone(), kept.next_connections.clone()));
+        let Some((session, next_connections)) = kept else {
             return Ok(Err("unknown"));
         };
         if session
@@ -770,7 +770,7 @@ impl Shared {
         if !lock(&session.tickets).get_or_make().redeem(&ticket.token) {
             return Ok(Err("expired"));
         }
-        let permit = links.reserve_owned().await;
+        let permit = next_connections.reserve_owned().await;
         match (session.end.get(), permit) {
             (Some(end), _) if end.by == Side::Local => Err(end.clone()),
             (None, Ok(permit)) => Ok(Ok((session, permit))),

@@ -26,12 +26,12 @@ use tokio::time::Instant;
 use crate::base::Lazy;
 use crate::base::extensions::Extensions;
 use crate::base::lock;
-use crate::channel::carrier::{Carrier, Line, lost};
+use crate::channel::carrier::{Carrier, SessionConnection, lost};
 use crate::channel::inbox::Inbox;
 use crate::channel::resume::Seen;
 use crate::channel::writer::Way;
 use crate::channel::{Channel, Opened};
-use crate::metrics::Tally;
+use crate::metrics::Counts;
 use crate::metrics::speed::Counters;
 use crate::session::lifetime::Life;
 use crate::session::open::OpenError;
@@ -146,8 +146,8 @@ pub(crate) struct Leaving {
 
 /// What a server has for all its sessions, and what hears of them.
 pub(crate) trait Attached: Any + Send + Sync {
-    /// The session goes on over connection number `link`.
-    fn resumed(&self, session: &Arc<Session>, link: u64);
+    /// The session goes on over connection number `number`.
+    fn resumed(&self, session: &Arc<Session>, number: u64);
 }
 
 /// Shared state of one socket: what its channels need (the [`Carrier`]), and what only the session does.
@@ -230,7 +230,7 @@ pub(crate) struct Departure {
     /// At a server: the `$goaway` to send.
     announced: Mutex<Option<Box<GoAway>>>,
     /// At a client: what it was told.
-    heard: Mutex<Option<Box<Leaving>>>,
+    received: Mutex<Option<Box<Leaving>>>,
 }
 
 impl Departure {
@@ -244,25 +244,25 @@ impl Departure {
     }
 
     /// Of several the soonest counts: a server that says it again can hurry a client, not hold it.
-    pub(crate) fn hear(&self, leaving: Leaving) {
-        let mut heard = lock(&self.heard);
-        if (heard.as_ref()).is_none_or(|before| leaving.turn < before.turn) {
-            *heard = Some(Box::new(leaving));
+    pub(crate) fn receive(&self, leaving: Leaving) {
+        let mut received = lock(&self.received);
+        if (received.as_ref()).is_none_or(|before| leaving.turn < before.turn) {
+            *received = Some(Box::new(leaving));
         }
     }
 
-    pub(crate) fn heard(&self) -> Option<Leaving> {
-        lock(&self.heard).as_deref().cloned()
+    pub(crate) fn received(&self) -> Option<Leaving> {
+        lock(&self.received).as_deref().cloned()
     }
 
     /// When it is this client's turn.
     pub(crate) fn turn(&self) -> Option<Instant> {
-        Some(lock(&self.heard).as_ref()?.turn)
+        Some(lock(&self.received).as_ref()?.turn)
     }
 
     /// The next server has not said it.
     pub(crate) fn forget(&self) -> Option<Box<Leaving>> {
-        lock(&self.heard).take()
+        lock(&self.received).take()
     }
 }
 
@@ -285,8 +285,8 @@ struct Reach {
 }
 
 impl Reach {
-    fn set_up(&self, link: Option<u64>) {
-        *lock(&self.up) = link;
+    fn set_up(&self, number: Option<u64>) {
+        *lock(&self.up) = number;
         self.changed.notify_waiters();
     }
 
@@ -294,8 +294,8 @@ impl Reach {
         lock(&self.up).is_some()
     }
 
-    fn down(&self, link: u64) {
-        if lock(&self.up).take_if(|up| *up == link).is_some() {
+    fn down(&self, number: u64) {
+        if lock(&self.up).take_if(|up| *up == number).is_some() {
             self.changed.notify_waiters();
         }
     }
@@ -352,11 +352,11 @@ impl Session {
         limits: Arc<Limits>,
         timeouts: Arc<Timeouts>,
         parent: Arc<Counters>,
-        tally: Arc<Tally>,
+        counts: Arc<Counts>,
         reconnects: bool,
     ) -> Arc<Self> {
         Arc::new(Self {
-            carrier: Carrier::new(conn, client, (limits, timeouts), parent, tally),
+            carrier: Carrier::new(conn, client, (limits, timeouts), parent, counts),
             peer: PeerCell::default(),
             life: Life::default(),
             span: tracing::Span::current(),
@@ -387,7 +387,7 @@ impl Session {
         self: &Arc<Self>,
         opened: Opened,
         own: bool,
-        (way, link): (Way, u64),
+        (way, number): (Way, u64),
         inbox: Inbox,
         counters: Arc<Counters>,
     ) -> Channel {
@@ -401,7 +401,7 @@ impl Session {
             Box::new(owner),
             opened,
             own,
-            (way, link),
+            (way, number),
             inbox,
             counters,
         )
@@ -423,7 +423,7 @@ impl Session {
     }
 
     /// Makes the connection end with its last handle; called once, at a client.
-    pub(crate) fn lend(self: &Arc<Self>) -> Arc<Lease> {
+    pub(crate) fn new_lease(self: &Arc<Self>) -> Arc<Lease> {
         let lease = Arc::new(Lease {
             carrier: self.carrier.clone(),
         });
@@ -474,14 +474,14 @@ impl Session {
     }
 
     /// Goes over to another connection and returns its number.
-    pub(crate) fn set_link(&self, conn: Connection, endpoint: Option<Endpoint>) -> u64 {
+    pub(crate) fn move_to(&self, conn: Connection, endpoint: Option<Endpoint>) -> u64 {
         *lock(&self.reach.endpoint) = endpoint.map(Box::new);
         self.set_connection(conn)
     }
 
     /// Channels can be opened on this connection; on none, as long as it says `None`.
-    pub(crate) fn set_up(&self, link: Option<u64>) {
-        self.reach.set_up(link);
+    pub(crate) fn set_up(&self, number: Option<u64>) {
+        self.reach.set_up(number);
     }
 
     /// A client that makes another connection when one is lost.
@@ -495,12 +495,12 @@ impl Session {
     }
 
     /// This connection is found lost before its driver has.
-    pub(crate) fn down(&self, link: u64) {
-        self.reach.down(link);
+    pub(crate) fn down(&self, number: u64) {
+        self.reach.down(number);
     }
 
     /// The connection on which a channel can be opened. Waits for one where the client reconnects.
-    pub(crate) async fn ready(&self) -> Result<(Arc<Line>, u64), OpenError> {
+    pub(crate) async fn ready(&self) -> Result<(Arc<SessionConnection>, u64), OpenError> {
         loop {
             let mut changed = std::pin::pin!(self.reach.changed.notified());
             changed.as_mut().enable();
@@ -508,10 +508,10 @@ impl Session {
                 return Err(OpenError::Closed(self.closed_reason()));
             }
             if self.is_up() {
-                return Ok(self.link());
+                return Ok(self.current());
             }
             if !self.reconnects() {
-                return Err(match self.departure.heard() {
+                return Err(match self.departure.received() {
                     Some(leaving) => OpenError::GoingAway(leaving.goaway),
                     None => OpenError::Closed(lost("the connection is lost")),
                 });
@@ -529,7 +529,7 @@ impl Session {
         self.sent_before.store(before, Ordering::Relaxed);
         let _ = self.end.set(reason.clone());
         // Either this finds the connection that takes the place of another, or who exchanges them finds the end.
-        let (conn, _) = self.link();
+        let (conn, _) = self.current();
         conn.close_because(&reason);
     }
 

@@ -7,12 +7,12 @@ pub(crate) mod connection;
 pub(crate) mod dialer;
 pub(crate) mod endpoint;
 mod gather;
-pub(crate) mod heard;
 pub(crate) mod listener;
 pub(crate) mod lookup;
 #[cfg(feature = "testing")]
 pub(crate) mod memory;
 pub(crate) mod mux;
+pub(crate) mod path_activity;
 pub mod probe;
 pub(crate) mod qlog;
 pub(crate) mod quic;

@@ -21,10 +21,10 @@ use tokio_util::task::TaskTracker;
 use crate::base::pool::{Pool, Tenant};
 use crate::base::wake::{WakeFlag, WakeFlags};
 use crate::base::{Lazy, LogLimit, lock};
+use crate::channel::channel_core::ChannelCore;
 use crate::channel::outbox::Budget;
-use crate::channel::pipe::Pipe;
-use crate::channel::turns::Turns;
-use crate::metrics::Tally;
+use crate::channel::write_scheduler::WriteScheduler;
+use crate::metrics::Counts;
 use crate::metrics::speed::Counters;
 use crate::transport::windows::ReceiveWindow;
 use crate::transport::{Connection, ConnectionError};
@@ -74,7 +74,7 @@ pub(crate) struct ChannelKey {
 }
 
 /// The application wants to close, or to tell the peer something.
-pub(crate) const WISHED: WakeFlag = WakeFlag(1);
+pub(crate) const REQUESTED: WakeFlag = WakeFlag(1);
 /// There is something to confirm.
 pub(crate) const CONFIRM: WakeFlag = WakeFlag(1 << 1);
 /// How far this side has read one of the channels, to be sent to the peer.
@@ -86,24 +86,24 @@ pub(crate) struct Confirm {
     pub(crate) mark: Option<u64>,
 }
 
-/// One connection of a session, with everything that it lends to those who use it. All of that returns together, because
-/// the session's next connection has a `Line` of its own: its last holder need not hand anything back.
-pub(crate) struct Line {
+/// One connection of a session, with the scheduler of its writers. The session's next connection has a scheduler of its
+/// own, so that bulk data which the lost connection held does not count there.
+pub(crate) struct SessionConnection {
     conn: Connection,
     /// Whose turn it is to write, and how much bulk is under way.
-    pub(crate) turns: Turns,
+    pub(crate) scheduler: WriteScheduler,
 }
 
-impl Line {
+impl SessionConnection {
     fn new(conn: Connection) -> Arc<Self> {
         Arc::new(Self {
             conn,
-            turns: Turns::default(),
+            scheduler: WriteScheduler::default(),
         })
     }
 }
 
-impl Deref for Line {
+impl Deref for SessionConnection {
     type Target = Connection;
 
     fn deref(&self) -> &Connection {
@@ -113,7 +113,7 @@ impl Deref for Line {
 
 /// What the channels of a session share and need of it. See the [module](self).
 pub(crate) struct Carrier {
-    conn: RwLock<Arc<Line>>,
+    conn: RwLock<Arc<SessionConnection>>,
     /// The number of the present connection, counted from 1.
     number: Mutex<u64>,
     /// Whether this side dialled.
@@ -121,7 +121,7 @@ pub(crate) struct Carrier {
     pub(crate) limits: Arc<Limits>,
     pub(crate) timeouts: Arc<Timeouts>,
     pub(crate) counters: Arc<Counters>,
-    pub(crate) tally: Arc<Tally>,
+    pub(crate) counts: Arc<Counts>,
     /// Bounds what this peer's misbehaviour puts into the log.
     pub(crate) log_limit: LogLimit,
     pub(crate) end: End,
@@ -141,9 +141,9 @@ pub(crate) struct Carrier {
 #[derive(Default)]
 pub(crate) struct Registry {
     /// The live ones, so that a close can flush them.
-    pipes: Mutex<Lazy<HashMap<u64, Weak<Pipe>>>>,
+    cores: Mutex<Lazy<HashMap<u64, Weak<ChannelCore>>>>,
     /// Those that can go on over another connection.
-    resumable: Mutex<Lazy<HashMap<ChannelKey, Arc<Pipe>>>>,
+    resumable: Mutex<Lazy<HashMap<ChannelKey, Arc<ChannelCore>>>>,
     /// One has ended.
     ended: Notify,
     next_key: AtomicU64,
@@ -167,10 +167,10 @@ impl Carrier {
         client: bool,
         (limits, timeouts): (Arc<Limits>, Arc<Timeouts>),
         parent: Arc<Counters>,
-        tally: Arc<Tally>,
+        counts: Arc<Counts>,
     ) -> Arc<Self> {
         Arc::new(Self {
-            conn: RwLock::new(Line::new(conn)),
+            conn: RwLock::new(SessionConnection::new(conn)),
             number: Mutex::new(1),
             client,
             receive: Receive {
@@ -182,7 +182,7 @@ impl Carrier {
             limits,
             timeouts,
             counters: Counters::child(parent),
-            tally,
+            counts,
             log_limit: LogLimit::default(),
             end: End::default(),
             close: Mutex::default(),
@@ -197,7 +197,7 @@ impl Carrier {
     /// an earlier one has given out counts no more.
     pub(crate) fn set_connection(&self, conn: Connection) -> u64 {
         let mut number = lock(&self.number);
-        *self.conn.write().unwrap_or_else(PoisonError::into_inner) = Line::new(conn);
+        *self.conn.write().unwrap_or_else(PoisonError::into_inner) = SessionConnection::new(conn);
         *number += 1;
         lock(&self.confirms).take();
         // Who ended the session in the meantime has closed the connection before.
@@ -208,7 +208,7 @@ impl Carrier {
     }
 
     /// The connection of this moment.
-    pub(crate) fn conn(&self) -> Arc<Line> {
+    pub(crate) fn conn(&self) -> Arc<SessionConnection> {
         self.conn
             .read()
             .unwrap_or_else(PoisonError::into_inner)
@@ -228,15 +228,15 @@ impl Carrier {
     }
 
     /// The connection of this moment with its number.
-    pub(crate) fn link(&self) -> (Arc<Line>, u64) {
+    pub(crate) fn current(&self) -> (Arc<SessionConnection>, u64) {
         let number = lock(&self.number);
         (self.conn(), *number)
     }
 
-    /// Does something while connection number `link` is the present one, and nothing if it is no longer.
-    pub(crate) fn on_link<T>(&self, link: u64, act: impl FnOnce() -> T) -> Option<T> {
+    /// Does something while connection number `number` is the present one, and nothing if it is no longer.
+    pub(crate) fn while_current<T>(&self, number: u64, act: impl FnOnce() -> T) -> Option<T> {
         let present = lock(&self.number);
-        (*present == link).then(act)
+        (*present == number).then(act)
     }
 
     pub(crate) fn closed_reason(&self) -> CloseReason {
@@ -248,33 +248,33 @@ impl Carrier {
     }
 
     /// Keeps a channel for the next connection.
-    pub(crate) fn keep(&self, pipe: &Arc<Pipe>) {
+    pub(crate) fn keep(&self, core: &Arc<ChannelCore>) {
         lock(&self.registry.resumable)
             .get_or_make()
-            .insert(pipe.key, pipe.clone());
+            .insert(core.key, core.clone());
     }
 
     /// A channel kept for the next connection.
-    pub(crate) fn kept(&self, key: ChannelKey) -> Option<Arc<Pipe>> {
+    pub(crate) fn kept(&self, key: ChannelKey) -> Option<Arc<ChannelCore>> {
         lock(&self.registry.resumable).get()?.get(&key).cloned()
     }
 
     /// A live channel.
-    pub(crate) fn live(&self, key: ChannelKey) -> Option<Arc<Pipe>> {
+    pub(crate) fn live(&self, key: ChannelKey) -> Option<Arc<ChannelCore>> {
         self.kept(key).or_else(|| {
-            let pipes = lock(&self.registry.pipes);
-            let mut pipes = pipes.get()?.values().filter_map(Weak::upgrade);
-            pipes.find(|pipe| pipe.key == key)
+            let cores = lock(&self.registry.cores);
+            let mut cores = cores.get()?.values().filter_map(Weak::upgrade);
+            cores.find(|core| core.key == key)
         })
     }
 
     /// The channels that this side opened and keeps for the next connection.
-    pub(crate) fn kept_own(&self) -> Vec<Arc<Pipe>> {
+    pub(crate) fn kept_own(&self) -> Vec<Arc<ChannelCore>> {
         lock(&self.registry.resumable)
             .get()
             .into_iter()
             .flat_map(HashMap::values)
-            .filter(|pipe| pipe.key.own)
+            .filter(|core| core.key.own)
             .cloned()
             .collect()
     }
@@ -292,7 +292,7 @@ impl Carrier {
     /// Forgets channels of which nothing can come any more.
     pub(crate) fn prune(&self) {
         if let Some(resumable) = lock(&self.registry.resumable).get_mut() {
-            resumable.retain(|_, pipe| !pipe.is_over());
+            resumable.retain(|_, core| !core.is_over());
         }
     }
 
@@ -300,13 +300,15 @@ impl Carrier {
     /// opened on this connection: their streams may overtake the list.
     pub(crate) fn retain_theirs(&self, open: &[u64]) {
         let open: HashSet<_> = open.iter().collect();
-        let (_, link) = self.link();
+        let (_, number) = self.current();
         let gone: Vec<_> = lock(&self.registry.resumable)
             .get_or_make()
-            .extract_if(|key, pipe| !key.own && pipe.link() < link && !open.contains(&key.id))
+            .extract_if(|key, core| {
+                !key.own && core.connection_number() < number && !open.contains(&key.id)
+            })
             .collect();
-        for (_, pipe) in gone {
-            pipe.fail(
+        for (_, core) in gone {
+            core.fail(
                 self,
                 &CloseReason::peer(CloseCode::NORMAL, "the peer has ended the channel"),
             );
@@ -315,9 +317,9 @@ impl Carrier {
 
     /// Ends all channels that waited for another connection.
     pub(crate) fn fail_resumable(&self, reason: &CloseReason) {
-        let pipes = lock(&self.registry.resumable).take();
-        for pipe in pipes.into_values() {
-            pipe.fail(self, reason);
+        let cores = lock(&self.registry.resumable).take();
+        for core in cores.into_values() {
+            core.fail(self, reason);
         }
     }
 
@@ -366,7 +368,7 @@ impl Carrier {
         let mut close = lock(&self.close);
         if close.is_none() {
             *close = Some(Box::new(CloseReason::local(code, text)));
-            self.wake.set(WISHED);
+            self.wake.set(REQUESTED);
         }
     }
 
@@ -384,25 +386,25 @@ impl Carrier {
         self.registry.next_key.fetch_add(1, Ordering::Relaxed)
     }
 
-    pub(crate) fn register(&self, registration: u64, pipe: &Arc<Pipe>) {
-        lock(&self.registry.pipes)
+    pub(crate) fn register(&self, registration: u64, core: &Arc<ChannelCore>) {
+        lock(&self.registry.cores)
             .get_or_make()
-            .insert(registration, Arc::downgrade(pipe));
+            .insert(registration, Arc::downgrade(core));
     }
 
     /// Says whether it was there.
     pub(crate) fn unregister(&self, registration: u64) -> bool {
-        let was_there = lock(&self.registry.pipes)
+        let was_there = lock(&self.registry.cores)
             .get_mut()
-            .is_some_and(|pipes| pipes.remove(&registration).is_some());
+            .is_some_and(|cores| cores.remove(&registration).is_some());
         if was_there {
             self.registry.ended.notify_waiters();
         }
         was_there
     }
 
-    fn live_pipes(&self) -> Vec<Arc<Pipe>> {
-        lock(&self.registry.pipes)
+    fn live_cores(&self) -> Vec<Arc<ChannelCore>> {
+        lock(&self.registry.cores)
             .get()
             .into_iter()
             .flat_map(HashMap::values)
@@ -412,21 +414,21 @@ impl Carrier {
 
     /// Channels whose writer has not ended yet.
     pub(crate) fn live_channels(&self) -> usize {
-        lock(&self.registry.pipes).get().map_or(0, HashMap::len)
+        lock(&self.registry.cores).get().map_or(0, HashMap::len)
     }
 
     /// Lets every channel send what is queued and then end, for good: nothing is kept any more.
     pub(crate) fn finish_channels(&self) {
-        for pipe in self.live_pipes() {
-            pipe.forget();
-            pipe.finish();
+        for core in self.live_cores() {
+            core.forget();
+            core.finish();
         }
     }
 
     /// Lets every channel send what is queued and then end for this reason.
     pub(crate) fn finish_channels_because(&self, reason: &CloseReason) {
-        for pipe in self.live_pipes() {
-            pipe.finish_because(reason);
+        for core in self.live_cores() {
+            core.finish_because(reason);
         }
     }
 

@@ -22,8 +22,8 @@ use crate::channel::calls::{Begun, Calls, Taken};
 use crate::channel::carrier::{Carrier, ChannelKey, lost};
 use crate::metrics::Count;
 use crate::metrics::speed::Counters;
-use crate::transport::heard::Heard;
 use crate::transport::on_path;
+use crate::transport::path_activity::PathActivity;
 use crate::transport::{RecvStream, StreamError};
 use crate::wire::code::{CloseCode, CloseReason};
 use crate::wire::config::MIN_FRAME_RATE;
@@ -59,7 +59,7 @@ struct State {
     progress: Progress,
     /// The earliest deadline of requests that are waited for, or one that was.
     alarm: Option<Pin<Box<Sleep>>>,
-    /// Messages that the tally does not hold yet.
+    /// Messages that are not in `counts` yet.
     uncounted: u64,
     waiters: Arc<Waiters>,
     waker: Waker,
@@ -120,10 +120,10 @@ impl Progress {
             self.mark = self.received;
             let conn = carrier.conn();
             let half = on_path(carrier.timeouts.frame, &conn) / 2;
-            let heard = Heard::new(&conn);
+            let activity = PathActivity::new(&conn);
             match &mut self.timer {
-                Some(timer) => timer.restart(half, heard),
-                None => self.timer = Some(Box::new(Timer::new(half, heard))),
+                Some(timer) => timer.restart(half, activity),
+                None => self.timer = Some(Box::new(Timer::new(half, activity))),
             }
         }
         while let Some(timer) = &mut self.timer {
@@ -144,23 +144,23 @@ impl Progress {
 struct Timer {
     sleep: Pin<Box<Sleep>>,
     half: Duration,
-    heard: Heard,
+    activity: PathActivity,
     /// Those in a row that count.
     halves: u32,
 }
 
 impl Timer {
-    fn new(half: Duration, heard: Heard) -> Self {
+    fn new(half: Duration, activity: PathActivity) -> Self {
         Self {
             sleep: Box::pin(tokio::time::sleep(half)),
             half,
-            heard,
+            activity,
             halves: 0,
         }
     }
 
-    fn restart(&mut self, half: Duration, heard: Heard) {
-        (self.half, self.heard, self.halves) = (half, heard, 0);
+    fn restart(&mut self, half: Duration, activity: PathActivity) {
+        (self.half, self.activity, self.halves) = (half, activity, 0);
         self.sleep.as_mut().reset(Instant::now() + half);
     }
 
@@ -168,7 +168,7 @@ impl Timer {
     fn poll_period(&mut self, cx: &mut Context<'_>, carrier: &Carrier) -> Poll<bool> {
         std::task::ready!(self.sleep.as_mut().poll(cx));
         self.sleep.as_mut().reset(Instant::now() + self.half);
-        self.halves = match self.heard.counts(&carrier.conn()) {
+        self.halves = match self.activity.counts(&carrier.conn()) {
             true => self.halves + 1,
             false => 0,
         };
@@ -584,7 +584,7 @@ impl State {
             };
             if !message.is_reserved() {
                 if message.id().is_some() {
-                    carrier.tally.one(Count::RequestsReceived);
+                    carrier.counts.one(Count::RequestsReceived);
                 }
                 return Poll::Ready(Step::Message(message));
             }
@@ -634,7 +634,7 @@ impl State {
             Taken::Dropped => return None,
             Taken::Filed => {}
             Taken::Cancelled(id) => {
-                carrier.tally.one(Count::RequestsCancelled);
+                carrier.counts.one(Count::RequestsCancelled);
                 self.cancelled(id);
             }
             Taken::Violation(code, text) => {
@@ -663,7 +663,7 @@ impl State {
         self.uncounted += u64::from(message);
         if self.uncounted > 0 && (!message || self.uncounted >= COUNTED) {
             let messages = std::mem::take(&mut self.uncounted);
-            carrier.tally.add(Count::MessagesReceived, messages);
+            carrier.counts.add(Count::MessagesReceived, messages);
         }
     }
 
@@ -804,7 +804,7 @@ impl State {
             }
             let (pool, tenant) = (pool.clone(), tenant.clone());
             room.turn = Some(Box::pin(async move { pool.take_many(&tenant, need).await }));
-            carrier.tally.one(Count::FramesHeldUp);
+            carrier.counts.one(Count::FramesHeldUp);
         }
         let Some(turn) = &mut room.turn else {
             return Poll::Ready(Ok(()));

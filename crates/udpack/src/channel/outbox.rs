@@ -2,7 +2,7 @@
 //!
 //! A message is encoded straight into the queue, so it is either queued whole or not at all, whatever
 //! happens to the future that queued it. The writer takes what has gathered and hands it to QUIC in one go:
-//! many small sends share packets without any timer. Only what follows upon something heard from the peer, an
+//! many small sends share packets without any timer. Only what follows upon something received from the peer, an
 //! answer or the next question, its sender writes itself: the peer waits for it, and it saves a task's wake-up. So does
 //! who sends to a quiet room: it saves one for each member.
 //!
@@ -25,7 +25,7 @@ use crate::channel::overflow::{Overflow, Overflowing, Push, Tag};
 use crate::channel::pace::Pace;
 use crate::channel::resume::{Mismatch, Retained};
 use crate::metrics::speed::Counters;
-use crate::metrics::{Count, Tally};
+use crate::metrics::{Count, Counts};
 use crate::transport::SendStream;
 use crate::wire::code::CloseReason;
 use crate::wire::config::Priority;
@@ -33,7 +33,7 @@ use crate::wire::control::ProtocolEvent;
 use crate::wire::message::{self, EncodeError, Encoded};
 
 /// What is dropped when the sending side of a channel ends.
-type Seat = Box<dyn Any + Send>;
+type HeldUntilEnd = Box<dyn Any + Send>;
 
 /// Small messages gather up to about this size before a new buffer is begun: large, because QUIC looks through
 /// all buffers that are not acknowledged for each packet; less than a turn, which would be cut in two.
@@ -60,7 +60,7 @@ pub(crate) struct Outbox {
     max_messages: usize,
     pub(crate) priority: Priority,
     counters: Arc<Counters>,
-    tally: Arc<Tally>,
+    counts: Arc<Counts>,
 }
 
 #[derive(Debug)]
@@ -74,9 +74,9 @@ struct State {
     /// The writer sleeps and wants to be woken.
     idle: bool,
     /// Its stream meanwhile, of the present epoch.
-    lent: Option<SendStream>,
+    stream_at_rest: Option<SendStream>,
     /// Bytes that had come from the peer when a sender last wrote to it.
-    heard: u64,
+    received: u64,
     phase: Phase,
     /// Why nothing more is taken, where the application did not ask for it.
     why: Option<CloseReason>,
@@ -98,7 +98,7 @@ struct Membership {
     /// How far the peer is behind with them, where it tells.
     pace: Option<Box<Pace>>,
     /// The channel's place in them, given up with the channel.
-    seat: Option<Seat>,
+    held: Option<HeldUntilEnd>,
 }
 
 impl Membership {
@@ -259,7 +259,7 @@ impl Outbox {
         priority: Priority,
         budget: Option<Arc<Budget>>,
         counters: Arc<Counters>,
-        tally: Arc<Tally>,
+        counts: Arc<Counts>,
     ) -> Arc<Self> {
         Arc::new(Self {
             state: Mutex::new(State {
@@ -269,8 +269,8 @@ impl Outbox {
                 waiting: BTreeSet::new(),
                 rooms: Membership::default(),
                 idle: false,
-                lent: None,
-                heard: 0,
+                stream_at_rest: None,
+                received: 0,
                 phase: Phase::Open,
                 why: None,
                 keep: budget.map(|budget| Keep {
@@ -289,7 +289,7 @@ impl Outbox {
             max_messages,
             priority,
             counters,
-            tally,
+            counts,
         })
     }
 
@@ -449,13 +449,13 @@ impl Outbox {
         }
     }
 
-    /// Keeps `seat` until this side of the channel ends; gives it back if that has happened.
-    pub(crate) fn keep(&self, seat: Seat) -> Result<(), Seat> {
+    /// Keeps `held` until this side of the channel ends; gives it back if that has happened.
+    pub(crate) fn keep(&self, held: HeldUntilEnd) -> Result<(), HeldUntilEnd> {
         let mut state = lock(&self.state);
         if state.check_open().is_err() {
-            return Err(seat);
+            return Err(held);
         }
-        state.rooms.seat = Some(seat);
+        state.rooms.held = Some(held);
         Ok(())
     }
 
@@ -496,17 +496,17 @@ impl Outbox {
         Ok(true)
     }
 
-    /// Writes the one small message in the queue to the sleeping writer's stream, if something was heard from the
+    /// Writes the one small message in the queue to the sleeping writer's stream, if something was received from the
     /// peer since this was last done. `false`: what is left is the writer's.
     fn write_now(&self, state: &mut State) -> bool {
-        let (_, heard) = self.counters.totals();
-        if heard == state.heard
+        let (_, received) = self.counters.totals();
+        if received == state.received
             || state.frames.tail_messages != 1
             || !self.may_write(state, state.frames.tail.len())
         {
             return false;
         }
-        state.heard = heard;
+        state.received = received;
         state.frames.tail_messages = 0;
         let message = std::mem::take(&mut state.frames.tail).freeze();
         self.write_message(state, message)
@@ -515,7 +515,7 @@ impl Outbox {
     /// Whether a message of `size` bytes, with nothing before it but what stands in the tail, may be written by its
     /// sender: the writer sleeps.
     fn may_write(&self, state: &State, size: usize) -> bool {
-        state.lent.is_some()
+        state.stream_at_rest.is_some()
             && self.priority != Priority::Bulk
             && size <= COPY_LIMIT
             && state.frames.segments.is_empty()
@@ -524,7 +524,7 @@ impl Outbox {
     /// Writes one message, which is counted already and stands nowhere, to the stream of the sleeping writer.
     /// `false`: what is left of it is queued, for the writer.
     fn write_message(&self, state: &mut State, message: Bytes) -> bool {
-        let Some(stream) = &mut state.lent else {
+        let Some(stream) = &mut state.stream_at_rest else {
             state.frames.push(message, 1);
             return false;
         };
@@ -540,7 +540,7 @@ impl Outbox {
         let [bytes] = chunk;
         let messages = usize::from(bytes.is_empty());
         self.counters.sent(written as u64);
-        self.tally.add(Count::MessagesSent, messages as u64);
+        self.counts.add(Count::MessagesSent, messages as u64);
         match (&mut state.keep, copy) {
             (Some(keep), Some(mut copy)) => {
                 copy.truncate(written);
@@ -672,9 +672,9 @@ impl Outbox {
             self.wake(&mut state);
             self.room.notify_waiters();
             // Leaving the rooms takes their locks.
-            let seat = state.rooms.seat.take();
+            let held = state.rooms.held.take();
             drop(state);
-            drop(seat);
+            drop(held);
         }
     }
 
@@ -717,9 +717,9 @@ impl Outbox {
         state.keep = None;
         let rooms = std::mem::take(&mut state.rooms);
         state.phase = Phase::Ended(result);
-        let lent = state.lent.take();
+        let stream_at_rest = state.stream_at_rest.take();
         drop(state);
-        drop((lent, rooms));
+        drop((stream_at_rest, rooms));
         self.room.notify_waiters();
         self.ended.notify_waiters();
         self.work.notify_one();
@@ -756,7 +756,7 @@ impl Outbox {
         let mut state = lock(&self.state);
         state.epoch += 1;
         // Dropping it ends it, as its writer would.
-        state.lent = None;
+        state.stream_at_rest = None;
         if let Some(keep) = &state.keep
             && received < keep.retained.confirmed()
         {
@@ -828,7 +828,9 @@ impl Outbox {
     /// The stream of this epoch, while its writer sleeps.
     pub(crate) fn take_back(&self, epoch: u64) -> Option<SendStream> {
         let mut state = lock(&self.state);
-        (state.epoch == epoch).then(|| state.lent.take()).flatten()
+        (state.epoch == epoch)
+            .then(|| state.stream_at_rest.take())
+            .flatten()
     }
 
     /// What the writer of this epoch must do next. While it sleeps, senders may use its stream.
@@ -843,7 +845,7 @@ impl Outbox {
             return Work::Gone;
         }
         if stream.is_none() {
-            *stream = state.lent.take();
+            *stream = state.stream_at_rest.take();
         }
         let (mut bytes, mut messages) = (0, 0);
         while batch.len() < BATCH {
@@ -879,7 +881,7 @@ impl Outbox {
             }
             Phase::Open | Phase::Ended(_) => {
                 state.idle = true;
-                state.lent = stream.take();
+                state.stream_at_rest = stream.take();
                 Work::Idle
             }
         }

@@ -118,10 +118,10 @@ impl Channel {
         fault: &Message,
         deadline: Option<(Instant, Duration)>,
     ) -> RequestError {
-        let tally = &self.inner.carrier.tally;
+        let counts = &self.inner.carrier.counts;
         match Fault::decode(fault) {
             Ok(fault) => {
-                tally.word(Words::FaultsReceived, &fault.code);
+                counts.word(Words::FaultsReceived, &fault.code);
                 match fault.code.as_str() {
                     Fault::NO_HANDLER => RequestError::NoHandler,
                     Fault::CANCELLED => RequestError::Cancelled,
@@ -141,7 +141,7 @@ impl Channel {
 
     /// Why there is no reply: it did not come in time.
     pub(crate) fn too_late(&self, limit: Duration) -> RequestError {
-        self.inner.carrier.tally.one(Count::RequestsTimedOut);
+        self.inner.carrier.counts.one(Count::RequestsTimedOut);
         RequestError::Timeout(limit)
     }
 
@@ -290,7 +290,7 @@ impl<R> Request<R> {
             message::add_deadline(&mut frame, limit, inner.carrier.frame_limit())
                 .map_err(|error| RequestError::Send(SendError::Encode(error)))?;
         }
-        inner.carrier.tally.one(Count::RequestsSent);
+        inner.carrier.counts.one(Count::RequestsSent);
         inner.inbox.calls(|calls| calls.ask(self.id, stream));
         let pending = Pending {
             channel: self.channel.clone(),

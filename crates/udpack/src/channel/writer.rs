@@ -7,13 +7,13 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::FutureExt;
 
-use crate::channel::carrier::{Carrier, Line, lost};
+use crate::channel::carrier::{Carrier, SessionConnection, lost};
 use crate::channel::outbox::{BATCH, COPY_LIMIT, Outbox, TURN, Work};
-use crate::channel::turns::Turns;
+use crate::channel::write_scheduler::WriteScheduler;
 use crate::metrics::Count;
 use crate::metrics::speed::Counters;
-use crate::transport::heard::Heard;
 use crate::transport::on_path;
+use crate::transport::path_activity::PathActivity;
 use crate::transport::{Connection, ConnectionStats, SendStream, StreamError, Written as Taken};
 use crate::wire::code::{CloseCode, CloseReason};
 use crate::wire::config::Priority;
@@ -28,7 +28,7 @@ pub(crate) enum Written {
 
 /// Where a writer writes to.
 pub(crate) struct Way {
-    pub(crate) conn: Arc<Line>,
+    pub(crate) conn: Arc<SessionConnection>,
     pub(crate) stream: SendStream,
     /// See [`Outbox::rewind`]; 0 for a channel's first stream.
     pub(crate) epoch: u64,
@@ -105,9 +105,9 @@ async fn drive(
                     outbox.priority,
                 )
                 .await?;
-                carrier.tally.add(Count::MessagesSent, messages as u64);
+                carrier.counts.add(Count::MessagesSent, messages as u64);
                 if gaps > 0 {
-                    carrier.tally.add(Count::Gaps, gaps);
+                    carrier.counts.add(Count::Gaps, gaps);
                 }
                 outbox.written(bytes, messages);
                 batch.clear();
@@ -157,7 +157,7 @@ async fn drive(
     }
 }
 
-/// Parts of the slow-peer time; see [`Heard`] for those that count.
+/// Parts of the slow-peer time; see [`PathActivity`] for those that count.
 const PARTS: u32 = 4;
 /// So many parts must count once the path was silent. QUIC then takes up to 9/8 of the silence to declare lost what
 /// was under way (RFC 9002, section 6.1.2: the latest round trip is as long as the silence), and sends nothing new
@@ -165,28 +165,28 @@ const PARTS: u32 = 4;
 const PARTS_AFTER_SILENCE: u32 = 4 * PARTS;
 
 /// A part of the time in which a peer on this path must take something.
-fn part(carrier: &Carrier, line: &Line) -> Duration {
-    on_path(carrier.timeouts.slow_peer, line) / PARTS
+fn part(carrier: &Carrier, conn: &SessionConnection) -> Duration {
+    on_path(carrier.timeouts.slow_peer, conn) / PARTS
 }
 
 /// In how many parts of the slow-peer time a peer took nothing although its path was alive.
 struct Passed {
-    heard: Heard,
+    activity: PathActivity,
     parts: u32,
 }
 
 impl Passed {
-    fn new(line: &Line) -> Self {
+    fn new(conn: &SessionConnection) -> Self {
         Self {
-            heard: Heard::new(line),
+            activity: PathActivity::new(conn),
             parts: 0,
         }
     }
 
     /// Another part has passed. Says whether that makes the whole time.
-    fn part(&mut self, line: &Line) -> bool {
-        self.parts += u32::from(self.heard.counts(line));
-        let whole = match self.heard.was_silent() {
+    fn part(&mut self, conn: &SessionConnection) -> bool {
+        self.parts += u32::from(self.activity.counts(conn));
+        let whole = match self.activity.was_silent() {
             true => PARTS_AFTER_SILENCE,
             false => PARTS,
         };
@@ -211,14 +211,14 @@ struct Stuck {
 }
 
 impl Patience {
-    fn watch(&mut self, outbox: &Outbox, line: &Line) -> bool {
+    fn watch(&mut self, outbox: &Outbox, conn: &SessionConnection) -> bool {
         let stuck = outbox.stuck_at();
         if stuck != self.begun.as_ref().map(|stuck| stuck.at) {
             self.begun = stuck.map(|at| {
-                let now = line.stats();
+                let now = conn.stats();
                 Stuck {
                     at,
-                    passed: Passed::new(line),
+                    passed: Passed::new(conn),
                     begun: now,
                     before: now,
                 }
@@ -231,14 +231,14 @@ impl Patience {
     ///
     /// A peer confirms whole messages. As long as the path may not yet have carried what is unconfirmed, and carries
     /// something of channels, the path is slow, not the peer.
-    fn is_over(&mut self, outbox: &Outbox, line: &Line, channels: usize) -> bool {
+    fn is_over(&mut self, outbox: &Outbox, conn: &SessionConnection, channels: usize) -> bool {
         let Some(stuck) = &mut self.begun else {
             return false;
         };
-        if outbox.stuck_at() != Some(stuck.at) || !stuck.passed.part(line) {
+        if outbox.stuck_at() != Some(stuck.at) || !stuck.passed.part(conn) {
             return false;
         }
-        let now = line.stats();
+        let now = conn.stats();
         let in_all = now.bytes_sent - stuck.begun.bytes_sent;
         let of_late = now.stream_frames_sent - stuck.before.stream_frames_sent;
         let slow_path =
@@ -274,7 +274,7 @@ async fn confirmed(
 async fn write(
     stream: &mut SendStream,
     batch: &mut [Bytes],
-    (carrier, line): (&Carrier, &Line),
+    (carrier, conn): (&Carrier, &SessionConnection),
     counters: &Counters,
     priority: Priority,
 ) -> Result<(), CloseReason> {
@@ -288,13 +288,13 @@ async fn write(
         let count = count.count().max(1);
         let (mut turn, later) = rest.split_at_mut(count);
         if priority == Priority::Bulk {
-            bulk_room(carrier, line).await?;
+            bulk_room(carrier, conn).await?;
             for bytes in &mut *turn {
-                *bytes = line.turns.hold(std::mem::take(bytes));
+                *bytes = conn.scheduler.hold(std::mem::take(bytes));
             }
         }
         while !turn.is_empty() {
-            let written = progress(stream, turn, (carrier, line), priority).await?;
+            let written = progress(stream, turn, (carrier, conn), priority).await?;
             counters.sent(written.bytes as u64);
             turn = &mut turn[written.chunks..];
             if carrier.live_channels() > 1 {
@@ -307,16 +307,16 @@ async fn write(
 }
 
 /// Waits until the bulk channels may have more under way, or the connection is over.
-async fn bulk_room(carrier: &Carrier, line: &Line) -> Result<(), CloseReason> {
-    let room = line.turns.bulk_room(
-        || line.stats().congestion_window,
+async fn bulk_room(carrier: &Carrier, conn: &SessionConnection) -> Result<(), CloseReason> {
+    let room = conn.scheduler.bulk_room(
+        || conn.stats().congestion_window,
         carrier.limits.send_window,
         TURN,
     );
     tokio::select! {
         biased;
         () = room => Ok(()),
-        error = line.closed() => Err(carrier.reason_for(&error)),
+        error = conn.closed() => Err(carrier.reason_for(&error)),
     }
 }
 
@@ -325,22 +325,23 @@ async fn bulk_room(carrier: &Carrier, line: &Line) -> Result<(), CloseReason> {
 async fn progress(
     stream: &mut SendStream,
     rest: &mut [Bytes],
-    (carrier, line): (&Carrier, &Line),
+    (carrier, conn): (&Carrier, &SessionConnection),
     priority: Priority,
 ) -> Result<Taken, CloseReason> {
     // A writer that need not wait asks for no counts: they cost the lock of the connection.
-    if let Some(written) = write_some(stream, rest, &line.turns, priority).now_or_never() {
+    if let Some(written) = write_some(stream, rest, &conn.scheduler, priority).now_or_never() {
         return written.map_err(|error| stream_reason(carrier, error));
     }
-    let part = part(carrier, line);
+    let part = part(carrier, conn);
     let (begun, _) = carrier.counters.totals();
     let mut before = begun;
-    let mut passed = Passed::new(line);
+    let mut passed = Passed::new(conn);
     loop {
-        match tokio::time::timeout(part, write_some(stream, rest, &line.turns, priority)).await {
+        match tokio::time::timeout(part, write_some(stream, rest, &conn.scheduler, priority)).await
+        {
             Ok(Ok(written)) => return Ok(written),
             Ok(Err(error)) => return Err(stream_reason(carrier, error)),
-            Err(_) if !passed.part(line) => {}
+            Err(_) if !passed.part(conn) => {}
             Err(_) if crowded(begun, before, carrier) => {
                 before = carrier.counters.totals().0;
                 passed.parts = 0;
@@ -351,7 +352,7 @@ async fn progress(
 }
 
 fn slow_peer(stream: &mut SendStream, carrier: &Carrier) -> CloseReason {
-    carrier.tally.one(Count::SlowPeers);
+    carrier.counts.one(Count::SlowPeers);
     stream.reset(CloseCode::SLOW_PEER);
     let text = format!(
         "the peer took nothing off the channel for {:?}",
@@ -380,14 +381,14 @@ fn slow_path(in_all: u64, of_late: u64, channels: usize) -> bool {
 async fn write_some(
     stream: &mut SendStream,
     rest: &mut [Bytes],
-    turns: &Turns,
+    scheduler: &WriteScheduler,
     priority: Priority,
 ) -> Result<Taken, StreamError> {
     let mut waiting = None;
     let mut let_pass = None;
     std::future::poll_fn(|cx| {
         if waiting.is_some() {
-            let left = let_pass.get_or_insert_with(|| turns.let_pass(priority));
+            let left = let_pass.get_or_insert_with(|| scheduler.let_pass(priority));
             if *left > 0 {
                 *left -= 1;
                 cx.waker().wake_by_ref();
@@ -396,7 +397,7 @@ async fn write_some(
         }
         let written = stream.poll_write(cx, rest);
         if written.is_pending() {
-            waiting.get_or_insert_with(|| turns.wait(priority));
+            waiting.get_or_insert_with(|| scheduler.wait(priority));
             let_pass = None;
         }
         written

@@ -304,7 +304,7 @@ impl Handlers {
             Ok(()) => Ok(()),
             Err(Unserved::Ended(error)) => Err(error),
             Err(Unserved::Hook(error)) => {
-                channel.session().tally.one(Count::HandlersFailed);
+                channel.session().counts.one(Count::HandlersFailed);
                 tracing::warn!(channel = %channel.name(), %error, "an open hook failed");
                 let reason =
                     CloseReason::local(CloseCode::HANDLER_FAILED, "the channel's handler failed");
@@ -471,7 +471,7 @@ pub(crate) fn cancelled(channel: &Channel, id: u64) {
     if let Some(frame) = control::encode_fault(&fault, id, session.frame_limit())
         && let Ok(true) = channel.try_send_encoded(&Encoded::from_frame(frame))
     {
-        session.tally.word(Words::FaultsSent, &fault.code);
+        session.counts.word(Words::FaultsSent, &fault.code);
     }
 }
 
@@ -722,7 +722,7 @@ async fn stream_out(
 }
 
 fn log(channel: &Channel, message: &Message, fault: &Fault) {
-    channel.session().tally.not_handled(&fault.code);
+    channel.session().counts.not_handled(&fault.code);
     if let Some(left_out) = channel.session().log_limit.line() {
         let event = crate::base::text::printable_within(message.event(), 128);
         let reason = fault.reason().map(tracing::field::display);
@@ -737,7 +737,7 @@ fn after(time: Instant, patience: Duration) -> Instant {
 }
 
 fn panicked(channel: &Channel) -> Fault {
-    channel.session().tally.one(Count::HandlerPanics);
+    channel.session().counts.one(Count::HandlerPanics);
     Fault::new(Fault::INTERNAL, "the handler failed")
 }
 

@@ -396,14 +396,14 @@ impl<'a> Broadcast<'a> {
                 continue;
             }
             let limit = guest.session.frame_limit();
-            let tally = &guest.session.tally;
+            let counts = &guest.session.counts;
             let dropped = sent.dropped;
             match guest
                 .outbox
                 .push_room(&room.tag, message.bytes(), limit, policy, idle)
             {
                 Push::Queued { lost } => {
-                    tally.one(Count::RoomSent);
+                    counts.one(Count::RoomSent);
                     sent.delivered += 1;
                     sent.dropped += lost;
                 }
@@ -420,7 +420,7 @@ impl<'a> Broadcast<'a> {
                 Push::Over => {}
             }
             if sent.dropped > dropped {
-                tally.add(Count::RoomDropped, sent.dropped - dropped);
+                counts.add(Count::RoomDropped, sent.dropped - dropped);
             }
         }
         if sent.dropped > 0 {
@@ -504,7 +504,7 @@ impl Broadcast<'_> {
                     sent.dropped += dropped;
                 }
                 Err(_) => {
-                    session.tally.one(Count::VolatileDropped);
+                    session.counts.one(Count::VolatileDropped);
                     sent.dropped += 1;
                 }
             }
@@ -617,7 +617,7 @@ impl Channel {
                 session: self.session().clone(),
                 session_id: self.session().id(),
                 outbox: self.outbox().clone(),
-                connection: (!self.outbox().keeps()).then(|| self.session().link().1),
+                connection: (!self.outbox().keeps()).then(|| self.session().current().1),
                 channel: self.downgrade(),
                 name: self.name().into(),
                 rooms: Mutex::new(Joined::In(BTreeMap::new())),
@@ -685,7 +685,7 @@ impl Directory {
         // A lost connection alone ends no presence: the session may come back.
         let session = &guest.session;
         let lost = guest.connection.filter(|connection| {
-            let (conn, now) = session.link();
+            let (conn, now) = session.current();
             session.end.get().is_none() && (*connection < now || conn.is_over())
         });
         for room in rooms.values() {

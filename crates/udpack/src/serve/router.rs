@@ -215,7 +215,7 @@ impl Router {
             // Called in the future, so that a panic of the function itself is caught as well.
             let run = async { hook(channel.clone()).await };
             if AssertUnwindSafe(run).catch_unwind().await.is_err() {
-                channel.session().tally.one(Count::HandlerPanics);
+                channel.session().counts.one(Count::HandlerPanics);
                 tracing::error!(channel = %channel.name(), "a close hook panicked");
             }
         }

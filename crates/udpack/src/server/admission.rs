@@ -20,8 +20,8 @@ use crate::base::text::printable_within;
 use crate::channel::Channel;
 use crate::channel::inbox::{Ending, Inbox};
 use crate::metrics::speed::Stats;
-use crate::metrics::{Count, Tally, Words};
-use crate::session::driver::{Control, Link, live};
+use crate::metrics::{Count, Counts, Words};
+use crate::session::driver::{Control, Established, live};
 use crate::session::lifetime;
 use crate::session::reconnect::SocketState;
 use crate::session::socket::Socket;
@@ -59,10 +59,10 @@ pub(super) async fn accept_loop(shared: Arc<Shared>) {
             false => Tenant::unproved(),
         };
         if shared.draining.load(Ordering::Relaxed) {
-            shared.tally.word(Words::Knocks, "draining");
+            shared.counts.word(Words::Knocks, "draining");
             incoming.refuse();
         } else if must_prove && incoming.may_retry() {
-            shared.tally.one(Count::Retries);
+            shared.counts.one(Count::Retries);
             incoming.retry();
         } else {
             match shared.places.handshakes.try_take(&tenant) {
@@ -77,11 +77,11 @@ pub(super) async fn accept_loop(shared: Arc<Shared>) {
                 }
                 Err(_) if !proved && incoming.may_retry() => {
                     // Those of its own address may have places left.
-                    shared.tally.one(Count::Retries);
+                    shared.counts.one(Count::Retries);
                     incoming.retry();
                 }
                 Err(full) => {
-                    shared.tally.word(Words::Knocks, "busy");
+                    shared.counts.word(Words::Knocks, "busy");
                     match shared.places.farewells.try_take(&tenant) {
                         Ok(place) if proved && farewells.take() => {
                             let told = say_why(shared.clone(), incoming, full, place);
@@ -158,7 +158,7 @@ struct Entered {
     session: Arc<Session>,
     control: Box<Control>,
     queue: Option<mpsc::Sender<Channel>>,
-    place: Seat,
+    place: Place,
     key: u64,
 }
 
@@ -176,10 +176,10 @@ async fn let_in(
         shared.limits.clone(),
         shared.timeouts.clone(),
         shared.counters.clone(),
-        Tally::child(shared.tally.clone()),
+        Counts::child(shared.counts.clone()),
         false,
     );
-    let place = match Seat::take(&shared, conn.remote_address()) {
+    let place = match Place::take(&shared, conn.remote_address()) {
         Ok(place) => place,
         Err(full) => {
             let reason = CloseReason::local(CloseCode::SERVER_BUSY, full.to_string());
@@ -195,8 +195,8 @@ async fn let_in(
     };
     let control = match admission.await {
         Ok(Admitted::New(control)) => control,
-        Ok(Admitted::Back(control, kept, links)) => {
-            hand_over(conn, control, &kept, links);
+        Ok(Admitted::Back(control, kept, next_connections)) => {
+            hand_over(conn, control, &kept, next_connections);
             return None;
         }
         Err(reason) => {
@@ -220,8 +220,8 @@ async fn let_in(
     if let Some(reason) = lifetime::no_longer(&session, &shared.guard) {
         session.abort(reason);
     }
-    session.tally.one(Count::Admitted);
-    session.tally.one(Count::Sockets);
+    session.counts.one(Count::Admitted);
+    session.counts.one(Count::Sockets);
     tracing::Span::current()
         .record("session", tracing::field::display(session.id()))
         .record("id", printable_within(socket.peer().id(), 128));
@@ -254,7 +254,7 @@ async fn shake_hands(shared: &Shared, incoming: Incoming) -> Option<Connection> 
         Ok(Err(error)) => error.reason().to_string(),
         Err(_) => "it took too long".to_owned(),
     };
-    shared.tally.one(Count::HandshakesFailed);
+    shared.counts.one(Count::HandshakesFailed);
     tracing::debug!(why, "handshake failed");
     None
 }
@@ -264,9 +264,9 @@ fn hand_over(
     conn: Connection,
     control: Box<Control>,
     kept: &Session,
-    links: mpsc::OwnedPermit<Box<Link>>,
+    next_connections: mpsc::OwnedPermit<Box<Established>>,
 ) {
-    links.send(Box::new(Link {
+    next_connections.send(Box::new(Established {
         conn: conn.clone(),
         endpoint: None,
         control,
@@ -289,7 +289,7 @@ fn run_socket_handler(shared: &Shared, socket: Socket) {
     let run = async move {
         tokio::select! {
             outcome = handler => if outcome.is_err() {
-                session.tally.one(Count::HandlerPanics);
+                session.counts.one(Count::HandlerPanics);
                 tracing::error!("the socket's handler panicked");
             },
             _ = session.end.wait() => {}
@@ -303,7 +303,11 @@ enum Admitted {
     /// With a session of its own.
     New(Box<Control>),
     /// For a session that was there before.
-    Back(Box<Control>, Arc<Session>, mpsc::OwnedPermit<Box<Link>>),
+    Back(
+        Box<Control>,
+        Arc<Session>,
+        mpsc::OwnedPermit<Box<Established>>,
+    ),
 }
 
 /// Reads `$hello` and, in the turn of its address, does what it asks for. The time in which the client must have proved
@@ -321,7 +325,7 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, Clos
     // Who was in before need not wait for what others of its address do, but comes no faster than they may.
     if !shared.was_in(&first.hello) {
         let address = session.conn().remote_address().ip();
-        let turn = shared.guard.turn(address, &session.tally).await;
+        let turn = shared.guard.turn(address, &session.counts).await;
         turn.map_err(|slow| CloseReason::local(CloseCode::SERVER_BUSY, slow.to_string()))?;
     }
     let entered = tokio::time::timeout(left, enter(shared, session, first));
@@ -370,7 +374,7 @@ async fn enter(
     let agent = hello.agent().to_owned();
     let peer = shared
         .guard
-        .verify(hello, shared.timeouts.auth_failure, &shared.tally)
+        .verify(hello, shared.timeouts.auth_failure, &shared.counts)
         .await
         .map_err(denied)?;
     if shared.draining.load(Ordering::Relaxed) {
@@ -441,7 +445,7 @@ async fn enter(
 struct Found {
     session: Arc<Session>,
     /// It is the one that the client came back to.
-    permit: Option<mpsc::OwnedPermit<Box<Link>>>,
+    permit: Option<mpsc::OwnedPermit<Box<Established>>>,
     /// Why it is not, although the client wanted to come back.
     refused: Option<String>,
 }
@@ -462,7 +466,7 @@ async fn find(
         match shared.come_back(ticket, peer).await? {
             Ok((kept, permit)) => (found.session, found.permit) = (kept, Some(permit)),
             Err(reason) => {
-                fresh.tally.word(Words::ResumesRefused, reason);
+                fresh.counts.word(Words::ResumesRefused, reason);
                 found.refused = Some(reason.to_owned());
             }
         }
@@ -513,7 +517,7 @@ async fn refuse(shared: &Shared, session: &Session, reason: CloseReason) {
         tracing::debug!(%reason, "left before $hello");
         return;
     }
-    session.tally.refused(reason.code);
+    session.counts.refused(reason.code);
     if let Some(left_out) = shared.log_limit.line() {
         tracing::warn!(%reason, left_out, "refused");
     }
@@ -522,12 +526,12 @@ async fn refuse(shared: &Shared, session: &Session, reason: CloseReason) {
 }
 
 /// A place among the sockets, counted from before authentication so that the caps cannot be overrun.
-struct Seat {
+struct Place {
     shared: Arc<Shared>,
     _place: pool::Place,
 }
 
-impl Seat {
+impl Place {
     fn take(shared: &Arc<Shared>, address: SocketAddr) -> Result<Self, PoolFull> {
         let place = shared
             .places
@@ -565,7 +569,7 @@ impl Seat {
     }
 }
 
-impl Drop for Seat {
+impl Drop for Place {
     fn drop(&mut self) {
         self.shared.sockets.ended.notify_waiters();
     }

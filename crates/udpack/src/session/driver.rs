@@ -21,10 +21,10 @@ use tracing::field::Empty;
 use crate::base::Rate;
 use crate::base::lock;
 use crate::channel::Channel;
-use crate::channel::carrier::{CONFIRM, ChannelKey, Line, WISHED};
+use crate::channel::carrier::{CONFIRM, ChannelKey, REQUESTED, SessionConnection};
 use crate::channel::inbox::{Ending, Inbox};
 use crate::channel::resume::{Mismatch, Seen};
-use crate::metrics::{Count, Tally, Words};
+use crate::metrics::{Count, Counts, Words};
 use crate::session::lifetime::Lifetime;
 use crate::session::reconnect::SocketState;
 use crate::session::service::Registry;
@@ -70,7 +70,7 @@ impl Control {
 }
 
 /// A connection on which a session goes on, or another begins.
-pub(crate) struct Link {
+pub(crate) struct Established {
     pub(crate) conn: Connection,
     /// A client's.
     pub(crate) endpoint: Option<Endpoint>,
@@ -101,12 +101,12 @@ pub(crate) trait Redial: Send {
         session: &'a Arc<Session>,
         reason: CloseReason,
         moved: bool,
-    ) -> BoxFuture<'a, Result<Link, CloseReason>>;
+    ) -> BoxFuture<'a, Result<Established, CloseReason>>;
 }
 
 /// What a server does about a client that may come back.
 pub(crate) struct Awaited {
-    pub(crate) links: mpsc::Receiver<Box<Link>>,
+    pub(crate) next_connections: mpsc::Receiver<Box<Established>>,
     /// How long it waits.
     pub(crate) window: Duration,
     /// How many sessions wait, of how many that may.
@@ -115,7 +115,7 @@ pub(crate) struct Awaited {
 }
 
 impl Awaited {
-    async fn next(&mut self, reason: CloseReason) -> Result<Box<Link>, CloseReason> {
+    async fn next(&mut self, reason: CloseReason) -> Result<Box<Established>, CloseReason> {
         struct Waiting(Arc<AtomicUsize>);
         impl Drop for Waiting {
             fn drop(&mut self) {
@@ -129,17 +129,17 @@ impl Awaited {
             return Err(reason);
         }
         tracing::info!(%reason, window = ?self.window, "connection lost; its session waits for the client");
-        match tokio::time::timeout(self.window, self.links.recv()).await {
-            Ok(Some(link)) => Ok(link),
+        match tokio::time::timeout(self.window, self.next_connections.recv()).await {
+            Ok(Some(established)) => Ok(established),
             Ok(None) | Err(_) => Err(reason),
         }
     }
 
     /// Informs waiting clients that they are too late. The admitting task informs later ones.
     fn turn_away(&mut self, reason: &CloseReason) {
-        self.links.close();
-        while let Ok(link) = self.links.try_recv() {
-            link.conn.close_because(reason);
+        self.next_connections.close();
+        while let Ok(established) = self.next_connections.try_recv() {
+            established.conn.close_because(reason);
         }
     }
 }
@@ -151,7 +151,7 @@ enum Outcome {
     /// The session may go on over another.
     Lost(CloseReason),
     /// The client has come back over this one.
-    Replaced(Box<Link>),
+    Replaced(Box<Established>),
     /// The server goes away and our channels have ended: to the next.
     Moved(CloseReason),
 }
@@ -180,7 +180,7 @@ pub(crate) async fn live(
             .await
         {
             Outcome::Over(reason) => break reason,
-            Outcome::Replaced(link) => Ok(link),
+            Outcome::Replaced(established) => Ok(established),
             // What is rare is in boxes, so that the task needs no room for it in between.
             Outcome::Lost(reason) => {
                 Box::pin(comeback.next(&session, &mut driver.lifetime, reason, false)).await
@@ -191,12 +191,12 @@ pub(crate) async fn live(
         };
         match next {
             // What ended the session counts before what would carry it on, whichever was seen first.
-            Ok(link) => match session.end.get() {
+            Ok(established) => match session.end.get() {
                 Some(reason) => {
-                    link.conn.close_because(reason);
+                    established.conn.close_because(reason);
                     break reason.clone();
                 }
-                None => control = driver.change(*link, &mut channels),
+                None => control = driver.change(*established, &mut channels),
             },
             Err(reason) => break reason,
         }
@@ -209,8 +209,8 @@ pub(crate) async fn live(
     session.set_up(None);
     session.fail_resumable(&reason);
     if session.welcome().is_some() {
-        session.tally.less(Count::Sockets);
-        session.tally.closed(&reason);
+        session.counts.less(Count::Sockets);
+        session.counts.closed(&reason);
     }
     session.states.set(SocketState::Closed(reason.clone()));
     // Handlers see the end in their next `recv`; give those that only wait for it the time to leave.
@@ -228,9 +228,9 @@ impl Comeback {
         lifetime: &mut Lifetime,
         reason: CloseReason,
         moved: bool,
-    ) -> Result<Box<Link>, CloseReason> {
+    ) -> Result<Box<Established>, CloseReason> {
         /// Counts one session for as long as it has no connection.
-        struct Detached<'a>(&'a Tally);
+        struct Detached<'a>(&'a Counts);
         impl Drop for Detached<'_> {
             fn drop(&mut self) {
                 self.0.less(Count::Detached);
@@ -239,8 +239,8 @@ impl Comeback {
         session.set_up(None);
         session.receive.budget.set_detached(true);
         session.receive.window.lost();
-        session.tally.one(Count::Detached);
-        let _detached = Detached(&session.tally);
+        session.counts.one(Count::Detached);
+        let _detached = Detached(&session.counts);
         let next = async {
             match self {
                 Self::Never => Err(reason),
@@ -257,7 +257,7 @@ impl Comeback {
                 if let Some(reason) = session.asked_close() {
                     return reason;
                 }
-                session.wake.wait(WISHED).await;
+                session.wake.wait(REQUESTED).await;
             }
         };
         tokio::select! {
@@ -266,7 +266,7 @@ impl Comeback {
             reason = session.end.wait() => Err(reason),
             reason = closed => Err(reason),
             () = lifetime.run() => std::future::pending().await,
-            link = next => link,
+            established = next => established,
         }
     }
 
@@ -301,11 +301,11 @@ impl Comeback {
     }
 
     /// The client, back over another connection while the present one still seems to live.
-    async fn replaced(&mut self) -> Box<Link> {
+    async fn replaced(&mut self) -> Box<Established> {
         if let Self::Awaited(awaited) = self
-            && let Some(link) = awaited.links.recv().await
+            && let Some(established) = awaited.next_connections.recv().await
         {
-            return link;
+            return established;
         }
         std::future::pending().await
     }
@@ -381,7 +381,7 @@ impl Present {
     /// server.
     fn prepare_to_move(&mut self, session: &Session) {
         if self.move_at != session.departure.turn()
-            && let Some(leaving) = session.departure.heard()
+            && let Some(leaving) = session.departure.received()
         {
             self.move_at = Some(leaving.turn);
             session.set_up(None);
@@ -395,7 +395,7 @@ const CONFIRM_DELAY: Duration = Duration::from_millis(5);
 
 impl Driver {
     /// Goes over to another connection.
-    fn change(&mut self, link: Link, channels: &mut JoinSet<()>) -> Box<Control> {
+    fn change(&mut self, established: Established, channels: &mut JoinSet<()>) -> Box<Control> {
         let session = &self.session;
         give_up(&session.conn());
         session.departure.forget();
@@ -407,7 +407,7 @@ impl Driver {
             .is_none_or(|welcome| welcome.resume.is_some());
         let mut reason = None;
         self.resumed = true;
-        if let Some(welcome) = link.welcome {
+        if let Some(welcome) = established.welcome {
             self.resumed = welcome.resumed;
             session
                 .receive
@@ -419,7 +419,7 @@ impl Driver {
                     .clone()
                     .unwrap_or_else(|| if granted { "unknown" } else { "off" }.to_owned());
                 let text = format!("the session could not be resumed: {words}");
-                session.tally.word(Words::ResumesRefused, &words);
+                session.counts.word(Words::ResumesRefused, &words);
                 session.fail_resumable(&CloseReason::new(
                     CloseCode::NOT_RESUMED,
                     text,
@@ -433,19 +433,19 @@ impl Driver {
             session.set_welcome(welcome);
         }
         session.life.reattached();
-        let number = session.set_link(link.conn, link.endpoint);
+        let number = session.move_to(established.conn, established.endpoint);
         session.receive.budget.set_detached(false);
         let conn = session.conn();
         session.receive.window.renew(&conn);
-        for pipe in session.kept_own() {
-            channels.spawn(pipe.reopen(session.carrier.clone(), conn.clone(), number));
+        for core in session.kept_own() {
+            channels.spawn(core.reopen(session.carrier.clone(), conn.clone(), number));
         }
         session.set_up(Some(number));
         if self.resumed {
-            session.tally.one(Count::Resumed);
+            session.counts.one(Count::Resumed);
         }
         if session.client {
-            session.tally.one(Count::Reconnects);
+            session.counts.one(Count::Reconnects);
         }
         if let Some(rooms) = session.rooms.get() {
             rooms.resumed(session, number);
@@ -455,7 +455,7 @@ impl Driver {
             resumed: self.resumed,
             reason,
         });
-        link.control
+        established.control
     }
 
     /// Serves one connection until it ends, or the session goes over to another.
@@ -466,7 +466,7 @@ impl Driver {
         comeback: &mut Comeback,
     ) -> Outcome {
         let session = self.session.clone();
-        let (conn, link) = session.link();
+        let (conn, number) = session.current();
         if let Some(reason) = session.end.get() {
             conn.close_because(reason);
             return Outcome::Over(reason.clone());
@@ -487,7 +487,7 @@ impl Driver {
                     }
                     stream = conn.accept_bi() => match stream {
                         Ok(stream) => {
-                            self.accept((&conn, link), stream, &mut present, channels);
+                            self.accept((&conn, number), stream, &mut present, channels);
                             Act::Wait
                         }
                         Err(error) => Act::Over(comeback.after(session.reason_for(&error))),
@@ -495,7 +495,7 @@ impl Driver {
                     message = poll_fn(|cx| control.inbox.poll_first(cx, &session, &session.counters)) => {
                         self.hear((&session, &conn), message, &mut present, comeback)
                     }
-                    () = session.wake.wait(WISHED) => Act::work(carry_out(&session, &conn, control)),
+                    () = session.wake.wait(REQUESTED) => Act::work(carry_out(&session, &conn, control)),
                     () = session.wake.wait(CONFIRM) => {
                         let soon = || Instant::now() + CONFIRM_DELAY;
                         present.confirm_at.get_or_insert_with(soon);
@@ -513,7 +513,7 @@ impl Driver {
                         session.abort(unread());
                         Act::Wait
                     }
-                    link = comeback.replaced() => Act::Over(Outcome::Replaced(link)),
+                    established = comeback.replaced() => Act::Over(Outcome::Replaced(established)),
                     () = at(present.move_at) => Act::work(async {
                         Some(self.leave(control, channels, present.patience).await)
                     }),
@@ -547,7 +547,7 @@ impl Driver {
             _ => Stage::Open,
         };
         if self.resumed {
-            let open = session.kept_own().iter().map(|pipe| pipe.key.id).collect();
+            let open = session.kept_own().iter().map(|core| core.key.id).collect();
             if let Some(frame) = control::encode(&Channels { open }) {
                 Box::pin(control.write(session, &mut [frame])).await;
             }
@@ -557,7 +557,7 @@ impl Driver {
     /// Takes a stream that the peer has opened.
     fn accept(
         &mut self,
-        (conn, link): (&Arc<Line>, u64),
+        (conn, number): (&Arc<SessionConnection>, u64),
         (send, recv): (SendStream, RecvStream),
         present: &mut Present,
         channels: &mut JoinSet<()>,
@@ -582,7 +582,7 @@ impl Driver {
             session.clone(),
             self.registry.clone(),
             self.incoming.clone(),
-            (conn.clone(), link),
+            (conn.clone(), number),
             send,
             recv,
             span.clone(),
@@ -648,7 +648,7 @@ impl Driver {
                     tokio::time::sleep(CONFIRM_DELAY).await;
                     confirm(session, control).await;
                 },
-                () = session.wake.wait(WISHED) => {
+                () = session.wake.wait(REQUESTED) => {
                     let close = session.asked_close();
                     if let Some(reason) = close {
                         close_gracefully(session, control, reason).await;
@@ -736,7 +736,7 @@ fn reap(session: &Session, ended: Result<(), tokio::task::JoinError>) {
     if let Err(error) = ended
         && error.is_panic()
     {
-        session.tally.one(Count::HandlerPanics);
+        session.counts.one(Count::HandlerPanics);
         tracing::error!("a channel task panicked");
     }
 }
@@ -821,7 +821,7 @@ fn on_control(
 fn on_goaway(session: &Session, goaway: GoAway, patience: Duration) {
     tracing::info!(text = %goaway.text, "the server is going away");
     let turn = Instant::now() + goaway.wait().min(patience);
-    session.departure.hear(Leaving { goaway, turn });
+    session.departure.receive(Leaving { goaway, turn });
     if !session.reconnects() {
         session.set_up(None);
     }
@@ -831,8 +831,8 @@ fn on_welcome(session: &Session, welcome: Welcome) {
     let peer_frame = &session.receive.peer_frame;
     peer_frame.store(welcome.frame, Ordering::Relaxed);
     tracing::Span::current().record("session", &*welcome.session);
-    session.tally.one(Count::Admitted);
-    session.tally.one(Count::Sockets);
+    session.counts.one(Count::Admitted);
+    session.counts.one(Count::Sockets);
     session.life.counts_for(welcome.expires);
     let admitted = || session.set_welcome(welcome);
     let connected = SocketState::Connected {
@@ -848,10 +848,10 @@ fn on_passed(session: &Session, passed: Passed) {
         id: passed.channel,
     };
     // The peer may still report on a channel that has ended here.
-    if let Some(pipe) = session.live(key) {
+    if let Some(core) = session.live(key) {
         // What the peer's library gathers for a while is not its program's delay.
         let round_trip = session.conn().rtt() + CONFIRM_DELAY;
-        pipe.outbox.passed(passed.mark, round_trip);
+        core.outbox.passed(passed.mark, round_trip);
     }
 }
 
@@ -862,16 +862,16 @@ fn on_ack(session: &Session, ack: Ack) -> Option<CloseReason> {
         id: ack.channel,
     };
     // One that is over here may still be confirmed.
-    let pipe = session.kept(key)?;
+    let core = session.kept(key)?;
     if ack.received == Ack::REFUSED {
-        pipe.refused();
+        core.refused();
         return None;
     }
     let text = format!(
         "message {} of channel {} is confirmed and was never sent",
         ack.received, ack.channel
     );
-    pipe.confirm(ack.received)
+    core.confirm(ack.received)
         .err()
         .map(|Mismatch| CloseReason::local(CloseCode::RESUME_MISMATCH, text))
 }

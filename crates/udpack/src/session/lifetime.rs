@@ -22,7 +22,7 @@ use crate::base::Rate;
 use crate::base::lock;
 use crate::base::wake::{WakeFlag, WakeFlags};
 use crate::channel::{Channel, WeakChannel};
-use crate::metrics::{Count, Tally};
+use crate::metrics::{Count, Counts};
 use crate::session::Session;
 use crate::trust::auth::{Authenticate, Deny, Hello, Peer, Penalties, Slow};
 use crate::wire::code::{CloseCode, CloseReason};
@@ -61,10 +61,10 @@ impl Guard {
     }
 
     /// Waits until a token of this address may be looked at.
-    pub(crate) async fn turn(&self, address: IpAddr, tally: &Tally) -> Result<(), Slow> {
+    pub(crate) async fn turn(&self, address: IpAddr, counts: &Counts) -> Result<(), Slow> {
         let turn = self.penalties.turn(address, Instant::now().into_std())?;
         if let Some(turn) = turn {
-            tally.one(Count::TokensSlowed);
+            counts.one(Count::TokensSlowed);
             tokio::time::sleep_until(turn.into()).await;
         }
         Ok(())
@@ -76,7 +76,7 @@ impl Guard {
         &self,
         hello: Hello,
         failure: Duration,
-        tally: &Tally,
+        counts: &Counts,
     ) -> Result<Peer, Deny> {
         let begun = Instant::now();
         let source = hello.remote().ip();
@@ -89,7 +89,7 @@ impl Guard {
             Ok(Ok(_)) => Deny::auth_expired(),
             Ok(Err(deny)) => deny,
             Err(_) => {
-                tally.one(Count::HandlerPanics);
+                counts.one(Count::HandlerPanics);
                 tracing::error!("the verifier panicked");
                 return Err(Deny::new(CloseCode::INTERNAL, "the verifier failed"));
             }
@@ -102,13 +102,13 @@ impl Guard {
     }
 
     /// Whether `peer` may have a channel of that name.
-    fn allow(&self, peer: &Peer, channel: &str, tally: &Tally) -> Result<(), Deny> {
+    fn allow(&self, peer: &Peer, channel: &str, counts: &Counts) -> Result<(), Deny> {
         let Some(authorize) = &self.authorize else {
             return Ok(());
         };
         std::panic::catch_unwind(AssertUnwindSafe(|| authorize(peer, channel))).unwrap_or_else(
             |_| {
-                tally.one(Count::HandlerPanics);
+                counts.one(Count::HandlerPanics);
                 tracing::error!("the authorization of channels panicked");
                 Err(Deny::new(CloseCode::INTERNAL, "the authorization failed"))
             },
@@ -332,19 +332,19 @@ impl Life {
         }
         // Only now: a refresh from here on finds the channel in the list, an earlier one has changed the peer.
         match session.peer.get() {
-            Some(peer) => guard.allow(&peer, channel.name(), &session.tally),
+            Some(peer) => guard.allow(&peer, channel.name(), &session.counts),
             None => Err(Deny::forbidden("nobody is known here")),
         }
     }
 
     /// Closes the channels that the peer may no longer have.
-    fn look_again(&self, guard: &Guard, peer: &Peer, tally: &Tally) {
+    fn look_again(&self, guard: &Guard, peer: &Peer, counts: &Counts) {
         let channels: Vec<Channel> = lock(&self.channels)
             .iter()
             .filter_map(WeakChannel::upgrade)
             .collect();
         for channel in channels {
-            if let Err(Deny { code, text }) = guard.allow(peer, channel.name(), tally) {
+            if let Err(Deny { code, text }) = guard.allow(peer, channel.name(), counts) {
                 channel.close_with(CloseReason::local(code, text));
             }
         }
@@ -398,7 +398,7 @@ pub(crate) fn renew(session: &Session, peer: Peer) -> Result<Option<Duration>, D
     session.peer.set(peer.clone());
     session.life.counts_for(left);
     if let Some(guard) = session.life.guard.get() {
-        session.life.look_again(guard, &peer, &session.tally);
+        session.life.look_again(guard, &peer, &session.counts);
     }
     Ok(left)
 }
@@ -434,7 +434,7 @@ pub(crate) async fn refresh(session: &Session, token: String) -> Result<(), Refr
         match answered.await {
             Ok(answer) => {
                 if answer.is_ok() {
-                    session.tally.one(Count::Refreshed);
+                    session.counts.one(Count::Refreshed);
                 }
                 answer
             }
@@ -539,7 +539,7 @@ pub(crate) fn no_longer(session: &Session, guard: &Guard) -> Option<CloseReason>
         Ok(true) => return None,
         Ok(false) => (CloseCode::AUTH_REVOKED, "the token was withdrawn"),
         Err(_) => {
-            session.tally.one(Count::HandlerPanics);
+            session.counts.one(Count::HandlerPanics);
             tracing::error!("the verifier panicked");
             (CloseCode::INTERNAL, "the verifier failed")
         }
@@ -556,7 +556,7 @@ async fn verify_refreshes(session: &Session, guard: &Guard) {
         let verified = Box::pin(verify_refresh(session, guard, &mut rate, token));
         let refreshed = match verified.await {
             Ok(expires) => {
-                session.tally.one(Count::Refreshed);
+                session.counts.one(Count::Refreshed);
                 Refreshed::Accepted { expires }
             }
             Err(Deny { code, text }) => {
@@ -586,7 +586,7 @@ async fn verify_refresh(
     if !rate.take() {
         return limited("new tokens come too fast");
     }
-    if let Err(slow) = guard.turn(remote.ip(), &session.tally).await {
+    if let Err(slow) = guard.turn(remote.ip(), &session.counts).await {
         return limited(&slow.to_string());
     }
     let hello = HelloMessage {
@@ -599,7 +599,7 @@ async fn verify_refresh(
     let verdict = guard.verify(
         Hello::new(hello, remote, session.conn().transport()),
         session.timeouts.auth_failure,
-        &session.tally,
+        &session.counts,
     );
     let within = session.timeouts.auth;
     let peer = tokio::time::timeout(within, verdict).await.map_err(|_| {

@@ -125,16 +125,16 @@ impl<'a, T: Serialize + Sync + ?Sized> OpenChannel<'a, T> {
         let frame = control::encode_open(&request, session.frame_limit())?;
         let opening = async {
             loop {
-                let (conn, link) = session.ready().await?;
+                let (conn, number) = session.ready().await?;
                 match conn.open_bi().await {
-                    Ok((stream, recv)) => return Ok((conn, link, stream, recv)),
+                    Ok((stream, recv)) => return Ok((conn, number, stream, recv)),
                     // Where the client reconnects, there will be another one.
-                    Err(_) if session.reconnects() && !session.closing() => session.down(link),
+                    Err(_) if session.reconnects() && !session.closing() => session.down(number),
                     Err(error) => return Err(OpenError::Closed(session.reason_for(&error))),
                 }
             }
         };
-        let (conn, link, stream, recv) = tokio::time::timeout(session.timeouts.request, opening)
+        let (conn, number, stream, recv) = tokio::time::timeout(session.timeouts.request, opening)
             .await
             .map_err(|_| {
                 if session.is_up() {
@@ -159,11 +159,11 @@ impl<'a, T: Serialize + Sync + ?Sized> OpenChannel<'a, T> {
             epoch: 0,
             first: Some(frame),
         };
-        session.tally.one(Count::ChannelsOpened);
+        session.counts.one(Count::ChannelsOpened);
         let span = tracing::debug_span!(parent: &session.span, "channel", name, id);
         let span = or_around(span, session.span.clone());
         let session = session.clone();
-        Ok(span.in_scope(|| session.channel(opened, true, (way, link), inbox, counters)))
+        Ok(span.in_scope(|| session.channel(opened, true, (way, number), inbox, counters)))
     }
 }
 

@@ -15,7 +15,7 @@ use crate::wire::code::{CloseCode, CloseReason};
 use crate::wire::control::GoAway;
 
 use crate::base::extensions::Extensions;
-use crate::channel::carrier::WISHED;
+use crate::channel::carrier::REQUESTED;
 use crate::metrics::Metrics;
 use crate::metrics::speed::{SpeedMeter, Stats};
 use crate::session::lifetime::{self, RefreshError};
@@ -44,7 +44,7 @@ pub(crate) struct Handle {
 impl Socket {
     /// The first handle, and where channels go that wait for `accept_channel`, if they may.
     pub(crate) fn new(session: Arc<Session>, pull: bool) -> (Self, Option<mpsc::Sender<Channel>>) {
-        let lease = session.client.then(|| session.lend());
+        let lease = session.client.then(|| session.new_lease());
         let (queue, incoming) = pull.then(|| mpsc::channel(CHANNEL_QUEUE)).unzip();
         let inner = Arc::new(Handle {
             session,
@@ -197,7 +197,7 @@ impl Socket {
 
     /// The server's word that it is going down, if it has sent one; of several the one that names the soonest time.
     pub fn goaway(&self) -> Option<GoAway> {
-        let leaving = self.inner.session.departure.heard()?;
+        let leaving = self.inner.session.departure.received()?;
         Some(leaving.goaway)
     }
 
@@ -239,7 +239,7 @@ impl Socket {
     /// Tells the peer to finish what runs and come back later or elsewhere. Only a server says so.
     pub(crate) fn send_goaway(&self, goaway: GoAway) {
         self.inner.session.departure.announce(goaway);
-        self.inner.session.wake.set(WISHED);
+        self.inner.session.wake.set(REQUESTED);
     }
 
     /// How long its session exists, over all its connections.
@@ -268,7 +268,7 @@ impl Socket {
 
     /// What happened so far on this socket.
     pub fn metrics(&self) -> Metrics {
-        self.inner.session.tally.metrics(self.stats())
+        self.inner.session.counts.metrics(self.stats())
     }
 }
 

@@ -8,7 +8,7 @@ use futures_util::FutureExt;
 use tokio::sync::mpsc;
 
 use crate::base::lock;
-use crate::channel::carrier::{ChannelKey, Line};
+use crate::channel::carrier::{ChannelKey, SessionConnection};
 use crate::channel::inbox::{Ending, Inbox};
 use crate::channel::writer::Way;
 use crate::channel::{Channel, Opened};
@@ -28,7 +28,7 @@ pub(crate) async fn serve_stream(
     session: Arc<Session>,
     registry: Arc<Registry>,
     incoming: Option<mpsc::Sender<Channel>>,
-    (conn, link): (Arc<Line>, u64),
+    (conn, number): (Arc<SessionConnection>, u64),
     send: SendStream,
     recv: RecvStream,
     span: tracing::Span,
@@ -62,14 +62,22 @@ pub(crate) async fn serve_stream(
     let name = open.name.clone();
     span.record("name", crate::base::text::printable_within(&name, 128))
         .record("id", open.id);
-    let begun = begin(&session, open, refusal, (conn, link), send, inbox, counters);
+    let begun = begin(
+        &session,
+        open,
+        refusal,
+        (conn, number),
+        send,
+        inbox,
+        counters,
+    );
     let (channel, refusal) = match begun {
         Begun::Channel(channel, refusal) => (channel, refusal),
         Begun::WentOn => return,
         Begun::Over(send, received) => return decline(&session, send, received).await,
     };
     if let Some(reason) = refusal {
-        session.tally.one(Count::ChannelsRefused);
+        session.counts.one(Count::ChannelsRefused);
         if let Some(left_out) = session.log_limit.line() {
             tracing::warn!(%reason, left_out, "channel refused");
         }
@@ -84,7 +92,7 @@ pub(crate) async fn serve_stream(
         Some(handler) => run_handler(handler, channel).await,
         None => {
             let Some(incoming) = incoming else {
-                session.tally.one(Count::ChannelsRefused);
+                session.counts.one(Count::ChannelsRefused);
                 let text = format!(
                     "no channel named {:?} is served here",
                     crate::base::text::printable_within(&name, 128)
@@ -93,7 +101,7 @@ pub(crate) async fn serve_stream(
                 return;
             };
             if let Err(error) = incoming.try_send(channel) {
-                session.tally.one(Count::ChannelsRefused);
+                session.counts.one(Count::ChannelsRefused);
                 let channel = match error {
                     mpsc::error::TrySendError::Full(channel)
                     | mpsc::error::TrySendError::Closed(channel) => channel,
@@ -123,7 +131,7 @@ fn begin(
     session: &Arc<Session>,
     open: Open,
     refusal: Option<CloseReason>,
-    (conn, link): (Arc<Line>, u64),
+    (conn, number): (Arc<SessionConnection>, u64),
     send: SendStream,
     inbox: Inbox,
     counters: Arc<Counters>,
@@ -139,9 +147,9 @@ fn begin(
     };
     let mut first = None;
     match (open.received, &kept) {
-        (Some(received), Some(pipe)) if pipe.is_of(&open) => {
+        (Some(received), Some(core)) if core.is_of(&open) => {
             drop(seen);
-            pipe.accept(&session.carrier, (conn, link), (send, inbox), received);
+            core.accept(&session.carrier, (conn, number), (send, inbox), received);
             return Begun::WentOn;
         }
         (Some(received), None) if received > 0 || seen.contains(open.id) => {
@@ -178,8 +186,8 @@ fn begin(
     if refusal.is_none() {
         seen.insert(open.id);
     }
-    session.tally.one(Count::ChannelsAccepted);
-    session.tally.one(Count::MessagesReceived);
+    session.counts.one(Count::ChannelsAccepted);
+    session.counts.one(Count::MessagesReceived);
     let opened = Opened {
         id: open.id,
         name: open.name,
@@ -193,7 +201,7 @@ fn begin(
         epoch: 0,
         first,
     };
-    let channel = session.channel(opened, false, (way, link), inbox, counters);
+    let channel = session.channel(opened, false, (way, number), inbox, counters);
     Begun::Channel(channel, refusal)
 }
 
@@ -221,7 +229,7 @@ async fn run_handler(handler: &ChannelHandler, channel: Channel) {
         Ok(Ok(())) => {}
         Ok(Err(_)) if channel.close_reason().is_some() => {}
         Ok(Err(error)) => {
-            channel.session().tally.one(Count::HandlersFailed);
+            channel.session().counts.one(Count::HandlersFailed);
             tracing::warn!(channel = %name, %error, "channel handler failed");
             channel.close_with(CloseReason::local(
                 CloseCode::HANDLER_FAILED,
@@ -229,7 +237,7 @@ async fn run_handler(handler: &ChannelHandler, channel: Channel) {
             ));
         }
         Err(_) => {
-            channel.session().tally.one(Count::HandlerPanics);
+            channel.session().counts.one(Count::HandlerPanics);
             tracing::error!(channel = %name, "channel handler panicked");
             channel.close_with(CloseReason::local(
                 CloseCode::INTERNAL,

@@ -305,7 +305,7 @@ impl Ready {
             self.front.clone(),
             &session.limits,
         );
-        session.tally.add(Count::VolatileDropped, dropped);
+        session.counts.add(Count::VolatileDropped, dropped);
         session.wake.set(SMALL);
         Ok(dropped)
     }
@@ -739,7 +739,7 @@ async fn move_small(session: &Session, conn: &Connection) -> Result<(), Over> {
                 // Else it was replaced, and so counted as dropped, in the very moment.
                 if out.small.seq(&place) == Some(seq) {
                     out.small.remove(&place);
-                    session.tally.one(Count::VolatileSent);
+                    session.counts.one(Count::VolatileSent);
                 }
             }
             Err(DatagramError::Lost) => return Err(Over),
@@ -794,10 +794,10 @@ async fn move_large(session: &Session, conn: &Connection) -> Result<(), Over> {
         match stream.write_all(&mut body).await {
             Ok(()) => {
                 stream.finish();
-                session.tally.one(Count::VolatileSent);
+                session.counts.one(Count::VolatileSent);
             }
             Err(StreamError::Lost(_)) => return Err(Over),
-            Err(_) => session.tally.one(Count::VolatileDropped),
+            Err(_) => session.counts.one(Count::VolatileDropped),
         }
     }
 }
@@ -837,7 +837,7 @@ async fn take_stream(session: &Session, mut stream: RecvStream) {
                     tracing::warn!(%code, left_out, "volatile message given up");
                 }
             }
-            session.tally.one(Count::VolatileDropped);
+            session.counts.one(Count::VolatileDropped);
         }
     }
 }
@@ -871,15 +871,15 @@ async fn read(stream: &mut RecvStream, session: &Session) -> Result<Bytes, Optio
 fn take(session: &Session, body: Bytes) {
     match Volatile::decode(body) {
         Ok(message) => {
-            session.tally.one(Count::VolatileReceived);
+            session.counts.one(Count::VolatileReceived);
             let dropped = lock(&session.volatiles.waiting)
                 .get_or_make()
                 .arrived(message, &session.limits);
-            session.tally.add(Count::VolatileDropped, dropped);
+            session.counts.add(Count::VolatileDropped, dropped);
             session.volatiles.arrived.notify_one();
         }
         Err(error) => {
-            session.tally.one(Count::VolatileMalformed);
+            session.counts.one(Count::VolatileMalformed);
             if let Some(left_out) = session.log_limit.line() {
                 tracing::warn!(%error, left_out, "volatile message refused");
             }

@@ -21,7 +21,7 @@ const BULK_WINDOWS: u64 = 4;
 
 /// Shared by the writers of one connection.
 #[derive(Debug, Default)]
-pub(crate) struct Turns {
+pub(crate) struct WriteScheduler {
     lots: AtomicU64,
     /// Writers that wait until QUIC takes more, by priority.
     blocked: [AtomicUsize; 3],
@@ -29,7 +29,7 @@ pub(crate) struct Turns {
     bulk: OnceLock<Arc<Bulk>>,
 }
 
-impl Turns {
+impl WriteScheduler {
     fn bulk(&self) -> &Arc<Bulk> {
         self.bulk.get_or_init(Arc::default)
     }
@@ -123,7 +123,7 @@ impl Turns {
     }
 }
 
-/// See [`Turns::wait`].
+/// See [`WriteScheduler::wait`].
 pub(crate) struct Waiting<'a>(&'a AtomicUsize);
 
 impl Drop for Waiting<'_> {
@@ -167,56 +167,59 @@ mod tests {
 
     #[test]
     fn lower_writers_let_higher_ones_go_first() {
-        let turns = Turns::default();
-        let _bulk = turns.wait(Priority::Bulk);
-        assert_eq!(turns.let_pass(Priority::Bulk), 0, "nobody else waits");
-        let high = turns.wait(Priority::High);
+        let scheduler = WriteScheduler::default();
+        let _bulk = scheduler.wait(Priority::Bulk);
+        assert_eq!(scheduler.let_pass(Priority::Bulk), 0, "nobody else waits");
+        let high = scheduler.wait(Priority::High);
         for _ in 0..100 {
-            assert_eq!(turns.let_pass(Priority::High), 0);
-            assert_eq!(turns.let_pass(Priority::Bulk), 4);
-            assert_eq!(turns.let_pass(Priority::Normal), 4);
+            assert_eq!(scheduler.let_pass(Priority::High), 0);
+            assert_eq!(scheduler.let_pass(Priority::Bulk), 4);
+            assert_eq!(scheduler.let_pass(Priority::Normal), 4);
         }
-        let _normal = [turns.wait(Priority::Normal), turns.wait(Priority::Normal)];
+        let _normal = [
+            scheduler.wait(Priority::Normal),
+            scheduler.wait(Priority::Normal),
+        ];
         for _ in 0..100 {
-            assert_eq!(turns.let_pass(Priority::High), 0);
-            assert!((4..8).contains(&turns.let_pass(Priority::Normal)));
-            assert_eq!(turns.let_pass(Priority::Bulk), 8);
+            assert_eq!(scheduler.let_pass(Priority::High), 0);
+            assert!((4..8).contains(&scheduler.let_pass(Priority::Normal)));
+            assert_eq!(scheduler.let_pass(Priority::Bulk), 8);
         }
         drop(high);
         for _ in 0..100 {
-            assert!(turns.let_pass(Priority::Normal) < 4);
-            assert_eq!(turns.let_pass(Priority::Bulk), 4);
+            assert!(scheduler.let_pass(Priority::Normal) < 4);
+            assert_eq!(scheduler.let_pass(Priority::Bulk), 4);
         }
     }
 
     #[test]
     fn a_writer_that_waits_goes_by_the_present_window() {
-        let turns = Turns::default();
+        let scheduler = WriteScheduler::default();
         let window = AtomicU64::new(0);
-        let _held = turns.hold(Bytes::from(vec![0; BULK_FLOOR as usize + 100]));
-        let waits = turns.bulk_room(|| window.load(Ordering::Relaxed), 16 << 20, 1);
+        let _held = scheduler.hold(Bytes::from(vec![0; BULK_FLOOR as usize + 100]));
+        let waits = scheduler.bulk_room(|| window.load(Ordering::Relaxed), 16 << 20, 1);
         let mut waits = std::pin::pin!(waits);
         assert!(waits.as_mut().now_or_never().is_none());
         window.store(BULK_FLOOR, Ordering::Relaxed);
-        drop(turns.hold(Bytes::from_static(b"one that is acknowledged")));
+        drop(scheduler.hold(Bytes::from_static(b"one that is acknowledged")));
         assert!(waits.now_or_never().is_some(), "the path has grown");
     }
 
     #[test]
     fn bulk_waits_until_what_is_under_way_is_let_go() {
-        let turns = Turns::default();
+        let scheduler = WriteScheduler::default();
         let free = |window| {
-            turns
+            scheduler
                 .bulk_room(|| window, 16 << 20, 1)
                 .now_or_never()
                 .is_some()
         };
         let floor = BULK_FLOOR as usize;
         assert!(free(0));
-        let mut held = turns.hold(Bytes::from(vec![0; floor]));
+        let mut held = scheduler.hold(Bytes::from(vec![0; floor]));
         assert!(!free(0), "the floor is reached");
         assert!(free(BULK_FLOOR), "a wide path takes more");
-        let _stuck = turns.wait(Priority::Bulk);
+        let _stuck = scheduler.wait(Priority::Bulk);
         assert!(free(0), "what nobody takes does not count");
         drop(_stuck);
         let part = held.split_to(100);
@@ -224,7 +227,7 @@ mod tests {
         assert!(!free(0), "a part is not acknowledged yet");
         drop(part);
         assert!(free(0));
-        let _most = turns.hold(Bytes::from(vec![0; 8 << 20]));
+        let _most = scheduler.hold(Bytes::from(vec![0; 8 << 20]));
         assert!(!free(1 << 40), "half of the send window is the others'");
     }
 }

@@ -1,4 +1,4 @@
-//! [`Pipe`]: what a channel is for its streams, and how it goes from one to the next.
+//! [`ChannelCore`]: what a channel is for its streams, and how it goes from one to the next.
 
 use std::future::poll_fn;
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tracing::Instrument;
 
-use crate::channel::carrier::{Carrier, ChannelKey, End, Line};
+use crate::channel::carrier::{Carrier, ChannelKey, End, SessionConnection};
 use crate::channel::inbox::{Ending, Inbox};
 use crate::channel::outbox::Outbox;
 use crate::channel::resume::Mismatch;
@@ -21,7 +21,7 @@ use crate::wire::config::Priority;
 use crate::wire::control::{self, ControlError, Decode, ProtocolEvent, Resumed};
 
 /// A channel as its streams see it: what they carry to and fro, one after the other if it is resumable.
-pub(crate) struct Pipe {
+pub(crate) struct ChannelCore {
     pub(crate) key: ChannelKey,
     pub(crate) priority: Priority,
     /// What a resumable channel is called, at its acceptor.
@@ -34,10 +34,10 @@ pub(crate) struct Pipe {
     pub(crate) end: Arc<End>,
     pub(crate) registration: u64,
     /// The connection that its present stream came over.
-    pub(crate) link: AtomicU64,
+    pub(crate) connection_number: AtomicU64,
 }
 
-impl Pipe {
+impl ChannelCore {
     /// Whether nothing can come of it any more, in either direction.
     pub(crate) fn is_over(&self) -> bool {
         self.outbox.is_over() && self.inbox.ending().is_some()
@@ -49,8 +49,8 @@ impl Pipe {
     }
 
     /// The connection that its present stream came over, at the acceptor.
-    pub(crate) fn link(&self) -> u64 {
-        self.link.load(Ordering::Relaxed)
+    pub(crate) fn connection_number(&self) -> u64 {
+        self.connection_number.load(Ordering::Relaxed)
     }
 
     /// Ends the channel because there will be no other stream for it. What has arrived can still be read.
@@ -66,8 +66,8 @@ impl Pipe {
         if carrier.unregister(self.registration) {
             let finished = || CloseReason::local(CloseCode::NORMAL, "");
             let reason = self.end.get().cloned().unwrap_or_else(finished);
-            carrier.tally.less(Count::Channels);
-            carrier.tally.channel_closed(&reason);
+            carrier.counts.less(Count::Channels);
+            carrier.counts.channel_closed(&reason);
         }
     }
 
@@ -97,10 +97,15 @@ impl Pipe {
         self.outbox.confirm(received)
     }
 
-    /// Opens another stream for a channel of our own, over connection number `link`, and goes on there.
-    pub(crate) async fn reopen(self: Arc<Self>, carrier: Arc<Carrier>, conn: Arc<Line>, link: u64) {
+    /// Opens another stream for a channel of our own, over connection number `number`, and goes on there.
+    pub(crate) async fn reopen(
+        self: Arc<Self>,
+        carrier: Arc<Carrier>,
+        conn: Arc<SessionConnection>,
+        number: u64,
+    ) {
         let Some(open) = &self.open else { return };
-        let Some(received) = carrier.on_link(link, || self.inbox.detach()) else {
+        let Some(received) = carrier.while_current(number, || self.inbox.detach()) else {
             return;
         };
         let opened = async {
@@ -139,7 +144,7 @@ impl Pipe {
                 carrier.prune();
             }
             Ok(Ok(Resumed { received, .. })) => {
-                self.go_on(&carrier, (conn, link), (send, inbox), received, None);
+                self.go_on(&carrier, (conn, number), (send, inbox), received, None);
             }
             Ok(Err(reason)) => self.fail(&carrier, &reason),
             Err(error) => self.refuse(&carrier, error.reason(), send, Some(inbox)),
@@ -147,16 +152,16 @@ impl Pipe {
     }
 
     /// Goes on with the stream that the peer opened for a channel it had opened before, over connection number
-    /// `link`; the peer has this many frames.
+    /// `number`; the peer has this many frames.
     pub(crate) fn accept(
         self: &Arc<Self>,
         carrier: &Arc<Carrier>,
-        (conn, link): (Arc<Line>, u64),
+        (conn, number): (Arc<SessionConnection>, u64),
         stream: (SendStream, Inbox),
         received: u64,
     ) {
-        let detached = carrier.on_link(link, || {
-            self.link.store(link, Ordering::Relaxed);
+        let detached = carrier.while_current(number, || {
+            self.connection_number.store(number, Ordering::Relaxed);
             self.inbox.detach()
         });
         let Some(have) = detached else { return };
@@ -166,7 +171,7 @@ impl Pipe {
         };
         self.go_on(
             carrier,
-            (conn, link),
+            (conn, number),
             stream,
             received,
             control::encode(&answer),
@@ -176,14 +181,14 @@ impl Pipe {
     fn go_on(
         self: &Arc<Self>,
         carrier: &Arc<Carrier>,
-        (conn, link): (Arc<Line>, u64),
+        (conn, number): (Arc<SessionConnection>, u64),
         (stream, inbox): (SendStream, Inbox),
         received: u64,
         first: Option<Bytes>,
     ) {
         stream.set_priority(self.priority.quic());
         let mut inbox = Some(inbox);
-        let went_on = carrier.on_link(link, || {
+        let went_on = carrier.while_current(number, || {
             let rewound = self.outbox.rewind(received)?;
             if let Some(inbox) = inbox.take() {
                 self.inbox.attach(inbox, carrier);
@@ -236,24 +241,24 @@ impl Pipe {
 
     pub(crate) fn spawn_writer(self: &Arc<Self>, carrier: &Arc<Carrier>, way: Way) {
         way.stream.set_priority(self.priority.quic());
-        let (pipe, carrier) = (self.clone(), carrier.clone());
+        let (core, carrier) = (self.clone(), carrier.clone());
         let tasks = carrier.tasks.clone();
         let writer = async move {
-            let counters = pipe.counters.clone();
+            let counters = core.counters.clone();
             let written =
-                writer::write_loop(pipe.outbox.clone(), way, carrier.clone(), counters).await;
+                writer::write_loop(core.outbox.clone(), way, carrier.clone(), counters).await;
             if let Written::Ended(Err(mut reason)) = written {
                 if reason.by == Side::Peer && !carrier.conn().is_over() {
-                    reason = closing_words(&pipe.inbox, &carrier, &pipe.counters)
+                    reason = closing_words(&core.inbox, &carrier, &core.counters)
                         .await
                         .unwrap_or(reason);
                 }
                 if !reason.is_normal() {
-                    pipe.end.set(reason);
+                    core.end.set(reason);
                 }
             }
-            if pipe.outbox.is_over() {
-                pipe.unregister(&carrier);
+            if core.outbox.is_over() {
+                core.unregister(&carrier);
                 carrier.prune();
             }
         };

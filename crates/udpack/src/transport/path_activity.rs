@@ -4,7 +4,7 @@ use crate::transport::Connection;
 
 /// What was said and heard on a connection, part by part of a time. A part counts if something was heard in it, or if
 /// nothing was said: a path on which what is sent stays unanswered is silent, which is the idle timer's business.
-pub(crate) struct Heard {
+pub(crate) struct PathActivity {
     received: u64,
     sent: u64,
     /// A part went by in which something was sent and nothing received. QUIC repeats what was lost at intervals that
@@ -12,7 +12,7 @@ pub(crate) struct Heard {
     silent: bool,
 }
 
-impl Heard {
+impl PathActivity {
     pub(crate) fn new(conn: &Connection) -> Self {
         let stats = conn.stats();
         Self {
