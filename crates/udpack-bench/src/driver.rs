@@ -10,7 +10,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use anyhow::{Context, bail, ensure};
 
 use crate::args::{Arm, Asked, Load, Options, Scenario};
-use crate::peer::{MARK, Memory, Ready, Told};
+use crate::peer::{MARK, Memory, Ready, Report};
 use crate::report::{Machine, Outcome, Run};
 use crate::{nats, programs};
 
@@ -149,7 +149,7 @@ impl<'a> Bench<'a> {
     }
 
     /// A server and a client of their own.
-    fn pair(&self, arm: Arm, program: &Path) -> anyhow::Result<Told> {
+    fn pair(&self, arm: Arm, program: &Path) -> anyhow::Result<Report> {
         let target = match (self.scenario, arm, &self.files) {
             (Scenario::Interference, Arm::Udpack, Some(files)) => Some(files.target()?),
             _ => None,
@@ -183,7 +183,7 @@ impl<'a> Bench<'a> {
             memory.push(serde_json::from_str(&server.line()?)?);
             client.tell()?;
         };
-        let mut told: Told = serde_json::from_str(&told)?;
+        let mut told: Report = serde_json::from_str(&told)?;
         if let [before, after] = memory.as_slice() {
             let (rss, heap) = before.each(*after, self.load.sockets);
             told = told.value("server RSS", rss);

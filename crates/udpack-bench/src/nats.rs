@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 
 use crate::args::{Load, Scenario};
 use crate::ours::{MESSAGE, all, ping_values};
-use crate::peer::{Ready, Told};
+use crate::peer::{Ready, Report};
 
 const PROGRAM: &str = "nats-server";
 /// Of reading and of writing, in bytes.
@@ -215,7 +215,11 @@ impl Peer {
 }
 
 /// Runs a scenario's client.
-pub(crate) async fn drive(scenario: Scenario, ready: &Ready, load: &Load) -> anyhow::Result<Told> {
+pub(crate) async fn drive(
+    scenario: Scenario,
+    ready: &Ready,
+    load: &Load,
+) -> anyhow::Result<Report> {
     let mut peers = Vec::with_capacity(load.sockets);
     for nth in 0..load.sockets {
         let mut peer = Peer::connect(ready.address).await?;
@@ -233,7 +237,7 @@ pub(crate) async fn drive(scenario: Scenario, ready: &Ready, load: &Load) -> any
     }
 }
 
-async fn messages(peers: Vec<(Peer, String)>, load: &Load) -> anyhow::Result<Told> {
+async fn messages(peers: Vec<(Peer, String)>, load: &Load) -> anyhow::Result<Report> {
     let each = load.count / load.sockets as u64;
     let begun = Instant::now();
     let mut tasks = JoinSet::new();
@@ -260,10 +264,10 @@ async fn messages(peers: Vec<(Peer, String)>, load: &Load) -> anyhow::Result<Tol
         load.count
     );
     let rate = load.count as f64 / begun.elapsed().as_secs_f64();
-    Ok(Told::default().value("rate", rate))
+    Ok(Report::default().value("rate", rate))
 }
 
-async fn ping(peers: Vec<(Peer, String)>, load: &Load) -> anyhow::Result<Told> {
+async fn ping(peers: Vec<(Peer, String)>, load: &Load) -> anyhow::Result<Report> {
     let each = load.count / load.sockets as u64;
     let begun = Instant::now();
     let mut tasks = JoinSet::new();

@@ -24,7 +24,7 @@ use udpack_transfer::{
 };
 
 use crate::args::{Load, Scenario};
-use crate::peer::{Marks, Ready, Told};
+use crate::peer::{Marks, Ready, Report};
 use crate::stats::rank;
 
 pub(crate) const TOKEN: &str = "benchmarks-have-no-secrets";
@@ -161,7 +161,7 @@ pub(crate) async fn drive(
     ready: &Ready,
     load: &Load,
     marks: Marks,
-) -> anyhow::Result<Told> {
+) -> anyhow::Result<Report> {
     let dialler = Dialler::new(ready)?;
     match scenario {
         Scenario::Stream => stream(&dialler, load).await,
@@ -207,7 +207,7 @@ fn lost(sockets: &[Socket]) -> u64 {
         .sum()
 }
 
-async fn stream(dialler: &Dialler, load: &Load) -> anyhow::Result<Told> {
+async fn stream(dialler: &Dialler, load: &Load) -> anyhow::Result<Report> {
     let socket = dialler.one().await?;
     let channel = socket.open("sink").await?;
     let chunk = Bytes::from(vec![0xa5; CHUNK]);
@@ -228,12 +228,12 @@ async fn stream(dialler: &Dialler, load: &Load) -> anyhow::Result<Told> {
         "{bytes} bytes of {} arrived",
         load.bytes
     );
-    Ok(Told::default()
+    Ok(Report::default()
         .value("rate", bytes as f64 / took / 1e6)
         .lost(lost(&[socket])))
 }
 
-async fn messages(dialler: &Dialler, load: &Load) -> anyhow::Result<Told> {
+async fn messages(dialler: &Dialler, load: &Load) -> anyhow::Result<Report> {
     let frame = Encoded::new(EVENT, TEXT)?.len();
     ensure!(frame == PREFIX + MESSAGE, "a message takes {frame} bytes");
     let sockets = dialler.many(load.sockets).await?;
@@ -259,7 +259,7 @@ async fn messages(dialler: &Dialler, load: &Load) -> anyhow::Result<Told> {
     }
     all(tasks).await?;
     let rate = load.count as f64 / begun.elapsed().as_secs_f64();
-    Ok(Told::default().value("rate", rate).lost(lost(&sockets)))
+    Ok(Report::default().value("rate", rate).lost(lost(&sockets)))
 }
 
 /// Waits for all tasks; the first failure is the result.
@@ -273,7 +273,7 @@ pub(crate) async fn all<T: 'static>(
     Ok(results)
 }
 
-async fn ping(dialler: &Dialler, load: &Load) -> anyhow::Result<Told> {
+async fn ping(dialler: &Dialler, load: &Load) -> anyhow::Result<Report> {
     let sockets = dialler.many(load.sockets).await?;
     let each = load.count / load.sockets as u64;
     let begun = Instant::now();
@@ -295,7 +295,7 @@ async fn ping(dialler: &Dialler, load: &Load) -> anyhow::Result<Told> {
     Ok(ping_values(&micros, begun.elapsed()).lost(lost(&sockets)))
 }
 
-async fn handshakes(dialler: &Dialler, load: &Load) -> anyhow::Result<Told> {
+async fn handshakes(dialler: &Dialler, load: &Load) -> anyhow::Result<Report> {
     let shake = async || -> anyhow::Result<f64> {
         let begun = Instant::now();
         let socket = dialler.one().await?;
@@ -317,8 +317,8 @@ async fn handshakes(dialler: &Dialler, load: &Load) -> anyhow::Result<Told> {
 }
 
 /// The values of `ping` from the microseconds of each and the time of all.
-pub(crate) fn ping_values(micros: &[f64], took: Duration) -> Told {
-    Told::default()
+pub(crate) fn ping_values(micros: &[f64], took: Duration) -> Report {
+    Report::default()
         .value("rate", micros.len() as f64 / took.as_secs_f64())
         .value("p50", rank(micros, 0.5))
         .value("p99", rank(micros, 0.99))
@@ -330,8 +330,8 @@ pub(crate) fn handshake_values(
     alone_took: f64,
     beside: &[f64],
     beside_took: f64,
-) -> Told {
-    Told::default()
+) -> Report {
+    Report::default()
         .value("rate", alone.len() as f64 / alone_took)
         .value("p50", rank(alone, 0.5))
         .value("p99", rank(alone, 0.99))
@@ -347,7 +347,7 @@ pub(crate) async fn idle<T>(
     load: &Load,
     marks: Marks,
     many: impl AsyncFn(usize) -> anyhow::Result<Vec<T>>,
-) -> anyhow::Result<Told> {
+) -> anyhow::Result<Report> {
     // What the first connections leave behind in both processes belongs to none of the others.
     let _first = many(AT_ONCE).await?;
     tokio::time::sleep(Duration::from_secs_f64(load.seconds)).await;
@@ -356,14 +356,14 @@ pub(crate) async fn idle<T>(
     tokio::time::sleep(Duration::from_secs_f64(load.seconds)).await;
     let after = marks.mark()?;
     let (rss, heap) = before.each(after, load.sockets);
-    let told = Told::default().value("client RSS", rss);
+    let told = Report::default().value("client RSS", rss);
     Ok(match heap {
         Some(heap) => told.value("client heap", heap),
         None => told,
     })
 }
 
-async fn fanout(dialler: &Dialler, load: &Load) -> anyhow::Result<Told> {
+async fn fanout(dialler: &Dialler, load: &Load) -> anyhow::Result<Report> {
     let sockets = dialler.many(load.sockets).await?;
     let epoch = Instant::now();
     let window = Arc::new(Semaphore::new(FANOUT_WINDOW));
@@ -397,13 +397,13 @@ async fn fanout(dialler: &Dialler, load: &Load) -> anyhow::Result<Told> {
     }
     let millis = all(tasks).await?.concat();
     let took = begun.elapsed().as_secs_f64();
-    Ok(Told::default()
+    Ok(Report::default()
         .value("rate", millis.len() as f64 / took)
         .value("p50", rank(&millis, 0.5))
         .value("p99", rank(&millis, 0.99)))
 }
 
-async fn interference(dialler: &Dialler, load: &Load) -> anyhow::Result<Told> {
+async fn interference(dialler: &Dialler, load: &Load) -> anyhow::Result<Report> {
     let socket = dialler.one().await?;
     let channel = socket.open("mirror").await?;
     let alone = ticks(&channel, load.seconds).await?;
@@ -498,8 +498,8 @@ pub(crate) fn interference_values(
     beside: &[f64],
     bytes: u64,
     took: Duration,
-) -> Told {
-    Told::default()
+) -> Report {
+    Report::default()
         .value("p50 alone", rank(alone, 0.5))
         .value("p99 alone", rank(alone, 0.99))
         .value("p50 beside", rank(beside, 0.5))

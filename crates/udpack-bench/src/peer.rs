@@ -1,7 +1,7 @@
 //! One side of one arm, in a process of its own, and what it tells the driver on standard output.
 //!
 //! A server prints [`Ready`], then a [`Memory`] for each line it reads, and ends with its standard input. A client
-//! prints [`Told`] when it is done; before that, a line [`MARK`] asks the driver to take the server's memory, and
+//! prints [`Report`] when it is done; before that, a line [`MARK`] asks the driver to take the server's memory, and
 //! the client waits for a line that says it is taken.
 
 use std::any::Any;
@@ -35,14 +35,14 @@ pub(crate) struct Ready {
 
 /// What a client measured.
 #[derive(Debug, Default, Serialize, Deserialize)]
-pub(crate) struct Told {
+pub(crate) struct Report {
     /// By the name of the metric.
     pub(crate) values: BTreeMap<String, f64>,
     /// Packets that it took for lost.
     pub(crate) lost: Option<u64>,
 }
 
-impl Told {
+impl Report {
     pub(crate) fn value(mut self, name: &str, value: f64) -> Self {
         self.values.insert(name.to_owned(), value);
         self

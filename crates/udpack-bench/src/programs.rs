@@ -14,7 +14,7 @@ use tempfile::TempDir;
 
 use crate::args::{Load, Options, Scenario};
 use crate::driver::{Bench, Side};
-use crate::peer::Told;
+use crate::peer::Report;
 
 /// Files in one directory of a tree.
 const FANOUT: u64 = 100;
@@ -103,7 +103,7 @@ impl Noise {
 }
 
 /// Starts a server, sends the files to it, and compares what has arrived with what was sent.
-pub(crate) fn run(bench: &Bench<'_>) -> anyhow::Result<Told> {
+pub(crate) fn run(bench: &Bench<'_>) -> anyhow::Result<Report> {
     let files = bench.files.as_ref().context("there is nothing to send")?;
     let target = files.target()?;
     let all = match bench.scenario {
@@ -150,7 +150,7 @@ pub(crate) fn run(bench: &Bench<'_>) -> anyhow::Result<Told> {
             count as f64 / took
         }
     };
-    Ok(Told::default().value("rate", rate))
+    Ok(Report::default().value("rate", rate))
 }
 
 #[derive(Deserialize)]

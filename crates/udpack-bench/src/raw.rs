@@ -27,7 +27,7 @@ use crate::ours::{
     AT_ONCE, CHUNK, EVENT, FANOUT_WINDOW, MESSAGE, TEXT, all, handshake_values, idle,
     interference_values, millis_since, ping_values, ramp, tick, tick_count,
 };
-use crate::peer::{Marks, Ready, Told};
+use crate::peer::{Marks, Ready, Report};
 use crate::programs::walk;
 use crate::stats::rank;
 
@@ -340,7 +340,7 @@ impl Client {
         load: &Load,
         each: bool,
         marks: Marks,
-    ) -> anyhow::Result<Told> {
+    ) -> anyhow::Result<Report> {
         match peer.scenario {
             Scenario::Stream | Scenario::Upload => self.stream(load).await,
             Scenario::Messages => self.messages(load, each).await,
@@ -356,7 +356,7 @@ impl Client {
         }
     }
 
-    async fn stream(&self, load: &Load) -> anyhow::Result<Told> {
+    async fn stream(&self, load: &Load) -> anyhow::Result<Report> {
         let conn = self.one().await?;
         let (mut send, mut recv) = open(&conn, SINK).await?;
         let chunk = Bytes::from(vec![0xa5; CHUNK]);
@@ -375,12 +375,12 @@ impl Client {
             "{bytes} bytes of {} arrived",
             load.bytes
         );
-        Ok(Told::default()
+        Ok(Report::default()
             .value("rate", bytes as f64 / took / 1e6)
             .lost(lost(&[conn])))
     }
 
-    async fn messages(&self, load: &Load, each_alone: bool) -> anyhow::Result<Told> {
+    async fn messages(&self, load: &Load, each_alone: bool) -> anyhow::Result<Report> {
         let conns = self.many(load.sockets).await?;
         let mut streams = Vec::with_capacity(conns.len());
         for conn in &conns {
@@ -408,10 +408,10 @@ impl Client {
         }
         all(tasks).await?;
         let rate = load.count as f64 / begun.elapsed().as_secs_f64();
-        Ok(Told::default().value("rate", rate).lost(lost(&conns)))
+        Ok(Report::default().value("rate", rate).lost(lost(&conns)))
     }
 
-    async fn ping(&self, load: &Load) -> anyhow::Result<Told> {
+    async fn ping(&self, load: &Load) -> anyhow::Result<Report> {
         let conns = self.many(load.sockets).await?;
         let each = load.count / load.sockets as u64;
         let begun = Instant::now();
@@ -436,7 +436,7 @@ impl Client {
         Ok(ping_values(&micros, begun.elapsed()).lost(lost(&conns)))
     }
 
-    async fn handshakes(&self, load: &Load) -> anyhow::Result<Told> {
+    async fn handshakes(&self, load: &Load) -> anyhow::Result<Report> {
         let shake = async || -> anyhow::Result<f64> {
             let begun = Instant::now();
             let conn = self.one().await?;
@@ -457,7 +457,7 @@ impl Client {
         Ok(handshake_values(&alone, alone_took, &beside, beside_took))
     }
 
-    async fn fanout(&self, load: &Load) -> anyhow::Result<Told> {
+    async fn fanout(&self, load: &Load) -> anyhow::Result<Report> {
         let conns = self.many(load.sockets).await?;
         let epoch = Instant::now();
         let window = Arc::new(Semaphore::new(FANOUT_WINDOW));
@@ -492,13 +492,13 @@ impl Client {
         }
         let millis = all(tasks).await?.concat();
         let took = begun.elapsed().as_secs_f64();
-        Ok(Told::default()
+        Ok(Report::default()
             .value("rate", millis.len() as f64 / took)
             .value("p50", rank(&millis, 0.5))
             .value("p99", rank(&millis, 0.99)))
     }
 
-    async fn interference(&self, load: &Load) -> anyhow::Result<Told> {
+    async fn interference(&self, load: &Load) -> anyhow::Result<Report> {
         let conn = self.one().await?;
         let mut mirror = open(&conn, ECHO).await?;
         let alone = ticks(&mut mirror, load.seconds).await?;
@@ -523,7 +523,7 @@ impl Client {
         Ok(interference_values(&alone, &beside, bytes, took).lost(lost(&[conn])))
     }
 
-    async fn small_files(&self, dir: PathBuf, load: &Load) -> anyhow::Result<Told> {
+    async fn small_files(&self, dir: PathBuf, load: &Load) -> anyhow::Result<Report> {
         let begun = Instant::now();
         let conn = self.one().await?;
         let (mut send, mut recv) = open(&conn, COUNT).await?;
@@ -554,7 +554,7 @@ impl Client {
             "{count} files of {} arrived",
             load.count
         );
-        Ok(Told::default()
+        Ok(Report::default()
             .value("rate", count as f64 / took)
             .lost(lost(&[conn])))
     }

@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 
 use crate::args::{Load, Scenario};
 use crate::ours::{MESSAGE, all, ping_values};
-use crate::peer::{Ready, Told};
+use crate::peer::{Ready, Report};
 use crate::raw::any_port;
 
 /// Room for one of them, or for those that the kernel has put together.
@@ -92,7 +92,11 @@ pub(crate) fn serve(listen: SocketAddr) -> anyhow::Result<Ready> {
 }
 
 /// Runs a scenario's client.
-pub(crate) async fn drive(scenario: Scenario, ready: &Ready, load: &Load) -> anyhow::Result<Told> {
+pub(crate) async fn drive(
+    scenario: Scenario,
+    ready: &Ready,
+    load: &Load,
+) -> anyhow::Result<Report> {
     match scenario {
         Scenario::Ping => ping(ready.address, load).await,
         _ => bail!("bare datagrams take no part in it"),
@@ -100,7 +104,7 @@ pub(crate) async fn drive(scenario: Scenario, ready: &Ready, load: &Load) -> any
 }
 
 /// One datagram is on its way on each socket: there is room for all of them, and none is lost.
-async fn ping(server: SocketAddr, load: &Load) -> anyhow::Result<Told> {
+async fn ping(server: SocketAddr, load: &Load) -> anyhow::Result<Report> {
     let each = load.count / load.sockets as u64;
     let begun = Instant::now();
     let mut tasks = JoinSet::new();

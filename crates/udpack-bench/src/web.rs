@@ -8,7 +8,7 @@ use web_transport_quinn::{Client, ClientBuilder, RecvStream, SendStream, Session
 
 use crate::args::{Load, Scenario};
 use crate::ours::{self, AT_ONCE, TOKEN};
-use crate::peer::{Marks, Ready, Told};
+use crate::peer::{Marks, Ready, Report};
 
 /// A session that was let in, and its control stream: without that stream it ends.
 type Page = (Session, SendStream, RecvStream);
@@ -26,7 +26,7 @@ pub(crate) async fn drive(
     ready: &Ready,
     load: &Load,
     marks: Marks,
-) -> anyhow::Result<Told> {
+) -> anyhow::Result<Report> {
     let Scenario::Idle = scenario else {
         bail!("browsers are measured by idle only");
     };

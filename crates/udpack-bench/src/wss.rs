@@ -15,7 +15,7 @@ use tokio_tungstenite::tungstenite::Message;
 
 use crate::args::{Load, Scenario};
 use crate::ours::{MESSAGE, all, ping_values};
-use crate::peer::{Ready, Told};
+use crate::peer::{Ready, Report};
 use crate::raw::{client_tls, server_tls};
 
 /// The first message of a client that wants its messages counted; all others get them back.
@@ -77,7 +77,7 @@ pub(crate) async fn drive(
     ready: &Ready,
     load: &Load,
     batch: u64,
-) -> anyhow::Result<Told> {
+) -> anyhow::Result<Report> {
     let connector = TlsConnector::from(Arc::new(client_tls(&ready.key, &[])?));
     let mut sockets = Vec::with_capacity(load.sockets);
     for _ in 0..load.sockets {
@@ -90,7 +90,7 @@ pub(crate) async fn drive(
     }
 }
 
-async fn messages(sockets: Vec<Socket>, load: &Load, batch: u64) -> anyhow::Result<Told> {
+async fn messages(sockets: Vec<Socket>, load: &Load, batch: u64) -> anyhow::Result<Report> {
     let each = load.count / load.sockets as u64;
     let begun = Instant::now();
     let mut tasks = JoinSet::new();
@@ -113,10 +113,10 @@ async fn messages(sockets: Vec<Socket>, load: &Load, batch: u64) -> anyhow::Resu
     }
     all(tasks).await?;
     let rate = load.count as f64 / begun.elapsed().as_secs_f64();
-    Ok(Told::default().value("rate", rate))
+    Ok(Report::default().value("rate", rate))
 }
 
-async fn ping(sockets: Vec<Socket>, load: &Load) -> anyhow::Result<Told> {
+async fn ping(sockets: Vec<Socket>, load: &Load) -> anyhow::Result<Report> {
     let each = load.count / load.sockets as u64;
     let begun = Instant::now();
     let mut tasks = JoinSet::new();

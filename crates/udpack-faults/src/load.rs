@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::ledger::{Ledger, make_sources};
-use crate::rig::{Put, Rig, Told};
+use crate::rig::{Put, PutReport, Rig};
 use crate::rng::Rng;
 
 /// Longest time for a command that nothing disturbs.
@@ -196,7 +196,7 @@ impl Load {
         Ok(Running { task, put })
     }
 
-    fn take(&mut self, task: Task, told: &Told, must: bool) -> anyhow::Result<bool> {
+    fn take(&mut self, task: Task, told: &PutReport, must: bool) -> anyhow::Result<bool> {
         for (name, hash) in &told.acked {
             let sent = task.files.iter().find(|(file, _)| task.name(file) == *name);
             match sent {

@@ -242,7 +242,7 @@ pub(crate) struct Put {
 
 /// What a client told, up to its end.
 #[derive(Debug, Default)]
-pub(crate) struct Told {
+pub(crate) struct PutReport {
     /// Name and hash of each file it said is stored.
     pub(crate) acked: Vec<(String, String)>,
     /// Why others are not, in its words.
@@ -272,9 +272,9 @@ impl Put {
     }
 
     /// Listens to it until it ends; kills it if that takes longer than `patience`.
-    pub(crate) fn finish(mut self, patience: Duration) -> anyhow::Result<Told> {
+    pub(crate) fn finish(mut self, patience: Duration) -> anyhow::Result<PutReport> {
         let deadline = Instant::now() + patience;
-        let mut told = Told::default();
+        let mut told = PutReport::default();
         loop {
             match self
                 .lines
@@ -303,7 +303,7 @@ impl Drop for Put {
     }
 }
 
-impl Told {
+impl PutReport {
     fn take(&mut self, line: &Value) {
         let text = |key: &str| line.get(key).and_then(Value::as_str);
         if is_ack(line) {

@@ -20,7 +20,7 @@ use rustix::process::Signal;
 
 use crate::ledger::{Ledger, Source, leftovers, make_sources};
 use crate::load::MANY;
-use crate::rig::{self, Rig, Server, Told};
+use crate::rig::{self, PutReport, Rig, Server};
 use crate::rng::Rng;
 use crate::trace::{self, Call};
 
@@ -510,7 +510,7 @@ impl Fault<'_> {
     }
 }
 
-fn note(ledger: &mut Ledger, told: &Told, dir: &str) {
+fn note(ledger: &mut Ledger, told: &PutReport, dir: &str) {
     for (path, hash) in &told.acked {
         let source = (0..ledger.sources.len()).find(|&source| *path == name(dir, source));
         match source {
@@ -621,17 +621,17 @@ impl Stage {
         Ok(trace::parse(&fs::read_to_string(&self.trace)?))
     }
 
-    fn put(&self, sources: &[Source]) -> anyhow::Result<Told> {
+    fn put(&self, sources: &[Source]) -> anyhow::Result<PutReport> {
         self.put_to(DIR, sources)
     }
 
-    fn put_to(&self, dir: &str, sources: &[Source]) -> anyhow::Result<Told> {
+    fn put_to(&self, dir: &str, sources: &[Source]) -> anyhow::Result<PutReport> {
         let put = self.rig.put(self.port, &paths(sources), Some(dir))?;
         put.finish(PATIENCE)
     }
 
     /// An upload that ends with its server, if that is to be killed.
-    fn put_unless_killed(&mut self, sources: &[Source], kills: bool) -> anyhow::Result<Told> {
+    fn put_unless_killed(&mut self, sources: &[Source], kills: bool) -> anyhow::Result<PutReport> {
         let mut put = self.rig.put(self.port, &paths(sources), Some(DIR))?;
         let deadline = Instant::now() + PATIENCE;
         while kills && !put.ended()? && Instant::now() < deadline {

@@ -144,7 +144,7 @@ impl Remote {
     /// # Cancel safety
     /// As for [`stat`](Self::stat).
     pub async fn rights(&self) -> Result<Rights, TransferError> {
-        let told: wire::Told = self.ask("rights", &wire::Nothing {}, PATIENCE).await?;
+        let told: wire::RightsReply = self.ask("rights", &wire::Nothing {}, PATIENCE).await?;
         told.rights()
     }
 
@@ -176,7 +176,7 @@ impl Remote {
         let told: wire::Shares = self.ask("shares", &wire::Nothing {}, PATIENCE).await?;
         told.shares
             .into_iter()
-            .map(wire::ShareTold::entry)
+            .map(wire::ShareReply::entry)
             .collect()
     }
 

@@ -73,7 +73,7 @@ struct Inner {
     began: Instant,
     /// The server, while it is looked at.
     server: Mutex<Option<Server>>,
-    latest: watch::Sender<Option<Arc<Told>>>,
+    latest: watch::Sender<Option<Arc<Snapshot>>>,
     history: Mutex<History>,
     /// Somebody has begun to watch, and waits for the first that is told.
     joined: Notify,
@@ -85,14 +85,14 @@ struct Inner {
 }
 
 /// What is told, and the frame in which most get it.
-struct Told {
+struct Snapshot {
     stats: ServerStats,
     frame: Encoded,
 }
 
 /// Bytes sent to one socket on channels of this kind.
 #[derive(Clone, Default)]
-struct ToldTo(Arc<AtomicU64>);
+struct BytesSent(Arc<AtomicU64>);
 
 /// The server is looked at for as long as this lives.
 struct Looking<'a>(&'a Inner);
@@ -152,13 +152,13 @@ impl Control {
             let stats = looker.look().await;
             let many = stats.sockets_in_all > MANY;
             let waits = inner.waits.swap(false, Ordering::Relaxed);
-            let is_news = |told: &Arc<Told>| told.stats.steady() != stats.steady();
+            let is_news = |told: &Arc<Snapshot>| told.stats.steady() != stats.steady();
             if waits || inner.latest.borrow().as_ref().is_none_or(is_news) {
                 match Encoded::new("stats", &stats) {
                     Ok(frame) => drop(
                         inner
                             .latest
-                            .send_replace(Some(Arc::new(Told { stats, frame }))),
+                            .send_replace(Some(Arc::new(Snapshot { stats, frame }))),
                     ),
                     Err(error) => tracing::error!(%error, "the state of the server cannot be told"),
                 }
@@ -223,7 +223,7 @@ impl Control {
             let same = |now: Scope| (now.watches(), now.admin) == (true, scope.admin);
             now != peer && !inner.receiver.scope(now.as_ref()).is_ok_and(same)
         };
-        let own: ToldTo = channel.extensions().get_or_insert_with(ToldTo::default);
+        let own: BytesSent = channel.extensions().get_or_insert_with(BytesSent::default);
         if inner.tell_history(&channel, &own).await.is_err() {
             return Ok(());
         }
@@ -320,7 +320,12 @@ impl Control {
 }
 
 impl Inner {
-    async fn tell(&self, channel: &Channel, told: &Told, own: &ToldTo) -> Result<(), SendError> {
+    async fn tell(
+        &self,
+        channel: &Channel,
+        told: &Snapshot,
+        own: &BytesSent,
+    ) -> Result<(), SendError> {
         let limit = channel.frame_limit();
         let mut shorter = None;
         if told.frame.len() > limit {
@@ -338,7 +343,7 @@ impl Inner {
     }
 
     /// What was before, as much of it as a frame of this peer holds.
-    async fn tell_history(&self, channel: &Channel, own: &ToldTo) -> Result<(), SendError> {
+    async fn tell_history(&self, channel: &Channel, own: &BytesSent) -> Result<(), SendError> {
         let most = channel.frame_limit() / History::BYTES;
         let frame = {
             let history = lock(&self.history);
@@ -351,7 +356,7 @@ impl Inner {
         &self,
         channel: &Channel,
         frame: &Encoded,
-        own: &ToldTo,
+        own: &BytesSent,
     ) -> Result<(), SendError> {
         // Noted before it is sent: a look meanwhile finds it sent at the latest.
         let bytes = frame.len() as u64;

@@ -307,7 +307,7 @@ impl Jobs {
             admin: scope.admin,
             ended: Mutex::default(),
         });
-        let _seat = self.seat(&watcher);
+        let _registration = self.register(&watcher);
         let mut told = HashMap::new();
         if self
             .list(&channel, &watcher, &scope, &mut told)
@@ -479,10 +479,10 @@ impl Jobs {
             .collect()
     }
 
-    fn seat(&self, watcher: &Arc<Watcher>) -> Seat {
+    fn register(&self, watcher: &Arc<Watcher>) -> Registration {
         let key = self.inner.next.fetch_add(1, Ordering::Relaxed);
         lock(&self.inner.watchers).insert(key, watcher.clone());
-        Seat {
+        Registration {
             jobs: self.clone(),
             key,
         }
@@ -614,12 +614,12 @@ impl Drop for Job {
 }
 
 /// One watcher's place, given up on drop.
-struct Seat {
+struct Registration {
     jobs: Jobs,
     key: u64,
 }
 
-impl Drop for Seat {
+impl Drop for Registration {
     fn drop(&mut self) {
         lock(&self.jobs.inner.watchers).remove(&self.key);
     }

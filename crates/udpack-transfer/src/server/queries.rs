@@ -11,7 +11,7 @@ use crate::base::names;
 use crate::server::hook::{Access, Hook, HookAccess};
 use crate::server::places::{self, Places};
 use crate::server::scope::Scope;
-use crate::server::sharing::{Asked, Sharing, Told};
+use crate::server::sharing::{Answer, Asked, Sharing};
 use crate::staging::target::Target;
 use crate::store::{Entry, Kind, List, Page, StoreError, check_target};
 use crate::wire::Hash;
@@ -210,7 +210,7 @@ impl Queries {
         message: &Message,
         scope: &Scope,
         tenant: &Tenant,
-    ) -> Result<Told, Fault> {
+    ) -> Result<Answer, Fault> {
         let asked = Asked::read(message)
             .map_err(|error| Fault::new(Fault::BAD_PAYLOAD, error.to_string()))?;
         let place = self.places.requests.take(tenant).await.map_err(|full| {

@@ -75,12 +75,12 @@ impl Asked {
         target: &Target,
         scope: &Scope,
         peer: Option<&Peer>,
-    ) -> Result<Told, Fault> {
+    ) -> Result<Answer, Fault> {
         let tenant = scope.tenant();
         let left = || left(target, tenant.as_ref());
         if let Self::Rights = self {
             let rights = Rights::of(sharing, scope, peer, tenant.as_ref(), left()?);
-            return Ok(Told::Rights(rights));
+            return Ok(Answer::Rights(rights));
         }
         let (Some(sharing), Some(peer)) = (sharing, peer) else {
             let text = "this server makes no shares";
@@ -91,9 +91,9 @@ impl Asked {
             return Err(Fault::new(code.as_str(), message));
         }
         match self {
-            Self::Share(wish) => Ok(Told::Made(sharing.share(left()?, scope, peer, wish)?)),
-            Self::Unshare(name) => sharing.unshare(peer, &name).map(|()| Told::Nothing),
-            Self::Shares | Self::Rights => Ok(Told::Shares {
+            Self::Share(wish) => Ok(Answer::Made(sharing.share(left()?, scope, peer, wish)?)),
+            Self::Unshare(name) => sharing.unshare(peer, &name).map(|()| Answer::Nothing),
+            Self::Shares | Self::Rights => Ok(Answer::Shares {
                 shares: sharing.shares(scope, peer),
             }),
         }
@@ -117,7 +117,7 @@ fn left(target: &Target, tenant: Option<&Tenant>) -> Result<Option<u64>, Fault> 
 /// An answer.
 #[derive(Serialize)]
 #[serde(untagged)]
-pub(crate) enum Told {
+pub(crate) enum Answer {
     Rights(Rights),
     Made(Made),
     Shares { shares: Vec<Shared> },

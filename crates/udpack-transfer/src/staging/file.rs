@@ -146,7 +146,7 @@ struct Queue<R> {
 struct End<R> {
     /// What is there of it is removed even if it could be resumed.
     discard: bool,
-    /// Told when that is done.
+    /// Notified when that is done.
     tell: Box<dyn FnOnce(R) + Send>,
 }
 

@@ -302,7 +302,7 @@ pub struct Rights {
 }
 
 #[derive(Deserialize)]
-pub(super) struct Told {
+pub(super) struct RightsReply {
     #[serde(default)]
     read: bool,
     #[serde(default)]
@@ -327,7 +327,7 @@ pub(super) struct Told {
     expires_ms: Option<u64>,
 }
 
-impl Told {
+impl RightsReply {
     pub(super) fn rights(self) -> Result<Rights, TransferError> {
         Ok(Rights {
             read: self.read,
@@ -370,11 +370,11 @@ pub struct ShareEntry {
 
 #[derive(Deserialize)]
 pub(super) struct Shares {
-    pub(super) shares: Vec<ShareTold>,
+    pub(super) shares: Vec<ShareReply>,
 }
 
 #[derive(Deserialize)]
-pub(super) struct ShareTold {
+pub(super) struct ShareReply {
     name: String,
     #[serde(default, deserialize_with = "names::deserialize_opt")]
     prefix: Option<String>,
@@ -392,7 +392,7 @@ pub(super) struct ShareTold {
     expires_ms: Option<u64>,
 }
 
-impl ShareTold {
+impl ShareReply {
     pub(super) fn entry(self) -> Result<ShareEntry, TransferError> {
         Ok(ShareEntry {
             name: printable(&self.name),

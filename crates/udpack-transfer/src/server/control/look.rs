@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use udpack::{Server, Socket, Transport};
 
-use super::{Inner, ToldTo, lock};
+use super::{BytesSent, Inner, lock};
 use crate::server::scope::Scope;
 use crate::store::{Space, Tenant};
 use crate::wire::stats::{JobCounts, QuotaStats, RoomStats, ServerStats, SocketStats};
@@ -233,7 +233,7 @@ fn busiest(sockets: &[Socket]) -> Vec<SocketStats> {
         moved.truncate(LISTED);
     }
     let told = |socket: &Socket| {
-        let told: Option<ToldTo> = socket.extensions().get();
+        let told: Option<BytesSent> = socket.extensions().get();
         told.map_or(0, |told| told.0.load(Ordering::Relaxed))
     };
     let mut listed: Vec<_> = moved
