@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use udpack::{
     Client, ClientBuilder, CloseCode, ConnectError, ConnectUrl, DEFAULT_PORT, Fingerprint,
-    FingerprintError, Socket, Timeouts, TokenFile, TokenFileError, claimed_token,
+    FingerprintError, Socket, Timeouts, TokenFile, TokenFileError, Transport, claimed_token,
 };
 use udpack_transfer::{Link, LinkEvent, Retry, TransferError};
 
@@ -363,6 +363,14 @@ pub(crate) fn address(url: &ConnectUrl) -> String {
         format!("[{}]:{}", url.host(), url.port())
     } else {
         format!("{}:{}", url.host(), url.port())
+    }
+}
+
+/// What `--transport` calls it.
+pub(crate) fn transport_name(transport: &Transport) -> &'static str {
+    match transport {
+        Transport::WebSocket { .. } => "wss",
+        _ => "quic",
     }
 }
 

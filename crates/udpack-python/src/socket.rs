@@ -327,6 +327,10 @@ fn state<'py>(py: Python<'py>, state: &SocketState) -> PyResult<Bound<'py, PyDic
             dict.set_item("reason", reason)?;
             "connected"
         }
+        SocketState::TransportChanged { why, .. } => {
+            dict.set_item("reason", why.to_string())?;
+            "transport_changed"
+        }
         SocketState::GoingAway(goaway) => {
             dict.set_item("text", &goaway.text)?;
             dict.set_item("retry_after", seconds(&goaway.retry_after))?;

@@ -149,6 +149,9 @@ impl Channel {
         let first = way.conn.clone();
         core.spawn_writer(&carrier, way);
         inbox.belongs_to(key, opened.resumable);
+        if carrier.client && !opened.resumable {
+            carrier.tie(&outbox, &inbox);
+        }
         if opened.resumable {
             carrier.keep(&core);
             // Those that are kept have been ended by then.

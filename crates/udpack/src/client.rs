@@ -6,6 +6,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
@@ -19,9 +20,9 @@ use crate::client::race::{Attempt, Way};
 use crate::metrics::Counts;
 use crate::metrics::speed::Counters;
 use crate::session::default_agent;
-use crate::session::driver::{Comeback, Control, Established, Redial, live};
+use crate::session::driver::{Comeback, Control, Established, Left, Reached, Redial, live};
 use crate::session::lifetime::{TokenSource, check_token};
-use crate::session::reconnect::{Outage, Reconnect, SocketState};
+use crate::session::reconnect::{Outage, Probes, Reconnect, SocketState, TransportReason};
 use crate::session::service::{Registry, ServeChannel};
 use crate::session::socket::Socket;
 use crate::session::{Session, give_up};
@@ -41,6 +42,7 @@ use crate::wire::config::{CongestionControl, Limits, Timeouts};
 use crate::wire::control::{self, Decode, ResumeRequest, ResumeTicket, Welcome};
 
 mod race;
+mod takeover;
 
 /// A client's settings; each `connect` makes a socket of its own. Cheap to clone.
 #[derive(Clone)]
@@ -48,6 +50,8 @@ pub struct Client {
     inner: Arc<Settings>,
     /// The address to try first.
     first: Option<SocketAddr>,
+    /// What is dialled.
+    over: TransportChoice,
 }
 
 struct Settings {
@@ -61,8 +65,7 @@ struct Settings {
     reconnect: Option<Reconnect>,
     /// Servers to go to when the one that was asked for is gone.
     fallbacks: Vec<(ConnectUrl, Client)>,
-    /// What is dialled, and what won of it where it could be either.
-    over: TransportChoice,
+    /// What won where it could be either transport.
     won: Won,
 }
 
@@ -149,6 +152,7 @@ impl Client {
             )
         });
         session.set_endpoint(first.endpoint);
+        session.set_transport_reason(first.why);
         let server = match &settings.pin {
             Some(pin) => Peer::new(pin.to_string()),
             None => Peer::new(url.host()),
@@ -165,6 +169,8 @@ impl Client {
                 won: BTreeMap::from([(serving, remote)]),
                 since: Instant::now(),
                 flaps: 0,
+                probes: Probes::default(),
+                probing: None,
             })),
             None => Comeback::Never,
         };
@@ -179,9 +185,22 @@ impl Client {
     /// [`ClientBuilder::reconnect`] do so anyway.
     pub fn beginning_with(&self, address: SocketAddr) -> Self {
         Self {
-            inner: self.inner.clone(),
             first: Some(address),
+            ..self.clone()
         }
+    }
+
+    /// The same client, which connects over this transport.
+    pub fn over(&self, transport: TransportChoice) -> Self {
+        Self {
+            over: transport,
+            ..self.clone()
+        }
+    }
+
+    /// What it connects over.
+    pub fn transport(&self) -> TransportChoice {
+        self.over
     }
 
     /// Makes a handshake with one address of a server, over a WebSocket or else over QUIC, and closes it again. The server is not told who we are, so no token is
@@ -256,20 +275,26 @@ impl Client {
         ticket: Option<ResumeTicket>,
         last: Option<SocketAddr>,
     ) -> Result<Established, ConnectError> {
-        let token = self.inner.token.token(self.inner.timeouts.request).await;
-        let token = token.map_err(ConnectError::Token)?;
-        check_token(&token)?;
+        let token = self.new_token().await?;
         let addresses = self.inner.dialer.lookup(url.host(), url.port()).await;
         let addresses = addresses.map_err(|source| ConnectError::Resolve {
             host: url.host().to_owned(),
             source,
         })?;
-        let over = (self.inner.over, self.inner.won.was_websocket(url));
+        let over = (self.over, self.inner.won.was_websocket(url));
         let (conn, endpoint) = self
             .dial_any(url, race::in_turn(addresses, last.or(self.first), over))
             .await?;
-        self.inner.won.note(url, self.inner.over, &conn);
-        self.introduce(conn, endpoint, &token, ticket).await
+        let why = self.inner.won.note(url, self.over, &conn);
+        self.introduce((conn, endpoint), why, &token, ticket).await
+    }
+
+    /// The token to present now.
+    async fn new_token(&self) -> Result<String, ConnectError> {
+        let token = self.inner.token.token(self.inner.timeouts.request).await;
+        let token = token.map_err(ConnectError::Token)?;
+        check_token(&token)?;
+        Ok(token)
     }
 
     /// Makes these attempts until one leads to the server. That another server answers, one with another key for instance, or that
@@ -319,8 +344,8 @@ impl Client {
     /// Says on a new connection who we are.
     async fn introduce(
         &self,
-        conn: Connection,
-        endpoint: Endpoint,
+        (conn, endpoint): Reached,
+        why: TransportReason,
         token: &str,
         ticket: Option<ResumeTicket>,
     ) -> Result<Established, ConnectError> {
@@ -347,6 +372,7 @@ impl Client {
             endpoint: Some(endpoint),
             control: Box::new(Control::new(send, Inbox::new(recv, settings.limits.frame))),
             welcome: None,
+            why: Some(why),
         })
     }
 
@@ -446,7 +472,8 @@ impl Won {
             .is_some_and(|at| at.elapsed() < REMEMBERED)
     }
 
-    fn note(&self, url: &ConnectUrl, over: TransportChoice, conn: &Connection) {
+    /// Says why it was that one.
+    fn note(&self, url: &ConnectUrl, over: TransportChoice, conn: &Connection) -> TransportReason {
         let mut won = lock(&self.0);
         let server = url.authority();
         match conn.transport() {
@@ -458,11 +485,17 @@ impl Won {
                     won.clear();
                 }
                 won.insert(server, Instant::now());
+                match over {
+                    TransportChoice::Auto => TransportReason::UdpBlocked,
+                    _ => TransportReason::Chosen,
+                }
             }
             _ if won.remove(&server).is_some() => {
                 tracing::warn!(server, "connected over UDP again");
+                TransportReason::UdpPassesAgain
             }
-            _ => {}
+            _ if over == TransportChoice::Auto => TransportReason::UdpPasses,
+            _ => TransportReason::Chosen,
         }
     }
 }
@@ -473,7 +506,8 @@ impl Won {
 pub enum TransportChoice {
     /// QUIC, and 300 ms later a WebSocket as well; the first whose server has proved its key is taken. Where it was the
     /// WebSocket, both begin at once next time. Each reconnect chooses again: a session goes on over TCP when UDP stops to
-    /// pass. It stays there while that connection lasts, also when UDP passes again.
+    /// pass. A socket that reconnects and runs over TCP looks for UDP again, as [`Probes`] says, and its session goes over to
+    /// QUIC without loss: as soon as UDP passes and no channel is open that would end with the connection.
     Auto,
     /// QUIC alone.
     #[default]
@@ -495,6 +529,9 @@ pub(crate) struct Dialler {
     /// Since when, and how many connections in a row did not last.
     since: Instant,
     flaps: u32,
+    /// When to look for UDP while a connection runs over TCP, and the look under way.
+    probes: Probes,
+    probing: Option<BoxFuture<'static, Option<Box<Reached>>>>,
 }
 
 /// Why there is no connection to any server: the last reason, and the words of all where several were tried.
@@ -505,6 +542,21 @@ fn of_all(mut reason: CloseReason, said: BTreeMap<usize, (String, String)>) -> C
         reason.text = said.collect::<Vec<_>>().join("; ");
     }
     reason
+}
+
+/// How a socket ends that this keeps from coming back.
+fn broken(error: &ConnectError) -> CloseReason {
+    match error {
+        ConnectError::Denied(reason) => reason.clone(),
+        ConnectError::PinMismatch { .. } => {
+            CloseReason::new(CloseCode::AUTH_FAILED, error.to_string(), Side::Local)
+        }
+        _ => CloseReason::new(
+            CloseCode::CONNECTION_LOST,
+            error.to_string(),
+            Side::Transport,
+        ),
+    }
 }
 
 /// A connection that is lost sooner did not last: the next waits grow, as if it had not been made.
@@ -519,9 +571,13 @@ impl Redial for Dialler {
         &'a mut self,
         session: &'a Arc<Session>,
         reason: CloseReason,
-        moved: bool,
+        left: Left,
     ) -> BoxFuture<'a, Result<Established, CloseReason>> {
-        Box::pin(self.dial_again(session, reason, moved))
+        Box::pin(self.dial_again(session, reason, left))
+    }
+
+    fn poll_better(&mut self, cx: &mut Context<'_>, session: &Arc<Session>) -> Poll<Box<Reached>> {
+        self.poll_udp(cx, session)
     }
 }
 
@@ -530,9 +586,17 @@ impl Dialler {
         &mut self,
         session: &Arc<Session>,
         mut reason: CloseReason,
-        moved: bool,
+        left: Left,
     ) -> Result<Established, CloseReason> {
         let lost = Instant::now().into_std();
+        self.stop_probing(session);
+        let moved = matches!(left, Left::Moved);
+        if let Left::For(reached) = left {
+            match self.go_over(session, *reached).await {
+                Ok(established) => return Ok(established),
+                Err(error) => reason = broken(&error),
+            }
+        }
         let servers = 1 + self.client.inner.fallbacks.len();
         let mut begin = self.serving;
         // A server that goes away has told when to come; then its turn has come already.
@@ -584,17 +648,7 @@ impl Dialler {
                     return Ok(established);
                 }
                 Err(error) => {
-                    let now = match &error {
-                        ConnectError::Denied(reason) => reason.clone(),
-                        ConnectError::PinMismatch { .. } => {
-                            CloseReason::new(CloseCode::AUTH_FAILED, error.to_string(), Side::Local)
-                        }
-                        _ => CloseReason::new(
-                            CloseCode::CONNECTION_LOST,
-                            error.to_string(),
-                            Side::Transport,
-                        ),
-                    };
+                    let now = broken(&error);
                     if !error.retry() {
                         return Err(now);
                     }
@@ -614,46 +668,55 @@ impl Client {
         url: &ConnectUrl,
         last: Option<SocketAddr>,
     ) -> Result<Established, ConnectError> {
-        let ticket = session.welcome().and_then(|welcome| {
-            Some(ResumeTicket {
-                session: welcome.session.clone(),
-                token: welcome.resume.as_ref()?.token,
-            })
-        });
-        let mut established = self.reach(url, ticket, last).await?;
-        let (conn, inbox) = (&established.conn, &established.control.inbox);
-        let denied = |reason| Err(ConnectError::Denied(reason));
-        let first = std::future::poll_fn(|cx| inbox.poll_first(cx, session, &session.counters));
-        // The server may wait for the turn of our address, and for its verifier.
-        let within = on_path(session.timeouts.auth.saturating_mul(3), conn);
-        let Ok(first) = tokio::time::timeout(within, first).await else {
-            // It may have let us in, and the session must not end with this connection.
-            give_up(conn);
-            let text = format!("no $welcome within {within:?}");
-            return denied(crate::channel::carrier::lost(&text));
-        };
-        match first {
-            Ok(message) => match Welcome::decode(&message) {
-                Ok(welcome) => {
-                    established.welcome = Some(welcome);
-                    Ok(established)
-                }
-                Err(error) => {
-                    conn.close(error.close_code(), "");
-                    denied(error.reason())
-                }
-            },
-            Err(_) => {
-                // The reason is the connection's, which may come a moment after the end of the stream.
-                let within = on_path(session.timeouts.auth, conn);
-                let error = tokio::time::timeout(within, conn.closed()).await;
-                denied(match error {
-                    Ok(error) => error.reason(),
-                    Err(_) => {
-                        crate::channel::carrier::lost("the control stream ended before $welcome")
-                    }
-                })
+        let established = self.reach(url, ticket(session), last).await?;
+        welcomed(session, established).await
+    }
+}
+
+/// What proves that the session is this client's.
+fn ticket(session: &Session) -> Option<ResumeTicket> {
+    let welcome = session.welcome()?;
+    Some(ResumeTicket {
+        session: welcome.session.clone(),
+        token: welcome.resume.as_ref()?.token,
+    })
+}
+
+/// Hears what the server says to a client that comes back.
+async fn welcomed(
+    session: &Session,
+    mut established: Established,
+) -> Result<Established, ConnectError> {
+    let (conn, inbox) = (&established.conn, &established.control.inbox);
+    let denied = |reason| Err(ConnectError::Denied(reason));
+    let first = std::future::poll_fn(|cx| inbox.poll_first(cx, session, &session.counters));
+    // The server may wait for the turn of our address, and for its verifier.
+    let within = on_path(session.timeouts.auth.saturating_mul(3), conn);
+    let Ok(first) = tokio::time::timeout(within, first).await else {
+        // It may have let us in, and the session must not end with this connection.
+        give_up(conn);
+        let text = format!("no $welcome within {within:?}");
+        return denied(crate::channel::carrier::lost(&text));
+    };
+    match first {
+        Ok(message) => match Welcome::decode(&message) {
+            Ok(welcome) => {
+                established.welcome = Some(welcome);
+                Ok(established)
             }
+            Err(error) => {
+                conn.close(error.close_code(), "");
+                denied(error.reason())
+            }
+        },
+        Err(_) => {
+            // The reason is the connection's, which may come a moment after the end of the stream.
+            let within = on_path(session.timeouts.auth, conn);
+            let error = tokio::time::timeout(within, conn.closed()).await;
+            denied(match error {
+                Ok(error) => error.reason(),
+                Err(_) => crate::channel::carrier::lost("the control stream ended before $welcome"),
+            })
         }
     }
 }
@@ -826,6 +889,7 @@ impl ClientBuilder {
         registry.pull |= registry.is_empty();
         Ok(Client {
             first: None,
+            over: self.over,
             inner: Arc::new(Settings {
                 dialer,
                 pin: self.pin,
@@ -836,7 +900,6 @@ impl ClientBuilder {
                 timeouts,
                 reconnect: self.reconnect,
                 fallbacks,
-                over: self.over,
                 won: Won::default(),
             }),
         })

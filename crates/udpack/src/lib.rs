@@ -153,7 +153,9 @@ pub use server::{BindError, Server, ServerBuilder, ServerError};
 pub use session::SessionId;
 pub use session::lifetime::RefreshError;
 pub use session::open::{OpenChannel, OpenError};
-pub use session::reconnect::{Outage, Reconnect, SocketState, SocketStates};
+pub use session::reconnect::{
+    Outage, Probes, Reconnect, SocketState, SocketStates, TransportReason,
+};
 pub use session::service::{ByFunction, IntoOutcome, ServeChannel, Service};
 pub use session::socket::Socket;
 pub use session::volatile::{Volatile, VolatileError};

@@ -35,7 +35,7 @@ use crate::metrics::Counts;
 use crate::metrics::speed::Counters;
 use crate::session::lifetime::Life;
 use crate::session::open::OpenError;
-use crate::session::reconnect::{ANSWER, StateFeed};
+use crate::session::reconnect::{ANSWER, StateFeed, TransportReason};
 use crate::session::volatile::Volatiles;
 use crate::transport::{Connection, ConnectionError, Endpoint, on_path};
 use crate::trust::auth::PeerCell;
@@ -282,6 +282,8 @@ struct Reach {
     reconnects: bool,
     /// A client's endpoint lives as long as its connection.
     endpoint: Mutex<Option<Box<Endpoint>>>,
+    /// Why a client's connection runs over the transport it runs over.
+    why: Mutex<Option<TransportReason>>,
 }
 
 impl Reach {
@@ -373,6 +375,7 @@ impl Session {
                 changed: Notify::new(),
                 reconnects,
                 endpoint: Mutex::default(),
+                why: Mutex::default(),
             },
             states: StateFeed::new(),
             sent_before: AtomicU64::new(0),
@@ -466,6 +469,25 @@ impl Session {
     /// Keeps a client's first endpoint.
     pub(crate) fn set_endpoint(&self, endpoint: Option<Endpoint>) {
         *lock(&self.reach.endpoint) = endpoint.map(Box::new);
+    }
+
+    pub(crate) fn set_transport_reason(&self, why: Option<TransportReason>) {
+        *lock(&self.reach.why) = why;
+    }
+
+    /// Why a client's connection runs over the transport it runs over.
+    pub(crate) fn transport_reason(&self) -> Option<TransportReason> {
+        *lock(&self.reach.why)
+    }
+
+    /// Whether a client can give up its connection for a better one and lose nothing: its session is resumed, and no channel
+    /// ends with the connection.
+    pub(crate) fn can_change(&self) -> bool {
+        let resumes = self
+            .welcome()
+            .is_some_and(|welcome| welcome.resume.is_some());
+        let stays = !self.closing() && self.departure.turn().is_none();
+        resumes && stays && !self.is_tied()
     }
 
     /// A client's endpoint of this moment.

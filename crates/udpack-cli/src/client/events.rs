@@ -13,7 +13,7 @@ use crate::hub::PING;
 use crate::logging::Console;
 use crate::output;
 use crate::signals::Interrupts;
-use crate::target::{Target, retry};
+use crate::target::{Target, retry, transport_name};
 use crate::value::{Json, Value};
 
 /// One event as `listen` prints it.
@@ -341,6 +341,9 @@ fn change(before: Option<&SocketState>, state: &SocketState) -> Option<String> {
         SocketState::Silent { .. } => Some("the server does not answer".to_owned()),
         SocketState::Connected { .. } if matches!(before, Some(SocketState::Silent { .. })) => {
             Some("the server answers again; nothing is lost".to_owned())
+        }
+        SocketState::TransportChanged { to, why, .. } => {
+            Some(format!("connected over {}: {why}", transport_name(to)))
         }
         SocketState::Connected { resumed: true, .. } => {
             Some("connected again: the session is resumed, nothing is lost".to_owned())

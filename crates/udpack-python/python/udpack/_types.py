@@ -32,7 +32,7 @@ class CloseReason:
 @dataclass(frozen=True)
 class State:
     """What a socket's connection is doing: ``name`` is ``"connecting"``, ``"connected"``, ``"going_away"``,
-    ``"silent"``, ``"detached"``, ``"reconnecting"`` or ``"closed"``; ``fields`` has what belongs to it."""
+    ``"silent"``, ``"detached"``, ``"reconnecting"``, ``"transport_changed"`` or ``"closed"``; ``fields`` has what belongs to it."""
 
     name: str
     fields: dict[str, Any]

@@ -22,7 +22,8 @@ use crate::base::pool::{Pool, Tenant};
 use crate::base::wake::{WakeFlag, WakeFlags};
 use crate::base::{Lazy, LogLimit, lock};
 use crate::channel::channel_core::ChannelCore;
-use crate::channel::outbox::Budget;
+use crate::channel::inbox::Inbox;
+use crate::channel::outbox::{Budget, Outbox};
 use crate::channel::write_scheduler::WriteScheduler;
 use crate::metrics::Counts;
 use crate::metrics::speed::Counters;
@@ -144,9 +145,32 @@ pub(crate) struct Registry {
     cores: Mutex<Lazy<HashMap<u64, Weak<ChannelCore>>>>,
     /// Those that can go on over another connection.
     resumable: Mutex<Lazy<HashMap<ChannelKey, Arc<ChannelCore>>>>,
+    /// At a client: those that end with the connection.
+    tied: Mutex<Tied>,
     /// One has ended.
     ended: Notify,
     next_key: AtomicU64,
+}
+
+/// Channels that end with their connection.
+#[derive(Default)]
+struct Tied {
+    channels: Vec<(Weak<Outbox>, Weak<Inbox>)>,
+    /// When there are so many, those that are over are forgotten.
+    tidy_at: usize,
+}
+
+impl Tied {
+    fn tidy(&mut self) {
+        self.channels.retain(|(outbox, inbox)| {
+            let sends = outbox.upgrade().is_some_and(|outbox| !outbox.is_over());
+            sends
+                || inbox
+                    .upgrade()
+                    .is_some_and(|inbox| inbox.ending().is_none())
+        });
+        self.tidy_at = 2 * self.channels.len() + 16;
+    }
 }
 
 /// How much may come in and go out.
@@ -191,6 +215,23 @@ impl Carrier {
             confirms: Mutex::default(),
             tasks: TaskTracker::new(),
         })
+    }
+
+    /// Counts a channel of a client that ends with its connection.
+    pub(crate) fn tie(&self, outbox: &Arc<Outbox>, inbox: &Arc<Inbox>) {
+        let mut tied = lock(&self.registry.tied);
+        if tied.channels.len() >= tied.tidy_at {
+            tied.tidy();
+        }
+        let channel = (Arc::downgrade(outbox), Arc::downgrade(inbox));
+        tied.channels.push(channel);
+    }
+
+    /// Whether a client has a channel that ends with the connection.
+    pub(crate) fn is_tied(&self) -> bool {
+        let mut tied = lock(&self.registry.tied);
+        tied.tidy();
+        !tied.channels.is_empty()
     }
 
     /// Goes over to another connection and returns its number. Streams of earlier ones belong to nobody now, and what

@@ -271,6 +271,7 @@ fn hand_over(
         endpoint: None,
         control,
         welcome: None,
+        why: None,
     }));
     // Which may have ended before it could take it.
     if let Some(reason) = kept.end.get() {

@@ -8,6 +8,7 @@ use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -26,7 +27,7 @@ use crate::channel::inbox::{Ending, Inbox};
 use crate::channel::resume::{Mismatch, Seen};
 use crate::metrics::{Count, Counts, Words};
 use crate::session::lifetime::Lifetime;
-use crate::session::reconnect::SocketState;
+use crate::session::reconnect::{SocketState, TransportReason};
 use crate::session::service::Registry;
 use crate::session::streams::serve_stream;
 use crate::session::{Leaving, Session, give_up, or_around};
@@ -77,6 +78,21 @@ pub(crate) struct Established {
     pub(crate) control: Box<Control>,
     /// At a client, the server's `$goaway`.
     pub(crate) welcome: Option<Welcome>,
+    /// At a client, why it is of this transport.
+    pub(crate) why: Option<TransportReason>,
+}
+
+/// A connection of a client on which it has said nothing yet, and the endpoint that must live as long.
+pub(crate) type Reached = (Connection, Endpoint);
+
+/// How a session has left a connection.
+pub(crate) enum Left {
+    /// It was lost.
+    Lost,
+    /// The server goes away: it is the last to be tried.
+    Moved,
+    /// For this one.
+    For(Box<Reached>),
 }
 
 /// Where a session's next connection comes from.
@@ -94,14 +110,17 @@ pub(crate) trait Redial: Send {
     /// How long it waits at most when a server asks it to.
     fn patience(&self) -> Duration;
 
-    /// Makes the next connection, for as long as the policy allows. After a move to the next server, `moved` says, the
-    /// one before is the last to be tried.
+    /// Makes the next connection, for as long as the policy allows.
     fn next<'a>(
         &'a mut self,
         session: &'a Arc<Session>,
         reason: CloseReason,
-        moved: bool,
+        left: Left,
     ) -> BoxFuture<'a, Result<Established, CloseReason>>;
+
+    /// Looks for a connection over a better transport than the present one, and gives it once it stands. Looks for
+    /// another when it is asked again.
+    fn poll_better(&mut self, cx: &mut Context<'_>, session: &Arc<Session>) -> Poll<Box<Reached>>;
 }
 
 /// What a server does about a client that may come back.
@@ -154,6 +173,8 @@ enum Outcome {
     Replaced(Box<Established>),
     /// The server goes away and our channels have ended: to the next.
     Moved(CloseReason),
+    /// The session was given a better connection than the present one.
+    Better(Box<Reached>),
 }
 
 /// Serves a session until it ends, over however many connections.
@@ -183,10 +204,14 @@ pub(crate) async fn live(
             Outcome::Replaced(established) => Ok(established),
             // What is rare is in boxes, so that the task needs no room for it in between.
             Outcome::Lost(reason) => {
-                Box::pin(comeback.next(&session, &mut driver.lifetime, reason, false)).await
+                Box::pin(comeback.next(&session, &mut driver.lifetime, reason, Left::Lost)).await
             }
             Outcome::Moved(reason) => {
-                Box::pin(comeback.next(&session, &mut driver.lifetime, reason, true)).await
+                Box::pin(comeback.next(&session, &mut driver.lifetime, reason, Left::Moved)).await
+            }
+            Outcome::Better(reached) => {
+                let left = Left::For(reached);
+                Box::pin(comeback.next(&session, &mut driver.lifetime, given_up(), left)).await
             }
         };
         match next {
@@ -227,7 +252,7 @@ impl Comeback {
         session: &Arc<Session>,
         lifetime: &mut Lifetime,
         reason: CloseReason,
-        moved: bool,
+        left: Left,
     ) -> Result<Box<Established>, CloseReason> {
         /// Counts one session for as long as it has no connection.
         struct Detached<'a>(&'a Counts);
@@ -249,7 +274,7 @@ impl Comeback {
                     session.states.set(SocketState::Detached { since });
                     awaited.next(reason).await
                 }
-                Self::Dialled(dialler) => dialler.next(session, reason, moved).await.map(Box::new),
+                Self::Dialled(dialler) => dialler.next(session, reason, left).await.map(Box::new),
             }
         };
         let closed = async {
@@ -300,14 +325,16 @@ impl Comeback {
         }
     }
 
-    /// The client, back over another connection while the present one still seems to live.
-    async fn replaced(&mut self) -> Box<Established> {
-        if let Self::Awaited(awaited) = self
-            && let Some(established) = awaited.next_connections.recv().await
-        {
-            return established;
+    /// Another connection while the present one lives, or still seems to.
+    fn poll_other(&mut self, cx: &mut Context<'_>, session: &Arc<Session>) -> Poll<Outcome> {
+        match self {
+            Self::Never => Poll::Pending,
+            Self::Awaited(awaited) => match awaited.next_connections.poll_recv(cx) {
+                Poll::Ready(Some(established)) => Poll::Ready(Outcome::Replaced(established)),
+                Poll::Ready(None) | Poll::Pending => Poll::Pending,
+            },
+            Self::Dialled(dialler) => dialler.poll_better(cx, session).map(Outcome::Better),
         }
-        std::future::pending().await
     }
 }
 
@@ -433,7 +460,9 @@ impl Driver {
             session.set_welcome(welcome);
         }
         session.life.reattached();
+        let before = session.conn().transport();
         let number = session.move_to(established.conn, established.endpoint);
+        session.set_transport_reason(established.why);
         session.receive.budget.set_detached(false);
         let conn = session.conn();
         session.receive.window.renew(&conn);
@@ -451,6 +480,17 @@ impl Driver {
             rooms.resumed(session, number);
         }
         tracing::info!(session = %session.id(), resumed = self.resumed, "connected again");
+        let now = conn.transport();
+        if let Some(why) = established.why
+            && std::mem::discriminant(&before) != std::mem::discriminant(&now)
+        {
+            tracing::info!(from = ?before, to = ?now, %why, "the transport has changed");
+            session.states.set(SocketState::TransportChanged {
+                from: before,
+                to: now,
+                why,
+            });
+        }
         session.states.set(SocketState::Connected {
             resumed: self.resumed,
             reason,
@@ -513,7 +553,13 @@ impl Driver {
                         session.abort(unread());
                         Act::Wait
                     }
-                    established = comeback.replaced() => Act::Over(Outcome::Replaced(established)),
+                    outcome = poll_fn(|cx| comeback.poll_other(cx, &session)) => match outcome {
+                        Outcome::Better(reached) => match leave_for(&session, number, &reached) {
+                            true => Act::Over(Outcome::Better(reached)),
+                            false => Act::Wait,
+                        },
+                        outcome => Act::Over(outcome),
+                    },
                     () = at(present.move_at) => Act::work(async {
                         Some(self.leave(control, channels, present.patience).await)
                     }),
@@ -673,6 +719,29 @@ impl Driver {
         conn.close(CloseCode::NORMAL, "");
         Outcome::Moved(reason)
     }
+}
+
+/// Gives up the present connection, number `number`, for a better one that stands. Not if something would be lost with it: says
+/// whether it did.
+fn leave_for(session: &Session, number: u64, (better, _): &Reached) -> bool {
+    // From now on no channel begins that would end with it.
+    session.set_up(None);
+    if !session.can_change() || better.is_over() {
+        better.close(CloseCode::NORMAL, "not now");
+        if session.departure.turn().is_none() {
+            session.set_up(Some(number));
+        }
+        return false;
+    }
+    // The server would say the same as soon as it sees us on the better one, and what it says ends a session.
+    give_up(&session.conn());
+    true
+}
+
+/// Why a session has no connection between two transports.
+fn given_up() -> CloseReason {
+    let text = "the session goes on over another transport";
+    CloseReason::new(CloseCode::SUPERSEDED, text, Side::Local)
 }
 
 /// Does what the application wished for.

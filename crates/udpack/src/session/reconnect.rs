@@ -13,6 +13,7 @@ use futures_util::stream::BoxStream;
 use tokio::sync::broadcast;
 
 use crate::base::lock;
+use crate::trust::origin::Transport;
 use crate::wire::code::CloseReason;
 use crate::wire::control::GoAway;
 
@@ -95,6 +96,59 @@ impl Outage {
     }
 }
 
+/// When a client whose connection runs over TCP looks whether UDP passes again: first after 5 s, then after twice as long each
+/// time and at most 5 minutes, each wait longer by a random part of up to a quarter of it. A new one begins when a
+/// connection over UDP has lasted for a minute.
+#[derive(Debug)]
+pub struct Probes {
+    next: Duration,
+}
+
+impl Probes {
+    const FIRST: Duration = Duration::from_secs(5);
+    const MOST: Duration = Duration::from_secs(300);
+    /// A connection over UDP that is lost sooner shows a network that lets a handshake pass and not much more.
+    pub(crate) const LASTING: Duration = Duration::from_secs(60);
+
+    /// How long to wait before the next look.
+    pub fn wait(&mut self) -> Duration {
+        let wait = self.next;
+        self.next = wait.saturating_mul(2).min(Self::MOST);
+        wait + part(wait / 4)
+    }
+}
+
+impl Default for Probes {
+    fn default() -> Self {
+        Self { next: Self::FIRST }
+    }
+}
+
+/// Why a client's connection runs over the transport it runs over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum TransportReason {
+    /// The client allows no other.
+    Chosen,
+    /// UDP passes, and goes first.
+    UdpPasses,
+    /// Nothing was heard over UDP in time.
+    UdpBlocked,
+    /// Nothing was heard over UDP before, and now it passes.
+    UdpPassesAgain,
+}
+
+impl fmt::Display for TransportReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Chosen => "no other is allowed",
+            Self::UdpPasses => "UDP passes",
+            Self::UdpBlocked => "UDP does not pass",
+            Self::UdpPassesAgain => "UDP passes again",
+        })
+    }
+}
+
 impl GoAway {
     /// How long to wait before connecting again: what the server asked for, and a random part of its window.
     pub fn wait(&self) -> Duration {
@@ -122,6 +176,16 @@ pub enum SocketState {
         /// Why the session could not go on, where there was one: resumable channels have ended with
         /// `not_resumed`.
         reason: Option<String>,
+    },
+    /// At a client that reconnects: the next connection, which is there, runs over another transport than the one before.
+    /// `Connected` follows at once.
+    TransportChanged {
+        /// What the last connection spoke.
+        from: Transport,
+        /// What this one speaks.
+        to: Transport,
+        /// Why.
+        why: TransportReason,
     },
     /// At a client that reconnects: the server is going away; the client moves when its turn has come.
     GoingAway(GoAway),
@@ -301,6 +365,15 @@ impl fmt::Debug for SocketStates {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn looks_for_udp_become_rare() {
+        let mut probes = Probes::default();
+        for expected in [5, 10, 20, 40, 80, 160, 300, 300] {
+            let (least, wait) = (Duration::from_secs(expected), probes.wait());
+            assert!((least..=least * 5 / 4).contains(&wait), "{wait:?}");
+        }
+    }
 
     #[test]
     fn delays_are_random_and_grow_to_a_bound() {

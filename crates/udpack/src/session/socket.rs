@@ -19,7 +19,7 @@ use crate::channel::carrier::REQUESTED;
 use crate::metrics::Metrics;
 use crate::metrics::speed::{SpeedMeter, Stats};
 use crate::session::lifetime::{self, RefreshError};
-use crate::session::reconnect::{SocketState, SocketStates};
+use crate::session::reconnect::{SocketState, SocketStates, TransportReason};
 use crate::session::{Lease, Session, SessionId};
 
 /// Channels that may wait for `accept_channel`, a socket.
@@ -120,6 +120,11 @@ impl Socket {
     /// What the present connection speaks, or the last one did: QUIC, or WebTransport from a page of some origin.
     pub fn transport(&self) -> Transport {
         self.inner.session.conn().transport()
+    }
+
+    /// Why it is that transport, at a client; `None` at a server. It changes with [`SocketState::Connected`].
+    pub fn transport_reason(&self) -> Option<TransportReason> {
+        self.inner.session.transport_reason()
     }
 
     /// The peer's address as of now; it may change when the peer moves.

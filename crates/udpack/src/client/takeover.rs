@@ -1,0 +1,102 @@
+//! Going over to QUIC when UDP passes again, without losing the session.
+//!
+//! A connection over QUIC is made beside the one over TCP, and nothing is said on it before it stands. Then the
+//! session gives up the old one itself, for the server would do so as soon as it sees the new one, and what the server
+//! closes is over; it introduces itself on the new one as after a loss.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::client::race;
+use crate::client::{Client, ConnectError, Dialler, TransportChoice, ticket, welcomed};
+use crate::session::Session;
+use crate::session::driver::{Established, Reached};
+use crate::session::reconnect::Probes;
+use crate::trust::origin::Transport;
+use crate::trust::url::ConnectUrl;
+
+impl Dialler {
+    /// A connection over QUIC, once one stands, while the present one runs over TCP although the client goes by both.
+    pub(super) fn poll_udp(
+        &mut self,
+        cx: &mut Context<'_>,
+        session: &Arc<Session>,
+    ) -> Poll<Box<Reached>> {
+        loop {
+            if self.probing.is_none() {
+                let over_tcp = matches!(session.conn().transport(), Transport::WebSocket { .. });
+                if self.client.over != TransportChoice::Auto || !over_tcp {
+                    return Poll::Pending;
+                }
+                let Some((url, client)) = self.client.servers(&self.url).nth(self.serving) else {
+                    return Poll::Pending;
+                };
+                let at = session.conn().remote_address();
+                let looking = look(
+                    (client.clone(), url.clone(), at),
+                    session.clone(),
+                    self.probes.wait(),
+                );
+                self.probing = Some(Box::pin(looking));
+            }
+            let Some(probing) = &mut self.probing else {
+                return Poll::Pending;
+            };
+            let reached = ready!(probing.as_mut().poll(cx));
+            self.probing = None;
+            if let Some(reached) = reached {
+                return Poll::Ready(reached);
+            }
+        }
+    }
+
+    /// The present connection is left.
+    pub(super) fn stop_probing(&mut self, session: &Session) {
+        self.probing = None;
+        let over_udp = session.conn().transport() == Transport::Quic;
+        if over_udp && self.since.elapsed() >= Probes::LASTING {
+            self.probes = Probes::default();
+        }
+    }
+
+    /// Introduces the session on a connection that was made for it.
+    pub(super) async fn go_over(
+        &mut self,
+        session: &Session,
+        (conn, endpoint): Reached,
+    ) -> Result<Established, ConnectError> {
+        let server = self.client.servers(&self.url).nth(self.serving);
+        let (url, client) = server.unwrap_or((&self.url, &self.client));
+        let token = client.new_token().await?;
+        let why = client.inner.won.note(url, client.over, &conn);
+        let introduced = client.introduce((conn, endpoint), why, &token, ticket(session));
+        let established = welcomed(session, introduced.await?).await?;
+        self.won
+            .insert(self.serving, established.conn.remote_address());
+        self.since = Instant::now();
+        Ok(established)
+    }
+}
+
+/// Waits, and tries to connect over QUIC then, if the session could go over.
+async fn look(
+    (client, url, at): (Client, ConnectUrl, SocketAddr),
+    session: Arc<Session>,
+    wait: Duration,
+) -> Option<Box<Reached>> {
+    tokio::time::sleep(wait).await;
+    if !session.can_change() {
+        return None;
+    }
+    let found = client.inner.dialer.lookup(url.host(), url.port()).await;
+    let attempts = race::in_turn(found.ok()?, Some(at), (TransportChoice::Quic, false));
+    let reached = client.dial_any(&url, attempts).await;
+    if let Err(error) = &reached {
+        tracing::debug!(%error, "UDP does not pass yet");
+    }
+    reached.ok().map(Box::new)
+}
