@@ -316,7 +316,10 @@ fn closed(reason: &CloseReason) -> Meaning {
             Kind::NoHandler,
             hint("choose a channel that the server serves with --channel"),
         ),
-        CloseCode::REFUSED => (Kind::Policy, None),
+        CloseCode::REFUSED => (
+            Kind::Policy,
+            hint("ask the server's owner what this token may do"),
+        ),
         CloseCode::HANDLER_FAILED | CloseCode::INTERNAL => {
             (Kind::Other, hint("the server failed; its log says more"))
         }

@@ -1618,6 +1618,11 @@ fn the_state_of_the_server_is_shown_and_an_admin_acts_on_it() {
     };
     let out = stats(&server.url(), &[]);
     assert_eq!((out.code, out.stdout.as_str()), (6, ""), "{out:?}");
+    assert_eq!(
+        out.stderr,
+        "error: the server refused it: this token has no right to watch\n\
+         hint: ask the server's owner what this token may do\n"
+    );
     let out = stats(&guard, &["--json"]);
     assert_eq!(out.code, 0, "{out:?}");
     let told = &events(&out.stdout)[0];

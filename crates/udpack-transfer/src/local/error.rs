@@ -65,7 +65,7 @@ pub enum TransferError {
     Write(#[source] io::Error),
     /// The connection or the lane ended first: whether the file was stored is unknown. Asking again with
     /// [`IfExists::Same`](crate::IfExists::Same) settles it.
-    #[error("the connection ended before the server confirmed the file: {0}")]
+    #[error("{}", closed(.0))]
     Closed(CloseReason),
     /// There is no connection to the server, and trying again does not help or was given up. Shared by all
     /// files that it concerns.
@@ -113,6 +113,14 @@ impl TransferError {
             | Self::Write(_)
             | Self::Protocol(_) => false,
         }
+    }
+}
+
+/// A server that refuses a whole channel gives its reason in the close; any other end came before an answer.
+fn closed(reason: &CloseReason) -> String {
+    match reason.code {
+        CloseCode::REFUSED => format!("the server refused it: {}", reason.text),
+        _ => format!("the connection ended before the server answered: {reason}"),
     }
 }
 

@@ -34,7 +34,7 @@ const SECOND: Duration = Duration::from_secs(1);
 /// So many are many.
 const MANY: u64 = 1024;
 /// The text for a client whose token lacks the right.
-const NO_RIGHT: &str = "forbidden: this token has no right to watch";
+const NO_RIGHT: &str = "this token has no right to watch";
 
 /// Tells operators how a server is, closes sockets for them, and passes on their word that it shall go down.
 ///

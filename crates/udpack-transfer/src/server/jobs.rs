@@ -20,6 +20,7 @@ use self::pace::Pace;
 use self::recent::{Counts, Ended, Recent};
 use crate::base::code::Code;
 use crate::base::phase::{Phase, PhaseCell};
+use crate::server::receiver::NoScope;
 use crate::server::scope::Scope;
 
 /// How often a job's progress is sent at most.
@@ -295,7 +296,7 @@ impl Jobs {
             Ok(scope) => scope,
             Err(error) => {
                 tracing::error!(%error, "the entry of a token is unusable");
-                channel.close(CloseCode::REFUSED, "forbidden");
+                channel.close(CloseCode::REFUSED, NoScope::TEXT);
                 return Ok(());
             }
         };
