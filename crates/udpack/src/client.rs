@@ -389,7 +389,11 @@ impl Client {
                 expected,
                 presented,
             },
-            DialError::Untrusted(text) => ConnectError::Untrusted { address, text },
+            DialError::Untrusted { text, dates } => ConnectError::Untrusted {
+                address,
+                text,
+                dates,
+            },
             DialError::Handshake(ConnectionError::Peer(reason)) => ConnectError::Denied(reason),
             DialError::Handshake(error) => {
                 let reason = error.reason();
@@ -1027,6 +1031,8 @@ pub enum ConnectError {
         address: SocketAddr,
         /// What is wrong with its certificate.
         text: String,
+        /// Whether the certificate has expired or is not valid yet, by this machine's clock.
+        dates: bool,
     },
     /// The handshake failed: another protocol, and the like.
     #[error("handshake with {address} failed: {text}")]
@@ -1145,6 +1151,7 @@ mod tests {
             ConnectError::Untrusted {
                 address,
                 text: text.clone(),
+                dates: false,
             },
             ConnectError::Handshake { address, text },
             ConnectError::Denied(CloseReason::local(CloseCode::SERVER_BUSY, "")),

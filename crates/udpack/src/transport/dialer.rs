@@ -14,7 +14,7 @@ use crate::transport::endpoint::{self, At, FirstWord, Route, Side, Via};
 use crate::transport::qlog::Qlog;
 use crate::transport::{Connection, ConnectionError, Endpoint, quic, trips, websocket};
 use crate::trust::fingerprint::Fingerprint;
-use crate::trust::tls::{ALPN, PinCheck, PinMismatch, Trust, client_config};
+use crate::trust::tls::{ALPN, Attempt, Distrust, PinMismatch, Trust, client_config};
 use crate::wire::config::{CongestionControl, InvalidSetting, Limits, Timeouts};
 #[cfg(feature = "testing")]
 use crate::{transport::mux, trust::origin::Transport};
@@ -24,7 +24,6 @@ pub(crate) struct Dialer {
     config: quinn::ClientConfig,
     /// The same trust for TCP.
     tls: Arc<rustls::ClientConfig>,
-    pin: Option<PinCheck>,
     limits: Arc<Limits>,
     timeouts: Arc<Timeouts>,
     congestion: CongestionControl,
@@ -56,8 +55,11 @@ pub(crate) enum DialError {
     Silent,
     /// The server has another key than the pinned one.
     Pin(PinMismatch),
-    /// Nobody vouches for the server, or not for this one; with the reason.
-    Untrusted(String),
+    /// The server's certificate is not trusted. `dates`: because of its dates.
+    Untrusted {
+        text: String,
+        dates: bool,
+    },
     /// The handshake failed.
     Handshake(ConnectionError),
 }
@@ -79,8 +81,7 @@ impl Dialer {
         endpoint::transport(&limits, &timeouts, congestion, None, Side::Client)
             .map_err(DialerError::Setting)?;
         let trust = pin.map_or(Trust::PlatformRoots, Trust::Pin);
-        let (tls, check) =
-            client_config(trust).map_err(|error| DialerError::Tls(error.to_string()))?;
+        let tls = client_config(trust).map_err(|error| DialerError::Tls(error.to_string()))?;
         let mut over_tcp = tls.clone();
         over_tcp.alpn_protocols = vec![b"http/1.1".to_vec()];
         if pin.is_some() {
@@ -92,7 +93,6 @@ impl Dialer {
         Ok(Self {
             config: quinn::ClientConfig::new(Arc::new(tls)),
             tls: Arc::new(over_tcp),
-            pin: pin.map(|_| check),
             limits,
             timeouts,
             congestion,
@@ -126,7 +126,7 @@ impl Dialer {
         });
         let route = self.proved_route_to(address).await;
         let route = route.map_err(|_| DialError::Refused("connection refused".to_owned()))?;
-        let heard = FirstWord::default();
+        let (heard, attempt) = (FirstWord::default(), Attempt::default());
         let (endpoint, _) = self
             .via
             .open(
@@ -135,7 +135,7 @@ impl Dialer {
                 route.map(|route| route.payload),
                 quinn::EndpointConfig::default(),
                 None,
-                Some(heard.clone()),
+                Some((heard.clone(), attempt.clone())),
             )
             .map_err(DialError::Local)?;
         let config = self.config(address, route).map_err(DialError::Setting)?;
@@ -155,7 +155,7 @@ impl Dialer {
                 let endpoint = Endpoint::Quic(quic::Endpoint::quic(endpoint));
                 Ok((Connection::quic(conn), endpoint))
             }
-            Err(error) => Err(self.failed(error)),
+            Err(error) => Err(failed(error, attempt.distrust())),
         }
     }
 
@@ -172,7 +172,6 @@ impl Dialer {
             Via::System => {
                 let way = websocket::Way {
                     tls: &self.tls,
-                    pin: self.pin.as_ref(),
                     limits: &self.limits,
                     timeouts: &self.timeouts,
                     local: self.local,
@@ -233,25 +232,29 @@ impl Dialer {
         config.transport_config(Arc::new(transport));
         Ok(config)
     }
+}
 
-    fn failed(&self, error: quinn::ConnectionError) -> DialError {
-        if let quinn::ConnectionError::TransportError(error) = &error
-            && let Some(check) = &self.pin
-            && let Some(mismatch) = check.mismatch(&error.reason)
-        {
-            return DialError::Pin(mismatch);
+impl DialError {
+    pub(super) fn untrusted(why: Distrust, text: String) -> Self {
+        match why {
+            Distrust::Key(mismatch) => Self::Pin(mismatch),
+            Distrust::Dates => Self::Untrusted { text, dates: true },
+            Distrust::Certificate => Self::Untrusted { text, dates: false },
         }
-        let untrusted = match &error {
-            quinn::ConnectionError::TransportError(error) => {
-                is_about_certificate(u64::from(error.code))
-            }
-            _ => false,
-        };
-        match ConnectionError::from(error) {
-            ConnectionError::TimedOut => DialError::Silent,
-            error if untrusted => DialError::Untrusted(error.reason().text),
-            error => DialError::Handshake(error),
+    }
+}
+
+fn failed(error: quinn::ConnectionError, distrust: Option<Distrust>) -> DialError {
+    let alert = match &error {
+        quinn::ConnectionError::TransportError(error) => {
+            is_about_certificate(u64::from(error.code)).then_some(Distrust::Certificate)
         }
+        _ => None,
+    };
+    match (distrust.or(alert), ConnectionError::from(error)) {
+        (_, ConnectionError::TimedOut) => DialError::Silent,
+        (Some(why), error) => DialError::untrusted(why, error.reason().text),
+        (None, error) => DialError::Handshake(error),
     }
 }
 

@@ -23,6 +23,7 @@ use crate::transport::timer::PromptRuntime;
 use crate::transport::udp::{self, Bound, MODEST_PAYLOAD, MOST_PAYLOAD, Port};
 use crate::transport::web::OWN_UNI;
 use crate::transport::windows;
+use crate::trust::tls::Attempt;
 use crate::wire::config::{
     CongestionControl, DATAGRAMS_IN, DATAGRAMS_OUT, FEW_STREAMS, InvalidSetting, Limits, MIN_FRAME,
     PREAUTH_BYTES, PREAUTH_STREAMS, Timeouts, VOLATILE_STREAMS,
@@ -42,7 +43,7 @@ pub(crate) enum Via {
 impl Via {
     /// A QUIC endpoint on this socket, or one at this address, with kernel buffers of this size where there is a kernel.
     /// The transport parameters ask peers to send no larger UDP payloads than `payload` bytes, fewer where the buffers are small; at least
-    /// 1,200 are taken. `heard` is notified of the first datagram that arrives.
+    /// 1,200 are taken. A `client` learns when the first datagram arrives, and why it does not trust the server.
     pub(crate) fn open(
         &self,
         at: At,
@@ -50,7 +51,7 @@ impl Via {
         payload: Option<u16>,
         mut settings: EndpointConfig,
         server: Option<ServerConfig>,
-        heard: Option<FirstWord>,
+        client: Option<(FirstWord, Attempt)>,
     ) -> io::Result<(Endpoint, Port)> {
         let payload = payload.unwrap_or(ETHERNET_PAYLOAD).max(LEAST_PAYLOAD);
         let Bound {
@@ -72,16 +73,13 @@ impl Via {
                 At::Socket(_) => return Err(io::ErrorKind::Unsupported.into()),
             },
         };
-        let socket = match &heard {
-            None => socket,
-            Some(first) => Arc::new(Ear {
-                socket,
-                first: first.clone(),
-            }),
+        let (socket, attempt): (Arc<dyn AsyncUdpSocket>, _) = match client {
+            None => (socket, None),
+            Some((first, attempt)) => (Arc::new(Ear { socket, first }), Some(attempt)),
         };
         // Fails below 1,200 bytes only.
         let _ = settings.max_udp_payload_size(payload);
-        let runtime = Arc::new(PromptRuntime);
+        let runtime = Arc::new(PromptRuntime { attempt });
         let endpoint = Endpoint::new_with_abstract_socket(settings, server, socket, runtime)?;
         Ok((endpoint, port))
     }

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use quinn::{AsyncTimer, AsyncUdpSocket, Runtime, TokioRuntime};
 
 use crate::transport::gather::Gather;
+use crate::trust::tls::Attempt;
 
 /// By how much a timer is early the first time that it is set for an instant: what tokio's are late on average. quinn looks
 /// at the clock, sends what the pacer has by then, and sets the timer again, for another instant or, when it was too
@@ -22,8 +23,11 @@ use crate::transport::gather::Gather;
 const EARLY: Duration = Duration::from_millis(1);
 
 /// tokio's runtime, with these timers, and with drivers whose sends leave together.
-#[derive(Debug)]
-pub(crate) struct PromptRuntime;
+#[derive(Debug, Default)]
+pub(crate) struct PromptRuntime {
+    /// The attempt to connect that the drivers serve, on an endpoint that makes one.
+    pub(crate) attempt: Option<Attempt>,
+}
 
 impl Runtime for PromptRuntime {
     fn new_timer(&self, deadline: Instant) -> Pin<Box<dyn AsyncTimer>> {
@@ -38,7 +42,11 @@ impl Runtime for PromptRuntime {
     }
 
     fn spawn(&self, future: Pin<Box<dyn Future<Output = ()> + Send>>) {
-        tokio::spawn(Gather::new(future));
+        let driver = Gather::new(future);
+        match &self.attempt {
+            Some(attempt) => tokio::spawn(attempt.clone().scope(driver)),
+            None => tokio::spawn(driver),
+        };
     }
 
     fn wrap_udp_socket(&self, socket: UdpSocket) -> io::Result<Arc<dyn AsyncUdpSocket>> {
@@ -115,7 +123,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn is_early_once_and_then_on_time() {
-        let runtime = PromptRuntime;
+        let runtime = PromptRuntime::default();
         let deadline = runtime.now() + Duration::from_millis(10);
         let mut timer = runtime.new_timer(deadline);
         assert_eq!(waits(&mut timer).await, 9);
@@ -127,7 +135,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn what_is_near_is_waited_for() {
-        let runtime = PromptRuntime;
+        let runtime = PromptRuntime::default();
         let mut timer = runtime.new_timer(runtime.now() + Duration::from_millis(1));
         assert_eq!(waits(&mut timer).await, 1);
         let past = runtime.now();
@@ -137,7 +145,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_deadline_that_moves_is_kept_whichever_way() {
-        let runtime = PromptRuntime;
+        let runtime = PromptRuntime::default();
         let begin = runtime.now();
         let ms = Duration::from_millis;
         let mut timer = runtime.new_timer(begin + ms(50));

@@ -21,7 +21,7 @@ use crate::transport::dialer::DialError;
 use crate::transport::mux::{self, Ends, Side};
 use crate::transport::trips;
 use crate::trust::origin::Transport;
-use crate::trust::tls::PinCheck;
+use crate::trust::tls::Distrust;
 use crate::wire::code::{self, CloseCode, CloseReason};
 use crate::wire::config::{Limits, Timeouts};
 
@@ -44,7 +44,6 @@ pub(crate) fn prepare(stream: &TcpStream) -> io::Result<()> {
 /// What a dial over TCP needs to know.
 pub(super) struct Way<'a> {
     pub(super) tls: &'a Arc<rustls::ClientConfig>,
-    pub(super) pin: Option<&'a PinCheck>,
     pub(super) limits: &'a Limits,
     pub(super) timeouts: &'a Timeouts,
     pub(super) local: Option<SocketAddr>,
@@ -98,7 +97,7 @@ impl Way<'_> {
             .map_err(|error| DialError::Refused(error.to_string()))?;
         let connector = TlsConnector::from(self.tls.clone());
         let stream = connector.connect(name, stream).await;
-        let stream = stream.map_err(|error| self.failed(&error))?;
+        let stream = stream.map_err(|error| failed(&error))?;
         let socket = handshake(stream, host, address.port()).await?;
         let ends = Ends {
             local,
@@ -107,21 +106,15 @@ impl Way<'_> {
         };
         begin(socket, ends, self.limits, self.timeouts).await
     }
+}
 
-    fn failed(&self, error: &io::Error) -> DialError {
-        let text = error.to_string();
-        if let Some(check) = self.pin
-            && let Some(mismatch) = check.mismatch(&text)
-        {
-            return DialError::Pin(mismatch);
-        }
-        let tls = error.get_ref().and_then(|inner| inner.downcast_ref());
-        let text = printable_within(&text, 256);
-        match tls {
-            Some(rustls::Error::InvalidCertificate(_)) => DialError::Untrusted(text),
-            Some(_) => ended(CloseCode::TRANSPORT_ERROR, text),
-            None => ended(CloseCode::CONNECTION_LOST, text),
-        }
+fn failed(error: &io::Error) -> DialError {
+    let tls = error.get_ref().and_then(|inner| inner.downcast_ref());
+    let text = printable_within(&error.to_string(), 256);
+    match (tls, tls.and_then(Distrust::of)) {
+        (_, Some(why)) => DialError::untrusted(why, text),
+        (Some(_), None) => ended(CloseCode::TRANSPORT_ERROR, text),
+        (None, None) => ended(CloseCode::CONNECTION_LOST, text),
     }
 }
 

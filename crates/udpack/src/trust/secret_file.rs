@@ -42,12 +42,14 @@ pub enum SecretFileError {
         path: PathBuf,
     },
     /// Its mode gives others access.
-    #[error("{}: run chmod 600 {}", open_to_others(path, *mode), path.display())]
+    #[error("{}: run chmod {allowed:o} {}", open_to_others(path, *mode), path.display())]
     Mode {
         /// The file.
         path: PathBuf,
         /// Its permission bits.
         mode: u32,
+        /// The most permission bits that are accepted.
+        allowed: u32,
     },
     /// It belongs to somebody else.
     #[error("{}: run chown {user} {}", owned_by(path, *owner), path.display())]
@@ -87,7 +89,7 @@ impl SecretFileError {
     /// What is wrong, without what to do about it.
     pub fn problem(&self) -> String {
         match self {
-            Self::Mode { path, mode } => open_to_others(path, *mode),
+            Self::Mode { path, mode, .. } => open_to_others(path, *mode),
             Self::Owner { path, owner, .. } => owned_by(path, *owner),
             other => other.to_string(),
         }
@@ -109,6 +111,17 @@ fn owned_by(path: &Path, owner: u32) -> String {
 /// The version is taken before the first byte is read, so a file that changes meanwhile looks
 /// changed afterwards.
 pub(crate) fn read(path: &Path, limit: u64) -> Result<(Vec<u8>, Version), SecretFileError> {
+    let user = rustix::process::geteuid().as_raw();
+    let (bytes, metadata) = content(path, limit, |metadata| check(path, metadata, user))?;
+    Ok((bytes, Version::of(&metadata)))
+}
+
+/// Reads at most `limit` bytes of the regular file at `path`, after `check` has accepted its metadata.
+pub(crate) fn content(
+    path: &Path,
+    limit: u64,
+    check: impl FnOnce(&Metadata) -> Result<(), SecretFileError>,
+) -> Result<(Vec<u8>, Metadata), SecretFileError> {
     let failed = |source| SecretFileError::Read {
         path: path.to_owned(),
         source,
@@ -119,7 +132,12 @@ pub(crate) fn read(path: &Path, limit: u64) -> Result<(Vec<u8>, Version), Secret
         rustix::fs::open(path, flags, Mode::empty()).map_err(|errno| failed(errno.into()))?;
     let file = File::from(file);
     let metadata = file.metadata().map_err(failed)?;
-    check(path, &metadata, rustix::process::geteuid().as_raw())?;
+    if !metadata.is_file() {
+        return Err(SecretFileError::NotRegular {
+            path: path.to_owned(),
+        });
+    }
+    check(&metadata)?;
 
     let mut bytes = Vec::new();
     file.take(limit + 1)
@@ -131,7 +149,7 @@ pub(crate) fn read(path: &Path, limit: u64) -> Result<(Vec<u8>, Version), Secret
             limit,
         });
     }
-    Ok((bytes, Version::of(&metadata)))
+    Ok((bytes, metadata))
 }
 
 /// Publishes `bytes` at `path` with mode 0600, unless something has that name already.
@@ -245,21 +263,30 @@ impl Version {
 }
 
 fn check(path: &Path, metadata: &Metadata, user: u32) -> Result<(), SecretFileError> {
-    let path = || path.to_owned();
-    if !metadata.is_file() {
-        return Err(SecretFileError::NotRegular { path: path() });
-    }
     let owner = metadata.uid();
     if owner != user && owner != 0 {
         return Err(SecretFileError::Owner {
-            path: path(),
+            path: path.to_owned(),
             owner,
             user,
         });
     }
+    check_mode(path, metadata, 0o600)
+}
+
+/// Refuses a file that grants others than its owner more than `allowed`.
+pub(crate) fn check_mode(
+    path: &Path,
+    metadata: &Metadata,
+    allowed: u32,
+) -> Result<(), SecretFileError> {
     let mode = metadata.mode() & 0o7777;
-    if mode & 0o077 != 0 {
-        return Err(SecretFileError::Mode { path: path(), mode });
+    if mode & 0o077 & !allowed != 0 {
+        return Err(SecretFileError::Mode {
+            path: path.to_owned(),
+            mode,
+            allowed,
+        });
     }
     Ok(())
 }

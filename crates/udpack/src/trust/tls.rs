@@ -5,10 +5,10 @@
 //! check cannot be skipped. 0-RTT is off on both sides: early data can be
 //! replayed, and the first thing a client sends is its token.
 
-use std::collections::VecDeque;
 use std::fmt;
+use std::future::Future;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::SystemTime;
 
 use rcgen::KeyPair;
@@ -65,37 +65,59 @@ pub(crate) struct PinMismatch {
     pub(crate) presented: Fingerprint,
 }
 
-/// Remembers why the pin refused a server.
-///
-/// The transport reduces a verifier's error to a line of text; this keeps the typed ones of the latest attempts, several of which may be
-/// under way at once.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct PinCheck(Arc<Mutex<VecDeque<PinMismatch>>>);
+/// Why a client does not trust a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Distrust {
+    /// The server has another key than the pinned one.
+    Key(PinMismatch),
+    /// The certificate has expired, or is not valid yet.
+    Dates,
+    /// The certificate is damaged, is for another name, or no authority that the platform trusts has signed it.
+    Certificate,
+}
 
-impl PinCheck {
-    /// Returns the mismatch that ended a connection attempt, if that is what the transport's `text` says.
-    pub(crate) fn mismatch(&self, text: &str) -> Option<PinMismatch> {
-        // Another attempt's mismatch says nothing about this one's end. The text is rustls' own,
-        // but it quotes the error that the verifier gave.
-        let quoted = |mismatch: &&PinMismatch| text.contains(&mismatch.presented.to_string());
-        self.lock().iter().find(quoted).copied()
-    }
-
-    fn note(&self, mismatch: PinMismatch) {
-        let mut kept = self.lock();
-        if !kept.contains(&mismatch) {
-            kept.truncate(MISMATCHES - 1);
-            kept.push_front(mismatch);
-        }
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, VecDeque<PinMismatch>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+impl Distrust {
+    /// Returns `None` for an error that is not about the server's certificate.
+    pub(crate) fn of(error: &rustls::Error) -> Option<Self> {
+        use CertificateError::{Expired, ExpiredContext, NotValidYet, NotValidYetContext, Other};
+        let rustls::Error::InvalidCertificate(error) = error else {
+            return None;
+        };
+        Some(match error {
+            Expired | ExpiredContext { .. } | NotValidYet | NotValidYetContext { .. } => {
+                Self::Dates
+            }
+            Other(OtherError(inner)) => match inner.downcast_ref() {
+                Some(mismatch) => Self::Key(*mismatch),
+                None => Self::Certificate,
+            },
+            _ => Self::Certificate,
+        })
     }
 }
 
-/// As many as there are attempts to connect at once, or more.
-const MISMATCHES: usize = 32;
+tokio::task_local! {
+    static ATTEMPT: Attempt;
+}
+
+/// One attempt to connect: it learns why the verifier refused the server.
+///
+/// quinn keeps only the text of a verifier's error. The verifier runs in the task that drives the connection, so that task is
+/// given its attempt by [`scope`](Self::scope).
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Attempt(Arc<OnceLock<Distrust>>);
+
+impl Attempt {
+    /// Why the verifier refused the server; `None` if it did not.
+    pub(crate) fn distrust(&self) -> Option<Distrust> {
+        self.0.get().copied()
+    }
+
+    /// Runs a connection's task as a part of this attempt.
+    pub(crate) fn scope<F: Future>(self, task: F) -> impl Future<Output = F::Output> {
+        ATTEMPT.scope(self, task)
+    }
+}
 
 /// Where a server's certificate comes from.
 pub(crate) struct CertificateSource {
@@ -283,38 +305,75 @@ impl ResolvesServerCert for CertificateSource {
     }
 }
 
-/// Trusts one key and nothing else.
+/// Trusts a server as [`Trust`] says.
 ///
-/// Names, dates and authorities do not matter: the key is the identity. Only the end-entity's key
+/// To a pin, names, dates and authorities do not matter: the key is the identity. Only the end-entity's key
 /// counts, so the pinned certificate is worthless as an intermediate behind another one; and the
 /// signature over the handshake is checked, so it is worthless without the private key.
 #[derive(Debug)]
-struct PinVerifier {
-    expected: Fingerprint,
+struct ServerVerifier {
+    trusted: Trusted,
     provider: Arc<CryptoProvider>,
-    check: PinCheck,
 }
 
-impl ServerCertVerifier for PinVerifier {
+#[derive(Debug)]
+enum Trusted {
+    Key(Fingerprint),
+    Platform(Verifier),
+}
+
+impl ServerVerifier {
+    fn new(trust: Trust) -> Result<Self, TlsError> {
+        let provider = provider();
+        let trusted = match trust {
+            Trust::Pin(expected) => Trusted::Key(expected),
+            Trust::PlatformRoots => Trusted::Platform(Verifier::new(provider.clone())?),
+        };
+        Ok(Self { trusted, provider })
+    }
+}
+
+fn verify_pin(
+    expected: Fingerprint,
+    end_entity: &CertificateDer<'_>,
+) -> Result<ServerCertVerified, rustls::Error> {
+    let spki = ParsedCertificate::try_from(end_entity)?.subject_public_key_info();
+    let presented = Fingerprint::of_spki(&spki);
+    if presented == expected {
+        return Ok(ServerCertVerified::assertion());
+    }
+    let mismatch = PinMismatch {
+        expected,
+        presented,
+    };
+    Err(CertificateError::Other(OtherError(Arc::new(mismatch))).into())
+}
+
+impl ServerCertVerifier for ServerVerifier {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        _now: UnixTime,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        let spki = ParsedCertificate::try_from(end_entity)?.subject_public_key_info();
-        let presented = Fingerprint::of_spki(&spki);
-        if presented == self.expected {
-            return Ok(ServerCertVerified::assertion());
-        }
-        let mismatch = PinMismatch {
-            expected: self.expected,
-            presented,
+        let verified = match &self.trusted {
+            Trusted::Key(expected) => verify_pin(*expected, end_entity),
+            Trusted::Platform(verifier) => verifier.verify_server_cert(
+                end_entity,
+                intermediates,
+                server_name,
+                ocsp_response,
+                now,
+            ),
         };
-        self.check.note(mismatch);
-        Err(CertificateError::Other(OtherError(Arc::new(mismatch))).into())
+        verified.inspect_err(|error| {
+            if let Some(distrust) = Distrust::of(error) {
+                // Outside of an attempt there is nobody to tell.
+                let _ = ATTEMPT.try_with(|attempt| attempt.0.set(distrust));
+            }
+        })
     }
 
     fn verify_tls12_signature(
@@ -343,28 +402,19 @@ impl ServerCertVerifier for PinVerifier {
     }
 }
 
-/// Makes the client side of TLS, and the place where a refused key is noted.
+/// Makes the client side of TLS.
 ///
 /// One configuration serves any number of connections and should be kept: it remembers sessions,
 /// which makes reconnecting cheaper.
-pub(crate) fn client_config(trust: Trust) -> Result<(rustls::ClientConfig, PinCheck), TlsError> {
-    let check = PinCheck::default();
-    let verifier: Arc<dyn ServerCertVerifier> = match trust {
-        Trust::Pin(expected) => Arc::new(PinVerifier {
-            expected,
-            provider: provider(),
-            check: check.clone(),
-        }),
-        Trust::PlatformRoots => Arc::new(Verifier::new(provider())?),
-    };
+pub(crate) fn client_config(trust: Trust) -> Result<rustls::ClientConfig, TlsError> {
     let mut config = rustls::ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
-        .with_custom_certificate_verifier(verifier)
+        .with_custom_certificate_verifier(Arc::new(ServerVerifier::new(trust)?))
         .with_no_client_auth();
     config.alpn_protocols = vec![ALPN.to_vec()];
     config.enable_early_data = false;
-    Ok((config, check))
+    Ok(config)
 }
 
 /// Makes the server side of TLS, for clients that speak one of these protocols.
@@ -465,16 +515,15 @@ mod tests {
         Arc::new(CertificateSource::issuing(key.clone()).unwrap())
     }
 
-    fn client_tls(trust: Trust) -> Result<(QuicClientConfig, PinCheck), TlsError> {
-        let (config, check) = client_config(trust)?;
-        Ok((QuicClientConfig::try_from(config).unwrap(), check))
+    fn client_tls(trust: Trust) -> Result<QuicClientConfig, TlsError> {
+        Ok(QuicClientConfig::try_from(client_config(trust)?).unwrap())
     }
 
     fn server_tls(certificates: Arc<CertificateSource>) -> Result<QuicServerConfig, TlsError> {
         Ok(QuicServerConfig::try_from(server_config(certificates, &[ALPN])?).unwrap())
     }
 
-    fn pinned(fingerprint: Fingerprint) -> (QuicClientConfig, PinCheck) {
+    fn pinned(fingerprint: Fingerprint) -> QuicClientConfig {
         client_tls(Trust::Pin(fingerprint)).unwrap()
     }
 
@@ -515,11 +564,9 @@ mod tests {
                 .with_protocol_versions(&[&rustls::version::TLS13])
                 .unwrap()
                 .dangerous()
-                .with_custom_certificate_verifier(Arc::new(PinVerifier {
-                    expected: fingerprint(&key),
-                    provider: provider(),
-                    check: PinCheck::default(),
-                }))
+                .with_custom_certificate_verifier(Arc::new(
+                    ServerVerifier::new(Trust::Pin(fingerprint(&key))).unwrap(),
+                ))
                 .with_no_client_auth();
             config.alpn_protocols = vec![ALPN.to_vec()];
             let client = QuicClientConfig::with_initial(Arc::new(config), initial).unwrap();
@@ -554,7 +601,7 @@ mod tests {
     fn shaken(
         client: &Arc<rustls::ClientConfig>,
         server: &Arc<QuicServerConfig>,
-    ) -> (ClientConnection, Box<dyn Session>) {
+    ) -> Result<(ClientConnection, Box<dyn Session>), rustls::Error> {
         let parameters = TransportParameters::read(Side::Server, &mut &[][..]).unwrap();
         let mut said = Vec::new();
         parameters.write(&mut said);
@@ -571,7 +618,7 @@ mod tests {
                 let mut bytes = Vec::new();
                 let keys = server.write_handshake(&mut bytes);
                 if !bytes.is_empty() {
-                    client.read_hs(&bytes).unwrap();
+                    client.read_hs(&bytes)?;
                 }
                 if keys.is_none() && bytes.is_empty() {
                     break;
@@ -579,18 +626,18 @@ mod tests {
             }
         }
         assert!(!client.is_handshaking() && !server.is_handshaking());
-        (client, server)
+        Ok((client, server))
     }
 
     #[test]
     fn a_client_comes_back_by_its_ticket_and_nothing_is_said_after_the_handshake() {
         let key = key();
         let server = Arc::new(server_tls(issuing(&key)).unwrap());
-        let (client, _) = client_config(Trust::Pin(fingerprint(&key))).unwrap();
+        let client = client_config(Trust::Pin(fingerprint(&key))).unwrap();
         let client = Arc::new(client);
         for kind in [HandshakeKind::Full, HandshakeKind::Resumed] {
             // The last word of the first is the ticket for the second.
-            let (client, mut server) = shaken(&client, &server);
+            let (client, mut server) = shaken(&client, &server).unwrap();
             assert_eq!(client.handshake_kind(), Some(kind));
             let data = server.handshake_data().unwrap();
             let data = data.downcast::<HandshakeData>().unwrap();
@@ -605,10 +652,9 @@ mod tests {
     #[tokio::test]
     async fn the_pinned_key_is_believed() {
         let key = key();
-        let (client, check) = pinned(fingerprint(&key));
+        let client = pinned(fingerprint(&key));
         let protocol = handshake(server_tls(issuing(&key)).unwrap(), client).await;
         assert_eq!(protocol.unwrap(), b"udpack/1");
-        assert!(check.lock().is_empty());
     }
 
     #[tokio::test]
@@ -617,7 +663,7 @@ mod tests {
         let (first, second) = (certificate(&key), certificate(&key));
         assert_ne!(first, second);
         for chain in [first, second] {
-            let (client, _) = pinned(fingerprint(&key));
+            let client = pinned(fingerprint(&key));
             let server = server_tls(forged(vec![chain], &key)).unwrap();
             handshake(server, client).await.unwrap();
         }
@@ -629,60 +675,73 @@ mod tests {
         let signer = signing_key(&key).unwrap();
         let expired = Issued::new(&key, &signer, 0).unwrap();
         let chain = expired.certificate.cert.clone();
-        let (client, _) = pinned(fingerprint(&key));
+        let client = pinned(fingerprint(&key));
         let server = server_tls(forged(chain, &key)).unwrap();
         handshake(server, client).await.unwrap();
+    }
+
+    /// What a client that pins `key` says to this server, and what its attempt learns.
+    async fn refused(
+        key: &KeyPair,
+        server: Arc<CertificateSource>,
+    ) -> (rustls::Error, Option<Distrust>) {
+        let client = Arc::new(client_config(Trust::Pin(fingerprint(key))).unwrap());
+        let server = Arc::new(server_tls(server).unwrap());
+        let attempt = Attempt::default();
+        let shaking = async { shaken(&client, &server).err().unwrap() };
+        (attempt.clone().scope(shaking).await, attempt.distrust())
     }
 
     #[tokio::test]
     async fn another_key_is_refused_and_both_fingerprints_are_known() {
         let (pinned_key, actual) = (key(), key());
-        let (client, check) = pinned(fingerprint(&pinned_key));
-        let server = server_tls(issuing(&actual)).unwrap();
-        let error = handshake(server, client).await.unwrap_err();
-        let mismatch = check.mismatch(&error.to_string()).unwrap();
-        assert_eq!(mismatch.expected, fingerprint(&pinned_key));
-        assert_eq!(mismatch.presented, fingerprint(&actual));
+        let (error, distrust) = refused(&pinned_key, issuing(&actual)).await;
+        let mismatch = PinMismatch {
+            expected: fingerprint(&pinned_key),
+            presented: fingerprint(&actual),
+        };
+        assert_eq!(distrust, Some(Distrust::Key(mismatch)));
+        assert_eq!(Distrust::of(&error), distrust);
         let text = mismatch.to_string();
         assert!(text.contains(&mismatch.expected.to_string()), "{text}");
         assert!(text.contains(&mismatch.presented.to_string()), "{text}");
-        assert!(
-            check
-                .mismatch(&ConnectionError::TimedOut.to_string())
-                .is_none()
-        );
     }
 
     #[tokio::test]
     async fn the_pinned_certificate_without_its_key_is_refused() {
         let (owner, thief) = (key(), key());
-        let (client, check) = pinned(fingerprint(&owner));
-        let server = server_tls(forged(vec![certificate(&owner)], &thief)).unwrap();
-        let error = handshake(server, client).await.unwrap_err();
-        assert!(
-            matches!(error, ConnectionError::TransportError(_)),
-            "{error}"
-        );
-        assert!(check.mismatch(&error.to_string()).is_none());
+        let server = forged(vec![certificate(&owner)], &thief);
+        let (error, distrust) = refused(&owner, server).await;
+        let bad = CertificateError::BadSignature;
+        assert_eq!(error, rustls::Error::InvalidCertificate(bad));
+        assert_eq!(distrust, None, "it is the pinned certificate");
     }
 
     #[tokio::test]
     async fn the_pinned_certificate_behind_another_leaf_is_refused() {
         let (owner, thief) = (key(), key());
-        let (client, check) = pinned(fingerprint(&owner));
         let chain = vec![certificate(&thief), certificate(&owner)];
-        let server = server_tls(forged(chain, &thief)).unwrap();
-        let error = handshake(server, client).await.unwrap_err();
-        assert_eq!(
-            check.mismatch(&error.to_string()).unwrap().presented,
-            fingerprint(&thief)
-        );
+        let (_, distrust) = refused(&owner, forged(chain, &thief)).await;
+        let Some(Distrust::Key(mismatch)) = distrust else {
+            panic!("{distrust:?}");
+        };
+        assert_eq!(mismatch.presented, fingerprint(&thief));
+    }
+
+    #[test]
+    fn dates_are_told_from_other_faults() {
+        let of = |error| Distrust::of(&rustls::Error::InvalidCertificate(error));
+        assert_eq!(of(CertificateError::Expired), Some(Distrust::Dates));
+        assert_eq!(of(CertificateError::NotValidYet), Some(Distrust::Dates));
+        let unknown = of(CertificateError::UnknownIssuer);
+        assert_eq!(unknown, Some(Distrust::Certificate));
+        assert_eq!(Distrust::of(&rustls::Error::DecryptError), None);
     }
 
     #[tokio::test]
     async fn a_self_signed_server_is_refused_without_a_pin() {
         // A machine may have no authorities at all; then there is no configuration either.
-        if let Ok((client, _)) = client_tls(Trust::PlatformRoots) {
+        if let Ok(client) = client_tls(Trust::PlatformRoots) {
             let server = server_tls(issuing(&key())).unwrap();
             handshake(server, client).await.unwrap_err();
         }
@@ -695,10 +754,10 @@ mod tests {
             let mut server = server_config(issuing(&key), &[ALPN]).unwrap();
             server.alpn_protocols.clone_from(&protocols);
             let server = QuicServerConfig::try_from(server).unwrap();
-            let (client, _) = pinned(fingerprint(&key));
+            let client = pinned(fingerprint(&key));
             assert_no_protocol(handshake(server, client).await);
 
-            let (mut client, _) = client_config(Trust::Pin(fingerprint(&key))).unwrap();
+            let mut client = client_config(Trust::Pin(fingerprint(&key))).unwrap();
             client.alpn_protocols = protocols;
             let client = QuicClientConfig::try_from(client).unwrap();
             let server = server_tls(issuing(&key)).unwrap();
@@ -725,7 +784,7 @@ mod tests {
                 .max_early_data_size,
             0
         );
-        let (client, _) = client_config(Trust::Pin(fingerprint(&key))).unwrap();
+        let client = client_config(Trust::Pin(fingerprint(&key))).unwrap();
         assert!(!client.enable_early_data);
     }
 

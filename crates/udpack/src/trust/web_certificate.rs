@@ -3,9 +3,7 @@
 //! Clients that speak `udpack/1` pin the server's own key and never see it, so a renewal changes nothing for them.
 
 use std::fmt;
-use std::fs::File;
-use std::io::{self, Read as _};
-use std::os::unix::fs::MetadataExt as _;
+use std::fs::Metadata;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -14,7 +12,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 
-use crate::trust::secret_file::Version;
+use crate::trust::secret_file::{self, SecretFileError, Version};
 use crate::trust::tls::{self, ALPN, CertificateSource};
 
 /// A certificate that browsers trust because an authority has signed it, for [`Web::certificate`](crate::Web::certificate).
@@ -103,31 +101,9 @@ impl fmt::Debug for WebCertificate {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum WebCertificateError {
-    /// The system refused to read a file.
-    #[error("cannot read {}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-    /// A file is larger than any certificate or key.
-    #[error("{} is larger than {limit} bytes", path.display())]
-    TooLarge {
-        /// The file.
-        path: PathBuf,
-        /// The limit.
-        limit: u64,
-    },
-    /// The file of the key can be read by everybody on this machine.
-    #[error("{} has mode {mode:04o}, so everybody on this machine can use the key in it: run chmod o-rwx {}", path.display(), path.display())]
-    Mode {
-        /// The file.
-        path: PathBuf,
-        /// Its permission bits.
-        mode: u32,
-    },
+    /// A file could not be read, or everybody on this machine can read the key's.
+    #[error(transparent)]
+    File(#[from] SecretFileError),
     /// A file holds no certificate in PEM, or a damaged one.
     #[error("no certificate in PEM in {}: a chain is wanted, the server's own certificate first", path.display())]
     NoCertificate {
@@ -154,20 +130,16 @@ fn read(chain: &Path, key: &Path) -> Result<CertifiedKey, WebCertificateError> {
     let no_certificate = || WebCertificateError::NoCertificate {
         path: chain.to_owned(),
     };
-    let (pem, _) = content(chain)?;
+    let (pem, _) = secret_file::content(chain, MAX_FILE, |_| Ok(()))?;
     let certificates: Vec<_> = CertificateDer::pem_slice_iter(&pem)
         .collect::<Result<_, _>>()
         .map_err(|_| no_certificate())?;
     if certificates.is_empty() {
         return Err(no_certificate());
     }
-    let (pem, mode) = content(key)?;
-    if mode & 0o007 != 0 {
-        return Err(WebCertificateError::Mode {
-            path: key.to_owned(),
-            mode,
-        });
-    }
+    // A group may read it: certificate tools keep keys for the group of the servers that use them.
+    let private = |metadata: &Metadata| secret_file::check_mode(key, metadata, 0o660);
+    let (pem, _) = secret_file::content(key, MAX_FILE, private)?;
     let no_key = || WebCertificateError::NoKey {
         path: key.to_owned(),
     };
@@ -182,27 +154,6 @@ fn read(chain: &Path, key: &Path) -> Result<CertifiedKey, WebCertificateError> {
         }),
         Err(_) => Err(no_certificate()),
     }
-}
-
-/// What is in a file, and its permission bits.
-fn content(path: &Path) -> Result<(Vec<u8>, u32), WebCertificateError> {
-    let failed = |source| WebCertificateError::Read {
-        path: path.to_owned(),
-        source,
-    };
-    let file = File::open(path).map_err(failed)?;
-    let mode = file.metadata().map_err(failed)?.mode() & 0o7777;
-    let mut bytes = Vec::new();
-    file.take(MAX_FILE + 1)
-        .read_to_end(&mut bytes)
-        .map_err(failed)?;
-    if bytes.len() as u64 > MAX_FILE {
-        return Err(WebCertificateError::TooLarge {
-            path: path.to_owned(),
-            limit: MAX_FILE,
-        });
-    }
-    Ok((bytes, mode))
 }
 
 fn versions(chain: &Path, key: &Path) -> Versions {
@@ -373,7 +324,7 @@ mod tests {
             assert_eq!(chain.len(), 2);
             assert_eq!(&chain[1], authority.issuer.der());
         }
-        let pinned = || client_config(Trust::Pin(pin)).unwrap().0;
+        let pinned = || client_config(Trust::Pin(pin)).unwrap();
         assert_eq!(handshake(&certificates, pinned()).unwrap().len(), 1);
         // Who speaks both is asked for neither name nor authority: it gets the key that may be pinned.
         let both = authority.client(&[b"h3", ALPN]);
@@ -416,7 +367,7 @@ mod tests {
         assert!(web.has_changed());
         assert!(matches!(
             web.reload(),
-            Err(WebCertificateError::Read { .. })
+            Err(WebCertificateError::File(SecretFileError::Read { .. }))
         ));
         assert_eq!(served(), second);
         authority.sign();
@@ -436,7 +387,7 @@ mod tests {
         put(&authority.key(), &sound, 0o640);
         authority.load().expect("a group may read it");
         put(&authority.key(), &sound, 0o644);
-        assert!(refused().starts_with(&format!("{key} has mode 0644, so everybody")));
+        assert!(refused().starts_with(&format!("{key} has mode 0644, so others")));
         for bad in ["", "garbage", &sound[..80]] {
             put(&authority.key(), bad, 0o600);
             assert!(

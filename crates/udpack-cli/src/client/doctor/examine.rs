@@ -205,14 +205,9 @@ async fn handshake(target: &Target, address: SocketAddr, over: TransportChoice) 
             valid: done.valid,
         },
         Err(ConnectError::PinMismatch { presented, .. }) => Tls::OtherKey(presented.to_string()),
-        Err(ConnectError::Untrusted { text, .. }) => {
-            let dates = text.contains("expired") || text.contains("not valid yet");
-            match target.has_key() || dates {
-                true => Tls::Untrusted { text, dates },
-                // Nobody said whom to expect; that is another question than whether the network works.
-                false => Tls::Not,
-            }
-        }
+        // Without a key nobody said whom to expect; that is another question than whether the network works.
+        Err(ConnectError::Untrusted { dates: false, .. }) if !target.has_key() => Tls::Not,
+        Err(ConnectError::Untrusted { text, dates, .. }) => Tls::Untrusted { text, dates },
         Err(error) => Tls::Failed(error.to_string()),
     }
 }
