@@ -382,23 +382,18 @@ fn kind_of(kind: ErrorKind) -> Kind {
 
 /// The server's sentence, marked as the server's.
 fn refused(code: Code, message: &str) -> String {
-    let what = code.detail(message);
     match code {
-        Code::Exists | Code::Blocked => format!("the name is taken at the server: {what}"),
-        Code::NotFound => format!("not at the server: {what}"),
-        Code::Cancelled => what.to_owned(),
-        _ => format!("the server refused it: {what}"),
+        Code::Exists | Code::Blocked | Code::NotFound => format!("at the server: {message}"),
+        Code::Cancelled => message.to_owned(),
+        _ => format!("the server refused it: {message}"),
     }
 }
 
-/// The sentence of the local store, without the words that only a server would use.
+/// The sentence of the local store, marked as this machine's where a server could say the same.
 fn kept(error: &StoreError) -> String {
-    let text = error.to_string();
     match error.refusal() {
-        code @ (Code::Exists | Code::Blocked) => {
-            format!("the name is taken here: {}", code.detail(&text))
-        }
-        _ => text,
+        Code::Exists | Code::Blocked => format!("on this machine: {error}"),
+        _ => error.to_string(),
     }
 }
 
@@ -528,7 +523,9 @@ fn secret_file(error: &anyhow::Error) -> Option<&SecretFileError> {
 
 fn secret_hint(error: &SecretFileError) -> String {
     match error {
-        SecretFileError::Mode { path, .. } => format!("run chmod 600 {}", path.display()),
+        SecretFileError::Mode { path, allowed, .. } => {
+            format!("run chmod {allowed:o} {}", path.display())
+        }
         SecretFileError::Owner { path, user, .. } => format!("run chown {user} {}", path.display()),
         SecretFileError::Create { .. } => "check the directory and its permissions".to_owned(),
         _ => "check the file and its permissions".to_owned(),
@@ -642,7 +639,7 @@ mod tests {
         ] {
             let error = TransferError::Refused {
                 code: Code::read(code, None),
-                message: format!("{code}: why"),
+                message: "why".to_owned(),
                 retry: false,
             };
             let explained = Explained::of(&error.into());
@@ -661,7 +658,7 @@ mod tests {
         let own = TransferError::Store(std::sync::Arc::new(own));
         let own = Explained::of(&own.into());
         assert_eq!(own.kind, Kind::Policy);
-        assert_eq!(own.text, "the name is taken here: x");
+        assert_eq!(own.text, "on this machine: the name is taken: x");
     }
 
     #[test]
@@ -678,7 +675,7 @@ mod tests {
         };
         let missing = refused(Code::NotFound, "not found: a/b");
         assert_eq!(missing.kind.code(), 12);
-        assert_eq!(missing.text, "not at the server: a/b");
+        assert_eq!(missing.text, "at the server: not found: a/b");
         assert_eq!(
             refused(Code::Cancelled, "cancelled at the server")
                 .kind
@@ -686,7 +683,7 @@ mod tests {
             6
         );
         assert_eq!(
-            refused(Code::Cancelled, "cancelled: cancelled at the server").text,
+            refused(Code::Cancelled, "cancelled at the server").text,
             "cancelled at the server"
         );
         let link = "forbidden: the target of the link a leads out of the root";

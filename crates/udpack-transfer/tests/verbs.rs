@@ -1217,7 +1217,7 @@ async fn a_prefix_is_all_there_is() {
         let (event, data) = file(id, "x", 4);
         lane.say(&(event, with(data, "if_exists", "error"))).await;
         let heard = lane.hear().await;
-        assert_eq!(heard.text, "exists: x");
+        assert_eq!(heard.text, "the name is taken: x");
         // Everything it makes lies below.
         id += 1;
         lane.say(&dir(id, "new")).await;

@@ -154,19 +154,6 @@ impl Code {
         };
         of(why).or_else(|| of(None)).unwrap_or(Self::Unknown)
     }
-
-    /// The sentence of an error without the words of its code in front, if it begins with them as this library's do.
-    pub fn detail(self, message: &str) -> &str {
-        // Of two words these are all that say no more than the code; "too large" and the like do.
-        let words = match self {
-            Self::NotFound => "not found",
-            _ => self.as_str(),
-        };
-        [self.as_str(), words]
-            .into_iter()
-            .find_map(|words| message.strip_prefix(words)?.strip_prefix(": "))
-            .unwrap_or(message)
-    }
 }
 
 impl fmt::Display for Code {
@@ -198,13 +185,5 @@ mod tests {
         }
         assert_eq!(Code::read("exists", Some("later")), Code::Exists);
         assert_eq!(Code::read("later", None), Code::Unknown);
-    }
-
-    #[test]
-    fn a_sentence_is_told_without_the_words_of_its_code() {
-        assert_eq!(Code::NotFound.detail("not found: a/b"), "a/b");
-        assert_eq!(Code::BadName.detail("bad_name: why"), "why");
-        assert_eq!(Code::Exists.detail("why"), "why");
-        assert_eq!(Code::TooLarge.detail("too large: x"), "too large: x");
     }
 }

@@ -384,8 +384,8 @@ mod tests {
             assert!(scope.inside(bad).is_err(), "{bad:?}");
         }
         assert_eq!(
-            scope.outside_of("exists: teams/a/x is in the way of teams/a/x/y"),
-            "exists: x is in the way of x/y"
+            scope.outside_of("teams/a/x is in the way of teams/a/x/y"),
+            "x is in the way of x/y"
         );
         assert_eq!(
             scope.outside_of("not found: teams/a/teams/a/x, steams/a/y"),

@@ -27,14 +27,14 @@ pub enum StoreError {
         path: RelPath,
     },
     /// Something of that name is there and is left as it is.
-    #[error("exists: {path}")]
+    #[error("the name is taken: {path}")]
     Exists {
         /// The name asked for.
         path: RelPath,
     },
     /// What should be a directory on the way to the name is a file, a symbolic link or something
     /// else.
-    #[error("exists: {parent} is in the way of {path} and is not a directory")]
+    #[error("{parent} is in the way of {path} and is not a directory")]
     Blocked {
         /// The name asked for.
         path: RelPath,

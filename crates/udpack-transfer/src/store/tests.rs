@@ -917,7 +917,7 @@ fn parents_that_are_no_directories_are_refused() {
         let early = begin(&store, "a/b/c", Some(1), IfExists::Overwrite).unwrap_err();
         assert_eq!(
             early.to_string(),
-            "exists: a/b is in the way of a/b/c and is not a directory",
+            "a/b is in the way of a/b/c and is not a directory",
             "{name}"
         );
         assert_eq!(

@@ -89,10 +89,7 @@ export function runningRow(transfer: Transfer, act: { details(one: Transfer): vo
 /** What is said of a job that is over, in one line. */
 export function endOf({ job }: Transfer): string {
   const took = t('took', { time: duration(Number(job.secs) * 1000) });
-  // Many sentences begin with the words of their code.
-  const code = job.code ?? '';
-  const text = [code, code.replaceAll('_', ' ')].reduce((text, words) => (words !== '' && text.startsWith(`${words}: `) ? text.slice(words.length + 2) : text), job.text ?? '');
-  return line(word(job.state), code, text, job.peer, took);
+  return line(word(job.state), job.code ?? '', job.text ?? '', job.peer, took);
 }
 
 export function endedRow(transfer: Transfer, details: (one: Transfer) => void): Row<Transfer> {
