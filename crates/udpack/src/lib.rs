@@ -121,6 +121,7 @@ mod base;
 pub mod bench;
 mod channel;
 mod client;
+pub mod cluster;
 mod metrics;
 mod serve;
 mod server;
@@ -139,6 +140,7 @@ pub use channel::overflow::Overflow;
 pub use channel::request::{Request, RequestError};
 pub use channel::{Channel, Closed, RecvError, SendError};
 pub use client::{Client, ClientBuilder, ConnectError, Handshake, TransportChoice};
+pub use cluster::{Cluster, ClusterState};
 pub use metrics::speed::{Speed, SpeedMeter, Stats};
 pub use metrics::{Ends, Metrics};
 pub use serve::asked::Asked;
@@ -146,6 +148,7 @@ pub use serve::extract::{
     ByData, ByExtract, Data, EventHandler, Extract, FromMessage, Handler, State,
 };
 pub use serve::handlers::{Answer, Context, Handlers, IntoAnswer};
+pub use serve::node::{ClusterNode, ClusterView};
 pub use serve::presence::{PresenceDiff, PresenceEntry, PresenceMap, TrackError};
 pub use serve::rooms::{Broadcast, JoinError, Member, Rooms, Sent};
 pub use serve::router::{ByRouter, Next, Router};

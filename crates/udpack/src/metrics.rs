@@ -108,6 +108,13 @@ metrics! {
         Gaps gaps counter "udpack_room_gaps_total" "Gaps announced to members of rooms.";
         RoomSent room_sent counter "udpack_room_messages_sent_total" "Room messages queued for a member.";
         RoomDropped room_dropped counter "udpack_room_messages_dropped_total" "Room messages that a member did not get.";
+        ClusterNodes cluster_nodes gauge "udpack_cluster_nodes" "Other nodes of the cluster that are heard.";
+        ClusterDegraded cluster_degraded gauge "udpack_cluster_degraded" "1 while the broker between the nodes cannot be reached or is too slow.";
+        ClusterPublished cluster_published counter "udpack_cluster_messages_published_total" "Room messages handed to the broker for other nodes.";
+        ClusterDropped cluster_dropped counter "udpack_cluster_messages_dropped_total" "Room messages that other nodes will not get, because the queue to the broker was full.";
+        ClusterReceived cluster_received counter "udpack_cluster_messages_received_total" "Room messages of other nodes.";
+        ClusterLost cluster_lost counter "udpack_cluster_messages_lost_total" "Room messages of other nodes that are missing here, as told to members by gaps.";
+        ClusterIgnored cluster_ignored counter "udpack_cluster_messages_ignored_total" "Messages of other nodes that are malformed, doubled or of another version.";
         VolatileSent volatile_sent counter "udpack_volatile_sent_total" "Volatile messages sent.";
         VolatileReceived volatile_received counter "udpack_volatile_received_total" "Volatile messages received.";
         VolatileDropped volatile_dropped counter "udpack_volatile_dropped_total" "Volatile messages replaced by newer ones or dropped, at either end of their way.";
@@ -251,7 +258,7 @@ impl Counts {
         self.add(what, 1_u64.wrapping_neg());
     }
 
-    fn get(&self, what: Count) -> u64 {
+    pub(crate) fn get(&self, what: Count) -> u64 {
         self.numbers.get(what as usize)
     }
 

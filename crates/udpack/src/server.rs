@@ -26,8 +26,11 @@ use crate::base::LogLimit;
 use crate::base::lock;
 use crate::base::pool::{Pool, Shares};
 use crate::base::text::printable_within;
+use crate::cluster::Cluster;
+use crate::cluster::wire::AROUND;
 use crate::metrics::speed::{Counters, SpeedMeter, Stats};
 use crate::metrics::{Counts, Metrics};
+use crate::serve::node::{About, ClusterView, Node};
 use crate::serve::rooms::Rooms;
 use crate::session::driver::{Awaited, Comeback, Established};
 use crate::session::lifetime::{Authorize, Guard};
@@ -181,6 +184,8 @@ impl Server {
             via: Via::default(),
             qlog: None,
             web: None,
+            cluster: None,
+            about: About::default(),
         }
     }
 
@@ -302,6 +307,11 @@ impl Server {
         &self.inner.shared.service.rooms
     }
 
+    /// The cluster that this server is a node of, if it is.
+    pub fn cluster(&self) -> Option<ClusterView> {
+        self.rooms().node().map(ClusterView::new)
+    }
+
     /// Closes the sockets of all peers that `whom` picks, at once and with `auth_revoked`. Returns how many.
     ///
     /// A client that is being admitted is not among them: revoke its token first, so that the verifier's
@@ -414,6 +424,9 @@ impl Server {
             .close(CloseCode::SHUTTING_DOWN, SHUTTING_DOWN);
         let _ = tokio::time::timeout(Duration::from_secs(1), shared.listener.wait_idle()).await;
         task.abort();
+        if let Some(node) = shared.service.rooms.node() {
+            node.bye();
+        }
         shared.tasks.close();
         let _ = tokio::time::timeout(Duration::from_secs(1), shared.tasks.wait()).await;
         shared.listener.free_port();
@@ -430,6 +443,9 @@ impl Server {
         }
         shared.listener.farewells().await;
         shared.listener.close(code, text);
+        if let Some(node) = shared.service.rooms.node() {
+            node.bye();
+        }
         shared.tasks.close();
         let _ = tokio::time::timeout(Duration::from_secs(1), shared.listener.wait_idle()).await;
         shared.listener.free_port();
@@ -460,6 +476,8 @@ pub struct ServerBuilder {
     via: Via,
     qlog: Option<PathBuf>,
     web: Option<Web>,
+    cluster: Option<Arc<dyn Cluster>>,
+    about: About,
 }
 
 impl ServerBuilder {
@@ -546,6 +564,26 @@ impl ServerBuilder {
         self
     }
 
+    /// Makes the server one node of several that share their rooms: what is sent [to a room](Rooms::to) on one of them goes to
+    /// its members on all. Sending never waits for the broker; what a member misses it is told as a [`Gap`](crate::Gap).
+    /// Defaults to a server of its own.
+    ///
+    /// `docs/CLUSTER.md` says what is promised.
+    pub fn cluster(mut self, cluster: impl Cluster) -> Self {
+        self.cluster = Some(Arc::new(cluster));
+        self
+    }
+
+    /// How other nodes of the cluster show this server, and where clients reach it (`HOST:PORT`). At most 256 bytes each.
+    /// Both default to nothing.
+    pub fn advertise(mut self, name: impl Into<String>, address: impl Into<String>) -> Self {
+        self.about = About {
+            name: name.into(),
+            address: address.into(),
+        };
+        self
+    }
+
     #[cfg(feature = "testing")]
     pub(crate) fn via(mut self, via: Via) -> Self {
         self.via = via;
@@ -613,6 +651,10 @@ impl ServerBuilder {
         registry.pull |= registry.is_empty();
         let (accept_queue, accepted) = mpsc::channel(ACCEPT_QUEUE);
         let rooms = Rooms::new(limits.rooms, tokio::runtime::Handle::current());
+        let counts = Counts::shared();
+        if let Some(cluster) = self.cluster {
+            join(&rooms, cluster, self.about, limits.frame, &counts)?;
+        }
         let pool = windows::Pool::new(&limits);
         let frames = Pool::new("bytes of unfinished frames", windows::frame_shares(&limits));
         let service = Service {
@@ -645,7 +687,7 @@ impl ServerBuilder {
             agent: self.agent,
             counters: Counters::shared(),
             sessions: Sessions::default(),
-            counts: Counts::shared(),
+            counts,
             sockets: Roster::default(),
             places,
             log_limit: LogLimit::default(),
@@ -669,6 +711,23 @@ impl fmt::Debug for ServerBuilder {
             .field("channels", &self.registry)
             .finish_non_exhaustive()
     }
+}
+
+/// Makes the server a node of this cluster.
+fn join(
+    rooms: &Rooms,
+    cluster: Arc<dyn Cluster>,
+    about: About,
+    frame: usize,
+    counts: &Arc<Counts>,
+) -> Result<(), BindError> {
+    let (most, needed) = (cluster.max_message(), frame + AROUND);
+    if (1..needed).contains(&most) {
+        return Err(BindError::ClusterMessages { most, needed });
+    }
+    let node = Node::new(cluster, about, frame, counts.clone()).map_err(IdentityError::crypto)?;
+    rooms.cluster(&node);
+    Ok(())
 }
 
 async fn resolve(address: impl ToSocketAddrs) -> Result<SocketAddr, BindError> {
@@ -833,6 +892,17 @@ pub enum BindError {
     /// The identity cannot be used.
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    /// The broker of the cluster takes no messages as large as this server's frames.
+    #[error(
+        "the cluster's broker takes messages of up to {most} bytes, and `Limits::frame` makes {needed} of them: \
+         raise the broker's limit (`max_payload` of NATS) or lower `Limits::frame`"
+    )]
+    ClusterMessages {
+        /// Most bytes that the broker takes.
+        most: usize,
+        /// What it would have to take.
+        needed: usize,
+    },
 }
 
 /// Why a server ended by itself.

@@ -407,7 +407,7 @@ impl Outbox {
         }
         let fits = frame.len().saturating_sub(crate::wire::frame::PREFIX) <= limit;
         let push = if !fits {
-            state.rooms.overflow.lose(tag);
+            state.rooms.overflow.lose(tag, 1);
             Push::Lost
         } else if state.waiting.is_empty()
             && state.rooms.overflow.is_empty()
@@ -433,6 +433,15 @@ impl Outbox {
         };
         self.refill(&mut state);
         push
+    }
+
+    /// Tells the member that messages of a room were lost on their way here.
+    pub(crate) fn lose_room(&self, tag: &Arc<Tag>, lost: u64) {
+        let mut state = lock(&self.state);
+        if state.check_open().is_ok() {
+            state.rooms.overflow.lose(tag, lost);
+            self.refill(&mut state);
+        }
     }
 
     /// The peer tells how far its program has come with the messages of rooms, so that their policies may go by it.

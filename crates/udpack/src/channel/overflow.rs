@@ -156,7 +156,7 @@ impl Overflowing {
         let messages = match policy {
             Overflow::Disconnect => return Push::TooSlow,
             Overflow::DropNewest => {
-                self.lose(tag);
+                self.lose(tag, 1);
                 return Push::Lost;
             }
             Overflow::DropOldest { messages } => messages.max(1),
@@ -179,8 +179,8 @@ impl Overflowing {
         Push::Queued { lost }
     }
 
-    /// Notes that one message of this room is lost here.
-    pub(crate) fn lose(&mut self, tag: &Arc<Tag>) {
+    /// Notes that so many messages of this room are lost here.
+    pub(crate) fn lose(&mut self, tag: &Arc<Tag>, lost: u64) {
         if tag.replaces {
             return;
         }
@@ -189,7 +189,7 @@ impl Overflowing {
         if lot.lost == 0 {
             lot.lost_at = number;
         }
-        lot.lost += 1;
+        lot.lost = lot.lost.saturating_add(lost);
     }
 
     /// The next frame in order: a message, or the `$gap` that belongs before it.
@@ -266,10 +266,10 @@ impl Lot {
         if self.tag.replaces {
             return false;
         }
-        let lost = oldest.lost + 1;
+        let lost = oldest.lost.saturating_add(1);
         match self.entries.front_mut() {
-            Some(next) => next.lost += lost,
-            None => self.lost += lost,
+            Some(next) => next.lost = next.lost.saturating_add(lost),
+            None => self.lost = self.lost.saturating_add(lost),
         }
         true
     }
@@ -364,7 +364,7 @@ mod tests {
         let mut all = Overflowing::default();
         push(&mut all, &state, "old", Overflow::LatestOnly);
         push(&mut all, &state, "new", Overflow::LatestOnly);
-        all.lose(&state);
+        all.lose(&state, 1);
         assert_eq!(drain(&mut all), ["new"]);
     }
 

@@ -11,9 +11,10 @@ use std::any::Any;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use serde::Serialize;
 use tokio::runtime::Handle;
 
@@ -22,6 +23,7 @@ use crate::channel::outbox::Outbox;
 use crate::channel::overflow::{Overflow, Push, Tag};
 use crate::channel::{Channel, WeakChannel};
 use crate::metrics::Count;
+use crate::serve::node::{Node, Running, Shared};
 use crate::serve::presence::{Presence, Tracked};
 use crate::session::socket::Socket;
 use crate::session::volatile::{Ready, Volatile};
@@ -51,6 +53,8 @@ pub(crate) struct Directory {
     max_rooms: usize,
     next: AtomicU64,
     dropped: AtomicU64,
+    /// Where the server is a node of a cluster.
+    running: OnceLock<Running>,
 }
 
 struct Table {
@@ -69,6 +73,8 @@ pub(crate) struct Room {
     guests: Mutex<Arc<Vec<Arc<Guest>>>>,
     sending: Mutex<Sending>,
     pub(crate) presence: Mutex<Presence>,
+    /// In a cluster: what it is there.
+    shared: Option<Arc<Shared>>,
 }
 
 /// How messages to a room are sent.
@@ -162,15 +168,29 @@ impl Rooms {
                 table: Mutex::new(Table {
                     rooms: HashMap::new(),
                     channels: HashMap::new(),
-                    all: Room::new(0, ALL.into()),
+                    all: Room::new(0, ALL.into(), None),
                 }),
                 tracked: Tracked::default(),
                 runtime,
                 max_rooms,
                 next: AtomicU64::new(2),
                 dropped: AtomicU64::new(0),
+                running: OnceLock::new(),
             }),
         }
+    }
+
+    /// Makes these rooms those of a cluster, before there are any.
+    pub(crate) fn cluster(&self, node: &Arc<Node>) {
+        let _ = self
+            .directory
+            .running
+            .set(node.run(Arc::downgrade(&self.directory)));
+    }
+
+    /// The node that they belong to.
+    pub(crate) fn node(&self) -> Option<&Arc<Node>> {
+        self.directory.node()
     }
 
     pub(crate) fn directory(&self) -> &Arc<Directory> {
@@ -179,8 +199,16 @@ impl Rooms {
 
     /// Addresses the members of a room. A room that nobody is in has none.
     pub fn to<'a>(&self, room: &str) -> Broadcast<'a> {
-        let room = lock(&self.directory.table).rooms.get(room).cloned();
-        self.broadcast(room)
+        let name = room;
+        let room = lock(&self.directory.table).rooms.get(name).cloned();
+        let shared = match &room {
+            Some(room) => room.shared.clone(),
+            None => self.node().and_then(|node| node.stray(name)),
+        };
+        Broadcast {
+            shared,
+            ..self.broadcast(room)
+        }
     }
 
     /// Addresses every channel of this name that the rooms know: those that have joined a room, and those that a
@@ -258,7 +286,7 @@ impl Rooms {
         if chosen.is_some() || table.rooms.contains_key(room) {
             let room = self.directory.room(&mut table, room)?;
             lock(&room.sending).policy = chosen;
-            table.sweep(&room);
+            self.directory.sweep_in(&mut table, &room);
         }
         Ok(())
     }
@@ -272,6 +300,7 @@ impl Rooms {
         Broadcast {
             directory: self.directory.clone(),
             room,
+            shared: None,
             except: Vec::new(),
         }
     }
@@ -341,6 +370,8 @@ impl fmt::Debug for Member {
 pub struct Broadcast<'a> {
     directory: Arc<Directory>,
     room: Option<Arc<Room>>,
+    /// Where the others of the cluster hear it.
+    shared: Option<Arc<Shared>>,
     except: Vec<&'a str>,
 }
 
@@ -383,50 +414,14 @@ impl<'a> Broadcast<'a> {
 
     /// As [`send`](Self::send), with a message that is encoded already.
     pub fn send_encoded(self, message: &Encoded) -> Sent {
-        let mut sent = Sent::default();
-        let Some(room) = &self.room else {
-            return sent;
+        let sent = match &self.room {
+            Some(room) => self.directory.deliver(room, message.bytes(), &self.except),
+            None => Sent::default(),
         };
-        let (policy, idle) = {
-            let mut sending = lock(&room.sending);
-            (sending.policy.unwrap_or_default(), sending.begin())
-        };
-        for guest in room.guests().iter() {
-            if self.except.contains(&&*guest.session_id) {
-                continue;
-            }
-            let limit = guest.session.frame_limit();
-            let counts = &guest.session.counts;
-            let dropped = sent.dropped;
-            match guest
-                .outbox
-                .push_room(&room.tag, message.bytes(), limit, policy, idle)
-            {
-                Push::Queued { lost } => {
-                    counts.one(Count::RoomSent);
-                    sent.delivered += 1;
-                    sent.dropped += lost;
-                }
-                Push::Lost => sent.dropped += 1,
-                Push::TooSlow => {
-                    sent.dropped += 1;
-                    if let Some(channel) = guest.channel.upgrade() {
-                        channel.close_with(CloseReason::local(
-                            CloseCode::SLOW_PEER,
-                            "the peer is too slow for this room",
-                        ));
-                    }
-                }
-                Push::Over => {}
-            }
-            if sent.dropped > dropped {
-                counts.add(Count::RoomDropped, sent.dropped - dropped);
-            }
-        }
-        if sent.dropped > 0 {
-            self.directory
-                .dropped
-                .fetch_add(sent.dropped, Ordering::Relaxed);
+        if let Some(shared) = &self.shared
+            && let Some(node) = self.directory.node()
+        {
+            node.publish(shared, &self.except, message.bytes());
         }
         sent
     }
@@ -651,9 +646,70 @@ impl Directory {
         if table.rooms.len() >= self.max_rooms {
             return Err(JoinError::TooManyRooms(self.max_rooms));
         }
-        let room = Room::new(self.next(), name.into());
+        let node = self.node();
+        let shared = node.and_then(|node| node.enter(name));
+        let room = Room::new(self.next(), name.into(), shared);
+        if let (Some(node), Some(shared)) = (node, &room.shared) {
+            node.entered(shared, &room);
+        }
         table.rooms.insert(room.tag.name.clone(), room.clone());
         Ok(room)
+    }
+
+    pub(crate) fn node(&self) -> Option<&Arc<Node>> {
+        self.running.get().map(|running| &running.node)
+    }
+
+    /// Queues a frame for the members of a room here.
+    pub(crate) fn deliver(&self, room: &Room, frame: &Bytes, except: &[&str]) -> Sent {
+        let mut sent = Sent::default();
+        let (policy, idle) = {
+            let mut sending = lock(&room.sending);
+            (sending.policy.unwrap_or_default(), sending.begin())
+        };
+        for guest in room.guests().iter() {
+            if except.contains(&&*guest.session_id) {
+                continue;
+            }
+            let limit = guest.session.frame_limit();
+            let counts = &guest.session.counts;
+            let dropped = sent.dropped;
+            match guest
+                .outbox
+                .push_room(&room.tag, frame, limit, policy, idle)
+            {
+                Push::Queued { lost } => {
+                    counts.one(Count::RoomSent);
+                    sent.delivered += 1;
+                    sent.dropped += lost;
+                }
+                Push::Lost => sent.dropped += 1,
+                Push::TooSlow => {
+                    sent.dropped += 1;
+                    if let Some(channel) = guest.channel.upgrade() {
+                        channel.close_with(CloseReason::local(
+                            CloseCode::SLOW_PEER,
+                            "the peer is too slow for this room",
+                        ));
+                    }
+                }
+                Push::Over => {}
+            }
+            if sent.dropped > dropped {
+                counts.add(Count::RoomDropped, sent.dropped - dropped);
+            }
+        }
+        if sent.dropped > 0 {
+            self.dropped.fetch_add(sent.dropped, Ordering::Relaxed);
+        }
+        sent
+    }
+
+    /// Tells the members of a room here that they will not get so many messages of other nodes.
+    pub(crate) fn missing(&self, room: &Room, lost: u64) {
+        for guest in room.guests().iter() {
+            guest.outbox.lose_room(&room.tag, lost);
+        }
     }
 
     pub(crate) fn existing(&self, name: &str) -> Option<Arc<Room>> {
@@ -667,7 +723,7 @@ impl Directory {
         table
             .channels
             .entry(guest.name.clone())
-            .or_insert_with(|| Room::new(id, guest.name.clone()))
+            .or_insert_with(|| Room::new(id, guest.name.clone(), None))
             .add(guest);
     }
 
@@ -716,28 +772,35 @@ impl Directory {
 
     /// Removes a room without members and policy.
     pub(crate) fn sweep(&self, room: &Arc<Room>) {
-        lock(&self.table).sweep(room);
+        self.sweep_in(&mut lock(&self.table), room);
+    }
+
+    fn sweep_in(&self, table: &mut Table, room: &Arc<Room>) {
+        if table.sweep(room)
+            && let (Some(node), Some(shared)) = (self.node(), &room.shared)
+        {
+            node.leave(shared);
+        }
     }
 }
 
 impl Table {
-    fn sweep(&mut self, room: &Arc<Room>) {
+    /// Takes the room out if nothing keeps it; says whether it did.
+    fn sweep(&mut self, room: &Arc<Room>) -> bool {
         let name = &room.tag.name;
-        if room.guests().is_empty()
+        room.guests().is_empty()
             && lock(&room.sending).policy.is_none()
             && lock(&room.presence).is_empty()
             && self
                 .rooms
                 .get(name)
                 .is_some_and(|known| Arc::ptr_eq(known, room))
-        {
-            self.rooms.remove(name);
-        }
+            && self.rooms.remove(name).is_some()
     }
 }
 
 impl Room {
-    fn new(id: u64, name: Arc<str>) -> Arc<Self> {
+    fn new(id: u64, name: Arc<str>, shared: Option<Arc<Shared>>) -> Arc<Self> {
         let tag = |id, replaces| {
             Arc::new(Tag {
                 id,
@@ -751,6 +814,7 @@ impl Room {
             guests: Mutex::default(),
             sending: Mutex::default(),
             presence: Mutex::default(),
+            shared,
         })
     }
 

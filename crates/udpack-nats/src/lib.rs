@@ -1,0 +1,375 @@
+//! Rooms of [udpack](https://docs.rs/udpack) servers on several machines, over a NATS broker.
+//!
+//! ```no_run
+//! # async fn run(builder: udpack::ServerBuilder) -> Result<(), Box<dyn std::error::Error>> {
+//! use udpack_nats::Nats;
+//!
+//! let nats = Nats::connect("nats://127.0.0.1:4222").await?;
+//! let server = builder.cluster(nats).advertise("node-1", "node-1.example:45456").bind("[::]:45456").await?;
+//! # Ok(()) }
+//! ```
+//!
+//! Core NATS is enough: no JetStream, nothing on the broker's disk. One subject per room, to which a server subscribes while it
+//! has members in it. The broker must take messages as large as the servers' frames: `max_payload: 2MB` in its configuration for
+//! `Limits::default()`.
+//!
+//! Every queue is bounded: 8,192 messages and 32 MiB to the broker, 1,024 messages from it for each room and 4,096 for all.
+//! What has no place is lost, and the members are told how much.
+#![warn(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)]
+
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use async_nats::{Client, ConnectOptions, Event, ServerAddr};
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use futures_util::{FutureExt, StreamExt};
+use tokio::sync::{Notify, mpsc};
+use tokio::task::JoinSet;
+use udpack::cluster::{Cluster, Incoming, Lost, Topic};
+
+/// Messages that wait for the broker, and their bytes.
+const OUTGOING: usize = 8192;
+const OUTGOING_BYTES: usize = 32 << 20;
+/// Messages that wait in the client behind that, which knows no bytes.
+const HANDED_OVER: usize = 32;
+/// Messages of all topics that wait for the server, and of each one before that.
+const INCOMING: usize = 4096;
+const INCOMING_EACH: usize = 1024;
+/// The broker is asked so often whether it is there; two answers may be missing.
+const PING: Duration = Duration::from_secs(2);
+/// Longest time for one attempt to connect.
+const CONNECT: Duration = Duration::from_secs(5);
+/// Shortest and longest time between two attempts.
+const RETRY: (u64, u64) = (100, 2000);
+/// Longest time for the last messages to leave.
+const FLUSH: Duration = Duration::from_secs(2);
+
+/// A connection to a NATS broker, to be given to
+/// [`ServerBuilder::cluster`](udpack::ServerBuilder::cluster).
+///
+/// Dropping it closes the connection after what is queued has left, at the latest after two seconds.
+pub struct Nats {
+    outgoing: mpsc::Sender<(Topic, Bytes)>,
+    incoming: tokio::sync::Mutex<mpsc::Receiver<Incoming>>,
+    desk: Arc<Desk>,
+    client: Client,
+}
+
+/// How to connect; see [`Nats::options`].
+#[derive(Debug, Clone)]
+#[must_use = "options do nothing until `connect` is awaited"]
+pub struct NatsOptions {
+    namespace: String,
+    wait: bool,
+}
+
+/// Why there is no connection to the broker.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NatsError {
+    /// The address is none.
+    #[error(
+        "not the address of a NATS broker (nats://HOST:PORT or tls://HOST:PORT, several with commas)"
+    )]
+    Address(#[source] std::io::Error),
+    /// A namespace is a part of subjects.
+    #[error("a namespace has 1 to 64 letters, digits, - and _")]
+    Namespace,
+    /// The broker cannot be reached, or does not let us in.
+    #[error("cannot connect to the NATS broker")]
+    Connect(#[source] async_nats::ConnectError),
+}
+
+/// What `Nats` and its task share.
+#[derive(Default)]
+struct Desk {
+    queued: AtomicUsize,
+    wanted: Mutex<HashSet<Topic>>,
+    /// `wanted` is not what the broker knows.
+    changed: AtomicBool,
+    work: Notify,
+    news: Mutex<News>,
+    told: Notify,
+}
+
+/// What is to be told before the next message.
+#[derive(Default)]
+struct News {
+    up: Option<bool>,
+    lost: bool,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Nats {
+    /// Connects to a broker, or the first of several that can be reached: `nats://HOST:PORT` or `tls://HOST:PORT`, with
+    /// `USER:PASSWORD@` or `TOKEN@` before the host where the broker asks for it; several with commas between them. Later it
+    /// reconnects by itself, for as long as it takes.
+    ///
+    /// # Errors
+    /// When no broker can be reached within five seconds: a server that cannot reach its cluster when it starts is
+    /// misconfigured more often than not. [`NatsOptions::start_degraded`] starts without.
+    ///
+    /// # Cancel safety
+    /// Dropping the future gives the attempt up.
+    pub async fn connect(url: &str) -> Result<Self, NatsError> {
+        Self::options().connect(url).await
+    }
+
+    /// Other ways to connect.
+    pub fn options() -> NatsOptions {
+        NatsOptions {
+            namespace: "udpack".to_owned(),
+            wait: true,
+        }
+    }
+}
+
+impl NatsOptions {
+    /// The first part of all subjects: servers of one namespace are one cluster. 1 to 64 letters, digits, `-` and `_`;
+    /// `udpack` by default.
+    pub fn namespace(mut self, namespace: impl Into<String>) -> Self {
+        self.namespace = namespace.into();
+        self
+    }
+
+    /// Does not wait for the broker: the server starts degraded and joins its cluster when the broker is there.
+    pub fn start_degraded(mut self) -> Self {
+        self.wait = false;
+        self
+    }
+
+    /// Connects; see [`Nats::connect`].
+    ///
+    /// # Errors
+    /// As there, and for a namespace that cannot be one.
+    ///
+    /// # Cancel safety
+    /// Dropping the future gives the attempt up.
+    pub async fn connect(self, url: &str) -> Result<Nats, NatsError> {
+        let sound = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+        if !(1..=64).contains(&self.namespace.len()) || !self.namespace.chars().all(sound) {
+            return Err(NatsError::Namespace);
+        }
+        let addresses: Vec<ServerAddr> = url
+            .split(',')
+            .map(|url| url.trim().parse())
+            .collect::<Result<_, _>>()
+            .map_err(NatsError::Address)?;
+        let desk = Arc::new(Desk::default());
+        let hears = Arc::downgrade(&desk);
+        let random = RandomState::new();
+        let mut options = ConnectOptions::new()
+            .name("udpack")
+            .no_echo()
+            .ping_interval(PING)
+            .connection_timeout(CONNECT)
+            .client_capacity(HANDED_OVER)
+            .subscription_capacity(INCOMING_EACH)
+            .max_reconnects(None)
+            .reconnect_delay_callback(move |attempts| {
+                let most = RETRY.0.saturating_mul(1 << attempts.min(5)).min(RETRY.1);
+                Duration::from_millis(most / 2 + random.hash_one(attempts) % (most / 2))
+            })
+            .event_callback(move |event| {
+                if let Some(desk) = hears.upgrade() {
+                    desk.hear(&event);
+                }
+                std::future::ready(())
+            });
+        if !self.wait {
+            desk.tell(|news| news.up = Some(false));
+            options = options.retry_on_initial_connect();
+        }
+        let client = options
+            .connect(addresses)
+            .await
+            .map_err(NatsError::Connect)?;
+        let (outgoing, queue) = mpsc::channel(OUTGOING);
+        let (inbox, incoming) = mpsc::channel(INCOMING);
+        let writer = Writer {
+            namespace: self.namespace,
+            client: client.clone(),
+            desk: desk.clone(),
+            inbox,
+            readers: JoinSet::new(),
+            subscribed: HashMap::new(),
+        };
+        tokio::spawn(writer.run(queue));
+        Ok(Nats {
+            outgoing,
+            incoming: tokio::sync::Mutex::new(incoming),
+            desk,
+            client,
+        })
+    }
+}
+
+impl Cluster for Nats {
+    fn max_message(&self) -> usize {
+        match self.client.try_server_info() {
+            Some(info) => info.max_payload,
+            None => 0,
+        }
+    }
+
+    fn publish(&self, topic: Topic, message: Bytes) -> Result<(), Lost> {
+        let size = message.len();
+        let most = self.client.max_payload();
+        if (most > 0 && size > most) || self.desk.queued.load(Ordering::Relaxed) > OUTGOING_BYTES {
+            return Err(Lost);
+        }
+        self.desk.queued.fetch_add(size, Ordering::Relaxed);
+        self.outgoing.try_send((topic, message)).map_err(|_| {
+            self.desk.queued.fetch_sub(size, Ordering::Relaxed);
+            Lost
+        })
+    }
+
+    fn subscribe(&self, topic: Topic) {
+        lock(&self.desk.wanted).insert(topic);
+        self.desk.change();
+    }
+
+    fn unsubscribe(&self, topic: Topic) {
+        lock(&self.desk.wanted).remove(&topic);
+        self.desk.change();
+    }
+
+    fn next(&self) -> BoxFuture<'_, Option<Incoming>> {
+        async {
+            let mut incoming = self.incoming.lock().await;
+            loop {
+                if let Some(news) = self.desk.news() {
+                    return Some(news);
+                }
+                tokio::select! {
+                    biased;
+                    () = self.desk.told.notified() => {}
+                    message = incoming.recv() => return message,
+                }
+            }
+        }
+        .boxed()
+    }
+}
+
+impl fmt::Debug for Nats {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Nats")
+            .field("state", &self.client.connection_state())
+            .field("queued", &self.desk.queued)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Desk {
+    fn change(&self) {
+        self.changed.store(true, Ordering::Release);
+        self.work.notify_one();
+    }
+
+    fn tell(&self, change: impl FnOnce(&mut News)) {
+        change(&mut lock(&self.news));
+        self.told.notify_one();
+    }
+
+    fn news(&self) -> Option<Incoming> {
+        let mut news = lock(&self.news);
+        if let Some(up) = news.up.take() {
+            return Some(if up { Incoming::Up } else { Incoming::Down });
+        }
+        std::mem::take(&mut news.lost).then_some(Incoming::Lost)
+    }
+
+    fn hear(&self, event: &Event) {
+        match event {
+            Event::Connected => self.tell(|news| news.up = Some(true)),
+            Event::Disconnected | Event::Closed => self.tell(|news| news.up = Some(false)),
+            Event::SlowConsumer(_) => self.tell(|news| news.lost = true),
+            Event::LameDuckMode => tracing::info!("the NATS broker is about to stop"),
+            Event::Draining => {}
+            Event::ServerError(error) => tracing::warn!(%error, "the NATS broker complains"),
+            Event::ClientError(error) => tracing::warn!(%error, "trouble with the NATS broker"),
+        }
+    }
+}
+
+/// The task that talks to the broker.
+struct Writer {
+    namespace: String,
+    client: Client,
+    desk: Arc<Desk>,
+    inbox: mpsc::Sender<Incoming>,
+    readers: JoinSet<()>,
+    subscribed: HashMap<Topic, tokio::task::AbortHandle>,
+}
+
+impl Writer {
+    async fn run(mut self, mut queue: mpsc::Receiver<(Topic, Bytes)>) {
+        loop {
+            let message = tokio::select! {
+                () = self.desk.work.notified() => None,
+                message = queue.recv() => match message {
+                    Some(message) => Some(message),
+                    None => break,
+                },
+            };
+            if self.desk.changed.swap(false, Ordering::Acquire) {
+                self.subscribe().await;
+            }
+            if let Some((topic, message)) = message {
+                let size = message.len();
+                let subject = format!("{}.{topic}", self.namespace);
+                // Too large or closed: the numbers tell whoever misses it.
+                let _ = self.client.publish(subject, message).await;
+                self.desk.queued.fetch_sub(size, Ordering::Relaxed);
+            }
+        }
+        let _ = tokio::time::timeout(FLUSH, self.client.flush()).await;
+    }
+
+    /// Subscribes to what is wanted, and to nothing else.
+    async fn subscribe(&mut self) {
+        let wanted = lock(&self.desk.wanted).clone();
+        self.subscribed.retain(|topic, reader| {
+            let keep = wanted.contains(topic);
+            if !keep {
+                reader.abort();
+            }
+            keep
+        });
+        while self.readers.try_join_next().is_some() {}
+        for topic in wanted {
+            if self.subscribed.contains_key(&topic) {
+                continue;
+            }
+            let subject = format!("{}.{topic}", self.namespace);
+            let Ok(mut messages) = self.client.subscribe(subject).await else {
+                // The client is closed.
+                return;
+            };
+            let inbox = self.inbox.clone();
+            let reader = self.readers.spawn(async move {
+                while let Some(message) = messages.next().await {
+                    let message = message.payload;
+                    if inbox
+                        .send(Incoming::Message { topic, message })
+                        .await
+                        .is_err()
+                    {
+                        break;
+                    }
+                }
+            });
+            self.subscribed.insert(topic, reader);
+        }
+    }
+}

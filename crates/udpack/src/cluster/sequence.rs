@@ -1,0 +1,294 @@
+//! Which messages of other nodes are missing. Pure bookkeeping, without a clock: whoever calls says what has passed.
+//!
+//! Each node numbers what it publishes to a topic, from 1. A number above the next one tells how many are lost, a number
+//! that was seen before is no news. A mark tells the last number when nothing follows.
+//!
+//! A node whose stream begins before anything was heard of it is believed, unless it must have been heard: then what came
+//! before the first number is lost, too.
+
+use std::collections::HashMap;
+
+use crate::cluster::NodeId;
+
+/// Nodes whose streams to one topic are followed.
+pub(crate) const MAX_NODES: usize = 1024;
+/// No stream loses more at once; a larger number is no number of a stream.
+const MAX_JUMP: u64 = 1 << 32;
+
+/// What was heard of all nodes on one topic.
+#[derive(Debug, Default)]
+pub(crate) struct Heard {
+    streams: HashMap<NodeId, Stream>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Stream {
+    epoch: u32,
+    /// The last number that was received, or told as lost.
+    last: u64,
+    /// Losses that were told while the node was silent, and whose number nobody knew.
+    told: u64,
+}
+
+/// What to do with a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// It is next, after so many that are lost.
+    Next { lost: u64 },
+    /// It came before, or is of a stream that has ended.
+    Old,
+    /// It cannot be.
+    Bad,
+}
+
+impl Heard {
+    /// A message came. `known`: the node and the topic were followed for so long that a stream that was there before is known.
+    pub(crate) fn message(
+        &mut self,
+        node: NodeId,
+        epoch: u32,
+        sequence: u64,
+        known: bool,
+    ) -> Verdict {
+        let Some(before) = sequence.checked_sub(1) else {
+            return Verdict::Bad;
+        };
+        match self.advance(node, epoch, before, sequence, known) {
+            Verdict::Next { lost } => Verdict::Next { lost },
+            other => other,
+        }
+    }
+
+    /// The node says that `last` was its last message.
+    pub(crate) fn mark(&mut self, node: NodeId, epoch: u32, last: u64, known: bool) -> Verdict {
+        self.advance(node, epoch, last, last, known)
+    }
+
+    /// All up to `before` were sent, and `now` is the last that needs no loss told.
+    fn advance(&mut self, node: NodeId, epoch: u32, before: u64, now: u64, known: bool) -> Verdict {
+        let full = self.streams.len() >= MAX_NODES;
+        let Some(stream) = self.streams.get_mut(&node) else {
+            if full || (known && before > MAX_JUMP) {
+                return Verdict::Bad;
+            }
+            let stream = Stream {
+                epoch,
+                last: now,
+                told: 0,
+            };
+            self.streams.insert(node, stream);
+            let lost = if known { before } else { 0 };
+            return Verdict::Next { lost };
+        };
+        // Epochs count up, and around after 2^32.
+        let ahead = epoch.wrapping_sub(stream.epoch);
+        let last = match ahead {
+            0 => stream.last,
+            1..=0x7fff_ffff => 0,
+            _ => return Verdict::Old,
+        };
+        if ahead == 0 && now <= last {
+            return Verdict::Old;
+        }
+        let lost = before.saturating_sub(last);
+        if lost > MAX_JUMP {
+            return Verdict::Bad;
+        }
+        stream.epoch = epoch;
+        stream.last = now;
+        let told = std::mem::take(&mut stream.told);
+        stream.told = told.saturating_sub(lost);
+        Verdict::Next {
+            lost: lost.saturating_sub(told),
+        }
+    }
+
+    /// The node is silent: what it sent last may be lost. Returns what to tell: 1 for one or more, where it was heard here.
+    pub(crate) fn silent(&mut self, node: NodeId) -> u64 {
+        match self.streams.get_mut(&node) {
+            Some(stream) if stream.told == 0 => {
+                stream.told = 1;
+                1
+            }
+            _ => 0,
+        }
+    }
+
+    /// The node has gone, or will not come back.
+    pub(crate) fn forget(&mut self, node: NodeId) {
+        self.streams.remove(&node);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const A: NodeId = NodeId([1; 8]);
+    const B: NodeId = NodeId([2; 8]);
+
+    fn next(lost: u64) -> Verdict {
+        Verdict::Next { lost }
+    }
+
+    #[test]
+    fn holes_are_counted_and_what_came_before_is_old() {
+        let mut heard = Heard::default();
+        assert_eq!(heard.message(A, 0, 5, false), next(0), "joined later");
+        assert_eq!(heard.message(A, 0, 6, true), next(0));
+        assert_eq!(heard.message(A, 0, 9, true), next(2));
+        assert_eq!(heard.message(A, 0, 9, true), Verdict::Old, "doubled");
+        assert_eq!(heard.message(A, 0, 7, true), Verdict::Old, "reordered");
+        assert_eq!(
+            heard.message(B, 0, 3, true),
+            next(2),
+            "known from its first"
+        );
+    }
+
+    #[test]
+    fn a_mark_shows_a_lost_tail_once() {
+        let mut heard = Heard::default();
+        assert_eq!(heard.mark(A, 0, 0, false), next(0));
+        assert_eq!(heard.message(A, 0, 1, true), next(0));
+        assert_eq!(heard.mark(A, 0, 1, true), Verdict::Old);
+        assert_eq!(heard.mark(A, 0, 4, true), next(3));
+        assert_eq!(heard.mark(A, 0, 4, true), Verdict::Old);
+        assert_eq!(heard.message(A, 0, 4, true), Verdict::Old, "told as lost");
+        assert_eq!(heard.message(A, 0, 5, true), next(0));
+    }
+
+    #[test]
+    fn a_stream_that_begins_anew_counts_from_one() {
+        let mut heard = Heard::default();
+        assert_eq!(heard.message(A, 3, 100, false), next(0));
+        assert_eq!(heard.message(A, 4, 1, true), next(0));
+        assert_eq!(heard.message(A, 3, 101, true), Verdict::Old, "of before");
+        assert_eq!(heard.message(A, 5, 4, true), next(3));
+        let mut heard = Heard::default();
+        assert_eq!(heard.message(A, u32::MAX, 9, false), next(0));
+        assert_eq!(heard.message(A, 0, 1, true), next(0), "counted around");
+    }
+
+    #[test]
+    fn what_cannot_be_changes_nothing() {
+        let mut heard = Heard::default();
+        assert_eq!(heard.message(A, 0, 1, true), next(0));
+        assert_eq!(heard.message(A, 0, 0, true), Verdict::Bad);
+        assert_eq!(heard.message(A, 0, u64::MAX, true), Verdict::Bad);
+        assert_eq!(heard.mark(A, 0, u64::MAX, true), Verdict::Bad);
+        assert_eq!(heard.message(A, 0, 2, true), next(0));
+        assert_eq!(heard.message(B, 0, u64::MAX, true), Verdict::Bad);
+    }
+
+    #[test]
+    fn nodes_beyond_the_bound_are_not_followed() {
+        let mut heard = Heard::default();
+        for n in 0..MAX_NODES as u64 {
+            let node = NodeId(n.to_be_bytes());
+            assert_eq!(heard.message(node, 0, 1, true), next(0));
+        }
+        assert_eq!(heard.message(NodeId([0xff; 8]), 0, 1, true), Verdict::Bad);
+        heard.forget(NodeId([0; 8]));
+        assert_eq!(heard.message(NodeId([0xff; 8]), 0, 1, true), next(0));
+    }
+
+    #[test]
+    fn a_loss_that_was_told_during_silence_is_not_told_again() {
+        let mut heard = Heard::default();
+        assert_eq!(heard.silent(A), 0, "never heard");
+        assert_eq!(heard.message(A, 0, 1, true), next(0));
+        assert_eq!(heard.silent(A), 1);
+        assert_eq!(heard.silent(A), 0, "once");
+        assert_eq!(heard.mark(A, 0, 4, true), next(2), "3 are lost, 1 was told");
+        assert_eq!(heard.message(A, 0, 6, true), next(1));
+    }
+
+    /// What happens to one message or mark between two nodes.
+    #[derive(Debug, Clone, Copy)]
+    enum Act {
+        Arrive,
+        Lose,
+        Double,
+        MarkArrives,
+        Restart,
+        Silence,
+    }
+
+    fn act() -> impl Strategy<Value = Act> {
+        prop_oneof![
+            6 => Just(Act::Arrive),
+            3 => Just(Act::Lose),
+            1 => Just(Act::Double),
+            2 => Just(Act::MarkArrives),
+            1 => Just(Act::Restart),
+            1 => Just(Act::Silence),
+        ]
+    }
+
+    proptest! {
+        /// Against a model that knows what was lost: each message is delivered once and in order, and when the last mark
+        /// is through, exactly what is missing was told; one more for each silence in which nothing was lost.
+        #[test]
+        fn everything_is_delivered_or_told(acts in prop::collection::vec(act(), 1..200)) {
+            let mut heard = Heard::default();
+            prop_assert_eq!(heard.mark(A, 1, 0, false), next(0));
+            let (mut epoch, mut sequence) = (1, 0);
+            let (mut lost, mut told, mut silences) = (0_u64, 0_u64, 0_u64);
+            let mut tell = |verdict: Verdict| match verdict {
+                Verdict::Next { lost } => { told += lost; true }
+                Verdict::Old => false,
+                Verdict::Bad => panic!("nothing bad was sent"),
+            };
+            for act in acts {
+                match act {
+                    Act::Arrive | Act::Double => {
+                        sequence += 1;
+                        prop_assert!(tell(heard.message(A, epoch, sequence, true)));
+                        if matches!(act, Act::Double) {
+                            prop_assert!(!tell(heard.message(A, epoch, sequence, true)));
+                        }
+                    }
+                    Act::Lose => { sequence += 1; lost += 1; }
+                    Act::MarkArrives => { tell(heard.mark(A, epoch, sequence, true)); }
+                    Act::Restart => {
+                        // A stream is begun anew only long after its last mark.
+                        tell(heard.mark(A, epoch, sequence, true));
+                        (epoch, sequence) = (epoch + 1, 0);
+                    }
+                    Act::Silence => {
+                        let more = heard.silent(A);
+                        silences += more;
+                        tell(next(more));
+                    }
+                }
+            }
+            tell(heard.mark(A, epoch, sequence, true));
+            prop_assert!(told >= lost, "{told} of {lost}");
+            prop_assert!(told <= lost + silences, "{told} of {lost}, {silences} silences");
+        }
+
+        /// Whatever another node makes up: no message is delivered twice, and nothing is told twice.
+        #[test]
+        fn made_up_numbers_never_deliver_twice(
+            numbers in prop::collection::vec((0..3_u32, prop_oneof![0..20_u64, any::<u64>()], any::<bool>()), 1..100),
+        ) {
+            let mut heard = Heard::default();
+            let mut last = (0, 0);
+            for (epoch, sequence, mark) in numbers {
+                let verdict = match mark {
+                    true => heard.mark(A, epoch, sequence, true),
+                    false => heard.message(A, epoch, sequence, true),
+                };
+                if let Verdict::Next { .. } = verdict
+                    && !mark
+                {
+                    prop_assert!((epoch, sequence) > last);
+                    last = (epoch, sequence);
+                }
+            }
+        }
+    }
+}

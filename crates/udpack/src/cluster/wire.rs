@@ -1,0 +1,284 @@
+//! What nodes tell each other: a header of 22 bytes, and what its kind asks for. PROTOCOL.md has the layout.
+
+use bytes::{BufMut, Bytes, BytesMut};
+
+use crate::cluster::NodeId;
+use crate::wire::frame::PREFIX;
+use crate::wire::message::Message;
+
+/// The version of this layout; messages of others are ignored.
+pub(crate) const VERSION: u8 = 1;
+/// Bytes before the body.
+pub(crate) const HEADER: usize = 22;
+/// Most bytes that a frame grows by, where it leaves out no more than a few sessions.
+pub(crate) const AROUND: usize = 512;
+/// Sessions that one message may leave out, and bytes of an id.
+const EXCEPT: usize = 255;
+
+/// Whose message it is, and its place in that node's stream to the topic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Head {
+    pub(crate) node: NodeId,
+    /// Counts how often the node has begun its stream to this topic anew.
+    pub(crate) epoch: u32,
+    /// Of a message: its number, from 1. Of anything else: that of the last message before it, 0 for none.
+    pub(crate) sequence: u64,
+}
+
+/// What a message between nodes says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Body {
+    /// A frame for the members of a room, without the channels of these sessions.
+    Room { except: Vec<String>, frame: Bytes },
+    /// How far the stream to this room is.
+    Mark([u8; 16]),
+    /// A node has members in this room from now on: marks and presence, please.
+    Ask,
+    /// The node is there.
+    Beat(Bytes),
+    /// The node goes; its streams end where the last mark was.
+    Bye,
+}
+
+/// Why bytes from the broker are not a message between nodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Bad {
+    #[error("shorter than its parts")]
+    Short,
+    #[error("not version {VERSION}")]
+    Version,
+    #[error("of a kind that this version has not")]
+    Kind,
+    #[error("a message without a number")]
+    Number,
+    #[error("a session's id that is not text")]
+    Except,
+    #[error("not a frame that an application can send")]
+    Frame,
+}
+
+const ROOM: u8 = 1;
+const MARK: u8 = 2;
+const ASK: u8 = 3;
+const BEAT: u8 = 4;
+const BYE: u8 = 5;
+
+fn head(kind: u8, head: &Head, body: usize) -> BytesMut {
+    let mut buf = BytesMut::with_capacity(HEADER + body);
+    buf.put_u8(VERSION);
+    buf.put_u8(kind);
+    buf.put_slice(&head.node.0);
+    buf.put_u32(head.epoch);
+    buf.put_u64(head.sequence);
+    buf
+}
+
+/// A message to a room. Ids that no session has are left out.
+pub(crate) fn room(at: &Head, except: &[&str], frame: &[u8]) -> Bytes {
+    let except = except.iter().filter(|id| id.len() <= EXCEPT).take(EXCEPT);
+    let except: Vec<&str> = except.copied().collect();
+    let ids: usize = except.iter().map(|id| 1 + id.len()).sum();
+    let mut buf = head(ROOM, at, 1 + ids + frame.len());
+    buf.put_u8(except.len() as u8);
+    for id in except {
+        buf.put_u8(id.len() as u8);
+        buf.put_slice(id.as_bytes());
+    }
+    buf.put_slice(frame);
+    buf.freeze()
+}
+
+/// How far the stream to a room is; it may be published to one node alone.
+pub(crate) fn mark(at: &Head, room: &[u8; 16]) -> Bytes {
+    let mut buf = head(MARK, at, room.len());
+    buf.put_slice(room);
+    buf.freeze()
+}
+
+pub(crate) fn ask(at: &Head) -> Bytes {
+    head(ASK, at, 0).freeze()
+}
+
+pub(crate) fn beat(at: &Head, body: &[u8]) -> Bytes {
+    let mut buf = head(BEAT, at, body.len());
+    buf.put_slice(body);
+    buf.freeze()
+}
+
+pub(crate) fn bye(at: &Head) -> Bytes {
+    head(BYE, at, 0).freeze()
+}
+
+/// Reads what came from the broker; `frame` bounds a frame without its prefix.
+pub(crate) fn decode(bytes: &Bytes, frame: usize) -> Result<(Head, Body), Bad> {
+    let (&[version, kind, ..], true) = (&bytes[..], bytes.len() >= HEADER) else {
+        return Err(Bad::Short);
+    };
+    if version != VERSION {
+        return Err(Bad::Version);
+    }
+    let mut node = NodeId([0; 8]);
+    node.0.copy_from_slice(&bytes[2..10]);
+    let mut epoch = [0; 4];
+    epoch.copy_from_slice(&bytes[10..14]);
+    let mut sequence = [0; 8];
+    sequence.copy_from_slice(&bytes[14..22]);
+    let head = Head {
+        node,
+        epoch: u32::from_be_bytes(epoch),
+        sequence: u64::from_be_bytes(sequence),
+    };
+    let body = match kind {
+        ROOM if head.sequence == 0 => return Err(Bad::Number),
+        ROOM => {
+            let (except, at) = except(&bytes[HEADER..])?;
+            let bytes = bytes.slice(HEADER + at..);
+            check_frame(&bytes, frame)?;
+            Body::Room {
+                except,
+                frame: bytes,
+            }
+        }
+        MARK => Body::Mark(bytes[HEADER..].try_into().map_err(|_| Bad::Short)?),
+        ASK => Body::Ask,
+        BEAT => Body::Beat(bytes.slice(HEADER..)),
+        BYE => Body::Bye,
+        _ => return Err(Bad::Kind),
+    };
+    Ok((head, body))
+}
+
+/// The list of sessions at the begin of these bytes, and its length.
+fn except(bytes: &[u8]) -> Result<(Vec<String>, usize), Bad> {
+    let (count, mut rest) = bytes.split_first().ok_or(Bad::Short)?;
+    let mut except = Vec::new();
+    for _ in 0..*count {
+        let (len, after) = rest.split_first().ok_or(Bad::Short)?;
+        let id = after.get(..usize::from(*len)).ok_or(Bad::Short)?;
+        rest = &after[id.len()..];
+        let id = str::from_utf8(id).map_err(|_| Bad::Except)?;
+        except.push(id.to_owned());
+    }
+    Ok((except, bytes.len() - rest.len()))
+}
+
+/// Members would end their connection over anything else.
+fn check_frame(frame: &Bytes, limit: usize) -> Result<(), Bad> {
+    let (prefix, body) = frame.split_first_chunk::<PREFIX>().ok_or(Bad::Frame)?;
+    if u32::from_be_bytes(*prefix) as usize != body.len() || body.len() > limit {
+        return Err(Bad::Frame);
+    }
+    let message = Message::decode(frame.slice(PREFIX..)).map_err(|_| Bad::Frame)?;
+    match message.is_reserved() || message.id().is_some() {
+        true => Err(Bad::Frame),
+        false => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::wire::message::Encoded;
+
+    const LIMIT: usize = 1 << 16;
+
+    fn at(sequence: u64) -> Head {
+        Head {
+            node: NodeId(*b"12345678"),
+            epoch: 7,
+            sequence,
+        }
+    }
+
+    fn frame(text: &str) -> Bytes {
+        Encoded::new("line", text).unwrap().bytes().clone()
+    }
+
+    #[test]
+    fn a_message_has_exactly_these_bytes() {
+        let bytes = room(&at(0x0102), &["ab"], &frame("x"));
+        let mut expected = b"\x01\x0112345678\0\0\0\x07\0\0\0\0\0\0\x01\x02\x01\x02ab".to_vec();
+        expected.extend_from_slice(b"\0\0\0\x08\x92\xa4line\xa1x");
+        assert_eq!(bytes, expected);
+        let body = Body::Room {
+            except: vec!["ab".into()],
+            frame: frame("x"),
+        };
+        assert_eq!(decode(&bytes, LIMIT), Ok((at(0x0102), body)));
+        assert_eq!(
+            mark(&at(3), b"0123456789abcdef"),
+            b"\x01\x0212345678\0\0\0\x07\0\0\0\0\0\0\0\x030123456789abcdef"[..]
+        );
+    }
+
+    #[test]
+    fn what_has_no_body_comes_back() {
+        for (bytes, body) in [
+            (mark(&at(3), &[7; 16]), Body::Mark([7; 16])),
+            (ask(&at(0)), Body::Ask),
+            (beat(&at(0), b"..."), Body::Beat(b"..."[..].into())),
+            (bye(&at(0)), Body::Bye),
+        ] {
+            assert_eq!(decode(&bytes, LIMIT).map(|(_, body)| body), Ok(body));
+        }
+    }
+
+    #[test]
+    fn what_members_would_end_their_connection_over_is_refused() {
+        let bad = |frame: &[u8]| decode(&room(&at(1), &[], frame), LIMIT).unwrap_err();
+        assert_eq!(bad(b""), Bad::Frame);
+        assert_eq!(bad(b"\0\0\0\x09\x92\xa4line\xa1x"), Bad::Frame, "length");
+        assert_eq!(bad(b"\0\0\0\x02\x92\xa4"), Bad::Frame, "cut");
+        assert_eq!(bad(b"\0\0\0\x07\x92\xa4$gap\x80"), Bad::Frame, "reserved");
+        assert_eq!(
+            bad(b"\0\0\0\x09\x93\xa4line\xa1x\x01"),
+            Bad::Frame,
+            "request"
+        );
+        let large = frame(&"x".repeat(LIMIT));
+        assert_eq!(bad(&large), Bad::Frame, "oversize");
+        assert_eq!(
+            decode(&room(&at(0), &[], &frame("x")), LIMIT),
+            Err(Bad::Number)
+        );
+    }
+
+    #[test]
+    fn other_versions_and_kinds_are_told_apart() {
+        let with = |place: usize, byte: u8| {
+            let mut bytes = mark(&at(1), &[0; 16]).to_vec();
+            bytes[place] = byte;
+            decode(&bytes.into(), LIMIT).unwrap_err()
+        };
+        assert_eq!(with(0, 2), Bad::Version);
+        assert_eq!(with(1, 0), Bad::Kind);
+        assert_eq!(with(1, 200), Bad::Kind);
+        assert_eq!(decode(&Bytes::new(), LIMIT), Err(Bad::Short));
+        assert_eq!(decode(&vec![1, 1].into(), LIMIT), Err(Bad::Short));
+        let mut bytes = room(&at(1), &["ab"], &[]).to_vec();
+        let id = bytes.len() - 2;
+        bytes[id] = 0xff;
+        assert_eq!(decode(&bytes.into(), LIMIT), Err(Bad::Except));
+    }
+
+    proptest! {
+        /// Whatever the broker brings, cut or changed: an answer, never a panic, never more memory than came.
+        #[test]
+        fn garbage_is_refused_or_read(
+            bytes in prop::collection::vec(any::<u8>(), 0..200),
+            cut in 0..60_usize,
+            change in any::<(usize, u8)>(),
+        ) {
+            let _ = decode(&bytes.into(), LIMIT);
+            let mut bytes = room(&at(9), &["one", "two"], &frame("text")).to_vec();
+            let len = bytes.len();
+            bytes[change.0 % len] = change.1;
+            bytes.truncate(len.saturating_sub(cut));
+            if let Ok((_, Body::Room { except, .. })) = decode(&bytes.into(), LIMIT) {
+                prop_assert!(except.len() <= EXCEPT);
+            }
+        }
+    }
+}
