@@ -192,7 +192,7 @@ impl Target {
         let result = tokio::select! {
             biased;
             error = refused => return Err(self.explained(error.into())),
-            result = work(link.clone()) => result,
+            result = work(link.clone()) => result.map_err(|error| self.explained(error)),
             () = interrupts.first() => {
                 if let Some(socket) = link.live() {
                     socket.abort(CloseCode::CANCELLED, "interrupted");
@@ -201,9 +201,8 @@ impl Target {
                 return Err(Failure::interrupted().into());
             }
         };
-        if let Some(socket) = link.live() {
-            let _ = tokio::time::timeout(PARTING, socket.close(CloseCode::NORMAL, "done")).await;
-        }
+        // Whatever was asked has its answer: a graceful close would only add round trips.
+        let _ = tokio::time::timeout(PARTING, link.leave()).await;
         result
     }
 
@@ -233,7 +232,8 @@ impl Target {
         .await
     }
 
-    /// Connects, does `work`, and closes. An interrupt closes at once, and what `work` had begun is dropped.
+    /// Connects, does `work`, and leaves: what `work` has sent must have arrived by its end. `work` begins behind the hello; whether the
+    /// server lets us in shows meanwhile. An interrupt ends the socket at once, and what `work` had begun is dropped.
     pub(crate) async fn run<T>(
         &self,
         interrupts: &mut Interrupts,
@@ -241,13 +241,23 @@ impl Target {
     ) -> anyhow::Result<T> {
         let address = self.address();
         let socket = tokio::select! {
-            socket = self.client.connect(&address) => {
+            socket = self.client.connect_eager(&address) => {
                 socket.map_err(|error| self.explained(error.into()))?
             }
             () = interrupts.first() => return Err(Failure::interrupted().into()),
         };
-        tracing::info!(server = address, session = %socket.id(), "connected");
+        let refused = async {
+            match socket.admitted().await {
+                Ok(()) => {
+                    tracing::info!(server = address, session = %socket.id(), "connected");
+                    std::future::pending().await
+                }
+                Err(reason) => ConnectError::Denied(reason),
+            }
+        };
         let result = tokio::select! {
+            biased;
+            error = refused => return Err(self.explained(error.into())),
             result = work(socket.clone()) => result,
             () = interrupts.first() => {
                 socket.abort(CloseCode::CANCELLED, "interrupted");
@@ -255,7 +265,12 @@ impl Target {
                 return Err(Failure::interrupted().into());
             }
         };
-        let _ = tokio::time::timeout(PARTING, socket.close(CloseCode::NORMAL, "done")).await;
+        // An answer may arrive before `$welcome`. A refusal is the reason for whatever error `work` ended with.
+        if let Err(reason) = socket.admitted().await {
+            return Err(self.explained(ConnectError::Denied(reason).into()));
+        }
+        socket.abort(CloseCode::NORMAL, "done");
+        let _ = tokio::time::timeout(PARTING, socket.closed()).await;
         result
     }
 }

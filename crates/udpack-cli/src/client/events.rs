@@ -5,7 +5,7 @@ use std::io;
 use serde::Serialize;
 use serde_json::json;
 use tokio::sync::mpsc;
-use udpack::{Channel, Fault, OpenError, RecvError, Socket, SocketState};
+use udpack::{Channel, ConnectError, Fault, OpenError, RecvError, Socket, SocketState};
 
 use crate::args::{AskArgs, ChannelArgs, ListenArgs, RequestArgs, Seconds, SendArgs};
 use crate::exit::{Failure, Kind};
@@ -156,7 +156,6 @@ async fn ask(
                 }
                 output::unless_gone(written)?;
             }
-            finish(&channel).await;
             Ok(())
         })
         .await
@@ -230,6 +229,10 @@ pub(super) async fn listen(
     };
     target
         .run(&mut interrupts, async |socket| {
+            // Who is told that this listens may send at once.
+            if let Err(reason) = socket.admitted().await {
+                return Err(ConnectError::Denied(reason).into());
+            }
             let mut states = socket.states();
             // Where it stands now; the changes come behind.
             states.next().await;
@@ -359,6 +362,6 @@ fn change(before: Option<&SocketState>, state: &SocketState) -> Option<String> {
 }
 
 /// Ends a channel in good order; whether the peer still cares is its own business.
-pub(super) async fn finish(channel: &Channel) {
+async fn finish(channel: &Channel) {
     let _ = tokio::time::timeout(std::time::Duration::from_secs(1), channel.finish()).await;
 }

@@ -11,13 +11,14 @@ use std::task::{self, Poll};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use futures_util::{StreamExt as _, stream};
 use tokio::io::AsyncWrite;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use udpack_transfer::{
-    Downloader, Entry, Exclude, Fetch, FetchError, IfExists, Kind as EntryKind, Limiter, Link,
-    Overwrite, Placed, Progress, RelPath, Remote, Store, StoreConfig, TransferError, Wanted,
-    apply_entry, names,
+    Download, Downloader, Entry, Exclude, Fetch, FetchError, Fetched, IfExists, Kind as EntryKind,
+    Limiter, Link, Overwrite, Placed, Progress, RelPath, Remote, Store, StoreConfig, TransferError,
+    Wanted, apply_entry, names,
 };
 
 use super::remote::remote_path;
@@ -77,18 +78,8 @@ async fn get(
             async |link| {
                 let remote = Remote::new(&link);
                 report.expect(Some(args.paths.len()));
-                let mut roots = Vec::new();
-                for (path, local) in args.paths.iter().zip(names) {
-                    match find(&remote, path, local).await {
-                        Ok(root) if sink.is_some() && root.entry.kind != EntryKind::File => {
-                            let error = Failure::new(Kind::Usage, "not a file")
-                                .hint("name a single file, or a directory after --as");
-                            report.failed(path, path, &error.into());
-                        }
-                        Ok(root) => roots.push(root),
-                        Err(error) => report.failed(path, path, &error),
-                    }
-                }
+                let early = early(args, &link, sink.as_ref(), &place, &names, &mut opened).await?;
+                let roots = look_up(args, &remote, names, sink.is_some(), report).await;
                 let files = roots
                     .iter()
                     .all(|root| root.entry.kind == EntryKind::File)
@@ -99,10 +90,27 @@ async fn get(
                     return Ok(());
                 }
                 report.start(&target.address(), bytes);
-                if let (Some(sink), [root]) = (&sink, &roots[..]) {
-                    return pour(args, console, &link, sink.clone(), root, report).await;
+                match (early, &roots[..]) {
+                    (Early::Poured(pouring), [root]) => {
+                        pouring.follow(args, console, &link, root, report).await;
+                        return Ok(());
+                    }
+                    (Early::Stored(download), [root]) if root.entry.kind == EntryKind::File => {
+                        let origins = Origins::default();
+                        let shown = root.entry.path.clone();
+                        let what = Thing::File;
+                        origins.insert(0, Origin { shown, what });
+                        let mut meter = Meter::new(args.show.progress, args.log.quiet, console);
+                        let transfer = Transfer::Down(download);
+                        report.follow(transfer, None, &origins, &mut meter).await;
+                        return Ok(());
+                    }
+                    _ => {}
                 }
-                let store = place.open(args.transfer.if_exists.into()).await?;
+                let store = match &opened {
+                    Some(store) => store.clone(),
+                    None => place.open(args.transfer.if_exists.into()).await?,
+                };
                 opened = Some(store.clone());
                 fetch(args, console, &link, &remote, store, roots, report).await
             },
@@ -115,6 +123,88 @@ async fn get(
         }
     }
     result
+}
+
+/// A file that is asked for before it is known to be one: a round trip less where it is.
+enum Early {
+    Poured(Pouring),
+    Stored(Download),
+    No,
+}
+
+/// Asks for the only path as for a file, if it may be one. A store that this needed is left in `opened`.
+async fn early(
+    args: &GetArgs,
+    link: &Link,
+    sink: Option<&Sink>,
+    place: &Place,
+    names: &[String],
+    opened: &mut Option<Store>,
+) -> anyhow::Result<Early> {
+    let ([path], [local]) = (&args.paths[..], names) else {
+        return Ok(Early::No);
+    };
+    let content = path.ends_with('/') || path.ends_with("/.");
+    let Some(remote) = remote_path(path).ok().flatten().filter(|_| !content) else {
+        return Ok(Early::No);
+    };
+    if let Some(sink) = sink {
+        let pouring = Pouring::begin(args, link, sink.clone(), remote);
+        return Ok(Early::Poured(pouring));
+    }
+    let Some(local) = local.parse().ok().filter(|_| place.dir.is_dir()) else {
+        return Ok(Early::No);
+    };
+    let store = place.open(args.transfer.if_exists.into()).await?;
+    *opened = Some(store.clone());
+    let size = None;
+    let wanted = Wanted {
+        remote,
+        local,
+        size,
+    };
+    let download = downloader(args, link, store).get([wanted]);
+    Ok(Early::Stored(download))
+}
+
+/// Looks all paths up, so many side by side; those that fail go into the report.
+async fn look_up(
+    args: &GetArgs,
+    remote: &Remote,
+    names: Vec<String>,
+    pours: bool,
+    report: &mut Report,
+) -> Vec<Root> {
+    let found = args.paths.iter().zip(names);
+    let found = found.map(|(path, local)| async move { (path, find(remote, path, local).await) });
+    let mut found = stream::iter(found).buffered(LOOKUPS);
+    let mut roots = Vec::new();
+    while let Some((path, found)) = found.next().await {
+        match found {
+            Ok(root) if pours && root.entry.kind != EntryKind::File => {
+                let error = Failure::new(Kind::Usage, "not a file")
+                    .hint("name a single file, or a directory after --as");
+                report.failed(path, path, &error.into());
+            }
+            Ok(root) => roots.push(root),
+            Err(error) => report.failed(path, path, &error),
+        }
+    }
+    roots
+}
+
+fn downloader(args: &GetArgs, link: &Link, store: Store) -> Downloader {
+    let mut downloader = Downloader::new(link, store)
+        .if_exists(args.transfer.if_exists.into())
+        .preserve(args.transfer.preserve)
+        .umask(Some(umask()));
+    if let Some(jobs) = args.transfer.jobs {
+        downloader = downloader.lanes(jobs.into());
+    }
+    if let Some(rate) = args.transfer.bwlimit.down {
+        downloader = downloader.limit(Limiter::new(rate));
+    }
+    downloader
 }
 
 async fn fetch(
@@ -147,16 +237,7 @@ async fn fetch(
             }
         }
     });
-    let mut downloader = Downloader::new(link, store.clone())
-        .if_exists(args.transfer.if_exists.into())
-        .preserve(args.transfer.preserve)
-        .umask(Some(umask()));
-    if let Some(jobs) = args.transfer.jobs {
-        downloader = downloader.lanes(jobs.into());
-    }
-    if let Some(rate) = args.transfer.bwlimit.down {
-        downloader = downloader.limit(Limiter::new(rate));
-    }
+    let downloader = downloader(args, link, store.clone());
     let known = origins.clone();
     let mut index = 0;
     let wanted = std::iter::from_fn(move || {
@@ -414,17 +495,17 @@ impl Sink {
     }
 
     /// Opens it, which may wait for who reads a named pipe. Blocks.
-    fn open(&self) -> anyhow::Result<Writer> {
-        match self {
-            Self::Stdout => Ok(Writer(Box::new(io::stdout()))),
-            Self::Path(path) => match File::options().write(true).open(path) {
-                Ok(file) => Ok(Writer(Box::new(file))),
-                Err(error) => {
+    fn open(&self) -> io::Result<Box<dyn io::Write + Send>> {
+        Ok(match self {
+            Self::Stdout => Box::new(io::stdout()),
+            Self::Path(path) => {
+                let opened = File::options().write(true).open(path);
+                Box::new(opened.map_err(|error| {
                     let text = format!("cannot write to {}: {error}", path.display());
-                    Err(Failure::new(Kind::LocalFile, text).into())
-                }
-            },
-        }
+                    io::Error::new(error.kind(), text)
+                })?)
+            }
+        })
     }
 }
 
@@ -436,7 +517,26 @@ fn is_stdout(metadata: &Metadata) -> bool {
 }
 
 /// What blocks, as something that is waited for. The runtime gives the other tasks of its thread to another one meanwhile.
-struct Writer(Box<dyn io::Write + Send>);
+struct Writer {
+    sink: Sink,
+    /// Opened when there is something to write, or nothing will come.
+    open: Option<Box<dyn io::Write + Send>>,
+}
+
+impl Writer {
+    fn with<T>(
+        &mut self,
+        work: impl FnOnce(&mut dyn io::Write) -> io::Result<T>,
+    ) -> Poll<io::Result<T>> {
+        Poll::Ready(tokio::task::block_in_place(|| {
+            let writer = match &mut self.open {
+                Some(writer) => writer,
+                none => none.insert(self.sink.open()?),
+            };
+            work(writer)
+        }))
+    }
+}
 
 impl AsyncWrite for Writer {
     fn poll_write(
@@ -444,11 +544,11 @@ impl AsyncWrite for Writer {
         _: &mut task::Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Poll::Ready(tokio::task::block_in_place(|| self.0.write(bytes)))
+        self.with(|writer| writer.write(bytes))
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, _: &mut task::Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(tokio::task::block_in_place(|| self.0.flush()))
+        self.with(|writer| writer.flush())
     }
 
     fn poll_shutdown(
@@ -459,47 +559,54 @@ impl AsyncWrite for Writer {
     }
 }
 
-/// Writes a file to what is no file, as it comes. What is written is known to be right only when this has ended well;
-/// the last bytes are written only then.
-async fn pour(
-    args: &GetArgs,
-    console: &Console,
-    link: &Link,
-    sink: Sink,
-    root: &Root,
-    report: &mut Report,
-) -> anyhow::Result<()> {
-    let path: RelPath = root.entry.path.parse()?;
-    let mut writer = tokio::task::spawn_blocking(move || sink.open())
-        .await
-        .context("cannot open what to write to")??;
-    let (tell, progress) = watch::channel(Progress::default());
-    let mut fetch = Fetch::new(link).progress(tell);
-    if let Some(rate) = args.transfer.bwlimit.down {
-        fetch = fetch.limit(Limiter::new(rate));
-    }
-    let name = match &args.name {
-        Some(name) => names::from_os(name.as_os_str()).into_owned(),
-        None => String::new(),
-    };
-    let shown = root.entry.path.clone();
-    // A task of its own: writing may block for as long as nobody reads.
-    let mut fetching = JoinSet::new();
-    fetching.spawn(async move { fetch.read(&path, &mut writer).await });
-    let mut meter = Meter::new(args.show.progress, args.log.quiet, console);
-    let fetched = async {
-        match fetching.join_next().await {
-            Some(Ok(fetched)) => fetched,
-            _ => Err(FetchError {
-                written: 0,
-                cause: TransferError::Protocol("writing the file failed".to_owned()),
-            }),
+/// A file that is written to what is no file, as it comes. What is written is known to be right only when this has ended
+/// well; the last bytes are written only then.
+struct Pouring {
+    /// A task of its own: writing may block for as long as nobody reads.
+    fetching: JoinSet<Result<Fetched, FetchError>>,
+    progress: watch::Receiver<Progress>,
+}
+
+impl Pouring {
+    fn begin(args: &GetArgs, link: &Link, sink: Sink, path: RelPath) -> Self {
+        let (tell, progress) = watch::channel(Progress::default());
+        let mut fetch = Fetch::new(link).progress(tell);
+        if let Some(rate) = args.transfer.bwlimit.down {
+            fetch = fetch.limit(Limiter::new(rate));
         }
-    };
-    report
-        .follow_fetch(fetched, progress, link.events(), &name, &shown, &mut meter)
-        .await;
-    Ok(())
+        let mut writer = Writer { sink, open: None };
+        let mut fetching = JoinSet::new();
+        fetching.spawn(async move { fetch.read(&path, &mut writer).await });
+        Self { fetching, progress }
+    }
+
+    async fn follow(
+        mut self,
+        args: &GetArgs,
+        console: &Console,
+        link: &Link,
+        root: &Root,
+        report: &mut Report,
+    ) {
+        let name = match &args.name {
+            Some(name) => names::from_os(name.as_os_str()).into_owned(),
+            None => String::new(),
+        };
+        let mut meter = Meter::new(args.show.progress, args.log.quiet, console);
+        let fetched = async {
+            match self.fetching.join_next().await {
+                Some(Ok(fetched)) => fetched,
+                _ => Err(FetchError {
+                    written: 0,
+                    cause: TransferError::Protocol("writing the file failed".to_owned()),
+                }),
+            }
+        };
+        let (links, shown) = (link.events(), &root.entry.path);
+        report
+            .follow_fetch(fetched, self.progress, links, &name, shown, &mut meter)
+            .await;
+    }
 }
 
 /// Where files are to go.
@@ -644,6 +751,8 @@ async fn find(remote: &Remote, path: &str, local: String) -> anyhow::Result<Root
 pub(super) const UNREAD: &str = "the server cannot list all that is in it";
 /// How long what is under way may take to be put aside.
 const CLOSING: Duration = Duration::from_secs(10);
+/// Paths that are looked up side by side.
+const LOOKUPS: usize = 16;
 /// Entries listed ahead of what is being received.
 const AHEAD: usize = 256;
 

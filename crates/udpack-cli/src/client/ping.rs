@@ -4,7 +4,6 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::events::finish;
 use crate::args::PingArgs;
 use crate::exit::{Explained, Kind};
 use crate::hub::PING;
@@ -92,7 +91,6 @@ async fn ping(
                     other => output::unless_gone(other)?,
                 }
             }
-            finish(&channel).await;
             Ok(())
         })
         .await

@@ -4,7 +4,6 @@ use std::io::{self, Read};
 use std::path::Path;
 
 use anyhow::Context as _;
-use udpack::CloseCode;
 use udpack_transfer::{Found, Limiter, Remote, Source, Uploader, What};
 
 use super::dry;
@@ -110,14 +109,6 @@ async fn put(
                 report
                     .follow(Transfer::Up(upload), None, &origins, &mut meter)
                     .await;
-                // Every file has its outcome: a graceful close would only add two round trips.
-                // The last outcome may arrive before `$welcome`.
-                if let Some(socket) = link.live()
-                    && socket.admitted().await.is_ok()
-                {
-                    socket.abort(CloseCode::NORMAL, "done");
-                    socket.closed().await;
-                }
                 nothing(args, report)
             },
         )

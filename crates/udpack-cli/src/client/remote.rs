@@ -43,13 +43,6 @@ async fn list(args: &LsArgs, mut interrupts: Interrupts, count: &mut usize) -> a
     target
         .run_link_aloud(retry(None), &mut interrupts, async |link| {
             let remote = Remote::new(&link);
-            if path.is_some() {
-                let entry = remote.stat(path.as_ref()).await?;
-                if entry.kind != EntryKind::Dir {
-                    *count += 1;
-                    return output::unless_gone(show(&entry, args));
-                }
-            }
             let mut listing = remote.list(path.as_ref(), args.recursive);
             let mut unread = None;
             while let Some(entry) = listing.next().await {

@@ -17,7 +17,7 @@ use udpack::{Channel, CloseCode, Priority, Socket};
 use crate::base::code::Code;
 use crate::base::path::RelPath;
 use crate::client::downloader::{ACK, BREAKS, HASHED, SILENCE};
-use crate::client::link::Link;
+use crate::client::link::{Link, Loss};
 use crate::client::progress::{Outcome, Progress};
 use crate::client::uploader::lane_end;
 use crate::local::error::TransferError;
@@ -186,27 +186,30 @@ impl<W: AsyncWrite + Unpin + ?Sized> Arriving<'_, W> {
         let mut breaks = 0;
         loop {
             let before = self.hasher.count();
-            let error = match self.lane().await {
+            let socket = self.fetch.link.eager().await?;
+            let error = match self.lane(&socket).await {
                 Ok(fetched) => return Ok(fetched),
                 Err(error) => error,
             };
             let moved = self.hasher.count() > before;
-            breaks = if moved { 1 } else { breaks + 1 };
             tracing::debug!(%error, "a lane ended");
-            if !self.fetch.link.mends(&error) || breaks >= BREAKS {
+            if breaks + 1 >= BREAKS && !moved {
                 return Err(error);
+            }
+            match self.fetch.link.lost(&socket, error).await? {
+                Loss::Lane => breaks = if moved { 1 } else { breaks + 1 },
+                Loss::Admission => {}
             }
         }
     }
 
-    async fn lane(&mut self) -> Result<Fetched, TransferError> {
-        let socket = self.fetch.link.socket().await?;
+    async fn lane(&mut self, socket: &Socket) -> Result<Fetched, TransferError> {
         let channel = socket
             .channel(CHANNEL)
             .priority(Priority::Bulk)
             .open()
             .await?;
-        let taken = self.take(&socket, &channel).await;
+        let taken = self.take(socket, &channel).await;
         let (code, text) = match &taken {
             Ok(_) => (CloseCode::NORMAL, ""),
             Err(_) => (CloseCode::CANCELLED, "the lane failed"),

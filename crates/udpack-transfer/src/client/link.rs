@@ -8,7 +8,9 @@ use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Mutex, broadcast};
-use udpack::{Client, CloseReason, ConnectError, GoAway, Outage, Side, Socket, SocketState};
+use udpack::{
+    Client, CloseCode, CloseReason, ConnectError, GoAway, Outage, Side, Socket, SocketState,
+};
 
 use crate::local::error::TransferError;
 
@@ -61,6 +63,15 @@ struct Shared {
     /// The time without progress.
     outage: StdMutex<Outage>,
     events: broadcast::Sender<LinkEvent>,
+}
+
+/// What was lost, and may be had again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Loss {
+    /// A lane, or its socket. Whoever opens the next one counts them.
+    Lane,
+    /// The socket was never admitted. The link counts these, and waits.
+    Admission,
 }
 
 #[derive(Debug, Default)]
@@ -261,6 +272,42 @@ impl Link {
         LinkEvents(self.shared.events.subscribe())
     }
 
+    /// Ends the socket, if there is one, without a round trip: for whoever has received every answer that they want. The server
+    /// is told once, in a packet that may be lost; what is queued here is not sent.
+    ///
+    /// # Cancel safety
+    /// A dropped future has told the server or not.
+    pub async fn leave(&self) {
+        if let Some(socket) = self.live()
+            // An answer may arrive before `$welcome`.
+            && socket.admitted().await.is_ok()
+        {
+            socket.abort(CloseCode::NORMAL, "done");
+            socket.closed().await;
+        }
+    }
+
+    /// Judges the end of a lane or of a request that was sent behind the `$hello` of this socket.
+    ///
+    /// # Errors
+    /// Why it is not worth another.
+    pub(crate) async fn lost(
+        &self,
+        socket: &Socket,
+        error: TransferError,
+    ) -> Result<Loss, TransferError> {
+        if socket.admitted().await.is_err() {
+            // Finds out whether there is another one.
+            self.eager().await?;
+            return Ok(Loss::Admission);
+        }
+        if self.mends(&error) {
+            Ok(Loss::Lane)
+        } else {
+            Err(error)
+        }
+    }
+
     /// Whether a lane that ended like this is worth another, on this socket or the next.
     pub(crate) fn mends(&self, error: &TransferError) -> bool {
         let network = matches!(error, TransferError::Closed(_) | TransferError::Silent(_));
@@ -378,7 +425,7 @@ fn give_up(state: &mut State, error: TransferError) -> TransferError {
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicUsize, Ordering};
-    use udpack::{CloseCode, Deny, Hello, Identity, Peer, Server, Timeouts};
+    use udpack::{Deny, Hello, Identity, Peer, Server, Timeouts};
 
     async fn server(identity: Identity, address: &str, token: &'static str) -> Server {
         Server::builder()

@@ -20,7 +20,7 @@ use udpack::{Channel, RequestError, SendError};
 
 use crate::base::code::Code;
 use crate::base::path::RelPath;
-use crate::client::link::Link;
+use crate::client::link::{Link, Loss};
 use crate::local::error::TransferError;
 use crate::store::{Entry, Removed};
 use crate::wire::CHANNEL;
@@ -242,11 +242,13 @@ impl Remote {
                 }
                 Err(error @ TransferError::Closed(_)) => {
                     self.forget(&channel).await;
-                    losses += 1;
-                    if !self.inner.link.mends(&error) || losses >= LOSSES {
+                    *lost = true;
+                    if losses + 1 >= LOSSES {
                         return Err(error);
                     }
-                    *lost = true;
+                    if self.inner.link.lost(&channel.socket(), error).await? == Loss::Lane {
+                        losses += 1;
+                    }
                 }
                 Err(error) => return Err(error),
             }
@@ -260,8 +262,7 @@ impl Remote {
             return Ok(channel.clone());
         }
         *open = None;
-        let socket = self.inner.link.socket().await?;
-        let channel = socket.open(CHANNEL).await?;
+        let channel = open_eager(&self.inner.link, CHANNEL).await?;
         *open = Some(channel.clone());
         Ok(channel)
     }
@@ -277,6 +278,20 @@ impl Remote {
 impl fmt::Debug for Remote {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Remote").finish_non_exhaustive()
+    }
+}
+
+/// Opens a channel behind the `$hello`.
+async fn open_eager(link: &Link, name: &str) -> Result<Channel, TransferError> {
+    loop {
+        let socket = link.eager().await?;
+        let error = match socket.open(name).await {
+            Ok(channel) => return Ok(channel),
+            Err(error) => TransferError::from(error),
+        };
+        if link.lost(&socket, error.again()).await? == Loss::Lane {
+            return Err(error);
+        }
     }
 }
 

@@ -12,6 +12,7 @@ use udpack::{Channel, CloseCode, CloseReason, Message, Priority, Side, Socket};
 use super::incoming::{self, Arriving, End, Note, Wish};
 use super::{Context, lock};
 use crate::base::code::Code;
+use crate::client::link::Loss;
 use crate::client::progress::Event;
 use crate::local::error::TransferError;
 use crate::staging::file::Incoming;
@@ -150,8 +151,14 @@ pub(super) async fn run(
     let mut breaks = 0;
     // No connection before there is something to ask for.
     while context.queue.any().await {
-        let error = match connect(&context).await {
-            Ok((socket, channel)) => {
+        let link = &context.link;
+        let socket = match link.eager().await {
+            Ok(socket) => socket,
+            Err(error) => return failed(&context, &events, &error).await,
+        };
+        let opening = socket.channel(CHANNEL).priority(Priority::Bulk).open();
+        let (error, moved) = match opening.await {
+            Ok(channel) => {
                 let lane = Lane {
                     context: &context,
                     notes: &notes,
@@ -163,32 +170,21 @@ pub(super) async fn run(
                 };
                 match lane.run().await {
                     Ended::Orderly => return,
-                    Ended::Broken { error, moved } => {
-                        breaks = if moved { 1 } else { breaks + 1 };
-                        error
-                    }
+                    Ended::Broken { error, moved } => (error, moved),
                 }
             }
-            Err(error) => {
-                breaks += 1;
-                error
-            }
+            Err(error) => (error.into(), false),
         };
         tracing::debug!(%error, "a lane ended");
-        if !context.link.mends(&error) || breaks >= BREAKS {
+        match link.lost(&socket, error.again()).await {
+            Ok(Loss::Lane) => breaks = if moved { 1 } else { breaks + 1 },
+            Ok(Loss::Admission) => {}
+            Err(error) => return failed(&context, &events, &error).await,
+        }
+        if breaks >= BREAKS {
             return failed(&context, &events, &error).await;
         }
     }
-}
-
-async fn connect(context: &Context) -> Result<(Socket, Channel), TransferError> {
-    let socket = context.link.socket().await?;
-    let channel = socket
-        .channel(CHANNEL)
-        .priority(Priority::Bulk)
-        .open()
-        .await?;
-    Ok((socket, channel))
 }
 
 /// A lane has ended. The others continue with the queue; when the last one ends, the remaining files fail.
@@ -267,7 +263,9 @@ impl Lane<'_> {
             }
         };
         drop(channel.close(CloseCode::CANCELLED, "the lane failed"));
-        let mends = self.context.link.mends(&error);
+        // Of a socket that was never admitted the link has the last word.
+        let admitted = self.socket.admitted().await.is_ok();
+        let mends = !admitted || self.context.link.mends(&error);
         let left = std::mem::take(&mut *lock(&flight.files));
         for incoming in left.into_values().filter_map(|file| file.incoming) {
             if mends {

@@ -3,8 +3,8 @@
 use serde::Serialize;
 use udpack::{Channel, Message};
 
-use super::{LOSSES, PATIENCE, failed};
-use crate::client::link::Link;
+use super::{LOSSES, PATIENCE, failed, open_eager};
+use crate::client::link::{Link, Loss};
 use crate::local::error::TransferError;
 
 /// Opens nothing before the first call.
@@ -38,10 +38,12 @@ impl Watching {
                 }
                 Err(error) => {
                     self.channel = None;
-                    self.losses += 1;
-                    let error = error.into();
-                    if !self.link.mends(&error) || self.losses >= LOSSES {
+                    let error = TransferError::from(error);
+                    if self.losses + 1 >= LOSSES {
                         return Err(error);
+                    }
+                    if self.link.lost(&channel.socket(), error).await? == Loss::Lane {
+                        self.losses += 1;
                     }
                 }
             }
@@ -64,8 +66,7 @@ impl Watching {
         if let Some(channel) = &self.channel {
             return Ok(channel.clone());
         }
-        let socket = self.link.socket().await?;
-        let channel = socket.open(self.name).await?;
+        let channel = open_eager(&self.link, self.name).await?;
         self.channel = Some(channel.clone());
         Ok(channel)
     }
