@@ -547,8 +547,12 @@ impl Session {
 
     /// Ends the connection at once; what is queued is lost.
     pub(crate) fn abort(&self, reason: CloseReason) {
-        let before = self.conn().stats().datagrams_sent;
-        self.sent_before.store(before, Ordering::Relaxed);
+        let conn = self.conn();
+        let before = conn.stats().datagrams_sent;
+        // Of several who end it, the last word of the first may be sent already.
+        if !conn.is_over() {
+            self.sent_before.store(before, Ordering::Relaxed);
+        }
         let _ = self.end.set(reason.clone());
         // Either this finds the connection that takes the place of another, or who exchanges them finds the end.
         let (conn, _) = self.current();
