@@ -50,6 +50,7 @@ Exit codes:
   10   some of several files failed
   11   no handler for this request, or no such channel
   12   no such file or transfer at the server
+  13   files changed or vanished while a mirror read them; all others are done
   130  interrupted";
 
 const ENVIRONMENT: &str = "\
@@ -87,6 +88,13 @@ Examples:
   udpack-client get report.pdf                   into this directory
   udpack-client get photos/ --as local/          what is in photos, into local
   udpack-client get / --as mirror/ -p            everything, with modes and times";
+
+const SYNC_EXAMPLES: &str = "\
+Examples:
+  udpack-client sync work :backup/work           make backup/work at the server what work is here
+  udpack-client sync work :backup/work --delete --max-delete 100
+  udpack-client sync -n work :backup/work --delete    list what would be sent and deleted
+  udpack-client sync :backup/work restored       the other way";
 
 const VERIFY_EXAMPLES: &str = "\
 Examples:
@@ -488,6 +496,9 @@ pub(crate) enum ClientCommand {
     /// Download files and directories; each file is verified and on disk when it is reported.
     #[command(after_help = MORE, after_long_help = format!("{GET_EXAMPLES}\n\n{PATTERNS}\n\n{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Get(GetArgs),
+    /// Make one directory what another one is: send what differs, and with --delete remove what only the copy has.
+    #[command(after_help = MORE, after_long_help = format!("{SYNC_EXAMPLES}\n\n{PATTERNS}\n\n{ENVIRONMENT}\n\n{EXIT_CODES}"))]
+    Sync(SyncArgs),
     /// List a directory of the server.
     #[command(after_help = MORE, after_long_help = format!("{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Ls(LsArgs),
@@ -610,6 +621,80 @@ pub(crate) struct GetArgs {
 
     #[command(flatten)]
     pub(crate) log: LogArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SyncArgs {
+    /// The directory to copy: one here, or with a colon before it one of the server.
+    #[arg(value_name = "FROM")]
+    pub(crate) source: PathBuf,
+
+    /// The directory that becomes the copy; made if it is missing. One of both is at the server: `:backup/work`, or `:` for its root.
+    #[arg(value_name = "TO")]
+    pub(crate) copy: PathBuf,
+
+    /// Delete what only the copy has, after everything else has arrived, and nothing if something has not. What --exclude leaves out
+    /// stays.
+    #[arg(long, visible_alias = "delete-after")]
+    pub(crate) delete: bool,
+
+    /// Delete nothing if there are more files, directories and links than this to delete.
+    #[arg(long, value_name = "N", requires = "delete")]
+    pub(crate) max_delete: Option<usize>,
+
+    /// List what would be sent and deleted, and do nothing.
+    #[arg(short = 'n', long)]
+    pub(crate) dry_run: bool,
+
+    /// Compare files of the same size and time by their hashes, too: both sides read all of them.
+    #[arg(short, long)]
+    pub(crate) checksum: bool,
+
+    /// A file that changes while it is read: `retry` sends it again, up to three times in all, before it is a failure.
+    #[arg(long, value_enum, default_value_t = ChangedArg::Retry)]
+    pub(crate) changed: ChangedArg,
+
+    /// A file that is gone by the time it is read: passed over, or a failure.
+    #[arg(long, value_enum, default_value_t = VanishedArg::Skip)]
+    pub(crate) vanished: VanishedArg,
+
+    #[command(flatten)]
+    pub(crate) tree: TreeArgs,
+
+    /// How many files to transfer side by side. Default: 4.
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
+    pub(crate) jobs: Option<u8>,
+
+    /// Connect again at most so many times in a row. Default: until nothing has moved for 5 minutes.
+    #[arg(long, value_name = "N")]
+    pub(crate) retries: Option<u32>,
+
+    /// Most bytes a second, for each direction or as UP:DOWN.
+    #[arg(long, value_name = "RATE[:RATE]", default_value = "none")]
+    pub(crate) bwlimit: Rates,
+
+    #[command(flatten)]
+    pub(crate) connect: ConnectArgs,
+
+    #[command(flatten)]
+    pub(crate) show: ShowArgs,
+
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
+}
+
+/// What to do about a file that changes while it is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ChangedArg {
+    Retry,
+    Fail,
+}
+
+/// What to do about a file that is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum VanishedArg {
+    Skip,
+    Fail,
 }
 
 /// Which part of a local tree.

@@ -14,6 +14,7 @@ mod remote;
 mod report;
 mod share;
 mod stats;
+mod sync;
 mod verify;
 
 use crate::args::{ClientArgs, ClientCommand};
@@ -34,6 +35,7 @@ pub(crate) async fn run(args: ClientArgs, console: Console) -> anyhow::Result<()
     let log = match &args.command {
         ClientCommand::Put(args) => &args.log,
         ClientCommand::Get(args) => &args.log,
+        ClientCommand::Sync(args) => &args.log,
         ClientCommand::Ls(args) => &args.log,
         ClientCommand::Stat(args) => &args.log,
         ClientCommand::Rm(args) => &args.log,
@@ -55,6 +57,7 @@ pub(crate) async fn run(args: ClientArgs, console: Console) -> anyhow::Result<()
     let result = match args.command {
         ClientCommand::Put(args) => put::run(args, &console, interrupts).await,
         ClientCommand::Get(args) => get::run(args, &console, interrupts).await,
+        ClientCommand::Sync(args) => sync::run(args, &console, interrupts).await,
         ClientCommand::Ls(args) => remote::ls(args, interrupts).await,
         ClientCommand::Stat(args) => remote::stat(args, &console, interrupts).await,
         ClientCommand::Rm(args) => remote::rm(args, &console, interrupts).await,

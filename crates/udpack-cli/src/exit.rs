@@ -32,6 +32,7 @@ pub(crate) enum Kind {
     Partial,
     NoHandler,
     NotFound,
+    Moving,
     Interrupted,
 }
 
@@ -51,6 +52,7 @@ impl Kind {
             Self::Partial => 10,
             Self::NoHandler => 11,
             Self::NotFound => 12,
+            Self::Moving => 13,
             Self::Interrupted => INTERRUPTED,
         }
     }
@@ -70,6 +72,7 @@ impl Kind {
             Self::Partial => "partial",
             Self::NoHandler => "no_handler",
             Self::NotFound => "not_found",
+            Self::Moving => "moving",
             Self::Interrupted => "interrupted",
         }
     }

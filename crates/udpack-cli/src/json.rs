@@ -48,7 +48,8 @@ pub(crate) enum Line<'a> {
     Connected {},
     /// What became of one file.
     File {
-        /// `ok` or `error`; from `put -n` `planned` or `error`; from `verify`: `same`, `differs`, `missing` or `error`.
+        /// `ok` or `error`; from `put -n` and `sync -n` `planned` or `error`; of a file that somebody else works on
+        /// `vanished` or, when it is tried again, `changed`; from `verify`: `same`, `differs`, `missing` or `error`.
         status: &'static str,
         /// The name it was given, or should have been.
         path: &'a str,
@@ -83,6 +84,16 @@ pub(crate) enum Line<'a> {
         #[serde(skip_serializing_if = "Option::is_none")]
         error: Option<&'a str>,
     },
+    /// Something that the source of a mirror does not have was deleted.
+    #[serde(rename = "delete")]
+    Deleted {
+        /// `ok`, or `planned` in a dry run.
+        status: &'static str,
+        path: &'a str,
+        /// `dir` or `link`, where it is no file.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        kind: Option<&'static str>,
+    },
     /// A file or directory has another modification time than it should have: the file system there cannot hold that.
     #[serde(rename = "time")]
     OtherTime {
@@ -105,6 +116,18 @@ pub(crate) enum Line<'a> {
         /// Files that arrived.
         files: usize,
         failed: usize,
+        /// Of those that failed, files that changed each time they were read.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        changed: Option<usize>,
+        /// Files that were gone by the time they were read, failures or not.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        vanished: Option<usize>,
+        /// Entries that a mirror found to be the same.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        unchanged: Option<usize>,
+        /// Entries that a mirror deleted, or would.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        deleted: Option<usize>,
         /// Bytes of those files.
         bytes: u64,
         /// Bytes that had to be transferred.

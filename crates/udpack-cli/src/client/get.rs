@@ -611,10 +611,10 @@ impl Pouring {
 
 /// Where files are to go.
 #[derive(Debug)]
-struct Place {
-    dir: PathBuf,
+pub(super) struct Place {
+    pub(super) dir: PathBuf,
     /// The name in it for the only thing that was asked for.
-    name: Option<String>,
+    pub(super) name: Option<String>,
 }
 
 impl Place {
@@ -661,7 +661,7 @@ impl Place {
     }
 
     /// Makes the directory, and the place in it where files are staged.
-    async fn open(&self, if_exists: IfExists) -> anyhow::Result<Store> {
+    pub(super) async fn open(&self, if_exists: IfExists) -> anyhow::Result<Store> {
         let config = StoreConfig {
             max_file: None,
             quota: None,

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use tokio::sync::{mpsc, oneshot, watch};
 use udpack_transfer::{
-    Download, Event, FetchError, Fetched, Left, LinkEvent, LinkEvents, OtherTime, Outcome,
+    Code, Download, Event, FetchError, Fetched, Left, LinkEvent, LinkEvents, OtherTime, Outcome,
     Progress, TransferError, Upload,
 };
 
@@ -129,6 +129,33 @@ pub(super) enum Note {
         source: String,
         error: anyhow::Error,
     },
+    /// It was there when its directory was read, and is not any more.
+    Vanished { path: String, source: String },
+    /// It is neither file, directory nor link, and is left out.
+    Special { source: String },
+}
+
+/// What is done about files that somebody else works on meanwhile, and how many there were.
+#[derive(Debug, Default)]
+pub(super) struct Living {
+    /// A file that is gone is passed over.
+    pub(super) skip_vanished: bool,
+    /// Files that changed while they were read are not failures yet, but tried again.
+    pub(super) retry_changed: bool,
+    /// Which these are: the name and the source of each.
+    again: Vec<(String, String)>,
+    vanished: usize,
+    /// Of those, how many are failures.
+    vanished_failed: usize,
+    /// Files that changed each time they were read.
+    changed: usize,
+}
+
+/// What only a mirror counts.
+#[derive(Debug, Default)]
+pub(super) struct Mirrored {
+    pub(super) unchanged: usize,
+    pub(super) deleted: usize,
 }
 
 /// Work beside a transfer, on tasks of its own.
@@ -171,6 +198,8 @@ pub(super) struct Report {
     moved: u64,
     resumed: u64,
     failures: Failures,
+    living: Living,
+    mirror: Option<Mirrored>,
     /// Files that failed before the transfer, which knows nothing of them.
     never_begun: usize,
     last_progress: Option<Instant>,
@@ -208,6 +237,8 @@ impl Report {
             moved: 0,
             resumed: 0,
             failures: Failures::new(console),
+            living: Living::default(),
+            mirror: None,
             never_begun: 0,
             last_progress: None,
             told: false,
@@ -221,6 +252,49 @@ impl Report {
     /// Leaves standard output to a file.
     pub(super) fn mute(&mut self) {
         self.mute = true;
+    }
+
+    /// What to do about files that change or vanish. Without it each is a failure.
+    pub(super) fn living(&mut self, skip_vanished: bool, retry_changed: bool) {
+        self.living.skip_vanished = skip_vanished;
+        self.living.retry_changed = retry_changed;
+    }
+
+    /// Files that changed while they were read, to be sent again; from now on, one that does so once more is a failure
+    /// unless `retry`.
+    pub(super) fn take_changed(&mut self, retry: bool) -> Vec<(String, String)> {
+        self.living.retry_changed = retry;
+        std::mem::take(&mut self.living.again)
+    }
+
+    /// The end shall also say what a mirror counts.
+    pub(super) fn mirrored(&mut self) -> &mut Mirrored {
+        self.mirror.get_or_insert_default()
+    }
+
+    /// Something that the source does not have is gone, or would be in a dry run.
+    pub(super) fn deleted(&mut self, path: &str, what: Thing) {
+        self.failures.tell();
+        self.mirrored().deleted += 1;
+        let status = if self.dry { "planned" } else { "ok" };
+        self.json(&Line::Deleted {
+            status,
+            path,
+            kind: what.word(),
+        });
+        let mark = if what == Thing::Dir { "/" } else { "" };
+        let path = output::printable(path);
+        let did = if self.dry { "would delete" } else { "deleted" };
+        if self.dry {
+            self.line(&format!("{did} {path}{mark}"));
+        } else {
+            self.file_line(&format!("{did} {path}{mark}"));
+        }
+    }
+
+    /// Nothing is done to anything in this run.
+    pub(super) fn dry(&mut self) {
+        self.dry = true;
     }
 
     /// What the end shall say is kept to be resumed.
@@ -409,7 +483,7 @@ impl Report {
         }
     }
 
-    fn note(&mut self, note: Note) {
+    pub(super) fn note(&mut self, note: Note) {
         match note {
             Note::Made {
                 path,
@@ -423,7 +497,80 @@ impl Report {
                 source,
                 error,
             } => self.failed(&path, &source, &error),
+            Note::Vanished { path, source } => {
+                let gone = io::Error::from(io::ErrorKind::NotFound);
+                let error = TransferError::Source {
+                    path: source.clone().into(),
+                    source: gone,
+                };
+                self.failed(&path, &source, &error.into());
+            }
+            Note::Special { source } => {
+                let source = output::printable(&source);
+                if !self.quiet {
+                    let text = format!("left out, no file, directory or link: {source}");
+                    self.console.line(&text);
+                }
+            }
         }
+    }
+
+    /// Whether a file that failed did so because somebody else works on it, and is no failure, or none yet. Counts it.
+    fn excused(&mut self, path: &str, source: &str, error: &anyhow::Error) -> bool {
+        let living = &mut self.living;
+        let status = match error.downcast_ref::<TransferError>() {
+            Some(TransferError::Source { source: cause, .. })
+                if cause.kind() == io::ErrorKind::NotFound =>
+            {
+                living.vanished += 1;
+                if !living.skip_vanished {
+                    living.vanished_failed += 1;
+                    return false;
+                }
+                "vanished"
+            }
+            Some(
+                TransferError::SourceChanged { .. }
+                | TransferError::Mismatch
+                | TransferError::Refused {
+                    code: Code::SourceChanged,
+                    ..
+                },
+            ) => {
+                if !living.retry_changed {
+                    living.changed += 1;
+                    return false;
+                }
+                living.again.push((path.to_owned(), source.to_owned()));
+                "changed"
+            }
+            _ => return false,
+        };
+        self.json(&Line::File {
+            status,
+            path,
+            source,
+            kind: None,
+            bytes: None,
+            hash: None,
+            sent: None,
+            resumed: None,
+            same: None,
+            skipped: None,
+            sync: None,
+            secs: None,
+            error_kind: None,
+            error: None,
+        });
+        if !self.quiet {
+            let did = match status {
+                "vanished" => "is gone by now",
+                _ => "changed while it was read, and is tried again",
+            };
+            let source = output::printable(source);
+            self.console.line(&format!("{source} {did}"));
+        }
+        true
     }
 
     /// Whether there was nothing to do.
@@ -510,6 +657,9 @@ impl Report {
 
     /// A file failed.
     pub(super) fn failed(&mut self, path: &str, source: &str, error: &anyhow::Error) {
+        if self.excused(path, source, error) {
+            return;
+        }
         let explained = Explained::of(error);
         tracing::info!(path, error = explained.text, "not {}", self.did);
         self.json(&Line::File {
@@ -686,7 +836,8 @@ impl Report {
             }
             Ok(()) => {
                 let total = self.stored + self.others + self.failures.count();
-                self.failures.verdict(total, self.did, Some(AGAIN))
+                let verdict = self.failures.verdict(total, self.did, Some(AGAIN));
+                verdict.map_err(|error| self.moving(error))
             }
         };
         let secs = elapsed.as_secs_f64();
@@ -701,6 +852,10 @@ impl Report {
                 exit: kind.map_or(0, Kind::code),
                 files: self.stored,
                 failed: self.failures.count(),
+                changed: Some(self.living.changed),
+                vanished: Some(self.living.vanished),
+                unchanged: self.mirror.as_ref().map(|mirror| mirror.unchanged),
+                deleted: self.mirror.as_ref().map(|mirror| mirror.deleted),
                 bytes: self.bytes,
                 sent: self.sent,
                 secs,
@@ -712,7 +867,7 @@ impl Report {
                     .and_then(|explained| explained.hint.as_deref()),
             });
         }
-        if self.stored > 0 && !self.quiet {
+        if (self.stored > 0 || self.mirror.is_some()) && !self.quiet {
             self.console.line(&self.summary(secs, rate));
         }
         result?;
@@ -720,6 +875,21 @@ impl Report {
             Some(error) => Err(error).context("cannot write to standard output"),
             None => Ok(()),
         }
+    }
+
+    /// An exit code of its own, where nothing failed but files that somebody else worked on.
+    fn moving(&self, error: anyhow::Error) -> anyhow::Error {
+        let moving = self.living.changed + self.living.vanished_failed;
+        if moving < self.failures.count() || self.mirror.is_none() {
+            return error;
+        }
+        let files = if moving == 1 { "file" } else { "files" };
+        Failure::new(
+            Kind::Moving,
+            format!("{moving} {files} changed or vanished while being read; all others were {}", self.did),
+        )
+        .hint("run it again when nothing writes there, or pass over vanished ones with --vanished skip")
+        .into()
     }
 
     fn tell_left(&mut self) {
@@ -752,7 +922,16 @@ impl Report {
             let count = self.stored - self.same - self.skipped;
             let files = if count == 1 { "file" } else { "files" };
             let bytes = size(self.moved as f64);
-            return format!("{count} {files}, {bytes} would be sent{}", self.unsent());
+            let deleted = match &self.mirror {
+                Some(mirror) if mirror.deleted > 0 => {
+                    format!(", {} would be deleted", mirror.deleted)
+                }
+                _ => String::new(),
+            };
+            return format!(
+                "{count} {files}, {bytes} would be sent{deleted}{}",
+                self.unsent()
+            );
         }
         let mut summary = format!(
             "{} {files}, {} in {secs:.2} s",
@@ -764,6 +943,18 @@ impl Report {
         }
         if self.resumed > 0 {
             summary.push_str(&format!(", {} resumed", size(self.resumed as f64)));
+        }
+        if let Some(mirror) = &self.mirror {
+            if mirror.deleted > 0 {
+                summary.push_str(&format!(", {} deleted", mirror.deleted));
+            }
+            summary.push_str(&format!(", {} unchanged", mirror.unchanged));
+        }
+        if self.living.vanished > 0 {
+            summary.push_str(&format!(", {} vanished", self.living.vanished));
+        }
+        if self.living.changed > 0 {
+            summary.push_str(&format!(", {} changed meanwhile", self.living.changed));
         }
         summary + &self.unsent()
     }

@@ -1,13 +1,14 @@
 //! Runs the binaries in directories of their own: every wait is bounded, every process ends with its handle.
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
-use std::fs;
+use std::collections::BTreeMap;
+use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Read, Write as _};
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -437,4 +438,102 @@ pub(crate) fn assert_error(stderr: &str) {
         !stderr.contains("backtrace") && !stderr.contains("panicked"),
         "{stderr}"
     );
+}
+
+/// What there is at a path: content or target, mode, modification time.
+pub(crate) type Tree = BTreeMap<String, (Vec<u8>, u32, i64, i64)>;
+
+/// Everything below a directory, but for what udpack keeps for itself.
+pub(crate) fn tree(root: &Path) -> Tree {
+    let mut all = Tree::new();
+    let mut dirs = vec![root.to_owned()];
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(&dir).expect("a directory") {
+            let path = entry.expect("an entry").path();
+            let name = path.strip_prefix(root).expect("below");
+            let name = udpack_transfer::names::from_os(name.as_os_str()).into_owned();
+            if name == ".udpack" {
+                continue;
+            }
+            let metadata = fs::symlink_metadata(&path).expect("metadata");
+            let content = if metadata.is_dir() {
+                dirs.push(path);
+                b"dir".to_vec()
+            } else if metadata.is_symlink() {
+                fs::read_link(&path)
+                    .expect("a link")
+                    .into_os_string()
+                    .into_encoded_bytes()
+            } else {
+                fs::read(&path).expect("a file")
+            };
+            // The times of a link itself do not travel.
+            let time = match metadata.is_symlink() {
+                true => (0, 0),
+                false => (metadata.mtime(), metadata.mtime_nsec()),
+            };
+            let stat = (content, metadata.mode() & 0o777, time.0, time.1);
+            all.insert(name, stat);
+        }
+    }
+    all
+}
+
+pub(crate) fn write(path: &Path, content: &[u8]) {
+    fs::create_dir_all(path.parent().expect("a parent")).expect("mkdir");
+    fs::write(path, content).expect("write");
+}
+
+/// Gives a file or directory a mode and a time of its own.
+pub(crate) fn age(path: &Path, mode: u32, secs: u64, nanos: u32) {
+    let file = File::open(path).expect("open");
+    file.set_modified(UNIX_EPOCH + Duration::new(secs, nanos))
+        .expect("a time");
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("a mode");
+}
+
+/// Names that are hard on quoting, encodings and limits; empty files and directories; files of all sizes.
+pub(crate) fn odd_tree(root: &Path) {
+    let long = format!("{}.bin", "n".repeat(196));
+    let wide = "\u{65e5}".repeat(66);
+    let deep = ["deep"; 28].join("/");
+    let files = [
+        "plain".to_owned(),
+        "with  spaces in it.txt".to_owned(),
+        "it's \"quoted\" $(not run) `nor this` & that; 100 %".to_owned(),
+        "\u{e9}t\u{e9}/gr\u{fc}\u{df}e/\u{65e5}\u{672c}\u{8a9e} \u{1f40c}.txt".to_owned(),
+        "a*b[c]?{d}".to_owned(),
+        "tilde~ #hash @at +plus =eq ,comma".to_owned(),
+        format!("dir/{long}"),
+        wide,
+        format!("{deep}/leaf"),
+        "dir/empty file".to_owned(),
+        "UPPER".to_owned(),
+        "upper".to_owned(),
+    ];
+    for (number, name) in files.iter().enumerate() {
+        let len = match number {
+            9 => 0,
+            0 => 3 << 20,
+            number => number * number * 7919,
+        };
+        write(
+            &root.join(name),
+            &bytes(len, u8::try_from(number).expect("few")),
+        );
+    }
+    fs::create_dir_all(root.join("nothing in here/nor here")).expect("mkdir");
+    for (number, name) in files.iter().enumerate() {
+        let number = u32::try_from(number).expect("few");
+        let mode = [0o644, 0o600, 0o755, 0o440][number as usize % 4];
+        age(
+            &root.join(name),
+            mode,
+            1_000_000_000 + u64::from(number) * 86_400,
+            number * 1_000_003,
+        );
+    }
+    for (secs, name) in [(1, "dir"), (1_234_567_890, "nothing in here"), (5, &*deep)] {
+        age(&root.join(name), 0o750, secs, 500_000_000);
+    }
 }

@@ -1,0 +1,724 @@
+//! `sync`: makes one directory what another one is, in either direction.
+//!
+//! Both trees are listed in one order and compared entry by entry while what differs is already on its way. What only
+//! the copy has is deleted when all of that has arrived, and nothing if something has not.
+
+mod compare;
+mod tree;
+
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+use udpack_transfer::{
+    Code, Downloader, Entry, Event, Exclude, Found, IfExists, Kind as EntryKind, Limiter, Link,
+    RelPath, Remote, Source, Store, Time, TransferError, Uploader, Wanted, What, apply_entry,
+    names,
+};
+
+use self::compare::{Checksum, Comparison, Planned, Shown, Step};
+use self::tree::{Item, Side, join};
+use super::get::Place;
+use super::remote::remote_path;
+use super::report::{Beside, Fate, Note, Origin, Origins, Report, Thing, Transfer};
+use super::umask;
+use super::verify::existing;
+use crate::args::{ChangedArg, SyncArgs, VanishedArg};
+use crate::exit::{Failure, Kind};
+use crate::logging::Console;
+use crate::progress::Meter;
+use crate::signals::Interrupts;
+use crate::target::{Target, retry};
+
+/// How often a file is sent that changes each time it is read.
+const TRIES: usize = 3;
+/// Entries deleted side by side.
+const DELETES: usize = 16;
+/// Steps known ahead of what is being transferred.
+const AHEAD: usize = 256;
+/// How long what is under way may take to be put aside.
+const CLOSING: Duration = Duration::from_secs(10);
+
+pub(super) async fn run(
+    args: SyncArgs,
+    console: &Console,
+    interrupts: Interrupts,
+) -> anyhow::Result<()> {
+    let mut report = Report::new(console, args.show.json, &args.log, "stored");
+    report.mirrored();
+    report.living(
+        args.vanished == VanishedArg::Skip,
+        args.changed == ChangedArg::Retry,
+    );
+    let result = sync(&args, console, interrupts, &mut report).await;
+    report.finish(result)
+}
+
+/// From where to where.
+#[derive(Debug)]
+struct Way {
+    up: bool,
+    /// The directory here.
+    dir: PathBuf,
+    /// The one at the server; `None` is its root.
+    root: Option<RelPath>,
+}
+
+impl Way {
+    fn of(args: &SyncArgs) -> anyhow::Result<Self> {
+        let at_server = |path: &Path| {
+            let path = path.as_os_str().as_bytes().strip_prefix(b":")?;
+            Some(names::from_bytes(path).into_owned())
+        };
+        let (up, dir, root) = match (at_server(&args.source), at_server(&args.copy)) {
+            (None, Some(root)) => (true, &args.source, root),
+            (Some(root), None) => (false, &args.copy, root),
+            (Some(_), Some(_)) | (None, None) => {
+                let text = "one of FROM and TO is at the server, and only one";
+                return Err(Failure::new(Kind::Usage, text)
+                    .hint("name that one with a colon before it: sync work :backup/work")
+                    .into());
+            }
+        };
+        let (dir, root) = (dir.clone(), remote_path(&root)?);
+        if up && !dir.is_dir() {
+            let text = format!("not a directory: {}", dir.display());
+            return Err(Failure::new(Kind::LocalFile, text)
+                .hint("a single file is sent with `put --if-exists overwrite`")
+                .into());
+        }
+        Ok(Self { up, dir, root })
+    }
+
+    /// The directory at the server, as names begin.
+    fn prefix(&self) -> &str {
+        self.root.as_ref().map_or("", RelPath::as_str)
+    }
+}
+
+async fn sync(
+    args: &SyncArgs,
+    console: &Console,
+    mut interrupts: Interrupts,
+    report: &mut Report,
+) -> anyhow::Result<()> {
+    let way = Way::of(args)?;
+    let target = Target::find(&args.connect)?;
+    let tries = retry(args.retries);
+    if args.dry_run {
+        report.dry();
+        let work = async |link: Link| dry(args, console, &link, &way, report).await;
+        return target.run_link_aloud(tries, &mut interrupts, work).await;
+    }
+    report.start(&target.address(), None);
+    let mut opened = None;
+    let result = target
+        .run_link(tries, &mut interrupts, async |link| {
+            let comparing = Comparing::start(args, &Remote::new(&link), &way).await?;
+            if !way.up {
+                let place = Place {
+                    dir: way.dir.clone(),
+                    name: None,
+                };
+                opened = Some(place.open(IfExists::Overwrite).await?);
+            }
+            let mirror = Mirror {
+                args,
+                console,
+                link,
+                way: &way,
+                store: opened.clone(),
+            };
+            mirror.run(comparing, report).await
+        })
+        .await;
+    if let Some(store) = opened {
+        let left = store.close(CLOSING).await;
+        if left.uploads > 0 {
+            report.left(&way.dir.join(".udpack"), left);
+        }
+    }
+    result
+}
+
+/// Two trees that are being compared.
+#[derive(Debug)]
+struct Comparing {
+    steps: mpsc::Receiver<Step>,
+    notes: mpsc::Receiver<Note>,
+    task: JoinSet<Planned>,
+}
+
+impl Comparing {
+    async fn start(args: &SyncArgs, remote: &Remote, way: &Way) -> anyhow::Result<Self> {
+        let there = match existing(remote.stat(way.root.as_ref()).await)? {
+            Some(entry) if entry.kind != EntryKind::Dir => {
+                let text = format!("{} is no directory at the server", way.prefix());
+                return Err(Failure::new(Kind::Policy, text).into());
+            }
+            there => there.is_some(),
+        };
+        if !there && !way.up {
+            let text = format!("no such directory at the server: {}", way.prefix());
+            return Err(Failure::new(Kind::NotFound, text)
+                .hint("see what is there with `udpack-client ls`")
+                .into());
+        }
+        let exclude: Exclude = args.tree.exclude.iter().cloned().collect();
+        let depth = way.prefix().split('/').filter(|name| !name.is_empty());
+        let depth = if way.up { depth.count() } else { 0 };
+        let follow = way.up && !args.tree.links;
+        let here = match way.up || way.dir.exists() {
+            true => Side::local(&way.dir, depth, &exclude, follow),
+            false => Side::Empty,
+        };
+        let there = match there {
+            true => Side::remote(remote, way.root.as_ref(), &exclude),
+            false => Side::Empty,
+        };
+        let (first, second) = if way.up { (here, there) } else { (there, here) };
+        let (steps, taken) = mpsc::channel(AHEAD);
+        let (notes, noted) = mpsc::channel(AHEAD);
+        let comparison = Comparison {
+            steps,
+            notes,
+            delete: args.delete,
+            checksum: args.checksum.then(|| Checksum {
+                remote: remote.clone(),
+                root: way.prefix().to_owned(),
+                local: way.dir.clone(),
+            }),
+            source: match way.up {
+                true => Shown::Local(way.dir.clone()),
+                false => Shown::Remote(way.prefix().to_owned()),
+            },
+        };
+        let mut task = JoinSet::new();
+        task.spawn(comparison.run(first, second));
+        Ok(Self {
+            steps: taken,
+            notes: noted,
+            task,
+        })
+    }
+}
+
+async fn planned(mut task: JoinSet<Planned>) -> anyhow::Result<Planned> {
+    let planned = task.join_next().await;
+    planned
+        .and_then(Result::ok)
+        .context("comparing the directories failed")
+}
+
+/// Whether what only the copy has may be deleted; an error where that is more than was allowed.
+fn may_delete(
+    args: &SyncArgs,
+    console: &Console,
+    planned: &Planned,
+    report: &Report,
+) -> anyhow::Result<bool> {
+    let count = planned.deletes.len();
+    if count == 0 {
+        return Ok(true);
+    }
+    if planned.failed || !report.all_stored() {
+        console.line("nothing is deleted, because not everything was read and stored");
+        return Ok(false);
+    }
+    let most = args.max_delete.unwrap_or(usize::MAX);
+    if planned.too_many || count > most {
+        let text = match planned.too_many {
+            true => format!("more than {count} entries would be deleted: nothing was"),
+            false => format!(
+                "{count} entries would be deleted, more than --max-delete {most}: nothing was"
+            ),
+        };
+        return Err(Failure::new(Kind::Policy, text)
+            .hint("list them with -n, without --max-delete")
+            .into());
+    }
+    Ok(true)
+}
+
+/// Lists what a run would do.
+async fn dry(
+    args: &SyncArgs,
+    console: &Console,
+    link: &Link,
+    way: &Way,
+    report: &mut Report,
+) -> anyhow::Result<()> {
+    let comparing = Comparing::start(args, &Remote::new(link), way).await?;
+    let Comparing {
+        mut steps,
+        mut notes,
+        task,
+    } = comparing;
+    let (mut more_steps, mut more_notes) = (true, true);
+    while more_steps || more_notes {
+        tokio::select! {
+            step = steps.recv(), if more_steps => match step {
+                Some(step) => tell(way, report, &step),
+                None => more_steps = false,
+            },
+            note = notes.recv(), if more_notes => match note {
+                Some(note) => report.note(note),
+                None => more_notes = false,
+            },
+        }
+    }
+    let planned = planned(task).await?;
+    report.mirrored().unchanged = planned.unchanged;
+    let verdict = may_delete(args, console, &planned, report);
+    if let Ok(true) = verdict {
+        for item in in_order(planned.deletes).into_iter().flatten() {
+            let path = copy_name(way, &item.rel);
+            report.deleted(&path, thing(&item.entry));
+        }
+        for step in &planned.late {
+            tell(way, report, step);
+        }
+    }
+    verdict.map(drop)
+}
+
+fn tell(way: &Way, report: &mut Report, step: &Step) {
+    let (Step::File(item) | Step::Other(item)) = step;
+    let size = match item.entry.kind {
+        EntryKind::File => Some(item.entry.size),
+        _ => None,
+    };
+    let (path, source) = (copy_name(way, &item.rel), source_name(way, &item.rel));
+    report.planned(&path, &source, thing(&item.entry), size, Ok(Fate::Send));
+}
+
+/// The name of an entry at the side of the copy.
+fn copy_name(way: &Way, rel: &str) -> String {
+    match way.up {
+        true => join(way.prefix(), rel),
+        false => rel.to_owned(),
+    }
+}
+
+/// The name of an entry at the side that is copied.
+fn source_name(way: &Way, rel: &str) -> String {
+    match way.up {
+        true => way.dir.join(names::os(rel)).display().to_string(),
+        false => join(way.prefix(), rel),
+    }
+}
+
+fn thing(entry: &Entry) -> Thing {
+    match entry.kind {
+        EntryKind::Dir => Thing::Dir,
+        EntryKind::Link => Thing::Link,
+        EntryKind::File | EntryKind::Other => Thing::File,
+    }
+}
+
+/// What is to be deleted, group after group: no directories first, then these, the deepest first.
+fn in_order(deletes: Vec<Item>) -> Vec<Vec<Item>> {
+    let (dirs, others): (Vec<_>, Vec<_>) = deletes
+        .into_iter()
+        .partition(|item| item.entry.kind == EntryKind::Dir);
+    let mut groups = vec![others];
+    let mut levels: Vec<Vec<Item>> = Vec::new();
+    for dir in dirs {
+        let depth = dir.rel.matches('/').count();
+        if levels.len() <= depth {
+            levels.resize_with(depth + 1, Vec::new);
+        }
+        if let Some(level) = levels.get_mut(depth) {
+            level.push(dir);
+        }
+    }
+    groups.extend(levels.into_iter().rev());
+    groups
+}
+
+/// One run that changes something.
+struct Mirror<'a> {
+    args: &'a SyncArgs,
+    console: &'a Console,
+    link: Link,
+    way: &'a Way,
+    /// The directory here, where it is the copy.
+    store: Option<Store>,
+}
+
+impl Mirror<'_> {
+    async fn run(&self, comparing: Comparing, report: &mut Report) -> anyhow::Result<()> {
+        let Comparing { steps, notes, task } = comparing;
+        self.transfer(steps, Some(notes), report).await;
+        for round in 1..TRIES {
+            let again = report.take_changed(round + 1 < TRIES);
+            if again.is_empty() {
+                break;
+            }
+            let again = again.iter().map(|(path, _)| self.again(path)).collect();
+            self.transfer(each(again), None, report).await;
+        }
+        let mut planned = planned(task).await?;
+        report.mirrored().unchanged = planned.unchanged;
+        let verdict = may_delete(self.args, self.console, &planned, report);
+        if let Ok(true) = verdict {
+            for group in in_order(std::mem::take(&mut planned.deletes)) {
+                self.delete(group, report).await;
+            }
+            let late = std::mem::take(&mut planned.late);
+            if !late.is_empty() {
+                self.transfer(each(late), None, report).await;
+            }
+        }
+        self.touch(planned.touches, report).await;
+        verdict.map(drop)
+    }
+
+    /// A file once more, by its name at the side of the copy.
+    fn again(&self, path: &str) -> Step {
+        let rel = match (self.way.up, self.way.prefix()) {
+            (true, prefix) if !prefix.is_empty() => {
+                path.get(prefix.len() + 1..).unwrap_or_default()
+            }
+            _ => path,
+        };
+        let local = self.way.dir.join(names::os(rel));
+        let size = match self.way.up {
+            true => std::fs::metadata(local).map_or(0, |metadata| metadata.len()),
+            false => 0,
+        };
+        let entry = Entry {
+            path: rel.to_owned(),
+            kind: EntryKind::File,
+            size,
+            mtime: Time { secs: 0, nanos: 0 },
+            mode: 0,
+            target: None,
+            unread: false,
+        };
+        let item = Item {
+            rel: rel.to_owned(),
+            entry,
+            dirs: Arc::default(),
+        };
+        Step::File(item)
+    }
+
+    /// Carries out steps until there are no more, and reports what becomes of each.
+    async fn transfer(
+        &self,
+        steps: mpsc::Receiver<Step>,
+        notes: Option<mpsc::Receiver<Note>>,
+        report: &mut Report,
+    ) {
+        let (show, quiet) = (&self.args.show, self.args.log.quiet);
+        let mut meter = Meter::new(show.progress, quiet, self.console);
+        let origins = Origins::default();
+        match &self.store {
+            None => {
+                let transfer = Transfer::Up(self.uploader().put(self.sources(steps, &origins)));
+                let beside = notes.map(|notes| Beside {
+                    notes,
+                    over: oneshot::channel().0,
+                });
+                report.follow(transfer, beside, &origins, &mut meter).await;
+            }
+            Some(store) => {
+                let (tell, told) = mpsc::channel(AHEAD);
+                let (wanted, mut listed) = mpsc::channel(AHEAD);
+                let (root, store) = (self.way.prefix().to_owned(), store.clone());
+                let mut making = JoinSet::new();
+                if let Some(notes) = notes {
+                    making.spawn(pass_on(notes, tell.clone()));
+                }
+                making.spawn(make(store, root, steps, wanted, tell));
+                let known = origins.clone();
+                let mut index = 0;
+                let wanted = std::iter::from_fn(move || {
+                    let wanted: Wanted = listed.blocking_recv()?;
+                    let shown = wanted.remote.as_str().to_owned();
+                    let what = Thing::File;
+                    known.insert(index, Origin { shown, what });
+                    index += 1;
+                    Some(wanted)
+                });
+                let Some(downloader) = self.downloader() else {
+                    return;
+                };
+                let transfer = Transfer::Down(downloader.get(wanted));
+                let beside = Some(Beside {
+                    notes: told,
+                    over: oneshot::channel().0,
+                });
+                report.follow(transfer, beside, &origins, &mut meter).await;
+            }
+        }
+    }
+
+    fn uploader(&self) -> Uploader {
+        let mut uploader = Uploader::new(&self.link)
+            .if_exists(IfExists::Overwrite)
+            .preserve(true)
+            .umask(Some(umask()));
+        if let Some(jobs) = self.args.jobs {
+            uploader = uploader.lanes(jobs.into());
+        }
+        if let Some(rate) = self.args.bwlimit.up {
+            uploader = uploader.limit(Limiter::new(rate));
+        }
+        uploader
+    }
+
+    fn downloader(&self) -> Option<Downloader> {
+        let mut downloader = Downloader::new(&self.link, self.store.clone()?)
+            .if_exists(IfExists::Overwrite)
+            .preserve(true)
+            .umask(Some(umask()));
+        if let Some(jobs) = self.args.jobs {
+            downloader = downloader.lanes(jobs.into());
+        }
+        if let Some(rate) = self.args.bwlimit.down {
+            downloader = downloader.limit(Limiter::new(rate));
+        }
+        Some(downloader)
+    }
+
+    /// What is to be sent, step by step.
+    fn sources(
+        &self,
+        mut steps: mpsc::Receiver<Step>,
+        origins: &Origins,
+    ) -> impl Iterator<Item = Source> + Send + use<> {
+        let (dir, prefix) = (self.way.dir.clone(), self.way.prefix().to_owned());
+        let origins = origins.clone();
+        std::iter::from_fn(move || steps.blocking_recv())
+            .enumerate()
+            .map(move |(index, step)| {
+                let (Step::File(item) | Step::Other(item)) = step;
+                let what = thing(&item.entry);
+                let found = found(&dir, &prefix, item);
+                let shown = found.local.display().to_string();
+                origins.insert(index, Origin { shown, what });
+                Source::from(found)
+            })
+    }
+
+    /// Deletes what the other side has not, side by side.
+    async fn delete(&self, group: Vec<Item>, report: &mut Report) {
+        let remote = Remote::new(&self.link);
+        let mut left = group.into_iter();
+        let mut running = JoinSet::new();
+        loop {
+            while running.len() < DELETES
+                && let Some(item) = left.next()
+            {
+                let path = copy_name(self.way, &item.rel);
+                let (remote, store) = (remote.clone(), self.store.clone());
+                running.spawn(async move {
+                    let removed = remove(&remote, store, &path).await;
+                    (item, path, removed)
+                });
+            }
+            let Some(done) = running.join_next().await else {
+                return;
+            };
+            let Ok((item, path, removed)) = done else {
+                continue;
+            };
+            match removed {
+                Ok(true) => report.deleted(&path, thing(&item.entry)),
+                Ok(false) => {}
+                Err(error) => report.failed(&path, &path, &error),
+            }
+        }
+    }
+
+    /// Gives directories their times and modes, which what was stored in them or deleted has changed.
+    async fn touch(&self, touches: Vec<Item>, report: &mut Report) {
+        if touches.is_empty() {
+            return;
+        }
+        if let Some(store) = self.store.clone() {
+            let root = self.way.prefix().to_owned();
+            let failed = tokio::task::spawn_blocking(move || {
+                let mut failed = Vec::new();
+                for Item { rel, entry, .. } in touches {
+                    let Ok(local) = rel.parse::<RelPath>() else {
+                        continue;
+                    };
+                    let policy = IfExists::Overwrite;
+                    if let Err(error) = apply_entry(&store, &entry, &local, policy, true, None) {
+                        let source = join(&root, &rel);
+                        let (path, error) = (rel, error.into());
+                        failed.push(Note::Failed {
+                            path,
+                            source,
+                            error,
+                        });
+                    }
+                }
+                failed
+            });
+            for note in failed.await.unwrap_or_default() {
+                report.note(note);
+            }
+            return;
+        }
+        let (dir, prefix) = (self.way.dir.clone(), self.way.prefix().to_owned());
+        let sources = touches
+            .into_iter()
+            .map(move |item| Source::from(found(&dir, &prefix, item)));
+        let mut upload = self.uploader().put(sources);
+        while let Some(event) = upload.next().await {
+            if let Event::Failed { path, error, .. } = event {
+                let (source, error) = (path.clone(), error.into());
+                report.note(Note::Failed {
+                    path,
+                    source,
+                    error,
+                });
+            }
+        }
+    }
+}
+
+/// An entry here as what is to be sent.
+fn found(dir: &Path, prefix: &str, item: Item) -> Found {
+    let Item { rel, entry, dirs } = item;
+    let (local, remote) = (dir.join(names::os(&rel)), join(prefix, &rel));
+    let what = match (remote.parse::<RelPath>(), entry.kind, entry.target) {
+        (Ok(remote), EntryKind::Dir, _) => What::Dir { remote },
+        (Ok(remote), EntryKind::Link, Some(target)) => What::Link { remote, target },
+        (Ok(remote), ..) => What::File {
+            remote,
+            size: entry.size,
+        },
+        (Err(error), ..) => What::Failed(TransferError::Name {
+            path: local.clone(),
+            reason: error.to_string(),
+        }),
+    };
+    Found {
+        local,
+        remote,
+        what,
+        dirs,
+    }
+}
+
+/// These steps, one after the other.
+fn each(steps: Vec<Step>) -> mpsc::Receiver<Step> {
+    let (send, taken) = mpsc::channel(AHEAD);
+    tokio::spawn(async move {
+        for step in steps {
+            if send.send(step).await.is_err() {
+                return;
+            }
+        }
+    });
+    taken
+}
+
+async fn pass_on(mut notes: mpsc::Receiver<Note>, tell: mpsc::Sender<Note>) {
+    while let Some(note) = notes.recv().await {
+        if tell.send(note).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Makes directories and links here, and hands on which files are wanted.
+async fn make(
+    store: Store,
+    root: String,
+    mut steps: mpsc::Receiver<Step>,
+    wanted: mpsc::Sender<Wanted>,
+    tell: mpsc::Sender<Note>,
+) {
+    let umask = umask();
+    while let Some(step) = steps.recv().await {
+        let (Step::File(item) | Step::Other(item)) = step;
+        let source = join(&root, &item.rel);
+        let failed = |error| Note::Failed {
+            path: item.rel.clone(),
+            source: source.clone(),
+            error,
+        };
+        let (remote, local) = match (source.parse::<RelPath>(), item.rel.parse::<RelPath>()) {
+            (Ok(remote), Ok(local)) => (remote, local),
+            (Err(error), _) | (_, Err(error)) => {
+                if tell.send(failed(error.into())).await.is_err() {
+                    return;
+                }
+                continue;
+            }
+        };
+        if item.entry.kind == EntryKind::File {
+            let size = Some(item.entry.size).filter(|size| *size > 0);
+            let file = Wanted {
+                remote,
+                local,
+                size,
+            };
+            if wanted.send(file).await.is_err() {
+                return;
+            }
+            continue;
+        }
+        let (store, entry) = (store.clone(), item.entry.clone());
+        let made = tokio::task::spawn_blocking(move || {
+            apply_entry(
+                &store,
+                &entry,
+                &local,
+                IfExists::Overwrite,
+                false,
+                Some(umask),
+            )
+        });
+        let note = match made.await {
+            Ok(Ok(placed)) => Note::Made {
+                path: item.rel.clone(),
+                source: source.clone(),
+                what: thing(&item.entry),
+                same: placed.same,
+            },
+            Ok(Err(error)) => failed(error.into()),
+            Err(_) => return,
+        };
+        if tell.send(note).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Removes one entry of the copy; `false` where it is gone already, or a directory with something in it that stays.
+async fn remove(remote: &Remote, store: Option<Store>, path: &str) -> anyhow::Result<bool> {
+    let name: RelPath = path.parse()?;
+    let removed = match store {
+        None => remote.remove(&name, false).await.map(drop),
+        Some(store) => tokio::task::spawn_blocking(move || store.remove(&name, false))
+            .await
+            .context("deleting failed")?
+            .map(drop)
+            .map_err(|error| TransferError::Store(Arc::new(error))),
+    };
+    let code = match &removed {
+        Ok(()) => return Ok(true),
+        Err(TransferError::Refused { code, .. }) => Some(*code),
+        Err(TransferError::Store(error)) => Some(error.refusal()),
+        Err(_) => None,
+    };
+    match code {
+        Some(Code::NotFound) => Ok(false),
+        Some(Code::NotEmpty) => {
+            tracing::info!(path, "something is in it that stays");
+            Ok(false)
+        }
+        _ => removed.map(|()| true).map_err(Into::into),
+    }
+}

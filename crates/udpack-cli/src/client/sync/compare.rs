@@ -1,0 +1,382 @@
+//! Compares two trees entry by entry, and says what has to be done for the second to become the first.
+
+use std::cmp::Ordering;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering as Atomic};
+
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinSet;
+use udpack_transfer::{Entry, Kind as EntryKind, RelPath, Remote};
+
+use super::tree::{Item, Next, Side, is_in, join, order, parent};
+use crate::client::report::Note;
+use crate::client::verify::{existing, hash};
+
+/// Most entries that one run deletes: their names are kept until everything has arrived.
+const DELETES: usize = 1 << 20;
+/// Files that are hashed at once.
+const HASHES: usize = 4;
+
+/// One thing to do.
+#[derive(Debug)]
+pub(super) enum Step {
+    /// A file is to be transferred.
+    File(Item),
+    /// A directory or a link is to be made.
+    Other(Item),
+}
+
+/// What the comparison leaves for later.
+#[derive(Debug, Default)]
+pub(super) struct Planned {
+    /// What only the second tree has, each directory before what is in it.
+    pub(super) deletes: Vec<Item>,
+    /// There is more of that than one run may delete.
+    pub(super) too_many: bool,
+    /// What can be done only once something has been deleted that is in the way.
+    pub(super) late: Vec<Step>,
+    /// Directories whose time or mode is another one, or is going to be, those in a directory before it.
+    pub(super) touches: Vec<Item>,
+    pub(super) unchanged: usize,
+    /// Not all of both trees was read.
+    pub(super) failed: bool,
+}
+
+/// How to compare.
+#[derive(Debug)]
+pub(super) struct Comparison {
+    pub(super) steps: mpsc::Sender<Step>,
+    pub(super) notes: mpsc::Sender<Note>,
+    pub(super) delete: bool,
+    /// How to read files of one size at both sides; without it, size and time say whether they are the same.
+    pub(super) checksum: Option<Checksum>,
+    /// Paths of the first tree at its side begin so.
+    pub(super) source: Shown,
+}
+
+/// How paths of the first tree are shown.
+#[derive(Debug, Clone)]
+pub(super) enum Shown {
+    Local(PathBuf),
+    Remote(String),
+}
+
+impl Shown {
+    pub(super) fn of(&self, rel: &str) -> String {
+        match self {
+            Self::Local(dir) => dir
+                .join(udpack_transfer::names::os(rel))
+                .display()
+                .to_string(),
+            Self::Remote(root) => join(root, rel),
+        }
+    }
+}
+
+/// Where the bytes of both sides are.
+#[derive(Debug, Clone)]
+pub(super) struct Checksum {
+    pub(super) remote: Remote,
+    pub(super) root: String,
+    pub(super) local: PathBuf,
+}
+
+impl Checksum {
+    /// Whether both have the same bytes under this name; `None` where one has none any more.
+    async fn same(&self, rel: &str) -> anyhow::Result<bool> {
+        let local = self.local.join(udpack_transfer::names::os(rel));
+        let path: RelPath = join(&self.root, rel).parse()?;
+        let ours = tokio::task::spawn_blocking(move || hash(&local));
+        let (ours, theirs) = tokio::join!(ours, self.remote.hash(&path));
+        // What cannot be read here shows when it is transferred.
+        let ours = ours.ok().and_then(Result::ok);
+        Ok(ours.is_some() && existing(theirs)? == ours)
+    }
+}
+
+/// The state of a comparison.
+struct Run {
+    comparison: Comparison,
+    planned: Planned,
+    /// The directories of the first tree on the way to what is compared, and whether something in each is changed.
+    open: Vec<(Item, bool)>,
+    /// Of the second tree, those that are to be deleted: where they are in the list.
+    doomed: Vec<usize>,
+    /// What only a deletion makes room for.
+    blocked: Option<String>,
+    hashing: JoinSet<bool>,
+    turns: Arc<Semaphore>,
+    unchanged: Arc<AtomicUsize>,
+}
+
+impl Comparison {
+    /// Compares all of both. Memory grows with what is to be deleted and with directories that change, not with what is
+    /// compared.
+    pub(super) async fn run(self, first: Side, second: Side) -> Planned {
+        let mut run = Run {
+            comparison: self,
+            planned: Planned::default(),
+            open: Vec::new(),
+            doomed: Vec::new(),
+            blocked: None,
+            hashing: JoinSet::new(),
+            turns: Arc::new(Semaphore::new(HASHES)),
+            unchanged: Arc::default(),
+        };
+        if let Err(error) = run.all(first, second).await {
+            run.fail("", error).await;
+        }
+        while let Some(done) = run.hashing.join_next().await {
+            run.planned.failed |= !done.unwrap_or(false);
+        }
+        while let Some((dir, touched)) = run.open.pop() {
+            run.planned.touches.extend(touched.then_some(dir));
+        }
+        run.planned.unchanged = run.unchanged.load(Atomic::Relaxed);
+        run.planned
+    }
+}
+
+impl Run {
+    async fn all(&mut self, mut first: Side, mut second: Side) -> anyhow::Result<()> {
+        let mut theirs = self.theirs(&mut second).await?;
+        while let Some(next) = first.next().await? {
+            let (rel, ours) = match next {
+                Next::Item(item) => (item.rel.clone(), Some(item)),
+                Next::Excluded(_) => continue,
+                Next::Vanished(rel) => {
+                    self.vanished(&rel).await;
+                    continue;
+                }
+                Next::Failed(rel, error) => {
+                    self.fail(&rel, error).await;
+                    // Nothing is deleted any more; what is there of it stays.
+                    (rel, None)
+                }
+            };
+            while let Some(item) = &theirs
+                && order(&item.rel, &rel) == Ordering::Less
+            {
+                self.gone(theirs.take());
+                theirs = self.theirs(&mut second).await?;
+            }
+            let same_name = theirs.as_ref().is_some_and(|item| item.rel == rel);
+            let other = if same_name { theirs.take() } else { None };
+            if let Some(ours) = ours
+                && !self.pair(ours, other).await
+            {
+                // Nobody takes steps any more.
+                self.planned.failed = true;
+                return Ok(());
+            }
+            if same_name {
+                theirs = self.theirs(&mut second).await?;
+            }
+        }
+        while theirs.is_some() {
+            self.gone(theirs.take());
+            theirs = self.theirs(&mut second).await?;
+        }
+        Ok(())
+    }
+
+    /// The next entry of the second tree.
+    async fn theirs(&mut self, second: &mut Side) -> anyhow::Result<Option<Item>> {
+        while let Some(next) = second.next().await? {
+            match next {
+                Next::Item(item) => return Ok(Some(item)),
+                Next::Excluded(rel) => self.keep_above(&rel),
+                Next::Vanished(_) => {}
+                Next::Failed(rel, error) => self.fail(&rel, error).await,
+            }
+        }
+        Ok(None)
+    }
+
+    /// What holds something that stays is not deleted.
+    fn keep_above(&mut self, rel: &str) {
+        let above = |at: &usize| {
+            let dir = self.planned.deletes.get(*at);
+            dir.is_some_and(|dir| is_in(rel, &dir.rel))
+        };
+        let kept: Vec<usize> = self.doomed.iter().copied().filter(above).collect();
+        // The last first: the places of the others stay.
+        for at in kept.into_iter().rev() {
+            self.planned.deletes.remove(at);
+        }
+        self.doomed.clear();
+    }
+
+    async fn fail(&mut self, rel: &str, error: anyhow::Error) {
+        self.planned.failed = true;
+        let note = Note::Failed {
+            path: rel.to_owned(),
+            source: self.comparison.source.of(rel),
+            error,
+        };
+        let _ = self.comparison.notes.send(note).await;
+    }
+
+    async fn vanished(&self, rel: &str) {
+        let note = Note::Vanished {
+            path: rel.to_owned(),
+            source: self.comparison.source.of(rel),
+        };
+        let _ = self.comparison.notes.send(note).await;
+    }
+
+    /// Only the second tree has it.
+    fn gone(&mut self, item: Option<Item>) {
+        let Some(item) = item else {
+            return;
+        };
+        if !self.comparison.delete {
+            return;
+        }
+        self.enter(&item.rel);
+        if self.planned.deletes.len() >= DELETES {
+            self.planned.too_many = true;
+            return;
+        }
+        self.changes(&item.rel);
+        let deletes = &mut self.planned.deletes;
+        self.doomed.retain(|at| {
+            deletes
+                .get(*at)
+                .is_some_and(|dir| is_in(&item.rel, &dir.rel))
+        });
+        if item.entry.kind == EntryKind::Dir {
+            self.doomed.push(deletes.len());
+        }
+        deletes.push(item);
+    }
+
+    /// Leaves the directories that this is not in.
+    fn enter(&mut self, rel: &str) {
+        while let Some((dir, touched)) = self.open.pop_if(|(dir, _)| !is_in(rel, &dir.rel)) {
+            self.planned.touches.extend(touched.then_some(dir));
+        }
+    }
+
+    /// Something in its directory changes, and so does the directory's time.
+    fn changes(&mut self, rel: &str) {
+        if let Some((dir, touched)) = self.open.last_mut()
+            && dir.rel == parent(rel)
+        {
+            *touched = true;
+        }
+    }
+
+    /// What has a name in the first tree, and what has it in the second; `false` when nobody takes steps any more.
+    async fn pair(&mut self, ours: Item, theirs: Option<Item>) -> bool {
+        self.enter(&ours.rel);
+        let rel = ours.rel.clone();
+        let is_dir = ours.entry.kind == EntryKind::Dir;
+        if self.blocked.as_ref().is_some_and(|dir| !is_in(&rel, dir)) {
+            self.blocked = None;
+        }
+        let theirs = match theirs {
+            Some(theirs) if theirs.entry.kind != ours.entry.kind => {
+                if ours.entry.kind == EntryKind::Other {
+                    return self.special(&rel).await;
+                }
+                if !self.comparison.delete {
+                    let text = format!(
+                        "{} is of another kind there: --delete replaces it",
+                        crate::output::printable(&theirs.entry.path)
+                    );
+                    let failure = crate::exit::Failure::new(crate::exit::Kind::Policy, text);
+                    self.fail(&rel, failure.into()).await;
+                    self.blocked = Some(rel);
+                    return true;
+                }
+                self.blocked = Some(rel.clone());
+                self.gone(Some(theirs));
+                None
+            }
+            theirs => theirs,
+        };
+        let step = match (ours.entry.kind, theirs) {
+            (EntryKind::Other, _) => return self.special(&rel).await,
+            (EntryKind::File, Some(theirs)) if !self.differs(&ours, &theirs.entry) => return true,
+            (EntryKind::File, _) => Step::File(ours),
+            (EntryKind::Link, Some(theirs)) if theirs.entry.target == ours.entry.target => {
+                self.unchanged.fetch_add(1, Atomic::Relaxed);
+                return true;
+            }
+            (EntryKind::Link, _) => Step::Other(ours),
+            (EntryKind::Dir, Some(theirs)) => {
+                let moved = !same_time(&ours.entry, &theirs.entry)
+                    || (ours.entry.mode ^ theirs.entry.mode) & 0o777 != 0;
+                self.open.push((ours, moved));
+                self.unchanged.fetch_add(1, Atomic::Relaxed);
+                return true;
+            }
+            (EntryKind::Dir, None) => Step::Other(ours),
+        };
+        self.changes(&rel);
+        if let (true, Step::Other(dir)) = (is_dir, &step) {
+            self.open.push((dir.clone(), true));
+        }
+        if self.blocked.is_some() {
+            if self.comparison.delete {
+                self.planned.late.push(step);
+            }
+            return true;
+        }
+        self.comparison.steps.send(step).await.is_ok()
+    }
+
+    /// It is no file, directory or link, and nothing is done about it.
+    async fn special(&self, rel: &str) -> bool {
+        let note = Note::Special {
+            source: self.comparison.source.of(rel),
+        };
+        self.comparison.notes.send(note).await.is_ok()
+    }
+
+    /// Whether a file is to be transferred. With `--checksum` that may show later, and the step comes then.
+    fn differs(&mut self, ours: &Item, theirs: &Entry) -> bool {
+        // Its time is to be another one, whatever its bytes are.
+        if ours.entry.size != theirs.size || !same_time(&ours.entry, theirs) {
+            return true;
+        }
+        let Some(checksum) = &self.comparison.checksum else {
+            self.unchanged.fetch_add(1, Atomic::Relaxed);
+            return false;
+        };
+        let (checksum, ours) = (checksum.clone(), ours.clone());
+        let (steps, notes) = (self.comparison.steps.clone(), self.comparison.notes.clone());
+        let (turns, unchanged) = (self.turns.clone(), self.unchanged.clone());
+        let source = self.comparison.source.of(&ours.rel);
+        self.changes(&ours.rel);
+        self.hashing.spawn(async move {
+            let _turn = turns.acquire().await;
+            match checksum.same(&ours.rel).await {
+                Ok(true) => {
+                    unchanged.fetch_add(1, Atomic::Relaxed);
+                    true
+                }
+                Ok(false) => steps.send(Step::File(ours)).await.is_ok(),
+                Err(error) => {
+                    let path = ours.rel;
+                    let failed = Note::Failed {
+                        path,
+                        source,
+                        error,
+                    };
+                    let _ = notes.send(failed).await;
+                    false
+                }
+            }
+        });
+        false
+    }
+}
+
+/// Whether both have one modification time. A file system that keeps no nanoseconds has 0 of them.
+fn same_time(ours: &Entry, theirs: &Entry) -> bool {
+    ours.mtime.secs == theirs.mtime.secs
+        && (ours.mtime.nanos == theirs.mtime.nanos || theirs.mtime.nanos == 0)
+}

@@ -1,0 +1,414 @@
+//! `sync`: a directory becomes what another one is, in both directions, whatever was there, whoever writes meanwhile.
+
+mod common;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use common::{
+    Exited, Running, Server, age, bytes, client, events, exited, named, odd_tree, result, staged,
+    tree, until, workdir, write,
+};
+use serde_json::Value;
+
+/// A server, and a token that may do everything with its files.
+struct Site {
+    server: Server,
+    url: String,
+}
+
+impl Site {
+    fn client(&self, dir: &Path, args: &[&str]) -> Exited {
+        exited(client(dir).env("UDPACK_URL", &self.url).args(args))
+    }
+
+    fn uploads(&self) -> PathBuf {
+        self.server.uploads()
+    }
+}
+
+fn start() -> Site {
+    let server = Server::start_in(workdir(), &["--overwrite", "always"]);
+    let url = server.new_token(&["mirror", "--scope", "read,write,delete"]);
+    let site = Site { server, url };
+    until("the token is known", || {
+        site.client(Path::new("/"), &["ls"]).code == 0
+    });
+    site
+}
+
+/// Runs it and expects success.
+fn synced(server: &Site, dir: &Path, args: &[&str]) -> Exited {
+    let mut all = vec!["sync", "--json"];
+    all.extend(args);
+    let out = server.client(dir, &all);
+    assert_eq!(out.code, 0, "{args:?}: {out:?}");
+    out
+}
+
+/// What a run did, or would do: names of what it stores, and of what it deletes.
+fn deeds(out: &Exited, status: &str) -> (BTreeSet<String>, BTreeSet<String>) {
+    let all = events(&out.stdout);
+    let names = |event: &str| {
+        named(&all, event)
+            .into_iter()
+            .filter(|event| event["status"] == status)
+            .map(|event| event["path"].as_str().expect("a path").to_owned())
+            .collect()
+    };
+    (names("file"), names("delete"))
+}
+
+fn count(out: &Exited, what: &str) -> u64 {
+    result(&out.stdout)[what].as_u64().expect(what)
+}
+
+#[test]
+fn a_copy_becomes_what_its_source_is_in_both_directions() {
+    let server = start();
+    let dir = workdir();
+    let local = dir.path().join("tree");
+    fs::create_dir(&local).expect("mkdir");
+    odd_tree(&local);
+    symlink("plain", local.join("link")).expect("a link");
+    let there = server.uploads().join("backup/copy");
+    let up = ["--links", "--delete", "tree", ":backup/copy"];
+
+    let out = synced(&server, dir.path(), &up);
+    assert_eq!(tree(&there), tree(&local));
+    assert!(count(&out, "sent") > 0);
+
+    let out = synced(&server, dir.path(), &up);
+    assert_eq!((count(&out, "files"), count(&out, "sent")), (0, 0));
+    assert_eq!(count(&out, "unchanged"), tree(&local).len() as u64);
+    assert_eq!(deeds(&out, "ok"), Default::default(), "nothing is done");
+
+    // New, changed, gone, of another kind.
+    write(&local.join("new/one"), b"new");
+    write(&local.join("plain"), b"shorter");
+    fs::remove_file(local.join("UPPER")).expect("rm");
+    fs::remove_dir_all(local.join("\u{e9}t\u{e9}")).expect("rm -r");
+    fs::remove_file(local.join("upper")).expect("rm");
+    write(&local.join("upper/in it"), b"a directory now");
+    fs::remove_dir_all(local.join("dir")).expect("rm -r");
+    write(&local.join("dir"), b"a file now");
+    fs::remove_file(local.join("link")).expect("rm");
+    symlink("dir", local.join("link")).expect("a link");
+    age(&local.join("nothing in here"), 0o711, 99, 0);
+    let planned = synced(&server, dir.path(), &[&["-n"][..], &up].concat());
+    let before = tree(&there);
+    assert_ne!(before, tree(&local));
+    let out = synced(&server, dir.path(), &up);
+    assert_eq!(tree(&there), tree(&local));
+    assert_eq!(deeds(&planned, "planned"), deeds(&out, "ok"));
+    assert!(count(&out, "deleted") >= 6, "{out:?}");
+
+    // The other way, over something else that is there.
+    let back = dir.path().join("back");
+    write(&back.join("old/file"), b"old");
+    write(&back.join("new"), b"no directory");
+    let down = ["--delete", ":backup/copy", "back"];
+    let planned = synced(&server, dir.path(), &[&["-n"][..], &down].concat());
+    assert_eq!(
+        fs::read(back.join("new")).expect("it stays"),
+        b"no directory"
+    );
+    let out = synced(&server, dir.path(), &down);
+    assert_eq!(tree(&back), tree(&local));
+    assert_eq!(deeds(&planned, "planned"), deeds(&out, "ok"));
+    let out = synced(&server, dir.path(), &down);
+    assert_eq!((count(&out, "files"), count(&out, "sent")), (0, 0));
+    assert!(!back.join(".udpack").exists(), "nothing is left behind");
+    assert_eq!(staged(&server.uploads()), 0);
+}
+
+#[test]
+fn only_what_may_be_deleted_is() {
+    let server = start();
+    let dir = workdir();
+    let local = dir.path().join("tree");
+    write(&local.join("kept"), b"1");
+    for name in ["a", "b", "d/c", "d/x.log", "e/f"] {
+        write(&server.uploads().join(name), b"2");
+    }
+    let all = || tree(&server.uploads()).into_keys().collect::<Vec<_>>();
+    let whole = ["a", "b", "d", "d/c", "d/x.log", "e", "e/f", "kept"];
+
+    // Without --delete nothing goes.
+    synced(&server, dir.path(), &["tree", ":"]);
+    assert_eq!(all(), whole);
+
+    // Too much: nothing goes, in a dry run too.
+    for dry in [&["-n"][..], &[]] {
+        let args = ["sync", "--delete", "--max-delete", "5", "tree", ":"];
+        let out = server.client(dir.path(), &[&args[..], dry].concat());
+        assert_eq!(out.code, 6, "{out:?}");
+        assert!(out.stderr.contains("--max-delete 5"), "{out:?}");
+        assert_eq!(all(), whole);
+    }
+
+    // Something did not arrive: nothing goes.
+    symlink("../out of it", local.join("bad")).expect("a link");
+    let out = server.client(dir.path(), &["sync", "--links", "--delete", "tree", ":"]);
+    assert_ne!(out.code, 0, "{out:?}");
+    assert!(out.stderr.contains("nothing is deleted"), "{out:?}");
+    assert_eq!(all(), whole);
+    fs::remove_file(local.join("bad")).expect("rm");
+
+    // What is left out stays, and so does the directory it is in.
+    let args = [
+        "--delete",
+        "--max-delete",
+        "5",
+        "--exclude",
+        "*.log",
+        "tree",
+        ":",
+    ];
+    let out = synced(&server, dir.path(), &args);
+    assert_eq!(all(), ["d", "d/x.log", "kept"]);
+    assert_eq!(count(&out, "deleted"), 5);
+
+    // Another kind of thing is in the way, and may not be deleted.
+    write(&server.uploads().join("n/in it"), b"3");
+    write(&local.join("n"), b"4");
+    let out = server.client(dir.path(), &["sync", "tree", ":"]);
+    assert_ne!(out.code, 0, "{out:?}");
+    assert!(server.uploads().join("n/in it").exists());
+}
+
+#[test]
+fn a_checksum_finds_what_size_and_time_do_not() {
+    let server = start();
+    let dir = workdir();
+    let local = dir.path().join("tree");
+    write(&local.join("a"), b"one");
+    write(&local.join("b"), b"two");
+    synced(&server, dir.path(), &["tree", ":copy"]);
+    let there = server.uploads().join("copy");
+    write(&local.join("a"), b"eno");
+    for file in [local.join("a"), there.join("a")] {
+        age(&file, 0o644, 1_000_000, 0);
+    }
+    let out = synced(&server, dir.path(), &["tree", ":copy"]);
+    assert_eq!(count(&out, "files"), 0);
+    assert_eq!(fs::read(there.join("a")).expect("read"), b"one");
+    let out = synced(&server, dir.path(), &["-c", "tree", ":copy"]);
+    assert_eq!(count(&out, "files"), 1);
+    assert_eq!(count(&out, "unchanged"), 1);
+    assert_eq!(tree(&there), tree(&local));
+
+    write(&there.join("b"), b"owt");
+    for file in [local.join("b"), there.join("b")] {
+        age(&file, 0o644, 1_000_000, 0);
+    }
+    synced(&server, dir.path(), &["-c", ":copy", "tree"]);
+    assert_eq!(fs::read(local.join("b")).expect("read"), b"owt");
+}
+
+#[test]
+fn wrong_sides_are_told() {
+    let server = start();
+    let dir = workdir();
+    write(&dir.path().join("file"), b"1");
+    for (args, code) in [
+        (&["a", "b"][..], 2),
+        (&[":a", ":b"], 2),
+        (&["file", ":b"], 3),
+        (&["missing", ":b"], 3),
+        (&[":missing", "b"], 12),
+        (&[".", ":x/../y"], 6),
+        (&["--max-delete", "3", ".", ":"], 2),
+    ] {
+        let out = server.client(dir.path(), &[&["sync"][..], args].concat());
+        assert_eq!(out.code, code, "{args:?}: {out:?}");
+        assert_eq!(out.stdout, "", "{args:?}");
+    }
+    assert!(!dir.path().join("b").exists());
+}
+
+/// A generator of the same numbers each time.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, most: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % most
+    }
+}
+
+/// Does something to a tree: writes, removes or moves a file or a directory, or makes one of the other.
+fn edit(random: &mut Random, root: &Path) {
+    let name = |random: &mut Random| {
+        let dir = ["", "a/", "b/", "a/b/", "c d/"][random.below(5) as usize];
+        format!(
+            "{dir}{}",
+            ["x", "y", "z", "a", "b"][random.below(5) as usize]
+        )
+    };
+    let path = root.join(name(random));
+    match random.below(10) {
+        0 => drop(fs::remove_dir_all(&path)),
+        1 | 2 => drop(fs::remove_file(&path)),
+        3 => drop(fs::rename(&path, root.join(name(random)))),
+        4 => drop(fs::create_dir_all(&path)),
+        _ => {
+            if let Some(dir) = path.parent() {
+                let _ = fs::create_dir_all(dir);
+            }
+            let len = [0, 3, 5_000, 300_000][random.below(4) as usize];
+            let seed = u8::try_from(random.below(250)).expect("small");
+            let _ = fs::write(&path, bytes(len, seed));
+        }
+    }
+}
+
+#[test]
+fn random_trees_become_equal_after_random_edits_at_both_sides() {
+    let server = start();
+    let dir = workdir();
+    let (local, there) = (dir.path().join("tree"), server.uploads().join("copy"));
+    fs::create_dir_all(&local).expect("mkdir");
+    let mut random = Random(0x5eed_0001);
+    for round in 0..8 {
+        for _ in 0..30 {
+            edit(&mut random, &local);
+        }
+        if round % 2 == 1 {
+            for _ in 0..10 {
+                edit(&mut random, &there);
+            }
+        }
+        let up = ["--delete", "tree", ":copy"];
+        let planned = synced(&server, dir.path(), &[&["-n"][..], &up].concat());
+        let out = synced(&server, dir.path(), &up);
+        assert_eq!(tree(&there), tree(&local), "round {round}");
+        assert_eq!(
+            deeds(&planned, "planned"),
+            deeds(&out, "ok"),
+            "round {round}"
+        );
+        let out = synced(&server, dir.path(), &["--delete", ":copy", "back"]);
+        assert_eq!(
+            tree(&dir.path().join("back")),
+            tree(&local),
+            "round {round}"
+        );
+        assert_eq!(count(&out, "failed"), 0);
+    }
+}
+
+/// Set when this is dropped, whatever happens.
+struct Raised<'a>(&'a AtomicBool);
+
+impl Drop for Raised<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn edits_during_a_run_leave_nothing_that_never_was() {
+    let server = start();
+    let dir = workdir();
+    let (local, there) = (dir.path().join("tree"), server.uploads().join("copy"));
+    // Each version of a file is of one byte, repeated: a mixture of two shows.
+    let versions = |number: u64, version: u8| vec![version; 200_000 + number as usize];
+    for number in 0..20 {
+        write(&local.join(format!("f{number}")), &versions(number, 0));
+    }
+    synced(&server, dir.path(), &["tree", ":copy"]);
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut random = Random(0x5eed_0002);
+            let mut version = 0u8;
+            while !over.load(Ordering::Relaxed) {
+                version = version.wrapping_add(1);
+                let number = random.below(20);
+                let path = local.join(format!("f{number}"));
+                match random.below(4) {
+                    0 => drop(fs::remove_file(&path)),
+                    1 => write(&path, &versions(number, version)),
+                    _ => {
+                        let new = local.join(".new");
+                        write(&new, &versions(number, version));
+                        fs::rename(new, path).expect("rename");
+                    }
+                }
+            }
+        });
+        let _ended = Raised(&over);
+        for _ in 0..5 {
+            let out = server.client(dir.path(), &["sync", "--json", "--delete", "tree", ":copy"]);
+            // What did not keep still is told apart from all else.
+            assert!([0, 13].contains(&out.code), "{out:?}");
+            for (name, (content, ..)) in tree(&there) {
+                let first = content.first();
+                assert!(
+                    content.iter().all(|byte| Some(byte) == first),
+                    "{name} is torn"
+                );
+            }
+        }
+    });
+    synced(&server, dir.path(), &["--delete", "tree", ":copy"]);
+    assert_eq!(tree(&there), tree(&local));
+}
+
+#[test]
+fn a_run_that_is_killed_leaves_each_file_old_or_new_and_the_next_one_completes_it() {
+    let server = start();
+    let dir = workdir();
+    let (local, there) = (dir.path().join("tree"), server.uploads().join("copy"));
+    let content = |round: u8, number: u8| bytes(400_000, round ^ (number << 3));
+    let mut known: BTreeMap<String, BTreeSet<Vec<u8>>> = BTreeMap::new();
+    for round in 0..4u8 {
+        fs::remove_dir_all(&local).unwrap_or_default();
+        for number in 0..12 {
+            let name = format!("d{}/f{}", number % 3, u64::from(number) + u64::from(round));
+            let bytes = content(round, number);
+            write(&local.join(&name), &bytes);
+            known.entry(name).or_default().insert(bytes);
+        }
+        let args = [
+            "sync",
+            "--delete",
+            "--json",
+            "--bwlimit",
+            "4M",
+            "tree",
+            ":copy",
+        ];
+        let mut running =
+            Running::spawn(client(dir.path()).env("UDPACK_URL", &server.url).args(args));
+        // Some files have arrived.
+        for _ in 0..3 + round {
+            running.line();
+        }
+        running.signal("KILL");
+        running.exited();
+        for (name, (content, ..)) in tree(&there) {
+            let sound = content == b"dir" || known[&name].contains(&content);
+            assert!(sound, "round {round}: {name} is neither old nor new");
+        }
+    }
+    synced(&server, dir.path(), &["--delete", "tree", ":copy"]);
+    assert_eq!(tree(&there), tree(&local));
+}
+
+#[test]
+fn a_token_without_the_right_to_delete_deletes_nothing() {
+    let server = Server::start_in(workdir(), &["--overwrite", "always"]);
+    let dir = workdir();
+    let out = server.client(dir.path(), &["sync", "--json", "--delete", ".", ":"]);
+    // It may not even see what is there.
+    assert_eq!(out.code, 6, "{out:?}");
+    let error: Value = result(&out.stdout);
+    assert_eq!(error["error_kind"], "policy");
+}
