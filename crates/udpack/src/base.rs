@@ -1,5 +1,5 @@
-//! What every other part uses and what knows nothing of the rest: locks, values made when first needed, wake flags,
-//! counters, bounds for the log, printable text. The lowest floor.
+//! The lowest floor: tools that every other part uses and that use no other part. Locks, lazily created values, wake
+//! flags, counters, log limits, printable text.
 
 pub(crate) mod extensions;
 pub(crate) mod lazy;

@@ -1,8 +1,8 @@
-//! Metrics: what happened on a socket or a server, as numbers.
+//! Metrics: counters of a socket or a server.
 //!
-//! [`Counts`] counts with relaxed atomic additions, a socket's into its server's as well; nothing else runs
-//! until a reading is asked for. [`Metrics`] is one reading, and [`Metrics::prometheus`] its text for a scraper.
-//! Names of peers never become labels: the number of series is fixed.
+//! [`Counts`] uses relaxed atomic additions and adds a socket's counts to those of its server; no other code runs
+//! until a caller reads them. [`Metrics`] is one reading, and [`Metrics::prometheus`] formats it for a scraper. Names
+//! of peers never become labels: the number of series is fixed.
 
 pub(crate) mod speed;
 
@@ -15,10 +15,10 @@ use crate::base::sharded::Numbers;
 use crate::metrics::speed::Stats;
 use crate::wire::code::{CloseCode, CloseReason, Fault, Side};
 
-/// The codes of [`CloseCode::ALL`], the application's, and those nobody knows.
+/// The codes of [`CloseCode::ALL`], one place for the application's codes, and one for unknown codes.
 const CODES: usize = CloseCode::ALL.len() + 2;
 
-/// The one table of metrics: what is counted is a field of [`Metrics`] and a family of its text.
+/// The table of metrics: each row is a field of [`Metrics`] and a metric family of its text.
 macro_rules! metrics {
     (
         numbers { $($count:ident $field:ident $kind:ident $name:literal $help:literal;)* }
@@ -32,7 +32,7 @@ macro_rules! metrics {
 
         const COUNTS: usize = [$(Count::$count),*].len();
 
-        /// What a [`Counts`] counts by word; the last word takes what is none of the others.
+        /// A counter of [`Counts`] that is divided by a word; the last word counts all other values.
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
         pub(crate) enum Words { $($(#[$doc])* $word),* }
 
@@ -44,20 +44,20 @@ macro_rules! metrics {
             }
         }
 
-        /// What a [`Counts`] counts by how it ended.
+        /// A counter of [`Counts`] that is divided by code and side.
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
         enum Ended { $($end),* }
 
         const ENDED: usize = [$(Ended::$end),*].len();
 
-        /// What happened so far on one socket, or on a server with all its sockets, past ones included.
+        /// The counters of one socket, or of a server with all its sockets, past ones included.
         #[derive(Debug, Clone, Default, PartialEq, Eq)]
         #[non_exhaustive]
         pub struct Metrics {
             $(#[doc = $help] pub $field: u64,)*
             $($(#[$doc])* pub $words: BTreeMap<&'static str, u64>,)*
             $($(#[$end_doc])* pub $ends: Vec<Ends>,)*
-            /// Bytes and packets; round-trip time, MTU and window are this moment's.
+            /// Bytes and packets so far; round-trip time, MTU and window are current values.
             pub stats: Stats,
         }
 
@@ -130,8 +130,8 @@ metrics! {
         Knocks knocks_refused "reason" "udpack_handshakes_refused_total" "Connections refused before their handshake." &["busy", "draining", "other"];
         /// Connections refused after their handshake, by the name of the close code.
         Refused refused "code" "udpack_sockets_refused_total" "Connections refused after their handshake, by close code." &CODE_NAMES;
-        /// Requests of the peer that were answered with a fault, by its code; codes of the application's own together as
-        /// `"application"`.
+        /// Requests of the peer that were answered with a fault, by its code; the application's own codes are counted
+        /// together as `"application"`.
         FaultsSent faults_sent "code" "udpack_faults_sent_total" "Requests of the peer answered with a fault, by its code." FAULTS;
         /// Requests to the peer that were answered with a fault, by its code.
         FaultsReceived faults_received "code" "udpack_faults_received_total" "Requests to the peer answered with a fault, by its code." FAULTS;
@@ -165,7 +165,7 @@ const FAULTS: &[&str] = &[
     "application",
 ];
 
-/// Counters of one code table each, made when first needed: most stay empty.
+/// Counters for each close code, created on first use, because most stay empty.
 #[derive(Debug, Default)]
 struct Table(OnceLock<Box<[AtomicU64]>>);
 
@@ -179,7 +179,7 @@ impl Table {
         }
     }
 
-    /// The places that are not zero, with their names.
+    /// The counters that are not zero, with their names.
     fn read(
         &self,
         name: impl Fn(usize) -> &'static str,
@@ -202,7 +202,7 @@ pub(crate) struct Counts {
     parent: Option<Arc<Self>>,
 }
 
-/// What is counted by word or by code; made when first needed.
+/// The counters that are divided by word or by code; created on first use.
 #[derive(Debug, Default)]
 struct Tables {
     words: [Table; WORDS],
@@ -210,12 +210,12 @@ struct Tables {
 }
 
 impl Counts {
-    /// Of one socket alone.
+    /// Counts of one socket.
     pub(crate) fn root() -> Arc<Self> {
         Self::make(Numbers::plain(), None)
     }
 
-    /// Of many sockets.
+    /// Counts that many sockets share.
     pub(crate) fn shared() -> Arc<Self> {
         Self::make(Numbers::spread(), None)
     }
@@ -236,24 +236,24 @@ impl Counts {
         self.tables.get_or_init(Box::default)
     }
 
-    /// These counts and those that they are added to.
+    /// These counts and the counts that they are added to.
     fn each(&self) -> impl Iterator<Item = &Self> {
         std::iter::successors(Some(self), |counts| counts.parent.as_deref())
     }
 
-    /// `n` more of something.
+    /// Adds `n` to a counter.
     pub(crate) fn add(&self, what: Count, n: u64) {
         for counts in self.each() {
             counts.numbers.add(what as usize, n);
         }
     }
 
-    /// One more of something.
+    /// Adds 1 to a counter.
     pub(crate) fn one(&self, what: Count) {
         self.add(what, 1);
     }
 
-    /// One less of something that is counted as of this moment.
+    /// Subtracts 1 from a counter of current values.
     pub(crate) fn less(&self, what: Count) {
         self.add(what, 1_u64.wrapping_neg());
     }
@@ -262,12 +262,12 @@ impl Counts {
         self.numbers.get(what as usize)
     }
 
-    /// A connection was refused after its handshake.
+    /// Counts a connection that was refused after its handshake.
     pub(crate) fn refused(&self, code: CloseCode) {
         self.word(Words::Refused, code.name());
     }
 
-    /// An admitted socket ended.
+    /// Counts the end of an admitted socket.
     pub(crate) fn closed(&self, reason: &CloseReason) {
         match (reason.by, reason.code) {
             (Side::Local, CloseCode::AUTH_EXPIRED) => self.one(Count::Expired),
@@ -277,7 +277,7 @@ impl Counts {
         self.ended(Ended::Sockets, reason);
     }
 
-    /// A channel ended.
+    /// Counts the end of a channel.
     pub(crate) fn channel_closed(&self, reason: &CloseReason) {
         self.ended(Ended::Channels, reason);
     }
@@ -288,7 +288,7 @@ impl Counts {
         }
     }
 
-    /// One more of something that has a word for its kind.
+    /// Adds 1 to the counter of this word.
     pub(crate) fn word(&self, what: Words, word: &str) {
         let known = what.known();
         let last = known.len() - 1;
@@ -298,7 +298,7 @@ impl Counts {
         }
     }
 
-    /// A message was not handled, for the reason this fault's code gives.
+    /// Counts a message that was not handled, by the code of the fault.
     pub(crate) fn not_handled(&self, fault: &str) {
         match fault {
             Fault::NO_HANDLER => self.one(Count::UnknownEvents),
@@ -335,7 +335,7 @@ impl Counts {
 
 const SIDES: [Side; 3] = [Side::Local, Side::Peer, Side::Transport];
 
-/// Where a code is counted: the known ones first, then the application's, then all others.
+/// The index of a code's counter: known codes first, then the application's, then unknown ones.
 fn place(code: CloseCode) -> usize {
     match CloseCode::ALL.binary_search(&code) {
         Ok(at) => at,
@@ -344,7 +344,7 @@ fn place(code: CloseCode) -> usize {
     }
 }
 
-/// The names of what is counted at these places.
+/// The names of these counters.
 const CODE_NAMES: [&str; CODES] = {
     let mut names = ["unknown"; CODES];
     names[CODES - 2] = "application";
@@ -360,7 +360,7 @@ fn code_name(at: usize) -> &'static str {
     CODE_NAMES[at]
 }
 
-/// How many ended with one code by one side.
+/// How many ends one code and one side caused.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Ends {
@@ -391,7 +391,7 @@ impl Metrics {
     }
 }
 
-/// Text of the Prometheus format in the making.
+/// A text in the Prometheus format that is being written.
 #[derive(Default)]
 struct Exposition {
     text: String,

@@ -1,4 +1,5 @@
-//! Who a peer is and whether it may come in: keys and certificates, tokens, verifiers, addresses that carry both.
+//! Identity and admission of peers: keys and certificates, tokens, verifiers, and the URLs that carry a key and a
+//! token.
 
 pub(crate) mod auth;
 pub(crate) mod certificate;

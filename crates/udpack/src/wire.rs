@@ -1,6 +1,7 @@
 //! The pieces of the wire format, for programs that look at it from outside: proxies, test tools, fuzzers.
 //!
-//! Pure functions over bytes, and the limits that they keep; see `docs/PROTOCOL.md`. Nothing here knows tokio or QUIC.
+//! Pure functions over bytes, and the limits that they enforce; see `docs/PROTOCOL.md`. This floor uses neither tokio
+//! nor QUIC.
 
 pub(crate) mod code;
 pub(crate) mod config;

@@ -1,6 +1,6 @@
-//! A value that is boxed, and made only when it is first used: most sockets use few of these.
+//! A boxed value that is created on first use. It saves memory: most sockets use few of their optional parts.
 
-/// A value in a box that is made when it is first needed.
+/// A boxed value that is created on first use.
 #[derive(Debug)]
 pub(crate) struct Lazy<T>(Option<Box<T>>);
 
@@ -19,7 +19,7 @@ impl<T> Lazy<T> {
         self.0.as_deref_mut()
     }
 
-    /// Takes the value out, or a new one.
+    /// Takes the value out; creates it if it was never used.
     pub(crate) fn take(&mut self) -> T
     where
         T: Default,

@@ -2,8 +2,8 @@
 //!
 //! A pool holds a fixed number of places. A caller takes one for its [`Tenant`] before some work and gives it back by
 //! dropping it. Each tenant has a minimum, and a part of the places is kept for the minimums alone, so a tenant that
-//! takes all it can get leaves room for the next one. A caller that finds no place may wait in a queue of bounded length; a place
-//! that becomes free goes to the tenant that holds the fewest.
+//! takes its maximum leaves room for others. A caller that finds no place may wait in a queue of bounded length; a
+//! place that becomes free goes to the tenant that holds the fewest.
 //!
 //! A pool knows nothing of what the places stand for: handshakes, sockets, files, processes, bytes. It keeps no state for
 //! tenants that neither hold nor await anything.
@@ -107,7 +107,7 @@ impl Shares {
         }
     }
 
-    /// The same, with a queue for so many, of whom a quarter may be of one tenant.
+    /// The same, with a queue for `waiting` callers; one tenant may have a quarter of them.
     #[must_use]
     pub const fn with_queue(self, waiting: usize) -> Self {
         Self {
@@ -151,7 +151,7 @@ struct State {
     ticket: u64,
 }
 
-/// What a tenant holds and awaits; removed when both are zero.
+/// What one tenant holds and waits for; removed when both are zero.
 #[derive(Default)]
 struct Share {
     held: usize,
@@ -247,7 +247,7 @@ impl Pool {
         };
         let place = given.await;
         drop(queued);
-        // The sender goes only with the queue, which this handle keeps.
+        // The queue holds the sender, and this handle keeps the queue alive.
         place.map_err(|_| self.refuse(tenant))
     }
 
@@ -348,7 +348,7 @@ impl Inner {
 }
 
 impl Shares {
-    /// What a tenant may hold when it is alone.
+    /// The most places that a tenant may hold when no other tenant holds any.
     fn most(&self) -> usize {
         let beyond = self.places.saturating_sub(self.reserve);
         let most = self.minimum.saturating_add(beyond);
@@ -357,7 +357,7 @@ impl Shares {
 }
 
 impl State {
-    /// Whether a tenant that holds so many may have this many more.
+    /// Whether a tenant that holds `held` places may take `amount` more.
     fn may(&self, shares: &Shares, held: usize, amount: usize) -> bool {
         let (Some(used), Some(then)) = (self.used.checked_add(amount), held.checked_add(amount))
         else {
@@ -394,7 +394,7 @@ impl State {
         }
     }
 
-    /// A place in the queue; `None` where that is full.
+    /// Joins the queue; returns `None` if it is full.
     fn wait(
         &mut self,
         shares: &Shares,
@@ -499,7 +499,7 @@ pub struct Place {
 }
 
 impl Place {
-    /// Whose share it is taken from.
+    /// The tenant whose share the place is taken from.
     pub fn tenant(&self) -> &Tenant {
         &self.tenant
     }
@@ -528,7 +528,7 @@ impl fmt::Debug for Place {
     }
 }
 
-/// There is no place, and no room to wait for one.
+/// No place is free, and the queue of waiting callers is full.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PoolFull {
     what: &'static str,

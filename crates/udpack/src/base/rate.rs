@@ -1,8 +1,8 @@
-//! How often something may happen.
+//! A token bucket: limits how often something may happen.
 
 use tokio::time::Instant;
 
-/// So many `per_second`, with a burst of twice as many.
+/// Permits `per_second` events each second, with a burst of twice that number.
 pub(crate) struct Rate {
     per_second: f64,
     left: f64,
@@ -21,7 +21,7 @@ impl Rate {
         }
     }
 
-    /// So many are permitted beyond the rate.
+    /// Permits `more` events beyond the rate.
     pub(crate) fn grant(&mut self, more: u32) {
         self.granted = more;
     }

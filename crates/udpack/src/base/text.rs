@@ -1,7 +1,7 @@
 //! Makes text from a peer safe to print: decides which characters a terminal or a log receives unescaped.
 //!
 //! Names, reasons and messages come from the other side. Printed as they are they could move the cursor, change
-//! colours and titles, reorder what stands beside them, or hide in it. Whoever prints such text passes it through
+//! colours and titles, reorder what stands beside them, or hide in it. Code that prints such text passes it through
 //! [`printable`]; JSON goes through a writer that asks [`is_printable`].
 
 use std::borrow::Cow;
@@ -44,7 +44,7 @@ pub fn printable(text: &str) -> Cow<'_, str> {
     Cow::Owned(out)
 }
 
-/// As [`printable`], and cut to at most `limit` bytes; `…` stands where something is missing.
+/// As [`printable`], cut to at most `limit` bytes; `…` marks the cut.
 pub fn printable_within(text: &str, limit: usize) -> String {
     let mut out = String::with_capacity(text.len().min(limit));
     // The longest prefix that leaves room for the mark.
@@ -65,8 +65,8 @@ pub fn printable_within(text: &str, limit: usize) -> String {
     out
 }
 
-/// As [`printable`], for names that need not be UTF-8: a byte that is none stands as `\xff`, so that two names that
-/// differ look different.
+/// As [`printable`], for names that need not be UTF-8: a byte that is not UTF-8 is shown as `\xff`, so that different
+/// names look different.
 pub fn printable_bytes(bytes: &[u8]) -> Cow<'_, str> {
     if let Ok(text) = std::str::from_utf8(bytes) {
         return printable(text);

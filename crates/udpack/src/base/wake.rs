@@ -1,5 +1,5 @@
-//! What wakes the one task that drives a session: a bit for each cause and one waker for all. A `Notify` and a future
-//! for each cause took some 100 bytes of every idle socket.
+//! Wakes the task that drives a session: one bit for each cause, and one waker for all causes. A `Notify` and a
+//! future for each cause took some 100 bytes of every idle socket.
 
 use std::future::{Future, poll_fn};
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -25,7 +25,7 @@ impl WakeFlags {
         self.waker.wake();
     }
 
-    /// Clears the flag; says whether it was set.
+    /// Clears the flag; returns whether it was set.
     pub(crate) fn take(&self, flag: WakeFlag) -> bool {
         self.set.load(Ordering::Acquire) & flag.0 != 0
             && self.set.fetch_and(!flag.0, Ordering::AcqRel) & flag.0 != 0

@@ -1,7 +1,8 @@
-//! The requests of one channel, both ways: what has come for them, what waits, and the credit of their streams.
+//! The requests of one channel in both directions: received replies and items, waiting requests, and the credit of
+//! item streams.
 //!
-//! Pure bookkeeping, kept by the inbox under its lock and fed by the reader of the channel. It knows no
-//! connection: requests outlive one where their channel does.
+//! Pure state without I/O. The inbox keeps it under its lock, and the reader of the channel feeds it. It knows no
+//! connection, because the requests of a resumable channel continue on the next one.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -13,7 +14,7 @@ use crate::wire::control::ProtocolEvent;
 use crate::wire::message::Message;
 use crate::wire::msgpack::{Head, Reader};
 
-/// Bytes of a request's stream that may be under way before its receiver takes them, each direction.
+/// Bytes of a request's item stream that may be sent before its receiver takes them, for each direction.
 pub(crate) const STREAM_CREDIT: u64 = 256 << 10;
 /// Credit is returned in pieces of this size while items are taken without a wait.
 const CREDIT_PIECE: u64 = STREAM_CREDIT / 4;
@@ -34,7 +35,7 @@ impl Role {
         }
     }
 
-    /// The event that lets the other side send on.
+    /// The event that gives the other side credit.
     pub(crate) fn grant(self) -> ProtocolEvent {
         match self {
             Self::Asker => ProtocolEvent::Credit,
@@ -50,16 +51,16 @@ pub(crate) struct Calls {
     asked: Table<Asked>,
     /// By the peer: those in the backlog, and those whose handler runs.
     answering: Table<Answering>,
-    /// Bytes of items for requests that nobody has begun to answer.
+    /// Bytes of items for requests that no handler has begun to answer.
     waiting: usize,
 }
 
-/// What is known by id. Mostly of one request at a time: hashing its id was 4 % of the instructions of a request above
-/// QUIC.
+/// A map by request id. A channel mostly has one request at a time, and hashing its id took 4 % of the instructions
+/// of a request above QUIC, so the first entry is not hashed.
 #[derive(Debug)]
 struct Table<T> {
     first: Option<(u64, T)>,
-    /// All that came while there was a first.
+    /// The entries beside the first.
     others: HashMap<u64, T>,
 }
 
@@ -119,9 +120,9 @@ impl<T> Table<T> {
 #[derive(Debug, Default)]
 struct Asked {
     flow: Flow,
-    /// Items are wanted, not only a reply.
+    /// The requester asked for items, not for one reply.
     stream: bool,
-    /// An item came although none was wanted.
+    /// An item came although the requester asked for one reply.
     unwanted: bool,
     last: Option<Message>,
 }
@@ -137,46 +138,46 @@ struct Answering {
     handler: Option<AbortHandle>,
 }
 
-/// What is known of a request when a handler takes it.
+/// The state of a request when a handler takes it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Begun {
     pub(crate) id: u64,
-    /// When it came.
+    /// When the request came.
     pub(crate) since: Instant,
-    /// That was not just now.
+    /// Whether the request waited in the backlog.
     pub(crate) waited: bool,
-    /// The peer wants no answer any more.
+    /// Whether the peer has cancelled the request.
     pub(crate) given_up: bool,
 }
 
 /// One request's stream of items, in both directions.
 #[derive(Debug, Default)]
 struct Flow {
-    /// Came and was not taken.
+    /// Received items that are not taken yet.
     items: VecDeque<Message>,
-    /// Bytes that came and that the sender has no credit back for.
+    /// Received bytes for which this side has not returned credit.
     open: u64,
-    /// Those of them that were taken.
+    /// The part of `open` that was taken.
     owed: u64,
-    /// Bytes this side sent and has no credit back for.
+    /// Sent bytes for which the peer has not returned credit.
     spent: u64,
     ended: bool,
 }
 
-/// What became of a message of the protocol.
+/// The result of processing a message of the protocol.
 #[derive(Debug)]
 pub(crate) enum Taken {
-    /// A task may wait for it.
+    /// It is stored; a task may wait for it.
     Filed,
-    /// The peer gave up this request: it may still stand in the backlog.
+    /// The peer cancelled this request, which may still wait in the backlog.
     Cancelled(u64),
-    /// It came too late to matter.
+    /// It came too late and is ignored.
     Dropped,
-    /// It must not be: the channel closes.
+    /// It breaks the protocol: the channel is closed.
     Violation(CloseCode, String),
 }
 
-/// The next that a stream has.
+/// The next element of a stream.
 #[derive(Debug)]
 pub(crate) enum Next {
     Item(Message),
@@ -185,7 +186,7 @@ pub(crate) enum Next {
     End,
 }
 
-/// What came for a request that wants one reply.
+/// The answer to a request for one reply.
 #[derive(Debug)]
 pub(crate) enum Reply {
     Message(Message),
@@ -194,7 +195,7 @@ pub(crate) enum Reply {
 }
 
 impl Calls {
-    /// Expects an answer; without this it would be dropped as unknown.
+    /// Registers a request of this side; an answer to an unregistered one is dropped.
     pub(crate) fn ask(&mut self, id: u64, stream: bool) {
         *self.asked.get_or_insert(id, Asked::default) = Asked {
             stream,
@@ -202,14 +203,14 @@ impl Calls {
         };
     }
 
-    /// No longer expects it; says whether the answer had not come.
+    /// Removes a request of this side; returns whether its answer had not come.
     pub(crate) fn forget(&mut self, id: u64) -> bool {
         self.asked
             .remove(id)
             .is_some_and(|asked| asked.last.is_none())
     }
 
-    /// The reply to a request that wants one, which is over with it.
+    /// Takes the answer to a request for one reply and removes the request.
     pub(crate) fn reply(&mut self, id: u64) -> Option<Reply> {
         let asked = self.asked.get_mut(id)?;
         if asked.unwanted {
@@ -244,7 +245,8 @@ impl Calls {
         }
     }
 
-    /// What stops the handler when the peer gives the request up; done at once if it has.
+    /// Stores the handle that stops the handler when the peer cancels the request; stops it at once if the peer
+    /// already has.
     pub(crate) fn guard(&mut self, id: u64, handler: AbortHandle) {
         match self.answering.get_mut(id) {
             Some(answering) if !answering.cancelled => answering.handler = Some(handler),
@@ -252,7 +254,7 @@ impl Calls {
         }
     }
 
-    /// The request is answered, or will never be by a handler.
+    /// The request is answered, or no handler will answer it.
     pub(crate) fn answered(&mut self, id: u64) {
         if let Some(answering) = self.answering.remove(id)
             && !answering.begun
@@ -266,14 +268,14 @@ impl Calls {
         self.answering.get(id)?.moved
     }
 
-    /// Stops the handlers of all requests: nobody waits for their answers any more.
+    /// Stops the handlers of all requests, because nobody waits for their answers.
     pub(crate) fn stop(&mut self) {
         for answering in self.answering.values_mut() {
             answering.cancel();
         }
     }
 
-    /// Bytes of items that stand behind requests in the backlog.
+    /// Bytes of items for requests in the backlog.
     pub(crate) fn waiting(&self) -> usize {
         self.waiting
     }
@@ -301,7 +303,7 @@ impl Calls {
         }
     }
 
-    /// Credit to be given back now: a piece of it, or all when nothing else is to be done.
+    /// The credit in bytes to return now: whole pieces, or everything if `all`.
     pub(crate) fn grant(&mut self, role: Role, id: u64, all: bool) -> Option<u64> {
         let flow = self.flow(role, id)?;
         if flow.owed == 0 || (flow.owed < CREDIT_PIECE && !all) {
@@ -312,7 +314,7 @@ impl Calls {
         Some(owed)
     }
 
-    /// Whether an item of this size may be sent: `None` not yet, `false` never, because the request is over.
+    /// Whether an item of this size may be sent. `None`: not yet. `false`: never, because the request is over.
     pub(crate) fn spend(&mut self, role: Role, id: u64, bytes: usize) -> Option<bool> {
         let over = match role {
             Role::Asker => self.asked.get(id).is_none_or(|asked| asked.last.is_some()),
@@ -333,7 +335,7 @@ impl Calls {
         Some(true)
     }
 
-    /// Files a message of this event, which has passed the table of the protocol's messages and is a request's.
+    /// Stores a message of this event that belongs to a request and is decoded by the table of protocol messages.
     pub(crate) fn take(&mut self, event: ProtocolEvent, message: Message) -> Taken {
         let Some(id) = message.id() else {
             return bad("an answer or a part of a stream without its request's id");

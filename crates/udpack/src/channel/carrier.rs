@@ -1,8 +1,8 @@
-//! [`Carrier`]: what the channels of a session share and need of it.
+//! [`Carrier`]: the state that the channels of a session share.
 //!
-//! A channel knows its carrier and nothing else of its session. The carrier holds the connection of the moment, the
-//! limits, the counters, the channels that are live and how it all ends. The session (`session.rs`) owns it, puts the
-//! next connection into it and acts on what is left here: a close that is asked for, counts to confirm.
+//! A channel knows its carrier and nothing else of its session. The carrier holds the current connection, the limits,
+//! the counters, the live channels and the reason of the end. The session (`session.rs`) owns it and replaces its
+//! connection. Channels leave two requests here for the session: a close, and acknowledgements to send.
 //!
 //! # Locks
 //! In this order, none across an `.await`: the number of the connection (`number`), the connection, the channels kept,
@@ -40,7 +40,7 @@ pub(crate) struct End {
 }
 
 impl End {
-    /// Sets the reason unless one is set already; says whether it did.
+    /// Sets the reason unless one is set already; returns whether it did.
     pub(crate) fn set(&self, reason: CloseReason) -> bool {
         let first = self.reason.set(Box::new(reason)).is_ok();
         if first {
@@ -65,7 +65,7 @@ impl End {
     }
 }
 
-/// Names a channel in its session.
+/// Identifies a channel in its session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct ChannelKey {
     /// This side opened it.
@@ -74,24 +74,24 @@ pub(crate) struct ChannelKey {
     pub(crate) id: u64,
 }
 
-/// The application wants to close, or to tell the peer something.
+/// The application wants to close, or to send the peer a message on the control stream.
 pub(crate) const REQUESTED: WakeFlag = WakeFlag(1);
 /// There is something to confirm.
 pub(crate) const CONFIRM: WakeFlag = WakeFlag(1 << 1);
 /// How far this side has read one of the channels, to be sent to the peer.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Confirm {
-    /// Frames that it need not keep.
+    /// How many frames the peer may discard.
     pub(crate) received: Option<u64>,
-    /// The last of its marks.
+    /// The last mark that the program has reached.
     pub(crate) mark: Option<u64>,
 }
 
-/// One connection of a session, with the scheduler of its writers. The session's next connection has a scheduler of its
-/// own, so that bulk data which the lost connection held does not count there.
+/// One connection of a session, with the scheduler of its writers. The session's next connection has a scheduler of
+/// its own, so that bulk data of the lost connection does not count.
 pub(crate) struct SessionConnection {
     conn: Connection,
-    /// Whose turn it is to write, and how much bulk is under way.
+    /// Decides which channel writes next, and limits the bulk data in flight.
     pub(crate) scheduler: WriteScheduler,
 }
 
@@ -112,7 +112,7 @@ impl Deref for SessionConnection {
     }
 }
 
-/// What the channels of a session share and need of it. See the [module](self).
+/// The state that the channels of a session share. See the [module](self).
 pub(crate) struct Carrier {
     conn: RwLock<Arc<SessionConnection>>,
     /// The number of the present connection, counted from 1.
@@ -123,12 +123,12 @@ pub(crate) struct Carrier {
     pub(crate) timeouts: Arc<Timeouts>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) counts: Arc<Counts>,
-    /// Bounds what this peer's misbehaviour puts into the log.
+    /// Limits the log lines that this peer can cause.
     pub(crate) log_limit: LogLimit,
     pub(crate) end: End,
-    /// Why the application wants to close, once it does.
+    /// The reason with which the application wants to close, if it does.
     close: Mutex<Option<Box<CloseReason>>>,
-    /// What wakes the session's task.
+    /// Wakes the session's task.
     pub(crate) wake: WakeFlags,
     pub(crate) registry: Registry,
     /// Acknowledgements and passed marks that are not sent yet.
@@ -141,13 +141,13 @@ pub(crate) struct Carrier {
 /// The channels of a session.
 #[derive(Default)]
 pub(crate) struct Registry {
-    /// The live ones, so that a close can flush them.
+    /// The live channels, so that a close can flush them.
     cores: Mutex<Lazy<HashMap<u64, Weak<ChannelCore>>>>,
-    /// Those that can go on over another connection.
+    /// The channels that can continue on another connection.
     resumable: Mutex<Lazy<HashMap<ChannelKey, Arc<ChannelCore>>>>,
-    /// At a client: those that end with the connection.
+    /// On a client: the channels that end with the connection.
     tied: Mutex<Tied>,
-    /// One has ended.
+    /// Notified when a channel ends.
     ended: Notify,
     next_key: AtomicU64,
 }
@@ -156,7 +156,7 @@ pub(crate) struct Registry {
 #[derive(Default)]
 struct Tied {
     channels: Vec<(Weak<Outbox>, Weak<Inbox>)>,
-    /// When there are so many, those that are over are forgotten.
+    /// At this number of entries, the ended ones are removed.
     tidy_at: usize,
 }
 
@@ -173,15 +173,15 @@ impl Tied {
     }
 }
 
-/// How much may come in and go out.
+/// The limits of receiving and sending.
 pub(crate) struct Receive {
-    /// Largest frame the peer takes.
+    /// Largest frame that the peer accepts, in bytes.
     pub(crate) peer_frame: AtomicU64,
-    /// How much the peer may send ahead.
+    /// The connection's receive window.
     pub(crate) window: ReceiveWindow,
-    /// At a server: bytes for frames that come in pieces, and whose share the peer takes.
+    /// On a server: the pool of memory for frames that arrive in parts, and the peer's tenant.
     pub(crate) frames: OnceLock<Box<(Pool, Tenant)>>,
-    /// What resumable channels keep.
+    /// The memory budget of resumable channels.
     pub(crate) budget: Arc<Budget>,
 }
 
@@ -217,7 +217,7 @@ impl Carrier {
         })
     }
 
-    /// Counts a channel of a client that ends with its connection.
+    /// Registers a channel of a client that ends with its connection.
     pub(crate) fn tie(&self, outbox: &Arc<Outbox>, inbox: &Arc<Inbox>) {
         let mut tied = lock(&self.registry.tied);
         if tied.channels.len() >= tied.tidy_at {
@@ -234,21 +234,21 @@ impl Carrier {
         !tied.channels.is_empty()
     }
 
-    /// Goes over to another connection and returns its number. Streams of earlier ones belong to nobody now, and what
-    /// an earlier one has given out counts no more.
+    /// Replaces the connection and returns the number of the new one. Streams of earlier connections are orphaned,
+    /// and receive windows of an earlier connection no longer count.
     pub(crate) fn set_connection(&self, conn: Connection) -> u64 {
         let mut number = lock(&self.number);
         *self.conn.write().unwrap_or_else(PoisonError::into_inner) = SessionConnection::new(conn);
         *number += 1;
         lock(&self.confirms).take();
-        // Who ended the session in the meantime has closed the connection before.
+        // Code that ended the session in the meantime has closed the earlier connection.
         if let Some(reason) = self.end.get() {
             self.conn().close_because(reason);
         }
         *number
     }
 
-    /// The connection of this moment.
+    /// The current connection.
     pub(crate) fn conn(&self) -> Arc<SessionConnection> {
         self.conn
             .read()
@@ -268,13 +268,13 @@ impl Carrier {
         usize::try_from(self.receive.peer_frame.load(Ordering::Relaxed)).unwrap_or(usize::MAX)
     }
 
-    /// The connection of this moment with its number.
+    /// The current connection with its number.
     pub(crate) fn current(&self) -> (Arc<SessionConnection>, u64) {
         let number = lock(&self.number);
         (self.conn(), *number)
     }
 
-    /// Does something while connection number `number` is the present one, and nothing if it is no longer.
+    /// Calls `act` while connection `number` is the current one; does nothing and returns `None` if it is not.
     pub(crate) fn while_current<T>(&self, number: u64, act: impl FnOnce() -> T) -> Option<T> {
         let present = lock(&self.number);
         (*present == number).then(act)
@@ -330,15 +330,15 @@ impl Carrier {
             .count()
     }
 
-    /// Forgets channels of which nothing can come any more.
+    /// Removes the channels that have ended in both directions.
     pub(crate) fn prune(&self) {
         if let Some(resumable) = lock(&self.registry.resumable).get_mut() {
             resumable.retain(|_, core| !core.is_over());
         }
     }
 
-    /// The peer keeps these of the channels that it opened; the others are over, but for those that it has
-    /// opened on this connection: their streams may overtake the list.
+    /// Ends the channels that the peer opened and no longer lists. Channels that the peer has opened on this
+    /// connection are excepted, because their streams may overtake the list.
     pub(crate) fn retain_theirs(&self, open: &[u64]) {
         let open: HashSet<_> = open.iter().collect();
         let (_, number) = self.current();
@@ -390,8 +390,8 @@ impl Carrier {
         lock(&self.confirms).take()
     }
 
-    /// Why the connection ended, in the best words known: a reason given here or by the peer's `$close` beats
-    /// what QUIC reports.
+    /// The most specific reason for the end of the connection: a reason of this side or of the peer's `$close` takes
+    /// precedence over QUIC's.
     pub(crate) fn reason_for(&self, error: &ConnectionError) -> CloseReason {
         if let Some(reason) = self.end.get() {
             return reason.clone();
@@ -433,7 +433,7 @@ impl Carrier {
             .insert(registration, Arc::downgrade(core));
     }
 
-    /// Says whether it was there.
+    /// Removes a channel; returns whether it was registered.
     pub(crate) fn unregister(&self, registration: u64) -> bool {
         let was_there = lock(&self.registry.cores)
             .get_mut()
@@ -458,7 +458,7 @@ impl Carrier {
         lock(&self.registry.cores).get().map_or(0, HashMap::len)
     }
 
-    /// Lets every channel send what is queued and then end, for good: nothing is kept any more.
+    /// Makes every channel send its queue and then end; no channel is kept for resuming.
     pub(crate) fn finish_channels(&self) {
         for core in self.live_cores() {
             core.forget();
@@ -466,7 +466,7 @@ impl Carrier {
         }
     }
 
-    /// Lets every channel send what is queued and then end for this reason.
+    /// Makes every channel send its queue and then end with this reason.
     pub(crate) fn finish_channels_because(&self, reason: &CloseReason) {
         for core in self.live_cores() {
             core.finish_because(reason);

@@ -1,4 +1,5 @@
-//! [`ChannelCore`]: what a channel is for its streams, and how it goes from one to the next.
+//! [`ChannelCore`]: the part of a channel that its successive streams share, and the move from one stream to the
+//! next.
 
 use std::future::poll_fn;
 use std::sync::Arc;
@@ -20,40 +21,40 @@ use crate::wire::code::{CloseCode, CloseReason, Side};
 use crate::wire::config::Priority;
 use crate::wire::control::{self, ControlError, Decode, ProtocolEvent, Resumed};
 
-/// A channel as its streams see it: what they carry to and fro, one after the other if it is resumable.
+/// The part of a channel that its streams share. A resumable channel has one stream after the other.
 pub(crate) struct ChannelCore {
     pub(crate) key: ChannelKey,
     pub(crate) priority: Priority,
-    /// What a resumable channel is called, at its acceptor.
+    /// The name of a resumable channel, on the side that accepted it.
     pub(crate) name: Option<Box<str>>,
-    /// The `$open` it began with, at the opener of a resumable channel.
+    /// The `$open` of a resumable channel, on the side that opened it.
     pub(crate) open: Option<Bytes>,
     pub(crate) outbox: Arc<Outbox>,
     pub(crate) inbox: Arc<Inbox>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) end: Arc<End>,
     pub(crate) registration: u64,
-    /// The connection that its present stream came over.
+    /// The number of the connection of the current stream.
     pub(crate) connection_number: AtomicU64,
 }
 
 impl ChannelCore {
-    /// Whether nothing can come of it any more, in either direction.
+    /// Whether the channel has ended in both directions.
     pub(crate) fn is_over(&self) -> bool {
         self.outbox.is_over() && self.inbox.ending().is_some()
     }
 
-    /// Whether this `$open` is that of the channel once more.
+    /// Whether this `$open` has the name and the priority of this channel.
     pub(crate) fn is_of(&self, open: &control::Open) -> bool {
         self.name.as_deref() == Some(&open.name) && self.priority == open.priority
     }
 
-    /// The connection that its present stream came over, at the acceptor.
+    /// The number of the connection of the current stream, on the side that accepted the channel.
     pub(crate) fn connection_number(&self) -> u64 {
         self.connection_number.load(Ordering::Relaxed)
     }
 
-    /// Ends the channel because there will be no other stream for it. What has arrived can still be read.
+    /// Ends the channel because it gets no further stream. Messages that have arrived can still be read.
     pub(crate) fn fail(&self, carrier: &Carrier, reason: &CloseReason) {
         self.end.set(reason.clone());
         self.outbox.end(Err(reason.clone()));
@@ -61,7 +62,7 @@ impl ChannelCore {
         self.unregister(carrier);
     }
 
-    /// Counts the channel as one that is over.
+    /// Removes the channel from the registry and counts its end.
     fn unregister(&self, carrier: &Carrier) {
         if carrier.unregister(self.registration) {
             let finished = || CloseReason::local(CloseCode::NORMAL, "");
@@ -71,33 +72,33 @@ impl ChannelCore {
         }
     }
 
-    /// Lets what is queued go out, then ends the direction.
+    /// Sends the queue, then ends the sending direction.
     pub(crate) fn finish(&self) {
         self.outbox.finish(None);
     }
 
-    /// Nothing will be repeated any more.
+    /// Discards the frames kept for repeating: the session will not be resumed.
     pub(crate) fn forget(&self) {
         self.outbox.forget();
     }
 
-    /// Lets what is queued go out and ends the channel for this reason when the peer has ended it, too.
+    /// Sends the queue, and ends the channel with this reason when the peer has ended it, too.
     pub(crate) fn finish_because(&self, reason: &CloseReason) {
         self.inbox.finish_as(reason.clone());
         self.outbox.finish_because(reason.clone());
     }
 
-    /// The peer takes nothing more.
+    /// The peer accepts no more frames.
     pub(crate) fn refused(&self) {
         self.outbox.refused();
     }
 
-    /// The peer has this many frames.
+    /// The peer has received this many frames.
     pub(crate) fn confirm(&self, received: u64) -> Result<(), Mismatch> {
         self.outbox.confirm(received)
     }
 
-    /// Opens another stream for a channel of our own, over connection number `number`, and goes on there.
+    /// Opens another stream for a channel that this side opened, on connection `number`, and continues on it.
     pub(crate) async fn reopen(
         self: Arc<Self>,
         carrier: Arc<Carrier>,
@@ -118,7 +119,7 @@ impl ChannelCore {
             Some((send, inbox, first))
         };
         let Some((send, inbox, first)) = opened.await else {
-            // The connection is gone again; the next one brings another try.
+            // The connection is lost again; the channel is reopened on the next one.
             return;
         };
         let answer = match &first {
@@ -151,8 +152,8 @@ impl ChannelCore {
         }
     }
 
-    /// Goes on with the stream that the peer opened for a channel it had opened before, over connection number
-    /// `number`; the peer has this many frames.
+    /// Continues a channel that the peer opened, on the stream that the peer opened for it on connection `number`.
+    /// The peer has received `received` frames.
     pub(crate) fn accept(
         self: &Arc<Self>,
         carrier: &Arc<Carrier>,
@@ -217,7 +218,7 @@ impl ChannelCore {
         }
     }
 
-    /// Ends the channel instead of going on with this stream, and tells the peer why.
+    /// Ends the channel instead of continuing it on this stream, and tells the peer why.
     fn refuse(
         &self,
         carrier: &Arc<Carrier>,

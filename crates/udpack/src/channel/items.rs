@@ -1,4 +1,4 @@
-//! Streams of items in a request: behind the question, as its answer, or both.
+//! Streams of items: sent with a request, as its answer, or both.
 
 use std::fmt;
 use std::future::Future;
@@ -22,20 +22,21 @@ use crate::wire::message::{self, EncodeError, Encoded};
 
 /// A stream of items that belongs to a request.
 ///
-/// At the asker: what answers it, from [`Request::items`](crate::Request::items). Its end is the handler's;
-/// a fault, the deadline and the channel's end are errors, after which nothing more comes. In a handler, as an
-/// argument: what the asker sends with [`with_items`](crate::Request::with_items). It ends with the asker's
-/// stream; a request without one has no end either, until it is answered, cancelled or out of time.
+/// On the requester's side it is the answer, from [`Request::items`](crate::Request::items). It ends when the
+/// handler's stream ends; a fault, the deadline and the channel's end are errors, and nothing follows an error. A
+/// handler takes it as an argument: the items that the requester sends with
+/// [`with_items`](crate::Request::with_items). It ends with the requester's stream. For a request without a stream it
+/// stays pending until the request is answered, cancelled or timed out.
 ///
-/// At most 256 KiB of items wait here unread; then their sender waits.
+/// At most 256 KiB of unread items are buffered here; then their sender waits.
 ///
 /// # Drop
-/// At the asker dropping it cancels the request. In a handler it only stops the reading.
+/// On the requester's side dropping it cancels the request. In a handler dropping it only stops the reading.
 pub struct Items<T> {
     channel: Channel,
     role: Role,
     id: u64,
-    /// At the asker.
+    /// Set on the requester's side.
     pending: Option<Pending>,
     pump: Option<Pump>,
     deadline: Option<(Pin<Box<Sleep>>, Duration)>,
@@ -45,11 +46,11 @@ pub struct Items<T> {
     item: PhantomData<fn() -> T>,
 }
 
-/// Sends a stream's items while it is polled.
+/// A future that sends the items of a stream.
 pub(crate) type Pump = BoxFuture<'static, Result<(), RequestError>>;
 
-/// Sends `items`, of encoded data, for a request, as its other side returns credit; then, at the asker, their
-/// end. Ready when all are queued or the request is over.
+/// Sends encoded `items` of a request as the other side returns credit; the requester then sends the end of the
+/// stream. Ready when all are queued or the request is over.
 pub(crate) fn pump<S>(channel: Channel, role: Role, id: u64, items: S) -> Pump
 where
     S: Stream<Item = Result<Vec<u8>, EncodeError>> + Send + 'static,
@@ -71,7 +72,7 @@ where
     })
 }
 
-/// Sends one item; waits for credit and for room. `false`: the request is over.
+/// Sends one item; waits for credit and for room in the queue. Returns `false` if the request is over.
 pub(crate) async fn send_item(
     channel: &Channel,
     role: Role,
@@ -114,7 +115,7 @@ impl<T> Items<T> {
         }
     }
 
-    /// The stream behind a request that a handler answers; an empty one behind any other message.
+    /// The stream that was sent with a request, for its handler; an empty stream for any other message.
     pub(crate) fn answering(channel: Channel, id: Option<u64>) -> Self {
         Self {
             channel,
@@ -129,7 +130,7 @@ impl<T> Items<T> {
         }
     }
 
-    /// Gives credit for taken items back, as far as the outbox has room.
+    /// Returns credit for taken items, as far as the outbox has room.
     fn poll_grant(&mut self, cx: &mut Context<'_>, all: bool) {
         let inner = &self.channel.inner;
         loop {
@@ -157,7 +158,7 @@ impl<T> Items<T> {
                         let _ = outbox.encoded(&frame, limit).await;
                     }));
                 }
-                // The channel is over, which reading will tell.
+                // The channel has ended; reading reports it.
                 Err(_) => return,
             }
         }
@@ -179,7 +180,7 @@ impl<T: DeserializeOwned> Items<T> {
     /// The next item; `None` after the last.
     ///
     /// # Errors
-    /// As of a request; nothing follows an error.
+    /// The errors of a request; nothing follows an error.
     ///
     /// # Cancel safety
     /// Cancel safe: a dropped future loses no item.
@@ -265,18 +266,18 @@ impl<T> fmt::Debug for Items<T> {
     }
 }
 
-/// A handler's answer of many items, to be read with [`Request::items`](crate::Request::items).
+/// A handler's answer that consists of many items, to be read with [`Request::items`](crate::Request::items).
 ///
-/// The stream is polled as the asker takes items, at most 256 KiB ahead of it; its end is the answer's end.
-/// When the asker gives up, or its deadline passes, the stream is dropped. `Timeouts::handler` counts until the
-/// handler returns this, not for the stream.
+/// The stream is polled as the requester takes items, at most 256 KiB ahead of it; the end of the stream ends the
+/// answer. When the requester cancels, or its deadline passes, the stream is dropped. `Timeouts::handler` applies
+/// until the handler returns this value, not to the stream.
 #[must_use = "a stream is sent when the handler returns it"]
 pub struct Streaming {
     pub(crate) items: Pin<Box<dyn Stream<Item = Result<Vec<u8>, Fault>> + Send>>,
 }
 
 impl Streaming {
-    /// An answer with the items of this stream. One that cannot be encoded ends it with a fault.
+    /// An answer with the items of this stream. An item that cannot be encoded ends the answer with a fault.
     pub fn new<S>(items: S) -> Self
     where
         S: Stream + Send + 'static,

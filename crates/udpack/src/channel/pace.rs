@@ -1,57 +1,57 @@
-//! How far behind a member of rooms is: what it was sent of their messages, and what its program has taken.
+//! Tracks how far a member of rooms is behind: how many messages were sent to it, and how many its program has read.
 //!
-//! Pure bookkeeping. A queue and a window hide for how long a message lies unread, so the sender puts a `$mark` with a
-//! number before a message now and then, and the peer's library tells when its program has come there. A room's policy
-//! says how many messages may be on their way unread; as many more may be as the path itself holds.
+//! Pure state without I/O. Queues and windows hide how long a message stays unread, so the sender puts a numbered
+//! `$mark` before some messages, and the peer's library reports when its program reaches it. A room's policy says how
+//! many messages may be sent and unread; the number in transit on the path is added to that.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// One member's account.
+/// The counters of one member.
 #[derive(Debug, Default)]
 pub(crate) struct Pace {
     /// Messages of rooms sent so far; the number of the last.
     sent: u64,
-    /// The last one that a mark was sent for.
+    /// The last message before which a mark was sent.
     marked: u64,
-    /// The last one that the program is known to have taken.
+    /// The last message that the program is known to have read.
     taken: u64,
-    /// As many as a round trip accounts for, at the speed at which the program takes them.
+    /// How many messages the program reads in one round trip; they may be in transit.
     travelling: u64,
     probe: Option<Probe>,
-    /// When a probe last came through, and what had been taken then.
+    /// When a probe was last answered, and how many messages had been read then.
     last: Option<(Instant, u64)>,
 }
 
-/// A mark whose time is measured.
+/// A mark whose round trip is measured.
 #[derive(Debug)]
 struct Probe {
     number: u64,
     at: Instant,
-    /// Messages on their way when it was sent, the one behind it included.
+    /// Unread messages when the mark was sent, including the one that follows it.
     ahead: u64,
 }
 
 impl Pace {
-    /// Whether one more message may go, where the policy lets so many be unread.
+    /// Whether one more message may be sent under a policy that permits `unread` unread messages.
     pub(crate) fn may_send(&self, unread: u64) -> bool {
         self.sent - self.taken < self.travelling.saturating_add(unread)
     }
 
-    /// One more message goes. Gives the number of the mark that must go before it, if one must: often enough that the
-    /// sender hears of it before it may send no more.
+    /// Records one more sent message. Returns the number of the mark to send before it, if one is due: marks are
+    /// frequent enough that the sender receives an answer before it reaches the limit.
     pub(crate) fn send(&mut self, unread: u64) -> Option<u64> {
         self.sent += 1;
         (self.sent - self.marked >= (unread / 4).max(1)).then(|| self.mark())
     }
 
-    /// Nothing may go at present. Gives the number of a mark that must go now, if none is on its way that would end it.
+    /// The limit is reached. Returns the number of a mark to send now, unless a mark in transit will lift the limit.
     pub(crate) fn blocked(&mut self) -> Option<u64> {
         (self.marked <= self.taken && self.taken < self.sent).then(|| self.mark())
     }
 
-    /// The connection was replaced: the peer's last `$passed` may be lost. As [`blocked`](Self::blocked).
+    /// As [`blocked`](Self::blocked), after the connection was replaced: the peer's last `$passed` may be lost.
     pub(crate) fn renew(&mut self) -> Option<u64> {
         self.probe = None;
         (self.taken < self.sent).then(|| self.mark())
@@ -67,9 +67,9 @@ impl Pace {
         self.sent
     }
 
-    /// The program has come to this mark; `round_trip` is the time that the path alone takes there and back.
+    /// The program has reached this mark; `round_trip` is the round-trip time of the path.
     pub(crate) fn passed(&mut self, mark: u64, round_trip: Duration) {
-        // What was never sent cannot have been taken.
+        // A message that was never sent cannot have been read.
         if mark > self.marked {
             return;
         }
@@ -78,12 +78,12 @@ impl Pace {
             return;
         };
         let now = Instant::now();
-        // A path that wavers by a fourth is no slow program.
+        // Variations of a quarter are attributed to the path, not to the program.
         let round_trip = round_trip + round_trip / 4;
         let part = |time: Duration| round_trip.as_secs_f64() / time.as_secs_f64().max(1e-6);
         self.travelling = match self.last {
-            // Of what was under way, without what merely lay there; and not more than was taken of late, for a program
-            // that waits takes the first message at once, however slow it is with it.
+            // The messages that were in transit, without those that only waited; and not more than were read
+            // recently, because an idle program takes the first message at once, even if it is slow.
             Some((then, taken)) => {
                 let under_way = probe.ahead as f64 * part(now - probe.at).min(1.0);
                 let of_late = (self.taken - taken) as f64 * part(now - then);

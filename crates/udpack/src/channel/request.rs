@@ -1,4 +1,4 @@
-//! [`Request`]: one question on a channel and its answer.
+//! [`Request`]: one request on a channel and its reply.
 
 use std::fmt;
 use std::future::{IntoFuture, poll_fn};
@@ -23,11 +23,11 @@ use crate::wire::control::{self, Decode, ProtocolEvent};
 use crate::wire::event::Event;
 use crate::wire::message::{self, DecodeError, Encoded, Message};
 
-/// Where the way is short, a deadline ends at both sides in the same tick of the clock: whose timer is first
-/// makes no difference to the asker.
+/// On a short path a deadline passes on both sides in the same tick of the clock. The requester gets the same error
+/// whichever timer fires first.
 const TICK: Duration = Duration::from_millis(10);
 
-/// Bytes that a request's frame has room for without being moved.
+/// Initial capacity of a request's frame, in bytes.
 const FRAME: usize = 128;
 
 impl Channel {
@@ -50,10 +50,10 @@ impl Channel {
         self.ask(event, data, |reply| reply.data())
     }
 
-    /// Sends a message and waits until the peer's handler has returned: a request whose answer is only that.
+    /// Sends a message and waits until the peer's handler has returned: a request whose reply is not decoded.
     ///
-    /// Succeeds whatever the handler returned, as long as it is no fault. The failures, and what dropping
-    /// does, are those of [`request`](Self::request).
+    /// Succeeds with any reply that is not a fault. Errors and the effect of dropping are those of
+    /// [`request`](Self::request).
     pub fn send_acked<T: Serialize + ?Sized>(&self, event: &str, data: &T) -> Request<()> {
         self.ask(event, data, |_| Ok(()))
     }
@@ -112,7 +112,7 @@ impl Channel {
         }
     }
 
-    /// Why there is no reply, by the peer's `$fault` to a request with this deadline.
+    /// The error for the peer's `$fault` to a request with this deadline.
     pub(crate) fn refused(
         &self,
         fault: &Message,
@@ -139,13 +139,13 @@ impl Channel {
         }
     }
 
-    /// Why there is no reply: it did not come in time.
+    /// The error for a reply that did not come in time.
     pub(crate) fn too_late(&self, limit: Duration) -> RequestError {
         self.inner.carrier.counts.one(Count::RequestsTimedOut);
         RequestError::Timeout(limit)
     }
 
-    /// Reads on, into the bounded backlog, until `look` finds what it is after.
+    /// Reads into the bounded backlog until `look` returns a value.
     pub(crate) async fn until<T>(
         &self,
         mut look: impl FnMut(&mut Calls) -> Option<T>,
@@ -172,8 +172,8 @@ pub struct Request<R> {
 }
 
 impl<R> Request<R> {
-    /// Gives up after this long with [`RequestError::Timeout`]; the peer learns of it and stops its handler
-    /// then. Default `Timeouts::request`; none for a request with a stream of items in either direction.
+    /// Fails after this long with [`RequestError::Timeout`]; the peer is told and stops its handler. Default
+    /// `Timeouts::request`; none for a request with a stream of items in either direction.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = Some(timeout);
         self
@@ -181,9 +181,9 @@ impl<R> Request<R> {
 
     /// Sends a stream of items behind the request: the peer's handler reads them with [`Items`].
     ///
-    /// They go out while the request (or its [`items`](Self::items)) is polled, at most 256 KiB ahead of the
-    /// peer's handler. When the answer comes before the end of the stream, the rest is not sent. An item
-    /// that cannot be encoded fails the request.
+    /// They are sent while the request (or its [`items`](Self::items)) is polled, at most 256 KiB ahead of the peer's
+    /// handler. When the answer comes before the end of the stream, the rest is not sent. An item that cannot be
+    /// encoded fails the request.
     pub fn with_items<S>(mut self, stream: S) -> Self
     where
         S: Stream + Send + 'static,
@@ -207,7 +207,7 @@ impl<R> Request<R> {
             .map(|until| (until, limit));
         let (mut pending, mut frame) = self.begin(Some(limit), false)?;
         if !pending.try_send(&mut frame)? {
-            // Boxed, because most find room and need none for this.
+            // Boxed, because most requests find room at once and do not need this future.
             let slow = Box::pin(pending.send(frame));
             match deadline {
                 None => slow.await?,
@@ -235,7 +235,7 @@ impl<R> Request<R> {
         self.decoded(reply, deadline)
     }
 
-    /// With a stream of items behind the request.
+    /// Sends a stream of items with the request.
     async fn run_with(mut self, mut pump: Pump) -> Result<R, RequestError> {
         let channel = self.channel.clone();
         let limit = self.timeout;
@@ -277,7 +277,7 @@ impl<R> Request<R> {
         }
     }
 
-    /// Expects an answer, and gives the frame that asks for it.
+    /// Registers the request, and returns its frame.
     fn begin(
         &mut self,
         limit: Option<Duration>,
@@ -301,7 +301,7 @@ impl<R> Request<R> {
         Ok((pending, frame))
     }
 
-    /// Queues the request. From here on dropping what it returns tells the peer.
+    /// Queues the request. Dropping the returned value tells the peer.
     async fn send(
         &mut self,
         limit: Option<Duration>,
@@ -314,10 +314,11 @@ impl<R> Request<R> {
 }
 
 impl Request<()> {
-    /// Asks for a stream of items instead of one reply. Returns when the request is queued; how it fares
-    /// shows in the items.
+    /// Asks for a stream of items instead of one reply. Returns when the request is queued; the items report later
+    /// errors.
     ///
-    /// Of the peer's items at most 256 KiB wait here. A [`timeout`](Self::timeout) counts until the last.
+    /// At most 256 KiB of the peer's items are buffered here. A [`timeout`](Self::timeout) covers the time until the
+    /// last item.
     ///
     /// # Errors
     /// When the request cannot be sent.
@@ -361,18 +362,18 @@ impl<R> fmt::Debug for Request<R> {
     }
 }
 
-/// Forgets an answer that is no longer awaited and tells the peer, if it has not come.
+/// A pending request. Dropping it before the answer tells the peer that the answer is no longer wanted.
 pub(crate) struct Pending {
     pub(crate) channel: Channel,
     pub(crate) id: u64,
-    /// The request is queued: the peer will hear of it.
+    /// Whether the request is queued, so that the peer will receive it.
     sent: bool,
-    /// The reply was taken: nothing is left to be forgotten.
+    /// Whether the reply was taken, so that dropping has no effect.
     over: bool,
 }
 
 impl Pending {
-    /// Queues the request if there is room. From then on dropping this tells the peer.
+    /// Queues the request if there is room. After that, dropping the value tells the peer.
     fn try_send(&mut self, frame: &mut BytesMut) -> Result<bool, RequestError> {
         let queued = self.channel.try_send_frame(frame);
         self.sent = queued.map_err(RequestError::Send)?;
@@ -414,7 +415,7 @@ pub enum RequestError {
     /// The peer's handler refused or failed.
     #[error("the peer refused: {0}")]
     Fault(Fault),
-    /// The reply does not fit the type asked for.
+    /// The reply does not decode into the requested type.
     #[error(transparent)]
     Decode(DecodeError),
     /// The peer's handler was stopped before it answered.
@@ -426,13 +427,13 @@ pub enum RequestError {
     /// No reply in time.
     #[error("no reply within {0:?}")]
     Timeout(Duration),
-    /// More unread messages stand before the reply, or before the item or credit of a stream, than
-    /// `Limits::backlog_messages` or `Limits::backlog_bytes` allow: read them with `recv` first.
+    /// More unread messages precede the reply, or the item or credit of a stream, than `Limits::backlog_messages` or
+    /// `Limits::backlog_bytes` allow: read them with `recv` first.
     #[error("too many unread messages stand before the reply: {most} {of} may wait")]
     Backlog {
         /// The limit that was reached.
         most: usize,
-        /// What it counts: `"messages"` or `"bytes"`.
+        /// The unit of the limit: `"messages"` or `"bytes"`.
         of: &'static str,
     },
     /// The request could not be sent.

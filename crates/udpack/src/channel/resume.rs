@@ -1,8 +1,8 @@
 //! Resuming a channel on another connection: frames are kept until the peer has acknowledged them.
 //!
-//! Pure bookkeeping, no I/O. Each direction of a resumable channel counts its frames from 1, `$open` and
-//! `$resume` left out; the end of the direction counts as one more. The receiver tells its count, and a
-//! sender that finds itself on a new stream repeats what lies beyond it.
+//! Pure state without I/O. Each direction of a resumable channel counts its frames from 1, `$open` and `$resume` left
+//! out; the end of the direction counts as one more. The receiver reports its count, and on a new stream the sender
+//! repeats the frames beyond that count.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -23,7 +23,7 @@ pub(crate) struct Retained {
 pub(crate) struct Mismatch;
 
 impl Retained {
-    /// Keeps bytes that go to the stream now. Frames may begin and end anywhere in them.
+    /// Keeps bytes that are handed to the stream. Frames may begin and end anywhere in them.
     pub(crate) fn push(&mut self, bytes: Bytes) {
         self.chunks.push_back(bytes);
     }
@@ -33,8 +33,8 @@ impl Retained {
         self.confirmed
     }
 
-    /// Forgets the frames up to number `received` and returns how many bytes those were. A number acknowledged before
-    /// is an old message that came late: nothing happens.
+    /// Discards the frames up to number `received` and returns how many bytes those were. A number below the last one
+    /// is from a late message and has no effect.
     pub(crate) fn confirm(&mut self, received: u64) -> Result<usize, Mismatch> {
         let mut bytes = 0;
         while self.confirmed < received {
@@ -44,7 +44,7 @@ impl Retained {
         Ok(bytes)
     }
 
-    /// Hands over everything that must be repeated, in order.
+    /// Takes the frames to repeat, in order.
     pub(crate) fn take(&mut self) -> VecDeque<Bytes> {
         std::mem::take(&mut self.chunks)
     }
@@ -87,8 +87,8 @@ impl Retained {
     }
 }
 
-/// Numbers of the channels that the peer has opened so far. One that is over here and comes again must not be
-/// taken for a new one: its opener may not have heard that everything was received.
+/// The numbers of the channels that the peer has opened so far. The `$open` of a channel that has ended here may come
+/// again, because its opener may not know that everything was received; it must not be taken for a new channel.
 #[derive(Debug, Default)]
 pub(crate) struct Seen {
     /// First and last of each run of numbers without a gap.
@@ -96,7 +96,8 @@ pub(crate) struct Seen {
 }
 
 impl Seen {
-    /// Gaps kept apart. An opener counts on by one, so that a gap is a channel whose stream was lost.
+    /// The most runs that are kept. An opener increments its numbers by one, so a gap is a channel whose stream was
+    /// lost.
     const RUNS: usize = 1024;
 
     pub(crate) fn insert(&mut self, id: u64) {

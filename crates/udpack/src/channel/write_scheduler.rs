@@ -1,9 +1,9 @@
-//! Who of a connection's channels writes next, and how much bulk data may be under way.
+//! Decides which of a connection's channels writes next, and limits the bulk data in flight.
 //!
-//! All channels of a connection share its flow-control and send windows. QUIC sends what it was given in
-//! order of priority, but it takes nothing once a window is full: then a small message of a high channel would
-//! wait until the bulk data in front of it is gone. So bulk channels leave room, and where several wait for
-//! room, the higher ones get it first.
+//! All channels of a connection share its flow-control and send windows. QUIC sends the data that it was given in
+//! order of priority, but it accepts no more once a window is full. A small message of a high-priority channel would
+//! then wait for the bulk data before it. So bulk channels leave room in the window, and of several channels that
+//! wait for room, those of higher priority get it first.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -13,10 +13,10 @@ use tokio::sync::Notify;
 
 use crate::wire::config::Priority;
 
-/// Bytes that the bulk channels of a connection may have under way however narrow the path seems.
+/// Bytes that the bulk channels of a connection may always have in flight, even on a narrow path.
 pub(crate) const BULK_FLOOR: u64 = 1 << 20;
-/// They may have so many congestion windows under way: one on the path, the others so that a lost packet, which
-/// keeps everything behind it unacknowledged, does not stop them.
+/// The number of congestion windows that they may have in flight: one on the path, the others because a lost packet
+/// keeps everything after it unacknowledged and must not stop them.
 const BULK_WINDOWS: u64 = 4;
 
 /// Shared by the writers of one connection.
@@ -25,7 +25,7 @@ pub(crate) struct WriteScheduler {
     lots: AtomicU64,
     /// Writers that wait until QUIC takes more, by priority.
     blocked: [AtomicUsize; 3],
-    /// Made when first needed.
+    /// Created on first use.
     bulk: OnceLock<Arc<Bulk>>,
 }
 
@@ -34,18 +34,19 @@ impl WriteScheduler {
         self.bulk.get_or_init(Arc::default)
     }
 
-    /// A writer of this priority waits, for as long as the guard lives.
+    /// Counts a waiting writer of this priority while the guard lives.
     pub(crate) fn wait(&self, priority: Priority) -> Waiting<'_> {
         let blocked = self.blocked(priority);
         blocked.fetch_add(1, Ordering::Relaxed);
         Waiting(blocked)
     }
 
-    /// How often a writer that was woken lets the others go first.
+    /// How often a writer that was woken yields to the other writers.
     ///
-    /// When room becomes free, quinn wakes every blocked stream, always in nearly the same order (last in,
-    /// first out), and who writes first takes it all. So equals draw lots, and lower ones let all higher ones
-    /// have their try before. Bounded, because a higher one may wait for something else: its own peer.
+    /// When room becomes free, quinn wakes every blocked stream, always in nearly the same order (last in, first
+    /// out), and the first writer takes all of it. So writers of equal priority draw random numbers, and writers of
+    /// lower priority yield to all of higher priority. The number is bounded, because a writer of higher priority may
+    /// wait for its peer instead.
     pub(crate) fn let_pass(&self, priority: Priority) -> u64 {
         let waits = |other| self.blocked(other).load(Ordering::Relaxed);
         let higher = [Priority::Normal, Priority::High]
@@ -60,20 +61,20 @@ impl WriteScheduler {
         4 * higher + lot
     }
 
-    /// Waits until the bulk channels may have more under way: fewer bytes given to QUIC and not yet
-    /// acknowledged than four congestion windows, at least 1 MiB, at most half of `send_window`. Those that
-    /// QUIC has not taken, because a peer reads nothing, do not count.
+    /// Waits until the bulk channels may have more bytes in flight. Their limit is four congestion windows, at least
+    /// 1 MiB, at most half of `send_window`. Bytes that QUIC has not accepted because a peer reads nothing do not
+    /// count.
     ///
-    /// `congestion_window` is asked anew each time: a writer that went on by an old, smaller one would never
-    /// find room beside a writer that goes by the present one.
+    /// `congestion_window` is called each time: a writer that used an old, smaller window would never find room
+    /// beside a writer that uses the current one.
     pub(crate) async fn bulk_room(
         &self,
         congestion_window: impl Fn() -> u64,
         send_window: u64,
         turn: usize,
     ) {
-        // Who comes later waits behind who waits already: between a notice and its reader a busy writer would
-        // else take the room each time.
+        // Writers wait in line. Without the line a busy writer would take the room each time before the notified
+        // writer runs.
         let _first = self.bulk().queue.lock().await;
         loop {
             let mut room = std::pin::pin!(self.bulk().room.notified());
@@ -91,8 +92,8 @@ impl WriteScheduler {
         }
     }
 
-    /// Counts these bytes as under way until QUIC and everybody else has let go of them. QUIC does when they are
-    /// acknowledged, or when nobody has a handle of the connection any more, which may be long after its end.
+    /// Counts these bytes as in flight until QUIC and all others have dropped them. QUIC drops them when they are
+    /// acknowledged, or when the last handle of the connection is dropped, which may be long after its end.
     pub(crate) fn hold(&self, bytes: Bytes) -> Bytes {
         self.bulk()
             .under_way
@@ -112,9 +113,9 @@ impl WriteScheduler {
         }
     }
 
-    /// A small number that looks random; nothing but fairness depends on it.
+    /// A small pseudo-random number; only fairness depends on it.
     fn draw(&self) -> u64 {
-        // A Weyl sequence, stirred: neighbours draw unrelated numbers.
+        // A mixed Weyl sequence: successive draws are unrelated.
         let x = self
             .lots
             .fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
@@ -135,7 +136,7 @@ impl Drop for Waiting<'_> {
 #[derive(Debug, Default)]
 struct Bulk {
     under_way: AtomicUsize,
-    /// Held by the one that waits for room; the others wait for it, in order.
+    /// The writer that waits for room holds this lock; the others wait for the lock, in order.
     queue: tokio::sync::Mutex<()>,
     room: Notify,
 }

@@ -1,4 +1,4 @@
-//! The task that writes a channel's queue to its stream, and gives up a peer that takes nothing.
+//! The task that writes a channel's queue to its stream, and closes the channel if the peer reads nothing.
 
 use std::sync::Arc;
 use std::task::Poll;
@@ -20,19 +20,19 @@ use crate::wire::config::Priority;
 
 /// How a writer ended.
 pub(crate) enum Written {
-    /// With the channel.
+    /// The channel has ended.
     Ended(Result<(), CloseReason>),
-    /// With the connection; the channel may go on over another.
+    /// The connection was lost; the channel may continue on another one.
     Detached,
 }
 
-/// Where a writer writes to.
+/// The stream that a writer writes to.
 pub(crate) struct Way {
     pub(crate) conn: Arc<SessionConnection>,
     pub(crate) stream: SendStream,
     /// See [`Outbox::rewind`]; 0 for a channel's first stream.
     pub(crate) epoch: u64,
-    /// Goes out before the queue and is not part of it.
+    /// A frame that is written before the queue and is not part of it.
     pub(crate) first: Option<Bytes>,
 }
 
@@ -45,7 +45,7 @@ pub(crate) async fn write_loop(
 ) -> Written {
     let (conn, epoch) = (way.conn.clone(), way.epoch);
     let driven = drive(&outbox, way, &carrier, &counters).await;
-    // The stream keeps its connection, and must not while the channel waits for another.
+    // The stream would keep its connection alive while the channel waits for another one.
     drop(outbox.take_back(epoch));
     let result = match driven {
         Ok(true) => Ok(()),
@@ -57,7 +57,7 @@ pub(crate) async fn write_loop(
     Written::Ended(result)
 }
 
-/// Writes until there is nothing left to write: `false` says that the queue goes elsewhere or was ended.
+/// Writes until nothing is left to write. Returns `false` if the queue moved to another stream or was ended.
 async fn drive(
     outbox: &Outbox,
     way: Way,
@@ -112,8 +112,8 @@ async fn drive(
                 outbox.written(bytes, messages);
                 batch.clear();
                 if bytes < messages * COPY_LIMIT {
-                    // The connection sends what it has, and what comes meanwhile goes together. Who sends without
-                    // a pause would else wake a writer for every sixty small messages.
+                    // Yield, so that the connection sends and messages queued meanwhile are written together.
+                    // Otherwise a sender without pauses would wake a writer for every sixty small messages.
                     tokio::task::yield_now().await;
                 }
             }
@@ -157,19 +157,19 @@ async fn drive(
     }
 }
 
-/// Parts of the slow-peer time; see [`PathActivity`] for those that count.
+/// The slow-peer time is divided into this many parts; [`PathActivity`] says which of them count.
 const PARTS: u32 = 4;
-/// So many parts must count once the path was silent. QUIC then takes up to 9/8 of the silence to declare lost what
-/// was under way (RFC 9002, section 6.1.2: the latest round trip is as long as the silence), and sends nothing new
-/// before; a silence that a connection outlives is shorter than the idle time, 30 s.
+/// The number of parts that must count after the path was silent. QUIC then takes up to 9/8 of the silence to declare
+/// the packets in flight lost (RFC 9002, section 6.1.2: the latest round trip is as long as the silence), and sends
+/// nothing new before; a silence that a connection outlives is shorter than the idle time, 30 s.
 const PARTS_AFTER_SILENCE: u32 = 4 * PARTS;
 
-/// A part of the time in which a peer on this path must take something.
+/// One part of the time in which a peer on this path must read something.
 fn part(carrier: &Carrier, conn: &SessionConnection) -> Duration {
     on_path(carrier.timeouts.slow_peer, conn) / PARTS
 }
 
-/// In how many parts of the slow-peer time a peer took nothing although its path was alive.
+/// Counts the parts of the slow-peer time in which a peer read nothing although its path was alive.
 struct Passed {
     activity: PathActivity,
     parts: u32,
@@ -183,7 +183,7 @@ impl Passed {
         }
     }
 
-    /// Another part has passed. Says whether that makes the whole time.
+    /// Counts one more part; returns whether the whole time has passed.
     fn part(&mut self, conn: &SessionConnection) -> bool {
         self.parts += u32::from(self.activity.counts(conn));
         let whole = match self.activity.was_silent() {
@@ -194,18 +194,18 @@ impl Passed {
     }
 }
 
-/// How long a peer that is alive has confirmed nothing while a sender waits for it.
+/// Measures how long a live peer has confirmed nothing while a sender waits for it.
 #[derive(Default)]
 struct Patience {
     begun: Option<Stuck>,
 }
 
-/// A wait for the peer to confirm something.
+/// One wait for a confirmation of the peer.
 struct Stuck {
-    /// What was confirmed when it began.
+    /// How many frames were confirmed when the wait began.
     at: u64,
     passed: Passed,
-    /// What the connection had sent when it began, and when that was last looked at.
+    /// The connection's statistics when the wait began, and at the last check.
     begun: ConnectionStats,
     before: ConnectionStats,
 }
@@ -227,10 +227,10 @@ impl Patience {
         stuck.is_some()
     }
 
-    /// Called when a part of the slow-peer time has passed, on a connection with so many channels.
+    /// Called when a part of the slow-peer time has passed, on a connection with `channels` channels.
     ///
-    /// A peer confirms whole messages. As long as the path may not yet have carried what is unconfirmed, and carries
-    /// something of channels, the path is slow, not the peer.
+    /// A peer confirms whole messages. While the path may not have carried all unconfirmed bytes yet, and carries
+    /// some bytes of channels, the path is slow, not the peer.
     fn is_over(&mut self, outbox: &Outbox, conn: &SessionConnection, channels: usize) -> bool {
         let Some(stuck) = &mut self.begun else {
             return false;
@@ -251,7 +251,8 @@ impl Patience {
     }
 }
 
-/// The peer's transport has everything. Where what is written is kept, its program must have it too.
+/// Called when the peer's transport has acknowledged everything. On a resumable channel this waits until its program
+/// has read it, too.
 async fn confirmed(
     outbox: &Outbox,
     conn: &Connection,
@@ -306,7 +307,7 @@ async fn write(
     Ok(())
 }
 
-/// Waits until the bulk channels may have more under way, or the connection is over.
+/// Waits until the bulk channels may have more bytes in flight, or the connection has ended.
 async fn bulk_room(carrier: &Carrier, conn: &SessionConnection) -> Result<(), CloseReason> {
     let room = conn.scheduler.bulk_room(
         || conn.stats().congestion_window,
@@ -320,15 +321,15 @@ async fn bulk_room(carrier: &Carrier, conn: &SessionConnection) -> Result<(), Cl
     }
 }
 
-/// Writes some of `rest`. A peer that is alive but grants nothing for the slow-peer time loses the channel; a
-/// silent path is the idle timer's business, and on a slow one each waits for its turn.
+/// Writes a part of `rest`. The channel is closed if the peer is alive but grants no credit for the slow-peer time.
+/// The idle timer handles a silent path; on a slow path each channel waits for its turn.
 async fn progress(
     stream: &mut SendStream,
     rest: &mut [Bytes],
     (carrier, conn): (&Carrier, &SessionConnection),
     priority: Priority,
 ) -> Result<Taken, CloseReason> {
-    // A writer that need not wait asks for no counts: they cost the lock of the connection.
+    // A writer that need not wait reads no statistics, because those take the lock of the connection.
     if let Some(written) = write_some(stream, rest, &conn.scheduler, priority).now_or_never() {
         return written.map_err(|error| stream_reason(carrier, error));
     }
@@ -364,20 +365,20 @@ fn slow_peer(stream: &mut SendStream, carrier: &Carrier) -> CloseReason {
     CloseReason::local(CloseCode::SLOW_PEER, text)
 }
 
-/// Whether a channel that waits has reason to wait on: the connection has sent `begun` bytes when it began to,
-/// and `before` when it was last asked.
+/// Whether a waiting channel should wait longer because others use the path. The connection had sent `begun` bytes
+/// when the wait began, and `before` at the last check.
 fn crowded(begun: u64, before: u64, carrier: &Carrier) -> bool {
     let (now, _) = carrier.counters.totals();
     slow_path(now - begun, now - before, carrier.live_channels())
 }
 
-/// Whether the bytes that all `channels` wrote while one of them waited, in all and of late, are too few to say
-/// that it was passed over, but not none: then the path is slow, not the peer.
+/// Whether the path is slow, not the peer: while one channel waited, all `channels` wrote some bytes, but too few, in
+/// total and recently, to conclude that only this one was passed over.
 fn slow_path(in_all: u64, of_late: u64, channels: usize) -> bool {
     of_late > 0 && in_all / (channels.max(1) as u64) < TURN as u64
 }
 
-/// Writes as much as QUIC takes now, or waits for its turn.
+/// Writes as much as QUIC accepts now, or waits for its turn.
 async fn write_some(
     stream: &mut SendStream,
     rest: &mut [Bytes],

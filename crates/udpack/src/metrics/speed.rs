@@ -1,7 +1,7 @@
-//! Speed: what moved in the last period, as numbers.
+//! Speed: bytes and packets of the last period.
 //!
-//! Counting costs a few atomic additions per batch of messages; nothing else runs until a reading is asked for. A
-//! [`SpeedMeter`] takes the difference between two readings itself, so there is no sampling task to own.
+//! Counting costs a few atomic additions per batch of messages; no other code runs until a caller reads them. A
+//! [`SpeedMeter`] computes the difference between two readings itself, so there is no sampling task.
 
 use std::fmt;
 use std::pin::Pin;
@@ -26,12 +26,12 @@ const SENT: usize = 0;
 const RECEIVED: usize = 1;
 
 impl Counters {
-    /// Of one socket alone.
+    /// Counters of one socket.
     pub(crate) fn root() -> Arc<Self> {
         Self::make(Numbers::plain(), None)
     }
 
-    /// Of many sockets.
+    /// Counters that many sockets share.
     pub(crate) fn shared() -> Arc<Self> {
         Self::make(Numbers::spread(), None)
     }
@@ -58,7 +58,7 @@ impl Counters {
         }
     }
 
-    /// Sent and received.
+    /// The bytes sent and the bytes received.
     pub(crate) fn totals(&self) -> (u64, u64) {
         (self.numbers.get(SENT), self.numbers.get(RECEIVED))
     }
@@ -115,17 +115,17 @@ impl Stats {
     }
 }
 
-/// What moved during one period.
+/// The speed during one period.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct Speed {
-    /// Application bytes sent, a second.
+    /// Application bytes sent, per second.
     pub send: f64,
-    /// Application bytes received, a second.
+    /// Application bytes received, per second.
     pub recv: f64,
-    /// UDP payload bytes sent, a second; for a channel those of its socket.
+    /// UDP payload bytes sent, per second; for a channel those of its socket.
     pub wire_send: f64,
-    /// UDP payload bytes received, a second; for a channel those of its socket.
+    /// UDP payload bytes received, per second; for a channel those of its socket.
     pub wire_recv: f64,
     /// Share of the packets sent in the period that were declared lost in it, 0 to 1.
     pub loss: f64,
@@ -163,13 +163,13 @@ impl Speed {
     }
 }
 
-/// Where a meter reads: the current numbers, or nothing once the source is over.
+/// Returns the current counters, or `None` once the source has ended.
 pub(crate) type Source = Box<dyn Fn() -> Option<Stats> + Send + Sync>;
 
 /// A [`Stream`] of [`Speed`], one item each period, by default each second.
 ///
-/// It ends after the source has ended. Dropping it costs nothing; a late reader gets one longer period, not
-/// a burst of stale ones.
+/// It ends after the source has ended. Dropping it stops nothing else; a late reader gets one longer period, not a
+/// burst of old ones.
 pub struct SpeedMeter {
     source: Source,
     interval: Interval,
@@ -195,7 +195,7 @@ impl SpeedMeter {
         self
     }
 
-    /// The next period's speed; `None` once the source is over.
+    /// The next period's speed; `None` once the source has ended.
     ///
     /// Cancel safe: a period that was not delivered is part of the next one.
     pub async fn next(&mut self) -> Option<Speed> {

@@ -69,14 +69,14 @@ pub(super) async fn accept_loop(shared: Arc<Shared>) {
                 Ok(handshake) => {
                     let span =
                         tracing::info_span!("conn", peer = %address, session = Empty, id = Empty);
-                    // In a box, because the task needs the room only for this moment.
+                    // Boxed, because the task needs the memory only during admission.
                     let entering = Box::pin(let_in(shared.clone(), incoming, handshake));
                     shared
                         .tasks
                         .spawn(serve(shared.clone(), entering).instrument(span));
                 }
                 Err(_) if !proved && incoming.may_retry() => {
-                    // Those of its own address may have places left.
+                    // The pool of its own address may have places left.
                     shared.counts.one(Count::Retries);
                     incoming.retry();
                 }
@@ -95,12 +95,12 @@ pub(super) async fn accept_loop(shared: Arc<Shared>) {
     }
 }
 
-/// Concurrent refusals with a text, and how many a second. QUIC refuses a handshake with a
-/// number and no word. To say a word the server must complete it, which is work that the refused could make at will.
+/// Concurrent refusals with a text, and how many a second. QUIC refuses a handshake with a number and without text.
+/// To send a text the server must complete the handshake, which is work that refused clients could cause at will.
 pub(super) const FAREWELLS: usize = 16;
 const FAREWELL_RATE: u32 = 16;
 
-/// Completes a handshake only to say why there is no place.
+/// Completes a handshake only to tell the client why there is no place.
 async fn say_why(shared: Arc<Shared>, incoming: Incoming, full: PoolFull, _place: pool::Place) {
     let handshaking = shared.listener.handshake(incoming);
     if let Ok(Ok(conn)) = tokio::time::timeout(shared.timeouts.handshake, handshaking).await {
@@ -109,7 +109,8 @@ async fn say_why(shared: Arc<Shared>, incoming: Incoming, full: PoolFull, _place
     }
 }
 
-/// Half for the first few of each address, and the other half at most for one: few addresses cannot keep all others out.
+/// Reserves half for the first few handshakes of each address, and gives one address at most the other half, so that
+/// a few addresses cannot occupy all places.
 pub(super) fn handshake_shares(places: usize) -> Shares {
     let shares = Shares::of(places);
     match places {
@@ -122,7 +123,8 @@ pub(super) fn handshake_shares(places: usize) -> Shares {
     }
 }
 
-/// As many for one address as the limits say, and where these leave some, a quarter for the first of each.
+/// Gives one address as many places as the limits say; if that is fewer than all, a quarter is reserved for the first
+/// socket of each address.
 pub(super) fn socket_shares(limits: &Limits) -> Shares {
     let (places, each) = (limits.sockets, limits.sockets_per_address);
     Shares {
@@ -153,7 +155,7 @@ async fn serve(shared: Arc<Shared>, entering: Pin<Box<impl Future<Output = Optio
     place.leave(key, &session);
 }
 
-/// An admitted socket, with all that its task needs.
+/// An admitted socket, with the state that its task needs.
 struct Entered {
     session: Arc<Session>,
     control: Box<Control>,
@@ -162,8 +164,8 @@ struct Entered {
     key: u64,
 }
 
-/// A connection from its first packet to admission; `None` when it does not come to that, or belongs to a session
-/// that was there before.
+/// Takes a connection from its first packet to admission. Returns `None` if it is not admitted, or if it resumes an
+/// existing session.
 async fn let_in(
     shared: Arc<Shared>,
     incoming: Incoming,
@@ -216,7 +218,7 @@ async fn let_in(
         socket.send_goaway(shutting_down(Duration::ZERO, Duration::ZERO));
         drop(socket.close(CloseCode::SHUTTING_DOWN, SHUTTING_DOWN));
     }
-    // Its token may have been withdrawn after the verifier's word and before a revocation could find the socket.
+    // The token may have been revoked after the verifier accepted it and before the revocation could find the socket.
     if let Some(reason) = lifetime::no_longer(&session, &shared.guard) {
         session.abort(reason);
     }
@@ -246,7 +248,7 @@ async fn let_in(
     })
 }
 
-/// The connection once its handshake is over; `None`, counted, if it failed or took too long.
+/// Completes the handshake. Returns `None`, and counts it, if the handshake failed or took too long.
 async fn shake_hands(shared: &Shared, incoming: Incoming) -> Option<Connection> {
     let handshaking = shared.listener.handshake(incoming);
     let why = match tokio::time::timeout(shared.timeouts.handshake, handshaking).await {
@@ -259,7 +261,7 @@ async fn shake_hands(shared: &Shared, incoming: Incoming) -> Option<Connection> 
     None
 }
 
-/// Gives a connection to the session that its client came back to. From here on it is in the hands of that session's task.
+/// Hands a connection to the session that its client resumes. From now on that session's task owns it.
 fn hand_over(
     conn: Connection,
     control: Box<Control>,
@@ -273,19 +275,19 @@ fn hand_over(
         welcome: None,
         why: None,
     }));
-    // Which may have ended before it could take it.
+    // The session may have ended before it could take the connection.
     if let Some(reason) = kept.end.get() {
         conn.close_because(reason);
     }
 }
 
-/// Runs the program's handler of sockets, if it has one, until that or the socket ends.
+/// Runs the program's handler of sockets, if there is one, until the handler or the socket ends.
 fn run_socket_handler(shared: &Shared, socket: Socket) {
     let Some(handler) = shared.service.on_socket.clone() else {
         return;
     };
     let session = socket.session().clone();
-    // Inside the block, because a handler may panic before it gives a future.
+    // Inside the block, because a handler may panic before it returns a future.
     let handler = std::panic::AssertUnwindSafe(async move { handler(socket).await }).catch_unwind();
     let run = async move {
         tokio::select! {
@@ -301,9 +303,9 @@ fn run_socket_handler(shared: &Shared, socket: Socket) {
 
 /// An admitted connection.
 enum Admitted {
-    /// With a session of its own.
+    /// With a new session.
     New(Box<Control>),
-    /// For a session that was there before.
+    /// For an existing session.
     Back(
         Box<Control>,
         Arc<Session>,
@@ -311,8 +313,8 @@ enum Admitted {
     ),
 }
 
-/// Reads `$hello` and, in the turn of its address, does what it asks for. The time in which the client must have proved
-/// itself stands still while it waits for its turn.
+/// Reads `$hello` and processes it when the client's address has its turn. The authentication time-out is paused
+/// during the wait.
 async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, CloseReason> {
     let within = on_path(shared.timeouts.auth, &session.conn());
     let late = |_| {
@@ -323,7 +325,8 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, Clos
     let first = tokio::time::timeout(within, first_message(session));
     let first = first.await.map_err(late)??;
     let left = within.saturating_sub(begun.elapsed());
-    // Who was in before need not wait for what others of its address do, but comes no faster than they may.
+    // A client that resumes a session does not wait for other clients of its address, but it is subject to the same
+    // rate.
     if !shared.was_in(&first.hello) {
         let address = session.conn().remote_address().ip();
         let turn = shared.guard.turn(address, &session.counts).await;
@@ -355,7 +358,7 @@ async fn first_message(session: &Arc<Session>) -> Result<First, CloseReason> {
         },
         Err(Ending::Violation(reason)) => Err(reason),
         Err(Ending::Closed(reason)) if conn.is_over() => Err(reason),
-        // The code of a reset is the peer's word, not ours to repeat.
+        // The peer chose the code of the reset, so it is not sent back.
         Err(Ending::Finished | Ending::Closed(_)) => Err(CloseReason::local(
             CloseCode::TRUNCATED,
             "the control stream ended before $hello",
@@ -363,7 +366,7 @@ async fn first_message(session: &Arc<Session>) -> Result<First, CloseReason> {
     }
 }
 
-/// Asks the verifier, takes the client into its session or a new one, and sends `$welcome`.
+/// Asks the verifier, resumes the client's session or creates one, and sends `$welcome`.
 async fn enter(
     shared: &Shared,
     session: &Arc<Session>,
@@ -420,7 +423,7 @@ async fn enter(
     session.set_agent(agent);
     session.set_welcome(welcome);
     inbox.set_frame_limit(shared.limits.frame);
-    // The control stream takes one of the slots.
+    // The control stream is one of the streams.
     let all = shared.limits.channels.saturating_add(1);
     conn.permit_bi(match conn.waits_for_streams() {
         true => FEW_STREAMS.min(all),
@@ -442,16 +445,16 @@ async fn enter(
     })
 }
 
-/// The session of a client that was let in.
+/// The session of an admitted client.
 struct Found {
     session: Arc<Session>,
-    /// It is the one that the client came back to.
+    /// The permit to hand over the connection, if the session is resumed.
     permit: Option<mpsc::OwnedPermit<Box<Established>>>,
-    /// Why it is not, although the client wanted to come back.
+    /// Why the session is not resumed, if the client asked for it.
     refused: Option<String>,
 }
 
-/// Finds the session that the client comes back to; `fresh` where there is none.
+/// Finds the session that the client resumes; `fresh` if there is none.
 async fn find(
     shared: &Shared,
     fresh: &Arc<Session>,
@@ -475,7 +478,7 @@ async fn find(
     Ok(found)
 }
 
-/// What the client needs to come back later.
+/// The ticket with which the client can resume the session later.
 fn grant(shared: &Shared, session: &Session) -> Result<ResumeGrant, CloseReason> {
     let token = lock(&session.tickets).get_or_make().issue();
     Ok(ResumeGrant {
@@ -484,7 +487,7 @@ fn grant(shared: &Shared, session: &Session) -> Result<ResumeGrant, CloseReason>
     })
 }
 
-/// Makes a new session this peer's; says how long its token stays good.
+/// Assigns a new session to this peer; returns how long the token remains valid.
 fn belong(shared: &Shared, session: &Session, peer: Peer) -> Option<Duration> {
     let expires = peer.time_left();
     let tenant = Tenant::peer(&peer);
@@ -504,7 +507,7 @@ fn no_random(_: aws_lc_rs::error::Unspecified) -> CloseReason {
     CloseReason::local(CloseCode::INTERNAL, "no random numbers")
 }
 
-/// A random name: 32 hexadecimal digits.
+/// A random session id: 32 hexadecimal digits.
 fn new_session_id() -> Result<SessionId, aws_lc_rs::error::Unspecified> {
     let mut id = [0_u8; 16];
     aws_lc_rs::rand::fill(&mut id)?;
@@ -513,7 +516,7 @@ fn new_session_id() -> Result<SessionId, aws_lc_rs::error::Unspecified> {
 }
 
 async fn refuse(shared: &Shared, session: &Session, reason: CloseReason) {
-    // A client that tries several addresses leaves all but one before it says who it is.
+    // A client that tries several addresses closes all connections but one before it sends `$hello`.
     if reason.by == Side::Peer && reason.code == CloseCode::NORMAL {
         tracing::debug!(%reason, "left before $hello");
         return;
@@ -526,7 +529,7 @@ async fn refuse(shared: &Shared, session: &Session, reason: CloseReason) {
     session.conn().closed().await;
 }
 
-/// A place among the sockets, counted from before authentication so that the caps cannot be overrun.
+/// A place among the sockets, taken before authentication, so that the limits cannot be exceeded.
 struct Place {
     shared: Arc<Shared>,
     _place: pool::Place,
@@ -544,7 +547,7 @@ impl Place {
         })
     }
 
-    /// The socket's key, and whether it comes too late to be one of those whom a drain tells to go.
+    /// Registers a socket. Returns its key, and whether a drain has already sent its `$goaway` to the others.
     fn enter(&self, socket: Socket) -> (u64, bool) {
         let mut sockets = lock(&self.shared.sockets.now);
         let late = self.shared.draining.load(Ordering::Relaxed);

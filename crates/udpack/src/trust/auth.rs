@@ -1,4 +1,4 @@
-//! Authentication: the verifier's interface, what it is given, what it answers, and how guessing is slowed down.
+//! Authentication: the verifier's interface, its input and its result, and the delay for clients that guess tokens.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -44,7 +44,7 @@ impl Hello {
         self.inner.1
     }
 
-    /// What the client connects by, and from which page if it is one.
+    /// The transport of the client's connection, with the page's origin if the client is a web page.
     pub fn transport(&self) -> &Transport {
         &self.inner.2
     }
@@ -59,19 +59,19 @@ impl fmt::Debug for Hello {
     }
 }
 
-/// Who the other side is, as the verifier found it. Cheap to clone.
+/// The identity of the other side, as the verifier returned it. Cheap to clone.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct Peer {
     id: Arc<str>,
     claims: Arc<[(String, String)]>,
     expires: Option<SystemTime>,
-    /// Which token of a file it came with.
+    /// The digest of the token with which it connected, if a token file verified it.
     pub(crate) digest: Option<[u8; 32]>,
     parent: Option<Arc<Self>>,
 }
 
 impl Peer {
-    /// A peer known by this id.
+    /// A peer with this id.
     pub fn new(id: impl AsRef<str>) -> Self {
         Self {
             id: id.as_ref().into(),
@@ -82,23 +82,23 @@ impl Peer {
         }
     }
 
-    /// The same peer with what else the verifier knows of it, as `key=value` pairs.
+    /// Adds further facts that the verifier knows about the peer, as `key=value` pairs.
     #[must_use]
     pub fn with_claims(mut self, claims: Vec<(String, String)>) -> Self {
         self.claims = claims.into();
         self
     }
 
-    /// The same peer, welcome until `time`: then the server closes its socket with `auth_expired`, unless it
-    /// has presented a new token. A time that has passed refuses it with the same code.
+    /// Sets the peer's expiry. At `time` the server closes the peer's socket with `auth_expired`, unless the peer has
+    /// presented a new token. If `time` has passed, the peer is refused with the same code.
     #[must_use]
     pub fn expires_at(mut self, time: SystemTime) -> Self {
         self.expires = Some(time);
         self
     }
 
-    /// The same peer, let in by a token that `parent` has made. It may do what both may, and is welcome as long as
-    /// both are.
+    /// Marks the peer's token as a share that `parent` has made. The peer may do what both may do, and is admitted
+    /// only while both are valid.
     #[must_use]
     pub fn with_parent(mut self, parent: Self) -> Self {
         let ends = [self.expires, parent.expires].into_iter().flatten();
@@ -107,7 +107,7 @@ impl Peer {
         self
     }
 
-    /// Whose token made this one's.
+    /// The peer whose token made this peer's token.
     pub fn parent(&self) -> Option<&Self> {
         self.parent.as_deref()
     }
@@ -117,14 +117,14 @@ impl Peer {
         self.expires
     }
 
-    /// How long that is from now on.
+    /// The time from now to the expiry.
     pub(crate) fn time_left(&self) -> Option<Duration> {
         let left = self.expires?.duration_since(SystemTime::now());
         Some(left.unwrap_or_default())
     }
 
-    /// Whether both are the same one, whatever else is known of them: their ids are equal. A token can be
-    /// refreshed and a session resumed only by the same identity.
+    /// Whether both have the same identity: equal ids, whatever their claims. Only the same identity can refresh a
+    /// token or resume a session.
     pub(crate) fn same_identity(&self, other: &Self) -> bool {
         self.id == other.id
     }
@@ -179,7 +179,7 @@ pub struct Deny {
 }
 
 impl Deny {
-    /// The token is not accepted. Says nothing about why: all such refusals look alike to the client.
+    /// The token is not accepted. The refusal does not say why: all such refusals look alike to the client.
     pub fn auth_failed() -> Self {
         Self {
             code: CloseCode::AUTH_FAILED,
@@ -187,7 +187,7 @@ impl Deny {
         }
     }
 
-    /// The token was right but has expired.
+    /// The token is known but has expired.
     pub fn auth_expired() -> Self {
         Self {
             code: CloseCode::AUTH_EXPIRED,
@@ -238,7 +238,7 @@ where
 }
 
 impl Tenant {
-    /// Everybody with the identity of this peer, over all its sockets.
+    /// All sockets with the identity of this peer, as one tenant.
     pub fn peer(peer: &Peer) -> Self {
         Self::identity(peer.shared_id())
     }
@@ -275,7 +275,7 @@ impl Authenticate for crate::trust::tokens::TokenFile {
         Box::pin(std::future::ready(verdict))
     }
 
-    /// Whether the token that the peer came with is still in the file, under its id, and all that it depends on.
+    /// Whether the peer's token is still in the file, under its id, together with all tokens that it depends on.
     fn is_valid(&self, peer: &Peer) -> bool {
         self.has(peer)
     }
@@ -283,9 +283,10 @@ impl Authenticate for crate::trust::tokens::TokenFile {
 
 /// Slows down guessing without locking out clients with a right token.
 ///
-/// Each wrong token adds 5 s to a time that runs down; an address with `failures` × 5 s of it is slow: its tokens wait for
-/// their turns, which are a pause apart, and only a few may wait. Right ones wait as wrong ones do; otherwise a
-/// guesser would learn at once which is right. Only addresses that QUIC has validated are counted, so a forged address slows down nobody.
+/// Each wrong token adds 5 s to a timer of its address. An address whose timer exceeds `failures` × 5 s is slow: its
+/// tokens are verified one by one, with a pause between them, and only a few may wait. Valid tokens wait like wrong
+/// ones; otherwise a guesser would recognise a valid token by its fast answer. Only addresses that QUIC has validated
+/// are counted, so packets with a forged address slow down nobody.
 #[derive(Debug)]
 pub(crate) struct Penalties {
     sources: Mutex<HashMap<IpAddr, Source>>,
@@ -296,9 +297,9 @@ pub(crate) struct Penalties {
 /// An address that presented a wrong token.
 #[derive(Debug)]
 struct Source {
-    /// When all its wrong tokens are forgotten.
+    /// The time at which all its wrong tokens are forgotten.
     until: Instant,
-    /// The next free turn.
+    /// The time of the next free turn.
     turn: Instant,
 }
 
@@ -317,7 +318,7 @@ impl Penalties {
         }
     }
 
-    /// When a token of this address may be checked, if it must wait.
+    /// The time at which a token of this address may be verified, if it must wait.
     pub(crate) fn turn(&self, address: IpAddr, now: Instant) -> Result<Option<Instant>, Slow> {
         let mut sources = lock(&self.sources);
         let Some(source) = sources.get_mut(&network(address)) else {

@@ -1,8 +1,8 @@
 //! Certificates that a server issues to itself, and the file that keeps them.
 //!
-//! A browser that is told a certificate's hash instead of trusting an authority takes it for at most 14 days. So there are
-//! always two, of which the second follows the first, and a page that knows both hashes can connect at any time. They are
-//! kept in a file because a certificate that is issued anew has another hash, whatever its key.
+//! A browser that trusts a certificate by its hash accepts one that is valid for at most 14 days. So there are always
+//! two certificates, the current one and its successor, and a page that knows both hashes can connect at any time. A
+//! file keeps them, because a newly issued certificate has another hash even with the same key.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use time::OffsetDateTime;
 use crate::trust::secret_file::{self, SecretFileError, Version};
 use crate::trust::tls::TlsError;
 
-/// Browsers take certificates by their hash that live at most 14 days; this stays well inside.
+/// The lifetime of a certificate, in seconds. Browsers that trust a certificate by its hash accept at most 14 days.
 pub(crate) const VALIDITY: i64 = 13 * 24 * 60 * 60;
 /// How far behind a client's clock may be, in seconds.
 pub(crate) const BACKDATE: i64 = 60 * 60;
@@ -35,7 +35,7 @@ pub(crate) struct Issued {
 }
 
 impl Issued {
-    /// One to use from now on.
+    /// Issues a certificate that is valid from now on.
     pub(crate) fn new(
         issuer: &KeyPair,
         key: &Arc<dyn SigningKey>,
@@ -44,7 +44,7 @@ impl Issued {
         Self::from(issuer, key, now.saturating_sub(BACKDATE))
     }
 
-    /// The one to use when this has grown old.
+    /// Issues the successor of this certificate.
     pub(crate) fn next(
         &self,
         issuer: &KeyPair,
@@ -81,7 +81,7 @@ impl Issued {
         now < self.not_before || self.not_after.saturating_sub(now) < VALIDITY / 2
     }
 
-    /// What a browser compares.
+    /// The hash that a browser compares.
     pub(crate) fn hash(&self) -> [u8; 32] {
         self.certificate
             .end_entity_cert()
@@ -89,7 +89,7 @@ impl Issued {
             .unwrap_or_default()
     }
 
-    /// One of a file, if it is of this key.
+    /// Parses a certificate from a file; `None` if it is not for this key.
     fn parse(text: &str, issuer: &KeyPair, key: &Arc<dyn SigningKey>) -> Option<Self> {
         let (not_before, pem) = text.split_once('\n')?;
         let not_before: i64 = not_before.trim().parse().ok()?;
@@ -105,7 +105,7 @@ impl Issued {
     }
 }
 
-/// The seconds since 1970 between which a certificate of X.509 is valid; `None` where it is none.
+/// The seconds since 1970 between which a certificate of X.509 is valid; `None` if the bytes are not a certificate.
 pub(crate) fn dates(certificate: &[u8]) -> Option<(i64, i64)> {
     let (SEQUENCE, mut outer) = element(&mut &*certificate)? else {
         return None;
@@ -195,7 +195,7 @@ impl Kept {
         }
     }
 
-    /// The certificates in it, if it is there and they are of this key.
+    /// The certificates in the file, if the file exists and they are for this key.
     pub(crate) fn read(
         &mut self,
         issuer: &KeyPair,
@@ -213,7 +213,7 @@ impl Kept {
         Ok(next().zip(next()))
     }
 
-    /// Puts these into it. One that another process has just written stays.
+    /// Writes both certificates to the file, unless another process has just written it.
     pub(crate) fn write(&mut self, current: &Issued, next: &Issued) -> Result<(), SecretFileError> {
         let one = |issued: &Issued| format!("{MARK}{}\n{}", issued.not_before, issued.pem);
         let text = format!("{TITLE}{}{}", one(current), one(next));
@@ -229,10 +229,10 @@ impl Kept {
     }
 }
 
-/// What a file says of itself.
+/// The first line of the file.
 const TITLE: &str =
     "Certificates for browsers: the current one, then the next. Renewed by the server.\n";
-/// Before the seconds since 1970 from which on a certificate is valid.
+/// The text before the time from which a certificate is valid, in seconds since 1970.
 const MARK: &str = "valid from ";
 const MAX_FILE: u64 = 16 << 10;
 

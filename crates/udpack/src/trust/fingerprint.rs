@@ -1,8 +1,8 @@
-//! The name a server's key goes by: SHA-256 of its SubjectPublicKeyInfo.
+//! Fingerprints of server keys: the SHA-256 of a key's SubjectPublicKeyInfo.
 //!
-//! A client that knows the fingerprint needs no certificate authority, no host name and no correct
-//! clock. The certificate around the key may change; the fingerprint does not. Nothing here
-//! decides whether to trust a key: that is what the TLS configuration of a client does.
+//! A client that knows the fingerprint needs no certificate authority, no host name and no correct clock. The
+//! certificate around the key may change; the fingerprint does not. This module does not decide whether to trust a
+//! key; the TLS configuration of a client does.
 
 use std::fmt;
 use std::io::{self, Read};
@@ -161,7 +161,7 @@ fn hex_pair([high, low]: [u8; 2]) -> Option<u8> {
     u8::try_from(digit(high)? << 4 | digit(low)?).ok()
 }
 
-/// Tells an SPKI from other DER: a SEQUENCE that fills the input, opening with another SEQUENCE.
+/// Distinguishes an SPKI from other DER: a SEQUENCE that fills the input, opening with another SEQUENCE.
 fn looks_like_spki(der: &[u8]) -> bool {
     let body = match der {
         [0x30, len @ 0..=0x7f, body @ ..] if body.len() == usize::from(*len) => body,

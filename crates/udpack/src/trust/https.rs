@@ -14,9 +14,10 @@ use crate::trust::identity::IdentityError;
 use crate::trust::tls;
 use crate::trust::web_certificate::Certificates;
 
-/// TLS 1.3 for HTTP/1.1 over TCP, under the certificates that browsers get from the same server by QUIC. Cheap to clone.
+/// TLS 1.3 for HTTP/1.1 over TCP, with the certificates that the same server presents to browsers over QUIC. Cheap to
+/// clone.
 ///
-/// One is made by [`Server::https`](crate::Server::https).
+/// Created by [`Server::https`](crate::Server::https).
 #[derive(Clone)]
 pub struct Https {
     acceptor: TlsAcceptor,
@@ -31,7 +32,7 @@ impl Https {
         })
     }
 
-    /// Does the server's side of the handshake. It has no time limit of its own.
+    /// Performs the server's side of the handshake. It has no time-out of its own.
     ///
     /// # Errors
     /// When the connection ends, or the peer does not speak TLS 1.3.
@@ -53,7 +54,7 @@ impl fmt::Debug for Https {
     }
 }
 
-/// A connection inside TLS, of [`Https::accept`]. Shutting it down says so to the peer.
+/// A TLS connection from [`Https::accept`]. Shutting it down sends `close_notify` to the peer.
 pub struct HttpsStream<S> {
     stream: TlsStream<S>,
 }

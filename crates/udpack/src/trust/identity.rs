@@ -1,9 +1,9 @@
 //! A server's identity across restarts: one private key, kept in a directory.
 //!
-//! The key is the identity. Certificates are made from it in memory and thrown away (kept only for
-//! browsers, which know them by their hash), and every other long-lived secret of an endpoint is
-//! derived from it, so that nothing else has to be kept.
-//! Nothing here reads a passphrase or replaces a key that exists: when in doubt it refuses.
+//! The key is the identity. Certificates are issued from it in memory and kept only for browsers, which know them by
+//! their hash. Every other long-lived secret of an endpoint is derived from the key, so that no other secret has to
+//! be stored. This module never asks for a passphrase and never replaces an existing key; it refuses to load a
+//! doubtful one.
 
 use std::fmt;
 use std::io;
@@ -34,7 +34,7 @@ struct Inner {
     fingerprint: Fingerprint,
     certificates: Arc<CertificateSource>,
     derived: hkdf::Prk,
-    /// Where certificates for browsers may be kept.
+    /// The file for the certificates for browsers, if they may be kept.
     kept: Option<PathBuf>,
 }
 
@@ -102,13 +102,13 @@ impl Identity {
         Self::self_signed(new_key()?)
     }
 
-    /// Takes a certificate that a certificate authority issued, and its key.
+    /// Uses a certificate of a certificate authority, and its key.
     ///
     /// The chain, leaf first, is served as it is and never renewed. Clients may still pin the key.
     ///
     /// # Errors
     ///
-    /// When either text is not what it should be, or the key is not the leaf's.
+    /// When a text is not a chain or a key in PEM, or the key does not belong to the leaf.
     pub fn from_pem(
         certificate_chain_pem: &str,
         private_key_pem: &str,
@@ -127,7 +127,7 @@ impl Identity {
         Self::new(key, None, |key| CertificateSource::given(key, chain))
     }
 
-    /// Returns what clients pin.
+    /// Returns the fingerprint that clients pin.
     pub fn fingerprint(&self) -> Fingerprint {
         self.inner.fingerprint
     }
@@ -142,18 +142,19 @@ impl Identity {
         Certificates::new(self.inner.certificates.clone(), web)
     }
 
-    /// Keeps the certificates from now on where the key is kept, if it is, so that their hashes outlast a restart.
+    /// Stores the certificates beside the key from now on, if the key is in a file, so that their hashes stay the
+    /// same after a restart.
     pub(crate) fn keep_certificates(&self) {
         self.inner.certificates.keep(self.inner.kept.clone());
     }
 
-    /// Returns the key for stateless resets: with a lasting key, a server that was restarted can
-    /// tell its old peers so at once instead of leaving them to a timeout.
+    /// Returns the key for stateless resets: because the key is lasting, a restarted server can tell its old peers at
+    /// once that their connections are gone.
     ///
-    /// It is HKDF-SHA256 of the private key under a label of its own: who has one derived key learns
-    /// neither the private key nor another derived key. Whoever can make a server with this key
-    /// answer for a connection of another server with the same key can end that connection, so two
-    /// servers that run at the same time must not share a key (RFC 9000, section 21.11).
+    /// It is HKDF-SHA256 of the private key under a label of its own: one derived key reveals neither the private key
+    /// nor another derived key. An attacker who makes one server answer packets of a connection of another server
+    /// with the same key can end that connection, so two servers that run at the same time must not share a key (RFC
+    /// 9000, section 21.11).
     pub(crate) fn reset_secret(&self) -> [u8; 32] {
         self.derive(RESET_LABEL)
     }
@@ -163,7 +164,7 @@ impl Identity {
         u64::from_be_bytes(self.derive(CID_LABEL))
     }
 
-    /// Returns the key that seals address validation tokens, which outlive a restart this way.
+    /// Returns the key that encrypts address validation tokens; they remain valid after a restart.
     pub(crate) fn address_secret(&self) -> [u8; 32] {
         self.derive(TOKEN_LABEL)
     }
@@ -345,7 +346,7 @@ fn new_key() -> Result<KeyPair, IdentityError> {
     KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).map_err(IdentityError::crypto)
 }
 
-/// Parses a private key. What is wrong with it is said without quoting any of it.
+/// Parses a private key. Errors never quote its text.
 fn parse_key(origin: &str, pem: &[u8]) -> Result<KeyPair, IdentityError> {
     let origin = || origin.to_owned();
     if pem.trim_ascii().is_empty() {

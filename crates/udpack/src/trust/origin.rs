@@ -1,4 +1,4 @@
-//! Web pages as clients: where on a server they connect, and which pages may.
+//! Web pages as clients: the path at which they connect, and which pages may connect.
 
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -19,13 +19,13 @@ use crate::trust::web_certificate::WebCertificate;
 pub struct Web {
     path: String,
     origins: Origins,
-    /// The names beside those that nobody else can own; `None` is any name.
+    /// The accepted host names, beside those that nobody else can own; `None` accepts every name.
     hosts: Option<Vec<String>>,
     certificate: Option<WebCertificate>,
 }
 
 impl Web {
-    /// Pages of the server's own host, at `/udpack`.
+    /// Accepts pages of the server's own host, at `/udpack`.
     pub fn new() -> Self {
         Self {
             path: "/udpack".to_owned(),
@@ -35,28 +35,28 @@ impl Web {
         }
     }
 
-    /// The path of the URL that pages connect to, as `/udpack`; what follows a `?` in their URL does not count. A session
-    /// at another path is answered with the status 404.
+    /// Sets the path of the URL that pages connect to, such as `/udpack`; the query of their URL is ignored. A
+    /// session at another path is answered with the status 404.
     #[must_use]
     pub fn path(mut self, path: impl Into<String>) -> Self {
         self.path = path.into();
         self
     }
 
-    /// The pages that may connect. One of another origin is answered with the status 403.
+    /// Sets the pages that may connect. A page of another origin gets the status 403.
     #[must_use]
     pub fn origins(mut self, origins: Origins) -> Self {
         self.origins = origins;
         self
     }
 
-    /// The names by which browsers reach this server. Addresses, names without a dot and names that end in `.local` or
-    /// `.localhost` are always among them. A session under another name is answered with the status 403. Without this
-    /// every name will do.
+    /// Sets the host names by which browsers reach this server. Addresses, names without a dot and names that end in
+    /// `.local` or `.localhost` are always accepted. A session under another name gets the status 403. Defaults to
+    /// every name.
     ///
-    /// Whoever owns a name can let it point to this server's address after a page was loaded from it ("DNS rebinding").
-    /// Such a page then is one of the same host, although its author has nothing to do with this server. Pages at addresses
-    /// and at these names are not in the hands of others.
+    /// The owner of a name can point it to this server's address after a page was loaded from it ("DNS rebinding").
+    /// The browser then treats that page as one of the same host, although it is a stranger's. Nobody else can do
+    /// this with addresses and with the names above.
     #[must_use]
     pub fn hosts<H: Into<String>>(mut self, hosts: impl IntoIterator<Item = H>) -> Self {
         self.hosts = Some(hosts.into_iter().map(Into::into).collect());
@@ -100,7 +100,7 @@ impl Web {
     }
 
     pub(crate) fn allows(&self, origin: Option<&str>, host: &str) -> bool {
-        // Programs that are no browser send none, and could send any.
+        // Programs other than browsers send none, and could send any origin.
         origin.is_none_or(|origin| self.is_host(host) && self.is_origin(origin, host))
     }
 }
@@ -113,8 +113,8 @@ impl Default for Web {
 
 /// The pages that may connect to a server, by their origin: scheme, host and port of the URL that they were loaded from.
 ///
-/// A browser says the origin of the page truthfully, whatever the page wants. Programs that are no browser say none, and
-/// are not asked for one: who may come in is the token's business in any case.
+/// A browser always sends the true origin of a page. Other programs send none, and none is required of them: the
+/// token authenticates every client in any case.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Origins {
@@ -126,7 +126,7 @@ pub enum Origins {
     Only(Vec<String>),
     /// Pages of the same host, and of these origins.
     SameHostAnd(Vec<String>),
-    /// Every page. A page of somebody else that knows a token can then use it.
+    /// Every page. A stranger's page that knows a token can then use it.
     Any,
 }
 
@@ -166,7 +166,7 @@ impl Origins {
     }
 }
 
-/// Whether it is an address, or a name that no public name server gives out.
+/// Whether the host is an address, or a name that no public name server resolves.
 fn is_nobodys(host: &str) -> bool {
     let v6 = host
         .strip_prefix('[')
@@ -180,14 +180,14 @@ fn is_nobodys(host: &str) -> bool {
             .any(|end| lower.ends_with(end))
 }
 
-/// What a socket's connection speaks below the protocol.
+/// The transport below the protocol of a socket's connection.
 #[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Transport {
     /// QUIC itself.
     Quic,
-    /// WebTransport, from a page of this origin: as the browser said, at most 256 bytes, printable. `None` where the client
-    /// said none, as programs do that are no browser.
+    /// WebTransport, from a page of this origin: as the browser said, at most 256 bytes, printable. `None` if the
+    /// client sent none; programs other than browsers send none.
     WebTransport {
         /// The page's origin, such as `https://example.com`.
         origin: Option<Arc<str>>,
@@ -200,7 +200,7 @@ pub enum Transport {
 }
 
 impl Transport {
-    /// The origin of the page that this is a connection with, if it is one with a page.
+    /// The origin of the page at the other end, if there is one.
     pub fn origin(&self) -> Option<&str> {
         match self {
             Self::Quic => None,
@@ -208,7 +208,7 @@ impl Transport {
         }
     }
 
-    /// Whether it is WebTransport.
+    /// Whether the transport is WebTransport.
     pub fn is_web(&self) -> bool {
         matches!(self, Self::WebTransport { .. })
     }

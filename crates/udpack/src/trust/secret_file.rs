@@ -1,8 +1,7 @@
-//! Files that hold a secret: read only when nobody else can, created once and never overwritten.
+//! Files that hold a secret: used only if nobody else can read them, created once and never overwritten.
 //!
-//! Both rules are about the moments when things go wrong: a key copied with the wrong mode is
-//! refused instead of used, and of two processes that start for the first time together one wins
-//! and the other reads what the winner wrote.
+//! The rules cover two failures. A key that was copied with the wrong mode is refused. Of two processes that start
+//! together for the first time, one creates the file and the other reads it.
 
 use std::fs::{File, Metadata};
 use std::io::{self, Read, Write};
@@ -70,23 +69,23 @@ pub enum SecretFileError {
         #[source]
         source: io::Error,
     },
-    /// It is larger than such a file can sensibly be.
+    /// The file is larger than the limit.
     #[error("{} is larger than {limit} bytes", path.display())]
     TooLarge {
         /// The file.
         path: PathBuf,
-        /// The limit.
+        /// The limit, in bytes.
         limit: u64,
     },
 }
 
 impl SecretFileError {
-    /// Whether the file does not exist, as opposed to being unfit.
+    /// Whether the file does not exist, as opposed to being unusable.
     pub fn is_missing(&self) -> bool {
         matches!(self, Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound)
     }
 
-    /// What is wrong, without what to do about it.
+    /// The description of the problem, without the advice how to solve it.
     pub fn problem(&self) -> String {
         match self {
             Self::Mode { path, mode, .. } => open_to_others(path, *mode),
@@ -106,7 +105,7 @@ fn owned_by(path: &Path, owner: u32) -> String {
     format!("{path} belongs to user {owner}, who could change the secret in it")
 }
 
-/// Reads the secret file at `path`, and says which version of it was read.
+/// Reads the secret file at `path`, and returns which version of it was read.
 ///
 /// The version is taken before the first byte is read, so a file that changes meanwhile looks
 /// changed afterwards.
@@ -126,7 +125,7 @@ pub(crate) fn content(
         path: path.to_owned(),
         source,
     };
-    // Without NONBLOCK a named pipe in the file's place would hold the start up for ever.
+    // Without NONBLOCK a named pipe in the file's place would block the start for ever.
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
     let file =
         rustix::fs::open(path, flags, Mode::empty()).map_err(|errno| failed(errno.into()))?;
@@ -163,12 +162,11 @@ pub(crate) fn create(path: &Path, bytes: &[u8]) -> Result<bool, SecretFileError>
     })
 }
 
-/// Puts `bytes` with mode 0600 in the place of the secret file at `path`, at once: whoever reads it
-/// gets the old content or the new, also after a power cut.
+/// Atomically replaces the content of the secret file at `path` with `bytes`, with mode 0600: a reader gets the old
+/// content or the new one, also after a power cut.
 ///
-/// Returns `false`, and changes nothing, when the file is no longer the `version` that was read.
-/// That closes the window for an editor's work to a moment, not entirely; callers keep each other
-/// out with [`lock_dir`].
+/// Returns `false`, and changes nothing, when the file is no longer the `version` that was read. A change by another
+/// program in the last moment can still be lost; callers exclude each other with [`lock_dir`].
 pub(crate) fn replace(
     path: &Path,
     bytes: &[u8],
@@ -189,8 +187,8 @@ pub(crate) fn replace(
     })
 }
 
-/// Keeps other processes that ask for it from changing the secret files beside `path`, until the
-/// answer is dropped or the process ends. The directory itself is locked: no lock file stays behind.
+/// Locks the directory of `path` against other processes that change secret files in it, until the returned file is
+/// dropped or the process ends. No lock file stays behind.
 ///
 /// Blocks for at most `patience`.
 pub(crate) fn lock_dir(path: &Path, patience: Duration) -> Result<File, SecretFileError> {
@@ -215,7 +213,7 @@ pub(crate) fn lock_dir(path: &Path, patience: Duration) -> Result<File, SecretFi
     }
 }
 
-/// Creates `dir` and what is missing above it, for its owner alone.
+/// Creates `dir` and its missing parents with mode 0700.
 pub(crate) fn create_dir(dir: &Path) -> Result<(), SecretFileError> {
     let create = || {
         if dir.is_dir() {
@@ -223,7 +221,7 @@ pub(crate) fn create_dir(dir: &Path) -> Result<(), SecretFileError> {
         }
         let mut builder = std::fs::DirBuilder::new();
         builder.recursive(true).mode(0o700).create(dir)?;
-        // The directory must outlast a power cut as surely as the files in it.
+        // The directory must survive a power cut like the files in it.
         match dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
             Some(parent) => File::open(parent)?.sync_all(),
             None => File::open(".")?.sync_all(),
@@ -311,7 +309,7 @@ fn dir_of(path: &Path) -> &Path {
     }
 }
 
-/// A file on disk, whole, beside the one it shall become; removed on drop.
+/// A complete, synced file beside its target; removed on drop unless it was renamed.
 struct Temporary {
     path: PathBuf,
     placed: bool,
@@ -343,7 +341,7 @@ impl Temporary {
         Ok(temporary)
     }
 
-    /// It was renamed. Returns the directory.
+    /// Records that the file was renamed. Returns its directory.
     fn gone(mut self) -> io::Result<File> {
         self.placed = true;
         File::open(dir_of(&self.path))

@@ -1,4 +1,4 @@
-//! The TLS 1.3 configurations of both sides: what a server proves, and what a client trusts.
+//! The TLS 1.3 configurations of both sides: the server's certificate, and the client's trust.
 //!
 //! A server signs with its lasting key under a short-lived certificate that is replaced while the
 //! server runs. A client trusts one pinned key or the platform's certificate authorities; the
@@ -32,10 +32,10 @@ use crate::trust::fingerprint::Fingerprint;
 /// The application protocol, with its version, that both sides must agree on.
 pub(crate) const ALPN: &[u8] = b"udpack/1";
 
-/// What a client takes as proof of who the server is.
+/// How a client verifies the server's identity.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Trust {
-    /// This key, under whatever certificate, name and date.
+    /// The server has this key, whatever its certificate, name and dates.
     Pin(Fingerprint),
     /// A certificate for the server's name from an authority that the platform trusts.
     PlatformRoots,
@@ -136,13 +136,13 @@ enum Mode {
     Given(Arc<CertifiedKey>),
 }
 
-/// The certificate that is served, and what is to follow it.
+/// The current certificate and its successor.
 struct Served {
     current: Issued,
-    /// Made ahead where somebody wants to know it.
+    /// The successor, issued ahead if its hash must be known.
     next: Option<Issued>,
     ahead: bool,
-    /// Where both are kept.
+    /// The file that keeps both.
     file: Option<Kept>,
 }
 
@@ -184,8 +184,8 @@ impl CertificateSource {
         })
     }
 
-    /// Makes the next certificate ahead from now on, and keeps it and the current one in this file, so that a restart
-    /// changes neither. Where the file cannot be used it says so in the log and goes on without.
+    /// Issues the next certificate ahead from now on, and keeps both in this file, so that a restart changes neither.
+    /// If the file cannot be used, this is logged and the certificates are not kept.
     pub(crate) fn keep(&self, file: Option<PathBuf>) {
         if let Mode::Issued {
             issuer,
@@ -203,7 +203,8 @@ impl CertificateSource {
         }
     }
 
-    /// SHA-256 of the current certificate and of the next, where they are issued here for a key that browsers take so.
+    /// The SHA-256 of the current certificate and of the next, if they are issued here for a key that browsers accept
+    /// by hash.
     pub(crate) fn hashes(&self) -> Vec<[u8; 32]> {
         match &self.mode {
             Mode::Issued {
@@ -244,12 +245,12 @@ impl CertificateSource {
 }
 
 impl Served {
-    /// Sees to it that the current certificate is young, and that there is a next one where it is wanted.
+    /// Replaces a stale current certificate, and issues the next one if it is needed ahead.
     fn renew(&mut self, issuer: &KeyPair, key: &Arc<dyn SigningKey>, now: i64) {
         if !self.current.is_stale(now) && (self.next.is_some() || !self.ahead) {
             return;
         }
-        // Another process with the same key may have been faster.
+        // Another process with the same key may already have renewed it.
         if self.current.is_stale(now)
             && let Some((current, next)) = self.kept(issuer, key)
         {
@@ -281,7 +282,7 @@ impl Served {
         }
     }
 
-    /// What the file holds, if it is of this key.
+    /// The certificates in the file, if they are for this key.
     fn kept(&mut self, issuer: &KeyPair, key: &Arc<dyn SigningKey>) -> Option<(Issued, Issued)> {
         match self.file.as_mut()?.read(issuer, key) {
             Ok(kept) => kept,
@@ -370,7 +371,7 @@ impl ServerCertVerifier for ServerVerifier {
         };
         verified.inspect_err(|error| {
             if let Some(distrust) = Distrust::of(error) {
-                // Outside of an attempt there is nobody to tell.
+                // Outside of an attempt nothing records the reason.
                 let _ = ATTEMPT.try_with(|attempt| attempt.0.set(distrust));
             }
         })
@@ -428,19 +429,19 @@ pub(crate) fn server_config(
         .with_cert_resolver(certificates);
     config.alpn_protocols = protocols.iter().map(|name| name.to_vec()).collect();
     config.max_early_data_size = 0;
-    // A client uses one, and is given the next when it does.
+    // A client uses one ticket for a connection and receives the next one on it.
     config.send_tls13_tickets = 1;
     Ok(config)
 }
 
-/// What is offered and taken, the fastest first.
+/// The cipher suites to offer and accept, the fastest first.
 const SUITES: [SupportedCipherSuite; 3] = [
     TLS13_AES_128_GCM_SHA256,
     TLS13_AES_256_GCM_SHA384,
     TLS13_CHACHA20_POLY1305_SHA256,
 ];
 
-/// Named, because rustls' own choice panics as soon as any dependency enables a second one.
+/// Chosen explicitly, because rustls' own choice panics as soon as any dependency enables a second one.
 pub(crate) fn provider() -> Arc<CryptoProvider> {
     Arc::new(CryptoProvider {
         cipher_suites: SUITES.to_vec(),

@@ -1,14 +1,13 @@
-//! The file of tokens that let clients in.
+//! The file with the tokens of the clients that a server admits.
 //!
-//! One entry a line: `TOKEN`, `ID TOKEN` or `ID sha256:HEX`, then `key=value` fields if any.
-//! The field `expires=TIME` ends the entry: TIME is like 2027-01-31T12:00:00Z, or seconds since 1970.
-//! Blank lines and everything from a word that starts with `#` are ignored. Edits take effect on
-//! the next login. Tokens are random, not passwords: they are hashed once, without stretching,
-//! which would only hand unknown peers a lever on the processor.
+//! One entry a line: `TOKEN`, `ID TOKEN` or `ID sha256:HEX`, then `key=value` fields if any. The field `expires=TIME`
+//! ends the entry: TIME is like 2027-01-31T12:00:00Z, or seconds since 1970. Blank lines and everything from a word
+//! that starts with `#` are ignored. Edits take effect on the next login. Tokens are random, not passwords: they are
+//! hashed once, without key stretching, which would only let unknown peers cause processor load.
 //!
 //! The field `parent=ID:HEX` makes an entry a share: a token that another token made, here the one of that id and
-//! digest. It is in force as long as its parent is. The field `once=open` is for the first client alone: the entry
-//! becomes `once=HEX`, the digest of a secret that this client has chosen.
+//! digest. It is valid as long as its parent is. The field `once=open` restricts the entry to the first client that
+//! uses it: the field becomes `once=HEX`, the digest of a secret that this client has chosen.
 
 use std::collections::HashMap;
 use std::fmt::{self, Write as _};
@@ -86,10 +85,9 @@ impl TokenFile {
 
     /// Returns the entry that `token` belongs to, if there is one that has not expired.
     ///
-    /// The file is read again first if it changed. If it is gone or no longer acceptable, the last
-    /// good set stays in force and the log says so. An unknown token and a wrong one take the same
-    /// path and the same time. A token for one client is bound to this one if it is the first, which changes the
-    /// file; then this blocks.
+    /// The file is read again first if it changed. If it is gone or no longer acceptable, the last good set stays in
+    /// force and the log says so. An unknown token and a wrong one take the same path and the same time. A token for
+    /// one client is bound to the first client that presents it, which changes the file; then this blocks.
     pub fn verify(&self, token: &str) -> Option<TokenEntry> {
         let found = match self.find(token)? {
             Found::Entry(entry) => entry,
@@ -106,12 +104,12 @@ impl TokenFile {
         self.current().verify(token)
     }
 
-    /// The peer that presents the token of this entry, if all that the entry depends on is still there.
+    /// The peer of this entry, if all entries that it depends on are still in the file.
     pub(crate) fn peer(&self, entry: &TokenEntry) -> Option<Peer> {
         self.current().peer(entry)
     }
 
-    /// Binds a token that no client has used so far to the one that presents it now. Blocks.
+    /// Binds an unused token for one client to the client that presents it now. Blocks.
     pub(crate) fn bind(&self, token: &str) -> Option<TokenEntry> {
         let bound = edit(&self.inner.path, |path, content| {
             let (Some(content), Some((_, secret))) = (content, split_once_token(token)) else {
@@ -139,7 +137,7 @@ impl TokenFile {
         }
     }
 
-    /// Whether the entry that this peer was made of is still in the file, with the same token, and what it depends on.
+    /// Whether the peer's entry is still in the file, with the same token, and all entries that it depends on.
     pub(crate) fn has(&self, peer: &Peer) -> bool {
         let set = self.current();
         peer.digest
@@ -147,7 +145,7 @@ impl TokenFile {
             .is_some_and(|found| found.id == peer.id() && set.stands(found))
     }
 
-    /// Whether `entry` is still in the file, with the same token, and what it depends on.
+    /// Whether `entry` is still in the file, with the same token, and all entries that it depends on.
     ///
     /// Used to close the connections of a revoked token.
     pub fn contains(&self, entry: &TokenEntry) -> bool {
@@ -161,8 +159,9 @@ impl TokenFile {
         self.has(peer)
     }
 
-    /// Makes a share for this peer: a token of its own that is in force as long as the peer's is. Its line is added as by
-    /// [`issue`](Self::issue), and lines of shares that have expired go. What the share may do is for the caller to judge. Blocks.
+    /// Makes a share for this peer: a new token that is valid as long as the peer's token is. Its line is added as by
+    /// [`issue`](Self::issue), and the lines of expired shares are removed. The caller decides what the share may do.
+    /// Blocks.
     ///
     /// # Errors
     ///
@@ -252,9 +251,9 @@ impl TokenFile {
     /// Most shares that one token may have at a time.
     pub const MAX_SHARES: usize = 64;
 
-    /// Returns the first token in force that the file holds in plain, for a client on the same machine.
+    /// Returns the first valid token that the file holds as plain text, for a client on the same machine.
     ///
-    /// The file is read for it: the plain token is not kept.
+    /// This reads the file, because plain tokens are not kept in memory.
     pub fn first_token(&self) -> Option<String> {
         let (content, _) = secret_file::read(&self.inner.path, MAX_FILE).ok()?;
         lines(std::str::from_utf8(&content).ok()?)
@@ -265,17 +264,17 @@ impl TokenFile {
             })
     }
 
-    /// Returns the entries in force, in the order of the file.
+    /// Returns the valid entries, in the order of the file.
     pub fn entries(&self) -> Vec<TokenEntry> {
         self.current().entries.clone()
     }
 
-    /// Makes a token for `new` and adds it to the file at `path` as `ID sha256:HEX key=value…`. Returns the
-    /// token: it is nowhere else, the file holds its digest only.
+    /// Makes a token for `new` and adds it to the file at `path` as `ID sha256:HEX key=value…`. Returns the token: it
+    /// is stored nowhere, the file holds only its digest.
     ///
-    /// What is in the file stays byte for byte. The file is replaced at once, so a server that runs sees all
-    /// of the change or nothing of it; two that change it at the same time wait for each other. A missing file
-    /// is created with mode 0600, a missing directory with 0700. Blocks.
+    /// The other lines stay byte for byte. The file is replaced atomically, so a running server sees all of the
+    /// change or nothing of it; concurrent changes wait for each other. A missing file is created with mode 0600, a
+    /// missing directory with 0700. Blocks.
     ///
     /// # Errors
     ///
@@ -350,7 +349,7 @@ impl TokenFile {
         })
     }
 
-    /// Returns how many entries are in force.
+    /// Returns the number of valid entries.
     #[expect(clippy::len_without_is_empty, reason = "a token file is never empty")]
     pub fn len(&self) -> usize {
         self.current().entries.len()
@@ -380,7 +379,7 @@ impl fmt::Debug for TokenFile {
     }
 }
 
-/// What a new token stands for; see [`TokenFile::issue`].
+/// The id and the fields of a new token; see [`TokenFile::issue`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NewToken {
     /// The id: 1 to 64 characters from `A-Z a-z 0-9 . _ @ -`.
@@ -391,23 +390,23 @@ pub struct NewToken {
     pub fields: Vec<(String, String)>,
 }
 
-/// What a share is to stand for; see [`TokenFile::share`].
+/// The fields of a new share; see [`TokenFile::share`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NewShare {
     /// Fields as those of a [`NewToken`], without `expires`, `once` and `parent`.
     pub fields: Vec<(String, String)>,
-    /// When it ends, to the second; `None` with the token of its peer.
+    /// The expiry, in whole seconds; `None`: it expires with the token of its peer.
     pub expires: Option<SystemTime>,
-    /// Whether it is for the first client alone that presents it.
+    /// Whether only the first client that presents the share may use it.
     pub once: bool,
 }
 
-/// A share that was made.
+/// A new share.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Share {
     /// The id of its entry.
     pub id: String,
-    /// Its token, which is nowhere else.
+    /// Its token, which is stored nowhere else.
     pub token: String,
 }
 
@@ -420,8 +419,8 @@ impl fmt::Debug for Share {
 /// The token that a client presents for `token`: itself, or for a token of one client itself and a secret of this
 /// client, `once~…~SECRET`, which is made here unless it has one already.
 ///
-/// The first client that presents such a token has it for itself from then on. It must present the same secret each time, so
-/// keep what this returns and not what was given.
+/// Such a token belongs to the first client that presents it. The client must present the same secret each time, so
+/// keep the returned token and not the given one.
 pub fn claimed_token(token: &str) -> String {
     match split_once_token(token) {
         None if token.starts_with(ONCE_TOKEN) => {
@@ -432,7 +431,7 @@ pub fn claimed_token(token: &str) -> String {
     }
 }
 
-/// A token for one client in its two parts: what the file has the digest of, and the secret of the client.
+/// Splits a token for one client into the part whose digest is in the file and the client's secret.
 fn split_once_token(token: &str) -> Option<(&str, &str)> {
     let (head, secret) = token.strip_prefix(ONCE_TOKEN)?.split_once('~')?;
     let head = token.get(..ONCE_TOKEN.len() + head.len())?;
@@ -452,7 +451,7 @@ impl NewToken {
         if !is_id(&self.id) {
             return Err(TokenFileError::New(TokenLineError::Id));
         }
-        // What the server will read must be what was asked for.
+        // The server must read exactly the requested entry.
         let read = parse_line(&line).map_err(TokenFileError::New)?;
         if line.contains(char::is_control) || read.fields != self.fields {
             return Err(TokenFileError::New(TokenLineError::Field));
@@ -495,7 +494,8 @@ where
         if changed {
             return Ok(true);
         }
-        // A program that does not take the lock, such as an editor, was faster: try again with its content.
+        // A program that does not take the lock, such as an editor, changed the file first: try again with its
+        // content.
     }
     Err(TokenFileError::Busy {
         path: path.to_owned(),
@@ -532,7 +532,7 @@ fn with_line(mut content: Vec<u8>, line: &str) -> Vec<u8> {
     content
 }
 
-/// One line of a token file: who the token stands for.
+/// One line of a token file: the identity that its token represents.
 #[derive(Clone, PartialEq, Eq)]
 pub struct TokenEntry {
     id: String,
@@ -572,20 +572,20 @@ impl std::str::FromStr for Parent {
     }
 }
 
-/// Which client a token for one client belongs to.
+/// The client to which a token for one client belongs.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Once {
-    /// The next one that presents it.
+    /// The next client that presents it.
     Open,
-    /// The one with this secret.
+    /// The client with this secret.
     Bound(Digest),
 }
 
-/// What a token was found to be.
+/// The result of looking a token up.
 pub(crate) enum Found {
-    /// That of this entry.
+    /// The token of this entry.
     Entry(TokenEntry),
-    /// That of this entry, which no client has presented so far.
+    /// The token of this entry, which no client has presented so far.
     Open(TokenEntry),
 }
 
@@ -606,12 +606,12 @@ impl TokenEntry {
         Some(value)
     }
 
-    /// Returns when the entry ends, if its field `expires` says so.
+    /// Returns when the entry expires, if it has the field `expires`.
     pub fn expires(&self) -> Option<SystemTime> {
         self.expires
     }
 
-    /// Whether its end has come.
+    /// Whether the entry has expired.
     pub fn is_expired(&self) -> bool {
         self.expires.is_some_and(is_over)
     }
@@ -621,23 +621,23 @@ impl TokenEntry {
         self.parent.as_ref().map(|parent| parent.id.as_str())
     }
 
-    /// Whether it is for one client alone.
+    /// Whether the token is for one client.
     pub fn is_once(&self) -> bool {
         self.once.is_some()
     }
 
-    /// Whether it is for one client alone, and that one has come.
+    /// Whether the token is for one client, and that client has used it.
     pub fn is_used(&self) -> bool {
         matches!(self.once, Some(Once::Bound(_)))
     }
 
-    /// Whether this peer's token made it.
+    /// Whether this peer's token made the entry.
     fn is_share_of(&self, peer: &Peer) -> bool {
         let of = |parent: &Parent| parent.id == peer.id() && Some(parent.digest) == peer.digest;
         self.parent.as_ref().is_some_and(of)
     }
 
-    /// The same entry for the client with this secret alone, and not for long.
+    /// The same entry, bound to the client with this secret, and with a short expiry.
     fn bound(&self, secret: &Digest) -> NewToken {
         let end = SystemTime::now() + CLAIMED;
         let end = self.expires.map_or(end, |time| time.min(end));
@@ -653,7 +653,7 @@ impl TokenEntry {
         }
     }
 
-    /// The peer that presents this entry's token, its parent aside.
+    /// The peer of this entry, without its parent.
     fn alone(&self) -> Peer {
         let mut peer = Peer::new(&self.id).with_claims(self.fields.clone());
         peer.digest = Some(self.digest);
@@ -712,7 +712,7 @@ pub enum TokenFileError {
         /// The id.
         id: String,
     },
-    /// The token that a share would depend on is not in force.
+    /// The token that a share would depend on is not valid.
     #[error("there is no token {id} in {} any more", path.display())]
     NoParent {
         /// The file.
@@ -723,7 +723,7 @@ pub enum TokenFileError {
     /// A token has as many shares as it may have.
     #[error("one token may have {limit} shares: revoke one first")]
     TooManyShares {
-        /// The most.
+        /// The limit.
         limit: usize,
     },
     /// The id or the fields of a new token cannot be written.
@@ -747,7 +747,7 @@ pub enum TokenFileError {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum TokenLineError {
-    /// The words are not those of an entry.
+    /// The line does not have the words of an entry.
     #[error("expected TOKEN, ID TOKEN or ID sha256:HEX, then key=value fields")]
     Form,
     /// The id is too long or has other characters.
@@ -756,7 +756,7 @@ pub enum TokenLineError {
     /// The token is too short to be safe, or too long for the protocol.
     #[error("the token has {length} characters: 22 (128 random bits) to 512 are allowed")]
     TokenLength {
-        /// How many it has.
+        /// The length of the token, in bytes.
         length: usize,
     },
     /// The token has other characters.
@@ -804,14 +804,14 @@ pub fn generate_token() -> String {
 
 type Digest = [u8; 32];
 
-/// What is in force, and which version of the file was looked at last.
+/// The valid entries, and the version of the file that was read last.
 struct State {
     set: Arc<TokenSet>,
-    /// None means that the file must be read again whatever it looks like.
+    /// `None` means that the file must be read again even if it looks unchanged.
     version: Option<Version>,
-    /// The content that was looked at last, good or bad.
+    /// The digest of the content that was read last, valid or not.
     content: Digest,
-    /// What was logged last, so that one change is logged once.
+    /// The last logged problem, so that one change is logged once.
     complaint: Option<(Option<Version>, String)>,
 }
 
@@ -944,8 +944,8 @@ impl TokenSet {
 
     fn find(&self, token: &str) -> Option<&TokenEntry> {
         let digest = sha256(token.as_bytes());
-        // Where in the table a digest falls tells nothing about a token that was not guessed
-        // whole. The comparison that decides always runs, against a digest of nothing if need be.
+        // The position of a digest in the table reveals nothing about a token that was not guessed completely. The
+        // final comparison always runs, if necessary against a dummy digest.
         let found = self.index.get(&digest).map(|index| &self.entries[*index]);
         let (candidate, known) = found.map_or((&NO_DIGEST, 0), |entry| (&entry.digest, 1));
         let equal = candidate.ct_eq(&digest) & Choice::from(known);
@@ -967,13 +967,13 @@ impl TokenSet {
         Some(parents)
     }
 
-    /// Whether all that an entry depends on is in force.
+    /// Whether all entries that an entry depends on are valid.
     fn stands(&self, entry: &TokenEntry) -> bool {
         let in_force = |parents: Vec<&TokenEntry>| parents.iter().all(|one| !one.is_expired());
         self.parents(entry).is_some_and(in_force)
     }
 
-    /// The peer that presents an entry's token, welcome as long as all that the entry depends on.
+    /// The peer of an entry, with the peers of its parents attached; `None` if one of them is missing.
     fn peer(&self, entry: &TokenEntry) -> Option<Peer> {
         let mut above: Option<Peer> = None;
         let parents = self.parents(entry)?;
@@ -1150,7 +1150,7 @@ fn checked_token(token: &str) -> Result<&str, TokenLineError> {
     Ok(token)
 }
 
-/// Whether `byte` may stand in a token: the characters that a URL never escapes.
+/// Whether a token may contain `byte`: the characters that a URL never escapes.
 pub(crate) fn is_token_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"._~-".contains(&byte)
 }
@@ -1162,13 +1162,13 @@ fn is_id(id: &str) -> bool {
 
 /// Returns the version if the file can no longer change without looking changed.
 ///
-/// File systems tell time in ticks. A second write within the tick of the first leaves the same
-/// metadata, so a file that has only just changed must be looked at again.
+/// File systems count time in ticks. A second write within the tick of the first leaves the same metadata, so a file
+/// that has just changed must be read again.
 fn settled(version: Version, now: Duration) -> Option<Version> {
     let (seconds, nanoseconds) = version.changed();
     let seconds = Duration::from_secs(u64::try_from(seconds).ok()?);
     let nanoseconds = Duration::from_nanos(u64::try_from(nanoseconds).ok()?);
-    // A change in the future means that a clock was set back: nothing to wait for.
+    // A change in the future means that a clock was set back; waiting would not help.
     match now.checked_sub(seconds + nanoseconds) {
         Some(age) if age < TICK => None,
         _ => Some(version),
@@ -1198,24 +1198,24 @@ fn base64url(bytes: &[u8]) -> String {
 const EXPIRES: &str = "expires";
 /// The field that names the entry whose token made a share.
 const PARENT: &str = "parent";
-/// Longest line of shares of shares.
+/// The largest depth of shares of shares.
 const MAX_PARENTS: usize = 4;
-/// The field of a token for one client, and its value before that one has come.
+/// The field of a token for one client, and its value before that client has used it.
 const ONCE: &str = "once";
 const OPEN: &str = "open";
-/// What a token for one client begins with, so that a client knows that it must add a secret.
+/// The prefix of a token for one client. It tells the client to add a secret.
 const ONCE_TOKEN: &str = "once~";
-/// How long the one client may use its token.
+/// How long the client to which a token is bound may use it.
 const CLAIMED: Duration = Duration::from_secs(24 * 60 * 60);
 const DEFAULT_ID: &str = "default";
 const MIN_TOKEN: usize = 22;
 pub(crate) const MAX_TOKEN: usize = 512;
 const MAX_ID: usize = 64;
-/// A million entries with room to spare.
+/// Size limit of the file in bytes: more than a million entries.
 const MAX_FILE: u64 = 256 * 1024 * 1024;
 /// How long one change of the file waits for another.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How often a change is retried against a program that takes no lock.
+/// How often a change is retried when a program without the lock changes the file.
 const EDITS: usize = 10;
 const TICK: Duration = Duration::from_millis(100);
 const NO_DIGEST: Digest = [0; 32];

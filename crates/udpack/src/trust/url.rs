@@ -1,7 +1,7 @@
-//! The URL that holds all a client needs: `udpack://TOKEN@HOST:PORT#sha256:HEX`.
+//! The URL that holds everything that a client needs to connect: `udpack://TOKEN@HOST:PORT#sha256:HEX`.
 //!
-//! Nothing is percent-decoded. Every part has an alphabet that needs no escaping, and what is
-//! outside of it is refused, so that a line means the same to every program that reads it.
+//! Nothing is percent-decoded. Every part has an alphabet that needs no escaping, and other characters are refused,
+//! so that every program reads a URL in the same way.
 
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -13,12 +13,11 @@ use crate::trust::tokens::{MAX_TOKEN, is_token_byte};
 /// The port a server listens on unless told otherwise.
 pub const DEFAULT_PORT: u16 = 45456;
 
-/// Where to connect, with which token, and which key to expect there.
+/// A server's address, with the token to present and the key to expect.
 ///
-/// Parses from `udpack://[TOKEN@]HOST[:PORT][#sha256:HEX]` and from a bare `HOST[:PORT]`; the host
-/// is a DNS name, an IPv4 address or an IPv6 address in brackets, a link-local one with its zone
-/// (`[fe80::1%eth0]`, the percent sign as it is). `Display` gives the whole line
-/// back, token included; `Debug` hides the token.
+/// Parses from `udpack://[TOKEN@]HOST[:PORT][#sha256:HEX]` and from a bare `HOST[:PORT]`; the host is a DNS name, an
+/// IPv4 address or an IPv6 address in brackets, a link-local one with its zone (`[fe80::1%eth0]`, the percent sign as
+/// it is). `Display` prints the whole URL, including the token; `Debug` hides the token.
 #[derive(Clone, PartialEq, Eq)]
 pub struct ConnectUrl {
     token: Option<String>,
@@ -79,7 +78,7 @@ impl ConnectUrl {
         &self.host
     }
 
-    /// The host without the zone of its address: what the server is called.
+    /// The host without the zone of its address; it is the server's name in TLS.
     pub(crate) fn server_name(&self) -> &str {
         self.host
             .split_once('%')
@@ -217,8 +216,8 @@ fn split_port(authority: &str) -> Result<(&str, u16), ConnectUrlError> {
     }
 }
 
-/// An IPv6 address in its one form, with the zone of a link-local one: `fe80::1%eth0`. A zone is a name of this host's, so it is
-/// kept as it is.
+/// Parses an IPv6 address into its canonical form, with the zone of a link-local one: `fe80::1%eth0`. The zone is a
+/// name on this host, so it is kept unchanged.
 fn parse_v6(text: &str) -> Option<String> {
     let (address, zone) = match text.split_once('%') {
         Some((address, zone)) => (address, Some(zone)),
@@ -233,7 +232,7 @@ fn parse_v6(text: &str) -> Option<String> {
     (good && address.is_unicast_link_local()).then(|| format!("{address}%{zone}"))
 }
 
-/// Checks a host and brings it to its one form: lower case, an IPv6 address without brackets.
+/// Checks a host and returns its canonical form: lower case, an IPv6 address without brackets.
 fn parse_host(host: &str) -> Result<String, ConnectUrlError> {
     if let Some(address) = host
         .strip_prefix('[')
@@ -264,7 +263,7 @@ fn parse_host(host: &str) -> Result<String, ConnectUrlError> {
 }
 
 const SCHEME: &str = "udpack://";
-/// Longest zone, in bytes: more than the 15 of an interface's name on Linux.
+/// Longest zone, in bytes; an interface's name has at most 15 on Linux.
 const MAX_ZONE: usize = 32;
 
 #[cfg(test)]

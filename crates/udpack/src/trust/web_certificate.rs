@@ -1,6 +1,7 @@
 //! A certificate of an authority, for browsers: read from two files, and again when these change.
 //!
-//! Clients that speak `udpack/1` pin the server's own key and never see it, so a renewal changes nothing for them.
+//! Clients that speak `udpack/1` pin the server's own key and never receive this certificate, so a renewal does not
+//! affect them.
 
 use std::fmt;
 use std::fs::Metadata;
@@ -17,7 +18,8 @@ use crate::trust::tls::{self, ALPN, CertificateSource};
 
 /// A certificate that browsers trust because an authority has signed it, for [`Web::certificate`](crate::Web::certificate).
 ///
-/// Served to everybody but clients that speak `udpack/1`, which pin the server's own key. Clones share one certificate.
+/// Presented to all clients except those that speak `udpack/1`, which pin the server's own key. Clones share one
+/// certificate.
 #[derive(Clone)]
 pub struct WebCertificate {
     inner: Arc<Inner>,
@@ -31,19 +33,20 @@ struct Inner {
 
 struct State {
     served: Arc<CertifiedKey>,
-    /// Of the files that were looked at last, good or bad.
+    /// The versions of the files that were read last, valid or not.
     seen: Versions,
 }
 
-/// What the two files look like from outside; `None` where one cannot be looked at.
+/// The metadata of the two files; `None` if it cannot be read.
 type Versions = [Option<Version>; 2];
 
 impl WebCertificate {
-    /// Reads a chain, leaf first, and the leaf's private key, both in PEM. The key is PKCS#8, PKCS#1 or SEC1, without a
-    /// passphrase, of RSA, ECDSA P-256, P-384 or Ed25519; a file of it that everybody may read is refused. Blocks.
+    /// Reads a chain, leaf first, and the leaf's private key, both in PEM. The key is PKCS#8, PKCS#1 or SEC1, without
+    /// a passphrase, of RSA, ECDSA P-256, P-384 or Ed25519; a key file that everybody may read is refused. Blocks.
     ///
     /// # Errors
-    /// When a file cannot be read, is not what it should be, or the two do not belong together; the error names the file.
+    /// When a file cannot be read, holds no chain or key in PEM, or the two do not belong together; the error names
+    /// the file.
     pub fn load(
         chain: impl Into<PathBuf>,
         key: impl Into<PathBuf>,
@@ -65,10 +68,10 @@ impl WebCertificate {
         versions(&self.inner.chain, &self.inner.key) != self.inner.lock().seen
     }
 
-    /// Reads the files again; handshakes from now on get what is in them, connections that stand go on. Blocks.
+    /// Reads the files again. Later handshakes use the new certificate; existing connections continue. Blocks.
     ///
     /// # Errors
-    /// As [`load`](Self::load). The certificate before stays in use then.
+    /// As [`load`](Self::load). The earlier certificate then stays in use.
     pub fn reload(&self) -> Result<(), WebCertificateError> {
         let seen = versions(&self.inner.chain, &self.inner.key);
         let read = read(&self.inner.chain, &self.inner.key);
@@ -116,7 +119,7 @@ pub enum WebCertificateError {
         /// The file.
         path: PathBuf,
     },
-    /// The key is not that of the certificate.
+    /// The key does not belong to the certificate.
     #[error("the key in {} is not that of the first certificate in {}", key.display(), chain.display())]
     Mismatch {
         /// The file of the chain.
@@ -163,7 +166,7 @@ fn versions(chain: &Path, key: &Path) -> Versions {
     })
 }
 
-/// The certificates of one server: its own for clients that pin its key, another one for browsers if there is one.
+/// The certificates of one server: its own for clients that pin its key, and optionally another one for browsers.
 #[derive(Debug, Clone)]
 pub(crate) struct Certificates {
     own: Arc<CertificateSource>,
@@ -175,7 +178,7 @@ impl Certificates {
         Self { own, web }
     }
 
-    /// What browsers compare in place of an authority's word; nothing where there is one.
+    /// The hashes that browsers compare; empty if an authority has signed the certificate for browsers.
     pub(crate) fn hashes(&self) -> Vec<[u8; 32]> {
         match self.web {
             Some(_) => Vec::new(),
@@ -186,7 +189,7 @@ impl Certificates {
 
 impl ResolvesServerCert for Certificates {
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        // A client that offers it gets it: it is the first of the server's protocols.
+        // The server prefers `udpack/1`, so a client that offers it gets the server's own certificate.
         match &self.web {
             Some(web) if !offers_ours(&hello) => Some(web.current()),
             _ => self.own.resolve(hello),

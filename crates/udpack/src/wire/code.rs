@@ -60,15 +60,15 @@ codes! {
     FRAME_TOO_LARGE = 0x11, "frame_too_large", false;
     /// The stream ended inside a frame.
     TRUNCATED = 0x12, "truncated", false;
-    /// An unfinished frame made too little progress; as often the path's fault as the peer's.
+    /// An unfinished frame arrived too slowly. The path may be the cause as well as the peer.
     FRAME_TIMEOUT = 0x13, "frame_timeout", true;
-    /// Bytes that are no acceptable msgpack.
+    /// The bytes are not acceptable msgpack.
     BAD_MSGPACK = 0x14, "bad_msgpack", false;
-    /// Sound msgpack that is no message, or a protocol message with wrong fields.
+    /// Valid msgpack that is not a message, or a protocol message with wrong fields.
     BAD_MESSAGE = 0x15, "bad_message", false;
-    /// A sound message at a moment the protocol does not allow it.
+    /// A valid message at a moment when the protocol does not allow it.
     PROTOCOL_ORDER = 0x16, "protocol_order", false;
-    /// A protocol version the closing side does not speak.
+    /// The closing side does not support the protocol version.
     VERSION = 0x17, "version", false;
     /// The two sides disagree about what was received on a resumed channel.
     RESUME_MISMATCH = 0x18, "resume_mismatch", false;
@@ -80,15 +80,15 @@ codes! {
     AUTH_TIMEOUT = 0x22, "auth_timeout", true;
     /// The token was withdrawn while connected.
     AUTH_REVOKED = 0x23, "auth_revoked", false;
-    /// The peer is known but may not do this.
+    /// The peer is authenticated but has no right to do this.
     FORBIDDEN = 0x24, "forbidden", false;
-    /// The token's time was over and no new one came.
+    /// The token expired and the client sent no new one.
     AUTH_EXPIRED = 0x25, "auth_expired", false;
-    /// No room for another socket right now.
+    /// The server has no room for another socket now.
     SERVER_BUSY = 0x30, "server_busy", true;
     /// Channels or messages came faster than allowed.
     RATE_LIMITED = 0x31, "rate_limited", true;
-    /// The peer did not take what was sent to it in time.
+    /// The peer did not read what was sent to it in time.
     SLOW_PEER = 0x32, "slow_peer", true;
     /// Nothing happened for too long.
     IDLE = 0x33, "idle", true;
@@ -238,7 +238,7 @@ impl Fault {
     pub const CANCELLED: &'static str = "cancelled";
     /// The handler did not answer in time.
     pub const TIMEOUT: &'static str = "timeout";
-    /// The reply, or an item of it, is above the asker's limit for a frame: `{limit, size}` is the data.
+    /// The reply, or an item of it, exceeds the requester's frame limit. The data is `{limit, size}`, in bytes.
     pub const REPLY_TOO_LARGE: &'static str = "reply_too_large";
 
     /// A fault with a code of the table above or one of the application's own.
@@ -250,8 +250,7 @@ impl Fault {
         }
     }
 
-    /// The same fault with something for programs to read. What cannot be encoded, or is too large for the
-    /// peer, is left out.
+    /// Adds data for programs. Data that cannot be encoded, or that is too large for the peer, is left out.
     #[must_use]
     pub fn with_data<T: Serialize + ?Sized>(mut self, data: &T) -> Self {
         self.data = crate::wire::message::encode_data(data)
@@ -260,7 +259,7 @@ impl Fault {
         self
     }
 
-    /// What the peer's application added, if anything.
+    /// The data that the peer's application added, if any.
     ///
     /// # Errors
     /// When it does not fit `T`.
@@ -273,8 +272,8 @@ impl Fault {
 }
 
 impl Fault {
-    /// What serde found wrong, if this is the fault of data that does not decode or encode: "missing field `a`".
-    /// Safe to print.
+    /// serde's error, if the fault is that data did not decode or encode, for example "missing field `a`". Safe to
+    /// print.
     pub fn reason(&self) -> Option<String> {
         let said = self.data::<Reason<String>>().ok()??;
         Some(printable_within(&said.reason, REASON))
@@ -285,7 +284,7 @@ impl Fault {
         self.with_data(&Reason { reason })
     }
 
-    /// An answer, or a part of it, that cannot be sent.
+    /// The fault for a reply, or an item of one, that cannot be sent.
     pub(crate) fn unsendable(what: &str, error: &EncodeError) -> Self {
         match error {
             EncodeError::TooLarge { size, limit } => {
@@ -305,12 +304,12 @@ impl Fault {
     }
 }
 
-/// The words of an error's source, where it has one.
+/// The text of an error's source, or of the error itself if it has none.
 fn said(error: &dyn fmt::Display, source: Option<&(dyn std::error::Error + 'static)>) -> String {
     source.map_or_else(|| error.to_string(), ToString::to_string)
 }
 
-/// The most bytes of serde's words.
+/// The most bytes of serde's text that a fault carries.
 const REASON: usize = 256;
 
 #[derive(Serialize, Deserialize)]
@@ -324,7 +323,7 @@ struct TooLarge {
     size: u64,
 }
 
-/// Data that is not what the handler takes, and what serde says about it.
+/// The fault for data that does not decode into the handler's type, with serde's text.
 impl From<DecodeError> for Fault {
     fn from(error: DecodeError) -> Self {
         let fault = Self::new(Self::BAD_PAYLOAD, error.to_string());

@@ -1,4 +1,4 @@
-//! Typed events: a type that knows its event's name and what answers it.
+//! Typed events: a type that names its event and the type of the reply.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -21,8 +21,7 @@ use serde::de::DeserializeOwned;
 /// assert_eq!(Say::NAME, "say");
 /// ```
 ///
-/// The derive macro (feature `derive`, on by default) refuses a name that cannot be sent, and words it does not
-/// know:
+/// The derive macro (feature `derive`, on by default) refuses an invalid name and unknown attributes:
 ///
 /// ```compile_fail
 /// #[derive(serde::Serialize, serde::Deserialize, udpack::Event)]
@@ -39,6 +38,6 @@ pub trait Event: Serialize + DeserializeOwned {
     /// The event's name: 1 to 128 bytes without control characters, not starting with `$`.
     const NAME: &'static str;
 
-    /// What answers it when it is a request; `()` for an event that nobody answers.
+    /// The type of the reply when the event is sent as a request; `()` for an event without a reply.
     type Reply: Serialize + DeserializeOwned;
 }

@@ -1,8 +1,8 @@
 //! Frames: a length, then exactly that many bytes.
 //!
-//! QUIC streams carry bytes, not messages; the prefix is where one message ends and the next
-//! begins. A length is a peer's claim, so it is checked before any memory depends on it, and memory
-//! then follows the bytes that really came. What a frame holds is `message`'s business.
+//! QUIC streams carry bytes, not messages; the prefix is where one message ends and the next begins. A length is a
+//! peer's claim, so it is checked before any memory depends on it, and memory then follows the bytes that really
+//! came. The module `message` decodes the content of frames.
 
 use std::collections::VecDeque;
 
@@ -55,15 +55,16 @@ impl FrameError {
 #[derive(Debug)]
 pub struct FrameDecoder {
     limit: usize,
-    /// Pushed and not looked at yet.
+    /// The bytes that were pushed and not decoded yet.
     chunk: Bytes,
     prefix: [u8; PREFIX],
     prefix_len: usize,
     /// Length of the frame under way, once its prefix is complete and accepted.
     need: Option<usize>,
-    /// What came of that frame in earlier chunks.
+    /// The part of that frame that came in earlier chunks.
     body: BytesMut,
-    /// Memory of large frames that were given out, oldest first, to be used again once nobody has them any more.
+    /// The memory of large frames that were handed out, oldest first. It is reused when the caller has dropped the
+    /// frame.
     given: VecDeque<BytesMut>,
 }
 
@@ -81,8 +82,8 @@ impl FrameDecoder {
         }
     }
 
-    /// Nothing more is here to be decoded. Lets go of memory that is only kept to be used again: all of it between
-    /// frames, all but one piece within a frame.
+    /// Frees memory that is only kept for reuse: all of it between frames, all but one buffer within a frame. Called
+    /// when nothing is left to decode.
     pub(crate) fn rest(&mut self) {
         if self.given.capacity() == 0 {
             return;
@@ -95,7 +96,7 @@ impl FrameDecoder {
             .retain_mut(|given| !given.try_reclaim(LARGE) || !std::mem::replace(&mut one, true));
     }
 
-    /// Changes the limit for every frame whose prefix was not accepted yet.
+    /// Changes the limit, in bytes, for every frame whose prefix is not accepted yet.
     pub fn set_limit(&mut self, limit: usize) {
         self.limit = limit;
     }
@@ -128,13 +129,13 @@ impl FrameDecoder {
         }
     }
 
-    /// Whether nothing is here that was not looked at: there is no frame before more is pushed.
+    /// Whether all pushed bytes are decoded, so that no frame follows before the next push.
     #[inline(always)]
     pub(crate) fn is_drained(&self) -> bool {
         self.chunk.is_empty()
     }
 
-    /// The body of the next frame where it lies, if that is whole in the chunk.
+    /// The body of the next frame, if the current chunk holds all of it.
     ///
     /// # Errors
     ///
@@ -150,7 +151,7 @@ impl FrameDecoder {
         }
     }
 
-    /// Takes the frame that [`whole`](Self::whole) has shown, with a body of so many bytes.
+    /// Takes the frame that [`whole`](Self::whole) returned, whose body has `len` bytes.
     #[inline(always)]
     pub(crate) fn take_whole(&mut self, len: usize) -> Bytes {
         let mut body = self.chunk.split_to(PREFIX + len);
@@ -158,7 +159,7 @@ impl FrameDecoder {
         body
     }
 
-    /// The next frame, which does not lie whole in the chunk.
+    /// Assembles the next frame from several chunks.
     fn next_in_pieces(&mut self) -> Result<Option<Bytes>, FrameError> {
         let need = match self.need {
             Some(need) => need,
@@ -198,7 +199,7 @@ impl FrameDecoder {
         body
     }
 
-    /// The memory of an earlier frame, if that is large enough and nobody has it any more.
+    /// Reuses the memory of an earlier frame, if that is large enough and the caller has dropped the frame.
     fn take_back(&mut self, need: usize) {
         if let Some(oldest) = self.given.front_mut()
             && oldest.try_reclaim(need)
@@ -208,18 +209,18 @@ impl FrameDecoder {
         }
     }
 
-    /// The length of the frame under way, if that is large and came in pieces so far.
+    /// The length of the unfinished frame in bytes, if it is large and arrives in pieces.
     pub(crate) fn large(&self) -> Option<usize> {
         self.need.filter(|need| *need >= LARGE)
     }
 
-    /// Bytes that were pushed and not returned. After [`next_frame`](Self::next_frame) returned
-    /// `None` that is what came of the unfinished frame, prefix included: 0 means between frames.
+    /// Bytes that were pushed and not returned. After [`next_frame`](Self::next_frame) returned `None`, these are the
+    /// bytes of the unfinished frame, prefix included; 0 means that no frame has begun.
     pub fn held(&self) -> usize {
         self.prefix_len + self.body.len() + self.chunk.len()
     }
 
-    /// Says that the stream ends here.
+    /// Checks that the stream may end here.
     ///
     /// # Errors
     ///
@@ -263,8 +264,8 @@ impl FrameDecoder {
 
     /// Makes room for `came` more bytes of a frame of `need`.
     ///
-    /// Until an eighth of the frame is here, room only doubles with what came, so that a prefix
-    /// that lies costs its sender more than us; then all the rest is made at once.
+    /// Until an eighth of the frame is here, room only doubles with what came, so that a false prefix costs its
+    /// sender more than it costs this side; then room for the rest is allocated at once.
     fn reserve(&mut self, came: usize, need: usize) {
         let have = self.body.len() + came;
         if have == 0 {
@@ -286,7 +287,7 @@ impl FrameDecoder {
     fn consume(&mut self, len: usize) {
         self.chunk.advance(len);
         if self.chunk.is_empty() {
-            // An empty slice would keep the whole chunk that it is a slice of.
+            // An empty slice would keep the whole chunk in memory.
             self.chunk = Bytes::new();
         }
     }
@@ -297,12 +298,12 @@ impl FrameDecoder {
     }
 }
 
-/// Room made for the first bytes of a frame that comes in pieces.
+/// Bytes allocated first for a frame that arrives in pieces.
 const FIRST_ROOM: usize = 4096;
 /// Size in bytes from which on a frame's memory is used again. Fresh pages of that size cost as much as copying
 /// into them does, and the system's allocator gives large blocks back at once.
 const LARGE: usize = 64 << 10;
-/// Frames given out whose memory is watched for.
+/// Frames handed out whose memory may be reused.
 const KEPT: usize = 16;
 
 #[cfg(test)]

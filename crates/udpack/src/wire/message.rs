@@ -1,9 +1,9 @@
 //! Messages: `[event, data]`, `[event, data, id]` and `[event, data, id, deadline_ms]` in MessagePack.
 //!
-//! Decoding checks a whole message in one pass and keeps where its parts lie; the data stays the
-//! bytes that came until someone asks for a type. Encoding appends one whole frame to a buffer or
-//! leaves the buffer as it was, and refuses what the peer would refuse. Which events there are,
-//! and who may send them when, is decided elsewhere.
+//! Decoding checks a whole message in one pass and records the position of its parts; the data stays encoded until
+//! the caller decodes it into a type. Encoding appends one whole frame to a buffer or leaves the buffer unchanged,
+//! and refuses a message that the peer would refuse. This module does not know which events exist and who may send
+//! them.
 
 use std::cell::Cell;
 use std::fmt;
@@ -36,12 +36,12 @@ pub struct Message {
     parts: Parts,
 }
 
-/// Where the parts of a sound message lie in its frame's body.
+/// The positions of the parts of a valid message in its frame's body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Parts {
-    /// Where the data ends, and id and deadline begin; it begins where the event ends.
+    /// The end of the data in bytes; id and deadline follow it. The data begins at the end of the event.
     data_end: usize,
-    /// Where the event begins, and its length: 10 and 128 bytes at most.
+    /// The position of the event, at most 10 bytes, and its length, at most 128 bytes.
     event_at: u8,
     event_len: u8,
     /// How many values the message has.
@@ -88,10 +88,10 @@ pub enum DecodeError {
 }
 
 impl Parts {
-    /// The parts of a sound message of the most common form: `[event, data]` with an event of the application, of 1 to 31
-    /// printable ASCII characters. `None` of every other body; [`of`](Self::of) says what that is.
+    /// The parts of a valid message of the most common form: `[event, data]` with an event of the application, of 1
+    /// to 31 printable ASCII characters. Returns `None` for every other body; [`of`](Self::of) decodes those.
     ///
-    /// This makes no values of errors. To keep those apart from results at each step costs as much as the check itself.
+    /// This function creates no error values: returning them from each step would cost as much as the check itself.
     #[inline]
     pub(crate) fn common(body: &[u8]) -> Option<Self> {
         let [ARRAY_OF_2, head @ 0xa1..=0xbf, rest @ ..] = body else {
@@ -122,7 +122,7 @@ impl Parts {
             _ => None,
         };
         let Some(values @ 2..=4) = arity else {
-            // Bytes that are not even MessagePack are the graver fault: look for that first.
+            // Bytes that are not MessagePack are the more serious fault, so this is checked first.
             validate_within(body, shape)?;
             return Err(MessageError::Shape { arity });
         };
@@ -170,8 +170,8 @@ impl Message {
     ///
     /// # Errors
     ///
-    /// [`MessageError::Msgpack`] if the body is no acceptable MessagePack at all, otherwise what
-    /// makes it something else than a message.
+    /// [`MessageError::Msgpack`] if the body is not acceptable MessagePack, otherwise the rule of messages that it
+    /// breaks.
     pub fn decode(body: Bytes) -> Result<Self, MessageError> {
         Self::decode_within(body, Shape::default())
     }
@@ -186,13 +186,13 @@ impl Message {
         Ok(Self { body, parts })
     }
 
-    /// The message of which these are the parts.
+    /// The message with these parts.
     #[inline(always)]
     pub(crate) fn of(body: Bytes, parts: Parts) -> Self {
         Self { body, parts }
     }
 
-    /// Names what happened.
+    /// The name of the event.
     pub fn event(&self) -> &str {
         str::from_utf8(self.name()).expect("decode checked the event")
     }
@@ -222,7 +222,8 @@ impl Message {
         }
     }
 
-    /// How long the asker waits for the answer, from when it sent the request, if it says so.
+    /// How long the requester waits for the reply, counted from the sending of the request, if the message has a
+    /// deadline.
     pub fn deadline(&self) -> Option<Duration> {
         let ms = (self.parts.values > 3).then(|| self.number(1));
         ms.flatten().map(Duration::from_millis)
@@ -246,21 +247,21 @@ impl Message {
         self.name().first() == Some(&RESERVED)
     }
 
-    /// What a `$gap` says: messages of a room that were lost on the way here. The one event of the protocol that
-    /// `recv` hands out.
+    /// The content of a `$gap`: messages of a room that were dropped for this member. It is the only event of the
+    /// protocol that `recv` returns.
     pub fn gap(&self) -> Option<Gap> {
         Gap::decode(self).ok()
     }
 
-    /// The data as the MessagePack that came: a slice of the frame, not a copy.
+    /// The data as received, encoded in MessagePack: a slice of the frame, not a copy.
     pub fn raw(&self) -> Bytes {
         self.body.slice(self.data_start()..self.parts.data_end)
     }
 
     /// Reads the data as a `T`, which may borrow from the message.
     ///
-    /// serde decides what fits: a struct takes a map or an array, text takes binary, and of two
-    /// equal keys the type may take either. For exact types see [`fields`](Self::fields).
+    /// serde decides what it accepts: a struct accepts a map or an array, a string accepts binary, and of two equal
+    /// keys the type may use either. For exact types see [`fields`](Self::fields).
     ///
     /// # Errors
     ///
@@ -273,7 +274,7 @@ impl Message {
     ///
     /// # Errors
     ///
-    /// What [`Fields::parse`] refuses.
+    /// The errors of [`Fields::parse`].
     pub fn fields(&self) -> Result<Fields<'_>, FieldError> {
         Fields::parse(self.data_bytes())
     }
@@ -282,7 +283,7 @@ impl Message {
     ///
     /// # Errors
     ///
-    /// What [`fields`](Self::fields) and [`Fields::bin`] refuse.
+    /// The errors of [`fields`](Self::fields) and [`Fields::bin`].
     pub fn bulk(&self, key: &'static str) -> Result<Bytes, FieldError> {
         Ok(self.body.slice_ref(self.fields()?.bin(key)?))
     }
@@ -322,14 +323,14 @@ pub(crate) fn decode_data<'a, T: Deserialize<'a>>(data: &'a [u8]) -> Result<T, D
     }
 }
 
-/// Once more, for types that take bytes only as a sequence of numbers.
+/// Decodes again, for types that accept bytes only as a sequence of numbers.
 #[cold]
 fn decode_leniently<'a, T: Deserialize<'a>>(data: &'a [u8]) -> Option<T> {
     let left = Cell::new(MAX_ELEMENTS);
     decode_with(data, |reader| T::deserialize(Lenient::new(reader, &left))).ok()
 }
 
-/// How data is read: types that have two forms take the one for people, as text.
+/// The reader of data. Types with two serde forms use the human-readable one.
 type DataReader<'a> = rmp_serde::Deserializer<
     rmp_serde::decode::ReadRefReader<'a, [u8]>,
     HumanReadableConfig<DefaultConfig>,
@@ -346,7 +347,7 @@ fn decode_with<'a, T>(
     if !may_be_read_in_part(data) {
         return Ok(decoded);
     }
-    // The reader does not say where it stands, but it does say that it is at the end.
+    // The reader does not tell its position, but it tells whether it is at the end.
     match <()>::deserialize(&mut reader) {
         Err(rmp_serde::decode::Error::InvalidMarkerRead(end))
             if end.kind() == io::ErrorKind::UnexpectedEof =>
@@ -357,14 +358,14 @@ fn decode_with<'a, T>(
     }
 }
 
-/// Whether one value is an array or a map: a type may leave a part of those unread. Of other values it reads all or
-/// nothing, and asking the reader for its end costs as much as reading short text.
+/// Whether one value is an array or a map, of which a type may leave a part unread. A type reads other values
+/// completely or not at all, and asking the reader for its end costs as much as reading short text.
 #[inline]
 fn may_be_read_in_part(value: &[u8]) -> bool {
     matches!(value, [0x80..=0x9f | 0xdc..=0xdf, ..])
 }
 
-/// Writes data as [`decode_data`] reads it: structs as maps, types that have two forms in the one for people.
+/// Writes data as [`decode_data`] reads it: structs as maps, types with two serde forms in the human-readable one.
 #[inline]
 fn write_data<T: Serialize + ?Sized>(
     to: &mut impl io::Write,
@@ -378,11 +379,11 @@ fn write_data<T: Serialize + ?Sized>(
     data.serialize(&mut writer)
 }
 
-/// How the writer takes a `Vec<u8>` and a slice: as binary. It goes by the first item, and fails on a list that begins
-/// with a byte and is not one of bytes; such data is written once more, [plainly](BytesMode::Normal).
+/// The writer encodes a `Vec<u8>` and a slice as binary. It decides by the first item, and fails on a list that
+/// begins with a byte and has other items; such data is encoded again in the [plain mode](BytesMode::Normal).
 const BYTES: BytesMode = BytesMode::ForceIterables;
 
-/// Why a name is no name for an event or a channel.
+/// Why a name is not valid for an event or a channel.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum NameError {
@@ -410,7 +411,7 @@ pub(crate) fn check_name(name: &str) -> Result<(), NameError> {
     check_odd_name(name)
 }
 
-/// As [`check_name`], for the event of a message that came.
+/// As [`check_name`], for the event of a received message.
 #[inline]
 fn check_name_bytes(name: &[u8]) -> Result<(), MessageError> {
     if is_plain(name) {
@@ -420,7 +421,7 @@ fn check_name_bytes(name: &[u8]) -> Result<(), MessageError> {
     check_odd_name(name).map_err(MessageError::Event)
 }
 
-/// Whether this is a proper name of printable ASCII, as most are.
+/// Whether this is a valid name of printable ASCII, as most names are.
 #[inline]
 fn is_plain(name: &[u8]) -> bool {
     matches!(name.len(), 1..=MAX_NAME) && name.iter().all(|byte| matches!(byte, b' '..=b'~'))
@@ -500,14 +501,15 @@ pub(crate) fn encode<T: Serialize + ?Sized>(
     draft.seal(0)
 }
 
-/// Whether a type has encoded itself as one string, whose bytes serde had as `&str`: then there is nothing to check.
+/// Whether a type has encoded itself as one string: serde had it as `&str`, so it needs no check.
 #[inline]
 fn is_one_text(data: &[u8]) -> bool {
     let mut reader = Reader::new(data);
     matches!(reader.head(), Ok(Head::Str(_))) && reader.left() == 0
 }
 
-/// Whether this is one sound value within the limits of a message's data: the message's array and its event count, too.
+/// Whether this is one valid value within the limits of a message's data. The message's array and its event count
+/// towards the limits, too.
 #[inline]
 fn is_sound_data(data: &[u8]) -> bool {
     let mut reader = Reader::new(data);
@@ -521,11 +523,11 @@ fn is_sound_data(data: &[u8]) -> bool {
     validate_within(data, inside).is_ok()
 }
 
-/// Makes a request, one whole frame that [`encode`] made, say how long its answer is waited for.
+/// Adds the deadline in milliseconds to a request, which is one whole frame from [`encode`].
 ///
 /// # Errors
 ///
-/// When the frame has become too large for `limit`; then it is spoiled.
+/// When the frame has become too large for `limit`; the frame is then unusable.
 pub(crate) fn add_deadline(
     frame: &mut BytesMut,
     deadline: Duration,
@@ -552,7 +554,7 @@ pub(crate) fn add_deadline(
 ///
 /// When the type's own `Serialize` fails.
 pub(crate) fn encode_data<T: Serialize + ?Sized>(data: &T) -> Result<Vec<u8>, EncodeError> {
-    // Room for small ones without being moved.
+    // Small data fits without a reallocation.
     let mut buf = Vec::with_capacity(128);
     if write_data(&mut buf, data, BYTES).is_err() {
         buf.clear();
@@ -589,7 +591,7 @@ pub(crate) fn append_raw(
     id: u64,
     limit: usize,
 ) -> Result<usize, EncodeError> {
-    // Just that, where the name is short: bytes that fill their buffer need no second allocation to be shared.
+    // The exact size where the name is short: bytes that fill their buffer need no second allocation to be shared.
     buf.reserve(PREFIX + 2 + event.len() + data.len() + uint_len(id));
     let mut draft = Draft::new(buf, event, 3, limit)?;
     // A draft takes every byte.
@@ -650,11 +652,11 @@ pub(crate) fn encode_bulk<T: Serialize + ?Sized>(
 pub struct Encoded(Bytes);
 
 impl Encoded {
-    /// Encodes `[event, data]`. No receiver's limit is known yet: that is checked where it is sent.
+    /// Encodes `[event, data]`. The limit of a receiver is not known here; it is checked on sending.
     ///
     /// # Errors
     ///
-    /// What makes the message unfit to be sent to anyone; reserved events.
+    /// A message that no peer would accept, and reserved events.
     pub fn new<T: Serialize + ?Sized>(event: &str, data: &T) -> Result<Self, EncodeError> {
         if event.as_bytes().first() == Some(&RESERVED) {
             check_name(event).map_err(EncodeError::Name)?;
@@ -670,8 +672,8 @@ impl Encoded {
         Self(frame)
     }
 
-    /// A received message to be passed on: its event and data as they are, without its id, and without
-    /// decoding the data.
+    /// Encodes a received message for other receivers: event and data unchanged, without the id, and without decoding
+    /// the data.
     ///
     /// # Errors
     ///
@@ -683,7 +685,7 @@ impl Encoded {
         Self::from_raw(message.event(), &message.raw())
     }
 
-    /// `[event, data]` with sound data that is encoded already.
+    /// `[event, data]` with valid data that is encoded already.
     pub(crate) fn from_raw(event: &str, data: &[u8]) -> Result<Self, EncodeError> {
         let mut head = vec![0x92];
         // Writing to a vector cannot fail.
@@ -718,13 +720,13 @@ impl fmt::Debug for Encoded {
     }
 }
 
-/// A frame being written at the end of a buffer; what was written goes away again unless it is
-/// sealed, also when a `Serialize` panics.
+/// A frame that is being written at the end of a buffer. Dropping it before `seal` removes the written bytes, also
+/// when a `Serialize` panics.
 struct Draft<'a> {
     buf: &'a mut BytesMut,
     /// Where the frame begins.
     start: usize,
-    /// Bytes of the body so far, those above the limit included: they are counted, not kept.
+    /// Bytes of the body so far. Bytes above the limit are counted and not kept.
     size: usize,
     limit: usize,
     sealed: bool,
@@ -741,7 +743,7 @@ impl<'a> Draft<'a> {
     ) -> Result<Self, EncodeError> {
         check_name(event).map_err(EncodeError::Name)?;
         let start = buf.len();
-        // In one piece: the room for the prefix, a short array's head, and that of a name of at most 128 bytes.
+        // One allocation: the prefix, a short array's head, and that of a name of at most 128 bytes.
         buf.reserve(PREFIX + 3 + event.len());
         match u8::try_from(event.len()) {
             Ok(len @ 0..32) => buf.extend_from_slice(&[0, 0, 0, 0, ARRAY | arity, STR | len]),
@@ -765,12 +767,12 @@ impl<'a> Draft<'a> {
         let (len, size) = (self.buf.len(), self.size);
         match write_data(self, data, BYTES) {
             Ok(()) => Ok(()),
-            // The error goes along, so that nothing is dropped where there is none.
+            // The error is passed on, so that the common case drops no value.
             Err(error) => self.plain(error, data, len, size),
         }
     }
 
-    /// Writes data once more, in the place of what was written of it before.
+    /// Encodes data again, in place of what was written of it before.
     #[cold]
     fn plain<T: Serialize + ?Sized>(
         &mut self,
@@ -808,7 +810,7 @@ impl<'a> Draft<'a> {
     /// Checks that the body from `start` on is a map without `key`, and makes its head announce
     /// one more pair.
     fn widen(&mut self, start: usize, key: &str) -> Result<(), EncodeError> {
-        // The whole body is walked, so that depth and elements count as they will for the peer.
+        // The whole body is validated, so that depth and elements count as they do for the peer.
         let mut walk = Walk::new(self.body(), Shape::default()).map_err(EncodeError::Refused)?;
         walk.enter().map_err(EncodeError::Refused)?;
         walk.value().map_err(EncodeError::Refused)?;
@@ -888,12 +890,12 @@ impl Drop for Draft<'_> {
     }
 }
 
-/// A draft takes every byte, so this is for the type checker.
+/// A draft accepts every byte, so this error cannot happen; the type checker needs the conversion.
 fn write_failed(error: rmp::encode::ValueWriteError) -> EncodeError {
     EncodeError::Serialize(error.into())
 }
 
-/// How [`MessageError::Shape`] prints what it found.
+/// Prints the arity for [`MessageError::Shape`].
 struct Found(Option<usize>);
 
 impl fmt::Display for Found {
@@ -911,7 +913,7 @@ pub(crate) const MAX_NAME: usize = 128;
 /// The first byte of the protocol's own events.
 const RESERVED: u8 = b'$';
 
-/// Depth that serde may use up: the validator refuses far less, so this is a second wall.
+/// The recursion depth that serde may use. The validator refuses far smaller depths, so this is a second defence.
 const SERDE_DEPTH: usize = 64;
 
 const MAP16: u8 = 0xde;

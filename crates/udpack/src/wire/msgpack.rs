@@ -1,9 +1,8 @@
-//! The strict side of MessagePack: what may come in, checked before serde sees a byte of it.
+//! Strict MessagePack: received bytes are validated before serde reads them.
 //!
-//! A general decoder is made for friends: it recurses as deep as the input says, ignores what
-//! follows the value, and takes text for binary. [`validate`] walks a value without recursion and
-//! without allocating, and [`Fields`] reads the protocol's own maps with exact types. Nothing here
-//! builds a tree of values, and nothing here writes.
+//! A general decoder trusts its input: it recurses as deep as the input says, ignores bytes after the value, and
+//! accepts text for binary. [`validate`] walks a value without recursion and without allocating, and [`Fields`] reads
+//! the protocol's own maps with exact types. Nothing here builds a tree of values, and nothing here writes.
 
 use std::fmt;
 use std::str;
@@ -21,9 +20,9 @@ pub enum MsgpackError {
     /// The value claims more than the bytes that are there.
     #[error("value needs {need} bytes, {left} left")]
     Truncated {
-        /// Bytes that the value needs at least, counted from where it was found out.
+        /// The least number of bytes that the value needs, counted from the position of the error.
         need: u64,
-        /// Bytes that were left there.
+        /// The number of bytes that were left at this position.
         left: u64,
     },
     /// Arrays and maps nest deeper than the limit.
@@ -90,7 +89,7 @@ pub(crate) fn validate_within(bytes: &[u8], shape: Shape) -> Result<(), MsgpackE
     walk.end()
 }
 
-/// Why a protocol map cannot be read as what it should be.
+/// Why a protocol map does not have the expected fields.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum FieldError {
@@ -120,7 +119,7 @@ pub enum FieldError {
     /// A key that this message does not have.
     #[error("unknown key: {0:?}")]
     Unknown(String),
-    /// More keys than any protocol map has.
+    /// The map has more keys than any protocol map has.
     #[error("more than {MAX_KEYS} keys in a map")]
     TooManyKeys,
     /// The bytes are not MessagePack; cannot happen to a message that was decoded.
@@ -168,8 +167,9 @@ impl<'a> Fields<'a> {
         Ok(Self { entries })
     }
 
-    /// Reads one integer from 0 to 2^64 - 1 of a map that may be unsound elsewhere; `None` where that cannot be told,
-    /// as when the key is there twice. For answers to what [`parse`](Self::parse) refuses.
+    /// Reads one integer from 0 to 2^64 - 1 of a map that may be invalid elsewhere. Returns `None` if the value
+    /// cannot be determined, for example if the key appears twice. For error replies to maps that
+    /// [`parse`](Self::parse) refuses.
     pub fn peek_u64(map: &'a [u8], key: &'static str) -> Option<u64> {
         let mut walk = Walk::new(map, Shape::default()).ok()?;
         let Head::Map(len) = walk.enter().ok()? else {
@@ -453,7 +453,7 @@ impl fmt::Debug for Values<'_> {
     }
 }
 
-/// Turns the bytes of one value into what the protocol says that `key` holds.
+/// Converts the bytes of one value into the type that the protocol defines for `key`.
 type Convert<'a, T> = fn(&'static str, &'a [u8]) -> Result<T, FieldError>;
 
 fn as_str<'a>(key: &'static str, value: &'a [u8]) -> Result<&'a str, FieldError> {
@@ -521,23 +521,23 @@ fn text(bytes: &[u8]) -> Result<&str, MsgpackError> {
     str::from_utf8(bytes).map_err(|_| MsgpackError::Utf8)
 }
 
-/// The start of a peer's key: enough to find it, too little to flood a log.
+/// The beginning of a peer's key: enough to recognise it, too short to flood a log.
 fn excerpt(key: &str) -> String {
     key.chars().take(MAX_EXCERPT).collect()
 }
 
-/// A walk over one value: checks everything, keeps only how many values are open at each depth.
+/// A walk over one value: checks every byte, and keeps only the number of open values at each depth.
 #[derive(Debug)]
 pub(crate) struct Walk<'a> {
     reader: Reader<'a>,
-    /// Values that the heads read so far announce, themselves included.
+    /// Values that the heads read so far announce; an array and a map count, too.
     elements: usize,
     depth: usize,
     shape: Shape,
 }
 
 impl<'a> Walk<'a> {
-    /// Starts before the one value that `bytes` should be.
+    /// Starts before the one value that `bytes` should hold.
     #[inline]
     pub(crate) fn new(bytes: &'a [u8], shape: Shape) -> Result<Self, MsgpackError> {
         let mut walk = Self {
@@ -566,7 +566,7 @@ impl<'a> Walk<'a> {
         let inside = match head {
             Head::Array(len) => len,
             Head::Map(len) => len * 2,
-            // Most text is ASCII, and for short text that is the cheaper question.
+            // Most text is ASCII, and for short text the test for ASCII is the cheaper one.
             Head::Str(bytes) if bytes.is_ascii() => return Ok(head),
             Head::Str(bytes) => {
                 text(bytes)?;
@@ -616,7 +616,7 @@ impl<'a> Walk<'a> {
                 Head::Map(len) => len * 2,
                 _ => continue,
             };
-            // `enter` went one deeper: remember where the surrounding one stands.
+            // `enter` went one level deeper: keep the number of values left in the surrounding array or map.
             open[self.depth - 1] = left;
             left = few(values)?;
         }
@@ -627,7 +627,7 @@ impl<'a> Walk<'a> {
         self.elements
     }
 
-    /// Checks that nothing follows what was walked.
+    /// Checks that no bytes follow the value.
     #[inline]
     pub(crate) fn end(&self) -> Result<(), MsgpackError> {
         match self.left() {
@@ -636,7 +636,7 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// Counts values that are about to come.
+    /// Counts values that follow.
     #[inline]
     pub(crate) fn announce(&mut self, values: usize) -> Result<(), MsgpackError> {
         // Cannot overflow: a head never announces more values than there are bytes.
@@ -648,8 +648,7 @@ impl<'a> Walk<'a> {
     }
 }
 
-/// What stands at the beginning of a value. Text and binary are whole; the values inside an array
-/// or a map follow the head.
+/// The beginning of a value. Text and binary are complete in it; the values inside an array or a map follow the head.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Head<'a> {
     Nil,
@@ -828,7 +827,7 @@ impl<'a> Reader<'a> {
         Ok(*taken)
     }
 
-    /// Turns a claimed length into one that is known to be there.
+    /// Checks that as many bytes are left as a length claims.
     #[inline]
     fn at_least(&self, need: u64) -> Result<usize, MsgpackError> {
         match usize::try_from(need) {
@@ -846,16 +845,16 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Integers are compared by value: how many bytes the sender spent on one says nothing.
+/// Integers are compared by value; the number of bytes in which the sender encoded one has no meaning.
 #[inline]
 fn int<'a>(value: i64) -> Head<'a> {
     u64::try_from(value).map_or(Head::Negative(value), Head::Uint)
 }
 
-/// More keys than this in one map is no message of the protocol.
+/// The most keys of a protocol map.
 const MAX_KEYS: usize = 32;
 
-/// Characters of a peer's key that an error repeats.
+/// The most characters of a peer's key that an error quotes.
 const MAX_EXCERPT: usize = 64;
 
 const NIL: u8 = 0xc0;

@@ -1,7 +1,9 @@
-//! A second way to read data: binary is a sequence of numbers, too, for types that have no word for bytes.
+//! A second way to decode data, in which binary is also a sequence of numbers. It serves types that cannot ask serde
+//! for bytes.
 //!
-//! serde keeps what stands in tagged, untagged and flattened types before it knows where it belongs. A `Vec<u8>` there
-//! asks for a sequence and finds bytes. Data is read so only after the plain way has failed, so that nobody else pays.
+//! serde buffers the content of tagged, untagged and flattened types before it knows the field. A `Vec<u8>` in such a
+//! type asks for a sequence and finds bytes. Data is decoded this way only after plain decoding has failed, so that
+//! other types do not pay for it.
 
 use std::cell::Cell;
 use std::fmt;
@@ -11,10 +13,10 @@ use serde::de::{
     DeserializeSeed, Deserializer, EnumAccess, Error, MapAccess, SeqAccess, VariantAccess, Visitor,
 };
 
-/// Wraps whatever serde hands on while a value is read.
+/// Wraps each serde deserializer and visitor while a value is decoded.
 pub(super) struct Lenient<'c, T> {
     inner: T,
-    /// Bytes that may still become numbers. serde keeps each of them in tens of bytes.
+    /// How many bytes may still be converted to numbers. serde buffers each number in tens of bytes.
     left: &'c Cell<usize>,
 }
 
@@ -72,7 +74,7 @@ impl<'de, D: Deserializer<'de>> Deserializer<'de> for Lenient<'_, D> {
         deserialize_ignored_any();
     }
 
-    // Who asks for bytes gets them.
+    // A type that asks for bytes gets bytes.
     fn deserialize_bytes<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, D::Error> {
         self.inner.deserialize_bytes(visitor)
     }
