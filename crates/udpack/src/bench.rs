@@ -1,5 +1,4 @@
-//! This library's QUIC settings for benchmarks that run raw quinn with them; for nobody else, and no part of the
-//! interface.
+//! This library's QUIC settings for benchmarks that run raw quinn with them; not public API.
 
 use std::io;
 use std::net::SocketAddr;
@@ -28,7 +27,8 @@ pub fn endpoint(address: SocketAddr, server: Option<ServerConfig>) -> io::Result
     Ok(endpoint)
 }
 
-/// The settings of an admitted connection, the same at both ends but for the route to the peer, if that is known.
+/// The settings of an admitted connection. They are the same on both sides except for the route to the peer, if that
+/// is known.
 ///
 /// # Errors
 /// None, with the defaults.

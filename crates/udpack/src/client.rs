@@ -1,4 +1,4 @@
-//! [`Client`]: how to reach a server, whom to trust and what to present; makes [`Socket`]s.
+//! [`Client`]: the address of a server, the trust in it and the token for it; makes [`Socket`]s.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -50,7 +50,7 @@ pub struct Client {
     inner: Arc<Settings>,
     /// The address to try first.
     first: Option<SocketAddr>,
-    /// What is dialled.
+    /// The transport to dial.
     over: TransportChoice,
 }
 
@@ -63,14 +63,15 @@ struct Settings {
     limits: Arc<Limits>,
     timeouts: Arc<Timeouts>,
     reconnect: Option<Reconnect>,
-    /// Servers to go to when the one that was asked for is gone.
+    /// Servers to use when the requested one cannot be reached.
     fallbacks: Vec<(ConnectUrl, Client)>,
-    /// What won where it could be either transport.
+    /// The transports that won earlier races.
     won: Won,
 }
 
 impl Client {
-    /// Begins a client. Without a pin the server's certificate must be vouched for by the platform's CAs.
+    /// Starts building a client. Without a pin, a CA that the platform trusts must have signed the server's
+    /// certificate.
     pub fn builder() -> ClientBuilder {
         ClientBuilder {
             pin: None,
@@ -89,13 +90,13 @@ impl Client {
         }
     }
 
-    /// Connects to `HOST[:PORT]` and waits until the server has let us in. The default port is 45456.
+    /// Connects to `HOST[:PORT]` and waits until the server has admitted this client. The default port is 45456.
     ///
-    /// With [`ClientBuilder::reconnect`] the socket comes back by itself when its connection is lost.
+    /// With [`ClientBuilder::reconnect`] the socket reconnects by itself when its connection is lost.
     ///
-    /// All addresses of the name are tried, IPv6 and IPv4 in turn, each 250 ms after the one before it or as soon as an earlier
-    /// one has failed (RFC 8305). The first server that proves its key is introduced to us, and nobody else hears of the token;
-    /// its word is final. At most 32 addresses are tried.
+    /// All addresses of the name are tried, IPv6 and IPv4 in turn, each 250 ms after the one before it or as soon as
+    /// an earlier one has failed (RFC 8305). The client sends `$hello` with its token to the first server that proves
+    /// its key, and to no other; that server's answer is final. At most 32 addresses are tried.
     ///
     /// # Errors
     /// See [`ConnectError`].
@@ -111,8 +112,8 @@ impl Client {
     }
 
     /// Connects and returns as soon as the server has proved its key, one round trip earlier than
-    /// [`connect`](Self::connect): channels may be opened and messages sent behind the `$hello`. The server
-    /// looks at none of it before it has accepted the token; a refusal shows as the end of the socket.
+    /// [`connect`](Self::connect): channels may be opened and messages sent behind the `$hello`. The server processes
+    /// none of it before it has accepted the token; a refusal ends the socket.
     ///
     /// # Errors
     /// See [`ConnectError`].
@@ -175,14 +176,15 @@ impl Client {
             None => Comeback::Never,
         };
         let registry = settings.registry.clone();
-        // Owned by the connection: the driver ends when the session does, and the last handle ends that.
+        // The connection owns the task: the driver ends with the session, and dropping the last handle ends the
+        // session.
         tokio::spawn(live(session, first.control, registry, queue, comeback).instrument(span));
         Ok(socket)
     }
 
-    /// The same client, which tries this address before the others of a name that has it. For programs that connect again by
-    /// themselves: the address that worked last, [`Socket::remote_address`], costs no wait for those that do not. Sockets with
-    /// [`ClientBuilder::reconnect`] do so anyway.
+    /// The same client, which tries this address first if a name has it. For programs that reconnect by themselves:
+    /// with the address that worked last, [`Socket::remote_address`], they do not wait for addresses that do not
+    /// work. Sockets with [`ClientBuilder::reconnect`] do this anyway.
     pub fn beginning_with(&self, address: SocketAddr) -> Self {
         Self {
             first: Some(address),
@@ -198,13 +200,14 @@ impl Client {
         }
     }
 
-    /// What it connects over.
+    /// The transport that the client connects over.
     pub fn transport(&self) -> TransportChoice {
         self.over
     }
 
-    /// Makes a handshake with one address of a server, over a WebSocket or else over QUIC, and closes it again. The server is not told who we are, so no token is
-    /// needed, and its program hears of nothing. For finding out what works; `host` is what the server is called.
+    /// Makes a handshake with one address of a server, over a WebSocket or else over QUIC, and closes it again. The
+    /// client sends no `$hello`, so no token is needed, and the server's program does not learn of it. For diagnosis;
+    /// `host` is the server's name.
     ///
     /// # Errors
     /// See [`ConnectError`].
@@ -240,7 +243,7 @@ impl Client {
         Ok(shaken)
     }
 
-    /// The server asked for, then those to go to in its stead.
+    /// The requested server, then the fallbacks.
     fn servers<'a>(
         &'a self,
         url: &'a ConnectUrl,
@@ -249,7 +252,7 @@ impl Client {
         std::iter::once((url, self)).chain(fallbacks.map(|(url, client)| (url, client)))
     }
 
-    /// Connects to the first of the servers that can be reached, and says which it is.
+    /// Connects to the first of the servers that can be reached, and returns its index.
     async fn reach_any(&self, url: &ConnectUrl) -> Result<(Established, usize), ConnectError> {
         let mut errors = Vec::new();
         for (at, (url, client)) in self.servers(url).enumerate() {
@@ -267,7 +270,7 @@ impl Client {
         }
     }
 
-    /// Connects to the server at whichever of its addresses answers first, and introduces us there. The address `last` is
+    /// Connects to the address of the server that answers first, and sends `$hello` there. The address `last` is
     /// tried first.
     async fn reach(
         &self,
@@ -297,8 +300,8 @@ impl Client {
         Ok(token)
     }
 
-    /// Makes these attempts until one leads to the server. That another server answers, one with another key for instance, or that
-    /// one has no place, ends only its own attempt. The others that are under way then are dropped before they say who we are.
+    /// Makes these attempts until one reaches the server. A server with another key, or one without a place, ends
+    /// only its own attempt. After a success the other attempts are dropped before they send `$hello`.
     async fn dial_any(
         &self,
         url: &ConnectUrl,
@@ -327,7 +330,7 @@ impl Client {
         }
     }
 
-    /// Connects by one attempt; the server has proved its key then, and knows nothing of us.
+    /// Connects by one attempt. On success the server has proved its key, and has received no `$hello`.
     async fn dial(
         &self,
         attempt: Attempt,
@@ -341,7 +344,7 @@ impl Client {
         dialled.map_err(|error| self.dial_error(address, error))
     }
 
-    /// Says on a new connection who we are.
+    /// Sends `$hello` on a new connection.
     async fn introduce(
         &self,
         (conn, endpoint): Reached,
@@ -411,7 +414,7 @@ impl Client {
     }
 }
 
-/// What a [`Client::handshake`] showed.
+/// The result of [`Client::handshake`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Handshake {
@@ -419,12 +422,12 @@ pub struct Handshake {
     pub took: Duration,
     /// Round-trip time.
     pub rtt: Duration,
-    /// Between which times the server's certificate is valid, in seconds since 1970; `None` over a WebSocket. A pin does not look at
-    /// them.
+    /// The times between which the server's certificate is valid, in seconds since 1970; `None` over a WebSocket.
+    /// They do not matter to a pin.
     pub valid: Option<(i64, i64)>,
 }
 
-/// How long the close of a handshake may take to leave.
+/// How long sending the close of a handshake may take.
 const FAREWELL: Duration = Duration::from_millis(200);
 
 impl fmt::Debug for Client {
@@ -436,7 +439,8 @@ impl fmt::Debug for Client {
     }
 }
 
-/// The errors of attempts, without those that only say of TCP what QUIC's say of the same address, or that nobody is there.
+/// The errors of attempts, without errors of TCP that repeat QUIC's error for the same address, or that only say that
+/// nobody listens.
 fn without_echoes(errors: Vec<(Attempt, ConnectError)>) -> Vec<(Attempt, ConnectError)> {
     let by_quic: Vec<_> = errors
         .iter()
@@ -476,7 +480,7 @@ impl Won {
             .is_some_and(|at| at.elapsed() < REMEMBERED)
     }
 
-    /// Says why it was that one.
+    /// Records which transport won, and returns why it is used.
     fn note(&self, url: &ConnectUrl, over: TransportChoice, conn: &Connection) -> TransportReason {
         let mut won = lock(&self.0);
         let server = url.authority();
@@ -504,41 +508,42 @@ impl Won {
     }
 }
 
-/// What a client connects over.
+/// The transport that a client connects over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum TransportChoice {
-    /// QUIC, and 300 ms later a WebSocket as well; the first whose server has proved its key is taken. Where it was the
-    /// WebSocket, both begin at once next time. Each reconnect chooses again: a session goes on over TCP when UDP stops to
-    /// pass. A socket that reconnects and runs over TCP looks for UDP again, as [`Probes`] says, and its session goes over to
-    /// QUIC without loss: as soon as UDP passes and no channel is open that would end with the connection.
+    /// QUIC, and 300 ms later a WebSocket as well; the client uses the first whose server has proved its key. If the
+    /// WebSocket won, both start at once next time. Each reconnect chooses again: a session continues over TCP when
+    /// UDP no longer passes. A socket that reconnects and runs over TCP looks for UDP again, as [`Probes`] says, and
+    /// its session goes over to QUIC without loss: as soon as UDP passes and no channel is open that would end with
+    /// the connection.
     Auto,
-    /// QUIC alone.
+    /// Only QUIC.
     #[default]
     Quic,
-    /// A WebSocket over TCP alone, at the same port number: for networks that let no UDP pass. Everything works over it as
-    /// over QUIC; a lost packet holds up all channels, though, and a change of address ends the connection.
+    /// Only a WebSocket over TCP, at the same port number: for networks that block UDP. All features work as over
+    /// QUIC, but a lost packet delays all channels, and a change of address ends the connection.
     WebSocket,
 }
 
-/// What brings a client's socket back when its connection is lost.
+/// Reconnects a client's socket when its connection is lost.
 pub(crate) struct Dialler {
     client: Client,
     url: ConnectUrl,
     policy: Reconnect,
-    /// Which of the servers it was connected to last.
+    /// The index of the server that it was connected to last.
     serving: usize,
-    /// At which address each of them answered last.
+    /// The address at which each server answered last.
     won: BTreeMap<usize, SocketAddr>,
-    /// Since when, and how many connections in a row did not last.
+    /// When the connection began, and how many connections in a row did not last.
     since: Instant,
     flaps: u32,
-    /// When to look for UDP while a connection runs over TCP, and the look under way.
+    /// The times of the probes for UDP while a connection runs over TCP, and the running probe.
     probes: Probes,
     probing: Option<BoxFuture<'static, Option<Box<Reached>>>>,
 }
 
-/// Why there is no connection to any server: the last reason, and the words of all where several were tried.
+/// The reason why no server can be reached: the last reason, and the texts of all if several were tried.
 fn of_all(mut reason: CloseReason, said: BTreeMap<usize, (String, String)>) -> CloseReason {
     if said.len() > 1 {
         let said = said.into_values();
@@ -548,7 +553,7 @@ fn of_all(mut reason: CloseReason, said: BTreeMap<usize, (String, String)>) -> C
     reason
 }
 
-/// How a socket ends that this keeps from coming back.
+/// The close reason of a socket that cannot reconnect because of this error.
 fn broken(error: &ConnectError) -> CloseReason {
     match error {
         ConnectError::Denied(reason) => reason.clone(),
@@ -563,7 +568,7 @@ fn broken(error: &ConnectError) -> CloseReason {
     }
 }
 
-/// A connection that is lost sooner did not last: the next waits grow, as if it had not been made.
+/// A connection that is lost sooner did not last: the waits continue to grow, as if it had not been made.
 const LASTING: Duration = Duration::from_secs(10);
 
 impl Redial for Dialler {
@@ -603,7 +608,7 @@ impl Dialler {
         }
         let servers = 1 + self.client.inner.fallbacks.len();
         let mut begin = self.serving;
-        // A server that goes away has told when to come; then its turn has come already.
+        // After a server's `$goaway` the client has already waited until its turn.
         let mut wait = Duration::ZERO;
         if moved {
             begin += 1;
@@ -617,7 +622,7 @@ impl Dialler {
             0
         };
         let mut outage = Outage::after(self.flaps);
-        // What became of the last try at each server.
+        // The result of the last attempt at each server.
         let mut said = BTreeMap::new();
         loop {
             let Some((attempt, delay)) = outage.next(&self.policy) else {
@@ -636,7 +641,7 @@ impl Dialler {
                 since: lost,
             });
             tokio::time::sleep(delay.min(outage.left(&self.policy))).await;
-            // Twice each, and the one that has our session first.
+            // Each server twice, beginning with the one that has this session.
             let at = (begin + (attempt as usize - 1) / 2) % servers;
             let Some((url, client)) = self.client.servers(&self.url).nth(at) else {
                 return Err(reason);
@@ -665,7 +670,7 @@ impl Dialler {
 }
 
 impl Client {
-    /// Connects with what proves that the session is ours, and hears what the server says to that.
+    /// Connects, presents the session's ticket, and waits for the server's answer.
     async fn come_back(
         &self,
         session: &Session,
@@ -677,7 +682,7 @@ impl Client {
     }
 }
 
-/// What proves that the session is this client's.
+/// The ticket of this client's session.
 fn ticket(session: &Session) -> Option<ResumeTicket> {
     let welcome = session.welcome()?;
     Some(ResumeTicket {
@@ -686,7 +691,7 @@ fn ticket(session: &Session) -> Option<ResumeTicket> {
     })
 }
 
-/// Hears what the server says to a client that comes back.
+/// Waits for the server's answer to a client that resumes.
 async fn welcomed(
     session: &Session,
     mut established: Established,
@@ -694,10 +699,10 @@ async fn welcomed(
     let (conn, inbox) = (&established.conn, &established.control.inbox);
     let denied = |reason| Err(ConnectError::Denied(reason));
     let first = std::future::poll_fn(|cx| inbox.poll_first(cx, session, &session.counters));
-    // The server may wait for the turn of our address, and for its verifier.
+    // The server may wait for the turn of this client's address, and for its verifier.
     let within = on_path(session.timeouts.auth.saturating_mul(3), conn);
     let Ok(first) = tokio::time::timeout(within, first).await else {
-        // It may have let us in, and the session must not end with this connection.
+        // The server may have admitted the client, and closing this connection in order would end the session.
         give_up(conn);
         let text = format!("no $welcome within {within:?}");
         return denied(crate::channel::carrier::lost(&text));
@@ -714,7 +719,7 @@ async fn welcomed(
             }
         },
         Err(_) => {
-            // The reason is the connection's, which may come a moment after the end of the stream.
+            // The reason comes with the end of the connection, which may follow the end of the stream.
             let within = on_path(session.timeouts.auth, conn);
             let error = tokio::time::timeout(within, conn.closed()).await;
             denied(match error {
@@ -725,7 +730,7 @@ async fn welcomed(
     }
 }
 
-/// A client in the making; see [`Client::builder`].
+/// Builds a client; see [`Client::builder`].
 #[derive(Clone)]
 #[must_use = "a builder does nothing until `connect` or `build` is called"]
 pub struct ClientBuilder {
@@ -745,26 +750,26 @@ pub struct ClientBuilder {
 }
 
 impl ClientBuilder {
-    /// Trusts exactly the server with this public key, whatever its name and dates. Defaults to none: then
-    /// the platform's CAs decide.
+    /// Trusts exactly the server with this public key, whatever its name and dates. Defaults to none: then the
+    /// platform's CAs are trusted.
     pub fn pin(mut self, pin: Fingerprint) -> Self {
         self.pin = Some(pin);
         self
     }
 
-    /// What to present to the server, at most 512 bytes. It leaves this program only after the server has
-    /// proved its key. Defaults to the empty token.
+    /// Sets the token, at most 512 bytes. It is sent only after the server has proved its key. Defaults to the empty
+    /// token.
     pub fn token(mut self, token: impl Into<String>) -> Self {
         self.token = TokenSource::Fixed(token.into());
         self
     }
 
-    /// Asks `source` for the token at every connect, in the place of [`token`](Self::token). When the server
-    /// tells how long the token counts, `source` is asked again after about two thirds of that time for as long
-    /// as the socket lives, and its token presented as by [`Socket::refresh`].
+    /// Asks `source` for the token at every connect, in place of [`token`](Self::token). If the token expires,
+    /// `source` is asked again after about two thirds of the time left, as long as the socket lives, and its token is
+    /// presented as by [`Socket::refresh`].
     ///
-    /// It has `Timeouts::request` to answer. A failure to connect for lack of a token is
-    /// [`ConnectError::Token`]; a failure to refresh goes to the log and is tried again while time is left.
+    /// `source` must answer within `Timeouts::request`. Connecting without a token fails with
+    /// [`ConnectError::Token`]; a failed refresh is logged and tried again while the old token is valid.
     pub fn token_with<F, Fut, E>(mut self, source: F) -> Self
     where
         F: Fn() -> Fut + Send + Sync + 'static,
@@ -775,7 +780,7 @@ impl ClientBuilder {
         self
     }
 
-    /// What the client calls itself. Defaults to this library's name and version.
+    /// Sets the program name and version in `$hello`. Defaults to this library's name and version.
     pub fn agent(mut self, agent: impl Into<String>) -> Self {
         self.agent = agent.into();
         self
@@ -787,56 +792,56 @@ impl ClientBuilder {
         self
     }
 
-    /// Hands channels whose name nobody is registered for to `Socket::accept_channel` instead of refusing
-    /// them. So by default when no channel handler is registered.
+    /// Passes channels without a registered handler to `Socket::accept_channel` instead of refusing them. This is the
+    /// default if no channel handler is registered.
     pub fn accept_channels(mut self) -> Self {
         self.registry.pull = true;
         self
     }
 
-    /// How much of everything the server may use. Defaults to `Limits::default()`.
+    /// Sets the limits of the server's resources. Defaults to `Limits::default()`.
     pub fn limits(mut self, limits: Limits) -> Self {
         self.limits = limits;
         self
     }
 
-    /// How long anything may take. Defaults to `Timeouts::default()`.
+    /// Sets the time-outs. Defaults to `Timeouts::default()`.
     pub fn timeouts(mut self, timeouts: Timeouts) -> Self {
         self.timeouts = timeouts;
         self
     }
 
-    /// The congestion controller for what this client sends. Defaults to `CongestionControl::Auto`.
+    /// Sets the congestion controller of the sending direction. Defaults to `CongestionControl::Auto`.
     pub fn congestion(mut self, congestion: CongestionControl) -> Self {
         self.congestion = congestion;
         self
     }
 
-    /// The local address to send from. Defaults to any address and a free port.
+    /// Sets the local address to send from. Defaults to any address and a free port.
     pub fn local_address(mut self, address: SocketAddr) -> Self {
         self.bind = Some(address);
         self
     }
 
-    /// Makes sockets come back by themselves when their connection is lost, with their session where the
-    /// server still has it: resumable channels go on without loss, others end with the connection. Defaults to
-    /// not at all: a socket ends with its connection.
+    /// Makes sockets reconnect by themselves when their connection is lost, and resume their session if the server
+    /// still has it: resumable channels continue without loss, others end with the connection. By default a socket
+    /// ends with its connection.
     ///
-    /// What is worth another try: see [`ConnectError::retry`].
+    /// [`ConnectError::retry`] says which errors are tried again.
     pub fn reconnect(mut self, reconnect: Reconnect) -> Self {
         self.reconnect = Some(reconnect);
         self
     }
 
-    /// Adds a server to go to when the one asked for, and those added before, cannot be reached or go away:
-    /// `HOST[:PORT]` and its key if that is another (without one: the client's pin, or the platform's CAs). A
-    /// session does not move with its client: at another server it is a new one.
+    /// Adds a server to use when the requested one, and those added before, cannot be reached or shut down:
+    /// `HOST[:PORT]`, and its key if it differs (otherwise the client's pin, or the platform's CAs). A session does
+    /// not move between servers: another server creates a new one.
     pub fn fallback(mut self, address: impl Into<String>, pin: Option<Fingerprint>) -> Self {
         self.fallbacks.push((address.into(), pin));
         self
     }
 
-    /// What to connect over. Defaults to [`TransportChoice::Quic`].
+    /// Sets the transport. Defaults to [`TransportChoice::Quic`].
     pub fn transport(mut self, over: TransportChoice) -> Self {
         self.over = over;
         self
@@ -848,8 +853,7 @@ impl ClientBuilder {
         self
     }
 
-    /// Writes what QUIC does into this directory, a file for each connection; see `ServerBuilder::qlog`.
-    /// Defaults to none.
+    /// Writes a qlog file for each connection into this directory; see `ServerBuilder::qlog`. Off by default.
     pub fn qlog(mut self, dir: impl Into<PathBuf>) -> Self {
         self.qlog = Some(dir.into());
         self
@@ -858,7 +862,7 @@ impl ClientBuilder {
     /// Finishes the settings.
     ///
     /// # Errors
-    /// When a setting makes no sense or TLS cannot be set up.
+    /// When a setting is invalid or TLS cannot be set up.
     pub fn build(mut self) -> Result<Client, ConnectError> {
         let mut fallbacks = Vec::new();
         for (address, pin) in std::mem::take(&mut self.fallbacks) {
@@ -932,7 +936,7 @@ impl fmt::Debug for ClientBuilder {
 
 /// Why there is no connection.
 ///
-/// What [`retry`](Self::retry) says, and so what is tried again by whatever reconnects by itself:
+/// The result of [`retry`](Self::retry), which decides what sockets that reconnect try again:
 ///
 /// | error | retry | because |
 /// | --- | --- | --- |
@@ -956,7 +960,7 @@ impl fmt::Debug for ClientBuilder {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConnectError {
-    /// A setting makes no sense.
+    /// A setting is invalid.
     #[error(transparent)]
     Setting(#[from] InvalidSetting),
     /// A handler takes a state that its router was not given.
@@ -987,7 +991,7 @@ pub enum ConnectError {
     /// No local UDP socket could be made.
     #[error("cannot open a local UDP socket")]
     Local(#[source] io::Error),
-    /// The address cannot be dialled, or the system reports that what is sent there does not arrive.
+    /// The address cannot be dialled, or the system reports that packets do not arrive there.
     #[error("cannot dial {address}: {text}")]
     Dial {
         /// The server's address.
@@ -995,7 +999,7 @@ pub enum ConnectError {
         /// Why.
         text: String,
     },
-    /// Nobody answered.
+    /// The server did not answer.
     #[error("no answer from {address}")]
     Unreachable {
         /// The server's address.
@@ -1024,7 +1028,8 @@ pub enum ConnectError {
         /// What the server has.
         presented: Fingerprint,
     },
-    /// Nobody whom the platform trusts vouches for the server, or not for one of this name or at this time.
+    /// No authority that the platform trusts has signed the server's certificate, or the certificate is for another
+    /// name or another time.
     #[error("handshake with {address} failed: {text}")]
     Untrusted {
         /// The server's address.
@@ -1056,7 +1061,7 @@ fn server_by_server(errors: &[(String, ConnectError)]) -> String {
 
 fn one_by_one(errors: &[(SocketAddr, ConnectError)]) -> String {
     let errors = errors.iter().map(|(address, error)| match error {
-        // They name it themselves.
+        // The text of these errors names the address.
         ConnectError::Dial { .. }
         | ConnectError::Unreachable { .. }
         | ConnectError::Untrusted { .. }
@@ -1089,7 +1094,7 @@ impl ConnectError {
         }
     }
 
-    /// Whether the server refused us or is not the one we trust, as opposed to being out of reach.
+    /// Whether the server refused this client or is not the trusted one, as opposed to being out of reach.
     pub fn is_auth(&self) -> bool {
         match self {
             Self::PinMismatch { .. } => true,

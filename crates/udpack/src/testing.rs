@@ -1,4 +1,4 @@
-//! A network in memory for tests: no sockets, no files, and with tokio's paused clock no waiting.
+//! An in-memory network for tests: no sockets, no files, and no waiting with tokio's paused clock.
 //!
 //! Servers and clients run whole, QUIC and TLS included; only the UDP socket beneath them is replaced. The
 //! [`Net`] loses, delays, doubles and reorders their packets as a seed and a [`Path`] say, can be
@@ -30,10 +30,10 @@
 //! such a runtime has one thread. tokio's timers are as fine as a millisecond, and so are the delays.
 //!
 //! # What a seed fixes
-//! Each client has a way of its own to the servers. The n-th packet on one direction of the k-th client's way
-//! has the same fate (lost, doubled, held back, how much later) for the same seed, whatever the other clients
-//! do. Not fixed is what the packets hold: QUIC and TLS draw keys, ids and padding of their own, so sizes, and
-//! with them now and then the number of packets, differ a little between runs.
+//! Each client has a path of its own to the servers. For the same seed, the n-th packet in one direction of the k-th
+//! client's path is treated the same (lost, duplicated, held back, delayed), whatever the other clients do. The
+//! content of the packets is not fixed: QUIC and TLS draw random keys, ids and padding, so the sizes, and sometimes
+//! the number of packets, differ slightly between runs.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -56,7 +56,7 @@ impl Net {
         self.set_cut(self.host_of(socket), Cut::Open);
     }
 
-    /// As [`cut_client`](Self::cut_client), and mends itself after `time`.
+    /// As [`cut_client`](Self::cut_client), for this time.
     pub fn cut_client_for(&self, socket: &Socket, time: Duration) {
         self.set_cut(self.host_of(socket), Cut::Until(Instant::now() + time));
     }
@@ -68,9 +68,9 @@ impl Net {
         }
     }
 
-    /// Gives a client another address, as a phone that changes networks: what it sends now comes from there,
-    /// and what is sent to the old address is lost. Returns the new IP address; `None` when `socket` is no
-    /// socket of this network.
+    /// Gives a client another address, like a phone that changes networks: its packets now come from there, and
+    /// packets to the old address are lost. Returns the new IP address; `None` if `socket` does not belong to this
+    /// network.
     pub fn move_client(&self, socket: &Socket) -> Option<IpAddr> {
         self.move_host(self.host_of(socket)?)
     }
@@ -98,14 +98,14 @@ impl Net {
         builder.via(Via::Net(host)).bind(address).await
     }
 
-    /// Takes a server off the network as if its machine had lost power: nobody is told, and its address is
-    /// free. The server itself notices only that it hears nothing any more; drop it.
+    /// Takes a server off the network as if its machine had lost power: no peer is told, and its address is free. The
+    /// server itself only receives no more packets; drop it.
     pub fn take_down(&self, server: &Server) {
         self.unplug(server.local_addr());
     }
 
-    /// Puts a client on this network, at an address of its own (10.129.0.1 being the first): what is made of
-    /// the builder dials over it, also when it connects again. A local address that was set is not looked at.
+    /// Puts a client on this network, at an address of its own (10.129.0.1 being the first): clients of the builder
+    /// dial over it, also when they reconnect. A local address that was set is ignored.
     pub fn attach(&self, builder: ClientBuilder) -> ClientBuilder {
         builder.via(Via::Net(self.client_host()))
     }
@@ -126,12 +126,11 @@ impl Net {
         self.attach(builder).connect(&address).await
     }
 
-    /// A server and a client with default settings, connected: the server's socket, then the client's. Both
-    /// hand the channels that the other opens to `accept_channel`. The server lives as long as the client's
-    /// socket.
+    /// A server and a client with default settings, connected: the server's socket, then the client's. Both pass the
+    /// channels that the other opens to `accept_channel`. The server lives as long as the client's socket.
     ///
     /// # Panics
-    /// When the two cannot connect: on a network that is cut, or loses too much.
+    /// When the two cannot connect, because the network is cut or loses too many packets.
     pub async fn pair(&self) -> (Socket, Socket) {
         let server = self.bind(server()).await.expect("a free address");
         let here = self
@@ -166,13 +165,13 @@ struct Keep {
 /// See [`Net::pair`].
 ///
 /// # Panics
-/// When the two cannot connect; they can.
+/// Never in practice: on this network the two can connect.
 pub async fn pair() -> (Socket, Socket) {
     Net::new(0).pair().await
 }
 
-/// A server builder for tests: a fresh identity, and whoever comes is let in, with the token as id (`tester`
-/// when it is empty).
+/// A server builder for tests: a new identity, and a verifier that admits every client, with the token as its id
+/// (`tester` if the token is empty).
 ///
 /// # Panics
 /// When the system has no random numbers.

@@ -10,16 +10,16 @@ use tokio::time::Instant;
 
 use crate::client::TransportChoice;
 
-/// One thing to try: an address, and by which transport to go there.
+/// One attempt: an address and a transport.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Attempt {
     pub(crate) address: SocketAddr,
     pub(crate) way: Way,
-    /// It begins so long after the attempt before it, or as soon as any attempt has failed.
+    /// The time between the start of the previous attempt and of this one. It begins sooner if an attempt fails.
     pub(crate) pause: Duration,
 }
 
-/// By which transport an attempt is made.
+/// The transport of an attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Way {
     Quic,
@@ -34,10 +34,10 @@ const MOST: usize = 32;
 /// How much later than QUIC a WebSocket is tried: enough for a handshake over most paths.
 const LATER: Duration = Duration::from_millis(300);
 
-/// Attempts at these addresses: `last`, where it is one of them, before the others, which stay in the
-/// order of the resolver; then IPv6 and IPv4 take turns, so that one family without a route does not hold up the other.
-/// Where both transports are tried, each address is by both; `websocket` says that it was the WebSocket which won before, and
-/// need not wait.
+/// Attempts at these addresses: `last`, where it is one of them, before the others, which stay in the order of the
+/// resolver; then IPv6 and IPv4 take turns, so that one family without a route does not delay the other. If both
+/// transports are tried, each address is tried with both; `websocket` says that the WebSocket won before and starts
+/// without a delay.
 pub(crate) fn in_turn(
     addresses: Vec<SocketAddr>,
     last: Option<SocketAddr>,
@@ -88,8 +88,8 @@ pub(crate) fn in_turn(
         .collect()
 }
 
-/// Makes attempts until one succeeds, and drops those that are under way then. If none does: each with its error, in the order in
-/// which they began.
+/// Makes attempts until one succeeds, then drops the others. If none succeeds, returns each attempt with its error,
+/// in the order in which they began.
 ///
 /// # Cancel safety
 /// A dropped future drops all attempts.
@@ -102,7 +102,7 @@ pub(crate) async fn race<T, E, F: Future<Output = Result<T, E>>>(
     let mut failed: Vec<(usize, Attempt, E)> = Vec::new();
     let mut due = Instant::now();
     loop {
-        // Not by a timer where there is nothing to wait for: that takes a millisecond.
+        // Without a timer if there is nothing to wait for, because a timer takes a millisecond.
         while Instant::now() >= due
             && let Some((at, attempt)) = waiting.next()
         {

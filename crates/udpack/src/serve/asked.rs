@@ -14,9 +14,10 @@ use crate::serve::handlers::{Answered, cancelled, late, next};
 use crate::wire::message::Message;
 
 impl Channel {
-    /// The next message as [`recv`](Self::recv) gives it; a request comes with its deadline and cancellation.
+    /// The next message as [`recv`](Self::recv) returns it; a request comes with its deadline and cancellation.
     ///
-    /// `$cancel` is seen only while somebody reads: a program that works on requests goes on reading meanwhile.
+    /// `$cancel` is processed only while the program reads, so a program continues to read while it works on
+    /// requests.
     ///
     /// # Errors
     /// As [`recv`](Self::recv).
@@ -56,8 +57,8 @@ impl Asked {
         self.deadline
     }
 
-    /// Runs the work, waiting for its turn included, for as long as somebody waits for the answer. `None` when the asker
-    /// has given it up or its time is over: then it has been told so, and the work is dropped.
+    /// Runs the work while the requester waits for the answer. Returns `None` if the requester has cancelled or its
+    /// deadline has passed: then the work is dropped, and the requester has been told.
     ///
     /// # Cancel safety
     /// Dropping the future drops the work and forgets the request.
@@ -77,7 +78,7 @@ impl Asked {
                 .calls(|calls| calls.guard(*id, stop.clone()));
         }
         let work = std::pin::pin!(Abortable::new(work, stopped));
-        // Nothing is begun for a deadline that has passed.
+        // No work is begun after the deadline.
         let over = deadline.is_some_and(|deadline| deadline <= Instant::now());
         let done = match deadline {
             _ if over => None,

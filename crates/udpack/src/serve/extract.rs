@@ -1,4 +1,4 @@
-//! What a handler may take as its arguments.
+//! The types that a handler may take as arguments.
 
 use std::future::Future;
 
@@ -18,26 +18,26 @@ use crate::wire::message::Message;
 
 /// Something that a handler may take as any of its arguments.
 pub trait Extract: Sized + Send {
-    /// Extracts it from the message and its context.
+    /// Extracts the value from the message and its context.
     ///
     /// # Errors
-    /// A fault, when it is not there: the handler does not run, and a request is refused with it.
+    /// A fault if the value is missing: the handler does not run, and a request is refused with the fault.
     fn extract(cx: &Context) -> Result<Self, Fault>;
 
-    /// The name of the type that this needs from the router's state and that is missing there.
+    /// The name of the type that this needs from the router's state and that the state does not have.
     fn missing(state: &Extensions) -> Option<&'static str> {
         let _ = state;
         None
     }
 }
 
-/// Something that a handler may take as its first argument: an [`Extract`], or the message's data as any type
-/// that serde reads. `M` tells the two apart and is found by the compiler.
+/// Something that a handler may take as its first argument: an [`Extract`], or the message's data as any type that
+/// serde reads. `M` distinguishes the two; the compiler infers it.
 pub trait FromMessage<M>: Sized + Send {
-    /// Takes it out of the message.
+    /// Extracts the value from the message.
     ///
     /// # Errors
-    /// As [`Extract::extract`]; data that does not fit is `bad_payload`.
+    /// As [`Extract::extract`]; `bad_payload` if the data does not decode.
     fn from_message(cx: &Context) -> Result<Self, Fault>;
 
     /// As [`Extract::missing`].
@@ -51,7 +51,7 @@ pub trait FromMessage<M>: Sized + Send {
 #[derive(Debug)]
 pub enum ByData {}
 
-/// The first argument is taken like the others.
+/// The first argument is an [`Extract`], like the others.
 #[derive(Debug)]
 pub enum ByExtract {}
 
@@ -71,7 +71,7 @@ impl<T: Extract> FromMessage<ByExtract> for T {
     }
 }
 
-/// The message's data, in any place among the arguments.
+/// The message's data, at any position among the arguments.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Data<T>(pub T);
 
@@ -81,8 +81,8 @@ impl<T: DeserializeOwned + Send> Extract for Data<T> {
     }
 }
 
-/// A clone of the value of this type that the router was given with `state`. A server or client whose router
-/// lacks it does not start.
+/// A clone of the value of this type that was added to the router with `state`. A server or client whose router lacks
+/// it does not start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct State<S>(pub S);
 
@@ -147,16 +147,16 @@ impl<T: DeserializeOwned> Extract for Items<T> {
     }
 }
 
-/// An async function or closure of up to eight arguments that can handle messages: the first a
-/// [`FromMessage`], all others [`Extract`]. `M` is found by the compiler.
+/// An async function or closure of up to eight arguments that can handle messages: the first a [`FromMessage`], all
+/// others [`Extract`]. The compiler infers `M`.
 pub trait Handler<M>: Send + Sync + 'static {
-    /// What it answers with.
+    /// The type of the answer.
     type Answer: IntoAnswer;
 
-    /// Takes the arguments and runs it.
+    /// Extracts the arguments and runs the handler.
     fn call(&self, cx: &Context) -> BoxFuture<'static, Answer>;
 
-    /// What its arguments need and the router's state lacks.
+    /// The name of a type that the arguments need and the router's state lacks.
     fn missing(state: &Extensions) -> Option<&'static str>;
 }
 

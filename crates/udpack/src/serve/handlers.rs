@@ -1,4 +1,4 @@
-//! Handlers by event name: a thin loop over a channel's messages.
+//! Handlers by event name: a loop over a channel's messages.
 
 use std::fmt;
 use std::future::{Future, poll_fn};
@@ -32,7 +32,7 @@ use crate::wire::code::{CloseCode, CloseReason, Fault};
 use crate::wire::control::{self, Decode, Gap, ProtocolEvent};
 use crate::wire::message::{self, EncodeError, Encoded, Message};
 
-/// What a handler knows besides its data.
+/// The context of a message, for its handler.
 #[derive(Debug, Clone)]
 pub struct Context {
     channel: Channel,
@@ -49,7 +49,7 @@ impl Context {
         &self.channel
     }
 
-    /// Who sent it: the identity found at authentication.
+    /// The identity of the sender, from authentication.
     pub fn peer(&self) -> Option<Peer> {
         self.channel.session().peer.get()
     }
@@ -69,10 +69,10 @@ impl Context {
         self.message.id().is_some()
     }
 
-    /// When the handler of a request is dropped if it has not answered: when its asker stops waiting, or when
-    /// `Timeouts::handler` is over, whichever is sooner. The latter counts anew with each item of the request's stream
-    /// that the handler takes, and not for the items of an answer. `None` for a message that is no request: its handler
-    /// has no end.
+    /// The time at which the handler of a request is dropped if it has not answered: the requester's deadline or the
+    /// end of `Timeouts::handler`, whichever is sooner. The latter restarts with each item of the request's stream
+    /// that the handler takes, and does not apply to the items of an answer. `None` for a message that is not a
+    /// request: its handler has no time-out.
     pub fn deadline(&self) -> Option<Instant> {
         let (begun, id) = (self.begun?, self.message.id()?);
         let moved = self.channel.inner.inbox.calls(|calls| calls.moved(id));
@@ -81,7 +81,7 @@ impl Context {
         Some(self.deadline.map_or(until, |deadline| deadline.min(until)))
     }
 
-    /// The values that the router was given with `state`.
+    /// The values that were added to the router with `state`.
     pub fn state(&self) -> &Extensions {
         self.router.shared_state()
     }
@@ -92,12 +92,12 @@ impl Context {
     }
 }
 
-/// What a handler answers with: a value, a fault, or a stream of items. Middleware sees it; it is
-/// not sent when the message was no request.
+/// A handler's answer: a value, a fault, or a stream of items. Middleware sees it. It is not sent if the message was
+/// not a request.
 pub struct Answer(Kind);
 
 enum Kind {
-    /// Encoded already.
+    /// An encoded value.
     Value(Vec<u8>),
     Fault(Fault),
     Stream(Streaming),
@@ -143,10 +143,10 @@ impl fmt::Debug for Answer {
     }
 }
 
-/// What a handler may return: nothing, a result whose value answers a request, [`Streaming`] or a result of it,
-/// or an [`Answer`].
+/// A type that a handler may return: nothing, a result whose value answers a request, [`Streaming`] or a result of
+/// it, or an [`Answer`].
 pub trait IntoAnswer: Send {
-    /// The type of the reply: what a typed event's `Reply` must be. A stream's is `()`.
+    /// The type of the reply, which must be a typed event's `Reply`; `()` for a stream.
     type Value;
 
     /// The answer, or the fault that refuses the request.
@@ -213,7 +213,7 @@ impl Channel {
         self.route(Router::new().on(event, handler))
     }
 
-    /// Puts a router before this channel; [`Handlers::run`] serves it.
+    /// Serves this channel by a router, when [`Handlers::run`] is called.
     pub fn route(&self, router: Router) -> Handlers {
         Handlers {
             channel: self.clone(),
@@ -252,7 +252,7 @@ impl Handlers {
         self.map(|router| router.on_gap(handler))
     }
 
-    /// As [`Router::state`]. What is missing shows only when a handler needs it.
+    /// As [`Router::state`]. A missing value is noticed only when a handler needs it.
     pub fn state<S: Clone + Send + Sync + 'static>(self, state: S) -> Self {
         self.map(|router| router.state(state))
     }
@@ -290,14 +290,14 @@ impl Handlers {
         self.map(|router| router.wrap(layer))
     }
 
-    /// Runs the handlers until the peer finishes (`Ok`) or the channel ends in any other way, and those that
-    /// have begun are through. When the channel is closed or lost, handlers that answer requests are dropped.
+    /// Runs the handlers until the peer finishes (`Ok`) or the channel ends in another way, and the running handlers
+    /// have returned. When the channel is closed or lost, handlers that answer requests are dropped.
     ///
     /// # Errors
     /// As [`Channel::recv`].
     ///
     /// # Cancel safety
-    /// Dropping the future drops the handlers that run; the messages they had are gone, later ones stay.
+    /// Dropping the future drops the running handlers; their messages are lost, later ones stay in the channel.
     pub async fn run(self) -> Result<(), RecvError> {
         let channel = self.channel.clone();
         match serve(self.channel, Arc::new(self.router)).await {
@@ -337,12 +337,12 @@ macro_rules! internal_faults {
 
 internal_faults!(EncodeError, SendError, RequestError, JoinError, TrackError);
 
-/// One handler at work; `Err` when it was stopped.
+/// One running handler; `Err` if it was stopped.
 type Job = BoxFuture<'static, Result<(), (Channel, u64)>>;
 
-/// Serves a channel until it ends, with the router's hooks around.
+/// Serves a channel until it ends, and calls the router's hooks.
 pub(crate) async fn serve(channel: Channel, router: Arc<Router>) -> Result<(), Unserved> {
-    // From now on the server's rooms know it: `to_channels` and `to_all` reach it.
+    // Registers the channel with the server's rooms, so that `to_channels` and `to_all` reach it.
     let _ = channel.guest();
     let closing = Closing(
         router
@@ -375,7 +375,7 @@ impl fmt::Display for Unserved {
     }
 }
 
-/// Runs the close hooks of a channel, also where its service is dropped: then in a task of their own.
+/// Runs the close hooks of a channel; if its service is dropped, in a task of their own.
 struct Closing(Option<(Channel, Arc<Router>)>);
 
 impl Closing {
@@ -418,7 +418,7 @@ async fn serve_messages(channel: Channel, router: Arc<Router>) -> Result<(), Rec
                 Ok(Some((message, begun))) => {
                     let id = begun.map(|begun| begun.id);
                     let mut work = work(&channel, &router, message, begun);
-                    // Most handlers finish at once and need nothing of what follows.
+                    // Most handlers finish at once and need no job.
                     if poll_fn(|cx| Poll::Ready(work.as_mut().poll(cx))).await.is_pending() {
                         running.push(job(&channel, work, id));
                     }
@@ -440,7 +440,7 @@ async fn serve_messages(channel: Channel, router: Arc<Router>) -> Result<(), Rec
     }
 }
 
-/// The next message, for a handler, with what is known of it if it is a request.
+/// The next message, for a handler, with the state of the request if it is one.
 pub(crate) async fn next(channel: &Channel) -> Result<Option<(Message, Option<Begun>)>, RecvError> {
     let inner = &*channel.inner;
     let mut begun = None;
@@ -475,7 +475,7 @@ pub(crate) fn cancelled(channel: &Channel, id: u64) {
     }
 }
 
-/// Everything that one message leads to.
+/// The work for one message.
 fn work(
     channel: &Channel,
     router: &Routed,
@@ -506,7 +506,7 @@ fn work(
         begun: now,
         deadline,
     };
-    // The future is moved into its box: what it holds by value in two places costs each request twice.
+    // The future is moved into its box, so a value that it holds in two places costs each request twice the memory.
     Box::pin(async move { request(&answered.channel, router, &message, &asked, late).await })
 }
 
@@ -517,7 +517,7 @@ struct Asked {
     deadline: Option<Instant>,
 }
 
-/// Work that has begun, until it finishes or its request is cancelled.
+/// Runs work until it finishes or its request is cancelled.
 fn job(channel: &Channel, work: BoxFuture<'static, ()>, id: Option<u64>) -> Job {
     let Some(id) = id else {
         return Box::pin(work.map(Ok));
@@ -529,7 +529,7 @@ fn job(channel: &Channel, work: BoxFuture<'static, ()>, id: Option<u64>) -> Job 
     Box::pin(async move { work.await.map_err(|_| (channel, id)) })
 }
 
-/// Forgets a request of the peer when its handler is gone.
+/// Removes a request of the peer when its handler has ended.
 pub(crate) struct Answered {
     pub(crate) channel: Channel,
     pub(crate) id: u64,
@@ -595,7 +595,8 @@ async fn request(
     let outcome = match answer.0 {
         Kind::Value(data) => Ok(data),
         Kind::Fault(fault) => Err(fault),
-        // What is rare is in boxes: the future of each request is moved there, with the room for all it may do.
+        // Rare work is boxed, because the future of each request is moved together with the memory for all its
+        // states.
         Kind::Stream(stream) => match Box::pin(stream_out(channel, id, stream, deadline)).await {
             Ok(true) => Ok(vec![0xc0]),
             // The channel is closed or the requester no longer waits.
@@ -622,7 +623,7 @@ async fn request(
     }
 }
 
-/// Runs a request's handler within its time.
+/// Runs a request's handler within its time-out.
 async fn attend(channel: &Channel, router: Routed, message: &Message, asked: &Asked) -> Answer {
     let work = run(channel, router, message.clone(), Some(asked));
     let mut work = pin!(AssertUnwindSafe(work).catch_unwind());
@@ -657,7 +658,7 @@ async fn patiently(
                 return late("no answer within the request's deadline").into();
             }
             Err(_) => {
-                // A handler that reads a stream is not late while items come.
+                // The time-out of a handler that reads a stream restarts with each item.
                 let moved = channel.inner.inbox.calls(|calls| calls.moved(id));
                 match moved.map(|moved| after(moved, patience)) {
                     Some(later) if later > until => until = later,
@@ -731,7 +732,7 @@ fn log(channel: &Channel, message: &Message, fault: &Fault) {
 }
 
 fn after(time: Instant, patience: Duration) -> Instant {
-    // A deadline beyond the clock's range is no deadline.
+    // A deadline beyond the clock's range means no deadline.
     time.checked_add(patience)
         .unwrap_or_else(|| time + Duration::from_secs(1 << 30))
 }

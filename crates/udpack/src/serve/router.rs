@@ -1,4 +1,4 @@
-//! [`Router`]: the handlers of a kind of channel, by event.
+//! [`Router`]: handlers of a channel's messages, by event.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -25,18 +25,18 @@ type Layer = Arc<dyn Fn(Message, Context, Next) -> BoxFuture<'static, Answer> + 
 type OnGap = Arc<dyn Fn(Gap, Context) -> BoxFuture<'static, ()> + Send + Sync>;
 type OnOpen = Arc<dyn Fn(Channel) -> BoxFuture<'static, Result<(), String>> + Send + Sync>;
 type OnClose = Arc<dyn Fn(Channel) -> BoxFuture<'static, ()> + Send + Sync>;
-/// Gives a router's state one value.
+/// Adds one value to a router's state.
 type Give = Arc<dyn Fn(&Extensions) + Send + Sync>;
 
 /// Handlers by event, with the state and the middleware they share. Give it to `ServerBuilder::channel` or
 /// `ClientBuilder::channel`; for one channel at hand see [`Channel::on`].
 ///
-/// Handlers run one after the other, in the order of the messages, unless [`concurrency`](Self::concurrency)
-/// says otherwise. While they run, the channel is read on into its bounded backlog, so a request that its asker
-/// gives up, or whose deadline passes, is seen at once: its handler's future is dropped. When the backlog is
-/// full nothing more is read, so a slow handler slows its own peer down and nobody else.
+/// Handlers run one after the other, in the order of the messages, unless [`concurrency`](Self::concurrency) says
+/// otherwise. While they run, the router reads the channel into its bounded backlog, so the cancellation or the
+/// deadline of a request takes effect at once: its handler's future is dropped. When the backlog is full the router
+/// stops reading, so a slow handler slows down only its own peer.
 ///
-/// A clone has the same handlers, hooks and values of state; what is added to it, the other does not have.
+/// A clone has the same handlers, hooks and state; later additions to one do not affect the other.
 #[must_use = "a router does nothing until a channel is served with it"]
 #[derive(Default)]
 pub struct Router {
@@ -82,32 +82,32 @@ impl Router {
     /// Calls `handler` for each message of this event: an async function or closure of up to eight arguments,
     /// the first the message's data or any [`Extract`](crate::Extract), the others [`Extract`](crate::Extract).
     ///
-    /// What it returns answers a request; see [`IntoAnswer`](crate::IntoAnswer). Data that does not fit becomes
-    /// a `bad_payload` fault for a request and a warning in the log otherwise; so do a handler's error and its
-    /// panic (`internal`), which end neither the channel nor the other messages. A handler that answers a
-    /// request has `Timeouts::handler` to do so, counted anew with each item of the request's stream that it
-    /// takes, and never longer than the asker waits.
+    /// The returned value answers a request; see [`IntoAnswer`](crate::IntoAnswer). Data that does not decode becomes
+    /// a `bad_payload` fault for a request and a warning in the log otherwise; so do a handler's error and its panic
+    /// (`internal`), which end neither the channel nor the other messages. A request's handler must answer within
+    /// `Timeouts::handler`, which restarts with each item of the request's stream that it takes, and within the
+    /// requester's deadline.
     pub fn on<M, H: Handler<M>>(mut self, event: impl Into<String>, handler: H) -> Self {
         self.needs.push(H::missing);
         self.table.insert(event.into(), route(handler));
         self
     }
 
-    /// Calls `handler` for each message of the event that its first argument is; see [`on`](Self::on).
+    /// Calls `handler` for each message of the event that is the type of its first argument; see [`on`](Self::on).
     pub fn event<M, H: EventHandler<M>>(self, handler: H) -> Self {
         self.on(H::Event::NAME, handler)
     }
 
-    /// Calls `handler` with every message that no other handler takes. Without a fallback a request gets a
-    /// `no_handler` fault and any other message a warning in the log.
+    /// Calls `handler` with every message that has no other handler. Without a fallback a request gets a `no_handler`
+    /// fault and any other message a warning in the log.
     pub fn fallback<M, H: Handler<M>>(mut self, handler: H) -> Self {
         self.needs.push(H::missing);
         self.fallback = Some(route(handler));
         self
     }
 
-    /// Calls `handler` when messages of a room were lost on the way to this member, in their place among the
-    /// messages. Without it there is a warning in the log.
+    /// Calls `handler` when messages of a room were dropped for this member, at their place among the messages.
+    /// Without it a gap is logged as a warning.
     pub fn on_gap<F, Fut>(mut self, handler: F) -> Self
     where
         F: Fn(Gap, Context) -> Fut + Send + Sync + 'static,
@@ -117,7 +117,7 @@ impl Router {
         self
     }
 
-    /// Gives the handlers a value, which they take as [`State`](crate::State): one of each type.
+    /// Adds a value for the handlers, which they take as [`State`](crate::State): one value of each type.
     pub fn state<S: Clone + Send + Sync + 'static>(mut self, state: S) -> Self {
         let give = move |to: &Extensions| drop(to.insert(state.clone()));
         give(&self.state);
@@ -125,9 +125,9 @@ impl Router {
         self
     }
 
-    /// Calls `hook` with each channel before its first message is handled: to join rooms, to greet, to look at who it
-    /// is. An `Err` closes the channel with `handler_failed`; to refuse it with a code of your own, close it here. Of
-    /// several, each runs after the one before.
+    /// Calls `hook` with each channel before its first message is handled: to join rooms, to send a greeting, to
+    /// check the peer. An `Err` closes the channel with `handler_failed`; to refuse it with a code of your own, close
+    /// it here. Of several, each runs after the one before.
     pub fn on_open<F, Fut>(mut self, hook: F) -> Self
     where
         F: Fn(Channel) -> Fut + Send + Sync + 'static,
@@ -193,7 +193,7 @@ impl Router {
         self.table.keys()
     }
 
-    /// The type of a state that a handler needs and that is missing.
+    /// The name of a state type that a handler needs and that is missing.
     pub(crate) fn missing(&self) -> Option<&'static str> {
         self.needs.iter().find_map(|missing| missing(&self.state))
     }
@@ -209,7 +209,7 @@ impl Router {
         !self.close.is_empty()
     }
 
-    /// Runs the close hooks; one that panics keeps none of the others from running.
+    /// Runs the close hooks; a panic of one does not stop the others.
     pub(crate) async fn closed(&self, channel: &Channel) {
         for hook in &self.close {
             // Called in the future, so that a panic of the function itself is caught as well.
@@ -245,8 +245,8 @@ fn route<M, H: Handler<M>>(handler: H) -> Route {
     Arc::new(move |cx| handler.call(cx))
 }
 
-/// A router as one channel has it. Each message holds a reference: with one `Arc` for each channel, threads that
-/// serve different channels do not share its reference count.
+/// One channel's reference to a router. Each message holds a clone: with one `Arc` for each channel, threads that
+/// serve different channels do not contend for one reference count.
 pub(crate) type Routed = Arc<Arc<Router>>;
 
 /// The next middleware or the handler. See [`Router::wrap`].
@@ -260,12 +260,12 @@ impl Next {
         Self { router, at: 0 }
     }
 
-    /// Goes on with this message.
+    /// Continues with this message.
     pub async fn run(self, message: Message, cx: Context) -> Answer {
         self.go_on(cx.with_message(message)).await
     }
 
-    /// Goes on with the message of `cx`.
+    /// Continues with the message of `cx`.
     pub(crate) async fn go_on(self, cx: Context) -> Answer {
         let Self { router, at } = self;
         match router.layers.get(at) {
@@ -290,7 +290,7 @@ impl fmt::Debug for Next {
     }
 }
 
-/// Channels are served by a router.
+/// Marks handlers that are routers.
 #[derive(Debug)]
 pub enum ByRouter {}
 

@@ -1,8 +1,7 @@
-//! The task of a session: it serves one connection after the other.
+//! The task of a session: it serves one connection after the other. It is called the driver.
 //!
-//! The driver owns everything that belongs to the connection as a whole: it takes the streams the peer opens,
-//! reads and writes the control stream, and carries out a close. It ends with the session, and with it every
-//! channel task it started.
+//! The driver owns everything that belongs to the connection as a whole: it takes the streams the peer opens, reads
+//! and writes the control stream, and executes a close. It ends with the session, and its channel tasks end with it.
 
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
@@ -41,11 +40,12 @@ use crate::wire::control::{
 };
 use crate::wire::message::Message;
 
-/// The control stream, in the driver's hands.
+/// The control stream, which the driver owns.
 pub(crate) struct Control {
     pub(crate) send: SendStream,
     pub(crate) inbox: Inbox,
-    /// The peer reads no more of it. It may have said why, or end the connection; at this time it has not.
+    /// Set when the peer has stopped reading the stream: until when its `$close`, or the end of the connection, is
+    /// awaited.
     stopped: Option<Instant>,
 }
 
@@ -60,7 +60,7 @@ impl Control {
         }
     }
 
-    /// Writes small frames; a peer that does not even take those within the close time is given up.
+    /// Writes small frames. If the peer does not accept them within the close time, the connection is given up.
     async fn write(&mut self, session: &Session, frames: &mut [Bytes]) {
         let written = write_small(session, &mut self.send, frames).await;
         if let Err(StreamError::Peer(_)) = written {
@@ -70,44 +70,44 @@ impl Control {
     }
 }
 
-/// A connection on which a session goes on, or another begins.
+/// An authenticated connection, on which a session continues or begins.
 pub(crate) struct Established {
     pub(crate) conn: Connection,
-    /// A client's.
+    /// The client's endpoint; `None` on a server.
     pub(crate) endpoint: Option<Endpoint>,
     pub(crate) control: Box<Control>,
     /// At a client, the server's `$goaway`.
     pub(crate) welcome: Option<Welcome>,
-    /// At a client, why it is of this transport.
+    /// On a client, why the connection has this transport.
     pub(crate) why: Option<TransportReason>,
 }
 
-/// A connection of a client on which it has said nothing yet, and the endpoint that must live as long.
+/// A new connection of a client, before `$hello`, and the endpoint, which must live as long.
 pub(crate) type Reached = (Connection, Endpoint);
 
-/// How a session has left a connection.
+/// Why a session left a connection.
 pub(crate) enum Left {
-    /// It was lost.
+    /// The connection was lost.
     Lost,
-    /// The server goes away: it is the last to be tried.
+    /// The server announced its shutdown; it is tried last.
     Moved,
-    /// For this one.
+    /// The session moves to this connection.
     For(Box<Reached>),
 }
 
-/// Where a session's next connection comes from.
+/// The source of a session's next connection.
 pub(crate) enum Comeback {
-    /// From nowhere: it ends with its connection.
+    /// None: the session ends with its connection.
     Never,
-    /// From the client.
+    /// The client reconnects.
     Awaited(Awaited),
-    /// From us.
+    /// This side reconnects.
     Dialled(Box<dyn Redial>),
 }
 
 /// Makes the next connection of a client's session.
 pub(crate) trait Redial: Send {
-    /// How long it waits at most when a server asks it to.
+    /// The longest time that the client waits when a server asks it to.
     fn patience(&self) -> Duration;
 
     /// Makes the next connection, for as long as the policy allows.
@@ -118,17 +118,17 @@ pub(crate) trait Redial: Send {
         left: Left,
     ) -> BoxFuture<'a, Result<Established, CloseReason>>;
 
-    /// Looks for a connection over a better transport than the present one, and gives it once it stands. Looks for
-    /// another when it is asked again.
+    /// Tries to connect over a better transport than the current one. Ready with the connection; the next poll starts
+    /// another attempt.
     fn poll_better(&mut self, cx: &mut Context<'_>, session: &Arc<Session>) -> Poll<Box<Reached>>;
 }
 
-/// What a server does about a client that may come back.
+/// How a server waits for a client that may reconnect.
 pub(crate) struct Awaited {
     pub(crate) next_connections: mpsc::Receiver<Box<Established>>,
-    /// How long it waits.
+    /// How long the server waits.
     pub(crate) window: Duration,
-    /// How many sessions wait, of how many that may.
+    /// How many sessions are detached; the server limits that number.
     pub(crate) detached: Arc<AtomicUsize>,
     pub(crate) most: usize,
 }
@@ -154,7 +154,7 @@ impl Awaited {
         }
     }
 
-    /// Informs waiting clients that they are too late. The admitting task informs later ones.
+    /// Refuses clients that already wait to resume. The admission task refuses later ones.
     fn turn_away(&mut self, reason: &CloseReason) {
         self.next_connections.close();
         while let Ok(established) = self.next_connections.try_recv() {
@@ -165,19 +165,19 @@ impl Awaited {
 
 /// How the service of one connection ended.
 enum Outcome {
-    /// And the session with it.
+    /// The session has ended, too.
     Over(CloseReason),
-    /// The session may go on over another.
+    /// The connection was lost; the session may continue on another.
     Lost(CloseReason),
-    /// The client has come back over this one.
+    /// The client has reconnected with this connection.
     Replaced(Box<Established>),
-    /// The server goes away and our channels have ended: to the next.
+    /// The server shuts down and this side's channels have ended: the session moves to the next server.
     Moved(CloseReason),
-    /// The session was given a better connection than the present one.
+    /// A better connection than the current one is ready.
     Better(Box<Reached>),
 }
 
-/// Serves a session until it ends, over however many connections.
+/// Serves a session until it ends, over any number of connections.
 pub(crate) async fn live(
     session: Arc<Session>,
     mut control: Box<Control>,
@@ -202,7 +202,7 @@ pub(crate) async fn live(
         {
             Outcome::Over(reason) => break reason,
             Outcome::Replaced(established) => Ok(established),
-            // What is rare is in boxes, so that the task needs no room for it in between.
+            // Rare work is boxed, so that the task needs no memory for it otherwise.
             Outcome::Lost(reason) => {
                 Box::pin(comeback.next(&session, &mut driver.lifetime, reason, Left::Lost)).await
             }
@@ -215,7 +215,7 @@ pub(crate) async fn live(
             }
         };
         match next {
-            // What ended the session counts before what would carry it on, whichever was seen first.
+            // An end of the session takes precedence over a new connection, whichever was noticed first.
             Ok(established) => match session.end.get() {
                 Some(reason) => {
                     established.conn.close_because(reason);
@@ -238,7 +238,7 @@ pub(crate) async fn live(
         session.counts.closed(&reason);
     }
     session.states.set(SocketState::Closed(reason.clone()));
-    // Handlers see the end in their next `recv`; give those that only wait for it the time to leave.
+    // Handlers see the end in their next `recv`; those that wait for it get some time to return.
     let grace = async { while channels.join_next().await.is_some() {} };
     let _ = tokio::time::timeout(session.timeouts.close, grace).await;
     session.tasks.close();
@@ -246,7 +246,7 @@ pub(crate) async fn live(
 }
 
 impl Comeback {
-    /// The next connection; why there is none, otherwise.
+    /// Returns the next connection, or the reason why there is none.
     async fn next(
         &mut self,
         session: &Arc<Session>,
@@ -254,7 +254,7 @@ impl Comeback {
         reason: CloseReason,
         left: Left,
     ) -> Result<Box<Established>, CloseReason> {
-        /// Counts one session for as long as it has no connection.
+        /// Counts one detached session while the value lives.
         struct Detached<'a>(&'a Counts);
         impl Drop for Detached<'_> {
             fn drop(&mut self) {
@@ -287,7 +287,7 @@ impl Comeback {
         };
         tokio::select! {
             biased;
-            // Its token has ended, say: nobody need come back.
+            // The session has ended, for example because its token expired, so no client can resume it.
             reason = session.end.wait() => Err(reason),
             reason = closed => Err(reason),
             () = lifetime.run() => std::future::pending().await,
@@ -295,11 +295,11 @@ impl Comeback {
         }
     }
 
-    /// Whether the end of a connection for this reason may be followed by another connection.
+    /// Whether the session can continue on another connection after a connection ended for this reason.
     fn survives(&self, reason: &CloseReason) -> bool {
         match self {
             Self::Never => false,
-            // The client said goodbye, or we did; or the path is gone, or the client has given this connection up.
+            // Either side closed the session, or the path was lost, or the client gave this connection up.
             Self::Awaited(_) => {
                 reason.by == Side::Transport
                     || (reason.by == Side::Peer && reason.code == CloseCode::SUPERSEDED)
@@ -308,7 +308,7 @@ impl Comeback {
         }
     }
 
-    /// What the end of a connection for this reason is to its session.
+    /// The outcome for the session when a connection ends for this reason.
     fn after(&self, reason: CloseReason) -> Outcome {
         match self.survives(&reason) {
             true => Outcome::Lost(reason),
@@ -320,12 +320,12 @@ impl Comeback {
     fn patience(&self) -> Duration {
         match self {
             Self::Dialled(dialler) => dialler.patience(),
-            // This side does not dial again: the time is only shown.
+            // This side does not dial again: the time is only displayed.
             Self::Never | Self::Awaited(_) => Duration::from_secs(86_400),
         }
     }
 
-    /// Another connection while the present one lives, or still seems to.
+    /// Waits for another connection while the current one lives or seems to live.
     fn poll_other(&mut self, cx: &mut Context<'_>, session: &Arc<Session>) -> Poll<Outcome> {
         match self {
             Self::Never => Poll::Pending,
@@ -342,17 +342,17 @@ impl Comeback {
 struct Driver {
     session: Arc<Session>,
     registry: Arc<Registry>,
-    /// For `accept_channel`, where that is how channels are served.
+    /// The queue of `accept_channel`, if the program uses it.
     incoming: Option<mpsc::Sender<Channel>>,
     rate: Rate,
     lifetime: Lifetime,
-    /// The present connection resumed the session.
+    /// Whether the current connection resumed the session.
     resumed: bool,
-    /// Of the present connection.
+    /// The stage of the current connection.
     stage: Stage,
 }
 
-/// The next tick; never, without an interval.
+/// Waits for the next tick; without an interval, for ever.
 async fn tick(interval: &mut Option<Interval>) {
     match interval {
         Some(interval) => drop(interval.tick().await),
@@ -360,12 +360,12 @@ async fn tick(interval: &mut Option<Interval>) {
     }
 }
 
-/// What a driver does about something that happened; an outcome ends it.
+/// The driver's reaction to an event; an outcome ends the service of the connection.
 enum Act<'a> {
-    /// Waits on.
+    /// Wait for the next event.
     Wait,
     Over(Outcome),
-    /// In a box, because it is rare: the task needs no room for it in between.
+    /// Boxed, because it is rare: the task needs no memory for it otherwise.
     Work(Pin<Box<dyn Future<Output = Option<Outcome>> + Send + 'a>>),
 }
 
@@ -375,13 +375,13 @@ impl<'a> Act<'a> {
     }
 }
 
-/// What a driver knows of the connection that it serves.
+/// The driver's state of the current connection.
 struct Present {
     /// How long a client waits at most when a server asks it to.
     patience: Duration,
-    /// Streams that the peer has opened, until they are as many as say that it needs them all.
+    /// How many streams the peer has opened, up to the number that shows that it needs all.
     opened: u32,
-    /// When what has gathered is confirmed.
+    /// When the collected acknowledgements are sent.
     confirm_at: Option<Instant>,
     /// When the session moves to the next server.
     move_at: Option<Instant>,
@@ -389,10 +389,10 @@ struct Present {
 
 impl Present {
     fn begin(session: &Session, conn: &Connection, comeback: &Comeback) -> Self {
-        // The control stream is one of the server's.
+        // The control stream counts as one stream of the server.
         let mut opened = u32::from(!session.client);
         if session.kept_theirs() > 0 {
-            // They come back all at once.
+            // All channels are reopened at once.
             opened = USED_STREAMS;
             permit_all(session, conn);
         }
@@ -404,8 +404,8 @@ impl Present {
         }
     }
 
-    /// The server may have said that it goes away. Until the session's turn channels go on; new ones wait for the next
-    /// server.
+    /// Called after the server's `$goaway`, if one came. Channels continue until this session moves; new channels
+    /// wait for the next server.
     fn prepare_to_move(&mut self, session: &Session) {
         if self.move_at != session.departure.turn()
             && let Some(leaving) = session.departure.received()
@@ -417,17 +417,17 @@ impl Present {
     }
 }
 
-/// How long confirmations gather before they are sent.
+/// How long acknowledgements are collected before they are sent.
 const CONFIRM_DELAY: Duration = Duration::from_millis(5);
 
 impl Driver {
-    /// Goes over to another connection.
+    /// Moves the session to another connection.
     fn change(&mut self, established: Established, channels: &mut JoinSet<()>) -> Box<Control> {
         let session = &self.session;
         give_up(&session.conn());
         session.departure.forget();
         session.prune();
-        // The peer's channels come back all at once.
+        // All the peer's channels are reopened at once.
         self.rate.grant(session.limits.channels);
         let granted = session
             .welcome()
@@ -453,7 +453,7 @@ impl Driver {
                     Side::Transport,
                 ));
                 reason = Some(words);
-                // Another session counts its channels from the beginning.
+                // A new session numbers its channels from the beginning.
                 *lock(&session.numbers.seen) = Seen::default();
             }
             session.life.counts_for(welcome.expires);
@@ -498,7 +498,7 @@ impl Driver {
         established.control
     }
 
-    /// Serves one connection until it ends, or the session goes over to another.
+    /// Serves one connection until it ends, or until the session moves to another one.
     async fn drive(
         &mut self,
         control: &mut Control,
@@ -515,7 +515,7 @@ impl Driver {
         let mut present = Present::begin(&session, &conn, comeback);
         control.inbox.rest();
         let mut volatile = pin!(crate::session::volatile::serve(&session, &conn));
-        // A server looks at all its connections in one go.
+        // A server checks all its connections in one task.
         let mut look = session.client.then(windows::look);
         loop {
             let work = {
@@ -584,7 +584,8 @@ impl Driver {
         }
     }
 
-    /// Finds out what comes first on the control stream of a connection, and says what is ours to say first.
+    /// Determines the first message expected on the control stream of a connection, and sends this side's first
+    /// message.
     async fn begin(&mut self, control: &mut Control) {
         let session = &self.session;
         self.stage = match session.welcome() {
@@ -609,7 +610,7 @@ impl Driver {
         channels: &mut JoinSet<()>,
     ) {
         let session = &self.session;
-        // QUIC hands out what had come before the end.
+        // QUIC returns streams that arrived before the end.
         if session.end.get().is_some() {
             return;
         }
@@ -637,7 +638,7 @@ impl Driver {
         channels.spawn(serve.instrument(span));
     }
 
-    /// Acts on a message of the control stream, or on the stream's end.
+    /// Processes a message of the control stream, or the stream's end.
     fn hear<'a>(
         &mut self,
         (session, conn): (&'a Session, &'a Connection),
@@ -654,7 +655,7 @@ impl Driver {
             }
             // The control stream may tell of a lost connection before the connection does.
             Some(reason) if reason.by != Side::Local && comeback.survives(&reason) => {
-                // It will not be there for us, but perhaps another is.
+                // This server will not admit the session, but another may.
                 conn.close_because(&reason);
                 Act::Over(Outcome::Lost(reason))
             }
@@ -662,7 +663,7 @@ impl Driver {
         }
     }
 
-    /// Ends the channels of a connection, serves it until they have ended, and takes leave of it.
+    /// Ends the channels of a connection, serves it until they have ended, and closes it.
     async fn leave(
         &mut self,
         control: &mut Control,
@@ -685,7 +686,7 @@ impl Driver {
                 _ = conn.closed() => return Outcome::Moved(reason),
                 message = poll_fn(|cx| control.inbox.poll_first(cx, session, &session.counters)) => {
                     if on_control(session, &mut self.stage, patience, message).is_some() {
-                        // Its patience has ended before ours.
+                        // The peer's time-out ended before this side's.
                         conn.close(CloseCode::NORMAL, "");
                         return Outcome::Moved(reason);
                     }
@@ -721,10 +722,10 @@ impl Driver {
     }
 }
 
-/// Gives up the present connection, number `number`, for a better one that stands. Not if something would be lost with it: says
-/// whether it did.
+/// Gives up the current connection, number `number`, for an established better one, unless something would be lost
+/// with it. Returns whether it did.
 fn leave_for(session: &Session, number: u64, (better, _): &Reached) -> bool {
-    // From now on no channel begins that would end with it.
+    // From now on no channel is opened that would end with the connection.
     session.set_up(None);
     if !session.can_change() || better.is_over() {
         better.close(CloseCode::NORMAL, "not now");
@@ -733,18 +734,19 @@ fn leave_for(session: &Session, number: u64, (better, _): &Reached) -> bool {
         }
         return false;
     }
-    // The server would say the same as soon as it sees us on the better one, and what it says ends a session.
+    // The server would also end the old connection when it sees the client on the better one, but its close would end
+    // the session.
     give_up(&session.conn());
     true
 }
 
-/// Why a session has no connection between two transports.
+/// The reason shown between two transports.
 fn given_up() -> CloseReason {
     let text = "the session goes on over another transport";
     CloseReason::new(CloseCode::SUPERSEDED, text, Side::Local)
 }
 
-/// Does what the application wished for.
+/// Executes what the application requested: a close, or a message to the peer.
 async fn carry_out(session: &Session, conn: &Connection, control: &mut Control) -> Option<Outcome> {
     let close = session.asked_close();
     let goaway = session.departure.take_announced();
@@ -759,17 +761,17 @@ async fn carry_out(session: &Session, conn: &Connection, control: &mut Control) 
 
 /// Permits the peer all the streams that its channels may need.
 fn permit_all(session: &Session, conn: &Connection) {
-    // The control stream takes one of the client's.
+    // The control stream is one of the client's streams.
     let most = session.limits.channels;
     let most = most.saturating_add(u32::from(!session.client));
     conn.permit_bi(most);
 }
 
-/// Ends a connection because of what came on the control stream.
+/// Ends a connection because of a message on the control stream.
 async fn take_leave(session: &Session, conn: &Connection, reason: CloseReason) -> Outcome {
     if reason.by == Side::Peer {
-        // The peer has flushed its channels and leaves the last word to us. What we have queued gets a moment
-        // too; a peer that no longer reads cannot hold us up.
+        // The peer has flushed its channels and waits for this side to close the connection. This side's queues are
+        // sent, too, within a time limit in case the peer no longer reads.
         session.finish_channels();
         let within = on_path(session.timeouts.close / 5, conn);
         session.channels_done(within).await;
@@ -782,7 +784,7 @@ async fn take_leave(session: &Session, conn: &Connection, reason: CloseReason) -
     Outcome::Over(session.reason_for(&error))
 }
 
-/// Tells the peer what it need not keep any more, and how far the program has come.
+/// Sends the collected acknowledgements and passed marks.
 async fn confirm(session: &Session, control: &mut Control) {
     let mut frames = Vec::new();
     for (key, confirm) in session.take_confirms() {
@@ -810,16 +812,16 @@ fn reap(session: &Session, ended: Result<(), tokio::task::JoinError>) {
     }
 }
 
-/// Waits for a point in time, or for ever.
+/// Waits until `time`, or for ever.
 async fn at(time: Option<Instant>) {
     match time {
-        // In a box, because mostly there is nothing to wait for.
+        // Boxed, because usually there is nothing to wait for.
         Some(time) => Box::pin(tokio::time::sleep_until(time)).await,
         None => std::future::pending().await,
     }
 }
 
-/// What a connection's control stream has come to.
+/// The stage of a connection's control stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
     /// At a client: `$welcome` comes next.
@@ -830,7 +832,8 @@ enum Stage {
 }
 
 impl Stage {
-    /// Whether this event may come now, to a client or to a server. `$close` ends what has begun at any stage.
+    /// Whether a client or a server may receive this event now. `$close` is permitted at every stage after the first
+    /// message.
     fn admits(self, event: ProtocolEvent, client: bool) -> bool {
         use ProtocolEvent as Event;
         match event {
@@ -845,7 +848,7 @@ impl Stage {
     }
 }
 
-/// Acts on a message of the control stream; a reason says that the connection must end.
+/// Processes a message of the control stream; a returned reason ends the connection.
 fn on_control(
     session: &Session,
     stage: &mut Stage,
@@ -881,7 +884,7 @@ fn on_control(
         }
         Ok(ProtocolMessage::Refresh(refresh)) => return session.life.on_refresh(refresh),
         Ok(ProtocolMessage::Refreshed(refreshed)) => return session.life.on_refreshed(refreshed),
-        // Nothing else is admitted.
+        // No other event is permitted.
         Ok(_) => {}
     }
     None
@@ -918,19 +921,19 @@ fn on_passed(session: &Session, passed: Passed) {
     };
     // The peer may still report on a channel that has ended here.
     if let Some(core) = session.live(key) {
-        // What the peer's library gathers for a while is not its program's delay.
+        // The time that the peer's library collects acknowledgements is not the program's delay.
         let round_trip = session.conn().rtt() + CONFIRM_DELAY;
         core.outbox.passed(passed.mark, round_trip);
     }
 }
 
 fn on_ack(session: &Session, ack: Ack) -> Option<CloseReason> {
-    // What the peer opened is ours to accept, and the other way round.
+    // A channel that the peer opened is not this side's own, and the other way round.
     let key = ChannelKey {
         own: !ack.own,
         id: ack.channel,
     };
-    // One that is over here may still be confirmed.
+    // A channel that has ended here may still be acknowledged.
     let core = session.kept(key)?;
     if ack.received == Ack::REFUSED {
         core.refused();
@@ -945,7 +948,7 @@ fn on_ack(session: &Session, ack: Ack) -> Option<CloseReason> {
         .map(|Mismatch| CloseReason::local(CloseCode::RESUME_MISMATCH, text))
 }
 
-/// Flushes the channels, tells the peer, and leaves the last word to it; all within the close time.
+/// Flushes the channels, sends `$close`, and lets the peer close the connection; all within the close time.
 async fn close_gracefully(session: &Session, control: &mut Control, reason: CloseReason) {
     let within = on_path(session.timeouts.close, &session.conn());
     let deadline = Instant::now() + within;
@@ -957,8 +960,8 @@ async fn close_gracefully(session: &Session, control: &mut Control, reason: Clos
         let _ = tokio::time::timeout(within, written).await;
         control.send.finish();
     }
-    // When both sides close at once, neither would wait for the other's last word: a `$close` from the peer
-    // is as good as the end. Anything else on the control stream no longer matters.
+    // If both sides close at once, each would wait for the other to close the connection: so the peer's `$close`
+    // counts as the end. Other messages on the control stream are ignored.
     let peer_closes = async {
         while let Ok(message) =
             poll_fn(|cx| control.inbox.poll_first(cx, session, &session.counters)).await
@@ -973,7 +976,7 @@ async fn close_gracefully(session: &Session, control: &mut Control, reason: Clos
     session.abort(reason);
 }
 
-/// Why a connection ends whose peer has stopped its control stream.
+/// The reason of a connection that ends because the peer stopped its control stream.
 fn unread() -> CloseReason {
     CloseReason::local(CloseCode::PROTOCOL_ORDER, "the control stream was stopped")
 }
@@ -981,7 +984,7 @@ fn unread() -> CloseReason {
 /// Writes small frames to a stream of the protocol; a peer that does not even take those within the close time is given up.
 ///
 /// # Errors
-/// When the stream takes nothing any more.
+/// When the stream accepts no more bytes.
 pub(crate) async fn write_small(
     session: &Session,
     send: &mut SendStream,
@@ -998,7 +1001,7 @@ pub(crate) async fn write_small(
                 tracing::debug!(%error, "control stream not writable");
                 return Err(error);
             }
-            // A path that is silent is the idle timer's business.
+            // The idle timer handles a silent path.
             Err(_) if conn.stats().datagrams_received == heard => {}
             Err(_) => {
                 session.abort(CloseReason::local(

@@ -1,4 +1,4 @@
-//! What serves the channels of a socket, by name.
+//! Handlers of a socket's channels, by channel name.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -30,8 +30,8 @@ impl<E: fmt::Display + Send> IntoOutcome for Result<(), E> {
     }
 }
 
-/// What serves the channels of a name: an async function of the channel, or a [`Router`](crate::Router). `M` is found by the
-/// compiler.
+/// A handler of channels: an async function that takes the channel, or a [`Router`](crate::Router). The compiler
+/// infers `M`.
 pub trait ServeChannel<M> {
     #[doc(hidden)]
     fn into_service(self) -> Service;
@@ -40,7 +40,7 @@ pub trait ServeChannel<M> {
 /// A handler of channels, ready for use.
 pub struct Service {
     pub(crate) handler: ChannelHandler,
-    /// The type of a state that the handlers need and nobody gave.
+    /// The type of a state that the handlers need and the router does not have.
     pub(crate) missing: Option<&'static str>,
 }
 
@@ -50,7 +50,7 @@ impl fmt::Debug for Service {
     }
 }
 
-/// Channels are served by a function.
+/// Marks handlers that are functions.
 #[derive(Debug)]
 pub enum ByFunction {}
 
@@ -78,9 +78,9 @@ pub(crate) type ChannelHandler =
 #[derive(Clone, Default)]
 pub(crate) struct Registry {
     pub(crate) handlers: HashMap<String, ChannelHandler>,
-    /// Channels nobody is registered for go to `accept_channel`; otherwise they are refused.
+    /// Whether channels without a handler are passed to `accept_channel`; otherwise they are refused.
     pub(crate) pull: bool,
-    /// A channel whose handlers need a state that nobody gave, and the state's type.
+    /// A channel whose handlers need a state that its router does not have, and the state's type.
     pub(crate) missing: Option<(String, &'static str)>,
 }
 

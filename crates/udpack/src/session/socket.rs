@@ -22,7 +22,7 @@ use crate::session::lifetime::{self, RefreshError};
 use crate::session::reconnect::{SocketState, SocketStates, TransportReason};
 use crate::session::{Lease, Session, SessionId};
 
-/// Channels that may wait for `accept_channel`, a socket.
+/// The most channels of one socket that wait for `accept_channel`.
 const CHANNEL_QUEUE: usize = 64;
 
 /// One connection to one peer: open channels on it, accept the peer's, close it.
@@ -36,13 +36,13 @@ pub struct Socket {
 
 pub(crate) struct Handle {
     session: Arc<Session>,
-    /// None where every channel goes to a handler.
+    /// `None` if every channel is passed to a handler.
     incoming: Option<Mutex<mpsc::Receiver<Channel>>>,
     _lease: Option<Arc<Lease>>,
 }
 
 impl Socket {
-    /// The first handle, and where channels go that wait for `accept_channel`, if they may.
+    /// Creates the first handle, and the queue of `accept_channel` if `pull` is set.
     pub(crate) fn new(session: Arc<Session>, pull: bool) -> (Self, Option<mpsc::Sender<Channel>>) {
         let lease = session.client.then(|| session.new_lease());
         let (queue, incoming) = pull.then(|| mpsc::channel(CHANNEL_QUEUE)).unzip();
@@ -55,7 +55,7 @@ impl Socket {
         (Self { inner }, queue)
     }
 
-    /// A handle of this session: one more of those there are, or one that accepts no channels when all are gone.
+    /// A handle of this session: a clone of the existing ones, or, if all were dropped, one that accepts no channels.
     pub(crate) fn of(session: &Arc<Session>) -> Self {
         let inner = session.handles.socket.get().and_then(Weak::upgrade);
         Self {
@@ -79,28 +79,28 @@ impl Socket {
         self.inner.session.id()
     }
 
-    /// Who the peer is. At a server: what the verifier said. At a client: the server, by its fingerprint or
-    /// its name. What is known of a client may change with its token, its id does not.
+    /// The identity of the peer. On a server: the result of the verifier. On a client: the server, by its fingerprint
+    /// or its name. A client's claims may change with its token, its id does not.
     pub fn peer(&self) -> Peer {
         let known = self.inner.session.peer.get();
         known.unwrap_or_else(|| Peer::new(""))
     }
 
-    /// How long the client's token still counts; `None` when it has no end or none is known. When it has
-    /// ended, the server closes the socket with `auth_expired`.
+    /// How long the client's token remains valid; `None` if it does not expire or the expiry is unknown. After that
+    /// the server closes the socket with `auth_expired`.
     pub fn expires_in(&self) -> Option<Duration> {
         self.inner.session.life.time_left()
     }
 
-    /// Presents a new token for the same identity, at a client: its end and its rights count from then on.
-    /// One at a time; a further call waits for the answer to the one before.
+    /// Presents a new token for the same identity, on a client. Its expiry and its rights apply from then on. Calls
+    /// are answered one by one.
     ///
     /// # Errors
     /// [`RefreshError::Denied`] when the server refused it: the socket stays as it was until the old token
     /// ends. A token that is not accepted counts as a failed authentication of this address.
     ///
     /// # Cancel safety
-    /// A dropped future has presented the token or not; if so, the server's answer still counts.
+    /// A dropped future may have presented the token; then the server's answer still takes effect.
     pub async fn refresh(&self, token: impl Into<String>) -> Result<(), RefreshError> {
         lifetime::refresh(&self.inner.session, token.into()).await
     }
@@ -117,12 +117,13 @@ impl Socket {
         }
     }
 
-    /// What the present connection speaks, or the last one did: QUIC, or WebTransport from a page of some origin.
+    /// The transport of the current connection, or of the last one.
     pub fn transport(&self) -> Transport {
         self.inner.session.conn().transport()
     }
 
-    /// Why it is that transport, at a client; `None` at a server. It changes with [`SocketState::Connected`].
+    /// Why the connection has that transport, on a client; `None` on a server. It changes with
+    /// [`SocketState::Connected`].
     pub fn transport_reason(&self) -> Option<TransportReason> {
         self.inner.session.transport_reason()
     }
@@ -132,7 +133,7 @@ impl Socket {
         self.inner.session.conn().remote_address()
     }
 
-    /// Values of the application's own that belong to this socket.
+    /// Values that the application attaches to this socket.
     pub fn extensions(&self) -> &Extensions {
         &self.inner.session.extensions
     }
@@ -146,7 +147,7 @@ impl Socket {
         self.inner.session.wait_admitted().await
     }
 
-    /// The next channel that the peer opened and no registered handler took; `None` when the socket is over.
+    /// The next channel that the peer opened and that has no registered handler; `None` when the socket has ended.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -160,11 +161,12 @@ impl Socket {
         }
     }
 
-    /// Closes gracefully: no new channels, what is queued goes out and is acknowledged, then the peer is
+    /// Closes gracefully: no new channels are opened, queued messages are sent and acknowledged, then the peer is
     /// told and the connection ends.
     ///
-    /// Acts at once; awaiting the result waits for the end, at most `Timeouts::close` and a little. Calling
-    /// it again, or when the socket is already over, changes nothing: the first reason stays.
+    /// The close begins at once; awaiting the result waits for the end, at most slightly longer than
+    /// `Timeouts::close`. Calling it again, or when the socket is already over, changes nothing: the first reason
+    /// stays.
     pub fn close(&self, code: CloseCode, text: impl Into<String>) -> Closed {
         self.inner.session.ask_close(code, text.into());
         let socket = self.clone();
@@ -173,17 +175,17 @@ impl Socket {
         }
     }
 
-    /// Closes now: what is queued is lost; code and text are sent once, without retransmission.
+    /// Closes at once: queued messages are lost; code and text are sent once, without retransmission.
     pub fn abort(&self, code: CloseCode, text: impl Into<String>) {
         self.inner.session.abort(CloseReason::local(code, text));
     }
 
-    /// Waits until the socket is over and says how.
+    /// Waits until the socket has ended and returns the reason.
     pub async fn closed(&self) -> CloseReason {
         let session = &self.inner.session;
         let reason = session.end.wait().await;
         if let Some(endpoint) = session.endpoint() {
-            // Let the last packets out; a silent network must not hold us up.
+            // Lets the last packets be sent, for a limited time in case the network is silent.
             let _ = tokio::time::timeout(Duration::from_millis(500), async {
                 tokio::select! {
                     () = session.parted() => {}
@@ -200,64 +202,64 @@ impl Socket {
         self.inner.session.end.get().cloned()
     }
 
-    /// The server's word that it is going down, if it has sent one; of several the one that names the soonest time.
+    /// The server's `$goaway`, if it has sent one; of several, the one with the earliest time.
     pub fn goaway(&self) -> Option<GoAway> {
         let leaving = self.inner.session.departure.received()?;
         Some(leaving.goaway)
     }
 
-    /// What becomes of this socket's connection: the present state, then each change.
+    /// The states of this socket's connection: the current one, then each change.
     pub fn states(&self) -> SocketStates {
         self.inner.session.states.watch()
     }
 
-    /// What this socket's connection is doing.
+    /// The current state of this socket's connection.
     pub fn state(&self) -> SocketState {
         self.inner.session.states.now()
     }
 
     /// Whether the peer is reachable: connected, admitted, and not silent.
     ///
-    /// A peer that dies says nothing. It is missed at the latest after `Timeouts::keep_alive`, 3 s for the answer, 4 round
-    /// trips and 2 s more, as often as this is looked at: 15 s by default. Until its idle time is over it may be heard again,
-    /// and then nothing is lost.
+    /// A peer that dies sends no message. It is noticed after at most `Timeouts::keep_alive`, 3 s for the answer, 4
+    /// round trips, and 2 s for the interval of the check: 15 s by default. If packets arrive again before the idle
+    /// time-out, nothing is lost.
     pub fn is_connected(&self) -> bool {
         self.inner.session.states.is_connected()
     }
 
-    /// Whether this socket makes another connection when it has lost one; see `ClientBuilder::reconnect`.
+    /// Whether this socket reconnects when it has lost its connection; see `ClientBuilder::reconnect`.
     pub fn reconnects(&self) -> bool {
         self.inner.session.reconnects()
     }
 
-    /// Sends from another local address from now on, as when the device has moved to another network. The
-    /// connection goes on: nothing is lost, nothing reconnects. Port 0 takes a free one.
+    /// Sends from another local address from now on, for example after the device has moved to another network. The
+    /// connection continues, and nothing is lost. Port 0 selects a free port.
     ///
     /// # Errors
-    /// When the address cannot be bound; then the old one stays. `Unsupported` at a server.
+    /// When the address cannot be bound; the old one then stays in use. `Unsupported` on a server.
     pub fn rebind(&self, local: SocketAddr) -> io::Result<()> {
         let session = &self.inner.session;
         let endpoint = session.endpoint().ok_or(io::ErrorKind::Unsupported)?;
         endpoint.rebind(local, session.limits.socket_buffer)
     }
 
-    /// Tells the peer to finish what runs and come back later or elsewhere. Only a server says so.
+    /// Sends `$goaway`: the client finishes its work and reconnects later or to another server. Only for servers.
     pub(crate) fn send_goaway(&self, goaway: GoAway) {
         self.inner.session.departure.announce(goaway);
         self.inner.session.wake.set(REQUESTED);
     }
 
-    /// How long its session exists, over all its connections.
+    /// The age of the session, over all its connections.
     pub fn age(&self) -> Duration {
         self.inner.session.age()
     }
 
-    /// Channels that are open on this socket at this side.
+    /// How many channels are open on this side of the socket.
     pub fn channels(&self) -> usize {
         self.inner.session.live_channels()
     }
 
-    /// What moves on this socket, each second.
+    /// The speed of this socket, once a second.
     pub fn speed(&self) -> SpeedMeter {
         let session = self.inner.session.clone();
         SpeedMeter::new(Box::new(move || {
@@ -266,12 +268,12 @@ impl Socket {
         }))
     }
 
-    /// The numbers so far.
+    /// The statistics so far.
     pub fn stats(&self) -> Stats {
         Stats::of(&self.inner.session.conn(), &self.inner.session.counters)
     }
 
-    /// What happened so far on this socket.
+    /// The metrics of this socket so far.
     pub fn metrics(&self) -> Metrics {
         self.inner.session.counts.metrics(self.stats())
     }
@@ -288,7 +290,7 @@ impl fmt::Debug for Socket {
 }
 
 impl Channel {
-    /// Who the peer is; see [`Socket::peer`].
+    /// The identity of the peer; see [`Socket::peer`].
     pub fn peer(&self) -> Option<Peer> {
         self.session().peer.get()
     }

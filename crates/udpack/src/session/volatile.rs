@@ -1,9 +1,9 @@
-//! Volatile messages: the newest counts, and nothing is sent twice.
+//! Volatile messages: only the newest is delivered, and none is retransmitted.
 //!
-//! A small one is a datagram: lost when its packet is lost, and never in the way of a channel. A larger one
-//! has a unidirectional stream of its own. What waits, to be sent here or to be taken there, waits by event
-//! and key: a newer one takes the place of the older. The socket's driver moves them; what waits belongs to the
-//! session, so it outlives a connection.
+//! A small message is a datagram: it is lost when its packet is lost, and it never delays a channel. A larger one has
+//! a unidirectional stream of its own. Both the sender and the receiver keep one waiting message for each event and
+//! key: a newer message replaces the older. The session's driver sends and receives them; the waiting messages belong
+//! to the session, so they survive the loss of a connection.
 
 use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
@@ -38,7 +38,7 @@ pub(crate) const SMALL: WakeFlag = WakeFlag(1 << 2);
 /// A volatile message waits that is too large for a datagram.
 pub(crate) const LARGE: WakeFlag = WakeFlag(1 << 3);
 
-/// Messages moved in one go, before others of the same task get their turn.
+/// Messages processed in one turn, before other work of the same task.
 const TURN: usize = 64;
 /// The first byte of an array of 3, and of an array of 4.
 const ARRAY3: u8 = 0x93;
@@ -56,7 +56,7 @@ pub struct Volatile {
     key: Option<Range<usize>>,
 }
 
-/// Why a datagram, or the content of a unidirectional stream, is no volatile message.
+/// Why a datagram, or the content of a unidirectional stream, is not a volatile message.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum VolatileError {
@@ -127,18 +127,17 @@ impl Volatile {
         })
     }
 
-    /// Names what happened.
+    /// The name of the event.
     pub fn event(&self) -> &str {
         self.text(self.event.clone())
     }
 
-    /// What it is about, if the sender keeps several of one event apart.
+    /// The key, if the sender distinguishes several values of one event.
     pub fn key(&self) -> Option<&str> {
         self.key.clone().map(|key| self.text(key))
     }
 
-    /// The sender's count of its volatile messages, this one included; a jump says that some were replaced or
-    /// lost.
+    /// The sender's sequence number of its volatile messages; a jump shows that some were replaced or lost.
     pub fn seq(&self) -> Option<u64> {
         self.seq
     }
@@ -151,12 +150,12 @@ impl Volatile {
         message::decode_data(self.body.get(self.data.clone()).unwrap_or_default())
     }
 
-    /// The data as the MessagePack that came.
+    /// The data as received, encoded in MessagePack.
     pub fn raw(&self) -> Bytes {
         self.body.slice(self.data.clone())
     }
 
-    /// How many bytes the message has.
+    /// The length of the message, in bytes.
     #[expect(clippy::len_without_is_empty, reason = "a message is never empty")]
     pub fn len(&self) -> usize {
         self.body.len()
@@ -184,16 +183,16 @@ impl fmt::Debug for Volatile {
 }
 
 impl Encoded {
-    /// A received volatile message to be passed on, as [`relay`](Self::relay) does with others; without its key.
+    /// Encodes a received volatile message for other receivers, like [`relay`](Self::relay), without its key.
     ///
     /// # Errors
-    /// None that is known: what was received can be sent.
+    /// No known case: a received message can be sent.
     pub fn relay_volatile(message: &Volatile) -> Result<Self, EncodeError> {
         Self::from_raw(message.event(), &message.raw())
     }
 }
 
-/// A string value's text; `None` if it is no string.
+/// The text of a string value; `None` if the value is not a string.
 fn text(value: &[u8]) -> Result<Option<&str>, MsgpackError> {
     match Reader::new(value).head()? {
         Head::Str(text) => Ok(Some(
@@ -203,7 +202,7 @@ fn text(value: &[u8]) -> Result<Option<&str>, MsgpackError> {
     }
 }
 
-/// Event and key as one. Neither holds a control character, so no two pairs share a place.
+/// Joins event and key into one map key. Neither holds a control character, so the separator is unambiguous.
 fn place(event: &str, key: Option<&str>) -> Arc<str> {
     match key {
         Some(key) => format!("{event}\0{key}").into(),
@@ -211,9 +210,9 @@ fn place(event: &str, key: Option<&str>) -> Arc<str> {
     }
 }
 
-/// A volatile message that can be sent to many sockets: what differs between them is only put behind it.
+/// A volatile message that can be sent to many sockets: the fields that differ between them are appended.
 pub(crate) struct Ready {
-    /// `[event, data` in the form of any volatile message: its first byte is put anew.
+    /// `[event, data` with the array head of any volatile message: the first byte is replaced on sending.
     front: Bytes,
     place: Arc<str>,
 }
@@ -234,10 +233,10 @@ impl Ready {
         Self::new(buf.freeze(), event, key)
     }
 
-    /// Of a message that is encoded already.
+    /// Creates it from an encoded message.
     pub(crate) fn of(message: &Encoded, key: Option<&str>) -> Result<Self, EncodeError> {
         let front = message.bytes().slice(PREFIX..);
-        // What is encoded has an event, and it is text.
+        // An encoded message begins with its event, which is text.
         let event = front.get(1..).map(|rest| Reader::new(rest).head());
         let event = match event {
             Some(Ok(Head::Str(event))) => std::str::from_utf8(event).unwrap_or_default(),
@@ -247,7 +246,7 @@ impl Ready {
         Self::at(front, place, key)
     }
 
-    /// A relayed message: event, data and key as they are, without a copy.
+    /// Creates it from a received message: event, data and key unchanged, without a copy.
     pub(crate) fn relay(message: &Volatile) -> Result<Self, EncodeError> {
         let front = message.body.slice(..message.data.end);
         Self::at(front, message.place(), message.key())
@@ -262,7 +261,7 @@ impl Ready {
             message::check_name(key).map_err(EncodeError::Name)?;
         }
         let ready = Self { front, place };
-        // A short one cannot have too many elements, whatever comes behind.
+        // A short message cannot have too many elements, whatever is appended.
         if ready.len(u64::MAX) > MAX_ELEMENTS {
             let whole = whole(&ready.front, &ready.place, u64::MAX);
             validate_within(&whole, Shape::default()).map_err(EncodeError::Refused)?;
@@ -270,7 +269,7 @@ impl Ready {
         Ok(ready)
     }
 
-    /// Its bytes with this number.
+    /// The length of the message in bytes with this sequence number.
     fn len(&self, seq: u64) -> usize {
         let key = self
             .place
@@ -293,7 +292,7 @@ impl Ready {
         }
     }
 
-    /// Queues it for this session; says how many messages were dropped for it, or with it.
+    /// Queues the message for this session; returns how many messages were dropped, this one included.
     pub(crate) fn send(&self, session: &Session) -> Result<u64, EncodeError> {
         let limit = session.frame_limit().min(session.limits.volatile_bytes);
         let volatiles = &session.volatiles;
@@ -311,7 +310,7 @@ impl Ready {
     }
 }
 
-/// What stands behind event and data: the message's number, and the key if it has one.
+/// The fields after event and data: the sequence number, and the key if there is one.
 fn tail(place: &str, seq: u64) -> Vec<u8> {
     let key = place.split_once('\0').map(|(_, key)| key);
     let mut tail = Vec::with_capacity(16 + key.map_or(0, str::len));
@@ -327,7 +326,7 @@ fn head(place: &str) -> u8 {
     if place.contains('\0') { ARRAY4 } else { ARRAY3 }
 }
 
-/// A message as it travels.
+/// The whole message as it is sent.
 fn whole(front: &Bytes, place: &str, seq: u64) -> Bytes {
     let tail = tail(place, seq);
     let mut body = BytesMut::with_capacity(front.len() + tail.len());
@@ -338,18 +337,18 @@ fn whole(front: &Bytes, place: &str, seq: u64) -> Bytes {
 }
 
 impl Socket {
-    /// Sends something of which only the newest counts: a position, a level, a progress.
+    /// Sends a value of which only the newest matters: a position, a level, a progress.
     ///
-    /// Returns at once. While it waits to be sent, a newer one of the same event takes its place; when its
-    /// packet is lost, it is lost. Up to about 1,100 bytes, as the path allows, travel as one datagram, ahead
-    /// of the channels' bytes; more take a stream of their own, one after the other. Also at the peer a newer
-    /// one takes the place of one that nobody has taken yet, and an older one that comes late is dropped. What
-    /// waits is bounded by `Limits::volatile_keys` and `Limits::volatile_bytes`: what has waited longest is
-    /// dropped, large ones first. `Socket::metrics` counts what was dropped.
+    /// Returns at once. A newer message of the same event replaces one that waits to be sent; a message whose packet
+    /// is lost is not sent again. A message of up to about 1,100 bytes, depending on the path, is sent as one
+    /// datagram, before the channels' bytes; larger ones are sent one by one, each on a stream of its own. At the
+    /// peer, too, a newer message replaces one that the program has not taken, and an older one that arrives late is
+    /// dropped. `Limits::volatile_keys` and `Limits::volatile_bytes` bound the waiting messages: the one that has
+    /// waited longest is dropped, large ones first. `Socket::metrics` counts the dropped messages.
     ///
     /// # Errors
-    /// When the socket is over, or the message cannot be sent at all: reserved or unsound event name, data
-    /// that cannot be encoded or exceeds the peer's frame limit or `Limits::volatile_bytes`.
+    /// When the socket has ended, or the message cannot be sent at all: reserved or invalid event name, data that
+    /// cannot be encoded or exceeds the peer's frame limit or `Limits::volatile_bytes`.
     pub fn send_volatile<T: Serialize + ?Sized>(
         &self,
         event: &str,
@@ -362,7 +361,7 @@ impl Socket {
     /// has its own newest message.
     ///
     /// # Errors
-    /// As [`send_volatile`](Self::send_volatile), and when the key is unsound.
+    /// As [`send_volatile`](Self::send_volatile), and when the key is invalid.
     pub fn send_volatile_keyed<T: Serialize + ?Sized>(
         &self,
         event: &str,
@@ -383,7 +382,7 @@ impl Socket {
             return Err(SendError::Closed(session.closed_reason()));
         }
         let limit = session.frame_limit().min(session.limits.volatile_bytes);
-        // Not under the lock: `Serialize` is the application's code.
+        // Encoded without the lock, because `Serialize` is the application's code.
         let message = Ready::encode(event, key, data, limit).map_err(SendError::Encode)?;
         message.send(session).map(drop).map_err(SendError::Encode)
     }
@@ -418,8 +417,8 @@ impl Socket {
         sent.map(drop).map_err(SendError::Encode)
     }
 
-    /// The peer's next volatile message: of those that wait, the one whose event and key have waited longest;
-    /// `None` when the socket is over and none is left.
+    /// The peer's next volatile message: the one whose event and key have waited longest; `None` when the socket has
+    /// ended and none is left.
     ///
     /// Several may wait at once; each message goes to one of them.
     ///
@@ -454,26 +453,26 @@ impl Socket {
     }
 }
 
-/// What waits on either side of one session.
+/// The waiting volatile messages of one session, to send and received.
 #[derive(Debug, Default)]
 pub(crate) struct Volatiles {
-    /// Volatile messages that were sent so far.
+    /// How many volatile messages were sent so far.
     seq: AtomicU64,
-    /// The last message to many that was queued here.
+    /// The number of the last broadcast message that was queued here.
     broadcast: AtomicU64,
     out: Mutex<Lazy<Out>>,
     waiting: Mutex<Lazy<Waiting>>,
-    /// Something waits to be taken.
+    /// Notified when a message has arrived.
     arrived: Notify,
 }
 
 impl Volatiles {
-    /// Whether this message to many comes here for the first time; a session may have many channels in a room.
+    /// Whether this broadcast message was not queued here before; a session may have several channels in a room.
     pub(crate) fn is_first(&self, broadcast: u64) -> bool {
         self.broadcast.swap(broadcast, Ordering::Relaxed) != broadcast
     }
 
-    /// The small one that has waited longest, with its place and number.
+    /// The small message that has waited longest, with its place and sequence number.
     fn first_small(&self) -> Option<(Arc<str>, u64, Bytes)> {
         let out = lock(&self.out);
         let (place, entry) = out.get()?.small.first()?;
@@ -488,7 +487,7 @@ impl Volatiles {
 
 #[derive(Debug, Default)]
 struct Out {
-    /// Not known to be too large for a datagram.
+    /// The messages that are not known to be too large for a datagram.
     small: Latest<Bytes>,
     large: Latest<Bytes>,
 }
@@ -513,7 +512,7 @@ impl Out {
         dropped
     }
 
-    /// Moves a message to where the large ones wait, unless a newer one has come.
+    /// Moves a message to the queue of large ones, unless a newer one has replaced it.
     fn is_large(&mut self, place: &Arc<str>, seq: u64) {
         if self.small.seq(place) == Some(seq)
             && let Some(body) = self.small.remove(place)
@@ -523,7 +522,7 @@ impl Out {
     }
 }
 
-/// What has come and was not taken.
+/// The received messages that the program has not taken.
 #[derive(Debug, Default)]
 struct Waiting {
     latest: Latest<Volatile>,
@@ -544,7 +543,7 @@ impl Waiting {
         {
             return 1;
         }
-        // What is stale was found above.
+        // A stale message was detected above.
         let mut dropped = self.latest.put(place, u64::MAX, len, message);
         while self.latest.len() > keys || self.latest.bytes > limits.volatile_bytes {
             self.latest.pop();
@@ -554,7 +553,7 @@ impl Waiting {
     }
 }
 
-/// The newest sequence number of each place, of about the last so many places.
+/// The newest sequence number of each place, for a bounded number of recent places.
 #[derive(Debug, Default)]
 struct Seen {
     young: HashMap<Arc<str>, u64>,
@@ -604,7 +603,7 @@ impl<T> Default for Latest<T> {
 }
 
 impl<T> Latest<T> {
-    /// Takes the place of an older one; returns 1 if one of the two was dropped.
+    /// Inserts a message, or replaces an older one; returns 1 if one of the two was dropped.
     fn put(&mut self, place: Arc<str>, seq: u64, len: usize, item: T) -> u64 {
         if let Some(entry) = self.entries.get_mut(&place) {
             if entry.seq <= seq {
@@ -659,12 +658,12 @@ impl<T> Latest<T> {
     }
 }
 
-/// Moves volatile messages over one connection, both ways; the driver polls it. It never ends, and may be
-/// dropped at any time: a message that was being moved is lost then.
+/// Sends and receives volatile messages on one connection; the driver polls it. It never ends, and may be dropped at
+/// any time: a message in transfer is then lost.
 pub(crate) async fn serve(session: &Session, conn: &Connection) -> Infallible {
     let sending = async {
         let admitted = session.welcome().is_some();
-        // In a box, as all that is rare here: the socket's task needs no room for it in between.
+        // Boxed, like all rare work here: the socket's task needs no memory for it otherwise.
         if admitted || Box::pin(session.wait_admitted()).await.is_ok() {
             tokio::join!(send_small(session, conn), send_large(session, conn));
         }
@@ -677,7 +676,7 @@ pub(crate) async fn serve(session: &Session, conn: &Connection) -> Infallible {
     std::future::pending().await
 }
 
-/// Drops what a peer sends before admission, so that it does not accumulate.
+/// Drops volatile messages that a peer sends before admission, so that they do not accumulate.
 pub(crate) async fn discard(conn: &Connection) -> Infallible {
     let datagrams = async {
         let mut dropped = 0_usize;
@@ -692,7 +691,7 @@ pub(crate) async fn discard(conn: &Connection) -> Infallible {
     std::future::pending().await
 }
 
-/// Sends what fits into datagrams, as QUIC has room, until the connection is over.
+/// Sends the messages that fit into datagrams, as QUIC has room, until the connection has ended.
 async fn send_small(session: &Session, conn: &Connection) {
     let volatiles = &session.volatiles;
     loop {
@@ -700,7 +699,7 @@ async fn send_small(session: &Session, conn: &Connection) {
             session.wake.wait(SMALL).await;
             continue;
         }
-        // In a box, as with the large ones: a connection needs no room for it while nothing is sent.
+        // Boxed, like the large ones: a connection needs no memory for it while nothing is sent.
         if Box::pin(move_small(session, conn)).await.is_err() {
             return;
         }
@@ -725,7 +724,7 @@ async fn move_small(session: &Session, conn: &Connection) -> Result<(), Over> {
         {
             tokio::select! {
                 biased;
-                // Perhaps there is a newer one now.
+                // A newer message may have replaced it.
                 () = session.wake.wait(SMALL) => continue,
                 sent = conn.send_datagram(body) => sent,
             }
@@ -736,7 +735,7 @@ async fn move_small(session: &Session, conn: &Connection) -> Result<(), Over> {
             Ok(()) => {
                 let mut out = lock(&volatiles.out);
                 let out = out.get_or_make();
-                // Else it was replaced, and so counted as dropped, in the very moment.
+                // Otherwise it was replaced just now, and already counted as dropped.
                 if out.small.seq(&place) == Some(seq) {
                     out.small.remove(&place);
                     session.counts.one(Count::VolatileSent);
@@ -752,10 +751,10 @@ async fn move_small(session: &Session, conn: &Connection) -> Result<(), Over> {
     Ok(())
 }
 
-/// Sends what is too large for datagrams, each on a stream of its own, until the connection is over.
+/// Sends the messages that are too large for datagrams, each on a stream of its own, until the connection has ended.
 ///
-/// The peer permits one stream at a time. One that has begun goes on although there is a newer one: were it
-/// given up, something that changes faster than it travels would never arrive.
+/// The peer permits one stream at a time. A message that is being sent is completed even if a newer one waits:
+/// otherwise a value that changes faster than it can be sent would never arrive.
 async fn send_large(session: &Session, conn: &Connection) {
     let volatiles = &session.volatiles;
     loop {
@@ -778,10 +777,10 @@ async fn move_large(session: &Session, conn: &Connection) -> Result<(), Over> {
             None if !volatiles.any_large() => return Ok(()),
             None => conn.open_uni().await.map_err(|_| Over)?,
         };
-        // Only now: until here a newer one could still take its place.
+        // Taken as late as possible, because a newer message could replace it until now.
         let first = lock(&volatiles.out).get_or_make().large.pop();
         let Some((place, entry)) = first else {
-            // A stream that carries nothing would be no message.
+            // A stream without content would not be a message.
             session.wake.wait(LARGE).await;
             open = Some(stream);
             continue;
@@ -806,7 +805,7 @@ async fn take_datagrams(session: &Session, conn: &Connection) {
     let mut moved = 0_usize;
     loop {
         match conn.read_datagram().await {
-            // A copy: the datagram is a slice of a buffer in which others came.
+            // Copied, because the datagram is a slice of a buffer with other datagrams.
             Ok(datagram) => take(session, Bytes::copy_from_slice(&datagram)),
             Err(_) => return,
         }
@@ -842,7 +841,7 @@ async fn take_stream(session: &Session, mut stream: RecvStream) {
     }
 }
 
-/// Reads one message to its end; fails with the code to stop it with, or none when the sender has given it up.
+/// Reads one message to its end. Fails with the code to stop the stream with, or `None` if the sender has reset it.
 async fn read(stream: &mut RecvStream, session: &Session) -> Result<Bytes, Option<CloseCode>> {
     let limit = session.limits.frame.min(session.limits.volatile_bytes);
     let period = session.timeouts.frame;
