@@ -1,8 +1,9 @@
 //! A server for browsers, and for other clients on the same port: what a page needs to connect stands in the first line
 //! that it prints, as JSON. It takes files, too, and keeps them until it ends.
 //!
-//! `cargo run --example web -- [--dir DIR] [ADDRESS [ORIGIN...]]` serves until its input ends; without an origin every page
-//! may connect. In DIR it keeps its keys and files for the next run.
+//! `cargo run --example web -- [--dir DIR] [--tcp ADDRESS] [ADDRESS [ORIGIN...]]` serves until its input ends; without an
+//! origin every page may connect. In DIR it keeps its keys and files for the next run. At the second address it takes
+//! WebSockets, for clients that cannot reach it over UDP.
 
 use std::error::Error;
 use std::fmt::Write;
@@ -17,6 +18,7 @@ use udpack::{
     Socket, Streaming, Web,
 };
 use udpack_transfer::{Receiver, ReceiverConfig, Scope, Store, StoreConfig};
+use udpack_web::{HttpListener, Site};
 
 const TOKEN: &str = "open sesame";
 
@@ -26,6 +28,9 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let kept = arguments.next_if_eq("--dir").map(|_| arguments.next());
     let kept = kept.map(|dir| dir.map(PathBuf::from).ok_or("--dir needs a directory"));
     let kept = kept.transpose()?;
+    let tcp = arguments.next_if_eq("--tcp").map(|_| arguments.next());
+    let tcp = tcp.map(|tcp| tcp.ok_or("--tcp needs an address"));
+    let tcp = tcp.transpose()?;
     let address = arguments.next().unwrap_or_else(|| "127.0.0.1:0".to_owned());
     let origins: Vec<String> = arguments.collect();
     let origins = match origins.is_empty() {
@@ -57,12 +62,13 @@ async fn main() -> Result<(), Box<dyn Error>> {
         },
         ..ReceiverConfig::default()
     };
+    let web = Web::new().origins(origins);
     let receiver = Receiver::new(Store::open(&files, StoreConfig::default())?, config);
     let server = receiver
         .attach(Server::builder())
         .identity(identity)
         .auth(admit)
-        .web(Web::new().origins(origins))
+        .web(web.clone())
         .channel("echo", echo)
         .channel("math", math)
         .connection(repeat)
@@ -77,10 +83,17 @@ async fn main() -> Result<(), Box<dyn Error>> {
         }
         hashes.push(format!("\"{digits}\""));
     }
+    let mut sockets = String::new();
+    if let Some(tcp) = tcp {
+        let listener = HttpListener::bind(tcp).await?;
+        let at = listener.local_addr();
+        write!(sockets, r#""socketUrl":"ws://{at}/udpack","#)?;
+        tokio::spawn(listener.serve(Site::of(server.clone(), web)));
+    }
     let (address, hashes) = (server.local_addr(), hashes.join(","));
     let (pin, files) = (server.fingerprint(), files.display());
     println!(
-        r#"{{"url":"https://{address}/udpack","hashes":[{hashes}],"token":"{TOKEN}","pin":"{pin}","files":"{files}"}}"#
+        r#"{{"url":"https://{address}/udpack",{sockets}"hashes":[{hashes}],"token":"{TOKEN}","pin":"{pin}","files":"{files}"}}"#
     );
     let ended = tokio::task::spawn_blocking(|| std::io::stdin().read_to_end(&mut Vec::new()));
     server.run_until(ended, Drain::default()).await?;

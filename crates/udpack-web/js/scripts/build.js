@@ -1,22 +1,25 @@
-// Bundles the client into `dist/udpack.js`, file transfer, with its BLAKE3, into `dist/transfer.js`, and the Worker that hashes
-// into `dist/hash-worker.js`. With `--check` it writes nothing and compares: the bundles are committed, because programs without
-// Node embed them. With `--maps` they get source maps, for the package: these are larger than all else, and made from the rest.
+// Bundles the client into `dist/udpack.js`, what it loads where UDP does not pass into `dist/mux.js`, file transfer, with its
+// BLAKE3, into `dist/transfer.js`, and the Worker that hashes into `dist/hash-worker.js`. With `--check` it writes nothing and
+// compares: the bundles are committed, because programs without Node embed them. With `--maps` they get source maps, for the
+// package: these are larger than all else, and made from the rest.
 import { readFileSync, writeFileSync, mkdirSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
 import { build } from 'esbuild';
+import { apart } from './apart.js';
 
 process.chdir(fileURLToPath(new URL('..', import.meta.url)));
 const check = process.argv.includes('--check');
 const maps = process.argv.includes('--maps');
 
 const { outputFiles } = await build({
-  entryPoints: { udpack: 'src/index.ts', transfer: 'src/transfer/index.ts', 'hash-worker': 'src/transfer/hash-worker.ts' },
+  entryPoints: { udpack: 'src/index.ts', transfer: 'src/transfer/index.ts', 'hash-worker': 'src/transfer/hash-worker.ts', mux: 'src/transport/mux/index.ts' },
   outdir: 'dist',
   bundle: true,
   format: 'esm',
   target: 'es2022',
   minify: true,
   sourcemap: maps && 'linked',
+  plugins: [apart],
   write: false,
   banner: { js: '/*! udpack, MIT OR Apache-2.0. Contains parts of @msgpack/msgpack, Copyright 2019 The MessagePack Community, ISC, or of hash-wasm, Copyright 2020 Dani Biro, MIT. */' },
 });

@@ -3,6 +3,7 @@
 import { mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
 import { build } from 'esbuild';
+import { apart } from './apart.js';
 
 process.chdir(fileURLToPath(new URL('..', import.meta.url)));
 const check = process.argv.includes('--check');
@@ -10,7 +11,7 @@ const SOURCE = '../pages/src';
 const TARGET = '../pages/dist';
 
 const { outputFiles } = await build({
-  entryPoints: { app: `${SOURCE}/main.ts`, style: `${SOURCE}/app.css`, worker: 'src/transfer/hash-worker.ts' },
+  entryPoints: { app: `${SOURCE}/main.ts`, style: `${SOURCE}/app.css`, worker: 'src/transfer/hash-worker.ts', mux: 'src/transport/mux/index.ts' },
   entryNames: '[name]',
   outdir: TARGET,
   bundle: true,
@@ -20,6 +21,7 @@ const { outputFiles } = await build({
   // Packages are this one's; the pages have none of their own.
   nodePaths: ['node_modules'],
   alias: { udpack: './src/index.ts', 'udpack/transfer': './src/transfer/index.ts' },
+  plugins: [apart],
   write: false,
   banner: { js: '/*! udpack, MIT OR Apache-2.0. Contains parts of @msgpack/msgpack, Copyright 2019 The MessagePack Community, ISC, or of hash-wasm, Copyright 2020 Dani Biro, MIT. */' },
 });

@@ -21,6 +21,9 @@ export { type PresenceDiff, type PresenceEntry, PresenceMap } from './client/pre
 export { type OpenOptions, Socket, type SocketEvents } from './client/socket.js';
 export type { Reconnect, SocketState } from './session/state.js';
 export type { VolatileMessage } from './session/volatile.js';
+export type { Transport } from './transport/choose.js';
+export type { MakeSocket } from './transport/mux/index.js';
+export type { Socket as WebSocketLike } from './transport/mux/connection.js';
 export type { BidiStream, ByteReceiver, ByteSender, Connection, Dial } from './transport/transport.js';
 export { ConnectionEnd, StreamEnd } from './transport/transport.js';
 export { CloseReason, Code } from './wire/codes.js';

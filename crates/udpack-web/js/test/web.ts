@@ -10,13 +10,15 @@ import type { Browser, Page } from 'playwright-core';
 import { without } from './chromium.js';
 
 const repository = fileURLToPath(new URL('../../../../..', import.meta.url));
-const SERVER = process.env.UDPACK_WEB_SERVER ?? `${process.env.CARGO_TARGET_DIR ?? `${repository}target`}/debug/examples/web`;
+export const SERVER = process.env.UDPACK_WEB_SERVER ?? `${process.env.CARGO_TARGET_DIR ?? `${repository}target`}/debug/examples/web`;
 /** Why tests cannot run here, if they cannot. */
 export const skip = without(SERVER);
 
 /** What a server prints for its pages. */
 export interface Endpoint {
   url: string;
+  /** Where it takes WebSockets, if it was started so. */
+  socketUrl?: string;
   hashes: string[];
   token: string;
   /** The directory that holds what is uploaded. */
@@ -30,8 +32,8 @@ export class WebServer {
   ) {}
 
   /** In `dir` it finds the keys and files of the one before it. */
-  static async start({ address = '127.0.0.1:0', dir }: { address?: string; dir?: string } = {}): Promise<WebServer> {
-    const process = spawn(SERVER, [...(dir ? ['--dir', dir] : []), address]);
+  static async start({ address = '127.0.0.1:0', dir, tcp }: { address?: string; dir?: string; tcp?: string } = {}): Promise<WebServer> {
+    const process = spawn(SERVER, [...(dir ? ['--dir', dir] : []), ...(tcp ? ['--tcp', tcp] : []), address]);
     const lines = createInterface({ input: process.stdout });
     const [line] = (await new Promise<string[]>((resolve, reject) => {
       lines.once('line', (line) => resolve([line]));
@@ -70,7 +72,7 @@ export class Pages {
 
   static async start(browser: Browser): Promise<Pages> {
     const server = createServer((request, response) => {
-      const script = ['/udpack.js', '/transfer.js', '/hash-worker.js'].includes(request.url ?? '');
+      const script = ['/udpack.js', '/mux.js', '/transfer.js', '/hash-worker.js'].includes(request.url ?? '');
       response.setHeader('content-type', script ? 'text/javascript' : 'text/html');
       response.end(script ? readFileSync(`${repository}crates/udpack-web/js/dist${request.url}`) : '<!doctype html><title>test</title>');
     });

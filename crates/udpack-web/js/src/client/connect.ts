@@ -7,11 +7,12 @@ import { type Channel, internals } from '../channel/channel.js';
 import { Session } from '../session/session.js';
 import { RECONNECT, type Reconnect } from '../session/state.js';
 import { type TokenWanted } from '../session/token.js';
+import { dialFirst, type Endpoint, type Transport } from '../transport/choose.js';
+import { type MakeSocket } from '../transport/mux/index.js';
 import { type Connection, type Dial } from '../transport/transport.js';
-import { dialWebTransport } from '../transport/webtransport.js';
 import { CloseReason, Code, sendable } from '../wire/codes.js';
 import { DEFAULT_FRAME, MIN_FRAME } from '../wire/frame.js';
-import { discover, hashOf } from './discover.js';
+import { discover, hashOf, socketAt } from './discover.js';
 import { follow, windowHere } from './page.js';
 import { Socket } from './socket.js';
 
@@ -53,6 +54,12 @@ export interface ConnectOptions {
    * page that may come back gives its connection up and has the server keep the session; one that will not ends it.
    */
   page?: EventTarget | null;
+  /** `auto` unless given: WebTransport, and a WebSocket where it fails or takes more than 300 ms. Each reconnect chooses again. */
+  transport?: Transport;
+  /** With `url`: where the server takes WebSockets, if that is not `url` itself. They cannot be told `hashes`. */
+  socketUrl?: string;
+  /** Makes WebSockets where there is no global one: the class of a package, or one with options of its own. */
+  WebSocket?: MakeSocket;
   /** Another transport: makes a connection to a URL. */
   dial?: Dial;
   /** Another time, for tests. */
@@ -109,24 +116,20 @@ export async function connect(options: ConnectOptions = {}): Promise<Socket> {
 }
 
 function serversOf(options: ConnectOptions, clock: Clock): ((signal: AbortSignal) => Promise<Connection>)[] {
-  const { url, hashes, dial } = options;
-  const known = hashes?.map(hashOf);
-  const by: (signal: AbortSignal, url: string, hashes?: readonly Uint8Array[]) => Promise<Connection> = (signal, to, certificates) =>
-    dial ? dial(to, signal) : dialWebTransport(to, signal, { clock, ...(certificates && { hashes: certificates }) });
+  const { url, socketUrl, hashes = [], dial, transport = 'auto' } = options;
+  const known = hashes.map(hashOf);
+  const choice = { transport, clock, channels: options.limits?.channels ?? CHANNELS, make: options.WebSocket };
+  const by = (endpoint: Endpoint, signal: AbortSignal): Promise<Connection> =>
+    dial ? dial(endpoint.url, signal) : dialFirst(endpoint, choice, signal);
   if (url !== undefined) {
     const urls = typeof url === 'string' ? [url] : url;
     if (urls.length === 0) {
       throw new UsageError('connect needs a URL');
     }
-    return urls.map((each) => (signal) => by(signal, each, known));
+    return urls.map((each) => (signal) => by({ url: each, socketUrl: socketUrl ?? socketAt(each), hashes: known }, signal));
   }
   const address = options.discover ?? '/.well-known/udpack.json';
-  return [
-    async (signal) => {
-      const endpoint = await discover(address, signal);
-      return by(signal, endpoint.url, endpoint.hashes);
-    },
-  ];
+  return [async (signal) => by(await discover(address, signal), signal)];
 }
 
 function accept(handlers: Readonly<Record<string, (channel: Channel) => unknown>>, channel: Channel): CloseReason | undefined {

@@ -1,13 +1,8 @@
 /** Where a page's own server is, and by which certificates it is known: `/.well-known/udpack.json`. */
 
 import { ConnectError } from '../base/errors.js';
+import { type Endpoint } from '../transport/choose.js';
 import { CloseReason, Code } from '../wire/codes.js';
-
-export interface Endpoint {
-  readonly url: string;
-  /** SHA-256 of the certificates that the server has or will have next. None: a CA has signed it. */
-  readonly hashes: Uint8Array[];
-}
 
 /** Asks for it anew: a restart or a renewal changes the hashes. Rejects with `ConnectError`. */
 export async function discover(address: string, signal: AbortSignal): Promise<Endpoint> {
@@ -36,10 +31,16 @@ export async function discover(address: string, signal: AbortSignal): Promise<En
   }
   try {
     const url = `https://${host ?? new URL(asked).hostname}:${port}${path}`;
-    return { url, hashes: hashes.map(hashOf) };
+    // Where pages come from there are WebSockets, too, by a certificate that the browser trusts for these already.
+    return { url, socketUrl: socketAt(new URL(path, asked).href), hashes: hashes.map(hashOf) };
   } catch {
     throw new ConnectError(new CloseReason(Code.TRANSPORT_ERROR, `${address} has a hash that is none`, 'transport'));
   }
+}
+
+/** The same address for WebSockets. */
+export function socketAt(url: string): string {
+  return url.replace(/^http/, 'ws');
 }
 
 /** A SHA-256 as bytes: from base64 or 64 hexadecimal digits. Throws for anything else. */

@@ -58,6 +58,11 @@ export class Socket {
     return this.session.state;
   }
 
+  /** What carries the socket now. Not there without a connection, and where `dial` does not say it. */
+  get transport(): 'webtransport' | 'wss' | undefined {
+    return this.session.via;
+  }
+
   /** The session's id, 32 hexadecimal digits. It stays when the session is resumed. */
   get sessionId(): string {
     return this.session.id ?? '';

@@ -99,6 +99,11 @@ export class Session extends Emitter<SessionEvents> {
     return this.now;
   }
 
+  /** What carries the session now. */
+  get via(): Connection['via'] {
+    return this.link?.connection.via;
+  }
+
   /** 32 hexadecimal digits; another after a session that could not be resumed. */
   get id(): string | undefined {
     return this.sessionId;

@@ -49,6 +49,8 @@ export class ConnectionEnd extends Error {
 
 /** One connection to a peer. */
 export interface Connection {
+  /** What carries it, if it says so. */
+  readonly via?: 'webtransport' | 'wss';
   /** Waits for the peer's permission for another stream. A higher priority is sent first, where the transport can. */
   openBidi(priority?: number): Promise<BidiStream>;
   /** The next stream that the peer opened; `null` when the connection is over. */

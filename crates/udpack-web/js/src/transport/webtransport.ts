@@ -15,7 +15,7 @@ const OPEN_PAUSE_MOST_MS = 1000;
 
 export interface WebTransportSettings {
   /** SHA-256 of the server's certificate, if no CA has signed it. */
-  readonly hashes?: readonly Uint8Array[];
+  readonly hashes: readonly Uint8Array[];
   readonly clock: Clock;
 }
 
@@ -26,7 +26,7 @@ export async function dialWebTransport(url: string, signal: AbortSignal, setting
     throw new ConnectError(new CloseReason(Code.TRANSPORT_ERROR, text, 'local'));
   }
   const options: WebTransportOptions = {};
-  if (settings.hashes && settings.hashes.length > 0) {
+  if (settings.hashes.length > 0) {
     options.serverCertificateHashes = settings.hashes.map((value) => ({
       algorithm: 'sha-256',
       value: value as Uint8Array<ArrayBuffer>,
@@ -141,6 +141,7 @@ class Receiver implements ByteReceiver {
 }
 
 class WebTransportConnection implements Connection {
+  readonly via = 'webtransport';
   private readonly transport: WebTransport;
   private readonly clock: Clock;
   private readonly bidi: ReadableStreamDefaultReader<WebTransportBidirectionalStream>;

@@ -1,0 +1,72 @@
+/** The bundle `mux.js`: what a client needs where the network lets no UDP pass. It is loaded when it is needed. */
+
+import { type ConnectError } from '../../base/errors.js';
+import { type CloseReason } from '../../wire/codes.js';
+import { type Connection } from '../transport.js';
+import { type MuxSettings, MuxConnection, type Socket } from './connection.js';
+
+/** What makes a WebSocket: that of the browser, or another. */
+export type MakeSocket = new (url: string, protocol: string) => Socket;
+
+export interface Way extends MuxSettings {
+  readonly url: string;
+  readonly make: MakeSocket | undefined;
+}
+
+const SUBPROTOCOL = 'qmux-02.udpack-1';
+
+/** Makes a connection over a WebSocket. Rejects with `ConnectError`. */
+export async function dialWebSocket(way: Way, signal: AbortSignal): Promise<Connection> {
+  const { CloseReason, Code, ConnectError } = way.classes;
+  const Make = way.make ?? (globalThis as { WebSocket?: MakeSocket }).WebSocket;
+  if (!Make) {
+    throw new ConnectError(new CloseReason(Code.TRANSPORT_ERROR, 'this program has no WebSocket', 'local'));
+  }
+  let socket: Socket;
+  try {
+    socket = new Make(way.url, SUBPROTOCOL);
+  } catch (error) {
+    throw new ConnectError(new CloseReason(Code.TRANSPORT_ERROR, `${error}`, 'local'));
+  }
+  const connection = new MuxConnection(socket, way);
+  const giveUp = (): void => connection.close(Code.CANCELLED, '');
+  signal.addEventListener('abort', giveUp);
+  if (signal.aborted) {
+    giveUp();
+  }
+  try {
+    await connection.begun.promise;
+    return connection;
+  } finally {
+    signal.removeEventListener('abort', giveUp);
+  }
+}
+
+/**
+ * The first connection that stands: `first`, if there is one, or a WebSocket. Rejects with `ConnectError` when there is neither,
+ * and tells of both. `signal` gives the WebSocket up.
+ */
+export async function race(first: Promise<Connection> | undefined, way: Way, signal: AbortSignal): Promise<Connection> {
+  const { CloseReason, Code, ConnectError } = way.classes;
+  const socket = dialWebSocket(way, signal);
+  if (!first) {
+    return socket;
+  }
+  let won: Connection | undefined;
+  const take = (connection: Connection): void => {
+    won ??= connection;
+    if (won !== connection) {
+      connection.close(Code.NORMAL, '');
+    }
+  };
+  first.then(take, () => {});
+  socket.then(take, () => {});
+  try {
+    return await Promise.any([first, socket]);
+  } catch (error) {
+    const [one, other] = (error as { errors: ConnectError[] }).errors.map(({ reason }) => reason) as [CloseReason, CloseReason];
+    // The trouble that may go away is the one that counts.
+    const { code, by } = one.retry ? one : other;
+    throw new ConnectError(new CloseReason(code, `${one.text}; ${other.text}`, by));
+  }
+}
