@@ -36,6 +36,7 @@ static ASSETS: &[Asset] = &[
     asset!("app.css", CSS),
     asset!("app.js", SCRIPT),
     asset!("icon.svg", SVG),
+    asset!("mux.js", SCRIPT),
     asset!("worker.js", SCRIPT),
 ];
 

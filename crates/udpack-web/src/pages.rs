@@ -69,7 +69,7 @@ impl Pages {
                 None => plain(StatusCode::NOT_FOUND, "no such page\n"),
             },
         };
-        self.guard(answer.headers_mut(), host.host());
+        self.guard(answer.headers_mut(), &host, way);
         answer
     }
 
@@ -104,12 +104,19 @@ impl Pages {
     }
 
     /// Keeps a page to what it needs: its own files, and the server.
-    fn guard(&self, headers: &mut HeaderMap, host: &str) {
+    fn guard(&self, headers: &mut HeaderMap, host: &Authority, way: Way) {
         let port = self.server.local_addr().port();
         // A policy has no words for an IPv6 address.
-        let own = match host.starts_with('[') {
+        let own = match host.host().starts_with('[') {
             true => "*",
-            false => host,
+            false => host.host(),
+        };
+        // WebSockets are taken where the page comes from.
+        let sockets = match (way.secure, host.port_u16()) {
+            (true, Some(port)) => format!("wss://{own}:{port}"),
+            (true, None) => format!("wss://{own}"),
+            (false, Some(port)) => format!("ws://{own}:{port}"),
+            (false, None) => format!("ws://{own}"),
         };
         let also = self
             .host
@@ -118,7 +125,7 @@ impl Pages {
         let policy = format!(
             "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self'; \
              img-src 'self' blob:; media-src 'self' blob:; font-src 'self'; worker-src 'self'; manifest-src 'self'; \
-             connect-src 'self' https://{own}:{port}{}; \
+             connect-src 'self' {sockets} https://{own}:{port}{}; \
              base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
             also.collect::<String>(),
         );

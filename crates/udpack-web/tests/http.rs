@@ -109,6 +109,7 @@ async fn pages_come_with_their_type_a_policy_and_a_tag() {
     for (path, kind) in [
         ("/", "text/html; charset=utf-8"),
         ("/app.js", "text/javascript; charset=utf-8"),
+        ("/mux.js", "text/javascript; charset=utf-8"),
         ("/worker.js", "text/javascript; charset=utf-8"),
         ("/app.css", "text/css; charset=utf-8"),
         ("/icon.svg", "image/svg+xml"),
@@ -131,7 +132,10 @@ async fn pages_come_with_their_type_a_policy_and_a_tag() {
             "script-src 'self' 'wasm-unsafe-eval'; ",
             "style-src 'self'; ",
             "worker-src 'self'; ",
-            &format!("connect-src 'self' https://127.0.0.1:{port}; "),
+            &format!(
+                "connect-src 'self' ws://{} https://127.0.0.1:{port}; ",
+                served.address
+            ),
             "frame-ancestors 'none'",
         ] {
             assert!(policy.contains(rule), "{rule} is not in {policy}");

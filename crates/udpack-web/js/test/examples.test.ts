@@ -83,6 +83,19 @@ test('chat: what one says the others hear, pages and Rust alike', { skip }, asyn
   await shots(ann, 'chat');
 });
 
+test('chat: a browser without WebTransport is in the same room', { skip }, async () => {
+  const { pages: [ann, bob] } = await start('chat', ['ann', 'bob']);
+  await bob.addInitScript(() => void Reflect.deleteProperty(globalThis, 'WebTransport'));
+  await bob.reload();
+  await bob.getByRole('status').filter({ hasText: /^connected/ }).waitFor();
+  await ann.getByLabel('What to say').fill('over UDP');
+  await ann.getByRole('button', { name: 'Say' }).click();
+  await bob.getByText('ann: over UDP').waitFor();
+  await bob.getByLabel('What to say').fill('over TCP');
+  await bob.getByLabel('What to say').press('Enter');
+  await ann.getByText('bob: over TCP').waitFor();
+});
+
 test('call: each sees the other move, and knows what it has not seen', { skip }, async () => {
   const { pages: [ann, bob], peer } = await start('call', ['ann', 'bob'], '?synthetic');
   const seen = new Set<string>();

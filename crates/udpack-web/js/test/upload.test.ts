@@ -86,6 +86,22 @@ async function durable(page: Page): Promise<void> {
   await page.waitForFunction(() => [...document.querySelectorAll('.row.file [role=progressbar]')].some((bar) => Number(bar.getAttribute('aria-valuenow')) >= 1), undefined, { timeout: 30_000 });
 }
 
+test('a browser without WebTransport uploads all the same, and is told that it is over TCP', { skip }, async () => {
+  const { page, context, clean } = await open(browser, 'about:blank');
+  await page.addInitScript(() => void Reflect.deleteProperty(globalThis, 'WebTransport'));
+  await page.goto(site.link);
+  await connected(page);
+  assert.equal(await page.locator('.state').textContent(), 'Connected over TCP');
+  const bytes = content(3 << 20, 77);
+  await drop(page, write(`${here}/over-tcp.bin`, bytes));
+  await state(page, 'over-tcp.bin', 'done');
+  assert.ok(readFileSync(`${site.files}/over-tcp.bin`).equals(bytes));
+  assert.deepEqual(await violations(page), []);
+  await shot(page, 'upload-tcp-light');
+  clean();
+  await context.close();
+});
+
 test('an upload that a reload breaks off goes on when the file is dropped again', { skip }, async () => {
   const bytes = content(30_000_000, 7);
   const path = write(`${here}/again/long.bin`, bytes);

@@ -52,9 +52,6 @@ export class Frame {
     if (!isSecureContext) {
       return this.stop(t('insecure'));
     }
-    if (!('WebTransport' in globalThis)) {
-      return this.stop(t('noTransport'));
-    }
     if (token === undefined) {
       return this.askToken();
     }
@@ -103,7 +100,7 @@ export class Frame {
       case 'connecting':
         return this.show('busy', t('connecting'));
       case 'connected':
-        return this.show('good', t('connected'));
+        return this.show('good', t(socket.transport === 'wss' ? 'connectedTcp' : 'connected'));
       case 'goingAway':
         return this.show('busy', t('goingAway'));
       case 'reconnecting': {
