@@ -3,11 +3,13 @@
 pub(crate) mod calls;
 pub(crate) mod carrier;
 pub(crate) mod channel_core;
+pub(crate) mod history;
 pub(crate) mod inbox;
 pub(crate) mod items;
 pub(crate) mod outbox;
 pub(crate) mod overflow;
 pub(crate) mod pace;
+pub(crate) mod places;
 pub(crate) mod request;
 pub(crate) mod resume;
 pub(crate) mod write_scheduler;
@@ -35,7 +37,7 @@ use crate::metrics::speed::{Counters, SpeedMeter, Stats};
 use crate::metrics::{Count, Words};
 use crate::wire::code::{CloseCode, CloseReason, Fault};
 use crate::wire::config::Priority;
-use crate::wire::control::{self, ProtocolEvent};
+use crate::wire::control::{self, ProtocolEvent, RoomPosition};
 use crate::wire::message::{DecodeError, EncodeError, Encoded, Message};
 
 /// A named, ordered, bidirectional exchange of `[event, data]` messages with one peer.
@@ -59,6 +61,8 @@ pub(crate) struct Opened {
     pub(crate) meta: Option<Bytes>,
     pub(crate) priority: Priority,
     pub(crate) resumable: bool,
+    /// How far its opener had come in rooms, as it said.
+    pub(crate) since: Vec<RoomPosition>,
 }
 
 pub(crate) struct Inner {
@@ -144,6 +148,9 @@ impl Channel {
             registration: carrier.next_registration(),
             connection_number: AtomicU64::new(number),
         });
+        if own {
+            inbox.begin_at(&opened.since);
+        }
         carrier.register(core.registration, &core);
         carrier.counts.one(Count::Channels);
         let first = way.conn.clone();
@@ -203,6 +210,13 @@ impl Channel {
             .transpose()
     }
 
+    /// How far this side has come in the rooms with a history that the channel is in, as of the message that was taken
+    /// last: what the next channel is opened with ([`OpenChannel::since`](crate::OpenChannel::since)) so that it goes on
+    /// right behind it. Empty at a server, and where the server keeps no history.
+    pub fn positions(&self) -> Vec<RoomPosition> {
+        self.inner.inbox.positions()
+    }
+
     /// Whose bytes go first, as the opener said; it holds for both directions.
     pub fn priority(&self) -> Priority {
         self.inner.opened.priority
@@ -218,6 +232,11 @@ impl Channel {
 
     pub(crate) fn outbox(&self) -> &Arc<Outbox> {
         &self.inner.outbox
+    }
+
+    /// How far its opener had come in rooms, as it said.
+    pub(crate) fn presented(&self) -> &[RoomPosition] {
+        &self.inner.opened.since
     }
 
     pub(crate) fn member(&self) -> &OnceLock<Box<dyn Any + Send + Sync>> {

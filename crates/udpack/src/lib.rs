@@ -135,6 +135,7 @@ pub mod wire;
 pub use base::extensions::Extensions;
 pub use base::pool::{Place, Pool, PoolFull, Shares, Tenant};
 pub use base::text;
+pub use channel::history::History;
 pub use channel::items::{Items, Streaming};
 pub use channel::overflow::Overflow;
 pub use channel::request::{Request, RequestError};
@@ -148,6 +149,7 @@ pub use serve::extract::{
     ByData, ByExtract, Data, EventHandler, Extract, FromMessage, Handler, State,
 };
 pub use serve::handlers::{Answer, Context, Handlers, IntoAnswer};
+pub use serve::history::Start;
 pub use serve::node::{ClusterNode, ClusterView};
 pub use serve::presence::{PresenceDiff, PresenceEntry, PresenceMap, TrackError};
 pub use serve::rooms::{Broadcast, JoinError, Member, Rooms, Sent};
@@ -161,6 +163,7 @@ pub use session::reconnect::{
 };
 pub use session::service::{ByFunction, IntoOutcome, ServeChannel, Service};
 pub use session::socket::Socket;
+pub use session::subscription::Subscription;
 pub use session::volatile::{Volatile, VolatileError};
 pub use transport::lookup::lookup;
 pub use transport::probe;
@@ -181,7 +184,7 @@ pub use trust::web_certificate::{WebCertificate, WebCertificateError};
 pub use udpack_derive::Event;
 pub use wire::code::{CloseCode, CloseReason, Fault, Side};
 pub use wire::config::{CongestionControl, Drain, InvalidSetting, Limits, Priority, Timeouts};
-pub use wire::control::{Gap, GoAway};
+pub use wire::control::{Gap, GoAway, Missing, Position, RoomPosition, Why};
 pub use wire::event::Event;
 pub use wire::message::{DecodeError, EncodeError, Encoded, Message, NameError};
 pub use wire::msgpack::{FieldError, Fields, Values};

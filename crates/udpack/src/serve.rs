@@ -4,6 +4,7 @@
 pub(crate) mod asked;
 pub(crate) mod extract;
 pub(crate) mod handlers;
+pub(crate) mod history;
 pub(crate) mod node;
 pub(crate) mod presence;
 pub(crate) mod rooms;

@@ -650,7 +650,11 @@ impl ServerBuilder {
         let handlers = !registry.is_empty() || self.on_socket.is_some();
         registry.pull |= registry.is_empty();
         let (accept_queue, accepted) = mpsc::channel(ACCEPT_QUEUE);
-        let rooms = Rooms::new(limits.rooms, tokio::runtime::Handle::current());
+        let rooms = Rooms::new(
+            limits.rooms,
+            limits.history_bytes,
+            tokio::runtime::Handle::current(),
+        );
         let counts = Counts::shared();
         if let Some(cluster) = self.cluster {
             join(&rooms, cluster, self.about, limits.frame, &counts)?;

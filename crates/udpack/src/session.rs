@@ -11,6 +11,7 @@ pub(crate) mod reconnect;
 pub(crate) mod service;
 pub(crate) mod socket;
 pub(crate) mod streams;
+pub(crate) mod subscription;
 pub(crate) mod volatile;
 
 use std::any::Any;
@@ -52,6 +53,10 @@ pub struct SessionId(Arc<str>);
 impl SessionId {
     pub(crate) fn new(id: &str) -> Self {
         Self(id.into())
+    }
+
+    pub(crate) fn shared(&self) -> Arc<str> {
+        self.0.clone()
     }
 
     /// The digits; empty before admission.

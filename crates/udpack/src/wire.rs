@@ -12,8 +12,8 @@ pub(crate) mod message;
 pub(crate) mod msgpack;
 
 pub use control::{
-    Ack, Channels, ControlError, Decode, HelloMessage, Mark, Open, Passed, Refresh, Refreshed,
-    ResumeGrant, ResumeRequest, ResumeTicket, Resumed, Welcome,
+    Ack, At, Channels, ControlError, Decode, HelloMessage, Mark, Open, Passed, Refresh, Refreshed,
+    ResumeGrant, ResumeRequest, ResumeTicket, Resumed, RoomAt, Welcome,
 };
 pub use frame::{FrameDecoder, FrameError, PREFIX};
 pub use message::{Message, MessageError};

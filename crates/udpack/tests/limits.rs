@@ -22,8 +22,8 @@ use udpack::testing::{self, Net};
 use udpack::wire::Decode;
 use udpack::{
     Authenticate, Channel, Client, CloseCode, CloseReason, ConnectError, Context, Deny, Fault,
-    Hello, Limits, Metrics, Peer, PresenceMap, Reconnect, RecvError, RequestError, Server,
-    ServerBuilder, Socket, SocketState, Timeouts,
+    Hello, History, Limits, Metrics, Peer, Position, PresenceMap, Reconnect, RecvError,
+    RequestError, Server, ServerBuilder, Socket, SocketState, Start, Timeouts,
 };
 
 /// What came of passing a bound.
@@ -125,6 +125,7 @@ async fn every_limit_has_its_end_its_words_and_its_counter() {
         backlog_bytes: backlog_bytes => "backlog", "stand before the reply: 10000 bytes may wait", 1;
         rooms: rooms => "join", "there are 2 rooms already", 1;
         rooms_per_channel: rooms_per_channel => "join", "the channel is in 2 rooms already", 1;
+        history_bytes: history_bytes => "the oldest are gone", "gone from 1 to 98", 98;
         stream_window: stream_window => "slow_peer", "the peer took nothing off the channel for 10s", 1;
         connection_window: connection_window => "slow_peer", "the peer took nothing off the channel for 10s", 1;
         send_window: send_window => "full", "within the window", 0;
@@ -600,6 +601,43 @@ async fn rooms_per_channel() -> Seen {
         ..Limits::default()
     })
     .await
+}
+
+async fn history_bytes() -> Seen {
+    let limits = Limits {
+        // As two messages of 1,000 bytes need.
+        history_bytes: 2_300,
+        ..Limits::default()
+    };
+    let builder = testing::server().limits(limits);
+    let builder = builder.channel("hall", |channel: Channel| async move {
+        let rooms = channel.rooms_handle().expect("a server's");
+        let Position { epoch, .. } = rooms.position("hall").expect("a history");
+        let begin = Start::Since(Position { epoch, offset: 0 });
+        channel.join_at("hall", begin).expect("a sound room");
+        while let Ok(Some(_)) = channel.recv().await {}
+    });
+    let net = Net::new(1);
+    let server = net.bind(builder).await.expect("an address");
+    for room in ["hall", "other"] {
+        let history = server.rooms().history(room, History::default());
+        history.expect("a sound room");
+    }
+    // Those of the other room are older, and go first.
+    for room in ["other", "hall"] {
+        tokio::time::advance(Duration::from_secs(1)).await;
+        for _ in 0..100 {
+            let sent = server.rooms().to(room).send("text", &"x".repeat(1000));
+            sent.expect("a sound message");
+        }
+    }
+    let socket = connect(&net, &server).await;
+    let channel = socket.open("hall").await.expect("a channel");
+    let gap = channel.recv().await.expect("open").expect("a gap");
+    let gap = gap.gap().expect("a gap");
+    let missing = gap.missing.expect("of positions");
+    let text = format!("{:?} from {} to {}", missing.why, missing.from, missing.to);
+    Seen::new("the oldest are gone", text.to_lowercase(), move || gap.lost)
 }
 
 async fn backlog(limits: Limits, count: u64, bytes: usize) -> Seen {

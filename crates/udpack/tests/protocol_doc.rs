@@ -124,7 +124,7 @@ mod library {
     use udpack::wire::{self, Decode, FrameDecoder, Message};
 
     /// The protocol events whose tables the library checks by a function of their own.
-    pub(super) const TABLES: [&str; 14] = [
+    pub(super) const TABLES: [&str; 16] = [
         "hello",
         "welcome",
         "open",
@@ -136,6 +136,8 @@ mod library {
         "refresh",
         "refreshed",
         "gap",
+        "room",
+        "at",
         "fault",
         "mark",
         "passed",
@@ -210,6 +212,8 @@ mod library {
             "refresh" => wire::Refresh::decode(&message).map(drop),
             "refreshed" => wire::Refreshed::decode(&message).map(drop),
             "gap" => udpack::Gap::decode(&message).map(drop),
+            "room" => wire::RoomAt::decode(&message).map(drop),
+            "at" => wire::At::decode(&message).map(drop),
             "fault" => udpack::Fault::decode(&message).map(drop),
             "mark" => wire::Mark::decode(&message).map(drop),
             "passed" => wire::Passed::decode(&message).map(drop),

@@ -28,6 +28,8 @@ const tables: Record<string, (message: WireMessage) => unknown> = {
   refresh: control.decodeRefresh,
   refreshed: control.decodeRefreshed,
   gap: control.decodeGap,
+  room: control.decodeRoom,
+  at: control.decodeAt,
   mark: control.decodeMark,
   passed: control.decodePassed,
   fault: control.decodeFault,

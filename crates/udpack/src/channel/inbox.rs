@@ -20,6 +20,7 @@ use crate::base::lock;
 use crate::base::pool::{Place, PoolFull};
 use crate::channel::calls::{Begun, Calls, Taken};
 use crate::channel::carrier::{Carrier, ChannelKey, lost};
+use crate::channel::places::Places;
 use crate::metrics::Count;
 use crate::metrics::speed::Counters;
 use crate::transport::on_path;
@@ -27,7 +28,7 @@ use crate::transport::path_activity::PathActivity;
 use crate::transport::{RecvStream, StreamError};
 use crate::wire::code::{CloseCode, CloseReason};
 use crate::wire::config::MIN_FRAME_RATE;
-use crate::wire::control::{Ack, Decode, Mark, ProtocolEvent, ProtocolMessage};
+use crate::wire::control::{Ack, Mark, ProtocolEvent, ProtocolMessage, RoomPosition};
 use crate::wire::frame::FrameDecoder;
 use crate::wire::message::{Message, Parts};
 
@@ -55,6 +56,8 @@ struct State {
     backlog: Backlog,
     /// Requests of both sides, and what came for them.
     calls: Lazy<Calls>,
+    /// How far the program has come in the rooms that it is a member of.
+    places: Lazy<Places>,
     end: Option<Ending>,
     progress: Progress,
     /// The earliest deadline of requests that are waited for, or one that was.
@@ -245,7 +248,8 @@ pub(crate) enum Ending {
 
 enum Step {
     Message(Message),
-    /// A sound `$mark`. In a box, so that a step is no larger for it than a message is.
+    /// A sound `$mark`, `$room` or `$at`, which counts when the program has come there. In a box, so that a step is no
+    /// larger for it than a message is.
     Mark(Box<Message>),
     /// A part of a request was filed; its waiting task should look.
     Filed,
@@ -277,6 +281,7 @@ impl Inbox {
             unread: Unread::default(),
             backlog: Backlog::default(),
             calls: Lazy::default(),
+            places: Lazy::default(),
             end: None,
             progress: Progress::default(),
             alarm: None,
@@ -301,6 +306,22 @@ impl Inbox {
             bytes: 0,
             over: false,
         });
+    }
+
+    /// What the peer was told of rooms when the channel was opened.
+    pub(crate) fn begin_at(&self, since: &[RoomPosition]) {
+        if !since.is_empty() {
+            lock(&self.state).places.get_or_make().begin(since);
+        }
+    }
+
+    pub(crate) fn positions(&self) -> Vec<RoomPosition> {
+        let mut state = lock(&self.state);
+        state
+            .places
+            .get_mut()
+            .map(|places| places.all())
+            .unwrap_or_default()
     }
 
     /// Gives up the present stream, if any, and tells how many frames were received.
@@ -545,13 +566,16 @@ impl State {
         let (len, parts) = (body.len(), Parts::common(body)?);
         self.came(len, carrier);
         self.count(carrier, true);
+        if let Some(places) = self.places.get_mut() {
+            places.arrived();
+        }
         Some(Message::of(self.decoder.take_whole(len), parts))
     }
 
     /// The first message of the backlog, with the marks before it passed.
     fn next_waiting(&mut self, carrier: &Carrier) -> Option<Message> {
         while let Some(message) = self.backlog.pop() {
-            if !ProtocolEvent::Mark.is(&message) {
+            if !message.is_reserved() || ProtocolEvent::Gap.is(&message) {
                 return Some(message);
             }
             self.passed(&message, carrier);
@@ -561,6 +585,9 @@ impl State {
 
     /// A message leaves the inbox: a handler's request is kept in mind, any other is its taker's business.
     fn handed_out(&mut self, message: &Message, serve: Option<&mut Option<Begun>>) {
+        if let Some(places) = self.places.get_mut() {
+            places.taken(message);
+        }
         match (message.id(), serve) {
             (Some(id), Some(begun)) => *begun = Some(self.calls.get_or_make().begin(id)),
             (Some(id), None) => self.calls.get_or_make().answered(id),
@@ -614,7 +641,11 @@ impl State {
                 match event.read(&message) {
                     Ok(ProtocolMessage::Close(reason)) => Ending::Closed(reason),
                     Ok(ProtocolMessage::Gap(_)) => return Some(Step::Message(message)),
-                    Ok(ProtocolMessage::Mark(_)) => return Some(Step::Mark(Box::new(message))),
+                    Ok(
+                        ProtocolMessage::Mark(_)
+                        | ProtocolMessage::At(_)
+                        | ProtocolMessage::Room(_),
+                    ) => return Some(Step::Mark(Box::new(message))),
                     Ok(_) => return self.file_call(event, message, carrier),
                     Err(error) => Ending::Violation(error.reason()),
                 }
@@ -644,10 +675,24 @@ impl State {
         Some(Step::Filed)
     }
 
-    /// The program has come to this mark.
-    fn passed(&self, mark: &Message, carrier: &Carrier) {
-        if let (Some(key), Ok(Mark(mark))) = (self.key, Mark::decode(mark)) {
-            carrier.passed_later(key, mark);
+    /// The program has come to this `$mark`, `$room` or `$at`.
+    fn passed(&mut self, message: &Message, carrier: &Carrier) {
+        match ProtocolEvent::of(message).map(|event| event.read(message)) {
+            Some(Ok(ProtocolMessage::Mark(Mark(mark)))) => {
+                if let Some(key) = self.key {
+                    carrier.passed_later(key, mark);
+                }
+            }
+            Some(Ok(ProtocolMessage::Room(at))) => {
+                let most = carrier.limits.rooms_per_channel;
+                self.places.get_or_make().enter(at, most);
+            }
+            Some(Ok(ProtocolMessage::At(at))) => {
+                if let Some(places) = self.places.get_mut() {
+                    places.announce(at);
+                }
+            }
+            _ => {}
         }
     }
 
@@ -951,7 +996,7 @@ fn is_admitted(event: ProtocolEvent, client: bool) -> bool {
     match event {
         Event::Close | Event::Gap | Event::Reply | Event::Fault | Event::Cancel => true,
         Event::Push | Event::End | Event::Want | Event::Item | Event::Credit => true,
-        Event::Mark => client,
+        Event::Mark | Event::At | Event::Room => client,
         Event::Hello | Event::Welcome | Event::Open | Event::Resume | Event::Channels => false,
         Event::Ack | Event::Passed | Event::Refresh | Event::Refreshed | Event::GoAway => false,
     }

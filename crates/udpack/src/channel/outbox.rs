@@ -9,6 +9,8 @@
 //! The queue of a resumable channel keeps what was written until the peer has confirmed it, counts it against
 //! the same bounds, and repeats it on the channel's next stream. Its writer ends with each connection.
 
+pub(crate) mod follow;
+
 use std::any::Any;
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -21,6 +23,7 @@ use serde::Serialize;
 use tokio::sync::Notify;
 
 use crate::base::lock;
+use crate::channel::outbox::follow::Stream;
 use crate::channel::overflow::{Overflow, Overflowing, Push, Tag};
 use crate::channel::pace::Pace;
 use crate::channel::resume::{Mismatch, Retained};
@@ -97,6 +100,8 @@ struct Membership {
     overflow: Overflowing,
     /// How far the peer is behind with them, where it tells.
     pace: Option<Box<Pace>>,
+    /// Those with a history.
+    streams: Vec<Stream>,
     /// The channel's place in them, given up with the channel.
     held: Option<HeldUntilEnd>,
 }
@@ -417,7 +422,7 @@ impl Outbox {
             state.goes(unread);
             if direct && self.may_write(&state, frame.len()) && state.frames.tail.is_empty() {
                 state.count(frame.len());
-                if self.write_message(&mut state, frame.clone()) {
+                if self.write_messages(&mut state, frame.clone(), 1) {
                     return Push::Queued { lost: 0 };
                 }
             } else {
@@ -518,7 +523,7 @@ impl Outbox {
         state.received = received;
         state.frames.tail_messages = 0;
         let message = std::mem::take(&mut state.frames.tail).freeze();
-        self.write_message(state, message)
+        self.write_messages(state, message, 1)
     }
 
     /// Whether a message of `size` bytes, with nothing before it but what stands in the tail, may be written by its
@@ -530,11 +535,11 @@ impl Outbox {
             && state.frames.segments.is_empty()
     }
 
-    /// Writes one message, which is counted already and stands nowhere, to the stream of the sleeping writer.
-    /// `false`: what is left of it is queued, for the writer.
-    fn write_message(&self, state: &mut State, message: Bytes) -> bool {
+    /// Writes messages, mostly one, which are counted already and stand nowhere, to the stream of the sleeping writer.
+    /// `false`: what is left of them is queued, for the writer.
+    fn write_messages(&self, state: &mut State, message: Bytes, messages: usize) -> bool {
         let Some(stream) = &mut state.stream_at_rest else {
-            state.frames.push(message, 1);
+            state.frames.push(message, messages);
             return false;
         };
         let copy = state.keep.is_some().then(|| message.clone());
@@ -547,9 +552,9 @@ impl Outbox {
         };
         // What was written is gone from it.
         let [bytes] = chunk;
-        let messages = usize::from(bytes.is_empty());
+        let whole = if bytes.is_empty() { messages } else { 0 };
         self.counters.sent(written as u64);
-        self.counts.add(Count::MessagesSent, messages as u64);
+        self.counts.add(Count::MessagesSent, whole as u64);
         match (&mut state.keep, copy) {
             (Some(keep), Some(mut copy)) => {
                 copy.truncate(written);
@@ -559,13 +564,13 @@ impl Outbox {
             }
             _ => {
                 state.queued_bytes = state.queued_bytes.saturating_sub(written);
-                state.queued_messages = state.queued_messages.saturating_sub(messages);
+                state.queued_messages = state.queued_messages.saturating_sub(whole);
             }
         }
         if bytes.is_empty() {
             return true;
         }
-        state.frames.push(bytes, 1);
+        state.frames.push(bytes, messages);
         false
     }
 
@@ -616,6 +621,7 @@ impl Outbox {
             }
             self.take_over(state);
         }
+        self.catch_up(state);
         if !state.waiting.is_empty() && self.has_room(state) {
             self.room.notify_waiters();
         }
@@ -678,6 +684,7 @@ impl Outbox {
             while let Some(out) = state.rooms.overflow.pop() {
                 state.append(&out.frame);
             }
+            self.take_along(&mut state);
             self.wake(&mut state);
             self.room.notify_waiters();
             // Leaving the rooms takes their locks.
@@ -825,7 +832,9 @@ impl Outbox {
     pub(crate) fn stuck_at(&self) -> Option<u64> {
         let state = lock(&self.state);
         let keep = state.keep.as_ref()?;
-        let waits = !state.waiting.is_empty() || !state.rooms.overflow.is_empty();
+        let waits = !state.waiting.is_empty()
+            || !state.rooms.overflow.is_empty()
+            || state.rooms.streams.iter().any(|stream| stream.behind);
         (waits && !self.has_room(&state)).then(|| keep.retained.confirmed())
     }
 

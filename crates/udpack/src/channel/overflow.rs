@@ -11,6 +11,9 @@ use bytes::Bytes;
 
 use crate::wire::control::{self, Gap};
 
+/// Messages that may be unread, and may wait, unless a room's policy says otherwise.
+const DEFAULT: usize = 1024;
+
 /// What happens to a room's messages for a member that is too slow for them.
 ///
 /// Sending never waits for such a member. A [`Gap`] reports what it lost, at the place where the
@@ -36,12 +39,16 @@ pub enum Overflow {
     LatestOnly,
     /// The channel is closed with `slow_peer`.
     Disconnect,
+    /// In a room with a history, and what such a room does unless it is told otherwise: what finds no room in the queue
+    /// stays in the history, and follows as the member reads. It loses what the history does not hold until then. In a
+    /// room without a history as the default.
+    Recover,
 }
 
 impl Default for Overflow {
     /// `DropOldest` with 1,024 messages.
     fn default() -> Self {
-        Self::DropOldest { messages: 1024 }
+        Self::DropOldest { messages: DEFAULT }
     }
 }
 
@@ -51,7 +58,7 @@ impl Overflow {
         match self {
             Self::DropOldest { messages } => Some(messages.max(1) as u64),
             Self::LatestOnly => Some(1),
-            Self::DropNewest | Self::Disconnect => None,
+            Self::DropNewest | Self::Disconnect | Self::Recover => None,
         }
     }
 }
@@ -161,6 +168,7 @@ impl Overflowing {
             }
             Overflow::DropOldest { messages } => messages.max(1),
             Overflow::LatestOnly => 1,
+            Overflow::Recover => DEFAULT,
         };
         let number = self.number();
         let lot = self.lot(tag);
@@ -207,7 +215,11 @@ impl Overflowing {
         let gap = (lost > 0)
             .then(|| {
                 let room = lot.tag.name.to_string();
-                control::encode(&Gap { room, lost })
+                control::encode(&Gap {
+                    room,
+                    lost,
+                    missing: None,
+                })
             })
             .flatten();
         self.gaps += u64::from(gap.is_some());

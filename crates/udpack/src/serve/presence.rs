@@ -130,7 +130,7 @@ impl Channel {
         // What was just encoded can be read.
         let meta =
             Message::decode(frame.slice(PREFIX..)).map_or_else(|_| Bytes::new(), |m| m.raw());
-        let (rooms, guest, room) = self.enter(room)?;
+        let (rooms, guest, room) = self.enter(room, None)?;
         let peer = self.peer();
         let peer = peer.as_ref().map_or("", Peer::id);
         let encoded = encode_entry(peer, &guest.session_id, &meta);

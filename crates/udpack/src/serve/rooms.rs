@@ -5,7 +5,7 @@
 //! a member's queue is full ([`Overflow`]).
 //!
 //! Order of locks: the table, then a guest's list of rooms, then a room's presence, then the tracked sessions, then
-//! an outbox. A seat is dropped with none of them held.
+//! an outbox, then a room's log, then the list of logs. A seat is dropped with none of them held.
 
 use std::any::Any;
 use std::collections::{BTreeMap, HashMap};
@@ -19,10 +19,12 @@ use serde::Serialize;
 use tokio::runtime::Handle;
 
 use crate::base::lock;
+use crate::channel::history::{Archive, Record};
 use crate::channel::outbox::Outbox;
 use crate::channel::overflow::{Overflow, Push, Tag};
 use crate::channel::{Channel, WeakChannel};
 use crate::metrics::Count;
+use crate::serve::history::Start;
 use crate::serve::node::{Node, Running, Shared};
 use crate::serve::presence::{Presence, Tracked};
 use crate::session::socket::Socket;
@@ -30,6 +32,7 @@ use crate::session::volatile::{Ready, Volatile};
 use crate::session::{Attached, Session, SessionId};
 use crate::trust::auth::Peer;
 use crate::wire::code::{CloseCode, CloseReason};
+use crate::wire::control::RoomPosition;
 use crate::wire::event::Event;
 use crate::wire::message::{EncodeError, Encoded, NameError, check_name};
 
@@ -47,7 +50,8 @@ pub struct Rooms {
 }
 
 pub(crate) struct Directory {
-    table: Mutex<Table>,
+    pub(super) table: Mutex<Table>,
+    pub(super) archive: Arc<Archive>,
     pub(crate) tracked: Tracked,
     pub(crate) runtime: Handle,
     max_rooms: usize,
@@ -57,8 +61,8 @@ pub(crate) struct Directory {
     running: OnceLock<Running>,
 }
 
-struct Table {
-    rooms: HashMap<Arc<str>, Arc<Room>>,
+pub(super) struct Table {
+    pub(super) rooms: HashMap<Arc<str>, Arc<Room>>,
     /// The known channels by name, each name like a room.
     channels: HashMap<Arc<str>, Arc<Room>>,
     all: Arc<Room>,
@@ -71,7 +75,7 @@ pub(crate) struct Room {
     pub(crate) presence_tag: Arc<Tag>,
     /// In ascending order of their keys. Whoever sends takes the list as it stands.
     guests: Mutex<Arc<Vec<Arc<Guest>>>>,
-    sending: Mutex<Sending>,
+    pub(super) sending: Mutex<Sending>,
     pub(crate) presence: Mutex<Presence>,
     /// In a cluster: what it is there.
     shared: Option<Arc<Shared>>,
@@ -79,14 +83,20 @@ pub(crate) struct Room {
 
 /// How messages to a room are sent.
 #[derive(Default)]
-struct Sending {
+pub(super) struct Sending {
     /// As set by the application; such a room stays when it is empty.
     policy: Option<Overflow>,
+    pub(super) history: Option<Arc<Record>>,
     /// When a send last began.
     begun: Option<Instant>,
 }
 
 impl Sending {
+    /// Whether nothing is lost with it.
+    fn is_default(&self) -> bool {
+        self.policy.is_none() && self.history.is_none()
+    }
+
     /// Records the begin of a send. Returns whether the room was idle before.
     fn begin(&mut self) -> bool {
         let now = Instant::now();
@@ -105,7 +115,20 @@ pub(crate) struct Guest {
     connection: Option<u64>,
     channel: WeakChannel,
     name: Arc<str>,
+    /// Positions that its opener presented, of rooms that it has not joined since.
+    pub(super) since: Mutex<Vec<RoomPosition>>,
     rooms: Mutex<Joined>,
+}
+
+impl Guest {
+    pub(super) fn close_slow(&self) {
+        if let Some(channel) = self.channel.upgrade() {
+            channel.close_with(CloseReason::local(
+                CloseCode::SLOW_PEER,
+                "the peer is too slow for this room",
+            ));
+        }
+    }
 }
 
 /// Where a channel is, or was when it ended.
@@ -162,7 +185,7 @@ impl Rooms {
         attached.downcast_ref()
     }
 
-    pub(crate) fn new(max_rooms: usize, runtime: Handle) -> Self {
+    pub(crate) fn new(max_rooms: usize, history_bytes: usize, runtime: Handle) -> Self {
         Self {
             directory: Arc::new(Directory {
                 table: Mutex::new(Table {
@@ -170,6 +193,7 @@ impl Rooms {
                     channels: HashMap::new(),
                     all: Room::new(0, ALL.into(), None),
                 }),
+                archive: Archive::new(history_bytes),
                 tracked: Tracked::default(),
                 runtime,
                 max_rooms,
@@ -255,7 +279,7 @@ impl Rooms {
             .count()
     }
 
-    /// The rooms that there are now: those with members, and those with a policy of their own.
+    /// The rooms that there are now: those with members, and those with a policy of their own or a history.
     pub fn names(&self) -> Vec<String> {
         let table = lock(&self.directory.table);
         table.rooms.keys().map(|name| (**name).to_owned()).collect()
@@ -282,7 +306,9 @@ impl Rooms {
     pub fn policy(&self, room: &str, overflow: Overflow) -> Result<(), JoinError> {
         check_name(room)?;
         let mut table = lock(&self.directory.table);
-        let chosen = Some(overflow).filter(|chosen| *chosen != Overflow::default());
+        let has_history =
+            (table.rooms.get(room)).is_some_and(|room| lock(&room.sending).history.is_some());
+        let chosen = Some(overflow).filter(|chosen| has_history || *chosen != Overflow::default());
         if chosen.is_some() || table.rooms.contains_key(room) {
             let room = self.directory.room(&mut table, room)?;
             lock(&room.sending).policy = chosen;
@@ -293,7 +319,7 @@ impl Rooms {
 
     /// Messages lost so far by members whose queues were full, all rooms together.
     pub fn dropped(&self) -> u64 {
-        self.directory.dropped.load(Ordering::Relaxed)
+        self.directory.dropped.load(Ordering::Relaxed) + self.directory.lost_from_history()
     }
 
     fn broadcast<'a>(&self, room: Option<Arc<Room>>) -> Broadcast<'a> {
@@ -536,6 +562,9 @@ pub enum JoinError {
     /// The channel is in as many rooms as `Limits::rooms_per_channel` allows.
     #[error("the channel is in {0} rooms already")]
     TooManyJoined(usize),
+    /// A history needs a random number, and the system gives none.
+    #[error("no random number for the room's history")]
+    NoRandom,
 }
 
 impl Channel {
@@ -550,14 +579,21 @@ impl Channel {
     /// A member stays until it [leaves](Self::leave) or the channel ends; a room does not keep a channel alive.
     /// When somebody is [tracked](Self::track) in the room, the peer is told who (`presence_state`).
     ///
+    /// In a room with a [history](Rooms::history) a channel whose opener presented its position there gets what it missed
+    /// first: see [`OpenChannel::since`](crate::OpenChannel::since), and [`join_at`](Self::join_at) for other places to begin at.
+    ///
     /// # Errors
     /// At a client, on a channel that is over, for an unsound name, beyond `Limits::rooms` and
     /// `Limits::rooms_per_channel`.
     pub fn join(&self, room: &str) -> Result<(), JoinError> {
-        self.enter(room).map(drop)
+        self.enter(room, None).map(drop)
     }
 
-    pub(crate) fn enter(&self, name: &str) -> Result<(&Rooms, &Arc<Guest>, Arc<Room>), JoinError> {
+    pub(crate) fn enter(
+        &self,
+        name: &str,
+        start: Option<Start>,
+    ) -> Result<(&Rooms, &Arc<Guest>, Arc<Room>), JoinError> {
         let (rooms, guest) = self.guest().ok_or(JoinError::Client)?;
         check_name(name)?;
         let room = {
@@ -574,10 +610,12 @@ impl Channel {
                 return Err(JoinError::TooManyJoined(most));
             }
             let room = rooms.directory.room(&mut table, name)?;
+            guest.follow(&room, start);
             room.add(guest);
             joined.insert(room.tag.name.clone(), room.clone());
             room
         };
+        guest.outbox.catch_up_now();
         room.greet(guest);
         Ok((rooms, guest, room))
     }
@@ -615,6 +653,7 @@ impl Channel {
                 connection: (!self.outbox().keeps()).then(|| self.session().current().1),
                 channel: self.downgrade(),
                 name: self.name().into(),
+                since: Mutex::new(self.presented().to_vec()),
                 rooms: Mutex::new(Joined::In(BTreeMap::new())),
             });
             let welcome = self.session().welcome();
@@ -634,12 +673,12 @@ impl Channel {
 }
 
 impl Directory {
-    fn next(&self) -> u64 {
+    pub(super) fn next(&self) -> u64 {
         self.next.fetch_add(2, Ordering::Relaxed)
     }
 
     /// The room of this name, made if there is none.
-    fn room(&self, table: &mut Table, name: &str) -> Result<Arc<Room>, JoinError> {
+    pub(super) fn room(&self, table: &mut Table, name: &str) -> Result<Arc<Room>, JoinError> {
         if let Some(room) = table.rooms.get(name) {
             return Ok(room.clone());
         }
@@ -663,10 +702,14 @@ impl Directory {
     /// Queues a frame for the members of a room here.
     pub(crate) fn deliver(&self, room: &Room, frame: &Bytes, except: &[&str]) -> Sent {
         let mut sent = Sent::default();
-        let (policy, idle) = {
+        let (policy, history, idle) = {
             let mut sending = lock(&room.sending);
-            (sending.policy.unwrap_or_default(), sending.begin())
+            (sending.policy, sending.history.clone(), sending.begin())
         };
+        if let Some(record) = &history {
+            return room.deliver_kept(record, frame, except, (policy, idle));
+        }
+        let policy = policy.unwrap_or_default();
         for guest in room.guests().iter() {
             if except.contains(&&*guest.session_id) {
                 continue;
@@ -686,12 +729,7 @@ impl Directory {
                 Push::Lost => sent.dropped += 1,
                 Push::TooSlow => {
                     sent.dropped += 1;
-                    if let Some(channel) = guest.channel.upgrade() {
-                        channel.close_with(CloseReason::local(
-                            CloseCode::SLOW_PEER,
-                            "the peer is too slow for this room",
-                        ));
-                    }
+                    guest.close_slow();
                 }
                 Push::Over => {}
             }
@@ -766,16 +804,20 @@ impl Directory {
 
     fn part(&self, guest: &Guest, room: &Arc<Room>, lost: Option<u64>) {
         room.remove(guest.key);
+        let record = lock(&room.sending).history.clone();
+        if let Some(record) = record {
+            guest.outbox.unfollow(&record);
+        }
         room.parted(self, guest, lost);
         self.sweep(room);
     }
 
-    /// Removes a room without members and policy.
+    /// Removes a room without members, policy and history.
     pub(crate) fn sweep(&self, room: &Arc<Room>) {
         self.sweep_in(&mut lock(&self.table), room);
     }
 
-    fn sweep_in(&self, table: &mut Table, room: &Arc<Room>) {
+    pub(super) fn sweep_in(&self, table: &mut Table, room: &Arc<Room>) {
         if table.sweep(room)
             && let (Some(node), Some(shared)) = (self.node(), &room.shared)
         {
@@ -789,7 +831,7 @@ impl Table {
     fn sweep(&mut self, room: &Arc<Room>) -> bool {
         let name = &room.tag.name;
         room.guests().is_empty()
-            && lock(&room.sending).policy.is_none()
+            && lock(&room.sending).is_default()
             && lock(&room.presence).is_empty()
             && self
                 .rooms

@@ -373,7 +373,8 @@ async fn enter(
     First { send, inbox, hello }: First,
 ) -> Result<Admitted, CloseReason> {
     let conn = &session.conn();
-    let (frame, resume, marks) = (hello.frame, hello.resume.clone(), hello.marks);
+    let (frame, resume) = (hello.frame, hello.resume.clone());
+    let (marks, history) = (hello.marks, hello.history);
     let hello = Hello::new(hello, conn.remote_address(), conn.transport());
     let agent = hello.agent().to_owned();
     let peer = shared
@@ -413,6 +414,7 @@ async fn enter(
         reason,
         expires,
         marks,
+        history,
     };
     let bytes = control::encode_welcome(&welcome, &shared.limits, &shared.timeouts)
         .map_err(|error| CloseReason::local(CloseCode::INTERNAL, error.to_string()))?;

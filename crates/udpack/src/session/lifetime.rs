@@ -595,6 +595,7 @@ async fn verify_refresh(
         frame: None,
         resume: None,
         marks: false,
+        history: false,
     };
     let verdict = guard.verify(
         Hello::new(hello, remote, session.conn().transport()),

@@ -14,7 +14,7 @@ use crate::session::or_around;
 use crate::session::socket::Socket;
 use crate::wire::code::CloseReason;
 use crate::wire::config::Priority;
-use crate::wire::control::{self, GoAway};
+use crate::wire::control::{self, GoAway, MOST_POSITIONS, RoomPosition};
 use crate::wire::message::EncodeError;
 
 impl Socket {
@@ -26,6 +26,7 @@ impl Socket {
             meta: None,
             priority: Priority::default(),
             resumable: false,
+            since: Vec::new(),
         }
     }
 
@@ -64,11 +65,12 @@ impl Socket {
 /// A channel that is about to be opened; made by [`Socket::channel`]. Dropping it opens nothing.
 #[must_use = "nothing is opened before `open`"]
 pub struct OpenChannel<'a, T: ?Sized = ()> {
-    socket: &'a Socket,
-    name: &'a str,
-    meta: Option<&'a T>,
-    priority: Priority,
+    pub(super) socket: &'a Socket,
+    pub(super) name: &'a str,
+    pub(super) meta: Option<&'a T>,
+    pub(super) priority: Priority,
     resumable: bool,
+    since: Vec<RoomPosition>,
 }
 
 impl<'a, T: Serialize + Sync + ?Sized> OpenChannel<'a, T> {
@@ -86,12 +88,22 @@ impl<'a, T: Serialize + Sync + ?Sized> OpenChannel<'a, T> {
             meta: Some(meta),
             priority: self.priority,
             resumable: self.resumable,
+            since: self.since,
         }
     }
 
     /// Lets the channel outlive its connection, where both sides resume sessions.
     pub fn resumable(mut self) -> Self {
         self.resumable = true;
+        self
+    }
+
+    /// Lets it go on in rooms where another channel was when it ended: as `Channel::positions` says. When the server takes
+    /// it into one of these rooms, it gets what it missed there, in order, and behind that what is sent from then on; or
+    /// a [`Gap`](crate::Gap) in the place of what the server does not have any more. At most 256 rooms; of more the first
+    /// count, and none at a server that knows no positions.
+    pub fn since(mut self, positions: impl IntoIterator<Item = RoomPosition>) -> Self {
+        self.since = positions.into_iter().take(MOST_POSITIONS).collect();
         self
     }
 
@@ -109,6 +121,15 @@ impl<'a, T: Serialize + Sync + ?Sized> OpenChannel<'a, T> {
     pub async fn open(self) -> Result<Channel, OpenError> {
         let Self { socket, name, .. } = self;
         let session = socket.session();
+        let mut since = self.since;
+        if !since.is_empty() {
+            // What the peer knows must be known first.
+            let _ = session.wait_admitted().await;
+            let knows = session.welcome().is_some_and(|welcome| welcome.history);
+            if !knows || !session.client {
+                since.clear();
+            }
+        }
         crate::wire::message::check_name(name).map_err(EncodeError::Name)?;
         if name.starts_with('$') {
             return Err(EncodeError::Reserved(name.to_owned()).into());
@@ -121,6 +142,7 @@ impl<'a, T: Serialize + Sync + ?Sized> OpenChannel<'a, T> {
             priority: self.priority,
             resumable: self.resumable,
             received: None,
+            since: &since,
         };
         let frame = control::encode_open(&request, session.frame_limit())?;
         let opening = async {
@@ -152,6 +174,7 @@ impl<'a, T: Serialize + Sync + ?Sized> OpenChannel<'a, T> {
             meta: None,
             priority: self.priority,
             resumable: self.resumable,
+            since,
         };
         let way = Way {
             conn,

@@ -194,6 +194,7 @@ fn begin(
         meta: open.meta,
         priority: open.priority,
         resumable: open.resumable && refusal.is_none(),
+        since: open.since,
     };
     let way = Way {
         conn,
@@ -255,5 +256,6 @@ fn nameless() -> Open {
         priority: Priority::default(),
         resumable: false,
         received: None,
+        since: Vec::new(),
     }
 }

@@ -55,6 +55,9 @@ pub struct Limits {
     pub rooms: usize,
     /// Rooms one channel may be in. Default 64.
     pub rooms_per_channel: usize,
+    /// Bytes that the histories of all rooms of a server hold together, 96 more for each message. Default 64 MiB; beyond
+    /// that the oldest messages go first, whichever room they are of.
+    pub history_bytes: usize,
     /// QUIC flow-control window of one stream, in bytes. Default 8 MiB: 1 Gbit/s at 64 ms. Below
     /// `connection_window`, so that one channel that nobody reads leaves room for the others. For a reader that
     /// cannot keep up quinn holds that much, at about three times its size.
@@ -100,6 +103,7 @@ impl Default for Limits {
             backlog_bytes: 1 << 20,
             rooms: 65_536,
             rooms_per_channel: 64,
+            history_bytes: 64 << 20,
             stream_window: 8 << 20,
             connection_window: 24 << 20,
             send_window: 16 << 20,

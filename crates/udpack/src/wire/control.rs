@@ -3,6 +3,8 @@
 //! Everything here is read with the strict reader ([`Fields`]), never with serde: exact types, no duplicate
 //! and no unknown keys. Reserved for growth is the key `ext` in `$hello` and `$welcome`.
 
+mod rooms;
+
 use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
@@ -13,7 +15,11 @@ use crate::base::text::printable_within;
 use crate::wire::code::{CloseCode, CloseReason, Fault};
 use crate::wire::config::{Limits, MIN_FRAME, Priority, TOKEN_BYTES, Timeouts};
 use crate::wire::message::{self, EncodeError, Message, check_name};
-use crate::wire::msgpack::{FieldError, Fields, Head, MAX_DEPTH, MAX_ELEMENTS, Reader};
+use crate::wire::msgpack::{FieldError, Fields, Head, MAX_DEPTH, MAX_ELEMENTS, Reader, Values};
+
+pub(crate) use rooms::MOST_POSITIONS;
+pub use rooms::{At, RoomAt};
+pub use rooms::{Gap, Missing, Position, RoomPosition, Why};
 
 /// The version this library speaks; also named by the ALPN.
 pub(crate) const VERSION: u64 = 1;
@@ -93,6 +99,8 @@ events! {
     Close = "$close" is CloseReason,
     // On channels.
     Gap = "$gap" is Gap,
+    At = "$at" is At,
+    Room = "$room" is RoomAt,
     Mark = "$mark" is Mark,
 }
 
@@ -284,6 +292,8 @@ pub struct HelloMessage {
     pub resume: Option<ResumeRequest>,
     /// The client answers `$mark`.
     pub marks: bool,
+    /// The client knows `$room` and `$at`.
+    pub history: bool,
 }
 
 /// The client can resume: keep this session for a while when its connection is lost.
@@ -328,7 +338,7 @@ impl Read for HelloMessage {
             Some(resume) => Some(resume_request(&resume)?),
             None => None,
         };
-        let marks = fields.opt_map("ext")?.is_some_and(marks);
+        let ext = ext(&fields)?;
         let frame = match fields.opt_map("limits")? {
             Some(limits) => {
                 limits.only(&["frame", "channels"])?;
@@ -345,20 +355,32 @@ impl Read for HelloMessage {
             agent: printable_within(agent, 128),
             frame,
             resume,
-            marks,
+            marks: ext.mark,
+            history: ext.history,
         })
     }
 }
 
-/// Whether the sender offers to answer `$mark`.
-fn marks(ext: Fields<'_>) -> bool {
-    matches!(ext.opt_bool("mark"), Ok(Some(true)))
+/// What the sender offers, or agrees to, of the extensions that this side knows.
+fn ext(fields: &Fields<'_>) -> Result<Ext, Bad> {
+    let ext = fields.opt_map("ext")?;
+    let has = |key| {
+        let value = ext.as_ref().map(|ext| ext.opt_bool(key));
+        matches!(value, Some(Ok(Some(true))))
+    };
+    Ok(Ext {
+        mark: has("mark"),
+        history: has("history"),
+    })
 }
 
 /// The extensions that this side knows.
-#[derive(Serialize)]
+#[derive(Clone, Copy, Serialize)]
 struct Ext {
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
     mark: bool,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    history: bool,
 }
 
 fn resume_request(resume: &Fields<'_>) -> Result<ResumeRequest, Bad> {
@@ -433,7 +455,10 @@ pub(crate) fn encode_hello(
             agent: cut(agent, 128),
             limits,
             resume,
-            ext: Ext { mark: true },
+            ext: Ext {
+                mark: true,
+                history: true,
+            },
         },
         None,
     )
@@ -461,6 +486,8 @@ pub struct Welcome {
     pub expires: Option<Duration>,
     /// The server may send `$mark`, as the client offered.
     pub marks: bool,
+    /// The server may send `$room` and `$at`, and the client `since` in `$open`, as the client offered.
+    pub history: bool,
 }
 
 /// What a client needs to resume a session later. `Debug` leaves the token out.
@@ -513,7 +540,7 @@ impl Read for Welcome {
             "a resumed session has no reason why not",
         )?;
         let expires = fields.opt_u64("expires_ms")?;
-        let marks = fields.opt_map("ext")?.is_some_and(marks);
+        let ext = ext(&fields)?;
         let limits = fields.map("limits")?;
         let frame = limits.u64("frame")?;
         check_frame(frame)?;
@@ -526,7 +553,8 @@ impl Read for Welcome {
             resume,
             reason: reason.map(|reason| printable_within(reason, 128)),
             expires: expires.map(Duration::from_millis),
-            marks,
+            marks: ext.mark,
+            history: ext.history,
         })
     }
 }
@@ -597,7 +625,10 @@ pub(crate) fn encode_welcome(
         }),
         reason: welcome.reason.as_deref(),
         expires_ms: welcome.expires.map(millis),
-        ext: welcome.marks.then_some(Ext { mark: true }),
+        ext: (welcome.marks || welcome.history).then_some(Ext {
+            mark: welcome.marks,
+            history: welcome.history,
+        }),
     };
     frame(ProtocolEvent::Welcome, &fields, None)
 }
@@ -618,11 +649,21 @@ pub struct Open {
     /// Present when the channel goes on from an earlier connection: how many frames the opener has received
     /// on it.
     pub received: Option<u64>,
+    /// How far the opener had come in rooms that it will be in again.
+    pub since: Vec<RoomPosition>,
 }
 
 impl Read for Open {
     fn read(message: &Message) -> Result<Self, Bad> {
-        let keys = ["id", "name", "meta", "priority", "resumable", "received"];
+        let keys = [
+            "id",
+            "name",
+            "meta",
+            "priority",
+            "resumable",
+            "received",
+            "since",
+        ];
         let fields = map(message, &keys)?;
         let id = fields.u64("id")?;
         let name = fields.str("name")?;
@@ -643,6 +684,10 @@ impl Read for Open {
             received.is_none() || resumable,
             "only a resumable channel can go on",
         )?;
+        let since = match fields.opt_array("since")? {
+            Some(places) => positions(places)?,
+            None => Vec::new(),
+        };
         Ok(Self {
             id,
             name: name.to_owned(),
@@ -650,8 +695,21 @@ impl Read for Open {
             priority,
             resumable,
             received,
+            since,
         })
     }
+}
+
+fn positions(mut places: Values<'_>) -> Result<Vec<RoomPosition>, Bad> {
+    check(
+        places.remaining() <= MOST_POSITIONS,
+        "at most 256 rooms are joined again",
+    )?;
+    let mut since = Vec::with_capacity(places.remaining());
+    while places.remaining() > 0 {
+        since.push(RoomPosition::read(&places.next_map()?)?);
+    }
+    Ok(since)
 }
 
 /// What an `$open` says. Fields with their default value are left out.
@@ -667,6 +725,8 @@ pub(crate) struct OpenRequest<'a, T: ?Sized> {
     pub resumable: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub received: Option<u64>,
+    #[serde(skip_serializing_if = "<[RoomPosition]>::is_empty")]
+    pub since: &'a [RoomPosition],
 }
 
 pub(crate) fn encode_open<T: Serialize + ?Sized>(
@@ -880,32 +940,6 @@ pub(crate) fn encode_refreshed(refreshed: &Refreshed) -> Option<Bytes> {
         },
     };
     frame(ProtocolEvent::Refreshed, &fields, None).ok()
-}
-
-/// Messages of a room that this member was too slow for and will not get.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Gap {
-    /// The room.
-    pub room: String,
-    /// How many messages are missing here; at least 1.
-    pub lost: u64,
-}
-
-impl Read for Gap {
-    fn read(message: &Message) -> Result<Self, Bad> {
-        let fields = map(message, &["room", "lost"])?;
-        let room = fields.str("room")?;
-        check(
-            check_name(room).is_ok(),
-            "a room's name is 1 to 128 bytes without control characters",
-        )?;
-        let lost = fields.u64("lost")?;
-        check(lost > 0, "nothing is missing")?;
-        Ok(Self {
-            room: room.to_owned(),
-            lost,
-        })
-    }
 }
 
 impl Read for CloseReason {

@@ -55,6 +55,8 @@ export interface Open {
   readonly priority: Priority;
   readonly resumable: boolean;
   readonly received?: U64;
+  /** How far the client has come in rooms that it will be in again. */
+  readonly since?: readonly Position[];
 }
 
 export interface Resume {
@@ -89,6 +91,19 @@ export interface Refreshed {
 export interface Gap {
   readonly room: string;
   readonly lost: U64;
+  /** In a room with a history: which one, the offsets of the first and the last, and why. All of them, or none. */
+  readonly epoch?: U64;
+  readonly from?: U64;
+  readonly to?: U64;
+  /** The program was too slow; they are not kept any more; the history is another one, and how many are lost nobody knows. */
+  readonly why?: 'slow' | 'gone' | 'epoch';
+}
+
+/** How far a client has come in a room with a history. */
+export interface Position {
+  readonly room: string;
+  readonly epoch: U64;
+  readonly offset: U64;
 }
 
 export interface FaultFields {
@@ -241,12 +256,13 @@ export function encodeOpen(open: Open): unknown {
     priority: open.priority === 1 ? undefined : open.priority,
     resumable: open.resumable || undefined,
     received: open.received,
+    since: open.since?.length ? open.since : undefined,
   };
 }
 
 export function decodeOpen(message: WireMessage): Open {
   const fields = fieldsOf(message, '$open');
-  fields.only('id', 'name', 'meta', 'priority', 'resumable', 'received');
+  fields.only('id', 'name', 'meta', 'priority', 'resumable', 'received', 'since');
   const id = fields.u64('id');
   const name = fields.text('name');
   if (!isName(name) || name.startsWith('$')) {
@@ -262,6 +278,7 @@ export function decodeOpen(message: WireMessage): Open {
     throw fields.bad('only a resumable channel can go on');
   }
   const meta = plain(fields.raw('meta'));
+  const since = fields.has('since') ? positions(fields) : undefined;
   return {
     id,
     name,
@@ -269,7 +286,20 @@ export function decodeOpen(message: WireMessage): Open {
     resumable,
     ...(meta !== undefined && { meta }),
     ...(received !== undefined && { received }),
+    ...(since !== undefined && { since }),
   };
+}
+
+function positions(open: Fields): Position[] {
+  const since = open.list('since');
+  if (since.length > 256) {
+    throw open.bad('at most 256 rooms are joined again');
+  }
+  return since.map((value) => {
+    const fields = new Fields('since', value);
+    fields.only('room', 'epoch', 'offset');
+    return position(fields);
+  });
 }
 
 /** `code` and `text` as `$close` and `$goaway` have them. */
@@ -351,13 +381,50 @@ export function decodeRefreshed(message: WireMessage): Refreshed {
 
 export function decodeGap(message: WireMessage): Gap {
   const fields = fieldsOf(message, '$gap');
-  fields.only('room', 'lost');
-  const room = fields.text('room');
+  fields.only('room', 'lost', 'epoch', 'from', 'to', 'why');
+  const room = roomOf(fields);
   const lost = fields.u64('lost');
-  if (!isName(room) || lost === 0) {
-    throw fields.bad('room is a name, and lost is not 0');
+  if (fields.has('why')) {
+    const [epoch, from, to] = [fields.u64('epoch'), fields.u64('from'), fields.u64('to')];
+    const why = fields.text('why') as 'slow' | 'gone' | 'epoch';
+    const all = BigInt(to) - BigInt(from) + 1n;
+    if (from > 0 && all >= 0 && all >= lost && (why === 'epoch' || (lost > 0 && (why === 'slow' || why === 'gone')))) {
+      return { room, lost, epoch, from, to, why };
+    }
+  } else if (lost > 0 && !(fields.has('epoch') || fields.has('from') || fields.has('to'))) {
+    return { room, lost };
   }
-  return { room, lost };
+  throw fields.bad('what is missing is at least one message, and no more than from and to say');
+}
+
+function roomOf(fields: Fields): string {
+  const room = fields.text('room');
+  if (!isName(room)) {
+    throw fields.bad('room is a name');
+  }
+  return room;
+}
+
+function position(fields: Fields): Position {
+  return { room: roomOf(fields), epoch: fields.u64('epoch'), offset: fields.u64('offset') };
+}
+
+export function decodeRoom(message: WireMessage): Position & { number: U64 } {
+  const fields = fieldsOf(message, '$room');
+  fields.only('room', 'number', 'epoch', 'offset');
+  return { ...position(fields), number: fields.u64('number') };
+}
+
+/** The number of a room, and the offset of the message that follows. */
+export function decodeAt(message: WireMessage): [U64, U64] {
+  const { event, id, data } = message;
+  if (event !== '$at') {
+    throw new WireError(Code.PROTOCOL_ORDER, 'expected $at, got another event');
+  }
+  if (id !== undefined || !Array.isArray(data) || data.length !== 2 || !data.every(isU64)) {
+    throw new WireError(Code.BAD_MESSAGE, '$at: its data is two integers from 0');
+  }
+  return data as [U64, U64];
 }
 
 export function decodeMark(message: WireMessage): U64 {

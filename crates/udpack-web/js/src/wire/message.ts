@@ -30,7 +30,7 @@ export interface WireVolatile {
 
 /** Protocol events whose data is a map of the protocol, where a float is no integer. */
 const TABLES: ReadonlySet<string> = new Set(
-  'hello welcome refresh refreshed channels ack passed goaway open resume gap mark close credit want'
+  'hello welcome refresh refreshed channels ack passed goaway open resume gap room at mark close credit want'
     .split(' ')
     .map((word) => `$${word}`),
 );

@@ -114,6 +114,7 @@ fn welcome_tells_how_to_resume_and_why_not() {
         reason: None,
         expires: None,
         marks: false,
+        history: false,
     };
     let grant = ResumeGrant {
         token: [9; 32],
@@ -126,6 +127,7 @@ fn welcome_tells_how_to_resume_and_why_not() {
             resume: Some(grant.clone()),
             expires: Some(Duration::from_millis(1500)),
             marks: true,
+            history: true,
             ..plain.clone()
         },
         Welcome {
@@ -174,6 +176,7 @@ fn open_carries_priority_and_what_was_received() {
         priority,
         resumable,
         received,
+        since: &[],
     };
     for (priority, resumable, received) in [
         (Priority::Normal, false, None),
@@ -315,7 +318,12 @@ fn a_token_is_refreshed_or_refused() {
 
 fn gap_frame(room: &str, lost: u64) -> Bytes {
     let room = room.to_owned();
-    encode(&Gap { room, lost }).unwrap()
+    encode(&Gap {
+        room,
+        lost,
+        missing: None,
+    })
+    .unwrap()
 }
 
 #[test]
@@ -324,6 +332,7 @@ fn a_gap_names_a_room_and_at_least_one_message() {
     let gap = Gap {
         room: "lobby".to_owned(),
         lost: 3,
+        missing: None,
     };
     assert_eq!(Gap::decode(&read(&frame)), Ok(gap));
     let bad = |room: &str, lost: u64| rule(Gap::decode(&read(&gap_frame(room, lost))));

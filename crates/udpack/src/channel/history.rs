@@ -1,0 +1,339 @@
+//! What rooms keep of their messages: positions, bounds, and the budget of all of them together. No I/O.
+//!
+//! A room's log holds the encoded frames that were sent, shared with the queues they were sent to. A member of such a
+//! room has no queue of its own for it: it has a position, and takes from the log what comes after it. So whoever was
+//! away, or is slow, goes on where it was, and what the log does not hold any more is a gap with exact bounds.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::time::Instant;
+
+use crate::base::lock;
+use crate::wire::control::Position;
+
+/// What a message costs beside its bytes.
+const ENTRY: usize = 96;
+/// Epochs are below this, so that a JavaScript number holds them.
+const EPOCHS: u64 = 1 << 53;
+
+/// How much of its messages a room keeps for members that were away or are slow. Whichever bound is reached first drops
+/// the oldest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct History {
+    /// Messages at most. Default 1,000.
+    pub messages: usize,
+    /// Bytes of them at most, as encoded, 96 more for each. Default 1 MiB.
+    pub bytes: usize,
+    /// How old they may be. Default 5 minutes. What is older is not given out; its memory is free with the next message
+    /// to the room, or when the server needs it for another room's.
+    pub age: Duration,
+}
+
+impl Default for History {
+    fn default() -> Self {
+        Self {
+            messages: 1000,
+            bytes: 1 << 20,
+            age: Duration::from_secs(300),
+        }
+    }
+}
+
+/// The messages of one room that are still there.
+#[derive(Debug)]
+pub(crate) struct Log {
+    bounds: History,
+    kept: VecDeque<Kept>,
+    /// The offset of the next message.
+    next: u64,
+    bytes: usize,
+}
+
+#[derive(Debug)]
+struct Kept {
+    frame: Bytes,
+    /// The sessions that it was not for.
+    except: Option<Box<[Box<str>]>>,
+    at: Instant,
+}
+
+impl Kept {
+    fn size(&self) -> usize {
+        self.frame.len() + ENTRY
+    }
+}
+
+/// What a log has behind some offset.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Entry {
+    /// Nothing: that was the last.
+    End,
+    /// The messages up to this offset are not kept any more.
+    Gone(u64),
+    /// The next message; `None` where it is not for this session.
+    Message(Option<Bytes>),
+}
+
+impl Log {
+    pub(crate) fn new(bounds: History) -> Self {
+        Self {
+            bounds,
+            kept: VecDeque::new(),
+            next: 1,
+            bytes: 0,
+        }
+    }
+
+    /// The offset of the last message; 0 before the first.
+    pub(crate) fn head(&self) -> u64 {
+        self.next - 1
+    }
+
+    /// The offset of the oldest message that is kept; that of the next one if none is.
+    pub(crate) fn first(&self) -> u64 {
+        self.next - self.kept.len() as u64
+    }
+
+    fn oldest(&self) -> Option<Instant> {
+        self.kept.front().map(|kept| kept.at)
+    }
+
+    /// Takes one message in and gives it its offset.
+    pub(crate) fn push(&mut self, frame: Bytes, except: &[&str], now: Instant) -> u64 {
+        let except = (!except.is_empty()).then(|| except.iter().map(|&name| name.into()).collect());
+        let kept = Kept {
+            frame,
+            except,
+            at: now,
+        };
+        self.bytes += kept.size();
+        self.kept.push_back(kept);
+        let offset = self.next;
+        self.next += 1;
+        self.settle(now);
+        offset
+    }
+
+    /// Drops what is beyond the bounds.
+    fn settle(&mut self, now: Instant) {
+        while let Some(oldest) = self.kept.front()
+            && (self.kept.len() > self.bounds.messages
+                || self.bytes > self.bounds.bytes
+                || now.saturating_duration_since(oldest.at) > self.bounds.age)
+        {
+            self.drop_oldest();
+        }
+    }
+
+    fn drop_oldest(&mut self) {
+        if let Some(oldest) = self.kept.pop_front() {
+            self.bytes -= oldest.size();
+        }
+    }
+
+    /// What comes behind this offset, for this session.
+    pub(crate) fn after(&mut self, offset: u64, session: &str, now: Instant) -> Entry {
+        if offset >= self.head() {
+            return Entry::End;
+        }
+        self.settle(now);
+        let first = self.first();
+        if offset + 1 < first {
+            return Entry::Gone(first - 1);
+        }
+        let at = usize::try_from(offset + 1 - first).unwrap_or(usize::MAX);
+        match self.kept.get(at) {
+            Some(kept) => {
+                let not_for = |except: &[Box<str>]| except.iter().any(|name| **name == *session);
+                let excluded = kept.except.as_deref().is_some_and(not_for);
+                Entry::Message((!excluded).then(|| kept.frame.clone()))
+            }
+            None => Entry::End,
+        }
+    }
+}
+
+/// The logs of a server, which share one budget.
+#[derive(Debug)]
+pub(crate) struct Archive {
+    limit: usize,
+    used: AtomicUsize,
+    /// Messages that members were too slow for.
+    lost: AtomicU64,
+    /// The logs that hold something, by how old their oldest message was when they came in here; it may be gone by now.
+    by_age: Mutex<BTreeMap<(Instant, u64), Weak<Record>>>,
+}
+
+/// A log, as its room and the members share it.
+#[derive(Debug)]
+pub(crate) struct Record {
+    pub(crate) room: Arc<str>,
+    /// What stands for the room's name on the wire.
+    pub(crate) number: u64,
+    pub(crate) epoch: u64,
+    archive: Arc<Archive>,
+    /// Order of locks: this, then `by_age`.
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    log: Log,
+    /// It stands in `by_age`, or is being looked at by who took it from there.
+    listed: bool,
+}
+
+impl Archive {
+    pub(crate) fn new(limit: usize) -> Arc<Self> {
+        Arc::new(Self {
+            limit,
+            used: AtomicUsize::new(0),
+            lost: AtomicU64::new(0),
+            by_age: Mutex::default(),
+        })
+    }
+
+    pub(crate) fn lost(&self) -> u64 {
+        self.lost.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that all logs hold.
+    pub(crate) fn used(&self) -> usize {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    /// Drops the oldest messages of all, until the rest is within the budget.
+    fn settle(&self) {
+        while self.used() > self.limit {
+            let Some((key, record)) = lock(&self.by_age).pop_first() else {
+                // What is left is in the hands of others who do the same.
+                return;
+            };
+            if let Some(record) = record.upgrade() {
+                record.give_up(key.0);
+            }
+        }
+    }
+}
+
+impl Record {
+    pub(crate) fn new(
+        room: Arc<str>,
+        number: u64,
+        epoch: u64,
+        bounds: History,
+        archive: Arc<Archive>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            room,
+            number,
+            epoch,
+            archive,
+            state: Mutex::new(State {
+                log: Log::new(bounds),
+                listed: false,
+            }),
+        })
+    }
+
+    /// Another begin of the count, that nobody can have a position of.
+    pub(crate) fn new_epoch() -> Option<u64> {
+        let mut bytes = [0; 8];
+        aws_lc_rs::rand::fill(&mut bytes).ok()?;
+        Some((u64::from_le_bytes(bytes) % EPOCHS).max(1))
+    }
+
+    pub(crate) fn push(self: &Arc<Self>, frame: &Bytes, except: &[&str]) -> u64 {
+        let now = Instant::now();
+        let offset = {
+            let mut state = lock(&self.state);
+            let offset = self.change(&mut state, |log| log.push(frame.clone(), except, now));
+            if !state.listed
+                && let Some(oldest) = state.log.oldest()
+            {
+                state.listed = true;
+                self.list(oldest);
+            }
+            offset
+        };
+        self.archive.settle();
+        offset
+    }
+
+    /// Keeps to other bounds from now on.
+    pub(crate) fn set_bounds(&self, bounds: History) {
+        let mut state = lock(&self.state);
+        self.change(&mut state, |log| {
+            log.bounds = bounds;
+            log.settle(Instant::now());
+        });
+    }
+
+    pub(crate) fn after(&self, offset: u64, session: &str) -> Entry {
+        let mut state = lock(&self.state);
+        self.change(&mut state, |log| log.after(offset, session, Instant::now()))
+    }
+
+    pub(crate) fn head(&self) -> u64 {
+        lock(&self.state).log.head()
+    }
+
+    /// Where a member with this position goes on; `None` if it is none of this log's.
+    pub(crate) fn find(&self, position: Position) -> Option<u64> {
+        let known = position.epoch == self.epoch && position.offset <= self.head();
+        known.then_some(position.offset)
+    }
+
+    /// The last offset before the messages that are kept.
+    pub(crate) fn before_first(&self) -> u64 {
+        let mut state = lock(&self.state);
+        self.change(&mut state, |log| {
+            log.settle(Instant::now());
+            log.first() - 1
+        })
+    }
+
+    pub(crate) fn lose(&self, messages: u64) {
+        self.archive.lost.fetch_add(messages, Ordering::Relaxed);
+    }
+
+    fn change<T>(&self, state: &mut State, change: impl FnOnce(&mut Log) -> T) -> T {
+        let before = state.log.bytes;
+        let result = change(&mut state.log);
+        let after = state.log.bytes;
+        let used = &self.archive.used;
+        if after > before {
+            used.fetch_add(after - before, Ordering::Relaxed);
+        } else if after < before {
+            used.fetch_sub(before - after, Ordering::Relaxed);
+        }
+        result
+    }
+
+    fn list(self: &Arc<Self>, oldest: Instant) {
+        lock(&self.archive.by_age).insert((oldest, self.number), Arc::downgrade(self));
+    }
+
+    /// It was the one with the oldest message, which was of this time: drops that, if it is still there.
+    fn give_up(self: &Arc<Self>, known: Instant) {
+        let mut state = lock(&self.state);
+        if state.log.oldest().is_some_and(|oldest| oldest <= known) {
+            self.change(&mut state, Log::drop_oldest);
+        }
+        match state.log.oldest() {
+            Some(oldest) => self.list(oldest),
+            None => state.listed = false,
+        }
+    }
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        let bytes = lock(&self.state).log.bytes;
+        self.archive.used.fetch_sub(bytes, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,486 @@
+//! The rooms with a history that a channel is in: how far its peer has come in each, and what goes into the queue next.
+//!
+//! What the queue has no room for waits in the room's log and nowhere else. What is sent directly does not wait for it.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::{Outbox, State};
+use crate::base::lock;
+use crate::channel::history::{Entry, Record};
+use crate::channel::overflow::{Overflow, Push};
+use crate::metrics::Count;
+use crate::wire::control::{self, At, Gap, Missing, Position, ProtocolEvent, RoomAt, Why};
+use crate::wire::frame::PREFIX;
+
+/// Messages of one room that go before the next has its turn.
+const TURN: usize = 64;
+/// Messages that a channel which ends takes along.
+const LAST: usize = 1024;
+
+/// Who follows a room, and from where.
+#[derive(Debug)]
+pub(crate) struct Follower {
+    pub(crate) session: Arc<str>,
+    /// The peer knows of positions.
+    pub(crate) positions: bool,
+    /// The largest frame that the peer takes.
+    pub(crate) limit: usize,
+    pub(crate) since: Since,
+}
+
+/// Where a member begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Since {
+    /// With what is sent from now on.
+    Now,
+    /// With the oldest message that is kept.
+    Oldest,
+    /// Behind this.
+    Position(Position),
+}
+
+/// One message on its way into a room's log and to its members.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Followed<'a> {
+    pub(crate) record: &'a Arc<Record>,
+    pub(crate) offset: u64,
+    pub(crate) frame: &'a Bytes,
+    pub(crate) policy: Overflow,
+    /// As in [`Outbox::push_room`].
+    pub(crate) direct: bool,
+}
+
+/// How far a member has come in one room.
+#[derive(Debug)]
+pub(super) struct Stream {
+    record: Arc<Record>,
+    follower: Follower,
+    policy: Overflow,
+    /// The last offset that was dealt with.
+    cursor: u64,
+    /// Where the room was when it joined: what is before that, it had missed by then, and no policy drops it.
+    base: u64,
+    /// It came from a position of another history, which it must hear first.
+    foreign: bool,
+    /// It must be told where it begins, and by which number the room goes.
+    begins: bool,
+    /// The last messages were not for it, and it has not been told that it is behind them.
+    skipped: bool,
+    missing: Option<Loss>,
+    /// Messages that it was too slow for, since that was last counted.
+    dropped: u64,
+    /// Where it left the room.
+    until: Option<u64>,
+    /// There is more in the log.
+    pub(super) behind: bool,
+}
+
+/// Messages right behind each other that will not come; the last is the one at the cursor.
+#[derive(Debug)]
+struct Loss {
+    from: u64,
+    lost: u64,
+    why: Why,
+}
+
+enum Next {
+    Protocol(Option<Bytes>),
+    Message(Bytes),
+}
+
+impl Stream {
+    fn new(record: Arc<Record>, follower: Follower) -> Self {
+        let head = record.head();
+        let before_first = || record.before_first();
+        let (cursor, foreign) = match follower.since {
+            Since::Now => (head, false),
+            Since::Oldest => (before_first(), false),
+            Since::Position(position) => match record.find(position) {
+                Some(offset) => (offset, false),
+                None => (before_first(), true),
+            },
+        };
+        Self {
+            record,
+            policy: Overflow::Recover,
+            cursor,
+            base: head,
+            foreign,
+            begins: true,
+            skipped: false,
+            missing: None,
+            dropped: 0,
+            until: None,
+            behind: true,
+            follower,
+        }
+    }
+
+    /// How many messages may wait in the log.
+    fn window(&self) -> Option<u64> {
+        match self.policy {
+            _ if self.cursor < self.base => None,
+            Overflow::DropOldest { messages } => Some(messages.max(1) as u64),
+            Overflow::LatestOnly => Some(1),
+            Overflow::DropNewest | Overflow::Disconnect | Overflow::Recover => None,
+        }
+    }
+
+    /// The messages up to `to`, so many of them for this member, will not come.
+    fn lose(&mut self, lost: u64, to: u64, why: Why) {
+        let from = self.cursor + 1;
+        let loss = self.missing.get_or_insert(Loss { from, lost: 0, why });
+        loss.lost += lost;
+        loss.why = why;
+        if self.cursor >= self.base {
+            self.dropped += lost;
+            self.record.lose(lost);
+        }
+        self.cursor = to;
+    }
+
+    /// Lets those go that are too many to wait.
+    fn narrow(&mut self, end: u64) {
+        if let Some(most) = self.window()
+            && let Some(to) = end.checked_sub(most).filter(|to| *to > self.cursor)
+        {
+            self.lose(to - self.cursor, to, Why::Slow);
+        }
+    }
+
+    fn end(&self) -> u64 {
+        self.until.unwrap_or_else(|| self.record.head())
+    }
+
+    /// What goes to the member next.
+    fn next(&mut self) -> Option<Next> {
+        if std::mem::take(&mut self.foreign) {
+            return Some(self.gap(1, self.cursor, Why::Epoch));
+        }
+        if std::mem::take(&mut self.begins) {
+            return Some(self.place());
+        }
+        let end = self.end();
+        self.narrow(end);
+        while self.cursor < end {
+            match self.record.after(self.cursor, &self.follower.session) {
+                Entry::End => break,
+                Entry::Gone(to) => {
+                    let to = to.min(end);
+                    self.lose(to - self.cursor, to, Why::Gone);
+                }
+                Entry::Message(None) => {
+                    self.cursor += 1;
+                    self.skipped = true;
+                }
+                Entry::Message(Some(frame)) if self.is_too_large(&frame) => {
+                    self.lose(1, self.cursor + 1, Why::Slow);
+                }
+                Entry::Message(Some(frame)) => {
+                    if let Some(gap) = self.take_missing() {
+                        return Some(gap);
+                    }
+                    self.cursor += 1;
+                    self.skipped = false;
+                    return Some(Next::Message(frame));
+                }
+            }
+        }
+        let gap = self.take_missing();
+        gap.or_else(|| std::mem::take(&mut self.skipped).then(|| self.place()))
+    }
+
+    fn is_too_large(&self, frame: &Bytes) -> bool {
+        frame.len().saturating_sub(PREFIX) > self.follower.limit
+    }
+
+    fn take_missing(&mut self) -> Option<Next> {
+        let Loss { from, lost, why } = self.missing.take()?;
+        self.skipped = false;
+        Some(self.gap(from, lost, why))
+    }
+
+    /// A `$gap` that ends at the cursor.
+    fn gap(&self, from: u64, lost: u64, why: Why) -> Next {
+        let missing = Missing {
+            epoch: self.record.epoch,
+            from,
+            to: self.cursor,
+            why,
+        };
+        let gap = Gap {
+            room: self.record.room.to_string(),
+            lost,
+            missing: self.follower.positions.then_some(missing),
+        };
+        // To a peer that knows no positions, nothing can be said of another epoch.
+        Next::Protocol(match gap.missing.is_some() || lost > 0 {
+            true => control::encode(&gap),
+            false => None,
+        })
+    }
+
+    /// A `$room` with the cursor.
+    fn place(&self) -> Next {
+        let place = RoomAt {
+            room: self.record.room.to_string(),
+            number: self.record.number,
+            epoch: self.record.epoch,
+            offset: self.cursor,
+        };
+        Next::Protocol(match self.follower.positions {
+            true => control::encode(&place),
+            false => None,
+        })
+    }
+}
+
+impl Outbox {
+    /// Begins to follow a room, or goes on with it.
+    pub(crate) fn follow(&self, record: &Arc<Record>, follower: Follower) {
+        let mut state = lock(&self.state);
+        if state.check_open().is_err() {
+            return;
+        }
+        match state.stream(record) {
+            Some(at) => state.rooms.streams[at].until = None,
+            None => {
+                let stream = Stream::new(record.clone(), follower);
+                state.rooms.streams.push(stream);
+            }
+        }
+    }
+
+    /// Follows a room no further than it is now.
+    pub(crate) fn unfollow(&self, record: &Arc<Record>) {
+        let mut state = lock(&self.state);
+        if let Some(at) = state.stream(record) {
+            let stream = &mut state.rooms.streams[at];
+            stream.until = Some(record.head());
+            stream.behind = true;
+            self.catch_up(&mut state);
+        }
+    }
+
+    /// Queues what a new member has missed, as far as there is room.
+    pub(crate) fn catch_up_now(&self) {
+        self.catch_up(&mut lock(&self.state));
+    }
+
+    /// Queues a message of a room with a history, or leaves it in the room's log for as long as there is no room. Never
+    /// waits.
+    pub(crate) fn push_followed(
+        &self,
+        message: Followed<'_>,
+        limit: usize,
+        excluded: bool,
+    ) -> Push {
+        let mut state = lock(&self.state);
+        if state.check_open().is_err() {
+            return Push::Over;
+        }
+        let Some(at) = state.stream(message.record) else {
+            return Push::Over;
+        };
+        let unread = state.unread(message.policy);
+        let free =
+            state.waiting.is_empty() && self.has_room(&state) && state.rooms.may_send(unread);
+        let stream = &mut state.rooms.streams[at];
+        (stream.policy, stream.follower.limit) = (message.policy, limit);
+        if stream.cursor >= message.offset {
+            return Push::Queued { lost: 0 };
+        }
+        let in_step = stream.cursor + 1 == message.offset && !stream.behind;
+        if in_step && excluded {
+            stream.cursor = message.offset;
+            stream.skipped = true;
+        } else if in_step && free && !stream.is_too_large(message.frame) {
+            stream.cursor = message.offset;
+            stream.skipped = false;
+            self.pass(&mut state, at, message, unread);
+            return Push::Queued { lost: 0 };
+        }
+        self.wait(&mut state, at, message.offset)
+    }
+
+    /// Queues a message that comes next, with its position before it.
+    fn pass(&self, state: &mut State, at: usize, message: Followed<'_>, unread: Option<u64>) {
+        let size = message.frame.len();
+        let direct = message.direct && self.may_write(state, size) && state.frames.tail.is_empty();
+        state.goes(unread);
+        state.at(at, message.offset);
+        state.append(message.frame);
+        self.counts.one(Count::RoomSent);
+        if direct {
+            let messages = std::mem::take(&mut state.frames.tail_messages);
+            let frames = std::mem::take(&mut state.frames.tail).freeze();
+            if self.write_messages(state, frames, messages) {
+                return;
+            }
+        }
+        self.wake(state);
+    }
+
+    /// A message cannot go right away: the room's policy says what becomes of it.
+    fn wait(&self, state: &mut State, at: usize, offset: u64) -> Push {
+        state.rooms.streams[at].behind = true;
+        let record = state.rooms.streams[at].record.clone();
+        self.catch_up(state);
+        // It may have moved, but not gone: nobody has left.
+        let Some(stream) = state.stream(&record).map(|at| &mut state.rooms.streams[at]) else {
+            return Push::Queued { lost: 0 };
+        };
+        let slow = stream.cursor < offset && stream.cursor >= stream.base;
+        let push = match stream.policy {
+            Overflow::Disconnect if slow => Push::TooSlow,
+            Overflow::DropNewest if slow => {
+                stream.lose(offset - stream.cursor, offset, Why::Slow);
+                Push::Lost
+            }
+            _ => {
+                let before = stream.cursor;
+                if slow {
+                    stream.narrow(offset);
+                }
+                let lost = stream.cursor - before;
+                Push::Queued { lost }
+            }
+        };
+        self.count_dropped(stream);
+        push
+    }
+
+    fn count_dropped(&self, stream: &mut Stream) {
+        let dropped = std::mem::take(&mut stream.dropped);
+        if dropped > 0 {
+            self.counts.add(Count::RoomDropped, dropped);
+        }
+    }
+
+    /// Moves what waits in logs into the queue, as far as there is room: some of each room in turn, and no more than one
+    /// message before those in line.
+    pub(super) fn catch_up(&self, state: &mut State) {
+        let turn = if state.waiting.is_empty() { TURN } else { 1 };
+        if !state.rooms.streams.iter().any(|stream| stream.behind) {
+            return;
+        }
+        let mut quiet = 0;
+        while quiet < state.rooms.streams.len() && self.has_room(state) {
+            let mut stream = state.rooms.streams.remove(0);
+            let moved = stream.behind && self.take_turn(state, &mut stream, turn);
+            quiet = if moved { 0 } else { quiet + 1 };
+            if stream.behind || stream.until.is_none() {
+                state.rooms.streams.push(stream);
+            } else {
+                quiet = 0;
+            }
+            if moved && turn == 1 {
+                break;
+            }
+        }
+    }
+
+    /// Queues some of what a stream has; says whether it was any.
+    fn take_turn(&self, state: &mut State, stream: &mut Stream, turn: usize) -> bool {
+        let unread = state.unread(stream.policy);
+        let mut moved = false;
+        for _ in 0..turn {
+            if !self.has_room(state) {
+                break;
+            }
+            if !state.rooms.may_send(unread) {
+                self.ask(state);
+                break;
+            }
+            let Some(next) = stream.next() else {
+                stream.behind = false;
+                break;
+            };
+            moved = true;
+            self.queue_next(state, stream, next, unread);
+        }
+        self.count_dropped(stream);
+        if moved {
+            self.wake(state);
+        }
+        moved
+    }
+
+    fn queue_next(&self, state: &mut State, stream: &Stream, next: Next, unread: Option<u64>) {
+        match next {
+            Next::Protocol(frame) => {
+                if let Some(frame) = frame {
+                    state.append(&frame);
+                }
+            }
+            Next::Message(frame) => {
+                state.goes(unread);
+                state.position(stream, stream.cursor);
+                state.append(&frame);
+                self.counts.one(Count::RoomSent);
+            }
+        }
+    }
+
+    /// The channel ends: a part of what waits, which is bounded, goes along, and what does not is told.
+    pub(super) fn take_along(&self, state: &mut State) {
+        for mut stream in std::mem::take(&mut state.rooms.streams) {
+            let mut left = LAST;
+            let mut bytes = self.max_bytes;
+            while stream.behind && left > 0 && bytes > 0 {
+                let Some(next) = stream.next() else {
+                    stream.behind = false;
+                    break;
+                };
+                if let Next::Message(frame) = &next {
+                    bytes = bytes.saturating_sub(frame.len());
+                }
+                left -= 1;
+                self.queue_next(state, &stream, next, None);
+            }
+            let end = stream.end();
+            if stream.behind && stream.cursor < end {
+                stream.lose(end - stream.cursor, end, Why::Slow);
+                if let Some(gap) = stream.take_missing() {
+                    self.queue_next(state, &stream, gap, None);
+                }
+            }
+            self.count_dropped(&mut stream);
+        }
+    }
+}
+
+impl State {
+    fn stream(&self, record: &Arc<Record>) -> Option<usize> {
+        let mut streams = self.rooms.streams.iter();
+        streams.position(|stream| Arc::ptr_eq(&stream.record, record))
+    }
+
+    /// How many messages may be unread under this policy, where the peer tells.
+    fn unread(&self, policy: Overflow) -> Option<u64> {
+        policy.unread().filter(|_| self.rooms.pace.is_some())
+    }
+
+    /// The message that follows is this one of the stream at `at`.
+    fn at(&mut self, at: usize, offset: u64) {
+        let stream = &self.rooms.streams[at];
+        if stream.follower.positions {
+            let number = stream.record.number;
+            self.announce(number, offset);
+        }
+    }
+
+    fn position(&mut self, stream: &Stream, offset: u64) {
+        if stream.follower.positions {
+            self.announce(stream.record.number, offset);
+        }
+    }
+
+    fn announce(&mut self, number: u64, offset: u64) {
+        // Two numbers can always be encoded.
+        let at = At(number, offset);
+        let _ = self.message(ProtocolEvent::At.name(), &at, None, usize::MAX >> 1);
+    }
+}

@@ -1,0 +1,212 @@
+//! Rooms with a history: turning it on and off, joining from a position, sending.
+//!
+//! Sending puts the message into the room's log first and looks who is a member then; joining makes the channel a member
+//! first and looks into the log then. So a message is on one side or on both, and each member's position tells which.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use crate::base::lock;
+use crate::channel::Channel;
+use crate::channel::history::{History, Record};
+use crate::channel::outbox::follow::{Followed, Follower, Since};
+use crate::channel::overflow::{Overflow, Push};
+use crate::serve::rooms::{Directory, Guest, JoinError, Room, Rooms, Sent};
+use crate::wire::control::{self, Gap, Missing, Position, Why};
+use crate::wire::message::check_name;
+
+/// Where a channel begins in a room that it joins; see [`Channel::join_at`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Start {
+    /// With what is sent from now on, whatever its opener asked for.
+    Now,
+    /// With the oldest message that the room's history has.
+    Oldest,
+    /// Behind this position.
+    Since(Position),
+}
+
+impl Rooms {
+    /// Lets a room keep its messages, within these bounds, so that members that were away or are slow miss none of them;
+    /// `None` drops what it has. Members get what is sent from now on with its position, if they know of positions.
+    ///
+    /// Such a room treats members whose queues are full as [`Overflow::Recover`] says, unless it has a policy of its own. It
+    /// stays when nobody is in it. Other bounds count from now on; what is turned off and on again begins anew, and who
+    /// comes with a position from before is told so.
+    ///
+    /// All histories of a server together keep at most `Limits::history_bytes`; beyond that the oldest messages of all go
+    /// first, whichever room they are of.
+    ///
+    /// # Errors
+    /// When the name is unsound, there are `Limits::rooms` already, or the system has no random number for the epoch
+    /// ([`JoinError::NoRandom`]).
+    pub fn history(&self, room: &str, bounds: impl Into<Option<History>>) -> Result<(), JoinError> {
+        check_name(room)?;
+        let directory = self.directory();
+        // While nobody can join: who is a member before follows from here on, who joins later does it by itself.
+        let mut table = lock(&directory.table);
+        let Some(bounds) = bounds.into() else {
+            if let Some(room) = table.rooms.get(room).cloned() {
+                let record = lock(&room.sending).history.take();
+                for guest in room.guests().iter() {
+                    if let Some(record) = &record {
+                        guest.outbox.unfollow(record);
+                    }
+                }
+                directory.sweep_in(&mut table, &room);
+            }
+            return Ok(());
+        };
+        let room = directory.room(&mut table, room)?;
+        let known = lock(&room.sending).history.clone();
+        if let Some(record) = known {
+            record.set_bounds(bounds);
+            return Ok(());
+        }
+        let Some(epoch) = Record::new_epoch() else {
+            directory.sweep_in(&mut table, &room);
+            return Err(JoinError::NoRandom);
+        };
+        let (name, number) = (room.tag.name.clone(), directory.next());
+        let record = Record::new(name, number, epoch, bounds, directory.archive.clone());
+        for guest in room.guests().iter() {
+            guest.outbox.follow(&record, guest.follower(Since::Now));
+            guest.outbox.catch_up_now();
+        }
+        lock(&room.sending).history = Some(record);
+        Ok(())
+    }
+
+    /// Where a room's history is now; `None` for a room that keeps none.
+    pub fn position(&self, room: &str) -> Option<Position> {
+        let room = self.directory().existing(room)?;
+        let record = lock(&room.sending).history.clone()?;
+        Some(Position {
+            epoch: record.epoch,
+            offset: record.head(),
+        })
+    }
+
+    /// Bytes that the histories of all rooms hold, as `Limits::history_bytes` counts them.
+    pub fn history_bytes(&self) -> usize {
+        self.directory().archive.used()
+    }
+}
+
+impl Channel {
+    /// Joins a room as [`join`](Self::join) does, from another place in its history than the one that the channel's opener
+    /// presented. In a room without a history that makes no difference.
+    ///
+    /// # Errors
+    /// As [`join`](Self::join).
+    pub fn join_at(&self, room: &str, start: Start) -> Result<(), JoinError> {
+        self.enter(room, Some(start)).map(drop)
+    }
+}
+
+impl Guest {
+    fn follower(&self, since: Since) -> Follower {
+        let welcome = self.session.welcome();
+        Follower {
+            session: self.session_id.shared(),
+            positions: welcome.is_some_and(|welcome| welcome.history),
+            limit: self.session.frame_limit(),
+            since,
+        }
+    }
+
+    /// What its opener presented for this room, once.
+    fn presented(&self, room: &str) -> Option<Position> {
+        let mut since = lock(&self.since);
+        let at = since.iter().position(|place| place.room == room)?;
+        Some(since.swap_remove(at).position())
+    }
+
+    /// Begins to follow a room that it is about to be a member of.
+    pub(super) fn follow(&self, room: &Room, start: Option<Start>) {
+        let presented = self.presented(&room.tag.name);
+        let since = match start {
+            Some(Start::Now) => Since::Now,
+            Some(Start::Oldest) => Since::Oldest,
+            Some(Start::Since(position)) => Since::Position(position),
+            None => presented.map_or(Since::Now, Since::Position),
+        };
+        let record = lock(&room.sending).history.clone();
+        match (record, since) {
+            (Some(record), since) => self.outbox.follow(&record, self.follower(since)),
+            // It counts on a history that is no more.
+            (None, Since::Position(_)) => self.tell_nothing_kept(&room.tag.name),
+            (None, _) => {}
+        }
+    }
+
+    fn tell_nothing_kept(&self, room: &str) {
+        let missing = Missing {
+            epoch: 0,
+            from: 1,
+            to: 0,
+            why: Why::Epoch,
+        };
+        let gap = Gap {
+            room: room.to_owned(),
+            lost: 0,
+            missing: Some(missing),
+        };
+        let knows = self
+            .session
+            .welcome()
+            .is_some_and(|welcome| welcome.history);
+        if let Some(frame) = control::encode(&gap).filter(|_| knows) {
+            // One for each position in its `$open`; a channel that is over needs none.
+            let _ = self.outbox.force(&frame);
+        }
+    }
+}
+
+impl Room {
+    /// Puts a frame into the room's history, and queues it for the members here.
+    pub(super) fn deliver_kept(
+        &self,
+        record: &Arc<Record>,
+        frame: &Bytes,
+        except: &[&str],
+        (policy, direct): (Option<Overflow>, bool),
+    ) -> Sent {
+        let offset = record.push(frame, except);
+        let message = Followed {
+            record,
+            offset,
+            frame,
+            policy: policy.unwrap_or(Overflow::Recover),
+            direct,
+        };
+        let mut sent = Sent::default();
+        for guest in self.guests().iter() {
+            let excluded = except.contains(&&*guest.session_id);
+            let limit = guest.session.frame_limit();
+            match guest.outbox.push_followed(message, limit, excluded) {
+                Push::Queued { .. } if excluded => {}
+                Push::Queued { lost } => {
+                    sent.delivered += 1;
+                    sent.dropped += lost;
+                }
+                Push::Lost => sent.dropped += 1,
+                Push::TooSlow => {
+                    sent.dropped += 1;
+                    guest.close_slow();
+                }
+                Push::Over => {}
+            }
+        }
+        sent
+    }
+}
+
+impl Directory {
+    /// Messages of rooms with a history that members were too slow for.
+    pub(super) fn lost_from_history(&self) -> u64 {
+        self.archive.lost()
+    }
+}
