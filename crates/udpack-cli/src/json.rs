@@ -46,6 +46,12 @@ pub(crate) enum Line<'a> {
     },
     /// It is back.
     Connected {},
+    /// The connection runs over this transport, as `--transport` calls it. Told when it changes, and of the first connection if
+    /// that is not QUIC.
+    Transport {
+        transport: &'static str,
+        reason: &'a str,
+    },
     /// What became of one file.
     File {
         /// `ok` or `error`; from `put -n` and `sync -n` `planned` or `error`; of a file that somebody else works on

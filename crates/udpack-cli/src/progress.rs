@@ -29,6 +29,8 @@ pub(crate) struct Meter {
     progress: Progress,
     /// Shown in place of speed and time left.
     note: Option<&'static str>,
+    /// What the connection runs over and why, unless it is QUIC.
+    over: Option<String>,
 }
 
 #[derive(Debug)]
@@ -58,7 +60,13 @@ impl Meter {
             last: Instant::now(),
             progress: Progress::default(),
             note: None,
+            over: None,
         }
+    }
+
+    /// What the connection runs over and why, shown until it changes; nothing for QUIC.
+    pub(crate) fn over(&mut self, over: Option<String>) {
+        self.over = over;
     }
 
     /// A state shown in place of speed and time left, until it ends.
@@ -96,13 +104,14 @@ impl Meter {
         let rate = self.rate.update(progress.moved, now);
         let stalled = self.stall.update(progress, now).then_some("stalled");
         let note = self.note.or(stalled);
+        let over = self.over.as_deref();
         self.progress = *progress;
         match self.show {
             Show::Bar(drawn) => {
                 if drawn.is_none_or(|drawn| now.duration_since(drawn) >= BAR_EVERY) {
                     self.show = Show::Bar(Some(now));
                     let columns = terminal_columns(&stderr()).unwrap_or(80);
-                    let line = layout(progress, rate, note, self.name(), columns);
+                    let line = layout(progress, rate, (note, over), self.name(), columns);
                     self.console.live(match self.console.colours() {
                         true => coloured(&line),
                         false => line,
@@ -112,7 +121,8 @@ impl Meter {
             Show::Plain => {
                 if now.duration_since(self.last) >= PLAIN_EVERY {
                     self.last = now;
-                    self.console.line(&plain(progress, rate, note, self.name()));
+                    self.console
+                        .line(&plain(progress, rate, (note, over), self.name()));
                 }
             }
             Show::None => {}
@@ -136,7 +146,7 @@ impl Drop for Meter {
 fn layout(
     progress: &Progress,
     rate: f64,
-    note: Option<&str>,
+    (note, over): (Option<&str>, Option<&str>),
     name: &str,
     columns: usize,
 ) -> String {
@@ -179,9 +189,17 @@ fn layout(
             format!("[{:<BAR$}]", format!("{}{head}", "=".repeat(done))),
         );
     }
-    let room = add(6, String::new());
+    if let Some(over) = over {
+        // Why may not fit beside the bar; it was told in a line of its own.
+        let before = add(6, String::new());
+        if add(6, over.to_owned()) == before {
+            let short = over.split(':').next().unwrap_or(over);
+            add(6, short.to_owned());
+        }
+    }
+    let room = add(7, String::new());
     if room > SHORTEST_NAME {
-        add(6, cut(name, room.saturating_sub(1).min(NAME)));
+        add(7, cut(name, room.saturating_sub(1).min(NAME)));
     }
     pieces.sort_by_key(|(place, _)| *place);
     let pieces: Vec<_> = pieces.into_iter().map(|(_, piece)| piece).collect();
@@ -206,7 +224,12 @@ fn coloured(line: &str) -> String {
     }
 }
 
-fn plain(progress: &Progress, rate: f64, note: Option<&str>, name: &str) -> String {
+fn plain(
+    progress: &Progress,
+    rate: f64,
+    (note, over): (Option<&str>, Option<&str>),
+    name: &str,
+) -> String {
     let acked = size(progress.acked as f64);
     let mut line = match is_final(progress) {
         true => format!(
@@ -219,6 +242,9 @@ fn plain(progress: &Progress, rate: f64, note: Option<&str>, name: &str) -> Stri
     line.push_str(&pace(progress, rate, note));
     if progress.files > 1 {
         let _ = write!(line, " {} of {} files", progress.files_done, progress.files);
+    }
+    if let Some(over) = over {
+        let _ = write!(line, " over {over}");
     }
     if !name.is_empty() {
         let _ = write!(line, " {name}");
@@ -393,15 +419,23 @@ mod tests {
         (progress.files_done, progress.files) = (99, 10_000);
         (progress.listed, progress.sized) = (true, true);
         let name = "a/long/way/down/to/a/file-with-a-name.bin";
-        let line = |columns| layout(&progress, 2.5 * 1024.0 * 1024.0, None, name, columns);
+        let line = |columns| {
+            layout(
+                &progress,
+                2.5 * 1024.0 * 1024.0,
+                (None, None),
+                name,
+                columns,
+            )
+        };
         for columns in 0..200 {
-            let lost = layout(&progress, 0.0, Some("reconnecting"), name, columns);
+            let lost = layout(&progress, 0.0, (Some("reconnecting"), None), name, columns);
             for line in [line(columns), lost] {
                 assert!(line.chars().count() < columns.max(1), "{columns}: {line}");
             }
         }
         let wide = "東京/写真/二〇二六年十一月二十九日の夜.jpeg";
-        let line_of = |name, columns| layout(&progress, 0.0, None, name, columns);
+        let line_of = |name, columns| layout(&progress, 0.0, (None, None), name, columns);
         for columns in 0..200 {
             let line = line_of(wide, columns);
             assert!(columns_of(&line) < columns.max(1), "{columns}: {line}");
@@ -417,11 +451,11 @@ mod tests {
             line(120),
             " 40 % [======>         ] 12.0 MiB of 30.0 MiB 2.5 MiB/s eta 0:07 99/10000 …/a/file-with-a-name.bin"
         );
-        let lost = |columns| layout(&progress, 0.0, Some("reconnecting"), name, columns);
+        let lost = |columns| layout(&progress, 0.0, (Some("reconnecting"), None), name, columns);
         assert_eq!(lost(20), " 40 % reconnecting");
         progress.listed = false;
         assert_eq!(
-            layout(&progress, 0.0, None, "", 40),
+            layout(&progress, 0.0, (None, None), "", 40),
             "12.0 MiB 0 B/s 99/10000"
         );
     }
@@ -482,17 +516,17 @@ mod tests {
         open.sized = false;
         assert_eq!(eta(&open, 1e6), "-");
         assert_eq!(
-            plain(&open, 1024.0, None, "piped"),
+            plain(&open, 1024.0, (None, None), "piped"),
             "27.0 MiB so far 1.0 KiB/s eta - piped"
         );
         open.sized = true;
         assert_eq!(
-            plain(&open, f64::from(1 << 20), None, "x"),
+            plain(&open, f64::from(1 << 20), (None, None), "x"),
             "90 % 27.0 MiB of 30.0 MiB 1.0 MiB/s eta 0:03 x"
         );
         open.listed = false;
-        assert!(plain(&open, 1.0, None, "").starts_with("27.0 MiB so far "));
-        assert!(plain(&open, 1.0, Some("stalled"), "").contains(" stalled"));
+        assert!(plain(&open, 1.0, (None, None), "").starts_with("27.0 MiB so far "));
+        assert!(plain(&open, 1.0, (Some("stalled"), None), "").contains(" stalled"));
     }
 
     #[test]

@@ -960,9 +960,12 @@ fn ping_shows_each_round_trip_and_a_summary() {
     let lines: Vec<&str> = plain.lines().collect();
     assert_eq!(lines.len(), 4, "{plain}");
     assert!(lines[3].starts_with("min/avg/max  "), "{plain}");
-    let events = events(&ping(&["--json"]));
+    assert!(lines[3].ends_with(" ms over quic: UDP passes"), "{plain}");
+    let events = events(&ping(&["--json", "--transport", "wss"]));
     assert_eq!(named(&events, "pong").len(), 3);
     assert_eq!(events[3]["count"], 3);
+    assert_eq!(events[3]["transport"], "wss");
+    assert_eq!(events[3]["transport_reason"], "no other is allowed");
 }
 
 #[test]

@@ -101,6 +101,7 @@ async fn get(
                         let what = Thing::File;
                         origins.insert(0, Origin { shown, what });
                         let mut meter = Meter::new(args.show.progress, args.log.quiet, console);
+                        report.connected(&link, &mut meter);
                         let transfer = Transfer::Down(download);
                         report.follow(transfer, None, &origins, &mut meter).await;
                         return Ok(());
@@ -251,6 +252,7 @@ async fn fetch(
         Some(wanted)
     });
     let mut meter = Meter::new(args.show.progress, args.log.quiet, console);
+    report.connected(link, &mut meter);
     let download = downloader.get(wanted);
     let preserve = args.transfer.preserve;
     let finisher = lister.clone();
@@ -593,6 +595,7 @@ impl Pouring {
             None => String::new(),
         };
         let mut meter = Meter::new(args.show.progress, args.log.quiet, console);
+        report.connected(link, &mut meter);
         let fetched = async {
             match self.fetching.join_next().await {
                 Some(Ok(fetched)) => fetched,

@@ -10,7 +10,7 @@ use crate::hub::PING;
 use crate::json::Line;
 use crate::output;
 use crate::signals::Interrupts;
-use crate::target::{Target, retry};
+use crate::target::{Target, retry, transport_name};
 use crate::value::Value;
 
 #[derive(Debug, Default)]
@@ -32,7 +32,8 @@ impl Times {
 
 pub(super) async fn run(args: PingArgs, interrupts: Interrupts) -> anyhow::Result<()> {
     let mut times = Times::default();
-    let result = ping(&args, interrupts, &mut times).await;
+    let mut over = None;
+    let result = ping(&args, interrupts, &mut times, &mut over).await;
     let shown = times
         .min
         .map(|min| (ms(min), ms(times.sum / times.count), ms(times.max)));
@@ -47,12 +48,17 @@ pub(super) async fn run(args: PingArgs, interrupts: Interrupts) -> anyhow::Resul
             "min": shown.map(|(min, _, _)| min),
             "avg": shown.map(|(_, avg, _)| avg),
             "max": shown.map(|(_, _, max)| max),
+            "transport": over.as_ref().map(|(name, _)| name),
+            "transport_reason": over.as_ref().map(|(_, why)| why),
             "error_kind": kind.map(Kind::name),
             "error": error.as_ref().map(|error| error.text.as_str()),
             "hint": error.as_ref().and_then(|error| error.hint.as_deref()),
         })))?;
     } else if let Some((min, avg, max)) = shown {
-        let line = format!("min/avg/max  {min:.3}/{avg:.3}/{max:.3} ms");
+        let mut line = format!("min/avg/max  {min:.3}/{avg:.3}/{max:.3} ms");
+        if let Some((name, why)) = over {
+            line.push_str(&format!(" over {name}: {why}"));
+        }
         output::unless_gone(output::line(&line))?;
     }
     result
@@ -66,6 +72,7 @@ async fn ping(
     args: &PingArgs,
     mut interrupts: Interrupts,
     times: &mut Times,
+    over: &mut Option<(&'static str, String)>,
 ) -> anyhow::Result<()> {
     let target = Target::find_reconnecting(&args.connect, retry(None))?;
     target
@@ -81,6 +88,8 @@ async fn ping(
                 let _: Value = channel.request("ping", &number).await?;
                 let time = began.elapsed();
                 times.add(time);
+                let why = socket.transport_reason();
+                *over = why.map(|why| (transport_name(&socket.transport()), why.to_string()));
                 let written = if args.json {
                     output::json(&json!({ "event": "pong", "number": number, "ms": ms(time) }))
                 } else {

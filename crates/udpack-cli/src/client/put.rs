@@ -104,6 +104,7 @@ async fn put(
                     uploader = uploader.limit(Limiter::new(rate));
                 }
                 let mut meter = Meter::new(args.show.progress, args.log.quiet, console);
+                report.connected(&link, &mut meter);
                 let origins = Origins::default();
                 let upload = uploader.put(sources(plan, args.allow_empty, &origins));
                 report

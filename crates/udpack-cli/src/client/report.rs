@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use tokio::sync::{mpsc, oneshot, watch};
+use udpack::{Transport, TransportReason};
 use udpack_transfer::{
-    Code, Download, Event, FetchError, Fetched, Left, LinkEvent, LinkEvents, OtherTime, Outcome,
-    Progress, TransferError, Upload,
+    Code, Download, Event, FetchError, Fetched, Left, Link, LinkEvent, LinkEvents, OtherTime,
+    Outcome, Progress, TransferError, Upload,
 };
 
 use super::failures::Failures;
@@ -21,6 +22,7 @@ use crate::json::Line;
 use crate::logging::Console;
 use crate::output;
 use crate::progress::{Meter, percent, size};
+use crate::target::transport_name;
 use crate::value::hex;
 use crate::when::utc;
 
@@ -402,6 +404,9 @@ impl Report {
                         Event::Reconnecting { attempt, delay, reason }
                     }
                     Some(LinkEvent::Connected) => Event::Connected,
+                    Some(LinkEvent::TransportChanged { to, why }) => {
+                        Event::TransportChanged { to, why }
+                    }
                     Some(_) => continue,
                     None => {
                         links = None;
@@ -470,6 +475,7 @@ impl Report {
                     self.console.line("connected again");
                 }
             }
+            Event::TransportChanged { to, why } => self.transport(&to, why, meter),
             Event::Done(outcome) => {
                 meter.ended(outcome.index);
                 self.done(&origins.take(outcome.index), &outcome);
@@ -480,6 +486,30 @@ impl Report {
                 self.failed(&path, &origin.shown, &anyhow::Error::new(error));
             }
             _ => {}
+        }
+    }
+
+    /// The connection runs over this transport now.
+    fn transport(&mut self, transport: &Transport, why: TransportReason, meter: &mut Meter) {
+        let (name, why) = (transport_name(transport), why.to_string());
+        meter.over((*transport != Transport::Quic).then(|| format!("{name}: {why}")));
+        self.json(&Line::Transport {
+            transport: name,
+            reason: &why,
+        });
+        if !self.quiet {
+            self.console.line(&format!("connected over {name}: {why}"));
+        }
+    }
+
+    /// Says over which transport the first connection runs, unless it is QUIC.
+    pub(super) fn connected(&mut self, link: &Link, meter: &mut Meter) {
+        let Some(socket) = link.live() else { return };
+        let transport = socket.transport();
+        if let Some(why) = socket.transport_reason()
+            && transport != Transport::Quic
+        {
+            self.transport(&transport, why, meter);
         }
     }
 

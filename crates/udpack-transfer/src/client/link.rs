@@ -4,12 +4,15 @@
 //! again while the others wait. What a reconnect cannot mend (a refused token, another key, another
 //! version) is final.
 
-use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::sync::{Mutex, broadcast};
+use tokio::task::AbortHandle;
+use tokio::time::Instant;
 use udpack::{
-    Client, CloseCode, CloseReason, ConnectError, GoAway, Outage, Side, Socket, SocketState,
+    Client, CloseCode, CloseReason, ConnectError, GoAway, Outage, Probes, Side, Socket,
+    SocketState, Transport, TransportChoice, TransportReason,
 };
 
 use crate::local::error::TransferError;
@@ -36,6 +39,13 @@ pub enum LinkEvent {
     },
     /// It is back.
     Connected,
+    /// The connection runs over another transport than the one before it, or the first one not over QUIC.
+    TransportChanged {
+        /// What it speaks.
+        to: Transport,
+        /// Why.
+        why: TransportReason,
+    },
 }
 
 /// A server to which lanes come back. A handle: clones share one socket.
@@ -79,6 +89,21 @@ struct State {
     socket: Option<Socket>,
     /// Why there will be no other socket.
     over: Option<TransferError>,
+    /// Since when the socket is there.
+    since: Option<Instant>,
+    /// When to look for UDP while the socket runs over TCP, and who does.
+    probes: Arc<StdMutex<Probes>>,
+    looking: Option<Looking>,
+}
+
+/// A task that looks for UDP. Dropping it ends the task.
+#[derive(Debug)]
+struct Looking(AbortHandle);
+
+impl Drop for Looking {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 impl Link {
@@ -99,7 +124,10 @@ impl Link {
             way,
             retry: Retry::default(),
             shared: Arc::new(Shared {
-                state: Mutex::new(State { socket, over: None }),
+                state: Mutex::new(State {
+                    socket,
+                    ..State::default()
+                }),
                 outage: StdMutex::default(),
                 events: broadcast::Sender::new(EVENTS),
             }),
@@ -195,14 +223,34 @@ impl Link {
             }
             match client.connect_eager(address).await {
                 Ok(socket) => {
-                    state.socket = Some(socket.clone());
                     if again {
                         let _ = self.shared.events.send(LinkEvent::Connected);
                     }
+                    state.take(socket.clone(), &self.shared.events);
+                    self.look_for_udp(&mut state);
                     return Ok(socket);
                 }
                 Err(error) => lost = Some(Lost::from(error)),
             }
+        }
+    }
+
+    /// Looks for UDP beside a socket that runs over TCP, if the client goes by both.
+    fn look_for_udp(&self, state: &mut State) {
+        let (Way::Dial { client, address }, Some(socket)) = (&self.way, &state.socket) else {
+            return;
+        };
+        let over_tcp = matches!(socket.transport(), Transport::WebSocket { .. });
+        if client.transport() == TransportChoice::Auto && over_tcp {
+            let client = client.over(TransportChoice::Quic);
+            let client = client.beginning_with(socket.remote_address());
+            let task = tokio::spawn(go_over(
+                Arc::downgrade(&self.shared),
+                (client, address.clone()),
+                socket.clone(),
+                state.probes.clone(),
+            ));
+            state.looking = Some(Looking(task.abort_handle()));
         }
     }
 
@@ -373,6 +421,66 @@ impl LinkEvents {
                 Err(broadcast::error::RecvError::Closed) => return None,
             }
         }
+    }
+}
+
+impl State {
+    /// Takes the next socket, and tells if it runs over another transport.
+    fn take(&mut self, socket: Socket, events: &broadcast::Sender<LinkEvent>) {
+        let before = self.socket.as_ref().map(Socket::transport);
+        let before = before.unwrap_or(Transport::Quic);
+        let lasted = self
+            .since
+            .is_some_and(|since| since.elapsed() >= Probes::LASTING);
+        if before == Transport::Quic && lasted {
+            *self.probes.lock().unwrap_or_else(PoisonError::into_inner) = Probes::default();
+        }
+        self.since = Some(Instant::now());
+        self.looking = None;
+        let to = socket.transport();
+        if let Some(why) = socket.transport_reason().filter(|_| before != to) {
+            tracing::info!(?to, %why, "the transport has changed");
+            let _ = events.send(LinkEvent::TransportChanged { to, why });
+        }
+        self.socket = Some(socket);
+    }
+}
+
+/// Connects over QUIC beside a socket that runs over TCP, as soon as UDP passes, and closes that one then: its lanes are opened
+/// again on the new one, and offer what they had begun with the same run.
+async fn go_over(
+    shared: Weak<Shared>,
+    (client, address): (Client, Arc<str>),
+    old: Socket,
+    probes: Arc<StdMutex<Probes>>,
+) {
+    loop {
+        let wait = probes.lock().unwrap_or_else(PoisonError::into_inner).wait();
+        tokio::time::sleep(wait).await;
+        // Who has lost it, or is to leave it, connects again anyway.
+        if old.close_reason().is_some() || old.goaway().is_some() {
+            return;
+        }
+        let better = match client.connect(&address).await {
+            Ok(better) => better,
+            Err(error) => {
+                tracing::debug!(%error, "UDP does not pass yet");
+                continue;
+            }
+        };
+        let Some(shared) = shared.upgrade() else {
+            return;
+        };
+        let mut state = shared.state.lock().await;
+        let stays = old.close_reason().is_none() && old.goaway().is_none();
+        if stays && state.over.is_none() {
+            // This task is the one that `take` ends, at its next wait.
+            state.take(better, &shared.events);
+            drop(state);
+            let text = "the transfer goes on over another transport";
+            old.abort(CloseCode::MOVED, text);
+        }
+        return;
     }
 }
 

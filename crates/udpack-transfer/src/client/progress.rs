@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{Interval, MissedTickBehavior};
+use udpack::{Transport, TransportReason};
 
 use crate::client::link::{LinkEvent, LinkEvents};
 use crate::local::error::TransferError;
@@ -67,6 +68,13 @@ pub enum Event {
     },
     /// The connection is back.
     Connected,
+    /// The connection runs over another transport than the one before it, or the first one not over QUIC.
+    TransportChanged {
+        /// What it speaks.
+        to: Transport,
+        /// Why.
+        why: TransportReason,
+    },
 }
 
 /// How far an upload is. Acknowledged bytes and files never go down; the bytes reach the total only with the
@@ -305,6 +313,9 @@ impl Feed {
                         return Some(Event::Reconnecting { attempt, delay, reason });
                     }
                     Some(LinkEvent::Connected) => return Some(Event::Connected),
+                    Some(LinkEvent::TransportChanged { to, why }) => {
+                        return Some(Event::TransportChanged { to, why });
+                    }
                     None => self.link_events = None,
                 },
                 count = self.happened.recv_many(&mut self.gathered, GATHERED) => {

@@ -108,7 +108,7 @@ impl Probes {
     const FIRST: Duration = Duration::from_secs(5);
     const MOST: Duration = Duration::from_secs(300);
     /// A connection over UDP that is lost sooner shows a network that lets a handshake pass and not much more.
-    pub(crate) const LASTING: Duration = Duration::from_secs(60);
+    pub const LASTING: Duration = Duration::from_secs(60);
 
     /// How long to wait before the next look.
     pub fn wait(&mut self) -> Duration {
