@@ -1104,15 +1104,19 @@ pub(crate) struct ConnectArgs {
     #[arg(long, value_name = "HEX")]
     pub(crate) fingerprint: Option<Fingerprint>,
 
-    /// What to connect over.
-    #[arg(
-        long,
-        value_enum,
-        default_value_t = TransportArg::Auto,
-        env = "UDPACK_TRANSPORT",
-        hide_short_help = true
-    )]
-    pub(crate) transport: TransportArg,
+    /// What to connect over. Default: auto, which tries both at once for a day where TCP was needed.
+    #[arg(long, value_enum, env = "UDPACK_TRANSPORT", hide_short_help = true)]
+    pub(crate) transport: Option<TransportArg>,
+
+    /// The HTTP proxy that the way over TCP leads through, [http://][USER[:PASSWORD]@]HOST[:PORT]. Default:
+    /// https_proxy, HTTPS_PROXY, all_proxy or ALL_PROXY. Not for the servers in no_proxy or NO_PROXY. A password is
+    /// safer in a variable: arguments show in the list of processes.
+    #[arg(long, value_name = "URL", hide_short_help = true)]
+    pub(crate) proxy: Option<String>,
+
+    /// Use no proxy, whatever the environment says.
+    #[arg(long, conflicts_with = "proxy", hide_short_help = true)]
+    pub(crate) no_proxy: bool,
 
     /// Congestion control for what the client sends.
     #[arg(long, value_enum, default_value_t = CcArg::Auto, hide_short_help = true)]
@@ -1477,8 +1481,8 @@ mod tests {
             let connects = command.get_arguments().any(|arg| arg.get_id() == "to");
             for arg in command.get_arguments() {
                 let expected = match arg.get_id().as_str() {
-                    "to" | "keys" | "token_file" | "fingerprint" | "transport" | "cc"
-                    | "connect_timeout" | "qlog"
+                    "to" | "keys" | "token_file" | "fingerprint" | "transport" | "cc" | "proxy"
+                    | "no_proxy" | "connect_timeout" | "qlog"
                         if connects =>
                     {
                         Some("Connection")

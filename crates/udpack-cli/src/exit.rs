@@ -273,6 +273,7 @@ fn connecting(error: &ConnectError) -> Meaning {
                     ConnectError::PinMismatch { .. }
                         | ConnectError::Untrusted { .. }
                         | ConnectError::Handshake { .. }
+                        | ConnectError::ProxyRefused { .. }
                         | ConnectError::Denied(_)
                 )
             };
@@ -283,6 +284,16 @@ fn connecting(error: &ConnectError) -> Meaning {
             Kind::Network,
             hint(
                 "check that udpack-server runs there, that host and port are right, and that UDP is let through",
+            ),
+        ),
+        ConnectError::Proxy { .. } => (
+            Kind::Network,
+            hint("check the proxy and that it reaches the server; --no-proxy goes without"),
+        ),
+        ConnectError::ProxyRefused { .. } => (
+            Kind::Network,
+            hint(
+                "check the user and password of the proxy, and what it lets through; --no-proxy goes without",
             ),
         ),
         ConnectError::Untrusted { .. } => (

@@ -15,6 +15,7 @@ mod pages;
 mod progress;
 #[cfg(feature = "web")]
 mod qr;
+mod remembered;
 mod server;
 mod signals;
 mod target;

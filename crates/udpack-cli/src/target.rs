@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use udpack::{
     Client, ClientBuilder, CloseCode, ConnectError, ConnectUrl, DEFAULT_PORT, Fingerprint,
-    FingerprintError, Socket, Timeouts, TokenFile, TokenFileError, Transport, claimed_token,
+    FingerprintError, Proxy, Socket, Timeouts, TokenFile, TokenFileError, Transport, claimed_token,
 };
 use udpack_transfer::{Link, LinkEvent, Retry, TransferError};
 
-use crate::args::ConnectArgs;
+use crate::args::{ConnectArgs, TransportArg};
 use crate::exit::{Explained, Failure, Kind};
+use crate::remembered::Remembered;
 use crate::signals::Interrupts;
 
 /// A server, and what it takes to be let in.
@@ -21,6 +22,8 @@ pub(crate) struct Target {
     /// The key to expect; `None` where an authority vouches for the server.
     pin: Option<Fingerprint>,
     client: Client,
+    /// Where servers that need TCP are remembered.
+    remembered: Remembered,
     /// The file that holds no key, where none was given.
     no_key: Option<PathBuf>,
     /// The file that holds no token, where none was given.
@@ -79,18 +82,30 @@ impl Target {
             .agent(concat!("udpack-client/", env!("CARGO_PKG_VERSION")))
             .timeouts(timeouts)
             .congestion(args.cc.into())
-            .transport(args.transport.into());
+            .transport(args.transport.unwrap_or(TransportArg::Auto).into());
         if let Some(pin) = pin {
             client = client.pin(pin);
+        }
+        if let Some(proxy) = proxy(args)? {
+            client = client.proxy(proxy);
         }
         if let Some(dir) = &args.qlog {
             client = client.qlog(qlog_dir(dir)?);
         }
         let client = set(client).build()?;
+        let remembered = match args.transport {
+            None => Remembered::of_user(),
+            Some(_) => Remembered::nothing(),
+        };
+        let server = address(&url);
+        if remembered.has(&server) {
+            client.expect_tcp(&server);
+        }
         Ok(Self {
             url,
             pin,
             client,
+            remembered,
             no_key,
             no_token,
         })
@@ -173,6 +188,7 @@ impl Target {
             socket = link.eager() => socket.map_err(|error| self.explained(error.into()))?,
             () = interrupts.first() => return Err(Failure::interrupted().into()),
         };
+        self.remember(&first);
         // The work begins behind the hello; whether the server lets us in shows meanwhile.
         let refused = async {
             // The work may have ended, and the socket with it, before this is looked at again.
@@ -202,6 +218,9 @@ impl Target {
             }
         };
         // Whatever was asked has its answer: a graceful close would only add round trips.
+        if let Some(socket) = link.live() {
+            self.remember(&socket);
+        }
         let _ = tokio::time::timeout(PARTING, link.leave()).await;
         result
     }
@@ -246,6 +265,7 @@ impl Target {
             }
             () = interrupts.first() => return Err(Failure::interrupted().into()),
         };
+        self.remember(&socket);
         let refused = async {
             match socket.admitted().await {
                 Ok(()) => {
@@ -269,9 +289,16 @@ impl Target {
         if let Err(reason) = socket.admitted().await {
             return Err(self.explained(ConnectError::Denied(reason).into()));
         }
+        self.remember(&socket);
         socket.abort(CloseCode::NORMAL, "done");
         let _ = tokio::time::timeout(PARTING, socket.closed()).await;
         result
+    }
+
+    /// Remembers over what the server was reached, for the next run.
+    fn remember(&self, socket: &Socket) {
+        let over_tcp = matches!(socket.transport(), Transport::WebSocket { .. });
+        self.remembered.note(&self.address(), over_tcp);
     }
 }
 
@@ -326,6 +353,37 @@ fn server(args: &ConnectArgs) -> anyhow::Result<ConnectUrl> {
 fn unfit(what: &str, error: &udpack::ConnectUrlError) -> Failure {
     Failure::new(Kind::Usage, format!("{what} is not a server: {error}"))
         .hint("use HOST[:PORT], or what `udpack-server url` prints at the server: udpack://TOKEN@HOST:PORT#sha256:HEX")
+}
+
+/// The proxy by curl's rules: small letters go before capital ones, and what is empty is not set.
+fn proxy(args: &ConnectArgs) -> anyhow::Result<Option<Proxy>> {
+    let set = |name: &str| env::var(name).ok().filter(|value| !value.is_empty());
+    if args.no_proxy {
+        return Ok(None);
+    }
+    let proxy = match &args.proxy {
+        // The text may hold a password: only the reason is shown.
+        Some(proxy) => proxy
+            .parse::<Proxy>()
+            .map_err(|error| Failure::new(Kind::Usage, format!("--proxy is no proxy: {error}")))?,
+        None => {
+            let names = ["https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"];
+            let mut named = names.iter().filter_map(|name| Some((name, set(name)?)));
+            let Some((name, proxy)) = named.next() else {
+                return Ok(None);
+            };
+            match proxy.parse::<Proxy>() {
+                Ok(proxy) => proxy,
+                // It is for other programs, too, and this one mostly needs none.
+                Err(error) => {
+                    tracing::warn!("{name} is not used: {error}");
+                    return Ok(None);
+                }
+            }
+        }
+    };
+    let except = set("no_proxy").or_else(|| set("NO_PROXY"));
+    Ok(Some(proxy.except(&except.unwrap_or_default())))
 }
 
 fn public_key(keys: &Path) -> anyhow::Result<Option<Fingerprint>> {

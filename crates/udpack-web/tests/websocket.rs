@@ -1,58 +1,20 @@
 //! Sessions over WebSockets, through TLS and HTTP on loopback: as a client of good will has them, and what is refused.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
-use udpack::{
-    Channel, Client, ClientBuilder, ConnectError, Context, Deny, Fault, Hello, Identity, Peer,
-    Server, Transport, TransportChoice, Web,
-};
+use udpack::{Client, ConnectError, Identity, Server, Transport, TransportChoice, Web};
 use udpack_web::{HttpListener, Site};
 
+#[path = "common/serving.rs"]
+mod serving;
 #[path = "../../udpack/tests/hostile/tls.rs"]
 mod trusting;
 
-const LOCAL: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 0);
-
-async fn bounded<F: Future>(future: F) -> F::Output {
-    let output = tokio::time::timeout(Duration::from_secs(60), future).await;
-    output.expect("the test takes no minute")
-}
-
-/// A server, and where it takes WebSockets.
-async fn serving() -> (Server, SocketAddr) {
-    let server = Server::builder()
-        .identity(Identity::generate().unwrap())
-        .auth(|hello: Hello| async move {
-            match hello.token() {
-                "right" => Ok(Peer::new(format!("{:?}", hello.transport()))),
-                _ => Err(Deny::auth_failed()),
-            }
-        })
-        .channel("echo", |channel: Channel| async move {
-            let echo = |text: String, _: Context| async move { Ok::<_, Fault>(text) };
-            channel.on("echo", echo).run().await
-        })
-        .bind(LOCAL)
-        .await
-        .unwrap();
-    let listener = HttpListener::bind(LOCAL).await.unwrap();
-    let address = listener.local_addr();
-    let site = Site::of(server.clone(), Web::new());
-    tokio::spawn(listener.serve(site));
-    (server, address)
-}
-
-fn client(server: &Server) -> ClientBuilder {
-    Client::builder()
-        .pin(server.fingerprint())
-        .token("right")
-        .transport(TransportChoice::WebSocket)
-}
+use serving::{bounded, client, serving};
 
 #[tokio::test]
 async fn a_session_goes_over_a_websocket() {

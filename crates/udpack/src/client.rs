@@ -29,6 +29,7 @@ use crate::session::{Session, give_up};
 use crate::transport::dialer::{DialError, Dialer, DialerError};
 use crate::transport::endpoint::Via;
 use crate::transport::on_path;
+use crate::transport::proxy::Proxy;
 use crate::transport::{Connection, ConnectionError, Endpoint, StreamError};
 use crate::trust::auth::Peer;
 use crate::trust::certificate::dates;
@@ -43,6 +44,7 @@ use crate::wire::control::{self, Decode, ResumeRequest, ResumeTicket, Welcome};
 
 mod race;
 mod takeover;
+mod through_proxy;
 
 /// A client's settings; each `connect` makes a socket of its own. Cheap to clone.
 #[derive(Clone)]
@@ -67,6 +69,8 @@ struct Settings {
     fallbacks: Vec<(ConnectUrl, Client)>,
     /// The transports that won earlier races.
     won: Won,
+    /// Where the way over TCP leads through.
+    proxy: Option<Proxy>,
 }
 
 impl Client {
@@ -85,6 +89,7 @@ impl Client {
             reconnect: None,
             fallbacks: Vec::new(),
             over: TransportChoice::default(),
+            proxy: None,
             via: Via::default(),
             qlog: None,
         }
@@ -200,6 +205,14 @@ impl Client {
         }
     }
 
+    /// Tells the client that this server, `HOST[:PORT]`, was reached over TCP before, because no UDP passed: it tries both
+    /// at once there for the next day, as it does after it has found so itself. Text that is no server is passed over.
+    pub fn expect_tcp(&self, server: &str) {
+        if let Ok(url) = server.parse::<ConnectUrl>() {
+            self.inner.won.websocket(url.authority());
+        }
+    }
+
     /// The transport that the client connects over.
     pub fn transport(&self) -> TransportChoice {
         self.over
@@ -279,17 +292,30 @@ impl Client {
         last: Option<SocketAddr>,
     ) -> Result<Established, ConnectError> {
         let token = self.new_token().await?;
-        let addresses = self.inner.dialer.lookup(url.host(), url.port()).await;
-        let addresses = addresses.map_err(|source| ConnectError::Resolve {
-            host: url.host().to_owned(),
-            source,
-        })?;
-        let over = (self.over, self.inner.won.was_websocket(url));
-        let (conn, endpoint) = self
-            .dial_any(url, race::in_turn(addresses, last.or(self.first), over))
-            .await?;
+        let last = last.or(self.first);
+        let proxy = self.inner.proxy.as_ref();
+        let proxy = proxy.filter(|proxy| proxy.is_for(url.host()));
+        let (conn, endpoint) = match proxy {
+            Some(proxy) if self.over != TransportChoice::Quic => {
+                self.dial_beside_proxy(url, last, proxy).await?
+            }
+            _ => {
+                let over = (self.over, self.inner.won.was_websocket(url));
+                let found = self.lookup(url).await?;
+                self.dial_any(url, race::in_turn(found, last, over)).await?
+            }
+        };
         let why = self.inner.won.note(url, self.over, &conn);
         self.introduce((conn, endpoint), why, &token, ticket).await
+    }
+
+    /// The addresses of a server.
+    async fn lookup(&self, url: &ConnectUrl) -> Result<Vec<SocketAddr>, ConnectError> {
+        let found = self.inner.dialer.lookup(url.host(), url.port()).await;
+        found.map_err(|source| ConnectError::Resolve {
+            host: url.host().to_owned(),
+            source,
+        })
     }
 
     /// The token to present now.
@@ -385,6 +411,14 @@ impl Client {
             DialError::Setting(setting) => ConnectError::Setting(setting),
             DialError::Refused(text) => ConnectError::Dial { address, text },
             DialError::Silent => ConnectError::Unreachable { address },
+            DialError::Proxy { text, retry } => {
+                let proxy = self.inner.proxy.as_ref().map(Proxy::to_string);
+                let proxy = proxy.unwrap_or_default();
+                match retry {
+                    true => ConnectError::Proxy { proxy, text },
+                    false => ConnectError::ProxyRefused { proxy, text },
+                }
+            }
             DialError::Pin(PinMismatch {
                 expected,
                 presented,
@@ -480,6 +514,15 @@ impl Won {
             .is_some_and(|at| at.elapsed() < REMEMBERED)
     }
 
+    /// A server was reached by a WebSocket.
+    fn websocket(&self, server: String) {
+        let mut won = lock(&self.0);
+        if won.len() >= SERVERS {
+            won.clear();
+        }
+        won.insert(server, Instant::now());
+    }
+
     /// Records which transport won, and returns why it is used.
     fn note(&self, url: &ConnectUrl, over: TransportChoice, conn: &Connection) -> TransportReason {
         let mut won = lock(&self.0);
@@ -489,10 +532,8 @@ impl Won {
                 if over == TransportChoice::Auto && !won.contains_key(&server) {
                     tracing::warn!(server, "connected over TCP: nothing was heard over UDP");
                 }
-                if won.len() >= SERVERS {
-                    won.clear();
-                }
-                won.insert(server, Instant::now());
+                drop(won);
+                self.websocket(server);
                 match over {
                     TransportChoice::Auto => TransportReason::UdpBlocked,
                     _ => TransportReason::Chosen,
@@ -745,6 +786,7 @@ pub struct ClientBuilder {
     reconnect: Option<Reconnect>,
     fallbacks: Vec<(String, Option<Fingerprint>)>,
     over: TransportChoice,
+    proxy: Option<Proxy>,
     via: Via,
     qlog: Option<PathBuf>,
 }
@@ -847,6 +889,14 @@ impl ClientBuilder {
         self
     }
 
+    /// Goes through this proxy wherever it goes over TCP, but to the servers that the proxy is [not for](Proxy::except). The
+    /// proxy resolves the server's name. Over QUIC the way leads through no proxy. Defaults to none; the library does not look at
+    /// the environment.
+    pub fn proxy(mut self, proxy: Proxy) -> Self {
+        self.proxy = Some(proxy);
+        self
+    }
+
     #[cfg(feature = "testing")]
     pub(crate) fn via(mut self, via: Via) -> Self {
         self.via = via;
@@ -909,6 +959,7 @@ impl ClientBuilder {
                 reconnect: self.reconnect,
                 fallbacks,
                 won: Won::default(),
+                proxy: self.proxy,
             }),
         })
     }
@@ -949,6 +1000,8 @@ impl fmt::Debug for ClientBuilder {
 /// | `Local` | yes | the system is short of something |
 /// | `Dial` | yes | there is no route at the moment, or no server at the port |
 /// | `Unreachable` | yes | the server or the way to it is down |
+/// | `Proxy` | yes | the proxy is out of reach, or does not reach the server at the moment |
+/// | `ProxyRefused` | no | the proxy wants other credentials, or does not let through to this server |
 /// | `EachAddress` | yes | where one of its errors is worth it |
 /// | `EachServer` | yes | where one of its errors is worth it |
 /// | `PinMismatch` | no | this is not the server that was asked for |
@@ -1004,6 +1057,22 @@ pub enum ConnectError {
     Unreachable {
         /// The server's address.
         address: SocketAddr,
+    },
+    /// The proxy is out of reach, or the server is for the proxy.
+    #[error("the proxy {proxy} does not lead to the server: {text}")]
+    Proxy {
+        /// The proxy, as `HOST:PORT`.
+        proxy: String,
+        /// Why.
+        text: String,
+    },
+    /// The proxy wants another user or password, or does not let through to this server.
+    #[error("the proxy {proxy} refuses: {text}")]
+    ProxyRefused {
+        /// The proxy, as `HOST:PORT`.
+        proxy: String,
+        /// Why.
+        text: String,
     },
     /// The name has several addresses, and none of them leads to the server.
     #[error("no address of {host} works: {}", one_by_one(.errors))]
@@ -1064,6 +1133,8 @@ fn one_by_one(errors: &[(SocketAddr, ConnectError)]) -> String {
         // The text of these errors names the address.
         ConnectError::Dial { .. }
         | ConnectError::Unreachable { .. }
+        | ConnectError::Proxy { .. }
+        | ConnectError::ProxyRefused { .. }
         | ConnectError::Untrusted { .. }
         | ConnectError::Handshake { .. } => error.to_string(),
         ConnectError::Local(source) => format!("{address}: {error}: {source}"),
@@ -1080,6 +1151,7 @@ impl ConnectError {
             | Self::Resolve { .. }
             | Self::Local(_)
             | Self::Dial { .. }
+            | Self::Proxy { .. }
             | Self::Unreachable { .. } => true,
             Self::Denied(reason) => reason.retry,
             Self::EachAddress { errors, .. } => errors.iter().any(|(_, error)| error.retry()),
@@ -1089,6 +1161,7 @@ impl ConnectError {
             | Self::Tls(_)
             | Self::Address(_)
             | Self::PinMismatch { .. }
+            | Self::ProxyRefused { .. }
             | Self::Untrusted { .. }
             | Self::Handshake { .. } => false,
         }
@@ -1142,6 +1215,14 @@ mod tests {
                 text: text.clone(),
             },
             ConnectError::Unreachable { address },
+            ConnectError::Proxy {
+                proxy: text.clone(),
+                text: text.clone(),
+            },
+            ConnectError::ProxyRefused {
+                proxy: text.clone(),
+                text: text.clone(),
+            },
             ConnectError::EachAddress {
                 host: text.clone(),
                 errors: vec![(address, ConnectError::Unreachable { address })],
@@ -1172,6 +1253,8 @@ mod tests {
                 | ConnectError::Local(_)
                 | ConnectError::Dial { .. }
                 | ConnectError::Unreachable { .. }
+                | ConnectError::Proxy { .. }
+                | ConnectError::ProxyRefused { .. }
                 | ConnectError::EachAddress { .. }
                 | ConnectError::EachServer { .. }
                 | ConnectError::PinMismatch { .. }

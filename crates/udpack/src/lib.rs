@@ -167,6 +167,7 @@ pub use session::subscription::Subscription;
 pub use session::volatile::{Volatile, VolatileError};
 pub use transport::lookup::lookup;
 pub use transport::probe;
+pub use transport::proxy::{Proxy, ProxyError};
 pub use trust::auth::{Authenticate, Deny, Hello, Peer};
 pub use trust::fingerprint::{Fingerprint, FingerprintError};
 #[cfg(feature = "https")]

@@ -14,6 +14,7 @@ pub(crate) mod memory;
 pub(crate) mod mux;
 pub(crate) mod path_activity;
 pub mod probe;
+pub(crate) mod proxy;
 pub(crate) mod qlog;
 pub(crate) mod quic;
 mod timer;

@@ -24,10 +24,12 @@ pub(crate) fn workdir() -> TempDir {
 pub(crate) fn quiet(mut command: Command, dir: &Path) -> Command {
     for (name, _) in std::env::vars_os() {
         let ours = name.to_string_lossy();
-        if ours.starts_with("UDPACK_") || ours == "RUST_LOG" {
+        let proxy = ours.to_lowercase().ends_with("_proxy");
+        if ours.starts_with("UDPACK_") || ours == "RUST_LOG" || proxy {
             command.env_remove(&name);
         }
     }
+    command.env("XDG_STATE_HOME", dir.join(".state"));
     command.current_dir(dir).stdin(Stdio::null());
     command
 }

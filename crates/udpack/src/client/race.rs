@@ -32,7 +32,7 @@ const PAUSE: Duration = Duration::from_millis(250);
 const MOST: usize = 32;
 
 /// How much later than QUIC a WebSocket is tried: enough for a handshake over most paths.
-const LATER: Duration = Duration::from_millis(300);
+pub(super) const LATER: Duration = Duration::from_millis(300);
 
 /// Attempts at these addresses: `last`, where it is one of them, before the others, which stay in the order of the
 /// resolver; then IPv6 and IPv4 take turns, so that one family without a route does not delay the other. If both

@@ -11,6 +11,7 @@ use tokio::time::Instant;
 
 use crate::base::lock;
 use crate::transport::endpoint::{self, At, FirstWord, Route, Side, Via};
+use crate::transport::proxy::Proxy;
 use crate::transport::qlog::Qlog;
 use crate::transport::{Connection, ConnectionError, Endpoint, quic, trips, websocket};
 use crate::trust::fingerprint::Fingerprint;
@@ -62,6 +63,11 @@ pub(crate) enum DialError {
     },
     /// The handshake failed.
     Handshake(ConnectionError),
+    /// The proxy, which is not the server, is out of reach or does not lead there; with the reason, and whether it may do so later.
+    Proxy {
+        text: String,
+        retry: bool,
+    },
 }
 
 /// Without an answer for so long, a dial asks the system whether anybody is there. Most handshakes are over by then, and
@@ -169,15 +175,7 @@ impl Dialer {
         host: &str,
     ) -> Result<(Connection, Endpoint), DialError> {
         let conn = match &self.via {
-            Via::System => {
-                let way = websocket::Way {
-                    tls: &self.tls,
-                    limits: &self.limits,
-                    timeouts: &self.timeouts,
-                    local: self.local,
-                };
-                way.dial(address, host).await?
-            }
+            Via::System => self.way().dial(address, host).await?,
             #[cfg(feature = "testing")]
             Via::Net(net) => {
                 let (stream, local) = net.connect(address).await.map_err(DialError::Local)?;
@@ -191,6 +189,45 @@ impl Dialer {
             }
         };
         Ok((Connection::Mux(conn.clone()), Endpoint::Mux(conn)))
+    }
+
+    /// Connects to the server `host`, which is called `name`, over TCP and through a proxy. An error comes with the proxy's address,
+    /// as far as that is known.
+    ///
+    /// # Cancel safety
+    /// A dropped future gives the connection up.
+    pub(crate) async fn dial_through(
+        &self,
+        proxy: &Proxy,
+        (host, port): (&str, u16),
+        name: &str,
+    ) -> Result<(Connection, Endpoint), (Option<SocketAddr>, DialError)> {
+        let silent = |text: &str| DialError::Proxy {
+            text: text.to_owned(),
+            retry: true,
+        };
+        let found = self.lookup(proxy.host(), proxy.port()).await;
+        let found = found.map_err(|_| (None, silent("its name cannot be resolved")))?;
+        let way = self.way();
+        let mut last = (None, silent("its name has no address"));
+        for address in found {
+            match way.dial_through(proxy, address, (host, port), name).await {
+                Ok(conn) => return Ok((Connection::Mux(conn.clone()), Endpoint::Mux(conn))),
+                // The next address is the same proxy, where this one leads to none.
+                Err((error, false)) => last = (Some(address), error),
+                Err((error, true)) => return Err((Some(address), error)),
+            }
+        }
+        Err(last)
+    }
+
+    fn way(&self) -> websocket::Way<'_> {
+        websocket::Way {
+            tls: &self.tls,
+            limits: &self.limits,
+            timeouts: &self.timeouts,
+            local: self.local,
+        }
     }
 
     /// See [`Via::proved_route_to`]. What the last proof showed counts for a while: it costs as much as a handshake.

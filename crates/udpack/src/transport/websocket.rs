@@ -19,6 +19,7 @@ use crate::base::text::printable_within;
 use crate::transport::connection::ConnectionError;
 use crate::transport::dialer::DialError;
 use crate::transport::mux::{self, Ends, Side};
+use crate::transport::proxy::Proxy;
 use crate::transport::trips;
 use crate::trust::origin::Transport;
 use crate::trust::tls::Distrust;
@@ -65,8 +66,45 @@ impl Way<'_> {
         let stream = stream.await.map_err(|_| DialError::Silent)??;
         // What was measured of the path.
         let limit = limit + trips(begun.elapsed());
-        let rest = timeout_at(begun + limit, self.over(stream, address, host));
+        let rest = timeout_at(
+            begun + limit,
+            self.over(stream, address, host, address.port()),
+        );
         rest.await.map_err(|_| DialError::Silent)?
+    }
+
+    /// Connects to the server `host`, which is called `name`, through the proxy at this address. An error comes with whether the proxy
+    /// was there.
+    ///
+    /// # Cancel safety
+    /// A dropped future gives the connection up.
+    pub(super) async fn dial_through(
+        &self,
+        proxy: &Proxy,
+        address: SocketAddr,
+        (host, port): (&str, u16),
+        name: &str,
+    ) -> Result<mux::Connection, (DialError, bool)> {
+        let of_proxy = |text: &str| DialError::Proxy {
+            text: text.to_owned(),
+            retry: true,
+        };
+        let deadline = Instant::now() + self.timeouts.handshake;
+        let connected = timeout_at(deadline, self.tcp(address)).await;
+        let mut stream = match connected {
+            Ok(Ok(stream)) => stream,
+            Ok(Err(DialError::Refused(text))) => return Err((of_proxy(&text), false)),
+            Ok(Err(error)) => return Err((error, false)),
+            Err(_) => return Err((of_proxy("it cannot be reached in time"), false)),
+        };
+        let led = timeout_at(deadline, proxy.connect(&mut stream, (host, port))).await;
+        led.map_err(|_| (of_proxy("it gives no answer in time"), true))?
+            .map_err(|error| (error, true))?;
+        let rest = timeout_at(deadline, self.over(stream, address, name, port)).await;
+        match rest {
+            Ok(done) => done.map_err(|error| (error, true)),
+            Err(_) => Err((of_proxy("nothing comes from the server through it"), true)),
+        }
     }
 
     async fn tcp(&self, address: SocketAddr) -> Result<TcpStream, DialError> {
@@ -91,6 +129,7 @@ impl Way<'_> {
         stream: TcpStream,
         address: SocketAddr,
         host: &str,
+        port: u16,
     ) -> Result<mux::Connection, DialError> {
         let local = stream.local_addr().ok();
         let name = ServerName::try_from(host.to_owned())
@@ -98,7 +137,7 @@ impl Way<'_> {
         let connector = TlsConnector::from(self.tls.clone());
         let stream = connector.connect(name, stream).await;
         let stream = stream.map_err(|error| failed(&error))?;
-        let socket = handshake(stream, host, address.port()).await?;
+        let socket = handshake(stream, host, port).await?;
         let ends = Ends {
             local,
             remote: address,

@@ -1,0 +1,81 @@
+//! Reaching a server where the way over TCP leads through a proxy: the way over UDP does not, and begins with a lookup that may take
+//! long or fail where only the proxy can resolve names.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use crate::client::race::{self, Attempt, LATER, Way};
+use crate::client::{Client, ConnectError, TransportChoice};
+use crate::session::driver::Reached;
+use crate::transport::proxy::Proxy;
+use crate::trust::url::ConnectUrl;
+
+impl Client {
+    /// Makes a connection over TCP through this proxy, or over QUIC if the client goes by both and that is sooner. The address `last` is
+    /// tried first.
+    pub(super) async fn dial_beside_proxy(
+        &self,
+        url: &ConnectUrl,
+        last: Option<SocketAddr>,
+        proxy: &Proxy,
+    ) -> Result<Reached, ConnectError> {
+        let begin = |way, pause| Attempt {
+            // Neither has one yet.
+            address: SocketAddr::from((Ipv4Addr::UNSPECIFIED, proxy.port())),
+            way,
+            pause,
+        };
+        let both = self.over == TransportChoice::Auto;
+        let waits = both && !self.inner.won.was_websocket(url);
+        let later = if waits { LATER } else { Duration::ZERO };
+        let direct = both.then(|| begin(Way::Quic, Duration::ZERO));
+        let attempts = direct.into_iter().chain([begin(Way::WebSocket, later)]);
+        let raced = race::race(attempts.collect(), |attempt| async move {
+            match attempt.way {
+                Way::Quic => {
+                    let found = self.lookup(url).await?;
+                    let over = (TransportChoice::Quic, false);
+                    self.dial_any(url, race::in_turn(found, last, over)).await
+                }
+                Way::WebSocket => self.dial_through(url, proxy, attempt.address).await,
+            }
+        });
+        raced.await.map_err(|errors| without_lookup(url, errors))
+    }
+
+    async fn dial_through(
+        &self,
+        url: &ConnectUrl,
+        proxy: &Proxy,
+        unknown: SocketAddr,
+    ) -> Result<Reached, ConnectError> {
+        let server = (url.host(), url.port());
+        let dialled = self
+            .inner
+            .dialer
+            .dial_through(proxy, server, url.server_name());
+        let dialled = dialled.await;
+        dialled.map_err(|(address, error)| self.dial_error(address.unwrap_or(unknown), error))
+    }
+}
+
+/// Why neither way leads to the server. That its name is not known here is no fault where the proxy resolves it.
+fn without_lookup(url: &ConnectUrl, tried: Vec<(Attempt, ConnectError)>) -> ConnectError {
+    let mut errors = Vec::new();
+    let several = tried.len() > 1;
+    for (attempt, error) in tried {
+        match error {
+            ConnectError::Resolve { .. } if several => {}
+            ConnectError::EachAddress { errors: each, .. } => errors.extend(each),
+            error => errors.push((attempt.address, error)),
+        }
+    }
+    let host = url.host().to_owned();
+    match errors.pop() {
+        Some((_, only)) if errors.is_empty() => only,
+        last => {
+            errors.extend(last);
+            ConnectError::EachAddress { host, errors }
+        }
+    }
+}
