@@ -143,6 +143,19 @@ pub(crate) struct ServerArgs {
     #[arg(long, default_value = "./uploads", env = "UDPACK_DIR")]
     pub(crate) dir: PathBuf,
 
+    /// Store received files in an object store instead: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX or
+    /// file:///DIRECTORY. Credentials come from the environment (AWS_ACCESS_KEY_ID and so on; AWS_ENDPOINT with AWS_ALLOW_HTTP=true for a
+    /// server of your own). --dir keeps the journals by which uploads go on after a crash.
+    #[cfg(feature = "store")]
+    #[arg(long, value_name = "URL", env = "UDPACK_STORE", conflicts_with_all = ["min_free", "fsync"])]
+    pub(crate) store: Option<String>,
+
+    /// Bytes of files on their way into the object store, all uploads together, which the server keeps in memory; a file has parts of
+    /// at most a quarter of it, and 10,000 of them.
+    #[cfg(feature = "store")]
+    #[arg(long, value_name = "SIZE", default_value = "256M", requires = "store")]
+    pub(crate) store_budget: Size,
+
     /// Where the server's key and token live; made at the first start, readable by the owner alone.
     #[arg(long, default_value = "./keys", env = "UDPACK_KEYS")]
     pub(crate) keys: PathBuf,

@@ -2,6 +2,7 @@
 
 mod hook;
 mod metrics;
+mod place;
 mod systemd;
 mod tokens;
 mod uploads;
@@ -19,7 +20,7 @@ use listenfd::ListenFd;
 use serde_json::json;
 use tokio::time::MissedTickBehavior;
 use udpack::{Authenticate as _, BindError, Drain, Identity, Limits, Server, TokenFile, Web};
-use udpack_transfer::{Control, Limiter, Receiver, ReceiverConfig, Scope, Store, StoreConfig};
+use udpack_transfer::{Control, Limiter, ReceiverConfig, Scope};
 use udpack_web::{HttpListener, Site};
 
 use crate::args::{ServerArgs, ServerCommand};
@@ -30,6 +31,7 @@ use crate::output;
 use crate::pages;
 #[cfg(feature = "web")]
 use crate::qr;
+use crate::server::place::Place;
 use crate::signals::Interrupts;
 use crate::target::qlog_dir;
 
@@ -83,21 +85,10 @@ async fn serve(args: &ServerArgs, given: ListenFd) -> anyhow::Result<()> {
     let taken = None;
     let tcp = tcp(args, socket.local_addr()?, taken).await;
     let qlog = args.qlog.as_ref().map(|dir| qlog_dir(dir)).transpose()?;
-    let config = StoreConfig {
-        max_file: args.max_file.0,
-        quota: args.quota.0,
-        min_free: args.min_free.map(|size| size.0.unwrap_or(0)),
-        names: args.names.into(),
-        overwrite: args.overwrite.into(),
-        expire: args.expire.0,
-        sync: args.fsync.into(),
-        ..StoreConfig::default()
-    };
-    let store = Store::open(&args.dir, config).map_err(|error| {
-        anyhow::Error::new(error).context(format!("cannot use {}", args.dir.display()))
-    })?;
+    let place = Place::open(args).await?;
     let limiter = |rate: Option<u64>| rate.map_or_else(Limiter::unlimited, Limiter::new);
-    let mut receiver = Receiver::new(store.clone(), receiving(args))
+    let mut receiver = place
+        .receiver(receiving(args))
         .limit(limiter(args.bwlimit.up), limiter(args.bwlimit.down));
     if let Some(hook) = hook {
         receiver = receiver.hook(hook::Program::new(&hook, args.hook_timeout.0));
@@ -140,14 +131,14 @@ async fn serve(args: &ServerArgs, given: ListenFd) -> anyhow::Result<()> {
     if let Some(scrapes) = &scrapes {
         places.push(("metrics", scrapes.local_addr().to_string()));
     }
-    announce(args, &server, &tokens, first_start, places, link)?;
+    announce(args, &place, &server, &tokens, first_start, places, link)?;
     let watcher = systemd::Watcher::from_env();
     watcher.tell("READY=1");
     let stop = async {
         tokio::select! {
             () = interrupts.first() => {}
             () = control.drain_asked() => {}
-            () = sweep(&store) => {}
+            () = place.sweep() => {}
         }
         watcher.tell("STOPPING=1");
         tracing::info!(within = ?DRAIN, "shutting down; a second signal ends it at once");
@@ -268,23 +259,6 @@ async fn withdraw(server: &Server, tokens: &TokenFile) {
     }
 }
 
-/// Removes expired interrupted uploads. Runs for ever.
-async fn sweep(store: &Store) {
-    let mut ticks = tokio::time::interval(SWEEP);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    // The store was swept when it was opened.
-    ticks.tick().await;
-    loop {
-        ticks.tick().await;
-        let store = store.clone();
-        match tokio::task::spawn_blocking(move || store.sweep()).await {
-            Ok(Ok(0)) | Err(_) => {}
-            Ok(Ok(removed)) => tracing::info!(removed, "interrupted uploads have expired"),
-            Ok(Err(error)) => tracing::warn!(%error, "cannot look for expired uploads"),
-        }
-    }
-}
-
 /// What arrives within a few seconds at this rate is all that may be under way: whoever fills a larger window
 /// first and is read slowly then takes the pause for a dead peer.
 fn limits(args: &ServerArgs, rate: Option<u64>) -> Limits {
@@ -307,6 +281,7 @@ fn limits(args: &ServerArgs, rate: Option<u64>) -> Limits {
 /// can be pasted where the file is. The token stands in it on a terminal at the first start; else the command that shows it.
 fn announce(
     args: &ServerArgs,
+    place: &Place,
     server: &Server,
     tokens: &TokenFile,
     first_start: bool,
@@ -334,7 +309,7 @@ fn announce(
     let mut lines = vec![
         ("listening", server.local_addr().to_string()),
         ("fingerprint", fingerprint.to_string()),
-        ("uploads", args.dir.display().to_string()),
+        ("uploads", place.to_string()),
     ];
     lines.extend(places);
     #[cfg(feature = "web")]
@@ -379,8 +354,6 @@ fn announce(
 
 /// How often it is looked whether the token file has changed.
 const FOLLOW: Duration = Duration::from_secs(1);
-/// How often expired uploads are looked for.
-const SWEEP: Duration = Duration::from_secs(600);
 const LEAST_WINDOW: u32 = 64 << 10;
 /// How long running uploads may go on after the first signal.
 const DRAIN: Duration = Duration::from_secs(10);

@@ -484,8 +484,9 @@ impl<R: Recipient> Worker<R> {
             return;
         };
         if let Stage::Writing(upload) = std::mem::replace(&mut self.stage, Stage::Ended) {
-            // What a server cannot write is gone.
-            put_aside(upload, R::DOWNLOADS && error.retry()).await;
+            // What a server cannot write is gone, but for what a sink may take later.
+            let later = self.plan.resume && matches!(error, StoreError::Unavailable { .. });
+            put_aside(upload, later || R::DOWNLOADS && error.retry()).await;
         }
         if let Some(recipient) = self.recipient.take() {
             recipient.stored(Err(error));

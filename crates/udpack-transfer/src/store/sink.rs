@@ -38,8 +38,9 @@ pub use memory::{Memory, MemoryUpload, MemoryWhole};
 /// # Rules
 /// - Nothing of a file is visible under its name before [`publish`](Self::publish) gives it the name, and all of it is
 ///   durable when that returns.
-/// - An error ends its upload, but for [`StoreError::BadOffset`]. Code and text of the error are told to the client, so
-///   the text names nothing that the client must not know.
+/// - An error ends its upload, but for [`StoreError::BadOffset`]: after [`StoreError::Unavailable`] one that is `resumable` is
+///   suspended, after any other it is aborted. Code and text of the error are told to the client, so the text names nothing
+///   that the client must not know.
 /// - A future may be dropped at any await. A dropped future has done all of its work or nothing that shows, what earlier
 ///   calls acknowledged is still there, and the upload can be suspended or aborted. Dropping an upload is suspending it;
 ///   dropping what is whole is discarding it.

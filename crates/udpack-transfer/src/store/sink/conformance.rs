@@ -162,6 +162,14 @@ fn check_have(have: &[Range], all: &[u8]) {
     }
 }
 
+/// Bytes from the beginning on that are there, in one range or several that join.
+fn held(have: &[Range]) -> u64 {
+    have.iter().fold(0, |end, range| match range.off == end {
+        true => end + range.len,
+        false => end,
+    })
+}
+
 /// Sends what is missing behind what was `sent`, and publishes.
 async fn complete<S: Sink>(
     sink: &S,
@@ -388,15 +396,7 @@ async fn a_checkpoint_outlives_its_upload<S: Sink>(
         if !sink.abilities().resume {
             assert_eq!((safe, &have[..]), (0, &[][..]), "{path}");
         }
-        let first = have.iter().map_while({
-            let mut end = 0;
-            move |range| {
-                let joins = range.off == end;
-                end = range.off + range.len;
-                joins.then_some(end)
-            }
-        });
-        let held = first.last().unwrap_or(0);
+        let held = held(&have);
         assert!(held >= safe, "{path}: {held} of {safe} durable bytes");
         // What a client sent before it was told of it.
         write(sink, &mut upload, &all, 0, 1_000).await;
@@ -668,8 +668,8 @@ async fn dropped_futures_lose_nothing_that_was_acknowledged<S: Sink>(
                 let mut upload = begin(sink, &new).await;
                 let have = sink.have(&mut upload).await.expect("what is there");
                 check_have(&have, &all);
-                let first = have.first().map_or(0, |range| range.off + range.len);
-                assert!(first >= safe, "{step}: {first} of {safe}");
+                let held = held(&have);
+                assert!(held >= safe, "{step}: {held} of {safe}");
                 sink.abort(upload).await;
             }
         }
