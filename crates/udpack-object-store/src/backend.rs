@@ -29,8 +29,9 @@ use object_store::{
 };
 use url::Url;
 
-use crate::error::OpenError;
+use crate::error::{OpenError, Trouble, trouble};
 use crate::local::LocalParts;
+use crate::sink::Settings;
 
 /// One object store.
 #[derive(Clone)]
@@ -59,7 +60,11 @@ impl std::fmt::Debug for Backend {
 
 impl Backend {
     /// The store at this address, with the settings that the environment has.
-    pub(crate) fn open(address: &str, journals: &FilePath) -> Result<Self, OpenError> {
+    pub(crate) fn open(
+        address: &str,
+        extra: &Settings,
+        journals: &FilePath,
+    ) -> Result<Self, OpenError> {
         let unknown = || OpenError::Address {
             url: address.to_owned(),
         };
@@ -75,15 +80,21 @@ impl Backend {
         let prefix = Path::from_url_path(url.path()).map_err(|cause| settings(cause.into()))?;
         let prefix = String::from(prefix);
         match url.scheme() {
-            "s3" if !bucket.is_empty() => s3(address, bucket, prefix).map_err(settings),
+            "s3" if !bucket.is_empty() => s3(address, bucket, prefix, extra).map_err(settings),
             "gs" if !bucket.is_empty() => {
-                let set = google_timeout(GoogleCloudStorageBuilder::from_env());
+                let mut set = google_timeout(GoogleCloudStorageBuilder::from_env());
+                for (name, value) in extra.pairs() {
+                    set = set.with_config(name.parse().map_err(settings)?, value);
+                }
                 let built = set.with_bucket_name(bucket).with_retry(retries()).build();
                 let store = Arc::new(built.map_err(settings)?);
                 Ok(Self::of(store.clone(), store, address, prefix))
             }
             "az" if !bucket.is_empty() => {
-                let set = azure_timeout(MicrosoftAzureBuilder::from_env());
+                let mut set = azure_timeout(MicrosoftAzureBuilder::from_env());
+                for (name, value) in extra.pairs() {
+                    set = set.with_config(name.parse().map_err(settings)?, value);
+                }
                 let built = set
                     .with_container_name(bucket)
                     .with_retry(retries())
@@ -143,12 +154,15 @@ impl Backend {
     }
 }
 
-fn s3(address: &str, bucket: &str, prefix: String) -> Result<Backend, Cause> {
+fn s3(address: &str, bucket: &str, prefix: String, extra: &Settings) -> Result<Backend, Cause> {
     let free = OnlyIfFree::default();
-    let set = AmazonS3Builder::from_env()
+    let mut set = AmazonS3Builder::from_env()
         .with_bucket_name(bucket)
         .with_retry(retries())
         .with_http_connector(free.clone());
+    for (name, value) in extra.pairs() {
+        set = set.with_config(name.parse()?, value);
+    }
     let timeout = AmazonS3ConfigKey::Client(ClientConfigKey::Timeout);
     let set = match set.get_config_value(&timeout) {
         Some(_) => set,
@@ -265,13 +279,31 @@ impl S3 {
         Ok(ids.collect())
     }
 
-    /// One request, by a signed address.
+    /// One request, by a signed address, and again where it fails for a while.
     async fn ask(
         &self,
         method: Method,
         key: &Path,
         query: &[(&str, &str)],
         body: String,
+    ) -> Result<String, Cause> {
+        for pause in PAUSES {
+            match self.try_ask(&method, key, query, &body).await {
+                Err(cause) if trouble(&cause) == Trouble::Passing => {
+                    tokio::time::sleep(pause).await
+                }
+                asked => return asked,
+            }
+        }
+        self.try_ask(&method, key, query, &body).await
+    }
+
+    async fn try_ask(
+        &self,
+        method: &Method,
+        key: &Path,
+        query: &[(&str, &str)],
+        body: &str,
     ) -> Result<String, Cause> {
         let failed = |source: Box<dyn std::error::Error + Send + Sync>| Cause::Generic {
             store: "S3",
@@ -283,8 +315,8 @@ impl S3 {
             .store
             .signed_url_opts(method.clone(), key, within, &options)
             .await?;
-        let mut request = HttpRequest::new(HttpRequestBody::from(body));
-        *request.method_mut() = method;
+        let mut request = HttpRequest::new(HttpRequestBody::from(body.to_owned()));
+        *request.method_mut() = method.clone();
         *request.uri_mut() = url.as_str().parse().map_err(|e| failed(Box::new(e)))?;
         let answer = self.client.execute(request).await;
         let answer = answer.map_err(|e| failed(Box::new(e)))?;
@@ -384,6 +416,12 @@ impl HttpService for Conditional {
     }
 }
 
+/// Before a request of our own is made again.
+const PAUSES: [Duration; 3] = [
+    Duration::from_millis(100),
+    Duration::from_millis(500),
+    Duration::from_secs(2),
+];
 /// The tag that holds the hash of an object.
 const TAG: &str = "udpack-blake3";
 /// Most bytes of a key, in every store.
@@ -418,7 +456,7 @@ mod tests {
             "file://host/x",
             "s3://b/x?y=z",
         ] {
-            let refused = Backend::open(url, dir.path());
+            let refused = Backend::open(url, &Settings::default(), dir.path());
             assert!(
                 matches!(refused, Err(OpenError::Address { .. })),
                 "{url}: {refused:?}"

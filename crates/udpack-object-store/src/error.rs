@@ -104,7 +104,12 @@ pub(crate) fn text(error: &Cause) -> String {
 
 pub(crate) fn trouble(error: &Cause) -> Trouble {
     let said = text(error);
-    let has = |words: &[&str]| words.iter().any(|word| said.contains(word));
+    // As the services write it. Names and addresses, which are in the text too, hold such words by chance only.
+    let has = |codes: &[&str]| {
+        codes
+            .iter()
+            .any(|code| said.contains(&format!("<Code>{code}")))
+    };
     // What the store says is more exact than its status.
     if has(&["NoSuchBucket", "ContainerNotFound"]) {
         return Trouble::NoBucket;
@@ -117,7 +122,7 @@ pub(crate) fn trouble(error: &Cause) -> Trouble {
     ]) {
         return Trouble::Expired;
     }
-    if has(&["QuotaExceeded", "InsufficientStorage", "StorageFull", "507"]) && !has(&["SlowDown"]) {
+    if has(&["QuotaExceeded", "InsufficientStorage", "XMinioStorageFull"]) {
         return Trouble::Full;
     }
     if has(&["ConditionalRequestConflict"]) {
@@ -132,8 +137,8 @@ pub(crate) fn trouble(error: &Cause) -> Trouble {
         Cause::Unauthenticated { .. } => Trouble::Expired,
         Cause::InvalidPath { .. } => Trouble::BadName,
         _ if has(&["NoSuchUpload", "InvalidPart"]) => Trouble::Missing,
-        _ if has(&["PreconditionFailed", "412"]) => Trouble::Taken,
-        _ if has(&["KeyTooLong", "File name too long"]) => Trouble::BadName,
+        _ if has(&["PreconditionFailed"]) => Trouble::Taken,
+        _ if has(&["KeyTooLong"]) || said.contains("File name too long") => Trouble::BadName,
         _ if has(&[
             "AccessDenied",
             "SignatureDoesNotMatch",
@@ -223,7 +228,7 @@ mod tests {
             source: "<Code>ExpiredToken</Code>".into(),
         };
         let missing = Cause::NotFound {
-            path: "p".into(),
+            path: "QuotaExceeded/507".into(),
             source: "<Code>NoSuchKey</Code>".into(),
         };
         let taken = Cause::AlreadyExists {

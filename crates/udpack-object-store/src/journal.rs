@@ -179,11 +179,6 @@ impl Journal {
         File::open(dir)?.sync_all()?;
         Ok(gone)
     }
-
-    /// Removes it: there is nothing left to do.
-    pub(crate) fn remove(self) -> io::Result<()> {
-        std::fs::remove_file(&self.path)
-    }
 }
 
 /// What is left of an upload that was to be ended.

@@ -33,5 +33,5 @@ mod upload;
 
 pub use error::OpenError;
 pub use publish::ObjectWhole;
-pub use sink::{ObjectConfig, ObjectSink};
+pub use sink::{ObjectConfig, ObjectSink, Settings};
 pub use upload::ObjectUpload;

@@ -133,8 +133,8 @@ impl Whole {
                 }
                 let journal = lock(&work.parts.journal).take();
                 if let Some(journal) = journal {
-                    // One that stays is found to be complete later, and removed then.
-                    let _ = Inner::aside(move || journal.remove()).await;
+                    // Beside the upload there may be others, of requests whose answers were lost.
+                    work.inner.end(journal).await;
                 }
                 Ok(published)
             }

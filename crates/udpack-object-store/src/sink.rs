@@ -1,6 +1,7 @@
 //! [`ObjectSink`]: the sink itself. What it opens, what it counts, and what it cleans up.
 
 use std::collections::{HashMap, HashSet};
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
@@ -43,6 +44,31 @@ pub struct ObjectConfig {
     pub overwrite: Overwrite,
     /// How long an interrupted upload is kept after its last part. Defaults to 24 hours.
     pub expire: Duration,
+    /// Settings that the environment does not have. Defaults to none.
+    pub settings: Settings,
+}
+
+/// Settings of a store, such as `aws_endpoint`, which count more than those of the environment. `Debug` shows no value.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct Settings(Vec<(String, String)>);
+
+impl Settings {
+    /// Pairs of a name, as the crate `object_store` has it, and a value.
+    pub fn new(pairs: impl IntoIterator<Item = (String, String)>) -> Self {
+        Self(pairs.into_iter().collect())
+    }
+
+    pub(crate) fn pairs(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.0.iter().map(|(name, value)| (&**name, &**value))
+    }
+}
+
+impl fmt::Debug for Settings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list()
+            .entries(self.pairs().map(|(name, _)| name))
+            .finish()
+    }
 }
 
 impl Default for ObjectConfig {
@@ -56,6 +82,7 @@ impl Default for ObjectConfig {
             names: Names::Any,
             overwrite: Overwrite::Never,
             expire: Duration::from_secs(24 * 60 * 60),
+            settings: Settings::default(),
         }
     }
 }
@@ -221,17 +248,9 @@ impl Inner {
 
     async fn end_in_store(&self, record: &Record) -> Result<(), Cause> {
         let object = Path::parse(&record.head.object)?;
-        let ids = match (&record.id, &self.backend.s3) {
-            (Some(id), _) => vec![id.clone()],
-            // The server fell between the store's answer and the journal.
-            (None, Some(s3)) => {
-                let known = self.known();
-                let mut ids = s3.uploads(&object).await?;
-                ids.retain(|id| !known.contains(id));
-                ids
-            }
-            (None, None) => Vec::new(),
-        };
+        let mut ids: Vec<String> = record.id.clone().into_iter().collect();
+        // The store's answer may have been lost, in a crash or before it was asked again.
+        ids.extend(self.unknown(&object).await?);
         for id in &ids {
             missing_is_done(self.backend.parts.abort_multipart(&object, id).await)?;
         }
@@ -239,6 +258,19 @@ impl Inner {
             missing_is_done(self.backend.store.delete(&object).await)?;
         }
         Ok(())
+    }
+
+    /// Uploads of this key in S3 that no journal here knows.
+    async fn unknown(&self, object: &Path) -> Result<Vec<String>, Cause> {
+        let Some(s3) = &self.backend.s3 else {
+            return Ok(Vec::new());
+        };
+        let mut ids = s3.uploads(object).await?;
+        if !ids.is_empty() {
+            let known = self.known();
+            ids.retain(|id| !known.contains(id));
+        }
+        Ok(ids)
     }
 
     fn is_own(&self, key: &Path) -> bool {
@@ -348,7 +380,7 @@ impl ObjectSink {
             dir: dir.clone(),
             cause,
         })?;
-        let backend = Backend::open(url, &dir)?;
+        let backend = Backend::open(url, &config.settings, &dir)?;
         Self::over(backend, dir, config).await
     }
 
