@@ -3,6 +3,7 @@
 //! Secrets never have to be in an argument: a token comes from a file or the environment. Those variables
 //! are read in `target`, not here, so that no help text and no usage error can show their values.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -51,6 +52,7 @@ Exit codes:
   11   no handler for this request, or no such channel
   12   no such file or transfer at the server
   13   files changed or vanished while a mirror read them; all others are done
+  14   a command at the other end of a pipe failed, or what it wrote is not whole
   130  interrupted";
 
 const ENVIRONMENT: &str = "\
@@ -81,13 +83,16 @@ Examples:
   udpack-client put report.pdf                   stored as report.pdf
   udpack-client put photos --as backup/          stored as backup/photos/…
   udpack-client put -p --exclude '*.tmp' work/   what is in work, with modes and times
-  tar c work | udpack-client put - --as work.tar";
+  tar c work | udpack-client put - --as work.tar
+  udpack-client put --from-command 'pg_dump shop' --as shop.sql";
 
 const GET_EXAMPLES: &str = "\
 Examples:
   udpack-client get report.pdf                   into this directory
   udpack-client get photos/ --as local/          what is in photos, into local
-  udpack-client get / --as mirror/ -p            everything, with modes and times";
+  udpack-client get / --as mirror/ -p            everything, with modes and times
+  udpack-client get shop.sql --to-command 'psql --single-transaction shop'
+  udpack-client get work.tar - | tar t           to standard output";
 
 const SYNC_EXAMPLES: &str = "\
 Examples:
@@ -564,8 +569,26 @@ pub(crate) enum ClientCommand {
 #[derive(Debug, Args)]
 pub(crate) struct PutArgs {
     /// Files and directories to send; `dir/` sends what is in it, `-` standard input.
-    #[arg(value_name = "PATH", required_unless_present = "files_from")]
+    #[arg(value_name = "PATH", required_unless_present_any = ["files_from", "from_command"])]
     pub(crate) paths: Vec<PathBuf>,
+
+    /// Send what this command of the shell writes, which is stored only if it exits with 0. In a pipeline that is the exit
+    /// code of the last command.
+    #[arg(long, value_name = "CMD", requires = "name", conflicts_with_all = ["paths", "files_from"])]
+    pub(crate) from_command: Option<String>,
+
+    /// Standard input or the command is stored only if it has this many bytes.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) size: Option<u64>,
+
+    /// Standard input or the command is stored only if it ends with this text, with or without the end of a line.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub(crate) require_eof_marker: Option<OsString>,
+
+    /// How much of standard input or of the command is kept until the server has it on disk, so that a lost connection costs
+    /// nothing: 16M in memory, the rest in a private file in TMPDIR.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "1G")]
+    pub(crate) spool: u64,
 
     /// Also send the files that FILE lists, one path a line; `-` reads the list from standard input.
     #[arg(long, value_name = "FILE")]
@@ -614,6 +637,11 @@ pub(crate) struct GetArgs {
     /// Files and directories of the server; `dir/` gets what is in it, `/` everything.
     #[arg(value_name = "REMOTE", required = true, value_parser = name())]
     pub(crate) paths: Vec<String>,
+
+    /// Give a single file to the standard input of this command of the shell, which has to exit with 0. The last bytes come only when
+    /// all are known to be right; without them it should fail.
+    #[arg(long, value_name = "CMD", conflicts_with = "name")]
+    pub(crate) to_command: Option<String>,
 
     /// Local name, for a single file or directory; with a `/` at the end, the directory for all.
     #[arg(long = "as", value_name = "NAME|DIR/")]

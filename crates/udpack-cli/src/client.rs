@@ -9,6 +9,7 @@ mod get;
 mod jobs;
 mod ping;
 mod plan;
+mod producer;
 mod put;
 mod remote;
 mod report;

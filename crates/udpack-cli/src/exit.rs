@@ -33,6 +33,7 @@ pub(crate) enum Kind {
     NoHandler,
     NotFound,
     Moving,
+    Command,
     Interrupted,
 }
 
@@ -53,6 +54,7 @@ impl Kind {
             Self::NoHandler => 11,
             Self::NotFound => 12,
             Self::Moving => 13,
+            Self::Command => 14,
             Self::Interrupted => INTERRUPTED,
         }
     }
@@ -73,6 +75,7 @@ impl Kind {
             Self::NoHandler => "no_handler",
             Self::NotFound => "not_found",
             Self::Moving => "moving",
+            Self::Command => "command",
             Self::Interrupted => "interrupted",
         }
     }
@@ -124,6 +127,8 @@ pub(crate) struct Explained {
     pub(crate) kind: Kind,
     pub(crate) text: String,
     pub(crate) hint: Option<String>,
+    /// What the command exited with that is the reason.
+    pub(crate) command_exit: Option<i32>,
 }
 
 impl Explained {
@@ -143,7 +148,9 @@ impl Explained {
             }
             _ => match error.downcast_ref() {
                 Some(TransferError::Refused { code, message, .. }) => refused(*code, message),
-                Some(TransferError::Source { source, .. }) if EmptyStdin::is(source) => {
+                Some(TransferError::Source { source, .. } | TransferError::Write(source))
+                    if EmptyStdin::is(source) || Unfinished::of(source).is_some() =>
+                {
                     source.to_string()
                 }
                 Some(TransferError::Store(error)) => kept(error),
@@ -154,7 +161,18 @@ impl Explained {
             },
         });
         let hint = hint.or_else(|| usual_hint(kind));
-        Self { kind, text, hint }
+        let unfinished = error.chain().find_map(|error| match error.downcast_ref() {
+            Some(TransferError::Source { source, .. } | TransferError::Write(source)) => {
+                Unfinished::of(source)
+            }
+            _ => None,
+        });
+        Self {
+            kind,
+            text,
+            hint,
+            command_exit: unfinished.and_then(|unfinished| unfinished.exit),
+        }
     }
 
     /// Prints the sentence and the hint.
@@ -371,6 +389,14 @@ fn transferring(error: &TransferError) -> Meaning {
         TransferError::Source { source, .. } if EmptyStdin::is(source) => {
             hint("check the command before the pipe; with --allow-empty an empty file is stored")
         }
+        TransferError::Source { source, .. } | TransferError::Write(source)
+            if Unfinished::of(source).is_some() =>
+        {
+            return (
+                Kind::Command,
+                hint("nothing of it was stored; see what it wrote"),
+            );
+        }
         TransferError::Source { .. } => hint("check the path and its permissions"),
         TransferError::NotAFile { .. } => hint("leave it out with --exclude"),
         TransferError::Name { .. } => hint(ANOTHER_NAME),
@@ -579,6 +605,48 @@ impl fmt::Display for EmptyStdin {
 }
 
 impl std::error::Error for EmptyStdin {}
+
+/// What was at the other end of a pipe did not end well: the reason in the error of its reader or writer.
+#[derive(Debug)]
+pub(crate) struct Unfinished {
+    text: String,
+    exit: Option<i32>,
+}
+
+impl Unfinished {
+    pub(crate) fn new(text: impl Into<String>) -> Self {
+        Self {
+            text: text.into(),
+            exit: None,
+        }
+    }
+
+    /// A command that `how` says ended badly.
+    pub(crate) fn command(line: &str, exit: Option<i32>, how: &str) -> Self {
+        Self {
+            text: format!("the command `{line}` {how}"),
+            exit,
+        }
+    }
+
+    fn of(error: &std::io::Error) -> Option<&Self> {
+        error.get_ref()?.downcast_ref()
+    }
+}
+
+impl fmt::Display for Unfinished {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl std::error::Error for Unfinished {}
+
+impl From<Unfinished> for std::io::Error {
+    fn from(unfinished: Unfinished) -> Self {
+        Self::other(unfinished)
+    }
+}
 
 const ANOTHER_NAME: &str =
     "rename it, leave it out with --exclude, or send it by itself with --as NAME";

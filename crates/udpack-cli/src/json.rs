@@ -89,6 +89,9 @@ pub(crate) enum Line<'a> {
         error_kind: Option<&'static str>,
         #[serde(skip_serializing_if = "Option::is_none")]
         error: Option<&'a str>,
+        /// What the command at the other end of a pipe exited with, where it failed.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        command_exit: Option<i32>,
     },
     /// Something that the source of a mirror does not have was deleted.
     #[serde(rename = "delete")]

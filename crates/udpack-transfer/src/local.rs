@@ -3,4 +3,5 @@
 pub(crate) mod error;
 pub(crate) mod limiter;
 pub(crate) mod source;
+pub(crate) mod spool;
 pub(crate) mod walk;

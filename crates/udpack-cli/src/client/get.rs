@@ -21,11 +21,12 @@ use udpack_transfer::{
     Wanted, apply_entry, names,
 };
 
+use super::producer::Spawned;
 use super::remote::remote_path;
 use super::report::{Beside, Note, Origin, Origins, Report, Thing, Transfer};
 use super::umask;
 use crate::args::GetArgs;
-use crate::exit::{Failure, Kind};
+use crate::exit::{Failure, Kind, Unfinished};
 use crate::logging::Console;
 use crate::output;
 use crate::progress::Meter;
@@ -33,10 +34,19 @@ use crate::signals::Interrupts;
 use crate::target::{Target, retry};
 
 pub(super) async fn run(
-    args: GetArgs,
+    mut args: GetArgs,
     console: &Console,
     interrupts: Interrupts,
 ) -> anyhow::Result<()> {
+    // `get FILE -`, as `cp FILE DIR` says where to. A file of this name is `./-`.
+    if let [_, last] = &args.paths[..]
+        && last == "-"
+        && args.name.is_none()
+        && args.to_command.is_none()
+    {
+        args.paths.pop();
+        args.name = Some(PathBuf::from("-"));
+    }
     let mut report = Report::new(console, args.show.json, &args.log, "stored");
     let result = get(&args, console, interrupts, &mut report).await;
     report.finish(result)
@@ -56,7 +66,10 @@ async fn get(
     mut interrupts: Interrupts,
     report: &mut Report,
 ) -> anyhow::Result<()> {
-    let sink = args.name.as_deref().and_then(Sink::of);
+    let sink = match &args.to_command {
+        Some(line) => Some(Sink::Command(line.clone())),
+        None => args.name.as_deref().and_then(Sink::of),
+    };
     if let Some(sink) = &sink {
         sink.check(args, report)?;
     }
@@ -459,6 +472,8 @@ fn join(dir: &str, name: &str) -> String {
 enum Sink {
     Stdout,
     Path(PathBuf),
+    /// The standard input of a shell's command.
+    Command(String),
 }
 
 impl Sink {
@@ -478,7 +493,11 @@ impl Sink {
     /// Checks that one file is requested, and leaves standard output to it.
     fn check(&self, args: &GetArgs, report: &mut Report) -> anyhow::Result<()> {
         if args.paths.len() > 1 {
-            return Err(Failure::new(Kind::Usage, "--as NAME takes a single path")
+            let text = match self {
+                Self::Command(_) => "--to-command takes a single path",
+                _ => "--as NAME takes a single path",
+            };
+            return Err(Failure::new(Kind::Usage, text)
                 .hint(
                     "get them one by one, or name a directory after --as, with a slash at its end",
                 )
@@ -493,19 +512,24 @@ impl Sink {
             }
             report.mute();
         }
+        // What the command writes there is not ours.
+        if matches!(self, Self::Command(_)) && !args.show.json {
+            report.mute();
+        }
         Ok(())
     }
 
     /// Opens it, which may wait for who reads a named pipe. Blocks.
-    fn open(&self) -> io::Result<Box<dyn io::Write + Send>> {
+    fn open(&self) -> io::Result<Box<dyn Open>> {
         Ok(match self {
-            Self::Stdout => Box::new(io::stdout()),
+            Self::Stdout => Box::new(Plain(io::stdout())),
+            Self::Command(line) => Box::new(Spawned::new(line)),
             Self::Path(path) => {
                 let opened = File::options().write(true).open(path);
-                Box::new(opened.map_err(|error| {
+                Box::new(Plain(opened.map_err(|error| {
                     let text = format!("cannot write to {}: {error}", path.display());
                     io::Error::new(error.kind(), text)
-                })?)
+                })?))
             }
         })
     }
@@ -518,24 +542,67 @@ fn is_stdout(metadata: &Metadata) -> bool {
     stdout.is_ok_and(|stdout| (stdout.dev(), stdout.ino()) == (metadata.dev(), metadata.ino()))
 }
 
+/// What a file is written to.
+trait Open: Send {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize>;
+    /// All is written.
+    fn end(&mut self) -> io::Result<()>;
+}
+
+/// What needs no end.
+struct Plain<W>(W);
+
+impl<W: io::Write + Send> Open for Plain<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write(bytes)
+    }
+
+    fn end(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
+impl Open for Spawned {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let wrote = match &mut self.consumer()?.stdin {
+            Some(stdin) => io::Write::write(stdin, bytes),
+            None => Err(io::ErrorKind::BrokenPipe.into()),
+        };
+        match wrote {
+            // How it ended says more.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+                self.end()?;
+                let text = "the command exited with 0 before it had read the whole file";
+                Err(Unfinished::new(text).into())
+            }
+            wrote => wrote,
+        }
+    }
+
+    fn end(&mut self) -> io::Result<()> {
+        drop(self.consumer()?.stdin.take());
+        self.succeeded()
+    }
+}
+
 /// What blocks, as something that is waited for. The runtime gives the other tasks of its thread to another one meanwhile.
 struct Writer {
     sink: Sink,
     /// Opened when there is something to write, or nothing will come.
-    open: Option<Box<dyn io::Write + Send>>,
+    open: Option<Box<dyn Open>>,
 }
 
 impl Writer {
     fn with<T>(
         &mut self,
-        work: impl FnOnce(&mut dyn io::Write) -> io::Result<T>,
+        work: impl FnOnce(&mut dyn Open) -> io::Result<T>,
     ) -> Poll<io::Result<T>> {
         Poll::Ready(tokio::task::block_in_place(|| {
             let writer = match &mut self.open {
                 Some(writer) => writer,
                 none => none.insert(self.sink.open()?),
             };
-            work(writer)
+            work(&mut **writer)
         }))
     }
 }
@@ -550,7 +617,7 @@ impl AsyncWrite for Writer {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, _: &mut task::Context<'_>) -> Poll<io::Result<()>> {
-        self.with(|writer| writer.flush())
+        self.with(|writer| writer.end())
     }
 
     fn poll_shutdown(
@@ -590,9 +657,10 @@ impl Pouring {
         root: &Root,
         report: &mut Report,
     ) {
-        let name = match &args.name {
-            Some(name) => names::from_os(name.as_os_str()).into_owned(),
-            None => String::new(),
+        let name = match (&args.name, &args.to_command) {
+            (None, Some(line)) => line.clone(),
+            (Some(name), _) => names::from_os(name.as_os_str()).into_owned(),
+            (None, None) => String::new(),
         };
         let mut meter = Meter::new(args.show.progress, args.log.quiet, console);
         report.connected(link, &mut meter);

@@ -102,6 +102,8 @@ pub(super) struct Asked<'a> {
     pub(super) list: Option<List>,
     /// Standard input is the list.
     pub(super) list_is_stdin: bool,
+    /// What a command writes is to be sent in place of standard input.
+    pub(super) command: bool,
     pub(super) name: Option<&'a str>,
     /// What to do with two files of one name is left to the server's policy.
     pub(super) clashes: bool,
@@ -139,6 +141,10 @@ impl Plan {
         let mut taken: HashMap<String, &Path> = HashMap::new();
         // Only while it is nothing but files.
         let mut sum = asked.list.is_none().then_some(0);
+        if asked.command {
+            plan.take_stdin(asked)?;
+            sum = None;
+        }
         for path in asked.paths {
             if path.as_os_str() == "-" {
                 plan.take_stdin(asked)?;
@@ -192,7 +198,13 @@ impl Plan {
         let name = asked
             .name
             .filter(|name| !name.ends_with('/'))
-            .ok_or_else(|| unfit("standard input needs a name at the server"))?;
+            .ok_or_else(|| {
+                let what = match asked.command {
+                    true => "what a command writes",
+                    false => "standard input",
+                };
+                unfit(&format!("{what} needs a name at the server"))
+            })?;
         let name = name.parse().map_err(|error: udpack_transfer::PathError| {
             Failure::new(Kind::Policy, error.to_string()).hint("choose another name with --as")
         })?;

@@ -1,6 +1,6 @@
 //! `put`: uploads files and directories.
 
-use std::io::{self, Read};
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
 use anyhow::Context as _;
@@ -8,10 +8,11 @@ use udpack_transfer::{Found, Limiter, Remote, Source, Uploader, What};
 
 use super::dry;
 use super::plan::{Asked, List, Plan};
+use super::producer::Producer;
 use super::report::{Origin, Origins, Report, Thing, Transfer};
 use super::umask;
 use crate::args::{IfExistsArg, PutArgs};
-use crate::exit::{EmptyStdin, Failure, Kind};
+use crate::exit::{Failure, Kind};
 use crate::logging::Console;
 use crate::progress::Meter;
 use crate::signals::Interrupts;
@@ -49,6 +50,7 @@ async fn put(
         paths: &args.paths,
         list,
         list_is_stdin: args.files_from.as_deref() == Some(Path::new("-")),
+        command: args.from_command.is_some(),
         name: args.name.as_deref(),
         clashes,
         tree: &args.tree,
@@ -57,6 +59,12 @@ async fn put(
     let plan = Plan::new(&asked, |remote, local, error| {
         report.failed(remote, &local.display().to_string(), &error);
     })?;
+    if plan.stdin.is_none() && (args.size.is_some() || args.require_eof_marker.is_some()) {
+        let text = "--size and --require-eof-marker are about standard input, or --from-command";
+        return Err(Failure::new(Kind::Usage, text)
+            .hint("name `-` as the path, or leave them out")
+            .into());
+    }
     report.expect(plan.files);
     if !clashes {
         let plan = plan.clone();
@@ -106,7 +114,7 @@ async fn put(
                 let mut meter = Meter::new(args.show.progress, args.log.quiet, console);
                 report.connected(&link, &mut meter);
                 let origins = Origins::default();
-                let upload = uploader.put(sources(plan, args.allow_empty, &origins));
+                let upload = uploader.put(sources(plan, args, &origins));
                 report
                     .follow(Transfer::Up(upload), None, &origins, &mut meter)
                     .await;
@@ -141,23 +149,6 @@ fn nothing(args: &PutArgs, report: &Report) -> anyhow::Result<()> {
         .into())
 }
 
-/// Standard input, which gives an error in place of an end before the first byte unless that is allowed.
-struct Stdin {
-    /// Its end is sound.
-    allowed: bool,
-}
-
-impl Read for Stdin {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let count = io::stdin().read(buffer)?;
-        if count == 0 && !buffer.is_empty() && !self.allowed {
-            return Err(io::Error::other(EmptyStdin));
-        }
-        self.allowed = true;
-        Ok(count)
-    }
-}
-
 pub(super) fn thing(found: &Found) -> Thing {
     match &found.what {
         What::Dir { .. } => Thing::Dir,
@@ -169,17 +160,25 @@ pub(super) fn thing(found: &Found) -> Thing {
 /// Everything to send. What is known of it beyond what the upload needs goes into `origins`.
 fn sources(
     mut plan: Plan,
-    allow_empty: bool,
+    args: &PutArgs,
     origins: &Origins,
-) -> impl Iterator<Item = Source> + Send + 'static {
+) -> impl Iterator<Item = Source> + Send + 'static + use<> {
     let stdin = plan.stdin.take().map(|name| {
-        let origin = Origin {
-            shown: "-".to_owned(),
-            what: Thing::File,
+        let (mut producer, shown) = match &args.from_command {
+            Some(line) => (Producer::command(line), line.clone()),
+            None => (Producer::stdin(), "-".to_owned()),
         };
-        let allowed = allow_empty;
+        producer.allow_empty = args.allow_empty;
+        producer.size = args.size;
+        let marker = args.require_eof_marker.as_ref();
+        producer.marker = marker.map(|marker| marker.as_bytes().to_vec());
         let dirs = vec![0o777; name.parents().count()];
-        (Source::reader(Stdin { allowed }, name).dirs(dirs), origin)
+        let source = match args.no_resume {
+            true => Source::reader(producer, name),
+            false => Source::spooled(producer, args.spool, name),
+        };
+        let what = Thing::File;
+        (source.dirs(dirs), Origin { shown, what })
     });
     let walked = plan.walk().map(|found| {
         let origin = Origin {

@@ -591,6 +591,7 @@ impl Report {
             secs: None,
             error_kind: None,
             error: None,
+            command_exit: None,
         });
         if !self.quiet {
             let did = match status {
@@ -649,6 +650,7 @@ impl Report {
             secs: None,
             error_kind: None,
             error: None,
+            command_exit: None,
         });
         if fate != Fate::Send {
             return;
@@ -707,6 +709,7 @@ impl Report {
             secs: None,
             error_kind: Some(explained.kind.name()),
             error: Some(&explained.text),
+            command_exit: explained.command_exit,
         });
         let others = self.stored + self.others + self.failures.count();
         let alone = others == 0 && self.files.is_none_or(|files| files == 1);
@@ -752,6 +755,7 @@ impl Report {
             secs: None,
             error_kind: None,
             error: None,
+            command_exit: None,
         });
         let mark = if what == Thing::Dir { "/" } else { "" };
         self.file_line(&format!("{}{mark}  -  -", output::printable(path)));
@@ -798,6 +802,7 @@ impl Report {
                 secs: Some(outcome.elapsed.as_secs_f64()),
                 error_kind: None,
                 error: None,
+                command_exit: None,
             });
         } else {
             let left = if outcome.skipped {

@@ -141,6 +141,7 @@ async fn verify(
         paths: &args.paths,
         list: None,
         list_is_stdin: false,
+        command: false,
         clashes: false,
         name: args.name.as_deref(),
         tree: &args.tree,
@@ -217,6 +218,7 @@ impl Tally {
                 secs: None,
                 error_kind: explained.as_ref().map(|explained| explained.kind.name()),
                 error: explained.as_ref().map(|explained| explained.text.as_str()),
+                command_exit: None,
             }))?;
         } else if matches!(compared.verdict, Ok(Verdict::Differs | Verdict::Missing)) {
             let path = output::printable(path);

@@ -86,7 +86,7 @@ impl Item {
 
     /// Whether only its end tells its size.
     pub(crate) fn is_unsized(&self) -> bool {
-        matches!(self.source.origin, Origin::Reader(_))
+        matches!(self.source.origin, Origin::Reader(_) | Origin::Spooled(_))
     }
 
     fn is_small(&self) -> bool {
@@ -100,7 +100,7 @@ impl Item {
     /// What tells only at its end how large it is goes first.
     fn rank(&self) -> Reverse<u64> {
         Reverse(match self.source.origin {
-            Origin::Reader(_) => u64::MAX,
+            Origin::Reader(_) | Origin::Spooled(_) => u64::MAX,
             _ => self.size,
         })
     }

@@ -19,6 +19,7 @@ use crate::client::queue::{Claim, Item, Next, Queue, SMALL};
 use crate::local::error::TransferError;
 use crate::local::limiter::{Limiter, Pace, SMALLEST};
 use crate::local::source::{self, Buffers, Opened, Origin, Piece, Source, Whole};
+use crate::local::spool::Spool;
 use crate::store::{IfExists, Meta, OtherTime, Time};
 use crate::wire::CHANNEL;
 use crate::wire::{
@@ -885,20 +886,23 @@ impl Lane<'_> {
         let uploader = &self.shared.uploader;
         let same = few && uploader.if_exists == IfExists::Same;
         let early = head.len() as u64;
-        let ask =
-            size.is_some_and(|size| uploader.resume && (size > SMALL || same) && size > early);
+        let spool = source.spool();
+        let asks = |size: u64| (size > SMALL || same) && size > early;
+        let ask = uploader.resume && (spool.is_some() || size.is_some_and(asks));
+        // Whatever the server has of an earlier run, it cannot be compared with what is not read yet.
+        let waits = ask && !spool.is_some_and(Spool::is_fresh);
         let run = self.shared.run(claim.index);
         let offer = self.offer(claim.settle, id, &source, size, meta, ask, run);
         let (tell, ready) = oneshot::channel();
         claim.mtime = self.kept(meta).mtime;
         let mut sent = Sent::new(claim);
-        sent.ready = Some(tell);
+        sent.ready = waits.then_some(tell);
         self.flight.add(id, sent);
         self.channel.send("file", &offer).await?;
         if !self.send_head(id, size, head).await? {
             return Ok(());
         }
-        let have = if ask {
+        let have = if waits {
             match ready.await {
                 Ok(have) => have,
                 // It has its outcome already.
@@ -1144,7 +1148,10 @@ impl Lane<'_> {
     /// a later upload, which proves each byte again.
     async fn give_up(self, id: u64, error: TransferError) -> Result<(), LaneOver> {
         lock(&self.flight.given_up).insert(id, error);
-        let keep = self.shared.uploader.resume;
+        // What failed at its source may have no other end the next time.
+        let once = |sent: &mut Sent| sent.claim.source.spool().is_some();
+        let once = self.flight.with(id, once).unwrap_or_default();
+        let keep = self.shared.uploader.resume && !once;
         Ok(self
             .channel
             .send("cancel", &CancelFields { id, keep })
@@ -1197,8 +1204,11 @@ impl Lane<'_> {
                     let _ = tell.send(have);
                 }
             }
-            Reply::Ack { id, recv, .. } => {
+            Reply::Ack { id, recv, safe } => {
                 let moved = self.flight.with(id, |sent| {
+                    if let Some(spool) = sent.claim.source.spool() {
+                        spool.durable(safe.min(sent.position));
+                    }
                     let arrived = sent.arrived(recv);
                     self.shared.moved.fetch_add(arrived, Ordering::Relaxed);
                     // The last byte counts only with `done`.

@@ -15,6 +15,7 @@ use udpack::Place;
 use crate::base::path::RelPath;
 use crate::local::error::TransferError;
 use crate::local::limiter::Pace;
+use crate::local::spool::{Next, Spool};
 use crate::store::{Existing, Meta, Stored, Time, hash_file};
 use crate::wire::{CHUNK, Have};
 
@@ -45,6 +46,7 @@ pub(crate) enum Origin {
     File(PathBuf),
     Memory(Bytes),
     Reader(Reader),
+    Spooled(Arc<Spool>),
     Dir(Meta),
     Link(String),
     Failed(Arc<TransferError>),
@@ -67,6 +69,15 @@ impl Source {
     pub fn reader(reader: impl Read + Send + 'static, remote: RelPath) -> Self {
         let reader = Reader(Arc::new(Mutex::new(Some(Box::new(reader)))));
         Self::new(remote.as_str(), Origin::Reader(reader))
+    }
+
+    /// As [`reader`](Self::reader), and what was read of it is kept until the server has it on disk, so that a lost connection or a
+    /// restarted server does not fail it: up to `spool` bytes, of which 16 MiB are in memory, and the rest in a private file in
+    /// the directory for temporary files. When so much waits for the server's disk for 10 s, or that file cannot be written,
+    /// it goes on as a plain reader. A reader that has nothing for now may say `WouldBlock`; it is asked again at once.
+    pub fn spooled(reader: impl Read + Send + 'static, spool: u64, remote: RelPath) -> Self {
+        let spool = Spool::new(Box::new(reader), spool);
+        Self::new(remote.as_str(), Origin::Spooled(Arc::new(spool)))
     }
 
     /// A directory. It is made, and given its times and mode when these are preserved, after everything in it
@@ -138,7 +149,7 @@ impl Source {
                 Ok(Some(metadata.len()))
             }
             Origin::Memory(bytes) => Ok(Some(bytes.len() as u64)),
-            Origin::Reader(_) => Ok(None),
+            Origin::Reader(_) | Origin::Spooled(_) => Ok(None),
             Origin::Dir(_) | Origin::Link(_) => Ok(Some(0)),
             Origin::Failed(error) => Err(error.again()),
         }
@@ -146,7 +157,19 @@ impl Source {
 
     /// Whether its bytes are gone: a reader that was read from.
     pub(crate) fn is_spent(&self) -> bool {
-        matches!(&self.origin, Origin::Reader(reader) if reader.lock().is_none())
+        match &self.origin {
+            Origin::Reader(reader) => reader.lock().is_none(),
+            Origin::Spooled(spool) => spool.is_spent(),
+            _ => false,
+        }
+    }
+
+    /// What is kept of what was read, where the source can be read only once.
+    pub(crate) fn spool(&self) -> Option<&Spool> {
+        match &self.origin {
+            Origin::Spooled(spool) => Some(spool),
+            _ => None,
+        }
     }
 
     fn shown(&self) -> &Path {
@@ -184,7 +207,7 @@ impl Source {
             OpenedFrom::File { file, .. } => hash_file(&file, &mut |_| {})
                 .map(Some)
                 .map_err(|error| self.unreadable(error)),
-            OpenedFrom::Reader(_) => Ok(None),
+            OpenedFrom::Reader(_) | OpenedFrom::Spooled(_) => Ok(None),
         }
     }
 
@@ -193,6 +216,7 @@ impl Source {
         let from = match &self.origin {
             Origin::Memory(bytes) => OpenedFrom::Memory(bytes.clone()),
             Origin::Reader(reader) => OpenedFrom::Reader(reader.clone()),
+            Origin::Spooled(spool) => OpenedFrom::Spooled(spool.clone()),
             Origin::File(path) => {
                 let failed = |error| self.unreadable(error);
                 // Without O_NONBLOCK opening a FIFO would wait for its other end.
@@ -216,7 +240,7 @@ impl Source {
         };
         let (size, meta) = match &from {
             OpenedFrom::Memory(bytes) => (Some(bytes.len() as u64), Meta::default()),
-            OpenedFrom::Reader(_) => (None, Meta::default()),
+            OpenedFrom::Reader(_) | OpenedFrom::Spooled(_) => (None, Meta::default()),
             OpenedFrom::File { metadata, .. } => (Some(metadata.len()), meta(metadata)),
         };
         Ok(Opened {
@@ -347,6 +371,7 @@ enum OpenedFrom {
     File { file: File, metadata: Metadata },
     Memory(Bytes),
     Reader(Reader),
+    Spooled(Arc<Spool>),
 }
 
 /// What a reader delivers: chunks and what the server has, in order, then the hash of it all, or an error.
@@ -403,7 +428,7 @@ impl Opened {
     pub(crate) fn head(&mut self, most: usize) -> Result<Bytes, TransferError> {
         let want = least(self.size.unwrap_or(0), most);
         let head = match &mut self.from {
-            OpenedFrom::Reader(_) => Bytes::new(),
+            OpenedFrom::Reader(_) | OpenedFrom::Spooled(_) => Bytes::new(),
             OpenedFrom::Memory(bytes) => slice(bytes, 0, want as u64),
             OpenedFrom::File { file, .. } => {
                 let mut head = vec![0; want];
@@ -468,7 +493,7 @@ impl Opened {
                 }
             }
             OpenedFrom::Memory(bytes) if bytes.len() == room.len() => room.copy_from_slice(&bytes),
-            OpenedFrom::Memory(_) | OpenedFrom::Reader(_) => {
+            OpenedFrom::Memory(_) | OpenedFrom::Reader(_) | OpenedFrom::Spooled(_) => {
                 return Err(TransferError::NotAFile { path });
             }
         }
@@ -502,6 +527,7 @@ impl Opened {
             unwanted,
         };
         match (from, size) {
+            (OpenedFrom::Spooled(spool), _) => return pump.unspool(&spool, have),
             (OpenedFrom::Reader(reader), _) => {
                 let Some(mut reader) = reader.lock().take() else {
                     return Err(pump.failed(io::Error::other("it was read before")));
@@ -738,6 +764,34 @@ impl Pump<'_> {
             path: self.path.to_owned(),
             source,
         })
+    }
+
+    /// Sends what a spool has and what its reader gives, from where the server's ranges and the spool meet.
+    fn unspool(&mut self, spool: &Spool, have: &Have) -> Result<(), Stop> {
+        if let Some((size, hash)) = spool.whole()
+            && have.as_slice() == [(0, size, hash)]
+        {
+            let (offset, len) = (0, size);
+            self.give(Piece::Same { offset, len })?;
+            return self.give(Piece::End { size, hash });
+        }
+        let mut offset = spool.begin(have).map_err(|error| self.failed(error))?;
+        if offset > 0 {
+            let (offset, len) = (0, offset);
+            self.give(Piece::Same { offset, len })?;
+        }
+        loop {
+            let next = spool.next(offset, self.chunk, self.unwanted);
+            match next.map_err(|error| self.failed(error))? {
+                Next::Chunk(bytes) => {
+                    let len = bytes.len() as u64;
+                    self.give(Piece::Chunk { offset, bytes })?;
+                    offset += len;
+                }
+                Next::End { size, hash } => return self.give(Piece::End { size, hash }),
+                Next::Unwanted => return Err(Stop::Unwanted),
+            }
+        }
     }
 
     fn changed(&self, change: String) -> Stop {

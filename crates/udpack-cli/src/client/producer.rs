@@ -1,0 +1,251 @@
+//! What `put` reads that can be read only once: standard input, what a command writes, a file that grows. It ends well only
+//! where it is known to be whole: an error in place of its end keeps it from being published.
+
+use std::io::{self, Read};
+use std::process::{Child, Command, ExitStatus, Stdio};
+
+use crate::exit::{EmptyStdin, Unfinished};
+
+/// Reads to an end that it vouches for.
+pub(super) struct Producer {
+    from: From,
+    /// An end before the first byte is sound.
+    pub(super) allow_empty: bool,
+    /// How long it must be.
+    pub(super) size: Option<u64>,
+    /// What it must end with, but for the end of a line behind it.
+    pub(super) marker: Option<Vec<u8>>,
+    count: u64,
+    /// The last bytes, no more of them than the marker and the end of a line need.
+    tail: Vec<u8>,
+}
+
+enum From {
+    Stdin,
+    Command(Spawned),
+}
+
+/// A shell's command. Dropping it ends the shell.
+pub(super) struct Spawned {
+    line: String,
+    child: Option<Child>,
+}
+
+impl Spawned {
+    pub(super) fn new(line: impl Into<String>) -> Self {
+        Self {
+            line: line.into(),
+            child: None,
+        }
+    }
+
+    /// The shell, which begins when it is first asked for.
+    pub(super) fn child(&mut self, pipes: impl FnOnce(&mut Command)) -> io::Result<&mut Child> {
+        if self.child.is_none() {
+            let mut command = Command::new("sh");
+            command.arg("-c").arg(&self.line);
+            pipes(&mut command);
+            let child = command.spawn().map_err(|error| {
+                let text = format!("cannot start `{}`: {error}", self.line);
+                io::Error::new(error.kind(), text)
+            })?;
+            self.child = Some(child);
+        }
+        self.child
+            .as_mut()
+            .ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    /// The shell, whose standard input is a pipe from here.
+    pub(super) fn consumer(&mut self) -> io::Result<&mut Child> {
+        self.child(|command| {
+            command.stdin(Stdio::piped());
+        })
+    }
+
+    /// Waits for its end; anything but success is an error. Blocks.
+    pub(super) fn succeeded(&mut self) -> io::Result<()> {
+        let status = match &mut self.child {
+            Some(child) => child.wait()?,
+            None => return Ok(()),
+        };
+        match status.success() {
+            true => Ok(()),
+            false => Err(Unfinished::command(&self.line, status.code(), &ended(status)).into()),
+        }
+    }
+}
+
+impl Drop for Spawned {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.child {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// How a process ended, in words.
+fn ended(status: ExitStatus) -> String {
+    use std::os::unix::process::ExitStatusExt as _;
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("exited with {code}"),
+        (None, Some(signal)) => format!("was ended by signal {signal}"),
+        (None, None) => "failed".to_owned(),
+    }
+}
+
+impl Producer {
+    pub(super) fn stdin() -> Self {
+        Self::new(From::Stdin)
+    }
+
+    pub(super) fn command(line: &str) -> Self {
+        Self::new(From::Command(Spawned::new(line)))
+    }
+
+    fn new(from: From) -> Self {
+        Self {
+            from,
+            allow_empty: false,
+            size: None,
+            marker: None,
+            count: 0,
+            tail: Vec::new(),
+        }
+    }
+
+    fn read_some(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match &mut self.from {
+            From::Stdin => io::stdin().read(buffer),
+            From::Command(command) => {
+                let child = command.child(|command| {
+                    command.stdin(Stdio::null()).stdout(Stdio::piped());
+                })?;
+                match &mut child.stdout {
+                    Some(stdout) => stdout.read(buffer),
+                    None => Ok(0),
+                }
+            }
+        }
+    }
+
+    /// Takes note of what was read.
+    fn note(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.count += bytes.len() as u64;
+        if let Some(size) = self.size.filter(|size| self.count > *size) {
+            return Err(
+                Unfinished::new(format!("it is longer than the {size} bytes of --size")).into(),
+            );
+        }
+        if let Some(marker) = &self.marker {
+            let most = marker.len() + LINE_END;
+            let last = bytes.len().saturating_sub(most);
+            self.tail
+                .extend_from_slice(bytes.get(last..).unwrap_or_default());
+            let old = self.tail.len().saturating_sub(most);
+            self.tail.drain(..old);
+        }
+        Ok(())
+    }
+
+    /// Whether its end is one.
+    fn end(&mut self) -> io::Result<()> {
+        if let From::Command(command) = &mut self.from {
+            command.succeeded()?;
+        }
+        if self.count == 0 && !self.allow_empty {
+            return Err(match &self.from {
+                From::Stdin => io::Error::other(EmptyStdin),
+                From::Command(_) => Unfinished::new("the command wrote nothing").into(),
+            });
+        }
+        if let Some(size) = self.size.filter(|size| self.count != *size) {
+            let text = format!(
+                "it ended after {} of the {size} bytes of --size",
+                self.count
+            );
+            return Err(Unfinished::new(text).into());
+        }
+        if let Some(marker) = &self.marker {
+            let tail = &self.tail[..];
+            let tail = tail.strip_suffix(b"\n").unwrap_or(tail);
+            let tail = tail.strip_suffix(b"\r").unwrap_or(tail);
+            if !tail.ends_with(marker) && !self.tail.ends_with(marker) {
+                return Err(
+                    Unfinished::new("it ended without the text of --require-eof-marker").into(),
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Read for Producer {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.read_some(buffer)?;
+        if count == 0 && !buffer.is_empty() {
+            return self.end().map(|()| 0);
+        }
+        self.note(buffer.get(..count).unwrap_or_default())?;
+        Ok(count)
+    }
+}
+
+/// Bytes of the end of a line.
+const LINE_END: usize = 2;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(mut producer: Producer) -> Result<Vec<u8>, String> {
+        let mut bytes = Vec::new();
+        match producer.read_to_end(&mut bytes) {
+            Ok(_) => Ok(bytes),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    #[test]
+    fn a_command_counts_only_with_its_success() {
+        assert_eq!(read(Producer::command("printf abc")), Ok(b"abc".to_vec()));
+        let error = read(Producer::command("printf abc; exit 7")).unwrap_err();
+        assert_eq!(error, "the command `printf abc; exit 7` exited with 7");
+        let error = read(Producer::command("printf abc; kill -9 $$")).unwrap_err();
+        assert!(error.ends_with("was ended by signal 9"), "{error}");
+        let error = read(Producer::command("true")).unwrap_err();
+        assert_eq!(error, "the command wrote nothing");
+    }
+
+    #[test]
+    fn size_and_marker_are_those_of_the_whole() {
+        let sized = |line: &str, size| {
+            let mut producer = Producer::command(line);
+            producer.size = Some(size);
+            read(producer).is_ok()
+        };
+        assert!(sized("printf abc", 3) && !sized("printf abc", 2) && !sized("printf abc", 4));
+        let marked = |line: &str| {
+            let mut producer = Producer::command(line);
+            producer.marker = Some(b"-- end".to_vec());
+            read(producer).is_ok()
+        };
+        for whole in [
+            "printf 'x-- end'",
+            "printf 'x-- end\\n'",
+            "printf 'x-- end\\r\\n'",
+            "printf -- '-- end'",
+        ] {
+            assert!(marked(whole), "{whole}");
+        }
+        for cut in [
+            "printf 'x-- en'",
+            "printf -- '-- end.'",
+            "printf -- '-- end\\n\\n'",
+            "printf x",
+        ] {
+            assert!(!marked(cut), "{cut}");
+        }
+    }
+}

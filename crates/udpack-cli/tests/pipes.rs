@@ -1,0 +1,244 @@
+//! What comes out of pipes and goes into them: stored only if it is whole, and given on only with an end that counts.
+
+mod common;
+
+use std::fs;
+use std::io::Write as _;
+use std::process::{Command, Stdio};
+
+use common::{
+    Exited, Running, Server, assert_error, bytes, client, events, named, result, staged, until,
+    visible, workdir,
+};
+
+/// Nothing of an upload is left at the server, seen or unseen.
+fn nothing_is_left(server: &Server) {
+    assert!(visible(&server.uploads()).is_empty());
+    // The server removes what was cancelled after it has answered.
+    until("staging is empty", || staged(&server.uploads()) == 0);
+}
+
+#[test]
+fn a_command_is_stored_only_if_it_succeeds() {
+    let server = Server::start();
+    let dir = workdir();
+    let content = bytes(3_000_000, 1);
+    fs::write(dir.path().join("in"), &content).expect("write");
+    let put = |line: &str, more: &[&str]| {
+        let mut args = vec!["put", "--from-command", line, "--as", "dir/db.sql"];
+        args.extend(more);
+        server.client(dir.path(), &args)
+    };
+    // Killed after any number of bytes, and failing after all of them.
+    for cut in [0, 1, 70_000, 1_048_576, 2_999_999, 3_000_000] {
+        for end in ["kill -9 $$", "exit 3"] {
+            let out = put(&format!("head -c {cut} in; {end}"), &[]);
+            assert_eq!(out.code, 14, "{cut} {end}: {out:?}");
+            assert_error(&out.stderr);
+            assert!(visible(&server.uploads()).is_empty(), "{cut} {end}");
+        }
+    }
+    nothing_is_left(&server);
+    let out = put("cat in; exit 7", &["--json"]);
+    assert_eq!(
+        (out.code, &result(&out.stdout)["error_kind"]),
+        (14, &"command".into())
+    );
+    let lines = events(&out.stdout);
+    let files = named(&lines, "file");
+    assert_eq!(files.len(), 1, "{out:?}");
+    assert_eq!(files[0]["command_exit"], 7);
+    let text = files[0]["error"].as_str().expect("a sentence");
+    assert_eq!(text, "the command `cat in; exit 7` exited with 7");
+    nothing_is_left(&server);
+    let out = put("true", &[]);
+    assert_eq!(out.code, 14, "{out:?}");
+    let out = put("cat in", &[]);
+    assert_eq!(out.code, 0, "{out:?}");
+    let stored = fs::read(server.uploads().join("dir/db.sql")).expect("it is stored");
+    assert!(stored == content);
+    // A name it must have, and nothing else may come with it.
+    for args in [
+        &["put", "--from-command", "true"][..],
+        &["put", "--from-command", "true", "--as", "x", "in"],
+        &["put", "in", "--size", "3"],
+    ] {
+        let out = server.client(dir.path(), args);
+        assert_eq!(out.code, 2, "{args:?}: {out:?}");
+    }
+}
+
+/// Runs a client with these bytes on its standard input.
+fn fed(server: &Server, args: &[&str], input: &[u8]) -> Exited {
+    let dir = workdir();
+    let mut command = client(dir.path());
+    command.env("UDPACK_URL", server.url()).args(args);
+    let (reader, mut writer) = std::io::pipe().expect("a pipe");
+    command.stdin(Stdio::from(reader));
+    let mut running = Running::spawn(&mut command);
+    drop(command);
+    // A client that refuses it leaves.
+    let _ = writer.write_all(input);
+    drop(writer);
+    running.exited()
+}
+
+#[test]
+fn standard_input_must_have_the_size_and_the_end_that_were_named() {
+    let server = Server::start();
+    let sized = |size: &str| {
+        fed(
+            &server,
+            &["put", "-", "--as", "a", "--size", size],
+            b"12345",
+        )
+    };
+    for wrong in ["4", "6", "1G"] {
+        let out = sized(wrong);
+        assert_eq!(out.code, 14, "{wrong}: {out:?}");
+        assert!(out.stderr.contains("of --size"), "{out:?}");
+    }
+    let marked = |input: &[u8]| {
+        let args = ["put", "-", "--as", "b", "--require-eof-marker", "-- done"];
+        fed(&server, &args, input)
+    };
+    let out = marked(b"select 1;\n-- don");
+    assert_eq!(out.code, 14, "{out:?}");
+    nothing_is_left(&server);
+    assert_eq!(sized("5").code, 0);
+    assert_eq!(marked(b"select 1;\n-- done\n").code, 0);
+    let stored = fs::read(server.uploads().join("b")).expect("it is stored");
+    assert_eq!(stored, b"select 1;\n-- done\n");
+}
+
+/// A server that is killed twice takes nothing with it: what it had on disk it has still, and the rest is in the spool.
+#[test]
+fn standard_input_outlives_a_killed_server() {
+    let mut server = Server::start();
+    let address = server.value("listening").to_owned();
+    let dir = workdir();
+    let content = bytes(24 << 20, 3);
+    let mut command = client(dir.path());
+    command
+        .env("UDPACK_URL", server.url())
+        .args(["put", "-", "--as", "stream", "--json", "--spool", "20M"]);
+    let (reader, mut writer) = std::io::pipe().expect("a pipe");
+    command.stdin(Stdio::from(reader));
+    let mut running = Running::spawn(&mut command);
+    drop(command);
+    for part in content.chunks(8 << 20) {
+        writer.write_all(part).expect("it is read");
+        // So much of it must have come that there is something to lose.
+        loop {
+            let line = running.line();
+            let event = events(&line).remove(0);
+            if event["event"] == "progress" && event["bytes"].as_u64() > Some(1 << 20) {
+                break;
+            }
+        }
+        server = Server::start_at(&address, server.stop(), &[]);
+    }
+    drop(writer);
+    let out = running.exited();
+    assert_eq!(out.code, 0, "{out:?}");
+    assert!(
+        !named(&events(&out.stdout), "reconnecting").is_empty(),
+        "{out:?}"
+    );
+    let stored = fs::read(server.uploads().join("stream")).expect("it is stored");
+    assert!(stored == content);
+    // A shorter one under the name of one that was given up has nothing of it.
+    let out = fed(
+        &server,
+        &["put", "-", "--as", "short"],
+        &content[..5_000_000],
+    );
+    assert_eq!(out.code, 0, "{out:?}");
+}
+
+#[test]
+fn a_command_that_reads_a_file_has_the_last_word() {
+    let server = Server::start_in(workdir(), &["--allow-read"]);
+    let dir = workdir();
+    let content = bytes(2_000_000, 4);
+    fs::write(server.uploads().join("f"), &content).expect("write");
+    fs::write(server.uploads().join("empty"), b"").expect("write");
+    let get =
+        |file: &str, line: &str| server.client(dir.path(), &["get", file, "--to-command", line]);
+    let out = get("f", "cat > out");
+    assert_eq!((out.code, out.stdout.as_str()), (0, ""), "{out:?}");
+    assert!(fs::read(dir.path().join("out")).expect("read") == content);
+    let out = get("empty", "cat > out");
+    assert_eq!(out.code, 0, "{out:?}");
+    assert_eq!(fs::read(dir.path().join("out")).expect("read"), b"");
+    for (line, why) in [
+        ("cat > /dev/null; exit 4", "exited with 4"),
+        ("exit 5", "exited with 5"),
+        ("head -c 10 > /dev/null; kill -9 $$", "signal 9"),
+        (
+            "head -c 10 > /dev/null",
+            "before it had read the whole file",
+        ),
+    ] {
+        let out = get("f", line);
+        assert_eq!(out.code, 14, "{line}: {out:?}");
+        assert_error(&out.stderr);
+        assert!(out.stderr.contains(why), "{line}: {out:?}");
+    }
+    // No command begins for what is not there.
+    let out = get("none", "touch begun");
+    assert_eq!(out.code, 12, "{out:?}");
+    assert!(!dir.path().join("begun").exists());
+    let mut command = Command::new(client(dir.path()).get_program());
+    let out = command
+        .current_dir(dir.path())
+        .env("UDPACK_URL", server.url())
+        .args(["get", "f", "-"])
+        .output()
+        .expect("it runs");
+    assert!(
+        out.status.success() && out.stdout == content,
+        "{:?}",
+        out.stderr
+    );
+}
+
+/// What a client that was killed has left is no part of what is sent next under the name.
+#[test]
+fn a_shorter_stream_has_nothing_of_a_longer_one_before_it() {
+    let server = Server::start();
+    let dir = workdir();
+    let content = bytes(6 << 20, 5);
+    let mut command = client(dir.path());
+    command
+        .env("UDPACK_URL", server.url())
+        .args(["put", "-", "--as", "stream", "--json"]);
+    let (reader, mut writer) = std::io::pipe().expect("a pipe");
+    command.stdin(Stdio::from(reader));
+    let mut running = Running::spawn(&mut command);
+    drop(command);
+    writer.write_all(&content).expect("it is read");
+    loop {
+        let event = events(&running.line()).remove(0);
+        if event["event"] == "progress" && event["bytes"].as_u64() > Some(1 << 20) {
+            break;
+        }
+    }
+    running.signal("KILL");
+    running.exited();
+    assert!(visible(&server.uploads()).is_empty());
+    // Until the server knows that the first one is gone, it has the name.
+    let mut last = None;
+    until("the server lets go of the name", || {
+        let out = fed(
+            &server,
+            &["put", "-", "--as", "stream"],
+            &content[1..2_000_000],
+        );
+        let done = out.code == 0;
+        last = Some(out);
+        done
+    });
+    let stored = fs::read(server.uploads().join("stream")).expect("it is stored");
+    assert!(stored == content[1..2_000_000], "{last:?}");
+}
