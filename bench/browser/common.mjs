@@ -177,6 +177,7 @@ export class Ours {
     const link = spawnSync(server, ['url', '--web'], { cwd: dir, encoding: 'utf8' }).stdout.trim();
     ours.link = `${site}/${new URL(link).hash || hash}`;
     ours.endpoint = { url: `https://${told.host ?? host}:${told.port}${told.path}`, hashes: told.hashes, token: decodeURIComponent(new URL(ours.link).hash.slice(3)) };
+    ours.endpoint.socketUrl = `${site}${told.path}`.replace(/^http/, 'ws');
     ours.port = told.port;
     ours.web = Number(new URL(site).port);
     ours.files = `${dir}/uploads`;
@@ -200,7 +201,7 @@ export class Sink {
 export async function emptyPages(more = {}) {
   const server = createServer((request, response) => {
     const { pathname } = new URL(request.url, 'http://page');
-    const bundle = ['/udpack.js', '/transfer.js', '/hash-worker.js'].includes(pathname) ? `${package_}/dist${pathname}` : more[pathname];
+    const bundle = ['/udpack.js', '/mux.js', '/transfer.js', '/hash-worker.js'].includes(pathname) ? `${package_}/dist${pathname}` : more[pathname];
     response.setHeader('content-type', bundle ? 'text/javascript' : 'text/html');
     response.end(bundle ? readFileSync(bundle) : '<!doctype html><title>page</title><input type="file" multiple>');
   });

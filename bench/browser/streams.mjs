@@ -14,8 +14,10 @@
  *   --results DIR   default: target/bench-results
  *   --name NAME     of the results there; default: browser
  *
- * udpack       `upload` of the client, to udpack-server, which compares the hash and syncs
+ * udpack       `upload` of the client over WebTransport alone, to udpack-server, which compares the hash and syncs
  * page         the same by the upload page of udpack-server, from the drop of the file to its check mark
+ * tcp          the same over a WebSocket alone
+ * auto         the same as a page does it: WebTransport, and over TCP what that carries slowly
  * bare         the bytes of the same File on one stream of WebTransport, no hash, no protocol, to nowhere
  * byob         the same, read into one buffer again and again, which is faster and leaves no garbage
  * wss          the bytes as messages of a WebSocket over TLS, held up while more than 4 MiB wait in it, to nowhere
@@ -59,10 +61,10 @@ const origin = await emptyPages();
 
 /** What runs in the page: each gives the seconds that it took, and what the other side said. */
 const ways = {
-  async udpack({ endpoint }) {
+  async udpack({ endpoint, transport }) {
     const { connect } = await import('/udpack.js');
     const { upload } = await import('/transfer.js');
-    const socket = await connect(endpoint);
+    const socket = await connect({ ...endpoint, transport });
     const begun = performance.now();
     const [stored] = await upload(socket, document.querySelector('input').files).done;
     const seconds = (performance.now() - begun) / 1000;
@@ -129,6 +131,10 @@ const ways = {
   },
 };
 
+/** The same client over other transports. */
+const transports = { udpack: 'webtransport', tcp: 'wss', auto: 'auto' };
+ways.tcp = ways.auto = ways.udpack;
+
 /** Drops the file onto the upload page and waits for its check mark. */
 async function page({ page }) {
   await page.locator('.state[data-look=good]').waitFor();
@@ -157,7 +163,7 @@ for (let round = 1; round <= rounds; round += 1) {
   for (let turn = 0; turn < names.length; turn += 1) {
     const way = names[(turn + round - 1) % names.length];
     const dir = `${work}/server`;
-    const isOurs = way === 'udpack' || way === 'page';
+    const isOurs = way === 'page' || way in transports;
     const server = isOurs ? await Ours.start({ bin, dir, host, via, origin }) : await Sink.start({ bin, host, via });
     const { page: tab, close } = await open(browser, way === 'page' ? server.link : origin);
     const run = { way, round, rate: null, memory: null, cpu: null, server: null };
@@ -165,7 +171,7 @@ for (let round = 1; round <= rounds; round += 1) {
     try {
       if (way !== 'page') await tab.locator('input').setInputFiles(file);
       stop = await watch(browser);
-      const { seconds, told } = await (way === 'page' ? page({ page: tab }) : tab.evaluate(ways[way], { endpoint: server.endpoint, sink: server.addresses }));
+      const { seconds, told } = await (way === 'page' ? page({ page: tab }) : tab.evaluate(ways[way], { endpoint: server.endpoint, transport: transports[way], sink: server.addresses }));
       Object.assign(run, await stop());
       run.server = server.program.peak;
       const right = way === 'page' ? (await blake3(`${server.files}/file.bin`)) === hash : told === (isOurs ? hash : `${bytes}`);
@@ -217,7 +223,7 @@ const goals = [
   ['udpack / bare', isHere ? ratio('udpack', 'bare') : null, 0.95, true],
   ['udpack / wss', isHere ? ratio('udpack', 'wss') : null, 1.8, true],
   // Over a link, where a kernel's congestion control is what one competes with.
-  ['udpack / fetch', isHere ? null : ratio('udpack', 'fetch'), 0.9, true],
+  ['auto / fetch', isHere ? null : ratio('auto', 'fetch'), 0.9, true],
   ['page above idle, MiB', ours?.memory, 100 * 1e6 / 2 ** 20, false],
 ].filter(([, value]) => value !== null && Number.isFinite(value));
 for (const [what, value, goal, most] of goals) console.log(`${what}: ${show(value, 2)} (goal: ${most ? 'at least' : 'at most'} ${show(goal, 2)}) ${(most ? value >= goal : value <= goal) ? 'met' : 'MISSED'}`);

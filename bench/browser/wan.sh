@@ -28,6 +28,6 @@ over() { # CONTROL WAYS
   wait "$running" || failed=1
   link_counts 1 | jq -r '"the link lost \(.lost * 100 | round / 100) % of the packets towards the servers"'
 }
-over bbr udpack,bare,wss,fetch
-over cubic wss,fetch
+over bbr udpack,auto,tcp,bare,wss,fetch
+over cubic auto,wss,fetch
 exit "$failed"

@@ -151,6 +151,44 @@ test('a browser without WebTransport uploads by a WebSocket, and its other chann
   await page.close();
 });
 
+test('an upload that WebTransport carries slowly goes over TCP, and the rest of the socket does not', { skip }, async (t) => {
+  // A path as between continents: 100 ms, and losses that are no congestion.
+  Object.assign(udp, { delayMs: 50, losesEach: 20 });
+  tcp.closed = true;
+  t.after(() => {
+    Object.assign(udp, { delayMs: 0, losesEach: 0 });
+    tcp.closed = false;
+  });
+  const [before, made] = [udp.passed, tcp.connections];
+  const page = await pages.open();
+  await page.exposeFunction('passTcp', () => void (tcp.closed = false));
+  const size = 32 << 20;
+  const got = await page.evaluate(
+    async ([endpoint, size]) => {
+      const { connect } = await import('/udpack.js' as string);
+      const { upload } = await import('/transfer.js' as string);
+      const { passTcp } = globalThis as unknown as { passTcp(): Promise<void> };
+      const socket = await connect(endpoint);
+      await passTcp();
+      const bytes = new Uint8Array(size as number).map((_, at) => (at * 7 + (at >> 9)) & 0xff);
+      const up = upload(socket, new File([bytes], 'moved.bin'));
+      const [file] = await up.done;
+      const via = socket.transport;
+      await socket.close();
+      return { via, state: file.state, error: `${file.error ?? ''}`, retries: file.retries };
+    },
+    [endpoint(), size] as const,
+  );
+  const passed = udp.passed - before;
+  t.diagnostic(`${passed >> 10} KiB went over UDP`);
+  assert.deepEqual(got, { via: 'webtransport', state: 'done', error: '', retries: 0 });
+  assert.ok(passed < size / 2, `${passed} bytes`);
+  assert.ok(tcp.connections > made);
+  const stored = readFileSync(`${server.endpoint.files}/moved.bin`);
+  assert.ok(stored.equals(new Uint8Array(size).map((_, at) => (at * 7 + (at >> 9)) & 0xff)));
+  await page.close();
+});
+
 test('nothing in any page went uncaught', { skip }, () => {
   assert.deepEqual(pages.uncaught, []);
 });

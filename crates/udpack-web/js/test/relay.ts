@@ -9,6 +9,10 @@ export class Relay {
   passed = 0;
   /** Loses everything, so that nobody learns anything, until it is false again. */
   silent = false;
+  /** Loses each packet of this number, and its multiples, towards the server; and how long it holds up the others, in milliseconds. */
+  losesEach = 0;
+  delayMs = 0;
+  private packets = 0;
   /** Loses longer packets on their way to the server: what a file is made of does not get there, messages do. */
   longest = Infinity;
   private front: Socket | undefined;
@@ -44,6 +48,11 @@ export class Relay {
     this.listen(front);
   }
 
+  private later(pass: () => void): void {
+    if (this.delayMs > 0) setTimeout(pass, this.delayMs);
+    else pass();
+  }
+
   private listen(front: Socket): void {
     this.front = front;
     front.on('error', () => {});
@@ -53,11 +62,15 @@ export class Relay {
       if (!back) {
         back = createSocket('udp4');
         back.on('error', () => {});
-        back.on('message', (answer) => void (this.silent || this.front?.send(answer, from.port, '127.0.0.1')));
+        back.on('message', (answer) => void (this.silent || this.later(() => this.front?.send(answer, from.port, '127.0.0.1'))));
         this.backs.set(from.port, back);
       }
+      this.packets += 1;
+      if (this.losesEach > 0 && this.packets % this.losesEach === 0) return;
       this.passed += bytes.length;
-      back.send(bytes, this.server, '127.0.0.1');
+      const to = back;
+      // The other side may be gone by then.
+      this.later(() => this.backs.get(from.port) === to && to.send(bytes, this.server, '127.0.0.1'));
     });
   }
 }

@@ -106,8 +106,10 @@ export async function connect(options: ConnectOptions = {}): Promise<Socket> {
     clock,
     random,
   });
-  const socket = new Socket(session, frame);
-  await session.start(options.signal);
+  const { signal, channels: _, ...same } = options;
+  const isAuto = (options.transport ?? 'auto') === 'auto' && !options.dial;
+  const socket = new Socket(session, frame, isAuto ? () => connect({ ...same, transport: 'wss', reconnect: false }) : undefined);
+  await session.start(signal);
   const page = options.page === undefined ? windowHere() : options.page;
   if (page) {
     follow(page, session);

@@ -39,12 +39,14 @@ export class Socket {
   readonly closed: Promise<CloseReason>;
   private readonly session: Session;
   private readonly frame: number;
+  private readonly another: (() => Promise<Socket>) | undefined;
   private readonly volatileListeners = new Set<(message: VolatileMessage) => void>();
 
   /** Made by `connect`. */
-  constructor(session: Session, frame: number) {
+  constructor(session: Session, frame: number, another?: () => Promise<Socket>) {
     this.session = session;
     this.frame = frame;
+    this.another = another;
     this.closed = session.closed.promise;
     session.volatiles.deliver = (message) => {
       for (const listener of [...this.volatileListeners]) {
@@ -61,6 +63,14 @@ export class Socket {
   /** What carries the socket now. Not there without a connection, and where `dial` does not say it. */
   get transport(): 'webtransport' | 'wss' | undefined {
     return this.session.via;
+  }
+
+  /**
+   * Connects once more as the same client, over a WebSocket: for bulk that WebTransport carries slowly. That socket ends with its
+   * connection. Gives nothing where this one's `transport` is not `auto`. Rejects with `ConnectError`.
+   */
+  overTcp(): Promise<Socket> | undefined {
+    return this.another?.();
   }
 
   /** The session's id, 32 hexadecimal digits. It stays when the session is resumed. */

@@ -41,8 +41,8 @@ export interface FileProgress {
 
 export const GIVEN_UP = new TransferError('cancelled', 'given up', false);
 
-/** What stops an offer: `hold` keeps what the server has of it, `drop` removes that. */
-export type Stop = (how: 'hold' | 'drop') => void;
+/** What stops an offer: `hold` keeps what the server has of it, `drop` removes that, `move` is followed by another offer at once. */
+export type Stop = (how: 'hold' | 'drop' | 'move') => void;
 
 export class Entry {
   readonly path: string;

@@ -13,12 +13,14 @@ export interface Listener {
 }
 
 export class Lane {
+  readonly socket: Socket;
   private readonly channel: Channel;
   private readonly listeners = new Map<number, Listener>();
   private nextId = 1;
   private failure: TransferError | undefined;
 
-  private constructor(channel: Channel) {
+  private constructor(socket: Socket, channel: Channel) {
+    this.socket = socket;
     this.channel = channel;
     void this.read();
   }
@@ -26,7 +28,7 @@ export class Lane {
   /** Opens one; waits for a connection while there may be one again. */
   static async open(socket: Socket, signal: AbortSignal): Promise<Lane> {
     // What a lane loses is asked for again, so that nothing of it need be kept for a lost connection.
-    return new Lane((await socket.open('transfer', { priority: 'bulk', resumable: false, signal })) as unknown as Channel);
+    return new Lane(socket, (await socket.open('transfer', { priority: 'bulk', resumable: false, signal })) as unknown as Channel);
   }
 
   /** Why it is over, if it is. */

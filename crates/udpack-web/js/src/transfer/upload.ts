@@ -6,6 +6,7 @@ import { type Socket } from '../client/socket.js';
 import { equal, hashOf } from './blake3.js';
 import { Entry, type FileProgress, GIVEN_UP, type IfExists } from './entry.js';
 import { type Hasher, openHasher } from './hasher.js';
+import { Judge } from './judge.js';
 import { Lane } from './lane.js';
 import { type Range, type Said, TransferError } from './messages.js';
 import { type Item, itemsOf, type Sources, unreadable, walk } from './source.js';
@@ -22,6 +23,11 @@ export interface UploadOptions {
   onConflict?: (file: FileProgress) => IfExists | Promise<IfExists>;
   /** Files that are sent side by side; 4 unless given, at most 16. */
   lanes?: number;
+  /**
+   * Whether what WebTransport carries slowly is tried over TCP, and stays there if that is faster. It is unless this is false, where
+   * the socket's `transport` is `auto`.
+   */
+  move?: boolean;
   /** Gives everything up that is not done. */
   signal?: AbortSignal;
   /** The script of the Worker that hashes, `hash-worker.js` beside this bundle unless given. False hashes in this thread. */
@@ -59,6 +65,10 @@ const TRIES = 4;
 const PAUSE_MS = 1000;
 /** Between two states that a loop is given. */
 const TELL_MS = 100;
+/** How often it is asked whether TCP is to be tried. */
+const JUDGE_MS = 500;
+/** Sockets whose uploads were not faster over TCP. */
+const vain = new WeakSet<Socket>();
 
 /** How an offer ended: `stopped` by this side, or an error, or the file is stored. */
 type Outcome = TransferError | 'stopped' | undefined;
@@ -73,6 +83,8 @@ export class Upload {
   /** Resolves when each file is done or has failed, with how each ended. Never rejects. */
   readonly done: Promise<FileProgress[]>;
   private readonly socket: Socket;
+  /** Over which lanes are opened: that one, or another one over TCP. */
+  private via: Socket;
   private readonly options: UploadOptions;
   private readonly entries: Entry[] = [];
   private readonly waiting: Entry[] = [];
@@ -95,6 +107,7 @@ export class Upload {
   /** Made by `upload`. */
   constructor(socket: Socket, sources: Sources, options: UploadOptions) {
     this.socket = socket;
+    this.via = socket;
     this.options = options;
     this.done = this.over.promise;
     const { lanes = 4, signal } = options;
@@ -108,7 +121,13 @@ export class Upload {
       void this.cancel();
     }
     const workers = Array.from({ length: Math.max(1, Math.min(lanes, LANES_MOST)) }, () => this.serve());
-    void Promise.all(workers).then(async () => (await this.hasher)?.close());
+    void Promise.all(workers).then(async () => {
+      await (this.via === this.socket ? undefined : this.via.close());
+      (await this.hasher)?.close();
+    });
+    if (options.move !== false && !vain.has(socket)) {
+      void this.judge();
+    }
   }
 
   /** Calls `listener` at each event until the returned function is called. */
@@ -288,13 +307,57 @@ export class Upload {
     }
   }
 
+  /** Has what WebTransport carries slowly go over TCP, as long as that is faster. */
+  private async judge(): Promise<void> {
+    const judge = new Judge();
+    while (!this.over.settled) {
+      await Promise.race([new Promise((resolve) => setTimeout(resolve, JUDGE_MS)), this.done]);
+      const isSending = this.entries.some(({ state }) => state === 'sending') && (this.via !== this.socket || this.socket.transport === 'webtransport');
+      const verdict = judge.look(performance.now(), this.total.received, isSending);
+      if (verdict === 'try') {
+        const other = await this.socket.overTcp()?.catch(() => undefined);
+        if (!other || this.over.settled) {
+          vain.add(this.socket);
+          await other?.close();
+          return;
+        }
+        void other.closed.then(() => this.via === other && this.move(this.socket));
+        // It lives no longer than the one that it helps.
+        void this.socket.closed.then(() => other.close());
+        this.move(other);
+      } else if (verdict === 'back' && this.via !== this.socket) {
+        const other = this.via;
+        vain.add(this.socket);
+        this.move(this.socket);
+        await other.close();
+      }
+    }
+  }
+
+  /** Sends what is under way over this connection: the server takes it away from the lane that has it. */
+  private move(to: Socket): void {
+    this.via = to;
+    for (const entry of this.entries) {
+      if (entry.state === 'sending' && entry.offered) {
+        entry.stop?.('move');
+        this.enqueue(entry);
+      }
+    }
+  }
+
   /** One lane after the other, until there is nothing to do any more. */
   private async serve(): Promise<void> {
     let lane: Lane | undefined;
+    // The server may still have to say something of files on these.
+    const left: Lane[] = [];
     const open = async (): Promise<Lane> => {
+      if (lane && lane.socket !== this.via) {
+        left.push(lane);
+        lane = undefined;
+      }
       if (lane === undefined || lane.over) {
         lane = undefined;
-        lane = await Lane.open(this.socket, this.controller.signal);
+        lane = await Lane.open(this.via, this.controller.signal);
       }
       return lane;
     };
@@ -335,7 +398,7 @@ export class Upload {
         await this.again(entry, error instanceof TransferError ? error : closed(error));
       }
     }
-    await lane?.close();
+    await Promise.all([...left, lane].map((each) => each?.close()));
   }
 
   /** Whether a file is offered again after an error, and when (the table of "Coming back"). */
@@ -435,11 +498,12 @@ export class Upload {
     });
     entry.state = 'sending';
     entry.stop = (how) => {
-      const told = lane.send('cancel', how === 'hold' ? { id, keep: true } : { id });
-      // A lane that is over is heard of by `lost`.
-      handled(told);
+      if (how !== 'move') {
+        // A lane that is over is heard of by `lost`.
+        handled(lane.send('cancel', how === 'hold' ? { id, keep: true } : { id }));
+      }
       settle('stopped');
-      if (how === 'hold') {
+      if (how !== 'drop') {
         entry.state = 'paused';
         lane.end(id);
       }
