@@ -3,7 +3,7 @@
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use udpack::{Limits, Reconnect, Timeouts};
+use udpack::{Limits, Reconnect, Timeouts, TransportChoice};
 
 use crate::channel::seconds;
 
@@ -44,6 +44,18 @@ pub(crate) fn limits(dict: Option<&Bound<'_, PyDict>>) -> PyResult<Limits> {
         ]);
     }
     Ok(limits)
+}
+
+pub(crate) fn transport(name: &str) -> PyResult<TransportChoice> {
+    match name {
+        "auto" => Ok(TransportChoice::Auto),
+        "quic" => Ok(TransportChoice::Quic),
+        "wss" => Ok(TransportChoice::WebSocket),
+        other => {
+            let text = format!("there is no transport {other:?}; there are auto, quic, wss");
+            Err(PyValueError::new_err(text))
+        }
+    }
 }
 
 /// `True`, `False`, or a dict of `attempts`, `patience`, `first`, `most` and `first_too`.

@@ -10,7 +10,8 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
 use tokio::sync::Mutex;
 use udpack::{
-    Client, CloseCode, ConnectUrl, Fingerprint, Socket, SocketState, SocketStates, Volatile,
+    Client, CloseCode, ConnectUrl, Fingerprint, Socket, SocketState, SocketStates, Transport,
+    Volatile,
 };
 
 use crate::channel::{PyChannel, encode, priority as by_name, reason, sent};
@@ -71,6 +72,9 @@ pub(crate) fn dial(url: &str, settings: &Bound<'_, PyDict>) -> PyResult<Dial> {
         && let Some(reconnect) = settings::reconnect(&value)?
     {
         builder = builder.reconnect(reconnect);
+    }
+    if let Some(over) = text("transport")? {
+        builder = builder.transport(settings::transport(&over)?);
     }
     if let Some(local) = text("local_address")? {
         let local = local
@@ -139,6 +143,16 @@ impl PySocket {
     #[getter]
     fn is_connected(&self) -> bool {
         self.inner.is_connected()
+    }
+
+    #[getter]
+    fn transport(&self) -> &'static str {
+        match self.inner.transport() {
+            Transport::Quic => "quic",
+            Transport::WebTransport { .. } => "webtransport",
+            Transport::WebSocket { .. } => "wss",
+            _ => "other",
+        }
     }
 
     #[getter]

@@ -401,6 +401,11 @@ class Socket:
         return self._core.is_connected
 
     @property
+    def transport(self) -> str:
+        """What carries the connection as of now: ``"quic"``, ``"wss"``, or ``"webtransport"`` with a browser."""
+        return self._core.transport
+
+    @property
     def expires_in(self) -> float | None:
         """Seconds that the token still counts."""
         return self._core.expires_in
@@ -507,10 +512,12 @@ class Connecting:
 def settings(
     token: str | None, key: str | None, reconnect: bool | Mapping[str, Any], agent: str | None,
     timeouts: Mapping[str, float] | None, limits: Mapping[str, int] | None, local_address: str | None,
+    transport: str,
 ) -> dict[str, Any]:
     """The arguments of ``connect`` without those that are not given."""
     given: dict[str, Any] = {
         "token": token, "key": key, "agent": agent, "local_address": local_address,
+        "transport": transport,
         "reconnect": reconnect if isinstance(reconnect, bool) else dict(reconnect),
         "timeouts": None if timeouts is None else dict(timeouts),
         "limits": None if limits is None else dict(limits),
@@ -521,18 +528,19 @@ def settings(
 def connect(
     url: str, *, token: str | None = None, key: str | None = None, reconnect: bool | Mapping[str, Any] = True,
     agent: str | None = None, timeouts: Mapping[str, float] | None = None, limits: Mapping[str, int] | None = None,
-    local_address: str | None = None,
+    local_address: str | None = None, transport: str = "auto",
 ) -> Connecting:
     """Connects to ``udpack://TOKEN@HOST:PORT#sha256:…``, or to ``HOST:PORT`` with ``token`` and ``key``.
 
     ``key`` is the fingerprint of the server's public key; without one the platform's CAs decide. A socket comes back by
     itself when its connection is lost, unless ``reconnect`` is ``False``; as a dict it sets ``attempts``, ``patience``,
     ``first``, ``most`` (seconds) and ``first_too``. ``timeouts`` (seconds) and ``limits`` replace single defaults by
-    name.
+    name. ``transport`` is ``"auto"``: QUIC, and 300 ms later TCP (a WebSocket) as well, for networks that let no UDP pass;
+    each reconnect chooses again. ``"quic"`` and ``"wss"`` take one alone.
 
     Raises :class:`ConnectError`, and :class:`AuthError` when the server refuses or is another one.
     """
-    return Connecting(url, settings(token, key, reconnect, agent, timeouts, limits, local_address))
+    return Connecting(url, settings(token, key, reconnect, agent, timeouts, limits, local_address, transport))
 
 
 class Presence:

@@ -158,6 +158,11 @@ class Socket:
         return self._core.is_connected
 
     @property
+    def transport(self) -> str:
+        """What carries the connection as of now; see :attr:`udpack.Socket.transport`."""
+        return self._core.transport
+
+    @property
     def state(self) -> State:
         """What the connection is doing."""
         return State.of(self._core.state)
@@ -192,10 +197,10 @@ class Socket:
 def connect(
     url: str, *, token: str | None = None, key: str | None = None, reconnect: bool | Mapping[str, Any] = True,
     agent: str | None = None, timeouts: Mapping[str, float] | None = None, limits: Mapping[str, int] | None = None,
-    local_address: str | None = None,
+    local_address: str | None = None, transport: str = "auto",
 ) -> Socket:
     """Connects; see :func:`udpack.connect`."""
-    given = settings(token, key, reconnect, agent, timeouts, limits, local_address)
+    given = settings(token, key, reconnect, agent, timeouts, limits, local_address, transport)
     return Socket(_udpack.connect(url, given).wait())
 
 

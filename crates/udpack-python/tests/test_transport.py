@@ -1,0 +1,128 @@
+"""Networks that let no UDP pass: sessions over TCP, against the program `udpack-server`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket as sockets
+import subprocess
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+
+import udpack
+from conftest import client, in_time, relay
+from test_life import echo
+from udpack import sync
+
+REPOSITORY = Path(__file__).parents[3]
+PROGRAM = Path(os.environ.get("CARGO_TARGET_DIR", REPOSITORY / "target")) / "debug" / "udpack-server"
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[str, str, Path]]:
+    """A server's URL, its host and port, and where it stores files."""
+    if not PROGRAM.exists():
+        pytest.skip(f"SKIPPED: there is no {PROGRAM}: cargo build -p udpack-cli")
+    # An address of its own, so that the number of the UDP port is free for TCP.
+    line = [PROGRAM, "--quiet", "--listen", "127.3.2.1:0", "--json", "--allow-read"]
+    with subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as program:
+        at = ""
+        for text in program.stdout:
+            said = json.loads(text)
+            at = said.get("listening", at)
+            if "send" in said:
+                break
+        url = subprocess.run([PROGRAM, "url"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+        yield url, at, tmp_path / "uploads"
+        program.kill()
+
+
+class TcpOnly:
+    """An address where TCP goes on to a server, and UDP goes nowhere."""
+
+    def __init__(self, to: str) -> None:
+        self.host, _, port = to.rpartition(":")
+        self.port = int(port)
+        self.connections = 0
+
+    async def __aenter__(self) -> str:
+        self.listener = await asyncio.start_server(self.carry, "127.3.2.2", 0)
+        self.at = self.listener.sockets[0].getsockname()
+        # Takes what comes and says nothing.
+        self.hole = sockets.socket(sockets.AF_INET, sockets.SOCK_DGRAM)
+        self.hole.bind(self.at)
+        return "%s:%d" % self.at
+
+    async def __aexit__(self, *_: object) -> None:
+        self.hole.close()
+        self.listener.close()
+
+    async def carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        back_reader, back_writer = await asyncio.open_connection(self.host, self.port)
+
+        async def pipe(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            try:
+                while data := await source.read(1 << 16):
+                    sink.write(data)
+                    await sink.drain()
+            except ConnectionError:
+                pass
+            finally:
+                sink.close()
+
+        await asyncio.gather(pipe(reader, back_writer), pipe(back_reader, writer))
+
+
+async def test_a_file_goes_over_tcp(server, tmp_path):
+    url, _, stored = server
+    data = os.urandom(3 << 20)
+    async with udpack.connect(url, transport="wss") as socket:
+        assert socket.transport == "wss"
+        [outcome] = await in_time(udpack.upload(socket, data, remote="over-tcp.bin"))
+        assert outcome.size == len(data)
+    assert (stored / "over-tcp.bin").read_bytes() == data
+    assert await in_time(udpack.download(url, "over-tcp.bin", transport="wss")) == data
+
+
+async def test_quic_is_taken_where_udp_passes(server):
+    url, _, _ = server
+    async with udpack.connect(url, transport="quic") as socket:
+        assert socket.transport == "quic"
+
+
+async def test_auto_takes_tcp_where_udp_does_not_pass(server):
+    url, at, _ = server
+    blocked = TcpOnly(at)
+    async with blocked as address:
+        here = url.replace(at, address)
+        assert here != url
+        async with udpack.connect(here) as socket:
+            assert socket.transport == "wss"
+        assert blocked.connections > 0
+        with pytest.raises(udpack.ConnectError):
+            await in_time(udpack.connect(here, transport="quic", timeouts={"handshake": 0.5})._connect())
+
+
+def test_without_an_event_loop(server):
+    url, _, _ = server
+    with sync.connect(url, transport="wss") as socket:
+        assert socket.transport == "wss"
+
+
+async def test_a_transport_that_there_is_not():
+    with pytest.raises(ValueError, match="auto, quic, wss"):
+        await udpack.connect("127.0.0.1:1", token="x", transport="tcp")
+
+
+async def test_a_server_that_takes_no_tcp_is_reached_by_auto():
+    server = echo()
+    async with server.listen("127.0.0.1:0"):
+        async with relay(server) as way:
+            async with udpack.connect(way.address, token="secret", key=server.key, transport="auto") as socket:
+                assert socket.transport == "quic"
+        async with client(server) as socket:
+            assert socket.transport == "quic"
