@@ -71,7 +71,7 @@ pub use store::{
     IfExists, Kind, Left, List, Memory, MemoryUpload, MemoryWhole, Meta, Names, NewDir, NewFile,
     NewLink, NewUpload, OtherTime, Overwrite, Page, Partial, Placed, Published, Range, ReadAt,
     Removed, Sink, Space, Store, StoreConfig, StoreError, Stored, Suspended, SyncPolicy, Synced,
-    Tenant, Time, Usage, check_target, purge, uploads,
+    Tenant, Time, Usage, purge, uploads,
 };
 pub use wire::lane::{Action, Lane, Refusal};
 pub use wire::stats::{JobCounts, QuotaStats, RoomStats, ServerStats, SocketStats};

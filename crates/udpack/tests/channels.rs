@@ -146,13 +146,12 @@ async fn the_server_opens_channels_too() {
         assert_eq!(accepted.id(), dialled.id());
         assert_eq!(dialled.id().len(), 32);
         let out = accepted
-            .open_with(
-                "news",
-                Some(&Say {
-                    text: "first".into(),
-                    n: 1,
-                }),
-            )
+            .channel("news")
+            .meta(&Say {
+                text: "first".into(),
+                n: 1,
+            })
+            .open()
             .await
             .expect("a channel");
         out.send("item", &"one").await.expect("queued");

@@ -27,7 +27,7 @@ use crate::base::names;
 ///
 /// There is no way to build one but by parsing, so holding a `RelPath` is the proof that the rules
 /// were checked. It is kept in its [text form](crate::base::names): for the file system there is
-/// [`to_os`](Self::to_os), and `Display` escapes what must not reach a terminal or a log, and cuts.
+/// [`names::os`], and `Display` escapes what must not reach a terminal or a log, and cuts.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RelPath(Box<str>);
 
@@ -61,11 +61,6 @@ impl RelPath {
     /// Its bytes.
     pub fn to_bytes(&self) -> Cow<'_, [u8]> {
         names::bytes(&self.0)
-    }
-
-    /// The path as the operating system takes it.
-    pub fn to_os(&self) -> Cow<'_, OsStr> {
-        names::os(&self.0)
     }
 
     /// Whether it keeps the rules that hold on every operating system and in every tool: what can be fetched to any
@@ -693,7 +688,7 @@ mod tests {
         ] {
             let path: RelPath = name.parse().unwrap_or_else(|error| panic!("{error}"));
             assert_eq!(path.as_str(), name);
-            assert_eq!(RelPath::from_os(&path.to_os()).unwrap(), path);
+            assert_eq!(RelPath::from_os(&names::os(&path.0)).unwrap(), path);
             assert!(path.to_string().chars().all(is_printable), "{path}");
         }
     }
@@ -814,7 +809,7 @@ mod tests {
                 prop_assert_eq!(&*path.to_bytes(), &*names::bytes(&name));
                 prop_assert_eq!(&path.as_str().parse::<RelPath>().unwrap(), &path);
                 let root = Path::new("/root/of/it");
-                let joined = root.join(path.to_os());
+                let joined = root.join(names::os(&path.0));
                 prop_assert!(joined.starts_with(root));
                 let below = joined.components().skip(root.components().count());
                 prop_assert!(below.clone().all(|part| matches!(part, Component::Normal(_))));

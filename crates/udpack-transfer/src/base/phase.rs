@@ -44,7 +44,7 @@ impl Phase {
     }
 
     /// The phase of this word, if it is one.
-    pub fn from_word(word: &str) -> Option<Self> {
+    pub(crate) fn from_word(word: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|phase| phase.as_str() == word)
     }
 

@@ -318,7 +318,7 @@ impl Store {
     /// Makes a symbolic link in one step, and says whether an equal one was there. It is on disk
     /// when this returns; nothing in the store ever follows it.
     ///
-    /// Refuses a `target` that [`check_target`] refuses. Where something else has the name,
+    /// Refuses a `target` that `check_target` refuses. Where something else has the name,
     /// [`IfExists::Overwrite`] replaces a file or a link, and every other policy is an error: a
     /// link is stored under its own name or not at all.
     pub fn make_link(
@@ -407,7 +407,7 @@ impl Store {
 /// order they were made.
 ///
 /// For a client whose root is not the store's, `path` is what the client calls the link.
-pub fn check_target(path: &RelPath, target: &str) -> Result<(), StoreError> {
+pub(crate) fn check_target(path: &RelPath, target: &str) -> Result<(), StoreError> {
     let refuse = |why| {
         Err(StoreError::BadTarget {
             path: path.clone(),

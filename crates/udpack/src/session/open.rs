@@ -40,26 +40,6 @@ impl Socket {
     pub async fn open(&self, name: &str) -> Result<Channel, OpenError> {
         self.channel(name).open().await
     }
-
-    /// Opens a channel as [`open`](Self::open) does and says something first: the peer reads `meta` with
-    /// `Channel::meta`.
-    ///
-    /// # Errors
-    /// As [`OpenChannel::open`].
-    ///
-    /// # Cancel safety
-    /// A dropped future has opened nothing.
-    pub async fn open_with<T: Serialize + Sync + ?Sized>(
-        &self,
-        name: &str,
-        meta: Option<&T>,
-    ) -> Result<Channel, OpenError> {
-        let channel = self.channel(name);
-        match meta {
-            Some(meta) => channel.meta(meta).open().await,
-            None => channel.open().await,
-        }
-    }
 }
 
 /// A channel that is about to be opened; made by [`Socket::channel`]. Dropping it opens nothing.

@@ -207,11 +207,6 @@ impl Transport {
             Self::WebTransport { origin } | Self::WebSocket { origin } => origin.as_deref(),
         }
     }
-
-    /// Whether the transport is WebTransport.
-    pub fn is_web(&self) -> bool {
-        matches!(self, Self::WebTransport { .. })
-    }
 }
 
 impl fmt::Debug for Transport {

@@ -299,7 +299,7 @@ impl<'a> Fields<'a> {
     ///
     /// [`FieldError::WrongType`] for anything else but a map, or what [`Fields::parse`] refuses
     /// about it.
-    pub fn opt_map(&self, key: &'static str) -> Result<Option<Self>, FieldError> {
+    pub(crate) fn opt_map(&self, key: &'static str) -> Result<Option<Self>, FieldError> {
         self.read(key, as_map)
     }
 
@@ -390,15 +390,6 @@ impl<'a> Values<'a> {
         self.read(as_bin)
     }
 
-    /// Reads text.
-    ///
-    /// # Errors
-    ///
-    /// [`FieldError::WrongType`], or [`FieldError::Length`] after the last value.
-    pub fn next_str(&mut self) -> Result<&'a str, FieldError> {
-        self.read(as_str)
-    }
-
     /// Reads an array inside this one.
     ///
     /// # Errors
@@ -414,7 +405,7 @@ impl<'a> Values<'a> {
     ///
     /// [`FieldError::WrongType`], [`FieldError::Length`] after the last value, or what
     /// [`Fields::parse`] refuses about the map.
-    pub fn next_map(&mut self) -> Result<Fields<'a>, FieldError> {
+    pub(crate) fn next_map(&mut self) -> Result<Fields<'a>, FieldError> {
         self.read(as_map)
     }
 
