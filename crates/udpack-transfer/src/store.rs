@@ -54,8 +54,8 @@ pub use sink::{
     NewLink, NewUpload, ReadAt, Sink, Stored,
 };
 pub use suspended::{Suspended, purge, uploads};
-pub use tree::{Entry, Kind, List, Page, Placed, Removed};
 pub(crate) use tree::check_target;
+pub use tree::{Entry, Kind, List, Page, Placed, Removed};
 
 /// A moment of a file's clock, as seconds and nanoseconds since 1970; before that, `secs` is negative and
 /// `nanos` still counts forward.

@@ -5,7 +5,7 @@ mod incoming;
 mod lane;
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::runtime::Handle;
@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use crate::base::code::Code;
 use crate::base::path::RelPath;
 use crate::client::link::Link;
-use crate::client::progress::{Event, Feed, Files, Moving, Outcome, Progress, Watch};
+use crate::client::progress::{Event, Feed, Outcome, Progress, Totals, Watch};
 use crate::local::error::TransferError;
 use crate::local::limiter::Limiter;
 use crate::staging::file::Gathered;
@@ -137,12 +137,7 @@ impl Downloader {
             room: Arc::new(Semaphore::new(AHEAD)),
             places: Arc::new(Semaphore::new(places)),
             lanes: AtomicUsize::new(self.lanes),
-            total: AtomicU64::new(0),
-            counted: AtomicU64::new(0),
-            moved: AtomicU64::new(0),
-            files: AtomicUsize::new(0),
-            files_done: AtomicUsize::new(0),
-            under_way: Files::default(),
+            totals: Arc::default(),
         });
         let (events, happened) = mpsc::channel(256);
         let (notes, noted) = mpsc::unbounded_channel();
@@ -179,30 +174,24 @@ impl Download {
     /// # Cancel safety
     /// Cancel safe.
     pub async fn next(&mut self) -> Option<Event> {
-        self.feed.next(|| self.context.progress()).await
+        self.feed.next(|| self.context.totals.progress()).await
     }
 
     /// Returns a watcher of the progress, of the whole and of each file: beside the events, and as often as asked
     /// for.
     pub fn watch(&self) -> Watch {
-        let context = Arc::downgrade(&self.context);
-        Watch::new(move || {
-            let context = context.upgrade()?;
-            let files = context.under_way.list()?;
-            let whole = context.progress();
-            Some(Moving { whole, files })
-        })
+        self.context.totals.watch()
     }
 
     /// How far it is. Total and number of files grow while the iterator is read.
     pub fn progress(&self) -> Progress {
-        self.context.progress()
+        self.context.totals.progress()
     }
 }
 
 impl Drop for Download {
     fn drop(&mut self) {
-        self.context.under_way.close();
+        self.context.totals.close();
         self.context.room.close();
     }
 }
@@ -277,13 +266,7 @@ struct Context {
     places: Arc<Semaphore>,
     /// Lanes that have not failed.
     lanes: AtomicUsize,
-    total: AtomicU64,
-    counted: AtomicU64,
-    /// Bytes received, repetitions included.
-    moved: AtomicU64,
-    files: AtomicUsize,
-    files_done: AtomicUsize,
-    under_way: Files,
+    totals: Arc<Totals>,
 }
 
 impl Context {
@@ -292,45 +275,22 @@ impl Context {
         self.staging.gathered()
     }
 
-    /// Corrects the file's size.
+    /// Corrects the file's size, in bytes.
     fn resize(&self, job: &mut Job, size: u64) {
-        // Counted bytes stay counted: progress never decreases.
-        let size = size.max(job.counted);
-        self.total.fetch_add(size, Ordering::Relaxed);
-        self.total.fetch_sub(job.size, Ordering::Relaxed);
-        job.size = size;
-        self.under_way.resize(job.index, size);
+        self.totals
+            .resize(job.index, &mut job.size, job.counted, size);
     }
 
-    /// This much of the file is here.
+    /// At least this many bytes of the file are here.
     fn count(&self, job: &mut Job, bytes: u64) {
-        if let Some(more) = bytes.checked_sub(job.counted) {
-            self.counted.fetch_add(more, Ordering::Relaxed);
-            job.counted = bytes;
-            self.under_way.moved(job.index, bytes);
-        }
-    }
-
-    fn progress(&self) -> Progress {
-        let files_done = self.files_done.load(Ordering::Relaxed);
-        let total = self.total.load(Ordering::Relaxed);
-        Progress {
-            acked: self.counted.load(Ordering::Relaxed).min(total),
-            total,
-            files_done,
-            files: self.files.load(Ordering::Relaxed),
-            listed: self.queue.fed.load(Ordering::Relaxed),
-            sized: true,
-            moved: self.moved.load(Ordering::Relaxed),
-        }
+        self.totals.ack(job.index, &mut job.counted, bytes);
     }
 
     async fn done(&self, events: &mpsc::Sender<Event>, mut job: Job, arrived: Arrived) {
         self.resize(&mut job, arrived.size);
         let all = job.size;
         self.count(&mut job, all);
-        self.under_way.end(job.index);
-        self.files_done.fetch_add(1, Ordering::Relaxed);
+        self.totals.end(job.index, true);
         let outcome = Outcome {
             index: job.index,
             path: arrived.path,
@@ -350,10 +310,7 @@ impl Context {
     }
 
     async fn failed(&self, events: &mpsc::Sender<Event>, job: Job, error: TransferError) {
-        self.total
-            .fetch_sub(job.size - job.counted, Ordering::Relaxed);
-        self.under_way.end(job.index);
-        self.files_done.fetch_add(1, Ordering::Relaxed);
+        self.totals.fail(job.index, true, (job.size, job.counted));
         let failed = Event::Failed {
             index: job.index,
             path: job.wanted.local.as_str().to_owned(),
@@ -502,6 +459,7 @@ fn feed(context: Arc<Context>, wanted: impl Iterator<Item = Wanted> + Send + 'st
     impl Drop for Fed {
         // Also when the iterator panics.
         fn drop(&mut self) {
+            self.0.totals.listed();
             self.0.queue.feed_ended();
         }
     }
@@ -516,8 +474,8 @@ fn feed(context: Arc<Context>, wanted: impl Iterator<Item = Wanted> + Send + 'st
                 return;
             };
             let size = wanted.size.unwrap_or(0);
-            context.total.fetch_add(size, Ordering::Relaxed);
-            context.files.fetch_add(1, Ordering::Relaxed);
+            context.totals.list();
+            context.totals.add(size, true);
             context.queue.push(Job {
                 index,
                 wanted,

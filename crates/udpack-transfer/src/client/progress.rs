@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -168,7 +168,7 @@ pub struct Watch {
 
 impl Watch {
     /// Must be called within a tokio runtime.
-    pub(crate) fn new(look: impl Fn() -> Option<Moving> + Send + 'static) -> Self {
+    fn new(look: impl Fn() -> Option<Moving> + Send + 'static) -> Self {
         let mut ticker = tokio::time::interval(REPORT);
         ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Self {
@@ -211,14 +211,44 @@ impl fmt::Debug for Watch {
     }
 }
 
-/// The files under way of one transfer.
+/// The counters of one transfer, and its files under way.
+///
+/// Of each file the transfer keeps two numbers: its size, which is its part of the total, and the acknowledged bytes,
+/// which never exceed it.
 #[derive(Debug, Default)]
-pub(crate) struct Files {
-    files: Mutex<BTreeMap<usize, FileProgress>>,
+pub(crate) struct Totals {
+    total: AtomicU64,
+    acked: AtomicU64,
+    moved: AtomicU64,
+    files: AtomicUsize,
+    files_done: AtomicUsize,
+    /// Files without an outcome whose size only their end tells.
+    unsized_files: AtomicUsize,
+    listed: AtomicBool,
     over: AtomicBool,
+    under_way: Mutex<BTreeMap<usize, FileProgress>>,
 }
 
-impl Files {
+impl Totals {
+    /// Counts one more file, whose size follows by [`add`](Self::add).
+    pub(crate) fn list(&self) {
+        self.files.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Adds the size of a file, in bytes. `sized`: it is known before the file's end.
+    pub(crate) fn add(&self, size: u64, sized: bool) {
+        self.total.fetch_add(size, Ordering::Relaxed);
+        if !sized {
+            self.unsized_files.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// All files are listed.
+    pub(crate) fn listed(&self) {
+        self.listed.store(true, Ordering::Release);
+    }
+
+    /// A file has begun.
     pub(crate) fn begin(&self, index: usize, path: &str, size: u64) {
         let begun = FileProgress {
             index,
@@ -229,20 +259,48 @@ impl Files {
         self.lock().insert(index, begun);
     }
 
-    pub(crate) fn resize(&self, index: usize, size: u64) {
+    /// Changes the size of a file. Acknowledged bytes stay acknowledged, also of a file that has shrunk: progress never
+    /// decreases.
+    pub(crate) fn resize(&self, index: usize, size: &mut u64, acked: u64, new: u64) {
+        let new = new.max(acked);
+        self.total.fetch_add(new, Ordering::Relaxed);
+        self.total.fetch_sub(*size, Ordering::Relaxed);
+        *size = new;
         if let Some(file) = self.lock().get_mut(&index) {
-            file.size = size;
+            file.size = new;
         }
     }
 
-    pub(crate) fn moved(&self, index: usize, bytes: u64) {
-        if let Some(file) = self.lock().get_mut(&index) {
-            file.bytes = bytes;
+    /// At least this many bytes of a file have arrived.
+    pub(crate) fn ack(&self, index: usize, acked: &mut u64, bytes: u64) {
+        if bytes > *acked {
+            self.acked.fetch_add(bytes - *acked, Ordering::Relaxed);
+            *acked = bytes;
+            if let Some(file) = self.lock().get_mut(&index) {
+                file.bytes = bytes;
+            }
         }
     }
 
-    pub(crate) fn end(&self, index: usize) {
+    /// This many bytes were transferred, repetitions included.
+    pub(crate) fn moved(&self, bytes: u64) {
+        self.moved.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// A file has its outcome.
+    pub(crate) fn end(&self, index: usize, sized: bool) {
+        if !sized {
+            self.unsized_files.fetch_sub(1, Ordering::Relaxed);
+        }
         self.lock().remove(&index);
+        self.files_done.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A file has failed. Its unacknowledged bytes leave the total, so that the rest can still reach 100 %.
+    pub(crate) fn fail(&self, index: usize, sized: bool, (size, acked): (u64, u64)) {
+        self.total
+            .fetch_sub(size.saturating_sub(acked), Ordering::Relaxed);
+        self.end(index, sized);
     }
 
     /// The transfer was given up.
@@ -250,14 +308,41 @@ impl Files {
         self.over.store(true, Ordering::Relaxed);
     }
 
-    /// All of them; `None` once the transfer was given up.
-    pub(crate) fn list(&self) -> Option<Vec<FileProgress>> {
-        let over = self.over.load(Ordering::Relaxed);
-        (!over).then(|| self.lock().values().cloned().collect())
+    pub(crate) fn progress(&self) -> Progress {
+        // Read first: when it is true, the totals read after it are final.
+        let listed = self.listed.load(Ordering::Acquire);
+        let files_done = self.files_done.load(Ordering::Relaxed);
+        let acked = self.acked.load(Ordering::Relaxed);
+        let total = self.total.load(Ordering::Relaxed);
+        Progress {
+            acked: acked.min(total),
+            total,
+            files_done,
+            files: self.files.load(Ordering::Relaxed),
+            listed,
+            sized: self.unsized_files.load(Ordering::Relaxed) == 0,
+            moved: self.moved.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Returns a watcher; it ends when the transfer is given up or dropped.
+    pub(crate) fn watch(self: &Arc<Self>) -> Watch {
+        let totals = Arc::downgrade(self);
+        Watch::new(move || {
+            let totals = totals.upgrade()?;
+            if totals.over.load(Ordering::Relaxed) {
+                return None;
+            }
+            let files = totals.lock().values().cloned().collect();
+            let whole = totals.progress();
+            Some(Moving { whole, files })
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<usize, FileProgress>> {
-        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+        self.under_way
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 

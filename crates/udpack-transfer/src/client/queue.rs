@@ -214,11 +214,6 @@ impl Queue {
         self.changed.notify_waiters();
     }
 
-    /// Whether [`listed`](Self::listed) was called.
-    pub(crate) fn is_listed(&self) -> bool {
-        self.lock().listed
-    }
-
     /// The queue has no takers any more.
     pub(crate) fn close(&self) {
         self.lock().closed = true;

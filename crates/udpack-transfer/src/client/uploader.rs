@@ -14,7 +14,7 @@ use udpack::{Channel, CloseCode, CloseReason, Priority, SendError, Side, Socket}
 
 use crate::base::code::Code;
 use crate::client::link::Link;
-use crate::client::progress::{Event, Feed, Files, Moving, Outcome, Progress, Watch};
+use crate::client::progress::{Event, Feed, Outcome, Progress, Totals, Watch};
 use crate::client::queue::{Claim, Item, Next, Queue, SMALL};
 use crate::local::error::TransferError;
 use crate::local::limiter::{Limiter, Pace, SMALLEST};
@@ -135,13 +135,7 @@ impl Uploader {
             buffers: Buffers::default(),
             run: new_run(),
             early: AtomicU64::new(EARLY),
-            total: AtomicU64::new(0),
-            acked: AtomicU64::new(0),
-            moved: AtomicU64::new(0),
-            unsized_files: AtomicUsize::new(0),
-            files_done: AtomicUsize::new(0),
-            files: AtomicUsize::new(0),
-            under_way: Files::default(),
+            totals: Arc::default(),
             lanes: AtomicUsize::new(lanes),
         });
         let (events, happened) = mpsc::channel(256);
@@ -176,30 +170,24 @@ impl Upload {
     /// # Cancel safety
     /// Cancel safe.
     pub async fn next(&mut self) -> Option<Event> {
-        self.feed.next(|| self.shared.progress()).await
+        self.feed.next(|| self.shared.totals.progress()).await
     }
 
     /// How far it is.
     pub fn progress(&self) -> Progress {
-        self.shared.progress()
+        self.shared.totals.progress()
     }
 
     /// Returns a watcher of the progress, of the whole and of each file: beside the events, and as often as asked
     /// for.
     pub fn watch(&self) -> Watch {
-        let shared = Arc::downgrade(&self.shared);
-        Watch::new(move || {
-            let shared = shared.upgrade()?;
-            let files = shared.under_way.list()?;
-            let whole = shared.progress();
-            Some(Moving { whole, files })
-        })
+        self.shared.totals.watch()
     }
 }
 
 impl Drop for Upload {
     fn drop(&mut self) {
-        self.shared.under_way.close();
+        self.shared.totals.close();
         self.shared.queue.close();
     }
 }
@@ -224,15 +212,7 @@ struct Shared {
     run: [u8; 16],
     /// What is left of [`EARLY`].
     early: AtomicU64,
-    total: AtomicU64,
-    acked: AtomicU64,
-    /// Bytes sent that have arrived.
-    moved: AtomicU64,
-    /// Files without an outcome whose size only their end tells.
-    unsized_files: AtomicUsize,
-    files_done: AtomicUsize,
-    files: AtomicUsize,
-    under_way: Files,
+    totals: Arc<Totals>,
     /// Lanes that have not failed.
     lanes: AtomicUsize,
 }
@@ -247,14 +227,10 @@ impl Shared {
         Run(run)
     }
 
-    /// What a file counts for in the total changes.
+    /// Changes the size of a file, in bytes.
     fn resize(&self, item: &mut Item, size: u64) {
-        // What was acknowledged stays acknowledged, also of a file that has shrunk meanwhile.
-        let size = size.max(item.acked);
-        self.total.fetch_add(size, Ordering::Relaxed);
-        self.total.fetch_sub(item.size, Ordering::Relaxed);
-        item.size = size;
-        self.under_way.resize(item.index, size);
+        self.totals
+            .resize(item.index, &mut item.size, item.acked, size);
     }
 
     /// How many bytes of a file may be sent before the server has said what it has of it, on a path with this
@@ -276,48 +252,16 @@ impl Shared {
 
     /// The server has at least this much of a file.
     fn acked(&self, item: &mut Item, acked: u64) {
-        if acked > item.acked {
-            self.acked.fetch_add(acked - item.acked, Ordering::Relaxed);
-            item.acked = acked;
-            self.under_way.moved(item.index, acked);
-        }
+        self.totals.ack(item.index, &mut item.acked, acked);
     }
 
-    /// A file has its outcome.
-    fn ended(&self, item: &Item) {
-        if item.is_unsized() {
-            self.unsized_files.fetch_sub(1, Ordering::Relaxed);
-        }
-        self.under_way.end(item.index);
-        self.files_done.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// Reports a file that did not arrive. What was not acknowledged leaves the total, so that the rest can
-    /// still reach 100 % and nothing ever goes down.
+    /// Reports a file that did not arrive.
     async fn failed(&self, events: &mpsc::Sender<Event>, claim: Claim, error: TransferError) {
-        self.total
-            .fetch_sub(claim.size.saturating_sub(claim.acked), Ordering::Relaxed);
-        self.ended(&claim);
+        self.totals
+            .fail(claim.index, !claim.is_unsized(), (claim.size, claim.acked));
         let (index, path) = (claim.index, claim.source.remote().to_owned());
         claim.settle();
         let _ = events.send(Event::Failed { index, path, error }).await;
-    }
-
-    fn progress(&self) -> Progress {
-        // Read first: when it is true, the totals read after it are final.
-        let listed = self.queue.is_listed();
-        let files_done = self.files_done.load(Ordering::Relaxed);
-        let acked = self.acked.load(Ordering::Relaxed);
-        let total = self.total.load(Ordering::Relaxed);
-        Progress {
-            acked: acked.min(total),
-            total,
-            files_done,
-            files: self.files.load(Ordering::Relaxed),
-            listed,
-            sized: self.unsized_files.load(Ordering::Relaxed) == 0,
-            moved: self.moved.load(Ordering::Relaxed),
-        }
     }
 }
 
@@ -328,29 +272,27 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// Lists the sources until the end, or until nobody wants more.
 fn list(sources: impl Iterator<Item = Source>, shared: &Shared, events: &mpsc::Sender<Event>) {
     /// Also when the iterator panics: the lanes must not wait for more.
-    struct Listed<'a>(&'a Queue);
+    struct Listed<'a>(&'a Shared);
     impl Drop for Listed<'_> {
         fn drop(&mut self) {
-            self.0.listed();
+            self.0.totals.listed();
+            self.0.queue.listed();
         }
     }
-    let _listed = Listed(&shared.queue);
+    let _listed = Listed(shared);
     for (index, source) in sources.enumerate() {
-        shared.files.fetch_add(1, Ordering::Relaxed);
+        shared.totals.list();
         match source.size() {
             Ok(size) => {
                 let size = size.unwrap_or(0);
-                shared.total.fetch_add(size, Ordering::Relaxed);
                 let item = Item::new(index, source, size);
-                if item.is_unsized() {
-                    shared.unsized_files.fetch_add(1, Ordering::Relaxed);
-                }
+                shared.totals.add(size, !item.is_unsized());
                 if !shared.queue.push(item) {
                     return;
                 }
             }
             Err(error) => {
-                shared.files_done.fetch_add(1, Ordering::Relaxed);
+                shared.totals.end(index, true);
                 let path = source.remote().to_owned();
                 let failed = Event::Failed { index, path, error };
                 if events.blocking_send(failed).is_err() {
@@ -1062,7 +1004,7 @@ impl Lane<'_> {
         if claim.since.is_none() {
             claim.since = Some(Instant::now());
             let (index, name) = (claim.index, claim.source.remote());
-            self.shared.under_way.begin(index, name, size.unwrap_or(0));
+            self.shared.totals.begin(index, name, size.unwrap_or(0));
             let started = Event::Started {
                 index: claim.index,
                 path: claim.source.remote().to_owned(),
@@ -1210,7 +1152,7 @@ impl Lane<'_> {
                         spool.durable(safe.min(sent.position));
                     }
                     let arrived = sent.arrived(recv);
-                    self.shared.moved.fetch_add(arrived, Ordering::Relaxed);
+                    self.shared.totals.moved(arrived);
                     // The last byte counts only with `done`.
                     let acked = recv
                         .min(sent.position)
@@ -1248,7 +1190,7 @@ impl Lane<'_> {
         self.moved();
         if !same {
             let arrived = sent.arrived(sent.position);
-            self.shared.moved.fetch_add(arrived, Ordering::Relaxed);
+            self.shared.totals.moved(arrived);
         }
         if let Err(error) = self.believed(&sent.claim, size, &hash, same) {
             self.shared.failed(self.events, sent.claim, error).await;
@@ -1257,7 +1199,7 @@ impl Lane<'_> {
         let mut claim = sent.claim;
         let own = claim.size;
         self.shared.acked(&mut claim, own);
-        self.shared.ended(&claim);
+        self.shared.totals.end(claim.index, !claim.is_unsized());
         // What an earlier offer of this run has stored is not the server's own.
         let there = same && !claim.unsure;
         let same = there && is_source(&claim, size, hash).await;

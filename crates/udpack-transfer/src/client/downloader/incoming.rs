@@ -4,7 +4,6 @@
 //! may end at any time without losing one.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
@@ -140,7 +139,7 @@ impl Recipient for Arriving {
         if !job.started {
             job.started = true;
             let name = job.wanted.local.as_str();
-            self.context.under_way.begin(job.index, name, size);
+            self.context.totals.begin(job.index, name, size);
             let _ = self.notes.send(Note::Started {
                 index: job.index,
                 path: job.wanted.local.clone(),
@@ -161,7 +160,7 @@ impl Recipient for Arriving {
     fn wrote(&mut self, skipped: u64, len: u64, position: u64) {
         if let Some((job, ..)) = &mut self.work {
             job.received = job.received.saturating_add(len);
-            self.context.moved.fetch_add(len, Ordering::Relaxed);
+            self.context.totals.moved(len);
             // The last byte counts only when the file is stored.
             let last = self.size.saturating_sub(1);
             self.context.count(job, position.min(last));
