@@ -1,5 +1,5 @@
-//! What carries a session: connections and their streams, the endpoints that make and accept them, the UDP socket
-//! below, windows, pacing and congestion control. The only place that knows QUIC.
+//! Transports of a session: connections and their streams, the endpoints that make and accept them, the UDP socket
+//! below, windows, pacing and congestion control. The only code that uses QUIC.
 
 pub(crate) mod carriers;
 pub(crate) mod congestion;
@@ -30,14 +30,14 @@ pub(crate) use connection::{
 
 use std::time::Duration;
 
-/// The time for some round trips, of which each takes so long. Bounded, because a peer can make a path look as long as it
-/// likes.
+/// The time that is granted for round trips of this length. Bounded, because a peer can make its path look as long as
+/// it wants.
 pub(crate) fn trips(rtt: Duration) -> Duration {
     rtt.saturating_mul(4).min(Duration::from_secs(60))
 }
 
-/// The time that a peer on this path has for what it must do within `limit`: a message, what is sent again because it was
-/// lost, and its answer take some round trips, however quick the peer is.
+/// The time-out for a peer on this path: `limit` plus some round trips. A message, its retransmissions and its answer
+/// take some round trips, even if the peer is fast.
 pub(crate) fn on_path(limit: Duration, conn: &Connection) -> Duration {
     limit.saturating_add(trips(conn.rtt()))
 }

@@ -1,5 +1,5 @@
-//! Connections over TCP that a server is handed: whoever listens on the TCP port does TLS and HTTP, and hands a WebSocket
-//! over once it is one. From there on such a connection is like any other that arrives.
+//! Connections over TCP that are passed to a server: the listener of the TCP port handles TLS and HTTP, and passes
+//! each WebSocket on. After that such a connection is accepted like any other.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
@@ -13,7 +13,7 @@ use crate::transport::mux::{self, Ends, Side};
 use crate::wire::code::CloseCode;
 use crate::wire::config::{Limits, Timeouts};
 
-/// Connections that may wait to be taken.
+/// The most connections that wait to be accepted.
 const QUEUE: usize = 64;
 
 /// The connections over TCP of a server.
@@ -27,11 +27,11 @@ pub(crate) struct Carriers {
     tasks: TaskTracker,
 }
 
-/// Those that are to be told when the server ends.
+/// The connections to close when the server ends.
 #[derive(Debug, Default)]
 struct Live {
     closers: Vec<mux::Closer>,
-    /// When there are so many, those of connections that are gone are forgotten.
+    /// At this number of entries, those of ended connections are removed.
     tidy_at: usize,
     closed: Option<(CloseCode, String)>,
 }
@@ -39,7 +39,7 @@ struct Live {
 impl Carriers {
     pub(crate) fn new(limits: Arc<Limits>, timeouts: Arc<Timeouts>) -> Arc<Self> {
         let tasks = TaskTracker::new();
-        // So that waiting for them ends whenever there are none.
+        // A closed tracker lets `wait` return when no task is left.
         tasks.close();
         Arc::new(Self {
             limits,
@@ -51,7 +51,7 @@ impl Carriers {
         })
     }
 
-    /// Takes a connection in. One for which there is no room is told so.
+    /// Adds a connection to the queue. If the queue is full, the connection is closed with a reason.
     pub(crate) async fn take_in<S>(&self, stream: S, ends: Ends)
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
@@ -91,12 +91,12 @@ impl Carriers {
             if let Some(conn) = lock(&self.waiting).pop_front() {
                 return conn;
             }
-            // A notice that nobody waited for is kept.
+            // `Notify` keeps a notification that no task waited for.
             self.arrived.notified().await;
         }
     }
 
-    /// Ends all connections, and takes no more.
+    /// Closes all connections, and accepts no more.
     pub(super) fn close(&self, code: CloseCode, text: &str) {
         let closers = {
             let mut live = lock(&self.live);
@@ -118,7 +118,7 @@ impl Carriers {
     }
 }
 
-/// Turns a connection away for which there is no room.
+/// Closes a connection for which there is no room.
 pub(super) fn busy(conn: &mux::Connection) {
     let text = "the server accepts no connection right now";
     conn.close(CloseCode::SERVER_BUSY, text);

@@ -1,7 +1,7 @@
-//! A connection to a peer and its streams, whatever carries them: QUIC itself, WebTransport over it, or TCP.
+//! A connection to a peer and its streams, over any transport: QUIC itself, WebTransport over it, or TCP.
 //!
-//! The rest of the crate knows only these types: codes are those of the protocol, errors say what became of the
-//! connection, and nothing of the transport's own interface shows.
+//! The rest of the crate uses only these types. Codes are those of the protocol, errors say how the connection ended,
+//! and no type of a transport's own interface is visible.
 
 use std::future::Future;
 use std::io;
@@ -18,7 +18,7 @@ use crate::transport::{mux, quic, web};
 use crate::trust::origin::Transport;
 use crate::wire::code::{CloseCode, CloseReason, Side};
 
-/// Bytes of text that travel with a close, at most.
+/// The most bytes of text in a close.
 pub(super) const CLOSE_TEXT: usize = 256;
 
 /// A connection to a peer. Cheap to clone; the connection lives as long as its last handle or stream.
@@ -37,7 +37,7 @@ impl Connection {
         Self::Quic(quic::Connection::web(conn, session))
     }
 
-    /// What it speaks below the protocol.
+    /// The transport below the protocol.
     pub(crate) fn transport(&self) -> Transport {
         match self {
             Self::Quic(conn) => conn.transport(),
@@ -45,7 +45,7 @@ impl Connection {
         }
     }
 
-    /// Whether the peer's program waits when it may open no further stream. A browser fails at once.
+    /// Whether the peer waits when it may open no further stream. A browser fails at once.
     pub(crate) fn waits_for_streams(&self) -> bool {
         match self {
             Self::Quic(conn) => conn.waits_for_streams(),
@@ -53,7 +53,7 @@ impl Connection {
         }
     }
 
-    /// Opens a stream both ways, as soon as the peer permits one more.
+    /// Opens a bidirectional stream, as soon as the peer permits one more.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -64,7 +64,7 @@ impl Connection {
         }
     }
 
-    /// The next stream both ways that the peer opens.
+    /// The next bidirectional stream that the peer opens.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -75,7 +75,7 @@ impl Connection {
         }
     }
 
-    /// Opens a stream to the peer alone, as soon as the peer permits one more.
+    /// Opens a unidirectional stream, as soon as the peer permits one more.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -86,7 +86,7 @@ impl Connection {
         }
     }
 
-    /// The next stream from the peer alone.
+    /// The next unidirectional stream of the peer.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -97,9 +97,9 @@ impl Connection {
         }
     }
 
-    /// Refuses the streams to this side alone that come from a peer which was not let in yet, until the connection is over.
-    /// A server that serves browsers must permit some from the first packet on, before it knows who comes. Those of a
-    /// browser's session wait instead; over TCP none is permitted.
+    /// Refuses the unidirectional streams of a peer that is not admitted yet, until the connection has ended. A
+    /// server that serves browsers must permit some from the first packet on, before it knows the kind of client.
+    /// Those of a browser's session wait instead; over TCP none is permitted.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -110,7 +110,7 @@ impl Connection {
         }
     }
 
-    /// How many streams both ways the peer may have open at once.
+    /// Sets how many bidirectional streams the peer may have open at once.
     pub(crate) fn permit_bi(&self, streams: u32) {
         match self {
             Self::Quic(conn) => conn.permit_bi(streams),
@@ -118,7 +118,7 @@ impl Connection {
         }
     }
 
-    /// How many streams to this side alone the peer may have open at once.
+    /// Sets how many unidirectional streams the peer may have open at once.
     pub(crate) fn permit_uni(&self, streams: u32) {
         match self {
             Self::Quic(conn) => conn.permit_uni(streams),
@@ -126,7 +126,7 @@ impl Connection {
         }
     }
 
-    /// How many bytes the peer may send ahead of what is read, over all streams.
+    /// Sets how many unread bytes the peer may send, over all streams.
     pub(crate) fn set_receive_window(&self, bytes: u64) {
         match self {
             Self::Quic(conn) => conn.set_receive_window(bytes),
@@ -134,7 +134,7 @@ impl Connection {
         }
     }
 
-    /// Largest datagram that can be sent now, in bytes; `None` where none can.
+    /// Largest datagram that can be sent now, in bytes; `None` if the peer accepts none.
     pub(crate) fn max_datagram_size(&self) -> Option<usize> {
         match self {
             Self::Quic(conn) => conn.max_datagram_size(),
@@ -153,8 +153,8 @@ impl Connection {
         }
     }
 
-    /// The next datagram of the peer. It is a slice of a buffer in which others came. One that is of no session here is
-    /// empty: it carries no message, but counts.
+    /// The next datagram of the peer, as a slice of a buffer with other datagrams. A datagram of an unknown session
+    /// is returned empty: it carries no message, but counts as received.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -165,8 +165,8 @@ impl Connection {
         }
     }
 
-    /// Ends the connection at once; streams that are under way are lost. Of `text` the peer gets the first 256 bytes.
-    /// A browser hears it first, for which it has four round trips or 2 s.
+    /// Closes the connection at once; unsent bytes of its streams are lost. The peer gets the first 256 bytes of
+    /// `text`. A browser first receives the close of its session, for which it has four round trips, at most 2 s.
     pub(crate) fn close(&self, code: CloseCode, text: &str) {
         match self {
             Self::Quic(conn) => conn.close(code, text),
@@ -179,7 +179,7 @@ impl Connection {
         self.close(reason.code, &reason.text);
     }
 
-    /// Waits until the connection is over, and what was to be said with it.
+    /// Waits until the connection has ended, and its close has been sent.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -190,7 +190,7 @@ impl Connection {
         }
     }
 
-    /// Why the connection is over, if it is.
+    /// Why the connection has ended, if it has.
     pub(crate) fn error(&self) -> Option<ConnectionError> {
         match self {
             Self::Quic(conn) => conn.error(),
@@ -198,12 +198,12 @@ impl Connection {
         }
     }
 
-    /// Whether the connection is over.
+    /// Whether the connection has ended.
     pub(crate) fn is_over(&self) -> bool {
         self.error().is_some()
     }
 
-    /// Where the peer is now.
+    /// The current address of the peer.
     pub(crate) fn remote_address(&self) -> SocketAddr {
         match self {
             Self::Quic(conn) => conn.remote_address(),
@@ -211,7 +211,7 @@ impl Connection {
         }
     }
 
-    /// The certificate that a server has shown by QUIC, in DER.
+    /// The certificate that a server presented over QUIC, in DER.
     pub(crate) fn certificate(&self) -> Option<Vec<u8>> {
         match self {
             Self::Quic(conn) => conn.certificate(),
@@ -227,7 +227,7 @@ impl Connection {
         }
     }
 
-    /// The numbers of this moment. Takes the lock of the connection.
+    /// The current statistics. Takes the lock of the connection.
     pub(crate) fn stats(&self) -> ConnectionStats {
         match self {
             Self::Quic(conn) => conn.stats(),
@@ -244,8 +244,7 @@ fn both<S, R, E>(
     Ok((as_send(send), as_recv(recv)))
 }
 
-/// A port of this machine with the connections over it. Cheap to clone; the port is closed with the last handle and
-/// connection.
+/// A local port with its connections. Cheap to clone; the port is closed with the last handle and connection.
 #[derive(Debug, Clone)]
 pub(crate) enum Endpoint {
     Quic(quic::Endpoint),
@@ -275,8 +274,7 @@ impl Endpoint {
         }
     }
 
-    /// Goes on from another local address, with kernel buffers of so many bytes. A TCP connection has the address that it began
-    /// with.
+    /// Moves to another local address, with kernel buffers of `buffer` bytes. A TCP connection keeps its address.
     pub(crate) fn rebind(&self, local: SocketAddr, buffer: usize) -> io::Result<()> {
         match self {
             Self::Quic(endpoint) => endpoint.rebind(local, buffer),
@@ -293,7 +291,7 @@ pub(crate) enum SendStream {
 }
 
 impl SendStream {
-    /// Which of the connection's streams goes first: the one with the larger number.
+    /// Sets the priority: of the connection's streams, those with larger numbers are sent first.
     pub(crate) fn set_priority(&self, priority: i32) {
         match self {
             Self::Quic(stream) => stream.set_priority(priority),
@@ -301,7 +299,7 @@ impl SendStream {
         }
     }
 
-    /// Writes as much as the peer and this side's windows take now. What was taken is cut from the front of `chunks`.
+    /// Writes as much as the peer's and this side's windows permit now, and removes it from the front of `chunks`.
     pub(crate) fn poll_write(
         &mut self,
         cx: &mut Context<'_>,
@@ -324,7 +322,7 @@ impl SendStream {
         }
     }
 
-    /// Writes this.
+    /// Writes one chunk.
     ///
     /// # Cancel safety
     /// As [`write_all`](Self::write_all).
@@ -335,7 +333,7 @@ impl SendStream {
         }
     }
 
-    /// Ends the stream behind what was written. Does nothing to one that has ended or that the peer has stopped.
+    /// Ends the stream after the written bytes. Does nothing if the stream has ended or the peer has stopped it.
     pub(crate) fn finish(&mut self) {
         match self {
             Self::Quic(stream) => stream.finish(),
@@ -343,7 +341,7 @@ impl SendStream {
         }
     }
 
-    /// Ends the stream at once; what the peer has not got is lost. Does nothing to one that has ended.
+    /// Ends the stream at once; bytes that the peer has not received are lost. Does nothing if the stream has ended.
     pub(crate) fn reset(&mut self, code: CloseCode) {
         match self {
             Self::Quic(stream) => stream.reset(code),
@@ -351,7 +349,7 @@ impl SendStream {
         }
     }
 
-    /// Waits until the peer has everything (`None`) or reads no more (the code).
+    /// Waits until the peer has received everything (`None`) or has stopped the stream (the code).
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -365,8 +363,8 @@ impl SendStream {
     }
 }
 
-/// The receiving side of a stream. Dropping it before its end tells the peer that nothing more is read; a browser, which
-/// would throw away what it has received on the stream, is told only when it goes on all the same.
+/// The receiving side of a stream. Dropping it before its end stops the stream. A browser would then discard data
+/// that it has received on the stream, so a browser's stream is stopped only if the browser continues to send.
 #[derive(Debug)]
 pub(crate) enum RecvStream {
     Quic(quic::RecvStream),
@@ -374,7 +372,8 @@ pub(crate) enum RecvStream {
 }
 
 impl RecvStream {
-    /// Fills `chunks` from the front with what has arrived, in order, and says how many; `None` at the end.
+    /// Fills `chunks` from the front with the chunks that have arrived, in order, and returns how many; `None` at the
+    /// end of the stream.
     pub(crate) fn poll_read(
         &mut self,
         cx: &mut Context<'_>,
@@ -386,7 +385,7 @@ impl RecvStream {
         }
     }
 
-    /// The next bytes, at most so many; `None` at the end.
+    /// The next bytes, at most `most`; `None` at the end of the stream.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -397,7 +396,7 @@ impl RecvStream {
         }
     }
 
-    /// Reads no more, and tells the peer so. Does nothing to a stream that has ended.
+    /// Stops the stream with this code. Does nothing if the stream has ended.
     pub(crate) fn stop(&mut self, code: CloseCode) {
         match self {
             Self::Quic(stream) => stream.stop(code),
@@ -406,7 +405,7 @@ impl RecvStream {
     }
 }
 
-/// Cumulative numbers of a connection.
+/// Cumulative statistics of a connection.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ConnectionStats {
     /// UDP payload bytes sent and received.
@@ -417,32 +416,32 @@ pub(crate) struct ConnectionStats {
     pub(crate) datagrams_received: u64,
     /// Frames of streams sent.
     pub(crate) stream_frames_sent: u64,
-    /// Packets sent, and those of them declared lost.
+    /// Packets sent, and packets declared lost.
     pub(crate) packets_sent: u64,
     pub(crate) packets_lost: u64,
     /// Smoothed round-trip time.
     pub(crate) rtt: Duration,
     /// Congestion window, in bytes.
     pub(crate) congestion_window: u64,
-    /// Largest UDP payload that the path is known to take, in bytes.
+    /// Largest UDP payload that is known to pass the path, in bytes.
     pub(crate) mtu: u16,
 }
 
-/// Why a connection is over.
+/// Why a connection has ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum ConnectionError {
     /// This side has closed it.
     Local,
     /// The peer has closed it, with a code and text of the protocol.
     Peer(CloseReason),
-    /// Nothing was heard from the peer for the idle time, or nothing of a connection that was to begin.
+    /// No packet arrived from the peer for the idle time, or within the handshake time-out.
     TimedOut,
     /// The transport has ended it, for this reason.
     Transport(CloseReason),
 }
 
 impl ConnectionError {
-    /// The same in the protocol's words.
+    /// The error as a close reason of the protocol.
     pub(crate) fn reason(&self) -> CloseReason {
         let transport = |code, text| CloseReason::new(code, text, Side::Transport);
         match self {
@@ -463,13 +462,13 @@ impl ConnectionError {
 /// Why a datagram was not sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum DatagramError {
-    /// The path does not take one of this size, or the peer takes none at all.
+    /// The datagram is too large for the path, or the peer accepts no datagrams.
     TooLarge,
     /// The connection is over.
     Lost,
 }
 
-/// Why a stream takes or gives nothing more.
+/// Why a stream accepts or returns no more bytes.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum StreamError {
     /// The peer reads no more (sending) or sends no more (receiving), with a code of the protocol.
@@ -483,10 +482,10 @@ pub(crate) enum StreamError {
     Ended,
 }
 
-/// What one write has taken.
+/// The result of one write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Written {
     pub(crate) bytes: usize,
-    /// Whole buffers among them.
+    /// How many whole buffers were written.
     pub(crate) chunks: usize,
 }

@@ -29,7 +29,7 @@ use crate::wire::config::{
     PREAUTH_BYTES, PREAUTH_STREAMS, Timeouts, VOLATILE_STREAMS,
 };
 
-/// Where the UDP sockets of a server or client come from.
+/// The source of a server's or client's UDP sockets.
 #[derive(Debug, Clone, Default)]
 pub(crate) enum Via {
     /// The operating system.
@@ -41,9 +41,10 @@ pub(crate) enum Via {
 }
 
 impl Via {
-    /// A QUIC endpoint on this socket, or one at this address, with kernel buffers of this size where there is a kernel.
-    /// The transport parameters ask peers to send no larger UDP payloads than `payload` bytes, fewer where the buffers are small; at least
-    /// 1,200 are taken. A `client` learns when the first datagram arrives, and why it does not trust the server.
+    /// Opens a QUIC endpoint on this socket, or at this address, with kernel buffers of `buffer` bytes if the socket
+    /// is the kernel's. The transport parameters ask peers to send no larger UDP payloads than `payload` bytes,
+    /// smaller ones if the buffers are small, but at least 1,200 bytes. `client` records when the first datagram
+    /// arrives, and why the server is not trusted.
     pub(crate) fn open(
         &self,
         at: At,
@@ -93,8 +94,8 @@ impl Via {
         }
     }
 
-    /// Ends when the system reports that datagrams from `local` do not reach this peer, and says why. Asks it after
-    /// `pause`.
+    /// Ends when the system reports that datagrams from `local` do not reach this peer, and returns the reason. Asks
+    /// the system after `pause`.
     pub(crate) async fn unreachable(
         &self,
         local: SocketAddr,
@@ -108,8 +109,8 @@ impl Via {
         }
     }
 
-    /// What the kernel knows of the way to this peer. Over loopback a server has shown that it is the whole path, by an answer to a
-    /// datagram of that size, or it counts as any other way: a forwarder may listen there, behind which less gets through.
+    /// The kernel's route to this peer. A loopback route counts as the whole path only if the server has answered a
+    /// datagram of that size. Otherwise a forwarder may listen at the port, with a path of a smaller MTU behind it.
     ///
     /// # Errors
     /// When nobody listens at this port of this machine.
@@ -124,7 +125,7 @@ impl Via {
         Ok(Some(Route { proved, ..route }))
     }
 
-    /// What the kernel knows of the way to this peer; `None` where nobody knows.
+    /// The kernel's route to this peer; `None` if it is unknown.
     pub(crate) fn route_to(&self, peer: SocketAddr) -> Option<Route> {
         match self {
             Self::System => Some(Route {
@@ -137,7 +138,7 @@ impl Via {
         }
     }
 
-    /// Largest UDP payload, in bytes, that a server says it takes, whatever its clients' routes.
+    /// Largest UDP payload, in bytes, that a server announces, independent of its clients' routes.
     pub(crate) fn most_payload(&self) -> Option<u16> {
         match self {
             Self::System => Some(MOST_PAYLOAD),
@@ -147,10 +148,11 @@ impl Via {
     }
 }
 
-/// When the first datagram came to an endpoint: the only thing that a client can measure of its path before it is connected.
+/// The time at which the first datagram arrived at an endpoint. It is the only measurement of the path before a
+/// client is connected.
 pub(crate) type FirstWord = Arc<OnceLock<Instant>>;
 
-/// A socket that tells of the first datagram that comes.
+/// A socket that records when the first datagram arrives.
 #[derive(Debug)]
 struct Ear {
     socket: Arc<dyn AsyncUdpSocket>,
@@ -196,44 +198,44 @@ impl AsyncUdpSocket for Ear {
     }
 }
 
-/// Where an endpoint gets its socket from.
+/// The socket of an endpoint.
 #[derive(Debug)]
 pub(crate) enum At {
-    /// It binds one.
+    /// Bind a socket to this address.
     Address(SocketAddr),
-    /// It is given one that is bound.
+    /// Use this bound socket.
     Socket(UdpSocket),
 }
 
 /// The first link to a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Route {
-    /// Largest UDP payload, in bytes, that it takes and that is worth trying.
+    /// Largest UDP payload, in bytes, that the link carries and that is worth trying.
     pub(crate) payload: u16,
-    /// It is the loopback interface: the whole path, unless a forwarder listens there.
+    /// The link is the loopback interface, which is the whole path unless a forwarder listens at the port.
     pub(crate) local: bool,
-    /// A datagram of this size was answered: connections may begin with it.
+    /// A datagram of this size was answered, so connections may begin with this size.
     pub(crate) proved: bool,
 }
 
-/// How long a server on this machine may take to show that the way to it is whole.
+/// How long a server on this machine may take to answer such a probe.
 const PROOF: Duration = Duration::from_millis(25);
 
-/// Every path takes such a UDP payload (RFC 9000, section 14).
+/// Every path carries a UDP payload of this size (RFC 9000, section 14).
 const LEAST_PAYLOAD: u16 = 1200;
 /// An Ethernet's UDP payload over IPv4.
 pub(crate) const ETHERNET_PAYLOAD: u16 = 1472;
 
-/// How to find out what a path takes whose first link is this; `None` is unknown.
+/// The MTU discovery for a path whose first link is `route`; `None`: the link is unknown.
 fn mtu_discovery(route: Option<Route>) -> MtuDiscoveryConfig {
     let mut discovery = MtuDiscoveryConfig::default();
     if let Some(Route { payload, local, .. }) = route {
         discovery.upper_bound(payload);
         if local || payload <= ETHERNET_PAYLOAD {
-            // A bisection that would end within more than half of its range begins with the bound itself: one
-            // round trip where the whole path is like its first link, as most are. On loopback, where discovery is
-            // for those who found that nothing large gets through, ten probes would cost ten times as much; there
-            // a peer whose buffers are small takes less than the route, and that must be worth a probe, too.
+            // A bisection that would end within more than half of its range begins with the bound itself: one round
+            // trip where the whole path is like its first link, as most are. On loopback, discovery runs only if
+            // large datagrams did not pass, and ten probes would cost ten times as much. A peer there with small
+            // buffers accepts less than the route carries, and finding that must be worth a probe, too.
             let range = payload.saturating_sub(LEAST_PAYLOAD);
             let modest = MODEST_PAYLOAD - LEAST_PAYLOAD;
             discovery.minimum_change((range / 2 + 1).min(modest));
@@ -243,8 +245,8 @@ fn mtu_discovery(route: Option<Route>) -> MtuDiscoveryConfig {
 }
 
 /// How often a peer acknowledges: every tenth packet, instead of every second, is less work for both ends. A
-/// controller still gets ten samples or more a window; and what waits for fewer packets waits for 5 ms at most,
-/// instead of 25.
+/// controller still gets at least ten samples for each window. An acknowledgement of fewer packets is delayed by 5 ms
+/// at most, instead of 25.
 fn ack_frequency() -> AckFrequencyConfig {
     let mut frequency = AckFrequencyConfig::default();
     frequency
@@ -257,18 +259,18 @@ fn ack_frequency() -> AckFrequencyConfig {
 /// of them. RFC 9002 recommends 333 ms, for networks slower than those with 1 Mbit/s; Chromium uses 100 ms.
 const INITIAL_RTT: Duration = Duration::from_millis(100);
 
-/// Whose settings they are.
+/// The side that uses the settings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Side {
     Client,
     Server {
-        /// It serves browsers, too.
+        /// Whether the server also serves browsers.
         web: bool,
     },
 }
 
-/// The QUIC settings of one side, for a path that begins with `route`. A server
-/// starts small and grants more on admission; both permit a few streams until these are used.
+/// The QUIC settings of one side, for a path that begins with `route`. A server starts small and grants more on
+/// admission; both permit a few streams until the peer has used these.
 pub(crate) fn transport(
     limits: &Limits,
     timeouts: &Timeouts,
@@ -301,7 +303,7 @@ pub(crate) fn transport(
     let (window, streams, one_way) = match side {
         Side::Server { web } => {
             let streams = PREAUTH_STREAMS.min(limits.channels.saturating_add(1));
-            // Whether the client is a browser shows only later in the handshake.
+            // Whether the client is a browser is known only later in the handshake.
             let one_way = if web { OWN_UNI } else { 0 };
             (u64::from(PREAUTH_BYTES), streams, one_way)
         }

@@ -1,8 +1,9 @@
-//! Sends of one poll that the kernel takes at once.
+//! Combines the sends of one poll into as few system calls as possible.
 //!
-//! quinn hands over at most ten datagrams a send and twenty a poll. With an Ethernet's MTU these are 15 kB, and most of
-//! what a send costs, here, on the way through the kernel and at the receiver, does not depend on its size. So what a
-//! driver of quinn's sends in one poll waits for the end of that poll, and leaves in as few sends as the kernel takes.
+//! quinn passes at most ten datagrams in one send and twenty in one poll. With an Ethernet's MTU ten datagrams are 15
+//! kB, and most of the cost of a send, here, in the kernel and at the receiver, does not depend on its size. So the
+//! datagrams that a driver of quinn sends in one poll are kept until the end of that poll, and sent in as few system
+//! calls as the kernel permits.
 
 use std::cell::{Cell, RefCell};
 use std::future::Future;
@@ -28,34 +29,34 @@ thread_local! {
     };
 }
 
-/// Where this thread is. Most polls send one datagram or none, and need to know no more.
+/// The state of this thread. Most polls send one datagram or none, and need no other state.
 #[derive(Clone, Copy, PartialEq)]
 enum Stage {
     Outside,
-    /// A driver is polled: its end will send what is kept.
+    /// A driver is being polled: the end of the poll sends the kept datagrams.
     Polling,
-    /// The same, and something was kept.
+    /// A driver is being polled, and datagrams are kept.
     Keeping,
 }
 
-/// What the poll that runs on this thread wants sent.
+/// The datagrams that the current poll on this thread has kept.
 struct Gathered {
     batch: Option<Batch>,
-    /// Room of the batches before.
+    /// Buffers of earlier batches, for reuse.
     spare: Vec<u8>,
 }
 
-/// Datagrams for one peer that are of one size, but for the last, which may be smaller.
+/// Datagrams of one size for one peer; the last may be smaller.
 struct Batch {
     socket: Arc<dyn AsyncUdpSocket>,
     heading: Heading,
     segment: usize,
-    /// Datagrams that one send takes.
+    /// The most datagrams in one send.
     most: usize,
     bytes: Vec<u8>,
 }
 
-/// What all datagrams of a send have in common.
+/// The properties that all datagrams of a send share.
 #[derive(PartialEq)]
 struct Heading {
     destination: SocketAddr,
@@ -64,7 +65,7 @@ struct Heading {
 }
 
 impl Batch {
-    /// Whether more of the same follows upon what is there.
+    /// Whether the datagrams can be added to the batch.
     fn takes(&self, socket: &Arc<dyn AsyncUdpSocket>, transmit: &Transmit<'_>) -> bool {
         let length = self.bytes.len() + transmit.contents.len();
         let segment = segment_of(transmit);
@@ -126,7 +127,7 @@ impl Gathered {
         }
     }
 
-    /// Whether quinn has stopped in the midst, and what it would send next has room.
+    /// Whether quinn has stopped before sending everything, and there is room for its next datagrams.
     fn wants_another_turn(&self) -> bool {
         self.batch.as_ref().is_some_and(|batch| {
             let count = batch.bytes.len() / batch.segment;
@@ -148,18 +149,18 @@ fn heading_of(transmit: &Transmit<'_>) -> Heading {
     }
 }
 
-/// Datagrams of this size that one send takes.
+/// How many datagrams of this size one send can hold.
 fn most_segments(socket: &Arc<dyn AsyncUdpSocket>, segment: usize) -> usize {
     socket.max_transmit_segments().min(SEND / segment)
 }
 
-/// Sends this, or keeps it for the end of the poll of a [`Gather`] that wants it sent.
+/// Sends the datagrams, or keeps them until the end of the current poll of a [`Gather`].
 ///
 /// # Errors
-/// As the socket's `try_send`. After `WouldBlock` nothing of it was taken.
+/// As the socket's `try_send`. After `WouldBlock` no datagram was accepted.
 pub(crate) fn send(socket: &Arc<dyn AsyncUdpSocket>, transmit: &Transmit<'_>) -> io::Result<()> {
     match STAGE.get() {
-        // One alone is all that quinn has.
+        // A single datagram is all that quinn has to send.
         Stage::Polling if transmit.segment_size.is_some() => {}
         Stage::Keeping => {}
         Stage::Polling | Stage::Outside => return socket.try_send(transmit),
@@ -167,16 +168,16 @@ pub(crate) fn send(socket: &Arc<dyn AsyncUdpSocket>, transmit: &Transmit<'_>) ->
     GATHERED.with_borrow_mut(|gathered| gathered.send(socket, transmit))
 }
 
-/// A driver of quinn's, whose sends of one poll leave together.
+/// A driver of quinn whose sends of one poll are combined.
 ///
-/// When the kernel has no room for them, the driver is not polled until it has. What is kept when this is dropped, or when
-/// the driver has ended, is lost, as any datagram may be.
+/// When the kernel has no room for them, the driver is not polled until it has. Datagrams that are kept when this is
+/// dropped, or when the driver has ended, are lost, which QUIC tolerates.
 pub(crate) struct Gather {
     driver: Pin<Box<dyn Future<Output = ()> + Send>>,
     left: Option<Box<Left>>,
 }
 
-/// What the kernel had no room for.
+/// Datagrams for which the kernel had no room.
 struct Left {
     batch: Batch,
     poller: Pin<Box<dyn UdpPoller>>,
@@ -192,7 +193,7 @@ impl Gather {
             match left.poller.as_mut().poll_writable(context) {
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(Ok(())) if blocked(&left.batch.send()) => {}
-                // A socket that cannot be waited for tells quinn so itself.
+                // A socket that fails reports the error to quinn itself.
                 Poll::Ready(_) => self.left = None,
             }
         }
@@ -222,14 +223,14 @@ impl Future for Gather {
         if let Some(batch) = turn.end() {
             let poller = batch.socket.clone().create_io_poller();
             self.left = Some(Box::new(Left { batch, poller }));
-            // Asks to be woken. Where there is room by now, the driver's own wakers are in place.
+            // Registers the waker. If the kernel has room by now, the driver's own wakers are in place.
             let _ = self.poll_left(context);
         }
         polled
     }
 }
 
-/// While a driver is polled on this thread.
+/// Marks this thread while a driver is polled.
 struct Turn;
 
 impl Turn {
@@ -238,7 +239,7 @@ impl Turn {
         Self
     }
 
-    /// Sends what was gathered. Returns what the kernel had no room for.
+    /// Sends the kept datagrams. Returns those for which the kernel had no room.
     fn end(self) -> Option<Batch> {
         GATHERED.with_borrow_mut(|gathered| {
             let sent = gathered.batch.as_ref().map(Batch::send)?;
@@ -252,7 +253,7 @@ impl Turn {
 }
 
 impl Drop for Turn {
-    /// After a panic, too.
+    /// Runs after a panic, too.
     fn drop(&mut self) {
         if STAGE.replace(Stage::Outside) == Stage::Keeping {
             GATHERED.with_borrow_mut(Gathered::clear);

@@ -29,7 +29,7 @@ use crate::trust::web_certificate::Certificates;
 use crate::wire::code::CloseCode;
 use crate::wire::config::{CongestionControl, InvalidSetting, Limits, Timeouts};
 
-/// Settings kept for paths of different size: a host has few.
+/// The most connection settings that are kept for different path sizes; a host has few.
 const SETTINGS_KEPT: usize = 16;
 
 /// A port on which connections arrive.
@@ -44,9 +44,9 @@ pub(crate) struct Listener {
     config: quinn::ServerConfig,
     via: Via,
     qlog: Option<Qlog>,
-    /// How browsers are served, if they are.
+    /// The settings for browsers, if the server serves them.
     web: Option<Web>,
-    /// Closes that browsers are just being told of.
+    /// Closes of browsers' sessions that are in progress.
     farewells: TaskTracker,
     /// The settings of connections without a qlog file, by the route.
     made: Mutex<HashMap<Option<Route>, Arc<quinn::ServerConfig>>>,
@@ -89,11 +89,11 @@ impl Listener {
             .max_incoming(limits.handshakes.saturating_mul(4).max(1))
             .incoming_buffer_size(64 << 10)
             .incoming_buffer_size_total(16 << 20);
-        // Keys that come from the identity let a restarted server tell its old clients at once that their
-        // connections are gone (RFC 9000, section 10.3), instead of leaving them to their idle time.
-        // quinn sends at most one such reset in 20 ms: of a hundred clients that knock together, most would come
-        // away empty and knock again later and later. Nothing is lost without that ration: a reset is shorter
-        // than the packet it answers, and only connection ids that bear the mark of this key are answered.
+        // Keys that come from the identity let a restarted server tell its old clients at once that their connections
+        // are gone (RFC 9000, section 10.3), instead of leaving them to their idle time. quinn sends at most one such
+        // reset in 20 ms: of a hundred clients that send at once, most would get no reset and would retry at growing
+        // intervals. The limit is not needed: a reset is shorter than the packet that it answers, and only connection
+        // ids with the mark of this key are answered.
         let reset_key = hmac::Key::new(hmac::HMAC_SHA256, &identity.reset_secret());
         let mut settings = quinn::EndpointConfig::new(Arc::new(reset_key));
         settings.min_reset_interval(Duration::ZERO);
@@ -117,7 +117,7 @@ impl Listener {
             )
             .map_err(ListenError::Bind)?;
         let farewells = TaskTracker::new();
-        // So that waiting for them ends whenever there are none.
+        // A closed tracker lets `wait` return when no task is left.
         farewells.close();
         Ok(Self {
             endpoint: Endpoint::quic(endpoint),
@@ -146,7 +146,7 @@ impl Listener {
         }
     }
 
-    /// Carries out the handshake of a connection; with a browser, up to its session.
+    /// Performs the handshake of a connection; with a browser, up to its session.
     ///
     /// # Cancel safety
     /// A dropped future gives the connection up.
@@ -177,7 +177,7 @@ impl Listener {
         }
         let (conn, handshake) = match connecting.into_0rtt() {
             Ok(begun) => begun,
-            // Not at a server: it may send before it has heard the client's last word.
+            // Does not happen on a server, which may send before the client has finished its handshake.
             Err(connecting) => return Ok(Connection::quic(connecting.await?)),
         };
         let terms = web::Terms {
@@ -186,12 +186,12 @@ impl Listener {
             streams: self.limits.channels,
             farewells: &self.farewells,
         };
-        // In a box, as all that only browsers need: the connection's task needs no room for it.
+        // Boxed, like all state that only browsers need: the tasks of other connections need no memory for it.
         let session = Box::pin(web::establish(conn.clone(), handshake, terms)).await?;
         Ok(Connection::web(conn, session))
     }
 
-    /// Waits until browsers have heard of the closes that are under way, 2 s at most.
+    /// Waits until browsers have received the closes in progress, 2 s at most.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -199,7 +199,7 @@ impl Listener {
         self.farewells.wait().await;
     }
 
-    /// Takes in a connection over TCP, behind the handshake of its WebSocket.
+    /// Accepts a connection over TCP, after the handshake of its WebSocket.
     pub(crate) async fn take_in<S>(&self, stream: S, ends: Ends)
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
@@ -211,7 +211,7 @@ impl Listener {
         self.endpoint.local_addr()
     }
 
-    /// Ends all connections, and takes no more.
+    /// Closes all connections, and accepts no more.
     pub(crate) fn close(&self, code: CloseCode, text: &str) {
         self.carriers.close(code, text);
         self.endpoint.close(code, text);
@@ -231,7 +231,7 @@ impl Listener {
         self.port.close();
     }
 
-    /// The settings of a connection with this peer; `None` are those of the port.
+    /// The settings of a connection with this peer; `None`: the settings of the port.
     fn settings_for(&self, peer: SocketAddr) -> Option<Arc<quinn::ServerConfig>> {
         // quinn keeps a buffer of the largest datagram it ever tried: too much for each of many idle sockets.
         let route = self.via.route_to(peer).map(|route| Route {
@@ -284,7 +284,7 @@ impl Incoming {
         })
     }
 
-    /// Whether the peer has shown that it receives at its address (RFC 9000, section 8.1). TCP demands it.
+    /// Whether the peer's address is validated (RFC 9000, section 8.1). Over TCP it always is.
     pub(crate) fn is_proved(&self) -> bool {
         match self {
             Self::Quic(incoming) => incoming.remote_address_validated(),
@@ -292,7 +292,7 @@ impl Incoming {
         }
     }
 
-    /// Whether the peer can be asked to prove its address.
+    /// Whether the peer can be sent a Retry.
     pub(crate) fn may_retry(&self) -> bool {
         match self {
             Self::Quic(incoming) => incoming.may_retry(),
@@ -300,7 +300,7 @@ impl Incoming {
         }
     }
 
-    /// Asks the peer to prove its address and to come again. Where it did already, it is refused.
+    /// Sends a Retry. If the peer has already answered one, it is refused.
     pub(crate) fn retry(self) {
         match self {
             Self::Quic(incoming) => drop(incoming.retry()),

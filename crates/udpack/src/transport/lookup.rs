@@ -1,4 +1,4 @@
-//! From hosts to addresses: names, addresses, and the zones of link-local ones.
+//! Resolves hosts: names, addresses, and link-local addresses with a zone.
 
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
@@ -8,11 +8,11 @@ use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
 /// `fe80::1%eth0`, `fe80::1%2`.
 ///
 /// # Errors
-/// What the resolver says; for a zone, that there is no such interface, and which there are; for a link-local address without a zone, that
-/// it needs one.
+/// The resolver's error. For an unknown zone, the error lists the existing interfaces; a link-local address without a
+/// zone is refused.
 ///
 /// # Cancel safety
-/// A dropped future leaves the question to the system's resolver, which answers nobody.
+/// After a dropped future the system's resolver finishes its query, and the result is ignored.
 pub async fn lookup(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
     let (address, zone) = match host.split_once('%') {
         Some((address, zone)) => (address, Some(zone)),
@@ -34,7 +34,7 @@ pub async fn lookup(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
     }
 }
 
-/// An address as people know it: that of an IPv4 peer of an IPv6 socket, `::ffff:192.0.2.1`, is 192.0.2.1.
+/// Converts the address of an IPv4 peer on an IPv6 socket, `::ffff:192.0.2.1`, into 192.0.2.1.
 pub(crate) fn unmapped(address: SocketAddr) -> SocketAddr {
     match address {
         SocketAddr::V6(v6) => match v6.ip().to_ipv4_mapped() {
@@ -65,7 +65,7 @@ fn interface(zone: &str) -> io::Result<u32> {
     }
 }
 
-/// Elsewhere only by its number.
+/// The number of a network interface; on other systems only by its number.
 #[cfg(not(target_os = "linux"))]
 fn interface(zone: &str) -> io::Result<u32> {
     zone.parse().map_err(|_| {
@@ -92,7 +92,7 @@ fn interfaces() -> Vec<String> {
     Vec::new()
 }
 
-/// What the kernel is asked through.
+/// A socket through which the kernel is queried.
 #[cfg(target_os = "linux")]
 fn any_socket() -> io::Result<std::os::fd::OwnedFd> {
     use rustix::net::{AddressFamily, SocketType};

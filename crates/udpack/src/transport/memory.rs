@@ -29,7 +29,7 @@ const INBOX: usize = 16_384;
 /// The first ports that clients send from.
 const FIRST_PORT: u16 = 49_152;
 
-/// What happens to packets between a client and the servers, each direction.
+/// The treatment of packets between a client and the servers, in each direction.
 ///
 /// Start from `Path::default()` (a clean link with 1 ms of delay) and change what you must:
 /// `Path { loss: 0.1, ..Path::default() }`.
@@ -37,16 +37,15 @@ const FIRST_PORT: u16 = 49_152;
 pub struct Path {
     /// Share of packets that are lost, 0.0 to 1.0. Default 0.
     pub loss: f64,
-    /// How long each packet is on its way. Default 1 ms.
+    /// The delay of each packet. Default 1 ms.
     pub delay: Duration,
-    /// Each packet takes up to so much longer, so packets may overtake each other. Default 0.
+    /// The largest additional random delay of a packet; packets may overtake each other. Default 0.
     pub jitter: Duration,
     /// Share of packets that arrive twice. Default 0.
     pub duplicate: f64,
     /// Share of packets that are held back for another `delay` and 5 ms, while later ones pass. Default 0.
     pub reorder: f64,
-    /// Bytes a second that pass. What is too much waits, up to 100 ms; beyond that it is lost. Default: no
-    /// limit.
+    /// Bytes per second that pass. Further packets wait up to 100 ms; beyond that they are lost. Default: no limit.
     pub rate: Option<u64>,
 }
 
@@ -69,19 +68,19 @@ impl Default for Path {
 pub struct Traffic {
     /// Packets sent.
     pub sent: u64,
-    /// Copies that were handed to their receiver.
+    /// Packets delivered to their receiver, copies included.
     pub delivered: u64,
     /// Packets lost by [`Path::loss`].
     pub lost: u64,
-    /// Packets that were doubled.
+    /// Packets that were duplicated.
     pub duplicated: u64,
     /// Packets that were held back.
     pub reordered: u64,
-    /// Packets lost in a cut, those on their way when it began included.
+    /// Packets lost in a cut, including those in transit when it began.
     pub cut: u64,
     /// Packets lost because the rate did not carry them, the receiver's buffer was full or they were too large.
     pub dropped: u64,
-    /// Packets to an address where nobody was.
+    /// Packets to an address without a socket.
     pub astray: u64,
 }
 
@@ -114,7 +113,7 @@ impl Net {
         }
     }
 
-    /// Loses this share of the packets; see [`Path::loss`].
+    /// Drops this share of the packets; see [`Path::loss`].
     #[must_use = "gives the network back"]
     pub fn loss(self, share: f64) -> Self {
         self.with(|path| path.loss = share)
@@ -126,13 +125,13 @@ impl Net {
         self.with(|path| path.delay = delay)
     }
 
-    /// Delays every packet by up to so much more; see [`Path::jitter`].
+    /// Delays every packet by an additional random time up to `jitter`; see [`Path::jitter`].
     #[must_use = "gives the network back"]
     pub fn jitter(self, jitter: Duration) -> Self {
         self.with(|path| path.jitter = jitter)
     }
 
-    /// Doubles this share of the packets; see [`Path::duplicate`].
+    /// Duplicates this share of the packets; see [`Path::duplicate`].
     #[must_use = "gives the network back"]
     pub fn duplicate(self, share: f64) -> Self {
         self.with(|path| path.duplicate = share)
@@ -144,7 +143,7 @@ impl Net {
         self.with(|path| path.reorder = share)
     }
 
-    /// Lets so many bytes a second pass, for each client and direction; see [`Path::rate`].
+    /// Lets this many bytes per second pass, for each client and direction; see [`Path::rate`].
     #[must_use = "gives the network back"]
     pub fn rate(self, bytes_per_second: u64) -> Self {
         self.with(|path| path.rate = Some(bytes_per_second))
@@ -155,12 +154,12 @@ impl Net {
         self
     }
 
-    /// What happens to packets at present.
+    /// The current treatment of packets.
     pub fn path(&self) -> Path {
         lock(&self.state).path.clone()
     }
 
-    /// Changes what happens to packets from now on, for every client; those on their way are not touched.
+    /// Changes the treatment of packets from now on, for every client; packets in transit are not affected.
     pub fn set_path(&self, path: Path) {
         lock(&self.state).path = path;
     }
@@ -170,22 +169,22 @@ impl Net {
         lock(&self.state).traffic
     }
 
-    /// Nothing arrives any more, what is on its way included, until [`mend`](Self::mend).
+    /// Drops all packets, including those in transit, until [`mend`](Self::mend).
     pub fn cut(&self) {
         self.set_cut(None, Cut::Open);
     }
 
-    /// As [`cut`](Self::cut), and mends itself after `time`.
+    /// As [`cut`](Self::cut), for this time.
     pub fn cut_for(&self, time: Duration) {
         self.set_cut(None, Cut::Until(Instant::now() + time));
     }
 
-    /// Ends a [`cut`](Self::cut) of the whole network. What one client's cut severs stays so.
+    /// Ends a [`cut`](Self::cut) of the whole network. Cuts of single clients remain.
     pub fn mend(&self) {
         lock(&self.state).cut = Cut::default();
     }
 
-    /// Lets no packet of UDP pass, or lets them pass again; what goes over TCP passes. As a firewall does.
+    /// Blocks all UDP packets, like a firewall, or lets them pass again; TCP always passes.
     pub fn block_udp(&self, block: bool) {
         let mut state = lock(&self.state);
         state.no_udp = block;
@@ -233,7 +232,7 @@ impl Net {
         Some(to)
     }
 
-    /// Gives these addresses a name, for clients to connect to. Addresses where nobody is swallow what is sent there.
+    /// Gives these addresses a name, for clients to connect to. Packets to addresses without a socket are lost.
     ///
     /// ```
     /// # let net = udpack::testing::Net::new(1);
@@ -261,7 +260,7 @@ impl Net {
         SocketAddr::from(([10, 1 + b, c, d], DEFAULT_PORT))
     }
 
-    /// Where a server's sockets come from.
+    /// The source of a server's sockets.
     pub(crate) fn server_host(&self) -> Host {
         Host {
             net: self.clone(),
@@ -269,7 +268,7 @@ impl Net {
         }
     }
 
-    /// Where the sockets of one more client come from.
+    /// The source of the sockets of one more client.
     pub(crate) fn client_host(&self) -> Host {
         let mut state = lock(&self.state);
         let ip = state.client_address();
@@ -304,13 +303,13 @@ impl Net {
         Ok(endpoint)
     }
 
-    /// Takes what is at this address off the network.
+    /// Removes the sockets at this address from the network.
     pub(crate) fn unplug(&self, address: SocketAddr) {
         lock(&self.state).unplug(address);
     }
 }
 
-/// Where a builder's sockets come from: this network, at a client's address or a server's own.
+/// The source of a builder's sockets: this network, at a client's address or a server's own.
 #[derive(Debug, Clone)]
 pub(crate) struct Host {
     net: Net,
@@ -393,7 +392,7 @@ impl Host {
         state.streams.insert(address, Arc::downgrade(to));
     }
 
-    /// Opens a byte stream to a server, as TCP would: nothing is lost on it, and a cut delays what is sent in it.
+    /// Opens a byte stream to a server, like TCP: no bytes are lost, and a cut delays them.
     pub(crate) async fn connect(&self, to: SocketAddr) -> io::Result<(DuplexStream, SocketAddr)> {
         let host = self.client.ok_or(io::ErrorKind::Unsupported)?;
         let (server, from) = {
@@ -430,10 +429,10 @@ impl Host {
 
 /// Bytes that a pipe holds.
 const PIPE: usize = 64 << 10;
-/// Pieces on their way through a relay.
+/// The most pieces in transit through a relay.
 const RELAYED: usize = 64;
 
-/// Carries one direction of a byte stream between a client and a server, until either end is gone.
+/// Carries one direction of a byte stream between a client and a server, until either end is dropped.
 async fn relay(
     net: Net,
     (host, server): (usize, Server),
@@ -487,7 +486,7 @@ struct State {
     addresses: u32,
     ports: HashMap<u64, PortState>,
     at: HashMap<SocketAddr, u64>,
-    /// Who takes byte streams at an address.
+    /// The acceptors of byte streams, by address.
     streams: HashMap<SocketAddr, Weak<Carriers>>,
     next_port: u64,
     next_packet: u64,
@@ -505,7 +504,7 @@ struct HostState {
 
 #[derive(Debug)]
 struct PortState {
-    /// The client it belongs to; none for a server.
+    /// The client that the socket belongs to; `None` for a server.
     host: Option<usize>,
     address: SocketAddr,
     /// Packets by the time they arrive, then in the order in which they were sent.
@@ -515,7 +514,7 @@ struct PortState {
 
 #[derive(Debug, Clone)]
 struct Packet {
-    /// The client whose way it takes.
+    /// The client on whose path the packet travels.
     host: usize,
     from: SocketAddr,
     ecn: Option<EcnCodepoint>,
@@ -541,15 +540,15 @@ impl Cut {
     }
 }
 
-/// One direction of a client's way: its luck, and when it is free for the next packet.
+/// One direction of a client's path: its random state, and when it is free for the next packet.
 #[derive(Debug)]
 struct Lane {
     luck: u64,
     free: Option<Instant>,
 }
 
-/// What one packet's luck is. All of it is drawn for every packet, so that a change of the path does not
-/// shift the luck of the packets after it.
+/// The random numbers of one packet. All are drawn for every packet, so that a change of the path does not change the
+/// numbers of later packets.
 struct Fate {
     loss: f64,
     duplicate: f64,
@@ -581,7 +580,7 @@ impl Lane {
     }
 }
 
-/// The next number of a stream that its seed replays.
+/// The next number of the pseudo-random sequence of a seed.
 fn splitmix(state: &mut u64) -> u64 {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut mixed = *state;
@@ -597,7 +596,7 @@ impl State {
         Ipv4Addr::new(10, 129 + b, c, d).into()
     }
 
-    /// Takes a packet in; whom to wake is returned.
+    /// Queues a packet; returns the waker to call.
     fn send(
         &mut self,
         from: u64,
@@ -613,7 +612,7 @@ impl State {
         self.traffic.sent += 1;
         let receiver = self.at.get(&to).copied();
         let receiving = receiver.and_then(|id| self.ports.get(&id)?.host);
-        // Between two servers, and to a client that is not there any more, there is no way.
+        // There is no path between two servers, or to a client that was removed.
         let (Some(receiver), Some(index)) = (receiver, sender.or(receiving)) else {
             self.traffic.astray += 1;
             return None;
@@ -673,7 +672,7 @@ impl State {
         port.waker.take()
     }
 
-    /// Hands out what has arrived; else says when the next packet does.
+    /// Returns the packets that have arrived; otherwise the time at which the next packet arrives.
     fn receive(
         &mut self,
         id: u64,
@@ -711,7 +710,7 @@ impl State {
         Err(port.inbox.first_key_value().map(|((due, _), _)| *due))
     }
 
-    /// Loses what is on its way: of one client, or all.
+    /// Drops the packets in transit: of one client, or all.
     fn drop_in_flight(&mut self, host: Option<usize>) {
         for port in self.ports.values_mut() {
             let before = port.inbox.len();
@@ -728,10 +727,11 @@ impl State {
         }
     }
 
-    /// Whether a byte stream between a client and a server passes: not while it is cut, or nobody is at the server's address.
+    /// Whether a byte stream between a client and a server passes: not while it is cut, or while no server is at the
+    /// address.
     ///
     /// # Errors
-    /// When another server is there, who knows nothing of the stream.
+    /// When another server is at the address, which does not know the stream.
     fn passes(&self, host: usize, server: &Server) -> Result<bool, Broken> {
         let now = Instant::now();
         let there = self.streams.get(&server.address);
@@ -833,7 +833,7 @@ impl Drop for Port {
     }
 }
 
-/// A network takes every packet at once; losing it is another matter.
+/// The network accepts every packet at once, even if it drops it later.
 #[derive(Debug)]
 struct AlwaysWritable;
 

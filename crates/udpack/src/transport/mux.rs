@@ -1,8 +1,8 @@
 //! A connection over a reliable byte stream, for networks that let no UDP pass: QMux (draft-ietf-quic-qmux-02), which is
 //! QUIC's streams, credit and datagrams, over a WebSocket.
 //!
-//! Each connection has one task, which alone touches the WebSocket: it always reads, so that what nobody reads on one stream
-//! holds up no other, and makes the next record only when the socket takes it.
+//! Each connection has one task, which alone uses the WebSocket. It always reads, so that an unread stream delays no
+//! other, and it builds the next record only when the socket can accept it.
 
 mod driver;
 mod state;

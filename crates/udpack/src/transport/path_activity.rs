@@ -1,14 +1,14 @@
-//! Whether time counts against a peer: only time in which the path to it was alive.
+//! Decides whether time counts against a peer: only time in which its path was alive counts.
 
 use crate::transport::Connection;
 
-/// What was said and heard on a connection, part by part of a time. A part counts if something was heard in it, or if
-/// nothing was said: a path on which what is sent stays unanswered is silent, which is the idle timer's business.
+/// Records for each part of a time-out whether packets were sent and received. A part counts if packets were received
+/// in it, or if none were sent. A path on which sent packets stay unanswered is silent; the idle timer handles that.
 pub(crate) struct PathActivity {
     received: u64,
     sent: u64,
-    /// A part went by in which something was sent and nothing received. QUIC repeats what was lost at intervals that
-    /// double, so from then on a part in which nothing is said proves nothing.
+    /// Whether packets were sent and none received in some part. QUIC retransmits at doubling intervals, so after
+    /// that a part without sent packets proves nothing.
     silent: bool,
 }
 
@@ -22,7 +22,7 @@ impl PathActivity {
         }
     }
 
-    /// Another part has passed. Says whether it counts.
+    /// Ends a part; returns whether it counts.
     pub(crate) fn counts(&mut self, conn: &Connection) -> bool {
         let stats = conn.stats();
         let (received, sent) = (stats.datagrams_received, stats.datagrams_sent);

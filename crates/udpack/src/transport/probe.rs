@@ -1,7 +1,7 @@
-//! Asking whether somebody speaks QUIC at an address, without a connection: how far a datagram of what size gets.
+//! Probes for a QUIC server at an address, without a connection, by datagrams of a chosen size.
 //!
-//! A datagram of a version that nobody speaks is answered with the versions that the server does speak (RFC 9000, section 6). The
-//! server keeps nothing of it, and nobody needs a key or a token for it.
+//! A server answers a datagram of an unknown QUIC version with the versions that it supports (RFC 9000, section 6).
+//! The server keeps no state for it, and the client needs neither key nor token.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -18,22 +18,23 @@ const MOST: u16 = 65_507;
 /// One of the versions that are reserved for being unknown (RFC 9000, section 15).
 const NO_VERSION: [u8; 4] = [0x1a, 0x2a, 0x3a, 0x4a];
 
-/// Asks one address, from a port of its own.
+/// Probes one address, from a port of its own.
 #[derive(Debug)]
 pub struct Probe {
     socket: UdpSocket,
     address: SocketAddr,
 }
 
-/// What became of a question; see [`Probe::ask`].
+/// The result of one probe; see [`Probe::ask`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Answer {
-    /// A QUIC server answered, so long after the question.
+    /// A QUIC server answered after this time.
     Came(Duration),
-    /// Nobody answered in time.
+    /// No answer came in time.
     None,
-    /// The system does not send a datagram of this size there: the first link, or one that a router told of, takes less.
+    /// The system does not send a datagram of this size: the first link, or a link that a router reported, carries
+    /// less.
     TooLarge,
 }
 
@@ -51,7 +52,7 @@ impl Probe {
             SocketAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
         };
         let socket = UdpSocket::bind(SocketAddr::new(any, 0)).await?;
-        // As the sockets of connections: no datagram may be cut into fragments on the way.
+        // Configured like the sockets of connections: datagrams must not be fragmented.
         UdpSocketState::new((&socket).into())?;
         socket.connect(address).await?;
         Ok(Self { socket, address })
@@ -61,11 +62,12 @@ impl Probe {
     /// earlier questions are skipped.
     ///
     /// # Errors
-    /// What the system heard of the path: `ConnectionRefused` where nobody listens at the port, `HostUnreachable` or
-    /// `NetworkUnreachable` where there is no way, `PermissionDenied` where this machine's own filter keeps it.
+    /// Errors that the system reports for the path: `ConnectionRefused` if nothing listens at the port,
+    /// `HostUnreachable` or `NetworkUnreachable` if there is no route, `PermissionDenied` if this machine's packet
+    /// filter blocks it.
     ///
     /// # Cancel safety
-    /// A dropped future may have sent the question; its answer is skipped by the next one.
+    /// A dropped future may have sent the datagram; the next call ignores its answer.
     pub async fn ask(&self, payload: u16, within: Duration) -> io::Result<Answer> {
         let mark = mark()?;
         let question = question(mark, payload.clamp(LEAST, MOST));
@@ -102,12 +104,12 @@ pub(crate) async fn takes(address: SocketAddr, payload: u16, within: Duration) -
     match asked.await {
         Ok(answer) => Ok(matches!(answer, Answer::Came(_))),
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Err(error),
-        // Whatever it is, the handshake will meet it, and tell.
+        // The handshake will meet the same error and report it.
         Err(_) => Ok(false),
     }
 }
 
-/// The connection id of one question.
+/// The connection id of one probe.
 type Mark = [u8; 8];
 
 fn mark() -> io::Result<Mark> {
@@ -116,7 +118,7 @@ fn mark() -> io::Result<Mark> {
     Ok(mark)
 }
 
-/// A long header of a version that nobody speaks, and zeros behind it.
+/// A long header with an unknown version, followed by zeros.
 fn question(mark: Mark, payload: u16) -> Vec<u8> {
     let mut question = Vec::with_capacity(usize::from(payload));
     question.push(0xc0);
@@ -129,7 +131,7 @@ fn question(mark: Mark, payload: u16) -> Vec<u8> {
     question
 }
 
-/// Whether this names versions, in answer to that question.
+/// Whether this is a version negotiation packet that answers that probe.
 fn is_answer(datagram: &[u8], mark: Mark) -> bool {
     let Some((&[first, 0, 0, 0, 0, length], rest)) = datagram.split_first_chunk::<6>() else {
         return false;

@@ -1,7 +1,7 @@
-//! qlog: a file for each connection, for those who want to see what QUIC did and when.
+//! qlog: a file for each connection, for debugging QUIC.
 //!
-//! quinn writes the main events of `draft-ietf-quic-qlog` as JSON-SEQ (RFC 7464): packets sent, received and
-//! lost by number and size, and the recovery metrics. Neither payload nor keys nor tokens.
+//! quinn writes the main events of `draft-ietf-quic-qlog` as JSON-SEQ (RFC 7464): packets sent, received and lost by
+//! number and size, and the recovery metrics. Payload, keys and tokens are not written.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufWriter, Write};
@@ -12,11 +12,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Largest file; the connection goes on without.
+/// Size limit of a file in bytes; the connection continues without a log.
 const FILE_BYTES: u64 = 256 << 20;
 /// Files in the lifetime of one endpoint: connection attempts alone must not fill the disk.
 const FILES: u64 = 4096;
-/// Events gather up to this size before they are written.
+/// Events are buffered up to this size in bytes before they are written.
 const BUFFER: usize = 64 << 10;
 
 /// Makes the qlog files of one server or client.
@@ -43,7 +43,7 @@ impl Qlog {
         }
     }
 
-    /// The stream of one more connection; none when no file can be made, which is logged.
+    /// The qlog stream of one more connection; `None` if no file can be created, which is logged.
     pub(crate) fn stream(&self, peer: SocketAddr) -> Option<quinn::QlogStream> {
         let Inner { dir, side, made } = &*self.inner;
         let number = made.fetch_add(1, Ordering::Relaxed);
@@ -87,7 +87,7 @@ fn create(path: &std::path::Path) -> io::Result<File> {
         .open(path)
 }
 
-/// A file that ends at its bound or at the first error, without a word to quinn: a connection does not depend
+/// A file that ends at its size limit or at the first error. quinn is not told, because a connection must not depend
 /// on its log.
 struct Bounded {
     file: BufWriter<File>,

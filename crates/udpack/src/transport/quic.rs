@@ -1,4 +1,4 @@
-//! Connections of QUIC and their streams, those of a browser's session among them.
+//! QUIC connections and their streams, including those of a browser's session.
 
 use std::future::Future;
 use std::io;
@@ -25,7 +25,7 @@ use crate::wire::code::{CloseCode, CloseReason, Side};
 #[derive(Debug, Clone)]
 pub(crate) struct Connection {
     quic: quinn::Connection,
-    /// The session on it, where it is one of a browser.
+    /// The WebTransport session, if the peer is a browser.
     web: Option<Arc<web::Session>>,
 }
 
@@ -44,7 +44,7 @@ impl Connection {
         }
     }
 
-    /// What it speaks below the protocol.
+    /// The transport below the protocol.
     pub(crate) fn transport(&self) -> Transport {
         match &self.web {
             None => Transport::Quic,
@@ -52,12 +52,12 @@ impl Connection {
         }
     }
 
-    /// Whether the peer's program waits when it may open no further stream. A browser fails at once.
+    /// Whether the peer waits when it may open no further stream. A browser fails at once.
     pub(crate) fn waits_for_streams(&self) -> bool {
         self.web.is_none()
     }
 
-    /// Opens a stream both ways, as soon as the peer permits one more.
+    /// Opens a bidirectional stream, as soon as the peer permits one more.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -77,7 +77,7 @@ impl Connection {
         }
     }
 
-    /// The next stream both ways that the peer opens.
+    /// The next bidirectional stream that the peer opens.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -93,7 +93,7 @@ impl Connection {
         Ok((SendStream::new(send, web), RecvStream::new(recv, web)))
     }
 
-    /// Opens a stream to the peer alone, as soon as the peer permits one more.
+    /// Opens a unidirectional stream, as soon as the peer permits one more.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -112,7 +112,7 @@ impl Connection {
         }
     }
 
-    /// The next stream from the peer alone.
+    /// The next unidirectional stream of the peer.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -126,9 +126,9 @@ impl Connection {
         }
     }
 
-    /// Refuses the streams to this side alone that come from a peer which was not let in yet, until the connection is over.
-    /// A server that serves browsers must permit some from the first packet on, before it knows who comes. Those of a
-    /// browser's session wait instead.
+    /// Refuses the unidirectional streams of a peer that is not admitted yet, until the connection has ended. A
+    /// server that serves browsers must permit some from the first packet on, before it knows the kind of client.
+    /// Those of a browser's session wait instead.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -140,7 +140,7 @@ impl Connection {
         }
     }
 
-    /// How many streams both ways the peer may have open at once.
+    /// Sets how many bidirectional streams the peer may have open at once.
     pub(crate) fn permit_bi(&self, streams: u32) {
         let streams = match &self.web {
             None => streams,
@@ -149,19 +149,19 @@ impl Connection {
         self.quic.set_max_concurrent_bi_streams(streams.into());
     }
 
-    /// How many streams to this side alone the peer may have open at once.
+    /// Sets how many unidirectional streams the peer may have open at once.
     pub(crate) fn permit_uni(&self, streams: u32) {
         let own = self.web.as_ref().map_or(0, |_| web::OWN_UNI);
         let streams = streams.saturating_add(own);
         self.quic.set_max_concurrent_uni_streams(streams.into());
     }
 
-    /// How many bytes the peer may send ahead of what is read, over all streams.
+    /// Sets how many unread bytes the peer may send, over all streams.
     pub(crate) fn set_receive_window(&self, bytes: u64) {
         self.quic.set_receive_window(varint(bytes));
     }
 
-    /// Largest datagram that can be sent now, in bytes; `None` where none can.
+    /// Largest datagram that can be sent now, in bytes; `None` if the peer accepts none.
     pub(crate) fn max_datagram_size(&self) -> Option<usize> {
         let most = self.quic.max_datagram_size()?;
         match &self.web {
@@ -187,8 +187,8 @@ impl Connection {
         })
     }
 
-    /// The next datagram of the peer. It is a slice of a buffer in which others came. One that is of no session here is
-    /// empty: it carries no message, but counts.
+    /// The next datagram of the peer, as a slice of a buffer with other datagrams. A datagram of an unknown session
+    /// is returned empty: it carries no message, but counts as received.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -201,8 +201,8 @@ impl Connection {
         }
     }
 
-    /// Ends the connection at once; streams that are under way are lost. Of `text` the peer gets the first 256 bytes.
-    /// A browser hears it first, for which it has four round trips or 2 s.
+    /// Closes the connection at once; unsent bytes of its streams are lost. The peer gets the first 256 bytes of
+    /// `text`. A browser first receives the close of its session, for which it has four round trips, at most 2 s.
     pub(crate) fn close(&self, code: CloseCode, text: &str) {
         let text = cut(text, CLOSE_TEXT);
         match &self.web {
@@ -211,7 +211,7 @@ impl Connection {
         }
     }
 
-    /// Waits until the connection is over, and what was to be said with it.
+    /// Waits until the connection has ended, and its close has been sent.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -220,7 +220,8 @@ impl Connection {
         self.over(error)
     }
 
-    /// Why the connection is over: at once if the peer closed it, after the close was sent if this side did.
+    /// Waits for the reason of the end: at once if the peer closed the connection, after the close was sent if this
+    /// side did.
     async fn gone(&self) -> ConnectionError {
         match self.error() {
             Some(error) if error != ConnectionError::Local => error,
@@ -228,7 +229,7 @@ impl Connection {
         }
     }
 
-    /// Why the connection is over, if it is.
+    /// Why the connection has ended, if it has.
     pub(crate) fn error(&self) -> Option<ConnectionError> {
         let ended = self.web.as_ref().and_then(|web| web.ended());
         ended.or_else(|| self.quic.close_reason().map(|error| self.over(error)))
@@ -238,12 +239,12 @@ impl Connection {
         over(self.web.as_ref(), error)
     }
 
-    /// Where the peer is now.
+    /// The current address of the peer.
     pub(crate) fn remote_address(&self) -> SocketAddr {
         unmapped(self.quic.remote_address())
     }
 
-    /// The certificate that the peer has shown, in DER.
+    /// The certificate that the peer presented, in DER.
     pub(crate) fn certificate(&self) -> Option<Vec<u8>> {
         let shown = self.quic.peer_identity()?;
         let chain = shown.downcast::<Vec<CertificateDer<'static>>>().ok()?;
@@ -255,7 +256,7 @@ impl Connection {
         self.quic.rtt()
     }
 
-    /// The numbers of this moment. Takes the lock of the connection.
+    /// The current statistics. Takes the lock of the connection.
     pub(crate) fn stats(&self) -> ConnectionStats {
         let stats = self.quic.stats();
         ConnectionStats {
@@ -273,7 +274,7 @@ impl Connection {
     }
 }
 
-/// Why a connection is over, with what its session says about it.
+/// The reason of a connection's end; the reason of its session takes precedence.
 fn over(web: Option<&Arc<web::Session>>, error: quinn::ConnectionError) -> ConnectionError {
     match web {
         None => error.into(),
@@ -281,8 +282,7 @@ fn over(web: Option<&Arc<web::Session>>, error: quinn::ConnectionError) -> Conne
     }
 }
 
-/// A port of this machine with the connections over it. Cheap to clone; the port is closed with the last handle and
-/// connection.
+/// A local port with its connections. Cheap to clone; the port is closed with the last handle and connection.
 #[derive(Debug, Clone)]
 pub(crate) struct Endpoint(quinn::Endpoint);
 
@@ -299,7 +299,7 @@ impl Endpoint {
         self.0.local_addr()
     }
 
-    /// Ends all connections, and takes no more.
+    /// Closes all connections, and accepts no more.
     pub(crate) fn close(&self, code: CloseCode, text: &str) {
         self.0
             .close(varint(code.value()), cut(text, CLOSE_TEXT).as_bytes());
@@ -313,7 +313,7 @@ impl Endpoint {
         self.0.wait_idle().await;
     }
 
-    /// Goes on from another local address, with kernel buffers of so many bytes.
+    /// Moves to another local address, with kernel buffers of `buffer` bytes.
     pub(crate) fn rebind(&self, local: SocketAddr, buffer: usize) -> io::Result<()> {
         let bound = udp::bind(local, buffer, MOST_PAYLOAD)?;
         self.0.rebind_abstract(bound.socket)
@@ -365,7 +365,7 @@ impl From<quinn::ConnectionError> for ConnectionError {
     }
 }
 
-/// A code of the protocol as QUIC carries it.
+/// Converts a code of the protocol into QUIC's code.
 fn code_out(web: Option<&Arc<web::Session>>, code: CloseCode) -> quinn::VarInt {
     varint(match web {
         None => code.value(),
@@ -373,7 +373,7 @@ fn code_out(web: Option<&Arc<web::Session>>, code: CloseCode) -> quinn::VarInt {
     })
 }
 
-/// And back.
+/// Converts QUIC's code into a code of the protocol.
 fn code_in(web: Option<&Arc<web::Session>>, code: quinn::VarInt) -> CloseCode {
     match web {
         None => CloseCode::new(code.into_inner()),
@@ -401,8 +401,8 @@ fn read_error(web: Option<&Arc<web::Session>>, error: quinn::ReadError) -> Strea
     }
 }
 
-/// What a stream has ended with, and whether to look at the session before that is said: a browser that ends its session
-/// first resets and stops all streams, with a code of HTTP/3.
+/// The error with which a stream has ended, and whether the session's end must be awaited first: a browser that ends
+/// its session first resets and stops all streams with a code of HTTP/3.
 enum Ended {
     So(StreamError),
     With(Arc<web::Session>),
@@ -440,7 +440,7 @@ impl Ended {
         Self::new(web, read_error(web, error), code)
     }
 
-    /// The error, once the session's end is known or does not come.
+    /// The error, when the session's end is known or does not come in time.
     async fn error(self) -> StreamError {
         match self {
             Self::So(error) => error,
@@ -452,10 +452,10 @@ impl Ended {
     }
 }
 
-/// How a stream has ended, which QUIC tells once.
+/// How a stream has ended. QUIC reports it once.
 enum Ending {
     Under(Pin<Box<dyn Future<Output = StreamError> + Send + Sync>>),
-    // In a box, because every stream has room for it and few need it.
+    // Boxed, because every stream has the field and few use it.
     Known(Box<StreamError>),
 }
 
@@ -503,13 +503,13 @@ impl SendStream {
         }
     }
 
-    /// Which of the connection's streams goes first: the one with the larger number.
+    /// Sets the priority: of the connection's streams, those with larger numbers are sent first.
     pub(crate) fn set_priority(&self, priority: i32) {
-        // Fails only on a stream that has ended, as its next writer finds.
+        // Fails only on a stream that has ended, which the next write reports.
         let _ = self.quic.set_priority(priority);
     }
 
-    /// Writes as much as the peer and this side's windows take now. What was taken is cut from the front of `chunks`.
+    /// Writes as much as the peer's and this side's windows permit now, and removes it from the front of `chunks`.
     pub(crate) fn poll_write(
         &mut self,
         cx: &mut Context<'_>,
@@ -540,7 +540,7 @@ impl SendStream {
         }
     }
 
-    /// Writes this.
+    /// Writes one chunk.
     ///
     /// # Cancel safety
     /// As [`write_all`](Self::write_all).
@@ -551,17 +551,17 @@ impl SendStream {
         }
     }
 
-    /// Ends the stream behind what was written. Does nothing to one that has ended or that the peer has stopped.
+    /// Ends the stream after the written bytes. Does nothing if the stream has ended or the peer has stopped it.
     pub(crate) fn finish(&mut self) {
         let _ = self.quic.finish();
     }
 
-    /// Ends the stream at once; what the peer has not got is lost. Does nothing to one that has ended.
+    /// Ends the stream at once; bytes that the peer has not received are lost. Does nothing if the stream has ended.
     pub(crate) fn reset(&mut self, code: CloseCode) {
         let _ = self.quic.reset(code_out(self.web.as_ref(), code));
     }
 
-    /// Waits until the peer has everything (`None`) or reads no more (the code).
+    /// Waits until the peer has received everything (`None`) or has stopped the stream (the code).
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -589,15 +589,15 @@ impl SendStream {
     }
 }
 
-/// The receiving side of a stream. Dropping it before its end tells the peer that nothing more is read; a browser, which
-/// would throw away what it has received on the stream, is told only when it goes on all the same.
+/// The receiving side of a stream. Dropping it before its end stops the stream. A browser would then discard data
+/// that it has received on the stream, so a browser's stream is stopped only if the browser continues to send.
 #[derive(Debug)]
 pub(crate) struct RecvStream {
-    /// Gone once nothing more is read.
+    /// `None` after the stream was read to its end or stopped.
     quic: Option<quinn::RecvStream>,
     /// The session whose stream it is, where it is one of a browser.
     web: Option<Arc<web::Session>>,
-    /// It is the half of a stream both ways.
+    /// Whether the stream is bidirectional.
     half: bool,
     ending: Option<Ending>,
 }
@@ -618,7 +618,8 @@ impl RecvStream {
         stream
     }
 
-    /// Fills `chunks` from the front with what has arrived, in order, and says how many; `None` at the end.
+    /// Fills `chunks` from the front with the chunks that have arrived, in order, and returns how many; `None` at the
+    /// end of the stream.
     pub(crate) fn poll_read(
         &mut self,
         cx: &mut Context<'_>,
@@ -644,7 +645,7 @@ impl RecvStream {
         }
     }
 
-    /// The next bytes, at most so many; `None` at the end.
+    /// The next bytes, at most `most`; `None` at the end of the stream.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -680,7 +681,7 @@ impl RecvStream {
         }
     }
 
-    /// Reads no more, and tells the peer so. Does nothing to a stream that has ended.
+    /// Stops the stream with this code. Does nothing if the stream has ended.
     pub(crate) fn stop(&mut self, code: CloseCode) {
         if let Some(web) = &self.web
             && self.half
@@ -702,7 +703,7 @@ impl Drop for RecvStream {
     }
 }
 
-/// A number as QUIC takes it; larger ones become the largest.
+/// A number as a QUIC variable-length integer; larger numbers become the largest one.
 pub(crate) fn varint(value: u64) -> quinn::VarInt {
     quinn::VarInt::from_u64(value).unwrap_or(quinn::VarInt::MAX)
 }

@@ -1,8 +1,9 @@
-//! Timers for quinn that are early rather than late.
+//! Timers for quinn that fire early rather than late.
 //!
-//! tokio's timers tick every millisecond and round up, and so does the wait for events below them: 1 ms late on average.
-//! quinn's pacer keeps no more than 2 ms of its rate, or ten packets, for a sender that comes late, and the rest is lost:
-//! on a link of 50 Mbit/s with a round trip of 200 ms that cost 6 % of the rate (5.8 instead of 6.13 MB/s of packets).
+//! tokio's timers tick every millisecond and round up, and so does the wait for events below them: 1 ms late on
+//! average. quinn's pacer accumulates no more than 2 ms of its rate, or ten packets, for a late sender, and the rest
+//! is lost: on a link of 50 Mbit/s with a round trip of 200 ms that cost 6 % of the rate (5.8 instead of 6.13 MB/s of
+//! packets).
 
 use std::future::Future;
 use std::io;
@@ -17,15 +18,15 @@ use quinn::{AsyncTimer, AsyncUdpSocket, Runtime, TokioRuntime};
 use crate::transport::gather::Gather;
 use crate::trust::tls::Attempt;
 
-/// By how much a timer is early the first time that it is set for an instant: what tokio's are late on average. quinn looks
-/// at the clock, sends what the pacer has by then, and sets the timer again, for another instant or, when it was too
-/// early, for the same.
+/// How much earlier a timer fires when it is first set for an instant: the average delay of tokio's timers. quinn
+/// then checks the clock, sends what the pacer permits, and sets the timer again, for another instant or, if it was
+/// too early, for the same one.
 const EARLY: Duration = Duration::from_millis(1);
 
-/// tokio's runtime, with these timers, and with drivers whose sends leave together.
+/// tokio's runtime, with these timers, and with drivers whose sends are combined.
 #[derive(Debug, Default)]
 pub(crate) struct PromptRuntime {
-    /// The attempt to connect that the drivers serve, on an endpoint that makes one.
+    /// On a client's endpoint, the attempt to connect that its drivers serve.
     pub(crate) attempt: Option<Attempt>,
 }
 
@@ -58,31 +59,31 @@ impl Runtime for PromptRuntime {
     }
 }
 
-/// When to wake for a deadline: where it is so near that it would be at once, at the deadline itself.
+/// The wake-up time for a deadline: early, or the deadline itself if the early time has passed.
 fn before(deadline: Instant) -> Instant {
     let early = deadline.checked_sub(EARLY);
     let now = TokioRuntime.now();
     early.filter(|early| *early > now).unwrap_or(deadline)
 }
 
-/// quinn moves its deadline with each packet, mostly away. Then what is set stays, and is set again when it is over:
-/// setting it takes a lock that all timers of the runtime share.
+/// quinn moves its deadline with each packet, usually to a later time. tokio's timer then stays set, and is set again
+/// when it fires: setting it takes a lock that all timers of the runtime share.
 #[derive(Debug)]
 struct PromptTimer {
     timer: Pin<Box<dyn AsyncTimer>>,
-    /// What it is set to, until that is over.
+    /// The time that tokio's timer is set to, until it fires.
     set: Option<Instant>,
-    /// When to wake.
+    /// The wake-up time.
     at: Instant,
     deadline: Instant,
-    /// The deadline that it has woken for.
+    /// The last deadline for which the timer fired.
     woken: Option<Instant>,
 }
 
 impl AsyncTimer for PromptTimer {
     fn reset(mut self: Pin<&mut Self>, deadline: Instant) {
         self.deadline = deadline;
-        // While what is set comes first anyway, nobody need look at the clock.
+        // While tokio's timer fires before the new time anyway, the clock need not be read.
         let comes_first = |early: &Instant| self.set.is_some_and(|set| set <= *early);
         self.at = if self.woken == Some(deadline) {
             deadline

@@ -1,4 +1,4 @@
-//! The UDP socket: kernel buffers, batches larger than one send, and how large a datagram the route takes.
+//! The UDP socket: kernel buffers, batches larger than one send, and the size of datagrams that the route carries.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -22,28 +22,30 @@ use crate::base::lock;
 use crate::transport::gather;
 use crate::transport::lookup::unmapped;
 
-/// Largest UDP payload that is tried, in bytes, however large a datagram the route takes.
+/// Largest UDP payload that is tried, in bytes, even if the route carries larger ones.
 ///
 /// What fits one IPv6 packet, and an IPv4 packet anyway; only loopback takes such. One stream there is 1.17 times as
 /// fast as with 16,368 bytes, and loses nothing with our congestion control (2.8 and 2.4 GB/s).
 pub(crate) const MOST_PAYLOAD: u16 = 65_535 - IPV6_HEADERS as u16;
-/// What is taken with a receive buffer below [`ROOMY`]. At Linux's usual 208 KiB, larger datagrams were lost in rows,
-/// which quinn takes for a path that lost its MTU: 280 MB/s in packets of 1,200 bytes, instead of 680 at this size.
+/// Largest accepted UDP payload, in bytes, with a receive buffer below [`ROOMY`]. At Linux's usual 208 KiB, larger
+/// datagrams were lost in rows, which quinn takes for a path that lost its MTU: 280 MB/s in packets of 1,200 bytes,
+/// instead of 680 at this size.
 pub(crate) const MODEST_PAYLOAD: u16 = 16_368;
-/// At 4 MiB no size loses more than another: a dozen packets in 1 GiB, or none.
+/// Receive buffer in bytes from which on the size of datagrams does not matter: a dozen packets or none are lost in 1
+/// GiB.
 const ROOMY: usize = 4 << 20;
 /// Bytes of one send with segmentation, at most.
 pub(crate) const SEND: usize = MOST_PAYLOAD as usize;
-/// Bytes of one receive: the most that Linux puts together of datagrams (`GRO_LEGACY_MAX_SIZE`).
+/// Bytes of one receive: the most that Linux combines from datagrams (`GRO_LEGACY_MAX_SIZE`).
 const RECEIVE: usize = 65_536;
-/// No UDP datagram carries more (RFC 9000, section 18.2), nor do those that Linux has put together.
+/// The largest payload of a UDP datagram (RFC 9000, section 18.2), and of datagrams that Linux has combined.
 const LARGEST: u16 = 65_527;
 /// IP and UDP headers.
 const IPV4_HEADERS: u32 = 20 + 8;
 const IPV6_HEADERS: u32 = 40 + 8;
 
-/// A UDP socket at this address; for IPv6 also of IPv4 peers. All of a machine's addresses, `[::]`, are those of IPv4 where the system has no
-/// IPv6; the log says so.
+/// A UDP socket at this address; for IPv6 also of IPv4 peers. If the system has no IPv6, `[::]` binds all IPv4
+/// addresses, and this is logged.
 pub(crate) fn bound(address: SocketAddr) -> io::Result<UdpSocket> {
     bound_by(open, address)
 }
@@ -84,8 +86,9 @@ fn open(address: SocketAddr) -> io::Result<UdpSocket> {
     Ok(socket.into())
 }
 
-/// Gives a bound UDP socket large kernel buffers, for an endpoint that takes UDP payloads of `payload` bytes, or fewer
-/// where the buffer is small: how many comes with it. Says in the log what to do when the kernel gives less.
+/// Gives a bound UDP socket large kernel buffers, for an endpoint that accepts UDP payloads of `payload` bytes, or
+/// smaller ones if the buffer is small; the size is returned with it. If the kernel grants less, the log says what to
+/// do.
 pub(crate) fn serve(socket: UdpSocket, buffer: usize, payload: u16) -> io::Result<Bound> {
     let socket = RawSocket::from(socket);
     let granted = grow_buffers(&socket, buffer);
@@ -107,12 +110,12 @@ pub(crate) fn bind(address: SocketAddr, buffer: usize, payload: u16) -> io::Resu
 /// A UDP socket for a QUIC endpoint.
 pub(crate) struct Bound {
     pub(crate) socket: Arc<dyn AsyncUdpSocket>,
-    /// Largest UDP payload, in bytes, that it takes.
+    /// Largest UDP payload, in bytes, that the endpoint accepts.
     pub(crate) payload: u16,
     pub(crate) port: Port,
 }
 
-/// The port that an endpoint holds; none where the network is one in memory.
+/// The port of an endpoint; empty on the in-memory network.
 #[derive(Debug, Default)]
 pub(crate) struct Port(Option<Arc<Datagrams>>);
 
@@ -126,10 +129,11 @@ impl Port {
     }
 }
 
-/// Ends when the system reports that datagrams to this peer do not arrive, and says why; else never. Asks after `pause`.
+/// Ends when the system reports that datagrams to this peer do not arrive, and returns the reason; otherwise never
+/// ends. Asks the system after `pause`.
 ///
-/// QUIC's own socket is not connected, because client and server may change their addresses, and so hears of no ICMP
-/// message. This sends an empty datagram from a connected socket beside it, which QUIC does not look at.
+/// QUIC's own socket is not connected, because client and server may change their addresses, so it receives no ICMP
+/// errors. This sends an empty datagram, which QUIC ignores, from a second socket that is connected.
 pub(crate) async fn unreachable(
     local: SocketAddr,
     peer: SocketAddr,
@@ -150,14 +154,14 @@ pub(crate) async fn unreachable(
         Err(io::ErrorKind::HostUnreachable) => "host unreachable",
         Err(io::ErrorKind::NetworkUnreachable) => "network unreachable",
         Err(io::ErrorKind::NetworkDown) => "network down",
-        // It says nothing of the way to the peer.
+        // The error says nothing about the path to the peer.
         Err(_) => std::future::pending().await,
         Ok(never) => match never {},
     }
 }
 
-/// Largest UDP payload, in bytes, that an endpoint takes which wants `payload` and has a receive buffer of `granted`
-/// bytes. Two of more than half of [`RECEIVE`] would need twice the memory of one that is as large as there are.
+/// Largest UDP payload, in bytes, that an endpoint accepts if it wants `payload` and has a receive buffer of
+/// `granted` bytes. A payload above half of [`RECEIVE`] needs as much buffer memory as the largest one.
 fn taken(payload: u16, granted: usize) -> u16 {
     let payload = if granted < ROOMY {
         payload.min(MODEST_PAYLOAD)
@@ -171,9 +175,9 @@ fn taken(payload: u16, granted: usize) -> u16 {
     }
 }
 
-/// Says how large the receive buffer is then, in bytes.
+/// Enlarges the kernel's buffers; returns the size of the receive buffer, in bytes.
 fn grow_buffers(socket: &RawSocket, wanted: usize) -> usize {
-    // With the right to do so, past the system's limit; else as far as it goes.
+    // A privileged process may exceed the system's limit; otherwise the limit applies.
     if sockopt::set_socket_recv_buffer_size_force(socket, wanted).is_err() {
         let _ = socket.set_recv_buffer_size(wanted);
     }
@@ -196,13 +200,13 @@ fn grow_buffers(socket: &RawSocket, wanted: usize) -> usize {
     receive
 }
 
-/// Largest UDP payload, in bytes, that leaves for this peer in one piece as far as the kernel knows, at most
-/// [`MOST_PAYLOAD`]; `None` where it does not tell. What lies behind the first link only probes find out.
+/// Largest UDP payload, in bytes, that the kernel sends to this peer without fragments, at most [`MOST_PAYLOAD`];
+/// `None` if unknown. The kernel knows only the first link; probes find out about the rest of the path.
 pub(crate) fn route_payload(peer: SocketAddr) -> Option<u16> {
     let peer = unmapped(peer);
     let socket =
         RawSocket::new(Domain::for_address(peer), Type::DGRAM, Some(Protocol::UDP)).ok()?;
-    // Sends nothing: it looks the route up.
+    // `connect` sends nothing; it looks up the route.
     socket.connect(&peer.into()).ok()?;
     let payload = match peer {
         SocketAddr::V4(_) => sockopt::ip_mtu(&socket).ok()?.checked_sub(IPV4_HEADERS)?,
@@ -211,24 +215,24 @@ pub(crate) fn route_payload(peer: SocketAddr) -> Option<u16> {
     Some(u16::try_from(payload).map_or(MOST_PAYLOAD, |payload| payload.min(MOST_PAYLOAD)))
 }
 
-/// The kernel's socket. Quinn's own (`TokioRuntime`'s) receives until nothing is left: where each datagram comes alone,
-/// every other receive finds nothing (requests over 100 sockets: 2.2 receives for each, 1.2 this way).
+/// The kernel's socket. Quinn's own (`TokioRuntime`'s) receives until nothing is left: if datagrams come one by one,
+/// every second receive finds nothing (requests over 100 sockets: 2.2 receives for each, 1.2 this way).
 #[derive(Debug)]
 struct Datagrams {
-    /// None after it was closed.
+    /// `None` after the socket was closed.
     io: RwLock<Option<Arc<tokio::net::UdpSocket>>>,
     state: UdpSocketState,
     log_limit: LogLimit,
-    /// The kernel had no room for what was last sent.
+    /// Whether the kernel had no room for the last send.
     full: AtomicBool,
-    /// Messages that the last receive brought.
+    /// How many messages the last receive returned.
     last: AtomicUsize,
-    /// The kernel has refused to cut a send into datagrams.
+    /// Whether the kernel has refused segmentation offload.
     divides: AtomicBool,
 }
 
 impl Datagrams {
-    /// Of a socket that is bound; within tokio's runtime.
+    /// Wraps a bound socket. Must be called within tokio's runtime.
     fn of(socket: UdpSocket) -> io::Result<Self> {
         Ok(Self {
             state: UdpSocketState::new((&socket).into())?,
@@ -246,7 +250,8 @@ impl Datagrams {
 }
 
 impl Datagrams {
-    /// Says in the log, once, that the kernel or the driver takes one datagram a send only. quinn's state of the socket then hands over no more.
+    /// Logs once that the kernel or the driver accepts only one datagram in one send. quinn then passes no more than
+    /// one.
     #[cold]
     fn told_refusal(&self, error: &io::Error) {
         if !self.divides.swap(true, Ordering::Relaxed) {
@@ -257,7 +262,7 @@ impl Datagrams {
         }
     }
 
-    /// Says in the log why a datagram was not sent, unless it was a probe of what the path takes.
+    /// Logs why a datagram was not sent, unless it was an MTU probe.
     #[cold]
     fn not_sent(&self, transmit: &Transmit<'_>, error: &io::Error) {
         let too_large = rustix::io::Errno::MSGSIZE.raw_os_error();
@@ -293,7 +298,7 @@ fn divided(
             src_ip: transmit.src_ip,
         });
         match sent {
-            // What has left must not be handed over again; the rest is lost, once in a socket's life.
+            // Sent datagrams must not be sent again; the rest is lost, once in the lifetime of a socket.
             Err(error) if at > 0 && error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             sent => sent?,
         }
@@ -301,7 +306,7 @@ fn divided(
     Ok(())
 }
 
-/// What Linux says when a driver or a tunnel does not cut sends into datagrams.
+/// Whether this is Linux' error for a driver or a tunnel without segmentation offload.
 fn is_refusal(error: &io::Error) -> bool {
     use rustix::io::Errno;
     let code = error.raw_os_error();
@@ -332,7 +337,7 @@ impl AsyncUdpSocket for Datagrams {
         match sent {
             Err(error) if !full => {
                 self.not_sent(transmit, &error);
-                // To QUIC it is lost.
+                // For QUIC the datagram is lost.
                 Ok(())
             }
             sent => sent,

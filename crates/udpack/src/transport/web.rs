@@ -1,8 +1,9 @@
 //! WebTransport: sessions of browsers over HTTP/3, on the port that serves QUIC as well.
 //!
-//! A connection carries one session. This module reads and writes what HTTP/3 and WebTransport add to QUIC: SETTINGS, the
-//! request that opens the session, the header of each stream, the capsule that closes the session. It hands a stream on
-//! only after the header, so channels read and write the streams of both transports in the same way.
+//! A connection carries one session. This module reads and writes the parts that HTTP/3 and WebTransport add to QUIC:
+//! SETTINGS, the request that opens the session, the header of each stream, the capsule that closes the session. It
+//! passes a stream on only after the header, so channels read and write the streams of both transports in the same
+//! way.
 
 mod handover;
 mod read;
@@ -45,35 +46,35 @@ pub(crate) fn permitted(streams: u32) -> u32 {
     streams.saturating_add(streams / 4).saturating_add(1)
 }
 
-/// Streams of a session that may come before its request; further ones are turned away.
+/// The most streams of a session that may precede its request; further ones are refused.
 const EARLY: usize = 2;
-/// Bytes that a client may say on control stream and request once it has a session: GREASE, mostly.
+/// The most bytes that a client may send on the control stream and the request stream of a session, mostly GREASE.
 const SPARE: u64 = 64 << 10;
 /// Bytes that are read and dropped on a stream without a reader, before the peer gets STOP_SENDING.
 const DRAINED: usize = 256 << 10;
-/// Unidirectional streams that may wait to be taken.
+/// The most unidirectional streams that wait to be accepted.
 const UNI_QUEUE: usize = 4;
 /// Shortest and longest time to wait until the client has received a close.
 const FAREWELL: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
-/// From the end of a stream by HTTP/3's own code until the session that goes on is believed.
+/// How long to wait for the end of the session after a stream has ended with a code of HTTP/3.
 const ENDING: Duration = Duration::from_secs(3);
 
 /// A session. The handles and streams of its connection hold it; it ends when the last of them is dropped.
 #[derive(Debug)]
 pub(crate) struct Session {
     state: Arc<State>,
-    /// A stream may be dropped where there is no runtime.
+    /// Kept because a stream may be dropped outside of the runtime.
     runtime: tokio::runtime::Handle,
     conn: quinn::Connection,
 }
 
-/// What its task and its holders share.
+/// State that the session's task and its handles share.
 #[derive(Debug)]
 struct State {
     /// The stream of the request.
     id: u64,
     transport: Transport,
-    /// Streams of the client that nobody has taken yet.
+    /// Streams of the client that are not accepted yet.
     bi: Handover<(SendStream, RecvStream)>,
     uni: Handover<RecvStream>,
     end: OnceLock<End>,
@@ -93,7 +94,7 @@ enum End {
 }
 
 impl State {
-    /// The first end counts.
+    /// Records the end; later calls have no effect.
     fn end(&self, end: End) {
         let mut farewell = lock(&self.farewell);
         if self.end.set(end).is_ok() {
@@ -105,24 +106,24 @@ impl State {
         }
     }
 
-    /// The close was sent, as far as that was possible.
+    /// Records that the close was sent, if that was possible.
     fn told(&self) {
         lock(&self.farewell).take();
     }
 }
 
 impl Session {
-    /// What the connection is.
+    /// The transport of the connection.
     pub(super) fn transport(&self) -> Transport {
         self.state.transport.clone()
     }
 
-    /// The stream that its datagrams name.
+    /// The stream id in the session's datagrams.
     pub(super) fn id(&self) -> u64 {
         self.state.id
     }
 
-    /// The next stream both ways of the client; `None` once the session is over.
+    /// The next bidirectional stream of the client; `None` once the session has ended.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -130,7 +131,7 @@ impl Session {
         self.state.bi.take().await
     }
 
-    /// The next stream from the client alone; `None` once the session is over.
+    /// The next unidirectional stream of the client; `None` once the session has ended.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -138,7 +139,7 @@ impl Session {
         self.state.uni.take().await
     }
 
-    /// Begins a stream both ways that was opened.
+    /// Writes the header of a new bidirectional stream.
     ///
     /// # Cancel safety
     /// A dropped future has given the stream up.
@@ -146,7 +147,7 @@ impl Session {
         self.begin(stream, frame::WEBTRANSPORT).await
     }
 
-    /// Begins a stream to the client alone, as [`begin_bi`](Self::begin_bi).
+    /// Writes the header of a new unidirectional stream, as [`begin_bi`](Self::begin_bi).
     pub(super) async fn begin_uni(
         &self,
         stream: SendStream,
@@ -155,7 +156,7 @@ impl Session {
     }
 
     async fn begin(&self, stream: SendStream, kind: u64) -> Result<SendStream, ConnectionError> {
-        /// Resets a stream whose header is not written: without it the client knows nothing of it.
+        /// Resets a stream whose header is not written, because the client cannot use it.
         struct Unsaid(Option<SendStream>);
         impl Drop for Unsaid {
             fn drop(&mut self) {
@@ -171,11 +172,11 @@ impl Session {
         {
             return Err(self.over(error));
         }
-        // One that the client has stopped already says so to its writer.
+        // A stream that the client has stopped reports that to its writer.
         unsaid.0.take().ok_or(ConnectionError::Local)
     }
 
-    /// Ends the session: the client gets code and text, at most 1,024 bytes of it, then the connection is closed.
+    /// Ends the session: the client gets the code and at most 1,024 bytes of text, then the connection is closed.
     pub(super) fn close(&self, code: CloseCode, text: &str) {
         let text = cut(text, wire::CLOSE_TEXT).to_owned();
         self.state.end(End::Local(code, text));
@@ -189,20 +190,20 @@ impl Session {
         })
     }
 
-    /// Why the session ends, where one of its streams has ended with a code of HTTP/3: a browser that ends a session
-    /// says so on every stream first. `None` if it goes on.
+    /// The reason of the session's end, after one of its streams has ended with a code of HTTP/3: a browser that ends
+    /// a session first ends every stream. `None` if the session continues.
     pub(super) async fn ending(&self) -> Option<ConnectionError> {
         let over = tokio::time::timeout(ENDING, self.conn.closed()).await;
         over.ok().map(|error| self.over(error))
     }
 
-    /// Why its connection is over.
+    /// The reason of the connection's end.
     pub(super) fn over(&self, error: quinn::ConnectionError) -> ConnectionError {
         self.ended().unwrap_or_else(|| lost(error))
     }
 
-    /// Reads the rest of a stream and drops it. STOP_SENDING would make Firefox discard data that it has received on the
-    /// stream and not read yet. A client that sends more than 256 KiB gets it all the same.
+    /// Reads the rest of a stream and drops it. STOP_SENDING would make Firefox discard data that it has received on
+    /// the stream and not read yet. A client that sends more than 256 KiB gets STOP_SENDING anyway.
     pub(super) fn drain(&self, mut stream: RecvStream, code: CloseCode) {
         if self.state.end.get().is_some() {
             return;
@@ -240,18 +241,18 @@ fn lost(error: quinn::ConnectionError) -> ConnectionError {
     }
 }
 
-/// What a server needs to know to begin sessions.
+/// The settings of a server for new sessions.
 pub(super) struct Terms<'a> {
     pub(super) web: &'a Web,
-    /// Within this time a stream must say what it is.
+    /// The time within which a stream must send its header.
     pub(super) header: Duration,
-    /// Streams both ways that a client may have open.
+    /// How many bidirectional streams a client may have open.
     pub(super) streams: u32,
-    /// Closes that are under way.
+    /// Closes in progress.
     pub(super) farewells: &'a TaskTracker,
 }
 
-/// Carries the session's part of a handshake out: SETTINGS both ways, the request and its answer.
+/// Performs the session's part of a handshake: SETTINGS of both sides, the request and its answer.
 ///
 /// # Cancel safety
 /// A dropped future gives the connection up.
@@ -339,7 +340,7 @@ const GONE: Fault = wire::fault(
     "the request was given up before its answer",
 );
 
-/// Ends a connection because of what came on it.
+/// Ends a connection because of a fault of the client.
 fn fail(conn: &quinn::Connection, fault: &Fault) -> ConnectionError {
     conn.close(varint(fault.code), fault.text.as_bytes());
     let text = format!("WebTransport: {} ({:#x})", fault.text, fault.code);
@@ -361,19 +362,19 @@ async fn refuse(conn: &quinn::Connection, mut stream: SendStream, status: u16) {
     conn.close(varint(code::NO_ERROR), b"");
 }
 
-/// How long a client has to take the last word.
+/// How long to wait until the client has received a close.
 fn farewell_time(conn: &quinn::Connection) -> Duration {
     trips(conn.rtt()).clamp(FAREWELL.0, FAREWELL.1)
 }
 
-/// Why a connection did not come to a session.
+/// Why a connection has no session.
 enum Unasked {
     Lost(quinn::ConnectionError),
     Fault(Fault),
     Refused(SendStream, u16),
 }
 
-/// A request for a session that is granted, and what came with it.
+/// An accepted request for a session, with the streams that preceded it.
 struct Asked {
     request: SendStream,
     frames: Frames,
@@ -384,14 +385,15 @@ struct Asked {
     early_uni: Vec<(u64, RecvStream)>,
 }
 
-/// A connection whose streams are read until they have said what they are.
+/// A connection whose streams are read until their kind is known.
 struct Layer {
     conn: quinn::Connection,
     shared: Arc<Shared>,
     reading: FuturesUnordered<Reading>,
-    /// Streams both ways are read one after the other, so that the first of a session is known: the control stream.
+    /// Whether bidirectional streams are read one by one, so that the first one of a session is known: the control
+    /// stream.
     in_turn: bool,
-    /// One of them is being read.
+    /// Whether one of them is being read.
     turn: bool,
 }
 
@@ -406,7 +408,7 @@ impl Layer {
         }
     }
 
-    /// What the client does next.
+    /// Waits for the next event of the client.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -480,13 +482,13 @@ impl Layer {
     }
 }
 
-/// Turns a stream away that nobody waits for.
+/// Refuses an unexpected stream.
 fn reject((mut send, mut recv): (SendStream, RecvStream)) {
     let _ = send.reset(varint(code::BUFFERED_STREAM_REJECTED));
     let _ = recv.stop(varint(code::BUFFERED_STREAM_REJECTED));
 }
 
-/// Turns a further request away: there is one session on a connection, and nothing else to ask for.
+/// Refuses a further request: a connection has one session, and the server serves nothing else.
 fn refuse_second(mut request: SendStream, frames: Frames) {
     let _ = request.reset(varint(code::REQUEST_REJECTED));
     frames.stop(code::REQUEST_REJECTED);
@@ -539,7 +541,7 @@ impl Task {
                 self.state.end(End::Over(error));
             }
             Event::Then(reading) => self.layer.reading.push(reading),
-            // The control stream has said its SETTINGS.
+            // SETTINGS of the control stream.
             Event::Settings(_) | Event::Unsaid | Event::Nothing => {}
         }
     }
@@ -564,7 +566,7 @@ impl Task {
         }
     }
 
-    /// Says how the session ended, and ends the connection once the client knows.
+    /// Sends the close of the session, and ends the connection when the client has received it.
     async fn leave(self) {
         let Self {
             layer,

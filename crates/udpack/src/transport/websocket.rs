@@ -1,4 +1,4 @@
-//! Dials a server over TCP: TLS 1.3 by the same trust as over QUIC, then a WebSocket.
+//! Dials a server over TCP: TLS 1.3 with the same trust as over QUIC, then a WebSocket.
 
 use std::io;
 use std::net::SocketAddr;
@@ -26,23 +26,23 @@ use crate::trust::tls::Distrust;
 use crate::wire::code::{self, CloseCode, CloseReason};
 use crate::wire::config::{Limits, Timeouts};
 
-/// Where a server takes WebSockets.
+/// The path at which a server accepts WebSockets.
 pub(crate) const PATH: &str = "/udpack";
-/// What is spoken in them: version 2 of the draft of QMux, and in it this protocol.
+/// The WebSocket subprotocol: draft 02 of QMux, which carries this protocol.
 pub(crate) const SUBPROTOCOL: &str = "qmux-02.udpack-1";
-/// Bytes that the kernel may hold which it has not sent. What is urgent waits behind them.
+/// The most unsent bytes in the kernel's buffer. Urgent messages wait behind them.
 const UNSENT: u32 = 128 << 10;
 
-/// Sets a TCP socket up for a connection: small records leave at once, and few wait in the kernel.
+/// Configures a TCP socket for a connection: small records are sent at once, and few bytes wait in the kernel.
 pub(crate) fn prepare(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     #[cfg(any(target_os = "linux", target_os = "android"))]
-    // A kernel that knows no such bound only makes urgent messages wait longer.
+    // Without this option urgent messages only wait longer.
     let _ = SockRef::from(stream).set_tcp_notsent_lowat(UNSENT);
     Ok(())
 }
 
-/// What a dial over TCP needs to know.
+/// The settings of a dial over TCP.
 pub(super) struct Way<'a> {
     pub(super) tls: &'a Arc<rustls::ClientConfig>,
     pub(super) limits: &'a Limits,
@@ -64,7 +64,7 @@ impl Way<'_> {
         let limit = self.timeouts.handshake;
         let stream = timeout_at(begun + limit, self.tcp(address));
         let stream = stream.await.map_err(|_| DialError::Silent)??;
-        // What was measured of the path.
+        // Extended by the measured round trip.
         let limit = limit + trips(begun.elapsed());
         let rest = timeout_at(
             begun + limit,
@@ -114,7 +114,7 @@ impl Way<'_> {
         };
         let socket = socket.map_err(DialError::Local)?;
         if let Some(local) = self.local {
-            // The port is UDP's.
+            // The given port is for UDP.
             let local = SocketAddr::new(local.ip(), 0);
             socket.bind(local).map_err(DialError::Local)?;
         }
@@ -159,7 +159,7 @@ fn failed(error: &io::Error) -> DialError {
 
 type Socket<S> = tokio_tungstenite::WebSocketStream<S>;
 
-/// Asks for a WebSocket.
+/// Performs the WebSocket handshake.
 async fn handshake<S>(stream: S, host: &str, port: u16) -> Result<Socket<S>, DialError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -212,7 +212,7 @@ fn ended(code: CloseCode, text: String) -> DialError {
     DialError::Handshake(ConnectionError::Transport(reason))
 }
 
-/// What the system says of an error, without its number.
+/// The system's text of an error, without its number.
 fn said(error: &io::Error) -> String {
     let text = error.to_string();
     let text = text.split(" (os error").next().unwrap_or(&text);

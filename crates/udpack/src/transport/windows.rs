@@ -1,9 +1,9 @@
-//! How much a peer may send ahead: windows of connections that grow as they are used, within a server's budget.
+//! Receive windows of connections: they grow with use, within a server's budget.
 //!
-//! A connection begins with a share of the budget. It grows in two cases. Where the program reads a quarter of it within
-//! a round trip, the peer would soon be held up by it (Chromium and quic-go grow theirs by the same rule). And
-//! where much has arrived that nobody reads, the channels that are read shall have as much room as before: what
-//! is stuck in one holds up no other.
+//! A connection begins with a share of the budget. It grows in two cases. If the program reads a quarter of it within
+//! one round trip, the window would soon limit the peer (Chromium and quic-go use the same rule). And if many unread
+//! bytes have arrived, the window grows so that the channels that are read keep their room: an unread channel does
+//! not delay the others.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -16,13 +16,12 @@ use crate::base::pool::Shares;
 use crate::transport::{Connection, ConnectionStats};
 use crate::wire::config::{Limits, MIN_WINDOW};
 
-/// Window that a connection begins with, in bytes, where the budget permits. Not smaller, because on a slow path
-/// writers fill a small one for seconds, and the control stream finds no room beside them.
+/// Initial window of a connection, in bytes, if the budget permits. On a slow path, writers would fill a smaller one
+/// for seconds, and the control stream would find no room.
 const FIRST: u64 = 12 << 20;
-/// How often unread bytes are looked for. Short against the time after which a peer whose channel takes
-/// nothing is given up.
+/// The interval between checks for unread bytes. It is short compared with the slow-peer time-out.
 const LOOK: Duration = Duration::from_secs(1);
-/// Of what arrives: packets' headers, and frames that carry no data of channels; in bytes a packet.
+/// Overhead in bytes per packet: packet headers, and frames that carry no channel data.
 const OVERHEAD: u64 = 40;
 
 /// Ticks when it is time to call [`ReceiveWindow::stuck`].
@@ -32,8 +31,8 @@ pub(crate) fn look() -> Interval {
     interval
 }
 
-/// What the windows of a server's connections may grow by, all together: a quarter of its budget. Half of it is what they
-/// begin with, and the rest is for frames that come in pieces.
+/// The budget by which all windows of a server may grow together: a quarter of the receive budget. Half of that
+/// budget is for the initial windows, and the last quarter for frames that arrive in parts.
 #[derive(Debug)]
 pub(crate) struct Pool {
     free: AtomicU64,
@@ -46,8 +45,8 @@ impl Pool {
         })
     }
 
-    /// Takes up to `wanted` bytes, at most half of what is left: something remains for those who come later.
-    /// Nothing, where that is not worth while.
+    /// Takes up to `wanted` bytes, but at most half of the rest, so that some remains for later connections. Takes
+    /// nothing if the amount would be too small to be useful.
     fn take(&self, wanted: u64) -> u64 {
         let share = |free: u64| Some(wanted.min(free / 2)).filter(|share| *share >= MIN_WINDOW);
         let taken = self
@@ -59,8 +58,8 @@ impl Pool {
     }
 }
 
-/// How the memory for large frames that come in pieces is divided: a quarter of the budget, in bytes. Half of that is kept
-/// for one frame of each tenant. All may wait that have a channel.
+/// Divides the memory for large frames that arrive in parts: a quarter of the budget, in bytes. Half of that is
+/// reserved for one frame of each tenant. Every channel may wait.
 pub(crate) fn frame_shares(limits: &Limits) -> Shares {
     let budget = usize::try_from(limits.receive_budget / 4).unwrap_or(usize::MAX);
     let places = budget.max(limits.frame.saturating_mul(4));
@@ -74,8 +73,8 @@ pub(crate) fn frame_shares(limits: &Limits) -> Shares {
     }
 }
 
-/// The window that each of so many connections begins with, in bytes. It changes in powers of two, so that it
-/// rarely does.
+/// The initial window of each connection, in bytes, for this number of sockets. It changes in powers of two, so that
+/// it changes rarely.
 pub(crate) fn first(limits: &Limits, sockets: usize) -> u64 {
     let most = u64::from(limits.connection_window);
     let share = limits.receive_budget / 2 / sockets.max(1).next_power_of_two() as u64;
@@ -85,32 +84,32 @@ pub(crate) fn first(limits: &Limits, sockets: usize) -> u64 {
 /// The window of a session's connection.
 #[derive(Debug)]
 pub(crate) struct ReceiveWindow {
-    /// Bytes that the program has read on the present connection.
+    /// Bytes that the program has read on the current connection.
     read: AtomicU64,
-    /// When it has read so many, the window is looked at.
+    /// The number of read bytes at which the window is checked.
     look_at: AtomicU64,
     state: Mutex<State>,
 }
 
 #[derive(Debug)]
 struct State {
-    /// What the window is without having grown, and what it has grown by.
+    /// The initial window and the growth, in bytes.
     first: u64,
     grown: u64,
     most: u64,
     stream: u64,
-    /// What it grows from, at a server.
+    /// On a server, the budget for growth.
     pool: Option<Arc<Pool>>,
-    /// When the window was last looked at because of what was read.
+    /// When the window was last checked because of read bytes.
     since: Instant,
-    /// Bytes that had arrived and been read at the last look for unread ones.
+    /// Bytes that had arrived, and bytes that were read, at the last check for unread bytes.
     arrived: u64,
     taken: u64,
     unread: u64,
 }
 
 impl ReceiveWindow {
-    /// For a client, whose connections begin with it.
+    /// The window of a client, which is the initial one of its connections.
     pub(crate) fn new(limits: &Limits) -> Self {
         let state = State {
             first: u64::from(limits.connection_window).min(FIRST),
@@ -130,20 +129,20 @@ impl ReceiveWindow {
         }
     }
 
-    /// Gives an admitted connection of a server the window to begin with.
+    /// Gives an admitted connection of a server its initial window.
     pub(crate) fn admit(&self, first: u64, pool: &Arc<Pool>, conn: &Connection) {
         lock(&self.state).pool = Some(pool.clone());
         self.resize(first, conn);
     }
 
-    /// Changes the window that it began with; what it has grown by it keeps.
+    /// Changes the initial window; the growth stays.
     pub(crate) fn resize(&self, first: u64, conn: &Connection) {
         let mut state = lock(&self.state);
         state.first = first;
         self.set(&state, conn);
     }
 
-    /// Goes over to another connection of the session, which begins as the first one did.
+    /// Moves to another connection of the session, which starts with the initial window.
     pub(crate) fn renew(&self, conn: &Connection) {
         let mut state = lock(&self.state);
         state.shrink();
@@ -152,15 +151,15 @@ impl ReceiveWindow {
         self.set(&state, conn);
     }
 
-    /// Gives what it has grown by back to the others. The connection is over, and another may follow.
+    /// Returns the growth to the budget. The connection has ended, and another may follow.
     pub(crate) fn lost(&self) {
         let mut state = lock(&self.state);
         state.shrink();
-        // Nor does it grow again by what was left unread.
+        // Unread bytes of the old connection no longer count.
         state.unread = 0;
     }
 
-    /// As [`Self::lost`]; no other follows.
+    /// As [`Self::lost`]; no connection follows.
     pub(crate) fn end(&self) {
         let mut state = lock(&self.state);
         state.shrink();
@@ -169,7 +168,7 @@ impl ReceiveWindow {
         state.most = 0;
     }
 
-    /// The program has read so many bytes. Says whether the window must be looked at: see [`Self::used`].
+    /// Counts bytes that the program has read. Returns whether the window must be checked by [`Self::used`].
     pub(crate) fn read(&self, bytes: u64) -> bool {
         let read = self.read.fetch_add(bytes, Ordering::Relaxed) + bytes;
         read >= self.look_at.load(Ordering::Relaxed)
@@ -180,7 +179,7 @@ impl ReceiveWindow {
         let rtt = conn.rtt();
         let mut state = lock(&self.state);
         if self.read.load(Ordering::Relaxed) < self.look_at.load(Ordering::Relaxed) {
-            // Another thread has looked in the meantime.
+            // Another thread has checked it in the meantime.
             return;
         }
         let now = Instant::now();
@@ -230,7 +229,7 @@ impl State {
         self.first.saturating_add(self.grown)
     }
 
-    /// Gives back what it has grown by.
+    /// Returns the growth to the budget.
     fn shrink(&mut self) {
         let grown = std::mem::take(&mut self.grown);
         if let Some(pool) = &self.pool {
@@ -247,8 +246,8 @@ impl State {
         };
     }
 
-    /// Reckons what lies unread from what has arrived in all, duplicates and frames without data included, and
-    /// what was read. An eighth more than was read is taken for such.
+    /// Estimates the unread bytes from all bytes that have arrived, including duplicates and frames without data, and
+    /// the bytes read. An eighth more than was read is counted as such overhead.
     fn seen(&mut self, arrived: u64, read: u64) {
         let came = arrived.saturating_sub(self.arrived);
         let taken = read.saturating_sub(self.taken);
