@@ -1,8 +1,8 @@
-//! Receiving files, of either direction: what a file's bytes go through until it has its name.
+//! Receiving files, in both directions: the steps from the first byte to the published file.
 //!
-//! The server receives uploads and the client receives downloads through the same [`Staging`](publisher::Staging). A file
-//! [begins](file::Incoming::begin), takes chunks, and [finishes](file::Incoming::finish); its [`Recipient`](file::Recipient)
-//! is told what is there already, what was written, and what became of it.
+//! The server receives uploads and the client receives downloads through the same [`Staging`](publisher::Staging). A
+//! file [begins](file::Incoming::begin), takes chunks, and [finishes](file::Incoming::finish); its
+//! [`Recipient`](file::Recipient) is told which bytes exist already, which were written, and the outcome.
 
 pub(crate) mod file;
 mod pool;

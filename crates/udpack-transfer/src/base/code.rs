@@ -1,31 +1,31 @@
-//! Why a file is refused or fails: the codes of `docs/PROTOCOL.md` §11, in one table.
+//! The codes of refused and failed files, in one table; see `docs/PROTOCOL.md` §11.
 
 use std::fmt;
 
-/// What kind of trouble a [`Code`] or a [`TransferError`](crate::TransferError) is: what a program's exit code or a user's next
-/// step depends on.
+/// The kind of a [`Code`] or a [`TransferError`](crate::TransferError). A program's exit code and a user's next step
+/// depend on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// The local file.
+    /// The local file cannot be read or written.
     LocalFile,
-    /// The connection.
+    /// The connection failed.
     Network,
-    /// The server does not let us in, or is not the one we trust.
+    /// The server does not admit the client, or is not the trusted one.
     Auth,
-    /// The server's rules: name taken, quota, size, name.
+    /// A rule of the server: name taken, quota, size, name.
     Policy,
-    /// Nothing has the name at the server.
+    /// The server has no entry of that name.
     NotFound,
-    /// Bytes that are not those that were sent.
+    /// The received bytes differ from the sent ones.
     Integrity,
-    /// The server's disk.
+    /// The server's disk failed.
     RemoteStorage,
     /// Anything else.
     Other,
 }
 
-/// The one table: code, `why` for those that stand for several things, whether to try again, the kind of trouble.
+/// The table of codes: the code, its `why` if one code has several meanings, whether to try again, the kind.
 macro_rules! codes {
     ($($(#[$doc:meta])* $code:ident = $name:literal $(($why:literal))?, $retry:literal, $kind:ident;)*) => {
         /// Why a file was refused, or failed.
@@ -33,12 +33,12 @@ macro_rules! codes {
         #[non_exhaustive]
         pub enum Code {
             $($(#[$doc])* $code,)*
-            /// One that this version does not know.
+            /// A code that this version does not know.
             Unknown,
         }
 
         impl Code {
-            /// All that this version knows.
+            /// All codes that this version knows.
             pub const ALL: &[Self] = &[$(Self::$code,)*];
 
             /// The code on the wire.
@@ -49,7 +49,7 @@ macro_rules! codes {
                 }
             }
 
-            /// Which of several things the code stands for, on the wire.
+            /// The meaning on the wire, if one code has several.
             pub const fn why(self) -> Option<&'static str> {
                 match self {
                     $($(Self::$code => Some($why),)?)*
@@ -57,7 +57,7 @@ macro_rules! codes {
                 }
             }
 
-            /// Whether the same again, later, makes sense: the usual word, where an `error` does not say it.
+            /// Whether trying again later can help. This default applies if an `error` does not say.
             pub const fn retry(self) -> bool {
                 match self {
                     $(Self::$code => $retry,)*
@@ -81,15 +81,15 @@ codes! {
     BadName = "bad_name", false, Policy;
     /// The name is taken.
     Exists = "exists", false, Policy;
-    /// What should be a directory on the way to the name is none.
+    /// A component above the name exists and is not a directory.
     Blocked = "exists" ("blocked"), false, Policy;
-    /// Nothing has the name, or no such job is running.
+    /// No entry has the name, or no such job is running.
     NotFound = "not_found", false, NotFound;
     /// A directory has the name, where a file was asked for.
     IsDirectory = "is_directory", false, Policy;
-    /// What has the name is neither file nor directory.
+    /// The entry is neither a file nor a directory.
     NotAFile = "not_a_file", false, Policy;
-    /// A directory that is to be removed holds something.
+    /// A directory to be removed is not empty.
     NotEmpty = "not_empty", false, Policy;
     /// Above the server's limit for one file.
     TooLarge = "too_large", false, Policy;
@@ -103,13 +103,13 @@ codes! {
     SizeMismatch = "size_mismatch", false, Integrity;
     /// A gap or an overlap.
     BadOffset = "bad_offset", false, Integrity;
-    /// What arrived is not what was sent.
+    /// The received bytes differ from the sent ones.
     HashMismatch = "hash_mismatch", true, Integrity;
     /// A legal message at the wrong time.
     ProtocolOrder = "protocol_order", false, Other;
     /// A field is missing or of the wrong type.
     BadMessage = "bad_message", false, Other;
-    /// Another client that is alive writes this file.
+    /// Another connected client writes this file.
     Busy = "busy", true, Policy;
     /// Another writer has taken the upload over.
     Superseded = "superseded", false, Policy;
@@ -117,23 +117,23 @@ codes! {
     TooManyUploads = "too_many_uploads", true, Policy;
     /// Too many interrupted uploads wait to be resumed.
     TooManySuspended = "too_many_uploads" ("interrupted"), false, Policy;
-    /// Too many requests or downloads are under way.
+    /// Too many requests or downloads are in progress.
     TooManyRequests = "too_many_requests", true, Policy;
     /// The token has as many shares as it may have.
     TooManyShares = "too_many_shares", false, Policy;
-    /// Nothing came for too long.
+    /// No data came for too long.
     UploadStalled = "upload_stalled", true, Network;
-    /// The operator does not want the file.
+    /// The operator's hook refused the file.
     Refused = "refused", false, Policy;
-    /// No right to it, or another client's job.
+    /// The token has no right to it, or the job is another client's.
     Forbidden = "forbidden", false, Policy;
-    /// The way to treat existing files that was asked for is not granted.
+    /// The server does not grant the requested `if_exists`.
     NotGranted = "forbidden" ("if_exists"), false, Policy;
     /// The target of the link is not granted.
     BadTarget = "forbidden" ("target"), false, Policy;
-    /// The server does not do that.
+    /// The server does not support it.
     Unsupported = "unsupported", false, Policy;
-    /// By the client, or by somebody who watches the server's transfers.
+    /// The client, or an operator of the server, cancelled it.
     Cancelled = "cancelled", false, Policy;
     /// The file changed while it was read.
     SourceChanged = "source_changed", true, Integrity;
@@ -144,7 +144,7 @@ codes! {
 }
 
 impl Code {
-    /// Reads what came as `code` and `why`. A `why` that is not known leaves the code as it is without one.
+    /// Reads the fields `code` and `why` of an error. An unknown `why` is ignored.
     pub fn read(code: &str, why: Option<&str>) -> Self {
         let of = |why| {
             let found = Self::ALL.iter().copied();

@@ -1,16 +1,16 @@
-//! Which entries of a tree are left out: patterns as in `.gitignore`.
+//! Patterns of excluded entries, as in `.gitignore`.
 //!
 //! ```text
 //! *.o          any entry whose name ends in .o        build/       directories called build
 //! doc/*.html   from the top: doc/a.html               a/**/b       a/b, a/x/b, a/x/y/b
 //! ```
 //!
-//! `*` and `?` stop at `/`; `[a-z]`, `[!a-z]` and `\` before a character work as in shells. There are no
-//! exceptions (`!pattern`): a pattern only ever leaves out.
+//! `*` and `?` stop at `/`; `[a-z]`, `[!a-z]` and `\` before a character work as in shells. There are no exceptions
+//! (`!pattern`): patterns only exclude.
 
 use std::str::FromStr;
 
-/// Patterns of entries to leave out. Empty by default: nothing is.
+/// Patterns of entries to exclude. Empty by default.
 #[derive(Debug, Clone, Default)]
 pub struct Exclude {
     patterns: Vec<Pattern>,
@@ -22,14 +22,14 @@ impl Exclude {
         self.patterns.push(pattern);
     }
 
-    /// Whether the entry at `path`, relative to the top of the tree, is left out by its own name or path.
+    /// Whether the entry at `path`, relative to the top of the tree, is excluded by its own name or path.
     pub fn matches(&self, path: &str, is_dir: bool) -> bool {
         self.patterns
             .iter()
             .any(|pattern| pattern.matches(path, is_dir))
     }
 
-    /// Whether it is left out, or one of the directories it lies in is.
+    /// Whether the entry or one of the directories above it is excluded.
     pub fn covers(&self, path: &str, is_dir: bool) -> bool {
         !self.patterns.is_empty()
             && (self.matches(path, is_dir)
@@ -74,11 +74,11 @@ enum Token {
     },
 }
 
-/// A pattern that cannot be understood.
+/// Why a pattern is invalid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PatternError {
-    /// Nothing in it, or nothing but a slash.
+    /// The pattern is empty, or only a slash.
     #[error("the pattern is empty")]
     Empty,
     /// `[` without its `]`, or with nothing between them.
@@ -148,7 +148,7 @@ fn tokens(text: &str) -> Result<Vec<Token>, PatternError> {
                 let mut ranges = Vec::new();
                 loop {
                     let low = match chars.next().ok_or(PatternError::OpenSet)? {
-                        // As the first in the set it stands for itself.
+                        // As the first character of the set it is literal.
                         ']' if !ranges.is_empty() => break,
                         '\\' => chars.next().ok_or(PatternError::OpenSet)?,
                         c => c,
@@ -188,7 +188,7 @@ impl Pattern {
                 _ => true,
             };
         }
-        // Which of the pattern's parts may come next, after each component of the path.
+        // Which of the pattern's parts may match next, after each component of the path.
         let mut states = vec![false; self.parts.len() + 1];
         if let Some(first) = states.first_mut() {
             *first = true;
@@ -232,7 +232,7 @@ impl Pattern {
         }
     }
 
-    /// Components that a path must have to be inside what stands before a `**` at the end.
+    /// The least number of components of a path below the prefix of a final `**`.
     fn least(&self) -> usize {
         1 + self.parts.iter().filter(|part| **part != Part::Any).count()
     }
@@ -242,7 +242,7 @@ impl Pattern {
 fn name_matches(tokens: &[Token], name: &str) -> bool {
     let mut at = 0;
     let mut rest = name.chars();
-    // Where to go on when the rest fails: behind the last star, one character later.
+    // The position to retry from if the rest does not match: after the last star, one character later.
     let mut retry = None;
     loop {
         let before = rest.clone();

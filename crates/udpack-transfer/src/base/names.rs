@@ -1,13 +1,13 @@
-//! Names are bytes; this is how they stand in strings, and how they travel.
+//! Names of files as bytes: their form in strings and on the wire.
 //!
 //! A file's name need not be UTF-8, yet nearly all are, and nearly all code that handles names handles text. So a
-//! name stands in a string as its *text form*: the name itself when it is UTF-8; otherwise each byte that is not
-//! UTF-8 stands as one character, `U+10FF00` plus the byte (`U+10FF80` to `U+10FFFF`, the end of a private plane).
-//! The bytes of a name that really holds one of these characters are treated the same, so no two names share a form
-//! and no name loses a byte. Slashes stay slashes.
+//! string holds a name in its *text form*: the name itself if it is UTF-8; otherwise each byte that is not UTF-8
+//! becomes one character, `U+10FF00` plus the byte (`U+10FF80` to `U+10FFFF`, the end of a private plane). The bytes
+//! of a name that really holds one of these characters are treated the same, so no two names share a form and no name
+//! loses a byte. Slashes stay slashes.
 //!
-//! At each edge the form is left: [`bytes()`] and [`os`] for the file system, [`shown`] for people, and on the wire a
-//! name is `str` when it is UTF-8 and `bin` when it is not.
+//! Code at the edges converts the form: [`bytes()`] and [`os`] for the file system, [`shown`] for people, and on the
+//! wire a name is `str` when it is UTF-8 and `bin` when it is not.
 
 use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
@@ -18,9 +18,9 @@ use serde::de::{Error, Visitor};
 use serde::{Deserializer, Serializer};
 use udpack::{FieldError, Fields};
 
-/// Stands for the byte 0 would be; bytes from 0x80 on are used.
+/// The character of byte 0; only bytes from 0x80 on are used.
 const BASE: u32 = 0x10_ff00;
-/// The first character that stands for a byte.
+/// The first character that represents a byte.
 const FIRST: char = '\u{10ff80}';
 /// The byte with which the UTF-8 of each such character begins, and few others.
 const LEAD: u8 = 0xf4;
@@ -53,7 +53,7 @@ pub fn bytes(text: &str) -> Cow<'_, [u8]> {
     Cow::Owned(name)
 }
 
-/// The name that has this text form, as the operating system takes it.
+/// The name with this text form, for the operating system.
 pub fn os(text: &str) -> Cow<'_, OsStr> {
     match bytes(text) {
         Cow::Borrowed(name) => Cow::Borrowed(OsStr::from_bytes(name)),
@@ -61,13 +61,13 @@ pub fn os(text: &str) -> Cow<'_, OsStr> {
     }
 }
 
-/// The name that has this text form, as people may see it: on one line, nothing in it changes a terminal, and a byte
-/// that is not UTF-8 is `\xff`.
+/// The name with this text form, for display: one line without control characters, and each byte that is not UTF-8 as
+/// `\xff`.
 pub fn shown(text: &str) -> String {
     udpack::text::printable_bytes(&bytes(text)).into_owned()
 }
 
-/// Whether some character of the text form stands for a byte, so that the name is not this text.
+/// Whether some character of the text form represents a byte, so that the name is not UTF-8.
 pub fn holds_bytes(text: &str) -> bool {
     text.as_bytes().contains(&LEAD) && text.chars().any(|c| c >= FIRST)
 }
@@ -119,7 +119,7 @@ pub(crate) fn opt_field(
     }
 }
 
-/// Writes a text form as the name travels; for serde's `serialize_with`.
+/// Writes a name in its wire form; for serde's `serialize_with`.
 pub(crate) fn serialize<S: Serializer>(text: &str, serializer: S) -> Result<S::Ok, S::Error> {
     if !holds_bytes(text) {
         return serializer.serialize_str(text);

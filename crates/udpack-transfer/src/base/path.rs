@@ -2,11 +2,11 @@
 //!
 //! Names are bytes, as they are on Unix, and case-sensitive. A name is accepted word for word or refused with the
 //! rule it breaks: nothing is decoded, trimmed, folded or repaired, so two sides can never disagree on what a name
-//! means. Refused is what could leave the root or reach the store's own directory, and what no file can be called;
-//! whether a file system can hold the rest, it says itself. [`RelPath::check_portable`] has the stricter rules for
-//! trees that are to be taken to any other system.
+//! means. Names that could leave the root or reach the store's own directory are refused, and names that no file can
+//! have; the file system itself refuses names that it cannot hold. [`RelPath::check_portable`] has the stricter rules
+//! for trees that must be portable to every system.
 //!
-//! This module knows no file system. That no symbolic link leads out of a root is the store's part.
+//! This module does not use the file system. The store ensures that no symbolic link leads out of a root.
 
 use std::borrow::Cow;
 use std::ffi::OsStr;
@@ -25,9 +25,9 @@ use crate::base::names;
 /// ../x   /x   a//b   a/.   .udpack/x                refused
 /// ```
 ///
-/// There is no way to build one but by parsing, so holding a `RelPath` is the proof that the rules
-/// were checked. It is kept in its [text form](crate::base::names): for the file system there is
-/// [`names::os`], and `Display` escapes what must not reach a terminal or a log, and cuts.
+/// A `RelPath` is created only by parsing, so every value satisfies the rules. It is kept in its [text
+/// form](crate::base::names): for the file system there is [`names::os`], and `Display` escapes control characters
+/// and cuts long paths.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RelPath(Box<str>);
 
@@ -45,7 +45,7 @@ impl RelPath {
     /// Most components of a portable path.
     pub const PORTABLE_COMPONENTS: usize = 32;
 
-    /// A path of the operating system.
+    /// Converts a path of the operating system.
     ///
     /// # Errors
     /// As for parsing.
@@ -53,18 +53,17 @@ impl RelPath {
         names::from_os(path).parse()
     }
 
-    /// Its [text form](crate::base::names), which is the path itself when that is UTF-8.
+    /// The [text form](crate::base::names), which is the path itself if that is UTF-8.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// Its bytes.
+    /// The bytes of the path.
     pub fn to_bytes(&self) -> Cow<'_, [u8]> {
         names::bytes(&self.0)
     }
 
-    /// Whether it keeps the rules that hold on every operating system and in every tool: what can be fetched to any
-    /// other machine.
+    /// Checks the rules of portable names, which every operating system and tool can hold.
     ///
     /// # Errors
     /// The first rule that it breaks.
@@ -145,13 +144,13 @@ impl fmt::Debug for RelPath {
     }
 }
 
-/// A path was refused: which rule it breaks, and its beginning, safe to print.
+/// Why a path was refused: the broken rule, and the beginning of the path, safe to print.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("bad name \"{shown}\": {rule}{}", More(*got))]
 pub struct PathError {
     rule: PathRule,
     shown: String,
-    /// How many there are of what there are too many of.
+    /// The actual number, if the rule is about a limit.
     got: Option<usize>,
 }
 
@@ -185,7 +184,7 @@ impl fmt::Display for More {
     }
 }
 
-/// What a path must not be or hold.
+/// The rules of paths, by their violations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 #[non_exhaustive]
 pub enum PathRule {
@@ -280,11 +279,11 @@ pub(crate) fn printable(text: &str) -> String {
 /// Longest path that is shown, in bytes: messages on the wire have a limit, and may hold two.
 const SHOWN: usize = 256;
 
-/// What a root's own directory is called, and begins the names of its own files beside it.
+/// The name of a root's own directory, and the prefix of its own files beside it.
 pub(crate) const OWN: &str = ".udpack";
 const OWN_FILES: &str = ".udpack-probe-";
 
-/// Whether a root keeps this name for itself. Not only as it stands: a file system may fold case.
+/// Whether the store reserves this name, in upper or lower case, because a file system may fold case.
 fn is_own(first: &str) -> bool {
     first.eq_ignore_ascii_case(OWN)
         || first
@@ -374,7 +373,7 @@ fn check_component(name: &str) -> Result<(), PathRule> {
     if !is_nfc(name) {
         return Err(PathRule::NotNfc);
     }
-    // What another program may fold the name into must be as harmless as the name.
+    // Other programs may normalise the name, so the normalised form must satisfy the rules, too.
     let folded: String = name.nfkc().collect();
     if folded.contains(['/', '\\', ':']) {
         return Err(PathRule::SeparatorLookalike);
@@ -382,7 +381,7 @@ fn check_component(name: &str) -> Result<(), PathRule> {
     check_special(&folded)
 }
 
-/// The names that mean something other than a file of that name.
+/// Refuses names with a special meaning on some system.
 fn check_special(name: &str) -> Result<(), PathRule> {
     if name == "." || name == ".." {
         return Err(PathRule::DotComponent);
@@ -396,8 +395,8 @@ fn check_special(name: &str) -> Result<(), PathRule> {
     Ok(())
 }
 
-/// Whether Windows takes the name for a device. Superscript digits are digits after NFKC, so they
-/// need no case of their own.
+/// Whether the name is a device on Windows. Superscript digits are digits after NFKC, so they need no case of their
+/// own.
 fn is_reserved(name: &str) -> bool {
     let stem = name.split_once('.').map_or(name, |(stem, _)| stem).trim();
     if RESERVED

@@ -1,23 +1,23 @@
-//! What a transfer is doing at this moment, as a word of the protocol.
+//! The phase of a transfer, as a word of the protocol.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
-/// What a transfer is doing, as its server sees it.
+/// The phase of a transfer, as its server sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 #[repr(u8)]
 pub enum Phase {
-    /// It waits for its turn.
+    /// The transfer waits for its turn.
     Waiting,
-    /// Bytes come from the client.
+    /// The server receives bytes.
     Receiving,
-    /// Bytes that are there are read, or size and hash are compared, or a hook is asked.
+    /// The server reads existing bytes, compares size and hash, or asks a hook.
     Checking,
-    /// The bytes are being put on disk.
+    /// The server syncs the bytes to disk.
     Syncing,
-    /// The file gets its name.
+    /// The server publishes the file.
     Storing,
-    /// Bytes go to the client.
+    /// The server sends bytes.
     Sending,
 }
 
@@ -48,7 +48,7 @@ impl Phase {
         Self::ALL.into_iter().find(|phase| phase.as_str() == word)
     }
 
-    /// Whether bytes should move.
+    /// Whether bytes are transferred in this phase.
     pub(crate) fn moves(self) -> bool {
         matches!(self, Self::Receiving | Self::Sending)
     }

@@ -1,4 +1,4 @@
-//! Sizes as people write them.
+//! Sizes in text for people.
 
 /// Reads a number of bytes, with K, M, G or T (also KB, KiB, …) for powers of 1024: `512K`, `1.5G`.
 ///
@@ -46,8 +46,8 @@ pub fn parse_size(text: &str) -> Result<u64, &'static str> {
     whole.checked_add(part).ok_or(LARGE)
 }
 
-/// Shows a number of bytes to people, in the units that [`parse_size`] reads: `700 B`, `1.5 GiB`. Rounded down, so that
-/// what is said to be free is free.
+/// Formats a number of bytes for people, in the units that [`parse_size`] reads: `700 B`, `1.5 GiB`. Rounds down, so
+/// that a reported amount of free space is really free.
 pub fn format_size(bytes: u64) -> String {
     const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     let unit = bytes.checked_ilog2().unwrap_or(0) / 10;

@@ -28,12 +28,12 @@ use crate::store::{
 use incoming::{Arriving, End, Ended, Note};
 pub(crate) use lane::{ACK, BREAKS, HASHED, SILENCE};
 
-/// Files taken from the iterator ahead of the lanes.
+/// The most files taken from the iterator ahead of the lanes.
 const AHEAD: usize = 256;
-/// Notes of workers that are taken together at most.
+/// The most notes of workers that are taken together.
 const BATCH: usize = 256;
 
-/// How to download: from which server, into which store, on how many lanes.
+/// The settings of a download: the server, the store, the number of lanes.
 #[derive(Debug, Clone)]
 #[must_use = "a downloader does nothing until `get` is called"]
 pub struct Downloader {
@@ -51,17 +51,17 @@ pub struct Downloader {
 pub struct Wanted {
     /// Its name at the server.
     pub remote: RelPath,
-    /// The name it shall get in the store.
+    /// Its name in the store.
     pub local: RelPath,
-    /// Its size in bytes, if known: from a listing. For totals and to see early whether there is room; what
-    /// counts is what the server says when it sends the file.
+    /// Its size in bytes, if known from a listing. It is used for totals and for an early check of free space; the
+    /// server's size at the time of sending is authoritative.
     pub size: Option<u64>,
 }
 
 impl Downloader {
-    /// Downloads over this link, or over this socket as long as it lives: where that one reconnects, the download goes on
-    /// over its next connection. The store is best opened as [`shared`](crate::StoreConfig::shared) and must grant what
-    /// [`if_exists`](Self::if_exists) asks for.
+    /// Downloads over this link, or over this socket as long as it lives: if the socket reconnects, the download
+    /// continues over its next connection. The store should be opened as [`shared`](crate::StoreConfig::shared) and
+    /// must grant what [`if_exists`](Self::if_exists) asks for.
     pub fn new(link: impl Into<Link>, store: Store) -> Self {
         Self {
             link: link.into(),
@@ -74,45 +74,45 @@ impl Downloader {
         }
     }
 
-    /// Files received side by side. Defaults to 4.
+    /// The number of files received in parallel. Defaults to 4.
     pub fn lanes(mut self, lanes: usize) -> Self {
         self.lanes = lanes.max(1);
         self
     }
 
-    /// What to do when a local name is taken. Defaults to [`IfExists::Same`]: a file with other bytes than the
-    /// server's stays as it is, and the download of that file fails.
+    /// The policy for taken local names. Defaults to [`IfExists::Same`]: an existing file with other bytes than the
+    /// server's is kept, and the download of that file fails.
     pub fn if_exists(mut self, if_exists: IfExists) -> Self {
         self.if_exists = if_exists;
         self
     }
 
-    /// Gives the stored files modification times and permissions of those at the server. Defaults to no.
+    /// Gives stored files the modification times and permissions of the server's files. Defaults to no.
     pub fn preserve(mut self, preserve: bool) -> Self {
         self.preserve = preserve;
         self
     }
 
-    /// Without [`preserve`](Self::preserve), gives what is stored its permission bits all the same, but for these, as
-    /// `cp` does with the umask. Defaults to `None`: files are for their owner only.
+    /// Without [`preserve`](Self::preserve), gives stored entries their permission bits without these bits, as `cp`
+    /// does with the umask. Defaults to `None`: files are for their owner only.
     pub fn umask(mut self, umask: Option<u32>) -> Self {
         self.umask = umask;
         self
     }
 
-    /// How fast bytes are taken from the server, all lanes together. Defaults to no limit.
+    /// Limits the rate at which bytes are read from the server, all lanes together. Defaults to no limit.
     ///
-    /// The server may be ahead by as much as the connection's windows hold.
+    /// The server may send ahead as much as the connection's windows permit.
     pub fn limit(mut self, limit: Limiter) -> Self {
         self.limit = limit;
         self
     }
 
-    /// Starts to download. Files are begun in the given order; one that fails does not stop the others.
+    /// Starts to download. Files are begun in the given order; a file that fails does not stop the others.
     ///
-    /// The iterator is asked on a thread that may block, a few hundred files ahead of what is being received:
-    /// what this needs does not grow with the number of files. Larger files are resumed where an earlier
-    /// download of the same local name, by this process or another, has left something.
+    /// The iterator is read on a thread that may block, a few hundred files ahead of the lanes: the memory needed
+    /// does not grow with the number of files. Larger files are resumed if an earlier download of the same local
+    /// name, by this process or another, was interrupted.
     ///
     /// Must be called within a tokio runtime.
     pub fn get<I>(self, wanted: I) -> Download
@@ -154,11 +154,10 @@ impl Downloader {
     }
 }
 
-/// A download under way.
+/// A running download.
 ///
 /// # Drop
-/// Gives up what is unfinished. What has arrived of larger files is kept for the next download of the same
-/// name; nothing of it is visible.
+/// Gives up unfinished files. Data of larger files is kept for the next download of the same name; it is not visible.
 #[derive(Debug)]
 pub struct Download {
     context: Arc<Context>,
@@ -166,7 +165,7 @@ pub struct Download {
 }
 
 impl Download {
-    /// What happened next; `None` when every file has its `Done` or `Failed`. Progress comes when it changed,
+    /// The next event; `None` when every file has its `Done` or `Failed`. Progress is reported when it has changed,
     /// ten times a second at most, and once more at the end.
     ///
     /// Paths in events are names in the store. Bytes count as acknowledged when they are written here.
@@ -196,8 +195,8 @@ impl Drop for Download {
     }
 }
 
-/// Makes a directory or a link that a [`Listing`](crate::Listing) gave, under this name in the store, and says
-/// whether it was there. Files are a [`Downloader`]'s: for one this does nothing.
+/// Creates a directory or a link from a [`Listing`](crate::Listing) under this name in the store; returns whether it
+/// existed. Does nothing for a file, which a [`Downloader`] stores.
 ///
 /// `preserve` gives a directory its time and permissions: to be done after what is in it was stored, children
 /// before their parents. Without it a directory that was not there gets its permissions but for those of `umask`, as
@@ -250,7 +249,7 @@ pub fn apply_entry(
     made.map_err(|error| TransferError::Store(Arc::new(error)))
 }
 
-/// What all parts of a download share.
+/// State that all parts of a download share.
 #[derive(Debug)]
 struct Context {
     link: Link,
@@ -260,9 +259,9 @@ struct Context {
     umask: Option<u32>,
     limit: Limiter,
     queue: Queue,
-    /// How far the iterator may be ahead; closed when the download is dropped.
+    /// Limits how far the iterator is read ahead; closed when the download is dropped.
     room: Arc<Semaphore>,
-    /// Files that may be open in the store. Taken in the order in which files are asked for.
+    /// Limits the files that are open in the store. Permits are taken in the order in which files are requested.
     places: Arc<Semaphore>,
     /// Lanes that have not failed.
     lanes: AtomicUsize,
@@ -270,7 +269,7 @@ struct Context {
 }
 
 impl Context {
-    /// What small files of a server are gathered in; of a download none is.
+    /// The collector of small files, which a download does not use.
     fn gathered(&self) -> Gathered<Arriving> {
         self.staging.gathered()
     }
@@ -345,20 +344,20 @@ impl From<Published> for Arrived {
     }
 }
 
-/// A file on its way from the iterator to its outcome.
+/// A file between the iterator and its outcome.
 #[derive(Debug)]
 struct Job {
     index: usize,
     wanted: Wanted,
-    /// What it adds to the total, and what of that is counted. `counted` is never above `size`.
+    /// Its part of the total in bytes, and the bytes of it that count as received. `counted` never exceeds `size`.
     size: u64,
     counted: u64,
-    /// Bytes that came over the network for it, and that did not need to.
+    /// Bytes received over the network, and bytes that existed already.
     received: u64,
     resumed: u64,
     since: Option<Instant>,
     started: bool,
-    /// Its bytes were not what the server said: this is the second try.
+    /// Whether this is the second attempt, because the first one's bytes did not match the server's hash.
     again: bool,
     /// Its place in the queue, until it is first taken.
     room: Option<OwnedSemaphorePermit>,
@@ -369,14 +368,14 @@ struct Job {
 struct Queue {
     waiting: Mutex<Waiting>,
     changed: Notify,
-    /// The iterator is at its end.
+    /// Whether the iterator has ended.
     fed: AtomicBool,
 }
 
 #[derive(Debug, Default)]
 struct Waiting {
     jobs: VecDeque<Job>,
-    /// Files taken that have no outcome: they may come back.
+    /// How many taken files have no outcome, and may be returned.
     open: usize,
 }
 
@@ -386,7 +385,7 @@ impl Queue {
         self.changed.notify_waiters();
     }
 
-    /// A file that was taken comes back, to be the next.
+    /// Returns a taken file to the front.
     fn put_back(&self, job: Job) {
         {
             let mut waiting = lock(&self.waiting);
@@ -396,7 +395,7 @@ impl Queue {
         self.changed.notify_waiters();
     }
 
-    /// A file that was taken has its outcome.
+    /// Records that a taken file has its outcome.
     fn settled(&self) {
         {
             let mut waiting = lock(&self.waiting);
@@ -432,7 +431,7 @@ impl Queue {
         loop {
             let mut changed = std::pin::pin!(self.changed.notified());
             changed.as_mut().enable();
-            // Read before the queue: what was pushed before it was set is seen then.
+            // Read before the queue, so that files pushed before the flag was set are seen.
             let fed = self.fed.load(Ordering::SeqCst);
             {
                 let mut waiting = lock(&self.waiting);
@@ -457,7 +456,7 @@ fn feed(context: Arc<Context>, wanted: impl Iterator<Item = Wanted> + Send + 'st
     struct Fed(Arc<Context>);
 
     impl Drop for Fed {
-        // Also when the iterator panics.
+        // Runs when the iterator panics, too.
         fn drop(&mut self) {
             self.0.totals.listed();
             self.0.queue.feed_ended();
@@ -492,7 +491,7 @@ fn feed(context: Arc<Context>, wanted: impl Iterator<Item = Wanted> + Send + 'st
     });
 }
 
-/// Takes files from their workers and reports every outcome.
+/// Receives files from their workers and reports every outcome.
 async fn settle_all(
     context: Arc<Context>,
     mut noted: mpsc::UnboundedReceiver<Note>,
@@ -535,7 +534,7 @@ async fn settle_all(
     }
 }
 
-/// Reports what became of a file, or has it tried again.
+/// Reports the outcome of a file, or queues it for another attempt.
 async fn settle(
     context: &Context,
     events: &mpsc::Sender<Event>,

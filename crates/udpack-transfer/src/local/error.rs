@@ -1,4 +1,4 @@
-//! Why a file did not arrive, sorted by whose business it is.
+//! Errors of a transfer, by the side whose fault they are.
 
 use std::io;
 use std::path::PathBuf;
@@ -19,16 +19,16 @@ pub enum TransferError {
     Source {
         /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: io::Error,
     },
-    /// The local path is no regular file.
+    /// The local path is not a regular file.
     #[error("not a regular file: {}", path.display())]
     NotAFile {
         /// The path.
         path: PathBuf,
     },
-    /// The local file's name cannot be one at the server.
+    /// The local file's name is not a valid name at the server.
     #[error("cannot send {}: {reason}", path.display())]
     Name {
         /// The file.
@@ -41,7 +41,7 @@ pub enum TransferError {
     SourceChanged {
         /// The file.
         path: PathBuf,
-        /// What shows it, as a sentence without a capital.
+        /// How the change was detected, as a sentence without a capital.
         change: String,
     },
     /// The server refused the file, or failed to store it.
@@ -54,27 +54,27 @@ pub enum TransferError {
         /// Whether the same again, later, makes sense.
         retry: bool,
     },
-    /// The server's hash is not ours, although it said `done`.
+    /// The server's hash differs from this side's, although it sent `done`.
     #[error("the server stored other bytes than were sent")]
     Mismatch,
-    /// The local directory does not take the file, or could not store it: downloads only.
+    /// The local store refused the file, or could not store it; downloads only.
     #[error(transparent)]
     Store(Arc<StoreError>),
-    /// What the file was to be written to does not take it: of [`Fetch`](crate::Fetch) only.
+    /// The writer of a [`Fetch`](crate::Fetch) failed.
     #[error("cannot write what arrived")]
     Write(#[source] io::Error),
     /// The connection or the lane ended first: whether the file was stored is unknown. Asking again with
     /// [`IfExists::Same`](crate::IfExists::Same) settles it.
     #[error("{}", closed(.0))]
     Closed(CloseReason),
-    /// There is no connection to the server, and trying again does not help or was given up. Shared by all
-    /// files that it concerns.
+    /// There is no connection to the server, and reconnecting does not help or was given up. All affected files share
+    /// the error.
     #[error(transparent)]
     Connect(Arc<ConnectError>),
-    /// The server was silent although it owed an answer.
+    /// The server sent nothing for this long although an answer was due.
     #[error("the server said nothing for {0:?}")]
     Silent(Duration),
-    /// The server does not keep to the protocol.
+    /// The server broke the protocol.
     #[error("the server broke the protocol: {0}")]
     Protocol(String),
 }
@@ -124,7 +124,7 @@ fn closed(reason: &CloseReason) -> String {
     }
 }
 
-/// The same error of the system once more.
+/// Copies an error of the system.
 fn same(error: &io::Error) -> io::Error {
     error
         .raw_os_error()
@@ -151,7 +151,7 @@ impl From<OpenError> for TransferError {
 }
 
 impl TransferError {
-    /// The same error once more, for the next file that it concerns.
+    /// Copies the error, for the next affected file.
     pub(crate) fn again(&self) -> Self {
         match self {
             Self::Closed(reason) => Self::Closed(reason.clone()),

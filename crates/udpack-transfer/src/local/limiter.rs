@@ -1,4 +1,4 @@
-//! [`Limiter`]: how many bytes a second may go out, all lanes together.
+//! [`Limiter`]: limits the bytes per second of all lanes together.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -10,13 +10,13 @@ use udpack::Stats;
 
 use crate::wire::CHUNK;
 
-/// Bytes of a message beside those of the file, at most: a `put` has the longest path and some numbers.
+/// The most bytes of a message besides those of the file: a `put` has the longest path and some numbers.
 const HEADER: usize = 2048;
-/// The smallest chunk that a low rate leads to.
+/// The smallest chunk at a low rate, in bytes.
 pub(crate) const SMALLEST: usize = 4 << 10;
-/// What may go out at once after a pause, as a part of a second.
+/// The burst after a pause, as a fraction of the bytes per second.
 const BURST: u64 = 8;
-/// How long one chunk may be on its way.
+/// The longest time that one chunk should take.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// A bucket of bytes that fills at a steady rate. Clones share one bucket; waiting callers are served in the
@@ -35,13 +35,13 @@ struct Inner {
 
 #[derive(Debug)]
 struct Bucket {
-    /// Bytes that may go out now; negative after more than a burst was taken at once.
+    /// Bytes that may be sent now; negative after more than a burst was taken at once.
     level: f64,
     at: Instant,
 }
 
 impl Limiter {
-    /// At most this many bytes a second, 0 as 1; bursts of at most an eighth of that or one chunk.
+    /// Permits this many bytes per second; 0 counts as 1. A burst has at most an eighth of that, or one chunk.
     pub fn new(bytes_per_second: u64) -> Self {
         let rate = bytes_per_second.max(1);
         let bucket = Mutex::new(Bucket {
@@ -68,7 +68,7 @@ impl Limiter {
         self.inner.is_some()
     }
 
-    /// Waits until this many bytes may go out, and counts them as gone.
+    /// Waits until this many bytes may be sent, and takes them from the bucket.
     ///
     /// # Cancel safety
     /// A dropped future has taken nothing and loses its place.
@@ -77,7 +77,7 @@ impl Limiter {
             return;
         };
         let (rate, burst) = (inner.rate as f64, burst(inner.rate));
-        // Those behind wait for the lock, which is handed on in order.
+        // Later callers wait for the lock, which is granted in order.
         let mut bucket = inner.bucket.lock().await;
         bucket.fill(rate, burst);
         let missing = (bytes as f64).min(burst) - bucket.level;
@@ -90,28 +90,28 @@ impl Limiter {
         bucket.level -= bytes as f64;
     }
 
-    /// The best size of a chunk, in bytes: a power of two, the smaller the lower the rate.
+    /// The best size of a chunk, in bytes: a power of two, smaller at lower rates.
     pub fn chunk(&self) -> usize {
         self.inner.as_ref().map_or(CHUNK, |inner| chunk(inner.rate))
     }
 }
 
-/// How large the chunks of one lane shall be: as the limit says, and so small that each is through in seconds.
+/// The size of one lane's chunks: within the limit, and small enough that each arrives in seconds.
 ///
-/// A receiver counts, keeps and confirms whole chunks only, and gives up a message or an upload that takes too
-/// long. On a slow path large chunks would never arrive however often they were tried. Clones share one size:
-/// the lane adapts it, its reader asks for it.
+/// A receiver counts, keeps and confirms whole chunks only, and gives up a message or an upload that takes too long.
+/// On a slow path large chunks would never arrive, even after many attempts. Clones share one size: the lane adapts
+/// it, its reader uses it.
 #[derive(Debug, Clone)]
 pub(crate) struct Pace {
     limiter: Limiter,
     lanes: u64,
-    /// What fits one message beside what else is in it.
+    /// The most bytes of file that fit into one message.
     most: usize,
     size: Arc<AtomicUsize>,
 }
 
 impl Pace {
-    /// For one of so many `lanes` of a socket, whose peer takes frames of so many bytes.
+    /// Creates the pace of one of `lanes` lanes of a socket, whose peer accepts frames of `frame` bytes.
     pub(crate) fn new(limiter: &Limiter, lanes: usize, frame: usize) -> Self {
         Self {
             limiter: limiter.clone(),
@@ -121,7 +121,7 @@ impl Pace {
         }
     }
 
-    /// Looks at how fast the path is now: a window each round trip.
+    /// Adapts the size to the current speed of the path: one window each round trip.
     pub(crate) fn adapt(&self, stats: &Stats) {
         self.size
             .store(path_chunk(stats.cwnd, stats.rtt, self.lanes), Relaxed);
@@ -163,7 +163,7 @@ fn chunk_within(bytes: u64) -> usize {
     chunk
 }
 
-/// What one of `lanes` gets through a path with this window and round-trip time in [`PATIENCE`].
+/// The bytes that one of `lanes` sends over a path with this window and round-trip time in [`PATIENCE`].
 fn path_chunk(window: u64, rtt: Duration, lanes: u64) -> usize {
     let trips = PATIENCE.as_secs_f64() / rtt.as_secs_f64().max(1e-6);
     // A float becomes an integer by saturation.

@@ -1,7 +1,7 @@
 //! A local tree, entry by entry, as it is going to be uploaded or compared.
 //!
-//! Nothing is collected: what a walk holds is one open directory for each level it is deep in, so its memory
-//! does not grow with the number of files. What cannot be sent is an entry, too, and says why.
+//! Nothing is collected: a walk holds one open directory for each level, so its memory does not grow with the number
+//! of files. Entries that cannot be sent are returned, too, with the reason.
 
 use std::fs::{self, Metadata, ReadDir};
 use std::io;
@@ -15,7 +15,7 @@ use crate::base::path::RelPath;
 use crate::local::error::TransferError;
 use crate::local::source::{self, Source};
 
-/// Walks a file or a directory, depth first; what is in a directory comes before the directory itself.
+/// Walks a file or a directory, depth first; the entries of a directory come before the directory itself.
 ///
 /// The order of the entries in a directory is the file system's. Blocks.
 #[derive(Debug)]
@@ -42,10 +42,9 @@ struct Level {
     /// The path from the walk's root; empty for that itself.
     relative: String,
     entries: ReadDir,
-    /// Permissions of the directories on the way to what is in it, itself included, as far as they have names at the
-    /// server.
+    /// Permissions of the directories above its entries, itself included, as far as they have names at the server.
     modes: Arc<[u32]>,
-    /// Device and inode: a link to a directory that is being read leads in a circle.
+    /// Device and inode, to detect links that lead in a circle.
     id: (u64, u64),
     empty: bool,
 }
@@ -53,17 +52,17 @@ struct Level {
 /// One entry of a tree.
 #[derive(Debug)]
 pub struct Found {
-    /// Where it is.
+    /// The local path of the entry.
     pub local: PathBuf,
-    /// The name it shall have at the server. A valid one, unless it failed.
+    /// The name at the server. Valid, unless the entry failed.
     pub remote: String,
     /// The kind of the entry.
     pub what: What,
-    /// Permissions for the directories at the server that must be made for it: see [`Source::dirs`].
+    /// Permissions for the directories that the server must create for it: see [`Source::dirs`].
     pub dirs: Arc<[u32]>,
 }
 
-/// What an entry is, with the name at the server that has been checked.
+/// The kind of an entry, with its checked name at the server.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum What {
@@ -74,7 +73,7 @@ pub enum What {
         /// Its size as of now, in bytes.
         size: u64,
     },
-    /// A directory to be made by itself: one with nothing in it, or any when all are asked for.
+    /// A directory to create: an empty one, or any if all are listed.
     Dir {
         /// Its name at the server.
         remote: RelPath,
@@ -86,12 +85,12 @@ pub enum What {
         /// Its target, byte for byte.
         target: String,
     },
-    /// It cannot be sent.
+    /// The entry cannot be sent.
     Failed(TransferError),
 }
 
 impl From<Found> for Source {
-    /// What is to be uploaded of it. A directory's time and mode are looked up now.
+    /// Converts an entry into a source. A directory's time and mode are read now.
     fn from(found: Found) -> Self {
         let source = match found.what {
             What::File { remote, size } => Self::listed(found.local, &remote, size),
@@ -110,8 +109,8 @@ impl From<Found> for Source {
 }
 
 impl Walk {
-    /// Walks `root`, whose content is to be found below `remote` at the server; "" is the server's root. A file
-    /// is called `remote` itself. Nothing is read before the first entry is asked for.
+    /// Walks `root`, whose content is named below `remote` at the server; "" is the server's root. A file gets the
+    /// name `remote` itself. Nothing is read before the first call of `next`.
     pub fn new(root: impl Into<PathBuf>, remote: impl Into<String>) -> Self {
         Self {
             root: Some((root.into(), remote.into())),
@@ -120,7 +119,7 @@ impl Walk {
         }
     }
 
-    /// Leaves these out, matched against the path from the root, and what is in them. Defaults to nothing.
+    /// Excludes these entries, matched against the path from the root, with everything in them. Defaults to none.
     pub fn exclude(mut self, exclude: Exclude) -> Self {
         self.options.exclude = exclude;
         self
@@ -132,13 +131,13 @@ impl Walk {
         self
     }
 
-    /// Lists every directory, after its content, and not the empty ones alone. Defaults to no.
+    /// Lists every directory, after its content, not only empty ones. Defaults to no.
     pub fn every_dir(mut self, every: bool) -> Self {
         self.options.every_dir = every;
         self
     }
 
-    /// Looks at one entry: `None` for a directory, which is entered, and for what is left out.
+    /// Examines one entry: `None` for a directory, which is entered, and for an excluded entry.
     fn look(&mut self, local: PathBuf, remote: String, relative: &str) -> Option<Found> {
         let dirs = self.dirs(&remote);
         let what = match self.what(&local, &remote, relative, &dirs) {
@@ -157,7 +156,7 @@ impl Walk {
     fn dirs(&self, remote: &str) -> Arc<[u32]> {
         match self.above.last() {
             Some(level) => level.modes.clone(),
-            // Those that only the name asks for are like any that are made.
+            // Directories that exist only in the name get the usual permissions.
             None => vec![MADE; remote.matches('/').count()].into(),
         }
     }
@@ -229,7 +228,7 @@ impl Walk {
         }))
     }
 
-    /// The root itself never is: it was asked for.
+    /// Whether an entry is excluded. The root itself never is.
     fn left_out(&self, relative: &str, is_dir: bool) -> bool {
         !relative.is_empty() && self.options.exclude.matches(relative, is_dir)
     }
@@ -275,7 +274,7 @@ impl Iterator for Walk {
                 match level.entries.next() {
                     None => self.leave(),
                     Some(Err(source)) => {
-                        // Asking again may give the same error for ever.
+                        // Reading further may return the same error for ever.
                         let level = self.above.pop()?;
                         Some(Found {
                             remote: level.remote,
@@ -314,7 +313,7 @@ impl Iterator for Walk {
     }
 }
 
-/// Permissions of a directory that nothing else is known of.
+/// Permissions of a directory that does not exist here.
 const MADE: u32 = 0o777;
 
 fn join(dir: &str, name: &str) -> String {

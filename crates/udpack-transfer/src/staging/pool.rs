@@ -1,5 +1,4 @@
-//! The threads that small files of a store take turns on: ten thousand of them must not be a crowd that fights for the
-//! same locks.
+//! The threads on which small files of a store take turns: ten thousand files must not contend for the same locks.
 
 use std::collections::VecDeque;
 use std::panic::AssertUnwindSafe;
@@ -11,14 +10,14 @@ use super::file::{Recipient, Shared};
 
 /// Threads for each core: some of them wait for the disk.
 const THREADS_PER_CORE: usize = 4;
-/// Waiting files for each of them: a thread more costs more than these take.
+/// The number of waiting files for which one more thread pays.
 const FILES_PER_THREAD: usize = 32;
-/// Small files that a lane hands over at once, at most.
+/// The most small files that a lane submits at once.
 const GATHERED: usize = 32;
 const FEWEST_THREADS: usize = 8;
 const MOST_THREADS: usize = 64;
 
-/// The threads that small files take turns on.
+/// The threads on which small files take turns.
 #[derive(Debug)]
 pub(super) struct Pool<R> {
     most: usize,
@@ -47,14 +46,14 @@ impl<R: Recipient> Pool<R> {
         self.ready.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has the files' steps carried out when their turn comes.
+    /// Queues files, whose steps are executed in turn.
     fn submit(self: &Arc<Self>, files: impl IntoIterator<Item = Arc<Shared<R>>>) {
         let mut ready = self.lock();
         ready.files.extend(files);
         self.staff(ready);
     }
 
-    /// Starts threads while there are more files than those at work soon come to.
+    /// Starts threads while there are more waiting files than the running threads can soon process.
     fn staff(self: &Arc<Self>, mut ready: MutexGuard<'_, Ready<R>>) {
         let wanted = ready.files.len().div_ceil(FILES_PER_THREAD).min(self.most);
         let more = wanted.saturating_sub(ready.threads);
@@ -66,9 +65,9 @@ impl<R: Recipient> Pool<R> {
         }
     }
 
-    /// Does on a thread of the pool what may wait for the disk; another takes its place meanwhile.
+    /// Runs work that may wait for the disk on a thread of the pool; another thread takes its place meanwhile.
     pub(super) fn aside(self: &Arc<Self>, wait: impl FnOnce()) {
-        /// Also after a panic.
+        /// Runs after a panic, too.
         struct Back<'a, R: Recipient>(&'a Pool<R>);
         impl<R: Recipient> Drop for Back<'_, R> {
             fn drop(&mut self) {
@@ -100,8 +99,8 @@ impl<R: Recipient> Pool<R> {
     }
 }
 
-/// Small files of one lane that have steps, before the pool hears of them: what came in one go is handed over
-/// by one call, and each file's steps are carried out in one turn. Dropping it hands them over.
+/// Small files of one lane that have steps and are not submitted yet. Files that came together are submitted in one
+/// call, and each file's steps are executed in one turn. Dropping the value submits them.
 #[derive(Debug)]
 pub(crate) struct Gathered<R: Recipient> {
     pool: Arc<Pool<R>>,
@@ -120,7 +119,7 @@ impl<R: Recipient> Gathered<R> {
         self.files.is_empty()
     }
 
-    /// Lets them begin; to be called before waiting for anything.
+    /// Submits the files. To be called before waiting for anything.
     pub(crate) fn hand_over(&mut self) {
         if !self.files.is_empty() {
             self.pool.submit(self.files.drain(..));

@@ -1,4 +1,4 @@
-//! [`Staging`]: where the files of one server or one download are received, and the batches in which they get their names.
+//! [`Staging`]: receives the files of one server or one download, and publishes them in batches.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,8 +13,8 @@ use crate::base::phase::Phase;
 /// Most files that are published together.
 const BATCH: usize = 1024;
 
-/// Receives files into one target, and gives complete ones their names. What has to be synced first waits for the others
-/// of its kind, so that one sync serves all that came while the one before was running. A handle.
+/// Receives files into one target, and publishes complete ones. Files that must be synced are collected, so that one
+/// sync serves all files that came during the previous one. A handle.
 #[derive(Debug)]
 pub(crate) struct Staging<R> {
     pub(super) target: Target,
@@ -35,13 +35,13 @@ impl<R> Clone for Staging<R> {
 #[derive(Debug)]
 struct Waiting<R> {
     publications: Vec<Publication<R>>,
-    /// A thread is at work and will take what is added.
+    /// Whether a thread is publishing and will take added files.
     busy: bool,
 }
 
 #[derive(Debug)]
 struct Publication<R> {
-    // Before the recipient, who lets go of the upload only after the file has its name.
+    // Declared before the recipient, so that the recipient is dropped only after the file is published.
     complete: TargetWhole,
     recipient: R,
 }
@@ -62,13 +62,13 @@ impl<R: Recipient> Staging<R> {
         &self.target
     }
 
-    /// Small files of one lane, to be handed over together.
+    /// Collects small files of one lane, to submit them together.
     pub(crate) fn gathered(&self) -> Gathered<R> {
         Gathered::new(&self.pool)
     }
 
-    /// Gives a file its name and tells its recipient. Blocks, where a store has to sync, unless another thread is
-    /// publishing already: then that one takes it along. `pooled` says that this thread is one of the pool.
+    /// Publishes a file and tells its recipient. Blocks while a store syncs, unless another thread is already
+    /// publishing and takes this file as well. `pooled`: this thread belongs to the pool.
     pub(crate) async fn publish(&self, complete: TargetWhole, recipient: R, pooled: bool) {
         let waits = complete.waits();
         recipient.phase(match waits {
@@ -92,7 +92,7 @@ impl<R: Recipient> Staging<R> {
         }
     }
 
-    /// Adds it to those that wait; whether a thread is at work that will take it along.
+    /// Adds a file to the waiting ones; returns whether a running thread will publish it.
     fn joins(&self, publication: Publication<R>) -> bool {
         let mut waiting = self.waiting();
         waiting.publications.push(publication);

@@ -1,4 +1,4 @@
-//! Whom a download receives a file for: its counters, its lane, and what reports its outcome.
+//! The recipient of a downloaded file: updates its counters, tells its lane, and reports its outcome.
 //!
 //! A file belongs to its worker from the moment it is taken off the queue until its outcome is reported, so that a lane
 //! may end at any time without losing one.
@@ -17,7 +17,7 @@ use crate::staging::target::TargetWhole;
 use crate::store::{Meta, Published, StoreError};
 use crate::wire::Have;
 
-/// Whose uploads into the local store these are.
+/// The owner of a download's files in the local store.
 const OWNER: &str = "download";
 /// Files from this size on are kept when they are interrupted, to be resumed.
 const RESUMED: u64 = 1 << 20;
@@ -34,14 +34,14 @@ pub(super) enum Note {
         path: RelPath,
         size: u64,
     },
-    /// Something of it was there, and is the server's.
+    /// A part of it existed here and equals the server's.
     Resumed {
         index: usize,
         path: RelPath,
         bytes: u64,
         size: u64,
     },
-    /// Nothing more happens here.
+    /// The worker has ended.
     Ended(Box<Ended>),
 }
 
@@ -51,28 +51,28 @@ pub(super) struct Ended {
     pub(super) job: Job,
     pub(super) end: End,
     pub(super) asked: Asked,
-    /// Its place among the open files, given back when its outcome is reported.
+    /// Its place among the open files, returned when its outcome is reported.
     pub(super) slot: OwnedSemaphorePermit,
 }
 
 #[derive(Debug)]
 pub(super) enum End {
-    /// It is here, or another one stays in its place.
+    /// The file is stored, or an existing one was kept.
     Arrived(Arrived),
-    /// The connection was lost; what there is of it is kept where that pays.
+    /// The connection was lost; the data of larger files is kept.
     Suspended,
     Failed(TransferError),
 }
 
-/// What to ask the server.
+/// The request to send to the server.
 #[derive(Debug)]
 pub(super) struct Wish {
     pub(super) remote: RelPath,
     pub(super) have: Have,
 }
 
-/// Begins a file: looks at the name, the space, and what is there already. What to ask the server comes on
-/// the second value; nothing comes when there is nothing to ask.
+/// Begins a file: checks the name, the space, and existing data. The second value receives the request to send to the
+/// server; nothing if none is needed.
 pub(super) fn prepare(
     context: &Arc<Context>,
     job: Job,
@@ -86,7 +86,7 @@ pub(super) fn prepare(
         path: job.wanted.local.clone(),
         peer: OWNER.into(),
         size: job.wanted.size,
-        // What most files have; what this one has the server says when it begins to send.
+        // The usual metadata; the server sends the file's own when it begins to send.
         meta: Meta {
             mtime: None,
             mode: context.umask.map(|umask| USUAL_MODE & !umask),
@@ -116,15 +116,15 @@ pub(super) fn is_resumed(size: u64) -> bool {
     size >= RESUMED
 }
 
-/// One file on its way into the store.
+/// One file that is being stored.
 #[derive(Debug)]
 pub(super) struct Arriving {
     context: Arc<Context>,
     notes: mpsc::UnboundedSender<Note>,
-    /// As the server said when it began to send.
+    /// The size that the server reported, in bytes.
     size: u64,
     tell: Option<oneshot::Sender<Wish>>,
-    /// `None` once the file has left.
+    /// `None` once the file has ended.
     work: Option<(Job, OwnedSemaphorePermit, Asked)>,
 }
 
@@ -152,7 +152,7 @@ impl Recipient for Arriving {
     fn ready(&mut self, have: Have) {
         if let (Some(tell), Some((job, ..))) = (self.tell.take(), &self.work) {
             let remote = job.wanted.remote.clone();
-            // The lane is gone: that ends the file next.
+            // If the lane has ended, it ends the file next.
             let _ = tell.send(Wish { remote, have });
         }
     }
