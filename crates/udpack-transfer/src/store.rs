@@ -474,7 +474,7 @@ impl Store {
         if !(unlooked || decided_late && inner.disk.seems_vacant(path))
             && let Some(existing) = inner.occupant(path, if_exists)?
         {
-            inner.found_taken();
+            inner.expect_taken_names();
             return Ok(Begin::Exists(existing));
         }
         if if_exists == IfExists::Overwrite
@@ -746,7 +746,7 @@ impl Inner {
     }
 
     /// A name was taken; others will be.
-    fn found_taken(&self) {
+    fn expect_taken_names(&self) {
         self.taken.store(LOOKS, Ordering::Relaxed);
     }
 

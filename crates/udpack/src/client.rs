@@ -164,7 +164,7 @@ impl Client {
             None => Peer::new(url.host()),
         };
         session.peer.set(server);
-        session.life.fed_by(&settings.token);
+        session.life.set_token_source(&settings.token);
         let (socket, queue) = Socket::new(session.clone(), settings.registry.pull);
         let comeback = match settings.reconnect {
             Some(policy) => Comeback::Dialled(Box::new(Dialler {
@@ -336,7 +336,7 @@ impl Client {
         let raced = race::race(attempts, |attempt| self.dial(attempt, url.server_name()));
         let errors = match raced.await {
             Ok(reached) => return Ok(reached),
-            Err(errors) => without_echoes(errors),
+            Err(errors) => without_repeats(errors),
         };
         let host = url.host().to_owned();
         let errors = errors.into_iter();
@@ -475,7 +475,7 @@ impl fmt::Debug for Client {
 
 /// The errors of attempts, without errors of TCP that repeat QUIC's error for the same address, or that only say that
 /// nobody listens.
-fn without_echoes(errors: Vec<(Attempt, ConnectError)>) -> Vec<(Attempt, ConnectError)> {
+fn without_repeats(errors: Vec<(Attempt, ConnectError)>) -> Vec<(Attempt, ConnectError)> {
     let by_quic: Vec<_> = errors
         .iter()
         .filter(|(tried, _)| tried.way == Way::Quic)
@@ -642,7 +642,7 @@ impl Dialler {
         self.stop_probing(session);
         let moved = matches!(left, Left::Moved);
         if let Left::For(reached) = left {
-            match self.go_over(session, *reached).await {
+            match self.move_to_quic(session, *reached).await {
                 Ok(established) => return Ok(established),
                 Err(error) => reason = broken(&error),
             }

@@ -595,7 +595,7 @@ impl Session {
 
 /// The span in which a channel does what it does: its own, or the one around it where its own is below the level of the log.
 /// Else its lines would name nobody, because its tasks are not its connection's.
-pub(crate) fn or_around(own: tracing::Span, around: tracing::Span) -> tracing::Span {
+pub(crate) fn or_parent(own: tracing::Span, around: tracing::Span) -> tracing::Span {
     if own.is_disabled() { around } else { own }
 }
 

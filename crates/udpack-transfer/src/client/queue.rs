@@ -472,7 +472,7 @@ impl DerefMut for Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        let mut item = std::mem::replace(&mut self.item, Item::new(0, Source::hollow(), 0));
+        let mut item = std::mem::replace(&mut self.item, Item::new(0, Source::empty(), 0));
         let mut state = self.queue.lock();
         state.claimed -= 1;
         if self.settled {

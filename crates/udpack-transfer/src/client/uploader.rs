@@ -1192,7 +1192,7 @@ impl Lane<'_> {
             let arrived = sent.arrived(sent.position);
             self.shared.totals.moved(arrived);
         }
-        if let Err(error) = self.believed(&sent.claim, size, &hash, same) {
+        if let Err(error) = self.check_done(&sent.claim, size, &hash, same) {
             self.shared.failed(self.events, sent.claim, error).await;
             return;
         }
@@ -1260,7 +1260,7 @@ impl Lane<'_> {
 
     /// A `done` counts only where size and hash are those of the bytes that this source gave. After `skip` what is
     /// there may be anything.
-    fn believed(
+    fn check_done(
         self,
         claim: &Claim,
         size: u64,

@@ -127,7 +127,7 @@ impl Source {
     }
 
     /// Nothing, under no name.
-    pub(crate) fn hollow() -> Self {
+    pub(crate) fn empty() -> Self {
         Self::new("", Origin::Memory(Bytes::new()))
     }
 
@@ -188,7 +188,7 @@ impl Source {
 
     /// Opens it, and checks whether a file's size is the reported one; blocks.
     pub(crate) fn open(&self) -> Result<Opened, TransferError> {
-        let mut opened = self.open_unseen()?;
+        let mut opened = self.open_unchecked()?;
         if let OpenedFrom::File { file, metadata } = &mut opened.from {
             opened.size = true_size(file, metadata).map_err(|error| self.unreadable(error))?;
             opened.meta = meta(metadata);
@@ -212,7 +212,7 @@ impl Source {
     }
 
     /// Opens it, and takes a file's word for its size; blocks.
-    fn open_unseen(&self) -> Result<Opened, TransferError> {
+    fn open_unchecked(&self) -> Result<Opened, TransferError> {
         let from = match &self.origin {
             Origin::Memory(bytes) => OpenedFrom::Memory(bytes.clone()),
             Origin::Reader(reader) => OpenedFrom::Reader(reader.clone()),
@@ -619,7 +619,7 @@ pub(crate) fn read_small<'a>(
     let mut all = Vec::new();
     let mut packs: Vec<Pack> = Vec::new();
     for source in sources {
-        let read = source.open_unseen().and_then(|opened| {
+        let read = source.open_unchecked().and_then(|opened| {
             let size = match opened.size.map(usize::try_from) {
                 Some(Ok(size)) if size <= most => size,
                 _ => return Ok(None),

@@ -278,7 +278,7 @@ impl Control {
                 let (code, text) = Scope::no_right("admin");
                 Err(Fault::new(code.as_str(), text))
             }
-            "kick" => self.kick_asked(channel, message),
+            "kick" => self.disconnect_asked(channel, message),
             _ => {
                 let by = by(channel);
                 tracing::info!(by, "the server is asked to go down");
@@ -297,7 +297,7 @@ impl Control {
         }
     }
 
-    fn kick_asked(&self, channel: &Channel, message: &Message) -> Result<(), Fault> {
+    fn disconnect_asked(&self, channel: &Channel, message: &Message) -> Result<(), Fault> {
         let bad = |text: String| Fault::new(Fault::BAD_PAYLOAD, text);
         let fields = message.fields().map_err(|error| bad(error.to_string()))?;
         let id = fields

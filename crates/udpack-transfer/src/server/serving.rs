@@ -832,7 +832,7 @@ impl<'a> Serving<'a> {
     /// The file has its outcome; says whether the client still waits for one.
     fn settle(&mut self, id: u64, end: JobEnd) -> bool {
         self.lane.ended(id);
-        self.unpend(id);
+        self.remove_pending(id);
         match self.files.remove(&id) {
             Some(tracked) => {
                 if let Some(job) = tracked.job {
@@ -921,7 +921,7 @@ impl<'a> Serving<'a> {
 
     /// The file ends; what is there of it is removed.
     fn discard(&mut self, id: u64, end: JobEnd) {
-        self.unpend(id);
+        self.remove_pending(id);
         if let Some(tracked) = self.files.remove(&id) {
             if let Some(incoming) = tracked.incoming {
                 incoming.end(true, drop);
@@ -934,7 +934,7 @@ impl<'a> Serving<'a> {
 
     /// The file ends; what can be resumed is put aside.
     fn suspend(&mut self, id: u64) {
-        self.unpend(id);
+        self.remove_pending(id);
         self.files.remove(&id);
     }
 
@@ -945,7 +945,7 @@ impl<'a> Serving<'a> {
         }
     }
 
-    fn unpend(&mut self, id: u64) {
+    fn remove_pending(&mut self, id: u64) {
         if self.pending.as_ref().map(Pending::id) == Some(id) {
             self.pending = None;
         }

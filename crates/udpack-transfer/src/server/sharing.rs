@@ -207,7 +207,7 @@ impl Sharing {
             expires,
             once: wish.once,
         };
-        let made = self.tokens.share(peer, new).map_err(unkept)?;
+        let made = self.tokens.share(peer, new).map_err(share_fault)?;
         tracing::info!(
             share = made.id,
             prefix = prefix.as_ref().map(|prefix| names::shown(prefix.as_str())),
@@ -234,7 +234,7 @@ impl Sharing {
 
     /// Revokes one of them. Blocks.
     pub(crate) fn unshare(&self, peer: &Peer, name: &str) -> Result<(), Fault> {
-        match self.tokens.unshare(peer, name).map_err(unkept)? {
+        match self.tokens.unshare(peer, name).map_err(share_fault)? {
             true => {
                 tracing::info!(
                     share = udpack::text::printable(name).as_ref(),
@@ -381,7 +381,7 @@ fn left_ms(end: Option<SystemTime>) -> Option<u64> {
 }
 
 /// The refusal where the token file has no place for a share.
-fn unkept(error: TokenFileError) -> Fault {
+fn share_fault(error: TokenFileError) -> Fault {
     match error {
         TokenFileError::TooManyShares { .. } => {
             Fault::new(Code::TooManyShares.as_str(), error.to_string())

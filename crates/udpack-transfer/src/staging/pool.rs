@@ -50,11 +50,11 @@ impl<R: Recipient> Pool<R> {
     fn submit(self: &Arc<Self>, files: impl IntoIterator<Item = Arc<Shared<R>>>) {
         let mut ready = self.lock();
         ready.files.extend(files);
-        self.staff(ready);
+        self.start_threads(ready);
     }
 
     /// Starts threads while there are more waiting files than the running threads can soon process.
-    fn staff(self: &Arc<Self>, mut ready: MutexGuard<'_, Ready<R>>) {
+    fn start_threads(self: &Arc<Self>, mut ready: MutexGuard<'_, Ready<R>>) {
         let wanted = ready.files.len().div_ceil(FILES_PER_THREAD).min(self.most);
         let more = wanted.saturating_sub(ready.threads);
         ready.threads += more;
@@ -77,7 +77,7 @@ impl<R: Recipient> Pool<R> {
         let mut ready = self.lock();
         ready.threads = ready.threads.saturating_sub(1);
         let _back = Back(self);
-        self.staff(ready);
+        self.start_threads(ready);
         wait();
     }
 

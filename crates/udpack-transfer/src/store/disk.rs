@@ -571,7 +571,7 @@ impl Disk {
     ///
     /// Without `start`, or in a shared directory, uploads may be under way: what is locked stays.
     pub(super) fn sweep(&self, expire: Duration, start: bool) -> io::Result<Swept> {
-        self.forgive(self.unseen())?;
+        self.exclude_downtime(self.unseen())?;
         let mut swept = Swept::default();
         let mut stale = 0u64;
         let alone = start && !self.shared;
@@ -666,7 +666,7 @@ impl Disk {
 
     /// Makes interrupted uploads younger by time that no server saw, and none younger than now: they age by what
     /// servers have seen, so that neither a clock that leaps nor a long pause removes what a client may resume.
-    fn forgive(&self, unseen: Duration) -> io::Result<()> {
+    fn exclude_downtime(&self, unseen: Duration) -> io::Result<()> {
         let now = SystemTime::now();
         for key in self.area().keys()? {
             let Some(touched) = self.area().touched(&key)? else {

@@ -605,7 +605,7 @@ impl Partial {
                 .set_len(self.position)
                 .map_err(|e| self.fail("cut a file", e))?;
         }
-        let other_time = self.dress(meta)?;
+        let other_time = self.apply_meta(meta)?;
         let disk = &body.inner.disk;
         let sync = match body.inner.config.sync {
             SyncPolicy::Never => Some(Synced::None),
@@ -655,7 +655,7 @@ impl Partial {
     }
 
     /// Gives the file the time and mode it is to have. A time the file system cannot hold is not an error: it says so.
-    fn dress(&mut self, meta: Meta) -> Result<Option<OtherTime>, StoreError> {
+    fn apply_meta(&mut self, meta: Meta) -> Result<Option<OtherTime>, StoreError> {
         let mode = meta.mode.unwrap_or(FILE_MODE) & 0o777;
         if mode != self.mode {
             rustix::fs::fchmod(&self.body.file, Mode::from_raw_mode(mode))

@@ -109,7 +109,7 @@ impl Whole {
         let mut replaced = 0;
         let mut removals = 0;
         while !self.try_name(inner, dir, &name)? {
-            inner.found_taken();
+            inner.expect_taken_names();
             match self.if_exists {
                 IfExists::Skip => match self.take_over(inner, dir)? {
                     true => return Ok((self.path.as_str().to_owned(), true)),

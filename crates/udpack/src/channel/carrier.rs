@@ -367,16 +367,16 @@ impl Carrier {
     /// Queues an acknowledgement: the peer need not keep the first `frames` of this channel.
     pub(crate) fn confirm_later(&self, key: Option<ChannelKey>, frames: u64) {
         if let Some(key) = key {
-            self.tell_later(key, |confirm| confirm.received = Some(frames));
+            self.queue_confirm(key, |confirm| confirm.received = Some(frames));
         }
     }
 
     /// Queues `$passed`: the program has read up to this mark of the channel.
     pub(crate) fn passed_later(&self, key: ChannelKey, mark: u64) {
-        self.tell_later(key, |confirm| confirm.mark = Some(mark));
+        self.queue_confirm(key, |confirm| confirm.mark = Some(mark));
     }
 
-    fn tell_later(&self, key: ChannelKey, what: impl FnOnce(&mut Confirm)) {
+    fn queue_confirm(&self, key: ChannelKey, what: impl FnOnce(&mut Confirm)) {
         let mut confirms = lock(&self.confirms);
         let confirms = confirms.get_or_make();
         if confirms.is_empty() {

@@ -250,7 +250,7 @@ impl ChannelCore {
                 writer::write_loop(core.outbox.clone(), way, carrier.clone(), counters).await;
             if let Written::Ended(Err(mut reason)) = written {
                 if reason.by == Side::Peer && !carrier.conn().is_over() {
-                    reason = closing_words(&core.inbox, &carrier, &core.counters)
+                    reason = peer_close_reason(&core.inbox, &carrier, &core.counters)
                         .await
                         .unwrap_or(reason);
                 }
@@ -268,7 +268,7 @@ impl ChannelCore {
 }
 
 /// The peer has stopped our stream: its `$close`, which says why, may be on the way or unread.
-async fn closing_words(
+async fn peer_close_reason(
     inbox: &Inbox,
     carrier: &Carrier,
     counters: &Counters,

@@ -64,7 +64,7 @@ impl Dialler {
     }
 
     /// Introduces the session on a connection that was made for it.
-    pub(super) async fn go_over(
+    pub(super) async fn move_to_quic(
         &mut self,
         session: &Session,
         (conn, endpoint): Reached,

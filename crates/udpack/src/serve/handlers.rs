@@ -590,7 +590,7 @@ async fn request(
     let answer = if too_late {
         late("the deadline has passed").into()
     } else {
-        attend(channel, router, message, asked).await
+        call_handler(channel, router, message, asked).await
     };
     let outcome = match answer.0 {
         Kind::Value(data) => Ok(data),
@@ -624,7 +624,12 @@ async fn request(
 }
 
 /// Runs a request's handler within its time-out.
-async fn attend(channel: &Channel, router: Routed, message: &Message, asked: &Asked) -> Answer {
+async fn call_handler(
+    channel: &Channel,
+    router: Routed,
+    message: &Message,
+    asked: &Asked,
+) -> Answer {
     let work = run(channel, router, message.clone(), Some(asked));
     let mut work = pin!(AssertUnwindSafe(work).catch_unwind());
     // Most handlers answer at once, and need no timer.
@@ -633,11 +638,11 @@ async fn attend(channel: &Channel, router: Routed, message: &Message, asked: &As
         Poll::Ready(Err(_)) => return panicked(channel).into(),
         Poll::Pending => {}
     }
-    Box::pin(patiently(channel, work, asked)).await
+    Box::pin(await_slow_handler(channel, work, asked)).await
 }
 
 /// Waits for a handler that did not answer at once.
-async fn patiently(
+async fn await_slow_handler(
     channel: &Channel,
     mut work: Pin<&mut impl Future<Output = std::thread::Result<Answer>>>,
     asked: &Asked,

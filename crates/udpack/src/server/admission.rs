@@ -70,7 +70,7 @@ pub(super) async fn accept_loop(shared: Arc<Shared>) {
                     let span =
                         tracing::info_span!("conn", peer = %address, session = Empty, id = Empty);
                     // Boxed, because the task needs the memory only during admission.
-                    let entering = Box::pin(let_in(shared.clone(), incoming, handshake));
+                    let entering = Box::pin(admit_connection(shared.clone(), incoming, handshake));
                     shared
                         .tasks
                         .spawn(serve(shared.clone(), entering).instrument(span));
@@ -84,7 +84,7 @@ pub(super) async fn accept_loop(shared: Arc<Shared>) {
                     shared.counts.word(Words::Knocks, "busy");
                     match shared.places.farewells.try_take(&tenant) {
                         Ok(place) if proved && farewells.take() => {
-                            let told = say_why(shared.clone(), incoming, full, place);
+                            let told = refuse_with_text(shared.clone(), incoming, full, place);
                             shared.tasks.spawn(told);
                         }
                         _ => incoming.refuse(),
@@ -101,7 +101,12 @@ pub(super) const FAREWELLS: usize = 16;
 const FAREWELL_RATE: u32 = 16;
 
 /// Completes a handshake only to tell the client why there is no place.
-async fn say_why(shared: Arc<Shared>, incoming: Incoming, full: PoolFull, _place: pool::Place) {
+async fn refuse_with_text(
+    shared: Arc<Shared>,
+    incoming: Incoming,
+    full: PoolFull,
+    _place: pool::Place,
+) {
     let handshaking = shared.listener.handshake(incoming);
     if let Ok(Ok(conn)) = tokio::time::timeout(shared.timeouts.handshake, handshaking).await {
         let text = format!("{full}; try again in a few seconds");
@@ -166,12 +171,12 @@ struct Entered {
 
 /// Takes a connection from its first packet to admission. Returns `None` if it is not admitted, or if it resumes an
 /// existing session.
-async fn let_in(
+async fn admit_connection(
     shared: Arc<Shared>,
     incoming: Incoming,
     handshake: pool::Place,
 ) -> Option<Entered> {
-    let conn = shake_hands(&shared, incoming).await?;
+    let conn = complete_handshake(&shared, incoming).await?;
     let session = Session::new(
         conn.clone(),
         false,
@@ -219,7 +224,7 @@ async fn let_in(
         drop(socket.close(CloseCode::SHUTTING_DOWN, SHUTTING_DOWN));
     }
     // The token may have been revoked after the verifier accepted it and before the revocation could find the socket.
-    if let Some(reason) = lifetime::no_longer(&session, &shared.guard) {
+    if let Some(reason) = lifetime::revocation(&session, &shared.guard) {
         session.abort(reason);
     }
     session.counts.one(Count::Admitted);
@@ -249,7 +254,7 @@ async fn let_in(
 }
 
 /// Completes the handshake. Returns `None`, and counts it, if the handshake failed or took too long.
-async fn shake_hands(shared: &Shared, incoming: Incoming) -> Option<Connection> {
+async fn complete_handshake(shared: &Shared, incoming: Incoming) -> Option<Connection> {
     let handshaking = shared.listener.handshake(incoming);
     let why = match tokio::time::timeout(shared.timeouts.handshake, handshaking).await {
         Ok(Ok(conn)) => return Some(conn),
@@ -496,8 +501,8 @@ fn belong(shared: &Shared, session: &Session, peer: Peer) -> Option<Duration> {
     let frames = &session.receive.frames;
     let _ = frames.set(Box::new((shared.places.frames.clone(), tenant)));
     session.peer.set(peer);
-    session.life.guarded_by(shared.guard.clone());
-    session.life.counts_for(expires);
+    session.life.set_guard(shared.guard.clone());
+    session.life.set_validity(expires);
     expires
 }
 

@@ -29,7 +29,7 @@ use crate::session::lifetime::Lifetime;
 use crate::session::reconnect::{SocketState, TransportReason};
 use crate::session::service::Registry;
 use crate::session::streams::serve_stream;
-use crate::session::{Leaving, Session, give_up, or_around};
+use crate::session::{Leaving, Session, give_up, or_parent};
 use crate::transport::on_path;
 use crate::transport::windows;
 use crate::transport::{Connection, Endpoint, RecvStream, SendStream, StreamError};
@@ -456,7 +456,7 @@ impl Driver {
                 // A new session numbers its channels from the beginning.
                 *lock(&session.numbers.seen) = Seen::default();
             }
-            session.life.counts_for(welcome.expires);
+            session.life.set_validity(welcome.expires);
             session.set_welcome(welcome);
         }
         session.life.reattached();
@@ -535,7 +535,7 @@ impl Driver {
                     message = poll_fn(|cx| control.inbox.poll_first(cx, &session, &session.counters)) => {
                         self.hear((&session, &conn), message, &mut present, comeback)
                     }
-                    () = session.wake.wait(REQUESTED) => Act::work(carry_out(&session, &conn, control)),
+                    () = session.wake.wait(REQUESTED) => Act::work(execute_requests(&session, &conn, control)),
                     () = session.wake.wait(CONFIRM) => {
                         let soon = || Instant::now() + CONFIRM_DELAY;
                         present.confirm_at.get_or_insert_with(soon);
@@ -554,7 +554,7 @@ impl Driver {
                         Act::Wait
                     }
                     outcome = poll_fn(|cx| comeback.poll_other(cx, &session)) => match outcome {
-                        Outcome::Better(reached) => match leave_for(&session, number, &reached) {
+                        Outcome::Better(reached) => match move_to_better(&session, number, &reached) {
                             true => Act::Over(Outcome::Better(reached)),
                             false => Act::Wait,
                         },
@@ -634,7 +634,7 @@ impl Driver {
             recv,
             span.clone(),
         );
-        let span = or_around(span, tracing::Span::current());
+        let span = or_parent(span, tracing::Span::current());
         channels.spawn(serve.instrument(span));
     }
 
@@ -659,7 +659,9 @@ impl Driver {
                 conn.close_because(&reason);
                 Act::Over(Outcome::Lost(reason))
             }
-            Some(reason) => Act::work(async move { Some(take_leave(session, conn, reason).await) }),
+            Some(reason) => {
+                Act::work(async move { Some(close_after_peer(session, conn, reason).await) })
+            }
         }
     }
 
@@ -724,7 +726,7 @@ impl Driver {
 
 /// Gives up the current connection, number `number`, for an established better one, unless something would be lost
 /// with it. Returns whether it did.
-fn leave_for(session: &Session, number: u64, (better, _): &Reached) -> bool {
+fn move_to_better(session: &Session, number: u64, (better, _): &Reached) -> bool {
     // From now on no channel is opened that would end with the connection.
     session.set_up(None);
     if !session.can_change() || better.is_over() {
@@ -747,7 +749,11 @@ fn given_up() -> CloseReason {
 }
 
 /// Executes what the application requested: a close, or a message to the peer.
-async fn carry_out(session: &Session, conn: &Connection, control: &mut Control) -> Option<Outcome> {
+async fn execute_requests(
+    session: &Session,
+    conn: &Connection,
+    control: &mut Control,
+) -> Option<Outcome> {
     let close = session.asked_close();
     let goaway = session.departure.take_announced();
     if let Some(frame) = goaway.as_deref().and_then(control::encode_goaway) {
@@ -768,7 +774,7 @@ fn permit_all(session: &Session, conn: &Connection) {
 }
 
 /// Ends a connection because of a message on the control stream.
-async fn take_leave(session: &Session, conn: &Connection, reason: CloseReason) -> Outcome {
+async fn close_after_peer(session: &Session, conn: &Connection, reason: CloseReason) -> Outcome {
     if reason.by == Side::Peer {
         // The peer has flushed its channels and waits for this side to close the connection. This side's queues are
         // sent, too, within a time limit in case the peer no longer reads.
@@ -905,7 +911,7 @@ fn on_welcome(session: &Session, welcome: Welcome) {
     tracing::Span::current().record("session", &*welcome.session);
     session.counts.one(Count::Admitted);
     session.counts.one(Count::Sockets);
-    session.life.counts_for(welcome.expires);
+    session.life.set_validity(welcome.expires);
     let admitted = || session.set_welcome(welcome);
     let connected = SocketState::Connected {
         resumed: false,

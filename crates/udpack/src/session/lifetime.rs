@@ -246,19 +246,19 @@ struct Waiting {
 
 impl Life {
     /// Makes this the life of a server's session; once.
-    pub(crate) fn guarded_by(&self, guard: Arc<Guard>) {
+    pub(crate) fn set_guard(&self, guard: Arc<Guard>) {
         let _ = self.guard.set(guard);
     }
 
     /// Makes a client look after its token by itself, when the server tells how long it counts; once.
-    pub(crate) fn fed_by(&self, source: &TokenSource) {
+    pub(crate) fn set_token_source(&self, source: &TokenSource) {
         if matches!(source, TokenSource::Ask(_)) {
             let _ = self.source.set(Box::new(source.clone()));
         }
     }
 
     /// The token counts for this long from now, or for ever.
-    pub(crate) fn counts_for(&self, left: Option<Duration>) {
+    pub(crate) fn set_validity(&self, left: Option<Duration>) {
         let now = Instant::now();
         *lock(&self.term) = Term {
             since: Some(now),
@@ -309,7 +309,7 @@ impl Life {
         };
         let answer = match refreshed {
             Refreshed::Accepted { expires } => {
-                self.counts_for(expires);
+                self.set_validity(expires);
                 Ok(())
             }
             Refreshed::Refused { code, text } => Err(RefreshError::Denied { code, text }),
@@ -338,7 +338,7 @@ impl Life {
     }
 
     /// Closes the channels that the peer may no longer have.
-    fn look_again(&self, guard: &Guard, peer: &Peer, counts: &Counts) {
+    fn recheck_channels(&self, guard: &Guard, peer: &Peer, counts: &Counts) {
         let channels: Vec<Channel> = lock(&self.channels)
             .iter()
             .filter_map(WeakChannel::upgrade)
@@ -396,9 +396,9 @@ pub(crate) fn renew(session: &Session, peer: Peer) -> Result<Option<Duration>, D
     }
     let left = peer.time_left();
     session.peer.set(peer.clone());
-    session.life.counts_for(left);
+    session.life.set_validity(left);
     if let Some(guard) = session.life.guard.get() {
-        session.life.look_again(guard, &peer, &session.counts);
+        session.life.recheck_channels(guard, &peer, &session.counts);
     }
     Ok(left)
 }
@@ -463,7 +463,7 @@ impl Lifetime {
             if let Some(guard) = held.life.guard.get() {
                 tokio::join!(
                     end_in_time(&held),
-                    ask_again(&held, guard),
+                    recheck_peer(&held, guard),
                     verify_refreshes(&held, guard)
                 );
             } else if let Some(source) = held.life.source.get() {
@@ -516,11 +516,11 @@ fn ended() -> CloseReason {
 }
 
 /// Asks the verifier from time to time whether the peer is still welcome.
-async fn ask_again(session: &Session, guard: &Guard) {
+async fn recheck_peer(session: &Session, guard: &Guard) {
     loop {
         let period = session.timeouts.recheck.max(Duration::from_millis(1));
         sleep_until(Instant::now().checked_add(period)).await;
-        if let Some(reason) = no_longer(session, guard) {
+        if let Some(reason) = revocation(session, guard) {
             session.abort(reason);
             return;
         }
@@ -528,7 +528,7 @@ async fn ask_again(session: &Session, guard: &Guard) {
 }
 
 /// Why the peer is not welcome any more, if so.
-pub(crate) fn no_longer(session: &Session, guard: &Guard) -> Option<CloseReason> {
+pub(crate) fn revocation(session: &Session, guard: &Guard) -> Option<CloseReason> {
     let peer = session.peer.get()?;
     // A timer does not run while the machine sleeps, and knows nothing of a clock that was set.
     if peer.time_left().is_some_and(|left| left.is_zero()) {

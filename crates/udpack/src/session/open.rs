@@ -10,7 +10,7 @@ use crate::channel::writer::Way;
 use crate::channel::{Channel, Opened, SendError};
 use crate::metrics::Count;
 use crate::metrics::speed::Counters;
-use crate::session::or_around;
+use crate::session::or_parent;
 use crate::session::socket::Socket;
 use crate::wire::code::CloseReason;
 use crate::wire::config::Priority;
@@ -164,7 +164,7 @@ impl<'a, T: Serialize + Sync + ?Sized> OpenChannel<'a, T> {
         };
         session.counts.one(Count::ChannelsOpened);
         let span = tracing::debug_span!(parent: &session.span, "channel", name, id);
-        let span = or_around(span, session.span.clone());
+        let span = or_parent(span, session.span.clone());
         let session = session.clone();
         Ok(span.in_scope(|| session.channel(opened, true, (way, number), inbox, counters)))
     }

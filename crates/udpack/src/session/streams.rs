@@ -23,7 +23,7 @@ use crate::wire::config::Priority;
 use crate::wire::control::{self, Decode, Open, Resumed};
 
 /// Reads a new stream's `$open` and passes the channel to the service of its name. The span is the channel's, which learns
-/// its name here. It need not be the one this runs in: see [`or_around`](crate::session::or_around).
+/// its name here. It need not be the one this runs in: see [`or_parent`](crate::session::or_parent).
 pub(crate) async fn serve_stream(
     session: Arc<Session>,
     registry: Arc<Registry>,

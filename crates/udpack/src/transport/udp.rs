@@ -253,7 +253,7 @@ impl Datagrams {
     /// Logs once that the kernel or the driver accepts only one datagram in one send. quinn then passes no more than
     /// one.
     #[cold]
-    fn told_refusal(&self, error: &io::Error) {
+    fn log_refusal(&self, error: &io::Error) {
         if !self.divides.swap(true, Ordering::Relaxed) {
             tracing::warn!(
                 %error,
@@ -328,7 +328,7 @@ impl AsyncUdpSocket for Datagrams {
         };
         let sent = io.try_io(Interest::WRITABLE, || {
             let send = |part: &Transmit<'_>| self.state.try_send((&**io).into(), part);
-            divided(send, transmit, |error| self.told_refusal(error))
+            divided(send, transmit, |error| self.log_refusal(error))
         });
         let full = matches!(&sent, Err(error) if error.kind() == io::ErrorKind::WouldBlock);
         if full != self.full.load(Ordering::Relaxed) {

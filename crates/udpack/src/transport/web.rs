@@ -326,10 +326,10 @@ pub(super) async fn establish(
         _control: control,
     };
     for (id, streams) in early {
-        task.hand_bi(id, streams);
+        task.push_bi(id, streams);
     }
     for (id, stream) in early_uni {
-        task.hand_uni(id, stream);
+        task.push_uni(id, stream);
     }
     tokio::spawn(task.run());
     Ok(session)
@@ -522,9 +522,9 @@ impl Task {
         match event {
             Event::Both(id, streams) => {
                 self.layer.in_turn &= id != self.state.id;
-                self.hand_bi(id, streams);
+                self.push_bi(id, streams);
             }
-            Event::Uni(id, stream) => self.hand_uni(id, stream),
+            Event::Uni(id, stream) => self.push_uni(id, stream),
             Event::Request(request, frames, _) => refuse_second(request, frames),
             Event::Closed(code, text) => {
                 let reason = CloseReason::peer(CloseCode::new(code.into()), &text);
@@ -546,7 +546,7 @@ impl Task {
         }
     }
 
-    fn hand_bi(&self, id: u64, streams: (SendStream, RecvStream)) {
+    fn push_bi(&self, id: u64, streams: (SendStream, RecvStream)) {
         if id == self.state.id {
             if let Err(streams) = self.state.bi.push(streams) {
                 reject(streams);
@@ -556,7 +556,7 @@ impl Task {
         }
     }
 
-    fn hand_uni(&self, id: u64, stream: RecvStream) {
+    fn push_uni(&self, id: u64, stream: RecvStream) {
         let left = match id == self.state.id {
             true => self.state.uni.push(stream).err(),
             false => Some(stream),

@@ -82,7 +82,7 @@ impl Web {
         let Some(hosts) = &self.hosts else {
             return true;
         };
-        is_nobodys(host) || hosts.iter().any(|one| one.eq_ignore_ascii_case(host))
+        is_private_host(host) || hosts.iter().any(|one| one.eq_ignore_ascii_case(host))
     }
 
     /// Whether a page of this origin may connect to the server under this name or address.
@@ -167,7 +167,7 @@ impl Origins {
 }
 
 /// Whether the host is an address, or a name that no public name server resolves.
-fn is_nobodys(host: &str) -> bool {
+fn is_private_host(host: &str) -> bool {
     let v6 = host
         .strip_prefix('[')
         .and_then(|rest| rest.strip_suffix(']'));

@@ -142,7 +142,7 @@ impl TokenFile {
         let set = self.current();
         peer.digest
             .and_then(|digest| set.get(&digest))
-            .is_some_and(|found| found.id == peer.id() && set.stands(found))
+            .is_some_and(|found| found.id == peer.id() && set.is_in_force(found))
     }
 
     /// Whether `entry` is still in the file, with the same token, and all entries that it depends on.
@@ -151,7 +151,7 @@ impl TokenFile {
     pub fn contains(&self, entry: &TokenEntry) -> bool {
         let set = self.current();
         set.get(&entry.digest)
-            .is_some_and(|found| found.id == entry.id && set.stands(found))
+            .is_some_and(|found| found.id == entry.id && set.is_in_force(found))
     }
 
     /// Whether a peer came with a token of this file, so that it can have shares.
@@ -203,7 +203,7 @@ impl TokenFile {
             let stands = set
                 .get(&parent.digest)
                 .filter(|entry| entry.id == parent.id);
-            if !stands.is_some_and(|entry| set.stands(entry) && !entry.is_expired()) {
+            if !stands.is_some_and(|entry| set.is_in_force(entry) && !entry.is_expired()) {
                 return Err(gone());
             }
             let of = |entry: &TokenEntry| entry.parent.as_ref() == Some(&parent);
@@ -968,7 +968,7 @@ impl TokenSet {
     }
 
     /// Whether all entries that an entry depends on are valid.
-    fn stands(&self, entry: &TokenEntry) -> bool {
+    fn is_in_force(&self, entry: &TokenEntry) -> bool {
         let in_force = |parents: Vec<&TokenEntry>| parents.iter().all(|one| !one.is_expired());
         self.parents(entry).is_some_and(in_force)
     }
