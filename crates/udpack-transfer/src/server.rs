@@ -1,4 +1,4 @@
-//! The server's half: one lane and what it decides, the disk work of files, requests, jobs, the operator's word.
+//! The server's half: lanes, the disk work of files, requests, jobs, hooks.
 
 pub(crate) mod control;
 pub(crate) mod hook;

@@ -1,8 +1,8 @@
-//! [`Control`]: a server as its operators see it, and what they may do with it: the channel `stats`.
+//! [`Control`]: the state of a server for its operators, and their commands: the channel `stats`.
 //!
-//! One task looks at the server, four times a second at most and only while somebody watches; else it notes the traffic of each
-//! second, which is two numbers. It leaves what it sees in one place, and each watcher sends the latest from there: who is
-//! slow skips what is old. Nothing is sent while nothing changes.
+//! One task inspects the server, four times a second at most and only while a client watches; otherwise it records
+//! the traffic of each second, which is two numbers. It stores the latest state in one place, and the task of each
+//! watcher sends the state from there: a slow watcher skips old states. Nothing is sent while nothing changes.
 
 mod look;
 
@@ -25,21 +25,21 @@ use crate::server::scope::Scope;
 use crate::wire::STATS_CHANNEL;
 use crate::wire::stats::ServerStats;
 
-/// How often the state is told at most.
+/// The shortest interval between reported states.
 const TICK: Duration = Duration::from_millis(250);
-/// And how often where there are many sockets: each look takes some microseconds for each of them.
+/// The interval with many sockets: an inspection takes some microseconds for each of them.
 const SLOW_TICK: Duration = Duration::from_secs(1);
-/// How often traffic is noted while nobody watches.
+/// The interval at which traffic is recorded while nobody watches.
 const SECOND: Duration = Duration::from_secs(1);
-/// So many are many.
+/// This number of sockets counts as many.
 const MANY: u64 = 1024;
 /// The text for a client whose token lacks the right.
 const NO_RIGHT: &str = "this token has no right to watch";
 
-/// Tells operators how a server is, closes sockets for them, and passes on their word that it shall go down.
+/// Reports the state of a server to operators, closes sockets for them, and passes on their request to shut down.
 ///
-/// [`attach`](Self::attach) serves the channels named [`STATS_CHANNEL`] to tokens with the right `watch` or `admin`, and
-/// [`run`](Self::run), beside the server, looks at it for them. A handle.
+/// [`attach`](Self::attach) serves the channels named [`STATS_CHANNEL`] to tokens with the right `watch` or `admin`,
+/// and [`run`](Self::run), in parallel to the server, inspects it for them. A handle.
 ///
 /// ```
 /// # use udpack::{Deny, Drain, Hello, Identity, Peer, Server};
@@ -71,30 +71,30 @@ pub struct Control {
 struct Inner {
     receiver: Receiver,
     began: Instant,
-    /// The server, while it is looked at.
+    /// The server, while it is inspected.
     server: Mutex<Option<Server>>,
     latest: watch::Sender<Option<Arc<Snapshot>>>,
     history: Mutex<History>,
-    /// Somebody has begun to watch, and waits for the first that is told.
+    /// Notified when a client has begun to watch and waits for the first state.
     joined: Notify,
     waits: AtomicBool,
     drain: Notify,
     draining: AtomicBool,
-    /// Bytes sent on channels of this kind: they are not counted, else telling would be news.
+    /// Bytes sent on such channels. They are not counted as traffic, otherwise each report would be a change.
     told: AtomicU64,
 }
 
-/// What is told, and the frame in which most get it.
+/// The reported state, and its frame for most watchers.
 struct Snapshot {
     stats: ServerStats,
     frame: Encoded,
 }
 
-/// Bytes sent to one socket on channels of this kind.
+/// Bytes sent to one socket on such channels.
 #[derive(Clone, Default)]
 struct BytesSent(Arc<AtomicU64>);
 
-/// The server is looked at for as long as this lives.
+/// The server is inspected while this value lives.
 struct Looking<'a>(&'a Inner);
 
 impl Drop for Looking<'_> {
@@ -104,7 +104,7 @@ impl Drop for Looking<'_> {
 }
 
 impl Control {
-    /// For the server whose transfers this receiver serves. Its time begins now.
+    /// Creates the control of the server whose transfers this receiver serves. The server's uptime counts from now.
     pub fn new(receiver: &Receiver) -> Self {
         Self {
             inner: Arc::new(Inner {
@@ -131,10 +131,11 @@ impl Control {
         })
     }
 
-    /// Looks at the server for those who watch, and once a second at its traffic. Never ends. One at a time.
+    /// Inspects the server for the watchers, and records its traffic once a second. Never ends. Only one call may run
+    /// at a time.
     ///
     /// # Drop
-    /// Nobody is told anything new any more.
+    /// Watchers get no further states.
     pub async fn run(&self, server: &Server) {
         let inner = &*self.inner;
         *lock(&inner.server) = Some(server.clone());
@@ -169,29 +170,29 @@ impl Control {
         }
     }
 
-    /// Waits until an administrator asks for the server to go down. What follows is the program's: see
+    /// Waits until an administrator asks the server to shut down. The program then does so: see
     /// [`Server::run_until`].
     ///
     /// # Cancel safety
-    /// Cancel safe: who asked before is heard by the next call.
+    /// Cancel safe: the next call returns for an earlier request.
     pub async fn drain_asked(&self) {
         self.inner.drain.notified().await;
     }
 
-    /// To be called when the server begins to shut down: those who watch are told, and sent away once no transfer runs any
-    /// more, so that they do not hold up the end.
+    /// To be called when the server begins to shut down: watchers are told, and their channels are closed once no
+    /// transfer runs, so that they do not delay the end.
     pub fn shutting_down(&self) {
         self.inner.draining.store(true, Ordering::Relaxed);
     }
 
-    /// How the server is, as those who watch it are told; `None` while [`run`](Self::run) does not look.
+    /// The state of the server as reported to watchers; `None` while [`run`](Self::run) does not run.
     pub async fn stats(&self) -> Option<ServerStats> {
         let server = lock(&self.inner.server).clone()?;
         Some(Looker::new(&self.inner, &server).look().await)
     }
 
-    /// Closes a socket with `forbidden`, and tells its peer why. `false` where there is none of this id, or the server is
-    /// not [looked at](Self::run).
+    /// Closes a socket with `forbidden`, and tells its peer the reason. Returns `false` if there is no socket of this
+    /// id, or [`run`](Self::run) does not run.
     pub fn kick(&self, id: &str, reason: Option<&str>) -> bool {
         let server = lock(&self.inner.server).clone();
         let Some(socket) = server.and_then(|server| server.socket(id)) else {
@@ -207,7 +208,7 @@ impl Control {
         true
     }
 
-    /// Serves one who watches until it leaves.
+    /// Serves one watcher until it leaves.
     async fn watch(&self, channel: Channel) -> Result<(), RecvError> {
         let inner = &*self.inner;
         let peer = channel.peer();
@@ -342,7 +343,7 @@ impl Inner {
         self.send(channel, frame, own).await
     }
 
-    /// What was before, as much of it as a frame of this peer holds.
+    /// Sends the recorded traffic, as much as fits into a frame of this peer.
     async fn tell_history(&self, channel: &Channel, own: &BytesSent) -> Result<(), SendError> {
         let most = channel.frame_limit() / History::BYTES;
         let frame = {
@@ -358,7 +359,7 @@ impl Inner {
         frame: &Encoded,
         own: &BytesSent,
     ) -> Result<(), SendError> {
-        // Noted before it is sent: a look meanwhile finds it sent at the latest.
+        // Counted before it is sent, so that a concurrent inspection does not count it as traffic.
         let bytes = frame.len() as u64;
         self.told.fetch_add(bytes, Ordering::Relaxed);
         own.0.fetch_add(bytes, Ordering::Relaxed);
@@ -366,7 +367,7 @@ impl Inner {
     }
 }
 
-/// Who asks, for the log.
+/// The requester, for the log.
 fn by(channel: &Channel) -> String {
     let peer = channel.peer();
     peer.map_or_else(String::new, |peer| peer.id().to_owned())
@@ -379,6 +380,6 @@ impl fmt::Debug for Control {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Nothing panics while it is held.
+    // No code panics while the lock is held.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

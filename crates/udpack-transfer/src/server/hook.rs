@@ -1,4 +1,4 @@
-//! [`Hook`]: what an operator wants to say to an upload before and after.
+//! [`Hook`]: an operator's code that decides about uploads and requests.
 
 use std::future::Future;
 use std::path::PathBuf;
@@ -22,7 +22,7 @@ pub struct HookOffer {
 pub struct HookStored {
     /// The name in the store, in its [text form](crate::base::names).
     pub path: String,
-    /// Where that is on the server's file system.
+    /// The path of the file on the server's file system.
     pub file: PathBuf,
     /// Its size in bytes.
     pub size: u64,
@@ -32,13 +32,13 @@ pub struct HookStored {
     pub peer: String,
 }
 
-/// An upload that is whole and checked, and has no name yet.
+/// An upload that is complete and verified, and not published yet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct HookWhole {
-    /// The name in the store that it is to have.
+    /// Its future name in the store.
     pub path: String,
-    /// Where its bytes are until the answer; to be read only.
+    /// The path of its bytes until the answer; read-only.
     pub file: PathBuf,
     /// Its size in bytes.
     pub size: u64,
@@ -46,39 +46,39 @@ pub struct HookWhole {
     pub peer: String,
 }
 
-/// What a client wants to do with what is there.
+/// The operation that a client requests on an existing entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Access {
-    /// To get a file, or its hash.
+    /// Get a file, or its hash.
     Read,
-    /// To list a directory, or to stat one entry.
+    /// List a directory, or stat one entry.
     List,
-    /// To remove it, and what is below.
+    /// Remove an entry, and everything below it.
     Remove,
 }
 
-/// A request about what is there, which the client's token has the right to make.
+/// A request about existing entries, which the client's token permits.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct HookAccess {
     /// The name in the store, valid; empty for the root.
     pub path: String,
-    /// What is to be done.
+    /// The requested operation.
     pub access: Access,
     /// The id of the client's token.
     pub peer: String,
 }
 
-/// Ready with an answer, sooner or later.
+/// A future with the hook's answer.
 pub type Answer<'a> = Pin<Box<dyn Future<Output = Result<(), String>> + Send + 'a>>;
 
-/// The answer to an offer: `Ok(None)` takes it as it is, `Ok(Some(name))` under another name, `Err` refuses
-/// it with a sentence for the client.
+/// The answer to an offer: `Ok(None)` accepts it, `Ok(Some(name))` accepts it under another name, `Err` refuses it
+/// with a sentence for the client.
 pub type Accepted = Result<Option<String>, String>;
 
-/// Called for each upload, and before what is there is read, listed or removed. A slow hook delays only what it is asked
-/// about.
+/// Called for each upload, and before entries are read, listed or removed. A slow hook delays only the operation that
+/// it is asked about.
 ///
 /// ```
 /// use std::{future::ready, pin::Pin};
@@ -107,27 +107,27 @@ pub type Accepted = Result<Option<String>, String>;
 /// # async fn catalogue(_: &str, _: u64) -> Result<(), ()> { Ok(()) }
 /// ```
 pub trait Hook: Send + Sync + 'static {
-    /// Before anything of the file is taken. A name that is given back is checked like a client's.
+    /// Called before any byte of the file is accepted. A returned name is checked like a client's.
     fn accept<'a>(
         &'a self,
         offer: &'a HookOffer,
     ) -> Pin<Box<dyn Future<Output = Accepted> + Send + 'a>>;
 
-    /// Before what is there is read, listed or removed; `Err` is sent to the client with `forbidden`. Of a directory that
-    /// is listed or removed it is asked once, not for each entry. Allows everything unless it is implemented.
+    /// Called before an entry is read, listed or removed; `Err` is sent to the client with `forbidden`. For a
+    /// directory it is called once, not for each entry. The default allows everything.
     fn allow<'a>(&'a self, what: &'a HookAccess) -> Answer<'a> {
         let _ = what;
         Box::pin(std::future::ready(Ok(())))
     }
 
-    /// When all bytes of a file are here and are what the client sent, before the file has its name and the client its
-    /// `done`; `Err` removes it and is sent to the client with `refused`. A file that is found to be there already is not
-    /// asked about. Agrees unless it is implemented.
+    /// Called when a file is complete and verified, before it is published and the client gets `done`; `Err` removes
+    /// it and is sent to the client with `refused`. Not called for a file that existed already. The default agrees.
     fn verify<'a>(&'a self, whole: &'a HookWhole) -> Answer<'a> {
         let _ = whole;
         Box::pin(std::future::ready(Ok(())))
     }
 
-    /// Called after the file is stored, before or while the client is notified. Must not block: start what takes time.
+    /// Called after the file is stored, before or while the client is notified. Must not block: start slow work
+    /// elsewhere.
     fn done(&self, stored: HookStored);
 }

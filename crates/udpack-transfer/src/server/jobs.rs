@@ -1,7 +1,7 @@
-//! The transfers of a server as others may watch them: the channel `transfers`.
+//! The transfers of a server for watchers: the channel `transfers`.
 //!
-//! A watcher gets the list, then each change, coalesced: of several states of one job within a quarter of a
-//! second the latest. The end of a job is always sent. Transfers never wait for a watcher.
+//! A watcher gets the list, then each change. Of several states of one job within a quarter of a second only the
+//! latest is sent. The end of a job is always sent. Transfers never wait for a watcher.
 
 mod pace;
 mod recent;
@@ -23,18 +23,18 @@ use crate::base::phase::{Phase, PhaseCell};
 use crate::server::receiver::NoScope;
 use crate::server::scope::Scope;
 
-/// How often a job's progress is sent at most.
+/// The shortest interval between reports of a job's progress.
 const TICK: Duration = Duration::from_millis(250);
-/// Ended jobs that may wait for one watcher; one that is further behind is closed.
+/// The most ended jobs that wait for one watcher; the channel of a slower watcher is closed.
 const BACKLOG: usize = 16_384;
-/// Jobs in the first list.
+/// The most jobs in the first list.
 const LIST: usize = 512;
-/// Bytes of a job in a message beside its path, peer and text, at most.
+/// The most bytes of a job in a message besides its path, peer and text.
 const JOB_BYTES: usize = 256;
-/// Bytes of the reason that is given with `cancel`, and of the text that is kept of an end, at most.
+/// The most bytes of the reason of a `cancel`, and of the text of an end.
 const TEXT: usize = 256;
 
-/// Whether a job brings a file or takes one.
+/// The direction of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum JobKind {
     Put,
@@ -45,45 +45,45 @@ pub(crate) enum JobKind {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum JobEnd {
     Done,
-    /// With the sentence that its client gets.
+    /// It failed, with the sentence for its client.
     Failed(Code, String),
     Cancelled,
-    /// What is there of it waits to be resumed.
+    /// It was interrupted; its data can be resumed.
     Suspended,
 }
 
-/// A transfer that runs, as its server sees it.
+/// A running transfer, as its server sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Transfer {
     /// Never used twice while the server runs.
     pub id: u64,
-    /// Whether a file is sent to a client, and not received.
+    /// Whether the server sends the file.
     pub is_download: bool,
     /// The name in the store.
     pub path: String,
     /// The id of the client's token.
     pub peer: String,
-    /// The size in bytes; `None` where it is not known, or not yet.
+    /// The size in bytes; `None` if it is unknown.
     pub size: Option<u64>,
-    /// What it is doing.
+    /// The current phase.
     pub phase: Phase,
-    /// Bytes a second, of the last two seconds or so.
+    /// Bytes per second, averaged over about the last two seconds.
     pub rate: u64,
-    /// No byte has moved for 5 s, though some should.
+    /// Whether no byte has moved for 5 s although some should.
     pub stalled: bool,
     /// Bytes received without a gap, or sent.
     pub bytes: u64,
-    /// Of those received, bytes that a power cut would not take.
+    /// Received bytes that survive a power cut.
     pub safe: u64,
-    /// How long it runs.
+    /// The time since the transfer began.
     pub running: Duration,
 }
 
 /// Watches the transfers of a [`Receiver`](crate::Receiver).
 ///
 /// # Drop
-/// Ends nothing but the telling.
+/// Stops only the watching.
 #[derive(Debug)]
 pub struct TransferWatch {
     jobs: Jobs,
@@ -92,15 +92,16 @@ pub struct TransferWatch {
 }
 
 impl TransferWatch {
-    /// All that run now, as soon as one has begun, moved or ended since the last call, and four times a second at
-    /// most. `None` when none runs and the server shuts down ([`Receiver::shutting_down`](crate::Receiver::shutting_down)).
+    /// All running transfers, as soon as one has begun, moved or ended since the last call, four times a second at
+    /// most. `None` when none runs and the server shuts down
+    /// ([`Receiver::shutting_down`](crate::Receiver::shutting_down)).
     ///
     /// # Cancel safety
     /// Cancel safe.
     pub async fn next(&mut self) -> Option<Vec<Transfer>> {
         loop {
             self.ticker.tick().await;
-            // Read first, so that what begins afterwards is reported.
+            // Read first, so that transfers that begin later are reported.
             let over = self.jobs.inner.over.load(Ordering::Relaxed);
             let now = self.jobs.transfers();
             let state = |all: &[Transfer]| {
@@ -131,7 +132,7 @@ struct Inner {
     running: Mutex<BTreeMap<u64, Arc<Running>>>,
     recent: Recent,
     watchers: Mutex<HashMap<u64, Arc<Watcher>>>,
-    /// Watchers go when there is nothing left to see.
+    /// Whether watchers are closed when no transfer is left.
     over: AtomicBool,
 }
 
@@ -149,13 +150,13 @@ struct Running {
     safe: AtomicU64,
     /// `None` once it has ended.
     cancel: Mutex<Option<Cancel>>,
-    /// That it was cancelled at the server, and why, if somebody said so.
+    /// Set when it was cancelled at the server, with the reason if one was given.
     cancelled: OnceLock<Option<String>>,
 }
 
 type Cancel = Arc<dyn Fn() + Send + Sync>;
 
-/// What a watcher is told of a job that runs; while it stays the same, nothing is.
+/// The state of a running job as reported to watchers; an unchanged state is not reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct State {
     bytes: u64,
@@ -174,7 +175,7 @@ impl std::fmt::Debug for Running {
     }
 }
 
-/// Notes what a job is doing, and how far it is. A handle.
+/// Records the phase and the progress of a job. A handle.
 #[derive(Debug, Clone)]
 pub(crate) struct JobNotes(Arc<Running>);
 
@@ -188,7 +189,7 @@ impl JobNotes {
     }
 }
 
-/// One job, owned by what runs it. Dropping it without [`end`](Self::end) suspends it.
+/// One job, owned by the code that runs it. Dropping it without [`end`](Self::end) suspends it.
 #[derive(Debug)]
 pub(crate) struct Job {
     jobs: Jobs,
@@ -207,12 +208,12 @@ struct Watcher {
 #[derive(Debug, Default)]
 struct Unheard {
     jobs: VecDeque<Arc<Ended>>,
-    /// More ended than the backlog holds.
+    /// Whether more jobs ended than the backlog holds.
     lost: bool,
 }
 
 impl Jobs {
-    /// A job begins. `cancel` is called when it is cancelled, from any thread, perhaps more than once.
+    /// Begins a job. `cancel` is called when it is cancelled, from any thread, possibly more than once.
     pub(crate) fn start(
         &self,
         kind: JobKind,
@@ -248,13 +249,13 @@ impl Jobs {
         }
     }
 
-    /// All that run now.
+    /// All running transfers.
     pub(crate) fn transfers(&self) -> Vec<Transfer> {
         let all = lock(&self.inner.running);
         all.values().map(|job| job.transfer()).collect()
     }
 
-    /// Tells of all of them. Must be called within a tokio runtime.
+    /// Returns a watcher of all transfers. Must be called within a tokio runtime.
     pub(crate) fn told(&self) -> TransferWatch {
         let mut ticker = tokio::time::interval(TICK);
         ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -265,13 +266,13 @@ impl Jobs {
         }
     }
 
-    /// Cancels one, and tells its client why; `false` where there is none of this number.
+    /// Cancels a job, and tells its client the reason; `false` if there is no job of this id.
     pub(crate) fn cancel(&self, id: u64, reason: Option<&str>) -> bool {
         let job = lock(&self.inner.running).get(&id).cloned();
         job.map(|job| job.cancel(reason)).is_some()
     }
 
-    /// How many run, each way, and how many have ended, and how.
+    /// How many jobs run in each direction, and how many have ended, by their ends.
     pub(crate) fn counts(&self) -> (usize, usize, Counts) {
         let running = lock(&self.inner.running);
         let puts = running.values().filter(|job| job.kind == JobKind::Put);
@@ -279,12 +280,12 @@ impl Jobs {
         (puts, running.len() - puts, self.inner.recent.counts())
     }
 
-    /// Whether watchers are to go as soon as nothing runs any more, and nothing does.
+    /// Whether watchers are closed when no transfer runs, and none runs.
     pub(crate) fn is_over(&self) -> bool {
         self.inner.over.load(Ordering::Relaxed) && lock(&self.inner.running).is_empty()
     }
 
-    /// Sends watchers away once they have heard of the end of all they see.
+    /// Closes watchers when they have been sent the ends of all their jobs.
     pub(crate) fn close(&self) {
         self.inner.over.store(true, Ordering::Relaxed);
     }
@@ -317,7 +318,7 @@ impl Jobs {
         {
             return Ok(());
         }
-        // A token that replaced the one it came with may show it more, or less.
+        // A refreshed token may show the watcher more jobs, or fewer.
         let changed = || {
             let now = channel.peer();
             now != peer && Scope::of(now.as_ref(), default).ok().as_ref() != Some(&scope)
@@ -354,7 +355,7 @@ impl Jobs {
         Ok(())
     }
 
-    /// Tells what runs, and what has ended of late.
+    /// Sends the running jobs, and those that ended recently.
     async fn list(
         &self,
         channel: &Channel,
@@ -365,7 +366,7 @@ impl Jobs {
         let running = self.running(watcher);
         let recent = self.inner.recent.all();
         let seen = recent.iter().filter(|job| watcher.sees(&job.job));
-        // What does not fit into one message follows as changes.
+        // Jobs that do not fit into one message follow as changes.
         let mut room = channel.frame_limit().saturating_sub(JOB_BYTES);
         let mut fits = |fields: &JobFields<'_>| {
             let text = fields.text.as_ref().map_or(0, |text| text.len());
@@ -396,7 +397,7 @@ impl Jobs {
         channel.send("jobs", &list).await
     }
 
-    /// Tells what changed; false when the watcher has missed the end of a job.
+    /// Sends the changes; returns `false` if the watcher has missed the end of a job.
     async fn tell(
         &self,
         channel: &Channel,
@@ -503,7 +504,7 @@ impl Watcher {
 impl Running {
     fn cancel(&self, reason: Option<&str>) {
         let reason = reason.map(|reason| udpack::text::printable_within(reason, TEXT));
-        // The first reason counts.
+        // Later reasons are ignored.
         let _ = self.cancelled.set(reason);
         let cancel = lock(&self.cancel).clone();
         if let Some(cancel) = cancel {
@@ -535,7 +536,7 @@ impl Running {
     }
 
     fn now(&self) -> State {
-        // In this order: all that was written before a phase is seen in it.
+        // Read in this order, so that values written before a phase are seen with it.
         let phase = self.phase.get();
         let bytes = self.bytes.load(Ordering::Relaxed);
         let now = Instant::now();

@@ -1,7 +1,7 @@
-//! [`Places`]: what the clients of one server share, each divided by token, so that no client can use up what the next
-//! one needs. `docs/RESOURCES.md` has the whole table.
+//! [`Places`]: the resources that the clients of one server share, each divided by token, so that no client can take
+//! all of one. `docs/RESOURCES.md` has the whole table.
 //!
-//! Each kind of work has places of its own: what requests hold never keeps an upload waiting.
+//! Each kind of work has places of its own, so that requests never delay an upload.
 
 use std::thread;
 
@@ -10,27 +10,27 @@ use udpack::{Channel, Place, Pool, PoolFull, Shares, Tenant};
 use crate::base::code::Code;
 use crate::server::receiver::ReceiverConfig;
 
-/// Those who may wait for a place of one kind; a quarter of them may be of one token.
+/// The most callers that wait for a place of one kind; one token may have a quarter of them.
 const WAITING: usize = 16_384;
-/// Directories and links that are made at once.
+/// The most directories and links that are created at once.
 const STEPS: usize = 32;
 
 /// The places of a server, by kind of work. A handle.
 #[derive(Debug, Clone)]
 pub(crate) struct Places {
-    /// Files that are received.
+    /// Files being received.
     pub(crate) files: Pool,
-    /// Directories and links that are made.
+    /// Directories and links being created.
     pub(crate) steps: Pool,
-    /// Files of the server that are read for their hash because an upload asks what is there.
+    /// Existing files that are hashed for an upload.
     pub(crate) checks: Pool,
     /// Runs of the operator's hook before an upload.
     pub(crate) hooks: Pool,
-    /// Files that are sent.
+    /// Files being sent.
     pub(crate) downloads: Pool,
-    /// Requests that are answered, but for hashes.
+    /// Requests being answered, except hashes.
     pub(crate) requests: Pool,
-    /// Files that are read for their hash because a request wants it.
+    /// Files that are hashed for a request.
     pub(crate) hashes: Pool,
 }
 
@@ -49,7 +49,7 @@ impl Places {
         }
     }
 
-    /// Each kind by the name that counters have for it.
+    /// Each kind with its name in the counters.
     pub(crate) fn all(&self) -> [(&'static str, &Pool); 7] {
         [
             ("files", &self.files),
@@ -63,9 +63,10 @@ impl Places {
     }
 }
 
-/// Places for work that keeps a thread busy, of which one token has as many as half of the processors: where such threads
-/// had all of them, the threads that speak to peers waited. Beside three listed directories on two processors another
-/// client's request took 19 times its time, and beside three files that were compared or hashed its upload 3.8 and 2.2 times.
+/// Places for work that keeps a thread busy. One token gets as many as half of the processors, because such threads
+/// on all processors delay the threads that serve peers. With three concurrent listings on two processors, another
+/// client's request took 19 times as long; with three files compared or hashed, its upload took 3.8 and 2.2 times as
+/// long.
 fn half(places: usize) -> Shares {
     let shares = Shares::of(places.max(1)).with_queue(WAITING);
     let half = thread::available_parallelism().map_or(1, usize::from) / 2;
@@ -75,7 +76,7 @@ fn half(places: usize) -> Shares {
     }
 }
 
-/// The code of what finds no place and no room to wait for one, but for uploads.
+/// The code for work that finds no place and no room to wait, except uploads.
 pub(crate) const TOO_MANY: Code = Code::TooManyRequests;
 
 /// The refusal for a client that finds no place.
@@ -83,15 +84,15 @@ pub(crate) fn too_many(what: &str, full: &PoolFull) -> String {
     format!("too many {what}: {full}, and as many wait as may")
 }
 
-/// What an upload holds while it is open.
+/// The places that an open upload holds.
 #[derive(Debug)]
 pub(crate) struct Slot {
     pub(crate) file: Place,
-    /// Until it is known what is there.
+    /// Held until existing bytes are hashed.
     pub(crate) check: Option<Place>,
 }
 
-/// Whose share the work of this channel counts against.
+/// The tenant of this channel's work.
 pub(crate) fn tenant(channel: &Channel) -> Tenant {
     // A peer with a channel was admitted.
     channel.peer().map_or_else(
@@ -100,7 +101,7 @@ pub(crate) fn tenant(channel: &Channel) -> Tenant {
     )
 }
 
-/// As many threads as can work at once, and at least some.
+/// The number of processors, but at least `least`.
 pub(crate) fn cores(least: usize) -> usize {
     thread::available_parallelism()
         .map_or(1, usize::from)

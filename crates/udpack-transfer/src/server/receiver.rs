@@ -26,36 +26,35 @@ use crate::wire::{CHANNEL, JOBS_CHANNEL};
 pub struct ReceiverConfig {
     /// A file that is open and gets no chunk for this long ends with `upload_stalled`. Defaults to 60 s.
     pub stall: Duration,
-    /// Lanes one socket may have at once. Defaults to 16; further ones are closed with `refused`.
+    /// The most lanes of one socket. Defaults to 16; further ones are closed with `refused`.
     pub lanes_per_socket: usize,
-    /// Files being received at once, all sockets together. Defaults to 256, of which a quarter is kept for tokens that
-    /// have few; so it is with all that clients share here, see [`udpack::Shares::of`]. A further `file` waits for its
-    /// turn, and its lane with it.
+    /// The most files being received at once, all sockets together. Defaults to 256, of which a quarter is reserved
+    /// for tokens that have few; all shared resources here are divided in this way, see [`udpack::Shares::of`]. A
+    /// further `file` waits for its turn, and its lane waits, too.
     pub open_files: usize,
-    /// How long it waits before it is refused with `too_many_uploads`, or a download with `too_many_requests`. Defaults
-    /// to 10 s.
+    /// How long such a file waits before it is refused with `too_many_uploads`, or a download with
+    /// `too_many_requests`. Defaults to 10 s.
     pub turn: Duration,
-    /// A client that sends a resumable file and says nothing for this long may be replaced by another one of the
-    /// same token. Defaults to 5 s.
+    /// A client that sends a resumable file and is silent for this long may be replaced by another client of the same
+    /// token. Defaults to 5 s.
     pub takeover: Duration,
-    /// Files of one lane that may be in checking while the next ones come in. Defaults to 512.
+    /// The most files of one lane that are being verified while the next ones arrive. Defaults to 512.
     pub pipeline: usize,
-    /// Requests of one lane that are answered at once. Defaults to 32.
+    /// The most requests of one lane that are answered at once. Defaults to 32.
     pub requests: usize,
-    /// Requests that are answered at once, all sockets together, hashes not counted; of one token as many as half of the
+    /// The most requests that are answered at once, all sockets together, except hashes; one token gets half of the
     /// processors, at least 1. Defaults to twice the processors, at least 4.
     pub requests_in_all: usize,
-    /// Whole files of the server that are read for their hash at once: so many for requests, and as many for uploads that
-    /// ask what is there; of one token as many of each as half of the processors, at least 1. Defaults to the processors, at
-    /// least 4.
+    /// The most existing files that are hashed at once: this many for requests, and as many for uploads; one token
+    /// gets half of the processors of each, at least 1. Defaults to the processors, at least 4.
     pub hashes: usize,
-    /// Files that are sent at once, all sockets together; each has a thread. Defaults to 128.
+    /// The most files that are sent at once, all sockets together; each has a thread. Defaults to 128.
     pub downloads: usize,
-    /// Uploads about which the [`Hook`] is asked at once. Defaults to 16.
+    /// The most concurrent calls of the [`Hook`] for uploads. Defaults to 16.
     pub hooks: usize,
-    /// What a client may do whose token says nothing of rights. Defaults to uploading only.
+    /// The rights of a client whose token has none of the fields for rights. Defaults to uploading only.
     pub default_scope: Scope,
-    /// Nobody may upload or remove, whatever the tokens say. Defaults to no.
+    /// Whether uploads and removals are refused, whatever the tokens permit. Defaults to no.
     pub read_only: bool,
 }
 
@@ -79,7 +78,7 @@ impl Default for ReceiverConfig {
     }
 }
 
-/// Serves the files of a [`Store`], or of any other [`Sink`]: takes uploads, sends downloads, answers what is there. A
+/// Serves the files of a [`Store`], or of any other [`Sink`]: receives uploads, sends downloads, answers requests. A
 /// handle: clones share the store and the bounds.
 #[derive(Clone)]
 pub struct Receiver {
@@ -108,7 +107,8 @@ impl Receiver {
         Self::over(Target::Disk(store), config)
     }
 
-    /// A receiver whose files go into this sink. What the sink cannot do is refused with `unsupported`.
+    /// A receiver whose files go into this sink. Operations that the sink does not support are refused with
+    /// `unsupported`.
     pub fn into_sink(sink: impl Sink, config: ReceiverConfig) -> Self {
         Self::over(Target::new(sink), config)
     }
@@ -142,15 +142,16 @@ impl Receiver {
         self
     }
 
-    /// Lets clients with the right `share` make tokens for others, which are kept in this file: the one whose tokens let the
-    /// clients in. `web` is the address of the pages for browsers, such as `https://files.example.org/`, for links to them.
+    /// Lets clients with the right `share` make tokens for others. The tokens are stored in this file, which must be
+    /// the server's verifier. `web` is the address of the pages for browsers, such as `https://files.example.org/`,
+    /// for links to them.
     #[must_use]
     pub fn sharing(mut self, tokens: TokenFile, web: Option<String>) -> Self {
         self.queries.sharing = Some(Sharing::new(tokens, web));
         self
     }
 
-    /// Limits what is received and what is sent, all lanes of all sockets together.
+    /// Limits the rates of received and of sent file bytes, all lanes of all sockets together.
     #[must_use]
     pub fn limit(mut self, received: Limiter, sent: Limiter) -> Self {
         self.limit_in = received;
@@ -175,35 +176,35 @@ impl Receiver {
             })
     }
 
-    /// To be called when the server begins to shut down: those who watch its transfers are sent away once
-    /// none is left, so that they do not hold up the end.
+    /// To be called when the server begins to shut down: the channels of watchers are closed once no transfer is
+    /// left, so that they do not delay the end.
     pub fn shutting_down(&self) {
         self.jobs.close();
     }
 
-    /// The transfers that run now, each with how far it is. What waits for its turn is not among them.
+    /// The running transfers with their progress, without those that wait for their turn.
     pub fn transfers(&self) -> Vec<Transfer> {
         self.jobs.transfers()
     }
 
-    /// Tells of [`transfers`](Self::transfers) whenever they change, for a program that shows them. Must be called within a
-    /// tokio runtime.
+    /// Returns a watcher that reports [`transfers`](Self::transfers) when they change. Must be called within a tokio
+    /// runtime.
     pub fn watch(&self) -> TransferWatch {
         self.jobs.told()
     }
 
-    /// Cancels a transfer: its client receives `cancelled` with this reason in its text, and what is there of an upload is removed. One that is being
-    /// checked runs to its end. `false` where none of this number runs.
+    /// Cancels a transfer: its client receives `cancelled` with this reason, and the data of an upload is removed. An
+    /// upload that is being verified runs to its end. Returns `false` if no transfer has this id.
     pub fn cancel(&self, id: u64, reason: Option<&str>) -> bool {
         self.jobs.cancel(id, reason)
     }
 
-    /// What the clients share, by a short name for counters: how much of it is taken, who waits, who was refused.
+    /// The pools of shared resources, each with a short name for counters.
     pub fn pools(&self) -> impl Iterator<Item = (&'static str, &Pool)> {
         self.places.all().into_iter()
     }
 
-    /// The store that the files go to; `None` where they go into another [`Sink`].
+    /// The store of the files; `None` for another [`Sink`].
     pub fn store(&self) -> Option<&Store> {
         self.target().store()
     }
@@ -246,7 +247,7 @@ impl Receiver {
         }
     }
 
-    /// What a peer may do here.
+    /// The rights of a peer.
     pub(crate) fn scope(&self, peer: Option<&Peer>) -> Result<Scope, NoScope> {
         match Scope::of(peer, &self.config.default_scope) {
             Ok(scope) if self.config.read_only => Ok(Scope {
@@ -264,7 +265,7 @@ impl Receiver {
     }
 }
 
-/// The rights of a token cannot be understood; the log says why.
+/// The fields for rights of a token are invalid; the log says why.
 #[derive(Debug)]
 pub(crate) struct NoScope;
 

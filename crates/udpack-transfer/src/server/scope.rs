@@ -1,4 +1,4 @@
-//! What one token may do: the fields of its entry as rules for lanes.
+//! The rights of a token, from the fields of its entry.
 
 use std::borrow::Cow;
 
@@ -12,10 +12,10 @@ use crate::store::Tenant;
 
 /// The rights of one client.
 ///
-/// They stand in the fields of its token's entry: `scope=read,write,delete,share,watch,admin`, `prefix=a/b`, `quota=10G`.
-/// A prefix is the client's root: all it names lies below, and it receives names without it, so that it
-/// cannot even find out what lies beside. One with characters that the token file has not is
-/// `prefix-encoded=a%20b`. Where the token was made by another one, both must allow what is done.
+/// They stand in the fields of its token's entry: `scope=read,write,delete,share,watch,admin`, `prefix=a/b`,
+/// `quota=10G`. A prefix is the client's root: all its names are relative to it, and it receives names without the
+/// prefix, so that it learns nothing about other directories. A prefix with characters that the token file does not
+/// permit is written as `prefix-encoded=a%20b`. If another token made the token, both must permit an operation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Scope {
     /// May fetch, list and compare.
@@ -24,13 +24,13 @@ pub struct Scope {
     pub write: bool,
     /// May remove, and replace where the server grants it.
     pub delete: bool,
-    /// May make tokens of its own that may do no more than it may itself.
+    /// May make tokens that have no more rights than its own.
     pub share: bool,
     /// May see the transfers of others, and the state of the server.
     pub watch: bool,
-    /// May see as one who may watch, cancel the transfers of others, close sockets, shut the server down, and do what `share` is for.
+    /// Includes `watch` and `share`; may also cancel the transfers of others, close sockets and shut the server down.
     pub admin: bool,
-    /// The directory that is its root.
+    /// The client's root directory.
     pub prefix: Option<RelPath>,
     /// Most bytes of all files below its root.
     pub quota: Option<u64>,
@@ -39,7 +39,7 @@ pub struct Scope {
 }
 
 impl Default for Scope {
-    /// To upload, and nothing else.
+    /// The right to upload, and nothing else.
     fn default() -> Self {
         Self {
             read: false,
@@ -55,28 +55,28 @@ impl Default for Scope {
     }
 }
 
-/// A token's entry has rules that cannot be understood; its owner may do nothing until that is mended.
+/// The entry of a token has invalid fields. Its owner has no rights until they are corrected.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ScopeError {
-    /// A word of `scope` that is no right.
+    /// A word of `scope` is not a right.
     #[error("unknown right {0:?} in scope, expected read, write, delete, share, watch or admin")]
     Right(String),
-    /// `prefix` is no path.
+    /// `prefix` is not a valid path.
     #[error("prefix: {0}")]
     Prefix(#[from] PathError),
-    /// `quota` is no size.
+    /// `quota` is not a size.
     #[error("quota: {0}")]
     Quota(&'static str),
-    /// `prefix` does not lie below that of the token it depends on.
+    /// `prefix` is not below that of the parent token.
     #[error("the prefix lies outside of the one of its parent")]
     Outside,
 }
 
 impl Scope {
-    /// The rights of an admitted peer; `default` where its token says nothing of rights.
+    /// The rights of an admitted peer; `default` if its token has no fields for rights.
     ///
     /// # Errors
-    /// When a field cannot be understood.
+    /// When a field is invalid.
     pub fn of(peer: Option<&Peer>, default: &Self) -> Result<Self, ScopeError> {
         let claim = |key| peer.and_then(|peer| peer.claim(key));
         let mut scope = default.clone();
@@ -110,7 +110,7 @@ impl Scope {
         }
     }
 
-    /// What both may do.
+    /// The rights that both have.
     fn within(self, parent: &Self) -> Result<Self, ScopeError> {
         let prefix = match (self.prefix, &parent.prefix) {
             (None, parent) => parent.clone(),
@@ -132,7 +132,7 @@ impl Scope {
         })
     }
 
-    /// Whether it may make tokens of its own.
+    /// Whether the client may make tokens.
     pub(crate) fn may_share(&self) -> bool {
         self.share || self.admin
     }
@@ -154,12 +154,12 @@ impl Scope {
         (ENCODED.to_owned(), text)
     }
 
-    /// Whether it sees the transfers of others, and the state of the server.
+    /// Whether the client may see the transfers of others, and the state of the server.
     pub fn watches(&self) -> bool {
         self.watch || self.admin
     }
 
-    /// The refusal of what this client has no right to.
+    /// The refusal for a missing right.
     pub(crate) fn no_right(right: &str) -> (Code, String) {
         let message = format!("forbidden: this token has no right to {right}");
         (Code::Forbidden, message)
@@ -168,9 +168,9 @@ impl Scope {
     /// The file that the client calls `path`.
     ///
     /// # Errors
-    /// When it is no path, or too long below the prefix.
+    /// When it is not a valid path, or too long below the prefix.
     pub fn inside(&self, path: &str) -> Result<RelPath, PathError> {
-        // Judged as it was sent first: a prefix must not make good what is bad.
+        // Checked as it was sent first: a prefix must not make an invalid path valid.
         let path: RelPath = path.parse()?;
         match &self.prefix {
             None => Ok(path),
@@ -201,7 +201,7 @@ impl Scope {
         }
     }
 
-    /// A sentence of the store's with the names in it as the client knows them.
+    /// Replaces the names in a sentence by the client's names, so that the prefix stays hidden.
     pub(crate) fn outside_of<'a>(&self, sentence: &'a str) -> Cow<'a, str> {
         let Some(prefix) = &self.prefix else {
             return sentence.into();
@@ -213,7 +213,7 @@ impl Scope {
         while let Some(at) = rest.find(&prefix) {
             let (before, found) = rest.split_at(at);
             told.push_str(before);
-            // A name begins a word; in the middle of one it is another's.
+            // A name begins a word; a match in the middle of a word is another name.
             let begins =
                 !(cut && before.is_empty()) && (told.is_empty() || told.ends_with([' ', '"']));
             cut = begins;
@@ -245,7 +245,7 @@ fn is_below(path: &RelPath, parent: &RelPath) -> bool {
     rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
-/// The bytes of a name that is percent-encoded; what is no escape stands for itself.
+/// Decodes a percent-encoded name; other characters are literal.
 fn decoded(text: &str) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();

@@ -1,5 +1,5 @@
-//! What a token may do, told to its client; and shares: tokens that a client makes for others, which may do no more than
-//! its own.
+//! Reports the rights of a token to its client, and manages shares: tokens that a client makes for others, with no
+//! more rights than its own.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -15,7 +15,7 @@ use crate::server::scope::Scope;
 use crate::staging::target::Target;
 use crate::store::Tenant;
 
-/// Where shares are kept, and where browsers find their pages. Cheap to clone.
+/// The file of shares, and the address of the pages for browsers. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Sharing {
     tokens: TokenFile,
@@ -23,7 +23,7 @@ pub(crate) struct Sharing {
     web: Option<Arc<str>>,
 }
 
-/// What is asked about tokens.
+/// A request about tokens.
 #[derive(Debug)]
 pub(crate) enum Asked {
     Rights,
@@ -32,7 +32,7 @@ pub(crate) enum Asked {
     Unshare(String),
 }
 
-/// The share that is wanted.
+/// The requested share.
 #[derive(Debug)]
 pub(crate) struct Wish {
     prefix: String,
@@ -68,7 +68,7 @@ impl Asked {
         })
     }
 
-    /// Answers it. Blocks.
+    /// Answers the request. Blocks.
     pub(crate) fn answer(
         self,
         sharing: Option<&Sharing>,
@@ -100,13 +100,13 @@ impl Asked {
     }
 }
 
-/// What a client may store yet by the quotas of its token; `None` where it has none. Blocks.
+/// How many bytes a client may still store by the quotas of its token; `None` without a quota. Blocks.
 fn left(target: &Target, tenant: Option<&Tenant>) -> Result<Option<u64>, Fault> {
     let Some(tenant) = tenant else {
         return Ok(None);
     };
     let Some(store) = target.store() else {
-        // How full another sink is nobody knows.
+        // The usage of another sink is unknown.
         return Ok(Some(tenant.quota));
     };
     let left = store.left(tenant);
@@ -124,7 +124,7 @@ pub(crate) enum Answer {
     Nothing,
 }
 
-/// What a token may do.
+/// The rights of a token.
 #[derive(Serialize)]
 pub(crate) struct Rights {
     read: bool,
@@ -147,7 +147,7 @@ pub(crate) struct Rights {
     expires_ms: Option<u64>,
 }
 
-/// A share that was made.
+/// A new share.
 #[derive(Serialize)]
 pub(crate) struct Made {
     name: String,
@@ -177,7 +177,7 @@ pub(crate) struct Shared {
 }
 
 impl Sharing {
-    /// Shares in this file; `web` is where browsers find the pages.
+    /// Manages shares in this file; `web` is the address of the pages.
     pub(crate) fn new(tokens: TokenFile, web: Option<String>) -> Self {
         Self {
             tokens,
@@ -261,7 +261,7 @@ impl Rights {
         let shares = sharing
             .zip(peer)
             .is_some_and(|(sharing, peer)| sharing.tokens.can_share(peer));
-        // Where its maker has put it is none of the business of who follows a link.
+        // A client with a share does not learn the directory in which its maker has put it.
         let is_share = peer.is_some_and(|peer| peer.parent().is_some());
         let prefix = scope.prefix.as_ref().filter(|_| !is_share);
         Self {
@@ -281,7 +281,7 @@ impl Rights {
 }
 
 impl Wish {
-    /// The rights in the words of an entry, none of which the client lacks.
+    /// The rights as words of an entry; the client must have each of them.
     fn rights(&self, scope: &Scope) -> Result<String, Fault> {
         let wanted = [
             ("read", self.read, scope.read),
@@ -302,7 +302,7 @@ impl Wish {
         Ok(words.join(","))
     }
 
-    /// The quota, which the client's own has room for.
+    /// The quota, which must fit into the client's own.
     fn room(&self, left: Option<u64>) -> Result<Option<u64>, Fault> {
         if self.quota == Some(0) {
             return Err(Fault::new(
@@ -324,7 +324,7 @@ impl Wish {
         }
     }
 
-    /// The time when it ends, not after the client's own token.
+    /// The expiry, which is not after that of the client's own token.
     fn end(&self, peer: &Peer) -> Result<Option<SystemTime>, Fault> {
         let own = peer.expires();
         let Some(secs) = self.expires_s else {
@@ -350,7 +350,7 @@ impl Wish {
     }
 }
 
-/// A share in the words of its maker.
+/// A share, with names as its maker sees them.
 fn shown(entry: &TokenEntry, scope: &Scope) -> Shared {
     let claims = entry.fields().to_vec();
     let own = Scope::of(
@@ -374,19 +374,19 @@ fn shown(entry: &TokenEntry, scope: &Scope) -> Shared {
     }
 }
 
-/// Milliseconds until then.
+/// Milliseconds until the expiry.
 fn left_ms(end: Option<SystemTime>) -> Option<u64> {
     let left = end?.duration_since(SystemTime::now()).unwrap_or_default();
     Some(u64::try_from(left.as_millis()).unwrap_or(u64::MAX))
 }
 
-/// The refusal where the token file has no place for a share.
+/// The refusal if the token file cannot hold a share.
 fn share_fault(error: TokenFileError) -> Fault {
     match error {
         TokenFileError::TooManyShares { .. } => {
             Fault::new(Code::TooManyShares.as_str(), error.to_string())
         }
-        // The peer's own token went meanwhile.
+        // The peer's own token was revoked meanwhile.
         TokenFileError::NoParent { .. } => {
             let (code, message) = Scope::no_right("share");
             Fault::new(code.as_str(), message)
@@ -401,5 +401,5 @@ fn share_fault(error: TokenFileError) -> Fault {
     }
 }
 
-/// A hundred years.
+/// The longest lifetime of a share in seconds: a hundred years.
 const MAX_SECS: u64 = 3_155_760_000;

@@ -1,8 +1,8 @@
-//! Who is writing which resumable upload, and who may take one over; and which uploads ended lately.
+//! The writers of resumable uploads, their takeover by other writers, and the outcomes of recent uploads.
 //!
-//! An upload belongs to one writer at a time. The same run of a client that comes back takes its own upload
-//! over at once, anybody of the same token does after the writer has been silent for a while, and everybody
-//! else receives `busy`. So two clients never displace each other.
+//! An upload belongs to one writer at a time. The same run of a client takes its own upload over at once after a
+//! reconnect; another client of the same token takes it over after the writer has been silent for a while; all others
+//! receive `busy`. So two active clients never displace each other.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,10 +14,10 @@ use tokio::time::Instant;
 
 use crate::store::Published;
 
-/// Outcomes remembered: a client that lost one asks again within minutes. About 200 bytes each.
+/// The most outcomes that are remembered, of about 200 bytes each: a client that lost one asks again within minutes.
 const OUTCOMES: usize = 16_384;
 
-/// Names an upload of one client: 128 bits of a hash.
+/// Identifies an upload of one client: 128 bits of a hash.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct UploadKey([u8; 16]);
 
@@ -46,7 +46,7 @@ impl UploadKey {
 /// All writers of one server. A handle.
 #[derive(Debug, Clone)]
 pub(crate) struct Writers {
-    /// A writer that said nothing for this long may be replaced.
+    /// A writer that was silent for this long may be replaced.
     silent: Duration,
     live: Arc<Mutex<HashMap<UploadKey, Live>>>,
     outcomes: Arc<Mutex<Outcomes>>,
@@ -56,28 +56,27 @@ pub(crate) struct Writers {
 struct Live {
     run: Option<[u8; 16]>,
     active: Arc<Mutex<Instant>>,
-    /// The upload has ended for the client, and its writer only has to clean up.
+    /// Set when the upload has ended for the client, and its writer only cleans up.
     leaving: Arc<AtomicBool>,
     /// Tells the writer that it has been replaced.
     replaced: watch::Sender<Replaced>,
-    /// Closed when it has let go.
+    /// Closed when the writer has released the upload.
     gone: watch::Receiver<()>,
 }
 
-/// Whether a writer has to let go, and for whom.
+/// Whether a writer must release the upload, and for whom.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Replaced {
     No,
-    /// For another offer of its own run. That one may be the older, held up on its way: then it is worth
-    /// another try.
+    /// For another offer of its own run. That offer may be older and delayed; then trying again helps.
     ByOwnRun,
     ByOther,
 }
 
-/// What asking for an upload led to.
+/// The result of claiming an upload.
 #[derive(Debug)]
 pub(crate) enum Claim {
-    /// It is yours.
+    /// The upload is claimed.
     Writer(Writer),
     /// A live client writes it.
     Busy,
@@ -96,7 +95,7 @@ pub(crate) struct Writer {
     _gone: watch::Sender<()>,
 }
 
-/// Notes that a writer shows life.
+/// Records that a writer is alive.
 #[derive(Debug, Clone)]
 pub(crate) struct Pulse {
     active: Arc<Mutex<Instant>>,
@@ -108,14 +107,14 @@ impl Pulse {
         *lock(&self.active) = Instant::now();
     }
 
-    /// To be set when the writer is about to let go: who asks then does not find it busy, but waits for that.
+    /// To be set when the writer is about to release the upload: later claims then wait instead of getting `busy`.
     pub(crate) fn leaving(&self) -> Arc<AtomicBool> {
         self.leaving.clone()
     }
 }
 
 impl Writers {
-    /// No writer yet. A writer that is silent for `silent` may be replaced.
+    /// Creates an empty table. A writer that is silent for `silent` may be replaced.
     pub(crate) fn new(silent: Duration) -> Self {
         Self {
             silent,
@@ -124,7 +123,7 @@ impl Writers {
         }
     }
 
-    /// Asks for an upload on behalf of a client's run.
+    /// Claims an upload for a client's run.
     pub(crate) fn claim(&self, key: UploadKey, run: Option<[u8; 16]>) -> Claim {
         let mut live = lock(&self.live);
         if let Some(writer) = live.get(&key) {
@@ -167,7 +166,7 @@ impl Writers {
         })
     }
 
-    /// Remembers what became of an upload, for a client that lost the answer.
+    /// Remembers the outcome of an upload, for a client that lost the answer.
     pub(crate) fn ended(&self, key: UploadKey, published: &Published) {
         let mut outcomes = lock(&self.outcomes);
         if outcomes.known.insert(key, published.clone()).is_none() {
@@ -180,7 +179,7 @@ impl Writers {
         }
     }
 
-    /// What became of it, if that was lately and on this server.
+    /// The outcome of an upload, if it ended recently on this server.
     pub(crate) fn outcome(&self, key: UploadKey) -> Option<Published> {
         lock(&self.outcomes).known.get(&key).cloned()
     }
@@ -200,7 +199,7 @@ impl Writer {
         }
     }
 
-    /// Says when another writer waits for this one to let go.
+    /// Notified when another writer waits for this one to release the upload.
     pub(crate) fn replaced(&self) -> watch::Receiver<Replaced> {
         self.replaced.clone()
     }
@@ -213,7 +212,7 @@ impl Drop for Writer {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Nothing panics while it is held.
+    // No code panics while the lock is held.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

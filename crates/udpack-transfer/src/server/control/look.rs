@@ -1,4 +1,4 @@
-//! One look at a server after the other: what [`ServerStats`] are made of.
+//! Inspects a server repeatedly, for [`ServerStats`].
 
 use std::cmp::Reverse;
 use std::collections::{HashMap, VecDeque};
@@ -13,22 +13,22 @@ use crate::server::scope::Scope;
 use crate::store::{Space, Tenant};
 use crate::wire::stats::{JobCounts, QuotaStats, RoomStats, ServerStats, SocketStats};
 
-/// Sockets and rooms that are told of one by one.
+/// The most sockets, and the most rooms, that are reported one by one.
 const LISTED: usize = 256;
-/// Quotas that are.
+/// The most quotas that are reported.
 const QUOTAS: usize = 64;
-/// Rates are those of so long.
+/// The time over which rates are averaged.
 const OVER: Duration = Duration::from_secs(2);
-/// How often the disk is asked for its space.
+/// The interval at which the free space is read.
 const DISK: Duration = Duration::from_secs(2);
 
 /// The traffic of the last seconds: bytes received and sent in each, the oldest first.
 #[derive(Default)]
 pub(super) struct History {
     seconds: VecDeque<(u64, u64)>,
-    /// When the last of them ended, and bytes received and sent until then.
+    /// The end of the last second, and bytes received and sent until then.
     until: Option<(Instant, u64, u64)>,
-    /// The same at each look of late: what rates are made of.
+    /// The same values at recent inspections, for the rates.
     recent: VecDeque<(Instant, u64, u64)>,
 }
 
@@ -40,12 +40,12 @@ pub(super) struct HistoryFields {
 }
 
 impl History {
-    /// Seconds that are kept.
+    /// The number of recorded seconds.
     const KEPT: usize = 300;
-    /// Bytes of one in a message, at most; more than the rest of the message takes, for a few of them.
+    /// The most bytes of one second in a message; a few seconds' worth covers the rest of the message.
     pub(super) const BYTES: usize = 24;
 
-    /// So much has moved until now. What several seconds share is divided among them.
+    /// Records the bytes until now. Traffic over several seconds is divided among them.
     fn note(&mut self, now: Instant, received: u64, sent: u64) {
         self.recent.push_back((now, received, sent));
         while let Some((second, ..)) = self.recent.get(1)
@@ -74,7 +74,7 @@ impl History {
         self.until = Some((then + Duration::from_secs(seconds), received, sent));
     }
 
-    /// Bytes received and sent a second.
+    /// Bytes received and sent per second.
     fn rates(&self) -> (u64, u64) {
         let (Some((since, before, sent_before)), Some((now, received, sent))) =
             (self.recent.front(), self.recent.back())
@@ -89,7 +89,7 @@ impl History {
         (rate(*received, *before), rate(*sent, *sent_before))
     }
 
-    /// At most so many of the last ones.
+    /// At most `most` of the last seconds.
     pub(super) fn fields(&self, most: usize) -> HistoryFields {
         let first = self.seconds.len().saturating_sub(most);
         let (received, sent) = self.seconds.iter().skip(first).copied().unzip();
@@ -101,7 +101,7 @@ impl History {
     }
 }
 
-/// Looks at one server.
+/// Inspects one server.
 pub(super) struct Looker<'a> {
     inner: &'a Inner,
     server: &'a Server,
@@ -117,7 +117,7 @@ impl<'a> Looker<'a> {
         }
     }
 
-    /// Notes what has moved; bytes received and sent.
+    /// Records the traffic; returns the bytes received and sent.
     pub(super) fn note(&self) -> (u64, u64) {
         let (received, sent) = self.server.traffic();
         let sent = sent.saturating_sub(self.inner.told.load(Ordering::Relaxed));
@@ -169,7 +169,7 @@ impl<'a> Looker<'a> {
         (all, rooms.collect())
     }
 
-    /// The server's own, then those of tokens in the order of their names.
+    /// The server's own quota, then those of tokens in the order of their names.
     fn quotas(&self, sockets: &[Socket]) -> Vec<QuotaStats> {
         let receiver = &self.inner.receiver;
         let Some(store) = receiver.store() else {
@@ -204,7 +204,7 @@ impl<'a> Looker<'a> {
         own.into_iter().chain(quotas).collect()
     }
 
-    /// A disk that is slow to answer is not asked on a thread that serves sockets.
+    /// Reads the free space on a thread that may block, because a disk may be slow to answer.
     async fn space(&mut self) -> Option<Space> {
         let store = self.inner.receiver.store()?.clone();
         if let Some((at, space)) = self.space
@@ -222,7 +222,7 @@ impl<'a> Looker<'a> {
     }
 }
 
-/// Those that have moved most bytes, in the order of their ids.
+/// The sockets with the most traffic, in the order of their ids.
 fn busiest(sockets: &[Socket]) -> Vec<SocketStats> {
     let mut moved: Vec<_> = sockets
         .iter()
@@ -262,7 +262,7 @@ fn busiest(sockets: &[Socket]) -> Vec<SocketStats> {
     listed
 }
 
-/// Bytes of memory that this process has.
+/// The resident memory of this process, in bytes.
 fn memory() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status

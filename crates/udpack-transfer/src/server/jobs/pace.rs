@@ -1,22 +1,22 @@
-//! How fast a job's bytes move.
+//! The rate of a job.
 
 use std::time::{Duration, Instant};
 
 use crate::base::phase::Phase;
 
-/// A job that moves no bytes for this long while it should is told as stalled.
+/// A job whose bytes should move and do not for this long is reported as stalled.
 pub(super) const STALL: Duration = Duration::from_secs(5);
-/// The rate is that of about so long before.
+/// The time over which the rate is averaged.
 const OVER: Duration = Duration::from_secs(2);
-/// Bytes are looked at this often at most.
+/// The shortest interval between measurements.
 const LOOK: Duration = Duration::from_millis(200);
 
-/// How fast bytes move, smoothed over two seconds or so, and since when none do.
+/// The rate of bytes, smoothed over about two seconds, and the time since which none move.
 #[derive(Debug)]
 pub(super) struct Pace {
     looked: Instant,
     bytes: u64,
-    /// Bytes a second; `None` before the first look.
+    /// Bytes per second; `None` before the first measurement.
     rate: Option<f64>,
     moved: Instant,
 }
@@ -31,7 +31,7 @@ impl Pace {
         }
     }
 
-    /// Bytes that were there before the first came: they did not move.
+    /// Adds bytes that existed before the transfer; they do not count as moved.
     pub(super) fn skip(&mut self, bytes: u64, now: Instant) {
         self.bytes = self.bytes.max(bytes);
         self.moved = now;
@@ -63,7 +63,7 @@ impl Pace {
         self.rate.map_or(0, |rate| rate as u64)
     }
 
-    /// Whether bytes should move and have not for a while.
+    /// Whether bytes should move and have not for [`STALL`].
     pub(super) fn is_stalled(&self, phase: Phase, now: Instant) -> bool {
         phase.moves() && now.saturating_duration_since(self.moved) >= STALL
     }

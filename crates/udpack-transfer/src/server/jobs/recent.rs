@@ -1,4 +1,4 @@
-//! The jobs that ended of late, for those who begin to watch afterwards.
+//! The jobs that ended recently, for later watchers.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
@@ -6,11 +6,11 @@ use std::time::Instant;
 
 use super::{JobEnd, Running, TEXT, lock};
 
-/// Jobs that are remembered: so many that came to a good end, and so many others, so that thousands of small files do not
-/// push out the one that failed.
+/// How many successful jobs are remembered, and how many others, so that thousands of small files do not displace a
+/// failed one.
 const KEPT: usize = 128;
 
-/// A job that is over.
+/// An ended job.
 #[derive(Debug)]
 pub(super) struct Ended {
     pub(super) job: Arc<Running>,
@@ -19,7 +19,7 @@ pub(super) struct Ended {
 }
 
 impl Ended {
-    /// The sentence about an end that was none of the good ones.
+    /// The text of an end that was not successful.
     pub(super) fn text(&self) -> Option<&str> {
         match &self.end {
             JobEnd::Failed(_, text) => Some(text),
@@ -38,7 +38,7 @@ pub(crate) struct Counts {
     pub(crate) suspended: u64,
 }
 
-/// The last ones.
+/// The last ended jobs.
 #[derive(Debug, Default)]
 pub(super) struct Recent(Mutex<Last>);
 
@@ -50,7 +50,7 @@ struct Last {
 }
 
 impl Recent {
-    /// One more has ended.
+    /// Adds an ended job.
     pub(super) fn add(&self, job: &Arc<Running>, end: JobEnd) -> Arc<Ended> {
         let end = match end {
             JobEnd::Failed(code, text) => {
@@ -83,7 +83,7 @@ impl Recent {
         ended
     }
 
-    /// All that are remembered, the last to end first.
+    /// All remembered jobs, the last ended first.
     pub(super) fn all(&self) -> Vec<Arc<Ended>> {
         let mut all: Vec<_> = {
             let last = lock(&self.0);
