@@ -1,20 +1,18 @@
-//! Where received files lie: staged in private, visible only when complete, verified and on disk.
+//! The store of received files: they are staged in private, and visible only when complete, verified and on disk.
 //!
-//! A file is written under a random name in `<root>/.udpack/staging` and gets its own name in one
-//! atomic step that never replaces another file unless the server grants it. Of several uploads of
-//! one name exactly one wins. All work is done below directory handles held since [`Store::open`],
-//! following no symbolic link.
+//! A file is written under a random name in `<root>/.udpack/staging` and gets its own name in one atomic step that
+//! never replaces another file unless the server grants it. If several uploads have one name, exactly one wins. All
+//! work is done below directory handles that are held since [`Store::open`], and no symbolic link is followed.
 //!
-//! An upload that may be resumed is written under a name made from its owner and path, so that it is found
-//! again, and has a journal of what is durable in `<root>/.udpack/journal`. One upload at a time may write such
-//! a file: it holds a lock on it. Nothing is ever written to a file that has another name beside.
+//! An upload that may be resumed is written under a name made from its owner and path, so that it is found again, and
+//! has a journal of what is durable in `<root>/.udpack/journal`. One upload at a time may write such a file: it holds
+//! a lock on it. The store never writes to a file that has a second name.
 //!
-//! The order that makes a promise hold: the bytes are synced, then the journal says so and is synced, then they
-//! are reported as safe; a whole file is synced, then gets its name, then its directory is synced, then it is
-//! reported as stored, then its journal is removed. A sync that fails is never tried again: the upload fails.
+//! The order of durability: the bytes are synced, then recorded in the journal, which is synced, then reported as
+//! safe. A complete file is synced, then published, then its directory is synced, then it is reported as stored, then
+//! its journal is removed. A failed sync is never tried again: the upload fails.
 //!
-//! Everything here blocks: call it from a thread that may. Whose upload it is, and what a message
-//! means, is not decided here.
+//! All functions block: call them from a thread that may block. This module knows neither clients nor messages.
 
 mod disk;
 mod error;

@@ -47,20 +47,20 @@ const PROBE: &str = ".probe";
 const ROOT_PROBE: &str = ".udpack-probe-";
 const DIR_MODE: u32 = 0o700;
 pub(super) const FILE_MODE: u32 = 0o600;
-/// Deepest directory whose files count as used; what clients store lies above it.
+/// Deepest directory whose files count as used; clients store only above it.
 const COUNT_DEPTH: usize = RelPath::MAX_COMPONENTS + 1;
 /// Directories remembered as durable before the memory is cleared.
 const DURABLE_LIMIT: usize = 65_536;
 /// Directories held open because names are looked up in them again and again.
 const RECENT: usize = 8;
-/// How often a name that others take or remove at the same moment is tried again.
+/// How often an operation is tried again when others take or remove the name at the same moment.
 const TRIES: usize = 16;
-/// How long to wait for a lock that nobody is expected to keep, each time.
+/// The pause between attempts for a lock that is expected to be released soon.
 const LOCK_PAUSE: Duration = Duration::from_millis(10);
-/// Age from which on another process's start-up probe is one that it left behind.
+/// Age from which on another process's start-up probe counts as abandoned.
 const STALE_PROBE: Duration = Duration::from_secs(60 * 60);
 
-/// The held directories, and how files get from one to the other.
+/// The held directories, and the operations between them.
 #[derive(Debug)]
 pub(super) struct Disk {
     root: Dir,
@@ -72,42 +72,43 @@ pub(super) struct Disk {
     names: Names,
     /// Directories whose own entry is known to be on disk.
     durable: Mutex<HashSet<Id>>,
-    /// Where names were looked up last, by path, the latest first.
+    /// The directories of recent lookups, by path, the latest first.
     recent: Mutex<VecDeque<(String, Arc<File>)>>,
-    /// Other processes use the directory, too.
+    /// Whether other processes may use the directory, too.
     shared: bool,
-    /// One call can put everything on disk, and tells when that failed.
+    /// Whether one call can sync the whole file system and reports every failure.
     batches: bool,
     /// How often that call failed; held while it runs.
     losses: Mutex<u64>,
-    /// New files get the mode asked for.
+    /// Whether new files get the requested mode.
     exact: bool,
-    /// Those of a file's permission bits that a new file in staging gets when it is made with them.
+    /// The permission bits that new files in staging can get at creation.
     granted: u32,
-    /// Held for as long as the store is open. Its time is when a store last looked at the uploads here.
+    /// The lock file, locked while the store is open. Its modification time is that of the last check of interrupted
+    /// uploads.
     lock: File,
-    /// When that was, by the wall clock and by one that cannot be set.
+    /// The time of the last check, by the wall clock and by the monotonic clock.
     seen: Mutex<(SystemTime, Instant)>,
 }
 
-/// Which directory it is, also when an inode is used again: device, inode, time of birth where the file system
-/// knows that.
+/// Identifies a directory, also when an inode number is reused: device, inode, and birth time if the file system has
+/// it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Id(u64, u64, i64, u32);
 
-/// A directory that must be synced because one was made in it.
+/// A directory that must be synced because a directory was created in it.
 #[derive(Debug)]
 pub(super) struct Made {
     pub(super) parent: Dir,
     pub(super) child: Id,
-    /// Its path, where it was not there before.
+    /// Its path, if it is new.
     pub(super) new: Option<RelPath>,
 }
 
-/// What locking a staging file led to.
+/// The result of locking a staging file.
 #[derive(Debug)]
 pub(super) enum Lock {
-    /// It is ours, still has its name and no other, and is this long.
+    /// The file is locked, has exactly one name, and has this length in bytes.
     Mine(File, u64),
     Busy,
     Gone,
@@ -127,16 +128,16 @@ pub(super) fn staging_of(root: &Path) -> PathBuf {
     root.join(PRIVATE).join(STAGING)
 }
 
-/// What was found in the store's own directory.
+/// The content of the store's own directory.
 #[derive(Debug, Default)]
 pub(super) struct Swept {
     /// Interrupted uploads that were removed for their age.
     pub(super) expired: u64,
-    /// Those that are left, and the bytes each holds. None that is under way.
+    /// The interrupted uploads that are left, with the bytes of each. Running ones are not included.
     pub(super) suspended: Vec<(Key, Kept)>,
 }
 
-/// How a staged file gets its name without ever replacing another.
+/// The method by which a staged file gets its name without replacing another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Publish {
     Rename,
@@ -144,15 +145,15 @@ enum Publish {
 }
 
 impl Disk {
-    /// Opens and locks the directory, clears what an earlier run left, but for what can be resumed, and proves
-    /// that it can publish.
+    /// Opens and locks the directory, removes leftovers of an earlier run except resumable uploads, and checks that
+    /// publishing works.
     pub(super) fn open(root: &Path, config: &StoreConfig) -> Result<(Self, Swept), StoreError> {
         create_root(root).map_err(|e| setup("create the directory", e))?;
         let root = open_root(root).map_err(|e| setup("open the directory", e.into()))?;
         let mut tries = TRIES;
         let (lock, staging, journal) = loop {
-            // The last other user of a shared directory may be removing it; and a process that is being started
-            // holds on to the locks of its parent for a moment.
+            // The last other user of a shared directory may be removing it; and a starting process briefly keeps the
+            // locks of its parent.
             match private_dirs(&root, config.shared) {
                 Err(StoreError::Locked) if tries > 0 => std::thread::sleep(LOCK_PAUSE),
                 Err(StoreError::Io { cause, .. })
@@ -193,7 +194,7 @@ impl Disk {
         Ok((disk, swept))
     }
 
-    /// Where the uploads lie.
+    /// The directories of the uploads.
     pub(super) fn area(&self) -> Area<'_> {
         Area {
             staging: &self.staging,
@@ -201,7 +202,7 @@ impl Disk {
         }
     }
 
-    /// Whether one call can put many files on disk.
+    /// Whether one call can sync many files.
     pub(super) fn batches(&self) -> bool {
         self.batches
     }
@@ -211,10 +212,10 @@ impl Disk {
         *self.losses.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts everything on disk that was written to the file system; how often that failed before.
+    /// Syncs the whole file system; returns how often that failed before.
     ///
-    /// The kernel reports a failure to one caller only, while it may concern the bytes of others, too: what was begun
-    /// when [`losses`](Self::losses) was lower than what this returns must not be taken for stored.
+    /// The kernel reports a failure only to one caller, although it may affect the bytes of others. So a file that
+    /// was begun when [`losses`](Self::losses) was lower than the returned number must not be reported as stored.
     pub(super) fn sync_all(&self) -> io::Result<u64> {
         let mut losses = self.losses.lock().unwrap_or_else(PoisonError::into_inner);
         if let Err(error) = sync_file_system(&self.staging) {
@@ -224,7 +225,7 @@ impl Disk {
         Ok(*losses)
     }
 
-    /// Bytes the file system has for this process.
+    /// Free bytes of the file system for this process.
     pub(super) fn available(&self) -> io::Result<u64> {
         let stat = rustix::fs::fstatvfs(&self.root)?;
         Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
@@ -236,8 +237,8 @@ impl Disk {
         Ok(stat.f_blocks.saturating_mul(stat.f_frsize))
     }
 
-    /// A new staging file that is never resumed, open for reading and writing, its name, and its mode: this one, where new
-    /// files get it without a call of its own. Nobody else can come into the directory that it is in.
+    /// Creates a staging file that is never resumed. Returns it, open for reading and writing, with its name and its
+    /// mode, which is `mode` if new files can get it at creation. Only the store can access its directory.
     pub(super) fn stage(&self, mode: Option<u32>) -> io::Result<(File, String, u32)> {
         let granted = |mode: &u32| mode & !self.granted == 0 && mode & FILE_MODE == FILE_MODE;
         let mode = mode.map(|mode| mode & 0o777).filter(granted);
@@ -246,7 +247,7 @@ impl Disk {
         for _ in 0..TRIES {
             let name = self.names.next() + PART;
             let file = create_new(&self.staging, &name, mode, exact)?;
-            // Another process may have taken it for a leftover before it was locked.
+            // Another process may have removed it as a leftover before it was locked.
             if !self.shared || (try_lock(&file)? && rustix::fs::fstat(&file)?.st_nlink == 1) {
                 return Ok((file, name, mode));
             }
@@ -255,9 +256,10 @@ impl Disk {
         Err(Errno::AGAIN.into())
     }
 
-    /// The staging file of this key, made if need be, locked, and its length; `None` when another upload has it.
+    /// Opens or creates the staging file of this key and locks it; returns it with its length, or `None` if another
+    /// upload has it.
     ///
-    /// What must not be written to, because it has another name beside, is left to that name.
+    /// A file with a second name must not be written to, so only this name is removed.
     pub(super) fn stage_keyed(&self, key: &Key) -> io::Result<Option<(File, u64)>> {
         let name = format!("{}{PART}", key.as_str());
         for _ in 0..TRIES {
@@ -269,7 +271,7 @@ impl Disk {
                     return Ok(Some((file, len)));
                 }
                 Lock::Busy if self.shared => return Ok(None),
-                // No upload: one process is looking at it, or is being started while it is let go.
+                // No upload holds it: a process is inspecting it, or a starting process still has its lock.
                 Lock::Busy => std::thread::sleep(LOCK_PAUSE),
                 Lock::Gone => {}
                 Lock::Alien => {
@@ -281,8 +283,8 @@ impl Disk {
         Ok(None)
     }
 
-    /// The journal of this key, open for reading and writing; with `create` made if need be, else `None`. What
-    /// is no journal is removed.
+    /// The journal of this key, open for reading and writing; created if `create` is set, otherwise `None` if it is
+    /// missing. Anything else of that name is removed.
     pub(super) fn journal(&self, key: &Key, create: bool) -> io::Result<Option<File>> {
         let name = format!("{}{LOG}", key.as_str());
         let access = if create {
@@ -304,7 +306,7 @@ impl Disk {
         Err(Errno::AGAIN.into())
     }
 
-    /// A journal to take the place of this key's.
+    /// Creates a journal that will replace this key's.
     pub(super) fn new_journal(&self, key: &Key) -> io::Result<File> {
         let name = format!("{}{NEW}", key.as_str());
         match self.journal.remove_file(&name) {
@@ -313,7 +315,7 @@ impl Disk {
         }
     }
 
-    /// Puts the new journal in the place of this key's.
+    /// Replaces this key's journal by the new one.
     pub(super) fn swap_journal(&self, key: &Key) -> io::Result<()> {
         let (new, log) = (
             format!("{}{NEW}", key.as_str()),
@@ -327,7 +329,7 @@ impl Disk {
         )?)
     }
 
-    /// Puts the names in the store's own directories on disk.
+    /// Syncs the store's own directories.
     pub(super) fn sync_area(&self) -> io::Result<()> {
         sync_dir(&self.staging)?;
         sync_dir(&self.journal)
@@ -339,7 +341,7 @@ impl Disk {
         rustix::fs::statat(&self.staging, name, AtFlags::SYMLINK_NOFOLLOW).is_ok()
     }
 
-    /// Puts a staged file on disk that was closed already.
+    /// Syncs a staged file that is already closed.
     pub(super) fn sync_staged(&self, name: &str) -> io::Result<()> {
         match open_own(&self.staging, name, OFlags::RDONLY)? {
             Own::Plain(file) => file.sync_all(),
@@ -372,8 +374,9 @@ impl Disk {
         self.walk(path, None)
     }
 
-    /// The directory that holds `path`, made if need be, with these modes for the last ones. What must be synced for it to stay is added to `made`;
-    /// once that is done, tell [`made_durable`](Self::made_durable).
+    /// The directory that holds `path`, created if it is missing, with these modes for the last components.
+    /// Directories that must be synced are added to `made`; after syncing them, call
+    /// [`made_durable`](Self::made_durable).
     pub(super) fn make_parent(
         &self,
         path: &RelPath,
@@ -392,9 +395,8 @@ impl Disk {
         dir.ok_or_else(|| self.error("create a directory", path, Errno::NOENT.into()))
     }
 
-    /// Whether nothing seems to have this name, found out at once; false when that takes a closer look. A directory
-    /// that was moved or removed a moment ago may still be taken for the one that has its path now: this only spares
-    /// work that would be in vain.
+    /// A quick check whether the name seems free; false if a full check is needed. A directory that was moved or
+    /// removed a moment ago may still be found under its old path, so the result only helps to avoid useless work.
     pub(super) fn seems_vacant(&self, path: &RelPath) -> bool {
         let within = |dir: BorrowedFd<'_>| {
             let name = names::os(path.file_name());
@@ -420,7 +422,8 @@ impl Disk {
         Ok(dir)
     }
 
-    /// How many of the directories on the way to `path` are missing. Where that cannot be told, none: making them will.
+    /// How many directories above `path` are missing; 0 if that cannot be determined, because creating them will
+    /// report the error.
     pub(super) fn missing_parents(&self, path: &RelPath) -> usize {
         if resolve(&self.root, path.parent(), DIRECTORY | OFlags::PATH).is_ok() {
             return 0;
@@ -439,7 +442,7 @@ impl Disk {
         0
     }
 
-    /// Whether nothing has this name, found out at once; false when that takes a closer look.
+    /// A quick check whether the name is free; false if a full check is needed.
     pub(super) fn is_vacant(&self, path: &RelPath) -> bool {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         matches!(
@@ -455,7 +458,7 @@ impl Disk {
             .contains(id)
     }
 
-    /// The entries of these directories are on disk.
+    /// Records that the entries of these directories are on disk.
     pub(super) fn made_durable(&self, ids: impl IntoIterator<Item = Id>) {
         let mut durable = self.durable.lock().unwrap_or_else(PoisonError::into_inner);
         for id in ids {
@@ -476,7 +479,7 @@ impl Disk {
         StoreError::io(action, Some(path), cause, || self.available().unwrap_or(0))
     }
 
-    /// As if a barrier had failed.
+    /// Acts as if a sync of the file system had failed.
     #[cfg(test)]
     pub(super) fn lose(&self) {
         *self.losses.lock().unwrap_or_else(PoisonError::into_inner) += 1;
@@ -488,7 +491,7 @@ impl Disk {
         self.publish = Publish::LinkThenUnlink;
     }
 
-    /// Goes down one directory at a time, making them where `made` is given.
+    /// Opens one directory after the other, creating missing ones if `made` is given.
     fn walk(
         &self,
         path: &RelPath,
@@ -547,7 +550,7 @@ impl Disk {
                     rustix::fs::fchmod(&dir, mode)
                         .map_err(|e| failed("set a directory's mode", e.into()))?;
                 }
-                // Also when another upload, or an earlier run, made it an instant ago.
+                // Synced even if another upload, or an earlier run, has just created it.
                 let child = id(&dir).map_err(|e| failed("read a directory", e))?;
                 if new || !self.is_durable(&child) {
                     let path = path.as_str().get(..reached - 1).unwrap_or_default();
@@ -566,10 +569,10 @@ impl Disk {
         Ok(Some(dir))
     }
 
-    /// Removes what was interrupted too long ago, and with `start` what an earlier run left that cannot be
-    /// resumed. Reports and keeps everything else.
+    /// Removes expired interrupted uploads and, with `start`, other leftovers of an earlier run. Reports and keeps
+    /// everything else.
     ///
-    /// Without `start`, or in a shared directory, uploads may be under way: what is locked stays.
+    /// Without `start`, or in a shared directory, uploads may be running, so locked files stay.
     pub(super) fn sweep(&self, expire: Duration, start: bool) -> io::Result<Swept> {
         self.exclude_downtime(self.unseen())?;
         let mut swept = Swept::default();
@@ -617,7 +620,7 @@ impl Disk {
                 tracing::warn!(?name, "unknown file in the staging directory, kept");
             }
         }
-        // What has no staging file: its upload was published, or never got so far.
+        // Journals without a staging file: the upload was published, or never began to write.
         for key in keys {
             let name = format!("{}{LOG}", key.as_str());
             let old = || {
@@ -646,8 +649,8 @@ impl Disk {
         Ok(swept)
     }
 
-    /// How far the wall clock has moved since the last look while no store saw time pass: none was open, or the
-    /// clock was set. Of several that share a directory each begins where the last of them looked.
+    /// How far the wall clock has advanced since the last check without a store observing it: none was open, or the
+    /// clock was set. Stores that share a directory continue from the last check of any of them.
     fn unseen(&self) -> Duration {
         let (wall, at) = (SystemTime::now(), Instant::now());
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
@@ -664,8 +667,8 @@ impl Disk {
         moved.saturating_sub(at.duration_since(last_at))
     }
 
-    /// Makes interrupted uploads younger by time that no server saw, and none younger than now: they age by what
-    /// servers have seen, so that neither a clock that leaps nor a long pause removes what a client may resume.
+    /// Subtracts time that no server observed from the age of interrupted uploads, at most down to zero: uploads age
+    /// only while a server runs, so that neither a changed clock nor a long downtime removes a resumable upload.
     fn exclude_downtime(&self, unseen: Duration) -> io::Result<()> {
         let now = SystemTime::now();
         for key in self.area().keys()? {
@@ -686,7 +689,7 @@ impl Disk {
         Ok(())
     }
 
-    /// Looks at an upload that has a staging file and a journal.
+    /// Checks an upload that has a staging file and a journal.
     fn sweep_one(
         &self,
         key: Key,
@@ -728,7 +731,7 @@ impl Disk {
                     tracing::warn!(name, %error, "cannot remove a stale staging file");
                 }
             }
-            // No upload writes it, though another process reads it.
+            // No upload writes it, although another process reads it.
             Lock::Busy if alone => {
                 if let Some(held) = area.held(&key)? {
                     let kept = kept(area, &key, held)?;
@@ -744,13 +747,13 @@ impl Disk {
         self.age(dir, name).is_some_and(|age| age > STALE_PROBE)
     }
 
-    /// How long ago it was last written to.
+    /// The time since the last write.
     fn age(&self, dir: &Dir, name: &OsStr) -> Option<Duration> {
         let modified = dir.symlink_metadata(name).ok()?.modified().ok()?;
         Some(age(modified.into_std()))
     }
 
-    /// Goes once through all that publishing needs, and finds the way this file system supports.
+    /// Tries all steps of publishing once, and determines the method that this file system supports.
     fn probe(&mut self) -> Result<Publish, StoreError> {
         for way in [Publish::Rename, Publish::LinkThenUnlink] {
             let id = self.names.next();
@@ -838,8 +841,7 @@ impl Publish {
 
 /// Unguessable names of 32 hexadecimal digits.
 ///
-/// The staging directory is private and files are created exclusively, so that nothing rests on the
-/// names but that they differ.
+/// The staging directory is private and files are created exclusively, so the names only need to differ.
 #[derive(Debug)]
 struct Names {
     key: [u8; 32],
@@ -870,7 +872,7 @@ impl Names {
     }
 }
 
-/// What stands at `name`, not following it; `None` when nothing does.
+/// The metadata of `name`, without following a link; `None` if it does not exist.
 pub(super) fn look(dir: &Dir, name: &str) -> io::Result<Option<Metadata>> {
     match dir.symlink_metadata(&*names::os(name)) {
         Ok(metadata) => Ok(Some(metadata)),
@@ -923,7 +925,7 @@ impl<'a> Area<'a> {
         }
     }
 
-    /// What its journal says; `None` when that cannot be read.
+    /// The content of its journal; `None` if that cannot be read.
     pub(super) fn record(self, key: &Key) -> io::Result<Option<super::journal::Record>> {
         let name = format!("{}{LOG}", key.as_str());
         match open_own(self.journal, &name, OFlags::RDONLY)? {
@@ -938,8 +940,8 @@ impl<'a> Area<'a> {
         Ok(look(self.staging, &name)?.map(|metadata| metadata.len()))
     }
 
-    /// Removes an upload whose staging file is locked: the journal first, as the staging file is what guards
-    /// it.
+    /// Removes an upload whose staging file is locked: the journal first, because the lock on the staging file
+    /// protects it.
     pub(super) fn remove(self, key: &Key) -> io::Result<()> {
         for (dir, suffix) in [(self.journal, LOG), (self.staging, PART)] {
             match dir.remove_file(format!("{}{suffix}", key.as_str())) {
@@ -961,7 +963,7 @@ impl<'a> Area<'a> {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        // Only the last user of a shared directory gets the lock for itself, and only empty ones go.
+        // Only the last user of a shared directory gets the exclusive lock, and only empty directories are removed.
         if self.shared
             && let Ok(true) = try_lock(&self.lock)
             && let Ok(private) = open_dir(&self.root, PRIVATE)
@@ -989,7 +991,7 @@ pub(super) fn open_area(root: &Path) -> Result<Option<(Dir, Dir)>, StoreError> {
     }
 }
 
-/// Removes a name of ours; whether that worked, else says so.
+/// Removes a file of the store; returns whether that worked, and logs a failure.
 fn remove(dir: &Dir, name: &OsStr) -> bool {
     match dir.remove_file(name) {
         Ok(()) => true,
@@ -1001,7 +1003,7 @@ fn remove(dir: &Dir, name: &OsStr) -> bool {
     }
 }
 
-/// What is known of an interrupted upload that holds so much.
+/// The state of an interrupted upload with `held` bytes.
 fn kept(area: Area<'_>, key: &Key, held: u64) -> io::Result<Kept> {
     let (owner, path) = match area.record(key)? {
         Some(record) => (record.head.owner, record.head.path.parse().ok()),
@@ -1010,7 +1012,7 @@ fn kept(area: Area<'_>, key: &Key, held: u64) -> io::Result<Kept> {
     Ok(Kept { owner, path, held })
 }
 
-/// How long ago that was; what lies in the future is now.
+/// The time since then; zero for a time in the future.
 pub(super) fn age(time: SystemTime) -> Duration {
     SystemTime::now().duration_since(time).unwrap_or_default()
 }
@@ -1038,7 +1040,7 @@ fn open_own(dir: &Dir, name: &str, access: OFlags) -> io::Result<Own> {
     }
 }
 
-/// Removes what stands in the place of a file of the store's own, unless it is a directory with something in it.
+/// Removes an entry that blocks a file of the store, unless it is a directory that is not empty.
 fn remove_alien(dir: &Dir, name: &str) -> io::Result<()> {
     match rustix::fs::unlinkat(dir, name, AtFlags::empty()) {
         Ok(()) | Err(Errno::NOENT) => Ok(()),
@@ -1085,8 +1087,8 @@ fn try_lock(file: &File) -> io::Result<bool> {
     }
 }
 
-/// Opens `path` below `root` by one call that follows no link and leaves neither the root nor its file system;
-/// `None` is the root itself. An error may only mean that a closer look is needed, but for `NOENT`.
+/// Opens `path` below `root` by one call that follows no link and leaves neither the root nor its file system; `None`
+/// is the root itself. An error other than `NOENT` may only mean that a full check is needed.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 fn resolve(root: &Dir, path: Option<&str>, flags: OFlags) -> Result<File, Errno> {
     use rustix::fs::ResolveFlags;
@@ -1137,8 +1139,8 @@ fn sync_file_system(_: &Dir) -> io::Result<()> {
     Err(Errno::NOSYS.into())
 }
 
-/// Whether one call puts a whole file system on disk, and tells of every failure to write: that takes Linux 5.8
-/// and a file system that writes to a disk of its own.
+/// Whether one call syncs the whole file system and reports every failed write: this needs Linux 5.8 and a local file
+/// system.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 fn can_batch(root: &Dir) -> bool {
     // ext2/3/4, XFS, Btrfs, F2FS, bcachefs, tmpfs
@@ -1169,8 +1171,8 @@ fn can_batch(_: &Dir) -> bool {
     false
 }
 
-/// Gives a file or a directory this modification time; the one that it has, where that is another second. A file system
-/// that keeps no nanoseconds is no such case.
+/// Sets the modification time of a file or a directory; returns the actual time if that differs in its seconds. Lost
+/// nanoseconds are not reported.
 pub(super) fn set_modified(file: impl AsFd, path: &RelPath, asked: Time) -> Option<OtherTime> {
     let times = Timestamps {
         last_access: Timespec {
@@ -1189,7 +1191,7 @@ pub(super) fn set_modified(file: impl AsFd, path: &RelPath, asked: Time) -> Opti
     (got.secs != asked.secs).then_some(OtherTime { asked, got })
 }
 
-/// Puts the entries of a directory on disk.
+/// Syncs the entries of a directory.
 pub(super) fn sync_dir(dir: &Dir) -> io::Result<()> {
     Ok(rustix::fs::fsync(dir)?)
 }
@@ -1305,8 +1307,8 @@ fn open_dir(dir: &Dir, name: &str) -> Result<Dir, Errno> {
     Ok(Dir::from_std_file(File::from(dir)))
 }
 
-/// Makes a directory that only we can enter, whatever the umask. One that is there already stays as
-/// it is, and the answer is false.
+/// Creates a directory that only the owner can enter, whatever the umask. An existing one is not changed, and false
+/// is returned.
 fn create_dir(dir: &Dir, name: &str) -> Result<bool, Errno> {
     let mut builder = DirBuilder::new();
     builder.mode(DIR_MODE);
@@ -1322,7 +1324,7 @@ fn create_dir(dir: &Dir, name: &str) -> Result<bool, Errno> {
     }
 }
 
-/// A new file with this mode; `exact` spares the look at it.
+/// Creates a file with this mode; `exact` skips the check of its actual mode.
 fn create_new(dir: &Dir, name: &str, mode: u32, exact: bool) -> io::Result<File> {
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let file = File::from(rustix::fs::openat(
@@ -1337,7 +1339,8 @@ fn create_new(dir: &Dir, name: &str, mode: u32, exact: bool) -> io::Result<File>
     Ok(file)
 }
 
-/// Sums up what is below `dir` and counts against a quota, `depth` directories deep. Holds one descriptor for each directory it is in.
+/// Sums up the bytes below `dir` that count against a quota, at most `depth` directories deep. Holds one descriptor
+/// for each level.
 fn count(dir: &Dir, depth: usize) -> io::Result<u64> {
     let mut sum = 0u64;
     let Some(depth) = depth.checked_sub(1) else {

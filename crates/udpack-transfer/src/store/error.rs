@@ -1,7 +1,7 @@
 //! Refusals of the store and failures below it, with the code that a client receives.
 //!
-//! Every text is fit to be sent to a peer: it holds the peer's own relative name and numbers, never
-//! a path of the server.
+//! Every text can be sent to a peer: it contains the peer's own relative name and numbers, never a path of the
+//! server.
 
 use std::fmt;
 use std::io;
@@ -26,19 +26,18 @@ pub enum StoreError {
         /// The name asked for.
         path: RelPath,
     },
-    /// Something of that name is there and is left as it is.
+    /// An entry has the name and is kept.
     #[error("the name is taken: {path}")]
     Exists {
         /// The name asked for.
         path: RelPath,
     },
-    /// What should be a directory on the way to the name is a file, a symbolic link or something
-    /// else.
+    /// A component above the name exists and is not a directory.
     #[error("{parent} is in the way of {path} and is not a directory")]
     Blocked {
         /// The name asked for.
         path: RelPath,
-        /// The part of it that is no directory.
+        /// The component that is not a directory.
         parent: String,
     },
     /// The client asked for a way to treat existing files that the server does not grant.
@@ -132,7 +131,7 @@ pub enum StoreError {
         /// BLAKE3 of what was received.
         got: [u8; 32],
     },
-    /// Nothing has the name, or what should be a directory on the way to it is none.
+    /// No entry has the name, or a component above it is not a directory.
     #[error("not found: {path}")]
     NotFound {
         /// The name asked for.
@@ -144,7 +143,7 @@ pub enum StoreError {
         /// The name asked for.
         path: RelPath,
     },
-    /// What has the name is neither a regular file nor a directory.
+    /// The entry is neither a regular file nor a directory.
     #[error("not a file: {path}")]
     NotAFile {
         /// The name asked for.
@@ -156,7 +155,7 @@ pub enum StoreError {
         /// The name asked for.
         path: RelPath,
     },
-    /// A link must not lead there.
+    /// The target of the link is not permitted.
     #[error("forbidden: the target of the link {path} {why}")]
     BadTarget {
         /// The name asked for.
@@ -170,16 +169,16 @@ pub enum StoreError {
         /// The name asked for.
         path: RelPath,
     },
-    /// Bytes came for another place than the next, with a gap that nothing known fills.
+    /// Bytes came at another offset than the next one, and no known range fills the gap.
     #[error("bad offset: expected {expected}")]
     BadOffset {
-        /// Where the next byte belongs.
+        /// The expected offset, in bytes.
         expected: u64,
     },
-    /// This sink cannot do that.
+    /// The sink does not support the operation.
     #[error("the server's sink cannot {what}")]
     Unsupported {
-        /// What was asked for, as in "cannot list".
+        /// The operation, as in "cannot list".
         what: &'static str,
     },
     /// The sink cannot do it now, and may be able to later.
@@ -217,7 +216,7 @@ impl StoreError {
         self.refusal().as_str()
     }
 
-    /// What the error is to whom it is told.
+    /// The code for the client.
     pub fn refusal(&self) -> Code {
         match self {
             Self::Name(_) | Self::Unstorable { .. } => Code::BadName,
@@ -292,8 +291,7 @@ impl StoreError {
         }
     }
 
-    /// Turns an error of the operating system into ours and logs it, the only place where that is
-    /// done.
+    /// Converts an error of the operating system into a `StoreError` and logs it. All such errors are logged here.
     ///
     /// `free` is asked only when the disk is full.
     pub(super) fn io(

@@ -7,9 +7,9 @@
 //! safe OFF LEN                          these bytes of the staging file are on disk
 //! ```
 //!
-//! A line that is torn, garbled or unknown ends the reading; what was read before it counts. The journal says
-//! only *where* durable bytes are. What they are is read from the staging file, so that a wrong journal can
-//! cost time, never a wrong byte.
+//! A line that is torn, garbled or unknown ends the reading; what was read before it counts. The journal only says
+//! *where* durable bytes are. Their content is read from the staging file, so a wrong journal can cost time but never
+//! cause a wrong byte.
 
 use std::fs::File;
 use std::io;
@@ -21,14 +21,14 @@ use crate::base::path::RelPath;
 
 /// Longest journal that is read; it is rewritten long before.
 const READ_LIMIT: u64 = 1 << 20;
-/// Length from which on a journal is rewritten to as few lines as will do.
+/// Length from which on a journal is rewritten with the fewest possible lines.
 pub(super) const REWRITE_FROM: u64 = 64 << 10;
 /// Longest line: a path whose every byte is escaped, an owner, and some numbers.
 const LINE_LIMIT: usize = 24 << 10;
 /// Digits of a line's check.
 const CHECK: usize = 16;
 
-/// What names an upload's files in the store's own directory: 32 hexadecimal digits.
+/// The name of an upload's files in the store's own directory: 32 hexadecimal digits.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Key(Arc<str>);
 
@@ -43,7 +43,7 @@ impl Key {
         Self(hex.get(..super::disk::NAME_LEN).unwrap_or_default().into())
     }
 
-    /// The key in a name that is one followed by `suffix`.
+    /// The key in a name of the form key and `suffix`.
     pub(super) fn from_name(name: &str, suffix: &str) -> Option<Self> {
         super::disk::is_own(name, "", suffix)
             .then(|| name.strip_suffix(suffix).map(|key| Self(key.into())))
@@ -55,7 +55,7 @@ impl Key {
     }
 }
 
-/// What a journal begins with.
+/// The first line of a journal.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Head {
     /// When the upload was begun, in seconds since 1970.
@@ -78,17 +78,17 @@ impl Head {
     }
 }
 
-/// What could be read of a journal.
+/// The readable content of a journal.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Record {
     pub(super) head: Head,
-    /// Beginnings and ends of the durable ranges: in order, apart from each other, none empty.
+    /// Start and end of the durable ranges: in order, not touching, none empty.
     pub(super) ranges: Vec<(u64, u64)>,
     /// Bytes of the journal up to the end of the last good line.
     pub(super) valid: u64,
 }
 
-/// A journal that is open for more lines. Its caller sees to it that there is one writer.
+/// A journal that is open for appending. The caller ensures that there is one writer.
 #[derive(Debug)]
 pub(super) struct Journal {
     file: File,
@@ -96,7 +96,7 @@ pub(super) struct Journal {
 }
 
 impl Journal {
-    /// A journal without lines in this file, which is emptied.
+    /// Starts an empty journal in this file, which is truncated.
     pub(super) fn fresh(file: File) -> io::Result<Self> {
         if file.metadata()?.len() > 0 {
             file.set_len(0)?;
@@ -104,7 +104,7 @@ impl Journal {
         Ok(Self { file, len: 0 })
     }
 
-    /// Takes up a journal that was [`read`], dropping what could not be read of it.
+    /// Continues a journal that was [`read`], without its unreadable rest.
     pub(super) fn resume(file: File, record: &Record) -> io::Result<Self> {
         if file.metadata()?.len() != record.valid {
             file.set_len(record.valid)?;
@@ -246,7 +246,7 @@ fn push(text: &mut String, body: &str) {
     text.push('\n');
 }
 
-/// The same bytes in order, touching ranges joined and empty ones left out.
+/// The same ranges in order, with touching ones merged and empty ones removed.
 pub(super) fn merged(mut ranges: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
     ranges.retain(|(start, end)| start < end);
     ranges.sort_unstable();

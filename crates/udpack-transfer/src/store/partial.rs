@@ -1,4 +1,4 @@
-//! One upload: bytes into a staging file, hashed on the way, then complete, kept for later or gone.
+//! One upload: writes and hashes bytes into a staging file, which is then completed, kept for later, or removed.
 
 use std::fs::File;
 use std::io;
@@ -17,11 +17,10 @@ use super::{
 };
 use crate::base::path::RelPath;
 
-/// An upload under way, in a staging file no client can name.
+/// A running upload, in a staging file that no client can name.
 ///
-/// Dropping it removes the staging file and gives its reservation back; a [resumable](Self::resumable) one
-/// that nothing is wrong with is kept instead, its last bytes put on disk, to be found by the next
-/// [`Store::begin`] of the same owner and path.
+/// Dropping it removes the staging file and gives its reservation back; a sound [resumable](Self::resumable) one is
+/// kept instead, with its last bytes synced, and resumed by the next [`Store::begin`] of the same owner and path.
 #[derive(Debug)]
 pub struct Partial {
     pub(super) body: Arc<Body>,
@@ -33,29 +32,29 @@ pub struct Partial {
     /// `None` only while it is being dropped.
     reservation: Option<Reservation>,
     hasher: Box<blake3::Hasher>,
-    /// The hash's state at an end of what [`have`](Self::have) read, so that it need not be read twice.
+    /// The hasher's state at the end of a range that [`have`](Self::have) read, so that the range is not read twice.
     pub(super) snapshot: Option<Box<blake3::Hasher>>,
     position: u64,
-    /// Bytes from which on the staging file has nothing yet.
+    /// The end of the staging file's content, in bytes.
     end: u64,
-    /// Durable ranges beyond `position`, as the journal knew them when the upload was begun.
+    /// Durable ranges beyond `position`, from the journal at the beginning of the upload.
     ahead: Vec<(u64, u64)>,
-    /// Those of them that were given out, and what was written ahead of its turn, joined: what may be left out.
+    /// The ranges that need not be sent, merged: reported durable ranges, and bytes written out of order.
     offered: Vec<(u64, u64)>,
-    /// Where what was written ahead of its turn begins and ends; nothing of it is durable.
+    /// The start and the end of bytes written out of order; none of them is durable.
     early: Option<Box<(u64, u64)>>,
     /// Bytes written since the last checkpoint was begun, and when the first of them came.
     pub(super) unsynced: u64,
     since: Option<Instant>,
     broken: bool,
-    /// What was received is not what was announced: nothing to come back to.
+    /// Whether the received bytes do not match the announcement, so that the upload is not resumable.
     doomed: bool,
 }
 
-/// A part of an interrupted upload that is on disk.
+/// A durable range of an interrupted upload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Range {
-    /// Where it begins, in bytes from the start of the file.
+    /// The offset in bytes from the start of the file.
     pub off: u64,
     /// Its length in bytes: at most 64 MiB, and more only of an upload that has more than 256 GiB already.
     pub len: u64,
@@ -63,9 +62,9 @@ pub struct Range {
     pub hash: [u8; 32],
 }
 
-/// A due step of making an upload's bytes durable, to be run beside its writes.
+/// A checkpoint of an upload, to be run in parallel to its writes.
 ///
-/// Dropping it without running it is no failure: the same bytes are due again later.
+/// Dropping it without running it is not a failure: a later checkpoint covers the same bytes.
 #[derive(Debug)]
 #[must_use = "a checkpoint does nothing until it is run"]
 pub struct Checkpoint {
@@ -73,8 +72,8 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Puts the bytes on disk, then notes in the journal that they are there, then raises
-    /// [`Partial::safe`]. A failure marks the upload as failed: its next call is an error.
+    /// Syncs the bytes, then records them in the journal, then raises [`Partial::safe`]. A failure marks the upload
+    /// as failed: its next call is an error.
     pub fn run(self) {
         let mut work = self.body.work();
         if !work.closed {
@@ -89,13 +88,13 @@ impl Drop for Checkpoint {
     }
 }
 
-/// What an upload and its checkpoint share. The last of them to go decides about the files.
+/// State that an upload and its checkpoint share. The last one to be dropped decides about the files.
 #[derive(Debug)]
 pub(super) struct Body {
     inner: Arc<Inner>,
     path: RelPath,
     file: File,
-    /// What the journal begins with; `None` when there is none, ever.
+    /// The first line of the journal; `None` if the upload never has one.
     head: Option<Head>,
     position: AtomicU64,
     safe: Arc<AtomicU64>,
@@ -107,19 +106,19 @@ pub(super) struct Body {
     last: Mutex<Last>,
 }
 
-/// Held while bytes are made durable.
+/// State of checkpoints; its lock is held during one.
 #[derive(Debug)]
 struct Work {
     journal: Option<Journal>,
-    /// What is on disk by what the journal said at the beginning.
+    /// The durable ranges from the journal at the beginning.
     initial: Vec<(u64, u64)>,
-    /// The journal was started, or taken up, by this upload.
+    /// Whether this upload has started or resumed the journal.
     begun: bool,
-    /// The upload is complete: the journal must not be touched any more.
+    /// Whether the upload is complete, so that the journal must not change.
     closed: bool,
 }
 
-/// What the last owner does.
+/// The action of the last owner.
 #[derive(Debug)]
 pub(super) struct Last {
     pub(super) staged: Option<Staged>,
@@ -132,16 +131,16 @@ pub(super) struct Last {
 pub(super) struct Staged {
     inner: Arc<Inner>,
     pub(super) name: String,
-    /// Of a resumable one; nobody else in this process may begin it meanwhile.
+    /// The key of a resumable upload; it excludes other uploads of the key in this process.
     key: Option<Key>,
-    /// There may be a journal.
+    /// Whether a journal may exist.
     journalled: bool,
-    /// The staging file is there.
+    /// Whether the staging file exists.
     present: bool,
 }
 
 impl Staged {
-    /// It was given its name.
+    /// Records that the file was published.
     pub(super) fn published(&mut self) {
         self.present = false;
     }
@@ -150,7 +149,7 @@ impl Staged {
         self.present
     }
 
-    /// Leaves the files as they are.
+    /// Keeps the files.
     pub(super) fn abandon(&mut self) {
         self.present = false;
         self.journalled = false;
@@ -177,11 +176,11 @@ impl Drop for Staged {
     }
 }
 
-/// What is found when an upload is begun.
+/// The kept state of an upload at its beginning.
 struct Found {
     file: File,
     staged: Staged,
-    /// Bytes the staging file holds.
+    /// The length of the staging file.
     held: u64,
     journal: Option<Journal>,
     head: Option<Head>,
@@ -189,7 +188,7 @@ struct Found {
 }
 
 impl Partial {
-    /// Opens the staging file, a kept one where there is one.
+    /// Opens the staging file; a kept one if there is one.
     pub(super) fn begin(
         new: &NewFile<'_>,
         wanted: Option<u32>,
@@ -287,7 +286,7 @@ impl Partial {
         })
     }
 
-    /// Takes up what was kept of this upload, or starts it; `None` when another writes it.
+    /// Resumes the kept upload, or starts a new one; `None` if another writer has it.
     fn resume(
         inner: &Arc<Inner>,
         new: &NewFile<'_>,
@@ -327,7 +326,7 @@ impl Partial {
             }
         }
         if ranges.is_empty() {
-            // Also one left without its staging file: it would speak of bytes that are not there yet.
+            // A journal without its staging file is removed, too: it would list bytes that do not exist.
             disk.area().forget(key)?;
             if held > 0 {
                 file.set_len(0)?;
@@ -336,8 +335,8 @@ impl Partial {
         } else if inner.config.sync != SyncPolicy::Never
             && let Err(error) = file.sync_data()
         {
-            // A process that died may have overwritten what the journal calls durable. What fails here
-            // is never tried again.
+            // A process that died may have overwritten ranges that the journal lists as durable. A failure here is
+            // never tried again.
             disk.area().remove(key)?;
             return Err(error);
         }
@@ -370,7 +369,7 @@ impl Partial {
         }
     }
 
-    /// Whether it can be taken up again after it was dropped.
+    /// Whether it can be resumed after it was dropped.
     pub fn resumable(&self) -> bool {
         self.body.head.is_some()
     }
@@ -380,8 +379,8 @@ impl Partial {
         self.position
     }
 
-    /// Bytes from the beginning to [`position`](Self::position) that are on disk and journalled; kept up by
-    /// checkpoints.
+    /// Bytes from the beginning to [`position`](Self::position) that are on disk and in the journal; checkpoints
+    /// update the value.
     pub fn safe(&self) -> Arc<AtomicU64> {
         self.body.safe.clone()
     }
@@ -441,8 +440,8 @@ impl Partial {
     /// [`have`](Self::have) gave all that lies between. All of them are written or none of a valid upload:
     /// after an error of the disk only dropping is left.
     ///
-    /// Refuses, before writing, another offset, and what goes beyond the declared size, or, without one, beyond
-    /// the limits of the store.
+    /// Refuses another offset before writing, and bytes beyond the declared size or, without one, beyond the limits
+    /// of the store.
     pub fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), StoreError> {
         self.check()?;
         if !self.may_skip_to(offset) {
@@ -467,8 +466,8 @@ impl Partial {
         Ok(())
     }
 
-    /// Writes `bytes` at `offset`, which is not before [`position`](Self::position), in any order. What comes ahead of
-    /// its turn is read back when its turn has come, and is not durable before that.
+    /// Writes `bytes` at `offset`, which is not before [`position`](Self::position), in any order. Bytes that come
+    /// out of order are read back when the bytes before them have come, and are not durable before that.
     pub(crate) fn write_any(&mut self, offset: u64, bytes: &[u8]) -> Result<(), StoreError> {
         if offset < self.position || self.may_skip_to(offset) {
             return self.write_at(offset, bytes);
@@ -484,7 +483,7 @@ impl Partial {
         Ok(())
     }
 
-    /// Refuses a file of this size, or has room for it.
+    /// Reserves room for a file of this size, or refuses it.
     fn make_room(&mut self, total: u64) -> Result<(), StoreError> {
         match self.size {
             Some(expected) if total > expected => {
@@ -515,7 +514,7 @@ impl Partial {
             .file
             .write_all_at(bytes, offset)
             .map_err(|e| self.fail("write a file", e))?;
-        // It may have taken in what was just overwritten.
+        // The snapshot may include the bytes that were just overwritten.
         self.snapshot = None;
         let end = offset.saturating_add(bytes.len() as u64);
         if end > self.end {
@@ -527,8 +526,8 @@ impl Partial {
         Ok(())
     }
 
-    /// A step of making it durable, when one is due (64 MiB or a second of bytes) and none is under way. Never
-    /// for an upload that is not [resumable](Self::resumable).
+    /// A checkpoint, if one is due (after 64 MiB or one second) and none is running. Never for an upload that is not
+    /// [resumable](Self::resumable).
     pub fn checkpoint(&mut self) -> Option<Checkpoint> {
         let since = self.since?;
         if self.unsynced < CHECKPOINT_BYTES && since.elapsed() < CHECKPOINT_EVERY {
@@ -544,7 +543,7 @@ impl Partial {
         })
     }
 
-    /// Makes all that was written durable, now. Nothing to do for an upload that is not
+    /// Makes a checkpoint of all written bytes now. Does nothing for an upload that is not
     /// [resumable](Self::resumable).
     pub(crate) fn make_durable(&mut self) -> Result<(), StoreError> {
         self.check()?;
@@ -555,11 +554,11 @@ impl Partial {
         made.map_err(|()| StoreError::Broken)
     }
 
-    /// Checks size and hash: it is whole then, and needs only its name, which
-    /// [`Store::publish`](super::Store::publish) gives it.
+    /// Checks size and hash. The file is then complete, and [`Store::publish`](super::Store::publish) gives it its
+    /// name.
     ///
-    /// What [`have`](Self::have) gave may be left out at the end, too. A large file is put on disk here, a small
-    /// one by `publish`, together with others. On an error nothing of it is left.
+    /// Ranges of [`have`](Self::have) at the end need not be sent. A large file is synced here, a small one by
+    /// `publish`, together with others. On an error the upload is removed.
     pub fn complete(
         self,
         hash: Option<[u8; 32]>,
@@ -569,7 +568,7 @@ impl Partial {
         self.complete_telling(hash, size, meta, &mut || {})
     }
 
-    /// As [`complete`](Self::complete); `syncing` is called before the bytes of a large file are put on disk.
+    /// As [`complete`](Self::complete); `syncing` is called before the bytes of a large file are synced.
     pub(crate) fn complete_telling(
         mut self,
         hash: Option<[u8; 32]>,
@@ -578,7 +577,7 @@ impl Partial {
         syncing: &mut dyn FnMut(),
     ) -> Result<Complete, StoreError> {
         self.check()?;
-        // Whatever goes wrong from here on, there is nothing to come back to.
+        // After any failure from here on, the upload is not resumable.
         self.doomed = true;
         let early = self.early.as_ref().map(|early| early.1);
         for expected in [self.size, size, early].into_iter().flatten() {
@@ -629,7 +628,8 @@ impl Partial {
             return Err(StoreError::Broken);
         };
         staged.journalled |= journalled;
-        // Its descriptor is worth more than the lock on it, where nobody else can come for the file.
+        // If no other process can open the file, it is closed to save the descriptor, although that releases the
+        // lock.
         let open = body.inner.config.shared || staged.journalled;
         if !open {
             reservation.leave();
@@ -649,12 +649,13 @@ impl Partial {
         })))
     }
 
-    /// Removes it, also when it could be resumed.
+    /// Removes the upload, even if it could be resumed.
     pub fn discard(mut self) {
         self.doomed = true;
     }
 
-    /// Gives the file the time and mode it is to have. A time the file system cannot hold is not an error: it says so.
+    /// Sets the file's time and mode. A time that the file system cannot hold is not an error; the actual time is
+    /// returned.
     fn apply_meta(&mut self, meta: Meta) -> Result<Option<OtherTime>, StoreError> {
         let mode = meta.mode.unwrap_or(FILE_MODE) & 0o777;
         if mode != self.mode {
@@ -678,7 +679,7 @@ impl Partial {
         self.body.inner.disk.error(action, &self.body.path, cause)
     }
 
-    /// Whether `offset` is the next, or all up to it was given out as durable.
+    /// Whether `offset` is the next one, or all bytes up to it were reported as durable.
     fn may_skip_to(&self, offset: u64) -> bool {
         offset == self.position
             || offset > self.position
@@ -688,8 +689,8 @@ impl Partial {
                     .any(|(start, end)| *start <= self.position && offset <= *end)
     }
 
-    /// Whether the bytes that come next are there, in what the snapshot has taken in, which then stays good: who
-    /// sends them did not wait to be told of them.
+    /// Whether the next bytes equal bytes that the snapshot includes, so that the snapshot stays valid: their sender
+    /// did not wait for the reported ranges.
     fn holds(&mut self, bytes: &[u8]) -> Result<bool, StoreError> {
         let end = self.position.saturating_add(bytes.len() as u64);
         let inside = |snapshot: &blake3::Hasher| end <= snapshot.count();
@@ -704,7 +705,7 @@ impl Partial {
         }
     }
 
-    /// Takes what lies before `offset` from the disk.
+    /// Reads the bytes before `offset` from the disk.
     fn skip_to(&mut self, offset: u64) -> Result<(), StoreError> {
         if offset == self.position {
             return Ok(());
@@ -739,7 +740,7 @@ impl Partial {
             }
             return Ok(());
         }
-        // Where nothing waited to be synced, all up to here is on disk.
+        // If no bytes waited for a sync, all bytes up to here are on disk.
         let _ =
             self.body
                 .safe
@@ -747,7 +748,7 @@ impl Partial {
         Ok(())
     }
 
-    /// Forgets durable ranges that were passed: what was written there is durable when it is synced.
+    /// Removes durable ranges before the position: bytes written there become durable with the next sync.
     fn pass(&mut self) {
         let position = self.position;
         self.ahead.retain_mut(|(start, end)| {
@@ -775,7 +776,7 @@ impl Body {
         self.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts all that is written on disk, then says so in the journal, then in `safe`.
+    /// Syncs all written bytes, then updates the journal, then `safe`.
     fn make_durable(&self, work: &mut Work) -> Result<(), ()> {
         let Some(head) = &self.head else {
             return Ok(());
@@ -826,7 +827,7 @@ impl Body {
                     return Ok(());
                 }
             }
-            // To be written in full: it is new, too long, or gone.
+            // The journal is written in full if it is new, too long, or removed.
             existing => {
                 let mut all = work.initial.clone();
                 all.push((0, upto));
@@ -876,12 +877,12 @@ impl Drop for Body {
                 reservation.suspend(key, held);
             }
         }
-        // Otherwise removes what there is, while the lock is still held.
+        // Otherwise the files are removed while the lock is still held.
         drop(staged);
     }
 }
 
-/// Feeds `len` bytes from `offset` on to the hashers; how many there were before the file ended.
+/// Feeds `len` bytes from `offset` on to the hashers; returns how many bytes the file had.
 fn read(
     file: &File,
     offset: u64,
@@ -914,23 +915,23 @@ fn read(
     Ok(done)
 }
 
-/// The longest range of an upload that has so many bytes: those of a small one are short, so that one byte that differs
-/// costs little, and those of a large one so long that their number fits into a message.
+/// The longest range of an upload with `held` bytes. Ranges of a small upload are short, so that one different byte
+/// costs little; those of a large one are long, so that their number fits into a message.
 fn longest(held: u64) -> u64 {
     RANGE.saturating_mul(held.div_ceil(RANGE * RANGES).max(1))
 }
 
-/// Longest range with a hash of its own: the most that is sent again when one byte of it differs.
+/// Longest range with a hash of its own, in bytes: the most that is sent again for one different byte.
 const RANGE: u64 = 64 << 20;
-/// Ranges that an upload without gaps gives at most, half of what a message may hold; beyond, they get longer.
+/// The most ranges of an upload without gaps, half of what a message may hold; longer uploads get longer ranges.
 const RANGES: u64 = 4_096;
-/// Bytes after which, and time after which, what was written is made durable.
+/// Bytes after which a checkpoint is due.
 pub(super) const CHECKPOINT_BYTES: u64 = 64 << 20;
 pub(super) const CHECKPOINT_EVERY: Duration = Duration::from_secs(1);
-/// Size from which on a file is put on disk by a call of its own.
+/// Size in bytes from which on a file is synced by a call of its own.
 const ALONE_FROM: u64 = 1 << 20;
 const BUFFER: u64 = 256 << 10;
-/// What an upload without a declared size reserves ahead, so as not to ask the file system at every
+/// Bytes that an upload without a declared size reserves ahead, so that it does not query the file system at every
 /// write.
 const SPARE: u64 = 1 << 20;
 

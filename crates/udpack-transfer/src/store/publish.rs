@@ -1,4 +1,5 @@
-//! Whole files get their names: one barrier for the bytes of all, a name each, one barrier for the directories.
+//! Publishes complete files in batches: one sync for the bytes of all, a rename for each, one sync for the
+//! directories.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -13,28 +14,28 @@ use super::quota::charge;
 use super::{IfExists, Inner, OtherTime, Reservation, StoreError, SyncPolicy};
 use crate::base::path::RelPath;
 
-/// A whole, verified file that has no name yet. Dropping it removes it.
+/// A complete, verified file that is not published yet. Dropping it removes it.
 #[derive(Debug)]
 pub struct Complete(pub(super) Box<Whole>);
 
-/// What there is to a whole file, in one place: thousands may wait together, and are moved.
+/// The state of a complete file, in one allocation: thousands may wait together, and are moved.
 #[derive(Debug)]
 pub(super) struct Whole {
     pub(super) path: RelPath,
     pub(super) size: u64,
     pub(super) hash: [u8; 32],
     pub(super) if_exists: IfExists,
-    /// Modes of the directories that must be made for it.
+    /// Modes of the directories to create.
     pub(super) dirs: Box<[u32]>,
-    /// The time it has, where that is not the one it should have.
+    /// The actual modification time, if it differs from the requested one.
     pub(super) other_time: Option<OtherTime>,
-    /// How its bytes got on disk; `None` when they are not there yet.
+    /// How its bytes were synced; `None` if they are not synced yet.
     pub(super) sync: Option<Synced>,
-    /// Syncs of the whole file system that had failed before its first byte was written.
+    /// The number of failed syncs of the file system before its first byte was written.
     pub(super) losses: u64,
-    // Gone before the lock on it is.
+    // Declared before the lock, so that the file is removed while locked.
     pub(super) staged: Staged,
-    /// The open file and the lock on it, where that is still needed.
+    /// The open file and its lock, if they are still needed.
     #[expect(dead_code, reason = "held for the lock")]
     pub(super) held: Option<Arc<Body>>,
     pub(super) reservation: Reservation,
@@ -49,23 +50,23 @@ pub struct Published {
     pub size: u64,
     /// BLAKE3 of its bytes.
     pub hash: [u8; 32],
-    /// A file with the same bytes had the name already, and was left as it is.
+    /// Whether a file with the same bytes had the name already and was kept.
     pub same: bool,
-    /// How its bytes got on disk.
+    /// How its bytes were synced.
     pub sync: Synced,
     /// Its modification time, where the file system cannot hold the second that was asked for. `None` of a file that was
     /// there already.
     pub other_time: Option<OtherTime>,
 }
 
-/// How a stored file's bytes got on disk.
+/// How a stored file's bytes were synced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Synced {
     /// By a call for this file.
     File,
     /// By one call for several files.
     Batch,
-    /// Not yet: the operating system was not asked to.
+    /// They were not synced explicitly.
     None,
 }
 
@@ -80,7 +81,7 @@ impl fmt::Display for Synced {
 }
 
 impl Complete {
-    /// Whether its bytes are on disk, or need not be, so that `Store::publish` has no need to see to that.
+    /// Whether `Store::publish` need not sync its bytes.
     pub(crate) fn is_synced(&self) -> bool {
         self.0.sync.is_some()
     }
@@ -102,7 +103,7 @@ impl Complete {
 }
 
 impl Whole {
-    /// Gives the file its name. The name it got, and whether an equal file had it.
+    /// Publishes the file; returns its name, and whether an equal file had it.
     fn name(&mut self, inner: &Arc<Inner>, dir: &Dir) -> Result<(String, bool), StoreError> {
         let name = self.path.file_name().to_owned();
         let mut published = self.path.clone();
@@ -157,7 +158,7 @@ impl Whole {
     /// Publishes under the first numbered name that is free.
     fn try_numbers(&mut self, inner: &Inner, dir: &Dir) -> Result<RelPath, StoreError> {
         for number in 1..=LAST_NUMBER {
-            // A name grown beyond the limits could never be asked for again.
+            // A name beyond the limits could never be requested.
             let Ok(path) = numbered(&self.path, number).parse::<RelPath>() else {
                 break;
             };
@@ -168,14 +169,14 @@ impl Whole {
         Err(self.exists())
     }
 
-    /// Publishes in place of a regular file, and returns what that file counted.
+    /// Replaces a regular file, and returns the bytes that it counted.
     fn replace(&mut self, inner: &Inner, dir: &Dir, name: &str) -> Result<u64, StoreError> {
         let path = self.path.clone();
         let failed = |action, e| inner.disk.error(action, &path, e);
         let _replacing = inner.replacing();
         let mut there = disk::look(dir, name).map_err(|e| failed("look up a name", e))?;
         if there.is_none() {
-            // Removed meanwhile. Whoever publishes another now does so without the lock.
+            // The file was removed meanwhile; another upload may publish the name now.
             if self.try_name(inner, dir, name)? {
                 return Ok(0);
             }
@@ -191,14 +192,14 @@ impl Whole {
                 self.staged.published();
                 Ok(replaced)
             }
-            // A directory took the name since we looked.
+            // A directory took the name since the check.
             Err(e) if e.kind() == io::ErrorKind::IsADirectory => Err(self.exists()),
             Err(e) => Err(failed("replace a file", e)),
         }
     }
 
-    /// Whether a file with the bytes of this one has the name; false when none has it any more, an
-    /// error when it has other bytes.
+    /// Whether a file with the same bytes has the name; false if the name is free again, an error if the bytes
+    /// differ.
     fn is_there(&self, inner: &Arc<Inner>, dir: &Dir) -> Result<bool, StoreError> {
         let Some(existing) = inner.open_existing(&self.path, dir)? else {
             return Ok(false);
@@ -249,7 +250,7 @@ pub(super) fn publish(
         };
         let outcome = sync
             .map_err(|cause| {
-                // Some bytes written in its time never reached the disk; they may have been its own.
+                // A failed sync during its lifetime may have lost its bytes.
                 let cause = cause.unwrap_or_else(|| rustix::io::Errno::IO.into());
                 inner.disk.error("sync a file", &complete.path, cause)
             })
@@ -268,17 +269,17 @@ pub(super) fn publish(
         outcomes.push(outcome);
     }
     dirs.flush(&mut outcomes);
-    // Journals go only now that the names are on disk.
+    // Journals are removed only after the names are on disk.
     drop(batch);
     outcomes
 }
 
-/// What putting the bytes of a batch on disk led to.
+/// The result of syncing the bytes of a batch.
 enum Bytes {
-    /// So often the same had failed before.
+    /// All bytes are synced; the number says how often such a sync had failed before.
     Synced(u64),
     Failed(io::Error),
-    /// It cannot be done for all at once.
+    /// The files must be synced one by one.
     Each,
 }
 
@@ -300,7 +301,7 @@ struct Dirs<'a> {
     /// To be synced.
     changed: Vec<Arc<Dir>>,
     made: Vec<Made>,
-    /// Outcomes before this one rest on synced directories.
+    /// The directories of the outcomes before this index are synced.
     settled: usize,
 }
 
@@ -335,7 +336,7 @@ impl<'a> Dirs<'a> {
         Ok(dir)
     }
 
-    /// Puts all directories on disk, or fails what rests on them.
+    /// Syncs all directories; on a failure, the files in them fail.
     fn flush(&mut self, outcomes: &mut [Result<Published, StoreError>]) {
         self.open.clear();
         let changed = std::mem::take(&mut self.changed);
@@ -390,7 +391,7 @@ impl<'a> Dirs<'a> {
     }
 }
 
-/// The same error once more, for another file.
+/// Copies the error, for another file.
 fn again(error: &io::Error) -> io::Error {
     error
         .raw_os_error()

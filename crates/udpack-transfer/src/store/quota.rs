@@ -1,14 +1,14 @@
-//! What is used of each quota: the store's own and those of its tenants, by one mechanism.
+//! The usage of quotas: the store's own and those of its tenants.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use crate::base::path::RelPath;
 
-/// What a directory, a link and an empty file count: they have no bytes, yet take room.
+/// The bytes that a directory, a link and an empty file count: they take room on disk.
 pub(super) const LEAST: u64 = 1024;
 
-/// What a file of this size counts.
+/// The bytes that a file of this size counts.
 pub(super) fn charge(size: u64) -> u64 {
     match size {
         0 => LEAST,
@@ -16,8 +16,7 @@ pub(super) fn charge(size: u64) -> u64 {
     }
 }
 
-/// How much lies below the root and below every prefix that has a quota, and what open uploads add
-/// to that.
+/// The usage below the root and below every prefix with a quota, and the reservations of open uploads.
 #[derive(Debug)]
 pub(super) struct Accounts {
     /// By prefix; `None` is the root, which always has one.
@@ -27,14 +26,14 @@ pub(super) struct Accounts {
     next: u64,
 }
 
-/// An upload under way.
+/// A running upload.
 #[derive(Debug)]
 struct Open {
-    /// Where it goes.
+    /// Its path.
     path: RelPath,
-    /// What is promised to it.
+    /// The bytes reserved for it.
     bytes: u64,
-    /// Bytes of the file that it is to replace: so many of its own take no room.
+    /// Bytes of the file that it will replace: as many of its own bytes take no additional room.
     credit: u64,
 }
 
@@ -46,11 +45,13 @@ impl Open {
 
 #[derive(Debug, Default)]
 struct Account {
-    /// Below zero for a moment where what goes is counted before what came: threads count after they have changed the disk.
+    /// May be negative for a moment: threads count after they have changed the disk, so a removal may be counted
+    /// before the addition.
     used: i128,
-    /// Bytes published since the account was made: tells a count under way what it may have missed.
+    /// Bytes published since the account was created. A running count uses it to correct for files that it may have
+    /// missed.
     published: u64,
-    /// When the files were last counted; `None` when `used` says nothing.
+    /// When the files were last counted; `None` if `used` is not valid.
     counted: Option<Instant>,
 }
 
@@ -61,7 +62,7 @@ impl Account {
 }
 
 impl Accounts {
-    /// `used` is what lies below the root, if that was counted.
+    /// `used`: the bytes below the root, if they were counted.
     pub(super) fn new(used: Option<u64>) -> Self {
         let root = Account {
             used: used.unwrap_or(0).into(),
@@ -80,7 +81,7 @@ impl Accounts {
         self.accounts.get(prefix).map_or(0, Account::used)
     }
 
-    /// The same, and `None` where they were not counted.
+    /// The same; `None` if they were not counted.
     pub(super) fn counted(&self, prefix: &Option<RelPath>) -> Option<u64> {
         let account = self.accounts.get(prefix)?;
         account.counted.map(|_| account.used())
@@ -102,8 +103,8 @@ impl Accounts {
             .saturating_sub(self.reserved(prefix))
     }
 
-    /// Begins a count of the files below the prefix if there must be one before `need` more bytes
-    /// are refused or, the first time, granted: a token to end it with.
+    /// Begins a count of the files below the prefix, if one is needed before `need` more bytes are refused or, the
+    /// first time, granted. Returns a token for [`end_count`](Self::end_count).
     pub(super) fn begin_count(
         &mut self,
         prefix: &Option<RelPath>,
@@ -119,12 +120,12 @@ impl Accounts {
         if !due {
             return None;
         }
-        // Others do with the old number meanwhile, if there is one.
+        // Other uploads use the old number meanwhile, if there is one.
         account.counted = account.counted.map(|_| Instant::now());
         Some(account.published)
     }
 
-    /// Ends the count that gave `before`.
+    /// Ends the count that returned `before`.
     pub(super) fn end_count(&mut self, prefix: &Option<RelPath>, before: u64, counted: u64) {
         let account = self.accounts.entry(prefix.clone()).or_default();
         account.used = counted
@@ -133,7 +134,7 @@ impl Accounts {
         account.counted = Some(Instant::now());
     }
 
-    /// An upload begins: its number.
+    /// Registers an upload; returns its number.
     pub(super) fn open(&mut self, path: &RelPath) -> u64 {
         let upload = self.next;
         self.next += 1;
@@ -146,7 +147,7 @@ impl Accounts {
         upload
     }
 
-    /// An upload is to replace a file of this size. Of several that would, one is credited with it.
+    /// Records that an upload will replace a file of this size. Of several such uploads only one is credited.
     pub(super) fn replaces(&mut self, upload: u64, size: u64) {
         let Some(path) = self.uploads.get(&upload).map(|open| open.path.clone()) else {
             return;
@@ -159,18 +160,18 @@ impl Accounts {
         }
     }
 
-    /// Bytes that may still be promised to an upload without taking room.
+    /// Bytes that can still be reserved for an upload without additional room.
     pub(super) fn credit(&self, upload: u64) -> u64 {
         let left = |open: &Open| open.credit.saturating_sub(open.bytes);
         self.uploads.get(&upload).map_or(0, left)
     }
 
-    /// Where an open upload goes.
+    /// The path of an open upload.
     pub(super) fn path(&self, upload: u64) -> Option<RelPath> {
         self.uploads.get(&upload).map(|open| open.path.clone())
     }
 
-    /// Something that counts `bytes` is there now, and was no upload.
+    /// Counts a new entry of `bytes` that was not an upload.
     pub(super) fn added(&mut self, path: &RelPath, bytes: u64) {
         for (prefix, account) in &mut self.accounts {
             if is_below(path, prefix) {
@@ -180,20 +181,21 @@ impl Accounts {
         }
     }
 
-    /// Promises more bytes to an upload.
+    /// Reserves more bytes for an upload.
     pub(super) fn promise(&mut self, upload: u64, more: u64) {
         if let Some(open) = self.uploads.get_mut(&upload) {
             open.bytes = open.bytes.saturating_add(more);
         }
     }
 
-    /// An upload is over, with what was promised to it.
+    /// Removes an upload and its reservation.
     pub(super) fn close(&mut self, upload: u64) {
         self.uploads.remove(&upload);
         self.settle();
     }
 
-    /// What is below zero once nothing is under way was never counted: others put it there, and it is gone.
+    /// Resets negative numbers when no upload runs: they come from files that others had added and that were removed
+    /// without being counted.
     fn settle(&mut self) {
         if self.uploads.is_empty() {
             for account in self.accounts.values_mut() {
@@ -202,7 +204,7 @@ impl Accounts {
         }
     }
 
-    /// The upload is published, which counts `size`; what went for it counted `replaced`.
+    /// Counts a published upload of `size` bytes, which replaced a file of `replaced` bytes.
     pub(super) fn published(&mut self, upload: u64, size: u64, replaced: u64) {
         let Some(Open { path, .. }) = self.uploads.get(&upload) else {
             return;
@@ -215,7 +217,7 @@ impl Accounts {
         }
     }
 
-    /// What had this name, and what was in it, is gone: it counted `bytes`.
+    /// Counts the removal of an entry with its content, of `bytes` bytes.
     pub(super) fn removed(&mut self, path: &RelPath, bytes: u64) {
         for (prefix, account) in &mut self.accounts {
             let inside = prefix
@@ -230,7 +232,7 @@ impl Accounts {
         self.settle();
     }
 
-    /// As if the last counts were long ago; false when the clock does not reach that far back.
+    /// For tests: makes the last counts old; false if the clock does not reach that far back.
     #[cfg(test)]
     pub(super) fn age(&mut self) -> bool {
         let long_ago = Instant::now().checked_sub(RECOUNT_AFTER);
@@ -248,5 +250,5 @@ pub(super) fn is_below(path: &RelPath, prefix: &Option<RelPath>) -> bool {
     })
 }
 
-/// Shortest time between two counts of the files, a walk that may be long.
+/// Shortest time between two counts of the files, which may take long.
 const RECOUNT_AFTER: Duration = Duration::from_secs(30);

@@ -1,4 +1,4 @@
-//! Interrupted uploads, seen from outside: works beside a store that has the directory open.
+//! Lists and removes interrupted uploads, also while a store has the directory open.
 
 use std::path::Path;
 use std::time::{Duration, SystemTime};
@@ -6,28 +6,27 @@ use std::time::{Duration, SystemTime};
 use super::StoreError;
 use super::disk::{self, Area, Lock};
 
-/// An upload that is under way or waits to be resumed.
+/// A resumable upload, running or interrupted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Suspended {
     /// Its key: 32 hexadecimal digits.
     pub key: String,
-    /// Whose it is; empty when its journal cannot be read.
+    /// The owner; empty if its journal cannot be read.
     pub owner: String,
-    /// The name it is to get; empty when its journal cannot be read.
+    /// Its future name; empty if its journal cannot be read.
     pub path: String,
-    /// The size it was declared with.
+    /// The declared size in bytes.
     pub size: Option<u64>,
     /// Bytes it holds in the staging area.
     pub held: u64,
     /// When it was last written to.
     pub touched: SystemTime,
-    /// An upload is writing it now.
+    /// Whether an upload is writing it now.
     pub live: bool,
 }
 
-/// All resumable uploads of the store in `root` that have come to their first journal entry, oldest first, also
-/// while a server has it open. Changes nothing; an upload begun at the very moment it is looked at may be told
-/// [`StoreError::Busy`].
+/// All resumable uploads of the store in `root` that have a journal, oldest first, also while a server has it open.
+/// Changes nothing; an upload that begins at the moment of the check may fail with [`StoreError::Busy`].
 pub fn uploads(root: &Path) -> Result<Vec<Suspended>, StoreError> {
     let Some((staging, journal)) = disk::open_area(root)? else {
         return Ok(Vec::new());
@@ -62,8 +61,8 @@ pub fn uploads(root: &Path) -> Result<Vec<Suspended>, StoreError> {
     Ok(found)
 }
 
-/// Removes uploads last written to at least `older_than` ago, but for those being written now, and says
-/// how many. Works beside a server that has the store open.
+/// Removes uploads last written to at least `older_than` ago, except those being written now, and returns how many.
+/// Works beside a server that has the store open.
 pub fn purge(root: &Path, older_than: Duration) -> Result<u64, StoreError> {
     let Some((staging, journal)) = disk::open_area(root)? else {
         return Ok(0);
@@ -73,7 +72,7 @@ pub fn purge(root: &Path, older_than: Duration) -> Result<u64, StoreError> {
     let mut removed = 0;
     for key in area.keys().map_err(failed)? {
         if let Lock::Mine(_held, _) = area.lock(&key).map_err(failed)?
-            // Looked at only now that it cannot change any more.
+            // Read only now, when it cannot change any more.
             && let Some(touched) = area.touched(&key).map_err(failed)?
             && disk::age(touched) >= older_than
         {

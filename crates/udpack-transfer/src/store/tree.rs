@@ -1,10 +1,9 @@
-//! What lies in a store: looked at, listed in pages, read, removed, and the directories and links
-//! that are made there.
+//! The tree of a store: stat, list in pages, read, remove, and the creation of directories and links.
 //!
-//! As everywhere in a store no symbolic link is followed: one on the way to a name counts as
-//! nothing there. Everything is listed but the store's own, so that what is removed with its directory was to be
-//! seen before: what is neither file, directory nor link as [`Kind::Other`], and a directory whose content cannot be
-//! listed as [`unread`](Entry::unread).
+//! As everywhere in a store, no symbolic link is followed: a name below one does not exist. All entries except the
+//! store's own are listed, so that everything that is removed with its directory was visible before. Entries that are
+//! neither file, directory nor link are [`Kind::Other`], and a directory whose content cannot be listed is
+//! [`unread`](Entry::unread).
 
 use std::collections::BinaryHeap;
 use std::ffi::{OsStr, OsString};
@@ -23,7 +22,7 @@ use super::{
 use crate::base::names;
 use crate::base::path::{PathRule, RelPath};
 
-/// What has a name in a store, as it was at one moment.
+/// An entry of a store, at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// Its path from the store's root, in its [text form](crate::base::names); empty for the root itself.
@@ -36,15 +35,15 @@ pub struct Entry {
     pub mtime: Time,
     /// Its permission bits, those of 0o777.
     pub mode: u32,
-    /// Where a link leads. `None` for a link that [`Store::make_link`] would not make: where it
-    /// leads on the server is nobody else's business.
+    /// The target of a link. `None` for a link that [`Store::make_link`] would not create: its target on the server
+    /// is not revealed.
     pub target: Option<String>,
-    /// A directory of which a list lacks something: the server may not read it, or what is in it lies too deep to have
-    /// a path.
+    /// Whether a list lacks entries of this directory: the server may not read it, or they are too deep to have a
+    /// path.
     pub unread: bool,
 }
 
-/// What can have a name in a store and be seen.
+/// The kind of an entry in a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
     /// A regular file.
@@ -53,7 +52,7 @@ pub enum Kind {
     Dir,
     /// A symbolic link.
     Link,
-    /// A device, a socket, a named pipe, or what the server may not look at. It can be listed and removed, no more.
+    /// A device, a socket, a named pipe, or an entry that the server may not stat. It can only be listed and removed.
     Other,
 }
 
@@ -62,11 +61,11 @@ pub enum Kind {
 pub struct List<'a> {
     /// The directory; `None` is the root. A file or a link is listed as itself.
     pub path: Option<&'a RelPath>,
-    /// Also what is in the directories below.
+    /// Whether entries of the directories below are listed, too.
     pub recursive: bool,
-    /// The path of the last entry of the page before. Nothing needs to have it any more.
+    /// The path of the last entry of the previous page. The entry need not exist any more.
     pub after: Option<&'a str>,
-    /// Most entries in the page: at least 1 and at most 4,000, whatever is asked for.
+    /// The most entries in the page; values are limited to 1 to 4,000.
     pub limit: usize,
 }
 
@@ -76,30 +75,30 @@ pub struct List<'a> {
 pub struct Page {
     /// The entries; empty only on the last page.
     pub entries: Vec<Entry>,
-    /// There may be more after the last of them.
+    /// Whether more entries may follow.
     pub more: bool,
 }
 
-/// What making a directory or a link led to.
+/// The result of creating a directory or a link.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Placed {
-    /// It was there.
+    /// Whether it existed already.
     pub same: bool,
-    /// Its modification time, where the file system cannot hold the second that was asked for.
+    /// Its actual modification time, if the file system cannot hold the requested second.
     pub other_time: Option<OtherTime>,
 }
 
-/// What was removed.
+/// The number of removed entries.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Removed {
-    /// Everything that was no directory.
+    /// Entries other than directories.
     pub files: u64,
     /// Bytes of the regular files among them.
     pub bytes: u64,
 }
 
 impl Store {
-    /// What has the name; `None` is the root.
+    /// The entry of this name; `None` is the root.
     ///
     /// Fails with [`StoreError::NotFound`].
     pub fn stat(&self, path: Option<&RelPath>) -> Result<Entry, StoreError> {
@@ -112,7 +111,7 @@ impl Store {
         Ok(inner.find(path)?.1)
     }
 
-    /// One page of what is below a directory.
+    /// One page of the entries below a directory.
     ///
     /// Costs one reading of each directory on the way to [`List::after`] and of each one in the
     /// page, and memory for one page. What appears or vanishes between two pages may be missed or
@@ -168,8 +167,8 @@ impl Store {
         Err(inner.read_failed("list a directory that keeps changing", query.path, cause))
     }
 
-    /// Removes a file, a link or an empty directory, or, `recursive`, a directory with all that is
-    /// in it. What it is called is gone from disk when this returns.
+    /// Removes a file, a link or an empty directory, or, `recursive`, a directory with all that is in it. The removal
+    /// is durable when this returns.
     ///
     /// An error in the middle leaves what was not yet removed. Fails with
     /// [`StoreError::NotEmpty`] where something is left in a directory: without `recursive`, when
@@ -194,7 +193,7 @@ impl Store {
             &names::os(path.file_name()),
             path.components().count(),
         );
-        // Also of what a failure left half done.
+        // Also after a failure in the middle.
         inner.removed(path, removal.counted);
         if !found? {
             return Err(not_found());
@@ -228,12 +227,11 @@ impl Store {
         }
     }
 
-    /// Makes a directory and those above it, and says whether it was there, and what time it has if that is not
-    /// the one asked for. It is on disk when this returns.
+    /// Creates a directory and those above it; returns whether it existed, and its actual time if that differs from
+    /// the requested one. It is durable when this returns.
     ///
-    /// It gets the mode (its owner's access is never taken) and the time of `meta` also when it
-    /// was there: directories come after the files that made them. Without a mode, a new one is
-    /// its owner's alone.
+    /// It gets the mode (without removing its owner's access) and the time of `meta` even if it existed: directories
+    /// come after the files in them. Without a mode, a new one is for its owner only.
     pub fn make_dir(
         &self,
         path: &RelPath,
@@ -315,8 +313,8 @@ impl Store {
         })
     }
 
-    /// Makes a symbolic link in one step, and says whether an equal one was there. It is on disk
-    /// when this returns; nothing in the store ever follows it.
+    /// Creates a symbolic link in one step; returns whether an equal one existed. It is durable when this returns;
+    /// the store never follows it.
     ///
     /// Refuses a `target` that `check_target` refuses. Where something else has the name,
     /// [`IfExists::Overwrite`] replaces a file or a link, and every other policy is an error: a
@@ -349,7 +347,7 @@ impl Store {
         inner.room_for_name(path, tenant)?;
         let name = path.file_name();
         let mut outcome = exists();
-        // Something may come or go between a look and the step that follows.
+        // Entries may appear or vanish between a check and the next step.
         for _ in 0..MAX_TRIES {
             let dir = inner.parent_for(path, dirs)?;
             let replacing = inner.replacing();
@@ -463,7 +461,7 @@ impl Entry {
         }
     }
 
-    /// What is there under this name, and nothing more is known of it.
+    /// An entry of which only the name is known.
     fn unseen(path: String) -> Self {
         Self {
             path,
@@ -493,7 +491,7 @@ impl Kind {
 }
 
 impl Inner {
-    /// What has the name, and the directory it is in.
+    /// The entry of this name, and its directory.
     fn find(&self, path: &RelPath) -> Result<(Dir, Entry), StoreError> {
         let failed = |e| self.read_failed("look up a name", Some(path), e);
         let mut dir = self.disk.root().map_err(failed)?;
@@ -514,7 +512,7 @@ impl Inner {
         Ok((dir, entry))
     }
 
-    /// The directory in which `path` is to be made, itself made and durable.
+    /// The directory of `path`, created and durable.
     fn parent_for(&self, path: &RelPath, dirs: &[u32]) -> Result<Dir, StoreError> {
         let mut made = Vec::new();
         let dir = self.make_parent(path, dirs, &mut made)?;
@@ -526,13 +524,13 @@ impl Inner {
         Ok(dir)
     }
 
-    /// Checks that there is room for something that has a name and no bytes, and for the directories on the way to it.
+    /// Checks that there is room for an entry without bytes, and for the directories above it.
     fn room_for_name(&self, path: &RelPath, tenant: Option<&Tenant>) -> Result<(), StoreError> {
         let need = LEAST.saturating_add(self.parents_charge(path, tenant));
         self.room(need, 0, 0, tenant).map(drop)
     }
 
-    /// An error on the way to something that is only looked at. What is no directory holds nothing.
+    /// An error while an entry is looked up. A component that is not a directory means that the entry does not exist.
     fn read_failed(
         &self,
         action: &'static str,
@@ -548,15 +546,15 @@ impl Inner {
     }
 }
 
-/// Where a listing begins, as seen from the directory that is listed.
+/// The start of a page, relative to the listed directory.
 enum Start {
     /// Before the directory itself.
     Before,
     /// The directory itself is the last one listed.
     Base,
-    /// Behind what has these names below the directory.
+    /// After the entry with these names below the directory.
     After(Vec<Vec<u8>>),
-    /// Behind everything in it.
+    /// After all its entries.
     Behind,
 }
 
@@ -590,18 +588,18 @@ struct Lister<'a> {
     inner: &'a Inner,
     query: &'a List<'a>,
     limit: usize,
-    /// What is left of the cursor, from the directory on top of `frames` down.
+    /// The rest of the cursor, below the top directory of `frames`.
     cursor: std::vec::IntoIter<Vec<u8>>,
-    /// The directories from the one that is listed down to where the page is.
+    /// The directories from the listed one down to the current position.
     frames: Vec<Frame>,
-    /// The names, below the directory that is listed, of what was looked at last.
+    /// The names of the last examined entry, below the listed directory.
     last: Option<Vec<Vec<u8>>>,
 }
 
-/// A directory whose names are being gone through.
+/// A directory that is being listed.
 struct Frame {
     dir: Dir,
-    /// What the text forms of its entries' paths begin with: empty, or ending in `/`.
+    /// The prefix of its entries' paths in text form: empty, or ending in `/`.
     prefix: String,
     /// Its own name; empty for the directory that is listed.
     name: Vec<u8>,
@@ -611,9 +609,9 @@ struct Frame {
     names: Vec<Vec<u8>>,
     /// More names follow that are not in `names`.
     cut: bool,
-    /// The name whose entry was on an earlier page, though perhaps not all that is in it.
+    /// The name of an entry on an earlier page whose content may not be listed completely.
     passed: Option<Vec<u8>>,
-    /// Something in it has no path.
+    /// Whether an entry in it has no path.
     unread: bool,
 }
 
@@ -689,7 +687,7 @@ impl Lister<'_> {
         Ok(page)
     }
 
-    /// Goes on with what is in the directory `name` of the one on top; false when not all of that can be listed.
+    /// Continues with the entries of the directory `name`; false if not all of them can be listed.
     fn descend(&mut self, name: Vec<u8>, path: String, left: usize) -> Result<bool, StoreError> {
         let Some(frame) = self.frames.last() else {
             return Ok(true);
@@ -802,7 +800,7 @@ fn is_own(name: &[u8]) -> bool {
     path.is_err_and(|error| error.rule() == PathRule::Own)
 }
 
-/// What has the name; `None` when it is gone by now.
+/// The entry of this name; `None` if it was removed meanwhile.
 fn look(dir: &Dir, name: &OsStr, path: &str) -> io::Result<Option<Entry>> {
     let Some(metadata) = below::see(dir, name)? else {
         return Ok(None);
@@ -826,8 +824,8 @@ fn raw_target(dir: &Dir, name: &OsStr) -> Option<Vec<u8>> {
     Some(target.into_bytes())
 }
 
-/// Sets mode and time of a directory; what the file system cannot or will not hold is not an
-/// error. Says which other time it has.
+/// Sets mode and time of a directory. A value that the file system cannot hold is not an error; an actual time that
+/// differs is returned.
 fn set_meta(dir: &Dir, path: &RelPath, meta: Meta) -> Option<OtherTime> {
     if let Some(mode) = meta.mode {
         let mode = rustix::fs::Mode::from_raw_mode((mode & 0o777) | 0o700);
@@ -839,18 +837,18 @@ fn set_meta(dir: &Dir, path: &RelPath, meta: Meta) -> Option<OtherTime> {
     mtime.and_then(|time| disk::set_modified(dir, path, time))
 }
 
-/// Removes one thing and counts what goes.
+/// Removes one entry and counts the removed ones.
 struct Removal<'a> {
     inner: &'a Inner,
     path: &'a RelPath,
     recursive: bool,
     removed: Removed,
-    /// What that counted against a quota.
+    /// The bytes that they counted against a quota.
     counted: u64,
 }
 
 impl Removal<'_> {
-    /// Removes what has the name; false when nothing had it.
+    /// Removes the entry of this name; false if there was none.
     fn entry(&mut self, dir: &Dir, name: &OsStr, depth: usize) -> Result<bool, StoreError> {
         let failed = |e| self.failed("look up a name", e);
         let replacing = self.inner.replacing();
@@ -898,8 +896,8 @@ impl Removal<'_> {
         }
     }
 
-    /// Empties a directory whose path has `depth` components. What lies too deep to have a path stays, and the
-    /// directory's removal finds it.
+    /// Empties a directory whose path has `depth` components. Entries that are too deep to have a path stay, and the
+    /// directory's removal then fails.
     fn clear(&mut self, dir: &Dir, depth: usize) -> Result<(), StoreError> {
         if depth >= RelPath::MAX_COMPONENTS {
             return Ok(());
@@ -909,7 +907,7 @@ impl Removal<'_> {
             for name in &names {
                 self.entry(dir, name, depth + 1)?;
             }
-            // What was added after a whole reading is for the directory's removal to find.
+            // If entries were added after a complete reading, the directory's removal fails.
             if names.len() < BATCH {
                 return Ok(());
             }
