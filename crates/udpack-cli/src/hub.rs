@@ -1,8 +1,8 @@
 //! The server's own channels: `events`, which relays each client's messages to the others, and `ping`.
 //!
-//! A message goes to every other client that can take it now. A client that cannot loses it and receives a
-//! gap: sending never waits for the slowest. Volatile messages of clients that have an `events` channel go the same way.
-//! History and delivery guarantees are not here.
+//! A message goes to every other client that can take it now. A client that cannot loses it and receives a gap:
+//! sending never waits for the slowest. Volatile messages of clients with an `events` channel are relayed in the same
+//! way. The hub keeps no history and gives no delivery guarantees.
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
@@ -63,7 +63,7 @@ impl Hub {
         channel.join(EVENTS)?;
         let messages = async {
             while let Some(message) = self.recv(&channel).await? {
-                // Passed on as it came: the server need not understand it.
+                // Relayed unchanged: the server need not decode it.
                 match Encoded::relay(&message) {
                     Ok(relayed) => {
                         let delivered = send_to_others(&rooms, &channel, &relayed);
@@ -103,7 +103,7 @@ impl Hub {
         Ok(())
     }
 
-    /// The next message, or none once the server goes down.
+    /// The next message; `None` once the server shuts down.
     async fn recv(&self, channel: &Channel) -> Result<Option<Message>, RecvError> {
         let mut over = self.over.subscribe();
         tokio::select! {
@@ -116,7 +116,7 @@ impl Hub {
     }
 }
 
-/// Replies for how many clients it was queued.
+/// Sends a message to the other clients; returns for how many it was queued.
 fn send_to_others(rooms: &Rooms, from: &Channel, message: &Encoded) -> u64 {
     let sent = rooms
         .to(EVENTS)

@@ -103,9 +103,9 @@ fn run<A: Parser, F: Future<Output = anyhow::Result<()>>>(
     }
 }
 
-/// Threads that carry packets: one core is left to those that read, write and hash files. On two cores, where they have
-/// one each, a file of 1 GiB took 11 % less time than with two (median of 10, loopback, tmpfs): the second mostly took
-/// turns with them.
+/// The number of threads for packets: one core is left to the threads that read, write and hash files. On two cores,
+/// where they have one each, a file of 1 GiB took 11 % less time than with two (median of 10, loopback, tmpfs): the
+/// second mostly took turns with them.
 fn workers() -> usize {
     let cores = thread::available_parallelism().map_or(1, usize::from);
     cores.saturating_sub(1).max(1)

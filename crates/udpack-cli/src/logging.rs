@@ -1,4 +1,4 @@
-//! Logs: on standard error around a live progress bar, and in files if asked.
+//! Logs: on standard error together with a live progress line, and in files if requested.
 
 use std::env;
 use std::io::{self, IsTerminal as _, Write};
@@ -142,25 +142,25 @@ impl<W: Write> Write for Lines<W> {
     }
 }
 
-/// Whether the user, or the terminal, wants no colours.
+/// Whether colours are turned off by the user or the terminal.
 pub(crate) fn no_colour() -> bool {
     let unwanted = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     unwanted || is_dumb()
 }
 
-/// Whether the terminal, if there is one, takes text and nothing else.
+/// Whether the terminal, if there is one, supports only plain text.
 pub(crate) fn is_dumb() -> bool {
     env::var_os("TERM").is_none_or(|term| term == "dumb" || term.is_empty())
 }
 
-/// Which binary logs: its usual level, and the name of its files.
+/// The logging program, which decides the default level and the name of the files.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Role {
     Server,
     Client,
 }
 
-/// Installs the subscriber. The guard writes out what the log file still lacks when it is dropped.
+/// Installs the subscriber. Dropping the guard flushes the log file.
 pub(crate) fn start(
     role: Role,
     args: &LogArgs,
@@ -199,7 +199,7 @@ pub(crate) fn start(
         }
         None => (None, None),
     };
-    // Fails only when a subscriber is there already, which is then as good.
+    // Fails only if a subscriber is already installed, which then stays in use.
     let _ = tracing_subscriber::registry()
         .with(stderr)
         .with(file)
@@ -230,7 +230,7 @@ const SILENCED: [(&str, &str, LevelFilter); 2] = [
     ),
 ];
 
-/// This level for our own crates; of the others only warnings and errors.
+/// This level for this project's crates; only warnings and errors of others.
 fn ours(role: Role, level: LevelFilter) -> Targets {
     let others = match level {
         LevelFilter::TRACE => LevelFilter::DEBUG,
@@ -271,7 +271,7 @@ fn rolling(role: Role, dir: &Path) -> anyhow::Result<RollingFileAppender> {
         .with_context(|| format!("cannot write logs in {}", dir.display()))
 }
 
-/// Days whose log files are kept.
+/// How many days log files are kept.
 const FILES: usize = 14;
 
 #[cfg(test)]

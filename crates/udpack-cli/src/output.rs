@@ -10,8 +10,8 @@ use serde_json::ser::Formatter;
 use udpack::text::is_printable;
 use udpack_transfer::names;
 
-/// Writes one line and flushes it, so that a reader sees each result when it is there. Whatever is in it, it stays one
-/// line and leaves a terminal as it is.
+/// Writes one line and flushes it, so that a reader sees each result at once. Control characters are escaped, so that
+/// it stays one line and cannot control a terminal.
 pub(crate) fn line(text: &str) -> io::Result<()> {
     all(format!("{}\n", udpack::text::printable(text)).as_bytes())
 }
@@ -25,7 +25,7 @@ pub(crate) fn all(lines: &[u8]) -> io::Result<()> {
 
 /// Adds one JSON value on one line.
 pub(crate) fn add_json<T: Serialize + ?Sized>(lines: &mut Vec<u8>, value: &T) -> io::Result<()> {
-    // Seldom does a name need more than the value's own text, in its own order.
+    // Usually no name needs more than the value's own text.
     if names::holds_bytes(&serde_json::to_string(value)?) {
         let mut value = serde_json::to_value(value)?;
         spell_out(&mut value);
@@ -47,8 +47,8 @@ fn add_printable<T: Serialize + ?Sized>(lines: &mut Vec<u8>, value: &T) -> io::R
     Ok(written?)
 }
 
-/// Shows each name that is not UTF-8 with `\xff` for each such byte; beside it, under its key and `_hex`, stand its
-/// bytes.
+/// Shows each name that is not UTF-8 with `\xff` for each such byte, and adds a field with the suffix `_hex` that
+/// holds its bytes.
 fn spell_out(value: &mut Value) {
     match value {
         Value::Object(fields) => {
@@ -103,7 +103,7 @@ impl Formatter for Printable {
     }
 }
 
-/// Whether the reader of standard output is gone.
+/// Whether the reader of standard output has closed it.
 pub(crate) fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::BrokenPipe
 }
@@ -117,7 +117,7 @@ pub(crate) fn unless_gone(written: io::Result<()>) -> anyhow::Result<()> {
     }
 }
 
-/// Text that may come from a peer or be a file's name, on one line and with nothing that changes a terminal.
+/// Escapes text of a peer or a file's name: one line without control characters.
 pub(crate) fn printable(text: &str) -> String {
     names::shown(text)
 }

@@ -53,14 +53,14 @@ fn render(command: &Command, pages: &mut Vec<u8>) -> io::Result<()> {
         .try_for_each(|sub| render(sub, pages))
 }
 
-/// The same text in lines of at most so many columns, where its words allow that. What goes on below stands below the
-/// text of its line, not below an option's name.
+/// Wraps text at `columns` columns. Continuation lines are indented to the text of their line, not to an option's
+/// name.
 pub(crate) fn wrapped(text: &str, columns: usize) -> String {
     let mut out = String::with_capacity(text.len());
     for line in text.lines() {
         let line = line.trim_end();
         let first = line.len() - line.trim_start().len();
-        // Two columns: names, and behind at least two spaces what they mean.
+        // Two columns: the names, then after at least two spaces their descriptions.
         let second = line[first..]
             .rfind("  ")
             .map(|at| shown(&line[..first + at]) + 2);
@@ -87,7 +87,7 @@ pub(crate) fn wrapped(text: &str, columns: usize) -> String {
     out
 }
 
-/// The columns that text takes; what sets its style takes none.
+/// The width of text in columns, without escape sequences.
 fn shown(text: &str) -> usize {
     let mut styled = false;
     let takes = |c: &char| match *c {
@@ -104,7 +104,7 @@ fn shown(text: &str) -> usize {
     text.chars().filter(takes).count()
 }
 
-/// As many columns as help may take: those of the terminal, and of a page that is easy to read.
+/// The width of help in columns: that of the terminal, up to an easily readable width.
 pub(crate) fn width() -> usize {
     let terminal = terminal_columns(&io::stdout());
     let told = || env::var("COLUMNS").ok()?.parse().ok();
@@ -125,7 +125,7 @@ fn print(text: &[u8]) -> anyhow::Result<()> {
 }
 
 const WIDEST: usize = 100;
-/// Narrower, words no longer fit beside their options.
+/// The smallest width at which descriptions fit beside their options.
 const NARROWEST: usize = 40;
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
-//! `doctor`: what works from here to a server, and the cause of what does not.
+//! `doctor`: checks the path to a server, and names the cause of a failure.
 //!
-//! `examine` asks the network, `verdict` draws the conclusion from the answers alone, and `show` puts both on one screen.
+//! `examine` probes the network, `verdict` derives the cause from the results alone, and `show` prints both on one
+//! screen.
 
 mod examine;
 mod show;
@@ -15,7 +16,7 @@ use crate::output;
 use crate::signals::Interrupts;
 use crate::target::Target;
 
-/// All that was found.
+/// All results.
 #[derive(Debug, Default)]
 struct Report {
     /// `HOST:PORT`.
@@ -26,13 +27,13 @@ struct Report {
     dns: Dns,
     addresses: Vec<Address>,
     session: Option<Session>,
-    /// The variables that name a proxy, without what they hold of passwords.
+    /// The environment variables that name a proxy, without passwords.
     proxies: Vec<(&'static str, String)>,
     /// This machine's clock, in seconds since 1970.
     clock: i64,
 }
 
-/// What the name leads to.
+/// The result of resolving the name.
 #[derive(Debug, Default)]
 struct Dns {
     took: Duration,
@@ -48,24 +49,24 @@ struct Address {
     path: Option<Path>,
     tls: Tls,
     tcp: Reach,
-    /// A handshake over a WebSocket, where there is TCP.
+    /// A handshake over a WebSocket, if TCP works.
     wss: Tls,
 }
 
-/// What became of a first packet.
+/// The result of a first packet.
 #[derive(Debug, Clone, PartialEq)]
 enum Reach {
     Answered(Duration),
-    /// The host says that nobody listens at the port.
+    /// The host reports that nothing listens at the port.
     Refused,
-    /// This machine, or a router, has no way there; with its words.
+    /// This machine, or a router, has no route; with the system's text.
     NoRoute(String),
-    /// This machine does not let it out.
+    /// This machine's packet filter blocks it.
     Forbidden,
     Silent(Duration),
 }
 
-/// Round trips, one after the other.
+/// Measured round trips.
 #[derive(Debug, Clone, Default, PartialEq)]
 struct Trips {
     sent: u32,
@@ -90,34 +91,34 @@ impl Trips {
         self.max = self.max.max(trip);
     }
 
-    /// The share that did not come back.
+    /// The share of lost round trips, 0 to 1.
     fn loss(&self) -> f64 {
         f64::from(self.sent - self.came) / f64::from(self.sent.max(1))
     }
 }
 
-/// How large datagrams may be on the way to the server, as bytes of UDP payload.
+/// The size of datagrams that the path carries, in bytes of UDP payload.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Path {
-    /// The largest that got through.
+    /// The largest that was answered.
     through: u16,
-    /// The largest that the first link takes, as far as this machine knows, and that was tried.
+    /// The largest that the first link carries, as far as known, and that was tried.
     link: u16,
 }
 
-/// What a handshake showed.
+/// The result of a handshake.
 #[derive(Debug, Clone, PartialEq)]
 enum Tls {
-    /// It was not tried: nobody answers, or it would say nothing without a key.
+    /// It was not tried: no server answers, or no key is given.
     Not,
     Done {
         took: Duration,
-        /// Between which times the certificate is valid.
+        /// The times between which the certificate is valid.
         valid: Option<(i64, i64)>,
     },
-    /// Another key than the pinned one.
+    /// The server has another key than the pinned one.
     OtherKey(String),
-    /// Nobody vouches for the certificate. `dates`: because of its dates.
+    /// The certificate is not trusted. `dates`: because of its dates.
     Untrusted {
         text: String,
         dates: bool,
@@ -125,7 +126,7 @@ enum Tls {
     Failed(String),
 }
 
-/// What became of the token, and of pings if it was let in.
+/// The result of authentication, and of pings after it.
 #[derive(Debug)]
 enum Session {
     In { trips: Trips },
@@ -152,7 +153,7 @@ pub(super) async fn run(mut args: DoctorArgs, mut interrupts: Interrupts) -> any
     }
     match verdict.kind {
         None => Ok(()),
-        // The cause was said where the answers are.
+        // The cause is printed with the results.
         Some(kind) => {
             let text = format!("no connection is possible ({})", verdict.name);
             Err(Failure::new(kind, text).into())
@@ -160,13 +161,13 @@ pub(super) async fn run(mut args: DoctorArgs, mut interrupts: Interrupts) -> any
     }
 }
 
-/// What to conclude.
+/// The conclusion.
 #[derive(Debug, PartialEq)]
 struct Verdict {
-    /// A name for it that stays: `ok`, `no_udp`, `loss`.
+    /// Its stable name: `ok`, `no_udp`, `loss`.
     name: &'static str,
     /// One line in plain words.
     cause: String,
-    /// Why no connection is possible; none where one is.
+    /// The kind of the failure; `None` if a connection is possible.
     kind: Option<Kind>,
 }

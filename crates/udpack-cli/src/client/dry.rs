@@ -1,4 +1,4 @@
-//! `put -n`: what a run would send and what would be refused, as far as the server tells it.
+//! `put -n`: reports what a run would send and what would be refused, as far as the server reveals it.
 
 use std::fs::File;
 use std::io;
@@ -17,7 +17,7 @@ use crate::args::PutArgs;
 use crate::exit::{Explained, Kind};
 use crate::logging::Console;
 
-/// What would become of one entry.
+/// The predicted outcome of one entry.
 #[derive(Debug)]
 struct Outlook {
     path: String,
@@ -28,7 +28,7 @@ struct Outlook {
     fate: anyhow::Result<Fate>,
 }
 
-/// Asks for each name what has it, and reports what would become of each.
+/// Asks the server for each name, and reports the predicted outcomes.
 pub(super) async fn run(
     args: &PutArgs,
     console: &Console,
@@ -147,7 +147,7 @@ async fn fate(remote: Option<Remote>, found: Found, policy: IfExists) -> anyhow:
     }
 }
 
-/// What is to have the name.
+/// The kind of the new entry.
 enum Asked {
     File(u64),
     Dir,
@@ -161,7 +161,7 @@ fn unreadable(path: &Path, source: io::Error) -> TransferError {
     }
 }
 
-/// What the server says of a name that is taken.
+/// The error for a taken name.
 fn exists(name: &RelPath) -> anyhow::Error {
     let error = StoreError::Exists { path: name.clone() };
     TransferError::Refused {
@@ -172,5 +172,5 @@ fn exists(name: &RelPath) -> anyhow::Error {
     .into()
 }
 
-/// As many as a run transfers side by side.
+/// The number of parallel requests, like the transfers of a run.
 const SIDE_BY_SIDE: u8 = 4;

@@ -20,7 +20,7 @@ use crate::signals::Interrupts;
 use crate::target::{Target, retry};
 use crate::value::hex;
 
-/// What one comparison found.
+/// The result of one comparison.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Verdict {
     Same,
@@ -38,7 +38,7 @@ impl Verdict {
     }
 }
 
-/// One comparison, done.
+/// A finished comparison.
 #[derive(Debug)]
 struct Compared {
     local: PathBuf,
@@ -52,9 +52,9 @@ struct Compared {
 #[derive(Debug)]
 struct Tally {
     json: bool,
-    /// Files that are equal.
+    /// The number of equal files.
     same: usize,
-    /// Directories and links that are.
+    /// The number of equal directories and links.
     others: usize,
     wrong: usize,
     bytes: u64,

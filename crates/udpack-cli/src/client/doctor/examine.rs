@@ -1,4 +1,4 @@
-//! Asks the network. Every question has an end; those to different addresses are asked at once.
+//! Probes the network. Every probe has a time-out; different addresses are probed at once.
 
 use std::env;
 use std::io;
@@ -17,7 +17,7 @@ use crate::target::Target;
 use crate::value::Value;
 use crate::when;
 
-/// How long the first answer may take, and how often and how soon the question is asked again.
+/// The time-outs of the first probe and its repetitions.
 const FIRST: [Duration; 6] = [
     Duration::from_millis(300),
     Duration::from_millis(300),
@@ -26,22 +26,22 @@ const FIRST: [Duration; 6] = [
     Duration::from_secs(1),
     Duration::from_secs(1),
 ];
-/// How long TCP may take.
+/// The time-out of a TCP connection.
 const TCP: Duration = Duration::from_secs(4);
-/// Round trips that are measured.
+/// The number of measured round trips.
 const TRIPS: u32 = 20;
-/// Between two of them.
+/// The pause between two of them.
 const BETWEEN: Duration = Duration::from_millis(20);
-/// How long pings over a session may take together.
+/// The time-out of all pings over a session.
 const PINGS: Duration = Duration::from_secs(10);
-/// Datagrams of one size that must all be lost before it is taken to be too large.
+/// The number of datagrams of one size that must all be lost before the size counts as too large.
 const TRIES: u32 = 4;
-/// The size is found to so many bytes.
+/// The precision of the found size, in bytes.
 const FINE: u16 = 4;
-/// The least and, on an Ethernet, the most that is tried: bytes of UDP payload.
+/// The smallest size that is tried, in bytes of UDP payload.
 const LEAST: u16 = 1200;
 const ETHERNET: [u16; 2] = [1472, 1452];
-/// More addresses of a name than this are not looked at.
+/// The most addresses of a name that are probed.
 const MOST: usize = 16;
 
 pub(super) async fn all(target: &Target) -> Report {
@@ -74,7 +74,7 @@ pub(super) async fn all(target: &Target) -> Report {
     report
 }
 
-/// One address by all ways.
+/// Probes one address with all transports.
 async fn address(target: &Target, address: SocketAddr) -> Address {
     let ((udp, trips, path), tcp) = tokio::join!(udp(address), tcp(address));
     let quic = async {
@@ -145,11 +145,12 @@ async fn came(probe: &Probe, payload: u16, patience: Duration) -> Option<Duratio
     }
 }
 
-/// Finds the largest datagram that gets through, at most what the first link takes.
+/// Finds the largest datagram that is answered, up to the size that the first link carries.
 async fn path(probe: &Probe, address: SocketAddr, patience: Duration) -> Path {
     let [v4, v6] = ETHERNET;
     let ethernet = if address.is_ipv6() { v6 } else { v4 };
-    // Beyond an Ethernet the way out says little: jumbo frames and loopback end at this machine or this network.
+    // A first link larger than Ethernet says little about the path: jumbo frames and loopback end at this machine or
+    // this network.
     let link = probe.first_link().unwrap_or(ethernet).min(ethernet);
     let passes = async |payload| {
         for _ in 0..TRIES {
@@ -205,7 +206,7 @@ async fn handshake(target: &Target, address: SocketAddr, over: TransportChoice) 
             valid: done.valid,
         },
         Err(ConnectError::PinMismatch { presented, .. }) => Tls::OtherKey(presented.to_string()),
-        // Without a key nobody said whom to expect; that is another question than whether the network works.
+        // Without a key the expected server is unknown, and that is not a fault of the network.
         Err(ConnectError::Untrusted { dates: false, .. }) if !target.has_key() => Tls::Not,
         Err(ConnectError::Untrusted { text, dates, .. }) => Tls::Untrusted { text, dates },
         Err(error) => Tls::Failed(error.to_string()),
@@ -232,7 +233,7 @@ async fn session(target: &Target) -> Session {
     let pinged = timeout(PINGS, pings).await;
     let _ = timeout(PINGS, socket.close(CloseCode::NORMAL, "done")).await;
     match pinged {
-        // A server that serves other channels answers no pings, and has let us in all the same.
+        // A server without the ping channel does not answer pings, but has admitted the client.
         Ok(Ok(()) | Err(_)) => Session::In { trips },
         Err(_) if trips.came == 0 => Session::In { trips },
         Err(_) => Session::Failed(format!("{} of {TRIPS} pings within {PINGS:?}", trips.came)),

@@ -1,14 +1,14 @@
-//! From answers to their cause. Asks nobody.
+//! Derives the cause from the results, without probing.
 
 use super::{Address, Reach, Report, Session, Tls, Verdict};
 use crate::client::doctor::show;
 use crate::exit::Kind;
 use crate::when;
 
-/// From this share of lost round trips on a path is called lossy.
+/// The share of lost round trips from which on a path is reported as lossy.
 const LOSSY: f64 = 0.03;
 
-/// The one cause that explains the most: what keeps a connection from being made before what makes it slow.
+/// The most important cause: failures of the connection before causes of slowness.
 pub(super) fn of(report: &Report) -> Verdict {
     if let Some(error) = &report.dns.error {
         let cause = format!("the name does not resolve: {error}");
@@ -58,7 +58,7 @@ fn works(name: &'static str, cause: String) -> Verdict {
     }
 }
 
-/// Nobody answers by UDP. The reason that says most counts.
+/// No server answers over UDP. Returns the most specific reason.
 fn unreachable(report: &Report) -> Verdict {
     let network = |name, cause| broken(name, Kind::Network, cause);
     let all = &report.addresses;
@@ -139,7 +139,7 @@ fn clock(report: &Report, at: &Address) -> Option<Verdict> {
     }
 }
 
-/// The server answers, and it is not the one that we trust.
+/// The server answers, and it is not the trusted one.
 fn handshake(at: &Address) -> Option<Verdict> {
     let address = at.address;
     Some(match &at.tls {
