@@ -46,15 +46,15 @@ use crate::wire::message::{DecodeError, EncodeError, Encoded, Message};
 /// without duplicates, for as long as the connection lives. Channels do not hold each other up.
 ///
 /// # Drop
-/// When the last clone is dropped, what is queued still goes out, then the sending direction ends cleanly
-/// (the peer's `recv` returns `Ok(None)`), and anything still arriving is refused. To know that everything
-/// arrived, call [`finish`](Self::finish) first.
+/// When the last clone is dropped, queued messages are still sent, then the sending direction ends in order (the
+/// peer's `recv` returns `Ok(None)`), and messages that still arrive are refused. To know that everything arrived,
+/// call [`finish`](Self::finish) first.
 #[derive(Clone)]
 pub struct Channel {
     pub(crate) inner: Arc<Inner>,
 }
 
-/// What both ends know of a channel from its `$open`.
+/// The settings of a channel that both sides know from its `$open`.
 pub(crate) struct Opened {
     pub(crate) id: u64,
     pub(crate) name: String,
@@ -67,9 +67,10 @@ pub(crate) struct Opened {
 
 pub(crate) struct Inner {
     pub(crate) carrier: Arc<Carrier>,
-    /// What the channel keeps for the session it belongs to.
+    /// A value that the session attaches to its channel.
     owner: Box<dyn Any + Send + Sync>,
-    /// The connection it began on. A handle that a program keeps must not keep what a lost one still holds to send.
+    /// The connection on which the channel began. The reference is weak: a handle in a program must not keep the
+    /// unsent data of a lost connection.
     conn: Weak<SessionConnection>,
     opened: Opened,
     pub(crate) outbox: Arc<Outbox>,
@@ -77,7 +78,7 @@ pub(crate) struct Inner {
     pub(crate) counters: Arc<Counters>,
     pub(crate) end: Arc<End>,
     pub(crate) next_request: AtomicU64,
-    /// What stands for this channel in rooms, from the first one on; only at a server.
+    /// The channel's membership in rooms, created with the first room; only on a server.
     member: OnceLock<Box<dyn Any + Send + Sync>>,
 }
 
@@ -93,7 +94,7 @@ impl Drop for Inner {
     }
 }
 
-/// Leads to a channel without keeping it open.
+/// A weak handle: it does not keep the channel open.
 pub(crate) struct WeakChannel(Weak<Inner>);
 
 impl WeakChannel {
@@ -161,13 +162,13 @@ impl Channel {
         }
         if opened.resumable {
             carrier.keep(&core);
-            // Those that are kept have been ended by then.
+            // The kept channels have ended before this.
             if let Some(reason) = carrier.end.get() {
                 core.fail(&carrier, reason);
             }
             let (conn, now) = carrier.current();
             if own && now != number {
-                // The connection was exchanged in the meantime, and this channel was not among those kept.
+                // The connection was replaced in the meantime, when this channel was not yet kept.
                 carrier.tasks.spawn(core.reopen(carrier.clone(), conn, now));
             }
         }
@@ -192,15 +193,15 @@ impl Channel {
         &self.inner.opened.name
     }
 
-    /// The opener's number for it.
+    /// The number that the opener gave the channel.
     pub fn id(&self) -> u64 {
         self.inner.opened.id
     }
 
-    /// What the opener said when opening, if anything.
+    /// The data that the opener sent in `$open`, if any.
     ///
     /// # Errors
-    /// When it does not fit `T`.
+    /// When the data does not decode into `T`.
     pub fn meta<T: DeserializeOwned>(&self) -> Result<Option<T>, DecodeError> {
         self.inner
             .opened
@@ -217,7 +218,7 @@ impl Channel {
         self.inner.inbox.positions()
     }
 
-    /// Whose bytes go first, as the opener said; it holds for both directions.
+    /// The priority that the opener chose; it applies to both directions.
     pub fn priority(&self) -> Priority {
         self.inner.opened.priority
     }
@@ -243,14 +244,14 @@ impl Channel {
         &self.inner.member
     }
 
-    /// Sends one message. Structs travel as maps.
+    /// Sends one message. Structs are encoded as maps.
     ///
     /// Returns when the message is queued; waits while the queue is full (`Limits::outbound_bytes`,
     /// `Limits::outbound_messages`) because the peer or the link is slow.
     ///
     /// # Errors
-    /// When the channel is over, or the message cannot be sent at all: reserved or unsound event name, too
-    /// large for the peer's frame limit, data that cannot be encoded.
+    /// When the channel is over, or the message cannot be sent at all: reserved or invalid event name, too large for
+    /// the peer's frame limit, data that cannot be encoded.
     ///
     /// # Cancel safety
     /// A dropped future has either queued the whole message or nothing.
@@ -274,7 +275,7 @@ impl Channel {
         queued.map_err(|error| self.send_error(error))
     }
 
-    /// Sends one message if the queue has room now; `Ok(false)` says that it has none.
+    /// Sends one message if the queue has room now; returns `Ok(false)` if it has none.
     ///
     /// # Errors
     /// As [`send`](Self::send).
@@ -304,7 +305,7 @@ impl Channel {
         queued.map_err(|error| self.send_error(error))
     }
 
-    /// Sends an encoded message if the queue has room now; `Ok(false)` says that it has none.
+    /// Sends an encoded message if the queue has room now; returns `Ok(false)` if it has none.
     ///
     /// # Errors
     /// As [`send_encoded`](Self::send_encoded).
@@ -338,18 +339,19 @@ impl Channel {
         queued.map_err(|error| self.send_error(error))
     }
 
-    /// The largest message that the peer takes, in bytes without the prefix of its frame. A larger one fails to be sent.
+    /// The largest message that the peer accepts, in bytes without the prefix of its frame. Sending a larger one
+    /// fails.
     pub fn frame_limit(&self) -> usize {
         self.inner.carrier.frame_limit()
     }
 
     /// The next message; `Ok(None)` after the peer has finished or closed with `normal`.
     ///
-    /// Several clones may wait at once; each message goes to one of them. Replies never show up here.
+    /// Several clones may wait at once; each message goes to one of them. Replies are not returned here.
     ///
     /// # Errors
-    /// When the channel ended in any other way: closed with a code, reset, connection lost, or the peer broke
-    /// the protocol (then the channel is closed with the code that says so).
+    /// When the channel ended in any other way: closed with a code, reset, connection lost, or the peer broke the
+    /// protocol (then the channel is closed with the code of that fault).
     ///
     /// # Cancel safety
     /// Cancel safe: a dropped future loses no byte and no message.
@@ -447,7 +449,8 @@ impl Channel {
     }
 
     /// Ends the sending direction and waits until the peer's transport has acknowledged everything sent; on a
-    /// resumable channel, until the peer's library has, which reads no further than its program does.
+    /// resumable channel, until the peer's library has acknowledged it; the library acknowledges what its program has
+    /// read.
     ///
     /// That the bytes arrived does not mean that the peer's program has handled them; for that use a request.
     ///
@@ -465,10 +468,10 @@ impl Channel {
             .map_err(SendError::Closed)
     }
 
-    /// Closes both directions: what is queued is still sent, then code and text.
+    /// Closes both directions: queued messages are still sent, then code and text.
     ///
-    /// Acts at once; awaiting the result waits until the writer has ended. Calling it again, or on a channel
-    /// that is already over, changes nothing: the first reason stays.
+    /// The close begins at once; awaiting the result waits until the writer has ended. Calling it again, or on a
+    /// channel that is already over, changes nothing: the first reason stays.
     pub fn close(&self, code: CloseCode, text: impl Into<String>) -> Closed {
         self.close_with(CloseReason::local(code, text));
         let channel = self.clone();
@@ -491,13 +494,13 @@ impl Channel {
         self.inner.end.set(reason);
     }
 
-    /// Waits until the channel is over and says how: closed by either side, or broken.
+    /// Waits until the channel has ended and returns how: closed by either side, or broken.
     ///
     /// A channel whose two directions were merely finished is over when both are: then the code is `normal`.
     pub async fn closed(&self) -> CloseReason {
         let both_done = async {
             let _ = self.inner.outbox.wait_ended().await;
-            // A reader sees the other direction's end, everybody the socket's end.
+            // A reader learns of the end of the other direction, every task of the end of the socket.
             if self.is_resumable() {
                 self.inner.carrier.end.wait().await
             } else {
@@ -522,14 +525,14 @@ impl Channel {
         self.inner.end.get().cloned()
     }
 
-    /// Whether the channel outlives its connection, as the opener asked and where the session does.
+    /// Whether the channel continues on the next connection: the opener asked for it, and the session can be resumed.
     pub fn is_resumable(&self) -> bool {
         self.inner.opened.resumable
     }
 
-    /// Messages of a resumable channel that the peer's library has not confirmed, replies and the like counted
-    /// as well. What is left when such a channel ends with `not_resumed` may or may not have arrived. 0 for
-    /// other channels, and once this side's direction has ended in order.
+    /// How many messages of a resumable channel the peer's library has not confirmed; replies and other protocol
+    /// messages count, too. When such a channel ends with `not_resumed`, the unconfirmed messages may or may not have
+    /// arrived. 0 for other channels, and after this side's direction has ended in order.
     pub fn unconfirmed(&self) -> u64 {
         self.inner.outbox.unconfirmed()
     }
@@ -539,12 +542,12 @@ impl Channel {
         self.inner.outbox.queued()
     }
 
-    /// The numbers so far: bytes are this channel's, packets, round-trip time and window its socket's.
+    /// The statistics so far: bytes of this channel; packets, round-trip time and window of its socket.
     pub fn stats(&self) -> Stats {
         Stats::of(&self.inner.carrier.conn(), &self.inner.counters)
     }
 
-    /// What moves on this channel, each second. Round-trip time, loss and window are the socket's.
+    /// The speed of this channel, once a second. Round-trip time, loss and window are those of the socket.
     pub fn speed(&self) -> SpeedMeter {
         let carrier = self.inner.carrier.clone();
         let counters = self.inner.counters.clone();
@@ -598,7 +601,8 @@ pub(crate) fn application_event(event: &str) -> Result<(), SendError> {
     Ok(())
 }
 
-/// Waits until a close that has begun is done; gives the reason that counted. Dropping it changes nothing.
+/// A future that waits until a close is complete and returns the effective reason. Dropping it does not stop the
+/// close.
 pub struct Closed {
     pub(crate) future: BoxFuture<'static, CloseReason>,
 }
@@ -633,7 +637,7 @@ pub enum SendError {
 }
 
 impl SendError {
-    /// Whether the channel is over, as opposed to one message being unfit.
+    /// Whether the channel has ended, as opposed to one message that cannot be sent.
     pub fn is_closed(&self) -> bool {
         !matches!(self, Self::Encode(_))
     }

@@ -55,7 +55,7 @@ use crate::wire::config::InvalidSetting;
 use crate::wire::config::{CongestionControl, Drain, Limits, Timeouts};
 use crate::wire::control::{GoAway, HelloMessage, ResumeTicket};
 
-/// Sockets that may wait for `accept`.
+/// The most sockets that wait for `accept`.
 const ACCEPT_QUEUE: usize = 128;
 /// The close text when the server drains.
 const SHUTTING_DOWN: &str = "the server is shutting down";
@@ -85,7 +85,7 @@ impl Drop for Inner {
     }
 }
 
-/// What the accept loop and the connection tasks share.
+/// State that the accept loop and the connection tasks share.
 struct Shared {
     listener: Listener,
     fingerprint: Fingerprint,
@@ -105,7 +105,7 @@ struct Shared {
     tasks: TaskTracker,
 }
 
-/// What a socket is given to when it is admitted.
+/// The parts of a program that receive an admitted socket.
 struct Service {
     registry: Arc<Registry>,
     on_socket: Option<SocketHandler>,
@@ -113,46 +113,46 @@ struct Service {
     /// The same, as each session has it.
     attached: Arc<dyn Attached>,
     accept_queue: mpsc::Sender<Socket>,
-    /// Somebody takes sockets off that queue.
+    /// Whether the program calls `accept`.
     pull: AtomicBool,
 }
 
-/// Sessions that a client may come back to.
+/// Sessions that a client may resume.
 #[derive(Default)]
 struct Sessions {
     /// By id.
     kept: Mutex<HashMap<String, Kept>>,
-    /// How many of them have no connection.
+    /// How many of them are detached.
     detached: Arc<AtomicUsize>,
 }
 
-/// What connections take up.
+/// The pools of places that connections occupy.
 struct Places {
-    /// Those for sockets, by address.
+    /// Places for sockets, divided by address.
     sockets: Pool,
-    /// Those for peers that are not admitted yet, by address.
+    /// Places for peers that are not admitted yet, divided by address.
     handshakes: Pool,
-    /// Those for refusals with a text.
+    /// Places for refusals with a text.
     farewells: Pool,
-    /// Bytes for large frames that come in pieces, by token.
+    /// Bytes for large frames that arrive in parts, divided by token.
     frames: Pool,
-    /// What the sockets' windows may grow by.
+    /// The budget from which the sockets' windows grow.
     windows: Arc<windows::Pool>,
 }
 
-/// The sockets of this moment, and what is left of those before.
+/// The current sockets, and the totals of past ones.
 #[derive(Default)]
 struct Roster {
     now: Mutex<Sockets>,
-    /// Wire numbers of the sockets that are gone.
+    /// Wire statistics of past sockets.
     past: Mutex<Stats>,
     ended: Notify,
 }
 
-/// A session with the right to hand it a connection; a word of PROTOCOL.md why there is none, otherwise.
+/// A session to resume, with the permit to hand it a connection; otherwise the reason, a word of PROTOCOL.md.
 type ComeBack = Result<(Arc<Session>, mpsc::OwnedPermit<Box<Established>>), &'static str>;
 
-/// A session that a client may come back to.
+/// A session that a client may resume.
 struct Kept {
     session: Arc<Session>,
     next_connections: mpsc::Sender<Box<Established>>,
@@ -164,12 +164,12 @@ type SocketHandler = Arc<dyn Fn(Socket) -> BoxFuture<'static, ()> + Send + Sync>
 struct Sockets {
     admitted: HashMap<u64, Socket>,
     next: u64,
-    /// The window that each socket began with.
+    /// The initial window of the sockets, in bytes.
     first: u64,
 }
 
 impl Server {
-    /// Begins a server: an identity and a verifier are needed, the rest has defaults.
+    /// Starts building a server: an identity and a verifier are required, the rest has defaults.
     pub fn builder() -> ServerBuilder {
         ServerBuilder {
             identity: None,
@@ -189,8 +189,8 @@ impl Server {
         }
     }
 
-    /// Binds a UDP socket as [`ServerBuilder::bind`] does, for [`ServerBuilder::bind_to`]: where it is to be known that
-    /// the address can be had before anything else is done.
+    /// Binds a UDP socket as [`ServerBuilder::bind`] does, for [`ServerBuilder::bind_to`]. It lets a program check
+    /// that the address is free before it does anything else.
     ///
     /// # Errors
     /// When the address cannot be resolved or bound.
@@ -199,9 +199,9 @@ impl Server {
         crate::transport::udp::bound(address).map_err(|source| BindError::Bind { address, source })
     }
 
-    /// The address it listens on, with the real port.
+    /// The address that the server listens on, with the actual port.
     pub fn local_addr(&self) -> SocketAddr {
-        // Cannot fail on a bound socket; the unspecified address is the honest fallback.
+        // Cannot fail on a bound socket; the fallback is the unspecified address.
         self.inner
             .shared
             .listener
@@ -209,14 +209,15 @@ impl Server {
             .unwrap_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0)))
     }
 
-    /// What clients pin.
+    /// The fingerprint that clients pin.
     pub fn fingerprint(&self) -> Fingerprint {
         self.inner.shared.fingerprint
     }
 
-    /// What a page gives a browser in place of a certificate authority's word, as `serverCertificateHashes`: SHA-256 of
-    /// the current certificate and of the one that follows it. None where browsers get one of an authority
-    /// ([`Web::certificate`]), where it was given with the key, or where the key is not ECDSA P-256, as browsers demand.
+    /// The hashes that a page passes to the browser as `serverCertificateHashes`, so that it needs no certificate
+    /// authority: the SHA-256 of the current certificate and of its successor. Empty if browsers get an authority's
+    /// certificate ([`Web::certificate`]), if the certificate was given with the key, or if the key is not ECDSA
+    /// P-256, which browsers require.
     ///
     /// Each certificate is served for 6.5 days at most, so a page asks for the hashes before each attempt to connect. With
     /// [`ServerBuilder::web`] and an identity of [`Identity::load_or_create`] both are kept beside the key, in
@@ -225,7 +226,7 @@ impl Server {
         self.inner.shared.certificates.hashes()
     }
 
-    /// TLS for what is served to browsers over TCP, under the same certificates.
+    /// TLS for pages that are served to browsers over TCP, with the same certificates.
     ///
     /// # Errors
     /// When the cryptographic library refuses the key.
@@ -234,10 +235,10 @@ impl Server {
         Https::new(self.inner.shared.certificates.clone())
     }
 
-    /// Takes in a client over TCP: `stream` is a WebSocket whose HTTP handshake is over, at the path
-    /// `/udpack` and with the subprotocol `qmux-02.udpack-1`. TLS, HTTP and which pages may connect were the business of
-    /// whoever hands it over; `from` is the client's address, `origin` the page's, where there is one. From there on it is
-    /// a client like any other: the same limits, the same verifier.
+    /// Takes in a client over TCP: `stream` is a WebSocket whose HTTP handshake is over, at the path `/udpack` and
+    /// with the subprotocol `qmux-02.udpack-1`. The caller has handled TLS and HTTP and has checked the page's
+    /// origin. `from` is the client's address, `origin` the page's origin, if any. The same limits and the same
+    /// verifier apply as to any other client.
     ///
     /// # Cancel safety
     /// Dropping the future drops the connection.
@@ -254,24 +255,24 @@ impl Server {
         self.inner.shared.listener.take_in(stream, ends).await;
     }
 
-    /// Sets a TCP connection up that may come to carry a session: small records leave at once, and what is urgent waits
-    /// behind little in the kernel.
+    /// Configures a TCP connection that may carry a session: small records are sent at once, and the kernel's queue
+    /// of unsent bytes is short, so that urgent messages wait behind few bytes.
     ///
     /// # Errors
-    /// When the connection is over.
+    /// When the connection has ended.
     pub fn prepare_tcp(stream: &TcpStream) -> io::Result<()> {
         crate::transport::websocket::prepare(stream)
     }
 
-    /// The bounds that it keeps.
+    /// The limits of the server.
     pub fn limits(&self) -> &Limits {
         &self.inner.shared.limits
     }
 
     /// The next admitted socket; `None` once the server is closed.
     ///
-    /// Sockets queue here only when no handler is registered, or from the first call on. At most 128 wait;
-    /// further clients are refused with `server_busy`.
+    /// Sockets are queued here only if no handler is registered, or after the first call. At most 128 wait; further
+    /// clients are refused with `server_busy`.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -288,21 +289,21 @@ impl Server {
         }
     }
 
-    /// The admitted sockets of this moment, those too whose client is out of reach: `filter(Socket::is_connected)` leaves
-    /// out these.
+    /// The currently admitted sockets, including those whose client is out of reach; `filter(Socket::is_connected)`
+    /// removes these.
     pub fn sockets(&self) -> Vec<Socket> {
         lock(&self.inner.shared.sockets.now).all()
     }
 
-    /// The socket of this session, if it is here: the id is what [`Socket::id`] and
-    /// [`Channel::session_id`](crate::Channel::session_id) say. Looks at all sockets in turn; to reach a client often, keep
-    /// a handle or a room.
+    /// The socket of this session, if the server has it: the id is that of [`Socket::id`] and
+    /// [`Channel::session_id`](crate::Channel::session_id). Searches all sockets; to reach a client often, keep a
+    /// handle or a room.
     pub fn socket(&self, id: &str) -> Option<Socket> {
         let mut sockets = self.sockets().into_iter();
         sockets.find(|socket| *socket.id() == *id)
     }
 
-    /// The rooms of this server: send to them, see who is there.
+    /// The rooms of this server: to send to their members and to list them.
     pub fn rooms(&self) -> &Rooms {
         &self.inner.shared.service.rooms
     }
@@ -312,10 +313,10 @@ impl Server {
         self.rooms().node().map(ClusterView::new)
     }
 
-    /// Closes the sockets of all peers that `whom` picks, at once and with `auth_revoked`. Returns how many.
+    /// Closes the sockets of all peers that `whom` selects, at once and with `auth_revoked`. Returns how many.
     ///
-    /// A client that is being admitted is not among them: revoke its token first, so that the verifier's
-    /// `is_valid` finds it.
+    /// This does not reach a client that is being admitted: revoke its token first, so that the verifier's `is_valid`
+    /// refuses it.
     pub fn revoke(&self, whom: impl Fn(&Peer) -> bool) -> usize {
         let revoked = self.sockets().into_iter();
         let revoked = revoked.filter(|socket| whom(&socket.peer()));
@@ -324,12 +325,12 @@ impl Server {
         revoked.map(close).count()
     }
 
-    /// Connections refused so far, for whatever reason.
+    /// The number of connections refused so far, for any reason.
     pub fn refused(&self) -> u64 {
         self.inner.shared.counts.all_refused()
     }
 
-    /// What moves through this server, each second, all sockets together.
+    /// The speed of this server, once a second, all sockets together.
     pub fn speed(&self) -> SpeedMeter {
         let shared = self.inner.shared.clone();
         SpeedMeter::new(Box::new(move || {
@@ -337,19 +338,19 @@ impl Server {
         }))
     }
 
-    /// Application bytes received and sent so far, all sockets together, past ones included: those of [`stats`](Self::stats), at
-    /// the cost of two additions however many sockets there are.
+    /// Application bytes received and sent so far, all sockets together, past ones included: the same numbers as in
+    /// [`stats`](Self::stats), at a cost that does not depend on the number of sockets.
     pub fn traffic(&self) -> (u64, u64) {
         let (sent, received) = self.inner.shared.counters.totals();
         (received, sent)
     }
 
-    /// The numbers so far, all sockets together, past ones included.
+    /// The statistics so far, all sockets together, past ones included.
     pub fn stats(&self) -> Stats {
         self.inner.shared.stats()
     }
 
-    /// What happened so far, all sockets together, past ones included.
+    /// The metrics so far, all sockets together, past ones included.
     pub fn metrics(&self) -> Metrics {
         let shared = &self.inner.shared;
         shared.counts.metrics(shared.stats())
@@ -384,10 +385,10 @@ impl Server {
             socket.send_goaway(shutting_down(slot.saturating_mul(turn), slot));
         }
         for socket in sockets.iter().filter(|socket| !socket.session().is_up()) {
-            // Its client could not come back to hear it.
+            // Its client could not reconnect to receive a later close.
             drop(socket.close(CloseCode::SHUTTING_DOWN, SHUTTING_DOWN));
         }
-        // Each goes when its own channels have ended: a channel that does not end holds up nobody else's socket.
+        // Each socket closes when its own channels have ended: a channel that does not end delays no other socket.
         let mut idle: FuturesUnordered<_> = self
             .sockets()
             .into_iter()
@@ -433,8 +434,8 @@ impl Server {
         Ok(())
     }
 
-    /// Closes every socket at once and stops listening: when it returns, the UDP port is free. What is queued is lost; see
-    /// [`run_until`](Self::run_until) for the graceful way.
+    /// Closes every socket at once and stops listening: when it returns, the UDP port is free. Queued messages are
+    /// lost; see [`run_until`](Self::run_until) for the graceful way.
     pub async fn close(&self, code: CloseCode, text: &str) {
         let shared = &self.inner.shared;
         shared.draining.store(true, Ordering::Relaxed);
@@ -461,7 +462,7 @@ impl fmt::Debug for Server {
     }
 }
 
-/// A server in the making; see [`Server::builder`].
+/// Builds a server; see [`Server::builder`].
 #[must_use = "a builder does nothing until `bind` is awaited"]
 pub struct ServerBuilder {
     identity: Option<Identity>,
@@ -481,21 +482,22 @@ pub struct ServerBuilder {
 }
 
 impl ServerBuilder {
-    /// The key this server proves to have. Needed.
+    /// Sets the key and the certificates of the server. Required.
     pub fn identity(mut self, identity: Identity) -> Self {
         self.identity = Some(identity);
         self
     }
 
-    /// Decides who may come in. Needed: there is no default, and no way to let everybody in by omission.
+    /// Sets the verifier, which decides which clients are admitted. Required: there is no default that would admit
+    /// everybody.
     pub fn auth(mut self, auth: impl Authenticate) -> Self {
         self.auth = Some(Arc::new(auth));
         self
     }
 
-    /// Decides which channels a peer may open: asked before a channel's handler begins, and again for each of
-    /// the peer's channels after its token was refreshed. A refused channel closes with the refusal's code and
-    /// text; see [`Deny::forbidden`]. One that panics refuses. Must not block. Defaults to allowing all.
+    /// Decides which channels a peer may open: asked before a channel's handler begins, and again for each of the
+    /// peer's channels after its token was refreshed. A refused channel closes with the refusal's code and text; see
+    /// [`Deny::forbidden`]. A panic refuses the channel. Must not block. Defaults to allowing all.
     pub fn authorize<F>(mut self, authorize: F) -> Self
     where
         F: Fn(&Peer, &str) -> Result<(), Deny> + Send + Sync + 'static,
@@ -504,10 +506,9 @@ impl ServerBuilder {
         self
     }
 
-    /// Serves the channels of this name: `handler` runs as a task of its own for each, and the channel is
-    /// finished when it returns and no clone is left. An error closes the channel with `handler_failed`, a
-    /// panic with `internal`; neither reaches any other channel. A [`Router`](crate::Router) may stand for the
-    /// handler.
+    /// Serves the channels of this name: `handler` runs as a task of its own for each, and the channel is finished
+    /// when it returns and no clone is left. An error closes the channel with `handler_failed`, a panic with
+    /// `internal`; neither affects another channel. A [`Router`](crate::Router) can be the handler.
     pub fn channel<M>(mut self, name: impl Into<String>, handler: impl ServeChannel<M>) -> Self {
         self.registry.insert(name.into(), handler);
         self
@@ -523,32 +524,32 @@ impl ServerBuilder {
         self
     }
 
-    /// Hands channels whose name nobody is registered for to `Socket::accept_channel` instead of refusing
-    /// them. So by default when no channel handler is registered.
+    /// Passes channels without a registered handler to `Socket::accept_channel` instead of refusing them. This is the
+    /// default if no channel handler is registered.
     pub fn accept_channels(mut self) -> Self {
         self.registry.pull = true;
         self
     }
 
-    /// How much of everything a peer may use. Defaults to `Limits::default()`.
+    /// Sets the limits of a peer's resources. Defaults to `Limits::default()`.
     pub fn limits(mut self, limits: Limits) -> Self {
         self.limits = limits;
         self
     }
 
-    /// How long anything may take. Defaults to `Timeouts::default()`.
+    /// Sets the time-outs. Defaults to `Timeouts::default()`.
     pub fn timeouts(mut self, timeouts: Timeouts) -> Self {
         self.timeouts = timeouts;
         self
     }
 
-    /// The congestion controller for what this server sends. Defaults to `CongestionControl::Auto`.
+    /// Sets the congestion controller of the sending direction. Defaults to `CongestionControl::Auto`.
     pub fn congestion(mut self, congestion: CongestionControl) -> Self {
         self.congestion = congestion;
         self
     }
 
-    /// What the server calls itself in `$welcome`. Defaults to this library's name and version.
+    /// Sets the program name and version in `$welcome`. Defaults to this library's name and version.
     pub fn agent(mut self, agent: impl Into<String>) -> Self {
         self.agent = agent.into();
         self
@@ -590,9 +591,9 @@ impl ServerBuilder {
         self
     }
 
-    /// Writes what QUIC does into this directory, made if it is missing: a [qlog] file for each connection, at
-    /// most 256 MiB of it and 4,096 files, without payload, keys or tokens. It costs time and disk: to look into
-    /// a problem, not for every day. Defaults to none.
+    /// Writes a [qlog] file for each connection into this directory, which is created if it is missing. A file has at
+    /// most 256 MiB and holds no payload, keys or tokens; at most 4,096 files are written. Meant for debugging: it
+    /// costs time and disk space. Off by default.
     ///
     /// [qlog]: https://datatracker.ietf.org/doc/draft-ietf-quic-qlog-main-schema/
     pub fn qlog(mut self, dir: impl Into<PathBuf>) -> Self {
@@ -600,18 +601,19 @@ impl ServerBuilder {
         self
     }
 
-    /// Binds the UDP port and starts serving. `[::]:PORT` is all addresses of the machine, of IPv6 and IPv4; where the system has no
-    /// IPv6, those of IPv4, and the log says so. Answers leave from the address that was asked.
+    /// Binds the UDP port and starts serving. `[::]:PORT` is all addresses of the machine, of IPv6 and IPv4; where
+    /// the system has no IPv6, those of IPv4, and the log says so. Answers are sent from the address that the client
+    /// used.
     ///
     /// # Errors
-    /// When something needed is missing, a setting makes no sense, the address cannot be resolved or bound,
-    /// or the identity cannot be used.
+    /// When a required part is missing, a setting is invalid, the address cannot be resolved or bound, or the
+    /// identity cannot be used.
     pub async fn bind(self, address: impl ToSocketAddrs) -> Result<Server, BindError> {
         let address = resolve(address).await?;
         self.serve_at(address, At::Address(address))
     }
 
-    /// Starts serving on a UDP socket that is bound already: one of [`Server::listen`], or one that was inherited.
+    /// Starts serving on a bound UDP socket: one from [`Server::listen`], or an inherited one.
     ///
     /// # Errors
     /// As [`bind`](Self::bind).
@@ -742,7 +744,7 @@ async fn resolve(address: impl ToSocketAddrs) -> Result<SocketAddr, BindError> {
         .ok_or_else(|| BindError::Address(io::Error::other("the name has no address")))
 }
 
-/// What a drain tells a client: to come back after this time, and a random part of the window.
+/// The message of a drain: a client reconnects after this time plus a random part of the window.
 fn shutting_down(retry_after: Duration, window: Duration) -> GoAway {
     GoAway {
         code: CloseCode::SHUTTING_DOWN,
@@ -757,7 +759,7 @@ impl Sockets {
         self.admitted.values().cloned().collect()
     }
 
-    /// The window that each socket begins with.
+    /// The initial window of each socket, in bytes.
     fn share(&mut self, limits: &Limits) -> u64 {
         let first = windows::first(limits, self.admitted.len());
         if first != self.first {
@@ -772,7 +774,7 @@ impl Sockets {
 }
 
 impl Shared {
-    /// Where the session's next connection comes from, if its client has asked for that.
+    /// Registers a session for resuming, if its client has asked for that; returns the source of its next connection.
     fn keep(&self, session: &Arc<Session>) -> Comeback {
         let grant = session.welcome().and_then(|welcome| welcome.resume.clone());
         let Some(grant) = grant else {
@@ -792,7 +794,7 @@ impl Shared {
         })
     }
 
-    /// Whether a client proves that it was in a session that is still here.
+    /// Whether the client presents a valid ticket of a session that the server still has.
     fn was_in(&self, hello: &HelloMessage) -> bool {
         let ticket = hello
             .resume
@@ -811,11 +813,12 @@ impl Shared {
         })
     }
 
-    /// The session that a client wants to go on with, and the right to hand it a connection; why not,
-    /// otherwise.
+    /// The session that a client wants to resume, and the permit to hand it a connection; otherwise the reason why
+    /// not.
     ///
     /// # Errors
-    /// How this side ended the session while its client came back: it gets no new one in its place.
+    /// The reason with which this side ended the session while its client reconnected; the client gets no new session
+    /// instead.
     async fn come_back(&self, ticket: &ResumeTicket, peer: &Peer) -> Result<ComeBack, CloseReason> {
         let kept = lock(&self.sessions.kept)
             .get(&ticket.session)
@@ -841,7 +844,7 @@ impl Shared {
         }
     }
 
-    /// Looks after all sockets.
+    /// Checks all sockets once for each tick.
     fn look(&self) {
         for socket in lock(&self.sockets.now).admitted.values() {
             socket.session().look();
@@ -879,7 +882,7 @@ pub enum BindError {
     /// No verifier was given.
     #[error("a server needs a verifier")]
     NoAuth,
-    /// A setting makes no sense.
+    /// A setting is invalid.
     #[error(transparent)]
     Setting(#[from] InvalidSetting),
     /// The address could not be resolved.
@@ -913,7 +916,7 @@ pub enum BindError {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ServerError {
-    /// The accept loop is gone; the server serves nobody any more.
+    /// The accept loop has failed; the server accepts no connections.
     #[error("the server has stopped accepting")]
     Stopped,
 }

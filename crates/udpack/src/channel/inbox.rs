@@ -1,8 +1,9 @@
-//! The receiving half of a channel: bytes from QUIC to messages, driven by the task that waits for one.
+//! The receiving half of a channel: decodes bytes from QUIC into messages. The task that waits for a message drives
+//! it.
 //!
-//! There is no reader task: `recv` and `request` pull on the same state, so unread bytes stay in QUIC's
-//! window and slow the peer down. All progress (a half-received frame, messages that arrived while a reply
-//! was awaited) lives here and not in any future, so dropping a future loses nothing.
+//! There is no reader task: `recv` and `request` read through the same state, so unread bytes stay in QUIC's window
+//! and slow the peer down. All progress (a half-received frame, messages that arrived while a reply was awaited)
+//! lives here and not in any future, so dropping a future loses nothing.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -32,10 +33,10 @@ use crate::wire::control::{Ack, Mark, ProtocolEvent, ProtocolMessage, RoomPositi
 use crate::wire::frame::FrameDecoder;
 use crate::wire::message::{Message, Parts};
 
-/// QUIC chunks taken in one call, and in the one after a call that took fewer.
+/// The most QUIC chunks taken in one call.
 const CHUNKS: usize = 32;
 const FEW_CHUNKS: usize = 2;
-/// Messages counted at once, at most.
+/// The most messages that are added to the counters at once.
 const COUNTED: u64 = 64;
 
 pub(crate) struct Inbox {
@@ -44,9 +45,9 @@ pub(crate) struct Inbox {
 }
 
 struct State {
-    /// None while a resumable channel has no connection.
+    /// `None` while a resumable channel has no connection.
     stream: Option<RecvStream>,
-    /// The channel's, where it is one.
+    /// The channel's key; `None` on a control stream.
     key: Option<ChannelKey>,
     resume: Option<Received>,
     decided: Lazy<Decided>,
@@ -54,29 +55,30 @@ struct State {
     room: Lazy<Room>,
     unread: Unread,
     backlog: Backlog,
-    /// Requests of both sides, and what came for them.
+    /// Requests of both sides, with received replies and items.
     calls: Lazy<Calls>,
     /// How far the program has come in the rooms that it is a member of.
     places: Lazy<Places>,
     end: Option<Ending>,
     progress: Progress,
-    /// The earliest deadline of requests that are waited for, or one that was.
+    /// A timer for the earliest deadline of the waiting requests; it may be set to an earlier time that no longer
+    /// matters.
     alarm: Option<Pin<Box<Sleep>>>,
-    /// Messages that are not in `counts` yet.
+    /// How many messages are not added to `counts` yet.
     uncounted: u64,
     waiters: Arc<Waiters>,
     waker: Waker,
 }
 
-/// What was taken from QUIC and is not decoded.
+/// Chunks that were taken from QUIC and are not decoded yet.
 #[derive(Default)]
 struct Unread {
     chunks: VecDeque<Bytes>,
-    /// QUIC had as many as were asked for.
+    /// QUIC had as many chunks as were asked for, so it may have more.
     more: bool,
 }
 
-/// Messages that came while somebody waited for something else, and stand before what is read next.
+/// Messages that arrived while a task waited for something else. They are returned before newly read ones.
 #[derive(Default)]
 struct Backlog {
     messages: VecDeque<Message>,
@@ -95,7 +97,7 @@ impl Backlog {
         Some(message)
     }
 
-    /// Takes out the request with this id; says whether it was here.
+    /// Removes the request with this id; returns whether it was here.
     fn remove(&mut self, id: u64) -> bool {
         let waits = |message: &Message| message.id() == Some(id);
         let at = self.messages.iter().position(waits);
@@ -105,19 +107,19 @@ impl Backlog {
     }
 }
 
-/// How an unfinished frame grows: by too little for too long is a fault of the peer.
+/// Measures how fast an unfinished frame grows. Too little for too long is a fault of the peer.
 #[derive(Default)]
 struct Progress {
     timer: Option<Box<Timer>>,
-    /// Bytes received in all, and how many there were when the timer was set.
+    /// Bytes received in total, and that number when the timer was set.
     received: u64,
     mark: u64,
-    /// A frame was completed since the timer was last looked at.
+    /// Whether a frame was completed since the timer was last checked.
     completed: bool,
 }
 
 impl Progress {
-    /// Ready when the frame has grown by too little for a period.
+    /// Ready when the frame has grown too little in one period.
     fn poll(&mut self, cx: &mut Context<'_>, carrier: &Carrier) -> Poll<()> {
         if std::mem::take(&mut self.completed) || self.timer.is_none() {
             self.mark = self.received;
@@ -143,12 +145,12 @@ impl Progress {
     }
 }
 
-/// The time of an unfinished frame, in halves of a period.
+/// Times an unfinished frame in half periods.
 struct Timer {
     sleep: Pin<Box<Sleep>>,
     half: Duration,
     activity: PathActivity,
-    /// Those in a row that count.
+    /// The number of counted halves in a row.
     halves: u32,
 }
 
@@ -167,7 +169,7 @@ impl Timer {
         self.sleep.as_mut().reset(Instant::now() + half);
     }
 
-    /// Ready at the end of a half; `true` when that ends a period.
+    /// Ready at the end of a half; `true` when the half completes a period.
     fn poll_period(&mut self, cx: &mut Context<'_>, carrier: &Carrier) -> Poll<bool> {
         std::task::ready!(self.sleep.as_mut().poll(cx));
         self.sleep.as_mut().reset(Instant::now() + self.half);
@@ -183,32 +185,32 @@ impl Timer {
     }
 }
 
-/// Memory for a large frame that comes in pieces: all of it, before more than its beginning is read. So a frame that has
-/// room can be completed, whatever others lack.
+/// Memory for a large frame that arrives in parts. Memory for the whole frame is reserved when only its beginning is
+/// read, so that such a frame can always be completed.
 #[derive(Default)]
 struct Room {
     place: Option<Place>,
-    /// Waits for its turn.
+    /// The waiting reservation.
     turn: Option<BoxFuture<'static, Result<Place, PoolFull>>>,
 }
 
-/// How the direction ends when its stream is lost, or finished, once that is decided from outside.
+/// The end of the direction that the session has decided, for the case that the stream is lost or finished.
 #[derive(Default)]
 struct Decided {
     on_loss: Option<Ending>,
     on_finish: Option<CloseReason>,
 }
 
-/// What a resumable channel has received.
+/// Counts the received frames of a resumable channel.
 #[derive(Debug)]
 struct Received {
-    /// Frames since the channel began; one more when the peer has ended its direction.
+    /// Frames since the channel began, plus one when the peer has ended its direction.
     frames: u64,
     /// The count that was last sent to the peer.
     told: u64,
     /// Bytes received since then.
     bytes: usize,
-    /// The peer has ended its direction.
+    /// Whether the peer has ended its direction.
     over: bool,
 }
 
@@ -226,8 +228,8 @@ impl Received {
         }
     }
 
-    /// Tells the peer that nothing more is taken. That the stream was stopped it need not hear: its own end of
-    /// the stream may come first.
+    /// Tells the peer that this side accepts no more frames. Stopping the stream does not tell it reliably: the end
+    /// of the peer's stream may come first.
     fn refuse(&self, key: Option<ChannelKey>, carrier: &Carrier) {
         if !self.over {
             carrier.confirm_later(key, Ack::REFUSED);
@@ -251,16 +253,16 @@ enum Step {
     /// A sound `$mark`, `$room` or `$at`, which counts when the program has come there. In a box, so that a step is no
     /// larger for it than a message is.
     Mark(Box<Message>),
-    /// A part of a request was filed; its waiting task should look.
+    /// A reply or item was stored; the waiting task checks it.
     Filed,
     End(Ending),
 }
 
-/// Why a reply will not come.
+/// Why no reply comes.
 #[derive(Debug)]
 pub(crate) enum NoReply {
     End(Ending),
-    /// Too many unread messages stand before it: this limit is reached.
+    /// Too many unread messages precede the reply: this limit is reached.
     Backlog {
         most: usize,
         of: &'static str,
@@ -295,8 +297,8 @@ impl Inbox {
         }
     }
 
-    /// The direction is this channel's. `count`: the frames that come from now on are counted, because the channel may
-    /// go on over another stream.
+    /// Assigns the direction to this channel. `count`: frames are counted from now on, because the channel may
+    /// continue on another stream.
     pub(crate) fn belongs_to(&self, key: ChannelKey, count: bool) {
         let mut state = lock(&self.state);
         state.key = Some(key);
@@ -324,11 +326,11 @@ impl Inbox {
             .unwrap_or_default()
     }
 
-    /// Gives up the present stream, if any, and tells how many frames were received.
+    /// Drops the current stream, if any, and returns how many frames were received.
     pub(crate) fn detach(&self) -> u64 {
         let mut state = lock(&self.state);
         state.stream = None;
-        // What was not decoded is not counted: the peer sends it again.
+        // Frames that were not decoded are not counted, so the peer sends them again.
         state.unread.chunks = VecDeque::new();
         state.forget_frame();
         state.resume.as_mut().map_or(0, |count| {
@@ -338,7 +340,7 @@ impl Inbox {
         })
     }
 
-    /// Goes on with the stream of `next`, whose first frame has been read.
+    /// Continues on the stream of `next`, whose first frame has been read.
     pub(crate) fn attach(&self, next: Self, carrier: &Carrier) {
         let next = next
             .state
@@ -355,7 +357,7 @@ impl Inbox {
                 self.waiters.wake_by_ref();
             }
             Some(Ending::Finished) => {}
-            // The peer may not have heard of it yet.
+            // The peer may not know of it yet.
             Some(Ending::Closed(reason) | Ending::Violation(reason)) => {
                 if let Some(mut stream) = next.stream {
                     stream.stop(reason.code);
@@ -367,13 +369,13 @@ impl Inbox {
         }
     }
 
-    /// Ends the direction with this once what has arrived is read.
+    /// Ends the direction with `ending` when all messages that have arrived are read.
     pub(crate) fn fail(&self, ending: Ending) {
         lock(&self.state).decided.get_or_make().on_loss = Some(ending);
         self.waiters.wake_by_ref();
     }
 
-    /// Lets a clean end of the stream read as this reason.
+    /// Makes an orderly end of the stream be reported as this reason.
     pub(crate) fn finish_as(&self, reason: CloseReason) {
         lock(&self.state).decided.get_or_make().on_finish = Some(reason);
     }
@@ -383,8 +385,7 @@ impl Inbox {
         lock(&self.state).decoder.set_limit(limit);
     }
 
-    /// The next application message, or the end. `serve`: a handler will answer it if it is a request, and this is told
-    /// of it.
+    /// The next application message, or the end. `serve`: a handler will answer a request; its state is stored there.
     pub(crate) fn poll_recv(
         &self,
         cx: &mut Context<'_>,
@@ -399,7 +400,8 @@ impl Inbox {
         }
     }
 
-    /// As [`poll_recv`](Self::poll_recv), whatever comes. Not inlined: what it keeps on its stack is stored for each message.
+    /// As [`poll_recv`](Self::poll_recv), for messages of any form. Not inlined: its stack frame would be set up for
+    /// each message.
     #[inline(never)]
     fn poll_any(
         &self,
@@ -429,13 +431,12 @@ impl Inbox {
         }
     }
 
-    /// What is known of the requests on this channel.
+    /// Gives access to the requests of this channel.
     pub(crate) fn calls<T>(&self, look: impl FnOnce(&mut Calls) -> T) -> T {
         look(lock(&self.state).calls.get_or_make())
     }
 
-    /// Waits until `look` finds what it is after. Messages that come before it wait in the backlog, which is
-    /// bounded.
+    /// Waits until `look` returns a value. Messages that arrive before are put into the bounded backlog.
     pub(crate) fn poll_calls<T>(
         &self,
         cx: &mut Context<'_>,
@@ -456,7 +457,7 @@ impl Inbox {
                     state.put_back(message);
                     self.waiters.wake_others(cx.waker());
                 }
-                // The program has not come to a mark before it takes what was before it.
+                // The program has reached a mark only when it has taken all messages before it.
                 Step::Mark(mark) => {
                     state.put_back(*mark);
                     self.waiters.wake_others(cx.waker());
@@ -475,7 +476,7 @@ impl Inbox {
         lock(&self.state).poll_alarm(until)
     }
 
-    /// The first frame of a stream, whatever it is.
+    /// The first frame of a stream, of any event.
     pub(crate) fn poll_first(
         &self,
         cx: &mut Context<'_>,
@@ -502,7 +503,7 @@ impl Inbox {
         }
     }
 
-    /// Refuses everything that may still come.
+    /// Refuses everything that may still arrive.
     pub(crate) fn stop(&self, code: CloseCode, ending: Ending, carrier: &Carrier) {
         let mut state = lock(&self.state);
         if let Some(count) = &state.resume {
@@ -521,7 +522,7 @@ impl Inbox {
         }
     }
 
-    /// Lets go of memory that is only kept to be used again, before a time in which little comes.
+    /// Frees memory that is only kept for reuse. Called when the channel becomes idle.
     pub(crate) fn rest(&self) {
         lock(&self.state).unread.chunks.shrink_to_fit();
     }
@@ -555,8 +556,8 @@ impl State {
         self.backlog.push(message);
     }
 
-    /// The next message, if it is of the most common form and lies whole in what was read: it is looked at where it lies
-    /// and taken once, straight to the caller.
+    /// The next message, if it is of the most common form and was read completely. It is decoded in place and moved
+    /// once, to the caller.
     #[inline]
     fn next_common(&mut self, carrier: &Carrier) -> Option<Message> {
         if self.end.is_some() || !self.backlog.messages.is_empty() {
@@ -572,7 +573,7 @@ impl State {
         Some(Message::of(self.decoder.take_whole(len), parts))
     }
 
-    /// The first message of the backlog, with the marks before it passed.
+    /// The first message of the backlog; marks before it are reported as passed.
     fn next_waiting(&mut self, carrier: &Carrier) -> Option<Message> {
         while let Some(message) = self.backlog.pop() {
             if !message.is_reserved() || ProtocolEvent::Gap.is(&message) {
@@ -583,7 +584,8 @@ impl State {
         None
     }
 
-    /// A message leaves the inbox: a handler's request is kept in mind, any other is its taker's business.
+    /// Records that a message leaves the inbox. A request for a handler is registered; other messages belong to the
+    /// caller.
     fn handed_out(&mut self, message: &Message, serve: Option<&mut Option<Begun>>) {
         if let Some(places) = self.places.get_mut() {
             places.taken(message);
@@ -595,7 +597,7 @@ impl State {
         }
     }
 
-    /// Decodes the next message and files what belongs to the protocol.
+    /// Decodes the next message, and processes it if it belongs to the protocol.
     fn poll_step(
         &mut self,
         cx: &mut Context<'_>,
@@ -621,8 +623,8 @@ impl State {
         }
     }
 
-    /// Files a message of the protocol; `None` when it concerns nobody. Not inlined: the messages of the application, which
-    /// pass by it, would be moved once more for its sake.
+    /// Processes a message of the protocol; `None` when no task waits for it. Not inlined: inlining would move the
+    /// application's messages once more.
     #[inline(never)]
     fn file(&mut self, message: Message, carrier: &Carrier) -> Option<Step> {
         let end = match ProtocolEvent::of(&message) {
@@ -654,7 +656,7 @@ impl State {
         Some(Step::End(self.ended(end)))
     }
 
-    /// Files a message that belongs to a request; `None` when it concerns nobody.
+    /// Processes a message that belongs to a request; `None` when no task waits for it.
     fn file_call(
         &mut self,
         event: ProtocolEvent,
@@ -696,14 +698,14 @@ impl State {
         }
     }
 
-    /// The peer gave a request up: if nobody has taken it yet, nobody need.
+    /// Processes the peer's `$cancel`: a request that no handler has taken is removed from the backlog.
     fn cancelled(&mut self, id: u64) {
         if self.backlog.remove(id) {
             self.calls.get_or_make().answered(id);
         }
     }
 
-    /// Counts messages, a batch at a time: until none is left, or there are many.
+    /// Adds messages to the counters in batches: when none is left to read, or when a batch is full.
     fn count(&mut self, carrier: &Carrier, message: bool) {
         self.uncounted += u64::from(message);
         if self.uncounted > 0 && (!message || self.uncounted >= COUNTED) {
@@ -712,7 +714,7 @@ impl State {
         }
     }
 
-    /// The next message of any kind. Most lie whole in what was read before.
+    /// The next message of any kind. Most messages were read completely before.
     fn poll_decoded(
         &mut self,
         cx: &mut Context<'_>,
@@ -744,7 +746,7 @@ impl State {
         Some(Message::decode(body).map_err(|error| self.broken(error.close_code(), &error)))
     }
 
-    /// A frame with a body of so many bytes is complete.
+    /// Records that a frame with a body of `len` bytes is complete.
     #[inline(always)]
     fn came(&mut self, len: usize, carrier: &Carrier) {
         self.progress.completed = true;
@@ -762,7 +764,7 @@ impl State {
         self.ended(violation(code, error))
     }
 
-    /// Reads until there is a message.
+    /// Reads until a message is complete.
     fn poll_more(
         &mut self,
         cx: &mut Context<'_>,
@@ -780,7 +782,8 @@ impl State {
                     None => continue,
                 }
             }
-            // Before QUIC is asked: what comes right after it said no wakes those who are known by then.
+            // The waker is added before QUIC is polled: data that arrives right after QUIC returned `Pending` wakes
+            // only the wakers that are registered by then.
             self.waiters.add(cx.waker());
             match self.poll_read(carrier) {
                 Poll::Ready(Ok(0)) => {
@@ -818,7 +821,7 @@ impl State {
         }
     }
 
-    /// Ready when the frame under way may be read on. What is not read stays in QUIC's window.
+    /// Ready when there is room to read more of the unfinished frame. Unread bytes stay in QUIC's window.
     fn poll_room(&mut self, carrier: &Carrier) -> Poll<Result<(), Ending>> {
         match self.decoder.large() {
             Some(need) => self.poll_large(need, carrier),
@@ -826,7 +829,7 @@ impl State {
         }
     }
 
-    /// Apart, because most frames are not large: reading them would pay for what this has on its stack.
+    /// A function of its own, because most frames are small and would pay for its stack frame.
     #[cold]
     fn poll_large(&mut self, need: usize, carrier: &Carrier) -> Poll<Result<(), Ending>> {
         let Some(frames) = carrier.receive.frames.get() else {
@@ -854,7 +857,7 @@ impl State {
         let Some(turn) = &mut room.turn else {
             return Poll::Ready(Ok(()));
         };
-        // It is not the peer who is late.
+        // This wait is not the peer's fault.
         self.progress.timer = None;
         let taken = std::task::ready!(turn.as_mut().poll(&mut Context::from_waker(&self.waker)));
         room.turn = None;
@@ -867,14 +870,14 @@ impl State {
         }
     }
 
-    /// What came of the frame under way is of no use any more.
+    /// Discards the part of the unfinished frame that was received.
     fn forget_frame(&mut self) {
         self.decoder = FrameDecoder::new(0);
         self.room = Lazy::default();
         self.progress.timer = None;
     }
 
-    /// Takes what QUIC has; 0 at the end of the stream.
+    /// Takes the chunks that QUIC has; 0 at the end of the stream.
     fn poll_read(&mut self, carrier: &Carrier) -> Poll<Result<usize, Ending>> {
         if self.unread.more {
             self.poll_chunks::<CHUNKS>(carrier)
@@ -911,8 +914,8 @@ impl State {
             }
             Ok(None) => Poll::Ready(Ok(0)),
             Err(StreamError::Lost(_)) if self.resume.is_some() => {
-                // The next connection brings another stream, or the end of the session its reason. A frame
-                // that was only begun will be repeated.
+                // The next connection brings another stream, or the session ends with a reason. The peer repeats an
+                // incomplete frame.
                 self.stream = None;
                 self.forget_frame();
                 self.poll_read(carrier)
@@ -927,7 +930,7 @@ impl State {
         }
     }
 
-    /// The peer has ended its direction, which counts as one more frame.
+    /// Counts the end of the peer's direction, which is one more frame.
     fn count_end(&mut self, carrier: &Carrier) {
         if let Some(count) = &mut self.resume {
             count.frames += 1;
@@ -938,8 +941,8 @@ impl State {
 
     /// Ready when an unfinished frame has made too little progress for `period`.
     ///
-    /// What may go on over another connection is not ended by a silent path: two half periods in which the
-    /// peer was heard make a whole one.
+    /// A silent path does not end a channel that may continue on another connection: two half periods in which
+    /// packets from the peer arrived make a whole one.
     fn poll_timer(&mut self, carrier: &Carrier) -> Poll<()> {
         self.decoder.rest();
         if self.decoder.held() == 0 {
@@ -953,12 +956,12 @@ impl State {
             .poll(&mut Context::from_waker(&self.waker), carrier)
     }
 
-    /// Ready at this time. One timer serves all who wait, and is only moved for who comes before the others: to set one
+    /// Ready at this time. One timer serves all waiting tasks, and is moved only to an earlier time: setting a timer
     /// for each request would take a lock that all timers of the runtime share.
     fn poll_alarm(&mut self, until: Instant) -> Poll<()> {
         let alarm = match &mut self.alarm {
             Some(alarm) if alarm.deadline() <= until && !alarm.is_elapsed() => {
-                // It wakes everybody.
+                // It wakes every waiter.
                 return Poll::Pending;
             }
             Some(alarm) => {
@@ -967,7 +970,7 @@ impl State {
             }
             None => self.alarm.insert(Box::pin(tokio::time::sleep_until(until))),
         };
-        // Whatever is left of the task's budget: it would not be asked again before it has woken.
+        // The task's budget does not apply: the timer would not be polled again before it has woken the task.
         pin!(tokio::task::unconstrained(alarm.as_mut())).poll(&mut Context::from_waker(&self.waker))
     }
 
@@ -990,7 +993,7 @@ impl std::fmt::Debug for Inbox {
     }
 }
 
-/// Whether this event may come on a channel behind its first message, to a client or to a server.
+/// Whether a client or a server may receive this event on a channel after the first message.
 fn is_admitted(event: ProtocolEvent, client: bool) -> bool {
     use ProtocolEvent as Event;
     match event {
@@ -1014,13 +1017,13 @@ fn read_reason(carrier: &Carrier, error: StreamError) -> CloseReason {
     }
 }
 
-/// Everybody who waits on this inbox. QUIC knows one waker per stream; this one wakes them all.
+/// All tasks that wait on this inbox. QUIC keeps one waker for each stream; this waker wakes all of them.
 #[derive(Default)]
 struct Waiters {
     list: Mutex<Waiting>,
 }
 
-/// Mostly there is one.
+/// Usually there is one waiter.
 #[derive(Default)]
 struct Waiting {
     first: Option<Waker>,
@@ -1047,8 +1050,8 @@ impl Waiters {
         }
     }
 
-    /// Wakes all but the task that reads: it goes on by itself. Another future of the same task that waits has read
-    /// all there was when it was last polled, so QUIC has woken the task for what is read now.
+    /// Wakes all but the task that reads, which continues by itself. Another waiting future of the same task had read
+    /// everything when it was last polled, so QUIC has woken the task for the bytes that are read now.
     fn wake_others(&self, reader: &Waker) {
         let (first, others) = {
             let Waiting { first, others } = &mut *lock(&self.list);

@@ -1,10 +1,10 @@
 //! The sending half of a channel: a bounded queue of frames and the one task that writes them.
 //!
-//! A message is encoded straight into the queue, so it is either queued whole or not at all, whatever
-//! happens to the future that queued it. The writer takes what has gathered and hands it to QUIC in one go:
-//! many small sends share packets without any timer. Only what follows upon something received from the peer, an
-//! answer or the next question, its sender writes itself: the peer waits for it, and it saves a task's wake-up. So does
-//! who sends to a quiet room: it saves one for each member.
+//! A message is encoded straight into the queue, so it is either queued whole or not at all, whatever happens to the
+//! future that queued it. The writer takes all queued frames and hands them to QUIC in one call: many small messages
+//! share packets without any timer. Two kinds of messages are written by their sender, which saves a wake-up of the
+//! writer: an answer or request that follows something received from the peer, and a message to an idle room, where
+//! it saves one wake-up for each member.
 //!
 //! The queue of a resumable channel keeps what was written until the peer has confirmed it, counts it against
 //! the same bounds, and repeats it on the channel's next stream. Its writer ends with each connection.
@@ -35,19 +35,19 @@ use crate::wire::config::Priority;
 use crate::wire::control::ProtocolEvent;
 use crate::wire::message::{self, EncodeError, Encoded};
 
-/// What is dropped when the sending side of a channel ends.
+/// A value that is dropped when the sending side of a channel ends.
 type HeldUntilEnd = Box<dyn Any + Send>;
 
-/// Small messages gather up to about this size before a new buffer is begun: large, because QUIC looks through
-/// all buffers that are not acknowledged for each packet; less than a turn, which would be cut in two.
+/// Small messages are collected in one buffer up to about this size in bytes. It is large because QUIC searches all
+/// unacknowledged buffers for each packet, and smaller than a turn, because a turn would cut a larger buffer in two.
 const SEGMENT: usize = TURN - COPY_LIMIT;
 /// Buffers handed to QUIC in one call.
 pub(crate) const BATCH: usize = 16;
-/// Bytes that one channel hands over before the others of its connection get their turn.
+/// Bytes that one channel writes before the other channels of its connection get their turn.
 pub(crate) const TURN: usize = 64 << 10;
-/// What each resumable channel may keep however much the others of its session do.
+/// Bytes that each resumable channel may keep even when the session's budget is exhausted.
 const SHARE: usize = 64 << 10;
-/// Ready-made bytes up to this size are copied into the gathering buffer; larger ones go as they are.
+/// Encoded bytes up to this size are copied into the collecting buffer; larger ones are written without a copy.
 pub(crate) const COPY_LIMIT: usize = 4 << 10;
 
 #[derive(Debug)]
@@ -71,43 +71,44 @@ struct State {
     frames: Frames,
     queued_bytes: usize,
     queued_messages: usize,
-    /// Numbers of those who wait for room, drawn from those of the rooms: nothing that came to it later goes before them.
+    /// The numbers of the senders that wait for room. They share one sequence with the rooms' messages, so that no
+    /// message that came later overtakes them.
     waiting: BTreeSet<u64>,
     rooms: Membership,
-    /// The writer sleeps and wants to be woken.
+    /// Whether the writer sleeps and must be woken.
     idle: bool,
-    /// Its stream meanwhile, of the present epoch.
+    /// The writer's stream while it sleeps, of the current epoch.
     stream_at_rest: Option<SendStream>,
-    /// Bytes that had come from the peer when a sender last wrote to it.
+    /// Bytes received from the peer when a sender last wrote to the stream.
     received: u64,
     phase: Phase,
-    /// Why nothing more is taken, where the application did not ask for it.
+    /// Why the queue accepts nothing more, if the application did not ask for it.
     why: Option<CloseReason>,
-    /// What a resumable channel keeps to repeat.
+    /// The frames that a resumable channel keeps for repeating.
     keep: Option<Keep>,
-    /// Messages that were not confirmed when the queue ended otherwise than in order.
+    /// How many messages were unconfirmed when the queue ended without an orderly end.
     left: u64,
     /// The peer takes nothing more.
     refused: bool,
-    /// Which stream the queue goes to; a writer of an earlier one stops.
+    /// The number of the stream that the queue is written to; a writer of an earlier stream stops.
     epoch: u64,
 }
 
-/// What the channel is for its rooms.
+/// The state of the channel as a member of rooms.
 #[derive(Debug, Default)]
 struct Membership {
-    /// Messages that found no room in the queue, or wait until the peer has read those before them.
+    /// Messages that found no room in the queue, or that wait until the peer has read the messages before them.
     overflow: Overflowing,
-    /// How far the peer is behind with them, where it tells.
+    /// How far the peer's program is behind, if the peer reports it.
     pace: Option<Box<Pace>>,
     /// Those with a history.
     streams: Vec<Stream>,
-    /// The channel's place in them, given up with the channel.
+    /// The channel's membership, which ends with the channel.
     held: Option<HeldUntilEnd>,
 }
 
 impl Membership {
-    /// Whether one more message may go; always where it does not count what is unread.
+    /// Whether one more message may be sent; always true if the policy does not limit unread messages.
     fn may_send(&self, unread: Option<u64>) -> bool {
         match (&self.pace, unread) {
             (Some(pace), Some(unread)) => pace.may_send(unread),
@@ -115,7 +116,7 @@ impl Membership {
         }
     }
 
-    /// One message goes now; behind this mark, if it is time for one.
+    /// Records that one message is sent; returns the mark to send before it, if one is due.
     fn goes(&mut self, unread: Option<u64>) -> Option<u64> {
         self.pace.as_mut()?.send(unread?)
     }
@@ -135,7 +136,7 @@ impl Keep {
     }
 }
 
-/// What all resumable channels of one session keep, and how much that may be.
+/// The bytes that all resumable channels of one session keep, and their limit.
 #[derive(Debug)]
 pub(crate) struct Budget {
     detached: AtomicBool,
@@ -156,8 +157,8 @@ impl Budget {
         self.detached.store(detached, Ordering::Relaxed);
     }
 
-    /// Whether a channel that keeps so many bytes itself must wait. While there is a connection a little is
-    /// always permitted, so that channels that are stuck do not stop the others.
+    /// Whether a channel that keeps `own` bytes must wait. While there is a connection each channel may keep
+    /// [`SHARE`] bytes, so that stuck channels do not stop the others.
     fn exhausted(&self, own: usize) -> bool {
         self.bytes.load(Ordering::Relaxed) >= self.limit
             && (own >= SHARE || self.detached.load(Ordering::Relaxed))
@@ -170,17 +171,17 @@ struct Segment {
     messages: usize,
 }
 
-/// Frames that are to be written, in their order.
+/// The frames to be written, in order.
 #[derive(Debug, Default)]
 struct Frames {
     segments: VecDeque<Segment>,
-    /// Where small ones gather, behind the segments.
+    /// The buffer that collects small frames; it follows the segments.
     tail: BytesMut,
     tail_messages: usize,
 }
 
 impl Frames {
-    /// One more message stands in the tail.
+    /// Records one more message in the tail.
     fn grew(&mut self) {
         self.tail_messages += 1;
         if self.tail.len() >= SEGMENT {
@@ -200,7 +201,7 @@ impl Frames {
         self.segments.push_back(Segment { bytes, messages });
     }
 
-    /// The next piece to be written, no longer than a turn.
+    /// The next bytes to write, at most one turn.
     fn piece(&mut self) -> Option<Segment> {
         if self.segments.is_empty() {
             self.cut_tail();
@@ -208,14 +209,14 @@ impl Frames {
         let mut segment = self.segments.pop_front()?;
         if segment.bytes.len() > TURN {
             let bytes = segment.bytes.split_off(TURN);
-            // The messages in it count as sent with its last piece.
+            // The messages of a segment count as sent with its last piece.
             let messages = std::mem::take(&mut segment.messages);
             self.segments.push_front(Segment { bytes, messages });
         }
         Some(segment)
     }
 
-    /// Bytes and messages.
+    /// The number of bytes and of messages.
     fn size(&self) -> (usize, usize) {
         let tail = (self.tail.len(), self.tail_messages);
         self.segments
@@ -231,7 +232,7 @@ enum Phase {
     Open,
     /// Send what is queued, then this last frame if any, then FIN.
     Finishing(Option<Bytes>),
-    /// Over: `Ok` when the peer's transport acknowledged everything.
+    /// The queue has ended; `Ok` when the peer's transport acknowledged everything.
     Ended(Result<(), CloseReason>),
 }
 
@@ -252,12 +253,12 @@ pub(crate) enum Work {
         gaps: u64,
     },
     Finish(Option<Bytes>),
-    /// The queue goes to another stream by now, or is over.
+    /// The queue is written to another stream, or has ended.
     Gone,
 }
 
 impl Outbox {
-    /// A queue with these bounds; with a budget it keeps what is not confirmed.
+    /// A queue with these bounds. With a budget it keeps frames until they are confirmed.
     pub(crate) fn new(
         max_bytes: usize,
         max_messages: usize,
@@ -298,7 +299,7 @@ impl Outbox {
         })
     }
 
-    /// Queues one message if there is room; `Ok(false)` when there is none.
+    /// Queues one message if there is room; returns `Ok(false)` if there is none.
     pub(crate) fn try_message<T: Serialize + ?Sized>(
         &self,
         event: &str,
@@ -336,7 +337,7 @@ impl Outbox {
         Box::pin(self.when_room(|state| state.raw(event, data, id, limit))).await
     }
 
-    /// Takes a frame that was encoded before, if there is room; else it stays as it is.
+    /// Queues an encoded frame if there is room; otherwise leaves it in `frame`.
     pub(crate) fn try_frame(&self, frame: &mut BytesMut, limit: usize) -> Result<bool, PushError> {
         check_size(frame.len(), limit).map_err(PushError::Encode)?;
         self.with_room(|state| {
@@ -345,7 +346,8 @@ impl Outbox {
         })
     }
 
-    /// Queues a bulk message as soon as there is room: header now, payload behind it, without a copy where it is large.
+    /// Queues a bulk message as soon as there is room: the header, then the payload, which is not copied if it is
+    /// large.
     pub(crate) async fn bulk<T: Serialize + Sync + ?Sized>(
         &self,
         event: &str,
@@ -358,7 +360,7 @@ impl Outbox {
             let tail = &mut state.frames.tail;
             let size = message::encode_bulk(tail, event, header, key, payload.len(), limit)?;
             if payload.len() <= COPY_LIMIT {
-                // Four times as much at once: to double it copies what is there more often.
+                // Grow by a factor of four: doubling would copy the content more often.
                 let room = tail.capacity() - tail.len();
                 if room < payload.len() && tail.len() >= COPY_LIMIT {
                     tail.reserve((3 * tail.len()).min(TURN));
@@ -391,8 +393,8 @@ impl Outbox {
         Box::pin(self.when_room(|state| state.encoded(encoded))).await
     }
 
-    /// Queues a message of a room; where there is no room, the policy says what becomes of it. Never waits. `direct`:
-    /// where the queue is empty and the writer sleeps, it is written right here.
+    /// Queues a message of a room; if there is no room, the policy decides. Never waits. `direct`: the message is
+    /// written here if the queue is empty and the writer sleeps.
     pub(crate) fn push_room(
         &self,
         tag: &Arc<Tag>,
@@ -449,12 +451,12 @@ impl Outbox {
         }
     }
 
-    /// The peer tells how far its program has come with the messages of rooms, so that their policies may go by it.
+    /// The peer reports how far its program has read the messages of rooms, so policies can count unread messages.
     pub(crate) fn set_paced(&self) {
         lock(&self.state).rooms.pace.get_or_insert_default();
     }
 
-    /// The peer's program has come to this mark, over a path with this round trip.
+    /// The peer's program has reached this mark; `round_trip` is that of the path.
     pub(crate) fn passed(&self, mark: u64, round_trip: Duration) {
         let mut state = lock(&self.state);
         if let Some(pace) = &mut state.rooms.pace {
@@ -463,7 +465,7 @@ impl Outbox {
         }
     }
 
-    /// Keeps `held` until this side of the channel ends; gives it back if that has happened.
+    /// Keeps `held` until this side of the channel ends; returns it if this side has already ended.
     pub(crate) fn keep(&self, held: HeldUntilEnd) -> Result<(), HeldUntilEnd> {
         let mut state = lock(&self.state);
         if state.check_open().is_err() {
@@ -473,8 +475,8 @@ impl Outbox {
         Ok(())
     }
 
-    /// Queues a frame of the protocol itself whatever the queue's length: replies and faults are bounded by
-    /// the requests that were accepted, `$open` comes first.
+    /// Queues a frame of the protocol without looking at the queue's bound: the accepted requests bound replies and
+    /// faults, and `$open` is the first frame.
     pub(crate) fn force(&self, frame: &Bytes) -> Result<(), PushError> {
         let mut state = lock(&self.state);
         state.check_open()?;
@@ -510,8 +512,8 @@ impl Outbox {
         Ok(true)
     }
 
-    /// Writes the one small message in the queue to the sleeping writer's stream, if something was received from the
-    /// peer since this was last done. `false`: what is left is the writer's.
+    /// Writes the one small message of the queue to the sleeping writer's stream, if something was received from the
+    /// peer since the last such write. Returns `false` if the writer must write the rest.
     fn write_now(&self, state: &mut State) -> bool {
         let (_, received) = self.counters.totals();
         if received == state.received
@@ -526,8 +528,8 @@ impl Outbox {
         self.write_messages(state, message, 1)
     }
 
-    /// Whether a message of `size` bytes, with nothing before it but what stands in the tail, may be written by its
-    /// sender: the writer sleeps.
+    /// Whether the sender may write a message of `size` bytes itself: the writer sleeps, and the queue holds nothing
+    /// before the tail.
     fn may_write(&self, state: &State, size: usize) -> bool {
         state.stream_at_rest.is_some()
             && self.priority != Priority::Bulk
@@ -544,13 +546,13 @@ impl Outbox {
         };
         let copy = state.keep.is_some().then(|| message.clone());
         let mut chunk = [message];
-        // No room and errors are left to the writer, which finds them again and has a waker.
+        // A full window and errors are left to the writer, which meets them again and has a waker.
         let mut cx = Context::from_waker(Waker::noop());
         let written = match stream.poll_write(&mut cx, &mut chunk) {
             Poll::Ready(Ok(written)) => written.bytes,
             Poll::Ready(Err(_)) | Poll::Pending => 0,
         };
-        // What was written is gone from it.
+        // The written bytes have been removed from it.
         let [bytes] = chunk;
         let whole = if bytes.is_empty() { messages } else { 0 };
         self.counters.sent(written as u64);
@@ -574,8 +576,8 @@ impl Outbox {
         false
     }
 
-    /// Pushes as soon as there is room and everything is queued that came before. Dropping the future gives its
-    /// turn to those behind it.
+    /// Pushes as soon as there is room and all earlier senders have pushed. Dropping the future passes its turn to
+    /// the next sender.
     async fn when_room(
         &self,
         mut push: impl FnMut(&mut State) -> Result<(), EncodeError>,
@@ -587,7 +589,7 @@ impl Outbox {
             number: lock(&self.state).join_line(),
             outbox: self,
         };
-        // The writer looks after a peer that confirms nothing.
+        // The writer detects a peer that confirms nothing.
         self.work.notify_one();
         loop {
             let mut room = std::pin::pin!(self.room.notified());
@@ -606,15 +608,15 @@ impl Outbox {
         }
     }
 
-    /// Moves what waits beside the queue into it, as far as there is room and nobody has waited for longer;
-    /// then it is their turn.
+    /// Moves messages of rooms that wait beside the queue into it, while there is room and no sender has waited for
+    /// longer; then wakes the waiting senders.
     fn refill(&self, state: &mut State) {
         let first_in_line = state.waiting.first().copied();
         while self.has_room(state)
             && let Some((first, unread)) = state.rooms.overflow.head()
             && first_in_line.is_none_or(|waiting| first < waiting)
         {
-            // Who waits in line behind it is not to wait for the peer's program.
+            // A sender that waits behind it must not wait for the peer's program.
             if first_in_line.is_none() && !state.rooms.may_send(unread) {
                 self.ask(state);
                 break;
@@ -627,8 +629,8 @@ impl Outbox {
         }
     }
 
-    /// Lets what waits only until the peer has read what was before it go: something follows that shall neither wait
-    /// nor overtake it.
+    /// Queues the messages of rooms that wait only until the peer has read earlier ones, because a message follows
+    /// that must neither wait nor overtake them.
     fn release(&self, state: &mut State) {
         if state.waiting.is_empty() {
             while !state.rooms.overflow.is_empty() && self.has_room(state) {
@@ -645,7 +647,7 @@ impl Outbox {
         }
     }
 
-    /// Messages wait until the peer has read others: it must tell when.
+    /// Asks the peer, by a mark, when its program has read the messages that others wait for.
     fn ask(&self, state: &mut State) {
         if let Some(mark) = state.rooms.pace.as_mut().and_then(|pace| pace.blocked()) {
             state.mark(mark);
@@ -660,12 +662,12 @@ impl Outbox {
         }
     }
 
-    /// Bytes queued and not yet taken by QUIC.
+    /// Bytes that are queued and not yet taken by QUIC.
     pub(crate) fn queued(&self) -> usize {
         lock(&self.state).queued_bytes
     }
 
-    /// Lets what is queued go out, then `last`, then ends the stream. The first call counts.
+    /// Sends the queue, then `last`, then ends the stream. Later calls have no effect.
     pub(crate) fn finish(&self, last: Option<Bytes>) {
         self.finish_with(last, None);
     }
@@ -680,7 +682,7 @@ impl Outbox {
         if matches!(state.phase, Phase::Open) {
             state.phase = Phase::Finishing(last);
             state.why = why;
-            // What waits beside the queue is bounded: it goes along.
+            // The messages that wait beside the queue are bounded, so they are sent, too.
             while let Some(out) = state.rooms.overflow.pop() {
                 state.append(&out.frame);
             }
@@ -711,7 +713,7 @@ impl Outbox {
         matches!(lock(&self.state).phase, Phase::Ended(Ok(())))
     }
 
-    /// Whether the queue is over, however.
+    /// Whether the queue has ended, for any reason.
     pub(crate) fn is_over(&self) -> bool {
         matches!(lock(&self.state).phase, Phase::Ended(_))
     }
@@ -741,12 +743,12 @@ impl Outbox {
         self.work.notify_one();
     }
 
-    /// The peer has the frames up to number `received`; one more than there are is the end.
+    /// The peer has received the frames up to number `received`. The end of the direction counts as one more frame.
     pub(crate) fn confirm(&self, received: u64) -> Result<(), Mismatch> {
         let mut state = lock(&self.state);
         let all = state.confirm(received)?;
         self.refill(&mut state);
-        // The writer may wait for exactly that.
+        // The writer may wait for this confirmation.
         self.work.notify_one();
         drop(state);
         if all {
@@ -755,7 +757,7 @@ impl Outbox {
         Ok(())
     }
 
-    /// The peer takes nothing more. While there is something to write, its stream tells so by itself.
+    /// The peer accepts no more frames. While there is something to write, the stopped stream reports the same.
     pub(crate) fn refused(&self) {
         lock(&self.state).refused = true;
         self.work.notify_one();
@@ -765,18 +767,18 @@ impl Outbox {
         lock(&self.state).refused
     }
 
-    /// Prepares the queue for another stream: what the peer has not received stands first in it again. Returns
-    /// the number that the stream's writer must have, and whether the peer has received everything, the end
-    /// included; writers of earlier streams stop.
+    /// Prepares the queue for another stream: puts the frames that the peer has not received back to its front.
+    /// Returns the epoch for the stream's writer, and whether the peer has received everything, the end included.
+    /// Writers of earlier streams stop.
     pub(crate) fn rewind(&self, received: u64) -> Result<(u64, bool), Mismatch> {
         let mut state = lock(&self.state);
         state.epoch += 1;
-        // Dropping it ends it, as its writer would.
+        // Dropping the stream ends it, as its writer would.
         state.stream_at_rest = None;
         if let Some(keep) = &state.keep
             && received < keep.retained.confirmed()
         {
-            // What it lacks by its own count is gone.
+            // The frames that the peer lacks were confirmed and are discarded.
             return Err(Mismatch);
         }
         let all = state.confirm(received)?;
@@ -802,7 +804,7 @@ impl Outbox {
         Ok((state.epoch, all))
     }
 
-    /// Keeps nothing any more: the session ends with its connection, whatever becomes of it.
+    /// Discards the kept frames and keeps no more: the session ends with its connection.
     pub(crate) fn forget(&self) {
         let mut state = lock(&self.state);
         if state.keep.is_some() {
@@ -828,7 +830,7 @@ impl Outbox {
         state.keep.as_ref().map_or(state.left, Keep::unconfirmed)
     }
 
-    /// How far the peer has confirmed, when something waits for it to go on.
+    /// How many frames the peer has confirmed, if something waits for the next confirmation.
     pub(crate) fn stuck_at(&self) -> Option<u64> {
         let state = lock(&self.state);
         let keep = state.keep.as_ref()?;
@@ -838,7 +840,7 @@ impl Outbox {
         (waits && !self.has_room(&state)).then(|| keep.retained.confirmed())
     }
 
-    /// Bytes of what is queued, and of what is kept until the peer confirms it.
+    /// Bytes that are queued, plus bytes that are kept until the peer confirms them.
     pub(crate) fn unconfirmed_bytes(&self) -> u64 {
         lock(&self.state).queued_bytes as u64
     }
@@ -851,7 +853,7 @@ impl Outbox {
             .flatten()
     }
 
-    /// What the writer of this epoch must do next. While it sleeps, senders may use its stream.
+    /// The next work for the writer of this epoch. While the writer sleeps, senders may use its stream.
     pub(crate) fn take(
         &self,
         epoch: u64,
@@ -886,7 +888,7 @@ impl Outbox {
                 gaps: state.rooms.overflow.take_gaps(),
             };
         }
-        // A quiet channel keeps no buffer.
+        // An idle channel keeps no buffer.
         state.frames.tail = BytesMut::new();
         match &mut state.phase {
             Phase::Finishing(last) => {
@@ -952,7 +954,7 @@ impl State {
     }
 
     fn unqueue(&mut self, bytes: usize) {
-        // The last frame of a channel is kept without having been counted.
+        // The last frame of a channel is kept and was not counted.
         let bytes = bytes.min(self.queued_bytes);
         self.queued_bytes -= bytes;
         if let Some(keep) = &self.keep {
@@ -968,7 +970,7 @@ impl State {
         }
     }
 
-    /// One message of a room goes now, behind a mark if it is time for one.
+    /// Sends one message of a room, after a mark if one is due.
     fn goes(&mut self, unread: Option<u64>) {
         if let Some(mark) = self.rooms.goes(unread) {
             self.mark(mark);
@@ -980,7 +982,7 @@ impl State {
         let _ = self.message(ProtocolEvent::Mark.name(), &mark, None, usize::MAX >> 1);
     }
 
-    /// A place behind everything that waits now.
+    /// Draws a number behind all waiting senders and messages.
     fn join_line(&mut self) -> u64 {
         let number = self.rooms.overflow.number();
         self.waiting.insert(number);
@@ -1010,7 +1012,7 @@ impl State {
         Ok(())
     }
 
-    /// One more message of `size` bytes stands in the tail.
+    /// Records one more message of `size` bytes in the tail.
     fn grew(&mut self, size: usize) {
         self.count(size);
         self.frames.grew();
@@ -1021,7 +1023,7 @@ impl State {
         self.grew(frame.len());
     }
 
-    /// Its memory is the tail's where that has none: a quiet channel's.
+    /// Appends the frame to the tail. An empty tail takes over the frame's memory.
     fn take_frame(&mut self, frame: &mut BytesMut) {
         if self.frames.tail.capacity() > 0 {
             return self.copy(frame);
@@ -1049,7 +1051,7 @@ fn check_size(frame: usize, limit: usize) -> Result<(), EncodeError> {
     }
 }
 
-/// A place in the line for room, given up on drop.
+/// A sender's place in the line for room; dropping it leaves the line.
 struct Turn<'a> {
     number: u64,
     outbox: &'a Outbox,

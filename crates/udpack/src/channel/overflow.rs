@@ -1,8 +1,8 @@
-//! What a channel's queue has no room for: the messages of rooms that wait beside it, and what was lost there.
+//! Messages of rooms that wait beside a channel's full queue, and the count of the dropped ones.
 //!
-//! Pure bookkeeping. Each room has its own short list for each member, so that its policy drops its own
-//! messages only; numbers drawn on arrival keep the order across rooms. Where messages of a room are missing,
-//! a `$gap` comes out before the next one.
+//! Pure state without I/O. Each room has its own short list for each member, so that its policy drops only its own
+//! messages; numbers drawn on arrival keep the order across rooms. Where messages of a room are missing, a `$gap`
+//! precedes the next message.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -19,23 +19,23 @@ const DEFAULT: usize = 1024;
 /// Sending never waits for such a member. A [`Gap`] reports what it lost, at the place where the
 /// messages are missing.
 ///
-/// [`DropOldest`](Self::DropOldest) and [`LatestOnly`](Self::LatestOnly) begin as soon as so many messages are on their
-/// way that the member's program has not taken, the others when the channel's queue is full. What the program sends
-/// directly on such a channel takes along what waits before it.
+/// [`DropOldest`](Self::DropOldest) and [`LatestOnly`](Self::LatestOnly) take effect at a number of messages that are
+/// sent and not yet read by the member's program, the other policies when the channel's queue is full. A message that
+/// the server's program sends directly on the channel first releases the waiting messages of rooms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Overflow {
-    /// What comes while there is no room in the queue is lost.
+    /// Messages that come while the queue is full are lost.
     DropNewest,
-    /// This many messages may be on their way unread, at least one, beside those that the path itself holds. As many
-    /// wait behind them, of no more bytes than the channel's queue may hold (`Limits::outbound_bytes`,
-    /// `Limits::replay_bytes`); the oldest of those are lost first.
+    /// This many messages may be sent and unread, at least one, in addition to those that are in transit on the path.
+    /// As many more wait behind them, within the bytes of the channel's queue (`Limits::outbound_bytes`,
+    /// `Limits::replay_bytes`); the oldest waiting messages are lost first.
     DropOldest {
-        /// Messages that may be unread, and that may wait.
+        /// How many messages may be unread, and how many may wait.
         messages: usize,
     },
-    /// One message is on its way unread and only the latest waits behind it: a member is behind by the time that it
-    /// takes for one message, however slow it is.
+    /// One message may be sent and unread, and only the latest waits behind it. Even a slow member lags by no more
+    /// than the time that it needs for one message.
     LatestOnly,
     /// The channel is closed with `slow_peer`.
     Disconnect,
@@ -53,7 +53,7 @@ impl Default for Overflow {
 }
 
 impl Overflow {
-    /// How many messages may be on their way unread; `None` where only the queue counts.
+    /// How many messages may be sent and unread; `None` if only the queue's bound applies.
     pub(crate) fn unread(self) -> Option<u64> {
         match self {
             Self::DropOldest { messages } => Some(messages.max(1) as u64),
@@ -63,42 +63,42 @@ impl Overflow {
     }
 }
 
-/// Whose messages these are.
+/// The room of a message.
 #[derive(Debug)]
 pub(crate) struct Tag {
     pub(crate) id: u64,
     pub(crate) name: Arc<str>,
-    /// A newer message makes the older one worthless: what it replaces is no loss.
+    /// Whether a newer message replaces the older one, so that the older one does not count as lost.
     pub(crate) replaces: bool,
 }
 
-/// What became of one message of a room.
+/// The result of queueing one message of a room.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Push {
-    /// It is on its way; this many older ones were lost for it.
+    /// The message is queued; this many older ones were dropped for it.
     Queued { lost: u64 },
-    /// It is lost.
+    /// The message is dropped.
     Lost,
-    /// The policy says that the channel must be closed.
+    /// The policy requires that the channel is closed.
     TooSlow,
-    /// The channel takes nothing any more.
+    /// The channel accepts no more messages.
     Over,
 }
 
 /// Everything that waits beside one channel's queue.
 #[derive(Debug, Default)]
 pub(crate) struct Overflowing {
-    /// One for each room that has something here; removed when empty.
+    /// One entry for each room with a waiting message or a gap; removed when empty.
     lots: Vec<Lot>,
     next: u64,
     gaps: u64,
 }
 
-/// What comes out of a channel's overflow.
+/// A frame that leaves a channel's overflow.
 #[derive(Debug)]
 pub(crate) struct Out {
     pub(crate) frame: Bytes,
-    /// For a room's message: how many of them may be unread, if that counts.
+    /// For a room's message: how many messages may be unread, if the policy limits that.
     pub(crate) unread: Option<u64>,
 }
 
@@ -107,9 +107,9 @@ struct Lot {
     tag: Arc<Tag>,
     entries: VecDeque<Entry>,
     bytes: usize,
-    /// As the room's policy said last.
+    /// The limit of unread messages in the room's latest policy.
     unread: Option<u64>,
-    /// Messages lost after the last entry, and the number of the first of them.
+    /// How many messages were lost after the last entry, and the number of the first of them.
     lost: u64,
     lost_at: u64,
 }
@@ -117,7 +117,7 @@ struct Lot {
 #[derive(Debug)]
 struct Entry {
     number: u64,
-    /// Messages lost right before this one.
+    /// How many messages were lost right before this one.
     lost: u64,
     frame: Bytes,
 }
@@ -130,28 +130,28 @@ impl Overflowing {
         number
     }
 
-    /// Whether nothing comes out next.
+    /// Whether nothing waits.
     pub(crate) fn is_empty(&self) -> bool {
         self.lots.is_empty()
     }
 
-    /// The number of what comes out next.
+    /// The number of the next frame.
     pub(crate) fn first(&self) -> Option<u64> {
         self.lots.iter().map(Lot::first).min()
     }
 
-    /// That number, and how many messages may be unread for it to go, if that counts.
+    /// The number of the next frame, and how many messages may be unread when it is sent, if the policy limits that.
     pub(crate) fn head(&self) -> Option<(u64, Option<u64>)> {
         let lot = self.lots.iter().min_by_key(|lot| lot.first())?;
         Some((lot.first(), lot.unread.filter(|_| !lot.entries.is_empty())))
     }
 
-    /// Gaps that came out since this was last asked.
+    /// How many gaps were returned since the last call.
     pub(crate) fn take_gaps(&mut self) -> u64 {
         std::mem::take(&mut self.gaps)
     }
 
-    /// Takes one message in, as the policy says; `max_bytes` bounds each room. `unread`: see [`Out`].
+    /// Adds one message as the policy says; `max_bytes` bounds the waiting bytes of each room. `unread`: see [`Out`].
     pub(crate) fn push(
         &mut self,
         tag: &Arc<Tag>,
@@ -211,7 +211,7 @@ impl Overflowing {
             Some(entry) => std::mem::take(&mut entry.lost),
             None => std::mem::take(&mut lot.lost),
         };
-        // A name that a room could be made with always makes a sound gap.
+        // A valid room name always makes a valid gap.
         let gap = (lost > 0)
             .then(|| {
                 let room = lot.tag.name.to_string();
@@ -269,7 +269,7 @@ impl Lot {
             .map_or(self.lost_at, |entry| entry.number)
     }
 
-    /// Drops the oldest message; says whether that is a loss.
+    /// Drops the oldest message; returns whether that counts as a loss.
     fn drop_oldest(&mut self) -> bool {
         let Some(oldest) = self.entries.pop_front() else {
             return false;

@@ -24,11 +24,11 @@ pub struct Limits {
     /// Sockets from one address (IPv4 address or IPv6 /64). Default 64. Where that is fewer than `sockets`, up to a quarter
     /// of those is kept for the first socket of each address.
     pub sockets_per_address: usize,
-    /// Handshakes and unauthenticated peers at once. Default 256; more are refused. Where it is 4 or more, one address may
-    /// have half of them, and half is kept for the first 4 (a 64th) of each address.
+    /// Handshakes and unauthenticated peers at once. Default 256; more are refused. Where it is 4 or more, one
+    /// address may hold half of them, and the other half is reserved for the first 4 (a 64th) of each address.
     pub handshakes: usize,
-    /// From this many handshakes in flight on, new addresses must prove themselves with a QUIC Retry first.
-    /// Default 64; 0 demands it always.
+    /// From this many concurrent handshakes on, a new address must first be validated with a QUIC Retry. Default 64;
+    /// 0 always requires it.
     pub retry_from: usize,
     /// Channels a peer may open each second, with a burst of twice as many. Default 100.
     pub channel_rate: u32,
@@ -39,13 +39,14 @@ pub struct Limits {
     /// Bytes of a resumable channel that the peer has not confirmed, sent or not, before `send` waits. Default
     /// 4 MiB: it bounds what one round trip can carry.
     pub replay_bytes: usize,
-    /// Messages of a resumable channel that the peer has not confirmed before `send` waits. Default 65,536: with
-    /// confirmations that gather for 5 ms, 16,384 held small messages at 2.0 M/s, half of what a plain channel sends.
+    /// Messages of a resumable channel that the peer has not confirmed before `send` waits. Default 65,536.
+    /// Confirmations are collected for 5 ms, so 16,384 limited small messages to 2.0 M/s, half of the rate of a
+    /// channel that is not resumable.
     pub replay_messages: usize,
     /// Bytes that all resumable channels of a session together may keep before `send` waits; while there is a
     /// connection, each of them may keep 64 KiB in any case. Default 16 MiB.
     pub resume_bytes: usize,
-    /// Sessions without a connection that a server keeps. Default 1,024; a further one ends at once.
+    /// Detached sessions that a server keeps. Default 1,024; a session beyond that ends when its connection is lost.
     pub detached_sockets: usize,
     /// Messages that may wait unread while a request on the same channel waits for its reply. Default 1,024.
     pub backlog_messages: usize,
@@ -58,28 +59,30 @@ pub struct Limits {
     /// Bytes that the histories of all rooms of a server hold together, 96 more for each message. Default 64 MiB; beyond
     /// that the oldest messages go first, whichever room they are of.
     pub history_bytes: usize,
-    /// QUIC flow-control window of one stream, in bytes. Default 8 MiB: 1 Gbit/s at 64 ms. Below
-    /// `connection_window`, so that one channel that nobody reads leaves room for the others. For a reader that
-    /// cannot keep up quinn holds that much, at about three times its size.
+    /// QUIC flow-control window of one stream, in bytes. Default 8 MiB: 1 Gbit/s at 64 ms. It is smaller than
+    /// `connection_window`, so that one channel that nobody reads leaves room for the others. If the reader is too
+    /// slow, quinn buffers a full window, in memory of about three times its size.
     pub stream_window: u32,
-    /// Largest QUIC flow-control window of one admitted connection, in bytes. Default 24 MiB: three streams'. It
-    /// begins with at most 12 MiB, and grows with what is read in a round trip, and with what nobody reads.
+    /// Largest QUIC flow-control window of one admitted connection, in bytes. Default 24 MiB: three streams'. The
+    /// window starts at 12 MiB or less. It grows when the program reads more in one round trip, and when unread bytes
+    /// fill it.
     pub connection_window: u32,
-    /// Bytes quinn may hold unacknowledged for sending, a connection. Default 16 MiB.
+    /// Bytes that quinn may hold unacknowledged for sending, for each connection. Default 16 MiB.
     pub send_window: u64,
-    /// Received bytes that a server holds before its programs read them, in all. Default 512 MiB. Half of it are connection
-    /// windows, shared equally, at least 64 KiB for each; a quarter is what windows grow by, where they do. The last
-    /// quarter, at least four times `frame`, is for frames of 64 KiB and more that came in part: each has room for all of
-    /// it before it is read on, half of the room is kept for one frame of each token, and who finds none waits.
+    /// Received bytes that a server holds before its programs read them, in all. Default 512 MiB. Half of it is
+    /// divided equally among the connection windows, at least 64 KiB for each; windows grow into another quarter. The
+    /// last quarter, at least four times `frame`, holds frames of 64 KiB and more that have arrived in part: room for
+    /// the whole frame is reserved before more of it is read. Half of that room is kept for one frame of each token.
+    /// A channel that finds no room waits.
     pub receive_budget: u64,
-    /// Wrong tokens of one address, each forgotten after 5 s, from which on it is slowed down: its tokens, right ones too,
-    /// are then looked at one after the other, [`Timeouts::auth_pause`] apart. Default 3.
+    /// Wrong tokens from one address, each forgotten after 5 s, from which on that address is slowed down: all its
+    /// tokens, also valid ones, are then verified one by one, [`Timeouts::auth_pause`] apart. Default 3.
     pub auth_failures: u32,
-    /// Events and keys whose newest volatile message waits, each way, for each socket. Default 1,024.
+    /// Pairs of event and key for which a socket keeps the newest volatile message, in each direction. Default 1,024.
     pub volatile_keys: usize,
-    /// Bytes of such messages, each way; also the largest one. Default 1 MiB.
+    /// Bytes of such messages in each direction; also the size limit of one message. Default 1 MiB.
     pub volatile_bytes: usize,
-    /// Kernel buffer asked for on each UDP socket, in bytes, each direction. Default 8 MiB.
+    /// Kernel buffer requested for each UDP socket, in bytes, for each direction. Default 8 MiB.
     pub socket_buffer: usize,
 }
 
@@ -116,33 +119,36 @@ impl Default for Limits {
     }
 }
 
-/// How long anything may take. What crosses a path (`auth`, `frame`, `slow_peer`, `close`) has 4 round trips more, as QUIC measures
-/// them, at most 60 s; the client's `handshake` has 4 times what the server's first packet took.
+/// How long anything may take. Time-outs that depend on the path (`auth`, `frame`, `slow_peer`, `close`) are extended
+/// by 4 round trips as QUIC measures them, at most 60 s; the client's `handshake` is extended by 4 times the time
+/// until the server's first packet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Timeouts {
     /// QUIC handshake. Default 10 s (quinn itself has none).
     pub handshake: Duration,
     /// From the end of the handshake to a verified `$hello`. Default 5 s, one try.
     pub auth: Duration,
-    /// A failed authentication is answered no sooner than this, so that failures look alike. Default 100 ms.
+    /// The shortest time until a failed authentication is answered, so that the time does not reveal the cause.
+    /// Default 100 ms.
     pub auth_failure: Duration,
-    /// Between two tokens of an address that has shown too many wrong ones. Default 1 s. Four may wait for their turn; more
-    /// are refused.
+    /// The pause between the verification of two tokens of an address that has sent too many wrong ones. Default 1 s.
+    /// Four tokens may wait; more are refused.
     pub auth_pause: Duration,
-    /// An unfinished frame must be completed, or move on by at least 1 KiB for each second of this, each time
-    /// this has passed. It counts in halves, without those in which something that was sent stood unanswered. Default 30 s.
+    /// In each period of this length an unfinished frame must be completed or receive at least 1 KiB for each second.
+    /// Half periods in which QUIC waited for an acknowledgement do not count. Default 30 s.
     pub frame: Duration,
-    /// A peer that is alive but takes nothing off a channel with queued messages for this long loses the
-    /// channel. It counts in quarters, without those in which something that was sent stood unanswered: a path that
-    /// is silent is the idle timer's business. Default 10 s.
+    /// A channel is closed when the peer is alive but reads nothing from it for this long while messages are queued.
+    /// Quarter periods in which QUIC waited for an acknowledgement do not count: the idle timer handles a silent
+    /// path. Default 10 s.
     pub slow_peer: Duration,
-    /// Nothing heard from the peer at all: then its connection is lost. It begins anew with the first thing that is sent
-    /// after the last that came, so a peer that is dead is given up after `idle` to `idle` + `keep_alive`. A shorter silence
-    /// costs nothing. Default 30 s.
+    /// The connection is lost when no packet arrives from the peer for this long. The timer restarts with the first
+    /// packet that is sent after the last one that arrived, so a dead peer is detected after `idle` to `idle` +
+    /// `keep_alive`. A shorter silence has no effect. Default 30 s.
     pub idle: Duration,
-    /// Nothing heard from the peer for so long, and QUIC asks it for a sign of life; must be well below `idle`. An idle socket
-    /// sends and receives one packet in this time, and a peer that is gone shows as [`SocketState::Silent`] within this, 5 s
-    /// and 4 round trips. Half of it would cost twice the packets, and with a mobile's radio more of its battery. Default 10 s.
+    /// When no packet arrives from the peer for this long, QUIC sends a packet that the peer must acknowledge; must
+    /// be well below `idle`. An idle socket sends and receives one packet in this time. A peer that has gone is
+    /// reported as [`SocketState::Silent`] after at most this time plus 5 s and 4 round trips. Half of this would
+    /// cost twice as many packets and more of a mobile's battery. Default 10 s.
     ///
     /// [`SocketState::Silent`]: crate::SocketState::Silent
     pub keep_alive: Duration,
@@ -153,12 +159,12 @@ pub struct Timeouts {
     pub close: Duration,
     /// Default deadline of a request. Default 30 s.
     pub request: Duration,
-    /// A handler that answers a request must do so within this. Default 30 s.
+    /// A request handler must answer within this time. Default 30 s.
     pub handler: Duration,
-    /// How often a server asks its verifier whether a peer that is in is still welcome. Default 30 s.
+    /// How often a server asks its verifier again about each admitted peer. Default 30 s.
     pub recheck: Duration,
-    /// After a session was resumed, what it had tracked on a channel that ended with the old connection must be
-    /// tracked again within this, or it leaves. Default 10 s.
+    /// After a session is resumed, the client must track its presence again within this time on channels that ended
+    /// with the old connection. Otherwise the presence entry is removed. Default 10 s.
     pub presence: Duration,
 }
 
@@ -185,12 +191,13 @@ impl Default for Timeouts {
 
 /// Which channels of a socket go first when there is more to send than the path takes; both directions.
 ///
-/// An order, not a share: while a higher channel has something to send, those below wait. It is about sending
-/// only; what the peer's program reads when is its own business.
+/// Priorities are strict: while a channel of higher priority has something to send, lower ones wait. They apply to
+/// sending only and do not change the order in which the peer's program reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize)]
 #[serde(into = "u64")]
 pub enum Priority {
-    /// After all others: files, archives. Has never so much under way that the others find no room.
+    /// After all others: files, archives. The bytes in flight of such channels are limited, so that they do not delay
+    /// the others.
     Bulk,
     /// As the others.
     #[default]
@@ -205,7 +212,7 @@ impl Priority {
         *self == Self::default()
     }
 
-    /// quinn's number for it; the control stream is above all channels.
+    /// quinn's priority number; the control stream has a higher one than all channels.
     pub(crate) fn quic(self) -> i32 {
         match self {
             Self::Bulk => -1,
@@ -271,8 +278,8 @@ impl Drain {
         }
     }
 
-    /// Asks the clients to leave one after the other over this long, so that those who take them are not
-    /// stormed.
+    /// Asks the clients to leave one by one over this time, so that the servers that take them over are not
+    /// overloaded.
     #[must_use]
     pub fn spread(mut self, spread: Duration) -> Self {
         self.spread = spread;
@@ -294,17 +301,18 @@ pub(crate) const PREAUTH_BYTES: u32 = 16 << 10;
 /// Streams an unauthenticated peer may open: control, and a few channels pipelined behind it.
 pub(crate) const PREAUTH_STREAMS: u32 = 4;
 /// Streams an admitted peer may open until it has opened [`USED_STREAMS`]. quinn keeps 41 bytes in tables for each
-/// permitted stream, in powers of two: with these and a unidirectional one they stay in the smallest, 0.4 kB
-/// instead of 5.1 kB for 65.
+/// permitted stream, in powers of two: these and a unidirectional one fit in the smallest table, 0.4 kB instead of
+/// 5.1 kB for 65 streams.
 pub(crate) const FEW_STREAMS: u32 = 6;
-/// Once a peer has opened so many streams on a connection, it may open all; the rest of the few bridge the round
-/// trip until it knows.
+/// A peer that has opened this many streams on a connection is permitted to open all. The remaining few streams last
+/// for the round trip until the peer learns of it.
 pub(crate) const USED_STREAMS: u32 = 3;
 /// Unidirectional streams an admitted peer may have open: volatile messages that are too large for a datagram.
 pub(crate) const VOLATILE_STREAMS: u32 = 1;
 /// Bytes of datagrams that wait in QUIC to be read; the driver always reads them.
 pub(crate) const DATAGRAMS_IN: usize = 64 << 10;
-/// Bytes of datagrams that wait in QUIC to be sent. Few: what waits before can still be replaced by newer.
+/// Bytes of datagrams that wait in QUIC to be sent. The number is small because a message that waits before QUIC can
+/// still be replaced by a newer one.
 pub(crate) const DATAGRAMS_OUT: usize = 16 << 10;
 /// Longest token, in bytes.
 pub(crate) const TOKEN_BYTES: usize = 512;

@@ -1,7 +1,7 @@
-//! The protocol's own messages: what is in them, how they are written, what is refused.
+//! The protocol's own messages: their fields, their encoding, and what makes one invalid.
 //!
-//! Everything here is read with the strict reader ([`Fields`]), never with serde: exact types, no duplicate
-//! and no unknown keys. Reserved for growth is the key `ext` in `$hello` and `$welcome`.
+//! Everything here is read with the strict reader ([`Fields`]), never with serde: exact types, no duplicate and no
+//! unknown keys. The key `ext` of `$hello` and `$welcome` is reserved for extensions.
 
 mod rooms;
 
@@ -21,10 +21,10 @@ pub(crate) use rooms::MOST_POSITIONS;
 pub use rooms::{At, RoomAt};
 pub use rooms::{Gap, Missing, Position, RoomPosition, Why};
 
-/// The version this library speaks; also named by the ALPN.
+/// The protocol version of this library; the ALPN names it, too.
 pub(crate) const VERSION: u64 = 1;
 
-/// The one table of the protocol's events: what each is called, and what it is read into, if anything.
+/// The table of the protocol's events: the name of each, and the type it is decoded into, if any.
 macro_rules! events {
     ($($event:ident = $name:literal $(is $of:ty)?,)*) => {
         /// An event of the protocol, by its name.
@@ -60,7 +60,7 @@ macro_rules! events {
             }
         }
 
-        /// A message of the protocol, read.
+        /// A decoded message of the protocol.
         #[expect(dead_code, reason = "what begins a stream is read by its type, as are gaps, marks and faults")]
         pub(crate) enum ProtocolMessage {
             $($event$(($of))?,)*
@@ -73,8 +73,8 @@ macro_rules! events {
 }
 
 events! {
-    // First what is frequent: names are compared in this order.
-    // On channels, for a request: with its id, and what they carry is read by whoever it is for.
+    // The frequent ones first: names are compared in this order. On channels, about a request. They carry its id; the
+    // code that handles the request decodes their data.
     Reply = "$reply",
     Fault = "$fault" is Fault,
     Cancel = "$cancel",
@@ -83,7 +83,7 @@ events! {
     Want = "$want",
     Item = "$item",
     Credit = "$credit",
-    // Streams begin with these.
+    // The first message of a stream.
     Hello = "$hello" is HelloMessage,
     Welcome = "$welcome" is Welcome,
     Open = "$open" is Open,
@@ -95,7 +95,7 @@ events! {
     Refresh = "$refresh" is Refresh,
     Refreshed = "$refreshed" is Refreshed,
     GoAway = "$goaway" is GoAway,
-    // There and on channels.
+    // On the control stream and on channels.
     Close = "$close" is CloseReason,
     // On channels.
     Gap = "$gap" is Gap,
@@ -116,12 +116,12 @@ impl ProtocolEvent {
     }
 }
 
-/// What an event of the table is read into.
+/// A type that an event of the table is decoded into.
 pub(crate) trait Named {
     const EVENT: ProtocolEvent;
 }
 
-/// A message of the protocol that is read into this type.
+/// A type that a message of the protocol is decoded into.
 pub trait Decode: Sized {
     /// Reads a message.
     ///
@@ -145,7 +145,7 @@ impl<T: Named + Read> Decode for T {
     }
 }
 
-/// The content of a message whose event has been looked at.
+/// Decodes the content of a message whose event is already checked.
 trait Read: Sized {
     fn read(message: &Message) -> Result<Self, Bad>;
 }
@@ -173,10 +173,10 @@ impl From<&'static str> for Bad {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ControlError {
-    /// Another message stands where this one must.
+    /// Another message came in place of the expected one.
     #[error("expected {expected}, got another event")]
     Unexpected {
-        /// The event that must stand here.
+        /// The expected event.
         expected: &'static str,
     },
     /// A field is missing, unknown, doubled or of the wrong type.
@@ -204,7 +204,7 @@ pub enum ControlError {
 }
 
 impl ControlError {
-    /// Why whatever the message came on is closed.
+    /// The reason with which the stream of the message is closed.
     pub(crate) fn reason(&self) -> CloseReason {
         CloseReason::local(self.close_code(), self.to_string())
     }
@@ -227,7 +227,7 @@ fn check(sound: bool, rule: &'static str) -> Result<(), Bad> {
     if sound { Ok(()) } else { Err(Bad::Rule(rule)) }
 }
 
-/// The data of a message that stands for itself: a map with these keys.
+/// The data of a message that answers no request: a map with these keys.
 fn map<'a>(message: &'a Message, keys: &[&str]) -> Result<Fields<'a>, Bad> {
     check(message.id().is_none(), "takes no id")?;
     let fields = message.fields()?;
@@ -235,7 +235,8 @@ fn map<'a>(message: &'a Message, keys: &[&str]) -> Result<Fields<'a>, Bad> {
     Ok(fields)
 }
 
-/// As [`map`]. The version comes first: what else the map may hold is not known before.
+/// As [`map`], for `$hello` and `$welcome`. The version is checked first, because another version may allow other
+/// keys.
 fn versioned<'a>(message: &'a Message, keys: &[&str]) -> Result<Fields<'a>, Bad> {
     check(message.id().is_none(), "takes no id")?;
     if let Some(version) = Fields::peek_u64(&message.raw(), "v")
@@ -282,7 +283,7 @@ fn millis(time: Duration) -> u64 {
 /// The client's first message.
 #[derive(Clone, PartialEq, Eq)]
 pub struct HelloMessage {
-    /// What lets the client in.
+    /// The client's token.
     pub token: String,
     /// Name and version of the client program, cut and escaped.
     pub agent: String,
@@ -296,10 +297,10 @@ pub struct HelloMessage {
     pub history: bool,
 }
 
-/// The client can resume: keep this session for a while when its connection is lost.
+/// The client asks the server to keep its session for a while when the connection is lost.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct ResumeRequest {
-    /// The session to go on with; `None` asks for a new one that can be resumed later.
+    /// The session to resume; `None` asks for a new session that can be resumed later.
     pub session: Option<ResumeTicket>,
 }
 
@@ -347,7 +348,7 @@ impl Read for HelloMessage {
             }
             None => None,
         };
-        // 0 is as if it were absent.
+        // The value 0 means the same as no value.
         let frame = frame.filter(|frame| *frame > 0);
         frame.map_or(Ok(()), check_frame)?;
         Ok(Self {
@@ -475,16 +476,16 @@ pub struct Welcome {
     pub frame: u64,
     /// Channels the client may have open at once.
     pub channels: u64,
-    /// The session that the client asked for goes on.
+    /// Whether the server resumed the session that the client asked for.
     pub resumed: bool,
     /// Present when this session can be resumed.
     pub resume: Option<ResumeGrant>,
-    /// Why the session that the client asked for does not go on: `"unknown"`, `"expired"`, `"identity"` or
-    /// `"off"`. Cut and escaped.
+    /// Why the session that the client asked for was not resumed: `"unknown"`, `"expired"`, `"identity"` or `"off"`.
+    /// Cut and escaped.
     pub reason: Option<String>,
-    /// How long the client's token stays good; `None` for one without an end.
+    /// How long the client's token remains valid; `None` if it does not expire.
     pub expires: Option<Duration>,
-    /// The server may send `$mark`, as the client offered.
+    /// Whether the server may send `$mark`, as the client offered.
     pub marks: bool,
     /// The server may send `$room` and `$at`, and the client `since` in `$open`, as the client offered.
     pub history: bool,
@@ -493,7 +494,7 @@ pub struct Welcome {
 /// What a client needs to resume a session later. `Debug` leaves the token out.
 #[derive(Clone, PartialEq, Eq)]
 pub struct ResumeGrant {
-    /// Good for one resumption; every `$welcome` brings a new one.
+    /// The secret for one resumption; every `$welcome` brings a new one.
     pub token: [u8; 32],
     /// How long the server keeps the session after its connection is lost.
     pub window: Duration,
@@ -640,14 +641,14 @@ pub struct Open {
     pub id: u64,
     /// The name that chooses the handler.
     pub name: String,
-    /// Whatever the opener wants to say first, as msgpack.
+    /// Data of the opener's application, as msgpack.
     pub meta: Option<Bytes>,
     /// Which channels go first when there is more to send than the path takes.
     pub priority: Priority,
-    /// The channel survives the loss of its connection.
+    /// Whether the channel continues when its connection is lost.
     pub resumable: bool,
-    /// Present when the channel goes on from an earlier connection: how many frames the opener has received
-    /// on it.
+    /// How many frames the opener has received on the channel. Present when the channel continues from an earlier
+    /// connection.
     pub received: Option<u64>,
     /// How far the opener had come in rooms that it will be in again.
     pub since: Vec<RoomPosition>,
@@ -736,9 +737,9 @@ pub(crate) fn encode_open<T: Serialize + ?Sized>(
     frame_within(ProtocolEvent::Open, open, None, limit)
 }
 
-/// The `$open` that a resumable channel began with, once more: with the number of frames received since.
+/// Encodes again the `$open` that a resumable channel began with, and adds the number of frames received since.
 pub(crate) fn reopen(open: &Bytes, received: u64) -> Option<Bytes> {
-    // What `encode_open` writes: prefix, array of two, the event, and a map of fewer than 15 fields.
+    // The layout that `encode_open` writes: prefix, array of two, the event, and a map of fewer than 15 fields.
     let map = crate::wire::frame::PREFIX + 2 + ProtocolEvent::Open.name().len();
     let (head, rest) = (open.get(..map)?, open.get(map + 1..)?);
     let fields = open
@@ -758,11 +759,11 @@ pub(crate) fn reopen(open: &Bytes, received: u64) -> Option<Bytes> {
     Some(frame.freeze())
 }
 
-/// Which of its resumable channels the sender still has: its first message on a connection that resumed the
-/// session, in both directions.
+/// Lists the resumable channels that the sender still has. Both sides send it first on a connection that resumed the
+/// session.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Channels {
-    /// The ids of those that the sender opened.
+    /// The ids of the channels that the sender opened.
     pub open: Vec<u64>,
 }
 
@@ -783,7 +784,7 @@ impl Read for Channels {
 pub struct Resumed {
     /// How many frames the acceptor has received on this channel.
     pub received: u64,
-    /// The channel is over at the acceptor and nothing more will come.
+    /// Whether the channel has ended at the acceptor, so that it sends nothing more.
     pub done: bool,
 }
 
@@ -797,20 +798,19 @@ impl Read for Resumed {
     }
 }
 
-/// Frames of one channel that need not be kept any longer.
+/// Confirms frames of one channel, which the other side may then discard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Ack {
     /// The channel's id.
     pub channel: u64,
     /// The sender of this message opened the channel.
     pub own: bool,
-    /// How many frames the sender of this message has received on it; [`REFUSED`](Self::REFUSED) for all there
-    /// will ever be.
+    /// How many frames the sender of this message has received on the channel, or [`REFUSED`](Self::REFUSED).
     pub received: u64,
 }
 
 impl Ack {
-    /// The sender of this message takes nothing more of the channel: nothing need be kept or repeated.
+    /// The sender of this message accepts no more frames of the channel; the other side need not keep or repeat any.
     pub const REFUSED: u64 = u64::MAX;
 }
 
@@ -825,14 +825,14 @@ impl Read for Ack {
     }
 }
 
-/// How far the program that reads a channel has come.
+/// Reports how far the program that reads a channel has read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Passed {
     /// The channel's id.
     pub channel: u64,
     /// The sender of this message opened the channel.
     pub own: bool,
-    /// The last `$mark` that its program has come to.
+    /// The last `$mark` that the program has reached.
     pub mark: u64,
 }
 
@@ -847,7 +847,7 @@ impl Read for Passed {
     }
 }
 
-/// The number of a place in the order of a channel's messages, which the peer hears of when its program has come to it.
+/// Marks a place in a channel's messages. The receiver answers with [`Passed`] when its program has read up to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Mark(pub u64);
 
@@ -861,7 +861,7 @@ impl Read for Mark {
     }
 }
 
-/// A new token of the client in the place of the one it came with. `Debug` leaves it out.
+/// A new token that replaces the client's earlier one. `Debug` leaves it out.
 #[derive(Clone, PartialEq, Eq, Serialize)]
 pub struct Refresh {
     /// The new token.
@@ -885,12 +885,12 @@ impl Read for Refresh {
 /// The server's answer to a `$refresh`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Refreshed {
-    /// The new token counts from now on.
+    /// The new token is valid from now on.
     Accepted {
-        /// How long it stays good; `None` for one without an end.
+        /// How long the new token remains valid; `None` if it does not expire.
         expires: Option<Duration>,
     },
-    /// The new token was not accepted; the one before counts on.
+    /// The new token was not accepted; the earlier one remains valid.
     Refused {
         /// Why.
         code: CloseCode,
@@ -961,16 +961,16 @@ pub(crate) fn encode_close(code: CloseCode, text: &str) -> Option<Bytes> {
     frame(ProtocolEvent::Close, &CloseFields { code, text }, None).ok()
 }
 
-/// The server's word that it is going down: finish what runs, come back later or elsewhere.
+/// The server announces its shutdown: clients finish their work and reconnect later or to another server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GoAway {
     /// Why.
     pub code: CloseCode,
     /// Why, for people.
     pub text: String,
-    /// Do not come back sooner than this.
+    /// The shortest time to wait before reconnecting.
     pub retry_after: Duration,
-    /// Spread over this long, so that not all clients come at once.
+    /// The time over which clients spread their reconnecting.
     pub window: Duration,
 }
 
@@ -1007,7 +1007,7 @@ pub(crate) fn encode_goaway(goaway: &GoAway) -> Option<Bytes> {
 /// The most bytes that the message of a fault may have.
 const FAULT_MESSAGE: usize = 1024;
 
-/// Its code and message are read strictly; `data` stays as it came, and unknown keys are passed over.
+/// Decodes code and message strictly; keeps `data` encoded, and ignores unknown keys.
 impl Read for Fault {
     fn read(message: &Message) -> Result<Self, Bad> {
         let fields = message.fields()?;
@@ -1030,7 +1030,7 @@ impl Read for Fault {
     }
 }
 
-/// A `$fault` for request `id`; without its `data` if that makes it too large for the peer.
+/// Encodes a `$fault` for request `id`; leaves `data` out if the frame would be too large for the peer.
 pub(crate) fn encode_fault(fault: &Fault, id: u64, limit: usize) -> Option<Bytes> {
     let text = cut(&fault.message, FAULT_MESSAGE);
     // The peer would close the channel over a code that breaks the rule.
@@ -1061,7 +1061,7 @@ pub(crate) fn encode_fault(fault: &Fault, id: u64, limit: usize) -> Option<Bytes
     plain(&full).or_else(|| plain(&map))
 }
 
-/// One whole frame with a message that is written as it is kept.
+/// Encodes a message into one whole frame.
 pub(crate) fn encode<T: Named + Serialize>(message: &T) -> Option<Bytes> {
     frame(T::EVENT, message, None).ok()
 }
