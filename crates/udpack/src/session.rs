@@ -1,8 +1,8 @@
-//! A session: what an application holds, over however many connections.
+//! A session: the state that an application shares with a peer, over any number of connections.
 //!
-//! `Socket` and `Channel` are handles. What channels need of their session is its [`Carrier`]; what only the session does
-//! is in [`Session`]. One task of each side (`driver.rs`) drives a session: it owns the control stream, accepts the
-//! peer's streams, and acts on what is asked for here.
+//! `Socket` and `Channel` are handles. [`Carrier`] is the part of a session that its channels use; [`Session`] has
+//! the rest. One task on each side (`driver.rs`) drives a session: it owns the control stream, accepts the peer's
+//! streams, and executes requests that are left here.
 
 pub(crate) mod driver;
 pub(crate) mod lifetime;
@@ -46,7 +46,7 @@ use crate::wire::control::{GoAway, Welcome};
 
 /// The name of a session: 32 hexadecimal digits, chosen by the server. Cheap to clone.
 ///
-/// It stays the same for as long as the session does, over however many connections.
+/// It stays the same for the lifetime of the session, over any number of connections.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SessionId(Arc<str>);
 
@@ -88,16 +88,16 @@ impl fmt::Debug for SessionId {
 /// The tickets of a session: a client that resumes it must present one.
 #[derive(Default)]
 pub(crate) struct Tickets {
-    /// The one the client came with last; good until it has shown that it has the next.
+    /// The ticket that the client presented last; valid until the client has shown that it has the next one.
     current: Option<[u8; 32]>,
-    /// The one in the last `$welcome`.
+    /// The ticket in the last `$welcome`.
     next: Option<[u8; 32]>,
     /// When a valid one was last presented.
     shown: Option<Instant>,
 }
 
 impl Tickets {
-    /// Makes the next one.
+    /// Creates the next ticket.
     pub(crate) fn issue(&mut self) -> Result<[u8; 32], aws_lc_rs::error::Unspecified> {
         let mut ticket = [0; 32];
         aws_lc_rs::rand::fill(&mut ticket)?;
@@ -105,7 +105,7 @@ impl Tickets {
         Ok(ticket)
     }
 
-    /// Whether this one is good. If so, no other but it and the one issued next is from now on.
+    /// Whether the ticket is valid. If so, only it and the one issued next are valid from now on.
     pub(crate) fn redeem(&mut self, ticket: &[u8; 32]) -> bool {
         let good = self.is_good(ticket);
         if good {
@@ -115,7 +115,7 @@ impl Tickets {
         good
     }
 
-    /// Whether this one is good, and none was shown within `pause`.
+    /// Whether the ticket is valid, and none was presented within `pause`.
     pub(crate) fn shown(&mut self, ticket: &[u8; 32], pause: Duration) -> bool {
         let now = Instant::now();
         let early = self.shown.is_some_and(|shown| now - shown < pause);
@@ -134,7 +134,7 @@ impl Tickets {
             .any(|known| known.ct_eq(ticket).into())
     }
 
-    /// The client has the next one: the one before is used up.
+    /// The client has the next ticket, so the previous one becomes invalid.
     pub(crate) fn confirm(&mut self) {
         if let Some(next) = self.next.take() {
             self.current = Some(next);
@@ -151,11 +151,11 @@ pub(crate) struct Leaving {
 
 /// What a server has for all its sessions, and what hears of them.
 pub(crate) trait Attached: Any + Send + Sync {
-    /// The session goes on over connection number `number`.
+    /// The session continues on connection `number`.
     fn resumed(&self, session: &Arc<Session>, number: u64);
 }
 
-/// Shared state of one socket: what its channels need (the [`Carrier`]), and what only the session does.
+/// Shared state of one socket: the part that its channels use (the [`Carrier`]), and the session's own part.
 pub(crate) struct Session {
     pub(crate) carrier: Arc<Carrier>,
     pub(crate) peer: PeerCell,
@@ -168,21 +168,21 @@ pub(crate) struct Session {
     pub(crate) numbers: ChannelNumbers,
     pub(crate) tickets: Mutex<Lazy<Tickets>>,
     reach: Reach,
-    /// What becomes of its connections.
+    /// The states of its connections.
     pub(crate) states: StateFeed,
-    /// Datagrams that the connection had sent when this side ended it.
+    /// How many datagrams the connection had sent when this side closed it.
     sent_before: AtomicU64,
-    /// Volatile messages that wait, both ways.
+    /// Waiting volatile messages, in both directions.
     pub(crate) volatiles: Volatiles,
     /// The server's rooms; never set at a client.
     pub(crate) rooms: OnceLock<Arc<dyn Attached>>,
     pub(crate) handles: Handles,
 }
 
-/// What the two sides told each other on admission, and when they began.
+/// The messages of admission, and the time of the session's beginning.
 struct Admission {
     begun: Instant,
-    /// What the server announced (at the client) or has announced (at the server).
+    /// The server's `$welcome`, received or sent.
     welcome: RwLock<Option<Arc<Welcome>>>,
     changed: Notify,
     /// What the peer calls itself, at the server.
@@ -209,7 +209,7 @@ impl Admission {
         self.changed.notify_waiters();
     }
 
-    /// Waits for it, or for the end that came instead.
+    /// Waits for admission, or for the end of the session.
     async fn wait(&self, carrier: &Carrier) -> Result<(), CloseReason> {
         loop {
             let mut changed = std::pin::pin!(self.changed.notified());
@@ -229,12 +229,12 @@ impl Admission {
     }
 }
 
-/// A server's word that it goes away.
+/// A server's `$goaway`.
 #[derive(Default)]
 pub(crate) struct Departure {
-    /// At a server: the `$goaway` to send.
+    /// On a server: the `$goaway` to send.
     announced: Mutex<Option<Box<GoAway>>>,
-    /// At a client: what it was told.
+    /// On a client: the received `$goaway`.
     received: Mutex<Option<Box<Leaving>>>,
 }
 
@@ -243,12 +243,13 @@ impl Departure {
         *lock(&self.announced) = Some(Box::new(goaway));
     }
 
-    /// What is to be said now.
+    /// Takes the `$goaway` to send now.
     pub(crate) fn take_announced(&self) -> Option<Box<GoAway>> {
         lock(&self.announced).take()
     }
 
-    /// Of several the soonest counts: a server that says it again can hurry a client, not hold it.
+    /// Records a `$goaway`. Of several, the one with the earliest time applies: a further one can make a client leave
+    /// sooner, not later.
     pub(crate) fn receive(&self, leaving: Leaving) {
         let mut received = lock(&self.received);
         if (received.as_ref()).is_none_or(|before| leaving.turn < before.turn) {
@@ -260,12 +261,12 @@ impl Departure {
         lock(&self.received).as_deref().cloned()
     }
 
-    /// When it is this client's turn.
+    /// The time at which this client must leave.
     pub(crate) fn turn(&self) -> Option<Instant> {
         Some(lock(&self.received).as_ref()?.turn)
     }
 
-    /// The next server has not said it.
+    /// Removes the `$goaway` when the client has moved to the next server.
     pub(crate) fn forget(&self) -> Option<Box<Leaving>> {
         lock(&self.received).take()
     }
@@ -278,9 +279,9 @@ pub(crate) struct ChannelNumbers {
     pub(crate) seen: Mutex<Seen>,
 }
 
-/// How a session reaches its peer at this moment.
+/// The current connection of a session.
 struct Reach {
-    /// The number of the present connection while channels can be opened on it.
+    /// The number of the current connection while channels can be opened on it.
     up: Mutex<Option<u64>>,
     changed: Notify,
     /// A client that makes another connection when one is lost.
@@ -308,12 +309,12 @@ impl Reach {
     }
 }
 
-/// The handles of a session, which it does not keep alive.
+/// Weak references to the handles of a session.
 #[derive(Default)]
 pub(crate) struct Handles {
-    /// At a client: what they hold, so that the last one to go closes the connection.
+    /// On a client: the lease of the handles; dropping the last handle closes the connection.
     lease: OnceLock<Weak<Lease>>,
-    /// The socket's, for handlers that ask for it.
+    /// The socket's handle, for handlers that take it.
     pub(crate) socket: OnceLock<Weak<socket::Handle>>,
 }
 
@@ -325,7 +326,7 @@ impl Deref for Session {
     }
 }
 
-/// What a channel holds of its session.
+/// A channel's reference to its session.
 struct Owner {
     session: Arc<Session>,
     _lease: Option<Arc<Lease>>,
@@ -390,7 +391,7 @@ impl Session {
         })
     }
 
-    /// Puts a channel over a stream. `own` says that this side opened it.
+    /// Creates a channel on a stream. `own`: this side opened it.
     pub(crate) fn channel(
         self: &Arc<Self>,
         opened: Opened,
@@ -415,13 +416,13 @@ impl Session {
         )
     }
 
-    /// How long it is there.
+    /// The age of the session.
     pub(crate) fn age(&self) -> Duration {
         self.admission.begun.elapsed()
     }
 
-    /// Looks after what nobody tells: bytes that nobody reads, and a peer that does not answer. To be called with each
-    /// tick of [`look`](crate::transport::windows::look).
+    /// Checks for unread bytes, and for a peer that does not answer. To be called with each tick of
+    /// [`look`](crate::transport::windows::look).
     pub(crate) fn look(&self) {
         let conn = self.conn();
         let stats = conn.stats();
@@ -430,7 +431,7 @@ impl Session {
         self.states.listen(stats.datagrams_received, patience);
     }
 
-    /// Makes the connection end with its last handle; called once, at a client.
+    /// Makes the connection end with its last handle; called once, on a client.
     pub(crate) fn new_lease(self: &Arc<Self>) -> Arc<Lease> {
         let lease = Arc::new(Lease {
             carrier: self.carrier.clone(),
@@ -439,7 +440,7 @@ impl Session {
         lease
     }
 
-    /// One more holder of the lease, at a client.
+    /// One more reference to the lease, on a client.
     pub(crate) fn lease(&self) -> Option<Arc<Lease>> {
         self.handles.lease.get()?.upgrade()
     }
@@ -448,7 +449,7 @@ impl Session {
         self.numbers.next.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// What was announced on admission.
+    /// The `$welcome` of the admission.
     pub(crate) fn welcome(&self) -> Option<Arc<Welcome>> {
         self.admission.welcome()
     }
@@ -495,18 +496,18 @@ impl Session {
         resumes && stays && !self.is_tied()
     }
 
-    /// A client's endpoint of this moment.
+    /// A client's current endpoint.
     pub(crate) fn endpoint(&self) -> Option<Endpoint> {
         lock(&self.reach.endpoint).as_deref().cloned()
     }
 
-    /// Goes over to another connection and returns its number.
+    /// Moves to another connection and returns its number.
     pub(crate) fn move_to(&self, conn: Connection, endpoint: Option<Endpoint>) -> u64 {
         *lock(&self.reach.endpoint) = endpoint.map(Box::new);
         self.set_connection(conn)
     }
 
-    /// Channels can be opened on this connection; on none, as long as it says `None`.
+    /// Sets the connection on which channels can be opened; `None`: on none.
     pub(crate) fn set_up(&self, number: Option<u64>) {
         self.reach.set_up(number);
     }
@@ -521,12 +522,12 @@ impl Session {
         self.reach.is_up()
     }
 
-    /// This connection is found lost before its driver has.
+    /// Records that a connection is lost before its driver notices it.
     pub(crate) fn down(&self, number: u64) {
         self.reach.down(number);
     }
 
-    /// The connection on which a channel can be opened. Waits for one where the client reconnects.
+    /// The connection on which a channel can be opened. Waits for one if the client reconnects.
     pub(crate) async fn ready(&self) -> Result<(Arc<SessionConnection>, u64), OpenError> {
         loop {
             let mut changed = std::pin::pin!(self.reach.changed.notified());
@@ -550,7 +551,7 @@ impl Session {
         }
     }
 
-    /// Ends the connection at once; what is queued is lost.
+    /// Closes the connection at once; queued messages are lost.
     pub(crate) fn abort(&self, reason: CloseReason) {
         let conn = self.conn();
         let before = conn.stats().datagrams_sent;
@@ -559,14 +560,14 @@ impl Session {
             self.sent_before.store(before, Ordering::Relaxed);
         }
         let _ = self.end.set(reason.clone());
-        // Either this finds the connection that takes the place of another, or who exchanges them finds the end.
+        // Either this code finds a replacing connection, or the code that replaces it finds the end.
         let (conn, _) = self.current();
         conn.close_because(&reason);
     }
 
-    /// Waits until nothing is left to be said on a connection that ended in order: the last word was the peer's,
-    /// or ours has been given to the network. Any other end is worth repeating to a peer that still sends: for
-    /// ever.
+    /// Waits until a connection that ended in order needs no further packets: the peer closed it, or this side's
+    /// close has been sent. After any other end it waits for ever, because QUIC repeats the close to a peer that
+    /// still sends.
     pub(crate) async fn parted(&self) {
         let conn = self.conn();
         match conn.error() {
@@ -581,13 +582,13 @@ impl Session {
         {
             return std::future::pending().await;
         }
-        // The transport does not tell, but counts.
+        // The transport does not report the sending of the close, but it counts datagrams.
         while conn.stats().datagrams_sent <= self.sent_before.load(Ordering::Relaxed) {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
 
-    /// Waits for admission, or for the end that came instead.
+    /// Waits for admission, or for the end of the session.
     pub(crate) async fn wait_admitted(&self) -> Result<(), CloseReason> {
         self.admission.wait(&self.carrier).await
     }
@@ -609,12 +610,12 @@ impl fmt::Debug for Session {
     }
 }
 
-/// What a side calls itself unless the program says otherwise.
+/// The default program name and version.
 pub(crate) fn default_agent() -> String {
     concat!("udpack/", env!("CARGO_PKG_VERSION")).to_owned()
 }
 
-/// Gives up a connection of a session that may go on over another: the peer takes it for a loss.
+/// Gives up a connection of a session that may continue on another one: to the peer it looks like a loss.
 pub(crate) fn give_up(conn: &Connection) {
     let text = "the session goes on over another connection";
     conn.close(CloseCode::SUPERSEDED, text);

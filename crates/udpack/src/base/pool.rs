@@ -18,7 +18,7 @@ use tokio::sync::oneshot;
 
 use crate::base::lock;
 
-/// Whose share of a [`Pool`] a place is taken from. Cheap to clone.
+/// The party from whose share of a [`Pool`] a place is taken. Cheap to clone.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Tenant(Kind);
 

@@ -510,7 +510,7 @@ fn work(
     Box::pin(async move { request(&answered.channel, router, &message, &asked, late).await })
 }
 
-/// What is known of a request that a handler answers.
+/// The state of a request that a handler answers.
 struct Asked {
     id: u64,
     begun: Instant,

@@ -1,8 +1,7 @@
-//! How long a peer stays admitted: token expiry, refresh, revocation, and which channels
-//! it may still have.
+//! The lifetime of an admission: token expiry, refresh, revocation, and the authorization of channels.
 //!
-//! [`Life`] is the session's part, [`Lifetime`] what its driver owns: all timers and everything that is asked
-//! of verifiers while a socket lives. Both belong to the session, not to one connection of it.
+//! [`Life`] is the session's part, [`Lifetime`] the driver's: all timers and all calls of verifiers while a socket
+//! lives. Both belong to the session, not to one connection.
 
 use std::fmt;
 use std::future::{Future, pending};
@@ -30,17 +29,18 @@ use crate::wire::config::InvalidSetting;
 use crate::wire::config::TOKEN_BYTES;
 use crate::wire::control::{self, HelloMessage, Refresh, Refreshed};
 
-/// New tokens a client may present each second, with a burst of twice as many.
+/// How many new tokens a client may present each second, with a burst of twice as many.
 const REFRESH_RATE: u32 = 1;
-/// A client that looks after its token by itself presents no two within this.
+/// The shortest time between two automatic refreshes of a client.
 const REFRESH_PAUSE: Duration = Duration::from_secs(1);
-/// And after a failure none within this, so that its own failures never get its address refused.
+/// The shortest time to the next automatic refresh after a failure, so that a client's own failures never slow its
+/// address down.
 const FAILURE_PAUSE: Duration = Duration::from_secs(10);
 
-/// Which channels a peer may open.
+/// Decides which channels a peer may open.
 pub(crate) type Authorize = Arc<dyn Fn(&Peer, &str) -> Result<(), Deny> + Send + Sync>;
 
-/// What decides at a server, for all its sockets.
+/// The verifier and its settings, for all sockets of a server.
 pub(crate) struct Guard {
     auth: Arc<dyn Authenticate>,
     authorize: Option<Authorize>,
@@ -60,7 +60,7 @@ impl Guard {
         })
     }
 
-    /// Waits until a token of this address may be looked at.
+    /// Waits until a token of this address may be verified.
     pub(crate) async fn turn(&self, address: IpAddr, counts: &Counts) -> Result<(), Slow> {
         let turn = self.penalties.turn(address, Instant::now().into_std())?;
         if let Some(turn) = turn {
@@ -80,7 +80,7 @@ impl Guard {
     ) -> Result<Peer, Deny> {
         let begun = Instant::now();
         let source = hello.remote().ip();
-        // Inside the block, because a verifier may panic before it gives a future.
+        // Inside the block, because a verifier may panic before it returns a future.
         let verdict = AssertUnwindSafe(async { self.auth.authenticate(hello).await })
             .catch_unwind()
             .await;
@@ -116,11 +116,11 @@ impl Guard {
     }
 }
 
-/// Asks the application for a token.
+/// Returns a token of the application.
 pub(crate) type TokenAsk =
     Arc<dyn Fn() -> BoxFuture<'static, Result<String, String>> + Send + Sync>;
 
-/// Where a client's token comes from.
+/// The source of a client's token.
 #[derive(Clone)]
 pub(crate) enum TokenSource {
     Fixed(String),
@@ -140,7 +140,7 @@ impl TokenSource {
         }))
     }
 
-    /// The token to present now; asking may take as long as `within`.
+    /// The token to present now; the source must answer within `within`.
     pub(crate) async fn token(&self, within: Duration) -> Result<String, String> {
         match self {
             Self::Fixed(token) => Ok(token.clone()),
@@ -164,11 +164,11 @@ pub(crate) fn check_token(token: &str) -> Result<(), InvalidSetting> {
     Ok(())
 }
 
-/// Why a new token did not take the place of the old one. The old one counts on.
+/// Why a new token did not replace the old one, which remains valid.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RefreshError {
-    /// The server refused it; the socket stays as it was until the old token ends.
+    /// The server refused it; the socket is unchanged until the old token expires.
     #[error("the server refused the new token: {code}: {text}")]
     Denied {
         /// Why: `auth_failed`, `auth_expired`, `forbidden` (another identity's token), `rate_limited` and the like.
@@ -179,62 +179,63 @@ pub enum RefreshError {
     /// The token cannot be sent.
     #[error(transparent)]
     Token(#[from] InvalidSetting),
-    /// No answer came within `Timeouts::request`. It may still come and count.
+    /// No answer came within `Timeouts::request`. It may still come and take effect.
     #[error("the server did not answer in time")]
     Timeout,
-    /// This is a server's socket: only a client presents tokens.
+    /// This is a server's socket; only clients present tokens.
     #[error("only a client refreshes its token")]
     NotClient,
-    /// The socket is over.
+    /// The socket has ended.
     #[error("socket closed: {0}")]
     Closed(CloseReason),
 }
 
-/// For how long a token counts.
+/// The validity of a token.
 #[derive(Debug, Clone, Copy, Default)]
 struct Term {
     /// `None` before admission.
     since: Option<Instant>,
-    /// `None` for ever.
+    /// `None`: it does not expire.
     until: Option<Instant>,
 }
 
-/// A session's part in the lifetime of its token.
+/// The session's part of its token's lifetime.
 #[derive(Default)]
 pub(crate) struct Life {
-    /// Set at a server.
+    /// Set on a server.
     guard: OnceLock<Arc<Guard>>,
-    /// Set at a client that looks after its token by itself.
+    /// Set on a client that refreshes its token automatically.
     source: OnceLock<Box<TokenSource>>,
     term: Mutex<Term>,
-    /// Channels that the peer opened, to be looked at again after a refresh; the gone ones are swept as it grows.
+    /// Channels that the peer opened, to be authorized again after a refresh; ended ones are removed as the list
+    /// grows.
     channels: Mutex<Vec<WeakChannel>>,
-    /// At a client: one refresh at a time, from its being queued to its answer.
+    /// On a client: held by one refresh at a time, until its answer.
     turn: OnceLock<Arc<tokio::sync::Mutex<()>>>,
     exchange: Mutex<Lazy<Exchange>>,
-    /// What wakes the driver: [`RENEWED`], [`READY`] and [`ASKED`].
+    /// Wakes the driver: [`RENEWED`], [`READY`] and [`ASKED`].
     wake: WakeFlags,
 }
 
-/// The token counts for another time than before.
+/// The token's expiry has changed.
 const RENEWED: WakeFlag = WakeFlag(1);
-/// There is a frame for the driver.
+/// There is a frame to send.
 const READY: WakeFlag = WakeFlag(1 << 1);
-/// There is a token to look at.
+/// There is a token to verify.
 const ASKED: WakeFlag = WakeFlag(1 << 2);
 
-/// What goes on between the two sides.
+/// The state of a refresh between the two sides.
 #[derive(Default)]
 struct Exchange {
-    /// What the driver writes next.
+    /// The frame that the driver sends next.
     out: Option<Bytes>,
-    /// At a server: a new token.
+    /// On a server: a new token.
     asked: Option<String>,
-    /// At a server: a `$refresh` waits for its answer.
+    /// On a server: whether a `$refresh` waits for its answer.
     busy: bool,
-    /// Counts connections: an answer for an earlier one is not given.
+    /// The number of the connection: a refresh of an earlier one is not answered.
     round: u64,
-    /// At a client: who waits for the answer.
+    /// On a client: the caller that waits for the answer.
     waiting: Option<Waiting>,
 }
 
@@ -245,19 +246,19 @@ struct Waiting {
 }
 
 impl Life {
-    /// Makes this the life of a server's session; once.
+    /// Sets the verifier, on a server; called once.
     pub(crate) fn set_guard(&self, guard: Arc<Guard>) {
         let _ = self.guard.set(guard);
     }
 
-    /// Makes a client look after its token by itself, when the server tells how long it counts; once.
+    /// Makes a client refresh its token automatically if it expires; called once.
     pub(crate) fn set_token_source(&self, source: &TokenSource) {
         if matches!(source, TokenSource::Ask(_)) {
             let _ = self.source.set(Box::new(source.clone()));
         }
     }
 
-    /// The token counts for this long from now, or for ever.
+    /// Sets the time that the token remains valid from now; `None`: it does not expire.
     pub(crate) fn set_validity(&self, left: Option<Duration>) {
         let now = Instant::now();
         *lock(&self.term) = Term {
@@ -267,13 +268,13 @@ impl Life {
         self.wake.set(RENEWED);
     }
 
-    /// How long the token still counts, if it has an end.
+    /// How long the token remains valid; `None` if it does not expire.
     pub(crate) fn time_left(&self) -> Option<Duration> {
         let until = lock(&self.term).until?;
         Some(until.saturating_duration_since(Instant::now()))
     }
 
-    /// A new connection carries the session: what was under way on the old one begins again.
+    /// A new connection carries the session: a refresh in progress on the old one starts again.
     pub(crate) fn reattached(&self) {
         let mut exchange = lock(&self.exchange);
         let exchange = exchange.get_or_make();
@@ -287,7 +288,7 @@ impl Life {
         self.wake.set(READY);
     }
 
-    /// Takes a `$refresh` at a server; a reason says that the connection must end.
+    /// Processes a `$refresh` on a server; a returned reason ends the connection.
     pub(crate) fn on_refresh(&self, Refresh { token }: Refresh) -> Option<CloseReason> {
         let mut exchange = lock(&self.exchange);
         let exchange = exchange.get_or_make();
@@ -301,7 +302,7 @@ impl Life {
         None
     }
 
-    /// Takes a `$refreshed` at a client; a reason says that the connection must end.
+    /// Processes a `$refreshed` on a client; a returned reason ends the connection.
     pub(crate) fn on_refreshed(&self, refreshed: Refreshed) -> Option<CloseReason> {
         let Some(waiting) = lock(&self.exchange).get_or_make().waiting.take() else {
             let text = "a $refreshed that nobody asked for";
@@ -318,7 +319,7 @@ impl Life {
         None
     }
 
-    /// Whether the peer may have this channel that it opened; it is looked at again after a refresh.
+    /// Whether the peer may have this channel that it opened; this is checked again after a refresh.
     pub(crate) fn allow(&self, session: &Session, channel: &Channel) -> Result<(), Deny> {
         let Some(guard) = self.guard.get().filter(|guard| guard.authorize.is_some()) else {
             return Ok(());
@@ -330,7 +331,8 @@ impl Life {
             }
             channels.push(channel.downgrade());
         }
-        // Only now: a refresh from here on finds the channel in the list, an earlier one has changed the peer.
+        // Checked after the channel is in the list: a later refresh finds it there, an earlier one has changed the
+        // peer.
         match session.peer.get() {
             Some(peer) => guard.allow(&peer, channel.name(), &session.counts),
             None => Err(Deny::forbidden("nobody is known here")),
@@ -384,8 +386,8 @@ impl Life {
     }
 }
 
-/// Puts a peer that was verified again in the place of the one the session has, who must be the same: new
-/// claims, a new end, and the channels looked at again. Returns how long the token counts.
+/// Replaces the session's peer by one that was verified again and must have the same identity: sets its claims and
+/// its expiry, and authorizes the channels again. Returns how long the token remains valid.
 pub(crate) fn renew(session: &Session, peer: Peer) -> Result<Option<Duration>, Deny> {
     if session
         .peer
@@ -449,7 +451,7 @@ pub(crate) async fn refresh(session: &Session, token: String) -> Result<(), Refr
     }
 }
 
-/// What the session's driver owns: timers and questions under way. It goes on over the session's connections.
+/// The driver's part: timers and running verifications. It continues over the session's connections.
 pub(crate) struct Lifetime {
     session: Arc<Session>,
     /// Never ends.
@@ -477,10 +479,10 @@ impl Lifetime {
         }
     }
 
-    /// The next frame for the control stream. Between frames it ends the session when its time has come.
+    /// The next frame for the control stream. Meanwhile it ends the session when the token expires.
     ///
     /// # Cancel safety
-    /// Cancel safe; timers run on.
+    /// Cancel safe; timers continue.
     pub(crate) async fn next(&mut self) -> Bytes {
         let session = self.session.clone();
         tokio::select! {
@@ -489,7 +491,7 @@ impl Lifetime {
         }
     }
 
-    /// While there is no connection: ends the session when its time has come. Never returns.
+    /// While the session is detached: ends it when the token expires. Never returns.
     ///
     /// # Cancel safety
     /// As [`next`](Self::next).
@@ -515,7 +517,7 @@ fn ended() -> CloseReason {
     CloseReason::local(CloseCode::AUTH_EXPIRED, "the token's time is over")
 }
 
-/// Asks the verifier from time to time whether the peer is still welcome.
+/// Asks the verifier regularly whether the peer's token is still valid.
 async fn recheck_peer(session: &Session, guard: &Guard) {
     loop {
         let period = session.timeouts.recheck.max(Duration::from_millis(1));
@@ -527,10 +529,10 @@ async fn recheck_peer(session: &Session, guard: &Guard) {
     }
 }
 
-/// Why the peer is not welcome any more, if so.
+/// The reason to end the session, if the peer's token is no longer valid.
 pub(crate) fn revocation(session: &Session, guard: &Guard) -> Option<CloseReason> {
     let peer = session.peer.get()?;
-    // A timer does not run while the machine sleeps, and knows nothing of a clock that was set.
+    // A timer does not run while the machine sleeps, and ignores changes of the clock.
     if peer.time_left().is_some_and(|left| left.is_zero()) {
         return Some(ended());
     }
@@ -552,7 +554,7 @@ async fn verify_refreshes(session: &Session, guard: &Guard) {
     let mut rate = Rate::new(REFRESH_RATE);
     loop {
         let (token, round) = session.life.next_asked().await;
-        // In a box, because most sockets never need the room.
+        // Boxed, because most sockets never need the memory.
         let verified = Box::pin(verify_refresh(session, guard, &mut rate, token));
         let refreshed = match verified.await {
             Ok(expires) => {
@@ -612,7 +614,7 @@ async fn verify_refresh(
     renew(session, peer)
 }
 
-/// Presents a new token of the client's source whenever two thirds of the old one's time are over.
+/// Presents a new token of the client's source after two thirds of the old one's time.
 async fn keep_fresh(session: &Session, source: &TokenSource) {
     let life = &session.life;
     loop {
@@ -645,10 +647,10 @@ async fn keep_fresh(session: &Session, source: &TokenSource) {
     }
 }
 
-/// Two thirds of `time`, or up to a tenth of it less, so that many clients do not come at once.
+/// Two thirds of `time`, minus a random part of up to a tenth of it, so that many clients do not refresh at once.
 fn two_thirds(time: Duration) -> Duration {
     let mut lot = [0_u8];
-    // Without random numbers there is no jitter and no harm.
+    // Without random numbers there is no jitter, which is harmless.
     let _ = aws_lc_rs::rand::fill(&mut lot);
     time.mul_f64(2.0 / 3.0 - f64::from(lot[0]) / 2550.0)
 }

@@ -1,4 +1,4 @@
-//! Opening a channel: what the opener may choose, and the shortcuts for those who choose nothing.
+//! Opening a channel: its options, and shortcuts without options.
 
 use std::fmt;
 use std::time::Duration;
@@ -18,7 +18,7 @@ use crate::wire::control::{self, GoAway, MOST_POSITIONS, RoomPosition};
 use crate::wire::message::EncodeError;
 
 impl Socket {
-    /// Begins to open a channel of this name: choose what it needs, then call [`open`](OpenChannel::open).
+    /// Begins to open a channel of this name: set options, then call [`open`](OpenChannel::open).
     pub fn channel<'a>(&'a self, name: &'a str) -> OpenChannel<'a> {
         OpenChannel {
             socket: self,
@@ -54,13 +54,13 @@ pub struct OpenChannel<'a, T: ?Sized = ()> {
 }
 
 impl<'a, T: Serialize + Sync + ?Sized> OpenChannel<'a, T> {
-    /// Whose bytes go first, in both directions. Normal if nothing is said.
+    /// Sets the priority, for both directions. Defaults to normal.
     pub fn priority(mut self, priority: Priority) -> Self {
         self.priority = priority;
         self
     }
 
-    /// What the peer may read first, with `Channel::meta`.
+    /// Sets data for the peer, which reads it with `Channel::meta`.
     pub fn meta<U: Serialize + Sync + ?Sized>(self, meta: &'a U) -> OpenChannel<'a, U> {
         OpenChannel {
             socket: self.socket,
@@ -72,7 +72,7 @@ impl<'a, T: Serialize + Sync + ?Sized> OpenChannel<'a, T> {
         }
     }
 
-    /// Lets the channel outlive its connection, where both sides resume sessions.
+    /// Lets the channel continue on the next connection, if both sides resume sessions.
     pub fn resumable(mut self) -> Self {
         self.resumable = true;
         self
@@ -87,10 +87,10 @@ impl<'a, T: Serialize + Sync + ?Sized> OpenChannel<'a, T> {
         self
     }
 
-    /// Opens it.
+    /// Opens the channel.
     ///
-    /// Costs no round trip: messages may follow at once. Whether the peer serves the name shows in the first
-    /// `recv` or request. Waits while the peer permits no further channel.
+    /// Costs no round trip: messages may follow at once. The first `recv` or request reports whether the peer serves
+    /// the name. Waits while the peer permits no further channel.
     ///
     /// # Errors
     /// When the name is unsound, `meta` cannot be encoded, the socket is over or going away, or no channel
@@ -130,7 +130,7 @@ impl<'a, T: Serialize + Sync + ?Sized> OpenChannel<'a, T> {
                 let (conn, number) = session.ready().await?;
                 match conn.open_bi().await {
                     Ok((stream, recv)) => return Ok((conn, number, stream, recv)),
-                    // Where the client reconnects, there will be another one.
+                    // A client that reconnects will have another connection.
                     Err(_) if session.reconnects() && !session.closing() => session.down(number),
                     Err(error) => return Err(OpenError::Closed(session.reason_for(&error))),
                 }
@@ -184,16 +184,16 @@ impl<T: ?Sized> fmt::Debug for OpenChannel<'_, T> {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum OpenError {
-    /// The name or the first words cannot be sent.
+    /// The name or the data cannot be sent.
     #[error(transparent)]
     Encode(#[from] EncodeError),
     /// The peer permitted no further channel in time.
     #[error("the peer permits no further channel{}", .0.map(|most| format!(": {most} may be open")).unwrap_or_default())]
     TooManyChannels(
-        /// How many it permits, where it said so: a server does.
+        /// How many channels it permits, if known: a server announces it.
         Option<u64>,
     ),
-    /// There was no connection for this long; the socket is still looking for one.
+    /// There was no connection for this long; the socket is still reconnecting.
     #[error("no connection within {0:?}")]
     NoConnection(Duration),
     /// The server is going down.

@@ -1,4 +1,4 @@
-//! Streams that the peer opens: which channel each is, new or come again, and who serves it.
+//! Streams that the peer opens: decides whether each is a new or a resumed channel, and starts its handler.
 
 use std::future::poll_fn;
 use std::panic::AssertUnwindSafe;
@@ -56,7 +56,7 @@ pub(crate) async fn serve_stream(
                 Some(CloseReason::local(CloseCode::TRUNCATED, text)),
             )
         }
-        // Reset or lost before it began: nobody to tell.
+        // The stream was reset or lost before `$open`: there is no one to answer.
         Err(Ending::Closed(_)) => return,
     };
     let name = open.name.clone();
@@ -115,18 +115,18 @@ pub(crate) async fn serve_stream(
     }
 }
 
-/// What a stream with a readable `$open` is.
+/// The kind of a stream with a valid `$open`.
 enum Begun {
-    /// A channel of its own; a reason says that it is refused.
+    /// A new channel; with a reason, it is refused.
     Channel(Channel, Option<CloseReason>),
-    /// A channel that was there before goes on over it.
+    /// An existing channel continues on the stream.
     WentOn,
-    /// It is of a channel that had reached its end here before the opener knew.
+    /// The stream is of a channel that has ended here before its opener knew that.
     Over(SendStream, u64),
 }
 
-/// Finds out what a stream is and makes it that, one stream of a session at a time: of two that want to be the same
-/// channel one is first.
+/// Determines the kind of a stream and creates or resumes its channel, one stream of a session at a time, because two
+/// streams may be of one channel.
 fn begin(
     session: &Arc<Session>,
     open: Open,
@@ -164,7 +164,7 @@ fn begin(
         }
         _ => {}
     }
-    // In the place of the one that is kept, that one would never end.
+    // Replacing the kept channel would mean that it never ends.
     let refusal = refusal.or_else(|| {
         kept.is_some().then(|| {
             let text = match open.received {
@@ -206,14 +206,14 @@ fn begin(
     Begun::Channel(channel, refusal)
 }
 
-/// Tells the opener of a channel that it is over here, and that all it sent was received.
+/// Tells the opener of a channel that it has ended here, and that all its frames were received.
 async fn decline(session: &Session, mut send: SendStream, received: u64) {
     let done = Resumed {
         received,
         done: true,
     };
     if let Some(frame) = control::encode(&done) {
-        // Who has stopped the stream does not want to know.
+        // A peer that has stopped the stream ignores the answer.
         let _ = write_small(session, &mut send, &mut [frame]).await;
         send.finish();
     }

@@ -16,7 +16,7 @@ use crate::trust::tokens::{Found, TokenEntry};
 use crate::wire::code::CloseCode;
 use crate::wire::control::HelloMessage;
 
-/// What a client presents for authentication. Cheap to clone.
+/// The data that a client presents for authentication. Cheap to clone.
 #[derive(Clone)]
 pub struct Hello {
     inner: Arc<(HelloMessage, SocketAddr, Transport)>,

@@ -145,7 +145,7 @@ impl fmt::Debug for CloseCode {
     }
 }
 
-/// Who ended a socket or a channel.
+/// The side that ended a socket or a channel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Side {
     /// This program.
@@ -163,7 +163,7 @@ pub struct CloseReason {
     pub code: CloseCode,
     /// A sentence for people; from the peer it is cut to 256 bytes and free of control characters.
     pub text: String,
-    /// Who ended it.
+    /// The side that ended it.
     pub by: Side,
     /// Whether trying again later can help.
     pub retry: bool,
@@ -219,11 +219,11 @@ impl fmt::Display for CloseReason {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{code}: {message}")]
 pub struct Fault {
-    /// What went wrong, for programs: one of the constants here or the application's own.
+    /// The code for programs: one of the constants here or the application's own.
     pub code: String,
-    /// What went wrong, for people.
+    /// The text for people.
     pub message: String,
-    /// What the application adds, as MessagePack.
+    /// Data of the application, encoded in MessagePack.
     pub(crate) data: Option<Bytes>,
 }
 

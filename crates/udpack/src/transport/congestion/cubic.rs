@@ -14,7 +14,7 @@ pub(super) struct Cubic {
     window: f64,
     /// The window before the last reduction.
     w_max: f64,
-    /// What a Reno flow would have; CUBIC never has less.
+    /// The window of a Reno flow; CUBIC's window is never smaller.
     w_est: f64,
     alpha: f64,
     epoch: Option<Epoch>,
@@ -30,7 +30,7 @@ struct Epoch {
 }
 
 impl Cubic {
-    /// Begins with this many bytes. The Reno flow that it is never behind grows by `alpha` segments a round trip.
+    /// Starts with this window, in bytes. The Reno estimate grows by `alpha` segments in each round trip.
     pub(super) fn new(window: f64, mtu: f64, alpha: f64) -> Self {
         let window = (window / mtu).max(LEAST);
         Self {
@@ -63,19 +63,21 @@ impl Cubic {
         self.window = (window + segments * (target - window) / window).max(self.w_est);
     }
 
-    /// The window grows by so many bytes besides.
+    /// Grows the window by additional bytes.
     pub(super) fn grow(&mut self, bytes: f64, mtu: f64) {
         self.window += bytes / mtu;
         self.w_max = self.w_max.max(self.window);
     }
 
-    /// Something sent then was lost. Returns whether the window was reduced: losses of one round trip count once.
+    /// A packet sent at this time was lost. Returns whether the window was reduced: losses of one round trip count
+    /// once.
     pub(super) fn on_loss(&mut self, now: Instant, sent: Instant) -> bool {
         if self.reduced.is_some_and(|reduced| sent <= reduced) {
             return false;
         }
         self.reduced = Some(now);
-        // Fast convergence: who shrank since the last reduction leaves room for who is new (section 4.7).
+        // Fast convergence: a flow whose window shrank since the last reduction leaves room for new flows (section
+        // 4.7).
         self.w_max = if self.window < self.w_max {
             self.window * (1.0 + BETA) / 2.0
         } else {

@@ -1,7 +1,7 @@
 //! Samples of the delivery rate (draft-cheng-iccrg-delivery-rate-estimation), from what quinn tells a controller.
 //!
-//! quinn keeps no state of ours per packet, so each *instant* at which something was sent is remembered, with what was
-//! delivered until then. What is acknowledged is found by the instant it was sent.
+//! quinn keeps no state of a controller for each packet, so each *instant* of sending is remembered, with the bytes
+//! delivered until then. An acknowledged packet is found by the instant of its sending.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ const MOST: usize = 1 << 14;
 /// How long beyond three round trips a packet's acknowledgement is awaited, for peers that delay theirs.
 const PATIENCE: Duration = Duration::from_millis(100);
 
-/// What a packet was sent for.
+/// The purpose of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Purpose {
     Cruise,
@@ -27,7 +27,7 @@ struct Sending {
     /// Bytes delivered when this was sent, and when the last of them was.
     delivered: u64,
     delivered_at: Instant,
-    /// When the packet was sent whose acknowledgement was the last before.
+    /// When the packet was sent that was acknowledged last.
     first_sent: Instant,
     purpose: Purpose,
     app_limited: bool,
@@ -72,7 +72,7 @@ impl Sendings {
         *self = Self::default();
     }
 
-    /// Lets go of memory when most of it is not used.
+    /// Frees memory when most of it is unused.
     fn trim(&mut self) {
         let (used, room) = (self.others.len(), self.others.capacity());
         if room > 8 && used < room / 4 {
@@ -93,20 +93,20 @@ impl Sendings {
     }
 }
 
-/// What one batch of acknowledgements says.
+/// The result of one batch of acknowledgements.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sample {
     /// Bytes acknowledged.
     pub(super) acked: u64,
-    /// Of the newest packet among them.
+    /// The RTT of the newest packet among them.
     pub(super) rtt: Duration,
-    /// Bytes a second, and whether the sender was short of data then.
+    /// The delivery rate in bytes per second, and whether the sender was limited by its data.
     pub(super) rate: Option<(f64, bool)>,
     /// A packet sent after the last round ended has arrived.
     pub(super) round_ended: bool,
 }
 
-/// Watches what is sent and what arrives.
+/// Tracks sent and delivered packets.
 #[derive(Debug, Clone)]
 pub(super) struct Delivery {
     sendings: Sendings,
@@ -118,7 +118,7 @@ pub(super) struct Delivery {
     round_end: u64,
     acked: u64,
     newest: Option<Instant>,
-    /// Of the newest packet of the last batch.
+    /// The RTT of the newest packet of the last batch.
     rtt: Duration,
 }
 
@@ -162,8 +162,8 @@ impl Delivery {
         });
     }
 
-    /// Forgets what no acknowledgement is awaited for any more. quinn tells also of packets that only acknowledge,
-    /// which nobody acknowledges: without this, who only receives would remember all of them.
+    /// Removes instants for which no acknowledgement is expected any more. quinn also reports packets that only
+    /// acknowledge and are not acknowledged themselves: without this, a receiver would remember all of them.
     fn forget(&mut self, now: Instant) {
         let keep = self.rtt * 3 + PATIENCE;
         while let Some(first) = self.sendings.front()
@@ -174,7 +174,7 @@ impl Delivery {
         self.sendings.trim();
     }
 
-    /// What the packets sent at this instant were for.
+    /// The purpose of the packets sent at this instant.
     pub(super) fn purpose(&self, sent: Instant) -> Purpose {
         self.sendings
             .find(sent)
@@ -222,7 +222,7 @@ impl Delivery {
             sample.round_ended = sending.delivered >= self.round_end;
         }
         if in_flight == 0 {
-            // Nothing is awaited; who is idle needs no memory for it.
+            // No acknowledgement is expected; an idle connection needs no memory.
             self.sendings.clear();
             return Some(sample);
         }
@@ -236,7 +236,7 @@ impl Delivery {
         Some(sample)
     }
 
-    /// The next round ends when something sent from now on arrives.
+    /// Starts a round, which ends when a packet sent from now on arrives.
     pub(super) fn begin_round(&mut self) {
         self.round_end = self.delivered;
     }

@@ -1,9 +1,9 @@
-//! What share of the packets is lost, and whether it is more than can be by chance.
+//! The share of lost packets, and whether it differs significantly from a base.
 
-/// Packets below which a share says nothing.
+/// The least number of packets for a significant share.
 const FEWEST: f64 = 20.0;
 
-/// Bytes of which the fate is known.
+/// Bytes that were acknowledged, and bytes that were lost.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Fate {
     pub(super) acked: f64,
@@ -44,7 +44,7 @@ impl Fate {
         self.all() / mtu
     }
 
-    /// Of the share lost among so many packets, if each is lost with the probability `base`.
+    /// The standard deviation of the lost share, if each packet is lost with the probability `base`.
     fn deviation(&self, base: f64, mtu: f64) -> f64 {
         let base = base.clamp(0.001, 0.999);
         (base * (1.0 - base) / self.packets(mtu).max(1.0)).sqrt()

@@ -1,4 +1,4 @@
-//! The task of a connection: moves records between the state and the WebSocket, and looks at the clock.
+//! The task of a connection: moves records between the state and the WebSocket, and runs its timers.
 
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
@@ -18,9 +18,9 @@ use crate::base::lock;
 use crate::transport::connection::ConnectionError;
 use crate::wire::code::{CloseCode, CloseReason, Side};
 
-/// Messages that are read before something is written.
+/// The most messages that are read before a write.
 const BURST: usize = 16;
-/// How long the peer has to take the last word, and to end the TCP connection behind it.
+/// How long to wait until the peer has received the close and ended the TCP connection.
 const FAREWELL: Duration = Duration::from_secs(2);
 
 /// Runs a connection to its end.
@@ -34,7 +34,7 @@ where
         poll_fn(|cx| work.poll(cx, &mut socket, timer.as_mut(), &shared)).await;
     }
     let last_word = async {
-        // A record that was being written goes out whole, and the last word behind it.
+        // A record that is being written is completed, then the close follows.
         socket.flush().await?;
         if let Some(record) = shared.change(|state| state.record(Instant::now())) {
             socket.send(Message::Binary(record)).await?;
@@ -44,7 +44,7 @@ where
     let told = tokio::time::timeout(FAREWELL, last_word).await;
     shared.change(super::State::set_done);
     if matches!(told, Ok(Ok(()))) {
-        // A TCP connection that is dropped with something unread in it would take the last word back.
+        // Dropping a TCP connection with unread bytes would discard the close.
         let rest = async { while let Some(Ok(_)) = socket.next().await {} };
         let _ = tokio::time::timeout(FAREWELL, rest).await;
     }
@@ -52,7 +52,7 @@ where
 
 #[derive(Default)]
 struct Work {
-    /// Something was given to the socket that it may still hold.
+    /// Whether the socket may hold unsent bytes.
     unflushed: bool,
 }
 
@@ -68,7 +68,7 @@ impl Work {
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        // First, so that whoever changes something behind this calls again.
+        // Registered first, so that later changes wake the driver again.
         lock(&shared.state).set_driver(cx);
         let outcome = match self.read(cx, socket, shared) {
             Ok(()) => self.write(cx, socket, shared),
@@ -88,7 +88,7 @@ impl Work {
                 return Poll::Pending;
             }
             if next <= Instant::now() {
-                // A ping is due: there is a record now.
+                // A ping is due, so there is a record to send.
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
@@ -121,7 +121,7 @@ impl Work {
                     Message::Text(_) => {
                         state.fail(fault(code::PROTOCOL_VIOLATION, "a message of text"));
                     }
-                    // The socket answers by itself.
+                    // The WebSocket library answers by itself.
                     Message::Ping(_) | Message::Pong(_) => state.heard(now, 0),
                     Message::Close(_) | Message::Frame(_) => {}
                 }

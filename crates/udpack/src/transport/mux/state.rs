@@ -1,8 +1,8 @@
-//! What a connection over a byte stream knows: its streams, who may send how much, and what goes out next. No I/O and no
-//! clock of its own: the driver hands in records and times, and takes records out.
+//! The state of a connection over a byte stream: its streams, flow control, and the next record. It has no I/O and no
+//! clock: the driver passes records and times in, and takes records out.
 //!
-//! A record is made when the writer has room for it, and not before, so that what is urgent never waits behind
-//! what was queued earlier.
+//! A record is built only when the writer has room for it, so that urgent data never waits behind data that was
+//! queued earlier.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -17,34 +17,34 @@ use crate::transport::connection::{ConnectionError, ConnectionStats, StreamError
 use crate::wire::code::{CloseCode, CloseReason, Side};
 use crate::wire::config::{DATAGRAMS_IN, DATAGRAMS_OUT};
 
-/// Bytes that one stream may have waiting for the writer.
+/// The most bytes of one stream that wait for the writer.
 const STREAM_OUT: usize = 256 << 10;
-/// The largest record that is made here, in bytes. Short, because nothing overtakes one.
+/// The largest record that this side sends, in bytes. Short, because nothing overtakes a record.
 const RECORD_OUT: usize = 32 << 10;
 /// Room for a ping at the end of a record.
 const PING_ROOM: usize = 16;
-/// A piece of a stream that is shorter is copied out of the buffer in which it came, which is some times as long.
+/// A shorter piece of a stream is copied out of its receive buffer, which is much larger.
 const WORTH_KEEPING: usize = 8 << 10;
-/// A buffer for small pieces of a stream holds at least so many bytes.
+/// The least size of a buffer for small pieces of a stream, in bytes.
 const LEAST_BUFFER: usize = 256;
-/// While something is sent the peer is asked so often to answer.
+/// The interval of pings while data is sent.
 const PROBE: Duration = Duration::from_secs(1);
 /// Round-trip time assumed before the first measurement.
 const INITIAL_RTT: Duration = Duration::from_millis(100);
 
-/// How a connection is to behave.
+/// The settings of a connection.
 #[derive(Debug, Clone)]
 pub(super) struct Settings {
     pub(super) server: bool,
-    /// What the peer is permitted in the first record.
+    /// The parameters that the first record announces.
     pub(super) permits: Parameters,
     pub(super) idle: Duration,
     pub(super) keep_alive: Duration,
-    /// Bytes of streams that may wait for the writer, in all.
+    /// The most bytes of all streams that wait for the writer.
     pub(super) send_window: u64,
 }
 
-/// The two ways in which a stream can go, as an index.
+/// The kinds of streams, as indices.
 pub(super) const BOTH: usize = 0;
 pub(super) const ONE: usize = 1;
 
@@ -53,17 +53,17 @@ fn way(id: u64) -> usize {
     (id >> 1 & 1) as usize
 }
 
-/// What became of a call that may have to wait.
+/// The result of a call that may have to wait.
 pub(super) enum Wait<T> {
     Done(T),
-    /// Until something changes.
+    /// Not ready; a change wakes the caller.
     Not,
 }
 
 #[derive(Debug)]
 pub(super) struct State {
     settings: Settings,
-    /// What the peer has said in its first record.
+    /// The parameters of the peer's first record.
     peer: Option<Parameters>,
     streams: HashMap<u64, Stream>,
     opening: Opening,
@@ -73,61 +73,62 @@ pub(super) struct State {
     datagrams_in_bytes: usize,
     alive: Alive,
     stats: ConnectionStats,
-    /// Why the connection is over.
+    /// Why the connection has ended.
     error: Option<ConnectionError>,
-    /// Nothing more is done for it.
+    /// Whether the connection is finished.
     done: bool,
     driver: Option<Waker>,
-    /// What has changed since it was last asked.
+    /// The changes since they were last taken.
     news: News,
 }
 
-/// What those who wait for it are told, behind the lock.
+/// The notifications to send after the lock is released.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(super) struct News {
-    /// A stream was opened by the peer, or may be opened by this side, of each kind.
+    /// Whether the peer opened a stream, or this side may open one, for each kind.
     pub(super) accept: [bool; 2],
     pub(super) open: [bool; 2],
-    /// A datagram came, or there is room for one.
+    /// Whether a datagram came, or there is room for one.
     pub(super) datagram: bool,
     pub(super) room: bool,
-    /// The peer's first record came, or the connection is over.
+    /// Whether the peer's first record came, or the connection has ended.
     pub(super) turn: bool,
 }
 
-/// Streams that are opened, of each kind.
+/// Counts of opened streams, for each kind.
 #[derive(Debug, Default)]
 struct Opening {
-    /// How many this side has opened, and may.
+    /// How many this side has opened, and how many it may open.
     opened: [u64; 2],
     may: [u64; 2],
-    /// How many the peer has opened, those of them that are over, how many it may have at once, and what it was told.
+    /// How many the peer has opened, how many of them have ended, how many it may have at once, and the announced
+    /// limit.
     seen: [u64; 2],
     over: [u64; 2],
     permitted: [u64; 2],
     told: [u64; 2],
-    /// Opened by the peer and not taken yet.
+    /// Streams that the peer opened and the program has not accepted.
     waiting: [VecDeque<u64>; 2],
 }
 
-/// Bytes over all streams.
+/// Flow control over all streams, in bytes.
 #[derive(Debug, Default)]
 struct Flow {
-    /// Given to streams for sending, and how much the peer takes.
+    /// Bytes written to streams, and the peer's limit.
     given: u64,
     may: u64,
-    /// Streams whose writer waits for that.
+    /// Streams whose writer waits for credit.
     blocked: Vec<u64>,
-    /// Waiting for the writer.
+    /// Bytes that wait for the writer.
     queued: u64,
-    /// Received, read or thrown away, and how much the peer may send: the window, and what it was told.
+    /// Bytes received, bytes read or discarded, the window, and the announced limit.
     received: u64,
     read: u64,
     window: u64,
     told: u64,
 }
 
-/// What waits to be sent.
+/// Data that waits to be sent.
 #[derive(Debug, Default)]
 struct Outgoing {
     begun: bool,
@@ -141,17 +142,17 @@ struct Outgoing {
     datagrams: VecDeque<Bytes>,
     datagram_bytes: usize,
     pong: Option<u64>,
-    /// The last word: whether it is the application's, its code, its text.
+    /// The close: whether it is the application's, its code, its text.
     close: Option<(bool, u64, String)>,
 }
 
-/// Signs of life.
+/// The state of liveness checks.
 #[derive(Debug)]
 struct Alive {
     heard: Instant,
-    /// Something was sent since, first at this time.
+    /// When the first record was sent since the last one received.
     since: Option<Instant>,
-    /// Data were sent since the last ping.
+    /// Whether data was sent since the last ping.
     unprobed: bool,
     probed: Option<Instant>,
     next: u64,
@@ -159,7 +160,7 @@ struct Alive {
     wanted: bool,
     measured: bool,
     asked: Option<u64>,
-    /// Streams that ended, and the ping whose answer says that the peer has them.
+    /// Ended streams, and the ping whose answer confirms that the peer has received them.
     unconfirmed: VecDeque<(u64, u64)>,
 }
 
@@ -167,7 +168,7 @@ struct Alive {
 struct Stream {
     send: Option<Sending>,
     recv: Option<Receiving>,
-    /// The peer may open another in its place.
+    /// Whether the peer may already open another stream in its place.
     counted: bool,
 }
 
@@ -175,28 +176,28 @@ struct Stream {
 struct Sending {
     queue: VecDeque<Bytes>,
     queued: usize,
-    /// Bytes that were sent, and how many the peer takes.
+    /// Bytes sent, and the peer's limit.
     sent: u64,
     may: u64,
     priority: i32,
     scheduled: bool,
     end: End,
-    /// The peer reads no more.
+    /// The code with which the peer stopped the stream.
     stopped: Option<u64>,
-    /// A program holds it.
+    /// Whether the program holds a handle.
     held: bool,
     writer: Option<Waker>,
     watcher: Option<Waker>,
 }
 
-/// How far the end of what is sent has come.
+/// The state of the stream's end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum End {
     Open,
-    /// Comes behind what is queued.
+    /// The end follows the queued bytes.
     Finishing,
     Finished,
-    /// The peer has everything.
+    /// The peer has received everything.
     Confirmed,
     Resetting(u64),
     Reset,
@@ -211,10 +212,10 @@ struct Receiving {
     told: u64,
     credit_queued: bool,
     end: Option<Finish>,
-    /// Nothing more is read.
+    /// The code with which this side stopped the stream.
     stopped: Option<u64>,
     held: bool,
-    /// The program knows of the end.
+    /// Whether the program has been told of the end.
     over: bool,
     reader: Option<Waker>,
 }
@@ -278,7 +279,7 @@ impl Receiving {
             self.chunks.push_back(data);
             return;
         }
-        // Small pieces share a buffer, so that what one holds is bounded by what it says.
+        // Small pieces share a buffer, so that the memory is proportional to the received bytes.
         let last = self.chunks.pop_back();
         let joined = match last.map(Bytes::try_into_mut) {
             Some(Ok(mut last)) if last.capacity() - last.len() >= data.len() => {
@@ -379,7 +380,7 @@ impl State {
         self.done
     }
 
-    /// The peer has said what it permits.
+    /// Whether the peer's first record has arrived.
     pub(super) fn is_begun(&self) -> bool {
         self.peer.is_some()
     }
@@ -392,12 +393,12 @@ impl State {
         (id & 1 == 1) == self.settings.server
     }
 
-    /// There is something to send.
+    /// Wakes the driver to send.
     fn work(&mut self) {
         wake(&mut self.driver);
     }
 
-    /// Calls the driver when there is something to send.
+    /// Registers the driver's waker.
     pub(super) fn set_driver(&mut self, cx: &Context<'_>) {
         keep(&mut self.driver, cx);
     }
@@ -445,7 +446,7 @@ impl State {
         }
     }
 
-    /// How many streams the peer may have open at once.
+    /// Sets how many streams the peer may have open at once.
     pub(super) fn permit(&mut self, way: usize, streams: u32) {
         self.opening.permitted[way] = streams.into();
         self.permit_more(way);
@@ -464,7 +465,7 @@ impl State {
         self.grant();
     }
 
-    /// Says that the peer may send more, once that is an eighth of the window.
+    /// Announces more credit to the peer, once it is an eighth of the window.
     fn grant(&mut self) {
         let flow = &self.flow;
         let may = flow.read.saturating_add(flow.window);
@@ -586,7 +587,7 @@ impl State {
         }
     }
 
-    /// Throws away what a stream has queued.
+    /// Discards the queued bytes of a stream.
     fn unqueue(&mut self, id: u64) {
         if let Some(stream) = self.streams.get_mut(&id).and_then(|s| s.send.as_mut()) {
             let dropped = std::mem::take(&mut stream.queued) as u64;
@@ -599,7 +600,7 @@ impl State {
         }
     }
 
-    /// There is credit over all streams again.
+    /// Wakes writers when there is credit over all streams again.
     fn unblock(&mut self) {
         for id in std::mem::take(&mut self.flow.blocked) {
             if let Some(stream) = self.sending(id) {
@@ -608,7 +609,7 @@ impl State {
         }
     }
 
-    /// No program holds the sending side of a stream any more.
+    /// The program has dropped the sending side of a stream.
     pub(super) fn release_send(&mut self, id: u64) {
         self.finish(id);
         if let Some(stream) = self.sending(id) {
@@ -742,7 +743,7 @@ impl State {
         }
     }
 
-    /// No program holds the receiving side of a stream any more.
+    /// The program has dropped the receiving side of a stream.
     pub(super) fn release_recv(&mut self, id: u64) {
         self.stop(id, CloseCode::NORMAL.value());
         if let Some(stream) = self.receiving(id) {
@@ -752,7 +753,7 @@ impl State {
         self.tidy(id);
     }
 
-    /// Forgets a stream that is over, and lets the peer open another in its place.
+    /// Removes an ended stream, and lets the peer open another in its place.
     fn tidy(&mut self, id: u64) {
         let local = self.is_local(id);
         let Some(stream) = self.streams.get_mut(&id) else {
@@ -777,7 +778,7 @@ impl State {
 
     // ---- Datagrams ----
 
-    /// The largest datagram that the peer takes, in bytes.
+    /// The largest datagram that the peer accepts, in bytes.
     pub(super) fn max_datagram_size(&self) -> Option<usize> {
         let peer = self.peer?;
         let frame = usize::try_from(peer.datagram.min(peer.record)).unwrap_or(usize::MAX);
@@ -785,7 +786,7 @@ impl State {
         (most > 0).then_some(most)
     }
 
-    /// Queues a datagram if there is room; whether there was.
+    /// Queues a datagram if there is room; returns whether there was.
     pub(super) fn send_datagram(&mut self, datagram: &Bytes) -> bool {
         if self.out.datagram_bytes + datagram.len() > DATAGRAMS_OUT
             && !self.out.datagrams.is_empty()
@@ -806,14 +807,14 @@ impl State {
 
     // ---- The end ----
 
-    /// Ends the connection, with a last word to the peer.
+    /// Closes the connection with a code and text for the peer.
     pub(super) fn close(&mut self, code: CloseCode, text: &str) {
         if self.end(ConnectionError::Local) {
             self.out.close = Some((true, code.value(), text.to_owned()));
         }
     }
 
-    /// Ends the connection because of what the peer has sent.
+    /// Closes the connection because of a fault of the peer.
     pub(super) fn fail(&mut self, fault: Fault) {
         let text = format!("QMux: {} ({:#x})", fault.text, fault.code);
         let reason = CloseReason::new(CloseCode::TRANSPORT_ERROR, text, Side::Transport);
@@ -822,7 +823,7 @@ impl State {
         }
     }
 
-    /// The connection is over. Says whether it was not before.
+    /// Ends the connection; returns whether it had not ended before.
     pub(super) fn end(&mut self, error: ConnectionError) -> bool {
         if self.error.is_some() {
             return false;
@@ -852,7 +853,7 @@ impl State {
         true
     }
 
-    /// The last word was said, as far as that was possible.
+    /// Records that the close was sent, if that was possible.
     pub(super) fn set_done(&mut self) {
         self.done = true;
         self.news.turn = true;
@@ -860,7 +861,7 @@ impl State {
 
     // ---- Records ----
 
-    /// Takes in a record of the peer.
+    /// Processes a record of the peer.
     pub(super) fn receive(&mut self, mut record: Bytes, now: Instant) -> Result<(), Fault> {
         self.heard(now, record.len());
         if self.error.is_some() {
@@ -890,7 +891,7 @@ impl State {
         Ok(())
     }
 
-    /// Something came, if only from the layer below.
+    /// Records that bytes arrived, even if only of the layer below.
     pub(super) fn heard(&mut self, now: Instant, bytes: usize) {
         self.alive.heard = now;
         self.alive.since = None;
@@ -972,7 +973,7 @@ impl State {
                 self.work();
             }
             Frame::Pong(sequence) => self.pong(sequence, now)?,
-            // Windows grow by what is read. And the rest was dealt with.
+            // Credit follows from reading, so `Blocked` needs no reaction; the other frames are handled elsewhere.
             Frame::Blocked | Frame::Padding | Frame::Parameters(_) | Frame::Close { .. } => {}
         }
         Ok(())
@@ -984,7 +985,7 @@ impl State {
         self.news.datagram = true;
         while self.datagrams_in_bytes > DATAGRAMS_IN || self.datagrams_in.len() > DATAGRAMS_IN / 64
         {
-            // The oldest is worth the least.
+            // The oldest datagram is dropped.
             self.read_datagram();
         }
     }
@@ -1023,7 +1024,7 @@ impl State {
         Ok(())
     }
 
-    /// Checks that the peer may speak of this half of a stream; makes the streams that it has opened with that.
+    /// Checks that the peer may use this half of a stream, and creates the streams that it opens by that.
     fn find(&mut self, id: u64, half: Half) -> Result<(), Fault> {
         let (local, way) = (self.is_local(id), way(id));
         if way == ONE && local == (half == Half::Recv) {
@@ -1039,7 +1040,7 @@ impl State {
         if number >= self.opening.told[way] {
             return Err(fault(code::STREAM_LIMIT, "too many streams"));
         }
-        // Whoever opens one has opened those before it as well.
+        // Opening a stream also opens all earlier ones.
         while self.opening.seen[way] <= number {
             let id = self.opening.seen[way] << 2 | id & 3;
             self.opening.seen[way] += 1;
@@ -1109,7 +1110,7 @@ impl State {
     fn peer_resets(&mut self, id: u64, code: u64, size: u64) -> Result<(), Fault> {
         self.find(id, Half::Recv)?;
         let Some(stream) = self.receiving(id) else {
-            // It ended already, and was read.
+            // The stream has ended and was read.
             return Ok(());
         };
         match stream.end {
@@ -1119,7 +1120,8 @@ impl State {
             }
             _ => {}
         }
-        // Peers of this draft may say less than they have sent, but not more: nothing was lost on the way.
+        // The final size may be smaller than the received bytes in this draft, but not larger, because no bytes are
+        // lost.
         if size > stream.received {
             return Err(fault(code::FINAL_SIZE, "more than was sent"));
         }
@@ -1151,7 +1153,7 @@ impl State {
 
     // ---- What goes out ----
 
-    /// The next record, if there is something to say.
+    /// The next record, if there is something to send.
     pub(super) fn record(&mut self, now: Instant) -> Option<Bytes> {
         let most = self.peer.map_or(wire::LEAST_RECORD, |peer| peer.record);
         let most = usize::try_from(most).map_or(RECORD_OUT, |most| most.min(RECORD_OUT));
@@ -1273,7 +1275,7 @@ impl State {
             let head = wire::stream_head(id, stream.sent, stream.queued);
             let room = most.saturating_sub(record.len() + head);
             if room == 0 {
-                // Not one byte has room: it is first in the next record.
+                // No byte fits: the stream is first in the next record.
                 level.get_mut().push_front(id);
                 return;
             }
@@ -1313,7 +1315,7 @@ impl State {
         }
     }
 
-    /// The connection is lost if nothing was heard for too long. Otherwise, when to look again.
+    /// Ends the connection if no bytes arrived for too long. Otherwise returns the time of the next check.
     pub(super) fn look(&mut self, now: Instant) -> Option<Instant> {
         if self.error.is_some() {
             return None;

@@ -5,14 +5,14 @@
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use web_transport_proto::VarInt;
 
-/// What ends the connection, and what it is called.
+/// A fault that ends the connection: its code and its text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Fault {
     pub(crate) code: u64,
     pub(crate) text: &'static str,
 }
 
-/// The codes of RFC 9000, section 20.1, that are used.
+/// The used codes of RFC 9000, section 20.1.
 pub(super) mod code {
     pub(crate) const FLOW_CONTROL: u64 = 0x03;
     pub(crate) const STREAM_LIMIT: u64 = 0x04;
@@ -27,13 +27,13 @@ pub(super) const fn fault(code: u64, text: &'static str) -> Fault {
     Fault { code, text }
 }
 
-/// A record that a peer takes which says nothing about it, in bytes; nobody may take less.
+/// The default limit of a record, in bytes, which is also the smallest permitted one.
 pub(super) const LEAST_RECORD: u64 = 16_382;
-/// The largest record that is taken here, in bytes.
+/// The largest record that this side accepts, in bytes.
 pub(crate) const RECORD: usize = 65_535;
-/// Bytes of text in a close, at most.
+/// The most bytes of text in a close.
 const CLOSE_TEXT: usize = 1024;
-/// Bytes of transport parameters, at most.
+/// The most bytes of transport parameters.
 const PARAMETERS: usize = 1024;
 /// A stream has no further byte than this one, and no value is larger.
 const MOST: u64 = (1 << 62) - 1;
@@ -79,16 +79,16 @@ mod parameter {
     pub(super) const DATAGRAM: u64 = 0x20;
     pub(super) const RECORD: u64 = 0x0571_c594_29cd_0845;
 
-    /// Those of QUIC that have no meaning here and must not be sent.
+    /// Whether this is a parameter of QUIC that must not be sent here.
     pub(super) fn is_of_quic_alone(id: u64) -> bool {
         matches!(id, 0x00 | 0x02 | 0x03 | 0x0a..=0x10)
     }
 }
 
-/// What a side permits from its first word on, and says so in it.
+/// The transport parameters, which a side announces in its first record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Parameters {
-    /// In milliseconds; 0 is none.
+    /// The idle time-out in milliseconds; 0: none.
     pub(crate) idle: u64,
     /// Bytes on all streams, on each that it opened, on each that the peer did, and on each that is one-way.
     pub(crate) data: u64,
@@ -97,7 +97,7 @@ pub(crate) struct Parameters {
     pub(crate) one_way: u64,
     /// Streams that the peer may open.
     pub(crate) streams: [u64; 2],
-    /// The largest frame with a datagram, in bytes, its head included; 0 takes none.
+    /// The largest datagram frame, in bytes, head included; 0: datagrams are not accepted.
     pub(crate) datagram: u64,
     /// The largest record, in bytes.
     pub(crate) record: u64,
@@ -224,7 +224,7 @@ pub(crate) enum Frame {
     Padding,
 }
 
-/// Takes the next frame off the front of a record; `None` at its end.
+/// Reads the next frame of a record; `None` at its end.
 pub(crate) fn next(record: &mut Bytes) -> Result<Option<Frame>, Fault> {
     if !record.has_remaining() {
         return Ok(None);
@@ -316,7 +316,7 @@ fn stream(kind: u64, record: &mut Bytes) -> Result<Frame, Fault> {
     })
 }
 
-/// Bytes of the head of a STREAM frame with so much data.
+/// The length of the head of a STREAM frame with `length` bytes of data.
 pub(super) fn stream_head(id: u64, offset: u64, length: usize) -> usize {
     1 + size(id) + size(offset) + size(length as u64)
 }
@@ -369,7 +369,7 @@ pub(super) fn put_datagram(into: &mut BytesMut, data: &[u8]) {
     into.put_slice(data);
 }
 
-/// Bytes of the frame with a datagram of so many bytes.
+/// The length of the frame of a datagram of `length` bytes.
 pub(super) fn datagram_size(length: usize) -> usize {
     1 + size(length as u64) + length
 }
@@ -378,7 +378,7 @@ pub(super) fn datagram_size(length: usize) -> usize {
 pub(super) fn put_close(into: &mut BytesMut, application: bool, code: u64, text: &str) {
     match application {
         true => put_all(into, &[kind::CLOSE_APP, code]),
-        // What kind of frame it was is not told.
+        // The type of the frame that caused the fault is not sent.
         false => put_all(into, &[kind::CLOSE, code, kind::PADDING]),
     }
     put(into, text.len() as u64);
@@ -391,7 +391,7 @@ fn put_all(into: &mut BytesMut, values: &[u64]) {
     }
 }
 
-/// Larger values become the largest.
+/// Writes an integer; larger values become the largest one.
 fn put(into: &mut BytesMut, value: u64) {
     VarInt::from_u64(value).unwrap_or(VarInt::MAX).encode(into);
 }

@@ -1,4 +1,4 @@
-//! Streams on their way from a session's task to those who take them.
+//! The queue of streams between a session's task and the code that accepts them.
 
 use std::collections::VecDeque;
 use std::pin::pin;
@@ -24,7 +24,7 @@ struct Queue<T> {
 }
 
 impl<T> Handover<T> {
-    /// At most so many values wait.
+    /// Creates a queue of at most `most` values.
     pub(super) fn new(most: usize) -> Self {
         Self {
             queue: Mutex::new(Queue {
@@ -36,7 +36,7 @@ impl<T> Handover<T> {
         }
     }
 
-    /// Hands a value over. It comes back when there is no room, or nobody takes it any more.
+    /// Adds a value. Returns it if there is no room, or the queue is closed.
     pub(super) fn push(&self, value: T) -> Result<(), T> {
         let mut queue = lock(&self.queue);
         if queue.closed || queue.values.len() >= self.most {
@@ -48,13 +48,13 @@ impl<T> Handover<T> {
         Ok(())
     }
 
-    /// Takes nothing more. What waits is still handed out.
+    /// Closes the queue. Waiting values can still be taken.
     pub(super) fn close(&self) {
         lock(&self.queue).closed = true;
         self.moved.notify_waiters();
     }
 
-    /// The next value; `None` behind the last.
+    /// The next value; `None` after the last.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -68,7 +68,7 @@ impl<T> Handover<T> {
                     if queue.values.is_empty() {
                         queue.values = VecDeque::new();
                     } else {
-                        // Of several who wait, each is woken once.
+                        // Wakes the next waiting task.
                         self.moved.notify_one();
                     }
                     return Some(value);

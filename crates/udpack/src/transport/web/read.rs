@@ -1,4 +1,4 @@
-//! Streams as they come: what each of them says it is, within a time and a number of bytes.
+//! Reads new streams until their kind is known, within bounds of time and bytes.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -14,16 +14,16 @@ use crate::transport::quic::varint;
 /// A stream that is being read.
 pub(super) type Reading = Pin<Box<dyn Future<Output = Event> + Send>>;
 
-/// What came of it.
+/// The result of reading.
 pub(super) enum Event {
-    /// SETTINGS; the control stream goes on.
+    /// SETTINGS; the control stream continues.
     Settings(Frames),
-    /// A stream that goes on for as long as the connection. It is read in a future of its own, which is smaller than the
-    /// one that found out what it is.
+    /// A stream that lasts as long as the connection. It is read by a future of its own, which is smaller than the
+    /// one that determined its kind.
     Then(Reading),
     /// A request for a session, or the status with which to answer another.
     Request(SendStream, Frames, Result<Request, u16>),
-    /// A stream of this session, its header read.
+    /// A bidirectional stream of this session, after its header.
     Both(u64, (SendStream, RecvStream)),
     /// As well, from the client alone.
     Uni(u64, RecvStream),
@@ -35,12 +35,12 @@ pub(super) enum Event {
     Unsaid,
     /// As well, from the client alone.
     Nothing,
-    /// What ends the connection.
+    /// A fault that ends the connection.
     Fault(Fault),
 }
 
 impl Event {
-    /// Whether it comes from a stream both ways that is new.
+    /// Whether the event is of a new bidirectional stream.
     pub(super) fn is_of_both(&self) -> bool {
         matches!(
             self,
@@ -49,7 +49,7 @@ impl Event {
     }
 }
 
-/// Bytes that a client may still say.
+/// How many bytes a client may still send.
 #[derive(Debug)]
 pub(super) struct Budget(AtomicU64);
 
@@ -68,7 +68,7 @@ impl Budget {
     }
 }
 
-/// What the streams of one connection share.
+/// State that the streams of one connection share.
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) budget: Budget,
@@ -89,7 +89,7 @@ impl Shared {
         }
     }
 
-    /// Reads a stream both ways until it has said what it is.
+    /// Reads a bidirectional stream until its kind is known.
     pub(super) fn both(self: Arc<Self>, send: SendStream, recv: RecvStream) -> Reading {
         Box::pin(async move {
             let within = self.within;
@@ -116,7 +116,7 @@ impl Shared {
         })
     }
 
-    /// Reads a stream from the client alone until it has said what it is.
+    /// Reads a unidirectional stream until its kind is known.
     pub(super) fn uni(self: Arc<Self>, stream: RecvStream) -> Reading {
         Box::pin(async move {
             let within = self.within;
@@ -170,15 +170,15 @@ impl Shared {
     }
 }
 
-/// Why a stream is not read on.
+/// Why reading a stream ended.
 enum Cut {
     /// It ended.
     Ended,
-    /// It ended within something.
+    /// It ended in the middle of an element.
     Short,
     /// The client has reset it.
     Over,
-    /// What came is not allowed.
+    /// The bytes break the protocol.
     Fault(Fault),
 }
 
@@ -208,7 +208,7 @@ impl From<Fault> for Cut {
     }
 }
 
-/// What the first bytes of a stream say.
+/// The kind of a stream, from its first bytes.
 enum Head {
     /// It belongs to this session.
     Session(u64),
@@ -216,7 +216,7 @@ enum Head {
     Other(u64),
 }
 
-/// Reads them. No byte more, because the rest is the session's.
+/// Reads exactly these bytes, because the rest belongs to the session.
 async fn head(frames: &mut Frames, session: u64) -> Result<Head, Cut> {
     let kind = frames.number().await?;
     if kind != session {
@@ -274,23 +274,23 @@ impl Frames {
         Self { stream, shared }
     }
 
-    /// Reads no more, and tells the client so.
+    /// Stops the stream with this code.
     pub(super) fn stop(mut self, code: u64) {
         let _ = self.stream.stop(varint(code));
     }
 
-    /// The next bytes, at most so many and at least one.
+    /// The next bytes: at least one, at most `most`.
     async fn some(&mut self, most: usize) -> Result<Bytes, Cut> {
         match self.stream.read_chunk(most, true).await {
             Ok(Some(chunk)) => Ok(chunk.bytes),
             Ok(None) => Err(Cut::Ended),
-            // Whoever takes the connection's streams is told why.
+            // The code that accepts the connection's streams gets the error.
             Err(ReadError::ConnectionLost(_)) => std::future::pending().await,
             Err(_) => Err(Cut::Over),
         }
     }
 
-    /// Some of so many bytes that are still to come.
+    /// Some of the next `left` bytes.
     async fn part(&mut self, left: u64) -> Result<Bytes, Cut> {
         let most = usize::try_from(left).unwrap_or(usize::MAX);
         self.some(most).await.map_err(Cut::within)
@@ -320,7 +320,7 @@ impl Frames {
         Ok((kind, length))
     }
 
-    /// What a frame holds. The bytes are paid for before there is memory for them.
+    /// Reads the payload of a frame. The bytes are taken from the budget before memory is allocated.
     async fn payload(&mut self, length: u64) -> Result<Vec<u8>, Cut> {
         self.shared.budget.take(length)?;
         let mut left = usize::try_from(length).unwrap_or_default();
@@ -333,7 +333,7 @@ impl Frames {
         Ok(payload)
     }
 
-    /// Passes over what a frame holds.
+    /// Skips the payload of a frame.
     async fn skip(&mut self, length: u64) -> Result<(), Cut> {
         self.shared.budget.take(length)?;
         let mut left = length;
@@ -343,7 +343,7 @@ impl Frames {
         Ok(())
     }
 
-    /// Reads the control stream behind SETTINGS. It says nothing that a server needs, and must not end.
+    /// Reads the control stream after SETTINGS. A server needs none of its frames, and the stream must not end.
     pub(super) async fn control(mut self) -> Event {
         let cut = loop {
             let (kind, length) = match self.frame().await {
@@ -361,7 +361,7 @@ impl Frames {
         Event::Fault(cut.critical())
     }
 
-    /// Reads a stream of QPACK, on which there is next to nothing to say to one who keeps no table.
+    /// Reads a QPACK stream, on which almost nothing may be sent to a side without a dynamic table.
     async fn qpack(mut self, code: u64) -> Event {
         const MOST: usize = 1024;
         let mut left = MOST;
@@ -374,7 +374,7 @@ impl Frames {
         Event::Fault(fault(code, "more than QPACK needs without a table"))
     }
 
-    /// Reads the request's stream behind the request, up to the capsule that closes the session.
+    /// Reads the request's stream after the request, up to the capsule that closes the session.
     pub(super) async fn capsules(mut self) -> Event {
         let mut capsules = Capsules::default();
         loop {

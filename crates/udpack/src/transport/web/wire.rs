@@ -1,5 +1,5 @@
-//! The bytes of HTTP/3 and WebTransport that a session takes: settings, the request that begins it, the headers of its
-//! streams, the capsule that ends it, and error codes. Pure: no I/O.
+//! The encoding of HTTP/3 and WebTransport for a session: settings, the request, the headers of streams, the closing
+//! capsule, and error codes. Pure: no I/O.
 
 use bytes::{BufMut, Bytes, BytesMut};
 use web_transport_proto::{
@@ -16,7 +16,7 @@ pub(super) const FIELD_SECTION: u64 = 16 << 10;
 /// Bytes of text in a close, at most.
 pub(super) const CLOSE_TEXT: usize = 1024;
 
-/// What ends the connection, and what it is called.
+/// A fault that ends the connection: its code and its text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Fault {
     pub(super) code: u64,
@@ -61,7 +61,7 @@ pub(super) mod frame {
     pub(crate) const DATA: u64 = 0x00;
     pub(crate) const HEADERS: u64 = 0x01;
     pub(crate) const SETTINGS: u64 = 0x04;
-    /// Begins a stream of a session instead of a frame.
+    /// Begins a stream of a session in place of a frame.
     pub(crate) const WEBTRANSPORT: u64 = 0x41;
 
     /// Whether it is a frame of RFC 9114, section 7.2, or one of HTTP/2 that must not be used: others are skipped.
@@ -69,7 +69,7 @@ pub(super) mod frame {
         matches!(kind, 0..=0x09 | 0x0d | WEBTRANSPORT)
     }
 
-    /// Whether it may come on the control stream behind SETTINGS: CANCEL_PUSH, GOAWAY, MAX_PUSH_ID.
+    /// Whether the frame may come on the control stream after SETTINGS: CANCEL_PUSH, GOAWAY, MAX_PUSH_ID.
     pub(crate) fn is_control(kind: u64) -> bool {
         matches!(kind, 0x03 | 0x07 | 0x0d)
     }
@@ -77,8 +77,8 @@ pub(super) mod frame {
 
 /// The first bytes of a server's control stream: its type, and SETTINGS.
 ///
-/// Three generations of the draft are told that WebTransport is here. `0x14e9cd29` is not announced: those who read it
-/// expect flow control of sessions.
+/// It announces WebTransport for three generations of the draft. `0x14e9cd29` is not announced, because clients that
+/// read it expect flow control of sessions.
 pub(super) fn settings() -> Bytes {
     let mut payload = BytesMut::new();
     for (setting, value) in [
@@ -141,16 +141,16 @@ pub(super) fn check_settings(mut payload: &[u8]) -> Result<(), Fault> {
     }
 }
 
-/// A request that is answered with a status of its own.
+/// The status for a malformed request.
 pub(super) const BAD_REQUEST: u16 = 400;
 pub(super) const FORBIDDEN: u16 = 403;
 pub(super) const NOT_FOUND: u16 = 404;
 
-/// What a client says when it asks for a session.
+/// A client's request for a session.
 #[derive(Debug)]
 pub(super) struct Request {
     pub(super) path: String,
-    /// What it knows the server as, without a port.
+    /// The server's host name in the request, without a port.
     pub(super) host: String,
     pub(super) origin: Option<String>,
 }
@@ -158,7 +158,7 @@ pub(super) struct Request {
 /// Reads the field section of a request that asks for a session.
 ///
 /// # Errors
-/// The status with which to answer one that asks for something else; a fault for one that nobody can read.
+/// The status for a request of another kind; a fault for an unreadable request.
 pub(super) fn request(section: &[u8]) -> Result<Result<Request, u16>, Fault> {
     let mut whole = BytesMut::with_capacity(section.len() + 9);
     Frame::HEADERS.encode(&mut whole);
@@ -213,17 +213,17 @@ pub(super) fn close_capsule(code: u32, text: &str) -> Bytes {
 
 const CLOSE_SESSION: u64 = 0x2843;
 
-/// Finds the capsule that closes a session in what came in DATA frames, and skips all others.
+/// Finds the capsule that closes a session in the content of DATA frames, and skips all others.
 #[derive(Debug, Default)]
 pub(super) struct Capsules {
-    /// Of the capsule under way: its header, and what it closes with.
+    /// The header and the content of the unfinished capsule.
     held: Vec<u8>,
-    /// Bytes of one that is not wanted.
+    /// The rest of a capsule to skip, in bytes.
     skip: u64,
 }
 
 impl Capsules {
-    /// Takes the next bytes. The code and text of a close, once it is whole.
+    /// Processes the next bytes; returns code and text of a close when it is complete.
     pub(super) fn push(&mut self, mut bytes: &[u8]) -> Result<Option<(u32, String)>, Fault> {
         loop {
             let skipped = bytes
@@ -261,7 +261,7 @@ impl Capsules {
         }
     }
 
-    /// Whether a capsule is under way.
+    /// Whether a capsule is unfinished.
     pub(super) fn is_within(&self) -> bool {
         self.skip > 0 || !self.held.is_empty()
     }
@@ -288,13 +288,13 @@ pub(crate) fn datagram(session: u64, body: &[u8]) -> Bytes {
     bytes.freeze()
 }
 
-/// What a datagram carries, if it is one of this session.
+/// The content of a datagram, if it belongs to this session.
 pub(crate) fn datagram_body(session: u64, mut datagram: Bytes) -> Option<Bytes> {
     let quarter = VarInt::decode(&mut datagram).ok()?.into_inner();
     (quarter == session / 4).then_some(datagram)
 }
 
-/// A code of the protocol as WebTransport carries it; one beyond 32 bits becomes the largest.
+/// Converts a code of the protocol into WebTransport's; a code beyond 32 bits becomes the largest one.
 pub(super) fn code_u32(code: CloseCode) -> u32 {
     u32::try_from(code.value()).unwrap_or(u32::MAX)
 }
@@ -306,12 +306,12 @@ pub(crate) fn to_http3(code: CloseCode) -> u64 {
 
 /// Whether the code of a reset or stop is one of WebTransport's. HTTP/3's own end the streams of a session that ends.
 pub(crate) fn is_code(wire: u64) -> bool {
-    // Every 31st point is none.
+    // Every 31st code point is reserved.
     error_from_http3(wire).is_some_and(|code| error_to_http3(code) == wire)
 }
 
-/// The code of a reset or stop as one of the protocol; one that is not WebTransport's says no more than that the stream
-/// was given up.
+/// Converts the code of a reset or stop into one of the protocol; a code that is not WebTransport's only means that
+/// the stream was given up.
 pub(crate) fn from_http3(wire: u64) -> CloseCode {
     match error_from_http3(wire) {
         Some(code) if is_code(wire) => CloseCode::new(code.into()),
@@ -319,7 +319,7 @@ pub(crate) fn from_http3(wire: u64) -> CloseCode {
     }
 }
 
-/// A number of QUIC's; those that HTTP/3 cannot write are not passed.
+/// Writes a variable-length integer; callers pass no value that it cannot hold.
 fn put(bytes: &mut BytesMut, value: u64) {
     VarInt::from_u64(value).unwrap_or(VarInt::MAX).encode(bytes);
 }
