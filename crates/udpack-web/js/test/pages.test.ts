@@ -95,6 +95,7 @@ test('a Chinese reader gets Chinese', { skip }, async () => {
   await connected(page);
   assert.equal(await page.evaluate(() => document.documentElement.lang), 'zh');
   await page.getByRole('tab', { name: '文件' }).waitFor();
+  await shot(page, 'upload-zh-light');
   clean();
   await context.close();
 });
