@@ -5,8 +5,11 @@ import { existsSync } from 'node:fs';
 import { after, test } from 'node:test';
 import { ConnectError } from '../src/base/errors.js';
 import { connect } from '../src/client/connect.js';
+import { MuxConnection, type Socket } from '../src/transport/mux/connection.js';
 import { type Frame, MuxFault, type Parameters, RecordReader, RecordWriter } from '../src/transport/mux/wire.js';
-import { Code } from '../src/wire/codes.js';
+import { ConnectionEnd, StreamEnd } from '../src/transport/transport.js';
+import { CloseReason, Code } from '../src/wire/codes.js';
+import { FakeClock, settle } from './clock.js';
 import { DOCUMENT, readHex } from './document.js';
 import { TcpRelay } from './tcp.js';
 import { SERVER, WebServer } from './web.js';
@@ -76,6 +79,130 @@ test('numbers of every length are written shortly and read exactly', () => {
     assert.equal(record.length, 1 + (value < 64 ? 1 : value < 16_384 ? 2 : value < 2 ** 30 ? 4 : 8));
     assert.deepEqual(framesOf(record), [{ kind: 'maxData', most: value }]);
   }
+});
+
+/** A WebSocket whose other end is the test. */
+class Peer implements Socket {
+  binaryType = '';
+  bufferedAmount = 0;
+  isClosed = false;
+  readonly got: Frame[] = [];
+  readonly connection: MuxConnection;
+  private readonly listeners = new Map<string, (event: { data?: unknown }) => void>();
+
+  constructor() {
+    const classes = { CloseReason, Code, ConnectError, ConnectionEnd, StreamEnd };
+    this.connection = new MuxConnection(this, { clock: new FakeClock(), classes, channels: 64 });
+    this.listeners.get('open')?.({});
+  }
+
+  addEventListener(type: string, listener: (event: { data?: unknown }) => void): void {
+    this.listeners.set(type, listener);
+  }
+
+  send(record: Uint8Array): void {
+    this.got.push(...framesOf(record));
+  }
+
+  close(): void {
+    this.isClosed = true;
+  }
+
+  say(write: (to: RecordWriter) => unknown): void {
+    const writer = new RecordWriter();
+    write(writer);
+    this.listeners.get('message')?.({ data: writer.take().slice().buffer });
+  }
+
+  raw(data: unknown): void {
+    this.listeners.get('message')?.({ data });
+  }
+}
+
+const bytes = (length: number): Uint8Array => new Uint8Array(length);
+const stream = (id: number, offset: number, length: number, fin = false) => (to: RecordWriter) => (to.stream(id, offset, length, fin), to.append(bytes(length)));
+
+/** What a peer may not say behind its parameters, and the code of the close that answers it. */
+const FAULTS: Record<string, [number, (peer: Peer) => void]> = {
+  'parameters twice': [0x0a, (peer) => peer.say((to) => to.parameters(PERMITS))],
+  'a message of text': [0x0a, (peer) => peer.raw('text')],
+  'a gap in a stream': [0x0a, (peer) => peer.say(stream(1, 5, 5))],
+  'an answer to no ping': [0x0a, (peer) => peer.say((to) => to.pong(5))],
+  'a datagram that is too large': [0x0a, (peer) => peer.say((to) => to.datagram(bytes(1473)))],
+  'more than the window of a stream': [0x03, (peer) => Array.from({ length: 33 }, (_, n) => peer.say(stream(1, n * 65_000, 65_000)))],
+  'more streams than are permitted': [0x04, (peer) => peer.say(stream(4 * 80 + 1, 0, 1))],
+  'more one-way streams': [0x04, (peer) => peer.say(stream(4 * 4 + 3, 0, 1))],
+  'data on a stream that was not opened': [0x05, (peer) => peer.say(stream(0, 0, 1))],
+  'data on our one-way stream': [0x05, (peer) => peer.say(stream(2, 0, 1))],
+  'a stop of its own one-way stream': [0x05, (peer) => peer.say((to) => to.stop(3, 0))],
+  'credit for its own one-way stream': [0x05, (peer) => peer.say((to) => to.maxStreamData(3, 9))],
+  'data behind the end': [0x06, (peer) => (peer.say(stream(1, 0, 3, true)), peer.say(stream(1, 3, 3)))],
+  'a reset that has more than was sent': [0x06, (peer) => (peer.say(stream(1, 0, 3)), peer.say((to) => to.reset(1, 0, 4)))],
+  'a reset that moves the end': [0x06, (peer) => (peer.say(stream(1, 0, 3, true)), peer.say((to) => to.reset(1, 0, 2)))],
+  'a frame of unknown type': [0x07, (peer) => peer.raw(readHex('18').slice().buffer)],
+  'a frame that is cut short': [0x07, (peer) => peer.raw(readHex('04 04').slice().buffer)],
+};
+
+for (const [what, [code, say]] of Object.entries(FAULTS)) {
+  test(`a peer that sends ${what} is told ${code}, and is a transport error here`, async () => {
+    const peer = new Peer();
+    peer.say((to) => to.parameters(PERMITS));
+    await peer.connection.begun.promise;
+    say(peer);
+    const reason = await peer.connection.closed;
+    assert.deepEqual([reason.code, reason.by], [Code.TRANSPORT_ERROR, 'transport']);
+    const last = peer.got.at(-1);
+    assert.ok(last?.kind === 'close' && !last.application && last.code === code, JSON.stringify(last));
+    assert.ok(peer.isClosed);
+    await assert.rejects(peer.connection.openBidi(), ConnectionEnd);
+    assert.equal(await peer.connection.readDatagram(), null);
+  });
+}
+
+test('before its parameters a peer may say nothing, and those of QUIC alone are no parameters', async () => {
+  for (const [code, hex] of [[0x0a, '10 05'], [0x08, 'ff 51 53 30 0d 0a 0d 0a 02 00 00'], [0x08, 'ff 51 53 30 0d 0a 0d 0a 06 04 01 05 04 01 06']] as const) {
+    const peer = new Peer();
+    peer.raw(readHex(hex).slice().buffer);
+    await assert.rejects(peer.connection.begun.promise, ConnectError);
+    const last = peer.got.at(-1);
+    assert.ok(last?.kind === 'close' && last.code === code, hex);
+  }
+});
+
+test('what is urgent overtakes what waits, and little waits in the socket', async () => {
+  const peer = new Peer();
+  peer.say((to) => to.parameters({ ...PERMITS, data: 2 ** 40 }));
+  await peer.connection.begun.promise;
+  const [bulk, urgent] = [await peer.connection.openBidi(0), await peer.connection.openBidi(3)];
+  peer.bufferedAmount = 1 << 20;
+  void bulk.send.write(bytes(100_000));
+  void urgent.send.write(bytes(10));
+  await settle();
+  const sent = (): number[] => peer.got.flatMap((frame) => (frame.kind === 'stream' ? [frame.id] : []));
+  assert.deepEqual(sent(), []);
+  // There is room again; what comes has it looked at.
+  peer.bufferedAmount = 0;
+  peer.say((to) => to.ping(0));
+  await settle();
+  assert.deepEqual(sent().slice(0, 2), [4, 0]);
+});
+
+test('without credit nothing is sent, and with it what it is for', async () => {
+  const peer = new Peer();
+  peer.say((to) => to.parameters({ ...PERMITS, data: 1000, peersStream: 100 }));
+  await peer.connection.begun.promise;
+  const { send } = await peer.connection.openBidi();
+  const written = send.write(bytes(250));
+  await settle();
+  const sent = (): number => peer.got.reduce((sum, frame) => sum + (frame.kind === 'stream' ? frame.data.length : 0), 0);
+  assert.equal(sent(), 100);
+  peer.say((to) => to.maxStreamData(0, 180));
+  await settle();
+  assert.equal(sent(), 180);
+  peer.say((to) => to.maxStreamData(0, 5000));
+  await settle();
+  assert.equal(sent(), 250);
+  await written;
 });
 
 let server: WebServer | undefined;
