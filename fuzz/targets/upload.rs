@@ -14,7 +14,7 @@ use udpack::Encoded;
 use udpack::wire::{FrameDecoder, Message, PREFIX};
 use udpack_fuzz::{assert_printable, within};
 
-use udpack_transfer::wire::{BadMessage, Request, decode, decode_reply};
+use udpack_transfer::wire::{BadMessage, COPY, Request, decode, decode_reply};
 use udpack_transfer::{Action, Lane, Refusal, RelPath};
 
 fuzz_target!(|input: &[u8]| -> Corpus {
@@ -60,7 +60,11 @@ fn run_script(script: &[u8]) {
         let (path, hash) = ("x", ByteArray(&[7; 32]));
         let chunk = ByteArray(&[7; 16][..usize::from(offset % 16) + 1]);
         let message = match step % 16 {
-            0 | 1 => message("file", &File { id, path, size }),
+            0 => message("file", &File { id, path, size }),
+            1 => {
+                let base = "old";
+                message("file", &BasedFile { id, path, size, base })
+            }
             2 => message(
                 "file",
                 &ShortFile {
@@ -68,7 +72,11 @@ fn run_script(script: &[u8]) {
                     filesize: size,
                 },
             ),
-            3..=5 => message("chunk", &Chunk { id, off, chunk }),
+            3 | 4 => message("chunk", &Chunk { id, off, chunk }),
+            5 => {
+                let (from, len) = (u64::from(offset % 32), size.unwrap_or(u64::MAX));
+                message("copy", &Copy { id, off, from, len })
+            }
             6 => message("chunk", &ShortChunk { chunk }),
             7 => message(
                 "finish",
@@ -131,6 +139,7 @@ struct Open {
     id: u64,
     short: bool,
     size: Option<u64>,
+    based: bool,
     /// Where the last chunk ended.
     next: u64,
     /// What the client may pass over, as offset and length.
@@ -211,6 +220,7 @@ impl Checked {
                     id: offer.id,
                     short: offer.short,
                     size: offer.size,
+                    based: offer.base.is_some(),
                     next: 0,
                     have: Vec::new(),
                 });
@@ -241,6 +251,30 @@ impl Checked {
                     && end.is_some_and(|end| open.size.is_none_or(|size| end <= size));
                 assert!(!right, "a chunk that fits was refused");
                 check_refusal(&refusal, *id);
+                self.open = None;
+            }
+            (Request::Copy(copied), Action::Copy(told)) => {
+                assert_eq!(*copied, told);
+                let open = self.open.as_mut().expect("an open file");
+                assert_eq!(open.id, copied.id);
+                assert!(open.based && !open.short, "a copy of nothing");
+                assert!(open.may_begin_at(copied.offset), "a gap or an overlap");
+                assert!((1..=COPY).contains(&copied.len));
+                open.next = copied.offset + copied.len;
+                assert!(
+                    open.size.is_none_or(|size| open.next <= size),
+                    "more than declared"
+                );
+            }
+            (Request::Copy(copied), Action::Abort(refusal)) => {
+                let open = fits(copied.id).expect("only the open file can be aborted");
+                let end = copied.offset.checked_add(copied.len);
+                let right = open.based
+                    && !open.short
+                    && open.may_begin_at(copied.offset)
+                    && end.is_some_and(|end| open.size.is_none_or(|size| end <= size));
+                assert!(!right, "a copy that fits was refused");
+                check_refusal(&refusal, copied.id);
                 self.open = None;
             }
             (Request::Finish(finish), Action::Finish(finished)) => {
@@ -312,6 +346,7 @@ impl Checked {
             }
             (
                 Request::Chunk { id, .. }
+                | Request::Copy(udpack_transfer::wire::Copied { id, .. })
                 | Request::Cancel { id, .. }
                 | Request::Finish(udpack_transfer::wire::Finish { id, .. }),
                 action @ (Action::Refuse(_) | Action::Ignore),
@@ -366,6 +401,14 @@ struct File<'a> {
 }
 
 #[derive(Serialize)]
+struct BasedFile<'a> {
+    id: u64,
+    path: &'a str,
+    size: Option<u64>,
+    base: &'a str,
+}
+
+#[derive(Serialize)]
 struct Place<'a> {
     id: u64,
     path: &'a str,
@@ -388,6 +431,14 @@ struct Chunk<'a> {
     id: u64,
     off: u64,
     chunk: ByteArray<'a>,
+}
+
+#[derive(Serialize)]
+struct Copy {
+    id: u64,
+    off: u64,
+    from: u64,
+    len: u64,
 }
 
 #[derive(Serialize)]

@@ -12,7 +12,7 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use udpack::{CongestionControl, Fingerprint, Priority, TransportChoice};
-use udpack_transfer::{IfExists, Names, Overwrite, Pattern, SyncPolicy, names, parse_size};
+use udpack_transfer::{Delta, IfExists, Names, Overwrite, Pattern, SyncPolicy, names, parse_size};
 
 const SIZES: &str = "\
 SIZE is a number of bytes, with K, M, G or T for powers of 1024: 512K, 10M, 1.5G. RATE is a SIZE a second: 10M \
@@ -616,6 +616,11 @@ pub(crate) struct PutArgs {
     #[arg(long)]
     pub(crate) no_resume: bool,
 
+    /// With --if-exists overwrite, send only what differs from the file that is there: `auto` where the network is slower than
+    /// reading twice. Takes a token that may read; files up to 256K are sent whole.
+    #[arg(long, value_enum, default_value_t = DeltaArg::Auto)]
+    pub(crate) delta: DeltaArg,
+
     /// Show what would be sent and what would be refused, and send nothing. The server is asked what has each name,
     /// where the token may read. What else it refuses shows only in a real run: its --overwrite, --names, --max-file,
     /// --quota, the space on its disk, its --hook.
@@ -691,6 +696,11 @@ pub(crate) struct SyncArgs {
     #[arg(short, long)]
     pub(crate) checksum: bool,
 
+    /// When sending, send only what differs from the file that is there, or from one that was moved: `auto` where the
+    /// network is slower than reading twice. Files up to 256K are sent whole.
+    #[arg(long, value_enum, default_value_t = DeltaArg::Auto)]
+    pub(crate) delta: DeltaArg,
+
     /// A file that changes while it is read: `retry` sends it again, up to three times in all, before it is a failure.
     #[arg(long, value_enum, default_value_t = ChangedArg::Retry)]
     pub(crate) changed: ChangedArg,
@@ -722,6 +732,24 @@ pub(crate) struct SyncArgs {
 
     #[command(flatten)]
     pub(crate) log: LogArgs,
+}
+
+/// When to send only what differs from what the server has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DeltaArg {
+    Auto,
+    Always,
+    Never,
+}
+
+impl From<DeltaArg> for Delta {
+    fn from(arg: DeltaArg) -> Self {
+        match arg {
+            DeltaArg::Auto => Self::Auto,
+            DeltaArg::Always => Self::Always,
+            DeltaArg::Never => Self::Never,
+        }
+    }
 }
 
 /// What to do about a file that changes while it is read.

@@ -74,6 +74,9 @@ pub(crate) enum Line<'a> {
         /// Bytes that were there of an earlier attempt.
         #[serde(skip_serializing_if = "Option::is_none")]
         resumed: Option<u64>,
+        /// Bytes that the server copied from an older version or another file that it had.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        copied: Option<u64>,
         /// It was there already, with the same content.
         #[serde(skip_serializing_if = "Option::is_none")]
         same: Option<bool>,
@@ -141,6 +144,9 @@ pub(crate) enum Line<'a> {
         bytes: u64,
         /// Bytes that had to be transferred.
         sent: u64,
+        /// Bytes that the server copied from what it had.
+        #[serde(skip_serializing_if = "is_zero")]
+        copied: u64,
         secs: f64,
         /// Bytes a second, on average.
         rate: f64,
@@ -148,6 +154,11 @@ pub(crate) enum Line<'a> {
         error: Option<&'a str>,
         hint: Option<&'a str>,
     },
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 impl Line<'_> {

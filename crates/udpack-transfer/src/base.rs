@@ -6,3 +6,4 @@ pub mod names;
 pub(crate) mod path;
 pub(crate) mod phase;
 pub(crate) mod size;
+pub(crate) mod sums;

@@ -17,7 +17,7 @@
 //! resumed by offering it again, without state at the client.
 //!
 //! # Non-goals
-//! Deltas between versions of a file, and compression.
+//! Compression.
 #![cfg_attr(
     not(test),
     warn(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)
@@ -54,7 +54,7 @@ pub use client::remote::{
     Job, JobKind, JobState, Jobs, JobsEvent, Listing, Remote, Rights, ShareEntry, ShareWish,
     Shared, StatsWatch,
 };
-pub use client::uploader::{Upload, Uploader};
+pub use client::uploader::{Delta, Upload, Uploader};
 pub use local::error::TransferError;
 pub use local::limiter::Limiter;
 pub use local::source::Source;

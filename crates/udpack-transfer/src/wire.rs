@@ -6,7 +6,7 @@ pub(crate) mod lane;
 pub(crate) mod stats;
 
 use bytes::Bytes;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use udpack::{Channel, FieldError, Fields, Message};
 
 use crate::base::code::Code;
@@ -25,6 +25,9 @@ pub const STATS_CHANNEL: &str = "stats";
 
 /// Bytes of file in one `chunk` that this library sends and likes to get.
 pub const CHUNK: usize = 256 << 10;
+
+/// Most bytes that one `copy` stands for.
+pub const COPY: u64 = 16 << 20;
 
 /// Longest list of ranges in one message.
 pub const RANGES: usize = 8_192;
@@ -55,6 +58,8 @@ pub enum Request {
         /// The bytes: a slice of the frame they came in.
         bytes: Bytes,
     },
+    /// Bytes of the open file that are in its base.
+    Copy(Copied),
     /// All bytes are sent.
     Finish(Finish),
     /// The client gives the file up.
@@ -88,6 +93,7 @@ impl Request {
             Self::Link(offer) => offer.id,
             Self::Get(wish) => wish.id,
             Self::Finish(finish) => finish.id,
+            Self::Copy(copied) => copied.id,
             Self::Chunk { id, .. }
             | Self::Cancel { id, .. }
             | Self::Done { id }
@@ -117,8 +123,23 @@ pub struct Offer {
     /// The run of the client's program that this offer belongs to: an offer of the same file by the same run
     /// is the same upload, taken up again.
     pub run: Option<[u8; 16]>,
+    /// A file at the server that this one may have bytes of; not yet checked.
+    pub base: Option<String>,
     /// Whether this is the ancestor's short form: no id, no offsets, no hash.
     pub short: bool,
+}
+
+/// A `copy` message: bytes of the open file that its base has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Copied {
+    /// The file.
+    pub id: u64,
+    /// Offset of the first byte in it.
+    pub offset: u64,
+    /// Offset of that byte in the base.
+    pub from: u64,
+    /// How many bytes: at least one, at most [`COPY`].
+    pub len: u64,
 }
 
 /// A `put` message: what `file`, its chunks and `finish` say of a small file.
@@ -238,6 +259,7 @@ pub fn decode(message: &Message) -> Result<Option<Request>, BadMessage> {
         "put" => put(message),
         "file" => file(message),
         "chunk" => chunk(message),
+        "copy" => copy(message),
         "finish" => finish(message),
         "cancel" => read("cancel", message, |fields| {
             Ok(Request::Cancel {
@@ -411,6 +433,7 @@ fn put(message: &Message) -> Result<Request, BadMessage> {
             resume: false,
             dirs: dirs(fields)?,
             run: run(fields)?,
+            base: None,
             short: false,
         };
         let hash = hash("hash", fields.bin("hash")?)?;
@@ -447,6 +470,7 @@ fn file(message: &Message) -> Result<Request, BadMessage> {
             resume: fields.opt_bool("resume")?.unwrap_or(false),
             dirs: dirs(fields)?,
             run: run(fields)?,
+            base: names::opt_field(fields, "base")?.filter(|_| !short),
             short,
         };
         let mixed = short && ["id", "path"].iter().any(|key| fields.raw(key).is_some());
@@ -505,6 +529,26 @@ fn chunk(message: &Message) -> Result<Request, BadMessage> {
     })
 }
 
+fn copy(message: &Message) -> Result<Request, BadMessage> {
+    read("copy", message, |fields| {
+        let copied = Copied {
+            id: fields.u64("id")?,
+            offset: fields.u64("off")?,
+            from: fields.u64("from")?,
+            len: fields.u64("len")?,
+        };
+        let sound =
+            (1..=COPY).contains(&copied.len) && copied.from.checked_add(copied.len).is_some();
+        if sound {
+            return Ok(Request::Copy(copied));
+        }
+        Err(FieldError::WrongType {
+            key: "len",
+            expected: "u64 from 1 to 16777216 that ends below 2^64 behind from",
+        })
+    })
+}
+
 /// The id of a chunk that has neither `id` nor `off`.
 fn short_chunk(message: &Message) -> Option<u64> {
     let fields = message.fields().ok()?;
@@ -548,6 +592,8 @@ pub enum Reply {
         id: u64,
         /// What it holds already.
         have: Have,
+        /// The size of the base, in bytes, if bytes of it may be copied.
+        base: Option<u64>,
     },
     /// How far the server is.
     Ack {
@@ -624,6 +670,7 @@ pub fn decode_reply(message: &Message) -> Result<Option<Reply>, BadMessage> {
             Ok(Reply::Ready {
                 id: fields.u64("id")?,
                 have: have(fields)?,
+                base: fields.opt_u64("base")?,
             })
         }),
         "ack" => read("ack", message, |fields| {
@@ -713,6 +760,11 @@ pub(crate) struct FileFields<'a> {
     pub(crate) dirs: Vec<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) run: Option<Run>,
+    #[serde(
+        skip_serializing_if = "Option::is_none",
+        serialize_with = "names::serialize_opt"
+    )]
+    pub(crate) base: Option<&'a str>,
 }
 
 /// The header of a `put`; `data` follows.
@@ -785,6 +837,14 @@ fn is_zero(number: &u32) -> bool {
 }
 
 #[derive(Serialize)]
+pub(crate) struct CopyFields {
+    pub(crate) id: u64,
+    pub(crate) off: u64,
+    pub(crate) from: u64,
+    pub(crate) len: u64,
+}
+
+#[derive(Serialize)]
 pub(crate) struct ChunkFields {
     pub(crate) id: u64,
     pub(crate) off: u64,
@@ -807,6 +867,8 @@ pub(crate) struct ReadyFields {
     pub(crate) id: u64,
     pub(crate) have: Vec<(u64, u64, Hash)>,
     pub(crate) chunk: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) base: Option<u64>,
 }
 
 #[derive(Serialize)]
@@ -878,6 +940,36 @@ impl Serialize for Hash {
     }
 }
 
+/// Bytes that travel as msgpack `bin`.
+#[derive(Debug, Clone)]
+pub(crate) struct Blob(pub(crate) Vec<u8>);
+
+impl Serialize for Blob {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_bytes(&self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for Blob {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Bytes;
+
+        impl serde::de::Visitor<'_> for Bytes {
+            type Value = Blob;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("bin")
+            }
+
+            fn visit_bytes<E: serde::de::Error>(self, bytes: &[u8]) -> Result<Blob, E> {
+                Ok(Blob(bytes.to_vec()))
+            }
+        }
+
+        deserializer.deserialize_bytes(Bytes)
+    }
+}
+
 /// 16 bytes that travel as msgpack `bin`: one run of a client's program.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Run(pub(crate) [u8; 16]);
@@ -939,6 +1031,7 @@ mod tests {
             resume: true,
             dirs: vec![0o750, 0o755],
             run: Some(Run([3; 16])),
+            base: Some("old"),
         };
         assert_eq!(
             decode(&message("file", &file)).unwrap(),
@@ -955,6 +1048,7 @@ mod tests {
                 resume: true,
                 dirs: vec![0o750, 0o755],
                 run: Some([3; 16]),
+                base: Some("old".into()),
                 short: false,
             }))
         );
@@ -971,16 +1065,33 @@ mod tests {
                 hash: Some([9; 32])
             }))
         );
+        let copied = CopyFields {
+            id: 7,
+            off: 1,
+            from: 2,
+            len: 3,
+        };
+        assert_eq!(
+            decode(&message("copy", &copied)).unwrap(),
+            Some(Request::Copy(Copied {
+                id: 7,
+                offset: 1,
+                from: 2,
+                len: 3,
+            }))
+        );
         let ready = ReadyFields {
             id: 7,
             have: vec![(0, 3, Hash([9; 32]))],
             chunk: 1,
+            base: Some(5),
         };
         assert_eq!(
             decode_reply(&message("ready", &ready)).unwrap(),
             Some(Reply::Ready {
                 id: 7,
-                have: vec![(0, 3, [9; 32])]
+                have: vec![(0, 3, [9; 32])],
+                base: Some(5),
             })
         );
         let done = DoneFields {

@@ -13,7 +13,9 @@ use bytes::Bytes;
 use common::{Fixture, bounded, noise};
 use proptest::prelude::*;
 use raw::{RawLane, cancel, chunk, file, finish, put, with};
-use udpack_transfer::wire::{DirOffer, Finish, LinkOffer, MetaFields, Offer, Put, Request, Wish};
+use udpack_transfer::wire::{
+    Copied, DirOffer, Finish, LinkOffer, MetaFields, Offer, Put, Request, Wish,
+};
 use udpack_transfer::{Action, IfExists, Lane, Refusal};
 
 // ---------------------------------------------------------------------------------------- the pure machine
@@ -30,6 +32,11 @@ enum Happens {
         id: u64,
         off: Offset,
         len: usize,
+    },
+    Copy {
+        id: u64,
+        off: Offset,
+        len: u64,
     },
     Finish {
         id: u64,
@@ -93,6 +100,9 @@ fn happens() -> impl Strategy<Value = Happens> {
         4 => (id.clone(), size, prop::bool::weighted(0.2)).prop_map(|(id, size, short)| {
             Happens::File { id: if short { 0 } else { id }, size, short }
         }),
+        3 => (id.clone(), off.clone(), 1..6_u64).prop_map(|(id, off, len)| {
+            Happens::Copy { id, off, len }
+        }),
         6 => (id.clone(), off, 1..6_usize).prop_map(|(id, off, len)| {
             let id = if matches!(off, Offset::Short) { 0 } else { id };
             Happens::Chunk { id, off, len }
@@ -142,6 +152,11 @@ enum Fate {
     Dropping,
     /// Its `finish` or `cancel` came, or another file has begun since.
     Over,
+}
+
+/// Files of these ids are offered with a base.
+fn has_base(id: u64) -> bool {
+    id.is_multiple_of(2)
 }
 
 /// The table of `docs/PROTOCOL.md` §11, by id instead of by lane.
@@ -224,6 +239,27 @@ impl Model {
                     "size_mismatch"
                 };
                 self.fates.insert(*id, Fate::Dropping);
+                verdict
+            }
+            Request::Copy(copied) => {
+                let id = copied.id;
+                let Some(Fate::Open { short, size, next }) = self.fate(id) else {
+                    return self.late(id);
+                };
+                let verdict = if short || !has_base(id) {
+                    "protocol_order"
+                } else if !self.may_pass(next, copied.offset) {
+                    "bad_offset"
+                } else if let Some(end) = copied.offset.checked_add(copied.len)
+                    && size.is_none_or(|size| end <= size)
+                {
+                    let next = end;
+                    self.fates.insert(id, Fate::Open { short, size, next });
+                    return "copy";
+                } else {
+                    "size_mismatch"
+                };
+                self.fates.insert(id, Fate::Dropping);
                 verdict
             }
             Request::Finish(finish) => {
@@ -323,6 +359,7 @@ fn word(action: &Action) -> &'static str {
     match action {
         Action::Begin(_) => "begin",
         Action::Write => "write",
+        Action::Copy(_) => "copy",
         Action::Finish(_) => "finish",
         Action::Abort(Refusal { code, .. }) | Action::Refuse(Refusal { code, .. }) => code.as_str(),
         Action::Suspend(Refusal { code, .. }) => {
@@ -345,6 +382,7 @@ fn names_the_right_file(action: &Action, request: &Request, open: Option<u64>) -
         Request::File(offer) | Request::Put(Put { offer, .. }) => offer.id,
         Request::Chunk { id, .. } | Request::Cancel { id, .. } => *id,
         Request::Finish(finish) => finish.id,
+        Request::Copy(copied) => copied.id,
         Request::Dir(DirOffer { id, .. }) | Request::Link(LinkOffer { id, .. }) => *id,
         Request::Get(wish) => wish.id,
         Request::Done { id } => *id,
@@ -362,11 +400,14 @@ fn names_the_right_file(action: &Action, request: &Request, open: Option<u64>) -
         Action::Refuse(refusal) => {
             let offered = !matches!(
                 request,
-                Request::Chunk { .. } | Request::Finish(_) | Request::Cancel { .. }
+                Request::Chunk { .. }
+                    | Request::Copy(_)
+                    | Request::Finish(_)
+                    | Request::Cancel { .. }
             );
             refusal.id == about && (open != Some(about) || offered)
         }
-        Action::Write | Action::Finish(_) => open == Some(about),
+        Action::Write | Action::Copy(_) | Action::Finish(_) => open == Some(about),
         Action::Begin(offer) => open.is_none() && offer.id == about,
         _ => true,
     }
@@ -420,6 +461,7 @@ proptest! {
                         resume: false,
                         dirs: Vec::new(),
                         run: None,
+                        base: None,
                         short: false,
                     },
                     hash: [0; 32],
@@ -453,6 +495,7 @@ proptest! {
                     resume: false,
                     dirs: Vec::new(),
                     run: None,
+                    base: (!short && has_base(id)).then(|| "old".to_owned()),
                     short,
                 }),
                 Happens::Chunk { id, off, len } => {
@@ -466,6 +509,17 @@ proptest! {
                         Offset::At(at) => Some(at),
                     };
                     Request::Chunk { id, offset, bytes: Bytes::from(vec![0; len]) }
+                }
+                Happens::Copy { id, off, len } => {
+                    let next = match model.fate(id) {
+                        Some(Fate::Open { next, .. }) => next,
+                        _ => 0,
+                    };
+                    let offset = match off {
+                        Offset::At(at) => at,
+                        Offset::Next | Offset::Short => next,
+                    };
+                    Request::Copy(Copied { id, offset, from: 0, len })
                 }
                 Happens::Finish { id, short } => Request::Finish(Finish {
                     id,
@@ -486,6 +540,12 @@ proptest! {
                 (Action::Begin(offer), _) => {
                     written.insert(offer.id, 0);
                     declared.insert(offer.id, offer.size);
+                }
+                (Action::Copy(copied), _) => {
+                    let count = written.entry(copied.id).or_default();
+                    *count += copied.len;
+                    let most = declared.get(&copied.id).copied().flatten();
+                    prop_assert!(most.is_none_or(|most| *count <= most));
                 }
                 (Action::Write, Request::Chunk { id, bytes, .. }) => {
                     let count = written.entry(*id).or_default();

@@ -19,9 +19,9 @@ use udpack_transfer::{
 use vectors::{Value, Vector, read_msgpack, vectors};
 
 /// Fewer than these, and the parser has gone blind.
-const MIN_ACCEPTED: usize = 59;
-const MIN_REFUSED: usize = 94;
-const MIN_ASKED: usize = 45;
+const MIN_ACCEPTED: usize = 64;
+const MIN_REFUSED: usize = 104;
+const MIN_ASKED: usize = 51;
 
 /// What a message was read as: each key of its table, `None` for what is absent, nil, or as if absent.
 type Said = Vec<(&'static str, Option<Value>)>;
@@ -178,6 +178,7 @@ fn asked(request: Request) -> Said {
                 ("resume", flag(offer.resume)),
                 ("run", offer.run.and_then(|run| bin(&run))),
                 ("dirs", modes(&offer.dirs)),
+                ("base", offer.base.as_deref().map(name)),
             ];
             said.extend(meta(offer.meta));
             said
@@ -224,6 +225,12 @@ fn asked(request: Request) -> Said {
             ("off", offset.and_then(int)),
             ("chunk", bin(&bytes)),
         ],
+        Request::Copy(copied) => vec![
+            ("id", int(copied.id)),
+            ("off", int(copied.offset)),
+            ("from", int(copied.from)),
+            ("len", int(copied.len)),
+        ],
         Request::Finish(finish) => vec![
             ("id", finish.hash.and_then(|_| int(finish.id))),
             ("size", finish.size.and_then(int)),
@@ -239,7 +246,11 @@ fn asked(request: Request) -> Said {
 
 fn answered(reply: Reply) -> Said {
     match reply {
-        Reply::Ready { id, have } => vec![("id", int(id)), ("have", ranges(&have))],
+        Reply::Ready { id, have, base } => vec![
+            ("id", int(id)),
+            ("have", ranges(&have)),
+            ("base", base.and_then(int)),
+        ],
         Reply::Ack { id, recv, safe } => {
             vec![("id", int(id)), ("recv", int(recv)), ("safe", int(safe))]
         }

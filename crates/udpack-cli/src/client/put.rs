@@ -104,6 +104,7 @@ async fn put(
                     .if_exists(args.transfer.if_exists.into())
                     .preserve(args.transfer.preserve)
                     .umask(Some(umask()))
+                    .delta(args.delta.into())
                     .resume(!args.no_resume);
                 if let Some(jobs) = args.transfer.jobs {
                     uploader = uploader.lanes(jobs.into());

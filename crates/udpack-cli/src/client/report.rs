@@ -199,6 +199,8 @@ pub(super) struct Report {
     /// Of those, what was sent of files that were not there yet: what a rate is the rate of.
     moved: u64,
     resumed: u64,
+    /// Bytes that the other side copied from what it had.
+    copied: u64,
     failures: Failures,
     living: Living,
     mirror: Option<Mirrored>,
@@ -238,6 +240,7 @@ impl Report {
             sent: 0,
             moved: 0,
             resumed: 0,
+            copied: 0,
             failures: Failures::new(console),
             living: Living::default(),
             mirror: None,
@@ -585,6 +588,7 @@ impl Report {
             hash: None,
             sent: None,
             resumed: None,
+            copied: None,
             same: None,
             skipped: None,
             sync: None,
@@ -644,6 +648,7 @@ impl Report {
             hash: None,
             sent: None,
             resumed: None,
+            copied: None,
             same: Some(fate == Fate::Same),
             skipped: (fate == Fate::Skip).then_some(true),
             sync: None,
@@ -703,6 +708,7 @@ impl Report {
             hash: None,
             sent: None,
             resumed: None,
+            copied: None,
             same: None,
             skipped: None,
             sync: None,
@@ -749,6 +755,7 @@ impl Report {
             hash: None,
             sent: None,
             resumed: None,
+            copied: None,
             same: Some(same),
             skipped: None,
             sync: None,
@@ -772,6 +779,7 @@ impl Report {
         self.skipped += usize::from(outcome.skipped);
         self.bytes += outcome.size;
         self.sent += outcome.sent;
+        self.copied += outcome.copied;
         if !outcome.same && !outcome.skipped {
             self.moved += outcome.sent;
         }
@@ -796,6 +804,7 @@ impl Report {
                 hash: Some(&hash),
                 sent: Some(outcome.sent),
                 resumed: Some(outcome.resumed),
+                copied: (outcome.copied > 0).then_some(outcome.copied),
                 same: Some(outcome.same),
                 skipped: outcome.skipped.then_some(true),
                 sync: outcome.sync.map(|sync| sync.to_string()),
@@ -893,6 +902,7 @@ impl Report {
                 deleted: self.mirror.as_ref().map(|mirror| mirror.deleted),
                 bytes: self.bytes,
                 sent: self.sent,
+                copied: self.copied,
                 secs,
                 rate,
                 error_kind: kind.map(Kind::name),
@@ -978,6 +988,9 @@ impl Report {
         }
         if self.resumed > 0 {
             summary.push_str(&format!(", {} resumed", size(self.resumed as f64)));
+        }
+        if self.copied > 0 {
+            summary.push_str(&format!(", {} copied there", size(self.copied as f64)));
         }
         if let Some(mirror) = &self.mirror {
             if mirror.deleted > 0 {

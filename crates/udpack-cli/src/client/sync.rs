@@ -27,7 +27,7 @@ use super::remote::remote_path;
 use super::report::{Beside, Fate, Note, Origin, Origins, Report, Thing, Transfer};
 use super::umask;
 use super::verify::existing;
-use crate::args::{ChangedArg, SyncArgs, VanishedArg};
+use crate::args::{ChangedArg, DeltaArg, SyncArgs, VanishedArg};
 use crate::exit::{Failure, Kind};
 use crate::logging::Console;
 use crate::progress::Meter;
@@ -176,6 +176,7 @@ impl Comparing {
             true => Side::local(&way.dir, depth, &exclude, follow),
             false => Side::Empty,
         };
+        let there_is = there;
         let there = match there {
             true => Side::remote(remote, way.root.as_ref(), &exclude),
             false => Side::Empty,
@@ -187,6 +188,7 @@ impl Comparing {
             steps,
             notes,
             delete: args.delete,
+            moves: way.up && there_is && args.delta != DeltaArg::Never,
             checksum: args.checksum.then(|| Checksum {
                 remote: remote.clone(),
                 root: way.prefix().to_owned(),
@@ -287,7 +289,7 @@ async fn dry(
 }
 
 fn tell(way: &Way, report: &mut Report, step: &Step) {
-    let (Step::File(item) | Step::Other(item)) = step;
+    let (Step::File(item, _) | Step::Other(item)) = step;
     let size = match item.entry.kind {
         EntryKind::File => Some(item.entry.size),
         _ => None,
@@ -405,7 +407,7 @@ impl Mirror<'_> {
             entry,
             dirs: Arc::default(),
         };
-        Step::File(item)
+        Step::File(item, None)
     }
 
     /// Carries out steps until there are no more, and reports what becomes of each.
@@ -462,6 +464,7 @@ impl Mirror<'_> {
     fn uploader(&self) -> Uploader {
         let mut uploader = Uploader::new(&self.link)
             .if_exists(IfExists::Overwrite)
+            .delta(self.args.delta.into())
             .preserve(true)
             .umask(Some(umask()));
         if let Some(jobs) = self.args.jobs {
@@ -498,12 +501,19 @@ impl Mirror<'_> {
         std::iter::from_fn(move || steps.blocking_recv())
             .enumerate()
             .map(move |(index, step)| {
-                let (Step::File(item) | Step::Other(item)) = step;
+                let (item, base) = match step {
+                    Step::File(item, base) => (item, base),
+                    Step::Other(item) => (item, None),
+                };
                 let what = thing(&item.entry);
                 let found = found(&dir, &prefix, item);
                 let shown = found.local.display().to_string();
                 origins.insert(index, Origin { shown, what });
-                Source::from(found)
+                let base = base.and_then(|base| join(&prefix, &base).parse().ok());
+                match base {
+                    Some(base) => Source::from(found).base(base),
+                    None => Source::from(found),
+                }
             })
     }
 
@@ -641,7 +651,7 @@ async fn make(
 ) {
     let umask = umask();
     while let Some(step) = steps.recv().await {
-        let (Step::File(item) | Step::Other(item)) = step;
+        let (Step::File(item, _) | Step::Other(item)) = step;
         let source = join(&root, &item.rel);
         let failed = |error| Note::Failed {
             path: item.rel.clone(),

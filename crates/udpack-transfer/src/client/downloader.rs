@@ -297,6 +297,7 @@ impl Context {
             hash: arrived.hash,
             sent: job.received,
             resumed: job.resumed,
+            copied: 0,
             same: arrived.same,
             skipped: arrived.skipped,
             sync: arrived.sync,

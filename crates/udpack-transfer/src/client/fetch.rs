@@ -64,6 +64,7 @@ impl From<Fetched> for Outcome {
             hash: fetched.hash,
             sent: fetched.received,
             resumed: 0,
+            copied: 0,
             same: false,
             skipped: false,
             sync: None,

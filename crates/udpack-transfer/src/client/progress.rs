@@ -116,6 +116,9 @@ pub struct Outcome {
     pub sent: u64,
     /// Bytes that an earlier upload or connection had brought, proved to be equal.
     pub resumed: u64,
+    /// Bytes that the other side had in an older version, or in another file, and put there by itself: see
+    /// [`Uploader::delta`](crate::Uploader::delta).
+    pub copied: u64,
     /// It was there already, with these very bytes.
     pub same: bool,
     /// [`IfExists::Skip`](crate::IfExists::Skip) left what has the name: `size` and `hash` are those of that. Its bytes are

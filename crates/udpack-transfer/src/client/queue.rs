@@ -57,6 +57,10 @@ pub(crate) struct Item {
     pub(crate) unsure: bool,
     /// It is offered once more to find out whether what is there is this file.
     pub(crate) settle: bool,
+    /// It was offered with a base.
+    pub(crate) based: bool,
+    /// It is sent without one from now on.
+    pub(crate) plain: bool,
     /// Not again before this.
     pub(crate) not_before: Option<Instant>,
 }
@@ -76,6 +80,8 @@ impl Item {
             mtime: None,
             unsure: false,
             settle: false,
+            based: false,
+            plain: false,
             not_before: None,
         }
     }

@@ -20,6 +20,7 @@ use udpack::{Channel, RequestError, SendError};
 
 use crate::base::code::Code;
 use crate::base::path::RelPath;
+use crate::base::sums::{Cutter, Sums};
 use crate::client::link::{Link, Loss};
 use crate::local::error::TransferError;
 use crate::store::{Entry, Removed};
@@ -134,6 +135,31 @@ impl Remote {
         let asked = wire::PathField::new(Some(path));
         let hashed: wire::Hashed = self.ask("hash", &asked, LONG).await?;
         Ok((hashed.size, hashed.hash.0))
+    }
+
+    /// The chunks of a file at the server, of which one of this size may have many. No more than are looked at.
+    pub(crate) async fn sums(&self, path: &RelPath, size: u64) -> Result<Sums, TransferError> {
+        let cutter = Cutter::fit(size);
+        let mut sums = Sums::new(cutter);
+        loop {
+            let asked = wire::ChunksFields {
+                path: path.as_str(),
+                average: cutter.average(),
+                from: sums.end(),
+            };
+            let page: wire::Chunks = self.ask("chunks", &asked, LONG).await?;
+            let before = sums.end();
+            sums.read(&page.chunks.0).map_err(broken)?;
+            if sums.end() != page.end || page.end > page.size {
+                return Err(broken("a list of chunks does not end where it says"));
+            }
+            if sums.end() >= page.size || sums.is_full() {
+                return Ok(sums);
+            }
+            if sums.end() == before {
+                return Err(broken("an empty list of chunks is said to have more"));
+            }
+        }
     }
 
     /// What this client's token may do.

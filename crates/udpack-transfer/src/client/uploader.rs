@@ -13,9 +13,12 @@ use tokio::time::Instant;
 use udpack::{Channel, CloseCode, CloseReason, Priority, SendError, Side, Socket};
 
 use crate::base::code::Code;
+use crate::base::path::RelPath;
+use crate::base::sums::Sums;
 use crate::client::link::Link;
 use crate::client::progress::{Event, Feed, Outcome, Progress, Totals, Watch};
 use crate::client::queue::{Claim, Item, Next, Queue, SMALL};
+use crate::client::remote::Remote;
 use crate::local::error::TransferError;
 use crate::local::limiter::{Limiter, Pace, SMALLEST};
 use crate::local::source::{self, Buffers, Opened, Origin, Piece, Source, Whole};
@@ -23,8 +26,8 @@ use crate::local::spool::Spool;
 use crate::store::{IfExists, Meta, OtherTime, Time};
 use crate::wire::CHANNEL;
 use crate::wire::{
-    self, AckFields, CancelFields, ChunkFields, DirFields, FileFields, FinishFields, Hash, Have,
-    LinkFields, MetaFields, PutFields, Reply, Run,
+    self, AckFields, CancelFields, ChunkFields, CopyFields, DirFields, FileFields, FinishFields,
+    Hash, Have, LinkFields, MetaFields, PutFields, Reply, Run,
 };
 
 /// Files of one lane that may wait for their `done`.
@@ -46,6 +49,8 @@ const BUSY_PAUSE: Duration = Duration::from_secs(1);
 /// How often, and after how long at first, a file is sent again that the server failed to take.
 const TRIES: u32 = 3;
 const TRY_PAUSE: Duration = Duration::from_millis(500);
+/// Round trips from which on a file is compared with what the server has of it before it is sent.
+const FAR: Duration = Duration::from_millis(2);
 /// Lanes in a row that end without progress although their socket lives.
 const SETBACKS: u32 = 10;
 
@@ -59,7 +64,24 @@ pub struct Uploader {
     preserve: bool,
     umask: Option<u32>,
     resume: bool,
+    delta: Delta,
     limiter: Limiter,
+}
+
+/// When to send only what differs from a file that the server has: its old version, or the [`base`](Source::base) of a
+/// source. The server lists the chunks of that file, whose borders depend on their content; those that are in the source
+/// it copies. What is stored is verified as a whole, as always.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Delta {
+    /// Where bytes cost more time than reading twice: on a path with a round trip of 2 ms or more, or with a
+    /// [`limit`](Uploader::limit).
+    #[default]
+    Auto,
+    /// For every file that is larger than a chunk of 256 KiB.
+    Always,
+    /// Not at all.
+    Never,
 }
 
 impl Uploader {
@@ -73,6 +95,7 @@ impl Uploader {
             preserve: false,
             umask: None,
             resume: true,
+            delta: Delta::default(),
             limiter: Limiter::unlimited(),
         }
     }
@@ -110,6 +133,14 @@ impl Uploader {
         self
     }
 
+    /// When to send only what differs from what the server has: of files that replace another by
+    /// [`IfExists::Overwrite`], and of those with a [`base`](Source::base). It takes [`resume`](Self::resume), a token that may
+    /// read, and a file above 256 KiB; where the server does not do it, all is sent. Defaults to [`Delta::Auto`].
+    pub fn delta(mut self, delta: Delta) -> Self {
+        self.delta = delta;
+        self
+    }
+
     /// How fast to send: bytes of files, all lanes together. Defaults to no limit.
     pub fn limit(mut self, limiter: Limiter) -> Self {
         self.limiter = limiter;
@@ -130,6 +161,8 @@ impl Uploader {
         let lanes = self.lanes;
         let shared = Arc::new(Shared {
             if_exists: self.if_exists.to_string(),
+            remote: Remote::new(&self.link),
+            no_delta: AtomicBool::new(false),
             uploader: self,
             queue: Queue::new(lanes),
             buffers: Buffers::default(),
@@ -207,6 +240,10 @@ struct Shared {
     uploader: Uploader,
     /// The policy's word.
     if_exists: String,
+    /// Whom to ask for chunks.
+    remote: Remote,
+    /// The server lists no chunks for this client.
+    no_delta: AtomicBool,
     queue: Arc<Queue>,
     buffers: Buffers,
     run: [u8; 16],
@@ -315,9 +352,11 @@ struct Sent {
     ahead: VecDeque<(u64, u64)>,
     /// How far the server has got.
     arrived: u64,
+    /// Bytes that the server copied from the base.
+    copied: u64,
     /// Nothing was sent so far in this attempt.
     untouched: bool,
-    ready: Option<oneshot::Sender<Have>>,
+    ready: Option<oneshot::Sender<Ready>>,
 }
 
 impl Sent {
@@ -328,17 +367,30 @@ impl Sent {
             skipped: 0,
             ahead: VecDeque::new(),
             arrived: 0,
+            copied: 0,
             untouched: true,
             ready: None,
         }
     }
 }
 
+/// What the server has of a file, and the size of the base if bytes of it may be copied.
+#[derive(Debug)]
+struct Ready {
+    have: Have,
+    base: Option<u64>,
+}
+
 impl Sent {
     /// The server has these bytes: they are passed over.
     fn pass(&mut self, offset: u64, len: u64) {
-        self.position = offset + len;
         self.skipped += len;
+        self.unsent(offset, len);
+    }
+
+    /// The server gets these bytes, and not from here.
+    fn unsent(&mut self, offset: u64, len: u64) {
+        self.position = offset + len;
         match self.ahead.back_mut() {
             Some((_, end)) if *end == offset => *end += len,
             _ => self.ahead.push_back((offset, offset + len)),
@@ -631,7 +683,9 @@ impl Sending {
     /// is worth telling.
     fn passes(&mut self, piece: &Piece) -> Option<u64> {
         let at = match piece {
-            Piece::Chunk { offset, .. } | Piece::Same { offset, .. } => *offset,
+            Piece::Chunk { offset, .. }
+            | Piece::Same { offset, .. }
+            | Piece::Copy { offset, .. } => *offset,
             Piece::End { size, .. } => *size,
             Piece::Failed(_) => self.position,
         };
@@ -814,7 +868,13 @@ impl Lane<'_> {
     }
 
     async fn send_file(self, id: u64, mut claim: Claim, few: bool) -> Result<(), LaneOver> {
-        let early = self.shared.early(&claim, self.channel.stats().cwnd);
+        let mut sums = self.sums(&claim).await;
+        let base = sums.as_ref().and_then(|_| base_of(&claim.source));
+        claim.based |= base.is_some();
+        let early = match base {
+            Some(_) => 0,
+            None => self.shared.early(&claim, self.channel.stats().cwnd),
+        };
         let (opened, head) = match open(claim.source.clone(), early).await {
             Ok(opened) => opened,
             Err(error) => {
@@ -834,7 +894,8 @@ impl Lane<'_> {
         // Whatever the server has of an earlier run, it cannot be compared with what is not read yet.
         let waits = ask && !spool.is_some_and(Spool::is_fresh);
         let run = self.shared.run(claim.index);
-        let offer = self.offer(claim.settle, id, &source, size, meta, ask, run);
+        let mut offer = self.offer(claim.settle, id, &source, size, meta, ask, run);
+        offer.base = base.as_ref().map(RelPath::as_str);
         let (tell, ready) = oneshot::channel();
         claim.mtime = self.kept(meta).mtime;
         let mut sent = Sent::new(claim);
@@ -846,11 +907,15 @@ impl Lane<'_> {
         }
         let have = if waits {
             match ready.await {
-                Ok(have) => have,
+                Ok(Ready { have, base }) => {
+                    sums = sums.filter(|_| base.is_some());
+                    have
+                }
                 // It has its outcome already.
                 Err(_) => return Ok(()),
             }
         } else {
+            sums = None;
             Have::new()
         };
         if let Some((0, len, _)) = have.first()
@@ -862,7 +927,7 @@ impl Lane<'_> {
         let sending = Sending::new(id, source, size, early, &have);
         self.pace.adapt(&self.channel.stats());
         let buffers = self.shared.buffers.clone();
-        let pieces = opened.read(have, self.pace.clone(), buffers, None);
+        let pieces = opened.read(have, sums, self.pace.clone(), buffers, None);
         self.send_pieces(sending, pieces).await
     }
 
@@ -908,6 +973,20 @@ impl Lane<'_> {
                     if !self.pass(id, offset, len) {
                         return Ok(());
                     }
+                }
+                Piece::Copy { offset, from, len } => {
+                    sending.position = offset + len;
+                    let known = self.flight.with(id, |sent| {
+                        sent.untouched = false;
+                        sent.copied += len;
+                        sent.unsent(offset, len);
+                    });
+                    if known.is_none() {
+                        return Ok(());
+                    }
+                    let off = offset;
+                    let fields = CopyFields { id, off, from, len };
+                    self.channel.send("copy", &fields).await?;
                 }
                 Piece::Chunk { offset, bytes } => {
                     sending.position = offset + bytes.len() as u64;
@@ -1038,6 +1117,38 @@ impl Lane<'_> {
             resume,
             dirs: self.dirs(source),
             run: Some(run),
+            base: None,
+        }
+    }
+
+    /// The chunks of the file that this one is likely to have bytes of, where asking for them can pay.
+    async fn sums(self, claim: &Claim) -> Option<Sums> {
+        let uploader = &self.shared.uploader;
+        let pays = match uploader.delta {
+            Delta::Never => false,
+            Delta::Always => true,
+            Delta::Auto => self.channel.stats().rtt >= FAR || uploader.limiter.rate().is_some(),
+        };
+        let replaces = uploader.if_exists == IfExists::Overwrite;
+        let wanted = pays
+            && uploader.resume
+            && !claim.plain
+            && claim.size > SMALL
+            && matches!(claim.source.origin, Origin::File(_))
+            && (replaces || claim.source.base_path().is_some())
+            && !self.shared.no_delta.load(Ordering::Relaxed);
+        let base = base_of(&claim.source).filter(|_| wanted)?;
+        match self.shared.remote.sums(&base, claim.size).await {
+            Ok(sums) => Some(sums),
+            Err(error) => {
+                if let TransferError::Refused { code, .. } = &error
+                    && matches!(code, Code::Unsupported | Code::Forbidden)
+                {
+                    self.shared.no_delta.store(true, Ordering::Relaxed);
+                }
+                tracing::debug!(%error, path = claim.source.remote(), "no chunks to compare with");
+                None
+            }
         }
     }
 
@@ -1140,10 +1251,10 @@ impl Lane<'_> {
         match reply {
             // What only a download gets.
             Reply::File { .. } | Reply::Chunk { .. } | Reply::Finish(_) => {}
-            Reply::Ready { id, have } => {
+            Reply::Ready { id, have, base } => {
                 let tell = self.flight.with(id, |sent| sent.ready.take()).flatten();
                 if let Some(tell) = tell {
-                    let _ = tell.send(have);
+                    let _ = tell.send(Ready { have, base });
                 }
             }
             Reply::Ack { id, recv, safe } => {
@@ -1214,6 +1325,7 @@ impl Lane<'_> {
             hash,
             sent: claim.sent,
             resumed: if there { 0 } else { sent.skipped },
+            copied: sent.copied,
             same,
             skipped: there && !same,
             sync,
@@ -1284,6 +1396,15 @@ impl Lane<'_> {
             return false;
         }
         let now = Instant::now();
+        if claim.based && !claim.plain && !matches!(code, Code::Busy | Code::Superseded) {
+            // The base may have changed meanwhile, or hold what it did not say.
+            claim.plain = true;
+            return retry
+                || matches!(
+                    code,
+                    Code::NotFound | Code::SizeMismatch | Code::ProtocolOrder
+                );
+        }
         match code {
             Code::Exists | Code::Blocked if claim.unsure && !claim.settle => {
                 // It may be what we stored before the answer was lost.
@@ -1309,6 +1430,14 @@ impl Lane<'_> {
     fn moved(self) {
         self.flight.moved.store(true, Ordering::Relaxed);
         self.shared.uploader.link.progressed();
+    }
+}
+
+/// The file that a source is likely to have bytes of: what has its name, if no other was named.
+fn base_of(source: &Source) -> Option<RelPath> {
+    match source.base_path() {
+        Some(base) => Some(base.clone()),
+        None => source.remote().parse().ok(),
     }
 }
 

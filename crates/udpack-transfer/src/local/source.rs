@@ -13,11 +13,12 @@ use tokio::sync::mpsc;
 use udpack::Place;
 
 use crate::base::path::RelPath;
+use crate::base::sums::{Cutting, Sums};
 use crate::local::error::TransferError;
 use crate::local::limiter::Pace;
 use crate::local::spool::{Next, Spool};
 use crate::store::{Existing, Meta, Stored, Time, hash_file};
-use crate::wire::{CHUNK, Have};
+use crate::wire::{CHUNK, COPY, Have};
 
 /// Chunks read ahead of the network.
 const AHEAD: usize = 4;
@@ -38,6 +39,8 @@ pub struct Source {
     /// Size of a file in bytes, if the listing has it.
     listed: Option<u64>,
     dirs: Arc<[u32]>,
+    /// A file at the server that has bytes of it, most likely.
+    base: Option<RelPath>,
     pub(crate) origin: Origin,
 }
 
@@ -101,8 +104,22 @@ impl Source {
             remote: remote.into(),
             listed: None,
             dirs: Arc::default(),
+            base: None,
             origin,
         }
+    }
+
+    /// A file at the server that has bytes of this one, most likely: one that it was copied or moved from. It counts as
+    /// [`Uploader::delta`](crate::Uploader::delta) says; whatever is in it, what is stored is this source. Defaults to what has its
+    /// own name.
+    pub fn base(mut self, base: RelPath) -> Self {
+        self.base = Some(base);
+        self
+    }
+
+    /// That file, where one was named.
+    pub(crate) fn base_path(&self) -> Option<&RelPath> {
+        self.base.as_ref()
     }
 
     /// Permissions for the directories at the server that must be made for it, the last for the one that it is in, the one
@@ -386,6 +403,12 @@ pub(crate) enum Piece {
         offset: u64,
         len: u64,
     },
+    /// The server has these bytes in the base, at another place.
+    Copy {
+        offset: u64,
+        from: u64,
+        len: u64,
+    },
     End {
         size: u64,
         hash: [u8; 32],
@@ -454,9 +477,11 @@ impl Opened {
     ///
     /// Ranges of `have` that are equal here are passed over. Everything is read once, but for ranges that
     /// differ: these are read again to be sent, and then only those bytes count.
+    /// What is in no range is looked for among `sums`, the chunks of the base.
     pub(crate) fn read(
         self,
         have: Have,
+        sums: Option<Sums>,
         pace: Pace,
         buffers: Buffers,
         place: Option<Place>,
@@ -466,7 +491,14 @@ impl Opened {
             let _place = place;
             let mut take = |piece| pieces.blocking_send(piece).is_ok();
             let unwanted = || pieces.is_closed();
-            match self.pump(&have, &buffers, &|| pace.chunk(), &mut take, &unwanted) {
+            match self.pump(
+                &have,
+                sums.as_ref(),
+                &buffers,
+                &|| pace.chunk(),
+                &mut take,
+                &unwanted,
+            ) {
                 Ok(()) => {}
                 Err(Stop::Unwanted) => {}
                 Err(Stop::Failed(error)) => {
@@ -503,6 +535,7 @@ impl Opened {
     fn pump(
         self,
         have: &Have,
+        sums: Option<&Sums>,
         buffers: &Buffers,
         chunk: &dyn Fn() -> usize,
         take: &mut dyn FnMut(Piece) -> bool,
@@ -568,7 +601,10 @@ impl Opened {
                         pump.send_to(&mut file, end)?;
                     }
                 }
-                pump.send_to(&mut file, size)?;
+                match sums {
+                    Some(sums) => pump.send_delta(&mut file, size, sums)?,
+                    None => pump.send_to(&mut file, size)?,
+                }
                 pump.settled(&mut file, &before)?;
             }
         }
@@ -885,6 +921,78 @@ impl Pump<'_> {
         Ok(())
     }
 
+    /// Sends up to the offset `to`, all of which a file must have, but for chunks that the base has.
+    fn send_delta(&mut self, file: &mut File, to: u64, sums: &Sums) -> Result<(), Stop> {
+        let mut cutting = Cutting::new(sums.cutter());
+        let mut block = vec![0; least(to - self.at, BLOCK)];
+        let mut read = self.at;
+        let mut fresh = Vec::new();
+        // Where it is in the base, and how long it is.
+        let mut known: Option<(u64, u64)> = None;
+        loop {
+            while cutting.needs() {
+                if (self.unwanted)() {
+                    return Err(Stop::Unwanted);
+                }
+                block.truncate(least(to - read, BLOCK));
+                if block.is_empty() {
+                    cutting.end();
+                    break;
+                }
+                let filled = read_full(file, &mut block).map_err(|error| self.failed(error))?;
+                if filled < block.len() {
+                    return Err(self.ended(file));
+                }
+                if let Some(samples) = &mut self.samples {
+                    samples.note(read, &block);
+                }
+                self.hasher.update(&block);
+                read += filled as u64;
+                cutting.add(&block);
+            }
+            let Some(chunk) = cutting.next() else { break };
+            let len = chunk.len() as u64;
+            match (sums.find(chunk), &mut known) {
+                (Some(from), Some((start, run))) if *start + *run == from && *run + len <= COPY => {
+                    *run += len;
+                }
+                (Some(from), _) => {
+                    self.give_fresh(&mut fresh, 1)?;
+                    self.give_known(known.replace((from, len)))?;
+                }
+                (None, _) => {
+                    self.give_known(known.take())?;
+                    fresh.extend_from_slice(chunk);
+                    self.give_fresh(&mut fresh, (self.chunk)())?;
+                }
+            }
+        }
+        self.give_fresh(&mut fresh, 1)?;
+        self.give_known(known)
+    }
+
+    /// Sends these bytes, which are hashed already, while there are so many.
+    fn give_fresh(&mut self, fresh: &mut Vec<u8>, least: usize) -> Result<(), Stop> {
+        while fresh.len() >= least.max(1) {
+            let rest = fresh.split_off(fresh.len().min((self.chunk)().max(1)));
+            let bytes = Bytes::from(std::mem::replace(fresh, rest));
+            let offset = self.at;
+            self.at += bytes.len() as u64;
+            self.give(Piece::Chunk { offset, bytes })?;
+        }
+        Ok(())
+    }
+
+    /// The base has the next bytes, which are hashed already.
+    fn give_known(&mut self, known: Option<(u64, u64)>) -> Result<(), Stop> {
+        let Some((from, len)) = known else {
+            return Ok(());
+        };
+        let offset = self.at;
+        self.at += len;
+        self.give(Piece::Copy { offset, from, len })
+    }
+
     /// Sends up to the offset `to`.
     fn send_slice(&mut self, bytes: &Bytes, to: u64) -> Result<(), Stop> {
         while self.at < to {
@@ -1023,6 +1131,7 @@ mod tests {
         }
         let pumped = opened.pump(
             have,
+            None,
             &Buffers::default(),
             &|| chunk,
             &mut |piece| {
@@ -1047,6 +1156,7 @@ mod tests {
                         assert_eq!(size, at);
                         end = Some(hash);
                     }
+                    Piece::Copy { .. } => panic!("there is no base"),
                     Piece::Failed(error) => panic!("{error}"),
                 }
                 true
@@ -1190,6 +1300,7 @@ mod tests {
         std::fs::write(&local, &bytes[..500]).unwrap();
         let pumped = opened.pump(
             &Have::new(),
+            None,
             &Buffers::default(),
             &|| 1000,
             &mut |_| true,
@@ -1231,6 +1342,7 @@ mod tests {
         assert!(source.is_spent() && same.is_spent());
         let again = source.open().unwrap().pump(
             &Have::new(),
+            None,
             &Buffers::default(),
             &|| 10,
             &mut |_| true,
@@ -1253,7 +1365,14 @@ mod tests {
             true
         };
         let have = Have::new();
-        match opened.pump(&have, &Buffers::default(), &|| chunk, &mut take, &|| false) {
+        match opened.pump(
+            &have,
+            None,
+            &Buffers::default(),
+            &|| chunk,
+            &mut take,
+            &|| false,
+        ) {
             Ok(()) => Ok(end.unwrap()),
             Err(Stop::Failed(TransferError::SourceChanged { change, .. })) => Err(change),
             Err(Stop::Failed(other)) => panic!("{other}"),

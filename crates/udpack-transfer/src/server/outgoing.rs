@@ -155,7 +155,7 @@ async fn try_send(
     };
     let pace = Pace::new(slower, LANES, channel.frame_limit());
     pace.adapt(&channel.stats());
-    let pieces = opened.read(have, pace.clone(), Buffers::default(), Some(place));
+    let pieces = opened.read(have, None, pace.clone(), Buffers::default(), Some(place));
     let bytes = send_pieces(channel, wanted, limit, &pace, pieces).await?;
     let secs = began.elapsed().as_secs_f64();
     tracing::info!(path = wanted.shown, bytes, secs, "sent");
@@ -220,6 +220,7 @@ async fn announce(channel: &Channel, wanted: &Wanted, opened: &Opened) -> Result
         resume: false,
         dirs: Vec::new(),
         run: None,
+        base: None,
     };
     channel.send("file", &fields).await
 }
@@ -248,7 +249,8 @@ async fn send_pieces(
                 channel.send_bulk("chunk", &fields, "chunk", bytes).await?;
                 job.update(offset + len, 0);
             }
-            Some(Piece::Same { offset, len }) => {
+            // Without chunks of a base nothing is found in one.
+            Some(Piece::Copy { offset, len, .. } | Piece::Same { offset, len }) => {
                 job.update(offset + len, 0);
                 job.skip(offset + len);
             }

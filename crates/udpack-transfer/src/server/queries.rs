@@ -8,13 +8,14 @@ use udpack::{Channel, Fault, FieldError, Message, SendError, Tenant};
 
 use crate::base::code::Code;
 use crate::base::names;
+use crate::base::sums::{self, Cutter, Cutting};
 use crate::server::hook::{Access, Hook, HookAccess};
 use crate::server::places::{self, Places};
 use crate::server::scope::Scope;
 use crate::server::sharing::{Answer, Asked, Sharing};
-use crate::staging::target::Target;
+use crate::staging::target::{Target, TargetFile};
 use crate::store::{Entry, Kind, List, Page, StoreError, check_target};
-use crate::wire::Hash;
+use crate::wire::{Blob, Hash};
 
 /// Entries of one page where the client does not say.
 const PAGE: u64 = 1_000;
@@ -42,6 +43,12 @@ enum Query {
         recursive: bool,
     },
     Hash(String),
+    Chunks {
+        path: String,
+        cutter: Cutter,
+        from: u64,
+        limit: u64,
+    },
 }
 
 impl Query {
@@ -69,12 +76,30 @@ impl Query {
                 recursive: recursive()?,
             },
             "hash" => Self::Hash(path()?),
+            "chunks" => Self::Chunks {
+                path: path()?,
+                cutter: Cutter::new(fields.u64("average")?).ok_or(FieldError::WrongType {
+                    key: "average",
+                    expected: "a power of two from 4096 to 4194304",
+                })?,
+                from: fields.opt_u64("from")?.unwrap_or(0),
+                limit: fields.opt_u64("limit")?.unwrap_or(CHUNKS),
+            },
             _ => return Ok(None),
         }))
     }
 }
 
 impl Query {
+    /// With no more chunks than a frame of this size holds.
+    fn within(mut self, frame: usize) -> Self {
+        if let Self::Chunks { limit, .. } = &mut self {
+            let room = frame.saturating_sub(PAGE_BYTES) / sums::ENTRY;
+            *limit = (*limit).min(room as u64).min(CHUNKS);
+        }
+        self
+    }
+
     /// Whether the client's token has the right to ask this.
     fn right(&self, scope: &Scope) -> Result<(), Fault> {
         let (right, allowed) = match self {
@@ -94,7 +119,9 @@ impl Query {
             Self::Stat(path) => (scope.inside_or_root(path), Access::List),
             Self::List { path, .. } => (scope.inside_or_root(path), Access::List),
             Self::Remove { path, .. } => (scope.inside(path).map(Some), Access::Remove),
-            Self::Hash(path) => (scope.inside(path).map(Some), Access::Read),
+            Self::Hash(path) | Self::Chunks { path, .. } => {
+                (scope.inside(path).map(Some), Access::Read)
+            }
         };
         let path = path.ok()?;
         Some(HookAccess {
@@ -123,12 +150,15 @@ impl Queries {
                 Err(fault) => channel.fault(message, &fault).await,
             };
         }
-        if !matches!(message.event(), "stat" | "list" | "remove" | "hash") {
+        if !matches!(
+            message.event(),
+            "stat" | "list" | "remove" | "hash" | "chunks"
+        ) {
             let fault = Fault::new(Fault::NO_HANDLER, "no such request on a transfer channel");
             return channel.fault(message, &fault).await;
         }
         let query = match Query::read(message) {
-            Ok(Some(query)) => query,
+            Ok(Some(query)) => query.within(channel.frame_limit()),
             Ok(None) => return Ok(()),
             Err(error) => {
                 let fault = Fault::new(Fault::BAD_PAYLOAD, error.to_string());
@@ -136,7 +166,7 @@ impl Queries {
             }
         };
         let pool = match &query {
-            Query::Hash(_) => &self.places.hashes,
+            Query::Hash(_) | Query::Chunks { .. } => &self.places.hashes,
             _ => &self.places.requests,
         };
         let place = match pool.take(tenant).await {
@@ -191,6 +221,11 @@ impl Queries {
                     .reply(message, &RemovedFields { files, bytes })
                     .await
             }
+            Ok(Found::Chunks { size, chunks, end }) => {
+                let chunks = Blob(chunks);
+                let fields = ChunksFields { size, end, chunks };
+                channel.reply(message, &fields).await
+            }
             Ok(Found::Hash { size, hash }) => {
                 channel.reply(message, &HashFields { size, hash }).await
             }
@@ -232,9 +267,23 @@ impl Queries {
 
 enum Found {
     Entry(Entry),
-    Page { entries: Vec<Entry>, more: bool },
-    Removed { files: u64, bytes: u64 },
-    Hash { size: u64, hash: Hash },
+    Page {
+        entries: Vec<Entry>,
+        more: bool,
+    },
+    Removed {
+        files: u64,
+        bytes: u64,
+    },
+    Hash {
+        size: u64,
+        hash: Hash,
+    },
+    Chunks {
+        size: u64,
+        chunks: Vec<u8>,
+        end: u64,
+    },
 }
 
 async fn find(target: &Target, scope: &Scope, query: Query) -> Result<Found, Fault> {
@@ -292,6 +341,17 @@ async fn look(target: &Target, scope: &Scope, query: Query) -> Result<Found, Sto
                 bytes: removed.bytes,
             })
         }
+        Query::Chunks {
+            path,
+            cutter,
+            from,
+            limit,
+        } => {
+            let file = target.read(&scope.inside(&path)?).await?;
+            let (chunks, end) = cut(&file, cutter, from, limit).await?;
+            let size = file.size();
+            Ok(Found::Chunks { size, chunks, end })
+        }
         Query::Hash(path) => {
             let file = target.read(&scope.inside(&path)?).await?;
             let hash = file.fingerprint().await?;
@@ -301,6 +361,31 @@ async fn look(target: &Target, scope: &Scope, query: Query) -> Result<Found, Sto
             })
         }
     }
+}
+
+/// Lists the chunks of a file from this offset on, which is where one begins, and says where the list ends.
+async fn cut(
+    file: &TargetFile,
+    cutter: Cutter,
+    from: u64,
+    limit: u64,
+) -> Result<(Vec<u8>, u64), StoreError> {
+    let mut cutting = Cutting::new(cutter);
+    let (mut list, mut read, mut end) = (Vec::new(), from, from);
+    for _ in 0..limit {
+        while cutting.needs() {
+            let bytes = file.read_at(read, BLOCK).await?;
+            if bytes.is_empty() {
+                cutting.end();
+            }
+            read = read.saturating_add(bytes.len() as u64);
+            cutting.add(&bytes);
+        }
+        let Some(chunk) = cutting.next() else { break };
+        sums::write(&mut list, chunk);
+        end = end.saturating_add(chunk.len() as u64);
+    }
+    Ok((list, end))
 }
 
 #[derive(Serialize)]
@@ -375,6 +460,17 @@ impl<'a> PageFields<'a> {
     }
 }
 
+#[derive(Serialize)]
+struct ChunksFields {
+    size: u64,
+    end: u64,
+    chunks: Blob,
+}
+
+/// Chunks of one page, at most.
+const CHUNKS: u64 = 32_768;
+/// Bytes of a file that are read at once.
+const BLOCK: usize = 1 << 20;
 /// Bytes of a page beside its entries, at most.
 const PAGE_BYTES: usize = 64;
 /// Bytes of an entry beside its path and target, at most: eight keys and what they stand before.

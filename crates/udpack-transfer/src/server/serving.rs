@@ -21,7 +21,7 @@ use udpack::{
 use crate::base::code::Code;
 use crate::base::path::RelPath;
 use crate::local::limiter::Limiter;
-use crate::server::hook::HookOffer;
+use crate::server::hook::{Access, HookAccess, HookOffer};
 use crate::server::jobs::{Job, JobEnd, JobKind};
 use crate::server::outgoing::{self, Wanted};
 use crate::server::places::{self, Slot};
@@ -35,8 +35,8 @@ use crate::store::{
 };
 use crate::wire::lane::{Action, Lane, Refusal};
 use crate::wire::{
-    self, AckFields, BadMessage, CHUNK, DirOffer, DoneFields, ErrorFields, Hash, LinkOffer, Offer,
-    Put, ReadyFields, Request, Wish,
+    self, AckFields, BadMessage, CHUNK, Copied, DirOffer, DoneFields, ErrorFields, Hash, LinkOffer,
+    Offer, Put, ReadyFields, Request, Wish,
 };
 
 /// How often the lane looks after its files.
@@ -159,10 +159,15 @@ enum Pending {
     },
     Room {
         id: u64,
-        offset: Option<u64>,
-        bytes: Bytes,
+        content: Content,
         room: Wait<Option<OwnedSemaphorePermit>>,
     },
+}
+
+/// What is to be written.
+enum Content {
+    Bytes(Option<u64>, Bytes),
+    Copy(Copied),
 }
 
 impl Pending {
@@ -386,8 +391,13 @@ impl<'a> Serving<'a> {
             },
             Action::Write => {
                 if let Request::Chunk { id, offset, bytes } = request {
-                    self.chunk(id, offset, bytes);
+                    let len = bytes.len() as u64;
+                    self.content(id, Content::Bytes(offset, bytes), len);
                 }
+                Ok(())
+            }
+            Action::Copy(copied) => {
+                self.content(copied.id, Content::Copy(copied), 0);
                 Ok(())
             }
             Action::Finish(finish) => {
@@ -436,6 +446,15 @@ impl<'a> Serving<'a> {
         })
     }
 
+    /// The base of an offer, if this client may read there: else it learns nothing of it, and sends everything.
+    fn base(&self, offer: &Offer) -> Option<RelPath> {
+        let base = offer
+            .base
+            .as_ref()
+            .filter(|_| self.scope.read && offer.resume)?;
+        self.scope.inside(base).ok()
+    }
+
     async fn begin(&mut self, offer: Offer, whole: Option<Whole>) -> Result<(), SendError> {
         let id = offer.id;
         if self.files.contains_key(&id) {
@@ -460,6 +479,7 @@ impl<'a> Serving<'a> {
         self.files.insert(id, Tracked::new(our_turn));
         let mut task = Task {
             path,
+            base: self.base(&offer),
             owner: self.client.owner.clone(),
             tenant: self.scope.tenant(),
             key: None,
@@ -533,7 +553,8 @@ impl<'a> Serving<'a> {
             .start(kind, path, &self.client.owner, size, cancel)
     }
 
-    fn chunk(&mut self, id: u64, offset: Option<u64>, bytes: Bytes) {
+    /// Writes what has come, `len` bytes of it over the network, when there is room.
+    fn content(&mut self, id: u64, content: Content, len: u64) {
         let tracked = self.files.get(&id);
         let Some(incoming) = tracked.and_then(|tracked| tracked.incoming.as_ref()) else {
             return;
@@ -543,20 +564,15 @@ impl<'a> Serving<'a> {
         if !limit.is_limited()
             && let Ok(permit) = room.clone().try_acquire_owned()
         {
-            self.write(id, offset, bytes, permit);
+            self.write(id, content, permit);
             return;
         }
-        let (limit, len) = (limit.clone(), bytes.len() as u64);
+        let limit = limit.clone();
         let room = Box::pin(async move {
             limit.take(len).await;
             room.acquire_owned().await.ok()
         });
-        self.pending = Some(Pending::Room {
-            id,
-            offset,
-            bytes,
-            room,
-        });
+        self.pending = Some(Pending::Room { id, content, room });
     }
 
     /// What was waited for has come, or will not.
@@ -579,13 +595,8 @@ impl<'a> Serving<'a> {
                     .await
                 }
             },
-            (
-                Some(Pending::Room {
-                    id, offset, bytes, ..
-                }),
-                Waited::Room(Some(room)),
-            ) => {
-                self.write(id, offset, bytes, room);
+            (Some(Pending::Room { id, content, .. }), Waited::Room(Some(room))) => {
+                self.write(id, content, room);
                 Ok(())
             }
             _ => Ok(()),
@@ -763,7 +774,7 @@ impl<'a> Serving<'a> {
 
     async fn outcome(&mut self, outcome: Outcome) -> Result<(), SendError> {
         match outcome {
-            Outcome::Ready { id, mut have } => {
+            Outcome::Ready { id, mut have, base } => {
                 self.active = Instant::now();
                 have.truncate(wire::ranges_within(self.channel.frame_limit()));
                 let Some(tracked) = self.files.get_mut(&id) else {
@@ -778,6 +789,7 @@ impl<'a> Serving<'a> {
                     id,
                     have: wire::ranges(&have),
                     chunk: CHUNK as u64,
+                    base,
                 };
                 self.channel.send("ready", &fields).await
             }
@@ -908,13 +920,18 @@ impl<'a> Serving<'a> {
         Ok(())
     }
 
-    fn write(&mut self, id: u64, offset: Option<u64>, bytes: Bytes, room: OwnedSemaphorePermit) {
+    fn write(&mut self, id: u64, content: Content, room: OwnedSemaphorePermit) {
         if let Some(tracked) = self.files.get(&id) {
             if let Some((pulse, _)) = &tracked.writer {
                 pulse.beat();
             }
             if let Some(incoming) = &tracked.incoming {
-                incoming.write(offset, bytes, room, &mut self.gathered);
+                match content {
+                    Content::Bytes(offset, bytes) => {
+                        incoming.write(offset, bytes, room, &mut self.gathered);
+                    }
+                    Content::Copy(copied) => incoming.copy(copied, room, &mut self.gathered),
+                }
             }
         }
     }
@@ -986,6 +1003,16 @@ async fn start(receiver: Receiver, mut task: Task, tenant: Tenant) -> Start {
             size: task.offer.size,
             peer: task.owner.to_string(),
         };
+        if let Some(base) = &task.base {
+            let read = HookAccess {
+                path: base.as_str().to_owned(),
+                access: Access::Read,
+                peer: task.owner.to_string(),
+            };
+            if hook.allow(&read).await.is_err() {
+                task.base = None;
+            }
+        }
         match hook.accept(&offer).await {
             Ok(None) => {}
             Ok(Some(name)) => match name.parse() {

@@ -29,6 +29,7 @@ pub(crate) enum Outcome {
     Ready {
         id: u64,
         have: Have,
+        base: Option<u64>,
     },
     Done {
         id: u64,
@@ -79,6 +80,8 @@ pub(crate) struct Task {
     pub(crate) offer: Offer,
     /// The name in the store.
     pub(crate) path: RelPath,
+    /// What the offer calls its base, in the store, where the client may read it.
+    pub(crate) base: Option<RelPath>,
     /// Whose it is.
     pub(crate) owner: Arc<str>,
     pub(crate) tenant: Option<Tenant>,
@@ -163,6 +166,7 @@ impl Uploads {
             tenant: task.tenant,
             dirs: offer.dirs,
             known: task.known,
+            base: task.base,
             small,
             leaving: upload.leaving.pulse().map(|pulse| pulse.leaving()),
         };
@@ -244,9 +248,10 @@ impl Recipient for Upload {
         self.notes.bytes(position);
     }
 
-    fn ready(&mut self, have: Have) {
+    fn ready(&mut self, have: Have, base: Option<u64>) {
         let id = self.leaving.id;
-        let _ = self.leaving.outcomes.send(Outcome::Ready { id, have });
+        let ready = Outcome::Ready { id, have, base };
+        let _ = self.leaving.outcomes.send(ready);
     }
 
     fn was_there(mut self, published: Published) {

@@ -24,10 +24,12 @@ use super::target::{Started, Target, TargetFile, TargetUpload, TargetWhole};
 use crate::base::path::RelPath;
 use crate::base::phase::Phase;
 use crate::store::{Expected, IfExists, Meta, NewUpload, Published, StoreError, Synced, Tenant};
-use crate::wire::{Have, RANGES};
+use crate::wire::{Copied, Have, RANGES};
 
 /// Chunks of one file that may wait for the disk.
 const QUEUE: usize = 8;
+/// Bytes of a base that are read at once.
+const BLOCK: usize = 1 << 20;
 /// Steps of one file before the next has its turn.
 const SHARE: u32 = 16;
 
@@ -45,7 +47,8 @@ pub(crate) trait Recipient: fmt::Debug + Send + Sized + 'static {
     fn opened(&mut self, _size: u64) {}
 
     /// What need not be sent: only where it can be resumed, or the recipient downloads.
-    fn ready(&mut self, have: Have);
+    /// `base`: the size of the plan's base, if that could be opened.
+    fn ready(&mut self, have: Have, base: Option<u64>);
 
     /// So many bytes were written up to this position, after so many that were there.
     fn wrote(&mut self, _skipped: u64, _len: u64, _position: u64) {}
@@ -88,6 +91,8 @@ pub(crate) struct Plan {
     pub(crate) dirs: Vec<u32>,
     /// What the sender is known to have stored under this name before: nothing else may come under it.
     pub(crate) known: Option<Published>,
+    /// A file that this one may have bytes of, and that its sender may read.
+    pub(crate) base: Option<RelPath>,
     /// Its steps are short, and taken in turns with others of its kind.
     pub(crate) small: bool,
     /// Set when the file is given up and only has to be cleaned up.
@@ -167,6 +172,7 @@ enum Step {
         resume: bool,
     },
     Chunk(Option<u64>, Bytes, OwnedSemaphorePermit),
+    Copy(Copied, OwnedSemaphorePermit),
     /// Some time has passed: a checkpoint may be due.
     Pause,
     Finish {
@@ -197,6 +203,7 @@ impl<R: Recipient> Incoming<R> {
                     worker: Some(Worker {
                         stage: Stage::New,
                         plan,
+                        base: None,
                         opened: None,
                         staging: staging.clone(),
                         recipient: Some(recipient),
@@ -232,6 +239,16 @@ impl<R: Recipient> Incoming<R> {
         gathered: &mut Gathered<R>,
     ) {
         self.push(Step::Chunk(offset, bytes, room), gathered);
+    }
+
+    /// As [`write`](Self::write), with bytes of the base.
+    pub(crate) fn copy(
+        &self,
+        copied: Copied,
+        room: OwnedSemaphorePermit,
+        gathered: &mut Gathered<R>,
+    ) {
+        self.push(Step::Copy(copied, room), gathered);
     }
 
     /// Lets the file run to its end by itself; its recipient hears of that.
@@ -388,6 +405,8 @@ struct Worker<R> {
     // Before the recipient, who lets go of the upload only after its staging file has been let go of.
     stage: Stage,
     plan: Plan,
+    /// The plan's base, as it was when the file was begun.
+    base: Option<TargetFile>,
     /// Its size, as told by [`Step::Open`].
     opened: Option<u64>,
     staging: Staging<R>,
@@ -477,6 +496,7 @@ impl<R: Recipient> Worker<R> {
             Step::First(First::Whole(whole)) => self.whole(whole, shared).await,
             Step::Open { size, meta, resume } => self.open(size, meta, resume, shared).await,
             Step::Chunk(offset, bytes, _room) => self.chunk(offset, bytes, shared).await,
+            Step::Copy(copied, _room) => self.copy(copied, shared).await,
             Step::Pause => self.checkpoint().await,
             Step::Finish { size, hash } => self.finish(size, hash).await,
         };
@@ -523,6 +543,34 @@ impl<R: Recipient> Worker<R> {
             Stage::New | Stage::Ended => {}
         }
         self.checkpoint().await
+    }
+
+    /// Bytes that are in the base come as if they had been sent. What it says is believed as little as the sender: the
+    /// hash of the whole counts.
+    async fn copy(&mut self, copied: Copied, shared: &Shared<R>) -> Result<(), StoreError> {
+        if matches!(self.stage, Stage::New | Stage::Ended) {
+            return Ok(());
+        }
+        let (mut from, mut offset) = (copied.from, copied.offset);
+        let end = offset.saturating_add(copied.len);
+        while offset < end {
+            let Some(base) = &self.base else {
+                let path = self.plan.base.as_ref().unwrap_or(&self.plan.path).clone();
+                return Err(StoreError::NotFound { path });
+            };
+            let want = usize::try_from(end - offset).unwrap_or(BLOCK).min(BLOCK);
+            let bytes = base.read_at(from, want).await?;
+            if bytes.is_empty() || bytes.len() > want {
+                let expected = base.size();
+                let got = copied.from.saturating_add(copied.len);
+                return Err(StoreError::SizeMismatch { expected, got });
+            }
+            let at = offset;
+            from = from.saturating_add(bytes.len() as u64);
+            offset = offset.saturating_add(bytes.len() as u64);
+            self.chunk(Some(at), bytes, shared).await?;
+        }
+        Ok(())
     }
 
     async fn checkpoint(&mut self) -> Result<(), StoreError> {
@@ -583,6 +631,10 @@ impl<R: Recipient> Worker<R> {
         let existing = match self.start(shared, whole).await? {
             (Started::New(upload), have) => {
                 self.stage = Stage::Writing(upload);
+                if let Some(base) = &self.plan.base {
+                    // It is a hint: without it everything is sent.
+                    self.base = self.staging.target.read(base).await.ok();
+                }
                 self.ready(have);
                 return Ok(());
             }
@@ -637,7 +689,7 @@ impl<R: Recipient> Worker<R> {
         if (self.plan.resume || R::DOWNLOADS)
             && let Some(recipient) = &mut self.recipient
         {
-            recipient.ready(have);
+            recipient.ready(have, self.base.as_ref().map(TargetFile::size));
         }
     }
 
@@ -871,7 +923,7 @@ mod tests {
     impl Recipient for Nobody {
         const DOWNLOADS: bool = false;
 
-        fn ready(&mut self, _have: Have) {}
+        fn ready(&mut self, _have: Have, _base: Option<u64>) {}
 
         fn was_there(self, _file: Published) {}
 
@@ -900,6 +952,7 @@ mod tests {
             tenant: None,
             dirs: Vec::new(),
             known: None,
+            base: None,
             small: false,
             leaving: None,
         };
@@ -953,7 +1006,7 @@ mod tests {
             self.phases.lock().expect("sound").push(phase);
         }
 
-        fn ready(&mut self, _have: Have) {}
+        fn ready(&mut self, _have: Have, _base: Option<u64>) {}
 
         fn was_there(self, file: Published) {
             self.stored(Ok(file));
@@ -999,6 +1052,7 @@ mod tests {
             tenant: None,
             dirs: Vec::new(),
             known: None,
+            base: None,
             small: false,
             leaving: None,
         };

@@ -331,6 +331,26 @@ impl TargetFile {
         }
     }
 
+    /// Bytes from this offset on: at most `len`, and none only where it ends, or ended when it was opened.
+    pub(crate) async fn read_at(&self, offset: u64, len: usize) -> Result<Bytes, StoreError> {
+        if offset >= self.size() {
+            return Ok(Bytes::new());
+        }
+        match self {
+            Self::Disk(existing) => {
+                let mut bytes = vec![0; len];
+                let read = existing.read_at(&mut bytes, offset);
+                let count = read.map_err(|cause| StoreError::Io {
+                    action: "read a file",
+                    cause,
+                })?;
+                bytes.truncate(count);
+                Ok(bytes.into())
+            }
+            Self::Sink(stored) => stored.read_at(offset, len).await,
+        }
+    }
+
     /// To be sent.
     pub(crate) fn open(self) -> std::io::Result<Opened> {
         match self {

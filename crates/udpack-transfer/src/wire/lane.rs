@@ -6,7 +6,7 @@
 use std::collections::HashSet;
 
 use crate::base::code::Code;
-use crate::wire::{DirOffer, Finish, Have, LinkOffer, Offer, Request, Wish};
+use crate::wire::{Copied, DirOffer, Finish, Have, LinkOffer, Offer, Request, Wish};
 
 /// Where a lane stands.
 #[derive(Debug, Default)]
@@ -34,6 +34,8 @@ struct Open {
     id: u64,
     short: bool,
     size: Option<u64>,
+    /// It has a base, of which bytes may be copied.
+    based: bool,
     next: u64,
     /// Ranges that the client knows to be here, as (offset, end): it may skip them.
     have: Vec<(u64, u64)>,
@@ -76,6 +78,8 @@ pub enum Action {
     },
     /// Append the chunk's bytes to the open file.
     Write,
+    /// Append these bytes of the base to the open file.
+    Copy(Copied),
     /// Check and publish the open file; the lane takes the next one.
     Finish(Finish),
     /// Drop the open file and tell the client.
@@ -126,6 +130,7 @@ impl Lane {
         match request {
             Request::File(offer) => self.file(offer),
             Request::Chunk { id, offset, bytes } => self.chunk(*id, *offset, bytes.len() as u64),
+            Request::Copy(copied) => self.copy(*copied),
             Request::Finish(finish) => self.finish(*finish),
             Request::Cancel { id, keep } => self.cancel(*id, *keep),
             Request::Put(put) => match self.between(put.offer.id) {
@@ -234,6 +239,7 @@ impl Lane {
             id: offer.id,
             short: offer.short,
             size: offer.size,
+            based: offer.base.is_some(),
             next: 0,
             have: Vec::new(),
         });
@@ -275,6 +281,24 @@ impl Lane {
         }
         open.next = next;
         Action::Write
+    }
+
+    fn copy(&mut self, copied: Copied) -> Action {
+        let id = copied.id;
+        if let State::Open(open) = &self.state
+            && open.id == id
+            && !open.based
+        {
+            return self.abort(
+                id,
+                Code::ProtocolOrder,
+                "the file was offered without a base".to_owned(),
+            );
+        }
+        match self.chunk(id, Some(copied.offset), copied.len) {
+            Action::Write => Action::Copy(copied),
+            action => action,
+        }
     }
 
     fn finish(&mut self, finish: Finish) -> Action {
@@ -356,6 +380,7 @@ mod tests {
             resume: false,
             dirs: Vec::new(),
             run: None,
+            base: None,
             short: false,
         })
     }
@@ -399,6 +424,7 @@ mod tests {
             Action::Begin(_) => "begin",
             Action::Put => "put",
             Action::Write => "write",
+            Action::Copy(_) => "copy",
             Action::Finish(_) => "finish",
             Action::Ignore => "ignore",
         }
@@ -640,6 +666,7 @@ mod tests {
                 resume: false,
                 dirs: Vec::new(),
                 run: None,
+                base: None,
                 short: true,
             })
         };

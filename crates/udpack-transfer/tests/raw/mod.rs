@@ -377,7 +377,7 @@ impl RawLane {
                 self.acks += 1;
                 return None;
             }
-            Reply::Ready { id, have } => Heard {
+            Reply::Ready { id, have, .. } => Heard {
                 line: format!("ready {id} {}", have.len()),
                 hash: have.first().map(|(_, _, hash)| *hash),
                 have,

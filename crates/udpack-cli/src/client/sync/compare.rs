@@ -1,13 +1,14 @@
 //! Compares two trees entry by entry, and says what has to be done for the second to become the first.
 
 use std::cmp::Ordering;
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering as Atomic};
 
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
-use udpack_transfer::{Entry, Kind as EntryKind, RelPath, Remote};
+use udpack_transfer::{Entry, Kind as EntryKind, RelPath, Remote, Time};
 
 use super::tree::{Item, Next, Side, is_in, join, order, parent};
 use crate::client::report::Note;
@@ -15,14 +16,17 @@ use crate::client::verify::{existing, hash};
 
 /// Most entries that one run deletes: their names are kept until everything has arrived.
 const DELETES: usize = 1 << 20;
+/// Files that are looked for among those that the other side has: so large at least, and so many at most.
+const LARGE: u64 = 256 << 10;
+const MOVED: usize = 1 << 16;
 /// Files that are hashed at once.
 const HASHES: usize = 4;
 
 /// One thing to do.
 #[derive(Debug)]
 pub(super) enum Step {
-    /// A file is to be transferred.
-    File(Item),
+    /// A file is to be transferred; the path of one in the second tree that it was moved from, most likely.
+    File(Item, Option<String>),
     /// A directory or a link is to be made.
     Other(Item),
 }
@@ -43,12 +47,45 @@ pub(super) struct Planned {
     pub(super) failed: bool,
 }
 
+/// Large files that the second tree has alone, as far as they are remembered.
+#[derive(Debug, Default)]
+struct Moved {
+    /// By size and time.
+    same: HashMap<(u64, Time), String>,
+    /// By the name in their directory.
+    named: HashMap<String, String>,
+}
+
+impl Moved {
+    fn note(&mut self, item: &Item) {
+        let Item { rel, entry, .. } = item;
+        if entry.kind == EntryKind::File && entry.size >= LARGE && self.same.len() < MOVED {
+            self.same.insert((entry.size, entry.mtime), rel.clone());
+            self.named.insert(name(rel).to_owned(), rel.clone());
+        }
+    }
+
+    /// What a file was before it was moved, most likely.
+    fn find(&self, item: &Item) -> Option<String> {
+        let Item { rel, entry, .. } = item;
+        let same = self.same.get(&(entry.size, entry.mtime));
+        same.or_else(|| self.named.get(name(rel))).cloned()
+    }
+}
+
+/// The last part of a path.
+fn name(rel: &str) -> &str {
+    rel.rsplit_once('/').map_or(rel, |(_, name)| name)
+}
+
 /// How to compare.
 #[derive(Debug)]
 pub(super) struct Comparison {
     pub(super) steps: mpsc::Sender<Step>,
     pub(super) notes: mpsc::Sender<Note>,
     pub(super) delete: bool,
+    /// What was moved is looked for.
+    pub(super) moves: bool,
     /// How to read files of one size at both sides; without it, size and time say whether they are the same.
     pub(super) checksum: Option<Checksum>,
     /// Paths of the first tree at its side begin so.
@@ -105,6 +142,9 @@ struct Run {
     doomed: Vec<usize>,
     /// What only a deletion makes room for.
     blocked: Option<String>,
+    /// Files of the first tree alone, until it is known which of the second tree alone they may have been.
+    late: Vec<Item>,
+    moved: Moved,
     hashing: JoinSet<bool>,
     turns: Arc<Semaphore>,
     unchanged: Arc<AtomicUsize>,
@@ -120,12 +160,19 @@ impl Comparison {
             open: Vec::new(),
             doomed: Vec::new(),
             blocked: None,
+            late: Vec::new(),
+            moved: Moved::default(),
             hashing: JoinSet::new(),
             turns: Arc::new(Semaphore::new(HASHES)),
             unchanged: Arc::default(),
         };
         if let Err(error) = run.all(first, second).await {
             run.fail("", error).await;
+        }
+        for item in std::mem::take(&mut run.late) {
+            let base = run.moved.find(&item);
+            let step = Step::File(item, base);
+            run.planned.failed |= run.comparison.steps.send(step).await.is_err();
         }
         while let Some(done) = run.hashing.join_next().await {
             run.planned.failed |= !done.unwrap_or(false);
@@ -231,6 +278,7 @@ impl Run {
         let Some(item) = item else {
             return;
         };
+        self.moved.note(&item);
         if !self.comparison.delete {
             return;
         }
@@ -300,7 +348,12 @@ impl Run {
         let step = match (ours.entry.kind, theirs) {
             (EntryKind::Other, _) => return self.special(&rel).await,
             (EntryKind::File, Some(theirs)) if !self.differs(&ours, &theirs.entry) => return true,
-            (EntryKind::File, _) => Step::File(ours),
+            (EntryKind::File, None) if self.may_be_moved(&ours) => {
+                self.changes(&rel);
+                self.late.push(ours);
+                return true;
+            }
+            (EntryKind::File, _) => Step::File(ours, None),
             (EntryKind::Link, Some(theirs)) if theirs.entry.target == ours.entry.target => {
                 self.unchanged.fetch_add(1, Atomic::Relaxed);
                 return true;
@@ -326,6 +379,14 @@ impl Run {
             return true;
         }
         self.comparison.steps.send(step).await.is_ok()
+    }
+
+    /// Whether a file is worth waiting for the end of both trees, where it may turn out to have been moved.
+    fn may_be_moved(&self, ours: &Item) -> bool {
+        self.comparison.moves
+            && self.blocked.is_none()
+            && ours.entry.size >= LARGE
+            && self.late.len() < MOVED
     }
 
     /// It is no file, directory or link, and nothing is done about it.
@@ -358,7 +419,7 @@ impl Run {
                     unchanged.fetch_add(1, Atomic::Relaxed);
                     true
                 }
-                Ok(false) => steps.send(Step::File(ours)).await.is_ok(),
+                Ok(false) => steps.send(Step::File(ours, None)).await.is_ok(),
                 Err(error) => {
                     let path = ours.rel;
                     let failed = Note::Failed {

@@ -96,6 +96,7 @@ pub(super) fn prepare(
         tenant: None,
         dirs: Vec::new(),
         known: None,
+        base: None,
         small: false,
         leaving: None,
     };
@@ -149,7 +150,7 @@ impl Recipient for Arriving {
         self.context.resize(job, size);
     }
 
-    fn ready(&mut self, have: Have) {
+    fn ready(&mut self, have: Have, _base: Option<u64>) {
         if let (Some(tell), Some((job, ..))) = (self.tell.take(), &self.work) {
             let remote = job.wanted.remote.clone();
             // If the lane has ended, it ends the file next.

@@ -11,6 +11,7 @@ use crate::base::names;
 use crate::base::path::{RelPath, printable};
 use crate::local::error::TransferError;
 use crate::store::{Entry, Kind, Removed, Time};
+use crate::wire::Blob;
 
 /// Longest target of a symbolic link, in bytes: what Linux can hold.
 const MAX_TARGET: usize = 4095;
@@ -154,6 +155,22 @@ impl Gone {
 pub(super) struct Hashed {
     pub(super) size: u64,
     pub(super) hash: Digest,
+}
+
+#[derive(Serialize)]
+pub(super) struct ChunksFields<'a> {
+    #[serde(serialize_with = "names::serialize")]
+    pub(super) path: &'a str,
+    pub(super) average: u64,
+    pub(super) from: u64,
+}
+
+/// A page of a list of chunks.
+#[derive(Debug, Deserialize)]
+pub(super) struct Chunks {
+    pub(super) size: u64,
+    pub(super) end: u64,
+    pub(super) chunks: Blob,
 }
 
 /// A BLAKE3 hash: `bin` of 32 bytes.

@@ -1,0 +1,294 @@
+//! Content-defined chunks of a file: where they end depends on their bytes alone, so that what is inserted or removed
+//! moves the others and changes none of them.
+//!
+//! Both sides cut with FastCDC (`docs/PROTOCOL.md` §11). A list of chunks is a hint: what is put together by it is believed
+//! only when the hash of the whole file is right.
+
+use std::collections::HashMap;
+
+use fastcdc::v2020::FastCDC;
+
+/// The average sizes of chunks that may be asked for: powers of two from the first to the last.
+const AVERAGES: (u64, u64) = (4 << 10, 4 << 20);
+/// Chunks of one file that are looked at, at most.
+pub(crate) const MOST: usize = 1 << 18;
+/// Bytes of a chunk in a list: its length, and the beginning of its hash.
+pub(crate) const ENTRY: usize = 4 + SUM;
+const SUM: usize = 16;
+
+/// How a file is cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Cutter {
+    average: usize,
+}
+
+impl Cutter {
+    /// With chunks of this size on average; `None` where that is none of the sizes.
+    pub(crate) fn new(average: u64) -> Option<Self> {
+        let sound = average.is_power_of_two() && (AVERAGES.0..=AVERAGES.1).contains(&average);
+        let average = usize::try_from(average).ok()?;
+        sound.then_some(Self { average })
+    }
+
+    /// As fits a file of this size: some ten thousand chunks, and no list longer than one in some hundred bytes.
+    pub(crate) fn fit(size: u64) -> Self {
+        let average = (size >> 17).next_power_of_two();
+        let average = average.clamp(8 << 10, AVERAGES.1);
+        Self {
+            average: usize::try_from(average).unwrap_or(8 << 10),
+        }
+    }
+
+    pub(crate) fn average(self) -> u64 {
+        self.average as u64
+    }
+
+    /// The longest chunk.
+    pub(crate) fn longest(self) -> usize {
+        self.average * 4
+    }
+
+    /// The length of the first chunk of these bytes, which are at least [`longest`](Self::longest) or end with the file.
+    fn cut(self, bytes: &[u8]) -> usize {
+        let cdc = FastCDC::new(bytes, self.average / 4, self.average, self.longest());
+        let (_, end) = cdc.cut(0, bytes.len());
+        end.clamp(bytes.len().min(1), bytes.len())
+    }
+}
+
+/// Cuts what it is given, piece by piece, into chunks.
+#[derive(Debug)]
+pub(crate) struct Cutting {
+    cutter: Cutter,
+    bytes: Vec<u8>,
+    /// Where the next chunk begins in them.
+    start: usize,
+    ended: bool,
+}
+
+impl Cutting {
+    pub(crate) fn new(cutter: Cutter) -> Self {
+        Self {
+            cutter,
+            bytes: Vec::new(),
+            start: 0,
+            ended: false,
+        }
+    }
+
+    /// Whether more has to come before the next chunk is known.
+    pub(crate) fn needs(&self) -> bool {
+        !self.ended && self.bytes.len() - self.start < self.cutter.longest()
+    }
+
+    pub(crate) fn add(&mut self, bytes: &[u8]) {
+        self.bytes.drain(..self.start);
+        self.start = 0;
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    /// Nothing more comes.
+    pub(crate) fn end(&mut self) {
+        self.ended = true;
+    }
+
+    /// The next chunk; `None` where more has to come, or all is cut.
+    pub(crate) fn next(&mut self) -> Option<&[u8]> {
+        if self.needs() {
+            return None;
+        }
+        let rest = self
+            .bytes
+            .get(self.start..)
+            .filter(|rest| !rest.is_empty())?;
+        let len = self.cutter.cut(rest);
+        let from = self.start;
+        self.start += len;
+        self.bytes.get(from..self.start)
+    }
+}
+
+fn sum(chunk: &[u8]) -> [u8; SUM] {
+    let hash = blake3::hash(chunk);
+    let mut sum = [0; SUM];
+    for (to, from) in sum.iter_mut().zip(hash.as_bytes()) {
+        *to = *from;
+    }
+    sum
+}
+
+/// Adds a chunk to a list.
+pub(crate) fn write(list: &mut Vec<u8>, chunk: &[u8]) {
+    let len = u32::try_from(chunk.len()).unwrap_or(u32::MAX);
+    list.extend_from_slice(&len.to_be_bytes());
+    list.extend_from_slice(&sum(chunk));
+}
+
+/// The chunks of a file at the other side, as it says.
+#[derive(Debug)]
+pub(crate) struct Sums {
+    cutter: Cutter,
+    /// Where the chunks with these hashes are, and how long they are.
+    places: HashMap<[u8; SUM], (u64, u32)>,
+    /// Where the next page begins.
+    end: u64,
+    count: usize,
+}
+
+impl Sums {
+    pub(crate) fn new(cutter: Cutter) -> Self {
+        Self {
+            cutter,
+            places: HashMap::new(),
+            end: 0,
+            count: 0,
+        }
+    }
+
+    pub(crate) fn cutter(&self) -> Cutter {
+        self.cutter
+    }
+
+    /// Where the list so far ends.
+    pub(crate) fn end(&self) -> u64 {
+        self.end
+    }
+
+    /// Whether no more chunks are taken.
+    pub(crate) fn is_full(&self) -> bool {
+        self.count >= MOST
+    }
+
+    /// Takes a page of the list; why it is none.
+    pub(crate) fn read(&mut self, page: &[u8]) -> Result<(), &'static str> {
+        if !page.len().is_multiple_of(ENTRY) {
+            return Err("a list of chunks ends within one");
+        }
+        for entry in page.chunks_exact(ENTRY) {
+            let (len, sum) = entry.split_at(4);
+            let len = u32::from_be_bytes(len.try_into().unwrap_or_default());
+            if len == 0 || len as usize > self.cutter.longest() {
+                return Err("a chunk is longer than was asked for, or empty");
+            }
+            if self.is_full() {
+                return Err("a list of chunks is too long");
+            }
+            self.count += 1;
+            let sum: [u8; SUM] = sum.try_into().unwrap_or_default();
+            self.places.entry(sum).or_insert((self.end, len));
+            self.end = self
+                .end
+                .checked_add(len.into())
+                .ok_or("a list of chunks is longer than any file")?;
+        }
+        Ok(())
+    }
+
+    /// Where the other side has these bytes.
+    pub(crate) fn find(&self, chunk: &[u8]) -> Option<u64> {
+        let (from, len) = self.places.get(&sum(chunk))?;
+        (*len as usize == chunk.len()).then_some(*from)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn random(len: usize, seed: u8) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        blake3::Hasher::new()
+            .update(&[seed])
+            .finalize_xof()
+            .fill(&mut bytes);
+        bytes
+    }
+
+    /// The chunks, given in pieces of this size.
+    fn chunks(bytes: &[u8], cutter: Cutter, piece: usize) -> Vec<Vec<u8>> {
+        let mut cutting = Cutting::new(cutter);
+        let mut pieces = bytes.chunks(piece);
+        let mut all = Vec::new();
+        loop {
+            while cutting.needs() {
+                match pieces.next() {
+                    Some(piece) => cutting.add(piece),
+                    None => cutting.end(),
+                }
+            }
+            match cutting.next() {
+                Some(chunk) => all.push(chunk.to_vec()),
+                None => return all,
+            }
+        }
+    }
+
+    #[test]
+    fn the_same_bytes_give_the_same_chunks_however_they_come() {
+        let cutter = Cutter::fit(1);
+        let bytes = random(1_000_000, 1);
+        let whole = chunks(&bytes, cutter, 1_000_000);
+        assert_eq!(whole.concat(), bytes);
+        assert!(whole.len() > 50, "{} chunks", whole.len());
+        assert!(whole.iter().all(|chunk| chunk.len() <= cutter.longest()));
+        for piece in [1_000, 65_536, 100_001] {
+            assert_eq!(chunks(&bytes, cutter, piece), whole, "{piece}");
+        }
+        // And so does cutting that begins where a chunk begins.
+        let skip: usize = whole.iter().take(7).map(Vec::len).sum();
+        assert_eq!(chunks(&bytes[skip..], cutter, 65_536), whole[7..]);
+        assert!(chunks(&[], cutter, 1).is_empty());
+    }
+
+    #[test]
+    fn an_insertion_changes_the_chunks_around_it_alone() {
+        let cutter = Cutter::fit(1);
+        let old = random(1_000_000, 1);
+        let mut list = Vec::new();
+        for chunk in chunks(&old, cutter, 1 << 20) {
+            write(&mut list, &chunk);
+        }
+        let mut sums = Sums::new(cutter);
+        sums.read(&list).expect("a list");
+        assert_eq!(sums.end(), 1_000_000);
+        let new = [&old[..500_000], b"in between", &old[500_000..]].concat();
+        let (mut found, mut fresh) = (0, 0);
+        for chunk in chunks(&new, cutter, 1 << 20) {
+            match sums.find(&chunk) {
+                Some(from) => {
+                    let from = usize::try_from(from).expect("small");
+                    assert_eq!(old[from..from + chunk.len()], chunk[..]);
+                    found += chunk.len();
+                }
+                None => fresh += chunk.len(),
+            }
+        }
+        assert!(found > 900_000 && fresh < 80_000, "{found} {fresh}");
+    }
+
+    #[test]
+    fn a_list_that_cannot_be_one_is_refused() {
+        let cutter = Cutter::fit(1);
+        let entry = |len: u32| [&len.to_be_bytes()[..], &[7; 16]].concat();
+        let read = |list: &[u8]| Sums::new(cutter).read(list);
+        read(&entry(1)).expect("a chunk");
+        read(&[]).expect("no chunk");
+        read(&entry(1)[..19]).expect_err("cut off");
+        read(&entry(0)).expect_err("empty");
+        read(&entry(u32::MAX)).expect_err("longer than asked for");
+        read(&entry(1).repeat(MOST + 1)).expect_err("too many");
+    }
+
+    #[test]
+    fn sizes_of_chunks_are_few() {
+        for wrong in [0, 1, 4095, 4097, 6 << 10, 8 << 20, u64::MAX] {
+            assert_eq!(Cutter::new(wrong), None, "{wrong}");
+        }
+        for size in [0, 1 << 20, 1 << 30, 1 << 40, u64::MAX] {
+            let cutter = Cutter::fit(size);
+            assert_eq!(Cutter::new(cutter.average()), Some(cutter), "{size}");
+        }
+        assert_eq!(Cutter::fit(1 << 30).average(), 8 << 10);
+        assert_eq!(Cutter::fit(1 << 40).average(), 4 << 20);
+    }
+}

@@ -1,0 +1,381 @@
+//! Only what differs is sent: of a new version, of a file that was moved. What a client says of a base is believed as
+//! little as the base itself, and nobody learns of a file that it may not read.
+
+mod common;
+#[path = "raw/mod.rs"]
+mod raw;
+
+use std::fs;
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use common::{Fixture, bounded, drain, noise, rel, token, token_file};
+use raw::{RawLane, Say, V, chunk, finish, map, resumable, with};
+use serde::Deserialize;
+use udpack::Socket;
+use udpack_transfer::{
+    Accepted, Access, Answer, Delta, Hook, HookAccess, HookOffer, HookStored, IfExists, Outcome,
+    Overwrite, Receiver, ReceiverConfig, Scope, Source, Store, StoreConfig, Uploader,
+};
+
+fn stores() -> StoreConfig {
+    StoreConfig {
+        overwrite: Overwrite::Always,
+        ..StoreConfig::default()
+    }
+}
+
+fn readable() -> ReceiverConfig {
+    ReceiverConfig {
+        default_scope: Scope {
+            read: true,
+            ..Scope::default()
+        },
+        ..ReceiverConfig::default()
+    }
+}
+
+fn keep(fixture: &Fixture, path: &str, bytes: &[u8]) {
+    let path = fixture.root().join(path);
+    fs::create_dir_all(path.parent().expect("a parent")).expect("mkdir");
+    fs::write(path, bytes).expect("write");
+}
+
+/// Uploads one source with this policy.
+async fn put(socket: &Socket, source: Source, delta: Delta) -> Outcome {
+    let uploader = Uploader::new(socket)
+        .if_exists(IfExists::Overwrite)
+        .delta(delta);
+    let (mut done, failed) = drain(uploader.put([source])).await;
+    assert!(failed.is_empty(), "{failed:?}");
+    done.remove(0)
+}
+
+fn local(dir: &Path, bytes: &[u8]) -> std::path::PathBuf {
+    let path = dir.join("local");
+    fs::write(&path, bytes).expect("write");
+    path
+}
+
+/// With so many pieces of these bytes inserted, at places far from each other.
+fn inserted(old: &[u8], pieces: usize, each: usize) -> Vec<u8> {
+    let mut new = Vec::with_capacity(old.len() + pieces * each);
+    for (number, part) in old.chunks(old.len().div_ceil(pieces)).enumerate() {
+        let (head, tail) = part.split_at(part.len() / 3);
+        new.extend_from_slice(head);
+        new.extend(noise(1000 + number as u64, each));
+        new.extend_from_slice(tail);
+    }
+    new
+}
+
+#[tokio::test]
+async fn one_percent_of_insertions_sends_no_more_than_three_percent() {
+    bounded(async {
+        let fixture = Fixture::with(stores(), readable()).await;
+        let old = noise(1, 64 << 20);
+        let new = inserted(&old, 16, 40 << 10);
+        keep(&fixture, "d/big", &old);
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = local(dir.path(), &new);
+        let socket = fixture.connect().await;
+        let source = || Source::file(&file, rel("d/big"));
+
+        let outcome = put(&socket, source(), Delta::Always).await;
+        assert!(fixture.stored("d/big") == new);
+        assert_eq!(outcome.hash, *blake3::hash(&new).as_bytes());
+        assert_eq!(outcome.sent + outcome.copied, new.len() as u64);
+        let most = new.len() as u64 * 3 / 100;
+        assert!(outcome.sent <= most, "{} of {most} sent", outcome.sent);
+
+        // The same once more sends nothing at all.
+        let outcome = put(&socket, source(), Delta::Always).await;
+        assert_eq!((outcome.sent, outcome.copied), (0, new.len() as u64));
+        let outcome = put(&socket, source(), Delta::Never).await;
+        assert_eq!((outcome.sent, outcome.copied), (new.len() as u64, 0));
+        fixture.settled().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_was_moved_or_cut_is_not_sent_again() {
+    bounded(async {
+        let fixture = Fixture::with(stores(), readable()).await;
+        let old = noise(2, 3_000_000);
+        keep(&fixture, "before", &old);
+        let dir = tempfile::tempdir().expect("a directory");
+        let socket = fixture.connect().await;
+        for (new, sent) in [
+            (old.clone(), 0),
+            // Some of it gone, in another order, twice.
+            (
+                [&old[2_000_000..], &old[..1_500_000], &old[..]].concat(),
+                200_000,
+            ),
+            (noise(3, 1_000_000), 1_000_000),
+        ] {
+            let file = local(dir.path(), &new);
+            let source = Source::file(&file, rel("after/it")).base(rel("before"));
+            let outcome = put(&socket, source, Delta::Always).await;
+            assert!(fixture.stored("after/it") == new);
+            assert!(outcome.sent <= sent, "{} of {sent} sent", outcome.sent);
+            assert_eq!(outcome.sent + outcome.copied, new.len() as u64);
+        }
+        // There is no such file, or it is none.
+        for base in ["nothing", "after"] {
+            let file = local(dir.path(), &old);
+            let source = Source::file(&file, rel("again")).base(rel(base));
+            let outcome = put(&socket, source, Delta::Always).await;
+            assert_eq!(outcome.sent, old.len() as u64);
+            assert!(fixture.stored("again") == old);
+        }
+        assert_eq!(fixture.stored("before"), old);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_client_that_may_not_read_sends_everything() {
+    bounded(async {
+        let fixture = Fixture::with(stores(), ReceiverConfig::default()).await;
+        let old = noise(4, 1_000_000);
+        keep(&fixture, "x", &old);
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = local(dir.path(), &old);
+        let socket = fixture.connect().await;
+        let outcome = put(&socket, Source::file(&file, rel("x")), Delta::Always).await;
+        assert_eq!((outcome.sent, outcome.copied), (old.len() as u64, 0));
+    })
+    .await;
+}
+
+/// Replaces a file by another of its size once its chunks have been listed.
+struct Swaps {
+    file: std::path::PathBuf,
+    reads: AtomicUsize,
+}
+
+impl Hook for Swaps {
+    fn accept<'a>(
+        &'a self,
+        _: &'a HookOffer,
+    ) -> Pin<Box<dyn Future<Output = Accepted> + Send + 'a>> {
+        Box::pin(std::future::ready(Ok(None)))
+    }
+
+    fn allow<'a>(&'a self, what: &'a HookAccess) -> Answer<'a> {
+        if what.access == Access::Read && self.reads.fetch_add(1, Ordering::Relaxed) == 1 {
+            fs::write(&self.file, noise(6, 1_000_000)).expect("write");
+        }
+        Box::pin(std::future::ready(Ok(())))
+    }
+
+    fn verify<'a>(&'a self, _: &'a udpack_transfer::HookWhole) -> Answer<'a> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
+    fn done(&self, _: HookStored) {}
+}
+
+#[tokio::test]
+async fn a_list_of_chunks_that_is_false_costs_time_and_nothing_else() {
+    bounded(async {
+        let dir = tempfile::tempdir().expect("a directory");
+        let store = Store::open(dir.path().join("up"), stores()).expect("a store");
+        let swaps = Swaps {
+            file: dir.path().join("up/x"),
+            reads: AtomicUsize::new(0),
+        };
+        let receiver = Receiver::new(store, readable()).hook(swaps);
+        let tokens = token_file(&dir.path().join("tokens"), &[("anna", "")]);
+        let fixture = Fixture::serve(dir, receiver, tokens).await;
+        let old = noise(5, 1_000_000);
+        keep(&fixture, "x", &old);
+        let here = tempfile::tempdir().expect("a directory");
+        let file = local(here.path(), &old);
+        let socket = fixture.connect_as(&token("anna")).await;
+        let outcome = put(&socket, Source::file(&file, rel("x")), Delta::Always).await;
+        // First it was put together wrongly, which the hash has shown.
+        assert_eq!(outcome.sent, old.len() as u64);
+        assert!(fixture.stored("x") == old);
+        fixture.settled().await;
+    })
+    .await;
+}
+
+fn based(id: u64, path: &str, size: u64, base: &str) -> Say {
+    let (event, data) = resumable(id, path, size);
+    (
+        event,
+        with(with(data, "if_exists", "overwrite"), "base", base),
+    )
+}
+
+fn copy(id: u64, off: u64, from: u64, len: u64) -> Say {
+    let data = map([
+        ("id", id.into()),
+        ("off", off.into()),
+        ("from", from.into()),
+        ("len", len.into()),
+    ]);
+    ("copy", data)
+}
+
+/// Says these, the rest of a file when the server is ready for it, and gives what is heard until the file has its outcome.
+async fn told(lane: &mut RawLane, script: &[Say]) -> Vec<String> {
+    let mut lines = Vec::new();
+    for say in script {
+        lane.say(say).await;
+        if say.0 == "file" {
+            lines.push(lane.hear().await.line);
+        }
+    }
+    loop {
+        let heard = lane.hear().await;
+        let over = !heard.line.starts_with("ready");
+        lines.push(heard.line);
+        if over {
+            return lines;
+        }
+    }
+}
+
+#[tokio::test]
+async fn copies_that_cannot_be_are_refused_and_nothing_is_stored() {
+    bounded(async {
+        let fixture = Fixture::with(stores(), readable()).await;
+        let old = noise(7, 1000);
+        keep(&fixture, "old", &old);
+        fs::write(fixture.dir.path().join("outside"), &old).expect("write");
+        let socket = fixture.connect().await;
+        let mut lane = RawLane::open(&socket).await;
+        let plain = resumable(1, "x", 1000);
+        let script = [plain, copy(1, 0, 0, 1000)];
+        assert_eq!(
+            told(&mut lane, &script).await,
+            ["ready 1 0", "error 1 protocol_order"]
+        );
+        for (id, base, bad, outcome) in [
+            (2, "old", copy(2, 0, 1, 1000), "size_mismatch"),
+            (3, "old", copy(3, 0, u64::MAX - 5, 5), "size_mismatch"),
+            (4, "old", copy(4, 0, u64::MAX, 5), "bad_message"),
+            (5, "old", copy(5, 0, 0, 0), "bad_message"),
+            (6, "old", copy(6, 0, 0, (16 << 20) + 1), "bad_message"),
+            (7, "old", copy(7, 5, 0, 5), "bad_offset"),
+            (8, "old", copy(8, 0, 0, 1001), "size_mismatch"),
+            // What has no name here, or lies elsewhere, is no base.
+            (9, "missing", copy(9, 0, 0, 1000), "not_found"),
+            (10, "../outside", copy(10, 0, 0, 1000), "not_found"),
+            (11, ".udpack/lock", copy(11, 0, 0, 1), "not_found"),
+        ] {
+            let lines = told(&mut lane, &[based(id, "x", 1000, base), bad]).await;
+            assert_eq!(
+                lines,
+                [format!("ready {id} 0"), format!("error {id} {outcome}")]
+            );
+        }
+        // In its place, but not what the hash says.
+        let script = [
+            based(12, "x", 1000, "old"),
+            copy(12, 0, 0, 500),
+            copy(12, 500, 0, 500),
+            finish(12, &old),
+        ];
+        let lines = told(&mut lane, &script).await;
+        assert_eq!(lines, ["ready 12 0", "error 12 hash_mismatch retry"]);
+        assert_eq!(fixture.visible(), ["old"]);
+
+        // Copies and chunks in any order, from any place.
+        let new = [&old[300..], b"new", &old[..600]].concat();
+        let script = [
+            based(13, "x", 1303, "old"),
+            copy(13, 0, 300, 700),
+            chunk(13, 700, b"new"),
+            copy(13, 703, 0, 600),
+            finish(13, &new),
+        ];
+        let lines = told(&mut lane, &script).await;
+        assert_eq!(lines, ["ready 13 0", "done 13 x 1303"]);
+        assert_eq!(fixture.stored("x"), new);
+        fixture.settled().await;
+    })
+    .await;
+}
+
+#[derive(Deserialize)]
+struct Chunks {
+    size: u64,
+    end: u64,
+}
+
+fn chunks(path: &str, average: u64, from: u64) -> Say {
+    let data = map([
+        ("path", path.into()),
+        ("average", average.into()),
+        ("from", from.into()),
+    ]);
+    ("chunks", data)
+}
+
+#[tokio::test]
+async fn only_what_may_be_read_has_its_chunks_listed() {
+    bounded(async {
+        let dir = tempfile::tempdir().expect("a directory");
+        let store = Store::open(dir.path().join("up"), stores()).expect("a store");
+        let receiver = Receiver::new(store, ReceiverConfig::default());
+        let clients = [
+            ("anna", "scope=read,write prefix=anna"),
+            ("otto", "scope=write"),
+        ];
+        let tokens = token_file(&dir.path().join("tokens"), &clients);
+        let fixture = Fixture::serve(dir, receiver, tokens).await;
+        keep(&fixture, "anna/own", &noise(8, 100_000));
+        keep(&fixture, "secret", &noise(9, 100_000));
+        let anna = fixture.connect_as(&token("anna")).await;
+        let lane = RawLane::open(&anna).await;
+        let found: Chunks = lane.request(&chunks("own", 8192, 0)).await.expect("a list");
+        assert_eq!((found.size, found.end), (100_000, 100_000));
+        for from in [100_000, 100_001, u64::MAX] {
+            let found: Chunks = lane
+                .request(&chunks("own", 8192, from))
+                .await
+                .expect("a list");
+            assert_eq!((found.size, found.end), (100_000, from));
+        }
+        for (path, average, code) in [
+            ("secret", 8192, "not_found"),
+            ("../secret", 8192, "bad_name"),
+            ("", 8192, "bad_name"),
+            ("own", 0, "$bad_payload"),
+            ("own", 8193, "$bad_payload"),
+            ("own", 1 << 40, "$bad_payload"),
+        ] {
+            let refused = lane.request::<Chunks>(&chunks(path, average, 0)).await;
+            let (code_found, _) = refused.err().expect(path);
+            assert_eq!(
+                code_found.trim_start_matches('$'),
+                code.trim_start_matches('$'),
+                "{path}"
+            );
+        }
+        // To whom reading is not granted, what is there and what is not look alike.
+        let otto = fixture.connect_as(&token("otto")).await;
+        let mut lane = RawLane::open(&otto).await;
+        for path in ["secret", "missing"] {
+            let refused = lane.request::<Chunks>(&chunks(path, 8192, 0)).await;
+            assert_eq!(refused.err().expect(path).0, "forbidden");
+        }
+        for (id, base) in [(1, "secret"), (2, "missing")] {
+            let script = [based(id, "mine", 100_000, base), copy(id, 0, 0, 100_000)];
+            let lines = told(&mut lane, &script).await;
+            assert_eq!(
+                lines,
+                [format!("ready {id} 0"), format!("error {id} not_found")]
+            );
+        }
+        let _: V = map([("x", 1.into())]);
+    })
+    .await;
+}
