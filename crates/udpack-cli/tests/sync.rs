@@ -210,6 +210,63 @@ fn a_checksum_finds_what_size_and_time_do_not() {
 }
 
 #[test]
+fn a_tree_that_was_moved_is_not_sent_again() {
+    let server = start();
+    let dir = workdir();
+    let local = dir.path().join("tree");
+    let mut all = 0;
+    for (number, len) in (0..40).zip([100, 3_000, 70_000, 400_000, 1_200_000].into_iter().cycle()) {
+        let path = local.join(format!("old/d{}/f{number}", number % 3));
+        write(&path, &bytes(len, number));
+        age(&path, 0o644, 1_000_000 + u64::from(number), 5);
+        all += len as u64;
+    }
+    synced(&server, dir.path(), &["tree", ":copy"]);
+    fs::create_dir_all(local.join("new/place")).expect("mkdir");
+    fs::rename(local.join("old"), local.join("new/place/it")).expect("rename");
+    // One of them is another one by now, of the same size and time; one is longer.
+    let moved = local.join("new/place/it");
+    write(&moved.join("d1/f1"), &bytes(3_000, 77));
+    age(&moved.join("d1/f1"), 0o644, 1_000_001, 5);
+    let longer = [bytes(600_000, 78), bytes(400_000, 3), bytes(9, 79)].concat();
+    write(&moved.join("d0/f3"), &longer);
+    let args = ["--delta", "always", "--delete", "tree", ":copy"];
+    let out = synced(&server, dir.path(), &args);
+    let there = server.uploads().join("copy");
+    assert_eq!(tree(&there), tree(&local));
+    // All but what is new in these two, and the chunks around it.
+    let sent = count(&out, "sent") - 3_000 - 600_009;
+    assert!(sent * 100 <= all, "{sent} of {all} sent");
+    assert!(count(&out, "copied") * 100 >= all * 98, "{out:?}");
+    // A version with something inserted.
+    let new = [&longer[..500_000], b"in between", &longer[500_000..]].concat();
+    write(&moved.join("d0/f3"), &new);
+    let out = synced(&server, dir.path(), &args);
+    assert!(count(&out, "sent") < 100_000, "{out:?}");
+    let args = [
+        "put",
+        "--json",
+        "--if-exists",
+        "overwrite",
+        "--delta",
+        "always",
+    ];
+    let out = server.client(
+        &moved,
+        &[&args[..], &["d0", "--as", "copy/new/place/it/"]].concat(),
+    );
+    assert_eq!(
+        (out.code, count(&out, "sent") < 200_000),
+        (0, true),
+        "{out:?}"
+    );
+    assert_eq!(
+        fs::read(there.join("new/place/it/d0/f3")).expect("read"),
+        new
+    );
+}
+
+#[test]
 fn wrong_sides_are_told() {
     let server = start();
     let dir = workdir();

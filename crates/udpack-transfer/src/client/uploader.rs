@@ -78,7 +78,7 @@ pub enum Delta {
     /// [`limit`](Uploader::limit).
     #[default]
     Auto,
-    /// For every file that is larger than a chunk of 256 KiB.
+    /// For every file above 256 KiB, and for smaller ones that have a [`base`](Source::base), which has to be the same file.
     Always,
     /// Not at all.
     Never,
@@ -135,7 +135,7 @@ impl Uploader {
 
     /// When to send only what differs from what the server has: of files that replace another by
     /// [`IfExists::Overwrite`], and of those with a [`base`](Source::base). It takes [`resume`](Self::resume), a token that may
-    /// read, and a file above 256 KiB; where the server does not do it, all is sent. Defaults to [`Delta::Auto`].
+    /// read, and a file above 256 KiB or a base; where the server does not do it, all is sent. Defaults to [`Delta::Auto`].
     pub fn delta(mut self, delta: Delta) -> Self {
         self.delta = delta;
         self
@@ -766,8 +766,11 @@ impl Lane<'_> {
         };
         self.flight.below(IN_FLIGHT).await;
         let size = bytes.len() as u64;
-        self.shared.uploader.limiter.take(size).await;
         let id = ids.next().unwrap_or_default();
+        if size > 0 && !claim.plain && claim.source.base_path().is_some() && self.pays() {
+            return self.send_moved(id, claim, meta, size, hash).await;
+        }
+        self.shared.uploader.limiter.take(size).await;
         let source = self.start(&mut claim, Some(size)).await;
         let settle = claim.settle;
         let run = self.shared.run(claim.index);
@@ -814,6 +817,38 @@ impl Lane<'_> {
                 .send_bulk("chunk", &fields, "chunk", bytes)
                 .await?;
         }
+        self.finish(id, size, hash).await
+    }
+
+    /// Has a small file put together from its base as a whole. If it is another one, it is sent the next time.
+    async fn send_moved(
+        self,
+        id: u64,
+        mut claim: Claim,
+        meta: Meta,
+        size: u64,
+        hash: [u8; 32],
+    ) -> Result<(), LaneOver> {
+        let source = self.start(&mut claim, Some(size)).await;
+        let run = self.shared.run(claim.index);
+        let mut offer = self.offer(claim.settle, id, &source, Some(size), meta, false, run);
+        offer.base = source.base_path().map(RelPath::as_str);
+        claim.based = true;
+        claim.told = Some((size, hash));
+        claim.mtime = self.kept(meta).mtime;
+        let mut sent = Sent::new(claim);
+        sent.untouched = false;
+        sent.copied = size;
+        sent.unsent(0, size);
+        self.flight.add(id, sent);
+        self.channel.send("file", &offer).await?;
+        let fields = CopyFields {
+            id,
+            off: 0,
+            from: 0,
+            len: size,
+        };
+        self.channel.send("copy", &fields).await?;
         self.finish(id, size, hash).await
     }
 
@@ -1121,22 +1156,27 @@ impl Lane<'_> {
         }
     }
 
-    /// The chunks of the file that this one is likely to have bytes of, where asking for them can pay.
-    async fn sums(self, claim: &Claim) -> Option<Sums> {
+    /// Whether what the server has is worth asking for.
+    fn pays(self) -> bool {
         let uploader = &self.shared.uploader;
         let pays = match uploader.delta {
             Delta::Never => false,
             Delta::Always => true,
             Delta::Auto => self.channel.stats().rtt >= FAR || uploader.limiter.rate().is_some(),
         };
+        pays && !self.shared.no_delta.load(Ordering::Relaxed)
+    }
+
+    /// The chunks of the file that this one is likely to have bytes of, where asking for them can pay.
+    async fn sums(self, claim: &Claim) -> Option<Sums> {
+        let uploader = &self.shared.uploader;
         let replaces = uploader.if_exists == IfExists::Overwrite;
-        let wanted = pays
+        let wanted = self.pays()
             && uploader.resume
             && !claim.plain
             && claim.size > SMALL
             && matches!(claim.source.origin, Origin::File(_))
-            && (replaces || claim.source.base_path().is_some())
-            && !self.shared.no_delta.load(Ordering::Relaxed);
+            && (replaces || claim.source.base_path().is_some());
         let base = base_of(&claim.source).filter(|_| wanted)?;
         match self.shared.remote.sums(&base, claim.size).await {
             Ok(sums) => Some(sums),

@@ -448,10 +448,7 @@ impl<'a> Serving<'a> {
 
     /// The base of an offer, if this client may read there: else it learns nothing of it, and sends everything.
     fn base(&self, offer: &Offer) -> Option<RelPath> {
-        let base = offer
-            .base
-            .as_ref()
-            .filter(|_| self.scope.read && offer.resume)?;
+        let base = offer.base.as_ref().filter(|_| self.scope.read)?;
         self.scope.inside(base).ok()
     }
 

@@ -16,9 +16,10 @@ use crate::client::verify::{existing, hash};
 
 /// Most entries that one run deletes: their names are kept until everything has arrived.
 const DELETES: usize = 1 << 20;
-/// Files that are looked for among those that the other side has: so large at least, and so many at most.
-const LARGE: u64 = 256 << 10;
+/// Files that are looked for among those that the other side has, at most.
 const MOVED: usize = 1 << 16;
+/// Of these, another content is worth comparing with; a smaller one has to be the same.
+const LARGE: u64 = 256 << 10;
 /// Files that are hashed at once.
 const HASHES: usize = 4;
 
@@ -47,7 +48,7 @@ pub(super) struct Planned {
     pub(super) failed: bool,
 }
 
-/// Large files that the second tree has alone, as far as they are remembered.
+/// Files that the second tree has alone, as far as they are remembered.
 #[derive(Debug, Default)]
 struct Moved {
     /// By size and time.
@@ -59,9 +60,11 @@ struct Moved {
 impl Moved {
     fn note(&mut self, item: &Item) {
         let Item { rel, entry, .. } = item;
-        if entry.kind == EntryKind::File && entry.size >= LARGE && self.same.len() < MOVED {
+        if entry.kind == EntryKind::File && entry.size > 0 && self.same.len() < MOVED {
             self.same.insert((entry.size, entry.mtime), rel.clone());
-            self.named.insert(name(rel).to_owned(), rel.clone());
+            if entry.size > LARGE {
+                self.named.insert(name(rel).to_owned(), rel.clone());
+            }
         }
     }
 
@@ -69,7 +72,8 @@ impl Moved {
     fn find(&self, item: &Item) -> Option<String> {
         let Item { rel, entry, .. } = item;
         let same = self.same.get(&(entry.size, entry.mtime));
-        same.or_else(|| self.named.get(name(rel))).cloned()
+        let alike = || self.named.get(name(rel)).filter(|_| entry.size > LARGE);
+        same.or_else(alike).cloned()
     }
 }
 
@@ -381,11 +385,11 @@ impl Run {
         self.comparison.steps.send(step).await.is_ok()
     }
 
-    /// Whether a file is worth waiting for the end of both trees, where it may turn out to have been moved.
+    /// Whether a file waits for the end of both trees, where it may turn out to have been moved.
     fn may_be_moved(&self, ours: &Item) -> bool {
         self.comparison.moves
             && self.blocked.is_none()
-            && ours.entry.size >= LARGE
+            && ours.entry.size > 0
             && self.late.len() < MOVED
     }
 
