@@ -99,6 +99,7 @@ Examples:
   udpack-client sync work :backup/work           make backup/work at the server what work is here
   udpack-client sync work :backup/work --delete --max-delete 100
   udpack-client sync -n work :backup/work --delete    list what would be sent and deleted
+  udpack-client sync --watch --delete work :work keep it so, until interrupted
   udpack-client sync :backup/work restored       the other way";
 
 const VERIFY_EXAMPLES: &str = "\
@@ -691,6 +692,11 @@ pub(crate) struct SyncArgs {
     /// List what would be sent and deleted, and do nothing.
     #[arg(short = 'n', long)]
     pub(crate) dry_run: bool,
+
+    /// Go on: wait until something in FROM changes, here, and send that, too. A server that cannot be reached is tried until it can.
+    #[cfg(target_os = "linux")]
+    #[arg(long, conflicts_with = "dry_run")]
+    pub(crate) watch: bool,
 
     /// Compare files of the same size and time by their hashes, too: both sides read all of them.
     #[arg(short, long)]

@@ -267,6 +267,50 @@ fn a_tree_that_was_moved_is_not_sent_again() {
 }
 
 #[test]
+fn a_mirror_that_watches_follows_changes_and_outlives_its_server() {
+    let site = start();
+    let dir = workdir();
+    let local = dir.path().join("tree");
+    write(&local.join("a"), b"1");
+    let args = [
+        "sync",
+        "--watch",
+        "--json",
+        "--delete",
+        "--retries",
+        "1",
+        "tree",
+        ":copy",
+    ];
+    let command = &mut client(dir.path());
+    let mut running = Running::spawn(command.env("UDPACK_URL", &site.url).args(args));
+    let equal = |site: &Site, what: &str| {
+        let there = site.uploads().join("copy");
+        until(what, || there.exists() && tree(&there) == tree(&local));
+    };
+    equal(&site, "the first run");
+    write(&local.join("new/deep/b"), b"2");
+    equal(&site, "a new directory");
+    write(&local.join("new/deep/c"), &bytes(300_000, 3));
+    equal(&site, "a file in it");
+    fs::remove_file(local.join("a")).expect("rm");
+    fs::rename(local.join("new"), local.join("other")).expect("rename");
+    equal(&site, "what is gone");
+
+    // The server is away for a while, and something changes meanwhile.
+    let Site { server, url } = site;
+    let listen = server.value("listening").to_owned();
+    let kept = server.stop();
+    write(&local.join("while away"), b"4");
+    running.told("trying again");
+    let server = Server::start_at(&listen, kept, &["--overwrite", "always"]);
+    let site = Site { server, url };
+    equal(&site, "what changed meanwhile");
+    running.signal("INT");
+    assert_eq!(running.exited().code, 130);
+}
+
+#[test]
 fn wrong_sides_are_told() {
     let server = start();
     let dir = workdir();
@@ -279,6 +323,8 @@ fn wrong_sides_are_told() {
         (&[":missing", "b"], 12),
         (&[".", ":x/../y"], 6),
         (&["--max-delete", "3", ".", ":"], 2),
+        (&["--watch", ":", "b"], 2),
+        (&["--watch", "-n", ".", ":"], 2),
     ] {
         let out = server.client(dir.path(), &[&["sync"][..], args].concat());
         assert_eq!(out.code, code, "{args:?}: {out:?}");

@@ -5,6 +5,8 @@
 
 mod compare;
 mod tree;
+#[cfg(target_os = "linux")]
+mod watch;
 
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
@@ -28,7 +30,7 @@ use super::report::{Beside, Fate, Note, Origin, Origins, Report, Thing, Transfer
 use super::umask;
 use super::verify::existing;
 use crate::args::{ChangedArg, DeltaArg, SyncArgs, VanishedArg};
-use crate::exit::{Failure, Kind};
+use crate::exit::{Explained, Failure, Kind};
 use crate::logging::Console;
 use crate::progress::Meter;
 use crate::signals::Interrupts;
@@ -40,13 +42,79 @@ const TRIES: usize = 3;
 const DELETES: usize = 16;
 /// Steps known ahead of what is being transferred.
 const AHEAD: usize = 256;
+/// When a mirror that watches tries again what failed.
+#[cfg(target_os = "linux")]
+const AGAIN: Duration = Duration::from_secs(5);
 /// How long what is under way may take to be put aside.
 const CLOSING: Duration = Duration::from_secs(10);
 
 pub(super) async fn run(
     args: SyncArgs,
     console: &Console,
-    interrupts: Interrupts,
+    mut interrupts: Interrupts,
+) -> anyhow::Result<()> {
+    #[cfg(target_os = "linux")]
+    if args.watch {
+        return keep(&args, console, &mut interrupts).await;
+    }
+    once(&args, console, &mut interrupts).await
+}
+
+/// Mirrors a directory here whenever something in it has changed, until that is interrupted or cannot succeed.
+#[cfg(target_os = "linux")]
+async fn keep(
+    args: &SyncArgs,
+    console: &Console,
+    interrupts: &mut Interrupts,
+) -> anyhow::Result<()> {
+    let way = Way::of(args)?;
+    if !way.up {
+        let text = "only a directory here can be watched";
+        return Err(Failure::new(Kind::Usage, text)
+            .hint("run it where the files are written")
+            .into());
+    }
+    loop {
+        let (dir, follow) = (way.dir.clone(), !args.tree.links);
+        let exclude: Exclude = args.tree.exclude.iter().cloned().collect();
+        let watching =
+            tokio::task::spawn_blocking(move || watch::Watcher::new(&dir, &exclude, follow));
+        let watcher = watching.await.context("watching failed")?;
+        let watcher = watcher.map_err(|error| {
+            let text = format!("cannot watch {}: {error}", way.dir.display());
+            Failure::new(Kind::LocalFile, text)
+                .hint("see that it is there, and raise fs.inotify.max_user_watches if it is large")
+        })?;
+        let again = match once(args, console, interrupts).await {
+            Ok(()) => None,
+            Err(error) => match Explained::of(&error).kind {
+                // What the next change does not mend, the next look may.
+                Kind::Network | Kind::Moving | Kind::Partial | Kind::RemoteStorage => {
+                    let text = Explained::of(&error).text;
+                    console.line(&format!("{text}; trying again in {} s", AGAIN.as_secs()));
+                    Some(AGAIN)
+                }
+                _ => return Err(error),
+            },
+        };
+        let pause = async {
+            match again {
+                Some(again) => tokio::time::sleep(again).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            changed = watcher.changed() => changed.context("watching failed")?,
+            () = pause => {}
+            () = interrupts.first() => return Err(Failure::interrupted().into()),
+        }
+    }
+}
+
+async fn once(
+    args: &SyncArgs,
+    console: &Console,
+    interrupts: &mut Interrupts,
 ) -> anyhow::Result<()> {
     let mut report = Report::new(console, args.show.json, &args.log, "stored");
     report.mirrored();
@@ -54,7 +122,7 @@ pub(super) async fn run(
         args.vanished == VanishedArg::Skip,
         args.changed == ChangedArg::Retry,
     );
-    let result = sync(&args, console, interrupts, &mut report).await;
+    let result = sync(args, console, interrupts, &mut report).await;
     report.finish(result)
 }
 
@@ -103,7 +171,7 @@ impl Way {
 async fn sync(
     args: &SyncArgs,
     console: &Console,
-    mut interrupts: Interrupts,
+    interrupts: &mut Interrupts,
     report: &mut Report,
 ) -> anyhow::Result<()> {
     let way = Way::of(args)?;
@@ -112,12 +180,12 @@ async fn sync(
     if args.dry_run {
         report.dry();
         let work = async |link: Link| dry(args, console, &link, &way, report).await;
-        return target.run_link_aloud(tries, &mut interrupts, work).await;
+        return target.run_link_aloud(tries, interrupts, work).await;
     }
     report.start(&target.address(), None);
     let mut opened = None;
     let result = target
-        .run_link(tries, &mut interrupts, async |link| {
+        .run_link(tries, interrupts, async |link| {
             let comparing = Comparing::start(args, &Remote::new(&link), &way).await?;
             if !way.up {
                 let place = Place {
