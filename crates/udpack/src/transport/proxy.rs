@@ -98,14 +98,14 @@ impl Proxy {
         };
         match status(&head) {
             Some(200..=299) => Ok(()),
-            Some(407) => Err(proxy_error(
-                false,
-                match self.credentials {
-                    Some(_) => "it does not accept the user and password (407)",
-                    None => "it wants a user and a password (407)",
-                }
-                .to_owned(),
-            )),
+            // tinyproxy says 401 of credentials that it does not accept.
+            Some(code @ (401 | 407)) => {
+                let text = match self.credentials {
+                    Some(_) => "it does not accept the user and password",
+                    None => "it wants a user and a password",
+                };
+                Err(proxy_error(false, format!("{text} ({code})")))
+            }
             Some(403) => Err(proxy_error(
                 false,
                 format!("it does not let through to {host}:{port} (403)"),
