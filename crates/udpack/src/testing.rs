@@ -46,6 +46,8 @@ use crate::session::socket::Socket;
 use crate::transport::endpoint::Via;
 use crate::transport::memory::Cut;
 pub use crate::transport::memory::{Net, Path, Traffic};
+#[doc(hidden)]
+pub use crate::transport::mux::records::hear as hear_records;
 use crate::trust::auth::{Deny, Hello, Peer};
 use crate::trust::identity::Identity;
 

@@ -5,6 +5,8 @@
 //! other, and it builds the next record only when the socket can accept it.
 
 mod driver;
+#[cfg(feature = "testing")]
+pub(crate) mod records;
 mod state;
 #[cfg(test)]
 mod tests;
