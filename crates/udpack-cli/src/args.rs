@@ -84,7 +84,8 @@ Examples:
   udpack-client put photos --as backup/          stored as backup/photos/…
   udpack-client put -p --exclude '*.tmp' work/   what is in work, with modes and times
   tar c work | udpack-client put - --as work.tar
-  udpack-client put --from-command 'pg_dump shop' --as shop.sql";
+  udpack-client put --from-command 'pg_dump shop' --as shop.sql
+  udpack-client put --follow build.log           while it is written, until it is closed";
 
 const GET_EXAMPLES: &str = "\
 Examples:
@@ -570,13 +571,22 @@ pub(crate) enum ClientCommand {
 #[derive(Debug, Args)]
 pub(crate) struct PutArgs {
     /// Files and directories to send; `dir/` sends what is in it, `-` standard input.
-    #[arg(value_name = "PATH", required_unless_present_any = ["files_from", "from_command"])]
+    #[arg(value_name = "PATH", required_unless_present_any = ["files_from", "from_command", "follow"])]
     pub(crate) paths: Vec<PathBuf>,
 
     /// Send what this command of the shell writes, which is stored only if it exits with 0. In a pipeline that is the exit
     /// code of the last command.
     #[arg(long, value_name = "CMD", requires = "name", conflicts_with_all = ["paths", "files_from"])]
     pub(crate) from_command: Option<String>,
+
+    /// Send a file that still grows, as it grows, and store it when its last writer has closed it, or as --until says. If it is cut,
+    /// replaced or renamed meanwhile, it fails.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["paths", "files_from", "from_command", "no_resume", "dry_run"])]
+    pub(crate) follow: Option<PathBuf>,
+
+    /// The end of the file of --follow: so many bytes, or so many seconds in which nothing came, as in 30s.
+    #[arg(long, value_name = "SIZE|SECSs", requires = "follow")]
+    pub(crate) until: Option<Until>,
 
     /// Standard input or the command is stored only if it has this many bytes.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
@@ -1381,6 +1391,31 @@ impl From<NamesArg> for Names {
         match arg {
             NamesArg::Any => Self::Any,
             NamesArg::Portable => Self::Portable,
+        }
+    }
+}
+
+/// Where a file that grows ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Until {
+    /// With so many bytes.
+    Size(u64),
+    /// When nothing has come for so long.
+    Idle(Duration),
+}
+
+impl FromStr for Until {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.strip_suffix('s') {
+            Some(secs) => secs
+                .parse::<Seconds>()
+                .map(|secs| Self::Idle(secs.0))
+                .map_err(|error| error.to_string()),
+            None => parse_size(text)
+                .map(Self::Size)
+                .map_err(|error| format!("{error}, or seconds such as 30s")),
         }
     }
 }

@@ -5,6 +5,7 @@ mod doctor;
 mod dry;
 mod events;
 mod failures;
+mod follow;
 mod get;
 mod jobs;
 mod ping;

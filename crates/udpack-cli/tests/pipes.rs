@@ -242,3 +242,64 @@ fn a_shorter_stream_has_nothing_of_a_longer_one_before_it() {
     let stored = fs::read(server.uploads().join("stream")).expect("it is stored");
     assert!(stored == content[1..2_000_000], "{last:?}");
 }
+
+#[test]
+fn a_growing_file_is_sent_as_it_grows_and_stored_when_it_is_closed() {
+    let server = Server::start();
+    let dir = workdir();
+    let content = bytes(6 << 20, 6);
+    let path = dir.path().join("log");
+    let mut log = fs::File::create(&path).expect("create");
+    let mut command = client(dir.path());
+    command
+        .env("UDPACK_URL", server.url())
+        .args(["put", "--follow", "log", "--as", "logs/", "--json"]);
+    let mut running = Running::spawn(&mut command);
+    for part in content.chunks(3 << 20) {
+        log.write_all(part).expect("write");
+        let len = log.metadata().expect("metadata").len();
+        // What has been written arrives although the file is not at its end, and is not seen there.
+        loop {
+            let event = events(&running.line()).remove(0);
+            if event["event"] == "progress" && event["bytes"].as_u64() >= Some(len - 1) {
+                break;
+            }
+        }
+        assert!(visible(&server.uploads()).is_empty());
+        assert_eq!(staged(&server.uploads()), 1);
+    }
+    drop(log);
+    let out = running.exited();
+    assert_eq!(out.code, 0, "{out:?}");
+    let stored = fs::read(server.uploads().join("logs/log")).expect("it is stored");
+    assert!(stored == content);
+    // One that is cut is not stored.
+    let log = fs::File::options().write(true).open(&path).expect("open");
+    let args = ["put", "--follow", "log", "--as", "cut", "--json"];
+    let mut command = client(dir.path());
+    command.env("UDPACK_URL", server.url()).args(args);
+    let mut running = Running::spawn(&mut command);
+    loop {
+        let event = events(&running.line()).remove(0);
+        if event["event"] == "progress" && event["bytes"].as_u64() >= Some(content.len() as u64 - 1)
+        {
+            break;
+        }
+    }
+    log.set_len(1000).expect("cut");
+    let out = running.exited();
+    assert_eq!(out.code, 14, "{out:?}");
+    let text = result(&out.stdout)["error"].as_str().map(str::to_owned);
+    assert!(
+        text.as_ref()
+            .is_some_and(|text| text.starts_with("it was cut to 1000 bytes")),
+        "{text:?}"
+    );
+    assert_eq!(visible(&server.uploads()), ["logs"]);
+    // Where the end is said beforehand, nobody needs to close it.
+    let args = ["put", "--follow", "log", "--until", "500", "--as", "part"];
+    let out = server.client(dir.path(), &args);
+    assert_eq!(out.code, 0, "{out:?}");
+    let stored = fs::read(server.uploads().join("part")).expect("it is stored");
+    assert!(stored == content[..500]);
+}

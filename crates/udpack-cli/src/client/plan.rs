@@ -102,8 +102,8 @@ pub(super) struct Asked<'a> {
     pub(super) list: Option<List>,
     /// Standard input is the list.
     pub(super) list_is_stdin: bool,
-    /// What a command writes is to be sent in place of standard input.
-    pub(super) command: bool,
+    /// This is to be sent in place of standard input: what a command writes.
+    pub(super) instead: Option<&'static str>,
     pub(super) name: Option<&'a str>,
     /// What to do with two files of one name is left to the server's policy.
     pub(super) clashes: bool,
@@ -141,7 +141,7 @@ impl Plan {
         let mut taken: HashMap<String, &Path> = HashMap::new();
         // Only while it is nothing but files.
         let mut sum = asked.list.is_none().then_some(0);
-        if asked.command {
+        if asked.instead.is_some() {
             plan.take_stdin(asked)?;
             sum = None;
         }
@@ -199,10 +199,7 @@ impl Plan {
             .name
             .filter(|name| !name.ends_with('/'))
             .ok_or_else(|| {
-                let what = match asked.command {
-                    true => "what a command writes",
-                    false => "standard input",
-                };
+                let what = asked.instead.unwrap_or("standard input");
                 unfit(&format!("{what} needs a name at the server"))
             })?;
         let name = name.parse().map_err(|error: udpack_transfer::PathError| {
@@ -408,7 +405,7 @@ fn is_content(path: &Path) -> bool {
 }
 
 /// The path's own name, or what `--as` makes of it. Not yet known to be valid; "" is the server's root.
-fn remote_name(path: &Path, wanted: Option<&str>) -> String {
+pub(super) fn remote_name(path: &Path, wanted: Option<&str>) -> String {
     let own = || match path.file_name() {
         Some(name) if !is_content(path) => names::from_os(name).into_owned(),
         _ => String::new(),

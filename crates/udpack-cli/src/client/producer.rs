@@ -4,6 +4,7 @@
 use std::io::{self, Read};
 use std::process::{Child, Command, ExitStatus, Stdio};
 
+use super::follow::Follow;
 use crate::exit::{EmptyStdin, Unfinished};
 
 /// Reads to an end that it vouches for.
@@ -23,6 +24,7 @@ pub(super) struct Producer {
 enum From {
     Stdin,
     Command(Spawned),
+    Growing(Follow),
 }
 
 /// A shell's command. Dropping it ends the shell.
@@ -104,6 +106,10 @@ impl Producer {
         Self::new(From::Command(Spawned::new(line)))
     }
 
+    pub(super) fn growing(file: Follow) -> Self {
+        Self::new(From::Growing(file))
+    }
+
     fn new(from: From) -> Self {
         Self {
             from,
@@ -118,6 +124,7 @@ impl Producer {
     fn read_some(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match &mut self.from {
             From::Stdin => io::stdin().read(buffer),
+            From::Growing(file) => file.read(buffer),
             From::Command(command) => {
                 let child = command.child(|command| {
                     command.stdin(Stdio::null()).stdout(Stdio::piped());
@@ -158,6 +165,7 @@ impl Producer {
             return Err(match &self.from {
                 From::Stdin => io::Error::other(EmptyStdin),
                 From::Command(_) => Unfinished::new("the command wrote nothing").into(),
+                From::Growing(_) => Unfinished::new("it ended without a byte").into(),
             });
         }
         if let Some(size) = self.size.filter(|size| self.count != *size) {

@@ -4,10 +4,11 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
 use anyhow::Context as _;
-use udpack_transfer::{Found, Limiter, Remote, Source, Uploader, What};
+use udpack_transfer::{Found, Limiter, Remote, Source, TransferError, Uploader, What};
 
 use super::dry;
-use super::plan::{Asked, List, Plan};
+use super::follow::Follow;
+use super::plan::{Asked, List, Plan, remote_name};
 use super::producer::Producer;
 use super::report::{Origin, Origins, Report, Thing, Transfer};
 use super::umask;
@@ -46,12 +47,29 @@ async fn put(
         args.transfer.if_exists,
         IfExistsArg::Overwrite | IfExistsArg::Rename
     );
+    let instead = match (&args.from_command, &args.follow) {
+        (Some(_), _) => Some("what a command writes"),
+        (_, Some(_)) => Some("a file that grows"),
+        _ => None,
+    };
+    // It is sent as standard input is, and has a name of its own.
+    let name = match &args.follow {
+        Some(path) => Some(remote_name(path, args.name.as_deref())),
+        None => args.name.clone(),
+    };
+    let growing = match &args.follow {
+        Some(path) => Some(Follow::open(path, args.until).map_err(|source| {
+            let path = path.clone();
+            TransferError::Source { path, source }
+        })?),
+        None => None,
+    };
     let asked = Asked {
         paths: &args.paths,
         list,
         list_is_stdin: args.files_from.as_deref() == Some(Path::new("-")),
-        command: args.from_command.is_some(),
-        name: args.name.as_deref(),
+        instead,
+        name: name.as_deref(),
         clashes,
         tree: &args.tree,
         every_dir: args.transfer.preserve,
@@ -115,7 +133,7 @@ async fn put(
                 let mut meter = Meter::new(args.show.progress, args.log.quiet, console);
                 report.connected(&link, &mut meter);
                 let origins = Origins::default();
-                let upload = uploader.put(sources(plan, args, &origins));
+                let upload = uploader.put(sources(plan, args, growing, &origins));
                 report
                     .follow(Transfer::Up(upload), None, &origins, &mut meter)
                     .await;
@@ -162,12 +180,17 @@ pub(super) fn thing(found: &Found) -> Thing {
 fn sources(
     mut plan: Plan,
     args: &PutArgs,
+    growing: Option<Follow>,
     origins: &Origins,
 ) -> impl Iterator<Item = Source> + Send + 'static + use<> {
     let stdin = plan.stdin.take().map(|name| {
-        let (mut producer, shown) = match &args.from_command {
-            Some(line) => (Producer::command(line), line.clone()),
-            None => (Producer::stdin(), "-".to_owned()),
+        let (mut producer, shown) = match (&args.from_command, growing) {
+            (Some(line), _) => (Producer::command(line), line.clone()),
+            (None, Some(file)) => {
+                let shown = args.follow.as_deref().unwrap_or_else(|| Path::new("-"));
+                (Producer::growing(file), shown.display().to_string())
+            }
+            (None, None) => (Producer::stdin(), "-".to_owned()),
         };
         producer.allow_empty = args.allow_empty;
         producer.size = args.size;

@@ -142,7 +142,7 @@ async fn verify(
         paths: &args.paths,
         list: None,
         list_is_stdin: false,
-        command: false,
+        instead: None,
         clashes: false,
         name: args.name.as_deref(),
         tree: &args.tree,
