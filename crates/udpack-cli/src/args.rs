@@ -107,6 +107,12 @@ const VERIFY_EXAMPLES: &str = "\
 Examples:
   udpack-client verify photos && rm -r photos    remove what is safely at the server";
 
+const LOGIN_EXAMPLES: &str = "\
+Examples:
+  ssh host udpack-server url | udpack-client login - work
+  udpack-client put photos/ work:backup/         to backup at that server
+  udpack-client ls -l work:";
+
 const SHARE_EXAMPLES: &str = "\
 Examples:
   udpack-client share inbox --quota 2G --expires 7d   to upload into inbox
@@ -558,6 +564,9 @@ pub(crate) enum ClientCommand {
     /// packets, loss, key, token, clock.
     #[command(after_help = MORE, after_long_help = format!("{DOCTOR}\n\n{ENVIRONMENT}\n\n{EXIT_CODES}"))]
     Doctor(DoctorArgs),
+    /// Store a server under a name, for `--to NAME` and paths such as NAME:photos.
+    #[command(after_help = MORE, after_long_help = format!("{LOGIN_EXAMPLES}\n\n{ENVIRONMENT}\n\n{EXIT_CODES}"))]
+    Login(LoginArgs),
     /// Print a shell's completion script.
     Completions {
         /// The shell.
@@ -566,6 +575,22 @@ pub(crate) enum ClientCommand {
     },
     /// Print the manual pages, or write each into a file of its own.
     Man(ManArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LoginArgs {
+    /// What `udpack-server url` or `token new` prints at the server; `-` reads it from standard input, where other users of this
+    /// machine do not see the token.
+    pub(crate) url: String,
+
+    /// The name.
+    pub(crate) name: String,
+
+    #[command(flatten)]
+    pub(crate) connect: ConnectArgs,
+
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
 }
 
 #[derive(Debug, Args)]
@@ -1172,9 +1197,13 @@ pub(crate) struct PingArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Connection")]
 pub(crate) struct ConnectArgs {
-    /// The server: HOST, HOST:PORT, or a whole udpack:// URL. Default: UDPACK_URL, else this machine.
-    #[arg(long, value_name = "HOST[:PORT]|URL")]
+    /// The server: HOST, HOST:PORT, a whole udpack:// URL, or the name of one that `login` stored. Default: UDPACK_URL, else this machine.
+    #[arg(long, value_name = "HOST[:PORT]|URL|NAME")]
     pub(crate) to: Option<String>,
+
+    /// The server came from the configuration.
+    #[arg(skip)]
+    pub(crate) named: bool,
 
     /// Where to look for the server's public key and the token.
     #[arg(long, default_value = "./keys", env = "UDPACK_KEYS")]

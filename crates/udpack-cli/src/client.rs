@@ -8,6 +8,7 @@ mod failures;
 mod follow;
 mod get;
 mod jobs;
+mod login;
 mod ping;
 mod plan;
 mod producer;
@@ -20,6 +21,7 @@ mod sync;
 mod verify;
 
 use crate::args::{ClientArgs, ClientCommand};
+use crate::config::Config;
 use crate::logging::{self, Console, Role};
 use crate::pages;
 use crate::signals::Interrupts;
@@ -33,7 +35,12 @@ fn umask() -> u32 {
         .unwrap_or(0o077)
 }
 
-pub(crate) async fn run(args: ClientArgs, console: Console) -> anyhow::Result<()> {
+pub(crate) async fn run(
+    mut args: ClientArgs,
+    config: Config,
+    console: Console,
+) -> anyhow::Result<()> {
+    name_server(&mut args.command, &config)?;
     let log = match &args.command {
         ClientCommand::Put(args) => &args.log,
         ClientCommand::Get(args) => &args.log,
@@ -51,6 +58,7 @@ pub(crate) async fn run(args: ClientArgs, console: Console) -> anyhow::Result<()
         ClientCommand::Listen(args) => &args.log,
         ClientCommand::Ping(args) => &args.log,
         ClientCommand::Doctor(args) => &args.log,
+        ClientCommand::Login(args) => &args.log,
         ClientCommand::Completions { shell } => return pages::completions::<ClientArgs>(*shell),
         ClientCommand::Man(args) => return pages::man::<ClientArgs>(args.dir.as_deref()),
     };
@@ -73,8 +81,63 @@ pub(crate) async fn run(args: ClientArgs, console: Console) -> anyhow::Result<()
         ClientCommand::Listen(args) => events::listen(args, &console, interrupts).await,
         ClientCommand::Ping(args) => ping::run(args, interrupts).await,
         ClientCommand::Doctor(args) => doctor::run(args, interrupts).await,
+        ClientCommand::Login(args) => login::run(args, interrupts).await,
         ClientCommand::Completions { .. } | ClientCommand::Man(_) => Ok(()),
     };
     logging::keep(&result);
     result
+}
+
+/// Finds out which of the configured servers is meant: by `--to NAME`, or by paths such as `NAME:photos`, which lose the name.
+fn name_server(command: &mut ClientCommand, config: &Config) -> anyhow::Result<()> {
+    use ClientCommand as C;
+    let connect = match command {
+        C::Put(args) => {
+            config.take_last(&mut args.connect, &mut args.paths, &mut args.name)?;
+            &mut args.connect
+        }
+        C::Verify(args) => {
+            config.take_last(&mut args.connect, &mut args.paths, &mut args.name)?;
+            &mut args.connect
+        }
+        C::Get(args) => {
+            // The last of two may be `-`, where to.
+            let paths = args.paths.iter_mut().filter(|path| *path != "-");
+            config.take_all(&mut args.connect, paths)?;
+            &mut args.connect
+        }
+        C::Stat(args) => {
+            config.take_all(&mut args.connect, args.paths.iter_mut())?;
+            &mut args.connect
+        }
+        C::Rm(args) => {
+            config.take_all(&mut args.connect, args.paths.iter_mut())?;
+            &mut args.connect
+        }
+        C::Ls(args) => {
+            config.take_all(&mut args.connect, args.path.iter_mut())?;
+            &mut args.connect
+        }
+        C::Sync(args) => {
+            for path in [&mut args.source, &mut args.copy] {
+                if let Some((name, rest)) = path.to_str().and_then(|path| config.take(path)) {
+                    args.connect.to = Some(name.to_owned());
+                    *path = format!(":{rest}").into();
+                }
+            }
+            &mut args.connect
+        }
+        C::Jobs(args) => &mut args.connect,
+        C::Share(args) => &mut args.connect,
+        C::Stats(args) => &mut args.connect,
+        C::Send(args) => &mut args.connect,
+        C::Request(args) => &mut args.connect,
+        C::Listen(args) => &mut args.connect,
+        C::Ping(args) => &mut args.connect,
+        C::Doctor(_) | C::Login(_) | C::Demo(_) | C::Completions { .. } | C::Man(_) => {
+            return Ok(());
+        }
+    };
+    config.resolve(connect);
+    Ok(())
 }

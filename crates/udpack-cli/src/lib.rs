@@ -5,6 +5,7 @@
 
 mod args;
 mod client;
+mod config;
 mod exit;
 mod hub;
 mod json;
@@ -30,12 +31,13 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use clap::Parser;
 use clap::error::ErrorKind;
+use clap::{CommandFactory as _, Parser};
 use listenfd::ListenFd;
 
 use args::{ClientArgs, ServerArgs};
-use exit::Explained;
+use config::Config;
+use exit::{Explained, Failure, Kind};
 use logging::Console;
 
 /// Runs `udpack-server` with these arguments, the first of which is the program's name.
@@ -47,7 +49,59 @@ pub fn server_main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 /// Runs `udpack-client` with these arguments, the first of which is the program's name.
 pub fn client_main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    run::<ClientArgs, _>(args, client::run)
+    let args = args.into_iter().collect();
+    let (config, args) = match configured(args) {
+        Ok(configured) => configured,
+        Err(error) => {
+            let explained = Explained::of(&error);
+            explained.print(&Console::default());
+            return explained.exit_code();
+        }
+    };
+    run::<ClientArgs, _>(args, |args, console| client::run(args, config, console))
+}
+
+/// Reads the configuration, and adds its defaults to a client's arguments.
+fn configured(mut args: Vec<OsString>) -> anyhow::Result<(Config, Vec<OsString>)> {
+    let mut command = ClientArgs::command();
+    command.build();
+    // What is wrong with them is told where they are used.
+    let Ok(given) = command.clone().try_get_matches_from(&args) else {
+        return Ok((Config::default(), args));
+    };
+    let verb = given.subcommand_name().unwrap_or_default();
+    if ["completions", "man"].contains(&verb) {
+        return Ok((Config::default(), args));
+    }
+    let config = Config::load(&command)?;
+    let defaults = config.arguments(&command, &given);
+    let at = args.iter().position(|arg| arg == verb);
+    let at = at.map_or(args.len(), |at| at + 1);
+    let is_sound = |words: &[OsString]| {
+        let (before, after) = args.split_at(at);
+        let all = before.iter().chain(words).chain(after);
+        command.clone().try_get_matches_from(all).map(drop)
+    };
+    let words: Vec<_> = defaults
+        .iter()
+        .flat_map(|(words, _)| words.clone())
+        .collect();
+    if let Err(error) = is_sound(&words) {
+        let alone = |(words, place): &(Vec<OsString>, &str)| {
+            let error = is_sound(words).err()?;
+            Some((error, (*place).to_owned()))
+        };
+        let (error, place) = defaults
+            .iter()
+            .find_map(alone)
+            .unwrap_or_else(|| (error, "the defaults of the configuration".to_owned()));
+        let text = error.to_string();
+        let text = text.lines().next().unwrap_or_default();
+        let text = text.strip_prefix("error: ").unwrap_or(text);
+        return Err(Failure::new(Kind::Usage, format!("{place}: {text}")).into());
+    }
+    args.splice(at..at, words);
+    Ok((config, args))
 }
 
 fn run<A: Parser, F: Future<Output = anyhow::Result<()>>>(

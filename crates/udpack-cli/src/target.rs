@@ -331,7 +331,7 @@ pub(crate) fn retry(attempts: Option<u32>) -> Retry {
 fn server(args: &ConnectArgs) -> anyhow::Result<ConnectUrl> {
     if let Some(to) = &args.to {
         let url: ConnectUrl = to.parse().map_err(|error| unfit("--to", &error))?;
-        if url.token().is_some() {
+        if url.token().is_some() && !args.named {
             tracing::warn!(
                 "the token in --to shows in the list of processes: UDPACK_URL keeps it out"
             );

@@ -30,6 +30,8 @@ pub(crate) fn quiet(mut command: Command, dir: &Path) -> Command {
         }
     }
     command.env("XDG_STATE_HOME", dir.join(".state"));
+    // Nor those of a configuration.
+    command.env("XDG_CONFIG_HOME", dir.join(".config"));
     command.current_dir(dir).stdin(Stdio::null());
     command
 }
