@@ -147,6 +147,9 @@ pub(crate) enum Line<'a> {
         /// Bytes that the server copied from what it had.
         #[serde(skip_serializing_if = "is_zero")]
         copied: u64,
+        /// How often the connection was lost and came back.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        reconnects: Option<usize>,
         secs: f64,
         /// Bytes a second, on average.
         rate: f64,

@@ -217,6 +217,8 @@ pub(super) struct Report {
     left: Option<(PathBuf, Left)>,
     /// Standard output failed, other than by being closed.
     unwritten: Option<io::Error>,
+    /// How often the connection was lost and came back.
+    reconnects: usize,
 }
 
 impl Report {
@@ -251,6 +253,7 @@ impl Report {
             gathers: false,
             left: None,
             unwritten: None,
+            reconnects: 0,
         }
     }
 
@@ -473,6 +476,7 @@ impl Report {
             }
             Event::Connected => {
                 meter.note(None);
+                self.reconnects += 1;
                 self.json(&Line::Connected {});
                 if !self.quiet {
                     self.console.line("connected again");
@@ -903,6 +907,7 @@ impl Report {
                 bytes: self.bytes,
                 sent: self.sent,
                 copied: self.copied,
+                reconnects: Some(self.reconnects),
                 secs,
                 rate,
                 error_kind: kind.map(Kind::name),
@@ -991,6 +996,11 @@ impl Report {
         }
         if self.copied > 0 {
             summary.push_str(&format!(", {} copied there", size(self.copied as f64)));
+        }
+        match self.reconnects {
+            0 => {}
+            1 => summary.push_str(", connected again once"),
+            count => summary.push_str(&format!(", connected again {count} times")),
         }
         if let Some(mirror) = &self.mirror {
             if mirror.deleted > 0 {

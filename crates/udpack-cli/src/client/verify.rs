@@ -113,6 +113,7 @@ pub(super) async fn run(
             bytes: tally.bytes,
             sent: 0,
             copied: 0,
+            reconnects: None,
             secs,
             rate: tally.bytes as f64 / secs.max(1e-6),
             error_kind: kind.map(Kind::name),
