@@ -31,11 +31,12 @@ pub(crate) struct Dialer {
     via: Via,
     local: Option<SocketAddr>,
     qlog: Option<Qlog>,
-    /// Where on this machine the way was last shown to be whole, for which payload, and when.
+    /// The last local address for which a probe passed with a payload size, that size in bytes, and the time.
     proved: Mutex<Option<(SocketAddr, u16, Instant)>>,
 }
 
-/// For so long nobody need show it again: a forwarder that takes the port meanwhile is found by its losses.
+/// How long such a probe remains valid. A forwarder that takes over the port in the meantime is detected by its
+/// losses.
 const PROVED_FOR: Duration = Duration::from_secs(60);
 
 /// Why a [`Dialer`] could not be made.
@@ -52,7 +53,7 @@ pub(crate) enum DialError {
     Setting(InvalidSetting),
     /// This address cannot be dialled, or the system says that it is not reachable; with the reason.
     Refused(String),
-    /// Nothing was heard in time.
+    /// The server did not answer in time.
     Silent,
     /// The server has another key than the pinned one.
     Pin(PinMismatch),
@@ -70,12 +71,13 @@ pub(crate) enum DialError {
     },
 }
 
-/// Without an answer for so long, a dial asks the system whether anybody is there. Most handshakes are over by then, and
-/// to ask takes a socket of its own.
+/// After this time without an answer, a dial asks the system whether the address is reachable. Most handshakes are
+/// complete by then, and asking takes a socket of its own.
 const UNANSWERED: Duration = Duration::from_millis(100);
 
 impl Dialer {
-    /// For servers with this key, or with a certificate that the platform's CAs vouch for. `local` is where to dial from.
+    /// Creates a dialer for servers with this key, or with a certificate of a CA that the platform trusts. `local` is
+    /// the local address to dial from.
     pub(crate) fn new(
         pin: Option<Fingerprint>,
         (limits, timeouts): (Arc<Limits>, Arc<Timeouts>),
@@ -83,7 +85,7 @@ impl Dialer {
         (via, local): (Via, Option<SocketAddr>),
         qlog: Option<PathBuf>,
     ) -> Result<Self, DialerError> {
-        // Said now rather than at the first connection.
+        // Invalid settings are reported now, not at the first connection.
         endpoint::transport(&limits, &timeouts, congestion, None, Side::Client)
             .map_err(DialerError::Setting)?;
         let trust = pin.map_or(Trust::PlatformRoots, Trust::Pin);
@@ -91,7 +93,8 @@ impl Dialer {
         let mut over_tcp = tls.clone();
         over_tcp.alpn_protocols = vec![b"http/1.1".to_vec()];
         if pin.is_some() {
-            // A server that has another certificate for browsers shows its own to those who offer this.
+            // A server with another certificate for browsers presents its own certificate to clients that offer this
+            // protocol.
             over_tcp.alpn_protocols.push(ALPN.to_vec());
         }
         let tls =
@@ -230,7 +233,8 @@ impl Dialer {
         }
     }
 
-    /// See [`Via::proved_route_to`]. What the last proof showed counts for a while: it costs as much as a handshake.
+    /// As [`Via::proved_route_to`], with the result of the last probe if it is recent: a probe costs as much as a
+    /// handshake.
     async fn proved_route_to(&self, address: SocketAddr) -> io::Result<Option<Route>> {
         let last = *lock(&self.proved);
         if let Some((at, payload, when)) = last
@@ -295,15 +299,15 @@ fn failed(error: quinn::ConnectionError, distrust: Option<Distrust>) -> DialErro
     }
 }
 
-/// Whether this code of QUIC carries an alert of TLS about the server's certificate.
+/// Whether this QUIC code is a TLS alert about the server's certificate.
 fn is_about_certificate(code: u64) -> bool {
     // `bad_certificate` to `certificate_unknown`, `unknown_ca`, `access_denied`, `decrypt_error` of a signature, and
     // `bad_certificate_status_response`.
     matches!(code.checked_sub(0x100), Some(42..=46 | 48 | 49 | 51 | 113))
 }
 
-/// Ends when a handshake that begins now has taken too long: `limit`, and as soon as something was heard, some times as long
-/// as that took.
+/// Ends when a handshake that begins now has taken too long: after `limit`, extended by a multiple of the time until
+/// the server's first datagram, if one came.
 async fn patience(limit: Duration, heard: &FirstWord) {
     let begun = Instant::now();
     tokio::time::sleep_until(begun + limit).await;
