@@ -1,4 +1,4 @@
-//! Coming back after a lost connection: how often and how soon, and what the application sees of a connection.
+//! Reconnecting: the policy of attempts, and the states of a connection as the application sees them.
 
 use std::collections::hash_map::RandomState;
 use std::fmt;
@@ -20,19 +20,19 @@ use crate::wire::control::GoAway;
 /// SocketState changes that wait for a slow watcher; it misses the oldest.
 const STATES: usize = 32;
 
-/// How to come back after a lost connection.
+/// The policy for reconnecting after a lost connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reconnect {
-    /// Tries without success before giving up; 0 never reconnects. Defaults to no bound.
+    /// The most attempts without success before giving up; 0: never reconnect. Defaults to no bound.
     pub attempts: Option<u32>,
     /// Time without success before giving up. Defaults to 5 minutes.
     pub patience: Duration,
-    /// The wait before the first try is drawn from 0 to this. Defaults to 250 ms; doubles each time.
+    /// The upper bound of the random wait before the first attempt. Defaults to 250 ms; doubles with each attempt.
     pub first: Duration,
-    /// The longest that the wait becomes. Defaults to 30 s.
+    /// The largest upper bound of the wait. Defaults to 30 s.
     pub most: Duration,
-    /// Whether the very first connect is tried again, too, when nobody answers. Defaults to no: a wrong
-    /// address shows at once.
+    /// Whether the very first connect is also tried again when the server does not answer. Defaults to no, so that a
+    /// wrong address is reported at once.
     pub first_too: bool,
 }
 
@@ -49,8 +49,8 @@ impl Default for Reconnect {
 }
 
 impl Reconnect {
-    /// A random wait before try number `attempt`, counted from 1. Random over all of it ("full jitter"), so
-    /// that clients that lost a server together do not come back together.
+    /// A random wait before attempt `attempt`, counted from 1. It is random over the whole range ("full jitter"), so
+    /// that clients that lost a server together do not reconnect together.
     pub fn delay(&self, attempt: u32) -> Duration {
         let doubled = 2_u32.saturating_pow(attempt.saturating_sub(1).min(31));
         part(self.first.saturating_mul(doubled).min(self.most))
@@ -67,7 +67,7 @@ pub struct Outage {
 }
 
 impl Outage {
-    /// One whose waits begin as long as after `before` tries, because the last successes did not last.
+    /// Starts with the waits that follow `before` attempts, because the last connections did not last.
     pub(crate) fn after(before: u32) -> Self {
         Self {
             before,
@@ -75,8 +75,8 @@ impl Outage {
         }
     }
 
-    /// The number of the next try, counted from 1, and how long to wait for it; `None` when it is time to give
-    /// up. The time counts from the first call.
+    /// The number of the next attempt, counted from 1, and the wait before it; `None` when it is time to give up. The
+    /// time counts from the first call.
     pub fn next(&mut self, policy: &Reconnect) -> Option<(u32, Duration)> {
         let since = *self.since.get_or_insert_with(tokio::time::Instant::now);
         let left = policy.patience.checked_sub(since.elapsed())?;
@@ -128,13 +128,13 @@ impl Default for Probes {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum TransportReason {
-    /// The client allows no other.
+    /// The client permits no other transport.
     Chosen,
-    /// UDP passes, and goes first.
+    /// UDP passes, and is preferred.
     UdpPasses,
-    /// Nothing was heard over UDP in time.
+    /// No answer came over UDP in time.
     UdpBlocked,
-    /// Nothing was heard over UDP before, and now it passes.
+    /// UDP did not pass before, and passes now.
     UdpPassesAgain,
 }
 
@@ -150,7 +150,7 @@ impl fmt::Display for TransportReason {
 }
 
 impl GoAway {
-    /// How long to wait before connecting again: what the server asked for, and a random part of its window.
+    /// How long to wait before reconnecting: the time that the server asked for, plus a random part of its window.
     pub fn wait(&self) -> Duration {
         self.retry_after.saturating_add(part(self.window))
     }
@@ -162,7 +162,7 @@ fn part(whole: Duration) -> Duration {
     whole.mul_f64(random as f64 / (1_u64 << 53) as f64)
 }
 
-/// What the connection of a socket is doing. The same at both ends, but for who makes the next one.
+/// The state of a socket's connection, on both sides.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SocketState {
@@ -170,73 +170,72 @@ pub enum SocketState {
     Connecting,
     /// Connected and admitted.
     Connected {
-        /// The session goes on: resumable channels lost nothing. The first connection of a socket resumes
-        /// nothing.
+        /// Whether the session was resumed, so that resumable channels lost nothing. False for the first connection
+        /// of a socket.
         resumed: bool,
-        /// Why the session could not go on, where there was one: resumable channels have ended with
-        /// `not_resumed`.
+        /// Why an existing session was not resumed: resumable channels have ended with `not_resumed`.
         reason: Option<String>,
     },
     /// At a client that reconnects: the next connection, which is there, runs over another transport than the one before.
     /// `Connected` follows at once.
     TransportChanged {
-        /// What the last connection spoke.
+        /// The transport of the last connection.
         from: Transport,
-        /// What this one speaks.
+        /// The transport of this one.
         to: Transport,
         /// Why.
         why: TransportReason,
     },
-    /// At a client that reconnects: the server is going away; the client moves when its turn has come.
+    /// On a client that reconnects: the server is shutting down; the client moves when its time has come.
     GoingAway(GoAway),
-    /// The connection stands, but the peer does not answer: it is dead, asleep or out of reach. When it is heard again,
-    /// the state is `Connected` with `resumed`, or `GoingAway`; else the connection is lost after its idle time.
+    /// The peer does not answer: it is dead, asleep or out of reach. When packets arrive again, the state is
+    /// `Connected` with `resumed`, or `GoingAway`; otherwise the connection is lost after the idle time-out.
     Silent {
-        /// When it was last heard, to within a second.
+        /// When the last packet arrived, to within a second.
         since: Instant,
     },
-    /// At a server: the connection is lost; the session waits for its client, at most for `Timeouts::resume`.
+    /// On a server: the connection is lost; the session waits for its client, at most for `Timeouts::resume`.
     Detached {
         /// When it was found lost.
         since: Instant,
     },
-    /// At a client that reconnects: the connection is lost; it is made again after the delay.
+    /// On a client that reconnects: the connection is lost; the client reconnects after the delay.
     Reconnecting {
-        /// Which try, counted from 1 since the last success.
+        /// The number of the attempt, counted from 1 since the last success.
         attempt: u32,
-        /// How long until then.
+        /// The wait before the attempt.
         delay: Duration,
         /// When the connection was found lost.
         since: Instant,
     },
-    /// There will be no other connection; the socket is over.
+    /// There will be no other connection; the socket has ended.
     Closed(CloseReason),
 }
 
 impl SocketState {
-    /// Whether the peer is there: `Connected` or `GoingAway`.
+    /// Whether the peer is connected: `Connected` or `GoingAway`.
     pub fn is_connected(&self) -> bool {
         matches!(self, Self::Connected { .. } | Self::GoingAway(_))
     }
 }
 
-/// How long an answer may take, beside the round trips of [`on_path`], until the peer counts as silent. QUIC asks after
-/// `Timeouts::keep_alive` without a word from the peer, and asks again and again in this time.
+/// How long an answer may take, in addition to the round trips of [`on_path`], until the peer counts as silent. QUIC
+/// sends a probe after `Timeouts::keep_alive` without a packet from the peer, and repeats it in this time.
 ///
 /// [`on_path`]: crate::session::on_path
 pub(crate) const ANSWER: Duration = Duration::from_secs(3);
 
-/// The present state and everybody who watches it.
+/// The current state and its watchers.
 pub(crate) struct StateFeed(Mutex<Feed>);
 
 struct Feed {
     now: SocketState,
-    /// The state that returns when a silent peer is heard again.
+    /// The state to return to when a silent peer answers again.
     before: Option<SocketState>,
-    /// Datagrams that the present connection has received, and when the last was found.
+    /// How many datagrams the current connection has received, and when the last one was noticed.
     datagrams: u64,
     heard: tokio::time::Instant,
-    /// Made for the first who watches: few sockets are watched.
+    /// Created for the first watcher, because few sockets are watched.
     changes: Option<broadcast::Sender<SocketState>>,
 }
 
@@ -264,7 +263,7 @@ impl StateFeed {
         self.set_with(state, || ());
     }
 
-    /// Changes to `state` together with what `change` does: nobody finds the one without the other.
+    /// Sets the state and calls `change` under one lock, so that nobody sees one without the other.
     pub(crate) fn set_with(&self, state: SocketState, change: impl FnOnce()) {
         let mut feed = lock(&self.0);
         change();
@@ -276,7 +275,8 @@ impl StateFeed {
         feed.change(state);
     }
 
-    /// The present connection has received so many datagrams. Without a new one for `patience` the peer is silent.
+    /// Reports how many datagrams the current connection has received. Without a new one for `patience` the peer is
+    /// silent.
     pub(crate) fn listen(&self, datagrams: u64, patience: Duration) {
         let mut feed = lock(&self.0);
         if datagrams != feed.datagrams {
@@ -334,12 +334,12 @@ impl StateFeed {
     }
 }
 
-/// The state of a socket's connection: the present one first, then each change. A watcher that lags by more
-/// than 32 changes misses the oldest. Ends behind [`SocketState::Closed`].
+/// A stream of the states of a socket's connection: the current one first, then each change. A watcher that lags by
+/// more than 32 changes misses the oldest. Ends after [`SocketState::Closed`].
 pub struct SocketStates(BoxStream<'static, SocketState>);
 
 impl SocketStates {
-    /// The next state; `None` when there will be no other.
+    /// The next state; `None` after the last one.
     ///
     /// # Cancel safety
     /// Cancel safe.

@@ -42,7 +42,7 @@ const PROBE: (f64, f64) = (0.05, 0.2);
 /// And at least so many packets.
 const PROBE_PACKETS: f64 = 2.0;
 const DOWN_GAIN: f64 = 0.9;
-/// Of the path's content, while looking for the base RTT or for others.
+/// The share of the bandwidth-delay product while probing for the base RTT or for other flows.
 const WITHDRAWN_GAIN: f64 = 0.5;
 /// Losses of the path itself that the window makes up for, at most.
 const MADE_UP: f64 = 0.2;
@@ -53,22 +53,22 @@ const MARGIN: f64 = 0.02;
 const MARGIN_AT_ONCE: f64 = 0.1;
 /// Packets that start-up must have lost to end for it.
 const STARTUP_LOSSES: f64 = 16.0;
-/// What gave way comes back a step at a time, and no faster than this.
+/// The shortest interval between steps in which reduced values recover.
 const EASE_EVERY: Duration = Duration::from_millis(500);
 /// Beside others: segments a round trip that the window grows by at least, as Reno's. More than the 0.53 that
 /// RFC 9438 gives CUBIC, because withdrawals cost a share.
 const ALPHA: f64 = 1.0;
-/// Who meets others in so many rounds since the beginning came last, and has less than a share: its window grows
-/// by this part of what is acknowledged until something is lost.
+/// A flow that meets others within this many rounds since its beginning came last and has less than its share: its
+/// window grows by an additional part of the acknowledged bytes until a loss.
 const YOUNG: u32 = 64;
 const EAGER: f64 = 0.125;
 /// Rounds of competing before a withdrawal: at first, and after some that found others.
 const PATIENCE: (u32, u32) = (16, 64);
 /// Cycles after a withdrawal within which competing resumes where it was.
 const RECALL: u32 = 2;
-/// What is left of the rate after a mark (RFC 8511).
+/// The factor by which a mark reduces the rate (RFC 8511).
 const MARK_GAIN: f64 = 0.85;
-/// quinn paces at so many windows a smoothed RTT, up to `MOST` bytes.
+/// quinn paces at this many windows per smoothed RTT, up to `MOST` bytes.
 const PACING_GAIN: f64 = 1.25;
 const MOST: f64 = u32::MAX as f64;
 
@@ -78,7 +78,7 @@ fn first_window(mtu: f64) -> f64 {
     (INITIAL_PACKETS * mtu.min(1472.0)).max(LEAST_PACKETS * mtu)
 }
 
-/// What the controller is about.
+/// The phase of the controller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Phase {
     Startup,
@@ -96,7 +96,7 @@ pub(super) enum Phase {
     Withdraw(u32),
 }
 
-/// What is counted from one round to the next.
+/// The counters of one round.
 #[derive(Debug, Clone, Copy, Default)]
 struct Round {
     rtt: Option<Duration>,
@@ -120,7 +120,7 @@ pub(super) struct Model {
     ceiling: f64,
     base_rtt: Duration,
     base_rtt_at: Instant,
-    /// What `base_rtt` was before it was looked for.
+    /// The base RTT before the current probe for it.
     former_rtt: Duration,
     smoothed_rtt: Duration,
     latest_rtt: Duration,
@@ -573,7 +573,7 @@ impl Model {
         self.shallow = self.loss > MARGIN_HEADROOM && self.headroom < 0.7;
     }
 
-    /// What the path holds, in bytes.
+    /// The bandwidth-delay product of the path, in bytes.
     fn content(&self, rtt: Duration) -> f64 {
         self.rate() * rtt.as_secs_f64()
     }
