@@ -275,6 +275,7 @@ impl Scenario {
                 Arm::Nats,
                 Arm::Udp,
             ],
+            Self::Fanout => &[Arm::Udpack, Arm::Quinn, Arm::Tuned, Arm::Wss, Arm::Nats],
             Self::Idle => &[Arm::Udpack, Arm::Quinn, Arm::Tuned, Arm::Web],
             _ => &[Arm::Udpack, Arm::Quinn, Arm::Tuned],
         }

@@ -9,6 +9,7 @@ mod beside;
 mod chart;
 mod document;
 mod driver;
+mod fanout;
 mod nats;
 mod ours;
 mod page;

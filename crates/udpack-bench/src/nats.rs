@@ -15,6 +15,7 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::task::JoinSet;
 
 use crate::args::{Load, Scenario};
+use crate::fanout::{self, Fanout};
 use crate::ours::{MESSAGE, all, ping_values};
 use crate::peer::{Ready, Report};
 
@@ -231,6 +232,7 @@ pub(crate) async fn drive(
         peers.push((peer, inbox));
     }
     match scenario {
+        Scenario::Fanout => fanout(ready, peers, load).await,
         Scenario::Messages => messages(peers, load).await,
         Scenario::Ping => ping(peers, load).await,
         _ => bail!("NATS takes no part in it"),
@@ -286,4 +288,35 @@ async fn ping(peers: Vec<(Peer, String)>, load: &Load) -> anyhow::Result<Report>
     }
     let micros = all(tasks).await?.concat();
     Ok(ping_values(&micros, begun.elapsed()))
+}
+
+/// All peers subscribe to one subject, and one more publishes there.
+async fn fanout(ready: &Ready, peers: Vec<(Peer, String)>, load: &Load) -> anyhow::Result<Report> {
+    let run = Fanout::new(load);
+    let mut tasks = JoinSet::new();
+    for (mut peer, _) in peers {
+        peer.write.write_all(b"SUB room 2\r\n").await?;
+        peer.settle().await?;
+        let (run, load) = (run.clone(), load.clone());
+        tasks.spawn(async move {
+            let mut millis = Vec::new();
+            for _ in 0..load.count {
+                while peer.next().await?.is_none() {}
+                let sent = peer.payload.first_chunk().context("a short message")?;
+                millis.push(run.received(u64::from_be_bytes(*sent)));
+            }
+            Ok(millis)
+        });
+    }
+    let mut publisher = Peer::connect(ready.address).await?;
+    let mut data = [0xa5; MESSAGE];
+    let begun = Instant::now();
+    for _ in 0..load.count {
+        let now = run.next().await?.to_be_bytes();
+        data.iter_mut().zip(now).for_each(|(byte, now)| *byte = now);
+        publisher.publish(b"room", b"", &data).await?;
+        publisher.write.flush().await?;
+    }
+    let millis = all(tasks).await?.concat();
+    Ok(fanout::values(&millis, begun))
 }

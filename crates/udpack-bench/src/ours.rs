@@ -12,7 +12,6 @@ use anyhow::{Context as _, bail, ensure};
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use serde::Serialize;
-use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use udpack::{
     Channel, Client, CloseCode, Context, Deny, Encoded, Fault, Hello, Identity, Limits, Peer,
@@ -24,6 +23,7 @@ use udpack_transfer::{
 };
 
 use crate::args::{Load, Scenario};
+use crate::fanout::{self, Fanout};
 use crate::peer::{Marks, Ready, Report};
 use crate::stats::rank;
 
@@ -36,8 +36,6 @@ pub(crate) const CHUNK: usize = 1 << 20;
 pub(crate) const MESSAGE: usize = 64;
 /// Connections that are being made at once.
 pub(crate) const AT_ONCE: usize = 32;
-/// Messages to a room that are under way at once, so that nobody's queue overflows.
-pub(crate) const FANOUT_WINDOW: usize = 4;
 
 /// The time between two messages of `interference`.
 const TICK: Duration = Duration::from_millis(10);
@@ -365,24 +363,18 @@ pub(crate) async fn idle<T>(
 
 async fn fanout(dialler: &Dialler, load: &Load) -> anyhow::Result<Report> {
     let sockets = dialler.many(load.sockets).await?;
-    let epoch = Instant::now();
-    let window = Arc::new(Semaphore::new(FANOUT_WINDOW));
-    let delivered = Arc::new(AtomicU64::new(0));
+    let run = Fanout::new(load);
     let mut tasks = JoinSet::new();
     for socket in &sockets {
         let channel = socket.open("room").await?;
         let () = channel.request("join", &()).await?;
-        let (window, delivered, load) = (window.clone(), delivered.clone(), load.clone());
+        let (run, load) = (run.clone(), load.clone());
         tasks.spawn(async move {
             let mut millis = Vec::new();
             for _ in 0..load.count {
                 let message = channel.recv().await?.context("the room has closed")?;
                 let (sent, _): (u64, &str) = message.data()?;
-                millis.push(millis_since(epoch, sent));
-                let seen = delivered.fetch_add(1, Ordering::Relaxed) + 1;
-                if seen.is_multiple_of(load.sockets as u64) {
-                    window.add_permits(1);
-                }
+                millis.push(run.received(sent));
             }
             Ok(millis)
         });
@@ -391,16 +383,11 @@ async fn fanout(dialler: &Dialler, load: &Load) -> anyhow::Result<Report> {
     let channel = publisher.open("room").await?;
     let begun = Instant::now();
     for _ in 0..load.count {
-        window.acquire().await?.forget();
-        let now = epoch.elapsed().as_nanos() as u64;
+        let now = run.next().await?;
         channel.send("said", &(now, &TEXT[..44])).await?;
     }
     let millis = all(tasks).await?.concat();
-    let took = begun.elapsed().as_secs_f64();
-    Ok(Report::default()
-        .value("rate", millis.len() as f64 / took)
-        .value("p50", rank(&millis, 0.5))
-        .value("p99", rank(&millis, 0.99)))
+    Ok(fanout::values(&millis, begun))
 }
 
 async fn interference(dialler: &Dialler, load: &Load) -> anyhow::Result<Report> {

@@ -19,17 +19,17 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{CertificateError, DigitallySignedStruct, PeerIncompatible, SignatureScheme};
-use tokio::sync::{Mutex, Semaphore, mpsc};
+use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinSet;
 
 use crate::args::{Load, Peer, Scenario};
+use crate::fanout::{self, Fanout};
 use crate::ours::{
-    AT_ONCE, CHUNK, EVENT, FANOUT_WINDOW, MESSAGE, TEXT, all, handshake_values, idle,
-    interference_values, millis_since, ping_values, ramp, tick, tick_count,
+    AT_ONCE, CHUNK, EVENT, MESSAGE, TEXT, all, handshake_values, idle, interference_values,
+    millis_since, ping_values, ramp, tick, tick_count,
 };
 use crate::peer::{Marks, Ready, Report};
 use crate::programs::walk;
-use crate::stats::rank;
 
 /// Bytes of messages that are gathered for one write.
 const BATCH: usize = 32 << 10;
@@ -459,25 +459,19 @@ impl Client {
 
     async fn fanout(&self, load: &Load) -> anyhow::Result<Report> {
         let conns = self.many(load.sockets).await?;
-        let epoch = Instant::now();
-        let window = Arc::new(Semaphore::new(FANOUT_WINDOW));
-        let delivered = Arc::new(AtomicU64::new(0));
+        let run = Fanout::new(load);
         let mut tasks = JoinSet::new();
         for conn in &conns {
             let (send, mut recv) = open(conn, JOIN).await?;
             recv.read_exact(&mut [0]).await?;
-            let (window, delivered, load) = (window.clone(), delivered.clone(), load.clone());
+            let (run, load) = (run.clone(), load.clone());
             tasks.spawn(async move {
                 let _send = send;
                 let mut millis = Vec::new();
                 let mut frame = [0; FRAME];
                 for _ in 0..load.count {
                     recv.read_exact(&mut frame).await?;
-                    millis.push(millis_since(epoch, tag(&frame)));
-                    let seen = delivered.fetch_add(1, Ordering::Relaxed) + 1;
-                    if seen.is_multiple_of(load.sockets as u64) {
-                        window.add_permits(1);
-                    }
+                    millis.push(run.received(tag(&frame)));
                 }
                 Ok(millis)
             });
@@ -486,16 +480,10 @@ impl Client {
         let (mut send, _recv) = open(&publisher, SAY).await?;
         let begun = Instant::now();
         for _ in 0..load.count {
-            window.acquire().await?.forget();
-            send.write_all(&frame(epoch.elapsed().as_nanos() as u64))
-                .await?;
+            send.write_all(&frame(run.next().await?)).await?;
         }
         let millis = all(tasks).await?.concat();
-        let took = begun.elapsed().as_secs_f64();
-        Ok(Report::default()
-            .value("rate", millis.len() as f64 / took)
-            .value("p50", rank(&millis, 0.5))
-            .value("p99", rank(&millis, 0.99)))
+        Ok(fanout::values(&millis, begun))
     }
 
     async fn interference(&self, load: &Load) -> anyhow::Result<Report> {
