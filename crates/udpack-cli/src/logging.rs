@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::Context as _;
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
 use tracing_appender::non_blocking::WorkerGuard;
 use tracing_appender::rolling::{RollingFileAppender, Rotation};
 use tracing_subscriber::filter::{LevelFilter, Targets};
@@ -15,22 +16,44 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 use udpack::text::printable_bytes;
 
 use crate::args::LogArgs;
+use crate::pages::terminal_columns;
 
-/// Standard error, shared by a live line and permanent lines: a permanent line takes the live line's place, and the live
+/// Standard error, shared by a live line and lines that stay: one that stays takes the live line's place, and the live
 /// line is written again below it.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub(crate) struct Console {
-    /// The live line that is shown; empty if there is none.
-    live: Arc<Mutex<String>>,
+    bars: MultiProgress,
+    live: Arc<Mutex<Option<ProgressBar>>>,
+}
+
+impl Default for Console {
+    fn default() -> Self {
+        let target = ProgressDrawTarget::term_like_with_hz(Box::new(LiveLine::default()), u8::MAX);
+        Self {
+            bars: MultiProgress::with_draw_target(target),
+            live: Arc::default(),
+        }
+    }
 }
 
 impl Console {
-    /// Shows this as the live line; an empty one removes it. It must be shorter than the terminal is wide.
+    /// Shows this as the live line; an empty one takes it away. It must be shorter than the terminal is wide.
     pub(crate) fn live(&self, line: String) {
         let mut live = lock(&self.live);
-        if *live != line {
-            *live = line;
-            draw(&live);
+        if line.is_empty() {
+            if let Some(bar) = live.take() {
+                bar.finish_and_clear();
+                self.bars.remove(&bar);
+            }
+            return;
+        }
+        let bar = live.get_or_insert_with(|| {
+            let style = ProgressStyle::with_template("{msg}");
+            let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+            self.bars.add(ProgressBar::new(0).with_style(style))
+        });
+        if bar.message() != line {
+            bar.set_message(line);
         }
     }
 
@@ -58,13 +81,10 @@ impl Console {
     /// Runs `write`, which prints whole lines, with the live line hidden. It must not use this console.
     pub(crate) fn above<T>(&self, write: impl FnOnce() -> T) -> T {
         let live = lock(&self.live);
-        if live.is_empty() {
-            return write();
+        match *live {
+            None => write(),
+            Some(_) => self.bars.suspend(write),
         }
-        draw("");
-        let written = write();
-        draw(&live);
-        written
     }
 
     fn write(&self, bytes: &[u8]) {
@@ -74,18 +94,63 @@ impl Console {
     }
 }
 
-/// Replaces the live line on standard error, and leaves the cursor at its beginning. A closed standard error is not a
-/// failure.
+/// Where the live line is drawn: standard error, with the cursor left at the line's beginning.
 ///
-/// A terminal that becomes narrower than the line may break it in two, and moves the cursor with the text under it. All
-/// parts of the line are then behind the cursor, where the next drawing erases them. With the cursor at the line's end
-/// they would be in front of it, in a number of rows that depends on the terminal.
+/// A terminal that becomes narrower than the line may break it in two, and moves the cursor with what stands under it: all
+/// remains are then behind the cursor, where the next drawing erases them. With the cursor at the line's end, where
+/// indicatif's own terminal leaves it, they would be in front of it, in a number of rows that depends on the terminal.
 ///
-/// A line made for the earlier width of the terminal must not break either, so the terminal does not wrap while the line
-/// is written (DECAWM, mode 7).
-fn draw(line: &str) {
-    let drawn = format!("\u{1b}[?7l\r{}\u{1b}[J\r\u{1b}[?7h", line.trim_end());
-    let _ = io::stderr().lock().write_all(drawn.as_bytes());
+/// A line made for the width that the terminal had a moment ago must not break either, so the terminal does not wrap
+/// while it is written (DECAWM, mode 7).
+#[derive(Debug, Default)]
+struct LiveLine {
+    drawn: Mutex<String>,
+}
+
+impl TermLike for LiveLine {
+    fn width(&self) -> u16 {
+        let columns = terminal_columns(&io::stderr()).unwrap_or(80);
+        u16::try_from(columns).unwrap_or(u16::MAX)
+    }
+
+    /// There is one row, and the cursor is at its beginning.
+    fn move_cursor_up(&self, _: usize) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn move_cursor_down(&self, _: usize) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn move_cursor_right(&self, _: usize) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn move_cursor_left(&self, _: usize) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn write_line(&self, line: &str) -> io::Result<()> {
+        self.write_str(line)
+    }
+
+    fn write_str(&self, text: &str) -> io::Result<()> {
+        lock(&self.drawn).push_str(text);
+        Ok(())
+    }
+
+    fn clear_line(&self) -> io::Result<()> {
+        lock(&self.drawn).clear();
+        Ok(())
+    }
+
+    /// Writes over the line that stands there. A closed standard error is not a failure.
+    fn flush(&self) -> io::Result<()> {
+        let drawn = std::mem::take(&mut *lock(&self.drawn));
+        let drawn = format!("\u{1b}[?7l\r{}\u{1b}[J\r\u{1b}[?7h", drawn.trim_end());
+        let _ = io::stderr().lock().write_all(drawn.as_bytes());
+        Ok(())
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
