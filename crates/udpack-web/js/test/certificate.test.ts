@@ -34,6 +34,11 @@ test('with --tls-cert a page connects by its name and is told no hashes', { skip
     await drop(page, `${directory}/file`);
     await page.locator('.row.file[data-state=done]').waitFor({ timeout: 30_000 });
     assert.equal(readFileSync(`${site.files}/file`, 'utf8'), 'bytes');
+    // By the same certificate over TCP, as a browser without WebTransport does.
+    await page.addInitScript(() => void Reflect.deleteProperty(globalThis, 'WebTransport'));
+    await page.reload();
+    await connected(page);
+    assert.equal(await page.locator('.state').textContent(), 'Connected over TCP');
     clean();
     await context.close();
   } finally {
