@@ -13,7 +13,7 @@
 //! | messages | [`Channel`], [`Message`], [`Event`], [`Priority`] |
 //! | handlers | [`Router`], [`Extract`], [`Context`] |
 //! | requests and replies, streams of items | [`Request`], [`Items`], [`Streaming`], [`Fault`] |
-//! | rooms and presence | [`Rooms`], [`Overflow`], [`Gap`], [`PresenceMap`] |
+//! | rooms and presence | [`Rooms`], [`Overflow`], [`Gap`], [`History`], [`Subscription`], [`PresenceMap`] |
 //! | volatile messages | [`Socket::send_volatile`], [`Volatile`] |
 //! | close codes and reasons | [`CloseReason`], [`CloseCode`] |
 //! | dividing resources among peers | [`Pool`], [`Tenant`] |

@@ -304,6 +304,72 @@ async fn another_epoch_is_told_and_what_it_has_follows() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_history_that_was_kept_elsewhere_goes_on_through_a_restart() {
+    bounded(async {
+        let net = Net::new(61).delay(Duration::from_millis(20));
+        let identity = Identity::generate().expect("a key");
+        let victim = net.bind(hall().identity(identity.clone())).await;
+        let victim = victim.expect("an address");
+        assert!(victim.rooms().kept(ROOM).is_none());
+        victim.rooms().history(ROOM, large()).expect("sound");
+        let socket = connect(&net, &victim).await;
+        let mut member = subscribe(&socket).await;
+        members(&victim, 1).await;
+        say(&victim, 0);
+        assert_eq!(next(&mut member).await, Seen::Number(0));
+        for number in 1..5 {
+            say(&victim, number);
+        }
+        let (last, kept) = victim.rooms().kept(ROOM).expect("a history");
+        assert_eq!((last.offset, kept.len()), (5, 5));
+        let address = victim.local_addr();
+        net.take_down(&victim);
+        let server = net.bind_at(hall().identity(identity), address).await;
+        let server = server.expect("free");
+        let few = History {
+            messages: 3,
+            ..large()
+        };
+        for impossible in [
+            Position { epoch: 0, ..last },
+            Position { offset: 4, ..last },
+            Position {
+                offset: u64::MAX,
+                ..last
+            },
+        ] {
+            let restored = server.rooms().restore(ROOM, few, impossible, &kept);
+            assert_eq!(restored, Ok(false), "{impossible:?}");
+        }
+        let restored = server.rooms().restore(ROOM, few, last, &kept);
+        assert_eq!(restored, Ok(true));
+        let again = server.rooms().restore(ROOM, few, last, &kept);
+        assert_eq!(again, Ok(false), "it has one");
+        say(&server, 5);
+        // Whether those that were on the way when the first server died have come decides what is missing.
+        let seen = until(&mut member, 5).await;
+        let gap = seen
+            .iter()
+            .position(|seen| !matches!(seen, Seen::Number(_)));
+        let first = match gap {
+            Some(at) => {
+                let Seen::Gap(lost, Some(missing)) = &seen[at] else {
+                    panic!("a gap of positions");
+                };
+                assert_eq!((missing.epoch, missing.to), (last.epoch, 3));
+                assert_eq!((missing.why, missing.from), (Why::Gone, 4 - lost));
+                assert_eq!(seen[..at], numbers(1..missing.from - 1));
+                (at, 3)
+            }
+            None => (0, 1),
+        };
+        let rest = if gap.is_some() { first.0 + 1 } else { 0 };
+        assert_eq!(seen[rest..], numbers(first.1..6));
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_room_without_a_history_says_that_it_has_none() {
     bounded(async {
         let net = Net::new(55);

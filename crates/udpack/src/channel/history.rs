@@ -282,6 +282,24 @@ impl Record {
         lock(&self.state).log.head()
     }
 
+    /// Lets the first message have the offset behind this one.
+    pub(crate) fn begin_behind(&self, offset: u64) {
+        let mut state = lock(&self.state);
+        if state.log.kept.is_empty() {
+            state.log.next = offset + 1;
+        }
+    }
+
+    /// The offset of the last message, and all that are kept.
+    pub(crate) fn kept(&self) -> (u64, Vec<Bytes>) {
+        let mut state = lock(&self.state);
+        self.change(&mut state, |log| {
+            log.settle(Instant::now());
+            let frames = log.kept.iter().map(|kept| kept.frame.clone());
+            (log.head(), frames.collect())
+        })
+    }
+
     /// Where a member with this position goes on; `None` if it is none of this log's.
     pub(crate) fn find(&self, position: Position) -> Option<u64> {
         let known = position.epoch == self.epoch && position.offset <= self.head();
@@ -335,5 +353,145 @@ impl Drop for Record {
     fn drop(&mut self) {
         let bytes = lock(&self.state).log.bytes;
         self.archive.used.fetch_sub(bytes, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Debug, Clone)]
+    enum Act {
+        Push(usize, bool),
+        /// Milliseconds.
+        Pass(u64),
+        /// So many offsets before the head.
+        Read(u64),
+        Bounds(usize, usize, u64),
+    }
+
+    fn acts() -> impl Strategy<Value = Vec<Act>> {
+        let act = prop_oneof![
+            6 => (0..300_usize, any::<bool>()).prop_map(|(size, except)| Act::Push(size, except)),
+            2 => (0..50_u64).prop_map(Act::Pass),
+            4 => (0..40_u64).prop_map(Act::Read),
+            1 => (0..20_usize, 0..4000_usize, 0..200_u64)
+                .prop_map(|(messages, bytes, age)| Act::Bounds(messages, bytes, age)),
+        ];
+        prop::collection::vec(act, 1..200)
+    }
+
+    /// All messages ever sent, and the first that is still kept.
+    struct Model {
+        sent: Vec<(usize, bool, Instant)>,
+        first: usize,
+        bounds: History,
+    }
+
+    impl Model {
+        /// The longest tail that all bounds allow.
+        fn settle(&mut self, now: Instant) {
+            let sound = |tail: &[(usize, bool, Instant)]| {
+                let bytes: usize = tail.iter().map(|(size, ..)| size + ENTRY).sum();
+                let young = tail
+                    .first()
+                    .is_none_or(|(_, _, at)| now - *at <= self.bounds.age);
+                tail.len() <= self.bounds.messages && bytes <= self.bounds.bytes && young
+            };
+            let len = self.sent.len();
+            let first = (self.first..=len).find(|first| sound(&self.sent[*first..]));
+            self.first = first.expect("nothing is always sound");
+        }
+
+        fn after(&mut self, offset: usize, now: Instant) -> Entry {
+            if offset >= self.sent.len() {
+                return Entry::End;
+            }
+            self.settle(now);
+            match self.sent.get(offset) {
+                _ if offset < self.first => Entry::Gone(self.first as u64),
+                Some((size, except, _)) => {
+                    Entry::Message((!except).then(|| Bytes::from(vec![offset as u8; *size])))
+                }
+                None => Entry::End,
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_log_holds_the_longest_tail_within_its_bounds(acts in acts()) {
+            let mut now = Instant::now();
+            let bounds = History { messages: 10, bytes: 2000, age: Duration::from_millis(100) };
+            let mut log = Log::new(bounds);
+            let mut model = Model { sent: Vec::new(), first: 0, bounds };
+            for act in acts {
+                match act {
+                    Act::Push(size, except) => {
+                        let offset = model.sent.len();
+                        let frame = Bytes::from(vec![offset as u8; size]);
+                        let names: &[&str] = if except { &["other", "me"] } else { &["other"] };
+                        prop_assert_eq!(log.push(frame, names, now), offset as u64 + 1);
+                        model.sent.push((size, except, now));
+                        model.settle(now);
+                    }
+                    Act::Pass(ms) => now += Duration::from_millis(ms),
+                    Act::Read(back) => {
+                        let offset = log.head().saturating_sub(back);
+                        let expected = model.after(offset as usize, now);
+                        prop_assert_eq!(log.after(offset, "me", now), expected);
+                    }
+                    Act::Bounds(messages, bytes, age) => {
+                        let age = Duration::from_millis(age);
+                        let bounds = History { messages, bytes, age };
+                        (log.bounds, model.bounds) = (bounds, bounds);
+                        log.settle(now);
+                        model.settle(now);
+                    }
+                }
+                prop_assert_eq!(log.first(), model.first as u64 + 1);
+                prop_assert_eq!(log.head(), model.sent.len() as u64);
+                let bytes: usize = model.sent[model.first..].iter().map(|(size, ..)| size + ENTRY).sum();
+                prop_assert_eq!(log.bytes, bytes);
+            }
+            for hostile in [log.head() + 1, u64::MAX] {
+                prop_assert_eq!(log.after(hostile, "me", now), Entry::End);
+            }
+        }
+
+        #[test]
+        fn beyond_the_budget_the_oldest_of_all_go(
+            pushes in prop::collection::vec((0..4_usize, 0..200_usize), 1..150),
+            limit in 0..5000_usize,
+        ) {
+            let runtime = tokio::runtime::Builder::new_current_thread();
+            let runtime = { runtime }.enable_time().start_paused(true).build().expect("a runtime");
+            runtime.block_on(async {
+                let archive = Archive::new(limit);
+                let bounds = History { messages: 1000, bytes: 1 << 20, age: Duration::from_secs(100) };
+                let records: Vec<_> = (0..4_u64)
+                    .map(|n| Record::new("hall".into(), n, 1, bounds, archive.clone()))
+                    .collect();
+                let mut sent: Vec<(usize, usize)> = Vec::new();
+                for (room, size) in pushes {
+                    tokio::time::advance(Duration::from_millis(1)).await;
+                    records[room].push(&Bytes::from(vec![0; size]), &[]);
+                    sent.push((room, size + ENTRY));
+                    let kept = (0..=sent.len())
+                        .map(|from| &sent[from..])
+                        .find(|tail| tail.iter().map(|(_, size)| size).sum::<usize>() <= limit);
+                    let kept = kept.expect("nothing is within any limit");
+                    assert_eq!(archive.used(), kept.iter().map(|(_, size)| size).sum::<usize>());
+                    for (n, record) in records.iter().enumerate() {
+                        let here = kept.iter().filter(|(room, _)| *room == n).count() as u64;
+                        assert_eq!(record.head() - record.before_first(), here);
+                    }
+                }
+                drop(records);
+                assert_eq!(archive.used(), 0);
+            });
+        }
     }
 }

@@ -14,7 +14,7 @@ use crate::channel::outbox::follow::{Followed, Follower, Since};
 use crate::channel::overflow::{Overflow, Push};
 use crate::serve::rooms::{Directory, Guest, JoinError, Room, Rooms, Sent};
 use crate::wire::control::{self, Gap, Missing, Position, Why};
-use crate::wire::message::check_name;
+use crate::wire::message::{Encoded, check_name};
 
 /// Where a channel begins in a room that it joins; see [`Channel::join_at`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,14 +69,56 @@ impl Rooms {
             directory.sweep_in(&mut table, &room);
             return Err(JoinError::NoRandom);
         };
-        let (name, number) = (room.tag.name.clone(), directory.next());
-        let record = Record::new(name, number, epoch, bounds, directory.archive.clone());
-        for guest in room.guests().iter() {
-            guest.outbox.follow(&record, guest.follower(Since::Now));
-            guest.outbox.catch_up_now();
-        }
-        lock(&room.sending).history = Some(record);
+        directory.attach(&room, directory.record(&room, epoch, bounds));
         Ok(())
+    }
+
+    /// As [`history`](Self::history), of a room that has none here, with the messages that it has elsewhere, or had before a
+    /// restart: `last` is the position of the last of `messages`, and those before it have the offsets before that one.
+    /// So a program that keeps [`kept`](Self::kept), or what it sends, in a place of its own lets members go on through a
+    /// restart. The messages count as sent now. Says whether it did that: not where the room has a history already, and not
+    /// for a position that cannot be (epoch 0, an offset below the number of messages).
+    ///
+    /// # Errors
+    /// As [`history`](Self::history).
+    pub fn restore(
+        &self,
+        room: &str,
+        bounds: History,
+        last: Position,
+        messages: &[Encoded],
+    ) -> Result<bool, JoinError> {
+        check_name(room)?;
+        let directory = self.directory();
+        let mut table = lock(&directory.table);
+        let known = table.rooms.get(room);
+        let has = known.is_some_and(|room| lock(&room.sending).history.is_some());
+        let before = last.offset.checked_sub(messages.len() as u64);
+        let Some(before) = before.filter(|_| !has && last.epoch > 0 && last.offset < u64::MAX)
+        else {
+            return Ok(false);
+        };
+        let room = directory.room(&mut table, room)?;
+        let record = directory.record(&room, last.epoch, bounds);
+        record.begin_behind(before);
+        for message in messages {
+            record.push(message.bytes(), &[]);
+        }
+        directory.attach(&room, record);
+        Ok(true)
+    }
+
+    /// What a room's history has, with the position of the last message, also if that is kept no more; `None` for a room
+    /// that keeps none.
+    pub fn kept(&self, room: &str) -> Option<(Position, Vec<Encoded>)> {
+        let room = self.directory().existing(room)?;
+        let record = lock(&room.sending).history.clone()?;
+        let (offset, frames) = record.kept();
+        let last = Position {
+            epoch: record.epoch,
+            offset,
+        };
+        Some((last, frames.into_iter().map(Encoded::from_frame).collect()))
     }
 
     /// Where a room's history is now; `None` for a room that keeps none.
@@ -205,6 +247,20 @@ impl Room {
 }
 
 impl Directory {
+    fn record(&self, room: &Room, epoch: u64, bounds: History) -> Arc<Record> {
+        let (name, number) = (room.tag.name.clone(), self.next());
+        Record::new(name, number, epoch, bounds, self.archive.clone())
+    }
+
+    /// To be called with the table locked.
+    fn attach(&self, room: &Room, record: Arc<Record>) {
+        for guest in room.guests().iter() {
+            guest.outbox.follow(&record, guest.follower(Since::Now));
+            guest.outbox.catch_up_now();
+        }
+        lock(&room.sending).history = Some(record);
+    }
+
     /// Messages of rooms with a history that members were too slow for.
     pub(super) fn lost_from_history(&self) -> u64 {
         self.archive.lost()

@@ -484,3 +484,6 @@ impl State {
         let _ = self.message(ProtocolEvent::At.name(), &at, None, usize::MAX >> 1);
     }
 }
+
+#[cfg(test)]
+mod tests;
