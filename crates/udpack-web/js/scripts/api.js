@@ -1,4 +1,4 @@
-// Writes the pages of the API, `docs/udpack.md` and `docs/transfer.md`, and their list in README.md, from the types of the
+// Writes the pages of the API, `docs/udpack.md`, `docs/transfer.md` and `docs/rooms.md`, and their list in README.md, from the types of the
 // sources. With `--check` it writes nothing and compares: they are committed. TypeScript 7 has no interface for programs
 // yet, so its declarations are read with the one of version 6.
 import { spawnSync } from 'node:child_process';
@@ -12,6 +12,7 @@ const TYPES = 'build/types';
 const PAGES = [
   { page: 'docs/udpack.md', module: 'udpack', entry: `${TYPES}/index.d.ts` },
   { page: 'docs/transfer.md', module: 'udpack/transfer', entry: `${TYPES}/transfer/index.d.ts` },
+  { page: 'docs/rooms.md', module: 'udpack/rooms', entry: `${TYPES}/rooms/index.d.ts` },
 ];
 const NOTE = '<!-- Made by scripts/api.js from the types: change the sources, then run `npm run build`. -->';
 const KINDS = ['function', 'class', 'const', 'interface', 'type'];

@@ -1,5 +1,5 @@
 // Bundles the client into `dist/udpack.js`, what it loads where UDP does not pass into `dist/mux.js`, file transfer, with its
-// BLAKE3, into `dist/transfer.js`, and the Worker that hashes into `dist/hash-worker.js`. With `--check` it writes nothing and
+// BLAKE3, into `dist/transfer.js`, rooms with a history into `dist/rooms.js`, and the Worker that hashes into `dist/hash-worker.js`. With `--check` it writes nothing and
 // compares: the bundles are committed, because programs without Node embed them. With `--maps` they get source maps, for the
 // package: these are larger than all else, and made from the rest.
 import { readFileSync, writeFileSync, mkdirSync } from 'node:fs';
@@ -12,7 +12,7 @@ const check = process.argv.includes('--check');
 const maps = process.argv.includes('--maps');
 
 const { outputFiles } = await build({
-  entryPoints: { udpack: 'src/index.ts', transfer: 'src/transfer/index.ts', 'hash-worker': 'src/transfer/hash-worker.ts', mux: 'src/transport/mux/index.ts' },
+  entryPoints: { udpack: 'src/index.ts', transfer: 'src/transfer/index.ts', rooms: 'src/rooms/index.ts', 'hash-worker': 'src/transfer/hash-worker.ts', mux: 'src/transport/mux/index.ts' },
   outdir: 'dist',
   bundle: true,
   format: 'esm',

@@ -14,6 +14,7 @@ export {
 export type { Clock } from './base/async.js';
 export type { AskOptions } from './channel/asked.js';
 export { Channel } from './channel/channel.js';
+export type { History, ReadFields } from './channel/history.js';
 export { Message } from './channel/message.js';
 export type { DataOf, EventMap, ItemOf, ReplyOf } from './channel/types.js';
 export { connect, type ConnectOptions } from './client/connect.js';
@@ -27,5 +28,5 @@ export type { Socket as WebSocketLike } from './transport/mux/connection.js';
 export type { BidiStream, ByteReceiver, ByteSender, Connection, Dial } from './transport/transport.js';
 export { ConnectionEnd, StreamEnd } from './transport/transport.js';
 export { CloseReason, Code } from './wire/codes.js';
-export type { Gap, GoAway } from './wire/control.js';
+export type { Gap, GoAway, Position } from './wire/control.js';
 export { Timestamp } from './wire/msgpack.js';

@@ -5,8 +5,9 @@
 
 import { MemoryLink } from '../src/transport/memory.js';
 import type { BidiStream, ByteReceiver, ByteSender, Connection } from '../src/transport/transport.js';
-import { decodeAck, decodeChannels, decodeHello, decodeOpen, decodePassed, decodeResume, type Hello, type Open, type Passed } from '../src/wire/control.js';
+import { decodeAck, decodeChannels, decodeHello, decodePassed, decodeResume, type Hello, type Open, type Passed } from '../src/wire/control.js';
 import { FrameDecoder } from '../src/wire/frame.js';
+import { decodeOpenOfClient } from './since.js';
 import { decodeMessage, encodeFrame, U64_MAX, type U64, type WireMessage } from '../src/wire/message.js';
 
 export const TOKEN = 'example-token';
@@ -236,6 +237,7 @@ export class FakeServer {
   tokens = new Set([TOKEN]);
   resumes = true;
   marks = true;
+  history = true;
   expiresMs: number | undefined;
   limits: Record<string, number> = { frame: LIMIT, channels: 64 };
   /** Answers a `$refresh`. */
@@ -304,7 +306,7 @@ export class FakeServer {
       reason: ticket && !resumed ? 'unknown' : undefined,
       resume: hello.resume && this.resumes ? { token, window_ms: 60_000 } : undefined,
       expires_ms: this.expiresMs,
-      ext: hello.marks && this.marks ? { mark: true } : undefined,
+      ext: { mark: (hello.marks && this.marks) || undefined, history: (hello.history && this.history) || undefined },
     });
     if (resumed) {
       const open = [...session.own.values()].filter((channel) => channel.open.resumable);
@@ -352,7 +354,7 @@ export class FakeServer {
     const messages = bodies(stream.receive);
     const first = await messages.next();
     if (first.done) return;
-    const open = decodeOpen(first.value);
+    const open = decodeOpenOfClient(first.value);
     const writer = new Writer(stream.send);
     let channel = session.accepted.get(open.id);
     if (open.received !== undefined) {

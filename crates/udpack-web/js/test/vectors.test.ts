@@ -9,6 +9,8 @@ import { FrameDecoder } from '../src/wire/frame.js';
 import { decodeMessage, decodeVolatile, encodeFrame, encodeVolatile, plain, type WireMessage } from '../src/wire/message.js';
 import { Float, Reader } from '../src/wire/msgpack.js';
 import { Said, TransferError } from '../src/transfer/messages.js';
+import * as rooms from '../src/rooms/messages.js';
+import { decodeOpenOfClient } from './since.js';
 import { blocks, DOCUMENT, readHex, readJson, type Vector, vectors } from './document.js';
 
 /** Fewer than these, and the reader of the document has gone blind. */
@@ -19,7 +21,7 @@ const MIN_SESSION_FRAMES = 40;
 const tables: Record<string, (message: WireMessage) => unknown> = {
   hello: control.decodeHello,
   welcome: control.decodeWelcome,
-  open: control.decodeOpen,
+  open: decodeOpenOfClient,
   close: control.decodeClose,
   goaway: control.decodeGoAway,
   channels: control.decodeChannels,
@@ -27,9 +29,9 @@ const tables: Record<string, (message: WireMessage) => unknown> = {
   ack: control.decodeAck,
   refresh: control.decodeRefresh,
   refreshed: control.decodeRefreshed,
-  gap: control.decodeGap,
-  room: control.decodeRoom,
-  at: control.decodeAt,
+  gap: (message) => rooms.decodeGap(message, control.fieldsOf),
+  room: (message) => rooms.decodeRoom(message, control.fieldsOf),
+  at: (message) => rooms.decodeAt(message, control.fieldsOf),
   mark: control.decodeMark,
   passed: control.decodePassed,
   fault: control.decodeFault,

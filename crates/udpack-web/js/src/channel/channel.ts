@@ -7,11 +7,12 @@ import { type Clock, Deferred, handled } from '../base/async.js';
 import { BacklogError, ClosedError, UsageError, WireError } from '../base/errors.js';
 import { type BidiStream, StreamEnd } from '../transport/transport.js';
 import { CloseReason, Code, sendable } from '../wire/codes.js';
-import { decodeClose, decodeGap, decodeMark, decodeResume, type Gap, type Open, type Priority } from '../wire/control.js';
+import { decodeClose, decodeGap, decodeMark, decodeResume, fieldsOf, type Gap, type Open, type Position, type Priority } from '../wire/control.js';
 import { checkEvent, decodeMessage, encodeFrame, isU64, type U64, type WireMessage } from '../wire/message.js';
 import { Answer } from './answer.js';
 import { Asked, type AskOptions, type AskSender, needId } from './asked.js';
 import { type Handler, Handlers } from './handlers.js';
+import { type History } from './history.js';
 import { Inbox } from './inbox.js';
 import { type ItemQueue } from './items.js';
 import { Message } from './message.js';
@@ -39,6 +40,7 @@ const ELSEWHERE: ReadonlySet<string> = new Set(
 /** What a channel needs of its session. */
 export interface ChannelHost {
   readonly clock: Clock;
+  readonly history: History | undefined;
   readonly heard: Heard;
   /** The largest body that this side takes, and the largest that the peer takes. */
   readonly receiveLimit: number;
@@ -56,7 +58,8 @@ export interface ChannelHost {
 interface Entry {
   readonly message?: Message;
   readonly answer?: Answer;
-  readonly mark?: U64;
+  /** Done when the application asks for what is behind it. */
+  readonly pass?: () => void;
 }
 
 /** What an application is not to see of a channel. */
@@ -73,6 +76,8 @@ export class Channel<In extends EventMap = EventMap, Out extends EventMap = Even
   readonly resumable: boolean;
   /** Whether this side opened it. */
   readonly own: boolean;
+  /** Where it was to go on in rooms with a history. */
+  readonly since: readonly Position[] | undefined;
   /** Why it is over. Never rejects. */
   readonly closed: Promise<CloseReason>;
   /** For the session alone. */
@@ -88,6 +93,7 @@ export class Channel<In extends EventMap = EventMap, Out extends EventMap = Even
     this.priority = open.priority;
     this.resumable = open.resumable;
     this.own = own;
+    this.since = open.since;
     this.closed = core.closed.promise;
   }
 
@@ -479,11 +485,11 @@ export class ChannelCore implements AskSender {
   private async next(): Promise<Message | undefined> {
     while (true) {
       const entry = await this.inbox.take();
-      if (entry?.mark !== undefined) {
-        // Told when the application asks for what is behind it.
-        this.host.passed(this.channel, entry.mark);
+      if (entry?.pass) {
+        entry.pass();
       } else if (!entry?.answer?.over) {
         entry?.answer?.begin();
+        this.host.history?.taken(this.channel, entry?.message);
         return entry?.message;
       }
     }
@@ -533,6 +539,8 @@ export class ChannelCore implements AskSender {
   /** Takes in one message. False when nothing more is to be read. */
   private async take(message: WireMessage, size: number, stream: BidiStream, stale: () => boolean): Promise<boolean> {
     const { event } = message;
+    const { history } = this.host;
+    const pass = this.passes(message) ?? history?.passes(this.channel, message, fieldsOf);
     if (ASKER_SIDE.has(event)) {
       this.asked.take(message, size);
     } else if (ANSWERER_SIDE.has(event)) {
@@ -545,10 +553,10 @@ export class ChannelCore implements AskSender {
       return false;
     } else if (ELSEWHERE.has(event)) {
       throw new WireError(Code.PROTOCOL_ORDER, `${event} has no place here`);
-    } else if (event.startsWith('$') && event !== '$gap' && event !== '$mark') {
+    } else if (event.startsWith('$') && event !== '$gap' && !pass) {
       throw new WireError(Code.BAD_MESSAGE, 'an unknown event of the protocol');
     } else {
-      const read = event === '$gap' ? { gap: decodeGap(message) } : event === '$mark' ? { mark: decodeMark(message) } : {};
+      const gap = event === '$gap' ? (history?.gap(message, fieldsOf) ?? decodeGap(message)) : undefined;
       while (!(this.inbox.hasRoom && this.answers.size < ANSWERS)) {
         if (this.asked.size > 0) {
           this.asked.backlog();
@@ -558,20 +566,26 @@ export class ChannelCore implements AskSender {
           return false;
         }
       }
-      this.inbox.push(this.entry(message, size, read), size);
+      this.inbox.push(pass ? { pass } : this.entry(message, size, gap), size);
     }
     this.count(1, size);
     return true;
   }
 
-  private entry(message: WireMessage, size: number, read: { gap?: Gap; mark?: U64 }): Entry {
-    if (read.mark !== undefined) {
-      return { mark: read.mark };
+  /** What the application passes by when it comes to this message. */
+  private passes(message: WireMessage): (() => void) | undefined {
+    if (message.event === '$mark') {
+      const mark = decodeMark(message);
+      return () => this.host.passed(this.channel, mark);
     }
+    return undefined;
+  }
+
+  private entry(message: WireMessage, size: number, gap: Gap | undefined): Entry {
     const { event, id, deadline } = message;
     const data = message.data;
     if (id === undefined) {
-      return { message: new Message(event, data, size, undefined, read.gap) };
+      return { message: new Message(event, data, size, undefined, gap) };
     }
     const answer = new Answer(this, id, event, deadline, () => {
       this.answers.delete(id);

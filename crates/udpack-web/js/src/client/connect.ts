@@ -3,6 +3,7 @@
 import { type Clock, realClock } from '../base/async.js';
 import { reportError } from '../base/emitter.js';
 import { UsageError } from '../base/errors.js';
+import { type History } from '../channel/history.js';
 import { type Channel, internals } from '../channel/channel.js';
 import { Session } from '../session/session.js';
 import { RECONNECT, type Reconnect } from '../session/state.js';
@@ -29,6 +30,8 @@ export interface ConnectOptions {
   getToken?: (wanted: { reason: TokenWanted }) => string | Promise<string>;
   /** Channels that the server may open, by name. A handler that throws or rejects closes its channel with `handler_failed`. */
   channels?: Readonly<Record<string, (channel: Channel) => unknown>>;
+  /** That of `udpack/rooms`, to miss nothing of rooms with a history. */
+  history?: History;
   /** How to come back after a lost connection; false never does. */
   reconnect?: Partial<Reconnect> | boolean;
   /** Whether channels go on over the next connection. They do unless this is false. */
@@ -99,6 +102,7 @@ export async function connect(options: ConnectOptions = {}): Promise<Socket> {
     resume: options.resume ?? true,
     reconnect: reconnect === false ? undefined : { ...RECONNECT, ...(reconnect === true ? {} : reconnect) },
     accept: (channel) => accept(options.channels ?? {}, channel),
+    history: options.history,
     frame,
     channels: limits.channels ?? CHANNELS,
     connectMs: timeouts.connect ?? 10_000,

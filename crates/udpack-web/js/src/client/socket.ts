@@ -8,7 +8,7 @@ import { type Session } from '../session/session.js';
 import { type SocketState } from '../session/state.js';
 import { type VolatileMessage } from '../session/volatile.js';
 import { CloseReason, Code } from '../wire/codes.js';
-import { type GoAway, type Priority } from '../wire/control.js';
+import { type GoAway, type Position, type Priority } from '../wire/control.js';
 import { checkEvent, isName } from '../wire/message.js';
 
 export interface OpenOptions {
@@ -18,6 +18,8 @@ export interface OpenOptions {
   priority?: 'bulk' | 'normal' | 'high';
   /** Whether the channel goes on when a lost connection is made again. It does unless this is false. */
   resumable?: boolean;
+  /** Goes on in rooms with a history where another channel was: its `positions`, of `udpack/rooms`. At most 256. */
+  since?: readonly Position[] | undefined;
   /** Gives up waiting for a connection or for room for another channel. */
   signal?: AbortSignal;
 }
@@ -95,8 +97,8 @@ export class Socket {
    */
   async open<In extends EventMap = EventMap, Out extends EventMap = EventMap>(name: string, options: OpenOptions = {}): Promise<Channel<In, Out>> {
     checkEvent(name);
-    const { meta, priority = 'normal', resumable = true, signal } = options;
-    const channel = await this.session.open({ name, meta, priority: PRIORITY[priority], resumable }, signal);
+    const { meta, priority = 'normal', resumable = true, since, signal } = options;
+    const channel = await this.session.open({ name, meta, priority: PRIORITY[priority], resumable, since }, signal);
     return channel as unknown as Channel<In, Out>;
   }
 

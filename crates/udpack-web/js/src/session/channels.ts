@@ -5,6 +5,7 @@
 import { type Clock, handled, Signal, sleep, within } from '../base/async.js';
 import { WireError } from '../base/errors.js';
 import { Channel, type ChannelHost, internals } from '../channel/channel.js';
+import { type History } from '../channel/history.js';
 import { FrameReader, type Heard } from '../channel/reader.js';
 import { type BidiStream, type Connection } from '../transport/transport.js';
 import { CloseReason, Code, sendable } from '../wire/codes.js';
@@ -25,6 +26,7 @@ export type Accept = (channel: Channel) => CloseReason | undefined;
 
 export class Channels implements ChannelHost {
   readonly clock: Clock;
+  history: History | undefined;
   readonly heard: Heard = { at: 0 };
   readonly receiveLimit: number;
   sendLimit = SMALL_FRAME;
@@ -114,7 +116,12 @@ export class Channels implements ChannelHost {
     if (this.link !== link || this.closing) {
       return undefined;
     }
-    const open = { ...wanted, id: this.nextId, resumable: wanted.resumable && this.canResume };
+    const open = {
+      ...wanted,
+      id: this.nextId,
+      resumable: wanted.resumable && this.canResume,
+      since: link.welcome.history ? wanted.since : undefined,
+    };
     const first = encodeFrame(this.sendLimit, '$open', encodeOpen(open));
     this.nextId += 1;
     const channel = new Channel(this, open, true);

@@ -7,6 +7,7 @@ import { type Clock, Deferred, Signal, sleep, type Stop, within } from '../base/
 import { Emitter } from '../base/emitter.js';
 import { ClosedError, ConnectError, WireError } from '../base/errors.js';
 import { type Channel, internals } from '../channel/channel.js';
+import { type History } from '../channel/history.js';
 import { type Connection, ConnectionEnd } from '../transport/transport.js';
 import { CloseReason, Code, sendable } from '../wire/codes.js';
 import {
@@ -39,6 +40,7 @@ export interface SessionOptions {
   /** How to come back; not at all without. */
   readonly reconnect: Reconnect | undefined;
   readonly accept: Accept;
+  readonly history: History | undefined;
   /** The largest body that this side takes, and the channels that the server may have open. */
   readonly frame: number;
   readonly channels: number;
@@ -93,6 +95,7 @@ export class Session extends Emitter<SessionEvents> {
     this.acks = new Acks(options.clock);
     this.token = new TokenKeeper(options.token, options.clock);
     this.channels = new Channels(options.clock, this.acks, options.frame, options.channels, options.accept);
+    this.channels.history = options.history;
   }
 
   get state(): SocketState {
@@ -213,6 +216,7 @@ export class Session extends Emitter<SessionEvents> {
         channels: this.options.channels,
         ...(this.options.resume && { resume: this.ticket ? { ticket: this.ticket } : {} }),
         marks: true,
+        history: this.options.history !== undefined,
       };
       return await admit(connection, hello, clock, connectMs);
     } catch (error) {

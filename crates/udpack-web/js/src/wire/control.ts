@@ -30,6 +30,8 @@ export interface Hello {
   readonly resume?: { readonly ticket?: ResumeTicket };
   /** The client answers `$mark`. */
   readonly marks: boolean;
+  /** The client knows `$room` and `$at`. */
+  readonly history: boolean;
 }
 
 export interface Welcome {
@@ -46,6 +48,7 @@ export interface Welcome {
   readonly resume?: { readonly token: Uint8Array; readonly windowMs: number };
   readonly expiresMs?: number;
   readonly marks: boolean;
+  readonly history: boolean;
 }
 
 export interface Open {
@@ -56,7 +59,7 @@ export interface Open {
   readonly resumable: boolean;
   readonly received?: U64;
   /** How far the client has come in rooms that it will be in again. */
-  readonly since?: readonly Position[];
+  readonly since?: readonly Position[] | undefined;
 }
 
 export interface Resume {
@@ -112,7 +115,7 @@ export interface FaultFields {
   readonly data?: unknown;
 }
 
-function fieldsOf(message: WireMessage, event: string): Fields {
+export function fieldsOf(message: WireMessage, event: string): Fields {
   if (message.event !== event) {
     const code = event === '$hello' ? Code.AUTH_REQUIRED : Code.PROTOCOL_ORDER;
     throw new WireError(code, `expected ${event}, got another event`);
@@ -153,13 +156,10 @@ function frameLimit(fields: Fields, frame: U64): void {
   }
 }
 
-/** An extension that is wanted by name: `mark`. */
-function marks(fields: Fields): boolean {
-  const ext = fields.raw('ext');
-  if (ext === undefined) {
-    return false;
-  }
-  return new Fields('ext', ext).raw('mark') === true;
+/** The extensions that this side knows. */
+function extensions(fields: Fields): { marks: boolean; history: boolean } {
+  const ext = fields.optMap('ext');
+  return { marks: ext?.raw('mark') === true, history: ext?.raw('history') === true };
 }
 
 export function encodeHello(hello: Hello): unknown {
@@ -169,7 +169,7 @@ export function encodeHello(hello: Hello): unknown {
     agent: hello.agent,
     limits: { frame: hello.frame, channels: hello.channels },
     resume: hello.resume && { session: hello.resume.ticket?.session, token: hello.resume.ticket?.token },
-    ext: { mark: hello.marks },
+    ext: { mark: hello.marks, history: hello.history },
   };
 }
 
@@ -208,7 +208,7 @@ export function decodeHello(message: WireMessage): Hello {
     ...(frame !== undefined && { frame }),
     ...(channels !== undefined && { channels }),
     ...(resume && { resume: ticket ? { ticket } : {} }),
-    marks: marks(fields),
+    ...extensions(fields),
   };
 }
 
@@ -241,7 +241,7 @@ export function decodeWelcome(message: WireMessage): Welcome {
     channels: Number(channels),
     channelRate: isU64(rate) && rate > 0 ? Number(rate) : CHANNEL_RATE,
     resumed,
-    marks: marks(fields),
+    ...extensions(fields),
     ...(reason !== undefined && { reason: printable(reason, 128) }),
     ...(resume && { resume: { token: resumeToken(resume), windowMs: Number(resume.u64('window_ms')) } }),
     ...(expires !== undefined && { expiresMs: Number(expires) }),
@@ -260,9 +260,10 @@ export function encodeOpen(open: Open): unknown {
   };
 }
 
+/** A server's: only clients send `since`. */
 export function decodeOpen(message: WireMessage): Open {
   const fields = fieldsOf(message, '$open');
-  fields.only('id', 'name', 'meta', 'priority', 'resumable', 'received', 'since');
+  fields.only('id', 'name', 'meta', 'priority', 'resumable', 'received');
   const id = fields.u64('id');
   const name = fields.text('name');
   if (!isName(name) || name.startsWith('$')) {
@@ -278,7 +279,6 @@ export function decodeOpen(message: WireMessage): Open {
     throw fields.bad('only a resumable channel can go on');
   }
   const meta = plain(fields.raw('meta'));
-  const since = fields.has('since') ? positions(fields) : undefined;
   return {
     id,
     name,
@@ -286,20 +286,7 @@ export function decodeOpen(message: WireMessage): Open {
     resumable,
     ...(meta !== undefined && { meta }),
     ...(received !== undefined && { received }),
-    ...(since !== undefined && { since }),
   };
-}
-
-function positions(open: Fields): Position[] {
-  const since = open.list('since');
-  if (since.length > 256) {
-    throw open.bad('at most 256 rooms are joined again');
-  }
-  return since.map((value) => {
-    const fields = new Fields('since', value);
-    fields.only('room', 'epoch', 'offset');
-    return position(fields);
-  });
 }
 
 /** `code` and `text` as `$close` and `$goaway` have them. */
@@ -381,50 +368,13 @@ export function decodeRefreshed(message: WireMessage): Refreshed {
 
 export function decodeGap(message: WireMessage): Gap {
   const fields = fieldsOf(message, '$gap');
-  fields.only('room', 'lost', 'epoch', 'from', 'to', 'why');
-  const room = roomOf(fields);
-  const lost = fields.u64('lost');
-  if (fields.has('why')) {
-    const [epoch, from, to] = [fields.u64('epoch'), fields.u64('from'), fields.u64('to')];
-    const why = fields.text('why') as 'slow' | 'gone' | 'epoch';
-    const all = BigInt(to) - BigInt(from) + 1n;
-    if (from > 0 && all >= 0 && all >= lost && (why === 'epoch' || (lost > 0 && (why === 'slow' || why === 'gone')))) {
-      return { room, lost, epoch, from, to, why };
-    }
-  } else if (lost > 0 && !(fields.has('epoch') || fields.has('from') || fields.has('to'))) {
-    return { room, lost };
-  }
-  throw fields.bad('what is missing is at least one message, and no more than from and to say');
-}
-
-function roomOf(fields: Fields): string {
+  fields.only('room', 'lost');
   const room = fields.text('room');
-  if (!isName(room)) {
-    throw fields.bad('room is a name');
+  const lost = fields.u64('lost');
+  if (!isName(room) || lost === 0) {
+    throw fields.bad('room is a name, and lost is not 0');
   }
-  return room;
-}
-
-function position(fields: Fields): Position {
-  return { room: roomOf(fields), epoch: fields.u64('epoch'), offset: fields.u64('offset') };
-}
-
-export function decodeRoom(message: WireMessage): Position & { number: U64 } {
-  const fields = fieldsOf(message, '$room');
-  fields.only('room', 'number', 'epoch', 'offset');
-  return { ...position(fields), number: fields.u64('number') };
-}
-
-/** The number of a room, and the offset of the message that follows. */
-export function decodeAt(message: WireMessage): [U64, U64] {
-  const { event, id, data } = message;
-  if (event !== '$at') {
-    throw new WireError(Code.PROTOCOL_ORDER, 'expected $at, got another event');
-  }
-  if (id !== undefined || !Array.isArray(data) || data.length !== 2 || !data.every(isU64)) {
-    throw new WireError(Code.BAD_MESSAGE, '$at: its data is two integers from 0');
-  }
-  return data as [U64, U64];
+  return { room, lost };
 }
 
 export function decodeMark(message: WireMessage): U64 {
