@@ -13,8 +13,9 @@ use pyo3::types::{PyBytes, PyDict, PyList, PyString, PyTuple};
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 use udpack::{
-    Channel, CloseCode, CloseReason, EncodeError, Encoded, Fault, Items, Message, PresenceDiff,
-    PresenceEntry, PresenceMap, Priority, RecvError, Request, RequestError, SendError,
+    Channel, CloseCode, CloseReason, EncodeError, Encoded, Fault, Items, Message, Position,
+    PresenceDiff, PresenceEntry, PresenceMap, Priority, RecvError, Request, RequestError,
+    SendError, Start, Why,
 };
 
 use crate::error::{Failure, side};
@@ -319,11 +320,39 @@ impl PyChannel {
         why.map(|why| reason(py, &why)).transpose()
     }
 
-    fn join(&self, py: Python<'_>, room: &str) -> PyResult<()> {
+    /// How far this side has come in rooms with a history: `(room, epoch, offset)` of each.
+    #[getter]
+    fn positions(&self) -> Vec<(String, u64, u64)> {
+        let positions = self.inner.positions().into_iter();
+        positions
+            .map(|place| (place.room, place.epoch, place.offset))
+            .collect()
+    }
+
+    /// `start`: `None` where the opener was, `"now"`, `"oldest"`, or an epoch and an offset.
+    #[pyo3(signature = (room, start=None))]
+    fn join(&self, py: Python<'_>, room: &str, start: Option<Begin>) -> PyResult<()> {
         let _entered = enter()?;
-        self.inner
-            .join(room)
-            .map_err(|error| Failure::from(error).raise(py))
+        let joined = match start {
+            None => self.inner.join(room),
+            Some(Begin::Position(epoch, offset)) => {
+                let since = Start::Since(Position { epoch, offset });
+                self.inner.join_at(room, since)
+            }
+            Some(Begin::Name(name)) => {
+                let start = match name.as_str() {
+                    "now" => Start::Now,
+                    "oldest" => Start::Oldest,
+                    other => {
+                        return Err(PyValueError::new_err(format!(
+                            "start is 'now', 'oldest' or an epoch and an offset, not {other:?}"
+                        )));
+                    }
+                };
+                self.inner.join_at(room, start)
+            }
+        };
+        joined.map_err(|error| Failure::from(error).raise(py))
     }
 
     fn leave(&self, room: &str) -> PyResult<bool> {
@@ -350,6 +379,13 @@ impl PyChannel {
     }
 }
 
+/// Where a member begins.
+#[derive(FromPyObject)]
+enum Begin {
+    Name(String),
+    Position(u64, u64),
+}
+
 fn event<'py>(
     py: Python<'py>,
     last: &mut Option<(String, Bound<'py, PyString>)>,
@@ -370,7 +406,23 @@ fn data<'py>(py: Python<'py>, message: &Message) -> PyResult<Bound<'py, PyAny>> 
     match message.gap() {
         Some(gap) => {
             let class = py.import("udpack.errors")?.getattr("Gap")?;
-            class.call1((gap.room, gap.lost))
+            let Some(missing) = gap.missing else {
+                return class.call1((gap.room, gap.lost));
+            };
+            let why = match missing.why {
+                Why::Slow => "slow",
+                Why::Gone => "gone",
+                Why::Epoch => "epoch",
+                _ => "other",
+            };
+            class.call1((
+                gap.room,
+                gap.lost,
+                missing.epoch,
+                missing.from,
+                missing.to,
+                why,
+            ))
         }
         None => value::decode(py, &message.raw()),
     }

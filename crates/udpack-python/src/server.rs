@@ -18,12 +18,12 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 use tokio::sync::{mpsc, oneshot};
 use udpack::{
-    Answer, Channel, CloseCode, Context, Deny, Drain, Fault, Hello, Identity, Items, Overflow,
-    Peer, Router, Server, ServerBuilder, Streaming, TokenFile,
+    Answer, Channel, CloseCode, Context, Deny, Drain, Fault, Hello, History, Identity, Items,
+    Overflow, Peer, Router, Server, ServerBuilder, Streaming, TokenFile,
 };
 use udpack_transfer::{Overwrite, Receiver, ReceiverConfig, Scope, Store, StoreConfig};
 
-use crate::channel::{ItemReader, ItemSender, PyChannel, encode, fault};
+use crate::channel::{ItemReader, ItemSender, PyChannel, encode, fault, seconds};
 use crate::error::Failure;
 use crate::op::{Op, output};
 use crate::runtime::{Held, enter};
@@ -413,14 +413,36 @@ impl PyServer {
             "drop_oldest" => Overflow::DropOldest { messages },
             "latest_only" => Overflow::LatestOnly,
             "disconnect" => Overflow::Disconnect,
+            "recover" => Overflow::Recover,
             other => {
                 return Err(PyValueError::new_err(format!(
-                    "overflow is 'drop_newest', 'drop_oldest', 'latest_only' or 'disconnect', not {other:?}"
+                    "overflow is 'drop_newest', 'drop_oldest', 'latest_only', 'disconnect' or 'recover', not {other:?}"
                 )));
             }
         };
         let set = self.server()?.rooms().policy(room, overflow);
         set.map_err(|error| PyErr::from(Failure::from(error)))
+    }
+
+    /// What a room keeps of its messages; nothing without bounds.
+    #[pyo3(signature = (room, bounds))]
+    fn history(&self, room: &str, bounds: Option<(usize, usize, f64)>) -> PyResult<()> {
+        let bounds = match bounds {
+            Some((messages, bytes, age)) => Some(History {
+                messages,
+                bytes,
+                age: seconds(age)?,
+            }),
+            None => None,
+        };
+        let set = self.server()?.rooms().history(room, bounds);
+        set.map_err(|error| PyErr::from(Failure::from(error)))
+    }
+
+    /// Where a room's history is: epoch and offset.
+    fn position(&self, room: &str) -> PyResult<Option<(u64, u64)>> {
+        let position = self.server()?.rooms().position(room);
+        Ok(position.map(|position| (position.epoch, position.offset)))
     }
 
     fn sockets(&self, py: Python<'_>) -> PyResult<Vec<Py<PySocket>>> {
@@ -464,7 +486,7 @@ impl PyServer {
     /// Sends the clients away, and lets what runs finish within some seconds.
     fn drain(&self, within: f64) -> PyResult<Op> {
         let server = self.server()?;
-        let drain = Drain::within(crate::channel::seconds(within)?);
+        let drain = Drain::within(seconds(within)?);
         Op::new(
             async move { server.run_until(std::future::ready(()), drain).await },
             crate::op::nothing,

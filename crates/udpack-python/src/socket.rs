@@ -10,8 +10,8 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
 use tokio::sync::Mutex;
 use udpack::{
-    Client, CloseCode, ConnectUrl, Fingerprint, Socket, SocketState, SocketStates, Transport,
-    Volatile,
+    Client, CloseCode, ConnectUrl, Fingerprint, RoomPosition, Socket, SocketState, SocketStates,
+    Transport, Volatile,
 };
 
 use crate::channel::{PyChannel, encode, priority as by_name, reason, sent};
@@ -186,20 +186,27 @@ impl PySocket {
     }
 
     /// Opens a channel; gives a `Channel`.
-    #[pyo3(signature = (name, meta=None, resumable=false, priority="normal"))]
+    #[pyo3(signature = (name, meta=None, resumable=false, priority="normal", since=Vec::new()))]
     fn open(
         &self,
         name: String,
         meta: Option<&Bound<'_, PyAny>>,
         resumable: bool,
         priority: &str,
+        since: Vec<(String, u64, u64)>,
     ) -> PyResult<Op> {
         let priority = by_name(priority)?;
+        let since = since.into_iter().map(|(room, epoch, offset)| RoomPosition {
+            room,
+            epoch,
+            offset,
+        });
+        let since: Vec<_> = since.collect();
         let meta = meta.map(value::from_python).transpose()?;
         let socket = self.inner.clone();
         Op::new(
             async move {
-                let mut channel = socket.channel(&name).priority(priority);
+                let mut channel = socket.channel(&name).priority(priority).since(since);
                 if resumable {
                     channel = channel.resumable();
                 }

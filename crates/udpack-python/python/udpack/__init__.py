@@ -22,10 +22,10 @@ from __future__ import annotations
 import os
 
 from . import _udpack
-from ._client import Channel, Connecting, ItemStream, Message, Presence, Socket, connect
+from ._client import Channel, Connecting, ItemStream, Message, Presence, Socket, Subscription, connect
 from ._server import Admission, Call, Member, Room, Server
 from ._transfer import download, listing, remove, upload
-from ._types import CLOSE_CODES, CloseReason, Entry, Outcome, PresenceEntry, Progress, Sent, State, Volatile
+from ._types import CLOSE_CODES, CloseReason, Entry, Outcome, Position, PresenceEntry, Progress, Sent, State, Volatile
 from ._udpack import DEFAULT_PORT, Timestamp, __version__
 from .errors import (
     AuthError, BindError, ClosedError, ConnectError, EncodeError, Fault, ForkedError, Gap, NoHandlerError, OpenError,
@@ -37,8 +37,8 @@ os.register_at_fork(after_in_child=_udpack.forked)
 __all__ = [
     "CLOSE_CODES", "DEFAULT_PORT", "Admission", "AuthError", "BindError", "Call", "Channel", "CloseReason",
     "ClosedError", "ConnectError", "Connecting", "EncodeError", "Entry", "Fault", "ForkedError", "Gap", "ItemStream",
-    "Member", "Message", "NoHandlerError", "OpenError", "Outcome", "Presence", "PresenceEntry", "Progress",
+    "Member", "Message", "NoHandlerError", "OpenError", "Outcome", "Position", "Presence", "PresenceEntry", "Progress",
     "ProtocolError", "RequestCancelledError", "RequestError", "RequestTimeoutError", "Room", "RoomError", "Sent",
-    "Server", "Socket", "State", "Timestamp", "TransferError", "UdpackError", "Volatile", "__version__", "connect",
+    "Server", "Socket", "State", "Subscription", "Timestamp", "TransferError", "UdpackError", "Volatile", "__version__", "connect",
     "download", "listing", "remove", "upload",
 ]

@@ -9,10 +9,10 @@ from typing import Any, AsyncIterable, AsyncIterator, Generator, Iterable, Mappi
 
 from . import _udpack
 from ._bridge import run
-from ._types import CloseReason, PresenceEntry, State, Volatile
-from .errors import ClosedError
+from ._types import CloseReason, Position, PresenceEntry, State, Volatile
+from .errors import ClosedError, OpenError
 
-__all__ = ["Channel", "Connecting", "ItemStream", "Message", "Presence", "Socket", "connect"]
+__all__ = ["Channel", "Connecting", "ItemStream", "Message", "Presence", "Socket", "Subscription", "connect"]
 
 Items = AsyncIterable[Any] | Iterable[Any]
 
@@ -237,6 +237,12 @@ class Channel:
         reason = self._core.close_reason
         return None if reason is None else CloseReason(**reason)
 
+    @property
+    def positions(self) -> list[Position]:
+        """How far this side has come in rooms with a history, messages that wait here to be taken included: for ``since``
+        of :meth:`Socket.open`, once everything is taken."""
+        return [Position(*position) for position in self._core.positions]
+
     async def send(self, event: str, data: Any = None) -> None:
         """Queues a message; waits while the queue is full because the peer or the link is slow.
 
@@ -341,9 +347,10 @@ class Channel:
         """Waits until the channel is over."""
         return CloseReason(**await run(self._core.closed()))
 
-    def join(self, room: str) -> None:
-        """At a server: joins a room."""
-        self._core.join(room)
+    def join(self, room: str, *, start: str | tuple[int, int] | None = None) -> None:
+        """At a server: joins a room. In one with a history the member begins where its opener was, or where ``start`` says:
+        with what is sent from ``"now"`` on, with the ``"oldest"`` message, or behind a position, as epoch and offset."""
+        self._core.join(room, start)
 
     def leave(self, room: str) -> bool:
         """At a server: leaves a room; says whether it was in it."""
@@ -364,6 +371,52 @@ class Channel:
 
     def __repr__(self) -> str:
         return f"<udpack.Channel {self.name!r} #{self.id}>"
+
+
+class Subscription:
+    """A channel for listening to rooms, of a client that reconnects: made by :meth:`Socket.subscribe`.
+
+    When its session is lost for good, it opens another channel of the same name and meta, which goes on where the last
+    one was. In rooms with a history the program sees each message once, in order, or a :class:`Gap`.
+    """
+
+    __slots__ = ("_meta", "_priority", "_socket", "channel")
+
+    def __init__(self, socket: "Socket", channel: Channel, meta: Any, priority: str) -> None:
+        self._socket, self._meta, self._priority = socket, meta, priority
+        self.channel = channel
+        """The channel of this moment: to send on it, to ask something. Not to be read."""
+
+    @property
+    def positions(self) -> list[Position]:
+        """How far it has come; see :attr:`Channel.positions`."""
+        return self.channel.positions
+
+    async def recv(self) -> tuple[str, Any] | None:
+        """The next message, of this channel or of the next one; ``None`` after the server has finished. Cancelling it
+        loses nothing. One at a time."""
+        while True:
+            try:
+                return await self.channel.recv()
+            except ClosedError as error:
+                if error.by == "peer" or error.code not in ("not_resumed", "connection_lost"):
+                    raise
+            await self._open_again()
+
+    async def _open_again(self) -> None:
+        try:
+            self.channel = await self._socket.open(
+                self.channel.name, meta=self._meta, resumable=True, priority=self._priority,
+                since=self.channel.positions,
+            )
+        except OpenError as error:
+            # The socket is still looking for a connection.
+            if error.code != "no_connection":
+                raise
+
+    async def __aiter__(self) -> AsyncIterator[tuple[str, Any]]:
+        while (message := await self.recv()) is not None:
+            yield message
 
 
 class Socket:
@@ -426,12 +479,19 @@ class Socket:
         return self._core.stats()
 
     async def open(
-        self, name: str, *, meta: Any = None, resumable: bool = False, priority: str = "normal"
+        self, name: str, *, meta: Any = None, resumable: bool = False, priority: str = "normal",
+        since: Iterable[Position] = (),
     ) -> Channel:
         """Opens a channel. A ``resumable`` one outlives its connection; ``priority`` is ``"bulk"``, ``"normal"`` or
         ``"high"``. It costs no round trip: whether the peer serves the name shows in what follows.
+
+        ``since`` are the ``positions`` of another channel: in rooms with a history it goes on where that one was.
         """
-        return Channel(await run(self._core.open(name, meta, resumable, priority)))
+        return Channel(await run(self._core.open(name, meta, resumable, priority, [tuple(at) for at in since])))
+
+    async def subscribe(self, name: str, *, meta: Any = None, priority: str = "normal") -> "Subscription":
+        """Opens a channel for listening to rooms, and another each time that it is lost because its session was."""
+        return Subscription(self, await self.open(name, meta=meta, resumable=True, priority=priority), meta, priority)
 
     async def accept_channel(self) -> Channel | None:
         """The next channel that the peer opens; ``None`` when the socket is over."""

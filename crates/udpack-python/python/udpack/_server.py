@@ -12,7 +12,7 @@ from typing import Any, AsyncIterator, Awaitable, Callable, Mapping, NamedTuple,
 from . import _udpack
 from ._bridge import run
 from ._client import Channel, ItemStream, Socket, _feed
-from ._types import Sent
+from ._types import Position, Sent
 from .errors import Fault, UdpackError
 
 __all__ = ["Admission", "Call", "Member", "Room", "Server"]
@@ -99,8 +99,21 @@ class Room:
         return [Member(*member) for member in self._server._running.members(self.name)]
 
     def overflow(self, policy: str, messages: int = 1024) -> None:
-        """What becomes of slow members: ``"drop_oldest"``, ``"drop_newest"``, ``"latest_only"``, ``"disconnect"``."""
+        """What becomes of slow members: ``"drop_oldest"``, ``"drop_newest"``, ``"latest_only"``, ``"disconnect"``, or in a
+        room with a history ``"recover"``, its default: they lose nothing that it still has."""
         self._server._running.policy(self.name, policy, messages)
+
+    def history(self, messages: int | None = 1000, *, bytes: int = 1 << 20, age: float = 300.0) -> None:
+        """Keeps so many messages, of so many bytes, for so many seconds, for members that were away or are slow;
+        ``None`` keeps none. Who joins with a position gets what it missed, in order, or a :class:`Gap`."""
+        bounds = None if messages is None else (messages, bytes, age)
+        self._server._running.history(self.name, bounds)
+
+    @property
+    def position(self) -> Position | None:
+        """Where its history is."""
+        position = self._server._running.position(self.name)
+        return None if position is None else Position(self.name, *position)
 
 
 class Server:

@@ -7,10 +7,18 @@ from typing import Any, NamedTuple
 
 from . import _udpack
 
-__all__ = ["CloseReason", "Entry", "Outcome", "PresenceEntry", "Progress", "Sent", "State", "Volatile", "CLOSE_CODES"]
+__all__ = ["CloseReason", "Entry", "Outcome", "Position", "PresenceEntry", "Progress", "Sent", "State", "Volatile", "CLOSE_CODES"]
 
 #: The number of each close code of the protocol, by name.
 CLOSE_CODES: dict[str, int] = {name: number for number, name, _ in _udpack.close_codes()}
+
+
+class Position(NamedTuple):
+    """How far a member has come in a room with a history: what it presents when it joins again."""
+
+    room: str
+    epoch: int
+    offset: int
 
 
 @dataclass(frozen=True)

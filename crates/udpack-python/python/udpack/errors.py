@@ -108,7 +108,16 @@ class TransferError(UdpackError):
 
 
 class Gap(NamedTuple):
-    """Messages of a room that this member was too slow for. Arrives as the data of the event ``"$gap"``."""
+    """Messages of a room that this member will not get. Arrives as the data of the event ``"$gap"``.
+
+    In a room with a history ``first`` and ``last`` are the offsets of those that are missing, in ``epoch``, and ``why``
+    says why: ``"slow"``, this member was; ``"gone"``, they are not kept any more; ``"epoch"``, the history is another one
+    than the member knew, and how many are missing of that one nobody knows (``lost`` may be 0).
+    """
 
     room: str
     lost: int
+    epoch: int | None = None
+    first: int | None = None
+    last: int | None = None
+    why: str | None = None
