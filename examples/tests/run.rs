@@ -28,6 +28,14 @@ fn chat() {
 }
 
 #[test]
+fn history() {
+    assert_eq!(
+        last_line("history"),
+        "ann has heard six seven and of 0 gone"
+    );
+}
+
+#[test]
 fn presence() {
     assert_eq!(last_line("presence"), "here: ann");
 }
