@@ -14,8 +14,8 @@ use futures_util::stream;
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 use udpack::{
-    Channel, Data, Deny, Drain, Fault, Hello, Identity, Items, Origins, Peer, Router, Server,
-    Socket, Streaming, Web,
+    Channel, Data, Deny, Drain, Encoded, Fault, Hello, History, Identity, Items, Origins, Peer,
+    Router, Server, Socket, Streaming, Web,
 };
 use udpack_transfer::{Receiver, ReceiverConfig, Scope, Store, StoreConfig};
 use udpack_web::{HttpListener, Site};
@@ -71,9 +71,11 @@ async fn main() -> Result<(), Box<dyn Error>> {
         .web(web.clone())
         .channel("echo", echo)
         .channel("math", math)
+        .channel("news", news)
         .connection(repeat)
         .bind(address)
         .await?;
+    server.rooms().history("news", History::default())?;
 
     let mut hashes = Vec::new();
     for hash in server.certificate_hashes() {
@@ -121,6 +123,16 @@ async fn echo(channel: Channel) -> Result<(), Box<dyn Error + Send + Sync>> {
     while let Some(message) = channel.recv().await? {
         let data: Anything = message.data()?;
         channel.send(message.event(), &data).await?;
+    }
+    Ok(())
+}
+
+/// What is said goes to everybody, and to those who come back, from where they were.
+async fn news(channel: Channel) -> Result<(), Box<dyn Error + Send + Sync>> {
+    channel.join("news")?;
+    let rooms = channel.rooms_handle().ok_or("a server has rooms")?;
+    while let Some(message) = channel.recv().await? {
+        rooms.to("news").send_encoded(&Encoded::relay(&message)?);
     }
     Ok(())
 }

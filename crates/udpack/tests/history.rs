@@ -11,8 +11,9 @@ use std::time::Duration;
 use common::{client, reconnect, server, timeouts};
 use udpack::testing::Net;
 use udpack::{
-    Channel, Gap, History, Identity, Limits, Message, Missing, Overflow, Position, RecvError,
-    RoomPosition, Server, ServerBuilder, Socket, SocketState, Start, Subscription, Timeouts, Why,
+    Channel, Drain, Gap, History, Identity, Limits, Message, Missing, Overflow, Position,
+    RecvError, RoomPosition, Server, ServerBuilder, Socket, SocketState, Start, Subscription,
+    Timeouts, Why,
 };
 
 const ROOM: &str = "hall";
@@ -365,6 +366,37 @@ async fn a_history_that_was_kept_elsewhere_goes_on_through_a_restart() {
         };
         let rest = if gap.is_some() { first.0 + 1 } else { 0 };
         assert_eq!(seen[rest..], numbers(first.1..6));
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_member_that_moves_to_another_server_goes_on_where_that_has_the_messages() {
+    bounded(async {
+        let net = Net::new(62).delay(Duration::from_millis(20));
+        let first = bind(&net, large()).await;
+        let second = net.bind(hall()).await.expect("an address");
+        let builder = client(&first)
+            .timeouts(timeouts())
+            .reconnect(reconnect())
+            .fallback(second.local_addr().to_string(), Some(second.fingerprint()));
+        let socket = net.connect(builder, &first).await.expect("let in");
+        let mut member = subscribe(&socket).await;
+        members(&first, 1).await;
+        for number in 0..10 {
+            say(&first, number);
+        }
+        let (last, kept) = first.rooms().kept(ROOM).expect("a history");
+        let restored = second.rooms().restore(ROOM, large(), last, &kept);
+        assert_eq!(restored, Ok(true));
+        let drain = Drain::within(Duration::from_secs(20)).spread(Duration::from_secs(4));
+        let drained = async {
+            first.run_until(async {}, drain).await.expect("drained");
+            members(&second, 1).await;
+            say(&second, 10);
+        };
+        let (seen, ()) = tokio::join!(until(&mut member, 10), drained);
+        assert_eq!(seen, numbers(0..11));
     })
     .await;
 }

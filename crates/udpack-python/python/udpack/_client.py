@@ -399,7 +399,7 @@ class Subscription:
             try:
                 return await self.channel.recv()
             except ClosedError as error:
-                if error.by == "peer" or error.code not in ("not_resumed", "connection_lost"):
+                if error.by == "peer" or error.code not in ("not_resumed", "connection_lost", "moved"):
                     raise
             await self._open_again()
 

@@ -56,6 +56,28 @@ test('a page connects by the hash of the certificate, and speaks on channels', {
   assert.deepEqual(got.reason, [0, 'local']);
 });
 
+test('a page goes on in a room with a history where it was', { skip }, async () => {
+  const got = await (await fresh()).evaluate(async ({ url, hashes, token }) => {
+    const { connect } = await import('/udpack.js' as string);
+    const { history, positions, subscribe } = await import('/rooms.js' as string);
+    const socket = await connect({ url, hashes, token, history });
+    const here = await subscribe(socket, 'news');
+    for (let n = 0; n < 900; n += 1) await here.channel.send('n', n);
+    const heard: unknown[] = [];
+    while (heard.length < 450) heard.push((await here.receive()).data);
+    const there = await socket.open('news', { since: here.positions });
+    while (heard.length < 900) heard.push((await there.receive()).data);
+    const [{ room, epoch, offset }] = positions(there);
+    const other = await socket.open('news', { since: [{ room, epoch: epoch + 1, offset: 3 }] });
+    const { gap } = await other.receive();
+    await socket.close();
+    return { heard, room, offset, gap: { ...gap, epoch: gap.epoch === epoch } };
+  }, server.endpoint);
+  assert.deepEqual(got.heard, Array.from({ length: 900 }, (_, n) => n));
+  assert.deepEqual([got.room, got.offset], ['news', 900]);
+  assert.deepEqual(got.gap, { room: 'news', lost: 0, epoch: true, from: 1, to: 0, why: 'epoch' });
+});
+
 test('it runs in a Worker', { skip }, async () => {
   const got = await page.evaluate(async (endpoint) => {
     const program = `

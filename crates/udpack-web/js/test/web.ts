@@ -72,7 +72,7 @@ export class Pages {
 
   static async start(browser: Browser): Promise<Pages> {
     const server = createServer((request, response) => {
-      const script = ['/udpack.js', '/mux.js', '/transfer.js', '/hash-worker.js'].includes(request.url ?? '');
+      const script = ['/udpack.js', '/mux.js', '/transfer.js', '/rooms.js', '/hash-worker.js'].includes(request.url ?? '');
       response.setHeader('content-type', script ? 'text/javascript' : 'text/html');
       response.end(script ? readFileSync(`${repository}crates/udpack-web/js/dist${request.url}`) : '<!doctype html><title>test</title>');
     });

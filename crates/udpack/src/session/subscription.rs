@@ -14,8 +14,8 @@ use crate::wire::message::Message;
 
 /// A channel for listening to rooms, of a client that [reconnects](crate::ClientBuilder::reconnect).
 ///
-/// When the connection is lost for longer than the server keeps the session, or the server was restarted, the channel
-/// cannot go on. This opens another of the same name, meta and priority and presents the positions of the one before, so
+/// When the connection is lost for longer than the server keeps the session, or the server was restarted, or drains and the
+/// client moves to another, the channel cannot go on. This opens another of the same name, meta and priority and presents the positions of the one before, so
 /// that in rooms with a history the program sees every message once, in order, or a [`Gap`](crate::Gap) in the place of
 /// what the server does not have any more. Rooms without a history go on with what is sent from then on.
 ///
@@ -120,7 +120,11 @@ impl<T: Serialize + Sync> Subscription<T> {
 
 /// Whether the channel ended only because its connection or its session did.
 fn is_lost(reason: &CloseReason) -> bool {
-    let lost = [CloseCode::NOT_RESUMED, CloseCode::CONNECTION_LOST];
+    let lost = [
+        CloseCode::NOT_RESUMED,
+        CloseCode::CONNECTION_LOST,
+        CloseCode::MOVED,
+    ];
     reason.by != Side::Peer && lost.contains(&reason.code)
 }
 

@@ -47,9 +47,9 @@ export class Subscription implements AsyncIterable<Message> {
   }
 }
 
-/** Whether the channel is over because its connection or its session is, and not because the peer says so. */
+/** Whether the channel is over because its connection or its session is, or the client has moved, and not because the peer says so. */
 function isLost({ name, reason }: ClosedError): boolean {
-  return name === 'ClosedError' && reason.by !== 'peer' && (reason.name === 'not_resumed' || reason.name === 'connection_lost');
+  return name === 'ClosedError' && reason.by !== 'peer' && ['not_resumed', 'connection_lost', 'moved'].includes(reason.name);
 }
 
 /**
