@@ -738,7 +738,7 @@ pub(crate) struct SyncArgs {
     pub(crate) checksum: bool,
 
     /// When sending, send only what differs from the file that is there, or from one that was moved: `auto` where the
-    /// network is slower than reading twice. Files up to 256K are sent whole.
+    /// network is slower than reading twice. A new version of at most 256K is sent whole.
     #[arg(long, value_enum, default_value_t = DeltaArg::Auto)]
     pub(crate) delta: DeltaArg,
 

@@ -507,8 +507,17 @@ fn a_run_that_is_killed_leaves_each_file_old_or_new_and_the_next_one_completes_i
 
 #[test]
 fn a_token_without_the_right_to_delete_deletes_nothing() {
-    let server = Server::start_in(workdir(), &["--overwrite", "always"]);
+    let server = Server::start_in(workdir(), &["--overwrite", "always", "--allow-read"]);
     let dir = workdir();
+    write(&dir.path().join("a"), b"1");
+    for dry in [&["-n"][..], &[]] {
+        let args = ["sync", "--json", "--delete", ".", ":"];
+        let out = server.client(dir.path(), &[&args[..], dry].concat());
+        assert_eq!(out.code, 6, "{out:?}");
+        assert!(out.stderr.contains("no right to delete"), "{out:?}");
+        assert!(!server.uploads().join("a").exists(), "nothing was sent");
+    }
+    let server = Server::start_in(workdir(), &["--overwrite", "always"]);
     let out = server.client(dir.path(), &["sync", "--json", "--delete", ".", ":"]);
     // It may not even see what is there.
     assert_eq!(out.code, 6, "{out:?}");

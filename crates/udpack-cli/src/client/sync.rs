@@ -236,6 +236,17 @@ impl Comparing {
                 .hint("see what is there with `udpack-client ls`")
                 .into());
         }
+        // Nothing is sent for a mirror that will not be one.
+        if way.up
+            && args.delete
+            && let Ok(rights) = remote.rights().await
+            && !rights.delete
+        {
+            let text = "this token has no right to delete, which --delete takes";
+            return Err(Failure::new(Kind::Policy, text)
+                .hint("ask the server's owner for a token whose scope has it")
+                .into());
+        }
         let exclude: Exclude = args.tree.exclude.iter().cloned().collect();
         let depth = way.prefix().split('/').filter(|name| !name.is_empty());
         let depth = if way.up { depth.count() } else { 0 };
