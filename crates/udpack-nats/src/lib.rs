@@ -373,3 +373,7 @@ impl Writer {
         }
     }
 }
+
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/CLUSTER.md")]
+struct Guide;
