@@ -728,7 +728,7 @@ impl PyPresence {
         let Ok(message) = Message::decode(frame.slice(udpack::wire::PREFIX..)) else {
             return Ok(None);
         };
-        let Some(PresenceDiff { joins, leaves }) = self.map.apply(&message) else {
+        let Some(PresenceDiff { joins, leaves, .. }) = self.map.apply(&message) else {
             return Ok(None);
         };
         let both = PyTuple::new(py, [entries(py, &joins)?, entries(py, &leaves)?])?;

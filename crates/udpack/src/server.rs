@@ -375,6 +375,9 @@ impl Server {
             _ = &mut task => return Err(ServerError::Stopped),
         }
         let shared = &self.inner.shared;
+        if let Some(node) = shared.service.rooms.node() {
+            node.drain();
+        }
         let sockets = {
             let sockets = lock(&shared.sockets.now);
             shared.draining.store(true, Ordering::Relaxed);

@@ -6,10 +6,10 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use bytes::Bytes;
-use common::{bounded, server};
+use common::bounded;
 use udpack::cluster::{Memory, MemoryLink, Topic};
-use udpack::testing::Net;
-use udpack::{Channel, ClusterState, Message, Server, Socket};
+use udpack::testing::{self, Net};
+use udpack::{Channel, ClusterState, Drain, Message, PresenceMap, Server, Socket};
 
 /// Servers of one cluster whose `chat` channels join `hall`.
 struct Nodes {
@@ -21,10 +21,14 @@ struct Nodes {
 async fn node(net: &Net, memory: &Memory, name: &str) -> (Server, MemoryLink) {
     let node = memory.node();
     let link = node.link();
-    let builder = server()
+    let builder = testing::server()
         .channel("chat", |channel: Channel| async move {
             channel.join("hall").expect("a sound room");
             let _ = channel.send("joined", &()).await;
+            while let Ok(Some(_)) = channel.recv().await {}
+        })
+        .channel("present", |channel: Channel| async move {
+            channel.track("hall", "here").expect("a sound meta");
             while let Ok(Some(_)) = channel.recv().await {}
         })
         .cluster(node)
@@ -67,7 +71,7 @@ async fn settled() {
 impl Nodes {
     async fn member(&self, at: usize) -> (Socket, Channel) {
         let server = &self.servers[at];
-        let client = common::client(server);
+        let client = testing::client(server);
         let socket = self.net.connect(client, server).await.expect("let in");
         let channel = socket.open("chat").await.expect("a channel");
         assert_eq!(next(&channel).await.event(), "joined");
@@ -78,6 +82,27 @@ impl Nodes {
         for n in numbers {
             let rooms = self.servers[from].rooms();
             rooms.to("hall").send("line", &(from, n)).expect("sound");
+        }
+    }
+}
+
+impl Nodes {
+    /// A peer of this id who is present.
+    async fn comes(&self, at: usize, id: &str) -> (Socket, Channel) {
+        let server = &self.servers[at];
+        let client = testing::client(server).token(id);
+        let socket = self.net.connect(client, server).await.expect("let in");
+        let channel = socket.open("present").await.expect("a channel");
+        (socket, channel)
+    }
+}
+
+/// Follows the presence until exactly these peers are there; each change on the way shows at least `always`.
+async fn sees(channel: &Channel, map: &mut PresenceMap, peers: &[&str], always: &[&str]) {
+    while map.peers().collect::<Vec<_>>() != peers {
+        map.apply(&next(channel).await);
+        for peer in always {
+            assert!(map.peers().any(|id| id == *peer), "{peer} was gone");
         }
     }
 }
@@ -291,6 +316,78 @@ async fn what_another_node_makes_up_reaches_no_member() {
         }
         assert_eq!(lines, 2, "the first of each stream");
         assert_eq!(nodes.servers[0].metrics().cluster_ignored, 9);
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_is_present_on_one_node_is_present_on_all() {
+    bounded(async {
+        let nodes = nodes(3).await;
+        let (_socket, channel) = nodes.member(0).await;
+        let mut map = PresenceMap::new("hall");
+        let (_ann, ann) = nodes.comes(0, "ann").await;
+        let (_bob, _chan) = nodes.comes(1, "bob").await;
+        let (_cid, cid) = nodes.comes(2, "cid").await;
+        sees(&channel, &mut map, &["ann", "bob", "cid"], &[]).await;
+        // Who comes later is told of all.
+        let server = &nodes.servers[2];
+        let connected = nodes.net.connect(testing::client(server), server).await;
+        let socket = connected.expect("let in");
+        let late = socket.open("chat").await.expect("a channel");
+        let mut later = PresenceMap::new("hall");
+        sees(&late, &mut later, &["ann", "bob", "cid"], &[]).await;
+        // A change that is lost is asked for again.
+        nodes.links[0].lose(1);
+        cid.finish().await.expect("alive");
+        drop(cid);
+        sees(&channel, &mut map, &["ann", "bob"], &["ann", "bob"]).await;
+        sees(&late, &mut later, &["ann", "bob"], &["ann", "bob"]).await;
+        ann.finish().await.expect("alive");
+        sees(&channel, &mut map, &["bob"], &["bob"]).await;
+        sees(&late, &mut later, &["bob"], &["bob"]).await;
+        assert_eq!(nodes.servers[0].metrics().cluster_lost, 0);
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn those_on_a_node_that_dies_leave_and_come_back_with_it() {
+    bounded(async {
+        let nodes = nodes(2).await;
+        let (_socket, channel) = nodes.member(0).await;
+        let mut map = PresenceMap::new("hall");
+        let (_ann, _chan) = nodes.comes(0, "ann").await;
+        let (_bob, _chan1) = nodes.comes(1, "bob").await;
+        sees(&channel, &mut map, &["ann", "bob"], &[]).await;
+        nodes.links[1].cut_silently();
+        let diff = map.apply(&next(&channel).await).expect("a change");
+        assert_eq!(diff.why.as_deref(), Some("node_lost"));
+        assert_eq!(map.peers().collect::<Vec<_>>(), ["ann"]);
+        nodes.links[1].mend();
+        sees(&channel, &mut map, &["ann", "bob"], &["ann"]).await;
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_moves_to_another_node_is_never_gone() {
+    bounded(async {
+        let nodes = nodes(3).await;
+        let (_socket, channel) = nodes.member(0).await;
+        let mut map = PresenceMap::new("hall");
+        let (bob, bobs) = nodes.comes(1, "bob").await;
+        let (_dan, dans) = nodes.comes(1, "dan").await;
+        sees(&channel, &mut map, &["bob", "dan"], &[]).await;
+        let drain = Drain::within(Duration::from_secs(1));
+        nodes.servers[1]
+            .run_until(std::future::ready(()), drain)
+            .await
+            .expect("served");
+        drop((bob, bobs, dans));
+        let (_bob, _bobs) = nodes.comes(2, "bob").await;
+        // Nobody waits for dan for ever.
+        sees(&channel, &mut map, &["bob"], &["bob"]).await;
     })
     .await;
 }

@@ -1,6 +1,6 @@
 //! What nodes tell each other: a header of 22 bytes, and what its kind asks for. PROTOCOL.md has the layout.
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use crate::cluster::NodeId;
 use crate::wire::frame::PREFIX;
@@ -12,6 +12,8 @@ pub(crate) const VERSION: u8 = 1;
 pub(crate) const HEADER: usize = 22;
 /// Most bytes that a frame grows by, where it leaves out no more than a few sessions.
 pub(crate) const AROUND: usize = 512;
+/// Bytes of a room's topic.
+const ROOM_ID: usize = 16;
 /// Sessions that one message may leave out, and bytes of an id.
 const EXCEPT: usize = 255;
 
@@ -30,10 +32,20 @@ pub(crate) struct Head {
 pub(crate) enum Body {
     /// A frame for the members of a room, without the channels of these sessions.
     Room { except: Vec<String>, frame: Bytes },
-    /// How far the stream to this room is.
-    Mark([u8; 16]),
+    /// How far the stream to this room is, and which version its presence has.
+    Mark { room: [u8; ROOM_ID], version: u64 },
     /// A node has members in this room from now on: marks and presence, please.
-    Ask,
+    Ask([u8; ROOM_ID]),
+    /// A session is present in a room, or says something else about itself: `{peer, session, meta}`. The number is the
+    /// version that this makes.
+    Join(Bytes),
+    /// A session has left; `moving`: it may come to another node.
+    Leave { session: String, moving: bool },
+    /// All that are present in a room by this node, each as in `Join`. The number is the version.
+    Present {
+        room: [u8; ROOM_ID],
+        entries: Vec<Bytes>,
+    },
     /// The node is there.
     Beat(Bytes),
     /// The node goes; its streams end where the last mark was.
@@ -52,7 +64,7 @@ pub(crate) enum Bad {
     #[error("a message without a number")]
     Number,
     #[error("a session's id that is not text")]
-    Except,
+    Session,
     #[error("not a frame that an application can send")]
     Frame,
 }
@@ -62,6 +74,9 @@ const MARK: u8 = 2;
 const ASK: u8 = 3;
 const BEAT: u8 = 4;
 const BYE: u8 = 5;
+const JOIN: u8 = 6;
+const LEAVE: u8 = 7;
+const PRESENT: u8 = 8;
 
 fn head(kind: u8, head: &Head, body: usize) -> BytesMut {
     let mut buf = BytesMut::with_capacity(HEADER + body);
@@ -89,14 +104,42 @@ pub(crate) fn room(at: &Head, except: &[&str], frame: &[u8]) -> Bytes {
 }
 
 /// How far the stream to a room is; it may be published to one node alone.
-pub(crate) fn mark(at: &Head, room: &[u8; 16]) -> Bytes {
-    let mut buf = head(MARK, at, room.len());
+pub(crate) fn mark(at: &Head, room: &[u8; ROOM_ID], version: u64) -> Bytes {
+    let mut buf = head(MARK, at, room.len() + 8);
+    buf.put_slice(room);
+    buf.put_u64(version);
+    buf.freeze()
+}
+
+pub(crate) fn ask(at: &Head, room: &[u8; ROOM_ID]) -> Bytes {
+    let mut buf = head(ASK, at, room.len());
     buf.put_slice(room);
     buf.freeze()
 }
 
-pub(crate) fn ask(at: &Head) -> Bytes {
-    head(ASK, at, 0).freeze()
+pub(crate) fn join(at: &Head, entry: &[u8]) -> Bytes {
+    let mut buf = head(JOIN, at, entry.len());
+    buf.put_slice(entry);
+    buf.freeze()
+}
+
+pub(crate) fn leave(at: &Head, session: &str, moving: bool) -> Bytes {
+    let mut buf = head(LEAVE, at, 1 + session.len());
+    buf.put_u8(u8::from(moving));
+    buf.put_slice(session.as_bytes());
+    buf.freeze()
+}
+
+pub(crate) fn present(at: &Head, room: &[u8; ROOM_ID], entries: &[Bytes]) -> Bytes {
+    let size: usize = entries.iter().map(|entry| 4 + entry.len()).sum();
+    let mut buf = head(PRESENT, at, room.len() + size);
+    buf.put_slice(room);
+    for entry in entries {
+        // No entry is larger than a few KiB.
+        buf.put_u32(entry.len() as u32);
+        buf.put_slice(entry);
+    }
+    buf.freeze()
 }
 
 pub(crate) fn beat(at: &Head, body: &[u8]) -> Bytes {
@@ -139,13 +182,51 @@ pub(crate) fn decode(bytes: &Bytes, frame: usize) -> Result<(Head, Body), Bad> {
                 frame: bytes,
             }
         }
-        MARK => Body::Mark(bytes[HEADER..].try_into().map_err(|_| Bad::Short)?),
-        ASK => Body::Ask,
+        MARK => {
+            let (room, rest) = room_id(bytes)?;
+            let version = rest.try_into().map_err(|_| Bad::Short)?;
+            Body::Mark {
+                room,
+                version: u64::from_be_bytes(version),
+            }
+        }
+        ASK => Body::Ask(room_id(bytes)?.0),
+        JOIN => Body::Join(bytes.slice(HEADER..)),
+        LEAVE => {
+            let (moving, session) = bytes[HEADER..].split_first().ok_or(Bad::Short)?;
+            let session = str::from_utf8(session).map_err(|_| Bad::Session)?;
+            Body::Leave {
+                session: session.to_owned(),
+                moving: *moving != 0,
+            }
+        }
+        PRESENT => Body::Present {
+            room: room_id(bytes)?.0,
+            entries: entries(bytes.slice(HEADER + ROOM_ID..))?,
+        },
         BEAT => Body::Beat(bytes.slice(HEADER..)),
         BYE => Body::Bye,
         _ => return Err(Bad::Kind),
     };
     Ok((head, body))
+}
+
+fn room_id(bytes: &Bytes) -> Result<([u8; ROOM_ID], &[u8]), Bad> {
+    let (room, rest) = bytes[HEADER..].split_first_chunk().ok_or(Bad::Short)?;
+    Ok((*room, rest))
+}
+
+fn entries(mut bytes: Bytes) -> Result<Vec<Bytes>, Bad> {
+    let mut entries = Vec::new();
+    while let Some((len, rest)) = bytes.split_first_chunk::<4>() {
+        let len = u32::from_be_bytes(*len) as usize;
+        if len > rest.len() {
+            return Err(Bad::Short);
+        }
+        bytes.advance(4);
+        entries.push(bytes.split_to(len));
+    }
+    bytes.is_empty().then_some(entries).ok_or(Bad::Short)
 }
 
 /// The list of sessions at the begin of these bytes, and its length.
@@ -156,7 +237,7 @@ fn except(bytes: &[u8]) -> Result<(Vec<String>, usize), Bad> {
         let (len, after) = rest.split_first().ok_or(Bad::Short)?;
         let id = after.get(..usize::from(*len)).ok_or(Bad::Short)?;
         rest = &after[id.len()..];
-        let id = str::from_utf8(id).map_err(|_| Bad::Except)?;
+        let id = str::from_utf8(id).map_err(|_| Bad::Session)?;
         except.push(id.to_owned());
     }
     Ok((except, bytes.len() - rest.len()))
@@ -208,21 +289,36 @@ mod tests {
         };
         assert_eq!(decode(&bytes, LIMIT), Ok((at(0x0102), body)));
         assert_eq!(
-            mark(&at(3), b"0123456789abcdef"),
-            b"\x01\x0212345678\0\0\0\x07\0\0\0\0\0\0\0\x030123456789abcdef"[..]
+            mark(&at(3), b"0123456789abcdef", 5),
+            b"\x01\x0212345678\0\0\0\x07\0\0\0\0\0\0\0\x030123456789abcdef\0\0\0\0\0\0\0\x05"[..]
         );
     }
 
     #[test]
-    fn what_has_no_body_comes_back() {
+    fn everything_else_comes_back() {
+        let room = [7; ROOM_ID];
+        let entries: Vec<Bytes> = vec![b"one"[..].into(), b"two two"[..].into()];
+        let leave_body = Body::Leave {
+            session: "s".into(),
+            moving: true,
+        };
         for (bytes, body) in [
-            (mark(&at(3), &[7; 16]), Body::Mark([7; 16])),
-            (ask(&at(0)), Body::Ask),
+            (mark(&at(3), &room, 9), Body::Mark { room, version: 9 }),
+            (ask(&at(0), &room), Body::Ask(room)),
             (beat(&at(0), b"..."), Body::Beat(b"..."[..].into())),
             (bye(&at(0)), Body::Bye),
+            (join(&at(1), b"entry"), Body::Join(b"entry"[..].into())),
+            (leave(&at(1), "s", true), leave_body),
+            (
+                present(&at(1), &room, &entries),
+                Body::Present { room, entries },
+            ),
         ] {
             assert_eq!(decode(&bytes, LIMIT).map(|(_, body)| body), Ok(body));
         }
+        let mut cut = present(&at(1), &room, &[b"one"[..].into()]).to_vec();
+        cut.pop();
+        assert_eq!(decode(&cut.into(), LIMIT), Err(Bad::Short));
     }
 
     #[test]
@@ -248,7 +344,7 @@ mod tests {
     #[test]
     fn other_versions_and_kinds_are_told_apart() {
         let with = |place: usize, byte: u8| {
-            let mut bytes = mark(&at(1), &[0; 16]).to_vec();
+            let mut bytes = mark(&at(1), &[0; 16], 0).to_vec();
             bytes[place] = byte;
             decode(&bytes.into(), LIMIT).unwrap_err()
         };
@@ -260,7 +356,7 @@ mod tests {
         let mut bytes = room(&at(1), &["ab"], &[]).to_vec();
         let id = bytes.len() - 2;
         bytes[id] = 0xff;
-        assert_eq!(decode(&bytes.into(), LIMIT), Err(Bad::Except));
+        assert_eq!(decode(&bytes.into(), LIMIT), Err(Bad::Session));
     }
 
     proptest! {

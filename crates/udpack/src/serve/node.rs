@@ -26,6 +26,7 @@ use crate::cluster::sequence::{Heard, MAX_NODES, Verdict};
 use crate::cluster::wire::{self, Body, Head};
 use crate::cluster::{Cluster, ClusterState, Incoming, NodeId, Topic};
 use crate::metrics::{Count, Counts};
+use crate::serve::presence::Change;
 use crate::serve::rooms::{Directory, Room};
 use crate::wire::message::encode_data;
 use crate::wire::msgpack::{Fields, validate};
@@ -46,6 +47,8 @@ const MARKS: [u8; 3] = [1, 3, 9];
 const COLD: u8 = 60;
 /// Ticks after a message was lost to a full queue, until the cluster counts as whole again.
 const FULL: u32 = 5;
+/// Ticks after a node was asked for its presence, in which it is not asked again.
+const ASK_AGAIN: u8 = 2;
 /// Topics that a node keeps numbers for, beside those of its own rooms.
 const MAX_TOPICS: usize = 1 << 16;
 /// Most bytes of a node's name and of its address.
@@ -69,6 +72,7 @@ pub(crate) struct Node {
     alone: AtomicBool,
     epochs: AtomicU32,
     gone: AtomicBool,
+    draining: AtomicBool,
     /// The broker cannot be reached.
     down: AtomicBool,
     /// Ticks for which the queue to the broker still counts as too full.
@@ -103,7 +107,9 @@ pub(crate) struct Shared {
 struct Out {
     epoch: u32,
     last: u64,
-    /// Ticks since then.
+    /// Which changes of presence were told.
+    version: u64,
+    /// Ticks since anything was.
     quiet: u8,
 }
 
@@ -113,6 +119,8 @@ struct Seen {
     room: Weak<Room>,
     since: Option<Instant>,
     heard: Heard,
+    /// Nodes that were asked for their presence, and the ticks until they are asked again.
+    asked: HashMap<NodeId, u8>,
 }
 
 impl Shared {
@@ -154,6 +162,7 @@ impl Node {
             alone: AtomicBool::new(true),
             epochs: AtomicU32::new(0),
             gone: AtomicBool::new(false),
+            draining: AtomicBool::new(false),
             down: AtomicBool::new(false),
             full: AtomicU32::new(0),
             state: watch::Sender::new(ClusterState::Connected),
@@ -222,8 +231,7 @@ impl Node {
             topics.entry(topic).or_insert_with(new).clone()
         };
         self.cluster.subscribe(topic);
-        let ask = wire::ask(&self.head(0, 0));
-        let _ = self.cluster.publish(topic, ask);
+        self.ask(&shared, topic);
         Some(shared)
     }
 
@@ -249,6 +257,7 @@ impl Node {
             out: Mutex::new(Out {
                 epoch: self.epochs.fetch_add(1, Ordering::Relaxed),
                 last: 0,
+                version: 0,
                 quiet: u8::MAX,
             }),
             seen: Mutex::default(),
@@ -295,11 +304,61 @@ impl Node {
         }
     }
 
-    /// Says how far this node's stream to a topic is; says whether there is any.
+    fn ask(&self, shared: &Shared, to: Topic) {
+        let ask = wire::ask(&self.head(0, 0), &shared.room_id());
+        let _ = self.cluster.publish(to, ask);
+    }
+
+    /// Somebody is present in a room by this node.
+    pub(crate) fn joined(&self, shared: &Shared, entry: &[u8]) {
+        self.change(shared, |at| wire::join(at, entry));
+    }
+
+    /// Somebody is no longer.
+    pub(crate) fn left(&self, shared: &Shared, session: &str) {
+        let moving = self.draining.load(Ordering::Relaxed);
+        self.change(shared, |at| wire::leave(at, session, moving));
+    }
+
+    fn change(&self, shared: &Shared, encode: impl FnOnce(&Head) -> Bytes) {
+        let mut out = lock(&shared.out);
+        out.version += 1;
+        out.quiet = 0;
+        if !self.gone.load(Ordering::Relaxed) {
+            let change = encode(&self.head(out.epoch, out.version));
+            let _ = self.cluster.publish(shared.topic, change);
+        }
+    }
+
+    /// From now on, those who leave may come to another node.
+    pub(crate) fn drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+
+    /// Answers a node that asks for a room.
+    fn answer(&self, shared: &Shared, to: NodeId) {
+        self.mark(shared, Topic::Node(to));
+        let room = lock(&shared.seen).room.upgrade();
+        let tell = |entries: &[Bytes]| {
+            let out = lock(&shared.out);
+            if out.version > 0 {
+                let at = self.head(out.epoch, out.version);
+                let present = wire::present(&at, &shared.room_id(), entries);
+                let _ = self.cluster.publish(Topic::Node(to), present);
+            }
+        };
+        match room {
+            Some(room) => room.own_entries(tell),
+            None => tell(&[]),
+        }
+    }
+
+    /// Says how far this node's stream to a topic is, if there is any.
     fn mark(&self, shared: &Shared, to: Topic) {
         let out = lock(&shared.out);
-        if out.last > 0 {
-            let mark = wire::mark(&self.head(out.epoch, out.last), &shared.room_id());
+        if out.last > 0 || out.version > 0 {
+            let at = self.head(out.epoch, out.last);
+            let mark = wire::mark(&at, &shared.room_id(), out.version);
             let _ = self.cluster.publish(to, mark);
         }
     }
@@ -338,8 +397,7 @@ impl Node {
     fn ask_all(&self) {
         for shared in self.all() {
             if lock(&shared.seen).since.is_some() {
-                let ask = wire::ask(&self.head(0, 0));
-                let _ = self.cluster.publish(shared.topic, ask);
+                self.ask(&shared, shared.topic);
             }
         }
     }
@@ -348,7 +406,7 @@ impl Node {
     fn remark(&self) {
         for shared in self.all() {
             let mut out = lock(&shared.out);
-            if out.last > 0 {
+            if out.last > 0 || out.version > 0 {
                 out.quiet = 0;
             }
         }
@@ -410,17 +468,36 @@ impl Node {
                     directory.deliver(&room, &frame, &except);
                 }
             }
-            Body::Mark(room) => {
+            Body::Mark { room, version } => {
+                let topic = Topic::Room(room);
                 let verdict = |heard: &mut Heard, known| {
                     heard.mark(head.node, head.epoch, head.sequence, known)
                 };
-                self.follow(directory, Topic::Room(room), since, verdict);
+                self.follow(directory, topic, since, verdict);
+                self.present(topic, &head, |room| room.knows(&head, version));
             }
-            Body::Ask => {
-                let shared = lock(&self.topics).get(&topic).cloned();
+            Body::Ask(room) => {
+                let shared = lock(&self.topics).get(&Topic::Room(room)).cloned();
                 if let Some(shared) = shared {
-                    self.mark(&shared, Topic::Node(head.node));
+                    self.answer(&shared, head.node);
                 }
+            }
+            Body::Join(entry) => {
+                self.present(topic, &head, |room| {
+                    room.change(&head, Change::Join(&entry))
+                });
+            }
+            Body::Leave { session, moving } => {
+                let session = session.as_str();
+                self.present(topic, &head, |room| {
+                    room.change(&head, Change::Leave { session, moving })
+                });
+            }
+            Body::Present { room, entries } => {
+                self.present(Topic::Room(room), &head, |room| {
+                    room.replace(&head, &entries);
+                    true
+                });
             }
             Body::Beat(body) => self.beaten(head.node, &body),
             Body::Bye => {
@@ -515,6 +592,31 @@ impl Node {
         }
     }
 
+    /// Another node tells of its presence in a room here: `apply` says whether that was understood, otherwise it is asked for
+    /// the whole.
+    fn present(&self, topic: Topic, head: &Head, apply: impl FnOnce(&Room) -> bool) {
+        let Some(shared) = lock(&self.topics).get(&topic).cloned() else {
+            return;
+        };
+        let Some(room) = lock(&shared.seen).room.upgrade() else {
+            return;
+        };
+        let understood = apply(&room);
+        let ask = {
+            let asked = &mut lock(&shared.seen).asked;
+            match understood {
+                true => {
+                    asked.remove(&head.node);
+                    false
+                }
+                false => asked.insert(head.node, ASK_AGAIN).is_none(),
+            }
+        };
+        if ask {
+            self.ask(&shared, Topic::Node(head.node));
+        }
+    }
+
     fn missing(&self, directory: &Directory, room: &Room, lost: u64) {
         if lost > 0 {
             self.counts.add(Count::ClusterLost, lost);
@@ -539,10 +641,16 @@ impl Node {
                     seen.heard.forget(*node);
                 }
                 let told = lost.iter().map(|node| seen.heard.silent(*node)).sum();
+                for ticks in seen.asked.values_mut() {
+                    *ticks = ticks.saturating_sub(1);
+                }
+                // A mark tells again that something is missing.
+                seen.asked.retain(|_, ticks| *ticks > 0);
                 (seen.room.upgrade(), told)
             };
             if let Some(room) = room {
                 self.missing(directory, &room, told);
+                room.desert(&lost, &left);
             }
             let quiet = {
                 let mut out = lock(&shared.out);

@@ -3,6 +3,10 @@
 //! An entry belongs to a session: it outlives a lost connection for as long as the session may come back, and
 //! tracking the same metadata again changes nothing, so a resume shows nobody leaving or joining.
 //!
+//! In a cluster each node tells the others of its own sessions, in versions: one change makes the next. Who misses a
+//! version asks for the whole. Entries of a node that is lost leave with it; those of one that goes stay for a while if their
+//! peers may come to another node, and make room for them there without having been gone.
+//!
 //! Each member is sent the whole state first and changes from then on. A member with no room in its queue gets
 //! the whole state again instead, the latest only, so that it is up to date as soon as it has caught up.
 
@@ -13,25 +17,33 @@ use std::sync::{Arc, Mutex};
 use bytes::{Bytes, BytesMut};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::time::{Duration, Instant};
 
 use crate::base::lock;
+use crate::base::text::printable_within;
 use crate::channel::Channel;
 use crate::channel::overflow::{Overflow, Push};
+use crate::cluster::NodeId;
+use crate::cluster::wire::Head;
 use crate::serve::rooms::{Directory, Guest, JoinError, Room, Rooms};
 use crate::session::{Session, SessionId};
 use crate::trust::auth::Peer;
 use crate::wire::frame::PREFIX;
 use crate::wire::message::{self, DecodeError, EncodeError, Encoded, Message};
-use crate::wire::msgpack::{FieldError, Shape, Values, Walk, validate};
+use crate::wire::msgpack::{FieldError, Fields, Shape, Values, Walk, validate};
 
 /// Everybody who is there: `{room, entries}`, where each entry is `{peer, session, meta}`.
 const STATE: &str = "presence_state";
-/// What has changed: `{room, joins, leaves}`, with entries as above.
+/// What has changed: `{room, joins, leaves}`, with entries as above; `why` where a node was lost.
 const DIFF: &str = "presence_diff";
+/// Why the entries of a node that is not heard any more leave.
+const NODE_LOST: &str = "node_lost";
 /// Largest meta, in bytes.
 const META_BYTES: usize = 4 << 10;
 /// Most bytes that the entries of one room may have, so that all of them fit into one frame.
 const ROOM_BYTES: usize = 1 << 20;
+/// A peer that has gone from a draining node is awaited on another one for so long.
+const MOVING: Duration = Duration::from_secs(10);
 /// Most msgpack values in them, likewise.
 const ROOM_ELEMENTS: usize = 60_000;
 
@@ -43,11 +55,17 @@ pub(crate) struct Presence {
     informed: HashSet<u64>,
     bytes: usize,
     elements: usize,
+    /// The version of each other node's entries here.
+    versions: HashMap<NodeId, (u32, u64)>,
 }
 
 #[derive(Debug, Clone)]
 struct Entry {
-    /// The channel that tracks it.
+    /// The node that its session is on, unless it is this one.
+    node: Option<NodeId>,
+    /// Its session has gone from that node, and its peer is expected elsewhere until then.
+    until: Option<Instant>,
+    /// The channel that tracks it; 0 on another node.
     guest: u64,
     /// It has ended with the connection of this number.
     lost: Option<u64>,
@@ -135,6 +153,8 @@ impl Channel {
         let peer = peer.as_ref().map_or("", Peer::id);
         let encoded = encode_entry(peer, &guest.session_id, &meta);
         let entry = Entry {
+            node: None,
+            until: None,
             guest: guest.key,
             lost: None,
             elements: elements(&encoded),
@@ -220,8 +240,29 @@ impl Directory {
 }
 
 impl Presence {
-    pub(crate) fn is_empty(&self) -> bool {
-        self.entries.is_empty()
+    /// Whether nobody is present by this node.
+    pub(crate) fn is_deserted(&self) -> bool {
+        self.entries.values().all(|entry| entry.node.is_some())
+    }
+
+    /// Takes out who has gone from another node and comes here or to a third now.
+    fn arrive(&mut self, peer: &str) -> Vec<Bytes> {
+        let awaited = |entry: &Entry| entry.until.is_some() && entry.peer() == Some(peer);
+        self.take(|_, entry| awaited(entry))
+    }
+
+    fn take(&mut self, which: impl Fn(&SessionId, &Entry) -> bool) -> Vec<Bytes> {
+        let those = self.entries.iter().filter(|(id, entry)| which(id, entry));
+        let those: Vec<_> = those.map(|(id, _)| id.clone()).collect();
+        let taken = those.iter().filter_map(|id| self.remove(id));
+        taken.map(|entry| entry.encoded).collect()
+    }
+
+    fn has_room(&self, session: &SessionId, entry: &Entry) -> bool {
+        let old = self.entries.get(session);
+        let (bytes, elements) = old.map_or((0, 0), |old| (old.encoded.len(), old.elements));
+        self.bytes - bytes + entry.encoded.len() <= ROOM_BYTES
+            && self.elements - elements + entry.elements <= ROOM_ELEMENTS
     }
 
     fn insert(&mut self, session: &SessionId, entry: Entry) -> Option<Entry> {
@@ -243,11 +284,191 @@ impl Presence {
     }
 }
 
+impl Entry {
+    fn peer(&self) -> Option<&str> {
+        Fields::parse(&self.encoded).ok()?.str("peer").ok()
+    }
+
+    /// One of another node.
+    fn remote(node: NodeId, encoded: &[u8]) -> Option<(SessionId, Self)> {
+        validate(encoded).ok()?;
+        let fields = Fields::parse(encoded).ok()?;
+        fields.only(&["peer", "session", "meta"]).ok()?;
+        fields.str("peer").ok()?;
+        let session = fields.str("session").ok()?;
+        let meta = fields.raw("meta")?;
+        if meta.len() > META_BYTES || encoded.len() > META_BYTES * 2 {
+            return None;
+        }
+        let entry = Self {
+            node: Some(node),
+            until: None,
+            guest: 0,
+            lost: None,
+            meta: Bytes::copy_from_slice(meta),
+            encoded: Bytes::copy_from_slice(encoded),
+            elements: elements(encoded),
+        };
+        Some((SessionId::new(session), entry))
+    }
+}
+
+/// What another node tells of those who are present by it.
+pub(crate) enum Change<'a> {
+    Join(&'a [u8]),
+    Leave { session: &'a str, moving: bool },
+}
+
+/// What other nodes tell.
+impl Room {
+    /// Applies one change, if it makes the next version; says whether it did, or was known: otherwise all must be asked for.
+    pub(crate) fn change(&self, at: &Head, change: Change<'_>) -> bool {
+        let mut presence = lock(&self.presence);
+        let known = presence.versions.get(&at.node).copied();
+        match known {
+            Some((epoch, version)) if epoch == at.epoch && at.sequence <= version => return true,
+            Some((epoch, version)) if epoch == at.epoch && at.sequence == version + 1 => {}
+            // The first of all.
+            None if at.sequence == 1 => {}
+            Some(_) | None => return false,
+        }
+        presence.versions.insert(at.node, (at.epoch, at.sequence));
+        let (mut joins, mut leaves) = (Vec::new(), Vec::new());
+        match change {
+            Change::Join(encoded) => {
+                presence.insert_remote(at.node, encoded, &mut joins, &mut leaves);
+            }
+            Change::Leave { session, moving } => {
+                let session = SessionId::new(session);
+                let entry = presence.entries.get_mut(&session);
+                let Some(entry) = entry.filter(|entry| entry.node == Some(at.node)) else {
+                    return true;
+                };
+                if moving {
+                    entry.until = Some(Instant::now() + MOVING);
+                } else {
+                    let old = presence.remove(&session);
+                    leaves.extend(old.map(|old| old.encoded));
+                }
+            }
+        }
+        self.tell(&mut presence, &joins, &leaves);
+        true
+    }
+
+    /// Takes over all entries of another node.
+    pub(crate) fn replace(&self, at: &Head, entries: &[Bytes]) {
+        let mut presence = lock(&self.presence);
+        presence.versions.insert(at.node, (at.epoch, at.sequence));
+        let ids: HashSet<SessionId> = entries
+            .iter()
+            .filter_map(|entry| Some(Entry::remote(at.node, entry)?.0))
+            .collect();
+        let gone = |id: &SessionId, entry: &Entry| {
+            entry.node == Some(at.node) && entry.until.is_none() && !ids.contains(id)
+        };
+        let (mut joins, mut leaves) = (Vec::new(), presence.take(gone));
+        for entry in entries {
+            presence.insert_remote(at.node, entry, &mut joins, &mut leaves);
+        }
+        self.tell(&mut presence, &joins, &leaves);
+    }
+
+    /// Whether this version of another node's entries is known.
+    pub(crate) fn knows(&self, at: &Head, version: u64) -> bool {
+        let presence = lock(&self.presence);
+        match presence.versions.get(&at.node) {
+            Some(known) => *known == (at.epoch, version),
+            None => version == 0,
+        }
+    }
+
+    /// Those of nodes that are lost leave, and those that were awaited for too long; those of nodes that have gone are awaited.
+    pub(crate) fn desert(&self, lost: &[NodeId], left: &[NodeId]) {
+        let mut presence = lock(&self.presence);
+        if presence.versions.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        for node in left {
+            presence.versions.remove(node);
+            let theirs = presence.entries.values_mut();
+            for entry in theirs.filter(|entry| entry.node == Some(*node)) {
+                entry.until.get_or_insert(now + MOVING);
+            }
+        }
+        for node in lost {
+            presence.versions.remove(node);
+        }
+        let late = presence.take(|_, entry| entry.until.is_some_and(|until| until <= now));
+        self.tell(&mut presence, &[], &late);
+        let lost = presence.take(|_, entry| entry.node.is_some_and(|node| lost.contains(&node)));
+        if !lost.is_empty()
+            && let Ok(diff) =
+                self.encode(DIFF, &[("joins", &[]), ("leaves", &lost)], Some(NODE_LOST))
+        {
+            self.announce(&mut presence, &diff);
+        }
+    }
+
+    /// Those who are present by this node.
+    pub(crate) fn own_entries<R>(&self, read: impl FnOnce(&[Bytes]) -> R) -> R {
+        let presence = lock(&self.presence);
+        let own = presence
+            .entries
+            .values()
+            .filter(|entry| entry.node.is_none());
+        let own: Vec<Bytes> = own.map(|entry| entry.encoded.clone()).collect();
+        read(&own)
+    }
+
+    fn tell(&self, presence: &mut Presence, joins: &[Bytes], leaves: &[Bytes]) {
+        if joins.is_empty() && leaves.is_empty() {
+            return;
+        }
+        if let Ok(diff) = self.diff(joins, leaves) {
+            self.announce(presence, &diff);
+        }
+    }
+}
+
+impl Presence {
+    fn insert_remote(
+        &mut self,
+        node: NodeId,
+        encoded: &[u8],
+        joins: &mut Vec<Bytes>,
+        leaves: &mut Vec<Bytes>,
+    ) {
+        let Some((session, entry)) = Entry::remote(node, encoded) else {
+            return;
+        };
+        if let Some(old) = self.entries.get_mut(&session) {
+            // A session is on one node.
+            if old.node != Some(node) {
+                return;
+            }
+            if old.encoded == entry.encoded {
+                old.until = None;
+                return;
+            }
+        }
+        if !self.has_room(&session, &entry) {
+            return;
+        }
+        if let Some(peer) = entry.peer() {
+            leaves.extend(self.arrive(peer));
+        }
+        joins.push(entry.encoded.clone());
+        leaves.extend(self.insert(&session, entry).map(|old| old.encoded));
+    }
+}
+
 impl Room {
     /// Sends the state to a new member, if there is any.
     pub(crate) fn greet(&self, guest: &Guest) {
         let mut presence = lock(&self.presence);
-        if !presence.is_empty() && !presence.informed.contains(&guest.key) {
+        if !presence.entries.is_empty() && !presence.informed.contains(&guest.key) {
             let mut state = None;
             self.tell_state(&mut presence, guest, &mut state);
         }
@@ -274,17 +495,18 @@ impl Room {
             old.lost = None;
             return Ok(false);
         }
-        let old = presence.entries.get(session);
-        let leaves: Vec<Bytes> = old.iter().map(|old| old.encoded.clone()).collect();
-        let (bytes, elements) = old.map_or((0, 0), |old| (old.encoded.len(), old.elements));
-        if presence.bytes - bytes + entry.encoded.len() > ROOM_BYTES
-            || presence.elements - elements + entry.elements > ROOM_ELEMENTS
-        {
+        if !presence.has_room(session, &entry) {
             return Err(TrackError::Full);
+        }
+        let old = presence.entries.get(session);
+        let mut leaves: Vec<Bytes> = old.iter().map(|old| old.encoded.clone()).collect();
+        if let Some(peer) = entry.peer().filter(|_| !presence.versions.is_empty()) {
+            leaves.extend(presence.arrive(peer));
         }
         let diff = self.diff(std::slice::from_ref(&entry.encoded), &leaves)?;
         // The meta lies deeper in there than it did alone.
         validate(&diff.bytes()[PREFIX..]).map_err(EncodeError::Refused)?;
+        directory.share(self, |node, shared| node.joined(shared, &entry.encoded));
         presence.insert(session, entry);
         let first = directory.tracked.add(session, &self.tag.name);
         self.announce(&mut presence, &diff);
@@ -323,6 +545,7 @@ impl Room {
             return false;
         };
         directory.tracked.remove(session, &self.tag.name);
+        directory.share(self, |node, shared| node.left(shared, session));
         if let Ok(diff) = self.diff(&[], &[old.encoded]) {
             self.announce(&mut presence, &diff);
         }
@@ -349,7 +572,7 @@ impl Room {
                 .values()
                 .map(|entry| entry.encoded.clone())
                 .collect();
-            *state = self.encode(STATE, &[("entries", &entries)]).ok();
+            *state = self.encode(STATE, &[("entries", &entries)], None).ok();
         }
         let Some(state) = state else { return };
         let limit = guest.session.frame_limit();
@@ -374,12 +597,22 @@ impl Room {
     }
 
     fn diff(&self, joins: &[Bytes], leaves: &[Bytes]) -> Result<Encoded, EncodeError> {
-        self.encode(DIFF, &[("joins", joins), ("leaves", leaves)])
+        self.encode(DIFF, &[("joins", joins), ("leaves", leaves)], None)
     }
 
-    fn encode(&self, event: &str, lists: &[(&str, &[Bytes])]) -> Result<Encoded, EncodeError> {
+    fn encode(
+        &self,
+        event: &str,
+        lists: &[(&str, &[Bytes])],
+        why: Option<&str>,
+    ) -> Result<Encoded, EncodeError> {
         let mut data = Vec::new();
-        write_len(rmp::encode::write_map_len, &mut data, lists.len() + 1);
+        let keys = lists.len() + 1 + usize::from(why.is_some());
+        write_len(rmp::encode::write_map_len, &mut data, keys);
+        if let Some(why) = why {
+            write_str(&mut data, "why");
+            write_str(&mut data, why);
+        }
         write_str(&mut data, "room");
         write_str(&mut data, &self.tag.name);
         for (name, entries) in lists {
@@ -440,6 +673,8 @@ pub struct PresenceDiff {
     pub joins: Vec<PresenceEntry>,
     /// Entries that are gone, or had another meta.
     pub leaves: Vec<PresenceEntry>,
+    /// Why they are gone, where it was not their own doing: `node_lost` when the server that they were on is not heard any more.
+    pub why: Option<String>,
 }
 
 /// One session of one peer.
@@ -511,6 +746,9 @@ impl PresenceMap {
         match (message.event(), lists.next()?, lists.next()) {
             (STATE, entries, _) => self.replace(entries, &mut diff),
             (_, joins, leaves) => {
+                let why = message.fields().ok()?;
+                let why = why.opt_str("why").ok()?;
+                diff.why = why.map(|why| printable_within(why, META_BYTES));
                 for entry in leaves.into_iter().flatten() {
                     diff.leaves.extend(self.remove(&entry.peer, &entry.session));
                 }

@@ -699,6 +699,13 @@ impl Directory {
         self.running.get().map(|running| &running.node)
     }
 
+    /// Calls with the room's topic, in a cluster.
+    pub(crate) fn share(&self, room: &Room, tell: impl FnOnce(&Node, &Shared)) {
+        if let (Some(node), Some(shared)) = (self.node(), &room.shared) {
+            tell(node, shared);
+        }
+    }
+
     /// Queues a frame for the members of a room here.
     pub(crate) fn deliver(&self, room: &Room, frame: &Bytes, except: &[&str]) -> Sent {
         let mut sent = Sent::default();
@@ -832,7 +839,7 @@ impl Table {
         let name = &room.tag.name;
         room.guests().is_empty()
             && lock(&room.sending).is_default()
-            && lock(&room.presence).is_empty()
+            && lock(&room.presence).is_deserted()
             && self
                 .rooms
                 .get(name)
