@@ -250,6 +250,23 @@ pub(crate) struct ServerArgs {
     #[arg(long, value_name = "ADDR:PORT", env = "UDPACK_METRICS")]
     pub(crate) metrics: Option<String>,
 
+    /// Share what clients send and listen to with other servers, over this NATS broker: nats://HOST:PORT or tls://HOST:PORT,
+    /// with USER:PASSWORD@ or TOKEN@ before the host where it asks for that; several with commas between them. It must take
+    /// messages of 2 MB (`max_payload: 2MB`).
+    #[cfg(feature = "cluster")]
+    #[arg(
+        long,
+        value_name = "URL",
+        env = "UDPACK_CLUSTER",
+        hide_env_values = true
+    )]
+    pub(crate) cluster: Option<String>,
+
+    /// What other servers of the cluster call this one. Default: the name of the machine.
+    #[cfg(feature = "cluster")]
+    #[arg(long, value_name = "NAME", requires = "cluster")]
+    pub(crate) cluster_name: Option<String>,
+
     /// Serve pages for browsers at this address, over TCP: upload, download and more, in a browser, with a token. Default: the
     /// address and the port number of --listen. By HTTPS with the server's own certificate, which browsers warn of, or with
     /// that of --tls-cert; and by HTTP as well where only this machine can reach it.

@@ -19,7 +19,9 @@ use std::time::Duration;
 use listenfd::ListenFd;
 use serde_json::json;
 use tokio::time::MissedTickBehavior;
-use udpack::{Authenticate as _, BindError, Drain, Identity, Limits, Server, TokenFile, Web};
+use udpack::{
+    Authenticate as _, BindError, Drain, Identity, Limits, Server, ServerBuilder, TokenFile, Web,
+};
 use udpack_transfer::{Control, Limiter, ReceiverConfig, Scope};
 use udpack_web::{HttpListener, Site};
 
@@ -124,6 +126,8 @@ async fn serve(args: &ServerArgs, given: ListenFd) -> anyhow::Result<()> {
         Some(port) => server.web(port.web.clone()),
         None => server,
     };
+    #[cfg(feature = "cluster")]
+    let server = join(args, server).await?;
     let server = control.attach(hub.attach(receiver.attach(server)));
     let server = server.bind_to(socket).await?;
 
@@ -170,6 +174,31 @@ async fn serve(args: &ServerArgs, given: ListenFd) -> anyhow::Result<()> {
 }
 
 /// Binds the UDP port.
+/// Makes the server a node of the cluster that `--cluster` names.
+#[cfg(feature = "cluster")]
+async fn join(args: &ServerArgs, server: ServerBuilder) -> anyhow::Result<ServerBuilder> {
+    let Some(url) = &args.cluster else {
+        return Ok(server);
+    };
+    let nats = udpack_nats::Nats::connect(url).await.map_err(|error| {
+        let kind = match error {
+            udpack_nats::NatsError::Connect(_) => Kind::Network,
+            _ => Kind::Usage,
+        };
+        Failure::new(kind, format!("{:#}", anyhow::Error::new(error)))
+            .hint("is the broker of --cluster there, and are address and password right?")
+    })?;
+    let name = args.cluster_name.clone();
+    let name = name.unwrap_or_else(|| {
+        rustix::system::uname()
+            .nodename()
+            .to_string_lossy()
+            .into_owned()
+    });
+    let address = args.public_host.clone().unwrap_or_default();
+    Ok(server.cluster(nats).advertise(name, address))
+}
+
 async fn listen(address: &str) -> Result<UdpSocket, BindError> {
     // The resolver knows a zone only without brackets and port.
     let zoned = address.strip_prefix('[').filter(|rest| rest.contains('%'));

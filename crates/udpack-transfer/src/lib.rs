@@ -74,5 +74,7 @@ pub use store::{
     Tenant, Time, Usage, purge, uploads,
 };
 pub use wire::lane::{Action, Lane, Refusal};
-pub use wire::stats::{JobCounts, QuotaStats, RoomStats, ServerStats, SocketStats};
+pub use wire::stats::{
+    ClusterStats, JobCounts, NodeStats, QuotaStats, RoomStats, ServerStats, SocketStats,
+};
 pub use wire::{CHANNEL, JOBS_CHANNEL, STATS_CHANNEL};

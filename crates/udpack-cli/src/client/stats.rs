@@ -187,6 +187,19 @@ fn show(stats: &ServerStats) -> io::Result<()> {
             output::printable(&socket.agent),
         ))?;
     }
+    if let Some(cluster) = &stats.cluster {
+        let state = if cluster.degraded { "  degraded" } else { "" };
+        output::line(&format!("cluster node {}{state}", cluster.id))?;
+        for node in &cluster.nodes {
+            let lost = if node.lost { "  lost" } else { "" };
+            output::line(&format!(
+                "  {}  {}  connections {}{lost}",
+                node.id,
+                output::printable(&node.name),
+                node.sockets
+            ))?;
+        }
+    }
     output::line(&format!("rooms {}", stats.rooms_in_all))?;
     for room in &stats.rooms {
         let name = output::printable(&room.name);

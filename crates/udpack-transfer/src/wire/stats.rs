@@ -48,6 +48,8 @@ pub struct ServerStats {
     pub rooms_in_all: u64,
     /// Those with most members, 256 at most.
     pub rooms: Vec<RoomStats>,
+    /// The cluster that it is a node of, if it is.
+    pub cluster: Option<ClusterStats>,
     /// The server's own quota, and those of the tokens whose clients are there: 64 at most.
     pub quotas: Vec<QuotaStats>,
 }
@@ -111,6 +113,36 @@ pub struct RoomStats {
     pub members: u64,
 }
 
+/// A server's cluster, as that server sees it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+#[non_exhaustive]
+pub struct ClusterStats {
+    /// The id of this node.
+    pub id: String,
+    /// The broker cannot be reached, or takes less than is sent: other nodes may miss messages.
+    pub degraded: bool,
+    /// The other nodes, 256 at most.
+    pub nodes: Vec<NodeStats>,
+}
+
+/// Another node of a server's cluster.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+#[non_exhaustive]
+pub struct NodeStats {
+    /// Its id.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// Where clients reach it; may be empty.
+    pub address: String,
+    /// Sockets on it.
+    pub sockets: u64,
+    /// It was not heard for 10 s.
+    pub lost: bool,
+}
+
 /// One quota of a server.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -147,7 +179,15 @@ impl ServerStats {
             .sockets
             .len()
             .max(self.rooms.len())
-            .max(self.quotas.len());
+            .max(self.quotas.len())
+            .max(
+                self.cluster
+                    .as_ref()
+                    .map_or(0, |cluster| cluster.nodes.len()),
+            );
+        if let Some(cluster) = &mut self.cluster {
+            cluster.nodes.truncate(longest / 2);
+        }
         self.sockets.truncate(longest / 2);
         self.rooms.truncate(longest / 2);
         self.quotas.truncate(longest / 2);
@@ -165,6 +205,14 @@ impl ServerStats {
             mend(&mut socket.agent);
         }
         self.rooms.iter_mut().for_each(|room| mend(&mut room.name));
+        if let Some(cluster) = &mut self.cluster {
+            mend(&mut cluster.id);
+            for node in &mut cluster.nodes {
+                mend(&mut node.id);
+                mend(&mut node.name);
+                mend(&mut node.address);
+            }
+        }
         for quota in &mut self.quotas {
             let texts = [&mut quota.peer, &mut quota.prefix];
             texts.into_iter().flatten().for_each(mend);

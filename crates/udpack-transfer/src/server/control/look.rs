@@ -6,12 +6,14 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use udpack::{Server, Socket, Transport};
+use udpack::{ClusterState, ClusterView, Server, Socket, Transport};
 
 use super::{BytesSent, Inner, lock};
 use crate::server::scope::Scope;
 use crate::store::{Space, Tenant};
-use crate::wire::stats::{JobCounts, QuotaStats, RoomStats, ServerStats, SocketStats};
+use crate::wire::stats::{
+    ClusterStats, JobCounts, NodeStats, QuotaStats, RoomStats, ServerStats, SocketStats,
+};
 
 /// The most sockets, and the most rooms, that are reported one by one.
 const LISTED: usize = 256;
@@ -21,6 +23,24 @@ const QUOTAS: usize = 64;
 const OVER: Duration = Duration::from_secs(2);
 /// The interval at which the free space is read.
 const DISK: Duration = Duration::from_secs(2);
+
+/// A cluster as one of its nodes sees it.
+fn seen(cluster: &ClusterView) -> ClusterStats {
+    let nodes = cluster.nodes().into_iter().take(LISTED);
+    ClusterStats {
+        id: cluster.id().to_string(),
+        degraded: cluster.state() != ClusterState::Connected,
+        nodes: nodes
+            .map(|node| NodeStats {
+                id: node.id.to_string(),
+                name: node.name,
+                address: node.address,
+                sockets: node.sockets,
+                lost: node.lost,
+            })
+            .collect(),
+    }
+}
 
 /// The traffic of the last seconds: bytes received and sent in each, the oldest first.
 #[derive(Default)]
@@ -150,6 +170,7 @@ impl<'a> Looker<'a> {
         };
         (stats.receive_rate, stats.send_rate) = lock(&self.inner.history).rates();
         (stats.rooms_in_all, stats.rooms) = self.rooms();
+        stats.cluster = self.server.cluster().map(|cluster| seen(&cluster));
         if let Some(store) = self.inner.receiver.store() {
             (stats.files, stats.stored) = store.stored();
         }
