@@ -1,9 +1,11 @@
 //! Breaks the real programs on purpose and looks what became of the files: `kill` sends SIGKILL at random instants,
-//! `power` cuts the power of the server's file system, `syscalls` fails single system calls of the server.
+//! `power` cuts the power of the server's file system, `syscalls` fails single system calls of the server. `cluster` breaks
+//! several servers and the broker between them, and looks what became of messages.
 //!
 //! Everything random follows from a seed, which is printed first. The times at which things happen are the
 //! machine's, so that a seed replays what is done and not each interleaving.
 
+mod cluster;
 mod kill;
 mod ledger;
 mod load;
@@ -50,6 +52,8 @@ enum Fault {
     Kill(kill::KillArgs),
     /// Cut the power of the server's file system at random instants; needs root and a loop device.
     Power(power::PowerArgs),
+    /// Kill nodes of a cluster, pause and empty its broker, cut nodes off it; needs nats-server.
+    Cluster(cluster::ClusterArgs),
     /// Fail each system call of an upload in the server; needs strace.
     Syscalls(syscalls::SyscallArgs),
 }
@@ -83,6 +87,7 @@ fn run(arguments: &Arguments, seed: u64) -> anyhow::Result<bool> {
     match &arguments.fault {
         Fault::Kill(args) => kill::run(args, &rig, rng),
         Fault::Power(args) => power::run(args, &rig, rng),
+        Fault::Cluster(args) => cluster::run(args, &rig, rng),
         Fault::Syscalls(args) => syscalls::run(args, rig, rng),
     }
 }

@@ -66,6 +66,11 @@ impl Rig {
         &self.work
     }
 
+    /// Where the keys and the token lie.
+    pub(crate) fn keys(&self) -> PathBuf {
+        self.work.join(KEYS)
+    }
+
     /// Where this run's servers leave their log.
     pub(crate) fn log(&self) -> PathBuf {
         self.work.join("server.log")
@@ -100,6 +105,16 @@ impl Rig {
 
     /// Starts a server and waits until it listens.
     pub(crate) fn server(&self, port: u16, uploads: &Path) -> anyhow::Result<Server> {
+        self.server_with(port, uploads, &[])
+    }
+
+    /// As [`server`](Self::server), with more arguments.
+    pub(crate) fn server_with(
+        &self,
+        port: u16,
+        uploads: &Path,
+        arguments: &[&str],
+    ) -> anyhow::Result<Server> {
         let log = OpenOptions::new()
             .create(true)
             .append(true)
@@ -110,6 +125,7 @@ impl Rig {
             .args(["--min-free", "0", "--max-file", "none", "--json"])
             .arg("--dir")
             .arg(uploads)
+            .args(arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(log)
