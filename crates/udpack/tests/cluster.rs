@@ -391,3 +391,24 @@ async fn a_peer_that_moves_to_another_node_is_never_gone() {
     })
     .await;
 }
+
+/// Of a node's own history nobody goes on over a hole in it.
+#[tokio::test(start_paused = true)]
+async fn what_a_room_with_a_history_misses_is_told_too() {
+    bounded(async {
+        let nodes = nodes(2).await;
+        let rooms = nodes.servers[1].rooms();
+        let history = Some(udpack::History::default());
+        rooms.history("hall", history).expect("a sound room");
+        let (_socket, channel) = nodes.member(1).await;
+        nodes.send(0, 0..2);
+        assert_eq!(hear(&channel, &[(0, 1)]).await, 0);
+        nodes.links[1].lose(5);
+        nodes.send(0, 2..7);
+        // Nothing follows.
+        assert_eq!(next(&channel).await.gap().expect("a gap").lost, 5);
+        nodes.send(0, 7..9);
+        assert_eq!(hear(&channel, &[(0, 8)]).await, 0);
+    })
+    .await;
+}

@@ -118,6 +118,14 @@ impl Log {
         offset
     }
 
+    /// Counts messages that never came here. What was before them is given up, so that nobody goes on over the hole.
+    pub(crate) fn skip(&mut self, messages: u64) {
+        while !self.kept.is_empty() {
+            self.drop_oldest();
+        }
+        self.next = self.next.saturating_add(messages);
+    }
+
     /// Drops what is beyond the bounds.
     fn settle(&mut self, now: Instant) {
         while let Some(oldest) = self.kept.front()
@@ -262,6 +270,11 @@ impl Record {
         };
         self.archive.settle();
         offset
+    }
+
+    /// See [`Log::skip`].
+    pub(crate) fn skip(&self, messages: u64) {
+        self.change(&mut lock(&self.state), |log| log.skip(messages));
     }
 
     /// Keeps to other bounds from now on.

@@ -752,8 +752,15 @@ impl Directory {
 
     /// Tells the members of a room here that they will not get so many messages of other nodes.
     pub(crate) fn missing(&self, room: &Room, lost: u64) {
+        let history = lock(&room.sending).history.clone();
+        if let Some(record) = &history {
+            record.skip(lost);
+        }
         for guest in room.guests().iter() {
-            guest.outbox.lose_room(&room.tag, lost);
+            match &history {
+                Some(record) => guest.outbox.follow_skip(record),
+                None => guest.outbox.lose_room(&room.tag, lost),
+            }
         }
     }
 

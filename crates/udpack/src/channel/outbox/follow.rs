@@ -323,6 +323,17 @@ impl Outbox {
         self.wake(state);
     }
 
+    /// The log counts messages that never came: the member is told.
+    pub(crate) fn follow_skip(&self, record: &Arc<Record>) {
+        let mut state = lock(&self.state);
+        if state.check_open().is_ok()
+            && let Some(at) = state.stream(record)
+        {
+            state.rooms.streams[at].behind = true;
+            self.catch_up(&mut state);
+        }
+    }
+
     /// A message cannot go right away: the room's policy says what becomes of it.
     fn wait(&self, state: &mut State, at: usize, offset: u64) -> Push {
         state.rooms.streams[at].behind = true;
