@@ -63,7 +63,15 @@ fn run_script(script: &[u8]) {
             0 => message("file", &File { id, path, size }),
             1 => {
                 let base = "old";
-                message("file", &BasedFile { id, path, size, base })
+                message(
+                    "file",
+                    &BasedFile {
+                        id,
+                        path,
+                        size,
+                        base,
+                    },
+                )
             }
             2 => message(
                 "file",
