@@ -1,19 +1,21 @@
 //! The configuration files: named servers, and defaults of options. What is not understood is an error that names its line.
 //!
-//! They are TOML: tables, and in them keys with texts, whole numbers, `true` and `false`, and lists of texts. `config.toml` is
-//! written by its owner; `servers.toml`, of the same form, by `login`.
+//! They are TOML. `config.toml` is written by its owner; `servers.toml`, of the same form, by `login`.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
+use std::ops::Range;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Command};
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
 use udpack::ConnectUrl;
 
 use crate::args::ConnectArgs;
@@ -44,6 +46,35 @@ enum Value {
     Text(String),
     Flag(bool),
     Texts(Vec<String>),
+}
+
+impl Value {
+    /// What a value may be.
+    const RULE: &str = "a value is a text, a number, true, false, or a list of texts";
+
+    fn read(value: &DeValue<'_>) -> Option<Self> {
+        Some(match value {
+            DeValue::String(text) => Self::Text(text.to_string()),
+            DeValue::Integer(number) => Self::Text(number.to_string()),
+            DeValue::Float(number) => Self::Text(number.to_string()),
+            DeValue::Boolean(value) => Self::Flag(*value),
+            DeValue::Array(values) => {
+                let texts = values.iter().map(|value| value.get_ref().as_str());
+                Self::Texts(
+                    texts
+                        .map(|text| text.map(str::to_owned))
+                        .collect::<Option<_>>()?,
+                )
+            }
+            DeValue::Datetime(_) | DeValue::Table(_) => return None,
+        })
+    }
+}
+
+/// The line of a byte, counted from 1.
+fn line(text: &str, at: usize) -> usize {
+    let before = text.bytes().take(at);
+    1 + before.filter(|byte| *byte == b'\n').count()
 }
 
 /// The table for all commands.
@@ -83,50 +114,52 @@ impl Config {
     }
 
     fn add(&mut self, path: &Path, text: &str, command: &Command) -> anyhow::Result<()> {
-        let mut table = None;
+        let place = |span: Range<usize>| format!("{}:{}", path.display(), line(text, span.start));
+        let wrong = |span: Range<usize>, what: &str| {
+            Failure::new(Kind::Usage, format!("{}: {what}", place(span))).hint(
+                "see the guide for what the file may say; --help lists the options of a command",
+            )
+        };
+        let tables = DeTable::parse(text).map_err(|error| {
+            let span = error.span().unwrap_or_default();
+            wrong(span, error.message())
+        })?;
         let mut secret = false;
-        for (index, line) in text.lines().enumerate() {
-            let place = format!("{}:{}", path.display(), index + 1);
-            let wrong = |what: &str| {
-                Failure::new(Kind::Usage, format!("{place}: {what}"))
-                    .hint("see the guide for what the file may say; --help lists the options of a command")
+        for (table, entries) in tables.get_ref() {
+            let (span, table) = (table.span(), table.get_ref());
+            let DeValue::Table(entries) = entries.get_ref() else {
+                return Err(wrong(span, &format!("the key {table} is in no table")).into());
             };
-            match parse(line).map_err(|what| wrong(&what))? {
-                Line::Empty => {}
-                Line::Table(name) => {
-                    let known = [ALL, SERVERS].contains(&name.as_str())
-                        || command.find_subcommand(&name).is_some();
-                    if !known {
-                        return Err(wrong(&format!("no such table or command: {name}")).into());
-                    }
-                    table = Some(name);
-                }
-                Line::Key(key, value) => {
-                    let Some(table) = table.clone() else {
-                        return Err(wrong(&format!("the key {key} is in no table")).into());
+            if ![ALL, SERVERS].contains(&table.as_ref())
+                && command.find_subcommand(table.as_ref()).is_none()
+            {
+                return Err(wrong(span, &format!("no such table or command: {table}")).into());
+            }
+            for (key, value) in entries {
+                let (span, key) = (key.span(), key.get_ref());
+                if table == SERVERS {
+                    let DeValue::String(url) = value.get_ref() else {
+                        return Err(wrong(span, "the URL of a server is a text").into());
                     };
-                    if table == SERVERS {
-                        let Value::Text(url) = value else {
-                            return Err(wrong("the URL of a server is a text").into());
-                        };
-                        check_name(&key).map_err(|what| wrong(&what))?;
-                        let parsed: ConnectUrl = url
-                            .parse()
-                            .map_err(|error| wrong(&format!("{key} is not a server: {error}")))?;
-                        secret |= parsed.token().is_some();
-                        self.servers.insert(key, url);
-                        continue;
-                    }
-                    if !has(command, &table, &key) {
-                        return Err(wrong(&format!("no such option: {key}")).into());
-                    }
-                    self.defaults.push(Preset {
-                        table,
-                        key,
-                        value,
-                        place,
-                    });
+                    check_name(key).map_err(|what| wrong(span.clone(), &what))?;
+                    let parsed: ConnectUrl = url
+                        .parse()
+                        .map_err(|error| wrong(span, &format!("{key} is not a server: {error}")))?;
+                    secret |= parsed.token().is_some();
+                    self.servers.insert(key.to_string(), url.to_string());
+                    continue;
                 }
+                if !has(command, table, key) {
+                    return Err(wrong(span, &format!("no such option: {key}")).into());
+                }
+                let value =
+                    Value::read(value.get_ref()).ok_or_else(|| wrong(value.span(), Value::RULE))?;
+                self.defaults.push(Preset {
+                    table: table.to_string(),
+                    key: key.to_string(),
+                    value,
+                    place: place(span),
+                });
             }
         }
         let mode = fs::metadata(path).map_or(0, |metadata| metadata.mode());
@@ -318,16 +351,21 @@ pub(crate) fn store(name: &str, url: &str) -> anyhow::Result<PathBuf> {
         Err(error) => return Err(error).with_context(failed),
     };
     let mut servers = BTreeMap::new();
-    for line in old.lines() {
-        if let Ok(Line::Key(name, Value::Text(url))) = parse(line) {
-            servers.insert(name, url);
+    let tables = DeTable::parse(&old).map(Spanned::into_inner);
+    // A file that cannot be read is told when it is used; what it holds is replaced.
+    if let Ok(tables) = &tables
+        && let Some(DeValue::Table(entries)) = tables.get(SERVERS).map(Spanned::get_ref)
+    {
+        for (name, url) in entries {
+            if let Some(url) = url.get_ref().as_str() {
+                servers.insert(name.get_ref().to_string(), url.to_owned());
+            }
         }
     }
     servers.insert(name.to_owned(), url.to_owned());
     let mut text = format!("# Written by `udpack-client login`.\n[{SERVERS}]\n");
     for (name, url) in servers {
-        let url = url.replace('\\', "\\\\").replace('"', "\\\"");
-        writeln!(text, "{name} = \"{url}\"").with_context(failed)?;
+        writeln!(text, "{name} = {}", toml::Value::String(url)).with_context(failed)?;
     }
     // For its owner alone from the beginning.
     let mut file = tempfile::NamedTempFile::new_in(&dir).with_context(failed)?;
@@ -340,162 +378,4 @@ pub(crate) fn store(name: &str, url: &str) -> anyhow::Result<PathBuf> {
         .and_then(|dir| dir.sync_all())
         .with_context(failed)?;
     Ok(path)
-}
-
-/// One line of a file.
-#[derive(Debug, PartialEq, Eq)]
-enum Line {
-    Empty,
-    Table(String),
-    Key(String, Value),
-}
-
-fn parse(line: &str) -> Result<Line, String> {
-    let line = line.trim();
-    if line.is_empty() || line.starts_with('#') {
-        return Ok(Line::Empty);
-    }
-    if let Some(rest) = line.strip_prefix('[') {
-        let (name, rest) = rest.split_once(']').ok_or("a table without its `]`")?;
-        only_comment(rest)?;
-        return Ok(Line::Table(name.trim().to_owned()));
-    }
-    let (key, value) = line
-        .split_once('=')
-        .ok_or("neither `[table]` nor `key = value`")?;
-    let key = key.trim();
-    let key = key
-        .strip_prefix('"')
-        .and_then(|key| key.strip_suffix('"'))
-        .unwrap_or(key);
-    let (value, rest) = parse_value(value.trim_start())?;
-    only_comment(rest)?;
-    Ok(Line::Key(key.to_owned(), value))
-}
-
-fn only_comment(rest: &str) -> Result<(), String> {
-    let rest = rest.trim_start();
-    match rest.is_empty() || rest.starts_with('#') {
-        true => Ok(()),
-        false => Err(format!("not understood: {rest}")),
-    }
-}
-
-/// A value, and what follows it.
-fn parse_value(text: &str) -> Result<(Value, &str), String> {
-    if text.starts_with(['"', '\'']) {
-        let (value, rest) = parse_text(text)?;
-        return Ok((Value::Text(value), rest));
-    }
-    if let Some(mut rest) = text.strip_prefix('[') {
-        let mut texts = Vec::new();
-        loop {
-            rest = rest.trim_start();
-            if let Some(rest) = rest.strip_prefix(']') {
-                return Ok((Value::Texts(texts), rest));
-            }
-            let (value, after) = parse_text(rest)?;
-            texts.push(value);
-            let after = after.trim_start();
-            rest = match after.strip_prefix(',') {
-                Some(after) => after,
-                None if after.starts_with(']') => after,
-                None => return Err("a list without its `]` on the same line".to_owned()),
-            };
-        }
-    }
-    let end = text
-        .find(|char: char| char.is_whitespace() || char == '#')
-        .unwrap_or(text.len());
-    let (word, rest) = text.split_at(end);
-    let value = match word {
-        "true" => Value::Flag(true),
-        "false" => Value::Flag(false),
-        number if !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()) => {
-            Value::Text(number.to_owned())
-        }
-        _ => {
-            return Err(
-                "a value is a text in quotes, a whole number, true, false, or a list of texts"
-                    .to_owned(),
-            );
-        }
-    };
-    Ok((value, rest))
-}
-
-/// A text in quotes: in single ones as it is, in double ones with `\\` and `\"`.
-fn parse_text(text: &str) -> Result<(String, &str), String> {
-    let open = "a text without its closing quote";
-    if let Some(rest) = text.strip_prefix('\'') {
-        let (value, rest) = rest.split_once('\'').ok_or(open)?;
-        return Ok((value.to_owned(), rest));
-    }
-    let mut rest = text
-        .strip_prefix('"')
-        .ok_or("a list holds texts in quotes")?;
-    let mut value = String::new();
-    loop {
-        let at = rest.find(['"', '\\']).ok_or(open)?;
-        let (before, from) = rest.split_at(at);
-        value.push_str(before);
-        if let Some(after) = from.strip_prefix('"') {
-            return Ok((value, after));
-        }
-        let mut chars = from.chars();
-        match chars.nth(1) {
-            Some(char @ ('"' | '\\')) => value.push(char),
-            _ => {
-                return Err(
-                    "in a text only \\\" and \\\\ are escapes; single quotes take it as it is"
-                        .to_owned(),
-                );
-            }
-        }
-        rest = chars.as_str();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn text(text: &str) -> Value {
-        Value::Text(text.to_owned())
-    }
-
-    #[test]
-    fn lines_are_read_as_toml_reads_them() {
-        let key = |value| Line::Key("a".to_owned(), value);
-        for (line, read) in [
-            ("", Line::Empty),
-            ("  # a = 1", Line::Empty),
-            ("[ put ] # x", Line::Table("put".to_owned())),
-            ("a = \"b#\\\"c\\\\\" # d", key(text("b#\"c\\"))),
-            ("\"a\"='b\\'", key(text("b\\"))),
-            ("a=12", key(text("12"))),
-            ("a = true", key(Value::Flag(true))),
-            (
-                "a = [ \"b\", 'c', ]",
-                key(Value::Texts(vec!["b".to_owned(), "c".to_owned()])),
-            ),
-        ] {
-            assert_eq!(parse(line).as_ref(), Ok(&read), "{line}");
-        }
-        for line in [
-            "a",
-            "[put",
-            "[put] x",
-            "a = b",
-            "a = \"b",
-            "a = 'b",
-            "a = \"\\n\"",
-            "a = 1 2",
-            "a = [1]",
-            "a = ['b'",
-            "a = ",
-        ] {
-            parse(line).expect_err(line);
-        }
-    }
 }

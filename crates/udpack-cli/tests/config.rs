@@ -116,6 +116,11 @@ fn defaults_give_way_to_flags_and_nonsense_is_told_with_its_line() {
     assert_eq!(run(config, &["put", "a"]).code, 6);
     let out = run(config, &["put", "a", "--if-exists", "overwrite"]);
     assert_eq!(out.code, 0, "{out:?}");
+    // A list over several lines.
+    let config = "[put]\nexclude = [\n  'a', # this one\n]\nallow-empty = true\n";
+    let out = run(config, &["put", ".", "--as", "all/"]);
+    assert_eq!(out.code, 0, "{out:?}");
+    assert!(!out.stdout.contains("all/a"), "{out:?}");
     for (config, told) in [
         (
             "[put]\n\nnonsense = 1\n",
@@ -131,7 +136,16 @@ fn defaults_give_way_to_flags_and_nonsense_is_told_with_its_line() {
             "[put]\njobs = true\n",
             "config.toml:2: invalid value 'true'",
         ),
-        ("[put]\njobs = many\n", "config.toml:2: a value is"),
+        (
+            "[put]\njobs = many\n",
+            "config.toml:2: string values must be quoted",
+        ),
+        (
+            "[put]\njobs = 1\njobs = 2\n",
+            "config.toml:3: duplicate key",
+        ),
+        ("[put]\njobs = { a = 1 }\n", "config.toml:2: a value is"),
+        ("[put]\nexclude = [\n 1,\n]\n", "config.toml:2: a value is"),
         (
             "[servers]\nx = \"nonsense://\"\n",
             "config.toml:2: x is not a server",
