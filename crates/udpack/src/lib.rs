@@ -145,6 +145,7 @@ pub use cluster::{Cluster, ClusterState};
 pub use metrics::speed::{Speed, SpeedMeter, Stats};
 pub use metrics::{Ends, Metrics};
 pub use serve::asked::Asked;
+pub use serve::everywhere::{Answers, ClusterMember, Whom};
 pub use serve::extract::{
     ByData, ByExtract, Data, EventHandler, Extract, FromMessage, Handler, State,
 };

@@ -2,6 +2,7 @@
 //! one node of a cluster.
 
 pub(crate) mod asked;
+pub(crate) mod everywhere;
 pub(crate) mod extract;
 pub(crate) mod handlers;
 pub(crate) mod history;

@@ -9,7 +9,7 @@ use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -30,6 +30,7 @@ use crate::cluster::Cluster;
 use crate::cluster::wire::AROUND;
 use crate::metrics::speed::{Counters, SpeedMeter, Stats};
 use crate::metrics::{Counts, Metrics};
+use crate::serve::everywhere::Sockets as AllSockets;
 use crate::serve::node::{About, ClusterView, Node};
 use crate::serve::rooms::Rooms;
 use crate::session::driver::{Awaited, Comeback, Established};
@@ -310,7 +311,8 @@ impl Server {
 
     /// The cluster that this server is a node of, if it is.
     pub fn cluster(&self) -> Option<ClusterView> {
-        self.rooms().node().map(ClusterView::new)
+        let rooms = self.rooms();
+        rooms.node().map(|node| ClusterView::new(node, rooms))
     }
 
     /// Closes the sockets of all peers that `whom` selects, at once and with `auth_revoked`. Returns how many.
@@ -703,6 +705,10 @@ impl ServerBuilder {
             draining: AtomicBool::new(false),
             tasks: TaskTracker::new(),
         });
+        if let Some(node) = shared.service.rooms.node() {
+            let sockets: Weak<Shared> = Arc::downgrade(&shared);
+            node.questions.answered_by(sockets);
+        }
         let accepting = tokio::spawn(accept_loop(shared.clone()));
         Ok(Server {
             inner: Arc::new(Inner {
@@ -773,6 +779,12 @@ impl Sockets {
             }
         }
         first
+    }
+}
+
+impl AllSockets for Shared {
+    fn all(&self) -> Vec<Socket> {
+        lock(&self.sockets.now).all()
     }
 }
 

@@ -9,7 +9,9 @@ use bytes::Bytes;
 use common::bounded;
 use udpack::cluster::{Memory, MemoryLink, Topic};
 use udpack::testing::{self, Net};
-use udpack::{Channel, ClusterState, Drain, Message, PresenceMap, Server, Socket};
+use udpack::{
+    Channel, CloseCode, ClusterState, Drain, Encoded, Message, PresenceMap, Server, Socket, Whom,
+};
 
 /// Servers of one cluster whose `chat` channels join `hall`.
 struct Nodes {
@@ -250,7 +252,7 @@ async fn a_node_that_dies_is_lost_with_a_gap_and_one_that_leaves_without() {
         nodes.send(2, 0..1);
         assert_eq!(hear(&channel, &[(1, 0), (2, 0)]).await, 0);
         // It says where its stream ends.
-        let code = udpack::CloseCode::SHUTTING_DOWN;
+        let code = CloseCode::SHUTTING_DOWN;
         nodes.servers[1].close(code, "done").await;
         meets(&nodes.servers[0], 1).await;
         assert_eq!(nodes.servers[0].metrics().cluster_lost, 0);
@@ -409,6 +411,64 @@ async fn what_a_room_with_a_history_misses_is_told_too() {
         assert_eq!(next(&channel).await.gap().expect("a gap").lost, 5);
         nodes.send(0, 7..9);
         assert_eq!(hear(&channel, &[(0, 8)]).await, 0);
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn all_nodes_answer_and_who_does_not_is_named() {
+    const WITHIN: Duration = Duration::from_secs(2);
+    bounded(async {
+        let nodes = nodes(3).await;
+        let (ann, anns) = nodes.comes(0, "ann").await;
+        let (bob, _bobs) = nodes.comes(1, "bob").await;
+        let (_bob2, bobs2) = nodes.comes(2, "bob").await;
+        let mut map = PresenceMap::new("hall");
+        sees(&anns, &mut map, &["ann", "bob"], &[]).await;
+        let view = nodes.servers[0].cluster().expect("a node");
+        let peers = async |view: &udpack::ClusterView| loop {
+            let answer = view.members("hall", WITHIN).await;
+            let mut peers: Vec<_> = answer.value.iter().map(|m| m.peer.clone()).collect();
+            peers.sort();
+            if peers.len() == 3 || !answer.missing.is_empty() {
+                return (peers, answer.missing);
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        };
+        let everybody = ["ann", "bob", "bob"].map(str::to_owned).to_vec();
+        assert_eq!(peers(&view).await, (everybody, Vec::new()));
+        assert!(view.members("nobody", WITHIN).await.value.is_empty());
+
+        let hello = Encoded::new("hello", "you").expect("sound");
+        let sent = view
+            .send(Whom::Peer("bob"), "present", &hello, WITHIN)
+            .await;
+        assert_eq!((sent.value, sent.missing), (2, Vec::new()));
+        while next(&bobs2).await.event() != "hello" {}
+        let sent = view
+            .send(Whom::Session(&ann.id()), "present", &hello, WITHIN)
+            .await;
+        assert_eq!(sent.value, 1);
+        while next(&anns).await.event() != "hello" {}
+
+        let of = |at: usize| nodes.servers[at].cluster().expect("a node").id();
+        nodes.links[2].cut_silently();
+        let closed = view
+            .close(Whom::Peer("bob"), CloseCode::AUTH_REVOKED, "out", WITHIN)
+            .await;
+        assert_eq!((closed.value, closed.missing), (1, vec![of(2)]));
+        assert_eq!(bob.closed().await.code, CloseCode::AUTH_REVOKED);
+        let (left, missing) = peers(&view).await;
+        assert!(left.len() < 3 && left.contains(&"ann".to_owned()));
+        assert_eq!(missing, [of(2)]);
+        // A question that cannot be read is none.
+        let mut bytes = b"\x01\x09AAAAAAAA\0\0\0\0\0\0\0\0\0\0\0\x01\0\0\0\x01".to_vec();
+        bytes.push(0xc1);
+        let before = nodes.servers[0].metrics().cluster_ignored;
+        nodes.links[0].inject(Topic::Nodes, bytes.into());
+        nodes.send(1, 0..1);
+        while next(&anns).await.event() != "line" {}
+        assert_eq!(nodes.servers[0].metrics().cluster_ignored, before + 1);
     })
     .await;
 }

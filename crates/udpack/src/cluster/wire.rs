@@ -41,6 +41,10 @@ pub(crate) enum Body {
     Join(Bytes),
     /// A session has left; `moving`: it may come to another node.
     Leave { session: String, moving: bool },
+    /// Something is asked of this node: a map, and the frame that it is about. The number is the question's.
+    Question { question: Bytes, frame: Bytes },
+    /// What a node answers to the question with this number.
+    Answer(Bytes),
     /// All that are present in a room by this node, each as in `Join`. The number is the version.
     Present {
         room: [u8; ROOM_ID],
@@ -77,6 +81,8 @@ const BYE: u8 = 5;
 const JOIN: u8 = 6;
 const LEAVE: u8 = 7;
 const PRESENT: u8 = 8;
+const QUESTION: u8 = 9;
+const ANSWER: u8 = 10;
 
 fn head(kind: u8, head: &Head, body: usize) -> BytesMut {
     let mut buf = BytesMut::with_capacity(HEADER + body);
@@ -127,6 +133,21 @@ pub(crate) fn leave(at: &Head, session: &str, moving: bool) -> Bytes {
     let mut buf = head(LEAVE, at, 1 + session.len());
     buf.put_u8(u8::from(moving));
     buf.put_slice(session.as_bytes());
+    buf.freeze()
+}
+
+pub(crate) fn question(at: &Head, question: &[u8], frame: &[u8]) -> Bytes {
+    let mut buf = head(QUESTION, at, 4 + question.len() + frame.len());
+    // Names and texts, which are short.
+    buf.put_u32(question.len() as u32);
+    buf.put_slice(question);
+    buf.put_slice(frame);
+    buf.freeze()
+}
+
+pub(crate) fn answer(at: &Head, answer: &[u8]) -> Bytes {
+    let mut buf = head(ANSWER, at, answer.len());
+    buf.put_slice(answer);
     buf.freeze()
 }
 
@@ -204,6 +225,24 @@ pub(crate) fn decode(bytes: &Bytes, frame: usize) -> Result<(Head, Body), Bad> {
             room: room_id(bytes)?.0,
             entries: entries(bytes.slice(HEADER + ROOM_ID..))?,
         },
+        QUESTION => {
+            let mut body = bytes.slice(HEADER..);
+            let len = *body.first_chunk::<4>().ok_or(Bad::Short)?;
+            body.advance(4);
+            let len = u32::from_be_bytes(len) as usize;
+            if len > body.len() {
+                return Err(Bad::Short);
+            }
+            let question = body.split_to(len);
+            if !body.is_empty() {
+                check_frame(&body, frame)?;
+            }
+            Body::Question {
+                question,
+                frame: body,
+            }
+        }
+        ANSWER => Body::Answer(bytes.slice(HEADER..)),
         BEAT => Body::Beat(bytes.slice(HEADER..)),
         BYE => Body::Bye,
         _ => return Err(Bad::Kind),
@@ -307,6 +346,14 @@ mod tests {
             (ask(&at(0), &room), Body::Ask(room)),
             (beat(&at(0), b"..."), Body::Beat(b"..."[..].into())),
             (bye(&at(0)), Body::Bye),
+            (
+                question(&at(1), b"who?", &frame("x")),
+                Body::Question {
+                    question: b"who?"[..].into(),
+                    frame: frame("x"),
+                },
+            ),
+            (answer(&at(1), b"I"), Body::Answer(b"I"[..].into())),
             (join(&at(1), b"entry"), Body::Join(b"entry"[..].into())),
             (leave(&at(1), "s", true), leave_body),
             (
@@ -319,6 +366,11 @@ mod tests {
         let mut cut = present(&at(1), &room, &[b"one"[..].into()]).to_vec();
         cut.pop();
         assert_eq!(decode(&cut.into(), LIMIT), Err(Bad::Short));
+        let mut cut = question(&at(1), b"who?", b"").to_vec();
+        cut.pop();
+        assert_eq!(decode(&cut.into(), LIMIT), Err(Bad::Short));
+        let bad = question(&at(1), b"who?", b"no frame");
+        assert_eq!(decode(&bad, LIMIT), Err(Bad::Frame));
     }
 
     #[test]

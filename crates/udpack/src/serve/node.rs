@@ -23,11 +23,12 @@ use crate::base::LogLimit;
 use crate::base::lock;
 use crate::base::text::printable_within;
 use crate::cluster::sequence::{Heard, MAX_NODES, Verdict};
-use crate::cluster::wire::{self, Body, Head};
+use crate::cluster::wire::{self, AROUND, Body, Head};
 use crate::cluster::{Cluster, ClusterState, Incoming, NodeId, Topic};
 use crate::metrics::{Count, Counts};
+use crate::serve::everywhere::Questions;
 use crate::serve::presence::Change;
-use crate::serve::rooms::{Directory, Room};
+use crate::serve::rooms::{Directory, Room, Rooms};
 use crate::wire::message::encode_data;
 use crate::wire::msgpack::{Fields, validate};
 
@@ -75,12 +76,15 @@ pub(crate) struct Node {
     draining: AtomicBool,
     /// The broker cannot be reached.
     down: AtomicBool,
+    /// Messages of others were lost here: they are to say how far they are, in the next tick.
+    behind: AtomicBool,
     /// Ticks for which the queue to the broker still counts as too full.
     full: AtomicU32,
     state: watch::Sender<ClusterState>,
     counts: Arc<Counts>,
     frame: usize,
     about: About,
+    pub(crate) questions: Questions,
     log_limit: LogLimit,
 }
 
@@ -164,11 +168,13 @@ impl Node {
             gone: AtomicBool::new(false),
             draining: AtomicBool::new(false),
             down: AtomicBool::new(false),
+            behind: AtomicBool::new(false),
             full: AtomicU32::new(0),
             state: watch::Sender::new(ClusterState::Connected),
             counts,
             frame,
             about,
+            questions: Questions::default(),
             log_limit: LogLimit::default(),
         }))
     }
@@ -205,10 +211,14 @@ impl Node {
                 Some(Incoming::Message { topic, message }) => {
                     self.message(&directory, topic, &message);
                 }
-                Some(Incoming::Lost) => self.ask_all(),
+                Some(Incoming::Lost) => self.behind.store(true, Ordering::Relaxed),
                 Some(Incoming::Down) => self.lose_broker(),
                 Some(Incoming::Up) => {
                     self.down.store(false, Ordering::Relaxed);
+                    let (most, needed) = (self.cluster.max_message(), self.frame + AROUND);
+                    if most < needed {
+                        tracing::error!(most, needed, "the broker takes less than a frame");
+                    }
                     self.recover();
                 }
                 None => {
@@ -363,6 +373,12 @@ impl Node {
         }
     }
 
+    /// Asks all nodes; says whether that was sent.
+    pub(crate) fn question(&self, number: u64, question: &[u8], frame: &[u8]) -> bool {
+        let question = wire::question(&self.head(0, number), question, frame);
+        self.cluster.publish(Topic::Nodes, question).is_ok()
+    }
+
     fn beat(&self) {
         let beat = Beat {
             name: &self.about.name,
@@ -499,6 +515,19 @@ impl Node {
                     true
                 });
             }
+            Body::Question { question, frame } => {
+                match self.questions.reply(directory, &question, frame) {
+                    Some(reply) => {
+                        let reply = wire::answer(&self.head(0, head.sequence), &reply);
+                        let _ = self.cluster.publish(Topic::Node(head.node), reply);
+                    }
+                    None => self.ignored(&"a question that cannot be read"),
+                }
+            }
+            Body::Answer(body) => {
+                // One that comes too late is no news.
+                self.questions.answer(head.sequence, head.node, body);
+            }
             Body::Beat(body) => self.beaten(head.node, &body),
             Body::Bye => {
                 if let Some(other) = lock(&self.others).get_mut(&head.node) {
@@ -632,6 +661,9 @@ impl Node {
                 self.recover();
             }
         }
+        if self.behind.swap(false, Ordering::Relaxed) {
+            self.ask_all();
+        }
         let (lost, left) = self.watch();
         let topics = self.all();
         for shared in &topics {
@@ -716,15 +748,25 @@ struct Beat<'a> {
 #[derive(Clone)]
 pub struct ClusterView {
     node: Arc<Node>,
+    rooms: Rooms,
     states: watch::Receiver<ClusterState>,
 }
 
 impl ClusterView {
-    pub(crate) fn new(node: &Arc<Node>) -> Self {
+    pub(crate) fn new(node: &Arc<Node>, rooms: &Rooms) -> Self {
         Self {
             node: node.clone(),
+            rooms: rooms.clone(),
             states: node.state.subscribe(),
         }
+    }
+
+    pub(crate) fn node(&self) -> &Node {
+        &self.node
+    }
+
+    pub(crate) fn directory(&self) -> &Directory {
+        self.rooms.directory()
     }
 
     /// This node.

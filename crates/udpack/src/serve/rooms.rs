@@ -137,6 +137,12 @@ enum Joined {
     Over(Vec<Arc<str>>),
 }
 
+impl Guest {
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+}
+
 impl Joined {
     /// Leaves all rooms, because the channel has ended.
     fn end(&mut self) -> BTreeMap<Arc<str>, Arc<Room>> {
@@ -708,7 +714,6 @@ impl Directory {
 
     /// Queues a frame for the members of a room here.
     pub(crate) fn deliver(&self, room: &Room, frame: &Bytes, except: &[&str]) -> Sent {
-        let mut sent = Sent::default();
         let (policy, history, idle) = {
             let mut sending = lock(&room.sending);
             (sending.policy, sending.history.clone(), sending.begin())
@@ -716,9 +721,35 @@ impl Directory {
         if let Some(record) = &history {
             return room.deliver_kept(record, frame, except, (policy, idle));
         }
-        let policy = policy.unwrap_or_default();
+        let whom = |guest: &Guest| !except.contains(&&*guest.session_id);
+        self.deliver_where(room, frame, whom, (policy.unwrap_or_default(), idle))
+    }
+
+    /// Queues a frame for some of the channels of this name; says for how many.
+    pub(crate) fn deliver_to(
+        &self,
+        channel: &str,
+        frame: &Bytes,
+        whom: impl Fn(&Guest) -> bool,
+    ) -> u64 {
+        let channels = lock(&self.table).channels.get(channel).cloned();
+        channels.map_or(0, |channels| {
+            let sending = (Overflow::default(), lock(&channels.sending).begin());
+            self.deliver_where(&channels, frame, whom, sending)
+                .delivered
+        })
+    }
+
+    fn deliver_where(
+        &self,
+        room: &Room,
+        frame: &Bytes,
+        whom: impl Fn(&Guest) -> bool,
+        (policy, idle): (Overflow, bool),
+    ) -> Sent {
+        let mut sent = Sent::default();
         for guest in room.guests().iter() {
-            if except.contains(&&*guest.session_id) {
+            if !whom(guest) {
                 continue;
             }
             let limit = guest.session.frame_limit();

@@ -1,0 +1,346 @@
+//! What is asked of all nodes of a cluster at once: who is in a room, to close somebody's sockets, to send to somebody's
+//! channels. Each node answers for itself; whoever asks waits until a deadline and says who has not answered.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use crate::base::lock;
+use crate::cluster::NodeId;
+use crate::serve::node::{ClusterView, Node};
+use crate::serve::rooms::{Directory, Guest};
+use crate::session::socket::Socket;
+use crate::wire::code::CloseCode;
+use crate::wire::message::{Encoded, decode_data, encode_data};
+use crate::wire::msgpack::validate;
+
+/// Questions of one node that wait for answers.
+const QUESTIONS: usize = 1024;
+/// Answers that wait for whoever asked: one of each node.
+const ANSWERS: usize = crate::cluster::sequence::MAX_NODES;
+/// Most bytes of the members that one node tells of.
+const MEMBERS: usize = 512 << 10;
+
+/// Whose sockets or channels are meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Whom<'a> {
+    /// Those of the session with this id.
+    Session(&'a str),
+    /// Those of all sessions of the peer with this id.
+    Peer(&'a str),
+}
+
+impl Whom<'_> {
+    fn is(self, session: &str, peer: Option<&str>) -> bool {
+        match self {
+            Self::Session(id) => id == session,
+            Self::Peer(id) => Some(id) == peer,
+        }
+    }
+}
+
+/// What all nodes together answered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answers<T> {
+    /// The answer of this node and of those that answered in time.
+    pub value: T,
+    /// Nodes that are heard and did not answer in time: what they have is not in `value`, what was asked of them may
+    /// have been done all the same.
+    pub missing: Vec<NodeId>,
+}
+
+/// A member of a room, on any node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct ClusterMember {
+    /// The session that its channel belongs to.
+    pub session: String,
+    /// Its peer's id.
+    pub peer: String,
+    /// Its channel's name.
+    pub name: String,
+}
+
+/// The sockets of a server.
+pub(crate) trait Sockets: Send + Sync {
+    fn all(&self) -> Vec<Socket>;
+}
+
+/// What a node asks and is asked.
+#[derive(Default)]
+pub(crate) struct Questions {
+    waiting: Mutex<Waiting>,
+    sockets: Mutex<Option<Weak<dyn Sockets>>>,
+}
+
+#[derive(Default)]
+struct Waiting {
+    next: u64,
+    questions: HashMap<u64, mpsc::Sender<(NodeId, Bytes)>>,
+}
+
+#[derive(Serialize, Deserialize)]
+enum Question<'a> {
+    #[serde(rename = "members")]
+    Members(&'a str),
+    #[serde(rename = "close")]
+    Close {
+        #[serde(borrow)]
+        whom: Named<'a>,
+        code: u64,
+        text: &'a str,
+    },
+    /// The frame follows the question.
+    #[serde(rename = "send")]
+    Send {
+        #[serde(borrow)]
+        whom: Named<'a>,
+        channel: &'a str,
+    },
+}
+
+/// [`Whom`] as it is asked.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+enum Named<'a> {
+    #[serde(rename = "session")]
+    Session(&'a str),
+    #[serde(rename = "peer")]
+    Peer(&'a str),
+}
+
+#[derive(Default, Serialize, Deserialize)]
+struct Answer {
+    count: u64,
+    members: Vec<ClusterMember>,
+}
+
+impl<'a> From<Whom<'a>> for Named<'a> {
+    fn from(whom: Whom<'a>) -> Self {
+        match whom {
+            Whom::Session(id) => Self::Session(id),
+            Whom::Peer(id) => Self::Peer(id),
+        }
+    }
+}
+
+impl<'a> From<Named<'a>> for Whom<'a> {
+    fn from(named: Named<'a>) -> Self {
+        match named {
+            Named::Session(id) => Self::Session(id),
+            Named::Peer(id) => Self::Peer(id),
+        }
+    }
+}
+
+impl Questions {
+    pub(crate) fn answered_by(&self, sockets: Weak<dyn Sockets>) {
+        *lock(&self.sockets) = Some(sockets);
+    }
+
+    /// An answer came; `false` when nobody waits for it.
+    pub(crate) fn answer(&self, number: u64, node: NodeId, body: Bytes) -> bool {
+        let waiting = lock(&self.waiting);
+        let asker = waiting.questions.get(&number);
+        asker.is_some_and(|asker| asker.try_send((node, body)).is_ok())
+    }
+
+    fn ask(&self) -> Option<(Asked<'_>, mpsc::Receiver<(NodeId, Bytes)>)> {
+        let mut waiting = lock(&self.waiting);
+        if waiting.questions.len() >= QUESTIONS {
+            return None;
+        }
+        let number = waiting.next;
+        waiting.next += 1;
+        let (asker, answers) = mpsc::channel(ANSWERS);
+        waiting.questions.insert(number, asker);
+        Some((
+            Asked {
+                questions: self,
+                number,
+            },
+            answers,
+        ))
+    }
+
+    /// What this node answers; `None` for what is no question.
+    pub(crate) fn reply(
+        &self,
+        directory: &Directory,
+        question: &[u8],
+        frame: Bytes,
+    ) -> Option<Vec<u8>> {
+        validate(question).ok()?;
+        let question: Question<'_> = decode_data(question).ok()?;
+        encode_data(&self.own(directory, question, frame)).ok()
+    }
+
+    fn own(&self, directory: &Directory, question: Question<'_>, frame: Bytes) -> Answer {
+        let mut answer = Answer::default();
+        match question {
+            Question::Members(room) => {
+                let guests = directory.existing(room).map(|room| room.guests());
+                let guests = guests.unwrap_or_default();
+                answer.count = guests.len() as u64;
+                let mut left = MEMBERS;
+                answer.members = guests
+                    .iter()
+                    .map(|guest| member(guest))
+                    .take_while(|member| {
+                        let size = 64 + member.peer.len() + member.name.len();
+                        left = left.saturating_sub(size);
+                        left > 0
+                    })
+                    .collect();
+            }
+            Question::Close { whom, code, text } => {
+                let whom = Whom::from(whom);
+                let sockets = lock(&self.sockets).as_ref().and_then(Weak::upgrade);
+                let sockets = sockets.map(|sockets| sockets.all()).unwrap_or_default();
+                for socket in sockets {
+                    if whom.is(&socket.id(), Some(socket.peer().id())) {
+                        socket.abort(CloseCode::new(code), text);
+                        answer.count += 1;
+                    }
+                }
+            }
+            Question::Send { whom, channel, .. } => {
+                let whom = Whom::from(whom);
+                answer.count = directory.deliver_to(channel, &frame, |guest| {
+                    let peer = guest.session.peer.get();
+                    whom.is(&guest.session_id, peer.as_ref().map(|peer| peer.id()))
+                });
+            }
+        }
+        answer
+    }
+}
+
+fn member(guest: &Arc<Guest>) -> ClusterMember {
+    let peer = guest.session.peer.get();
+    ClusterMember {
+        session: guest.session_id.to_string(),
+        peer: peer.map_or_else(String::new, |peer| peer.id().to_owned()),
+        name: guest.name().to_owned(),
+    }
+}
+
+/// A question that waits for answers until this is dropped.
+struct Asked<'a> {
+    questions: &'a Questions,
+    number: u64,
+}
+
+impl Drop for Asked<'_> {
+    fn drop(&mut self) {
+        lock(&self.questions.waiting).questions.remove(&self.number);
+    }
+}
+
+/// Questions to all nodes. Each waits at most `within` for the others, and not at all where there are none.
+///
+/// # Cancel safety
+/// Dropping a future forgets the answers; what was asked may be done.
+impl ClusterView {
+    /// Who is in a room, on all nodes; of each node as many as fit into 512 KiB.
+    pub async fn members(&self, room: &str, within: Duration) -> Answers<Vec<ClusterMember>> {
+        let question = Question::Members(room);
+        let (answers, missing) = self.ask(question, &Bytes::new(), within).await;
+        let members = answers.into_iter().flat_map(|answer| answer.members);
+        Answers {
+            value: members.collect(),
+            missing,
+        }
+    }
+
+    /// Closes sockets at once, wherever they are, as [`Socket::abort`] does; says how many. With
+    /// [`CloseCode::AUTH_REVOKED`] and [`Whom::Peer`] it is [`Server::revoke`](crate::Server::revoke) for the cluster.
+    pub async fn close(
+        &self,
+        whom: Whom<'_>,
+        code: CloseCode,
+        text: &str,
+        within: Duration,
+    ) -> Answers<u64> {
+        let question = Question::Close {
+            whom: whom.into(),
+            code: code.value(),
+            text,
+        };
+        self.count(question, &Bytes::new(), within).await
+    }
+
+    /// Sends a message to the channels of this name, wherever they are, of those that
+    /// [`Rooms::to_channels`](crate::Rooms::to_channels) knows; says to how many. Nothing tells of a loss here but the number.
+    pub async fn send(
+        &self,
+        whom: Whom<'_>,
+        channel: &str,
+        message: &Encoded,
+        within: Duration,
+    ) -> Answers<u64> {
+        let question = Question::Send {
+            whom: whom.into(),
+            channel,
+        };
+        self.count(question, message.bytes(), within).await
+    }
+
+    async fn count(&self, question: Question<'_>, frame: &Bytes, within: Duration) -> Answers<u64> {
+        let (answers, missing) = self.ask(question, frame, within).await;
+        Answers {
+            value: answers.iter().map(|answer| answer.count).sum(),
+            missing,
+        }
+    }
+
+    async fn ask(
+        &self,
+        question: Question<'_>,
+        frame: &Bytes,
+        within: Duration,
+    ) -> (Vec<Answer>, Vec<NodeId>) {
+        let deadline = Instant::now() + within;
+        let node: &Node = self.node();
+        let mut missing: BTreeSet<NodeId> = self
+            .nodes()
+            .into_iter()
+            .filter(|node| !node.lost)
+            .map(|node| node.id)
+            .collect();
+        let mut answers = Vec::new();
+        let encoded = encode_data(&question);
+        let asked = node.questions.ask().filter(|_| !missing.is_empty());
+        if let (Some((asked, mut incoming)), Ok(encoded)) = (asked, encoded)
+            && node.question(asked.number, &encoded, frame)
+        {
+            answers.push(
+                node.questions
+                    .own(self.directory(), question, frame.clone()),
+            );
+            while !missing.is_empty() {
+                let answer = tokio::time::timeout_at(deadline, incoming.recv());
+                let Ok(Some((from, body))) = answer.await else {
+                    break;
+                };
+                if validate(&body).is_ok()
+                    && let Ok(answer) = decode_data::<Answer>(&body)
+                    && missing.remove(&from)
+                {
+                    answers.push(answer);
+                }
+            }
+        } else {
+            answers.push(
+                node.questions
+                    .own(self.directory(), question, frame.clone()),
+            );
+        }
+        (answers, missing.into_iter().collect())
+    }
+}
