@@ -1239,7 +1239,7 @@ pub(crate) struct ConnectArgs {
     #[arg(long, value_enum, env = "UDPACK_TRANSPORT", hide_short_help = true)]
     pub(crate) transport: Option<TransportArg>,
 
-    /// The HTTP proxy that the way over TCP leads through, [http://][USER[:PASSWORD]@]HOST[:PORT]. Default:
+    /// The HTTP proxy that the way over TCP leads through, `[http://][USER[:PASSWORD]@]HOST[:PORT]`. Default:
     /// https_proxy, HTTPS_PROXY, all_proxy or ALL_PROXY. Not for the servers in no_proxy or NO_PROXY. A password is
     /// safer in a variable: arguments show in the list of processes.
     #[arg(long, value_name = "URL", hide_short_help = true)]
