@@ -66,6 +66,10 @@ async fn send_volatile(
     target
         .run(&mut interrupts, async |socket| {
             let channel = open(&socket, &args.channel, args.resumable).await?;
+            // Volatile messages wait for the admission; a question would overtake them.
+            if let Err(reason) = socket.admitted().await {
+                return Err(ConnectError::Denied(reason).into());
+            }
             while let Some(data) = values.next().await? {
                 socket.send_volatile(&event, &data)?;
             }
@@ -74,7 +78,12 @@ async fn send_volatile(
                 let asked = ping.send_acked("ping", &());
                 let _ = asked.timeout(std::time::Duration::from_secs(5)).await;
             }
-            finish(&channel).await;
+            // The hub ends its side when it has passed all of them on. Leaving earlier could end the channel before it is served.
+            let served = async {
+                let _ = channel.finish().await;
+                while let Ok(Some(_)) = channel.recv().await {}
+            };
+            let _ = tokio::time::timeout(std::time::Duration::from_secs(5), served).await;
             Ok(())
         })
         .await

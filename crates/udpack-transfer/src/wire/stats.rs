@@ -49,6 +49,7 @@ pub struct ServerStats {
     /// Those with most members, 256 at most.
     pub rooms: Vec<RoomStats>,
     /// The cluster that it is a node of, if it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub cluster: Option<ClusterStats>,
     /// The server's own quota, and those of the tokens whose clients are there: 64 at most.
     pub quotas: Vec<QuotaStats>,
