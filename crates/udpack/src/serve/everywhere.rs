@@ -190,7 +190,7 @@ impl Questions {
                 let mut left = MEMBERS;
                 answer.members = guests
                     .iter()
-                    .map(|guest| member(guest))
+                    .map(member)
                     .take_while(|member| {
                         let size = 64 + member.peer.len() + member.name.len();
                         left = left.saturating_sub(size);
