@@ -207,6 +207,8 @@ pub(super) struct Report {
     /// Files that failed before the transfer, which knows nothing of them.
     never_begun: usize,
     last_progress: Option<Instant>,
+    /// Progress that came too soon after that, and was not written.
+    progress_waits: bool,
     /// That not every file gets a line.
     told: bool,
     /// Lines of JSON that are not written yet: none while this waits for something to happen.
@@ -248,6 +250,7 @@ impl Report {
             mirror: None,
             never_begun: 0,
             last_progress: None,
+            progress_waits: false,
             told: false,
             unread: Vec::new(),
             gathers: false,
@@ -354,7 +357,11 @@ impl Report {
                 }
                 // Nothing moves: the display must show that, too.
                 _ = tick.tick() => {
-                    meter.update(&transfer.progress());
+                    let progress = transfer.progress();
+                    meter.update(&progress);
+                    if self.progress_waits {
+                        self.progress(&progress, meter.rate());
+                    }
                     continue;
                 }
                 // Nothing more has happened for now: a reader sees each result when it is there.
@@ -858,7 +865,8 @@ impl Report {
         let soon = self
             .last_progress
             .is_some_and(|last| now.duration_since(last) < PROGRESS_EVERY);
-        if !self.json || (soon && !last) {
+        self.progress_waits = self.json && soon && !last;
+        if !self.json || self.progress_waits {
             return;
         }
         self.last_progress = Some(now);
