@@ -1,10 +1,14 @@
 //! The rules of every sink, over a store in memory and over a directory, with parts so small that the tests' files have many.
 
-use bytes::Bytes;
 use tempfile::TempDir;
 use udpack_object_store::{ObjectConfig, ObjectSink};
+use udpack_transfer::Overwrite;
 use udpack_transfer::testing::sink_conforms;
-use udpack_transfer::{Overwrite, RelPath, Sink};
+
+#[path = "common/stored.rs"]
+mod stored;
+
+use stored::read;
 
 fn config() -> ObjectConfig {
     ObjectConfig {
@@ -13,16 +17,6 @@ fn config() -> ObjectConfig {
         overwrite: Overwrite::Always,
         ..ObjectConfig::default()
     }
-}
-
-async fn bytes(sink: &ObjectSink, path: &RelPath) -> Option<Bytes> {
-    let stored = sink.read(path).await.ok()?;
-    let mut bytes = Vec::new();
-    while (bytes.len() as u64) < stored.size() {
-        let more = stored.read_at(bytes.len() as u64, 100_000).await;
-        bytes.extend_from_slice(&more.expect("it is there"));
-    }
-    Some(bytes.into())
 }
 
 /// Directories for as long as the tests run.
@@ -46,7 +40,7 @@ async fn a_store_in_memory_keeps_the_rules() {
             .await
             .expect("a sink")
     };
-    sink_conforms(make, bytes).await;
+    sink_conforms(make, read).await;
 }
 
 #[tokio::test]
@@ -59,5 +53,5 @@ async fn a_directory_keeps_the_rules() {
         assert!(sink.is_exclusive());
         sink
     };
-    sink_conforms(make, bytes).await;
+    sink_conforms(make, read).await;
 }

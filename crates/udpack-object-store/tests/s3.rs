@@ -1,6 +1,8 @@
 //! Uploads into a server that speaks S3, which fails, is killed and loses answers. Without moto these tests say that they are skipped.
 
 mod common;
+#[path = "common/stored.rs"]
+mod stored;
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -19,6 +21,7 @@ use udpack_transfer::{
 };
 
 use common::{Fault, Moto, PART, Proxy, settings};
+use stored::read;
 
 const PEER: &str = "tester";
 
@@ -102,16 +105,6 @@ async fn upload(
     };
     let whole = sink.finish(upload, expected).await?;
     Ok((sink.publish(whole).await?, had))
-}
-
-async fn read(sink: &ObjectSink, path: &RelPath) -> Option<Bytes> {
-    let stored = sink.read(path).await.ok()?;
-    let mut bytes = Vec::new();
-    while (bytes.len() as u64) < stored.size() {
-        let more = stored.read_at(bytes.len() as u64, 100_000).await;
-        bytes.extend_from_slice(&more.expect("it is there"));
-    }
-    Some(bytes.into())
 }
 
 #[tokio::test(flavor = "multi_thread")]

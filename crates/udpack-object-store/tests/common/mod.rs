@@ -143,7 +143,7 @@ type Decide = Box<dyn Fn(&str, u64) -> Option<Fault> + Send + Sync>;
 #[derive(Clone)]
 pub(crate) struct Proxy {
     pub(crate) port: u16,
-    /// Bytes of parts that went through.
+    /// Bytes of parts of files that went through; a sink's probe of the store at its start is none.
     pub(crate) part_bytes: watch::Receiver<u64>,
     sent: Arc<watch::Sender<u64>>,
     pub(crate) faults: Arc<AtomicU64>,
@@ -237,7 +237,8 @@ impl Proxy {
             }
             _ => {}
         }
-        if line.starts_with("PUT") && line.contains("partNumber") {
+        let is_part = line.starts_with("PUT") && line.contains("partNumber");
+        if is_part && !line.contains("/probe?") {
             self.sent.send_modify(|sent| *sent += (whole - head) as u64);
         }
         // The host is in the signature, which moto does not look at; the connection ends with the answer.
