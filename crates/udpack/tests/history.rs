@@ -58,6 +58,21 @@ async fn bind(net: &Net, history: History) -> Server {
     server
 }
 
+/// A server with an identity that another one can have after it.
+async fn known(net: &Net) -> (Server, Identity) {
+    let identity = Identity::generate().expect("a key");
+    let server = net.bind(hall().identity(identity.clone())).await;
+    (server.expect("an address"), identity)
+}
+
+/// The server is gone at once, and another one has its address and identity.
+async fn restarted(net: &Net, victim: &Server, identity: Identity) -> Server {
+    let address = victim.local_addr();
+    net.take_down(victim);
+    let server = net.bind_at(hall().identity(identity), address).await;
+    server.expect("free")
+}
+
 async fn connect(net: &Net, server: &Server) -> Socket {
     let builder = client(server).timeouts(timeouts()).reconnect(reconnect());
     net.connect(builder, server).await.expect("let in")
@@ -116,6 +131,15 @@ async fn until(member: &mut Subscription, last: u64) -> Vec<Seen> {
         seen.push(next(member).await);
     }
     seen
+}
+
+/// A member that has had the number 0.
+async fn first_message(socket: &Socket, server: &Server) -> Subscription {
+    let mut member = subscribe(socket).await;
+    members(server, 1).await;
+    say(server, 0);
+    assert_eq!(next(&mut member).await, Seen::Number(0));
+    member
 }
 
 fn numbers(range: std::ops::Range<u64>) -> Vec<Seen> {
@@ -269,19 +293,11 @@ async fn what_is_beyond_the_bounds_is_a_gap_with_first_last_and_count() {
 async fn another_epoch_is_told_and_what_it_has_follows() {
     bounded(async {
         let net = Net::new(54).delay(Duration::from_millis(20));
-        let identity = Identity::generate().expect("a key");
-        let victim = net.bind(hall().identity(identity.clone())).await;
-        let victim = victim.expect("an address");
+        let (victim, identity) = known(&net).await;
         victim.rooms().history(ROOM, large()).expect("sound");
         let socket = connect(&net, &victim).await;
-        let mut member = subscribe(&socket).await;
-        members(&victim, 1).await;
-        say(&victim, 0);
-        assert_eq!(next(&mut member).await, Seen::Number(0));
-        let address = victim.local_addr();
-        net.take_down(&victim);
-        let server = net.bind_at(hall().identity(identity), address).await;
-        let server = server.expect("free");
+        let mut member = first_message(&socket, &victim).await;
+        let server = restarted(&net, &victim, identity).await;
         let few = History {
             messages: 3,
             ..large()
@@ -308,25 +324,17 @@ async fn another_epoch_is_told_and_what_it_has_follows() {
 async fn a_history_that_was_kept_elsewhere_goes_on_through_a_restart() {
     bounded(async {
         let net = Net::new(61).delay(Duration::from_millis(20));
-        let identity = Identity::generate().expect("a key");
-        let victim = net.bind(hall().identity(identity.clone())).await;
-        let victim = victim.expect("an address");
+        let (victim, identity) = known(&net).await;
         assert!(victim.rooms().kept(ROOM).is_none());
         victim.rooms().history(ROOM, large()).expect("sound");
         let socket = connect(&net, &victim).await;
-        let mut member = subscribe(&socket).await;
-        members(&victim, 1).await;
-        say(&victim, 0);
-        assert_eq!(next(&mut member).await, Seen::Number(0));
+        let mut member = first_message(&socket, &victim).await;
         for number in 1..5 {
             say(&victim, number);
         }
         let (last, kept) = victim.rooms().kept(ROOM).expect("a history");
         assert_eq!((last.offset, kept.len()), (5, 5));
-        let address = victim.local_addr();
-        net.take_down(&victim);
-        let server = net.bind_at(hall().identity(identity), address).await;
-        let server = server.expect("free");
+        let server = restarted(&net, &victim, identity).await;
         let few = History {
             messages: 3,
             ..large()

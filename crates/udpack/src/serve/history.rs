@@ -228,18 +228,9 @@ impl Room {
         for guest in self.guests().iter() {
             let excluded = except.contains(&&*guest.session_id);
             let limit = guest.session.frame_limit();
-            match guest.outbox.push_followed(message, limit, excluded) {
-                Push::Queued { .. } if excluded => {}
-                Push::Queued { lost } => {
-                    sent.delivered += 1;
-                    sent.dropped += lost;
-                }
-                Push::Lost => sent.dropped += 1,
-                Push::TooSlow => {
-                    sent.dropped += 1;
-                    guest.close_slow();
-                }
-                Push::Over => {}
+            let push = guest.outbox.push_followed(message, limit, excluded);
+            if !(excluded && matches!(push, Push::Queued { .. })) {
+                sent.count(push, guest);
             }
         }
         sent

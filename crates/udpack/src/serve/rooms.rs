@@ -416,6 +416,24 @@ pub struct Sent {
     pub dropped: u64,
 }
 
+impl Sent {
+    /// Adds what became of the message at one member. A member that is too slow for the room's policy is closed.
+    pub(super) fn count(&mut self, push: Push, guest: &Guest) {
+        match push {
+            Push::Queued { lost } => {
+                self.delivered += 1;
+                self.dropped += lost;
+            }
+            Push::Lost => self.dropped += 1,
+            Push::TooSlow => {
+                self.dropped += 1;
+                guest.close_slow();
+            }
+            Push::Over => {}
+        }
+    }
+}
+
 impl<'a> Broadcast<'a> {
     /// Leaves out the channels of this session.
     pub fn except(mut self, session: &'a str) -> Self {
@@ -755,22 +773,13 @@ impl Directory {
             let limit = guest.session.frame_limit();
             let counts = &guest.session.counts;
             let dropped = sent.dropped;
-            match guest
+            let push = guest
                 .outbox
-                .push_room(&room.tag, frame, limit, policy, idle)
-            {
-                Push::Queued { lost } => {
-                    counts.one(Count::RoomSent);
-                    sent.delivered += 1;
-                    sent.dropped += lost;
-                }
-                Push::Lost => sent.dropped += 1,
-                Push::TooSlow => {
-                    sent.dropped += 1;
-                    guest.close_slow();
-                }
-                Push::Over => {}
+                .push_room(&room.tag, frame, limit, policy, idle);
+            if matches!(push, Push::Queued { .. }) {
+                counts.one(Count::RoomSent);
             }
+            sent.count(push, guest);
             if sent.dropped > dropped {
                 counts.add(Count::RoomDropped, sent.dropped - dropped);
             }
