@@ -5,6 +5,52 @@ use serde::Serialize;
 use crate::exit::{Explained, Kind};
 use crate::output;
 
+/// What became of one file. A field that is `None` is left out.
+#[derive(Debug, Default, Serialize)]
+pub(crate) struct FileLine<'a> {
+    /// `ok` or `error`; from `put -n` and `sync -n` `planned` or `error`; of a file that somebody else works on
+    /// `vanished` or, when it is tried again, `changed`; from `verify`: `same`, `differs`, `missing` or `error`.
+    pub(crate) status: &'static str,
+    /// The name it was given, or should have been.
+    pub(crate) path: &'a str,
+    /// Where it comes from.
+    pub(crate) source: &'a str,
+    /// `dir` or `link`, where it is no file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) kind: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) hash: Option<&'a str>,
+    /// Bytes that had to be transferred.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) sent: Option<u64>,
+    /// Bytes that were there of an earlier attempt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) resumed: Option<u64>,
+    /// Bytes that the server copied from an older version or another file that it had.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) copied: Option<u64>,
+    /// It was there already, with the same content.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) same: Option<bool>,
+    /// `--if-exists skip` left another content, whose size and hash these are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) skipped: Option<bool>,
+    /// How the server put it on disk: `file`, `batch` or `none`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) sync: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) secs: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) error_kind: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) error: Option<&'a str>,
+    /// What the command at the other end of a pipe exited with, where it failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) command_exit: Option<i32>,
+}
+
 /// One line.
 #[derive(Debug, Serialize)]
 #[serde(tag = "event", rename_all = "lowercase")]
@@ -53,49 +99,7 @@ pub(crate) enum Line<'a> {
         reason: &'a str,
     },
     /// What became of one file.
-    File {
-        /// `ok` or `error`; from `put -n` and `sync -n` `planned` or `error`; of a file that somebody else works on
-        /// `vanished` or, when it is tried again, `changed`; from `verify`: `same`, `differs`, `missing` or `error`.
-        status: &'static str,
-        /// The name it was given, or should have been.
-        path: &'a str,
-        /// Where it comes from.
-        source: &'a str,
-        /// `dir` or `link`, where it is no file.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        kind: Option<&'static str>,
-        #[serde(skip_serializing_if = "Option::is_none")]
-        bytes: Option<u64>,
-        #[serde(skip_serializing_if = "Option::is_none")]
-        hash: Option<&'a str>,
-        /// Bytes that had to be transferred.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        sent: Option<u64>,
-        /// Bytes that were there of an earlier attempt.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        resumed: Option<u64>,
-        /// Bytes that the server copied from an older version or another file that it had.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        copied: Option<u64>,
-        /// It was there already, with the same content.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        same: Option<bool>,
-        /// `--if-exists skip` left another content, whose size and hash these are.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        skipped: Option<bool>,
-        /// How the server put it on disk: `file`, `batch` or `none`.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        sync: Option<String>,
-        #[serde(skip_serializing_if = "Option::is_none")]
-        secs: Option<f64>,
-        #[serde(skip_serializing_if = "Option::is_none")]
-        error_kind: Option<&'static str>,
-        #[serde(skip_serializing_if = "Option::is_none")]
-        error: Option<&'a str>,
-        /// What the command at the other end of a pipe exited with, where it failed.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        command_exit: Option<i32>,
-    },
+    File(FileLine<'a>),
     /// Something that the source of a mirror does not have was deleted.
     #[serde(rename = "delete")]
     Deleted {

@@ -22,7 +22,7 @@ use udpack_transfer::{
 };
 
 use super::producer::Spawned;
-use super::remote::remote_path;
+use super::remote::{below, remote_path};
 use super::report::{Beside, Note, Origin, Origins, Report, Thing, Transfer};
 use super::umask;
 use crate::args::GetArgs;
@@ -440,17 +440,6 @@ impl Lister {
         if let Ok(name) = local.parse() {
             self.make(dir, name, true, false).await;
         }
-    }
-}
-
-/// What of `path` lies below `root`; both are paths of the server.
-fn below<'a>(root: &str, path: &'a str) -> &'a str {
-    match root {
-        "" => path,
-        root => path
-            .strip_prefix(root)
-            .and_then(|rest| rest.strip_prefix('/'))
-            .unwrap_or_default(),
     }
 }
 

@@ -14,6 +14,17 @@ use crate::signals::Interrupts;
 use crate::target::{Target, retry};
 use crate::when;
 
+/// What of `path` lies below `root`; both are paths of the server.
+pub(super) fn below<'a>(root: &str, path: &'a str) -> &'a str {
+    match root {
+        "" => path,
+        root => path
+            .strip_prefix(root)
+            .and_then(|rest| rest.strip_prefix('/'))
+            .unwrap_or_default(),
+    }
+}
+
 /// A path at the server as it was typed: `None` is the root. A slash at the end changes nothing.
 pub(super) fn remote_path(path: &str) -> anyhow::Result<Option<RelPath>> {
     let path = path.strip_prefix("./").unwrap_or(path);

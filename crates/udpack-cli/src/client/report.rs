@@ -18,7 +18,7 @@ use udpack_transfer::{
 use super::failures::Failures;
 use crate::args::LogArgs;
 use crate::exit::{Explained, Failure, Kind};
-use crate::json::Line;
+use crate::json::{FileLine, Line};
 use crate::logging::Console;
 use crate::output;
 use crate::progress::{Meter, percent, size};
@@ -590,24 +590,12 @@ impl Report {
             }
             _ => return false,
         };
-        self.json(&Line::File {
+        self.json(&Line::File(FileLine {
             status,
             path,
             source,
-            kind: None,
-            bytes: None,
-            hash: None,
-            sent: None,
-            resumed: None,
-            copied: None,
-            same: None,
-            skipped: None,
-            sync: None,
-            secs: None,
-            error_kind: None,
-            error: None,
-            command_exit: None,
-        });
+            ..FileLine::default()
+        }));
         if !self.quiet {
             let did = match status {
                 "vanished" => "is gone by now",
@@ -650,24 +638,16 @@ impl Report {
         } else {
             self.others += 1;
         }
-        self.json(&Line::File {
+        self.json(&Line::File(FileLine {
             status: "planned",
             path,
             source,
             kind: what.word(),
             bytes: size,
-            hash: None,
-            sent: None,
-            resumed: None,
-            copied: None,
             same: Some(fate == Fate::Same),
             skipped: (fate == Fate::Skip).then_some(true),
-            sync: None,
-            secs: None,
-            error_kind: None,
-            error: None,
-            command_exit: None,
-        });
+            ..FileLine::default()
+        }));
         if fate != Fate::Send {
             return;
         }
@@ -710,24 +690,15 @@ impl Report {
         }
         let explained = Explained::of(error);
         tracing::info!(path, error = explained.text, "not {}", self.did);
-        self.json(&Line::File {
+        self.json(&Line::File(FileLine {
             status: "error",
             path,
             source,
-            kind: None,
-            bytes: None,
-            hash: None,
-            sent: None,
-            resumed: None,
-            copied: None,
-            same: None,
-            skipped: None,
-            sync: None,
-            secs: None,
             error_kind: Some(explained.kind.name()),
             error: Some(&explained.text),
             command_exit: explained.command_exit,
-        });
+            ..FileLine::default()
+        }));
         let others = self.stored + self.others + self.failures.count();
         let alone = others == 0 && self.files.is_none_or(|files| files == 1);
         self.failures.add(source, explained, alone);
@@ -757,24 +728,14 @@ impl Report {
     fn made(&mut self, path: &str, source: &str, what: Thing, same: bool) {
         self.failures.tell();
         self.others += 1;
-        self.json(&Line::File {
+        self.json(&Line::File(FileLine {
             status: "ok",
             path,
             source,
             kind: what.word(),
-            bytes: None,
-            hash: None,
-            sent: None,
-            resumed: None,
-            copied: None,
             same: Some(same),
-            skipped: None,
-            sync: None,
-            secs: None,
-            error_kind: None,
-            error: None,
-            command_exit: None,
-        });
+            ..FileLine::default()
+        }));
         let mark = if what == Thing::Dir { "/" } else { "" };
         self.file_line(&format!("{}{mark}  -  -", output::printable(path)));
     }
@@ -806,11 +767,10 @@ impl Report {
             self.did
         );
         if self.json {
-            self.json(&Line::File {
+            self.json(&Line::File(FileLine {
                 status: "ok",
                 path: &outcome.path,
                 source: &origin.shown,
-                kind: None,
                 bytes: Some(outcome.size),
                 hash: Some(&hash),
                 sent: Some(outcome.sent),
@@ -820,10 +780,8 @@ impl Report {
                 skipped: outcome.skipped.then_some(true),
                 sync: outcome.sync.map(|sync| sync.to_string()),
                 secs: Some(outcome.elapsed.as_secs_f64()),
-                error_kind: None,
-                error: None,
-                command_exit: None,
-            });
+                ..FileLine::default()
+            }));
         } else {
             let left = if outcome.skipped {
                 "  skipped, other content is there"

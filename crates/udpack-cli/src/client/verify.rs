@@ -12,7 +12,7 @@ use super::failures::Failures;
 use super::plan::{Asked, Plan};
 use crate::args::VerifyArgs;
 use crate::exit::{Explained, Failure, Kind};
-use crate::json::Line;
+use crate::json::{FileLine, Line};
 use crate::logging::Console;
 use crate::output;
 use crate::progress::size;
@@ -205,24 +205,16 @@ impl Tally {
         };
         if self.json {
             let hash = compared.hash.as_ref().map(|hash| hex(hash));
-            output::unless_gone(output::json(&Line::File {
+            output::unless_gone(output::json(&Line::File(FileLine {
                 status,
                 path,
                 source: &source,
-                kind: None,
                 bytes: Some(compared.bytes),
                 hash: hash.as_deref(),
-                sent: None,
-                resumed: None,
-                copied: None,
-                same: None,
-                skipped: None,
-                sync: None,
-                secs: None,
                 error_kind: explained.as_ref().map(|explained| explained.kind.name()),
                 error: explained.as_ref().map(|explained| explained.text.as_str()),
-                command_exit: None,
-            }))?;
+                ..FileLine::default()
+            })))?;
         } else if matches!(compared.verdict, Ok(Verdict::Differs | Verdict::Missing)) {
             let path = output::printable(path);
             output::unless_gone(output::line(&format!("{status}  {path}")))?;

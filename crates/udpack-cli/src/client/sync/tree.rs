@@ -14,6 +14,7 @@ use udpack_transfer::{
 };
 
 use crate::client::get::UNREAD;
+use crate::client::remote::below;
 use crate::exit::{Failure, Kind};
 
 /// Entries read ahead of the comparison.
@@ -117,17 +118,6 @@ pub(super) fn order(a: &str, b: &str) -> Ordering {
     // A name ends before any byte that another one goes on with, and no name has a NUL.
     let key = |byte: &u8| if *byte == b'/' { 0 } else { *byte };
     a.iter().map(key).cmp(b.iter().map(key))
-}
-
-/// What of `path` lies below `root`; both are paths of the server.
-fn below<'a>(root: &str, path: &'a str) -> &'a str {
-    match root {
-        "" => path,
-        root => path
-            .strip_prefix(root)
-            .and_then(|rest| rest.strip_prefix('/'))
-            .unwrap_or_default(),
-    }
 }
 
 /// The directory that it is in; "" is the root.
