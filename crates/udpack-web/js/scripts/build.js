@@ -21,7 +21,7 @@ const { outputFiles } = await build({
   sourcemap: maps && 'linked',
   plugins: [apart],
   write: false,
-  banner: { js: '/*! udpack, MIT OR Apache-2.0. Contains parts of @msgpack/msgpack, Copyright 2019 The MessagePack Community, ISC, or of hash-wasm, Copyright 2020 Dani Biro, MIT. */' },
+  banner: { js: '/*! udpack, MIT OR Apache-2.0. Contains parts of @msgpack/msgpack, Copyright 2019 The MessagePack Community, ISC. */' },
 });
 
 let differs = false;

@@ -23,7 +23,7 @@ const { outputFiles } = await build({
   alias: { udpack: './src/index.ts', 'udpack/transfer': './src/transfer/index.ts' },
   plugins: [apart],
   write: false,
-  banner: { js: '/*! udpack, MIT OR Apache-2.0. Contains parts of @msgpack/msgpack, Copyright 2019 The MessagePack Community, ISC, or of hash-wasm, Copyright 2020 Dani Biro, MIT. */' },
+  banner: { js: '/*! udpack, MIT OR Apache-2.0. Contains parts of @msgpack/msgpack, Copyright 2019 The MessagePack Community, ISC. */' },
 });
 
 const made = new Map(outputFiles.map(({ path, contents }) => [path.slice(path.lastIndexOf('/') + 1).replace('style.css', 'app.css'), Buffer.from(contents)]));
