@@ -859,15 +859,23 @@ async fn auth_pause() -> Seen {
     let address = server.local_addr().to_string();
     let begun = Instant::now();
     let turns = std::iter::repeat_n(&wrong, 4).chain([&right, &wrong]);
-    let all = futures_util::future::join_all(turns.map(|client| client.connect(&address))).await;
+    let all = futures_util::future::join_all(turns.map(|client| {
+        let connecting = client.connect(&address);
+        async move { (connecting.await, begun.elapsed()) }
+    }));
+    let all = all.await;
     let took = begun.elapsed();
     let (mut let_in, mut full, mut failed) = (0, None, 0);
-    for result in all {
+    for (result, after) in all {
         match result {
             Ok(_) => let_in += 1,
             Err(error) => match denied(Err(error)) {
                 reason if reason.code == CloseCode::AUTH_FAILED => failed += 1,
-                reason => full = Some(reason),
+                reason => {
+                    let least = Timeouts::default().auth_failure;
+                    assert!(after >= least, "refused after {after:?}");
+                    full = Some(reason);
+                }
             },
         }
     }

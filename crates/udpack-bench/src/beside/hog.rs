@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::env;
 use std::future::Future;
+use std::hint::black_box;
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -57,6 +58,13 @@ macro_rules! row {
 }
 
 pub(super) const ROWS: &[Row] = &[
+    // What it costs the others that a process takes processor time of this machine, whatever it does with it.
+    row!(
+        "one processor, nothing of the server",
+        compute,
+        false,
+        |_| { true }
+    ),
     row!("handshakes", handshakes, false, |site| {
         let metrics = site.server.metrics();
         let times = |refused: Option<&u64>| refused.copied().unwrap_or(0);
@@ -126,6 +134,17 @@ impl Reach {
 
 fn endpoint() -> anyhow::Result<quinn::Endpoint> {
     Ok(quinn::Endpoint::client((FROM, 0).into())?)
+}
+
+/// Computes without an end, and does not talk to the server.
+async fn compute(_: Reach) -> anyhow::Result<Taken> {
+    let computing = std::thread::spawn(|| {
+        let mut number = 0_u64;
+        loop {
+            number = black_box(number.wrapping_mul(31) + 1);
+        }
+    });
+    Ok(Box::new(computing))
 }
 
 /// Shakes hands until it is refused, says nothing then, and comes again for those that are given up.

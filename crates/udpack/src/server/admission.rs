@@ -334,7 +334,8 @@ async fn admit(shared: &Shared, session: &Arc<Session>) -> Result<Admitted, Clos
     // rate.
     if !shared.was_in(&first.hello) {
         let address = session.conn().remote_address().ip();
-        let turn = shared.guard.turn(address, &session.counts).await;
+        let failure = shared.timeouts.auth_failure;
+        let turn = shared.guard.turn(address, failure, &session.counts).await;
         turn.map_err(|slow| CloseReason::local(CloseCode::SERVER_BUSY, slow.to_string()))?;
     }
     let entered = tokio::time::timeout(left, enter(shared, session, first));

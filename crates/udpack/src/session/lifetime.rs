@@ -60,14 +60,27 @@ impl Guard {
         })
     }
 
-    /// Waits until a token of this address may be verified.
-    pub(crate) async fn turn(&self, address: IpAddr, counts: &Counts) -> Result<(), Slow> {
-        let turn = self.penalties.turn(address, Instant::now().into_std())?;
-        if let Some(turn) = turn {
-            counts.one(Count::TokensSlowed);
-            tokio::time::sleep_until(turn.into()).await;
+    /// Waits until a token of this address may be verified. If too many wait already, the refusal is given no sooner
+    /// than `failure` from now, so that a client which comes again at once costs few handshakes.
+    pub(crate) async fn turn(
+        &self,
+        address: IpAddr,
+        failure: Duration,
+        counts: &Counts,
+    ) -> Result<(), Slow> {
+        let now = Instant::now();
+        match self.penalties.turn(address, now.into_std()) {
+            Ok(None) => Ok(()),
+            Ok(Some(turn)) => {
+                counts.one(Count::TokensSlowed);
+                tokio::time::sleep_until(turn.into()).await;
+                Ok(())
+            }
+            Err(slow) => {
+                tokio::time::sleep_until(now + failure).await;
+                Err(slow)
+            }
         }
-        Ok(())
     }
 
     /// Asks the verifier. A refusal is given no sooner than `failure` from now, whatever was wrong; a token
@@ -588,7 +601,8 @@ async fn verify_refresh(
     if !rate.take() {
         return limited("new tokens come too fast");
     }
-    if let Err(slow) = guard.turn(remote.ip(), &session.counts).await {
+    let failure = session.timeouts.auth_failure;
+    if let Err(slow) = guard.turn(remote.ip(), failure, &session.counts).await {
         return limited(&slow.to_string());
     }
     let hello = HelloMessage {
@@ -601,7 +615,7 @@ async fn verify_refresh(
     };
     let verdict = guard.verify(
         Hello::new(hello, remote, session.conn().transport()),
-        session.timeouts.auth_failure,
+        failure,
         &session.counts,
     );
     let within = session.timeouts.auth;

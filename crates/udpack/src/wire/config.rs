@@ -128,8 +128,8 @@ pub struct Timeouts {
     pub handshake: Duration,
     /// From the end of the handshake to a verified `$hello`. Default 5 s, one try.
     pub auth: Duration,
-    /// The shortest time until a failed authentication is answered, so that the time does not reveal the cause.
-    /// Default 100 ms.
+    /// The shortest time until a failed authentication is answered, so that the time does not reveal the cause, and a
+    /// client that tries again at once costs few handshakes. Default 100 ms.
     pub auth_failure: Duration,
     /// The pause between the verification of two tokens of an address that has sent too many wrong ones. Default 1 s.
     /// Four tokens may wait; more are refused.
