@@ -1,6 +1,6 @@
-//! The messages of a lane, as types: read strictly, written as maps. `docs/PROTOCOL.md` §11 is the text.
+//! The messages of a lane as types. They are read strictly and written as maps. `docs/PROTOCOL.md` §11 describes them.
 //!
-//! Unknown keys are ignored, wrong types are not. Nothing here does I/O or keeps state.
+//! Unknown keys are ignored; wrong types are errors. Nothing here does I/O or keeps state.
 
 pub(crate) mod lane;
 pub(crate) mod stats;
@@ -23,33 +23,33 @@ pub const JOBS_CHANNEL: &str = "transfers";
 /// The name of the channels on which the state of a server is watched.
 pub const STATS_CHANNEL: &str = "stats";
 
-/// Bytes of file in one `chunk` that this library sends and likes to get.
+/// Bytes of a file in one `chunk` that this library sends, and prefers to receive.
 pub const CHUNK: usize = 256 << 10;
 
-/// Most bytes that one `copy` stands for.
+/// The most bytes that one `copy` stands for.
 pub const COPY: u64 = 16 << 20;
 
-/// Longest list of ranges in one message.
+/// The most ranges in one message.
 pub const RANGES: usize = 8_192;
 
-/// Bytes that one side has: offset, length, BLAKE3 of exactly these.
+/// Ranges that one side has: offset, length, and BLAKE3 of these bytes.
 pub type Have = Vec<(u64, u64, [u8; 32])>;
 
-/// What a client says on a lane.
+/// A client's message on a lane.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Request {
-    /// A file is offered.
+    /// Offers a file.
     File(Offer),
-    /// A file, whole.
+    /// Sends a whole file.
     Put(Put),
-    /// A directory shall be there.
+    /// Asks for a directory.
     Dir(DirOffer),
-    /// A symbolic link shall be there.
+    /// Asks for a symbolic link.
     Link(LinkOffer),
-    /// A file is asked for.
+    /// Requests a file.
     Get(Wish),
-    /// Bytes of the open file.
+    /// Sends bytes of the open file.
     Chunk {
         /// The file.
         id: u64,
@@ -58,23 +58,23 @@ pub enum Request {
         /// The bytes: a slice of the frame they came in.
         bytes: Bytes,
     },
-    /// Bytes of the open file that are in its base.
+    /// Takes bytes of the open file from its base.
     Copy(Copied),
-    /// All bytes are sent.
+    /// All bytes of the open file are sent.
     Finish(Finish),
-    /// The client gives the file up.
+    /// Gives a file up.
     Cancel {
         /// The file.
         id: u64,
-        /// What the server has of it shall stay, for a later resume.
+        /// Whether the server keeps its bytes for a later resume.
         keep: bool,
     },
-    /// The client has seen `done`, or has stored what it got.
+    /// The client has received `done`, or has stored what it downloaded.
     Done {
         /// The file.
         id: u64,
     },
-    /// How far a download is; a courtesy.
+    /// Reports the position of a download. It is optional.
     Ack {
         /// The file.
         id: u64,
@@ -84,7 +84,7 @@ pub enum Request {
 }
 
 impl Request {
-    /// The number it is about.
+    /// The id of the file that it is about.
     pub fn id(&self) -> u64 {
         match self {
             Self::File(offer) => offer.id,
@@ -107,25 +107,24 @@ impl Request {
 pub struct Offer {
     /// The client's number for the file on this lane.
     pub id: u64,
-    /// Where it wants to store it; not yet checked.
+    /// The path at the server; not yet checked.
     pub path: String,
     /// Its size in bytes, if known.
     pub size: Option<u64>,
     /// Modification time and permission bits, as far as known.
     pub meta: MetaFields,
-    /// What to do when the name is taken.
+    /// The policy when the name is taken.
     pub if_exists: IfExists,
-    /// Whether the client asks for `ready`, and what it has sent shall outlive the connection.
+    /// Whether the client waits for `ready`, and the bytes it sends are kept when the connection is lost.
     pub resume: bool,
-    /// Permission bits for the directories that must be made on the way, the last for the one that holds the file, the one
-    /// before for the one above it, and so on; those without are their owner's alone.
+    /// Permission bits for directories that must be created: the last for the one that contains the file, the one
+    /// before for its parent, and so on. Only the owner may use the others.
     pub dirs: Vec<u32>,
-    /// The run of the client's program that this offer belongs to: an offer of the same file by the same run
-    /// is the same upload, taken up again.
+    /// The run that this offer belongs to. An offer of the same file by the same run continues the same upload.
     pub run: Option<[u8; 16]>,
-    /// A file at the server that this one may have bytes of; not yet checked.
+    /// A file at the server that this one may share bytes with; not yet checked.
     pub base: Option<String>,
-    /// Whether this is the ancestor's short form: no id, no offsets, no hash.
+    /// Whether it uses the ancestor's short form: no id, no offsets, no hash.
     pub short: bool,
 }
 
@@ -134,7 +133,7 @@ pub struct Offer {
 pub struct Copied {
     /// The file.
     pub id: u64,
-    /// Offset of the first byte in it.
+    /// Offset of the first byte in that file.
     pub offset: u64,
     /// Offset of that byte in the base.
     pub from: u64,
@@ -142,23 +141,23 @@ pub struct Copied {
     pub len: u64,
 }
 
-/// A `put` message: what `file`, its chunks and `finish` say of a small file.
+/// A `put` message: a small file, with what `file`, `chunk` and `finish` say of a larger one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Put {
-    /// The file; its size is that of the bytes, and nothing of it is resumed.
+    /// The file. Its size is the number of bytes; it cannot be resumed.
     pub offer: Offer,
-    /// BLAKE3 of the bytes, as the client says.
+    /// BLAKE3 of the bytes, as computed by the client.
     pub hash: [u8; 32],
-    /// All of them: a slice of the frame they came in.
+    /// All bytes: a slice of the frame that they arrived in.
     pub bytes: Bytes,
 }
 
-/// Modification time and permission bits as they travel.
+/// Modification time and permission bits as sent.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct MetaFields {
     /// Seconds since 1970.
     pub mtime: Option<i64>,
-    /// Nanoseconds beyond, below 10⁹.
+    /// Nanoseconds after that second, below 10⁹.
     pub mtime_ns: u32,
     /// Permission bits.
     pub mode: Option<u32>,
@@ -191,11 +190,11 @@ impl From<Meta> for MetaFields {
 pub struct DirOffer {
     /// The client's number for it on this lane.
     pub id: u64,
-    /// Where it shall be; not yet checked.
+    /// Its path; not yet checked.
     pub path: String,
     /// Modification time and permission bits, as far as known.
     pub meta: MetaFields,
-    /// As of an [`Offer`], the last for the directory itself if it must be made.
+    /// As in an [`Offer`]; the last is for the directory itself, if it must be created.
     pub dirs: Vec<u32>,
 }
 
@@ -204,13 +203,13 @@ pub struct DirOffer {
 pub struct LinkOffer {
     /// The client's number for it on this lane.
     pub id: u64,
-    /// Where it shall be; not yet checked.
+    /// Its path; not yet checked.
     pub path: String,
     /// What it points to; not yet checked.
     pub target: String,
-    /// As of an [`Offer`].
+    /// As in an [`Offer`].
     pub dirs: Vec<u32>,
-    /// What to do when the name is taken.
+    /// The policy when the name is taken.
     pub if_exists: IfExists,
 }
 
@@ -219,11 +218,11 @@ pub struct LinkOffer {
 pub struct Wish {
     /// The client's number for it on this lane.
     pub id: u64,
-    /// Which file; not yet checked.
+    /// The path of the file; not yet checked.
     pub path: String,
-    /// What the client has of it.
+    /// The ranges that the client has.
     pub have: Have,
-    /// Bytes a second that the client takes at most, over all its downloads.
+    /// The most bytes per second that the client accepts, over all its downloads.
     pub rate: Option<u64>,
 }
 
@@ -238,19 +237,19 @@ pub struct Finish {
     pub hash: Option<[u8; 32]>,
 }
 
-/// A message of a lane whose fields are not as they must be.
+/// A message of a lane that has an invalid field.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{event}: {text}")]
 pub struct BadMessage {
     /// The event.
     pub event: &'static str,
-    /// The file it is about, if that could be read.
+    /// The id of the file that it is about, if that could be read.
     pub id: Option<u64>,
     /// What is wrong.
     pub text: String,
 }
 
-/// Reads a client's message; `None` for an event that is none of a lane's.
+/// Reads a client's message; `None` for an event that does not belong to lanes.
 ///
 /// # Errors
 /// When a field is missing or of the wrong type, or the two forms are mixed.
@@ -284,7 +283,7 @@ pub fn decode(message: &Message) -> Result<Option<Request>, BadMessage> {
                 rate: fields.opt_u64("rate")?,
             }))
         }),
-        // Of the short form.
+        // This is the short form.
         "done" if message.raw().as_ref() == [0xc0] => Ok(Request::Done { id: 0 }),
         "done" => read("done", message, |fields| {
             Ok(Request::Done {
@@ -317,7 +316,7 @@ fn meta(fields: &Fields<'_>) -> Result<MetaFields, FieldError> {
     })
 }
 
-/// Reads `dirs`: as many as a path can have directories, at most; absent is none.
+/// Reads `dirs`: at most as many as a path has directories. A missing list is empty.
 fn dirs(fields: &Fields<'_>) -> Result<Vec<u32>, FieldError> {
     let Some(mut modes) = fields.opt_array("dirs")? else {
         return Ok(Vec::new());
@@ -335,7 +334,7 @@ fn dirs(fields: &Fields<'_>) -> Result<Vec<u32>, FieldError> {
     Ok(dirs)
 }
 
-/// Reads `have`: at most [`RANGES`], in order, none empty, none overlapping; absent is none.
+/// Reads `have`: at most [`RANGES`] ranges, in order, not empty, not overlapping. A missing list is empty.
 fn have(fields: &Fields<'_>) -> Result<Have, FieldError> {
     let wrong = FieldError::WrongType {
         key: "have",
@@ -351,7 +350,7 @@ fn have(fields: &Fields<'_>) -> Result<Have, FieldError> {
         let (off, len) = (range.next_u64()?, range.next_u64()?);
         let hash = hash("have", range.next_bin()?)?;
         range.finish()?;
-        // The whole of an empty file is one empty range.
+        // An empty file is described by one empty range.
         if off < end || have.len() >= RANGES || (len == 0 && off > 0) {
             return Err(wrong);
         }
@@ -394,7 +393,7 @@ fn policy(event: &'static str, id: u64, word: Option<&str>) -> Result<IfExists, 
     })
 }
 
-/// Parses the data as a map and reads it; on failure tells the id if that much can be read.
+/// Parses the data as a map and reads its fields. An error contains the id if that can be read.
 fn read<T>(
     event: &'static str,
     message: &Message,
@@ -457,7 +456,7 @@ fn file(message: &Message) -> Result<Request, BadMessage> {
             ("path", "size")
         };
         let offer = Offer {
-            // An id beside `filename` is an offence; it still says who waits for the answer.
+            // An id beside `filename` is an error; it still tells which file the answer is about.
             id: if short {
                 fields.opt_u64("id")?.unwrap_or(0)
             } else {
@@ -504,7 +503,7 @@ fn chunk(message: &Message) -> Result<Request, BadMessage> {
         let bytes = message.raw().slice_ref(fields.bin("chunk")?);
         Ok((id, offset, bytes, fields.last_key() == Some("chunk")))
     })
-    // Of the short form, where there is no id: about its file.
+    // In the short form there is no id: the message is about the channel's file.
     .map_err(|bad| BadMessage {
         id: bad.id.or_else(|| short_chunk(message)),
         ..bad
@@ -582,7 +581,7 @@ fn finish(message: &Message) -> Result<Request, BadMessage> {
     })
 }
 
-/// What a server says on a lane.
+/// A server's message on a lane.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Reply {
@@ -590,21 +589,21 @@ pub enum Reply {
     Ready {
         /// The file.
         id: u64,
-        /// What it holds already.
+        /// The ranges that it has already.
         have: Have,
         /// The size of the base, in bytes, if bytes of it may be copied.
         base: Option<u64>,
     },
-    /// How far the server is.
+    /// Reports the position of an upload.
     Ack {
         /// The file.
         id: u64,
         /// Bytes received without a gap.
         recv: u64,
-        /// Of those, bytes that a power cut would not take.
+        /// How many of these survive a power cut.
         safe: u64,
     },
-    /// The file is there, whole, verified and durable.
+    /// The file is stored: complete, verified and durable.
     Done {
         /// The file.
         id: u64,
@@ -614,14 +613,14 @@ pub enum Reply {
         size: u64,
         /// BLAKE3 as the server computed it.
         hash: [u8; 32],
-        /// It was there already.
+        /// Whether it was there already.
         same: bool,
-        /// How it was put on disk.
+        /// How it was synced.
         sync: Option<Synced>,
-        /// Its modification time, where that is not the one asked for.
+        /// Its modification time, if that is not the requested one.
         mtime: Option<i64>,
     },
-    /// A file that was asked for begins.
+    /// A requested file begins.
     File {
         /// The file.
         id: u64,
@@ -632,7 +631,7 @@ pub enum Reply {
         /// Modification time and permission bits.
         meta: MetaFields,
     },
-    /// Bytes of it.
+    /// Bytes of a requested file.
     Chunk {
         /// The file.
         id: u64,
@@ -641,31 +640,31 @@ pub enum Reply {
         /// The bytes: a slice of the frame they came in.
         bytes: Bytes,
     },
-    /// All of it was sent.
+    /// All bytes of a requested file were sent.
     Finish(Finish),
-    /// The file is refused or failed.
+    /// The file was refused or has failed.
     Error {
         /// The file.
         id: u64,
         /// The code of `docs/PROTOCOL.md`.
         code: String,
-        /// Which of the several things that the code stands for it is.
+        /// Which of the cases of this code applies.
         why: Option<String>,
         /// A sentence.
         message: String,
-        /// Whether the same again, later, makes sense.
+        /// Whether the same request may succeed later.
         retry: bool,
     },
 }
 
-/// Reads a server's message; `None` for an event that is none of a lane's.
+/// Reads a server's message; `None` for an event that does not belong to lanes.
 ///
 /// # Errors
 /// When a field is missing or of the wrong type.
 pub fn decode_reply(message: &Message) -> Result<Option<Reply>, BadMessage> {
     let reply = match message.event() {
         "ready" => read("ready", message, |fields| {
-            // Its absence would mean something else than "nothing".
+            // A missing list would not mean an empty one.
             fields.array("have")?;
             Ok(Reply::Ready {
                 id: fields.u64("id")?,
@@ -725,7 +724,7 @@ pub fn decode_reply(message: &Message) -> Result<Option<Reply>, BadMessage> {
     reply.map(Some)
 }
 
-/// The short form is for clients.
+/// Servers must not use the short form.
 fn without(event: &'static str, key: &'static str) -> BadMessage {
     BadMessage {
         event,
@@ -734,7 +733,7 @@ fn without(event: &'static str, key: &'static str) -> BadMessage {
     }
 }
 
-/// A sentence of the peer's, safe to print.
+/// A sentence of the peer, safe to print.
 pub(crate) fn printable(text: &str) -> String {
     udpack::text::printable_within(text, 1024)
 }
@@ -751,7 +750,7 @@ pub(crate) struct FileFields<'a> {
     pub(crate) mtime_ns: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) mode: Option<u32>,
-    /// `None` in what a server sends.
+    /// `None` in a server's message.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) if_exists: Option<&'a str>,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
@@ -904,7 +903,7 @@ pub(crate) struct ErrorFields<'a> {
 }
 
 impl<'a> ErrorFields<'a> {
-    /// With as much of the sentence as the frames of the channel's peer surely have room for.
+    /// Shortens the sentence to what fits a frame of the channel's peer.
     pub(crate) fn new(
         channel: &Channel,
         id: u64,
@@ -924,9 +923,9 @@ impl<'a> ErrorFields<'a> {
     }
 }
 
-/// The most ranges that a `ready` for this peer has room for.
+/// The most ranges that fit a `ready` for this peer.
 pub(crate) fn ranges_within(frame: usize) -> usize {
-    // An array of three, two numbers and a hash; before them the rest of the message.
+    // A range is an array of two numbers and a hash; the rest of the message precedes them.
     (frame.saturating_sub(64) / (1 + 9 + 9 + 34)).min(RANGES)
 }
 
@@ -970,7 +969,7 @@ impl<'de> Deserialize<'de> for Blob {
     }
 }
 
-/// 16 bytes that travel as msgpack `bin`: one run of a client's program.
+/// 16 bytes that are sent as msgpack `bin`: one run of a client.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Run(pub(crate) [u8; 16]);
 
@@ -986,7 +985,7 @@ fn synced(word: &str) -> Option<Synced> {
         .find(|way| sync_word(*way) == word)
 }
 
-/// The way's name on the wire.
+/// The name of this kind of sync on the wire.
 pub(crate) fn sync_word(way: Synced) -> &'static str {
     match way {
         Synced::File => "file",
@@ -995,7 +994,7 @@ pub(crate) fn sync_word(way: Synced) -> &'static str {
     }
 }
 
-/// Ranges as they travel.
+/// Ranges in the form that serde sends.
 pub(crate) fn ranges(have: &Have) -> Vec<(u64, u64, Hash)> {
     have.iter()
         .map(|(off, len, hash)| (*off, *len, Hash(*hash)))

@@ -1,8 +1,8 @@
-//! [`Link`]: a server to which a transfer comes back when the connection is lost.
+//! [`Link`]: a server to which a transfer reconnects.
 //!
-//! One link, one socket at a time: each task that needs it asks for it, and the first to find it gone connects
-//! again while the others wait. What a reconnect cannot mend (a refused token, another key, another
-//! version) is final.
+//! A link has one socket at a time. Each task that needs the socket asks the link for it. The first task that finds it
+//! lost reconnects while the others wait. What reconnecting cannot mend (a refused token, another key, another version)
+//! is final.
 
 use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
@@ -17,38 +17,38 @@ use udpack::{
 
 use crate::local::error::TransferError;
 
-/// How a [`Link`] comes back after a lost connection. Success is that the transfer moves
-/// ([`Link::progressed`]), not the connection alone.
+/// How a [`Link`] reconnects. Attempts and the time without progress count from the last progress of the transfer
+/// ([`Link::progressed`]); a connection alone does not reset them.
 pub use udpack::Reconnect as Retry;
 
-/// Events that wait for a slow watcher; it misses the oldest.
+/// Events that wait for a slow watcher; when there are more, it misses the oldest.
 const EVENTS: usize = 32;
 
-/// What happens to a [`Link`].
+/// An event of a [`Link`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum LinkEvent {
-    /// The connection is gone; it is tried again after the delay.
+    /// The connection is lost; the next attempt begins after the delay.
     Reconnecting {
-        /// Which try, counted from 1 since the last progress.
+        /// The number of the attempt, counted from 1 since the last progress.
         attempt: u32,
-        /// How long until then.
+        /// The time until the attempt.
         delay: Duration,
-        /// What went wrong last.
+        /// The last error.
         reason: String,
     },
-    /// It is back.
+    /// The connection is back.
     Connected,
-    /// The connection runs over another transport than the one before it, or the first one not over QUIC.
+    /// The connection uses another transport than the one before it, or the first connection does not use QUIC.
     TransportChanged {
-        /// What it speaks.
+        /// The new transport.
         to: Transport,
-        /// Why.
+        /// The reason.
         why: TransportReason,
     },
 }
 
-/// A server to which lanes come back. A handle: clones share one socket.
+/// A server to which lanes reconnect. A handle: clones share one socket.
 #[derive(Debug, Clone)]
 pub struct Link {
     way: Way,
@@ -58,7 +58,7 @@ pub struct Link {
 
 #[derive(Debug, Clone)]
 enum Way {
-    /// A socket of the caller's, which may come back by itself: when it is over, so is the link.
+    /// A socket of the caller, which may reconnect by itself. The link ends with the socket.
     Given(Socket),
     Dial {
         client: Client,
@@ -75,12 +75,12 @@ struct Shared {
     events: broadcast::Sender<LinkEvent>,
 }
 
-/// What was lost, and may be had again.
+/// What was lost and can be replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Loss {
-    /// A lane, or its socket. Whoever opens the next one counts them.
+    /// A lane, or its socket. The task that opens the next lane counts these losses.
     Lane,
-    /// The socket was never admitted. The link counts these, and waits.
+    /// A socket that was never admitted. The link counts these losses, and waits.
     Admission,
 }
 
@@ -89,14 +89,14 @@ struct State {
     socket: Option<Socket>,
     /// Why there will be no other socket.
     over: Option<TransferError>,
-    /// Since when the socket is there.
+    /// When the socket was connected.
     since: Option<Instant>,
-    /// When to look for UDP while the socket runs over TCP, and who does.
+    /// When to probe UDP while the socket runs over TCP, and the task that does.
     probes: Arc<StdMutex<Probes>>,
     looking: Option<Looking>,
 }
 
-/// A task that looks for UDP. Dropping it ends the task.
+/// A task that probes UDP. Dropping it ends the task.
 #[derive(Debug)]
 struct Looking(AbortHandle);
 
@@ -107,13 +107,13 @@ impl Drop for Looking {
 }
 
 impl Link {
-    /// Connects with `client` to `HOST[:PORT]` when a socket is first asked for, and again when it is lost.
+    /// Connects with `client` to `HOST[:PORT]` when a socket is first needed, and again when it is lost.
     pub fn new(client: Client, address: impl Into<String>) -> Self {
         let address = Arc::from(address.into());
         Self::over(Way::Dial { client, address }, None)
     }
 
-    /// The same, beginning with a socket that is connected already.
+    /// Like [`new`](Self::new), beginning with a socket that is connected already.
     pub fn connected(client: Client, address: impl Into<String>, socket: &Socket) -> Self {
         let address = Arc::from(address.into());
         Self::over(Way::Dial { client, address }, Some(socket.clone()))
@@ -134,7 +134,7 @@ impl Link {
         }
     }
 
-    /// How to come back; for this handle and clones made of it later.
+    /// How to reconnect; applies to this handle and to later clones of it.
     #[must_use]
     pub fn retry(mut self, retry: Retry) -> Self {
         self.retry = retry;
@@ -144,10 +144,10 @@ impl Link {
     /// The live socket, or a new one. Waits through as many reconnects as [`Retry`] grants.
     ///
     /// # Errors
-    /// Why there is none and will be none: each later call says the same.
+    /// Why there is no socket and will be none. Each later call returns the same error.
     ///
     /// # Cancel safety
-    /// Cancel safe: a dropped future gives up the connect it had begun, the next caller begins another.
+    /// Cancel safe: a dropped future ends the connect that it had begun, and the next caller begins another.
     pub async fn socket(&self) -> Result<Socket, TransferError> {
         loop {
             let socket = self.eager().await?;
@@ -160,8 +160,8 @@ impl Link {
         }
     }
 
-    /// As [`socket`](Self::socket), one round trip earlier: the server has proved its key, and looks at what is
-    /// sent once it has let this client in. A refusal is the end of the socket; the next call deals with it.
+    /// Like [`socket`](Self::socket), one round trip earlier: the server has proved its key, and reads what is sent
+    /// once it has admitted this client. A refusal ends the socket; the next call handles it.
     ///
     /// # Errors
     /// As for [`socket`](Self::socket).
@@ -200,7 +200,7 @@ impl Link {
         let mut again = false;
         loop {
             if let Some(Lost { error, wait }) = lost {
-                // An answer shows that the address is right, also when it is "not now".
+                // An answer shows that the address is right, even if it is a temporary refusal.
                 let answered = matches!(&error, TransferError::Connect(error) if matches!(&**error, ConnectError::Denied(_)));
                 if !error.retry() || (first && !self.retry.first_too && !answered) {
                     return Err(give_up(&mut state, error));
@@ -216,8 +216,7 @@ impl Link {
                     delay,
                     reason,
                 });
-                // A caller that is dropped here must not leave the old socket behind as if it were live: it
-                // is looked at again by the next.
+                // If the caller is dropped here, the next caller examines the old socket again; it must not look alive.
                 tokio::time::sleep(delay).await;
                 again = true;
             }
@@ -235,7 +234,7 @@ impl Link {
         }
     }
 
-    /// Looks for UDP beside a socket that runs over TCP, if the client goes by both.
+    /// Probes UDP beside a socket that runs over TCP, if the client uses both.
     fn look_for_udp(&self, state: &mut State) {
         let (Way::Dial { client, address }, Some(socket)) = (&self.way, &state.socket) else {
             return;
@@ -254,7 +253,7 @@ impl Link {
         }
     }
 
-    /// The caller's socket, once it has a connection; one that reconnects is waited for.
+    /// The caller's socket, once it has a connection. Waits for a socket that reconnects.
     async fn given(&self, socket: &Socket) -> Result<Socket, TransferError> {
         let over = || match socket.close_reason() {
             Some(reason) => Err(TransferError::Closed(reason)),
@@ -269,7 +268,7 @@ impl Link {
         if !lost() {
             return over();
         }
-        // One waits and tells, the others wait for that one.
+        // One task waits and reports; the others wait for it.
         let _state = self.shared.state.lock().await;
         if !lost() {
             return over();
@@ -300,31 +299,31 @@ impl Link {
         }
     }
 
-    /// The socket as it is, if it is alive: to close it in good order.
+    /// The socket as it is, if it is alive, for an orderly close.
     pub fn live(&self) -> Option<Socket> {
         let socket = match &self.way {
             Way::Given(socket) => Some(socket.clone()),
-            // Its holder is connecting.
+            // A task that holds the lock is connecting.
             Way::Dial { .. } => self.shared.state.try_lock().ok()?.socket.clone(),
         };
         socket.filter(|socket| socket.close_reason().is_none())
     }
 
-    /// The transfer moves: patience and attempts begin anew.
+    /// Records progress of the transfer: attempts and time without progress count from now.
     pub fn progressed(&self) {
         *self.outage() = Outage::default();
     }
 
-    /// What happens from now on.
+    /// The events from now on.
     pub fn events(&self) -> LinkEvents {
         LinkEvents(self.shared.events.subscribe())
     }
 
-    /// Ends the socket, if there is one, without a round trip: for whoever has received every answer that they want. The server
-    /// is told once, in a packet that may be lost; what is queued here is not sent.
+    /// Ends the socket, if there is one, without a round trip, for a caller that has every answer it wants. The server
+    /// is told once, in a packet that may be lost. Queued messages are not sent.
     ///
     /// # Cancel safety
-    /// A dropped future has told the server or not.
+    /// A dropped future may or may not have told the server.
     pub async fn leave(&self) {
         if let Some(socket) = self.live()
             // An answer may arrive before `$welcome`.
@@ -335,17 +334,17 @@ impl Link {
         }
     }
 
-    /// Judges the end of a lane or of a request that was sent behind the `$hello` of this socket.
+    /// Judges the end of a lane, or of a request that was sent right behind the `$hello` of this socket.
     ///
     /// # Errors
-    /// Why it is not worth another.
+    /// Why trying again is useless.
     pub(crate) async fn lost(
         &self,
         socket: &Socket,
         error: TransferError,
     ) -> Result<Loss, TransferError> {
         if socket.admitted().await.is_err() {
-            // Finds out whether there is another one.
+            // Finds out whether there is another socket.
             self.eager().await?;
             return Ok(Loss::Admission);
         }
@@ -356,7 +355,7 @@ impl Link {
         }
     }
 
-    /// Whether a lane that ended like this is worth another, on this socket or the next.
+    /// Whether another lane, on this socket or the next, can help after this error.
     pub(crate) fn mends(&self, error: &TransferError) -> bool {
         let network = matches!(error, TransferError::Closed(_) | TransferError::Silent(_));
         let comes_back = match &self.way {
@@ -366,12 +365,12 @@ impl Link {
         comes_back && network && error.retry()
     }
 
-    /// How long to wait before a lane is opened for the `attempt`th time in vain, on a socket that lives.
+    /// The pause before the `attempt`th lane in a row is opened on a live socket.
     pub(crate) fn pause(&self, attempt: u32) -> Duration {
         self.retry.delay(attempt)
     }
 
-    /// The number of the next attempt and how long to wait for it; `None` when it is time to give up.
+    /// The number of the next attempt and the time until it; `None` when the link gives up.
     pub(crate) fn next_attempt(&self) -> Option<(u32, Duration)> {
         self.outage().next(&self.retry)
     }
@@ -385,14 +384,16 @@ impl Link {
 }
 
 impl From<&Socket> for Link {
-    /// A link over this socket as long as it lives: it waits for one that reconnects, and never dials itself.
+    /// A link over this socket for as long as it lives. It waits while the socket reconnects, and never connects by
+    /// itself.
     fn from(socket: &Socket) -> Self {
         Self::over(Way::Given(socket.clone()), None)
     }
 }
 
 impl From<Socket> for Link {
-    /// A link over this socket as long as it lives: it waits for one that reconnects, and never dials itself.
+    /// A link over this socket for as long as it lives. It waits while the socket reconnects, and never connects by
+    /// itself.
     fn from(socket: Socket) -> Self {
         Self::over(Way::Given(socket), None)
     }
@@ -404,7 +405,7 @@ impl From<&Self> for Link {
     }
 }
 
-/// What happens to a [`Link`], one after the other. A watcher that falls behind misses the oldest.
+/// The events of a [`Link`], in order. A watcher that falls behind misses the oldest.
 #[derive(Debug)]
 pub struct LinkEvents(broadcast::Receiver<LinkEvent>);
 
@@ -425,7 +426,7 @@ impl LinkEvents {
 }
 
 impl State {
-    /// Takes the next socket, and tells if it runs over another transport.
+    /// Installs the next socket, and reports if it uses another transport.
     fn take(&mut self, socket: Socket, events: &broadcast::Sender<LinkEvent>) {
         let before = self.socket.as_ref().map(Socket::transport);
         let before = before.unwrap_or(Transport::Quic);
@@ -446,8 +447,8 @@ impl State {
     }
 }
 
-/// Connects over QUIC beside a socket that runs over TCP, as soon as UDP passes, and closes that one then: its lanes are opened
-/// again on the new one, and offer what they had begun with the same run.
+/// Connects over QUIC beside a socket that runs over TCP, as soon as UDP works. Then it closes the old socket: its
+/// lanes are opened again on the new one, and offer their unfinished files with the same run.
 async fn go_over(
     shared: Weak<Shared>,
     (client, address): (Client, Arc<str>),
@@ -457,7 +458,7 @@ async fn go_over(
     loop {
         let wait = probes.lock().unwrap_or_else(PoisonError::into_inner).wait();
         tokio::time::sleep(wait).await;
-        // Who has lost it, or is to leave it, connects again anyway.
+        // A task that has lost this socket, or must leave it, reconnects anyway.
         if old.close_reason().is_some() || old.goaway().is_some() {
             return;
         }
@@ -474,7 +475,7 @@ async fn go_over(
         let mut state = shared.state.lock().await;
         let stays = old.close_reason().is_none() && old.goaway().is_none();
         if stays && state.over.is_none() {
-            // This task is the one that `take` ends, at its next wait.
+            // `take` aborts this very task at its next await.
             state.take(better, &shared.events);
             drop(state);
             let text = "the transfer goes on over another transport";
@@ -484,10 +485,10 @@ async fn go_over(
     }
 }
 
-/// A connection that is no more.
+/// A connection that was lost.
 struct Lost {
     error: TransferError,
-    /// The server asked not to be bothered sooner.
+    /// The server asked not to be contacted sooner.
     wait: Duration,
 }
 
@@ -497,11 +498,11 @@ impl Lost {
         let goaway = socket.goaway();
         let wait = goaway.as_ref().map_or(Duration::ZERO, GoAway::wait);
         let told = goaway.map(|goaway| CloseReason::new(goaway.code, goaway.text, Side::Peer));
-        // The reason to leave for a while counts more than how the socket then ended.
+        // A `$goaway` says more than how the socket then ended.
         let reason = told
             .filter(|reason| reason.retry)
             .or_else(|| socket.close_reason())?;
-        // It has ended, so it is known whether it was ever admitted.
+        // The socket has ended, so it is known whether it was ever admitted.
         if socket.close_reason().is_some()
             && let Err(reason) = socket.admitted().await
         {

@@ -1,4 +1,4 @@
-//! What uploads and downloads tell while they run.
+//! Events and progress of uploads and downloads.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,153 +15,153 @@ use crate::client::link::{LinkEvent, LinkEvents};
 use crate::local::error::TransferError;
 use crate::store::{OtherTime, Synced};
 
-/// How often progress is reported at most.
+/// The shortest time between two reports of progress.
 const REPORT: Duration = Duration::from_millis(100);
-/// Events taken from the tasks at once, at most.
+/// The most events that are taken from the tasks at once.
 const GATHERED: usize = 64;
 
-/// What happens during an upload or a download.
+/// An event of an upload or a download.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Event {
     /// A file has been offered to the server.
     Started {
-        /// Which of the sources, counted from 0.
+        /// The index of the source, counted from 0.
         index: usize,
         /// The name at the server.
         path: String,
-        /// Its size in bytes; 0 for what tells only at its end.
+        /// Its size in bytes; 0 if it is known only at the end.
         size: u64,
     },
-    /// The server has some of a file already, from an earlier upload or connection.
+    /// The server already has bytes of a file, from an earlier upload or connection.
     Resumed {
-        /// Which of the sources, counted from 0.
+        /// The index of the source, counted from 0.
         index: usize,
         /// The name at the server.
         path: String,
-        /// Bytes that were proved to be equal there and are not sent again.
+        /// Bytes that were proved equal there and are not sent again.
         bytes: u64,
         /// The file's size in bytes.
         size: u64,
     },
-    /// How far everything together is.
+    /// The progress of the whole transfer.
     Progress(Progress),
-    /// A file is at the server: whole and verified, and durable as [`Outcome::sync`] says.
+    /// A file is stored: complete and verified, and durable as [`Outcome::sync`] says.
     Done(Outcome),
-    /// A file is not.
+    /// A file has failed.
     Failed {
-        /// Which of the sources, counted from 0.
+        /// The index of the source, counted from 0.
         index: usize,
-        /// The name it should have had.
+        /// The name that it was meant to get.
         path: String,
-        /// Why.
+        /// The reason.
         error: TransferError,
     },
-    /// The connection is lost; it is tried again after the delay.
+    /// The connection is lost; the next attempt begins after the delay.
     Reconnecting {
-        /// Which try, counted from 1 since the last progress.
+        /// The number of the attempt, counted from 1 since the last progress.
         attempt: u32,
-        /// How long until then.
+        /// The time until the attempt.
         delay: Duration,
-        /// What went wrong last.
+        /// The last error.
         reason: String,
     },
     /// The connection is back.
     Connected,
-    /// The connection runs over another transport than the one before it, or the first one not over QUIC.
+    /// The connection uses another transport than the one before it, or the first connection does not use QUIC.
     TransportChanged {
-        /// What it speaks.
+        /// The new transport.
         to: Transport,
-        /// Why.
+        /// The reason.
         why: TransportReason,
     },
 }
 
-/// How far an upload is. Acknowledged bytes and files never go down; the bytes reach the total only with the
+/// The progress of a transfer. Acknowledged bytes and files never decrease. The bytes reach the total only with the
 /// last `done`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Progress {
-    /// Bytes that the server has acknowledged, those of files it had already included.
+    /// Bytes that the server has acknowledged, including those of files it had already.
     pub acked: u64,
     /// Bytes of all files listed so far that have not failed.
     pub total: u64,
-    /// Files done or failed.
+    /// Number of files that are done or have failed.
     pub files_done: usize,
-    /// Files listed so far.
+    /// Number of files listed so far.
     pub files: usize,
-    /// All files are listed: but for what is not [`sized`](Self::sized), the totals grow no more.
+    /// Whether all files are listed. Then the totals grow no more, except for sources that are not
+    /// [`sized`](Self::sized).
     pub listed: bool,
-    /// The size of every file listed so far is known. What is read to its end, such as standard input, counts in `total`
-    /// only as far as it was read.
+    /// Whether the size of every listed file is known. A source that is read to its end, such as standard input, counts
+    /// in `total` only as far as it was read.
     pub sized: bool,
-    /// Bytes that were transferred in this run, and have arrived: repetitions included, and nothing of what the other
-    /// side had already. A rate is the rate of these.
+    /// Bytes that were transferred in this run and have arrived, including repetitions, without bytes that the other
+    /// side had already. The transfer rate is the rate of these.
     pub moved: u64,
 }
 
-/// One file that arrived.
+/// A file that is stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Outcome {
-    /// Which of the sources, counted from 0.
+    /// The index of the source, counted from 0.
     pub index: usize,
-    /// The name the server gave it.
+    /// The name that the server gave it.
     pub path: String,
     /// Its size in bytes.
     pub size: u64,
     /// BLAKE3 of its bytes, computed on both sides.
     pub hash: [u8; 32],
-    /// Bytes of file that were sent, repetitions included; 0 when the server had it already.
+    /// Bytes of the file that were sent, including repetitions; 0 if the server had it already.
     pub sent: u64,
-    /// Bytes that an earlier upload or connection had brought, proved to be equal.
+    /// Bytes that were stored by an earlier upload or connection, and proved equal.
     pub resumed: u64,
-    /// Bytes that the other side had in an older version, or in another file, and put there by itself: see
+    /// Bytes that the receiver copied from an older version or another file of its own: see
     /// [`Uploader::delta`](crate::Uploader::delta).
     pub copied: u64,
-    /// It was there already, with these very bytes.
+    /// Whether an identical file was stored already.
     pub same: bool,
-    /// [`IfExists::Skip`](crate::IfExists::Skip) left what has the name: `size` and `hash` are those of that. Its bytes are
-    /// others than the source's, or nobody could compare them, as those of a reader that is not read.
+    /// Whether [`IfExists::Skip`](crate::IfExists::Skip) kept a stored file: `size` and `hash` are those of that file.
+    /// Its bytes differ from the source's, or could not be compared, as for a reader that is not read.
     pub skipped: bool,
-    /// How it was put on the server's disk, if the server says so.
+    /// How it was synced to the server's disk, if the server tells.
     pub sync: Option<Synced>,
-    /// Its modification time, where the file system it is on cannot hold the one it should have. Nanoseconds that it
-    /// does not keep are not reported.
+    /// Its modification time, if the file system cannot store the intended one. A loss of nanoseconds is not reported.
     pub other_time: Option<OtherTime>,
     /// From the first offer to `done`.
     pub elapsed: Duration,
 }
 
-/// How far one file is that has begun and has no outcome.
+/// The progress of one file that has begun and has no outcome yet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct FileProgress {
-    /// Which of the sources, or of the files wanted, counted from 0.
+    /// The index of the source or of the wanted file, counted from 0.
     pub index: usize,
-    /// The name that it is to get.
+    /// The name that it will get.
     pub path: String,
-    /// Its size in bytes; of what tells only at its end, what was read so far.
+    /// Its size in bytes; if it is known only at the end, the bytes read so far.
     pub size: u64,
-    /// Bytes of it that have arrived, and been acknowledged or written. The last of them counts with its outcome only.
+    /// Bytes that are acknowledged or written. The last byte counts only with the outcome.
     pub bytes: u64,
 }
 
-/// How far a transfer is.
+/// The progress of a transfer and its files.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Moving {
-    /// Everything together.
+    /// The whole transfer.
     pub whole: Progress,
-    /// Each file that has begun and has no outcome, in the order of the sources. Some hundreds at most.
+    /// Each file that has begun and has no outcome, in the order of the sources; at most some hundreds.
     pub files: Vec<FileProgress>,
 }
 
-/// What an [`Upload`](crate::Upload) or a [`Download`](crate::Download) tells of how far it is, for a program that draws
-/// it: `let mut watch = upload.watch();`, moved to where it is drawn.
+/// Watches the progress of an [`Upload`](crate::Upload) or a [`Download`](crate::Download), for a program that displays
+/// it: `let mut watch = upload.watch();`, moved to the task that draws.
 ///
 /// # Drop
-/// Ends nothing but the telling.
+/// Ends the watching; the transfer continues.
 pub struct Watch {
     look: Box<dyn Fn() -> Option<Moving> + Send>,
     ticker: Interval,
@@ -182,9 +182,9 @@ impl Watch {
         }
     }
 
-    /// How far it is, as soon as that is something else than was told last, and ten times a second at most; what was
-    /// in between is left out. `None` after every file has its outcome, and when the transfer was dropped. The events need
-    /// to be taken meanwhile: nothing goes on without that.
+    /// The progress, as soon as it differs from the last one returned, at most ten times a second; values between are
+    /// skipped. `None` when every file has its outcome, and when the transfer was dropped. The program must take the
+    /// transfer's events meanwhile: without that the transfer does not continue.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -214,10 +214,10 @@ impl fmt::Debug for Watch {
     }
 }
 
-/// The counters of one transfer, and its files under way.
+/// The counters of one transfer, and its files that have begun.
 ///
-/// Of each file the transfer keeps two numbers: its size, which is its part of the total, and the acknowledged bytes,
-/// which never exceed it.
+/// The transfer keeps two numbers of each file: its size, which is its part of the total, and its acknowledged bytes,
+/// which never exceed the size.
 #[derive(Debug, Default)]
 pub(crate) struct Totals {
     total: AtomicU64,
@@ -225,7 +225,7 @@ pub(crate) struct Totals {
     moved: AtomicU64,
     files: AtomicUsize,
     files_done: AtomicUsize,
-    /// Files without an outcome whose size only their end tells.
+    /// Files without an outcome whose size is known only at their end.
     unsized_files: AtomicUsize,
     listed: AtomicBool,
     over: AtomicBool,
@@ -233,12 +233,12 @@ pub(crate) struct Totals {
 }
 
 impl Totals {
-    /// Counts one more file, whose size follows by [`add`](Self::add).
+    /// Counts another file, whose size follows by [`add`](Self::add).
     pub(crate) fn list(&self) {
         self.files.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Adds the size of a file, in bytes. `sized`: it is known before the file's end.
+    /// Adds the size of a file, in bytes. `sized` tells whether it is known before the file's end.
     pub(crate) fn add(&self, size: u64, sized: bool) {
         self.total.fetch_add(size, Ordering::Relaxed);
         if !sized {
@@ -246,12 +246,12 @@ impl Totals {
         }
     }
 
-    /// All files are listed.
+    /// Called when all files are listed.
     pub(crate) fn listed(&self) {
         self.listed.store(true, Ordering::Release);
     }
 
-    /// A file has begun.
+    /// Called when a file has begun.
     pub(crate) fn begin(&self, index: usize, path: &str, size: u64) {
         let begun = FileProgress {
             index,
@@ -262,8 +262,8 @@ impl Totals {
         self.lock().insert(index, begun);
     }
 
-    /// Changes the size of a file. Acknowledged bytes stay acknowledged, also of a file that has shrunk: progress never
-    /// decreases.
+    /// Changes the size of a file. Progress never decreases: acknowledged bytes of a file that has shrunk remain
+    /// acknowledged.
     pub(crate) fn resize(&self, index: usize, size: &mut u64, acked: u64, new: u64) {
         let new = new.max(acked);
         self.total.fetch_add(new, Ordering::Relaxed);
@@ -274,7 +274,7 @@ impl Totals {
         }
     }
 
-    /// At least this many bytes of a file have arrived.
+    /// Records that at least this many bytes of a file have arrived.
     pub(crate) fn ack(&self, index: usize, acked: &mut u64, bytes: u64) {
         if bytes > *acked {
             self.acked.fetch_add(bytes - *acked, Ordering::Relaxed);
@@ -285,12 +285,12 @@ impl Totals {
         }
     }
 
-    /// This many bytes were transferred, repetitions included.
+    /// Records that this many bytes were transferred, including repetitions.
     pub(crate) fn moved(&self, bytes: u64) {
         self.moved.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// A file has its outcome.
+    /// Called when a file has its outcome.
     pub(crate) fn end(&self, index: usize, sized: bool) {
         if !sized {
             self.unsized_files.fetch_sub(1, Ordering::Relaxed);
@@ -299,20 +299,20 @@ impl Totals {
         self.files_done.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// A file has failed. Its unacknowledged bytes leave the total, so that the rest can still reach 100 %.
+    /// Called when a file has failed. Its unacknowledged bytes leave the total, so that the rest can reach 100 %.
     pub(crate) fn fail(&self, index: usize, sized: bool, (size, acked): (u64, u64)) {
         self.total
             .fetch_sub(size.saturating_sub(acked), Ordering::Relaxed);
         self.end(index, sized);
     }
 
-    /// The transfer was given up.
+    /// Called when the transfer has ended early.
     pub(crate) fn close(&self) {
         self.over.store(true, Ordering::Relaxed);
     }
 
     pub(crate) fn progress(&self) -> Progress {
-        // Read first: when it is true, the totals read after it are final.
+        // Read first: if it is true, the totals read after it are final.
         let listed = self.listed.load(Ordering::Acquire);
         let files_done = self.files_done.load(Ordering::Relaxed);
         let acked = self.acked.load(Ordering::Relaxed);
@@ -328,7 +328,7 @@ impl Totals {
         }
     }
 
-    /// Returns a watcher; it ends when the transfer is given up or dropped.
+    /// Returns a watcher; it ends when the transfer ends or is dropped.
     pub(crate) fn watch(self: &Arc<Self>) -> Watch {
         let totals = Arc::downgrade(self);
         Watch::new(move || {
@@ -350,21 +350,21 @@ impl Totals {
 }
 
 impl Progress {
-    /// Whether nothing is left to come.
+    /// Whether every file has its outcome.
     fn is_complete(&self) -> bool {
         let bytes = self.total > 0 && self.acked >= self.total;
         self.listed && (bytes || self.files_done >= self.files)
     }
 }
 
-/// The events of a transfer, gathered from its tasks, its link and its progress. Dropping it ends the tasks.
+/// The events of a transfer, collected from its tasks, its link and its progress. Dropping it ends the tasks.
 #[derive(Debug)]
 pub(crate) struct Feed {
     tasks: JoinSet<()>,
     happened: mpsc::Receiver<Event>,
-    /// Those taken together and not reported yet, the next one last.
+    /// Events that are collected and not reported yet, the next one last.
     gathered: Vec<Event>,
-    /// `None` when nothing more will come.
+    /// `None` when no more will come.
     link_events: Option<LinkEvents>,
     ticker: Interval,
     reported: Option<Progress>,
@@ -415,7 +415,7 @@ impl Feed {
                 }
                 _ = self.ticker.tick() => {
                     let now = progress();
-                    // The counters are ahead of the events: the end is reported after the last of them.
+                    // The counters are ahead of the events: the end is reported after the last event.
                     if !now.is_complete() && let Some(event) = self.changed(now) {
                         return Some(event);
                     }

@@ -1,8 +1,8 @@
-//! What an upload has to do: a bounded window over the sources, the largest file first.
+//! The entries that an upload has still to send: a bounded window over the sources, largest file first.
 //!
-//! The sources are listed on a blocking thread that stops while the window is full, so the memory needed does
-//! not depend on their number. Lanes take claims. A claim that is dropped, for whatever reason, gives its item
-//! back to the front, so no file is lost with a lane.
+//! A blocking thread lists the sources and stops while the window is full, so memory does not depend on their number.
+//! Lanes take claims. Dropping a claim, for whatever reason, puts its entry back at the front, so no file is lost with
+//! a lane.
 
 use std::cmp::Reverse;
 use std::collections::hash_map::RandomState;
@@ -22,46 +22,46 @@ use crate::wire::CHUNK;
 
 /// Entries that are listed ahead.
 pub(crate) const WINDOW: usize = 8_192;
-/// Files up to this size, in bytes, are sent without being asked for: one chunk.
+/// Files of up to this size, in bytes, are sent in one chunk, without asking the server what it has.
 pub(crate) const SMALL: u64 = CHUNK as u64;
 /// Up to this many entries in all count as few.
 const FEW: usize = 16;
-/// How long the first entries wait for larger ones.
+/// For this long the first entries wait for larger ones.
 const GATHER: Duration = Duration::from_millis(5);
-/// Small files taken at once: at most this many, of at most so many bytes together.
+/// Small files that a lane takes at once: at most this many, and at most this many bytes together.
 const BATCH: usize = 64;
 const BATCH_BYTES: u64 = 1 << 20;
 
-/// One entry under way, with its state so far.
+/// One entry and the state of its attempts.
 #[derive(Debug)]
 pub(crate) struct Item {
     pub(crate) index: usize,
     pub(crate) source: Source,
-    /// Bytes that it counts for in the total.
+    /// The bytes that it contributes to the total.
     pub(crate) size: u64,
-    /// Of those, bytes that count as acknowledged. Never goes down.
+    /// How many of these count as acknowledged. Never decreases.
     pub(crate) acked: u64,
-    /// Bytes sent so far, all attempts together.
+    /// Bytes sent so far, over all attempts.
     pub(crate) sent: u64,
-    /// Attempts that the server refused for a while.
+    /// Attempts that the server refused temporarily.
     pub(crate) tries: u32,
-    /// Since when the server has called it busy.
+    /// The time since which the server has answered `busy`.
     pub(crate) busy: Option<Instant>,
-    /// When it was first offered.
+    /// When it was offered first.
     pub(crate) since: Option<Instant>,
-    /// Size and hash of the bytes that this source gave, as last sent in `finish`.
+    /// Size and hash of the bytes that this source gave, as sent in the last `finish`.
     pub(crate) told: Option<(u64, [u8; 32])>,
     /// The modification time that was last sent to the server.
     pub(crate) mtime: Option<Time>,
-    /// That was on a lane that was lost: the server may have stored it.
+    /// Set when its lane was lost: the server may have stored it.
     pub(crate) unsure: bool,
-    /// It is offered once more to find out whether what is there is this file.
+    /// Set when it is offered again to find out whether the stored file is this one.
     pub(crate) settle: bool,
-    /// It was offered with a base.
+    /// Set when it was offered with a base.
     pub(crate) based: bool,
-    /// It is sent without one from now on.
+    /// Set when it must be sent without a base from now on.
     pub(crate) plain: bool,
-    /// Not again before this.
+    /// Not offered again before this time.
     pub(crate) not_before: Option<Instant>,
 }
 
@@ -90,7 +90,7 @@ impl Item {
         self.source.remote()
     }
 
-    /// Whether only its end tells its size.
+    /// Whether its size is unknown until its end.
     pub(crate) fn is_unsized(&self) -> bool {
         matches!(self.source.origin, Origin::Reader(_) | Origin::Spooled(_))
     }
@@ -103,7 +103,7 @@ impl Item {
         matches!(self.source.origin, Origin::Dir(_))
     }
 
-    /// What tells only at its end how large it is goes first.
+    /// An entry of unknown size goes first.
     fn rank(&self) -> Reverse<u64> {
         Reverse(match self.source.origin {
             Origin::Reader(_) | Origin::Spooled(_) => u64::MAX,
@@ -112,14 +112,14 @@ impl Item {
     }
 }
 
-/// What a lane shall do next.
+/// What a lane does next.
 #[derive(Debug)]
 pub(crate) enum Next {
     /// Small files, to be read and sent together.
     Batch(Vec<Claim>),
-    /// One entry; `few` when there are few in all.
+    /// One entry; `few` says whether there are few in all.
     One { claim: Claim, few: bool },
-    /// The upload is given up: this one has failed.
+    /// The upload has failed, and this entry with it.
     Failed(Claim, TransferError),
     /// Every entry has its outcome.
     Over,
@@ -128,35 +128,35 @@ pub(crate) enum Next {
 #[derive(Debug)]
 pub(crate) struct Queue {
     state: Mutex<State>,
-    /// There is more to take, or nothing will come any more.
+    /// Notified when there is more to take, or when nothing more will come.
     changed: Notify,
-    /// There is room in the window.
+    /// Notified when the window has room.
     room: Condvar,
     lanes: usize,
 }
 
 #[derive(Debug)]
 struct State {
-    /// Given back by a lane.
+    /// Entries that a lane gave back.
     again: VecDeque<Item>,
-    /// Not to be tried before a time.
+    /// Entries that wait for a time.
     later: Vec<(Instant, Item)>,
     ready: BTreeMap<(Reverse<u64>, usize), Item>,
-    /// Directories below which something is not done yet.
+    /// Directories that wait for an entry below them.
     waiting: HashMap<Box<str>, Vec<Item>>,
-    /// Directories whose time has come.
+    /// Directories that wait for nothing any more.
     ripe: VecDeque<Item>,
-    /// Names of files and links without an outcome, hashed.
+    /// Hashes of the names of files and links without an outcome.
     names: HashSet<u64>,
-    /// Files and links whose name belongs to one of these: they follow it one after the other.
+    /// Files and links that wait for another one of the same name, in their order.
     behind: HashMap<u64, VecDeque<Item>>,
     hasher: RandomState,
     /// Entries without an outcome below each path.
     below: HashMap<Box<str>, usize>,
-    /// In the collections above.
+    /// Number of entries in the collections above.
     entries: usize,
     claimed: usize,
-    /// Entries so far.
+    /// Number of entries listed so far.
     seen: usize,
     listed: bool,
     closed: bool,
@@ -165,7 +165,7 @@ struct State {
 }
 
 impl Queue {
-    /// A queue for so many lanes.
+    /// A queue for this many lanes.
     pub(crate) fn new(lanes: usize) -> Arc<Self> {
         Arc::new(Self {
             state: Mutex::new(State {
@@ -192,7 +192,7 @@ impl Queue {
         })
     }
 
-    /// Adds an entry; blocks while the window is full. `false` when nothing is taken from the queue any more.
+    /// Adds an entry; blocks while the window is full. Returns `false` when the upload has ended.
     pub(crate) fn push(&self, item: Item) -> bool {
         let mut state = self.lock();
         while state.entries >= WINDOW && !state.closed {
@@ -214,25 +214,25 @@ impl Queue {
         true
     }
 
-    /// There will be no more entries.
+    /// Called when all entries are listed.
     pub(crate) fn listed(&self) {
         self.lock().listed = true;
         self.changed.notify_waiters();
     }
 
-    /// The queue has no takers any more.
+    /// Called when nobody takes entries any more.
     pub(crate) fn close(&self) {
         self.lock().closed = true;
         self.room.notify_all();
     }
 
-    /// Gives up: every entry that is taken from now on has failed.
+    /// Fails the upload: every entry that is taken from now on has failed.
     pub(crate) fn fail(&self, error: TransferError) {
         self.lock().failed.get_or_insert(error);
         self.changed.notify_waiters();
     }
 
-    /// Waits for something to do.
+    /// Waits for the next entry.
     ///
     /// Cancel safe.
     pub(crate) async fn take(self: &Arc<Self>) -> Next {
@@ -252,7 +252,7 @@ impl Queue {
         }
     }
 
-    /// More small files, if they are next.
+    /// Takes more small files, if they are next.
     pub(crate) fn take_small(self: &Arc<Self>) -> Option<Vec<Claim>> {
         match self.try_take(true) {
             Ok(Next::Batch(batch)) => Some(batch),
@@ -260,7 +260,7 @@ impl Queue {
         }
     }
 
-    /// Takes what is next, or says when to look again at the latest.
+    /// Takes the next entry, or returns when to look again at the latest.
     fn try_take(self: &Arc<Self>, small: bool) -> Result<Next, Option<Instant>> {
         let mut state = self.lock();
         let now = Instant::now();
@@ -295,7 +295,7 @@ impl Queue {
             let claim = self.claim(&mut state, item);
             return Ok(Next::One { claim, few });
         }
-        // Each lane shall have some of the rest.
+        // Leave some entries to each of the other lanes.
         let most = (state.entries / (2 * self.lanes)).clamp(1, BATCH);
         let mut bytes = item.size;
         let mut batch = vec![self.claim(&mut state, item)];
@@ -341,7 +341,7 @@ impl State {
             }
         }
         if !item.is_dir() {
-            // Two sources of one name: the policy decides about the second when the first has its outcome.
+            // There are two sources of one name: the policy decides about the second when the first has its outcome.
             let name = self.hasher.hash_one(item.path());
             if self.names.insert(name) {
                 self.ready.insert((item.rank(), item.index), item);
@@ -356,8 +356,8 @@ impl State {
         }
     }
 
-    /// An entry has its outcome: the directories above it may have waited for that, and others of its name. Says
-    /// whether there is something to take now.
+    /// Records the outcome of an entry. Directories above it and entries of the same name may have waited for that.
+    /// Returns whether there is an entry to take now.
     fn settle(&mut self, settled: &Item) -> bool {
         for above in parents(settled.path()) {
             let Some(count) = self.below.get_mut(above) else {
@@ -374,7 +374,7 @@ impl State {
         next || !self.ripe.is_empty()
     }
 
-    /// Lets the next of this name begin, if there is one.
+    /// Releases the next entry of this name, if there is one.
     fn follow(&mut self, path: &str) -> bool {
         let name = self.hasher.hash_one(path);
         let Some(items) = self.behind.get_mut(&name) else {
@@ -391,7 +391,7 @@ impl State {
         })
     }
 
-    /// Until when to wait for larger files at the beginning.
+    /// Until when the first entries wait for larger ones.
     fn gathered(&self, now: Instant) -> Option<Instant> {
         let until = self.begun + GATHER;
         (!self.listed && self.entries < WINDOW && self.claimed == 0 && now < until).then_some(until)
@@ -406,7 +406,7 @@ impl State {
             .or_else(|| self.ready.first_key_value().map(|(_, item)| item))
     }
 
-    /// Takes what [`first`](Self::first) shows.
+    /// Takes the entry that [`first`](Self::first) shows.
     fn pop(&mut self, now: Instant) -> Option<Item> {
         if let Some(item) = self.again.pop_front().or_else(|| self.ripe.pop_front()) {
             return Some(item);
@@ -447,7 +447,7 @@ impl State {
     }
 }
 
-/// An entry in a lane's hands. Dropped without [`settle`](Self::settle) it goes back to the queue.
+/// An entry that a lane has taken. Dropping it without [`settle`](Self::settle) puts the entry back into the queue.
 #[derive(Debug)]
 pub(crate) struct Claim {
     item: Item,
@@ -456,7 +456,7 @@ pub(crate) struct Claim {
 }
 
 impl Claim {
-    /// It has its outcome.
+    /// Records that the entry has its outcome.
     pub(crate) fn settle(mut self) {
         self.settled = true;
     }
@@ -499,7 +499,7 @@ impl Drop for Claim {
     }
 }
 
-/// The paths above this one, the nearest first.
+/// The paths above this one, nearest first.
 fn parents(path: &str) -> impl Iterator<Item = &str> {
     std::iter::successors(path.rsplit_once('/').map(|(above, _)| above), |above| {
         above.rsplit_once('/').map(|(above, _)| above)

@@ -1,5 +1,5 @@
-//! [`Remote`]: what a client asks of a server's directory besides transfers. Nothing the server says is
-//! believed before it was checked.
+//! [`Remote`]: a client's requests about a server's directory, besides transfers. Every answer is checked before it is
+//! used.
 
 mod jobs;
 mod order;
@@ -31,20 +31,20 @@ pub use jobs::{Job, JobKind, JobState, Jobs, JobsEvent};
 pub use stats::StatsWatch;
 pub use wire::{Rights, ShareEntry, ShareWish, Shared};
 
-/// Entries asked for at a time.
+/// Entries requested at a time.
 const PAGE: usize = 512;
 /// How long the server may take to look something up.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// How long it may take to read a whole file or to remove a tree. It says nothing meanwhile: whether it lives
-/// is known from the connection.
+/// How long it may take to read a whole file or to remove a tree. It sends nothing meanwhile; the connection's timers
+/// detect a dead server.
 const LONG: Duration = Duration::from_secs(24 * 3600);
-/// Times one request may be lost together with its channel.
+/// How many times one request may be lost together with its channel.
 const LOSSES: u32 = 8;
 
-/// A server's directory, seen through one channel. A cheap clone of one handle; requests may run side by side.
+/// A server's directory, used through one channel. A handle: clones share the channel, and their requests run in
+/// parallel.
 ///
-/// Requests that were lost with their connection are asked again over the next one, as far as the [`Link`]
-/// finds one.
+/// A request that is lost with its connection is sent again on the next one, as long as the [`Link`] finds one.
 #[derive(Clone)]
 pub struct Remote {
     inner: Arc<Inner>,
@@ -66,23 +66,23 @@ impl Remote {
         }
     }
 
-    /// What is there under this name; `None` is the root. Symbolic links are not followed.
+    /// The entry of this name; `None` is the root. Symbolic links are not followed.
     ///
     /// # Errors
     /// [`TransferError::Refused`] with `not_found` among others, and those of the connection.
     ///
     /// # Cancel safety
-    /// Dropping it gives the request up.
+    /// Dropping the future cancels the request.
     pub async fn stat(&self, path: Option<&RelPath>) -> Result<Entry, TransferError> {
         let asked = wire::PathField::new(path);
         let found: wire::Found = self.ask("stat", &asked, PATIENCE).await?;
         found.entry(path)
     }
 
-    /// What is below a directory; `None` is the root. Recursive: each directory before what is in it. A file
+    /// The entries below a directory; `None` is the root. If recursive, each directory comes before its entries. A file
     /// or a link is listed as itself.
     ///
-    /// Nothing is asked before the first [`Listing::next`].
+    /// Nothing is requested before the first [`Listing::next`].
     pub fn list(&self, path: Option<&RelPath>, recursive: bool) -> Listing {
         Listing {
             remote: self.clone(),
@@ -95,17 +95,17 @@ impl Remote {
         }
     }
 
-    /// Removes a file, a link or an empty directory; with `recursive` a directory and all that is in it.
+    /// Removes a file, a link or an empty directory; with `recursive` a directory and everything in it.
     ///
-    /// When the answer was lost with the connection and the name is gone afterwards, that counts as removed:
-    /// nothing is counted then.
+    /// If the answer was lost with the connection and the name is gone afterwards, it counts as removed, with a count
+    /// of zero.
     ///
     /// # Errors
     /// [`TransferError::Refused`] with `not_found`, `not_empty`, `forbidden` among others, and those of the
     /// connection.
     ///
     /// # Cancel safety
-    /// Dropping it gives the request up; the server may remove all the same.
+    /// Dropping the future cancels the request; the server may still remove the entry.
     pub async fn remove(&self, path: &RelPath, recursive: bool) -> Result<Removed, TransferError> {
         let asked = wire::RemoveFields {
             path: path.as_str(),
@@ -124,7 +124,7 @@ impl Remote {
         }
     }
 
-    /// Size and BLAKE3 of a file as the server reads it now. Takes as long as the server reads.
+    /// Size and BLAKE3 of a file, as the server reads it now. Takes as long as reading the file.
     ///
     /// # Errors
     /// As for [`stat`](Self::stat).
@@ -137,7 +137,7 @@ impl Remote {
         Ok((hashed.size, hashed.hash.0))
     }
 
-    /// The chunks of a file at the server, of which one of this size may have many. No more than are looked at.
+    /// The chunks of a file at the server, for a source of this size. Returns no more chunks than a comparison uses.
     pub(crate) async fn sums(&self, path: &RelPath, size: u64) -> Result<Sums, TransferError> {
         let cutter = Cutter::fit(size);
         let mut sums = Sums::new(cutter);
@@ -162,10 +162,10 @@ impl Remote {
         }
     }
 
-    /// What this client's token may do.
+    /// The rights of this client's token.
     ///
     /// # Errors
-    /// As for [`stat`](Self::stat); [`Code::Unsupported`] from a server that does not tell.
+    /// As for [`stat`](Self::stat); [`Code::Unsupported`] from a server that does not know this request.
     ///
     /// # Cancel safety
     /// As for [`stat`](Self::stat).
@@ -174,24 +174,24 @@ impl Remote {
         told.rights()
     }
 
-    /// Makes a token for somebody else, who may do with it no more than this client may. It ends when it is
-    /// [revoked](Self::unshare) or expires, or this client's own token does.
+    /// Makes a token for somebody else. It grants at most what this client may do. It ends when it is
+    /// [revoked](Self::unshare), when it expires, or when this client's own token ends.
     ///
-    /// When the answer was lost with the connection it is asked again, and then one share may be left that nobody knows.
+    /// If the answer is lost with the connection, the request is sent again. The server may then keep one share whose
+    /// token nobody has.
     ///
-    /// # Errors
     /// [`TransferError::Refused`] with `forbidden`, `quota`, `too_many_shares`, `bad_name` among others, with
-    /// [`Code::Unsupported`] by a server that makes none; and those of the connection.
+    /// [`Code::Unsupported`] from a server that makes no shares; and those of the connection.
     ///
     /// # Cancel safety
-    /// Dropping it gives the request up; the server may make the share all the same.
+    /// Dropping the future cancels the request; the server may still make the share.
     pub async fn share(&self, wish: &ShareWish) -> Result<Shared, TransferError> {
         self.ask("share", &wire::ShareFields::of(wish), PATIENCE)
             .await
     }
 
-    /// The shares that this client's token has made, those that expired left out. Their tokens nobody knows but those who have
-    /// them.
+    /// The shares that this client's token has made, without expired ones. The server does not know their tokens any
+    /// more.
     ///
     /// # Errors
     /// As for [`share`](Self::share).
@@ -206,28 +206,28 @@ impl Remote {
             .collect()
     }
 
-    /// Revokes one of them by its name: who came with it is sent away.
+    /// Revokes a share by its name. Clients that use it are disconnected.
     ///
     /// # Errors
     /// As for [`share`](Self::share), and [`TransferError::Refused`] with `not_found`.
     ///
     /// # Cancel safety
-    /// Dropping it gives the request up; the server may revoke the share all the same.
+    /// Dropping the future cancels the request; the server may still revoke the share.
     pub async fn unshare(&self, name: &str) -> Result<(), TransferError> {
         self.ask("unshare", &wire::NameField { name }, PATIENCE)
             .await
     }
 
-    /// The transfers that run at the server, as far as this client may see them.
+    /// Watches the server's transfers, as far as this client may see them.
     ///
-    /// Nothing is asked before the first [`Jobs::next`].
+    /// Nothing is requested before the first [`Jobs::next`].
     pub fn jobs(&self) -> Jobs {
         Jobs::new(self.inner.link.clone())
     }
 
-    /// The state of the server, for a client that may watch it.
+    /// Watches the state of the server, for a client that may.
     ///
-    /// Nothing is asked before the first [`StatsWatch::next`].
+    /// Nothing is requested before the first [`StatsWatch::next`].
     pub fn stats(&self) -> StatsWatch {
         StatsWatch::new(self.inner.link.clone())
     }
@@ -245,7 +245,7 @@ impl Remote {
         self.ask_noting(event, data, patience, &mut false).await
     }
 
-    /// Asks, again if need be, and notes whether an answer was lost.
+    /// Sends a request, if need be again, and records whether an answer was lost.
     async fn ask_noting<T, R>(
         &self,
         event: &'static str,
@@ -307,7 +307,7 @@ impl fmt::Debug for Remote {
     }
 }
 
-/// Opens a channel behind the `$hello`.
+/// Opens a channel without waiting for `$welcome`.
 async fn open_eager(link: &Link, name: &str) -> Result<Channel, TransferError> {
     loop {
         let socket = link.eager().await?;
@@ -324,14 +324,14 @@ async fn open_eager(link: &Link, name: &str) -> Result<Channel, TransferError> {
 /// The error of a request as one of a transfer.
 fn failed(error: RequestError, patience: Duration) -> TransferError {
     match error {
-        // The deadline passed, here or at the server, whichever saw it first.
+        // The deadline passed, at this side or at the server.
         error if error.is_timeout() => TransferError::Silent(patience),
         RequestError::Fault(fault) => {
             let code = Code::read(&fault.code, None);
             TransferError::Refused {
                 code,
                 message: crate::wire::printable(&fault.message),
-                // Faults do not say.
+                // A `$fault` does not contain this.
                 retry: code.retry(),
             }
         }
@@ -356,7 +356,7 @@ fn broken(text: impl Into<String>) -> TransferError {
     TransferError::Protocol(text.into())
 }
 
-/// The entries of a directory, page by page. One page is fetched ahead, however many there are.
+/// The entries of a directory, page by page. One page is fetched ahead.
 ///
 /// # Drop
 /// Cancels the pending request.
@@ -379,10 +379,10 @@ enum State {
 }
 
 impl Listing {
-    /// The next entry; `None` after the last one. An error is the last that comes.
+    /// The next entry; `None` after the last one. Nothing follows an error.
     ///
-    /// Every entry has been checked: its path is a [`RelPath`] below the directory asked for, comes after the
-    /// one before, and its directory has been listed.
+    /// Every entry has been checked: its path is a [`RelPath`] below the requested directory and sorts after the
+    /// previous one, and its directory has been listed.
     ///
     /// # Cancel safety
     /// Cancel safe.

@@ -1,5 +1,5 @@
-//! [`Uploader`]: the client's half of an upload. Spreads files over lanes, keeps the lanes full, and brings
-//! what a lost connection interrupted to its end over the next one.
+//! [`Uploader`]: the client's half of an upload. It spreads files over lanes, keeps the lanes full, and continues over
+//! the next connection what a lost one interrupted.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -32,26 +32,26 @@ use crate::wire::{
 
 /// Files of one lane that may wait for their `done`.
 const IN_FLIGHT: usize = 256;
-/// Silence of the server while it owes an answer; it gives a sign of life each second.
+/// For this long the server may be silent while it owes an answer. It sends a sign of life each second.
 const SILENCE: Duration = Duration::from_secs(60);
-/// Silence of this side on an open file, after which it gives a sign of life.
+/// After this long without a message on an open file, this side sends a sign of life.
 const ALIVE: Duration = Duration::from_secs(5);
-/// The longest range of an unfinished file that a server proves at once: what is longer is a finished one.
+/// The longest range that the server proves of an unfinished file. A longer range means that the file is finished.
 const RANGE: u64 = 64 << 20;
-/// Bytes of a run, all lanes together, that at most are sent before the server has said what it has of their files: the
-/// link has nothing else to carry then. Congestion control lets 38 KB out in the first round trip of a connection.
+/// Bytes that a run may send, over all lanes, before the server has answered what it has of their files. The path is
+/// idle until then. Congestion control permits 38 KB in the first round trip of a connection.
 const EARLY: u64 = 64 << 10;
-/// The longest chunk of these: nothing is known of the path yet.
+/// The longest chunk of such bytes: nothing is known about the path yet.
 const EARLY_CHUNK: usize = 16 << 10;
-/// How long and how often a file is offered again that another client is writing.
+/// For this long, at this interval, a file that another client is writing is offered again.
 const BUSY: Duration = Duration::from_secs(20);
 const BUSY_PAUSE: Duration = Duration::from_secs(1);
-/// How often, and after how long at first, a file is sent again that the server failed to take.
+/// A file that the server failed to store is sent again this many times. The first pause is this long.
 const TRIES: u32 = 3;
 const TRY_PAUSE: Duration = Duration::from_millis(500);
-/// Round trips from which on a file is compared with what the server has of it before it is sent.
+/// From this round-trip time on, a file is compared with the server's bytes before it is sent.
 const FAR: Duration = Duration::from_millis(2);
-/// Lanes in a row that end without progress although their socket lives.
+/// An upload fails after this many lanes in a row that end without progress on a live socket.
 const SETBACKS: u32 = 10;
 
 /// How to upload: to which server, on how many lanes, what to do with names that are taken.
@@ -68,25 +68,26 @@ pub struct Uploader {
     limiter: Limiter,
 }
 
-/// When to send only what differs from a file that the server has: its old version, or the [`base`](Source::base) of a
-/// source. The server lists the chunks of that file, whose borders depend on their content; those that are in the source
-/// it copies. What is stored is verified as a whole, as always.
+/// When to send only the differences from a file that the server has: from its old version, or from the
+/// [`base`](Source::base) of a source. The server lists the chunks of that file; their borders depend on its content.
+/// It copies the chunks that the source has, too. The stored file is verified as a whole in any case.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Delta {
-    /// Where bytes cost more time than reading twice: on a path with a round trip of 2 ms or more, or with a
+    /// Where sending bytes takes longer than reading them twice: on a path with a round trip of 2 ms or more, or with a
     /// [`limit`](Uploader::limit).
     #[default]
     Auto,
-    /// For every file above 256 KiB, and for smaller ones that have a [`base`](Source::base), which has to be the same file.
+    /// For every file above 256 KiB, and for each smaller one that has a [`base`](Source::base), which must then be
+    /// identical.
     Always,
-    /// Not at all.
+    /// Never.
     Never,
 }
 
 impl Uploader {
-    /// Uploads over this link, or over this socket as long as it lives: where that one reconnects, the upload goes on
-    /// over its next connection.
+    /// Uploads over this link, or over this socket as long as it lives. When the socket reconnects, the upload
+    /// continues on its next connection.
     pub fn new(link: impl Into<Link>) -> Self {
         Self {
             link: link.into(),
@@ -100,57 +101,59 @@ impl Uploader {
         }
     }
 
-    /// Files sent side by side. Defaults to 4; never more than there are files.
+    /// How many files are sent in parallel. Defaults to 4; there are never more lanes than files.
     pub fn lanes(mut self, lanes: usize) -> Self {
         self.lanes = lanes.max(1);
         self
     }
 
-    /// What the server shall do when a name is taken. Defaults to [`IfExists::Same`].
+    /// What the server does when a name is taken. Defaults to [`IfExists::Same`].
     pub fn if_exists(mut self, if_exists: IfExists) -> Self {
         self.if_exists = if_exists;
         self
     }
 
-    /// Gives what is stored the modification time and the permission bits that it has here. Defaults to no.
+    /// Whether the server's copy gets the modification time and the permission bits of the local file. Defaults to no.
     pub fn preserve(mut self, preserve: bool) -> Self {
         self.preserve = preserve;
         self
     }
 
-    /// Without [`preserve`](Self::preserve), gives what is stored its permission bits all the same, but for these, as
-    /// `cp` does with the umask. Defaults to `None`: files are for their owner only.
+    /// Without [`preserve`](Self::preserve), gives the server's copy the local permission bits except these, as `cp`
+    /// does with the umask. Defaults to `None`: only the owner may use the files.
     pub fn umask(mut self, umask: Option<u32>) -> Self {
         self.umask = umask;
         self
     }
 
-    /// Goes on where an earlier upload of the same file was interrupted, passing over what is proved to be
-    /// equal, and lets a later one do so. Defaults to yes. Files of one chunk are always sent whole, and up
-    /// to 64 KiB of a run without asking.
+    /// Whether an interrupted upload of the same file is continued, and whether this one can be continued later. Bytes
+    /// that the server proves to have are not sent again. Defaults to yes. A file of one chunk is always sent whole,
+    /// and so are the first 64 KiB of a run.
     pub fn resume(mut self, resume: bool) -> Self {
         self.resume = resume;
         self
     }
 
-    /// When to send only what differs from what the server has: of files that replace another by
-    /// [`IfExists::Overwrite`], and of those with a [`base`](Source::base). It takes [`resume`](Self::resume), a token that may
-    /// read, and a file above 256 KiB or a base; where the server does not do it, all is sent. Defaults to [`Delta::Auto`].
+    /// When to send only the differences from a file that the server has. This concerns files that replace another by
+    /// [`IfExists::Overwrite`], and files with a [`base`](Source::base). It needs [`resume`](Self::resume), a token
+    /// that may read, and a file above 256 KiB or a base. If the server does not list chunks, the file is sent whole.
+    /// Defaults to [`Delta::Auto`].
     pub fn delta(mut self, delta: Delta) -> Self {
         self.delta = delta;
         self
     }
 
-    /// How fast to send: bytes of files, all lanes together. Defaults to no limit.
+    /// How fast to send: bytes of files, over all lanes. Defaults to no limit.
     pub fn limit(mut self, limiter: Limiter) -> Self {
         self.limiter = limiter;
         self
     }
 
-    /// Starts to upload. The sources are listed on a blocking thread, some thousands ahead; of these the
-    /// largest is begun first. One that fails does not stop the others.
-    /// Two sources of one name are sent one after the other in their order, and what becomes of the second is the
-    /// policy's word: [`IfExists::Rename`] keeps both, [`IfExists::Overwrite`] the later one.
+    /// Starts the upload. A blocking thread lists the sources, some thousands ahead; the lanes take the largest of
+    /// these first. A source that fails does not stop the others.
+    ///
+    /// Two sources of the same name are sent one after the other, in their order. The policy decides about the second:
+    /// [`IfExists::Rename`] keeps both, [`IfExists::Overwrite`] keeps the later one.
     ///
     /// Must be called within a tokio runtime.
     pub fn put(
@@ -185,11 +188,11 @@ impl Uploader {
     }
 }
 
-/// An upload under way.
+/// An upload that is running.
 ///
 /// # Drop
-/// Gives up what is unfinished; nothing of it becomes visible. Unless resuming is turned off, the server keeps
-/// what it has of it for a while. Files whose last byte was sent may still be stored.
+/// Ends the upload; no unfinished file becomes visible. Unless resuming is turned off, the server keeps the bytes of
+/// unfinished files for a while. A file whose last byte was sent may still be stored.
 #[derive(Debug)]
 pub struct Upload {
     shared: Arc<Shared>,
@@ -197,8 +200,8 @@ pub struct Upload {
 }
 
 impl Upload {
-    /// What happened next; `None` when every file has its `Done` or `Failed`. Progress comes when it changed,
-    /// ten times a second at most, and once more at the end.
+    /// The next event; `None` when every file has its `Done` or `Failed`. Progress is reported when it changed, at most
+    /// ten times a second, and once more at the end.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -206,13 +209,13 @@ impl Upload {
         self.feed.next(|| self.shared.totals.progress()).await
     }
 
-    /// How far it is.
+    /// The progress so far.
     pub fn progress(&self) -> Progress {
         self.shared.totals.progress()
     }
 
-    /// Returns a watcher of the progress, of the whole and of each file: beside the events, and as often as asked
-    /// for.
+    /// Returns a watcher of the progress, of the whole and of each file. It is independent of the events and can be
+    /// asked at any rate.
     pub fn watch(&self) -> Watch {
         self.shared.totals.watch()
     }
@@ -238,11 +241,11 @@ fn new_run() -> [u8; 16] {
 #[derive(Debug)]
 struct Shared {
     uploader: Uploader,
-    /// The policy's word.
+    /// The policy's name on the wire.
     if_exists: String,
-    /// Whom to ask for chunks.
+    /// Requests the chunks of a base.
     remote: Remote,
-    /// The server lists no chunks for this client.
+    /// Set when the server lists no chunks for this client.
     no_delta: AtomicBool,
     queue: Arc<Queue>,
     buffers: Buffers,
@@ -255,7 +258,7 @@ struct Shared {
 }
 
 impl Shared {
-    /// Names one source to the server, over all its offers: 16 bytes that no other source has, whatever its name.
+    /// The run of one source: 16 bytes that stay the same over all its offers and that no other source has.
     fn run(&self, index: usize) -> Run {
         let mut run = self.run;
         for (byte, index) in run.iter_mut().zip((index as u64).to_le_bytes()) {
@@ -264,20 +267,20 @@ impl Shared {
         Run(run)
     }
 
-    /// Changes the size of a file, in bytes.
+    /// Corrects the size of a file, in bytes.
     fn resize(&self, item: &mut Item, size: u64) {
         self.totals
             .resize(item.index, &mut item.size, item.acked, size);
     }
 
     /// How many bytes of a file may be sent before the server has said what it has of it, on a path with this
-    /// window: what does not leave before the answer is here would only be in the way of what follows.
+    /// congestion window. Bytes beyond the window would leave only after the answer and delay what follows.
     fn early(&self, item: &Item, window: u64) -> usize {
-        // What was sent before is there, most likely.
+        // The server most likely has what was sent before.
         if !self.uploader.resume || item.sent > 0 {
             return 0;
         }
-        // With a limit not more than goes out without a pause.
+        // With a rate limit, no more than it releases without a pause.
         let most = EARLY.min(self.uploader.limiter.chunk() as u64).min(window);
         let want = item.size.min(most);
         let take = |left: u64| Some(left.saturating_sub(want));
@@ -292,7 +295,7 @@ impl Shared {
         self.totals.ack(item.index, &mut item.acked, acked);
     }
 
-    /// Reports a file that did not arrive.
+    /// Reports a file that was not stored.
     async fn failed(&self, events: &mpsc::Sender<Event>, claim: Claim, error: TransferError) {
         self.totals
             .fail(claim.index, !claim.is_unsized(), (claim.size, claim.acked));
@@ -306,9 +309,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Lists the sources until the end, or until nobody wants more.
+/// Lists the sources until there are no more, or until the upload has ended.
 fn list(sources: impl Iterator<Item = Source>, shared: &Shared, events: &mpsc::Sender<Event>) {
-    /// Also when the iterator panics: the lanes must not wait for more.
+    /// Runs on a panic of the iterator, too: otherwise the lanes would wait for more entries for ever.
     struct Listed<'a>(&'a Shared);
     impl Drop for Listed<'_> {
         fn drop(&mut self) {
@@ -344,17 +347,17 @@ fn list(sources: impl Iterator<Item = Source>, shared: &Shared, events: &mpsc::S
 #[derive(Debug)]
 struct Sent {
     claim: Claim,
-    /// How far this attempt is: bytes sent or passed over.
+    /// The position of this attempt: bytes sent or skipped.
     position: u64,
-    /// Bytes passed over.
+    /// Bytes skipped because the server has them.
     skipped: u64,
-    /// Of those, what lies beyond `arrived`: from where to where.
+    /// The skipped ranges beyond `arrived`: begin and end.
     ahead: VecDeque<(u64, u64)>,
-    /// How far the server has got.
+    /// The position up to which the server has received.
     arrived: u64,
     /// Bytes that the server copied from the base.
     copied: u64,
-    /// Nothing was sent so far in this attempt.
+    /// Whether nothing was sent in this attempt yet.
     untouched: bool,
     ready: Option<oneshot::Sender<Ready>>,
 }
@@ -382,13 +385,13 @@ struct Ready {
 }
 
 impl Sent {
-    /// The server has these bytes: they are passed over.
+    /// Skips bytes that the server has.
     fn pass(&mut self, offset: u64, len: u64) {
         self.skipped += len;
         self.unsent(offset, len);
     }
 
-    /// The server gets these bytes, and not from here.
+    /// Skips bytes that the server gets from elsewhere.
     fn unsent(&mut self, offset: u64, len: u64) {
         self.position = offset + len;
         match self.ahead.back_mut() {
@@ -397,7 +400,7 @@ impl Sent {
         }
     }
 
-    /// The server has got so far; how many of the bytes that this adds were sent.
+    /// Records the server's position. Returns how many of the newly received bytes were sent in this attempt.
     fn arrived(&mut self, recv: u64) -> u64 {
         let recv = recv.min(self.position);
         let mut sent = recv.saturating_sub(self.arrived);
@@ -417,16 +420,16 @@ impl Sent {
     }
 }
 
-/// What the two halves of a lane share.
+/// What the sending and the receiving half of a lane share.
 #[derive(Debug, Default)]
 struct InFlight {
     files: Mutex<HashMap<u64, Sent>>,
-    /// Files that were given up here and whose `error` is awaited: why.
+    /// Files that this side gave up and whose `error` has not arrived yet, with the reason.
     given_up: Mutex<HashMap<u64, TransferError>>,
     changed: Notify,
-    /// The sending half will add no more.
+    /// Set when the sending half will add no more files.
     complete: AtomicBool,
-    /// The server has moved something on.
+    /// Set when the server has received or finished something.
     moved: AtomicBool,
 }
 
@@ -459,12 +462,12 @@ impl InFlight {
         }
     }
 
-    /// Changes what is known of a file; `None` when it has its outcome already.
+    /// Changes the state of a file; `None` when it has its outcome already.
     fn with<T>(&self, id: u64, change: impl FnOnce(&mut Sent) -> T) -> Option<T> {
         lock(&self.files).get_mut(&id).map(change)
     }
 
-    /// Takes a file that has its outcome.
+    /// Removes a file that has its outcome.
     fn take(&self, id: u64) -> Option<Sent> {
         let sent = lock(&self.files).remove(&id);
         self.changed.notify_waiters();
@@ -472,12 +475,12 @@ impl InFlight {
     }
 }
 
-/// Sends entries over lane after lane until there are none, or lanes are no use.
+/// Sends entries over one lane after the other, until there are no more entries or the lanes keep failing.
 async fn lane(shared: Arc<Shared>, events: mpsc::Sender<Event>) {
     let link = &shared.uploader.link;
     let mut setbacks = 0;
     loop {
-        // Something to do first: nobody connects for nothing.
+        // Connect only when there is something to send.
         let next = match shared.queue.take().await {
             Next::Over => return,
             Next::Failed(claim, error) => {
@@ -497,7 +500,7 @@ async fn lane(shared: Arc<Shared>, events: mpsc::Sender<Event>) {
         let Err(error) = serve(&shared, &socket, next, &flight, &events).await else {
             return;
         };
-        // The link handles a socket that was never admitted.
+        // The link handles a socket that was not admitted.
         let admitted = socket.admitted().await.is_ok();
         let left: Vec<_> = lock(&flight.files).drain().collect();
         let mends = link.mends(&error);
@@ -510,8 +513,8 @@ async fn lane(shared: Arc<Shared>, events: mpsc::Sender<Event>) {
             if let Some(own) = own {
                 shared.failed(&events, claim, own).await;
             } else if (mends || refused || !admitted) && !claim.source.is_spent() {
-                // Dropped, it goes back to the queue. The server may have stored it also where its word that it
-                // lets us in was lost.
+                // Dropping the claim puts the entry back into the queue. The server may have stored the file even if
+                // its `$welcome` was lost.
                 claim.unsure |= claim.told.is_some();
             } else {
                 shared.failed(&events, claim, error.again()).await;
@@ -527,22 +530,22 @@ async fn lane(shared: Arc<Shared>, events: mpsc::Sender<Event>) {
         if mends && (!lives || setbacks < SETBACKS) {
             tracing::debug!(%error, setbacks, "a lane is opened again");
             if lives {
-                // Nobody else sees to it that this is not done without a pause, or for ever.
+                // This loop alone limits how often, and with which pauses, a lane is opened again.
                 setbacks += 1;
                 tokio::time::sleep(link.pause(setbacks)).await;
             }
             continue;
         }
         if shared.lanes.fetch_sub(1, Ordering::Relaxed) > 1 {
-            // The others go on with the queue.
+            // The other lanes continue with the queue.
             return;
         }
         shared.queue.fail(error);
     }
 }
 
-/// Sends over one channel until there is nothing to send, or the channel is over: then what had no outcome is
-/// still in `flight`.
+/// Sends over one channel until there is nothing to send or the channel has ended. Files without an outcome stay in
+/// `flight`.
 async fn serve(
     shared: &Arc<Shared>,
     socket: &Socket,
@@ -573,7 +576,8 @@ async fn serve(
         flight.changed.notify_waiters();
         result
     };
-    // The receiving half ends last, or first when the lane breaks: then sending must not wait for it.
+    // The receiving half usually ends last. When the lane breaks it ends first, and the sending half must not wait for
+    // it.
     let result = {
         let mut sending = std::pin::pin!(sending);
         let mut receiving = std::pin::pin!(lane.receive(socket));
@@ -587,14 +591,14 @@ async fn serve(
         }
     };
     match &result {
-        // Everything has its outcome: end the lane in order, without waiting for the last acknowledgement.
+        // Every file has its outcome: close the lane without waiting for the last acknowledgement.
         Ok(()) => drop(channel.close(CloseCode::NORMAL, "")),
         Err(_) => drop(channel.close(CloseCode::CANCELLED, "the lane failed")),
     }
     result
 }
 
-/// The lane takes no more. The receiving half says why.
+/// The lane has ended. The receiving half knows the reason.
 struct LaneOver;
 
 impl From<SendError> for LaneOver {
@@ -603,7 +607,7 @@ impl From<SendError> for LaneOver {
     }
 }
 
-/// One channel, and whom to tell.
+/// One channel of an upload, with the receiver of its events.
 #[derive(Clone, Copy)]
 struct Lane<'a> {
     shared: &'a Arc<Shared>,
@@ -613,7 +617,7 @@ struct Lane<'a> {
     pace: &'a Pace,
 }
 
-/// A small file, read and hashed; `None` where it is none any more.
+/// A small file, read and hashed; `None` when it is not small any more.
 struct Loaded {
     claim: Claim,
     read: Result<Option<Whole>, TransferError>,
@@ -630,7 +634,7 @@ fn load(claims: Vec<Claim>, buffers: &Buffers) -> Vec<Loaded> {
         .collect()
 }
 
-/// Opens a source, and reads so much of it.
+/// Opens a source and reads up to `early` bytes of it.
 async fn open(source: Source, early: usize) -> Result<(Opened, Bytes), TransferError> {
     let opened = tokio::task::spawn_blocking(move || {
         let mut opened = source.open()?;
@@ -643,20 +647,20 @@ fn reader_failed() -> TransferError {
     TransferError::Protocol("the reader failed".to_owned())
 }
 
-/// A file of which the first bytes are sent.
+/// A file whose first bytes have been sent.
 struct Sending {
     id: u64,
     source: Source,
     size: Option<u64>,
-    /// Bytes that were sent before the server told what it has.
+    /// Bytes that were sent before the server's answer.
     early: u64,
-    /// Where that ends.
+    /// The end of the ranges that the server has.
     known: u64,
-    /// The server has a finished file of this size.
+    /// Set when the server has a finished file of this size.
     stored: bool,
     position: u64,
     skipped: u64,
-    /// All that the server has was looked at.
+    /// Set when all of the server's ranges have been compared.
     told: bool,
 }
 
@@ -679,8 +683,8 @@ impl Sending {
         }
     }
 
-    /// Notes that this piece is the first behind all that the server has; how much of that was passed over, if that
-    /// is worth telling.
+    /// Records whether this piece is the first one beyond the server's ranges. Returns how many bytes were skipped, if
+    /// any.
     fn passes(&mut self, piece: &Piece) -> Option<u64> {
         let at = match piece {
             Piece::Chunk { offset, .. }
@@ -699,7 +703,7 @@ impl Sending {
         (rest && self.skipped > 0).then_some(self.skipped)
     }
 
-    /// Another file of this size is stored.
+    /// The error for a different file of this size that is stored.
     fn exists(&self) -> TransferError {
         TransferError::Refused {
             code: Code::Exists,
@@ -713,7 +717,7 @@ impl Sending {
 }
 
 impl Lane<'_> {
-    /// Sends entry after entry; one that fails here has its event sent here.
+    /// Sends one entry after the other. Reports those that fail on this side.
     async fn send_all(self, first: Next) -> Result<(), LaneOver> {
         let mut next = Some(first);
         let mut ids = 1..;
@@ -732,7 +736,7 @@ impl Lane<'_> {
                 }
                 Some(Next::Over) | None => return Ok(()),
             };
-            // While one batch goes out, the next is read.
+            // The next batch is read while this one is being sent.
             let start = |batch| {
                 let buffers = self.shared.buffers.clone();
                 tokio::task::spawn_blocking(move || load(batch, &buffers))
@@ -749,7 +753,7 @@ impl Lane<'_> {
         }
     }
 
-    /// Sends one small file, without waiting for anything.
+    /// Sends one small file without waiting for an answer.
     async fn send_small(
         self,
         ids: &mut impl Iterator<Item = u64>,
@@ -781,7 +785,7 @@ impl Lane<'_> {
         sent.position = size;
         sent.untouched = false;
         self.flight.add(id, sent);
-        // The smallest chunk is right at any pace, and the counts cost the lock of the connection.
+        // The smallest chunk is right at every rate, and reading the path's statistics takes the connection's lock.
         let most = if bytes.len() <= SMALLEST {
             bytes.len()
         } else {
@@ -820,7 +824,8 @@ impl Lane<'_> {
         self.finish(id, size, hash).await
     }
 
-    /// Has a small file put together from its base as a whole. If it is another one, it is sent the next time.
+    /// Lets the server build a small file from its base alone. If the base has changed, the file is sent on the next
+    /// attempt.
     async fn send_moved(
         self,
         id: u64,
@@ -852,7 +857,7 @@ impl Lane<'_> {
         self.finish(id, size, hash).await
     }
 
-    /// Sends any one entry.
+    /// Sends one entry of any kind.
     async fn send_one(
         self,
         ids: &mut impl Iterator<Item = u64>,
@@ -883,7 +888,7 @@ impl Lane<'_> {
             };
             self.channel.send("link", &fields).await?;
         } else {
-            // Permissions that are not preserved are for a directory that must be made.
+            // Permissions that are not preserved apply to directories that must be created.
             let mut dirs = self.dirs(&source);
             if let Some(umask) = self.shared.uploader.umask {
                 dirs.push(meta.mode.unwrap_or(0) & 0o777 & !umask);
@@ -919,14 +924,14 @@ impl Lane<'_> {
         };
         let Opened { size, meta, .. } = opened;
         let source = self.start(&mut claim, size).await;
-        // A large file is worth the question what the server has of it; of few files each is.
+        // For a large file it pays to ask what the server has; when there are few files, for each of them.
         let uploader = &self.shared.uploader;
         let same = few && uploader.if_exists == IfExists::Same;
         let early = head.len() as u64;
         let spool = source.spool();
         let asks = |size: u64| (size > SMALL || same) && size > early;
         let ask = uploader.resume && (spool.is_some() || size.is_some_and(asks));
-        // Whatever the server has of an earlier run, it cannot be compared with what is not read yet.
+        // What the server has of an earlier run cannot be compared with bytes that were not read yet.
         let waits = ask && !spool.is_some_and(Spool::is_fresh);
         let run = self.shared.run(claim.index);
         let mut offer = self.offer(claim.settle, id, &source, size, meta, ask, run);
@@ -946,7 +951,7 @@ impl Lane<'_> {
                     sums = sums.filter(|_| base.is_some());
                     have
                 }
-                // It has its outcome already.
+                // The file has its outcome already.
                 Err(_) => return Ok(()),
             }
         } else {
@@ -956,7 +961,7 @@ impl Lane<'_> {
         if let Some((0, len, _)) = have.first()
             && *len >= early
         {
-            // What was sent already is in it, or that will show.
+            // What an earlier attempt sent is part of the file, or the comparison will show that it is not.
             self.flight.with(id, |sent| sent.untouched = true);
         }
         let sending = Sending::new(id, source, size, early, &have);
@@ -966,7 +971,7 @@ impl Lane<'_> {
         self.send_pieces(sending, pieces).await
     }
 
-    /// Sends the first bytes of a file; `false` when it has its outcome already.
+    /// Sends the first bytes of a file; `false` when the file has its outcome already.
     async fn send_head(
         self,
         id: u64,
@@ -986,7 +991,7 @@ impl Lane<'_> {
         Ok(true)
     }
 
-    /// Sends the rest of a file, as it is read, and its end.
+    /// Sends the rest of a file as it is read, and its `finish`.
     async fn send_pieces(
         self,
         mut sending: Sending,
@@ -995,7 +1000,7 @@ impl Lane<'_> {
         let id = sending.id;
         while let Some(piece) = self.next_piece(&sending, &mut pieces).await? {
             if sending.stored && matches!(piece, Piece::Chunk { .. }) {
-                // What is longer than a range is a finished file, and it is another one.
+                // A range longer than that means a finished file, and it is a different one.
                 return self.give_up(id, sending.exists()).await;
             }
             if let Some(skipped) = sending.passes(&piece) {
@@ -1041,7 +1046,7 @@ impl Lane<'_> {
         Ok(())
     }
 
-    /// What was read next of a file; `None` when it has its outcome already.
+    /// The next piece of a file; `None` when the file has its outcome already.
     async fn next_piece(
         self,
         sending: &Sending,
@@ -1054,7 +1059,7 @@ impl Lane<'_> {
                     piece.unwrap_or_else(|| Piece::Failed(reader_failed())),
                 ));
             }
-            // A slow source, or much to compare: the server must not think that nobody is here.
+            // The source is slow or the comparison long: the server must not take this side for dead.
             if self.flight.with(sending.id, |_| ()).is_none() {
                 return Ok(None);
             }
@@ -1067,12 +1072,12 @@ impl Lane<'_> {
         }
     }
 
-    /// The server has these bytes; `false` when the file has its outcome already.
+    /// Skips bytes that the server has; `false` when the file has its outcome already.
     fn pass(self, id: u64, offset: u64, len: u64) -> bool {
         let known = self.flight.with(id, |sent| {
             sent.pass(offset, len);
             if sent.untouched {
-                // All of it from the beginning is there; the last byte counts only with `done`.
+                // The server has everything up to here. The last byte counts only with `done`.
                 let acked = (offset + len).min(sent.claim.size.saturating_sub(1));
                 self.shared.acked(&mut sent.claim, acked);
             }
@@ -1080,8 +1085,8 @@ impl Lane<'_> {
         known.is_some()
     }
 
-    /// Sends bytes of a file, of this size where that is known; `false` when it has its outcome already: what was
-    /// on its way is dropped there.
+    /// Sends bytes of a file, with its size if that is known; `false` when the file has its outcome already. The server
+    /// drops what was on its way.
     async fn send_chunk(
         self,
         id: u64,
@@ -1109,9 +1114,9 @@ impl Lane<'_> {
         Ok(true)
     }
 
-    /// An entry is about to be offered; reported once.
+    /// Reports, once, that an entry is about to be offered.
     async fn start(self, claim: &mut Claim, size: Option<u64>) -> Source {
-        // The file may have grown or shrunk since it was listed.
+        // The file may have another size than when it was listed.
         if let Some(size) = size {
             self.shared.resize(claim, size);
         }
@@ -1156,7 +1161,7 @@ impl Lane<'_> {
         }
     }
 
-    /// Whether what the server has is worth asking for.
+    /// Whether asking the server what it has can pay off.
     fn pays(self) -> bool {
         let uploader = &self.shared.uploader;
         let pays = match uploader.delta {
@@ -1167,7 +1172,7 @@ impl Lane<'_> {
         pays && !self.shared.no_delta.load(Ordering::Relaxed)
     }
 
-    /// The chunks of the file that this one is likely to have bytes of, where asking for them can pay.
+    /// The chunks of the base of this file, where asking for them can pay off.
     async fn sums(self, claim: &Claim) -> Option<Sums> {
         let uploader = &self.shared.uploader;
         let replaces = uploader.if_exists == IfExists::Overwrite;
@@ -1192,7 +1197,7 @@ impl Lane<'_> {
         }
     }
 
-    /// The word of the policy.
+    /// The name of the policy that applies.
     fn policy(&self, settle: bool) -> &str {
         if settle {
             "same"
@@ -1201,7 +1206,7 @@ impl Lane<'_> {
         }
     }
 
-    /// The permissions of the directories that must be made for it.
+    /// The permissions of the directories that must be created for it.
     fn dirs(&self, source: &Source) -> Vec<u32> {
         let Some(umask) = self.shared.uploader.umask else {
             return Vec::new();
@@ -1210,7 +1215,7 @@ impl Lane<'_> {
         modes.map(|mode| mode & 0o777 & !umask).collect()
     }
 
-    /// What of it is preserved.
+    /// The metadata that is preserved.
     fn kept(&self, meta: Meta) -> Meta {
         meta.kept(self.shared.uploader.preserve, self.shared.uploader.umask)
     }
@@ -1237,11 +1242,11 @@ impl Lane<'_> {
         Ok(self.channel.send("finish", &fields).await?)
     }
 
-    /// Tells the server that a file will not be completed now; its answer ends it. What it has may be of use to
-    /// a later upload, which proves each byte again.
+    /// Tells the server that this file will not be completed now; the server's answer ends it. A later upload may use
+    /// what the server has, after comparing each byte.
     async fn give_up(self, id: u64, error: TransferError) -> Result<(), LaneOver> {
         lock(&self.flight.given_up).insert(id, error);
-        // What failed at its source may have no other end the next time.
+        // A source that can be read only once may fail differently the next time.
         let once = |sent: &mut Sent| sent.claim.source.spool().is_some();
         let once = self.flight.with(id, once).unwrap_or_default();
         let keep = self.shared.uploader.resume && !once;
@@ -1253,7 +1258,7 @@ impl Lane<'_> {
 
     /// Takes the server's answers until every file of this lane has its outcome.
     async fn receive(self, socket: &Socket) -> Result<(), TransferError> {
-        // Since when the server has owed an answer and said nothing.
+        // The time since which the server has owed an answer and sent nothing.
         let mut since = Instant::now();
         loop {
             let mut changed = std::pin::pin!(self.flight.changed.notified());
@@ -1266,7 +1271,7 @@ impl Lane<'_> {
                 since = Instant::now();
             }
             tokio::select! {
-                // A file may have failed on this side: then nothing is owed for it any more.
+                // A file may have failed on this side; then the server owes nothing for it.
                 () = changed => {}
                 message = self.channel.recv() => {
                     let Some(message) = message? else {
@@ -1274,7 +1279,7 @@ impl Lane<'_> {
                     };
                     let reply = wire::decode_reply(&message)
                         .map_err(|error| TransferError::Protocol(error.to_string()))?;
-                    // Anything else is an event of a later version.
+                    // Other messages are those of a later version.
                     if let Some(reply) = reply {
                         self.take(reply).await;
                     }
@@ -1289,7 +1294,7 @@ impl Lane<'_> {
 
     async fn take(self, reply: Reply) {
         match reply {
-            // What only a download gets.
+            // These belong to downloads.
             Reply::File { .. } | Reply::Chunk { .. } | Reply::Finish(_) => {}
             Reply::Ready { id, have, base } => {
                 let tell = self.flight.with(id, |sent| sent.ready.take()).flatten();
@@ -1321,7 +1326,7 @@ impl Lane<'_> {
         }
     }
 
-    /// A file is stored, as the server says.
+    /// Handles `done`: the server has stored a file.
     async fn done(self, reply: Reply) {
         let Reply::Done {
             id,
@@ -1351,7 +1356,7 @@ impl Lane<'_> {
         let own = claim.size;
         self.shared.acked(&mut claim, own);
         self.shared.totals.end(claim.index, !claim.is_unsized());
-        // What an earlier offer of this run has stored is not the server's own.
+        // A file that an earlier offer of this run has stored does not count as one that was there before.
         let there = same && !claim.unsure;
         let same = there && is_source(&claim, size, hash).await;
         let other_time = claim.mtime.zip(mtime).map(|(asked, secs)| OtherTime {
@@ -1376,7 +1381,7 @@ impl Lane<'_> {
         let _ = self.events.send(Event::Done(outcome)).await;
     }
 
-    /// The server has refused a file, or it was given up here.
+    /// Handles `error`: the server has refused a file, or this side has given it up.
     async fn refused(self, reply: Reply) {
         let Reply::Error {
             id,
@@ -1410,8 +1415,8 @@ impl Lane<'_> {
         self.shared.failed(self.events, claim, error).await;
     }
 
-    /// A `done` counts only where size and hash are those of the bytes that this source gave. After `skip` what is
-    /// there may be anything.
+    /// Accepts `done` only if size and hash are those of the bytes that this source gave. After `skip` any file may be
+    /// stored.
     fn check_done(
         self,
         claim: &Claim,
@@ -1430,14 +1435,14 @@ impl Lane<'_> {
         }
     }
 
-    /// Whether a refused file is offered once more, and when.
+    /// Whether a refused file is offered again, and when.
     fn again(self, claim: &mut Claim, code: Code, retry: bool) -> bool {
         if claim.source.is_spent() {
             return false;
         }
         let now = Instant::now();
         if claim.based && !claim.plain && !matches!(code, Code::Busy | Code::Superseded) {
-            // The base may have changed meanwhile, or hold what it did not say.
+            // The base may have changed, or may not contain what its list of chunks says.
             claim.plain = true;
             return retry
                 || matches!(
@@ -1447,7 +1452,7 @@ impl Lane<'_> {
         }
         match code {
             Code::Exists | Code::Blocked if claim.unsure && !claim.settle => {
-                // It may be what we stored before the answer was lost.
+                // The stored file may be ours: the answer to an earlier offer may have been lost.
                 claim.settle = self.shared.uploader.if_exists == IfExists::Error;
                 claim.settle
             }
@@ -1456,7 +1461,7 @@ impl Lane<'_> {
                 claim.not_before = Some(now + BUSY_PAUSE);
                 now + BUSY_PAUSE <= since + BUSY
             }
-            // Room on a disk does not come back within seconds.
+            // A full disk or quota does not change within seconds.
             Code::Quota | Code::NoSpace => false,
             _ if retry && claim.tries < TRIES => {
                 claim.not_before = Some(now + TRY_PAUSE * 2_u32.pow(claim.tries));
@@ -1473,7 +1478,7 @@ impl Lane<'_> {
     }
 }
 
-/// The file that a source is likely to have bytes of: what has its name, if no other was named.
+/// The base of a source: the file it names, or the one that has its own name.
 fn base_of(source: &Source) -> Option<RelPath> {
     match source.base_path() {
         Some(base) => Some(base.clone()),
@@ -1481,8 +1486,8 @@ fn base_of(source: &Source) -> Option<RelPath> {
     }
 }
 
-/// Whether what is there under the name of this file is the file: by its hash, which is computed here where the server was
-/// told none.
+/// Whether the stored file of this name is identical to the source. If no hash was sent to the server, this side
+/// computes it.
 async fn is_source(claim: &Claim, size: u64, hash: [u8; 32]) -> bool {
     if let Some(told) = claim.told {
         return told == (size, hash);
@@ -1500,7 +1505,7 @@ async fn is_source(claim: &Claim, size: u64, hash: [u8; 32]) -> bool {
         .unwrap_or_default()
 }
 
-/// Why the server ended a lane in order although files on it have no outcome.
+/// The reason when the server closes a lane normally although files on it have no outcome.
 pub(crate) fn lane_end(channel: &Channel, socket: &Socket) -> CloseReason {
     if let Some(reason) = channel.close_reason().or_else(|| socket.close_reason()) {
         return reason;

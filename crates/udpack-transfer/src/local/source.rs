@@ -22,24 +22,24 @@ use crate::wire::{CHUNK, COPY, Have};
 
 /// Chunks read ahead of the network.
 const AHEAD: usize = 4;
-/// Buffers that wait to be used again: what half of the default send window takes.
+/// Buffers kept for reuse: as many as half of the default send window holds.
 const SPARE: usize = 32;
-/// Bytes read at once where they are only hashed.
+/// Bytes per read where the bytes are only hashed.
 const BLOCK: usize = 1 << 20;
-/// How often a size is asked for again that is another by the time it is looked at.
+/// How often the size of a file is asked for again if the file changes between two looks.
 const LOOKS: usize = 3;
 /// Bytes of each [`Samples`].
 const SAMPLE: usize = 4096;
 
-/// One thing to upload: bytes from somewhere, a directory or a link, and the name it shall have at the
-/// server. Clones mean the same thing.
+/// One thing to upload: bytes from somewhere, a directory or a link, and the name that it gets at the server. Clones
+/// stand for the same thing.
 #[derive(Debug, Clone)]
 pub struct Source {
     remote: Box<str>,
     /// Size of a file in bytes, if the listing has it.
     listed: Option<u64>,
     dirs: Arc<[u32]>,
-    /// A file at the server that has bytes of it, most likely.
+    /// The file at the server that most likely shares bytes with this one.
     base: Option<RelPath>,
     pub(crate) origin: Origin,
 }
@@ -56,8 +56,8 @@ pub(crate) enum Origin {
 }
 
 impl Source {
-    /// A local file. It is opened when it is about to be sent. It should not change while it is being sent: a change
-    /// that is detected fails it. A file that reports no size or a false one, as below `/proc` and `/sys`, is read to its end.
+    /// A local file. It is opened right before it is sent. It should not change while it is sent: a change that is
+    /// detected fails it. A file that reports no size or a false one, as under `/proc` and `/sys`, is read to its end.
     pub fn file(local: impl Into<PathBuf>, remote: RelPath) -> Self {
         Self::new(remote.as_str(), Origin::File(local.into()))
     }
@@ -67,24 +67,25 @@ impl Source {
         Self::new(remote.as_str(), Origin::Memory(bytes.into()))
     }
 
-    /// What a reader gives until its end, such as standard input. It is read once, on the blocking pool: when
-    /// the connection is lost after reading has begun, the file has failed.
+    /// The bytes that a reader delivers until its end, such as standard input. It is read once, on the blocking pool:
+    /// if the connection is lost after reading has begun, the file fails.
     pub fn reader(reader: impl Read + Send + 'static, remote: RelPath) -> Self {
         let reader = Reader(Arc::new(Mutex::new(Some(Box::new(reader)))));
         Self::new(remote.as_str(), Origin::Reader(reader))
     }
 
-    /// As [`reader`](Self::reader), and what was read of it is kept until the server has it on disk, so that a lost connection or a
-    /// restarted server does not fail it: up to `spool` bytes, of which 16 MiB are in memory, and the rest in a private file in
-    /// the directory for temporary files. When so much waits for the server's disk for 10 s, or that file cannot be written,
-    /// it goes on as a plain reader. A reader that has nothing for now may say `WouldBlock`; it is asked again at once.
+    /// Like [`reader`](Self::reader), but what was read is kept until the server has it on disk, so a lost connection
+    /// or a restarted server does not fail the file. It keeps up to `spool` bytes: 16 MiB of them in memory, the rest
+    /// in a private file in the directory for temporary files. If the spool stays full for 10 s, or its file cannot be
+    /// written, the source continues as a plain reader. A reader may return `WouldBlock` when it has no bytes yet; it
+    /// is called again at once.
     pub fn spooled(reader: impl Read + Send + 'static, spool: u64, remote: RelPath) -> Self {
         let spool = Spool::new(Box::new(reader), spool);
         Self::new(remote.as_str(), Origin::Spooled(Arc::new(spool)))
     }
 
-    /// A directory. It is made, and given its times and mode when these are preserved, after everything in it
-    /// that came before it is done: what is stored in a directory changes its time. The others go on meanwhile.
+    /// A directory. Storing a file changes the time of its directory, so a directory is created, and gets its preserved
+    /// times and mode, when every earlier entry below it is done. Other entries continue meanwhile.
     pub fn dir(remote: RelPath, meta: Meta) -> Self {
         Self::new(remote.as_str(), Origin::Dir(meta))
     }
@@ -94,7 +95,7 @@ impl Source {
         Self::new(remote.as_str(), Origin::Link(target.into()))
     }
 
-    /// What cannot be sent, reported in its place under a name that need not be a valid one.
+    /// An entry that cannot be sent. It is reported in its place, under a name that need not be valid.
     pub fn failed(remote: impl Into<String>, error: TransferError) -> Self {
         Self::new(&remote.into(), Origin::Failed(Arc::new(error)))
     }
@@ -109,22 +110,22 @@ impl Source {
         }
     }
 
-    /// A file at the server that has bytes of this one, most likely: one that it was copied or moved from. It counts as
-    /// [`Uploader::delta`](crate::Uploader::delta) says; whatever is in it, what is stored is this source. Defaults to what has its
-    /// own name.
+    /// Names the file at the server that most likely shares bytes with this one: the one that it was copied or moved
+    /// from. [`Uploader::delta`](crate::Uploader::delta) says when it is used. Whatever that file contains, what is
+    /// stored is this source. Defaults to the file of the same name.
     pub fn base(mut self, base: RelPath) -> Self {
         self.base = Some(base);
         self
     }
 
-    /// That file, where one was named.
+    /// That file, if one was named.
     pub(crate) fn base_path(&self) -> Option<&RelPath> {
         self.base.as_ref()
     }
 
-    /// Permissions for the directories at the server that must be made for it, the last for the one that it is in, the one
-    /// before for the one above that, and so on. They count where [`Uploader::umask`](crate::Uploader::umask) is set, less
-    /// its bits; other directories are for their owner only. Defaults to none.
+    /// Permissions for the directories that the server must create for it: the last for the directory that contains it,
+    /// the one before for its parent, and so on. They apply where [`Uploader::umask`](crate::Uploader::umask) is set,
+    /// less its bits; only the owner may use other directories. Defaults to none.
     pub fn dirs(mut self, modes: impl Into<Arc<[u32]>>) -> Self {
         self.dirs = modes.into();
         self
@@ -135,7 +136,7 @@ impl Source {
         &self.dirs
     }
 
-    /// A regular file that is known to have had this size a moment ago.
+    /// A regular file that had this size a moment ago.
     pub(crate) fn listed(local: PathBuf, remote: &RelPath, size: u64) -> Self {
         Self {
             listed: Some(size),
@@ -143,7 +144,7 @@ impl Source {
         }
     }
 
-    /// Nothing, under no name.
+    /// An empty source without a name, as a placeholder.
     pub(crate) fn empty() -> Self {
         Self::new("", Origin::Memory(Bytes::new()))
     }
@@ -153,7 +154,7 @@ impl Source {
         &self.remote
     }
 
-    /// The size as of now, in bytes, for totals and order; `None` when only the end will tell. Fails early
+    /// The size as of now, in bytes, for totals and order; `None` if it is known only at the end. Returns an error for
     /// what cannot be sent.
     pub(crate) fn size(&self) -> Result<Option<u64>, TransferError> {
         match &self.origin {
@@ -172,7 +173,7 @@ impl Source {
         }
     }
 
-    /// Whether its bytes are gone: a reader that was read from.
+    /// Whether its bytes are gone: it is a reader that was read from.
     pub(crate) fn is_spent(&self) -> bool {
         match &self.origin {
             Origin::Reader(reader) => reader.lock().is_none(),
@@ -181,7 +182,7 @@ impl Source {
         }
     }
 
-    /// What is kept of what was read, where the source can be read only once.
+    /// The kept bytes of a source that can be read only once.
     pub(crate) fn spool(&self) -> Option<&Spool> {
         match &self.origin {
             Origin::Spooled(spool) => Some(spool),
@@ -203,7 +204,7 @@ impl Source {
         }
     }
 
-    /// Opens it, and checks whether a file's size is the reported one; blocks.
+    /// Opens it, and checks that a file has the size that it reports. Blocks.
     pub(crate) fn open(&self) -> Result<Opened, TransferError> {
         let mut opened = self.open_unchecked()?;
         if let OpenedFrom::File { file, metadata } = &mut opened.from {
@@ -213,7 +214,7 @@ impl Source {
         Ok(opened)
     }
 
-    /// BLAKE3 of its bytes, where they can be read again and are so many; blocks.
+    /// BLAKE3 of its bytes, if it can be read again and has this size. Blocks.
     pub(crate) fn fingerprint(&self, size: u64) -> Result<Option<[u8; 32]>, TransferError> {
         let opened = self.open()?;
         if opened.size != Some(size) {
@@ -228,7 +229,7 @@ impl Source {
         }
     }
 
-    /// Opens it, and takes a file's word for its size; blocks.
+    /// Opens it without checking the size that a file reports. Blocks.
     fn open_unchecked(&self) -> Result<Opened, TransferError> {
         let from = match &self.origin {
             Origin::Memory(bytes) => OpenedFrom::Memory(bytes.clone()),
@@ -271,23 +272,23 @@ impl Source {
     }
 }
 
-/// The size of a file that has just this many bytes, and of which `metadata` tells; `None` where that is not so, and
-/// only its end will tell.
+/// The size of a file that has exactly as many bytes as `metadata` says; `None` if not, and the size is known only at
+/// its end.
 fn true_size(file: &File, metadata: &mut Metadata) -> io::Result<Option<u64>> {
     for _ in 0..LOOKS {
         let size = metadata.len();
         let mut byte = [0];
-        // Errors are those of reading it, which tells them.
+        // An error is reported when the file is read.
         let more = file.read_at(&mut byte, size).unwrap_or(1);
         let last = match size.checked_sub(1) {
-            // A larger file is not a pseudo file, and seeking to its end first would cost time on a disk.
+            // A larger file is no pseudo file, and a seek to its end would cost time on a disk.
             Some(last) if size <= CHUNK as u64 => file.read_at(&mut byte, last).unwrap_or(0),
             _ => 1,
         };
         if more == 0 && last == 1 {
             return Ok(Some(size));
         }
-        // It may have grown or shrunk between the two looks.
+        // The file may have grown or shrunk between the two looks.
         let now = file.metadata()?;
         let moved = now.len() != size;
         *metadata = now;
@@ -298,7 +299,7 @@ fn true_size(file: &File, metadata: &mut Metadata) -> io::Result<Option<u64>> {
     Ok(None)
 }
 
-/// A reader that is taken once.
+/// A reader that can be taken once.
 #[derive(Clone)]
 pub(crate) struct Reader(Arc<Mutex<Option<Box<dyn Read + Send>>>>);
 
@@ -321,12 +322,12 @@ pub(crate) struct Opened {
     pub(crate) size: Option<u64>,
     pub(crate) meta: Meta,
     from: OpenedFrom,
-    /// Over what [`head`](Self::head) gave.
+    /// The hash of the bytes that [`head`](Self::head) returned.
     hasher: Box<blake3::Hasher>,
     samples: Samples,
 }
 
-/// Reads a file of a sink on a thread that may block.
+/// Reads a file of a sink. It is used on a thread that may block.
 struct KeptReader {
     stored: Stored,
     at: u64,
@@ -348,17 +349,17 @@ impl Read for KeptReader {
     }
 }
 
-/// What was read at a few places of a file, the first one among them: a program that writes through a mapping need not
-/// move the file's times, and is seen only by its bytes.
+/// The bytes at a few offsets of a file, the first of them at 0. A program that writes through a mapping need not
+/// change the file's times; then only its bytes show the change.
 #[derive(Debug, Default)]
 struct Samples {
-    /// Blocks that were read.
+    /// Number of blocks read.
     count: u64,
     taken: Vec<(u64, Box<[u8]>)>,
 }
 
 impl Samples {
-    /// Notes a block that was read at this offset, if it is one of the first or its number a power of two.
+    /// Keeps a block that was read at this offset, if it is one of the first or its number is a power of two.
     fn note(&mut self, offset: u64, bytes: &[u8]) {
         self.count += 1;
         if self.count.is_power_of_two() {
@@ -367,7 +368,7 @@ impl Samples {
         }
     }
 
-    /// Whether the file has these bytes still.
+    /// Whether the file still has these bytes.
     fn hold(&self, file: &File) -> io::Result<bool> {
         let mut now = [0; SAMPLE];
         for (offset, bytes) in &self.taken {
@@ -391,7 +392,7 @@ enum OpenedFrom {
     Spooled(Arc<Spool>),
 }
 
-/// What a reader delivers: chunks and what the server has, in order, then the hash of it all, or an error.
+/// What a reader delivers: in order, chunks and ranges that the server has; then the hash of everything, or an error.
 #[derive(Debug)]
 pub(crate) enum Piece {
     Chunk {
@@ -403,7 +404,7 @@ pub(crate) enum Piece {
         offset: u64,
         len: u64,
     },
-    /// The server has these bytes in the base, at another place.
+    /// The server has these bytes in the base, at another offset.
     Copy {
         offset: u64,
         from: u64,
@@ -417,7 +418,7 @@ pub(crate) enum Piece {
 }
 
 impl Opened {
-    /// A file of a store, to be sent as it was when it was opened.
+    /// A file of a store, which is sent as it was when it was opened.
     pub(crate) fn stored(existing: Existing) -> io::Result<Self> {
         let path = existing.path().as_str().into();
         let file = existing.into_file();
@@ -432,7 +433,7 @@ impl Opened {
         })
     }
 
-    /// A file of a sink, to be sent from its beginning. It must be read within a runtime.
+    /// A file of a sink, which is sent from its beginning. It must be read within a runtime.
     pub(crate) fn kept(stored: Stored) -> Self {
         let (path, size, meta) = (stored.path().as_str().into(), stored.size(), stored.meta());
         let reader: Box<dyn Read + Send> = Box::new(KeptReader { stored, at: 0 });
@@ -446,8 +447,7 @@ impl Opened {
         }
     }
 
-    /// Its first bytes, `most` of them or all; none of a reader. What reads it afterwards begins behind them.
-    /// Blocks.
+    /// The first bytes, at most this many; none of a reader. Reading afterwards begins behind them. Blocks.
     pub(crate) fn head(&mut self, most: usize) -> Result<Bytes, TransferError> {
         let want = least(self.size.unwrap_or(0), most);
         let head = match &mut self.from {
@@ -460,7 +460,7 @@ impl Opened {
                         path: self.path.clone(),
                         source,
                     })?;
-                // Where it has shrunk, the rest will not be found.
+                // If the file has shrunk, reading the rest fails.
                 head.truncate(filled);
                 if !head.is_empty() {
                     self.samples.note(0, &head);
@@ -472,12 +472,12 @@ impl Opened {
         Ok(head)
     }
 
-    /// Reads on the blocking pool, hashing on the way, at most a few chunks ahead of the reader.
-    /// Dropping the receiver ends it. It holds the place for as long as it has the thread.
+    /// Reads and hashes on the blocking pool, at most a few chunks ahead of the receiver. Dropping the receiver ends
+    /// it. It holds its place in the pool for as long as it uses the thread.
     ///
-    /// Ranges of `have` that are equal here are passed over. Everything is read once, but for ranges that
-    /// differ: these are read again to be sent, and then only those bytes count.
-    /// What is in no range is looked for among `sums`, the chunks of the base.
+    /// Ranges of `have` that are equal here are skipped. Everything is read once, except ranges that differ: these are
+    /// read again to be sent, and only the second read counts. Bytes in no range are looked for among `sums`, the
+    /// chunks of the base.
     pub(crate) fn read(
         self,
         have: Have,
@@ -509,8 +509,8 @@ impl Opened {
         taken
     }
 
-    /// Reads all of it, which is as long as `room`; its hash, or `None` where it is longer or shorter, or changed while
-    /// it was read. Blocks.
+    /// Reads all of it into `room`, which has its size. Returns the hash, or `None` if it is longer or shorter or
+    /// changed while it was read. Blocks.
     fn fill(self, room: &mut [u8]) -> Result<Option<[u8; 32]>, TransferError> {
         let Self { path, from, .. } = self;
         let failed = |source| TransferError::Source {
@@ -578,7 +578,7 @@ impl Opened {
                 }
                 pump.send_slice(&bytes, size)?;
             }
-            // Its times and size say nothing of its bytes.
+            // Its times and size say nothing about its bytes.
             (OpenedFrom::File { mut file, .. }, None) => {
                 while pump.send_chunk(&mut file, chunk())? {}
             }
@@ -616,8 +616,8 @@ impl Opened {
     }
 }
 
-/// Whether something was done to a file since it was opened: written to it, or only to what is known about it. A program
-/// that puts the time of modification back does not put back the other one.
+/// Whether a file was changed since it was opened, its content or its metadata. A program that restores the
+/// modification time cannot restore the change time.
 fn has_moved(file: &File, before: &Metadata) -> io::Result<bool> {
     let stamp = |of: &Metadata| {
         (
@@ -629,7 +629,7 @@ fn has_moved(file: &File, before: &Metadata) -> io::Result<bool> {
     Ok(stamp(&file.metadata()?) != stamp(before))
 }
 
-/// A small file, all of it.
+/// The bytes and the hash of a small file.
 #[derive(Debug)]
 pub(crate) struct Whole {
     pub(crate) meta: Meta,
@@ -637,19 +637,19 @@ pub(crate) struct Whole {
     pub(crate) hash: [u8; 32],
 }
 
-/// What each of these holds and the hash of it; `None` for what is larger than `most`, which is at most a chunk, and for
-/// what has another size than it says, or changes meanwhile.
-/// They share memory, which is used again: what is sent a moment later is still in the processor's cache. Blocks.
+/// Reads small files. `None` for one that is larger than `most`, which is at most a chunk, for one whose size is not
+/// the reported one, and for one that changes meanwhile. The files share reused memory: bytes that are sent a moment
+/// later are still in the processor's cache. Blocks.
 pub(crate) fn read_small<'a>(
     sources: impl Iterator<Item = &'a Source>,
     most: usize,
     buffers: &Buffers,
 ) -> Vec<Result<Option<Whole>, TransferError>> {
-    /// Files in one buffer.
+    /// Several files in one buffer.
     struct Pack {
         buffer: Buffer,
         used: usize,
-        /// Which they are, and where each ends.
+        /// The index of each file, and the offset of its end.
         files: Vec<(usize, usize)>,
     }
     let mut all = Vec::new();
@@ -702,13 +702,13 @@ pub(crate) fn read_small<'a>(
     all
 }
 
-/// Buffers that files are read into, used again once QUIC has released them: pages that were just
-/// given back would have to be cleared again. Clones share it.
+/// Buffers that files are read into. They are reused once QUIC has released them: the kernel would have to clear
+/// freshly allocated pages. Clones share the buffers.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Buffers(Arc<Mutex<Vec<Vec<u8>>>>);
 
 impl Buffers {
-    /// One for so many bytes.
+    /// Takes a buffer of this many bytes.
     fn take(&self, want: usize) -> Buffer {
         // A small chunk must not hold on to the memory of a large one.
         let pool = (want > CHUNK / 2).then(|| self.clone());
@@ -729,7 +729,7 @@ impl Buffers {
     }
 }
 
-/// Goes back to its pool when it is dropped.
+/// A buffer that returns to its pool when it is dropped.
 struct Buffer {
     memory: Vec<u8>,
     filled: usize,
@@ -772,13 +772,13 @@ enum Stop {
     Failed(TransferError),
 }
 
-/// One pass over the bytes.
+/// One pass over the bytes of a source.
 struct Pump<'a> {
     path: &'a Path,
-    /// Over everything up to `at`.
+    /// The hash of everything up to `at`.
     hasher: blake3::Hasher,
     at: u64,
-    /// Of a file.
+    /// Set when the source is a file.
     samples: Option<Samples>,
     buffers: &'a Buffers,
     chunk: &'a dyn Fn() -> usize,
@@ -802,7 +802,7 @@ impl Pump<'_> {
         })
     }
 
-    /// Sends what a spool has and what its reader gives, from where the server's ranges and the spool meet.
+    /// Sends what a spool has and what its reader delivers, beginning where the server's ranges and the spool meet.
     fn unspool(&mut self, spool: &Spool, have: &Have) -> Result<(), Stop> {
         if let Some((size, hash)) = spool.whole()
             && have.as_slice() == [(0, size, hash)]
@@ -837,7 +837,7 @@ impl Pump<'_> {
         })
     }
 
-    /// It ends before the size it had when it was opened.
+    /// The error for a file that ends before the size it had when it was opened.
     fn ended(&self, file: &File) -> Stop {
         match file.metadata() {
             Ok(now) if now.len() > self.at => {
@@ -849,8 +849,8 @@ impl Pump<'_> {
         }
     }
 
-    /// All of a file was read: whether what was read is one state of it, as far as can be detected. Where only its times
-    /// have moved, it is read once more.
+    /// Called when all of a file was read. Checks that the bytes were one state of the file, as far as a change can be
+    /// detected. If only its times have changed, it is read once more.
     fn settled(&mut self, file: &mut File, before: &Metadata) -> Result<(), Stop> {
         let failed = |error| {
             Stop::Failed(TransferError::Source {
@@ -889,7 +889,7 @@ impl Pump<'_> {
         self.give(Piece::Chunk { offset, bytes })
     }
 
-    /// The server has the bytes before `end`; they are hashed already.
+    /// The server has the bytes before `end`, which are hashed already.
     fn same(&mut self, end: u64) -> Result<(), Stop> {
         let offset = std::mem::replace(&mut self.at, end);
         let len = end - offset;
@@ -910,7 +910,7 @@ impl Pump<'_> {
         Ok(filled == want)
     }
 
-    /// Reads and sends up to the offset `to`, all of which a file must have.
+    /// Reads and sends up to the offset `to`; a file must reach it.
     fn send_to(&mut self, file: &mut File, to: u64) -> Result<(), Stop> {
         while self.at < to {
             let want = least(to - self.at, (self.chunk)());
@@ -921,13 +921,13 @@ impl Pump<'_> {
         Ok(())
     }
 
-    /// Sends up to the offset `to`, all of which a file must have, but for chunks that the base has.
+    /// Sends up to the offset `to`, which a file must reach, except the chunks that the base has.
     fn send_delta(&mut self, file: &mut File, to: u64, sums: &Sums) -> Result<(), Stop> {
         let mut cutting = Cutting::new(sums.cutter());
         let mut block = vec![0; least(to - self.at, BLOCK)];
         let mut read = self.at;
         let mut fresh = Vec::new();
-        // Where it is in the base, and how long it is.
+        // Offset in the base, and length.
         let mut known: Option<(u64, u64)> = None;
         loop {
             while cutting.needs() {
@@ -971,7 +971,7 @@ impl Pump<'_> {
         self.give_known(known)
     }
 
-    /// Sends these bytes, which are hashed already, while there are so many.
+    /// Sends these bytes, which are hashed already, while there are at least so many.
     fn give_fresh(&mut self, fresh: &mut Vec<u8>, least: usize) -> Result<(), Stop> {
         while fresh.len() >= least.max(1) {
             let rest = fresh.split_off(fresh.len().min((self.chunk)().max(1)));
@@ -983,7 +983,7 @@ impl Pump<'_> {
         Ok(())
     }
 
-    /// The base has the next bytes, which are hashed already.
+    /// Reports that the base has the next bytes, which are hashed already.
     fn give_known(&mut self, known: Option<(u64, u64)>) -> Result<(), Stop> {
         let Some((from, len)) = known else {
             return Ok(());
@@ -1002,9 +1002,9 @@ impl Pump<'_> {
         Ok(())
     }
 
-    /// Hashes one of the [`ranges`], for itself and into everything; the position stays.
+    /// Hashes one of the [`ranges`] by itself and as part of everything; the file's position stays.
     fn hash(&mut self, file: &mut File, off: u64, end: u64) -> Result<blake3::Hash, Stop> {
-        // From the beginning on, one hash is both.
+        // For a range at offset 0 one hash is both.
         let mut own = (off > 0).then(blake3::Hasher::new);
         let mut left = end - self.at;
         let mut buffer = vec![0; least(left, BLOCK)];
@@ -1030,8 +1030,8 @@ impl Pump<'_> {
     }
 }
 
-/// Beginning, end and hash of the ranges that can be equal to something in a file of this size beyond `at`. One
-/// that begins before `at` begins with the file.
+/// Begin, end and hash of the ranges beyond `at` that can be equal in a file of this size. A range that begins before
+/// `at` begins at 0.
 fn ranges(have: &Have, at: u64, size: u64) -> impl Iterator<Item = (u64, u64, blake3::Hash)> {
     have.iter().filter_map(move |(off, len, hash)| {
         let end = off.checked_add(*len)?;
@@ -1049,7 +1049,7 @@ fn least(bytes: u64, most: usize) -> usize {
     usize::try_from(bytes).unwrap_or(most).min(most)
 }
 
-/// Fills the buffer; fewer bytes only at the end.
+/// Fills the buffer; returns fewer bytes only at the end.
 fn read_full(from: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
     let mut filled = 0;
     while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
@@ -1063,7 +1063,7 @@ fn read_full(from: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
     Ok(filled)
 }
 
-/// Fills the buffer; whether just that many bytes were there.
+/// Fills the buffer. Returns whether the file had exactly this many bytes.
 fn read_just(from: &mut File, buffer: &mut [u8]) -> io::Result<bool> {
     let mut filled = 0;
     let mut beyond = [0];
@@ -1077,13 +1077,13 @@ fn read_just(from: &mut File, buffer: &mut [u8]) -> io::Result<bool> {
             Err(error) => return Err(error),
         }
         if filled >= buffer.len() {
-            // In one read of all there is the next byte was asked for, too.
+            // A read that returned all bytes has also asked for the next one.
             return Ok(filled == buffer.len());
         }
     }
 }
 
-/// Time and mode of a local file.
+/// Modification time and mode of a local file.
 pub(crate) fn meta(metadata: &Metadata) -> Meta {
     Meta {
         mtime: metadata.modified().ok().map(Time::from),

@@ -1,4 +1,4 @@
-//! One lane, served: carries out what [`Lane`] decides, and tells the client what became of it.
+//! Serves one lane: carries out what [`Lane`] decides, and tells the client the outcomes.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -39,32 +39,32 @@ use crate::wire::{
     Offer, Put, ReadyFields, Request, Wish,
 };
 
-/// How often the lane looks after its files.
+/// How often the lane checks the state of its files.
 const TICK: Duration = Duration::from_millis(250);
-/// A file that waits is heard of this often at least.
+/// The longest silence about a file that waits.
 const HEARTBEAT: Duration = Duration::from_secs(1);
-/// How long a new writer waits for the old one to let go.
+/// How long a new writer waits until the old one has released the upload.
 const HANDOVER: Duration = Duration::from_secs(15);
-/// Requests that may wait on one lane beside those that are answered.
+/// Requests that may wait on one lane beside those that are being answered.
 const BACKLOG: usize = 1024;
-/// Bytes of all requests of one lane.
+/// Bytes of all requests of one lane together.
 const BACKLOG_BYTES: usize = 1 << 20;
 /// Downloads that may wait on one lane.
 const GETS: usize = 64;
 /// Downloads that the client may leave unconfirmed.
 const UNCONFIRMED: usize = 1024;
 
-/// One lane being served.
+/// One lane that is being served.
 pub(crate) struct Serving<'a> {
     receiver: &'a Receiver,
     channel: Channel,
     scope: Scope,
     client: Client,
     lane: Lane,
-    /// Files that still owe the client an outcome.
+    /// Files whose outcome the client does not have yet.
     files: HashMap<u64, Tracked>,
     pending: Option<Pending>,
-    /// Small files with steps that no thread knows of yet.
+    /// Small files with steps that are not submitted to the pool yet.
     gathered: Gathered<Upload>,
     outcomes: Outcomes,
     found: mpsc::UnboundedReceiver<Outcome>,
@@ -72,39 +72,39 @@ pub(crate) struct Serving<'a> {
     active: Instant,
     downloads: Downloads,
     requests: Requests,
-    /// Directories and links that are made. They end with the lane, as do the tasks of requests and downloads.
+    /// Tasks that create directories and links. They end with the lane, as do the tasks of requests and downloads.
     making: JoinSet<()>,
 }
 
-/// Whom the lane serves.
+/// The client of the lane.
 struct Client {
-    /// Whose scope the lane has, as known when it got it.
+    /// The peer whose scope applies, as it was when the scope was read.
     peer: Option<Peer>,
     owner: Arc<str>,
-    /// Whose share of the server's places it takes.
+    /// The tenant whose share of the server's places it takes.
     tenant: Tenant,
 }
 
-/// What the client wants to get.
+/// The downloads that the client requested.
 #[derive(Default)]
 struct Downloads {
     /// The queue of the task that sends them.
     queue: Option<mpsc::Sender<Wanted>>,
-    /// What stops each.
+    /// Stops the download of this id.
     stops: HashMap<u64, CancellationToken>,
     task: JoinSet<()>,
 }
 
-/// Requests that wait or are answered.
+/// Requests that wait or are being answered.
 struct Requests {
     tasks: JoinSet<()>,
     bytes: Arc<AtomicUsize>,
-    /// Of those that are answered.
+    /// Permits of the requests that are being answered.
     turns: Arc<Semaphore>,
 }
 
 impl Requests {
-    /// So many are answered at once.
+    /// At most `most` requests are answered at once.
     fn new(most: usize) -> Self {
         let most = most.clamp(1, Semaphore::MAX_PERMITS);
         Self {
@@ -114,22 +114,22 @@ impl Requests {
         }
     }
 
-    /// Whether there is room for one more behind those that may be answered at once.
+    /// Whether another request may wait, beside those that may be answered at once.
     fn has_room(&self, most: usize) -> bool {
         self.tasks.len() < most + BACKLOG && self.bytes.load(Ordering::Relaxed) < BACKLOG_BYTES
     }
 }
 
 struct Tracked {
-    /// `None` while the file waits for its turn.
+    /// `None` while the file has not begun.
     incoming: Option<Incoming<Upload>>,
-    /// The client waits for our `ready`, not we for its chunks.
+    /// Whether the client waits for the server's `ready` and the server waits for no chunk.
     our_turn: bool,
     acked: u64,
     safe: u64,
     told: Instant,
     job: Option<Job>,
-    /// Where it can be resumed: shows that the writer lives, and hears that it was replaced.
+    /// For a file that can be resumed: proves that the writer is alive, and tells it that it was replaced.
     writer: Option<(Pulse, watch::Receiver<Replaced>)>,
 }
 
@@ -147,11 +147,11 @@ impl Tracked {
     }
 }
 
-/// How fast the client of a socket takes downloads, as it last said.
+/// The rate that the client of a socket last set for its downloads.
 #[derive(Clone, Default)]
 struct Taken(Arc<Mutex<Limiter>>);
 
-/// What must happen before the next message is read.
+/// Work that must end before the next message is read.
 enum Pending {
     Start {
         id: u64,
@@ -164,7 +164,7 @@ enum Pending {
     },
 }
 
-/// What is to be written.
+/// Bytes to be written.
 enum Content {
     Bytes(Option<u64>, Bytes),
     Copy(Copied),
@@ -178,15 +178,15 @@ impl Pending {
     }
 }
 
-/// What an offer leads to.
+/// The result of an offer.
 enum Start {
     Begin(Box<Task>, Slot),
-    /// It was stored before; the answer got lost.
+    /// The file was stored before; the answer was lost.
     Known(Published),
     Refused(Code, String, bool),
 }
 
-/// What was waited for.
+/// The result of pending work.
 enum Waited {
     Start(Start),
     Room(Option<OwnedSemaphorePermit>),
@@ -195,7 +195,7 @@ enum Waited {
 type Wait<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
 impl<'a> Serving<'a> {
-    /// A lane on which this peer may do this.
+    /// A lane on which this peer has these rights.
     pub(crate) fn new(
         receiver: &'a Receiver,
         channel: Channel,
@@ -247,7 +247,7 @@ impl<'a> Serving<'a> {
                 waited = wait(&mut self.pending), if self.pending.is_some() => self.waited(waited).await,
                 Some(_) = self.requests.tasks.join_next() => Ok(()),
                 Some(_) = self.making.join_next() => Ok(()),
-                // What sends ends before the lane does only when the lane takes nothing any more.
+                // The task that sends downloads ends before the lane only when the lane accepts nothing any more.
                 Some(_) = self.downloads.task.join_next() => break Ok(()),
                 message = self.channel.recv_asked(), if reading => match message {
                     Ok(Some((message, Some(asked)))) => {
@@ -262,7 +262,7 @@ impl<'a> Serving<'a> {
                     }
                     Err(error) => break Err(error),
                 },
-                // There is nothing more to read now.
+                // There is nothing more to read at the moment.
                 () = std::future::ready(()), if !self.gathered.is_empty() => {
                     self.gathered.hand_over();
                     Ok(())
@@ -270,9 +270,9 @@ impl<'a> Serving<'a> {
             };
             match told {
                 Ok(()) => {}
-                // The client no longer listens. Files in checking are stored all the same.
+                // The client has closed the lane. Files that are being verified are stored all the same.
                 Err(error) if error.is_closed() => break Ok(()),
-                // Nor does it hear of an outcome that it takes no message for: the end of the lane tells it.
+                // The client cannot receive an outcome either: closing the lane tells it.
                 Err(error) => {
                     let text = format!("an answer could not be sent: {error}");
                     self.channel.close(CloseCode::FRAME_TOO_LARGE, text);
@@ -284,8 +284,8 @@ impl<'a> Serving<'a> {
         result
     }
 
-    /// Reads the client's rights again where its token has been replaced since. What was begun under the rights
-    /// before goes on; a lane that would lead to another directory from now on is closed: `false`.
+    /// Reads the client's rights again if its token has been replaced since. What has begun under the old rights
+    /// continues. Returns `false` for a lane that would now lead to another directory: it is closed.
     fn entitled(&mut self) -> bool {
         let peer = self.channel.peer();
         if peer == self.client.peer {
@@ -303,7 +303,7 @@ impl<'a> Serving<'a> {
         false
     }
 
-    /// Has a request answered, unless it is given up before.
+    /// Has a request answered, unless the client cancels it before.
     fn asked(&mut self, message: Message, asked: Asked) {
         if !self.entitled() {
             return;
@@ -341,7 +341,7 @@ impl<'a> Serving<'a> {
                 text,
             }) => {
                 if self.lane.dropping() == Some(id) {
-                    // It has its error: it was on its way, sound or not.
+                    // The file has its error already: this message was on its way, whether well-formed or not.
                     return Ok(());
                 }
                 let message = format!("{event}: {text}");
@@ -365,12 +365,12 @@ impl<'a> Serving<'a> {
         if let Request::Ack { id, .. } = &request
             && let Some((pulse, _)) = self.files.get(id).and_then(|file| file.writer.as_ref())
         {
-            // A client that compares what we have says so.
+            // The client is comparing the ranges that the server has.
             pulse.beat();
         }
         let action = self.lane.on(&request);
         if self.lane.open().is_some_and(|open| request.id() == open) {
-            // What is said of anything else keeps no file open.
+            // Messages about other files do not keep the open file from timing out.
             self.active = Instant::now();
         }
         let asks = matches!(
@@ -433,7 +433,7 @@ impl<'a> Serving<'a> {
         }
     }
 
-    /// The name an offer asks for, if this client may write there.
+    /// The path of an offer, if this client may write there.
     fn writable(&self, id: u64, path: &str) -> Result<RelPath, Refusal> {
         if !self.scope.write {
             let (code, message) = Scope::no_right("write");
@@ -446,7 +446,8 @@ impl<'a> Serving<'a> {
         })
     }
 
-    /// The base of an offer, if this client may read there: else it learns nothing of it, and sends everything.
+    /// The base of an offer, if this client may read it. Otherwise the client learns nothing about the file and sends
+    /// everything.
     fn base(&self, offer: &Offer) -> Option<RelPath> {
         let base = offer.base.as_ref().filter(|_| self.scope.read)?;
         self.scope.inside(base).ok()
@@ -486,7 +487,7 @@ impl<'a> Serving<'a> {
             whole,
             span: tracing::Span::current(),
         };
-        // Most files need not wait for anything.
+        // Most files do not have to wait.
         let free = task.whole.is_none() || !self.receiver.limit_in.is_limited();
         let plain = free && !asks_what_is_there(&task.offer) && self.receiver.hook.is_none();
         let file = || {
@@ -550,7 +551,7 @@ impl<'a> Serving<'a> {
             .start(kind, path, &self.client.owner, size, cancel)
     }
 
-    /// Writes what has come, `len` bytes of it over the network, when there is room.
+    /// Writes what has arrived, `len` bytes of it over the network, as soon as there is room.
     fn content(&mut self, id: u64, content: Content, len: u64) {
         let tracked = self.files.get(&id);
         let Some(incoming) = tracked.and_then(|tracked| tracked.incoming.as_ref()) else {
@@ -572,7 +573,7 @@ impl<'a> Serving<'a> {
         self.pending = Some(Pending::Room { id, content, room });
     }
 
-    /// What was waited for has come, or will not.
+    /// Handles the result of pending work.
     async fn waited(&mut self, waited: Waited) -> Result<(), SendError> {
         self.active = Instant::now();
         match (self.pending.take(), waited) {
@@ -600,7 +601,7 @@ impl<'a> Serving<'a> {
         }
     }
 
-    /// A directory is made on the blocking pool; its outcome comes like that of a file.
+    /// Creates a directory on the blocking pool; its outcome is handled like that of a file.
     async fn dir(&mut self, offer: DirOffer) -> Result<(), SendError> {
         let path = match self.writable(offer.id, &offer.path) {
             Ok(path) => path,
@@ -625,7 +626,7 @@ impl<'a> Serving<'a> {
             Ok(path) => path,
             Err(refusal) => return self.refuse(refusal).await,
         };
-        // Below its own root, which the store does not know of.
+        // The target is checked relative to the client's own root, which the store does not know.
         let checked = offer
             .path
             .parse()
@@ -698,7 +699,7 @@ impl<'a> Serving<'a> {
         });
     }
 
-    /// A file is asked for.
+    /// Handles `get`: queues a download.
     async fn wish(&mut self, wish: Wish) -> Result<(), SendError> {
         let id = wish.id;
         let refusal = |code, message| Refusal { id, code, message };
@@ -751,12 +752,12 @@ impl<'a> Serving<'a> {
             self.downloads.task.spawn(sending.in_current_span());
             queue
         });
-        // There is room: no more than that are counted above.
+        // There is room: the number of queued downloads was checked above.
         let _ = queue.try_send(wanted);
         Ok(())
     }
 
-    /// The limit that the client set to its downloads: one for all lanes of its socket.
+    /// The limit that the client set for its downloads: one for all lanes of its socket.
     fn taken(&self, rate: Option<u64>) -> Limiter {
         let Some(rate) = rate else {
             return Limiter::unlimited();
@@ -817,7 +818,7 @@ impl<'a> Serving<'a> {
                 self.error(id, code, &message, retry).await
             }
             Outcome::Cancelled { id } => {
-                // What is being checked runs to its end.
+                // A file that is being verified continues to its end.
                 let open = self.lane.open() == Some(id);
                 if !open || !self.files.contains_key(&id) {
                     return Ok(());
@@ -838,7 +839,7 @@ impl<'a> Serving<'a> {
         }
     }
 
-    /// The file has its outcome; says whether the client still waits for one.
+    /// Records the outcome of a file. Returns whether the client still waits for one.
     fn settle(&mut self, id: u64, end: JobEnd) -> bool {
         self.lane.ended(id);
         self.remove_pending(id);
@@ -856,7 +857,7 @@ impl<'a> Serving<'a> {
         }
     }
 
-    /// Acknowledgements, signs of life, and the end of files that get nothing any more.
+    /// Sends acknowledgements and signs of life, and ends files that receive nothing any more.
     async fn tick(&mut self) -> Result<(), SendError> {
         let now = Instant::now();
         let waiting = self.pending.as_ref().map(Pending::id);
@@ -879,7 +880,7 @@ impl<'a> Serving<'a> {
                     replaced.push((*id, superseded == Replaced::ByOwnRun));
                     continue;
                 }
-                // A file that waits for us is not a silent one.
+                // A file that waits for the server has not stalled.
                 if waiting == Some(*id) || tracked.our_turn || self.lane.open() != Some(*id) {
                     pulse.beat();
                 }
@@ -933,7 +934,7 @@ impl<'a> Serving<'a> {
         }
     }
 
-    /// The file ends; what is there of it is removed.
+    /// Ends a file and removes its bytes.
     fn discard(&mut self, id: u64, end: JobEnd) {
         self.remove_pending(id);
         if let Some(tracked) = self.files.remove(&id) {
@@ -946,7 +947,7 @@ impl<'a> Serving<'a> {
         }
     }
 
-    /// The file ends; what can be resumed is put aside.
+    /// Ends a file and keeps what can be resumed.
     fn suspend(&mut self, id: u64) {
         self.remove_pending(id);
         self.files.remove(&id);
@@ -983,7 +984,7 @@ impl<'a> Serving<'a> {
     }
 }
 
-/// All that comes before the disk: the operator's word, the right to write, an outcome known already, a place.
+/// Everything before the disk: the operator's hook, the right to write, an outcome that is known already, a free place.
 async fn start(receiver: Receiver, mut task: Task, tenant: Tenant) -> Start {
     let places = &receiver.places;
     let full = |full| {
@@ -1060,12 +1061,12 @@ async fn start(receiver: Receiver, mut task: Task, tenant: Tenant) -> Start {
     Start::Begin(Box::new(task), Slot { file, check })
 }
 
-/// Whether a file that is there may be read as a whole before the first byte of this one comes.
+/// Whether a stored file may have to be read as a whole before the first byte of this one arrives.
 fn asks_what_is_there(offer: &Offer) -> bool {
     offer.resume || offer.if_exists == IfExists::Skip
 }
 
-/// Bytes that are counted for as long as this lives.
+/// Bytes that count as queued for as long as this value lives.
 struct Held(Arc<AtomicUsize>, usize);
 
 impl Held {
@@ -1081,8 +1082,8 @@ impl Drop for Held {
     }
 }
 
-/// What this run's earlier offer of the file led to, where that is known and the file is seen to be that one. Else
-/// notes under which key the outcome shall be known, and to what the file has to be equal.
+/// The outcome of an earlier offer of this file by the same run, if it is known and the stored file is the offered one.
+/// Otherwise notes the key for the outcome, and what the file must be equal to.
 fn stored_before(uploads: &Uploads, task: &mut Task) -> Option<Published> {
     let run = task.offer.run.as_ref()?;
     let key = UploadKey::new(&task.owner, task.path.as_str()).in_run(run);
@@ -1091,18 +1092,18 @@ fn stored_before(uploads: &Uploads, task: &mut Task) -> Option<Published> {
     let skips = task.offer.if_exists == IfExists::Skip;
     let equal = match &task.whole {
         Some(whole) => whole.hash == known.hash && whole.bytes.len() as u64 == known.size,
-        // Nothing more will come of it.
+        // No more bytes will arrive.
         None => skips && task.offer.size.is_none_or(|size| size == known.size),
     };
     if equal {
         return Some(known);
     }
-    // With `skip` what has the name counts.
+    // With `skip` any stored file counts.
     task.known = (!skips).then_some(known);
     None
 }
 
-/// The right to write an upload, waiting for an old writer that was asked to stop.
+/// Acquires the right to write an upload. Waits for an old writer that was asked to stop.
 async fn claim(receiver: &Receiver, key: UploadKey, run: Option<[u8; 16]>) -> Option<Writer> {
     let claiming = async {
         loop {
@@ -1110,7 +1111,7 @@ async fn claim(receiver: &Receiver, key: UploadKey, run: Option<[u8; 16]>) -> Op
                 Claim::Writer(writer) => return Some(writer),
                 Claim::Busy => return None,
                 Claim::Wait(mut gone) => {
-                    // An error is the sign: the old writer holds the other end.
+                    // An error is expected: the old writer holds the other end.
                     let _ = gone.changed().await;
                 }
             }
@@ -1122,7 +1123,7 @@ async fn claim(receiver: &Receiver, key: UploadKey, run: Option<[u8; 16]>) -> Op
         .flatten()
 }
 
-/// Ready when what is pending has come; dropping it loses nothing.
+/// Ready when pending work has a result. Dropping the future loses nothing.
 async fn wait(pending: &mut Option<Pending>) -> Waited {
     match pending {
         Some(Pending::Start { start, .. }) => Waited::Start(start.await),

@@ -1,10 +1,10 @@
-//! One incoming file: what its target must do, in order, beside the lane that it comes by.
+//! One incoming file: the steps that its target must carry out, in order, while its lane continues.
 //!
-//! A file's steps queue here, bounded. What a sink must do is a task for as long as there are steps. A store on disk
-//! blocks, so its steps run on the blocking pool, where the same futures are ready at once. A large file has a thread
-//! for as long as it has steps, and none while it waits, so a thousand slow uploads cost a thousand small queues and a
-//! slow one nobody but itself. Small files of a server take turns on a few threads ([`pool`](super::pool)). Those that
-//! are complete go on to [`Staging::publish`], which puts many of them on disk at once.
+//! A file's steps queue here, bounded. For a sink, a task carries them out for as long as there are steps. A store on
+//! disk blocks, so its steps run on the blocking pool; there the same futures are ready at once. A large file occupies
+//! a thread for as long as it has steps, and none while it waits for bytes. So a thousand slow uploads cost a thousand
+//! small queues, and a slow upload delays no other. Small files of a store take turns on a few threads
+//! ([`pool`](super::pool)). Complete files go on to [`Staging::publish`], which syncs many of them at once.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -28,36 +28,38 @@ use crate::wire::{Copied, Have, RANGES};
 
 /// Chunks of one file that may wait for the disk.
 const QUEUE: usize = 8;
-/// Bytes of a base that are read at once.
+/// Bytes of a base that are read in one call.
 const BLOCK: usize = 1 << 20;
-/// Steps of one file before the next has its turn.
+/// Steps that one file carries out before the next file has its turn.
 const SHARE: u32 = 16;
 
-/// Whom a file is received for: hears what is there, what was written, and what became of it. It is dropped unheard when
-/// its lane gives the file up. One that is dropped by a panic must tell that the file failed.
+/// The one for whom a file is received: an upload's lane at the server, or a download at the client. It learns what is
+/// durable, what was written, and the outcome. When the lane gives the file up, the recipient is dropped without an
+/// outcome. If a panic drops it, its `Drop` must report that the file failed.
 pub(crate) trait Recipient: fmt::Debug + Send + Sized + 'static {
-    /// It is told what has the name, and has that compared by the sender, instead of comparing what comes. A file that is
-    /// passed over may then be another one, and what failed for lack of space is kept.
+    /// Whether it downloads. A download learns which file has the name, and its sender compares that one, where the
+    /// receiver of an upload compares the bytes that arrive. Skipping may then leave a different file in place, and a
+    /// file that failed for lack of space is kept.
     const DOWNLOADS: bool;
 
-    /// What is being done with it changes.
+    /// Called when what is being done with the file changes.
     fn phase(&self, _phase: Phase) {}
 
-    /// The sender has said how large the file is: of a download only.
+    /// Called when the sender has told the size of the file: for downloads only.
     fn opened(&mut self, _size: u64) {}
 
-    /// What need not be sent: only where it can be resumed, or the recipient downloads.
-    /// `base`: the size of the plan's base, if that could be opened.
+    /// Called with the bytes that need not be sent, if the file can be resumed or is a download. `base`: the size of
+    /// the plan's base, if that could be opened.
     fn ready(&mut self, have: Have, base: Option<u64>);
 
-    /// So many bytes were written up to this position, after so many that were there.
+    /// Called when `len` bytes up to this position were written, after `skipped` bytes that were there.
     fn wrote(&mut self, _skipped: u64, _len: u64, _position: u64) {}
 
-    /// A file that is there already stays, and this is it: [`Published::same`] says whether it is this one.
+    /// Called when a stored file is kept. [`Published::same`] tells whether it is identical.
     fn was_there(self, file: Published);
 
-    /// All bytes are here and right, `skipped` of them at the end were there; the file is to be
-    /// [published](Staging::publish).
+    /// Called when all bytes have arrived and their hash is right; the last `skipped` of them were there before. The
+    /// file must then be [published](Staging::publish).
     fn complete(
         self,
         staging: &Staging<Self>,
@@ -66,43 +68,43 @@ pub(crate) trait Recipient: fmt::Debug + Send + Sized + 'static {
         skipped: u64,
     ) -> impl Future<Output = ()> + Send;
 
-    /// The file has its name, or failed.
+    /// Called when the file has its name, or has failed.
     fn stored(self, stored: Result<Published, StoreError>);
 
-    /// Storing it panicked.
+    /// Called when storing it panicked.
     fn broken(self);
 }
 
-/// What a file is to become.
+/// What is to be received, and where it goes.
 #[derive(Debug)]
 pub(crate) struct Plan {
-    /// The name in the target.
+    /// Its name in the target.
     pub(crate) path: RelPath,
-    /// Whose it is.
+    /// The owner: the name of the token.
     pub(crate) peer: Arc<str>,
     /// Its size in bytes, if known.
     pub(crate) size: Option<u64>,
     pub(crate) meta: Meta,
     pub(crate) if_exists: IfExists,
-    /// What is interrupted is kept, and what was kept is taken up.
+    /// Whether an interrupted file is kept, and a kept one is continued.
     pub(crate) resume: bool,
     pub(crate) tenant: Option<Tenant>,
-    /// Permission bits of directories that must be made.
+    /// Permission bits of directories that must be created.
     pub(crate) dirs: Vec<u32>,
-    /// What the sender is known to have stored under this name before: nothing else may come under it.
+    /// The file that this run has already stored under the name: only an identical one may arrive.
     pub(crate) known: Option<Published>,
-    /// A file that this one may have bytes of, and that its sender may read.
+    /// A file that this one may share bytes with, and that its sender may read.
     pub(crate) base: Option<RelPath>,
-    /// Its steps are short, and taken in turns with others of its kind.
+    /// Whether its steps are short and take turns with those of other small files.
     pub(crate) small: bool,
-    /// Set when the file is given up and only has to be cleaned up.
+    /// Set when the file was given up and only has to be removed.
     pub(crate) leaving: Option<Arc<AtomicBool>>,
 }
 
-/// A file that came whole.
+/// A file that arrived in one message.
 #[derive(Debug)]
 pub(crate) struct Whole {
-    /// As its sender says.
+    /// The hash that its sender sent.
     pub(crate) hash: [u8; 32],
     pub(crate) bytes: Bytes,
 }
@@ -110,14 +112,14 @@ pub(crate) struct Whole {
 /// A file's first step.
 #[derive(Debug)]
 pub(crate) enum First {
-    /// Looks at the name and the space, with the place that reading what is there takes.
+    /// Examines the name and the space, with the place in the pool that reading existing bytes takes.
     Look(Option<Place>),
-    /// All that there is to do, for one that came whole.
+    /// All steps at once, for a file that arrived in one message.
     Whole(Whole),
 }
 
-/// A lane's handle on one file. Dropping it before [`finish`](Self::finish) ends the file: what can be
-/// resumed is put aside, the rest is removed.
+/// A lane's handle of one file. Dropping it before [`finish`](Self::finish) ends the file: what can be resumed is kept,
+/// the rest is removed.
 #[derive(Debug)]
 pub(crate) struct Incoming<R: Recipient> {
     shared: Arc<Shared<R>>,
@@ -128,7 +130,7 @@ pub(crate) struct Incoming<R: Recipient> {
 #[derive(Debug)]
 pub(super) struct Shared<R> {
     target: Target,
-    /// It takes turns in the pool; any other file of a store gets a thread to itself.
+    /// Whether it takes turns in the pool. Any other file of a store has a thread to itself.
     pooled: bool,
     queue: Mutex<Queue<R>>,
     room: Arc<Semaphore>,
@@ -141,7 +143,7 @@ pub(super) struct Shared<R> {
 #[derive(Debug)]
 struct Queue<R> {
     steps: VecDeque<Step>,
-    /// It waits in the pool, or a thread of it has the worker.
+    /// Whether it waits in the pool, or one of the pool's threads runs its worker.
     running: bool,
     worker: Option<Worker<R>>,
     end: Option<End<R>>,
@@ -149,9 +151,9 @@ struct Queue<R> {
 
 /// How a file ends that gets no `finish`.
 struct End<R> {
-    /// What is there of it is removed even if it could be resumed.
+    /// Whether to remove its bytes even if they could be resumed.
     discard: bool,
-    /// Notified when that is done.
+    /// Called when the file has ended.
     tell: Box<dyn FnOnce(R) + Send>,
 }
 
@@ -173,7 +175,7 @@ enum Step {
     },
     Chunk(Option<u64>, Bytes, OwnedSemaphorePermit),
     Copy(Copied, OwnedSemaphorePermit),
-    /// Some time has passed: a checkpoint may be due.
+    /// Time has passed: a checkpoint may be due.
     Pause,
     Finish {
         size: Option<u64>,
@@ -182,7 +184,7 @@ enum Step {
 }
 
 impl<R: Recipient> Incoming<R> {
-    /// Begins a file, or takes it up again.
+    /// Begins a file, or continues an interrupted one.
     pub(crate) fn begin(
         staging: &Staging<R>,
         plan: Plan,
@@ -220,17 +222,17 @@ impl<R: Recipient> Incoming<R> {
         incoming
     }
 
-    /// The sender begins to send a file of this size; whether one of that size is kept when it is interrupted.
+    /// Tells the size that the sender gives the file, and whether a file of that size is kept when it is interrupted.
     pub(crate) fn open(&self, size: u64, meta: Meta, resume: bool, gathered: &mut Gathered<R>) {
         self.push(Step::Open { size, meta, resume }, gathered);
     }
 
-    /// Where a chunk must wait for its turn before it is [`write`](Self::write)n.
+    /// A chunk needs a permit of this semaphore before it is passed to [`write`](Self::write).
     pub(crate) fn room(&self) -> Arc<Semaphore> {
         self.shared.room.clone()
     }
 
-    /// The next chunk; without an offset it follows the one before.
+    /// Writes the next chunk. Without an offset it follows the previous one.
     pub(crate) fn write(
         &self,
         offset: Option<u64>,
@@ -241,7 +243,7 @@ impl<R: Recipient> Incoming<R> {
         self.push(Step::Chunk(offset, bytes, room), gathered);
     }
 
-    /// As [`write`](Self::write), with bytes of the base.
+    /// Like [`write`](Self::write), with bytes of the base.
     pub(crate) fn copy(
         &self,
         copied: Copied,
@@ -251,7 +253,7 @@ impl<R: Recipient> Incoming<R> {
         self.push(Step::Copy(copied, room), gathered);
     }
 
-    /// Lets the file run to its end by itself; its recipient hears of that.
+    /// Verifies and publishes the file in the background; the recipient gets the outcome.
     pub(crate) fn finish(
         &mut self,
         size: Option<u64>,
@@ -262,8 +264,8 @@ impl<R: Recipient> Incoming<R> {
         self.push(Step::Finish { size, hash }, gathered);
     }
 
-    /// Ends the file without what was not written yet, and then tells its recipient, unless that has heard of its end.
-    /// `discard` removes what is there of it, also where it could be resumed.
+    /// Ends the file without its unwritten bytes, and then passes the recipient to `tell`, unless the recipient has its
+    /// outcome already. `discard` removes its bytes even if they could be resumed.
     pub(crate) fn end(mut self, discard: bool, tell: impl FnOnce(R) + Send + 'static) {
         self.finished = true;
         let tell = Box::new(tell);
@@ -275,14 +277,14 @@ impl<R: Recipient> Incoming<R> {
         self.shared.received.load(Ordering::Relaxed)
     }
 
-    /// Of those, bytes that a power cut would not take.
+    /// How many of these survive a power cut.
     pub(crate) fn safe(&self) -> u64 {
         let safe = self.shared.safe.get();
         safe.map_or(0, |safe| safe.load(Ordering::Relaxed))
             .min(self.received())
     }
 
-    /// Looks whether something should be made durable, in case nothing comes any more.
+    /// Makes bytes durable if a checkpoint is due, even if no more bytes arrive.
     pub(crate) fn pause(&self, gathered: &mut Gathered<R>) {
         if self.safe() < self.received() && self.shared.lock().steps.is_empty() {
             self.push(Step::Pause, gathered);
@@ -321,7 +323,7 @@ impl<R: Recipient> Incoming<R> {
             }
         };
         self.shared.ended.notify_one();
-        // Syncing or removing a large staging file takes time: not on this thread, where there is a choice.
+        // Syncing or removing a large staging file takes time: keep it off this thread where possible.
         if let Some((worker, end)) = idle
             && tokio::runtime::Handle::try_current().is_ok()
         {
@@ -348,7 +350,7 @@ impl<R> Shared<R> {
 }
 
 impl<R: Recipient> Shared<R> {
-    /// Carries out steps; says whether there are more after a fair share.
+    /// Carries out steps. Returns whether more remain after a fair share.
     pub(super) async fn run(&self) -> bool {
         let Some(mut worker) = self.lock().worker.take() else {
             return false;
@@ -380,7 +382,7 @@ impl<R: Recipient> Shared<R> {
             let done = tokio::select! {
                 biased;
                 done = working => done,
-                // What it waited for may never come, and nobody wants it any more.
+                // The step may wait for ever, and nobody wants its outcome any more.
                 () = self.ended.notified(), if !last => Ok(()),
             };
             if done.is_err() {
@@ -391,7 +393,7 @@ impl<R: Recipient> Shared<R> {
                 }
             }
             if last {
-                // Its place among the files that are open is free.
+                // The file no longer counts as an open one.
                 return false;
             }
         }
@@ -399,18 +401,19 @@ impl<R: Recipient> Shared<R> {
     }
 }
 
-/// What one file needs, wherever it runs.
+/// The state of one file, wherever its steps run.
 #[derive(Debug)]
 struct Worker<R> {
-    // Before the recipient, who lets go of the upload only after its staging file has been let go of.
+    // Declared before the recipient: the staging file is released first, and the recipient releases the upload after
+    // it.
     stage: Stage,
     plan: Plan,
-    /// The plan's base, as it was when the file was begun.
+    /// The plan's base, as it was when the file began.
     base: Option<TargetFile>,
-    /// Its size, as told by [`Step::Open`].
+    /// The size that [`Step::Open`] gave.
     opened: Option<u64>,
     staging: Staging<R>,
-    /// `None` once it has heard of the end.
+    /// `None` once it has the outcome.
     recipient: Option<R>,
 }
 
@@ -422,7 +425,7 @@ struct Worker<R> {
 enum Stage {
     New,
     Writing(TargetUpload),
-    /// There is a file to be equal to: compare instead of write.
+    /// A file must be equal to a stored one: compare instead of writing.
     Comparing(Box<Comparing>),
     Ended,
 }
@@ -435,12 +438,12 @@ struct Comparing {
     received: blake3::Hasher,
 }
 
-/// What the bytes of an offer shall be equal to.
+/// What the bytes of an offer must be equal to.
 #[derive(Debug)]
 enum Compared {
-    /// The file that has the name, and the size.
+    /// The file that has the name, and its size.
     Existing(TargetFile),
-    /// What the same run has stored before.
+    /// The file that the same run has stored before.
     Known(Published),
 }
 
@@ -462,7 +465,8 @@ impl Compared {
 
 impl<R: Recipient> Worker<R> {
     async fn end(mut self, End { discard, tell }: End<R>) {
-        // An offer that is given up before its first step took up nothing: what an earlier one left goes all the same.
+        // An offer that is given up before its first step has continued nothing. The bytes of an earlier offer are
+        // removed all the same.
         if discard
             && self.plan.resume
             && matches!(self.stage, Stage::New)
@@ -470,7 +474,7 @@ impl<R: Recipient> Worker<R> {
         {
             self.stage = Stage::Writing(upload);
         }
-        // A recipient lets go, and hears of it, only after that.
+        // The recipient is released, and told, only after that.
         if let Stage::Writing(upload) = std::mem::replace(&mut self.stage, Stage::Ended) {
             put_aside(upload, self.plan.resume && !discard).await;
         }
@@ -485,7 +489,7 @@ impl<R: Recipient> Worker<R> {
         }
     }
 
-    /// Whether a file that is there, or a part of this one, may be read as a whole at first.
+    /// Whether the first step may have to read a whole file: a stored one, or the part of this one that is kept.
     fn looks(&self) -> bool {
         self.plan.resume || self.plan.if_exists == IfExists::Skip
     }
@@ -504,7 +508,7 @@ impl<R: Recipient> Worker<R> {
             return;
         };
         if let Stage::Writing(upload) = std::mem::replace(&mut self.stage, Stage::Ended) {
-            // What a server cannot write is gone, but for what a sink may take later.
+            // Bytes that a server could not write are lost, except where a sink may accept them later.
             let later = self.plan.resume && matches!(error, StoreError::Unavailable { .. });
             put_aside(upload, later || R::DOWNLOADS && error.retry()).await;
         }
@@ -534,19 +538,19 @@ impl<R: Recipient> Worker<R> {
                     recipient.wrote(offset.saturating_sub(before), len, position);
                 }
             }
-            // It would have come without bytes if it were the same.
+            // The sender would have sent no bytes of an identical file.
             Stage::Comparing(_) if R::DOWNLOADS => return self.other(),
             Stage::Comparing(comparing) => {
                 return take(&self.plan.path, comparing, &bytes, shared);
             }
-            // The file has ended; what was on its way is dropped.
+            // The file has ended; chunks that were on their way are dropped.
             Stage::New | Stage::Ended => {}
         }
         self.checkpoint().await
     }
 
-    /// Bytes that are in the base come as if they had been sent. What it says is believed as little as the sender: the
-    /// hash of the whole counts.
+    /// Writes bytes of the base as if they had been sent. The base is trusted no more than the sender: the hash of the
+    /// whole file decides.
     async fn copy(&mut self, copied: Copied, shared: &Shared<R>) -> Result<(), StoreError> {
         if matches!(self.stage, Stage::New | Stage::Ended) {
             return Ok(());
@@ -580,7 +584,7 @@ impl<R: Recipient> Worker<R> {
         }
     }
 
-    /// Begins the upload in the target.
+    /// Begins or continues the upload in the target.
     async fn take_up(&mut self, whole: bool) -> Result<Started, StoreError> {
         let plan = &self.plan;
         let new = NewUpload {
@@ -597,7 +601,7 @@ impl<R: Recipient> Worker<R> {
         self.staging.target.begin(&new).await
     }
 
-    /// Begins the upload in the target, and says what is durable of it.
+    /// Begins the upload in the target, and reports which of its bytes are durable.
     async fn start(
         &mut self,
         shared: &Shared<R>,
@@ -632,7 +636,7 @@ impl<R: Recipient> Worker<R> {
             (Started::New(upload), have) => {
                 self.stage = Stage::Writing(upload);
                 if let Some(base) = &self.plan.base {
-                    // It is a hint: without it everything is sent.
+                    // The base is optional: without it everything is sent.
                     self.base = self.staging.target.read(base).await.ok();
                 }
                 self.ready(have);
@@ -666,7 +670,8 @@ impl<R: Recipient> Worker<R> {
         Ok(())
     }
 
-    /// The run has stored a file under this name before, and its client may not know it: is it this one?
+    /// The run has stored a file under this name before, and its client may not know that. Decides whether the offer is
+    /// that file.
     fn again(&mut self, known: Published) -> Result<(), StoreError> {
         if self.plan.size.is_some_and(|size| size != known.size) {
             return Err(self.exists());
@@ -693,7 +698,7 @@ impl<R: Recipient> Worker<R> {
         }
     }
 
-    /// The sender begins to send: a file of this size.
+    /// The sender announces a file of this size.
     async fn open(
         &mut self,
         size: u64,
@@ -711,7 +716,7 @@ impl<R: Recipient> Worker<R> {
                 self.stage = Stage::Comparing(comparing);
                 return self.other();
             }
-            // What is reserved, and what there is of it, must be looked at anew.
+            // The reserved space and the durable bytes must be determined again.
             Stage::Writing(upload) if expected.is_some_and(|expected| expected != size) => {
                 put_aside(upload, self.plan.resume).await;
                 self.plan.resume = resume;
@@ -725,7 +730,7 @@ impl<R: Recipient> Worker<R> {
         Ok(())
     }
 
-    /// Begins and ends a file.
+    /// Receives a file that arrived in one message.
     async fn whole(&mut self, whole: Whole, shared: &Shared<R>) -> Result<(), StoreError> {
         let Whole { hash, bytes } = whole;
         self.begin(shared, true).await?;
@@ -753,7 +758,7 @@ impl<R: Recipient> Worker<R> {
         }
     }
 
-    /// All bytes are here: are they right?
+    /// All bytes have arrived: checks their size and hash.
     async fn complete(
         &mut self,
         upload: TargetUpload,
@@ -789,7 +794,7 @@ impl<R: Recipient> Worker<R> {
         Ok(())
     }
 
-    /// The name was taken: is what the sender has the same?
+    /// The name is taken: checks whether the sender's file is the same.
     async fn compare(
         &mut self,
         comparing: Comparing,
@@ -803,7 +808,7 @@ impl<R: Recipient> Worker<R> {
         } = comparing;
         let count = received.count();
         let size = told.unwrap_or(count);
-        // Not all sent, but the hash told in `ready` given back: the sender has compared for itself.
+        // The sender sent part of the file and the hash from `ready`: it has compared the file itself.
         let proved = (count == 0 || count < with.len())
             && hash.is_some()
             && their_hash == hash
@@ -847,7 +852,7 @@ impl<R: Recipient> Worker<R> {
         Ok(())
     }
 
-    /// What has the name is another file. A download passes it over, if it shall.
+    /// A different file has the name. A download skips it, if its policy says so.
     fn other(&mut self) -> Result<(), StoreError> {
         if R::DOWNLOADS
             && self.plan.if_exists == IfExists::Skip
@@ -892,7 +897,7 @@ async fn put_aside(upload: TargetUpload, keep: bool) {
     }
 }
 
-/// Takes bytes of a file that is there already.
+/// Compares bytes with those of a stored file.
 fn take<R>(
     path: &RelPath,
     comparing: &mut Comparing,
@@ -903,7 +908,7 @@ fn take<R>(
     let count = comparing.received.count();
     shared.received.store(count, Ordering::Relaxed);
     if count > comparing.with.len() {
-        // It cannot be equal any more, and what was not declared has no other end.
+        // The files differ. The size was not declared, so there is no later point at which to report it.
         return Err(StoreError::Exists { path: path.clone() });
     }
     Ok(())

@@ -1,4 +1,5 @@
-//! The threads on which small files of a store take turns: ten thousand files must not contend for the same locks.
+//! The threads on which small files of a store take turns. With a thread for each, ten thousand files would contend for
+//! the same locks.
 
 use std::collections::VecDeque;
 use std::panic::AssertUnwindSafe;
@@ -65,7 +66,7 @@ impl<R: Recipient> Pool<R> {
         }
     }
 
-    /// Runs work that may wait for the disk on a thread of the pool; another thread takes its place meanwhile.
+    /// Runs work that may wait for the disk on a thread of the pool. Another thread takes its place meanwhile.
     pub(super) fn aside(self: &Arc<Self>, wait: impl FnOnce()) {
         /// Runs after a panic, too.
         struct Back<'a, R: Recipient>(&'a Pool<R>);
@@ -99,7 +100,7 @@ impl<R: Recipient> Pool<R> {
     }
 }
 
-/// Small files of one lane that have steps and are not submitted yet. Files that came together are submitted in one
+/// Small files of one lane that have steps and are not submitted yet. Files that arrived together are submitted in one
 /// call, and each file's steps are executed in one turn. Dropping the value submits them.
 #[derive(Debug)]
 pub(crate) struct Gathered<R: Recipient> {
@@ -119,7 +120,7 @@ impl<R: Recipient> Gathered<R> {
         self.files.is_empty()
     }
 
-    /// Submits the files. To be called before waiting for anything.
+    /// Submits the files. Must be called before waiting for anything.
     pub(crate) fn hand_over(&mut self) {
         if !self.files.is_empty() {
             self.pool.submit(self.files.drain(..));

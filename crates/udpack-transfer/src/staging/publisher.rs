@@ -10,11 +10,11 @@ use super::pool::{Gathered, Pool};
 use super::target::{Target, TargetWhole};
 use crate::base::phase::Phase;
 
-/// Most files that are published together.
+/// The most files that are published together.
 const BATCH: usize = 1024;
 
 /// Receives files into one target, and publishes complete ones. Files that must be synced are collected, so that one
-/// sync serves all files that came during the previous one. A handle.
+/// sync serves all files that arrived during the previous one. A handle.
 #[derive(Debug)]
 pub(crate) struct Staging<R> {
     pub(super) target: Target,
@@ -67,8 +67,8 @@ impl<R: Recipient> Staging<R> {
         Gathered::new(&self.pool)
     }
 
-    /// Publishes a file and tells its recipient. Blocks while a store syncs, unless another thread is already
-    /// publishing and takes this file as well. `pooled`: this thread belongs to the pool.
+    /// Publishes a file and tells its recipient. Blocks while a store syncs, unless another thread is publishing and
+    /// takes this file as well. `pooled` tells whether this thread belongs to the pool.
     pub(crate) async fn publish(&self, complete: TargetWhole, recipient: R, pooled: bool) {
         let waits = complete.waits();
         recipient.phase(match waits {

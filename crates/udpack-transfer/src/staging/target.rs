@@ -1,7 +1,7 @@
 //! [`Target`]: where the files of a receiver go, a store on disk or any other [`Sink`].
 //!
-//! A store is called on the thread that asks, which must be one that may block: its futures are ready at once. Any other
-//! sink is driven by tasks. [`Target::run`] starts work in the right place; what runs there is the same for both.
+//! A store is called on the caller's thread, which must be one that may block; its futures are ready at once. Any other
+//! sink is driven by tasks. [`Target::run`] starts work in the right place; the work itself is the same for both.
 
 use std::future::Future;
 use std::path::PathBuf;
@@ -30,14 +30,14 @@ pub(crate) enum Target {
     Sink(Arc<dyn AnySink>),
 }
 
-/// What beginning an upload led to.
+/// The result of beginning an upload.
 #[derive(Debug)]
 pub(crate) enum Started {
     New(TargetUpload),
     Exists(TargetFile),
 }
 
-/// An upload under way.
+/// An upload that is being written.
 #[derive(Debug)]
 #[expect(
     clippy::large_enum_variant,
@@ -48,14 +48,14 @@ pub(crate) enum TargetUpload {
     Sink(Box<Guided>),
 }
 
-/// A file that is whole and has no name yet.
+/// A file that is complete and has no name yet.
 #[derive(Debug)]
 pub(crate) enum TargetWhole {
     Disk(Complete),
     Sink(Box<dyn AnyWhole>),
 }
 
-/// A file that is there.
+/// A stored file.
 #[derive(Debug)]
 pub(crate) enum TargetFile {
     Disk(Existing),
@@ -76,7 +76,7 @@ impl Target {
         Self::Sink(Arc::new(Held(Arc::new(sink))))
     }
 
-    /// The store, where it is one.
+    /// The store, if the target is one.
     pub(crate) fn store(&self) -> Option<&Store> {
         match self {
             Self::Disk(store) => Some(store),
@@ -84,8 +84,9 @@ impl Target {
         }
     }
 
-    /// Starts work that calls this target, where that may block; `None` is what comes of work that waits for something
-    /// else there. It goes on when the handle is dropped. Must be called within a runtime.
+    /// Starts work that calls this target, on a thread that may block if it is a store. The work must wait for nothing but
+    /// the target: the result is `None` where it waits for anything else on such a thread. It continues when the handle
+    /// is dropped. Must be called within a runtime.
     pub(crate) fn run<T: Send + 'static>(
         &self,
         work: impl Future<Output = T> + Send + 'static,
@@ -129,7 +130,7 @@ impl Target {
         })
     }
 
-    /// Gives files their names; the outcomes in the same order. A store puts all of them on disk together.
+    /// Gives files their names, and returns the outcomes in the same order. A store syncs all of them together.
     pub(crate) async fn publish(
         &self,
         files: Vec<TargetWhole>,
@@ -203,7 +204,7 @@ impl Target {
 }
 
 impl TargetUpload {
-    /// Bytes so far, without a gap.
+    /// The position: bytes so far, without a gap.
     pub(crate) fn position(&self) -> u64 {
         match self {
             Self::Disk(partial) => partial.position(),
@@ -211,7 +212,7 @@ impl TargetUpload {
         }
     }
 
-    /// Of those, how many are durable, now and later.
+    /// How many of these are durable, kept up to date.
     pub(crate) fn safe(&self) -> Arc<AtomicU64> {
         match self {
             Self::Disk(partial) => partial.safe(),
@@ -233,7 +234,7 @@ impl TargetUpload {
         }
     }
 
-    /// Makes durable what is due: of a store beside the writes that follow.
+    /// Makes bytes durable if a checkpoint is due. A store does so beside the writes that follow.
     pub(crate) async fn checkpoint(&mut self) -> Result<(), StoreError> {
         match self {
             Self::Disk(partial) => {
@@ -246,7 +247,7 @@ impl TargetUpload {
         }
     }
 
-    /// All bytes are here. `syncing` is called when they are right and go to disk.
+    /// All bytes have arrived. `syncing` is called when their hash is right and they go to disk.
     pub(crate) async fn finish(
         self,
         expected: Expected,
@@ -278,12 +279,12 @@ impl TargetUpload {
 }
 
 impl TargetWhole {
-    /// Whether others are worth waiting for, so that one sync serves all of them.
+    /// Whether waiting for other files pays, so that one sync serves all of them.
     pub(crate) fn waits(&self) -> bool {
         matches!(self, Self::Disk(complete) if !complete.is_synced())
     }
 
-    /// Where its bytes lie on this machine, if they do.
+    /// The path of its bytes on this machine, if they are on it.
     pub(crate) fn staged_at(&self, target: &Target) -> PathBuf {
         match (self, target) {
             (Self::Disk(complete), Target::Disk(store)) => store.staging().join(complete.staged()),
@@ -315,7 +316,7 @@ impl TargetFile {
         }
     }
 
-    /// Its hash, when it may be reported as stored.
+    /// Its hash, for reporting it as stored.
     pub(crate) async fn hash(&self) -> Result<[u8; 32], StoreError> {
         match self {
             Self::Disk(existing) => existing.hash(&mut |_| {}),
@@ -323,7 +324,7 @@ impl TargetFile {
         }
     }
 
-    /// Its hash, and nothing more.
+    /// Its hash alone.
     pub(crate) async fn fingerprint(&self) -> Result<[u8; 32], StoreError> {
         match self {
             Self::Disk(existing) => existing.fingerprint(&mut |_| {}),
@@ -331,7 +332,7 @@ impl TargetFile {
         }
     }
 
-    /// Bytes from this offset on: at most `len`, and none only where it ends, or ended when it was opened.
+    /// Bytes from this offset on: at most `len`, and none only at its end, or at the end it had when it was opened.
     pub(crate) async fn read_at(&self, offset: u64, len: usize) -> Result<Bytes, StoreError> {
         if offset >= self.size() {
             return Ok(Bytes::new());
@@ -351,7 +352,7 @@ impl TargetFile {
         }
     }
 
-    /// To be sent.
+    /// Opens it for sending.
     pub(crate) fn open(self) -> std::io::Result<Opened> {
         match self {
             Self::Disk(existing) => Opened::stored(existing),
@@ -360,14 +361,14 @@ impl TargetFile {
     }
 }
 
-/// An upload into a sink: holds it to the order of bytes that the protocol has, and to its checkpoints.
+/// An upload into a sink. It enforces the protocol's order of bytes and triggers checkpoints.
 #[derive(Debug)]
 pub(crate) struct Guided {
     upload: Box<dyn AnyUpload>,
     position: u64,
-    /// What may be left out, joined.
+    /// The ranges that need not be sent, joined.
     offered: Vec<(u64, u64)>,
-    /// Bytes that no checkpoint has seen, and when the first of them came.
+    /// Bytes since the last checkpoint, and when the first of them arrived.
     unsynced: u64,
     since: Option<Instant>,
 }
@@ -422,7 +423,7 @@ impl Guided {
     }
 }
 
-/// Any [`Sink`].
+/// Any [`Sink`], as an object.
 pub(crate) trait AnySink: Send + Sync {
     fn abilities(&self) -> Abilities;
     fn begin<'a>(
@@ -457,7 +458,7 @@ pub(crate) trait AnyUpload: Send + Sync {
     fn abort(self: Box<Self>) -> Boxed<'static, ()>;
 }
 
-/// A whole file of any [`Sink`].
+/// A complete file of any [`Sink`].
 pub(crate) trait AnyWhole: Send + Sync {
     fn publish(self: Box<Self>) -> Boxed<'static, Result<Published, StoreError>>;
     fn discard(self: Box<Self>) -> Boxed<'static, ()>;

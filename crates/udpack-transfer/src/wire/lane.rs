@@ -1,6 +1,6 @@
-//! The server's half of a lane as a pure state machine: which message may come when, and what it asks for.
+//! The server's half of a lane as a pure state machine: which message is legal when, and what it requires.
 //!
-//! No I/O, no time, no bytes: the caller carries out the [`Action`] and reports back with
+//! It does no I/O and knows neither time nor bytes: the caller carries out the [`Action`] and reports back with
 //! [`Lane::ended`]. The table is `docs/PROTOCOL.md` §11, "States of one file".
 
 use std::collections::HashSet;
@@ -8,13 +8,13 @@ use std::collections::HashSet;
 use crate::base::code::Code;
 use crate::wire::{Copied, DirOffer, Finish, Have, LinkOffer, Offer, Request, Wish};
 
-/// Where a lane stands.
+/// The state of a lane.
 #[derive(Debug, Default)]
 pub struct Lane {
     state: State,
-    /// The highest id of the long form so far: ids only go up.
+    /// The highest id of the long form so far: ids only increase.
     last: Option<u64>,
-    /// Downloads the client has asked for and not confirmed.
+    /// Downloads that the client has requested and not confirmed.
     gets: HashSet<u64>,
 }
 
@@ -23,7 +23,7 @@ enum State {
     #[default]
     Idle,
     Open(Open),
-    /// The file ended before its `finish` came: what was on its way is dropped.
+    /// The file ended before its `finish` arrived: messages that were on their way are dropped.
     Dropping {
         id: u64,
     },
@@ -34,15 +34,15 @@ struct Open {
     id: u64,
     short: bool,
     size: Option<u64>,
-    /// It has a base, of which bytes may be copied.
+    /// Whether it has a base whose bytes may be copied.
     based: bool,
     next: u64,
-    /// Ranges that the client knows to be here, as (offset, end): it may skip them.
+    /// Ranges of which the client knows that the server has them, as (offset, end): it may skip them.
     have: Vec<(u64, u64)>,
 }
 
 impl Open {
-    /// Whether everything from `next` to `offset` may be passed over.
+    /// Whether everything from `next` to `offset` may be skipped.
     fn covered(&self, offset: u64) -> bool {
         let mut at = self.next;
         for (from, to) in &self.have {
@@ -61,34 +61,34 @@ impl Open {
 pub enum Action {
     /// Begin this file; it is now the open one.
     Begin(Offer),
-    /// Store the file that this message is, if it will be taken; the lane takes the next one.
+    /// Store the file that this message contains, if it is accepted; the lane accepts the next one.
     Put,
-    /// Make this directory.
+    /// Create this directory.
     Dir(DirOffer),
-    /// Make this link.
+    /// Create this link.
     Link(LinkOffer),
     /// Send this file.
     Send(Wish),
-    /// The client has what was sent to it under this id, or gives it up.
+    /// The client has stored the download of this id, or gives it up.
     Sent {
         /// The download.
         id: u64,
-        /// It is stored there.
+        /// Whether the client has stored it.
         stored: bool,
     },
     /// Append the chunk's bytes to the open file.
     Write,
     /// Append these bytes of the base to the open file.
     Copy(Copied),
-    /// Check and publish the open file; the lane takes the next one.
+    /// Verify and publish the open file; the lane accepts the next one.
     Finish(Finish),
     /// Drop the open file and tell the client.
     Abort(Refusal),
-    /// Put the open file aside for a later resume, and tell the client.
+    /// Keep the open file for a later resume, and tell the client.
     Suspend(Refusal),
     /// Tell the client; nothing else changes.
     Refuse(Refusal),
-    /// Nothing.
+    /// Do nothing.
     Ignore,
 }
 
@@ -104,7 +104,7 @@ pub struct Refusal {
 }
 
 impl Lane {
-    /// A lane on which nothing was said yet.
+    /// A lane without any message so far.
     pub fn new() -> Self {
         Self::default()
     }
@@ -117,7 +117,7 @@ impl Lane {
         }
     }
 
-    /// The id of the file whose messages are dropped: it has its outcome already.
+    /// The id of the file whose messages are dropped, because it has its outcome already.
     pub fn dropping(&self) -> Option<u64> {
         match &self.state {
             State::Dropping { id } => Some(*id),
@@ -125,7 +125,7 @@ impl Lane {
         }
     }
 
-    /// Takes one message and says what to do.
+    /// Processes one message, and returns what to do.
     pub fn on(&mut self, request: &Request) -> Action {
         match request {
             Request::File(offer) => self.file(offer),
@@ -160,7 +160,7 @@ impl Lane {
         }
     }
 
-    /// The client knows that these ranges of the open file are here.
+    /// The client has been told that the server has these ranges of the open file.
     pub fn told(&mut self, id: u64, have: &Have) {
         if let State::Open(open) = &mut self.state
             && open.id == id
@@ -182,7 +182,7 @@ impl Lane {
         self.gets.len()
     }
 
-    /// Takes a new id of the long form.
+    /// Accepts a new id of the long form.
     fn number(&mut self, id: u64) -> Result<(), Refusal> {
         if self.last.is_some_and(|last| id <= last) {
             return Err(Refusal {
@@ -195,7 +195,7 @@ impl Lane {
         Ok(())
     }
 
-    /// Takes a new id for something that may not come while a file is open.
+    /// Accepts a new id for a message that may not arrive while a file is open.
     fn between(&mut self, id: u64) -> Result<(), Refusal> {
         let open = self.open();
         self.number(id)?;
@@ -219,7 +219,7 @@ impl Lane {
         }
     }
 
-    /// A message about the open file was malformed: it ends. Says whether that was the open file.
+    /// A message about the open file was malformed, which ends the file. Returns whether it was about the open file.
     pub fn malformed(&mut self, id: u64) -> bool {
         let open = self.open() == Some(id);
         self.ended(id);
@@ -311,7 +311,7 @@ impl Lane {
                         Code::BadMessage,
                         "the two forms are mixed within one file".to_owned(),
                     );
-                    // Its `finish` has come: nothing more is on its way.
+                    // After `finish` no message of this file is on its way.
                     self.state = State::Idle;
                     return action;
                 }

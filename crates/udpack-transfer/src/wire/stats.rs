@@ -1,6 +1,6 @@
-//! The state of a server, as it is told on a channel `stats`.
+//! The state of a server, as sent on a channel named `stats`.
 //!
-//! Written and read by the same types. Each key may be missing, and those that are not known are ignored.
+//! The same types write and read it. Each key may be missing; unknown keys are ignored.
 
 use serde::{Deserialize, Serialize};
 use udpack::text::printable_within;
@@ -8,7 +8,7 @@ use udpack::text::printable_within;
 use crate::base::path::RelPath;
 use crate::store::Space;
 
-/// Longest text that is taken from a server, in bytes.
+/// Longest text accepted from a server, in bytes.
 const TEXT: usize = 1024;
 
 /// The state of a server at one moment.
@@ -16,61 +16,62 @@ const TEXT: usize = 1024;
 #[serde(default)]
 #[non_exhaustive]
 pub struct ServerStats {
-    /// How long it runs, in seconds.
+    /// How long it has been running, in seconds.
     pub uptime: f64,
-    /// It goes down.
+    /// Whether it is shutting down.
     pub draining: bool,
-    /// Bytes of all sockets, past ones included, but for those of the channels `stats`: frames without what QUIC adds.
+    /// Bytes received on all sockets, including past ones, except those of `stats` channels. Frames are counted without
+    /// QUIC's overhead.
     pub received: u64,
-    /// As [`received`](Self::received), the other way.
+    /// Bytes sent, counted like [`received`](Self::received).
     pub sent: u64,
-    /// Bytes a second that come, of the last two seconds.
+    /// Received bytes per second, over the last two seconds.
     pub receive_rate: u64,
-    /// Bytes a second that go, of the last two seconds.
+    /// Sent bytes per second, over the last two seconds.
     pub send_rate: u64,
     /// Its transfers.
     pub jobs: JobCounts,
     /// Files stored since the start.
     pub files: u64,
-    /// Their bytes.
+    /// The bytes of these files.
     pub stored: u64,
-    /// Bytes of memory that its process has; `None` where the system does not say.
+    /// Memory of its process, in bytes; `None` if the system does not tell.
     pub memory: Option<u64>,
-    /// Bytes that its disk has for new files; `None` where its files go elsewhere.
+    /// Bytes that its disk has free for new files; `None` if its files go elsewhere.
     pub disk_free: Option<u64>,
-    /// Bytes of its disk in all.
+    /// Size of its disk, in bytes.
     pub disk_total: Option<u64>,
-    /// Sockets in all.
+    /// Number of sockets.
     pub sockets_in_all: u64,
-    /// Those that have moved most bytes, 256 at most.
+    /// The sockets that have moved the most bytes, at most 256.
     pub sockets: Vec<SocketStats>,
-    /// Rooms in all.
+    /// Number of rooms.
     pub rooms_in_all: u64,
-    /// Those with most members, 256 at most.
+    /// The rooms with the most members, at most 256.
     pub rooms: Vec<RoomStats>,
-    /// The cluster that it is a node of, if it is.
+    /// The cluster that it is a node of, if any.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cluster: Option<ClusterStats>,
-    /// The server's own quota, and those of the tokens whose clients are there: 64 at most.
+    /// The server's own quota and those of the connected tokens, at most 64.
     pub quotas: Vec<QuotaStats>,
 }
 
-/// How many transfers run, and how many have ended since the server's start.
+/// How many transfers are running, and how many have ended since the server's start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 #[non_exhaustive]
 pub struct JobCounts {
-    /// Uploads that run.
+    /// Running uploads.
     pub puts: u64,
-    /// Downloads that run.
+    /// Running downloads.
     pub gets: u64,
-    /// Ended well.
+    /// Transfers that succeeded.
     pub done: u64,
-    /// Failed.
+    /// Transfers that failed.
     pub failed: u64,
-    /// Were cancelled.
+    /// Transfers that were cancelled.
     pub cancelled: u64,
-    /// Were interrupted, and can be resumed.
+    /// Transfers that were interrupted and can be resumed.
     pub suspended: u64,
 }
 
@@ -79,27 +80,27 @@ pub struct JobCounts {
 #[serde(default)]
 #[non_exhaustive]
 pub struct SocketStats {
-    /// Its id, by which it is closed.
+    /// Its id, with which an admin can close it.
     pub id: String,
     /// The name of its token.
     pub peer: String,
     /// The address of its peer.
     pub address: String,
-    /// What its connection speaks: `quic`, `webtransport` or `websocket`.
+    /// The transport of its connection: `quic`, `webtransport` or `websocket`.
     pub transport: String,
-    /// What its peer's program calls itself.
+    /// The name and version that its peer's program sent.
     pub agent: String,
-    /// How long its session is there, in seconds.
+    /// The age of its session, in seconds.
     pub age: f64,
-    /// Its peer is in reach.
+    /// Whether its peer is connected.
     pub connected: bool,
-    /// Channels that are open on it.
+    /// Number of channels that are open on it.
     pub channels: u64,
-    /// Bytes received: frames without what QUIC adds.
+    /// Bytes received: frames without QUIC's overhead.
     pub received: u64,
-    /// Bytes sent, but for those of its channel `stats`.
+    /// Bytes sent, except those of its `stats` channel.
     pub sent: u64,
-    /// The round trip to its peer, in seconds.
+    /// The round-trip time to its peer, in seconds.
     pub rtt: f64,
 }
 
@@ -110,7 +111,7 @@ pub struct SocketStats {
 pub struct RoomStats {
     /// Its name.
     pub name: String,
-    /// Channels that are in it.
+    /// Number of channels that are in it.
     pub members: u64,
 }
 
@@ -121,9 +122,9 @@ pub struct RoomStats {
 pub struct ClusterStats {
     /// The id of this node.
     pub id: String,
-    /// The broker cannot be reached, or takes less than is sent: other nodes may miss messages.
+    /// Whether the broker cannot be reached or accepts less than is sent. Other nodes may then miss messages.
     pub degraded: bool,
-    /// The other nodes, 256 at most.
+    /// The other nodes, at most 256.
     pub nodes: Vec<NodeStats>,
 }
 
@@ -136,11 +137,11 @@ pub struct NodeStats {
     pub id: String,
     /// Its name.
     pub name: String,
-    /// Where clients reach it; may be empty.
+    /// The address where clients reach it; may be empty.
     pub address: String,
-    /// Sockets on it.
+    /// Number of sockets on it.
     pub sockets: u64,
-    /// It was not heard for 10 s.
+    /// Whether it has been silent for 10 s.
     pub lost: bool,
 }
 
@@ -151,16 +152,16 @@ pub struct NodeStats {
 pub struct QuotaStats {
     /// The name of the token; `None` for the quota of the whole server.
     pub peer: Option<String>,
-    /// The directory whose files are counted; `None` for all.
+    /// The directory whose files are counted; `None` for all files.
     pub prefix: Option<String>,
-    /// Bytes that are taken; `None` where the files were not counted yet.
+    /// Bytes in use; `None` while the files have not been counted yet.
     pub used: Option<u64>,
-    /// Bytes that may be.
+    /// Bytes allowed.
     pub quota: u64,
 }
 
 impl ServerStats {
-    /// Says the same of what does not change by itself as time goes by: clocks, and what nobody looks at in detail.
+    /// A copy without the values that change all the time: clocks and details. Two equal copies need no new message.
     pub(crate) fn steady(&self) -> Self {
         const MIB: u32 = 20;
         let mut steady = self.clone();
@@ -174,7 +175,7 @@ impl ServerStats {
         steady
     }
 
-    /// With lists of half their length, for a peer that takes small frames only; false when there is nothing left to cut.
+    /// Halves its lists, for a peer that accepts small frames only. Returns false when nothing is left to remove.
     pub(crate) fn halve(&mut self) -> bool {
         let longest = self
             .sockets
@@ -195,7 +196,7 @@ impl ServerStats {
         longest > 0
     }
 
-    /// What came from a server, safe to print.
+    /// A copy whose texts, which came from a server, are safe to print.
     pub(crate) fn printable(mut self) -> Self {
         let mend = |text: &mut String| *text = printable_within(text, TEXT);
         for socket in &mut self.sockets {

@@ -1,4 +1,4 @@
-//! The transfers that run at a server, watched from a client.
+//! Watching the transfers of a server from a client.
 
 use std::fmt;
 use std::time::Duration;
@@ -20,38 +20,38 @@ use crate::wire::JOBS_CHANNEL;
 pub struct Job {
     /// The server's number for it.
     pub id: u64,
-    /// Which way it goes.
+    /// Its direction.
     pub kind: JobKind,
-    /// The file, as the client who transfers it calls it; safe to print.
+    /// The path, as the transferring client names it; safe to print.
     pub path: String,
-    /// Who transfers it; safe to print.
+    /// The name of the transferring client's token; safe to print.
     pub peer: String,
     /// The file's size in bytes, if known.
     pub size: Option<u64>,
-    /// What it is doing, while it runs and where the server says so.
+    /// What it is doing, while it runs and if the server tells.
     pub phase: Option<Phase>,
-    /// Bytes a second, of the last two seconds or so.
+    /// Bytes per second, over about the last two seconds.
     pub rate: u64,
-    /// No byte has moved for a while, though some should.
+    /// Whether no byte has moved for a while although some should.
     pub stalled: bool,
     /// Bytes transferred.
     pub bytes: u64,
-    /// Of those, bytes that a power cut would not take.
+    /// How many of these survive a power cut.
     pub safe: u64,
-    /// How it stands.
+    /// Its state.
     pub state: JobState,
     /// Why it failed: a code of `docs/PROTOCOL.md` §11.
     pub code: Option<String>,
-    /// The sentence about a failure, or the reason that was given with a cancel; safe to print.
+    /// The text of a failure, or the reason given with a cancel; safe to print.
     pub text: Option<String>,
     /// How long it has been running, or ran.
     pub elapsed: Duration,
-    /// Of those in [`JobsEvent::Ended`]: how long ago it ended.
+    /// In [`JobsEvent::Ended`]: how long ago it ended.
     pub ago: Option<Duration>,
 }
 
 impl Job {
-    /// How long it will take from now on, at its rate of the moment.
+    /// The remaining time at the present rate.
     pub fn eta(&self) -> Option<Duration> {
         let left = self.size?.checked_sub(self.bytes)?;
         let runs = self.state == JobState::Running && self.rate > 0;
@@ -61,7 +61,7 @@ impl Job {
     }
 }
 
-/// Which way a transfer goes.
+/// The direction of a transfer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum JobKind {
@@ -71,41 +71,41 @@ pub enum JobKind {
     Get,
 }
 
-/// How a transfer stands.
+/// The state of a transfer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum JobState {
-    /// It runs.
+    /// It is running.
     Running,
     /// The file has arrived.
     Done,
-    /// It has not, and will not by itself.
+    /// It has failed and will not continue by itself.
     Failed,
     /// It was cancelled.
     Cancelled,
-    /// It was interrupted, and what has arrived is kept.
+    /// It was interrupted; the received bytes are kept.
     Suspended,
 }
 
-/// What [`Jobs::next`] gives.
+/// An event of [`Jobs::next`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum JobsEvent {
-    /// All there are: first of all, and again after the connection was lost.
+    /// All running transfers: the first event, and again after a lost connection.
     List(Vec<Job>),
-    /// Those that ended before, the last first, as far as the server remembers them. Follows a list.
+    /// Transfers that ended before, the latest first, as far as the server remembers them. Follows a list.
     Ended(Vec<Job>),
-    /// One that is new or has changed.
+    /// A transfer that is new or has changed.
     Changed(Job),
 }
 
-/// The transfers at a server.
+/// Watches the transfers of a server.
 ///
 /// # Drop
 /// Stops watching.
 pub struct Jobs {
     watching: Watching,
-    /// Came with the list before.
+    /// Arrived with the last list.
     ended: Option<Vec<Job>>,
     over: bool,
 }
@@ -119,7 +119,7 @@ impl Jobs {
         }
     }
 
-    /// What happened next; `None` when the server shows no more. An error is the last that comes.
+    /// The next event; `None` when the server sends no more. Nothing follows an error.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -132,15 +132,14 @@ impl Jobs {
         event
     }
 
-    /// Gives a transfer up: one's own, or anyone's for an administrator. Its client is told the reason: one line that can be
-    /// printed, of at most 256 bytes. Its last state comes as an event.
+    /// Cancels a transfer: one's own, or anyone's for an administrator. Its client receives the reason, a printable
+    /// line of at most 256 bytes. The transfer's last state arrives as an event.
     ///
-    /// # Errors
-    /// [`TransferError::Refused`] with `forbidden`, `not_found`, or an unknown code where the reason is not such a line, and
-    /// those of the connection.
+    /// [`TransferError::Refused`] with `forbidden`, `not_found`, or with an unknown code if the reason is not such a
+    /// line; and those of the connection.
     ///
     /// # Cancel safety
-    /// Dropping it gives the request up; the server may follow it all the same.
+    /// Dropping the future cancels the request; the server may still carry it out.
     pub async fn cancel(&mut self, id: u64, reason: Option<&str>) -> Result<(), TransferError> {
         let asked = CancelFields { job: id, reason };
         self.watching.ask("cancel", &asked).await
@@ -250,7 +249,7 @@ fn job(raw: RawJob) -> Result<Job, TransferError> {
             "suspended" => JobState::Suspended,
             _ => return Err(broken("a job whose state is not known")),
         },
-        // A word of a later version says nothing here.
+        // An unknown name is one of a later version.
         phase: raw.phase.as_deref().and_then(Phase::from_word),
         rate: raw.rate,
         stalled: raw.stalled,

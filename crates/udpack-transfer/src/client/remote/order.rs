@@ -1,6 +1,6 @@
-//! Whether the entries of a list come as they must: each below what was listed, each after the one before.
+//! Checks the order of a list: each entry is below the listed directory and sorts after the previous one.
 //!
-//! This is what makes a list end, and what keeps an entry from lying below a file or a link.
+//! So every list ends, and no entry is below a file or a link.
 
 use super::broken;
 use crate::base::names;
@@ -8,10 +8,10 @@ use crate::base::path::{RelPath, printable};
 use crate::local::error::TransferError;
 use crate::store::{Entry, Kind};
 
-/// Checks one list, entry by entry. Keeps no more than the last path and the directories above it.
+/// Checks one list, entry by entry. It keeps only the last path and the directories above it.
 #[derive(Debug)]
 pub(super) struct Order {
-    /// The directory asked for; empty for the root.
+    /// The requested directory; empty for the root.
     root: String,
     recursive: bool,
     last: Option<String>,
@@ -29,7 +29,7 @@ impl Order {
         }
     }
 
-    /// Takes the next entry, whose path has been parsed.
+    /// Checks the next entry, whose path has been parsed.
     pub(super) fn check(&mut self, entry: &Entry) -> Result<(), TransferError> {
         let path = entry.path.as_str();
         let wrong = |what: &str| Err(broken(format!("entry {}: {what}", printable(path))));
@@ -42,7 +42,7 @@ impl Order {
             return wrong("what was listed is no directory");
         }
         if path == self.root && entry.kind != Kind::Dir {
-            // What was asked for is no directory, and is listed as itself.
+            // The requested name is no directory, and is listed as itself.
             self.last = Some(path.to_owned());
             return Ok(());
         }
@@ -61,7 +61,7 @@ impl Order {
     }
 }
 
-/// Whether a list has `a` before `b`: component by component, in the order of their bytes.
+/// Whether a list has `a` before `b`: the paths are compared component by component, as bytes.
 fn comes_before(a: &str, b: &str) -> bool {
     let (a, b) = (names::bytes(a), names::bytes(b));
     let slash = |byte: &u8| *byte == b'/';

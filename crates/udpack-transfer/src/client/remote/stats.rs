@@ -1,4 +1,4 @@
-//! The state of a server, watched from a client.
+//! Watching the state of a server from a client.
 
 use std::fmt;
 
@@ -11,7 +11,7 @@ use crate::local::error::TransferError;
 use crate::wire::STATS_CHANNEL;
 use crate::wire::stats::ServerStats;
 
-/// The state of a server, for clients whose token has the right `watch` or `admin`.
+/// Watches the state of a server. The token needs the right `watch` or `admin`.
 ///
 /// # Drop
 /// Stops watching.
@@ -28,8 +28,8 @@ impl StatsWatch {
         }
     }
 
-    /// The state at first, and each time it has changed, four times a second at most; `None` when the server tells no more.
-    /// An error is the last that comes.
+    /// The first state, and each changed one, at most four times a second; `None` when the server sends no more.
+    /// Nothing follows an error.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -42,22 +42,21 @@ impl StatsWatch {
         stats
     }
 
-    /// Closes a socket with `forbidden`, for an administrator. Its peer is told the reason: one line that can be printed, of at
+    /// Closes a socket with `forbidden`, for an administrator. Its peer receives the reason, a printable line of at
     /// most 256 bytes.
     ///
-    /// # Errors
-    /// [`TransferError::Refused`] with `forbidden`, `not_found`, or an unknown code where the reason is not such a line, and
-    /// those of the connection.
+    /// [`TransferError::Refused`] with `forbidden`, `not_found`, or with an unknown code if the reason is not such a
+    /// line; and those of the connection.
     ///
     /// # Cancel safety
-    /// Dropping it gives the request up; the server may follow it all the same.
+    /// Dropping the future cancels the request; the server may still carry it out.
     pub async fn kick(&mut self, socket: &str, reason: Option<&str>) -> Result<(), TransferError> {
         let asked = KickFields { socket, reason };
         self.watching.ask("kick", &asked).await
     }
 
-    /// Has the server go down in order, for an administrator: it takes nothing new, lets what runs finish as far as its
-    /// time for that allows, and ends.
+    /// Makes the server drain, for an administrator: it accepts nothing new, lets running transfers finish within its
+    /// drain time, and ends.
     ///
     /// # Errors
     /// [`TransferError::Refused`] with `forbidden`, and those of the connection.

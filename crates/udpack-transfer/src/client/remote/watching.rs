@@ -1,4 +1,4 @@
-//! A channel on which a server tells what goes on, opened again when it is lost.
+//! A channel on which a server reports its state. It is opened again when it is lost.
 
 use serde::Serialize;
 use udpack::{Channel, Message};
@@ -7,7 +7,7 @@ use super::{LOSSES, PATIENCE, failed, open_eager};
 use crate::client::link::{Link, Loss};
 use crate::local::error::TransferError;
 
-/// Opens nothing before the first call.
+/// Nothing is opened before the first call.
 pub(super) struct Watching {
     link: Link,
     /// The name of the channel.
@@ -26,7 +26,7 @@ impl Watching {
         }
     }
 
-    /// What the server tells next; `None` when it tells no more.
+    /// The next message; `None` when the server sends no more.
     pub(super) async fn next(&mut self) -> Result<Option<Message>, TransferError> {
         loop {
             let channel = self.channel().await?;
@@ -50,7 +50,7 @@ impl Watching {
         }
     }
 
-    /// Asks for something that has no answer but that it is done.
+    /// Sends a request whose answer only confirms it.
     pub(super) async fn ask<T: Serialize + Sync>(
         &mut self,
         event: &'static str,

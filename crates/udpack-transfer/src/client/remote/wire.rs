@@ -1,4 +1,4 @@
-//! The requests of [`Remote`](super::Remote) and the raw shapes of their answers, before they are checked.
+//! The requests of [`Remote`](super::Remote), and the raw form of their answers, before they are checked.
 
 use std::fmt;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use crate::local::error::TransferError;
 use crate::store::{Entry, Kind, Removed, Time};
 use crate::wire::Blob;
 
-/// Longest target of a symbolic link, in bytes: what Linux can hold.
+/// Longest target of a symbolic link, in bytes: Linux allows no longer one.
 const MAX_TARGET: usize = 4095;
 
 #[derive(Serialize)]
@@ -56,7 +56,7 @@ pub(super) struct RemoveFields<'a> {
     pub(super) recursive: bool,
 }
 
-/// What `stat` found; in a list, together with its path.
+/// An entry that `stat` found; in a list, together with its path.
 #[derive(Debug, Deserialize)]
 pub(super) struct Found {
     #[serde(default, deserialize_with = "names::deserialize_opt")]
@@ -74,13 +74,13 @@ pub(super) struct Found {
 }
 
 impl Found {
-    /// The entry under the name that was asked for, which the answer need not repeat.
+    /// The entry of the requested name, which the answer need not repeat.
     pub(super) fn entry(self, asked: Option<&RelPath>) -> Result<Entry, TransferError> {
         let path = asked.map_or_else(String::new, |path| path.as_str().to_owned());
         self.checked(path)
     }
 
-    /// The entry under the name in the answer, which is sound then.
+    /// The entry of the name in the answer, after checking that name.
     pub(super) fn listed(mut self) -> Result<Entry, TransferError> {
         let Some(path) = self.path.take() else {
             return Err(broken("an entry without a path"));
@@ -106,7 +106,7 @@ impl Found {
         if self.mtime_ns >= 1_000_000_000 {
             return Err(wrong("its time has more than a second of nanoseconds"));
         }
-        // Where a link leads is judged by who makes one: see `apply_entry`.
+        // Whoever creates the link checks where it leads: see `apply_entry`.
         let target = self.target.filter(|_| kind == Kind::Link);
         if target
             .as_ref()
@@ -204,7 +204,7 @@ impl<'de> Deserialize<'de> for Digest {
     }
 }
 
-/// Of a request without fields.
+/// The fields of a request that has none.
 #[derive(Serialize)]
 pub(super) struct Nothing {}
 
@@ -213,25 +213,25 @@ pub(super) struct NameField<'a> {
     pub(super) name: &'a str,
 }
 
-/// What a share is to be; see [`Remote::share`](super::Remote::share).
+/// The properties of a new share; see [`Remote::share`](super::Remote::share).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ShareWish {
-    /// The directory that is to be its root; `None` for this client's own.
+    /// The directory that becomes its root; `None` for this client's own.
     pub prefix: Option<RelPath>,
-    /// Most bytes of all files there; `None` for what this client has left.
+    /// The most bytes of all files there; `None` for what this client has left.
     pub quota: Option<u64>,
-    /// For how long; `None` for as long as this client's token. Whole seconds, at least one.
+    /// Its lifetime, in whole seconds, at least one; `None` for that of this client's token.
     pub expires: Option<Duration>,
-    /// Whether it is for the first client that comes with it.
+    /// Whether only the first client that presents it may use it.
     pub once: bool,
-    /// To list and fetch.
+    /// Grants listing and downloading.
     pub read: bool,
-    /// To upload.
+    /// Grants uploading.
     pub write: bool,
 }
 
 impl Default for ShareWish {
-    /// To upload into this client's own root.
+    /// Grants uploading into this client's own root.
     fn default() -> Self {
         Self {
             prefix: None,
@@ -273,15 +273,15 @@ impl<'a> ShareFields<'a> {
     }
 }
 
-/// A share that was made.
+/// A new share.
 #[derive(Clone, PartialEq, Eq, Deserialize)]
 #[non_exhaustive]
 pub struct Shared {
-    /// Its name, to revoke it by.
+    /// Its name, with which it can be revoked.
     pub name: String,
-    /// Its token, which is nowhere else.
+    /// Its token, which is stored nowhere else.
     pub token: String,
-    /// The address of the server's pages with the token in it, where the server has any.
+    /// The address of the server's pages with the token in it, if the server has pages.
     #[serde(default)]
     pub url: Option<String>,
 }
@@ -292,29 +292,29 @@ impl fmt::Debug for Shared {
     }
 }
 
-/// What a token may do.
+/// The rights of a token.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Rights {
-    /// To list and fetch.
+    /// Grants listing and downloading.
     pub read: bool,
-    /// To upload.
+    /// Grants uploading.
     pub write: bool,
-    /// To remove.
+    /// Grants removing.
     pub delete: bool,
-    /// To make shares.
+    /// Grants making shares.
     pub share: bool,
-    /// To see and cancel the transfers of others.
+    /// Grants seeing and cancelling the transfers of others.
     pub admin: bool,
-    /// To see the transfers of others.
+    /// Grants seeing the transfers of others.
     pub watch: bool,
-    /// Whether it is for this client alone.
+    /// Whether only this client may use it.
     pub once: bool,
-    /// The directory that is its root, as its server calls it; `None` for the server's own, and of a share.
+    /// Its root directory, as the server names it; `None` for the server's own root, and for a share.
     pub prefix: Option<RelPath>,
-    /// Most bytes of all files below its root, and how many of them are left.
+    /// The most bytes of all files below its root, and how many of them are left.
     pub quota: Option<(u64, u64)>,
-    /// When it expires, counted from now.
+    /// The time until it expires.
     pub expires_in: Option<Duration>,
 }
 
@@ -363,25 +363,25 @@ impl RightsReply {
     }
 }
 
-/// A share as its maker sees it.
+/// A share, as reported to its maker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ShareEntry {
-    /// Its name, to revoke it by. Printable.
+    /// Its name, with which it can be revoked; safe to print.
     pub name: String,
-    /// The directory that is its root; `None` for its maker's own.
+    /// Its root directory; `None` for its maker's own.
     pub prefix: Option<RelPath>,
-    /// To list and fetch.
+    /// Grants listing and downloading.
     pub read: bool,
-    /// To upload.
+    /// Grants uploading.
     pub write: bool,
-    /// Whether it is for one client.
+    /// Whether only one client may use it.
     pub once: bool,
-    /// Whether that one has come.
+    /// Whether that client has used it.
     pub used: bool,
-    /// Most bytes of all files there.
+    /// The most bytes of all files there.
     pub quota: Option<u64>,
-    /// When it expires, counted from now.
+    /// The time until it expires.
     pub expires_in: Option<Duration>,
 }
 
@@ -424,7 +424,7 @@ impl ShareReply {
     }
 }
 
-/// A directory that is a root, `None` for that of whoever is told.
+/// A root directory; `None` for the receiver's own.
 fn root(prefix: Option<String>) -> Result<Option<RelPath>, TransferError> {
     let prefix = prefix.filter(|prefix| !prefix.is_empty());
     let parsed = prefix.map(|prefix| prefix.parse());
