@@ -1,7 +1,8 @@
-//! Rooms on several machines: what a server asks of the broker between them, and what goes over it.
+//! Rooms on several servers: what a server requires of the broker between them, and the messages over it.
 //!
-//! [`Cluster`] is the seam: topics, messages in the order that they were published in, and no promise that all arrive.
-//! `udpack-nats` implements it on NATS; [`Memory`] is one for the servers of a single process, for tests above all. What a
+//! [`Cluster`] is the seam: it delivers the messages of a topic in order and does not promise that all arrive.
+//! `udpack-nats` implements it on NATS; [`Memory`] connects the servers of one process, mainly for tests. Sequences,
+//! gaps, presence and questions to all nodes work the same on both.
 //! server makes of it (sequences, gaps, presence, questions to all nodes) is the same over either.
 //!
 //! ```no_run
@@ -24,71 +25,71 @@ use futures_util::future::BoxFuture;
 
 pub use self::memory::{Memory, MemoryLink, MemoryNode};
 
-/// What connects a server with the other nodes of its cluster.
+/// Connects a server to the other nodes of its cluster.
 ///
-/// Delivery is at most once and may fail without a word: numbers in the messages show what is missing. What one node
-/// publishes to one topic must arrive in order. A node's own messages should not come back to it; those that do are
-/// ignored.
+/// Each message is delivered at most once and may be lost silently: numbers in the messages show losses. Messages that
+/// one node publishes to one topic must arrive in order. A node need not receive its own messages, and ignores them.
 pub trait Cluster: Send + Sync + 'static {
-    /// Most bytes of a message; 0 while the broker has not said so yet.
+    /// The largest message in bytes; 0 while the broker has not told it.
     fn max_message(&self) -> usize;
 
     /// Queues a message for all other nodes that are subscribed to the topic. Never waits.
     ///
     /// # Errors
-    /// When the queue is full or the message too large: it is lost.
+    /// If the queue is full or the message too large. The message is lost.
     fn publish(&self, topic: Topic, message: Bytes) -> Result<(), Lost>;
 
-    /// Subscribes to a topic, before anything that is published after this call. Never waits. Subscriptions survive
-    /// trouble with the broker.
+    /// Subscribes to a topic, before anything that is published after this call. Never waits. Subscriptions survive a
+    /// reconnect to the broker.
     fn subscribe(&self, topic: Topic);
 
-    /// Ends a subscription. Messages that are on their way may still come.
+    /// Ends a subscription. Messages that are already on their way may still arrive.
     fn unsubscribe(&self, topic: Topic);
 
-    /// What happens next; `None` once there will be nothing more. Called by one task, again and again; a future
-    /// that is dropped before it is ready loses nothing.
+    /// The next event; `None` when there will be no more. One task calls it repeatedly. Dropping a future that is not
+    /// ready loses nothing.
     fn next(&self) -> BoxFuture<'_, Option<Incoming>>;
 }
 
-/// What came from the broker.
+/// An event from the broker.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum Incoming {
-    /// A message of another node.
+    /// A message of another node arrived.
     Message {
-        /// Where it was published.
+        /// The topic of the message.
         topic: Topic,
-        /// What was published.
+        /// The message.
         message: Bytes,
     },
-    /// Messages of unknown topics were lost on their way to this node, because it was too slow.
+    /// Messages of unknown topics to this node were lost because the node was too slow.
     Lost,
     /// The broker cannot be reached.
     Down,
-    /// The broker can be reached again; what was published meanwhile may be lost.
+    /// The broker can be reached again. Messages published in the meantime may be lost.
     Up,
 }
 
-/// A message was not published: the queue to the broker is full, or the message too large.
+/// The message was not published: the queue to the broker is full, or the message is too large.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the queue to the broker is full, or the message is too large for it")]
 pub struct Lost;
 
-/// Where messages between nodes are published.
+/// The topics of messages between nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Topic {
-    /// All nodes.
+    /// Received by all nodes.
     Nodes,
-    /// One node.
+    /// Received by one node.
     Node(NodeId),
-    /// The nodes with members in one room: the first 16 bytes of the SHA-256 of its name.
+    /// Received by the nodes that have members in one room. The id is the first 16 bytes of the SHA-256 of the room's
+    /// name.
     Room([u8; 16]),
 }
 
 impl Topic {
-    /// That of a room of this name.
+    /// The topic of the room with this name.
     pub fn room(name: &str) -> Self {
         let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, name.as_bytes());
         let mut id = [0; 16];
@@ -97,7 +98,7 @@ impl Topic {
     }
 }
 
-/// As part of a broker's subject: `nodes`, `node.` and `room.` with hexadecimal digits.
+/// The form in a broker's subject: `nodes`, or `node.` or `room.` and hexadecimal digits.
 impl fmt::Display for Topic {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -111,7 +112,7 @@ impl fmt::Display for Topic {
     }
 }
 
-/// One run of one server: 8 random bytes, drawn at each start. Displayed as 16 hexadecimal digits.
+/// Identifies one run of one server: 8 random bytes, drawn at each start. Displayed as 16 hexadecimal digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NodeId(pub(crate) [u8; 8]);
 
@@ -127,13 +128,13 @@ impl fmt::Debug for NodeId {
     }
 }
 
-/// Whether this server reaches the broker.
+/// Whether this server can use the broker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ClusterState {
-    /// It does.
+    /// The broker is reachable.
     Connected,
-    /// It does not, or the broker takes less than is sent: members on this node hear each other; what others miss they are
-    /// told as gaps later.
+    /// The broker is unreachable, or accepts less than is sent. Members on this node receive each other's messages.
+    /// Members on other nodes learn of lost messages by gaps, later.
     Degraded,
 }

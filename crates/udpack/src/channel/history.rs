@@ -1,8 +1,8 @@
-//! What rooms keep of their messages: positions, bounds, and the budget of all of them together. No I/O.
+//! The messages that rooms keep: positions, bounds, and the budget of all rooms together. No I/O.
 //!
-//! A room's log holds the encoded frames that were sent, shared with the queues they were sent to. A member of such a
-//! room has no queue of its own for it: it has a position, and takes from the log what comes after it. So whoever was
-//! away, or is slow, goes on where it was, and what the log does not hold any more is a gap with exact bounds.
+//! A room's log holds the encoded frames that were sent; it shares them with the queues. A member of such a room has no
+//! separate queue for it: the member has a position and takes the messages after it from the log. So a member that was
+//! away or is slow continues at its position, and messages that the log has dropped become a gap with exact bounds.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -15,21 +15,21 @@ use tokio::time::Instant;
 use crate::base::lock;
 use crate::wire::control::Position;
 
-/// What a message costs beside its bytes.
+/// The cost of a message beside its bytes.
 const ENTRY: usize = 96;
-/// Epochs are below this, so that a JavaScript number holds them.
+/// Epochs are below this number, so that a JavaScript number represents them exactly.
 const EPOCHS: u64 = 1 << 53;
 
-/// How much of its messages a room keeps for members that were away or are slow. Whichever bound is reached first drops
-/// the oldest.
+/// How many of its messages a room keeps for members that were away or are slow. When any of the bounds is exceeded,
+/// the oldest messages are dropped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct History {
-    /// Messages at most. Default 1,000.
+    /// The most messages. Default 1,000.
     pub messages: usize,
-    /// Bytes of them at most, as encoded, 96 more for each. Default 1 MiB.
+    /// The most bytes of encoded messages, plus 96 for each. Default 1 MiB.
     pub bytes: usize,
-    /// How old they may be. Default 5 minutes. What is older is not given out; its memory is free with the next message
-    /// to the room, or when the server needs it for another room's.
+    /// The age up to which messages are kept. Default 5 minutes. Older messages are not sent. Their memory is freed
+    /// with the next message to the room, or when the server needs it for another room.
     pub age: Duration,
 }
 
@@ -43,7 +43,7 @@ impl Default for History {
     }
 }
 
-/// The messages of one room that are still there.
+/// The kept messages of one room.
 #[derive(Debug)]
 pub(crate) struct Log {
     bounds: History,
@@ -56,7 +56,7 @@ pub(crate) struct Log {
 #[derive(Debug)]
 struct Kept {
     frame: Bytes,
-    /// The sessions that it was not for.
+    /// The sessions that were excluded.
     except: Option<Box<[Box<str>]>>,
     at: Instant,
 }
@@ -67,14 +67,14 @@ impl Kept {
     }
 }
 
-/// What a log has behind some offset.
+/// What a log contains after an offset.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Entry {
-    /// Nothing: that was the last.
+    /// No message.
     End,
-    /// The messages up to this offset are not kept any more.
+    /// Messages up to this offset, which are not kept any more.
     Gone(u64),
-    /// The next message; `None` where it is not for this session.
+    /// The next message; `None` if it is not for this session.
     Message(Option<Bytes>),
 }
 
@@ -93,7 +93,7 @@ impl Log {
         self.next - 1
     }
 
-    /// The offset of the oldest message that is kept; that of the next one if none is.
+    /// The offset of the oldest kept message; that of the next message if none is kept.
     pub(crate) fn first(&self) -> u64 {
         self.next - self.kept.len() as u64
     }
@@ -102,7 +102,7 @@ impl Log {
         self.kept.front().map(|kept| kept.at)
     }
 
-    /// Takes one message in and gives it its offset.
+    /// Appends one message and returns its offset.
     pub(crate) fn push(&mut self, frame: Bytes, except: &[&str], now: Instant) -> u64 {
         let except = (!except.is_empty()).then(|| except.iter().map(|&name| name.into()).collect());
         let kept = Kept {
@@ -118,7 +118,8 @@ impl Log {
         offset
     }
 
-    /// Counts messages that never came here. What was before them is given up, so that nobody goes on over the hole.
+    /// Counts messages that never arrived here. Drops the messages before them, so that no member skips the hole
+    /// unnoticed.
     pub(crate) fn skip(&mut self, messages: u64) {
         while !self.kept.is_empty() {
             self.drop_oldest();
@@ -126,7 +127,7 @@ impl Log {
         self.next = self.next.saturating_add(messages);
     }
 
-    /// Drops what is beyond the bounds.
+    /// Drops messages beyond the bounds.
     fn settle(&mut self, now: Instant) {
         while let Some(oldest) = self.kept.front()
             && (self.kept.len() > self.bounds.messages
@@ -143,7 +144,7 @@ impl Log {
         }
     }
 
-    /// What comes behind this offset, for this session.
+    /// What follows after this offset, for this session.
     pub(crate) fn after(&mut self, offset: u64, session: &str, now: Instant) -> Entry {
         if offset >= self.head() {
             return Entry::End;
@@ -170,28 +171,29 @@ impl Log {
 pub(crate) struct Archive {
     limit: usize,
     used: AtomicUsize,
-    /// Messages that members were too slow for.
+    /// Messages that were lost because members were too slow.
     lost: AtomicU64,
-    /// The logs that hold something, by how old their oldest message was when they came in here; it may be gone by now.
+    /// The logs with messages, by the time of their oldest message when they were entered. That message may be gone by
+    /// now.
     by_age: Mutex<BTreeMap<(Instant, u64), Weak<Record>>>,
 }
 
-/// A log, as its room and the members share it.
+/// A log as its room and the members share it.
 #[derive(Debug)]
 pub(crate) struct Record {
     pub(crate) room: Arc<str>,
-    /// What stands for the room's name on the wire.
+    /// The number that represents the room's name on the wire.
     pub(crate) number: u64,
     pub(crate) epoch: u64,
     archive: Arc<Archive>,
-    /// Order of locks: this, then `by_age`.
+    /// Lock order: this lock, then `by_age`.
     state: Mutex<State>,
 }
 
 #[derive(Debug)]
 struct State {
     log: Log,
-    /// It stands in `by_age`, or is being looked at by who took it from there.
+    /// Whether it is in `by_age`, or being examined by the task that took it from there.
     listed: bool,
 }
 
@@ -214,11 +216,11 @@ impl Archive {
         self.used.load(Ordering::Relaxed)
     }
 
-    /// Drops the oldest messages of all, until the rest is within the budget.
+    /// Drops the oldest messages of all logs until the rest is within the budget.
     fn settle(&self) {
         while self.used() > self.limit {
             let Some((key, record)) = lock(&self.by_age).pop_first() else {
-                // What is left is in the hands of others who do the same.
+                // Other tasks that do the same hold the remaining logs.
                 return;
             };
             if let Some(record) = record.upgrade() {
@@ -248,7 +250,7 @@ impl Record {
         })
     }
 
-    /// Another begin of the count, that nobody can have a position of.
+    /// A new epoch, of which nobody can have a position.
     pub(crate) fn new_epoch() -> Option<u64> {
         let mut bytes = [0; 8];
         aws_lc_rs::rand::fill(&mut bytes).ok()?;
@@ -277,7 +279,7 @@ impl Record {
         self.change(&mut lock(&self.state), |log| log.skip(messages));
     }
 
-    /// Keeps to other bounds from now on.
+    /// Applies other bounds from now on.
     pub(crate) fn set_bounds(&self, bounds: History) {
         let mut state = lock(&self.state);
         self.change(&mut state, |log| {
@@ -295,7 +297,7 @@ impl Record {
         lock(&self.state).log.head()
     }
 
-    /// Lets the first message have the offset behind this one.
+    /// Gives the first message the offset after this one.
     pub(crate) fn begin_behind(&self, offset: u64) {
         let mut state = lock(&self.state);
         if state.log.kept.is_empty() {
@@ -303,7 +305,7 @@ impl Record {
         }
     }
 
-    /// The offset of the last message, and all that are kept.
+    /// The offset of the last message, and all kept messages.
     pub(crate) fn kept(&self) -> (u64, Vec<Bytes>) {
         let mut state = lock(&self.state);
         self.change(&mut state, |log| {
@@ -313,13 +315,13 @@ impl Record {
         })
     }
 
-    /// Where a member with this position goes on; `None` if it is none of this log's.
+    /// The offset at which a member with this position continues; `None` if the position is not one of this log's.
     pub(crate) fn find(&self, position: Position) -> Option<u64> {
         let known = position.epoch == self.epoch && position.offset <= self.head();
         known.then_some(position.offset)
     }
 
-    /// The last offset before the messages that are kept.
+    /// The last offset before the kept messages.
     pub(crate) fn before_first(&self) -> u64 {
         let mut state = lock(&self.state);
         self.change(&mut state, |log| {
@@ -349,7 +351,7 @@ impl Record {
         lock(&self.archive.by_age).insert((oldest, self.number), Arc::downgrade(self));
     }
 
-    /// It was the one with the oldest message, which was of this time: drops that, if it is still there.
+    /// Drops the oldest message, of this time, if it is still there. Called for the log with the oldest message of all.
     fn give_up(self: &Arc<Self>, known: Instant) {
         let mut state = lock(&self.state);
         if state.log.oldest().is_some_and(|oldest| oldest <= known) {

@@ -1,7 +1,7 @@
-//! How far a member has come in the rooms with a history that one channel is in, by what its program has taken.
+//! The positions of a member in the rooms with a history that one channel is in, as far as its program has read.
 //!
-//! Pure bookkeeping, at the client. A `$room` says where the member is, an `$at` which position the next message has; a
-//! `$gap` moves the position behind what is missing.
+//! Pure state without I/O, on the client. A `$room` gives the member's position, an `$at` the position of the next
+//! message; a `$gap` moves the position past the missing messages.
 
 use crate::wire::control::{At, Decode, Gap, RoomAt, RoomPosition};
 use crate::wire::message::Message;
@@ -9,19 +9,20 @@ use crate::wire::message::Message;
 #[derive(Debug, Default)]
 pub(crate) struct Places {
     rooms: Vec<Place>,
-    /// Of the next message.
+    /// The position of the next message.
     next: Option<At>,
 }
 
 #[derive(Debug)]
 struct Place {
     at: RoomPosition,
-    /// What the server calls the room, once it has said so.
+    /// The number that the server uses for the room, once it is known.
     number: Option<u64>,
 }
 
 impl Places {
-    /// What was presented when the channel was opened counts until the server says otherwise.
+    /// Begins with the positions that were presented when the channel was opened; they count until the server sends
+    /// others.
     pub(crate) fn begin(&mut self, since: &[RoomPosition]) {
         self.rooms = since
             .iter()
@@ -36,7 +37,7 @@ impl Places {
         self.rooms.iter().map(|place| place.at.clone()).collect()
     }
 
-    /// A `$room`. A server that names more rooms than `most` is not believed to have a channel in all of them.
+    /// Handles `$room`. Ignores a server that names more rooms than the `most` that a channel can be in.
     pub(crate) fn enter(&mut self, room: RoomAt, most: usize) {
         let RoomAt {
             room,
@@ -60,12 +61,12 @@ impl Places {
         }
     }
 
-    /// An `$at`.
+    /// Handles `$at`.
     pub(crate) fn announce(&mut self, at: At) {
         self.next = Some(at);
     }
 
-    /// The program has taken a message of the application.
+    /// The program has read a message of the application.
     #[inline]
     pub(crate) fn arrived(&mut self) {
         if let Some(At(number, offset)) = self.next.take()
@@ -75,7 +76,7 @@ impl Places {
         }
     }
 
-    /// The program has taken a message, or a `$gap`.
+    /// The program has read a message or a `$gap`.
     pub(crate) fn taken(&mut self, message: &Message) {
         if !message.is_reserved() {
             return self.arrived();

@@ -1,4 +1,4 @@
-//! A cluster of the servers of one process: for tests, with the faults of a broker.
+//! A cluster of the servers of one process, for tests. It can fail as a broker does.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -12,11 +12,11 @@ use tokio::sync::mpsc;
 use crate::base::lock;
 use crate::cluster::{Cluster, Incoming, Lost, Topic};
 
-/// Messages that wait for one node.
+/// Messages that may wait for one node.
 const QUEUE: usize = 4096;
 const MAX_MESSAGE: usize = 8 << 20;
 
-/// A broker in memory. A handle: clones are the same broker.
+/// A broker in memory. A handle: clones share the broker.
 #[derive(Clone, Default)]
 pub struct Memory {
     hub: Arc<Mutex<Hub>>,
@@ -32,9 +32,9 @@ struct Hub {
 struct Port {
     topics: HashSet<Topic>,
     queue: mpsc::Sender<Incoming>,
-    /// No message passes, neither way.
+    /// Whether no message passes, in either direction.
     cut: bool,
-    /// So many of the next messages to it are lost.
+    /// How many of the next messages to it are lost.
     lose: u64,
 }
 
@@ -44,7 +44,7 @@ impl Memory {
         Self::default()
     }
 
-    /// A connection for one server.
+    /// Returns a connection to the broker for one server.
     pub fn node(&self) -> MemoryNode {
         let (queue, incoming) = mpsc::channel(QUEUE);
         let mut hub = lock(&self.hub);
@@ -74,7 +74,7 @@ impl fmt::Debug for Memory {
     }
 }
 
-/// The faults of one node's connection, to be caused by a test.
+/// Causes the faults of one node's connection in a test.
 #[derive(Clone)]
 pub struct MemoryLink {
     hub: Arc<Mutex<Hub>>,
@@ -82,12 +82,13 @@ pub struct MemoryLink {
 }
 
 impl MemoryLink {
-    /// Cuts the node off: what it publishes and what is published to it is lost. It is told that the broker is down.
+    /// Cuts the node off: messages that it publishes and messages to it are lost. The node is told that the broker is
+    /// down.
     pub fn cut(&self) {
         self.set(true, Some(Incoming::Down));
     }
 
-    /// As [`cut`](Self::cut), and the node is told nothing.
+    /// Like [`cut`](Self::cut), but the node is not told.
     pub fn cut_silently(&self) {
         self.set(true, None);
     }
@@ -104,7 +105,7 @@ impl MemoryLink {
         }
     }
 
-    /// Gives the node a message as if another node had published it.
+    /// Delivers a message to the node as if another node had published it.
     pub fn inject(&self, topic: Topic, message: Bytes) {
         if let Some(port) = lock(&self.hub).nodes.get_mut(&self.number) {
             let _ = port.queue.try_send(Incoming::Message { topic, message });
@@ -136,7 +137,7 @@ pub struct MemoryNode {
 }
 
 impl MemoryNode {
-    /// A handle to cause faults with.
+    /// Returns the handle with which faults are caused.
     pub fn link(&self) -> MemoryLink {
         self.link.clone()
     }
@@ -164,7 +165,7 @@ impl Cluster for MemoryNode {
                 port.lose -= 1;
                 continue;
             }
-            // Its node is too slow; the numbers will show it.
+            // A node that is too slow detects the loss by the numbers of its messages.
             let message = message.clone();
             let _ = port.queue.try_send(Incoming::Message { topic, message });
         }

@@ -1,21 +1,23 @@
-//! Which messages of other nodes are missing. Pure bookkeeping, without a clock: whoever calls says what has passed.
+//! Detects which messages of other nodes are missing. It does no I/O and has no clock: the caller says how much time
+//! has passed.
 //!
-//! Each node numbers what it publishes to a topic, from 1. A number above the next one tells how many are lost, a number
-//! that was seen before is no news. A mark tells the last number when nothing follows.
+//! Each node numbers the messages that it publishes to a topic, from 1. A number beyond the next one tells how many
+//! messages are lost; a number that was seen before belongs to a duplicate. After the last message, a mark repeats its
+//! number.
 //!
-//! A node whose stream begins before anything was heard of it is believed, unless it must have been heard: then what came
-//! before the first number is lost, too.
+//! The first number of a node is accepted as it is, unless the topic was followed before the node could begin: then the
+//! messages before that number are lost, too.
 
 use std::collections::HashMap;
 
 use crate::cluster::NodeId;
 
-/// Nodes whose streams to one topic are followed.
+/// The most nodes whose messages to one topic are followed.
 pub(crate) const MAX_NODES: usize = 1024;
-/// No stream loses more at once; a larger number is no number of a stream.
+/// The largest accepted loss; a larger one means that the number is invalid.
 const MAX_JUMP: u64 = 1 << 32;
 
-/// What was heard of all nodes on one topic.
+/// The numbers received from all nodes on one topic.
 #[derive(Debug, Default)]
 pub(crate) struct Heard {
     streams: HashMap<NodeId, Stream>,
@@ -24,25 +26,26 @@ pub(crate) struct Heard {
 #[derive(Debug, Clone, Copy)]
 struct Stream {
     epoch: u32,
-    /// The last number that was received, or told as lost.
+    /// The last number that was received or reported as lost.
     last: u64,
-    /// Losses that were told while the node was silent, and whose number nobody knew.
+    /// Losses that were reported while the node was silent, without knowing their number.
     told: u64,
 }
 
 /// What to do with a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// It is next, after so many that are lost.
+    /// It is accepted, and this many messages before it are lost.
     Next { lost: u64 },
-    /// It came before, or is of a stream that has ended.
+    /// It is a duplicate, or belongs to an earlier epoch.
     Old,
-    /// It cannot be.
+    /// Its number is impossible.
     Bad,
 }
 
 impl Heard {
-    /// A message came. `known`: the node and the topic were followed for so long that a stream that was there before is known.
+    /// Checks a message. `known`: the node and the topic have been followed for so long that the node's first number
+    /// would be known.
     pub(crate) fn message(
         &mut self,
         node: NodeId,
@@ -59,12 +62,12 @@ impl Heard {
         }
     }
 
-    /// The node says that `last` was its last message.
+    /// Checks a mark: the node's last message has the number `last`.
     pub(crate) fn mark(&mut self, node: NodeId, epoch: u32, last: u64, known: bool) -> Verdict {
         self.advance(node, epoch, last, last, known)
     }
 
-    /// All up to `before` were sent, and `now` is the last that needs no loss told.
+    /// The messages up to `before` were sent. After this call no loss up to `now` has to be reported.
     fn advance(&mut self, node: NodeId, epoch: u32, before: u64, now: u64, known: bool) -> Verdict {
         let full = self.streams.len() >= MAX_NODES;
         let Some(stream) = self.streams.get_mut(&node) else {
@@ -80,7 +83,7 @@ impl Heard {
             let lost = if known { before } else { 0 };
             return Verdict::Next { lost };
         };
-        // Epochs count up, and around after 2^32.
+        // Epochs increase, and wrap around after 2^32.
         let ahead = epoch.wrapping_sub(stream.epoch);
         let last = match ahead {
             0 => stream.last,
@@ -103,7 +106,8 @@ impl Heard {
         }
     }
 
-    /// The node is silent: what it sent last may be lost. Returns what to tell: 1 for one or more, where it was heard here.
+    /// The node is silent: its last messages may be lost. Returns the number of losses to report: 1, which stands for
+    /// at least one, if the node was heard on this topic.
     pub(crate) fn silent(&mut self, node: NodeId) -> u64 {
         match self.streams.get_mut(&node) {
             Some(stream) if stream.told == 0 => {
@@ -114,7 +118,7 @@ impl Heard {
         }
     }
 
-    /// The node has gone, or will not come back.
+    /// Forgets a node that has left or will not come back.
     pub(crate) fn forget(&mut self, node: NodeId) {
         self.streams.remove(&node);
     }

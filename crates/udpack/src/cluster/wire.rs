@@ -1,4 +1,4 @@
-//! What nodes tell each other: a header of 22 bytes, and what its kind asks for. PROTOCOL.md has the layout.
+//! Messages between nodes: a header of 22 bytes and the fields of their kind. PROTOCOL.md has the layout.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
@@ -6,57 +6,58 @@ use crate::cluster::NodeId;
 use crate::wire::frame::PREFIX;
 use crate::wire::message::Message;
 
-/// The version of this layout; messages of others are ignored.
+/// The version of this layout. Messages of other versions are ignored.
 pub(crate) const VERSION: u8 = 1;
-/// Bytes before the body.
+/// Bytes of the header.
 pub(crate) const HEADER: usize = 22;
-/// Most bytes that a frame grows by, where it leaves out no more than a few sessions.
+/// The most bytes that are added to a frame, if no more than a few sessions are left out.
 pub(crate) const AROUND: usize = 512;
-/// Bytes of a room's topic.
+/// Bytes of a room's id.
 const ROOM_ID: usize = 16;
-/// Sessions that one message may leave out, and bytes of an id.
+/// The most sessions that one message may leave out, and the longest session id in bytes.
 const EXCEPT: usize = 255;
 
-/// Whose message it is, and its place in that node's stream to the topic.
+/// The publisher of a message, and the message's place in that node's sequence for the topic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Head {
     pub(crate) node: NodeId,
-    /// Counts how often the node has begun its stream to this topic anew.
+    /// Counts how often the node has begun its sequence for this topic.
     pub(crate) epoch: u32,
-    /// Of a message: its number, from 1. Of anything else: that of the last message before it, 0 for none.
+    /// The number of a message to a room, from 1. In any other message, the number of the last message to the room
+    /// before it, or 0.
     pub(crate) sequence: u64,
 }
 
-/// What a message between nodes says.
+/// The content of a message between nodes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Body {
     /// A frame for the members of a room, without the channels of these sessions.
     Room { except: Vec<String>, frame: Bytes },
-    /// How far the stream to this room is, and which version its presence has.
+    /// The last number for this room, and the version of the node's presence there.
     Mark { room: [u8; ROOM_ID], version: u64 },
-    /// A node has members in this room from now on: marks and presence, please.
+    /// The node has its first members in this room and asks for marks and presence.
     Ask([u8; ROOM_ID]),
-    /// A session is present in a room, or says something else about itself: `{peer, session, meta}`. The number is the
-    /// version that this makes.
+    /// A session is present in a room, or has changed its metadata: `{peer, session, meta}`. The header's number is the
+    /// version after the change.
     Join(Bytes),
-    /// A session has left; `moving`: it may come to another node.
+    /// A session has left the room. `moving`: it may connect to another node.
     Leave { session: String, moving: bool },
-    /// Something is asked of this node: a map, and the frame that it is about. The number is the question's.
+    /// A question to all nodes: a map, and the frame that it is about. The header's number is the question's.
     Question { question: Bytes, frame: Bytes },
-    /// What a node answers to the question with this number.
+    /// A node's answer to the question with the header's number.
     Answer(Bytes),
-    /// All that are present in a room by this node, each as in `Join`. The number is the version.
+    /// All sessions that are present in a room on this node, each as in `Join`. The header's number is the version.
     Present {
         room: [u8; ROOM_ID],
         entries: Vec<Bytes>,
     },
-    /// The node is there.
+    /// The node is alive.
     Beat(Bytes),
-    /// The node goes; its streams end where the last mark was.
+    /// The node leaves. Its sequences end at the last marks.
     Bye,
 }
 
-/// Why bytes from the broker are not a message between nodes.
+/// Why bytes from the broker are no valid message between nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Bad {
     #[error("shorter than its parts")]
@@ -94,7 +95,7 @@ fn head(kind: u8, head: &Head, body: usize) -> BytesMut {
     buf
 }
 
-/// A message to a room. Ids that no session has are left out.
+/// A message to a room. Ids that no session can have are left out.
 pub(crate) fn room(at: &Head, except: &[&str], frame: &[u8]) -> Bytes {
     let except = except.iter().filter(|id| id.len() <= EXCEPT).take(EXCEPT);
     let except: Vec<&str> = except.copied().collect();
@@ -109,7 +110,7 @@ pub(crate) fn room(at: &Head, except: &[&str], frame: &[u8]) -> Bytes {
     buf.freeze()
 }
 
-/// How far the stream to a room is; it may be published to one node alone.
+/// The last number for a room. It may be published to one node alone.
 pub(crate) fn mark(at: &Head, room: &[u8; ROOM_ID], version: u64) -> Bytes {
     let mut buf = head(MARK, at, room.len() + 8);
     buf.put_slice(room);
@@ -138,7 +139,7 @@ pub(crate) fn leave(at: &Head, session: &str, moving: bool) -> Bytes {
 
 pub(crate) fn question(at: &Head, question: &[u8], frame: &[u8]) -> Bytes {
     let mut buf = head(QUESTION, at, 4 + question.len() + frame.len());
-    // Names and texts, which are short.
+    // Names and texts are short.
     buf.put_u32(question.len() as u32);
     buf.put_slice(question);
     buf.put_slice(frame);
@@ -156,7 +157,7 @@ pub(crate) fn present(at: &Head, room: &[u8; ROOM_ID], entries: &[Bytes]) -> Byt
     let mut buf = head(PRESENT, at, room.len() + size);
     buf.put_slice(room);
     for entry in entries {
-        // No entry is larger than a few KiB.
+        // An entry has at most a few KiB.
         buf.put_u32(entry.len() as u32);
         buf.put_slice(entry);
     }
@@ -173,7 +174,7 @@ pub(crate) fn bye(at: &Head) -> Bytes {
     head(BYE, at, 0).freeze()
 }
 
-/// Reads what came from the broker; `frame` bounds a frame without its prefix.
+/// Decodes bytes from the broker. `frame` is the largest frame, without its prefix.
 pub(crate) fn decode(bytes: &Bytes, frame: usize) -> Result<(Head, Body), Bad> {
     let (&[version, kind, ..], true) = (&bytes[..], bytes.len() >= HEADER) else {
         return Err(Bad::Short);
@@ -268,7 +269,7 @@ fn entries(mut bytes: Bytes) -> Result<Vec<Bytes>, Bad> {
     bytes.is_empty().then_some(entries).ok_or(Bad::Short)
 }
 
-/// The list of sessions at the begin of these bytes, and its length.
+/// The list of sessions at the beginning of these bytes, and its length.
 fn except(bytes: &[u8]) -> Result<(Vec<String>, usize), Bad> {
     let (count, mut rest) = bytes.split_first().ok_or(Bad::Short)?;
     let mut except = Vec::new();
@@ -282,7 +283,7 @@ fn except(bytes: &[u8]) -> Result<(Vec<String>, usize), Bad> {
     Ok((except, bytes.len() - rest.len()))
 }
 
-/// Members would end their connection over anything else.
+/// A member would close its connection if it received any other frame.
 fn check_frame(frame: &Bytes, limit: usize) -> Result<(), Bad> {
     let (prefix, body) = frame.split_first_chunk::<PREFIX>().ok_or(Bad::Frame)?;
     if u32::from_be_bytes(*prefix) as usize != body.len() || body.len() > limit {

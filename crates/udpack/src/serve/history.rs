@@ -1,7 +1,8 @@
 //! Rooms with a history: turning it on and off, joining from a position, sending.
 //!
-//! Sending puts the message into the room's log first and looks who is a member then; joining makes the channel a member
-//! first and looks into the log then. So a message is on one side or on both, and each member's position tells which.
+//! A send puts the message into the room's log first and then reads the list of members. A join makes the channel a
+//! member first and then reads the log. So each message reaches the member on one of the two ways or on both, and the
+//! member's position removes duplicates.
 
 use std::sync::Arc;
 
@@ -16,36 +17,38 @@ use crate::serve::rooms::{Directory, Guest, JoinError, Room, Rooms, Sent};
 use crate::wire::control::{self, Gap, Missing, Position, Why};
 use crate::wire::message::{Encoded, check_name};
 
-/// Where a channel begins in a room that it joins; see [`Channel::join_at`].
+/// The position at which a channel begins in a room that it joins; see [`Channel::join_at`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Start {
-    /// With what is sent from now on, whatever its opener asked for.
+    /// With the next message, even if the channel's opener presented a position.
     Now,
-    /// With the oldest message that the room's history has.
+    /// With the oldest message in the room's history.
     Oldest,
-    /// Behind this position.
+    /// After this position.
     Since(Position),
 }
 
 impl Rooms {
-    /// Lets a room keep its messages, within these bounds, so that members that were away or are slow miss none of them;
-    /// `None` drops what it has. Members get what is sent from now on with its position, if they know of positions.
+    /// Makes the room keep its messages within these bounds, so that members that were away or are slow miss none of
+    /// them. `None` turns the history off and drops its messages. From now on, members get each message with its
+    /// position, if their library supports positions.
     ///
-    /// Such a room treats members whose queues are full as [`Overflow::Recover`] says, unless it has a policy of its own. It
-    /// stays when nobody is in it. Other bounds count from now on; what is turned off and on again begins anew, and who
-    /// comes with a position from before is told so.
+    /// Such a room applies [`Overflow::Recover`] to members whose queues are full, unless it has its own policy. It
+    /// stays when it is empty. Changed bounds apply from now on. A history that was turned off and on again begins
+    /// anew; a member that presents an earlier position is told so.
     ///
-    /// All histories of a server together keep at most `Limits::history_bytes`; beyond that the oldest messages of all go
-    /// first, whichever room they are of.
+    /// All histories of a server together keep at most `Limits::history_bytes`; beyond that the oldest messages are
+    /// dropped first, whichever room they belong to.
     ///
     /// # Errors
-    /// When the name is unsound, there are `Limits::rooms` already, or the system has no random number for the epoch
-    /// ([`JoinError::NoRandom`]).
+    /// If the name is invalid, if there are `Limits::rooms` already, or if the system provides no random number for the
+    /// epoch ([`JoinError::NoRandom`]).
     pub fn history(&self, room: &str, bounds: impl Into<Option<History>>) -> Result<(), JoinError> {
         check_name(room)?;
         let directory = self.directory();
-        // While nobody can join: who is a member before follows from here on, who joins later does it by itself.
+        // Nobody can join while the table is locked: earlier members follow the history from here on, later ones begin
+        // by themselves.
         let mut table = lock(&directory.table);
         let Some(bounds) = bounds.into() else {
             if let Some(room) = table.rooms.get(room).cloned() {
@@ -73,14 +76,14 @@ impl Rooms {
         Ok(())
     }
 
-    /// As [`history`](Self::history), of a room that has none here, with the messages that it has elsewhere, or had before a
-    /// restart: `last` is the position of the last of `messages`, and those before it have the offsets before that one.
-    /// So a program that keeps [`kept`](Self::kept), or what it sends, in a place of its own lets members go on through a
-    /// restart. The messages count as sent now. Says whether it did that: not where the room has a history already, and not
-    /// for a position that cannot be (epoch 0, an offset below the number of messages).
+    /// Like [`history`](Self::history), but with messages from elsewhere, for a room that has no history on this
+    /// server. `last` is the position of the last of `messages`; the messages before it have the offsets before that. A
+    /// program that stores [`kept`](Self::kept), or the messages it sends, can so let members continue after a restart.
+    /// The messages count as sent now. Returns false and does nothing if the room has a history already, or for an
+    /// impossible position (epoch 0, or an offset below the number of messages).
     ///
     /// # Errors
-    /// As [`history`](Self::history).
+    /// As for [`history`](Self::history).
     pub fn restore(
         &self,
         room: &str,
@@ -108,8 +111,8 @@ impl Rooms {
         Ok(true)
     }
 
-    /// What a room's history has, with the position of the last message, also if that is kept no more; `None` for a room
-    /// that keeps none.
+    /// The messages in a room's history, with the position of the last message, even if that one is not kept any more;
+    /// `None` for a room without a history.
     pub fn kept(&self, room: &str) -> Option<(Position, Vec<Encoded>)> {
         let room = self.directory().existing(room)?;
         let record = lock(&room.sending).history.clone()?;
@@ -121,7 +124,7 @@ impl Rooms {
         Some((last, frames.into_iter().map(Encoded::from_frame).collect()))
     }
 
-    /// Where a room's history is now; `None` for a room that keeps none.
+    /// The position of a room's last message; `None` for a room without a history.
     pub fn position(&self, room: &str) -> Option<Position> {
         let room = self.directory().existing(room)?;
         let record = lock(&room.sending).history.clone()?;
@@ -131,18 +134,18 @@ impl Rooms {
         })
     }
 
-    /// Bytes that the histories of all rooms hold, as `Limits::history_bytes` counts them.
+    /// The bytes that the histories of all rooms hold, as `Limits::history_bytes` counts them.
     pub fn history_bytes(&self) -> usize {
         self.directory().archive.used()
     }
 }
 
 impl Channel {
-    /// Joins a room as [`join`](Self::join) does, from another place in its history than the one that the channel's opener
-    /// presented. In a room without a history that makes no difference.
+    /// Joins a room as [`join`](Self::join) does, but at `start` in its history and not at the position that the
+    /// channel's opener presented. In a room without a history, `start` has no effect.
     ///
     /// # Errors
-    /// As [`join`](Self::join).
+    /// As for [`join`](Self::join).
     pub fn join_at(&self, room: &str, start: Start) -> Result<(), JoinError> {
         self.enter(room, Some(start)).map(drop)
     }
@@ -159,14 +162,14 @@ impl Guest {
         }
     }
 
-    /// What its opener presented for this room, once.
+    /// The position that the opener presented for this room; returned once.
     fn presented(&self, room: &str) -> Option<Position> {
         let mut since = lock(&self.since);
         let at = since.iter().position(|place| place.room == room)?;
         Some(since.swap_remove(at).position())
     }
 
-    /// Begins to follow a room that it is about to be a member of.
+    /// Begins to follow a room, right before the channel becomes a member.
     pub(super) fn follow(&self, room: &Room, start: Option<Start>) {
         let presented = self.presented(&room.tag.name);
         let since = match start {
@@ -178,7 +181,7 @@ impl Guest {
         let record = lock(&room.sending).history.clone();
         match (record, since) {
             (Some(record), since) => self.outbox.follow(&record, self.follower(since)),
-            // It counts on a history that is no more.
+            // The peer presented a position of a history that does not exist any more.
             (None, Since::Position(_)) => self.tell_nothing_kept(&room.tag.name),
             (None, _) => {}
         }
@@ -201,14 +204,14 @@ impl Guest {
             .welcome()
             .is_some_and(|welcome| welcome.history);
         if let Some(frame) = control::encode(&gap).filter(|_| knows) {
-            // One for each position in its `$open`; a channel that is over needs none.
+            // There is at most one for each position in its `$open`. A channel that has ended needs none.
             let _ = self.outbox.force(&frame);
         }
     }
 }
 
 impl Room {
-    /// Puts a frame into the room's history, and queues it for the members here.
+    /// Puts a frame into the room's history, and queues it for the members on this node.
     pub(super) fn deliver_kept(
         &self,
         record: &Arc<Record>,
@@ -243,7 +246,7 @@ impl Directory {
         Record::new(name, number, epoch, bounds, self.archive.clone())
     }
 
-    /// To be called with the table locked.
+    /// Must be called with the table locked.
     fn attach(&self, room: &Room, record: Arc<Record>) {
         for guest in room.guests().iter() {
             guest.outbox.follow(&record, guest.follower(Since::Now));
@@ -252,7 +255,7 @@ impl Directory {
         lock(&room.sending).history = Some(record);
     }
 
-    /// Messages of rooms with a history that members were too slow for.
+    /// How many messages of histories were lost because members were too slow.
     pub(super) fn lost_from_history(&self) -> u64 {
         self.archive.lost()
     }

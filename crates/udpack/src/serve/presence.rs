@@ -1,14 +1,15 @@
 //! Presence: the members of a room with their metadata, sent to all members as it changes.
 //!
-//! An entry belongs to a session: it outlives a lost connection for as long as the session may come back, and
-//! tracking the same metadata again changes nothing, so a resume shows nobody leaving or joining.
+//! An entry belongs to a session. It survives a lost connection for as long as the session can be resumed, and tracking
+//! the same metadata again changes nothing. So a resume shows nobody leaving or joining.
 //!
-//! In a cluster each node tells the others of its own sessions, in versions: one change makes the next. Who misses a
-//! version asks for the whole. Entries of a node that is lost leave with it; those of one that goes stay for a while if their
-//! peers may come to another node, and make room for them there without having been gone.
+//! In a cluster each node tells the others about its own sessions, in numbered versions: each change makes the next
+//! version. A node that misses a version asks for the whole list. The entries of a lost node are removed. The entries
+//! of a node that leaves stay for a while, because their peers may connect to another node; there a new entry replaces
+//! the old one without an absence in between.
 //!
-//! Each member is sent the whole state first and changes from then on. A member with no room in its queue gets
-//! the whole state again instead, the latest only, so that it is up to date as soon as it has caught up.
+//! Each member is sent the whole state first and changes from then on. A member whose queue is full gets the whole
+//! state again later, the latest only, so that it is up to date as soon as it has caught up.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
@@ -32,22 +33,22 @@ use crate::wire::frame::PREFIX;
 use crate::wire::message::{self, DecodeError, EncodeError, Encoded, Message};
 use crate::wire::msgpack::{FieldError, Fields, Shape, Values, Walk, validate};
 
-/// Everybody who is there: `{room, entries}`, where each entry is `{peer, session, meta}`.
+/// The event with all entries: `{room, entries}`, where each entry is `{peer, session, meta}`.
 const STATE: &str = "presence_state";
-/// What has changed: `{room, joins, leaves}`, with entries as above; `why` where a node was lost.
+/// The event with changed entries: `{room, joins, leaves}`; `why` is set if a node was lost.
 const DIFF: &str = "presence_diff";
-/// Why the entries of a node that is not heard any more leave.
+/// The reason when entries are removed because their node is lost.
 const NODE_LOST: &str = "node_lost";
-/// Largest meta, in bytes.
+/// The largest metadata, in bytes.
 const META_BYTES: usize = 4 << 10;
-/// Most bytes that the entries of one room may have, so that all of them fit into one frame.
+/// The most bytes of a room's entries, so that all of them fit into one frame.
 const ROOM_BYTES: usize = 1 << 20;
-/// A peer that has gone from a draining node is awaited on another one for so long.
+/// For this long the session of a draining node may appear on another node.
 const MOVING: Duration = Duration::from_secs(10);
-/// Most msgpack values in them, likewise.
+/// The most msgpack values in a room's entries, for the same reason.
 const ROOM_ELEMENTS: usize = 60_000;
 
-/// Who is present in one room, by session.
+/// The sessions that are present in one room.
 #[derive(Debug, Default)]
 pub(crate) struct Presence {
     entries: BTreeMap<SessionId, Entry>,
@@ -55,19 +56,19 @@ pub(crate) struct Presence {
     informed: HashSet<u64>,
     bytes: usize,
     elements: usize,
-    /// The version of each other node's entries here.
+    /// The version of each other node's entries.
     versions: HashMap<NodeId, (u32, u64)>,
 }
 
 #[derive(Debug, Clone)]
 struct Entry {
-    /// The node that its session is on, unless it is this one.
+    /// The node of the session; `None` for this node.
     node: Option<NodeId>,
-    /// Its session has gone from that node, and its peer is expected elsewhere until then.
+    /// The session has left that node, and its peer may connect to another node until then.
     until: Option<Instant>,
-    /// The channel that tracks it; 0 on another node.
+    /// The channel that tracks it; 0 if that is on another node.
     guest: u64,
-    /// It has ended with the connection of this number.
+    /// The number of the connection with which that channel ended.
     lost: Option<u64>,
     meta: Bytes,
     /// `{peer, session, meta}`.
@@ -75,7 +76,7 @@ struct Entry {
     elements: usize,
 }
 
-/// Which sessions are tracked in which rooms.
+/// The rooms in which each session is tracked.
 #[derive(Debug, Default)]
 pub(crate) struct Tracked {
     table: Mutex<TrackedTable>,
@@ -87,10 +88,10 @@ struct TrackedTable {
 }
 
 impl Tracked {
-    /// Returns whether the session was not tracked before: then a task must wait for its end.
+    /// Returns whether the session was not tracked before. Then a task must wait for its end.
     fn add(&self, session: &SessionId, room: &Arc<str>) -> bool {
         let mut table = lock(&self.table);
-        // An empty set stays for as long as the session, because a task already waits for its end.
+        // An empty set remains for as long as the session, because a task already waits for the session's end.
         let first = !table.rooms.contains_key(session);
         let rooms = table.rooms.entry(session.clone()).or_default();
         rooms.insert(room.clone());
@@ -122,30 +123,31 @@ pub enum TrackError {
     /// It cannot join the room.
     #[error(transparent)]
     Join(#[from] JoinError),
-    /// The meta cannot be sent: unfit for the wire, or above 4 KiB.
+    /// The metadata cannot be sent: it is invalid on the wire, or larger than 4 KiB.
     #[error(transparent)]
     Meta(#[from] EncodeError),
-    /// The entries of the room would no longer fit into one message of 1 MiB.
+    /// The entries of the room would not fit into one message of 1 MiB.
     #[error("the room's presence is full")]
     Full,
 }
 
 impl Channel {
-    /// Tells a room that this session is there, and what it says about itself; joins the room first if need be.
+    /// Announces this session and its metadata in a room; joins the room first if necessary.
     ///
-    /// Members get `presence_state` `{room, entries}` first and `presence_diff` `{room, joins, leaves}` from then on,
-    /// which [`PresenceMap`] reads. A session has one entry in a room: tracking it again replaces the meta, and
-    /// changes nothing when the meta is the same. The entry goes when it is [untracked](Self::untrack), when the
-    /// channel leaves the room or ends in good order, and when the session is over; not when the connection is
-    /// lost and the session may come back. After that it must be tracked again within `Timeouts::presence`.
+    /// Members get `presence_state` `{room, entries}` first and `presence_diff` `{room, joins, leaves}` from then on;
+    /// [`PresenceMap`] reads both. A session has one entry in a room: tracking it again replaces the metadata, and
+    /// changes nothing if the metadata is the same. The entry is removed when it is [untracked](Self::untrack), when
+    /// the channel leaves the room or is closed normally, and when the session ends. It remains when the connection is
+    /// lost and the session can be resumed; if the channel ended with the connection, the entry must be tracked again
+    /// within `Timeouts::presence` after the resume.
     ///
     /// # Errors
-    /// As [`join`](Self::join); when the meta is unfit or too large; when the room's presence is full.
+    /// As for [`join`](Self::join); if the metadata is invalid or too large; if the room's presence is full.
     pub fn track<T: Serialize + ?Sized>(&self, room: &str, meta: &T) -> Result<(), TrackError> {
         let mut buf = BytesMut::new();
         message::encode(&mut buf, STATE, meta, None, META_BYTES)?;
         let frame = buf.freeze();
-        // What was just encoded can be read.
+        // The encoded message is valid.
         let meta =
             Message::decode(frame.slice(PREFIX..)).map_or_else(|_| Bytes::new(), |m| m.raw());
         let (rooms, guest, room) = self.enter(room, None)?;
@@ -168,7 +170,7 @@ impl Channel {
         Ok(())
     }
 
-    /// Takes this channel's entry out of a room; says whether there was one. The channel stays in the room.
+    /// Removes this channel's entry from a room; returns whether there was one. The channel stays in the room.
     pub fn untrack(&self, room: &str) -> bool {
         let Some((rooms, guest)) = self.guest() else {
             return false;
@@ -184,7 +186,7 @@ impl Channel {
 }
 
 impl Rooms {
-    /// Waits for the end of a session that is tracked somewhere.
+    /// Waits for the end of a session that is tracked in a room.
     fn watch(&self, guest: &Guest) {
         let (session, id) = (guest.session.clone(), guest.session_id.clone());
         let directory = Arc::downgrade(self.directory());
@@ -200,8 +202,8 @@ impl Rooms {
         tasks.spawn_on(over, &self.directory().runtime);
     }
 
-    /// A session goes on over connection number `connection`: what it had tracked on channels that ended with an earlier
-    /// one leaves, unless it is tracked again in time.
+    /// The session continues on connection `connection`. Removes the entries that channels of earlier connections
+    /// tracked, unless they are tracked again in time.
     pub(super) fn expect_again(&self, session: &Arc<Session>, connection: u64) {
         let id = session.id();
         let directory = self.directory();
@@ -213,7 +215,7 @@ impl Rooms {
         let late = async move {
             tokio::select! {
                 () = tokio::time::sleep(session.timeouts.presence) => {}
-                // Then all its entries are removed anyway.
+                // The end of the session removes all its entries anyway.
                 _ = session.end.wait() => return,
             }
             if let Some(directory) = directory.upgrade()
@@ -240,12 +242,12 @@ impl Directory {
 }
 
 impl Presence {
-    /// Whether nobody is present by this node.
+    /// Whether no session of this node is present.
     pub(crate) fn is_deserted(&self) -> bool {
         self.entries.values().all(|entry| entry.node.is_some())
     }
 
-    /// Takes out who has gone from another node and comes here or to a third now.
+    /// Removes the entries of this peer that wait for it to come from another node.
     fn arrive(&mut self, peer: &str) -> Vec<Bytes> {
         let awaited = |entry: &Entry| entry.until.is_some() && entry.peer() == Some(peer);
         self.take(|_, entry| awaited(entry))
@@ -289,7 +291,7 @@ impl Entry {
         Fields::parse(&self.encoded).ok()?.str("peer").ok()
     }
 
-    /// One of another node.
+    /// An entry of another node.
     fn remote(node: NodeId, encoded: &[u8]) -> Option<(SessionId, Self)> {
         validate(encoded).ok()?;
         let fields = Fields::parse(encoded).ok()?;
@@ -313,22 +315,23 @@ impl Entry {
     }
 }
 
-/// What another node tells of those who are present by it.
+/// A change of presence on another node.
 pub(crate) enum Change<'a> {
     Join(&'a [u8]),
     Leave { session: &'a str, moving: bool },
 }
 
-/// What other nodes tell.
+/// Presence on other nodes.
 impl Room {
-    /// Applies one change, if it makes the next version; says whether it did, or was known: otherwise all must be asked for.
+    /// Applies one change if it makes the next version. Returns false if a version is missing: then the whole list must
+    /// be requested.
     pub(crate) fn change(&self, at: &Head, change: Change<'_>) -> bool {
         let mut presence = lock(&self.presence);
         let known = presence.versions.get(&at.node).copied();
         match known {
             Some((epoch, version)) if epoch == at.epoch && at.sequence <= version => return true,
             Some((epoch, version)) if epoch == at.epoch && at.sequence == version + 1 => {}
-            // The first of all.
+            // This is the first version.
             None if at.sequence == 1 => {}
             Some(_) | None => return false,
         }
@@ -356,7 +359,7 @@ impl Room {
         true
     }
 
-    /// Takes over all entries of another node.
+    /// Replaces all entries of another node.
     pub(crate) fn replace(&self, at: &Head, entries: &[Bytes]) {
         let mut presence = lock(&self.presence);
         presence.versions.insert(at.node, (at.epoch, at.sequence));
@@ -383,7 +386,8 @@ impl Room {
         }
     }
 
-    /// Those of nodes that are lost leave, and those that were awaited for too long; those of nodes that have gone are awaited.
+    /// Removes the entries of lost nodes, and entries that have waited too long for their peers. The entries of nodes
+    /// that have left begin to wait.
     pub(crate) fn desert(&self, lost: &[NodeId], left: &[NodeId]) {
         let mut presence = lock(&self.presence);
         if presence.versions.is_empty() {
@@ -411,7 +415,7 @@ impl Room {
         }
     }
 
-    /// Those who are present by this node.
+    /// The entries of this node.
     pub(crate) fn own_entries<R>(&self, read: impl FnOnce(&[Bytes]) -> R) -> R {
         let presence = lock(&self.presence);
         let own = presence
@@ -444,7 +448,7 @@ impl Presence {
             return;
         };
         if let Some(old) = self.entries.get_mut(&session) {
-            // A session is on one node.
+            // A session is on one node only.
             if old.node != Some(node) {
                 return;
             }
@@ -465,7 +469,7 @@ impl Presence {
 }
 
 impl Room {
-    /// Sends the state to a new member, if there is any.
+    /// Sends the state to a new member, if there are entries.
     pub(crate) fn greet(&self, guest: &Guest) {
         let mut presence = lock(&self.presence);
         if !presence.entries.is_empty() && !presence.informed.contains(&guest.key) {
@@ -474,7 +478,7 @@ impl Room {
         }
     }
 
-    /// Says whether the session was not tracked anywhere before.
+    /// Returns whether the session was not tracked anywhere before.
     fn track(
         &self,
         directory: &Directory,
@@ -483,7 +487,7 @@ impl Room {
     ) -> Result<bool, TrackError> {
         let session = &guest.session_id;
         let mut presence = lock(&self.presence);
-        // Leaving takes the member off the list before the entry.
+        // A member that leaves is removed from the list before its entry is.
         if !self.has(guest.key) {
             return Err(JoinError::Closed.into());
         }
@@ -504,7 +508,7 @@ impl Room {
             leaves.extend(presence.arrive(peer));
         }
         let diff = self.diff(std::slice::from_ref(&entry.encoded), &leaves)?;
-        // The meta lies deeper in there than it did alone.
+        // The metadata is nested deeper in the message than it was alone.
         validate(&diff.bytes()[PREFIX..]).map_err(EncodeError::Refused)?;
         directory.share(self, |node, shared| node.joined(shared, &entry.encoded));
         presence.insert(session, entry);
@@ -513,7 +517,8 @@ impl Room {
         Ok(first)
     }
 
-    /// A member has left the room: `lost` with the connection of this number, if so, and may come back.
+    /// A member has left the room. `lost`: the number of the connection it was lost with, if its session can be
+    /// resumed.
     pub(crate) fn parted(&self, directory: &Directory, guest: &Guest, lost: Option<u64>) {
         let session = &guest.session_id;
         {
@@ -530,7 +535,7 @@ impl Room {
         self.clear(directory, session, |entry| entry.guest == guest.key);
     }
 
-    /// Removes a session's entry if it is one of `which`; says whether it did.
+    /// Removes a session's entry if `which` accepts it; returns whether it did.
     fn clear(
         &self,
         directory: &Directory,
@@ -552,7 +557,7 @@ impl Room {
         true
     }
 
-    /// Sends every member the change, or the whole state where a change is not enough.
+    /// Sends the change to every member, or the whole state if a change is not enough.
     fn announce(&self, presence: &mut Presence, diff: &Encoded) {
         let mut state = None;
         for guest in self.guests().iter() {
@@ -638,7 +643,7 @@ fn encode_entry(peer: &str, session: &str, meta: &[u8]) -> Bytes {
     data.into()
 }
 
-/// How many values a peer counts in this one.
+/// The number of values in this one, as the peer's validator counts them.
 fn elements(value: &[u8]) -> usize {
     Walk::new(value, Shape::default())
         .and_then(|mut walk| walk.value().map(|_| walk.elements()))
@@ -655,10 +660,10 @@ fn write_len<R>(write: impl FnOnce(&mut Vec<u8>, u32) -> R, data: &mut Vec<u8>, 
     let _ = write(data, u32::try_from(len).unwrap_or(u32::MAX));
 }
 
-/// Who is present in one room, built from the messages of a channel: pass every message to [`apply`](Self::apply).
+/// The presence in one room, built from the messages of a channel: pass every message to [`apply`](Self::apply).
 ///
-/// A peer is known by its id and has one meta for each of its sessions. What a server may put in here is bounded:
-/// entries beyond 1 MiB in all are left out.
+/// A peer has an id, and metadata for each of its sessions. The memory that a server can fill is bounded: entries
+/// beyond 1 MiB in total are ignored.
 #[derive(Debug, Clone)]
 pub struct PresenceMap {
     room: String,
@@ -666,14 +671,14 @@ pub struct PresenceMap {
     bytes: usize,
 }
 
-/// What one message changed.
+/// The changes by one message.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct PresenceDiff {
-    /// Entries that are new, or have a new meta.
+    /// Entries that are new or have new metadata.
     pub joins: Vec<PresenceEntry>,
-    /// Entries that are gone, or had another meta.
+    /// Entries that were removed, or had other metadata.
     pub leaves: Vec<PresenceEntry>,
-    /// Why they are gone, where it was not their own doing: `node_lost` when the server that they were on is not heard any more.
+    /// Why they were removed, if not by their own side: `node_lost` if the server that they were on is silent.
     pub why: Option<String>,
 }
 
@@ -696,10 +701,10 @@ impl PresenceEntry {
         &self.session
     }
 
-    /// What the session says about itself.
+    /// The session's metadata.
     ///
     /// # Errors
-    /// When it does not fit `T`.
+    /// If it does not decode into `T`.
     pub fn meta<T: DeserializeOwned>(&self) -> Result<T, DecodeError> {
         message::decode_data(&self.meta)
     }
@@ -720,7 +725,7 @@ impl fmt::Debug for PresenceEntry {
 }
 
 fn size(peer: &str, session: &str, meta: &[u8]) -> usize {
-    // As on the wire: keys, lengths and all.
+    // The size on the wire, including keys and lengths.
     peer.len() + session.len() + meta.len() + 24
 }
 
@@ -734,7 +739,7 @@ impl PresenceMap {
         }
     }
 
-    /// Takes a message in and says what it changed; `None` for a message that is not about this room's presence.
+    /// Applies a message and returns what it changed; `None` for a message that is not about this room's presence.
     pub fn apply(&mut self, message: &Message) -> Option<PresenceDiff> {
         let lists = match message.event() {
             STATE => self.read(message, &["entries"]),
@@ -760,12 +765,12 @@ impl PresenceMap {
         Some(diff)
     }
 
-    /// The ids of those present, in order.
+    /// The ids of the present peers, sorted.
     pub fn peers(&self) -> impl Iterator<Item = &str> {
         self.peers.keys().map(String::as_str)
     }
 
-    /// Everything that this peer's sessions say about themselves, in the order of the sessions' ids.
+    /// The metadata of all sessions of this peer, sorted by session id.
     pub fn metas<T: DeserializeOwned>(&self, peer: &str) -> Vec<Result<T, DecodeError>> {
         let sessions = self.peers.get(peer).into_iter().flatten();
         sessions
@@ -773,7 +778,7 @@ impl PresenceMap {
             .collect()
     }
 
-    /// How many peers are present.
+    /// The number of present peers.
     pub fn len(&self) -> usize {
         self.peers.len()
     }
@@ -783,7 +788,7 @@ impl PresenceMap {
         self.peers.is_empty()
     }
 
-    /// Reads lists of entries; an error for another room's.
+    /// Reads lists of entries; an error for a message about another room.
     fn read(
         &self,
         message: &Message,
@@ -825,7 +830,7 @@ impl PresenceMap {
         Some(entry)
     }
 
-    /// Makes it hold exactly these.
+    /// Replaces all entries by these.
     fn replace(&mut self, entries: Vec<PresenceEntry>, diff: &mut PresenceDiff) {
         let new: HashSet<(&str, &str)> = entries
             .iter()
@@ -859,7 +864,7 @@ fn entries(mut list: Values<'_>) -> Result<Vec<PresenceEntry>, FieldError> {
         entries.push(PresenceEntry {
             peer: entry.str("peer")?.to_owned(),
             session: entry.str("session")?.to_owned(),
-            // A copy: the frame it came in may be large, and this is kept.
+            // A copy, because the entry is kept and must not keep the whole frame.
             meta: Bytes::copy_from_slice(meta),
         });
     }

@@ -1,11 +1,11 @@
-//! Rooms: one message, encoded once, for many channels of a server; sending never waits for a slow member.
+//! Rooms: one message, encoded once, for many channels of a server. Sending never waits for a slow member.
 //!
-//! A room is a list of channels. To send, the list is taken as it stands (one pointer is copied) and the same
-//! bytes are queued for each member in turn, without any lock but that member's own. The room's policy decides what happens where
-//! a member's queue is full ([`Overflow`]).
+//! A room is a list of channels. A send copies the pointer to the present list and then queues the same bytes for each
+//! member in turn; it holds no lock but that member's own. The room's policy decides what happens if a member's queue
+//! is full ([`Overflow`]).
 //!
-//! Order of locks: the table, then a guest's list of rooms, then a room's presence, then the tracked sessions, then
-//! an outbox, then a room's log, then the list of logs. A seat is dropped with none of them held.
+//! Order of locks: the table, then a guest's list of rooms, then a room's presence, then the tracked sessions, then an
+//! outbox, then a room's log, then the list of logs. A seat is dropped with none of them held.
 
 use std::any::Any;
 use std::collections::{BTreeMap, HashMap};
@@ -36,14 +36,14 @@ use crate::wire::control::RoomPosition;
 use crate::wire::event::Event;
 use crate::wire::message::{EncodeError, Encoded, NameError, check_name};
 
-/// The name in the gaps of what is sent to all channels.
+/// The room name in gaps of messages to all channels.
 const ALL: &str = "*";
 
-/// Messages to a room that follow each other sooner wait for their channels' writers, and go out many at once: to write
-/// one right away takes a lock of QUIC's, about a microsecond a member.
+/// Messages to a room that follow each other faster than this are left to the channels' writers, which send many at
+/// once. Writing a message directly takes QUIC's lock, about a microsecond for each member.
 const QUIET: Duration = Duration::from_micros(50);
 
-/// The rooms of one server. A handle: clones are the same rooms.
+/// The rooms of one server. A handle: clones share the rooms.
 #[derive(Clone)]
 pub struct Rooms {
     directory: Arc<Directory>,
@@ -57,47 +57,47 @@ pub(crate) struct Directory {
     max_rooms: usize,
     next: AtomicU64,
     dropped: AtomicU64,
-    /// Where the server is a node of a cluster.
+    /// Set if the server is a node of a cluster.
     running: OnceLock<Running>,
 }
 
 pub(super) struct Table {
     pub(super) rooms: HashMap<Arc<str>, Arc<Room>>,
-    /// The known channels by name, each name like a room.
+    /// The known channels by name, one list for each name.
     channels: HashMap<Arc<str>, Arc<Room>>,
     all: Arc<Room>,
 }
 
-/// One room, or one of the lists that are kept like one.
+/// One room, or one of the lists of all channels of a name.
 pub(crate) struct Room {
     pub(crate) tag: Arc<Tag>,
     /// The key of the presence state in a member's queue.
     pub(crate) presence_tag: Arc<Tag>,
-    /// In ascending order of their keys. Whoever sends takes the list as it stands.
+    /// Sorted by key. A sender takes the list as it is at that moment.
     guests: Mutex<Arc<Vec<Arc<Guest>>>>,
     pub(super) sending: Mutex<Sending>,
     pub(crate) presence: Mutex<Presence>,
-    /// In a cluster: what it is there.
+    /// In a cluster, the room's topic.
     shared: Option<Arc<Shared>>,
 }
 
-/// How messages to a room are sent.
+/// The settings for sending to a room.
 #[derive(Default)]
 pub(super) struct Sending {
-    /// As set by the application; such a room stays when it is empty.
+    /// Set by the application; a room with a policy stays when it is empty.
     policy: Option<Overflow>,
     pub(super) history: Option<Arc<Record>>,
-    /// When a send last began.
+    /// When the last send began.
     begun: Option<Instant>,
 }
 
 impl Sending {
-    /// Whether nothing is lost with it.
+    /// Whether the room may be removed without losing a setting.
     fn is_default(&self) -> bool {
         self.policy.is_none() && self.history.is_none()
     }
 
-    /// Records the begin of a send. Returns whether the room was idle before.
+    /// Records the beginning of a send. Returns whether the room was idle before.
     fn begin(&mut self) -> bool {
         let now = Instant::now();
         let before = self.begun.replace(now);
@@ -111,11 +111,11 @@ pub(crate) struct Guest {
     pub(crate) session: Arc<Session>,
     pub(crate) session_id: SessionId,
     pub(crate) outbox: Arc<Outbox>,
-    /// The number of the connection that the channel ends with, unless it is resumable.
+    /// The number of the connection with which the channel ends; `None` if it is resumable.
     connection: Option<u64>,
     channel: WeakChannel,
     name: Arc<str>,
-    /// Positions that its opener presented, of rooms that it has not joined since.
+    /// Positions that the channel's opener presented, of rooms that the channel has not joined since.
     pub(super) since: Mutex<Vec<RoomPosition>>,
     rooms: Mutex<Joined>,
 }
@@ -131,7 +131,7 @@ impl Guest {
     }
 }
 
-/// Where a channel is, or was when it ended.
+/// The rooms of a channel; after its end, the names of its last rooms.
 enum Joined {
     In(BTreeMap<Arc<str>, Arc<Room>>),
     Over(Vec<Arc<str>>),
@@ -144,7 +144,7 @@ impl Guest {
 }
 
 impl Joined {
-    /// Leaves all rooms, because the channel has ended.
+    /// Removes the channel from all rooms, because the channel has ended.
     fn end(&mut self) -> BTreeMap<Arc<str>, Arc<Room>> {
         match self {
             Self::In(rooms) => {
@@ -157,7 +157,8 @@ impl Joined {
     }
 }
 
-/// A channel's hold on its rooms: lies in its outbox, and gives them up when the channel's sending side ends.
+/// A channel's membership in its rooms. The channel's outbox holds it; dropping it, when the sending side ends, leaves
+/// the rooms.
 pub(crate) struct Seat {
     directory: Weak<Directory>,
     guest: Arc<Guest>,
@@ -185,7 +186,7 @@ impl Attached for Rooms {
 }
 
 impl Rooms {
-    /// Those of a session's server; none at a client.
+    /// The rooms of a session's server; `None` on a client.
     fn of(session: &Session) -> Option<&Self> {
         let attached: &dyn Any = &**session.rooms.get()?;
         attached.downcast_ref()
@@ -210,7 +211,7 @@ impl Rooms {
         }
     }
 
-    /// Makes these rooms those of a cluster, before there are any.
+    /// Connects these rooms to a cluster. Must be called before a room exists.
     pub(crate) fn cluster(&self, node: &Arc<Node>) {
         let _ = self
             .directory
@@ -218,7 +219,7 @@ impl Rooms {
             .set(node.run(Arc::downgrade(&self.directory)));
     }
 
-    /// The node that they belong to.
+    /// The cluster node of these rooms.
     pub(crate) fn node(&self) -> Option<&Arc<Node>> {
         self.directory.node()
     }
@@ -227,7 +228,7 @@ impl Rooms {
         &self.directory
     }
 
-    /// Addresses the members of a room. A room that nobody is in has none.
+    /// Addresses the members of a room; a room without members has none.
     pub fn to<'a>(&self, room: &str) -> Broadcast<'a> {
         let name = room;
         let room = lock(&self.directory.table).rooms.get(name).cloned();
@@ -241,21 +242,20 @@ impl Rooms {
         }
     }
 
-    /// Addresses every channel of this name that the rooms know: those that have joined a room, and those that a
-    /// `Router` serves. A [`Gap`](crate::Gap) in what is sent so bears the channel's name.
+    /// Addresses every channel of this name that the rooms know: channels that have joined a room, and channels that a
+    /// `Router` serves. A [`Gap`](crate::Gap) in such messages has the channel's name.
     pub fn to_channels<'a>(&self, name: &str) -> Broadcast<'a> {
         let room = lock(&self.directory.table).channels.get(name).cloned();
         self.broadcast(room)
     }
 
-    /// Addresses every channel that the rooms know, as [`to_channels`](Self::to_channels) does; a gap bears the
-    /// name `*`.
+    /// Addresses every channel that the rooms know, as for [`to_channels`](Self::to_channels). A gap has the name `*`.
     pub fn to_all<'a>(&self) -> Broadcast<'a> {
         let room = lock(&self.directory.table).all.clone();
         self.broadcast(Some(room))
     }
 
-    /// Who is in a room now.
+    /// The present members of a room.
     pub fn members(&self, room: &str) -> Vec<Member> {
         let room = lock(&self.directory.table).rooms.get(room).cloned();
         let guests = room.map(|room| room.guests()).unwrap_or_default();
@@ -267,7 +267,7 @@ impl Rooms {
             .collect()
     }
 
-    /// Takes all members out of a room, as [`Channel::leave`] does one; says how many there were.
+    /// Removes all members from a room, as [`Channel::leave`] does for one. Returns how many there were.
     pub fn leave(&self, room: &str) -> usize {
         let members = self.members(room).into_iter();
         members
@@ -275,8 +275,8 @@ impl Rooms {
             .count()
     }
 
-    /// Closes the channels of all members of a room, as [`Channel::close`] does one; says how many there were. Their
-    /// sockets stay: close those of [`members`](Self::members) for that.
+    /// Closes the channels of all members of a room, as [`Channel::close`] does for one. Returns how many there were.
+    /// Their sockets stay open; close those of [`members`](Self::members) to end them.
     pub fn disconnect(&self, room: &str, code: CloseCode, text: &str) -> usize {
         let channels = self.members(room).into_iter();
         let channels = channels.filter_map(|member| member.channel());
@@ -285,13 +285,13 @@ impl Rooms {
             .count()
     }
 
-    /// The rooms that there are now: those with members, and those with a policy of their own or a history.
+    /// The present rooms: those with members, and those with their own policy or with a history.
     pub fn names(&self) -> Vec<String> {
         let table = lock(&self.directory.table);
         table.rooms.keys().map(|name| (**name).to_owned()).collect()
     }
 
-    /// The rooms that there are now, as [`names`](Self::names) has them, each with how many members it has.
+    /// The present rooms, as [`names`](Self::names) returns them, each with its number of members.
     pub fn sizes(&self) -> Vec<(String, usize)> {
         let rooms: Vec<_> = {
             let table = lock(&self.directory.table);
@@ -303,12 +303,12 @@ impl Rooms {
             .collect()
     }
 
-    /// Says what happens to this room's messages for members whose queues are full, from the next message on.
+    /// Sets what happens to this room's messages for members whose queues are full, from the next message on.
     ///
-    /// The room then stays when nobody is in it, until it is given the default policy again.
+    /// A room with its own policy stays when it is empty, until it gets the default policy again.
     ///
     /// # Errors
-    /// When the name is unsound or there are `Limits::rooms` already.
+    /// If the name is invalid, or there are `Limits::rooms` already.
     pub fn policy(&self, room: &str, overflow: Overflow) -> Result<(), JoinError> {
         check_name(room)?;
         let mut table = lock(&self.directory.table);
@@ -323,7 +323,7 @@ impl Rooms {
         Ok(())
     }
 
-    /// Messages lost so far by members whose queues were full, all rooms together.
+    /// How many messages were lost so far because members' queues were full, over all rooms.
     pub fn dropped(&self) -> u64 {
         self.directory.dropped.load(Ordering::Relaxed) + self.directory.lost_from_history()
     }
@@ -348,19 +348,19 @@ impl fmt::Debug for Rooms {
     }
 }
 
-/// One member of a room at the moment it was asked for.
+/// A member of a room, as it was when it was asked for.
 #[derive(Clone)]
 pub struct Member {
     guest: Arc<Guest>,
 }
 
 impl Member {
-    /// The session its channel belongs to.
+    /// The session of its channel.
     pub fn session(&self) -> &SessionId {
         &self.guest.session_id
     }
 
-    /// Who it is.
+    /// Its peer.
     pub fn peer(&self) -> Option<Peer> {
         self.guest.session.peer.get()
     }
@@ -370,18 +370,18 @@ impl Member {
         &self.guest.name
     }
 
-    /// Its channel: to send to this member alone, to ask it something, to close it. `None` once nobody holds the
-    /// channel any more.
+    /// Its channel: to send to this member alone, to send it a request, or to close it. `None` if no handle of the
+    /// channel exists any more.
     pub fn channel(&self) -> Option<Channel> {
         self.guest.channel.upgrade()
     }
 
-    /// The socket its channel belongs to.
+    /// The socket of its channel.
     pub fn socket(&self) -> Socket {
         Socket::of(&self.guest.session)
     }
 
-    /// Whether it is there; see [`Socket::is_connected`].
+    /// Whether its peer is connected; see [`Socket::is_connected`].
     pub fn is_connected(&self) -> bool {
         self.guest.session.states.is_connected()
     }
@@ -397,27 +397,27 @@ impl fmt::Debug for Member {
     }
 }
 
-/// Channels that are about to be sent something; made by [`Rooms::to`] and its like.
+/// The channels that a message is addressed to. Made by [`Rooms::to`] and similar methods.
 #[must_use = "nothing is sent until `send` is called"]
 pub struct Broadcast<'a> {
     directory: Arc<Directory>,
     room: Option<Arc<Room>>,
-    /// Where the others of the cluster hear it.
+    /// In a cluster, the topic on which other nodes receive the message.
     shared: Option<Arc<Shared>>,
     except: Vec<&'a str>,
 }
 
-/// What became of one message to many.
+/// The outcome of one message to many members.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Sent {
-    /// Members it is on its way to.
+    /// How many members it was queued for.
     pub delivered: u64,
-    /// Messages lost by it: this one, for members that have no room for it, and older ones that gave way to it.
+    /// How many messages were lost: this one, for members without room for it, and older ones that were dropped for it.
     pub dropped: u64,
 }
 
 impl Sent {
-    /// Adds what became of the message at one member. A member that is too slow for the room's policy is closed.
+    /// Counts the outcome for one member. Closes a member that is too slow for the room's policy.
     pub(super) fn count(&mut self, push: Push, guest: &Guest) {
         match push {
             Push::Queued { lost } => {
@@ -435,26 +435,26 @@ impl Sent {
 }
 
 impl<'a> Broadcast<'a> {
-    /// Leaves out the channels of this session.
+    /// Excludes the channels of this session.
     pub fn except(mut self, session: &'a str) -> Self {
         self.except.push(session);
         self
     }
 
-    /// Sends one message to all of them: encoded once, queued for each, without waiting for anybody. A member
-    /// whose queue is full is treated by the room's [`Overflow`] policy; so is one that takes no frame as large.
+    /// Sends one message to all of them: encodes it once and queues it for each, without waiting. The room's
+    /// [`Overflow`] policy applies to a member whose queue is full, and to a member that does not accept so large a
+    /// frame.
     ///
-    /// Everything queued for one channel, by rooms and directly, arrives in the order it was queued in. Two
-    /// threads that send to one room at the same moment may be heard in either order, and not by all members in
-    /// the same.
+    /// Messages to one channel arrive in the order in which they were queued, whether by rooms or directly. If two
+    /// threads send to one room at the same moment, different members may receive the two messages in different order.
     ///
     /// # Errors
-    /// When the message cannot be sent to anybody: reserved or unsound event name, data that cannot be encoded.
+    /// If the message cannot be sent to anybody: its event name is reserved or invalid, or its data cannot be encoded.
     pub fn send<T: Serialize + ?Sized>(self, event: &str, data: &T) -> Result<Sent, EncodeError> {
         Ok(self.send_encoded(&Encoded::new(event, data)?))
     }
 
-    /// As [`send`](Self::send), with a typed event.
+    /// Like [`send`](Self::send), with a typed event.
     ///
     /// # Errors
     /// As [`send`](Self::send).
@@ -462,7 +462,7 @@ impl<'a> Broadcast<'a> {
         self.send(E::NAME, event)
     }
 
-    /// As [`send`](Self::send), with a message that is encoded already.
+    /// Like [`send`](Self::send), with a message that is already encoded.
     pub fn send_encoded(self, message: &Encoded) -> Sent {
         let sent = match &self.room {
             Some(room) => self.directory.deliver(room, message.bytes(), &self.except),
@@ -479,14 +479,14 @@ impl<'a> Broadcast<'a> {
 
 /// Volatile messages: to the sockets of the channels.
 impl Broadcast<'_> {
-    /// Sends something of which only the newest counts to the socket of each channel, once however many channels it
-    /// has here; see [`Socket::send_volatile`]. Encoded once, with no wait and no gap: a socket that is slow gets the
-    /// next one.
+    /// Sends a volatile message, of which only the newest counts, to the socket of each channel; once to a socket with
+    /// several such channels. See [`Socket::send_volatile`]. The message is encoded once. Nothing waits and there is no
+    /// gap: a slow socket gets the next message instead.
     ///
-    /// `Sent` counts sockets, and what gave way to this message there or was too large for a peer.
+    /// `Sent` counts sockets; `dropped` counts messages that this one replaced and peers that it was too large for.
     ///
     /// # Errors
-    /// As [`send`](Self::send).
+    /// As for [`send`](Self::send).
     pub fn send_volatile<T: Serialize + ?Sized>(
         self,
         event: &str,
@@ -495,11 +495,11 @@ impl Broadcast<'_> {
         self.send_volatile_encoded(None, &Encoded::new(event, data)?)
     }
 
-    /// As [`send_volatile`](Self::send_volatile), for several things of one event; see
+    /// Like [`send_volatile`](Self::send_volatile), with a key, for several values of one event; see
     /// [`Socket::send_volatile_keyed`].
     ///
     /// # Errors
-    /// As [`send`](Self::send), and when the key is unsound.
+    /// As for [`send`](Self::send), and if the key is invalid.
     pub fn send_volatile_keyed<T: Serialize + ?Sized>(
         self,
         event: &str,
@@ -509,11 +509,11 @@ impl Broadcast<'_> {
         self.send_volatile_encoded(Some(key), &Encoded::new(event, data)?)
     }
 
-    /// As [`send_volatile_keyed`](Self::send_volatile_keyed), or without a key as
-    /// [`send_volatile`](Self::send_volatile), with a message that is encoded already.
+    /// Like [`send_volatile`](Self::send_volatile), or with a key like
+    /// [`send_volatile_keyed`](Self::send_volatile_keyed), with a message that is already encoded.
     ///
     /// # Errors
-    /// When the key is unsound.
+    /// If the key is invalid.
     pub fn send_volatile_encoded(
         self,
         key: Option<&str>,
@@ -522,10 +522,10 @@ impl Broadcast<'_> {
         Ok(self.volatile(&Ready::of(message, key)?))
     }
 
-    /// Sends a volatile message that came from one of them on to the others: event, key and data as they are, without
-    /// decoding and without a copy. Leave its sender out with [`except`](Self::except).
+    /// Sends a volatile message that arrived from one of the sockets to the others. Event, key and data are neither
+    /// decoded nor copied. Exclude its sender with [`except`](Self::except).
     pub fn relay_volatile(self, message: &Volatile) -> Sent {
-        // What came can be sent.
+        // A message that was received can be sent.
         Ready::relay(message).map_or_else(|_| Sent::default(), |message| self.volatile(&message))
     }
 
@@ -574,40 +574,41 @@ pub enum JoinError {
     /// The room's name is not valid.
     #[error("room's {0}")]
     Name(#[from] NameError),
-    /// The channel belongs to a client's socket: rooms are a server's.
+    /// The channel belongs to a client's socket; only servers have rooms.
     #[error("only a server has rooms")]
     Client,
-    /// The channel is over.
+    /// The channel has ended.
     #[error("the channel is over")]
     Closed,
-    /// There are as many rooms as `Limits::rooms` allows.
+    /// There are already as many rooms as `Limits::rooms` allows.
     #[error("there are {0} rooms already")]
     TooManyRooms(usize),
-    /// The channel is in as many rooms as `Limits::rooms_per_channel` allows.
+    /// The channel is already in as many rooms as `Limits::rooms_per_channel` allows.
     #[error("the channel is in {0} rooms already")]
     TooManyJoined(usize),
-    /// A history needs a random number, and the system gives none.
+    /// A history needs a random number, and the system provides none.
     #[error("no random number for the room's history")]
     NoRandom,
 }
 
 impl Channel {
-    /// The rooms of the server that this channel belongs to; `None` at a client, which has none.
+    /// The rooms of this channel's server; `None` on a client.
     pub fn rooms_handle(&self) -> Option<Rooms> {
         Rooms::of(self.session()).cloned()
     }
 
-    /// Joins a room: what is sent to it from now on also goes to this channel's peer. Joining twice is joining
-    /// once.
+    /// Joins a room: messages to the room from now on are also sent to this channel's peer. Joining a room again has no
+    /// effect.
     ///
-    /// A member stays until it [leaves](Self::leave) or the channel ends; a room does not keep a channel alive.
-    /// When somebody is [tracked](Self::track) in the room, the peer is told who (`presence_state`).
+    /// A member stays until it [leaves](Self::leave) or the channel ends; a room does not keep a channel alive. If
+    /// sessions are [tracked](Self::track) in the room, the peer is told which (`presence_state`).
     ///
-    /// In a room with a [history](Rooms::history) a channel whose opener presented its position there gets what it missed
-    /// first: see [`OpenChannel::since`](crate::OpenChannel::since), and [`join_at`](Self::join_at) for other places to begin at.
+    /// In a room with a [history](Rooms::history), a channel whose opener presented its position there first gets the
+    /// messages that it missed: see [`OpenChannel::since`](crate::OpenChannel::since), and [`join_at`](Self::join_at)
+    /// for other positions.
     ///
     /// # Errors
-    /// At a client, on a channel that is over, for an unsound name, beyond `Limits::rooms` and
+    /// On a client, on a channel that has ended, for an invalid name, and beyond `Limits::rooms` or
     /// `Limits::rooms_per_channel`.
     pub fn join(&self, room: &str) -> Result<(), JoinError> {
         self.enter(room, None).map(drop)
@@ -644,7 +645,7 @@ impl Channel {
         Ok((rooms, guest, room))
     }
 
-    /// Leaves a room; says whether it was in it. What was sent to the room before still arrives.
+    /// Leaves a room; returns whether the channel was a member. Messages sent to the room before still arrive.
     pub fn leave(&self, room: &str) -> bool {
         let Some((rooms, guest)) = self.guest() else {
             return false;
@@ -652,7 +653,7 @@ impl Channel {
         rooms.directory.leave(guest, room)
     }
 
-    /// The rooms it is in, in the order of their names; of a channel that is over, those it was in when it ended.
+    /// The rooms of the channel, sorted by name; after the channel's end, those it was in when it ended.
     pub fn rooms(&self) -> Vec<String> {
         let guest = self.member().get().and_then(|guest| guest.downcast_ref());
         let Some(guest): Option<&Arc<Guest>> = guest else {
@@ -665,7 +666,7 @@ impl Channel {
         }
     }
 
-    /// Makes the channel known to the directory, as `to_channels` and `to_all` see it; `None` at a client.
+    /// Registers the channel, so that `to_channels` and `to_all` address it; `None` on a client.
     pub(crate) fn guest(&self) -> Option<(&Rooms, &Arc<Guest>)> {
         let rooms = Rooms::of(self.session())?;
         let guest = self.member().get_or_init(|| {
@@ -685,7 +686,7 @@ impl Channel {
                 guest.outbox.set_paced();
             }
             rooms.directory.welcome(&guest);
-            // A channel that is over gives its seat up right here.
+            // If the channel has ended, the outbox returns the seat, and dropping it here leaves the rooms.
             let _ = self.outbox().keep(Box::new(Seat {
                 directory: Arc::downgrade(&rooms.directory),
                 guest: guest.clone(),
@@ -701,7 +702,7 @@ impl Directory {
         self.next.fetch_add(2, Ordering::Relaxed)
     }
 
-    /// The room of this name, made if there is none.
+    /// The room of this name; creates it if necessary.
     pub(super) fn room(&self, table: &mut Table, name: &str) -> Result<Arc<Room>, JoinError> {
         if let Some(room) = table.rooms.get(name) {
             return Ok(room.clone());
@@ -723,14 +724,14 @@ impl Directory {
         self.running.get().map(|running| &running.node)
     }
 
-    /// Calls with the room's topic, in a cluster.
+    /// In a cluster, calls `tell` with the node and the room's topic.
     pub(crate) fn share(&self, room: &Room, tell: impl FnOnce(&Node, &Shared)) {
         if let (Some(node), Some(shared)) = (self.node(), &room.shared) {
             tell(node, shared);
         }
     }
 
-    /// Queues a frame for the members of a room here.
+    /// Queues a frame for the room's members on this node.
     pub(crate) fn deliver(&self, room: &Room, frame: &Bytes, except: &[&str]) -> Sent {
         let (policy, history, idle) = {
             let mut sending = lock(&room.sending);
@@ -743,7 +744,7 @@ impl Directory {
         self.deliver_where(room, frame, whom, (policy.unwrap_or_default(), idle))
     }
 
-    /// Queues a frame for some of the channels of this name; says for how many.
+    /// Queues a frame for some of the channels of this name; returns for how many.
     pub(crate) fn deliver_to(
         &self,
         channel: &str,
@@ -790,7 +791,7 @@ impl Directory {
         sent
     }
 
-    /// Tells the members of a room here that they will not get so many messages of other nodes.
+    /// Tells the room's members on this node that this many messages of other nodes are lost.
     pub(crate) fn missing(&self, room: &Room, lost: u64) {
         let history = lock(&room.sending).history.clone();
         if let Some(record) = &history {
@@ -819,7 +820,7 @@ impl Directory {
             .add(guest);
     }
 
-    /// The channel is over.
+    /// Handles the end of a channel.
     fn left(&self, guest: &Guest, rooms: BTreeMap<Arc<str>, Arc<Room>>) {
         {
             let mut table = lock(&self.table);
@@ -830,7 +831,7 @@ impl Directory {
                 table.channels.remove(&guest.name);
             }
         }
-        // A lost connection alone ends no presence: the session may come back.
+        // A lost connection alone ends no presence: the session may be resumed.
         let session = &guest.session;
         let lost = guest.connection.filter(|connection| {
             let (conn, now) = session.current();
@@ -841,7 +842,7 @@ impl Directory {
         }
     }
 
-    /// Takes a channel out of a room; says whether it was in it.
+    /// Removes a channel from a room; returns whether it was a member.
     fn leave(&self, guest: &Guest, room: &str) -> bool {
         let left = match &mut *lock(&guest.rooms) {
             Joined::In(rooms) => rooms.remove(room),
@@ -866,7 +867,7 @@ impl Directory {
         self.sweep(room);
     }
 
-    /// Removes a room without members, policy and history.
+    /// Removes a room that has no members, no policy and no history.
     pub(crate) fn sweep(&self, room: &Arc<Room>) {
         self.sweep_in(&mut lock(&self.table), room);
     }
@@ -881,7 +882,7 @@ impl Directory {
 }
 
 impl Table {
-    /// Takes the room out if nothing keeps it; says whether it did.
+    /// Removes the room if nothing needs it; returns whether it did.
     fn sweep(&mut self, room: &Arc<Room>) -> bool {
         let name = &room.tag.name;
         room.guests().is_empty()
@@ -914,7 +915,7 @@ impl Room {
         })
     }
 
-    /// The members as of now.
+    /// The present members.
     pub(crate) fn guests(&self) -> Arc<Vec<Arc<Guest>>> {
         lock(&self.guests).clone()
     }

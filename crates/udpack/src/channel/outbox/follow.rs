@@ -1,6 +1,7 @@
-//! The rooms with a history that a channel is in: how far its peer has come in each, and what goes into the queue next.
+//! The rooms with a history that a channel is in: the peer's position in each, and what is queued next.
 //!
-//! What the queue has no room for waits in the room's log and nowhere else. What is sent directly does not wait for it.
+//! Messages for which the queue has no room wait in the room's log only. Messages that are sent directly do not wait
+//! for them.
 
 use std::sync::Arc;
 
@@ -14,34 +15,34 @@ use crate::metrics::Count;
 use crate::wire::control::{self, At, Gap, Missing, Position, ProtocolEvent, RoomAt, Why};
 use crate::wire::frame::PREFIX;
 
-/// Messages of one room that go before the next has its turn.
+/// Messages of one room that are queued before the next room's turn.
 const TURN: usize = 64;
-/// Messages that a channel which ends takes along.
+/// Messages that a channel still sends when it ends.
 const LAST: usize = 1024;
 
-/// Who follows a room, and from where.
+/// A member that follows a room.
 #[derive(Debug)]
 pub(crate) struct Follower {
     pub(crate) session: Arc<str>,
-    /// The peer knows of positions.
+    /// Whether the peer supports positions.
     pub(crate) positions: bool,
-    /// The largest frame that the peer takes.
+    /// The largest frame that the peer accepts.
     pub(crate) limit: usize,
     pub(crate) since: Since,
 }
 
-/// Where a member begins.
+/// The place in a log at which a member begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Since {
-    /// With what is sent from now on.
+    /// With the next message.
     Now,
-    /// With the oldest message that is kept.
+    /// With the oldest kept message.
     Oldest,
-    /// Behind this.
+    /// After this position.
     Position(Position),
 }
 
-/// One message on its way into a room's log and to its members.
+/// A message on its way into a room's log and to its members.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Followed<'a> {
     pub(crate) record: &'a Arc<Record>,
@@ -52,32 +53,32 @@ pub(crate) struct Followed<'a> {
     pub(crate) direct: bool,
 }
 
-/// How far a member has come in one room.
+/// A member's progress in one room.
 #[derive(Debug)]
 pub(super) struct Stream {
     record: Arc<Record>,
     follower: Follower,
     policy: Overflow,
-    /// The last offset that was dealt with.
+    /// The last offset that was sent, skipped or reported as lost.
     cursor: u64,
-    /// Where the room was when it joined: what is before that, it had missed by then, and no policy drops it.
+    /// The room's last offset when it joined. No policy drops the messages up to there, which it had missed before.
     base: u64,
-    /// It came from a position of another history, which it must hear first.
+    /// Set if its position belonged to another history: it must be told so first.
     foreign: bool,
-    /// It must be told where it begins, and by which number the room goes.
+    /// Set if it must be told its position and the room's number.
     begins: bool,
-    /// The last messages were not for it, and it has not been told that it is behind them.
+    /// Set if the last messages were not for it and it does not know that its position is after them.
     skipped: bool,
     missing: Option<Loss>,
-    /// Messages that it was too slow for, since that was last counted.
+    /// Messages that were lost because it was too slow, not counted yet.
     dropped: u64,
-    /// Where it left the room.
+    /// The last offset before it left the room.
     until: Option<u64>,
-    /// There is more in the log.
+    /// Whether the log contains more.
     pub(super) behind: bool,
 }
 
-/// Messages right behind each other that will not come; the last is the one at the cursor.
+/// Adjacent messages that will not be sent; the last one is at the cursor.
 #[derive(Debug)]
 struct Loss {
     from: u64,
@@ -128,7 +129,7 @@ impl Stream {
         }
     }
 
-    /// The messages up to `to`, so many of them for this member, will not come.
+    /// Records that the messages up to `to`, `lost` of them for this member, will not be sent.
     fn lose(&mut self, lost: u64, to: u64, why: Why) {
         let from = self.cursor + 1;
         let loss = self.missing.get_or_insert(Loss { from, lost: 0, why });
@@ -141,7 +142,7 @@ impl Stream {
         self.cursor = to;
     }
 
-    /// Lets those go that are too many to wait.
+    /// Drops the oldest messages if more wait than may.
     fn narrow(&mut self, end: u64) {
         if let Some(most) = self.window()
             && let Some(to) = end.checked_sub(most).filter(|to| *to > self.cursor)
@@ -154,7 +155,7 @@ impl Stream {
         self.until.unwrap_or_else(|| self.record.head())
     }
 
-    /// What goes to the member next.
+    /// What is sent to the member next.
     fn next(&mut self) -> Option<Next> {
         if std::mem::take(&mut self.foreign) {
             return Some(self.gap(1, self.cursor, Why::Epoch));
@@ -215,14 +216,14 @@ impl Stream {
             lost,
             missing: self.follower.positions.then_some(missing),
         };
-        // To a peer that knows no positions, nothing can be said of another epoch.
+        // A peer without support for positions cannot be told about another epoch.
         Next::Protocol(match gap.missing.is_some() || lost > 0 {
             true => control::encode(&gap),
             false => None,
         })
     }
 
-    /// A `$room` with the cursor.
+    /// A `$room` with the cursor's position.
     fn place(&self) -> Next {
         let place = RoomAt {
             room: self.record.room.to_string(),
@@ -238,7 +239,7 @@ impl Stream {
 }
 
 impl Outbox {
-    /// Begins to follow a room, or goes on with it.
+    /// Begins to follow a room, or continues to.
     pub(crate) fn follow(&self, record: &Arc<Record>, follower: Follower) {
         let mut state = lock(&self.state);
         if state.check_open().is_err() {
@@ -253,7 +254,7 @@ impl Outbox {
         }
     }
 
-    /// Follows a room no further than it is now.
+    /// Follows a room up to its present end only.
     pub(crate) fn unfollow(&self, record: &Arc<Record>) {
         let mut state = lock(&self.state);
         if let Some(at) = state.stream(record) {
@@ -269,8 +270,7 @@ impl Outbox {
         self.catch_up(&mut lock(&self.state));
     }
 
-    /// Queues a message of a room with a history, or leaves it in the room's log for as long as there is no room. Never
-    /// waits.
+    /// Queues a message of a room with a history, or leaves it in the room's log while there is no room. Never waits.
     pub(crate) fn push_followed(
         &self,
         message: Followed<'_>,
@@ -305,7 +305,7 @@ impl Outbox {
         self.wait(&mut state, at, message.offset)
     }
 
-    /// Queues a message that comes next, with its position before it.
+    /// Queues the message that is next, preceded by its position.
     fn pass(&self, state: &mut State, at: usize, message: Followed<'_>, unread: Option<u64>) {
         let size = message.frame.len();
         let direct = message.direct && self.may_write(state, size) && state.frames.tail.is_empty();
@@ -323,7 +323,7 @@ impl Outbox {
         self.wake(state);
     }
 
-    /// The log counts messages that never came: the member is told.
+    /// The log counts messages that never arrived: tells the member.
     pub(crate) fn follow_skip(&self, record: &Arc<Record>) {
         let mut state = lock(&self.state);
         if state.check_open().is_ok()
@@ -334,12 +334,12 @@ impl Outbox {
         }
     }
 
-    /// A message cannot go right away: the room's policy says what becomes of it.
+    /// A message cannot be sent at once: the room's policy decides.
     fn wait(&self, state: &mut State, at: usize, offset: u64) -> Push {
         state.rooms.streams[at].behind = true;
         let record = state.rooms.streams[at].record.clone();
         self.catch_up(state);
-        // It may have moved, but not gone: nobody has left.
+        // Its index may have changed, but it exists: nobody has left.
         let Some(stream) = state.stream(&record).map(|at| &mut state.rooms.streams[at]) else {
             return Push::Queued { lost: 0 };
         };
@@ -370,8 +370,8 @@ impl Outbox {
         }
     }
 
-    /// Moves what waits in logs into the queue, as far as there is room: some of each room in turn, and no more than one
-    /// message before those in line.
+    /// Moves waiting messages from the logs into the queue, as far as there is room: some of each room in turn, and at
+    /// most one message before waiting senders.
     pub(super) fn catch_up(&self, state: &mut State) {
         let turn = if state.waiting.is_empty() { TURN } else { 1 };
         if !state.rooms.streams.iter().any(|stream| stream.behind) {
@@ -393,7 +393,7 @@ impl Outbox {
         }
     }
 
-    /// Queues some of what a stream has; says whether it was any.
+    /// Queues some of a stream's messages; returns whether there were any.
     fn take_turn(&self, state: &mut State, stream: &mut Stream, turn: usize) -> bool {
         let unread = state.unread(stream.policy);
         let mut moved = false;
@@ -435,7 +435,7 @@ impl Outbox {
         }
     }
 
-    /// The channel ends: a part of what waits, which is bounded, goes along, and what does not is told.
+    /// The channel ends: sends a bounded part of the waiting messages, and reports the others as lost.
     pub(super) fn take_along(&self, state: &mut State) {
         for mut stream in std::mem::take(&mut state.rooms.streams) {
             let mut left = LAST;
@@ -469,12 +469,12 @@ impl State {
         streams.position(|stream| Arc::ptr_eq(&stream.record, record))
     }
 
-    /// How many messages may be unread under this policy, where the peer tells.
+    /// How many messages may be unread under this policy, if the peer reports what it has read.
     fn unread(&self, policy: Overflow) -> Option<u64> {
         policy.unread().filter(|_| self.rooms.pace.is_some())
     }
 
-    /// The message that follows is this one of the stream at `at`.
+    /// The message that follows is this one, of the stream at index `at`.
     fn at(&mut self, at: usize, offset: u64) {
         let stream = &self.rooms.streams[at];
         if stream.follower.positions {
