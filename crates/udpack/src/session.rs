@@ -149,7 +149,7 @@ pub(crate) struct Leaving {
     pub(crate) turn: Instant,
 }
 
-/// What a server has for all its sessions, and what hears of them.
+/// The server's part of all its sessions, which is told of their events.
 pub(crate) trait Attached: Any + Send + Sync {
     /// The session continues on connection `number`.
     fn resumed(&self, session: &Arc<Session>, number: u64);
@@ -174,7 +174,7 @@ pub(crate) struct Session {
     sent_before: AtomicU64,
     /// Waiting volatile messages, in both directions.
     pub(crate) volatiles: Volatiles,
-    /// The server's rooms; never set at a client.
+    /// The server's rooms; never set on a client.
     pub(crate) rooms: OnceLock<Arc<dyn Attached>>,
     pub(crate) handles: Handles,
 }
@@ -185,7 +185,7 @@ struct Admission {
     /// The server's `$welcome`, received or sent.
     welcome: RwLock<Option<Arc<Welcome>>>,
     changed: Notify,
-    /// What the peer calls itself, at the server.
+    /// The name and version of the peer's program, on a server.
     agent: OnceLock<String>,
 }
 
@@ -284,11 +284,11 @@ struct Reach {
     /// The number of the current connection while channels can be opened on it.
     up: Mutex<Option<u64>>,
     changed: Notify,
-    /// A client that makes another connection when one is lost.
+    /// Whether this is a client that makes another connection when one is lost.
     reconnects: bool,
     /// A client's endpoint lives as long as its connection.
     endpoint: Mutex<Option<Box<Endpoint>>>,
-    /// Why a client's connection runs over the transport it runs over.
+    /// Why a client's connection uses its transport.
     why: Mutex<Option<TransportReason>>,
 }
 
@@ -458,7 +458,7 @@ impl Session {
         self.admission.set(welcome);
     }
 
-    /// What the peer calls itself, at the server.
+    /// The name and version of the peer's program, on a server.
     pub(crate) fn agent(&self) -> &str {
         self.admission.agent.get().map_or("", String::as_str)
     }
@@ -481,13 +481,13 @@ impl Session {
         *lock(&self.reach.why) = why;
     }
 
-    /// Why a client's connection runs over the transport it runs over.
+    /// Why a client's connection uses its transport.
     pub(crate) fn transport_reason(&self) -> Option<TransportReason> {
         *lock(&self.reach.why)
     }
 
-    /// Whether a client can give up its connection for a better one and lose nothing: its session is resumed, and no channel
-    /// ends with the connection.
+    /// Whether a client can replace its connection by a better one without losing anything: its session is resumed, and
+    /// no channel ends with the connection.
     pub(crate) fn can_change(&self) -> bool {
         let resumes = self
             .welcome()
@@ -512,7 +512,7 @@ impl Session {
         self.reach.set_up(number);
     }
 
-    /// A client that makes another connection when one is lost.
+    /// Whether this is a client that makes another connection when one is lost.
     pub(crate) fn reconnects(&self) -> bool {
         self.reach.reconnects
     }
@@ -555,7 +555,7 @@ impl Session {
     pub(crate) fn abort(&self, reason: CloseReason) {
         let conn = self.conn();
         let before = conn.stats().datagrams_sent;
-        // Of several who end it, the last word of the first may be sent already.
+        // If several callers end the session, the first one's close may have been sent already.
         if !conn.is_over() {
             self.sent_before.store(before, Ordering::Relaxed);
         }
@@ -594,8 +594,8 @@ impl Session {
     }
 }
 
-/// The span in which a channel does what it does: its own, or the one around it where its own is below the level of the log.
-/// Else its lines would name nobody, because its tasks are not its connection's.
+/// The span of a channel's tasks: the channel's own, or the connection's if the own one is below the level of the log.
+/// Otherwise log lines of these tasks would not name the connection, because its span is not entered there.
 pub(crate) fn or_parent(own: tracing::Span, around: tracing::Span) -> tracing::Span {
     if own.is_disabled() { around } else { own }
 }

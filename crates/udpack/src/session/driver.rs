@@ -76,7 +76,7 @@ pub(crate) struct Established {
     /// The client's endpoint; `None` on a server.
     pub(crate) endpoint: Option<Endpoint>,
     pub(crate) control: Box<Control>,
-    /// At a client, the server's `$goaway`.
+    /// On a client, the server's `$welcome`.
     pub(crate) welcome: Option<Welcome>,
     /// On a client, why the connection has this transport.
     pub(crate) why: Option<TransportReason>,
@@ -830,9 +830,9 @@ async fn at(time: Option<Instant>) {
 /// The stage of a connection's control stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
-    /// At a client: `$welcome` comes next.
+    /// On a client: `$welcome` is expected next.
     Greeting,
-    /// The session was resumed: the peer's `$channels` comes next.
+    /// The session was resumed: the peer's `$channels` is expected next.
     Listing,
     Open,
 }
@@ -987,10 +987,11 @@ fn unread() -> CloseReason {
     CloseReason::local(CloseCode::PROTOCOL_ORDER, "the control stream was stopped")
 }
 
-/// Writes small frames to a stream of the protocol; a peer that does not even take those within the close time is given up.
+/// Writes small frames to a stream of the protocol. If the peer does not accept even those within the close time, the
+/// connection is given up.
 ///
 /// # Errors
-/// When the stream accepts no more bytes.
+/// If the stream accepts no more bytes.
 pub(crate) async fn write_small(
     session: &Session,
     send: &mut SendStream,

@@ -78,10 +78,11 @@ impl<'a, T: Serialize + Sync + ?Sized> OpenChannel<'a, T> {
         self
     }
 
-    /// Lets it go on in rooms where another channel was when it ended: as `Channel::positions` says. When the server takes
-    /// it into one of these rooms, it gets what it missed there, in order, and behind that what is sent from then on; or
-    /// a [`Gap`](crate::Gap) in the place of what the server does not have any more. At most 256 rooms; of more the first
-    /// count, and none at a server that knows no positions.
+    /// Lets the channel continue in rooms at these positions: those of another channel at its end, see
+    /// `Channel::positions`. When the server lets the channel join one of these rooms, the channel gets the messages
+    /// after the position, in order, and then new ones; or a [`Gap`](crate::Gap) in the place of messages that the
+    /// server does not have any more. At most 256 positions are sent. They have no effect at a server that does not
+    /// support positions.
     pub fn since(mut self, positions: impl IntoIterator<Item = RoomPosition>) -> Self {
         self.since = positions.into_iter().take(MOST_POSITIONS).collect();
         self
@@ -93,8 +94,8 @@ impl<'a, T: Serialize + Sync + ?Sized> OpenChannel<'a, T> {
     /// the name. Waits while the peer permits no further channel.
     ///
     /// # Errors
-    /// When the name is unsound, `meta` cannot be encoded, the socket is over or going away, or no channel
-    /// became free, or no connection came, within `Timeouts::request`.
+    /// If the name is invalid, `meta` cannot be encoded, the socket has ended or is going away, or no channel became
+    /// free, or no connection was made, within `Timeouts::request`.
     ///
     /// # Cancel safety
     /// A dropped future has opened nothing.
@@ -103,7 +104,7 @@ impl<'a, T: Serialize + Sync + ?Sized> OpenChannel<'a, T> {
         let session = socket.session();
         let mut since = self.since;
         if !since.is_empty() {
-            // What the peer knows must be known first.
+            // The server's answer tells what it supports.
             let _ = session.wait_admitted().await;
             let knows = session.welcome().is_some_and(|welcome| welcome.history);
             if !knows || !session.client {
@@ -190,16 +191,16 @@ pub enum OpenError {
     /// The peer permitted no further channel in time.
     #[error("the peer permits no further channel{}", .0.map(|most| format!(": {most} may be open")).unwrap_or_default())]
     TooManyChannels(
-        /// How many channels it permits, if known: a server announces it.
+        /// How many channels it permits, if known: the server announces it.
         Option<u64>,
     ),
     /// There was no connection for this long; the socket is still reconnecting.
     #[error("no connection within {0:?}")]
     NoConnection(Duration),
-    /// The server is going down.
+    /// The server is shutting down.
     #[error("the server is going away: {}", .0.text)]
     GoingAway(GoAway),
-    /// The socket is over.
+    /// The socket has ended.
     #[error("socket closed: {0}")]
     Closed(CloseReason),
 }

@@ -96,9 +96,9 @@ impl Outage {
     }
 }
 
-/// When a client whose connection runs over TCP looks whether UDP passes again: first after 5 s, then after twice as long each
-/// time and at most 5 minutes, each wait longer by a random part of up to a quarter of it. A new one begins when a
-/// connection over UDP has lasted for a minute.
+/// When a client whose connection runs over TCP probes UDP again: first after 5 s, then after twice as long each time,
+/// at most 5 minutes. A random part of up to a quarter is added to each wait. A client begins anew when a connection
+/// over UDP has lasted for a minute.
 #[derive(Debug)]
 pub struct Probes {
     next: Duration,
@@ -107,10 +107,10 @@ pub struct Probes {
 impl Probes {
     const FIRST: Duration = Duration::from_secs(5);
     const MOST: Duration = Duration::from_secs(300);
-    /// A connection over UDP that is lost sooner shows a network that lets a handshake pass and not much more.
+    /// A connection over UDP that is lost sooner suggests a network that passes little more than a handshake.
     pub const LASTING: Duration = Duration::from_secs(60);
 
-    /// How long to wait before the next look.
+    /// The wait before the next probe.
     pub fn wait(&mut self) -> Duration {
         let wait = self.next;
         self.next = wait.saturating_mul(2).min(Self::MOST);
@@ -124,17 +124,17 @@ impl Default for Probes {
     }
 }
 
-/// Why a client's connection runs over the transport it runs over.
+/// Why a client's connection uses its transport.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum TransportReason {
-    /// The client permits no other transport.
+    /// The client permits only this transport.
     Chosen,
-    /// UDP passes, and is preferred.
+    /// UDP works, and is preferred.
     UdpPasses,
     /// No answer came over UDP in time.
     UdpBlocked,
-    /// UDP did not pass before, and passes now.
+    /// UDP did not work before, and works now.
     UdpPassesAgain,
 }
 
@@ -176,7 +176,7 @@ pub enum SocketState {
         /// Why an existing session was not resumed: resumable channels have ended with `not_resumed`.
         reason: Option<String>,
     },
-    /// At a client that reconnects: the next connection, which is there, runs over another transport than the one before.
+    /// On a client that reconnects: the next connection exists and uses another transport than the one before.
     /// `Connected` follows at once.
     TransportChanged {
         /// The transport of the last connection.

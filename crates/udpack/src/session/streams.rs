@@ -22,8 +22,8 @@ use crate::wire::code::{CloseCode, CloseReason};
 use crate::wire::config::Priority;
 use crate::wire::control::{self, Decode, Open, Resumed};
 
-/// Reads a new stream's `$open` and passes the channel to the service of its name. The span is the channel's, which learns
-/// its name here. It need not be the one this runs in: see [`or_parent`](crate::session::or_parent).
+/// Reads a new stream's `$open` and passes the channel to the service of its name. `span` is the channel's, and gets
+/// the name here; it may differ from the current span: see [`or_parent`](crate::session::or_parent).
 pub(crate) async fn serve_stream(
     session: Arc<Session>,
     registry: Arc<Registry>,

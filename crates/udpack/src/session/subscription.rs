@@ -1,4 +1,5 @@
-//! [`Subscription`]: a client's channel that is opened again where it cannot go on, and misses nothing of its rooms.
+//! [`Subscription`]: a client's channel that is opened again when it cannot continue, and misses no messages of its
+//! rooms.
 
 use std::fmt;
 
@@ -14,27 +15,30 @@ use crate::wire::message::Message;
 
 /// A channel for listening to rooms, of a client that [reconnects](crate::ClientBuilder::reconnect).
 ///
-/// When the connection is lost for longer than the server keeps the session, or the server was restarted, or drains and the
-/// client moves to another, the channel cannot go on. This opens another of the same name, meta and priority and presents the positions of the one before, so
-/// that in rooms with a history the program sees every message once, in order, or a [`Gap`](crate::Gap) in the place of
-/// what the server does not have any more. Rooms without a history go on with what is sent from then on.
+/// A channel cannot continue when the connection was lost for longer than the server keeps the session, when the server
+/// was restarted, and when the server drains and the client moves to another one. A subscription then opens another
+/// channel with the same name, metadata and priority, and presents the positions of the previous one. So in rooms with
+/// a history the program receives every message once, in order, or a [`Gap`](crate::Gap) in the place of messages that
+/// the server does not have any more. Rooms without a history continue with new messages.
 ///
-/// What the program had sent and the server had not confirmed is lost with the old channel, and so are its requests.
+/// Messages that the program sent and the server had not confirmed are lost with the old channel, and so are its
+/// requests.
 ///
 /// # Drop
-/// As a [`Channel`]'s.
+/// As for [`Channel`].
 pub struct Subscription<T = ()> {
     socket: Socket,
     name: String,
     meta: Option<T>,
     priority: Priority,
     channel: Channel,
-    /// As of the channel's end, while there is no other.
+    /// The positions at the channel's end, while there is no other channel.
     positions: Option<Vec<RoomPosition>>,
 }
 
 impl<T: Serialize + Sync + Clone> OpenChannel<'_, T> {
-    /// Opens it as [`open`](Self::open) does, resumable, for as long as the socket lives: see [`Subscription`].
+    /// Opens the channel as [`open`](Self::open) does, resumable, and again for as long as the socket lives: see
+    /// [`Subscription`].
     ///
     /// # Errors
     /// As [`open`](Self::open).
@@ -60,8 +64,7 @@ impl<T: Serialize + Sync> Subscription<T> {
     /// The next message, of this channel or of the next one; `Ok(None)` after the server has finished or closed with
     /// `normal`.
     ///
-    /// # Errors
-    /// When the channel ended in a way that another channel does not mend, and when the socket is over.
+    /// If the channel ended for a reason that another channel does not mend, and if the socket has ended.
     ///
     /// # Cancel safety
     /// Cancel safe: a dropped future loses no message.
@@ -94,7 +97,7 @@ impl<T: Serialize + Sync> Subscription<T> {
                 self.positions = None;
                 Ok(())
             }
-            // The socket is still looking for one.
+            // The socket is still reconnecting.
             Err(OpenError::NoConnection(_)) => Ok(()),
             Err(OpenError::Closed(reason)) => Err(RecvError::Closed(reason)),
             Err(error) => Err(RecvError::Closed(CloseReason::local(
@@ -104,12 +107,12 @@ impl<T: Serialize + Sync> Subscription<T> {
         }
     }
 
-    /// The channel of this moment: to send on it, to ask something. Another takes its place in [`recv`](Self::recv).
+    /// The present channel, for sending and for requests. [`recv`](Self::recv) replaces it.
     pub fn channel(&self) -> &Channel {
         &self.channel
     }
 
-    /// How far it has come; see [`Channel::positions`]. A program that starts again may go on from there.
+    /// The positions so far; see [`Channel::positions`]. A program can continue there after a restart.
     pub fn positions(&self) -> Vec<RoomPosition> {
         match &self.positions {
             Some(positions) => positions.clone(),
