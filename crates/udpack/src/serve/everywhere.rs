@@ -1,5 +1,6 @@
-//! What is asked of all nodes of a cluster at once: who is in a room, to close somebody's sockets, to send to somebody's
-//! channels. Each node answers for itself; whoever asks waits until a deadline and says who has not answered.
+//! Questions to all nodes of a cluster: the members of a room, closing somebody's sockets, sending to somebody's
+//! channels. Each node answers for itself. The asking node waits until a deadline and reports which nodes have not
+//! answered.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, Weak};
@@ -19,14 +20,14 @@ use crate::wire::code::CloseCode;
 use crate::wire::message::{Encoded, decode_data, encode_data};
 use crate::wire::msgpack::validate;
 
-/// Questions of one node that wait for answers.
+/// The most questions of one node that wait for answers.
 const QUESTIONS: usize = 1024;
-/// Answers that wait for whoever asked: one of each node.
+/// The most answers that wait for the asking task: one of each node.
 const ANSWERS: usize = crate::cluster::sequence::MAX_NODES;
-/// Most bytes of the members that one node tells of.
+/// The most bytes of members in one node's answer.
 const MEMBERS: usize = 512 << 10;
 
-/// Whose sockets or channels are meant.
+/// Selects sockets or channels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Whom<'a> {
@@ -45,13 +46,13 @@ impl Whom<'_> {
     }
 }
 
-/// What all nodes together answered.
+/// The answers of all nodes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Answers<T> {
-    /// The answer of this node and of those that answered in time.
+    /// The combined answer of this node and of the nodes that answered in time.
     pub value: T,
-    /// Nodes that are heard and did not answer in time: what they have is not in `value`, what was asked of them may
-    /// have been done all the same.
+    /// Nodes that are alive and did not answer in time. Their part is not in `value`; an action may have been carried
+    /// out there all the same.
     pub missing: Vec<NodeId>,
 }
 
@@ -72,7 +73,7 @@ pub(crate) trait Sockets: Send + Sync {
     fn all(&self) -> Vec<Socket>;
 }
 
-/// What a node asks and is asked.
+/// The questions of a node and their answers.
 #[derive(Default)]
 pub(crate) struct Questions {
     waiting: Mutex<Waiting>,
@@ -105,7 +106,7 @@ enum Question<'a> {
     },
 }
 
-/// [`Whom`] as it is asked.
+/// [`Whom`] as it is sent.
 #[derive(Clone, Copy, Serialize, Deserialize)]
 enum Named<'a> {
     #[serde(rename = "session")]
@@ -143,7 +144,7 @@ impl Questions {
         *lock(&self.sockets) = Some(sockets);
     }
 
-    /// An answer came; `false` when nobody waits for it.
+    /// Handles an answer; returns `false` if nobody waits for it.
     pub(crate) fn answer(&self, number: u64, node: NodeId, body: Bytes) -> bool {
         let waiting = lock(&self.waiting);
         let asker = waiting.questions.get(&number);
@@ -168,7 +169,7 @@ impl Questions {
         ))
     }
 
-    /// What this node answers; `None` for what is no question.
+    /// This node's answer; `None` if the question cannot be read.
     pub(crate) fn reply(
         &self,
         directory: &Directory,
@@ -230,7 +231,7 @@ fn member(guest: &Arc<Guest>) -> ClusterMember {
     }
 }
 
-/// A question that waits for answers until this is dropped.
+/// A question that waits for answers until it is dropped.
 struct Asked<'a> {
     questions: &'a Questions,
     number: u64,
@@ -242,12 +243,12 @@ impl Drop for Asked<'_> {
     }
 }
 
-/// Questions to all nodes. Each waits at most `within` for the others, and not at all where there are none.
+/// Questions to all nodes. Each waits at most `within` for the other nodes, and not at all if there are none.
 ///
 /// # Cancel safety
-/// Dropping a future forgets the answers; what was asked may be done.
+/// Dropping a future discards the answers; an action may be carried out all the same.
 impl ClusterView {
-    /// Who is in a room, on all nodes; of each node as many as fit into 512 KiB.
+    /// The members of a room, on all nodes; from each node as many as fit into 512 KiB.
     pub async fn members(&self, room: &str, within: Duration) -> Answers<Vec<ClusterMember>> {
         let question = Question::Members(room);
         let (answers, missing) = self.ask(question, &Bytes::new(), within).await;
@@ -258,7 +259,7 @@ impl ClusterView {
         }
     }
 
-    /// Closes sockets at once, wherever they are, as [`Socket::abort`] does; says how many. With
+    /// Closes sockets at once, on any node, as [`Socket::abort`] does; returns how many. With
     /// [`CloseCode::AUTH_REVOKED`] and [`Whom::Peer`] it is [`Server::revoke`](crate::Server::revoke) for the cluster.
     pub async fn close(
         &self,
@@ -275,8 +276,8 @@ impl ClusterView {
         self.count(question, &Bytes::new(), within).await
     }
 
-    /// Sends a message to the channels of this name, wherever they are, of those that
-    /// [`Rooms::to_channels`](crate::Rooms::to_channels) knows; says to how many. Nothing tells of a loss here but the number.
+    /// Sends a message to the selected channels of this name, on any node, that
+    /// [`Rooms::to_channels`](crate::Rooms::to_channels) knows; returns to how many. Only that number shows a loss.
     pub async fn send(
         &self,
         whom: Whom<'_>,

@@ -1,11 +1,11 @@
-//! One server as a node of a cluster: its rooms' messages go out to other nodes, those of others come in, and what is
-//! missing becomes a gap.
+//! One server as a node of a cluster: it publishes its rooms' messages to other nodes, delivers theirs, and turns
+//! missing messages into gaps.
 //!
-//! One task for each server hears the broker and the clock; publishing happens where a message is sent, under the lock of
-//! its topic, so that numbers and queue agree. Nothing waits for the broker.
+//! One task of each server handles the broker's events and the clock. A message is published where it is sent, under
+//! the lock of its topic, so that its number and its place in the queue agree. Nothing waits for the broker.
 //!
-//! Order of locks: that of the rooms' table, then the topics, then one topic's `seen` or `out`. A room's own locks are not
-//! taken with any of them held.
+//! Order of locks: that of the rooms' table, then the topics, then one topic's `seen` or `out`. None of them is held
+//! while a room's own locks are taken.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -32,53 +32,53 @@ use crate::serve::rooms::{Directory, Room, Rooms};
 use crate::wire::message::encode_data;
 use crate::wire::msgpack::{Fields, validate};
 
-/// How often the clock is looked at.
+/// The interval of the node's timer.
 const TICK: Duration = Duration::from_secs(1);
-/// A node says in every third tick that it is there.
+/// A node publishes that it is alive in every third tick.
 const BEAT: u32 = 3;
-/// A node that was not heard for so long is lost.
+/// A node that was silent for this long is lost.
 const SILENCE: Duration = Duration::from_secs(10);
-/// A lost node is forgotten after so long.
+/// A lost node is forgotten after this time.
 const FORGET: Duration = Duration::from_secs(600);
-/// Whoever is followed for so long has told what it sent before.
+/// A node that has been followed for this long has published the marks of what it sent before.
 const SETTLED: Duration = Duration::from_secs(5);
-/// Ticks after the last message to a topic, in which the node tells its number.
+/// The ticks after the last message to a topic in which the node publishes its number.
 const MARKS: [u8; 3] = [1, 3, 9];
-/// Ticks after the last message to a room without members here, until its number is forgotten.
+/// The ticks after the last message to a room without members on this node, until its numbers are forgotten.
 const COLD: u8 = 60;
-/// Ticks after a message was lost to a full queue, until the cluster counts as whole again.
+/// The ticks after a message was lost because the queue was full, until the cluster no longer counts as degraded.
 const FULL: u32 = 5;
-/// Ticks after a node was asked for its presence, in which it is not asked again.
+/// The ticks after a request for a node's presence in which it is not repeated.
 const ASK_AGAIN: u8 = 2;
-/// Topics that a node keeps numbers for, beside those of its own rooms.
+/// The topics for which a node keeps numbers, beside those of its own rooms.
 const MAX_TOPICS: usize = 1 << 16;
-/// Most bytes of a node's name and of its address.
+/// The longest name and the longest address of a node, in bytes.
 const ABOUT: usize = 256;
 
-/// How a server is known in its cluster.
+/// What other nodes and clients know of a server.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct About {
     pub(crate) name: String,
-    /// Where clients reach it.
+    /// The address where clients reach it.
     pub(crate) address: String,
 }
 
-/// What a server has of its cluster.
+/// A server's part of its cluster.
 pub(crate) struct Node {
     pub(crate) id: NodeId,
     cluster: Arc<dyn Cluster>,
     topics: Mutex<HashMap<Topic, Arc<Shared>>>,
     others: Mutex<HashMap<NodeId, Other>>,
-    /// No other node was ever heard: nothing needs to be published.
+    /// Set while no other node was ever heard: then nothing needs to be published.
     alone: AtomicBool,
     epochs: AtomicU32,
     gone: AtomicBool,
     draining: AtomicBool,
-    /// The broker cannot be reached.
+    /// Set while the broker cannot be reached.
     down: AtomicBool,
-    /// Messages of others were lost here: they are to say how far they are, in the next tick.
+    /// Set when messages of other nodes were lost here: in the next tick they are asked for their numbers.
     behind: AtomicBool,
-    /// Ticks for which the queue to the broker still counts as too full.
+    /// The ticks for which the queue to the broker still counts as full.
     full: AtomicU32,
     state: watch::Sender<ClusterState>,
     counts: Arc<Counts>,
@@ -93,37 +93,37 @@ struct Other {
     since: Instant,
     heard: Instant,
     lost: bool,
-    /// It said that it goes, this many ticks ago.
+    /// The ticks since it said that it leaves, if it did.
     leaving: Option<u8>,
     name: String,
     address: String,
     sockets: u64,
 }
 
-/// One topic: a room's, whether or not it has members here.
+/// One topic: that of a room, with or without members on this node.
 pub(crate) struct Shared {
     topic: Topic,
     out: Mutex<Out>,
     seen: Mutex<Seen>,
 }
 
-/// What this node publishes to it.
+/// This node's sequence on the topic.
 struct Out {
     epoch: u32,
     last: u64,
-    /// Which changes of presence were told.
+    /// The version of this node's presence.
     version: u64,
-    /// Ticks since anything was.
+    /// The ticks since the last message.
     quiet: u8,
 }
 
-/// What other nodes published to it.
+/// The sequences of other nodes on the topic.
 #[derive(Default)]
 struct Seen {
     room: Weak<Room>,
     since: Option<Instant>,
     heard: Heard,
-    /// Nodes that were asked for their presence, and the ticks until they are asked again.
+    /// The nodes that were asked for their presence, and the ticks until they may be asked again.
     asked: HashMap<NodeId, u8>,
 }
 
@@ -136,7 +136,7 @@ impl Shared {
     }
 }
 
-/// Owns the task of a node; the node leaves the cluster when this is dropped.
+/// Owns the task of a node. Dropping it makes the node leave the cluster.
 pub(crate) struct Running {
     pub(crate) node: Arc<Node>,
     task: JoinHandle<()>,
@@ -232,7 +232,7 @@ impl Node {
         }
     }
 
-    /// The topic of a room that was made here.
+    /// The topic of a room that was created here.
     pub(crate) fn enter(&self, name: &str) -> Option<Arc<Shared>> {
         let topic = Topic::room(name);
         let shared = {
@@ -245,7 +245,7 @@ impl Node {
         Some(shared)
     }
 
-    /// The topic of a room that has no members here.
+    /// The topic of a room without members on this node.
     pub(crate) fn stray(&self, name: &str) -> Option<Arc<Shared>> {
         let topic = Topic::room(name);
         let mut topics = lock(&self.topics);
@@ -280,13 +280,13 @@ impl Node {
         seen.since = Some(Instant::now());
     }
 
-    /// The room of this topic is no more.
+    /// Called when the room of this topic was removed.
     pub(crate) fn leave(&self, shared: &Shared) {
         self.cluster.unsubscribe(shared.topic);
         *lock(&shared.seen) = Seen::default();
     }
 
-    /// Sends a frame to the members on other nodes.
+    /// Publishes a frame for the members on other nodes.
     pub(crate) fn publish(&self, shared: &Shared, except: &[&str], frame: &[u8]) {
         let mut out = lock(&shared.out);
         out.last += 1;
@@ -319,12 +319,12 @@ impl Node {
         let _ = self.cluster.publish(to, ask);
     }
 
-    /// Somebody is present in a room by this node.
+    /// Publishes that a session of this node is present in a room.
     pub(crate) fn joined(&self, shared: &Shared, entry: &[u8]) {
         self.change(shared, |at| wire::join(at, entry));
     }
 
-    /// Somebody is no longer.
+    /// Publishes that a session of this node is not present any more.
     pub(crate) fn left(&self, shared: &Shared, session: &str) {
         let moving = self.draining.load(Ordering::Relaxed);
         self.change(shared, |at| wire::leave(at, session, moving));
@@ -340,7 +340,7 @@ impl Node {
         }
     }
 
-    /// From now on, those who leave may come to another node.
+    /// From now on, sessions that leave may connect to another node.
     pub(crate) fn drain(&self) {
         self.draining.store(true, Ordering::Relaxed);
     }
@@ -363,7 +363,7 @@ impl Node {
         }
     }
 
-    /// Says how far this node's stream to a topic is, if there is any.
+    /// Publishes this node's last number on a topic, if there is one.
     fn mark(&self, shared: &Shared, to: Topic) {
         let out = lock(&shared.out);
         if out.last > 0 || out.version > 0 {
@@ -373,7 +373,7 @@ impl Node {
         }
     }
 
-    /// Asks all nodes; says whether that was sent.
+    /// Publishes a question to all nodes; returns whether it was sent.
     pub(crate) fn question(&self, number: u64, question: &[u8], frame: &[u8]) -> bool {
         let question = wire::question(&self.head(0, number), question, frame);
         self.cluster.publish(Topic::Nodes, question).is_ok()
@@ -391,7 +391,7 @@ impl Node {
         }
     }
 
-    /// Tells the others that this node goes, and where its streams end.
+    /// Publishes that this node leaves, and the last numbers of its sequences.
     pub(crate) fn bye(&self) {
         if self.gone.swap(true, Ordering::Relaxed) {
             return;
@@ -409,7 +409,7 @@ impl Node {
         lock(&self.topics).values().cloned().collect()
     }
 
-    /// Messages of others may be lost: they say where they are.
+    /// Asks other nodes for their numbers, because some of their messages may be lost.
     fn ask_all(&self) {
         for shared in self.all() {
             if lock(&shared.seen).since.is_some() {
@@ -418,7 +418,7 @@ impl Node {
         }
     }
 
-    /// Messages of this node may be lost: it says where it is, in the next ticks.
+    /// Repeats this node's numbers in the next ticks, because some of its messages may be lost.
     fn remark(&self) {
         for shared in self.all() {
             let mut out = lock(&shared.out);
@@ -525,7 +525,7 @@ impl Node {
                 }
             }
             Body::Answer(body) => {
-                // One that comes too late is no news.
+                // An answer that comes too late is ignored.
                 self.questions.answer(head.sequence, head.node, body);
             }
             Body::Beat(body) => self.beaten(head.node, &body),
@@ -537,7 +537,7 @@ impl Node {
         }
     }
 
-    /// Notes that a node is there; since when, or `None` when it is one too many.
+    /// Records that a node is alive. Returns since when it is followed, or `None` if there are too many nodes.
     fn heard(&self, id: NodeId) -> Option<Instant> {
         let now = Instant::now();
         let mut others = lock(&self.others);
@@ -591,8 +591,8 @@ impl Node {
         }
     }
 
-    /// Follows another node's stream to a room here: tells the members what they miss. Returns the room if its members are to
-    /// have the message.
+    /// Follows another node's sequence to a room of this node: reports missing messages to the members. Returns the
+    /// room if its members are to receive the message.
     fn follow(
         &self,
         directory: &Directory,
@@ -621,8 +621,8 @@ impl Node {
         }
     }
 
-    /// Another node tells of its presence in a room here: `apply` says whether that was understood, otherwise it is asked for
-    /// the whole.
+    /// Applies another node's presence in a room of this node. If `apply` returns false, that node is asked for its
+    /// whole presence.
     fn present(&self, topic: Topic, head: &Head, apply: impl FnOnce(&Room) -> bool) {
         let Some(shared) = lock(&self.topics).get(&topic).cloned() else {
             return;
@@ -676,7 +676,7 @@ impl Node {
                 for ticks in seen.asked.values_mut() {
                     *ticks = ticks.saturating_sub(1);
                 }
-                // A mark tells again that something is missing.
+                // A mark shows again what is missing.
                 seen.asked.retain(|_, ticks| *ticks > 0);
                 (seen.room.upgrade(), told)
             };
@@ -694,14 +694,14 @@ impl Node {
             }
         }
         lock(&self.topics).retain(|_, shared| {
-            // Nobody else can take a handle meanwhile; whoever has one is about to publish.
+            // No other task can take a handle meanwhile; a task that has one is about to publish.
             Arc::strong_count(shared) > 2
                 || lock(&shared.seen).since.is_some()
                 || lock(&shared.out).quiet < COLD
         });
     }
 
-    /// The nodes that are lost since the last tick, and those that are not followed any more.
+    /// The nodes that were lost since the last tick, and those that are not followed any more.
     fn watch(&self) -> (Vec<NodeId>, Vec<NodeId>) {
         let (mut lost, mut left) = (Vec::new(), Vec::new());
         lock(&self.others).retain(|id, other| {
@@ -736,7 +736,7 @@ impl fmt::Debug for Shared {
     }
 }
 
-/// What a node says about itself.
+/// A node's description of itself.
 #[derive(Serialize)]
 struct Beat<'a> {
     name: &'a str,
@@ -744,7 +744,7 @@ struct Beat<'a> {
     sockets: u64,
 }
 
-/// A server's view of its cluster. A handle: clones are the same.
+/// A server's view of its cluster. A handle: clones share the view.
 #[derive(Clone)]
 pub struct ClusterView {
     node: Arc<Node>,
@@ -769,7 +769,7 @@ impl ClusterView {
         self.rooms.directory()
     }
 
-    /// This node.
+    /// The id of this node.
     pub fn id(&self) -> NodeId {
         self.node.id
     }
@@ -779,8 +779,8 @@ impl ClusterView {
         *self.states.borrow()
     }
 
-    /// Waits until that has changed since this handle, or the one that it was cloned from, last waited; the state then.
-    /// Pending for good once the server is gone.
+    /// Waits until the state has changed since this handle, or the one that it was cloned from, last waited; returns
+    /// the new state. Never ready once the server is gone.
     ///
     /// # Cancel safety
     /// Cancel safe.
@@ -791,7 +791,7 @@ impl ClusterView {
         *self.states.borrow_and_update()
     }
 
-    /// The other nodes, in the order of their ids: those heard within the last 10 s, and the lost ones of the last 10 minutes.
+    /// The other nodes, sorted by id: those heard within the last 10 s, and those lost in the last 10 minutes.
     pub fn nodes(&self) -> Vec<ClusterNode> {
         let others = lock(&self.node.others);
         let mut nodes: Vec<_> = others
@@ -818,18 +818,18 @@ impl fmt::Debug for ClusterView {
     }
 }
 
-/// Another node, as it was heard last.
+/// Another node, as it described itself last.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ClusterNode {
-    /// Its id, a new one after each restart.
+    /// Its id, which is a new one after each restart.
     pub id: NodeId,
     /// Its name, as its operator chose it; may be empty.
     pub name: String,
-    /// Where clients reach it; may be empty.
+    /// The address where clients reach it; may be empty.
     pub address: String,
-    /// How many sockets it has.
+    /// Its number of sockets.
     pub sockets: u64,
-    /// It was not heard for 10 s.
+    /// Whether it has been silent for 10 s.
     pub lost: bool,
 }
