@@ -1,4 +1,4 @@
-//! A file that still grows, read as it grows to an end that is known.
+//! Reads a file that still grows, up to an end that is known.
 
 use std::fs::{File, Metadata};
 use std::io::{self, Read};
@@ -9,19 +9,19 @@ use std::time::{Duration, Instant};
 use crate::args::Until;
 use crate::exit::Unfinished;
 
-/// How often the file is looked at.
+/// The interval at which the file is examined.
 const LOOK: Duration = Duration::from_millis(100);
-/// How often it is asked who writes to it.
+/// The interval at which its writers are looked for.
 const ASK: Duration = Duration::from_millis(500);
 
-/// Reads what is there, says `WouldBlock` after a moment in which nothing came, and ends where the file does: when its last
-/// writer has closed it, or as [`Until`] says.
+/// Reads what the file has, returns `WouldBlock` if it has not grown for a moment, and ends when its last writer has
+/// closed it, or as [`Until`] says.
 pub(super) struct Follow {
     path: PathBuf,
     file: File,
     at: u64,
     until: Option<Until>,
-    /// When something came last.
+    /// When it last grew.
     moved: Instant,
     asked: Option<Instant>,
     closes: Closes,
@@ -29,7 +29,7 @@ pub(super) struct Follow {
 
 impl Follow {
     pub(super) fn open(path: &Path, until: Option<Until>) -> io::Result<Self> {
-        // Before it is looked at who writes to it, so that no close is missed.
+        // Set up before writers are looked for, so that no close is missed.
         let closes = Closes::watch(path);
         let file = File::open(path)?;
         if !file.metadata()?.is_file() {
@@ -47,7 +47,7 @@ impl Follow {
         })
     }
 
-    /// Whether it is still the file that it was, and as long.
+    /// Checks that it is still the same file and has not been cut.
     fn check(&self) -> io::Result<()> {
         let own = self.file.metadata()?;
         if own.len() < self.at {
@@ -65,7 +65,7 @@ impl Follow {
         }
     }
 
-    /// Whether nothing more is to come, where nothing more is there.
+    /// Whether the file is complete, given that everything in it was read.
     fn is_over(&mut self) -> io::Result<bool> {
         match self.until {
             Some(Until::Size(size)) => Ok(self.at >= size),
@@ -77,7 +77,7 @@ impl Follow {
                 Ok(match writers(&self.file.metadata()?)? {
                     Writers::Some => false,
                     Writers::None => true,
-                    // Somebody whose files are not shown may write to it; that somebody has closed it is told.
+                    // A process whose files are hidden may write to it; its close is noticed all the same.
                     Writers::Unknown => closed,
                 })
             }
@@ -109,7 +109,7 @@ impl Read for Follow {
         }
         self.check()?;
         if self.is_over()? {
-            // What came before the close, and after the look.
+            // Bytes that were written before the close and after the last read.
             return self.take(buffer);
         }
         std::thread::sleep(LOOK);
@@ -121,16 +121,16 @@ fn same(one: &Metadata, other: &Metadata) -> bool {
     (one.dev(), one.ino()) == (other.dev(), other.ino())
 }
 
-/// Who has a file open for writing.
+/// The processes that have a file open for writing.
 #[derive(Debug, PartialEq, Eq)]
 enum Writers {
     Some,
     None,
-    /// None of the processes whose files are shown.
+    /// None of the processes whose files are visible.
     Unknown,
 }
 
-/// Looks through the open files of all processes.
+/// Searches the open files of all processes.
 fn writers(of: &Metadata) -> io::Result<Writers> {
     let Ok(processes) = std::fs::read_dir("/proc") else {
         return Ok(Writers::Unknown);
@@ -153,7 +153,7 @@ fn writers(of: &Metadata) -> io::Result<Writers> {
                 let info = process.path().join("fdinfo").join(file.file_name());
                 std::fs::read_to_string(info).is_ok_and(|info| may_write(&info))
             };
-            // It may have been closed in the meantime.
+            // The process may have closed it meanwhile.
             if std::fs::metadata(file.path()).is_ok_and(|open| same(&open, of)) && writes() {
                 return Ok(Writers::Some);
             }
@@ -166,14 +166,14 @@ fn writers(of: &Metadata) -> io::Result<Writers> {
     })
 }
 
-/// What the system says of an open file: its flags, in octal.
+/// Whether the flags of an open file, in the kernel's octal notation, permit writing.
 fn may_write(info: &str) -> bool {
     let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
     let flags = flags.and_then(|flags| u32::from_str_radix(flags.trim(), 8).ok());
     flags.is_none_or(|flags| flags & 3 != 0)
 }
 
-/// Whether a writer has closed the file.
+/// Detects that a writer has closed the file.
 struct Closes {
     #[cfg(target_os = "linux")]
     events: Option<rustix::fd::OwnedFd>,

@@ -38,7 +38,7 @@ pub(super) async fn run(
     console: &Console,
     interrupts: Interrupts,
 ) -> anyhow::Result<()> {
-    // `get FILE -`, as `cp FILE DIR` says where to. A file of this name is `./-`.
+    // `get FILE -` names the target last, as `cp FILE DIR` does. A file of this name is `./-`.
     if let [_, last] = &args.paths[..]
         && last == "-"
         && args.name.is_none()
@@ -52,11 +52,11 @@ pub(super) async fn run(
     report.finish(result)
 }
 
-/// One of the things asked for, which is at the server.
+/// One of the requested paths, which exists at the server.
 #[derive(Debug, Clone)]
 struct Root {
     entry: Entry,
-    /// Its name in the store; empty for what is in it alone.
+    /// Its name in the store; empty if only its entries are stored.
     local: String,
 }
 
@@ -74,7 +74,7 @@ async fn get(
         sink.check(args, report)?;
     }
     let place = match sink {
-        // Nothing is stored.
+        // A dry run stores nothing.
         Some(_) => Place {
             dir: PathBuf::new(),
             name: None,
@@ -139,14 +139,14 @@ async fn get(
     result
 }
 
-/// A file that is asked for before it is known to be one: a round trip less where it is.
+/// A file that is requested before the server has said that it is one. That saves a round trip.
 enum Early {
     Poured(Pouring),
     Stored(Download),
     No,
 }
 
-/// Asks for the only path as for a file, if it may be one. A store that this needed is left in `opened`.
+/// Requests the only path as a file, if it may be one. Leaves the store that this needed in `opened`.
 async fn early(
     args: &GetArgs,
     link: &Link,
@@ -181,7 +181,7 @@ async fn early(
     Ok(Early::Stored(download))
 }
 
-/// Looks all paths up, so many side by side; those that fail go into the report.
+/// Looks up all paths, several in parallel. Those that fail go into the report.
 async fn look_up(
     args: &GetArgs,
     remote: &Remote,
@@ -241,7 +241,7 @@ async fn fetch(
         umask: umask(),
         notes,
     };
-    // Ends with the receivers it feeds.
+    // Ends when the receivers of its results are gone.
     let listing = tokio::spawn({
         let lister = lister.clone();
         let roots = roots.clone();
@@ -270,10 +270,10 @@ async fn fetch(
     let preserve = args.transfer.preserve;
     let finisher = lister.clone();
     drop(lister);
-    // Notes come until the last of those who write them is gone: while files arrive, it is the lister.
+    // Notes arrive until the last sender is gone: while files arrive, that is the lister.
     let (done, after) = oneshot::channel();
     let finishing = tokio::spawn(async move {
-        // The directories' own times come last: what is stored in them changes these.
+        // The times of directories are set last, because storing a file changes that of its directory.
         if after.await.is_ok() && preserve {
             for root in &roots {
                 finisher.finish(root).await;
@@ -292,7 +292,7 @@ async fn fetch(
     Ok(())
 }
 
-/// Lists what is wanted, and makes the directories and links in it.
+/// Lists the requested paths, and creates the directories and links in them.
 #[derive(Debug, Clone)]
 struct Lister {
     remote: Remote,
@@ -304,7 +304,7 @@ struct Lister {
 }
 
 impl Lister {
-    /// Hands every file below a root to `wanted`. Failures go into the notes.
+    /// Sends every file below a root to `wanted`. Failures become notes.
     async fn list(&self, root: &Root, wanted: &mpsc::Sender<Wanted>) {
         match root.entry.kind {
             EntryKind::File | EntryKind::Link | EntryKind::Other => {
@@ -342,7 +342,7 @@ impl Lister {
         }
     }
 
-    /// One entry; `false` when nobody wants more.
+    /// Handles one entry; returns `false` when nobody takes files any more.
     async fn one(&self, entry: &Entry, local: &str, wanted: &mpsc::Sender<Wanted>) -> bool {
         let name = match local.parse::<RelPath>() {
             Ok(name) => name,
@@ -366,7 +366,7 @@ impl Lister {
         wanted.send(file).await.is_ok()
     }
 
-    /// Makes a directory or a link; `tell` whoever reads the results.
+    /// Creates a directory or a link. `tell`: whether the report gets a line for it.
     async fn make(&self, entry: &Entry, name: RelPath, preserve: bool, tell: bool) -> bool {
         let (store, if_exists, umask) = (self.store.clone(), self.if_exists, Some(self.umask));
         let (made, local) = (entry.clone(), name.clone());
@@ -408,7 +408,7 @@ impl Lister {
         self.notes.send(note).await.is_ok()
     }
 
-    /// Gives the directories of a root their times and modes, children before their parents.
+    /// Sets the times and modes of a root's directories, children before their parents.
     async fn finish(&self, root: &Root) {
         if root.entry.kind != EntryKind::Dir {
             return;
@@ -420,7 +420,7 @@ impl Lister {
         }
         let mut listing = self.remote.list(path.as_ref(), true);
         while let Some(entry) = listing.next().await {
-            // What cannot be listed now could be before: its files have arrived.
+            // If it cannot be listed now, it could be before: its files have arrived.
             let Ok(entry) = entry else { return };
             while let Some(dir) = open.pop_if(|dir| !is_below(&entry.path, &dir.path)) {
                 self.settle(root, &dir).await;
@@ -456,12 +456,12 @@ fn join(dir: &str, name: &str) -> String {
     }
 }
 
-/// What a file can be written to that is no file: standard output, a named pipe, a device.
+/// A target that is no regular file: standard output, a named pipe, a device.
 #[derive(Debug, Clone)]
 enum Sink {
     Stdout,
     Path(PathBuf),
-    /// The standard input of a shell's command.
+    /// The standard input of a shell command.
     Command(String),
 }
 
@@ -479,7 +479,7 @@ impl Sink {
         (!is_file && !metadata.is_dir()).then(|| Self::Path(name.to_owned()))
     }
 
-    /// Checks that one file is requested, and leaves standard output to it.
+    /// Checks that a single file is requested, and reserves standard output for it.
     fn check(&self, args: &GetArgs, report: &mut Report) -> anyhow::Result<()> {
         if args.paths.len() > 1 {
             let text = match self {
@@ -501,14 +501,14 @@ impl Sink {
             }
             report.mute();
         }
-        // What the command writes there is not ours.
+        // The report must not mix with what the command prints.
         if matches!(self, Self::Command(_)) && !args.show.json {
             report.mute();
         }
         Ok(())
     }
 
-    /// Opens it, which may wait for who reads a named pipe. Blocks.
+    /// Opens it. For a named pipe this waits for a reader. Blocks.
     fn open(&self) -> io::Result<Box<dyn Open>> {
         Ok(match self {
             Self::Stdout => Box::new(Plain(io::stdout())),
@@ -524,21 +524,21 @@ impl Sink {
     }
 }
 
-/// Whether this is what standard output leads to, whatever its name.
+/// Whether this is the file that standard output goes to, under any name.
 fn is_stdout(metadata: &Metadata) -> bool {
     let stdout = io::stdout().as_fd().try_clone_to_owned();
     let stdout = stdout.and_then(|stdout| File::from(stdout).metadata());
     stdout.is_ok_and(|stdout| (stdout.dev(), stdout.ino()) == (metadata.dev(), metadata.ino()))
 }
 
-/// What a file is written to.
+/// An open target.
 trait Open: Send {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize>;
-    /// All is written.
+    /// Called when everything is written.
     fn end(&mut self) -> io::Result<()>;
 }
 
-/// What needs no end.
+/// A target that need not be ended.
 struct Plain<W>(W);
 
 impl<W: io::Write + Send> Open for Plain<W> {
@@ -558,7 +558,7 @@ impl Open for Spawned {
             None => Err(io::ErrorKind::BrokenPipe.into()),
         };
         match wrote {
-            // How it ended says more.
+            // The command's exit status says more.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
                 self.end()?;
                 let text = "the command exited with 0 before it had read the whole file";
@@ -574,10 +574,11 @@ impl Open for Spawned {
     }
 }
 
-/// What blocks, as something that is waited for. The runtime gives the other tasks of its thread to another one meanwhile.
+/// Makes a blocking target usable from async code. The runtime moves the other tasks of the thread to another one
+/// meanwhile.
 struct Writer {
     sink: Sink,
-    /// Opened when there is something to write, or nothing will come.
+    /// Opened with the first bytes, or at the end.
     open: Option<Box<dyn Open>>,
 }
 
@@ -617,10 +618,10 @@ impl AsyncWrite for Writer {
     }
 }
 
-/// A file that is written to what is no file, as it comes. What is written is known to be right only when this has ended
-/// well; the last bytes are written only then.
+/// A file that is written to a target as it arrives. The bytes are known to be right only when this has succeeded; the
+/// last bytes are written only then.
 struct Pouring {
-    /// A task of its own: writing may block for as long as nobody reads.
+    /// A task of its own, because writing blocks while nobody reads.
     fetching: JoinSet<Result<Fetched, FetchError>>,
     progress: watch::Receiver<Progress>,
 }
@@ -669,11 +670,11 @@ impl Pouring {
     }
 }
 
-/// Where files are to go.
+/// Where files are stored.
 #[derive(Debug)]
 pub(super) struct Place {
     pub(super) dir: PathBuf,
-    /// The name in it for the only thing that was asked for.
+    /// The name in it of the only requested path.
     pub(super) name: Option<String>,
 }
 
@@ -720,7 +721,7 @@ impl Place {
         })
     }
 
-    /// Makes the directory, and the place in it where files are staged.
+    /// Creates the directory, and the directory in it where files are staged.
     pub(super) async fn open(&self, if_exists: IfExists) -> anyhow::Result<Store> {
         let config = StoreConfig {
             max_file: None,
@@ -736,7 +737,7 @@ impl Place {
         };
         let dir = self.dir.clone();
         let open = move || {
-            // With the permissions that the umask leaves; the store's own way is for itself alone.
+            // The permissions follow the umask; a directory that the store creates is for its owner only.
             match std::fs::create_dir(&dir) {
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                     tracing::debug!(dir = %dir.display(), %error, "cannot make the directory");
@@ -766,7 +767,7 @@ fn no_dir(dir: &Path) -> anyhow::Error {
         .into()
 }
 
-/// The name in the store for each of the paths asked for.
+/// The name in the store of each requested path.
 fn names(args: &GetArgs, place: &Place) -> anyhow::Result<Vec<String>> {
     let mut taken: HashMap<String, &str> = HashMap::new();
     let mut names = Vec::new();
@@ -791,12 +792,12 @@ fn names(args: &GetArgs, place: &Place) -> anyhow::Result<Vec<String>> {
     Ok(names)
 }
 
-/// Looks it up at the server.
+/// Looks a path up at the server.
 async fn find(remote: &Remote, path: &str, local: String) -> anyhow::Result<Root> {
     let name = remote_path(path)?;
     let entry = remote.stat(name.as_ref()).await?;
     let local = match (entry.kind, &name) {
-        // A file asked for as a directory.
+        // A trailing slash requests a directory.
         (EntryKind::File, Some(name)) if local.is_empty() => {
             return Err(Failure::new(Kind::Policy, format!("{name} is a file"))
                 .hint("name it without the slash at its end")
@@ -807,13 +808,13 @@ async fn find(remote: &Remote, path: &str, local: String) -> anyhow::Result<Root
     Ok(Root { entry, local })
 }
 
-/// Said of a directory that is not listed whole.
+/// The error for a directory that could not be listed completely.
 pub(super) const UNREAD: &str = "the server cannot list all that is in it";
-/// How long what is under way may take to be put aside.
+/// How long unfinished files may take to be kept for a resume.
 const CLOSING: Duration = Duration::from_secs(10);
-/// Paths that are looked up side by side.
+/// Paths that are looked up in parallel.
 const LOOKUPS: usize = 16;
-/// Entries listed ahead of what is being received.
+/// Entries that are listed ahead of the download.
 const AHEAD: usize = 256;
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
-//! What `put` reads that can be read only once: standard input, what a command writes, a file that grows. It ends well only
-//! where it is known to be whole: an error in place of its end keeps it from being published.
+//! Sources of `put` that can be read only once: standard input, the output of a command, a file that grows. Such a
+//! source succeeds only if it is known to be complete; an error in place of its end prevents publishing.
 
 use std::io::{self, Read};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -7,17 +7,17 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use super::follow::Follow;
 use crate::exit::{EmptyStdin, Unfinished};
 
-/// Reads to an end that it vouches for.
+/// A reader that checks that its source is complete.
 pub(super) struct Producer {
     from: From,
-    /// An end before the first byte is sound.
+    /// Whether an empty source is valid.
     pub(super) allow_empty: bool,
-    /// How long it must be.
+    /// The required size.
     pub(super) size: Option<u64>,
-    /// What it must end with, but for the end of a line behind it.
+    /// The text at its end, before an optional end of line.
     pub(super) marker: Option<Vec<u8>>,
     count: u64,
-    /// The last bytes, no more of them than the marker and the end of a line need.
+    /// The last bytes: as many as the marker and an end of line need.
     tail: Vec<u8>,
 }
 
@@ -27,7 +27,7 @@ enum From {
     Growing(Follow),
 }
 
-/// A shell's command. Dropping it ends the shell.
+/// A shell command. Dropping it kills the shell.
 pub(super) struct Spawned {
     line: String,
     child: Option<Child>,
@@ -41,7 +41,7 @@ impl Spawned {
         }
     }
 
-    /// The shell, which begins when it is first asked for.
+    /// The shell, which is started on first use.
     pub(super) fn child(&mut self, pipes: impl FnOnce(&mut Command)) -> io::Result<&mut Child> {
         if self.child.is_none() {
             let mut command = Command::new("sh");
@@ -58,14 +58,14 @@ impl Spawned {
             .ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
-    /// The shell, whose standard input is a pipe from here.
+    /// The shell, with a pipe from this process as its standard input.
     pub(super) fn consumer(&mut self) -> io::Result<&mut Child> {
         self.child(|command| {
             command.stdin(Stdio::piped());
         })
     }
 
-    /// Waits for its end; anything but success is an error. Blocks.
+    /// Waits for its exit; a failure is an error. Blocks.
     pub(super) fn succeeded(&mut self) -> io::Result<()> {
         let status = match &mut self.child {
             Some(child) => child.wait()?,
@@ -87,7 +87,7 @@ impl Drop for Spawned {
     }
 }
 
-/// How a process ended, in words.
+/// Describes how a process ended.
 fn ended(status: ExitStatus) -> String {
     use std::os::unix::process::ExitStatusExt as _;
     match (status.code(), status.signal()) {
@@ -137,7 +137,7 @@ impl Producer {
         }
     }
 
-    /// Takes note of what was read.
+    /// Records bytes that were read.
     fn note(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.count += bytes.len() as u64;
         if let Some(size) = self.size.filter(|size| self.count > *size) {
@@ -156,7 +156,7 @@ impl Producer {
         Ok(())
     }
 
-    /// Whether its end is one.
+    /// Checks that the source is complete at its end.
     fn end(&mut self) -> io::Result<()> {
         if let From::Command(command) = &mut self.from {
             command.succeeded()?;
@@ -200,7 +200,7 @@ impl Read for Producer {
     }
 }
 
-/// Bytes of the end of a line.
+/// The most bytes of an end of line.
 const LINE_END: usize = 2;
 
 #[cfg(test)]

@@ -42,7 +42,7 @@ async fn put(
         }
         None => None,
     };
-    // These say which of two files of one name is kept: both, or the later one.
+    // These policies say which of two files of one name is kept: both, or the later one.
     let clashes = matches!(
         args.transfer.if_exists,
         IfExistsArg::Overwrite | IfExistsArg::Rename
@@ -52,7 +52,7 @@ async fn put(
         (_, Some(_)) => Some("a file that grows"),
         _ => None,
     };
-    // It is sent as standard input is, and has a name of its own.
+    // It is read once, like standard input, but it has a name.
     let name = match &args.follow {
         Some(path) => Some(remote_name(path, args.name.as_deref())),
         None => args.name.clone(),
@@ -143,7 +143,7 @@ async fn put(
         .await
 }
 
-/// Runs blocking work while waiting for an interrupt.
+/// Runs blocking work, and waits for an interrupt meanwhile.
 async fn blocking<T: Send + 'static>(
     interrupts: &mut Interrupts,
     work: impl FnOnce() -> T + Send + 'static,
@@ -154,7 +154,7 @@ async fn blocking<T: Send + 'static>(
     }
 }
 
-/// Fails a run that found nothing to do.
+/// Fails a run that had nothing to send.
 fn nothing(args: &PutArgs, report: &Report) -> anyhow::Result<()> {
     if args.allow_empty || !report.is_empty() {
         return Ok(());
@@ -176,7 +176,7 @@ pub(super) fn thing(found: &Found) -> Thing {
     }
 }
 
-/// Everything to send. What is known of it beyond what the upload needs goes into `origins`.
+/// Collects everything to send. `origins` receives what the report needs to know about each file.
 fn sources(
     mut plan: Plan,
     args: &PutArgs,

@@ -1,5 +1,4 @@
-//! Reports a transfer while it runs and when it ends: results on standard output, the rest on standard
-//! error, and one exit code for all files.
+//! Reports a transfer: results on standard output, everything else on standard error, and one exit code for all files.
 
 use std::collections::HashMap;
 use std::io::{self, IsTerminal as _};
@@ -26,11 +25,11 @@ use crate::target::transport_name;
 use crate::value::hex;
 use crate::when::utc;
 
-/// Where the files under way come from, by their number. Holds no more than are listed and have no outcome yet.
+/// The origins of files by their index: of those that are listed and have no outcome yet.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Origins(Arc<Mutex<HashMap<usize, Origin>>>);
 
-/// Where one file comes from.
+/// The origin of one file.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Origin {
     /// The local path of an upload, the remote one of a download.
@@ -38,7 +37,7 @@ pub(super) struct Origin {
     pub(super) what: Thing,
 }
 
-/// What it is.
+/// The kind of an entry.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) enum Thing {
     #[default]
@@ -48,7 +47,7 @@ pub(super) enum Thing {
 }
 
 impl Thing {
-    /// The word in JSON, where it is no file.
+    /// The kind in JSON, if it is not a file.
     fn word(self) -> Option<&'static str> {
         match self {
             Self::File => None,
@@ -83,9 +82,9 @@ impl Origins {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fate {
     Send,
-    /// It is there already.
+    /// An identical entry exists.
     Same,
-    /// Something else is there, and stays.
+    /// A different entry exists and is kept.
     Skip,
 }
 
@@ -116,110 +115,110 @@ impl Transfer {
 /// Events beside those of the transfer's files.
 #[derive(Debug)]
 pub(super) enum Note {
-    /// A directory or a link was made here.
+    /// A directory or a link was created here.
     Made {
         path: String,
         source: String,
         what: Thing,
         same: bool,
     },
-    /// A directory could not be given its time.
+    /// The file system could not store a directory's time.
     OtherTime { path: String, time: OtherTime },
-    /// Something that is not among the transfer's files failed.
+    /// An entry that is not one of the transfer's files has failed.
     Failed {
         path: String,
         source: String,
         error: anyhow::Error,
     },
-    /// It was there when its directory was read, and is not any more.
+    /// An entry was there when its directory was read, and is gone now.
     Vanished { path: String, source: String },
-    /// It is neither file, directory nor link, and is left out.
+    /// An entry that is no file, directory or link was left out.
     Special { source: String },
 }
 
-/// What is done about files that somebody else works on meanwhile, and how many there were.
+/// Settings and counts for files that other programs change meanwhile.
 #[derive(Debug, Default)]
 pub(super) struct Living {
-    /// A file that is gone is passed over.
+    /// Whether a file that is gone is skipped.
     pub(super) skip_vanished: bool,
-    /// Files that changed while they were read are not failures yet, but tried again.
+    /// Whether files that changed while they were read are sent again before they count as failures.
     pub(super) retry_changed: bool,
-    /// Which these are: the name and the source of each.
+    /// The name and the source of each file to be sent again.
     again: Vec<(String, String)>,
     vanished: usize,
-    /// Of those, how many are failures.
+    /// Vanished files that count as failures.
     vanished_failed: usize,
     /// Files that changed each time they were read.
     changed: usize,
 }
 
-/// What only a mirror counts.
+/// Counts of a mirror.
 #[derive(Debug, Default)]
 pub(super) struct Mirrored {
     pub(super) unchanged: usize,
     pub(super) deleted: usize,
 }
 
-/// Work beside a transfer, on tasks of its own.
+/// Work beside a transfer, in tasks of its own.
 #[derive(Debug)]
 pub(super) struct Beside {
     /// Its events, until it has ended.
     pub(super) notes: mpsc::Receiver<Note>,
-    /// Signalled when the transfer itself has ended.
+    /// Signalled when the transfer has ended.
     pub(super) over: oneshot::Sender<()>,
 }
 
-/// Collects what became of the files.
+/// Collects the outcomes of files.
 #[derive(Debug)]
 pub(super) struct Report {
     console: Console,
     json: bool,
     quiet: bool,
-    /// Every file gets a line, however many there are and whoever reads them.
+    /// Whether every file gets a line, even if there are many and standard output is a terminal.
     each: bool,
-    /// Standard output carries a file.
+    /// Whether standard output carries a file.
     mute: bool,
-    /// What happens to files that succeed: `stored`.
+    /// The word for files that succeed: `stored`.
     did: &'static str,
-    /// Nothing is done to them.
+    /// Whether this is a dry run.
     dry: bool,
     began: Instant,
-    /// When the last file had its outcome; what follows is parting.
+    /// When the last file had its outcome. Only the disconnect follows.
     ended: Option<Instant>,
-    /// Files asked for, where all were named.
+    /// How many files were requested, if all were named.
     files: Option<usize>,
     stored: usize,
-    /// Directories and links made.
+    /// How many directories and links were created.
     others: usize,
     same: usize,
-    /// Files that were left as they are, with other content.
+    /// How many files were skipped although their content differs.
     skipped: usize,
     bytes: u64,
     sent: u64,
-    /// Of those, what was sent of files that were not there yet: what a rate is the rate of.
+    /// The sent bytes of files that did not exist; the rate is computed from these.
     moved: u64,
     resumed: u64,
-    /// Bytes that the other side copied from what it had.
+    /// Bytes that the receiver copied from files it had.
     copied: u64,
     failures: Failures,
     living: Living,
     mirror: Option<Mirrored>,
-    /// Files that failed before the transfer, which knows nothing of them.
+    /// Files that failed before the transfer, which does not know them.
     never_begun: usize,
     last_progress: Option<Instant>,
-    /// Progress that came too soon after that, and was not written.
+    /// Progress that was not written because it came too soon after the last one.
     progress_waits: bool,
-    /// That not every file gets a line.
+    /// Whether the hint that not every file gets a line was printed.
     told: bool,
-    /// Lines of JSON that are not written yet: none while this waits for something to happen.
+    /// Lines of JSON that are not written yet. Empty while this waits for an event.
     unread: Vec<u8>,
-    /// More may have happened already.
+    /// Whether more events may be ready.
     gathers: bool,
-    /// Where parts of files are kept to be resumed, and how much of them.
+    /// Where parts of files are kept for a resume, and how much of them.
     left: Option<(PathBuf, Left)>,
-    /// Standard output failed, other than by being closed.
+    /// An error of standard output, unless its reader has closed it.
     unwritten: Option<io::Error>,
-    /// How often the connection was lost and came back.
+    /// How often the connection was lost and restored.
     reconnects: usize,
 }
 
@@ -260,30 +259,30 @@ impl Report {
         }
     }
 
-    /// Leaves standard output to a file.
+    /// Reserves standard output for a file.
     pub(super) fn mute(&mut self) {
         self.mute = true;
     }
 
-    /// What to do about files that change or vanish. Without it each is a failure.
+    /// Sets what happens to files that change or vanish. By default each is a failure.
     pub(super) fn living(&mut self, skip_vanished: bool, retry_changed: bool) {
         self.living.skip_vanished = skip_vanished;
         self.living.retry_changed = retry_changed;
     }
 
-    /// Files that changed while they were read, to be sent again; from now on, one that does so once more is a failure
-    /// unless `retry`.
+    /// The files that changed while they were read, to be sent again. From now on, a file that changes again is a
+    /// failure unless `retry` is set.
     pub(super) fn take_changed(&mut self, retry: bool) -> Vec<(String, String)> {
         self.living.retry_changed = retry;
         std::mem::take(&mut self.living.again)
     }
 
-    /// The end shall also say what a mirror counts.
+    /// Makes the summary contain the counts of a mirror.
     pub(super) fn mirrored(&mut self) -> &mut Mirrored {
         self.mirror.get_or_insert_default()
     }
 
-    /// Something that the source does not have is gone, or would be in a dry run.
+    /// Reports an entry that the source does not have: it was deleted, or would be in a dry run.
     pub(super) fn deleted(&mut self, path: &str, what: Thing) {
         self.failures.tell();
         self.mirrored().deleted += 1;
@@ -303,22 +302,23 @@ impl Report {
         }
     }
 
-    /// Nothing is done to anything in this run.
+    /// Makes this the report of a dry run.
     pub(super) fn dry(&mut self) {
         self.dry = true;
     }
 
-    /// What the end shall say is kept to be resumed.
+    /// Sets the parts of files that are kept for a resume, for the summary.
     pub(super) fn left(&mut self, dir: &Path, left: Left) {
         self.left = Some((dir.to_owned(), left));
     }
 
-    /// How many files there are to be, if that is known; tells one failure from many.
+    /// Sets how many files there will be, if that is known. It decides between the exit codes for one failure and for
+    /// some of several.
     pub(super) fn expect(&mut self, files: Option<usize>) {
         self.files = files;
     }
 
-    /// The transfer begins; `bytes` are those of all files, if known.
+    /// The transfer begins; `bytes` is the size of all files, if known.
     pub(super) fn start(&mut self, server: &str, bytes: Option<u64>) {
         let files = self.files;
         self.json(&Line::Start {
@@ -330,7 +330,7 @@ impl Report {
         self.never_begun = self.failures.count();
     }
 
-    /// Follows a transfer, and what happens beside it, to the end of both.
+    /// Follows a transfer and the work beside it to the end of both.
     pub(super) async fn follow(
         &mut self,
         mut transfer: Transfer,
@@ -355,7 +355,7 @@ impl Report {
                     }
                     continue;
                 }
-                // Nothing moves: the display must show that, too.
+                // The display must also show that nothing moves.
                 _ = tick.tick() => {
                     let progress = transfer.progress();
                     meter.update(&progress);
@@ -364,7 +364,7 @@ impl Report {
                     }
                     continue;
                 }
-                // Nothing more has happened for now: a reader sees each result when it is there.
+                // No event is ready: write the results, so that a reader sees each at once.
                 () = std::future::ready(()), if !self.unread.is_empty() => {
                     self.write_out();
                     continue;
@@ -388,7 +388,7 @@ impl Report {
         self.ended = Some(Instant::now());
     }
 
-    /// Follows a file that is written to what is no file, to its end.
+    /// Follows a file that is written to a target other than a regular file.
     pub(super) async fn follow_fetch(
         &mut self,
         fetching: impl Future<Output = Result<Fetched, FetchError>>,
@@ -438,7 +438,7 @@ impl Report {
                 path.clone_into(&mut outcome.path);
                 self.done(&origins.take(0), &outcome);
             }
-            // The reader closed its end.
+            // The reader has closed its end.
             Err(FetchError {
                 cause: TransferError::Write(error),
                 ..
@@ -503,7 +503,7 @@ impl Report {
         }
     }
 
-    /// The connection runs over this transport now.
+    /// Reports that the connection uses this transport.
     fn transport(&mut self, transport: &Transport, why: TransportReason, meter: &mut Meter) {
         let (name, why) = (transport_name(transport), why.to_string());
         meter.over((*transport != Transport::Quic).then(|| format!("{name}: {why}")));
@@ -516,7 +516,7 @@ impl Report {
         }
     }
 
-    /// Says over which transport the first connection runs, unless it is QUIC.
+    /// Reports the transport of the first connection, unless it is QUIC.
     pub(super) fn connected(&mut self, link: &Link, meter: &mut Meter) {
         let Some(socket) = link.live() else { return };
         let transport = socket.transport();
@@ -559,7 +559,7 @@ impl Report {
         }
     }
 
-    /// Whether a file that failed did so because somebody else works on it, and is no failure, or none yet. Counts it.
+    /// Whether a file failed only because another program changed it, and is no failure or not yet. Counts it.
     fn excused(&mut self, path: &str, source: &str, error: &anyhow::Error) -> bool {
         let living = &mut self.living;
         let status = match error.downcast_ref::<TransferError>() {
@@ -612,8 +612,7 @@ impl Report {
         self.stored + self.others + self.failures.count() == 0
     }
 
-    /// What would become of something, were this not a dry run, or why it would be refused. The size is not known of
-    /// standard input.
+    /// Reports the predicted outcome of an entry in a dry run, or the error. The size of standard input is unknown.
     pub(super) fn planned(
         &mut self,
         path: &str,
@@ -656,12 +655,12 @@ impl Report {
         self.line(&format!("{}{mark}  {size}  -", output::printable(path)));
     }
 
-    /// Whether every file has arrived.
+    /// Whether every file is stored.
     pub(super) fn all_stored(&self) -> bool {
         self.failures.count() == 0
     }
 
-    /// A line of a result that is for people only.
+    /// Prints a line of a result that is for people only.
     pub(super) fn line(&mut self, text: &str) {
         if !self.json && !self.mute {
             let written = self.console.above(|| output::line(text));
@@ -669,7 +668,7 @@ impl Report {
         }
     }
 
-    /// The line of one file: none where only errors are wanted, and on a terminal only those of the first.
+    /// Prints the line of one file: none with `-q`, and on a terminal only for the first files.
     fn file_line(&mut self, text: &str) {
         let many = !self.each && self.stored + self.others > FEW;
         if self.quiet || self.json || many {
@@ -683,7 +682,7 @@ impl Report {
         self.line(text);
     }
 
-    /// A file failed.
+    /// Reports that a file has failed.
     pub(super) fn failed(&mut self, path: &str, source: &str, error: &anyhow::Error) {
         if self.excused(path, source, error) {
             return;
@@ -706,7 +705,7 @@ impl Report {
 
     fn resumed(&mut self, path: &str, source: &str, bytes: u64, size: u64) {
         if bytes >= size {
-            // It was there already, and is reported as such.
+            // It existed already, and its `same` says so.
             return;
         }
         self.resumed += bytes;
@@ -797,7 +796,7 @@ impl Report {
         self.other_time(&outcome.path, outcome.other_time);
     }
 
-    /// Says that a file or directory has not the time that it should have.
+    /// Warns that the file system could not store the time of a file or directory.
     fn other_time(&mut self, path: &str, time: Option<OtherTime>) {
         let Some(OtherTime { asked, got }) = time else {
             return;
@@ -837,7 +836,7 @@ impl Report {
         });
     }
 
-    /// The end: the summary or the `result` line. Gives the verdict over everything.
+    /// Prints the summary or the `result` line. Returns the verdict over all files.
     pub(super) fn finish(mut self, result: anyhow::Result<()>) -> anyhow::Result<()> {
         let elapsed = self.ended.unwrap_or_else(Instant::now) - self.began;
         let result = match result {
@@ -893,7 +892,7 @@ impl Report {
         }
     }
 
-    /// An exit code of its own, where nothing failed but files that somebody else worked on.
+    /// Has an exit code of its own if only files failed that other programs changed.
     fn moving(&self, error: anyhow::Error) -> anyhow::Error {
         let moving = self.living.changed + self.living.vanished_failed;
         if moving < self.failures.count() || self.mirror.is_none() {
@@ -983,7 +982,7 @@ impl Report {
         summary + &self.unsent()
     }
 
-    /// What was there already, for the summary.
+    /// The part of the summary about files that existed already.
     fn unsent(&self) -> String {
         let mut left = String::new();
         if self.same > 0 {
@@ -1008,7 +1007,7 @@ impl Report {
         }
     }
 
-    /// Writes the lines of JSON that have gathered.
+    /// Writes the collected lines of JSON.
     fn write_out(&mut self) {
         if !self.unread.is_empty() {
             let written = self.console.above(|| output::all(&self.unread));
@@ -1026,7 +1025,7 @@ impl Report {
     }
 }
 
-/// What happens to the link; never, once nothing more will.
+/// The next event of the link; never ready once there are no more.
 async fn next_link(links: &mut Option<LinkEvents>) -> Option<LinkEvent> {
     match links {
         Some(links) => links.next().await,
@@ -1034,7 +1033,7 @@ async fn next_link(links: &mut Option<LinkEvents>) -> Option<LinkEvent> {
     }
 }
 
-/// The next note; never, once there are no more to come.
+/// The next note; never ready once there are no more.
 async fn next(notes: &mut Option<mpsc::Receiver<Note>>) -> Option<Note> {
     match notes {
         Some(notes) => notes.recv().await,
@@ -1042,7 +1041,7 @@ async fn next(notes: &mut Option<mpsc::Receiver<Note>>) -> Option<Note> {
     }
 }
 
-/// Files that a terminal shows a line of each; of more, the summary says enough.
+/// How many files get a line on a terminal. Beyond that the summary suffices.
 const FEW: usize = 20;
 /// Bytes of results that are written at once.
 const UNREAD: usize = 64 << 10;

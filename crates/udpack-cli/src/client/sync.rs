@@ -1,7 +1,8 @@
-//! `sync`: makes one directory what another one is, in either direction.
+//! `sync`: makes one directory a copy of another, in either direction.
 //!
-//! Both trees are listed in one order and compared entry by entry while what differs is already on its way. What only
-//! the copy has is deleted when all of that has arrived, and nothing if something has not.
+//! Both trees are listed in the same order and compared entry by entry, while differing files are already being
+//! transferred. Entries that only the copy has are deleted when everything has arrived. If something has failed,
+//! nothing is deleted.
 
 mod compare;
 mod tree;
@@ -38,14 +39,14 @@ use crate::target::{Target, retry};
 
 /// How often a file is sent that changes each time it is read.
 const TRIES: usize = 3;
-/// Entries deleted side by side.
+/// Entries that are deleted in parallel.
 const DELETES: usize = 16;
-/// Steps known ahead of what is being transferred.
+/// Steps that are computed ahead of the transfer.
 const AHEAD: usize = 256;
-/// When a mirror that watches tries again what failed.
+/// The pause before a watching mirror tries again what failed.
 #[cfg(target_os = "linux")]
 const AGAIN: Duration = Duration::from_secs(5);
-/// How long what is under way may take to be put aside.
+/// How long unfinished files may take to be kept for a resume.
 const CLOSING: Duration = Duration::from_secs(10);
 
 pub(super) async fn run(
@@ -60,7 +61,7 @@ pub(super) async fn run(
     once(&args, console, &mut interrupts).await
 }
 
-/// Mirrors a directory here whenever something in it has changed, until that is interrupted or cannot succeed.
+/// Mirrors a local directory whenever something in it has changed, until it is interrupted or cannot succeed.
 #[cfg(target_os = "linux")]
 async fn keep(
     args: &SyncArgs,
@@ -88,7 +89,7 @@ async fn keep(
         let again = match once(args, console, interrupts).await {
             Ok(()) => None,
             Err(error) => match Explained::of(&error).kind {
-                // What the next change does not mend, the next look may.
+                // What the next change does not mend, the next attempt may.
                 Kind::Network | Kind::Moving | Kind::Partial | Kind::RemoteStorage => {
                     let text = Explained::of(&error).text;
                     console.line(&format!("{text}; trying again in {} s", AGAIN.as_secs()));
@@ -126,13 +127,13 @@ async fn once(
     report.finish(result)
 }
 
-/// From where to where.
+/// Source and copy of a mirror.
 #[derive(Debug)]
 struct Way {
     up: bool,
-    /// The directory here.
+    /// The local directory.
     dir: PathBuf,
-    /// The one at the server; `None` is its root.
+    /// The directory at the server; `None` is its root.
     root: Option<RelPath>,
 }
 
@@ -162,7 +163,7 @@ impl Way {
         Ok(Self { up, dir, root })
     }
 
-    /// The directory at the server, as names begin.
+    /// The directory at the server, as a prefix of names.
     fn prefix(&self) -> &str {
         self.root.as_ref().map_or("", RelPath::as_str)
     }
@@ -213,7 +214,7 @@ async fn sync(
     result
 }
 
-/// Two trees that are being compared.
+/// A comparison of two trees that is running.
 #[derive(Debug)]
 struct Comparing {
     steps: mpsc::Receiver<Step>,
@@ -236,7 +237,7 @@ impl Comparing {
                 .hint("see what is there with `udpack-client ls`")
                 .into());
         }
-        // Nothing is sent for a mirror that will not be one.
+        // Nothing is sent if the mirror cannot be completed.
         if way.up
             && args.delete
             && let Ok(rights) = remote.rights().await
@@ -295,7 +296,7 @@ async fn planned(mut task: JoinSet<Planned>) -> anyhow::Result<Planned> {
         .context("comparing the directories failed")
 }
 
-/// Whether what only the copy has may be deleted; an error where that is more than was allowed.
+/// Whether entries that only the copy has may be deleted; an error if there are more than allowed.
 fn may_delete(
     args: &SyncArgs,
     console: &Console,
@@ -377,7 +378,7 @@ fn tell(way: &Way, report: &mut Report, step: &Step) {
     report.planned(&path, &source, thing(&item.entry), size, Ok(Fate::Send));
 }
 
-/// The name of an entry at the side of the copy.
+/// The name of an entry in the copy.
 fn copy_name(way: &Way, rel: &str) -> String {
     match way.up {
         true => join(way.prefix(), rel),
@@ -385,7 +386,7 @@ fn copy_name(way: &Way, rel: &str) -> String {
     }
 }
 
-/// The name of an entry at the side that is copied.
+/// The name of an entry in the source.
 fn source_name(way: &Way, rel: &str) -> String {
     match way.up {
         true => way.dir.join(names::os(rel)).display().to_string(),
@@ -401,7 +402,7 @@ fn thing(entry: &Entry) -> Thing {
     }
 }
 
-/// What is to be deleted, group after group: no directories first, then these, the deepest first.
+/// The entries to delete, in groups: first everything but directories, then directories, deepest first.
 fn in_order(deletes: Vec<Item>) -> Vec<Vec<Item>> {
     let (dirs, others): (Vec<_>, Vec<_>) = deletes
         .into_iter()
@@ -427,7 +428,7 @@ struct Mirror<'a> {
     console: &'a Console,
     link: Link,
     way: &'a Way,
-    /// The directory here, where it is the copy.
+    /// The store of the local directory, if that is the copy.
     store: Option<Store>,
 }
 
@@ -459,7 +460,7 @@ impl Mirror<'_> {
         verdict.map(drop)
     }
 
-    /// A file once more, by its name at the side of the copy.
+    /// Sends a file again, by its name in the copy.
     fn again(&self, path: &str) -> Step {
         let rel = match (self.way.up, self.way.prefix()) {
             (true, prefix) if !prefix.is_empty() => {
@@ -489,7 +490,7 @@ impl Mirror<'_> {
         Step::File(item, None)
     }
 
-    /// Carries out steps until there are no more, and reports what becomes of each.
+    /// Carries out steps until there are no more, and reports each outcome.
     async fn transfer(
         &self,
         steps: mpsc::Receiver<Step>,
@@ -569,7 +570,7 @@ impl Mirror<'_> {
         Some(downloader)
     }
 
-    /// What is to be sent, step by step.
+    /// The sources to send, step by step.
     fn sources(
         &self,
         mut steps: mpsc::Receiver<Step>,
@@ -596,7 +597,7 @@ impl Mirror<'_> {
             })
     }
 
-    /// Deletes what the other side has not, side by side.
+    /// Deletes entries of the copy, several in parallel.
     async fn delete(&self, group: Vec<Item>, report: &mut Report) {
         let remote = Remote::new(&self.link);
         let mut left = group.into_iter();
@@ -626,7 +627,7 @@ impl Mirror<'_> {
         }
     }
 
-    /// Gives directories their times and modes, which what was stored in them or deleted has changed.
+    /// Sets the times and modes of directories, which storing and deleting has changed.
     async fn touch(&self, touches: Vec<Item>, report: &mut Report) {
         if touches.is_empty() {
             return;
@@ -675,7 +676,7 @@ impl Mirror<'_> {
     }
 }
 
-/// An entry here as what is to be sent.
+/// A local entry as something to send.
 fn found(dir: &Path, prefix: &str, item: Item) -> Found {
     let Item { rel, entry, dirs } = item;
     let (local, remote) = (dir.join(names::os(&rel)), join(prefix, &rel));
@@ -720,7 +721,7 @@ async fn pass_on(mut notes: mpsc::Receiver<Note>, tell: mpsc::Sender<Note>) {
     }
 }
 
-/// Makes directories and links here, and hands on which files are wanted.
+/// Creates directories and links here, and passes on the wanted files.
 async fn make(
     store: Store,
     root: String,
@@ -785,7 +786,7 @@ async fn make(
     }
 }
 
-/// Removes one entry of the copy; `false` where it is gone already, or a directory with something in it that stays.
+/// Removes one entry of the copy; `false` if it is gone already, or is a directory that still contains something.
 async fn remove(remote: &Remote, store: Option<Store>, path: &str) -> anyhow::Result<bool> {
     let name: RelPath = path.parse()?;
     let removed = match store {

@@ -1,4 +1,4 @@
-//! Compares two trees entry by entry, and says what has to be done for the second to become the first.
+//! Compares two trees entry by entry, and computes the steps that make the second equal to the first.
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
@@ -14,46 +14,46 @@ use super::tree::{Item, Next, Side, is_in, join, order, parent};
 use crate::client::report::Note;
 use crate::client::verify::{existing, hash};
 
-/// Most entries that one run deletes: their names are kept until everything has arrived.
+/// The most entries that one run deletes. Their names are kept until everything has arrived.
 const DELETES: usize = 1 << 20;
-/// Files that are looked for among those that the other side has, at most.
+/// The most files that are remembered as possible sources of moves.
 const MOVED: usize = 1 << 16;
-/// Of these, another content is worth comparing with; a smaller one has to be the same.
+/// From this size on, a moved file may have changed. A smaller one must be identical.
 const LARGE: u64 = 256 << 10;
-/// Files that are hashed at once.
+/// Files that are hashed in parallel.
 const HASHES: usize = 4;
 
-/// One thing to do.
+/// One step.
 #[derive(Debug)]
 pub(super) enum Step {
-    /// A file is to be transferred; the path of one in the second tree that it was moved from, most likely.
+    /// Transfer a file. The path is that of a file in the second tree from which it was probably moved.
     File(Item, Option<String>),
-    /// A directory or a link is to be made.
+    /// Create a directory or a link.
     Other(Item),
 }
 
-/// What the comparison leaves for later.
+/// What the comparison leaves for the end.
 #[derive(Debug, Default)]
 pub(super) struct Planned {
-    /// What only the second tree has, each directory before what is in it.
+    /// Entries that only the second tree has, each directory before its entries.
     pub(super) deletes: Vec<Item>,
-    /// There is more of that than one run may delete.
+    /// Whether there are more of these than one run may delete.
     pub(super) too_many: bool,
-    /// What can be done only once something has been deleted that is in the way.
+    /// Steps that are possible only after something in their way was deleted.
     pub(super) late: Vec<Step>,
-    /// Directories whose time or mode is another one, or is going to be, those in a directory before it.
+    /// Directories whose time or mode differs or will be changed, each directory before its entries.
     pub(super) touches: Vec<Item>,
     pub(super) unchanged: usize,
-    /// Not all of both trees was read.
+    /// Whether a part of the trees could not be read.
     pub(super) failed: bool,
 }
 
-/// Files that the second tree has alone, as far as they are remembered.
+/// Files that only the second tree has, as far as they are remembered.
 #[derive(Debug, Default)]
 struct Moved {
     /// By size and time.
     same: HashMap<(u64, Time), String>,
-    /// By the name in their directory.
+    /// By their last name.
     named: HashMap<String, String>,
 }
 
@@ -68,7 +68,7 @@ impl Moved {
         }
     }
 
-    /// What a file was before it was moved, most likely.
+    /// The path from which a file was probably moved.
     fn find(&self, item: &Item) -> Option<String> {
         let Item { rel, entry, .. } = item;
         let same = self.same.get(&(entry.size, entry.mtime));
@@ -82,21 +82,22 @@ fn name(rel: &str) -> &str {
     rel.rsplit_once('/').map_or(rel, |(_, name)| name)
 }
 
-/// How to compare.
+/// The settings of a comparison.
 #[derive(Debug)]
 pub(super) struct Comparison {
     pub(super) steps: mpsc::Sender<Step>,
     pub(super) notes: mpsc::Sender<Note>,
     pub(super) delete: bool,
-    /// What was moved is looked for.
+    /// Whether moved files are looked for.
     pub(super) moves: bool,
-    /// How to read files of one size at both sides; without it, size and time say whether they are the same.
+    /// How to read files of the same size on both sides. If it is not set, size and time decide whether files are the
+    /// same.
     pub(super) checksum: Option<Checksum>,
-    /// Paths of the first tree at its side begin so.
+    /// How paths of the first tree are displayed.
     pub(super) source: Shown,
 }
 
-/// How paths of the first tree are shown.
+/// How paths of a tree are displayed.
 #[derive(Debug, Clone)]
 pub(super) enum Shown {
     Local(PathBuf),
@@ -115,7 +116,7 @@ impl Shown {
     }
 }
 
-/// Where the bytes of both sides are.
+/// Reads the bytes of both sides.
 #[derive(Debug, Clone)]
 pub(super) struct Checksum {
     pub(super) remote: Remote,
@@ -124,13 +125,13 @@ pub(super) struct Checksum {
 }
 
 impl Checksum {
-    /// Whether both have the same bytes under this name; `None` where one has none any more.
+    /// Whether both sides have the same bytes under this name; `None` if one has no such file any more.
     async fn same(&self, rel: &str) -> anyhow::Result<bool> {
         let local = self.local.join(udpack_transfer::names::os(rel));
         let path: RelPath = join(&self.root, rel).parse()?;
         let ours = tokio::task::spawn_blocking(move || hash(&local));
         let (ours, theirs) = tokio::join!(ours, self.remote.hash(&path));
-        // What cannot be read here shows when it is transferred.
+        // An error of reading here is reported by the transfer.
         let ours = ours.ok().and_then(Result::ok);
         Ok(ours.is_some() && existing(theirs)? == ours)
     }
@@ -140,13 +141,14 @@ impl Checksum {
 struct Run {
     comparison: Comparison,
     planned: Planned,
-    /// The directories of the first tree on the way to what is compared, and whether something in each is changed.
+    /// The directories of the first tree above the current entry, and whether something in each changes.
     open: Vec<(Item, bool)>,
-    /// Of the second tree, those that are to be deleted: where they are in the list.
+    /// The directories of the second tree above the current entry that will be deleted: their indices in the list.
     doomed: Vec<usize>,
-    /// What only a deletion makes room for.
+    /// The path below which only a deletion makes room.
     blocked: Option<String>,
-    /// Files of the first tree alone, until it is known which of the second tree alone they may have been.
+    /// Files of only the first tree, until all files of only the second tree are known, from which they may have been
+    /// moved.
     late: Vec<Item>,
     moved: Moved,
     hashing: JoinSet<bool>,
@@ -155,8 +157,8 @@ struct Run {
 }
 
 impl Comparison {
-    /// Compares all of both. Memory grows with what is to be deleted and with directories that change, not with what is
-    /// compared.
+    /// Compares both trees completely. Memory grows with the entries to delete and the directories that change, not
+    /// with the size of the trees.
     pub(super) async fn run(self, first: Side, second: Side) -> Planned {
         let mut run = Run {
             comparison: self,
@@ -202,7 +204,7 @@ impl Run {
                 }
                 Next::Failed(rel, error) => {
                     self.fail(&rel, error).await;
-                    // Nothing is deleted any more; what is there of it stays.
+                    // Nothing will be deleted any more.
                     (rel, None)
                 }
             };
@@ -245,14 +247,14 @@ impl Run {
         Ok(None)
     }
 
-    /// What holds something that stays is not deleted.
+    /// Keeps the directories above an entry that stays.
     fn keep_above(&mut self, rel: &str) {
         let above = |at: &usize| {
             let dir = self.planned.deletes.get(*at);
             dir.is_some_and(|dir| is_in(rel, &dir.rel))
         };
         let kept: Vec<usize> = self.doomed.iter().copied().filter(above).collect();
-        // The last first: the places of the others stay.
+        // In reverse order, so that the other indices remain valid.
         for at in kept.into_iter().rev() {
             self.planned.deletes.remove(at);
         }
@@ -277,7 +279,7 @@ impl Run {
         let _ = self.comparison.notes.send(note).await;
     }
 
-    /// Only the second tree has it.
+    /// Handles an entry that only the second tree has.
     fn gone(&mut self, item: Option<Item>) {
         let Some(item) = item else {
             return;
@@ -304,14 +306,14 @@ impl Run {
         deletes.push(item);
     }
 
-    /// Leaves the directories that this is not in.
+    /// Leaves the directories that do not contain this entry.
     fn enter(&mut self, rel: &str) {
         while let Some((dir, touched)) = self.open.pop_if(|(dir, _)| !is_in(rel, &dir.rel)) {
             self.planned.touches.extend(touched.then_some(dir));
         }
     }
 
-    /// Something in its directory changes, and so does the directory's time.
+    /// Records that an entry changes, and with it the time of its directory.
     fn changes(&mut self, rel: &str) {
         if let Some((dir, touched)) = self.open.last_mut()
             && dir.rel == parent(rel)
@@ -320,7 +322,7 @@ impl Run {
         }
     }
 
-    /// What has a name in the first tree, and what has it in the second; `false` when nobody takes steps any more.
+    /// Handles the entries of one name in both trees; returns `false` when nobody takes steps any more.
     async fn pair(&mut self, ours: Item, theirs: Option<Item>) -> bool {
         self.enter(&ours.rel);
         let rel = ours.rel.clone();
@@ -385,7 +387,7 @@ impl Run {
         self.comparison.steps.send(step).await.is_ok()
     }
 
-    /// Whether a file waits for the end of both trees, where it may turn out to have been moved.
+    /// Whether a file waits for the end of both trees because it may have been moved.
     fn may_be_moved(&self, ours: &Item) -> bool {
         self.comparison.moves
             && self.blocked.is_none()
@@ -393,7 +395,7 @@ impl Run {
             && self.late.len() < MOVED
     }
 
-    /// It is no file, directory or link, and nothing is done about it.
+    /// Handles an entry that is no file, directory or link: it is left out.
     async fn special(&self, rel: &str) -> bool {
         let note = Note::Special {
             source: self.comparison.source.of(rel),
@@ -401,9 +403,9 @@ impl Run {
         self.comparison.notes.send(note).await.is_ok()
     }
 
-    /// Whether a file is to be transferred. With `--checksum` that may show later, and the step comes then.
+    /// Whether a file must be transferred. With `--checksum` the answer may come later; then the step comes with it.
     fn differs(&mut self, ours: &Item, theirs: &Entry) -> bool {
-        // Its time is to be another one, whatever its bytes are.
+        // Its time must be changed, whatever its bytes are.
         if ours.entry.size != theirs.size || !same_time(&ours.entry, theirs) {
             return true;
         }
@@ -440,7 +442,7 @@ impl Run {
     }
 }
 
-/// Whether both have one modification time. A file system that keeps no nanoseconds has 0 of them.
+/// Whether both have the same modification time. A file system without nanoseconds reports 0 of them.
 fn same_time(ours: &Entry, theirs: &Entry) -> bool {
     ours.mtime.secs == theirs.mtime.secs
         && (ours.mtime.nanos == theirs.mtime.nanos || theirs.mtime.nanos == 0)

@@ -1,4 +1,4 @@
-//! One side of a mirror: its entries below a root, each directory before what is in it, each name after the one before.
+//! One side of a mirror: the entries below a root in order, each directory before its entries.
 
 use std::cmp::Ordering;
 use std::ffi::OsString;
@@ -17,9 +17,9 @@ use crate::client::get::UNREAD;
 use crate::client::remote::below;
 use crate::exit::{Failure, Kind};
 
-/// Entries read ahead of the comparison.
+/// Entries that are read ahead of the comparison.
 const AHEAD: usize = 512;
-/// Permissions of directories that only the name of the root asks for.
+/// Permissions of directories that exist only in the name of the root.
 const MADE: u32 = 0o777;
 
 /// One entry of a tree.
@@ -27,28 +27,28 @@ const MADE: u32 = 0o777;
 pub(super) struct Item {
     /// The path below the root.
     pub(super) rel: String,
-    /// What it is. Its path is the one at its own side.
+    /// The entry. Its path is the one on its own side.
     pub(super) entry: Entry,
-    /// Permissions of the directories above it, the root's own included, where they are known.
+    /// Permissions of the directories above it, including the root, if they are known.
     pub(super) dirs: Arc<[u32]>,
 }
 
-/// What a side has next.
+/// The next item of a side.
 #[derive(Debug)]
 pub(super) enum Next {
     Item(Item),
-    /// It is left out, and so is what is in it.
+    /// An excluded entry; its content is excluded, too.
     Excluded(String),
-    /// It was there a moment ago.
+    /// An entry that was removed meanwhile.
     Vanished(String),
-    /// It cannot be read, and nothing is known of what is in it.
+    /// An entry that cannot be read. Nothing is known about its content.
     Failed(String, anyhow::Error),
 }
 
 /// A tree, entry by entry.
 #[derive(Debug)]
 pub(super) enum Side {
-    /// There is nothing yet.
+    /// The directory does not exist yet.
     Empty,
     Local(mpsc::Receiver<Next>),
     Remote {
@@ -59,7 +59,7 @@ pub(super) enum Side {
 }
 
 impl Side {
-    /// A directory here; `follow` takes what links point to in their place. Ends when it is dropped.
+    /// A local directory. `follow`: links count as what they point to. Dropping it ends the walk.
     pub(super) fn local(dir: &Path, depth: usize, exclude: &Exclude, follow: bool) -> Self {
         let (found, entries) = mpsc::channel(AHEAD);
         let (dir, exclude) = (dir.to_owned(), exclude.clone());
@@ -84,7 +84,7 @@ impl Side {
         }
     }
 
-    /// The next entry; `None` after the last one. An error is the end of it.
+    /// The next entry; `None` after the last one. Nothing follows an error.
     pub(super) async fn next(&mut self) -> anyhow::Result<Option<Next>> {
         let (listing, root, exclude) = match self {
             Self::Empty => return Ok(None),
@@ -112,20 +112,20 @@ impl Side {
     }
 }
 
-/// The order of entries: component by component, in the order of their bytes.
+/// The order of entries: paths are compared component by component, as bytes.
 pub(super) fn order(a: &str, b: &str) -> Ordering {
     let (a, b) = (names::bytes(a), names::bytes(b));
-    // A name ends before any byte that another one goes on with, and no name has a NUL.
+    // The end of a name sorts before all bytes. No name contains NUL.
     let key = |byte: &u8| if *byte == b'/' { 0 } else { *byte };
     a.iter().map(key).cmp(b.iter().map(key))
 }
 
-/// The directory that it is in; "" is the root.
+/// The directory that contains it; "" is the root.
 pub(super) fn parent(rel: &str) -> &str {
     rel.rsplit_once('/').map_or("", |(parent, _)| parent)
 }
 
-/// Whether `rel` lies in this directory, at any depth.
+/// Whether `rel` is below this directory, at any depth.
 pub(super) fn is_in(rel: &str, dir: &str) -> bool {
     dir.is_empty()
         || rel
@@ -141,7 +141,7 @@ pub(super) fn join(dir: &str, name: &str) -> String {
     }
 }
 
-/// Walks a local tree in order; blocks. Holds the names of one directory for each level it is deep in.
+/// Walks a local tree in order; blocks. It holds the names of one directory for each level.
 struct Walker {
     exclude: Exclude,
     follow: bool,
@@ -155,12 +155,12 @@ struct Level {
     rel: String,
     names: std::vec::IntoIter<OsString>,
     modes: Arc<[u32]>,
-    /// Device and inode: a link to a directory that is being read leads in a circle.
+    /// Device and inode, to detect a link to a directory above it.
     id: (u64, u64),
 }
 
 impl Walker {
-    /// Walks it all. `depth`: how many directories the root's own name at the other side has.
+    /// Walks the whole tree. `depth`: how many directories the root's name on the other side has.
     fn root(&mut self, dir: PathBuf, depth: usize) {
         let entered = fs::metadata(&dir).and_then(|metadata| {
             let mut modes = vec![MADE; depth.saturating_sub(1)];
@@ -179,7 +179,7 @@ impl Walker {
             };
             let rel = join(&level.rel, &names::from_os(&name));
             if rel == ".udpack" {
-                // What a store keeps for itself.
+                // The store's own files.
                 continue;
             }
             let local = level.local.join(&name);
@@ -197,7 +197,7 @@ impl Walker {
         self.found.blocking_send(next).map_err(drop)
     }
 
-    /// One entry; a directory is entered once it has been told.
+    /// Examines one entry. A directory is entered after it was reported.
     fn look(&mut self, local: PathBuf, rel: String, dirs: Arc<[u32]>) -> Option<Next> {
         let failed = |source| TransferError::Source {
             path: local.clone(),
@@ -274,7 +274,7 @@ impl Walker {
         }
     }
 
-    /// Reads the names of a directory, which come next.
+    /// Reads the names of a directory, which follow.
     fn enter(
         &mut self,
         local: PathBuf,

@@ -1,7 +1,7 @@
 //! `sync --watch`: waits until something below a directory changes.
 //!
-//! All directories are watched before they are compared, so that no change falls between. What was written at once is
-//! one change.
+//! All directories are watched before they are compared, so that no change is missed. Changes that follow each other
+//! closely count as one.
 
 use std::collections::HashSet;
 use std::fs;
@@ -18,20 +18,20 @@ use udpack_transfer::{Exclude, names};
 
 use super::tree::join;
 
-/// How often it is looked for events.
+/// The interval at which events are read.
 const LOOK: Duration = Duration::from_millis(100);
-/// How long nothing may happen before a change is taken for complete, and how long it may go on at most.
+/// A change is complete after this long without an event, or after the second time at the latest.
 const QUIET: Duration = Duration::from_millis(300);
 const MOST: Duration = Duration::from_secs(3);
 
-/// A tree that is watched.
+/// A tree that is being watched.
 #[derive(Debug)]
 pub(super) struct Watcher {
     events: OwnedFd,
 }
 
 impl Watcher {
-    /// Watches a directory and those below it that are not left out; `follow` those, too, that links lead to. Blocks.
+    /// Watches a directory and those below it that are not excluded. `follow`: also those that links point to. Blocks.
     pub(super) fn new(dir: &Path, exclude: &Exclude, follow: bool) -> io::Result<Self> {
         let events = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
         let mut seen = HashSet::new();
@@ -40,11 +40,11 @@ impl Watcher {
             let added = inotify::add_watch(&events, &dir, changes());
             match added {
                 Ok(_) => {}
-                // It is another thing by now, or gone: its directory tells.
+                // It was replaced or removed: the directory above it reports that.
                 Err(Errno::NOENT | Errno::NOTDIR | Errno::ACCESS) if !rel.is_empty() => continue,
                 Err(error) => return Err(error.into()),
             }
-            // What cannot be listed is told when it is compared.
+            // A directory that cannot be read is reported by the comparison.
             if let Ok(entries) = fs::read_dir(&dir) {
                 for entry in entries.flatten() {
                     let rel = join(&rel, &names::from_os(&entry.file_name()));
@@ -57,9 +57,9 @@ impl Watcher {
         Ok(Self { events })
     }
 
-    /// Waits until something has changed, and nothing does any more for a moment.
+    /// Waits until something has changed, and the changes have paused.
     ///
-    /// Cancel safe: a change that was seen is not told again.
+    /// Cancel safe: a change that was seen is not reported again.
     pub(super) async fn changed(&self) -> io::Result<()> {
         self.some().await?;
         let end = Instant::now() + MOST;
@@ -72,16 +72,16 @@ impl Watcher {
         Ok(())
     }
 
-    /// Waits for events, and takes all that there are.
+    /// Waits for events, and reads all of them.
     async fn some(&self) -> io::Result<()> {
-        // To be woken by a descriptor takes unsafe code, or a thread for each.
+        // Waiting for a descriptor would take unsafe code or a thread.
         while !self.take()? {
             tokio::time::sleep(LOOK).await;
         }
         Ok(())
     }
 
-    /// Takes the events that there are; whether there was one.
+    /// Reads the waiting events; returns whether there was one.
     fn take(&self) -> io::Result<bool> {
         let mut buffer = [0; 4096];
         let mut any = false;
@@ -108,7 +108,7 @@ fn changes() -> WatchFlags {
         | WatchFlags::ONLYDIR
 }
 
-/// A directory that is to be watched, too, and was not met before.
+/// Adds a directory that is not watched yet.
 fn below(
     path: &Path,
     rel: &str,
