@@ -84,13 +84,23 @@ function dial(transport: Transport = 'auto', hasWebTransport = true): { done: Pr
   quic = [];
   tcp = [];
   const endpoint = { url: 'https://example.com:1/udpack', socketUrl: 'wss://example.com:2/udpack', hashes: [] };
-  const done = dialFirst(endpoint, { transport, clock, channels: 64, make: FakeWebSocket }, controller.signal);
+  const done = dialFirst(() => endpoint, { transport, clock, channels: 64, make: FakeWebSocket, random: () => 0, kept: {} }, controller.signal);
   let how = 'waits';
   done.then(({ via }) => (how = `${via}`), (error: Error) => (how = error.message));
   return { done, controller, how: () => how };
 }
 
-afterEach(() => void Reflect.deleteProperty(globalThis, 'WebTransport'));
+const kept = new Map<string, string>();
+const localStorage = {
+  getItem: (key: string) => kept.get(key) ?? null,
+  setItem: (key: string, value: string) => void kept.set(key, value),
+  removeItem: (key: string) => void kept.delete(key),
+};
+
+afterEach(() => {
+  for (const name of ['WebTransport', 'localStorage']) Reflect.deleteProperty(globalThis, name);
+  kept.clear();
+});
 
 test('WebTransport that stands within 300 ms is taken, and no WebSocket is made', async () => {
   const { how } = dial();
@@ -162,6 +172,44 @@ test('one transport alone is taken alone', async () => {
   quic[0]?.fail(new Error('no way'));
   await settle();
   assert.equal(other.how(), 'not connected: connection_lost: no way');
+});
+
+test('for a day after a WebSocket was first both begin at once; WebTransport that is first ends that', async () => {
+  Object.assign(globalThis, { localStorage });
+  const first = dial();
+  await clock.advance(300);
+  await settle();
+  tcp[0]?.stand();
+  await settle();
+  assert.equal(first.how(), 'wss');
+  assert.deepEqual([...kept.keys()], ['udpack-wss https://example.com:1/udpack']);
+
+  const second = dial();
+  await settle();
+  assert.deepEqual([quic.length, tcp.length], [1, 1]);
+  quic[0]?.stand();
+  await settle();
+  assert.equal(second.how(), 'webtransport');
+  assert.equal(kept.size, 0);
+
+  for (const [value, sockets] of [[Date.now() - 86_400_001, 0], [Date.now() - 86_000_000, 1], [Date.now() + 86_500_000, 0], ['nonsense', 0]] as const) {
+    kept.set('udpack-wss https://example.com:1/udpack', `${value}`);
+    const { controller } = dial();
+    await settle();
+    assert.equal(tcp.length, sockets, `${value}`);
+    controller.abort();
+    await clock.advance(3000);
+  }
+});
+
+test('a page that may not keep anything connects as before', async () => {
+  Object.defineProperty(globalThis, 'localStorage', { configurable: true, get: () => { throw new Error('denied'); } });
+  const { how } = dial();
+  await clock.advance(300);
+  await settle();
+  tcp[0]?.stand();
+  await settle();
+  assert.equal(how(), 'wss');
 });
 
 test('who gives up leaves nothing behind', async () => {

@@ -118,6 +118,39 @@ test('10,000 messages each way from WebTransport to a WebSocket and back: none l
   await page.close();
 });
 
+test('a socket over a WebSocket goes back to WebTransport by itself once UDP passes, amidst messages that go on', { skip }, async (t) => {
+  t.after(() => (udp.silent = false));
+  udp.silent = true;
+  const page = await pages.open();
+  await page.exposeFunction('mend', () => void (udp.silent = false));
+  const got = await page.evaluate(async (endpoint) => {
+    const { connect } = await import('/udpack.js' as string);
+    const { mend } = globalThis as unknown as { mend(): Promise<void> };
+    const socket = await connect(endpoint);
+    const first = [socket.transport, Object.keys(localStorage).length];
+    const { sessionId } = socket;
+    const echo = await socket.open('echo');
+    let back = false;
+    socket.on('state', ({ state, resumed }: { state: string; resumed?: boolean }) => {
+      back ||= state === 'connected' && resumed === true && socket.transport === 'webtransport';
+    });
+    await mend();
+    let wrong = 0;
+    let count = 0;
+    for (let left = 100; left > 0; left -= back ? 1 : 0, count += 1) {
+      await echo.send('n', count);
+      if ((await echo.receive()).data !== count) wrong += 1;
+      await new Promise((resolve) => setTimeout(resolve, 1));
+    }
+    const last = [socket.transport, Object.keys(localStorage).length];
+    const isSame = sessionId === socket.sessionId;
+    await socket.close();
+    return { first, last, wrong, isSame };
+  }, endpoint());
+  assert.deepEqual(got, { first: ['wss', 1], last: ['webtransport', 0], wrong: 0, isSame: true });
+  await page.close();
+});
+
 test('a browser without WebTransport uploads by a WebSocket, and its other channels are not held up', { skip }, async () => {
   const page = await pages.open();
   const size = 24 << 20;

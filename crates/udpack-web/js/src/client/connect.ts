@@ -57,7 +57,11 @@ export interface ConnectOptions {
    * page that may come back gives its connection up and has the server keep the session; one that will not ends it.
    */
   page?: EventTarget | null;
-  /** `auto` unless given: WebTransport, and a WebSocket where it fails or takes more than 300 ms. Each reconnect chooses again. */
+  /**
+   * `auto` unless given: WebTransport, and a WebSocket where it fails or takes more than 300 ms. Each reconnect chooses again. A socket
+   * that runs over a WebSocket looks for UDP after 5 s and, ever more rarely, each 5 minutes, and goes over with nothing lost or doubled:
+   * by the states `reconnecting` and `connected`, and only while all its channels are resumable.
+   */
   transport?: Transport;
   /** With `url`: where the server takes WebSockets, if that is not `url` itself. They cannot be told `hashes`. */
   socketUrl?: string;
@@ -124,18 +128,18 @@ export async function connect(options: ConnectOptions = {}): Promise<Socket> {
 function serversOf(options: ConnectOptions, clock: Clock): ((signal: AbortSignal) => Promise<Connection>)[] {
   const { url, socketUrl, hashes = [], dial, transport = 'auto' } = options;
   const known = hashes.map(hashOf);
-  const choice = { transport, clock, channels: options.limits?.channels ?? CHANNELS, make: options.WebSocket };
-  const by = (endpoint: Endpoint, signal: AbortSignal): Promise<Connection> =>
-    dial ? dial(endpoint.url, signal) : dialFirst(endpoint, choice, signal);
+  const choice = { transport, clock, channels: options.limits?.channels ?? CHANNELS, make: options.WebSocket, random: options.random ?? Math.random, kept: {} };
+  const by = async (find: (signal: AbortSignal) => Endpoint | Promise<Endpoint>, signal: AbortSignal): Promise<Connection> =>
+    dial ? dial((await find(signal)).url, signal) : dialFirst(find, choice, signal);
   if (url !== undefined) {
     const urls = typeof url === 'string' ? [url] : url;
     if (urls.length === 0) {
       throw new UsageError('connect needs a URL');
     }
-    return urls.map((each) => (signal) => by({ url: each, socketUrl: socketUrl ?? socketAt(each), hashes: known }, signal));
+    return urls.map((each) => (signal) => by(() => ({ url: each, socketUrl: socketUrl ?? socketAt(each), hashes: known }), signal));
   }
   const address = options.discover ?? '/.well-known/udpack.json';
-  return [async (signal) => by(await discover(address, signal), signal)];
+  return [(signal) => by((until) => discover(address, until), signal)];
 }
 
 function accept(handlers: Readonly<Record<string, (channel: Channel) => unknown>>, channel: Channel): CloseReason | undefined {

@@ -8,7 +8,7 @@ import { Emitter } from '../base/emitter.js';
 import { ClosedError, ConnectError, WireError } from '../base/errors.js';
 import { type Channel, internals } from '../channel/channel.js';
 import { type History } from '../channel/history.js';
-import { type Connection, ConnectionEnd } from '../transport/transport.js';
+import { type Connection, ConnectionEnd, type Mover } from '../transport/transport.js';
 import { CloseReason, Code, sendable } from '../wire/codes.js';
 import {
   decodeAck,
@@ -87,6 +87,8 @@ export class Session extends Emitter<SessionEvents> {
   private dialling: AbortController | undefined;
   private hurry = false;
   private asleep = false;
+  /** A better connection than the one that was left for it. */
+  private better: Connection | undefined;
   private turn: { at: number; goAway: GoAway; stop: Stop } | undefined;
 
   constructor(options: SessionOptions) {
@@ -198,7 +200,9 @@ export class Session extends Emitter<SessionEvents> {
     const abort = (): void => controller.abort();
     signal?.addEventListener('abort', abort);
     try {
-      const dialled = this.options.dial(controller.signal);
+      const { better } = this;
+      this.better = undefined;
+      const dialled = better ? Promise.resolve(better) : this.options.dial(controller.signal);
       const connection = await within(clock, connectMs, dialled, () => {
         controller.abort();
         void dialled.then((late) => late.close(Code.NORMAL, '')).catch(() => {});
@@ -263,6 +267,7 @@ export class Session extends Emitter<SessionEvents> {
   }
 
   private finish(reason: CloseReason): void {
+    this.better?.close(Code.NORMAL, '');
     this.channels.abandon(reason);
     this.volatiles.end();
     this.change({ state: 'closed', reason });
@@ -334,11 +339,31 @@ export class Session extends Emitter<SessionEvents> {
         ended(reason);
       }
     });
+    const left = new AbortController();
+    connection.seek?.(this.moverFrom(connection), left.signal);
     const outcome = await over.promise;
+    left.abort();
     this.wishes.wake();
     connection.close(Code.NORMAL, '');
     this.turn?.stop();
     return outcome;
+  }
+
+  private moverFrom(connection: Connection): Mover {
+    return {
+      // Not amidst a close or a move to another server, and not while a channel would end with the connection.
+      mayMove: () =>
+        this.link?.connection === connection &&
+        this.now.state === 'connected' &&
+        this.ticket !== undefined &&
+        this.options.reconnect !== undefined &&
+        this.wish === undefined &&
+        this.channels.all.every(({ resumable }) => resumable),
+      moveTo: (better) => {
+        this.better = better;
+        connection.close(Code.SUPERSEDED, 'the session goes on over another transport');
+      },
+    };
   }
 
   /** Reads the control stream. Gives the reason to end the connection, or nothing when that has ended. */
@@ -486,7 +511,7 @@ export class Session extends Emitter<SessionEvents> {
       if (attempt > policy.attempts || left <= 0) {
         return reason;
       }
-      const wait = moved && attempt === 1 ? 0 : Math.min(left, Math.max(delay(policy, attempt, random), turn - clock.now()));
+      const wait = (moved || this.better) && attempt === 1 ? 0 : Math.min(left, Math.max(delay(policy, attempt, random), turn - clock.now()));
       this.change({ state: 'reconnecting', attempt, retryInMs: wait, reason });
       await this.pause(wait);
       if (this.wish) {

@@ -3,11 +3,14 @@
 import { type Clock, within } from '../base/async.js';
 import { ConnectError } from '../base/errors.js';
 import { CloseReason, Code } from '../wire/codes.js';
-import { type MakeSocket } from './mux/index.js';
+import { type Kept, type MakeSocket } from './mux/index.js';
 import { type Connection, ConnectionEnd, StreamEnd } from './transport.js';
 import { dialWebTransport } from './webtransport.js';
 
-/** `auto` begins with WebTransport and tries a WebSocket 300 ms later, or as soon as WebTransport has failed; the first that stands is taken. */
+/**
+ * `auto` begins with WebTransport and tries a WebSocket 300 ms later, or as soon as WebTransport has failed; the first that stands is taken.
+ * For a day after a WebSocket was first, both begin at once.
+ */
 export type Transport = 'auto' | 'webtransport' | 'wss';
 
 /** Where a server is. */
@@ -26,13 +29,34 @@ export interface Choice {
   readonly channels: number;
   /** Makes WebSockets, where the global one does not. */
   readonly make: MakeSocket | undefined;
+  /** From 0 to 1, without 1. */
+  readonly random: () => number;
+  /** Of one client, over all its connections. */
+  readonly kept: Kept;
 }
 
 const HEAD_START_MS = 300;
+const DAY_MS = 86_400_000;
 
-/** Makes a connection. Rejects with `ConnectError`. */
-export async function dialFirst({ url, socketUrl, hashes }: Endpoint, choice: Choice, signal: AbortSignal): Promise<Connection> {
-  const { transport, clock } = choice;
+/** What a page has, and a Worker has not. */
+export interface Keeping {
+  readonly localStorage: { getItem(key: string): string | null; setItem(key: string, value: string): void; removeItem(key: string): void };
+}
+
+/** Whether a WebSocket was first, of late. */
+function wasSocket(key: string): boolean {
+  try {
+    return Math.abs(Date.now() - Number((globalThis as unknown as Keeping).localStorage.getItem(key))) < DAY_MS;
+  } catch {
+    return false;
+  }
+}
+
+/** Makes a connection to where the server is found. Rejects with `ConnectError`. */
+export async function dialFirst(find: (signal: AbortSignal) => Endpoint | Promise<Endpoint>, choice: Choice, signal: AbortSignal): Promise<Connection> {
+  const { transport, clock, kept } = choice;
+  const { url, socketUrl, hashes } = await find(signal);
+  const key = `udpack-wss ${url}`;
   const other = new AbortController();
   const abort = (): void => other.abort();
   signal.addEventListener('abort', abort);
@@ -43,8 +67,9 @@ export async function dialFirst({ url, socketUrl, hashes }: Endpoint, choice: Ch
       if (transport === 'webtransport') {
         return await first;
       }
-      const stands = await within(clock, HEAD_START_MS, first, () => undefined).catch(() => {});
+      const stands = wasSocket(key) ? undefined : await within(clock, HEAD_START_MS, first, () => undefined).catch(() => {});
       if (stands) {
+        kept.probes?.lasts(stands, clock);
         return stands;
       }
     }
@@ -58,7 +83,12 @@ export async function dialFirst({ url, socketUrl, hashes }: Endpoint, choice: Ch
       throw new ConnectError(new CloseReason(Code.CONNECTION_LOST, `${error}`, 'transport'));
     }
     const classes = { CloseReason, Code, ConnectError, ConnectionEnd, StreamEnd };
-    return await mux.race(first, { ...choice, url: socketUrl, classes }, other.signal);
+    const back = async (until: AbortSignal): Promise<Connection> => {
+      // A renewal of the certificate changes the hashes.
+      const { url, hashes } = await find(until);
+      return dialWebTransport(url, until, { clock, hashes });
+    };
+    return await mux.race(first, { ...choice, url: socketUrl, classes, key, back: typeof WebTransport === 'undefined' ? undefined : back }, other.signal);
   } finally {
     // What has not stood by now is given up unseen.
     signal.removeEventListener('abort', abort);

@@ -47,10 +47,20 @@ export class ConnectionEnd extends Error {
   }
 }
 
+/** A session that can go on over another connection. */
+export interface Mover {
+  /** Whether it would lose nothing now. */
+  mayMove(): boolean;
+  /** Leaves its connection for a better one, which it introduces itself on. */
+  moveTo(better: Connection): void;
+}
+
 /** One connection to a peer. */
 export interface Connection {
   /** What carries it, if it says so. */
   readonly via?: 'webtransport' | 'wss';
+  /** Where there is a better transport that does not work now: looks for it, and moves the session there, until the signal. */
+  readonly seek?: ((mover: Mover, signal: AbortSignal) => void) | undefined;
   /** Waits for the peer's permission for another stream. A higher priority is sent first, where the transport can. */
   openBidi(priority?: number): Promise<BidiStream>;
   /** The next stream that the peer opened; `null` when the connection is over. */

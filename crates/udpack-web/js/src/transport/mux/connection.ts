@@ -5,7 +5,7 @@
  */
 
 import { type Clock, Deferred, Signal, type Stop } from '../../base/async.js';
-import { type BidiStream, type ByteReceiver, type ByteSender, type Connection } from '../transport.js';
+import { type BidiStream, type ByteReceiver, type ByteSender, type Connection, type Mover } from '../transport.js';
 import { type CloseReason } from '../../wire/codes.js';
 import { type Classes } from './classes.js';
 import { type Link, Receiving, Sending } from './streams.js';
@@ -82,6 +82,7 @@ interface Halves {
 
 export class MuxConnection implements Connection, Link {
   readonly via = 'wss';
+  seek: ((mover: Mover, signal: AbortSignal) => void) | undefined;
   readonly classes: Classes;
   readonly closed: Promise<CloseReason>;
   /** Resolves when the peer has said what it permits. */

@@ -3,20 +3,27 @@
 import { type ConnectError } from '../../base/errors.js';
 import { type CloseReason } from '../../wire/codes.js';
 import { type Connection } from '../transport.js';
+import { lookForUdp, Probes, remember, type WayBack } from './back.js';
 import { type MuxSettings, MuxConnection, type Socket } from './connection.js';
 
 /** What makes a WebSocket: that of the browser, or another. */
 export type MakeSocket = new (url: string, protocol: string) => Socket;
 
-export interface Way extends MuxSettings {
+export interface Way extends WayBack {
   readonly url: string;
   readonly make: MakeSocket | undefined;
+  /** What a client keeps from one connection to the next. */
+  readonly kept: Kept;
+}
+
+export interface Kept {
+  probes?: Probes;
 }
 
 const SUBPROTOCOL = 'qmux-02.udpack-1';
 
 /** Makes a connection over a WebSocket. Rejects with `ConnectError`. */
-export async function dialWebSocket(way: Way, signal: AbortSignal): Promise<Connection> {
+export async function dialWebSocket(way: MuxSettings & Pick<Way, 'url' | 'make'>, signal: AbortSignal): Promise<MuxConnection> {
   const { CloseReason, Code, ConnectError } = way.classes;
   const Make = way.make ?? (globalThis as { WebSocket?: MakeSocket }).WebSocket;
   if (!Make) {
@@ -52,11 +59,18 @@ export async function race(first: Promise<Connection> | undefined, way: Way, sig
   if (!first) {
     return socket;
   }
+  const probes = (way.kept.probes ??= new Probes());
   let won: Connection | undefined;
   const take = (connection: Connection): void => {
     won ??= connection;
     if (won !== connection) {
       connection.close(Code.NORMAL, '');
+    } else if (connection instanceof MuxConnection) {
+      remember(way.key, true);
+      connection.seek = way.back && ((mover, until) => void lookForUdp(way, probes, mover, until));
+    } else {
+      remember(way.key, false);
+      probes.lasts(connection, way.clock);
     }
   };
   first.then(take, () => {});
