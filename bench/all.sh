@@ -58,6 +58,7 @@ part() {
     browser)
       script node bench/browser/streams.mjs --bin "$bin" --rounds "$rounds" --results "$results"
       script node bench/browser/peers.mjs --bin "$bin" --rounds "$rounds" --results "$results"
+      script node bench/browser/latency.mjs --bin "$bin" --results "$results"
       script bench/browser/wan.sh
       ;;
     document) "$bench" document "$results" || failed=1 ;;
