@@ -22,6 +22,7 @@ pub(crate) struct Target {
     /// The key to expect; `None` where an authority vouches for the server.
     pin: Option<Fingerprint>,
     client: Client,
+    proxy: Option<Proxy>,
     /// Where servers that need TCP are remembered.
     remembered: Remembered,
     /// The file that holds no key, where none was given.
@@ -86,8 +87,9 @@ impl Target {
         if let Some(pin) = pin {
             client = client.pin(pin);
         }
-        if let Some(proxy) = proxy(args)? {
-            client = client.proxy(proxy);
+        let proxy = proxy(args)?;
+        if let Some(proxy) = &proxy {
+            client = client.proxy(proxy.clone());
         }
         if let Some(dir) = &args.qlog {
             client = client.qlog(qlog_dir(dir)?);
@@ -105,6 +107,7 @@ impl Target {
             url,
             pin,
             client,
+            proxy,
             remembered,
             no_key,
             no_token,
@@ -153,6 +156,12 @@ impl Target {
 
     pub(crate) fn client(&self) -> &Client {
         &self.client
+    }
+
+    /// The proxy that the way over TCP leads through.
+    pub(crate) fn proxy(&self) -> Option<&Proxy> {
+        let proxy = self.proxy.as_ref();
+        proxy.filter(|proxy| proxy.is_for(self.url.host()))
     }
 
     /// Whether anything gave a key to expect.

@@ -4,11 +4,11 @@ mod common;
 #[path = "../../udpack/tests/common/namespaces.rs"]
 mod namespaces;
 
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::Command;
 
-use common::{Exited, Server, client, exited, quiet, workdir};
+use common::{Exited, Running, Server, client, exited, has_program, quiet, until, workdir};
 use namespaces::{Host, Hosts};
 use serde_json::Value;
 use udpack::{Channel, Deny, Hello, Identity, Peer};
@@ -150,6 +150,69 @@ fn no_udp_and_a_server_that_takes_websockets() {
     assert_eq!(put.code, 0, "{put:?}");
     assert!(put.stderr.contains("connected over TCP"), "{put:?}");
     assert!(put.stdout.starts_with("file  8  "), "{put:?}");
+}
+
+/// Only the way through the proxy is open, and only the proxy knows the name.
+#[test]
+fn a_proxy_is_the_only_way_out() {
+    if !has_program("tinyproxy", "-v") {
+        return;
+    }
+    let Some(hosts) = Hosts::new() else { return };
+    let server = serve(&hosts);
+    let dir = workdir();
+    let config = "Port 3128\nListen 10.203.0.2\nTimeout 600\nMaxClients 20\nLogLevel Connect\n\
+                  BasicAuth anna secret\nConnectPort 4433\n";
+    std::fs::write(dir.path().join("proxy.conf"), config).expect("written");
+    let mut proxy = on(&hosts.server, "tinyproxy", dir.path());
+    let mut proxy = Running::spawn(proxy.args(["-d", "-c", "proxy.conf"]));
+    until("the proxy listens", || {
+        assert!(!proxy.has_ended(), "{:?}", proxy.exited());
+        let reached = hosts
+            .client
+            .run(|| TcpStream::connect("10.203.0.2:3128").is_ok());
+        reached.join().expect("no panic")
+    });
+    hosts.server.nft("iifname eth0 meta l4proto udp", "drop");
+    hosts.server.nft("iifname eth0 tcp dport != 3128", "drop");
+    let by = |password: &str, args: &[&str]| {
+        let dir = workdir();
+        let mut command = on(
+            &hosts.client,
+            env!("CARGO_BIN_EXE_udpack-client"),
+            dir.path(),
+        );
+        let proxy = format!("http://anna:{password}@10.203.0.2:3128");
+        command
+            .env("UDPACK_URL", server.url())
+            .env("https_proxy", proxy);
+        exited(command.arg("doctor").args(args))
+    };
+    let out = by("secret", &[]);
+    assert_eq!(out.code, 0, "{out:?}");
+    for said in [
+        "  wss    through 10.203.0.2:3128: the expected server, ",
+        "session  let in; 20 pings, ",
+        "cause    the server does not answer over UDP: sessions go over TCP, through the proxy 10.203.0.2:3128",
+    ] {
+        assert!(out.stdout.contains(said), "{said}: {out:?}");
+    }
+    let (report, code) = report(&by("wrong", &["--json"]));
+    assert_eq!(
+        (report["cause"].as_str(), code),
+        (Some("proxy"), 5),
+        "{report}"
+    );
+    assert_eq!(
+        report["through_proxy"]["wss"]["status"], "failed",
+        "{report}"
+    );
+    let text = report["text"].as_str().expect("a text");
+    assert!(
+        text.contains("does not accept the user and password"),
+        "{text}"
+    );
+    assert!(!report.to_string().contains("wrong"), "{report}");
 }
 
 #[test]

@@ -18,6 +18,8 @@ enum Does {
     /// Leads to the server at this address, whatever was asked for.
     Lead(SocketAddr),
     Say(&'static str),
+    /// Says headers without end.
+    Talk,
     /// Says nothing.
     Wait,
 }
@@ -67,6 +69,12 @@ async fn serve(mut stream: TcpStream, does: Does, asked: Arc<Mutex<Vec<String>>>
         Does::Say(answer) => {
             stream.write_all(answer.as_bytes()).await.unwrap();
             stream.shutdown().await.unwrap();
+        }
+        Does::Talk => {
+            let begin = b"HTTP/1.1 200 Connection established\r\n";
+            stream.write_all(begin).await.unwrap();
+            // The client has heard enough at some time.
+            while stream.write_all(b"X-More: of the same\r\n").await.is_ok() {}
         }
         Does::Wait => std::future::pending().await,
     }
@@ -166,6 +174,18 @@ async fn what_the_proxy_answers_instead_is_told() {
                 Does::Say("HTTP/1.1 502 x\r\n\r\n"),
                 "",
                 "does not lead to the server: it answers 502",
+                true,
+            ),
+            (
+                Does::Say("HTTP/1.1 200 x\r\n\r\nand more"),
+                "",
+                "does not lead to the server: it says more than its answer",
+                true,
+            ),
+            (
+                Does::Talk,
+                "",
+                "does not lead to the server: its answer is too long",
                 true,
             ),
             (

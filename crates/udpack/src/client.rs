@@ -245,15 +245,33 @@ impl Client {
             way,
             pause: Duration::ZERO,
         };
-        let (conn, endpoint) = self.dial(attempt, url.server_name()).await?;
-        let shaken = Handshake {
-            took: begun.elapsed(),
-            rtt: conn.rtt(),
-            valid: conn.certificate().and_then(|der| dates(&der)),
+        let reached = self.dial(attempt, url.server_name()).await?;
+        Ok(leave(begun, reached).await)
+    }
+
+    /// The same over a WebSocket through the client's proxy, which resolves the name. `None`: there is no proxy for this
+    /// server. It ends when the proxy or the server does not answer within [`Timeouts::handshake`].
+    ///
+    /// # Errors
+    /// See [`ConnectError`].
+    ///
+    /// # Cancel safety
+    /// A dropped future closes what it had begun.
+    pub async fn handshake_through_proxy(
+        &self,
+        host: &str,
+        port: u16,
+    ) -> Option<Result<Handshake, ConnectError>> {
+        let proxy = self.inner.proxy.as_ref();
+        let proxy = proxy.filter(|proxy| proxy.is_for(host))?;
+        let Ok(url) = ConnectUrl::new(host, port) else {
+            return Some(Err(ConnectError::Address(host.to_owned())));
         };
-        conn.close(CloseCode::NORMAL, "only a handshake");
-        let _ = tokio::time::timeout(FAREWELL, endpoint.wait_idle()).await;
-        Ok(shaken)
+        let begun = Instant::now();
+        Some(match self.dial_through(&url, proxy).await {
+            Ok(reached) => Ok(leave(begun, reached).await),
+            Err(error) => Err(error),
+        })
     }
 
     /// The requested server, then the fallbacks.
@@ -733,6 +751,18 @@ fn ticket(session: &Session) -> Option<ResumeTicket> {
 }
 
 /// Waits for the server's answer to a client that resumes.
+/// What was seen of a connection that was made for that alone, and closes it.
+async fn leave(begun: Instant, (conn, endpoint): Reached) -> Handshake {
+    let shaken = Handshake {
+        took: begun.elapsed(),
+        rtt: conn.rtt(),
+        valid: conn.certificate().and_then(|der| dates(&der)),
+    };
+    conn.close(CloseCode::NORMAL, "only a handshake");
+    let _ = tokio::time::timeout(FAREWELL, endpoint.wait_idle()).await;
+    shaken
+}
+
 async fn welcomed(
     session: &Session,
     mut established: Established,

@@ -29,6 +29,8 @@ struct Report {
     session: Option<Session>,
     /// The environment variables that name a proxy, without passwords.
     proxies: Vec<(&'static str, String)>,
+    /// The way over TCP, where that leads through a proxy.
+    through: Option<Through>,
     /// This machine's clock, in seconds since 1970.
     clock: i64,
 }
@@ -64,6 +66,14 @@ enum Reach {
     /// This machine's packet filter blocks it.
     Forbidden,
     Silent(Duration),
+}
+
+/// A handshake over a WebSocket, through a proxy.
+#[derive(Debug, Clone)]
+struct Through {
+    /// `HOST:PORT`.
+    proxy: String,
+    wss: Tls,
 }
 
 /// Measured round trips.

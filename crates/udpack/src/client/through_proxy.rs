@@ -21,7 +21,7 @@ impl Client {
     ) -> Result<Reached, ConnectError> {
         let begin = |way, pause| Attempt {
             // Neither has one yet.
-            address: SocketAddr::from((Ipv4Addr::UNSPECIFIED, proxy.port())),
+            address: unknown(proxy),
             way,
             pause,
         };
@@ -37,17 +37,16 @@ impl Client {
                     let over = (TransportChoice::Quic, false);
                     self.dial_any(url, race::in_turn(found, last, over)).await
                 }
-                Way::WebSocket => self.dial_through(url, proxy, attempt.address).await,
+                Way::WebSocket => self.dial_through(url, proxy).await,
             }
         });
         raced.await.map_err(|errors| without_lookup(url, errors))
     }
 
-    async fn dial_through(
+    pub(super) async fn dial_through(
         &self,
         url: &ConnectUrl,
         proxy: &Proxy,
-        unknown: SocketAddr,
     ) -> Result<Reached, ConnectError> {
         let server = (url.host(), url.port());
         let dialled = self
@@ -55,8 +54,15 @@ impl Client {
             .dialer
             .dial_through(proxy, server, url.server_name());
         let dialled = dialled.await;
-        dialled.map_err(|(address, error)| self.dial_error(address.unwrap_or(unknown), error))
+        dialled.map_err(|(address, error)| {
+            self.dial_error(address.unwrap_or_else(|| unknown(proxy)), error)
+        })
     }
+}
+
+/// In place of an address that only the proxy knows.
+fn unknown(proxy: &Proxy) -> SocketAddr {
+    SocketAddr::from((Ipv4Addr::UNSPECIFIED, proxy.port()))
 }
 
 /// Why neither way leads to the server. That its name is not known here is no fault where the proxy resolves it.

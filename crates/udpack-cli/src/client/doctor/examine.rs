@@ -9,9 +9,9 @@ use futures_util::future::join_all;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use udpack::probe::{Answer, Probe};
-use udpack::{CloseCode, ConnectError, TransportChoice};
+use udpack::{CloseCode, ConnectError, Handshake, TransportChoice};
 
-use super::{Address, Dns, Path, Reach, Report, Session, Tls, Trips};
+use super::{Address, Dns, Path, Reach, Report, Session, Through, Tls, Trips};
 use crate::hub::PING;
 use crate::target::Target;
 use crate::value::Value;
@@ -66,12 +66,28 @@ pub(super) async fn all(target: &Target) -> Report {
     }
     found.truncate(MOST);
     let looked_at = found.into_iter().map(|at| address(target, at));
-    report.addresses = join_all(looked_at).await;
-    let greeted = |at: &Address| matches!(at.tls, Tls::Done { .. });
-    if report.token && report.addresses.iter().any(greeted) {
+    (report.addresses, report.through) = tokio::join!(join_all(looked_at), through(target));
+    let done = |tls: &Tls| matches!(tls, Tls::Done { .. });
+    let greeted = report.addresses.iter().any(|at| done(&at.tls));
+    let by_proxy = report.through.as_ref().is_some_and(|way| done(&way.wss));
+    if report.token && (greeted || by_proxy) {
         report.session = Some(session(target).await);
     }
     report
+}
+
+/// Tries the way through the proxy, if it leads through one.
+async fn through(target: &Target) -> Option<Through> {
+    let proxy = target.proxy()?.to_string();
+    let url = target.url();
+    let made = target
+        .client()
+        .handshake_through_proxy(url.host(), url.port());
+    let wss = match timeout(TCP, made).await {
+        Ok(made) => seen(target, made?),
+        Err(_) => Tls::Failed(format!("no answer within {TCP:?}")),
+    };
+    Some(Through { proxy, wss })
 }
 
 /// Probes one address with all transports.
@@ -200,7 +216,11 @@ async fn handshake(target: &Target, address: SocketAddr, over: TransportChoice) 
     let made = target
         .client()
         .handshake(address, target.url().host(), over);
-    match made.await {
+    seen(target, made.await)
+}
+
+fn seen(target: &Target, made: Result<Handshake, ConnectError>) -> Tls {
+    match made {
         Ok(done) => Tls::Done {
             took: done.took,
             valid: done.valid,

@@ -67,6 +67,10 @@ pub(super) fn lines(report: &Report, verdict: &Verdict) -> Vec<String> {
             false => format!("{}; QUIC goes past it", proxies.join(" ")),
         },
     );
+    if let Some(through) = &report.through {
+        let said = tls_text(&through.wss);
+        line("  wss", format!("through {}: {said}", through.proxy));
+    }
     line("clock", clock(report));
     line("cause", verdict.cause.clone());
     lines
@@ -189,6 +193,10 @@ pub(super) fn json(report: &Report, verdict: &Verdict) -> Value {
             Session::Failed(text) => json!({ "status": "failed", "text": text }),
         }),
         "proxy": proxies,
+        "through_proxy": report.through.as_ref().map(|through| json!({
+            "proxy": through.proxy,
+            "wss": tls_json(&through.wss),
+        })),
         "clock": {
             "here": when::utc(report.clock),
             "certificate_from": valid.map(|(from, _)| when::utc(from)),

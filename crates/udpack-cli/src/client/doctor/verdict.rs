@@ -12,12 +12,14 @@ const LOSSY: f64 = 0.03;
 pub(super) fn of(report: &Report) -> Verdict {
     if let Some(error) = &report.dns.error {
         let cause = format!("the name does not resolve: {error}");
-        return broken("dns", Kind::Network, cause);
+        return by_proxy(report, "the name does not resolve here")
+            .unwrap_or_else(|| broken("dns", Kind::Network, cause));
     }
     let answering = |address: &&Address| matches!(address.udp, Reach::Answered(_));
     let answering: Vec<_> = report.addresses.iter().filter(answering).collect();
     if answering.is_empty() {
-        return unreachable(report);
+        let verdict = by_proxy(report, "the server does not answer over UDP");
+        return verdict.unwrap_or_else(|| unreachable(report));
     }
     if let Some(verdict) = answering.iter().find_map(|address| clock(report, address)) {
         return verdict;
@@ -29,10 +31,7 @@ pub(super) fn of(report: &Report) -> Verdict {
         return verdict;
     }
     match &report.session {
-        Some(Session::Refused(text)) => {
-            let cause = format!("the server does not let us in: {text}");
-            return broken("token", Kind::Auth, cause);
-        }
+        Some(Session::Refused(text)) => return refused(text),
         Some(Session::Failed(text)) => {
             let cause = format!("the server answers, but the session failed: {text}");
             return broken("session", Kind::Network, cause);
@@ -56,6 +55,32 @@ fn works(name: &'static str, cause: String) -> Verdict {
         cause,
         kind: None,
     }
+}
+
+/// What becomes of sessions that go over TCP through a proxy, because of `why`; `None` without one.
+fn by_proxy(report: &Report, why: &str) -> Option<Verdict> {
+    let through = report.through.as_ref()?;
+    let proxy = &through.proxy;
+    let broken = |kind, text: &str| {
+        let cause = format!("{why}, and the proxy {proxy} does not lead to it: {text}");
+        broken("proxy", kind, cause)
+    };
+    Some(match (&through.wss, &report.session) {
+        (Tls::OtherKey(key), _) => broken(Kind::Auth, &format!("another key: {key}")),
+        (Tls::Untrusted { text, .. }, _) => broken(Kind::Auth, text),
+        (Tls::Failed(text), _) => broken(Kind::Network, text),
+        (_, Some(Session::Refused(text))) => return Some(refused(text)),
+        (_, Some(Session::Failed(text))) => broken(Kind::Network, text),
+        (Tls::Done { .. } | Tls::Not, _) => {
+            let cause = format!("{why}: sessions go over TCP, through the proxy {proxy}");
+            works("proxy", cause)
+        }
+    })
+}
+
+fn refused(text: &str) -> Verdict {
+    let cause = format!("the server does not let us in: {text}");
+    broken("token", Kind::Auth, cause)
 }
 
 /// No server answers over UDP. Returns the most specific reason.
@@ -201,7 +226,7 @@ fn slow(report: &Report, answering: &[&Address]) -> Verdict {
 mod tests {
     use std::time::Duration;
 
-    use super::super::{Dns, Path, Trips};
+    use super::super::{Dns, Path, Through, Trips};
     use super::*;
 
     const MS: Duration = Duration::from_millis(10);
@@ -336,6 +361,47 @@ mod tests {
         );
         let verdict = verdict(&[good(), mute(Reach::Silent(MS))]);
         assert_eq!((verdict.name, verdict.kind), ("address", None));
+    }
+
+    #[test]
+    fn a_proxy_counts_where_udp_does_not_pass() {
+        let done = || Tls::Done {
+            took: MS,
+            valid: None,
+        };
+        let through = |wss| {
+            Some(Through {
+                proxy: "10.0.0.1:3128".to_owned(),
+                wss,
+            })
+        };
+        let mut mute = report(&[mute(Reach::Silent(MS))]);
+        mute.through = through(done());
+        let found = of(&mute);
+        assert_eq!((found.name, found.kind), ("proxy", None));
+        assert!(
+            found.cause.contains("through the proxy 10.0.0.1:3128"),
+            "{}",
+            found.cause
+        );
+        mute.session = Some(Session::Refused("no".to_owned()));
+        assert_eq!(of(&mute).name, "token");
+        mute.session = None;
+        mute.through = through(Tls::Failed("it answers 502".to_owned()));
+        let found = of(&mute);
+        assert_eq!((found.name, found.kind), ("proxy", Some(Kind::Network)));
+        assert!(found.cause.contains("it answers 502"), "{}", found.cause);
+        mute.through = through(Tls::OtherKey("sha256:00".to_owned()));
+        assert_eq!(of(&mute).kind, Some(Kind::Auth));
+        // A name that only the proxy can resolve.
+        let mut unnamed = report(&[]);
+        unnamed.dns.error = Some("no such name".to_owned());
+        unnamed.through = through(done());
+        assert_eq!((of(&unnamed).name, of(&unnamed).kind), ("proxy", None));
+        // Where UDP passes it does not matter.
+        let mut good = report(&[good()]);
+        good.through = through(Tls::Failed("nobody".to_owned()));
+        assert_eq!(of(&good).name, "ok");
     }
 
     #[test]
