@@ -89,12 +89,42 @@ pub enum NatsError {
 #[derive(Default)]
 struct Desk {
     queued: AtomicUsize,
-    wanted: Mutex<HashSet<Topic>>,
+    wanted: Mutex<Wanted>,
     /// `wanted` is not what the broker knows.
     changed: AtomicBool,
     work: Notify,
     news: Mutex<News>,
     told: Notify,
+}
+
+/// The topics to be subscribed to, and those of which that has changed since the writer looked: it looks at no others, for there
+/// are many.
+#[derive(Default)]
+struct Wanted {
+    topics: HashSet<Topic>,
+    changed: HashSet<Topic>,
+}
+
+impl Wanted {
+    fn want(&mut self, topic: Topic) {
+        if self.topics.insert(topic) {
+            self.changed.insert(topic);
+        }
+    }
+
+    fn leave(&mut self, topic: Topic) {
+        if self.topics.remove(&topic) {
+            self.changed.insert(topic);
+        }
+    }
+
+    /// The topics that have changed, and whether each is wanted now.
+    fn changes(&mut self) -> Vec<(Topic, bool)> {
+        let changed = std::mem::take(&mut self.changed).into_iter();
+        changed
+            .map(|topic| (topic, self.topics.contains(&topic)))
+            .collect()
+    }
 }
 
 /// What is to be told before the next message.
@@ -234,12 +264,12 @@ impl Cluster for Nats {
     }
 
     fn subscribe(&self, topic: Topic) {
-        lock(&self.desk.wanted).insert(topic);
+        lock(&self.desk.wanted).want(topic);
         self.desk.change();
     }
 
     fn unsubscribe(&self, topic: Topic) {
-        lock(&self.desk.wanted).remove(&topic);
+        lock(&self.desk.wanted).leave(topic);
         self.desk.change();
     }
 
@@ -336,19 +366,15 @@ impl Writer {
         let _ = tokio::time::timeout(FLUSH, self.client.flush()).await;
     }
 
-    /// Subscribes to what is wanted, and to nothing else.
+    /// Subscribes to what is wanted now and was not, and ends what is wanted no more.
     async fn subscribe(&mut self) {
-        let wanted = lock(&self.desk.wanted).clone();
-        self.subscribed.retain(|topic, reader| {
-            let keep = wanted.contains(topic);
-            if !keep {
+        let changes = lock(&self.desk.wanted).changes();
+        while self.readers.try_join_next().is_some() {}
+        for (topic, wanted) in changes {
+            if !wanted && let Some(reader) = self.subscribed.remove(&topic) {
                 reader.abort();
             }
-            keep
-        });
-        while self.readers.try_join_next().is_some() {}
-        for topic in wanted {
-            if self.subscribed.contains_key(&topic) {
+            if !wanted || self.subscribed.contains_key(&topic) {
                 continue;
             }
             let subject = format!("{}.{topic}", self.namespace);
@@ -371,6 +397,29 @@ impl Writer {
             });
             self.subscribed.insert(topic, reader);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_writer_looks_at_what_has_changed_and_at_nothing_else() {
+        let topic = |n: u32| Topic::room(&n.to_string());
+        let mut wanted = Wanted::default();
+        (0..65_536).for_each(|n| wanted.want(topic(n)));
+        assert_eq!(wanted.changes().len(), 65_536);
+        assert_eq!(wanted.changes(), []);
+        wanted.want(topic(7));
+        wanted.leave(topic(70_000));
+        assert_eq!(wanted.changes(), [], "nothing is new");
+        wanted.leave(topic(7));
+        assert_eq!(wanted.changes(), [(topic(7), false)]);
+        wanted.want(topic(7));
+        wanted.leave(topic(7));
+        wanted.want(topic(7));
+        assert_eq!(wanted.changes(), [(topic(7), true)], "as it is in the end");
     }
 }
 
