@@ -173,6 +173,7 @@ impl Client {
                 policy,
                 serving,
                 won: BTreeMap::from([(serving, remote)]),
+                told: None,
                 since: Instant::now(),
                 flaps: 0,
                 probes: Probes::default(),
@@ -268,7 +269,7 @@ impl Client {
             return Some(Err(ConnectError::Address(host.to_owned())));
         };
         let begun = Instant::now();
-        Some(match self.dial_through(&url, proxy).await {
+        Some(match self.dial_through(Goal::of(&url), proxy).await {
             Ok(reached) => Ok(leave(begun, reached).await),
             Err(error) => Err(error),
         })
@@ -287,7 +288,7 @@ impl Client {
     async fn reach_any(&self, url: &ConnectUrl) -> Result<(Established, usize), ConnectError> {
         let mut errors = Vec::new();
         for (at, (url, client)) in self.servers(url).enumerate() {
-            match client.reach(url, None, None).await {
+            match client.reach(Goal::of(url), None, (None, true)).await {
                 Ok(established) => return Ok((established, at)),
                 Err(error) => errors.push((url.authority(), error)),
             }
@@ -302,29 +303,32 @@ impl Client {
     }
 
     /// Connects to the address of the server that answers first, and sends `$hello` there. The address `last` is
-    /// tried first.
+    /// tried first. `follows`: the server may tell where the session is.
     async fn reach(
         &self,
-        url: &ConnectUrl,
+        goal: Goal<'_>,
         ticket: Option<ResumeTicket>,
-        last: Option<SocketAddr>,
+        (last, follows): (Option<SocketAddr>, bool),
     ) -> Result<Established, ConnectError> {
+        let url = goal.at;
         let token = self.new_token().await?;
         let last = last.or(self.first);
         let proxy = self.inner.proxy.as_ref();
         let proxy = proxy.filter(|proxy| proxy.is_for(url.host()));
         let (conn, endpoint) = match proxy {
             Some(proxy) if self.over != TransportChoice::Quic => {
-                self.dial_beside_proxy(url, last, proxy).await?
+                self.dial_beside_proxy(goal, last, proxy).await?
             }
             _ => {
                 let over = (self.over, self.inner.won.was_websocket(url));
                 let found = self.lookup(url).await?;
-                self.dial_any(url, race::in_turn(found, last, over)).await?
+                self.dial_any(goal, race::in_turn(found, last, over))
+                    .await?
             }
         };
         let why = self.inner.won.note(url, self.over, &conn);
-        self.introduce((conn, endpoint), why, &token, ticket).await
+        self.introduce((conn, endpoint), why, &token, (ticket, follows))
+            .await
     }
 
     /// The addresses of a server.
@@ -348,10 +352,10 @@ impl Client {
     /// only its own attempt. After a success the other attempts are dropped before they send `$hello`.
     async fn dial_any(
         &self,
-        url: &ConnectUrl,
+        Goal { name, at: url }: Goal<'_>,
         attempts: Vec<Attempt>,
     ) -> Result<(Connection, Endpoint), ConnectError> {
-        let raced = race::race(attempts, |attempt| self.dial(attempt, url.server_name()));
+        let raced = race::race(attempts, |attempt| self.dial(attempt, name.server_name()));
         let errors = match raced.await {
             Ok(reached) => return Ok(reached),
             Err(errors) => without_repeats(errors),
@@ -394,16 +398,16 @@ impl Client {
         (conn, endpoint): Reached,
         why: TransportReason,
         token: &str,
-        ticket: Option<ResumeTicket>,
+        (ticket, follows): (Option<ResumeTicket>, bool),
     ) -> Result<Established, ConnectError> {
         let settings = &self.inner;
         let opened = conn.open_bi().await;
         let (mut send, recv) = opened.map_err(|error| ConnectError::Denied(error.reason()))?;
         let resume = (settings.reconnect.is_some() || ticket.is_some())
             .then_some(ResumeRequest { session: ticket });
-        let hello =
-            control::encode_hello(token, &settings.agent, &settings.limits, resume.as_ref())
-                .map_err(|_| ConnectError::Setting(InvalidSetting("the token cannot be sent")))?;
+        let (agent, limits) = (&settings.agent, &settings.limits);
+        let hello = control::encode_hello(token, agent, limits, resume.as_ref(), follows)
+            .map_err(|_| ConnectError::Setting(InvalidSetting("the token cannot be sent")))?;
         send.set_priority(i32::MAX);
         send.write(hello).await.map_err(|error| {
             ConnectError::Denied(match error {
@@ -516,6 +520,22 @@ fn without_repeats(errors: Vec<(Attempt, ConnectError)>) -> Vec<(Attempt, Connec
         .collect()
 }
 
+/// Where to go, and who must be there.
+#[derive(Clone, Copy)]
+struct Goal<'a> {
+    /// Whom the certificate must name, if not the pin decides.
+    name: &'a ConnectUrl,
+    /// Where to go.
+    at: &'a ConnectUrl,
+}
+
+impl<'a> Goal<'a> {
+    /// A server that the client was told of by its own program.
+    fn of(url: &'a ConnectUrl) -> Self {
+        Self { name: url, at: url }
+    }
+}
+
 /// The servers that were reached by a WebSocket, and when.
 #[derive(Default)]
 struct Won(Mutex<HashMap<String, Instant>>);
@@ -594,6 +614,8 @@ pub(crate) struct Dialler {
     serving: usize,
     /// The address at which each server answered last.
     won: BTreeMap<usize, SocketAddr>,
+    /// The address that a server has told, while the session is there.
+    told: Option<ConnectUrl>,
     /// When the connection began, and how many connections in a row did not last.
     since: Instant,
     flaps: u32,
@@ -659,6 +681,8 @@ impl Dialler {
         let lost = Instant::now().into_std();
         self.stop_probing(session);
         let moved = matches!(left, Left::Moved);
+        // How often the client still asks where its session is.
+        let mut detours = DETOURS;
         if let Left::For(reached) = left {
             match self.move_to_quic(session, *reached).await {
                 Ok(established) => return Ok(established),
@@ -667,13 +691,16 @@ impl Dialler {
         }
         let servers = 1 + self.client.inner.fallbacks.len();
         let mut begin = self.serving;
-        // After a server's `$goaway` the client has already waited until its turn.
         let mut wait = Duration::ZERO;
-        if moved {
+        if let Some(leaving) = session.departure.forget() {
             begin += 1;
-        } else if let Some(leaving) = session.departure.forget() {
-            begin += 1;
-            wait = leaving.turn.saturating_duration_since(Instant::now());
+            // The session ends with its server, and another may not have heard of that yet.
+            detours = 1;
+            self.told = leaving.goaway.address.as_deref().and_then(ConnectUrl::bare);
+            // A client that has left has waited until its turn already.
+            if !moved {
+                wait = leaving.turn.saturating_duration_since(Instant::now());
+            }
         }
         self.flaps = if self.since.elapsed() < LASTING {
             self.flaps.saturating_add(1)
@@ -683,6 +710,7 @@ impl Dialler {
         let mut outage = Outage::after(self.flaps);
         // The result of the last attempt at each server.
         let mut said = BTreeMap::new();
+        let (mut told_tries, mut turn) = (0, 0);
         loop {
             let Some((attempt, delay)) = outage.next(&self.policy) else {
                 return Err(of_all(reason, said));
@@ -700,31 +728,139 @@ impl Dialler {
                 since: lost,
             });
             tokio::time::sleep(delay.min(outage.left(&self.policy))).await;
-            // Each server twice, beginning with the one that has this session.
-            let at = (begin + (attempt as usize - 1) / 2) % servers;
-            let Some((url, client)) = self.client.servers(&self.url).nth(at) else {
-                return Err(reason);
+            // First twice where a server has told it to go, then each server twice, beginning with the one that has this
+            // session.
+            let told = self.told.take_if(|_| told_tries >= TOLD_TRIES);
+            if let Some(gone) = told {
+                tracing::info!(
+                    address = gone.authority(),
+                    "not found where it was told to be"
+                );
+            }
+            let server = match &self.told {
+                Some(_) => {
+                    told_tries += 1;
+                    None
+                }
+                None => {
+                    turn += 1;
+                    Some((begin + (turn - 1) / 2) % servers)
+                }
             };
-            match client
-                .come_back(session, url, self.won.get(&at).copied())
-                .await
-            {
+            let came = match (server, self.told.clone()) {
+                (Some(at), _) => self.come_back(session, at, detours > 0).await,
+                (None, Some(node)) => self.come_to(session, &node, detours > 0).await,
+                (None, None) => return Err(reason),
+            };
+            let (came, server) = match came {
+                Err(error) if let (Some(_), Some(node)) = (server, elsewhere(&error)) => {
+                    detours = detours.saturating_sub(1);
+                    tracing::info!(address = node.authority(), "the session is there");
+                    let came = self.come_to(session, &node, true).await;
+                    self.told = Some(node);
+                    (came, None)
+                }
+                came => (came, server),
+            };
+            let error = match came {
                 Ok(established) => {
-                    self.won.insert(at, established.conn.remote_address());
+                    if let Some(at) = server {
+                        self.won.insert(at, established.conn.remote_address());
+                        self.serving = at;
+                    }
                     self.since = Instant::now();
-                    self.serving = at;
                     return Ok(established);
                 }
-                Err(error) => {
-                    let now = broken(&error);
-                    if !error.retry() {
-                        return Err(now);
-                    }
-                    said.insert(at, (url.authority(), now.text.clone()));
-                    reason = now;
+                Err(error) => error,
+            };
+            let now = broken(&error);
+            if now.code == CloseCode::ELSEWHERE {
+                // That was no place, or another one than the server before had told.
+                (self.told, detours) = (None, 0);
+            } else if !error.retry() {
+                match server {
+                    Some(_) => return Err(now),
+                    // Somebody else is there: the servers that the program knows decide.
+                    None => (self.told, detours) = (None, 0),
                 }
             }
+            let name = match server {
+                Some(at) => self.client.servers(&self.url).nth(at),
+                None => None,
+            };
+            let name = name.map_or_else(
+                || "the address that it was told".to_owned(),
+                |(url, _)| url.authority(),
+            );
+            said.insert(server.unwrap_or(servers), (name, now.text.clone()));
+            reason = now;
         }
+    }
+
+    /// Connects to a server that the program knows.
+    async fn come_back(
+        &mut self,
+        session: &Session,
+        at: usize,
+        follows: bool,
+    ) -> Result<Established, ConnectError> {
+        let server = self.client.servers(&self.url).nth(at);
+        let (url, client) = server.unwrap_or((&self.url, &self.client));
+        let last = self.won.get(&at).copied();
+        client
+            .come_back(session, Goal::of(url), (last, follows))
+            .await
+    }
+
+    /// Connects to the address that a server has told. Who is there must be a server that the program knows at this address, or
+    /// prove to be the one that the client was connected to.
+    async fn come_to(
+        &mut self,
+        session: &Session,
+        node: &ConnectUrl,
+        follows: bool,
+    ) -> Result<Established, ConnectError> {
+        let (name, client) = self.whom(node);
+        let goal = Goal { name, at: node };
+        client.come_back(session, goal, (None, follows)).await
+    }
+
+    /// Who must be at this address, and the settings to connect to it.
+    fn whom(&self, node: &ConnectUrl) -> (&ConnectUrl, &Client) {
+        let mut servers = self.client.servers(&self.url);
+        let known = servers.find(|(url, _)| url.authority() == node.authority());
+        let known = known.or_else(|| self.client.servers(&self.url).nth(self.serving));
+        known.unwrap_or((&self.url, &self.client))
+    }
+
+    /// Where the session is, who must be there, and the settings to connect to it.
+    fn here(&self) -> (Goal<'_>, &Client) {
+        let server = self.client.servers(&self.url).nth(self.serving);
+        let (url, client) = server.unwrap_or((&self.url, &self.client));
+        match &self.told {
+            Some(node) => {
+                let (name, client) = self.whom(node);
+                (Goal { name, at: node }, client)
+            }
+            None => (Goal::of(url), client),
+        }
+    }
+}
+
+/// How often a client goes to an address that it was told, before it asks elsewhere.
+const TOLD_TRIES: u32 = 2;
+/// How often a client that comes back asks where its session is, and goes there.
+const DETOURS: u32 = 3;
+
+/// Where the session is instead, if the server said so.
+fn elsewhere(error: &ConnectError) -> Option<ConnectUrl> {
+    match error {
+        ConnectError::Denied(reason)
+            if reason.code == CloseCode::ELSEWHERE && reason.by == Side::Peer =>
+        {
+            ConnectUrl::bare(&reason.text)
+        }
+        _ => None,
     }
 }
 
@@ -733,10 +869,10 @@ impl Client {
     async fn come_back(
         &self,
         session: &Session,
-        url: &ConnectUrl,
-        last: Option<SocketAddr>,
+        goal: Goal<'_>,
+        last: (Option<SocketAddr>, bool),
     ) -> Result<Established, ConnectError> {
-        let established = self.reach(url, ticket(session), last).await?;
+        let established = self.reach(goal, ticket(session), last).await?;
         welcomed(session, established).await
     }
 }
@@ -907,7 +1043,9 @@ impl ClientBuilder {
 
     /// Adds a server to use when the requested one, and those added before, cannot be reached or shut down:
     /// `HOST[:PORT]`, and its key if it differs (otherwise the client's pin, or the platform's CAs). A session does
-    /// not move between servers: another server creates a new one.
+    /// not move between servers: another server creates a new one, or tells where the session is if both are nodes of a cluster.
+    /// The client goes there, to any address, if the server there has the key or the name of the one it was connected to, or is
+    /// one of those added here.
     pub fn fallback(mut self, address: impl Into<String>, pin: Option<Fingerprint>) -> Self {
         self.fallbacks.push((address.into(), pin));
         self
@@ -1341,7 +1479,7 @@ mod tests {
         };
         let attempts = race::in_turn(vec![muted, unbound], None, (TransportChoice::Quic, false));
         let url = ConnectUrl::new("name", 1).unwrap();
-        let reached = client.dial_any(&url, attempts).await;
+        let reached = client.dial_any(Goal::of(&url), attempts).await;
         let error = reached.expect_err("nobody is there");
         let text = format!(
             "no address of name works: no answer from {muted}; cannot dial {unbound}: connection refused"

@@ -31,7 +31,7 @@ use crate::cluster::wire::AROUND;
 use crate::metrics::speed::{Counters, SpeedMeter, Stats};
 use crate::metrics::{Counts, Metrics};
 use crate::serve::everywhere::Sockets as AllSockets;
-use crate::serve::node::{About, ClusterView, Node};
+use crate::serve::node::{About, ClusterView, Node, Spread};
 use crate::serve::rooms::Rooms;
 use crate::session::driver::{Awaited, Comeback, Established};
 use crate::session::lifetime::{Authorize, Guard};
@@ -386,8 +386,11 @@ impl Server {
             sockets.all()
         };
         let slot = drain.spread / u32::try_from(sockets.len().max(1)).unwrap_or(u32::MAX);
+        let mut nodes = shared.service.rooms.node().map(|node| node.spread());
         for (turn, socket) in (0..).zip(&sockets) {
-            socket.send_goaway(shutting_down(slot.saturating_mul(turn), slot));
+            let follows = socket.session().follows();
+            let address = nodes.as_mut().filter(|_| follows).and_then(Spread::next);
+            socket.send_goaway(shutting_down(slot.saturating_mul(turn), slot, address));
         }
         for socket in sockets.iter().filter(|socket| !socket.session().is_up()) {
             // Its client could not reconnect to receive a later close.
@@ -580,8 +583,12 @@ impl ServerBuilder {
         self
     }
 
-    /// How other nodes of the cluster show this server, and where clients reach it (`HOST:PORT`). At most 256 bytes each.
-    /// Both default to nothing.
+    /// How other nodes of the cluster show this server, and where clients reach it, and it alone (`HOST:PORT`). At most 256 bytes
+    /// each. Both default to nothing.
+    ///
+    /// With an address, clients that come back to another node are told to go to this one when it has their session, and those of
+    /// a node that [drains](Server::run_until) are spread over the nodes that have one. What is no `HOST:PORT` is shown and told to
+    /// nobody.
     pub fn advertise(mut self, name: impl Into<String>, address: impl Into<String>) -> Self {
         self.about = About {
             name: name.into(),
@@ -754,12 +761,13 @@ async fn resolve(address: impl ToSocketAddrs) -> Result<SocketAddr, BindError> {
 }
 
 /// The message of a drain: a client reconnects after this time plus a random part of the window.
-fn shutting_down(retry_after: Duration, window: Duration) -> GoAway {
+fn shutting_down(retry_after: Duration, window: Duration, address: Option<String>) -> GoAway {
     GoAway {
         code: CloseCode::SHUTTING_DOWN,
         text: SHUTTING_DOWN.to_owned(),
         retry_after,
         window,
+        address,
     }
 }
 

@@ -17,7 +17,7 @@ pub(crate) mod volatile;
 use std::any::Any;
 use std::fmt;
 use std::ops::Deref;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
@@ -187,6 +187,8 @@ struct Admission {
     changed: Notify,
     /// The name and version of the peer's program, on a server.
     agent: OnceLock<String>,
+    /// Whether the client goes to another address when this server tells it one.
+    follows: AtomicBool,
 }
 
 impl Admission {
@@ -196,6 +198,7 @@ impl Admission {
             welcome: RwLock::default(),
             changed: Notify::new(),
             agent: OnceLock::new(),
+            follows: AtomicBool::new(false),
         }
     }
 
@@ -465,6 +468,15 @@ impl Session {
 
     pub(crate) fn set_agent(&self, agent: String) {
         let _ = self.admission.agent.set(agent);
+    }
+
+    /// At a server: whether the client goes to another address when it is told one.
+    pub(crate) fn follows(&self) -> bool {
+        self.admission.follows.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_follows(&self) {
+        self.admission.follows.store(true, Ordering::Relaxed);
     }
 
     pub(crate) fn id(&self) -> SessionId {

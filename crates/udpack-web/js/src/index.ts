@@ -18,7 +18,6 @@ export type { History, ReadFields } from './channel/history.js';
 export { Message } from './channel/message.js';
 export type { DataOf, EventMap, ItemOf, ReplyOf } from './channel/types.js';
 export { connect, type ConnectOptions } from './client/connect.js';
-export { type PresenceDiff, type PresenceEntry, PresenceMap } from './client/presence.js';
 export { type OpenOptions, Socket, type SocketEvents } from './client/socket.js';
 export type { Reconnect, SocketState } from './session/state.js';
 export type { VolatileMessage } from './session/volatile.js';

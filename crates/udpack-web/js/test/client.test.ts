@@ -2,7 +2,7 @@
 
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
-import { connect, type ConnectOptions, ConnectError, ClosedError, Code, EncodeError, Fault, PresenceMap, RefreshError, type Socket, TimeoutError, UsageError, Timestamp } from '../src/index.js';
+import { connect, type ConnectOptions, ConnectError, ClosedError, Code, EncodeError, Fault, RefreshError, type Socket, TimeoutError, UsageError, Timestamp } from '../src/index.js';
 import type { Channel, Message, SocketState } from '../src/index.js';
 import { FakeClock, settle } from './clock.js';
 import { FakeServer, frame, type ServerChannel, TOKEN } from './server.js';
@@ -598,21 +598,6 @@ test('a server that goes away is left in order for another connection', async ()
   assert.deepEqual(states, ['goingAway', 'reconnecting', 'connected']);
   assert.equal(server.links.length, 2);
   assert.equal((await (await socket.open('echo')).request('x', 5)), 5);
-});
-
-test('presence is kept by room', () => {
-  const map = new PresenceMap<string>('lobby');
-  const entry = (peer: string, session: string, meta: string) => ({ peer, session, meta });
-  assert.equal(map.apply({ event: 'said', data: null }), undefined);
-  assert.equal(map.apply({ event: 'presence_state', data: { room: 'other', entries: [] } }), undefined);
-  const state = map.apply({ event: 'presence_state', data: { room: 'lobby', entries: [entry('bob', '2', 'here'), entry('alice', '1', 'away')] } });
-  assert.equal(state?.joins.length, 2);
-  assert.deepEqual(map.peers, ['alice', 'bob']);
-  const diff = map.apply({ event: 'presence_diff', data: { room: 'lobby', joins: [entry('bob', '3', 'phone')], leaves: [entry('alice', '1', 'away')] } });
-  assert.deepEqual([diff?.joins.length, diff?.leaves.length], [1, 1]);
-  assert.deepEqual(map.metas('bob'), ['here', 'phone']);
-  const again = map.apply({ event: 'presence_state', data: { room: 'lobby', entries: [entry('bob', '3', 'phone')] } });
-  assert.deepEqual([again?.joins.length, again?.leaves.length], [0, 1]);
 });
 
 test('what cannot be sent is refused at once', async () => {

@@ -12,7 +12,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::client::race;
-use crate::client::{Client, ConnectError, Dialler, TransportChoice, ticket, welcomed};
+use crate::client::{Client, ConnectError, Dialler, Goal, TransportChoice, ticket, welcomed};
 use crate::session::Session;
 use crate::session::driver::{Established, Reached};
 use crate::session::reconnect::Probes;
@@ -32,12 +32,10 @@ impl Dialler {
                 if self.client.over != TransportChoice::Auto || !over_tcp {
                     return Poll::Pending;
                 }
-                let Some((url, client)) = self.client.servers(&self.url).nth(self.serving) else {
-                    return Poll::Pending;
-                };
-                let at = session.conn().remote_address();
+                let (Goal { name, at }, client) = self.here();
+                let last = session.conn().remote_address();
                 let looking = look(
-                    (client.clone(), url.clone(), at),
+                    (client.clone(), name.clone(), at.clone(), last),
                     session.clone(),
                     self.probes.wait(),
                 );
@@ -69,14 +67,16 @@ impl Dialler {
         session: &Session,
         (conn, endpoint): Reached,
     ) -> Result<Established, ConnectError> {
-        let server = self.client.servers(&self.url).nth(self.serving);
-        let (url, client) = server.unwrap_or((&self.url, &self.client));
+        let (goal, client) = self.here();
         let token = client.new_token().await?;
-        let why = client.inner.won.note(url, client.over, &conn);
-        let introduced = client.introduce((conn, endpoint), why, &token, ticket(session));
+        let why = client.inner.won.note(goal.at, client.over, &conn);
+        let ticket = (ticket(session), true);
+        let introduced = client.introduce((conn, endpoint), why, &token, ticket);
         let established = welcomed(session, introduced.await?).await?;
-        self.won
-            .insert(self.serving, established.conn.remote_address());
+        if self.told.is_none() {
+            self.won
+                .insert(self.serving, established.conn.remote_address());
+        }
         self.since = Instant::now();
         Ok(established)
     }
@@ -84,7 +84,7 @@ impl Dialler {
 
 /// Waits, and tries to connect over QUIC then, if the session could go over.
 async fn look(
-    (client, url, at): (Client, ConnectUrl, SocketAddr),
+    (client, name, at, last): (Client, ConnectUrl, ConnectUrl, SocketAddr),
     session: Arc<Session>,
     wait: Duration,
 ) -> Option<Box<Reached>> {
@@ -92,9 +92,13 @@ async fn look(
     if !session.can_change() {
         return None;
     }
-    let found = client.inner.dialer.lookup(url.host(), url.port()).await;
-    let attempts = race::in_turn(found.ok()?, Some(at), (TransportChoice::Quic, false));
-    let reached = client.dial_any(&url, attempts).await;
+    let found = client.inner.dialer.lookup(at.host(), at.port()).await;
+    let attempts = race::in_turn(found.ok()?, Some(last), (TransportChoice::Quic, false));
+    let goal = Goal {
+        name: &name,
+        at: &at,
+    };
+    let reached = client.dial_any(goal, attempts).await;
     if let Err(error) = &reached {
         tracing::debug!(%error, "UDP does not pass yet");
     }

@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use crate::client::race::{self, Attempt, LATER, Way};
-use crate::client::{Client, ConnectError, TransportChoice};
+use crate::client::{Client, ConnectError, Goal, TransportChoice};
 use crate::session::driver::Reached;
 use crate::transport::proxy::Proxy;
 use crate::trust::url::ConnectUrl;
@@ -15,10 +15,11 @@ impl Client {
     /// tried first.
     pub(super) async fn dial_beside_proxy(
         &self,
-        url: &ConnectUrl,
+        goal: Goal<'_>,
         last: Option<SocketAddr>,
         proxy: &Proxy,
     ) -> Result<Reached, ConnectError> {
+        let url = goal.at;
         let begin = |way, pause| Attempt {
             // Neither has one yet.
             address: unknown(proxy),
@@ -35,9 +36,9 @@ impl Client {
                 Way::Quic => {
                     let found = self.lookup(url).await?;
                     let over = (TransportChoice::Quic, false);
-                    self.dial_any(url, race::in_turn(found, last, over)).await
+                    self.dial_any(goal, race::in_turn(found, last, over)).await
                 }
-                Way::WebSocket => self.dial_through(url, proxy).await,
+                Way::WebSocket => self.dial_through(goal, proxy).await,
             }
         });
         raced.await.map_err(|errors| without_lookup(url, errors))
@@ -45,14 +46,14 @@ impl Client {
 
     pub(super) async fn dial_through(
         &self,
-        url: &ConnectUrl,
+        Goal { name, at }: Goal<'_>,
         proxy: &Proxy,
     ) -> Result<Reached, ConnectError> {
-        let server = (url.host(), url.port());
+        let server = (at.host(), at.port());
         let dialled = self
             .inner
             .dialer
-            .dial_through(proxy, server, url.server_name());
+            .dial_through(proxy, server, name.server_name());
         let dialled = dialled.await;
         dialled.map_err(|(address, error)| {
             self.dial_error(address.unwrap_or_else(|| unknown(proxy)), error)

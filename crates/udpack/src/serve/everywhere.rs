@@ -243,6 +243,20 @@ impl Drop for Asked<'_> {
     }
 }
 
+impl ClusterView {
+    /// What operators call these nodes: their names, or their ids where they have none or are not known.
+    pub fn names(&self, nodes: &[NodeId]) -> Vec<String> {
+        let known = self.nodes();
+        let name = |id: &NodeId| {
+            let node = known.iter().find(|node| node.id == *id);
+            let name = node.map(|node| node.name.clone());
+            name.filter(|name| !name.is_empty())
+                .unwrap_or_else(|| id.to_string())
+        };
+        nodes.iter().map(name).collect()
+    }
+}
+
 /// Questions to all nodes. Each waits at most `within` for the other nodes, and not at all if there are none.
 ///
 /// # Cancel safety

@@ -7,9 +7,11 @@
 //! Order of locks: that of the rooms' table, then the topics, then one topic's `seen` or `out`. None of them is held
 //! while a room's own locks are taken.
 
+mod homes;
+
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
@@ -31,6 +33,8 @@ use crate::serve::presence::Change;
 use crate::serve::rooms::{Directory, Room, Rooms};
 use crate::wire::message::encode_data;
 use crate::wire::msgpack::{Fields, validate};
+
+pub(crate) use self::homes::Spread;
 
 /// The interval of the node's timer.
 const TICK: Duration = Duration::from_secs(1);
@@ -78,6 +82,9 @@ pub(crate) struct Node {
     down: AtomicBool,
     /// Set when messages of other nodes were lost here: in the next tick they are asked for their numbers.
     behind: AtomicBool,
+    /// Rooms with members here, and their members, as of the last tick.
+    rooms: AtomicU64,
+    members: AtomicU64,
     /// The ticks for which the queue to the broker still counts as full.
     full: AtomicU32,
     state: watch::Sender<ClusterState>,
@@ -98,6 +105,10 @@ struct Other {
     name: String,
     address: String,
     sockets: u64,
+    rooms: u64,
+    members: u64,
+    draining: bool,
+    degraded: bool,
 }
 
 /// One topic: that of a room, with or without members on this node.
@@ -169,6 +180,8 @@ impl Node {
             draining: AtomicBool::new(false),
             down: AtomicBool::new(false),
             behind: AtomicBool::new(false),
+            rooms: AtomicU64::new(0),
+            members: AtomicU64::new(0),
             full: AtomicU32::new(0),
             state: watch::Sender::new(ClusterState::Connected),
             counts,
@@ -340,9 +353,10 @@ impl Node {
         }
     }
 
-    /// From now on, sessions that leave may connect to another node.
+    /// From now on, sessions that leave may connect to another node, and no client is sent to this one.
     pub(crate) fn drain(&self) {
         self.draining.store(true, Ordering::Relaxed);
+        self.beat();
     }
 
     /// Answers a node that asks for a room.
@@ -384,6 +398,10 @@ impl Node {
             name: &self.about.name,
             address: &self.about.address,
             sockets: self.counts.get(Count::Sockets),
+            rooms: self.rooms.load(Ordering::Relaxed),
+            members: self.members.load(Ordering::Relaxed),
+            draining: self.draining.load(Ordering::Relaxed),
+            degraded: *self.state.borrow() == ClusterState::Degraded,
         };
         if let Ok(body) = encode_data(&beat) {
             let beat = wire::beat(&self.head(0, 0), &body);
@@ -555,6 +573,10 @@ impl Node {
                 name: String::new(),
                 address: String::new(),
                 sockets: 0,
+                rooms: 0,
+                members: 0,
+                draining: false,
+                degraded: false,
             }
         });
         other.heard = now;
@@ -576,18 +598,11 @@ impl Node {
     }
 
     fn beaten(&self, id: NodeId, body: &[u8]) {
-        let read = || {
-            validate(body).ok()?;
-            let fields = Fields::parse(body).ok()?;
-            let name = printable_within(fields.str("name").ok()?, ABOUT);
-            let address = printable_within(fields.str("address").ok()?, ABOUT);
-            Some((name, address, fields.u64("sockets").ok()?))
-        };
-        let Some((name, address, sockets)) = read() else {
-            return self.ignored(&"a node says about itself what cannot be read");
-        };
-        if let Some(other) = lock(&self.others).get_mut(&id) {
-            (other.name, other.address, other.sockets) = (name, address, sockets);
+        let mut others = lock(&self.others);
+        let told = others.get_mut(&id).map(|other| other.read(body).is_some());
+        drop(others);
+        if told == Some(false) {
+            self.ignored(&"a node says about itself what cannot be read");
         }
     }
 
@@ -666,6 +681,7 @@ impl Node {
         }
         let (lost, left) = self.watch();
         let topics = self.all();
+        let (mut rooms, mut members) = (0, 0);
         for shared in &topics {
             let (room, told) = {
                 let mut seen = lock(&shared.seen);
@@ -683,6 +699,9 @@ impl Node {
             if let Some(room) = room {
                 self.missing(directory, &room, told);
                 room.desert(&lost, &left);
+                let here = room.guests().len() as u64;
+                rooms += u64::from(here > 0);
+                members += here;
             }
             let quiet = {
                 let mut out = lock(&shared.out);
@@ -693,6 +712,8 @@ impl Node {
                 self.mark(shared, shared.topic);
             }
         }
+        self.rooms.store(rooms, Ordering::Relaxed);
+        self.members.store(members, Ordering::Relaxed);
         lock(&self.topics).retain(|_, shared| {
             // No other task can take a handle meanwhile; a task that has one is about to publish.
             Arc::strong_count(shared) > 2
@@ -742,6 +763,31 @@ struct Beat<'a> {
     name: &'a str,
     address: &'a str,
     sockets: u64,
+    rooms: u64,
+    members: u64,
+    draining: bool,
+    degraded: bool,
+}
+
+impl Other {
+    /// Takes over what the node says about itself; `None`, and nothing, if that cannot be read.
+    fn read(&mut self, body: &[u8]) -> Option<()> {
+        validate(body).ok()?;
+        let fields = Fields::parse(body).ok()?;
+        let name = printable_within(fields.str("name").ok()?, ABOUT);
+        let address = printable_within(fields.str("address").ok()?, ABOUT);
+        let sockets = fields.u64("sockets").ok()?;
+        let rooms = fields.opt_u64("rooms").ok()?;
+        let members = fields.opt_u64("members").ok()?;
+        let draining = fields.opt_bool("draining").ok()?;
+        let degraded = fields.opt_bool("degraded").ok()?;
+        (self.name, self.address, self.sockets) = (name, address, sockets);
+        self.rooms = rooms.unwrap_or_default();
+        self.members = members.unwrap_or_default();
+        self.draining = draining.unwrap_or_default();
+        self.degraded = degraded.unwrap_or_default();
+        Some(())
+    }
 }
 
 /// A server's view of its cluster. A handle: clones share the view.
@@ -791,6 +837,22 @@ impl ClusterView {
         *self.states.borrow_and_update()
     }
 
+    /// This node, as it shows itself to the others. What it counts is up to a second old.
+    pub fn own(&self) -> ClusterNode {
+        let node = &*self.node;
+        ClusterNode {
+            id: node.id,
+            name: node.about.name.clone(),
+            address: node.about.address.clone(),
+            sockets: node.counts.get(Count::Sockets),
+            rooms: node.rooms.load(Ordering::Relaxed),
+            members: node.members.load(Ordering::Relaxed),
+            draining: node.draining.load(Ordering::Relaxed),
+            degraded: self.state() == ClusterState::Degraded,
+            lost: false,
+        }
+    }
+
     /// The other nodes, sorted by id: those heard within the last 10 s, and those lost in the last 10 minutes.
     pub fn nodes(&self) -> Vec<ClusterNode> {
         let others = lock(&self.node.others);
@@ -801,6 +863,10 @@ impl ClusterView {
                 name: other.name.clone(),
                 address: other.address.clone(),
                 sockets: other.sockets,
+                rooms: other.rooms,
+                members: other.members,
+                draining: other.draining,
+                degraded: other.degraded,
                 lost: other.lost,
             })
             .collect();
@@ -818,7 +884,7 @@ impl fmt::Debug for ClusterView {
     }
 }
 
-/// Another node, as it described itself last.
+/// A node, as it described itself last.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ClusterNode {
@@ -830,6 +896,14 @@ pub struct ClusterNode {
     pub address: String,
     /// Its number of sockets.
     pub sockets: u64,
+    /// How many rooms have members on it.
+    pub rooms: u64,
+    /// How many members these have on it.
+    pub members: u64,
+    /// It shuts down: its clients move to other nodes.
+    pub draining: bool,
+    /// It cannot reach the broker, or that takes less than it sends.
+    pub degraded: bool,
     /// Whether it has been silent for 10 s.
     pub lost: bool,
 }

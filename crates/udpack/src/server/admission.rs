@@ -21,6 +21,7 @@ use crate::channel::Channel;
 use crate::channel::inbox::{Ending, Inbox};
 use crate::metrics::speed::Stats;
 use crate::metrics::{Count, Counts, Words};
+use crate::serve::node::Node;
 use crate::session::driver::{Control, Established, live};
 use crate::session::lifetime;
 use crate::session::reconnect::SocketState;
@@ -220,7 +221,7 @@ async fn admit_connection(
     let (socket, queue) = Socket::new(session.clone(), shared.service.registry.pull);
     let (key, late) = place.enter(socket.clone());
     if late {
-        socket.send_goaway(shutting_down(Duration::ZERO, Duration::ZERO));
+        socket.send_goaway(shutting_down(Duration::ZERO, Duration::ZERO, None));
         drop(socket.close(CloseCode::SHUTTING_DOWN, SHUTTING_DOWN));
     }
     // The token may have been revoked after the verifier accepted it and before the revocation could find the socket.
@@ -381,6 +382,7 @@ async fn enter(
     let conn = &session.conn();
     let (frame, resume) = (hello.frame, hello.resume.clone());
     let (marks, history) = (hello.marks, hello.history);
+    let follows = hello.follows;
     let hello = Hello::new(hello, conn.remote_address(), conn.transport());
     let agent = hello.agent().to_owned();
     let peer = shared
@@ -395,7 +397,10 @@ async fn enter(
         session,
         permit,
         refused,
-    } = find(shared, session, resume.as_ref(), &peer).await?;
+    } = find(shared, session, resume.as_ref(), &peer, follows).await?;
+    if follows {
+        session.set_follows();
+    }
     let (resume, reason) = match resume {
         Some(_) if shared.timeouts.resume.is_zero() => (None, Some("off".to_owned())),
         Some(_) => (Some(grant(shared, &session)?), refused),
@@ -404,7 +409,7 @@ async fn enter(
     let back = permit.is_some();
     let id = match back {
         true => session.id(),
-        false => new_session_id().map_err(no_random)?,
+        false => new_session_id(shared.service.rooms.node()).map_err(no_random)?,
     };
     let expires = match back {
         true => lifetime::renew(&session, peer).map_err(denied)?,
@@ -463,11 +468,16 @@ struct Found {
 }
 
 /// Finds the session that the client resumes; `fresh` if there is none.
+///
+/// # Errors
+/// Also when another node has it, and the client goes there when it is told: the token is good by then, so nobody else learns
+/// where nodes are.
 async fn find(
     shared: &Shared,
     fresh: &Arc<Session>,
     resume: Option<&ResumeRequest>,
     peer: &Peer,
+    follows: bool,
 ) -> Result<Found, CloseReason> {
     let mut found = Found {
         session: fresh.clone(),
@@ -478,6 +488,10 @@ async fn find(
         match shared.come_back(ticket, peer).await? {
             Ok((kept, permit)) => (found.session, found.permit) = (kept, Some(permit)),
             Err(reason) => {
+                let node = shared.service.rooms.node().filter(|_| follows);
+                if let Some(address) = node.and_then(|node| node.home_of(&ticket.session)) {
+                    return Err(CloseReason::local(CloseCode::ELSEWHERE, address));
+                }
                 fresh.counts.word(Words::ResumesRefused, reason);
                 found.refused = Some(reason.to_owned());
             }
@@ -515,10 +529,14 @@ fn no_random(_: aws_lc_rs::error::Unspecified) -> CloseReason {
     CloseReason::local(CloseCode::INTERNAL, "no random numbers")
 }
 
-/// A random session id: 32 hexadecimal digits.
-fn new_session_id() -> Result<SessionId, aws_lc_rs::error::Unspecified> {
+/// A random session id: 32 hexadecimal digits. That of a node's session ends with the node's id, so that each node knows whose
+/// session it is.
+fn new_session_id(node: Option<&Arc<Node>>) -> Result<SessionId, aws_lc_rs::error::Unspecified> {
     let mut id = [0_u8; 16];
     aws_lc_rs::rand::fill(&mut id)?;
+    if let Some(node) = node {
+        id[8..].copy_from_slice(&node.id.0);
+    }
     let digits: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
     Ok(SessionId::new(&digits))
 }
@@ -530,7 +548,9 @@ async fn refuse(shared: &Shared, session: &Session, reason: CloseReason) {
         return;
     }
     session.counts.refused(reason.code);
-    if let Some(left_out) = shared.log_limit.line() {
+    if reason.code == CloseCode::ELSEWHERE {
+        tracing::info!(address = reason.text, "its session is on another node");
+    } else if let Some(left_out) = shared.log_limit.line() {
         tracing::warn!(%reason, left_out, "refused");
     }
     session.abort(reason);

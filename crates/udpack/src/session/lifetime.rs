@@ -612,6 +612,7 @@ async fn verify_refresh(
         resume: None,
         marks: false,
         history: false,
+        follows: false,
     };
     let verdict = guard.verify(
         Hello::new(hello, remote, session.conn().transport()),

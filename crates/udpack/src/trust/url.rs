@@ -48,6 +48,12 @@ impl ConnectUrl {
         })
     }
 
+    /// Reads what names a place and nothing else: `HOST[:PORT]`, without token and fingerprint.
+    pub(crate) fn bare(text: &str) -> Option<Self> {
+        let url = text.parse::<Self>().ok()?;
+        (!text.contains("://")).then_some(url)
+    }
+
     /// Adds the token to log in with.
     ///
     /// # Errors

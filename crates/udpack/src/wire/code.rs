@@ -100,6 +100,8 @@ codes! {
     SUPERSEDED = 0x36, "superseded", false;
     /// The client moved to another server; open the channel again.
     MOVED = 0x37, "moved", true;
+    /// The session is on another node of the server's cluster; the text is that node's address, `HOST:PORT`, and nothing else.
+    ELSEWHERE = 0x38, "elsewhere", true;
     /// Nobody serves a channel of that name.
     NO_SUCH_CHANNEL = 0x40, "no_such_channel", false;
     /// The application refused the channel.

@@ -295,6 +295,8 @@ pub struct HelloMessage {
     pub marks: bool,
     /// The client knows `$room` and `$at`.
     pub history: bool,
+    /// The client goes to another address of the cluster when it is told one.
+    pub follows: bool,
 }
 
 /// The client asks the server to keep its session for a while when the connection is lost.
@@ -358,6 +360,7 @@ impl Read for HelloMessage {
             resume,
             marks: ext.mark,
             history: ext.history,
+            follows: ext.address,
         })
     }
 }
@@ -372,6 +375,7 @@ fn ext(fields: &Fields<'_>) -> Result<Ext, Bad> {
     Ok(Ext {
         mark: has("mark"),
         history: has("history"),
+        address: has("address"),
     })
 }
 
@@ -382,6 +386,8 @@ struct Ext {
     mark: bool,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     history: bool,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    address: bool,
 }
 
 fn resume_request(resume: &Fields<'_>) -> Result<ResumeRequest, Bad> {
@@ -436,6 +442,7 @@ pub(crate) fn encode_hello(
     agent: &str,
     limits: &Limits,
     resume: Option<&ResumeRequest>,
+    follows: bool,
 ) -> Result<Bytes, EncodeError> {
     let resume = resume.map(|resume| ResumeFields {
         session: resume
@@ -459,6 +466,7 @@ pub(crate) fn encode_hello(
             ext: Ext {
                 mark: true,
                 history: true,
+                address: follows,
             },
         },
         None,
@@ -629,6 +637,7 @@ pub(crate) fn encode_welcome(
         ext: (welcome.marks || welcome.history).then_some(Ext {
             mark: welcome.marks,
             history: welcome.history,
+            address: false,
         }),
     };
     frame(ProtocolEvent::Welcome, &fields, None)
@@ -972,16 +981,25 @@ pub struct GoAway {
     pub retry_after: Duration,
     /// The time over which clients spread their reconnecting.
     pub window: Duration,
+    /// Where to connect next, as `HOST:PORT`, if the server names another node of its cluster. Cut and escaped. It is a place and
+    /// no proof: whoever is there shows the same key or name as this server, or is one that the client knows itself.
+    pub address: Option<String>,
 }
+
+/// Most bytes of an address of a node.
+pub(crate) const ADDRESS_BYTES: usize = 256;
 
 impl Read for GoAway {
     fn read(message: &Message) -> Result<Self, Bad> {
-        let fields = map(message, &["code", "text", "retry_after_ms", "window_ms"])?;
+        let keys = ["code", "text", "retry_after_ms", "window_ms", "address"];
+        let fields = map(message, &keys)?;
+        let address = fields.opt_str("address")?;
         Ok(Self {
             code: CloseCode::new(fields.u64("code")?),
             text: printable_within(fields.str("text")?, 256),
             retry_after: Duration::from_millis(fields.u64("retry_after_ms")?),
             window: Duration::from_millis(fields.u64("window_ms")?),
+            address: address.map(|address| printable_within(address, ADDRESS_BYTES)),
         })
     }
 }
@@ -992,6 +1010,8 @@ struct GoAwayFields<'a> {
     text: &'a str,
     retry_after_ms: u64,
     window_ms: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    address: Option<&'a str>,
 }
 
 pub(crate) fn encode_goaway(goaway: &GoAway) -> Option<Bytes> {
@@ -1000,6 +1020,7 @@ pub(crate) fn encode_goaway(goaway: &GoAway) -> Option<Bytes> {
         text: cut(&goaway.text, 256),
         retry_after_ms: millis(goaway.retry_after),
         window_ms: millis(goaway.window),
+        address: goaway.address.as_deref(),
     };
     frame(ProtocolEvent::GoAway, &fields, None).ok()
 }

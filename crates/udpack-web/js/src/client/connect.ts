@@ -13,7 +13,7 @@ import { type MakeSocket } from '../transport/mux/index.js';
 import { type Connection, type Dial } from '../transport/transport.js';
 import { CloseReason, Code, sendable } from '../wire/codes.js';
 import { DEFAULT_FRAME, MIN_FRAME } from '../wire/frame.js';
-import { discover, hashOf, socketAt } from './discover.js';
+import { discover, hashOf, nodeAt, socketAt } from './discover.js';
 import { follow, windowHere } from './page.js';
 import { Socket } from './socket.js';
 
@@ -95,12 +95,15 @@ export async function connect(options: ConnectOptions = {}): Promise<Socket> {
   const servers = serversOf(options, clock);
   let next = 0;
   const session = new Session({
-    dial: (signal) => {
-      const dial = servers[next % servers.length] as (signal: AbortSignal) => Promise<Connection>;
+    dial: (signal, told) => {
+      if (told !== undefined) {
+        return servers.at(told, signal);
+      }
+      const dial = servers.known[next % servers.known.length] as (signal: AbortSignal) => Promise<Connection>;
       next += 1;
       return dial(signal);
     },
-    first: servers.length,
+    first: servers.known.length,
     token: source,
     agent: sendable(options.agent ?? AGENT, 32),
     resume: options.resume ?? true,
@@ -125,21 +128,34 @@ export async function connect(options: ConnectOptions = {}): Promise<Socket> {
   return socket;
 }
 
-function serversOf(options: ConnectOptions, clock: Clock): ((signal: AbortSignal) => Promise<Connection>)[] {
+interface Servers {
+  readonly known: ((signal: AbortSignal) => Promise<Connection>)[];
+  /** Connects to an address that one of them has told. */
+  at(told: string, signal: AbortSignal): Promise<Connection>;
+}
+
+function serversOf(options: ConnectOptions, clock: Clock): Servers {
   const { url, socketUrl, hashes = [], dial, transport = 'auto' } = options;
   const known = hashes.map(hashOf);
   const choice = { transport, clock, channels: options.limits?.channels ?? CHANNELS, make: options.WebSocket, random: options.random ?? Math.random, kept: {} };
   const by = async (find: (signal: AbortSignal) => Endpoint | Promise<Endpoint>, signal: AbortSignal): Promise<Connection> =>
     dial ? dial((await find(signal)).url, signal) : dialFirst(find, choice, signal);
+  let last: Endpoint | undefined;
+  const to = (find: (signal: AbortSignal) => Endpoint | Promise<Endpoint>, signal: AbortSignal): Promise<Connection> => by(async (until) => (last = await find(until)), signal);
+  const named = url === undefined || typeof url === 'string' ? [] : url;
+  const at = (told: string, signal: AbortSignal): Promise<Connection> => {
+    const from = last as Endpoint;
+    return by(() => nodeAt(told, from, [from.url, ...named]), signal);
+  };
   if (url !== undefined) {
     const urls = typeof url === 'string' ? [url] : url;
     if (urls.length === 0) {
       throw new UsageError('connect needs a URL');
     }
-    return urls.map((each) => (signal) => by(() => ({ url: each, socketUrl: socketUrl ?? socketAt(each), hashes: known }), signal));
+    return { known: urls.map((each) => (signal) => to(() => ({ url: each, socketUrl: socketUrl ?? socketAt(each), hashes: known }), signal)), at };
   }
   const address = options.discover ?? '/.well-known/udpack.json';
-  return [(signal) => by((until) => discover(address, until), signal)];
+  return { known: [(signal) => to((until) => discover(address, until), signal)], at };
 }
 
 function accept(handlers: Readonly<Record<string, (channel: Channel) => unknown>>, channel: Channel): CloseReason | undefined {

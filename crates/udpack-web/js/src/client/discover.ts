@@ -43,6 +43,26 @@ export function socketAt(url: string): string {
   return url.replace(/^http/, 'ws');
 }
 
+/**
+ * Another node of the cluster at `HOST[:PORT]`, as `last` told it. A browser proves names alone, so without hashes the host must be
+ * that of one of `urls`, or below it.
+ *
+ * @throws {ConnectError} when the page does not go there.
+ */
+export function nodeAt(told: string, last: Endpoint, urls: readonly string[]): Endpoint {
+  const [, host, port = ':45456'] = /^([\w.-]+|\[[\da-f:.]+\])(:\d+)?$/.exec(told) ?? [];
+  const mayGo = (url: string): boolean => `.${host}`.endsWith(`.${new URL(url).hostname}`);
+  try {
+    if (host !== undefined && (last.hashes.length || urls.some(mayGo))) {
+      const url = `https://${host}${port}${new URL(last.url).pathname}`;
+      return { ...last, url, socketUrl: socketAt(url) };
+    }
+  } catch {
+    // What the program named is no whole URL.
+  }
+  throw new ConnectError(new CloseReason(Code.FORBIDDEN, 'this page does not go where it was told to', 'local'));
+}
+
 /** A SHA-256 as bytes: from base64 or 64 hexadecimal digits. Throws for anything else. */
 export function hashOf(text: string): Uint8Array {
   const bytes = /^[0-9a-fA-F]{64}$/.test(text)

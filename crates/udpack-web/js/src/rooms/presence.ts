@@ -13,6 +13,8 @@ export interface PresenceEntry<Meta = unknown> {
 export interface PresenceDiff<Meta = unknown> {
   readonly joins: PresenceEntry<Meta>[];
   readonly leaves: PresenceEntry<Meta>[];
+  /** Why all of `leaves` have left, where the server says it: `node_lost` when their server is out of reach for the others. */
+  readonly why?: string;
 }
 
 /** A server sends no more entries for one room. */
@@ -28,7 +30,7 @@ export class PresenceMap<Meta = unknown> {
 
   /** Takes a message in and says what it changed; `undefined` for one that is not about this room's presence. */
   apply(message: Pick<Message, 'event' | 'data'>): PresenceDiff<Meta> | undefined {
-    const data = message.data as { room?: unknown; entries?: unknown; joins?: unknown; leaves?: unknown } | null;
+    const data = message.data as { room?: unknown; entries?: unknown; joins?: unknown; leaves?: unknown; why?: unknown } | null;
     if (data === null || typeof data !== 'object' || data.room !== this.room) {
       return undefined;
     }
@@ -52,7 +54,7 @@ export class PresenceMap<Meta = unknown> {
       if (joins === undefined || leaves === undefined) return undefined;
       for (const entry of leaves) this.remove(entry, diff);
       for (const entry of joins) this.insert(entry, diff);
-      return diff;
+      return typeof data.why === 'string' ? { ...diff, why: data.why } : diff;
     }
     return undefined;
   }

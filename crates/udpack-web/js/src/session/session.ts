@@ -29,8 +29,8 @@ import { TokenKeeper, type TokenSource, type TokenWanted } from './token.js';
 import { Volatiles } from './volatile.js';
 
 export interface SessionOptions {
-  /** Makes a connection, each time to the next server that there is. */
-  readonly dial: (signal: AbortSignal) => Promise<Connection>;
+  /** Makes a connection: to the address that a server has told, else each time to the next server that there is. */
+  readonly dial: (signal: AbortSignal, told: string | undefined) => Promise<Connection>;
   /** How many servers the first connect tries, one after the other. */
   readonly first: number;
   readonly token: TokenSource;
@@ -70,6 +70,9 @@ const LINGER_MS = 1000;
 const SLEEPS = 'the page sleeps';
 /** Between `$close` and the end of the control stream. */
 const FIN_MS = 3000;
+/** How often a client goes to an address that it was told before it asks elsewhere, and to how many while it comes back. */
+const TOLD_TRIES = 2;
+const DETOURS = 3;
 
 export class Session extends Emitter<SessionEvents> {
   readonly channels: Channels;
@@ -84,6 +87,8 @@ export class Session extends Emitter<SessionEvents> {
   private ticket: ResumeTicket | undefined;
   private sessionId: string | undefined;
   private wish: CloseReason | undefined;
+  /** Where a server has told the session to be. */
+  private told: string | undefined;
   private dialling: AbortController | undefined;
   private hurry = false;
   private asleep = false;
@@ -192,7 +197,7 @@ export class Session extends Emitter<SessionEvents> {
   }
 
   /** One try: connect, and be let in. */
-  private async dial(wanted: TokenWanted, signal?: AbortSignal): Promise<Link> {
+  private async dial(wanted: TokenWanted, signal?: AbortSignal, follows = true): Promise<Link> {
     const { clock, connectMs } = this.options;
     signal?.throwIfAborted();
     const token = await this.fetchToken(wanted);
@@ -202,7 +207,7 @@ export class Session extends Emitter<SessionEvents> {
     try {
       const { better } = this;
       this.better = undefined;
-      const dialled = better ? Promise.resolve(better) : this.options.dial(controller.signal);
+      const dialled = better ? Promise.resolve(better) : this.options.dial(controller.signal, this.told);
       const connection = await within(clock, connectMs, dialled, () => {
         controller.abort();
         void dialled.then((late) => late.close(Code.NORMAL, '')).catch(() => {});
@@ -221,6 +226,7 @@ export class Session extends Emitter<SessionEvents> {
         ...(this.options.resume && { resume: this.ticket ? { ticket: this.ticket } : {} }),
         marks: true,
         history: this.options.history !== undefined,
+        follows,
       };
       return await admit(connection, hello, clock, connectMs);
     } catch (error) {
@@ -495,7 +501,15 @@ export class Session extends Emitter<SessionEvents> {
     const { clock, random } = this.options;
     let since = clock.now();
     const turn = moved ? since : (this.turn?.at ?? since);
+    let detours = DETOURS;
+    if (this.turn) {
+      // The session ends with its server, and another may not have heard of that yet.
+      detours = 1;
+      this.told = this.turn.goAway.address;
+    }
     this.turn = undefined;
+    let tries = 0;
+    let now = moved || this.better !== undefined;
     let reason = lost;
     for (let attempt = 1; ; attempt += 1) {
       if (this.asleep) {
@@ -511,15 +525,21 @@ export class Session extends Emitter<SessionEvents> {
       if (attempt > policy.attempts || left <= 0) {
         return reason;
       }
-      const wait = (moved || this.better) && attempt === 1 ? 0 : Math.min(left, Math.max(delay(policy, attempt, random), turn - clock.now()));
+      const wait = now ? 0 : Math.min(left, Math.max(delay(policy, attempt, random), turn - clock.now()));
       this.change({ state: 'reconnecting', attempt, retryInMs: wait, reason });
       await this.pause(wait);
       if (this.wish) {
         return this.wish;
       }
       this.dialling = new AbortController();
+      now = false;
+      if (tries >= TOLD_TRIES) {
+        this.told = undefined;
+      }
+      const { told } = this;
+      tries += told === undefined ? 0 : 1;
       try {
-        return await this.dial('reconnect', this.dialling.signal);
+        return await this.dial('reconnect', this.dialling.signal, detours > 0);
       } catch (error) {
         if (this.wish) {
           return this.wish;
@@ -527,10 +547,24 @@ export class Session extends Emitter<SessionEvents> {
         if (this.asleep) {
           continue;
         }
-        if (!(error instanceof ConnectError) || !error.retry) {
-          return error instanceof ConnectError ? error.reason : new CloseReason(Code.INTERNAL, `${error}`, 'local');
+        if (!(error instanceof ConnectError)) {
+          return new CloseReason(Code.INTERNAL, `${error}`, 'local');
         }
         reason = error.reason;
+        const elsewhere = reason.code === Code.ELSEWHERE && reason.by === 'peer';
+        if (elsewhere && told === undefined && detours > 0) {
+          this.told = reason.text;
+          tries = TOLD_TRIES - 1;
+          detours -= 1;
+          now = true;
+        } else if (elsewhere || !error.retry) {
+          if (!elsewhere && told === undefined) {
+            return reason;
+          }
+          // Somebody else is there: the servers that the program knows decide.
+          this.told = undefined;
+          detours = 0;
+        }
       }
     }
   }

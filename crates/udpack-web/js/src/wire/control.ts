@@ -32,6 +32,8 @@ export interface Hello {
   readonly marks: boolean;
   /** The client knows `$room` and `$at`. */
   readonly history: boolean;
+  /** The client goes to another address when it is told one. */
+  readonly follows?: boolean;
 }
 
 export interface Welcome {
@@ -83,6 +85,8 @@ export interface GoAway {
   readonly reason: CloseReason;
   readonly retryAfterMs: number;
   readonly windowMs: number;
+  /** The node of the server's cluster to connect to next, as `HOST:PORT`. A socket that reconnects does, where it may. */
+  readonly address?: string;
 }
 
 export interface Refreshed {
@@ -169,7 +173,7 @@ export function encodeHello(hello: Hello): unknown {
     agent: hello.agent,
     limits: { frame: hello.frame, channels: hello.channels },
     resume: hello.resume && { session: hello.resume.ticket?.session, token: hello.resume.ticket?.token },
-    ext: { mark: hello.marks, history: hello.history },
+    ext: { mark: hello.marks, history: hello.history, address: hello.follows },
   };
 }
 
@@ -209,6 +213,7 @@ export function decodeHello(message: WireMessage): Hello {
     ...(channels !== undefined && { channels }),
     ...(resume && { resume: ticket ? { ticket } : {} }),
     ...extensions(fields),
+    ...(fields.optMap('ext')?.raw('address') === true && { follows: true }),
   };
 }
 
@@ -303,12 +308,14 @@ export function decodeClose(message: WireMessage): CloseReason {
 
 export function decodeGoAway(message: WireMessage): GoAway {
   const fields = fieldsOf(message, '$goaway');
-  fields.only('code', 'text', 'retry_after_ms', 'window_ms');
+  fields.only('code', 'text', 'retry_after_ms', 'window_ms', 'address');
   const { code, text } = said(fields);
+  const address = fields.optText('address');
   return {
     reason: new CloseReason(code, text, 'peer'),
     retryAfterMs: Number(fields.u64('retry_after_ms')),
     windowMs: Number(fields.u64('window_ms')),
+    ...(address !== undefined && { address }),
   };
 }
 

@@ -64,9 +64,11 @@ fn hello_says_that_it_can_resume_or_what_it_resumes_or_nothing() {
             }),
         }),
     ] {
-        let frame = encode_hello("t", "a", &Limits::default(), resume.as_ref()).unwrap();
-        let hello = HelloMessage::decode(&read(&frame)).unwrap();
-        assert_eq!(hello.resume, resume);
+        for follows in [false, true] {
+            let frame = encode_hello("t", "a", &Limits::default(), resume.as_ref(), follows);
+            let hello = HelloMessage::decode(&read(&frame.unwrap())).unwrap();
+            assert_eq!((&hello.resume, hello.follows), (&resume, follows));
+        }
     }
 }
 
