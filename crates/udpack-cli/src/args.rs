@@ -267,6 +267,18 @@ pub(crate) struct ServerArgs {
     #[arg(long, value_name = "NAME", requires = "cluster")]
     pub(crate) cluster_name: Option<String>,
 
+    /// Where clients reach this server of the cluster, and no other: HOST:PORT. Clients that come back to another server are told to
+    /// go on here when their session is here, and those of a server that shuts down move here. All servers of a cluster have one key.
+    #[cfg(feature = "cluster")]
+    #[arg(
+        long,
+        value_name = "HOST:PORT",
+        requires = "cluster",
+        env = "UDPACK_ADVERTISE",
+        value_parser = place
+    )]
+    pub(crate) advertise: Option<String>,
+
     /// Serve pages for browsers at this address, over TCP: upload, download and more, in a browser, with a token. Default: the
     /// address and the port number of --listen. By HTTPS with the server's own certificate, which browsers warn of, or with
     /// that of --tls-cert; and by HTTP as well where only this machine can reach it.
@@ -1558,6 +1570,16 @@ impl FromStr for Seconds {
             return Err("expected 0.01 to 86400 seconds");
         }
         Ok(Self(Duration::from_secs_f64(secs)))
+    }
+}
+
+/// A server's place without anything about trust in it.
+#[cfg(feature = "cluster")]
+fn place(text: &str) -> Result<String, String> {
+    let url: udpack::ConnectUrl = text.parse().map_err(|error| format!("{error}"))?;
+    match text.contains("://") || url.host().contains('%') {
+        true => Err("expected HOST:PORT and nothing else".to_owned()),
+        false => Ok(text.to_owned()),
     }
 }
 

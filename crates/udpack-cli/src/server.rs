@@ -10,6 +10,7 @@ mod url;
 #[cfg(feature = "web")]
 mod web;
 
+use std::collections::BTreeSet;
 use std::io::{self, IsTerminal as _};
 use std::net::SocketAddr;
 use std::net::UdpSocket;
@@ -20,7 +21,8 @@ use listenfd::ListenFd;
 use serde_json::json;
 use tokio::time::MissedTickBehavior;
 use udpack::{
-    Authenticate as _, BindError, Drain, Identity, Limits, Server, ServerBuilder, TokenFile, Web,
+    Authenticate as _, BindError, CloseCode, ClusterView, Drain, Identity, Limits, Server,
+    ServerBuilder, TokenFile, Web, Whom,
 };
 use udpack_transfer::{Control, Limiter, ReceiverConfig, Scope};
 use udpack_web::{HttpListener, Site};
@@ -195,7 +197,7 @@ async fn join(args: &ServerArgs, server: ServerBuilder) -> anyhow::Result<Server
             .to_string_lossy()
             .into_owned()
     });
-    let address = args.public_host.clone().unwrap_or_default();
+    let address = args.advertise.clone().unwrap_or_default();
     Ok(server.cluster(nats).advertise(name, address))
 }
 
@@ -264,8 +266,8 @@ fn receiving(args: &ServerArgs) -> ReceiverConfig {
     }
 }
 
-/// Disconnects clients with revoked tokens soon after the file has changed. Runs for ever. Each socket looks for itself,
-/// too, but less often: it would have to wake for it.
+/// Disconnects clients with revoked tokens soon after the file has changed, at the other nodes of a cluster as well. Runs for ever. Each
+/// socket looks for itself, too, but less often: it would have to wake for it.
 async fn withdraw(server: &Server, tokens: &TokenFile) {
     let state = || {
         let found = std::fs::metadata(tokens.path()).ok()?;
@@ -274,6 +276,12 @@ async fn withdraw(server: &Server, tokens: &TokenFile) {
     let mut ticks = tokio::time::interval(FOLLOW);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut seen = state();
+    let ids = || {
+        let entries = tokens.entries().into_iter();
+        let ids = entries.map(|entry| entry.id().to_owned());
+        ids.collect::<BTreeSet<_>>()
+    };
+    let mut known = ids();
     // Once more after a change: whoever was being let in meanwhile is among the sockets by then.
     let mut again = false;
     loop {
@@ -283,8 +291,29 @@ async fn withdraw(server: &Server, tokens: &TokenFile) {
         if changed || again {
             seen = now;
             server.revoke(|peer| !tokens.is_valid(peer));
+            if let Some(cluster) = server.cluster() {
+                let now = ids();
+                for id in known.difference(&now) {
+                    withdraw_elsewhere(&cluster, id).await;
+                }
+                known = now;
+            }
         }
         again = changed;
+    }
+}
+
+/// Closes the sockets of a revoked token at the other nodes. They ask their own files whether it may come back.
+async fn withdraw_elsewhere(cluster: &ClusterView, id: &str) {
+    let (code, text) = (CloseCode::AUTH_REVOKED, "the token was withdrawn");
+    let closed = cluster.close(Whom::Peer(id), code, text, ELSEWHERE).await;
+    if !closed.missing.is_empty() {
+        let silent = cluster.names(&closed.missing).join(", ");
+        tracing::warn!(
+            token = id,
+            silent,
+            "these nodes did not say that they closed its connections"
+        );
     }
 }
 
@@ -383,6 +412,8 @@ fn announce(
 
 /// How often it is looked whether the token file has changed.
 const FOLLOW: Duration = Duration::from_secs(1);
+/// How long the other nodes of a cluster have to say that they closed a revoked token's sockets.
+const ELSEWHERE: Duration = Duration::from_secs(2);
 const LEAST_WINDOW: u32 = 64 << 10;
 /// How long running uploads may go on after the first signal.
 const DRAIN: Duration = Duration::from_secs(10);

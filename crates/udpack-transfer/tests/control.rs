@@ -13,7 +13,8 @@ use std::time::Duration;
 use common::{Fixture, noise, token, token_file};
 use raw::{RawLane, V, chunk, file, finish, get, map};
 use tokio::sync::Notify;
-use udpack::{Channel, CloseCode, Drain, RequestError, Socket};
+use udpack::cluster::Memory;
+use udpack::{Channel, CloseCode, Drain, RequestError, ServerBuilder, Socket};
 use udpack_transfer::{
     Accepted, Answer, Code, Control, Hook, HookOffer, HookStored, HookWhole, JOBS_CHANNEL, Job,
     JobState, Jobs, JobsEvent, Phase, Receiver, ReceiverConfig, Remote, STATS_CHANNEL, ServerStats,
@@ -58,13 +59,27 @@ impl World {
     }
 
     async fn with(config: ReceiverConfig, change: impl FnOnce(Receiver) -> Receiver) -> Self {
+        Self::serving(config, change, |server| server).await
+    }
+
+    async fn node(memory: &Memory, name: &str) -> Self {
+        let node = memory.node();
+        let more = |server: ServerBuilder| server.cluster(node).advertise(name, "");
+        Self::serving(ReceiverConfig::default(), |receiver| receiver, more).await
+    }
+
+    async fn serving(
+        config: ReceiverConfig,
+        change: impl FnOnce(Receiver) -> Receiver,
+        more: impl FnOnce(ServerBuilder) -> ServerBuilder,
+    ) -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let store = Store::open(dir.path().join("up"), StoreConfig::default()).expect("a store");
         let receiver = change(Receiver::new(store, config));
         let tokens = dir.path().join("tokens");
         let tokens = token_file(&tokens, CLIENTS);
         let control = Control::new(&receiver);
-        let more = |server| control.attach(server);
+        let more = |server| more(control.attach(server));
         let fixture = Fixture::serve_more(dir, receiver.clone(), tokens, more).await;
         let (looker, server) = (control.clone(), fixture.server.clone());
         let looking = tokio::spawn(async move { looker.run(&server).await });
@@ -590,4 +605,41 @@ async fn the_state_fits_the_frames_of_who_watches() {
     let mut watch = Remote::new(&guard).stats();
     let stats = when(&mut watch, "the state", |stats| stats.sockets_in_all == 41).await;
     assert!((1..41).contains(&stats.sockets.len()), "{stats:?}");
+}
+
+#[tokio::test]
+async fn an_operator_at_one_node_sees_all_and_disconnects_who_is_at_another() {
+    let memory = Memory::new();
+    let (here, there) = (
+        World::node(&memory, "here").await,
+        World::node(&memory, "there").await,
+    );
+    let guest = there.socket("reader").await;
+    let boss = here.socket("boss").await;
+    let mut watch = Remote::new(&boss).stats();
+    let both = |stats: &ServerStats| {
+        let cluster = stats.cluster.as_ref().expect("a node");
+        cluster.nodes.iter().any(|node| node.sockets == 1)
+    };
+    let stats = when(&mut watch, "both nodes", both).await;
+    let cluster = stats.cluster.expect("a node");
+    let [other] = &cluster.nodes[..] else {
+        panic!("{:?}", cluster.nodes);
+    };
+    assert_eq!((other.name.as_str(), other.lost), ("there", false));
+    assert_eq!(
+        (cluster.own.name.as_str(), cluster.own.sockets),
+        ("here", 1)
+    );
+    assert_eq!(cluster.own.id, cluster.id);
+    let id = guest.id().to_string();
+    watch.kick(&id, Some("go home")).await.expect("granted");
+    let end = bounded("the guest hears it", guest.closed()).await;
+    assert_eq!(end.code, CloseCode::FORBIDDEN);
+    assert_eq!(end.text, "closed by an operator: go home");
+    assert_eq!(refused(watch.kick("nobody", None).await), Code::NotFound);
+    assert_eq!(
+        there.control.kick_anywhere("nobody", None).await,
+        Err(Vec::new())
+    );
 }

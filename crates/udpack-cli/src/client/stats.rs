@@ -189,14 +189,24 @@ fn show(stats: &ServerStats) -> io::Result<()> {
     }
     if let Some(cluster) = &stats.cluster {
         let state = if cluster.degraded { "  degraded" } else { "" };
-        output::line(&format!("cluster node {}{state}", cluster.id))?;
-        for node in &cluster.nodes {
-            let lost = if node.lost { "  lost" } else { "" };
+        output::line(&format!("nodes {}{state}", 1 + cluster.nodes.len()))?;
+        let here = (&cluster.own, "  this one");
+        let others = cluster.nodes.iter().map(|node| (node, ""));
+        for (node, here) in std::iter::once(here).chain(others) {
+            let state = match node {
+                _ if node.lost => "  lost",
+                _ if node.draining => "  draining",
+                _ if node.degraded => "  degraded",
+                _ => "",
+            };
             output::line(&format!(
-                "  {}  {}  connections {}{lost}",
+                "  {}  {}  {}  connections {}  rooms {}  members {}{state}{here}",
                 node.id,
                 output::printable(&node.name),
-                node.sockets
+                output::printable(&node.address),
+                node.sockets,
+                node.rooms,
+                node.members,
             ))?;
         }
     }

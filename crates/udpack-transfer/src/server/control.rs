@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, watch};
 use tokio::time::MissedTickBehavior;
 use udpack::{
-    Channel, CloseCode, Encoded, Fault, Message, RecvError, SendError, Server, ServerBuilder,
+    Channel, CloseCode, Encoded, Fault, Message, RecvError, SendError, Server, ServerBuilder, Whom,
 };
 
 use self::look::{History, Looker};
@@ -35,6 +35,8 @@ const SECOND: Duration = Duration::from_secs(1);
 const MANY: u64 = 1024;
 /// The text for a client whose token lacks the right.
 const NO_RIGHT: &str = "this token has no right to watch";
+/// How long the other nodes of a cluster have to answer.
+const ELSEWHERE: Duration = Duration::from_secs(2);
 
 /// Reports the state of a server to operators, closes sockets for them, and passes on their request to shut down.
 ///
@@ -192,20 +194,40 @@ impl Control {
     }
 
     /// Closes a socket with `forbidden`, and tells its peer the reason. Returns `false` if there is no socket of this
-    /// id, or [`run`](Self::run) does not run.
+    /// id, or [`run`](Self::run) does not run. [`kick_anywhere`](Self::kick_anywhere) looks at the other nodes of a cluster, too.
     pub fn kick(&self, id: &str, reason: Option<&str>) -> bool {
         let server = lock(&self.inner.server).clone();
         let Some(socket) = server.and_then(|server| server.socket(id)) else {
             return false;
         };
-        socket.abort(
-            CloseCode::FORBIDDEN,
-            match reason {
-                Some(reason) => format!("closed by an operator: {reason}"),
-                None => "closed by an operator".to_owned(),
-            },
-        );
+        socket.abort(CloseCode::FORBIDDEN, by_operator(reason));
         true
+    }
+
+    /// As [`kick`](Self::kick), wherever in the server's cluster the socket is. Waits for the other nodes if it is not here, for at most
+    /// 2 s. Of those that did not answer in time the names are given, if no node said that it closed the socket.
+    ///
+    /// # Errors
+    /// When nobody closed it: the names of the nodes that did not answer, which may have done so all the same.
+    ///
+    /// # Cancel safety
+    /// Dropping the future forgets the answers; the socket may be closed.
+    pub async fn kick_anywhere(&self, id: &str, reason: Option<&str>) -> Result<(), Vec<String>> {
+        if self.kick(id, reason) {
+            return Ok(());
+        }
+        let server = lock(&self.inner.server).clone();
+        let Some(cluster) = server.and_then(|server| server.cluster()) else {
+            return Err(Vec::new());
+        };
+        let (whom, text) = (Whom::Session(id), by_operator(reason));
+        let closed = cluster
+            .close(whom, CloseCode::FORBIDDEN, &text, ELSEWHERE)
+            .await;
+        match closed.value {
+            0 => Err(cluster.names(&closed.missing)),
+            _ => Ok(()),
+        }
     }
 
     /// Serves one watcher until it leaves.
@@ -279,7 +301,7 @@ impl Control {
                 let (code, text) = Scope::no_right("admin");
                 Err(Fault::new(code.as_str(), text))
             }
-            "kick" => self.disconnect_asked(channel, message),
+            "kick" => self.disconnect_asked(channel, message).await,
             _ => {
                 let by = by(channel);
                 tracing::info!(by, "the server is asked to go down");
@@ -298,7 +320,7 @@ impl Control {
         }
     }
 
-    fn disconnect_asked(&self, channel: &Channel, message: &Message) -> Result<(), Fault> {
+    async fn disconnect_asked(&self, channel: &Channel, message: &Message) -> Result<(), Fault> {
         let bad = |text: String| Fault::new(Fault::BAD_PAYLOAD, text);
         let fields = message.fields().map_err(|error| bad(error.to_string()))?;
         let id = fields
@@ -308,15 +330,26 @@ impl Control {
             .opt_str("reason")
             .map_err(|error| bad(error.to_string()))?;
         let reason = sound_reason(reason).map_err(bad)?;
-        if !self.kick(id, reason) {
-            return Err(Fault::new(
-                Code::NotFound.as_str(),
-                "no such socket is there",
-            ));
+        if let Err(silent) = self.kick_anywhere(id, reason).await {
+            let mut text = "no such socket is there".to_owned();
+            if !silent.is_empty() {
+                text = format!(
+                    "{text}, and these nodes did not answer: {}",
+                    silent.join(", ")
+                );
+            }
+            return Err(Fault::new(Code::NotFound.as_str(), text));
         }
         let by = by(channel);
         tracing::info!(socket = id, by, reason, "closed by an operator");
         Ok(())
+    }
+}
+
+fn by_operator(reason: Option<&str>) -> String {
+    match reason {
+        Some(reason) => format!("closed by an operator: {reason}"),
+        None => "closed by an operator".to_owned(),
     }
 }
 

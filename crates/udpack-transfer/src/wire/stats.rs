@@ -124,11 +124,13 @@ pub struct ClusterStats {
     pub id: String,
     /// Whether the broker cannot be reached or accepts less than is sent. Other nodes may then miss messages.
     pub degraded: bool,
+    /// This node.
+    pub own: NodeStats,
     /// The other nodes, at most 256.
     pub nodes: Vec<NodeStats>,
 }
 
-/// Another node of a server's cluster.
+/// A node of a server's cluster, as it told of itself last.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 #[non_exhaustive]
@@ -141,6 +143,14 @@ pub struct NodeStats {
     pub address: String,
     /// Number of sockets on it.
     pub sockets: u64,
+    /// Rooms with members on it.
+    pub rooms: u64,
+    /// Their members on it.
+    pub members: u64,
+    /// It shuts down.
+    pub draining: bool,
+    /// It cannot reach the broker, or that takes less than it sends.
+    pub degraded: bool,
     /// Whether it has been silent for 10 s.
     pub lost: bool,
 }
@@ -209,7 +219,7 @@ impl ServerStats {
         self.rooms.iter_mut().for_each(|room| mend(&mut room.name));
         if let Some(cluster) = &mut self.cluster {
             mend(&mut cluster.id);
-            for node in &mut cluster.nodes {
+            for node in cluster.nodes.iter_mut().chain([&mut cluster.own]) {
                 mend(&mut node.id);
                 mend(&mut node.name);
                 mend(&mut node.address);

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use udpack::{ClusterState, ClusterView, Server, Socket, Transport};
+use udpack::{ClusterNode, ClusterState, ClusterView, Server, Socket, Transport};
 
 use super::{BytesSent, Inner, lock};
 use crate::server::scope::Scope;
@@ -30,15 +30,22 @@ fn seen(cluster: &ClusterView) -> ClusterStats {
     ClusterStats {
         id: cluster.id().to_string(),
         degraded: cluster.state() != ClusterState::Connected,
-        nodes: nodes
-            .map(|node| NodeStats {
-                id: node.id.to_string(),
-                name: node.name,
-                address: node.address,
-                sockets: node.sockets,
-                lost: node.lost,
-            })
-            .collect(),
+        own: of_node(cluster.own()),
+        nodes: nodes.map(of_node).collect(),
+    }
+}
+
+fn of_node(node: ClusterNode) -> NodeStats {
+    NodeStats {
+        id: node.id.to_string(),
+        name: node.name,
+        address: node.address,
+        sockets: node.sockets,
+        rooms: node.rooms,
+        members: node.members,
+        draining: node.draining,
+        degraded: node.degraded,
+        lost: node.lost,
     }
 }
 

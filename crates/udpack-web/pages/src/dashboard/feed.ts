@@ -22,6 +22,15 @@ export interface Room {
   readonly members: number;
 }
 
+/** A node of the server's cluster. */
+export interface Node {
+  readonly id: string;
+  /** What it told last; it changes. */
+  told: Readonly<Record<string, unknown>>;
+  /** It is the server of this page. */
+  readonly own: boolean;
+}
+
 export interface Quota {
   /** The name of the token; undefined for the quota of the whole server. */
   readonly peer?: string;
@@ -52,6 +61,8 @@ export interface State {
   readonly diskTotal?: number;
   readonly sockets: number;
   readonly rooms: number;
+  /** Whether the server's cluster misses messages; undefined where it is in none. */
+  readonly degraded?: boolean;
 }
 
 /** Ended jobs that are shown; the oldest go. */
@@ -66,6 +77,8 @@ export class Feed {
   peers: Peer[] = [];
   rooms: Room[] = [];
   quotas: Quota[] = [];
+  /** This server first; none where it is in no cluster. */
+  nodes: Node[] = [];
   private readonly byId = new Map<number, Transfer>();
   private inOrder: Transfer[] | undefined;
   private jobs: Jobs | undefined;
@@ -176,6 +189,7 @@ export class Feed {
     const optional = (key: string): number | undefined => (told[key] === undefined || told[key] === null ? undefined : Number(told[key]));
     const list = (key: string): Record<string, unknown>[] => (Array.isArray(told[key]) ? (told[key] as Record<string, unknown>[]) : []);
     const jobs = (told.jobs ?? {}) as Record<string, unknown>;
+    const cluster = (told.cluster ?? undefined) as Record<string, unknown> | undefined;
     const [memory, diskFree, diskTotal] = ['memory', 'disk_free', 'disk_total'].map(optional);
     this.state = {
       at,
@@ -197,7 +211,12 @@ export class Feed {
       ...(diskTotal !== undefined && { diskTotal }),
       sockets: number(told, 'sockets_in_all'),
       rooms: number(told, 'rooms_in_all'),
+      ...(cluster && { degraded: cluster.degraded === true }),
     };
+    const nodes = new Map(this.nodes.map((node) => [node.id, node]));
+    const others = Array.isArray(cluster?.nodes) ? (cluster.nodes as Record<string, unknown>[]) : [];
+    const all = cluster ? [(cluster.own ?? {}) as Record<string, unknown>, ...others] : [];
+    this.nodes = all.map((told, index) => Object.assign(nodes.get(`${told.id}`) ?? { id: `${told.id}`, own: index === 0 }, { told }));
     const known = new Map(this.peers.map((peer) => [peer.id, peer]));
     this.peers = list('sockets').map((told) => {
       const id = `${told.id}`;

@@ -4,7 +4,7 @@ import { h, icon, type IconName, iconButton, setAttribute, setIcon, setText } fr
 import { bytes, duration, number, percent, rate } from '../base/format.js';
 import { type Row } from '../base/list.js';
 import { ProgressBar } from '../base/progress.js';
-import { type Peer, type Quota, type Room, type Transfer } from './feed.js';
+import { type Node, type Peer, type Quota, type Room, type Transfer } from './feed.js';
 import { t } from './text.js';
 
 export const ROW_HEIGHT = 60;
@@ -148,6 +148,26 @@ export function roomRow(): Row<Room> {
       setText(cells.title, name);
       setAttribute(cells.title, 'title', name);
       setText(cells.first, t('members', { n: number(members) }));
+    },
+  };
+}
+
+export function nodeRow(): Row<Node> {
+  const cells = new Cells('node', undefined);
+  setIcon(cells.mark, 'globe');
+  return {
+    root: cells.root,
+    update({ id, told, own }) {
+      const name = `${told.name ?? ''}` || id;
+      setText(cells.title, own ? line(name, t('thisServer')) : name);
+      setAttribute(cells.title, 'title', id);
+      const state = told.lost === true ? t('nodeLost') : told.draining === true ? t('nodeDraining') : told.degraded === true && t('nodeDegraded');
+      setAttribute(cells.root, 'data-away', told.lost === true);
+      setAttribute(cells.root, 'data-full', told.degraded === true && told.lost !== true);
+      const count = (key: string): string => number(Number(told[key] ?? 0));
+      setText(cells.detail, line(state, `${told.address ?? ''}`, t('roomsOf', { n: count('rooms') })));
+      setText(cells.first, t('socketsOf', { n: count('sockets') }));
+      setText(cells.second, t('members', { n: count('members') }));
     },
   };
 }

@@ -10,8 +10,8 @@ import { paced } from '../base/paced.js';
 import { ProgressBar } from '../base/progress.js';
 import { type Mounted, type Session } from '../frame/session.js';
 import { Chart } from './chart.js';
-import { Feed, type Peer, type Quota, type Room, type State, type Transfer } from './feed.js';
-import { endedRow, endOf, nameOf, pathOf, peerName, peerRow, quotaRow, roomRow, ROW_HEIGHT, runningRow } from './rows.js';
+import { Feed, type Node, type Peer, type Quota, type Room, type State, type Transfer } from './feed.js';
+import { endedRow, endOf, nameOf, nodeRow, pathOf, peerName, peerRow, quotaRow, roomRow, ROW_HEIGHT, runningRow } from './rows.js';
 import { t } from './text.js';
 
 export function mount(root: HTMLElement, session: Session): Mounted {
@@ -24,7 +24,7 @@ const SECOND = 1000;
 /** Bytes of a reason that the server takes. */
 const REASON = 256;
 
-type View = 'running' | 'ended' | 'sockets' | 'rooms' | 'quotas';
+type View = 'running' | 'ended' | 'sockets' | 'rooms' | 'nodes' | 'quotas';
 
 /** A list, its button, and what is said where it is empty. */
 interface Part {
@@ -50,6 +50,7 @@ class ActivityPage {
     uptime: new Tile(t('uptime')),
   };
   private readonly draining = h('div', { class: 'banner', role: 'status' }, icon('power'), h('p', {}, t('draining')));
+  private readonly degraded = h('div', { class: 'banner bad', role: 'status' }, icon('warning'), h('p', {}, t('degraded')));
   private readonly drain: HTMLButtonElement;
   private readonly parts: Record<View, Part>;
   private readonly empty = h('p', { class: 'empty quiet' });
@@ -87,6 +88,7 @@ class ActivityPage {
       ended: this.part<Transfer>('ended', t('ended'), t('noEnded'), { make: (one) => endedRow(one, (one) => void details(one)), items: () => feed.ended, onenter: (one) => void details(one) }),
       sockets: this.part<Peer>('sockets', t('sockets'), t('noSockets'), { make: (one) => peerRow(one, isOwn(one), kick), items: () => feed.peers, total: () => feed.state?.sockets ?? 0, ...(kick && { ondelete: (one: Peer) => !isOwn(one) && kick(one) }) }),
       rooms: this.part<Room>('rooms', t('rooms'), t('noRooms'), { make: () => roomRow(), items: () => feed.rooms, total: () => feed.state?.rooms ?? 0 }),
+      nodes: this.part<Node>('nodes', t('nodes'), t('noNodes'), { make: () => nodeRow(), items: () => feed.nodes }),
       quotas: this.part<Quota>('quotas', t('quotas'), t('noQuotas'), { make: (one) => quotaRow(one), items: () => feed.quotas }),
     };
     this.drain = button(t('drain'), () => void this.askDrain(), { class: 'button small danger', icon: 'power' });
@@ -94,7 +96,7 @@ class ActivityPage {
     const views = h('div', { class: 'views', role: 'group', 'aria-label': t('list') }, ...Object.values(this.parts).map((part) => part.button));
     const bar = h('div', { class: 'views-bar' }, views, !admin && h('span', { class: 'chip' }, icon('eye'), t('readOnly')), this.drain);
     const tiles = h('dl', { class: 'tiles' }, ...Object.values(this.tiles).map((tile) => tile.root));
-    root.append(this.draining, tiles, this.chart.root, bar, ...Object.values(this.parts).map(({ list }) => list.root), this.empty, this.more);
+    root.append(this.draining, this.degraded, tiles, this.chart.root, bar, ...Object.values(this.parts).map(({ list }) => list.root), this.empty, this.more);
     this.timer = setInterval(sample, SECOND);
     this.select('running');
   }
@@ -140,6 +142,8 @@ class ActivityPage {
   private show(): void {
     const { state } = this.feed;
     this.draining.hidden = state?.draining !== true;
+    this.degraded.hidden = state?.degraded !== true;
+    this.parts.nodes.button.hidden = state?.degraded === undefined;
     this.drain.disabled = state === undefined || state.draining;
     if (!this.visible) {
       return;
