@@ -2,7 +2,7 @@
 # Everything that docs/BENCHMARKS.md shows: builds, measures, fills the document and draws its charts. As root, on a
 # machine with nothing else to do, an hour and a quarter.
 #
-#   bench/all.sh [PART…]   default: all of bench peers netns small-files links fast-links interference document; also: browser
+#   bench/all.sh [PART…]   default: all of bench peers netns small-files links fast-links interference document; also: browser networks
 # ROUNDS, BIN, RESULTS: see bench/lib.sh. A part that fails does not keep the others from running.
 set -eu
 cd "$(dirname "$0")/.."
@@ -61,6 +61,8 @@ part() {
       script node bench/browser/latency.mjs --bin "$bin" --results "$results"
       script bench/browser/wan.sh
       ;;
+    # Nothing of the document, but whether all of it works without UDP, and how much later.
+    networks) script bench/networks.sh ;;
     document) "$bench" document "$results" || failed=1 ;;
     *) echo "no such part: $1" >&2; exit 2 ;;
   esac

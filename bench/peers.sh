@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One large file to another place of this machine, from memory to memory (tmpfs): `udpack-client put` against scp,
-# rsync, curl to nginx, qcp, and what a raw quinn stream carries.
+# rsync, curl to nginx, qcp, and what a raw quinn stream carries; and over a WebSocket, for networks that let no UDP pass.
 #
 #   bench/peers.sh               over loopback
 #   bench/peers.sh --netns       between two network namespaces, joined by a veth pair with an MTU of 1,500 (as root)
@@ -38,7 +38,7 @@ fi
 
 head -c "$size" /dev/urandom >"$work/file"
 mkdir "$work/in"
-ways=(udpack)
+ways=(udpack udpack-wss)
 if ssh_server; then
   ways+=(scp scp-gcm)
   if have rsync; then ways+=(rsync-ssh); fi
@@ -48,14 +48,15 @@ if rsync_daemon; then ways+=(rsync-daemon); fi
 if nginx_server; then ways+=(curl-nginx); fi
 have_bench || true
 
-udpack() {
+udpack() { # TRANSPORT
   udpack_server "$work/in"
-  timed "${put[@]}" "$work/file" --to "$host:$((port_base + 1))" --keys "$work/keys"
+  timed "${put[@]}" "$work/file" --to "$host:$((port_base + 1))" --keys "$work/keys" --transport "$1"
   stop "$pid"
 }
 way() {
   case $1 in
-    udpack) udpack ;;
+    udpack) udpack quic ;;
+    udpack-wss) udpack wss ;;
     scp) timed scp -q "${ssh_options[@]}" "$work/file" "peer:$work/in/file" ;;
     scp-gcm) timed scp -q "${ssh_options[@]}" -c aes128-gcm@openssh.com "$work/file" "peer:$work/in/file" ;;
     rsync-ssh) timed rsync -e "ssh ${ssh_options[*]}" "$work/file" "peer:$work/in/file" ;;
