@@ -14,6 +14,8 @@ use clap_complete::Shell;
 use udpack::{CongestionControl, Fingerprint, Priority, TransportChoice};
 use udpack_transfer::{Delta, IfExists, Names, Overwrite, Pattern, SyncPolicy, names, parse_size};
 
+use crate::via::Via;
+
 const SIZES: &str = "\
 SIZE is a number of bytes, with K, M, G or T for powers of 1024: 512K, 10M, 1.5G. RATE is a SIZE a second: 10M \
 for each direction, 10M:1M for up and down. DURATION is a number with s, m, h or d: 90s, 24h, 7d.";
@@ -801,6 +803,9 @@ pub(crate) struct SyncArgs {
     pub(crate) show: ShowArgs,
 
     #[command(flatten)]
+    pub(crate) paths: ViaArgs,
+
+    #[command(flatten)]
     pub(crate) log: LogArgs,
 }
 
@@ -871,6 +876,18 @@ pub(crate) struct TransferArgs {
     /// Most bytes a second, for each direction or as UP:DOWN.
     #[arg(long, value_name = "RATE[:RATE]", default_value = "none")]
     pub(crate) bwlimit: Rates,
+
+    #[command(flatten)]
+    pub(crate) paths: ViaArgs,
+}
+
+/// Several paths to the server.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ViaArgs {
+    /// Spread the transfer over these interfaces or local addresses, as in eth0,wlan0: each has a connection of its own, and one that
+    /// is lost leaves the rest to the others. `auto` takes every interface that has a default route.
+    #[arg(long, value_name = "NAMES|auto", help_heading = "Connection")]
+    pub(crate) via: Option<Via>,
 }
 
 #[derive(Debug, Args)]

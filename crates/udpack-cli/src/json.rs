@@ -51,6 +51,20 @@ pub(crate) struct FileLine<'a> {
     pub(crate) command_exit: Option<i32>,
 }
 
+/// One of several paths to the server.
+#[derive(Debug, Serialize)]
+pub(crate) struct PathLine {
+    /// The interface or local address, as `--via` names it.
+    pub(crate) path: String,
+    /// Bytes that have arrived over it.
+    pub(crate) bytes: u64,
+    /// Bytes a second: of late in `progress`, on average in `result`.
+    pub(crate) rate: f64,
+    /// Whether it has a connection now; in `progress`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) connected: Option<bool>,
+}
+
 /// One line.
 #[derive(Debug, Serialize)]
 #[serde(tag = "event", rename_all = "lowercase")]
@@ -73,6 +87,9 @@ pub(crate) enum Line<'a> {
         files: usize,
         /// Bytes a second, of late.
         rate: f64,
+        /// Each of several paths.
+        #[serde(skip_serializing_if = "<[_]>::is_empty")]
+        paths: &'a [PathLine],
     },
     /// A part of a file was there already and is not transferred again.
     Resumed {
@@ -92,6 +109,17 @@ pub(crate) enum Line<'a> {
     },
     /// It is back.
     Connected {},
+    /// One of several paths is lost and tried again.
+    #[serde(rename = "path_lost")]
+    PathLost {
+        path: &'a str,
+        /// Seconds until then.
+        delay: f64,
+        reason: &'a str,
+    },
+    /// One of several paths is there, for the first time or again.
+    #[serde(rename = "path_connected")]
+    PathConnected { path: &'a str },
     /// The connection runs over this transport, as `--transport` calls it. Told when it changes, and of the first connection if
     /// that is not QUIC.
     Transport {
@@ -157,6 +185,9 @@ pub(crate) enum Line<'a> {
         secs: f64,
         /// Bytes a second, on average.
         rate: f64,
+        /// Each of several paths.
+        #[serde(skip_serializing_if = "<[_]>::is_empty")]
+        paths: &'a [PathLine],
         error_kind: Option<&'static str>,
         error: Option<&'a str>,
         hint: Option<&'a str>,

@@ -21,6 +21,7 @@ mod server;
 mod signals;
 mod target;
 mod value;
+mod via;
 mod when;
 
 use std::ffi::OsString;

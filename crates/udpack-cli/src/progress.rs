@@ -3,12 +3,12 @@
 //! It counts what the server acknowledged, and says 100 % only when the last file is done. Speed and time left come
 //! from what was transferred in the last seconds, and not from what was there already.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Write as _;
 use std::io::{IsTerminal as _, stderr};
 use std::time::{Duration, Instant};
 
-use udpack_transfer::{Progress, format_size};
+use udpack_transfer::{Link, PathProgress, Progress, format_size};
 
 use crate::args::ProgressArg;
 use crate::logging::{Console, is_dumb};
@@ -31,6 +31,9 @@ pub(crate) struct Meter {
     note: Option<&'static str>,
     /// What the connection runs over and why, unless it is QUIC.
     over: Option<String>,
+    /// The link of a transfer over several paths, and what each of them has carried of late.
+    link: Option<Link>,
+    paths: BTreeMap<String, Rate>,
 }
 
 #[derive(Debug)]
@@ -61,7 +64,41 @@ impl Meter {
             progress: Progress::default(),
             note: None,
             over: None,
+            link: None,
+            paths: BTreeMap::new(),
         }
+    }
+
+    /// A transfer over this link: shows each of its paths, if there are several.
+    pub(crate) fn follow(&mut self, link: &Link) {
+        self.link = Some(link.clone()).filter(|link| !link.paths().is_empty());
+    }
+
+    /// Each of several paths, with its bytes a second of late.
+    pub(crate) fn paths(&self) -> Vec<(PathProgress, f64)> {
+        let paths = self.link.as_ref().map(Link::paths).unwrap_or_default();
+        let rate = |path: &PathProgress| self.paths.get(&path.path).map_or(0.0, Rate::now);
+        paths
+            .into_iter()
+            .map(|path| (rate(&path), path))
+            .map(|(rate, path)| (path, rate))
+            .collect()
+    }
+
+    /// Each of several paths on one line.
+    fn by_path(&mut self, now: Instant) -> Option<String> {
+        let link = self.link.as_ref()?;
+        let mut text = String::new();
+        for path in link.paths() {
+            let rate = self.paths.entry(path.path.clone()).or_default();
+            let rate = rate.update(path.moved, now);
+            let before = if text.is_empty() { "" } else { ", " };
+            let _ = match path.connected {
+                true => write!(text, "{before}{} {}/s", path.path, size(rate)),
+                false => write!(text, "{before}{} lost", path.path),
+            };
+        }
+        Some(text)
     }
 
     /// What the connection runs over and why, shown until it changes; nothing for QUIC.
@@ -104,7 +141,8 @@ impl Meter {
         let rate = self.rate.update(progress.moved, now);
         let stalled = self.stall.update(progress, now).then_some("stalled");
         let note = self.note.or(stalled);
-        let over = self.over.as_deref();
+        let by_path = self.by_path(now);
+        let over = self.over.as_deref().or(by_path.as_deref());
         self.progress = *progress;
         match self.show {
             Show::Bar(drawn) => {

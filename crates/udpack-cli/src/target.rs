@@ -10,10 +10,11 @@ use udpack::{
 };
 use udpack_transfer::{Link, LinkEvent, Retry, TransferError};
 
-use crate::args::{ConnectArgs, TransportArg};
+use crate::args::{ConnectArgs, TransportArg, ViaArgs};
 use crate::exit::{Explained, Failure, Kind};
 use crate::remembered::Remembered;
 use crate::signals::Interrupts;
+use crate::via::Via;
 
 /// A server, and what it takes to be let in.
 #[derive(Debug)]
@@ -23,6 +24,9 @@ pub(crate) struct Target {
     pin: Option<Fingerprint>,
     client: Client,
     proxy: Option<Proxy>,
+    builder: ClientBuilder,
+    /// The paths to spread a transfer over, by name; none: one, as the routes say.
+    paths: Vec<(String, Client)>,
     /// Where servers that need TCP are remembered.
     remembered: Remembered,
     /// The file that holds no key, where none was given.
@@ -94,7 +98,8 @@ impl Target {
         if let Some(dir) = &args.qlog {
             client = client.qlog(qlog_dir(dir)?);
         }
-        let client = set(client).build()?;
+        let builder = set(client);
+        let client = builder.clone().build()?;
         let remembered = match args.transport {
             None => Remembered::of_user(),
             Some(_) => Remembered::nothing(),
@@ -108,10 +113,35 @@ impl Target {
             pin,
             client,
             proxy,
+            builder,
+            paths: Vec::new(),
             remembered,
             no_key,
             no_token,
         })
+    }
+
+    /// The same server, for a transfer over several paths.
+    pub(crate) fn via(mut self, args: &ViaArgs) -> anyhow::Result<Self> {
+        let server = self.address();
+        let paths = args.via.as_ref().map(Via::paths).transpose()?;
+        for path in paths.unwrap_or_default() {
+            let client = path.set(self.builder.clone()).build()?;
+            if self.remembered.has(&server) {
+                client.expect_tcp(&server);
+            }
+            self.paths.push((path.name(), client));
+        }
+        Ok(self)
+    }
+
+    /// A link that connects again when the connection is lost.
+    fn link(&self, retry: Retry) -> Link {
+        let address = self.address();
+        let link = |client: &Client| Link::new(client.clone(), &*address).retry(retry);
+        let paths = self.paths.iter();
+        let paths = paths.map(|(name, client)| (name.clone(), link(client)));
+        Link::of_paths(paths).unwrap_or_else(|| link(&self.client))
     }
 
     /// A server that lets us in without a token, or whose key an authority vouches for, is fine; one that does not is
@@ -192,7 +222,7 @@ impl Target {
         work: impl AsyncFnOnce(Link) -> anyhow::Result<T>,
     ) -> anyhow::Result<T> {
         let address = self.address();
-        let link = Link::new(self.client.clone(), &*address).retry(retry);
+        let link = self.link(retry);
         let first = tokio::select! {
             socket = link.eager() => socket.map_err(|error| self.explained(error.into()))?,
             () = interrupts.first() => return Err(Failure::interrupted().into()),
@@ -219,10 +249,8 @@ impl Target {
             error = refused => return Err(self.explained(error.into())),
             result = work(link.clone()) => result.map_err(|error| self.explained(error)),
             () = interrupts.first() => {
-                if let Some(socket) = link.live() {
-                    socket.abort(CloseCode::CANCELLED, "interrupted");
-                    let _ = tokio::time::timeout(PARTING, socket.closed()).await;
-                }
+                let end = link.end(CloseCode::CANCELLED, "interrupted");
+                let _ = tokio::time::timeout(PARTING, end).await;
                 return Err(Failure::interrupted().into());
             }
         };

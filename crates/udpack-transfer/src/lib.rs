@@ -48,7 +48,7 @@ pub use base::phase::Phase;
 pub use base::size::{format_size, parse_size};
 pub use client::downloader::{Download, Downloader, Wanted, apply_entry};
 pub use client::fetch::{Fetch, FetchError, Fetched};
-pub use client::link::{Link, LinkEvent, LinkEvents, Retry};
+pub use client::link::{Link, LinkEvent, LinkEvents, PathProgress, Retry};
 pub use client::progress::{Event, FileProgress, Moving, Outcome, Progress, Watch};
 pub use client::remote::{
     Job, JobKind, JobState, Jobs, JobsEvent, Listing, Remote, Rights, ShareEntry, ShareWish,

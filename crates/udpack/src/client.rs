@@ -26,7 +26,7 @@ use crate::session::reconnect::{Outage, Probes, Reconnect, SocketState, Transpor
 use crate::session::service::{Registry, ServeChannel};
 use crate::session::socket::Socket;
 use crate::session::{Session, give_up};
-use crate::transport::dialer::{DialError, Dialer, DialerError};
+use crate::transport::dialer::{DialError, Dialer, DialerError, Local};
 use crate::transport::endpoint::Via;
 use crate::transport::on_path;
 use crate::transport::proxy::Proxy;
@@ -85,7 +85,7 @@ impl Client {
             limits: Limits::default(),
             timeouts: Timeouts::default(),
             congestion: CongestionControl::default(),
-            bind: None,
+            bind: Local::default(),
             reconnect: None,
             fallbacks: Vec::new(),
             over: TransportChoice::default(),
@@ -948,7 +948,7 @@ pub struct ClientBuilder {
     limits: Limits,
     timeouts: Timeouts,
     congestion: CongestionControl,
-    bind: Option<SocketAddr>,
+    bind: Local,
     reconnect: Option<Reconnect>,
     fallbacks: Vec<(String, Option<Fingerprint>)>,
     over: TransportChoice,
@@ -1027,7 +1027,14 @@ impl ClientBuilder {
 
     /// Sets the local address to send from. Defaults to any address and a free port.
     pub fn local_address(mut self, address: SocketAddr) -> Self {
-        self.bind = Some(address);
+        self.bind.address = Some(address);
+        self
+    }
+
+    /// Sets the network interface to send and receive over, by its name, as `eth0`: whatever the system's routes say. On Linux,
+    /// which permits it to everybody; elsewhere each connect fails with [`ConnectError::Local`]. Defaults to what the routes say.
+    pub fn interface(mut self, name: impl Into<String>) -> Self {
+        self.bind.interface = Some(name.into().into());
         self
     }
 

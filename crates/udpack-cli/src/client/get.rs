@@ -82,7 +82,7 @@ async fn get(
         None => Place::new(args)?,
     };
     let names = names(args, &place)?;
-    let target = Target::find(&args.connect)?;
+    let target = Target::find(&args.connect)?.via(&args.transfer.paths)?;
     let mut opened = None;
     let result = target
         .run_link(

@@ -101,7 +101,7 @@ async fn put(
     if plan.is_empty() {
         return nothing(args, report);
     }
-    let target = Target::find(&args.connect)?;
+    let target = Target::find(&args.connect)?.via(&args.transfer.paths)?;
     if args.dry_run {
         target
             .run_link_aloud(

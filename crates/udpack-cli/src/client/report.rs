@@ -1,6 +1,6 @@
 //! Reports a transfer: results on standard output, everything else on standard error, and one exit code for all files.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io::{self, IsTerminal as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,13 +11,13 @@ use tokio::sync::{mpsc, oneshot, watch};
 use udpack::{Transport, TransportReason};
 use udpack_transfer::{
     Code, Download, Event, FetchError, Fetched, Left, Link, LinkEvent, LinkEvents, OtherTime,
-    Outcome, Progress, TransferError, Upload,
+    Outcome, PathProgress, Progress, TransferError, Upload,
 };
 
 use super::failures::Failures;
 use crate::args::LogArgs;
 use crate::exit::{Explained, Failure, Kind};
-use crate::json::{FileLine, Line};
+use crate::json::{FileLine, Line, PathLine};
 use crate::logging::Console;
 use crate::output;
 use crate::progress::{Meter, percent, size};
@@ -220,6 +220,9 @@ pub(super) struct Report {
     unwritten: Option<io::Error>,
     /// How often the connection was lost and restored.
     reconnects: usize,
+    /// What a transfer over several paths goes over, and which of them are lost.
+    link: Option<Link>,
+    lost: BTreeSet<String>,
 }
 
 impl Report {
@@ -256,6 +259,8 @@ impl Report {
             left: None,
             unwritten: None,
             reconnects: 0,
+            link: None,
+            lost: BTreeSet::new(),
         }
     }
 
@@ -360,7 +365,7 @@ impl Report {
                     let progress = transfer.progress();
                     meter.update(&progress);
                     if self.progress_waits {
-                        self.progress(&progress, meter.rate());
+                        self.progress(&progress, meter);
                     }
                     continue;
                 }
@@ -453,7 +458,7 @@ impl Report {
             Event::Started { index, path, .. } => meter.started(index, path),
             Event::Progress(progress) => {
                 meter.update(&progress);
-                self.progress(&progress, meter.rate());
+                self.progress(&progress, meter);
             }
             Event::Resumed {
                 index,
@@ -489,6 +494,20 @@ impl Report {
                     self.console.line("connected again");
                 }
             }
+            Event::PathLost {
+                path,
+                delay,
+                reason,
+            } => self.path_lost(path, delay, &reason),
+            Event::PathConnected { path } => {
+                self.json(&Line::PathConnected { path: &path });
+                if self.lost.remove(&path) {
+                    self.reconnects += 1;
+                    if !self.quiet {
+                        self.console.line(&format!("connected again over {path}"));
+                    }
+                }
+            }
             Event::TransportChanged { to, why } => self.transport(&to, why, meter),
             Event::Done(outcome) => {
                 meter.ended(outcome.index);
@@ -516,8 +535,39 @@ impl Report {
         }
     }
 
+    /// One of several paths is lost: told once, until it is back.
+    fn path_lost(&mut self, path: String, delay: Duration, reason: &str) {
+        let reason = output::printable(reason);
+        self.json(&Line::PathLost {
+            path: &path,
+            delay: delay.as_secs_f64(),
+            reason: &reason,
+        });
+        if !self.lost.contains(&path) {
+            if !self.quiet {
+                let text = format!("{path} is lost, the others go on: {reason}");
+                self.console.line(&text);
+            }
+            self.lost.insert(path);
+        }
+    }
+
+    /// What each of several paths has carried.
+    fn by_path(&self, secs: f64) -> Vec<PathLine> {
+        let paths = self.link.as_ref().map(Link::paths).unwrap_or_default();
+        let line = |path: PathProgress| PathLine {
+            rate: path.moved as f64 / secs.max(1e-6),
+            bytes: path.moved,
+            connected: None,
+            path: path.path,
+        };
+        paths.into_iter().map(line).collect()
+    }
+
     /// Reports the transport of the first connection, unless it is QUIC.
     pub(super) fn connected(&mut self, link: &Link, meter: &mut Meter) {
+        meter.follow(link);
+        self.link = Some(link.clone()).filter(|link| !link.paths().is_empty());
         let Some(socket) = link.live() else { return };
         let transport = socket.transport();
         if let Some(why) = socket.transport_reason()
@@ -816,7 +866,7 @@ impl Report {
         }
     }
 
-    fn progress(&mut self, progress: &Progress, rate: f64) {
+    fn progress(&mut self, progress: &Progress, meter: &Meter) {
         let last = progress.listed && progress.files_done == progress.files;
         let now = Instant::now();
         let soon = self
@@ -827,12 +877,20 @@ impl Report {
             return;
         }
         self.last_progress = Some(now);
+        let line = |(path, rate): (PathProgress, f64)| PathLine {
+            path: path.path,
+            bytes: path.moved,
+            rate,
+            connected: Some(path.connected),
+        };
+        let paths: Vec<_> = meter.paths().into_iter().map(line).collect();
         self.json(&Line::Progress {
             bytes: progress.acked,
             total: progress.total,
             files_done: progress.files_done + self.never_begun,
             files: progress.files + self.never_begun,
-            rate,
+            rate: meter.rate(),
+            paths: &paths,
         });
     }
 
@@ -875,6 +933,7 @@ impl Report {
                 reconnects: Some(self.reconnects),
                 secs,
                 rate,
+                paths: &self.by_path(secs),
                 error_kind: kind.map(Kind::name),
                 error: explained.as_ref().map(|explained| explained.text.as_str()),
                 hint: explained
@@ -955,6 +1014,10 @@ impl Report {
         );
         if self.moved > 0 {
             summary.push_str(&format!(", {}/s", size(rate)));
+        }
+        for path in self.by_path(secs) {
+            let (bytes, rate) = (size(path.bytes as f64), size(path.rate));
+            summary.push_str(&format!(", {bytes} over {} at {rate}/s", path.path));
         }
         if self.resumed > 0 {
             summary.push_str(&format!(", {} resumed", size(self.resumed as f64)));

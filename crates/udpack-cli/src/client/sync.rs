@@ -176,7 +176,7 @@ async fn sync(
     report: &mut Report,
 ) -> anyhow::Result<()> {
     let way = Way::of(args)?;
-    let target = Target::find(&args.connect)?;
+    let target = Target::find(&args.connect)?.via(&args.paths)?;
     let tries = retry(args.retries);
     if args.dry_run {
         report.dry();

@@ -116,6 +116,7 @@ pub(super) async fn run(
             reconnects: None,
             secs,
             rate: tally.bytes as f64 / secs.max(1e-6),
+            paths: &[],
             error_kind: kind.map(Kind::name),
             error: explained.as_ref().map(|explained| explained.text.as_str()),
             hint: explained

@@ -74,7 +74,7 @@ impl Downloader {
         }
     }
 
-    /// The number of files received in parallel. Defaults to 4.
+    /// The number of files received in parallel over each path of the link. Defaults to 4.
     pub fn lanes(mut self, lanes: usize) -> Self {
         self.lanes = lanes.max(1);
         self
@@ -126,8 +126,8 @@ impl Downloader {
             .max_open
             .clamp(1, Semaphore::MAX_PERMITS);
         let link_events = self.link.events();
+        let paths = self.link.each();
         let context = Arc::new(Context {
-            link: self.link,
             staging: Staging::new(Target::Disk(self.store)),
             if_exists: self.if_exists,
             preserve: self.preserve,
@@ -136,14 +136,17 @@ impl Downloader {
             queue: Queue::default(),
             room: Arc::new(Semaphore::new(AHEAD)),
             places: Arc::new(Semaphore::new(places)),
-            lanes: AtomicUsize::new(self.lanes),
+            lanes: AtomicUsize::new(self.lanes * paths.len()),
             totals: Arc::default(),
         });
         let (events, happened) = mpsc::channel(256);
         let (notes, noted) = mpsc::unbounded_channel();
         let mut tasks = JoinSet::new();
         for _ in 0..self.lanes {
-            tasks.spawn(lane::run(context.clone(), notes.clone(), events.clone()));
+            for link in &paths {
+                let (link, notes) = (link.clone(), notes.clone());
+                tasks.spawn(lane::run(context.clone(), link, notes, events.clone()));
+            }
         }
         tasks.spawn(settle_all(context.clone(), noted, events));
         feed(context.clone(), wanted.into_iter());
@@ -252,7 +255,6 @@ pub fn apply_entry(
 /// State that all parts of a download share.
 #[derive(Debug)]
 struct Context {
-    link: Link,
     staging: Staging<Arriving>,
     if_exists: IfExists,
     preserve: bool,
@@ -420,6 +422,11 @@ impl Queue {
             Some(job)
         })
         .await
+    }
+
+    /// Waits until all have their outcome.
+    async fn over(&self) {
+        let _: Option<()> = self.wait(|_| None).await;
     }
 
     /// Waits until there is a file; false when all have their outcome.

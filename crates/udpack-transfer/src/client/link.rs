@@ -2,11 +2,13 @@
 //!
 //! A link has one socket at a time. Each task that needs the socket asks the link for it. The first task that finds it
 //! lost reconnects while the others wait. What reconnecting cannot mend (a refused token, another key, another version)
-//! is final.
+//! is final. A link of several paths is one link for each path; transfers spread their lanes over them.
 
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
+use futures_util::future;
 use tokio::sync::{Mutex, broadcast};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
@@ -23,6 +25,12 @@ pub use udpack::Reconnect as Retry;
 
 /// Events that wait for a slow watcher; when there are more, it misses the oldest.
 const EVENTS: usize = 32;
+/// How long one of several paths may bring nothing while the server owes something: it gives a sign of life each second.
+const QUIET: Duration = Duration::from_millis(1500);
+/// How often that is looked at.
+const LOOK: Duration = Duration::from_millis(100);
+/// How long a path of several rests that could not be reached.
+const REST: Duration = Duration::from_secs(5);
 
 /// An event of a [`Link`].
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,6 +47,20 @@ pub enum LinkEvent {
     },
     /// The connection is back.
     Connected,
+    /// One of several paths is gone; it is tried again after the delay, and the others go on.
+    PathLost {
+        /// Which one.
+        path: String,
+        /// How long until then.
+        delay: Duration,
+        /// What went wrong last.
+        reason: String,
+    },
+    /// One of several paths is there, for the first time or again.
+    PathConnected {
+        /// Which one.
+        path: String,
+    },
     /// The connection uses another transport than the one before it, or the first connection does not use QUIC.
     TransportChanged {
         /// The new transport.
@@ -54,6 +76,33 @@ pub struct Link {
     way: Way,
     retry: Retry,
     shared: Arc<Shared>,
+    /// What this one is among several.
+    path: Option<Path>,
+    /// The paths of a link that has several, this one among them.
+    all: Arc<[Self]>,
+}
+
+/// One of several paths.
+#[derive(Debug, Clone)]
+struct Path {
+    name: Arc<str>,
+    moved: Arc<AtomicU64>,
+    /// Whether it was told that it is there.
+    told: Arc<AtomicBool>,
+    /// When any of them last brought something on.
+    progress: Arc<StdMutex<Instant>>,
+}
+
+/// What one of several paths has carried: see [`Link::paths`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PathProgress {
+    /// Its name, as given to [`Link::of_paths`].
+    pub path: String,
+    /// Bytes of files that have arrived over it, repetitions included.
+    pub moved: u64,
+    /// Whether it has a connection now.
+    pub connected: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -131,12 +180,118 @@ impl Link {
                 outage: StdMutex::default(),
                 events: broadcast::Sender::new(EVENTS),
             }),
+            path: None,
+            all: Arc::default(),
         }
+    }
+
+    /// One link over several paths to the same server, each with its name and a connection of its own: clients with other
+    /// [local addresses](udpack::ClientBuilder::local_address) or [interfaces](udpack::ClientBuilder::interface), and the same
+    /// token. Uploads and downloads spread their lanes over them; whoever needs one socket gets one of whichever path has one.
+    /// A path that is lost or silent gives back what it had under way, and is tried again as long as another one moves. `None`
+    /// without a path.
+    pub fn of_paths(paths: impl IntoIterator<Item = (String, Self)>) -> Option<Self> {
+        let progress = Arc::new(StdMutex::new(Instant::now()));
+        let named = paths.into_iter().map(|(name, link)| Self {
+            path: Some(Path {
+                name: name.into(),
+                moved: Arc::default(),
+                told: Arc::default(),
+                progress: progress.clone(),
+            }),
+            ..link
+        });
+        let all: Arc<[Self]> = named.collect();
+        let first = all.first()?.clone();
+        Some(Self { all, ..first })
+    }
+
+    /// What each of several paths has carried so far; nothing where there is only one.
+    pub fn paths(&self) -> Vec<PathProgress> {
+        let paths = self.all.iter().filter_map(|link| {
+            let path = link.path.as_ref()?;
+            Some(PathProgress {
+                path: path.name.to_string(),
+                moved: path.moved.load(Ordering::Relaxed),
+                connected: link.live().is_some(),
+            })
+        });
+        paths.collect()
+    }
+
+    /// A link for each path: this one where there is only one.
+    pub(crate) fn each(&self) -> Vec<Self> {
+        match self.all.is_empty() {
+            true => vec![self.clone()],
+            false => self.all.to_vec(),
+        }
+    }
+
+    /// Whether it is one of several paths.
+    pub(crate) fn is_path(&self) -> bool {
+        self.path.is_some() && self.all.is_empty()
+    }
+
+    /// So many bytes of files have arrived over this path.
+    pub(crate) fn moved(&self, bytes: u64) {
+        if let Some(path) = &self.path {
+            path.moved.fetch_add(bytes, Ordering::Relaxed);
+        }
+    }
+
+    /// Ends when nothing has come from this socket for a while although `owed` says that something should, and ends the socket:
+    /// other paths shall go on with what it had under way. Never ends where there is only one path. `probe` sends something that
+    /// the server's QUIC answers, where its program may have nothing to say.
+    ///
+    /// Cancel safe.
+    pub(crate) async fn silent(&self, socket: &Socket, owed: impl Fn() -> bool, probe: impl Fn()) {
+        if !self.is_path() {
+            return future::pending().await;
+        }
+        let mut heard = (socket.stats().wire_received, Instant::now());
+        loop {
+            tokio::time::sleep(LOOK).await;
+            let stats = socket.stats();
+            if stats.wire_received != heard.0 || !owed() {
+                heard = (stats.wire_received, Instant::now());
+            } else if heard.1.elapsed() >= QUIET.max(3 * stats.rtt) {
+                let text = "nothing was heard over this path";
+                // Whether or not there is anything left to connect again for.
+                self.tell_lost(0, Duration::ZERO, text.to_owned());
+                socket.abort(CloseCode::CONNECTION_LOST, text);
+                return;
+            } else if heard.1.elapsed() >= QUIET / 3 {
+                probe();
+            }
+        }
+    }
+
+    /// Whether another path moves, after this one could not be reached: it is worth trying again, after a rest.
+    ///
+    /// Cancel safe.
+    pub(crate) async fn rests(&self, error: &TransferError) -> bool {
+        let Some(path) = self.path.as_ref().filter(|_| error.retry()) else {
+            return false;
+        };
+        let last = *path.progress.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.elapsed() >= self.retry.patience.min(Retry::default().patience) {
+            return false;
+        }
+        tokio::time::sleep(REST).await;
+        true
     }
 
     /// How to reconnect; applies to this handle and to later clones of it.
     #[must_use]
     pub fn retry(mut self, retry: Retry) -> Self {
+        self.all = self
+            .all
+            .iter()
+            .map(|link| Self {
+                retry,
+                ..link.clone()
+            })
+            .collect();
         self.retry = retry;
         self
     }
@@ -169,6 +324,18 @@ impl Link {
     /// # Cancel safety
     /// As for [`socket`](Self::socket).
     pub async fn eager(&self) -> Result<Socket, TransferError> {
+        if self.all.is_empty() {
+            return self.eager_over_path().await;
+        }
+        let stays = |socket: &Socket| socket.goaway().is_none();
+        if let Some(socket) = self.live().filter(stays) {
+            return Ok(socket);
+        }
+        let dials = self.all.iter().map(|link| Box::pin(link.eager_over_path()));
+        future::select_ok(dials).await.map(|(socket, _)| socket)
+    }
+
+    async fn eager_over_path(&self) -> Result<Socket, TransferError> {
         let (client, address) = match &self.way {
             Way::Given(socket) => return self.given(socket).await,
             Way::Dial { client, address } => (client, address),
@@ -203,28 +370,22 @@ impl Link {
                 // An answer shows that the address is right, even if it is a temporary refusal.
                 let answered = matches!(&error, TransferError::Connect(error) if matches!(&**error, ConnectError::Denied(_)));
                 if !error.retry() || (first && !self.retry.first_too && !answered) {
-                    return Err(give_up(&mut state, error));
+                    return Err(self.give_up(&mut state, error));
                 }
                 let Some((attempt, delay)) = self.next_attempt() else {
-                    return Err(give_up(&mut state, error));
+                    return Err(self.give_up(&mut state, error));
                 };
                 let delay = delay.max(wait);
                 let reason = error.to_string();
                 tracing::info!(attempt, ?delay, reason, "reconnecting");
-                let _ = self.shared.events.send(LinkEvent::Reconnecting {
-                    attempt,
-                    delay,
-                    reason,
-                });
+                self.tell_lost(attempt, delay, reason);
                 // If the caller is dropped here, the next caller examines the old socket again; it must not look alive.
                 tokio::time::sleep(delay).await;
                 again = true;
             }
             match client.connect_eager(address).await {
                 Ok(socket) => {
-                    if again {
-                        let _ = self.shared.events.send(LinkEvent::Connected);
-                    }
+                    self.tell_connected(again);
                     state.take(socket.clone(), &self.shared.events);
                     self.look_for_udp(&mut state);
                     return Ok(socket);
@@ -232,6 +393,48 @@ impl Link {
                 Err(error) => lost = Some(Lost::from(error)),
             }
         }
+    }
+
+    fn tell_lost(&self, attempt: u32, delay: Duration, reason: String) {
+        let event = match &self.path {
+            None => LinkEvent::Reconnecting {
+                attempt,
+                delay,
+                reason,
+            },
+            Some(path) => {
+                path.told.store(false, Ordering::Relaxed);
+                LinkEvent::PathLost {
+                    path: path.name.to_string(),
+                    delay,
+                    reason,
+                }
+            }
+        };
+        let _ = self.shared.events.send(event);
+    }
+
+    fn tell_connected(&self, again: bool) {
+        let event = match &self.path {
+            None if again => LinkEvent::Connected,
+            Some(path) if !path.told.swap(true, Ordering::Relaxed) => LinkEvent::PathConnected {
+                path: path.name.to_string(),
+            },
+            None | Some(_) => return,
+        };
+        let _ = self.shared.events.send(event);
+    }
+
+    fn give_up(&self, state: &mut State, error: TransferError) -> TransferError {
+        tracing::info!(%error, "not reconnecting");
+        state.socket = None;
+        if self.path.is_some() && error.retry() {
+            // It is tried again as long as another path moves.
+            self.tell_lost(0, REST, error.to_string());
+            *self.outage() = Outage::default();
+            return error;
+        }
+        state.over.insert(error).again()
     }
 
     /// Probes UDP beside a socket that runs over TCP, if the client uses both.
@@ -301,6 +504,9 @@ impl Link {
 
     /// The socket as it is, if it is alive, for an orderly close.
     pub fn live(&self) -> Option<Socket> {
+        if !self.all.is_empty() {
+            return self.all.iter().find_map(Self::live);
+        }
         let socket = match &self.way {
             Way::Given(socket) => Some(socket.clone()),
             // A task that holds the lock is connecting.
@@ -311,27 +517,44 @@ impl Link {
 
     /// Records progress of the transfer: attempts and time without progress count from now.
     pub fn progressed(&self) {
+        if let Some(path) = &self.path {
+            *path.progress.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        }
         *self.outage() = Outage::default();
     }
 
     /// The events from now on.
     pub fn events(&self) -> LinkEvents {
-        LinkEvents(self.shared.events.subscribe())
+        let each = self.each();
+        let events = each.iter().map(|link| link.shared.events.subscribe());
+        LinkEvents(events.collect())
     }
 
-    /// Ends the socket, if there is one, without a round trip, for a caller that has every answer it wants. The server
+    /// Ends the socket of each path without a round trip, for a caller that has every answer it wants. The server
     /// is told once, in a packet that may be lost. Queued messages are not sent.
     ///
     /// # Cancel safety
     /// A dropped future may or may not have told the server.
     pub async fn leave(&self) {
-        if let Some(socket) = self.live()
-            // An answer may arrive before `$welcome`.
-            && socket.admitted().await.is_ok()
-        {
-            socket.abort(CloseCode::NORMAL, "done");
-            socket.closed().await;
-        }
+        self.end(CloseCode::NORMAL, "done").await;
+    }
+
+    /// As [`leave`](Self::leave), and says why.
+    ///
+    /// # Cancel safety
+    /// As for [`leave`](Self::leave).
+    pub async fn end(&self, code: CloseCode, text: &str) {
+        let each = self.each();
+        let ends = each.iter().map(|link| async move {
+            if let Some(socket) = link.live()
+                // An answer may arrive before `$welcome`.
+                && socket.admitted().await.is_ok()
+            {
+                socket.abort(code, text);
+                socket.closed().await;
+            }
+        });
+        future::join_all(ends).await;
     }
 
     /// Judges the end of a lane, or of a request that was sent right behind the `$hello` of this socket.
@@ -407,7 +630,7 @@ impl From<&Self> for Link {
 
 /// The events of a [`Link`], in order. A watcher that falls behind misses the oldest.
 #[derive(Debug)]
-pub struct LinkEvents(broadcast::Receiver<LinkEvent>);
+pub struct LinkEvents(Vec<broadcast::Receiver<LinkEvent>>);
 
 impl LinkEvents {
     /// The next event; `None` when the link is gone.
@@ -415,13 +638,16 @@ impl LinkEvents {
     /// # Cancel safety
     /// Cancel safe.
     pub async fn next(&mut self) -> Option<LinkEvent> {
-        loop {
-            match self.0.recv().await {
+        while !self.0.is_empty() {
+            let each = self.0.iter_mut().map(|events| Box::pin(events.recv()));
+            let (event, at, _) = future::select_all(each).await;
+            match event {
                 Ok(event) => return Some(event),
                 Err(broadcast::error::RecvError::Lagged(_)) => {}
-                Err(broadcast::error::RecvError::Closed) => return None,
+                Err(broadcast::error::RecvError::Closed) => drop(self.0.swap_remove(at)),
             }
         }
+        None
     }
 }
 
@@ -522,12 +748,6 @@ impl From<ConnectError> for Lost {
             wait: Duration::ZERO,
         }
     }
-}
-
-fn give_up(state: &mut State, error: TransferError) -> TransferError {
-    tracing::info!(%error, "not reconnecting");
-    state.socket = None;
-    state.over.insert(error).again()
 }
 
 #[cfg(test)]

@@ -68,6 +68,20 @@ pub enum Event {
     },
     /// The connection is back.
     Connected,
+    /// One of several paths is lost; it is tried again after the delay, and the others go on.
+    PathLost {
+        /// Which one.
+        path: String,
+        /// How long until then.
+        delay: Duration,
+        /// What went wrong last.
+        reason: String,
+    },
+    /// One of several paths is there, for the first time or again.
+    PathConnected {
+        /// Which one.
+        path: String,
+    },
     /// The connection uses another transport than the one before it, or the first connection does not use QUIC.
     TransportChanged {
         /// The new transport.
@@ -401,6 +415,12 @@ impl Feed {
                         return Some(Event::Reconnecting { attempt, delay, reason });
                     }
                     Some(LinkEvent::Connected) => return Some(Event::Connected),
+                    Some(LinkEvent::PathLost { path, delay, reason }) => {
+                        return Some(Event::PathLost { path, delay, reason });
+                    }
+                    Some(LinkEvent::PathConnected { path }) => {
+                        return Some(Event::PathConnected { path });
+                    }
                     Some(LinkEvent::TransportChanged { to, why }) => {
                         return Some(Event::TransportChanged { to, why });
                     }

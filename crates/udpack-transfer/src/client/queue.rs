@@ -252,6 +252,28 @@ impl Queue {
         }
     }
 
+    /// Whether the upload was given up: what is left only has to be told.
+    pub(crate) fn is_given_up(&self) -> bool {
+        self.lock().failed.is_some()
+    }
+
+    /// Waits until there is nothing to do any more, or the upload is given up.
+    ///
+    /// Cancel safe.
+    pub(crate) async fn over(&self) {
+        loop {
+            let mut changed = std::pin::pin!(self.changed.notified());
+            changed.as_mut().enable();
+            {
+                let state = self.lock();
+                if state.is_over() || state.failed.is_some() {
+                    return;
+                }
+            }
+            changed.await;
+        }
+    }
+
     /// Takes more small files, if they are next.
     pub(crate) fn take_small(self: &Arc<Self>) -> Option<Vec<Claim>> {
         match self.try_take(true) {

@@ -101,7 +101,7 @@ impl Uploader {
         }
     }
 
-    /// How many files are sent in parallel. Defaults to 4; there are never more lanes than files.
+    /// How many files are sent in parallel over each path of the link. Defaults to 4; there are never more lanes than files.
     pub fn lanes(mut self, lanes: usize) -> Self {
         self.lanes = lanes.max(1);
         self
@@ -161,7 +161,9 @@ impl Uploader {
         sources: impl IntoIterator<Item = Source, IntoIter: Send + 'static>,
     ) -> Upload {
         let link_events = self.link.events();
-        let lanes = self.lanes;
+        let paths = self.link.each();
+        let of_each = self.lanes;
+        let lanes = of_each * paths.len();
         let shared = Arc::new(Shared {
             if_exists: self.if_exists.to_string(),
             remote: Remote::new(&self.link),
@@ -178,8 +180,10 @@ impl Uploader {
         let mut tasks = JoinSet::new();
         let (sources, lister, told) = (sources.into_iter(), shared.clone(), events.clone());
         tasks.spawn_blocking(move || list(sources, &lister, &told));
-        for _ in 0..lanes {
-            tasks.spawn(lane(shared.clone(), events.clone()));
+        for _ in 0..of_each {
+            for link in &paths {
+                tasks.spawn(lane(shared.clone(), link.clone(), events.clone()));
+            }
         }
         Upload {
             shared,
@@ -476,10 +480,18 @@ impl InFlight {
 }
 
 /// Sends entries over one lane after the other, until there are no more entries or the lanes keep failing.
-async fn lane(shared: Arc<Shared>, events: mpsc::Sender<Event>) {
-    let link = &shared.uploader.link;
+async fn lane(shared: Arc<Shared>, link: Link, events: mpsc::Sender<Event>) {
+    let link = &link;
     let mut setbacks = 0;
     loop {
+        // Over one of several paths nothing waits that another could take.
+        let connected = match link.is_path() && !shared.queue.is_given_up() {
+            true => match path_socket(&shared, link).await {
+                Some(connected) => Some(connected),
+                None => return,
+            },
+            false => None,
+        };
         // Connect only when there is something to send.
         let next = match shared.queue.take().await {
             Next::Over => return,
@@ -489,7 +501,11 @@ async fn lane(shared: Arc<Shared>, events: mpsc::Sender<Event>) {
             }
             next => next,
         };
-        let socket = match link.eager().await {
+        let connected = match connected {
+            Some(connected) => connected,
+            None => link.eager().await,
+        };
+        let socket = match connected {
             Ok(socket) => socket,
             Err(error) => {
                 shared.queue.fail(error);
@@ -497,7 +513,7 @@ async fn lane(shared: Arc<Shared>, events: mpsc::Sender<Event>) {
             }
         };
         let flight = InFlight::default();
-        let Err(error) = serve(&shared, &socket, next, &flight, &events).await else {
+        let Err(error) = serve(&shared, (link, &socket), next, &flight, &events).await else {
             return;
         };
         // The link handles a socket that was not admitted.
@@ -544,11 +560,36 @@ async fn lane(shared: Arc<Shared>, events: mpsc::Sender<Event>) {
     }
 }
 
+/// The socket of one of several paths, or why there is none and no other path goes on; `None` when there is nothing to do for it.
+async fn path_socket(shared: &Shared, link: &Link) -> Option<Result<Socket, TransferError>> {
+    loop {
+        let connected = tokio::select! {
+            biased;
+            () = shared.queue.over() => return None,
+            connected = link.eager() => connected,
+        };
+        let Err(error) = connected else {
+            return Some(connected);
+        };
+        let rested = tokio::select! {
+            biased;
+            () = shared.queue.over() => return None,
+            rested = link.rests(&error) => rested,
+        };
+        if rested {
+            continue;
+        }
+        // The others go on with the queue.
+        let others = shared.lanes.fetch_sub(1, Ordering::Relaxed) > 1;
+        return (!others).then_some(Err(error));
+    }
+}
+
 /// Sends over one channel until there is nothing to send or the channel has ended. Files without an outcome stay in
 /// `flight`.
 async fn serve(
     shared: &Arc<Shared>,
-    socket: &Socket,
+    (link, socket): (&Link, &Socket),
     next: Next,
     flight: &InFlight,
     events: &mpsc::Sender<Event>,
@@ -565,6 +606,7 @@ async fn serve(
     );
     let lane = Lane {
         shared,
+        link,
         channel: &channel,
         flight,
         events,
@@ -581,9 +623,12 @@ async fn serve(
     let result = {
         let mut sending = std::pin::pin!(sending);
         let mut receiving = std::pin::pin!(lane.receive(socket));
+        let owed = || flight.len() > 0;
         tokio::select! {
             biased;
             received = &mut receiving => received,
+            // The server says each second of each file that it is there.
+            () = link.silent(socket, owed, || ()) => Err(TransferError::Closed(lane_end(&channel, socket))),
             sent = &mut sending => match (sent, receiving.await) {
                 (Err(LaneOver), Ok(())) => Err(TransferError::Closed(lane_end(&channel, socket))),
                 (_, received) => received,
@@ -611,6 +656,7 @@ impl From<SendError> for LaneOver {
 #[derive(Clone, Copy)]
 struct Lane<'a> {
     shared: &'a Arc<Shared>,
+    link: &'a Link,
     channel: &'a Channel,
     flight: &'a InFlight,
     events: &'a mpsc::Sender<Event>,
@@ -1308,7 +1354,7 @@ impl Lane<'_> {
                         spool.durable(safe.min(sent.position));
                     }
                     let arrived = sent.arrived(recv);
-                    self.shared.totals.moved(arrived);
+                    self.arrived(arrived);
                     // The last byte counts only with `done`.
                     let acked = recv
                         .min(sent.position)
@@ -1346,7 +1392,7 @@ impl Lane<'_> {
         self.moved();
         if !same {
             let arrived = sent.arrived(sent.position);
-            self.shared.totals.moved(arrived);
+            self.arrived(arrived);
         }
         if let Err(error) = self.check_done(&sent.claim, size, &hash, same) {
             self.shared.failed(self.events, sent.claim, error).await;
@@ -1472,9 +1518,15 @@ impl Lane<'_> {
         }
     }
 
+    /// So many bytes have come to the server over this path.
+    fn arrived(self, bytes: u64) {
+        self.shared.totals.moved(bytes);
+        self.link.moved(bytes);
+    }
+
     fn moved(self) {
         self.flight.moved.store(true, Ordering::Relaxed);
-        self.shared.uploader.link.progressed();
+        self.link.progressed();
     }
 }
 

@@ -29,10 +29,18 @@ pub(crate) struct Dialer {
     timeouts: Arc<Timeouts>,
     congestion: CongestionControl,
     via: Via,
-    local: Option<SocketAddr>,
+    local: Local,
     qlog: Option<Qlog>,
     /// The last local address for which a probe passed with a payload size, that size in bytes, and the time.
     proved: Mutex<Option<(SocketAddr, u16, Instant)>>,
+}
+
+/// What of this machine to dial from.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Local {
+    pub(crate) address: Option<SocketAddr>,
+    /// The name of the interface that everything goes over, whatever the routes say.
+    pub(crate) interface: Option<Arc<str>>,
 }
 
 /// How long such a probe remains valid. A forwarder that takes over the port in the meantime is detected by its
@@ -77,12 +85,12 @@ const UNANSWERED: Duration = Duration::from_millis(100);
 
 impl Dialer {
     /// Creates a dialer for servers with this key, or with a certificate of a CA that the platform trusts. `local` is
-    /// the local address to dial from.
+    /// what to dial from.
     pub(crate) fn new(
         pin: Option<Fingerprint>,
         (limits, timeouts): (Arc<Limits>, Arc<Timeouts>),
         congestion: CongestionControl,
-        (via, local): (Via, Option<SocketAddr>),
+        (via, local): (Via, Local),
         qlog: Option<PathBuf>,
     ) -> Result<Self, DialerError> {
         // Invalid settings are reported now, not at the first connection.
@@ -126,20 +134,25 @@ impl Dialer {
         address: SocketAddr,
         host: &str,
     ) -> Result<(Connection, Endpoint), DialError> {
-        let local = self.local.unwrap_or_else(|| {
+        let local = self.local.address.unwrap_or_else(|| {
             let any = match address {
                 SocketAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
                 SocketAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
             };
             SocketAddr::new(any, 0)
         });
+        let interface = self.local.interface.as_ref();
+        let at = match interface {
+            Some(name) => At::Interface(local, name.clone()),
+            None => At::Address(local),
+        };
         let route = self.proved_route_to(address).await;
         let route = route.map_err(|_| DialError::Refused("connection refused".to_owned()))?;
         let (heard, attempt) = (FirstWord::default(), Attempt::default());
         let (endpoint, _) = self
             .via
             .open(
-                At::Address(local),
+                at,
                 self.limits.socket_buffer,
                 route.map(|route| route.payload),
                 quinn::EndpointConfig::default(),
@@ -152,6 +165,7 @@ impl Dialer {
             .connect_with(config, address, host)
             .map_err(|error| DialError::Refused(error.to_string()))?;
         let pause = UNANSWERED.min(self.timeouts.handshake / 4);
+        let local = (local, interface.map(|name| &**name));
         let connected = tokio::select! {
             connected = connecting => connected,
             () = patience(self.timeouts.handshake, &heard) => return Err(DialError::Silent),
@@ -229,7 +243,7 @@ impl Dialer {
             tls: &self.tls,
             limits: &self.limits,
             timeouts: &self.timeouts,
-            local: self.local,
+            local: &self.local,
         }
     }
 

@@ -61,7 +61,8 @@ impl Via {
             port,
         } = match self {
             Self::System => match at {
-                At::Address(address) => udp::bind(address, buffer, payload)?,
+                At::Address(address) => udp::bind(address, None, buffer, payload)?,
+                At::Interface(address, name) => udp::bind(address, Some(&name), buffer, payload)?,
                 At::Socket(socket) => udp::serve(socket, buffer, payload)?,
             },
             #[cfg(feature = "testing")]
@@ -71,7 +72,9 @@ impl Via {
                     payload,
                     port: Port::default(),
                 },
-                At::Socket(_) => return Err(io::ErrorKind::Unsupported.into()),
+                At::Interface(..) | At::Socket(_) => {
+                    return Err(io::ErrorKind::Unsupported.into());
+                }
             },
         };
         let (socket, attempt): (Arc<dyn AsyncUdpSocket>, _) = match client {
@@ -98,7 +101,7 @@ impl Via {
     /// the system after `pause`.
     pub(crate) async fn unreachable(
         &self,
-        local: SocketAddr,
+        local: (SocketAddr, Option<&str>),
         peer: SocketAddr,
         pause: Duration,
     ) -> &'static str {
@@ -203,6 +206,8 @@ impl AsyncUdpSocket for Ear {
 pub(crate) enum At {
     /// Bind a socket to this address.
     Address(SocketAddr),
+    /// The same, for packets over this interface alone.
+    Interface(SocketAddr, Arc<str>),
     /// Use this bound socket.
     Socket(UdpSocket),
 }

@@ -315,7 +315,7 @@ impl Endpoint {
 
     /// Moves to another local address, with kernel buffers of `buffer` bytes.
     pub(crate) fn rebind(&self, local: SocketAddr, buffer: usize) -> io::Result<()> {
-        let bound = udp::bind(local, buffer, MOST_PAYLOAD)?;
+        let bound = udp::bind(local, None, buffer, MOST_PAYLOAD)?;
         self.0.rebind_abstract(bound.socket)
     }
 }

@@ -47,7 +47,7 @@ const IPV6_HEADERS: u32 = 40 + 8;
 /// A UDP socket at this address; for IPv6 also of IPv4 peers. If the system has no IPv6, `[::]` binds all IPv4
 /// addresses, and this is logged.
 pub(crate) fn bound(address: SocketAddr) -> io::Result<UdpSocket> {
-    bound_by(open, address)
+    bound_by(|address| open(address, None), address)
 }
 
 fn bound_by(
@@ -73,12 +73,15 @@ fn is_without_ipv6(error: &io::Error) -> bool {
         .any(|errno| code == Some(errno.raw_os_error()))
 }
 
-fn open(address: SocketAddr) -> io::Result<UdpSocket> {
+fn open(address: SocketAddr, interface: Option<&str>) -> io::Result<UdpSocket> {
     let socket = RawSocket::new(
         Domain::for_address(address),
         Type::DGRAM,
         Some(Protocol::UDP),
     )?;
+    if let Some(interface) = interface {
+        keep_to(&socket, interface)?;
+    }
     if address.is_ipv6() {
         socket.set_only_v6(false)?;
     }
@@ -102,9 +105,32 @@ pub(crate) fn serve(socket: UdpSocket, buffer: usize, payload: u16) -> io::Resul
     })
 }
 
-/// Binds a UDP socket and [`serve`]s it.
-pub(crate) fn bind(address: SocketAddr, buffer: usize, payload: u16) -> io::Result<Bound> {
-    serve(bound(address)?, buffer, payload)
+/// Makes a socket send and receive over this interface of the system alone, whatever its routes say.
+pub(crate) fn keep_to<'a>(
+    socket: impl Into<socket2::SockRef<'a>>,
+    interface: &str,
+) -> io::Result<()> {
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    return socket.into().bind_device(Some(interface.as_bytes()));
+    #[cfg(not(any(target_os = "linux", target_os = "android")))]
+    {
+        let _ = (socket.into(), interface);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+/// Binds a UDP socket, to this interface alone if one is given, and [`serve`]s it.
+pub(crate) fn bind(
+    address: SocketAddr,
+    interface: Option<&str>,
+    buffer: usize,
+    payload: u16,
+) -> io::Result<Bound> {
+    let socket = match interface {
+        None => bound(address)?,
+        some => open(address, some)?,
+    };
+    serve(socket, buffer, payload)
 }
 
 /// A UDP socket for a QUIC endpoint.
@@ -135,13 +161,16 @@ impl Port {
 /// QUIC's own socket is not connected, because client and server may change their addresses, so it receives no ICMP
 /// errors. This sends an empty datagram, which QUIC ignores, from a second socket that is connected.
 pub(crate) async fn unreachable(
-    local: SocketAddr,
+    (local, interface): (SocketAddr, Option<&str>),
     peer: SocketAddr,
     pause: Duration,
 ) -> &'static str {
     let hear = async {
         tokio::time::sleep(pause).await;
         let socket = tokio::net::UdpSocket::bind(SocketAddr::new(local.ip(), 0)).await?;
+        if let Some(interface) = interface {
+            keep_to(&socket, interface)?;
+        }
         socket.connect(peer).await?;
         socket.send(&[]).await?;
         loop {
@@ -636,7 +665,7 @@ pub(crate) mod tests {
     #[tokio::test]
     async fn a_closed_port_is_free_for_another_socket() {
         let address = SocketAddr::from(([127, 0, 0, 1], 0));
-        let bound = bind(address, 1 << 20, 1472).unwrap();
+        let bound = bind(address, None, 1 << 20, 1472).unwrap();
         let address = bound.socket.local_addr().unwrap();
         assert!(UdpSocket::bind(address).is_err());
         bound.port.close();
@@ -653,7 +682,7 @@ pub(crate) mod tests {
 
     #[tokio::test]
     async fn all_is_received_that_comes_in_bursts_of_any_size() {
-        let bound = bind(SocketAddr::from(([127, 0, 0, 1], 0)), 1 << 20, 1472);
+        let bound = bind(SocketAddr::from(([127, 0, 0, 1], 0)), None, 1 << 20, 1472);
         let socket = bound.unwrap().socket;
         let to = socket.local_addr().unwrap();
         let from = UdpSocket::bind("127.0.0.1:0").unwrap();
@@ -806,7 +835,7 @@ pub(crate) mod tests {
     fn without_ipv6_all_addresses_are_those_of_ipv4() {
         let none = |address: SocketAddr| match address.is_ipv6() {
             true => Err(rustix::io::Errno::AFNOSUPPORT.into()),
-            false => open(address),
+            false => open(address, None),
         };
         let all = SocketAddr::from(([0_u16; 8], 0));
         let socket = bound_by(none, all).expect("IPv4");

@@ -17,10 +17,11 @@ use tokio_util::task::TaskTracker;
 
 use crate::base::text::printable_within;
 use crate::transport::connection::ConnectionError;
-use crate::transport::dialer::DialError;
+use crate::transport::dialer::{DialError, Local};
 use crate::transport::mux::{self, Ends, Side};
 use crate::transport::proxy::Proxy;
 use crate::transport::trips;
+use crate::transport::udp::keep_to;
 use crate::trust::origin::Transport;
 use crate::trust::tls::Distrust;
 use crate::wire::code::{self, CloseCode, CloseReason};
@@ -47,7 +48,7 @@ pub(super) struct Way<'a> {
     pub(super) tls: &'a Arc<rustls::ClientConfig>,
     pub(super) limits: &'a Limits,
     pub(super) timeouts: &'a Timeouts,
-    pub(super) local: Option<SocketAddr>,
+    pub(super) local: &'a Local,
 }
 
 impl Way<'_> {
@@ -113,7 +114,10 @@ impl Way<'_> {
             SocketAddr::V6(_) => TcpSocket::new_v6(),
         };
         let socket = socket.map_err(DialError::Local)?;
-        if let Some(local) = self.local {
+        if let Some(interface) = &self.local.interface {
+            keep_to(&socket, interface).map_err(DialError::Local)?;
+        }
+        if let Some(local) = self.local.address {
             // The given port is for UDP.
             let local = SocketAddr::new(local.ip(), 0);
             socket.bind(local).map_err(DialError::Local)?;

@@ -12,8 +12,9 @@ use udpack::{Channel, CloseCode, CloseReason, Message, Priority, Side, Socket};
 use super::incoming::{self, Arriving, End, Note, Wish};
 use super::{Context, lock};
 use crate::base::code::Code;
-use crate::client::link::Loss;
+use crate::client::link::{Link, Loss};
 use crate::client::progress::Event;
+use crate::client::uploader::lane_end;
 use crate::local::error::TransferError;
 use crate::staging::file::Incoming;
 use crate::store::Meta;
@@ -145,22 +146,40 @@ impl Flight {
 /// Runs lanes, one after the other when they are lost, until every file has its outcome.
 pub(super) async fn run(
     context: Arc<Context>,
+    link: Link,
     notes: mpsc::UnboundedSender<Note>,
     events: mpsc::Sender<Event>,
 ) {
+    let link = &link;
     let mut breaks = 0;
     // No connection before there is something to ask for.
     while context.queue.any().await {
-        let link = &context.link;
-        let socket = match link.eager().await {
+        let connected = tokio::select! {
+            biased;
+            // Another path may have done all.
+            () = context.queue.over(), if link.is_path() => return,
+            connected = link.eager() => connected,
+        };
+        let socket = match connected {
             Ok(socket) => socket,
-            Err(error) => return failed(&context, &events, &error).await,
+            Err(error) => {
+                let rested = tokio::select! {
+                    biased;
+                    () = context.queue.over() => return,
+                    rested = link.rests(&error) => rested,
+                };
+                if rested {
+                    continue;
+                }
+                return failed(&context, &events, &error).await;
+            }
         };
         let opening = socket.channel(CHANNEL).priority(Priority::Bulk).open();
         let (error, moved) = match opening.await {
             Ok(channel) => {
                 let lane = Lane {
                     context: &context,
+                    link,
                     notes: &notes,
                     socket: &socket,
                     channel: &channel,
@@ -217,6 +236,7 @@ enum Ended {
 /// One channel's life.
 struct Lane<'a> {
     context: &'a Arc<Context>,
+    link: &'a Link,
     notes: &'a mpsc::UnboundedSender<Note>,
     socket: &'a Socket,
     channel: &'a Channel,
@@ -244,13 +264,23 @@ impl Lane<'_> {
             flight: &flight,
             said,
         };
-        let channel = self.channel;
+        let (channel, link, socket) = (self.channel, self.link, self.socket);
+        let owed = || flight.patience().is_some();
+        let probe = || {
+            if !flight.acked.swap(true, Ordering::Relaxed) {
+                let id = flight.last.load(Ordering::Relaxed);
+                let _ = flight.say.send(Say::Ack { id, recv: 0 });
+            }
+        };
         let error = {
             let mut asking = std::pin::pin!(asking.run());
             let mut receiving = std::pin::pin!(self.receive(&flight));
             tokio::select! {
                 biased;
                 error = &mut receiving => error,
+                () = link.silent(socket, owed, probe) => {
+                    TransferError::Closed(lane_end(channel, socket))
+                }
                 asked = &mut asking => match asked {
                     // Every file of the download has its outcome.
                     Ok(()) => {
@@ -265,7 +295,7 @@ impl Lane<'_> {
         drop(channel.close(CloseCode::CANCELLED, "the lane failed"));
         // Of a socket that was never admitted the link has the last word.
         let admitted = self.socket.admitted().await.is_ok();
-        let mends = !admitted || self.context.link.mends(&error);
+        let mends = !admitted || link.mends(&error);
         let left = std::mem::take(&mut *lock(&flight.files));
         for incoming in left.into_values().filter_map(|file| file.incoming) {
             if mends {
@@ -329,6 +359,7 @@ impl Lane<'_> {
                     None => return self.late(flight, id),
                 };
                 self.context.limit.take(len).await;
+                self.link.moved(len);
                 let Ok(room) = room.acquire_owned().await else {
                     return Ok(false);
                 };
@@ -458,7 +489,7 @@ impl Lane<'_> {
 
     fn progressed(&mut self) {
         self.moved = true;
-        self.context.link.progressed();
+        self.link.progressed();
     }
 
     /// Why the server ended the lane in order although this side had not.
