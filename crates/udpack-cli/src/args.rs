@@ -604,8 +604,36 @@ pub(crate) enum ClientCommand {
         #[arg(value_enum)]
         shell: Shell,
     },
+    /// Print what begins with a word and is at the server, one a line: for completion scripts.
+    #[command(hide = true)]
+    RemoteNames(RemoteNamesArgs),
     /// Print the manual pages, or write each into a file of its own.
     Man(ManArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RemoteNamesArgs {
+    /// The word as typed so far: `da`, `work:da` or `:da`.
+    pub(crate) word: String,
+
+    #[command(flatten)]
+    pub(crate) connect: ConnectArgs,
+
+    /// What stands before the path in each line: `work:`, `:` or nothing.
+    #[arg(skip)]
+    pub(crate) before: String,
+
+    /// Named servers that begin with the word.
+    #[arg(skip)]
+    pub(crate) servers: Vec<String>,
+
+    /// The server is asked.
+    #[arg(skip)]
+    pub(crate) remote: bool,
+
+    /// Errors are nobody's concern.
+    #[arg(skip = LogArgs::quiet())]
+    pub(crate) log: LogArgs,
 }
 
 #[derive(Debug, Args)]
@@ -797,13 +825,13 @@ pub(crate) struct SyncArgs {
     pub(crate) bwlimit: Rates,
 
     #[command(flatten)]
+    pub(crate) paths: ViaArgs,
+
+    #[command(flatten)]
     pub(crate) connect: ConnectArgs,
 
     #[command(flatten)]
     pub(crate) show: ShowArgs,
-
-    #[command(flatten)]
-    pub(crate) paths: ViaArgs,
 
     #[command(flatten)]
     pub(crate) log: LogArgs,
@@ -1329,6 +1357,17 @@ pub(crate) struct LogArgs {
         hide_short_help = true
     )]
     pub(crate) log_dir: Option<PathBuf>,
+}
+
+impl LogArgs {
+    /// What is called by other programs says nothing.
+    fn quiet() -> Self {
+        Self {
+            quiet: true,
+            verbose: 0,
+            log_dir: None,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

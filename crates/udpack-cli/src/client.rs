@@ -9,6 +9,7 @@ mod follow;
 mod get;
 mod jobs;
 mod login;
+mod names;
 mod ping;
 mod plan;
 mod producer;
@@ -61,6 +62,7 @@ pub(crate) async fn run(
         ClientCommand::Login(args) => &args.log,
         ClientCommand::Completions { shell } => return pages::completions::<ClientArgs>(*shell),
         ClientCommand::Man(args) => return pages::man::<ClientArgs>(args.dir.as_deref()),
+        ClientCommand::RemoteNames(args) => &args.log,
     };
     let _log = logging::start(Role::Client, log, &console)?;
     let interrupts = Interrupts::catch()?;
@@ -82,6 +84,7 @@ pub(crate) async fn run(
         ClientCommand::Ping(args) => ping::run(args, interrupts).await,
         ClientCommand::Doctor(args) => doctor::run(args, interrupts).await,
         ClientCommand::Login(args) => login::run(args, interrupts).await,
+        ClientCommand::RemoteNames(args) => names::run(args).await,
         ClientCommand::Completions { .. } | ClientCommand::Man(_) => Ok(()),
     };
     logging::keep(&result);
@@ -124,6 +127,24 @@ fn name_server(command: &mut ClientCommand, config: &Config) -> anyhow::Result<(
                     args.connect.to = Some(name.to_owned());
                     *path = format!(":{rest}").into();
                 }
+            }
+            &mut args.connect
+        }
+        C::RemoteNames(args) => {
+            let word = std::mem::take(&mut args.word);
+            args.remote = true;
+            if let Some((name, rest)) = config.take(&word) {
+                args.before = format!("{name}:");
+                args.word = rest.to_owned();
+                args.connect.to = Some(name.to_owned());
+            } else if let Some(rest) = word.strip_prefix(':') {
+                args.before = ":".to_owned();
+                args.word = rest.to_owned();
+            } else {
+                // Another name with a colon is no server's.
+                args.remote = !word.contains(':');
+                args.servers = config.names(&word);
+                args.word = word;
             }
             &mut args.connect
         }

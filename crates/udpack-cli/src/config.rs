@@ -227,6 +227,12 @@ impl Config {
         }
     }
 
+    /// The servers whose names begin so, each as paths do: `work:`.
+    pub(crate) fn names(&self, begin: &str) -> Vec<String> {
+        let names = self.servers.keys().filter(|name| name.starts_with(begin));
+        names.map(|name| format!("{name}:")).collect()
+    }
+
     /// Takes the name of a server off a path, as in `work:photos`.
     pub(crate) fn take<'a>(&self, path: &'a str) -> Option<(&str, &'a str)> {
         let (name, rest) = path.split_once(':')?;

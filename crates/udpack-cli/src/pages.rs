@@ -23,8 +23,63 @@ pub(crate) fn completions<A: CommandFactory>(shell: Shell) -> anyhow::Result<()>
             .replace(&wrong, &right)
             .into_bytes();
     }
+    if name == "udpack-client" {
+        script.extend_from_slice(match shell {
+            Shell::Bash => REMOTE_BASH.as_bytes(),
+            Shell::Zsh => REMOTE_ZSH.as_bytes(),
+            Shell::Fish => REMOTE_FISH.as_bytes(),
+            _ => b"",
+        });
+    }
     print(&script)
 }
+
+/// What is added for names at a server: where they may stand, `udpack-client remote-names` is asked. In `put`, `sync` and
+/// `verify`, whose words are mostly local, a colon asks for it.
+const REMOTE_BASH: &str = r#"
+_udpack_client_remote() {
+    _udpack__client "$@"
+    local line=${COMP_LINE-} word=${COMP_WORDS[COMP_CWORD]} name
+    line=${line:0:${COMP_POINT-0}}
+    # bash takes a colon for the end of a word.
+    [[ -z $line ]] || word=${line##*[[:space:]]}
+    case ${COMP_WORDS[1]-} in
+        get | ls | stat | rm) [[ $word != -* ]] || return 0 ;;
+        put | sync | verify) [[ $word == *:* && $word != -* ]] || return 0 ;;
+        *) return 0 ;;
+    esac
+    [[ $word == *:* || ${COMP_WORDS[COMP_CWORD-1]} != --* ]] || return 0
+    local found=() cut=
+    [[ $word != *:* || ${COMP_WORDBREAKS-} != *:* || -z $line ]] || cut=${word%"${word##*:}"}
+    while IFS= read -r name; do
+        found+=("$(printf %q "${name#"$cut"}")")
+        [[ $name != *[/:] ]] || compopt -o nospace 2>/dev/null
+    done < <(udpack-client remote-names -- "$word" 2>/dev/null)
+    [[ ${#found[@]} -eq 0 ]] || COMPREPLY=("${found[@]}")
+}
+complete -F _udpack_client_remote -o bashdefault -o default udpack-client
+"#;
+const REMOTE_ZSH: &str = r#"
+_udpack_client_remote() {
+    local word=${(Q)PREFIX} command=${words[2]-}
+    _udpack-client "$@"
+    case $command:$word in
+        (get|ls|stat|rm):-*) return ;;
+        (get|ls|stat|rm):*) ;;
+        (put|sync|verify):*:*) ;;
+        *) return ;;
+    esac
+    local -a found
+    found=("${(@f)$(udpack-client remote-names -- "$word" 2>/dev/null)}")
+    compadd -S '' -- ${(M)found:#*[/:]}
+    compadd -- ${found:#*[/:]}
+}
+compdef _udpack_client_remote udpack-client
+"#;
+const REMOTE_FISH: &str = r#"
+complete -c udpack-client -n "__fish_seen_subcommand_from get ls stat rm; and not string match -q -- '-*' (commandline -ct)" -f -a "(udpack-client remote-names -- (commandline -ct) 2>/dev/null)"
+complete -c udpack-client -n "__fish_seen_subcommand_from put sync verify; and string match -q -- '*:*' (commandline -ct)" -a "(udpack-client remote-names -- (commandline -ct) 2>/dev/null)"
+"#;
 
 /// Prints the manual pages, or writes each into a file of its own, as `man` looks for them.
 pub(crate) fn man<A: CommandFactory>(dir: Option<&Path>) -> anyhow::Result<()> {
