@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use common::{client, reconnect, server, timeouts};
@@ -9,8 +11,8 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use udpack::testing::Net;
 use udpack::{
-    Channel, ClientBuilder, ConnectError, Server, ServerBuilder, Socket, SocketState, Transport,
-    TransportChoice, TransportReason,
+    Channel, ClientBuilder, ConnectError, Deny, Hello, Peer, Server, ServerBuilder, Socket,
+    SocketState, Timeouts, Transport, TransportChoice, TransportReason,
 };
 
 /// Messages each way.
@@ -255,6 +257,74 @@ async fn a_session_whose_way_back_fails_goes_on_over_tcp() {
         let whys: Vec<_> = whys.into_iter().map(|(.., why)| why).collect();
         use TransportReason::{UdpBlocked, UdpPassesAgain};
         assert_eq!(whys, [UdpPassesAgain, UdpBlocked]);
+    })
+    .await;
+}
+
+/// The path ends while the server answers the hello on it: nobody waits as long for that as for a slow server.
+#[tokio::test(start_paused = true)]
+async fn a_welcome_that_is_lost_on_the_new_path_stalls_nobody() {
+    bounded(async {
+        use TransportReason::UdpPassesAgain;
+        for slow in [Duration::ZERO, Duration::from_secs(4)] {
+            let net = Net::new(6).delay(Duration::from_millis(20));
+            net.block_udp(true);
+            let (builder, mut told) = numbers();
+            let hellos = Arc::new(AtomicUsize::new(0));
+            let (firewall, counted) = (net.clone(), hellos.clone());
+            // Nothing else keeps the path busy meanwhile.
+            let calm = Timeouts {
+                idle: Duration::from_secs(30),
+                keep_alive: Duration::from_secs(10),
+                ..timeouts()
+            };
+            let builder = builder.timeouts(calm.clone());
+            // The second hello comes over the new path. A slow server is no lost one: its path lives.
+            let builder = builder.auth(move |hello: Hello| {
+                let (firewall, counted) = (firewall.clone(), counted.clone());
+                async move {
+                    if counted.fetch_add(1, Ordering::Relaxed) == 1 {
+                        tokio::time::sleep(slow).await;
+                        firewall.block_udp(slow.is_zero());
+                    }
+                    Ok::<_, Deny>(Peer::new(hello.agent()))
+                }
+            });
+            let server = net.bind(builder).await.expect("an address");
+            let auto = auto(&server).timeouts(calm);
+            let socket = net.connect(auto, &server).await.expect("let in");
+            let changed = changes(&socket);
+            let channel = socket.channel("numbers").resumable().open();
+            let channel = channel.await.expect("a channel");
+            net.block_udp(false);
+            let mut last = tokio::time::Instant::now();
+            let mut longest = Duration::ZERO;
+            let heard = async {
+                let mut all = Vec::new();
+                while let Some(message) = channel.recv().await.expect("a message") {
+                    all.push(message.data::<u64>().expect("a number"));
+                    longest = longest.max(last.elapsed());
+                    last = tokio::time::Instant::now();
+                }
+                all
+            };
+            let ((), all) = tokio::join!(count_up(&channel), heard);
+            let sent: Vec<_> = (0..MANY).collect();
+            assert!(all == sent, "to the client: {}", all.len());
+            let all = told.recv().await.expect("the server tells");
+            assert!(all == sent, "to the server: {}", all.len());
+            assert!(longest < Duration::from_secs(6), "{slow:?}: {longest:?}");
+            socket.close(udpack::CloseCode::NORMAL, "").await;
+            drop(socket);
+            let whys = changed.await.expect("no panic").into_iter();
+            let whys: Vec<_> = whys.map(|(.., why)| why).collect();
+            // Where the path lives the session is on it at once, and where it dies back on TCP, where it was.
+            let hellos = hellos.load(Ordering::Relaxed);
+            match slow.is_zero() {
+                true => assert_eq!((&whys[..], hellos), (&[][..], 3)),
+                false => assert_eq!((&whys[..], hellos), (&[UdpPassesAgain][..], 2)),
+            }
+        }
     })
     .await;
 }

@@ -11,13 +11,20 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::channel::carrier::lost;
 use crate::client::race;
 use crate::client::{Client, ConnectError, Dialler, Goal, TransportChoice, ticket, welcomed};
-use crate::session::Session;
 use crate::session::driver::{Established, Reached};
-use crate::session::reconnect::Probes;
+use crate::session::reconnect::{ANSWER, Probes};
+use crate::session::{Session, give_up};
+use crate::transport::connection::Connection;
+use crate::transport::{on_path, windows};
 use crate::trust::origin::Transport;
 use crate::trust::url::ConnectUrl;
+use crate::wire::config::Limits;
+
+/// How often a server on a new path is asked for a sign of life.
+const SIGN: Duration = Duration::from_secs(1);
 
 impl Dialler {
     /// A connection over QUIC, once one stands, while the present one runs over TCP although the client goes by both.
@@ -71,14 +78,45 @@ impl Dialler {
         let token = client.new_token().await?;
         let why = client.inner.won.note(goal.at, client.over, &conn);
         let ticket = (ticket(session), true);
+        let path = conn.clone();
         let introduced = client.introduce((conn, endpoint), why, &token, ticket);
-        let established = welcomed(session, introduced.await?).await?;
+        let welcomed = async { welcomed(session, introduced.await?).await };
+        let established = tokio::select! {
+            biased;
+            established = welcomed => established?,
+            // The old connection is given up: who waits as long as a slow server may take stalls the session.
+            silence = silent(&path, &session.limits) => {
+                give_up(&path);
+                let text = format!("nothing came over the new path within {silence:?}");
+                return Err(ConnectError::Denied(lost(&text)));
+            }
+        };
         if self.told.is_none() {
             self.won
                 .insert(self.serving, established.conn.remote_address());
         }
         self.since = Instant::now();
         Ok(established)
+    }
+}
+
+/// Waits until nothing has come over a new connection for a while, although the peer was asked for signs of life;
+/// returns how long. A server that is slow to answer a hello still acknowledges what it is asked.
+async fn silent(conn: &Connection, limits: &Limits) -> Duration {
+    let (mut heard, mut since) = (conn.stats().datagrams_received, Instant::now());
+    let mut window = windows::first(limits, 1);
+    loop {
+        tokio::time::sleep(SIGN).await;
+        let patience = on_path(ANSWER, conn);
+        let now = conn.stats().datagrams_received;
+        if now != heard {
+            (heard, since) = (now, Instant::now());
+        } else if since.elapsed() >= patience {
+            return patience;
+        }
+        // The peer's QUIC acknowledges that it may send more.
+        window = window.saturating_add(1);
+        conn.set_receive_window(window);
     }
 }
 
