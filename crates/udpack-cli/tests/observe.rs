@@ -6,7 +6,7 @@ use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::time::Duration;
 
-use common::{Running, assert_error, client, exited, server, workdir};
+use common::{Running, Server, assert_error, client, exited, server, workdir};
 use udpack::{Channel, Context, Deny, Fault, Hello, Identity, Peer};
 
 /// What the server answers to these bytes, head and body.
@@ -266,4 +266,32 @@ fn request_prints_the_reply_and_tells_refusals_apart() {
     assert_eq!(out.code, 2, "{out:?}");
     assert_eq!(out.stdout, "");
     runtime.shutdown_timeout(Duration::from_secs(1));
+}
+
+/// `get` asks for a path before it knows that it is a directory: that is no transfer.
+#[test]
+fn a_directory_that_is_fetched_leaves_no_failed_job() {
+    let server = Server::start_in(workdir(), &["--allow-read"]);
+    let dir = workdir();
+    common::write(&server.uploads().join("d/f"), b"1");
+    let out = server.client(dir.path(), &["get", "d"]);
+    assert_eq!(out.code, 0, "{out:?}");
+    let out = server.client(dir.path(), &["get", "none"]);
+    assert_eq!(out.code, 12, "{out:?}");
+    let out = server.client(dir.path(), &["jobs", "--ended", "--json"]);
+    assert_eq!(out.code, 0, "{out:?}");
+    let lines = common::events(&out.stdout);
+    let ended = |job: &serde_json::Value| (job["path"].clone(), job["state"].clone());
+    let mut jobs: Vec<_> = common::named(&lines, "job")
+        .into_iter()
+        .map(ended)
+        .collect();
+    jobs.sort_by_key(|job| job.0.to_string());
+    assert_eq!(
+        jobs,
+        [
+            ("d/f".into(), "done".into()),
+            ("none".into(), "failed".into())
+        ]
+    );
 }

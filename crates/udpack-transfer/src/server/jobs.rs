@@ -425,7 +425,10 @@ impl Jobs {
                 return Ok(true);
             };
             let job = &ended.job;
-            told.remove(&job.id);
+            let known = told.remove(&job.id).is_some();
+            if ended.void && !known {
+                continue;
+            }
             channel
                 .send("job", &fields(job, job.now(), Some(&ended), scope, watcher))
                 .await?;
@@ -585,17 +588,22 @@ impl Job {
 
     /// It is over.
     pub(crate) fn end(mut self, end: JobEnd) {
-        self.over(end);
+        self.over(end, false);
     }
 
-    fn over(&mut self, end: JobEnd) {
+    /// It turned out to be no transfer: it is neither counted nor listed, and told only to those who saw it run.
+    pub(crate) fn void(mut self, end: JobEnd) {
+        self.over(end, true);
+    }
+
+    fn over(&mut self, end: JobEnd, void: bool) {
         if std::mem::replace(&mut self.ended, true) {
             return;
         }
         let inner = &self.jobs.inner;
         lock(&inner.running).remove(&self.running.id);
         drop(lock(&self.running.cancel).take());
-        let ended = inner.recent.add(&self.running, end);
+        let ended = inner.recent.add(&self.running, end, void);
         for watcher in lock(&inner.watchers).values() {
             if watcher.sees(&self.running) {
                 let mut unheard = lock(&watcher.ended);
@@ -611,7 +619,7 @@ impl Job {
 
 impl Drop for Job {
     fn drop(&mut self) {
-        self.over(JobEnd::Suspended);
+        self.over(JobEnd::Suspended, false);
     }
 }
 

@@ -119,10 +119,12 @@ async fn send(
         }
         Err(Failed::Lane(error)) => Err(error),
         Err(Failed::Refused { code, text, retry }) => {
-            wanted.job.end(match code {
-                Code::Cancelled => JobEnd::Cancelled,
-                code => JobEnd::Failed(code, text.clone()),
-            });
+            match code {
+                Code::Cancelled => wanted.job.end(JobEnd::Cancelled),
+                // A client may ask so whether it is a file.
+                Code::IsDirectory => wanted.job.void(JobEnd::Failed(code, text.clone())),
+                code => wanted.job.end(JobEnd::Failed(code, text.clone())),
+            }
             refuse(channel, wanted.id, code, &text, retry).await
         }
     }

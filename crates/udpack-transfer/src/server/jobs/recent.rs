@@ -16,6 +16,8 @@ pub(super) struct Ended {
     pub(super) job: Arc<Running>,
     pub(super) end: JobEnd,
     pub(super) at: Instant,
+    /// It was no transfer.
+    pub(super) void: bool,
 }
 
 impl Ended {
@@ -50,8 +52,8 @@ struct Last {
 }
 
 impl Recent {
-    /// Adds an ended job.
-    pub(super) fn add(&self, job: &Arc<Running>, end: JobEnd) -> Arc<Ended> {
+    /// Adds an ended job, unless it is `void`.
+    pub(super) fn add(&self, job: &Arc<Running>, end: JobEnd, void: bool) -> Arc<Ended> {
         let end = match end {
             JobEnd::Failed(code, text) => {
                 JobEnd::Failed(code, udpack::text::printable_within(&text, TEXT))
@@ -62,7 +64,11 @@ impl Recent {
             job: job.clone(),
             end,
             at: Instant::now(),
+            void,
         });
+        if void {
+            return ended;
+        }
         let mut last = lock(&self.0);
         let Last {
             well,
