@@ -97,7 +97,8 @@ pub(crate) enum Line<'a> {
         source: &'a str,
         /// How much, proved to be equal.
         bytes: u64,
-        size: u64,
+        /// Of the whole file; null where only its end tells.
+        size: Option<u64>,
     },
     /// The connection is lost and tried again.
     Reconnecting {

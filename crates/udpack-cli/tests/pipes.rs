@@ -7,8 +7,8 @@ use std::io::Write as _;
 use std::process::{Command, Stdio};
 
 use common::{
-    Exited, Running, Server, assert_error, bytes, client, events, named, result, staged, until,
-    visible, workdir,
+    Exited, Running, Server, assert_error, bytes, client, events, exited, named, result, staged,
+    until, visible, workdir,
 };
 
 /// Nothing of an upload is left at the server, seen or unseen.
@@ -302,4 +302,70 @@ fn a_growing_file_is_sent_as_it_grows_and_stored_when_it_is_closed() {
     assert_eq!(out.code, 0, "{out:?}");
     let stored = fs::read(server.uploads().join("part")).expect("it is stored");
     assert!(stored == content[..500]);
+}
+
+/// What of a file the server has on disk, as far as it tells from outside.
+fn held(server: &Server) -> u64 {
+    let args = ["uploads", "list", "--json"];
+    let out = exited(common::server(server.dir.path()).args(args));
+    assert_eq!(out.code, 0, "{out:?}");
+    let held = |line: &str| events(line)[0]["held"].as_u64();
+    out.stdout.lines().next().and_then(held).unwrap_or(0)
+}
+
+/// A client that is killed costs nothing of what the server had on disk: the same command goes on from there, if it is
+/// still the same file.
+#[test]
+fn a_followed_file_goes_on_after_its_client_was_killed() {
+    let server = Server::start();
+    let dir = workdir();
+    let content = bytes(9 << 20, 7);
+    let path = dir.path().join("log");
+    let args = ["put", "--follow", "log", "--json"];
+    let follow = || {
+        let mut command = client(dir.path());
+        Running::spawn(command.env("UDPACK_URL", server.url()).args(args))
+    };
+    let begun = 5 << 20;
+    let left = || {
+        let mut log = fs::File::create(&path).expect("create");
+        log.write_all(&content[..begun]).expect("write");
+        let mut running = follow();
+        until("the server has it", || held(&server) == begun as u64);
+        running.signal("KILL");
+        running.exited();
+        log
+    };
+    let sum = |out: &Exited, field: &str| {
+        let lines = events(&out.stdout);
+        let lines = named(&lines, "file");
+        assert_eq!(lines.len(), 1, "{out:?}");
+        lines[0][field].as_u64().expect("a number")
+    };
+    let mut log = left();
+    let mut running = follow();
+    log.write_all(&content[begun..]).expect("write");
+    drop(log);
+    let out = running.exited();
+    assert_eq!(out.code, 0, "{out:?}");
+    assert_eq!(sum(&out, "resumed"), begun as u64, "{out:?}");
+    assert_eq!(sum(&out, "sent"), (content.len() - begun) as u64, "{out:?}");
+    let lines = events(&out.stdout);
+    let resumed = named(&lines, "resumed");
+    assert_eq!(resumed.len(), 1, "{out:?}");
+    assert_eq!(resumed[0]["bytes"].as_u64(), Some(begun as u64));
+    assert!(resumed[0]["size"].is_null(), "{out:?}");
+    let stored = server.uploads().join("log");
+    assert!(fs::read(&stored).expect("it is stored") == content);
+
+    // One that begins otherwise has nothing of it, and one that is shorter does not wait for more.
+    for other in [bytes(9 << 20, 8), content[..1_000_000].to_vec()] {
+        fs::remove_file(&stored).expect("remove");
+        drop(left());
+        fs::write(&path, &other).expect("write");
+        let out = follow().exited();
+        assert_eq!(out.code, 0, "{out:?}");
+        assert_eq!(sum(&out, "sent"), other.len() as u64, "{out:?}");
+        assert!(fs::read(&stored).expect("it is stored") == other);
+    }
 }

@@ -197,9 +197,11 @@ fn sources(
         let marker = args.require_eof_marker.as_ref();
         producer.marker = marker.map(|marker| marker.as_bytes().to_vec());
         let dirs = vec![0o777; name.parents().count()];
-        let source = match args.no_resume {
-            true => Source::reader(producer, name),
-            false => Source::spooled(producer, args.spool, name),
+        let source = match (args.no_resume, &args.follow) {
+            (true, _) => Source::reader(producer, name),
+            // It begins in each run as it did in the one before, unless it is another file.
+            (false, Some(_)) => Source::growing(producer, args.spool, name),
+            (false, None) => Source::spooled(producer, args.spool, name),
         };
         let what = Thing::File;
         (source.dirs(dirs), Origin { shown, what })

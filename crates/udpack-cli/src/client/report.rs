@@ -198,6 +198,8 @@ pub(super) struct Report {
     /// The sent bytes of files that did not exist; the rate is computed from these.
     moved: u64,
     resumed: u64,
+    /// The resumed bytes of files whose size only their end tells.
+    resumed_unsized: u64,
     /// Bytes that the receiver copied from files it had.
     copied: u64,
     failures: Failures,
@@ -246,6 +248,7 @@ impl Report {
             sent: 0,
             moved: 0,
             resumed: 0,
+            resumed_unsized: 0,
             copied: 0,
             failures: Failures::new(console),
             living: Living::default(),
@@ -754,23 +757,28 @@ impl Report {
     }
 
     fn resumed(&mut self, path: &str, source: &str, bytes: u64, size: u64) {
-        if bytes >= size {
+        // Of some files only the end tells the size.
+        let sized = size > 0;
+        if sized && bytes >= size {
             // It existed already, and its `same` says so.
             return;
         }
         self.resumed += bytes;
+        self.resumed_unsized += if sized { 0 } else { bytes };
         tracing::info!(path, bytes, size, "resumed");
         self.json(&Line::Resumed {
             path,
             source,
             bytes,
-            size,
+            size: sized.then_some(size),
         });
         if !self.quiet {
             let path = output::printable(path);
-            let percent = percent(bytes, size);
-            self.console
-                .line(&format!("{path}: resumed from {percent} %"));
+            let from = match sized {
+                true => format!("{} %", percent(bytes, size)),
+                false => crate::progress::size(bytes as f64),
+            };
+            self.console.line(&format!("{path}: resumed from {from}"));
         }
     }
 
@@ -801,6 +809,10 @@ impl Report {
         self.bytes += outcome.size;
         self.sent += outcome.sent;
         self.copied += outcome.copied;
+        if outcome.same {
+            // It was no part of a file but all of it.
+            self.resumed -= std::mem::take(&mut self.resumed_unsized);
+        }
         if !outcome.same && !outcome.skipped {
             self.moved += outcome.sent;
         }

@@ -41,7 +41,7 @@ pub enum Event {
         path: String,
         /// Bytes that were proved equal there and are not sent again.
         bytes: u64,
-        /// The file's size in bytes.
+        /// The file's size in bytes; 0 for what tells only at its end.
         size: u64,
     },
     /// The progress of the whole transfer.

@@ -22,7 +22,6 @@ use crate::client::remote::Remote;
 use crate::local::error::TransferError;
 use crate::local::limiter::{Limiter, Pace, SMALLEST};
 use crate::local::source::{self, Buffers, Opened, Origin, Piece, Source, Whole};
-use crate::local::spool::Spool;
 use crate::store::{IfExists, Meta, OtherTime, Time};
 use crate::wire::CHANNEL;
 use crate::wire::{
@@ -745,7 +744,7 @@ impl Sending {
         self.told = true;
         let rest = self
             .size
-            .is_some_and(|size| self.early + self.skipped < size);
+            .is_none_or(|size| self.early + self.skipped < size);
         (rest && self.skipped > 0).then_some(self.skipped)
     }
 
@@ -977,8 +976,8 @@ impl Lane<'_> {
         let spool = source.spool();
         let asks = |size: u64| (size > SMALL || same) && size > early;
         let ask = uploader.resume && (spool.is_some() || size.is_some_and(asks));
-        // What the server has of an earlier run cannot be compared with bytes that were not read yet.
-        let waits = ask && !spool.is_some_and(Spool::is_fresh);
+        // What the server has of an earlier run cannot be compared with bytes that differ in each run.
+        let waits = ask && !spool.is_some_and(|spool| spool.is_fresh() && !spool.compares());
         let run = self.shared.run(claim.index);
         let mut offer = self.offer(claim.settle, id, &source, size, meta, ask, run);
         offer.base = base.as_ref().map(RelPath::as_str);
@@ -1056,7 +1055,7 @@ impl Lane<'_> {
                 Piece::Same { offset, len } => {
                     sending.position = offset + len;
                     sending.skipped += len;
-                    if !self.pass(id, offset, len) {
+                    if !self.pass(id, sending.size, offset, len) {
                         return Ok(());
                     }
                 }
@@ -1118,10 +1117,14 @@ impl Lane<'_> {
         }
     }
 
-    /// Skips bytes that the server has; `false` when the file has its outcome already.
-    fn pass(self, id: u64, offset: u64, len: u64) -> bool {
+    /// Skips bytes that the server has of a file of this size, where that is known; `false` when the file has its outcome
+    /// already.
+    fn pass(self, id: u64, size: Option<u64>, offset: u64, len: u64) -> bool {
         let known = self.flight.with(id, |sent| {
             sent.pass(offset, len);
+            if size.is_none() {
+                self.shared.resize(&mut sent.claim, offset + len);
+            }
             if sent.untouched {
                 // The server has everything up to here. The last byte counts only with `done`.
                 let acked = (offset + len).min(sent.claim.size.saturating_sub(1));
@@ -1267,9 +1270,13 @@ impl Lane<'_> {
     }
 
     async fn resumed(self, id: u64, source: &Source, bytes: u64) {
-        let known = self
-            .flight
-            .with(id, |sent| (sent.claim.index, sent.claim.size));
+        let known = self.flight.with(id, |sent| {
+            let size = match sent.claim.is_unsized() {
+                true => 0,
+                false => sent.claim.size,
+            };
+            (sent.claim.index, size)
+        });
         if let Some((index, size)) = known {
             let path = source.remote().to_owned();
             let resumed = Event::Resumed {

@@ -16,7 +16,7 @@ use crate::base::path::RelPath;
 use crate::base::sums::{Cutting, Sums};
 use crate::local::error::TransferError;
 use crate::local::limiter::Pace;
-use crate::local::spool::{Next, Spool};
+use crate::local::spool::{Compared, Next, Spool};
 use crate::store::{Existing, Meta, Stored, Time, hash_file};
 use crate::wire::{CHUNK, COPY, Have};
 
@@ -80,7 +80,15 @@ impl Source {
     /// written, the source continues as a plain reader. A reader may return `WouldBlock` when it has no bytes yet; it
     /// is called again at once.
     pub fn spooled(reader: impl Read + Send + 'static, spool: u64, remote: RelPath) -> Self {
-        let spool = Spool::new(Box::new(reader), spool);
+        let spool = Spool::new(Box::new(reader), spool, false);
+        Self::new(remote.as_str(), Origin::Spooled(Arc::new(spool)))
+    }
+
+    /// As [`spooled`](Self::spooled), of a reader that gives the same bytes again in a later run of the program, as a file
+    /// does that only grows: what the server has of an earlier run is compared with them, and not sent again where it is equal.
+    /// A reader that has no more for now says `WouldBlock`, so that nobody waits for bytes to compare.
+    pub fn growing(reader: impl Read + Send + 'static, spool: u64, remote: RelPath) -> Self {
+        let spool = Spool::new(Box::new(reader), spool, true);
         Self::new(remote.as_str(), Origin::Spooled(Arc::new(spool)))
     }
 
@@ -815,6 +823,26 @@ impl Pump<'_> {
         if offset > 0 {
             let (offset, len) = (0, offset);
             self.give(Piece::Same { offset, len })?;
+        }
+        for range in have.iter().filter(|_| spool.compares()) {
+            let (off, len, _) = *range;
+            if off < offset || len == 0 {
+                continue;
+            }
+            if off > offset {
+                break;
+            }
+            let compared = spool.compare(*range, self.unwanted);
+            match compared.map_err(|error| self.failed(error))? {
+                Compared::Same => {
+                    self.give(Piece::Same { offset, len })?;
+                    offset += len;
+                    // It is on the server's disk.
+                    spool.durable(offset);
+                }
+                Compared::Other => break,
+                Compared::Unwanted => return Err(Stop::Unwanted),
+            }
         }
         loop {
             let next = spool.next(offset, self.chunk, self.unwanted);

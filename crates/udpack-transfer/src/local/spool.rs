@@ -2,6 +2,9 @@
 //! connection or a restarted server costs nothing: what is kept is sent again.
 //!
 //! Small spools are in memory; what is beyond that goes into a private file without a name, which is used in a circle.
+//!
+//! A reader may give the same bytes in each run of the program, as a file does that only grows: then what the server has of
+//! an earlier run is compared with what is read, and kept until that is known.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -23,6 +26,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const GATHER: Duration = Duration::from_millis(20);
 /// How often a wait looks whether it is still wanted.
 const TICK: Duration = Duration::from_millis(200);
+/// Bytes read at once where they are compared.
+const COMPARED: usize = 1 << 18;
 /// Names tried for the file.
 const NAMES: u32 = 16;
 
@@ -30,6 +35,8 @@ const NAMES: u32 = 16;
 /// [`is_spent`](Self::is_spent).
 pub(crate) struct Spool {
     most: u64,
+    /// The reader gives in each run what it gave in those before, and more.
+    again: bool,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -75,6 +82,16 @@ pub(crate) enum Next {
     Unwanted,
 }
 
+/// Whether the server has what the reader gives.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Compared {
+    Same,
+    /// It has other bytes there, or the reader has not so many yet.
+    Other,
+    /// Nobody wants to know.
+    Unwanted,
+}
+
 /// Where something is kept.
 enum Stowed {
     Memory,
@@ -90,9 +107,10 @@ enum Look {
 }
 
 impl Spool {
-    pub(crate) fn new(reader: Box<dyn Read + Send>, most: u64) -> Self {
+    pub(crate) fn new(reader: Box<dyn Read + Send>, most: u64, again: bool) -> Self {
         Self {
             most: most.max(1),
+            again,
             state: Mutex::new(State {
                 intake: Some(Box::new(Intake {
                     reader,
@@ -130,6 +148,48 @@ impl Spool {
             return Err(io::Error::other(text));
         }
         Ok(state.base)
+    }
+
+    /// Whether what the server has of an earlier run is worth asking for, and comparing.
+    pub(crate) fn compares(&self) -> bool {
+        self.again
+    }
+
+    /// Compares a range that the server has with what is read. It is kept: if it differs, it is sent.
+    ///
+    /// # Errors
+    /// Those of the reader.
+    pub(crate) fn compare(
+        &self,
+        (off, len, theirs): (u64, u64, [u8; 32]),
+        unwanted: &dyn Fn() -> bool,
+    ) -> io::Result<Compared> {
+        let base = self.lock().base;
+        // What is longer would push its own beginning out of the spool.
+        let fits = |end: &u64| self.again && base <= off && *end - base <= self.most;
+        let Some(end) = off.checked_add(len).filter(fits) else {
+            return Ok(Compared::Other);
+        };
+        let mut hasher = blake3::Hasher::new();
+        let mut at = off;
+        while at < end {
+            let left = usize::try_from(end - at).unwrap_or(usize::MAX);
+            let part = || left.min(COMPARED);
+            match self.look(at, &part, unwanted, false)? {
+                Some(Next::Chunk(bytes)) => {
+                    // What was read before may go on behind the range.
+                    let bytes = bytes.get(..bytes.len().min(left)).unwrap_or_default();
+                    hasher.update(bytes);
+                    at += bytes.len() as u64;
+                }
+                Some(Next::Unwanted) => return Ok(Compared::Unwanted),
+                Some(Next::End { .. }) | None => return Ok(Compared::Other),
+            }
+        }
+        Ok(match *hasher.finalize().as_bytes() == theirs {
+            true => Compared::Same,
+            false => Compared::Other,
+        })
     }
 
     /// Size and hash, once all of it was read.
@@ -173,6 +233,18 @@ impl Spool {
         chunk: &dyn Fn() -> usize,
         unwanted: &dyn Fn() -> bool,
     ) -> io::Result<Next> {
+        let next = self.look(at, chunk, unwanted, true)?;
+        Ok(next.unwrap_or(Next::Unwanted))
+    }
+
+    /// As [`next`](Self::next); `None` where the reader has nothing for now and this is not to wait.
+    fn look(
+        &self,
+        at: u64,
+        chunk: &dyn Fn() -> usize,
+        unwanted: &dyn Fn() -> bool,
+        wait: bool,
+    ) -> io::Result<Option<Next>> {
         let mut state = self.lock();
         let mut full = None;
         loop {
@@ -183,21 +255,23 @@ impl Spool {
                 let (bytes, file) = state.find(at)?;
                 drop(state);
                 return match (bytes, file) {
-                    (Some(bytes), _) => Ok(Next::Chunk(bytes)),
-                    (None, Some((file, len))) => self.load(&file, at, len.min(chunk() as u64)),
+                    (Some(bytes), _) => Ok(Some(Next::Chunk(bytes))),
+                    (None, Some((file, len))) => {
+                        self.load(&file, at, len.min(chunk() as u64)).map(Some)
+                    }
                     (None, None) => Err(io::Error::other("what was read of it is gone")),
                 };
             }
             match &state.over {
                 Some(Ok(hash)) => {
                     let (size, hash) = (state.end, *hash);
-                    return Ok(Next::End { size, hash });
+                    return Ok(Some(Next::End { size, hash }));
                 }
                 Some(Err(error)) => return Err(io::Error::new(error.kind(), error.to_string())),
                 None => {}
             }
             if unwanted() {
-                return Ok(Next::Unwanted);
+                return Ok(Some(Next::Unwanted));
             }
             if !state.spent && state.end - state.base >= self.most {
                 let since = *full.get_or_insert_with(Instant::now);
@@ -227,10 +301,15 @@ impl Spool {
                     state.intake = Some(intake);
                     self.changed.notify_all();
                     if offset == at {
-                        return Ok(Next::Chunk(bytes));
+                        return Ok(Some(Next::Chunk(bytes)));
                     }
                 }
-                Ok(Look::Nothing) => state.intake = Some(intake),
+                Ok(Look::Nothing) => {
+                    state.intake = Some(intake);
+                    if !wait {
+                        return Ok(None);
+                    }
+                }
                 Ok(Look::End) => {
                     state.over = Some(Ok(*intake.hasher.finalize().as_bytes()));
                     self.changed.notify_all();
@@ -452,7 +531,7 @@ mod tests {
             let at = usize::try_from(at).unwrap();
             whole[at..at + bytes.len()] == *bytes
         };
-        let spool = Spool::new(Box::new(Source(whole.clone(), 100_000)), 40 << 20);
+        let spool = Spool::new(Box::new(Source(whole.clone(), 100_000)), 40 << 20, false);
         let mut at = 0;
         let mut round = 0;
         while let Some(bytes) = take(&spool, at) {
@@ -496,11 +575,62 @@ mod tests {
                 Err(io::ErrorKind::WouldBlock.into())
             }
         }
-        let spool = Spool::new(Box::new(Broken(false)), 1 << 20);
+        let spool = Spool::new(Box::new(Broken(false)), 1 << 20, false);
         for _ in 0..2 {
             let error = spool.next(0, &|| 10, &|| false).unwrap_err();
             assert_eq!(error.to_string(), "broken");
         }
         assert_eq!(spool.whole(), None);
+    }
+
+    /// Says that there is nothing for now where another reader would end.
+    struct Growing(Source);
+
+    impl Read for Growing {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            match self.0.read(buffer)? {
+                0 => Err(io::ErrorKind::WouldBlock.into()),
+                count => Ok(count),
+            }
+        }
+    }
+
+    #[test]
+    fn what_an_earlier_run_brought_is_compared_and_kept_where_it_differs() {
+        let whole: Vec<u8> = (0..3_000_000_u32).map(|n| (n / 7) as u8).collect();
+        let whole = Bytes::from(whole);
+        let hash = |from: usize, to: usize| *blake3::hash(&whole[from..to]).as_bytes();
+        let of = |most: u64, again: bool| {
+            let growing = Growing(Source(whole.clone(), 100_000));
+            Spool::new(Box::new(growing), most, again)
+        };
+        let compare = |spool: &Spool, range| spool.compare(range, &|| false).unwrap();
+        let spool = of(16 << 20, true);
+        let (first, second) = ((0, 1_000_001, hash(0, 1_000_001)), 1_000_001);
+        assert_eq!(compare(&spool, first), Compared::Same);
+        spool.durable(1_000_001);
+        let other = (second, 1_000_000, hash(0, 1_000_000));
+        assert_eq!(compare(&spool, other), Compared::Other);
+        // Nothing of what differs is lost.
+        let mut at = spool.begin(&vec![first, other]).unwrap();
+        assert!(at <= second, "{at}");
+        while at < 3_000_000 {
+            let bytes = take(&spool, at).unwrap();
+            let from = usize::try_from(at).unwrap();
+            assert!(bytes == whole[from..from + bytes.len()], "at {at}");
+            at += bytes.len() as u64;
+        }
+        // The server has more than the file has so far: nobody waits for it to grow.
+        let spool = of(16 << 20, true);
+        let more = (0, 3_000_001, hash(0, 3_000_000));
+        assert_eq!(compare(&spool, more), Compared::Other);
+        assert_eq!(take(&spool, 0).unwrap()[..9], whole[..9]);
+        // A range that does not fit into the spool, and a reader that is another one in each run.
+        for spool in [of(1_000_000, true), of(16 << 20, false)] {
+            assert_eq!(compare(&spool, first), Compared::Other);
+            assert!(spool.is_fresh());
+        }
+        let spool = of(16 << 20, true);
+        assert_eq!(spool.compare(first, &|| true).unwrap(), Compared::Unwanted);
     }
 }
