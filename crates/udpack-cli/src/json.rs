@@ -9,7 +9,7 @@ use crate::output;
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct FileLine<'a> {
     /// `ok` or `error`; from `put -n` and `sync -n` `planned` or `error`; of a file that somebody else works on
-    /// `vanished` or, when it is tried again, `changed`; from `verify`: `same`, `differs`, `missing` or `error`.
+    /// `vanished` or, when it is tried again, `changed`; of what is neither file, directory nor link `left_out`; from `verify`: `same`, `differs`, `missing` or `error`.
     pub(crate) status: &'static str,
     /// The name it was given, or should have been.
     pub(crate) path: &'a str,
@@ -167,6 +167,9 @@ pub(crate) enum Line<'a> {
         /// Files that were gone by the time they were read, failures or not.
         #[serde(skip_serializing_if = "Option::is_none")]
         vanished: Option<usize>,
+        /// What a mirror left out because it is neither file, directory nor link.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        left_out: Option<usize>,
         /// Entries that a mirror found to be the same.
         #[serde(skip_serializing_if = "Option::is_none")]
         unchanged: Option<usize>,

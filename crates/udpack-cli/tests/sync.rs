@@ -297,6 +297,13 @@ fn a_mirror_that_watches_follows_changes_and_outlives_its_server() {
     fs::rename(local.join("new"), local.join("other")).expect("rename");
     equal(&site, "what is gone");
 
+    // A single entry that cannot be sent ends nothing.
+    symlink("nowhere", local.join("link")).expect("a link");
+    running.told("waiting for the next change");
+    fs::remove_file(local.join("link")).expect("rm");
+    write(&local.join("after it"), b"3");
+    equal(&site, "what came after one that failed");
+
     // The server is away for a while, and something changes meanwhile.
     let Site { server, url } = site;
     let listen = server.value("listening").to_owned();
@@ -523,4 +530,57 @@ fn a_token_without_the_right_to_delete_deletes_nothing() {
     assert_eq!(out.code, 6, "{out:?}");
     let error: Value = result(&out.stdout);
     assert_eq!(error["error_kind"], "policy");
+}
+
+#[test]
+fn what_is_left_out_or_missing_is_told_as_what_it_is() {
+    let site = start();
+    let dir = workdir();
+    write(&dir.path().join("d/plain"), b"1");
+    let fifo = dir.path().join("d/fifo");
+    let made = std::process::Command::new("mkfifo").arg(&fifo).status();
+    assert!(made.is_ok_and(|made| made.success()));
+    write(&dir.path().join("d/.udpack/part"), b"2");
+    let out = synced(&site, dir.path(), &["d", ":d"]);
+    let files = deeds(&out, "left_out").0;
+    assert_eq!(files, [".udpack", "fifo"].map(str::to_owned).into());
+    assert_eq!(count(&out, "left_out"), 2);
+    let out = site.client(dir.path(), &["sync", "d", ":d"]);
+    assert!(out.stderr.contains("2 left out"), "{out:?}");
+    // A link that leads nowhere is there: it has not vanished.
+    symlink("nowhere", dir.path().join("d/link")).expect("a link");
+    write(&site.uploads().join("d/only there"), b"2");
+    let out = site.client(dir.path(), &["sync", "--delete", "--json", "d", ":d"]);
+    assert_eq!(out.code, 3, "{out:?}");
+    assert_eq!((count(&out, "vanished"), count(&out, "failed")), (0, 1));
+    assert!(out.stderr.contains("d/link"), "{out:?}");
+    assert!(out.stderr.contains("nothing is deleted"), "{out:?}");
+    assert!(site.uploads().join("d/only there").exists());
+}
+
+/// A file of the server that is removed before its turn comes.
+#[test]
+fn a_file_that_vanishes_at_the_server_is_passed_over_or_a_failure() {
+    for (vanished, code) in [("skip", 0), ("fail", 13)] {
+        let site = start();
+        let dir = workdir();
+        write(&site.uploads().join("d/large"), &bytes(3_000_000, 1));
+        write(&site.uploads().join("d/small"), b"2");
+        let args = ["sync", ":d", "back", "--json", "-j", "1"];
+        let mut command = client(dir.path());
+        command.env("UDPACK_URL", &site.url).args(args);
+        command.args(["--bwlimit", "1M", "--vanished", vanished]);
+        let mut running = Running::spawn(&mut command);
+        loop {
+            let event = events(&running.line()).remove(0);
+            if event["event"] == "progress" && event["bytes"].as_u64() > Some(0) {
+                break;
+            }
+        }
+        fs::remove_file(site.uploads().join("d/small")).expect("rm");
+        let out = running.exited();
+        assert_eq!(out.code, code, "{out:?}");
+        assert_eq!((count(&out, "files"), count(&out, "vanished")), (1, 1));
+        assert!(dir.path().join("back/large").exists());
+    }
 }

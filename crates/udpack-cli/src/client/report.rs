@@ -132,8 +132,12 @@ pub(super) enum Note {
     },
     /// An entry was there when its directory was read, and is gone now.
     Vanished { path: String, source: String },
-    /// An entry that is no file, directory or link was left out.
-    Special { source: String },
+    /// An entry is no part of a mirror.
+    LeftOut {
+        path: String,
+        source: String,
+        why: &'static str,
+    },
 }
 
 /// Settings and counts for files that other programs change meanwhile.
@@ -141,6 +145,8 @@ pub(super) enum Note {
 pub(super) struct Living {
     /// Whether a file that is gone is skipped.
     pub(super) skip_vanished: bool,
+    /// Whether the files come from the server, which reports that one is gone.
+    remote: bool,
     /// Whether files that changed while they were read are sent again before they count as failures.
     pub(super) retry_changed: bool,
     /// The name and the source of each file to be sent again.
@@ -204,6 +210,8 @@ pub(super) struct Report {
     copied: u64,
     failures: Failures,
     living: Living,
+    /// What is no part of a mirror.
+    left_out: usize,
     mirror: Option<Mirrored>,
     /// Files that failed before the transfer, which does not know them.
     never_begun: usize,
@@ -252,6 +260,7 @@ impl Report {
             copied: 0,
             failures: Failures::new(console),
             living: Living::default(),
+            left_out: 0,
             mirror: None,
             never_begun: 0,
             last_progress: None,
@@ -276,6 +285,11 @@ impl Report {
     pub(super) fn living(&mut self, skip_vanished: bool, retry_changed: bool) {
         self.living.skip_vanished = skip_vanished;
         self.living.retry_changed = retry_changed;
+    }
+
+    /// The files come from the server.
+    pub(super) fn fetches(&mut self) {
+        self.living.remote = true;
     }
 
     /// The files that changed while they were read, to be sent again. From now on, a file that changes again is a
@@ -602,11 +616,17 @@ impl Report {
                 };
                 self.failed(&path, &source, &error.into());
             }
-            Note::Special { source } => {
+            Note::LeftOut { path, source, why } => {
+                self.left_out += 1;
+                self.json(&Line::File(FileLine {
+                    status: "left_out",
+                    path: &path,
+                    source: &source,
+                    ..FileLine::default()
+                }));
                 let source = output::printable(&source);
                 if !self.quiet {
-                    let text = format!("left out, no file, directory or link: {source}");
-                    self.console.line(&text);
+                    self.console.line(&format!("left out, {why}: {source}"));
                 }
             }
         }
@@ -614,11 +634,23 @@ impl Report {
 
     /// Whether a file failed only because another program changed it, and is no failure or not yet. Counts it.
     fn excused(&mut self, path: &str, source: &str, error: &anyhow::Error) -> bool {
+        let mirrors = self.mirror.is_some();
         let living = &mut self.living;
+        let is_gone = match error.downcast_ref::<TransferError>() {
+            // What a link leads to may be missing although the link is there.
+            Some(TransferError::Source { path, source }) => {
+                let entry = std::fs::symlink_metadata(path);
+                let is_link = entry.is_ok_and(|entry| entry.is_symlink());
+                source.kind() == io::ErrorKind::NotFound && !is_link
+            }
+            Some(TransferError::Refused {
+                code: Code::NotFound,
+                ..
+            }) => living.remote,
+            _ => false,
+        };
         let status = match error.downcast_ref::<TransferError>() {
-            Some(TransferError::Source { source: cause, .. })
-                if cause.kind() == io::ErrorKind::NotFound =>
-            {
+            Some(_) if mirrors && is_gone => {
                 living.vanished += 1;
                 if !living.skip_vanished {
                     living.vanished_failed += 1;
@@ -937,6 +969,7 @@ impl Report {
                 failed: self.failures.count(),
                 changed: Some(self.living.changed),
                 vanished: Some(self.living.vanished),
+                left_out: self.mirror.as_ref().map(|_| self.left_out),
                 unchanged: self.mirror.as_ref().map(|mirror| mirror.unchanged),
                 deleted: self.mirror.as_ref().map(|mirror| mirror.deleted),
                 bytes: self.bytes,
@@ -953,7 +986,12 @@ impl Report {
                     .and_then(|explained| explained.hint.as_deref()),
             });
         }
-        if (self.stored > 0 || self.mirror.is_some()) && !self.quiet {
+        // A mirror that did not begin has nothing to sum up.
+        let mirrored = self
+            .mirror
+            .as_ref()
+            .is_some_and(|mirror| result.is_ok() || mirror.unchanged + mirror.deleted > 0);
+        if (self.stored > 0 || mirrored) && !self.quiet {
             self.console.line(&self.summary(secs, rate));
         }
         result?;
@@ -1047,6 +1085,9 @@ impl Report {
                 summary.push_str(&format!(", {} deleted", mirror.deleted));
             }
             summary.push_str(&format!(", {} unchanged", mirror.unchanged));
+        }
+        if self.left_out > 0 {
+            summary.push_str(&format!(", {} left out", self.left_out));
         }
         if self.living.vanished > 0 {
             summary.push_str(&format!(", {} vanished", self.living.vanished));

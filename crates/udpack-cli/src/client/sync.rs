@@ -58,7 +58,7 @@ pub(super) async fn run(
     if args.watch {
         return keep(&args, console, &mut interrupts).await;
     }
-    once(&args, console, &mut interrupts).await
+    once(&args, console, &mut interrupts).await.0
 }
 
 /// Mirrors a local directory whenever something in it has changed, until it is interrupted or cannot succeed.
@@ -86,7 +86,8 @@ async fn keep(
             Failure::new(Kind::LocalFile, text)
                 .hint("see that it is there, and raise fs.inotify.max_user_watches if it is large")
         })?;
-        let again = match once(args, console, interrupts).await {
+        let (done, went_through) = once(args, console, interrupts).await;
+        let again = match done {
             Ok(()) => None,
             Err(error) => match Explained::of(&error).kind {
                 // What the next change does not mend, the next attempt may.
@@ -94,6 +95,12 @@ async fn keep(
                     let text = Explained::of(&error).text;
                     console.line(&format!("{text}; trying again in {} s", AGAIN.as_secs()));
                     Some(AGAIN)
+                }
+                // A single entry failed, and will again until somebody changes it.
+                _ if went_through => {
+                    Explained::of(&error).print(console);
+                    console.line("waiting for the next change");
+                    None
                 }
                 _ => return Err(error),
             },
@@ -116,7 +123,7 @@ async fn once(
     args: &SyncArgs,
     console: &Console,
     interrupts: &mut Interrupts,
-) -> anyhow::Result<()> {
+) -> (anyhow::Result<()>, bool) {
     let mut report = Report::new(console, args.show.json, &args.log, "stored");
     report.mirrored();
     report.living(
@@ -124,7 +131,8 @@ async fn once(
         args.changed == ChangedArg::Retry,
     );
     let result = sync(args, console, interrupts, &mut report).await;
-    report.finish(result)
+    let went_through = result.is_ok();
+    (report.finish(result), went_through)
 }
 
 /// Source and copy of a mirror.
@@ -176,6 +184,9 @@ async fn sync(
     report: &mut Report,
 ) -> anyhow::Result<()> {
     let way = Way::of(args)?;
+    if !way.up {
+        report.fetches();
+    }
     let target = Target::find(&args.connect)?.via(&args.paths)?;
     let tries = retry(args.retries);
     if args.dry_run {

@@ -108,6 +108,7 @@ pub(super) async fn run(
             failed: tally.wrong + tally.failures.count(),
             changed: None,
             vanished: None,
+            left_out: None,
             unchanged: None,
             deleted: None,
             bytes: tally.bytes,

@@ -198,6 +198,14 @@ impl Run {
             let (rel, ours) = match next {
                 Next::Item(item) => (item.rel.clone(), Some(item)),
                 Next::Excluded(_) => continue,
+                Next::Kept(rel) => {
+                    let source = self.comparison.source.of(&rel);
+                    let why = "interrupted files are kept in it";
+                    let path = rel;
+                    let note = Note::LeftOut { path, source, why };
+                    let _ = self.comparison.notes.send(note).await;
+                    continue;
+                }
                 Next::Vanished(rel) => {
                     self.vanished(&rel).await;
                     continue;
@@ -240,7 +248,7 @@ impl Run {
             match next {
                 Next::Item(item) => return Ok(Some(item)),
                 Next::Excluded(rel) => self.keep_above(&rel),
-                Next::Vanished(_) => {}
+                Next::Kept(_) | Next::Vanished(_) => {}
                 Next::Failed(rel, error) => self.fail(&rel, error).await,
             }
         }
@@ -397,7 +405,9 @@ impl Run {
 
     /// Handles an entry that is no file, directory or link: it is left out.
     async fn special(&self, rel: &str) -> bool {
-        let note = Note::Special {
+        let note = Note::LeftOut {
+            why: "no file, directory or link",
+            path: rel.to_owned(),
             source: self.comparison.source.of(rel),
         };
         self.comparison.notes.send(note).await.is_ok()

@@ -39,6 +39,8 @@ pub(super) enum Next {
     Item(Item),
     /// An excluded entry; its content is excluded, too.
     Excluded(String),
+    /// The directory in which `get` and `sync` keep interrupted files.
+    Kept(String),
     /// An entry that was removed meanwhile.
     Vanished(String),
     /// An entry that cannot be read. Nothing is known about its content.
@@ -180,6 +182,9 @@ impl Walker {
             let rel = join(&level.rel, &names::from_os(&name));
             if rel == ".udpack" {
                 // The store's own files.
+                if self.tell(Next::Kept(rel)).is_err() {
+                    return;
+                }
                 continue;
             }
             let local = level.local.join(&name);
