@@ -1231,8 +1231,8 @@ pub(crate) struct ShareArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct DoctorArgs {
-    /// The server, as for --to: HOST, HOST:PORT, or a whole udpack:// URL.
-    #[arg(value_name = "HOST[:PORT]|URL", conflicts_with = "to")]
+    /// The server, as for --to: HOST, HOST:PORT, a whole udpack:// URL, or the name of one that `login` stored.
+    #[arg(value_name = "HOST[:PORT]|URL|NAME", conflicts_with = "to")]
     pub(crate) server: Option<String>,
 
     /// Print JSON, one object.

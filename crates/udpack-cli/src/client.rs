@@ -122,12 +122,7 @@ fn name_server(command: &mut ClientCommand, config: &Config) -> anyhow::Result<(
             &mut args.connect
         }
         C::Sync(args) => {
-            for path in [&mut args.source, &mut args.copy] {
-                if let Some((name, rest)) = path.to_str().and_then(|path| config.take(path)) {
-                    args.connect.to = Some(name.to_owned());
-                    *path = format!(":{rest}").into();
-                }
-            }
+            config.take_one(&mut args.connect, [&mut args.source, &mut args.copy])?;
             &mut args.connect
         }
         C::RemoteNames(args) => {
@@ -155,7 +150,13 @@ fn name_server(command: &mut ClientCommand, config: &Config) -> anyhow::Result<(
         C::Request(args) => &mut args.connect,
         C::Listen(args) => &mut args.connect,
         C::Ping(args) => &mut args.connect,
-        C::Doctor(_) | C::Login(_) | C::Demo(_) | C::Completions { .. } | C::Man(_) => {
+        C::Doctor(args) => {
+            if let Some(server) = args.server.take() {
+                args.connect.to = Some(server);
+            }
+            &mut args.connect
+        }
+        C::Login(_) | C::Demo(_) | C::Completions { .. } | C::Man(_) => {
             return Ok(());
         }
     };

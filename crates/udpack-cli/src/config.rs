@@ -27,6 +27,8 @@ pub(crate) struct Config {
     /// URLs by the name of their server.
     servers: BTreeMap<String, String>,
     defaults: Vec<Preset>,
+    /// The server of this run is that of a default: a name in a path counts more.
+    pub(crate) default_server: bool,
 }
 
 /// The default of one option.
@@ -233,6 +235,23 @@ impl Config {
         names.map(|name| format!("{name}:")).collect()
     }
 
+    /// The server that the command line names.
+    fn asked<'a>(&self, connect: &'a ConnectArgs) -> Option<&'a str> {
+        connect.to.as_deref().filter(|_| !self.default_server)
+    }
+
+    /// Goes to the server that a path names, unless the command line names another one.
+    fn go(&self, connect: &mut ConnectArgs, name: &str) -> anyhow::Result<()> {
+        if self.asked(connect).is_some_and(|to| to != name) {
+            let text = format!("both {name}: and an option say where to");
+            return Err(Failure::new(Kind::Usage, text)
+                .hint("leave out one of both")
+                .into());
+        }
+        connect.to = Some(name.to_owned());
+        Ok(())
+    }
+
     /// Takes the name of a server off a path, as in `work:photos`.
     pub(crate) fn take<'a>(&self, path: &'a str) -> Option<(&str, &'a str)> {
         let (name, rest) = path.split_once(':')?;
@@ -248,8 +267,9 @@ impl Config {
         wanted: &mut Option<String>,
     ) -> anyhow::Result<()> {
         if let Some((name, rest)) = wanted.as_ref().and_then(|wanted| self.take(wanted)) {
-            connect.to = Some(name.to_owned());
-            *wanted = Some(rest.to_owned()).filter(|rest| !rest.is_empty());
+            let (name, rest) = (name.to_owned(), rest.to_owned());
+            self.go(connect, &name)?;
+            *wanted = Some(rest).filter(|rest| !rest.is_empty());
             return Ok(());
         }
         let last = paths.last().and_then(|path| path.to_str());
@@ -260,14 +280,15 @@ impl Config {
         if paths.last().is_some_and(|path| path.exists()) {
             return Ok(());
         }
-        if wanted.is_some() || connect.to.is_some() {
-            let text = format!("both {name}: and an option say where to");
+        if wanted.is_some() {
+            let text = format!("both {name}: and --as say where to");
             return Err(Failure::new(Kind::Usage, text)
                 .hint("leave out one of both")
                 .into());
         }
-        connect.to = Some(name.to_owned());
-        *wanted = Some(rest.to_owned()).filter(|rest| !rest.is_empty());
+        let (name, rest) = (name.to_owned(), rest.to_owned());
+        self.go(connect, &name)?;
+        *wanted = Some(rest).filter(|rest| !rest.is_empty());
         paths.pop();
         if paths.is_empty() {
             let text = format!("nothing to send to {name}:");
@@ -292,7 +313,7 @@ impl Config {
         };
         if names.len() < paths.len()
             || names.iter().any(|name| name != first)
-            || connect.to.as_ref().is_some_and(|to| to != first)
+            || self.asked(connect).is_some_and(|to| to != first)
         {
             let text = "the paths of one command are all at one server";
             return Err(Failure::new(Kind::Usage, text)
@@ -307,6 +328,24 @@ impl Config {
             }
         }
         connect.to = Some(first.clone());
+        Ok(())
+    }
+
+    /// As [`take_all`](Self::take_all), for the two paths of a mirror: one of them is here.
+    pub(crate) fn take_one(
+        &self,
+        connect: &mut ConnectArgs,
+        paths: [&mut PathBuf; 2],
+    ) -> anyhow::Result<()> {
+        for path in paths {
+            // A directory of that name is meant rather.
+            let named = path.to_str().filter(|_| !path.exists());
+            if let Some((name, rest)) = named.and_then(|path| self.take(path)) {
+                let (name, rest) = (name.to_owned(), format!(":{rest}"));
+                self.go(connect, &name)?;
+                *path = rest.into();
+            }
+        }
         Ok(())
     }
 }

@@ -74,8 +74,8 @@ fn configured(mut args: Vec<OsString>) -> anyhow::Result<(Config, Vec<OsString>)
     if ["completions", "man"].contains(&verb) {
         return Ok((Config::default(), args));
     }
-    let config = Config::load(&command)?;
-    let defaults = config.arguments(&command, &given);
+    let mut config = Config::load(&command)?;
+    let mut defaults = config.arguments(&command, &given);
     let at = args.iter().position(|arg| arg == verb);
     let at = at.map_or(args.len(), |at| at + 1);
     let is_sound = |words: &[OsString]| {
@@ -83,6 +83,11 @@ fn configured(mut args: Vec<OsString>) -> anyhow::Result<(Config, Vec<OsString>)
         let all = before.iter().chain(words).chain(after);
         command.clone().try_get_matches_from(all).map(drop)
     };
+    // What the command line says counts more than what does not go with it.
+    defaults.retain(|(words, _)| {
+        let error = is_sound(words).err();
+        error.is_none_or(|error| error.kind() != ErrorKind::ArgumentConflict)
+    });
     let words: Vec<_> = defaults
         .iter()
         .flat_map(|(words, _)| words.clone())
@@ -101,7 +106,10 @@ fn configured(mut args: Vec<OsString>) -> anyhow::Result<(Config, Vec<OsString>)
         let text = text.strip_prefix("error: ").unwrap_or(text);
         return Err(Failure::new(Kind::Usage, format!("{place}: {text}")).into());
     }
+    let is_server = |word: &OsString| word.as_encoded_bytes().starts_with(b"--to=");
+    let default_server = words.iter().any(is_server);
     args.splice(at..at, words);
+    config.default_server = default_server;
     Ok((config, args))
 }
 

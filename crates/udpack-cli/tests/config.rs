@@ -157,3 +157,57 @@ fn defaults_give_way_to_flags_and_nonsense_is_told_with_its_line() {
         assert_error(&out.stderr);
     }
 }
+
+/// The default server gives way to a name in a path, and so does each default to an option that it does not go with.
+#[test]
+fn a_default_server_gives_way_to_a_name_and_two_names_are_too_many() {
+    let work = Server::start_in(workdir(), &["--allow-read", "--overwrite", "always"]);
+    let lab = Server::start_in(workdir(), &["--allow-read", "--overwrite", "always"]);
+    let dir = workdir();
+    let file = dir.path().join(".config/udpack/config.toml");
+    fs::create_dir_all(file.parent().expect("a parent")).expect("mkdir");
+    let config = format!(
+        "[client]\nto = \"work\"\nquiet = true\n[servers]\nwork = \"{}\"\nlab = \"{}\"\n",
+        work.url(),
+        lab.url()
+    );
+    fs::write(&file, config).expect("write");
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).expect("chmod");
+    fs::create_dir(dir.path().join("d")).expect("mkdir");
+    fs::write(dir.path().join("d/a"), b"1").expect("write");
+    let run = |args: &[&str]| exited(client(dir.path()).args(args));
+    for args in [
+        &["put", "d/a"][..],
+        &["put", "d/a", "lab:x/"],
+        &["put", "d/a", "--as", "lab:y"],
+        &["put", "d/a", "--to", "lab", "--as", "lab:z", "-v"],
+        &["sync", "d", "lab:s"],
+        &["get", "lab:y", "--as", "got"],
+        &["ls", "lab:"],
+        &["doctor"],
+        &["doctor", "lab"],
+        &["doctor", "--to", "lab"],
+    ] {
+        let out = run(args);
+        assert_eq!(out.code, 0, "{args:?}: {out:?}");
+    }
+    assert_eq!(visible(&work.uploads()), ["a"]);
+    let mut there = visible(&lab.uploads());
+    there.sort();
+    assert_eq!(there, ["s", "x", "y", "z"]);
+    for args in [
+        &["put", "d/a", "--to", "work", "--as", "lab:x"][..],
+        &["put", "d/a", "lab:x", "--to", "work"],
+        &["put", "d/a", "lab:x", "--as", "x"],
+        &["sync", "--to", "work", "d", "lab:s"],
+        &["ls", "--to", "work", "lab:"],
+    ] {
+        let out = run(args);
+        assert_eq!(out.code, 2, "{args:?}: {out:?}");
+        assert_error(&out.stderr);
+    }
+    // A directory here that has such a name is one.
+    fs::create_dir(dir.path().join("lab:d")).expect("mkdir");
+    let out = run(&["sync", "lab:d", "work:empty"]);
+    assert_eq!(out.code, 0, "{out:?}");
+}

@@ -144,10 +144,7 @@ enum Session {
     Failed(String),
 }
 
-pub(super) async fn run(mut args: DoctorArgs, mut interrupts: Interrupts) -> anyhow::Result<()> {
-    if let Some(server) = args.server.take() {
-        args.connect.to = Some(server);
-    }
+pub(super) async fn run(args: DoctorArgs, mut interrupts: Interrupts) -> anyhow::Result<()> {
     let target = Target::find(&args.connect)?;
     let report = tokio::select! {
         report = examine::all(&target) => report,
