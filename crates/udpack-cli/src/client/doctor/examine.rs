@@ -68,7 +68,10 @@ pub(super) async fn all(target: &Target) -> Report {
     let looked_at = found.into_iter().map(|at| address(target, at));
     (report.addresses, report.through) = tokio::join!(join_all(looked_at), through(target));
     let done = |tls: &Tls| matches!(tls, Tls::Done { .. });
-    let greeted = report.addresses.iter().any(|at| done(&at.tls));
+    let greeted = report
+        .addresses
+        .iter()
+        .any(|at| done(&at.tls) || done(&at.wss));
     let by_proxy = report.through.as_ref().is_some_and(|way| done(&way.wss));
     if report.token && (greeted || by_proxy) {
         report.session = Some(session(target).await);

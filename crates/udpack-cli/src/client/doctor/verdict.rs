@@ -30,15 +30,19 @@ pub(super) fn of(report: &Report) -> Verdict {
     if !greeted && let Some(verdict) = answering.iter().find_map(|address| handshake(address)) {
         return verdict;
     }
+    session(report).unwrap_or_else(|| slow(report, &answering))
+}
+
+/// No session comes about although the server answers.
+fn session(report: &Report) -> Option<Verdict> {
     match &report.session {
-        Some(Session::Refused(text)) => return refused(text),
+        Some(Session::Refused(text)) => Some(refused(text)),
         Some(Session::Failed(text)) => {
             let cause = format!("the server answers, but the session failed: {text}");
-            return broken("session", Kind::Network, cause);
+            Some(broken("session", Kind::Network, cause))
         }
-        Some(Session::In { .. }) | None => {}
+        Some(Session::In { .. }) | None => None,
     }
-    slow(report, &answering)
 }
 
 fn broken(name: &'static str, kind: Kind, cause: String) -> Verdict {
@@ -88,6 +92,18 @@ fn unreachable(report: &Report) -> Verdict {
     let network = |name, cause| broken(name, Kind::Network, cause);
     let all = &report.addresses;
     let port = report.server.rsplit(':').next().unwrap_or_default();
+    if all.iter().any(|at| matches!(at.wss, Tls::Done { .. })) {
+        let why = if all.iter().any(|at| at.udp == Reach::Refused) {
+            "nobody listens at this UDP port"
+        } else if all.iter().any(|at| at.udp == Reach::Forbidden) {
+            "this machine's own firewall keeps UDP to the server from leaving"
+        } else {
+            "UDP is blocked on the way"
+        };
+        let cause =
+            format!("{why}: sessions go over TCP, port {port}, and connecting takes 300 ms longer");
+        return session(report).unwrap_or_else(|| works("no_udp", cause));
+    }
     if let Some(at) = all.iter().find(|at| at.udp == Reach::Refused) {
         let ip = at.address.ip();
         return network(
@@ -111,12 +127,6 @@ fn unreachable(report: &Report) -> Verdict {
         return network("route", cause);
     }
     let tcp = |wanted: fn(&Reach) -> bool| all.iter().any(|at| wanted(&at.tcp));
-    if all.iter().any(|at| matches!(at.wss, Tls::Done { .. })) {
-        let cause = format!(
-            "UDP is blocked on the way: sessions go over TCP, port {port}, and connecting takes 300 ms longer"
-        );
-        return works("no_udp", cause);
-    }
     if tcp(|reach| matches!(reach, Reach::Answered(_))) {
         let cause = format!(
             "UDP is blocked on the way: TCP to port {port} gets through, UDP gets no answer"
@@ -297,6 +307,33 @@ mod tests {
         ] {
             let verdict = verdict(&[mute(tcp)]);
             assert_eq!((verdict.name, verdict.kind), (name, Some(Kind::Network)));
+        }
+    }
+
+    #[test]
+    fn what_goes_over_tcp_works_whatever_udp_says() {
+        let done = || Tls::Done {
+            took: MS,
+            valid: None,
+        };
+        for (udp, why) in [
+            (Reach::Silent(MS), "blocked on the way"),
+            (Reach::Refused, "nobody listens"),
+            (Reach::Forbidden, "own firewall"),
+            (Reach::NoRoute("no route".to_owned()), "blocked"),
+        ] {
+            let at = Address {
+                udp,
+                wss: done(),
+                ..mute(Reach::Answered(MS))
+            };
+            let mut report = report(&[at]);
+            let verdict = of(&report);
+            assert_eq!((verdict.name, verdict.kind), ("no_udp", None));
+            assert!(verdict.cause.contains(why), "{}", verdict.cause);
+            // A token that is refused there is refused.
+            report.session = Some(Session::Refused("no".to_owned()));
+            assert_eq!(of(&report).kind, Some(Kind::Auth));
         }
     }
 
