@@ -21,6 +21,7 @@ mod stats;
 mod sync;
 mod verify;
 
+pub(crate) use self::producer::end_commands;
 use crate::args::{ClientArgs, ClientCommand};
 use crate::config::Config;
 use crate::logging::{self, Console, Role};

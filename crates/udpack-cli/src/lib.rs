@@ -152,6 +152,7 @@ fn run<A: Parser, F: Future<Output = anyhow::Result<()>>>(
                     .context("cannot catch the signal of the limit for file sizes")?;
                 main(args, console.clone()).await
             });
+            client::end_commands();
             // A blocking read of a slow disk must not delay the exit.
             runtime.shutdown_timeout(Duration::from_millis(500));
             result

@@ -64,6 +64,7 @@ impl Interrupts {
         if let Ok(mut again) = Self::catch() {
             tokio::spawn(async move {
                 again.next().await;
+                crate::client::end_commands();
                 std::process::exit(i32::from(crate::exit::INTERRUPTED));
             });
         }

@@ -369,3 +369,37 @@ fn a_followed_file_goes_on_after_its_client_was_killed() {
         assert!(fs::read(&stored).expect("it is stored") == other);
     }
 }
+
+/// A command must not take the end of an interrupted client for the end of its input, nor outlive it.
+#[test]
+fn an_interrupt_ends_the_commands() {
+    let server = Server::start_in(workdir(), &["--allow-read"]);
+    let dir = workdir();
+    fs::write(server.uploads().join("f"), bytes(6 << 20, 9)).expect("write");
+    let made = Command::new("mkfifo").arg(dir.path().join("fifo")).status();
+    assert!(made.is_ok_and(|made| made.success()));
+    let told = dir.path().join("told");
+    for (args, does) in [
+        (&["get", "f", "--bwlimit", "1M", "--to-command"][..], "cat"),
+        // Nobody ever writes to it.
+        (&["put", "--as", "g", "--from-command"][..], "read x < fifo"),
+    ] {
+        for signal in ["INT", "TERM"] {
+            let mut command = client(dir.path());
+            command.env("UDPACK_URL", server.url()).args(args);
+            command.arg(format!("echo $$ > told; {does} > got; touch done"));
+            let mut running = Running::spawn(&mut command);
+            let pid = || fs::read_to_string(&told).unwrap_or_default();
+            until("the command runs", || pid().ends_with('\n'));
+            running.signal(signal);
+            let out = running.exited();
+            assert_eq!(out.code, 130, "{out:?}");
+            let process = format!("/proc/{}/cmdline", pid().trim());
+            until("the shell has ended", || {
+                fs::read(&process).map_or(true, |line| line.is_empty())
+            });
+            assert!(!dir.path().join("done").exists(), "{args:?}");
+            fs::remove_file(&told).expect("rm");
+        }
+    }
+}

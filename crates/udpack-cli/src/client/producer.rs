@@ -3,6 +3,10 @@
 
 use std::io::{self, Read};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use rustix::io::Errno;
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 
 use super::follow::Follow;
 use crate::exit::{EmptyStdin, Unfinished};
@@ -25,6 +29,21 @@ enum From {
     Stdin,
     Command(Spawned),
     Growing(Follow),
+}
+
+/// The shells that run, by their process ids. None of these is waited for while it is here, so none is another process.
+static SHELLS: Mutex<Vec<Pid>> = Mutex::new(Vec::new());
+
+fn shells() -> MutexGuard<'static, Vec<Pid>> {
+    SHELLS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Ends all commands that run, for a program that is about to end: what one of them reads must not look to it as if it had come
+/// to its end.
+pub(crate) fn end_commands() {
+    for shell in shells().drain(..) {
+        let _ = kill_process(shell, Signal::KILL);
+    }
 }
 
 /// A shell command. Dropping it kills the shell.
@@ -51,6 +70,7 @@ impl Spawned {
                 let text = format!("cannot start `{}`: {error}", self.line);
                 io::Error::new(error.kind(), text)
             })?;
+            shells().extend(pid(&child));
             self.child = Some(child);
         }
         self.child
@@ -68,7 +88,10 @@ impl Spawned {
     /// Waits for its exit; a failure is an error. Blocks.
     pub(super) fn succeeded(&mut self) -> io::Result<()> {
         let status = match &mut self.child {
-            Some(child) => child.wait()?,
+            Some(child) => {
+                leave(child);
+                child.wait()?
+            }
             None => return Ok(()),
         };
         match status.success() {
@@ -82,8 +105,23 @@ impl Drop for Spawned {
     fn drop(&mut self) {
         if let Some(child) = &mut self.child {
             let _ = child.kill();
+            leave(child);
             let _ = child.wait();
         }
+    }
+}
+
+fn pid(child: &Child) -> Option<Pid> {
+    i32::try_from(child.id()).ok().and_then(Pid::from_raw)
+}
+
+/// Waits until a shell has ended, and takes it from the list before its process id may become that of another process.
+fn leave(child: &Child) {
+    let Some(pid) = pid(child) else { return };
+    if shells().contains(&pid) {
+        let ended = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+        while waitid(WaitId::Pid(pid), ended).is_err_and(|error| error == Errno::INTR) {}
+        shells().retain(|shell| *shell != pid);
     }
 }
 
