@@ -61,7 +61,7 @@ const ENVIRONMENT: &str = "\
 Environment:
   UDPACK_URL    the server, as `udpack-server url` prints it: udpack://TOKEN@HOST:PORT#sha256:HEX
   UDPACK_TOKEN  the token, where neither the URL nor --token-file gives one
-  NO_COLOR      no colours, whatever it is set to
+  NO_COLOR      no colours, if it is set to anything
   RUST_LOG      what to log, in place of -q and -v";
 
 const MORE: &str = "More options, examples, environment and exit codes: --help";
@@ -669,7 +669,7 @@ pub(crate) struct PutArgs {
     pub(crate) follow: Option<PathBuf>,
 
     /// The end of the file of --follow: so many bytes, or so many seconds in which nothing came, as in 30s.
-    #[arg(long, value_name = "SIZE|SECSs", requires = "follow")]
+    #[arg(long, value_name = "SIZE|SECSs", requires = "follow", conflicts_with_all = ["paths", "files_from", "from_command"])]
     pub(crate) until: Option<Until>,
 
     /// Standard input or the command is stored only if it has this many bytes.
@@ -1024,7 +1024,7 @@ pub(crate) struct JobsArgs {
     pub(crate) cancel: Option<u64>,
 
     /// Why, in one line of at most 256 bytes; the client of the transfer is told.
-    #[arg(long, value_name = "TEXT", requires = "cancel")]
+    #[arg(long, value_name = "TEXT", value_parser = reason, requires = "cancel", conflicts_with_all = ["watch", "ended"])]
     pub(crate) reason: Option<String>,
 
     /// Print JSON, one object a line.
@@ -1049,7 +1049,7 @@ pub(crate) struct StatsArgs {
     pub(crate) kick: Option<String>,
 
     /// Why, in one line of at most 256 bytes; the client is told.
-    #[arg(long, value_name = "TEXT", requires = "kick")]
+    #[arg(long, value_name = "TEXT", value_parser = reason, requires = "kick", conflicts_with_all = ["watch", "drain"])]
     pub(crate) reason: Option<String>,
 
     /// Have the server shut down in order, for a token with the scope `admin`.
@@ -1488,6 +1488,23 @@ impl From<IfExistsArg> for IfExists {
         }
     }
 }
+
+/// Why something is ended, as the server takes it.
+fn reason(text: &str) -> Result<String, String> {
+    if text.len() > REASON {
+        return Err(format!(
+            "it has {} bytes, and {REASON} are the most",
+            text.len()
+        ));
+    }
+    match text.chars().all(udpack::text::is_printable) {
+        true => Ok(text.to_owned()),
+        false => Err("it holds a character that cannot be printed".to_owned()),
+    }
+}
+
+/// Bytes of a reason.
+const REASON: usize = 256;
 
 /// A name at the server, which may be any bytes: its text form.
 fn name() -> impl TypedValueParser<Value = String> {

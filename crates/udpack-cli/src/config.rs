@@ -130,7 +130,10 @@ impl Config {
         for (table, entries) in tables.get_ref() {
             let (span, table) = (table.span(), table.get_ref());
             let DeValue::Table(entries) = entries.get_ref() else {
-                return Err(wrong(span, &format!("the key {table} is in no table")).into());
+                let text = format!(
+                    "`{table}` is in no table: options stand below [client] or the name of a command, such as [put]"
+                );
+                return Err(wrong(span, &text).into());
             };
             if ![ALL, SERVERS].contains(&table.as_ref())
                 && command.find_subcommand(table.as_ref()).is_none()
@@ -151,11 +154,14 @@ impl Config {
                     self.servers.insert(key.to_string(), url.to_string());
                     continue;
                 }
-                if !has(command, table, key) {
+                let Some(takes_values) = option(command, table, key) else {
                     return Err(wrong(span, &format!("no such option: {key}")).into());
-                }
+                };
                 let value =
                     Value::read(value.get_ref()).ok_or_else(|| wrong(value.span(), Value::RULE))?;
+                if !takes_values && !matches!(value, Value::Flag(_)) {
+                    return Err(wrong(span, &format!("{key} is true or false")).into());
+                }
                 self.defaults.push(Preset {
                     table: table.to_string(),
                     key: key.to_string(),
@@ -355,16 +361,16 @@ fn is_absent(error: &io::Error) -> bool {
     matches!(error.kind(), NotFound | NotADirectory)
 }
 
-/// Whether some command of the table has the option.
-fn has(command: &Command, table: &str, key: &str) -> bool {
-    let has = |command: &Command| {
-        command
-            .get_arguments()
-            .any(|arg| arg.get_long() == Some(key))
+/// Whether the option takes values, if some command of the table has it.
+fn option(command: &Command, table: &str, key: &str) -> Option<bool> {
+    let find = |command: &Command| {
+        let mut all = command.get_arguments();
+        let found = all.find(|arg| arg.get_long() == Some(key))?;
+        Some(found.get_action().takes_values())
     };
     match table {
-        ALL => command.get_subcommands().any(has),
-        table => command.find_subcommand(table).is_some_and(has),
+        ALL => command.get_subcommands().find_map(find),
+        table => command.find_subcommand(table).and_then(find),
     }
 }
 

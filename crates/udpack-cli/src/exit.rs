@@ -367,9 +367,9 @@ fn closed(reason: &CloseReason) -> Meaning {
 
 fn encoding(error: &EncodeError) -> Option<String> {
     match error {
-        EncodeError::Name(_) | EncodeError::Reserved(_) => {
-            hint("names of events and channels have 1 to 128 bytes and do not begin with $")
-        }
+        EncodeError::Name(_) | EncodeError::Reserved(_) => hint(
+            "names of events and channels have 1 to 128 bytes, no control characters, and do not begin with $",
+        ),
         _ => hint("send something smaller or less deep"),
     }
 }
@@ -389,12 +389,13 @@ fn transferring(error: &TransferError) -> Meaning {
         TransferError::Source { source, .. } if EmptyStdin::is(source) => {
             hint("check the command before the pipe; with --allow-empty an empty file is stored")
         }
-        TransferError::Source { source, .. } | TransferError::Write(source)
-            if Unfinished::of(source).is_some() =>
-        {
+        TransferError::Source { source, .. } if Unfinished::of(source).is_some() => {
+            return (Kind::Command, hint("nothing of it was stored"));
+        }
+        TransferError::Write(source) if Unfinished::of(source).is_some() => {
             return (
                 Kind::Command,
-                hint("nothing of it was stored; see what it wrote"),
+                hint("what the command made of it does not count"),
             );
         }
         TransferError::Source { .. } => hint("check the path and its permissions"),
@@ -432,7 +433,9 @@ fn refused(code: Code, message: &str) -> String {
 /// The sentence of the local store, marked as this machine's where a server could say the same.
 fn kept(error: &StoreError) -> String {
     match error.refusal() {
-        Code::Exists | Code::Blocked => format!("on this machine: {error}"),
+        Code::Exists | Code::Blocked | Code::NoSpace | Code::BadName | Code::SystemLimit => {
+            format!("on this machine: {error}")
+        }
         _ => error.to_string(),
     }
 }
@@ -526,6 +529,10 @@ fn binding(error: &BindError) -> Meaning {
             hint("use ADDR:PORT with --listen, such as [::]:45456"),
         ),
         BindError::Setting(_) => (Kind::Usage, None),
+        BindError::ClusterMessages { .. } => (
+            Kind::Usage,
+            hint("write `max_payload: 2MB` into the configuration of the NATS broker"),
+        ),
         _ => (Kind::Other, None),
     }
 }

@@ -102,7 +102,13 @@ fn configured(mut args: Vec<OsString>) -> anyhow::Result<(Config, Vec<OsString>)
             .find_map(alone)
             .unwrap_or_else(|| (error, "the defaults of the configuration".to_owned()));
         let text = error.to_string();
-        let text = text.lines().next().unwrap_or_default();
+        // With the values that it may have, where these follow.
+        let lines = text.lines().map(str::trim);
+        let text = lines
+            .take_while(|line| !line.is_empty())
+            .collect::<Vec<_>>()
+            .join(" ");
+        let text = &*text;
         let text = text.strip_prefix("error: ").unwrap_or(text);
         return Err(Failure::new(Kind::Usage, format!("{place}: {text}")).into());
     }

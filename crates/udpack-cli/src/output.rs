@@ -16,6 +16,11 @@ pub(crate) fn line(text: &str) -> io::Result<()> {
     all(format!("{}\n", udpack::text::printable(text)).as_bytes())
 }
 
+/// So many of something, in words.
+pub(crate) fn counted(count: u64, one: &str, more: &str) -> String {
+    format!("{count} {}", if count == 1 { one } else { more })
+}
+
 /// Writes whole lines as they are, and flushes them.
 pub(crate) fn all(lines: &[u8]) -> io::Result<()> {
     let mut out = io::stdout().lock();

@@ -175,7 +175,6 @@ async fn serve(args: &ServerArgs, given: ListenFd) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Binds the UDP port.
 /// Makes the server a node of the cluster that `--cluster` names.
 #[cfg(feature = "cluster")]
 async fn join(args: &ServerArgs, server: ServerBuilder) -> anyhow::Result<ServerBuilder> {
@@ -187,8 +186,14 @@ async fn join(args: &ServerArgs, server: ServerBuilder) -> anyhow::Result<Server
             udpack_nats::NatsError::Connect(_) => Kind::Network,
             _ => Kind::Usage,
         };
-        Failure::new(kind, format!("{:#}", anyhow::Error::new(error)))
-            .hint("is the broker of --cluster there, and are address and password right?")
+        let mut text = error.to_string();
+        // The broker's client says in each error what its source says.
+        if let Some(source) = std::error::Error::source(&error) {
+            text.push_str(&format!(": {source}"));
+        }
+        Failure::new(kind, text).hint(
+            "check that the broker of --cluster runs there, and that address and password are right",
+        )
     })?;
     let name = args.cluster_name.clone();
     let name = name.unwrap_or_else(|| {
@@ -201,6 +206,7 @@ async fn join(args: &ServerArgs, server: ServerBuilder) -> anyhow::Result<Server
     Ok(server.cluster(nats).advertise(name, address))
 }
 
+/// Binds the UDP port.
 async fn listen(address: &str) -> Result<UdpSocket, BindError> {
     // The resolver knows a zone only without brackets and port.
     let zoned = address.strip_prefix('[').filter(|rest| rest.contains('%'));

@@ -965,7 +965,7 @@ fn ping_shows_each_round_trip_and_a_summary() {
     assert_eq!(named(&events, "pong").len(), 3);
     assert_eq!(events[3]["count"], 3);
     assert_eq!(events[3]["transport"], "wss");
-    assert_eq!(events[3]["transport_reason"], "no other is allowed");
+    assert_eq!(events[3]["transport_reason"], "chosen by this client");
 }
 
 #[test]

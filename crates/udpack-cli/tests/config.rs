@@ -130,7 +130,12 @@ fn defaults_give_way_to_flags_and_nonsense_is_told_with_its_line() {
             "[nonsense]\n",
             "config.toml:1: no such table or command: nonsense",
         ),
-        ("jobs = 1\n", "config.toml:1: the key jobs is in no table"),
+        ("jobs = 1\n", "config.toml:1: `jobs` is in no table"),
+        ("[put]\njson = 1\n", "config.toml:2: json is true or false"),
+        (
+            "[client]\ntransport = \"tcp\"\n",
+            "[possible values: auto, quic, wss]",
+        ),
         ("[put]\njobs = 99\n", "config.toml:2: invalid value '99'"),
         (
             "[put]\njobs = true\n",

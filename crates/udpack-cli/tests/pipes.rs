@@ -62,6 +62,12 @@ fn a_command_is_stored_only_if_it_succeeds() {
         &["put", "--from-command", "true"][..],
         &["put", "--from-command", "true", "--as", "x", "in"],
         &["put", "in", "--size", "3"],
+        &["put", "in", "--until", "3"],
+        &["jobs", "--watch", "--reason", "x"],
+        &["stats", "--drain", "--reason", "x"],
+        &["jobs", "--cancel", "1", "--reason", "a\nb"],
+        &["share", "x", "--expires", "0s"],
+        &["share", "x", "--quota", "0"],
     ] {
         let out = server.client(dir.path(), args);
         assert_eq!(out.code, 2, "{args:?}: {out:?}");
@@ -96,7 +102,7 @@ fn standard_input_must_have_the_size_and_the_end_that_were_named() {
     for wrong in ["4", "6", "1G"] {
         let out = sized(wrong);
         assert_eq!(out.code, 14, "{wrong}: {out:?}");
-        assert!(out.stderr.contains("of --size"), "{out:?}");
+        assert!(out.stderr.contains("--size says"), "{out:?}");
     }
     let marked = |input: &[u8]| {
         let args = ["put", "-", "--as", "b", "--require-eof-marker", "-- done"];

@@ -1539,7 +1539,7 @@ fn the_state_of_the_server_is_shown_and_an_admin_acts_on_it() {
         .to_owned();
     let shown = stats(&guard, &[]).stdout;
     for part in [
-        "running 1 uploads, 0 downloads",
+        "running 1 upload, 0 downloads",
         "connections 2",
         &format!("  {id}  default  quic  "),
     ] {

@@ -924,8 +924,8 @@ pub enum BindError {
     Identity(#[from] IdentityError),
     /// The broker of the cluster takes no messages as large as this server's frames.
     #[error(
-        "the cluster's broker takes messages of up to {most} bytes, and `Limits::frame` makes {needed} of them: \
-         raise the broker's limit (`max_payload` of NATS) or lower `Limits::frame`"
+        "the cluster's broker takes messages of up to {most} bytes, and this server's may have {needed}: raise the \
+         broker's limit (`max_payload` of NATS), or lower `Limits::frame`"
     )]
     ClusterMessages {
         /// Most bytes that the broker takes.

@@ -196,8 +196,10 @@ async fn look_up(
     while let Some((path, found)) = found.next().await {
         match found {
             Ok(root) if pours && root.entry.kind != EntryKind::File => {
-                let error = Failure::new(Kind::Usage, "not a file")
-                    .hint("name a single file, or a directory after --as");
+                let text = format!("{} is no file", output::printable(path));
+                let error = Failure::new(Kind::Usage, text).hint(
+                    "only a single file can be written there; --as DIR/ gets whole directories",
+                );
                 report.failed(path, path, &error.into());
             }
             Ok(root) => roots.push(root),

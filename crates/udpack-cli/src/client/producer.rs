@@ -10,6 +10,7 @@ use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 
 use super::follow::Follow;
 use crate::exit::{EmptyStdin, Unfinished};
+use crate::output::counted;
 
 /// A reader that checks that its source is complete.
 pub(super) struct Producer {
@@ -179,9 +180,7 @@ impl Producer {
     fn note(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.count += bytes.len() as u64;
         if let Some(size) = self.size.filter(|size| self.count > *size) {
-            return Err(
-                Unfinished::new(format!("it is longer than the {size} bytes of --size")).into(),
-            );
+            return Err(Unfinished::new(format!("it is longer than --size says, {size}")).into());
         }
         if let Some(marker) = &self.marker {
             let most = marker.len() + LINE_END;
@@ -208,8 +207,8 @@ impl Producer {
         }
         if let Some(size) = self.size.filter(|size| self.count != *size) {
             let text = format!(
-                "it ended after {} of the {size} bytes of --size",
-                self.count
+                "it ended after {}, and --size says {size}",
+                counted(self.count, "byte", "bytes")
             );
             return Err(Unfinished::new(text).into());
         }

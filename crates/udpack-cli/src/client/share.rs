@@ -3,10 +3,11 @@
 use std::time::Duration;
 
 use serde_json::json;
-use udpack_transfer::{Remote, ShareEntry, ShareWish, Shared, format_size};
+use udpack_transfer::{Code, Remote, ShareEntry, ShareWish, Shared, TransferError, format_size};
 
 use super::remote::remote_path;
 use crate::args::ShareArgs;
+use crate::exit::{Failure, Kind};
 use crate::json::concluded;
 use crate::output;
 #[cfg(feature = "web")]
@@ -25,6 +26,20 @@ async fn share(
     mut interrupts: Interrupts,
     count: &mut usize,
 ) -> anyhow::Result<()> {
+    for (flag, is_nothing) in [
+        (
+            "--expires",
+            args.expires.is_some_and(|span| span.0.is_zero()),
+        ),
+        ("--quota", args.quota.and_then(|size| size.0) == Some(0)),
+    ] {
+        if is_nothing {
+            let text = format!("{flag} is 0: nobody could use the link");
+            return Err(Failure::new(Kind::Usage, text)
+                .hint("say more, or leave it out")
+                .into());
+        }
+    }
     let prefix = remote_path(args.path.as_deref().unwrap_or_default())?;
     let wish = ShareWish {
         prefix,
@@ -39,7 +54,18 @@ async fn share(
         .run_link_aloud(retry(None), &mut interrupts, async |link| {
             let remote = Remote::new(&link);
             if let Some(name) = &args.revoke {
-                remote.unshare(name).await?;
+                remote.unshare(name).await.map_err(|error| match error {
+                    TransferError::Refused {
+                        code: Code::NotFound,
+                        ..
+                    } => {
+                        let text = format!("this token has no share {}", output::printable(name));
+                        Failure::new(Kind::NotFound, text)
+                            .hint("`udpack-client share --list` shows those that it has")
+                            .into()
+                    }
+                    error => anyhow::Error::new(error),
+                })?;
                 *count += 1;
                 return output::unless_gone(match args.json {
                     true => output::json(&json!({ "event": "revoked", "name": name })),

@@ -131,16 +131,17 @@ fn show(stats: &ServerStats) -> io::Result<()> {
         output::line(&format!("{label} {}, {}/s now", amount(all), amount(rate)))?;
     }
     output::line(&format!(
-        "running {} uploads, {} downloads",
-        jobs.puts, jobs.gets
+        "running {}, {}",
+        output::counted(jobs.puts, "upload", "uploads"),
+        output::counted(jobs.gets, "download", "downloads")
     ))?;
     output::line(&format!(
         "ended {} well, {} failed, {} cancelled, {} interrupted",
         jobs.done, jobs.failed, jobs.cancelled, jobs.suspended
     ))?;
     output::line(&format!(
-        "stored {} files, {}",
-        stats.files,
+        "stored {}, {}",
+        output::counted(stats.files, "file", "files"),
         amount(stats.stored)
     ))?;
     if let Some(memory) = stats.memory {

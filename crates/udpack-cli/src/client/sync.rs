@@ -33,6 +33,7 @@ use super::verify::existing;
 use crate::args::{ChangedArg, DeltaArg, SyncArgs, VanishedArg};
 use crate::exit::{Explained, Failure, Kind};
 use crate::logging::Console;
+use crate::output;
 use crate::progress::Meter;
 use crate::signals::Interrupts;
 use crate::target::{Target, retry};
@@ -119,6 +120,7 @@ async fn keep(
     }
 }
 
+/// One run, and whether it came to its end: then only entries can have failed.
 async fn once(
     args: &SyncArgs,
     console: &Console,
@@ -238,7 +240,9 @@ impl Comparing {
         let there = match existing(remote.stat(way.root.as_ref()).await)? {
             Some(entry) if entry.kind != EntryKind::Dir => {
                 let text = format!("{} is no directory at the server", way.prefix());
-                return Err(Failure::new(Kind::Policy, text).into());
+                return Err(Failure::new(Kind::Policy, text)
+                    .hint("name a directory, or remove or rename what is there first")
+                    .into());
             }
             there => there.is_some(),
         };
@@ -327,7 +331,8 @@ fn may_delete(
         let text = match planned.too_many {
             true => format!("more than {count} entries would be deleted: nothing was"),
             false => format!(
-                "{count} entries would be deleted, more than --max-delete {most}: nothing was"
+                "{} would be deleted, more than --max-delete {most}: nothing was",
+                output::counted(count as u64, "entry", "entries")
             ),
         };
         return Err(Failure::new(Kind::Policy, text)

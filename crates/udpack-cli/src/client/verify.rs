@@ -80,10 +80,12 @@ pub(super) async fn run(
     let result = match result {
         Ok(()) if tally.wrong > 0 => {
             tally.failures.tell();
-            let text = format!(
-                "{} of {total} are missing at the server or differ there",
-                tally.wrong
-            );
+            let verbs = match tally.wrong {
+                1 => "is missing at the server or differs there",
+                _ => "are missing at the server or differ there",
+            };
+            let all = output::counted(total as u64, "entry", "entries");
+            let text = format!("{} of {all} {verbs}", tally.wrong);
             Err(Failure::new(Kind::Integrity, text)
                 .hint("`udpack-client put` sends what is missing; what differs needs --if-exists overwrite or rename")
                 .into())

@@ -148,6 +148,7 @@ fn told(entry: &TokenEntry, key: &str, value: &str) -> String {
     match (key, entry.parent()) {
         ("parent", Some(parent)) => parent.to_owned(),
         ("once", _) if entry.is_used() => "used".to_owned(),
+        ("once", _) => "unused".to_owned(),
         _ => output::printable(value),
     }
 }
@@ -181,7 +182,7 @@ fn unfit(error: TokenFileError) -> anyhow::Error {
         TokenFileError::New(TokenLineError::Expires | TokenLineError::Expired) => {
             "give --expires a time to come: 30d, 12h, 2027-01-31 or 2027-01-31T12:00:00Z"
         }
-        TokenFileError::New(_) => "names have 1 to 64 of A-Z a-z 0-9 . _ @ -",
+        TokenFileError::New(_) => "choose another name, such as camera-7",
         _ => return error.into(),
     };
     Failure::new(Kind::Usage, error.to_string())

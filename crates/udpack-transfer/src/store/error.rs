@@ -21,7 +21,7 @@ pub enum StoreError {
     #[error(transparent)]
     Name(#[from] PathError),
     /// The name is valid, but the server's file system has no place for it.
-    #[error("bad name \"{path}\": the server's file system cannot hold it")]
+    #[error("bad name \"{path}\": the file system cannot hold it")]
     Unstorable {
         /// The name asked for.
         path: RelPath,
@@ -70,26 +70,26 @@ pub enum StoreError {
     },
     /// The file system has no room for it beside what must stay free.
     #[error(
-        "no space: server has {} free, keeps {} of it, and this needs {}",
-        Bytes(*free), Bytes(*keep), Bytes(*need)
+        "no space: {} free on the disk{}, and this needs {}",
+        Bytes(*free), kept(*keep), Bytes(*need)
     )]
     NoSpace {
         /// Bytes available and not promised to other uploads.
         free: u64,
-        /// Bytes the server keeps free.
+        /// Bytes that the store keeps free.
         keep: u64,
         /// Bytes asked for.
         need: u64,
     },
     /// The file system ran full in the middle of an operation.
-    #[error("no space: server ran out of space, {} free", Bytes(*free))]
+    #[error("no space: the disk ran out of space, {} free", Bytes(*free))]
     DiskFull {
         /// Bytes available when it happened.
         free: u64,
     },
     /// The operating system's quota for the server's account is used up.
     #[error(
-        "no space: the disk quota of the server's account is used up, the disk has {} free",
+        "no space: the disk quota of the account is used up, the disk has {} free",
         Bytes(*free)
     )]
     DiskQuota {
@@ -97,9 +97,7 @@ pub enum StoreError {
         free: u64,
     },
     /// The operating system's limit for the size of one file is reached.
-    #[error(
-        "too large: the server's system sets a limit for the size of a file, and it is reached"
-    )]
+    #[error("too large: the system sets a limit for the size of a file, and it is reached")]
     SystemLimit,
     /// Too many uploads are open on this store.
     #[error("too many uploads: limit {limit}")]
@@ -330,6 +328,14 @@ impl fmt::Display for Bytes {
     }
 }
 
+/// What of the free space stays free, in words.
+fn kept(keep: u64) -> String {
+    match keep {
+        0 => String::new(),
+        keep => format!(", {} of it stay free", Bytes(keep)),
+    }
+}
+
 struct Hex<'a>(&'a [u8; 32]);
 
 impl fmt::Display for Hex<'_> {
@@ -354,7 +360,7 @@ mod tests {
         assert_eq!(code(Errno::ROFS), "io");
         assert_eq!(
             StoreError::io("write", None, Errno::NOSPC.into(), || 7_000).to_string(),
-            "no space: server ran out of space, 6.8 KiB free"
+            "no space: the disk ran out of space, 6.8 KiB free"
         );
     }
 }

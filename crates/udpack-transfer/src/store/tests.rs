@@ -1003,7 +1003,7 @@ fn a_full_disk_fails_the_upload_and_nothing_else() {
     assert!(
         error
             .to_string()
-            .starts_with("no space: server ran out of space, "),
+            .starts_with("no space: the disk ran out of space, "),
         "{error}"
     );
     // It cannot be written on, nor finished: what lies on the disk is not what was hashed.

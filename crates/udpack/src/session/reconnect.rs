@@ -141,7 +141,7 @@ pub enum TransportReason {
 impl fmt::Display for TransportReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Chosen => "no other is allowed",
+            Self::Chosen => "chosen by this client",
             Self::UdpPasses => "UDP passes",
             Self::UdpBlocked => "UDP does not pass",
             Self::UdpPassesAgain => "UDP passes again",
